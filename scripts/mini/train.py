@@ -1,0 +1,319 @@
+"""Train `mini`: `train.py vae`, then `train.py unet`, then `train.py export`. Every stage resumes where it stopped.
+
+Runs on CUDA when there is one, else on the CPU. Work files live in --work (default ~/.cache/tiler/mini); `export`
+writes the diffusers folder. Seeds below HELD_OUT are for training, from there on for evaluation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import captions
+import model
+import numpy as np
+import scenes
+import torch
+import torch.nn.functional as F
+from diffusers import StableDiffusionPipeline
+from transformers import CLIPTokenizer
+
+HELD_OUT = 10_000_000
+SAVE_EVERY = 600.0  # seconds
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("stage", choices=["vae", "unet", "export"])
+    parser.add_argument("--work", type=Path, default=Path.home() / ".cache/tiler/mini")
+    parser.add_argument("--minutes", type=float, default=60, help="stop after this long; the next run goes on")
+    parser.add_argument("--batch", type=int, default=0, help="default 16 (vae) or 32 (unet) on CPU, ×8 on CUDA")
+    parser.add_argument("--lr", type=float, default=0.0)
+    parser.add_argument("--pool", type=int, default=8000, help="scenes, and as many crops, encoded once for the unet")
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[2] / "tiler/models/mini")
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    {"vae": train_vae, "unet": train_unet, "export": export}[args.stage](args)
+
+
+# --- data ------------------------------------------------------------------------------------------------------------
+
+
+def random_view(rng: np.random.Generator, aspect: float, sizes: tuple[float, ...]) -> scenes.View:
+    """A square crop whose side is one of `sizes` of the picture's height (jittered)."""
+    side = min(1.0, aspect, float(rng.choice(sizes)) * rng.uniform(0.85, 1.2))
+    x, y = rng.uniform(0, aspect - side), rng.uniform(0, 1 - side)
+    return scenes.View(x, y, x + side, y + side)
+
+
+def busy_view(rng: np.random.Generator, scene: scenes.Scene, sizes: tuple[float, ...]) -> scenes.View:
+    """A crop that is not one flat colour, if three draws find one."""
+    for _ in range(3):
+        view = random_view(rng, scene.aspect, sizes)
+        if scenes.render(scene, view, 24, 24).std(axis=(0, 1)).max() > 8:
+            break
+    return view
+
+
+def to_tensor(images: np.ndarray) -> torch.Tensor:
+    """(N, H, W, 3) uint8 → (N, 3, H, W) fp32 in [-1, 1]."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+
+
+def crops(seed: int, batch: int, size: int) -> Iterator[np.ndarray]:
+    """Endless batches of (batch, size, size, 3) uint8; half are cut from 256-px whole scenes, half from close views."""
+    rng = np.random.default_rng(seed)
+    while True:
+        out = np.empty((batch, size, size, 3), np.uint8)
+        for i in range(0, batch, 4):
+            scene = scenes.make(int(rng.integers(HELD_OUT)))
+            for j in range(i, min(i + 4, batch)):
+                whole = size / model.NATIVE
+                sizes = (whole,) if j % 2 else (whole / 2, whole / 4, whole / 8)
+                out[j] = scenes.render(scene, busy_view(rng, scene, sizes), size, size)
+        yield out
+
+
+def ahead(source: Iterator[np.ndarray], depth: int = 8) -> Iterator[np.ndarray]:
+    """Draw in a thread while the model computes."""
+    buffer: queue.Queue[np.ndarray] = queue.Queue(depth)
+
+    def fill() -> None:
+        for item in source:
+            buffer.put(item)
+
+    threading.Thread(target=fill, daemon=True).start()
+    while True:
+        yield buffer.get()
+
+
+# --- state -----------------------------------------------------------------------------------------------------------
+
+
+class Ema:
+    """Exponential moving average of parameters, warmed up: decay = min(limit, (1 + n) / (10 + n))."""
+
+    def __init__(self, modules: list[torch.nn.Module], limit: float) -> None:
+        self.live = [p for m in modules for p in m.parameters()]
+        self.mean = [p.detach().clone() for p in self.live]
+        self.limit = limit
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        decay = min(self.limit, (1 + step) / (10 + step))
+        torch._foreach_lerp_(self.mean, self.live, 1 - decay)
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange live and averaged weights (call twice around an evaluation)."""
+        for p, m in zip(self.live, self.mean, strict=True):
+            kept = p.detach().clone()
+            p.copy_(m)
+            m.copy_(kept)
+
+
+def save(path: Path, **parts: object) -> None:
+    temp = path.with_suffix(".tmp")
+    torch.save(parts, temp)
+    temp.replace(path)
+
+
+# --- stages ----------------------------------------------------------------------------------------------------------
+
+
+def train_vae(args: argparse.Namespace) -> None:
+    torch.manual_seed(1)
+    vae = model.build_vae().to(DEVICE)
+    batch = args.batch or (16 if DEVICE == "cpu" else 128)
+    lr = args.lr or 6e-4
+    opt = torch.optim.AdamW(vae.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=1e-4)
+    ema, step, path = Ema([vae], 0.999), 0, args.work / "vae.pt"
+    if path.exists():
+        state = torch.load(path, map_location=DEVICE)
+        vae.load_state_dict(state["vae"])
+        opt.load_state_dict(state["opt"])
+        ema.mean, step = [m.to(DEVICE) for m in state["ema"]], state["step"]
+    held = to_tensor(np.concatenate([next(crops(HELD_OUT + k, 16, 128)) for k in range(2)])).to(DEVICE)
+    start = saved = time.monotonic()
+    end = start + 60 * args.minutes
+    losses: list[float] = []
+    for images in ahead(crops(step + 7, batch, 128)):
+        now = time.monotonic()
+        for group in opt.param_groups:  # warm up, then fall with the time that is left
+            group["lr"] = lr * min(1.0, (step + 1) / 200) * max(0.05, min(1.0, 2 * (end - now) / (60 * args.minutes)))
+        x = to_tensor(images).to(DEVICE)
+        mean = vae.quant_conv(vae.encoder(x))[:, : model.LATENT_CHANNELS]
+        y = vae.decode(mean + model.POSTERIOR_STD * torch.randn_like(mean)).sample
+        d = y - x
+        edges = (d[..., 1:] - d[..., :-1]).abs().mean() + (d[..., 1:, :] - d[..., :-1, :]).abs().mean()
+        # Unit variance per channel is what the diffusion sees; a soft pull keeps it there.
+        z_loss = (mean.std(dim=(0, 2, 3)) - 1).square().mean() + mean.mean(dim=(0, 2, 3)).square().mean()
+        loss = d.abs().mean() + 0.5 * edges + d.square().mean() + 0.01 * z_loss
+        opt.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 0.5)
+        opt.step()
+        # The log-variance half of quant_conv is a constant of the design.
+        with torch.no_grad():
+            vae.quant_conv.weight[model.LATENT_CHANNELS :] = 0
+            vae.quant_conv.bias[model.LATENT_CHANNELS :] = 2 * np.log(model.POSTERIOR_STD)
+        step += 1
+        ema.update(step)
+        losses.append(loss.item())
+        done = now > end
+        if step % 200 == 0 or done:
+            ema.swap()
+            with torch.no_grad():
+                z = vae.encode(held).latent_dist.mean
+                mse = (vae.decode(z).sample.clamp(-1, 1) - held).square().mean(dim=(1, 2, 3)) / 4
+            ema.swap()
+            psnr = -10 * mse.clamp_min(1e-7).log10()
+            print(
+                f"vae step {step} loss {np.mean(losses[-200:]):.4f} psnr scenes {psnr[1::2].mean():.2f} crops {psnr[0::2].mean():.2f}"
+                f" z std {z.std(dim=(0, 2, 3)).min():.2f}–{z.std(dim=(0, 2, 3)).max():.2f} {now - start:.0f} s",
+                flush=True,
+            )
+        if done or now - saved > SAVE_EVERY:
+            save(path, vae=vae.state_dict(), opt=opt.state_dict(), ema=ema.mean, step=step)
+            saved = now
+        if done:
+            return
+
+
+def load_vae(work: Path) -> torch.nn.Module:
+    """The averaged autoencoder, its latents scaled to unit variance by quant_conv and post_quant_conv."""
+    vae = model.build_vae()
+    state = torch.load(work / "vae.pt", map_location="cpu")
+    with torch.no_grad():
+        for p, m in zip(vae.parameters(), state["ema"], strict=True):
+            p.copy_(m)
+    return vae.eval().to(DEVICE)
+
+
+def encode_pool(args: argparse.Namespace) -> dict[str, object]:
+    """Latents (2·pool, C, 32, 32) fp16 of whole scenes, then crops, and six captions each; made once, kept in work."""
+    path = args.work / f"pool-{args.pool}.pt"
+    if path.exists():
+        return torch.load(path)
+    vae = load_vae(args.work)
+    rng = np.random.default_rng(3)
+    latents, texts = [], []
+    start = time.monotonic()
+    for part in ("scenes", "crops"):
+        for i in range(0, args.pool, 32):
+            images = []
+            for k in range(i, min(i + 32, args.pool)):
+                scene = scenes.make(k)
+                view = None if part == "scenes" else busy_view(rng, scene, (0.5, 0.25, 0.18, 0.125))
+                images.append(scenes.render(scene, view, model.NATIVE, model.NATIVE))
+                shown = [captions.caption(scene, rng, view, keep) for keep in (1.0, 0.8, 0.6, 0.4)]
+                # A tile of a poster is refined under the poster's prompt: crops also carry the whole scene's words.
+                shown += [captions.caption(scene, rng, None, keep) for keep in (0.9, 0.7)]
+                texts.append(shown)
+            with torch.no_grad():
+                z = vae.encode(to_tensor(np.stack(images)).to(DEVICE)).latent_dist.mean
+            latents.append(z.half().cpu())
+        print(f"pool {part} {time.monotonic() - start:.0f} s", flush=True)
+    pool = {"latents": torch.cat(latents), "captions": texts}
+    torch.save(pool, path)
+    return pool
+
+
+def get_tokenizer(work: Path) -> CLIPTokenizer:
+    folder = work / "tokenizer"
+    if not (folder / "vocab.json").exists():
+        rng = np.random.default_rng(5)
+        some = [captions.caption(scenes.make(k), rng, v, 0.8) for k in range(6000) for v in (None, random_view(rng, 1.0, (0.3,)))]
+        return model.train_tokenizer(some, folder)
+    return CLIPTokenizer.from_pretrained(folder)
+
+
+def train_unet(args: argparse.Namespace) -> None:
+    torch.manual_seed(2)
+    pool = encode_pool(args)
+    latents, texts = pool["latents"], pool["captions"]
+    half = len(latents) // 2
+    tokenizer = get_tokenizer(args.work)
+    unet, text = model.build_unet().to(DEVICE), model.build_text_encoder(len(tokenizer)).to(DEVICE)
+    batch, lr = args.batch or (32 if DEVICE == "cpu" else 256), args.lr or 8e-4
+    parameters = [*unet.parameters(), *text.parameters()]
+    opt = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
+    ema, step, path = Ema([unet, text], 0.9995), 0, args.work / "unet.pt"
+    if path.exists():
+        state = torch.load(path, map_location=DEVICE)
+        unet.load_state_dict(state["unet"])
+        text.load_state_dict(state["text"])
+        opt.load_state_dict(state["opt"])
+        ema.mean, step = [m.to(DEVICE) for m in state["ema"]], state["step"]
+    alphas = model.build_scheduler().alphas_cumprod.to(DEVICE)
+    tokens = [tokenizer(t, padding="max_length", truncation=True, return_tensors="pt").input_ids for t in texts]
+    empty = tokenizer("", padding="max_length", return_tensors="pt").input_ids[0]
+    rng = torch.Generator().manual_seed(step + 11)
+    start = saved = time.monotonic()
+    end = start + 60 * args.minutes
+    losses: list[float] = []
+    while True:
+        now = time.monotonic()
+        for group in opt.param_groups:
+            group["lr"] = lr * min(1.0, (step + 1) / 300) * max(0.05, min(1.0, 3 * (end - now) / (60 * args.minutes)))
+        crop = torch.rand(batch, generator=rng) < 0.35
+        index = torch.randint(half, (batch,), generator=rng) + half * crop
+        z = latents[index].float().to(DEVICE)
+        # Crops are for refinement: most of their steps are low-noise ones.
+        t = torch.rand(batch, generator=rng)
+        t = torch.where(crop & (torch.rand(batch, generator=rng) < 0.75), t * 0.6, t)
+        t = (t * 1000).long().clamp_max(999).to(DEVICE)
+        choice = torch.randint(6, (batch,), generator=rng)
+        ids = torch.stack([tokens[i][c] for i, c in zip(index.tolist(), choice.tolist(), strict=True)])
+        ids[torch.rand(batch, generator=rng) < 0.1] = empty
+        a = alphas[t].view(-1, 1, 1, 1)
+        noise = torch.randn(z.shape, generator=rng).to(DEVICE)
+        noisy, target = a.sqrt() * z + (1 - a).sqrt() * noise, a.sqrt() * noise - (1 - a).sqrt() * z
+        with torch.autocast("cuda", torch.bfloat16, enabled=DEVICE == "cuda"):
+            predicted = unet(noisy, t, text(ids.to(DEVICE)).last_hidden_state).sample
+        loss = F.mse_loss(predicted.float(), target)
+        opt.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        opt.step()
+        step += 1
+        ema.update(step)
+        losses.append(loss.item())
+        done = now > end
+        if step % 200 == 0 or done:
+            print(f"unet step {step} loss {np.mean(losses[-200:]):.4f} {now - start:.0f} s", flush=True)
+        if done or now - saved > SAVE_EVERY:
+            save(path, unet=unet.state_dict(), text=text.state_dict(), opt=opt.state_dict(), ema=ema.mean, step=step)
+            saved = now
+        if done:
+            return
+
+
+def export(args: argparse.Namespace) -> None:
+    """Write the averaged weights as a diffusers folder of fp16 safetensors."""
+    tokenizer = get_tokenizer(args.work)
+    vae, unet, text = load_vae(args.work), model.build_unet(), model.build_text_encoder(len(tokenizer))
+    state = torch.load(args.work / "unet.pt", map_location="cpu")
+    with torch.no_grad():
+        for p, m in zip([*unet.parameters(), *text.parameters()], state["ema"], strict=True):
+            p.copy_(m)
+    pipeline = StableDiffusionPipeline(
+        vae=vae.half().cpu(), text_encoder=text.half(), tokenizer=tokenizer, unet=unet.half(),
+        scheduler=model.build_scheduler(), safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    pipeline.save_pretrained(args.out)
+    size = sum(f.stat().st_size for f in args.out.rglob("*.safetensors"))
+    print(json.dumps({"out": str(args.out), "safetensors_bytes": size, "unet_step": state["step"]}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""`tiler decode`: latents from --save-latents (or another tool) → picture."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tiler.cli import options as o
+from tiler.memory.budget import Budget, format_mb
+
+
+def command(
+    latents: Annotated[Path, typer.Argument(help="safetensors file with a tensor `latents`, [1, C, height/8, width/8], scaled.")],
+    output: o.Output = Path("tiler.png"),
+    model: o.Model = "mini",
+    variant: o.Variant = None,
+    revision: o.Revision = None,
+    max_ram: o.MaxRam = "800MB",
+    threads: o.Threads = None,
+    report: o.Report = None,
+    force: o.Force = False,
+    quiet: o.Quiet = False,
+    json_output: o.Json = False,
+) -> None:
+    """Decode latents into a PNG with a model's autoencoder, row by row under the memory ceiling."""
+    from tiler.output.files import atomic
+
+    budget = Budget(max_ram)
+    o.prepare_process(threads)
+    from tiler.cli.progress import ProgressPrinter
+    from tiler.output.latents import load_latents
+    from tiler.pipeline import decode_file
+
+    tensor = load_latents(latents)
+    with ProgressPrinter(budget, quiet=quiet) as printer:
+        result = decode_file(tensor, model, output, budget=budget, variant=variant, revision=revision, force=force, on_event=printer)
+    if report is not None:
+        with atomic(report) as file:
+            file.write((json.dumps(result.report, indent=2) + "\n").encode())
+    if json_output:
+        typer.echo(json.dumps({"output": str(result.output), **result.report}))
+    elif not quiet:
+        typer.echo(f"{result.output}: {8 * tensor.shape[3]}×{8 * tensor.shape[2]}, peak {format_mb(budget.peak_rss_bytes)}")

@@ -1,0 +1,73 @@
+"""`tiler plan`: what `tiler render` would do and need. Reads configs and headers only."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import typer
+
+from tiler.cli import options as o
+from tiler.memory.budget import Budget, format_mb
+from tiler.request import Mask
+
+
+def command(
+    prompt: o.Prompt = None,
+    output: o.Output = Path("tiler.png"),
+    model: o.Model = "mini",
+    variant: o.Variant = None,
+    revision: o.Revision = None,
+    size: o.Size = None,
+    width: o.Width = None,
+    height: o.Height = None,
+    negative_prompt: o.Negative = "",
+    steps: o.Steps = 20,
+    guidance_scale: o.Guidance = 7.5,
+    seed: o.Seed = -1,
+    strength: o.Strength = 0.5,
+    scheduler: o.SchedulerName = "auto",
+    guide: o.Guide = None,
+    no_guide: o.NoGuide = False,
+    overlap: o.Overlap = None,
+    mask: o.MaskKind = Mask.GAUSSIAN,
+    regions: o.Regions = None,
+    max_ram: o.MaxRam = "800MB",
+    threads: o.Threads = None,
+    save_latents: o.Latents = None,
+    report: o.Report = None,
+    force: o.Force = False,
+    quiet: o.Quiet = False,
+    json_output: o.Json = False,
+) -> None:
+    """Show the phases, their predicted peaks and the work of a render, without running it. Takes render's options."""
+    request = o.request_from(
+        "" if prompt is None and regions is None else prompt, output, model, variant, revision, size, width, height, negative_prompt,
+        steps, guidance_scale, seed, strength, scheduler, guide, no_guide, overlap, mask, regions, save_latents, force,
+    )  # fmt: skip
+    budget = Budget(max_ram)
+    o.prepare_process(threads)
+    from tiler.models.family import read_family
+    from tiler.planner import plan_render
+    from tiler.weights.checkpoint import resolve
+
+    planned = plan_render(request, read_family(resolve(model, variant=variant, revision=revision)), budget.max_bytes)
+    memory = planned.memory
+    facts = {
+        "canvas": f"{8 * planned.canvas[1]}×{8 * planned.canvas[0]}",
+        "guide": None if planned.guide is None else f"{8 * planned.guide.width}×{8 * planned.guide.height}",
+        "tiles": len(planned.regions), "samples_per_pass": planned.batch, "unet_calls": planned.unet_calls,
+        "unet_samples": planned.unet_samples, "predicted_peak_bytes": memory.peak_bytes, "max_ram_bytes": memory.max_bytes,
+        "smallest_max_ram_bytes": memory.smallest_bytes,
+        "phases": [{"name": p.name, "peak_bytes": p.peak_bytes, "terms": {t.name: t.nbytes for t in p.terms}} for p in memory.phases],
+    }  # fmt: skip
+    if json_output:
+        typer.echo(json.dumps(facts))
+    else:
+        typer.echo(
+            f"canvas {facts['canvas']}, guide {facts['guide'] or 'none'}, {facts['tiles']} tiles, {planned.batch} samples for each read of "
+            f"the weights, {planned.unet_calls} reads, {planned.unet_samples} UNet samples\n"
+        )
+        typer.echo(memory.table())
+        typer.echo(f"\npredicted peak {format_mb(memory.peak_bytes)}, ceiling {format_mb(memory.max_bytes)}, smallest ceiling {memory.smallest_text}")
+    memory.check()

@@ -1,0 +1,86 @@
+"""Draws events on stderr: a rich bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import Self
+
+from tiler.events import Event, Note, PhaseDone, PhaseStarted, Progress
+from tiler.memory.budget import Budget, format_mb
+
+_LINE_EVERY = 30.0  # seconds between plain lines
+
+
+class ProgressPrinter:
+    """Call it with events. A context manager, because a terminal has to be tidied up."""
+
+    def __init__(self, budget: Budget, *, quiet: bool) -> None:
+        self.budget, self.quiet = budget, quiet
+        self._started = self._printed = 0.0
+        self._bar = None
+        if not quiet and sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress as Bar, TextColumn, TimeRemainingColumn
+
+            columns = (TextColumn("{task.description:14}"), BarColumn(bar_width=24), TextColumn("{task.fields[detail]}"), TimeRemainingColumn(), TextColumn("{task.fields[memory]}"))
+            self._bar = Bar(*columns, console=Console(stderr=True))
+            self._task = None
+
+    def __enter__(self) -> Self:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def __call__(self, event: Event) -> None:
+        if self.quiet:
+            return
+        if isinstance(event, Note):
+            self._say(f"note: {event.text}")
+        elif self._bar is not None:
+            self._draw(event)
+        else:
+            self._print(event)
+
+    def _memory(self) -> str:
+        return f"{format_mb(self.budget.rss_bytes)} now, {format_mb(self.budget.peak_rss_bytes)} peak of {format_mb(self.budget.max_bytes)}"
+
+    def _draw(self, event: Event) -> None:
+        assert self._bar is not None
+        if isinstance(event, PhaseStarted):
+            self._task = self._bar.add_task(event.name, total=event.total, detail="", memory=self._memory())
+        elif isinstance(event, Progress) and self._task is not None:
+            self._bar.update(self._task, completed=event.done, total=event.total, detail=event.detail, memory=self._memory())
+        elif isinstance(event, PhaseDone) and self._task is not None:
+            detail = f"{event.seconds:.1f} s, peak {format_mb(event.peak_rss_bytes)}"
+            task = next(t for t in self._bar.tasks if t.id == self._task)
+            self._bar.update(self._task, completed=task.total, detail=detail, memory="")
+
+    def _print(self, event: Event) -> None:
+        now = time.monotonic()
+        if isinstance(event, PhaseStarted):
+            self._started = self._printed = now
+        elif isinstance(event, Progress) and now - self._printed > _LINE_EVERY:
+            self._printed = now
+            left = (now - self._started) * (event.total - event.done) / max(1, event.done)
+            self._say(f"{event.name}: {event.detail}, about {_duration(left)} left, {self._memory()}")
+        elif isinstance(event, PhaseDone):
+            self._say(f"{event.name}: done in {event.seconds:.1f} s, peak {format_mb(event.peak_rss_bytes)}")
+
+    def _say(self, text: str) -> None:
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, highlight=False)
+        else:
+            sys.stderr.write(text + "\n")
+            sys.stderr.flush()
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -1,0 +1,72 @@
+"""`tiler render`: the main job."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import typer
+
+from tiler.cli import options as o
+from tiler.memory.budget import Budget, format_mb
+from tiler.request import Mask
+
+
+def command(
+    prompt: o.Prompt = None,
+    output: o.Output = Path("tiler.png"),
+    model: o.Model = "mini",
+    variant: o.Variant = None,
+    revision: o.Revision = None,
+    size: o.Size = None,
+    width: o.Width = None,
+    height: o.Height = None,
+    negative_prompt: o.Negative = "",
+    steps: o.Steps = 20,
+    guidance_scale: o.Guidance = 7.5,
+    seed: o.Seed = -1,
+    strength: o.Strength = 0.5,
+    scheduler: o.SchedulerName = "auto",
+    guide: o.Guide = None,
+    no_guide: o.NoGuide = False,
+    overlap: o.Overlap = None,
+    mask: o.MaskKind = Mask.GAUSSIAN,
+    regions: o.Regions = None,
+    max_ram: o.MaxRam = "800MB",
+    threads: o.Threads = None,
+    save_latents: o.Latents = None,
+    report: o.Report = None,
+    force: o.Force = False,
+    quiet: o.Quiet = False,
+    json_output: o.Json = False,
+) -> None:
+    """Render a picture of any size under a memory ceiling.
+
+    A low-resolution pass makes a guide; the canvas is then denoised tile by tile under it, and decoded row by row.
+    """
+    request = o.request_from(
+        prompt, output, model, variant, revision, size, width, height, negative_prompt, steps, guidance_scale, seed, strength,
+        scheduler, guide, no_guide, overlap, mask, regions, save_latents, force,
+    )  # fmt: skip
+    from tiler.output.files import atomic, check_writable
+
+    if report is not None:
+        check_writable(report, force=True)
+    budget = Budget(max_ram)
+    o.prepare_process(threads)
+    from tiler.cli.progress import ProgressPrinter
+
+    if not quiet:
+        sys.stderr.write(f"seed {request.seed}\n")
+    from tiler.pipeline import render
+
+    with ProgressPrinter(budget, quiet=quiet) as printer:
+        result = render(request, budget, printer)
+    if report is not None:
+        with atomic(report) as file:
+            file.write((json.dumps(result.report, indent=2) + "\n").encode())
+    if json_output:
+        typer.echo(json.dumps({"output": str(result.output), **result.report}))
+    elif not quiet:
+        typer.echo(f"{result.output}: {request.width}×{request.height}, seed {request.seed}, peak {format_mb(budget.peak_rss_bytes)} of {format_mb(budget.max_bytes)}")

@@ -1,0 +1,1 @@
+"""Latents → strips of pixels, and pixels → latents. Knows nothing of prompts or samplers."""

@@ -1,0 +1,117 @@
+"""The autoencoder with held statistics: pictures of any height at constant memory, in both directions.
+
+Statistics come from the picture itself, shrunk to about 32×32 latents; a picture that small is decoded exactly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tiler.decode.rows import Measured, Stage, decoder_stages, encoder_stages, push_all
+
+if TYPE_CHECKING:
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+STATS_SIDE = 32  # latents; 256 px: the measuring pass is then under 250 MB for SD's decoder
+
+
+def strip_rows(width: int) -> int:
+    """Latent rows pushed at a time for `width` latent columns. Depends on nothing else, so the bytes never do either."""
+    return max(1, min(32, 512 // width))
+
+
+def shrunken_size(height: int, width: int, side: int = STATS_SIDE) -> tuple[int, int]:
+    """(h, w) of at most about side² pixels with the same aspect; the picture's own size when it is that small."""
+    if height * width <= side * side:
+        return height, width
+    factor = side / math.sqrt(height * width)
+    return max(1, min(height, round(height * factor))), max(1, min(width, round(width * factor)))
+
+
+def shrink(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Area-average to `size`, then give each channel back its mean and deviation: (1, C, h, w)."""
+    if size == tuple(x.shape[2:]):
+        return x
+    small = F.interpolate(x, size=size, mode="area")
+    std, mean = torch.std_mean(x, dim=(2, 3), keepdim=True)
+    std_small, mean_small = torch.std_mean(small, dim=(2, 3), keepdim=True)
+    return (small - mean_small) * (std / std_small.clamp_min(1e-6)) + mean
+
+
+@contextmanager
+def _measuring(measured: Measured) -> Iterator[None]:
+    measured.measuring = True
+    try:
+        yield
+    finally:
+        measured.measuring = False
+
+
+def decode(
+    vae: AutoencoderKL, latents: Tensor, *, rows: int, check: Callable[[str], None] = lambda where: None
+) -> Iterator[Tensor]:
+    """latents: (1, C, h, w) fp32, already divided by scaling_factor → strips (3, n, 8w) fp32 in about [-1, 1], top first.
+
+    `rows` latent rows are pushed at a time: memory grows with it, the result does not depend on it.
+    """
+    measured = Measured()
+    stages = decoder_stages(vae.decoder, vae.post_quant_conv, measured)
+    with _measuring(measured):
+        push_all(stages, shrink(latents, shrunken_size(*latents.shape[2:])), True, check)
+    yield from _stream(stages, (latents[:, :, top : top + rows] for top in range(0, latents.shape[2], rows)), latents.shape[2], rows, check)
+
+
+def encode(
+    vae: AutoencoderKL, pixels: np.ndarray, small: np.ndarray, *, rows: int, check: Callable[[str], None] = lambda where: None
+) -> Tensor:
+    """pixels: (H, W, 3) uint8, sides multiples of 8 → the posterior's mean (1, C, H/8, W/8) fp32, unscaled.
+
+    `small` is the same picture shrunk to `shrunken_size` × 8, for the statistics. `rows` as in `decode`.
+    """
+    measured = Measured()
+    stages = encoder_stages(vae.encoder, vae.quant_conv, measured)
+    with _measuring(measured):
+        push_all(stages, to_tensor(small), True, check)
+    strips = (to_tensor(pixels[top : top + 8 * rows]) for top in range(0, len(pixels), 8 * rows))
+    moments = torch.cat([s[None] for s in _stream(stages, strips, len(pixels), 8 * rows, check)], dim=2)
+    return moments[:, : moments.shape[1] // 2]
+
+
+def encode_shapes(vae: AutoencoderKL, latents: tuple[int, int], small: tuple[int, int], *, rows: int) -> None:
+    """What `encode` does, on meta tensors: for planning. Sizes in latent pixels."""
+    measured = Measured()
+    stages = encoder_stages(vae.encoder, vae.quant_conv, measured)
+    with _measuring(measured):
+        push_all(stages, torch.empty(1, 3, 8 * small[0], 8 * small[1], device="meta"), True)
+    strips = (torch.empty(1, 3, 8 * rows, 8 * latents[1], device="meta") for _ in range(8))
+    for _ in _stream(stages, strips, 64 * rows, 8 * rows, lambda where: None):
+        pass
+
+
+def _stream(stages: list[Stage], strips: Iterator[Tensor], height: int, step: int, check: Callable[[str], None]) -> Iterator[Tensor]:
+    top = 0
+    for strip in strips:
+        top += step
+        ready = push_all(stages, strip, top >= height, check)
+        del strip
+        if ready is not None:
+            yield ready[0]
+
+
+def to_tensor(image: np.ndarray) -> Tensor:
+    """(H, W, 3) uint8 → (1, 3, H, W) fp32 in [-1, 1]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float().div_(127.5).sub_(1)
+
+
+def to_uint8(strip: Tensor) -> np.ndarray:
+    """(3, n, W) in about [-1, 1] → (n, W, 3) uint8, rounded as diffusers' VaeImageProcessor does."""
+    image: np.ndarray = (strip / 2 + 0.5).clamp_(0, 1).mul_(255).round_().to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
+    return image

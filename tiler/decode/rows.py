@@ -1,0 +1,247 @@
+"""An autoencoder as a pipeline of rows: each layer takes some rows of its input and gives the rows it can.
+
+A 3×3 convolution keeps the last two rows it saw, so nothing is computed twice and no tile needs a halo: work factor
+1.00, memory proportional to the width alone. Two things in the network look at the whole picture; both are measured
+once, on a shrunken picture pushed through in one piece (`Measured.measuring`), and held for all rows:
+
+- GroupNorm's mean and variance, after which a norm is a fixed scale and shift per channel;
+- the keys and values of the mid-block attention, so that every row attends to the same global view.
+
+So all strips see the same network and no strip can differ in tone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from diffusers.models.attention_processor import Attention
+    from diffusers.models.autoencoders.vae import Decoder, Encoder
+    from diffusers.models.resnet import ResnetBlock2D
+
+_STRIP_BYTES = 8 * 2**20  # input of one convolution call; bounds its scratch
+
+
+class Stage(Protocol):
+    """One layer. `push` takes (1, C, rows, W) fp32, top to bottom; `last` marks the end of the picture.
+
+    Returns the rows that are ready, None when there are none yet.
+    """
+
+    def push(self, x: Tensor | None, last: bool) -> Tensor | None: ...
+
+
+class Measured:
+    """Shared by all stages of one network: whether the whole (shrunken) picture is being pushed to take measures."""
+
+    def __init__(self) -> None:
+        self.measuring = False
+
+
+class Norm:
+    """GroupNorm with held statistics, then SiLU: y = silu(x·scale + shift), per channel."""
+
+    def __init__(self, norm: nn.Module, measured: Measured, *, silu: bool = True) -> None:
+        assert isinstance(norm, nn.GroupNorm)
+        self.norm, self.measured, self.silu = norm, measured, silu
+        self.scale: Tensor | None = None
+        self.shift: Tensor | None = None
+
+    def measure(self, x: Tensor) -> None:
+        """Take the statistics from `x`, the whole picture, when it is time to."""
+        if not self.measured.measuring:
+            return
+        groups = x[0].unflatten(0, (self.norm.num_groups, -1))
+        var, mean = torch.var_mean(groups, dim=(1, 2, 3), correction=0)
+        per = x.shape[1] // self.norm.num_groups
+        rstd = torch.rsqrt(var + self.norm.eps).repeat_interleave(per)
+        self.scale = (self.norm.weight * rstd).view(1, -1, 1, 1)
+        self.shift = (self.norm.bias - mean.repeat_interleave(per) * self.norm.weight * rstd).view(1, -1, 1, 1)
+
+    def apply(self, x: Tensor) -> Tensor:
+        assert self.scale is not None and self.shift is not None
+        y = (x * self.scale).add_(self.shift)
+        return F.silu(y, inplace=True) if self.silu else y
+
+
+class Conv(Stage):
+    """A 3×3 convolution of stride 1, or a 1×1, row by row, after an optional norm. Zero rows stand above and below.
+
+    Works in strips of a few rows, so that its scratch and the normalised copy stay small beside input and output.
+    """
+
+    def __init__(self, conv: nn.Module, norm: Norm | None = None) -> None:
+        assert isinstance(conv, nn.Conv2d)
+        self.conv, self.norm = conv, norm
+        self.halo = conv.kernel_size[0] // 2
+        conv.padding = (0, conv.padding[1])  # type: ignore[assignment]  # rows are padded here, columns there
+        self.tail: Tensor | None = None  # the last rows seen, as the convolution sees them
+
+    def push(self, x: Tensor | None, last: bool) -> Tensor | None:
+        if x is None and not (last and self.halo):
+            return None
+        if self.norm is not None and x is not None:
+            self.norm.measure(x)
+        like = x if x is not None else self.tail
+        assert like is not None
+        rows = 0 if x is None else x.shape[2]
+        tail = self.tail
+        if tail is None and self.halo:  # the top of the picture
+            tail = x.new_zeros(*x.shape[:2], self.halo, x.shape[3])  # type: ignore[union-attr]
+        held = 0 if tail is None else tail.shape[2]
+        count = held + rows + (self.halo if last else 0) - 2 * self.halo  # output rows now
+        step = max(1, _STRIP_BYTES // (like.shape[1] * like.shape[3] * 4))
+        out: Tensor | None = None
+        for top in range(0, count, step):
+            bottom = min(top + step, count)
+            # Input rows [top, bottom + 2·halo), counted from the first row of the tail.
+            parts = [] if tail is None or top >= held else [tail[:, :, top : bottom + 2 * self.halo]]
+            if x is not None and bottom + 2 * self.halo > held:
+                parts.append(self._normed(x[:, :, max(0, top - held) : bottom + 2 * self.halo - held]))
+            if (missing := bottom + 2 * self.halo - held - rows) > 0:
+                parts.append(like.new_zeros(*like.shape[:2], missing, like.shape[3]))
+            part = self.conv(parts[0] if len(parts) == 1 else torch.cat(parts, dim=2))
+            if bottom - top == count:
+                out = part
+                break
+            if out is None:
+                out = part.new_empty(*part.shape[:2], count, part.shape[3])
+            out[:, :, top:bottom] = part
+        self.tail = None if last or not self.halo else self._last_rows(tail, x)
+        return out
+
+    def _normed(self, x: Tensor) -> Tensor:
+        return x if self.norm is None else self.norm.apply(x)
+
+    def _last_rows(self, tail: Tensor | None, x: Tensor | None) -> Tensor | None:
+        if x is None or tail is None:
+            return tail
+        keep = 2 * self.halo
+        if x.shape[2] >= keep:
+            return self._normed(x[:, :, -keep:]).clone()
+        return torch.cat([tail, self._normed(x)], dim=2)[:, :, -keep:].clone()
+
+
+class Down(Stage):
+    """diffusers' Downsample2D of an encoder: a zero row below and column right, then a 3×3 convolution of stride 2."""
+
+    def __init__(self, sampler: nn.Module) -> None:
+        self.conv = sampler.conv
+        assert isinstance(self.conv, nn.Conv2d) and self.conv.stride == (2, 2) and self.conv.padding == (0, 0)
+        self.tail: Tensor | None = None
+
+    def push(self, x: Tensor | None, last: bool) -> Tensor | None:
+        if x is None and not last:
+            return None
+        parts = [p for p in (self.tail, x) if p is not None]
+        joined = F.pad(torch.cat(parts, dim=2), (0, 1, 0, 1 if last else 0))
+        count = (joined.shape[2] - 3) // 2 + 1 if joined.shape[2] >= 3 else 0
+        self.tail = None if last else joined[:, :, 2 * count :, :-1].clone()
+        result: Tensor | None = self.conv(joined[:, :, : 2 * count + 1]) if count else None
+        return result
+
+
+class Up(Stage):
+    """diffusers' Upsample2D: nearest neighbour ×2, then a 3×3 convolution."""
+
+    def __init__(self, sampler: nn.Module) -> None:
+        self.conv = Conv(sampler.conv)  # type: ignore[arg-type]
+
+    def push(self, x: Tensor | None, last: bool) -> Tensor | None:
+        return self.conv.push(None if x is None else F.interpolate(x, scale_factor=2.0, mode="nearest"), last)
+
+
+class Resnet(Stage):
+    """diffusers' ResnetBlock2D without time embedding. The shortcut waits for the rows that the convolutions hold back."""
+
+    def __init__(self, block: ResnetBlock2D, measured: Measured) -> None:
+        self.conv1 = Conv(block.conv1, Norm(block.norm1, measured))
+        self.conv2 = Conv(block.conv2, Norm(block.norm2, measured))
+        self.shortcut = Conv(block.conv_shortcut) if block.conv_shortcut is not None else None
+        self.scale = float(block.output_scale_factor)
+        self.waiting: Tensor | None = None
+
+    def push(self, x: Tensor | None, last: bool) -> Tensor | None:
+        h = self.conv2.push(self.conv1.push(x, last), last)
+        if x is not None:
+            x = self.shortcut.push(x, last) if self.shortcut is not None else x
+            self.waiting = x if self.waiting is None else torch.cat([self.waiting, x], dim=2)  # type: ignore[list-item]
+            del x
+        if h is None:
+            return None
+        assert self.waiting is not None
+        rows = h.shape[2]
+        h += self.waiting[:, :, :rows]
+        self.waiting = None if last else self.waiting[:, :, rows:].clone()
+        return h if self.scale == 1 else h.div_(self.scale)
+
+
+class MidAttention(Stage):
+    """diffusers' Attention of an autoencoder's mid block, with held keys and values."""
+
+    def __init__(self, attention: Attention, measured: Measured) -> None:
+        assert attention.group_norm is not None and attention.residual_connection
+        self.attention, self.measured = attention, measured
+        self.norm = Norm(attention.group_norm, measured, silu=False)
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+
+    def push(self, x: Tensor | None, last: bool) -> Tensor | None:
+        if x is None:
+            return None
+        a = self.attention
+        self.norm.measure(x)
+        tokens = self.norm.apply(x).flatten(2).transpose(1, 2)  # (1, rows·W, C)
+
+        def heads(t: Tensor) -> Tensor:
+            return t.unflatten(-1, (a.heads, -1)).transpose(1, 2)
+
+        if self.measured.measuring:
+            self.keys, self.values = heads(a.to_k(tokens)), heads(a.to_v(tokens))
+        assert self.keys is not None and self.values is not None
+        mixed = F.scaled_dot_product_attention(heads(a.to_q(tokens)), self.keys, self.values)
+        out = a.to_out[0](mixed.transpose(1, 2).flatten(2)).transpose(1, 2).reshape(x.shape)
+        return (out + x).div_(a.rescale_output_factor)
+
+
+def push_all(stages: list[Stage], x: Tensor | None, last: bool, check: Callable[[str], None] = lambda where: None) -> Tensor | None:
+    """Push rows through every stage; what comes out at the end, or None."""
+    for i, stage in enumerate(stages):
+        if x is not None or last:
+            x = stage.push(x, last)
+        check(f"decode.{i}.{type(stage).__name__}")
+    return x
+
+
+def _mid(block: nn.Module, measured: Measured) -> list[Stage]:
+    stages: list[Stage] = [Resnet(block.resnets[0], measured)]  # type: ignore[index, arg-type]
+    for attention, resnet in zip(block.attentions, block.resnets[1:], strict=True):  # type: ignore[arg-type, index]
+        if attention is not None:
+            stages.append(MidAttention(attention, measured))
+        stages.append(Resnet(resnet, measured))
+    return stages
+
+
+def decoder_stages(decoder: Decoder, post_quant_conv: nn.Module | None, measured: Measured) -> list[Stage]:
+    """diffusers' Decoder.forward as stages: latents (divided by scaling_factor) → RGB in about [-1, 1]."""
+    stages: list[Stage] = [] if post_quant_conv is None else [Conv(post_quant_conv)]
+    stages += [Conv(decoder.conv_in), *_mid(decoder.mid_block, measured)]
+    for block in decoder.up_blocks:
+        stages += [Resnet(resnet, measured) for resnet in block.resnets]
+        stages += [Up(sampler) for sampler in block.upsamplers or []]
+    return [*stages, Conv(decoder.conv_out, Norm(decoder.conv_norm_out, measured))]
+
+
+def encoder_stages(encoder: Encoder, quant_conv: nn.Module | None, measured: Measured) -> list[Stage]:
+    """diffusers' Encoder.forward as stages: RGB in [-1, 1] → the posterior's moments (mean, then log-variance)."""
+    stages: list[Stage] = [Conv(encoder.conv_in)]
+    for block in encoder.down_blocks:
+        stages += [Resnet(resnet, measured) for resnet in block.resnets]
+        stages += [Down(sampler) for sampler in block.downsamplers or []]
+    stages += [*_mid(encoder.mid_block, measured), Conv(encoder.conv_out, Norm(encoder.conv_norm_out, measured))]
+    return stages if quant_conv is None else [*stages, Conv(quant_conv)]

@@ -1,0 +1,51 @@
+"""What a user can act on. Each error says what happened, the value, and what to do next; each has its exit code."""
+
+from __future__ import annotations
+
+
+class TilerError(Exception):
+    """Base of every error that is not a bug of ours."""
+
+    exit_code = 1
+
+
+class UsageError(TilerError):
+    """An option, a prompt file or a guide image is wrong."""
+
+    exit_code = 2
+
+
+class ModelError(TilerError):
+    """The checkpoint is missing, unreadable, unsafe or of another kind."""
+
+    exit_code = 3
+
+
+class BudgetRefused(TilerError):
+    """The plan needs more memory than the ceiling; nothing was started."""
+
+    exit_code = 4
+
+
+class BudgetExceeded(TilerError):
+    """The ceiling was reached while running."""
+
+    exit_code = 5
+
+
+class StorageError(TilerError):
+    """Reading or writing a file failed: disk full, I/O error, read-only folder."""
+
+    exit_code = 6
+
+
+class NumericalError(TilerError):
+    """A NaN or an Inf, with the tensor or the step where it was first seen."""
+
+    exit_code = 7
+
+
+class OfflineError(TilerError):
+    """The checkpoint is not in the hub's cache and the hub cannot or may not be reached."""
+
+    exit_code = 9

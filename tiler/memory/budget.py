@@ -1,0 +1,139 @@
+"""A memory ceiling that is measured and obeyed.
+
+    with Budget("800MB") as budget:
+        work()
+    assert budget.peak_rss_bytes < budget.max_bytes
+
+Works for any program: it knows nothing of rendering. MB is 10^6 bytes and MiB 2^20.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+import psutil
+
+from tiler.errors import BudgetExceeded, UsageError
+from tiler.memory import process
+
+_UNITS = {"": 1, "B": 1, "K": 10**3, "KB": 10**3, "KIB": 2**10, "M": 10**6, "MB": 10**6, "MIB": 2**20, "G": 10**9, "GB": 10**9, "GIB": 2**30}  # fmt: skip
+_ALMOST = 0.92  # of the ceiling: collect and trim before going on
+_SAMPLE_SECONDS = 0.05
+
+
+def parse_bytes(text: str | int) -> int:
+    """"800MB", "1.5 GiB", "800000000" → bytes. Raises UsageError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(text))
+    if not match or match[2].upper() not in _UNITS:
+        raise UsageError(f"{text!r} is not an amount of memory; write it like 800MB, 1.5GB or 760MiB")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def format_mb(nbytes: float) -> str:
+    return f"{nbytes / 1e6:,.0f} MB"
+
+
+@dataclass(kw_only=True)
+class PhaseUse:
+    """What one phase took: wall seconds and the highest RSS, with its parts as the sampler last saw them near the peak."""
+
+    name: str
+    seconds: float = 0.0
+    peak_rss_bytes: int = 0
+    anon_bytes: int = 0
+    file_bytes: int = 0
+
+
+class Budget:
+    """The ceiling of this process and its children, in bytes of RSS. A context manager.
+
+    `check` raises BudgetExceeded at the ceiling; `phase` attributes the peak; `peak_rss_bytes` is the highest RSS while
+    the budget was open: the kernel's own mark (VmHWM), reset on entry and between phases and pooled here.
+    """
+
+    def __init__(self, max_ram: str | int = "800MB") -> None:
+        self.max_bytes = parse_bytes(max_ram)
+        if self.max_bytes <= 0:
+            raise UsageError(f"the memory ceiling must be positive, not {max_ram!r}")
+        self.phases: list[PhaseUse] = []
+        self.trims = 0
+        self._peak = 0
+        self._children = 0
+        self._process = psutil.Process()
+        self._stop = threading.Event()
+        self._sampler: threading.Thread | None = None
+
+    def __enter__(self) -> Self:
+        process.reset_peak()
+        self._note_peak()
+        self._stop.clear()
+        self._sampler = threading.Thread(target=self._sample, name="tiler-rss-sampler", daemon=True)
+        self._sampler.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self._stop.set()
+        if self._sampler is not None:
+            self._sampler.join()
+        self._note_peak()
+
+    @property
+    def peak_rss_bytes(self) -> int:
+        """The highest RSS so far, children included as sampled."""
+        self._note_peak()
+        return self._peak
+
+    @property
+    def rss_bytes(self) -> int:
+        """RSS now, children included as last sampled."""
+        return int(self._process.memory_info().rss) + self._children
+
+    def check(self, where: str) -> None:
+        """Compare the RSS now (14 µs) with the ceiling. Near it, collect and trim; at it, raise BudgetExceeded."""
+        if self.rss_bytes >= _ALMOST * self.max_bytes:
+            process.trim()
+            self.trims += 1
+            self._note_peak()
+        # A spike between two checks is a breach as well, though it is over.
+        if max(self.rss_bytes, self._peak) >= self.max_bytes:
+            raise BudgetExceeded(
+                f"the ceiling of {format_mb(self.max_bytes)} was reached at {where} (peak {format_mb(self.peak_rss_bytes)}); "
+                "raise --max-ram, or choose a smaller --size"
+            )
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[PhaseUse]:
+        """Attribute time and peak to `name`; memory is trimmed when it ends."""
+        use = PhaseUse(name=name)
+        self._note_peak()
+        process.reset_peak()
+        self.phases.append(use)
+        start = time.monotonic()
+        try:
+            yield use
+        finally:
+            self._note_peak()
+            use.seconds = time.monotonic() - start
+            process.trim()
+
+    def _note_peak(self) -> None:
+        rss = process.read_rss()
+        peak = max(rss.peak, rss.now) + self._children
+        self._peak = max(self._peak, peak)
+        if self.phases and peak >= self.phases[-1].peak_rss_bytes:
+            use = self.phases[-1]
+            use.peak_rss_bytes = peak
+            if rss.anon + rss.file > use.anon_bytes + use.file_bytes:
+                use.anon_bytes, use.file_bytes = rss.anon, rss.file
+
+    def _sample(self) -> None:
+        while not self._stop.wait(_SAMPLE_SECONDS):
+            self._children = process.children_rss()
+            self._note_peak()

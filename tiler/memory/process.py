@@ -1,0 +1,163 @@
+"""What the kernel says of this process and this machine, and what keeps the allocator honest. Imports no torch."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import platform
+import resource
+import sys
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+
+
+class Rss(NamedTuple):
+    """Resident memory in bytes: now, the high-water mark, and the anonymous and file-backed parts of now."""
+
+    now: int
+    peak: int
+    anon: int
+    file: int
+
+
+def read_rss() -> Rss:
+    """From /proc/self/status; elsewhere psutil's figure stands for all four."""
+    try:
+        text = Path("/proc/self/status").read_text()
+    except OSError:
+        now = psutil.Process().memory_info().rss
+        return Rss(now, now, now, 0)
+    kb = {key: int(rest.split()[0]) for key, _, rest in (line.partition(":") for line in text.splitlines()) if rest.endswith(" kB")}
+    return Rss(kb["VmRSS"] * 1024, kb["VmHWM"] * 1024, kb["RssAnon"] * 1024, (kb["RssFile"] + kb["RssShmem"]) * 1024)
+
+
+def reset_peak() -> bool:
+    """Set the high-water mark (VmHWM) to the present use. False where the kernel refuses."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def children_rss() -> int:
+    """The resident bytes of all child processes: they count under the ceiling."""
+    total = 0
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            total += child.memory_info().rss
+    return total
+
+
+def available_ram() -> tuple[int, int]:
+    """(bytes available now, bytes in all), the cgroup's limit included."""
+    memory = psutil.virtual_memory()
+    limit = cgroup_limit()
+    return (memory.available, memory.total) if limit is None else (min(memory.available, limit), min(memory.total, limit))
+
+
+def cgroup_limit() -> int | None:
+    """The memory limit of this process's cgroup (v2 or v1) in bytes, None when there is none."""
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with suppress(OSError, ValueError):
+            limit = int(Path(file).read_text())
+            if limit < 2**60:
+                return limit
+    return None
+
+
+def trim() -> None:
+    """Collect garbage and give freed memory back to the system."""
+    gc.collect()
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def frugal_allocator() -> None:
+    """Make freed memory leave the process. For a program's start, before torch is imported; a library must not do this.
+
+    glibc raises its mmap threshold as blocks are freed and then keeps them; a fixed threshold returns them at once.
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+    os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        m_trim_threshold, m_mmap_threshold, m_arena_max = -1, -3, -8
+        for option, value in ((m_mmap_threshold, 128 * 1024), (m_trim_threshold, 128 * 1024), (m_arena_max, 2)):
+            libc.mallopt(option, value)
+        pr_set_thp_disable = 41
+        libc.prctl(pr_set_thp_disable, 1, 0, 0, 0)
+
+
+@contextmanager
+def limit_data(extra_bytes: int) -> Iterator[None]:
+    """A runaway allocation of more than `extra_bytes` from here on fails as an error of the allocator (RLIMIT_DATA)."""
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    data = 0
+    with suppress(OSError):
+        data = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
+    if not data:
+        yield
+        return
+    cap = data + extra_bytes
+    resource.setrlimit(resource.RLIMIT_DATA, (cap if before[1] == resource.RLIM_INFINITY else min(cap, before[1]), before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
+@contextmanager
+def lean_imports() -> Iterator[None]:
+    """Import model classes without the compiler and cluster parts of torch: 84 MB of RSS less.
+
+    diffusers and transformers import torch._dynamo for decorators, and torch.distributed.tensor (with sympy) for
+    multi-GPU loading, neither of which runs here. Within this context the first is a stand-in whose decorators do
+    nothing, the second reports itself unavailable (torch's own switch), and three packages of diffusers give single
+    modules without importing all their siblings. Afterwards everything is as it was; a process that already has
+    torch._dynamo is left alone.
+    """
+    import torch
+    import torch.compiler
+    import torch.distributed
+
+    if "torch._dynamo" in sys.modules or "diffusers.models.unets" in sys.modules:
+        yield
+        return
+
+    def no_op(fn: object = None, *args: object, **kwargs: object) -> object:
+        return (lambda f: f) if fn is None else fn
+
+    class StandIn(types.ModuleType):
+        def __getattr__(self, name: str) -> object:
+            if name.startswith("__"):
+                raise AttributeError(name)
+            return no_op
+
+    added = {name: StandIn(name) for name in ("torch._dynamo", "torch._dynamo._trace_wrapped_higher_order_op")}
+    sys.modules.update(added)
+    import diffusers.models
+
+    for package in ("transformers", "unets", "autoencoders"):
+        name = f"diffusers.models.{package}"
+        added[name] = module = StandIn(name)
+        module.__path__ = [os.path.join(diffusers.models.__path__[0], package)]
+        sys.modules[name] = module
+    real_disable, real_available = torch.compiler.disable, torch.distributed.is_available
+    torch.compiler.disable = no_op
+    torch.distributed.is_available = lambda: False
+    try:
+        yield
+    finally:
+        torch.compiler.disable, torch.distributed.is_available = real_disable, real_available
+        for name, module in added.items():
+            if sys.modules.get(name) is module:
+                del sys.modules[name]
+        torch.__dict__.pop("_dynamo", None)

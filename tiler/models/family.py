@@ -1,0 +1,197 @@
+"""What a checkpoint is, read from its configs alone: Stable Diffusion 1.x and 2.x, or a refusal that says what it is.
+
+Builds diffusers' and transformers' own modules on the meta device; no class named in a config is ever imported.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from tiler.errors import ModelError
+from tiler.memory.process import lean_imports
+from tiler.weights.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+    from transformers.models.clip.modeling_clip import CLIPTextModel
+
+_OTHERS = {
+    "StableDiffusionXL": "SDXL", "StableDiffusion3": "Stable Diffusion 3", "Flux": "Flux", "PixArt": "PixArt",
+    "Inpaint": "an inpainting model", "InstructPix2Pix": "an InstructPix2Pix model", "Upscale": "an upscaler",
+    "Kandinsky": "Kandinsky", "WuerstchenCombined": "Würstchen", "Video": "a video model", "LatentConsistency": "",
+}  # fmt: skip
+# Bounds on config numbers: nothing is allocated from a value outside them.
+_BOUNDS: Mapping[str, tuple[int, int]] = {
+    "in_channels": (1, 64), "out_channels": (1, 64), "latent_channels": (1, 64), "sample_size": (1, 4096),
+    "cross_attention_dim": (1, 8192), "norm_num_groups": (1, 256), "hidden_size": (1, 8192), "vocab_size": (2, 1_000_000),
+    "num_hidden_layers": (1, 128), "num_attention_heads": (1, 128), "intermediate_size": (1, 65_536),
+    "max_position_embeddings": (1, 4096),
+}  # fmt: skip
+_LIST_BOUNDS: Mapping[str, tuple[int, int]] = {
+    "block_out_channels": (1, 8192), "layers_per_block": (1, 16), "attention_head_dim": (1, 512),
+    "transformer_layers_per_block": (1, 64), "num_attention_heads": (1, 128),
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """A checkpoint's configs, checked. Sizes in latent pixels."""
+
+    checkpoint: Checkpoint
+    unet: dict[str, Any]
+    vae: dict[str, Any]
+    text: dict[str, Any]
+    scheduler: dict[str, Any]
+
+    @property
+    def native(self) -> int:
+        """The side of the square the UNet was trained on."""
+        return int(self.unet.get("sample_size", 64))
+
+    @property
+    def granularity(self) -> int:
+        """A UNet input's sides are multiples of this."""
+        return int(2 ** (len(self.unet["block_out_channels"]) - 1))
+
+    @property
+    def latent_channels(self) -> int:
+        return int(self.vae.get("latent_channels", 4))
+
+    @property
+    def scaling_factor(self) -> float:
+        return float(self.vae.get("scaling_factor", 0.18215))
+
+    @property
+    def shift_factor(self) -> float:
+        return float(self.vae.get("shift_factor") or 0.0)
+
+
+def read_family(checkpoint: Checkpoint) -> Family:
+    """Check every config of the checkpoint. Raises ModelError, naming the file and what the model is."""
+    index = checkpoint.config("", "model_index.json")
+    name = str(index.get("_class_name", ""))
+    for word, what in _OTHERS.items():
+        if what and word.lower() in name.lower():
+            raise ModelError(f"{checkpoint.name}: this is {what} ({name}); tiler supports Stable Diffusion 1.x and 2.x")
+    parts = {}
+    for part, want in (("unet", "UNet2DConditionModel"), ("vae", "AutoencoderKL"), ("text_encoder", None)):
+        if part == "unet" and not (checkpoint.folder / part).is_dir() and (checkpoint.folder / "transformer").is_dir():
+            raise ModelError(f"{checkpoint.name}: this is a diffusion transformer ({name}); tiler supports Stable Diffusion 1.x and 2.x")
+        config = checkpoint.config(part)
+        if want and config.get("_class_name", want) != want:
+            raise ModelError(f"{checkpoint.folder / part}: the class is {config['_class_name']!r}; tiler supports {want}")
+        if "auto_map" in config:
+            raise ModelError(f"{checkpoint.folder / part}/config.json: auto_map asks to run code from the checkpoint; refused")
+        _check_bounds(f"{checkpoint.folder / part}/config.json", config)
+        parts[part] = config
+    unet, vae, text = parts["unet"], parts["vae"], parts["text_encoder"]
+    if unet.get("addition_embed_type") == "text_time" or unet.get("cross_attention_dim") == 2048:
+        raise ModelError(f"{checkpoint.name}: this is SDXL; tiler supports Stable Diffusion 1.x and 2.x")
+    latent, channels = vae.get("latent_channels", 4), unet.get("in_channels", 4)
+    if channels != latent:
+        kind = {9: "an inpainting model", 8: "an InstructPix2Pix model", 7: "an upscaler"}.get(channels, "of another kind")
+        raise ModelError(f"{checkpoint.name}: the UNet takes {channels} channels, the VAE gives {latent}: this is {kind}; tiler needs text-to-image")
+    if not str(text.get("model_type", "clip_text_model")).startswith("clip"):
+        raise ModelError(f"{checkpoint.name}: the text encoder is {text['model_type']!r}; tiler supports CLIP")
+    if unet.get("cross_attention_dim", text["hidden_size"]) != text["hidden_size"]:
+        raise ModelError(f"{checkpoint.name}: the UNet expects text width {unet['cross_attention_dim']}, the text encoder gives {text['hidden_size']}")
+    if len(vae["block_out_channels"]) != 4:
+        raise ModelError(f"{checkpoint.name}: the VAE's factor is {2 ** (len(vae['block_out_channels']) - 1)}; tiler supports 8")
+    if not isinstance(unet.get("sample_size", 64), int):
+        raise ModelError(f"{checkpoint.folder}/unet/config.json: sample_size {unet['sample_size']!r} is not one number")
+    scheduler = checkpoint.config("scheduler", "scheduler_config.json")
+    return Family(checkpoint=checkpoint, unet=unet, vae=vae, text=text, scheduler=scheduler)
+
+
+def _check_bounds(where: str, config: dict[str, Any]) -> None:
+    needed = ("block_out_channels",) if "block_out_channels" in config or "sample_size" in config else ("hidden_size",)
+    for key in needed:
+        if key not in config:
+            raise ModelError(f"{where}: {key!r} is missing; download it again")
+    for key, value in config.items():
+        low, high = _LIST_BOUNDS.get(key) or _BOUNDS.get(key) or (0, 0)
+        if not high or value is None:
+            continue
+        values = value if isinstance(value, list) and key in _LIST_BOUNDS else [value]
+        if not values or len(values) > 16 or not all(type(v) is int and low <= v <= high for v in values):
+            raise ModelError(f"{where}: {key} = {str(value)[:60]} is out of range ({low}–{high})")
+    if (eps := config.get("norm_eps")) is not None and not (isinstance(eps, float) and math.isfinite(eps)):
+        raise ModelError(f"{where}: norm_eps = {eps!r} is not a number")
+
+
+def build_unet(family: Family) -> UNet2DConditionModel:
+    """diffusers' own UNet on the meta device."""
+    with lean_imports():
+        import torch
+        from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+    with torch.device("meta"), _refuse("unet", family):
+        return UNet2DConditionModel.from_config(family.unet).eval().requires_grad_(False)
+
+
+def build_vae(family: Family) -> AutoencoderKL:
+    """diffusers' own autoencoder on the meta device."""
+    with lean_imports():
+        import torch
+        from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    with torch.device("meta"), _refuse("vae", family):
+        return AutoencoderKL.from_config(family.vae).eval().requires_grad_(False)
+
+
+def build_text_encoder(family: Family) -> CLIPTextModel:
+    """transformers' own CLIP text model on the meta device; its position ids are real."""
+    with lean_imports():
+        import torch
+        from transformers import CLIPTextConfig
+        from transformers.models.clip.modeling_clip import CLIPTextModel
+    known = {k: v for k, v in family.text.items() if k not in ("architectures", "torch_dtype", "dtype", "_name_or_path")}
+    with _refuse("text_encoder", family):
+        config = CLIPTextConfig(**known)
+        config._attn_implementation = "sdpa"
+        with torch.device("meta"):
+            model = CLIPTextModel(config).eval().requires_grad_(False)
+    for module in model.modules():
+        if "position_ids" in module._buffers:
+            module._buffers["position_ids"] = torch.arange(config.max_position_embeddings).expand((1, -1))
+    return model
+
+
+class _refuse:
+    """Turn what a library says of an impossible config into a ModelError."""
+
+    def __init__(self, part: str, family: Family) -> None:
+        self.where = f"{family.checkpoint.folder / part}/config.json"
+
+    def __enter__(self) -> None:
+        import diffusers.utils.logging
+
+        diffusers.utils.logging.set_verbosity_error()
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: object) -> None:
+        if isinstance(value, Exception) and not isinstance(value, ModelError):
+            raise ModelError(f"{self.where}: no model can be built from it ({str(value).splitlines()[0] if str(value) else kind})") from value
+
+
+# Names a parameter may have in published files, newest first.
+_OLD_ATTENTION = (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn"))
+
+
+def vae_names(name: str) -> list[str]:
+    """Old diffusers versions wrote the VAE's attention as query, key, value, proj_attn."""
+    names = [name]
+    for new, old in _OLD_ATTENTION:
+        if f".{new}." in name:
+            names.append(name.replace(f".{new}.", f".{old}."))
+    return names
+
+
+def text_names(name: str) -> list[str]:
+    """Published files carry the prefix text_model., which transformers 5 dropped from its modules."""
+    return [f"text_model.{name}", name] if not name.startswith("text_model.") else [name, name.removeprefix("text_model.")]
+
+
+def plain_names(name: str) -> list[str]:
+    return [name]

@@ -1,0 +1,109 @@
+"""One pass of a UNet2DConditionModel over many samples with one read of its weights.
+
+Walks the blocks of diffusers' own module in the order of its forward() and keeps, between two units, only each
+sample's hidden state and the skips still to be used. Skips are concatenated when a sample needs them, not before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from tiler.weights.stream import Streamer
+
+if TYPE_CHECKING:
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+
+def _ignore(where: str) -> None:
+    pass
+
+
+def predict_noise(
+    unet: UNet2DConditionModel,
+    streamer: Streamer,
+    latents: Tensor,
+    timestep: Tensor,
+    prompt_embeds: Tensor,
+    check: Callable[[str], None] = _ignore,
+) -> Tensor:
+    """The model's prediction (epsilon or v, whichever it was trained for).
+
+    latents: (batch, channels, h, w) fp32, scaled by the scheduler; timestep: scalar, the same for all samples;
+    prompt_embeds: (batch, tokens, width) fp32 → (batch, channels, h, w) fp32. `check` is called at every unit.
+    """
+    batch, up = len(latents), 2**unet.num_upsamplers
+    assert latents.shape[2] % up == 0 and latents.shape[3] % up == 0, latents.shape
+    temb = unet.time_embedding(unet.get_time_embed(sample=latents[:1], timestep=timestep))
+    texts = list(prompt_embeds.split(1))
+
+    def each(where: str, module: torch.nn.Module, inputs: list[Tensor], *more: list[Tensor], **shared: object) -> list[Tensor]:
+        check(where)
+        calls = list(zip(inputs, *more, strict=True))
+        inputs.clear()
+        return streamer.run(module, calls, **shared)
+
+    def transform(where: str, module: torch.nn.Module, inputs: list[Tensor]) -> list[Tensor]:
+        check(where)
+        calls = list(zip(inputs, texts, strict=True))
+        inputs.clear()
+        return streamer.run(_WithText(module), calls)
+
+    hidden = each("unet.conv_in", unet.conv_in, list(latents.split(1)))
+    skips = [list(hidden)]
+    for i, block in enumerate(unet.down_blocks):
+        attentions = getattr(block, "attentions", [None] * len(block.resnets))
+        for j, (resnet, attention) in enumerate(zip(block.resnets, attentions, strict=True)):
+            hidden = each(f"unet.down_blocks.{i}.resnets.{j}", resnet, hidden, temb=temb)
+            if attention is not None:
+                hidden = transform(f"unet.down_blocks.{i}.attentions.{j}", attention, hidden)
+            skips.append(list(hidden))
+        for sampler in block.downsamplers or []:
+            hidden = each(f"unet.down_blocks.{i}.downsamplers", sampler, hidden)
+            skips.append(list(hidden))
+    if (mid := unet.mid_block) is not None:
+        hidden = each("unet.mid_block.resnets.0", mid.resnets[0], hidden, temb=temb)
+        for j, (attention, resnet) in enumerate(zip(mid.attentions, mid.resnets[1:], strict=True)):
+            if attention is not None:
+                hidden = transform(f"unet.mid_block.attentions.{j}", attention, hidden)
+            hidden = each(f"unet.mid_block.resnets.{j + 1}", resnet, hidden, temb=temb)
+    for i, block in enumerate(unet.up_blocks):
+        attentions = getattr(block, "attentions", [None] * len(block.resnets))
+        for j, (resnet, attention) in enumerate(zip(block.resnets, attentions, strict=True)):
+            hidden = each(f"unet.up_blocks.{i}.resnets.{j}", _WithSkip(resnet), hidden, skips.pop(), temb=temb)
+            if attention is not None:
+                hidden = transform(f"unet.up_blocks.{i}.attentions.{j}", attention, hidden)
+        for sampler in block.upsamplers or []:
+            hidden = each(f"unet.up_blocks.{i}.upsamplers", sampler, hidden)
+    hidden = each("unet.conv_out", torch.nn.Sequential(unet.conv_norm_out, unet.conv_act, unet.conv_out), hidden)
+    assert len(hidden) == batch and not skips
+    return torch.cat(hidden)
+
+
+class _WithSkip(torch.nn.Module):
+    """A resnet of the up path: its input is the hidden state and one skip, joined along channels."""
+
+    def __init__(self, resnet: torch.nn.Module) -> None:
+        super().__init__()
+        self.resnet = resnet
+
+    def forward(self, hidden: Tensor, skip: Tensor, temb: Tensor) -> Tensor:
+        joined = torch.cat([hidden, skip], dim=1)
+        del hidden, skip
+        result: Tensor = self.resnet(joined, temb)
+        return result
+
+
+class _WithText(torch.nn.Module):
+    """A Transformer2DModel under its prompt's embeddings."""
+
+    def __init__(self, attention: torch.nn.Module) -> None:
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, hidden: Tensor, text: Tensor) -> Tensor:
+        result: Tensor = self.attention(hidden, encoder_hidden_states=text, return_dict=False)[0]
+        return result

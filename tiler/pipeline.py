@@ -1,0 +1,299 @@
+"""The one way through the house: plan → encode prompts → guide → canvas → decode → write.
+
+A low-resolution pass makes a guide image; the canvas pipeline denoises overlapping regions whose noise predictions are
+blended on one latent canvas (Mixture of Diffusers); a decoder that works row by row makes the picture. Weights are
+streamed from disk, and the whole process stays under the budget. Knows the order of the phases, not how they work.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from tiler import events
+from tiler.decode import frozen
+from tiler.diffusion import canvas, guide, schedulers
+from tiler.errors import NumericalError
+from tiler.memory import process
+from tiler.memory.budget import Budget
+from tiler.models import family as families
+from tiler.models.family import Family
+from tiler.models.text import encode_prompts, load_tokenizer
+from tiler.models.unet import predict_noise
+from tiler.output.files import check_writable
+from tiler.output.latents import save_latents
+from tiler.output.png import infotext, write_png
+from tiler.planner import RenderPlan, plan_decode, plan_render
+from tiler.request import RenderRequest
+from tiler.weights.checkpoint import resolve
+from tiler.weights.store import WeightStore
+from tiler.weights.stream import PIECE_BYTES, Streamer, match_index, stream_layers
+
+OnEvent = Callable[[events.Event], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What came out: the file, and the report as written by --report."""
+
+    output: Path
+    report: dict[str, Any]
+
+
+def render(request: RenderRequest, budget: Budget | None = None, on_event: OnEvent = lambda event: None) -> Result:
+    """Render `request` into its output file under `budget` (default 800 MB of RSS). Raises TilerError."""
+    with _inference(), (budget or Budget()) as budget:
+        check_writable(request.output, force=request.force)
+        if request.save_latents is not None:
+            check_writable(request.save_latents, force=request.force)
+        if request.guide_image is not None:
+            guide.load_picture(request.guide_image)  # before any work: is it a picture at all?
+        plan = plan_render(request, families.read_family(resolve(request.model, variant=request.variant, revision=request.revision)), budget.max_bytes)
+        plan.memory.check()
+        process.trim()
+        work = _Work(request, plan, budget, on_event)
+        with process.limit_data(max(0, budget.max_bytes - process.read_rss().now) + 200_000_000):
+            conditions = work.encode_prompts()
+            guide_latents = work.guide_pass(conditions) if plan.guide is not None else None
+            reference = work.reference(guide_latents)
+            latents = work.canvas_pass(conditions, reference)
+            if request.save_latents is not None:
+                save_latents(request.save_latents, latents)
+            pixels = work.decode(latents)
+        write_png(request.output, pixels[: request.height, : request.width], work.texts())
+    return Result(output=request.output, report=work.report())
+
+
+class _Work:
+    """The phases of one render. Each lets its weights go when it ends."""
+
+    def __init__(self, request: RenderRequest, plan: RenderPlan, budget: Budget, on_event: OnEvent) -> None:
+        self.request, self.plan, self.family, self.budget, self.on_event = request, plan, plan.family, budget, on_event
+        self.scheduler_name = schedulers.choose(request.scheduler, plan.family.scheduler)
+        self.unet_calls = self.unet_samples = self.weight_bytes_read = 0
+
+    def encode_prompts(self) -> canvas.Conditions:
+        """Every prompt with its negative prompt, once."""
+        request = self.request
+        pairs = [] if request.prompt is None else [(request.prompt, request.negative_prompt)]
+        for r in request.regions:
+            pairs.append((r.prompt, request.negative_prompt if r.negative_prompt is None else r.negative_prompt))
+        with self._phase("encode prompts", 1):
+            tokenizer = load_tokenizer(self.family)
+            encoder = families.build_text_encoder(self.family)
+            with self._streamed(encoder, "text_encoder", families.text_names):
+                texts = list(dict.fromkeys(text for pair in pairs for text in pair))
+                encoded = dict(zip(texts, encode_prompts(tokenizer, encoder, texts, self._note).split(1), strict=True))
+            return canvas.Conditions(
+                torch.cat([encoded[prompt] for prompt, _ in pairs]), torch.cat([encoded[negative] for _, negative in pairs])
+            )
+
+    def guide_pass(self, conditions: canvas.Conditions) -> Tensor:
+        """A picture of the whole at the model's native size: its latents, (1, C, h, w) fp32 scaled."""
+        plan, request = self.plan, self.request
+        assert plan.guide is not None
+        whole = canvas.whole_canvas(plan.guide.height, plan.guide.width, request.guidance_scale)
+        with self._phase("guide", plan.guide_steps * plan.guide_batch):
+            return self._sample("guide", [whole], conditions, None, 0, plan.guide_batch)
+
+    def reference(self, guide_latents: Tensor | None) -> Tensor | None:
+        """What rules the first part of the canvas's schedule: the guide's picture, or the user's, at the canvas's size."""
+        if guide_latents is None and self.request.guide_image is None:
+            return None
+        height, width = (8 * n for n in self.plan.canvas)
+        vae = families.build_vae(self.family)
+        with self._phase("guide picture", self.plan.canvas[0]), self._streamed(vae, "vae", families.vae_names):
+            if guide_latents is not None:
+                assert self.plan.guide is not None
+                picture = Image.fromarray(self._decode_strips(vae, guide_latents, "guide picture"))
+                box: tuple[float, float] | None = (8 * self.plan.guide.shown_height, 8 * self.plan.guide.shown_width)
+            else:
+                assert self.request.guide_image is not None
+                picture, box = guide.load_picture(self.request.guide_image), None
+            small = frozen.shrunken_size(*self.plan.canvas)
+            pixels = guide.fit(picture, height, width, box)
+            shrunken = guide.fit(picture, 8 * small[0], 8 * small[1], box)
+            del picture
+            mean = frozen.encode(vae, pixels, shrunken, rows=self.plan.rows, check=self.budget.check)
+            return (mean - self.family.shift_factor) * self.family.scaling_factor
+
+    def canvas_pass(self, conditions: canvas.Conditions, reference: Tensor | None) -> Tensor:
+        """Mixture of Diffusers on the whole canvas: latents as the scheduler left them, (1, C, h, w) fp32."""
+        plan = self.plan
+        with self._phase("canvas", plan.steps * plan.samples_per_step):
+            return self._sample("canvas", list(plan.regions), conditions, reference, plan.begin, plan.batch)
+
+    def decode(self, latents: Tensor) -> np.ndarray:
+        """The picture, (H, W, 3) uint8."""
+        vae = families.build_vae(self.family)
+        with self._phase("decode", latents.shape[2]), self._streamed(vae, "vae", families.vae_names):
+            return self._decode_strips(vae, latents, "decode")
+
+    def _sample(
+        self, phase: str, regions: list[Any], conditions: canvas.Conditions, reference: Tensor | None, begin: int, batch: int
+    ) -> Tensor:
+        request, steps = self.request, self.request.num_inference_steps
+        height, width = max(r.top + r.height for r in regions), max(r.left + r.width for r in regions)
+        reseeded = [] if phase == "guide" else [
+            ((slice(r.rows[0] // 8, r.rows[1] // 8), slice(r.cols[0] // 8, r.cols[1] // 8)), r.seed)
+            for r in request.regions if r.seed is not None
+        ]  # fmt: skip
+        noise, generator = canvas.initial_noise((1, self.family.latent_channels, height, width), request.seed, reseeded)
+        scheduler = schedulers.build(self.scheduler_name, self.family.scheduler, steps)
+        latents = canvas.start_latents(scheduler, noise, reference, begin)
+        del noise
+        unet = families.build_unet(self.family)
+        with self._streamed(unet, "unet", families.plain_names, self.plan.resident) as streamer:
+
+            def predict(inputs: Tensor, timestep: Tensor, embeds: Tensor) -> Tensor:
+                self.unet_calls += 1
+                self.unet_samples += len(inputs)
+                return predict_noise(unet, streamer, inputs, timestep, embeds, self.budget.check)
+
+            loop = canvas.denoise(latents, regions, conditions, scheduler, predict, generator, begin=begin, batch=batch)
+            for state in loop:
+                done = (state.step - begin) * state.total + state.samples
+                detail = f"step {state.step + 1}/{len(scheduler.timesteps)}, {state.samples}/{state.total} tile passes"
+                self.on_event(events.Progress(name=phase, done=done, total=(len(scheduler.timesteps) - begin) * state.total, detail=detail))
+                if state.latents is not None:
+                    latents = state.latents
+        return latents
+
+    def _decode_strips(self, vae: Any, latents: Tensor, phase: str) -> np.ndarray:
+        unscaled = latents / self.family.scaling_factor + self.family.shift_factor
+        return decode_pixels(vae, unscaled, self.budget, lambda done, total: self.on_event(
+            events.Progress(name=phase, done=done, total=total, detail=f"row {8 * done}/{8 * total}")))  # fmt: skip
+
+    @contextmanager
+    def _streamed(
+        self, module: Any, part: str, rename: Callable[[str], list[str]], resident: dict[str, torch.dtype] | None = None
+    ) -> Iterator[Streamer]:
+        with streamed(module, self.family, part, rename, resident) as streamer:
+            try:
+                yield streamer
+            finally:
+                assert streamer.store is not None
+                self.weight_bytes_read += streamer.store.bytes_read
+
+    @contextmanager
+    def _phase(self, name: str, total: int) -> Iterator[None]:
+        self.on_event(events.PhaseStarted(name=name, total=total))
+        with self.budget.phase(name) as use:
+            yield
+            self.budget.check(name)
+        self.on_event(events.PhaseDone(name=name, seconds=use.seconds, peak_rss_bytes=use.peak_rss_bytes))
+
+    def _note(self, text: str) -> None:
+        self.on_event(events.Note(text=text))
+
+    def report(self) -> dict[str, Any]:
+        """What --report writes."""
+        return report(self.budget, self.plan.memory.peak_bytes) | {
+            "unet_calls": self.unet_calls, "unet_samples": self.unet_samples, "tiles": len(self.plan.regions),
+            "tile_batch": self.plan.batch, "weight_bytes_read": self.weight_bytes_read, "seed": self.request.seed,
+            "width": self.request.width, "height": self.request.height, "model": self.family.checkpoint.name,
+            "revision": self.family.checkpoint.revision,
+        }  # fmt: skip
+
+    def texts(self) -> dict[str, str]:
+        """The PNG's text chunks: AUTOMATIC1111's `parameters`, and the whole request as JSON under `tiler`."""
+        r = self.request
+        fields: dict[str, object] = {
+            "Steps": r.num_inference_steps, "Sampler": self.scheduler_name.value.removesuffix(" Karras"),
+            **({"Schedule type": "Karras"} if self.scheduler_name.value.endswith("Karras") else {}),
+            "CFG scale": r.guidance_scale, "Seed": r.seed, "Size": f"{r.width}x{r.height}", "Model": self.family.checkpoint.name,
+            **({"Denoising strength": r.strength} if self.plan.begin else {}), "Version": f"tiler {metadata.version('tiler')}",
+        }  # fmt: skip
+        request = {k: v for k, v in asdict(r).items() if k not in ("output", "save_latents", "force")}
+        data = json.dumps(request | {"peak_rss_bytes": self.budget.peak_rss_bytes}, default=str, ensure_ascii=False)
+        prompt = r.prompt if r.prompt is not None else " | ".join(region.prompt for region in r.regions)
+        return {"parameters": infotext(prompt, r.negative_prompt, fields), "tiler": data}
+
+
+def decode_file(
+    latents: Tensor, model: str, output: Path, *, budget: Budget | None = None, variant: str | None = None,
+    revision: str | None = None, force: bool = False, on_event: OnEvent = lambda event: None,
+) -> Result:  # fmt: skip
+    """Decode scaled latents (1, C, h, w) fp32 with a checkpoint's autoencoder into a PNG. Raises TilerError."""
+    with _inference(), (budget or Budget()) as budget:
+        check_writable(output, force=force)
+        family = families.read_family(resolve(model, variant=variant, revision=revision))
+        check_latents(latents, family)
+        rows, plan = plan_decode(family, (latents.shape[2], latents.shape[3]), budget.max_bytes)
+        plan.check()
+        vae = families.build_vae(family)
+        on_event(events.PhaseStarted(name="decode", total=latents.shape[2]))
+        with budget.phase("decode") as use, streamed(vae, family, "vae", families.vae_names):
+            unscaled = latents.float() / family.scaling_factor + family.shift_factor
+            pixels = decode_pixels(vae, unscaled, budget, lambda done, total: on_event(
+                events.Progress(name="decode", done=done, total=total, detail=f"row {8 * done}/{8 * total}")))  # fmt: skip
+        on_event(events.PhaseDone(name="decode", seconds=use.seconds, peak_rss_bytes=use.peak_rss_bytes))
+        write_png(output, pixels, {})
+    return Result(output=output, report=report(budget, plan.peak_bytes))
+
+
+def check_latents(latents: Tensor, family: Family) -> None:
+    """Raises UsageError or NumericalError for latents that this model cannot decode."""
+    from tiler.errors import UsageError
+
+    if latents.ndim != 4 or len(latents) != 1 or latents.shape[1] != family.latent_channels or min(latents.shape[2:]) < 1:
+        raise UsageError(f"the latents have shape {list(latents.shape)}; {family.checkpoint.name} decodes [1, {family.latent_channels}, height/8, width/8]")
+    if not bool(torch.isfinite(latents).all()):
+        raise NumericalError("the latents hold NaN or Inf; render them again")
+
+
+def decode_pixels(vae: Any, unscaled: Tensor, budget: Budget, progress: Callable[[int, int], None]) -> np.ndarray:
+    """Decode (1, C, h, w) fp32 latents into (8h, 8w, 3) uint8. Raises NumericalError rather than give a black picture."""
+    height, width = unscaled.shape[2:]
+    pixels = np.empty((8 * height, 8 * width, 3), np.uint8)
+    row = 0
+    for strip in frozen.decode(vae, unscaled, rows=frozen.strip_rows(width), check=budget.check):
+        if not math.isfinite(float(strip.sum())):
+            raise NumericalError(f"NaN or Inf in the decoder at row {row}; the VAE's weights may be damaged")
+        pixels[row : row + strip.shape[1]] = frozen.to_uint8(strip)
+        row += strip.shape[1]
+        progress(row // 8, height)
+    return pixels
+
+
+@contextmanager
+def streamed(
+    module: Any, family: Family, part: str, rename: Callable[[str], list[str]], resident: dict[str, torch.dtype] | None = None
+) -> Iterator[Streamer]:
+    """The weights of one part of the checkpoint behind a meta-device module, for as long as the block lasts."""
+    index = match_index(module, family.checkpoint.weights(part), rename)
+    with WeightStore(index, piece_bytes=PIECE_BYTES) as store:
+        streamer = Streamer(store)
+        stream_layers(module, streamer)
+        for name, dtype in (resident or {}).items():
+            store.keep(name, dtype)
+        yield streamer
+
+
+def report(budget: Budget, predicted: int) -> dict[str, Any]:
+    """The part of a report that every command has."""
+    return {
+        "schema": 1, "peak_rss_bytes": budget.peak_rss_bytes, "predicted_peak_bytes": predicted, "max_ram_bytes": budget.max_bytes,
+        "phases": [asdict(phase) for phase in budget.phases], "threads": torch.get_num_threads(),
+        "versions": {"python": platform.python_version(), **{n: metadata.version(n) for n in ("tiler", "torch", "diffusers", "transformers")}},
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }  # fmt: skip
+
+
+@contextmanager
+def _inference() -> Iterator[None]:
+    with torch.inference_mode(False), torch.no_grad():
+        yield

@@ -1,0 +1,238 @@
+"""From a request, a checkpoint's configs and a ceiling: how the work is cut, and what each phase will need.
+
+Nothing is read but JSON and the weight files' headers, and nothing is computed: the phases' own code runs on meta
+tensors under a `MetaMeter`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import nn
+
+from tiler.decode import frozen
+from tiler.diffusion.canvas import first_step
+from tiler.diffusion.guide import GuideSize, guide_size
+from tiler.diffusion.tiles import Text2ImageRegion, plan_tiles
+from tiler.errors import UsageError
+from tiler.memory.meter import MetaMeter
+from tiler.memory.plan import MARGIN, MemoryPlan, PhasePlan, Term
+from tiler.memory.process import read_rss
+from tiler.models import family as families
+from tiler.models.family import Family
+from tiler.models.unet import predict_noise
+from tiler.request import RenderRequest
+from tiler.weights.store import READ_AHEAD, TORCH_DTYPES
+from tiler.weights.stream import PIECE_BYTES, Streamer, StreamedLayer, stream_layers
+
+MAX_BATCH = 16
+LIBRARIES_BYTES = 42_000_000  # measured: oneDNN and MKL code and their compiled kernels, touched at first use
+
+
+@dataclass(frozen=True, kw_only=True)
+class RenderPlan:
+    """How a request is carried out. Sizes in latent pixels."""
+
+    family: Family
+    canvas: tuple[int, int]
+    guide: GuideSize | None
+    regions: tuple[Text2ImageRegion, ...]
+    begin: int
+    batch: int
+    rows: int
+    resident: dict[str, torch.dtype]  # UNet weights that stay in memory, by parameter name
+    memory: MemoryPlan
+    steps: int  # of the canvas pass
+    samples_per_step: int
+    guide_batch: int
+    guide_steps: int
+
+    @property
+    def unet_calls(self) -> int:
+        """Passes over the UNet's weights."""
+        return self.guide_steps + self.steps * math.ceil(self.samples_per_step / self.batch)
+
+    @property
+    def unet_samples(self) -> int:
+        return self.guide_steps * self.guide_batch + self.steps * self.samples_per_step
+
+
+def plan_render(request: RenderRequest, family: Family, max_bytes: int) -> RenderPlan:
+    """Cut the work so that it fits. The memory plan may still be over the ceiling: `plan.memory.check()` refuses.
+
+    Raises UsageError for sizes, overlaps and regions that do not go with the model.
+    """
+    canvas = request.canvas_size[0] // 8, request.canvas_size[1] // 8
+    side = family.native
+    if min(canvas) < side:
+        raise UsageError(
+            f"{request.width}×{request.height} is smaller than a tile of this model; both sides must be at least {8 * side} pixels"
+        )
+    overlap = side // 4 if request.overlap is None else request.overlap // 8
+    regions = plan_tiles(request, canvas=canvas, tile=(side, side), overlap=overlap)
+    wanted = request.guide and request.guide_image is None and request.prompt is not None
+    guide = guide_size(canvas, side, family.granularity) if wanted else None
+    guided = guide is not None or request.guide_image is not None
+    begin = first_step(request.num_inference_steps, request.strength) if guided else 0
+    steps = request.num_inference_steps - begin
+    per_step = sum(2 if r.guidance_scale > 1 else 1 for r in regions)
+    guide_batch = 2 if request.guidance_scale > 1 else 1
+    rows = frozen.strip_rows(canvas[1])
+
+    unet = families.build_unet(family)
+    stored = family.checkpoint.weights("unet")
+    unet_terms = _weights_terms(unet, {name: info.nbytes for name, info in stored.items()})
+    width = family.text["hidden_size"]
+
+    @cache
+    def activations(batch: int, height: int, breadth: int) -> int:
+        streamer = Streamer(None)
+        with MetaMeter() as meter, torch.device("meta"), torch.no_grad():
+            latents = torch.empty(batch, family.latent_channels, height, breadth)
+            predict_noise(unet, streamer, latents, torch.tensor(1), torch.empty(batch, 77, width))
+        return meter.peak_bytes
+
+    fixed = [Term(name="python, libraries", nbytes=read_rss().now + LIBRARIES_BYTES)]
+    decode = _autoencoder_phases(request, family, canvas, guide, rows, fixed)
+    canvas_bytes = 4 * family.latent_channels * canvas[0] * canvas[1] * 6 + 4 * side * side * len(regions)
+
+    def sampling(name: str, batch: int, height: int, breadth: int, resident: int = 0) -> PhasePlan:
+        terms = [*fixed, *unet_terms, Term(name="activations", nbytes=activations(batch, height, breadth)), Term(name="canvas", nbytes=canvas_bytes)]
+        return PhasePlan(name=name, terms=tuple([*terms, Term(name="resident weights", nbytes=resident)] if resident else terms))
+
+    batch = _largest_batch(lambda b: sampling("canvas", b, side, side).peak_bytes, int(max_bytes * MARGIN), min(MAX_BATCH, per_step))
+    batch = math.ceil(per_step / math.ceil(per_step / batch))  # passes of equal size
+    guide_sides = (guide.height, guide.width) if guide is not None else (side, side)
+    base = [sampling("canvas", batch, side, side)]
+    if guide is not None:
+        base.insert(0, sampling("guide", guide_batch, *guide_sides))
+    room = int(max_bytes * MARGIN) - max(p.peak_bytes for p in base)
+    resident = _choose_resident(unet, stored, room) if room > 0 else {}
+    kept = sum(stored[name].nbytes // TORCH_DTYPES[stored[name].dtype].itemsize * dtype.itemsize for name, dtype in resident.items())
+    phases = [_text_phase(family, fixed), *(_with(p, kept) for p in base), *decode]
+    order = ["encode prompts", "guide", "guide picture", "canvas", "decode"]
+    phases.sort(key=lambda p: order.index(p.name))
+    least = [p.peak_bytes for p in phases if p.name not in ("guide", "canvas")]
+    least.append(sampling("canvas", 1, side, side).peak_bytes)
+    if guide is not None:
+        least.append(sampling("guide", guide_batch, *guide_sides).peak_bytes)
+    return RenderPlan(
+        family=family, canvas=canvas, guide=guide, regions=tuple(regions), begin=begin, batch=batch, rows=rows,
+        resident=resident, steps=steps, samples_per_step=per_step, guide_batch=guide_batch,
+        guide_steps=request.num_inference_steps if guide is not None else 0,
+        memory=MemoryPlan(max_bytes=max_bytes, phases=tuple(phases), smallest_bytes=int(max(least) / MARGIN) + 1),
+    )  # fmt: skip
+
+
+def plan_decode(family: Family, latents: tuple[int, int], max_bytes: int) -> tuple[int, MemoryPlan]:
+    """(latent rows of a strip, memory plan) for decoding latents of (height, width)."""
+    rows = frozen.strip_rows(latents[1])
+    fixed = [Term(name="python, libraries", nbytes=read_rss().now + LIBRARIES_BYTES)]
+    phase = _decode_phase("decode", family, latents, rows, fixed)
+    return rows, MemoryPlan(max_bytes=max_bytes, phases=(phase,), smallest_bytes=int(phase.peak_bytes / MARGIN) + 1)
+
+
+def _with(phase: PhasePlan, resident: int) -> PhasePlan:
+    return PhasePlan(name=phase.name, terms=(*phase.terms, Term(name="resident weights", nbytes=resident))) if resident else phase
+
+
+def _largest_batch(peak: Callable[[int], int], room: int, most: int) -> int:
+    """The largest batch whose predicted peak fits, at least 1. Peaks grow almost linearly: guess, then step down."""
+    if most == 1 or peak(most) <= room:
+        return most
+    slope = (peak(most) - peak(1)) / (most - 1)
+    batch = max(1, min(most - 1, 1 + int((room - peak(1)) / slope) + 1))
+    while batch > 1 and peak(batch) > room:
+        batch -= 1
+    return batch
+
+
+def _weights_terms(module: nn.Module, stored: dict[str, int]) -> list[Term]:
+    """What streaming `module` keeps in memory: the arena as far as it is used, read buffers, norms and biases."""
+    streamer = Streamer(None)
+    stream_layers(module, streamer)
+    layers = [m for m in module.modules() if isinstance(m, StreamedLayer)]
+    linear = [layer for layer in layers if not isinstance(layer, nn.Embedding)]
+    largest = max((layer.weight.numel() * 4 for layer in linear), default=0)
+    units = [sum(layer.weight.numel() for layer in _inside(m)) * 4 for m in module.modules() if not isinstance(m, nn.ModuleList)]
+    arena = max((u for u in units if u <= streamer.arena_bytes), default=0)
+    arena = max(arena, min(largest, streamer.arena_bytes))
+    biggest = max(stored.values(), default=0)
+    small = sum(p.numel() * 4 for m in module.modules() for n, p in m.named_parameters(recurse=False) if not (n == "weight" and isinstance(m, StreamedLayer)))
+    return [
+        Term(name="weights in fp32", nbytes=arena + small),
+        Term(name="read buffers", nbytes=(READ_AHEAD + 1) * min(biggest, PIECE_BYTES + PIECE_BYTES // 8)),
+    ]
+
+
+def _inside(module: nn.Module) -> list[StreamedLayer]:
+    return [m for m in module.modules() if isinstance(m, StreamedLayer) and not isinstance(m, nn.Embedding)]
+
+
+def _choose_resident(unet: nn.Module, stored: dict[str, object], room: int) -> dict[str, torch.dtype]:
+    """What the ceiling leaves over holds weights: all in fp32 if they fit, else a fixed subset as stored.
+
+    Access is cyclic, so which ones does not matter for the bytes read; the first in the order of use are taken.
+    """
+    layers = [m for m in unet.modules() if isinstance(m, StreamedLayer) and not isinstance(m, nn.Embedding)]
+    if sum(layer.weight.numel() for layer in layers) * 4 <= room:
+        return {layer.key: torch.float32 for layer in layers}
+    chosen: dict[str, torch.dtype] = {}
+    for layer in layers:
+        info = stored[layer.key]
+        nbytes: int = info.nbytes  # type: ignore[attr-defined]
+        if nbytes <= room:
+            chosen[layer.key] = TORCH_DTYPES[info.dtype]  # type: ignore[attr-defined]
+            room -= nbytes
+    return chosen
+
+
+def _text_phase(family: Family, fixed: list[Term]) -> PhasePlan:
+    encoder = families.build_text_encoder(family)
+    stored = {name: info.nbytes for name, info in family.checkpoint.weights("text_encoder").items() if "token_embedding" not in name}
+    tokens = 77 * 2
+    activations = 4 * tokens * (family.text["intermediate_size"] * 3 + family.text["hidden_size"] * 8)
+    terms = [*fixed, *_weights_terms(encoder, stored), Term(name="activations", nbytes=activations)]
+    return PhasePlan(name="encode prompts", terms=tuple(terms))
+
+
+def _decode_phase(name: str, family: Family, latents: tuple[int, int], rows: int, fixed: list[Term], picture: int = 0) -> PhasePlan:
+    vae = families.build_vae(family)
+    streamer = Streamer(None)
+    stream_layers(vae, streamer)
+    with MetaMeter() as meter, torch.no_grad():
+        z = torch.empty(1, family.latent_channels, *latents, device="meta")
+        for number, _ in enumerate(frozen.decode(vae, z, rows=rows)):
+            if number == 8:
+                break
+    nbytes = 3 * 64 * latents[0] * latents[1]
+    stored = {n: i.nbytes for n, i in family.checkpoint.weights("vae").items()}
+    return PhasePlan(
+        name=name,
+        terms=(*fixed, *_weights_terms(vae, stored), Term(name="activations", nbytes=meter.peak_bytes), Term(name="picture", nbytes=nbytes + picture)),
+    )
+
+
+def _autoencoder_phases(
+    request: RenderRequest, family: Family, canvas: tuple[int, int], guide: GuideSize | None, rows: int, fixed: list[Term]
+) -> list[PhasePlan]:
+    phases = [_decode_phase("decode", family, canvas, rows, fixed)]
+    if guide is None and request.guide_image is None:
+        return phases
+    vae = families.build_vae(family)
+    stream_layers(vae, Streamer(None))
+    small = frozen.shrunken_size(*canvas)
+    with MetaMeter() as meter, torch.no_grad():
+        frozen.encode_shapes(vae, canvas, small, rows=rows)
+    pixels = 3 * 64 * canvas[0] * canvas[1]
+    stored = {n: i.nbytes for n, i in family.checkpoint.weights("vae").items()}
+    terms = [*fixed, *_weights_terms(vae, stored), Term(name="activations", nbytes=meter.peak_bytes), Term(name="picture", nbytes=3 * pixels)]
+    phases.append(PhasePlan(name="guide picture", terms=tuple(terms)))
+    if guide is not None:  # the same phase first decodes the guide
+        decoded = _decode_phase("guide picture", family, (guide.height, guide.width), frozen.strip_rows(guide.width), fixed)
+        phases[-1] = max(phases[-1], decoded, key=lambda p: p.peak_bytes)
+    return phases

@@ -1,0 +1,1 @@
+"""Where tensors come from. Knows nothing of what a layer means."""

@@ -1,0 +1,140 @@
+"""The index of a safetensors file: validated before a byte of weights is read.
+
+Format: 8 bytes little-endian header length, JSON header, tensor data (github.com/huggingface/safetensors, "Format").
+The checks are stricter than the library's: duplicate names and trailing bytes are refused too.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import stat
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tiler.errors import ModelError
+
+MAX_HEADER_BYTES = 100_000_000
+MAX_RANK = 8
+DTYPE_BYTES = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
+    "U16": 2, "U32": 4, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1,
+}  # fmt: skip
+
+
+class TensorInfo(NamedTuple):
+    """Where one tensor lies: `offset` and `nbytes` count from the start of `path`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    path: Path
+    offset: int
+    nbytes: int
+
+
+def open_regular(path: Path) -> int:
+    """A read-only descriptor of a regular file. Never blocks on a FIFO. Raises ModelError."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from error
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise ModelError(f"{path}: not a regular file; --model takes a folder with safetensors files")
+    return fd
+
+
+def read_index(path: Path) -> dict[str, TensorInfo]:
+    """The tensors of one safetensors file by name. Raises ModelError for every way the file can be bad."""
+    fd = open_regular(path)
+    try:
+        size = os.fstat(fd).st_size
+        start = os.pread(fd, 8, 0)
+        if len(start) < 8:
+            raise ModelError(f"{path}: not a safetensors file (header too small: {size} bytes); download it again")
+        length = int.from_bytes(start, "little")
+        if length > MAX_HEADER_BYTES or length > size - 8:
+            raise ModelError(f"{path}: {_sniff(os.pread(fd, 512, 0), length, size)}")
+        header = _parse(path, os.pread(fd, length, 8))
+    finally:
+        os.close(fd)
+    return _validate(path, header, data_start=8 + length, size=size)
+
+
+def merge_indexes(paths: list[Path]) -> dict[str, TensorInfo]:
+    """One index over the shards of a checkpoint. Raises ModelError when two shards hold the same name."""
+    merged: dict[str, TensorInfo] = {}
+    for path in paths:
+        for name, info in read_index(path).items():
+            if name in merged:
+                raise ModelError(f"{path}: tensor {name!r} is also in {merged[name].path.name}; the shards do not belong together")
+            merged[name] = info
+    return merged
+
+
+def _sniff(head: bytes, length: int, size: int) -> str:
+    text = head.lstrip().lower()
+    if head.startswith(b"version https://git-lfs"):
+        return "this is a Git LFS pointer, not the file itself; run `git lfs pull` or download it again"
+    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "this is a web page saved under a model's name; download the file again"
+    if head.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x04")):
+        return "this is a pickle checkpoint under a safetensors name; tiler reads safetensors only"
+    if head.startswith(b"GGUF"):
+        return "this is a GGUF file; tiler reads safetensors only"
+    return f"not a safetensors file (the header would be {length} bytes, the file has {size}); download it again"
+
+
+def _parse(path: Path, raw: bytes) -> dict[str, Any]:
+    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        if len(set(names)) != len(names):
+            twice = next(n for n in names if names.count(n) > 1)
+            raise ModelError(f"{path}: the name {twice!r} stands twice in the header; the file is damaged")
+        return dict(pairs)
+
+    try:
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=no_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path}: the header is not valid JSON; download the file again") from error
+    if not isinstance(header, dict):
+        raise ModelError(f"{path}: the header is not a JSON object; download the file again")
+    return header
+
+
+def _validate(path: Path, header: dict[str, Any], *, data_start: int, size: int) -> dict[str, TensorInfo]:
+    infos = [_entry(path, name, entry, data_start) for name, entry in header.items() if name != "__metadata__"]
+    end = data_start
+    for info in sorted(infos, key=lambda i: (i.offset, i.nbytes)):
+        if info.offset != end:
+            what = "overlaps the tensor before it" if info.offset < end else "leaves a hole before it"
+            raise ModelError(f"{path}: tensor {info.name!r} {what}; the file is damaged")
+        end = info.offset + info.nbytes
+    if end > size:
+        raise ModelError(f"{path}: the file is {end - size} bytes short (a cut download?); download it again")
+    if end < size:
+        raise ModelError(f"{path}: {size - end} bytes too many follow the last tensor; re-save or download it again")
+    return {info.name: info for info in infos}
+
+
+def _entry(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
+    bad = ModelError(f"{path}: the entry of tensor {name!r} is malformed; the file is damaged")
+    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
+        raise bad
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+
+    def whole(values: Any) -> bool:
+        return isinstance(values, list) and all(type(v) is int and 0 <= v < 2**63 for v in values)
+
+    if not isinstance(dtype, str) or not whole(shape) or not whole(offsets) or len(offsets) != 2 or len(shape) > MAX_RANK:
+        raise bad
+    begin, end = offsets
+    if begin > end:
+        raise bad
+    if dtype in DTYPE_BYTES and math.prod(shape) * DTYPE_BYTES[dtype] != end - begin:
+        raise ModelError(
+            f"{path}: tensor {name!r} says {dtype} {shape}, which is not {end - begin} bytes; the file is damaged"
+        )
+    return TensorInfo(name, dtype, tuple(shape), path, data_start + begin, end - begin)

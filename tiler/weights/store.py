@@ -1,0 +1,190 @@
+"""Weights on disk, read in pieces of rows with preadv into reused buffers, cast to fp32 at the point of use.
+
+Files are never mapped: mapped pages count as RSS, the page cache behind pread does not. A thread reads ahead along the
+order of the previous pass. Knows nothing of layers.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple, Self
+
+import torch
+
+from tiler.errors import ModelError, NumericalError, StorageError
+from tiler.weights.index import TensorInfo, open_regular
+
+TORCH_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+READ_AHEAD = 2  # pieces in flight; each has a buffer of its own
+
+
+class Piece(NamedTuple):
+    """Rows [first, last) of a tensor: contiguous in the file."""
+
+    name: str
+    first: int
+    last: int
+
+
+def piece_rows(row_bytes: int, piece_bytes: int) -> int:
+    """Rows of a piece of about `piece_bytes`: multiples of 32, at least 32, so that cuts fall between oneDNN's blocks."""
+    return max(32, piece_bytes // max(1, row_bytes) // 32 * 32)
+
+
+class WeightStore:
+    """Tensors of one model, by the model's own parameter names.
+
+    `index` maps parameter names to places in files; `piece_bytes` bounds one read (bytes as stored).
+    """
+
+    def __init__(self, index: dict[str, TensorInfo], *, piece_bytes: int, check_finite: bool = True) -> None:
+        self.index = index
+        self.piece_bytes = piece_bytes
+        self.bytes_read = 0
+        self.resident: dict[str, torch.Tensor] = {}
+        self._check_finite = check_finite
+        self._checked: set[Piece] = set()
+        self._next: dict[Piece, Piece] = {}  # which piece was asked for after which
+        self._last: Piece | None = None
+        self._ahead: deque[tuple[Piece, Future[torch.Tensor]]] = deque()
+        self._buffers: list[torch.Tensor] = []
+        self._fds: dict[Path, int] = {}
+        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tiler-read-ahead")
+        try:
+            for info in index.values():
+                if info.dtype not in TORCH_DTYPES:
+                    raise ModelError(f"{info.path}: tensor {info.name!r} is stored as {info.dtype}; tiler reads F16, BF16 and F32")
+                if info.path not in self._fds:
+                    self._fds[info.path] = open_regular(info.path)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop the reader, close the files, let the buffers go."""
+        self._reader.shutdown(wait=True, cancel_futures=True)
+        for fd in self._fds.values():
+            os.close(fd)
+        self._fds.clear()
+        self._ahead.clear()
+        self._buffers.clear()
+        self.resident.clear()
+
+    def load(self, name: str) -> torch.Tensor:
+        """A whole tensor in fp32, newly allocated: for norms, biases and other small ones."""
+        info = self.index[name]
+        out = torch.empty(info.shape, dtype=torch.float32)
+        rows = info.shape[0] if info.shape else 1
+        self._cast(Piece(name, 0, rows), self._read(Piece(name, 0, rows), self._new_buffer(info.nbytes)), out)
+        return out
+
+    def rows(self, name: str, rows: list[int]) -> torch.Tensor:
+        """Single rows of a table in fp32: (len(rows), *shape[1:])."""
+        out = torch.empty((len(rows), *self.index[name].shape[1:]), dtype=torch.float32)
+        buffer = self._new_buffer(self._row_bytes(name))
+        for i, row in enumerate(rows):
+            piece = Piece(name, row, row + 1)
+            self._cast(piece, self._read(piece, buffer), out[i : i + 1])
+        return out
+
+    def pieces(self, name: str) -> list[Piece]:
+        """The tensor cut along its first axis into pieces of about `piece_bytes`."""
+        total = self.index[name].shape[0]
+        step = piece_rows(self._row_bytes(name), self.piece_bytes)
+        return [Piece(name, first, min(first + step, total)) for first in range(0, total, step)]
+
+    def fetch(self, piece: Piece, out: torch.Tensor) -> None:
+        """Cast a piece into `out` (rows × rest, fp32), and start reading what followed it last time."""
+        if (kept := self.resident.get(piece.name)) is not None:
+            out.copy_(kept[piece.first : piece.last].view_as(out))
+            return
+        if self._last is not None:
+            self._next[self._last] = piece
+        self._last = piece
+        raw = self._take(piece)
+        self._read_ahead(piece)
+        self._cast(piece, raw, out)
+        self._buffers.append(raw)
+
+    def keep(self, name: str, dtype: torch.dtype) -> None:
+        """Hold a tensor in memory from now on, as fp32 or as stored."""
+        info = self.index[name]
+        stored = TORCH_DTYPES[info.dtype]
+        kept = torch.empty(info.shape, dtype=dtype)
+        for piece in self.pieces(name):
+            raw = self._read(piece, self._take_buffer())
+            kept[piece.first : piece.last] = raw[: self._bytes(piece)].view(stored).view((-1, *info.shape[1:]))
+            self._buffers.append(raw)
+        self.resident[name] = kept
+
+    # --- reading ---------------------------------------------------------------------------------------------------------
+
+    def _row_bytes(self, name: str) -> int:
+        info = self.index[name]
+        return info.nbytes // max(1, info.shape[0] if info.shape else 1)
+
+    def _bytes(self, piece: Piece) -> int:
+        return self._row_bytes(piece.name) * (piece.last - piece.first)
+
+    @staticmethod
+    def _new_buffer(nbytes: int) -> torch.Tensor:
+        return torch.empty(max(1, nbytes), dtype=torch.uint8)
+
+    def _take_buffer(self) -> torch.Tensor:
+        # A piece of 32 wide rows may be larger than piece_bytes: buffers fit the largest piece there is.
+        return self._buffers.pop() if self._buffers else self._new_buffer(self.buffer_bytes)
+
+    @property
+    def buffer_bytes(self) -> int:
+        """The size of one read buffer; READ_AHEAD + 1 of them exist."""
+        return max(self._bytes(self.pieces(name)[0]) for name, info in self.index.items() if info.nbytes)
+
+    def _take(self, piece: Piece) -> torch.Tensor:
+        while self._ahead:
+            ahead, future = self._ahead.popleft()
+            raw = future.result()
+            if ahead == piece:
+                return raw
+            self._buffers.append(raw)  # the order changed: drop what was read ahead
+        return self._read(piece, self._take_buffer())
+
+    def _read_ahead(self, piece: Piece) -> None:
+        behind = self._ahead[-1][0] if self._ahead else piece
+        while len(self._ahead) < READ_AHEAD and (following := self._next.get(behind)) is not None:
+            self._ahead.append((following, self._reader.submit(self._read, following, self._take_buffer())))
+            behind = following
+
+    def _read(self, piece: Piece, buffer: torch.Tensor) -> torch.Tensor:
+        info = self.index[piece.name]
+        want = self._bytes(piece)
+        view = memoryview(buffer.numpy())[:want]
+        at, done = info.offset + piece.first * self._row_bytes(piece.name), 0
+        while done < want:
+            try:
+                got = os.preadv(self._fds[info.path], [view[done:]], at + done)
+            except OSError as error:
+                raise StorageError(f"{info.path}: reading failed at byte {at + done} ({error.strerror}); check the disk") from error
+            if got == 0:
+                raise ModelError(f"{info.path}: the file became shorter while it was read; download it again")
+            done += got
+        self.bytes_read += want
+        return buffer
+
+    def _cast(self, piece: Piece, raw: torch.Tensor, out: torch.Tensor) -> None:
+        info = self.index[piece.name]
+        out.copy_(raw[: self._bytes(piece)].view(TORCH_DTYPES[info.dtype]).view_as(out))
+        if self._check_finite and piece not in self._checked:
+            # Once for each piece: the sum of finite fp32 weights of this size is finite.
+            if not torch.isfinite(out.sum()):
+                raise NumericalError(f"{info.path}: tensor {piece.name!r} holds NaN or Inf; download the file again")
+            self._checked.add(piece)

@@ -1,0 +1,271 @@
+"""Run any module tree whose weights stay on disk.
+
+`stream_layers` turns the Linear, Conv2d and Embedding layers of a meta-device module into layers that fetch their
+weights when they run; norms and biases, which are small, are loaded at once. `Streamer.run` runs a module on a list of
+samples so that one read of the weights serves all of them:
+
+- a module whose weights fit the arena (a unit) is held there in fp32 and runs sample by sample: transients are one
+  sample's;
+- a larger one runs on the stacked samples; the units inside it do as above, and a layer larger than the arena streams
+  its weights in pieces, each applied to every sample.
+
+Arithmetic never sees the batch: every matrix product is one sample's, over pieces cut at the same rows, so results do
+not depend on how many samples share a read. On meta tensors the same code computes shapes only, which is how the
+planner predicts the peak. Knows nothing of Stable Diffusion.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from tiler.errors import ModelError
+from tiler.weights.index import TensorInfo
+from tiler.weights.store import TORCH_DTYPES, WeightStore, piece_rows
+
+ARENA_BYTES = 76 * 2**20  # fp32; the largest unit of SD 1.5 worth holding is its widest feed-forward, 78.7 MB
+PIECE_BYTES = 8 * 2**20  # as stored; one read
+SMALL = 64 * 1024  # parameters of up to this many elements are loaded at once and stay
+
+
+class Streamer:
+    """The weights of one module tree: what is held in the arena now, what stays, and what is fetched.
+
+    With `store=None` nothing is loaded: for planning on meta tensors.
+    """
+
+    def __init__(self, store: WeightStore | None, *, arena_bytes: int = ARENA_BYTES) -> None:
+        self.store = store
+        self.arena_bytes = arena_bytes
+        self.held: dict[str, Tensor] = {}
+        self.holding = False
+        self._arena = torch.empty(0 if store is None else arena_bytes // 4, dtype=torch.float32)
+
+    def fits(self, module: nn.Module) -> bool:
+        """Whether all streamed weights of `module` can be held in the arena at once."""
+        return sum(layer.weight.numel() for layer in _streamed(module)) * 4 <= self.arena_bytes
+
+    @contextmanager
+    def hold(self, module: nn.Module) -> Iterator[None]:
+        """Load all streamed weights of `module` into the arena; they are gone afterwards."""
+        assert not self.holding
+        self.holding = True
+        if self.store is not None:
+            at = 0
+            for layer in _streamed(module):
+                kept = self.store.resident.get(layer.key)
+                if kept is not None and kept.dtype == torch.float32:
+                    continue
+                weight = self._arena[at : at + layer.weight.numel()].view(layer.weight.shape)
+                at += layer.weight.numel()
+                for piece in self.store.pieces(layer.key):
+                    self.store.fetch(piece, weight[piece.first : piece.last])
+                self.held[layer.key] = weight
+        try:
+            yield
+        finally:
+            self.held.clear()
+            self.holding = False
+
+    def whole(self, layer: StreamedLayer) -> Tensor | None:
+        """The layer's weight in fp32 if it is in memory already."""
+        if self.store is None:
+            return layer.weight
+        kept = self.store.resident.get(layer.key)
+        return kept if kept is not None and kept.dtype == torch.float32 else self.held.get(layer.key)
+
+    def parts(self, layer: StreamedLayer) -> Iterator[tuple[int, int, Tensor]]:
+        """(first, last, weight rows in fp32), one after another in the same buffer."""
+        assert self.store is not None
+        shape = layer.weight.shape
+        for piece in self.store.pieces(layer.key):
+            count = (piece.last - piece.first) * layer.weight[0].numel()
+            # The arena is free here: a held module never asks for parts. Only a piece wider than it needs its own room.
+            rows = self._arena[:count] if count <= len(self._arena) else torch.empty(count)
+            rows = rows.view(piece.last - piece.first, *shape[1:])
+            self.store.fetch(piece, rows)
+            yield piece.first, piece.last, rows
+
+    def run(self, module: nn.Module, calls: list[tuple[Tensor, ...]], **shared: object) -> list[Tensor]:
+        """`module(*call, **shared)` for each call (tensors of batch 1) under one read of its weights.
+
+        `calls` is emptied from the front, so that inputs nobody else holds are freed as they are used.
+        """
+        if not self.fits(module):
+            stacked = [torch.cat(column) for column in zip(*calls, strict=True)]
+            calls.clear()
+            return list(_first(module(*stacked, **shared)).split(1))
+        with self.hold(module):
+            results: list[Tensor] = []
+            while calls:
+                call = calls.pop(0)
+                if results and calls and call[0].is_meta:
+                    results.append(torch.empty_like(results[0]))  # planning: the last sample's transients are the peak
+                else:
+                    results.append(_first(module(*call, **shared)))
+                del call
+            return results
+
+
+    def run_unit(self, module: nn.Module, forward: Callable[..., object], *args: object, **kwargs: object) -> object:
+        """The forward of a unit: sample by sample while its weights are held. Arguments are cut where their first
+        axis is the batch (that of the first tensor argument)."""
+        if self.holding:
+            return forward(*args, **kwargs)
+        batch = next(len(a) for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
+
+        def cut(i: int, value: object) -> object:
+            return value[i : i + 1] if isinstance(value, Tensor) and value.ndim and len(value) == batch else value
+
+        with self.hold(module):
+            results = [
+                forward(*(cut(i, a) for a in args), **{k: cut(i, v) for k, v in kwargs.items()}) for i in range(batch)
+            ]
+        leaves = [tree_flatten(result) for result in results]
+        joined = [
+            torch.cat(column) if isinstance(column[0], Tensor) else column[0]
+            for column in zip(*(flat for flat, _ in leaves), strict=True)
+        ]
+        return results[0] if batch == 1 else tree_unflatten(joined, leaves[0][1])
+
+
+class StreamedLayer(nn.Module):
+    """What the streamed classes share: a meta weight for its shape, the parameter's name, and where to get it."""
+
+    weight: nn.Parameter
+    key: str
+    streamer: Streamer
+
+
+class StreamedLinear(nn.Linear, StreamedLayer):
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (batch, ..., in) fp32 → (batch, ..., out)."""
+        return _by_rows(self, x, x.new_empty(*x.shape[:-1], self.out_features), -1, F.linear)
+
+
+class StreamedConv2d(nn.Conv2d, StreamedLayer):
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (batch, in, height, width) fp32 → (batch, out, height', width')."""
+
+        def conv(sample: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            return F.conv2d(sample[None], weight, bias, self.stride, self.padding, self.dilation, self.groups)[0]
+
+        sizes = [
+            (n + 2 * p - d * (k - 1) - 1) // s + 1
+            for n, p, d, k, s in zip(x.shape[2:], _pair(self.padding), self.dilation, self.kernel_size, self.stride, strict=True)
+        ]
+        return _by_rows(self, x, x.new_empty(len(x), self.out_channels, *sizes), 0, conv)
+
+
+class StreamedEmbedding(nn.Embedding, StreamedLayer):
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids: (batch, n) → (batch, n, width) fp32; only the rows that occur are read."""
+        assert self.streamer.store is not None
+        unique, back = ids.unique(return_inverse=True)
+        return self.streamer.store.rows(self.key, unique.tolist())[back]
+
+
+def _by_rows(layer: StreamedLayer, x: Tensor, out: Tensor, axis: int, op: Callable[..., Tensor]) -> Tensor:
+    """Fill `out` sample by sample; `axis` is where a sample's output channels lie."""
+    bias: Tensor | None = layer.bias  # type: ignore[assignment]
+    streamer = layer.streamer
+    if not streamer.holding and streamer.fits(layer):
+        with streamer.hold(layer):
+            return _by_rows(layer, x, out, axis, op)
+    if streamer.store is None and not streamer.fits(layer):
+        op(x[0], layer.weight[: piece_rows(layer.weight[0].numel() * 2, PIECE_BYTES)], None)  # planning: one piece's scratch
+        return out
+    whole = streamer.whole(layer)
+    if whole is not None and len(x) == 1:
+        return op(x[0], whole, bias)[None]
+    if whole is not None:
+        for i in range(1 if x.is_meta else len(x)):
+            out[i] = op(x[i], whole, bias)
+        return out
+    for first, last, rows in streamer.parts(layer):
+        part = None if bias is None else bias[first:last]
+        for i in range(len(x)):
+            out[i].narrow(axis, first, last - first).copy_(op(x[i], rows, part))
+    return out
+
+
+def _pair(padding: str | tuple[int, ...]) -> tuple[int, ...]:
+    assert not isinstance(padding, str)
+    return padding
+
+
+def _first(result: object) -> Tensor:
+    """The tensor of a module's result: itself, or the first of a tuple or of a model output."""
+    while not isinstance(result, Tensor):
+        result = result[0]  # type: ignore[index]
+    return result
+
+
+def _streamed(module: nn.Module) -> list[StreamedLayer]:
+    return [m for m in module.modules() if isinstance(m, StreamedLayer)]
+
+
+_CLASSES: Sequence[tuple[type[nn.Module], type[StreamedLayer]]] = (
+    (nn.Linear, StreamedLinear),
+    (nn.Conv2d, StreamedConv2d),
+    (nn.Embedding, StreamedEmbedding),
+)
+
+
+def stream_layers(module: nn.Module, streamer: Streamer) -> None:
+    """Turn the large layers of a meta-device `module` into streamed ones, and load the small parameters.
+
+    The layers change class in place, so the tree, its names and its hooks stay what they were.
+    """
+    for path, child in module.named_modules():
+        for plain, streamed in _CLASSES:
+            if type(child) is plain and child.weight.numel() > SMALL:  # type: ignore[union-attr, operator]
+                child.__class__ = streamed
+                child.key, child.streamer = f"{path}.weight".lstrip("."), streamer  # type: ignore[assignment]
+    _mark_units(module, streamer)
+    if streamer.store is None:
+        return
+    for path, child in module.named_modules():
+        for name, parameter in list(child.named_parameters(recurse=False)):
+            if isinstance(child, StreamedLayer) and name == "weight":
+                continue
+            value = streamer.store.load(f"{path}.{name}".lstrip("."))
+            setattr(child, name, nn.Parameter(value.view(parameter.shape), requires_grad=False))
+
+
+def _mark_units(module: nn.Module, streamer: Streamer) -> None:
+    """Give the largest modules that fit the arena the forward of a unit."""
+    if isinstance(module, StreamedLayer) or not _streamed(module):
+        return
+    if streamer.fits(module) and not isinstance(module, nn.ModuleList):
+        module.forward = functools.partial(streamer.run_unit, module, module.forward)  # type: ignore[method-assign]
+        return
+    for child in module.children():
+        _mark_units(child, streamer)
+
+
+def match_index(module: nn.Module, stored: dict[str, TensorInfo], rename: Callable[[str], list[str]]) -> dict[str, TensorInfo]:
+    """The stored tensor of every parameter of `module`. `rename` gives the names a parameter may have in files.
+
+    Raises ModelError naming the first parameter that is missing, has another shape, or an unusable dtype.
+    """
+    where = next(iter(stored.values())).path.parent if stored else "the checkpoint"
+    matched = {}
+    for name, parameter in module.named_parameters():
+        info = next((stored[alias] for alias in rename(name) if alias in stored), None)
+        if info is None:
+            raise ModelError(f"{where}: tensor {name!r} is missing; the weights and config.json do not belong together")
+        want = tuple(parameter.shape)
+        squeezed = tuple(n for n in info.shape if n != 1) == tuple(n for n in want if n != 1)
+        if info.shape != want and not squeezed:
+            raise ModelError(f"{info.path}: tensor {info.name!r} has shape {list(info.shape)}, config.json asks for {list(want)}")
+        if info.dtype not in TORCH_DTYPES:
+            raise ModelError(f"{info.path}: tensor {info.name!r} is stored as {info.dtype}; tiler reads F16, BF16 and F32")
+        matched[name] = info._replace(shape=want)
+    return matched
