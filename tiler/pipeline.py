@@ -40,7 +40,7 @@ from tiler.planner import RenderPlan, plan_decode, plan_render
 from tiler.request import RenderRequest
 from tiler.weights.checkpoint import resolve
 from tiler.weights.store import WeightStore
-from tiler.weights.stream import PIECE_BYTES, Streamer, match_index, stream_layers
+from tiler.weights.stream import Streamer, match_index, stream_layers
 
 OnEvent = Callable[[events.Event], None]
 
@@ -106,7 +106,7 @@ class _Work:
         plan, request = self.plan, self.request
         assert plan.guide is not None
         whole = canvas.whole_canvas(plan.guide.height, plan.guide.width, request.guidance_scale)
-        with self._phase("guide", plan.guide_steps * plan.guide_batch):
+        with self._phase("guide", plan.guide_samples):
             return self._sample("guide", [whole], conditions, None, 0, plan.guide_batch)
 
     def reference(self, guide_latents: Tensor | None) -> Tensor | None:
@@ -127,7 +127,7 @@ class _Work:
             pixels = guide.fit(picture, height, width, box)
             shrunken = guide.fit(picture, 8 * small[0], 8 * small[1], box)
             del picture
-            mean = frozen.encode(vae, pixels, shrunken, rows=self.plan.rows, check=self.budget.check)
+            mean = frozen.encode(vae, pixels, shrunken, check=self.budget.check)
             return (mean - self.family.shift_factor) * self.family.scaling_factor
 
     def canvas_pass(self, conditions: canvas.Conditions, reference: Tensor | None) -> Tensor:
@@ -232,7 +232,7 @@ def decode_file(
         check_writable(output, force=force)
         family = families.read_family(resolve(model, variant=variant, revision=revision))
         check_latents(latents, family)
-        rows, plan = plan_decode(family, (latents.shape[2], latents.shape[3]), budget.max_bytes)
+        plan = plan_decode(family, (latents.shape[2], latents.shape[3]), budget.max_bytes)
         plan.check()
         vae = families.build_vae(family)
         on_event(events.PhaseStarted(name="decode", total=latents.shape[2]))
@@ -260,7 +260,7 @@ def decode_pixels(vae: Any, unscaled: Tensor, budget: Budget, progress: Callable
     height, width = unscaled.shape[2:]
     pixels = np.empty((8 * height, 8 * width, 3), np.uint8)
     row = 0
-    for strip in frozen.decode(vae, unscaled, rows=frozen.strip_rows(width), check=budget.check):
+    for strip in frozen.decode(vae, unscaled, check=budget.check):
         if not math.isfinite(float(strip.sum())):
             raise NumericalError(f"NaN or Inf in the decoder at row {row}; the VAE's weights may be damaged")
         pixels[row : row + strip.shape[1]] = frozen.to_uint8(strip)
@@ -275,7 +275,7 @@ def streamed(
 ) -> Iterator[Streamer]:
     """The weights of one part of the checkpoint behind a meta-device module, for as long as the block lasts."""
     index = match_index(module, family.checkpoint.weights(part), rename)
-    with WeightStore(index, piece_bytes=PIECE_BYTES) as store:
+    with WeightStore(index) as store:
         streamer = Streamer(store)
         stream_layers(module, streamer)
         for name, dtype in (resident or {}).items():

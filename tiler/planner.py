@@ -26,8 +26,9 @@ from tiler.models import family as families
 from tiler.models.family import Family
 from tiler.models.unet import predict_noise
 from tiler.request import RenderRequest
-from tiler.weights.store import READ_AHEAD, TORCH_DTYPES
-from tiler.weights.stream import PIECE_BYTES, Streamer, StreamedLayer, stream_layers
+from tiler.weights.index import TensorInfo
+from tiler.weights.store import PIECE_ELEMENTS, READ_AHEAD, TORCH_DTYPES
+from tiler.weights.stream import Streamer, StreamedLayer, stream_layers
 
 MAX_BATCH = 16
 LIBRARIES_BYTES = 42_000_000  # measured: oneDNN and MKL code and their compiled kernels, touched at first use
@@ -43,22 +44,21 @@ class RenderPlan:
     regions: tuple[Text2ImageRegion, ...]
     begin: int
     batch: int
-    rows: int
     resident: dict[str, torch.dtype]  # UNet weights that stay in memory, by parameter name
     memory: MemoryPlan
     steps: int  # of the canvas pass
     samples_per_step: int
     guide_batch: int
-    guide_steps: int
+    guide_samples: int
 
     @property
     def unet_calls(self) -> int:
         """Passes over the UNet's weights."""
-        return self.guide_steps + self.steps * math.ceil(self.samples_per_step / self.batch)
+        return self.guide_samples // self.guide_batch + self.steps * math.ceil(self.samples_per_step / self.batch)
 
     @property
     def unet_samples(self) -> int:
-        return self.guide_steps * self.guide_batch + self.steps * self.samples_per_step
+        return self.guide_samples + self.steps * self.samples_per_step
 
 
 def plan_render(request: RenderRequest, family: Family, max_bytes: int) -> RenderPlan:
@@ -80,12 +80,11 @@ def plan_render(request: RenderRequest, family: Family, max_bytes: int) -> Rende
     begin = first_step(request.num_inference_steps, request.strength) if guided else 0
     steps = request.num_inference_steps - begin
     per_step = sum(2 if r.guidance_scale > 1 else 1 for r in regions)
-    guide_batch = 2 if request.guidance_scale > 1 else 1
-    rows = frozen.strip_rows(canvas[1])
+    guide_halves = 2 if request.guidance_scale > 1 else 1
 
     unet = families.build_unet(family)
     stored = family.checkpoint.weights("unet")
-    unet_terms = _weights_terms(unet, {name: info.nbytes for name, info in stored.items()})
+    unet_terms = _weights_terms(unet, stored)
     width = family.text["hidden_size"]
 
     @cache
@@ -97,7 +96,7 @@ def plan_render(request: RenderRequest, family: Family, max_bytes: int) -> Rende
         return meter.peak_bytes
 
     fixed = [Term(name="python, libraries", nbytes=read_rss().now + LIBRARIES_BYTES)]
-    decode = _autoencoder_phases(request, family, canvas, guide, rows, fixed)
+    decode = _autoencoder_phases(request, family, canvas, guide, fixed)
     canvas_bytes = 4 * family.latent_channels * canvas[0] * canvas[1] * 6 + 4 * side * side * len(regions)
 
     def sampling(name: str, batch: int, height: int, breadth: int, resident: int = 0) -> PhasePlan:
@@ -106,10 +105,11 @@ def plan_render(request: RenderRequest, family: Family, max_bytes: int) -> Rende
 
     batch = _largest_batch(lambda b: sampling("canvas", b, side, side).peak_bytes, int(max_bytes * MARGIN), min(MAX_BATCH, per_step))
     batch = math.ceil(per_step / math.ceil(per_step / batch))  # passes of equal size
-    guide_sides = (guide.height, guide.width) if guide is not None else (side, side)
     base = [sampling("canvas", batch, side, side)]
+    guide_batch = guide_halves
     if guide is not None:
-        base.insert(0, sampling("guide", guide_batch, *guide_sides))
+        guide_batch = _largest_batch(lambda b: sampling("guide", b, guide.height, guide.width).peak_bytes, int(max_bytes * MARGIN), guide_halves)
+        base.insert(0, sampling("guide", guide_batch, guide.height, guide.width))
     room = int(max_bytes * MARGIN) - max(p.peak_bytes for p in base)
     resident = _choose_resident(unet, stored, room) if room > 0 else {}
     kept = sum(stored[name].nbytes // TORCH_DTYPES[stored[name].dtype].itemsize * dtype.itemsize for name, dtype in resident.items())
@@ -119,21 +119,20 @@ def plan_render(request: RenderRequest, family: Family, max_bytes: int) -> Rende
     least = [p.peak_bytes for p in phases if p.name not in ("guide", "canvas")]
     least.append(sampling("canvas", 1, side, side).peak_bytes)
     if guide is not None:
-        least.append(sampling("guide", guide_batch, *guide_sides).peak_bytes)
+        least.append(sampling("guide", 1, guide.height, guide.width).peak_bytes)
     return RenderPlan(
-        family=family, canvas=canvas, guide=guide, regions=tuple(regions), begin=begin, batch=batch, rows=rows,
+        family=family, canvas=canvas, guide=guide, regions=tuple(regions), begin=begin, batch=batch,
         resident=resident, steps=steps, samples_per_step=per_step, guide_batch=guide_batch,
-        guide_steps=request.num_inference_steps if guide is not None else 0,
+        guide_samples=guide_halves * request.num_inference_steps if guide is not None else 0,
         memory=MemoryPlan(max_bytes=max_bytes, phases=tuple(phases), smallest_bytes=int(max(least) / MARGIN) + 1),
     )  # fmt: skip
 
 
-def plan_decode(family: Family, latents: tuple[int, int], max_bytes: int) -> tuple[int, MemoryPlan]:
-    """(latent rows of a strip, memory plan) for decoding latents of (height, width)."""
-    rows = frozen.strip_rows(latents[1])
+def plan_decode(family: Family, latents: tuple[int, int], max_bytes: int) -> MemoryPlan:
+    """The memory plan for decoding latents of (height, width)."""
     fixed = [Term(name="python, libraries", nbytes=read_rss().now + LIBRARIES_BYTES)]
-    phase = _decode_phase("decode", family, latents, rows, fixed)
-    return rows, MemoryPlan(max_bytes=max_bytes, phases=(phase,), smallest_bytes=int(phase.peak_bytes / MARGIN) + 1)
+    phase = _autoencoder_phase("decode", family, latents, fixed, encoding=False, pictures=1)
+    return MemoryPlan(max_bytes=max_bytes, phases=(phase,), smallest_bytes=int(phase.peak_bytes / MARGIN) + 1)
 
 
 def _with(phase: PhasePlan, resident: int) -> PhasePlan:
@@ -151,21 +150,24 @@ def _largest_batch(peak: Callable[[int], int], room: int, most: int) -> int:
     return batch
 
 
-def _weights_terms(module: nn.Module, stored: dict[str, int]) -> list[Term]:
-    """What streaming `module` keeps in memory: the arena as far as it is used, read buffers, norms and biases."""
+def _weights_terms(module: nn.Module, stored: dict[str, TensorInfo], *, units: bool = True) -> list[Term]:
+    """What streaming `module` keeps in memory: the arena as far as it is used, read buffers, norms and biases.
+
+    `units`: whether the module's own forward runs (and with it units), or only single layers are called."""
     streamer = Streamer(None)
     stream_layers(module, streamer)
     layers = [m for m in module.modules() if isinstance(m, StreamedLayer)]
     linear = [layer for layer in layers if not isinstance(layer, nn.Embedding)]
     largest = max((layer.weight.numel() * 4 for layer in linear), default=0)
-    units = [sum(layer.weight.numel() for layer in _inside(m)) * 4 for m in module.modules() if not isinstance(m, nn.ModuleList)]
-    arena = max((u for u in units if u <= streamer.arena_bytes), default=0)
+    held = [sum(layer.weight.numel() for layer in _inside(m)) * 4 for m in module.modules() if units and not isinstance(m, nn.ModuleList)]
+    arena = max((h for h in held if h <= streamer.arena_bytes), default=0)
     arena = max(arena, min(largest, streamer.arena_bytes))
-    biggest = max(stored.values(), default=0)
+    elements = min(max((layer.weight.numel() for layer in linear), default=0), PIECE_ELEMENTS)
+    itemsize = max((TORCH_DTYPES[info.dtype].itemsize for info in stored.values() if info.dtype in TORCH_DTYPES), default=2)
     small = sum(p.numel() * 4 for m in module.modules() for n, p in m.named_parameters(recurse=False) if not (n == "weight" and isinstance(m, StreamedLayer)))
     return [
         Term(name="weights in fp32", nbytes=arena + small),
-        Term(name="read buffers", nbytes=(READ_AHEAD + 1) * min(biggest, PIECE_BYTES + PIECE_BYTES // 8)),
+        Term(name="read buffers", nbytes=(READ_AHEAD + 1) * elements * itemsize),
     ]
 
 
@@ -173,7 +175,7 @@ def _inside(module: nn.Module) -> list[StreamedLayer]:
     return [m for m in module.modules() if isinstance(m, StreamedLayer) and not isinstance(m, nn.Embedding)]
 
 
-def _choose_resident(unet: nn.Module, stored: dict[str, object], room: int) -> dict[str, torch.dtype]:
+def _choose_resident(unet: nn.Module, stored: dict[str, TensorInfo], room: int) -> dict[str, torch.dtype]:
     """What the ceiling leaves over holds weights: all in fp32 if they fit, else a fixed subset as stored.
 
     Access is cyclic, so which ones does not matter for the bytes read; the first in the order of use are taken.
@@ -184,55 +186,37 @@ def _choose_resident(unet: nn.Module, stored: dict[str, object], room: int) -> d
     chosen: dict[str, torch.dtype] = {}
     for layer in layers:
         info = stored[layer.key]
-        nbytes: int = info.nbytes  # type: ignore[attr-defined]
-        if nbytes <= room:
-            chosen[layer.key] = TORCH_DTYPES[info.dtype]  # type: ignore[attr-defined]
-            room -= nbytes
+        if info.nbytes <= room:
+            chosen[layer.key] = TORCH_DTYPES[info.dtype]
+            room -= info.nbytes
     return chosen
 
 
 def _text_phase(family: Family, fixed: list[Term]) -> PhasePlan:
     encoder = families.build_text_encoder(family)
-    stored = {name: info.nbytes for name, info in family.checkpoint.weights("text_encoder").items() if "token_embedding" not in name}
+    stored = family.checkpoint.weights("text_encoder")
     tokens = 77 * 2
     activations = 4 * tokens * (family.text["intermediate_size"] * 3 + family.text["hidden_size"] * 8)
     terms = [*fixed, *_weights_terms(encoder, stored), Term(name="activations", nbytes=activations)]
     return PhasePlan(name="encode prompts", terms=tuple(terms))
 
 
-def _decode_phase(name: str, family: Family, latents: tuple[int, int], rows: int, fixed: list[Term], picture: int = 0) -> PhasePlan:
-    vae = families.build_vae(family)
-    streamer = Streamer(None)
-    stream_layers(vae, streamer)
-    with MetaMeter() as meter, torch.no_grad():
-        z = torch.empty(1, family.latent_channels, *latents, device="meta")
-        for number, _ in enumerate(frozen.decode(vae, z, rows=rows)):
-            if number == 8:
-                break
-    nbytes = 3 * 64 * latents[0] * latents[1]
-    stored = {n: i.nbytes for n, i in family.checkpoint.weights("vae").items()}
-    return PhasePlan(
-        name=name,
-        terms=(*fixed, *_weights_terms(vae, stored), Term(name="activations", nbytes=meter.peak_bytes), Term(name="picture", nbytes=nbytes + picture)),
-    )
-
-
-def _autoencoder_phases(
-    request: RenderRequest, family: Family, canvas: tuple[int, int], guide: GuideSize | None, rows: int, fixed: list[Term]
-) -> list[PhasePlan]:
-    phases = [_decode_phase("decode", family, canvas, rows, fixed)]
-    if guide is None and request.guide_image is None:
-        return phases
+def _autoencoder_phase(name: str, family: Family, latents: tuple[int, int], fixed: list[Term], *, encoding: bool, pictures: int) -> PhasePlan:
+    """Decoding or encoding latents of (height, width), with `pictures` copies of the picture as uint8 beside it."""
     vae = families.build_vae(family)
     stream_layers(vae, Streamer(None))
-    small = frozen.shrunken_size(*canvas)
     with MetaMeter() as meter, torch.no_grad():
-        frozen.encode_shapes(vae, canvas, small, rows=rows)
-    pixels = 3 * 64 * canvas[0] * canvas[1]
-    stored = {n: i.nbytes for n, i in family.checkpoint.weights("vae").items()}
-    terms = [*fixed, *_weights_terms(vae, stored), Term(name="activations", nbytes=meter.peak_bytes), Term(name="picture", nbytes=3 * pixels)]
-    phases.append(PhasePlan(name="guide picture", terms=tuple(terms)))
-    if guide is not None:  # the same phase first decodes the guide
-        decoded = _decode_phase("guide picture", family, (guide.height, guide.width), frozen.strip_rows(guide.width), fixed)
-        phases[-1] = max(phases[-1], decoded, key=lambda p: p.peak_bytes)
+        frozen.rehearse(vae, latents, encoding=encoding)
+    weights = _weights_terms(vae, family.checkpoint.weights("vae"), units=False)
+    picture = Term(name="picture", nbytes=pictures * 3 * 64 * latents[0] * latents[1])
+    return PhasePlan(name=name, terms=(*fixed, *weights, Term(name="activations", nbytes=meter.peak_bytes), picture))
+
+
+def _autoencoder_phases(request: RenderRequest, family: Family, canvas: tuple[int, int], guide: GuideSize | None, fixed: list[Term]) -> list[PhasePlan]:
+    phases = [_autoencoder_phase("decode", family, canvas, fixed, encoding=False, pictures=1)]
+    if guide is not None or request.guide_image is not None:
+        reference = [_autoencoder_phase("guide picture", family, canvas, fixed, encoding=True, pictures=1)]
+        if guide is not None:  # the same phase decodes the guide first
+            reference.append(_autoencoder_phase("guide picture", family, (guide.height, guide.width), fixed, encoding=False, pictures=1))
+        phases.append(max(reference, key=lambda p: p.peak_bytes))
     return phases

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tiler.decode.rows import Measured, Stage, decoder_stages, encoder_stages, push_all
+from tiler.decode.rows import Measured, Stage, decoder_stages, encoder_stages, flow
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -24,8 +23,11 @@ STATS_SIDE = 32  # latents; 256 px: the measuring pass is then under 250 MB for 
 
 
 def strip_rows(width: int) -> int:
-    """Latent rows pushed at a time for `width` latent columns. Depends on nothing else, so the bytes never do either."""
-    return max(1, min(32, 512 // width))
+    """Latent rows pushed at a time for `width` latent columns: enough to make a read of the weights worth while.
+
+    Depends on nothing else, so the bytes of the picture never do either.
+    """
+    return max(1, min(32, 1024 // width))
 
 
 def shrunken_size(height: int, width: int, side: int = STATS_SIDE) -> tuple[int, int]:
@@ -46,53 +48,58 @@ def shrink(x: Tensor, size: tuple[int, int]) -> Tensor:
     return (small - mean_small) * (std / std_small.clamp_min(1e-6)) + mean
 
 
-@contextmanager
-def _measuring(measured: Measured) -> Iterator[None]:
+def _ignore(where: str) -> None:
+    pass
+
+
+def _measure(stages: list[Stage], measured: Measured, small: Tensor, check: Callable[[str], None]) -> None:
     measured.measuring = True
-    try:
-        yield
-    finally:
-        measured.measuring = False
+    for _ in flow(stages, [small], True, split=False, check=check):
+        pass
+    measured.measuring = False
 
 
 def decode(
-    vae: AutoencoderKL, latents: Tensor, *, rows: int, check: Callable[[str], None] = lambda where: None
+    vae: AutoencoderKL, latents: Tensor, *, rows: int | None = None, check: Callable[[str], None] = _ignore
 ) -> Iterator[Tensor]:
     """latents: (1, C, h, w) fp32, already divided by scaling_factor → strips (3, n, 8w) fp32 in about [-1, 1], top first.
 
-    `rows` latent rows are pushed at a time: memory grows with it, the result does not depend on it.
+    `rows` latent rows are pushed at a time (default `strip_rows`): memory grows with it, the result does not depend on
+    it beyond the last bits of fp32.
     """
+    rows = strip_rows(latents.shape[3]) if rows is None else rows
     measured = Measured()
     stages = decoder_stages(vae.decoder, vae.post_quant_conv, measured)
-    with _measuring(measured):
-        push_all(stages, shrink(latents, shrunken_size(*latents.shape[2:])), True, check)
+    _measure(stages, measured, shrink(latents, shrunken_size(*latents.shape[2:])), check)
     yield from _stream(stages, (latents[:, :, top : top + rows] for top in range(0, latents.shape[2], rows)), latents.shape[2], rows, check)
 
 
 def encode(
-    vae: AutoencoderKL, pixels: np.ndarray, small: np.ndarray, *, rows: int, check: Callable[[str], None] = lambda where: None
+    vae: AutoencoderKL, pixels: np.ndarray, small: np.ndarray, *, check: Callable[[str], None] = _ignore
 ) -> Tensor:
     """pixels: (H, W, 3) uint8, sides multiples of 8 → the posterior's mean (1, C, H/8, W/8) fp32, unscaled.
 
-    `small` is the same picture shrunk to `shrunken_size` × 8, for the statistics. `rows` as in `decode`.
+    `small` is the same picture shrunk to `shrunken_size` × 8, for the statistics.
     """
-    measured = Measured()
+    measured, rows = Measured(), strip_rows(pixels.shape[1] // 8)
     stages = encoder_stages(vae.encoder, vae.quant_conv, measured)
-    with _measuring(measured):
-        push_all(stages, to_tensor(small), True, check)
+    _measure(stages, measured, to_tensor(small), check)
     strips = (to_tensor(pixels[top : top + 8 * rows]) for top in range(0, len(pixels), 8 * rows))
     moments = torch.cat([s[None] for s in _stream(stages, strips, len(pixels), 8 * rows, check)], dim=2)
     return moments[:, : moments.shape[1] // 2]
 
 
-def encode_shapes(vae: AutoencoderKL, latents: tuple[int, int], small: tuple[int, int], *, rows: int) -> None:
-    """What `encode` does, on meta tensors: for planning. Sizes in latent pixels."""
-    measured = Measured()
-    stages = encoder_stages(vae.encoder, vae.quant_conv, measured)
-    with _measuring(measured):
-        push_all(stages, torch.empty(1, 3, 8 * small[0], 8 * small[1], device="meta"), True)
-    strips = (torch.empty(1, 3, 8 * rows, 8 * latents[1], device="meta") for _ in range(8))
-    for _ in _stream(stages, strips, 64 * rows, 8 * rows, lambda where: None):
+def rehearse(vae: AutoencoderKL, latents: tuple[int, int], *, encoding: bool) -> None:
+    """What `decode` or `encode` does for latents of (height, width), on meta tensors: for planning."""
+    measured, (height, width), rows = Measured(), latents, strip_rows(latents[1])
+    small = shrunken_size(height, width)
+    if encoding:
+        stages, channels, scale = encoder_stages(vae.encoder, vae.quant_conv, measured), 3, 8
+    else:
+        stages, channels, scale = decoder_stages(vae.decoder, vae.post_quant_conv, measured), vae.config.latent_channels, 1
+    _measure(stages, measured, torch.empty(1, channels, scale * small[0], scale * small[1], device="meta"), _ignore)
+    strips = (torch.empty(1, channels, scale * rows, scale * width, device="meta") for _ in range(8))
+    for _ in _stream(stages, strips, 8 * scale * rows, scale * rows, _ignore):
         pass
 
 
@@ -100,9 +107,7 @@ def _stream(stages: list[Stage], strips: Iterator[Tensor], height: int, step: in
     top = 0
     for strip in strips:
         top += step
-        ready = push_all(stages, strip, top >= height, check)
-        del strip
-        if ready is not None:
+        for ready in flow(stages, [strip], top >= height, split=True, check=check):
             yield ready[0]
 
 

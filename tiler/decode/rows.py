@@ -12,7 +12,7 @@ So all strips see the same network and no strip can differ in tone.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -24,14 +24,16 @@ if TYPE_CHECKING:
     from diffusers.models.autoencoders.vae import Decoder, Encoder
     from diffusers.models.resnet import ResnetBlock2D
 
-_STRIP_BYTES = 8 * 2**20  # input of one convolution call; bounds its scratch
+_STRIP_BYTES = 6 * 2**20  # input of one convolution call; bounds its scratch
 
 
 class Stage(Protocol):
     """One layer. `push` takes (1, C, rows, W) fp32, top to bottom; `last` marks the end of the picture.
 
-    Returns the rows that are ready, None when there are none yet.
+    Returns the rows that are ready, None when there are none yet. `growth` is output over input in bytes.
     """
+
+    growth: float = 1.0
 
     def push(self, x: Tensor | None, last: bool) -> Tensor | None: ...
 
@@ -94,7 +96,7 @@ class Conv(Stage):
         if tail is None and self.halo:  # the top of the picture
             tail = x.new_zeros(*x.shape[:2], self.halo, x.shape[3])  # type: ignore[union-attr]
         held = 0 if tail is None else tail.shape[2]
-        count = held + rows + (self.halo if last else 0) - 2 * self.halo  # output rows now
+        count = self.ready(rows, last)
         step = max(1, _STRIP_BYTES // (like.shape[1] * like.shape[3] * 4))
         out: Tensor | None = None
         for top in range(0, count, step):
@@ -114,6 +116,11 @@ class Conv(Stage):
             out[:, :, top:bottom] = part
         self.tail = None if last or not self.halo else self._last_rows(tail, x)
         return out
+
+    def ready(self, rows: int, last: bool) -> int:
+        """How many output rows a push of `rows` rows will give."""
+        held = self.halo if self.tail is None else self.tail.shape[2]
+        return max(0, held + rows + (self.halo if last else 0) - 2 * self.halo)
 
     def _normed(self, x: Tensor) -> Tensor:
         return x if self.norm is None else self.norm.apply(x)
@@ -149,11 +156,30 @@ class Down(Stage):
 class Up(Stage):
     """diffusers' Upsample2D: nearest neighbour ×2, then a 3×3 convolution."""
 
+    growth = 4.0
+
     def __init__(self, sampler: nn.Module) -> None:
         self.conv = Conv(sampler.conv)  # type: ignore[arg-type]
 
     def push(self, x: Tensor | None, last: bool) -> Tensor | None:
-        return self.conv.push(None if x is None else F.interpolate(x, scale_factor=2.0, mode="nearest"), last)
+        if x is None:
+            return self.conv.push(None, last)
+        # A few rows at a time: four copies of the whole input need not exist beside the output.
+        step = max(1, _STRIP_BYTES // (4 * x.shape[1] * x.shape[3] * 4))
+        out: Tensor | None = None
+        filled, count = 0, self.conv.ready(2 * x.shape[2], last)
+        for top in range(0, x.shape[2], step):
+            large = F.interpolate(x[:, :, top : top + step], scale_factor=2.0, mode="nearest")
+            part = self.conv.push(large, last and top + step >= x.shape[2])
+            if part is None:
+                continue
+            if out is None:
+                out = part if part.shape[2] == count else part.new_empty(*part.shape[:2], count, part.shape[3])
+            if out is not part:
+                out[:, :, filled : filled + part.shape[2]] = part
+            filled += part.shape[2]
+        assert filled == count
+        return out
 
 
 class Resnet(Stage):
@@ -167,11 +193,12 @@ class Resnet(Stage):
         self.waiting: Tensor | None = None
 
     def push(self, x: Tensor | None, last: bool) -> Tensor | None:
-        h = self.conv2.push(self.conv1.push(x, last), last)
+        h = self.conv1.push(x, last)
         if x is not None:
             x = self.shortcut.push(x, last) if self.shortcut is not None else x
             self.waiting = x if self.waiting is None else torch.cat([self.waiting, x], dim=2)  # type: ignore[list-item]
             del x
+        h = self.conv2.push(h, last)
         if h is None:
             return None
         assert self.waiting is not None
@@ -209,13 +236,30 @@ class MidAttention(Stage):
         return (out + x).div_(a.rescale_output_factor)
 
 
-def push_all(stages: list[Stage], x: Tensor | None, last: bool, check: Callable[[str], None] = lambda where: None) -> Tensor | None:
-    """Push rows through every stage; what comes out at the end, or None."""
-    for i, stage in enumerate(stages):
-        if x is not None or last:
-            x = stage.push(x, last)
-        check(f"decode.{i}.{type(stage).__name__}")
-    return x
+def flow(stages: list[Stage], box: list[Tensor], last: bool, *, split: bool, check: Callable[[str], None]) -> Iterator[Tensor]:
+    """Push the rows in `box` (one tensor or none; it is emptied) through every stage; yields what comes out at the end.
+
+    With `split`, rows are passed on a few at a time, so that neither the wide stages nor the end of the picture, when
+    every stage gives what it held back, need more memory than a strip. Not while measuring: norms then see the whole.
+    """
+    for at, stage in enumerate(stages):
+        if box or last:
+            result = stage.push(box.pop() if box else None, last)
+            if result is not None:
+                box.append(result)
+            del result
+        check(f"decode.{type(stage).__name__}")
+        if not box or not split:
+            continue
+        shape = box[0].shape
+        growth = stages[at + 1].growth if at + 1 < len(stages) else 1.0
+        step = max(1, int(2 * _STRIP_BYTES / growth) // (shape[1] * shape[3] * 4))
+        if shape[2] > step:
+            x = box.pop()
+            for top in range(0, shape[2], step):
+                yield from flow(stages[at + 1 :], [x[:, :, top : top + step]], last and top + step >= shape[2], split=split, check=check)
+            return
+    yield from box
 
 
 def _mid(block: nn.Module, measured: Measured) -> list[Stage]:

@@ -26,30 +26,35 @@ class MetaMeter(TorchDispatchMode):
         self.live_bytes = 0
         self.peak_bytes = 0
         self._seen: weakref.WeakSet[Any] = weakref.WeakSet()
-        self._attention = _AttentionByShape()
+        self._by_shape = _ByShape(self)
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # torch would import torch._dynamo to keep this class out of graphs that nobody compiles
 
     def __enter__(self) -> Self:
-        self._attention.__enter__()
+        self._by_shape.__enter__()
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        self._attention.__exit__(*error)
+        self._by_shape.__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for tensor in tree_leaves((args, kwargs)):
             if isinstance(tensor, Tensor):
                 self._seen.add(tensor.untyped_storage())  # parameters and the caller's own tensors are not ours to count
         out = func(*args, **(kwargs or {}))
-        scratch = 0
         for tensor in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(tensor, Tensor) and tensor.is_meta:
                 self._count(tensor)
-                if func is torch.ops.aten.convolution.default:
-                    scratch = args[0].nbytes + tensor.nbytes + args[1].nbytes
-        self.peak_bytes = max(self.peak_bytes, self.live_bytes + scratch)
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
         return out
+
+    def scratch(self, nbytes: int) -> None:
+        """Memory that exists only while one operation runs."""
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes + nbytes)
 
     def _count(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -64,11 +69,64 @@ class MetaMeter(TorchDispatchMode):
         self.live_bytes -= nbytes
 
 
-class _AttentionByShape(TorchFunctionMode):
-    """On meta tensors attention would fall back to the full score matrix; on the CPU it never makes one."""
+_POINTWISE = {
+    "add", "__add__", "__radd__", "sub", "__sub__", "__rsub__", "mul", "__mul__", "__rmul__", "div", "__truediv__", "rsqrt", "sin", "cos",
+    "exp", "silu", "gelu", "group_norm", "layer_norm", "clone", "empty_like", "zeros_like",
+}  # fmt: skip
+_IN_PLACE = {"add_", "__iadd__", "mul_", "__imul__", "div_", "copy_", "zero_", "__setitem__"}
+
+
+class _ByShape(TorchFunctionMode):
+    """Results of a few functions on meta tensors, made from shapes alone.
+
+    Attention would fall back to the full score matrix, which the CPU never makes; the others have meta kernels written in
+    Python, whose first use imports sympy and torch._dynamo: 92 MB that the process would keep.
+    """
+
+    def __init__(self, meter: MetaMeter) -> None:
+        super().__init__()
+        self.meter = meter
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.scaled_dot_product_attention and args and args[0].is_meta:
-            query, value = args[0], (args[2] if len(args) > 2 else kwargs["value"])
-            return query.new_empty(*query.shape[:-1], value.shape[-1])
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func is torch.cat and args[0][0].is_meta:
+            axis = args[1] if len(args) > 1 else kwargs.get("dim", 0)
+            sides = list(args[0][0].shape)
+            sides[axis] = sum(t.shape[axis] for t in args[0])
+            return args[0][0].new_empty(sides)
+        if func is torch.arange and torch.device(kwargs.get("device") or "cpu").type == "meta":
+            start, end = kwargs.get("start", 0), kwargs.get("end", args[0] if args else None)
+            return torch.empty(end - start, device="meta")
+        if not (args and isinstance(args[0], Tensor) and args[0].is_meta):
+            return func(*args, **kwargs)
+        x: Tensor = args[0]
+        name = getattr(func, "__name__", "")
+        if name in _IN_PLACE or kwargs.get("inplace"):
+            return x
+        if name in _POINTWISE:
+            shapes = [a.shape for a in args if isinstance(a, Tensor)]
+            rank = max(map(len, shapes))
+            return x.new_empty([max(sides) for sides in zip(*((1,) * (rank - len(s)) + tuple(s) for s in shapes), strict=True)])
+        if func is F.scaled_dot_product_attention:
+            return x.new_empty(*x.shape[:-1], args[2].shape[-1])
+        if func is F.linear:
+            return x.new_empty(*x.shape[:-1], args[1].shape[0])
+        if func in (F.conv2d, torch.conv2d):
+            out = self._conv2d(x, *args[1:], **kwargs)
+            self.meter.scratch(x.nbytes + out.nbytes + args[1].nbytes)
+            return out
+        if func is F.interpolate:
+            return x.new_empty(*x.shape[:2], *(kwargs.get("size") or [int(n * kwargs["scale_factor"]) for n in x.shape[2:]]))
+        if func is F.pad:
+            left, right, top, bottom = args[1]
+            return x.new_empty(*x.shape[:2], x.shape[2] + top + bottom, x.shape[3] + left + right)
+        if func is torch.var_mean:
+            shape = [n for i, n in enumerate(x.shape) if i not in kwargs["dim"]]
+            return x.new_empty(shape), x.new_empty(shape)
+        return func(*args, **kwargs)
+
+    @staticmethod
+    def _conv2d(x: Tensor, weight: Tensor, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1) -> Tensor:
+        pairs = [(v, v) if isinstance(v, int) else v for v in (stride, padding, dilation)]
+        sides = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in zip(x.shape[2:], weight.shape[2:], *pairs, strict=True)]
+        return x.new_empty(x.shape[0], weight.shape[0], *sides)

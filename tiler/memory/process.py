@@ -114,50 +114,72 @@ def limit_data(extra_bytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
+class _StandIn(types.ModuleType):
+    """A module whose every name is a decorator that does nothing."""
+
+    def __getattr__(self, name: str) -> object:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _no_op
+
+
+def _no_op(fn: object = None, *args: object, **kwargs: object) -> object:
+    return (lambda f: f) if fn is None else fn
+
+
+@contextmanager
+def without_dynamo() -> Iterator[None]:
+    """Keep torch's compiler out of memory (72 MB): what would import torch._dynamo for a decorator gets a stand-in.
+
+    A process that has torch._dynamo already is left alone.
+    """
+    if "torch._dynamo" in sys.modules:
+        yield
+        return
+    import torch
+
+    added = {name: _StandIn(name) for name in ("torch._dynamo", "torch._dynamo._trace_wrapped_higher_order_op")}
+    sys.modules.update(added)
+    try:
+        yield
+    finally:
+        for name, module in added.items():
+            if sys.modules.get(name) is module:
+                del sys.modules[name]
+        torch.__dict__.pop("_dynamo", None)
+
+
 @contextmanager
 def lean_imports() -> Iterator[None]:
     """Import model classes without the compiler and cluster parts of torch: 84 MB of RSS less.
 
     diffusers and transformers import torch._dynamo for decorators, and torch.distributed.tensor (with sympy) for
-    multi-GPU loading, neither of which runs here. Within this context the first is a stand-in whose decorators do
-    nothing, the second reports itself unavailable (torch's own switch), and three packages of diffusers give single
-    modules without importing all their siblings. Afterwards everything is as it was; a process that already has
-    torch._dynamo is left alone.
+    multi-GPU loading, neither of which runs here. Within this context the first is a stand-in, the second reports itself
+    unavailable (torch's own switch), and three packages of diffusers give single modules without importing all their
+    siblings. Afterwards everything is as it was.
     """
-    import torch
     import torch.compiler
     import torch.distributed
 
     if "torch._dynamo" in sys.modules or "diffusers.models.unets" in sys.modules:
         yield
         return
-
-    def no_op(fn: object = None, *args: object, **kwargs: object) -> object:
-        return (lambda f: f) if fn is None else fn
-
-    class StandIn(types.ModuleType):
-        def __getattr__(self, name: str) -> object:
-            if name.startswith("__"):
-                raise AttributeError(name)
-            return no_op
-
-    added = {name: StandIn(name) for name in ("torch._dynamo", "torch._dynamo._trace_wrapped_higher_order_op")}
-    sys.modules.update(added)
-    import diffusers.models
-
-    for package in ("transformers", "unets", "autoencoders"):
-        name = f"diffusers.models.{package}"
-        added[name] = module = StandIn(name)
-        module.__path__ = [os.path.join(diffusers.models.__path__[0], package)]
-        sys.modules[name] = module
     real_disable, real_available = torch.compiler.disable, torch.distributed.is_available
-    torch.compiler.disable = no_op
+    torch.compiler.disable = _no_op
     torch.distributed.is_available = lambda: False
+    packages = {}
     try:
-        yield
+        with without_dynamo():
+            import diffusers.models
+
+            for package in ("transformers", "unets", "autoencoders"):
+                name = f"diffusers.models.{package}"
+                packages[name] = module = types.ModuleType(name)
+                module.__path__ = [os.path.join(diffusers.models.__path__[0], package)]
+                sys.modules[name] = module
+            yield
     finally:
         torch.compiler.disable, torch.distributed.is_available = real_disable, real_available
-        for name, module in added.items():
+        for name, module in packages.items():
             if sys.modules.get(name) is module:
                 del sys.modules[name]
-        torch.__dict__.pop("_dynamo", None)

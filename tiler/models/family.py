@@ -6,7 +6,8 @@ Builds diffusers' and transformers' own modules on the meta device; no class nam
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -126,18 +127,16 @@ def _check_bounds(where: str, config: dict[str, Any]) -> None:
 def build_unet(family: Family) -> UNet2DConditionModel:
     """diffusers' own UNet on the meta device."""
     with lean_imports():
-        import torch
         from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-    with torch.device("meta"), _refuse("unet", family):
+    with _on_meta(), _refuse("unet", family):
         return UNet2DConditionModel.from_config(family.unet).eval().requires_grad_(False)
 
 
 def build_vae(family: Family) -> AutoencoderKL:
     """diffusers' own autoencoder on the meta device."""
     with lean_imports():
-        import torch
         from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-    with torch.device("meta"), _refuse("vae", family):
+    with _on_meta(), _refuse("vae", family):
         return AutoencoderKL.from_config(family.vae).eval().requires_grad_(False)
 
 
@@ -151,12 +150,31 @@ def build_text_encoder(family: Family) -> CLIPTextModel:
     with _refuse("text_encoder", family):
         config = CLIPTextConfig(**known)
         config._attn_implementation = "sdpa"
-        with torch.device("meta"):
+        with _on_meta():
             model = CLIPTextModel(config).eval().requires_grad_(False)
-    for module in model.modules():
-        if "position_ids" in module._buffers:
-            module._buffers["position_ids"] = torch.arange(config.max_position_embeddings).expand((1, -1))
     return model
+
+
+@contextmanager
+def _on_meta() -> Iterator[None]:
+    """Modules made here have shapes and no data. Their initialisers do nothing: torch's own, for the meta device, are
+    written in Python and import sympy (40 MB)."""
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    class NoInit(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            kwargs = kwargs or {}
+            if func is torch.arange:  # position ids: small, and needed for real
+                return func(*args, **kwargs | {"device": "cpu"})
+            tensor = args[0] if args else kwargs.get("tensor")
+            name = getattr(func, "__name__", "")
+            if name.endswith("_") and not name.startswith("_") and name != "requires_grad_" and isinstance(tensor, torch.Tensor) and tensor.is_meta:
+                return tensor
+            return func(*args, **kwargs)
+
+    with torch.device("meta"), NoInit():
+        yield
 
 
 class _refuse:

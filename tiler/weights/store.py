@@ -6,6 +6,7 @@ order of the previous pass. Knows nothing of layers.
 
 from __future__ import annotations
 
+import math
 import os
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,6 +20,7 @@ from tiler.errors import ModelError, NumericalError, StorageError
 from tiler.weights.index import TensorInfo, open_regular
 
 TORCH_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+PIECE_ELEMENTS = 4 * 2**20  # 8 MiB of fp16, 16 MiB once cast
 READ_AHEAD = 2  # pieces in flight; each has a buffer of its own
 
 
@@ -30,20 +32,20 @@ class Piece(NamedTuple):
     last: int
 
 
-def piece_rows(row_bytes: int, piece_bytes: int) -> int:
-    """Rows of a piece of about `piece_bytes`: multiples of 32, at least 32, so that cuts fall between oneDNN's blocks."""
-    return max(32, piece_bytes // max(1, row_bytes) // 32 * 32)
+def piece_rows(row_elements: int, piece_elements: int) -> int:
+    """Rows of a piece of about `piece_elements`: multiples of 32, at least 32, so that cuts fall between oneDNN's blocks."""
+    return max(32, piece_elements // max(1, row_elements) // 32 * 32)
 
 
 class WeightStore:
     """Tensors of one model, by the model's own parameter names.
 
-    `index` maps parameter names to places in files; `piece_bytes` bounds one read (bytes as stored).
+    `index` maps parameter names to places in files; `piece_elements` bounds one read.
     """
 
-    def __init__(self, index: dict[str, TensorInfo], *, piece_bytes: int, check_finite: bool = True) -> None:
+    def __init__(self, index: dict[str, TensorInfo], *, piece_elements: int = PIECE_ELEMENTS, check_finite: bool = True) -> None:
         self.index = index
-        self.piece_bytes = piece_bytes
+        self.piece_elements = piece_elements
         self.bytes_read = 0
         self.resident: dict[str, torch.Tensor] = {}
         self._check_finite = check_finite
@@ -98,9 +100,9 @@ class WeightStore:
         return out
 
     def pieces(self, name: str) -> list[Piece]:
-        """The tensor cut along its first axis into pieces of about `piece_bytes`."""
-        total = self.index[name].shape[0]
-        step = piece_rows(self._row_bytes(name), self.piece_bytes)
+        """The tensor cut along its first axis into pieces of about `piece_elements`."""
+        shape = self.index[name].shape
+        total, step = shape[0], piece_rows(math.prod(shape[1:]), self.piece_elements)
         return [Piece(name, first, min(first + step, total)) for first in range(0, total, step)]
 
     def fetch(self, piece: Piece, out: torch.Tensor) -> None:
@@ -141,7 +143,7 @@ class WeightStore:
         return torch.empty(max(1, nbytes), dtype=torch.uint8)
 
     def _take_buffer(self) -> torch.Tensor:
-        # A piece of 32 wide rows may be larger than piece_bytes: buffers fit the largest piece there is.
+        # A piece of 32 wide rows may be larger than piece_elements: buffers fit the largest piece there is.
         return self._buffers.pop() if self._buffers else self._new_buffer(self.buffer_bytes)
 
     @property

@@ -27,10 +27,9 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from tiler.errors import ModelError
 from tiler.weights.index import TensorInfo
-from tiler.weights.store import TORCH_DTYPES, WeightStore, piece_rows
+from tiler.weights.store import PIECE_ELEMENTS, TORCH_DTYPES, WeightStore, piece_rows
 
 ARENA_BYTES = 76 * 2**20  # fp32; the largest unit of SD 1.5 worth holding is its widest feed-forward, 78.7 MB
-PIECE_BYTES = 8 * 2**20  # as stored; one read
 SMALL = 64 * 1024  # parameters of up to this many elements are loaded at once and stay
 
 
@@ -178,19 +177,15 @@ def _by_rows(layer: StreamedLayer, x: Tensor, out: Tensor, axis: int, op: Callab
     if not streamer.holding and streamer.fits(layer):
         with streamer.hold(layer):
             return _by_rows(layer, x, out, axis, op)
-    if streamer.store is None and not streamer.fits(layer):
-        op(x[0], layer.weight[: piece_rows(layer.weight[0].numel() * 2, PIECE_BYTES)], None)  # planning: one piece's scratch
-        return out
     whole = streamer.whole(layer)
-    if whole is not None and len(x) == 1:
+    step = piece_rows(layer.weight[0].numel(), PIECE_ELEMENTS if streamer.store is None else streamer.store.piece_elements)
+    if whole is not None and len(x) == 1 and step >= len(whole):
         return op(x[0], whole, bias)[None]
-    if whole is not None:
-        for i in range(1 if x.is_meta else len(x)):
-            out[i] = op(x[i], whole, bias)
-        return out
-    for first, last, rows in streamer.parts(layer):
+    # Held or streamed, the same cuts: the same arithmetic, and oneDNN's packed copy of a weight stays a piece's size.
+    parts = streamer.parts(layer) if whole is None else ((i, min(i + step, len(whole)), whole[i : i + step]) for i in range(0, len(whole), step))
+    for first, last, rows in parts:
         part = None if bias is None else bias[first:last]
-        for i in range(len(x)):
+        for i in range(1 if x.is_meta else len(x)):
             out[i].narrow(axis, first, last - first).copy_(op(x[i], rows, part))
     return out
 
