@@ -60,16 +60,31 @@ def configs(kind: str) -> dict[str, dict[str, Any]]:
     """The config of every part."""
     if kind == "sd15":
         return {"unet": _UNET, "vae": _VAE, "text_encoder": _TEXT, "scheduler": _SCHEDULER}
-    sd2 = {"attention_head_dim": [5, 10, 20, 20], "cross_attention_dim": 1024, "use_linear_projection": True, "sample_size": 96}
+    sd2 = {
+        "attention_head_dim": [5, 10, 20, 20],
+        "cross_attention_dim": 1024,
+        "use_linear_projection": True,
+        "sample_size": 96,
+    }
     sd2_text = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "num_hidden_layers": 23, "hidden_act": "gelu", "projection_dim": 512}  # fmt: skip
     if kind == "sd21":
-        return {"unet": _UNET | sd2, "vae": _VAE | {"sample_size": 768}, "text_encoder": _TEXT | sd2_text, "scheduler": _V_SCHEDULER}
+        return {
+            "unet": _UNET | sd2,
+            "vae": _VAE | {"sample_size": 768},
+            "text_encoder": _TEXT | sd2_text,
+            "scheduler": _V_SCHEDULER,
+        }
     small = {"block_out_channels": [32, 64, 64], "sample_size": 8, "cross_attention_dim": 32, "norm_num_groups": 8, "attention_head_dim": 4,
              "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
              "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"]}  # fmt: skip
     small_vae = {"block_out_channels": [8, 16, 16, 16], "norm_num_groups": 4, "layers_per_block": 1, "sample_size": 64}
     small_text = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2, "vocab_size": 600, "projection_dim": 32}  # fmt: skip
-    parts = {"unet": _UNET | small, "vae": _VAE | small_vae, "text_encoder": _TEXT | small_text, "scheduler": _SCHEDULER}
+    parts = {
+        "unet": _UNET | small,
+        "vae": _VAE | small_vae,
+        "text_encoder": _TEXT | small_text,
+        "scheduler": _SCHEDULER,
+    }
     if kind == "tiny-sd2":
         parts["unet"] = parts["unet"] | {"attention_head_dim": [2, 4, 4], "use_linear_projection": True}
         parts["scheduler"] = _V_SCHEDULER
@@ -119,7 +134,9 @@ def _weights(folder: Path, part: str, config: dict[str, Any]) -> None:
         model = AutoencoderKL.from_config(config)
     else:
         model = CLIPTextModel(CLIPTextConfig(**config))
-    prefix = "text_model." if part == "text_encoder" and not next(iter(model.state_dict())).startswith("text_model.") else ""
+    prefix = (
+        "text_model." if part == "text_encoder" and not next(iter(model.state_dict())).startswith("text_model.") else ""
+    )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):

@@ -55,13 +55,17 @@ class Result:
 
 def render(request: RenderRequest, budget: Budget | None = None, on_event: OnEvent = lambda event: None) -> Result:
     """Render `request` into its output file under `budget` (default 800 MB of RSS). Raises TilerError."""
-    with _inference(), (budget or Budget()) as budget:
+    with _inference(), budget or Budget() as budget:
         check_writable(request.output, force=request.force)
         if request.save_latents is not None:
             check_writable(request.save_latents, force=request.force)
         if request.guide_image is not None:
             guide.load_picture(request.guide_image)  # before any work: is it a picture at all?
-        plan = plan_render(request, families.read_family(resolve(request.model, variant=request.variant, revision=request.revision)), budget.max_bytes)
+        plan = plan_render(
+            request,
+            families.read_family(resolve(request.model, variant=request.variant, revision=request.revision)),
+            budget.max_bytes,
+        )
         plan.memory.check()
         process.trim()
         work = _Work(request, plan, budget, on_event)
@@ -98,7 +102,8 @@ class _Work:
                 texts = list(dict.fromkeys(text for pair in pairs for text in pair))
                 encoded = dict(zip(texts, encode_prompts(tokenizer, encoder, texts, self._note).split(1), strict=True))
             return canvas.Conditions(
-                torch.cat([encoded[prompt] for prompt, _ in pairs]), torch.cat([encoded[negative] for _, negative in pairs])
+                torch.cat([encoded[prompt] for prompt, _ in pairs]),
+                torch.cat([encoded[negative] for _, negative in pairs]),
             )
 
     def guide_pass(self, conditions: canvas.Conditions) -> Tensor:
@@ -143,7 +148,13 @@ class _Work:
             return self._decode_strips(vae, latents, "decode")
 
     def _sample(
-        self, phase: str, regions: list[Any], conditions: canvas.Conditions, reference: Tensor | None, begin: int, batch: int
+        self,
+        phase: str,
+        regions: list[Any],
+        conditions: canvas.Conditions,
+        reference: Tensor | None,
+        begin: int,
+        batch: int,
     ) -> Tensor:
         request, steps = self.request, self.request.num_inference_steps
         height, width = max(r.top + r.height for r in regions), max(r.left + r.width for r in regions)
@@ -154,7 +165,8 @@ class _Work:
         noise, generator = canvas.initial_noise((1, self.family.latent_channels, height, width), request.seed, reseeded)
         scheduler = schedulers.build(self.scheduler_name, self.family.scheduler, steps)
         latents = canvas.start_latents(scheduler, noise, reference, begin)
-        del noise
+        if begin == steps:
+            return latents
         unet = families.build_unet(self.family)
         with self._streamed(unet, "unet", families.plain_names, self.plan.resident) as streamer:
 
@@ -167,7 +179,11 @@ class _Work:
             for state in loop:
                 done = (state.step - begin) * state.total + state.samples
                 detail = f"step {state.step + 1}/{len(scheduler.timesteps)}, {state.samples}/{state.total} tile passes"
-                self.on_event(events.Progress(name=phase, done=done, total=(len(scheduler.timesteps) - begin) * state.total, detail=detail))
+                self.on_event(
+                    events.Progress(
+                        name=phase, done=done, total=(len(scheduler.timesteps) - begin) * state.total, detail=detail
+                    )
+                )
                 if state.latents is not None:
                     latents = state.latents
         return latents
@@ -228,7 +244,7 @@ def decode_file(
     revision: str | None = None, force: bool = False, on_event: OnEvent = lambda event: None,
 ) -> Result:  # fmt: skip
     """Decode scaled latents (1, C, h, w) fp32 with a checkpoint's autoencoder into a PNG. Raises TilerError."""
-    with _inference(), (budget or Budget()) as budget:
+    with _inference(), budget or Budget() as budget:
         check_writable(output, force=force)
         family = families.read_family(resolve(model, variant=variant, revision=revision))
         check_latents(latents, family)
@@ -249,8 +265,15 @@ def check_latents(latents: Tensor, family: Family) -> None:
     """Raises UsageError or NumericalError for latents that this model cannot decode."""
     from tiler.errors import UsageError
 
-    if latents.ndim != 4 or len(latents) != 1 or latents.shape[1] != family.latent_channels or min(latents.shape[2:]) < 1:
-        raise UsageError(f"the latents have shape {list(latents.shape)}; {family.checkpoint.name} decodes [1, {family.latent_channels}, height/8, width/8]")
+    if (
+        latents.ndim != 4
+        or len(latents) != 1
+        or latents.shape[1] != family.latent_channels
+        or min(latents.shape[2:]) < 1
+    ):
+        raise UsageError(
+            f"the latents have shape {list(latents.shape)}; {family.checkpoint.name} decodes [1, {family.latent_channels}, height/8, width/8]"
+        )
     if not bool(torch.isfinite(latents).all()):
         raise NumericalError("the latents hold NaN or Inf; render them again")
 
@@ -271,7 +294,11 @@ def decode_pixels(vae: Any, unscaled: Tensor, budget: Budget, progress: Callable
 
 @contextmanager
 def streamed(
-    module: Any, family: Family, part: str, rename: Callable[[str], list[str]], resident: dict[str, torch.dtype] | None = None
+    module: Any,
+    family: Family,
+    part: str,
+    rename: Callable[[str], list[str]],
+    resident: dict[str, torch.dtype] | None = None,
 ) -> Iterator[Streamer]:
     """The weights of one part of the checkpoint behind a meta-device module, for as long as the block lasts."""
     index = match_index(module, family.checkpoint.weights(part), rename)

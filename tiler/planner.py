@@ -28,7 +28,7 @@ from tiler.models.unet import predict_noise
 from tiler.request import RenderRequest
 from tiler.weights.index import TensorInfo
 from tiler.weights.store import PIECE_ELEMENTS, READ_AHEAD, TORCH_DTYPES
-from tiler.weights.stream import Streamer, StreamedLayer, stream_layers
+from tiler.weights.stream import ARENA_BYTES, StreamedLayer, Streamer, stream_layers
 
 MAX_BATCH = 16
 LIBRARIES_BYTES = 42_000_000  # measured: oneDNN and MKL code and their compiled kernels, touched at first use
@@ -84,12 +84,13 @@ def plan_render(request: RenderRequest, family: Family, max_bytes: int) -> Rende
 
     unet = families.build_unet(family)
     stored = family.checkpoint.weights("unet")
+    streamer = Streamer(None)
+    stream_layers(unet, streamer)
     unet_terms = _weights_terms(unet, stored)
     width = family.text["hidden_size"]
 
     @cache
     def activations(batch: int, height: int, breadth: int) -> int:
-        streamer = Streamer(None)
         with MetaMeter() as meter, torch.device("meta"), torch.no_grad():
             latents = torch.empty(batch, family.latent_channels, height, breadth)
             predict_noise(unet, streamer, latents, torch.tensor(1), torch.empty(batch, 77, width))
@@ -100,19 +101,33 @@ def plan_render(request: RenderRequest, family: Family, max_bytes: int) -> Rende
     canvas_bytes = 4 * family.latent_channels * canvas[0] * canvas[1] * 6 + 4 * side * side * len(regions)
 
     def sampling(name: str, batch: int, height: int, breadth: int, resident: int = 0) -> PhasePlan:
-        terms = [*fixed, *unet_terms, Term(name="activations", nbytes=activations(batch, height, breadth)), Term(name="canvas", nbytes=canvas_bytes)]
-        return PhasePlan(name=name, terms=tuple([*terms, Term(name="resident weights", nbytes=resident)] if resident else terms))
+        terms = [
+            *fixed,
+            *unet_terms,
+            Term(name="activations", nbytes=activations(batch, height, breadth)),
+            Term(name="canvas", nbytes=canvas_bytes),
+        ]
+        return PhasePlan(
+            name=name, terms=tuple([*terms, Term(name="resident weights", nbytes=resident)] if resident else terms)
+        )
 
-    batch = _largest_batch(lambda b: sampling("canvas", b, side, side).peak_bytes, int(max_bytes * MARGIN), min(MAX_BATCH, per_step))
+    batch = _largest_batch(
+        lambda b: sampling("canvas", b, side, side).peak_bytes, int(max_bytes * MARGIN), min(MAX_BATCH, per_step)
+    )
     batch = math.ceil(per_step / math.ceil(per_step / batch))  # passes of equal size
     base = [sampling("canvas", batch, side, side)]
     guide_batch = guide_halves
     if guide is not None:
-        guide_batch = _largest_batch(lambda b: sampling("guide", b, guide.height, guide.width).peak_bytes, int(max_bytes * MARGIN), guide_halves)
+        guide_batch = _largest_batch(
+            lambda b: sampling("guide", b, guide.height, guide.width).peak_bytes, int(max_bytes * MARGIN), guide_halves
+        )
         base.insert(0, sampling("guide", guide_batch, guide.height, guide.width))
     room = int(max_bytes * MARGIN) - max(p.peak_bytes for p in base)
     resident = _choose_resident(unet, stored, room) if room > 0 else {}
-    kept = sum(stored[name].nbytes // TORCH_DTYPES[stored[name].dtype].itemsize * dtype.itemsize for name, dtype in resident.items())
+    kept = sum(
+        stored[name].nbytes // TORCH_DTYPES[stored[name].dtype].itemsize * dtype.itemsize
+        for name, dtype in resident.items()
+    )
     phases = [_text_phase(family, fixed), *(_with(p, kept) for p in base), *decode]
     order = ["encode prompts", "guide", "guide picture", "canvas", "decode"]
     phases.sort(key=lambda p: order.index(p.name))
@@ -136,7 +151,11 @@ def plan_decode(family: Family, latents: tuple[int, int], max_bytes: int) -> Mem
 
 
 def _with(phase: PhasePlan, resident: int) -> PhasePlan:
-    return PhasePlan(name=phase.name, terms=(*phase.terms, Term(name="resident weights", nbytes=resident))) if resident else phase
+    return (
+        PhasePlan(name=phase.name, terms=(*phase.terms, Term(name="resident weights", nbytes=resident)))
+        if resident
+        else phase
+    )
 
 
 def _largest_batch(peak: Callable[[int], int], room: int, most: int) -> int:
@@ -151,20 +170,29 @@ def _largest_batch(peak: Callable[[int], int], room: int, most: int) -> int:
 
 
 def _weights_terms(module: nn.Module, stored: dict[str, TensorInfo], *, units: bool = True) -> list[Term]:
-    """What streaming `module` keeps in memory: the arena as far as it is used, read buffers, norms and biases.
+    """What a streamed `module` keeps in memory: the arena as far as it is used, read buffers, norms and biases.
 
     `units`: whether the module's own forward runs (and with it units), or only single layers are called."""
-    streamer = Streamer(None)
-    stream_layers(module, streamer)
     layers = [m for m in module.modules() if isinstance(m, StreamedLayer)]
     linear = [layer for layer in layers if not isinstance(layer, nn.Embedding)]
     largest = max((layer.weight.numel() * 4 for layer in linear), default=0)
-    held = [sum(layer.weight.numel() for layer in _inside(m)) * 4 for m in module.modules() if units and not isinstance(m, nn.ModuleList)]
-    arena = max((h for h in held if h <= streamer.arena_bytes), default=0)
-    arena = max(arena, min(largest, streamer.arena_bytes))
+    held = [
+        sum(layer.weight.numel() for layer in _inside(m)) * 4
+        for m in module.modules()
+        if units and not isinstance(m, nn.ModuleList)
+    ]
+    arena = max((h for h in held if h <= ARENA_BYTES), default=0)
+    arena = max(arena, min(largest, ARENA_BYTES))
     elements = min(max((layer.weight.numel() for layer in linear), default=0), PIECE_ELEMENTS)
-    itemsize = max((TORCH_DTYPES[info.dtype].itemsize for info in stored.values() if info.dtype in TORCH_DTYPES), default=2)
-    small = sum(p.numel() * 4 for m in module.modules() for n, p in m.named_parameters(recurse=False) if not (n == "weight" and isinstance(m, StreamedLayer)))
+    itemsize = max(
+        (TORCH_DTYPES[info.dtype].itemsize for info in stored.values() if info.dtype in TORCH_DTYPES), default=2
+    )
+    small = sum(
+        p.numel() * 4
+        for m in module.modules()
+        for n, p in m.named_parameters(recurse=False)
+        if not (n == "weight" and isinstance(m, StreamedLayer))
+    )
     return [
         Term(name="weights in fp32", nbytes=arena + small),
         Term(name="read buffers", nbytes=(READ_AHEAD + 1) * elements * itemsize),
@@ -194,6 +222,7 @@ def _choose_resident(unet: nn.Module, stored: dict[str, TensorInfo], room: int) 
 
 def _text_phase(family: Family, fixed: list[Term]) -> PhasePlan:
     encoder = families.build_text_encoder(family)
+    stream_layers(encoder, Streamer(None))
     stored = family.checkpoint.weights("text_encoder")
     tokens = 77 * 2
     activations = 4 * tokens * (family.text["intermediate_size"] * 3 + family.text["hidden_size"] * 8)
@@ -201,7 +230,9 @@ def _text_phase(family: Family, fixed: list[Term]) -> PhasePlan:
     return PhasePlan(name="encode prompts", terms=tuple(terms))
 
 
-def _autoencoder_phase(name: str, family: Family, latents: tuple[int, int], fixed: list[Term], *, encoding: bool, pictures: int) -> PhasePlan:
+def _autoencoder_phase(
+    name: str, family: Family, latents: tuple[int, int], fixed: list[Term], *, encoding: bool, pictures: int
+) -> PhasePlan:
     """Decoding or encoding latents of (height, width), with `pictures` copies of the picture as uint8 beside it."""
     vae = families.build_vae(family)
     stream_layers(vae, Streamer(None))
@@ -212,11 +243,17 @@ def _autoencoder_phase(name: str, family: Family, latents: tuple[int, int], fixe
     return PhasePlan(name=name, terms=(*fixed, *weights, Term(name="activations", nbytes=meter.peak_bytes), picture))
 
 
-def _autoencoder_phases(request: RenderRequest, family: Family, canvas: tuple[int, int], guide: GuideSize | None, fixed: list[Term]) -> list[PhasePlan]:
+def _autoencoder_phases(
+    request: RenderRequest, family: Family, canvas: tuple[int, int], guide: GuideSize | None, fixed: list[Term]
+) -> list[PhasePlan]:
     phases = [_autoencoder_phase("decode", family, canvas, fixed, encoding=False, pictures=1)]
     if guide is not None or request.guide_image is not None:
         reference = [_autoencoder_phase("guide picture", family, canvas, fixed, encoding=True, pictures=1)]
         if guide is not None:  # the same phase decodes the guide first
-            reference.append(_autoencoder_phase("guide picture", family, (guide.height, guide.width), fixed, encoding=False, pictures=1))
+            reference.append(
+                _autoencoder_phase(
+                    "guide picture", family, (guide.height, guide.width), fixed, encoding=False, pictures=1
+                )
+            )
         phases.append(max(reference, key=lambda p: p.peak_bytes))
     return phases

@@ -75,7 +75,9 @@ class Region:
     def __post_init__(self) -> None:
         for name, span in (("rows", self.rows), ("cols", self.cols)):
             if len(span) != 2 or not all(type(v) is int for v in span) or not 0 <= span[0] < span[1]:
-                raise UsageError(f"region {self.prompt!r}: {name} = {list(span)} is not [first, last] in canvas pixels with first < last")
+                raise UsageError(
+                    f"region {self.prompt!r}: {name} = {list(span)} is not [first, last] in canvas pixels with first < last"
+                )
             if span[0] % 8 or span[1] % 8:
                 raise UsageError(f"region {self.prompt!r}: {name} = {list(span)} must be multiples of 8 pixels")
         if self.guidance_scale is not None:
@@ -175,7 +177,9 @@ def _region(path: Path, number: int, table: dict[str, Any]) -> Region:
     known = {f.name for f in fields(Region)}
     for key, value in table.items():
         if key not in known:
-            raise UsageError(f"{path}: region {number} has an unknown key {key!r}; known are {', '.join(sorted(known))}")
+            raise UsageError(
+                f"{path}: region {number} has an unknown key {key!r}; known are {', '.join(sorted(known))}"
+            )
         if not isinstance(value, _TYPES[key]) or isinstance(value, bool):
             raise UsageError(f"{path}: region {number}: {key} = {value!r} has the wrong type")
     if missing := {"prompt", "rows", "cols"} - table.keys():
@@ -186,6 +190,9 @@ def _region(path: Path, number: int, table: dict[str, Any]) -> Region:
             raise UsageError(f"{path}: region {number}: mask = {values['mask']!r}; choose {', '.join(Mask)}")
         values["mask"] = Mask(values["mask"])
     try:
-        return replace(Region(prompt=values.pop("prompt"), rows=tuple(values.pop("rows")), cols=tuple(values.pop("cols"))), **values)
+        return replace(
+            Region(prompt=values.pop("prompt"), rows=tuple(values.pop("rows")), cols=tuple(values.pop("cols"))),
+            **values,
+        )
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from error

@@ -27,7 +27,12 @@ TERRAIN_WORDS = {
     "lake": ("a mountain lake", "a lake below mountains", "a lake", "mountains by a lake"),
     "islands": ("islands in the sea", "an island in the ocean", "islands", "the sea with islands"),
     "skyline": ("a city skyline", "a city", "skyscrapers", "a town skyline"),
-    "skyline by the water": ("a city skyline by the water", "a harbour city", "a city by the river", "a skyline at the waterfront"),
+    "skyline by the water": (
+        "a city skyline by the water",
+        "a harbour city",
+        "a city by the river",
+        "a skyline at the waterfront",
+    ),
 }
 BODY_WORDS = {
     "sun": ("a sun", "the sun", "a small sun"),
@@ -47,7 +52,16 @@ OBJECT_WORDS = {
     "pines": ("pine trees", "a pine forest", "fir trees"),
     "cabin": ("a cabin", "a small house", "a hut"),
 }
-PREFIX = ("", "", "", "poster of ", "a travel poster of ", "minimalist poster, ", "a flat illustration of ", "landscape, ")
+PREFIX = (
+    "",
+    "",
+    "",
+    "poster of ",
+    "a travel poster of ",
+    "minimalist poster, ",
+    "a flat illustration of ",
+    "landscape, ",
+)
 
 
 def caption(scene: Scene, rng: np.random.Generator, view: View | None = None, keep: float = 0.8) -> str:
@@ -62,15 +76,27 @@ def caption(scene: Scene, rng: np.random.Generator, view: View | None = None, ke
     things = []
     if scene.body != "none" and mention("body"):
         side = _side(scene, view)
-        things.append(pick(BODY_WORDS[scene.body]) + (f" {pick(SIDE_WORDS[side])}" if side and rng.random() < 0.8 else ""))
+        things.append(
+            pick(BODY_WORDS[scene.body]) + (f" {pick(SIDE_WORDS[side])}" if side and rng.random() < 0.8 else "")
+        )
     elif scene.body == "none" and view is None and rng.random() < 0.25:
         things.append("no sun" if rng.random() < 0.6 else "no moon")
     things += [pick(words) for tag, words in OBJECT_WORDS.items() if getattr(scene, tag) and mention(tag)]
     if scene.boat and mention("boat"):
         article = "an" if scene.boat == "orange" else "a"
-        things.append(f"a {pick(('sailing boat', 'sailboat', 'boat'))} with {pick((f'{article} {scene.boat} sail', f'{scene.boat} sails'))}")
+        things.append(
+            f"a {pick(('sailing boat', 'sailboat', 'boat'))} with {pick((f'{article} {scene.boat} sail', f'{scene.boat} sails'))}"
+        )
     if scene.balloon and mention("balloon"):
-        things.append(pick((f"a {scene.balloon} hot-air balloon", f"{scene.balloon} hot air balloons", f"a {scene.balloon} balloon")))
+        things.append(
+            pick(
+                (
+                    f"a {scene.balloon} hot-air balloon",
+                    f"{scene.balloon} hot air balloons",
+                    f"a {scene.balloon} balloon",
+                )
+            )
+        )
     rng.shuffle(things)
     terrain = _terrain(scene, view)
     parts = [pick(TERRAIN_WORDS[terrain])] if terrain and (rng.random() < 0.95 or not things) else []
@@ -108,7 +134,9 @@ def _terrain(scene: Scene, view: View | None) -> str:
     wet = visible(scene, "water", view)
     match scene.terrain:
         case "skyline by the water":
-            return scene.terrain if dry and wet else "sea" if wet else "skyline" if visible(scene, "skyline", view) else ""
+            return (
+                scene.terrain if dry and wet else "sea" if wet else "skyline" if visible(scene, "skyline", view) else ""
+            )
         case "lake":
             return scene.terrain if dry and wet else "sea" if wet else "mountains" if dry else ""
         case "islands":

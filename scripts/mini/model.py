@@ -108,7 +108,9 @@ def train_tokenizer(captions: list[str], folder: Path, merges: int = 400) -> CLI
         vocab_size=512 + merges, end_of_word_suffix="</w>", initial_alphabet=alphabet, show_progress=False
     )
     bpe.train_from_iterator(captions, trainer)
-    learnt = [tuple(m) if not isinstance(m, str) else tuple(m.split(" ")) for m in json.loads(bpe.to_str())["model"]["merges"]]
+    learnt = [
+        tuple(m) if not isinstance(m, str) else tuple(m.split(" ")) for m in json.loads(bpe.to_str())["model"]["merges"]
+    ]
     pieces = alphabet + [c + "</w>" for c in alphabet] + ["".join(m) for m in learnt]
     vocab = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
     for special in ("<|startoftext|>", "<|endoftext|>"):

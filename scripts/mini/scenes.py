@@ -65,16 +65,32 @@ def _palette(sky: str, land: str, water: str, body: str, cloud: str, light: str,
 
 
 PALETTES: dict[str, Palette] = {
-    "dusk": _palette("33285f 8c4a7d e98a6b", "5d3b70 1d1531", "a2607c 2c1f4b", "f7b267", "b56a86", "ffd58a", stars=True),
+    "dusk": _palette(
+        "33285f 8c4a7d e98a6b", "5d3b70 1d1531", "a2607c 2c1f4b", "f7b267", "b56a86", "ffd58a", stars=True
+    ),
     "dawn": _palette("9fb3d9 e6c3d5 fbdcc4", "a58bb0 5f5580", "c9b0ca 7f84ad", "fff3d6", "fdeae6", "fff6df"),
-    "night": _palette("0a0d3a 17205c 2c3a7e", "273468 080b22", "24316b 0c1238", "f4ecc8", "39468a", "ffe08a", moon=True, stars=True),
+    "night": _palette(
+        "0a0d3a 17205c 2c3a7e", "273468 080b22", "24316b 0c1238", "f4ecc8", "39468a", "ffe08a", moon=True, stars=True
+    ),
     "noon": _palette("3f9be8 8cc8ef d8f0f7", "74b06c 1f5a3f", "4fb0dd 1f6ea6", "fff8dc", "ffffff", "fffbe6"),
     "autumn": _palette("e3b062 f1c97a fbe6a6", "b0703c 5a2418", "d59a5c 8e5230", "e2542c", "fdf0cf", "ffe9b0"),
     "mint": _palette("86dcc8 aeead5 e2f8e4", "5da892 1f5a52", "7fd0bb 3f9c8c", "fdfbdc", "f3fff4", "f6ffe8"),
     "sunset": _palette("7d1d3a d8462e f9a14a", "8e2a35 2c0a1e", "d2553a 6d1a37", "ffe29a", "f07c3e", "ffd27a"),
-    "winter": _palette("8fa9d0 b9cbe4 e6edf5", "8397b4 3a4a66", "a9bdd8 6f87ab", "ffffff", "f8fbff", "fdfdff", moon=True),
+    "winter": _palette(
+        "8fa9d0 b9cbe4 e6edf5", "8397b4 3a4a66", "a9bdd8 6f87ab", "ffffff", "f8fbff", "fdfdff", moon=True
+    ),
 }
-TERRAINS = ("mountains", "misty mountains", "snowy mountains", "hills", "sea", "lake", "islands", "skyline", "skyline by the water")
+TERRAINS = (
+    "mountains",
+    "misty mountains",
+    "snowy mountains",
+    "hills",
+    "sea",
+    "lake",
+    "islands",
+    "skyline",
+    "skyline by the water",
+)
 BODIES = ("none", "sun", "big sun", "full moon", "crescent moon")
 SIDES = ("left", "centre", "right")
 SAILS = {"red": (206, 52, 56), "orange": (240, 130, 44), "white": (248, 246, 238)}
@@ -187,7 +203,9 @@ def bounds(shape: Shape) -> View:
 # --- the pieces, back to front ---------------------------------------------------------------------------------------
 
 
-def _polygon(out: list[Shape], points: list[tuple[float, float]] | np.ndarray, colour: Colour, tag: str, alpha: float = 1.0) -> None:
+def _polygon(
+    out: list[Shape], points: list[tuple[float, float]] | np.ndarray, colour: Colour, tag: str, alpha: float = 1.0
+) -> None:
     out.append(Shape("polygon", np.asarray(points, dtype=np.float64), colour, alpha, tag))
 
 
@@ -195,11 +213,15 @@ def _disc(out: list[Shape], x: float, y: float, r: float, colour: Colour, tag: s
     out.append(Shape("disc", np.array([x, y, r]), colour, alpha, tag))
 
 
-def _bar(out: list[Shape], x: float, y: float, w: float, h: float, colour: Colour, tag: str, alpha: float = 1.0) -> None:
+def _bar(
+    out: list[Shape], x: float, y: float, w: float, h: float, colour: Colour, tag: str, alpha: float = 1.0
+) -> None:
     out.append(Shape("bar", np.array([x, y, w, h]), colour, alpha, tag))
 
 
-def _rect(out: list[Shape], x: float, y: float, w: float, h: float, colour: Colour, tag: str, alpha: float = 1.0) -> None:
+def _rect(
+    out: list[Shape], x: float, y: float, w: float, h: float, colour: Colour, tag: str, alpha: float = 1.0
+) -> None:
     _polygon(out, [(x, y), (x + w, y), (x + w, y + h), (x, y + h)], colour, tag, alpha)
 
 
@@ -226,11 +248,21 @@ def _stars(out: list[Shape], rng: np.random.Generator, p: Palette, aspect: float
 
 
 def _body(
-    out: list[Shape], rng: np.random.Generator, p: Palette, body: str, side: str, aspect: float, horizon: float, low: bool
+    out: list[Shape],
+    rng: np.random.Generator,
+    p: Palette,
+    body: str,
+    side: str,
+    aspect: float,
+    horizon: float,
+    low: bool,
 ) -> tuple[float, float, float] | None:
     if body == "none":
         return None
-    x = aspect * {"left": rng.uniform(0.16, 0.28), "centre": rng.uniform(0.44, 0.56), "right": rng.uniform(0.72, 0.84)}[side]
+    x = (
+        aspect
+        * {"left": rng.uniform(0.16, 0.28), "centre": rng.uniform(0.44, 0.56), "right": rng.uniform(0.72, 0.84)}[side]
+    )
     big = body == "big sun"
     r = rng.uniform(0.135, 0.18) if big else rng.uniform(0.06, 0.095)
     top = r + 0.05
@@ -266,7 +298,9 @@ def _clouds(out: list[Shape], rng: np.random.Generator, p: Palette, aspect: floa
         _bar(out, x + w * rng.uniform(-0.2, 0.4), y + h * 0.6, w * 0.6, h * 0.8, p.cloud, "clouds", 0.95)
 
 
-def _ridge(rng: np.random.Generator, aspect: float, base: float, height: float, rough: float, first: int = 5) -> np.ndarray:
+def _ridge(
+    rng: np.random.Generator, aspect: float, base: float, height: float, rough: float, first: int = 5
+) -> np.ndarray:
     """A jagged line over the width: midpoint displacement, (N, 2) points."""
     n = max(2, round(first * aspect))
     y = base - height * rng.uniform(0.15, 1.0, n + 1)
@@ -287,13 +321,22 @@ def _wave(rng: np.random.Generator, aspect: float, base: float, height: float) -
     return np.stack([x, y], 1)
 
 
-def _fill_below(out: list[Shape], line: np.ndarray, colour: Colour, tag: str, bottom: float = 1.1, alpha: float = 1.0) -> None:
+def _fill_below(
+    out: list[Shape], line: np.ndarray, colour: Colour, tag: str, bottom: float = 1.1, alpha: float = 1.0
+) -> None:
     ends = np.array([[line[-1, 0], bottom], [line[0, 0], bottom]])
     _polygon(out, np.concatenate([line, ends]), colour, tag, alpha)
 
 
 def _mountain(
-    out: list[Shape], rng: np.random.Generator, line: np.ndarray, colour: Colour, shade: Colour, bottom: float, snow: bool, tag: str
+    out: list[Shape],
+    rng: np.random.Generator,
+    line: np.ndarray,
+    colour: Colour,
+    shade: Colour,
+    bottom: float,
+    snow: bool,
+    tag: str,
 ) -> None:
     """A ridge with a shaded flank right of each peak, and snow on the peaks when asked."""
     _fill_below(out, line, colour, tag, bottom)
@@ -327,7 +370,13 @@ def _mountain(
 
 
 def _terrain(
-    out: list[Shape], rng: np.random.Generator, p: Palette, terrain: str, aspect: float, horizon: float, centre: tuple[float, float, float] | None
+    out: list[Shape],
+    rng: np.random.Generator,
+    p: Palette,
+    terrain: str,
+    aspect: float,
+    horizon: float,
+    centre: tuple[float, float, float] | None,
 ) -> None:
     far, near = p.land
     if terrain in ("mountains", "misty mountains", "snowy mountains", "lake"):
@@ -339,7 +388,7 @@ def _terrain(
             base = horizon - 0.02 + (0.0 if terrain == "lake" else 0.13 * i)
             height = rng.uniform(0.24, 0.34) * (1 - 0.28 * i)
             line = _ridge(rng, aspect, base, height, 0.22)
-            snow = terrain == "snowy mountains" and i == 0 or terrain == "lake" and i == 0 and rng.random() < 0.3
+            snow = (terrain == "snowy mountains" and i == 0) or (terrain == "lake" and i == 0 and rng.random() < 0.3)
             if terrain == "misty mountains":
                 _fill_below(out, line, tone, "land")
                 for k in range(3):
@@ -362,11 +411,18 @@ def _terrain(
             w, h = rng.uniform(0.22, 0.4), rng.uniform(0.05, 0.12)
             cx, y = rng.uniform(0.1, aspect - 0.1), horizon + 0.012 + 0.045 * i
             x = np.linspace(-1, 1, 41)
-            top = h * np.clip(1 - np.abs(x) ** 1.4, 0, 1) * (1 + 0.18 * np.sin(rng.uniform(5, 9) * x + rng.random() * 6))
+            top = (
+                h * np.clip(1 - np.abs(x) ** 1.4, 0, 1) * (1 + 0.18 * np.sin(rng.uniform(5, 9) * x + rng.random() * 6))
+            )
             line = np.stack([cx + x * w / 2, y - top], 1)
             _polygon(out, line, mix(far, near, 0.25 + 0.3 * i), "land")
             right = line[len(x) // 2 :]
-            _polygon(out, [*map(tuple, right), (cx + 0.1 * w, y), (cx + 0.04 * w, y - 0.4 * h)], mix(far, near, 0.45 + 0.3 * i), "land")
+            _polygon(
+                out,
+                [*map(tuple, right), (cx + 0.1 * w, y), (cx + 0.04 * w, y - 0.4 * h)],
+                mix(far, near, 0.45 + 0.3 * i),
+                "land",
+            )
             _bar(out, cx - w * 0.52, y - 0.004, w * 1.04, 0.008, mix(p.water[0], p.light, 0.35), "water")
 
 
@@ -393,7 +449,14 @@ def _skyline(out: list[Shape], rng: np.random.Generator, p: Palette, aspect: flo
             x += w * rng.uniform(0.85, 1.05)
 
 
-def _water(out: list[Shape], rng: np.random.Generator, p: Palette, aspect: float, horizon: float, centre: tuple[float, float, float] | None) -> None:
+def _water(
+    out: list[Shape],
+    rng: np.random.Generator,
+    p: Palette,
+    aspect: float,
+    horizon: float,
+    centre: tuple[float, float, float] | None,
+) -> None:
     bands = 6
     for i in range(bands):
         y = horizon + (1.02 - horizon) * (i / bands) ** 1.25
@@ -402,14 +465,32 @@ def _water(out: list[Shape], rng: np.random.Generator, p: Palette, aspect: float
         depth = rng.random() ** 1.3
         y = horizon + 0.015 + (0.97 - horizon) * depth
         w = rng.uniform(0.02, 0.06) * (0.5 + depth)
-        _bar(out, rng.uniform(-0.03, aspect), y, w, 0.0022 + 0.0035 * depth, mix(p.water[0], p.light, 0.45), "water", 0.55)
+        _bar(
+            out,
+            rng.uniform(-0.03, aspect),
+            y,
+            w,
+            0.0022 + 0.0035 * depth,
+            mix(p.water[0], p.light, 0.45),
+            "water",
+            0.55,
+        )
     if centre is not None:
         x, _, r = centre
         for i in range(13):
             depth = i / 13
             y = horizon + 0.012 + (0.36 + 0.04 * rng.random()) * depth
             w = r * (1.7 - 1.0 * depth) * rng.uniform(0.55, 1.1)
-            _bar(out, x - w / 2 + rng.uniform(-0.2, 0.2) * r, y, w, 0.005 + 0.005 * depth, mix(p.body, p.light, 0.4), "glitter", 0.9)
+            _bar(
+                out,
+                x - w / 2 + rng.uniform(-0.2, 0.2) * r,
+                y,
+                w,
+                0.005 + 0.005 * depth,
+                mix(p.body, p.light, 0.4),
+                "glitter",
+                0.9,
+            )
 
 
 def _boat(out: list[Shape], rng: np.random.Generator, p: Palette, sail: Colour, aspect: float, horizon: float) -> None:
@@ -449,7 +530,9 @@ def _cabin(out: list[Shape], rng: np.random.Generator, p: Palette, aspect: float
     _bar(out, x - 0.25 * s, y - 0.03 * s, 1.6 * s, 0.1 * s, mix(wall, roof, 0.8), "cabin")
     _rect(out, x + 0.78 * s, y - 1.02 * s, 0.12 * s, 0.4 * s, roof, "cabin")
     _rect(out, x, y - 0.55 * s, 1.1 * s, 0.56 * s, wall, "cabin")
-    _polygon(out, [(x - 0.14 * s, y - 0.52 * s), (x + 0.55 * s, y - 1.0 * s), (x + 1.24 * s, y - 0.52 * s)], roof, "cabin")
+    _polygon(
+        out, [(x - 0.14 * s, y - 0.52 * s), (x + 0.55 * s, y - 1.0 * s), (x + 1.24 * s, y - 0.52 * s)], roof, "cabin"
+    )
     _rect(out, x + 0.16 * s, y - 0.38 * s, 0.2 * s, 0.2 * s, p.light, "cabin")
     _rect(out, x + 0.66 * s, y - 0.4 * s, 0.22 * s, 0.4 * s, roof, "cabin")
 
@@ -466,7 +549,17 @@ def _balloons(out: list[Shape], rng: np.random.Generator, colour: Colour, aspect
             points = np.stack([x + k * r * np.cos(t) * squeeze, y + r * np.sin(t) * drop], 1)
             _polygon(out, points, tone, "balloon")
         for dx in (-0.2, 0.17):
-            _polygon(out, [(x + dx * r, y + 1.4 * r), (x + (dx + 0.04) * r, y + 1.4 * r), (x + (0.8 * dx + 0.04) * r, y + 1.8 * r), (x + 0.8 * dx * r, y + 1.8 * r)], (70, 50, 46), "balloon")
+            _polygon(
+                out,
+                [
+                    (x + dx * r, y + 1.4 * r),
+                    (x + (dx + 0.04) * r, y + 1.4 * r),
+                    (x + (0.8 * dx + 0.04) * r, y + 1.8 * r),
+                    (x + 0.8 * dx * r, y + 1.8 * r),
+                ],
+                (70, 50, 46),
+                "balloon",
+            )
         _rect(out, x - 0.2 * r, y + 1.76 * r, 0.4 * r, 0.3 * r, (92, 60, 44), "balloon")
 
 

@@ -232,7 +232,11 @@ def get_tokenizer(work: Path) -> CLIPTokenizer:
     folder = work / "tokenizer"
     if not (folder / "vocab.json").exists():
         rng = np.random.default_rng(5)
-        some = [captions.caption(scenes.make(k), rng, v, 0.8) for k in range(6000) for v in (None, random_view(rng, 1.0, (0.3,)))]
+        some = [
+            captions.caption(scenes.make(k), rng, v, 0.8)
+            for k in range(6000)
+            for v in (None, random_view(rng, 1.0, (0.3,)))
+        ]
         return model.train_tokenizer(some, folder)
     return CLIPTokenizer.from_pretrained(folder)
 

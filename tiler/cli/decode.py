@@ -13,7 +13,9 @@ from tiler.memory.budget import Budget, format_mb
 
 
 def command(
-    latents: Annotated[Path, typer.Argument(help="safetensors file with a tensor `latents`, [1, C, height/8, width/8], scaled.")],
+    latents: Annotated[
+        Path, typer.Argument(help="safetensors file with a tensor `latents`, [1, C, height/8, width/8], scaled.")
+    ],
     output: o.Output = Path("tiler.png"),
     model: o.Model = "mini",
     variant: o.Variant = None,
@@ -36,11 +38,15 @@ def command(
 
     tensor = load_latents(latents)
     with ProgressPrinter(budget, quiet=quiet) as printer:
-        result = decode_file(tensor, model, output, budget=budget, variant=variant, revision=revision, force=force, on_event=printer)
+        result = decode_file(
+            tensor, model, output, budget=budget, variant=variant, revision=revision, force=force, on_event=printer
+        )
     if report is not None:
         with atomic(report) as file:
             file.write((json.dumps(result.report, indent=2) + "\n").encode())
     if json_output:
         typer.echo(json.dumps({"output": str(result.output), **result.report}))
     elif not quiet:
-        typer.echo(f"{result.output}: {8 * tensor.shape[3]}×{8 * tensor.shape[2]}, peak {format_mb(budget.peak_rss_bytes)}")
+        typer.echo(
+            f"{result.output}: {8 * tensor.shape[3]}×{8 * tensor.shape[2]}, peak {format_mb(budget.peak_rss_bytes)}"
+        )

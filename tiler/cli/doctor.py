@@ -14,7 +14,21 @@ import typer
 from tiler.cli import options as o
 from tiler.memory.budget import format_mb
 
-_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_tile", "amx_int8", "fphp", "asimdhp", "asimddp", "i8mm", "bf16", "sve")
+_FLAGS = (
+    "avx2",
+    "avx512f",
+    "avx512_vnni",
+    "avx_vnni",
+    "avx512_bf16",
+    "amx_tile",
+    "amx_int8",
+    "fphp",
+    "asimdhp",
+    "asimddp",
+    "i8mm",
+    "bf16",
+    "sve",
+)
 
 
 def command(json_output: o.Json = False) -> None:

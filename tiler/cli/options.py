@@ -10,31 +10,80 @@ from typing import Annotated
 import typer
 
 from tiler.errors import UsageError
-from tiler.request import Mask, RenderRequest, parse_scheduler, read_regions
+from tiler.request import Mask, Region, RenderRequest, parse_scheduler, read_regions
 
 Prompt = Annotated[str | None, typer.Argument(help="What to draw.", show_default=False)]
 Output = Annotated[Path, typer.Option("--output", "-o", help="The PNG to write.")]
-Model = Annotated[str, typer.Option("--model", "-m", help="`mini`, a folder in diffusers layout, or a hub id like org/name.")]
-Variant = Annotated[str | None, typer.Option(help="Flavour of the weight files, as in NAME.fp16.safetensors.  [default: fp16 if there, else plain]")]
+Model = Annotated[
+    str, typer.Option("--model", "-m", help="`mini`, a folder in diffusers layout, or a hub id like org/name.")
+]
+Variant = Annotated[
+    str | None,
+    typer.Option(
+        help="Flavour of the weight files, as in NAME.fp16.safetensors.  [default: fp16 if there, else plain]"
+    ),
+]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
 Size = Annotated[int | None, typer.Option(help="Width and height in pixels.  [default: 2048]", show_default=False)]
-Width = Annotated[int | None, typer.Option("--width", "-W", help="Width in pixels; overrides --size.", show_default=False)]
-Height = Annotated[int | None, typer.Option("--height", "-H", help="Height in pixels; overrides --size.", show_default=False)]
+Width = Annotated[
+    int | None, typer.Option("--width", "-W", help="Width in pixels; overrides --size.", show_default=False)
+]
+Height = Annotated[
+    int | None, typer.Option("--height", "-H", help="Height in pixels; overrides --size.", show_default=False)
+]
 Negative = Annotated[str, typer.Option("--negative-prompt", "-n", help="What not to draw.")]
 Steps = Annotated[int, typer.Option("--steps", help="Sampling steps, 1–1000.")]
-Guidance = Annotated[float, typer.Option("--guidance-scale", "--cfg-scale", help="How strictly to follow the prompt; 1 or less runs no unconditional half.")]
+Guidance = Annotated[
+    float,
+    typer.Option(
+        "--guidance-scale",
+        "--cfg-scale",
+        help="How strictly to follow the prompt; 1 or less runs no unconditional half.",
+    ),
+]
 Seed = Annotated[int, typer.Option("--seed", "-s", help="The same seed gives the same picture; -1 draws one.")]
-Strength = Annotated[float, typer.Option(help="Denoising strength, 0–1: the share of the schedule that the canvas denoises after the guide.")]
-SchedulerName = Annotated[str, typer.Option("--scheduler", "--sampling-method", help="auto (the model's own), DDIM, Euler, Euler a, DPM++ 2M, DPM++ 2M Karras, UniPC, LCM.")]
-Guide = Annotated[Path | None, typer.Option(help="A picture to use as the guide instead of a low-resolution pass.", show_default=False)]
+Strength = Annotated[
+    float,
+    typer.Option(help="Denoising strength, 0–1: the share of the schedule that the canvas denoises after the guide."),
+]
+SchedulerName = Annotated[
+    str,
+    typer.Option(
+        "--scheduler",
+        "--sampling-method",
+        help="auto (the model's own), DDIM, Euler, Euler a, DPM++ 2M, DPM++ 2M Karras, UniPC, LCM.",
+    ),
+]
+Guide = Annotated[
+    Path | None,
+    typer.Option(help="A picture to use as the guide instead of a low-resolution pass.", show_default=False),
+]
 NoGuide = Annotated[bool, typer.Option("--no-guide", help="Start the canvas from pure noise.")]
-Overlap = Annotated[int | None, typer.Option(help="Least overlap of neighbouring tiles in pixels.  [default: a quarter of a tile]", show_default=False)]
+Overlap = Annotated[
+    int | None,
+    typer.Option(
+        help="Least overlap of neighbouring tiles in pixels.  [default: a quarter of a tile]", show_default=False
+    ),
+]
 MaskKind = Annotated[Mask, typer.Option("--mask", help="How a tile's prediction is weighted over its area.")]
-Regions = Annotated[Path | None, typer.Option(help="TOML file with [[region]] tables: prompt, rows = [0, 512], cols = [384, 896], ….", show_default=False)]
-MaxRam = Annotated[str, typer.Option("--max-ram", "--budget", help="The ceiling for the whole process's resident memory.")]
-Threads = Annotated[int | None, typer.Option("--threads", "-t", help="CPU threads.  [default: all cores]", show_default=False)]
-Latents = Annotated[Path | None, typer.Option("--save-latents", help="Also write the final latents (safetensors).", show_default=False)]
-Report = Annotated[Path | None, typer.Option("--report", help="Write peak memory, times and counts as JSON.", show_default=False)]
+RegionsFile = Annotated[
+    Path | None,
+    typer.Option(
+        help="TOML file with [[region]] tables: prompt, rows = [0, 512], cols = [384, 896], ….", show_default=False
+    ),
+]
+MaxRam = Annotated[
+    str, typer.Option("--max-ram", "--budget", help="The ceiling for the whole process's resident memory.")
+]
+Threads = Annotated[
+    int | None, typer.Option("--threads", "-t", help="CPU threads.  [default: all cores]", show_default=False)
+]
+Latents = Annotated[
+    Path | None, typer.Option("--save-latents", help="Also write the final latents (safetensors).", show_default=False)
+]
+Report = Annotated[
+    Path | None, typer.Option("--report", help="Write peak memory, times and counts as JSON.", show_default=False)
+]
 Force = Annotated[bool, typer.Option("--force", "-f", help="Replace existing output files.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress; errors only.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
@@ -47,7 +96,7 @@ def request_from(
 ) -> RenderRequest:  # fmt: skip
     """The request of a command line. Raises UsageError."""
     side = 2048 if size is None else size
-    tables = ()
+    tables: tuple[Region, ...] = ()
     if regions is not None:
         file_prompt, tables = read_regions(regions)
         prompt = file_prompt if prompt is None else prompt

@@ -31,7 +31,7 @@ def command(
     no_guide: o.NoGuide = False,
     overlap: o.Overlap = None,
     mask: o.MaskKind = Mask.GAUSSIAN,
-    regions: o.Regions = None,
+    regions: o.RegionsFile = None,
     max_ram: o.MaxRam = "800MB",
     threads: o.Threads = None,
     save_latents: o.Latents = None,
@@ -69,5 +69,7 @@ def command(
             f"the weights, {planned.unet_calls} reads, {planned.unet_samples} UNet samples\n"
         )
         typer.echo(memory.table())
-        typer.echo(f"\npredicted peak {format_mb(memory.peak_bytes)}, ceiling {format_mb(memory.max_bytes)}, smallest ceiling {memory.smallest_text}")
-    memory.check()
+        typer.echo(
+            f"\npredicted peak {format_mb(memory.peak_bytes)}, ceiling {format_mb(memory.max_bytes)}, smallest ceiling {memory.smallest_text}"
+        )
+    memory.check(table=False)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import sys
 import time
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from tiler.events import Event, Note, PhaseDone, PhaseStarted, Progress
 from tiler.memory.budget import Budget, format_mb
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
 
 _LINE_EVERY = 30.0  # seconds between plain lines
 
@@ -22,18 +25,27 @@ class ProgressPrinter:
         self._bar = None
         if not quiet and sys.stderr.isatty():
             from rich.console import Console
-            from rich.progress import BarColumn, Progress as Bar, TextColumn, TimeRemainingColumn
+            from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import Progress as Bar
 
-            columns = (TextColumn("{task.description:14}"), BarColumn(bar_width=24), TextColumn("{task.fields[detail]}"), TimeRemainingColumn(), TextColumn("{task.fields[memory]}"))
+            columns = (
+                TextColumn("{task.description:14}"),
+                BarColumn(bar_width=24),
+                TextColumn("{task.fields[detail]}"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[memory]}"),
+            )
             self._bar = Bar(*columns, console=Console(stderr=True))
-            self._task = None
+            self._task: TaskID | None = None
 
     def __enter__(self) -> Self:
         if self._bar is not None:
             self._bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._bar is not None:
             self._bar.stop()
 
@@ -55,7 +67,9 @@ class ProgressPrinter:
         if isinstance(event, PhaseStarted):
             self._task = self._bar.add_task(event.name, total=event.total, detail="", memory=self._memory())
         elif isinstance(event, Progress) and self._task is not None:
-            self._bar.update(self._task, completed=event.done, total=event.total, detail=event.detail, memory=self._memory())
+            self._bar.update(
+                self._task, completed=event.done, total=event.total, detail=event.detail, memory=self._memory()
+            )
         elif isinstance(event, PhaseDone) and self._task is not None:
             detail = f"{event.seconds:.1f} s, peak {format_mb(event.peak_rss_bytes)}"
             task = next(t for t in self._bar.tasks if t.id == self._task)

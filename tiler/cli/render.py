@@ -32,7 +32,7 @@ def command(
     no_guide: o.NoGuide = False,
     overlap: o.Overlap = None,
     mask: o.MaskKind = Mask.GAUSSIAN,
-    regions: o.Regions = None,
+    regions: o.RegionsFile = None,
     max_ram: o.MaxRam = "800MB",
     threads: o.Threads = None,
     save_latents: o.Latents = None,
@@ -69,4 +69,6 @@ def command(
     if json_output:
         typer.echo(json.dumps({"output": str(result.output), **result.report}))
     elif not quiet:
-        typer.echo(f"{result.output}: {request.width}×{request.height}, seed {request.seed}, peak {format_mb(budget.peak_rss_bytes)} of {format_mb(budget.max_bytes)}")
+        typer.echo(
+            f"{result.output}: {request.width}×{request.height}, seed {request.seed}, peak {format_mb(budget.peak_rss_bytes)} of {format_mb(budget.max_bytes)}"
+        )

@@ -71,7 +71,13 @@ def decode(
     measured = Measured()
     stages = decoder_stages(vae.decoder, vae.post_quant_conv, measured)
     _measure(stages, measured, shrink(latents, shrunken_size(*latents.shape[2:])), check)
-    yield from _stream(stages, (latents[:, :, top : top + rows] for top in range(0, latents.shape[2], rows)), latents.shape[2], rows, check)
+    yield from _stream(
+        stages,
+        (latents[:, :, top : top + rows] for top in range(0, latents.shape[2], rows)),
+        latents.shape[2],
+        rows,
+        check,
+    )
 
 
 def encode(
@@ -96,14 +102,20 @@ def rehearse(vae: AutoencoderKL, latents: tuple[int, int], *, encoding: bool) ->
     if encoding:
         stages, channels, scale = encoder_stages(vae.encoder, vae.quant_conv, measured), 3, 8
     else:
-        stages, channels, scale = decoder_stages(vae.decoder, vae.post_quant_conv, measured), vae.config.latent_channels, 1
+        stages, channels, scale = (
+            decoder_stages(vae.decoder, vae.post_quant_conv, measured),
+            vae.config.latent_channels,
+            1,
+        )
     _measure(stages, measured, torch.empty(1, channels, scale * small[0], scale * small[1], device="meta"), _ignore)
     strips = (torch.empty(1, channels, scale * rows, scale * width, device="meta") for _ in range(8))
     for _ in _stream(stages, strips, 8 * scale * rows, scale * rows, _ignore):
         pass
 
 
-def _stream(stages: list[Stage], strips: Iterator[Tensor], height: int, step: int, check: Callable[[str], None]) -> Iterator[Tensor]:
+def _stream(
+    stages: list[Stage], strips: Iterator[Tensor], height: int, step: int, check: Callable[[str], None]
+) -> Iterator[Tensor]:
     top = 0
     for strip in strips:
         top += step
@@ -118,5 +130,7 @@ def to_tensor(image: np.ndarray) -> Tensor:
 
 def to_uint8(strip: Tensor) -> np.ndarray:
     """(3, n, W) in about [-1, 1] → (n, W, 3) uint8, rounded as diffusers' VaeImageProcessor does."""
-    image: np.ndarray = (strip / 2 + 0.5).clamp_(0, 1).mul_(255).round_().to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
+    image: np.ndarray = (
+        (strip / 2 + 0.5).clamp_(0, 1).mul_(255).round_().to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
+    )
     return image

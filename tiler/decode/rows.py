@@ -149,7 +149,7 @@ class Down(Stage):
         joined = F.pad(torch.cat(parts, dim=2), (0, 1, 0, 1 if last else 0))
         count = (joined.shape[2] - 3) // 2 + 1 if joined.shape[2] >= 3 else 0
         self.tail = None if last else joined[:, :, 2 * count :, :-1].clone()
-        result: Tensor | None = self.conv(joined[:, :, : 2 * count + 1]) if count else None
+        result: Tensor | None = self.conv(joined[:, :, : 2 * count + 1]) if count else None  # type: ignore[operator]
         return result
 
 
@@ -236,7 +236,9 @@ class MidAttention(Stage):
         return (out + x).div_(a.rescale_output_factor)
 
 
-def flow(stages: list[Stage], box: list[Tensor], last: bool, *, split: bool, check: Callable[[str], None]) -> Iterator[Tensor]:
+def flow(
+    stages: list[Stage], box: list[Tensor], last: bool, *, split: bool, check: Callable[[str], None]
+) -> Iterator[Tensor]:
     """Push the rows in `box` (one tensor or none; it is emptied) through every stage; yields what comes out at the end.
 
     With `split`, rows are passed on a few at a time, so that neither the wide stages nor the end of the picture, when
@@ -257,13 +259,19 @@ def flow(stages: list[Stage], box: list[Tensor], last: bool, *, split: bool, che
         if shape[2] > step:
             x = box.pop()
             for top in range(0, shape[2], step):
-                yield from flow(stages[at + 1 :], [x[:, :, top : top + step]], last and top + step >= shape[2], split=split, check=check)
+                yield from flow(
+                    stages[at + 1 :],
+                    [x[:, :, top : top + step]],
+                    last and top + step >= shape[2],
+                    split=split,
+                    check=check,
+                )
             return
     yield from box
 
 
 def _mid(block: nn.Module, measured: Measured) -> list[Stage]:
-    stages: list[Stage] = [Resnet(block.resnets[0], measured)]  # type: ignore[index, arg-type]
+    stages: list[Stage] = [Resnet(block.resnets[0], measured)]  # type: ignore[index]
     for attention, resnet in zip(block.attentions, block.resnets[1:], strict=True):  # type: ignore[arg-type, index]
         if attention is not None:
             stages.append(MidAttention(attention, measured))

@@ -44,7 +44,13 @@ class _Sample(NamedTuple):
 def whole_canvas(height: int, width: int, guidance_scale: float) -> Text2ImageRegion:
     """One region that is the whole (small) canvas under the first prompt: the guide pass."""
     return Text2ImageRegion(
-        top=0, left=0, height=height, width=width, condition=0, guidance_scale=guidance_scale, weights=torch.ones(height, width)
+        top=0,
+        left=0,
+        height=height,
+        width=width,
+        condition=0,
+        guidance_scale=guidance_scale,
+        weights=torch.ones(height, width),
     )
 
 

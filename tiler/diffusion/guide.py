@@ -49,10 +49,14 @@ def load_picture(path: Path) -> Image.Image:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(path) as opened:
                 if opened.width * opened.height > MAX_GUIDE_PIXELS:
-                    raise UsageError(f"{path}: {opened.width}×{opened.height} pixels is too large for a guide; shrink it to at most 4096×4096")
+                    raise UsageError(
+                        f"{path}: {opened.width}×{opened.height} pixels is too large for a guide; shrink it to at most 4096×4096"
+                    )
                 picture: Image.Image = ImageOps.exif_transpose(opened)
                 if picture.mode in ("I;16", "I;16B", "I"):
-                    picture = Image.fromarray((np.asarray(picture).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8))
+                    picture = Image.fromarray(
+                        (np.asarray(picture).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8)
+                    )
                 return picture.convert("RGB")
     except UsageError:
         raise

@@ -24,8 +24,12 @@ _RECIPES = {
     Scheduler.DDIM: _Recipe("scheduling_ddim", "DDIMScheduler", {}),
     Scheduler.EULER: _Recipe("scheduling_euler_discrete", "EulerDiscreteScheduler", {}),
     Scheduler.EULER_A: _Recipe("scheduling_euler_ancestral_discrete", "EulerAncestralDiscreteScheduler", {}),
-    Scheduler.DPMPP_2M: _Recipe("scheduling_dpmsolver_multistep", "DPMSolverMultistepScheduler", {"use_karras_sigmas": False}),
-    Scheduler.DPMPP_2M_KARRAS: _Recipe("scheduling_dpmsolver_multistep", "DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+    Scheduler.DPMPP_2M: _Recipe(
+        "scheduling_dpmsolver_multistep", "DPMSolverMultistepScheduler", {"use_karras_sigmas": False}
+    ),
+    Scheduler.DPMPP_2M_KARRAS: _Recipe(
+        "scheduling_dpmsolver_multistep", "DPMSolverMultistepScheduler", {"use_karras_sigmas": True}
+    ),
     Scheduler.UNIPC: _Recipe("scheduling_unipc_multistep", "UniPCMultistepScheduler", {}),
     Scheduler.LCM: _Recipe("scheduling_lcm", "LCMScheduler", {}),
 }
@@ -52,7 +56,9 @@ def build(name: Scheduler, config: dict[str, Any], num_inference_steps: int) -> 
         scheduler = cls.from_config(config, **recipe.overrides)
         scheduler.set_timesteps(num_inference_steps)
     except (TypeError, ValueError, NotImplementedError) as error:
-        raise ModelError(f"scheduler_config.json does not work with {name.value}: {str(error).splitlines()[0]}") from error
+        raise ModelError(
+            f"scheduler_config.json does not work with {name.value}: {str(error).splitlines()[0]}"
+        ) from error
     return scheduler
 
 
@@ -62,4 +68,4 @@ def step(scheduler: Any, noise_pred: Tensor, timestep: Tensor, latents: Tensor, 
     Ancestral noise comes from `generator`, drawn once for the canvas.
     """
     extra = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
-    return scheduler.step(noise_pred, timestep, latents, return_dict=False, **extra)[0].float()  # type: ignore[no-any-return]
+    return scheduler.step(noise_pred, timestep, latents, return_dict=False, **extra)[0].float()

@@ -60,7 +60,9 @@ def mask_profile(kind: Mask, n: int) -> Tensor:
             return 15 / 16 * (1 - u * u) ** 2
 
 
-def plan_tiles(request: RenderRequest, *, canvas: tuple[int, int], tile: tuple[int, int], overlap: int) -> list[Text2ImageRegion]:
+def plan_tiles(
+    request: RenderRequest, *, canvas: tuple[int, int], tile: tuple[int, int], overlap: int
+) -> list[Text2ImageRegion]:
     """Every tile of the canvas with its normalised mask, in the order they are computed.
 
     `canvas` and `tile` are (height, width), `overlap` the least overlap, all in latent pixels. Condition 0 is the
@@ -71,7 +73,9 @@ def plan_tiles(request: RenderRequest, *, canvas: tuple[int, int], tile: tuple[i
     if overlap >= min(tile):
         raise UsageError(f"overlap = {8 * overlap} must be smaller than a tile ({8 * min(tile)} pixels)")
     base = 0 if request.prompt is None else 1
-    placed: list[tuple[int, int, int, float, Tensor]] = []  # top, left, condition, guidance_scale, unnormalised mask (fp64)
+    placed: list[
+        tuple[int, int, int, float, Tensor]
+    ] = []  # top, left, condition, guidance_scale, unnormalised mask (fp64)
     if request.prompt is not None:
         rest = _rest_of_canvas(request, canvas, overlap)
         mask = torch.outer(mask_profile(request.mask, tile[0]), mask_profile(request.mask, tile[1]))
@@ -107,7 +111,13 @@ def plan_tiles(request: RenderRequest, *, canvas: tuple[int, int], tile: tuple[i
         weights = (mask / total[top : top + tile[0], left : left + tile[1]]).float()
         regions.append(
             Text2ImageRegion(
-                top=top, left=left, height=tile[0], width=tile[1], condition=condition, guidance_scale=scale, weights=weights
+                top=top,
+                left=left,
+                height=tile[0],
+                width=tile[1],
+                condition=condition,
+                guidance_scale=scale,
+                weights=weights,
             )
         )
     return regions

@@ -29,7 +29,7 @@ _SAMPLE_SECONDS = 0.05
 
 
 def parse_bytes(text: str | int) -> int:
-    """"800MB", "1.5 GiB", "800000000" → bytes. Raises UsageError."""
+    """ "800MB", "1.5 GiB", "800000000" → bytes. Raises UsageError."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(text))
     if not match or match[2].upper() not in _UNITS:
         raise UsageError(f"{text!r} is not an amount of memory; write it like 800MB, 1.5GB or 760MiB")
@@ -66,11 +66,15 @@ class Budget:
         self.trims = 0
         self._peak = 0
         self._children = 0
+        self._depth = 0
         self._process = psutil.Process()
         self._stop = threading.Event()
         self._sampler: threading.Thread | None = None
 
     def __enter__(self) -> Self:
+        self._depth += 1
+        if self._depth > 1:  # render() enters a budget that its caller may have entered already
+            return self
         process.reset_peak()
         self._note_peak()
         self._stop.clear()
@@ -78,7 +82,12 @@ class Budget:
         self._sampler.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._depth -= 1
+        if self._depth:
+            return
         self._stop.set()
         if self._sampler is not None:
             self._sampler.join()

@@ -44,7 +44,9 @@ class MetaMeter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for tensor in tree_leaves((args, kwargs)):
             if isinstance(tensor, Tensor):
-                self._seen.add(tensor.untyped_storage())  # parameters and the caller's own tensors are not ours to count
+                self._seen.add(
+                    tensor.untyped_storage()
+                )  # parameters and the caller's own tensors are not ours to count
         out = func(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(tensor, Tensor) and tensor.is_meta:
@@ -106,7 +108,9 @@ class _ByShape(TorchFunctionMode):
         if name in _POINTWISE:
             shapes = [a.shape for a in args if isinstance(a, Tensor)]
             rank = max(map(len, shapes))
-            return x.new_empty([max(sides) for sides in zip(*((1,) * (rank - len(s)) + tuple(s) for s in shapes), strict=True)])
+            return x.new_empty(
+                [max(sides) for sides in zip(*((1,) * (rank - len(s)) + tuple(s) for s in shapes), strict=True)]
+            )
         if func is F.scaled_dot_product_attention:
             return x.new_empty(*x.shape[:-1], args[2].shape[-1])
         if func is F.linear:
@@ -116,7 +120,9 @@ class _ByShape(TorchFunctionMode):
             self.meter.scratch(x.nbytes + out.nbytes + args[1].nbytes)
             return out
         if func is F.interpolate:
-            return x.new_empty(*x.shape[:2], *(kwargs.get("size") or [int(n * kwargs["scale_factor"]) for n in x.shape[2:]]))
+            return x.new_empty(
+                *x.shape[:2], *(kwargs.get("size") or [int(n * kwargs["scale_factor"]) for n in x.shape[2:]])
+            )
         if func is F.pad:
             left, right, top, bottom = args[1]
             return x.new_empty(*x.shape[:2], x.shape[2] + top + bottom, x.shape[3] + left + right)
@@ -126,7 +132,18 @@ class _ByShape(TorchFunctionMode):
         return func(*args, **kwargs)
 
     @staticmethod
-    def _conv2d(x: Tensor, weight: Tensor, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1) -> Tensor:
+    def _conv2d(
+        x: Tensor,
+        weight: Tensor,
+        bias: Any = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+    ) -> Tensor:
         pairs = [(v, v) if isinstance(v, int) else v for v in (stride, padding, dilation)]
-        sides = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in zip(x.shape[2:], weight.shape[2:], *pairs, strict=True)]
+        sides = [
+            (n + 2 * p - d * (k - 1) - 1) // s + 1
+            for n, k, s, p, d in zip(x.shape[2:], weight.shape[2:], *pairs, strict=True)
+        ]
         return x.new_empty(x.shape[0], weight.shape[0], *sides)

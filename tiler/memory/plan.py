@@ -42,13 +42,14 @@ class MemoryPlan:
     def peak_bytes(self) -> int:
         return max(phase.peak_bytes for phase in self.phases)
 
-    def check(self) -> None:
-        """Raises BudgetRefused, with the table and the smallest ceiling that would do."""
+    def check(self, *, table: bool = True) -> None:
+        """Raises BudgetRefused with the smallest ceiling that would do, and the table."""
         if self.peak_bytes > self.max_bytes * MARGIN:
             worst = max(self.phases, key=lambda p: p.peak_bytes)
             raise BudgetRefused(
                 f"the plan needs {format_mb(worst.peak_bytes / MARGIN)} in the phase {worst.name!r}, the ceiling is "
-                f"{format_mb(self.max_bytes)}; the smallest --max-ram that would do is {self.smallest_text}\n{self.table()}"
+                f"{format_mb(self.max_bytes)}; the smallest --max-ram that would do is {self.smallest_text}"
+                + (f"\n{self.table()}" if table else "")
             )
 
     @property
@@ -61,6 +62,15 @@ class MemoryPlan:
         rows = [["phase", *names, "peak"]]
         for phase in self.phases:
             by_name = {term.name: term.nbytes for term in phase.terms}
-            rows.append([phase.name, *(f"{by_name[n] / 1e6:.0f}" if n in by_name else "–" for n in names), f"{phase.peak_bytes / 1e6:.0f} MB"])
+            rows.append(
+                [
+                    phase.name,
+                    *(f"{by_name[n] / 1e6:.0f}" if n in by_name else "–" for n in names),
+                    f"{phase.peak_bytes / 1e6:.0f} MB",
+                ]
+            )
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        return "\n".join("  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))) for row in rows)
+        return "\n".join(
+            "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+            for row in rows
+        )

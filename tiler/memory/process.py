@@ -33,7 +33,11 @@ def read_rss() -> Rss:
     except OSError:
         now = psutil.Process().memory_info().rss
         return Rss(now, now, now, 0)
-    kb = {key: int(rest.split()[0]) for key, _, rest in (line.partition(":") for line in text.splitlines()) if rest.endswith(" kB")}
+    kb = {
+        key: int(rest.split()[0])
+        for key, _, rest in (line.partition(":") for line in text.splitlines())
+        if rest.endswith(" kB")
+    }
     return Rss(kb["VmRSS"] * 1024, kb["VmHWM"] * 1024, kb["RssAnon"] * 1024, (kb["RssFile"] + kb["RssShmem"]) * 1024)
 
 
@@ -59,7 +63,9 @@ def available_ram() -> tuple[int, int]:
     """(bytes available now, bytes in all), the cgroup's limit included."""
     memory = psutil.virtual_memory()
     limit = cgroup_limit()
-    return (memory.available, memory.total) if limit is None else (min(memory.available, limit), min(memory.total, limit))
+    return (
+        (memory.available, memory.total) if limit is None else (min(memory.available, limit), min(memory.total, limit))
+    )
 
 
 def cgroup_limit() -> int | None:
@@ -107,7 +113,9 @@ def limit_data(extra_bytes: int) -> Iterator[None]:
         yield
         return
     cap = data + extra_bytes
-    resource.setrlimit(resource.RLIMIT_DATA, (cap if before[1] == resource.RLIM_INFINITY else min(cap, before[1]), before[1]))
+    resource.setrlimit(
+        resource.RLIMIT_DATA, (cap if before[1] == resource.RLIM_INFINITY else min(cap, before[1]), before[1])
+    )
     try:
         yield
     finally:

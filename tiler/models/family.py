@@ -81,12 +81,18 @@ def read_family(checkpoint: Checkpoint) -> Family:
     parts = {}
     for part, want in (("unet", "UNet2DConditionModel"), ("vae", "AutoencoderKL"), ("text_encoder", None)):
         if part == "unet" and not (checkpoint.folder / part).is_dir() and (checkpoint.folder / "transformer").is_dir():
-            raise ModelError(f"{checkpoint.name}: this is a diffusion transformer ({name}); tiler supports Stable Diffusion 1.x and 2.x")
+            raise ModelError(
+                f"{checkpoint.name}: this is a diffusion transformer ({name}); tiler supports Stable Diffusion 1.x and 2.x"
+            )
         config = checkpoint.config(part)
         if want and config.get("_class_name", want) != want:
-            raise ModelError(f"{checkpoint.folder / part}: the class is {config['_class_name']!r}; tiler supports {want}")
+            raise ModelError(
+                f"{checkpoint.folder / part}: the class is {config['_class_name']!r}; tiler supports {want}"
+            )
         if "auto_map" in config:
-            raise ModelError(f"{checkpoint.folder / part}/config.json: auto_map asks to run code from the checkpoint; refused")
+            raise ModelError(
+                f"{checkpoint.folder / part}/config.json: auto_map asks to run code from the checkpoint; refused"
+            )
         _check_bounds(f"{checkpoint.folder / part}/config.json", config)
         parts[part] = config
     unet, vae, text = parts["unet"], parts["vae"], parts["text_encoder"]
@@ -94,14 +100,22 @@ def read_family(checkpoint: Checkpoint) -> Family:
         raise ModelError(f"{checkpoint.name}: this is SDXL; tiler supports Stable Diffusion 1.x and 2.x")
     latent, channels = vae.get("latent_channels", 4), unet.get("in_channels", 4)
     if channels != latent:
-        kind = {9: "an inpainting model", 8: "an InstructPix2Pix model", 7: "an upscaler"}.get(channels, "of another kind")
-        raise ModelError(f"{checkpoint.name}: the UNet takes {channels} channels, the VAE gives {latent}: this is {kind}; tiler needs text-to-image")
+        kind = {9: "an inpainting model", 8: "an InstructPix2Pix model", 7: "an upscaler"}.get(
+            channels, "of another kind"
+        )
+        raise ModelError(
+            f"{checkpoint.name}: the UNet takes {channels} channels, the VAE gives {latent}: this is {kind}; tiler needs text-to-image"
+        )
     if not str(text.get("model_type", "clip_text_model")).startswith("clip"):
         raise ModelError(f"{checkpoint.name}: the text encoder is {text['model_type']!r}; tiler supports CLIP")
     if unet.get("cross_attention_dim", text["hidden_size"]) != text["hidden_size"]:
-        raise ModelError(f"{checkpoint.name}: the UNet expects text width {unet['cross_attention_dim']}, the text encoder gives {text['hidden_size']}")
+        raise ModelError(
+            f"{checkpoint.name}: the UNet expects text width {unet['cross_attention_dim']}, the text encoder gives {text['hidden_size']}"
+        )
     if len(vae["block_out_channels"]) != 4:
-        raise ModelError(f"{checkpoint.name}: the VAE's factor is {2 ** (len(vae['block_out_channels']) - 1)}; tiler supports 8")
+        raise ModelError(
+            f"{checkpoint.name}: the VAE's factor is {2 ** (len(vae['block_out_channels']) - 1)}; tiler supports 8"
+        )
     if not isinstance(unet.get("sample_size", 64), int):
         raise ModelError(f"{checkpoint.folder}/unet/config.json: sample_size {unet['sample_size']!r} is not one number")
     scheduler = checkpoint.config("scheduler", "scheduler_config.json")
@@ -143,10 +157,11 @@ def build_vae(family: Family) -> AutoencoderKL:
 def build_text_encoder(family: Family) -> CLIPTextModel:
     """transformers' own CLIP text model on the meta device; its position ids are real."""
     with lean_imports():
-        import torch
         from transformers import CLIPTextConfig
         from transformers.models.clip.modeling_clip import CLIPTextModel
-    known = {k: v for k, v in family.text.items() if k not in ("architectures", "torch_dtype", "dtype", "_name_or_path")}
+    known = {
+        k: v for k, v in family.text.items() if k not in ("architectures", "torch_dtype", "dtype", "_name_or_path")
+    }
     with _refuse("text_encoder", family):
         config = CLIPTextConfig(**known)
         config._attn_implementation = "sdpa"
@@ -169,7 +184,13 @@ def _on_meta() -> Iterator[None]:
                 return func(*args, **kwargs | {"device": "cpu"})
             tensor = args[0] if args else kwargs.get("tensor")
             name = getattr(func, "__name__", "")
-            if name.endswith("_") and not name.startswith("_") and name != "requires_grad_" and isinstance(tensor, torch.Tensor) and tensor.is_meta:
+            if (
+                name.endswith("_")
+                and not name.startswith("_")
+                and name != "requires_grad_"
+                and isinstance(tensor, torch.Tensor)
+                and tensor.is_meta
+            ):
                 return tensor
             return func(*args, **kwargs)
 
@@ -190,7 +211,9 @@ class _refuse:
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: object) -> None:
         if isinstance(value, Exception) and not isinstance(value, ModelError):
-            raise ModelError(f"{self.where}: no model can be built from it ({str(value).splitlines()[0] if str(value) else kind})") from value
+            raise ModelError(
+                f"{self.where}: no model can be built from it ({str(value).splitlines()[0] if str(value) else kind})"
+            ) from value
 
 
 # Names a parameter may have in published files, newest first.
@@ -208,7 +231,9 @@ def vae_names(name: str) -> list[str]:
 
 def text_names(name: str) -> list[str]:
     """Published files carry the prefix text_model., which transformers 5 dropped from its modules."""
-    return [f"text_model.{name}", name] if not name.startswith("text_model.") else [name, name.removeprefix("text_model.")]
+    return (
+        [f"text_model.{name}", name] if not name.startswith("text_model.") else [name, name.removeprefix("text_model.")]
+    )
 
 
 def plain_names(name: str) -> list[str]:

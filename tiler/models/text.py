@@ -22,12 +22,19 @@ def load_tokenizer(family: Family) -> CLIPTokenizer:
     from transformers import CLIPTokenizer
 
     folder: Path = family.checkpoint.folder / "tokenizer"
-    if not ((folder / "tokenizer.json").is_file() or ((folder / "vocab.json").is_file() and (folder / "merges.txt").is_file())):
-        raise ModelError(f"{folder}: neither tokenizer.json nor vocab.json with merges.txt is here; download the tokenizer again")
+    if not (
+        (folder / "tokenizer.json").is_file()
+        or ((folder / "vocab.json").is_file() and (folder / "merges.txt").is_file())
+    ):
+        raise ModelError(
+            f"{folder}: neither tokenizer.json nor vocab.json with merges.txt is here; download the tokenizer again"
+        )
     try:
         return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the tokenizers library raises plain Exception for damaged files
-        raise ModelError(f"{folder}: the tokenizer cannot be read ({str(error).splitlines()[0]}); download it again") from error
+        raise ModelError(
+            f"{folder}: the tokenizer cannot be read ({str(error).splitlines()[0]}); download it again"
+        ) from error
 
 
 def encode_prompts(

@@ -42,18 +42,20 @@ def predict_noise(
     temb = unet.time_embedding(unet.get_time_embed(sample=latents[:1], timestep=timestep))
     texts = list(prompt_embeds.split(1))
 
-    def each(where: str, module: torch.nn.Module, inputs: list[Tensor], *more: list[Tensor], **shared: object) -> list[Tensor]:
+    def each(
+        where: str, module: torch.nn.Module, inputs: list[Tensor], *more: list[Tensor], **shared: object
+    ) -> list[Tensor]:
         check(where)
-        calls = list(zip(inputs, *more, strict=True))
+        calls: list[tuple[Tensor, ...]] = list(zip(inputs, *more, strict=True))
         inputs.clear()
         return streamer.run(module, calls, **shared)
 
     def transform(where: str, module: torch.nn.Module, inputs: list[Tensor]) -> list[Tensor]:
         check(where)
         tokens = inputs[0].shape[2] * inputs[0].shape[3]
-        for block in module.transformer_blocks:
+        for block in module.transformer_blocks:  # type: ignore[union-attr]
             block.set_chunk_feed_forward(_feed_forward_chunk(tokens), 1)
-        calls = list(zip(inputs, texts, strict=True))
+        calls: list[tuple[Tensor, ...]] = list(zip(inputs, texts, strict=True))
         inputs.clear()
         return streamer.run(_WithText(module), calls)
 

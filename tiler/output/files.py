@@ -44,7 +44,9 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
         os.replace(temp, path)
         temp = None
     except OSError as error:
-        raise StorageError(f"{path}: writing failed ({error.strerror}); free some space or choose another place") from error
+        raise StorageError(
+            f"{path}: writing failed ({error.strerror}); free some space or choose another place"
+        ) from error
     finally:
         if temp is not None:
             with suppress(OSError):

@@ -87,20 +87,34 @@ def resolve(model: str, *, variant: str | None = None, revision: str | None = No
     path = Path(model).expanduser()
     if path.is_dir():
         if not (path / "model_index.json").is_file():
-            raise ModelError(f"{path}: no model_index.json here; --model takes a folder in diffusers layout or a hub id")
+            raise ModelError(
+                f"{path}: no model_index.json here; --model takes a folder in diffusers layout or a hub id"
+            )
         return Checkpoint(name=model, folder=path, variant=variant)
     if path.exists():
-        kind = "a pickle; tiler reads safetensors only" if path.suffix in (".ckpt", ".pt", ".bin", ".pth") else "a single file"
+        kind = (
+            "a pickle; tiler reads safetensors only"
+            if path.suffix in (".ckpt", ".pt", ".bin", ".pth")
+            else "a single file"
+        )
         raise ModelError(f"{path}: this is {kind}; --model takes a folder in diffusers layout or a hub id")
     parts = model.split("/")
     if len(parts) != 2 or not all(parts) or model.startswith((".", "~", "/")):
-        raise ModelError(f"{model}: no such folder; --model takes `mini`, a folder in diffusers layout or a hub id like org/name")
+        raise ModelError(
+            f"{model}: no such folder; --model takes `mini`, a folder in diffusers layout or a hub id like org/name"
+        )
     return _from_hub(model, variant, revision)
 
 
 def _from_hub(model: str, variant: str | None, revision: str | None) -> Checkpoint:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     flavour = f".{variant}" if variant else ".fp16"
     patterns = [*_NEEDED, *(f"{part}/*{flavour}*.safetensors*" for part in ("unet", "vae", "text_encoder"))]
@@ -110,15 +124,23 @@ def _from_hub(model: str, variant: str | None, revision: str | None) -> Checkpoi
     for include in (patterns, [*_NEEDED, *(f"{part}/*.safetensors*" for part in ("unet", "vae", "text_encoder"))]):
         for local_only in (True, False):
             try:
-                folder = Path(snapshot_download(model, revision=revision, allow_patterns=include, local_files_only=local_only))
+                folder = Path(
+                    snapshot_download(model, revision=revision, allow_patterns=include, local_files_only=local_only)
+                )
             except LocalEntryNotFoundError as error:
                 if local_only:
                     continue
-                raise OfflineError(f"{model} is not in the cache and the hub cannot be reached; where there is a network, run: {command}") from error
+                raise OfflineError(
+                    f"{model} is not in the cache and the hub cannot be reached; where there is a network, run: {command}"
+                ) from error
             except (RepositoryNotFoundError, RevisionNotFoundError, GatedRepoError) as error:
-                raise ModelError(f"{model}: the hub refuses it ({type(error).__name__}); check the id, the revision and `hf auth login`") from error
+                raise ModelError(
+                    f"{model}: the hub refuses it ({type(error).__name__}); check the id, the revision and `hf auth login`"
+                ) from error
             except (HfHubHTTPError, OSError) as error:
-                raise OfflineError(f"{model} is not in the cache and the hub cannot be reached; where there is a network, run: {command}") from error
+                raise OfflineError(
+                    f"{model} is not in the cache and the hub cannot be reached; where there is a network, run: {command}"
+                ) from error
             if _complete(folder, variant):
                 return Checkpoint(name=model, folder=folder, variant=variant, revision=folder.name)
             if os.environ.get("HF_HUB_OFFLINE") == "1":
@@ -128,6 +150,8 @@ def _from_hub(model: str, variant: str | None, revision: str | None) -> Checkpoi
 
 def _complete(folder: Path, variant: str | None) -> bool:
     try:
-        return all(all(f.exists() for f in weight_files(folder / part, variant)) for part in ("unet", "vae", "text_encoder"))
+        return all(
+            all(f.exists() for f in weight_files(folder / part, variant)) for part in ("unet", "vae", "text_encoder")
+        )
     except ModelError:
         return False

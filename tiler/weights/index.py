@@ -69,7 +69,9 @@ def merge_indexes(paths: list[Path]) -> dict[str, TensorInfo]:
     for path in paths:
         for name, info in read_index(path).items():
             if name in merged:
-                raise ModelError(f"{path}: tensor {name!r} is also in {merged[name].path.name}; the shards do not belong together")
+                raise ModelError(
+                    f"{path}: tensor {name!r} is also in {merged[name].path.name}; the shards do not belong together"
+                )
             merged[name] = info
     return merged
 
@@ -128,7 +130,13 @@ def _entry(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
     def whole(values: Any) -> bool:
         return isinstance(values, list) and all(type(v) is int and 0 <= v < 2**63 for v in values)
 
-    if not isinstance(dtype, str) or not whole(shape) or not whole(offsets) or len(offsets) != 2 or len(shape) > MAX_RANK:
+    if (
+        not isinstance(dtype, str)
+        or not whole(shape)
+        or not whole(offsets)
+        or len(offsets) != 2
+        or len(shape) > MAX_RANK
+    ):
         raise bad
     begin, end = offsets
     if begin > end:

@@ -43,7 +43,9 @@ class WeightStore:
     `index` maps parameter names to places in files; `piece_elements` bounds one read.
     """
 
-    def __init__(self, index: dict[str, TensorInfo], *, piece_elements: int = PIECE_ELEMENTS, check_finite: bool = True) -> None:
+    def __init__(
+        self, index: dict[str, TensorInfo], *, piece_elements: int = PIECE_ELEMENTS, check_finite: bool = True
+    ) -> None:
         self.index = index
         self.piece_elements = piece_elements
         self.bytes_read = 0
@@ -59,7 +61,9 @@ class WeightStore:
         try:
             for info in index.values():
                 if info.dtype not in TORCH_DTYPES:
-                    raise ModelError(f"{info.path}: tensor {info.name!r} is stored as {info.dtype}; tiler reads F16, BF16 and F32")
+                    raise ModelError(
+                        f"{info.path}: tensor {info.name!r} is stored as {info.dtype}; tiler reads F16, BF16 and F32"
+                    )
                 if info.path not in self._fds:
                     self._fds[info.path] = open_regular(info.path)
         except BaseException:
@@ -69,7 +73,9 @@ class WeightStore:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def close(self) -> None:
@@ -169,13 +175,15 @@ class WeightStore:
     def _read(self, piece: Piece, buffer: torch.Tensor) -> torch.Tensor:
         info = self.index[piece.name]
         want = self._bytes(piece)
-        view = memoryview(buffer.numpy())[:want]
+        view = memoryview(buffer.numpy())[:want]  # type: ignore[arg-type]
         at, done = info.offset + piece.first * self._row_bytes(piece.name), 0
         while done < want:
             try:
                 got = os.preadv(self._fds[info.path], [view[done:]], at + done)
             except OSError as error:
-                raise StorageError(f"{info.path}: reading failed at byte {at + done} ({error.strerror}); check the disk") from error
+                raise StorageError(
+                    f"{info.path}: reading failed at byte {at + done} ({error.strerror}); check the disk"
+                ) from error
             if got == 0:
                 raise ModelError(f"{info.path}: the file became shorter while it was read; download it again")
             done += got

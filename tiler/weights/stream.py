@@ -111,7 +111,6 @@ class Streamer:
                 del call
             return results
 
-
     def run_unit(self, module: nn.Module, forward: Callable[..., object], *args: object, **kwargs: object) -> object:
         """The forward of a unit: sample by sample while its weights are held. Arguments are cut where their first
         axis is the batch (that of the first tensor argument)."""
@@ -137,7 +136,7 @@ class Streamer:
 class StreamedLayer(nn.Module):
     """What the streamed classes share: a meta weight for its shape, the parameter's name, and where to get it."""
 
-    weight: nn.Parameter
+    weight: Tensor
     key: str
     streamer: Streamer
 
@@ -157,7 +156,9 @@ class StreamedConv2d(nn.Conv2d, StreamedLayer):
 
         sizes = [
             (n + 2 * p - d * (k - 1) - 1) // s + 1
-            for n, p, d, k, s in zip(x.shape[2:], _pair(self.padding), self.dilation, self.kernel_size, self.stride, strict=True)
+            for n, p, d, k, s in zip(
+                x.shape[2:], _pair(self.padding), self.dilation, self.kernel_size, self.stride, strict=True
+            )
         ]
         return _by_rows(self, x, x.new_empty(len(x), self.out_channels, *sizes), 0, conv)
 
@@ -178,11 +179,17 @@ def _by_rows(layer: StreamedLayer, x: Tensor, out: Tensor, axis: int, op: Callab
         with streamer.hold(layer):
             return _by_rows(layer, x, out, axis, op)
     whole = streamer.whole(layer)
-    step = piece_rows(layer.weight[0].numel(), PIECE_ELEMENTS if streamer.store is None else streamer.store.piece_elements)
+    step = piece_rows(
+        layer.weight[0].numel(), PIECE_ELEMENTS if streamer.store is None else streamer.store.piece_elements
+    )
     if whole is not None and len(x) == 1 and step >= len(whole):
         return op(x[0], whole, bias)[None]
     # Held or streamed, the same cuts: the same arithmetic, and oneDNN's packed copy of a weight stays a piece's size.
-    parts = streamer.parts(layer) if whole is None else ((i, min(i + step, len(whole)), whole[i : i + step]) for i in range(0, len(whole), step))
+    parts = (
+        streamer.parts(layer)
+        if whole is None
+        else ((i, min(i + step, len(whole)), whole[i : i + step]) for i in range(0, len(whole), step))
+    )
     for first, last, rows in parts:
         part = None if bias is None else bias[first:last]
         for i in range(1 if x.is_meta else len(x)):
@@ -220,7 +227,7 @@ def stream_layers(module: nn.Module, streamer: Streamer) -> None:
     """
     for path, child in module.named_modules():
         for plain, streamed in _CLASSES:
-            if type(child) is plain and child.weight.numel() > SMALL:  # type: ignore[union-attr, operator]
+            if type(child) is plain and child.weight.numel() > SMALL:  # type: ignore[operator]
                 child.__class__ = streamed
                 child.key, child.streamer = f"{path}.weight".lstrip("."), streamer  # type: ignore[assignment]
     _mark_units(module, streamer)
@@ -239,13 +246,15 @@ def _mark_units(module: nn.Module, streamer: Streamer) -> None:
     if isinstance(module, StreamedLayer) or not _streamed(module):
         return
     if streamer.fits(module) and not isinstance(module, nn.ModuleList):
-        module.forward = functools.partial(streamer.run_unit, module, module.forward)  # type: ignore[method-assign]
+        module.forward = functools.partial(streamer.run_unit, module, module.forward)
         return
     for child in module.children():
         _mark_units(child, streamer)
 
 
-def match_index(module: nn.Module, stored: dict[str, TensorInfo], rename: Callable[[str], list[str]]) -> dict[str, TensorInfo]:
+def match_index(
+    module: nn.Module, stored: dict[str, TensorInfo], rename: Callable[[str], list[str]]
+) -> dict[str, TensorInfo]:
     """The stored tensor of every parameter of `module`. `rename` gives the names a parameter may have in files.
 
     Raises ModelError naming the first parameter that is missing, has another shape, or an unusable dtype.
@@ -259,8 +268,12 @@ def match_index(module: nn.Module, stored: dict[str, TensorInfo], rename: Callab
         want = tuple(parameter.shape)
         squeezed = tuple(n for n in info.shape if n != 1) == tuple(n for n in want if n != 1)
         if info.shape != want and not squeezed:
-            raise ModelError(f"{info.path}: tensor {info.name!r} has shape {list(info.shape)}, config.json asks for {list(want)}")
+            raise ModelError(
+                f"{info.path}: tensor {info.name!r} has shape {list(info.shape)}, config.json asks for {list(want)}"
+            )
         if info.dtype not in TORCH_DTYPES:
-            raise ModelError(f"{info.path}: tensor {info.name!r} is stored as {info.dtype}; tiler reads F16, BF16 and F32")
+            raise ModelError(
+                f"{info.path}: tensor {info.name!r} is stored as {info.dtype}; tiler reads F16, BF16 and F32"
+            )
         matched[name] = info._replace(shape=want)
     return matched

@@ -1,0 +1,64 @@
+"""Checkpoints the tests share: small ones made once a session, and tools to run the program in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+
+from tiler.memory.process import frugal_allocator
+
+frugal_allocator()
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the tiny checkpoints `tiny` (epsilon) and `tiny-sd2` (v-prediction, linear projections)."""
+    import make_checkpoint
+
+    cache = tmp_path_factory.mktemp("checkpoints")
+    for kind in ("tiny", "tiny-sd2"):
+        make_checkpoint.make(kind, cache)
+    return cache
+
+
+@pytest.fixture(scope="session")
+def tiny(checkpoints: Path) -> Path:
+    return checkpoints / "tiny"
+
+
+class Ran(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> dict[str, Any]:
+        return json.loads(self.out)
+
+
+@pytest.fixture
+def tiler(tmp_path: Path):
+    """Run the `tiler` program in a fresh process, in an empty folder: tiler("render", "a boat", "--size", 128)."""
+
+    def run(*args: object, env: dict[str, str] | None = None, timeout: float = 600) -> Ran:
+        command = [sys.executable, "-c", "from tiler.cli.main import main; main()", *map(str, args)]
+        done = subprocess.run(
+            command,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            env={**os.environ, "COLUMNS": "200", **(env or {})},
+            check=False,
+        )
+        return Ran(done.returncode, done.stdout, done.stderr)
+
+    return run

@@ -1,0 +1,270 @@
+"""The program in a process of its own: the main paths, and one line and the right exit code for bad input."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+Tiler = Callable[..., "object"]
+
+
+def test_help_names_every_command(tiler) -> None:
+    ran = tiler("--help")
+    assert ran.code == 0
+    for command in ("render", "plan", "decode", "doctor"):
+        assert command in ran.out
+
+
+def test_doctor(tiler) -> None:
+    facts = tiler("doctor", "--json").json
+    assert {"ram", "cgroup limit", "cores", "cpu", "compute dtype", "versions", "free disk"} <= facts.keys()
+
+
+def test_render_plan_and_decode(tiler, tiny: Path, tmp_path: Path) -> None:
+    common = ("--model", tiny, "--width", 136, "--height", 72, "--steps", 3, "--seed", 4)
+    ran = tiler("render", "a boat", *common, "-o", "a.png", "--report", "r.json", "--save-latents", "z.safetensors")
+    assert ran.code == 0, ran.err
+    assert "seed 4" in ran.err
+    assert "a.png: 136×72, seed 4, peak" in ran.out
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert {
+        "peak_rss_bytes",
+        "predicted_peak_bytes",
+        "max_ram_bytes",
+        "phases",
+        "unet_calls",
+        "unet_samples",
+        "weight_bytes_read",
+        "seed",
+        "versions",
+    } <= report.keys()
+    assert {"name", "seconds", "peak_rss_bytes", "anon_bytes", "file_bytes"} <= report["phases"][0].keys()
+    assert report["peak_rss_bytes"] < report["max_ram_bytes"] == 800_000_000
+    assert report["predicted_peak_bytes"] == pytest.approx(report["peak_rss_bytes"], rel=0.1)
+    planned = tiler("plan", "a boat", *common, "--json").json
+    assert planned["unet_calls"] == report["unet_calls"]
+    assert planned["unet_samples"] == report["unet_samples"]
+    assert tiler("decode", "z.safetensors", "--model", tiny, "-o", "b.png").code == 0
+    assert Image.open(tmp_path / "a.png").tobytes() == Image.open(tmp_path / "b.png").tobytes()
+
+
+def test_json_is_one_object_on_stdout_and_quiet_is_quiet(tiler, tiny: Path) -> None:
+    ran = tiler("render", "x", "--model", tiny, "--size", 64, "--steps", 1, "--json", "--quiet")
+    assert ran.json["output"] == "tiler.png"
+    assert ran.err == ""
+
+
+def test_a_random_seed_is_printed_and_stored(tiler, tiny: Path) -> None:
+    ran = tiler("render", "x", "--model", tiny, "--size", 64, "--steps", 1, "--json")
+    assert f"seed {ran.json['seed']}\n" in ran.err
+
+
+def test_regions_file(tiler, tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "r.toml").write_text(
+        'prompt = "sea"\n[[region]]\nprompt = "boat"\nrows = [0, 64]\ncols = [64, 128]\nmask = "quartic"\nseed = 3\n'
+    )
+    assert tiler("render", "--model", tiny, "--size", 128, "--steps", 1, "--regions", "r.toml").code == 0
+
+
+BAD_OPTIONS = [
+    (["--size", "0"], "width = 0"), (["--size", "-64"], "width = -64"), (["--size", "1000000"], "width = 1000000"), (["--size", "63"], "smaller than a tile"),
+    (["--height", "8"], "smaller than a tile"), (["--steps", "0"], "steps = 0"), (["--steps", "1000000"], "steps"), (["--cfg-scale", "nan"], "guidance-scale"),
+    (["--cfg-scale", "-1"], "guidance-scale"), (["--strength", "1.5"], "strength = 1.5"), (["--seed", "-2"], "seed"), (["--overlap", "64"], "overlap"),
+    (["--overlap", "7"], "overlap"), (["--scheduler", "heun"], "unknown scheduler"), (["--mask", "square"], "mask"), (["--max-ram", "lots"], "800MB"),
+    (["--threads", "0"], "threads"), (["--guide", "none.png"], "none.png"), (["--guide", "none.png", "--no-guide"], "exclude"),
+    (["-o", "no/such/folder/x.png"], "does not exist"), (["-o", "."], "is a folder"), (["--regions", "none.toml"], "none.toml"), (["--nonsense"], "nonsense"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("options", "message"), BAD_OPTIONS)
+def test_bad_options_are_exit_2_and_one_line(
+    tiler, tiny: Path, tmp_path: Path, options: list[str], message: str
+) -> None:
+    ran = tiler("render", "x", "--model", tiny, "--size", "128", *options)
+    assert ran.code == 2, ran.err
+    assert message in ran.err
+    assert "Traceback" not in ran.err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("toml", "message"),
+    [
+        ("prompt = 'x'", "no [[region]]"),
+        ("[[region]]\nprompt = 'x'", "lacks"),
+        ("[[region]]\nprompt = 'x'\nrows = [0, 64]\ncols = [0, 64]\ncolour = 1", "colour"),
+        ("[[region]]\nprompt = 'x'\nrows = [0, 64]\ncols = [0, 'a']", "cols"),
+        ("[[region]]\nprompt = 'x'\nrows = [0, 256]\ncols = [0, 64]", "outside"),
+        ("[[region]]\nprompt = 'x'\nrows = [0, 32]\ncols = [0, 64]", "smaller than a tile"),
+        ("[[region]]\nprompt = 'x'\nrows = [0, 128]\ncols = [0, 64]\nmask = 'round'", "mask"),
+        ("region = 3", "no [[region]]"),
+        ("= broken", "not valid TOML"),
+    ],
+)
+def test_bad_regions(tiler, tiny: Path, tmp_path: Path, toml: str, message: str) -> None:
+    (tmp_path / "r.toml").write_text(toml)
+    ran = tiler("render", "sea", "--model", tiny, "--size", "128", "--regions", "r.toml")
+    assert ran.code == 2, ran.err
+    assert message in ran.err
+
+
+def test_regions_without_a_prompt_must_cover_the_canvas(tiler, tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "r.toml").write_text("[[region]]\nprompt = 'x'\nrows = [0, 128]\ncols = [0, 64]")
+    ran = tiler("render", "--model", tiny, "--size", "128", "--regions", "r.toml")
+    assert ran.code == 2
+    assert "no region covers the canvas" in ran.err
+
+
+def test_an_existing_output_is_kept(tiler, tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "tiler.png").write_text("precious")
+    ran = tiler("render", "x", "--model", tiny, "--size", "64")
+    assert ran.code == 2
+    assert "--force" in ran.err
+    assert (tmp_path / "tiler.png").read_text() == "precious"
+
+
+def test_a_ceiling_below_the_floor_is_exit_4(tiler, tiny: Path, tmp_path: Path) -> None:
+    for command in ("render", "plan"):
+        ran = tiler(command, "x", "--model", tiny, "--size", "128", "--max-ram", "200MB")
+        assert ran.code == 4
+        assert "smallest --max-ram that would do is" in ran.err
+        assert "python, libraries" in ran.err + ran.out
+    assert list(tmp_path.iterdir()) == []
+
+
+def damage(folder: Path, part: str, change: Callable[[Path], None]) -> None:
+    change(next((folder / part).glob("*.safetensors")))
+
+
+def cut(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size // 2)
+
+
+def config(folder: Path, part: str, **values: object) -> None:
+    path = folder / part / ("config.json" if part else "model_index.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+BAD_MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "truncated": (lambda f: damage(f, "unet", cut), "bytes short"),
+    "empty file": (lambda f: damage(f, "vae", lambda p: p.write_bytes(b"")), "header too small"),
+    "huge header": (
+        lambda f: damage(f, "unet", lambda p: p.write_bytes(struct.pack("<Q", 2**62) + b"{}")),
+        "not a safetensors file",
+    ),
+    "pickle only": (lambda f: damage(f, "unet", lambda p: p.rename(p.with_suffix(".bin"))), "pickle"),
+    "no weights": (lambda f: damage(f, "text_encoder", lambda p: p.unlink()), "no *.safetensors here"),
+    "no index": (lambda f: (f / "model_index.json").unlink(), "model_index.json"),
+    "broken json": (lambda f: (f / "unet/config.json").write_text("{"), "not valid JSON"),
+    "inpainting": (lambda f: config(f, "unet", in_channels=9), "inpainting"),
+    "sdxl": (lambda f: config(f, "", _class_name="StableDiffusionXLPipeline"), "this is SDXL"),
+    "flux": (lambda f: config(f, "", _class_name="FluxPipeline"), "this is Flux"),
+    "sdxl unet": (lambda f: config(f, "unet", addition_embed_type="text_time"), "this is SDXL"),
+    "foreign class": (lambda f: config(f, "unet", _class_name="os.system"), "os.system"),
+    "auto_map": (lambda f: config(f, "unet", auto_map={"x": "y"}), "auto_map"),
+    "absurd width": (lambda f: config(f, "unet", block_out_channels=[10**9, 10**9, 10**9]), "out of range"),
+    "text width": (lambda f: config(f, "unet", cross_attention_dim=64), "text width 64"),
+    "wrong shape": (lambda f: config(f, "vae", block_out_channels=[8, 16, 16, 24]), "shape"),
+    "bad tokenizer": (lambda f: (f / "tokenizer/vocab.json").write_text("{"), "tokenizer"),
+    "no tokenizer": (lambda f: shutil.rmtree(f / "tokenizer"), "tokenizer"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_MODELS)
+def test_bad_models_are_exit_3_and_one_line(tiler, tiny: Path, tmp_path: Path, name: str) -> None:
+    change, message = BAD_MODELS[name]
+    folder = tmp_path / "model"
+    shutil.copytree(tiny, folder)
+    change(folder)
+    ran = tiler("render", "x", "--model", folder, "--size", "64", "--steps", "1", "--quiet")
+    assert ran.code == 3, ran.err
+    assert message in ran.err
+    assert len(ran.err.strip().splitlines()) == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_pickle_is_never_opened(tiler, tiny: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny, folder)
+    next((folder / "unet").glob("*.safetensors")).unlink()
+    canary = tmp_path / "canary"
+    (folder / "unet/diffusion_pytorch_model.bin").write_bytes(
+        b"cos\nsystem\n(S'touch " + str(canary).encode() + b"'\ntR."
+    )
+    assert tiler("render", "x", "--model", folder, "--size", "64").code == 3
+    assert not canary.exists()
+
+
+def test_models_that_are_not_there(tiler, tmp_path: Path) -> None:
+    assert tiler("render", "x", "--model", "./nowhere").code == 3
+    (tmp_path / "old.ckpt").write_bytes(b"\x80\x02")
+    assert "pickle" in tiler("render", "x", "--model", "old.ckpt").err
+    ran = tiler(
+        "render", "x", "--model", "org/never-downloaded", env={"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
+    )
+    assert ran.code == 9
+    assert "hf download org/never-downloaded" in ran.err
+
+
+def test_a_hub_cache_is_read_offline(tiler, tiny: Path, tmp_path: Path) -> None:
+    sha = "0" * 40
+    repo = tmp_path / "hf/hub/models--org--tiny"
+    shutil.copytree(tiny, repo / "snapshots" / sha)
+    (repo / "refs").mkdir()
+    (repo / "refs/main").write_text(sha)
+    ran = tiler(
+        "render",
+        "x",
+        "--model",
+        "org/tiny",
+        "--size",
+        64,
+        "--steps",
+        1,
+        "--json",
+        env={"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")},
+    )
+    assert ran.code == 0, ran.err
+    assert ran.json["revision"] == sha
+
+
+def test_bad_latents(tiler, tiny: Path, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    (tmp_path / "text.safetensors").write_text("no")
+    save_file({"other": torch.zeros(1)}, tmp_path / "other.safetensors")
+    save_file({"latents": torch.zeros(1, 8, 8, 8)}, tmp_path / "wide.safetensors")
+    save_file({"latents": torch.full((1, 4, 8, 8), float("nan"))}, tmp_path / "nan.safetensors")
+    for name, code in (("text", 2), ("other", 2), ("wide", 2), ("missing", 2), ("nan", 7)):
+        ran = tiler("decode", f"{name}.safetensors", "--model", tiny)
+        assert ran.code == code, (name, ran.err)
+        assert len(ran.err.strip().splitlines()) == 1
+
+
+def test_nan_weights_are_exit_7(tiler, tiny: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny, folder)
+
+    def poke(path: Path) -> None:
+        data = bytearray(path.read_bytes())
+        data[-400:-200] = b"\xff\x7f" * 100
+        path.write_bytes(data)
+
+    damage(folder, "unet", poke)
+    ran = tiler("render", "x", "--model", folder, "--size", "64", "--steps", "1", "--quiet")
+    assert ran.code == 7
+    assert "NaN" in ran.err
+
+
+@pytest.mark.skipif(__import__("os").geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_folder_is_exit_6(tiler, tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "locked").mkdir(mode=0o500)
+    assert tiler("render", "x", "--model", tiny, "--size", "64", "-o", "locked/x.png").code == 6

@@ -1,0 +1,130 @@
+"""The row pipeline against diffusers' AutoencoderKL: exact where the statistics are, seamless everywhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+
+from tiler.decode import frozen
+from tiler.decode.rows import Measured, decoder_stages, flow
+from tiler.models import family as families
+from tiler.pipeline import streamed
+from tiler.weights.checkpoint import resolve
+
+
+def reference(folder: Path) -> AutoencoderKL:
+    return AutoencoderKL.from_pretrained(folder / "vae", variant="fp16", torch_dtype=torch.float32).eval()
+
+
+def smooth_latents(height: int, width: int) -> torch.Tensor:
+    coarse = torch.randn(1, 4, 6, 6, generator=torch.Generator().manual_seed(0))
+    return torch.nn.functional.interpolate(coarse, size=(height, width), mode="bicubic")
+
+
+@pytest.mark.parametrize("size", [(32, 32), (31, 27), (8, 45), (1, 1), (2, 3)])
+@torch.no_grad()
+def test_small_pictures_decode_as_diffusers_does(tiny: Path, size: tuple[int, int]) -> None:
+    """Up to 32×32 latents the held statistics are the picture's own: the streamed decode is the whole-image decode."""
+    latents = smooth_latents(*size)
+    family = families.read_family(resolve(str(tiny)))
+    vae = families.build_vae(family)
+    with streamed(vae, family, "vae", families.vae_names):
+        got = torch.cat(list(frozen.decode(vae, latents, rows=3)), dim=1)
+    want = reference(tiny).decode(latents).sample[0]
+    assert got.shape == want.shape
+    assert (got - want).abs().max() <= 1e-4
+
+
+@torch.no_grad()
+def test_given_true_statistics_a_large_picture_is_exact(tiny: Path) -> None:
+    """Measured on the whole picture instead of the shrunken one, the row pipeline is diffusers' decoder: no seam, no halo."""
+    latents = smooth_latents(70, 50)
+    family = families.read_family(resolve(str(tiny)))
+    vae = families.build_vae(family)
+    with streamed(vae, family, "vae", families.vae_names):
+        measured = Measured()
+        stages = decoder_stages(vae.decoder, vae.post_quant_conv, measured)
+        frozen._measure(stages, measured, latents, lambda where: None)
+        strips = [latents[:, :, i : i + 4] for i in range(0, 70, 4)]
+        got = torch.cat(list(frozen._stream(stages, iter(strips), 70, 4, lambda where: None)), dim=1)
+    want = reference(tiny).decode(latents).sample[0]
+    assert (got - want).abs().max() <= 2e-4
+
+
+@torch.no_grad()
+def test_strips_do_not_show(tiny: Path) -> None:
+    """The picture does not depend on how many rows are pushed at a time, beyond fp32's last bits."""
+    latents = smooth_latents(48, 40)
+    family = families.read_family(resolve(str(tiny)))
+    vae = families.build_vae(family)
+    with streamed(vae, family, "vae", families.vae_names):
+        results = [torch.cat(list(frozen.decode(vae, latents, rows=n)), dim=1) for n in (1, 5, 48)]
+    assert all((r - results[0]).abs().max() <= 1e-4 for r in results)
+
+
+@torch.no_grad()
+def test_encoding_equals_diffusers(tiny: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (248, 200, 3), dtype=np.uint8)
+    family = families.read_family(resolve(str(tiny)))
+    vae = families.build_vae(family)
+    with streamed(vae, family, "vae", families.vae_names):
+        got = frozen.encode(vae, pixels, pixels)
+    want = reference(tiny).encode(frozen.to_tensor(pixels)).latent_dist.mean
+    assert got.shape == want.shape == (1, 4, 31, 25)
+    assert (got - want).abs().max() <= 1e-4
+
+
+def test_shrinking_keeps_mean_and_deviation() -> None:
+    x = torch.randn(1, 4, 100, 60) * torch.tensor([1.0, 2.0, 3.0, 4.0]).view(1, 4, 1, 1) + 5
+    size = frozen.shrunken_size(100, 60)
+    assert size[0] * size[1] <= 32 * 32 * 1.02
+    assert size[0] / size[1] == pytest.approx(100 / 60, rel=0.05)
+    small = frozen.shrink(x, size)
+    assert small.shape[2:] == size
+    assert torch.allclose(small.mean(dim=(2, 3)), x.mean(dim=(2, 3)), atol=1e-4)
+    assert torch.allclose(small.std(dim=(2, 3)), x.std(dim=(2, 3)), rtol=1e-4)
+
+
+def test_pixels_round_as_diffusers_rounds() -> None:
+    from diffusers.image_processor import VaeImageProcessor
+
+    strip = torch.linspace(-1.2, 1.2, 3 * 5 * 7).view(3, 5, 7)
+    want = VaeImageProcessor().postprocess(strip[None].clone(), output_type="pil")[0]
+    assert np.array_equal(frozen.to_uint8(strip.clone()), np.asarray(want))
+
+
+def test_a_hostile_guide_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
+    from tiler.diffusion.guide import fit, load_picture
+    from tiler.errors import UsageError
+
+    Image.new("L", (5000, 5000)).save(tmp_path / "huge.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "huge.png").read_bytes()[:200])
+    Image.new("RGB", (64, 48)).save(tmp_path / "small.jpg")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "small.jpg").read_bytes()[:-40])
+    (tmp_path / "text.png").write_text("not a picture")
+    for name in ("huge.png", "cut.png", "cut.jpg", "text.png", "missing.png", ""):
+        with pytest.raises(UsageError):
+            load_picture(tmp_path / name)
+    for mode in ("CMYK", "P", "L", "RGBA", "I;16"):
+        Image.new(mode, (40, 20)).save(tmp_path / "x.tiff")
+        assert load_picture(tmp_path / "x.tiff").mode == "RGB"
+    assert fit(load_picture(tmp_path / "small.jpg"), 24, 16).shape == (24, 16, 3)
+
+
+@torch.no_grad()
+def test_flow_gives_every_row_once(tiny: Path) -> None:
+    family = families.read_family(resolve(str(tiny)))
+    vae = families.build_vae(family)
+    with streamed(vae, family, "vae", families.vae_names):
+        measured = Measured()
+        stages = decoder_stages(vae.decoder, vae.post_quant_conv, measured)
+        frozen._measure(stages, measured, smooth_latents(9, 9), lambda where: None)
+        for _ in range(2):  # a pipeline that has ended begins anew
+            out = list(flow(stages, [smooth_latents(9, 9)[:, :, :4]], False, split=True, check=lambda where: None))
+            out += list(flow(stages, [smooth_latents(9, 9)[:, :, 4:]], True, split=True, check=lambda where: None))
+            assert sum(o.shape[2] for o in out) == 72

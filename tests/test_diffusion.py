@@ -1,0 +1,313 @@
+"""Tiles, masks and the canvas against closed formulas and a plain float64 reference."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, EulerDiscreteScheduler
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tiler.diffusion import schedulers
+from tiler.diffusion.canvas import Conditions, denoise, first_step, initial_noise, start_latents
+from tiler.diffusion.guide import guide_size
+from tiler.diffusion.tiles import Text2ImageRegion, even_starts, mask_profile, plan_tiles
+from tiler.errors import ModelError, NumericalError, UsageError
+from tiler.request import Mask, Region, RenderRequest, Scheduler, parse_scheduler
+
+CONFIG = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+}
+
+
+def request(**values: Any) -> RenderRequest:
+    return RenderRequest(**({"prompt": "base", "output": Path("x.png"), "width": 128, "height": 128} | values))
+
+
+@given(length=st.integers(8, 400), tile=st.integers(8, 96), overlap=st.integers(0, 95))
+def test_tiles_cover_evenly(length: int, tile: int, overlap: int) -> None:
+    if overlap >= tile or length < tile:
+        return
+    starts = even_starts(length, tile, overlap)
+    assert starts[0] == 0
+    assert starts[-1] == length - tile
+    gaps = [b - a for a, b in pairwise(starts)]
+    assert all(gap <= tile - overlap for gap in gaps)
+    assert not gaps or max(gaps) - min(gaps) <= 1
+    # One tile fewer could not keep the overlap.
+    assert len(starts) == 1 or (len(starts) - 2) * (tile - overlap) < length - tile
+
+
+def test_2048_takes_25_tiles() -> None:
+    assert even_starts(256, 64, 16) == [0, 48, 96, 144, 192]
+
+
+@pytest.mark.parametrize("n", [1, 7, 8, 63, 64])
+def test_mask_formulas(n: int) -> None:
+    gaussian, quartic = mask_profile(Mask.GAUSSIAN, n), mask_profile(Mask.QUARTIC, n)
+    for k in range(n):
+        assert gaussian[k].item() == pytest.approx(
+            math.exp(-((k - (n - 1) / 2) ** 2) / (0.02 * n * n)) / math.sqrt(0.02 * math.pi), rel=1e-12
+        )
+        u = 1.99 * k / max(1, n - 1) - 0.995
+        assert quartic[k].item() == pytest.approx(15 / 16 * (1 - u * u) ** 2, rel=1e-12)
+    assert torch.equal(gaussian, gaussian.flip(0))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    height=st.integers(8, 70), width=st.integers(8, 70), tile=st.tuples(st.integers(5, 8), st.integers(5, 8)), overlap=st.integers(0, 4),
+    mask=st.sampled_from(list(Mask)), with_region=st.booleans(), with_base=st.booleans(),
+)  # fmt: skip
+def test_weights_sum_to_one(
+    height: int, width: int, tile: tuple[int, int], overlap: int, mask: Mask, with_region: bool, with_base: bool
+) -> None:
+    region = Region(prompt="r", rows=(0, 8 * height), cols=(0, 64), mask=Mask.QUARTIC, mask_weight=3.0)
+    regions = (region,) if with_region else ()
+    if not regions or not with_base:
+        regions = (*regions, Region(prompt="all", rows=(0, 8 * height), cols=(0, 8 * width)))
+    asked = request(
+        prompt="base" if with_base else None, width=8 * width, height=8 * height, mask=mask, regions=regions
+    )
+    total = torch.zeros(height, width, dtype=torch.float64)
+    for placed in plan_tiles(asked, canvas=(height, width), tile=tile, overlap=overlap):
+        assert bool((placed.weights >= 0).all())
+        total[placed.crop] += placed.weights.double()
+    assert (total - 1).abs().max() <= 1e-6
+
+
+def test_the_top_level_prompt_leaves_a_region_to_itself() -> None:
+    """Deep inside a region only the region speaks; at its border the base fades in."""
+    region = Region(prompt="r", rows=(0, 256), cols=(0, 256))
+    placed = plan_tiles(request(width=384, height=384, regions=(region,)), canvas=(48, 48), tile=(8, 8), overlap=2)
+    share = torch.zeros(48, 48)
+    for tile in placed:
+        if tile.condition == 0:
+            share[tile.crop] += tile.weights
+    assert share[:28, :28].max() == 0
+    assert share[33:, :].min() == pytest.approx(1)
+    assert 0 < share[10, 30] < 1
+
+
+def test_regions_that_cannot_be() -> None:
+    small = Region(prompt="small", rows=(0, 56), cols=(0, 128))
+    with pytest.raises(UsageError, match="smaller than a tile"):
+        plan_tiles(request(regions=(small,)), canvas=(16, 16), tile=(8, 8), overlap=2)
+    half = Region(prompt="half", rows=(0, 128), cols=(0, 64))
+    with pytest.raises(UsageError, match="no region covers the canvas at row 0, column 64"):
+        plan_tiles(request(prompt=None, regions=(half,)), canvas=(16, 16), tile=(8, 8), overlap=2)
+    with pytest.raises(UsageError, match="overlap"):
+        plan_tiles(request(), canvas=(16, 16), tile=(8, 8), overlap=8)
+    with pytest.raises(UsageError, match="outside"):
+        request(regions=(Region(prompt="r", rows=(0, 256), cols=(0, 64)),))
+    for rows in ((64, 0), (0, 0), (-8, 64), (0, 63)):
+        with pytest.raises(UsageError):
+            Region(prompt="r", rows=rows, cols=(0, 64))
+
+
+def fake_predict(x: Tensor, t: Tensor, embeds: Tensor) -> Tensor:
+    """A made-up model: nonlinear in x and in the prompt, and it sees its tile's surroundings."""
+    return torch.tanh(x + embeds.mean(dim=(1, 2)).view(-1, 1, 1, 1)) * 0.7 + 0.1 * x.roll(1, dims=3)
+
+
+def reference_canvas(
+    latents: Tensor, placed: list[tuple[int, int, int, int, float, Tensor]], conditions: Conditions, steps: int
+) -> Tensor:
+    """Mixture of Diffusers written down: all predictions, all masks, float64, DDIM's formula (Song et al. 2021, eq. 12)."""
+    scheduler = DDIMScheduler.from_config(CONFIG)
+    scheduler.set_timesteps(steps)
+    alphas = scheduler.alphas_cumprod.double()
+    x = latents.double()
+    for t in scheduler.timesteps.tolist():
+        top, bottom = torch.zeros_like(x), torch.zeros_like(x)
+        for row, col, size, condition, scale, mask in placed:
+            crop = (..., slice(row, row + size), slice(col, col + size))
+            u = fake_predict(x[crop], t, conditions.uncond[condition : condition + 1].double())
+            c = fake_predict(x[crop], t, conditions.cond[condition : condition + 1].double())
+            top[crop] += mask * (u + scale * (c - u))
+            bottom[crop] += mask
+        eps = top / bottom
+        before = t - 1000 // steps
+        a, b = alphas[t], alphas[before] if before >= 0 else scheduler.final_alpha_cumprod.double()
+        x = b.sqrt() * (x - (1 - a).sqrt() * eps) / a.sqrt() + (1 - b).sqrt() * eps
+    return x
+
+
+@pytest.mark.parametrize("batch", [1, 3, 64])
+def test_a_canvas_of_several_regions_equals_the_formula(batch: int) -> None:
+    left = Region(prompt="l", rows=(0, 128), cols=(0, 96), guidance_scale=3.0, mask=Mask.QUARTIC, mask_weight=2.0)
+    right = Region(prompt="r", rows=(0, 128), cols=(64, 160), guidance_scale=5.0)
+    asked = request(prompt=None, width=160, height=128, regions=(left, right))
+    generator = torch.Generator().manual_seed(5)
+    conditions = Conditions(torch.randn(2, 4, 6, generator=generator), torch.randn(2, 4, 6, generator=generator))
+    noise, rng = initial_noise((1, 4, 16, 20), 9)
+    tiles = plan_tiles(asked, canvas=(16, 20), tile=(8, 8), overlap=2)
+    scheduler = DDIMScheduler.from_config(CONFIG)
+    scheduler.set_timesteps(5)
+    states = list(denoise(noise, tiles, conditions, scheduler, fake_predict, rng, batch=batch))
+    got = states[-1].latents
+    placed = []
+    for first, kind, weight, condition, scale in ((0, Mask.QUARTIC, 2.0, 0, 3.0), (8, Mask.GAUSSIAN, 1.0, 1, 5.0)):
+        mask = weight * torch.outer(mask_profile(kind, 8), mask_profile(kind, 8))
+        for row in (0, 4, 8):
+            for col in (0, 4):
+                placed.append((row, first + col, 8, condition, scale, mask))
+    want = reference_canvas(noise, placed, conditions, 5)
+    assert got is not None
+    assert (got.double() - want).abs().max() <= 2e-5 * want.abs().max()
+
+
+def test_batch_does_not_change_a_bit() -> None:
+    tiles = plan_tiles(request(width=200, height=136), canvas=(17, 25), tile=(8, 8), overlap=3)
+    conditions = Conditions(torch.randn(1, 4, 6), torch.randn(1, 4, 6))
+    results = []
+    for batch in (1, 2, 5, 7):
+        noise, rng = initial_noise((1, 4, 17, 25), 1)
+        scheduler = schedulers.build(Scheduler.EULER_A, CONFIG, 4)
+        states = list(
+            denoise(
+                start_latents(scheduler, noise, None, 0), tiles, conditions, scheduler, fake_predict, rng, batch=batch
+            )
+        )
+        results.append(states[-1].latents)
+    assert all(torch.equal(r, results[0]) for r in results)
+
+
+def test_guidance_of_one_runs_no_unconditional_half() -> None:
+    tiles = plan_tiles(request(guidance_scale=1.0), canvas=(16, 16), tile=(8, 8), overlap=2)
+    calls: list[int] = []
+
+    def predict(x: Tensor, t: Tensor, embeds: Tensor) -> Tensor:
+        calls.append(len(x))
+        return fake_predict(x, t, embeds)
+
+    scheduler = schedulers.build(Scheduler.DDIM, CONFIG, 1)
+    noise, rng = initial_noise((1, 4, 16, 16), 1)
+    list(
+        denoise(
+            noise, tiles, Conditions(torch.zeros(1, 4, 6), torch.zeros(1, 4, 6)), scheduler, predict, rng, batch=100
+        )
+    )
+    assert calls == [len(tiles)]
+
+
+@pytest.mark.parametrize("average", ["eps", "x0", "previous"])
+def test_averaging_eps_x0_or_the_next_latents_is_the_same(average: str) -> None:
+    """numerics.md: with one shared x_t a linear one-step sampler commutes with the weighted mean."""
+    generator = torch.Generator().manual_seed(0)
+    x, eps = torch.randn(1, 4, 6, 6, generator=generator), torch.randn(3, 4, 6, 6, generator=generator)
+    weights = torch.rand(3, 1, 6, 6, generator=generator)
+    weights = weights / weights.sum(0)
+
+    def step(e: Tensor) -> tuple[Tensor, Tensor]:
+        scheduler = EulerDiscreteScheduler.from_config(CONFIG)
+        scheduler.set_timesteps(10)
+        out = scheduler.step(e[None], scheduler.timesteps[0], x)
+        return out.prev_sample, out.pred_original_sample
+
+    prev, x0 = step((weights * eps).sum(0))
+    each = [step(e) for e in eps]
+    if average == "previous":
+        assert torch.allclose(sum(w * p[0] for w, p in zip(weights, each, strict=True)), prev, atol=1e-4)
+    elif average == "x0":
+        assert torch.allclose(sum(w * p[1] for w, p in zip(weights, each, strict=True)), x0, atol=1e-4)
+    else:
+        mean = sum(w * e for w, e in zip(weights, eps, strict=True))
+        assert torch.allclose(step(mean)[0], prev)
+
+
+def test_noise_and_seeds() -> None:
+    noise, _ = initial_noise((1, 4, 16, 24), 7)
+    assert torch.equal(noise, torch.randn(1, 4, 16, 24, generator=torch.Generator().manual_seed(7)))
+    crop = (slice(0, 8), slice(8, 16))
+    mixed, _ = initial_noise((1, 4, 16, 24), 7, [(crop, 3)])
+    assert torch.equal(mixed[:, :, :8, 8:16], torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3)))
+    mixed[:, :, :8, 8:16] = noise[:, :, :8, 8:16]
+    assert torch.equal(mixed, noise)
+
+
+@pytest.mark.parametrize(
+    ("steps", "strength", "begin"), [(50, 0.2, 40), (20, 0.5, 10), (20, 1.0, 0), (20, 0.0, 20), (3, 0.5, 1)]
+)
+def test_strength_is_the_share_that_the_canvas_denoises(steps: int, strength: float, begin: int) -> None:
+    assert first_step(steps, strength) == begin
+
+
+@pytest.mark.parametrize("name", [s for s in Scheduler if s is not Scheduler.AUTO])
+def test_starting_from_a_reference_is_add_noise_at_that_timestep(name: Scheduler) -> None:
+    scheduler = schedulers.build(name, CONFIG, 10)
+    reference, noise = torch.randn(1, 4, 8, 8), torch.randn(1, 4, 8, 8)
+    assert torch.equal(start_latents(scheduler, noise, reference, 10), reference)
+    got = start_latents(scheduler, noise, reference, 6)
+    t = int(scheduler.timesteps[6])
+    if hasattr(scheduler, "sigmas") and name in (Scheduler.EULER, Scheduler.EULER_A):
+        want = reference + scheduler.sigmas[6] * noise
+    elif hasattr(scheduler, "sigmas"):
+        alpha = 1 / (scheduler.sigmas[6] ** 2 + 1).sqrt()
+        want = alpha * reference + scheduler.sigmas[6] * alpha * noise
+    else:
+        want = scheduler.alphas_cumprod[t].sqrt() * reference + (1 - scheduler.alphas_cumprod[t]).sqrt() * noise
+    assert torch.allclose(got, want, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("text", "want"),
+    [("ddim", Scheduler.DDIM), ("EULER A", Scheduler.EULER_A), ("dpm++ 2m karras", Scheduler.DPMPP_2M_KARRAS), ("Euler_a", Scheduler.EULER_A),
+     ("DPMSolverMultistepScheduler", Scheduler.DPMPP_2M), ("UniPCMultistepScheduler", Scheduler.UNIPC), ("lcm", Scheduler.LCM), ("Auto", Scheduler.AUTO)],
+)  # fmt: skip
+def test_scheduler_names(text: str, want: Scheduler) -> None:
+    assert parse_scheduler(text) is want
+
+
+def test_auto_takes_the_checkpoints_own_scheduler() -> None:
+    assert schedulers.choose(Scheduler.AUTO, {"_class_name": "DDIMScheduler"}) is Scheduler.DDIM
+    assert schedulers.choose(Scheduler.AUTO, {"_class_name": "PNDMScheduler"}) is Scheduler.DPMPP_2M_KARRAS
+    assert (
+        schedulers.choose(Scheduler.AUTO, {"_class_name": "DPMSolverMultistepScheduler", "use_karras_sigmas": True})
+        is Scheduler.DPMPP_2M_KARRAS
+    )
+    assert schedulers.choose(Scheduler.LCM, {"_class_name": "DDIMScheduler"}) is Scheduler.LCM
+    with pytest.raises(UsageError, match="DPM\\+\\+ 2M Karras"):
+        parse_scheduler("heun")
+    with pytest.raises(ModelError, match="prediction_type"):
+        schedulers.build(Scheduler.DDIM, CONFIG | {"prediction_type": "sample"}, 2)
+
+
+def test_guide_has_the_native_area_and_shows_the_canvass_aspect() -> None:
+    assert guide_size((64, 64), 64, 8) is None
+    square = guide_size((256, 256), 64, 8)
+    assert square == (64, 64, 64.0, 64.0)
+    wide = guide_size((128, 256), 64, 8)
+    assert wide is not None
+    assert wide.height % 8 == wide.width % 8 == 0
+    assert wide.shown_width / wide.shown_height == pytest.approx(2)
+    assert wide.height >= wide.shown_height > wide.height - 8
+    assert wide.width >= wide.shown_width > wide.width - 8
+
+
+def test_a_prediction_that_is_not_finite_stops_the_run() -> None:
+    region = Text2ImageRegion(
+        top=0, left=0, height=8, width=8, condition=0, guidance_scale=1.0, weights=torch.ones(8, 8)
+    )
+    scheduler = schedulers.build(Scheduler.DDIM, CONFIG, 3)
+    noise, rng = initial_noise((1, 4, 8, 8), 1)
+    loop = denoise(
+        noise,
+        [region],
+        Conditions(torch.zeros(1, 1, 1), torch.zeros(1, 1, 1)),
+        scheduler,
+        lambda x, t, e: x * float("nan"),
+        rng,
+    )
+    with pytest.raises(NumericalError, match="step 1, tile at row 0"):
+        list(loop)

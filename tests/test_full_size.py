@@ -1,0 +1,69 @@
+"""The contract at full size: an SD 1.5 checkpoint (random weights, made on first use, 2.1 GB) in fresh processes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.full
+
+
+@pytest.fixture(scope="module")
+def sd15() -> Path:
+    import make_checkpoint
+
+    done = subprocess.run(
+        [sys.executable, make_checkpoint.__file__, "sd15"], capture_output=True, text=True, check=True
+    )
+    return Path(done.stdout.strip().splitlines()[-1])
+
+
+def test_1024_stays_under_800_mb_by_the_kernels_own_mark(sd15: Path, tmp_path: Path) -> None:
+    """Two steps with guide and canvas; the process reads VmHWM of itself at its end."""
+    code = f"""
+import json, sys
+from tiler.cli import main, render
+from tiler.memory import process
+process.reset_peak = lambda: False  # one mark for the whole life of the process
+sys.argv = ["tiler", "render", "a lighthouse", "--model", {str(sd15)!r}, "--size", "1024", "--steps", "2", "--seed", "1",
+            "-o", {str(tmp_path / "x.png")!r}, "--report", {str(tmp_path / "r.json")!r}, "--quiet"]
+try:
+    main.main()
+except SystemExit as done:
+    assert not done.code, done.code
+print(process.read_rss().peak)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=1500, check=False)
+    assert done.returncode == 0, done.stderr
+    peak = int(done.stdout.split()[-1])
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert peak < 800_000_000
+    assert report["peak_rss_bytes"] < 800_000_000
+    assert report["predicted_peak_bytes"] == pytest.approx(peak, rel=0.10)
+    assert report["unet_samples"] == 4 + 18
+    assert report["tile_batch"] >= 8
+    # One pass reads the UNet's 1.72 GB once, however many samples share it; the guide takes two passes, the canvas two or three.
+    assert report["weight_bytes_read"] < (report["unet_calls"] + 1) * 1.72e9
+
+
+def test_plan_accepts_600_mb_for_2048_and_refuses_400(sd15: Path) -> None:
+    def plan(ceiling: str) -> subprocess.CompletedProcess[str]:
+        command = [
+            sys.executable,
+            "-c",
+            "from tiler.cli.main import main; main()",
+            "plan",
+            "x",
+            "--model",
+            str(sd15),
+            "--max-ram",
+            ceiling,
+        ]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    assert plan("600MB").returncode == 0
+    assert plan("400MB").returncode == 4

@@ -1,0 +1,149 @@
+"""The ceiling: units, the budget's own measurements, the meter, the plan, and what imports cost."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from tiler.errors import BudgetExceeded, BudgetRefused, UsageError
+from tiler.memory.budget import Budget, parse_bytes
+from tiler.memory.meter import MetaMeter
+from tiler.memory.plan import MemoryPlan, PhasePlan, Term
+from tiler.memory.process import read_rss
+from tiler.models.family import read_family
+from tiler.planner import plan_render
+from tiler.request import RenderRequest
+from tiler.weights.checkpoint import resolve
+
+
+@pytest.mark.parametrize(
+    ("text", "want"),
+    [("800MB", 800_000_000), ("1.5 GiB", 3 * 2**29), ("760mib", 760 * 2**20), (123, 123), ("2g", 2 * 10**9)],
+)
+def test_amounts(text: str | int, want: int) -> None:
+    assert parse_bytes(text) == want
+
+
+@pytest.mark.parametrize("text", ["", "MB", "-3MB", "800XB", "1e9", "nan"])
+def test_what_is_no_amount(text: str) -> None:
+    with pytest.raises(UsageError, match="800MB"):
+        parse_bytes(text)
+
+
+def test_budget_measures_a_spike_between_two_samples() -> None:
+    with Budget("10GB") as budget:
+        before = budget.peak_rss_bytes
+        with budget.phase("spike") as use:
+            block = torch.ones(50_000_000)  # 200 MB, gone at once
+            del block
+    assert 190e6 < budget.peak_rss_bytes - before < 260e6
+    assert use.peak_rss_bytes == budget.peak_rss_bytes
+    assert abs(use.anon_bytes + use.file_bytes - use.peak_rss_bytes) <= 0.5 * use.peak_rss_bytes
+
+
+def test_budget_raises_at_the_ceiling_with_the_place() -> None:
+    with Budget(read_rss().now + 60_000_000) as budget:
+        budget.check("before")
+        block = torch.ones(40_000_000)
+        with pytest.raises(BudgetExceeded, match=r"unet\.up_blocks\.1") as caught:
+            budget.check("unet.up_blocks.1")
+        del block
+    assert caught.value.exit_code == 5
+
+
+def test_budget_counts_children() -> None:
+    with Budget("10GB") as budget:
+        before = budget.rss_bytes
+        child = subprocess.Popen(
+            [sys.executable, "-c", "x = bytearray(b'1') * 80_000_000; print(1, flush=True); input()"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        assert child.stdout is not None
+        child.stdout.readline()
+        seen = before
+        while seen - before < 60_000_000:  # the sampler's next look
+            seen = budget.rss_bytes
+        child.communicate(b"\n")
+    assert budget.peak_rss_bytes - before > 60_000_000
+
+
+def test_meter_counts_what_is_alive() -> None:
+    with MetaMeter() as meter, torch.device("meta"), torch.no_grad():
+        x = torch.empty(1000)
+        y = x + 1
+        del x
+        z = torch.cat([y, y])
+        view = z[10:]
+        del y, z
+        assert meter.live_bytes == 8000
+        del view
+    assert meter.live_bytes == 0
+    assert meter.peak_bytes == 4000 + 8000
+
+
+def test_meter_knows_a_convolutions_scratch_and_not_its_weights() -> None:
+    with torch.device("meta"):
+        conv = nn.Conv2d(4, 8, 3, padding=1, bias=False)
+    with MetaMeter() as meter, torch.no_grad():
+        out = conv(torch.empty(1, 4, 16, 16, device="meta"))
+    x_bytes, out_bytes = 4 * 256 * 4, 8 * 256 * 4
+    assert out.shape == (1, 8, 16, 16)
+    assert meter.peak_bytes == x_bytes + out_bytes + (x_bytes + out_bytes + conv.weight.nbytes)
+
+
+def test_plan_refuses_with_the_table_and_the_smallest_ceiling() -> None:
+    phase = PhasePlan(
+        name="canvas", terms=(Term(name="weights", nbytes=500_000_000), Term(name="activations", nbytes=400_000_000))
+    )
+    plan = MemoryPlan(max_bytes=800_000_000, phases=(phase,), smallest_bytes=700_000_001)
+    with pytest.raises(BudgetRefused, match="701MB") as caught:
+        plan.check()
+    assert "weights" in str(caught.value)
+    assert caught.value.exit_code == 4
+
+
+def test_more_memory_means_larger_batches_and_resident_weights(tiny: Path) -> None:
+    family = read_family(resolve(str(tiny)))
+    request = RenderRequest(prompt="x", output=Path("x.png"), width=512, height=512, num_inference_steps=4)
+    here = read_rss().now
+    plans = [plan_render(request, family, here + extra) for extra in (56_000_000, 80_000_000, 2_000_000_000)]
+    assert plans[0].batch <= plans[1].batch <= plans[2].batch
+    assert plans[2].batch > 1
+    assert not plans[0].resident or len(plans[0].resident) <= len(plans[2].resident)
+    assert set(plans[2].resident.values()) == {torch.float32}
+    assert all(p.memory.smallest_bytes == pytest.approx(plans[0].memory.smallest_bytes, rel=0.05) for p in plans)
+
+
+def fresh(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
+def test_help_and_import_load_no_torch() -> None:
+    code = "import sys, tiler, tiler.cli.main; print([m for m in ('torch', 'diffusers', 'transformers', 'numpy') if m in sys.modules])"
+    assert fresh(code).strip() == "[]"
+
+
+def test_models_are_built_and_planned_without_compiler_and_cluster_code(tiny: Path) -> None:
+    code = f"""
+import sys
+from pathlib import Path
+from tiler.models.family import read_family, build_text_encoder
+from tiler.planner import plan_render
+from tiler.request import RenderRequest
+from tiler.weights.checkpoint import resolve
+family = read_family(resolve({str(tiny)!r}))
+plan_render(RenderRequest(prompt="x", output=Path("x.png"), width=256, height=256), family, 10**9)
+build_text_encoder(family)
+print([m for m in ("torch._dynamo", "sympy", "torch.distributed.tensor", "torch.distributed.fsdp") if m in sys.modules])
+import torch._dynamo, diffusers.models.transformers as t
+print(hasattr(torch._dynamo, "optimize"), hasattr(t, "SD3Transformer2DModel"), torch.distributed.is_available())
+"""
+    first, second = fresh(code).strip().splitlines()
+    assert first == "[]"
+    assert second == "True True True"  # and everything is as it was for the rest of the program

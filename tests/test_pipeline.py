@@ -1,0 +1,157 @@
+"""Whole renders in this process, against StableDiffusionPipeline and against themselves."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler, StableDiffusionPipeline
+from PIL import Image
+from safetensors.torch import load_file
+
+from tiler import Budget, Region, RenderRequest, events, render
+from tiler.errors import BudgetExceeded
+from tiler.memory.process import read_rss
+from tiler.request import Scheduler
+
+
+def ask(model: Path | str, folder: Path, name: str = "x", **values: Any) -> RenderRequest:
+    defaults: dict[str, Any] = {
+        "prompt": "a sailing boat", "model": str(model), "width": 64, "height": 64, "num_inference_steps": 3, "seed": 11,
+        "output": folder / f"{name}.png", "save_latents": folder / f"{name}.safetensors", "force": True,
+    }  # fmt: skip
+    return RenderRequest(**(defaults | values))
+
+
+def roomy() -> Budget:
+    return Budget(read_rss().now + 2_000_000_000)
+
+
+@pytest.mark.parametrize(
+    ("kind", "scheduler", "cls"),
+    [
+        ("tiny", Scheduler.DDIM, DDIMScheduler),
+        ("tiny", Scheduler.EULER_A, EulerAncestralDiscreteScheduler),
+        ("tiny-sd2", Scheduler.DDIM, DDIMScheduler),
+    ],
+)
+def test_one_tile_is_what_stable_diffusion_pipeline_gives(
+    checkpoints: Path, tmp_path: Path, kind: str, scheduler: Scheduler, cls: Any
+) -> None:
+    folder = checkpoints / kind
+    pipe = StableDiffusionPipeline.from_pretrained(
+        folder, variant="fp16", torch_dtype=torch.float32, safety_checker=None, feature_extractor=None
+    )
+    pipe.scheduler = cls.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    settings = {"negative_prompt": "fog", "num_inference_steps": 3, "guidance_scale": 6.0, "width": 64, "height": 64}
+    latents = pipe(
+        "a sailing boat", generator=torch.Generator().manual_seed(11), output_type="latent", **settings
+    ).images
+    image = pipe("a sailing boat", generator=torch.Generator().manual_seed(11), **settings).images[0]
+    render(ask(folder, tmp_path, scheduler=scheduler, negative_prompt="fog", guidance_scale=6.0, guide=False), roomy())
+    got = load_file(tmp_path / "x.safetensors")["latents"]
+    assert got.dtype == torch.float32
+    assert (got - latents).abs().max() <= 1e-4 * latents.abs().max()
+    difference = np.abs(np.asarray(Image.open(tmp_path / "x.png")).astype(int) - np.asarray(image).astype(int))
+    assert difference.max() <= 1
+
+
+def test_same_seed_same_bytes_whatever_the_ceiling(tiny: Path, tmp_path: Path) -> None:
+    """A low ceiling streams in small batches, a high one keeps all weights in memory."""
+    files = []
+    for extra, name in ((58_000_000, "low"), (2_000_000_000, "high")):
+        budget = Budget(read_rss().now + extra)
+        result = render(ask(tiny, tmp_path, name, width=136, height=104), budget)
+        files.append(
+            (
+                load_file(tmp_path / f"{name}.safetensors")["latents"],
+                np.asarray(Image.open(tmp_path / f"{name}.png")),
+                result.report,
+            )
+        )
+    assert torch.equal(files[0][0], files[1][0])
+    assert np.array_equal(files[0][1], files[1][1])
+    assert files[0][2]["weight_bytes_read"] > files[1][2]["weight_bytes_read"]
+
+
+def test_sizes_that_are_no_multiples_are_cropped(tiny: Path, tmp_path: Path) -> None:
+    render(ask(tiny, tmp_path, width=131, height=77, num_inference_steps=1), roomy())
+    assert Image.open(tmp_path / "x.png").size == (131, 77)
+    assert load_file(tmp_path / "x.safetensors")["latents"].shape == (1, 4, 10, 17)
+
+
+def test_the_picture_carries_its_parameters(tiny: Path, tmp_path: Path) -> None:
+    render(ask(tiny, tmp_path, prompt='a "boat", at sea: 1\nSteps: 99', negative_prompt="fog", width=128), roomy())
+    image = Image.open(tmp_path / "x.png")
+    lines = image.text["parameters"].split("\n")  # type: ignore[attr-defined]
+    assert lines[:3] == ['a "boat", at sea: 1', "Steps: 99", "Negative prompt: fog"]
+    assert lines[-1].startswith(
+        "Steps: 3, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 7.5, Seed: 11, Size: 128x64, Model: "
+    )
+    assert json.loads(image.text["tiler"])["seed"] == 11  # type: ignore[attr-defined]
+    assert b"sRGB" in image.info["icc_profile"]
+
+
+def test_a_users_picture_rules_at_strength_zero(tiny: Path, tmp_path: Path) -> None:
+    """Nothing is denoised: what comes out is the picture through the autoencoder, and the UNet never runs."""
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)).save(tmp_path / "guide.png")
+    result = render(ask(tiny, tmp_path, guide_image=tmp_path / "guide.png", strength=0.0, width=96), roomy())
+    assert result.report["unet_calls"] == 0
+    render(ask(tiny, tmp_path, "half", guide_image=tmp_path / "guide.png", strength=0.7, width=96), roomy())
+    kept, changed = (load_file(tmp_path / f"{n}.safetensors")["latents"] for n in ("x", "half"))
+    assert (kept - changed).abs().mean() > 0.05
+
+
+def test_regions_have_prompts_and_seeds_of_their_own(tiny: Path, tmp_path: Path) -> None:
+    def latents(name: str, **region: Any) -> torch.Tensor:
+        own = Region(**({"prompt": "a house", "rows": (0, 64), "cols": (0, 64)} | region))
+        render(ask(tiny, tmp_path, name, width=160, guide=False, regions=(own,)), roomy())
+        return load_file(tmp_path / f"{name}.safetensors")["latents"]
+
+    base, other_prompt, other_seed = latents("a"), latents("b", prompt="a mountain"), latents("c", seed=5)
+    for changed in (other_prompt, other_seed):
+        assert (base - changed)[..., :4].abs().max() > 1e-3
+        assert (base - changed)[..., :4].abs().mean() > 5 * (base - changed)[..., -4:].abs().mean()
+
+
+def test_events_tell_the_phases_in_order(tiny: Path, tmp_path: Path) -> None:
+    seen: list[events.Event] = []
+    result = render(ask(tiny, tmp_path, width=128), roomy(), seen.append)
+    names = [e.name for e in seen if isinstance(e, events.PhaseStarted)]
+    assert (
+        names
+        == ["encode prompts", "guide", "guide picture", "canvas", "decode"]
+        == [p["name"] for p in result.report["phases"]]
+    )
+    canvas = [e for e in seen if isinstance(e, events.Progress) and e.name == "canvas"]
+    assert canvas[-1].done == canvas[-1].total == result.report["unet_samples"] - 6
+
+
+def test_a_breach_in_mid_run_ends_it(tiny: Path, tmp_path: Path) -> None:
+    hog: list[torch.Tensor] = []
+
+    def on_event(event: events.Event) -> None:
+        if isinstance(event, events.Progress) and event.name == "canvas":
+            hog.append(torch.ones(40_000_000))
+
+    with pytest.raises(BudgetExceeded, match="unet"):
+        render(ask(tiny, tmp_path, width=128), Budget(read_rss().now + 120_000_000), on_event)
+    assert not (tmp_path / "x.png").exists()
+    assert list(tmp_path.glob(".tiler-*")) == []
+
+
+def test_memory_does_not_grow_over_steps(tiny: Path, tmp_path: Path) -> None:
+    """RSS after step 50 within 5 MB of RSS after step 2."""
+    after: dict[int, int] = {}
+
+    def on_event(event: events.Event) -> None:
+        if isinstance(event, events.Progress) and event.name == "guide":
+            after[event.done // 2] = read_rss().now
+
+    render(ask(tiny, tmp_path, width=128, num_inference_steps=50, strength=0.02), roomy(), on_event)
+    assert abs(after[50] - after[2]) <= 5_000_000

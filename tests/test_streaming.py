@@ -1,0 +1,176 @@
+"""Streamed modules against diffusers' and transformers' own, on the same weights."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from tiler.errors import ModelError, NumericalError, StorageError
+from tiler.models import family as families
+from tiler.models.text import encode_prompts, load_tokenizer
+from tiler.models.unet import predict_noise
+from tiler.pipeline import streamed
+from tiler.weights.checkpoint import resolve
+from tiler.weights.index import read_index
+from tiler.weights.store import WeightStore
+from tiler.weights.stream import Streamer, match_index, stream_layers
+
+
+def inputs(
+    family: families.Family, batch: int, side: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    side = side or family.native
+    latents = torch.randn(batch, family.latent_channels, side, side, generator=generator)
+    return latents, torch.tensor(481), torch.randn(batch, 77, family.text["hidden_size"], generator=generator)
+
+
+@torch.no_grad()
+def run(
+    folder: Path,
+    x: tuple[torch.Tensor, ...],
+    *,
+    pieces: int = 2**22,
+    arena: int = 2**26,
+    resident: torch.dtype | None = None,
+) -> torch.Tensor:
+    family = families.read_family(resolve(str(folder)))
+    unet = families.build_unet(family)
+    index = match_index(unet, family.checkpoint.weights("unet"), families.plain_names)
+    with WeightStore(index, piece_elements=pieces) as store:
+        streamer = Streamer(store, arena_bytes=arena)
+        stream_layers(unet, streamer)
+        if resident is not None:
+            for name, info in index.items():
+                if len(info.shape) > 1:
+                    store.keep(name, resident)
+        first = predict_noise(unet, streamer, *x)
+        again = predict_noise(unet, streamer, *x)  # the second pass reads ahead
+    assert torch.equal(first, again)
+    return first
+
+
+@pytest.mark.parametrize("kind", ["tiny", "tiny-sd2"])
+@torch.no_grad()
+def test_unet_equals_diffusers(checkpoints: Path, kind: str) -> None:
+    family = families.read_family(resolve(str(checkpoints / kind)))
+    x = inputs(family, 3)
+    reference = UNet2DConditionModel.from_pretrained(
+        checkpoints / kind / "unet", variant="fp16", torch_dtype=torch.float32
+    )
+    want = reference(*x).sample
+    got = run(checkpoints / kind, x)
+    assert (got - want).norm() / want.norm() <= 1e-5
+
+
+@torch.no_grad()
+def test_a_plain_call_of_the_streamed_module_works_too(tiny: Path) -> None:
+    """stream_layers serves any module tree: here diffusers' own forward, with units run inside it."""
+    family = families.read_family(resolve(str(tiny)))
+    x = inputs(family, 2)
+    unet = families.build_unet(family)
+    index = match_index(unet, family.checkpoint.weights("unet"), families.plain_names)
+    with WeightStore(index) as store:
+        stream_layers(unet, Streamer(store, arena_bytes=2**19))
+        got = unet(*x).sample
+    want = UNet2DConditionModel.from_pretrained(tiny / "unet", variant="fp16", torch_dtype=torch.float32)(*x).sample
+    assert (got - want).norm() / want.norm() <= 1e-5
+
+
+def test_bytes_do_not_depend_on_batch_pieces_arena_or_residency(tiny: Path) -> None:
+    family = families.read_family(resolve(str(tiny)))
+    x = inputs(family, 4)
+    want = run(tiny, x)
+    alone = torch.cat([run(tiny, (x[0][i : i + 1], x[1], x[2][i : i + 1])) for i in range(4)])
+    assert torch.equal(alone, want)
+    assert torch.equal(run(tiny, x, resident=torch.float32), want)
+    assert torch.equal(run(tiny, x, resident=torch.float16), want)
+    # Small arenas take the stacked path, small pieces cut layers in oneDNN's and MKL's hands: the last bit may differ.
+    for pieces, arena in ((2**22, 2**18), (2**13, 2**26), (2**13, 2**16)):
+        other = run(tiny, x, pieces=pieces, arena=arena)
+        assert (other - want).abs().max() <= 2e-6 * want.abs().max()
+
+
+@torch.no_grad()
+def test_text_encoder_equals_transformers(tiny: Path, tmp_path: Path) -> None:
+    family = families.read_family(resolve(str(tiny)))
+    prompts = ["a sailing boat", "", "ünïcode 🙂 \x1b[31m عربي", "many words " * 60]
+    notes: list[str] = []
+    encoder = families.build_text_encoder(family)
+    with streamed(encoder, family, "text_encoder", families.text_names) as streamer:
+        got = encode_prompts(load_tokenizer(family), encoder, prompts, notes.append)
+        assert streamer.store is not None
+        read = streamer.store.bytes_read
+    state = {
+        k.removeprefix("text_model."): v for k, v in load_file(tiny / "text_encoder/model.fp16.safetensors").items()
+    }
+    table = state["embeddings.token_embedding.weight"]
+    assert read < sum(v.nbytes for v in state.values()) - table.nbytes // 2, "the whole token table was read"
+    reference = CLIPTextModel(encoder.config).eval()
+    reference.load_state_dict({k: v.float() for k, v in state.items() if not k.endswith("position_ids")}, strict=False)
+    tokens = CLIPTokenizer.from_pretrained(tiny / "tokenizer")(
+        prompts, padding="max_length", truncation=True, max_length=77, return_tensors="pt"
+    )
+    want = reference(tokens.input_ids).last_hidden_state
+    assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+    assert len(notes) == 1
+    assert "77 tokens" in notes[0]
+
+
+def test_shards_and_old_attention_names_are_found(tiny: Path, tmp_path: Path) -> None:
+    """VAEs written by old diffusers call to_q, to_k, to_v, to_out.0 query, key, value, proj_attn."""
+    weights = load_file(tiny / "vae/diffusion_pytorch_model.fp16.safetensors")
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    renamed = {}
+    for name, tensor in weights.items():
+        for new, was in old.items():
+            name = name.replace(f".{new}.", f".{was}.")
+        renamed[name] = tensor.contiguous()
+    assert renamed.keys() != weights.keys()
+    save_file(renamed, tmp_path / "vae.safetensors")
+    vae = families.build_vae(families.read_family(resolve(str(tiny))))
+    assert len(match_index(vae, read_index(tmp_path / "vae.safetensors"), families.vae_names)) == len(weights)
+
+
+def test_missing_and_misshapen_tensors_are_named(tiny: Path, tmp_path: Path) -> None:
+    vae = families.build_vae(families.read_family(resolve(str(tiny))))
+    stored = read_index(tiny / "vae/diffusion_pytorch_model.fp16.safetensors")
+    name = "decoder.conv_in.weight"
+    without = {k: v for k, v in stored.items() if k != name}
+    with pytest.raises(ModelError, match=f"{name}.*missing"):
+        match_index(vae, without, families.vae_names)
+    with pytest.raises(ModelError, match=r"shape \[5, 5\]"):
+        match_index(vae, stored | {name: stored[name]._replace(shape=(5, 5))}, families.vae_names)
+    with pytest.raises(ModelError, match="F8_E4M3"):
+        match_index(vae, stored | {name: stored[name]._replace(dtype="F8_E4M3")}, families.vae_names)
+
+
+def test_nan_in_a_weight_is_found_at_first_use(tmp_path: Path) -> None:
+    weight = torch.ones(64, 8).half()
+    weight[40, 3] = float("nan")
+    save_file({"w": weight}, tmp_path / "w.safetensors")
+    with WeightStore(read_index(tmp_path / "w.safetensors")) as store, pytest.raises(NumericalError, match="'w'"):
+        store.load("w")
+
+
+def test_short_reads_go_on_and_failed_reads_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(100, 7).half()
+    save_file({"w": weight}, tmp_path / "w.safetensors")
+    real = os.preadv
+    with WeightStore(read_index(tmp_path / "w.safetensors")) as store:
+        monkeypatch.setattr(os, "preadv", lambda fd, views, at: real(fd, [views[0][:11]], at))
+        assert torch.equal(store.load("w"), weight.float())
+
+        def fail(fd: int, views: object, at: int) -> int:
+            raise OSError(errno.EIO, "Input/output error")
+
+        monkeypatch.setattr(os, "preadv", fail)
+        with pytest.raises(StorageError, match="Input/output error"):
+            store.load("w")
