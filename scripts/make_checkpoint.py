@@ -78,7 +78,7 @@ def configs(kind: str) -> dict[str, dict[str, Any]]:
              "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
              "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"]}  # fmt: skip
     small_vae = {"block_out_channels": [8, 16, 16, 16], "norm_num_groups": 4, "layers_per_block": 1, "sample_size": 64}
-    small_text = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2, "vocab_size": 600, "projection_dim": 32}  # fmt: skip
+    small_text = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2, "vocab_size": 5000, "projection_dim": 32}  # fmt: skip
     parts = {
         "unet": _UNET | small,
         "vae": _VAE | small_vae,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -73,7 +75,7 @@ def test_regions_file(tiler, tiny: Path, tmp_path: Path) -> None:
 
 
 BAD_OPTIONS = [
-    (["--size", "0"], "width = 0"), (["--size", "-64"], "width = -64"), (["--size", "1000000"], "width = 1000000"), (["--size", "63"], "smaller than a tile"),
+    (["--size", "0"], "width = 0"), (["--size", "-64"], "width = -64"), (["--size", "1000000"], "width = 1000000"), (["--size", "56"], "smaller than a tile"),
     (["--height", "8"], "smaller than a tile"), (["--steps", "0"], "steps = 0"), (["--steps", "1000000"], "steps"), (["--cfg-scale", "nan"], "guidance-scale"),
     (["--cfg-scale", "-1"], "guidance-scale"), (["--strength", "1.5"], "strength = 1.5"), (["--seed", "-2"], "seed"), (["--overlap", "64"], "overlap"),
     (["--overlap", "7"], "overlap"), (["--scheduler", "heun"], "unknown scheduler"), (["--mask", "square"], "mask"), (["--max-ram", "lots"], "800MB"),
@@ -167,6 +169,8 @@ BAD_MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
     "sdxl": (lambda f: config(f, "", _class_name="StableDiffusionXLPipeline"), "this is SDXL"),
     "flux": (lambda f: config(f, "", _class_name="FluxPipeline"), "this is Flux"),
     "sdxl unet": (lambda f: config(f, "unet", addition_embed_type="text_time"), "this is SDXL"),
+    "distilled": (lambda f: config(f, "unet", time_cond_proj_dim=256), "time_cond_proj_dim"),
+    "foreign blocks": (lambda f: config(f, "unet", mid_block_type="UNetMidBlock2DSimpleCrossAttn"), "SimpleCrossAttn"),
     "foreign class": (lambda f: config(f, "unet", _class_name="os.system"), "os.system"),
     "auto_map": (lambda f: config(f, "unet", auto_map={"x": "y"}), "auto_map"),
     "absurd width": (lambda f: config(f, "unet", block_out_channels=[10**9, 10**9, 10**9]), "out of range"),
@@ -268,3 +272,28 @@ def test_nan_weights_are_exit_7(tiler, tiny: Path, tmp_path: Path) -> None:
 def test_a_read_only_folder_is_exit_6(tiler, tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "locked").mkdir(mode=0o500)
     assert tiler("render", "x", "--model", tiny, "--size", "64", "-o", "locked/x.png").code == 6
+
+
+@pytest.mark.parametrize("megabytes", [300, 2000])
+def test_a_runaway_allocation_in_mid_run_is_exit_5(tiny: Path, tmp_path: Path, megabytes: int) -> None:
+    """300 MB too much are seen at the next layer; 2 GB are refused by the allocator."""
+    code = f"""
+import sys, numpy
+from tiler.cli import main
+import tiler.memory.process
+tiler.memory.process.frugal_allocator()
+import tiler.pipeline
+real, hog = tiler.pipeline.predict_noise, []
+def predict(*args):
+    import torch
+    hog.append(torch.ones({megabytes} * 250_000))
+    return real(*args)
+tiler.pipeline.predict_noise = predict
+sys.argv = ["tiler", "render", "x", "--model", {str(tiny)!r}, "--size", "128", "--max-ram", "500MB", "--quiet"]
+main.main()
+"""
+    ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ran.returncode == 5, ran.stderr
+    assert len(ran.stderr.strip().splitlines()) == 1
+    assert "--max-ram" in ran.stderr
+    assert list(tmp_path.iterdir()) == []

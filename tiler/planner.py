@@ -28,10 +28,10 @@ from tiler.models.unet import predict_noise
 from tiler.request import RenderRequest
 from tiler.weights.index import TensorInfo
 from tiler.weights.store import PIECE_ELEMENTS, READ_AHEAD, TORCH_DTYPES
-from tiler.weights.stream import ARENA_BYTES, StreamedLayer, Streamer, stream_layers
+from tiler.weights.stream import ARENA_BYTES, StreamedLayer, Streamer, stream_layers, streamed_layers
 
 MAX_BATCH = 16
-LIBRARIES_BYTES = 42_000_000  # measured: oneDNN and MKL code and their compiled kernels, touched at first use
+LIBRARIES_BYTES = 52_000_000  # measured: oneDNN and MKL code and their compiled kernels, touched at first use
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,17 +173,15 @@ def _weights_terms(module: nn.Module, stored: dict[str, TensorInfo], *, units: b
     """What a streamed `module` keeps in memory: the arena as far as it is used, read buffers, norms and biases.
 
     `units`: whether the module's own forward runs (and with it units), or only single layers are called."""
-    layers = [m for m in module.modules() if isinstance(m, StreamedLayer)]
-    linear = [layer for layer in layers if not isinstance(layer, nn.Embedding)]
-    largest = max((layer.weight.numel() * 4 for layer in linear), default=0)
+    largest = max((layer.weight.numel() for layer in streamed_layers(module)), default=0)
     held = [
-        sum(layer.weight.numel() for layer in _inside(m)) * 4
+        sum(layer.weight.numel() for layer in streamed_layers(m)) * 4
         for m in module.modules()
         if units and not isinstance(m, nn.ModuleList)
     ]
     arena = max((h for h in held if h <= ARENA_BYTES), default=0)
-    arena = max(arena, min(largest, ARENA_BYTES))
-    elements = min(max((layer.weight.numel() for layer in linear), default=0), PIECE_ELEMENTS)
+    arena = max(arena, min(4 * largest, ARENA_BYTES))
+    elements = min(largest, PIECE_ELEMENTS)
     itemsize = max(
         (TORCH_DTYPES[info.dtype].itemsize for info in stored.values() if info.dtype in TORCH_DTYPES), default=2
     )
@@ -199,16 +197,12 @@ def _weights_terms(module: nn.Module, stored: dict[str, TensorInfo], *, units: b
     ]
 
 
-def _inside(module: nn.Module) -> list[StreamedLayer]:
-    return [m for m in module.modules() if isinstance(m, StreamedLayer) and not isinstance(m, nn.Embedding)]
-
-
 def _choose_resident(unet: nn.Module, stored: dict[str, TensorInfo], room: int) -> dict[str, torch.dtype]:
     """What the ceiling leaves over holds weights: all in fp32 if they fit, else a fixed subset as stored.
 
     Access is cyclic, so which ones does not matter for the bytes read; the first in the order of use are taken.
     """
-    layers = [m for m in unet.modules() if isinstance(m, StreamedLayer) and not isinstance(m, nn.Embedding)]
+    layers = streamed_layers(unet)
     if sum(layer.weight.numel() for layer in layers) * 4 <= room:
         return {layer.key: torch.float32 for layer in layers}
     chosen: dict[str, torch.dtype] = {}

@@ -99,7 +99,7 @@ def caption(scene: Scene, rng: np.random.Generator, view: View | None = None, ke
         )
     rng.shuffle(things)
     terrain = _terrain(scene, view)
-    parts = [pick(TERRAIN_WORDS[terrain])] if terrain and (rng.random() < 0.95 or not things) else []
+    parts = [pick(TERRAIN_WORDS[terrain])] if terrain and (rng.random() < max(0.95, keep) or not things) else []
     if not parts and not things:
         parts = ["the sky"]
     light = pick(PALETTE_WORDS[scene.palette]) if rng.random() < max(keep, 0.85) else ""

@@ -116,10 +116,33 @@ def read_family(checkpoint: Checkpoint) -> Family:
         raise ModelError(
             f"{checkpoint.name}: the VAE's factor is {2 ** (len(vae['block_out_channels']) - 1)}; tiler supports 8"
         )
+    _check_unet_kind(f"{checkpoint.folder / 'unet'}/config.json", unet)
     if not isinstance(unet.get("sample_size", 64), int):
         raise ModelError(f"{checkpoint.folder}/unet/config.json: sample_size {unet['sample_size']!r} is not one number")
     scheduler = checkpoint.config("scheduler", "scheduler_config.json")
     return Family(checkpoint=checkpoint, unet=unet, vae=vae, text=text, scheduler=scheduler)
+
+
+_BLOCKS = {"DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D", "UNetMidBlock2DCrossAttn", None}
+_FOREIGN = (
+    "class_embed_type", "addition_embed_type", "time_cond_proj_dim", "encoder_hid_dim_type", "dual_cross_attention",
+    "center_input_sample", "time_embedding_act_fn", "attention_type",
+)  # fmt: skip
+
+
+def _check_unet_kind(where: str, unet: dict[str, Any]) -> None:
+    """Refuse what `models/unet.py` would leave out: a picture that is silently wrong helps nobody."""
+    blocks = [*unet.get("down_block_types", []), *unet.get("up_block_types", []), unet.get("mid_block_type")]
+    for block in blocks:
+        if block not in _BLOCKS:
+            raise ModelError(
+                f"{where}: blocks of type {block!r} are not supported; tiler supports Stable Diffusion 1.x and 2.x"
+            )
+    for key in _FOREIGN:
+        if unet.get(key) not in (None, False, "default"):
+            raise ModelError(
+                f"{where}: {key} = {unet[key]!r} is not supported; tiler supports Stable Diffusion 1.x and 2.x"
+            )
 
 
 def _check_bounds(where: str, config: dict[str, Any]) -> None:

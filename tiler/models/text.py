@@ -46,7 +46,7 @@ def encode_prompts(
     for prompt in prompts:
         tokens: Any = tokenizer(prompt, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         # The tokenizer is not asked to look at megabytes of text just to say that they do not fit.
-        full = len(tokenizer(prompt[: 40 * length]).input_ids)
+        full = len(tokenizer.tokenize(prompt[: 40 * length])) + 2
         if full > length or len(prompt) > 40 * length:
             warn(f"the prompt is longer than {length} tokens and was cut: {prompt[:40]!r}…")
         if int(tokens.input_ids.max()) >= encoder.config.vocab_size:

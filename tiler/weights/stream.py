@@ -48,7 +48,7 @@ class Streamer:
 
     def fits(self, module: nn.Module) -> bool:
         """Whether all streamed weights of `module` can be held in the arena at once."""
-        return sum(layer.weight.numel() for layer in _streamed(module)) * 4 <= self.arena_bytes
+        return sum(layer.weight.numel() for layer in streamed_layers(module)) * 4 <= self.arena_bytes
 
     @contextmanager
     def hold(self, module: nn.Module) -> Iterator[None]:
@@ -57,7 +57,7 @@ class Streamer:
         self.holding = True
         if self.store is not None:
             at = 0
-            for layer in _streamed(module):
+            for layer in streamed_layers(module):
                 kept = self.store.resident.get(layer.key)
                 if kept is not None and kept.dtype == torch.float32:
                     continue
@@ -209,8 +209,9 @@ def _first(result: object) -> Tensor:
     return result
 
 
-def _streamed(module: nn.Module) -> list[StreamedLayer]:
-    return [m for m in module.modules() if isinstance(m, StreamedLayer)]
+def streamed_layers(module: nn.Module) -> list[StreamedLayer]:
+    """The layers inside whose weights are held or cut; a table is neither, its rows are read one by one."""
+    return [m for m in module.modules() if isinstance(m, StreamedLayer) and not isinstance(m, nn.Embedding)]
 
 
 _CLASSES: Sequence[tuple[type[nn.Module], type[StreamedLayer]]] = (
@@ -243,7 +244,7 @@ def stream_layers(module: nn.Module, streamer: Streamer) -> None:
 
 def _mark_units(module: nn.Module, streamer: Streamer) -> None:
     """Give the largest modules that fit the arena the forward of a unit."""
-    if isinstance(module, StreamedLayer) or not _streamed(module):
+    if isinstance(module, StreamedLayer) or not streamed_layers(module):
         return
     if streamer.fits(module) and not isinstance(module, nn.ModuleList):
         module.forward = functools.partial(streamer.run_unit, module, module.forward)
