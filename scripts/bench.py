@@ -33,7 +33,8 @@ from tiler.memory import process
 process.frugal_allocator()
 from tiler.models.family import read_family, build_unet, plain_names
 from tiler.models.unet import predict_noise
-from tiler.pipeline import streamed
+from tiler.memory.budget import Budget
+from tiler.pipeline import at_layer, streamed
 from tiler.planner import plan_render
 from tiler.request import RenderRequest
 from tiler.weights.checkpoint import resolve
@@ -41,13 +42,13 @@ import torch
 torch.set_grad_enabled(False)
 family = read_family(resolve({model!r}))
 plan = plan_render(RenderRequest(prompt="x", output=Path("x.png"), width={size}, height={size}), family, {ceiling})
-unet, n = build_unet(family), family.native
-with streamed(unet, family, "unet", plain_names, plan.resident) as streamer:
+unet, n, budget = build_unet(family), family.native, Budget("1000GB")
+with streamed(unet, family, "unet", plain_names, plan.resident["canvas"]) as streamer:
     x = torch.randn(plan.batch, family.latent_channels, n, n)
     c = torch.randn(plan.batch, 77, family.text["hidden_size"])
     for line in sys.stdin:
         before, start = streamer.store.bytes_read, time.perf_counter()
-        predict_noise(unet, streamer, x, torch.tensor(500), c)
+        predict_noise(unet, streamer, x, torch.tensor(500), c, at_layer(budget))
         seconds = time.perf_counter() - start
         canvas = next(p for p in plan.memory.phases if p.name == "canvas")
         print(json.dumps({{"seconds_per_sample": seconds / plan.batch, "batch": plan.batch, "bytes_read": streamer.store.bytes_read - before,

@@ -87,7 +87,7 @@ class _Work:
     def __init__(self, request: RenderRequest, plan: RenderPlan, budget: Budget, on_event: OnEvent) -> None:
         self.request, self.plan, self.family, self.budget, self.on_event = request, plan, plan.family, budget, on_event
         self.scheduler_name = schedulers.choose(request.scheduler, plan.family.scheduler)
-        self.unet_calls = self.unet_samples = self.weight_bytes_read = 0
+        self.unet_calls = self.unet_samples = self.weight_bytes_read = self.unet_bytes_read = 0
 
     def encode_prompts(self) -> canvas.Conditions:
         """Every prompt with its negative prompt, once."""
@@ -120,7 +120,10 @@ class _Work:
             return None
         height, width = (8 * n for n in self.plan.canvas)
         vae = families.build_vae(self.family)
-        with self._phase("guide picture", self.plan.canvas[0]), self._streamed(vae, "vae", families.vae_names):
+        with (
+            self._phase("guide picture", self.plan.canvas[0]),
+            self._streamed(vae, "vae", families.vae_names, self.plan.resident["guide picture"]),
+        ):
             if guide_latents is not None:
                 assert self.plan.guide is not None
                 picture = Image.fromarray(self._decode_strips(vae, guide_latents, "guide picture"))
@@ -132,7 +135,7 @@ class _Work:
             pixels = guide.fit(picture, height, width, box)
             shrunken = guide.fit(picture, 8 * small[0], 8 * small[1], box)
             del picture
-            mean = frozen.encode(vae, pixels, shrunken, check=self.budget.check)
+            mean = frozen.encode(vae, pixels, shrunken, check=at_layer(self.budget))
             return (mean - self.family.shift_factor) * self.family.scaling_factor
 
     def canvas_pass(self, conditions: canvas.Conditions, reference: Tensor | None) -> Tensor:
@@ -144,7 +147,10 @@ class _Work:
     def decode(self, latents: Tensor) -> np.ndarray:
         """The picture, (H, W, 3) uint8."""
         vae = families.build_vae(self.family)
-        with self._phase("decode", latents.shape[2]), self._streamed(vae, "vae", families.vae_names):
+        with (
+            self._phase("decode", latents.shape[2]),
+            self._streamed(vae, "vae", families.vae_names, self.plan.resident["decode"]),
+        ):
             return self._decode_strips(vae, latents, "decode")
 
     def _sample(
@@ -168,12 +174,12 @@ class _Work:
         if begin == steps:
             return latents
         unet = families.build_unet(self.family)
-        with self._streamed(unet, "unet", families.plain_names, self.plan.resident) as streamer:
+        with self._streamed(unet, "unet", families.plain_names, self.plan.resident[phase]) as streamer:
 
             def predict(inputs: Tensor, timestep: Tensor, embeds: Tensor) -> Tensor:
                 self.unet_calls += 1
                 self.unet_samples += len(inputs)
-                return predict_noise(unet, streamer, inputs, timestep, embeds, self.budget.check)
+                return predict_noise(unet, streamer, inputs, timestep, embeds, at_layer(self.budget))
 
             loop = canvas.denoise(latents, regions, conditions, scheduler, predict, generator, begin=begin, batch=batch)
             for state in loop:
@@ -186,6 +192,8 @@ class _Work:
                 )
                 if state.latents is not None:
                     latents = state.latents
+            assert streamer.store is not None
+            self.unet_bytes_read += streamer.store.bytes_read
         return latents
 
     def _decode_strips(self, vae: Any, latents: Tensor, phase: str) -> np.ndarray:
@@ -219,7 +227,7 @@ class _Work:
         """What --report writes."""
         return report(self.budget, self.plan.memory.peak_bytes) | {
             "unet_calls": self.unet_calls, "unet_samples": self.unet_samples, "tiles": len(self.plan.regions),
-            "tile_batch": self.plan.batch, "weight_bytes_read": self.weight_bytes_read, "seed": self.request.seed,
+            "tile_batch": self.plan.batch, "weight_bytes_read": self.weight_bytes_read, "unet_bytes_read": self.unet_bytes_read, "seed": self.request.seed,
             "width": self.request.width, "height": self.request.height, "model": self.family.checkpoint.name,
             "revision": self.family.checkpoint.revision,
         }  # fmt: skip
@@ -261,6 +269,16 @@ def decode_file(
     return Result(output=output, report=report(budget, plan.peak_bytes))
 
 
+def at_layer(budget: Budget) -> Callable[[str], None]:
+    """What happens between two layers: freed memory leaves the process, then the ceiling is checked."""
+
+    def check(where: str) -> None:
+        process.release_heap()
+        budget.check(where)
+
+    return check
+
+
 def check_latents(latents: Tensor, family: Family) -> None:
     """Raises UsageError or NumericalError for latents that this model cannot decode."""
     from tiler.errors import UsageError
@@ -283,7 +301,7 @@ def decode_pixels(vae: Any, unscaled: Tensor, budget: Budget, progress: Callable
     height, width = unscaled.shape[2:]
     pixels = np.empty((8 * height, 8 * width, 3), np.uint8)
     row = 0
-    for strip in frozen.decode(vae, unscaled, check=budget.check):
+    for strip in frozen.decode(vae, unscaled, check=at_layer(budget)):
         if not math.isfinite(float(strip.sum())):
             raise NumericalError(f"NaN or Inf in the decoder at row {row}; the VAE's weights may be damaged")
         pixels[row : row + strip.shape[1]] = frozen.to_uint8(strip)

@@ -44,7 +44,7 @@ class RenderPlan:
     regions: tuple[Text2ImageRegion, ...]
     begin: int
     batch: int
-    resident: dict[str, torch.dtype]  # UNet weights that stay in memory, by parameter name
+    resident: dict[str, dict[str, torch.dtype]]  # by phase: weights that stay in memory, by parameter name
     memory: MemoryPlan
     steps: int  # of the canvas pass
     samples_per_step: int
@@ -96,42 +96,43 @@ def plan_render(request: RenderRequest, family: Family, max_bytes: int) -> Rende
             predict_noise(unet, streamer, latents, torch.tensor(1), torch.empty(batch, 77, width))
         return meter.peak_bytes
 
+    vae = families.build_vae(family)
+    stream_layers(vae, Streamer(None))
     fixed = [Term(name="python, libraries", nbytes=read_rss().now + LIBRARIES_BYTES)]
     decode = _autoencoder_phases(request, family, canvas, guide, fixed)
     canvas_bytes = 4 * family.latent_channels * canvas[0] * canvas[1] * 6 + 4 * side * side * len(regions)
 
-    def sampling(name: str, batch: int, height: int, breadth: int, resident: int = 0) -> PhasePlan:
+    def sampling(name: str, batch: int, height: int, breadth: int) -> PhasePlan:
         terms = [
             *fixed,
             *unet_terms,
             Term(name="activations", nbytes=activations(batch, height, breadth)),
             Term(name="canvas", nbytes=canvas_bytes),
         ]
-        return PhasePlan(
-            name=name, terms=tuple([*terms, Term(name="resident weights", nbytes=resident)] if resident else terms)
-        )
+        return PhasePlan(name=name, terms=tuple(terms))
 
     batch = _largest_batch(
         lambda b: sampling("canvas", b, side, side).peak_bytes, int(max_bytes * MARGIN), min(MAX_BATCH, per_step)
     )
     batch = math.ceil(per_step / math.ceil(per_step / batch))  # passes of equal size
-    base = [sampling("canvas", batch, side, side)]
+    phases = [_text_phase(family, fixed), sampling("canvas", batch, side, side), *decode]
     guide_batch = guide_halves
     if guide is not None:
         guide_batch = _largest_batch(
             lambda b: sampling("guide", b, guide.height, guide.width).peak_bytes, int(max_bytes * MARGIN), guide_halves
         )
-        base.insert(0, sampling("guide", guide_batch, guide.height, guide.width))
-    room = int(max_bytes * MARGIN) - max(p.peak_bytes for p in base)
-    resident = _choose_resident(unet, stored, room) if room > 0 else {}
-    kept = sum(
-        stored[name].nbytes // TORCH_DTYPES[stored[name].dtype].itemsize * dtype.itemsize
-        for name, dtype in resident.items()
-    )
-    phases = [_text_phase(family, fixed), *(_with(p, kept) for p in base), *decode]
+        phases.append(sampling("guide", guide_batch, guide.height, guide.width))
+    least = [p.peak_bytes for p in phases if p.name not in ("guide", "canvas")]
+    resident = {}
+    for i, phase in enumerate(phases):
+        model, files = (unet, stored) if phase.name in ("guide", "canvas") else (vae, family.checkpoint.weights("vae"))
+        part = model.decoder if phase.name == "decode" else model
+        room = int(max_bytes * MARGIN) - phase.peak_bytes
+        chosen = {} if phase.name == "encode prompts" else _choose_resident(part, files, room)
+        resident[phase.name] = chosen
+        phases[i] = _with(phase, sum(math.prod(files[n].shape) * dtype.itemsize for n, dtype in chosen.items()))
     order = ["encode prompts", "guide", "guide picture", "canvas", "decode"]
     phases.sort(key=lambda p: order.index(p.name))
-    least = [p.peak_bytes for p in phases if p.name not in ("guide", "canvas")]
     least.append(sampling("canvas", 1, side, side).peak_bytes)
     if guide is not None:
         least.append(sampling("guide", 1, guide.height, guide.width).peak_bytes)
@@ -197,12 +198,12 @@ def _weights_terms(module: nn.Module, stored: dict[str, TensorInfo], *, units: b
     ]
 
 
-def _choose_resident(unet: nn.Module, stored: dict[str, TensorInfo], room: int) -> dict[str, torch.dtype]:
+def _choose_resident(part: nn.Module, stored: dict[str, TensorInfo], room: int) -> dict[str, torch.dtype]:
     """What the ceiling leaves over holds weights: all in fp32 if they fit, else a fixed subset as stored.
 
     Access is cyclic, so which ones does not matter for the bytes read; the first in the order of use are taken.
     """
-    layers = streamed_layers(unet)
+    layers = [layer for layer in streamed_layers(part) if layer.key in stored]
     if sum(layer.weight.numel() for layer in layers) * 4 <= room:
         return {layer.key: torch.float32 for layer in layers}
     chosen: dict[str, torch.dtype] = {}
