@@ -31,7 +31,8 @@ from tiler.weights.store import PIECE_ELEMENTS, READ_AHEAD, TORCH_DTYPES
 from tiler.weights.stream import ARENA_BYTES, StreamedLayer, Streamer, stream_layers, streamed_layers
 
 MAX_BATCH = 16
-LIBRARIES_BYTES = 52_000_000  # measured: oneDNN and MKL code and their compiled kernels, touched at first use
+HEAP_SLACK = 0.1  # measured: freed blocks between live ones, as a share of activations and resident weights
+LIBRARIES_BYTES = 46_000_000  # measured: oneDNN and MKL code and their compiled kernels, touched at first use
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +107,7 @@ def plan_render(request: RenderRequest, family: Family, max_bytes: int) -> Rende
         terms = [
             *fixed,
             *unet_terms,
-            Term(name="activations", nbytes=activations(batch, height, breadth)),
+            Term(name="activations", nbytes=int((1 + HEAP_SLACK) * activations(batch, height, breadth))),
             Term(name="canvas", nbytes=canvas_bytes),
         ]
         return PhasePlan(name=name, terms=tuple(terms))
@@ -127,10 +128,11 @@ def plan_render(request: RenderRequest, family: Family, max_bytes: int) -> Rende
     for i, phase in enumerate(phases):
         model, files = (unet, stored) if phase.name in ("guide", "canvas") else (vae, family.checkpoint.weights("vae"))
         part = model.decoder if phase.name == "decode" else model
-        room = int(max_bytes * MARGIN) - phase.peak_bytes
+        room = int((max_bytes * MARGIN - phase.peak_bytes) / (1 + HEAP_SLACK))
         chosen = {} if phase.name == "encode prompts" else _choose_resident(part, files, room)
         resident[phase.name] = chosen
-        phases[i] = _with(phase, sum(math.prod(files[n].shape) * dtype.itemsize for n, dtype in chosen.items()))
+        nbytes = sum(math.prod(files[n].shape) * dtype.itemsize for n, dtype in chosen.items())
+        phases[i] = _with(phase, int((1 + HEAP_SLACK) * nbytes))
     order = ["encode prompts", "guide", "guide picture", "canvas", "decode"]
     phases.sort(key=lambda p: order.index(p.name))
     least.append(sampling("canvas", 1, side, side).peak_bytes)
