@@ -28,8 +28,6 @@ def command(
     json_output: o.Json = False,
 ) -> None:
     """Decode latents into a PNG with a model's autoencoder, row by row under the memory ceiling."""
-    from tiler.output.files import atomic
-
     budget = Budget(max_ram)
     o.prepare_process(threads)
     from tiler.cli.progress import ProgressPrinter
@@ -41,9 +39,7 @@ def command(
         result = decode_file(
             tensor, model, output, budget=budget, variant=variant, revision=revision, force=force, on_event=printer
         )
-    if report is not None:
-        with atomic(report) as file:
-            file.write((json.dumps(result.report, indent=2) + "\n").encode())
+    o.write_report(report, result.report)
     if json_output:
         typer.echo(json.dumps({"output": str(result.output), **result.report}))
     elif not quiet:

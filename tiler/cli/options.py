@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -122,3 +123,12 @@ def prepare_process(threads: int | None) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     if threads is not None:
         os.environ["OMP_NUM_THREADS"] = str(threads)
+
+
+def write_report(path: Path | None, report: dict[str, Any]) -> None:
+    """Write --report's JSON file, when one was asked for. Raises StorageError."""
+    if path is not None:
+        from tiler.output.files import atomic
+
+        with atomic(path) as file:
+            file.write((json.dumps(report, indent=2) + "\n").encode())

@@ -49,7 +49,7 @@ def command(
         prompt, output, model, variant, revision, size, width, height, negative_prompt, steps, guidance_scale, seed, strength,
         scheduler, guide, no_guide, overlap, mask, regions, save_latents, force,
     )  # fmt: skip
-    from tiler.output.files import atomic, check_writable
+    from tiler.output.files import check_writable
 
     if report is not None:
         check_writable(report, force=True)
@@ -63,9 +63,7 @@ def command(
 
     with ProgressPrinter(budget, quiet=quiet) as printer:
         result = render(request, budget, printer)
-    if report is not None:
-        with atomic(report) as file:
-            file.write((json.dumps(result.report, indent=2) + "\n").encode())
+    o.write_report(report, result.report)
     if json_output:
         typer.echo(json.dumps({"output": str(result.output), **result.report}))
     elif not quiet:

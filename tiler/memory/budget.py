@@ -63,7 +63,6 @@ class Budget:
         if self.max_bytes <= 0:
             raise UsageError(f"the memory ceiling must be positive, not {max_ram!r}")
         self.phases: list[PhaseUse] = []
-        self.trims = 0
         self._peak = 0
         self._children = 0
         self._depth = 0
@@ -108,7 +107,6 @@ class Budget:
         """Compare the RSS now (14 µs) with the ceiling. Near it, collect and trim; at it, raise BudgetExceeded."""
         if self.rss_bytes >= _ALMOST * self.max_bytes:
             process.trim()
-            self.trims += 1
             self._note_peak()
         # A spike between two checks is a breach as well, though it is over.
         if max(self.rss_bytes, self._peak) >= self.max_bytes:
