@@ -44,8 +44,9 @@ family = read_family(resolve({model!r}))
 plan = plan_render(RenderRequest(prompt="x", output=Path("x.png"), width={size}, height={size}), family, {ceiling})
 unet, n, budget = build_unet(family), family.native, Budget("1000GB")
 with streamed(unet, family, "unet", plain_names, plan.resident["canvas"]) as streamer:
-    x = torch.randn(plan.batch, family.latent_channels, n, n)
-    c = torch.randn(plan.batch, 77, family.text["hidden_size"])
+    tiles = [torch.randn(1, family.latent_channels, n, n) for _ in range((plan.batch + 1) // 2)]
+    x = [tile for tile in tiles for _ in range(2)][:plan.batch]
+    c = [torch.randn(1, 77, family.text["hidden_size"]) for _ in x]
     for line in sys.stdin:
         before, start = streamer.store.bytes_read, time.perf_counter()
         predict_noise(unet, streamer, x, torch.tensor(500), c, at_layer(budget))
@@ -61,7 +62,7 @@ from diffusers import UNet2DConditionModel
 torch.set_grad_enabled(False)
 unet = UNet2DConditionModel.from_pretrained({model!r}, subfolder="unet", variant="fp16", torch_dtype=torch.float32).eval()
 n = unet.config.sample_size
-x, c = torch.randn(2, unet.config.in_channels, n, n), torch.randn(2, 77, unet.config.cross_attention_dim)
+x, c = torch.cat([torch.randn(1, unet.config.in_channels, n, n)] * 2), torch.randn(2, 77, unet.config.cross_attention_dim)
 for line in sys.stdin:
     start = time.perf_counter()
     unet(x, torch.tensor(500), c)

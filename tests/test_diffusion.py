@@ -115,8 +115,9 @@ def test_regions_that_cannot_be() -> None:
             Region(prompt="r", rows=rows, cols=(0, 64))
 
 
-def fake_predict(x: Tensor, t: Tensor, embeds: Tensor) -> Tensor:
+def fake_predict(xs: list[Tensor], t: Tensor, texts: list[Tensor]) -> Tensor:
     """A made-up model: nonlinear in x and in the prompt, and it sees its tile's surroundings."""
+    x, embeds = torch.cat(xs), torch.cat(texts)
     return torch.tanh(x + embeds.mean(dim=(1, 2)).view(-1, 1, 1, 1)) * 0.7 + 0.1 * x.roll(1, dims=3)
 
 
@@ -132,8 +133,8 @@ def reference_canvas(
         top, bottom = torch.zeros_like(x), torch.zeros_like(x)
         for row, col, size, condition, scale, mask in placed:
             crop = (..., slice(row, row + size), slice(col, col + size))
-            u = fake_predict(x[crop], t, conditions.uncond[condition : condition + 1].double())
-            c = fake_predict(x[crop], t, conditions.cond[condition : condition + 1].double())
+            u = fake_predict([x[crop]], t, [conditions.uncond[condition : condition + 1].double()])
+            c = fake_predict([x[crop]], t, [conditions.cond[condition : condition + 1].double()])
             top[crop] += mask * (u + scale * (c - u))
             bottom[crop] += mask
         eps = top / bottom
@@ -187,7 +188,7 @@ def test_guidance_of_one_runs_no_unconditional_half() -> None:
     tiles = plan_tiles(request(guidance_scale=1.0), canvas=(16, 16), tile=(8, 8), overlap=2)
     calls: list[int] = []
 
-    def predict(x: Tensor, t: Tensor, embeds: Tensor) -> Tensor:
+    def predict(x: list[Tensor], t: Tensor, embeds: list[Tensor]) -> Tensor:
         calls.append(len(x))
         return fake_predict(x, t, embeds)
 
@@ -306,7 +307,7 @@ def test_a_prediction_that_is_not_finite_stops_the_run() -> None:
         [region],
         Conditions(torch.zeros(1, 1, 1), torch.zeros(1, 1, 1)),
         scheduler,
-        lambda x, t, e: x * float("nan"),
+        lambda x, t, e: x[0] * float("nan"),
         rng,
     )
     with pytest.raises(NumericalError, match="step 1, tile at row 0"):

@@ -51,8 +51,10 @@ def run(
             for name, info in index.items():
                 if len(info.shape) > 1:
                     store.keep(name, resident)
-        first = predict_noise(unet, streamer, *x)
-        again = predict_noise(unet, streamer, *x)  # the second pass reads ahead
+        latents, timestep, embeds = list(x[0].split(1)), x[1], list(x[2].split(1))
+        first = predict_noise(unet, streamer, latents, timestep, embeds)
+        # The second pass reads ahead.
+        again = predict_noise(unet, streamer, latents, timestep, embeds)
     assert torch.equal(first, again)
     return first
 
@@ -174,3 +176,21 @@ def test_short_reads_go_on_and_failed_reads_say_so(tmp_path: Path, monkeypatch: 
         monkeypatch.setattr(os, "preadv", fail)
         with pytest.raises(StorageError, match="Input/output error"):
             store.load("w")
+
+
+@torch.no_grad()
+def test_halves_of_a_guidance_share_work_and_change_no_bit(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    family = families.read_family(resolve(str(tiny)))
+    (x, t, texts), unet = inputs(family, 2), families.build_unet(family)
+    index = match_index(unet, family.checkpoint.weights("unet"), families.plain_names)
+    tiles, embeds = [x[:1], x[:1].clone(), x[1:], x[1:].clone()], list(texts.split(1)) * 2
+    shared = [tiles[0], tiles[0], tiles[2], tiles[2]]
+    calls: list[int] = []
+    with WeightStore(index) as store:
+        streamer = Streamer(store)
+        stream_layers(unet, streamer)
+        unet.down_blocks[0].resnets[0].register_forward_hook(lambda *_: calls.append(1))
+        want = predict_noise(unet, streamer, tiles, t, embeds)
+        assert len(calls) == 4
+        assert torch.equal(predict_noise(unet, streamer, shared, t, embeds), want)
+        assert len(calls) == 6

@@ -176,7 +176,7 @@ class _Work:
         unet = families.build_unet(self.family)
         with self._streamed(unet, "unet", families.plain_names, self.plan.resident[phase]) as streamer:
 
-            def predict(inputs: Tensor, timestep: Tensor, embeds: Tensor) -> Tensor:
+            def predict(inputs: list[Tensor], timestep: Tensor, embeds: list[Tensor]) -> Tensor:
                 self.unet_calls += 1
                 self.unet_samples += len(inputs)
                 return predict_noise(unet, streamer, inputs, timestep, embeds, at_layer(self.budget))

@@ -80,7 +80,8 @@ def plan_render(request: RenderRequest, family: Family, max_bytes: int) -> Rende
     guided = guide is not None or request.guide_image is not None
     begin = first_step(request.num_inference_steps, request.strength) if guided else 0
     steps = request.num_inference_steps - begin
-    per_step = sum(2 if r.guidance_scale > 1 else 1 for r in regions)
+    tile_of_sample = [i for i, r in enumerate(regions) for _ in range(2 if r.guidance_scale > 1 else 1)]
+    per_step = len(tile_of_sample)
     guide_halves = 2 if request.guidance_scale > 1 else 1
 
     unet = families.build_unet(family)
@@ -91,10 +92,12 @@ def plan_render(request: RenderRequest, family: Family, max_bytes: int) -> Rende
     width = family.text["hidden_size"]
 
     @cache
-    def activations(batch: int, height: int, breadth: int) -> int:
-        with MetaMeter() as meter, torch.device("meta"), torch.no_grad():
-            latents = torch.empty(batch, family.latent_channels, height, breadth)
-            predict_noise(unet, streamer, latents, torch.tensor(1), torch.empty(batch, 77, width))
+    def activations(tiles: tuple[int, ...], height: int, breadth: int) -> int:
+        meta = torch.device("meta")
+        with MetaMeter() as meter, torch.no_grad():
+            latents = {tile: torch.empty(1, family.latent_channels, height, breadth, device=meta) for tile in tiles}
+            texts = [torch.empty(1, 77, width, device=meta) for _ in tiles]
+            predict_noise(unet, streamer, [latents[tile] for tile in tiles], torch.empty((), device=meta), texts)
         return meter.peak_bytes
 
     vae = families.build_vae(family)
@@ -104,10 +107,14 @@ def plan_render(request: RenderRequest, family: Family, max_bytes: int) -> Rende
     canvas_bytes = 4 * family.latent_channels * canvas[0] * canvas[1] * 6 + 4 * side * side * len(regions)
 
     def sampling(name: str, batch: int, height: int, breadth: int) -> PhasePlan:
+        samples = tile_of_sample if name == "canvas" else [0] * guide_halves
+        groups = [tuple(samples[i : i + batch]) for i in range(0, len(samples), batch)]
+        group = max(groups, key=lambda g: (len(set(g)), len(g)))  # halves of one tile share their first layers
+        group = tuple(sorted(set(group)).index(tile) for tile in group)
         terms = [
             *fixed,
             *unet_terms,
-            Term(name="activations", nbytes=int((1 + HEAP_SLACK) * activations(batch, height, breadth))),
+            Term(name="activations", nbytes=int((1 + HEAP_SLACK) * activations(group, height, breadth))),
             Term(name="canvas", nbytes=canvas_bytes),
         ]
         return PhasePlan(name=name, terms=tuple(terms))

@@ -102,6 +102,23 @@ def ahead(source: Iterator[np.ndarray], depth: int = 8) -> Iterator[np.ndarray]:
 # --- state -----------------------------------------------------------------------------------------------------------
 
 
+class Clock:
+    """Seconds of work since the start: a step counts for at most ten seconds, so a suspended run keeps its schedule."""
+
+    def __init__(self, minutes: float) -> None:
+        self.spent, self.limit, self._last = 0.0, 60 * minutes, time.monotonic()
+
+    def tick(self) -> None:
+        now = time.monotonic()
+        self.spent += min(10.0, now - self._last)
+        self._last = now
+
+    @property
+    def left(self) -> float:
+        """The share of the run still to come, 1 to 0."""
+        return max(0.0, 1 - self.spent / self.limit)
+
+
 class Ema:
     """Exponential moving average of parameters, warmed up: decay = min(limit, (1 + n) / (10 + n))."""
 
@@ -137,7 +154,7 @@ def train_vae(args: argparse.Namespace) -> None:
     torch.manual_seed(1)
     vae = model.build_vae().to(DEVICE)
     batch = args.batch or (16 if DEVICE == "cpu" else 128)
-    lr = args.lr or 6e-4
+    lr = args.lr or 5e-4
     opt = torch.optim.AdamW(vae.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=1e-4)
     ema, step, path = Ema([vae], 0.999), 0, args.work / "vae.pt"
     if path.exists():
@@ -145,14 +162,16 @@ def train_vae(args: argparse.Namespace) -> None:
         vae.load_state_dict(state["vae"])
         opt.load_state_dict(state["opt"])
         ema.mean, step = [m.to(DEVICE) for m in state["ema"]], state["step"]
+    else:
+        model.start_as_pooling(vae, to_tensor(next(crops(1, 64, 128))).to(DEVICE))
+        ema = Ema([vae], 0.999)
     held = to_tensor(np.concatenate([next(crops(HELD_OUT + k, 16, 128)) for k in range(2)])).to(DEVICE)
-    start = saved = time.monotonic()
-    end = start + 60 * args.minutes
+    clock, saved = Clock(args.minutes), 0.0
     losses: list[float] = []
     for images in ahead(crops(step + 7, batch, 128)):
-        now = time.monotonic()
+        clock.tick()
         for group in opt.param_groups:  # warm up, then fall with the time that is left
-            group["lr"] = lr * min(1.0, (step + 1) / 200) * max(0.05, min(1.0, 2 * (end - now) / (60 * args.minutes)))
+            group["lr"] = lr * min(1.0, (step + 1) / 200) * max(0.05, min(1.0, 2 * clock.left))
         x = to_tensor(images).to(DEVICE)
         mean = vae.quant_conv(vae.encoder(x))[:, : model.LATENT_CHANNELS]
         y = vae.decode(mean + model.POSTERIOR_STD * torch.randn_like(mean)).sample
@@ -172,7 +191,7 @@ def train_vae(args: argparse.Namespace) -> None:
         step += 1
         ema.update(step)
         losses.append(loss.item())
-        done = now > end
+        done = not clock.left
         if step % 200 == 0 or done:
             ema.swap()
             with torch.no_grad():
@@ -182,12 +201,12 @@ def train_vae(args: argparse.Namespace) -> None:
             psnr = -10 * mse.clamp_min(1e-7).log10()
             print(
                 f"vae step {step} loss {np.mean(losses[-200:]):.4f} psnr scenes {psnr[1::2].mean():.2f} crops {psnr[0::2].mean():.2f}"
-                f" z std {z.std(dim=(0, 2, 3)).min():.2f}–{z.std(dim=(0, 2, 3)).max():.2f} {now - start:.0f} s",
+                f" z std {z.std(dim=(0, 2, 3)).min():.2f}–{z.std(dim=(0, 2, 3)).max():.2f} {clock.spent:.0f} s",
                 flush=True,
             )
-        if done or now - saved > SAVE_EVERY:
+        if done or clock.spent - saved > SAVE_EVERY:
             save(path, vae=vae.state_dict(), opt=opt.state_dict(), ema=ema.mean, step=step)
-            saved = now
+            saved = clock.spent
         if done:
             return
 
@@ -265,13 +284,12 @@ def train_unet(args: argparse.Namespace) -> None:
     tokens = [tokenizer(t, padding="max_length", truncation=True, return_tensors="pt").input_ids for t in texts]
     empty = tokenizer("", padding="max_length", return_tensors="pt").input_ids[0]
     rng = torch.Generator().manual_seed(step + 11)
-    start = saved = time.monotonic()
-    end = start + 60 * args.minutes
+    clock, saved = Clock(args.minutes), 0.0
     losses: list[float] = []
     while True:
-        now = time.monotonic()
+        clock.tick()
         for group in opt.param_groups:
-            group["lr"] = lr * min(1.0, (step + 1) / 300) * max(0.05, min(1.0, 3 * (end - now) / (60 * args.minutes)))
+            group["lr"] = lr * min(1.0, (step + 1) / 300) * max(0.05, min(1.0, 3 * clock.left))
         crop = torch.rand(batch, generator=rng) < 0.35
         index = torch.randint(half, (batch,), generator=rng) + half * crop
         z = latents[index].float().to(DEVICE)
@@ -295,12 +313,12 @@ def train_unet(args: argparse.Namespace) -> None:
         step += 1
         ema.update(step)
         losses.append(loss.item())
-        done = now > end
+        done = not clock.left
         if step % 200 == 0 or done:
-            print(f"unet step {step} loss {np.mean(losses[-200:]):.4f} {now - start:.0f} s", flush=True)
-        if done or now - saved > SAVE_EVERY:
+            print(f"unet step {step} loss {np.mean(losses[-200:]):.4f} {clock.spent:.0f} s", flush=True)
+        if done or clock.spent - saved > SAVE_EVERY:
             save(path, unet=unet.state_dict(), text=text.state_dict(), opt=opt.state_dict(), ema=ema.mean, step=step)
-            saved = now
+            saved = clock.spent
         if done:
             return
 

@@ -15,8 +15,8 @@ from tiler.diffusion import schedulers
 from tiler.diffusion.tiles import Text2ImageRegion
 from tiler.errors import NumericalError
 
-PredictNoise = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(latents (n, C, h, w), timestep, prompt_embeds (n, tokens, width)) → (n, C, h, w), all fp32."""
+PredictNoise = Callable[[list[Tensor], Tensor, list[Tensor]], Tensor]
+"""(n latents (1, C, h, w), timestep, n prompt_embeds (1, tokens, width)) → (n, C, h, w), all fp32."""
 
 
 class Conditions(NamedTuple):
@@ -115,8 +115,11 @@ def denoise(
         held: Tensor | None = None  # an unconditional prediction waiting for its conditional half
         for first in range(0, len(samples), batch):
             group = samples[first : first + batch]
-            inputs = torch.cat([scaled[:, :, *s.region.crop] for s in group])
-            predictions = predict_noise(inputs, timestep, torch.cat([s.embeds for s in group]))
+            inputs: list[Tensor] = []
+            for i, s in enumerate(group):  # both halves of a guidance get the same tensor
+                shared = i > 0 and s.region is group[i - 1].region
+                inputs.append(inputs[-1] if shared else scaled[:, :, *s.region.crop].contiguous())
+            predictions = predict_noise(inputs, timestep, [s.embeds for s in group])
             for i, sample in enumerate(group):
                 prediction, region = predictions[i], sample.region
                 if not bool(torch.isfinite(prediction).all()):

@@ -8,6 +8,7 @@ while they run, which no tensor shows; they are added. Works for any module; not
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable, Iterator
 from typing import Any, Self
 
 import torch
@@ -15,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 
 class MetaMeter(TorchDispatchMode):
@@ -42,14 +42,11 @@ class MetaMeter(TorchDispatchMode):
         self._by_shape.__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for tensor in tree_leaves((args, kwargs)):
-            if isinstance(tensor, Tensor):
-                self._seen.add(
-                    tensor.untyped_storage()
-                )  # parameters and the caller's own tensors are not ours to count
+        for tensor in _tensors(args):  # parameters and the caller's own tensors are not ours to count
+            self._seen.add(tensor.untyped_storage())
         out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(tensor, Tensor) and tensor.is_meta:
+        for tensor in _tensors((out,)):
+            if tensor.is_meta:
                 self._count(tensor)
         self.peak_bytes = max(self.peak_bytes, self.live_bytes)
         return out
@@ -69,6 +66,14 @@ class MetaMeter(TorchDispatchMode):
 
     def _free(self, nbytes: int) -> None:
         self.live_bytes -= nbytes
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (tuple, list)):
+            yield from _tensors(value)
 
 
 _POINTWISE = {

@@ -6,7 +6,7 @@ sample's hidden state and the skips still to be used. Skips are concatenated whe
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,20 +27,22 @@ def _ignore(where: str) -> None:
 def predict_noise(
     unet: UNet2DConditionModel,
     streamer: Streamer,
-    latents: Tensor,
+    latents: Sequence[Tensor],
     timestep: Tensor,
-    prompt_embeds: Tensor,
+    prompt_embeds: Sequence[Tensor],
     check: Callable[[str], None] = _ignore,
 ) -> Tensor:
     """The model's prediction (epsilon or v, whichever it was trained for).
 
-    latents: (batch, channels, h, w) fp32, scaled by the scheduler; timestep: scalar, the same for all samples;
-    prompt_embeds: (batch, tokens, width) fp32 → (batch, channels, h, w) fp32. `check` is called at every unit.
+    latents: one (1, channels, h, w) fp32 for each sample, scaled by the scheduler; timestep: scalar, the same for all;
+    prompt_embeds: one (1, tokens, width) fp32 for each → (batch, channels, h, w) fp32. Neighbours that are the same
+    tensor, the two halves of a guidance, share their work and memory up to the first layer that sees the prompt.
+    `check` is called at every unit.
     """
     batch, up = len(latents), 2**unet.num_upsamplers
-    assert latents.shape[2] % up == 0 and latents.shape[3] % up == 0, latents.shape
-    temb = unet.time_embedding(unet.get_time_embed(sample=latents[:1], timestep=timestep))
-    texts = list(prompt_embeds.split(1))
+    assert all(x.shape[2] % up == 0 and x.shape[3] % up == 0 for x in latents), latents[0].shape
+    temb = unet.time_embedding(unet.get_time_embed(sample=latents[0], timestep=timestep))
+    texts = list(prompt_embeds)
 
     def each(
         where: str, module: torch.nn.Module, inputs: list[Tensor], *more: list[Tensor], **shared: object
@@ -59,7 +61,7 @@ def predict_noise(
         inputs.clear()
         return streamer.run(_WithText(module), calls)
 
-    hidden = each("unet.conv_in", unet.conv_in, list(latents.split(1)))
+    hidden = each("unet.conv_in", unet.conv_in, list(latents))
     skips = [list(hidden)]
     for i, block in enumerate(unet.down_blocks):
         attentions = getattr(block, "attentions", [None] * len(block.resnets))
