@@ -28,11 +28,12 @@ from tiler.models.unet import predict_noise
 from tiler.request import RenderRequest
 from tiler.weights.index import TensorInfo
 from tiler.weights.store import PIECE_ELEMENTS, READ_AHEAD, TORCH_DTYPES
-from tiler.weights.stream import ARENA_BYTES, StreamedLayer, Streamer, stream_layers, streamed_layers
+from tiler.weights.stream import StreamedLayer, Streamer, stream_layers, streamed_layers
 
 MAX_BATCH = 16
-HEAP_SLACK = 0.1  # measured: freed blocks between live ones, as a share of activations and resident weights
-LIBRARIES_BYTES = 46_000_000  # measured: oneDNN and MKL code and their compiled kernels, touched at first use
+WORK = "activations, weights in use"
+HEAP_SLACK = 0.14  # measured: freed blocks between live ones, as a share of activations and resident weights
+LIBRARIES_BYTES = 60_000_000  # measured: oneDNN and MKL code and their compiled kernels, touched at first use
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +115,7 @@ def plan_render(request: RenderRequest, family: Family, max_bytes: int) -> Rende
         terms = [
             *fixed,
             *unet_terms,
-            Term(name="activations", nbytes=int((1 + HEAP_SLACK) * activations(group, height, breadth))),
+            Term(name=WORK, nbytes=int((1 + HEAP_SLACK) * activations(group, height, breadth))),
             Term(name="canvas", nbytes=canvas_bytes),
         ]
         return PhasePlan(name=name, terms=tuple(terms))
@@ -179,18 +180,9 @@ def _largest_batch(peak: Callable[[int], int], room: int, most: int) -> int:
     return batch
 
 
-def _weights_terms(module: nn.Module, stored: dict[str, TensorInfo], *, units: bool = True) -> list[Term]:
-    """What a streamed `module` keeps in memory: the arena as far as it is used, read buffers, norms and biases.
-
-    `units`: whether the module's own forward runs (and with it units), or only single layers are called."""
+def _weights_terms(module: nn.Module, stored: dict[str, TensorInfo]) -> list[Term]:
+    """What a streamed `module` keeps in memory all the time: read buffers, norms and biases."""
     largest = max((layer.weight.numel() for layer in streamed_layers(module)), default=0)
-    held = [
-        sum(layer.weight.numel() for layer in streamed_layers(m)) * 4
-        for m in module.modules()
-        if units and not isinstance(m, nn.ModuleList)
-    ]
-    arena = max((h for h in held if h <= ARENA_BYTES), default=0)
-    arena = max(arena, min(4 * largest, ARENA_BYTES))
     elements = min(largest, PIECE_ELEMENTS)
     itemsize = max(
         (TORCH_DTYPES[info.dtype].itemsize for info in stored.values() if info.dtype in TORCH_DTYPES), default=2
@@ -202,7 +194,7 @@ def _weights_terms(module: nn.Module, stored: dict[str, TensorInfo], *, units: b
         if not (n == "weight" and isinstance(m, StreamedLayer))
     )
     return [
-        Term(name="weights in fp32", nbytes=arena + small),
+        Term(name="norms, biases", nbytes=small),
         Term(name="read buffers", nbytes=(READ_AHEAD + 1) * elements * itemsize),
     ]
 
@@ -225,12 +217,17 @@ def _choose_resident(part: nn.Module, stored: dict[str, TensorInfo], room: int) 
 
 
 def _text_phase(family: Family, fixed: list[Term]) -> PhasePlan:
-    encoder = families.build_text_encoder(family)
-    stream_layers(encoder, Streamer(None))
+    encoder, streamer = families.build_text_encoder(family), Streamer(None)
+    stream_layers(encoder, streamer)
     stored = family.checkpoint.weights("text_encoder")
     tokens = 77 * 2
     activations = 4 * tokens * (family.text["intermediate_size"] * 3 + family.text["hidden_size"] * 8)
-    terms = [*fixed, *_weights_terms(encoder, stored), Term(name="activations", nbytes=activations)]
+    units = (4 * sum(layer.weight.numel() for layer in streamed_layers(m)) for m in encoder.modules())
+    terms = [
+        *fixed,
+        *_weights_terms(encoder, stored),
+        Term(name=WORK, nbytes=activations + max(n for n in units if n <= streamer.arena_bytes)),
+    ]
     return PhasePlan(name="encode prompts", terms=tuple(terms))
 
 
@@ -242,9 +239,9 @@ def _autoencoder_phase(
     stream_layers(vae, Streamer(None))
     with MetaMeter() as meter, torch.no_grad():
         frozen.rehearse(vae, latents, encoding=encoding)
-    weights = _weights_terms(vae, family.checkpoint.weights("vae"), units=False)
+    weights = _weights_terms(vae, family.checkpoint.weights("vae"))
     picture = Term(name="picture", nbytes=pictures * 3 * 64 * latents[0] * latents[1])
-    return PhasePlan(name=name, terms=(*fixed, *weights, Term(name="activations", nbytes=meter.peak_bytes), picture))
+    return PhasePlan(name=name, terms=(*fixed, *weights, Term(name=WORK, nbytes=meter.peak_bytes), picture))
 
 
 def _autoencoder_phases(

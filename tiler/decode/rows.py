@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from diffusers.models.autoencoders.vae import Decoder, Encoder
     from diffusers.models.resnet import ResnetBlock2D
 
+Check = Callable[[str], None]
+
 _STRIP_BYTES = 6 * 2**20  # input of one convolution call; bounds its scratch
 
 
@@ -60,10 +62,14 @@ class Norm:
             return
         groups = x[0].unflatten(0, (self.norm.num_groups, -1))
         var, mean = torch.var_mean(groups, dim=(1, 2, 3), correction=0)
-        per = x.shape[1] // self.norm.num_groups
-        rstd = torch.rsqrt(var + self.norm.eps).repeat_interleave(per)
+        self.hold(mean, var)
+
+    def hold(self, mean: Tensor, var: Tensor) -> None:
+        """Statistics of each group, (groups,)."""
+        per = self.norm.num_channels // self.norm.num_groups
+        rstd = torch.rsqrt(var + self.norm.eps).float().repeat_interleave(per)
         self.scale = (self.norm.weight * rstd).view(1, -1, 1, 1)
-        self.shift = (self.norm.bias - mean.repeat_interleave(per) * self.norm.weight * rstd).view(1, -1, 1, 1)
+        self.shift = (self.norm.bias - mean.float().repeat_interleave(per) * self.norm.weight * rstd).view(1, -1, 1, 1)
 
     def apply(self, x: Tensor) -> Tensor:
         assert self.scale is not None and self.shift is not None
@@ -237,7 +243,7 @@ class MidAttention(Stage):
 
 
 def flow(
-    stages: list[Stage], box: list[Tensor], last: bool, *, split: bool, check: Callable[[str], None]
+    stages: list[Stage], box: list[Tensor], last: bool, *, split: bool, check: Check
 ) -> Iterator[Tensor]:
     """Push the rows in `box` (one tensor or none; it is emptied) through every stage; yields what comes out at the end.
 

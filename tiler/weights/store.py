@@ -21,7 +21,7 @@ from tiler.weights.index import TensorInfo, open_regular
 
 TORCH_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 PIECE_ELEMENTS = 4 * 2**20  # 8 MiB of fp16, 16 MiB once cast
-READ_AHEAD = 2  # pieces in flight; each has a buffer of its own
+READ_AHEAD = 1  # pieces in flight; each has a buffer of its own
 
 
 class Piece(NamedTuple):

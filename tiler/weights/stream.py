@@ -17,6 +17,7 @@ planner predicts the peak. Knows nothing of Stable Diffusion.
 from __future__ import annotations
 
 import functools
+import mmap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -33,6 +34,27 @@ ARENA_BYTES = 76 * 2**20  # fp32; the largest unit of SD 1.5 worth holding is it
 SMALL = 64 * 1024  # parameters of up to this many elements are loaded at once and stay
 
 
+class Arena:
+    """Room for fp32 weights, used again and again. What the next use does not need goes back to the system: the units
+    with the largest weights are not those with the largest activations, and the two must not add up."""
+
+    def __init__(self, nbytes: int) -> None:
+        self._map = mmap.mmap(-1, max(nbytes, mmap.PAGESIZE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._floats = torch.frombuffer(self._map, dtype=torch.float32)
+        self._touched = 0
+
+    def __len__(self) -> int:
+        return len(self._floats)
+
+    def take(self, count: int) -> Tensor:
+        """The first `count` elements; what they hold is undefined. Whatever was taken before is gone."""
+        end = -(-4 * count // mmap.PAGESIZE) * mmap.PAGESIZE
+        if end < self._touched and hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED, end, self._touched - end)
+        self._touched = end
+        return self._floats[:count]
+
+
 class Streamer:
     """The weights of one module tree: what is held in the arena now, what stays, and what is fetched.
 
@@ -44,7 +66,7 @@ class Streamer:
         self.arena_bytes = arena_bytes
         self.held: dict[str, Tensor] = {}
         self.holding = False
-        self._arena = torch.empty(0 if store is None else arena_bytes // 4, dtype=torch.float32)
+        self._arena = Arena(0 if store is None else arena_bytes)
 
     def fits(self, module: nn.Module) -> bool:
         """Whether all streamed weights of `module` can be held in the arena at once."""
@@ -54,15 +76,15 @@ class Streamer:
     def hold(self, module: nn.Module) -> Iterator[None]:
         """Load all streamed weights of `module` into the arena; they are gone afterwards."""
         assert not self.holding
-        self.holding = True
-        if self.store is not None:
-            at = 0
-            for layer in streamed_layers(module):
-                kept = self.store.resident.get(layer.key)
-                if kept is not None and kept.dtype == torch.float32:
-                    continue
-                weight = self._arena[at : at + layer.weight.numel()].view(layer.weight.shape)
-                at += layer.weight.numel()
+        self.holding, planned = True, None
+        layers = [layer for layer in streamed_layers(module) if self.store is None or not self._kept(layer)]
+        count = sum(layer.weight.numel() for layer in layers)
+        if self.store is None:
+            planned = torch.empty(count, device="meta")  # counted by whoever plans
+        else:
+            room = self._arena.take(count)
+            for layer, weight in zip(layers, room.split([layer.weight.numel() for layer in layers]), strict=True):
+                weight = weight.view(layer.weight.shape)
                 for piece in self.store.pieces(layer.key):
                     self.store.fetch(piece, weight[piece.first : piece.last])
                 self.held[layer.key] = weight
@@ -71,13 +93,19 @@ class Streamer:
         finally:
             self.held.clear()
             self.holding = False
+            del planned
+
+    def _kept(self, layer: StreamedLayer) -> bool:
+        """Whether the layer's weight is resident in fp32."""
+        assert self.store is not None
+        kept = self.store.resident.get(layer.key)
+        return kept is not None and kept.dtype == torch.float32
 
     def whole(self, layer: StreamedLayer) -> Tensor | None:
         """The layer's weight in fp32 if it is in memory already."""
         if self.store is None:
             return layer.weight
-        kept = self.store.resident.get(layer.key)
-        return kept if kept is not None and kept.dtype == torch.float32 else self.held.get(layer.key)
+        return self.store.resident[layer.key] if self._kept(layer) else self.held.get(layer.key)
 
     def parts(self, layer: StreamedLayer) -> Iterator[tuple[int, int, Tensor]]:
         """(first, last, weight rows in fp32), one after another in the same buffer."""
@@ -86,7 +114,7 @@ class Streamer:
         for piece in self.store.pieces(layer.key):
             count = (piece.last - piece.first) * layer.weight[0].numel()
             # The arena is free here: a held module never asks for parts. Only a piece wider than it needs its own room.
-            rows = self._arena[:count] if count <= len(self._arena) else torch.empty(count)
+            rows = self._arena.take(count) if count <= len(self._arena) else torch.empty(count)
             rows = rows.view(piece.last - piece.first, *shape[1:])
             self.store.fetch(piece, rows)
             yield piece.first, piece.last, rows
@@ -190,6 +218,9 @@ def _by_rows(layer: StreamedLayer, x: Tensor, out: Tensor, axis: int, op: Callab
     if whole is not None and len(x) == 1 and step >= len(whole):
         return op(x[0], whole, bias)[None]
     # Held or streamed, the same cuts: the same arithmetic, and oneDNN's packed copy of a weight stays a piece's size.
+    planned = None
+    if x.is_meta and not streamer.holding:
+        planned = x.new_empty(min(step, len(layer.weight)) * layer.weight[0].numel())  # counted: the piece in the arena
     parts = (
         streamer.parts(layer)
         if whole is None
@@ -199,6 +230,7 @@ def _by_rows(layer: StreamedLayer, x: Tensor, out: Tensor, axis: int, op: Callab
         part = None if bias is None else bias[first:last]
         for i in range(1 if x.is_meta else len(x)):
             out[i].narrow(axis, first, last - first).copy_(op(x[i], rows, part))
+    del planned
     return out
 
 
