@@ -1,13 +1,13 @@
 """Measure what the README claims, on one full-size checkpoint.
 
     python scripts/bench.py unet              streamed pass under the ceiling against diffusers' resident fp32, alternating
-    python scripts/bench.py memory            predicted against measured peaks at several ceilings and sizes
+    python scripts/bench.py memory            predicted against measured peaks of renders at several ceilings and sizes
+    python scripts/bench.py decode            the same, and seconds, for exact and frozen decoding at several sizes
     python scripts/bench.py render            a whole 2048×2048 render with its report
     python scripts/bench.py unet render --json FILE
 
 Every measurement runs in a fresh process that reads its own VmHWM. Times on shared machines are noisy: look at the
-ratio, a median over `--rounds` alternations. `memory` runs one UNet pass at the planned batch and size and the whole
-autoencoder pass, not all steps: peaks repeat from pass to pass.
+ratio, a median over `--rounds` alternations. `memory` runs two steps, not twenty: peaks repeat from pass to pass.
 """
 
 from __future__ import annotations
@@ -70,24 +70,6 @@ for line in sys.stdin:
     peak = int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1]) * 1024
     print(json.dumps({{"seconds_per_sample": seconds / 2, "batch": 2, "peak": peak}}), flush=True)
 """
-AUTOENCODER = """
-import json
-from tiler.memory import process
-process.frugal_allocator()
-import torch
-from tiler.memory.budget import Budget
-from tiler.models.family import read_family, build_vae, vae_names
-from tiler.pipeline import decode_pixels, streamed
-from tiler.planner import plan_decode
-from tiler.weights.checkpoint import resolve
-torch.set_grad_enabled(False)
-family = read_family(resolve({model!r}))
-plan = plan_decode(family, ({size} // 8, {size} // 8), 10**12)
-vae = build_vae(family)
-with Budget("1000GB") as budget, streamed(vae, family, "vae", vae_names):
-    decode_pixels(vae, torch.randn(1, family.latent_channels, {size} // 8, {size} // 8), budget, lambda done, total: None)
-print(json.dumps({{"peak": budget.peak_rss_bytes, "predicted": plan.peak_bytes}}))
-"""
 
 
 class Worker:
@@ -127,53 +109,73 @@ def bench_unet(model: str, ceiling: int, rounds: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def bench_memory(model: str, ceilings: list[int], sizes: list[int]) -> list[dict[str, Any]]:
-    """Predicted against measured peak of the canvas phase for each ceiling, and of decoding for each size."""
+def tiler(*arguments: object) -> dict[str, Any]:
+    """Run the program in a fresh process: its report."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "r.json"
+        command = [sys.executable, "-c", "from tiler.cli.main import main; main()", *map(str, arguments)]
+        subprocess.run([*command, "-o", str(Path(folder) / "x.png"), "--report", str(report)], cwd=ROOT, check=True)
+        return json.loads(report.read_text())  # type: ignore[no-any-return]
+
+
+def bench_memory(model: str, ceilings: list[int], sizes: list[int], steps: int) -> list[dict[str, Any]]:
+    """Predicted against measured peak of a whole render for each ceiling and size. 4096² takes hours on two cores."""
     rows = []
-    for ceiling in ceilings:
-        worker = Worker(STREAMED.format(model=model, ceiling=ceiling, size=2048))
-        worker.measure()
-        result = worker.measure()
-        worker.close()
-        rows.append(
-            {
-                "what": f"canvas under {ceiling // 10**6} MB",
-                "predicted": result["predicted"],
-                "measured": result["peak"],
-            }
-        )
     for size in sizes:
-        done = subprocess.run(
-            [sys.executable, "-c", AUTOENCODER.format(model=model, size=size)],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        result = json.loads(done.stdout.splitlines()[-1])
-        rows.append({"what": f"decode {size}²", "predicted": result["predicted"], "measured": result["peak"]})
+        for ceiling in ceilings:
+            report = tiler(
+                "render", "x", "--model", model, "--size", size, "--steps", steps, "--seed", 1, "--max-ram", ceiling
+            )
+            rows.append(
+                {
+                    "what": f"{size}² under {ceiling // 10**6} MB",
+                    "predicted": report["predicted_peak_bytes"],
+                    "measured": report["peak_rss_bytes"],
+                }
+            )
+    return rows
+
+
+def bench_decode(model: str, sizes: list[int], modes: list[str], ceiling: int) -> list[dict[str, Any]]:
+    """Predicted against measured peak, and seconds, of decoding random latents."""
+    import torch
+    from safetensors.torch import save_file
+
+    channels = json.loads((Path(model) / "vae/config.json").read_text())["latent_channels"]
+    rows = []
+    for size in sizes:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "latents.safetensors"
+            save_file({"latents": torch.randn(1, channels, size // 8, size // 8)}, path)
+            for mode in modes:
+                report = tiler("decode", path, "--model", model, "--decode", mode, "--max-ram", ceiling)
+                rows.append(
+                    {
+                        "what": f"{mode} decode {size}², {report['phases'][-1]['seconds']:.0f} s",
+                        "predicted": report["predicted_peak_bytes"],
+                        "measured": report["peak_rss_bytes"],
+                    }
+                )
     return rows
 
 
 def bench_render(model: str, ceiling: int, steps: int) -> dict[str, Any]:
-    """A whole render in a fresh process: its report."""
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "r.json"
-        command = [sys.executable, "-c", "from tiler.cli.main import main; main()", "render", "a lighthouse", "--model", model, "--size", "2048", "--steps", str(steps),
-                   "--seed", "1", "--max-ram", str(ceiling), "-o", str(Path(folder) / "x.png"), "--report", str(report)]  # fmt: skip
-        subprocess.run(command, check=True)
-        return json.loads(report.read_text())  # type: ignore[no-any-return]
+    """A whole 2048² render: its report."""
+    return tiler(
+        "render", "a lighthouse", "--model", model, "--size", 2048, "--steps", steps, "--seed", 1, "--max-ram", ceiling
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="+", choices=["unet", "memory", "render"])
+    parser.add_argument("what", nargs="+", choices=["unet", "memory", "decode", "render"])
     parser.add_argument("--model", help="a folder; default: the generated sd15")
     parser.add_argument("--ceiling", type=int, default=800_000_000, help="bytes")
     parser.add_argument(
         "--ceilings", type=int, nargs="+", default=[600_000_000, 800_000_000, 1_500_000_000], help="bytes, for memory"
     )
-    parser.add_argument("--sizes", type=int, nargs="+", default=[1024, 2048], help="pixels, for memory")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[1024, 2048], help="pixels, for memory and decode")
+    parser.add_argument("--modes", nargs="+", default=["exact", "frozen"], help="for decode")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--json", type=Path, help="also write all results here")
@@ -185,12 +187,14 @@ def main() -> None:
         for name, value in results["unet"].items():
             print(f"{name:32}{value:,.3f}" if isinstance(value, float) else f"{name:32}{value:,}")
     if "memory" in args.what:
-        results["memory"] = bench_memory(model, args.ceilings, args.sizes)
-        for row in results["memory"]:
-            off = row["predicted"] / row["measured"] - 1
-            print(
-                f"{row['what']:24} predicted {row['predicted'] / 1e6:6.0f} MB  measured {row['measured'] / 1e6:6.0f} MB  {off:+.1%}"
-            )
+        results["memory"] = bench_memory(model, args.ceilings, args.sizes, args.steps)
+    if "decode" in args.what:
+        results["decode"] = bench_decode(model, args.sizes, args.modes, args.ceiling)
+    for row in [*results.get("memory", []), *results.get("decode", [])]:
+        off = row["predicted"] / row["measured"] - 1
+        print(
+            f"{row['what']:32} predicted {row['predicted'] / 1e6:5.0f} MB  measured {row['measured'] / 1e6:5.0f} MB  {off:+.1%}"
+        )
     if "render" in args.what:
         results["render"] = bench_render(model, args.ceiling, args.steps)
         for phase in results["render"]["phases"]:

@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from tiler.decode import frozen
-from tiler.decode.rows import Measured, decoder_stages, flow
+from tiler.decode.rows import Measured, decoder_stages, flow, to_tensor, to_uint8
 from tiler.models import family as families
 from tiler.pipeline import streamed
 from tiler.weights.checkpoint import resolve
@@ -74,7 +74,7 @@ def test_encoding_equals_diffusers(tiny: Path) -> None:
     vae = families.build_vae(family)
     with streamed(vae, family, "vae", families.vae_names):
         got = frozen.encode(vae, pixels, pixels)
-    want = reference(tiny).encode(frozen.to_tensor(pixels)).latent_dist.mean
+    want = reference(tiny).encode(to_tensor(pixels)).latent_dist.mean
     assert got.shape == want.shape == (1, 4, 31, 25)
     assert (got - want).abs().max() <= 1e-4
 
@@ -95,7 +95,7 @@ def test_pixels_round_as_diffusers_rounds() -> None:
 
     strip = torch.linspace(-1.2, 1.2, 3 * 5 * 7).view(3, 5, 7)
     want = VaeImageProcessor().postprocess(strip[None].clone(), output_type="pil")[0]
-    assert np.array_equal(frozen.to_uint8(strip.clone()), np.asarray(want))
+    assert np.array_equal(to_uint8(strip.clone()), np.asarray(want))
 
 
 def test_a_hostile_guide_is_refused_before_it_is_decoded(tmp_path: Path) -> None:

@@ -24,7 +24,9 @@ from PIL import Image
 from torch import Tensor
 
 from tiler import events
-from tiler.decode import frozen
+from tiler.decode import method
+from tiler.decode.method import Method
+from tiler.decode.rows import to_uint8
 from tiler.diffusion import canvas, guide, schedulers
 from tiler.errors import NumericalError
 from tiler.memory import process
@@ -37,7 +39,7 @@ from tiler.output.files import check_writable
 from tiler.output.latents import save_latents
 from tiler.output.png import infotext, write_png
 from tiler.planner import RenderPlan, plan_decode, plan_render
-from tiler.request import RenderRequest
+from tiler.request import Decode, RenderRequest, ScratchDtype
 from tiler.weights.checkpoint import resolve
 from tiler.weights.store import WeightStore
 from tiler.weights.stream import Streamer, match_index, stream_layers
@@ -121,21 +123,24 @@ class _Work:
         height, width = (8 * n for n in self.plan.canvas)
         vae = families.build_vae(self.family)
         with (
-            self._phase("guide picture", self.plan.canvas[0]),
-            self._streamed(vae, "vae", families.vae_names, self.plan.resident["guide picture"]),
+            self._phase("guide picture", 100),
+            self._streamed(vae, "vae", families.vae_names, self.plan.resident["guide picture"]) as streamer,
         ):
             if guide_latents is not None:
                 assert self.plan.guide is not None
-                picture = Image.fromarray(self._decode_strips(vae, guide_latents, "guide picture"))
+                picture = Image.fromarray(
+                    self._decode_strips(self.plan.methods["guide decoded"], vae, streamer, guide_latents, "guide picture")
+                )
                 box: tuple[float, float] | None = (8 * self.plan.guide.shown_height, 8 * self.plan.guide.shown_width)
             else:
                 assert self.request.guide_image is not None
                 picture, box = guide.load_picture(self.request.guide_image), None
-            small = frozen.shrunken_size(*self.plan.canvas)
-            pixels = guide.fit(picture, height, width, box)
-            shrunken = guide.fit(picture, 8 * small[0], 8 * small[1], box)
-            del picture
-            mean = frozen.encode(vae, pixels, shrunken, check=at_layer(self.budget))
+            how, pixels = self.plan.methods["guide picture"], guide.fit(picture, height, width, box)
+            self._note(f"encoding the guide ({how.name}: {how.why})")
+            mean = method.encode(
+                how, vae, streamer, pixels, lambda h, w: guide.fit(picture, h, w, box),
+                check=at_layer(self.budget), progress=self._percent("guide picture"),
+            )  # fmt: skip
             return (mean - self.family.shift_factor) * self.family.scaling_factor
 
     def canvas_pass(self, conditions: canvas.Conditions, reference: Tensor | None) -> Tensor:
@@ -148,10 +153,10 @@ class _Work:
         """The picture, (H, W, 3) uint8."""
         vae = families.build_vae(self.family)
         with (
-            self._phase("decode", latents.shape[2]),
-            self._streamed(vae, "vae", families.vae_names, self.plan.resident["decode"]),
+            self._phase("decode", 100),
+            self._streamed(vae, "vae", families.vae_names, self.plan.resident["decode"]) as streamer,
         ):
-            return self._decode_strips(vae, latents, "decode")
+            return self._decode_strips(self.plan.methods["decode"], vae, streamer, latents, "decode")
 
     def _sample(
         self,
@@ -196,10 +201,13 @@ class _Work:
             self.unet_bytes_read += streamer.store.bytes_read
         return latents
 
-    def _decode_strips(self, vae: Any, latents: Tensor, phase: str) -> np.ndarray:
+    def _decode_strips(self, how: Method, vae: Any, streamer: Streamer, latents: Tensor, phase: str) -> np.ndarray:
         unscaled = latents / self.family.scaling_factor + self.family.shift_factor
-        return decode_pixels(vae, unscaled, self.budget, lambda done, total: self.on_event(
-            events.Progress(name=phase, done=done, total=total, detail=f"row {8 * done}/{8 * total}")))  # fmt: skip
+        self._note(f"decoding {8 * latents.shape[3]}×{8 * latents.shape[2]} ({how.name}: {how.why})")
+        return decode_pixels(how, vae, streamer, unscaled, self.budget, self._percent(phase))
+
+    def _percent(self, phase: str) -> Callable[[float], None]:
+        return percent(self.on_event, phase)
 
     @contextmanager
     def _streamed(
@@ -227,7 +235,7 @@ class _Work:
         """What --report writes."""
         return report(self.budget, self.plan.memory.peak_bytes) | {
             "unet_calls": self.unet_calls, "unet_samples": self.unet_samples, "tiles": len(self.plan.regions),
-            "tile_batch": self.plan.batch, "weight_bytes_read": self.weight_bytes_read, "unet_bytes_read": self.unet_bytes_read, "seed": self.request.seed,
+            "tile_batch": self.plan.batch, "decode": self.plan.methods["decode"].name, "weight_bytes_read": self.weight_bytes_read, "unet_bytes_read": self.unet_bytes_read, "seed": self.request.seed,
             "width": self.request.width, "height": self.request.height, "model": self.family.checkpoint.name,
             "revision": self.family.checkpoint.revision,
         }  # fmt: skip
@@ -249,24 +257,29 @@ class _Work:
 
 def decode_file(
     latents: Tensor, model: str, output: Path, *, budget: Budget | None = None, variant: str | None = None,
-    revision: str | None = None, force: bool = False, on_event: OnEvent = lambda event: None,
+    revision: str | None = None, decode: Decode = Decode.AUTO, scratch: Path | None = None,
+    scratch_dtype: ScratchDtype = ScratchDtype.FP16, force: bool = False, on_event: OnEvent = lambda event: None,
 ) -> Result:  # fmt: skip
-    """Decode scaled latents (1, C, h, w) fp32 with a checkpoint's autoencoder into a PNG. Raises TilerError."""
+    """Decode scaled latents (1, C, h, w) fp32 with a checkpoint's autoencoder into a PNG. `scratch` None is the folder of
+    `output`. Raises TilerError."""
     with _inference(), budget or Budget() as budget:
         check_writable(output, force=force)
         family = families.read_family(resolve(model, variant=variant, revision=revision))
         check_latents(latents, family)
-        plan = plan_decode(family, (latents.shape[2], latents.shape[3]), budget.max_bytes)
+        how, plan = plan_decode(
+            family, (latents.shape[2], latents.shape[3]), budget.max_bytes,
+            decode=decode, scratch=scratch or output.parent, scratch_dtype=scratch_dtype,
+        )  # fmt: skip
         plan.check()
         vae = families.build_vae(family)
-        on_event(events.PhaseStarted(name="decode", total=latents.shape[2]))
-        with budget.phase("decode") as use, streamed(vae, family, "vae", families.vae_names):
+        on_event(events.PhaseStarted(name="decode", total=100))
+        on_event(events.Note(text=f"decoding ({how.name}: {how.why})"))
+        with budget.phase("decode") as use, streamed(vae, family, "vae", families.vae_names) as streamer:
             unscaled = latents.float() / family.scaling_factor + family.shift_factor
-            pixels = decode_pixels(vae, unscaled, budget, lambda done, total: on_event(
-                events.Progress(name="decode", done=done, total=total, detail=f"row {8 * done}/{8 * total}")))  # fmt: skip
+            pixels = decode_pixels(how, vae, streamer, unscaled, budget, percent(on_event, "decode"))
         on_event(events.PhaseDone(name="decode", seconds=use.seconds, peak_rss_bytes=use.peak_rss_bytes))
         write_png(output, pixels, {})
-    return Result(output=output, report=report(budget, plan.peak_bytes))
+    return Result(output=output, report=report(budget, plan.peak_bytes) | {"decode": how.name})
 
 
 def at_layer(budget: Budget) -> Callable[[str], None]:
@@ -296,17 +309,31 @@ def check_latents(latents: Tensor, family: Family) -> None:
         raise NumericalError("the latents hold NaN or Inf; render them again")
 
 
-def decode_pixels(vae: Any, unscaled: Tensor, budget: Budget, progress: Callable[[int, int], None]) -> np.ndarray:
+def percent(on_event: OnEvent, phase: str) -> Callable[[float], None]:
+    """Progress in whole percents, each told once."""
+    told = -1
+
+    def tell(share: float) -> None:
+        nonlocal told
+        if (now := int(100 * share)) > told:
+            told = now
+            on_event(events.Progress(name=phase, done=now, total=100, detail=f"{now} %"))
+
+    return tell
+
+
+def decode_pixels(
+    how: Method, vae: Any, streamer: Streamer, unscaled: Tensor, budget: Budget, progress: Callable[[float], None]
+) -> np.ndarray:
     """Decode (1, C, h, w) fp32 latents into (8h, 8w, 3) uint8. Raises NumericalError rather than give a black picture."""
     height, width = unscaled.shape[2:]
     pixels = np.empty((8 * height, 8 * width, 3), np.uint8)
     row = 0
-    for strip in frozen.decode(vae, unscaled, check=at_layer(budget)):
+    for strip in method.decode(how, vae, streamer, unscaled, check=at_layer(budget), progress=progress):
         if not math.isfinite(float(strip.sum())):
             raise NumericalError(f"NaN or Inf in the decoder at row {row}; the VAE's weights may be damaged")
-        pixels[row : row + strip.shape[1]] = frozen.to_uint8(strip)
+        pixels[row : row + strip.shape[1]] = to_uint8(strip)
         row += strip.shape[1]
-        progress(row // 8, height)
     return pixels
 
 

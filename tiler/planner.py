@@ -10,11 +10,12 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import torch
 from torch import nn
 
-from tiler.decode import frozen
+from tiler.decode.method import Method, choose
 from tiler.diffusion.canvas import first_step
 from tiler.diffusion.guide import GuideSize, guide_size
 from tiler.diffusion.tiles import Text2ImageRegion, plan_tiles
@@ -25,14 +26,15 @@ from tiler.memory.process import read_rss
 from tiler.models import family as families
 from tiler.models.family import Family
 from tiler.models.unet import predict_noise
-from tiler.request import RenderRequest
+from tiler.request import Decode, RenderRequest, ScratchDtype
 from tiler.weights.index import TensorInfo
 from tiler.weights.store import PIECE_ELEMENTS, READ_AHEAD, TORCH_DTYPES
 from tiler.weights.stream import StreamedLayer, Streamer, stream_layers, streamed_layers
 
 MAX_BATCH = 16
 WORK = "activations, weights in use"
-HEAP_SLACK = 0.14  # measured: freed blocks between live ones, as a share of activations and resident weights
+HEAP_SLACK = 0.14  # measured: freed blocks between live ones, as a share of a UNet's activations and resident weights
+RESIDENT_MARGIN = 0.95  # of the ceiling: weights that merely save reading leave more room than the batch does
 LIBRARIES_BYTES = 60_000_000  # measured: oneDNN and MKL code and their compiled kernels, touched at first use
 
 
@@ -47,6 +49,7 @@ class RenderPlan:
     begin: int
     batch: int
     resident: dict[str, dict[str, torch.dtype]]  # by phase: weights that stay in memory, by parameter name
+    methods: dict[str, Method]  # how the autoencoder works for "guide decoded", "guide picture" and "decode"
     memory: MemoryPlan
     steps: int  # of the canvas pass
     samples_per_step: int
@@ -101,10 +104,30 @@ def plan_render(request: RenderRequest, family: Family, max_bytes: int) -> Rende
             predict_noise(unet, streamer, [latents[tile] for tile in tiles], torch.empty((), device=meta), texts)
         return meter.peak_bytes
 
-    vae = families.build_vae(family)
-    stream_layers(vae, Streamer(None))
     fixed = [Term(name="python, libraries", nbytes=read_rss().now + LIBRARIES_BYTES)]
-    decode = _autoencoder_phases(request, family, canvas, guide, fixed)
+    vae = _Autoencoder(family, fixed)
+    folder = request.scratch or request.output.parent
+
+    def method(latents: tuple[int, int], encoding: bool) -> Method:
+        return choose(
+            request.decode,
+            vae.module,
+            vae.streamer,
+            latents,
+            encoding=encoding,
+            folder=folder,
+            dtype=request.scratch_dtype,
+        )
+
+    methods = {"decode": method(canvas, False)}
+    decoding = [vae.phase("decode", canvas, methods["decode"])]
+    if guided:
+        methods["guide picture"] = method(canvas, True)
+        picture = [vae.phase("guide picture", canvas, methods["guide picture"])]
+        if guide is not None:  # the same phase decodes the guide first
+            methods["guide decoded"] = method((guide.height, guide.width), False)
+            picture.append(vae.phase("guide picture", (guide.height, guide.width), methods["guide decoded"]))
+        decoding.append(max(picture, key=lambda p: p.peak_bytes))
     canvas_bytes = 4 * family.latent_channels * canvas[0] * canvas[1] * 6 + 4 * side * side * len(regions)
 
     def sampling(name: str, batch: int, height: int, breadth: int) -> PhasePlan:
@@ -124,7 +147,7 @@ def plan_render(request: RenderRequest, family: Family, max_bytes: int) -> Rende
         lambda b: sampling("canvas", b, side, side).peak_bytes, int(max_bytes * MARGIN), min(MAX_BATCH, per_step)
     )
     batch = math.ceil(per_step / math.ceil(per_step / batch))  # passes of equal size
-    phases = [_text_phase(family, fixed), sampling("canvas", batch, side, side), *decode]
+    phases = [_text_phase(family, fixed), sampling("canvas", batch, side, side), *decoding]
     guide_batch = guide_halves
     if guide is not None:
         guide_batch = _largest_batch(
@@ -134,10 +157,13 @@ def plan_render(request: RenderRequest, family: Family, max_bytes: int) -> Rende
     least = [p.peak_bytes for p in phases if p.name not in ("guide", "canvas")]
     resident = {}
     for i, phase in enumerate(phases):
-        model, files = (unet, stored) if phase.name in ("guide", "canvas") else (vae, family.checkpoint.weights("vae"))
-        part = model.decoder if phase.name == "decode" else model
-        room = int((max_bytes * MARGIN - phase.peak_bytes) / (1 + HEAP_SLACK))
-        chosen = {} if phase.name == "encode prompts" else _choose_resident(part, files, room)
+        part: nn.Module = unet if phase.name in ("guide", "canvas") else vae.module
+        files = stored if part is unet else family.checkpoint.weights("vae")
+        part = vae.module.decoder if phase.name == "decode" else part
+        room = int((max_bytes * RESIDENT_MARGIN - phase.peak_bytes) / (1 + HEAP_SLACK))
+        # The exact method reads every weight once: nothing is gained by keeping any.
+        once = phase.name == "encode prompts" or (phase.name in methods and methods[phase.name].exact)
+        chosen = {} if once else _choose_resident(part, files, room)
         resident[phase.name] = chosen
         nbytes = sum(math.prod(files[n].shape) * dtype.itemsize for n, dtype in chosen.items())
         phases[i] = _with(phase, int((1 + HEAP_SLACK) * nbytes))
@@ -148,17 +174,27 @@ def plan_render(request: RenderRequest, family: Family, max_bytes: int) -> Rende
         least.append(sampling("guide", 1, guide.height, guide.width).peak_bytes)
     return RenderPlan(
         family=family, canvas=canvas, guide=guide, regions=tuple(regions), begin=begin, batch=batch,
-        resident=resident, steps=steps, samples_per_step=per_step, guide_batch=guide_batch,
+        resident=resident, methods=methods, steps=steps, samples_per_step=per_step, guide_batch=guide_batch,
         guide_samples=guide_halves * request.num_inference_steps if guide is not None else 0,
         memory=MemoryPlan(max_bytes=max_bytes, phases=tuple(phases), smallest_bytes=int(max(least) / MARGIN) + 1),
     )  # fmt: skip
 
 
-def plan_decode(family: Family, latents: tuple[int, int], max_bytes: int) -> MemoryPlan:
-    """The memory plan for decoding latents of (height, width)."""
-    fixed = [Term(name="python, libraries", nbytes=read_rss().now + LIBRARIES_BYTES)]
-    phase = _autoencoder_phase("decode", family, latents, fixed, encoding=False, pictures=1)
-    return MemoryPlan(max_bytes=max_bytes, phases=(phase,), smallest_bytes=int(phase.peak_bytes / MARGIN) + 1)
+def plan_decode(
+    family: Family,
+    latents: tuple[int, int],
+    max_bytes: int,
+    *,
+    decode: Decode,
+    scratch: Path,
+    scratch_dtype: ScratchDtype,
+) -> tuple[Method, MemoryPlan]:
+    """How latents of (height, width) are decoded, and the memory plan. Raises StorageError."""
+    vae = _Autoencoder(family, [Term(name="python, libraries", nbytes=read_rss().now + LIBRARIES_BYTES)])
+    method = choose(decode, vae.module, vae.streamer, latents, encoding=False, folder=scratch, dtype=scratch_dtype)
+    phase = vae.phase("decode", latents, method)
+    plan = MemoryPlan(max_bytes=max_bytes, phases=(phase,), smallest_bytes=int(phase.peak_bytes / MARGIN) + 1)
+    return method, plan
 
 
 def _with(phase: PhasePlan, resident: int) -> PhasePlan:
@@ -231,30 +267,16 @@ def _text_phase(family: Family, fixed: list[Term]) -> PhasePlan:
     return PhasePlan(name="encode prompts", terms=tuple(terms))
 
 
-def _autoencoder_phase(
-    name: str, family: Family, latents: tuple[int, int], fixed: list[Term], *, encoding: bool, pictures: int
-) -> PhasePlan:
-    """Decoding or encoding latents of (height, width), with `pictures` copies of the picture as uint8 beside it."""
-    vae = families.build_vae(family)
-    stream_layers(vae, Streamer(None))
-    with MetaMeter() as meter, torch.no_grad():
-        frozen.rehearse(vae, latents, encoding=encoding)
-    weights = _weights_terms(vae, family.checkpoint.weights("vae"))
-    picture = Term(name="picture", nbytes=pictures * 3 * 64 * latents[0] * latents[1])
-    return PhasePlan(name=name, terms=(*fixed, *weights, Term(name=WORK, nbytes=meter.peak_bytes), picture))
+class _Autoencoder:
+    """The autoencoder on the meta device, and the phases that use it."""
 
+    def __init__(self, family: Family, fixed: list[Term]) -> None:
+        self.module, self.streamer = families.build_vae(family), Streamer(None)
+        stream_layers(self.module, self.streamer)
+        self.terms = [*fixed, *_weights_terms(self.module, family.checkpoint.weights("vae"))]
 
-def _autoencoder_phases(
-    request: RenderRequest, family: Family, canvas: tuple[int, int], guide: GuideSize | None, fixed: list[Term]
-) -> list[PhasePlan]:
-    phases = [_autoencoder_phase("decode", family, canvas, fixed, encoding=False, pictures=1)]
-    if guide is not None or request.guide_image is not None:
-        reference = [_autoencoder_phase("guide picture", family, canvas, fixed, encoding=True, pictures=1)]
-        if guide is not None:  # the same phase decodes the guide first
-            reference.append(
-                _autoencoder_phase(
-                    "guide picture", family, (guide.height, guide.width), fixed, encoding=False, pictures=1
-                )
-            )
-        phases.append(max(reference, key=lambda p: p.peak_bytes))
-    return phases
+    def phase(self, name: str, latents: tuple[int, int], method: Method) -> PhasePlan:
+        """Decoding or encoding latents of (height, width), with the picture as uint8 beside it."""
+        work = Term(name=WORK, nbytes=method.memory_bytes)
+        picture = Term(name="picture", nbytes=3 * 64 * latents[0] * latents[1])
+        return PhasePlan(name=name, terms=(*self.terms, work, picture))

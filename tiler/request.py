@@ -38,6 +38,21 @@ class Scheduler(StrEnum):
     LCM = "LCM"
 
 
+class Decode(StrEnum):
+    """How the autoencoder works: as a whole through scratch files, or row by row with held statistics."""
+
+    AUTO = "auto"
+    EXACT = "exact"
+    FROZEN = "frozen"
+
+
+class ScratchDtype(StrEnum):
+    """How the exact decoder stores activations on disk."""
+
+    FP16 = "fp16"
+    FP32 = "fp32"
+
+
 _DIFFUSERS_NAMES = {
     "ddimscheduler": Scheduler.DDIM,
     "eulerdiscretescheduler": Scheduler.EULER,
@@ -93,7 +108,8 @@ class RenderRequest:
     """Everything that decides the picture. Sizes are pixels.
 
     `prompt` may be None when `regions` cover the canvas. `strength` is img2img's denoising strength: the share of the
-    schedule that the canvas denoises after the guide. `overlap` None is a quarter of a tile. Raises UsageError.
+    schedule that the canvas denoises after the guide. `overlap` None is a quarter of a tile, `scratch` None
+    the folder of `output`. Raises UsageError.
     """
 
     prompt: str | None
@@ -114,6 +130,9 @@ class RenderRequest:
     overlap: int | None = None
     mask: Mask = Mask.GAUSSIAN
     regions: tuple[Region, ...] = ()
+    decode: Decode = Decode.AUTO
+    scratch: Path | None = None
+    scratch_dtype: ScratchDtype = ScratchDtype.FP16
     save_latents: Path | None = None
     force: bool = False
 

@@ -10,6 +10,7 @@ import typer
 
 from tiler.cli import options as o
 from tiler.memory.budget import Budget, format_mb
+from tiler.request import Decode, ScratchDtype
 
 
 def command(
@@ -20,6 +21,9 @@ def command(
     model: o.Model = "mini",
     variant: o.Variant = None,
     revision: o.Revision = None,
+    decode: o.DecodeKind = Decode.AUTO,
+    scratch: o.ScratchFolder = None,
+    scratch_dtype: o.ScratchKind = ScratchDtype.FP16,
     max_ram: o.MaxRam = "800MB",
     threads: o.Threads = None,
     report: o.Report = None,
@@ -27,7 +31,7 @@ def command(
     quiet: o.Quiet = False,
     json_output: o.Json = False,
 ) -> None:
-    """Decode latents into a PNG with a model's autoencoder, row by row under the memory ceiling."""
+    """Decode latents into a PNG with a model's autoencoder under the memory ceiling."""
     budget = Budget(max_ram)
     o.prepare_process(threads)
     from tiler.cli.progress import ProgressPrinter
@@ -37,8 +41,9 @@ def command(
     tensor = load_latents(latents)
     with ProgressPrinter(budget, quiet=quiet) as printer:
         result = decode_file(
-            tensor, model, output, budget=budget, variant=variant, revision=revision, force=force, on_event=printer
-        )
+            tensor, model, output, budget=budget, variant=variant, revision=revision, decode=decode, scratch=scratch,
+            scratch_dtype=scratch_dtype, force=force, on_event=printer,
+        )  # fmt: skip
     o.write_report(report, result.report)
     if json_output:
         typer.echo(json.dumps({"output": str(result.output), **result.report}))

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from tiler.errors import UsageError
-from tiler.request import Mask, Region, RenderRequest, parse_scheduler, read_regions
+from tiler.request import Decode, Mask, Region, RenderRequest, ScratchDtype, parse_scheduler, read_regions
 
 Prompt = Annotated[str | None, typer.Argument(help="What to draw.", show_default=False)]
 Output = Annotated[Path, typer.Option("--output", "-o", help="The PNG to write.")]
@@ -79,6 +79,23 @@ MaxRam = Annotated[
 Threads = Annotated[
     int | None, typer.Option("--threads", "-t", help="CPU threads.  [default: all cores]", show_default=False)
 ]
+DecodeKind = Annotated[
+    Decode,
+    typer.Option(
+        "--decode",
+        help="exact: as a whole, through scratch files; frozen: row by row with held statistics, any size; auto: exact while "
+        "there is disk space and the whole picture's attention is a small part of the work.",
+    ),
+]
+ScratchFolder = Annotated[
+    Path | None,
+    typer.Option(
+        "--scratch", help="Folder for the exact decoder's files.  [default: the output's]", show_default=False
+    ),
+]
+ScratchKind = Annotated[
+    ScratchDtype, typer.Option("--scratch-dtype", help="How they are stored; fp16 is half the bytes, within 70 dB.")
+]
 Latents = Annotated[
     Path | None, typer.Option("--save-latents", help="Also write the final latents (safetensors).", show_default=False)
 ]
@@ -93,7 +110,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 def request_from(
     prompt: str | None, output: Path, model: str, variant: str | None, revision: str | None, size: int | None, width: int | None,
     height: int | None, negative_prompt: str, steps: int, guidance_scale: float, seed: int, strength: float, scheduler: str,
-    guide: Path | None, no_guide: bool, overlap: int | None, mask: Mask, regions: Path | None, save_latents: Path | None, force: bool,
+    guide: Path | None, no_guide: bool, overlap: int | None, mask: Mask, regions: Path | None,
+    decode: Decode, scratch: Path | None, scratch_dtype: ScratchDtype, save_latents: Path | None, force: bool,
 ) -> RenderRequest:  # fmt: skip
     """The request of a command line. Raises UsageError."""
     side = 2048 if size is None else size
@@ -108,7 +126,7 @@ def request_from(
         width=side if width is None else width, height=side if height is None else height, negative_prompt=negative_prompt,
         num_inference_steps=steps, guidance_scale=guidance_scale, seed=secrets.randbelow(2**32) if seed == -1 else seed,
         strength=strength, scheduler=parse_scheduler(scheduler), guide=not no_guide, guide_image=guide, overlap=overlap,
-        mask=mask, regions=tables, save_latents=save_latents, force=force,
+        mask=mask, regions=tables, decode=decode, scratch=scratch, scratch_dtype=scratch_dtype, save_latents=save_latents, force=force,
     )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ import typer
 
 from tiler.cli import options as o
 from tiler.memory.budget import Budget, format_mb
-from tiler.request import Mask
+from tiler.request import Decode, Mask, ScratchDtype
 
 
 def command(
@@ -32,6 +32,9 @@ def command(
     overlap: o.Overlap = None,
     mask: o.MaskKind = Mask.GAUSSIAN,
     regions: o.RegionsFile = None,
+    decode: o.DecodeKind = Decode.AUTO,
+    scratch: o.ScratchFolder = None,
+    scratch_dtype: o.ScratchKind = ScratchDtype.FP16,
     max_ram: o.MaxRam = "800MB",
     threads: o.Threads = None,
     save_latents: o.Latents = None,
@@ -43,7 +46,7 @@ def command(
     """Show the phases, their predicted peaks and the work of a render, without running it. Takes render's options."""
     request = o.request_from(
         "" if prompt is None and regions is None else prompt, output, model, variant, revision, size, width, height, negative_prompt,
-        steps, guidance_scale, seed, strength, scheduler, guide, no_guide, overlap, mask, regions, save_latents, force,
+        steps, guidance_scale, seed, strength, scheduler, guide, no_guide, overlap, mask, regions, decode, scratch, scratch_dtype, save_latents, force,
     )  # fmt: skip
     budget = Budget(max_ram)
     o.prepare_process(threads)
@@ -57,7 +60,8 @@ def command(
         "canvas": f"{8 * planned.canvas[1]}×{8 * planned.canvas[0]}",
         "guide": None if planned.guide is None else f"{8 * planned.guide.width}×{8 * planned.guide.height}",
         "tiles": len(planned.regions), "samples_per_pass": planned.batch, "unet_calls": planned.unet_calls,
-        "unet_samples": planned.unet_samples, "predicted_peak_bytes": memory.peak_bytes, "max_ram_bytes": memory.max_bytes,
+        "unet_samples": planned.unet_samples, "decode": planned.methods["decode"].name, "decode_why": planned.methods["decode"].why,
+        "scratch_bytes": max(m.scratch_bytes for m in planned.methods.values()), "predicted_peak_bytes": memory.peak_bytes, "max_ram_bytes": memory.max_bytes,
         "smallest_max_ram_bytes": memory.smallest_bytes,
         "phases": [{"name": p.name, "peak_bytes": p.peak_bytes, "terms": {t.name: t.nbytes for t in p.terms}} for p in memory.phases],
     }  # fmt: skip
@@ -69,7 +73,10 @@ def command(
             f"the weights, {planned.unet_calls} reads, {planned.unet_samples} UNet samples\n"
         )
         typer.echo(memory.table())
+        how = planned.methods["decode"]
+        disk = f"; {how.scratch_bytes / 1e6:,.0f} MB of scratch in {how.folder}" if how.exact else ""
+        typer.echo(f"\ndecoder: {how.name} ({how.why}{disk})")
         typer.echo(
-            f"\npredicted peak {format_mb(memory.peak_bytes)}, ceiling {format_mb(memory.max_bytes)}, smallest ceiling {memory.smallest_text}"
+            f"predicted peak {format_mb(memory.peak_bytes)}, ceiling {format_mb(memory.max_bytes)}, smallest ceiling {memory.smallest_text}"
         )
     memory.check(table=False)

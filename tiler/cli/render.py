@@ -10,7 +10,7 @@ import typer
 
 from tiler.cli import options as o
 from tiler.memory.budget import Budget, format_mb
-from tiler.request import Mask
+from tiler.request import Decode, Mask, ScratchDtype
 
 
 def command(
@@ -33,6 +33,9 @@ def command(
     overlap: o.Overlap = None,
     mask: o.MaskKind = Mask.GAUSSIAN,
     regions: o.RegionsFile = None,
+    decode: o.DecodeKind = Decode.AUTO,
+    scratch: o.ScratchFolder = None,
+    scratch_dtype: o.ScratchKind = ScratchDtype.FP16,
     max_ram: o.MaxRam = "800MB",
     threads: o.Threads = None,
     save_latents: o.Latents = None,
@@ -47,7 +50,7 @@ def command(
     """
     request = o.request_from(
         prompt, output, model, variant, revision, size, width, height, negative_prompt, steps, guidance_scale, seed, strength,
-        scheduler, guide, no_guide, overlap, mask, regions, save_latents, force,
+        scheduler, guide, no_guide, overlap, mask, regions, decode, scratch, scratch_dtype, save_latents, force,
     )  # fmt: skip
     from tiler.output.files import check_writable
 

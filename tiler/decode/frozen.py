@@ -6,7 +6,7 @@ Statistics come from the picture itself, shrunk to about 32×32 latents; a pictu
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,20 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tiler.decode.rows import Measured, Stage, decoder_stages, encoder_stages, flow
+from tiler.decode.rows import Check, Measured, Stage, decoder_stages, encoder_stages, flow, strip_rows, to_tensor
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
 STATS_SIDE = 32  # latents; 256 px: the measuring pass is then under 250 MB for SD's decoder
-
-
-def strip_rows(width: int) -> int:
-    """Latent rows pushed at a time for `width` latent columns: enough to make a read of the weights worth while.
-
-    Depends on nothing else, so the bytes of the picture never do either.
-    """
-    return max(1, min(32, 1024 // width))
 
 
 def shrunken_size(height: int, width: int, side: int = STATS_SIDE) -> tuple[int, int]:
@@ -52,16 +44,14 @@ def _ignore(where: str) -> None:
     pass
 
 
-def _measure(stages: list[Stage], measured: Measured, small: Tensor, check: Callable[[str], None]) -> None:
+def _measure(stages: list[Stage], measured: Measured, small: Tensor, check: Check) -> None:
     measured.measuring = True
     for _ in flow(stages, [small], True, split=False, check=check):
         pass
     measured.measuring = False
 
 
-def decode(
-    vae: AutoencoderKL, latents: Tensor, *, rows: int | None = None, check: Callable[[str], None] = _ignore
-) -> Iterator[Tensor]:
+def decode(vae: AutoencoderKL, latents: Tensor, *, rows: int | None = None, check: Check = _ignore) -> Iterator[Tensor]:
     """latents: (1, C, h, w) fp32, already divided by scaling_factor → strips (3, n, 8w) fp32 in about [-1, 1], top first.
 
     `rows` latent rows are pushed at a time (default `strip_rows`): memory grows with it, the result does not depend on
@@ -80,9 +70,7 @@ def decode(
     )
 
 
-def encode(
-    vae: AutoencoderKL, pixels: np.ndarray, small: np.ndarray, *, check: Callable[[str], None] = _ignore
-) -> Tensor:
+def encode(vae: AutoencoderKL, pixels: np.ndarray, small: np.ndarray, *, check: Check = _ignore) -> Tensor:
     """pixels: (H, W, 3) uint8, sides multiples of 8 → the posterior's mean (1, C, H/8, W/8) fp32, unscaled.
 
     `small` is the same picture shrunk to `shrunken_size` × 8, for the statistics.
@@ -113,24 +101,9 @@ def rehearse(vae: AutoencoderKL, latents: tuple[int, int], *, encoding: bool) ->
         pass
 
 
-def _stream(
-    stages: list[Stage], strips: Iterator[Tensor], height: int, step: int, check: Callable[[str], None]
-) -> Iterator[Tensor]:
+def _stream(stages: list[Stage], strips: Iterator[Tensor], height: int, step: int, check: Check) -> Iterator[Tensor]:
     top = 0
     for strip in strips:
         top += step
         for ready in flow(stages, [strip], top >= height, split=True, check=check):
             yield ready[0]
-
-
-def to_tensor(image: np.ndarray) -> Tensor:
-    """(H, W, 3) uint8 → (1, 3, H, W) fp32 in [-1, 1]."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float().div_(127.5).sub_(1)
-
-
-def to_uint8(strip: Tensor) -> np.ndarray:
-    """(3, n, W) in about [-1, 1] → (n, W, 3) uint8, rounded as diffusers' VaeImageProcessor does."""
-    image: np.ndarray = (
-        (strip / 2 + 0.5).clamp_(0, 1).mul_(255).round_().to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
-    )
-    return image

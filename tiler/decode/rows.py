@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -66,6 +67,9 @@ class Norm:
 
     def hold(self, mean: Tensor, var: Tensor) -> None:
         """Statistics of each group, (groups,)."""
+        if self.norm.weight.is_meta:
+            self.scale = self.shift = self.norm.weight.new_empty(1, self.norm.num_channels, 1, 1)
+            return
         per = self.norm.num_channels // self.norm.num_groups
         rstd = torch.rsqrt(var + self.norm.eps).float().repeat_interleave(per)
         self.scale = (self.norm.weight * rstd).view(1, -1, 1, 1)
@@ -242,9 +246,7 @@ class MidAttention(Stage):
         return (out + x).div_(a.rescale_output_factor)
 
 
-def flow(
-    stages: list[Stage], box: list[Tensor], last: bool, *, split: bool, check: Check
-) -> Iterator[Tensor]:
+def flow(stages: list[Stage], box: list[Tensor], last: bool, *, split: bool, check: Check) -> Iterator[Tensor]:
     """Push the rows in `box` (one tensor or none; it is emptied) through every stage; yields what comes out at the end.
 
     With `split`, rows are passed on a few at a time, so that neither the wide stages nor the end of the picture, when
@@ -303,3 +305,24 @@ def encoder_stages(encoder: Encoder, quant_conv: nn.Module | None, measured: Mea
         stages += [Down(sampler) for sampler in block.downsamplers or []]
     stages += [*_mid(encoder.mid_block, measured), Conv(encoder.conv_out, Norm(encoder.conv_norm_out, measured))]
     return stages if quant_conv is None else [*stages, Conv(quant_conv)]
+
+
+def strip_rows(width: int) -> int:
+    """Latent rows pushed at a time for `width` latent columns: enough to make a read of the weights worth while.
+
+    Depends on nothing else, so the bytes of the picture never do either.
+    """
+    return max(1, min(32, 1024 // width))
+
+
+def to_tensor(image: np.ndarray) -> Tensor:
+    """(H, W, 3) uint8 → (1, 3, H, W) fp32 in [-1, 1]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float().div_(127.5).sub_(1)
+
+
+def to_uint8(strip: Tensor) -> np.ndarray:
+    """(3, n, W) in about [-1, 1] → (n, W, 3) uint8, rounded as diffusers' VaeImageProcessor does."""
+    image: np.ndarray = (
+        (strip / 2 + 0.5).clamp_(0, 1).mul_(255).round_().to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
+    )
+    return image

@@ -19,12 +19,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class MetaMeter(TorchDispatchMode):
-    """A context in which operations on meta tensors are counted. `peak_bytes` is the highest sum of what was alive."""
+    """A context in which operations on meta tensors are counted. `peak_bytes` is the highest sum of what was alive,
+    `flops` the arithmetic of its convolutions (two for each multiply-add)."""
 
     def __init__(self) -> None:
         super().__init__()
         self.live_bytes = 0
         self.peak_bytes = 0
+        self.flops = 0  # of convolutions
         self._seen: weakref.WeakSet[Any] = weakref.WeakSet()
         self._by_shape = _ByShape(self)
 
@@ -122,6 +124,7 @@ class _ByShape(TorchFunctionMode):
             return x.new_empty(*x.shape[:-1], args[1].shape[0])
         if func in (F.conv2d, torch.conv2d):
             out = self._conv2d(x, *args[1:], **kwargs)
+            self.meter.flops += 2 * out.numel() * args[1][0].numel()
             self.meter.scratch(x.nbytes + out.nbytes + args[1].nbytes)
             return out
         if func is F.interpolate:

@@ -54,9 +54,9 @@ def predict_noise(
 
     def transform(where: str, module: torch.nn.Module, inputs: list[Tensor]) -> list[Tensor]:
         check(where)
-        tokens = inputs[0].shape[2] * inputs[0].shape[3]
+        tokens, width = inputs[0].shape[2] * inputs[0].shape[3], 8 * inputs[0].shape[1]
         for block in module.transformer_blocks:  # type: ignore[union-attr]
-            block.set_chunk_feed_forward(_feed_forward_chunk(tokens, 8 * module.config.in_channels), 1)  # type: ignore[union-attr]
+            block.set_chunk_feed_forward(_feed_forward_chunk(tokens, width), 1)
         calls: list[tuple[Tensor, ...]] = list(zip(inputs, texts, strict=True))
         inputs.clear()
         return streamer.run(_WithText(module), calls)
@@ -93,9 +93,11 @@ def predict_noise(
 
 
 def _feed_forward_chunk(tokens: int, width: int) -> int | None:
-    """Tokens that go through a feed-forward at a time (diffusers wants a divisor): its inner width is 8 times the
-    hidden state's, which for 4096 tokens of SD 1.5 is 42 MB and the largest transient of the whole pass."""
-    parts = next((n for n in range(1, tokens + 1) if tokens % n == 0 and tokens // n * width <= FEED_FORWARD_ELEMENTS), 1)
+    """Tokens that go through a feed-forward of inner `width` at a time (diffusers wants a divisor). For the 4096 tokens of
+    SD 1.5's first level that activation would be 42 MB, the largest transient of the whole pass."""
+    parts = next(
+        (n for n in range(1, tokens + 1) if tokens % n == 0 and tokens // n * width <= FEED_FORWARD_ELEMENTS), 1
+    )
     return None if parts == 1 else tokens // parts
 
 

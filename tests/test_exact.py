@@ -1,0 +1,188 @@
+"""The exact decoder against diffusers' whole-image AutoencoderKL, and what it leaves on the disk: nothing."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from torch import nn
+
+from tiler.decode import exact, frozen, method, scratch
+from tiler.decode.rows import to_tensor
+from tiler.decode.scratch import Rows, Scratch
+from tiler.errors import NumericalError, StorageError
+from tiler.models import family as families
+from tiler.pipeline import streamed
+from tiler.request import Decode, ScratchDtype
+from tiler.weights.checkpoint import resolve
+from tiler.weights.stream import Streamer, stream_layers
+
+
+@pytest.fixture(autouse=True)
+def _no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def reference(folder: Path) -> AutoencoderKL:
+    return AutoencoderKL.from_pretrained(folder / "vae", variant="fp16", torch_dtype=torch.float32).eval()
+
+
+def decode(
+    folder: Path, latents: torch.Tensor, where: Path, dtype: torch.dtype, check=lambda where: None
+) -> torch.Tensor:
+    family = families.read_family(resolve(str(folder)))
+    vae = families.build_vae(family)
+    with streamed(vae, family, "vae", families.vae_names) as streamer:
+        disk = Scratch(where, dtype)
+        strips = list(exact.decode(vae, latents, disk, hold=streamer.hold, check=check))
+    assert disk.live_bytes == 0
+    return torch.cat(strips, dim=1)
+
+
+def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Of pictures in [-1, 1]."""
+    return -10 * math.log10(float((a - b).square().mean()) / 4)
+
+
+@pytest.mark.parametrize("size", [(70, 50), (33, 129), (1, 3), (64, 9)])
+def test_decoding_equals_diffusers(tiny: Path, tmp_path: Path, size: tuple[int, int]) -> None:
+    """Without a common scale or statistic: bright at the top, dark at the bottom, more contrast to the right."""
+    latents = torch.randn(1, 4, *size, generator=torch.Generator().manual_seed(1))
+    latents = latents * torch.linspace(0.2, 3, size[1]) + torch.linspace(-3, 3, size[0])[:, None]
+    want = reference(tiny).decode(latents).sample[0]
+    got = decode(tiny, latents, tmp_path, torch.float32)
+    assert got.shape == want.shape
+    assert (got - want).abs().max() <= 1e-4
+    assert psnr(decode(tiny, latents, tmp_path, torch.float16), want) >= 60
+
+
+def test_held_statistics_are_far_from_what_exact_gives(tiny: Path, tmp_path: Path) -> None:
+    latents = torch.randn(1, 4, 64, 64, generator=torch.Generator().manual_seed(1))
+    latents = latents * torch.linspace(0.2, 3, 64)
+    want = reference(tiny).decode(latents).sample[0]
+    family = families.read_family(resolve(str(tiny)))
+    vae = families.build_vae(family)
+    with streamed(vae, family, "vae", families.vae_names):
+        held = torch.cat(list(frozen.decode(vae, latents)), dim=1)
+    assert psnr(decode(tiny, latents, tmp_path, torch.float16), want) >= psnr(held, want) + 20
+
+
+def test_encoding_equals_diffusers(tiny: Path, tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (488, 376, 3), dtype=np.uint8)
+    pixels[:200] //= 4
+    family = families.read_family(resolve(str(tiny)))
+    vae = families.build_vae(family)
+    with streamed(vae, family, "vae", families.vae_names) as streamer:
+        disk = Scratch(tmp_path, torch.float32)
+        got = exact.encode(vae, pixels, disk, hold=streamer.hold, check=lambda where: None)
+    want = reference(tiny).encode(to_tensor(pixels)).latent_dist.mean
+    assert got.shape == want.shape == (1, 4, 61, 47)
+    assert (got - want).abs().max() <= 1e-4
+
+
+def test_strips_and_chunks_do_not_show(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    latents = torch.randn(1, 4, 41, 38, generator=torch.Generator().manual_seed(2))
+    want = decode(tiny, latents, tmp_path, torch.float32)
+    monkeypatch.setattr(Rows.strips, "__defaults__", (2**14,))
+    monkeypatch.setattr(exact, "KEYS", 100)
+    monkeypatch.setattr(exact, "QUERIES", 70)
+    assert (decode(tiny, latents, tmp_path, torch.float32) - want).abs().max() <= 2e-5
+
+
+def test_pooled_statistics_are_groupnorms() -> None:
+    """A strong gradient: the mean of strips' variances alone would be far off."""
+    x = torch.randn(1, 8, 50, 30) + torch.linspace(-100, 100, 50)[:, None]
+    pooled = exact.Pooled(4)
+    for strip in x.split(7, dim=2):
+        pooled.add(strip)
+    want = nn.GroupNorm(4, 8, affine=False)(x)
+    mean, var = (v.float().repeat_interleave(2).view(1, 8, 1, 1) for v in (pooled.mean, pooled.var))
+    assert ((x - mean) / (var + 1e-5).sqrt() - want).abs().max() <= 1e-5
+
+
+def test_weights_are_read_once(tiny: Path, tmp_path: Path) -> None:
+    family = families.read_family(resolve(str(tiny)))
+    read = []
+    for side in (36, 72):
+        vae = families.build_vae(family)
+        with streamed(vae, family, "vae", families.vae_names) as streamer:
+            list(
+                exact.decode(
+                    vae, torch.randn(1, 4, side, side), Scratch(tmp_path), hold=streamer.hold, check=lambda where: None
+                )
+            )
+            assert streamer.store is not None
+            read.append(streamer.store.bytes_read)
+    assert read[0] == read[1]
+
+
+def test_nothing_is_ever_seen_in_the_scratch_folder(tiny: Path, tmp_path: Path) -> None:
+    """The files have no name while they are used, so a killed process leaves none."""
+    seen: list[str] = []
+    decode(
+        tiny, torch.randn(1, 4, 40, 40), tmp_path, torch.float16, check=lambda where: seen.extend(os.listdir(tmp_path))
+    )
+    assert seen == []
+
+
+def test_values_beyond_fp16_keep_their_range(tmp_path: Path) -> None:
+    x = torch.randn(1, 3, 4, 5) * torch.tensor([1.0, 1e3, 1e6, 1e9]).view(4, 1)
+    rows = Rows(Scratch(tmp_path, torch.float16), 3, 5)
+    for row in x.split(1, dim=2):
+        rows.append(row)
+    assert torch.allclose(rows.read(0, 4), x, rtol=2**-10)
+    with pytest.raises(NumericalError, match="NaN or Inf"):
+        rows.append(torch.full((1, 3, 1, 5), float("nan")))
+
+
+def chosen(folder: Path, wanted: Decode, side: int, where: Path) -> method.Method:
+    family = families.read_family(resolve(str(folder)))
+    vae, streamer = families.build_vae(family), Streamer(None)
+    stream_layers(vae, streamer)
+    return method.choose(wanted, vae, streamer, (side, side), encoding=False, folder=where, dtype=ScratchDtype.FP16)
+
+
+def test_auto_takes_exact_while_there_is_room_and_attention_is_cheap(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert chosen(tiny, Decode.AUTO, 40, tmp_path).exact
+    assert not chosen(tiny, Decode.FROZEN, 40, tmp_path).exact
+    large = chosen(tiny, Decode.AUTO, 2000, tmp_path)
+    assert not large.exact
+    assert "attention" in large.why
+    monkeypatch.setattr(method, "free_bytes", lambda folder: 1000)
+    full = chosen(tiny, Decode.AUTO, 40, tmp_path)
+    assert not full.exact
+    assert "MB free" in full.why
+    with pytest.raises(StorageError, match="--scratch"):
+        chosen(tiny, Decode.EXACT, 40, tmp_path)
+    with pytest.raises(StorageError, match="no scratch folder"):
+        scratch.free_bytes(tmp_path / "missing")
+
+
+def test_rehearsal_knows_the_bytes_on_disk(tiny: Path, tmp_path: Path) -> None:
+    how = chosen(tiny, Decode.EXACT, 80, tmp_path)
+    family = families.read_family(resolve(str(tiny)))
+    vae = families.build_vae(family)
+    with streamed(vae, family, "vae", families.vae_names) as streamer:
+        disk = Scratch(tmp_path)
+        list(exact.decode(vae, torch.randn(1, 4, 80, 80), disk, hold=streamer.hold, check=lambda where: None))
+    assert disk.peak_bytes == how.scratch_bytes
+    assert disk.written_bytes == how.written_bytes
+
+
+def test_a_full_disk_is_one_line(tiny: Path) -> None:
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full here")
+    rows = Rows(Scratch(None), 3, 5)
+    rows.scratch.folder, rows.fd = Path("/scratch"), os.open("/dev/full", os.O_RDWR)
+    with pytest.raises(StorageError, match="No space left"):
+        rows.append(torch.zeros(1, 3, 1, 5))
+    rows.close()

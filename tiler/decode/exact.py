@@ -1,0 +1,302 @@
+"""The whole-image decode (or encode) of an AutoencoderKL, out of core: what diffusers computes, at any size.
+
+Layer by layer over row strips, with the activations in scratch files. GroupNorm's statistics are gathered while the
+layer before it is written, every element once; the mid-block attention sees every token, keys and values in chunks with
+a running softmax (Milakov & Gimelshein 2018, arXiv:1805.02867). Nothing is computed twice.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tiler.decode.rows import (
+    Conv,
+    Measured,
+    MidAttention,
+    Norm,
+    Resnet,
+    Stage,
+    decoder_stages,
+    encoder_stages,
+    flow,
+    strip_rows,
+    to_tensor,
+)
+from tiler.decode.scratch import STRIP_BYTES, Rows, Scratch
+
+if TYPE_CHECKING:
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+    from tiler.decode.rows import Check
+    from tiler.memory.meter import MetaMeter
+
+Hold = Callable[[nn.Module], AbstractContextManager[None]]
+
+KEYS = 4096  # tokens of keys and values in memory at a time
+QUERIES = 1024
+
+
+class Pooled:
+    """Mean and variance of each group over a picture seen strip by strip, pooled in fp64 (Chan, Golub & LeVeque 1979)."""
+
+    def __init__(self, groups: int) -> None:
+        self.groups, self.count = groups, 0
+        self.mean = torch.zeros(groups, dtype=torch.float64)
+        self.m2 = torch.zeros(groups, dtype=torch.float64)
+
+    def add(self, x: Tensor) -> None:
+        """x: (1, C, n, W) fp32."""
+        if x.is_meta:
+            return
+        var, mean = torch.var_mean(x[0].unflatten(0, (self.groups, -1)), dim=(1, 2, 3), correction=0)
+        n = x.numel() // self.groups
+        delta, total = mean.double() - self.mean, self.count + n
+        self.m2 += var.double() * n + delta.square() * (self.count * n / total)
+        self.mean += delta * (n / total)
+        self.count = total
+
+    @property
+    def var(self) -> Tensor:
+        return self.m2 / max(1, self.count)
+
+
+class Add(Stage):
+    """The residual branch's end: adds the rows that the block began with, read again from the scratch."""
+
+    def __init__(self, block: Resnet, stored: Rows) -> None:
+        self.block, self.stored, self.row = block, stored, 0
+
+    def push(self, x: Tensor | None, last: bool) -> Tensor | None:
+        if x is None:
+            return None
+        skip = self.stored.read(self.row, self.row + x.shape[2])
+        self.row += x.shape[2]
+        if self.block.shortcut is not None:
+            skip = self.block.shortcut.conv(skip)
+        x += skip
+        return x if self.block.scale == 1 else x.div_(self.block.scale)
+
+
+class Attend(Stage):
+    """The mid-block attention of some rows to all tokens of the picture, kept as `memory` (keys above values)."""
+
+    growth = 4.0  # scores beside queries
+
+    def __init__(self, stage: MidAttention, memory: Rows) -> None:
+        self.stage, self.memory = stage, memory
+
+    def push(self, x: Tensor | None, last: bool) -> Tensor | None:
+        if x is None:
+            return None
+        a = self.stage.attention
+        tokens = self.stage.norm.apply(x).flatten(2).transpose(1, 2)
+        queries = a.to_q(tokens).unflatten(-1, (a.heads, -1)).transpose(1, 2)[0]  # (heads, rows·W, d)
+        del tokens
+        mixed = torch.cat([self._mix(part) for part in queries.split(QUERIES, dim=1)], dim=1)
+        out = a.to_out[0](mixed.transpose(0, 1).flatten(1)[None]).transpose(1, 2).reshape(x.shape)
+        return (out + x).div_(a.rescale_output_factor)
+
+    def _mix(self, queries: Tensor) -> Tensor:
+        """softmax(q kᵀ / √d) v for (heads, n, d) queries over all keys."""
+        heads, n, d = queries.shape
+        if queries.is_meta:  # planning: scores and their exponentials' input, beside one chunk of the memory
+            next(self.memory.strips(KEYS * 4 * self.memory.channels))
+            scores = queries.new_empty(2, heads, n, KEYS)
+            return scores.new_empty(queries.shape)
+        queries = queries * (1 / math.sqrt(d))
+        top = queries.new_full((heads, n, 1), -math.inf)
+        below, mixed = queries.new_zeros(heads, n, 1), queries.new_zeros(heads, n, d)
+        for strip in self.memory.strips(KEYS * 4 * self.memory.channels):
+            keys, values = (
+                half.unflatten(0, (heads, -1)) for half in strip[0].flatten(1).chunk(2)
+            )  # (heads, d, tokens)
+            scores = queries @ keys
+            higher = torch.maximum(top, scores.amax(-1, keepdim=True))
+            weights, fade = scores.sub_(higher).exp_(), (top - higher).exp_()
+            below = below * fade + weights.sum(-1, keepdim=True)
+            mixed = mixed * fade + weights @ values.transpose(1, 2)
+            top = higher
+        return mixed / below
+
+
+def keys_and_values(stage: MidAttention, stored: Rows, hold: Hold, check: Check) -> Rows:
+    """Every token's key and value, as a picture of twice the channels."""
+    a = stage.attention
+    memory = Rows(stored.scratch, 2 * stored.channels, stored.width)
+    with hold(nn.ModuleList([a.to_k, a.to_v])):
+        for x in stored.strips():
+            check("decode.keys")
+            tokens = stage.norm.apply(x).flatten(2).transpose(1, 2)
+            both = torch.cat([a.to_k(tokens), a.to_v(tokens)], dim=2)
+            memory.append(both.transpose(1, 2).unflatten(2, tuple(x.shape[2:])))
+    return memory
+
+
+def stream(
+    stages: list[Stage],
+    strips: Iterable[Tensor],
+    height: int,
+    scratch: Scratch,
+    *,
+    hold: Hold = lambda module: nullcontext(),
+    check: Check = lambda where: None,
+) -> Iterator[Tensor]:
+    """Push `strips`, (1, C, n, W) fp32 with `height` rows in all, through `stages` → (C', n', W') top first.
+
+    `hold(module)` is entered around the layers of one pass: one read of the weights serves the whole picture.
+    """
+    source, chain = _Source(strips, height), list[Stage]()
+    for stage in stages:
+        norm = _first_norm(stage)
+        if norm is None:
+            chain.append(stage)
+            continue
+        stored = _store(chain, source, norm, scratch, hold, check)
+        if isinstance(stage, Resnet):
+            inner = _store([stage.conv1], _Source.of(stored), stage.conv2.norm, scratch, hold, check, keep=stored)
+            source, chain = _Source.of(inner, stored), [stage.conv2, Add(stage, stored)]
+        elif isinstance(stage, MidAttention):
+            memory = keys_and_values(stage, stored, hold, check)
+            source, chain = (
+                _Source.of(stored, memory, strip_bytes=QUERIES * 4 * stored.channels),
+                [Attend(stage, memory)],
+            )
+        else:
+            source, chain = _Source.of(stored), [stage]
+    with hold(_layers(chain)):
+        for rows in source.through(chain, check):
+            yield rows[0]
+    source.close()
+
+
+class _Source:
+    """Where a pass gets its rows, and the stored pictures that nobody needs once it is over."""
+
+    def __init__(self, strips: Iterable[Tensor], height: int, *stored: Rows) -> None:
+        self.strips, self.height, self.stored = strips, height, stored
+
+    @classmethod
+    def of(cls, first: Rows, *more: Rows, strip_bytes: int = STRIP_BYTES) -> _Source:
+        return cls(first.strips(strip_bytes), first.count, first, *more)
+
+    def through(self, chain: list[Stage], check: Check) -> Iterator[Tensor]:
+        row = 0
+        for strip in self.strips:
+            row += strip.shape[2]
+            box = [strip]
+            del strip
+            yield from flow(chain, box, row >= self.height, split=True, check=check)
+
+    def close(self, keep: Rows | None = None) -> None:
+        for rows in self.stored:
+            if rows is not keep:
+                rows.close()
+
+
+def _store(
+    chain: list[Stage],
+    source: _Source,
+    norm: Norm | None,
+    scratch: Scratch,
+    hold: Hold,
+    check: Check,
+    keep: Rows | None = None,
+) -> Rows:
+    """Run one pass into a new file, and give `norm`, which comes next, the statistics of what was written."""
+    assert norm is not None
+    pooled = Pooled(norm.norm.num_groups)
+    out: Rows | None = None
+    old = (
+        chain[-1].stored if chain and isinstance(chain[-1], Add) else None
+    )  # read row by row, just before it is written
+    with hold(_layers(chain)):
+        for x in source.through(chain, check):
+            pooled.add(x)
+            if out is None:
+                channels, width = x.shape[1], x.shape[3]
+                fits = old is not None and channels <= old.channels and width == old.width
+                out = Rows(scratch, channels, width, over=old if fits else None)
+            out.append(x)
+    assert out is not None
+    norm.hold(pooled.mean, pooled.var)
+    source.close(keep=out.over if out.over is not None else keep)
+    return out
+
+
+def _first_norm(stage: Stage) -> Norm | None:
+    if isinstance(stage, Resnet):
+        return stage.conv1.norm
+    return stage.norm if isinstance(stage, (Conv, MidAttention)) else None
+
+
+def _layers(chain: list[Stage]) -> nn.ModuleList:
+    """The layers whose weights a pass needs."""
+    found: list[nn.Module] = []
+    for stage in chain:
+        if isinstance(stage, Attend):
+            found += [stage.stage.attention.to_q, stage.stage.attention.to_out[0]]
+        elif isinstance(stage, Add):
+            found += [] if stage.block.shortcut is None else [stage.block.shortcut.conv]
+        else:
+            conv = stage.conv  # type: ignore[attr-defined]
+            found.append(conv if isinstance(conv, nn.Module) else conv.conv)
+    return nn.ModuleList(found)
+
+
+def decode(vae: AutoencoderKL, latents: Tensor, scratch: Scratch, *, hold: Hold, check: Check) -> Iterator[Tensor]:
+    """latents: (1, C, h, w) fp32, already divided by scaling_factor → strips (3, n, 8w) fp32 in about [-1, 1], top first.
+
+    Raises StorageError, and NumericalError for NaN and Inf.
+    """
+    stages = decoder_stages(vae.decoder, vae.post_quant_conv, Measured())
+    return stream(
+        stages, latents.split(strip_rows(latents.shape[3]), dim=2), latents.shape[2], scratch, hold=hold, check=check
+    )
+
+
+def encode(vae: AutoencoderKL, pixels: np.ndarray, scratch: Scratch, *, hold: Hold, check: Check) -> Tensor:
+    """pixels: (H, W, 3) uint8, sides multiples of 8 → the posterior's mean (1, C, H/8, W/8) fp32, unscaled."""
+    stages = encoder_stages(vae.encoder, vae.quant_conv, Measured())
+    rows = 8 * strip_rows(pixels.shape[1] // 8)
+    strips = (to_tensor(pixels[top : top + rows]) for top in range(0, len(pixels), rows))
+    moments = torch.cat([s[None] for s in stream(stages, strips, len(pixels), scratch, hold=hold, check=check)], dim=2)
+    return moments[:, : moments.shape[1] // 2]
+
+
+class Rehearsal(NamedTuple):
+    """`peak_bytes` on disk at once, `written_bytes` in all, `flops` of the convolutions."""
+
+    peak_bytes: int
+    written_bytes: int
+    flops: int
+
+
+def rehearse(
+    vae: AutoencoderKL, latents: tuple[int, int], dtype: torch.dtype, hold: Hold, *, encoding: bool, meter: MetaMeter
+) -> Rehearsal:
+    """What `decode` or `encode` does for latents of (height, width), on meta tensors under `meter`.
+
+    A low picture stands for one of any height: what is in memory does not depend on it, the rest is proportional to it.
+    """
+    height, width = min(latents[0], KEYS // latents[1] + 8), latents[1]
+    scratch = Scratch(None, dtype)
+    if encoding:
+        stages, x = encoder_stages(vae.encoder, vae.quant_conv, Measured()), (1, 3, 8 * height, 8 * width)
+    else:
+        stages, x = (
+            decoder_stages(vae.decoder, vae.post_quant_conv, Measured()),
+            (1, vae.config.latent_channels, height, width),
+        )
+    picture = torch.empty(x, device="meta")
+    rows = strip_rows(width) * (8 if encoding else 1)
+    for _ in stream(stages, picture.split(rows, dim=2), x[2], scratch, hold=hold):
+        pass
+    counts = scratch.peak_bytes, scratch.written_bytes, meter.flops
+    return Rehearsal(*(n * latents[0] // height for n in counts))

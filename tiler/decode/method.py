@@ -1,0 +1,146 @@
+"""Which way an autoencoder goes through a picture, `exact` or `frozen`, and the one call that goes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tiler.decode import exact, frozen
+from tiler.decode.rows import Check
+from tiler.decode.scratch import Scratch, free_bytes
+from tiler.errors import StorageError
+from tiler.memory.meter import MetaMeter
+from tiler.request import Decode, ScratchDtype
+from tiler.weights.stream import Streamer
+
+if TYPE_CHECKING:
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+ATTENTION_SHARE = 0.25  # of the convolutions' work: what `auto` accepts for attention to every token
+DTYPES = {ScratchDtype.FP16: torch.float16, ScratchDtype.FP32: torch.float32}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """How one picture is decoded or encoded. Bytes: `memory_bytes` of activations and weights in use, `scratch_bytes` on
+    disk at once, `written_bytes` to disk in all."""
+
+    exact: bool
+    why: str
+    memory_bytes: int
+    folder: Path
+    dtype: ScratchDtype
+    scratch_bytes: int = 0
+    written_bytes: int = 0
+
+    @property
+    def name(self) -> str:
+        return "exact" if self.exact else "frozen"
+
+
+def choose(
+    wanted: Decode,
+    vae: AutoencoderKL,
+    streamer: Streamer,
+    latents: tuple[int, int],
+    *,
+    encoding: bool,
+    folder: Path,
+    dtype: ScratchDtype = ScratchDtype.FP16,
+) -> Method:
+    """The method for latents of (height, width). `vae` is on the meta device behind a planning `streamer`.
+
+    AUTO takes `exact` while the scratch folder has room and attention to all tokens is a small part of the work.
+    Raises StorageError when EXACT is wanted and there is no room.
+    """
+
+    def take_frozen(why: str) -> Method:
+        with MetaMeter() as meter, torch.no_grad():
+            frozen.rehearse(vae, latents, encoding=encoding)
+        return Method(exact=False, why=why, memory_bytes=meter.peak_bytes, folder=folder, dtype=dtype)
+
+    tokens = latents[0] * latents[1]
+    if wanted is Decode.FROZEN:
+        return take_frozen("as asked")
+    if tokens <= frozen.STATS_SIDE**2:
+        return take_frozen("so small a picture is worked on as a whole")
+    with MetaMeter() as meter, torch.no_grad():
+        scratch = exact.rehearse(vae, latents, DTYPES[dtype], streamer.hold, encoding=encoding, meter=meter)
+    method = Method(
+        exact=True, why="as asked" if wanted is Decode.EXACT else "there is room", memory_bytes=meter.peak_bytes, folder=folder, dtype=dtype,
+        scratch_bytes=scratch.peak_bytes, written_bytes=scratch.written_bytes,
+    )  # fmt: skip
+    free = free_bytes(folder)
+    lacking = f"{folder} has {free / 1e6:,.0f} MB free, exact decoding needs {method.scratch_bytes / 1e6:,.0f} MB"
+    if wanted is Decode.EXACT:
+        if free < method.scratch_bytes:
+            raise StorageError(f"{lacking}; give another folder with --scratch, or use --decode frozen")
+        return method
+    mid = (vae.encoder if encoding else vae.decoder).mid_block
+    width = sum(a.to_q.in_features for a in mid.attentions if a is not None)
+    share = 4 * width * tokens**2 / scratch.flops
+    if share > ATTENTION_SHARE:
+        return take_frozen(f"attention to every token would be {share:.0%} of the other work")
+    return method if free >= method.scratch_bytes else take_frozen(lacking)
+
+
+def decode(
+    method: Method,
+    vae: AutoencoderKL,
+    streamer: Streamer,
+    latents: Tensor,
+    *,
+    check: Check,
+    progress: Callable[[float], None],
+) -> Iterator[Tensor]:
+    """latents: (1, C, h, w) fp32, already divided by scaling_factor → strips (3, n, 8w) fp32 in about [-1, 1], top first.
+
+    `progress` gets the share done, 0 to 1. Raises StorageError and NumericalError.
+    """
+    if not method.exact:
+        done = 0
+        for strip in frozen.decode(vae, latents, check=check):
+            yield strip
+            done += strip.shape[1]
+            progress(done / (8 * latents.shape[2]))
+        return
+    scratch = Scratch(method.folder, DTYPES[method.dtype])
+    yield from exact.decode(vae, latents, scratch, hold=streamer.hold, check=_noting(method, scratch, check, progress))
+    progress(1.0)
+
+
+def encode(
+    method: Method,
+    vae: AutoencoderKL,
+    streamer: Streamer,
+    pixels: np.ndarray,
+    shrink: Callable[[int, int], np.ndarray],
+    *,
+    check: Check,
+    progress: Callable[[float], None],
+) -> Tensor:
+    """pixels: (H, W, 3) uint8, sides multiples of 8 → the posterior's mean (1, C, H/8, W/8) fp32, unscaled.
+
+    `shrink(height, width)` gives the same picture at another size.
+    """
+    if not method.exact:
+        height, width = frozen.shrunken_size(pixels.shape[0] // 8, pixels.shape[1] // 8)
+        return frozen.encode(vae, pixels, shrink(8 * height, 8 * width), check=check)
+    scratch = Scratch(method.folder, DTYPES[method.dtype])
+    return exact.encode(vae, pixels, scratch, hold=streamer.hold, check=_noting(method, scratch, check, progress))
+
+
+def _noting(method: Method, scratch: Scratch, check: Check, progress: Callable[[float], None]) -> Check:
+    """`check` that also says how much of what will be written has been."""
+
+    def both(where: str) -> None:
+        check(where)
+        progress(min(1.0, scratch.written_bytes / max(1, method.written_bytes)))
+
+    return both

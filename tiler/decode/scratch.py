@@ -1,0 +1,142 @@
+"""Activations on disk: tensors of rows in files that have no name, so nothing is left behind however the process ends.
+
+fp16 rows that would overflow are scaled by a power of two, so the dtype costs precision (2⁻¹¹) but never range. Knows files and dtypes, not layers. Reads and writes are preadv and pwrite: mapped pages would count as RSS.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tiler.errors import NumericalError, StorageError
+
+STRIP_BYTES = 12 * 2**20  # fp32, of rows read at a time
+FP16_ROOM = 2.0**15
+
+
+class Scratch:
+    """A folder for `Rows`, and what they take. `folder` None keeps nothing: for planning on meta tensors.
+
+    `peak_bytes` is the most that was stored at once, `written_bytes` what was written in all. Raises StorageError where the folder cannot be used.
+    """
+
+    def __init__(self, folder: Path | None, dtype: torch.dtype = torch.float16) -> None:
+        self.folder, self.dtype = folder, dtype
+        self.live_bytes = self.peak_bytes = self.written_bytes = 0
+
+    def open(self) -> int:
+        """A new file without a name."""
+        assert self.folder is not None
+        try:
+            handle, name = tempfile.mkstemp(prefix=".tiler-", dir=self.folder)
+            os.unlink(name)
+        except OSError as error:
+            raise StorageError(
+                f"{self.folder}: cannot write scratch files ({error.strerror}); give another folder with --scratch"
+            ) from error
+        return handle
+
+    def grow(self, nbytes: int) -> None:
+        self.live_bytes += nbytes
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+
+
+def free_bytes(folder: Path) -> int:
+    """What `folder`'s file system has left for this user. Raises StorageError."""
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError as error:
+        raise StorageError(f"{folder}: no scratch folder ({error.strerror}); give one with --scratch") from error
+
+
+class Rows:
+    """A picture of (channels, width) rows that grows downwards, stored in the scratch's dtype.
+
+    With `over`, its rows take the place of another one's, which must have been read before.
+    """
+
+    def __init__(self, scratch: Scratch, channels: int, width: int, *, over: Rows | None = None) -> None:
+        self.scratch, self.channels, self.width, self.count = scratch, channels, width, 0
+        self.row_bytes = channels * width * scratch.dtype.itemsize
+        assert over is None or self.row_bytes <= over.stride
+        self.stride: int = self.row_bytes if over is None else over.stride
+        self.fd: int = over.fd if over is not None else -1 if scratch.folder is None else scratch.open()
+        self.over = over
+        self.stored_bytes: int = 0 if over is None else over.stored_bytes
+        self._scales: list[float] = []  # of each row
+
+    def append(self, x: Tensor) -> None:
+        """x: (1, channels, n, width) fp32. Raises NumericalError for NaN and Inf, StorageError."""
+        n = x.shape[2]
+        grown = max(0, (self.count + n) * self.stride - self.stored_bytes)
+        self.scratch.grow(grown)
+        self.scratch.written_bytes += n * self.row_bytes
+        self.stored_bytes += grown
+        self.count += n
+        stored = x.new_empty(n, self.channels, self.width, dtype=self.scratch.dtype)
+        if x.is_meta:
+            return
+        low, high = torch.aminmax(x)
+        largest = float(torch.maximum(-low, high))
+        if not math.isfinite(largest):
+            raise NumericalError(
+                f"NaN or Inf in the autoencoder, row {self.count - n} of {self.channels} channels; the VAE's weights may be damaged"
+            )
+        fits = self.scratch.dtype != torch.float16 or largest <= FP16_ROOM
+        scale = 1.0 if fits else 2.0 ** math.ceil(math.log2(largest / FP16_ROOM))
+        self._scales += [scale] * n
+        stored.copy_(x[0].transpose(0, 1) if scale == 1 else x[0].transpose(0, 1) / scale)
+        data = stored.view(n, -1).view(torch.uint8).numpy()
+        try:
+            for i in range(n):
+                at, row = (self.count - n + i) * self.stride, memoryview(data[i])
+                while len(row):
+                    done = os.pwrite(self.fd, row, at)
+                    at, row = at + done, row[done:]
+        except OSError as error:
+            raise StorageError(
+                f"{self.scratch.folder}: writing scratch data failed ({error.strerror}); free some space, or give another "
+                "folder with --scratch"
+            ) from error
+
+    def read(self, first: int, last: int) -> Tensor:
+        """Rows [first, last) as (1, channels, n, width) fp32."""
+        n = last - first
+        if self.scratch.folder is None:
+            stored = torch.empty(n, self.channels, self.width, dtype=self.scratch.dtype, device="meta")
+            return stored.new_empty(1, self.channels, n, self.width, dtype=torch.float32)
+        stored = torch.empty(n, self.channels, self.width, dtype=self.scratch.dtype)
+        data = stored.view(n, -1).view(torch.uint8).numpy()
+        try:
+            for i in range(n):
+                at, row = (first + i) * self.stride, memoryview(data[i])
+                while len(row):
+                    done = os.preadv(self.fd, [row], at)
+                    if not done:
+                        raise OSError(0, "the file ends early")
+                    at, row = at + done, row[done:]
+        except OSError as error:
+            raise StorageError(f"{self.scratch.folder}: reading scratch data failed ({error.strerror})") from error
+        out = torch.empty(1, self.channels, n, self.width).copy_(stored.transpose(0, 1))
+        scales = self._scales[first:last]
+        return out if max(scales) == 1 else out.mul_(torch.tensor(scales).view(-1, 1))
+
+    def strips(self, nbytes: int = STRIP_BYTES) -> Iterator[Tensor]:
+        """All rows, a few at a time: about `nbytes` of fp32 each."""
+        step = max(1, nbytes // (4 * self.channels * self.width))
+        for first in range(0, self.count, step):
+            yield self.read(first, min(first + step, self.count))
+
+    def close(self) -> None:
+        """Give the space back. Not before the rows that took its place are closed."""
+        if self.fd >= 0:
+            os.close(self.fd)
+        self.fd = -1
+        self.scratch.grow(-self.stored_bytes)
