@@ -78,8 +78,9 @@ def render(request: RenderRequest, budget: Budget | None = None, on_event: OnEve
             latents = work.canvas_pass(conditions, reference)
             if request.save_latents is not None:
                 save_latents(request.save_latents, latents)
-            pixels = work.decode(latents)
-        write_png(request.output, pixels[: request.height, : request.width], work.texts())
+            with write_png(request.output, request.width, request.height, work.texts()) as png:
+                for rows in work.decode(latents):
+                    png.write(rows)
     return Result(output=request.output, report=work.report())
 
 
@@ -128,15 +129,14 @@ class _Work:
         ):
             if guide_latents is not None:
                 assert self.plan.guide is not None
-                picture = Image.fromarray(
-                    self._decode_strips(self.plan.methods["guide decoded"], vae, streamer, guide_latents, "guide picture")
-                )
+                how = self.plan.methods["guide decoded"]
+                strips = list(self._decode_strips(how, vae, streamer, guide_latents, "guide picture"))
+                picture = Image.fromarray(np.concatenate(strips))
                 box: tuple[float, float] | None = (8 * self.plan.guide.shown_height, 8 * self.plan.guide.shown_width)
             else:
                 assert self.request.guide_image is not None
                 picture, box = guide.load_picture(self.request.guide_image), None
             how, pixels = self.plan.methods["guide picture"], guide.fit(picture, height, width, box)
-            self._note(f"encoding the guide ({how.name}: {how.why})")
             mean = method.encode(
                 how, vae, streamer, pixels, lambda h, w: guide.fit(picture, h, w, box),
                 check=at_layer(self.budget), progress=self._percent("guide picture"),
@@ -149,14 +149,15 @@ class _Work:
         with self._phase("canvas", plan.steps * plan.samples_per_step):
             return self._sample("canvas", list(plan.regions), conditions, reference, plan.begin, plan.batch)
 
-    def decode(self, latents: Tensor) -> np.ndarray:
-        """The picture, (H, W, 3) uint8."""
-        vae = families.build_vae(self.family)
+    def decode(self, latents: Tensor) -> Iterator[np.ndarray]:
+        """The picture's rows, (n, W, 3) uint8, top first."""
+        vae, how = families.build_vae(self.family), self.plan.methods["decode"]
+        self._note(f"decoder: {how}")
         with (
             self._phase("decode", 100),
             self._streamed(vae, "vae", families.vae_names, self.plan.resident["decode"]) as streamer,
         ):
-            return self._decode_strips(self.plan.methods["decode"], vae, streamer, latents, "decode")
+            yield from self._decode_strips(how, vae, streamer, latents, "decode")
 
     def _sample(
         self,
@@ -201,9 +202,10 @@ class _Work:
             self.unet_bytes_read += streamer.store.bytes_read
         return latents
 
-    def _decode_strips(self, how: Method, vae: Any, streamer: Streamer, latents: Tensor, phase: str) -> np.ndarray:
+    def _decode_strips(
+        self, how: Method, vae: Any, streamer: Streamer, latents: Tensor, phase: str
+    ) -> Iterator[np.ndarray]:
         unscaled = latents / self.family.scaling_factor + self.family.shift_factor
-        self._note(f"decoding {8 * latents.shape[3]}×{8 * latents.shape[2]} ({how.name}: {how.why})")
         return decode_pixels(how, vae, streamer, unscaled, self.budget, self._percent(phase))
 
     def _percent(self, phase: str) -> Callable[[float], None]:
@@ -273,12 +275,13 @@ def decode_file(
         plan.check()
         vae = families.build_vae(family)
         on_event(events.PhaseStarted(name="decode", total=100))
-        on_event(events.Note(text=f"decoding ({how.name}: {how.why})"))
+        on_event(events.Note(text=f"decoder: {how}"))
         with budget.phase("decode") as use, streamed(vae, family, "vae", families.vae_names) as streamer:
             unscaled = latents.float() / family.scaling_factor + family.shift_factor
-            pixels = decode_pixels(how, vae, streamer, unscaled, budget, percent(on_event, "decode"))
+            with write_png(output, 8 * latents.shape[3], 8 * latents.shape[2], {}) as png:
+                for rows in decode_pixels(how, vae, streamer, unscaled, budget, percent(on_event, "decode")):
+                    png.write(rows)
         on_event(events.PhaseDone(name="decode", seconds=use.seconds, peak_rss_bytes=use.peak_rss_bytes))
-        write_png(output, pixels, {})
     return Result(output=output, report=report(budget, plan.peak_bytes) | {"decode": how.name})
 
 
@@ -324,17 +327,14 @@ def percent(on_event: OnEvent, phase: str) -> Callable[[float], None]:
 
 def decode_pixels(
     how: Method, vae: Any, streamer: Streamer, unscaled: Tensor, budget: Budget, progress: Callable[[float], None]
-) -> np.ndarray:
-    """Decode (1, C, h, w) fp32 latents into (8h, 8w, 3) uint8. Raises NumericalError rather than give a black picture."""
-    height, width = unscaled.shape[2:]
-    pixels = np.empty((8 * height, 8 * width, 3), np.uint8)
+) -> Iterator[np.ndarray]:
+    """Decode (1, C, h, w) fp32 latents into rows (n, 8w, 3) uint8. Raises NumericalError rather than give a black picture."""
     row = 0
     for strip in method.decode(how, vae, streamer, unscaled, check=at_layer(budget), progress=progress):
         if not math.isfinite(float(strip.sum())):
             raise NumericalError(f"NaN or Inf in the decoder at row {row}; the VAE's weights may be damaged")
-        pixels[row : row + strip.shape[1]] = to_uint8(strip)
+        yield to_uint8(strip)
         row += strip.shape[1]
-    return pixels
 
 
 @contextmanager

@@ -33,9 +33,9 @@ from tiler.weights.stream import StreamedLayer, Streamer, stream_layers, streame
 
 MAX_BATCH = 16
 WORK = "activations, weights in use"
-HEAP_SLACK = 0.14  # measured: freed blocks between live ones, as a share of a UNet's activations and resident weights
+HEAP_SLACK = 0.18  # measured: freed blocks between live ones, as a share of a UNet's activations and resident weights
 RESIDENT_MARGIN = 0.95  # of the ceiling: weights that merely save reading leave more room than the batch does
-LIBRARIES_BYTES = 60_000_000  # measured: oneDNN and MKL code and their compiled kernels, touched at first use
+LIBRARIES_BYTES = 46_000_000  # measured: oneDNN and MKL code and their compiled kernels, touched at first use
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,7 +276,8 @@ class _Autoencoder:
         self.terms = [*fixed, *_weights_terms(self.module, family.checkpoint.weights("vae"))]
 
     def phase(self, name: str, latents: tuple[int, int], method: Method) -> PhasePlan:
-        """Decoding or encoding latents of (height, width), with the picture as uint8 beside it."""
+        """Decoding or encoding latents of (height, width). A picture to be encoded is in memory as uint8; a decoded one is
+        written as it comes."""
         work = Term(name=WORK, nbytes=method.memory_bytes)
         picture = Term(name="picture", nbytes=3 * 64 * latents[0] * latents[1])
-        return PhasePlan(name=name, terms=(*self.terms, work, picture))
+        return PhasePlan(name=name, terms=(*self.terms, work, picture) if method.encoding else (*self.terms, work))

@@ -73,9 +73,7 @@ def command(
             f"the weights, {planned.unet_calls} reads, {planned.unet_samples} UNet samples\n"
         )
         typer.echo(memory.table())
-        how = planned.methods["decode"]
-        disk = f"; {how.scratch_bytes / 1e6:,.0f} MB of scratch in {how.folder}" if how.exact else ""
-        typer.echo(f"\ndecoder: {how.name} ({how.why}{disk})")
+        typer.echo(f"\ndecoder: {planned.methods['decode']}")
         typer.echo(
             f"predicted peak {format_mb(memory.peak_bytes)}, ceiling {format_mb(memory.max_bytes)}, smallest ceiling {memory.smallest_text}"
         )

@@ -32,12 +32,17 @@ class Method:
     disk at once, `written_bytes` to disk in all."""
 
     exact: bool
+    encoding: bool
     why: str
     memory_bytes: int
     folder: Path
     dtype: ScratchDtype
     scratch_bytes: int = 0
     written_bytes: int = 0
+
+    def __str__(self) -> str:
+        disk = f"; {self.scratch_bytes / 1e6:,.0f} MB of scratch in {self.folder}" if self.exact else ""
+        return f"{self.name} ({self.why}{disk})"
 
     @property
     def name(self) -> str:
@@ -63,7 +68,9 @@ def choose(
     def take_frozen(why: str) -> Method:
         with MetaMeter() as meter, torch.no_grad():
             frozen.rehearse(vae, latents, encoding=encoding)
-        return Method(exact=False, why=why, memory_bytes=meter.peak_bytes, folder=folder, dtype=dtype)
+        return Method(
+            exact=False, encoding=encoding, why=why, memory_bytes=meter.peak_bytes, folder=folder, dtype=dtype
+        )
 
     tokens = latents[0] * latents[1]
     if wanted is Decode.FROZEN:
@@ -73,7 +80,7 @@ def choose(
     with MetaMeter() as meter, torch.no_grad():
         scratch = exact.rehearse(vae, latents, DTYPES[dtype], streamer.hold, encoding=encoding, meter=meter)
     method = Method(
-        exact=True, why="as asked" if wanted is Decode.EXACT else "there is room", memory_bytes=meter.peak_bytes, folder=folder, dtype=dtype,
+        exact=True, encoding=encoding, why="as asked" if wanted is Decode.EXACT else "there is room", memory_bytes=meter.peak_bytes, folder=folder, dtype=dtype,
         scratch_bytes=scratch.peak_bytes, written_bytes=scratch.written_bytes,
     )  # fmt: skip
     free = free_bytes(folder)

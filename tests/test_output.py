@@ -1,0 +1,58 @@
+"""The PNG writer, read back by Pillow."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tiler.errors import StorageError
+from tiler.output.png import write_png
+
+
+def pictures() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    ramp = np.linspace(0, 255, 61 * 83).reshape(61, 83, 1)
+    return {
+        "noise": rng.integers(0, 256, (61, 83, 3), dtype=np.uint8),
+        "ramp": np.broadcast_to(ramp, (61, 83, 3)).astype(np.uint8),
+        "flat": np.full((61, 83, 3), 200, np.uint8),
+        "diagonal": ((np.indices((61, 83)).sum(0) % 256)[..., None] * np.array([1, 2, 3])).astype(np.uint8),
+    }
+
+
+@pytest.mark.parametrize("kind", ["noise", "ramp", "flat", "diagonal"])
+@pytest.mark.parametrize("step", [1, 7, 61])
+def test_pixels_texts_and_profile_survive(tmp_path: Path, kind: str, step: int) -> None:
+    pixels, path = pictures()[kind], tmp_path / "x.png"
+    wide = np.pad(pixels, ((0, 3), (0, 5), (0, 0)), mode="edge")  # what is beyond the picture is cut off
+    with write_png(path, 83, 61, {"parameters": "a boat, ünïcode 🙂\nSteps: 2", "other": "{}"}) as png:
+        for first in range(0, 64, step):
+            png.write(wide[first : first + step])
+    image = Image.open(path)
+    assert image.info["parameters"] == "a boat, ünïcode 🙂\nSteps: 2"
+    assert image.info["icc_profile"]
+    assert np.array_equal(np.asarray(image), pixels)
+    Image.open(path).verify()  # checksums
+
+
+def test_files_are_about_as_small_as_pillows(tmp_path: Path) -> None:
+    y, x = np.mgrid[0:256, 0:256]
+    smooth = np.stack([128 + 100 * np.sin(x / 40 + k) * np.cos(y / 60) for k in range(3)], axis=-1).astype(np.uint8)
+    with write_png(tmp_path / "ours.png", 256, 256, {}) as png:
+        png.write(smooth)
+    Image.fromarray(smooth).save(tmp_path / "pillow.png")
+    assert (tmp_path / "ours.png").stat().st_size <= 1.1 * (tmp_path / "pillow.png").stat().st_size
+
+
+def test_a_failure_leaves_no_file(tmp_path: Path) -> None:
+    def fail() -> None:
+        with write_png(tmp_path / "x.png", 8, 8, {}) as png:
+            png.write(np.zeros((4, 8, 3), np.uint8))
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(StorageError, match="No space left"):
+        fail()
+    assert list(tmp_path.iterdir()) == []
