@@ -181,6 +181,7 @@ class _Work:
             return latents
         unet = families.build_unet(self.family)
         with self._streamed(unet, "unet", families.plain_names, self.plan.resident[phase]) as streamer:
+            streamer.between = self.budget.relieve
 
             def predict(inputs: list[Tensor], timestep: Tensor, embeds: list[Tensor]) -> Tensor:
                 self.unet_calls += 1

@@ -24,6 +24,7 @@ from tiler.errors import BudgetExceeded, UsageError
 from tiler.memory import process
 
 _UNITS = {"": 1, "B": 1, "K": 10**3, "KB": 10**3, "KIB": 2**10, "M": 10**6, "MB": 10**6, "MIB": 2**20, "G": 10**9, "GB": 10**9, "GIB": 2**30}  # fmt: skip
+_NEAR = 0.88  # of the ceiling: give back what was freed
 _ALMOST = 0.92  # of the ceiling: collect and trim before going on
 _SAMPLE_SECONDS = 0.05
 
@@ -102,6 +103,11 @@ class Budget:
     def rss_bytes(self) -> int:
         """RSS now, children included as last sampled."""
         return int(self._process.memory_info().rss) + self._children
+
+    def relieve(self) -> None:
+        """Give freed memory back to the system when the ceiling is not far."""
+        if self.rss_bytes >= _NEAR * self.max_bytes:
+            process.release_heap()
 
     def check(self, where: str) -> None:
         """Compare the RSS now (14 µs) with the ceiling. Near it, collect and trim; at it, raise BudgetExceeded."""

@@ -24,7 +24,7 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from tiler.errors import ModelError
 from tiler.weights.index import TensorInfo
@@ -58,12 +58,14 @@ class Arena:
 class Streamer:
     """The weights of one module tree: what is held in the arena now, what stays, and what is fetched.
 
-    With `store=None` nothing is loaded: for planning on meta tensors.
+    With `store=None` nothing is loaded: for planning on meta tensors. `between` is called between two samples under one
+    held unit: what one freed need not stay while the next one runs.
     """
 
     def __init__(self, store: WeightStore | None, *, arena_bytes: int = ARENA_BYTES) -> None:
         self.store = store
         self.arena_bytes = arena_bytes
+        self.between: Callable[[], None] = lambda: None
         self.held: dict[str, Tensor] = {}
         self.holding = False
         self._arena = Arena(0 if store is None else arena_bytes)
@@ -140,6 +142,7 @@ class Streamer:
                     results.append(torch.empty_like(results[0]))  # planning: the last sample's transients are the peak
                 else:
                     results.append(_first(module(*call, **shared)))
+                    self.between()
                 before = call if calls and calls[0][0] is call[0] else ()
                 del call
             return results
@@ -155,9 +158,13 @@ class Streamer:
             return value[i : i + 1] if isinstance(value, Tensor) and value.ndim and len(value) == batch else value
 
         with self.hold(module):
-            results = [
-                forward(*(cut(i, a) for a in args), **{k: cut(i, v) for k, v in kwargs.items()}) for i in range(batch)
-            ]
+            results: list[object] = []
+            for i in range(batch):
+                if self.store is None and 0 < i < batch - 1:  # planning: the last sample's transients are the peak
+                    results.append(tree_map(torch.empty_like, results[0]))
+                else:
+                    results.append(forward(*(cut(i, a) for a in args), **{k: cut(i, v) for k, v in kwargs.items()}))
+                    self.between()
         leaves = [tree_flatten(result) for result in results]
         joined = [
             torch.cat(column) if isinstance(column[0], Tensor) else column[0]
