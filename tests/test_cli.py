@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -56,6 +57,33 @@ def test_render_plan_and_decode(tiler, tiny: Path, tmp_path: Path) -> None:
     assert Image.open(tmp_path / "a.png").tobytes() == Image.open(tmp_path / "b.png").tobytes()
 
 
+def test_a_sheet_of_paper_is_rendered_to_the_pixel(tiler, tiny: Path, tmp_path: Path) -> None:
+    sheet = ("--paper", "100x70mm", "--bleed", "2mm", "--dpi", 40)
+    ran = tiler("render", "x", "--model", tiny, *sheet, "--steps", 1, "-o", "x.png")
+    assert ran.code == 0, ran.err
+    image = Image.open(tmp_path / "x.png")
+    assert image.size == (164, 117)
+    assert image.info["dpi"] == pytest.approx((40, 40), abs=0.02)
+    assert tiler("plan", "--model", tiny, "--paper", "A5", "--json").json["canvas"] == "1752×2480"
+
+
+def test_decode_exactly_through_a_scratch_folder(tiler, tiny: Path, tmp_path: Path) -> None:
+    common = ("--model", tiny, "--size", 320, "--steps", 1, "--no-guide", "--seed", 1)
+    ran = tiler("render", "x", *common, "-o", "a.png", "--save-latents", "z.safetensors")
+    assert "decoder: exact (there is room" in ran.err
+    (tmp_path / "s").mkdir()
+    for mode, dtype in (("exact", "fp32"), ("exact", "fp16"), ("frozen", "fp16")):
+        options = ("--decode", mode, "--scratch", "s", "--scratch-dtype", dtype)
+        assert tiler("decode", "z.safetensors", "--model", tiny, *options, "-o", f"{mode}-{dtype}.png").code == 0
+    a, b, c = (np.asarray(Image.open(tmp_path / f"{n}.png"), int) for n in ("a", "exact-fp32", "frozen-fp16"))
+    assert abs(a - b).max() <= 2
+    assert abs(c - b).max() > abs(a - b).max()
+    assert list((tmp_path / "s").iterdir()) == []
+    ran = tiler("decode", "z.safetensors", "--model", tiny, "--decode", "exact", "--scratch", "none", "-o", "n.png")
+    assert ran.code == 6
+    assert "--scratch" in ran.err
+
+
 def test_json_is_one_object_on_stdout_and_quiet_is_quiet(tiler, tiny: Path) -> None:
     ran = tiler("render", "x", "--model", tiny, "--size", 64, "--steps", 1, "--json", "--quiet")
     assert ran.json["output"] == "tiler.png"
@@ -81,6 +109,7 @@ BAD_OPTIONS = [
     (["--overlap", "7"], "overlap"), (["--scheduler", "heun"], "unknown scheduler"), (["--mask", "square"], "mask"), (["--max-ram", "lots"], "800MB"),
     (["--threads", "0"], "threads"), (["--guide", "none.png"], "none.png"), (["--guide", "none.png", "--no-guide"], "exclude"),
     (["-o", "no/such/folder/x.png"], "does not exist"), (["-o", "."], "is a folder"), (["--regions", "none.toml"], "none.toml"), (["--nonsense"], "nonsense"),
+    (["--paper", "A2"], "exclude each other"), (["--bleed", "3mm"], "belong to a --paper"), (["--dpi", "0"], "dpi = 0"), (["--decode", "best"], "decode"),
 ]  # fmt: skip
 
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tiler.errors import StorageError
+from tiler.errors import StorageError, UsageError
+from tiler.output.paper import sheet_pixels
 from tiler.output.png import write_png
 
 
@@ -56,3 +57,32 @@ def test_a_failure_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="No space left"):
         fail()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("paper", "dpi", "landscape", "bleed", "want"),
+    [
+        ("A2", 300, False, "0mm", (4961, 7016)),
+        ("a4", 150, True, "0mm", (1754, 1240)),
+        ("B1", 100, False, "0mm", (2783, 3937)),
+        ("letter", 100, False, "0.125in", (875, 1125)),
+        ("60x40cm", 254, False, "3mm", (6060, 4060)),
+        ("24x36in", 100, True, "0cm", (3600, 2400)),
+    ],
+)
+def test_sheets_in_pixels(paper: str, dpi: float, landscape: bool, bleed: str, want: tuple[int, int]) -> None:
+    assert sheet_pixels(paper, dpi, landscape=landscape, bleed=bleed) == want
+
+
+@pytest.mark.parametrize(
+    ("paper", "bleed"), [("A11", "0mm"), ("postcard", "0mm"), ("0x4cm", "0mm"), ("A4", "3"), ("A4", "9cm")]
+)
+def test_papers_that_are_none(paper: str, bleed: str) -> None:
+    with pytest.raises(UsageError):
+        sheet_pixels(paper, 300, bleed=bleed)
+
+
+def test_resolution_is_in_the_file(tmp_path: Path) -> None:
+    with write_png(tmp_path / "x.png", 8, 8, {}, 300) as png:
+        png.write(np.zeros((8, 8, 3), np.uint8))
+    assert Image.open(tmp_path / "x.png").info["dpi"] == pytest.approx((300, 300), abs=0.01)

@@ -78,7 +78,7 @@ def render(request: RenderRequest, budget: Budget | None = None, on_event: OnEve
             latents = work.canvas_pass(conditions, reference)
             if request.save_latents is not None:
                 save_latents(request.save_latents, latents)
-            with write_png(request.output, request.width, request.height, work.texts()) as png:
+            with write_png(request.output, request.width, request.height, work.texts(), request.dpi) as png:
                 for rows in work.decode(latents):
                     png.write(rows)
     return Result(output=request.output, report=work.report())

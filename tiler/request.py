@@ -109,7 +109,7 @@ class RenderRequest:
 
     `prompt` may be None when `regions` cover the canvas. `strength` is img2img's denoising strength: the share of the
     schedule that the canvas denoises after the guide. `overlap` None is a quarter of a tile, `scratch` None
-    the folder of `output`. Raises UsageError.
+    the folder of `output`, `dpi` what the file says of its resolution. Raises UsageError.
     """
 
     prompt: str | None
@@ -119,6 +119,7 @@ class RenderRequest:
     revision: str | None = None
     width: int = 2048
     height: int = 2048
+    dpi: float | None = None
     negative_prompt: str = ""
     num_inference_steps: int = 20
     guidance_scale: float = 7.5

@@ -6,7 +6,7 @@ import json
 import os
 import secrets
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
@@ -32,6 +32,19 @@ Width = Annotated[
 Height = Annotated[
     int | None, typer.Option("--height", "-H", help="Height in pixels; overrides --size.", show_default=False)
 ]
+Paper = Annotated[
+    str | None,
+    typer.Option(
+        help="Render for a sheet: A0–A10, B0–B10, letter, legal, tabloid, or 60x40cm; the size follows from --dpi.",
+        show_default=False,
+    ),
+]
+Landscape = Annotated[bool, typer.Option("--landscape", help="Lay the sheet on its long side.")]
+Dpi = Annotated[
+    float | None,
+    typer.Option(help="Pixels an inch, kept in the file.  [default: 300 with --paper]", show_default=False),
+]
+Bleed = Annotated[str, typer.Option(help="Picture beyond each edge of the sheet, to be cut off; like 3mm.")]
 Negative = Annotated[str, typer.Option("--negative-prompt", "-n", help="What not to draw.")]
 Steps = Annotated[int, typer.Option("--steps", help="Sampling steps, 1–1000.")]
 Guidance = Annotated[
@@ -107,14 +120,44 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress; errors 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 
 
+class Sheet(NamedTuple):
+    """What the options of size and paper say together."""
+
+    width: int
+    height: int
+    dpi: float | None
+
+
+def sheet_from(
+    size: int | None,
+    width: int | None,
+    height: int | None,
+    paper: str | None,
+    landscape: bool,
+    dpi: float | None,
+    bleed: str,
+) -> Sheet:
+    """Raises UsageError when they contradict each other."""
+    from tiler.output.paper import parse_length, sheet_pixels
+
+    if dpi is not None and not 1 <= dpi <= 10_000:
+        raise UsageError(f"dpi = {dpi:g} is out of range: 1–10000")
+    if paper is None:
+        if landscape or parse_length(bleed):
+            raise UsageError("--landscape and --bleed belong to a --paper; give one, like --paper A2")
+        side = 2048 if size is None else size
+        return Sheet(side if width is None else width, side if height is None else height, dpi)
+    if any(side is not None for side in (size, width, height)):
+        raise UsageError("--paper and --size, --width or --height exclude each other; give one of them")
+    return Sheet(*sheet_pixels(paper, dpi or 300, landscape=landscape, bleed=bleed), dpi or 300)
+
+
 def request_from(
-    prompt: str | None, output: Path, model: str, variant: str | None, revision: str | None, size: int | None, width: int | None,
-    height: int | None, negative_prompt: str, steps: int, guidance_scale: float, seed: int, strength: float, scheduler: str,
+    prompt: str | None, output: Path, model: str, variant: str | None, revision: str | None, sheet: Sheet, negative_prompt: str, steps: int, guidance_scale: float, seed: int, strength: float, scheduler: str,
     guide: Path | None, no_guide: bool, overlap: int | None, mask: Mask, regions: Path | None,
     decode: Decode, scratch: Path | None, scratch_dtype: ScratchDtype, save_latents: Path | None, force: bool,
 ) -> RenderRequest:  # fmt: skip
     """The request of a command line. Raises UsageError."""
-    side = 2048 if size is None else size
     tables: tuple[Region, ...] = ()
     if regions is not None:
         file_prompt, tables = read_regions(regions)
@@ -123,7 +166,7 @@ def request_from(
         raise UsageError(f"seed = {seed} is out of range: 0–{2**63 - 1}, or -1 for a random one")
     return RenderRequest(
         prompt=prompt, output=output, model=model, variant=variant, revision=revision,
-        width=side if width is None else width, height=side if height is None else height, negative_prompt=negative_prompt,
+        width=sheet.width, height=sheet.height, dpi=sheet.dpi, negative_prompt=negative_prompt,
         num_inference_steps=steps, guidance_scale=guidance_scale, seed=secrets.randbelow(2**32) if seed == -1 else seed,
         strength=strength, scheduler=parse_scheduler(scheduler), guide=not no_guide, guide_image=guide, overlap=overlap,
         mask=mask, regions=tables, decode=decode, scratch=scratch, scratch_dtype=scratch_dtype, save_latents=save_latents, force=force,

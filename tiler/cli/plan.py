@@ -21,6 +21,10 @@ def command(
     size: o.Size = None,
     width: o.Width = None,
     height: o.Height = None,
+    paper: o.Paper = None,
+    landscape: o.Landscape = False,
+    dpi: o.Dpi = None,
+    bleed: o.Bleed = "0mm",
     negative_prompt: o.Negative = "",
     steps: o.Steps = 20,
     guidance_scale: o.Guidance = 7.5,
@@ -44,8 +48,9 @@ def command(
     json_output: o.Json = False,
 ) -> None:
     """Show the phases, their predicted peaks and the work of a render, without running it. Takes render's options."""
+    sheet = o.sheet_from(size, width, height, paper, landscape, dpi, bleed)
     request = o.request_from(
-        "" if prompt is None and regions is None else prompt, output, model, variant, revision, size, width, height, negative_prompt,
+        "" if prompt is None and regions is None else prompt, output, model, variant, revision, sheet, negative_prompt,
         steps, guidance_scale, seed, strength, scheduler, guide, no_guide, overlap, mask, regions, decode, scratch, scratch_dtype, save_latents, force,
     )  # fmt: skip
     budget = Budget(max_ram)

@@ -22,6 +22,10 @@ def command(
     size: o.Size = None,
     width: o.Width = None,
     height: o.Height = None,
+    paper: o.Paper = None,
+    landscape: o.Landscape = False,
+    dpi: o.Dpi = None,
+    bleed: o.Bleed = "0mm",
     negative_prompt: o.Negative = "",
     steps: o.Steps = 20,
     guidance_scale: o.Guidance = 7.5,
@@ -46,10 +50,11 @@ def command(
 ) -> None:
     """Render a picture of any size under a memory ceiling.
 
-    A low-resolution pass makes a guide; the canvas is then denoised tile by tile under it, and decoded row by row.
+    A low-resolution pass makes a guide; the canvas is then denoised tile by tile under it, and decoded without tiles.
     """
+    sheet = o.sheet_from(size, width, height, paper, landscape, dpi, bleed)
     request = o.request_from(
-        prompt, output, model, variant, revision, size, width, height, negative_prompt, steps, guidance_scale, seed, strength,
+        prompt, output, model, variant, revision, sheet, negative_prompt, steps, guidance_scale, seed, strength,
         scheduler, guide, no_guide, overlap, mask, regions, decode, scratch, scratch_dtype, save_latents, force,
     )  # fmt: skip
     from tiler.output.files import check_writable

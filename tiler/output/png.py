@@ -42,7 +42,9 @@ class PngWriter:
     `texts` become iTXt chunks before the pixels; sRGB is declared by its ICC profile.
     """
 
-    def __init__(self, file: BinaryIO, width: int, height: int, texts: Mapping[str, str]) -> None:
+    def __init__(
+        self, file: BinaryIO, width: int, height: int, texts: Mapping[str, str], dpi: float | None = None
+    ) -> None:
         from PIL import ImageCms
 
         self.width, self.height, self.row = width, height, 0
@@ -52,6 +54,8 @@ class PngWriter:
         self._chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
         profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
         self._chunk(b"iCCP", b"sRGB\0\0" + zlib.compress(profile))
+        if dpi is not None:
+            self._chunk(b"pHYs", struct.pack(">IIB", round(dpi / 0.0254), round(dpi / 0.0254), 1))  # pixels a metre
         for key, text in texts.items():
             self._chunk(b"iTXt", key.encode("latin-1") + b"\0\0\0\0\0" + text.encode())
 
@@ -96,9 +100,11 @@ def _filtered(rows: np.ndarray, above: np.ndarray) -> np.ndarray:
 
 
 @contextmanager
-def write_png(path: Path, width: int, height: int, texts: Mapping[str, str]) -> Iterator[PngWriter]:
+def write_png(
+    path: Path, width: int, height: int, texts: Mapping[str, str], dpi: float | None = None
+) -> Iterator[PngWriter]:
     """A writer whose file takes its name when the block ends well. Raises StorageError."""
     with atomic(path) as file:
-        writer = PngWriter(file, width, height, texts)
+        writer = PngWriter(file, width, height, texts, dpi)
         yield writer
         writer.close()
