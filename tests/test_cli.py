@@ -108,7 +108,7 @@ BAD_OPTIONS = [
     (["--cfg-scale", "-1"], "guidance-scale"), (["--strength", "1.5"], "strength = 1.5"), (["--seed", "-2"], "seed"), (["--overlap", "64"], "overlap"),
     (["--overlap", "7"], "overlap"), (["--scheduler", "heun"], "unknown scheduler"), (["--mask", "square"], "mask"), (["--max-ram", "lots"], "800MB"),
     (["--threads", "0"], "threads"), (["--guide", "none.png"], "none.png"), (["--guide", "none.png", "--no-guide"], "exclude"),
-    (["-o", "no/such/folder/x.png"], "does not exist"), (["-o", "."], "is a folder"), (["--regions", "none.toml"], "none.toml"), (["--nonsense"], "nonsense"),
+    (["-o", "no/such/folder/x.png"], "does not exist"), (["-o", "."], "is a folder"), (["-o", "x.jpg"], ".png"), (["--regions", "none.toml"], "none.toml"), (["--nonsense"], "nonsense"),
     (["--paper", "A2"], "exclude each other"), (["--bleed", "3mm"], "belong to a --paper"), (["--dpi", "0"], "dpi = 0"), (["--decode", "best"], "decode"),
 ]  # fmt: skip
 

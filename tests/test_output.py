@@ -1,7 +1,10 @@
-"""The PNG writer, read back by Pillow."""
+"""The writers, read back by Pillow."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +13,7 @@ from PIL import Image
 
 from tiler.errors import StorageError, UsageError
 from tiler.output.paper import sheet_pixels
-from tiler.output.png import write_png
+from tiler.output.picture import write_picture
 
 
 def pictures() -> dict[str, np.ndarray]:
@@ -29,9 +32,8 @@ def pictures() -> dict[str, np.ndarray]:
 def test_pixels_texts_and_profile_survive(tmp_path: Path, kind: str, step: int) -> None:
     pixels, path = pictures()[kind], tmp_path / "x.png"
     wide = np.pad(pixels, ((0, 3), (0, 5), (0, 0)), mode="edge")  # what is beyond the picture is cut off
-    with write_png(path, 83, 61, {"parameters": "a boat, ünïcode 🙂\nSteps: 2", "other": "{}"}) as png:
-        for first in range(0, 64, step):
-            png.write(wide[first : first + step])
+    strips = (wide[first : first + step] for first in range(0, 64, step))
+    write_picture(path, strips, 83, 61, {"parameters": "a boat, ünïcode 🙂\nSteps: 2", "other": "{}"})
     image = Image.open(path)
     assert image.info["parameters"] == "a boat, ünïcode 🙂\nSteps: 2"
     assert image.info["icc_profile"]
@@ -42,20 +44,19 @@ def test_pixels_texts_and_profile_survive(tmp_path: Path, kind: str, step: int) 
 def test_files_are_about_as_small_as_pillows(tmp_path: Path) -> None:
     y, x = np.mgrid[0:256, 0:256]
     smooth = np.stack([128 + 100 * np.sin(x / 40 + k) * np.cos(y / 60) for k in range(3)], axis=-1).astype(np.uint8)
-    with write_png(tmp_path / "ours.png", 256, 256, {}) as png:
-        png.write(smooth)
+    write_picture(tmp_path / "ours.png", [smooth], 256, 256, {})
     Image.fromarray(smooth).save(tmp_path / "pillow.png")
     assert (tmp_path / "ours.png").stat().st_size <= 1.1 * (tmp_path / "pillow.png").stat().st_size
 
 
 def test_a_failure_leaves_no_file(tmp_path: Path) -> None:
-    def fail() -> None:
-        with write_png(tmp_path / "x.png", 8, 8, {}) as png:
-            png.write(np.zeros((4, 8, 3), np.uint8))
-            raise OSError(28, "No space left on device")
+    def rows() -> Iterator[np.ndarray]:
+        yield np.zeros((4, 8, 3), np.uint8)
+        raise OSError(28, "No space left on device")
 
-    with pytest.raises(StorageError, match="No space left"):
-        fail()
+    for name in ("x.png", "x.tif"):
+        with pytest.raises(StorageError, match="No space left"):
+            write_picture(tmp_path / name, rows(), 8, 8, {})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -83,6 +84,40 @@ def test_papers_that_are_none(paper: str, bleed: str) -> None:
 
 
 def test_resolution_is_in_the_file(tmp_path: Path) -> None:
-    with write_png(tmp_path / "x.png", 8, 8, {}, 300) as png:
-        png.write(np.zeros((8, 8, 3), np.uint8))
-    assert Image.open(tmp_path / "x.png").info["dpi"] == pytest.approx((300, 300), abs=0.01)
+    for name in ("x.png", "x.tiff"):
+        write_picture(tmp_path / name, [np.zeros((8, 8, 3), np.uint8)], 8, 8, {}, 300)
+        assert Image.open(tmp_path / name).info["dpi"] == pytest.approx((300, 300), abs=0.01)
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (256, 512), (300, 700), (513, 255)])
+def test_tiff_is_tiled_and_complete(tmp_path: Path, height: int, width: int) -> None:
+    pixels = np.random.default_rng(1).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    strips = (pixels[first : first + 37] for first in range(0, height, 37))
+    write_picture(tmp_path / "x.tif", strips, width, height, {"parameters": "ünïcode\nSteps: 2"})
+    image = Image.open(tmp_path / "x.tif")
+    assert np.array_equal(np.asarray(image), pixels)
+    assert image.tag_v2[322] == image.tag_v2[323] == 256  # type: ignore[attr-defined]
+    assert image.info["icc_profile"]
+    assert b"Steps: 2" in (tmp_path / "x.tif").read_bytes()
+
+
+def test_memory_does_not_grow_with_the_picture() -> None:
+    """13,000×18,000 from a synthetic source, PNG and TIFF: the writers hold rows, not pictures."""
+    code = """
+import sys, tempfile
+from pathlib import Path
+import numpy as np
+from tiler.memory.process import read_rss
+from tiler.output.picture import write_picture
+import tifffile, PIL.ImageCms
+strip = np.broadcast_to(np.arange(13000, dtype=np.uint8)[None, :, None], (64, 13000, 3))
+with tempfile.TemporaryDirectory() as folder:
+    write_picture(Path(folder) / ("y" + sys.argv[1]), [strip[:, :256]], 256, 64, {})
+    base = read_rss().now
+    height = 18000 if sys.argv[1] == ".tif" else 4500
+    write_picture(Path(folder) / ("x" + sys.argv[1]), (strip for _ in range(0, height, 64)), 13000, height, {})
+print(read_rss().peak - base)
+"""
+    for suffix in (".png", ".tif"):
+        done = subprocess.run([sys.executable, "-c", code, suffix], capture_output=True, text=True, check=True)
+        assert int(done.stdout) < 100_000_000

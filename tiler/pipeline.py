@@ -37,7 +37,8 @@ from tiler.models.text import encode_prompts, load_tokenizer
 from tiler.models.unet import predict_noise
 from tiler.output.files import check_writable
 from tiler.output.latents import save_latents
-from tiler.output.png import infotext, write_png
+from tiler.output.picture import check_picture, write_picture
+from tiler.output.png import infotext
 from tiler.planner import RenderPlan, plan_decode, plan_render
 from tiler.request import Decode, RenderRequest, ScratchDtype
 from tiler.weights.checkpoint import resolve
@@ -58,7 +59,7 @@ class Result:
 def render(request: RenderRequest, budget: Budget | None = None, on_event: OnEvent = lambda event: None) -> Result:
     """Render `request` into its output file under `budget` (default 800 MB of RSS). Raises TilerError."""
     with _inference(), budget or Budget() as budget:
-        check_writable(request.output, force=request.force)
+        check_picture(request.output, force=request.force)
         if request.save_latents is not None:
             check_writable(request.save_latents, force=request.force)
         if request.guide_image is not None:
@@ -78,9 +79,9 @@ def render(request: RenderRequest, budget: Budget | None = None, on_event: OnEve
             latents = work.canvas_pass(conditions, reference)
             if request.save_latents is not None:
                 save_latents(request.save_latents, latents)
-            with write_png(request.output, request.width, request.height, work.texts(), request.dpi) as png:
-                for rows in work.decode(latents):
-                    png.write(rows)
+            write_picture(
+                request.output, work.decode(latents), request.width, request.height, work.texts(), request.dpi
+            )
     return Result(output=request.output, report=work.report())
 
 
@@ -266,7 +267,7 @@ def decode_file(
     """Decode scaled latents (1, C, h, w) fp32 with a checkpoint's autoencoder into a PNG. `scratch` None is the folder of
     `output`. Raises TilerError."""
     with _inference(), budget or Budget() as budget:
-        check_writable(output, force=force)
+        check_picture(output, force=force)
         family = families.read_family(resolve(model, variant=variant, revision=revision))
         check_latents(latents, family)
         how, plan = plan_decode(
@@ -279,9 +280,8 @@ def decode_file(
         on_event(events.Note(text=f"decoder: {how}"))
         with budget.phase("decode") as use, streamed(vae, family, "vae", families.vae_names) as streamer:
             unscaled = latents.float() / family.scaling_factor + family.shift_factor
-            with write_png(output, 8 * latents.shape[3], 8 * latents.shape[2], {}) as png:
-                for rows in decode_pixels(how, vae, streamer, unscaled, budget, percent(on_event, "decode")):
-                    png.write(rows)
+            rows = decode_pixels(how, vae, streamer, unscaled, budget, percent(on_event, "decode"))
+            write_picture(output, rows, 8 * latents.shape[3], 8 * latents.shape[2], {})
         on_event(events.PhaseDone(name="decode", seconds=use.seconds, peak_rss_bytes=use.peak_rss_bytes))
     return Result(output=output, report=report(budget, plan.peak_bytes) | {"decode": how.name})
 

@@ -14,7 +14,7 @@ from tiler.errors import UsageError
 from tiler.request import Decode, Mask, Region, RenderRequest, ScratchDtype, parse_scheduler, read_regions
 
 Prompt = Annotated[str | None, typer.Argument(help="What to draw.", show_default=False)]
-Output = Annotated[Path, typer.Option("--output", "-o", help="The PNG to write.")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="The picture to write: .png, .tif or .tiff.")]
 Model = Annotated[
     str, typer.Option("--model", "-m", help="`mini`, a folder in diffusers layout, or a hub id like org/name.")
 ]

@@ -34,7 +34,8 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
     temp: str | None = None
     try:
         fd, temp = tempfile.mkstemp(dir=path.resolve().parent, prefix=".tiler-", suffix=path.suffix)
-        with os.fdopen(fd, "wb") as file:
+        os.close(fd)
+        with open(temp, "wb") as file:  # tifffile wants a file that knows its name
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -6,14 +6,10 @@ import json
 import re
 import struct
 import zlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Mapping
 from typing import BinaryIO
 
 import numpy as np
-
-from tiler.output.files import atomic
 
 
 def infotext(prompt: str, negative_prompt: str, fields: Mapping[str, object]) -> str:
@@ -45,23 +41,19 @@ class PngWriter:
     def __init__(
         self, file: BinaryIO, width: int, height: int, texts: Mapping[str, str], dpi: float | None = None
     ) -> None:
-        from PIL import ImageCms
-
         self.width, self.height, self.row = width, height, 0
         self._file, self._deflate = file, zlib.compressobj(6)
         self._above = np.zeros((1, width, 3), np.uint8)
         file.write(b"\x89PNG\r\n\x1a\n")
         self._chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-        profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-        self._chunk(b"iCCP", b"sRGB\0\0" + zlib.compress(profile))
+        self._chunk(b"iCCP", b"sRGB\0\0" + zlib.compress(srgb_profile()))
         if dpi is not None:
             self._chunk(b"pHYs", struct.pack(">IIB", round(dpi / 0.0254), round(dpi / 0.0254), 1))  # pixels a metre
         for key, text in texts.items():
             self._chunk(b"iTXt", key.encode("latin-1") + b"\0\0\0\0\0" + text.encode())
 
     def write(self, rows: np.ndarray) -> None:
-        """rows: (n, W, 3) uint8 sRGB. What lies right of and below the picture is cut off."""
-        rows = rows[: self.height - self.row, : self.width]
+        """rows: (n, width, 3) uint8 sRGB."""
         self.row += len(rows)
         for first in range(0, len(rows), _ROWS):
             part = rows[first : first + _ROWS]
@@ -99,12 +91,8 @@ def _filtered(rows: np.ndarray, above: np.ndarray) -> np.ndarray:
     return best
 
 
-@contextmanager
-def write_png(
-    path: Path, width: int, height: int, texts: Mapping[str, str], dpi: float | None = None
-) -> Iterator[PngWriter]:
-    """A writer whose file takes its name when the block ends well. Raises StorageError."""
-    with atomic(path) as file:
-        writer = PngWriter(file, width, height, texts, dpi)
-        yield writer
-        writer.close()
+def srgb_profile() -> bytes:
+    """An ICC profile that says sRGB."""
+    from PIL import ImageCms
+
+    return ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()

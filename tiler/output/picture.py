@@ -1,0 +1,83 @@
+"""Pictures from rows, never held as a whole: the format follows the file's name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from tiler.errors import UsageError
+from tiler.output.files import atomic, check_writable
+from tiler.output.png import PngWriter, srgb_profile
+
+TIFFS = (".tif", ".tiff")
+TILE = 256  # pixels, of a TIFF
+
+
+def check_picture(path: Path, *, force: bool) -> None:
+    """Before any work: the format is known, its library is there, the file may be written. Raises UsageError, StorageError."""
+    suffix = path.suffix.lower()
+    check_writable(path, force=force)
+    if suffix not in (".png", *TIFFS):
+        raise UsageError(f"{path}: pictures are written as .png, .tif or .tiff; give --output such a name")
+    if suffix in TIFFS and find_spec("tifffile") is None:
+        raise UsageError(f"{path}: TIFF needs the extra `tiff`: pip install 'tiler[tiff]', or write a .png")
+
+
+def write_picture(
+    path: Path, rows: Iterable[np.ndarray], width: int, height: int, texts: Mapping[str, str], dpi: float | None = None
+) -> None:
+    """Write `rows`, (n, W, 3) uint8 sRGB top first; what lies right of and below the picture is cut off. Atomic.
+
+    Raises StorageError, and whatever `rows` raises.
+    """
+    with atomic(path) as file:
+        cut = _cut(rows, width, height)
+        if path.suffix.lower() in TIFFS:
+            _write_tiff(file, cut, width, height, texts, dpi)
+        else:
+            png = PngWriter(file, width, height, texts, dpi)
+            for strip in cut:
+                png.write(strip)
+            png.close()
+
+
+def _cut(rows: Iterable[np.ndarray], width: int, height: int) -> Iterator[np.ndarray]:
+    done = 0
+    for strip in rows:
+        if len(strip := strip[: height - done, :width]):
+            done += len(strip)
+            yield strip
+
+
+def _write_tiff(
+    file: BinaryIO, rows: Iterator[np.ndarray], width: int, height: int, texts: Mapping[str, str], dpi: float | None
+) -> None:
+    """A tiled BigTIFF, deflated: the right file above PNG readers' limits."""
+    import tifffile
+
+    with tifffile.TiffWriter(file, bigtiff=True) as tiff:
+        tiff.write(
+            _tiles(rows, width), shape=(height, width, 3), dtype=np.uint8, tile=(TILE, TILE), photometric="rgb", compression="zlib",
+            description=texts.get("parameters", "").encode(), metadata=None, iccprofile=srgb_profile(), software="tiler",
+            resolution=(dpi or 72, dpi or 72), resolutionunit="INCH",
+        )  # fmt: skip
+
+
+def _tiles(rows: Iterator[np.ndarray], width: int) -> Iterator[np.ndarray]:
+    """Rows gathered to bands of a tile's height, cut from left to right and padded with black."""
+    band = np.zeros((TILE, -(-width // TILE) * TILE, 3), np.uint8)
+    filled = 0
+    for strip in rows:
+        while len(strip):
+            part = strip[: TILE - filled]
+            band[filled : filled + len(part), :width] = part
+            filled, strip = filled + len(part), strip[len(part) :]
+            if filled == TILE:
+                yield from (band[:, left : left + TILE].copy() for left in range(0, band.shape[1], TILE))
+                band[:], filled = 0, 0
+    if filled:
+        yield from (band[:, left : left + TILE].copy() for left in range(0, band.shape[1], TILE))
