@@ -43,7 +43,7 @@ torch.set_grad_enabled(False)
 family = read_family(resolve({model!r}))
 plan = plan_render(RenderRequest(prompt="x", output=Path("x.png"), width={size}, height={size}), family, {ceiling})
 unet, n, budget = build_unet(family), family.native, Budget("1000GB")
-with streamed(unet, family, "unet", plain_names, plan.resident["canvas"]) as streamer:
+with streamed(unet, family.checkpoint.weights("unet"), plain_names, plan.resident["canvas"]) as streamer:
     tiles = [torch.randn(1, family.latent_channels, n, n) for _ in range((plan.batch + 1) // 2)]
     x = [tile for tile in tiles for _ in range(2)][:plan.batch]
     c = [torch.randn(1, 77, family.text["hidden_size"]) for _ in x]

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 Tiler = Callable[..., "object"]
@@ -326,3 +327,31 @@ main.main()
     assert len(ran.stderr.strip().splitlines()) == 1
     assert "--max-ram" in ran.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tiny_autoencoder_makes_the_picture(tiler, tiny: Path, tmp_path: Path) -> None:
+    from diffusers import AutoencoderTiny
+    from safetensors.torch import load_file
+
+    torch.manual_seed(0)
+    vae = AutoencoderTiny(decoder_block_out_channels=(16,) * 4, encoder_block_out_channels=(16,) * 4).eval()
+    vae.save_pretrained(tmp_path / "taesd")
+    common = ("--model", tiny, "--width", 136, "--height", 72, "--steps", 1, "--seed", 1, "--no-guide")
+    decoder = ("--decode", "tiny", "--tiny-vae", "taesd")
+    ran = tiler("render", "x", *common, *decoder, "-o", "a.png", "--save-latents", "z.safetensors")
+    assert ran.code == 0, ran.err
+    assert "decoder: tiny" in ran.err
+    with torch.no_grad():
+        want = vae.decode(load_file(tmp_path / "z.safetensors")["latents"]).sample[0]
+    want = ((want / 2 + 0.5).clamp(0, 1) * 255).round().permute(1, 2, 0).numpy()
+    assert abs(np.asarray(Image.open(tmp_path / "a.png"), float) - want).max() <= 1
+    assert tiler("decode", "z.safetensors", "--model", tiny, *decoder, "-o", "b.png").code == 0
+    assert Image.open(tmp_path / "a.png").tobytes() == Image.open(tmp_path / "b.png").tobytes()
+    for options, code, message in (
+        (("--decode", "tiny"), 2, "--tiny-vae"),
+        (("--tiny-vae", "taesd"), 2, "--decode tiny"),
+        (("--decode", "tiny", "--tiny-vae", tiny / "vae"), 3, "AutoencoderTiny"),
+        (("--decode", "tiny", "--tiny-vae", "none"), 3, "none"),
+    ):
+        ran = tiler("decode", "z.safetensors", "--model", tiny, *options, "-o", "c.png")
+        assert (ran.code, message in ran.err) == (code, True), ran.err

@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderTiny
 from PIL import Image
 
 from tiler.decode import frozen
+from tiler.decode import tiny as tiny_decoder
 from tiler.decode.rows import Measured, decoder_stages, flow, to_tensor, to_uint8
 from tiler.models import family as families
 from tiler.pipeline import streamed
@@ -32,8 +33,8 @@ def test_small_pictures_decode_as_diffusers_does(tiny: Path, size: tuple[int, in
     """Up to 32×32 latents the held statistics are the picture's own: the streamed decode is the whole-image decode."""
     latents = smooth_latents(*size)
     family = families.read_family(resolve(str(tiny)))
-    vae = families.build_vae(family)
-    with streamed(vae, family, "vae", families.vae_names):
+    vae = families.build_vae(family.autoencoder)
+    with streamed(vae, family.autoencoder.weights, families.vae_names):
         got = torch.cat(list(frozen.decode(vae, latents, rows=3)), dim=1)
     want = reference(tiny).decode(latents).sample[0]
     assert got.shape == want.shape
@@ -45,8 +46,8 @@ def test_given_true_statistics_a_large_picture_is_exact(tiny: Path) -> None:
     """Measured on the whole picture instead of the shrunken one, the row pipeline is diffusers' decoder: no seam, no halo."""
     latents = smooth_latents(70, 50)
     family = families.read_family(resolve(str(tiny)))
-    vae = families.build_vae(family)
-    with streamed(vae, family, "vae", families.vae_names):
+    vae = families.build_vae(family.autoencoder)
+    with streamed(vae, family.autoencoder.weights, families.vae_names):
         measured = Measured()
         stages = decoder_stages(vae.decoder, vae.post_quant_conv, measured)
         frozen._measure(stages, measured, latents, lambda where: None)
@@ -61,8 +62,8 @@ def test_strips_do_not_show(tiny: Path) -> None:
     """The picture does not depend on how many rows are pushed at a time, beyond fp32's last bits."""
     latents = smooth_latents(48, 40)
     family = families.read_family(resolve(str(tiny)))
-    vae = families.build_vae(family)
-    with streamed(vae, family, "vae", families.vae_names):
+    vae = families.build_vae(family.autoencoder)
+    with streamed(vae, family.autoencoder.weights, families.vae_names):
         results = [torch.cat(list(frozen.decode(vae, latents, rows=n)), dim=1) for n in (1, 5, 48)]
     assert all((r - results[0]).abs().max() <= 1e-4 for r in results)
 
@@ -71,8 +72,8 @@ def test_strips_do_not_show(tiny: Path) -> None:
 def test_encoding_equals_diffusers(tiny: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (248, 200, 3), dtype=np.uint8)
     family = families.read_family(resolve(str(tiny)))
-    vae = families.build_vae(family)
-    with streamed(vae, family, "vae", families.vae_names):
+    vae = families.build_vae(family.autoencoder)
+    with streamed(vae, family.autoencoder.weights, families.vae_names):
         got = frozen.encode(vae, pixels, pixels)
     want = reference(tiny).encode(to_tensor(pixels)).latent_dist.mean
     assert got.shape == want.shape == (1, 4, 31, 25)
@@ -119,8 +120,8 @@ def test_a_hostile_guide_is_refused_before_it_is_decoded(tmp_path: Path) -> None
 @torch.no_grad()
 def test_flow_gives_every_row_once(tiny: Path) -> None:
     family = families.read_family(resolve(str(tiny)))
-    vae = families.build_vae(family)
-    with streamed(vae, family, "vae", families.vae_names):
+    vae = families.build_vae(family.autoencoder)
+    with streamed(vae, family.autoencoder.weights, families.vae_names):
         measured = Measured()
         stages = decoder_stages(vae.decoder, vae.post_quant_conv, measured)
         frozen._measure(stages, measured, smooth_latents(9, 9), lambda where: None)
@@ -128,3 +129,15 @@ def test_flow_gives_every_row_once(tiny: Path) -> None:
             out = list(flow(stages, [smooth_latents(9, 9)[:, :, :4]], False, split=True, check=lambda where: None))
             out += list(flow(stages, [smooth_latents(9, 9)[:, :, 4:]], True, split=True, check=lambda where: None))
             assert sum(o.shape[2] for o in out) == 72
+
+
+@pytest.mark.parametrize("size", [(40, 30), (1, 1), (9, 70)])
+@torch.no_grad()
+def test_a_tiny_autoencoder_decodes_as_diffusers_does(size: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    vae = AutoencoderTiny(decoder_block_out_channels=(16,) * 4, encoder_block_out_channels=(16,) * 4).eval()
+    latents = 3 * torch.randn(1, 4, *size)
+    want = vae.decode(latents).sample[0]
+    got = torch.cat(list(tiny_decoder.decode(vae, latents, check=lambda where: None)), dim=1)
+    assert got.shape == want.shape
+    assert (got - want).abs().max() <= 1e-5

@@ -38,8 +38,8 @@ def decode(
     folder: Path, latents: torch.Tensor, where: Path, dtype: torch.dtype, check=lambda where: None
 ) -> torch.Tensor:
     family = families.read_family(resolve(str(folder)))
-    vae = families.build_vae(family)
-    with streamed(vae, family, "vae", families.vae_names) as streamer:
+    vae = families.build_vae(family.autoencoder)
+    with streamed(vae, family.autoencoder.weights, families.vae_names) as streamer:
         disk = Scratch(where, dtype)
         strips = list(exact.decode(vae, latents, disk, hold=streamer.hold, check=check))
     assert disk.live_bytes == 0
@@ -68,8 +68,8 @@ def test_held_statistics_are_far_from_what_exact_gives(tiny: Path, tmp_path: Pat
     latents = latents * torch.linspace(0.2, 3, 64)
     want = reference(tiny).decode(latents).sample[0]
     family = families.read_family(resolve(str(tiny)))
-    vae = families.build_vae(family)
-    with streamed(vae, family, "vae", families.vae_names):
+    vae = families.build_vae(family.autoencoder)
+    with streamed(vae, family.autoencoder.weights, families.vae_names):
         held = torch.cat(list(frozen.decode(vae, latents)), dim=1)
     assert psnr(decode(tiny, latents, tmp_path, torch.float16), want) >= psnr(held, want) + 20
 
@@ -78,8 +78,8 @@ def test_encoding_equals_diffusers(tiny: Path, tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (488, 376, 3), dtype=np.uint8)
     pixels[:200] //= 4
     family = families.read_family(resolve(str(tiny)))
-    vae = families.build_vae(family)
-    with streamed(vae, family, "vae", families.vae_names) as streamer:
+    vae = families.build_vae(family.autoencoder)
+    with streamed(vae, family.autoencoder.weights, families.vae_names) as streamer:
         disk = Scratch(tmp_path, torch.float32)
         got = exact.encode(vae, pixels, disk, hold=streamer.hold, check=lambda where: None)
     want = reference(tiny).encode(to_tensor(pixels)).latent_dist.mean
@@ -111,8 +111,8 @@ def test_weights_are_read_once(tiny: Path, tmp_path: Path) -> None:
     family = families.read_family(resolve(str(tiny)))
     read = []
     for side in (36, 72):
-        vae = families.build_vae(family)
-        with streamed(vae, family, "vae", families.vae_names) as streamer:
+        vae = families.build_vae(family.autoencoder)
+        with streamed(vae, family.autoencoder.weights, families.vae_names) as streamer:
             list(
                 exact.decode(
                     vae, torch.randn(1, 4, side, side), Scratch(tmp_path), hold=streamer.hold, check=lambda where: None
@@ -144,7 +144,7 @@ def test_values_beyond_fp16_keep_their_range(tmp_path: Path) -> None:
 
 def chosen(folder: Path, wanted: Decode, side: int, where: Path) -> method.Method:
     family = families.read_family(resolve(str(folder)))
-    vae, streamer = families.build_vae(family), Streamer(None)
+    vae, streamer = families.build_vae(family.autoencoder), Streamer(None)
     stream_layers(vae, streamer)
     return method.choose(wanted, vae, streamer, (side, side), encoding=False, folder=where, dtype=ScratchDtype.FP16)
 
@@ -170,8 +170,8 @@ def test_auto_takes_exact_while_there_is_room_and_attention_is_cheap(
 def test_rehearsal_knows_the_bytes_on_disk(tiny: Path, tmp_path: Path) -> None:
     how = chosen(tiny, Decode.EXACT, 80, tmp_path)
     family = families.read_family(resolve(str(tiny)))
-    vae = families.build_vae(family)
-    with streamed(vae, family, "vae", families.vae_names) as streamer:
+    vae = families.build_vae(family.autoencoder)
+    with streamed(vae, family.autoencoder.weights, families.vae_names) as streamer:
         disk = Scratch(tmp_path)
         list(exact.decode(vae, torch.randn(1, 4, 80, 80), disk, hold=streamer.hold, check=lambda where: None))
     assert disk.peak_bytes == how.scratch_bytes

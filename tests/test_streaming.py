@@ -106,7 +106,7 @@ def test_text_encoder_equals_transformers(tiny: Path, tmp_path: Path) -> None:
     prompts = ["a sailing boat", "", "ünïcode 🙂 \x1b[31m عربي", "many words " * 60]
     notes: list[str] = []
     encoder = families.build_text_encoder(family)
-    with streamed(encoder, family, "text_encoder", families.text_names) as streamer:
+    with streamed(encoder, family.checkpoint.weights("text_encoder"), families.text_names) as streamer:
         got = encode_prompts(load_tokenizer(family), encoder, prompts, notes.append)
         assert streamer.store is not None
         read = streamer.store.bytes_read
@@ -137,12 +137,12 @@ def test_shards_and_old_attention_names_are_found(tiny: Path, tmp_path: Path) ->
         renamed[name] = tensor.contiguous()
     assert renamed.keys() != weights.keys()
     save_file(renamed, tmp_path / "vae.safetensors")
-    vae = families.build_vae(families.read_family(resolve(str(tiny))))
+    vae = families.build_vae(families.read_family(resolve(str(tiny))).autoencoder)
     assert len(match_index(vae, read_index(tmp_path / "vae.safetensors"), families.vae_names)) == len(weights)
 
 
 def test_missing_and_misshapen_tensors_are_named(tiny: Path, tmp_path: Path) -> None:
-    vae = families.build_vae(families.read_family(resolve(str(tiny))))
+    vae = families.build_vae(families.read_family(resolve(str(tiny))).autoencoder)
     stored = read_index(tiny / "vae/diffusion_pytorch_model.fp16.safetensors")
     name = "decoder.conv_in.weight"
     without = {k: v for k, v in stored.items() if k != name}

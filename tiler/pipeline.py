@@ -40,8 +40,9 @@ from tiler.output.latents import save_latents
 from tiler.output.picture import check_picture, write_picture
 from tiler.output.png import infotext
 from tiler.planner import RenderPlan, plan_decode, plan_render
-from tiler.request import Decode, RenderRequest, ScratchDtype
-from tiler.weights.checkpoint import resolve
+from tiler.request import Decode, RenderRequest, ScratchDtype, check_decode
+from tiler.weights.checkpoint import resolve, resolve_part
+from tiler.weights.index import TensorInfo
 from tiler.weights.store import WeightStore
 from tiler.weights.stream import Streamer, match_index, stream_layers
 
@@ -102,7 +103,7 @@ class _Work:
         with self._phase("encode prompts", 1):
             tokenizer = load_tokenizer(self.family)
             encoder = families.build_text_encoder(self.family)
-            with self._streamed(encoder, "text_encoder", families.text_names):
+            with self._streamed(encoder, self.family.checkpoint.weights("text_encoder"), families.text_names):
                 texts = list(dict.fromkeys(text for pair in pairs for text in pair))
                 encoded = dict(zip(texts, encode_prompts(tokenizer, encoder, texts, self._note).split(1), strict=True))
             return canvas.Conditions(
@@ -123,15 +124,16 @@ class _Work:
         if guide_latents is None and self.request.guide_image is None:
             return None
         height, width = (8 * n for n in self.plan.canvas)
-        vae = families.build_vae(self.family)
+        kind = self.family.autoencoder
+        vae = families.build_vae(kind)
         with (
             self._phase("guide picture", 100),
-            self._streamed(vae, "vae", families.vae_names, self.plan.resident["guide picture"]) as streamer,
+            self._streamed(vae, kind.weights, families.vae_names, self.plan.resident["guide picture"]) as streamer,
         ):
             if guide_latents is not None:
                 assert self.plan.guide is not None
                 how = self.plan.methods["guide decoded"]
-                strips = list(self._decode_strips(how, vae, streamer, guide_latents, "guide picture"))
+                strips = list(self._decode_strips(how, vae, streamer, kind.unscale(guide_latents), "guide picture"))
                 picture = Image.fromarray(np.concatenate(strips))
                 box: tuple[float, float] | None = (8 * self.plan.guide.shown_height, 8 * self.plan.guide.shown_width)
             else:
@@ -142,7 +144,7 @@ class _Work:
                 how, vae, streamer, pixels, lambda h, w: guide.fit(picture, h, w, box),
                 check=at_layer(self.budget), progress=self._percent("guide picture"),
             )  # fmt: skip
-            return (mean - self.family.shift_factor) * self.family.scaling_factor
+            return kind.scale(mean)
 
     def canvas_pass(self, conditions: canvas.Conditions, reference: Tensor | None) -> Tensor:
         """Mixture of Diffusers on the whole canvas: latents as the scheduler left them, (1, C, h, w) fp32."""
@@ -152,13 +154,14 @@ class _Work:
 
     def decode(self, latents: Tensor) -> Iterator[np.ndarray]:
         """The picture's rows, (n, W, 3) uint8, top first."""
-        vae, how = families.build_vae(self.family), self.plan.methods["decode"]
+        kind, how = self.plan.decoder, self.plan.methods["decode"]
+        vae = families.build_vae(kind)
         self._note(f"decoder: {how}")
         with (
             self._phase("decode", 100),
-            self._streamed(vae, "vae", families.vae_names, self.plan.resident["decode"]) as streamer,
+            self._streamed(vae, kind.weights, families.vae_names, self.plan.resident["decode"]) as streamer,
         ):
-            yield from self._decode_strips(how, vae, streamer, latents, "decode")
+            yield from self._decode_strips(how, vae, streamer, kind.unscale(latents), "decode")
 
     def _sample(
         self,
@@ -181,7 +184,8 @@ class _Work:
         if begin == steps:
             return latents
         unet = families.build_unet(self.family)
-        with self._streamed(unet, "unet", families.plain_names, self.plan.resident[phase]) as streamer:
+        stored = self.family.checkpoint.weights("unet")
+        with self._streamed(unet, stored, families.plain_names, self.plan.resident[phase]) as streamer:
             streamer.between = self.budget.relieve
 
             def predict(inputs: list[Tensor], timestep: Tensor, embeds: list[Tensor]) -> Tensor:
@@ -205,9 +209,8 @@ class _Work:
         return latents
 
     def _decode_strips(
-        self, how: Method, vae: Any, streamer: Streamer, latents: Tensor, phase: str
+        self, how: Method, vae: Any, streamer: Streamer, unscaled: Tensor, phase: str
     ) -> Iterator[np.ndarray]:
-        unscaled = latents / self.family.scaling_factor + self.family.shift_factor
         return decode_pixels(how, vae, streamer, unscaled, self.budget, self._percent(phase))
 
     def _percent(self, phase: str) -> Callable[[float], None]:
@@ -215,9 +218,13 @@ class _Work:
 
     @contextmanager
     def _streamed(
-        self, module: Any, part: str, rename: Callable[[str], list[str]], resident: dict[str, torch.dtype] | None = None
+        self,
+        module: Any,
+        stored: dict[str, TensorInfo],
+        rename: Callable[[str], list[str]],
+        resident: dict[str, torch.dtype] | None = None,
     ) -> Iterator[Streamer]:
-        with streamed(module, self.family, part, rename, resident) as streamer:
+        with streamed(module, stored, rename, resident) as streamer:
             try:
                 yield streamer
             finally:
@@ -262,7 +269,8 @@ class _Work:
 def decode_file(
     latents: Tensor, model: str, output: Path, *, budget: Budget | None = None, variant: str | None = None,
     revision: str | None = None, decode: Decode = Decode.AUTO, scratch: Path | None = None,
-    scratch_dtype: ScratchDtype = ScratchDtype.FP16, force: bool = False, on_event: OnEvent = lambda event: None,
+    scratch_dtype: ScratchDtype = ScratchDtype.FP16, tiny_vae: str | None = None, force: bool = False,
+    on_event: OnEvent = lambda event: None,
 ) -> Result:  # fmt: skip
     """Decode scaled latents (1, C, h, w) fp32 with a checkpoint's autoencoder into a PNG. `scratch` None is the folder of
     `output`. Raises TilerError."""
@@ -270,17 +278,18 @@ def decode_file(
         check_picture(output, force=force)
         family = families.read_family(resolve(model, variant=variant, revision=revision))
         check_latents(latents, family)
+        check_decode(decode, tiny_vae)
+        kind = family.autoencoder if tiny_vae is None else families.read_tiny(resolve_part(tiny_vae), family)
         how, plan = plan_decode(
-            family, (latents.shape[2], latents.shape[3]), budget.max_bytes,
+            kind, (latents.shape[2], latents.shape[3]), budget.max_bytes,
             decode=decode, scratch=scratch or output.parent, scratch_dtype=scratch_dtype,
         )  # fmt: skip
         plan.check()
-        vae = families.build_vae(family)
+        vae = families.build_vae(kind)
         on_event(events.PhaseStarted(name="decode", total=100))
         on_event(events.Note(text=f"decoder: {how}"))
-        with budget.phase("decode") as use, streamed(vae, family, "vae", families.vae_names) as streamer:
-            unscaled = latents.float() / family.scaling_factor + family.shift_factor
-            rows = decode_pixels(how, vae, streamer, unscaled, budget, percent(on_event, "decode"))
+        with budget.phase("decode") as use, streamed(vae, kind.weights, families.vae_names) as streamer:
+            rows = decode_pixels(how, vae, streamer, kind.unscale(latents), budget, percent(on_event, "decode"))
             write_picture(output, rows, 8 * latents.shape[3], 8 * latents.shape[2], {})
         on_event(events.PhaseDone(name="decode", seconds=use.seconds, peak_rss_bytes=use.peak_rss_bytes))
     return Result(output=output, report=report(budget, plan.peak_bytes) | {"decode": how.name})
@@ -341,13 +350,12 @@ def decode_pixels(
 @contextmanager
 def streamed(
     module: Any,
-    family: Family,
-    part: str,
+    stored: dict[str, TensorInfo],
     rename: Callable[[str], list[str]],
     resident: dict[str, torch.dtype] | None = None,
 ) -> Iterator[Streamer]:
-    """The weights of one part of the checkpoint behind a meta-device module, for as long as the block lasts."""
-    index = match_index(module, family.checkpoint.weights(part), rename)
+    """The weights of one part of a checkpoint behind a meta-device module, for as long as the block lasts."""
+    index = match_index(module, stored, rename)
     with WeightStore(index) as store:
         streamer = Streamer(store)
         stream_layers(module, streamer)

@@ -24,9 +24,10 @@ from tiler.memory.meter import MetaMeter
 from tiler.memory.plan import MARGIN, MemoryPlan, PhasePlan, Term
 from tiler.memory.process import read_rss
 from tiler.models import family as families
-from tiler.models.family import Family
+from tiler.models.family import Autoencoder, Family
 from tiler.models.unet import predict_noise
 from tiler.request import Decode, RenderRequest, ScratchDtype
+from tiler.weights.checkpoint import resolve_part
 from tiler.weights.index import TensorInfo
 from tiler.weights.store import PIECE_ELEMENTS, READ_AHEAD, TORCH_DTYPES
 from tiler.weights.stream import StreamedLayer, Streamer, stream_layers, streamed_layers
@@ -49,6 +50,7 @@ class RenderPlan:
     begin: int
     batch: int
     resident: dict[str, dict[str, torch.dtype]]  # by phase: weights that stay in memory, by parameter name
+    decoder: Autoencoder  # what makes the picture: the checkpoint's own, or a tiny one
     methods: dict[str, Method]  # how the autoencoder works for "guide decoded", "guide picture" and "decode"
     memory: MemoryPlan
     steps: int  # of the canvas pass
@@ -105,27 +107,24 @@ def plan_render(request: RenderRequest, family: Family, max_bytes: int) -> Rende
         return meter.peak_bytes
 
     fixed = [Term(name="python, libraries", nbytes=read_rss().now + LIBRARIES_BYTES)]
-    vae = _Autoencoder(family, fixed)
+    vae = _Coder(family.autoencoder, fixed)
+    decoder = vae
+    if request.tiny_vae is not None:
+        decoder = _Coder(families.read_tiny(resolve_part(request.tiny_vae), family), fixed)
     folder = request.scratch or request.output.parent
 
-    def method(latents: tuple[int, int], encoding: bool) -> Method:
-        return choose(
-            request.decode,
-            vae.module,
-            vae.streamer,
-            latents,
-            encoding=encoding,
-            folder=folder,
-            dtype=request.scratch_dtype,
-        )
+    def method(coder: _Coder, wanted: Decode, latents: tuple[int, int], encoding: bool = False) -> Method:
+        options = coder.module, coder.streamer, latents
+        return choose(wanted, *options, encoding=encoding, folder=folder, dtype=request.scratch_dtype)
 
-    methods = {"decode": method(canvas, False)}
-    decoding = [vae.phase("decode", canvas, methods["decode"])]
+    methods = {"decode": method(decoder, request.decode, canvas)}
+    decoding = [decoder.phase("decode", canvas, methods["decode"])]
+    own = Decode.AUTO if request.decode is Decode.TINY else request.decode  # the guide's way
     if guided:
-        methods["guide picture"] = method(canvas, True)
+        methods["guide picture"] = method(vae, own, canvas, encoding=True)
         picture = [vae.phase("guide picture", canvas, methods["guide picture"])]
         if guide is not None:  # the same phase decodes the guide first
-            methods["guide decoded"] = method((guide.height, guide.width), False)
+            methods["guide decoded"] = method(vae, own, (guide.height, guide.width))
             picture.append(vae.phase("guide picture", (guide.height, guide.width), methods["guide decoded"]))
         decoding.append(max(picture, key=lambda p: p.peak_bytes))
     canvas_bytes = 4 * family.latent_channels * canvas[0] * canvas[1] * 6 + 4 * side * side * len(regions)
@@ -157,9 +156,9 @@ def plan_render(request: RenderRequest, family: Family, max_bytes: int) -> Rende
     least = [p.peak_bytes for p in phases if p.name not in ("guide", "canvas")]
     resident = {}
     for i, phase in enumerate(phases):
-        part: nn.Module = unet if phase.name in ("guide", "canvas") else vae.module
-        files = stored if part is unet else family.checkpoint.weights("vae")
-        part = vae.module.decoder if phase.name == "decode" else part
+        part, files = (unet, stored) if phase.name in ("guide", "canvas") else (vae.module, vae.kind.weights)
+        if phase.name == "decode":
+            part, files = decoder.module.decoder, decoder.kind.weights
         room = int((max_bytes * RESIDENT_MARGIN - phase.peak_bytes) / (1 + HEAP_SLACK))
         # The exact method reads every weight once: nothing is gained by keeping any.
         once = phase.name == "encode prompts" or (phase.name in methods and methods[phase.name].exact)
@@ -174,14 +173,14 @@ def plan_render(request: RenderRequest, family: Family, max_bytes: int) -> Rende
         least.append(sampling("guide", 1, guide.height, guide.width).peak_bytes)
     return RenderPlan(
         family=family, canvas=canvas, guide=guide, regions=tuple(regions), begin=begin, batch=batch,
-        resident=resident, methods=methods, steps=steps, samples_per_step=per_step, guide_batch=guide_batch,
+        resident=resident, decoder=decoder.kind, methods=methods, steps=steps, samples_per_step=per_step, guide_batch=guide_batch,
         guide_samples=guide_halves * request.num_inference_steps if guide is not None else 0,
         memory=MemoryPlan(max_bytes=max_bytes, phases=tuple(phases), smallest_bytes=int(max(least) / MARGIN) + 1),
     )  # fmt: skip
 
 
 def plan_decode(
-    family: Family,
+    kind: Autoencoder,
     latents: tuple[int, int],
     max_bytes: int,
     *,
@@ -190,7 +189,7 @@ def plan_decode(
     scratch_dtype: ScratchDtype,
 ) -> tuple[Method, MemoryPlan]:
     """How latents of (height, width) are decoded, and the memory plan. Raises StorageError."""
-    vae = _Autoencoder(family, [Term(name="python, libraries", nbytes=read_rss().now + LIBRARIES_BYTES)])
+    vae = _Coder(kind, [Term(name="python, libraries", nbytes=read_rss().now + LIBRARIES_BYTES)])
     method = choose(decode, vae.module, vae.streamer, latents, encoding=False, folder=scratch, dtype=scratch_dtype)
     phase = vae.phase("decode", latents, method)
     plan = MemoryPlan(max_bytes=max_bytes, phases=(phase,), smallest_bytes=int(phase.peak_bytes / MARGIN) + 1)
@@ -267,13 +266,13 @@ def _text_phase(family: Family, fixed: list[Term]) -> PhasePlan:
     return PhasePlan(name="encode prompts", terms=tuple(terms))
 
 
-class _Autoencoder:
-    """The autoencoder on the meta device, and the phases that use it."""
+class _Coder:
+    """An autoencoder on the meta device, and the phases that use it."""
 
-    def __init__(self, family: Family, fixed: list[Term]) -> None:
-        self.module, self.streamer = families.build_vae(family), Streamer(None)
+    def __init__(self, kind: Autoencoder, fixed: list[Term]) -> None:
+        self.kind, self.module, self.streamer = kind, families.build_vae(kind), Streamer(None)
         stream_layers(self.module, self.streamer)
-        self.terms = [*fixed, *_weights_terms(self.module, family.checkpoint.weights("vae"))]
+        self.terms = [*fixed, *_weights_terms(self.module, kind.weights)]
 
     def phase(self, name: str, latents: tuple[int, int], method: Method) -> PhasePlan:
         """Decoding or encoding latents of (height, width). A picture to be encoded is in memory as uint8; a decoded one is

@@ -39,11 +39,13 @@ class Scheduler(StrEnum):
 
 
 class Decode(StrEnum):
-    """How the autoencoder works: as a whole through scratch files, or row by row with held statistics."""
+    """How latents become a picture: as a whole through scratch files, row by row with held statistics, or by a tiny
+    autoencoder trained to give about the same."""
 
     AUTO = "auto"
     EXACT = "exact"
     FROZEN = "frozen"
+    TINY = "tiny"
 
 
 class ScratchDtype(StrEnum):
@@ -72,6 +74,14 @@ def parse_scheduler(name: str) -> Scheduler:
     if (known := _DIFFUSERS_NAMES.get(folded.replace(" ", ""))) is not None:
         return known
     raise UsageError(f"unknown scheduler {name!r}; choose one of {', '.join(s.value for s in Scheduler)}")
+
+
+def check_decode(decode: Decode, tiny_vae: str | None) -> None:
+    """Raises UsageError when the two options contradict each other."""
+    if (decode is Decode.TINY) != (tiny_vae is not None):
+        raise UsageError(
+            "--decode tiny and --tiny-vae FOLDER go together; give both (taesd is made for SD 1.x and 2.x)"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +144,7 @@ class RenderRequest:
     decode: Decode = Decode.AUTO
     scratch: Path | None = None
     scratch_dtype: ScratchDtype = ScratchDtype.FP16
+    tiny_vae: str | None = None
     save_latents: Path | None = None
     force: bool = False
 
@@ -146,6 +157,7 @@ class RenderRequest:
         _within("seed", self.seed, 0, MAX_SEED)
         if self.overlap is not None and (self.overlap < 0 or self.overlap % 8):
             raise UsageError(f"overlap = {self.overlap} must be a multiple of 8 pixels, 0 or more")
+        check_decode(self.decode, self.tiny_vae)
         if self.prompt is None and not self.regions:
             raise UsageError("there is nothing to draw: give a prompt, or a --regions file with prompts")
         if self.guide_image is not None and not self.guide:

@@ -24,6 +24,7 @@ def command(
     decode: o.DecodeKind = Decode.AUTO,
     scratch: o.ScratchFolder = None,
     scratch_dtype: o.ScratchKind = ScratchDtype.FP16,
+    tiny_vae: o.TinyVae = None,
     max_ram: o.MaxRam = "800MB",
     threads: o.Threads = None,
     report: o.Report = None,
@@ -42,7 +43,7 @@ def command(
     with ProgressPrinter(budget, quiet=quiet) as printer:
         result = decode_file(
             tensor, model, output, budget=budget, variant=variant, revision=revision, decode=decode, scratch=scratch,
-            scratch_dtype=scratch_dtype, force=force, on_event=printer,
+            scratch_dtype=scratch_dtype, tiny_vae=tiny_vae, force=force, on_event=printer,
         )  # fmt: skip
     o.write_report(report, result.report)
     if json_output:

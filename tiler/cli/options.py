@@ -97,7 +97,14 @@ DecodeKind = Annotated[
     typer.Option(
         "--decode",
         help="exact: as a whole, through scratch files; frozen: row by row with held statistics, any size; auto: exact while "
-        "there is disk space and the whole picture's attention is a small part of the work.",
+        "there is disk space and the whole picture's attention is a small part of the work; tiny: a fast approximation "
+        "by --tiny-vae.",
+    ),
+]
+TinyVae = Annotated[
+    str | None,
+    typer.Option(
+        help="An AutoencoderTiny for --decode tiny: a folder or a hub id like madebyollin/taesd.", show_default=False
     ),
 ]
 ScratchFolder = Annotated[
@@ -155,7 +162,7 @@ def sheet_from(
 def request_from(
     prompt: str | None, output: Path, model: str, variant: str | None, revision: str | None, sheet: Sheet, negative_prompt: str, steps: int, guidance_scale: float, seed: int, strength: float, scheduler: str,
     guide: Path | None, no_guide: bool, overlap: int | None, mask: Mask, regions: Path | None,
-    decode: Decode, scratch: Path | None, scratch_dtype: ScratchDtype, save_latents: Path | None, force: bool,
+    decode: Decode, scratch: Path | None, scratch_dtype: ScratchDtype, tiny_vae: str | None, save_latents: Path | None, force: bool,
 ) -> RenderRequest:  # fmt: skip
     """The request of a command line. Raises UsageError."""
     tables: tuple[Region, ...] = ()
@@ -169,7 +176,7 @@ def request_from(
         width=sheet.width, height=sheet.height, dpi=sheet.dpi, negative_prompt=negative_prompt,
         num_inference_steps=steps, guidance_scale=guidance_scale, seed=secrets.randbelow(2**32) if seed == -1 else seed,
         strength=strength, scheduler=parse_scheduler(scheduler), guide=not no_guide, guide_image=guide, overlap=overlap,
-        mask=mask, regions=tables, decode=decode, scratch=scratch, scratch_dtype=scratch_dtype, save_latents=save_latents, force=force,
+        mask=mask, regions=tables, decode=decode, scratch=scratch, scratch_dtype=scratch_dtype, tiny_vae=tiny_vae, save_latents=save_latents, force=force,
     )  # fmt: skip
 
 

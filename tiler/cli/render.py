@@ -40,6 +40,7 @@ def command(
     decode: o.DecodeKind = Decode.AUTO,
     scratch: o.ScratchFolder = None,
     scratch_dtype: o.ScratchKind = ScratchDtype.FP16,
+    tiny_vae: o.TinyVae = None,
     max_ram: o.MaxRam = "800MB",
     threads: o.Threads = None,
     save_latents: o.Latents = None,
@@ -55,7 +56,7 @@ def command(
     sheet = o.sheet_from(size, width, height, paper, landscape, dpi, bleed)
     request = o.request_from(
         prompt, output, model, variant, revision, sheet, negative_prompt, steps, guidance_scale, seed, strength,
-        scheduler, guide, no_guide, overlap, mask, regions, decode, scratch, scratch_dtype, save_latents, force,
+        scheduler, guide, no_guide, overlap, mask, regions, decode, scratch, scratch_dtype, tiny_vae, save_latents, force,
     )  # fmt: skip
     from tiler.output.files import check_writable
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tiler.decode import exact, frozen
+from tiler.decode import exact, frozen, tiny
 from tiler.decode.rows import Check
 from tiler.decode.scratch import Scratch, free_bytes
 from tiler.errors import StorageError
@@ -31,7 +31,7 @@ class Method:
     """How one picture is decoded or encoded. Bytes: `memory_bytes` of activations and weights in use, `scratch_bytes` on
     disk at once, `written_bytes` to disk in all."""
 
-    exact: bool
+    kind: Decode  # never AUTO
     encoding: bool
     why: str
     memory_bytes: int
@@ -46,12 +46,16 @@ class Method:
 
     @property
     def name(self) -> str:
-        return "exact" if self.exact else "frozen"
+        return self.kind.value
+
+    @property
+    def exact(self) -> bool:
+        return self.kind is Decode.EXACT
 
 
 def choose(
     wanted: Decode,
-    vae: AutoencoderKL,
+    vae: Any,
     streamer: Streamer,
     latents: tuple[int, int],
     *,
@@ -59,20 +63,24 @@ def choose(
     folder: Path,
     dtype: ScratchDtype = ScratchDtype.FP16,
 ) -> Method:
-    """The method for latents of (height, width). `vae` is on the meta device behind a planning `streamer`.
+    """The method for latents of (height, width). `vae` is on the meta device behind a planning `streamer`; for TINY it is
+    an AutoencoderTiny.
 
     AUTO takes `exact` while the scratch folder has room and attention to all tokens is a small part of the work.
     Raises StorageError when EXACT is wanted and there is no room.
     """
 
-    def take_frozen(why: str) -> Method:
+    def measured(kind: Decode, why: str, rehearse: Callable[[], None]) -> Method:
         with MetaMeter() as meter, torch.no_grad():
-            frozen.rehearse(vae, latents, encoding=encoding)
-        return Method(
-            exact=False, encoding=encoding, why=why, memory_bytes=meter.peak_bytes, folder=folder, dtype=dtype
-        )
+            rehearse()
+        return Method(kind=kind, encoding=encoding, why=why, memory_bytes=meter.peak_bytes, folder=folder, dtype=dtype)
+
+    def take_frozen(why: str) -> Method:
+        return measured(Decode.FROZEN, why, lambda: frozen.rehearse(vae, latents, encoding=encoding))
 
     tokens = latents[0] * latents[1]
+    if wanted is Decode.TINY:
+        return measured(wanted, "as asked", lambda: tiny.rehearse(vae, latents))
     if wanted is Decode.FROZEN:
         return take_frozen("as asked")
     if tokens <= frozen.STATS_SIDE**2:
@@ -80,7 +88,7 @@ def choose(
     with MetaMeter() as meter, torch.no_grad():
         scratch = exact.rehearse(vae, latents, DTYPES[dtype], streamer.hold, encoding=encoding, meter=meter)
     method = Method(
-        exact=True, encoding=encoding, why="as asked" if wanted is Decode.EXACT else "there is room", memory_bytes=meter.peak_bytes, folder=folder, dtype=dtype,
+        kind=Decode.EXACT, encoding=encoding, why="as asked" if wanted is Decode.EXACT else "there is room", memory_bytes=meter.peak_bytes, folder=folder, dtype=dtype,
         scratch_bytes=scratch.peak_bytes, written_bytes=scratch.written_bytes,
     )  # fmt: skip
     free = free_bytes(folder)
@@ -99,7 +107,7 @@ def choose(
 
 def decode(
     method: Method,
-    vae: AutoencoderKL,
+    vae: Any,
     streamer: Streamer,
     latents: Tensor,
     *,
@@ -112,7 +120,8 @@ def decode(
     """
     if not method.exact:
         done = 0
-        for strip in frozen.decode(vae, latents, check=check):
+        by_rows = tiny.decode if method.kind is Decode.TINY else frozen.decode
+        for strip in by_rows(vae, latents, check=check):
             yield strip
             done += strip.shape[1]
             progress(done / (8 * latents.shape[2]))

@@ -168,8 +168,8 @@ class Up(Stage):
 
     growth = 4.0
 
-    def __init__(self, sampler: nn.Module) -> None:
-        self.conv = Conv(sampler.conv)  # type: ignore[arg-type]
+    def __init__(self, conv: nn.Module) -> None:
+        self.conv = Conv(conv)
 
     def push(self, x: Tensor | None, last: bool) -> Tensor | None:
         if x is None:
@@ -192,6 +192,24 @@ class Up(Stage):
         return out
 
 
+class Residual:
+    """Rows of a shortcut, kept until the convolutions beside it have held back theirs."""
+
+    def __init__(self) -> None:
+        self.rows: Tensor | None = None
+
+    def keep(self, x: Tensor) -> None:
+        self.rows = x if self.rows is None else torch.cat([self.rows, x], dim=2)
+
+    def add_to(self, x: Tensor, last: bool) -> Tensor:
+        """x plus the first rows kept, which are then forgotten. In place."""
+        assert self.rows is not None
+        count = x.shape[2]
+        x += self.rows[:, :, :count]
+        self.rows = None if last else self.rows[:, :, count:].clone()
+        return x
+
+
 class Resnet(Stage):
     """diffusers' ResnetBlock2D without time embedding. The shortcut waits for the rows that the convolutions hold back."""
 
@@ -200,21 +218,17 @@ class Resnet(Stage):
         self.conv2 = Conv(block.conv2, Norm(block.norm2, measured))
         self.shortcut = Conv(block.conv_shortcut) if block.conv_shortcut is not None else None
         self.scale = float(block.output_scale_factor)
-        self.waiting: Tensor | None = None
+        self.waiting = Residual()
 
     def push(self, x: Tensor | None, last: bool) -> Tensor | None:
         h = self.conv1.push(x, last)
         if x is not None:
-            x = self.shortcut.push(x, last) if self.shortcut is not None else x
-            self.waiting = x if self.waiting is None else torch.cat([self.waiting, x], dim=2)  # type: ignore[list-item]
+            self.waiting.keep(x if self.shortcut is None else self.shortcut.conv(x))
             del x
         h = self.conv2.push(h, last)
         if h is None:
             return None
-        assert self.waiting is not None
-        rows = h.shape[2]
-        h += self.waiting[:, :, :rows]
-        self.waiting = None if last else self.waiting[:, :, rows:].clone()
+        h = self.waiting.add_to(h, last)
         return h if self.scale == 1 else h.div_(self.scale)
 
 
@@ -293,7 +307,7 @@ def decoder_stages(decoder: Decoder, post_quant_conv: nn.Module | None, measured
     stages += [Conv(decoder.conv_in), *_mid(decoder.mid_block, measured)]
     for block in decoder.up_blocks:
         stages += [Resnet(resnet, measured) for resnet in block.resnets]
-        stages += [Up(sampler) for sampler in block.upsamplers or []]
+        stages += [Up(sampler.conv) for sampler in block.upsamplers or []]
     return [*stages, Conv(decoder.conv_out, Norm(decoder.conv_norm_out, measured))]
 
 

@@ -16,9 +16,11 @@ from tiler.memory.process import lean_imports
 from tiler.weights.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+    from torch import Tensor
     from transformers.models.clip.modeling_clip import CLIPTextModel
+
+    from tiler.weights.index import TensorInfo
 
 _OTHERS = {
     "StableDiffusionXL": "SDXL", "StableDiffusion3": "Stable Diffusion 3", "Flux": "Flux", "PixArt": "PixArt",
@@ -36,6 +38,36 @@ _LIST_BOUNDS: Mapping[str, tuple[int, int]] = {
     "block_out_channels": (1, 8192), "layers_per_block": (1, 16), "attention_head_dim": (1, 512),
     "transformer_layers_per_block": (1, 64), "num_attention_heads": (1, 128),
 }  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Autoencoder:
+    """An AutoencoderKL or AutoencoderTiny: where its weights are and how its latents are scaled."""
+
+    checkpoint: Checkpoint
+    part: str
+    config: dict[str, Any]
+    tiny: bool = False
+
+    @property
+    def scaling_factor(self) -> float:
+        return float(self.config.get("scaling_factor", 1.0 if self.tiny else 0.18215))
+
+    @property
+    def shift_factor(self) -> float:
+        return 0.0 if self.tiny else float(self.config.get("shift_factor") or 0.0)
+
+    @property
+    def weights(self) -> dict[str, TensorInfo]:
+        return self.checkpoint.weights(self.part)
+
+    def unscale(self, latents: Tensor) -> Tensor:
+        """What the diffusion works on → what the decoder takes."""
+        return latents.float() / self.scaling_factor + self.shift_factor
+
+    def scale(self, mean: Tensor) -> Tensor:
+        """What the encoder gives → what the diffusion works on."""
+        return (mean - self.shift_factor) * self.scaling_factor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,12 +95,8 @@ class Family:
         return int(self.vae.get("latent_channels", 4))
 
     @property
-    def scaling_factor(self) -> float:
-        return float(self.vae.get("scaling_factor", 0.18215))
-
-    @property
-    def shift_factor(self) -> float:
-        return float(self.vae.get("shift_factor") or 0.0)
+    def autoencoder(self) -> Autoencoder:
+        return Autoencoder(checkpoint=self.checkpoint, part="vae", config=self.vae)
 
 
 def read_family(checkpoint: Checkpoint) -> Family:
@@ -165,16 +193,41 @@ def build_unet(family: Family) -> UNet2DConditionModel:
     """diffusers' own UNet on the meta device."""
     with lean_imports():
         from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-    with _on_meta(), _refuse("unet", family):
+    with _on_meta(), _refuse("unet", family.checkpoint):
         return UNet2DConditionModel.from_config(family.unet).eval().requires_grad_(False)
 
 
-def build_vae(family: Family) -> AutoencoderKL:
-    """diffusers' own autoencoder on the meta device."""
+def build_vae(vae: Autoencoder) -> Any:
+    """diffusers' own AutoencoderKL or AutoencoderTiny on the meta device."""
     with lean_imports():
         from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-    with _on_meta(), _refuse("vae", family):
-        return AutoencoderKL.from_config(family.vae).eval().requires_grad_(False)
+        from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
+    with _on_meta(), _refuse(vae.part, vae.checkpoint):
+        kind: Any = AutoencoderTiny if vae.tiny else AutoencoderKL
+        return kind.from_config(vae.config).eval().requires_grad_(False)
+
+
+def read_tiny(checkpoint: Checkpoint, family: Family) -> Autoencoder:
+    """An AutoencoderTiny in TAESD's layout that goes with `family`. Raises ModelError."""
+    config, where = checkpoint.config(""), f"{checkpoint.folder}/config.json"
+    if config.get("_class_name") != "AutoencoderTiny":
+        raise ModelError(f"{where}: the class is {config.get('_class_name')!r}; --tiny-vae takes an AutoencoderTiny")
+    wanted = {
+        "latent_channels": (family.latent_channels, 4),
+        "act_fn": ("relu", "relu"),
+        "upsample_fn": ("nearest", "nearest"),
+        "upsampling_scaling_factor": (2, 2),
+    }
+    for key, (want, default) in wanted.items():
+        if config.get(key, default) != want:
+            raise ModelError(
+                f"{where}: {key} = {config[key]!r}, {family.checkpoint.name} needs {want!r}; use another --tiny-vae"
+            )
+    for key in ("decoder_block_out_channels", "encoder_block_out_channels", "num_decoder_blocks", "num_encoder_blocks"):
+        values = config.get(key, [64] * 4)
+        if len(values) != 4 or not all(type(v) is int and 1 <= v <= 1024 for v in values):
+            raise ModelError(f"{where}: {key} = {str(values)[:60]} is not four numbers in 1–1024")
+    return Autoencoder(checkpoint=checkpoint, part="", config=config, tiny=True)
 
 
 def build_text_encoder(family: Family) -> CLIPTextModel:
@@ -185,7 +238,7 @@ def build_text_encoder(family: Family) -> CLIPTextModel:
     known = {
         k: v for k, v in family.text.items() if k not in ("architectures", "torch_dtype", "dtype", "_name_or_path")
     }
-    with _refuse("text_encoder", family):
+    with _refuse("text_encoder", family.checkpoint):
         config = CLIPTextConfig(**known)
         config._attn_implementation = "sdpa"
         with _on_meta():
@@ -224,8 +277,8 @@ def _on_meta() -> Iterator[None]:
 class _refuse:
     """Turn what a library says of an impossible config into a ModelError."""
 
-    def __init__(self, part: str, family: Family) -> None:
-        self.where = f"{family.checkpoint.folder / part}/config.json"
+    def __init__(self, part: str, checkpoint: Checkpoint) -> None:
+        self.where = f"{checkpoint.folder / part}/config.json"
 
     def __enter__(self) -> None:
         import diffusers.utils.logging

@@ -106,7 +106,31 @@ def resolve(model: str, *, variant: str | None = None, revision: str | None = No
     return _from_hub(model, variant, revision)
 
 
-def _from_hub(model: str, variant: str | None, revision: str | None) -> Checkpoint:
+def resolve_part(model: str) -> Checkpoint:
+    """A folder or hub id that holds a single model, config.json beside its weights. Raises ModelError, OfflineError."""
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return Checkpoint(name=model, folder=path, variant=None)
+    parts = model.split("/")
+    if path.exists() or len(parts) != 2 or not all(parts) or model.startswith((".", "~", "/")):
+        raise ModelError(
+            f"{model}: no such folder; --tiny-vae takes a folder with config.json or a hub id like org/name"
+        )
+    files = ["config.json", "*.safetensors"]
+    for local_only in (True, False):
+        if (folder := _snapshot(model, None, files, local_only)) is not None:
+            return Checkpoint(name=model, folder=folder, variant=None, revision=folder.name)
+    raise OfflineError(_offline(model, None, files))
+
+
+def _offline(model: str, revision: str | None, files: list[str]) -> str:
+    command = f"hf download {model} " + " ".join(f"--include '{p}'" for p in files)
+    command += f" --revision {revision}" if revision else ""
+    return f"{model} is not in the cache and the hub cannot be reached; where there is a network, run: {command}"
+
+
+def _snapshot(model: str, revision: str | None, files: list[str], local_only: bool) -> Path | None:
+    """huggingface_hub's folder of a repository; None when nothing of it is in the cache."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -116,36 +140,33 @@ def _from_hub(model: str, variant: str | None, revision: str | None) -> Checkpoi
         RevisionNotFoundError,
     )
 
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=files, local_files_only=local_only))
+    except LocalEntryNotFoundError as error:
+        if local_only:
+            return None
+        raise OfflineError(_offline(model, revision, files)) from error
+    except (RepositoryNotFoundError, RevisionNotFoundError, GatedRepoError) as error:
+        raise ModelError(
+            f"{model}: the hub refuses it ({type(error).__name__}); check the id, the revision and `hf auth login`"
+        ) from error
+    except (HfHubHTTPError, OSError) as error:
+        raise OfflineError(_offline(model, revision, files)) from error
+
+
+def _from_hub(model: str, variant: str | None, revision: str | None) -> Checkpoint:
     flavour = f".{variant}" if variant else ".fp16"
-    patterns = [*_NEEDED, *(f"{part}/*{flavour}*.safetensors*" for part in ("unet", "vae", "text_encoder"))]
-    command = f"hf download {model} " + " ".join(f"--include '{p}'" for p in patterns)
-    if revision:
-        command += f" --revision {revision}"
-    for include in (patterns, [*_NEEDED, *(f"{part}/*.safetensors*" for part in ("unet", "vae", "text_encoder"))]):
+    files = [*_NEEDED, *(f"{part}/*{flavour}*.safetensors*" for part in ("unet", "vae", "text_encoder"))]
+    for include in (files, [*_NEEDED, *(f"{part}/*.safetensors*" for part in ("unet", "vae", "text_encoder"))]):
         for local_only in (True, False):
-            try:
-                folder = Path(
-                    snapshot_download(model, revision=revision, allow_patterns=include, local_files_only=local_only)
-                )
-            except LocalEntryNotFoundError as error:
-                if local_only:
-                    continue
-                raise OfflineError(
-                    f"{model} is not in the cache and the hub cannot be reached; where there is a network, run: {command}"
-                ) from error
-            except (RepositoryNotFoundError, RevisionNotFoundError, GatedRepoError) as error:
-                raise ModelError(
-                    f"{model}: the hub refuses it ({type(error).__name__}); check the id, the revision and `hf auth login`"
-                ) from error
-            except (HfHubHTTPError, OSError) as error:
-                raise OfflineError(
-                    f"{model} is not in the cache and the hub cannot be reached; where there is a network, run: {command}"
-                ) from error
+            folder = _snapshot(model, revision, include, local_only)
+            if folder is None:
+                continue
             if _complete(folder, variant):
                 return Checkpoint(name=model, folder=folder, variant=variant, revision=folder.name)
             if os.environ.get("HF_HUB_OFFLINE") == "1":
                 break
-    raise OfflineError(f"{model} is in the cache only in part; where there is a network, run: {command}")
+    raise OfflineError(_offline(model, revision, files).replace("is not in the cache", "is in the cache only in part"))
 
 
 def _complete(folder: Path, variant: str | None) -> bool:

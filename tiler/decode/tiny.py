@@ -1,0 +1,82 @@
+"""diffusers' AutoencoderTiny (TAESD's layout) as a pipeline of rows: no norms and no attention, so rows are exact.
+
+A few megabytes of weights and two per cent of an AutoencoderKL's arithmetic; the picture is an approximation that the
+tiny model was trained to give.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tiler.decode.rows import Check, Conv, Residual, Stage, Up, flow, strip_rows
+
+if TYPE_CHECKING:
+    from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
+
+
+class Pointwise(Stage):
+    """A function of single values."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        self.function = function
+
+    def push(self, x: Tensor | None, last: bool) -> Tensor | None:
+        return None if x is None else self.function(x)
+
+
+class Block(Stage):
+    """AutoencoderTinyBlock: three convolutions with ReLU between, and a shortcut that waits for their rows."""
+
+    def __init__(self, block: nn.Module) -> None:
+        convs = [Conv(layer) for layer in block.conv if isinstance(layer, nn.Conv2d)]  # type: ignore[union-attr]
+        relu = Pointwise(F.relu_)
+        self.branch: list[Stage] = [convs[0], relu, convs[1], relu, convs[2]]
+        self.skip = Conv(block.skip) if isinstance(block.skip, nn.Conv2d) else None
+        self.waiting = Residual()
+
+    def push(self, x: Tensor | None, last: bool) -> Tensor | None:
+        if x is not None:
+            self.waiting.keep(x if self.skip is None else self.skip.conv(x))
+        for stage in self.branch:
+            x = stage.push(x, last)
+        return None if x is None else F.relu_(self.waiting.add_to(x, last))
+
+
+def decoder_stages(decoder: nn.Module) -> list[Stage]:
+    """diffusers' DecoderTiny.forward: scaled latents → RGB in about [-1, 1]."""
+    stages: list[Stage] = [Pointwise(lambda x: torch.tanh(x / 3).mul_(3))]
+    layers = list(decoder.layers)  # type: ignore[arg-type]
+    while layers:
+        layer = layers.pop(0)
+        if isinstance(layer, nn.Upsample):
+            stages.append(Up(layers.pop(0)))
+        elif isinstance(layer, nn.Conv2d):
+            stages.append(Conv(layer))
+        elif isinstance(layer, nn.ReLU):
+            stages.append(Pointwise(F.relu_))
+        else:
+            stages.append(Block(layer))
+    return [*stages, Pointwise(lambda x: x.mul(2).sub_(1))]
+
+
+def decode(vae: AutoencoderTiny, latents: Tensor, *, check: Check) -> Iterator[Tensor]:
+    """latents: (1, C, h, w) fp32, divided by the tiny model's scaling_factor → strips (3, n, 8w) fp32 in about [-1, 1]."""
+    stages, height, row = decoder_stages(vae.decoder), latents.shape[2], 0
+    for strip in latents.split(strip_rows(latents.shape[3]), dim=2):
+        row += strip.shape[2]
+        for ready in flow(stages, [strip], row == height, split=True, check=check):
+            yield ready[0]
+
+
+def rehearse(vae: AutoencoderTiny, latents: tuple[int, int]) -> None:
+    """What `decode` does for latents of (height, width), on meta tensors: for planning."""
+    rows = 8 * strip_rows(latents[1])
+    for _ in decode(
+        vae, torch.empty(1, vae.config.latent_channels, rows, latents[1], device="meta"), check=lambda where: None
+    ):
+        pass
