@@ -142,7 +142,8 @@ class _Work:
             how, pixels = self.plan.methods["guide picture"], guide.fit(picture, height, width, box)
             mean = method.encode(
                 how, vae, streamer, pixels, lambda h, w: guide.fit(picture, h, w, box),
-                check=at_layer(self.budget), progress=self._percent("guide picture"),
+                check=at_rows(self.budget, self.plan.memory.peak_of("guide picture")),
+                progress=self._percent("guide picture"),
             )  # fmt: skip
             return kind.scale(mean)
 
@@ -211,7 +212,8 @@ class _Work:
     def _decode_strips(
         self, how: Method, vae: Any, streamer: Streamer, unscaled: Tensor, phase: str
     ) -> Iterator[np.ndarray]:
-        return decode_pixels(how, vae, streamer, unscaled, self.budget, self._percent(phase))
+        check = at_rows(self.budget, self.plan.memory.peak_of(phase))
+        return decode_pixels(how, vae, streamer, unscaled, check, self._percent(phase))
 
     def _percent(self, phase: str) -> Callable[[float], None]:
         return percent(self.on_event, phase)
@@ -289,17 +291,28 @@ def decode_file(
         on_event(events.PhaseStarted(name="decode", total=100))
         on_event(events.Note(text=f"decoder: {how}"))
         with budget.phase("decode") as use, streamed(vae, kind.weights, families.vae_names) as streamer:
-            rows = decode_pixels(how, vae, streamer, kind.unscale(latents), budget, percent(on_event, "decode"))
+            check = at_rows(budget, plan.peak_bytes)
+            rows = decode_pixels(how, vae, streamer, kind.unscale(latents), check, percent(on_event, "decode"))
             write_picture(output, rows, 8 * latents.shape[3], 8 * latents.shape[2], {})
         on_event(events.PhaseDone(name="decode", seconds=use.seconds, peak_rss_bytes=use.peak_rss_bytes))
     return Result(output=output, report=report(budget, plan.peak_bytes) | {"decode": how.name})
 
 
 def at_layer(budget: Budget) -> Callable[[str], None]:
-    """What happens between two layers: freed memory leaves the process, then the ceiling is checked."""
+    """What happens between two layers of the UNet: freed memory leaves the process, then the ceiling is checked."""
 
     def check(where: str) -> None:
         process.release_heap()
+        budget.check(where)
+
+    return check
+
+
+def at_rows(budget: Budget, planned_bytes: int) -> Callable[[str], None]:
+    """The same for an autoencoder, whose layers run thousands of times: memory leaves when it is more than was planned."""
+
+    def check(where: str) -> None:
+        budget.relieve(planned_bytes)
         budget.check(where)
 
     return check
@@ -336,11 +349,16 @@ def percent(on_event: OnEvent, phase: str) -> Callable[[float], None]:
 
 
 def decode_pixels(
-    how: Method, vae: Any, streamer: Streamer, unscaled: Tensor, budget: Budget, progress: Callable[[float], None]
+    how: Method,
+    vae: Any,
+    streamer: Streamer,
+    unscaled: Tensor,
+    check: Callable[[str], None],
+    progress: Callable[[float], None],
 ) -> Iterator[np.ndarray]:
     """Decode (1, C, h, w) fp32 latents into rows (n, 8w, 3) uint8. Raises NumericalError rather than give a black picture."""
     row = 0
-    for strip in method.decode(how, vae, streamer, unscaled, check=at_layer(budget), progress=progress):
+    for strip in method.decode(how, vae, streamer, unscaled, check=check, progress=progress):
         if not math.isfinite(float(strip.sum())):
             raise NumericalError(f"NaN or Inf in the decoder at row {row}; the VAE's weights may be damaged")
         yield to_uint8(strip)

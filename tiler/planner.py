@@ -20,6 +20,7 @@ from tiler.diffusion.canvas import first_step
 from tiler.diffusion.guide import GuideSize, guide_size
 from tiler.diffusion.tiles import Text2ImageRegion, plan_tiles
 from tiler.errors import UsageError
+from tiler.memory.budget import NEAR
 from tiler.memory.meter import MetaMeter
 from tiler.memory.plan import MARGIN, MemoryPlan, PhasePlan, Term
 from tiler.memory.process import read_rss
@@ -35,6 +36,7 @@ from tiler.weights.stream import StreamedLayer, Streamer, stream_layers, streame
 MAX_BATCH = 16
 WORK = "activations, weights in use"
 HEAP_SLACK = 0.18  # measured: freed blocks between live ones, as a share of a UNet's activations and resident weights
+HEAP_KEPT = 64 * 2**20  # glibc's trim threshold, see frugal_allocator
 RESIDENT_MARGIN = 0.95  # of the ceiling: weights that merely save reading leave more room than the batch does
 LIBRARIES_BYTES = 46_000_000  # measured: oneDNN and MKL code and their compiled kernels, touched at first use
 
@@ -165,7 +167,9 @@ def plan_render(request: RenderRequest, family: Family, max_bytes: int) -> Rende
         chosen = {} if once else _choose_resident(part, files, room)
         resident[phase.name] = chosen
         nbytes = sum(math.prod(files[n].shape) * dtype.itemsize for n, dtype in chosen.items())
-        phases[i] = _with(phase, int((1 + HEAP_SLACK) * nbytes))
+        phases[i] = _with(phase, "resident weights", int((1 + HEAP_SLACK) * nbytes))
+        if phase.name in methods:
+            phases[i] = _with_heap(phases[i], max_bytes)
     order = ["encode prompts", "guide", "guide picture", "canvas", "decode"]
     phases.sort(key=lambda p: order.index(p.name))
     least.append(sampling("canvas", 1, side, side).peak_bytes)
@@ -192,16 +196,18 @@ def plan_decode(
     vae = _Coder(kind, [Term(name="python, libraries", nbytes=read_rss().now + LIBRARIES_BYTES)])
     method = choose(decode, vae.module, vae.streamer, latents, encoding=False, folder=scratch, dtype=scratch_dtype)
     phase = vae.phase("decode", latents, method)
-    plan = MemoryPlan(max_bytes=max_bytes, phases=(phase,), smallest_bytes=int(phase.peak_bytes / MARGIN) + 1)
+    smallest = int(phase.peak_bytes / MARGIN) + 1
+    plan = MemoryPlan(max_bytes=max_bytes, phases=(_with_heap(phase, max_bytes),), smallest_bytes=smallest)
     return method, plan
 
 
-def _with(phase: PhasePlan, resident: int) -> PhasePlan:
-    return (
-        PhasePlan(name=phase.name, terms=(*phase.terms, Term(name="resident weights", nbytes=resident)))
-        if resident
-        else phase
-    )
+def _with(phase: PhasePlan, name: str, nbytes: int) -> PhasePlan:
+    return PhasePlan(name=phase.name, terms=(*phase.terms, Term(name=name, nbytes=nbytes))) if nbytes > 0 else phase
+
+
+def _with_heap(phase: PhasePlan, max_bytes: int) -> PhasePlan:
+    """What the heap keeps of the memory that an autoencoder's strips free, as far as the ceiling leaves room."""
+    return _with(phase, "free heap", min(HEAP_KEPT, int(max_bytes * NEAR) - phase.peak_bytes))
 
 
 def _largest_batch(peak: Callable[[int], int], room: int, most: int) -> int:

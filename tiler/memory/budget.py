@@ -9,6 +9,7 @@ Works for any program: it knows nothing of rendering. MB is 10^6 bytes and MiB 2
 
 from __future__ import annotations
 
+import math
 import re
 import threading
 import time
@@ -24,7 +25,7 @@ from tiler.errors import BudgetExceeded, UsageError
 from tiler.memory import process
 
 _UNITS = {"": 1, "B": 1, "K": 10**3, "KB": 10**3, "KIB": 2**10, "M": 10**6, "MB": 10**6, "MIB": 2**20, "G": 10**9, "GB": 10**9, "GIB": 2**30}  # fmt: skip
-_NEAR = 0.88  # of the ceiling: give back what was freed
+NEAR = 0.88  # of the ceiling: give back what was freed
 _ALMOST = 0.92  # of the ceiling: collect and trim before going on
 _SAMPLE_SECONDS = 0.05
 
@@ -104,9 +105,9 @@ class Budget:
         """RSS now, children included as last sampled."""
         return int(self._process.memory_info().rss) + self._children
 
-    def relieve(self) -> None:
-        """Give freed memory back to the system when the ceiling is not far."""
-        if self.rss_bytes >= _NEAR * self.max_bytes:
+    def relieve(self, above: float = math.inf) -> None:
+        """Give freed memory back to the system when the ceiling is not far, or when more than `above` bytes are used."""
+        if self.rss_bytes >= min(above, NEAR * self.max_bytes):
             process.release_heap()
 
     def check(self, where: str) -> None:

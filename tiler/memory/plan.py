@@ -42,6 +42,9 @@ class MemoryPlan:
     def peak_bytes(self) -> int:
         return max(phase.peak_bytes for phase in self.phases)
 
+    def peak_of(self, name: str) -> int:
+        return next(phase.peak_bytes for phase in self.phases if phase.name == name)
+
     def check(self, *, table: bool = True) -> None:
         """Raises BudgetRefused with the smallest ceiling that would do, and the table."""
         if self.peak_bytes > self.max_bytes * MARGIN:
