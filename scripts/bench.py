@@ -42,8 +42,9 @@ import torch
 torch.set_grad_enabled(False)
 family = read_family(resolve({model!r}))
 plan = plan_render(RenderRequest(prompt="x", output=Path("x.png"), width={size}, height={size}), family, {ceiling})
-unet, n, budget = build_unet(family), family.native, Budget("1000GB")
+unet, n, budget = build_unet(family), family.native, Budget({ceiling})
 with streamed(unet, family.checkpoint.weights("unet"), plain_names, plan.resident["canvas"]) as streamer:
+    streamer.short = budget.short
     tiles = [torch.randn(1, family.latent_channels, n, n) for _ in range((plan.batch + 1) // 2)]
     x = [tile for tile in tiles for _ in range(2)][:plan.batch]
     c = [torch.randn(1, 77, family.text["hidden_size"]) for _ in x]

@@ -187,7 +187,7 @@ class _Work:
         unet = families.build_unet(self.family)
         stored = self.family.checkpoint.weights("unet")
         with self._streamed(unet, stored, families.plain_names, self.plan.resident[phase]) as streamer:
-            streamer.between = self.budget.relieve
+            streamer.short = self.budget.short
 
             def predict(inputs: list[Tensor], timestep: Tensor, embeds: list[Tensor]) -> Tensor:
                 self.unet_calls += 1

@@ -9,7 +9,6 @@ Works for any program: it knows nothing of rendering. MB is 10^6 bytes and MiB 2
 
 from __future__ import annotations
 
-import math
 import re
 import threading
 import time
@@ -105,10 +104,14 @@ class Budget:
         """RSS now, children included as last sampled."""
         return int(self._process.memory_info().rss) + self._children
 
-    def relieve(self, above: float = math.inf) -> None:
+    def relieve(self, above: int) -> None:
         """Give freed memory back to the system when the ceiling is not far, or when more than `above` bytes are used."""
-        if self.rss_bytes >= min(above, NEAR * self.max_bytes):
+        if self.short() or self.rss_bytes >= above:
             process.release_heap()
+
+    def short(self) -> bool:
+        """Whether the ceiling is near."""
+        return self.rss_bytes >= NEAR * self.max_bytes
 
     def check(self, where: str) -> None:
         """Compare the RSS now (14 µs) with the ceiling. Near it, collect and trim; at it, raise BudgetExceeded."""

@@ -105,8 +105,6 @@ def frugal_allocator() -> None:
     """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
-    os.environ.setdefault("MKL_DISABLE_FAST_MM", "1")  # MKL would keep its buffers: 7 MB, no slower without
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve each other beside other programs
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)

@@ -17,7 +17,7 @@ from tiler.weights.stream import Streamer
 if TYPE_CHECKING:
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
-FEED_FORWARD_ELEMENTS = 5 * 2**18  # of the inner activation at a time: 5.2 MB
+FEED_FORWARD_ELEMENTS = 5 * 2**19  # of the inner activation at a time: 10.5 MB
 
 
 def _ignore(where: str) -> None:

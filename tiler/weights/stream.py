@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from tiler.errors import ModelError
+from tiler.memory import process
 from tiler.weights.index import TensorInfo
 from tiler.weights.store import PIECE_ELEMENTS, TORCH_DTYPES, WeightStore, piece_rows
 
@@ -35,8 +36,8 @@ SMALL = 64 * 1024  # parameters of up to this many elements are loaded at once a
 
 
 class Arena:
-    """Room for fp32 weights, used again and again. What the next use does not need goes back to the system: the units
-    with the largest weights are not those with the largest activations, and the two must not add up."""
+    """Room for fp32 weights, used again and again. Where memory is short, what the next use does not need goes back to the
+    system: the units with the largest weights are not those with the largest activations, and need not add up."""
 
     def __init__(self, nbytes: int) -> None:
         self._map = mmap.mmap(-1, max(nbytes, mmap.PAGESIZE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -46,26 +47,27 @@ class Arena:
     def __len__(self) -> int:
         return len(self._floats)
 
-    def take(self, count: int) -> Tensor:
+    def take(self, count: int, *, short: bool) -> Tensor:
         """The first `count` elements; what they hold is undefined. Whatever was taken before is gone."""
         end = -(-4 * count // mmap.PAGESIZE) * mmap.PAGESIZE
-        if end < self._touched and hasattr(mmap, "MADV_DONTNEED"):
+        if short and end < self._touched and hasattr(mmap, "MADV_DONTNEED"):
             self._map.madvise(mmap.MADV_DONTNEED, end, self._touched - end)
-        self._touched = end
+            self._touched = end
+        self._touched = max(self._touched, end)
         return self._floats[:count]
 
 
 class Streamer:
     """The weights of one module tree: what is held in the arena now, what stays, and what is fetched.
 
-    With `store=None` nothing is loaded: for planning on meta tensors. `between` is called between two samples under one
-    held unit: what one freed need not stay while the next one runs.
+    With `store=None` nothing is loaded: for planning on meta tensors. `short` says whether memory is short: then what one
+    sample freed goes back to the system before the next one runs, and so does what the arena does not need.
     """
 
     def __init__(self, store: WeightStore | None, *, arena_bytes: int = ARENA_BYTES) -> None:
         self.store = store
         self.arena_bytes = arena_bytes
-        self.between: Callable[[], None] = lambda: None
+        self.short: Callable[[], bool] = lambda: False
         self.held: dict[str, Tensor] = {}
         self.holding = False
         self._arena = Arena(0 if store is None else arena_bytes)
@@ -84,7 +86,7 @@ class Streamer:
         if self.store is None:
             planned = torch.empty(count, device="meta")  # counted by whoever plans
         else:
-            room = self._arena.take(count)
+            room = self._arena.take(count, short=self.short())
             for layer, weight in zip(layers, room.split([layer.weight.numel() for layer in layers]), strict=True):
                 weight = weight.view(layer.weight.shape)
                 for piece in self.store.pieces(layer.key):
@@ -103,6 +105,10 @@ class Streamer:
         kept = self.store.resident.get(layer.key)
         return kept is not None and kept.dtype == torch.float32
 
+    def _between_samples(self) -> None:
+        if self.short():
+            process.release_heap()
+
     def whole(self, layer: StreamedLayer) -> Tensor | None:
         """The layer's weight in fp32 if it is in memory already."""
         if self.store is None:
@@ -116,7 +122,7 @@ class Streamer:
         for piece in self.store.pieces(layer.key):
             count = (piece.last - piece.first) * layer.weight[0].numel()
             # The arena is free here: a held module never asks for parts. Only a piece wider than it needs its own room.
-            rows = self._arena.take(count) if count <= len(self._arena) else torch.empty(count)
+            rows = self._arena.take(count, short=self.short()) if count <= len(self._arena) else torch.empty(count)
             rows = rows.view(piece.last - piece.first, *shape[1:])
             self.store.fetch(piece, rows)
             yield piece.first, piece.last, rows
@@ -142,7 +148,7 @@ class Streamer:
                     results.append(torch.empty_like(results[0]))  # planning: the last sample's transients are the peak
                 else:
                     results.append(_first(module(*call, **shared)))
-                    self.between()
+                    self._between_samples()
                 before = call if calls and calls[0][0] is call[0] else ()
                 del call
             return results
@@ -164,7 +170,7 @@ class Streamer:
                     results.append(tree_map(torch.empty_like, results[0]))
                 else:
                     results.append(forward(*(cut(i, a) for a in args), **{k: cut(i, v) for k, v in kwargs.items()}))
-                    self.between()
+                    self._between_samples()
         leaves = [tree_flatten(result) for result in results]
         joined = [
             torch.cat(column) if isinstance(column[0], Tensor) else column[0]
