@@ -169,7 +169,7 @@ def plan_render(request: RenderRequest, family: Family, max_bytes: int) -> Rende
         nbytes = sum(math.prod(files[n].shape) * dtype.itemsize for n, dtype in chosen.items())
         phases[i] = _with(phase, "resident weights", int((1 + HEAP_SLACK) * nbytes))
         if phase.name in methods:
-            phases[i] = _with_heap(phases[i], max_bytes)
+            phases[i] = _with_heap(phases[i], methods[phase.name], max_bytes)
     order = ["encode prompts", "guide", "guide picture", "canvas", "decode"]
     phases.sort(key=lambda p: order.index(p.name))
     least.append(sampling("canvas", 1, side, side).peak_bytes)
@@ -197,7 +197,7 @@ def plan_decode(
     method = choose(decode, vae.module, vae.streamer, latents, encoding=False, folder=scratch, dtype=scratch_dtype)
     phase = vae.phase("decode", latents, method)
     smallest = int(phase.peak_bytes / MARGIN) + 1
-    plan = MemoryPlan(max_bytes=max_bytes, phases=(_with_heap(phase, max_bytes),), smallest_bytes=smallest)
+    plan = MemoryPlan(max_bytes=max_bytes, phases=(_with_heap(phase, method, max_bytes),), smallest_bytes=smallest)
     return method, plan
 
 
@@ -205,9 +205,10 @@ def _with(phase: PhasePlan, name: str, nbytes: int) -> PhasePlan:
     return PhasePlan(name=phase.name, terms=(*phase.terms, Term(name=name, nbytes=nbytes))) if nbytes > 0 else phase
 
 
-def _with_heap(phase: PhasePlan, max_bytes: int) -> PhasePlan:
+def _with_heap(phase: PhasePlan, method: Method, max_bytes: int) -> PhasePlan:
     """What the heap keeps of the memory that an autoencoder's strips free, as far as the ceiling leaves room."""
-    return _with(phase, "free heap", min(HEAP_KEPT, int(max_bytes * NEAR) - phase.peak_bytes))
+    freed = min(HEAP_KEPT, method.memory_bytes)
+    return _with(phase, "free heap", min(freed, int(max_bytes * NEAR) - phase.peak_bytes))
 
 
 def _largest_batch(peak: Callable[[int], int], room: int, most: int) -> int:
