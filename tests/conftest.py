@@ -7,9 +7,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
+import torch
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
@@ -32,6 +36,14 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny(checkpoints: Path) -> Path:
     return checkpoints / "tiny"
+
+
+@pytest.fixture(scope="session")
+def reference(tiny: Path) -> AutoencoderKL:
+    """diffusers' own autoencoder of `tiny`, resident, fp32."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL.from_pretrained(tiny / "vae", variant="fp16", torch_dtype=torch.float32).eval()
 
 
 class Ran(NamedTuple):

@@ -18,10 +18,6 @@ from tiler.pipeline import streamed
 from tiler.weights.checkpoint import resolve
 
 
-def reference(folder: Path) -> AutoencoderKL:
-    return AutoencoderKL.from_pretrained(folder / "vae", variant="fp16", torch_dtype=torch.float32).eval()
-
-
 def smooth_latents(height: int, width: int) -> torch.Tensor:
     coarse = torch.randn(1, 4, 6, 6, generator=torch.Generator().manual_seed(0))
     return torch.nn.functional.interpolate(coarse, size=(height, width), mode="bicubic")
@@ -29,20 +25,20 @@ def smooth_latents(height: int, width: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("size", [(32, 32), (31, 27), (8, 45), (1, 1), (2, 3)])
 @torch.no_grad()
-def test_small_pictures_decode_as_diffusers_does(tiny: Path, size: tuple[int, int]) -> None:
+def test_small_pictures_decode_as_diffusers_does(tiny: Path, reference: AutoencoderKL, size: tuple[int, int]) -> None:
     """Up to 32×32 latents the held statistics are the picture's own: the streamed decode is the whole-image decode."""
     latents = smooth_latents(*size)
     family = families.read_family(resolve(str(tiny)))
     vae = families.build_vae(family.autoencoder)
     with streamed(vae, family.autoencoder.weights, families.vae_names):
         got = torch.cat(list(frozen.decode(vae, latents, rows=3)), dim=1)
-    want = reference(tiny).decode(latents).sample[0]
+    want = reference.decode(latents).sample[0]
     assert got.shape == want.shape
     assert (got - want).abs().max() <= 1e-4
 
 
 @torch.no_grad()
-def test_given_true_statistics_a_large_picture_is_exact(tiny: Path) -> None:
+def test_given_true_statistics_a_large_picture_is_exact(tiny: Path, reference: AutoencoderKL) -> None:
     """Measured on the whole picture instead of the shrunken one, the row pipeline is diffusers' decoder: no seam, no halo."""
     latents = smooth_latents(70, 50)
     family = families.read_family(resolve(str(tiny)))
@@ -53,7 +49,7 @@ def test_given_true_statistics_a_large_picture_is_exact(tiny: Path) -> None:
         frozen._measure(stages, measured, latents, lambda where: None)
         strips = [latents[:, :, i : i + 4] for i in range(0, 70, 4)]
         got = torch.cat(list(frozen._stream(stages, iter(strips), 70, 4, lambda where: None)), dim=1)
-    want = reference(tiny).decode(latents).sample[0]
+    want = reference.decode(latents).sample[0]
     assert (got - want).abs().max() <= 2e-4
 
 
@@ -69,13 +65,13 @@ def test_strips_do_not_show(tiny: Path) -> None:
 
 
 @torch.no_grad()
-def test_encoding_equals_diffusers(tiny: Path) -> None:
+def test_encoding_equals_diffusers(tiny: Path, reference: AutoencoderKL) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (248, 200, 3), dtype=np.uint8)
     family = families.read_family(resolve(str(tiny)))
     vae = families.build_vae(family.autoencoder)
     with streamed(vae, family.autoencoder.weights, families.vae_names):
         got = frozen.encode(vae, pixels, pixels)
-    want = reference(tiny).encode(to_tensor(pixels)).latent_dist.mean
+    want = reference.encode(to_tensor(pixels)).latent_dist.mean
     assert got.shape == want.shape == (1, 4, 31, 25)
     assert (got - want).abs().max() <= 1e-4
 

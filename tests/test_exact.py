@@ -30,10 +30,6 @@ def _no_grad() -> Iterator[None]:
         yield
 
 
-def reference(folder: Path) -> AutoencoderKL:
-    return AutoencoderKL.from_pretrained(folder / "vae", variant="fp16", torch_dtype=torch.float32).eval()
-
-
 def decode(
     folder: Path, latents: torch.Tensor, where: Path, dtype: torch.dtype, check=lambda where: None
 ) -> torch.Tensor:
@@ -52,21 +48,21 @@ def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("size", [(70, 50), (33, 129), (1, 3), (64, 9)])
-def test_decoding_equals_diffusers(tiny: Path, tmp_path: Path, size: tuple[int, int]) -> None:
+def test_decoding_equals_diffusers(tiny: Path, reference: AutoencoderKL, tmp_path: Path, size: tuple[int, int]) -> None:
     """Without a common scale or statistic: bright at the top, dark at the bottom, more contrast to the right."""
     latents = torch.randn(1, 4, *size, generator=torch.Generator().manual_seed(1))
     latents = latents * torch.linspace(0.2, 3, size[1]) + torch.linspace(-3, 3, size[0])[:, None]
-    want = reference(tiny).decode(latents).sample[0]
+    want = reference.decode(latents).sample[0]
     got = decode(tiny, latents, tmp_path, torch.float32)
     assert got.shape == want.shape
     assert (got - want).abs().max() <= 1e-4
     assert psnr(decode(tiny, latents, tmp_path, torch.float16), want) >= 60
 
 
-def test_held_statistics_are_far_from_what_exact_gives(tiny: Path, tmp_path: Path) -> None:
+def test_held_statistics_are_far_from_what_exact_gives(tiny: Path, reference: AutoencoderKL, tmp_path: Path) -> None:
     latents = torch.randn(1, 4, 64, 64, generator=torch.Generator().manual_seed(1))
     latents = latents * torch.linspace(0.2, 3, 64)
-    want = reference(tiny).decode(latents).sample[0]
+    want = reference.decode(latents).sample[0]
     family = families.read_family(resolve(str(tiny)))
     vae = families.build_vae(family.autoencoder)
     with streamed(vae, family.autoencoder.weights, families.vae_names):
@@ -74,7 +70,7 @@ def test_held_statistics_are_far_from_what_exact_gives(tiny: Path, tmp_path: Pat
     assert psnr(decode(tiny, latents, tmp_path, torch.float16), want) >= psnr(held, want) + 20
 
 
-def test_encoding_equals_diffusers(tiny: Path, tmp_path: Path) -> None:
+def test_encoding_equals_diffusers(tiny: Path, reference: AutoencoderKL, tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (488, 376, 3), dtype=np.uint8)
     pixels[:200] //= 4
     family = families.read_family(resolve(str(tiny)))
@@ -82,7 +78,7 @@ def test_encoding_equals_diffusers(tiny: Path, tmp_path: Path) -> None:
     with streamed(vae, family.autoencoder.weights, families.vae_names) as streamer:
         disk = Scratch(tmp_path, torch.float32)
         got = exact.encode(vae, pixels, disk, hold=streamer.hold, check=lambda where: None)
-    want = reference(tiny).encode(to_tensor(pixels)).latent_dist.mean
+    want = reference.encode(to_tensor(pixels)).latent_dist.mean
     assert got.shape == want.shape == (1, 4, 61, 47)
     assert (got - want).abs().max() <= 1e-4
 

@@ -114,8 +114,7 @@ strip = np.broadcast_to(np.arange(13000, dtype=np.uint8)[None, :, None], (64, 13
 with tempfile.TemporaryDirectory() as folder:
     write_picture(Path(folder) / ("y" + sys.argv[1]), [strip[:, :256]], 256, 64, {})
     base = read_rss().now
-    height = 18000 if sys.argv[1] == ".tif" else 4500
-    write_picture(Path(folder) / ("x" + sys.argv[1]), (strip for _ in range(0, height, 64)), 13000, height, {})
+    write_picture(Path(folder) / ("x" + sys.argv[1]), (strip for _ in range(0, 18000, 64)), 13000, 18000, {})
 print(read_rss().peak - base)
 """
     for suffix in (".png", ".tif"):

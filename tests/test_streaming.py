@@ -179,7 +179,7 @@ def test_short_reads_go_on_and_failed_reads_say_so(tmp_path: Path, monkeypatch: 
 
 
 @torch.no_grad()
-def test_halves_of_a_guidance_share_work_and_change_no_bit(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_halves_of_a_guidance_share_work_and_change_no_bit(tiny: Path) -> None:
     family = families.read_family(resolve(str(tiny)))
     (x, t, texts), unet = inputs(family, 2), families.build_unet(family)
     index = match_index(unet, family.checkpoint.weights("unet"), families.plain_names)

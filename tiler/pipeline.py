@@ -274,7 +274,7 @@ def decode_file(
     scratch_dtype: ScratchDtype = ScratchDtype.FP16, tiny_vae: str | None = None, force: bool = False,
     on_event: OnEvent = lambda event: None,
 ) -> Result:  # fmt: skip
-    """Decode scaled latents (1, C, h, w) fp32 with a checkpoint's autoencoder into a PNG. `scratch` None is the folder of
+    """Decode scaled latents (1, C, h, w) fp32 with a checkpoint's autoencoder into a picture. `scratch` None is the folder of
     `output`. Raises TilerError."""
     with _inference(), budget or Budget() as budget:
         check_picture(output, force=force)

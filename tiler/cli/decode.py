@@ -32,7 +32,7 @@ def command(
     quiet: o.Quiet = False,
     json_output: o.Json = False,
 ) -> None:
-    """Decode latents into a PNG with a model's autoencoder under the memory ceiling."""
+    """Decode latents into a picture with a model's autoencoder under the memory ceiling."""
     budget = Budget(max_ram)
     o.prepare_process(threads)
     from tiler.cli.progress import ProgressPrinter

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from tiler.errors import ModelError
@@ -57,8 +58,9 @@ class Autoencoder:
     def shift_factor(self) -> float:
         return 0.0 if self.tiny else float(self.config.get("shift_factor") or 0.0)
 
-    @property
+    @cached_property
     def weights(self) -> dict[str, TensorInfo]:
+        """The index of its files, read once."""
         return self.checkpoint.weights(self.part)
 
     def unscale(self, latents: Tensor) -> Tensor:
@@ -94,7 +96,7 @@ class Family:
     def latent_channels(self) -> int:
         return int(self.vae.get("latent_channels", 4))
 
-    @property
+    @cached_property
     def autoencoder(self) -> Autoencoder:
         return Autoencoder(checkpoint=self.checkpoint, part="vae", config=self.vae)
 

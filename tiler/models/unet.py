@@ -17,7 +17,9 @@ from tiler.weights.stream import Streamer
 if TYPE_CHECKING:
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
-FEED_FORWARD_ELEMENTS = 5 * 2**19  # of the inner activation at a time: 10.5 MB
+# Of a feed-forward's inner activation at a time: 10.5 MB. Just large enough to leave SD 1.5's second level (1024 × 2560)
+# whole: its weights do not fit the arena, and every further chunk would read them again.
+FEED_FORWARD_ELEMENTS = 5 * 2**19
 
 
 def _ignore(where: str) -> None:

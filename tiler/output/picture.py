@@ -71,13 +71,17 @@ def _tiles(rows: Iterator[np.ndarray], width: int) -> Iterator[np.ndarray]:
     """Rows gathered to bands of a tile's height, cut from left to right and padded with black."""
     band = np.zeros((TILE, -(-width // TILE) * TILE, 3), np.uint8)
     filled = 0
+
+    def tiles() -> Iterator[np.ndarray]:
+        return (band[:, left : left + TILE].copy() for left in range(0, band.shape[1], TILE))
+
     for strip in rows:
         while len(strip):
             part = strip[: TILE - filled]
             band[filled : filled + len(part), :width] = part
             filled, strip = filled + len(part), strip[len(part) :]
             if filled == TILE:
-                yield from (band[:, left : left + TILE].copy() for left in range(0, band.shape[1], TILE))
+                yield from tiles()
                 band[:], filled = 0, 0
     if filled:
-        yield from (band[:, left : left + TILE].copy() for left in range(0, band.shape[1], TILE))
+        yield from tiles()

@@ -98,8 +98,7 @@ def resolve(model: str, *, variant: str | None = None, revision: str | None = No
             else "a single file"
         )
         raise ModelError(f"{path}: this is {kind}; --model takes a folder in diffusers layout or a hub id")
-    parts = model.split("/")
-    if len(parts) != 2 or not all(parts) or model.startswith((".", "~", "/")):
+    if not _is_hub_id(model):
         raise ModelError(
             f"{model}: no such folder; --model takes `mini`, a folder in diffusers layout or a hub id like org/name"
         )
@@ -111,26 +110,29 @@ def resolve_part(model: str) -> Checkpoint:
     path = Path(model).expanduser()
     if path.is_dir():
         return Checkpoint(name=model, folder=path, variant=None)
-    parts = model.split("/")
-    if path.exists() or len(parts) != 2 or not all(parts) or model.startswith((".", "~", "/")):
+    if path.exists() or not _is_hub_id(model):
         raise ModelError(
             f"{model}: no such folder; --tiny-vae takes a folder with config.json or a hub id like org/name"
         )
     files = ["config.json", "*.safetensors"]
-    for local_only in (True, False):
-        if (folder := _snapshot(model, None, files, local_only)) is not None:
-            return Checkpoint(name=model, folder=folder, variant=None, revision=folder.name)
-    raise OfflineError(_offline(model, None, files))
+    folder = _snapshot(model, None, files, local_only=True) or _snapshot(model, None, files, local_only=False)
+    assert folder is not None  # with the network, _snapshot raises instead
+    return Checkpoint(name=model, folder=folder, variant=None, revision=folder.name)
 
 
-def _offline(model: str, revision: str | None, files: list[str]) -> str:
+def _is_hub_id(model: str) -> bool:
+    parts = model.split("/")
+    return len(parts) == 2 and all(parts) and not model.startswith((".", "~", "/"))
+
+
+def _offline(model: str, revision: str | None, files: list[str], state: str = "is not in the cache") -> str:
     command = f"hf download {model} " + " ".join(f"--include '{p}'" for p in files)
     command += f" --revision {revision}" if revision else ""
-    return f"{model} is not in the cache and the hub cannot be reached; where there is a network, run: {command}"
+    return f"{model} {state} and the hub cannot be reached; where there is a network, run: {command}"
 
 
 def _snapshot(model: str, revision: str | None, files: list[str], local_only: bool) -> Path | None:
-    """huggingface_hub's folder of a repository; None when nothing of it is in the cache."""
+    """huggingface_hub's folder of a repository. With `local_only`, None when nothing of it is in the cache."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -166,7 +168,7 @@ def _from_hub(model: str, variant: str | None, revision: str | None) -> Checkpoi
                 return Checkpoint(name=model, folder=folder, variant=variant, revision=folder.name)
             if os.environ.get("HF_HUB_OFFLINE") == "1":
                 break
-    raise OfflineError(_offline(model, revision, files).replace("is not in the cache", "is in the cache only in part"))
+    raise OfflineError(_offline(model, revision, files, "is in the cache only in part"))
 
 
 def _complete(folder: Path, variant: str | None) -> bool:
