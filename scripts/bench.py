@@ -2,12 +2,14 @@
 
     python scripts/bench.py unet              streamed pass under the ceiling against diffusers' resident fp32, alternating
     python scripts/bench.py memory            predicted against measured peaks of renders at several ceilings and sizes
+    python scripts/bench.py large             the same for each phase of 4096×4096, every one stopped after --minutes
     python scripts/bench.py decode            the same, and seconds, for exact and frozen decoding at several sizes
     python scripts/bench.py render            a whole 2048×2048 render with its report
     python scripts/bench.py unet render --json FILE
 
 Every measurement runs in a fresh process that reads its own VmHWM. Times on shared machines are noisy: look at the
-ratio, a median over `--rounds` alternations. `memory` runs two steps, not twenty: peaks repeat from pass to pass.
+ratio, a median over `--rounds` alternations. `memory` runs two steps, not twenty: peaks repeat from pass to pass. So
+they do inside a phase, and `large` reads the kernel's mark of a process that it then stops: the whole takes hours.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +140,51 @@ def bench_memory(model: str, ceilings: list[int], sizes: list[int], steps: int) 
     return rows
 
 
+def peak_within(seconds: float, *arguments: object) -> int:
+    """VmHWM of the program after `seconds`, or at its end if that comes first."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-c", "from tiler.cli.main import main; main()", *map(str, arguments), "--quiet"]
+        process = subprocess.Popen([*command, "-o", str(Path(folder) / "x.png")], cwd=ROOT)
+        peak, end = 0, time.monotonic() + seconds
+        while process.poll() is None and time.monotonic() < end:
+            marks = [line for line in Path(f"/proc/{process.pid}/status").read_text().splitlines() if "VmHWM" in line]
+            peak = max([peak, *(1024 * int(mark.split()[1]) for mark in marks)])
+            time.sleep(0.2)
+        if process.poll() is None:
+            process.terminate()
+        elif process.returncode:
+            raise SystemExit(f"{' '.join(command[3:])} ended with exit {process.returncode}")
+        process.wait()
+        return peak
+
+
+def bench_large(model: str, size: int, ceiling: int, seconds: float) -> list[dict[str, Any]]:
+    """Predicted against measured peak of a large picture's phases, each begun in a process of its own."""
+    import torch
+    from PIL import Image
+    from safetensors.torch import save_file
+
+    channels = json.loads((Path(model) / "vae/config.json").read_text())["latent_channels"]
+    common = "--model", model, "--max-ram", ceiling
+    render = "render", "x", *common, "--size", size, "--steps", 2, "--seed", 1
+    with tempfile.TemporaryDirectory() as folder:
+        latents, picture = Path(folder) / "latents.safetensors", Path(folder) / "guide.png"
+        save_file({"latents": torch.randn(1, channels, size // 8, size // 8)}, latents)
+        Image.effect_noise((512, 512), 80).save(picture)
+        runs = {
+            "canvas": (*render, "--no-guide"),
+            "guide picture": (*render, "--guide", picture),
+            "decode": ("decode", latents, *common),
+        }
+        command = [sys.executable, "-c", "from tiler.cli.main import main; main()", "plan", *map(str, render[1:])]
+        planned = json.loads(subprocess.run([*command, "--json"], cwd=ROOT, check=True, capture_output=True).stdout)
+        phases = {p["name"]: p["peak_bytes"] for p in planned["phases"]}
+        return [
+            {"what": f"{size}² {name}", "predicted": phases[name], "measured": peak_within(seconds, *arguments)}
+            for name, arguments in runs.items()
+        ]
+
+
 def bench_decode(model: str, sizes: list[int], modes: list[str], ceiling: int) -> list[dict[str, Any]]:
     """Predicted against measured peak, and seconds, of decoding random latents."""
     import torch
@@ -169,7 +217,7 @@ def bench_render(model: str, ceiling: int, steps: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="+", choices=["unet", "memory", "decode", "render"])
+    parser.add_argument("what", nargs="+", choices=["unet", "memory", "large", "decode", "render"])
     parser.add_argument("--model", help="a folder; default: the generated sd15")
     parser.add_argument("--ceiling", type=int, default=800_000_000, help="bytes")
     parser.add_argument(
@@ -177,6 +225,7 @@ def main() -> None:
     )
     parser.add_argument("--sizes", type=int, nargs="+", default=[1024, 2048], help="pixels, for memory and decode")
     parser.add_argument("--modes", nargs="+", default=["exact", "frozen"], help="for decode")
+    parser.add_argument("--minutes", type=float, default=5, help="for large")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--json", type=Path, help="also write all results here")
@@ -189,9 +238,11 @@ def main() -> None:
             print(f"{name:32}{value:,.3f}" if isinstance(value, float) else f"{name:32}{value:,}")
     if "memory" in args.what:
         results["memory"] = bench_memory(model, args.ceilings, args.sizes, args.steps)
+    if "large" in args.what:
+        results["large"] = bench_large(model, 4096, args.ceiling, 60 * args.minutes)
     if "decode" in args.what:
         results["decode"] = bench_decode(model, args.sizes, args.modes, args.ceiling)
-    for row in [*results.get("memory", []), *results.get("decode", [])]:
+    for row in [row for what in ("memory", "large", "decode") for row in results.get(what, [])]:
         off = row["predicted"] / row["measured"] - 1
         print(
             f"{row['what']:32} predicted {row['predicted'] / 1e6:5.0f} MB  measured {row['measured'] / 1e6:5.0f} MB  {off:+.1%}"

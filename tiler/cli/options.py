@@ -114,7 +114,8 @@ ScratchFolder = Annotated[
     ),
 ]
 ScratchKind = Annotated[
-    ScratchDtype, typer.Option("--scratch-dtype", help="How they are stored; fp16 is half the bytes, about 70 dB from fp32.")
+    ScratchDtype,
+    typer.Option("--scratch-dtype", help="How they are stored; fp16 is half the bytes, about 70 dB from fp32."),
 ]
 Latents = Annotated[
     Path | None, typer.Option("--save-latents", help="Also write the final latents (safetensors).", show_default=False)
