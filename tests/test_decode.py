@@ -10,12 +10,14 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from PIL import Image
 
-from tiler.decode import frozen
+from tiler.decode import frozen, method
 from tiler.decode import tiny as tiny_decoder
 from tiler.decode.rows import Measured, decoder_stages, flow, to_tensor, to_uint8
 from tiler.models import family as families
 from tiler.pipeline import streamed
+from tiler.request import Decode, ScratchDtype, Wrap
 from tiler.weights.checkpoint import resolve
+from tiler.weights.stream import Streamer, stream_layers
 
 
 def smooth_latents(height: int, width: int) -> torch.Tensor:
@@ -51,6 +53,37 @@ def test_given_true_statistics_a_large_picture_is_exact(tiny: Path, reference: A
         got = torch.cat(list(frozen._stream(stages, iter(strips), 70, 4, lambda where: None)), dim=1)
     want = reference.decode(latents).sample[0]
     assert (got - want).abs().max() <= 2e-4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [Decode.EXACT, Decode.FROZEN])
+def test_a_picture_that_wraps_joins_itself(tiny: Path, tmp_path: Path, kind: Decode) -> None:
+    """Where copies join, the picture is what it would be if the join lay elsewhere."""
+    latents = smooth_latents(72, 88)
+    family = families.read_family(resolve(str(tiny)))
+    vae, streamer = families.build_vae(family.autoencoder), Streamer(None)
+    stream_layers(vae, streamer)
+
+    def decode(latents: torch.Tensor, wrap: Wrap) -> torch.Tensor:
+        how = method.choose(
+            kind, vae, streamer, (72, 88), encoding=False, folder=tmp_path, dtype=ScratchDtype.FP32, wrap=wrap
+        )
+        own = families.build_vae(family.autoencoder)
+        with streamed(own, family.autoencoder.weights, families.vae_names) as loaded:
+            strips = method.decode(how, own, loaded, latents, check=lambda _: None, progress=lambda _: None)
+            return torch.cat(list(strips), dim=1)
+
+    got = {wrap: decode(latents, wrap) for wrap in (Wrap.NONE, Wrap.XY)}
+    moved = {wrap: decode(latents.roll((36, 44), (2, 3)), wrap).roll((-8 * 36, -8 * 44), (1, 2)) for wrap in got}
+    at_join = {}
+    for wrap in got:
+        difference = (got[wrap] - moved[wrap]).abs()
+        at_join[wrap] = max(float(difference[:, :8].mean()), float(difference[:, :, :8].mean()))
+    if kind is Decode.EXACT:
+        assert at_join[Wrap.NONE] > 0.1
+        assert at_join[Wrap.XY] <= 1e-5
+    else:  # statistics come from a shrunken picture, which does not move by whole latents
+        assert at_join[Wrap.XY] < 0.25 * at_join[Wrap.NONE]
 
 
 @torch.no_grad()

@@ -17,9 +17,9 @@ from torch import Tensor
 from tiler.diffusion import schedulers
 from tiler.diffusion.canvas import Conditions, denoise, first_step, initial_noise, start_latents
 from tiler.diffusion.guide import guide_size
-from tiler.diffusion.tiles import Text2ImageRegion, even_starts, mask_profile, plan_tiles
+from tiler.diffusion.tiles import Text2ImageRegion, even_starts, guide_tiles, mask_profile, plan_tiles
 from tiler.errors import ModelError, NumericalError, UsageError
-from tiler.request import Mask, Region, RenderRequest, Scheduler, parse_scheduler
+from tiler.request import Mask, Region, RenderRequest, Scheduler, Wrap, parse_scheduler
 
 CONFIG = {
     "num_train_timesteps": 1000,
@@ -48,6 +48,16 @@ def test_tiles_cover_evenly(length: int, tile: int, overlap: int) -> None:
     assert len(starts) == 1 or (len(starts) - 2) * (tile - overlap) < length - tile
 
 
+@given(length=st.integers(8, 400), tile=st.integers(8, 96), overlap=st.integers(0, 95))
+def test_tiles_go_round(length: int, tile: int, overlap: int) -> None:
+    if overlap >= tile or length < tile:
+        return
+    starts = even_starts(length, tile, overlap, wraps=True)
+    gaps = [b - a for a, b in pairwise([*starts, starts[0] + length])]
+    assert max(gaps) <= tile - overlap
+    assert max(gaps) - min(gaps) <= 1
+
+
 def test_2048_takes_25_tiles() -> None:
     assert even_starts(256, 64, 16) == [0, 48, 96, 144, 192]
 
@@ -67,17 +77,24 @@ def test_mask_formulas(n: int) -> None:
 @settings(max_examples=60, deadline=None)
 @given(
     height=st.integers(8, 70), width=st.integers(8, 70), tile=st.tuples(st.integers(5, 8), st.integers(5, 8)), overlap=st.integers(0, 4),
-    mask=st.sampled_from(list(Mask)), with_region=st.booleans(), with_base=st.booleans(),
+    mask=st.sampled_from(list(Mask)), wrap=st.sampled_from(list(Wrap)), with_region=st.booleans(), with_base=st.booleans(),
 )  # fmt: skip
 def test_weights_sum_to_one(
-    height: int, width: int, tile: tuple[int, int], overlap: int, mask: Mask, with_region: bool, with_base: bool
+    height: int,
+    width: int,
+    tile: tuple[int, int],
+    overlap: int,
+    mask: Mask,
+    wrap: Wrap,
+    with_region: bool,
+    with_base: bool,
 ) -> None:
     region = Region(prompt="r", rows=(0, 8 * height), cols=(0, 64), mask=Mask.QUARTIC, mask_weight=3.0)
     regions = (region,) if with_region else ()
     if not regions or not with_base:
         regions = (*regions, Region(prompt="all", rows=(0, 8 * height), cols=(0, 8 * width)))
     asked = request(
-        prompt="base" if with_base else None, width=8 * width, height=8 * height, mask=mask, regions=regions
+        prompt="base" if with_base else None, width=8 * width, height=8 * height, mask=mask, wrap=wrap, regions=regions
     )
     total = torch.zeros(height, width, dtype=torch.float64)
     for placed in plan_tiles(asked, canvas=(height, width), tile=tile, overlap=overlap):
@@ -182,6 +199,33 @@ def test_batch_does_not_change_a_bit() -> None:
         )
         results.append(states[-1].latents)
     assert all(torch.equal(r, results[0]) for r in results)
+
+
+@pytest.mark.parametrize("of", ["canvas", "guide"])
+def test_a_canvas_that_wraps_has_no_beginning(of: str) -> None:
+    """Rolled by the tiles' stride, noise becomes the rolled picture: no pixel is nearer to a border than another."""
+    conditions = Conditions(torch.randn(1, 4, 6), torch.randn(1, 4, 6))
+
+    def predict(xs: list[Tensor], t: Tensor, texts: list[Tensor]) -> Tensor:
+        sides = (torch.linspace(0, 1, n) for n in xs[0].shape[2:])  # the model knows where in its tile a pixel lies
+        return fake_predict(xs, t, texts) * torch.outer(*sides)
+
+    def picture(noise: Tensor, wrap: Wrap) -> Tensor:
+        asked, size = request(width=96, height=144, wrap=wrap), (18, 12)
+        tiles = (
+            plan_tiles(asked, canvas=size, tile=(8, 8), overlap=2) if of == "canvas" else guide_tiles(size, wrap, 7.5)
+        )
+        scheduler = schedulers.build(Scheduler.DPMPP_2M, CONFIG, 3)
+        states = denoise(noise, tiles, conditions, scheduler, predict, torch.Generator(), batch=3)
+        latents = list(states)[-1].latents
+        assert latents is not None
+        return latents
+
+    noise, _ = initial_noise((1, 4, 18, 12), 3)
+    for wrap, stride in ((Wrap.XY, (6, 6) if of == "canvas" else (9, 6)), (Wrap.X, (0, 6))):
+        rolled = picture(noise.roll(stride, (2, 3)), wrap)
+        assert torch.allclose(rolled, picture(noise, wrap).roll(stride, (2, 3)), atol=1e-4)
+        assert not torch.allclose(rolled, picture(noise, Wrap.NONE).roll(stride, (2, 3)), atol=1e-2)
 
 
 def test_guidance_of_one_runs_no_unconditional_half() -> None:
@@ -298,7 +342,7 @@ def test_guide_has_the_native_area_and_shows_the_canvass_aspect() -> None:
 
 def test_a_prediction_that_is_not_finite_stops_the_run() -> None:
     region = Text2ImageRegion(
-        top=0, left=0, height=8, width=8, condition=0, guidance_scale=1.0, weights=torch.ones(8, 8)
+        top=0, left=0, height=8, width=8, condition=0, guidance_scale=1.0, weights=torch.ones(8, 8), canvas=(8, 8)
     )
     scheduler = schedulers.build(Scheduler.DDIM, CONFIG, 3)
     noise, rng = initial_noise((1, 4, 8, 8), 1)

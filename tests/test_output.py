@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from tiler.errors import StorageError, UsageError
-from tiler.output.paper import sheet_pixels
+from tiler.output.paper import parse_length, sheet_pixels
 from tiler.output.picture import write_picture
 
 
@@ -72,7 +72,7 @@ def test_a_failure_leaves_no_file(tmp_path: Path) -> None:
     ],
 )
 def test_sheets_in_pixels(paper: str, dpi: float, landscape: bool, bleed: str, want: tuple[int, int]) -> None:
-    assert sheet_pixels(paper, dpi, landscape=landscape, bleed=bleed) == want
+    assert sheet_pixels(paper, dpi, landscape=landscape, bleed_mm=parse_length(bleed)) == want
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_sheets_in_pixels(paper: str, dpi: float, landscape: bool, bleed: str, w
 )
 def test_papers_that_are_none(paper: str, bleed: str) -> None:
     with pytest.raises(UsageError):
-        sheet_pixels(paper, 300, bleed=bleed)
+        sheet_pixels(paper, 300, bleed_mm=parse_length(bleed))
 
 
 def test_resolution_is_in_the_file(tmp_path: Path) -> None:
@@ -101,8 +101,28 @@ def test_tiff_is_tiled_and_complete(tmp_path: Path, height: int, width: int) -> 
     assert b"Steps: 2" in (tmp_path / "x.tif").read_bytes()
 
 
+@pytest.mark.parametrize("bleed_mm", [0.0, 3.0])
+def test_a_pdf_is_the_picture_with_its_boxes(tmp_path: Path, bleed_mm: float) -> None:
+    from pypdf import PdfReader
+
+    pixels, dpi = pictures()["noise"], 36.0
+    strips = (pixels[first : first + 7] for first in range(0, 61, 7))
+    write_picture(tmp_path / "x.pdf", strips, 83, 61, {"parameters": "ünïcode (1\nSteps: 2"}, dpi, bleed_mm)
+    reader = PdfReader(tmp_path / "x.pdf", strict=True)
+    (page,) = reader.pages
+    assert [float(v) for v in page.mediabox] == pytest.approx([0, 0, 166, 122])
+    assert page.bleedbox == page.mediabox
+    edge = bleed_mm / 25.4 * 72
+    assert [float(v) for v in page.trimbox] == pytest.approx([edge, edge, 166 - edge, 122 - edge], abs=1e-3)
+    image = page.images[0].image
+    assert image is not None
+    assert np.array_equal(np.asarray(image), pixels)
+    assert reader.metadata is not None
+    assert reader.metadata.subject == "ünïcode (1\nSteps: 2"
+
+
 def test_memory_does_not_grow_with_the_picture() -> None:
-    """13,000×18,000 from a synthetic source, PNG and TIFF: the writers hold rows, not pictures."""
+    """13,000×18,000 from a synthetic source: the writers hold rows, not pictures."""
     code = """
 import sys, tempfile
 from pathlib import Path
@@ -117,6 +137,6 @@ with tempfile.TemporaryDirectory() as folder:
     write_picture(Path(folder) / ("x" + sys.argv[1]), (strip for _ in range(0, 18000, 64)), 13000, 18000, {})
 print(read_rss().peak - base)
 """
-    for suffix in (".png", ".tif"):
+    for suffix in (".png", ".tif", ".pdf"):
         done = subprocess.run([sys.executable, "-c", code, suffix], capture_output=True, text=True, check=True)
         assert int(done.stdout) < 100_000_000

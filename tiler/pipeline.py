@@ -40,7 +40,7 @@ from tiler.output.latents import save_latents
 from tiler.output.picture import check_picture, write_picture
 from tiler.output.png import infotext
 from tiler.planner import RenderPlan, plan_decode, plan_render
-from tiler.request import Decode, RenderRequest, ScratchDtype, check_decode
+from tiler.request import Decode, GuideUpscale, RenderRequest, ScratchDtype, Wrap, check_decode, check_dpi
 from tiler.weights.checkpoint import resolve, resolve_part
 from tiler.weights.index import TensorInfo
 from tiler.weights.store import WeightStore
@@ -81,8 +81,9 @@ def render(request: RenderRequest, budget: Budget | None = None, on_event: OnEve
             if request.save_latents is not None:
                 save_latents(request.save_latents, latents)
             write_picture(
-                request.output, work.decode(latents), request.width, request.height, work.texts(), request.dpi
-            )
+                request.output, work.decode(latents), request.width, request.height, work.texts(), request.dpi,
+                request.bleed_mm,
+            )  # fmt: skip
     return Result(output=request.output, report=work.report())
 
 
@@ -113,18 +114,19 @@ class _Work:
 
     def guide_pass(self, conditions: canvas.Conditions) -> Tensor:
         """A picture of the whole at the model's native size: its latents, (1, C, h, w) fp32 scaled."""
-        plan, request = self.plan, self.request
-        assert plan.guide is not None
-        whole = canvas.whole_canvas(plan.guide.height, plan.guide.width, request.guidance_scale)
+        plan = self.plan
         with self._phase("guide", plan.guide_samples):
-            return self._sample("guide", [whole], conditions, None, 0, plan.guide_batch)
+            return self._sample("guide", list(plan.guide_regions), conditions, None, 0, plan.guide_batch)
 
     def reference(self, guide_latents: Tensor | None) -> Tensor | None:
         """What rules the first part of the canvas's schedule: the guide's picture, or the user's, at the canvas's size."""
         if guide_latents is None and self.request.guide_image is None:
             return None
         height, width = (8 * n for n in self.plan.canvas)
-        kind = self.family.autoencoder
+        kind, wraps = self.family.autoencoder, self.request.wrap.axes
+        if guide_latents is not None and self.request.guide_upscale is GuideUpscale.LATENT:
+            assert self.plan.guide is not None
+            return guide.upscale(guide_latents, self.plan.guide, self.plan.canvas, wraps)
         vae = families.build_vae(kind)
         with (
             self._phase("guide picture", 100),
@@ -139,9 +141,9 @@ class _Work:
             else:
                 assert self.request.guide_image is not None
                 picture, box = guide.load_picture(self.request.guide_image), None
-            how, pixels = self.plan.methods["guide picture"], guide.fit(picture, height, width, box)
+            how, pixels = self.plan.methods["guide picture"], guide.fit(picture, height, width, box, wraps)
             mean = method.encode(
-                how, vae, streamer, pixels, lambda h, w: guide.fit(picture, h, w, box),
+                how, vae, streamer, pixels, lambda h, w: guide.fit(picture, h, w, box, wraps),
                 check=at_rows(self.budget, self.plan.memory.peak_of("guide picture")),
                 progress=self._percent("guide picture"),
             )  # fmt: skip
@@ -174,7 +176,7 @@ class _Work:
         batch: int,
     ) -> Tensor:
         request, steps = self.request, self.request.num_inference_steps
-        height, width = max(r.top + r.height for r in regions), max(r.left + r.width for r in regions)
+        height, width = regions[0].canvas
         reseeded = [] if phase == "guide" else [
             ((slice(r.rows[0] // 8, r.rows[1] // 8), slice(r.cols[0] // 8, r.cols[1] // 8)), r.seed)
             for r in request.regions if r.seed is not None
@@ -271,8 +273,8 @@ class _Work:
 def decode_file(
     latents: Tensor, model: str, output: Path, *, budget: Budget | None = None, variant: str | None = None,
     revision: str | None = None, decode: Decode = Decode.AUTO, scratch: Path | None = None,
-    scratch_dtype: ScratchDtype = ScratchDtype.FP16, tiny_vae: str | None = None, force: bool = False,
-    on_event: OnEvent = lambda event: None,
+    scratch_dtype: ScratchDtype = ScratchDtype.FP16, tiny_vae: str | None = None, wrap: Wrap = Wrap.NONE,
+    dpi: float | None = None, force: bool = False, on_event: OnEvent = lambda event: None,
 ) -> Result:  # fmt: skip
     """Decode scaled latents (1, C, h, w) fp32 with a checkpoint's autoencoder into a picture. `scratch` None is the folder of
     `output`. Raises TilerError."""
@@ -281,10 +283,11 @@ def decode_file(
         family = families.read_family(resolve(model, variant=variant, revision=revision))
         check_latents(latents, family)
         check_decode(decode, tiny_vae)
+        check_dpi(dpi)
         kind = family.autoencoder if tiny_vae is None else families.read_tiny(resolve_part(tiny_vae), family)
         how, plan = plan_decode(
             kind, (latents.shape[2], latents.shape[3]), budget.max_bytes,
-            decode=decode, scratch=scratch or output.parent, scratch_dtype=scratch_dtype,
+            decode=decode, scratch=scratch or output.parent, scratch_dtype=scratch_dtype, wrap=wrap,
         )  # fmt: skip
         plan.check()
         vae = families.build_vae(kind)
@@ -293,7 +296,7 @@ def decode_file(
         with budget.phase("decode") as use, streamed(vae, kind.weights, families.vae_names) as streamer:
             check = at_rows(budget, plan.peak_bytes)
             rows = decode_pixels(how, vae, streamer, kind.unscale(latents), check, percent(on_event, "decode"))
-            write_picture(output, rows, 8 * latents.shape[3], 8 * latents.shape[2], {})
+            write_picture(output, rows, 8 * latents.shape[3], 8 * latents.shape[2], {}, dpi)
         on_event(events.PhaseDone(name="decode", seconds=use.seconds, peak_rss_bytes=use.peak_rss_bytes))
     return Result(output=output, report=report(budget, plan.peak_bytes) | {"decode": how.name})
 

@@ -16,9 +16,10 @@ import torch
 from torch import nn
 
 from tiler.decode.method import Method, choose
+from tiler.decode.scratch import STRIP_BYTES
 from tiler.diffusion.canvas import first_step
 from tiler.diffusion.guide import GuideSize, guide_size
-from tiler.diffusion.tiles import Text2ImageRegion, plan_tiles
+from tiler.diffusion.tiles import Text2ImageRegion, guide_tiles, plan_tiles
 from tiler.errors import UsageError
 from tiler.memory.budget import NEAR
 from tiler.memory.meter import MetaMeter
@@ -27,7 +28,7 @@ from tiler.memory.process import read_rss
 from tiler.models import family as families
 from tiler.models.family import Autoencoder, Family
 from tiler.models.unet import predict_noise
-from tiler.request import Decode, RenderRequest, ScratchDtype
+from tiler.request import Decode, GuideUpscale, RenderRequest, ScratchDtype, Wrap
 from tiler.weights.checkpoint import resolve_part
 from tiler.weights.index import TensorInfo
 from tiler.weights.store import PIECE_ELEMENTS, READ_AHEAD, TORCH_DTYPES
@@ -48,6 +49,7 @@ class RenderPlan:
     family: Family
     canvas: tuple[int, int]
     guide: GuideSize | None
+    guide_regions: tuple[Text2ImageRegion, ...]
     regions: tuple[Text2ImageRegion, ...]
     begin: int
     batch: int
@@ -57,13 +59,24 @@ class RenderPlan:
     memory: MemoryPlan
     steps: int  # of the canvas pass
     samples_per_step: int
+    guide_steps: int
+    samples_per_guide_step: int
     guide_batch: int
-    guide_samples: int
 
     @property
     def unet_calls(self) -> int:
         """Passes over the UNet's weights."""
-        return self.guide_samples // self.guide_batch + self.steps * math.ceil(self.samples_per_step / self.batch)
+        guide = self.guide_steps * math.ceil(self.samples_per_guide_step / self.guide_batch)
+        return guide + self.steps * math.ceil(self.samples_per_step / self.batch)
+
+    @property
+    def guide_samples(self) -> int:
+        return self.guide_steps * self.samples_per_guide_step
+
+    @property
+    def upscale_flops(self) -> int:
+        """What bringing the guide to the canvas's size costs in the autoencoder's convolutions."""
+        return sum(method.flops for name, method in self.methods.items() if name != "decode")
 
     @property
     def unet_samples(self) -> int:
@@ -84,13 +97,15 @@ def plan_render(request: RenderRequest, family: Family, max_bytes: int) -> Rende
     overlap = side // 4 if request.overlap is None else request.overlap // 8
     regions = plan_tiles(request, canvas=canvas, tile=(side, side), overlap=overlap)
     wanted = request.guide and request.guide_image is None and request.prompt is not None
-    guide = guide_size(canvas, side, family.granularity) if wanted else None
+    guide = guide_size(canvas, side, family.granularity, request.wrap.axes) if wanted else None
+    guide_regions = guide_tiles(guide[:2], request.wrap, request.guidance_scale) if guide is not None else []
     guided = guide is not None or request.guide_image is not None
     begin = first_step(request.num_inference_steps, request.strength) if guided else 0
     steps = request.num_inference_steps - begin
-    tile_of_sample = [i for i, r in enumerate(regions) for _ in range(2 if r.guidance_scale > 1 else 1)]
-    per_step = len(tile_of_sample)
-    guide_halves = 2 if request.guidance_scale > 1 else 1
+    canvas_samples, guide_samples = (
+        [i for i, r in enumerate(rs) for _ in range(r.samples)] for rs in (regions, guide_regions)
+    )
+    per_step, guide_step = len(canvas_samples), len(guide_samples)
 
     unet = families.build_unet(family)
     stored = family.checkpoint.weights("unet")
@@ -117,12 +132,14 @@ def plan_render(request: RenderRequest, family: Family, max_bytes: int) -> Rende
 
     def method(coder: _Coder, wanted: Decode, latents: tuple[int, int], encoding: bool = False) -> Method:
         options = coder.module, coder.streamer, latents
-        return choose(wanted, *options, encoding=encoding, folder=folder, dtype=request.scratch_dtype)
+        return choose(
+            wanted, *options, encoding=encoding, folder=folder, dtype=request.scratch_dtype, wrap=request.wrap
+        )
 
     methods = {"decode": method(decoder, request.decode, canvas)}
     decoding = [decoder.phase("decode", canvas, methods["decode"])]
     own = Decode.AUTO if request.decode is Decode.TINY else request.decode  # the guide's way
-    if guided:
+    if guided and request.guide_upscale is GuideUpscale.PIXEL:
         methods["guide picture"] = method(vae, own, canvas, encoding=True)
         picture = [vae.phase("guide picture", canvas, methods["guide picture"])]
         if guide is not None:  # the same phase decodes the guide first
@@ -132,7 +149,7 @@ def plan_render(request: RenderRequest, family: Family, max_bytes: int) -> Rende
     canvas_bytes = 4 * family.latent_channels * canvas[0] * canvas[1] * 6 + 4 * side * side * len(regions)
 
     def sampling(name: str, batch: int, height: int, breadth: int) -> PhasePlan:
-        samples = tile_of_sample if name == "canvas" else [0] * guide_halves
+        samples = canvas_samples if name == "canvas" else guide_samples
         groups = [tuple(samples[i : i + batch]) for i in range(0, len(samples), batch)]
         group = max(groups, key=lambda g: (len(set(g)), len(g)))  # halves of one tile share their first layers
         group = tuple(sorted(set(group)).index(tile) for tile in group)
@@ -149,10 +166,10 @@ def plan_render(request: RenderRequest, family: Family, max_bytes: int) -> Rende
     )
     batch = math.ceil(per_step / math.ceil(per_step / batch))  # passes of equal size
     phases = [_text_phase(family, fixed), sampling("canvas", batch, side, side), *decoding]
-    guide_batch = guide_halves
+    guide_batch = 1
     if guide is not None:
         guide_batch = _largest_batch(
-            lambda b: sampling("guide", b, guide.height, guide.width).peak_bytes, int(max_bytes * MARGIN), guide_halves
+            lambda b: sampling("guide", b, guide.height, guide.width).peak_bytes, int(max_bytes * MARGIN), guide_step
         )
         phases.append(sampling("guide", guide_batch, guide.height, guide.width))
     least = [p.peak_bytes for p in phases if p.name not in ("guide", "canvas")]
@@ -176,9 +193,9 @@ def plan_render(request: RenderRequest, family: Family, max_bytes: int) -> Rende
     if guide is not None:
         least.append(sampling("guide", 1, guide.height, guide.width).peak_bytes)
     return RenderPlan(
-        family=family, canvas=canvas, guide=guide, regions=tuple(regions), begin=begin, batch=batch,
+        family=family, canvas=canvas, guide=guide, guide_regions=tuple(guide_regions), regions=tuple(regions), begin=begin, batch=batch,
         resident=resident, decoder=decoder.kind, methods=methods, steps=steps, samples_per_step=per_step, guide_batch=guide_batch,
-        guide_samples=guide_halves * request.num_inference_steps if guide is not None else 0,
+        guide_steps=request.num_inference_steps if guide is not None else 0, samples_per_guide_step=guide_step,
         memory=MemoryPlan(max_bytes=max_bytes, phases=tuple(phases), smallest_bytes=int(max(least) / MARGIN) + 1),
     )  # fmt: skip
 
@@ -191,10 +208,13 @@ def plan_decode(
     decode: Decode,
     scratch: Path,
     scratch_dtype: ScratchDtype,
+    wrap: Wrap,
 ) -> tuple[Method, MemoryPlan]:
     """How latents of (height, width) are decoded, and the memory plan. Raises StorageError."""
     vae = _Coder(kind, [Term(name="python, libraries", nbytes=read_rss().now + LIBRARIES_BYTES)])
-    method = choose(decode, vae.module, vae.streamer, latents, encoding=False, folder=scratch, dtype=scratch_dtype)
+    method = choose(
+        decode, vae.module, vae.streamer, latents, encoding=False, folder=scratch, dtype=scratch_dtype, wrap=wrap
+    )
     phase = vae.phase("decode", latents, method)
     smallest = int(phase.peak_bytes / MARGIN) + 1
     plan = MemoryPlan(max_bytes=max_bytes, phases=(_with_heap(phase, method, max_bytes),), smallest_bytes=smallest)
@@ -206,8 +226,9 @@ def _with(phase: PhasePlan, name: str, nbytes: int) -> PhasePlan:
 
 
 def _with_heap(phase: PhasePlan, method: Method, max_bytes: int) -> PhasePlan:
-    """What the heap keeps of the memory that an autoencoder's strips free, as far as the ceiling leaves room."""
-    freed = min(HEAP_KEPT, method.memory_bytes)
+    """What the heap keeps of the memory that an autoencoder's strips free, as far as the ceiling leaves room. The blocks of
+    one strip fit where those of the last one were."""
+    freed = min(HEAP_KEPT, method.memory_bytes - STRIP_BYTES)
     return _with(phase, "free heap", min(freed, int(max_bytes * NEAR) - phase.peak_bytes))
 
 
@@ -285,5 +306,8 @@ class _Coder:
         """Decoding or encoding latents of (height, width). A picture to be encoded is in memory as uint8; a decoded one is
         written as it comes."""
         work = Term(name=WORK, nbytes=method.memory_bytes)
-        picture = Term(name="picture", nbytes=3 * 64 * latents[0] * latents[1])
+        area = latents[0] * latents[1]
+        if any(method.margin):
+            area += (latents[0] + 2 * method.margin[0]) * (latents[1] + 2 * method.margin[1])
+        picture = Term(name="picture", nbytes=3 * 64 * area)
         return PhasePlan(name=name, terms=(*self.terms, work, picture) if method.encoding else (*self.terms, work))

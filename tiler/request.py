@@ -38,6 +38,27 @@ class Scheduler(StrEnum):
     LCM = "LCM"
 
 
+class Wrap(StrEnum):
+    """The axes along which copies of the picture can be laid side by side without a seam."""
+
+    NONE = "none"
+    X = "x"
+    Y = "y"
+    XY = "xy"
+
+    @property
+    def axes(self) -> tuple[bool, bool]:
+        """(vertical, horizontal), in the order of (height, width)."""
+        return "y" in self, "x" in self
+
+
+class GuideUpscale(StrEnum):
+    """How the guide comes to the canvas's size: its latents by bicubic interpolation, or its picture by Lanczos, encoded."""
+
+    PIXEL = "pixel"
+    LATENT = "latent"
+
+
 class Decode(StrEnum):
     """How latents become a picture: as a whole through scratch files, row by row with held statistics, or by a tiny
     autoencoder trained to give about the same."""
@@ -84,6 +105,12 @@ def check_decode(decode: Decode, tiny_vae: str | None) -> None:
         )
 
 
+def check_dpi(dpi: float | None) -> None:
+    """Raises UsageError."""
+    if dpi is not None:
+        _within("dpi", dpi, 1, 10_000)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Region:
     """A rectangle of the canvas with a prompt of its own. `rows` and `cols` are (first, past-the-last) canvas pixels."""
@@ -119,7 +146,7 @@ class RenderRequest:
 
     `prompt` may be None when `regions` cover the canvas. `strength` is img2img's denoising strength: the share of the
     schedule that the canvas denoises after the guide. `overlap` None is a quarter of a tile, `scratch` None
-    the folder of `output`, `dpi` what the file says of its resolution. Raises UsageError.
+    the folder of `output`, `dpi` what the file says of its resolution, `bleed_mm` what a PDF says will be cut off each edge. Raises UsageError.
     """
 
     prompt: str | None
@@ -130,6 +157,7 @@ class RenderRequest:
     width: int = 2048
     height: int = 2048
     dpi: float | None = None
+    bleed_mm: float = 0.0
     negative_prompt: str = ""
     num_inference_steps: int = 20
     guidance_scale: float = 7.5
@@ -138,8 +166,10 @@ class RenderRequest:
     scheduler: Scheduler = Scheduler.AUTO
     guide: bool = True
     guide_image: Path | None = None
+    guide_upscale: GuideUpscale = GuideUpscale.PIXEL
     overlap: int | None = None
     mask: Mask = Mask.GAUSSIAN
+    wrap: Wrap = Wrap.NONE
     regions: tuple[Region, ...] = ()
     decode: Decode = Decode.AUTO
     scratch: Path | None = None
@@ -158,8 +188,16 @@ class RenderRequest:
         if self.overlap is not None and (self.overlap < 0 or self.overlap % 8):
             raise UsageError(f"overlap = {self.overlap} must be a multiple of 8 pixels, 0 or more")
         check_decode(self.decode, self.tiny_vae)
+        check_dpi(self.dpi)
+        for side, wraps in zip((self.height, self.width), self.wrap.axes, strict=True):
+            if wraps and side % 8:
+                raise UsageError(
+                    f"--wrap {self.wrap} needs sides that are multiples of 8; {side} is none, take {-(-side // 8) * 8}"
+                )
         if self.prompt is None and not self.regions:
             raise UsageError("there is nothing to draw: give a prompt, or a --regions file with prompts")
+        if self.guide_image is not None and self.guide_upscale is GuideUpscale.LATENT:
+            raise UsageError("--guide-upscale latent is for the guide that tiler makes; leave it out with --guide")
         if self.guide_image is not None and not self.guide:
             raise UsageError("--guide and --no-guide exclude each other; give one of them")
         for text in (self.prompt or "", self.negative_prompt, *(r.prompt for r in self.regions)):

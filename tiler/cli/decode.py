@@ -10,7 +10,7 @@ import typer
 
 from tiler.cli import options as o
 from tiler.memory.budget import Budget, format_mb
-from tiler.request import Decode, ScratchDtype
+from tiler.request import Decode, ScratchDtype, Wrap
 
 
 def command(
@@ -25,6 +25,8 @@ def command(
     scratch: o.ScratchFolder = None,
     scratch_dtype: o.ScratchKind = ScratchDtype.FP16,
     tiny_vae: o.TinyVae = None,
+    wrap: o.WrapAxes = Wrap.NONE,
+    dpi: o.Dpi = None,
     max_ram: o.MaxRam = "800MB",
     threads: o.Threads = None,
     report: o.Report = None,
@@ -43,7 +45,7 @@ def command(
     with ProgressPrinter(budget, quiet=quiet) as printer:
         result = decode_file(
             tensor, model, output, budget=budget, variant=variant, revision=revision, decode=decode, scratch=scratch,
-            scratch_dtype=scratch_dtype, tiny_vae=tiny_vae, force=force, on_event=printer,
+            scratch_dtype=scratch_dtype, tiny_vae=tiny_vae, wrap=wrap, dpi=dpi, force=force, on_event=printer,
         )  # fmt: skip
     o.write_report(report, result.report)
     if json_output:

@@ -5,16 +5,29 @@ from __future__ import annotations
 import json
 import os
 import secrets
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import typer
 
 from tiler.errors import UsageError
-from tiler.request import Decode, Mask, Region, RenderRequest, ScratchDtype, parse_scheduler, read_regions
+from tiler.output.paper import parse_length, sheet_pixels
+from tiler.request import (
+    Decode,
+    GuideUpscale,
+    Mask,
+    Region,
+    RenderRequest,
+    ScratchDtype,
+    Wrap,
+    check_dpi,
+    parse_scheduler,
+    read_regions,
+)
 
 Prompt = Annotated[str | None, typer.Argument(help="What to draw.", show_default=False)]
-Output = Annotated[Path, typer.Option("--output", "-o", help="The picture to write: .png, .tif or .tiff.")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="The picture to write: .png, .pdf, .tif or .tiff.")]
 Model = Annotated[
     str, typer.Option("--model", "-m", help="`mini`, a folder in diffusers layout, or a hub id like org/name.")
 ]
@@ -42,7 +55,7 @@ Paper = Annotated[
 Landscape = Annotated[bool, typer.Option("--landscape", help="Lay the sheet on its long side.")]
 Dpi = Annotated[
     float | None,
-    typer.Option(help="Pixels an inch, kept in the file.  [default: 300 with --paper]", show_default=False),
+    typer.Option(help="Pixels an inch, kept in the file.  [default: 300 with a paper]", show_default=False),
 ]
 Bleed = Annotated[str, typer.Option(help="Picture beyond each edge of the sheet, to be cut off; like 3mm.")]
 Negative = Annotated[str, typer.Option("--negative-prompt", "-n", help="What not to draw.")]
@@ -72,6 +85,13 @@ Guide = Annotated[
     Path | None,
     typer.Option(help="A picture to use as the guide instead of a low-resolution pass.", show_default=False),
 ]
+UpscaleKind = Annotated[
+    GuideUpscale,
+    typer.Option(
+        "--guide-upscale",
+        help="How the guide comes to the canvas's size. pixel: decoded, resized, encoded; latent: its latents resized, no autoencoder.",
+    ),
+]
 NoGuide = Annotated[bool, typer.Option("--no-guide", help="Start the canvas from pure noise.")]
 Overlap = Annotated[
     int | None,
@@ -80,6 +100,13 @@ Overlap = Annotated[
     ),
 ]
 MaskKind = Annotated[Mask, typer.Option("--mask", help="How a tile's prediction is weighted over its area.")]
+WrapAxes = Annotated[
+    Wrap,
+    check_dpi,
+    typer.Option(
+        "--wrap", help="Make a picture whose copies join without a seam, side by side (x), stacked (y), or both."
+    ),
+]
 RegionsFile = Annotated[
     Path | None,
     typer.Option(
@@ -128,57 +155,40 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress; errors 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 
 
-class Sheet(NamedTuple):
-    """What the options of size and paper say together."""
-
-    width: int
-    height: int
-    dpi: float | None
-
-
-def sheet_from(
-    size: int | None,
-    width: int | None,
-    height: int | None,
-    paper: str | None,
-    landscape: bool,
-    dpi: float | None,
-    bleed: str,
-) -> Sheet:
-    """Raises UsageError when they contradict each other."""
-    from tiler.output.paper import parse_length, sheet_pixels
-
-    if dpi is not None and not 1 <= dpi <= 10_000:
-        raise UsageError(f"dpi = {dpi:g} is out of range: 1–10000")
-    if paper is None:
-        if landscape or parse_length(bleed):
-            raise UsageError("--landscape and --bleed belong to a --paper; give one, like --paper A2")
-        side = 2048 if size is None else size
-        return Sheet(side if width is None else width, side if height is None else height, dpi)
-    if any(side is not None for side in (size, width, height)):
-        raise UsageError("--paper and --size, --width or --height exclude each other; give one of them")
-    return Sheet(*sheet_pixels(paper, dpi or 300, landscape=landscape, bleed=bleed), dpi or 300)
-
-
-def request_from(
-    prompt: str | None, output: Path, model: str, variant: str | None, revision: str | None, sheet: Sheet, negative_prompt: str, steps: int, guidance_scale: float, seed: int, strength: float, scheduler: str,
-    guide: Path | None, no_guide: bool, overlap: int | None, mask: Mask, regions: Path | None,
-    decode: Decode, scratch: Path | None, scratch_dtype: ScratchDtype, tiny_vae: str | None, save_latents: Path | None, force: bool,
-) -> RenderRequest:  # fmt: skip
-    """The request of a command line. Raises UsageError."""
-    tables: tuple[Region, ...] = ()
-    if regions is not None:
-        file_prompt, tables = read_regions(regions)
+def request_from(given: Mapping[str, Any]) -> RenderRequest:
+    """The request of a command line: `given` holds the options of `render` by their parameters' names. Raises UsageError."""
+    prompt, regions, seed = given["prompt"], tuple[Region, ...](), given["seed"]
+    if given["regions"] is not None:
+        file_prompt, regions = read_regions(given["regions"])
         prompt = file_prompt if prompt is None else prompt
     if seed < -1:
         raise UsageError(f"seed = {seed} is out of range: 0–{2**63 - 1}, or -1 for a random one")
-    return RenderRequest(
-        prompt=prompt, output=output, model=model, variant=variant, revision=revision,
-        width=sheet.width, height=sheet.height, dpi=sheet.dpi, negative_prompt=negative_prompt,
-        num_inference_steps=steps, guidance_scale=guidance_scale, seed=secrets.randbelow(2**32) if seed == -1 else seed,
-        strength=strength, scheduler=parse_scheduler(scheduler), guide=not no_guide, guide_image=guide, overlap=overlap,
-        mask=mask, regions=tables, decode=decode, scratch=scratch, scratch_dtype=scratch_dtype, tiny_vae=tiny_vae, save_latents=save_latents, force=force,
+    bleed_mm = parse_length(given["bleed"])
+    width, height, dpi = _sheet(given, bleed_mm)
+    same = (
+        "output", "model", "variant", "revision", "negative_prompt", "guidance_scale", "strength", "guide_upscale",
+        "overlap", "mask", "wrap", "decode", "scratch", "scratch_dtype", "tiny_vae", "save_latents", "force",
     )  # fmt: skip
+    return RenderRequest(
+        prompt=prompt, regions=regions, seed=secrets.randbelow(2**32) if seed == -1 else seed, width=width, height=height,
+        dpi=dpi, bleed_mm=bleed_mm, num_inference_steps=given["steps"], scheduler=parse_scheduler(given["scheduler"]),
+        guide=not given["no_guide"], guide_image=given["guide"], **{name: given[name] for name in same},
+    )  # fmt: skip
+
+
+def _sheet(given: Mapping[str, Any], bleed_mm: float) -> tuple[int, int, float | None]:
+    """What the options of size and paper say together: width, height, dpi."""
+    size, width, height, paper, dpi = (given[name] for name in ("size", "width", "height", "paper", "dpi"))
+    check_dpi(dpi)
+    if paper is None:
+        if given["landscape"] or bleed_mm:
+            raise UsageError("--landscape and --bleed belong to a --paper; give one, like --paper A2")
+        side = 2048 if size is None else size
+        return side if width is None else width, side if height is None else height, dpi
+    if any(side is not None for side in (size, width, height)):
+        raise UsageError("--paper and --size, --width or --height exclude each other; give one of them")
+    dpi = dpi or 300
+    return *sheet_pixels(paper, dpi, landscape=given["landscape"], bleed_mm=bleed_mm), dpi
 
 
 def prepare_process(threads: int | None) -> None:

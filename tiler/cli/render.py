@@ -10,7 +10,7 @@ import typer
 
 from tiler.cli import options as o
 from tiler.memory.budget import Budget, format_mb
-from tiler.request import Decode, Mask, ScratchDtype
+from tiler.request import Decode, GuideUpscale, Mask, ScratchDtype, Wrap
 
 
 def command(
@@ -33,9 +33,11 @@ def command(
     strength: o.Strength = 0.5,
     scheduler: o.SchedulerName = "auto",
     guide: o.Guide = None,
+    guide_upscale: o.UpscaleKind = GuideUpscale.PIXEL,
     no_guide: o.NoGuide = False,
     overlap: o.Overlap = None,
     mask: o.MaskKind = Mask.GAUSSIAN,
+    wrap: o.WrapAxes = Wrap.NONE,
     regions: o.RegionsFile = None,
     decode: o.DecodeKind = Decode.AUTO,
     scratch: o.ScratchFolder = None,
@@ -53,11 +55,7 @@ def command(
 
     A low-resolution pass makes a guide; the canvas is then denoised tile by tile under it, and decoded without tiles.
     """
-    sheet = o.sheet_from(size, width, height, paper, landscape, dpi, bleed)
-    request = o.request_from(
-        prompt, output, model, variant, revision, sheet, negative_prompt, steps, guidance_scale, seed, strength,
-        scheduler, guide, no_guide, overlap, mask, regions, decode, scratch, scratch_dtype, tiny_vae, save_latents, force,
-    )  # fmt: skip
+    request = o.request_from(locals())
     from tiler.output.files import check_writable
 
     if report is not None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from fractions import Fraction
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -53,7 +54,7 @@ class Pooled:
 
     def add(self, x: Tensor) -> None:
         """x: (1, C, n, W) fp32."""
-        if x.is_meta:
+        if x.is_meta or not x.shape[2]:
             return
         var, mean = torch.var_mean(x[0].unflatten(0, (self.groups, -1)), dim=(1, 2, 3), correction=0)
         n = x.numel() // self.groups
@@ -65,6 +66,22 @@ class Pooled:
     @property
     def var(self) -> Tensor:
         return self.m2 / max(1, self.count)
+
+
+class Frame(NamedTuple):
+    """The input's size, and how much of it on each side (above and below, left and right) repeats the other side. What
+    repeats is for convolutions only: statistics and attention see every pixel once."""
+
+    height: int
+    width: int
+    y: int = 0
+    x: int = 0
+
+    def inner(self, part: Tensor, row: int) -> Tensor:
+        """What of `part`, whole rows from `row` on, (1, C, n, W) at any scale of the input, does not repeat."""
+        scale = Fraction(part.shape[3], self.width)
+        y, x, bottom = int(self.y * scale), int(self.x * scale), int((self.height - self.y) * scale)
+        return part[:, :, max(0, y - row) : max(0, bottom - row), x : part.shape[3] - x]
 
 
 class Add(Stage):
@@ -126,44 +143,51 @@ class Attend(Stage):
         return mixed / below
 
 
-def keys_and_values(stage: MidAttention, stored: Rows, hold: Hold, check: Check) -> Rows:
+def keys_and_values(stage: MidAttention, stored: Rows, frame: Frame, hold: Hold, check: Check) -> Rows:
     """Every token's key and value, as a picture of twice the channels."""
-    a = stage.attention
-    memory = Rows(stored.scratch, 2 * stored.channels, stored.width)
+    a, row = stage.attention, 0
+    memory: Rows | None = None
     with hold(nn.ModuleList([a.to_k, a.to_v])):
-        for x in stored.strips():
+        for strip in stored.strips():
             check("decode.keys")
+            x = frame.inner(strip, row)
+            row += strip.shape[2]
             tokens = stage.norm.apply(x).flatten(2).transpose(1, 2)
             both = torch.cat([a.to_k(tokens), a.to_v(tokens)], dim=2)
-            memory.append(both.transpose(1, 2).unflatten(2, tuple(x.shape[2:])))
+            memory = memory or Rows(stored.scratch, 2 * stored.channels, x.shape[3])
+            if x.shape[2]:
+                memory.append(both.transpose(1, 2).unflatten(2, tuple(x.shape[2:])))
+    assert memory is not None
     return memory
 
 
 def stream(
     stages: list[Stage],
     strips: Iterable[Tensor],
-    height: int,
+    frame: Frame,
     scratch: Scratch,
     *,
     hold: Hold = lambda module: nullcontext(),
     check: Check = lambda where: None,
 ) -> Iterator[Tensor]:
-    """Push `strips`, (1, C, n, W) fp32 with `height` rows in all, through `stages` → (C', n', W') top first.
+    """Push `strips`, (1, C, n, W) fp32 that make up `frame`, through `stages` → (C', n', W') top first.
 
     `hold(module)` is entered around the layers of one pass: one read of the weights serves the whole picture.
     """
-    source, chain = _Source(strips, height), list[Stage]()
+    source, chain = _Source(strips, frame.height), list[Stage]()
     for stage in stages:
         norm = _first_norm(stage)
         if norm is None:
             chain.append(stage)
             continue
-        stored = _store(chain, source, norm, scratch, hold, check)
+        stored = _store(chain, source, norm, frame, scratch, hold, check)
         if isinstance(stage, Resnet):
-            inner = _store([stage.conv1], _Source.of(stored), stage.conv2.norm, scratch, hold, check, keep=stored)
+            inner = _store(
+                [stage.conv1], _Source.of(stored), stage.conv2.norm, frame, scratch, hold, check, keep=stored
+            )
             source, chain = _Source.of(inner, stored), [stage.conv2, Add(stage, stored)]
         elif isinstance(stage, MidAttention):
-            memory = keys_and_values(stage, stored, hold, check)
+            memory = keys_and_values(stage, stored, frame, hold, check)
             source, chain = (
                 _Source.of(stored, memory, strip_bytes=QUERIES * 4 * stored.channels),
                 [Attend(stage, memory)],
@@ -204,6 +228,7 @@ def _store(
     chain: list[Stage],
     source: _Source,
     norm: Norm | None,
+    frame: Frame,
     scratch: Scratch,
     hold: Hold,
     check: Check,
@@ -218,7 +243,7 @@ def _store(
     )  # read row by row, just before it is written
     with hold(_layers(chain)):
         for x in source.through(chain, check):
-            pooled.add(x)
+            pooled.add(frame.inner(x, 0 if out is None else out.count))
             if out is None:
                 channels, width = x.shape[1], x.shape[3]
                 fits = old is not None and channels <= old.channels and width == old.width
@@ -250,23 +275,42 @@ def _layers(chain: list[Stage]) -> nn.ModuleList:
     return nn.ModuleList(found)
 
 
-def decode(vae: AutoencoderKL, latents: Tensor, scratch: Scratch, *, hold: Hold, check: Check) -> Iterator[Tensor]:
+def decode(
+    vae: AutoencoderKL,
+    latents: Tensor,
+    scratch: Scratch,
+    *,
+    hold: Hold,
+    check: Check,
+    margin: tuple[int, int] = (0, 0),
+) -> Iterator[Tensor]:
     """latents: (1, C, h, w) fp32, already divided by scaling_factor → strips (3, n, 8w) fp32 in about [-1, 1], top first.
 
-    Raises StorageError, and NumericalError for NaN and Inf.
+    `margin` latents above and below, left and right, repeat the other side's. Raises StorageError, and NumericalError for NaN and Inf.
     """
     stages = decoder_stages(vae.decoder, vae.post_quant_conv, Measured())
-    return stream(
-        stages, latents.split(strip_rows(latents.shape[3]), dim=2), latents.shape[2], scratch, hold=hold, check=check
-    )
+    frame = Frame(latents.shape[2], latents.shape[3], *margin)
+    return stream(stages, latents.split(strip_rows(latents.shape[3]), dim=2), frame, scratch, hold=hold, check=check)
 
 
-def encode(vae: AutoencoderKL, pixels: np.ndarray, scratch: Scratch, *, hold: Hold, check: Check) -> Tensor:
-    """pixels: (H, W, 3) uint8, sides multiples of 8 → the posterior's mean (1, C, H/8, W/8) fp32, unscaled."""
+def encode(
+    vae: AutoencoderKL,
+    pixels: np.ndarray,
+    scratch: Scratch,
+    *,
+    hold: Hold,
+    check: Check,
+    margin: tuple[int, int] = (0, 0),
+) -> Tensor:
+    """pixels: (H, W, 3) uint8, sides multiples of 8 → the posterior's mean (1, C, H/8, W/8) fp32, unscaled.
+
+    8 × `margin` pixels above and below, left and right, repeat the other side's.
+    """
     stages = encoder_stages(vae.encoder, vae.quant_conv, Measured())
     rows = 8 * strip_rows(pixels.shape[1] // 8)
     strips = (to_tensor(pixels[top : top + rows]) for top in range(0, len(pixels), rows))
-    moments = torch.cat([s[None] for s in stream(stages, strips, len(pixels), scratch, hold=hold, check=check)], dim=2)
+    frame = Frame(len(pixels), pixels.shape[1], 8 * margin[0], 8 * margin[1])
+    moments = torch.cat([s[None] for s in stream(stages, strips, frame, scratch, hold=hold, check=check)], dim=2)
     return moments[:, : moments.shape[1] // 2]
 
 
@@ -296,7 +340,7 @@ def rehearse(
         )
     picture = torch.empty(x, device="meta")
     rows = strip_rows(width) * (8 if encoding else 1)
-    for _ in stream(stages, picture.split(rows, dim=2), x[2], scratch, hold=hold):
+    for _ in stream(stages, picture.split(rows, dim=2), Frame(x[2], x[3]), scratch, hold=hold):
         pass
     counts = scratch.peak_bytes, scratch.written_bytes, meter.flops
     return Rehearsal(*(n * latents[0] // height for n in counts))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +16,13 @@ from tiler.decode.rows import Check
 from tiler.decode.scratch import Scratch, free_bytes
 from tiler.errors import StorageError
 from tiler.memory.meter import MetaMeter
-from tiler.request import Decode, ScratchDtype
+from tiler.request import Decode, ScratchDtype, Wrap
 from tiler.weights.stream import Streamer
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
+REACH = 18  # latents: the decoder's convolutions reach 17.25 latents, the encoder's less
 ATTENTION_SHARE = 0.25  # of the convolutions' work: what `auto` accepts for attention to every token
 DTYPES = {ScratchDtype.FP16: torch.float16, ScratchDtype.FP32: torch.float32}
 
@@ -29,7 +30,7 @@ DTYPES = {ScratchDtype.FP16: torch.float16, ScratchDtype.FP32: torch.float32}
 @dataclass(frozen=True, kw_only=True)
 class Method:
     """How one picture is decoded or encoded. Bytes: `memory_bytes` of activations and weights in use, `scratch_bytes` on
-    disk at once, `written_bytes` to disk in all."""
+    disk at once, `written_bytes` to disk in all. `flops` of an AutoencoderKL's convolutions."""
 
     kind: Decode  # never AUTO
     encoding: bool
@@ -39,6 +40,8 @@ class Method:
     dtype: ScratchDtype
     scratch_bytes: int = 0
     written_bytes: int = 0
+    flops: int = 0
+    margin: tuple[int, int] = (0, 0)  # latents above and below, left and right, that repeat the other side's
 
     def __str__(self) -> str:
         disk = f"; {self.scratch_bytes / 1e6:,.0f} MB of scratch in {self.folder}" if self.exact else ""
@@ -62,6 +65,7 @@ def choose(
     encoding: bool,
     folder: Path,
     dtype: ScratchDtype = ScratchDtype.FP16,
+    wrap: Wrap = Wrap.NONE,
 ) -> Method:
     """The method for latents of (height, width). `vae` is on the meta device behind a planning `streamer`; for TINY it is
     an AutoencoderTiny.
@@ -70,27 +74,34 @@ def choose(
     Raises StorageError when EXACT is wanted and there is no room.
     """
 
-    def measured(kind: Decode, why: str, rehearse: Callable[[], None]) -> Method:
+    vertical, horizontal = wrap.axes
+    margin = REACH * vertical, REACH * horizontal
+    latents = latents[0] + 2 * margin[0], latents[1] + 2 * margin[1]
+
+    def made(kind: Decode, why: str, rehearse: Callable[[MetaMeter], exact.Rehearsal | None]) -> Method:
         with MetaMeter() as meter, torch.no_grad():
-            rehearse()
-        return Method(kind=kind, encoding=encoding, why=why, memory_bytes=meter.peak_bytes, folder=folder, dtype=dtype)
+            disk = rehearse(meter) or exact.Rehearsal(0, 0, 0)
+        return Method(
+            kind=kind, encoding=encoding, why=why, memory_bytes=meter.peak_bytes, folder=folder, dtype=dtype,
+            scratch_bytes=disk.peak_bytes, written_bytes=disk.written_bytes, flops=disk.flops, margin=margin,
+        )  # fmt: skip
+
+    if wanted is Decode.TINY:
+        return made(wanted, "as asked", lambda meter: tiny.rehearse(vae, latents))
+    method = made(
+        Decode.EXACT, "as asked" if wanted is Decode.EXACT else "there is room",
+        lambda meter: exact.rehearse(vae, latents, DTYPES[dtype], streamer.hold, encoding=encoding, meter=meter),
+    )  # fmt: skip
 
     def take_frozen(why: str) -> Method:
-        return measured(Decode.FROZEN, why, lambda: frozen.rehearse(vae, latents, encoding=encoding))
+        taken = made(Decode.FROZEN, why, lambda meter: frozen.rehearse(vae, latents, encoding=encoding))
+        return replace(taken, flops=method.flops)
 
     tokens = latents[0] * latents[1]
-    if wanted is Decode.TINY:
-        return measured(wanted, "as asked", lambda: tiny.rehearse(vae, latents))
     if wanted is Decode.FROZEN:
         return take_frozen("as asked")
     if tokens <= frozen.STATS_SIDE**2:
         return take_frozen("so small a picture is worked on as a whole")
-    with MetaMeter() as meter, torch.no_grad():
-        scratch = exact.rehearse(vae, latents, DTYPES[dtype], streamer.hold, encoding=encoding, meter=meter)
-    method = Method(
-        kind=Decode.EXACT, encoding=encoding, why="as asked" if wanted is Decode.EXACT else "there is room", memory_bytes=meter.peak_bytes, folder=folder, dtype=dtype,
-        scratch_bytes=scratch.peak_bytes, written_bytes=scratch.written_bytes,
-    )  # fmt: skip
     free = free_bytes(folder)
     lacking = f"{folder} has {free / 1e6:,.0f} MB free, exact decoding needs {method.scratch_bytes / 1e6:,.0f} MB"
     if wanted is Decode.EXACT:
@@ -99,7 +110,7 @@ def choose(
         return method
     mid = (vae.encoder if encoding else vae.decoder).mid_block
     width = sum(a.to_q.in_features for a in mid.attentions if a is not None)
-    share = 4 * width * tokens**2 / scratch.flops
+    share = 4 * width * tokens**2 / method.flops
     if share > ATTENTION_SHARE:
         return take_frozen(f"attention to every token would be {share:.0%} of the other work")
     return method if free >= method.scratch_bytes else take_frozen(lacking)
@@ -118,16 +129,22 @@ def decode(
 
     `progress` gets the share done, 0 to 1. Raises StorageError and NumericalError.
     """
-    if not method.exact:
-        done = 0
-        by_rows = tiny.decode if method.kind is Decode.TINY else frozen.decode
-        for strip in by_rows(vae, latents, check=check):
-            yield strip
-            done += strip.shape[1]
-            progress(done / (8 * latents.shape[2]))
-        return
-    scratch = Scratch(method.folder, DTYPES[method.dtype])
-    yield from exact.decode(vae, latents, scratch, hold=streamer.hold, check=_noting(method, scratch, check, progress))
+    (y, x), (height, width) = method.margin, latents.shape[2:]
+    latents = latents[:, :, (torch.arange(-y, height + y) % height)[:, None], torch.arange(-x, width + x) % width]
+    if method.exact:
+        scratch = Scratch(method.folder, DTYPES[method.dtype])
+        noting = _noting(method, scratch, check, progress)
+        strips = exact.decode(vae, latents, scratch, hold=streamer.hold, check=noting, margin=method.margin)
+    else:
+        strips = (tiny if method.kind is Decode.TINY else frozen).decode(vae, latents, check=check)
+    row = 0
+    for strip in strips:
+        first, last = max(0, 8 * y - row), min(strip.shape[1], 8 * (y + height) - row)
+        row += strip.shape[1]
+        if first < last:
+            yield strip[:, first:last, 8 * x : 8 * (x + width)]
+        if not method.exact:
+            progress(row / (8 * latents.shape[2]))
     progress(1.0)
 
 
@@ -145,11 +162,17 @@ def encode(
 
     `shrink(height, width)` gives the same picture at another size.
     """
-    if not method.exact:
-        height, width = frozen.shrunken_size(pixels.shape[0] // 8, pixels.shape[1] // 8)
-        return frozen.encode(vae, pixels, shrink(8 * height, 8 * width), check=check)
-    scratch = Scratch(method.folder, DTYPES[method.dtype])
-    return exact.encode(vae, pixels, scratch, hold=streamer.hold, check=_noting(method, scratch, check, progress))
+    (y, x), height, width = method.margin, pixels.shape[0] // 8, pixels.shape[1] // 8
+    if y or x:
+        pixels = np.pad(pixels, ((8 * y, 8 * y), (8 * x, 8 * x), (0, 0)), mode="wrap")
+    if method.exact:
+        scratch = Scratch(method.folder, DTYPES[method.dtype])
+        noting = _noting(method, scratch, check, progress)
+        mean = exact.encode(vae, pixels, scratch, hold=streamer.hold, check=noting, margin=method.margin)
+    else:
+        small = shrink(*(8 * n for n in frozen.shrunken_size(height, width)))
+        mean = frozen.encode(vae, pixels, small, check=check)
+    return mean[:, :, y : y + height, x : x + width]
 
 
 def _noting(method: Method, scratch: Scratch, check: Check, progress: Callable[[float], None]) -> Check:

@@ -41,19 +41,6 @@ class _Sample(NamedTuple):
     unconditional: bool
 
 
-def whole_canvas(height: int, width: int, guidance_scale: float) -> Text2ImageRegion:
-    """One region that is the whole (small) canvas under the first prompt: the guide pass."""
-    return Text2ImageRegion(
-        top=0,
-        left=0,
-        height=height,
-        width=width,
-        condition=0,
-        guidance_scale=guidance_scale,
-        weights=torch.ones(height, width),
-    )
-
-
 def initial_noise(
     shape: tuple[int, int, int, int], seed: int, reseeded: Sequence[tuple[tuple[slice, slice], int]] = ()
 ) -> tuple[Tensor, torch.Generator]:
@@ -118,7 +105,7 @@ def denoise(
             inputs: list[Tensor] = []
             for i, s in enumerate(group):  # both halves of a guidance get the same tensor
                 shared = i > 0 and s.region is group[i - 1].region
-                inputs.append(inputs[-1] if shared else scaled[:, :, *s.region.crop].contiguous())
+                inputs.append(inputs[-1] if shared else scaled[:, :, *s.region.crop])
             predictions = predict_noise(inputs, timestep, [s.embeds for s in group])
             for i, sample in enumerate(group):
                 prediction, region = predictions[i], sample.region
@@ -144,6 +131,6 @@ def denoise(
 def _samples(region: Text2ImageRegion, conditions: Conditions) -> list[_Sample]:
     index = slice(region.condition, region.condition + 1)
     with_prompt = _Sample(region, conditions.cond[index], False)
-    if region.guidance_scale <= 1:
+    if region.samples == 1:
         return [with_prompt]
     return [_Sample(region, conditions.uncond[index], True), with_prompt]

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from tiler.errors import UsageError
-from tiler.request import Mask, RenderRequest
+from tiler.request import Mask, RenderRequest, Wrap
 
 VARIANCE = 0.01  # of the gaussian mask, relative to the squared side; the method's own value
 
@@ -22,7 +23,8 @@ class Text2ImageRegion:
     """One tile of the canvas under one prompt.
 
     `condition` indexes the encoded (prompt, negative prompt) pairs. `weights` is the normalised mask m_r / Σ m_r:
-    (tile height, tile width) fp32; over all tiles they sum to 1 at every canvas pixel.
+    (tile height, tile width) fp32; over all tiles they sum to 1 at every canvas pixel. A tile of a picture that wraps
+    goes on at the other side of `canvas`, (height, width).
     """
 
     top: int
@@ -32,14 +34,30 @@ class Text2ImageRegion:
     condition: int
     guidance_scale: float
     weights: Tensor
+    canvas: tuple[int, int]
 
     @property
-    def crop(self) -> tuple[slice, slice]:
-        return slice(self.top, self.top + self.height), slice(self.left, self.left + self.width)
+    def samples(self) -> int:
+        """UNet samples a step: without guidance there is no unconditional half."""
+        return 2 if self.guidance_scale > 1 else 1
+
+    @property
+    def crop(self) -> tuple[Tensor, Tensor]:
+        """Indexes the last two dimensions of a canvas."""
+        return _crop(self.top, self.left, (self.height, self.width), self.canvas)
 
 
-def even_starts(length: int, tile: int, overlap: int) -> list[int]:
-    """First positions of the fewest tiles that cover `length` with at least `overlap` between neighbours, evenly spaced."""
+def _crop(top: int, left: int, tile: tuple[int, int], canvas: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    rows, cols = torch.arange(top, top + tile[0]) % canvas[0], torch.arange(left, left + tile[1]) % canvas[1]
+    return rows[:, None], cols
+
+
+def even_starts(length: int, tile: int, overlap: int, wraps: bool = False) -> list[int]:
+    """First positions of the fewest tiles that cover `length` with at least `overlap` between neighbours, evenly spaced.
+    The last neighbour of an axis that `wraps` is the first."""
+    if wraps:
+        count = math.ceil(length / (tile - overlap))
+        return [round(i * length / count) for i in range(count)]
     if length == tile:
         return [0]
     count = math.ceil((length - tile) / (tile - overlap)) + 1
@@ -73,17 +91,14 @@ def plan_tiles(
     if overlap >= min(tile):
         raise UsageError(f"overlap = {8 * overlap} must be smaller than a tile ({8 * min(tile)} pixels)")
     base = 0 if request.prompt is None else 1
-    placed: list[
-        tuple[int, int, int, float, Tensor]
-    ] = []  # top, left, condition, guidance_scale, unnormalised mask (fp64)
+    placed: list[_Placed] = []
     if request.prompt is not None:
         rest = _rest_of_canvas(request, canvas, overlap)
-        mask = torch.outer(mask_profile(request.mask, tile[0]), mask_profile(request.mask, tile[1]))
-        for top in even_starts(canvas[0], tile[0], overlap):
-            for left in even_starts(canvas[1], tile[1], overlap):
-                part = rest[top : top + tile[0], left : left + tile[1]]
-                if bool((part > 0).any()):
-                    placed.append((top, left, 0, request.guidance_scale, mask * part))
+        mask = _mask(request.mask, tile)
+        for top, left in _grid(canvas, tile, overlap, request.wrap):
+            part = rest[_crop(top, left, tile, canvas)]
+            if bool((part > 0).any()):
+                placed.append(_Placed(top, left, 0, request.guidance_scale, mask * part))
     for number, region in enumerate(request.regions):
         rows, cols = [v // 8 for v in region.rows], [v // 8 for v in region.cols]
         height, width = rows[1] - rows[0], cols[1] - cols[0]
@@ -92,35 +107,57 @@ def plan_tiles(
                 f"region {region.prompt!r} is {8 * width}×{8 * height} pixels, smaller than a tile of this model "
                 f"({8 * tile[1]}×{8 * tile[0]}); enlarge it"
             )
-        kind = region.mask or request.mask
-        mask = torch.outer(mask_profile(kind, tile[0]), mask_profile(kind, tile[1])) * region.mask_weight
+        mask = _mask(region.mask or request.mask, tile) * region.mask_weight
         scale = request.guidance_scale if region.guidance_scale is None else region.guidance_scale
-        for top in even_starts(height, tile[0], overlap):
-            for left in even_starts(width, tile[1], overlap):
-                placed.append((rows[0] + top, cols[0] + left, base + number, scale, mask))
+        for top, left in _grid((height, width), tile, overlap):
+            placed.append(_Placed(rows[0] + top, cols[0] + left, base + number, scale, mask))
+    return _normalise(placed, tile, canvas)
+
+
+def guide_tiles(size: tuple[int, int], wrap: Wrap, guidance_scale: float) -> list[Text2ImageRegion]:
+    """The guide's canvas of `size` (height, width), under the first prompt: one tile as large as itself. Along an axis that
+    wraps there are two, half a picture apart, so that each hides the other's border."""
+    mask = _mask(Mask.CONSTANT if wrap is Wrap.NONE else Mask.GAUSSIAN, size)
+    starts = _grid(size, size, min(size) // 4, wrap)
+    return _normalise([_Placed(top, left, 0, guidance_scale, mask) for top, left in starts], size, size)
+
+
+class _Placed(NamedTuple):
+    top: int
+    left: int
+    condition: int
+    guidance_scale: float
+    mask: Tensor  # unnormalised, fp64
+
+
+def _grid(
+    canvas: tuple[int, int], tile: tuple[int, int], overlap: int, wrap: Wrap = Wrap.NONE
+) -> list[tuple[int, int]]:
+    rows, cols = (even_starts(canvas[i], tile[i], overlap, wrap.axes[i]) for i in (0, 1))
+    return [(top, left) for top in rows for left in cols]
+
+
+def _mask(kind: Mask, tile: tuple[int, int]) -> Tensor:
+    return torch.outer(mask_profile(kind, tile[0]), mask_profile(kind, tile[1]))
+
+
+def _normalise(placed: list[_Placed], tile: tuple[int, int], canvas: tuple[int, int]) -> list[Text2ImageRegion]:
+    """Raises UsageError where no mask reaches."""
     total = torch.zeros(canvas, dtype=torch.float64)
-    for top, left, _, _, mask in placed:
-        total[top : top + tile[0], left : left + tile[1]] += mask
+    for p in placed:
+        total[_crop(p.top, p.left, tile, canvas)] += p.mask
     if not bool((total > 0).all()):
         row, col = (total <= 0).nonzero()[0].tolist()
         raise UsageError(
             f"no region covers the canvas at row {8 * row}, column {8 * col}; add a top-level prompt or another region"
         )
-    regions = []
-    for top, left, condition, scale, mask in placed:
-        weights = (mask / total[top : top + tile[0], left : left + tile[1]]).float()
-        regions.append(
-            Text2ImageRegion(
-                top=top,
-                left=left,
-                height=tile[0],
-                width=tile[1],
-                condition=condition,
-                guidance_scale=scale,
-                weights=weights,
-            )
+    return [
+        Text2ImageRegion(
+            top=p.top, left=p.left, height=tile[0], width=tile[1], canvas=canvas, condition=p.condition,
+            guidance_scale=p.guidance_scale, weights=(p.mask / total[_crop(p.top, p.left, tile, canvas)]).float(),
         )
-    return regions
+        for p in placed
+    ]  # fmt: skip
 
 
 def _rest_of_canvas(request: RenderRequest, canvas: tuple[int, int], ramp: int) -> Tensor:
@@ -128,12 +165,13 @@ def _rest_of_canvas(request: RenderRequest, canvas: tuple[int, int], ramp: int) 
     rest = torch.ones(canvas, dtype=torch.float64)
     far = float(max(canvas) + ramp)
     for region in request.regions:
-        depth = []  # distance from the region's border along each axis; a side on the canvas's edge is no border
-        for (first, last), length in ((region.rows, canvas[0]), (region.cols, canvas[1])):
+        depth = []  # distance from the region's border along each axis; the edge of a canvas that does not wrap is no border
+        spans = zip((region.rows, region.cols), canvas, request.wrap.axes, strict=True)
+        for (first, last), length, wraps in spans:
             first, last = first // 8, last // 8
-            at = torch.arange(last - first, dtype=torch.float64)
-            low = at + 1 if first > 0 else torch.full_like(at, far)
-            high = (last - first) - at if last < length else torch.full_like(at, far)
+            at, whole = torch.arange(last - first, dtype=torch.float64), last - first == length
+            low = at + 1 if first > 0 or (wraps and not whole) else torch.full_like(at, far)
+            high = (last - first) - at if last < length or (wraps and not whole) else torch.full_like(at, far)
             depth.append(torch.minimum(low, high))
         inside = torch.minimum(depth[0][:, None], depth[1][None, :])
         fade = (1 - inside / (ramp + 1)).clamp_min(0)

@@ -41,12 +41,13 @@ def parse_paper(text: str) -> tuple[float, float]:
     )
 
 
-def sheet_pixels(paper: str, dpi: float, *, landscape: bool = False, bleed: str = "0mm") -> tuple[int, int]:
-    """(width, height) in pixels of a sheet with `bleed` beyond each edge. Raises UsageError."""
+def sheet_pixels(paper: str, dpi: float, *, landscape: bool = False, bleed_mm: float = 0.0) -> tuple[int, int]:
+    """(width, height) in pixels of a sheet with `bleed_mm` beyond each edge. Raises UsageError."""
     width, height = parse_paper(paper)
     if landscape:
         width, height = max(width, height), min(width, height)
-    margin = parse_length(bleed)
-    if margin > min(width, height) / 4:
-        raise UsageError(f"a bleed of {bleed} is more than a quarter of the paper's short side; 3mm to 5mm are usual")
-    return round((width + 2 * margin) / 25.4 * dpi), round((height + 2 * margin) / 25.4 * dpi)
+    if bleed_mm > min(width, height) / 4:
+        raise UsageError(
+            f"a bleed of {bleed_mm:g} mm is more than a quarter of the paper's short side; 3mm to 5mm are usual"
+        )
+    return round((width + 2 * bleed_mm) / 25.4 * dpi), round((height + 2 * bleed_mm) / 25.4 * dpi)

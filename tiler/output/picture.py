@@ -11,6 +11,7 @@ import numpy as np
 
 from tiler.errors import UsageError
 from tiler.output.files import atomic, check_writable
+from tiler.output.pdf import POINTS, PdfWriter
 from tiler.output.png import PngWriter, srgb_profile
 
 TIFFS = (".tif", ".tiff")
@@ -21,28 +22,38 @@ def check_picture(path: Path, *, force: bool) -> None:
     """Before any work: the format is known, its library is there, the file may be written. Raises UsageError, StorageError."""
     suffix = path.suffix.lower()
     check_writable(path, force=force)
-    if suffix not in (".png", *TIFFS):
-        raise UsageError(f"{path}: pictures are written as .png, .tif or .tiff; give --output such a name")
+    if suffix not in (".png", ".pdf", *TIFFS):
+        raise UsageError(f"{path}: pictures are written as .png, .pdf, .tif or .tiff; give --output such a name")
     if suffix in TIFFS and find_spec("tifffile") is None:
         raise UsageError(f"{path}: TIFF needs the extra `tiff`: pip install 'tiler[tiff]', or write a .png")
 
 
 def write_picture(
-    path: Path, rows: Iterable[np.ndarray], width: int, height: int, texts: Mapping[str, str], dpi: float | None = None
+    path: Path,
+    rows: Iterable[np.ndarray],
+    width: int,
+    height: int,
+    texts: Mapping[str, str],
+    dpi: float | None = None,
+    bleed_mm: float = 0.0,
 ) -> None:
     """Write `rows`, (n, W, 3) uint8 sRGB top first; what lies right of and below the picture is cut off. Atomic.
 
-    Raises StorageError, and whatever `rows` raises.
+    A PDF says how much of each edge is bleed. Raises StorageError, and whatever `rows` raises.
     """
     with atomic(path) as file:
         cut = _cut(rows, width, height)
         if path.suffix.lower() in TIFFS:
             _write_tiff(file, cut, width, height, texts, dpi)
-        else:
-            png = PngWriter(file, width, height, texts, dpi)
-            for strip in cut:
-                png.write(strip)
-            png.close()
+            return
+        writer: PngWriter | PdfWriter = (
+            PdfWriter(file, width, height, texts, dpi or POINTS, bleed_mm)
+            if path.suffix.lower() == ".pdf"
+            else PngWriter(file, width, height, texts, dpi)
+        )
+        for strip in cut:
+            writer.write(strip)
+        writer.close()
 
 
 def _cut(rows: Iterable[np.ndarray], width: int, height: int) -> Iterator[np.ndarray]:
@@ -51,6 +62,7 @@ def _cut(rows: Iterable[np.ndarray], width: int, height: int) -> Iterator[np.nda
         if len(strip := strip[: height - done, :width]):
             done += len(strip)
             yield strip
+    assert done == height, (done, height)
 
 
 def _write_tiff(
@@ -63,7 +75,7 @@ def _write_tiff(
         tiff.write(
             _tiles(rows, width), shape=(height, width, 3), dtype=np.uint8, tile=(TILE, TILE), photometric="rgb", compression="zlib",
             description=texts.get("parameters", "").encode(), metadata=None, iccprofile=srgb_profile(), software="tiler",
-            resolution=(dpi or 72, dpi or 72), resolutionunit="INCH",
+            resolution=(dpi or POINTS, dpi or POINTS), resolutionunit="INCH",
         )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import json
 import re
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import BinaryIO
 
 import numpy as np
@@ -32,6 +32,25 @@ def infotext(prompt: str, negative_prompt: str, fields: Mapping[str, object]) ->
 _ROWS = 16  # filtered at a time
 
 
+class DeflatedRows:
+    """The pixels of a PNG as its IDAT chunks hold them (and a PDF's image with /Predictor 15): each row filtered, then
+    deflated. Rows come first to last and are not held."""
+
+    def __init__(self, width: int) -> None:
+        self._deflate, self._above = zlib.compressobj(6), np.zeros((1, width, 3), np.uint8)
+
+    def add(self, rows: np.ndarray) -> Iterator[bytes]:
+        """rows: (n, width, 3) uint8."""
+        for first in range(0, len(rows), _ROWS):
+            part = rows[first : first + _ROWS]
+            if data := self._deflate.compress(_filtered(part, self._above).tobytes()):
+                yield data
+            self._above = part[-1:].copy()
+
+    def end(self) -> bytes:
+        return self._deflate.flush()
+
+
 class PngWriter:
     """A PNG written rows first to last, never held: W3C PNG (third edition), 8-bit RGB, not interlaced.
 
@@ -41,9 +60,7 @@ class PngWriter:
     def __init__(
         self, file: BinaryIO, width: int, height: int, texts: Mapping[str, str], dpi: float | None = None
     ) -> None:
-        self.width, self.height, self.row = width, height, 0
-        self._file, self._deflate = file, zlib.compressobj(6)
-        self._above = np.zeros((1, width, 3), np.uint8)
+        self._file, self._pixels = file, DeflatedRows(width)
         file.write(b"\x89PNG\r\n\x1a\n")
         self._chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
         self._chunk(b"iCCP", b"sRGB\0\0" + zlib.compress(srgb_profile()))
@@ -54,17 +71,11 @@ class PngWriter:
 
     def write(self, rows: np.ndarray) -> None:
         """rows: (n, width, 3) uint8 sRGB."""
-        self.row += len(rows)
-        for first in range(0, len(rows), _ROWS):
-            part = rows[first : first + _ROWS]
-            data = self._deflate.compress(_filtered(part, self._above).tobytes())
-            self._above = part[-1:].copy()
-            if data:
-                self._chunk(b"IDAT", data)
+        for data in self._pixels.add(rows):
+            self._chunk(b"IDAT", data)
 
     def close(self) -> None:
-        assert self.row == self.height, (self.row, self.height)
-        self._chunk(b"IDAT", self._deflate.flush())
+        self._chunk(b"IDAT", self._pixels.end())
         self._chunk(b"IEND", b"")
 
     def _chunk(self, kind: bytes, data: bytes) -> None:

@@ -1,0 +1,188 @@
+"""Decoders against diffusers' own AutoencoderKL on the same latents, in one run.
+
+    python scripts/bench_decode.py exact             error, time and work of `exact` at 512², 1024² and 1536×640, beside
+                                                     diffusers' enable_tiling; SD 1.5 size with random weights, and mini
+    python scripts/bench_decode.py frozen            error and seams of `frozen` at 2048² on --count rendered pictures (mini)
+    python scripts/bench_decode.py exact frozen --json FILE
+
+Peaks under the ceiling are measured by `bench.py decode`, in processes of their own: diffusers' part needs gigabytes here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import make_checkpoint
+import torch
+from diffusers import AutoencoderKL
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tiler import RenderRequest, render
+from tiler.decode import exact, frozen
+from tiler.decode.rows import strip_rows
+from tiler.decode.scratch import Scratch
+from tiler.memory.meter import MetaMeter
+from tiler.models import family as families
+from tiler.models.family import Autoencoder
+from tiler.pipeline import streamed
+from tiler.weights.checkpoint import resolve
+
+PROMPTS = [
+    "mountains by a lake at dusk, pine trees", "city skyline by the water at night, full moon", "a sailing boat at noon",
+    "misty hills in autumn", "hot-air balloons at dawn", "an island at sunset, birds", "a cabin in winter, stars",
+    "sea at sunset, big sun, clouds",
+]  # fmt: skip
+
+
+def psnr(a: Tensor, b: Tensor) -> float:
+    """dB between pictures in [-1, 1], clipped as they are written."""
+    mse = float((a.clamp(-1, 1) - b.clamp(-1, 1)).double().square().mean())
+    return 10 * math.log10(4 / mse) if mse else math.inf
+
+
+def timed(work: Callable[[], Tensor]) -> tuple[Tensor, float]:
+    start = time.perf_counter()
+    result = work()
+    return result, time.perf_counter() - start
+
+
+def reference(model: str) -> AutoencoderKL:
+    """diffusers' own, resident, fp32."""
+    folder = resolve(model).folder / "vae"
+    with suppress(OSError):
+        return AutoencoderKL.from_pretrained(folder, variant="fp16", torch_dtype=torch.float32).eval()
+    return AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32).eval()
+
+
+def decode(kind: Autoencoder, latents: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """By `exact` with scratch of `dtype`, or by `frozen` when there is none."""
+    vae = families.build_vae(kind)
+    with streamed(vae, kind.weights, families.vae_names) as streamer:
+        if dtype is None:
+            return torch.cat(list(frozen.decode(vae, latents)), dim=1)
+        with tempfile.TemporaryDirectory() as folder:
+            scratch = Scratch(Path(folder), dtype)
+            return torch.cat(
+                list(exact.decode(vae, latents, scratch, hold=streamer.hold, check=lambda where: None)), dim=1
+            )
+
+
+def work_factor(kind: Autoencoder, height: int, width: int) -> float:
+    """Arithmetic of the convolutions in `exact` over that of one whole-image decode."""
+    vae = families.build_vae(kind)
+    with MetaMeter() as meter:
+        vae.decode(torch.empty(1, vae.config.latent_channels, height, width, device="meta"))
+    whole = meter.flops
+    rows = exact.decoder_stages(families.build_vae(kind).decoder, vae.post_quant_conv, exact.Measured())
+    with MetaMeter() as meter:
+        latents = torch.empty(1, vae.config.latent_channels, height, width, device="meta")
+        strips = latents.split(strip_rows(width), dim=2)
+        for _ in exact.stream(rows, strips, exact.Frame(height, width), Scratch(None)):
+            pass
+    return meter.flops / whole
+
+
+def bench_exact(model: str, sizes: list[tuple[int, int]]) -> list[dict[str, Any]]:
+    """Latents are noise of unit variance around a slope, so that tiles differ in tone."""
+    theirs, family = reference(model), families.read_family(resolve(model))
+    kind, rows = family.autoencoder, []
+    for width, height in sizes:
+        generator = torch.Generator().manual_seed(1)
+        scaled = torch.randn(1, family.latent_channels, height // 8, width // 8, generator=generator)
+        latents = kind.unscale(scaled + torch.linspace(-1, 1, width // 8))
+        want, their_seconds = timed(lambda latents=latents: theirs.decode(latents).sample[0])
+        fp16, our_seconds = timed(lambda latents=latents: decode(kind, latents, torch.float16))
+        fp32 = decode(kind, latents, torch.float32)
+        theirs.enable_tiling()
+        tiled = theirs.decode(latents).sample[0]
+        theirs.disable_tiling()
+        rows.append(
+            {
+                "model": family.checkpoint.name, "size": f"{width}×{height}",
+                "fp32_max_of_255": 127.5 * float((fp32.clamp(-1, 1) - want.clamp(-1, 1)).abs().max()),
+                "fp32_psnr": psnr(fp32, want), "fp16_psnr": psnr(fp16, want), "enable_tiling_psnr": psnr(tiled, want),
+                "seconds": our_seconds, "diffusers_seconds": their_seconds, "work_factor": work_factor(kind, height // 8, width // 8),
+            }
+        )  # fmt: skip
+        r = rows[-1]
+        print(
+            f"exact {Path(r['model']).name} {r['size']}: fp32 {r['fp32_psnr']:.0f} dB (max {r['fp32_max_of_255']:.3f}/255), fp16 {r['fp16_psnr']:.0f} dB, "
+            f"enable_tiling {r['enable_tiling_psnr']:.0f} dB; {our_seconds:.1f} s, diffusers {their_seconds:.1f} s "
+            f"({our_seconds / their_seconds:.2f}×), work factor {r['work_factor']:.3f}",
+            flush=True,
+        )
+    return rows
+
+
+def rendered_latents(model: str, size: int, count: int, folder: Path) -> list[Tensor]:
+    """Scaled latents of `count` pictures, kept in `folder` for the next run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    found = []
+    for i in range(count):
+        path = folder / f"{Path(model).name}-{size}-{i}.safetensors"
+        if not path.exists():
+            request = RenderRequest(
+                prompt=PROMPTS[i % len(PROMPTS)], model=model, output=path.with_suffix(".png"), width=size, height=size,
+                num_inference_steps=10, seed=i, save_latents=path, force=True,
+            )  # fmt: skip
+            render(request)
+        found.append(load_file(path)["latents"])
+    return found
+
+
+def seam_score(picture: Tensor, step: int) -> float:
+    """Mean gradient down the picture across every `step`-th row over that across the other rows of the same phase in 8."""
+    gradient = (picture[:, 8::8] - picture[:, 7:-1:8]).abs().mean(dim=(0, 2))
+    at = torch.arange(1, len(gradient) + 1) * 8 % step == 0
+    return float(gradient[at].mean() / gradient[~at].mean())
+
+
+def bench_frozen(model: str, size: int, count: int, folder: Path) -> list[dict[str, Any]]:
+    kind, theirs = families.read_family(resolve(model)).autoencoder, reference(model)
+    rows = []
+    for i, scaled in enumerate(rendered_latents(model, size, count, folder)):
+        latents = kind.unscale(scaled)
+        got, want = decode(kind, latents, None), theirs.decode(latents).sample[0]
+        step = 8 * strip_rows(latents.shape[3])
+        rows.append({"picture": i, "psnr": psnr(got, want), "seams": seam_score(got, step) / seam_score(want, step)})
+        print(
+            f"frozen {Path(model).name} {size}² picture {i}: {rows[-1]['psnr']:.1f} dB, seams {rows[-1]['seams']:.3f}",
+            flush=True,
+        )
+    return rows
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="+", choices=["exact", "frozen"])
+    parser.add_argument("--models", nargs="+", help="default: the generated sd15 and mini for exact, mini for frozen")
+    parser.add_argument("--sizes", nargs="+", default=["512x512", "1024x1024", "1536x640"], help="for exact")
+    parser.add_argument("--count", type=int, default=8, help="pictures, for frozen")
+    parser.add_argument("--folder", type=Path, default=Path.home() / ".cache/tiler/latents", help="where they are kept")
+    parser.add_argument("--json", type=Path, help="also write all results here")
+    args = parser.parse_args()
+    results: dict[str, Any] = {}
+    if "exact" in args.what:
+        sizes = [(int(w), int(h)) for w, h in (size.split("x") for size in args.sizes)]
+        models = args.models or [str(make_checkpoint.make("sd15")), "mini"]
+        results["exact"] = [row for model in models for row in bench_exact(model, sizes)]
+    if "frozen" in args.what:
+        results["frozen"] = [
+            row for m in args.models or ["mini"] for row in bench_frozen(m, 2048, args.count, args.folder)
+        ]
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
