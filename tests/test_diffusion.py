@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tiler.diffusion import schedulers
 from tiler.diffusion.canvas import Conditions, denoise, first_step, initial_noise, start_latents
-from tiler.diffusion.guide import guide_size
+from tiler.diffusion.guide import GuideSize, guide_size, upscale
 from tiler.diffusion.tiles import Text2ImageRegion, even_starts, guide_tiles, mask_profile, plan_tiles
 from tiler.errors import ModelError, NumericalError, UsageError
 from tiler.request import Mask, Region, RenderRequest, Scheduler, Wrap, parse_scheduler
@@ -56,6 +56,17 @@ def test_tiles_go_round(length: int, tile: int, overlap: int) -> None:
     gaps = [b - a for a, b in pairwise([*starts, starts[0] + length])]
     assert max(gaps) <= tile - overlap
     assert max(gaps) - min(gaps) <= 1
+
+
+def test_the_guides_latents_are_enlarged_as_torch_does_and_wrap() -> None:
+    latents = torch.randn(1, 4, 8, 12)
+    whole, neither = GuideSize(8, 12, 8.0, 12.0), (False, False)
+    want = torch.nn.functional.interpolate(latents, size=(20, 30), mode="bicubic")
+    assert torch.allclose(upscale(latents, whole, (20, 30), neither), want, atol=1e-5)
+    middle = upscale(latents, GuideSize(8, 12, 8.0, 6.0), (20, 16), neither)
+    assert torch.allclose(middle, upscale(latents, whole, (20, 32), neither)[..., 8:24], atol=1e-5)
+    rolled = upscale(latents.roll((4, 6), (2, 3)), whole, (20, 30), (True, True))
+    assert torch.allclose(rolled.roll((-10, -15), (2, 3)), upscale(latents, whole, (20, 30), (True, True)), atol=1e-5)
 
 
 def test_2048_takes_25_tiles() -> None:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from tiler import Budget, Region, RenderRequest, events, planner, render
 from tiler.errors import BudgetExceeded
 from tiler.memory.process import read_rss
-from tiler.request import Scheduler
+from tiler.request import GuideUpscale, Scheduler, Wrap
 
 
 def ask(model: Path | str, folder: Path, name: str = "x", **values: Any) -> RenderRequest:
@@ -108,6 +108,32 @@ def test_a_users_picture_rules_at_strength_zero(tiny: Path, tmp_path: Path) -> N
     render(ask(tiny, tmp_path, "half", guide_image=tmp_path / "guide.png", strength=0.7, width=96), roomy())
     kept, changed = (load_file(tmp_path / f"{n}.safetensors")["latents"] for n in ("x", "half"))
     assert (kept - changed).abs().mean() > 0.05
+
+
+def test_the_guides_latents_can_be_enlarged_without_the_autoencoder(tiny: Path, tmp_path: Path) -> None:
+    seen: list[str] = []
+
+    def note(event: events.Event) -> None:
+        seen.extend([event.name] if isinstance(event, events.PhaseStarted) else [])
+
+    render(ask(tiny, tmp_path, "latent", width=128, guide_upscale=GuideUpscale.LATENT), on_event=note)
+    assert seen == ["encode prompts", "guide", "canvas", "decode"]
+    render(ask(tiny, tmp_path, "pixel", width=128), on_event=note)
+    assert seen[4:] == ["encode prompts", "guide", "guide picture", "canvas", "decode"]
+
+
+def test_copies_of_a_picture_that_wraps_join(tmp_path: Path) -> None:
+    """From the guide to the decoder: across the join, neighbours differ as they do along the decoder's grid elsewhere."""
+
+    def at_join(wrap: Wrap) -> list[float]:
+        render(ask("mini", tmp_path, width=320, height=384, num_inference_steps=6, wrap=wrap))
+        picture = np.asarray(Image.open(tmp_path / "x.png"), float)
+        steps = (np.abs(picture - np.roll(picture, 1, axis)).mean(axis=(1 - axis, 2)) for axis in (0, 1))
+        return [float(step[0] / step[8::8].mean()) for step in steps]
+
+    rows, cols = at_join(Wrap.NONE)
+    assert min(rows, cols) > 2
+    assert max(at_join(Wrap.XY)) < 2
 
 
 def test_regions_have_prompts_and_seeds_of_their_own(tiny: Path, tmp_path: Path) -> None:

@@ -102,7 +102,6 @@ Overlap = Annotated[
 MaskKind = Annotated[Mask, typer.Option("--mask", help="How a tile's prediction is weighted over its area.")]
 WrapAxes = Annotated[
     Wrap,
-    check_dpi,
     typer.Option(
         "--wrap", help="Make a picture whose copies join without a seam, side by side (x), stacked (y), or both."
     ),
