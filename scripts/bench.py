@@ -2,7 +2,7 @@
 
     python scripts/bench.py unet              streamed pass under the ceiling against diffusers' resident fp32, alternating
     python scripts/bench.py memory            predicted against measured peaks of renders at several ceilings and sizes
-    python scripts/bench.py large             the same for each phase of 4096×4096, every one stopped after --minutes
+    python scripts/bench.py large             the same for each phase of 4096×4096 (--sizes), every one stopped after --minutes
     python scripts/bench.py decode            the same, and seconds, for exact and frozen decoding at several sizes
     python scripts/bench.py render            a whole 2048×2048 render with its report
     python scripts/bench.py unet render --json FILE
@@ -223,7 +223,7 @@ def main() -> None:
     parser.add_argument(
         "--ceilings", type=int, nargs="+", default=[600_000_000, 800_000_000, 1_500_000_000], help="bytes, for memory"
     )
-    parser.add_argument("--sizes", type=int, nargs="+", default=[1024, 2048], help="pixels, for memory and decode")
+    parser.add_argument("--sizes", type=int, nargs="+", help="pixels; default 1024 2048, for large 4096")
     parser.add_argument("--modes", nargs="+", default=["exact", "frozen"], help="for decode")
     parser.add_argument("--minutes", type=float, default=5, help="for large")
     parser.add_argument("--rounds", type=int, default=3)
@@ -237,11 +237,13 @@ def main() -> None:
         for name, value in results["unet"].items():
             print(f"{name:32}{value:,.3f}" if isinstance(value, float) else f"{name:32}{value:,}")
     if "memory" in args.what:
-        results["memory"] = bench_memory(model, args.ceilings, args.sizes, args.steps)
+        results["memory"] = bench_memory(model, args.ceilings, args.sizes or [1024, 2048], args.steps)
     if "large" in args.what:
-        results["large"] = bench_large(model, 4096, args.ceiling, 60 * args.minutes)
+        results["large"] = [
+            row for size in args.sizes or [4096] for row in bench_large(model, size, args.ceiling, 60 * args.minutes)
+        ]
     if "decode" in args.what:
-        results["decode"] = bench_decode(model, args.sizes, args.modes, args.ceiling)
+        results["decode"] = bench_decode(model, args.sizes or [1024, 2048], args.modes, args.ceiling)
     for row in [row for what in ("memory", "large", "decode") for row in results.get(what, [])]:
         off = row["predicted"] / row["measured"] - 1
         print(
