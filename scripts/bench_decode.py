@@ -16,7 +16,6 @@ import math
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -58,22 +57,18 @@ def timed(work: Callable[[], Tensor]) -> tuple[Tensor, float]:
 def reference(model: str) -> AutoencoderKL:
     """diffusers' own, resident, fp32."""
     folder = resolve(model).folder / "vae"
-    with suppress(OSError):
-        return AutoencoderKL.from_pretrained(folder, variant="fp16", torch_dtype=torch.float32).eval()
-    return AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32).eval()
+    variant = "fp16" if any(folder.glob("*.fp16.safetensors")) else None
+    return AutoencoderKL.from_pretrained(folder, variant=variant, torch_dtype=torch.float32).eval()
 
 
 def decode(kind: Autoencoder, latents: Tensor, dtype: torch.dtype | None) -> Tensor:
     """By `exact` with scratch of `dtype`, or by `frozen` when there is none."""
     vae = families.build_vae(kind)
-    with streamed(vae, kind.weights, families.vae_names) as streamer:
-        if dtype is None:
-            return torch.cat(list(frozen.decode(vae, latents)), dim=1)
-        with tempfile.TemporaryDirectory() as folder:
-            scratch = Scratch(Path(folder), dtype)
-            return torch.cat(
-                list(exact.decode(vae, latents, scratch, hold=streamer.hold, check=lambda where: None)), dim=1
-            )
+    with streamed(vae, kind.weights, families.vae_names) as streamer, tempfile.TemporaryDirectory() as folder:
+        scratch = Scratch(Path(folder), dtype or torch.float16)
+        by_rows = frozen.decode if dtype is None else exact.decode
+        strips = by_rows(vae, latents, scratch, hold=streamer.hold, check=lambda where: None)
+        return torch.cat(list(strips), dim=1)
 
 
 def work_factor(kind: Autoencoder, height: int, width: int) -> float:
@@ -82,7 +77,7 @@ def work_factor(kind: Autoencoder, height: int, width: int) -> float:
     with MetaMeter() as meter:
         vae.decode(torch.empty(1, vae.config.latent_channels, height, width, device="meta"))
     whole = meter.flops
-    rows = exact.decoder_stages(families.build_vae(kind).decoder, vae.post_quant_conv, exact.Measured())
+    rows = exact.decoder_stages(families.build_vae(kind).decoder, vae.post_quant_conv)
     with MetaMeter() as meter:
         latents = torch.empty(1, vae.config.latent_channels, height, width, device="meta")
         strips = latents.split(strip_rows(width), dim=2)

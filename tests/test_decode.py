@@ -12,7 +12,8 @@ from PIL import Image
 
 from tiler.decode import frozen, method
 from tiler.decode import tiny as tiny_decoder
-from tiler.decode.rows import Measured, decoder_stages, flow, to_tensor, to_uint8
+from tiler.decode.rows import decoder_stages, flow, to_tensor, to_uint8
+from tiler.decode.scratch import Scratch
 from tiler.models import family as families
 from tiler.pipeline import streamed
 from tiler.request import Decode, ScratchDtype, Wrap
@@ -27,30 +28,31 @@ def smooth_latents(height: int, width: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("size", [(32, 32), (31, 27), (8, 45), (1, 1), (2, 3)])
 @torch.no_grad()
-def test_small_pictures_decode_as_diffusers_does(tiny: Path, reference: AutoencoderKL, size: tuple[int, int]) -> None:
-    """Up to 32×32 latents the held statistics are the picture's own: the streamed decode is the whole-image decode."""
+def test_small_pictures_decode_as_diffusers_does(
+    tiny: Path, reference: AutoencoderKL, tmp_path: Path, size: tuple[int, int]
+) -> None:
+    """Up to 64×64 latents the held statistics are the picture's own: the streamed decode is the whole-image decode."""
     latents = smooth_latents(*size)
     family = families.read_family(resolve(str(tiny)))
     vae = families.build_vae(family.autoencoder)
-    with streamed(vae, family.autoencoder.weights, families.vae_names):
-        got = torch.cat(list(frozen.decode(vae, latents, rows=3)), dim=1)
+    with streamed(vae, family.autoencoder.weights, families.vae_names) as streamer:
+        disk = Scratch(tmp_path, torch.float32)
+        got = torch.cat(list(frozen.decode(vae, latents, disk, hold=streamer.hold, rows=3)), dim=1)
     want = reference.decode(latents).sample[0]
     assert got.shape == want.shape
     assert (got - want).abs().max() <= 1e-4
 
 
 @torch.no_grad()
-def test_given_true_statistics_a_large_picture_is_exact(tiny: Path, reference: AutoencoderKL) -> None:
-    """Measured on the whole picture instead of the shrunken one, the row pipeline is diffusers' decoder: no seam, no halo."""
+def test_given_true_statistics_a_large_picture_is_exact(tiny: Path, reference: AutoencoderKL, tmp_path: Path) -> None:
+    """Measured on the whole picture instead of a sample, the row pipeline is diffusers' decoder: no seam, no halo."""
     latents = smooth_latents(70, 50)
     family = families.read_family(resolve(str(tiny)))
     vae = families.build_vae(family.autoencoder)
-    with streamed(vae, family.autoencoder.weights, families.vae_names):
-        measured = Measured()
-        stages = decoder_stages(vae.decoder, vae.post_quant_conv, measured)
-        frozen._measure(stages, measured, latents, lambda where: None)
-        strips = [latents[:, :, i : i + 4] for i in range(0, 70, 4)]
-        got = torch.cat(list(frozen._stream(stages, iter(strips), 70, 4, lambda where: None)), dim=1)
+    with streamed(vae, family.autoencoder.weights, families.vae_names) as streamer:
+        stages = decoder_stages(vae.decoder, vae.post_quant_conv)
+        frozen._measure(stages, latents, Scratch(tmp_path, torch.float32), streamer.hold, lambda where: None)
+        got = torch.cat(list(frozen._stream(stages, iter(latents.split(4, dim=2)), 70, lambda where: None)), dim=1)
     want = reference.decode(latents).sample[0]
     assert (got - want).abs().max() <= 2e-4
 
@@ -82,42 +84,49 @@ def test_a_picture_that_wraps_joins_itself(tiny: Path, tmp_path: Path, kind: Dec
     if kind is Decode.EXACT:
         assert at_join[Wrap.NONE] > 0.1
         assert at_join[Wrap.XY] <= 1e-5
-    else:  # statistics come from a shrunken picture, which does not move by whole latents
+    else:  # a sample of the moved picture is another sample
         assert at_join[Wrap.XY] < 0.25 * at_join[Wrap.NONE]
 
 
 @torch.no_grad()
-def test_strips_do_not_show(tiny: Path) -> None:
+def test_strips_do_not_show(tiny: Path, tmp_path: Path) -> None:
     """The picture does not depend on how many rows are pushed at a time, beyond fp32's last bits."""
     latents = smooth_latents(48, 40)
     family = families.read_family(resolve(str(tiny)))
     vae = families.build_vae(family.autoencoder)
-    with streamed(vae, family.autoencoder.weights, families.vae_names):
-        results = [torch.cat(list(frozen.decode(vae, latents, rows=n)), dim=1) for n in (1, 5, 48)]
+    with streamed(vae, family.autoencoder.weights, families.vae_names) as streamer:
+        options = {"scratch": Scratch(tmp_path), "hold": streamer.hold}
+        results = [torch.cat(list(frozen.decode(vae, latents, rows=n, **options)), dim=1) for n in (1, 5, 48)]
     assert all((r - results[0]).abs().max() <= 1e-4 for r in results)
 
 
 @torch.no_grad()
-def test_encoding_equals_diffusers(tiny: Path, reference: AutoencoderKL) -> None:
+def test_encoding_equals_diffusers(tiny: Path, reference: AutoencoderKL, tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (248, 200, 3), dtype=np.uint8)
     family = families.read_family(resolve(str(tiny)))
     vae = families.build_vae(family.autoencoder)
-    with streamed(vae, family.autoencoder.weights, families.vae_names):
-        got = frozen.encode(vae, pixels, pixels)
+    with streamed(vae, family.autoencoder.weights, families.vae_names) as streamer:
+        got = frozen.encode(vae, pixels, Scratch(tmp_path, torch.float32), hold=streamer.hold)
     want = reference.encode(to_tensor(pixels)).latent_dist.mean
     assert got.shape == want.shape == (1, 4, 31, 25)
     assert (got - want).abs().max() <= 1e-4
 
 
-def test_shrinking_keeps_mean_and_deviation() -> None:
-    x = torch.randn(1, 4, 100, 60) * torch.tensor([1.0, 2.0, 3.0, 4.0]).view(1, 4, 1, 1) + 5
-    size = frozen.shrunken_size(100, 60)
-    assert size[0] * size[1] <= 32 * 32 * 1.02
-    assert size[0] / size[1] == pytest.approx(100 / 60, rel=0.05)
-    small = frozen.shrink(x, size)
-    assert small.shape[2:] == size
-    assert torch.allclose(small.mean(dim=(2, 3)), x.mean(dim=(2, 3)), atol=1e-4)
-    assert torch.allclose(small.std(dim=(2, 3)), x.std(dim=(2, 3)), rtol=1e-4)
+@pytest.mark.parametrize("size", [(64, 64), (20, 200), (256, 256), (100, 60), (9, 4000), (4000, 3), (512, 1024)])
+def test_a_sample_is_blocks_from_all_over_the_picture(size: tuple[int, int]) -> None:
+    taken = frozen.sample(*size)
+    assert len(taken[0]) * len(taken[1]) <= 64 * 64
+    for length, index in zip(size, taken, strict=True):
+        assert bool((index.diff() > 0).all())
+        if len(index) < length:
+            assert len(index) % frozen.BLOCK == 0
+            starts = index[:: frozen.BLOCK]
+            assert torch.equal(index, (starts[:, None] + torch.arange(frozen.BLOCK)).flatten())
+            assert len(starts) == 1 or (int(starts[0]), int(index[-1])) == (0, length - 1)
+    if size[0] * size[1] <= 64 * 64:
+        assert tuple(map(len, taken)) == size
+    else:
+        assert len(taken[0]) * len(taken[1]) >= 0.75 * 64 * 64
 
 
 def test_pixels_round_as_diffusers_rounds() -> None:
@@ -147,16 +156,15 @@ def test_a_hostile_guide_is_refused_before_it_is_decoded(tmp_path: Path) -> None
 
 
 @torch.no_grad()
-def test_flow_gives_every_row_once(tiny: Path) -> None:
+def test_flow_gives_every_row_once(tiny: Path, tmp_path: Path) -> None:
     family = families.read_family(resolve(str(tiny)))
     vae = families.build_vae(family.autoencoder)
-    with streamed(vae, family.autoencoder.weights, families.vae_names):
-        measured = Measured()
-        stages = decoder_stages(vae.decoder, vae.post_quant_conv, measured)
-        frozen._measure(stages, measured, smooth_latents(9, 9), lambda where: None)
+    with streamed(vae, family.autoencoder.weights, families.vae_names) as streamer:
+        stages = decoder_stages(vae.decoder, vae.post_quant_conv)
+        frozen._measure(stages, smooth_latents(9, 9), Scratch(tmp_path), streamer.hold, lambda where: None)
         for _ in range(2):  # a pipeline that has ended begins anew
-            out = list(flow(stages, [smooth_latents(9, 9)[:, :, :4]], False, split=True, check=lambda where: None))
-            out += list(flow(stages, [smooth_latents(9, 9)[:, :, 4:]], True, split=True, check=lambda where: None))
+            out = list(flow(stages, [smooth_latents(9, 9)[:, :, :4]], False, check=lambda where: None))
+            out += list(flow(stages, [smooth_latents(9, 9)[:, :, 4:]], True, check=lambda where: None))
             assert sum(o.shape[2] for o in out) == 72
 
 

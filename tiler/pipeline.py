@@ -144,7 +144,7 @@ class _Work:
                 picture, box = guide.load_picture(self.request.guide_image), None
             how, pixels = self.plan.methods["guide picture"], guide.fit(picture, height, width, box, wraps)
             mean = method.encode(
-                how, vae, streamer, pixels, lambda h, w: guide.fit(picture, h, w, box, wraps),
+                how, vae, streamer, pixels,
                 check=at_rows(self.budget, self.plan.memory.peak_of("guide picture")),
                 progress=self._percent("guide picture"),
             )  # fmt: skip

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from tiler.decode.rows import (
     Conv,
-    Measured,
     MidAttention,
     Norm,
     Resnet,
@@ -169,10 +168,12 @@ def stream(
     *,
     hold: Hold = lambda module: nullcontext(),
     check: Check = lambda where: None,
+    hold_memory: bool = False,
 ) -> Iterator[Tensor]:
     """Push `strips`, (1, C, n, W) fp32 that make up `frame`, through `stages` → (C', n', W') top first.
 
-    `hold(module)` is entered around the layers of one pass: one read of the weights serves the whole picture.
+    `hold(module)` is entered around the layers of one pass: one read of the weights serves the whole picture. Statistics stay
+    with the stages; with `hold_memory` so do the attention's keys and values.
     """
     source, chain = _Source(strips, frame.height), list[Stage]()
     for stage in stages:
@@ -188,6 +189,8 @@ def stream(
             source, chain = _Source.of(inner, stored), [stage.conv2, Add(stage, stored)]
         elif isinstance(stage, MidAttention):
             memory = keys_and_values(stage, stored, frame, hold, check)
+            if hold_memory:
+                stage.hold(memory.read(0, memory.count))
             source, chain = (
                 _Source.of(stored, memory, strip_bytes=QUERIES * 4 * stored.channels),
                 [Attend(stage, memory)],
@@ -216,7 +219,7 @@ class _Source:
             row += strip.shape[2]
             box = [strip]
             del strip
-            yield from flow(chain, box, row >= self.height, split=True, check=check)
+            yield from flow(chain, box, row >= self.height, check=check)
 
     def close(self, keep: Rows | None = None) -> None:
         for rows in self.stored:
@@ -288,7 +291,7 @@ def decode(
 
     `margin` latents above and below, left and right, repeat the other side's. Raises StorageError, and NumericalError for NaN and Inf.
     """
-    stages = decoder_stages(vae.decoder, vae.post_quant_conv, Measured())
+    stages = decoder_stages(vae.decoder, vae.post_quant_conv)
     frame = Frame(latents.shape[2], latents.shape[3], *margin)
     return stream(stages, latents.split(strip_rows(latents.shape[3]), dim=2), frame, scratch, hold=hold, check=check)
 
@@ -306,7 +309,7 @@ def encode(
 
     8 × `margin` pixels above and below, left and right, repeat the other side's.
     """
-    stages = encoder_stages(vae.encoder, vae.quant_conv, Measured())
+    stages = encoder_stages(vae.encoder, vae.quant_conv)
     rows = 8 * strip_rows(pixels.shape[1] // 8)
     strips = (to_tensor(pixels[top : top + rows]) for top in range(0, len(pixels), rows))
     frame = Frame(len(pixels), pixels.shape[1], 8 * margin[0], 8 * margin[1])
@@ -332,10 +335,10 @@ def rehearse(
     height, width = min(latents[0], KEYS // latents[1] + 8), latents[1]
     scratch = Scratch(None, dtype)
     if encoding:
-        stages, x = encoder_stages(vae.encoder, vae.quant_conv, Measured()), (1, 3, 8 * height, 8 * width)
+        stages, x = encoder_stages(vae.encoder, vae.quant_conv), (1, 3, 8 * height, 8 * width)
     else:
         stages, x = (
-            decoder_stages(vae.decoder, vae.post_quant_conv, Measured()),
+            decoder_stages(vae.decoder, vae.post_quant_conv),
             (1, vae.config.latent_channels, height, width),
         )
     picture = torch.empty(x, device="meta")

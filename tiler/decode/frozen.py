@@ -1,6 +1,7 @@
 """The autoencoder with held statistics: pictures of any height at constant memory, in both directions.
 
-Statistics come from the picture itself, shrunk to about 32×32 latents; a picture that small is decoded exactly.
+Statistics come from a sample of the picture itself: small blocks at full resolution from all over it, laid side by side
+and worked on as one picture of at most 64×64 latents by `exact`. A picture that small is decoded exactly.
 """
 
 from __future__ import annotations
@@ -11,99 +12,119 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from tiler.decode.rows import Check, Measured, Stage, decoder_stages, encoder_stages, flow, strip_rows, to_tensor
+from tiler.decode import exact
+from tiler.decode.rows import Check, Stage, decoder_stages, encoder_stages, flow, strip_rows, to_tensor
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-STATS_SIDE = 32  # latents; 256 px: the measuring pass is then under 250 MB for SD's decoder
+    from tiler.decode.exact import Hold
+    from tiler.decode.scratch import Scratch
+
+SAMPLE_SIDE = 64  # latents; scripts/bench_decode.py: 5 dB better than 32
+BLOCK = 4  # latents; of 2, 4, 8 and 16 the best: many small blocks see more of the picture, smaller ones mostly borders
 
 
-def shrunken_size(height: int, width: int, side: int = STATS_SIDE) -> tuple[int, int]:
-    """(h, w) of at most about side² pixels with the same aspect; the picture's own size when it is that small."""
-    if height * width <= side * side:
-        return height, width
-    factor = side / math.sqrt(height * width)
-    return max(1, min(height, round(height * factor))), max(1, min(width, round(width * factor)))
+def sample(height: int, width: int) -> tuple[Tensor, Tensor]:
+    """The rows and the columns of latents that are measured: all of a picture of at most SAMPLE_SIDE², else evenly spaced
+    blocks of BLOCK of them, of the picture's aspect."""
+    if height * width <= SAMPLE_SIDE**2:
+        return torch.arange(height), torch.arange(width)
+    short, long = sorted((height, width))
+    few = min(short, max(1, round(SAMPLE_SIDE * math.sqrt(short / long) / BLOCK)) * BLOCK)
+    taken = few, min(long, SAMPLE_SIDE**2 // few // BLOCK * BLOCK)
+    return _blocks(height, taken[height > width]), _blocks(width, taken[height <= width])
 
 
-def shrink(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """Area-average to `size`, then give each channel back its mean and deviation: (1, C, h, w)."""
-    if size == tuple(x.shape[2:]):
-        return x
-    small = F.interpolate(x, size=size, mode="area")
-    std, mean = torch.std_mean(x, dim=(2, 3), keepdim=True)
-    std_small, mean_small = torch.std_mean(small, dim=(2, 3), keepdim=True)
-    return (small - mean_small) * (std / std_small.clamp_min(1e-6)) + mean
+def _blocks(length: int, taken: int) -> Tensor:
+    if taken == length:
+        return torch.arange(length)
+    count = taken // BLOCK
+    starts = torch.linspace(0, length - BLOCK, count) if count > 1 else torch.tensor([(length - BLOCK) / 2])
+    return starts.round().long()[:, None].add(torch.arange(BLOCK)).flatten()
 
 
 def _ignore(where: str) -> None:
     pass
 
 
-def _measure(stages: list[Stage], measured: Measured, small: Tensor, check: Check) -> None:
-    measured.measuring = True
-    for _ in flow(stages, [small], True, split=False, check=check):
+def _measure(stages: list[Stage], part: Tensor, scratch: Scratch, hold: Hold, check: Check) -> None:
+    """Give the stages the statistics of `part`, (1, C, h, w)."""
+    height, width = part.shape[2:]
+    frame = exact.Frame(height, width)
+    strips = part.split(max(1, height * strip_rows(64) // 64), dim=2)
+    for _ in exact.stream(stages, strips, frame, scratch, hold=hold, check=check, hold_memory=True):
         pass
-    measured.measuring = False
 
 
-def decode(vae: AutoencoderKL, latents: Tensor, *, rows: int | None = None, check: Check = _ignore) -> Iterator[Tensor]:
+def decode(
+    vae: AutoencoderKL,
+    latents: Tensor,
+    scratch: Scratch,
+    *,
+    hold: Hold,
+    rows: int | None = None,
+    check: Check = _ignore,
+    margin: tuple[int, int] = (0, 0),
+) -> Iterator[Tensor]:
     """latents: (1, C, h, w) fp32, already divided by scaling_factor → strips (3, n, 8w) fp32 in about [-1, 1], top first.
 
     `rows` latent rows are pushed at a time (default `strip_rows`): memory grows with it, the result does not depend on
-    it beyond the last bits of fp32.
+    it beyond the last bits of fp32. `margin` latents above and below, left and right, repeat the other side's and are
+    not measured.
     """
-    rows = strip_rows(latents.shape[3]) if rows is None else rows
-    measured = Measured()
-    stages = decoder_stages(vae.decoder, vae.post_quant_conv, measured)
-    _measure(stages, measured, shrink(latents, shrunken_size(*latents.shape[2:])), check)
-    yield from _stream(
-        stages,
-        (latents[:, :, top : top + rows] for top in range(0, latents.shape[2], rows)),
-        latents.shape[2],
-        rows,
-        check,
+    (y, x), (height, width) = margin, latents.shape[2:]
+    rows = strip_rows(width) if rows is None else rows
+    stages = decoder_stages(vae.decoder, vae.post_quant_conv)
+    down, across = sample(height - 2 * y, width - 2 * x)
+    _measure(stages, latents[:, :, (down + y)[:, None], across + x], scratch, hold, check)
+    yield from _stream(stages, iter(latents.split(rows, dim=2)), height, check)
+
+
+def encode(
+    vae: AutoencoderKL,
+    pixels: np.ndarray,
+    scratch: Scratch,
+    *,
+    hold: Hold,
+    check: Check = _ignore,
+    margin: tuple[int, int] = (0, 0),
+) -> Tensor:
+    """pixels: (H, W, 3) uint8, sides multiples of 8 → the posterior's mean (1, C, H/8, W/8) fp32, unscaled. `margin` as for
+    `decode`, in latents."""
+    (y, x), height, width = margin, len(pixels) // 8, pixels.shape[1] // 8
+    stages = encoder_stages(vae.encoder, vae.quant_conv)
+    down, across = (
+        (8 * (taken + first)[:, None] + torch.arange(8)).flatten().numpy()
+        for taken, first in zip(sample(height - 2 * y, width - 2 * x), margin, strict=True)
     )
-
-
-def encode(vae: AutoencoderKL, pixels: np.ndarray, small: np.ndarray, *, check: Check = _ignore) -> Tensor:
-    """pixels: (H, W, 3) uint8, sides multiples of 8 → the posterior's mean (1, C, H/8, W/8) fp32, unscaled.
-
-    `small` is the same picture shrunk to `shrunken_size` × 8, for the statistics.
-    """
-    measured, rows = Measured(), strip_rows(pixels.shape[1] // 8)
-    stages = encoder_stages(vae.encoder, vae.quant_conv, measured)
-    _measure(stages, measured, to_tensor(small), check)
-    strips = (to_tensor(pixels[top : top + 8 * rows]) for top in range(0, len(pixels), 8 * rows))
-    moments = torch.cat([s[None] for s in _stream(stages, strips, len(pixels), 8 * rows, check)], dim=2)
+    _measure(stages, to_tensor(pixels[down[:, None], across]), scratch, hold, check)
+    rows = 8 * strip_rows(width)
+    strips = (to_tensor(pixels[top : top + rows]) for top in range(0, len(pixels), rows))
+    moments = torch.cat([s[None] for s in _stream(stages, strips, len(pixels), check)], dim=2)
     return moments[:, : moments.shape[1] // 2]
 
 
-def rehearse(vae: AutoencoderKL, latents: tuple[int, int], *, encoding: bool) -> None:
+def rehearse(vae: AutoencoderKL, latents: tuple[int, int], scratch: Scratch, hold: Hold, *, encoding: bool) -> None:
     """What `decode` or `encode` does for latents of (height, width), on meta tensors: for planning."""
-    measured, (height, width), rows = Measured(), latents, strip_rows(latents[1])
-    small = shrunken_size(height, width)
+    (height, width), rows = latents, strip_rows(latents[1])
     if encoding:
-        stages, channels, scale = encoder_stages(vae.encoder, vae.quant_conv, measured), 3, 8
+        stages, channels, scale = encoder_stages(vae.encoder, vae.quant_conv), 3, 8
     else:
-        stages, channels, scale = (
-            decoder_stages(vae.decoder, vae.post_quant_conv, measured),
-            vae.config.latent_channels,
-            1,
-        )
-    _measure(stages, measured, torch.empty(1, channels, scale * small[0], scale * small[1], device="meta"), _ignore)
+        stages, channels, scale = decoder_stages(vae.decoder, vae.post_quant_conv), vae.config.latent_channels, 1
+    down, across = sample(height, width)
+    part = torch.empty(1, channels, scale * len(down), scale * len(across), device="meta")
+    _measure(stages, part, scratch, hold, _ignore)
     strips = (torch.empty(1, channels, scale * rows, scale * width, device="meta") for _ in range(8))
-    for _ in _stream(stages, strips, 8 * scale * rows, scale * rows, _ignore):
+    for _ in _stream(stages, strips, 8 * scale * rows, _ignore):
         pass
 
 
-def _stream(stages: list[Stage], strips: Iterator[Tensor], height: int, step: int, check: Check) -> Iterator[Tensor]:
-    top = 0
+def _stream(stages: list[Stage], strips: Iterator[Tensor], height: int, check: Check) -> Iterator[Tensor]:
+    row = 0
     for strip in strips:
-        top += step
-        for ready in flow(stages, [strip], top >= height, split=True, check=check):
+        row += strip.shape[2]
+        for ready in flow(stages, [strip], row >= height, check=check):
             yield ready[0]

@@ -44,7 +44,7 @@ class Method:
     margin: tuple[int, int] = (0, 0)  # latents above and below, left and right, that repeat the other side's
 
     def __str__(self) -> str:
-        disk = f"; {self.scratch_bytes / 1e6:,.0f} MB of scratch in {self.folder}" if self.exact else ""
+        disk = f"; {self.scratch_bytes / 1e6:,.0f} MB of scratch in {self.folder}" if self.scratch_bytes else ""
         return f"{self.name} ({self.why}{disk})"
 
     @property
@@ -71,19 +71,21 @@ def choose(
     an AutoencoderTiny.
 
     AUTO takes `exact` while the scratch folder has room and attention to all tokens is a small part of the work.
-    Raises StorageError when EXACT is wanted and there is no room.
+    Raises StorageError when there is no room for what is wanted, or for anything.
     """
 
     vertical, horizontal = wrap.axes
     margin = REACH * vertical, REACH * horizontal
     latents = latents[0] + 2 * margin[0], latents[1] + 2 * margin[1]
 
+    disk = Scratch(None, DTYPES[dtype])
+
     def made(kind: Decode, why: str, rehearse: Callable[[MetaMeter], exact.Rehearsal | None]) -> Method:
         with MetaMeter() as meter, torch.no_grad():
-            disk = rehearse(meter) or exact.Rehearsal(0, 0, 0)
+            used = rehearse(meter) or exact.Rehearsal(disk.peak_bytes, disk.written_bytes, 0)
         return Method(
             kind=kind, encoding=encoding, why=why, memory_bytes=meter.peak_bytes, folder=folder, dtype=dtype,
-            scratch_bytes=disk.peak_bytes, written_bytes=disk.written_bytes, flops=disk.flops, margin=margin,
+            scratch_bytes=used.peak_bytes, written_bytes=used.written_bytes, flops=used.flops, margin=margin,
         )  # fmt: skip
 
     if wanted is Decode.TINY:
@@ -94,26 +96,33 @@ def choose(
     )  # fmt: skip
 
     def take_frozen(why: str) -> Method:
-        taken = made(Decode.FROZEN, why, lambda meter: frozen.rehearse(vae, latents, encoding=encoding))
-        return replace(taken, flops=method.flops)
+        taken = made(
+            Decode.FROZEN, why, lambda meter: frozen.rehearse(vae, latents, disk, streamer.hold, encoding=encoding)
+        )
+        return affordable(replace(taken, flops=method.flops))
+
+    free = free_bytes(folder)
+
+    def lacking(method: Method) -> str:
+        needs = f"{method.kind} decoding needs {method.scratch_bytes / 1e6:,.0f} MB"
+        return f"{folder} has {free / 1e6:,.0f} MB free, {needs}"
+
+    def affordable(method: Method) -> Method:
+        if free < method.scratch_bytes:
+            raise StorageError(f"{lacking(method)}; give another folder with --scratch")
+        return method
 
     tokens = latents[0] * latents[1]
     if wanted is Decode.FROZEN:
         return take_frozen("as asked")
-    if tokens <= frozen.STATS_SIDE**2:
-        return take_frozen("so small a picture is worked on as a whole")
-    free = free_bytes(folder)
-    lacking = f"{folder} has {free / 1e6:,.0f} MB free, exact decoding needs {method.scratch_bytes / 1e6:,.0f} MB"
     if wanted is Decode.EXACT:
-        if free < method.scratch_bytes:
-            raise StorageError(f"{lacking}; give another folder with --scratch, or use --decode frozen")
-        return method
+        return affordable(method)
     mid = (vae.encoder if encoding else vae.decoder).mid_block
     width = sum(a.to_q.in_features for a in mid.attentions if a is not None)
     share = 4 * width * tokens**2 / method.flops
     if share > ATTENTION_SHARE:
         return take_frozen(f"attention to every token would be {share:.0%} of the other work")
-    return method if free >= method.scratch_bytes else take_frozen(lacking)
+    return method if free >= method.scratch_bytes else take_frozen(lacking(method))
 
 
 def decode(
@@ -131,12 +140,15 @@ def decode(
     """
     (y, x), (height, width) = method.margin, latents.shape[2:]
     latents = latents[:, :, (torch.arange(-y, height + y) % height)[:, None], torch.arange(-x, width + x) % width]
+    scratch = Scratch(method.folder, DTYPES[method.dtype])
+    options: dict[str, Any] = {"hold": streamer.hold, "check": check, "margin": method.margin}
     if method.exact:
-        scratch = Scratch(method.folder, DTYPES[method.dtype])
-        noting = _noting(method, scratch, check, progress)
-        strips = exact.decode(vae, latents, scratch, hold=streamer.hold, check=noting, margin=method.margin)
+        options["check"] = _noting(method, scratch, check, progress)
+        strips = exact.decode(vae, latents, scratch, **options)
+    elif method.kind is Decode.FROZEN:
+        strips = frozen.decode(vae, latents, scratch, **options)
     else:
-        strips = (tiny if method.kind is Decode.TINY else frozen).decode(vae, latents, check=check)
+        strips = tiny.decode(vae, latents, check=check)
     row = 0
     for strip in strips:
         first, last = max(0, 8 * y - row), min(strip.shape[1], 8 * (y + height) - row)
@@ -153,25 +165,18 @@ def encode(
     vae: AutoencoderKL,
     streamer: Streamer,
     pixels: np.ndarray,
-    shrink: Callable[[int, int], np.ndarray],
     *,
     check: Check,
     progress: Callable[[float], None],
 ) -> Tensor:
-    """pixels: (H, W, 3) uint8, sides multiples of 8 → the posterior's mean (1, C, H/8, W/8) fp32, unscaled.
-
-    `shrink(height, width)` gives the same picture at another size.
-    """
+    """pixels: (H, W, 3) uint8, sides multiples of 8 → the posterior's mean (1, C, H/8, W/8) fp32, unscaled."""
     (y, x), height, width = method.margin, pixels.shape[0] // 8, pixels.shape[1] // 8
     if y or x:
         pixels = np.pad(pixels, ((8 * y, 8 * y), (8 * x, 8 * x), (0, 0)), mode="wrap")
-    if method.exact:
-        scratch = Scratch(method.folder, DTYPES[method.dtype])
-        noting = _noting(method, scratch, check, progress)
-        mean = exact.encode(vae, pixels, scratch, hold=streamer.hold, check=noting, margin=method.margin)
-    else:
-        small = shrink(*(8 * n for n in frozen.shrunken_size(height, width)))
-        mean = frozen.encode(vae, pixels, small, check=check)
+    scratch = Scratch(method.folder, DTYPES[method.dtype])
+    noting = _noting(method, scratch, check, progress) if method.exact else check
+    by_rows = exact.encode if method.exact else frozen.encode
+    mean = by_rows(vae, pixels, scratch, hold=streamer.hold, check=noting, margin=method.margin)
     return mean[:, :, y : y + height, x : x + width]
 
 

@@ -2,7 +2,7 @@
 
 A 3×3 convolution keeps the last two rows it saw, so nothing is computed twice and no tile needs a halo: work factor
 1.00, memory proportional to the width alone. Two things in the network look at the whole picture; both are measured
-once, on a shrunken picture pushed through in one piece (`Measured.measuring`), and held for all rows:
+elsewhere (`exact.stream` gathers them), and held for all rows:
 
 - GroupNorm's mean and variance, after which a norm is a fixed scale and shift per channel;
 - the keys and values of the mid-block attention, so that every row attends to the same global view.
@@ -41,29 +41,14 @@ class Stage(Protocol):
     def push(self, x: Tensor | None, last: bool) -> Tensor | None: ...
 
 
-class Measured:
-    """Shared by all stages of one network: whether the whole (shrunken) picture is being pushed to take measures."""
-
-    def __init__(self) -> None:
-        self.measuring = False
-
-
 class Norm:
     """GroupNorm with held statistics, then SiLU: y = silu(x·scale + shift), per channel."""
 
-    def __init__(self, norm: nn.Module, measured: Measured, *, silu: bool = True) -> None:
+    def __init__(self, norm: nn.Module, *, silu: bool = True) -> None:
         assert isinstance(norm, nn.GroupNorm)
-        self.norm, self.measured, self.silu = norm, measured, silu
+        self.norm, self.silu = norm, silu
         self.scale: Tensor | None = None
         self.shift: Tensor | None = None
-
-    def measure(self, x: Tensor) -> None:
-        """Take the statistics from `x`, the whole picture, when it is time to."""
-        if not self.measured.measuring:
-            return
-        groups = x[0].unflatten(0, (self.norm.num_groups, -1))
-        var, mean = torch.var_mean(groups, dim=(1, 2, 3), correction=0)
-        self.hold(mean, var)
 
     def hold(self, mean: Tensor, var: Tensor) -> None:
         """Statistics of each group, (groups,)."""
@@ -97,8 +82,6 @@ class Conv(Stage):
     def push(self, x: Tensor | None, last: bool) -> Tensor | None:
         if x is None and not (last and self.halo):
             return None
-        if self.norm is not None and x is not None:
-            self.norm.measure(x)
         like = x if x is not None else self.tail
         assert like is not None
         rows = 0 if x is None else x.shape[2]
@@ -213,9 +196,9 @@ class Residual:
 class Resnet(Stage):
     """diffusers' ResnetBlock2D without time embedding. The shortcut waits for the rows that the convolutions hold back."""
 
-    def __init__(self, block: ResnetBlock2D, measured: Measured) -> None:
-        self.conv1 = Conv(block.conv1, Norm(block.norm1, measured))
-        self.conv2 = Conv(block.conv2, Norm(block.norm2, measured))
+    def __init__(self, block: ResnetBlock2D) -> None:
+        self.conv1 = Conv(block.conv1, Norm(block.norm1))
+        self.conv2 = Conv(block.conv2, Norm(block.norm2))
         self.shortcut = Conv(block.conv_shortcut) if block.conv_shortcut is not None else None
         self.scale = float(block.output_scale_factor)
         self.waiting = Residual()
@@ -235,36 +218,39 @@ class Resnet(Stage):
 class MidAttention(Stage):
     """diffusers' Attention of an autoencoder's mid block, with held keys and values."""
 
-    def __init__(self, attention: Attention, measured: Measured) -> None:
+    def __init__(self, attention: Attention) -> None:
         assert attention.group_norm is not None and attention.residual_connection
-        self.attention, self.measured = attention, measured
-        self.norm = Norm(attention.group_norm, measured, silu=False)
+        self.attention = attention
+        self.norm = Norm(attention.group_norm, silu=False)
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
+
+    def hold(self, memory: Tensor) -> None:
+        """Every token's key above its value, (1, 2C, h, w), for all rows to come."""
+        keys, values = memory.flatten(2).transpose(1, 2).chunk(2, dim=2)
+        self.keys, self.values = self._heads(keys), self._heads(values)
+
+    def _heads(self, tokens: Tensor) -> Tensor:
+        """(1, n, C) → (1, heads, n, C / heads)."""
+        return tokens.unflatten(-1, (self.attention.heads, -1)).transpose(1, 2)
 
     def push(self, x: Tensor | None, last: bool) -> Tensor | None:
         if x is None:
             return None
         a = self.attention
-        self.norm.measure(x)
         tokens = self.norm.apply(x).flatten(2).transpose(1, 2)  # (1, rows·W, C)
 
-        def heads(t: Tensor) -> Tensor:
-            return t.unflatten(-1, (a.heads, -1)).transpose(1, 2)
-
-        if self.measured.measuring:
-            self.keys, self.values = heads(a.to_k(tokens)), heads(a.to_v(tokens))
         assert self.keys is not None and self.values is not None
-        mixed = F.scaled_dot_product_attention(heads(a.to_q(tokens)), self.keys, self.values)
+        mixed = F.scaled_dot_product_attention(self._heads(a.to_q(tokens)), self.keys, self.values)
         out = a.to_out[0](mixed.transpose(1, 2).flatten(2)).transpose(1, 2).reshape(x.shape)
         return (out + x).div_(a.rescale_output_factor)
 
 
-def flow(stages: list[Stage], box: list[Tensor], last: bool, *, split: bool, check: Check) -> Iterator[Tensor]:
+def flow(stages: list[Stage], box: list[Tensor], last: bool, *, check: Check) -> Iterator[Tensor]:
     """Push the rows in `box` (one tensor or none; it is emptied) through every stage; yields what comes out at the end.
 
-    With `split`, rows are passed on a few at a time, so that neither the wide stages nor the end of the picture, when
-    every stage gives what it held back, need more memory than a strip. Not while measuring: norms then see the whole.
+    Rows are passed on a few at a time, so that neither the wide stages nor the end of the picture, when every stage gives
+    what it held back, need more memory than a strip.
     """
     for at, stage in enumerate(stages):
         if box or last:
@@ -273,7 +259,7 @@ def flow(stages: list[Stage], box: list[Tensor], last: bool, *, split: bool, che
                 box.append(result)
             del result
         check(f"decode.{type(stage).__name__}")
-        if not box or not split:
+        if not box:
             continue
         shape = box[0].shape
         growth = stages[at + 1].growth if at + 1 < len(stages) else 1.0
@@ -285,39 +271,38 @@ def flow(stages: list[Stage], box: list[Tensor], last: bool, *, split: bool, che
                     stages[at + 1 :],
                     [x[:, :, top : top + step]],
                     last and top + step >= shape[2],
-                    split=split,
                     check=check,
                 )
             return
     yield from box
 
 
-def _mid(block: nn.Module, measured: Measured) -> list[Stage]:
-    stages: list[Stage] = [Resnet(block.resnets[0], measured)]  # type: ignore[index]
+def _mid(block: nn.Module) -> list[Stage]:
+    stages: list[Stage] = [Resnet(block.resnets[0])]  # type: ignore[index]
     for attention, resnet in zip(block.attentions, block.resnets[1:], strict=True):  # type: ignore[arg-type, index]
         if attention is not None:
-            stages.append(MidAttention(attention, measured))
-        stages.append(Resnet(resnet, measured))
+            stages.append(MidAttention(attention))
+        stages.append(Resnet(resnet))
     return stages
 
 
-def decoder_stages(decoder: Decoder, post_quant_conv: nn.Module | None, measured: Measured) -> list[Stage]:
+def decoder_stages(decoder: Decoder, post_quant_conv: nn.Module | None) -> list[Stage]:
     """diffusers' Decoder.forward as stages: latents (divided by scaling_factor) → RGB in about [-1, 1]."""
     stages: list[Stage] = [] if post_quant_conv is None else [Conv(post_quant_conv)]
-    stages += [Conv(decoder.conv_in), *_mid(decoder.mid_block, measured)]
+    stages += [Conv(decoder.conv_in), *_mid(decoder.mid_block)]
     for block in decoder.up_blocks:
-        stages += [Resnet(resnet, measured) for resnet in block.resnets]
+        stages += [Resnet(resnet) for resnet in block.resnets]
         stages += [Up(sampler.conv) for sampler in block.upsamplers or []]
-    return [*stages, Conv(decoder.conv_out, Norm(decoder.conv_norm_out, measured))]
+    return [*stages, Conv(decoder.conv_out, Norm(decoder.conv_norm_out))]
 
 
-def encoder_stages(encoder: Encoder, quant_conv: nn.Module | None, measured: Measured) -> list[Stage]:
+def encoder_stages(encoder: Encoder, quant_conv: nn.Module | None) -> list[Stage]:
     """diffusers' Encoder.forward as stages: RGB in [-1, 1] → the posterior's moments (mean, then log-variance)."""
     stages: list[Stage] = [Conv(encoder.conv_in)]
     for block in encoder.down_blocks:
-        stages += [Resnet(resnet, measured) for resnet in block.resnets]
+        stages += [Resnet(resnet) for resnet in block.resnets]
         stages += [Down(sampler) for sampler in block.downsamplers or []]
-    stages += [*_mid(encoder.mid_block, measured), Conv(encoder.conv_out, Norm(encoder.conv_norm_out, measured))]
+    stages += [*_mid(encoder.mid_block), Conv(encoder.conv_out, Norm(encoder.conv_norm_out))]
     return stages if quant_conv is None else [*stages, Conv(quant_conv)]
 
 

@@ -69,7 +69,7 @@ def decode(vae: AutoencoderTiny, latents: Tensor, *, check: Check) -> Iterator[T
     stages, height, row = decoder_stages(vae.decoder), latents.shape[2], 0
     for strip in latents.split(strip_rows(latents.shape[3]), dim=2):
         row += strip.shape[2]
-        for ready in flow(stages, [strip], row == height, split=True, check=check):
+        for ready in flow(stages, [strip], row == height, check=check):
             yield ready[0]
 
 
