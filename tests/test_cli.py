@@ -69,16 +69,17 @@ def test_a_sheet_of_paper_is_rendered_to_the_pixel(tiler, tiny: Path, tmp_path: 
 
 
 def test_decode_exactly_through_a_scratch_folder(tiler, tiny: Path, tmp_path: Path) -> None:
-    common = ("--model", tiny, "--size", 320, "--steps", 1, "--no-guide", "--seed", 1)
+    common = ("--model", tiny, "--size", 528, "--steps", 1, "--no-guide", "--seed", 1)
     ran = tiler("render", "x", *common, "-o", "a.png", "--save-latents", "z.safetensors")
     assert "decoder: exact (there is room" in ran.err
     (tmp_path / "s").mkdir()
     for mode, dtype in (("exact", "fp32"), ("exact", "fp16"), ("frozen", "fp16")):
         options = ("--decode", mode, "--scratch", "s", "--scratch-dtype", dtype)
-        assert tiler("decode", "z.safetensors", "--model", tiny, *options, "-o", f"{mode}-{dtype}.png").code == 0
+        ran = tiler("decode", "z.safetensors", "--model", tiny, *options, "-o", f"{mode}-{dtype}.png", "--json")
+        assert ran.json["decode"] == mode
     a, b, c = (np.asarray(Image.open(tmp_path / f"{n}.png"), int) for n in ("a", "exact-fp32", "frozen-fp16"))
     assert abs(a - b).max() <= 2
-    assert abs(c - b).max() > abs(a - b).max()
+    assert abs(c - b).max() <= 4  # held statistics, of a sample that is nearly all of the picture
     assert list((tmp_path / "s").iterdir()) == []
     ran = tiler("decode", "z.safetensors", "--model", tiny, "--decode", "exact", "--scratch", "none", "-o", "n.png")
     assert ran.code == 6
