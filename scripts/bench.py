@@ -113,12 +113,17 @@ def bench_unet(model: str, ceiling: int, rounds: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def program(*arguments: object) -> list[str]:
+    """The command line of `tiler`, also where it is not installed."""
+    return [sys.executable, "-c", "from tiler.cli.main import main; main()", *map(str, arguments)]
+
+
 def tiler(*arguments: object) -> dict[str, Any]:
     """Run the program in a fresh process: its report."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "r.json"
-        command = [sys.executable, "-c", "from tiler.cli.main import main; main()", *map(str, arguments)]
-        subprocess.run([*command, "-o", str(Path(folder) / "x.png"), "--report", str(report)], cwd=ROOT, check=True)
+        command = program(*arguments, "-o", Path(folder) / "x.png", "--report", report)
+        subprocess.run(command, cwd=ROOT, check=True)
         return json.loads(report.read_text())  # type: ignore[no-any-return]
 
 
@@ -143,8 +148,8 @@ def bench_memory(model: str, ceilings: list[int], sizes: list[int], steps: int) 
 def peak_within(seconds: float, *arguments: object) -> int:
     """VmHWM of the program after `seconds`, or at its end if that comes first."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-c", "from tiler.cli.main import main; main()", *map(str, arguments), "--quiet"]
-        process = subprocess.Popen([*command, "-o", str(Path(folder) / "x.png")], cwd=ROOT)
+        command = program(*arguments, "--quiet", "-o", Path(folder) / "x.png")
+        process = subprocess.Popen(command, cwd=ROOT)
         peak, end = 0, time.monotonic() + seconds
         while process.poll() is None and time.monotonic() < end:
             marks = [line for line in Path(f"/proc/{process.pid}/status").read_text().splitlines() if "VmHWM" in line]
@@ -176,8 +181,8 @@ def bench_large(model: str, size: int, ceiling: int, seconds: float) -> list[dic
             "guide picture": (*render, "--guide", picture),
             "decode": ("decode", latents, *common),
         }
-        command = [sys.executable, "-c", "from tiler.cli.main import main; main()", "plan", *map(str, render[1:])]
-        planned = json.loads(subprocess.run([*command, "--json"], cwd=ROOT, check=True, capture_output=True).stdout)
+        command = program("plan", *render[1:], "--json")
+        planned = json.loads(subprocess.run(command, cwd=ROOT, check=True, capture_output=True).stdout)
         phases = {p["name"]: p["peak_bytes"] for p in planned["phases"]}
         return [
             {"what": f"{size}² {name}", "predicted": phases[name], "measured": peak_within(seconds, *arguments)}

@@ -77,11 +77,12 @@ def work_factor(kind: Autoencoder, height: int, width: int) -> float:
     with MetaMeter() as meter:
         vae.decode(torch.empty(1, vae.config.latent_channels, height, width, device="meta"))
     whole = meter.flops
-    rows = exact.decoder_stages(families.build_vae(kind).decoder, vae.post_quant_conv)
+    vae = families.build_vae(kind)
+    stages = exact.decoder_stages(vae.decoder, vae.post_quant_conv)
     with MetaMeter() as meter:
         latents = torch.empty(1, vae.config.latent_channels, height, width, device="meta")
         strips = latents.split(strip_rows(width), dim=2)
-        for _ in exact.stream(rows, strips, exact.Frame(height, width), Scratch(None)):
+        for _ in exact.stream(stages, strips, exact.Frame(height, width), Scratch(None)):
             pass
     return meter.flops / whole
 
@@ -93,7 +94,7 @@ def bench_exact(model: str, sizes: list[tuple[int, int]]) -> list[dict[str, Any]
     for width, height in sizes:
         generator = torch.Generator().manual_seed(1)
         scaled = torch.randn(1, family.latent_channels, height // 8, width // 8, generator=generator)
-        latents = kind.unscale(scaled + torch.linspace(-1, 1, width // 8))
+        latents = kind.unscale_(scaled + torch.linspace(-1, 1, width // 8))
         want, their_seconds = timed(lambda latents=latents: theirs.decode(latents).sample[0])
         fp16, our_seconds = timed(lambda latents=latents: decode(kind, latents, torch.float16))
         fp32 = decode(kind, latents, torch.float32)
@@ -145,7 +146,7 @@ def bench_frozen(model: str, size: int, count: int, folder: Path) -> list[dict[s
     kind, theirs = families.read_family(resolve(model)).autoencoder, reference(model)
     rows = []
     for i, scaled in enumerate(rendered_latents(model, size, count, folder)):
-        latents = kind.unscale(scaled)
+        latents = kind.unscale_(scaled)
         got, want = decode(kind, latents, None), theirs.decode(latents).sample[0]
         step = 8 * strip_rows(latents.shape[3])
         rows.append({"picture": i, "psnr": psnr(got, want), "seams": seam_score(got, step) / seam_score(want, step)})

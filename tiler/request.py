@@ -146,7 +146,8 @@ class RenderRequest:
 
     `prompt` may be None when `regions` cover the canvas. `strength` is img2img's denoising strength: the share of the
     schedule that the canvas denoises after the guide. `overlap` None is a quarter of a tile, `scratch` None
-    the folder of `output`, `dpi` what the file says of its resolution, `bleed_mm` what a PDF says will be cut off each edge. Raises UsageError.
+    the folder of `output`, `dpi` what the file says of its resolution, `bleed_mm` what a PDF says will be cut off each
+    edge. Raises UsageError.
     """
 
     prompt: str | None

@@ -97,7 +97,8 @@ def release_heap() -> None:
 
 
 def frugal_allocator() -> None:
-    """Make freed memory leave the process, and waiting threads leave the cores. For a program's start, before torch is imported; a library must not do this.
+    """Make freed memory leave the process, and waiting threads leave the cores. For a program's start, before torch is
+    imported; a library must not do this.
 
     glibc raises its mmap threshold as blocks are freed, up to 32 MB, and keeps what is freed below it. A low fixed one
     gives everything back at once, but then every temporary is mapped and faulted in anew: with 128 KiB an SD 1.5 UNet
