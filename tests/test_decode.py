@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from PIL import Image
 
 from tiler.decode import frozen, method
 from tiler.decode import tiny as tiny_decoder
-from tiler.decode.rows import decoder_stages, flow, to_tensor, to_uint8
+from tiler.decode.rows import REACH, decoder_stages, flow, to_tensor, to_uint8
 from tiler.decode.scratch import Scratch
 from tiler.models import family as families
 from tiler.pipeline import streamed
@@ -52,7 +53,10 @@ def test_given_true_statistics_a_large_picture_is_exact(tiny: Path, reference: A
     with streamed(vae, family.autoencoder.weights, families.vae_names) as streamer:
         stages = decoder_stages(vae.decoder, vae.post_quant_conv)
         frozen._measure(stages, latents, Scratch(tmp_path, torch.float32), streamer.hold, lambda where: None)
-        got = torch.cat(list(frozen._stream(stages, iter(latents.split(4, dim=2)), 70, lambda where: None)), dim=1)
+        got = torch.cat(
+            list(frozen._stream(stages, iter(latents.split(4, dim=2)), 70, lambda where: None, lambda share: None)),
+            dim=1,
+        )
     want = reference.decode(latents).sample[0]
     assert (got - want).abs().max() <= 2e-4
 
@@ -100,6 +104,39 @@ def test_strips_do_not_show(tiny: Path, tmp_path: Path) -> None:
     assert all((r - results[0]).abs().max() <= 1e-4 for r in results)
 
 
+@pytest.mark.parametrize("width", [1, 511, 512, 513, 1024, 1500, 4096, 30000])
+def test_bands_keep_every_column_once_and_see_what_a_convolution_sees(width: int) -> None:
+    kept = []
+    for band in frozen.bands(width):
+        assert band.last - band.first <= frozen.BAND
+        kept += range(band.first, band.last)[band.keep]
+        assert band.first == 0 or band.keep.start == REACH
+        assert band.last == width or band.last - band.first - band.keep.stop == REACH
+    assert kept == list(range(width))
+
+
+@torch.no_grad()
+def test_bands_do_not_show(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wide picture is what it would be in one piece, in both directions, beyond fp32's last bits."""
+    latents = smooth_latents(30, 150)
+    pixels = np.random.default_rng(0).integers(0, 256, (240, 1200, 3), dtype=np.uint8)
+    family = families.read_family(resolve(str(tiny)))
+    results = {}
+    for band in (512, 60):
+        monkeypatch.setattr(frozen, "BAND", band)
+        vae, shares = families.build_vae(family.autoencoder), [0.0]
+        with streamed(vae, family.autoencoder.weights, families.vae_names) as streamer:
+            options = {"scratch": Scratch(tmp_path, torch.float32), "hold": streamer.hold, "progress": shares.append}
+            picture = torch.cat(list(frozen.decode(vae, latents, **options)), dim=1)
+            assert shares == sorted(shares)
+            assert shares[-1] == pytest.approx(1)
+            results[band] = picture, frozen.encode(vae, pixels, **options)
+    assert len(frozen.bands(150)) == 5
+    for whole, joined in zip(*results.values(), strict=True):
+        assert whole.shape == joined.shape
+        assert (whole - joined).abs().max() <= 1e-4
+
+
 @torch.no_grad()
 def test_encoding_equals_diffusers(tiny: Path, reference: AutoencoderKL, tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (248, 200, 3), dtype=np.uint8)
@@ -138,7 +175,7 @@ def test_pixels_round_as_diffusers_rounds() -> None:
 
 
 def test_a_hostile_guide_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
-    from tiler.diffusion.guide import fit, load_picture
+    from tiler.diffusion.guide import load_picture
     from tiler.errors import UsageError
 
     Image.new("L", (5000, 5000)).save(tmp_path / "huge.png")
@@ -151,8 +188,47 @@ def test_a_hostile_guide_is_refused_before_it_is_decoded(tmp_path: Path) -> None
             load_picture(tmp_path / name)
     for mode in ("CMYK", "P", "L", "RGBA", "I;16"):
         Image.new(mode, (40, 20)).save(tmp_path / "x.tiff")
-        assert load_picture(tmp_path / "x.tiff").mode == "RGB"
-    assert fit(load_picture(tmp_path / "small.jpg"), 24, 16).shape == (24, 16, 3)
+        assert load_picture(tmp_path / "x.tiff").shape == (20, 40, 3)
+
+
+@pytest.mark.parametrize(("height", "width"), [(300, 500), (31, 17), (97, 97)])
+def test_a_resized_picture_is_pillows_whatever_rows_are_asked_for(height: int, width: int) -> None:
+    from tiler.diffusion.guide import fit
+
+    source = np.random.default_rng(1).integers(70, 186, (97, 61, 3), dtype=np.uint8)  # nothing is clipped
+    factor = min(97 / height, 61 / width)
+    top, left = (97 - height * factor) / 2, (61 - width * factor) / 2
+    box = left, top, left + width * factor, top + height * factor
+    want = np.asarray(Image.fromarray(source).resize((width, height), Image.Resampling.LANCZOS, box=box))
+    got = fit(source, height, width)
+    assert got.shape == want.shape
+    for rows in (1, 7, height):
+        strips = [got[at : at + rows] for at in range(0, height, rows)]
+        assert np.abs(np.concatenate(strips).astype(int) - want).max() <= 1
+
+
+def test_a_picture_that_wraps_is_resized_as_its_copies_side_by_side() -> None:
+    from tiler.diffusion.guide import fit
+
+    source = np.random.default_rng(1).integers(0, 256, (40, 24, 3), dtype=np.uint8)
+    copies = Image.fromarray(np.tile(source, (3, 3, 1))).resize((3 * 72, 3 * 120), Image.Resampling.LANCZOS)
+    got = fit(source, 120, 72, (40, 24), (True, True), margin=(16, 32))
+    assert got.shape == (152, 136, 3)
+    assert np.abs(got[0:152].astype(int) - np.asarray(copies)[104:256, 40:176]).max() <= 1
+
+
+def test_a_print_is_never_whole_in_memory() -> None:
+    """The pixels of a canvas of 8192×16384 are 400 MB; its rows are made when they are asked for."""
+    from tiler.diffusion.guide import fit
+
+    tracemalloc.start()
+    try:
+        picture = fit(np.zeros((512, 1024, 3), np.uint8), 8192, 16384)
+        for top in range(0, 1024, 64):
+            assert picture[top : top + 64].shape == (64, 16384, 3)
+        assert tracemalloc.get_traced_memory()[1] < 20e6
+    finally:
+        tracemalloc.stop()
 
 
 @torch.no_grad()

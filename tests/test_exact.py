@@ -168,13 +168,18 @@ def test_auto_takes_exact_while_there_is_room_and_attention_is_cheap(
         scratch.free_bytes(tmp_path / "missing")
 
 
-def test_rehearsal_knows_the_bytes_on_disk(tiny: Path, tmp_path: Path) -> None:
-    how = chosen(tiny, Decode.EXACT, 80, tmp_path)
+@pytest.mark.parametrize("kind", [Decode.EXACT, Decode.FROZEN])
+def test_rehearsal_knows_the_bytes_on_disk(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Decode
+) -> None:
+    monkeypatch.setattr(frozen, "BAND", 60)
+    how = chosen(tiny, kind, 80, tmp_path)
     family = families.read_family(resolve(str(tiny)))
     vae = families.build_vae(family.autoencoder)
     with streamed(vae, family.autoencoder.weights, families.vae_names) as streamer:
         disk = Scratch(tmp_path)
-        list(exact.decode(vae, torch.randn(1, 4, 80, 80), disk, hold=streamer.hold, check=lambda where: None))
+        by_rows = exact.decode if kind is Decode.EXACT else frozen.decode
+        list(by_rows(vae, torch.randn(1, 4, 80, 80), disk, hold=streamer.hold, check=lambda where: None))
     assert disk.peak_bytes == how.scratch_bytes
     assert disk.written_bytes == how.written_bytes
 

@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from tiler import events
@@ -32,11 +31,10 @@ from tiler.errors import NumericalError
 from tiler.memory import process
 from tiler.memory.budget import Budget
 from tiler.models import family as families
-from tiler.models.family import Family
 from tiler.models.text import encode_prompts, load_tokenizer
 from tiler.models.unet import predict_noise
 from tiler.output.files import check_writable
-from tiler.output.latents import save_latents
+from tiler.output.latents import load_latents, save_latents
 from tiler.output.picture import check_picture, write_picture
 from tiler.output.png import infotext
 from tiler.planner import RenderPlan, plan_decode, plan_render
@@ -136,15 +134,15 @@ class _Work:
             if guide_latents is not None:
                 assert self.plan.guide is not None
                 how = self.plan.methods["guide decoded"]
-                strips = list(self._decode_strips(how, vae, streamer, kind.unscale(guide_latents), "guide picture"))
-                picture = Image.fromarray(np.concatenate(strips))
+                strips = self._decode_strips(how, vae, streamer, kind.unscale_(guide_latents), "guide picture")
+                picture = np.concatenate(list(strips))
                 box: tuple[float, float] | None = (8 * self.plan.guide.shown_height, 8 * self.plan.guide.shown_width)
             else:
                 assert self.request.guide_image is not None
                 picture, box = guide.load_picture(self.request.guide_image), None
-            how, pixels = self.plan.methods["guide picture"], guide.fit(picture, height, width, box, wraps)
+            how = self.plan.methods["guide picture"]
             mean = method.encode(
-                how, vae, streamer, pixels,
+                how, vae, streamer, guide.fit(picture, height, width, box, wraps, how.margin_pixels),
                 check=at_rows(self.budget, self.plan.memory.peak_of("guide picture")),
                 progress=self._percent("guide picture"),
             )  # fmt: skip
@@ -165,7 +163,7 @@ class _Work:
             self._phase("decode", 100),
             self._streamed(vae, kind.weights, families.vae_names, self.plan.resident["decode"]) as streamer,
         ):
-            yield from self._decode_strips(how, vae, streamer, kind.unscale(latents), "decode")
+            yield from self._decode_strips(how, vae, streamer, kind.unscale_(latents), "decode")
 
     def _sample(
         self,
@@ -272,21 +270,22 @@ class _Work:
 
 
 def decode_file(
-    latents: Tensor, model: str, output: Path, *, budget: Budget | None = None, variant: str | None = None,
+    latents_file: Path, model: str, output: Path, *, budget: Budget | None = None, variant: str | None = None,
     revision: str | None = None, decode: Decode = Decode.AUTO, scratch: Path | None = None,
     scratch_dtype: ScratchDtype = ScratchDtype.FP16, tiny_vae: str | None = None, wrap: Wrap = Wrap.NONE,
     dpi: float | None = None, force: bool = False, on_event: OnEvent = lambda event: None,
 ) -> Result:  # fmt: skip
-    """Decode scaled latents (1, C, h, w) fp32 with a checkpoint's autoencoder into a picture. `scratch` None is the folder of
-    `output`. Raises TilerError."""
+    """Decode the scaled latents in a safetensors file, (1, C, h, w), with a checkpoint's autoencoder into a picture.
+    `scratch` None is the folder of `output`. Raises TilerError."""
     with _inference(), budget or Budget() as budget:
         check_picture(output, force=force)
+        latents = load_latents(latents_file)
         family = families.read_family(resolve(model, variant=variant, revision=revision))
-        check_latents(latents, family)
+        families.check_latents(latents, family)
         check_decode(decode, tiny_vae)
         check_dpi(dpi)
         kind = family.autoencoder if tiny_vae is None else families.read_tiny(resolve_part(tiny_vae), family)
-        how, plan = plan_decode(
+        how, plan, resident = plan_decode(
             kind, (latents.shape[2], latents.shape[3]), budget.max_bytes,
             decode=decode, scratch=scratch or output.parent, scratch_dtype=scratch_dtype, wrap=wrap,
         )  # fmt: skip
@@ -294,12 +293,14 @@ def decode_file(
         vae = families.build_vae(kind)
         on_event(events.PhaseStarted(name="decode", total=100))
         on_event(events.Note(text=f"decoder: {how}"))
-        with budget.phase("decode") as use, streamed(vae, kind.weights, families.vae_names) as streamer:
+        height, width = (8 * n for n in latents.shape[2:])
+        with budget.phase("decode") as use, streamed(vae, kind.weights, families.vae_names, resident) as streamer:
             check = at_rows(budget, plan.peak_bytes)
-            rows = decode_pixels(how, vae, streamer, kind.unscale(latents), check, percent(on_event, "decode"))
-            write_picture(output, rows, 8 * latents.shape[3], 8 * latents.shape[2], {}, dpi)
+            rows = decode_pixels(how, vae, streamer, kind.unscale_(latents), check, percent(on_event, "decode"))
+            write_picture(output, rows, width, height, {}, dpi)
         on_event(events.PhaseDone(name="decode", seconds=use.seconds, peak_rss_bytes=use.peak_rss_bytes))
-    return Result(output=output, report=report(budget, plan.peak_bytes) | {"decode": how.name})
+    told = {"decode": how.name, "width": width, "height": height}
+    return Result(output=output, report=report(budget, plan.peak_bytes) | told)
 
 
 def at_layer(budget: Budget) -> Callable[[str], None]:
@@ -320,23 +321,6 @@ def at_rows(budget: Budget, planned_bytes: int) -> Callable[[str], None]:
         budget.check(where)
 
     return check
-
-
-def check_latents(latents: Tensor, family: Family) -> None:
-    """Raises UsageError or NumericalError for latents that this model cannot decode."""
-    from tiler.errors import UsageError
-
-    if (
-        latents.ndim != 4
-        or len(latents) != 1
-        or latents.shape[1] != family.latent_channels
-        or min(latents.shape[2:]) < 1
-    ):
-        raise UsageError(
-            f"the latents have shape {list(latents.shape)}; {family.checkpoint.name} decodes [1, {family.latent_channels}, height/8, width/8]"
-        )
-    if not bool(torch.isfinite(latents).all()):
-        raise NumericalError("the latents hold NaN or Inf; render them again")
 
 
 def percent(on_event: OnEvent, phase: str) -> Callable[[float], None]:

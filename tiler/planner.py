@@ -18,7 +18,7 @@ from torch import nn
 from tiler.decode.method import Method, choose
 from tiler.decode.scratch import STRIP_BYTES
 from tiler.diffusion.canvas import first_step
-from tiler.diffusion.guide import GuideSize, guide_size
+from tiler.diffusion.guide import GuideSize, guide_size, picture_pixels
 from tiler.diffusion.tiles import Text2ImageRegion, guide_tiles, plan_tiles
 from tiler.errors import UsageError
 from tiler.memory.budget import NEAR
@@ -143,7 +143,11 @@ def plan_render(request: RenderRequest, family: Family, max_bytes: int) -> Rende
     own = Decode.AUTO if request.decode is Decode.TINY else request.decode  # the guide's way
     if guided and request.guide_upscale is GuideUpscale.PIXEL:
         methods["guide picture"] = method(vae, own, canvas, encoding=True)
-        picture = [vae.phase("guide picture", canvas, methods["guide picture"])]
+        if request.guide_image is not None:
+            pixels = picture_pixels(request.guide_image)
+        elif guide is not None:
+            pixels = 64 * guide.height * guide.width
+        picture = [vae.phase("guide picture", canvas, methods["guide picture"], pixels)]
         if guide is not None:  # the same phase decodes the guide first
             methods["guide decoded"] = method(vae, own, (guide.height, guide.width))
             picture.append(vae.phase("guide picture", (guide.height, guide.width), methods["guide decoded"]))
@@ -178,22 +182,16 @@ def plan_render(request: RenderRequest, family: Family, max_bytes: int) -> Rende
         )
         phases.append(sampling("guide", guide_batch, guide.height, guide.width))
     least = [p.peak_bytes for p in phases if p.name not in ("guide", "canvas")]
-    resident = {}
+    resident: dict[str, dict[str, torch.dtype]] = {}
     for i, phase in enumerate(phases):
         part, files = (unet, stored) if phase.name in ("guide", "canvas") else (vae.module, vae.kind.weights)
         if phase.name == "decode":
             part, files = decoder.module.decoder, decoder.kind.weights
-        # An autoencoder's strips come and go between the plan's figures: with less room 784 and 791 MB of 800 were measured.
-        fill = NEAR if phase.name in methods else RESIDENT_MARGIN
-        room = int((max_bytes * fill - phase.peak_bytes) / (1 + RESIDENT_SLACK))
-        # The exact method reads every weight once: nothing is gained by keeping any.
-        once = phase.name == "encode prompts" or (phase.name in methods and methods[phase.name].exact)
-        chosen = {} if once else _choose_resident(part, files, room)
-        resident[phase.name] = chosen
-        nbytes = sum(math.prod(files[n].shape) * dtype.itemsize for n, dtype in chosen.items())
-        phases[i] = _with(phase, "resident weights", int((1 + RESIDENT_SLACK) * nbytes))
-        if phase.name in methods:
-            phases[i] = _with_heap(phases[i], methods[phase.name], max_bytes)
+        how = methods.get(phase.name)
+        if phase.name == "encode prompts":
+            resident[phase.name] = {}
+        else:
+            phases[i], resident[phase.name] = _with_resident(phase, part, files, how, max_bytes)
     order = ["encode prompts", "guide", "guide picture", "canvas", "decode"]
     phases.sort(key=lambda p: order.index(p.name))
     least.append(sampling("canvas", 1, side, side).peak_bytes)
@@ -216,20 +214,34 @@ def plan_decode(
     scratch: Path,
     scratch_dtype: ScratchDtype,
     wrap: Wrap,
-) -> tuple[Method, MemoryPlan]:
-    """How latents of (height, width) are decoded, and the memory plan. Raises StorageError."""
+) -> tuple[Method, MemoryPlan, dict[str, torch.dtype]]:
+    """How latents of (height, width) are decoded, the memory plan, and the weights that stay. Raises StorageError."""
     vae = _Coder(kind, [Term(name="python, libraries", nbytes=read_rss().now + LIBRARIES_BYTES)])
     method = choose(
         decode, vae.module, vae.streamer, latents, encoding=False, folder=scratch, dtype=scratch_dtype, wrap=wrap
     )
     phase = vae.phase("decode", latents, method)
     smallest = int(phase.peak_bytes / MARGIN) + 1
-    plan = MemoryPlan(max_bytes=max_bytes, phases=(_with_heap(phase, method, max_bytes),), smallest_bytes=smallest)
-    return method, plan
+    phase, resident = _with_resident(phase, vae.module.decoder, kind.weights, method, max_bytes)
+    return method, MemoryPlan(max_bytes=max_bytes, phases=(phase,), smallest_bytes=smallest), resident
 
 
 def _with(phase: PhasePlan, name: str, nbytes: int) -> PhasePlan:
     return PhasePlan(name=phase.name, terms=(*phase.terms, Term(name=name, nbytes=nbytes))) if nbytes > 0 else phase
+
+
+def _with_resident(
+    phase: PhasePlan, part: nn.Module, files: dict[str, TensorInfo], method: Method | None, max_bytes: int
+) -> tuple[PhasePlan, dict[str, torch.dtype]]:
+    """`phase` with the weights of `part` that stay in what the ceiling leaves; `method` of an autoencoder's phase."""
+    # An autoencoder's strips come and go between the plan's figures: with less room 784 and 791 MB of 800 were measured.
+    fill = RESIDENT_MARGIN if method is None else NEAR
+    room = int((max_bytes * fill - phase.peak_bytes) / (1 + RESIDENT_SLACK))
+    # The exact method reads every weight once: nothing is gained by keeping any.
+    chosen = {} if method is not None and method.exact else _choose_resident(part, files, room)
+    nbytes = sum(math.prod(files[n].shape) * dtype.itemsize for n, dtype in chosen.items())
+    phase = _with(phase, "resident weights", int((1 + RESIDENT_SLACK) * nbytes))
+    return phase if method is None else _with_heap(phase, method, max_bytes), chosen
 
 
 def _with_heap(phase: PhasePlan, method: Method, max_bytes: int) -> PhasePlan:
@@ -309,12 +321,14 @@ class _Coder:
         stream_layers(self.module, self.streamer)
         self.terms = [*fixed, *_weights_terms(self.module, kind.weights)]
 
-    def phase(self, name: str, latents: tuple[int, int], method: Method) -> PhasePlan:
-        """Decoding or encoding latents of (height, width). A picture to be encoded is in memory as uint8; a decoded one is
-        written as it comes."""
-        work = Term(name=WORK, nbytes=method.memory_bytes)
-        area = latents[0] * latents[1]
-        if any(method.margin):
-            area += (latents[0] + 2 * method.margin[0]) * (latents[1] + 2 * method.margin[1])
-        picture = Term(name="picture", nbytes=3 * 64 * area)
-        return PhasePlan(name=name, terms=(*self.terms, work, picture) if method.encoding else (*self.terms, work))
+    def phase(self, name: str, latents: tuple[int, int], method: Method, source_pixels: int = 0) -> PhasePlan:
+        """Decoding latents of (height, width), or encoding a picture of `source_pixels` enlarged to their size. Rows of the
+        large picture come and go; the latents are there once, also with a margin, or being put together of bands and scaled."""
+        area = math.prod(n + 2 * m for n, m in zip(latents, method.margin, strict=True))
+        copies = 3 if method.encoding else 2 if any(method.margin) else 1
+        terms = [
+            Term(name=WORK, nbytes=method.memory_bytes),
+            Term(name="latents", nbytes=4 * copies * self.module.config.latent_channels * area),
+            Term(name="picture", nbytes=3 * source_pixels),
+        ]
+        return PhasePlan(name=name, terms=(*self.terms, *(term for term in terms if term.nbytes)))

@@ -38,13 +38,11 @@ def command(
     budget = Budget(max_ram)
     o.prepare_process(threads)
     from tiler.cli.progress import ProgressPrinter
-    from tiler.output.latents import load_latents
     from tiler.pipeline import decode_file
 
-    tensor = load_latents(latents)
     with ProgressPrinter(budget, quiet=quiet) as printer:
         result = decode_file(
-            tensor, model, output, budget=budget, variant=variant, revision=revision, decode=decode, scratch=scratch,
+            latents, model, output, budget=budget, variant=variant, revision=revision, decode=decode, scratch=scratch,
             scratch_dtype=scratch_dtype, tiny_vae=tiny_vae, wrap=wrap, dpi=dpi, force=force, on_event=printer,
         )  # fmt: skip
     o.write_report(report, result.report)
@@ -52,5 +50,5 @@ def command(
         typer.echo(json.dumps({"output": str(result.output), **result.report}))
     elif not quiet:
         typer.echo(
-            f"{result.output}: {8 * tensor.shape[3]}×{8 * tensor.shape[2]}, peak {format_mb(budget.peak_rss_bytes)}"
+            f"{result.output}: {result.report['width']}×{result.report['height']}, peak {format_mb(budget.peak_rss_bytes)}"
         )

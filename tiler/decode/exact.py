@@ -13,7 +13,6 @@ from contextlib import AbstractContextManager, nullcontext
 from fractions import Fraction
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,11 +20,13 @@ from tiler.decode.rows import (
     Conv,
     MidAttention,
     Norm,
+    Pixels,
     Resnet,
     Stage,
     decoder_stages,
     encoder_stages,
     flow,
+    means,
     strip_rows,
     to_tensor,
 )
@@ -298,7 +299,7 @@ def decode(
 
 def encode(
     vae: AutoencoderKL,
-    pixels: np.ndarray,
+    pixels: Pixels,
     scratch: Scratch,
     *,
     hold: Hold,
@@ -311,10 +312,10 @@ def encode(
     """
     stages = encoder_stages(vae.encoder, vae.quant_conv)
     rows = 8 * strip_rows(pixels.shape[1] // 8)
-    strips = (to_tensor(pixels[top : top + rows]) for top in range(0, len(pixels), rows))
-    frame = Frame(len(pixels), pixels.shape[1], 8 * margin[0], 8 * margin[1])
-    moments = torch.cat([s[None] for s in stream(stages, strips, frame, scratch, hold=hold, check=check)], dim=2)
-    return moments[:, : moments.shape[1] // 2]
+    height, width = pixels.shape[:2]
+    strips = (to_tensor(pixels[top : top + rows]) for top in range(0, height, rows))
+    frame = Frame(height, width, 8 * margin[0], 8 * margin[1])
+    return means(stream(stages, strips, frame, scratch, hold=hold, check=check))
 
 
 class Rehearsal(NamedTuple):

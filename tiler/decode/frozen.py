@@ -1,30 +1,44 @@
 """The autoencoder with held statistics: pictures of any height at constant memory, in both directions.
 
 Statistics come from a sample of the picture itself: small blocks at full resolution from all over it, laid side by side
-and worked on as one picture of at most 64×64 latents by `exact`. A picture that small is decoded exactly.
+and worked on as one picture of at most 64×64 latents by `exact`. A picture that small is decoded exactly. What rows hold
+back grows with the width: a wide picture is worked on in bands side by side, which overlap by what the convolutions see.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from tiler.decode import exact
-from tiler.decode.rows import Check, Stage, decoder_stages, encoder_stages, flow, strip_rows, to_tensor
+from tiler.decode.rows import (
+    REACH,
+    Check,
+    Pixels,
+    Stage,
+    decoder_stages,
+    encoder_stages,
+    flow,
+    means,
+    strip_rows,
+    to_tensor,
+)
+from tiler.decode.scratch import Rows, Scratch
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     from tiler.decode.exact import Hold
-    from tiler.decode.scratch import Scratch
 
-SAMPLE_SIDE = 64  # latents; scripts/bench_decode.py: 5 dB better than 32
-BLOCK = 4  # latents; of 2, 4, 8 and 16 the best: many small blocks see more of the picture, smaller ones mostly borders
+# Latents. Four drawn scenes, 1024², mini, against the whole-image decode: 46–55 dB; a sample of 32×32 gave 38–45, blocks of 8
+# gave 39–56, of 16 gave 33–39.
+SAMPLE_SIDE, BLOCK = 64, 4
+BAND = 512  # latents
 
 
 def sample(height: int, width: int) -> tuple[Tensor, Tensor]:
@@ -46,7 +60,29 @@ def _blocks(length: int, taken: int) -> Tensor:
     return starts.round().long()[:, None].add(torch.arange(BLOCK)).flatten()
 
 
-def _ignore(where: str) -> None:
+class Band(NamedTuple):
+    """Columns of latents: those pushed, and those of them that are kept."""
+
+    first: int
+    last: int
+    keep: slice
+
+
+def bands(width: int) -> list[Band]:
+    """Bands of at most BAND columns, of equal width but for rounding, each with REACH more than it keeps where others join."""
+    if width <= BAND:
+        return [Band(0, width, slice(0, width))]
+    count = math.ceil((width - 2 * REACH) / (BAND - 2 * REACH))
+    pushed = math.ceil((width + 2 * REACH * (count - 1)) / count)
+    cuts = [0, *(k * (pushed - 2 * REACH) + REACH for k in range(1, count)), width]
+    firsts = [max(0, cut - REACH) for cut in cuts[:-1]]
+    return [
+        Band(first, min(width, right + REACH), slice(left - first, right - first))
+        for first, left, right in zip(firsts, cuts, cuts[1:], strict=False)
+    ]
+
+
+def _ignore(where: object) -> None:
     pass
 
 
@@ -54,7 +90,7 @@ def _measure(stages: list[Stage], part: Tensor, scratch: Scratch, hold: Hold, ch
     """Give the stages the statistics of `part`, (1, C, h, w)."""
     height, width = part.shape[2:]
     frame = exact.Frame(height, width)
-    strips = part.split(max(1, height * strip_rows(64) // 64), dim=2)
+    strips = part.split(max(1, height // 4), dim=2)
     for _ in exact.stream(stages, strips, frame, scratch, hold=hold, check=check, hold_memory=True):
         pass
 
@@ -67,49 +103,74 @@ def decode(
     hold: Hold,
     rows: int | None = None,
     check: Check = _ignore,
+    progress: Callable[[float], None] = _ignore,
     margin: tuple[int, int] = (0, 0),
 ) -> Iterator[Tensor]:
     """latents: (1, C, h, w) fp32, already divided by scaling_factor → strips (3, n, 8w) fp32 in about [-1, 1], top first.
 
     `rows` latent rows are pushed at a time (default `strip_rows`): memory grows with it, the result does not depend on
     it beyond the last bits of fp32. `margin` latents above and below, left and right, repeat the other side's and are
-    not measured.
+    not measured. All bands but the last wait in the scratch.
     """
     (y, x), (height, width) = margin, latents.shape[2:]
-    rows = strip_rows(width) if rows is None else rows
     stages = decoder_stages(vae.decoder, vae.post_quant_conv)
     down, across = sample(height - 2 * y, width - 2 * x)
     _measure(stages, latents[:, :, (down + y)[:, None], across + x], scratch, hold, check)
-    yield from _stream(stages, iter(latents.split(rows, dim=2)), height, check)
+    *others, last = bands(width)
+    share = 1 / (1 + len(others))
+
+    def strips(band: Band, begun: float) -> Iterator[Tensor]:
+        source = latents[:, :, :, band.first : band.last].split(rows or strip_rows(band.last - band.first), dim=2)
+        for strip in _stream(stages, iter(source), height, check, lambda done: progress(begun + share * done)):
+            yield strip[:, :, 8 * band.keep.start : 8 * band.keep.stop]
+
+    stored = []
+    for i, band in enumerate(others):
+        waiting = Rows(scratch, 3, 8 * (band.keep.stop - band.keep.start))
+        for strip in strips(band, i * share):
+            waiting.append(strip[None])
+        stored.append(waiting)
+    row = 0
+    for strip in strips(last, len(others) * share):
+        yield torch.cat([*(b.read(row, row + strip.shape[1])[0] for b in stored), strip], dim=2) if stored else strip
+        row += strip.shape[1]
+    for waiting in stored:
+        waiting.close()
 
 
 def encode(
     vae: AutoencoderKL,
-    pixels: np.ndarray,
+    pixels: Pixels,
     scratch: Scratch,
     *,
     hold: Hold,
     check: Check = _ignore,
+    progress: Callable[[float], None] = _ignore,
     margin: tuple[int, int] = (0, 0),
 ) -> Tensor:
     """pixels: (H, W, 3) uint8, sides multiples of 8 → the posterior's mean (1, C, H/8, W/8) fp32, unscaled. `margin` as for
     `decode`, in latents."""
-    (y, x), height, width = margin, len(pixels) // 8, pixels.shape[1] // 8
+    (y, x), height, width = margin, pixels.shape[0] // 8, pixels.shape[1] // 8
     stages = encoder_stages(vae.encoder, vae.quant_conv)
-    down, across = (
-        (8 * (taken + first)[:, None] + torch.arange(8)).flatten().numpy()
-        for taken, first in zip(sample(height - 2 * y, width - 2 * x), margin, strict=True)
-    )
-    _measure(stages, to_tensor(pixels[down[:, None], across]), scratch, hold, check)
-    rows = 8 * strip_rows(width)
-    strips = (to_tensor(pixels[top : top + rows]) for top in range(0, len(pixels), rows))
-    moments = torch.cat([s[None] for s in _stream(stages, strips, len(pixels), check)], dim=2)
-    return moments[:, : moments.shape[1] // 2]
+    down, across = sample(height - 2 * y, width - 2 * x)
+    columns = (8 * (across + x)[:, None] + torch.arange(8)).flatten().numpy()
+    blocks = [pixels[top : top + 8][:, columns] for top in (8 * (down + y)).tolist()]
+    _measure(stages, to_tensor(np.concatenate(blocks)), scratch, hold, check)
+    all_bands, parts = bands(width), []
+    for i, band in enumerate(all_bands):
+        rows, seen = 8 * strip_rows(band.last - band.first), slice(8 * band.first, 8 * band.last)
+        strips = (to_tensor(pixels[top : top + rows][:, seen]) for top in range(0, 8 * height, rows))
+        told = lambda done, i=i: progress((i + done) / len(all_bands))  # noqa: E731
+        parts.append(means(_stream(stages, strips, 8 * height, check, told))[:, :, :, band.keep])
+    return torch.cat(parts, dim=3)
 
 
-def rehearse(vae: AutoencoderKL, latents: tuple[int, int], scratch: Scratch, hold: Hold, *, encoding: bool) -> None:
-    """What `decode` or `encode` does for latents of (height, width), on meta tensors: for planning."""
-    (height, width), rows = latents, strip_rows(latents[1])
+def rehearse(
+    vae: AutoencoderKL, latents: tuple[int, int], dtype: torch.dtype, hold: Hold, *, encoding: bool
+) -> exact.Rehearsal:
+    """What `decode` or `encode` does for latents of (height, width), on meta tensors: for planning. Counts no arithmetic."""
+    (height, width), scratch, all_bands = latents, Scratch(None, dtype), bands(latents[1])
+    pushed = max(band.last - band.first for band in all_bands)
     if encoding:
         stages, channels, scale = encoder_stages(vae.encoder, vae.quant_conv), 3, 8
     else:
@@ -117,14 +178,24 @@ def rehearse(vae: AutoencoderKL, latents: tuple[int, int], scratch: Scratch, hol
     down, across = sample(height, width)
     part = torch.empty(1, channels, scale * len(down), scale * len(across), device="meta")
     _measure(stages, part, scratch, hold, _ignore)
-    strips = (torch.empty(1, channels, scale * rows, scale * width, device="meta") for _ in range(8))
-    for _ in _stream(stages, strips, 8 * scale * rows, _ignore):
+    rows = scale * strip_rows(pushed)
+    strips = (torch.empty(1, channels, rows, scale * pushed, device="meta") for _ in range(8))
+    for _ in _stream(stages, strips, 8 * rows, _ignore, _ignore):
         pass
+    if not encoding:
+        waiting = 3 * 64 * height * sum(b.keep.stop - b.keep.start for b in all_bands[:-1]) * dtype.itemsize
+        scratch.grow(waiting)
+        scratch.written_bytes += waiting
+    return exact.Rehearsal(scratch.peak_bytes, scratch.written_bytes, 0)
 
 
-def _stream(stages: list[Stage], strips: Iterator[Tensor], height: int, check: Check) -> Iterator[Tensor]:
+def _stream(
+    stages: list[Stage], strips: Iterator[Tensor], height: int, check: Check, progress: Callable[[float], None]
+) -> Iterator[Tensor]:
+    """Push `strips`, (1, C, n, W), of `height` rows in all → (C', n', W'), top first."""
     row = 0
     for strip in strips:
         row += strip.shape[2]
         for ready in flow(stages, [strip], row >= height, check=check):
             yield ready[0]
+        progress(row / height)

@@ -7,12 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from tiler.decode import exact, frozen, tiny
-from tiler.decode.rows import Check
+from tiler.decode.rows import REACH, Check, Pixels
 from tiler.decode.scratch import Scratch, free_bytes
 from tiler.errors import StorageError
 from tiler.memory.meter import MetaMeter
@@ -22,7 +21,6 @@ from tiler.weights.stream import Streamer
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-REACH = 18  # latents: the decoder's convolutions reach 17.25 latents, the encoder's less
 ATTENTION_SHARE = 0.25  # of the convolutions' work: what `auto` accepts for attention to every token
 DTYPES = {ScratchDtype.FP16: torch.float16, ScratchDtype.FP32: torch.float32}
 
@@ -52,6 +50,10 @@ class Method:
         return self.kind.value
 
     @property
+    def margin_pixels(self) -> tuple[int, int]:
+        return 8 * self.margin[0], 8 * self.margin[1]
+
+    @property
     def exact(self) -> bool:
         return self.kind is Decode.EXACT
 
@@ -78,11 +80,9 @@ def choose(
     margin = REACH * vertical, REACH * horizontal
     latents = latents[0] + 2 * margin[0], latents[1] + 2 * margin[1]
 
-    disk = Scratch(None, DTYPES[dtype])
-
     def made(kind: Decode, why: str, rehearse: Callable[[MetaMeter], exact.Rehearsal | None]) -> Method:
         with MetaMeter() as meter, torch.no_grad():
-            used = rehearse(meter) or exact.Rehearsal(disk.peak_bytes, disk.written_bytes, 0)
+            used = rehearse(meter) or exact.Rehearsal(0, 0, 0)
         return Method(
             kind=kind, encoding=encoding, why=why, memory_bytes=meter.peak_bytes, folder=folder, dtype=dtype,
             scratch_bytes=used.peak_bytes, written_bytes=used.written_bytes, flops=used.flops, margin=margin,
@@ -97,7 +97,9 @@ def choose(
 
     def take_frozen(why: str) -> Method:
         taken = made(
-            Decode.FROZEN, why, lambda meter: frozen.rehearse(vae, latents, disk, streamer.hold, encoding=encoding)
+            Decode.FROZEN,
+            why,
+            lambda meter: frozen.rehearse(vae, latents, DTYPES[dtype], streamer.hold, encoding=encoding),
         )
         return affordable(replace(taken, flops=method.flops))
 
@@ -139,24 +141,23 @@ def decode(
     `progress` gets the share done, 0 to 1. Raises StorageError and NumericalError.
     """
     (y, x), (height, width) = method.margin, latents.shape[2:]
-    latents = latents[:, :, (torch.arange(-y, height + y) % height)[:, None], torch.arange(-x, width + x) % width]
+    if y or x:
+        latents = latents[:, :, (torch.arange(-y, height + y) % height)[:, None], torch.arange(-x, width + x) % width]
     scratch = Scratch(method.folder, DTYPES[method.dtype])
-    options: dict[str, Any] = {"hold": streamer.hold, "check": check, "margin": method.margin}
+    options: dict[str, Any] = {"hold": streamer.hold, "margin": method.margin}
     if method.exact:
-        options["check"] = _noting(method, scratch, check, progress)
-        strips = exact.decode(vae, latents, scratch, **options)
+        noting = _noting(method, scratch, check, progress)
+        strips = exact.decode(vae, latents, scratch, check=noting, **options)
     elif method.kind is Decode.FROZEN:
-        strips = frozen.decode(vae, latents, scratch, **options)
+        strips = frozen.decode(vae, latents, scratch, check=check, progress=progress, **options)
     else:
-        strips = tiny.decode(vae, latents, check=check)
+        strips = tiny.decode(vae, latents, check=check, progress=progress)
     row = 0
     for strip in strips:
         first, last = max(0, 8 * y - row), min(strip.shape[1], 8 * (y + height) - row)
         row += strip.shape[1]
         if first < last:
             yield strip[:, first:last, 8 * x : 8 * (x + width)]
-        if not method.exact:
-            progress(row / (8 * latents.shape[2]))
     progress(1.0)
 
 
@@ -164,20 +165,21 @@ def encode(
     method: Method,
     vae: AutoencoderKL,
     streamer: Streamer,
-    pixels: np.ndarray,
+    pixels: Pixels,
     *,
     check: Check,
     progress: Callable[[float], None],
 ) -> Tensor:
-    """pixels: (H, W, 3) uint8, sides multiples of 8 → the posterior's mean (1, C, H/8, W/8) fp32, unscaled."""
-    (y, x), height, width = method.margin, pixels.shape[0] // 8, pixels.shape[1] // 8
-    if y or x:
-        pixels = np.pad(pixels, ((8 * y, 8 * y), (8 * x, 8 * x), (0, 0)), mode="wrap")
+    """pixels: (H, W, 3) uint8, sides multiples of 8, with `method.margin_pixels` of the other side's around → the posterior's
+    mean without the margin, (1, C, h, w) fp32, unscaled."""
+    y, x = method.margin
     scratch = Scratch(method.folder, DTYPES[method.dtype])
-    noting = _noting(method, scratch, check, progress) if method.exact else check
-    by_rows = exact.encode if method.exact else frozen.encode
-    mean = by_rows(vae, pixels, scratch, hold=streamer.hold, check=noting, margin=method.margin)
-    return mean[:, :, y : y + height, x : x + width]
+    options: dict[str, Any] = {"hold": streamer.hold, "margin": method.margin}
+    if method.exact:
+        mean = exact.encode(vae, pixels, scratch, check=_noting(method, scratch, check, progress), **options)
+    else:
+        mean = frozen.encode(vae, pixels, scratch, check=check, progress=progress, **options)
+    return mean[:, :, y : mean.shape[2] - y, x : mean.shape[3] - x]
 
 
 def _noting(method: Method, scratch: Scratch, check: Check, progress: Callable[[float], None]) -> Check:

@@ -12,7 +12,7 @@ So all strips see the same network and no strip can differ in tone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -27,7 +27,17 @@ if TYPE_CHECKING:
 
 Check = Callable[[str], None]
 
+REACH = 18  # latents: the decoder's convolutions reach 17.25 latents, the encoder's less
 _STRIP_BYTES = 6 * 2**20  # input of one convolution call; bounds its scratch
+
+
+class Pixels(Protocol):
+    """A picture of `shape` (H, W, 3); a slice of its rows is uint8. An array, or something that makes rows when asked."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def __getitem__(self, rows: slice, /) -> np.ndarray: ...
 
 
 class Stage(Protocol):
@@ -312,6 +322,11 @@ def strip_rows(width: int) -> int:
     Depends on nothing else, so the bytes of the picture never do either.
     """
     return max(1, min(32, 1024 // width))
+
+
+def means(moments: Iterable[Tensor]) -> Tensor:
+    """Strips of a posterior's moments, (2C, n, w) → its mean, (1, C, h, w)."""
+    return torch.cat([strip[None, : len(strip) // 2].clone() for strip in moments], dim=2)
 
 
 def to_tensor(image: np.ndarray) -> Tensor:

@@ -64,13 +64,16 @@ def decoder_stages(decoder: nn.Module) -> list[Stage]:
     return [*stages, Pointwise(lambda x: x.mul(2).sub_(1))]
 
 
-def decode(vae: AutoencoderTiny, latents: Tensor, *, check: Check) -> Iterator[Tensor]:
+def decode(
+    vae: AutoencoderTiny, latents: Tensor, *, check: Check, progress: Callable[[float], None] = lambda share: None
+) -> Iterator[Tensor]:
     """latents: (1, C, h, w) fp32, divided by the tiny model's scaling_factor → strips (3, n, 8w) fp32 in about [-1, 1]."""
     stages, height, row = decoder_stages(vae.decoder), latents.shape[2], 0
     for strip in latents.split(strip_rows(latents.shape[3]), dim=2):
         row += strip.shape[2]
         for ready in flow(stages, [strip], row == height, check=check):
             yield ready[0]
+        progress(row / height)
 
 
 def rehearse(vae: AutoencoderTiny, latents: tuple[int, int]) -> None:

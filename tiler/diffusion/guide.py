@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -46,9 +49,10 @@ def guide_size(
     return GuideSize(sides[0], sides[1], *seen)
 
 
-def load_picture(path: Path) -> Image.Image:
-    """A user's picture as RGB, EXIF rotation applied. Raises UsageError; never decodes more than 4096² pixels."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """A user's picture, not decoded yet. What fails inside is that picture's fault: UsageError."""
+    from PIL import Image, UnidentifiedImageError
 
     if not path.is_file():
         raise UsageError(f"{path}: no such file; --guide takes an image file")
@@ -60,38 +64,89 @@ def load_picture(path: Path) -> Image.Image:
                     raise UsageError(
                         f"{path}: {opened.width}×{opened.height} pixels is too large for a guide; shrink it to at most 4096×4096"
                     )
-                picture: Image.Image = ImageOps.exif_transpose(opened)
-                if picture.mode in ("I;16", "I;16B", "I"):
-                    picture = Image.fromarray(
-                        (np.asarray(picture).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8)
-                    )
-                return picture.convert("RGB")
+                yield opened
     except UsageError:
         raise
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError, EOFError) as error:
         raise UsageError(f"{path}: cannot be read as a picture ({str(error).splitlines()[0]})") from error
 
 
+def picture_pixels(path: Path) -> int:
+    """How many pixels a user's picture has, by its header. Raises UsageError."""
+    with _opened(path) as picture:
+        return picture.width * picture.height
+
+
+def load_picture(path: Path) -> np.ndarray:
+    """A user's picture as (h, w, 3) uint8 RGB, EXIF rotation applied. Raises UsageError; never decodes more than 4096² pixels."""
+    from PIL import Image, ImageOps
+
+    with _opened(path) as opened:
+        picture: Image.Image = ImageOps.exif_transpose(opened)
+        if picture.mode in ("I;16", "I;16B", "I"):
+            picture = Image.fromarray((np.asarray(picture).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8))
+        return np.asarray(picture.convert("RGB"))
+
+
+@dataclass(frozen=True)
+class Resized:
+    """Part of a picture at another size, by Lanczos; a slice of it makes those rows. The canvas of a print has hundreds of
+    megabytes of pixels, what they are made from has one."""
+
+    source: np.ndarray  # (h, w, 3) uint8
+    box: tuple[float, float, float]  # of the source: top, left, right
+    step: float  # source rows for each row
+    shape: tuple[int, int, int]
+    wraps: bool  # rows beyond the source are the other side's
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        """(n, W, 3) uint8."""
+        from PIL import Image
+
+        first, last, _ = rows.indices(self.shape[0])
+        top, left, right = self.box
+        above, below = top + first * self.step, top + last * self.step
+        reach = _reach(self.step)
+        start, stop = math.floor(above) - reach, math.ceil(below) + reach
+        height = len(self.source)
+        if not self.wraps:
+            start, stop, below = max(0, start), min(stop, height), min(below, height)
+        seen = Image.fromarray(self.source[np.arange(start, stop) % height])
+        # In two calls: left to itself Pillow chooses the first direction by the strip's shape, and clips in between.
+        wide = seen.resize((self.shape[1], seen.height), Image.Resampling.LANCZOS, box=(left, 0, right, seen.height))
+        box = 0, above - start, wide.width, below - start
+        return np.asarray(wide.resize((wide.width, last - first), Image.Resampling.LANCZOS, box=box))
+
+
+def _reach(step: float) -> int:
+    """How far Lanczos' window of three lobes looks, in source pixels."""
+    return math.ceil(3 * max(1.0, step)) + 1
+
+
 def fit(
-    picture: Image.Image,
+    picture: np.ndarray,
     height: int,
     width: int,
     box: tuple[float, float] | None = None,
     wraps: tuple[bool, bool] = (False, False),
-) -> np.ndarray:
-    """The centred part of `picture` with the asked aspect, or of `box` = (height, width), resized by Lanczos: (H, W, 3) uint8."""
-    from PIL import Image
-
+    margin: tuple[int, int] = (0, 0),
+) -> Resized:
+    """The centred part of `picture`, (h, w, 3) uint8, with the asked aspect, or of `box` = (height, width), at height × width
+    pixels. `margin` pixels above and below, left and right, are added that repeat the other side's, of sides that wrap."""
+    sides = picture.shape[:2]
     if box is None:
-        factor = min(picture.height / height, picture.width / width)
+        factor = min(sides[0] / height, sides[1] / width)
         box = height * factor, width * factor
-    if any(wraps):  # the filter sees the other side
-        reach = (math.ceil(3 * max(1.0, b / n)) + 1 for b, n in zip(box, (height, width), strict=True))
-        y, x = (r if w else 0 for r, w in zip(reach, wraps, strict=True))
-        picture = Image.fromarray(np.pad(np.asarray(picture), ((y, y), (x, x), (0, 0)), mode="wrap"))
-    top, left = (picture.height - box[0]) / 2, (picture.width - box[1]) / 2
-    resized = picture.resize((width, height), Image.Resampling.LANCZOS, box=(left, top, left + box[1], top + box[0]))
-    return np.asarray(resized)
+    steps = box[0] / height, box[1] / width
+    top, left = ((side - part) / 2 - n * step for side, part, n, step in zip(sides, box, margin, steps, strict=True))
+    shape = height + 2 * margin[0], width + 2 * margin[1], 3
+    right = left + steps[1] * shape[1]
+    if wraps[1]:
+        pad = math.ceil(margin[1] * steps[1]) + _reach(steps[1])
+        picture, left, right = np.pad(picture, ((0, 0), (pad, pad), (0, 0)), mode="wrap"), left + pad, right + pad
+    return Resized(
+        picture, (max(0.0, top) if not wraps[0] else top, left, min(right, picture.shape[1])), steps[0], shape, wraps[0]
+    )
 
 
 def upscale(latents: Tensor, size: GuideSize, canvas: tuple[int, int], wraps: tuple[bool, bool]) -> Tensor:
