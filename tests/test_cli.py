@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import shutil
 import struct
 import subprocess
@@ -14,8 +16,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 Tiler = Callable[..., "object"]
+PROGRAM = [sys.executable, "-c", "from tiler.cli.main import main; main()"]
 
 
 def test_help_names_every_command(tiler) -> None:
@@ -84,6 +88,59 @@ def test_decode_exactly_through_a_scratch_folder(tiler, tiny: Path, tmp_path: Pa
     ran = tiler("decode", "z.safetensors", "--model", tiny, "--decode", "exact", "--scratch", "none", "-o", "n.png")
     assert ran.code == 6
     assert "--scratch" in ran.err
+
+
+@pytest.mark.skipif(not hasattr(os, "O_TMPFILE"), reason="files without a name are Linux's")
+@pytest.mark.parametrize("mode", ["exact", "frozen"])
+def test_a_kill_in_mid_decode_leaves_nothing(tiny: Path, tmp_path: Path, mode: str) -> None:
+    save_file({"latents": torch.randn(1, 4, 100, 600)}, tmp_path / "z.safetensors")
+    (tmp_path / "s").mkdir()
+    code = f"""
+import os, sys
+from tiler.cli import main
+import tiler.pipeline
+real, strips = tiler.pipeline.to_uint8, []
+def to_uint8(strip):
+    strips.append(0)
+    if len(strips) == 3:
+        names = [os.readlink(f"/proc/self/fd/{{n}}") for n in os.listdir("/proc/self/fd") if os.path.lexists(f"/proc/self/fd/{{n}}")]
+        print(*(name for name in names if {str(tmp_path)!r} in name), sep="\\n", flush=True)
+        os.kill(os.getpid(), 9)
+    return real(strip)
+tiler.pipeline.to_uint8 = to_uint8
+sys.argv = ["tiler", "decode", "z.safetensors", "--model", {str(tiny)!r}, "--decode", {mode!r}, "--scratch", "s", "-o", "x.png"]
+main.main()
+"""
+    ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ran.returncode == -9, ran.stderr
+    assert f"{tmp_path}/s/" in ran.stdout  # activations were on the disk
+    assert len(ran.stdout.split("(deleted)")) > 2  # as was the picture, begun
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["s", "z.safetensors"]
+    assert list((tmp_path / "s").iterdir()) == []
+
+
+@pytest.mark.parametrize("where", ["scratch", "output"])
+def test_a_tiny_file_system_is_exit_6(tiny: Path, tmp_path: Path, where: str) -> None:
+    """A tmpfs of 1 MB, in a mount namespace of this process's own."""
+    if subprocess.run(
+        ["unshare", "-rm", "mount", "-t", "tmpfs", "none", "/mnt"], check=False, capture_output=True
+    ).returncode:
+        pytest.skip("no mounts in a user namespace here")
+    save_file({"latents": torch.randn(1, 4, 100, 100)}, tmp_path / "z.safetensors")
+    (tmp_path / "small").mkdir()
+    place = ["--scratch", "small", "-o", "x.png"] if where == "scratch" else ["--scratch", ".", "-o", "small/x.png"]
+    command = shlex.join(
+        [*PROGRAM, "decode", "z.safetensors", "--model", str(tiny), "--decode", "exact", "--quiet", *place]
+    )
+    mounted = f"mount -t tmpfs -o size=1m none small && {command}; code=$?; ls -A small; exit $code"
+    ran = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", mounted], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 6, ran.stderr
+    assert len(ran.stderr.strip().splitlines()) == 1
+    assert ("needs 31 MB" if where == "scratch" else "No space left") in ran.stderr
+    assert ran.stdout == ""
+    assert not (tmp_path / "x.png").exists()
 
 
 def test_json_is_one_object_on_stdout_and_quiet_is_quiet(tiler, tiny: Path) -> None:
@@ -272,9 +329,6 @@ def test_a_hub_cache_is_read_offline(tiler, tiny: Path, tmp_path: Path) -> None:
 
 
 def test_bad_latents(tiler, tiny: Path, tmp_path: Path) -> None:
-    import torch
-    from safetensors.torch import save_file
-
     (tmp_path / "text.safetensors").write_text("no")
     save_file({"other": torch.zeros(1)}, tmp_path / "other.safetensors")
     save_file({"latents": torch.zeros(1, 8, 8, 8)}, tmp_path / "wide.safetensors")

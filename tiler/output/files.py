@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -31,24 +32,38 @@ def check_writable(path: Path, *, force: bool) -> None:
 @contextmanager
 def atomic(path: Path) -> Iterator[BinaryIO]:
     """A binary file that takes its name only when the block ends well. Raises StorageError."""
-    temp: str | None = None
+    folder = path.resolve().parent
+    temp = folder / f".tiler-{secrets.token_hex(6)}{path.suffix}"
+    handle = -1
     try:
-        fd, temp = tempfile.mkstemp(dir=path.resolve().parent, prefix=".tiler-", suffix=path.suffix)
-        os.close(fd)
-        with open(temp, "wb") as file:  # tifffile wants a file that knows its name
+        handle = _nameless(folder)
+        # tifffile wants a file that knows its name.
+        with open(temp if handle < 0 else f"/proc/self/fd/{handle}", "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
+        if handle >= 0:
+            os.link(f"/proc/self/fd/{handle}", temp, src_dir_fd=handle, follow_symlinks=True)
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(temp, 0o666 & ~umask)
         os.replace(temp, path)
-        temp = None
     except OSError as error:
         raise StorageError(
             f"{path}: writing failed ({error.strerror}); free some space or choose another place"
         ) from error
     finally:
-        if temp is not None:
-            with suppress(OSError):
-                os.unlink(temp)
+        if handle >= 0:
+            os.close(handle)
+        with suppress(OSError):
+            os.unlink(temp)
+
+
+def _nameless(folder: Path) -> int:
+    """A new file without a name, of which a killed process leaves nothing; -1 where the file system knows none."""
+    if not hasattr(os, "O_TMPFILE") or not os.path.isdir("/proc/self/fd"):
+        return -1
+    try:
+        return os.open(folder, os.O_TMPFILE | os.O_RDWR, 0o600)
+    except OSError:
+        return -1
