@@ -190,22 +190,28 @@ def bench_large(model: str, size: int, ceiling: int, seconds: float) -> list[dic
         ]
 
 
-def bench_decode(model: str, sizes: list[int], modes: list[str], ceiling: int) -> list[dict[str, Any]]:
+def bench_decode(model: str, sizes: list[tuple[int, int]], modes: list[str], ceiling: int) -> list[dict[str, Any]]:
     """Predicted against measured peak, and seconds, of decoding random latents."""
     import torch
     from safetensors.torch import save_file
 
-    channels = json.loads((Path(model) / "vae/config.json").read_text())["latent_channels"]
+    from tiler.weights.checkpoint import resolve
+
+    channels = json.loads((resolve(model).folder / "vae/config.json").read_text())["latent_channels"]
     rows = []
-    for size in sizes:
+    for width, height in sizes:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "latents.safetensors"
-            save_file({"latents": torch.randn(1, channels, size // 8, size // 8)}, path)
+            save_file({"latents": torch.randn(1, channels, height // 8, width // 8)}, path)
             for mode in modes:
-                report = tiler("decode", path, "--model", model, "--decode", mode, "--max-ram", ceiling)
+                tiny = (
+                    make_checkpoint.make("taesd" if channels == 4 else f"taesd{channels}") if mode == "tiny" else None
+                )
+                own = ("--tiny-vae", tiny) if tiny is not None else ()
+                report = tiler("decode", path, "--model", model, "--decode", mode, *own, "--max-ram", ceiling)
                 rows.append(
                     {
-                        "what": f"{mode} decode {size}², {report['phases'][-1]['seconds']:.0f} s",
+                        "what": f"{mode} decode {width}×{height}, {report['phases'][-1]['seconds']:.0f} s",
                         "predicted": report["predicted_peak_bytes"],
                         "measured": report["peak_rss_bytes"],
                     }
@@ -228,8 +234,10 @@ def main() -> None:
     parser.add_argument(
         "--ceilings", type=int, nargs="+", default=[600_000_000, 800_000_000, 1_500_000_000], help="bytes, for memory"
     )
-    parser.add_argument("--sizes", type=int, nargs="+", help="pixels; default 1024 2048, for large 4096")
-    parser.add_argument("--modes", nargs="+", default=["exact", "frozen"], help="for decode")
+    parser.add_argument(
+        "--sizes", nargs="+", help="pixels; default 1024 2048, for large 4096; for decode also 1536x640"
+    )
+    parser.add_argument("--modes", nargs="+", default=["exact", "frozen"], help="for decode; also tiny")
     parser.add_argument("--minutes", type=float, default=5, help="for large")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=2)
@@ -237,18 +245,20 @@ def main() -> None:
     args = parser.parse_args()
     model = args.model or str(make_checkpoint.make("sd15"))
     results: dict[str, Any] = {}
+    sides = [(int(size.split("x")[0]), int(size.split("x")[-1])) for size in args.sizes or []]
+    squares = [width for width, _ in sides]
     if "unet" in args.what:
         results["unet"] = bench_unet(model, args.ceiling, args.rounds)
         for name, value in results["unet"].items():
             print(f"{name:32}{value:,.3f}" if isinstance(value, float) else f"{name:32}{value:,}")
     if "memory" in args.what:
-        results["memory"] = bench_memory(model, args.ceilings, args.sizes or [1024, 2048], args.steps)
+        results["memory"] = bench_memory(model, args.ceilings, squares or [1024, 2048], args.steps)
     if "large" in args.what:
         results["large"] = [
-            row for size in args.sizes or [4096] for row in bench_large(model, size, args.ceiling, 60 * args.minutes)
+            row for size in squares or [4096] for row in bench_large(model, size, args.ceiling, 60 * args.minutes)
         ]
     if "decode" in args.what:
-        results["decode"] = bench_decode(model, args.sizes or [1024, 2048], args.modes, args.ceiling)
+        results["decode"] = bench_decode(model, sides or [(1024, 1024), (2048, 2048)], args.modes, args.ceiling)
     for row in [row for what in ("memory", "large", "decode") for row in results.get(what, [])]:
         off = row["predicted"] / row["measured"] - 1
         print(

@@ -4,7 +4,7 @@
     python scripts/make_checkpoint.py sd21 tiny       # several at once
 
 Kinds: sd15, sd21 (v-prediction, 768 px), tiny (SD 1.x shape, 64-px tiles), tiny-sd2 (SD 2.x shape: linear projections,
-v-prediction). Prints the folder. Weights are random but scaled so that activations neither vanish nor overflow.
+v-prediction), taesd (an AutoencoderTiny alone, of 4 or, taesd8, of 8 latent channels as `mini` has). Prints the folder. Weights are random but scaled so that activations neither vanish nor overflow.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-KINDS = ("sd15", "sd21", "tiny", "tiny-sd2")
+KINDS = ("sd15", "sd21", "tiny", "tiny-sd2", "taesd", "taesd8")
 CACHE = Path(os.environ.get("TILER_TEST_CACHE", Path.home() / ".cache/tiler/checkpoints"))
 
 # As in the published repositories: written by an old diffusers, later fields missing.
@@ -98,24 +98,32 @@ def make(kind: str, cache: Path = CACHE, *, force: bool = False) -> Path:
         return folder
     temp = cache / f".{kind}.{os.getpid()}"
     shutil.rmtree(temp, ignore_errors=True)
-    parts = configs(kind)
+    torch.manual_seed(sum(map(ord, kind)))
+    if kind.startswith("taesd"):
+        from diffusers import AutoencoderTiny
+
+        AutoencoderTiny(latent_channels=int(kind[5:] or 4)).half().save_pretrained(temp)
+    else:
+        _pipeline(temp, configs(kind))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    temp.rename(folder)
+    return folder
+
+
+def _pipeline(folder: Path, parts: dict[str, dict[str, Any]]) -> None:
     index = {
         "_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.6.0",
         "feature_extractor": ["transformers", "CLIPImageProcessor"], "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
         "scheduler": ["diffusers", parts["scheduler"]["_class_name"]], "text_encoder": ["transformers", "CLIPTextModel"],
         "tokenizer": ["transformers", "CLIPTokenizer"], "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
     }  # fmt: skip
-    _write(temp / "model_index.json", index)
+    _write(folder / "model_index.json", index)
     for part, config in parts.items():
-        _write(temp / part / ("scheduler_config.json" if part == "scheduler" else "config.json"), config)
-    _tokenizer(temp / "tokenizer", parts["text_encoder"]["vocab_size"])
-    torch.manual_seed(sum(map(ord, kind)))
+        _write(folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json"), config)
+    _tokenizer(folder / "tokenizer", parts["text_encoder"]["vocab_size"])
     for part in ("unet", "vae", "text_encoder"):
-        _weights(temp / part, part, parts[part])
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
-    temp.rename(folder)
-    return folder
+        _weights(folder / part, part, parts[part])
 
 
 def _write(path: Path, data: dict[str, Any]) -> None:

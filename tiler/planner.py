@@ -21,10 +21,10 @@ from tiler.diffusion.canvas import first_step
 from tiler.diffusion.guide import GuideSize, guide_size, picture_pixels
 from tiler.diffusion.tiles import Text2ImageRegion, guide_tiles, plan_tiles
 from tiler.errors import UsageError
+from tiler.memory import process
 from tiler.memory.budget import NEAR
 from tiler.memory.meter import MetaMeter
 from tiler.memory.plan import MARGIN, MemoryPlan, PhasePlan, Term
-from tiler.memory.process import read_rss
 from tiler.models import family as families
 from tiler.models.family import Autoencoder, Family
 from tiler.models.unet import predict_noise
@@ -39,7 +39,6 @@ WORK = "activations, weights in use"
 # Measured: freed blocks between live ones, as a share of one sample's activations (40–57 MB of 139 for SD 1.5, 65–89 of 230
 # for SD 2.1, whatever the batch), and of resident weights.
 HEAP_SLACK, RESIDENT_SLACK = 0.37, 0.18
-HEAP_KEPT = 64 * 2**20  # glibc's trim threshold, see frugal_allocator
 RESIDENT_MARGIN = 0.95  # of the ceiling: weights that merely save reading leave more room than the batch does
 LIBRARIES_BYTES = 46_000_000  # measured: oneDNN and MKL code and their compiled kernels, touched at first use
 
@@ -125,7 +124,7 @@ def plan_render(request: RenderRequest, family: Family, max_bytes: int) -> Rende
             predict_noise(unet, streamer, [latents[tile] for tile in tiles], torch.empty((), device=meta), texts)
         return meter.peak_bytes
 
-    fixed = [Term(name="python, libraries", nbytes=read_rss().now + LIBRARIES_BYTES)]
+    fixed = [Term(name="python, libraries", nbytes=process.read_rss().now + LIBRARIES_BYTES)]
     vae = _Coder(family.autoencoder, fixed)
     decoder = vae
     if request.tiny_vae is not None:
@@ -216,7 +215,7 @@ def plan_decode(
     wrap: Wrap,
 ) -> tuple[Method, MemoryPlan, dict[str, torch.dtype]]:
     """How latents of (height, width) are decoded, the memory plan, and the weights that stay. Raises StorageError."""
-    vae = _Coder(kind, [Term(name="python, libraries", nbytes=read_rss().now + LIBRARIES_BYTES)])
+    vae = _Coder(kind, [Term(name="python, libraries", nbytes=process.read_rss().now + LIBRARIES_BYTES)])
     method = choose(
         decode, vae.module, vae.streamer, latents, encoding=False, folder=scratch, dtype=scratch_dtype, wrap=wrap
     )
@@ -247,7 +246,7 @@ def _with_resident(
 def _with_heap(phase: PhasePlan, method: Method, max_bytes: int) -> PhasePlan:
     """What the heap keeps of the memory that an autoencoder's strips free, as far as the ceiling leaves room. The blocks of
     one strip fit where those of the last one were."""
-    freed = min(HEAP_KEPT, method.memory_bytes - STRIP_BYTES)
+    freed = min(process.HEAP_KEPT, method.memory_bytes - STRIP_BYTES)
     return _with(phase, "free heap", min(freed, int(max_bytes * NEAR) - phase.peak_bytes))
 
 

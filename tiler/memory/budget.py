@@ -105,8 +105,9 @@ class Budget:
         return int(self._process.memory_info().rss) + self._children
 
     def relieve(self, above: int) -> None:
-        """Give freed memory back to the system when the ceiling is not far, or when more than `above` bytes are used."""
-        if self.short() or self.rss_bytes >= above:
+        """Give freed memory back to the system when the ceiling is not far, when more than `above` bytes are used, or when
+        the heap keeps more than was planned: holes between live blocks are not counted by the allocator's own threshold."""
+        if self.short() or self.rss_bytes >= above or process.free_heap() > process.HEAP_KEPT:
             process.release_heap()
 
     def short(self) -> bool:

@@ -17,6 +17,10 @@ from typing import NamedTuple
 
 import psutil
 
+HEAP_KEPT = (
+    96 * 2**20
+)  # of freed memory, the holes between live blocks included; with 64 MiB decoding took half as long again
+
 
 class Rss(NamedTuple):
     """Resident memory in bytes: now, the high-water mark, and the anonymous and file-backed parts of now."""
@@ -89,6 +93,41 @@ def trim() -> None:
 def _malloc_trim() -> Callable[[int], int]:
     """glibc's malloc_trim; elsewhere nothing."""
     return ctypes.CDLL(None).malloc_trim if platform.libc_ver()[0] == "glibc" else lambda pad: 0
+
+
+class _MallInfo(ctypes.Structure):
+    """struct mallinfo2 of glibc ≥ 2.33, malloc.h."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in (
+            "arena",
+            "ordblks",
+            "smblks",
+            "hblks",
+            "hblkhd",
+            "usmblks",
+            "fsmblks",
+            "uordblks",
+            "fordblks",
+            "keepcost",
+        )
+    ]
+
+
+@cache
+def _mallinfo() -> Callable[[], _MallInfo] | None:
+    """glibc's mallinfo2, None elsewhere."""
+    function = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    if function is not None:
+        function.restype = _MallInfo
+    return function
+
+
+def free_heap() -> int:
+    """Bytes that the program freed and the heap keeps, 0 where nobody knows."""
+    info = _mallinfo()
+    return int(info().fordblks) if info is not None else 0
 
 
 def release_heap() -> None:
