@@ -170,6 +170,8 @@ BAD_OPTIONS = [
     (["-o", "no/such/folder/x.png"], "does not exist"), (["-o", "."], "is a folder"), (["-o", "x.jpg"], ".png"), (["--regions", "none.toml"], "none.toml"), (["--nonsense"], "nonsense"),
     (["--wrap", "x", "--width", "130"], "multiples of 8"), (["--wrap", "z"], "wrap"), (["--guide-upscale", "none"], "guide-upscale"),
     (["--paper", "A2"], "exclude each other"), (["--bleed", "3mm"], "belong to a --paper"), (["--dpi", "0"], "dpi = 0"), (["--decode", "best"], "decode"),
+    (["--guidance-interval", "0.8-0.2"], "rising"), (["--guidance-interval", "half"], "0.2-0.8"), (["--attention-window", "1"], "attention-window = 1"),
+    (["--layout", "shift", "--overlap", "16"], "leave out --overlap"),
 ]  # fmt: skip
 
 

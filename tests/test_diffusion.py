@@ -17,9 +17,16 @@ from torch import Tensor
 from tiler.diffusion import schedulers
 from tiler.diffusion.canvas import Conditions, denoise, first_step, initial_noise, start_latents
 from tiler.diffusion.guide import GuideSize, guide_size, upscale
-from tiler.diffusion.tiles import Text2ImageRegion, even_starts, guide_tiles, mask_profile, plan_tiles
+from tiler.diffusion.tiles import (
+    Text2ImageRegion,
+    even_starts,
+    guide_tiles,
+    mask_profile,
+    plan_tiles,
+    tiles_of_step,
+)
 from tiler.errors import ModelError, NumericalError, UsageError
-from tiler.request import Mask, Region, RenderRequest, Scheduler, Wrap, parse_scheduler
+from tiler.request import Layout, Mask, Region, RenderRequest, Scheduler, Wrap, parse_scheduler
 
 CONFIG = {
     "num_train_timesteps": 1000,
@@ -183,7 +190,7 @@ def test_a_canvas_of_several_regions_equals_the_formula(batch: int) -> None:
     tiles = plan_tiles(asked, canvas=(16, 20), tile=(8, 8), overlap=2)
     scheduler = DDIMScheduler.from_config(CONFIG)
     scheduler.set_timesteps(5)
-    states = list(denoise(noise, tiles, conditions, scheduler, fake_predict, rng, batch=batch))
+    states = list(denoise(noise, [tiles] * 5, conditions, scheduler, fake_predict, rng, batch=batch))
     got = states[-1].latents
     placed = []
     for first, kind, weight, condition, scale in ((0, Mask.QUARTIC, 2.0, 0, 3.0), (8, Mask.GAUSSIAN, 1.0, 1, 5.0)):
@@ -205,7 +212,13 @@ def test_batch_does_not_change_a_bit() -> None:
         scheduler = schedulers.build(Scheduler.EULER_A, CONFIG, 4)
         states = list(
             denoise(
-                start_latents(scheduler, noise, None, 0), tiles, conditions, scheduler, fake_predict, rng, batch=batch
+                start_latents(scheduler, noise, None, 0),
+                [tiles] * 4,
+                conditions,
+                scheduler,
+                fake_predict,
+                rng,
+                batch=batch,
             )
         )
         results.append(states[-1].latents)
@@ -227,7 +240,7 @@ def test_a_canvas_that_wraps_has_no_beginning(of: str) -> None:
             plan_tiles(asked, canvas=size, tile=(8, 8), overlap=2) if of == "canvas" else guide_tiles(size, wrap, 7.5)
         )
         scheduler = schedulers.build(Scheduler.DPMPP_2M, CONFIG, 3)
-        states = denoise(noise, tiles, conditions, scheduler, predict, torch.Generator(), batch=3)
+        states = denoise(noise, [tiles] * 3, conditions, scheduler, predict, torch.Generator(), batch=3)
         latents = list(states)[-1].latents
         assert latents is not None
         return latents
@@ -251,10 +264,72 @@ def test_guidance_of_one_runs_no_unconditional_half() -> None:
     noise, rng = initial_noise((1, 4, 16, 16), 1)
     list(
         denoise(
-            noise, tiles, Conditions(torch.zeros(1, 4, 6), torch.zeros(1, 4, 6)), scheduler, predict, rng, batch=100
+            noise, [tiles], Conditions(torch.zeros(1, 4, 6), torch.zeros(1, 4, 6)), scheduler, predict, rng, batch=100
         )
     )
     assert calls == [len(tiles)]
+
+
+def steps_of(asked: RenderRequest, size: tuple[int, int]) -> list[tuple[Text2ImageRegion, ...]]:
+    overlap = 0 if asked.layout is Layout.SHIFT else 2
+    tiles = plan_tiles(asked, canvas=size, tile=(8, 8), overlap=overlap)
+    return [tiles_of_step(tiles, asked, number) for number in range(asked.num_inference_steps)]
+
+
+def canvas_of(steps: list[tuple[Text2ImageRegion, ...]], size: tuple[int, int], predict: Any = fake_predict) -> Tensor:
+    generator = torch.Generator().manual_seed(2)
+    conditions = Conditions(torch.randn(1, 4, 6, generator=generator), torch.randn(1, 4, 6, generator=generator))
+    noise, rng = initial_noise((1, 4, *size), 1)
+    scheduler = schedulers.build(Scheduler.DDIM, CONFIG, len(steps))
+    latents = list(denoise(noise, steps, conditions, scheduler, predict, rng, batch=3))[-1].latents
+    assert latents is not None
+    return latents
+
+
+def test_guidance_works_in_its_interval_alone() -> None:
+    """Kynkäänniemi et al. 2024: outside, the conditional prediction is taken as it is."""
+    size, counts = (16, 16), {}
+    for interval in ((0.0, 1.0), (0.2, 0.6), (0.9, 1.0)):
+        asked = request(num_inference_steps=10, guidance_interval=interval)
+        counts[interval] = [sum(tile.samples for tile in step) for step in steps_of(asked, size)]
+    assert counts[0.0, 1.0] == [18] * 10
+    assert counts[0.2, 0.6] == [9] * 2 + [18] * 4 + [9] * 4
+    assert counts[0.9, 1.0] == [9] * 9 + [18]
+    plain = [tuple(plan_tiles(request(), canvas=size, tile=(8, 8), overlap=2))] * 10
+    assert torch.equal(canvas_of(steps_of(request(num_inference_steps=10), size), size), canvas_of(plain, size))
+    unguided = [tuple(plan_tiles(request(guidance_scale=1.0), canvas=size, tile=(8, 8), overlap=2))] * 10
+    mixed = canvas_of(unguided[:2] + plain[:4] + unguided[:4], size)
+    got = canvas_of(steps_of(request(num_inference_steps=10, guidance_interval=(0.2, 0.6)), size), size)
+    assert torch.equal(got, mixed)
+
+
+@pytest.mark.parametrize("size", [(32, 24), (8, 40), (20, 16)])
+def test_shifted_tiles_cover_the_canvas_once_at_every_step(size: tuple[int, int]) -> None:
+    asked = request(width=8 * size[1], height=8 * size[0], num_inference_steps=12, layout=Layout.SHIFT)
+    steps = steps_of(asked, size)
+    count = math.ceil(size[0] / 8) * math.ceil(size[1] / 8)
+    for step in steps:
+        assert len(step) == count
+        total = torch.zeros(size)
+        for tile in step:
+            total[tile.crop] += tile.weights
+        assert torch.allclose(total, torch.ones(size), atol=1e-6)
+    starts = {(step[0].top % size[0], step[0].left % size[1]) for step in steps}
+    assert len(starts) > 6
+    if size[0] == 8:
+        assert {top for top, _ in starts} == {0}
+    again = steps_of(asked, size)
+    assert [(s[0].top, s[0].left) for s in steps] == [(s[0].top, s[0].left) for s in again]
+
+
+def test_a_shift_of_nothing_is_a_grid_without_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
+    size = (16, 24)
+    asked = request(width=192, height=128, num_inference_steps=3, layout=Layout.SHIFT)
+    moved = canvas_of(steps_of(asked, size), size)
+    monkeypatch.setattr("random.Random.randrange", lambda self, n: 0)
+    grid = [tuple(plan_tiles(request(width=192, height=128), canvas=size, tile=(8, 8), overlap=0))] * 3
+    assert torch.equal(canvas_of(steps_of(asked, size), size), canvas_of(grid, size))
+    assert not torch.allclose(moved, canvas_of(grid, size), atol=1e-3)
 
 
 @pytest.mark.parametrize("average", ["eps", "x0", "previous"])
@@ -359,7 +434,7 @@ def test_a_prediction_that_is_not_finite_stops_the_run() -> None:
     noise, rng = initial_noise((1, 4, 8, 8), 1)
     loop = denoise(
         noise,
-        [region],
+        [[region]] * 3,
         Conditions(torch.zeros(1, 1, 1), torch.zeros(1, 1, 1)),
         scheduler,
         lambda x, t, e: x[0] * float("nan"),

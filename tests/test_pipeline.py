@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from tiler import Budget, Region, RenderRequest, events, planner, render
 from tiler.errors import BudgetExceeded
 from tiler.memory.process import read_rss
-from tiler.request import GuideUpscale, Scheduler, Wrap
+from tiler.request import GuideUpscale, Layout, Scheduler, Wrap
 
 
 def ask(model: Path | str, folder: Path, name: str = "x", **values: Any) -> RenderRequest:
@@ -62,7 +62,12 @@ def test_one_tile_is_what_stable_diffusion_pipeline_gives(
     assert difference.max() <= 1
 
 
-def test_same_seed_same_bytes_whatever_the_plan(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "settings", [{}, {"layout": Layout.SHIFT, "guidance_interval": (0.0, 0.7), "attention_window": 6}]
+)
+def test_same_seed_same_bytes_whatever_the_plan(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, object]
+) -> None:
     """A low ceiling means small batches and streamed weights, a high one large batches and weights kept in memory."""
     files = []
     for batch, kept in ((1, False), (5, False), (16, True)):
@@ -70,7 +75,7 @@ def test_same_seed_same_bytes_whatever_the_plan(tiny: Path, tmp_path: Path, monk
         if not kept:
             monkeypatch.setattr(planner, "_choose_resident", lambda *args: {})
         name = f"batch{batch}"
-        report = render(ask(tiny, tmp_path, name, width=136, height=104), roomy()).report
+        report = render(ask(tiny, tmp_path, name, width=136, height=104, **settings), roomy()).report
         monkeypatch.undo()
         latents = load_file(tmp_path / f"{name}.safetensors")["latents"]
         files.append((latents, np.asarray(Image.open(tmp_path / f"{name}.png")), report))

@@ -15,7 +15,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from tiler.errors import ModelError, NumericalError, StorageError
 from tiler.models import family as families
 from tiler.models.text import encode_prompts, load_tokenizer
-from tiler.models.unet import predict_noise
+from tiler.models.unet import Windows, predict_noise
 from tiler.pipeline import streamed
 from tiler.weights.checkpoint import resolve
 from tiler.weights.index import read_index
@@ -40,6 +40,7 @@ def run(
     pieces: int = 2**22,
     arena: int = 2**26,
     resident: torch.dtype | None = None,
+    windows: Windows | None = None,
 ) -> torch.Tensor:
     family = families.read_family(resolve(str(folder)))
     unet = families.build_unet(family)
@@ -52,9 +53,9 @@ def run(
                 if len(info.shape) > 1:
                     store.keep(name, resident)
         latents, timestep, embeds = list(x[0].split(1)), x[1], list(x[2].split(1))
-        first = predict_noise(unet, streamer, latents, timestep, embeds)
+        first = predict_noise(unet, streamer, latents, timestep, embeds, windows=windows)
         # The second pass reads ahead.
-        again = predict_noise(unet, streamer, latents, timestep, embeds)
+        again = predict_noise(unet, streamer, latents, timestep, embeds, windows=windows)
     assert torch.equal(first, again)
     return first
 
@@ -70,6 +71,41 @@ def test_unet_equals_diffusers(checkpoints: Path, kind: str) -> None:
     want = reference(*x).sample
     got = run(checkpoints / kind, x)
     assert (got - want).norm() / want.norm() <= 1e-5
+
+
+class Masked:
+    """Attention over all tokens whose scores between different windows are −∞."""
+
+    def __init__(self, side: int, windows: Windows) -> None:
+        place = torch.arange(side)
+        row, col = ((place - first + windows.size) // windows.size for first in windows[1:])
+        number = (row[:, None] * 100 + col).flatten()
+        self.mask = torch.where(number[:, None] == number, 0.0, -torch.inf)
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, **more):
+        q, k, v = (
+            layer(hidden_states).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+            for layer in (attn.to_q, attn.to_k, attn.to_v)
+        )
+        scores = q @ k.transpose(-1, -2) * attn.scale + self.mask
+        return attn.to_out[0]((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("windows", [Windows(4), Windows(4, 1, 3), Windows(3, 2, 0), Windows(8, 5, 5)])
+@torch.no_grad()
+def test_attention_in_windows_is_attention_masked_between_them(tiny: Path, windows: Windows) -> None:
+    """`tiny` has 8×8 latents. Its first level alone is masked; a window as large as the tile is plain attention."""
+    family = families.read_family(resolve(str(tiny)))
+    x = inputs(family, 2)
+    reference = UNet2DConditionModel.from_pretrained(tiny / "unet", variant="fp16", torch_dtype=torch.float32)
+    plain = run(tiny, x)
+    for block in (reference.down_blocks[0], reference.up_blocks[-1]):
+        for transformer in block.attentions:
+            if windows.size < family.native:
+                transformer.transformer_blocks[0].attn1.processor = Masked(family.native, windows)
+    want, got = reference(*x).sample, run(tiny, x, windows=windows)
+    assert (got - want).norm() / want.norm() <= 1e-5
+    assert torch.equal(got, plain) == (windows.size == family.native)
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import platform
+import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,12 +33,12 @@ from tiler.memory import process
 from tiler.memory.budget import Budget
 from tiler.models import family as families
 from tiler.models.text import encode_prompts, load_tokenizer
-from tiler.models.unet import predict_noise
+from tiler.models.unet import Windows, predict_noise
 from tiler.output.files import check_writable
 from tiler.output.latents import load_latents, save_latents
 from tiler.output.picture import check_picture, write_picture
 from tiler.output.png import infotext
-from tiler.planner import RenderPlan, plan_decode, plan_render
+from tiler.planner import RenderPlan, Steps, plan_decode, plan_render
 from tiler.request import Decode, GuideUpscale, RenderRequest, ScratchDtype, Wrap, check_decode, check_dpi
 from tiler.weights.checkpoint import resolve, resolve_part
 from tiler.weights.index import TensorInfo
@@ -115,7 +116,7 @@ class _Work:
         """A picture of the whole at the model's native size: its latents, (1, C, h, w) fp32 scaled."""
         plan = self.plan
         with self._phase("guide", plan.guide_samples):
-            return self._sample("guide", list(plan.guide_regions), conditions, None, 0, plan.guide_batch)
+            return self._sample("guide", plan.guide_steps, conditions, None, 0, plan.guide_batch)
 
     def reference(self, guide_latents: Tensor | None) -> Tensor | None:
         """What rules the first part of the canvas's schedule: the guide's picture, or the user's, at the canvas's size."""
@@ -151,8 +152,8 @@ class _Work:
     def canvas_pass(self, conditions: canvas.Conditions, reference: Tensor | None) -> Tensor:
         """Mixture of Diffusers on the whole canvas: latents as the scheduler left them, (1, C, h, w) fp32."""
         plan = self.plan
-        with self._phase("canvas", plan.steps * plan.samples_per_step):
-            return self._sample("canvas", list(plan.regions), conditions, reference, plan.begin, plan.batch)
+        with self._phase("canvas", plan.canvas_samples):
+            return self._sample("canvas", plan.canvas_steps, conditions, reference, plan.begin, plan.batch)
 
     def decode(self, latents: Tensor) -> Iterator[np.ndarray]:
         """The picture's rows, (n, W, 3) uint8, top first."""
@@ -168,14 +169,15 @@ class _Work:
     def _sample(
         self,
         phase: str,
-        regions: list[Any],
+        tiles: Steps,
         conditions: canvas.Conditions,
         reference: Tensor | None,
         begin: int,
         batch: int,
     ) -> Tensor:
         request, steps = self.request, self.request.num_inference_steps
-        height, width = regions[0].canvas
+        guide = self.plan.guide if phase == "guide" else None
+        height, width = self.plan.canvas if guide is None else guide[:2]
         reseeded = [] if phase == "guide" else [
             ((slice(r.rows[0] // 8, r.rows[1] // 8), slice(r.cols[0] // 8, r.cols[1] // 8)), r.seed)
             for r in request.regions if r.seed is not None
@@ -193,17 +195,15 @@ class _Work:
             def predict(inputs: list[Tensor], timestep: Tensor, embeds: list[Tensor]) -> Tensor:
                 self.unet_calls += 1
                 self.unet_samples += len(inputs)
-                return predict_noise(unet, streamer, inputs, timestep, embeds, at_layer(self.budget))
+                windows = attention_windows(request, timestep)
+                return predict_noise(unet, streamer, inputs, timestep, embeds, at_layer(self.budget), windows)
 
-            loop = canvas.denoise(latents, regions, conditions, scheduler, predict, generator, begin=begin, batch=batch)
+            loop = canvas.denoise(latents, tiles, conditions, scheduler, predict, generator, begin=begin, batch=batch)
+            begun, total = self.unet_samples, sum(tile.samples for step in tiles for tile in step)
             for state in loop:
-                done = (state.step - begin) * state.total + state.samples
-                detail = f"step {state.step + 1}/{len(scheduler.timesteps)}, {state.samples}/{state.total} tile passes"
-                self.on_event(
-                    events.Progress(
-                        name=phase, done=done, total=(len(scheduler.timesteps) - begin) * state.total, detail=detail
-                    )
-                )
+                done = self.unet_samples - begun
+                detail = f"step {state.step + 1}/{steps}, {state.samples}/{state.total} tile passes"
+                self.on_event(events.Progress(name=phase, done=done, total=total, detail=detail))
                 if state.latents is not None:
                     latents = state.latents
             assert streamer.store is not None
@@ -301,6 +301,14 @@ def decode_file(
         on_event(events.PhaseDone(name="decode", seconds=use.seconds, peak_rss_bytes=use.peak_rss_bytes))
     told = {"decode": how.name, "width": width, "height": height}
     return Result(output=output, report=report(budget, plan.peak_bytes) | told)
+
+
+def attention_windows(request: RenderRequest, timestep: Tensor) -> Windows | None:
+    """The request's attention windows, moved by an offset drawn from seed and timestep."""
+    if request.attention_window is None:
+        return None
+    rng = random.Random(f"{request.seed} {float(timestep)}")
+    return Windows(request.attention_window, *(rng.randrange(request.attention_window) for _ in range(2)))
 
 
 def at_layer(budget: Budget) -> Callable[[str], None]:

@@ -19,7 +19,7 @@ from tiler.decode.method import Method, choose
 from tiler.decode.scratch import STRIP_BYTES
 from tiler.diffusion.canvas import first_step
 from tiler.diffusion.guide import GuideSize, guide_size, picture_pixels
-from tiler.diffusion.tiles import Text2ImageRegion, guide_tiles, plan_tiles
+from tiler.diffusion.tiles import Text2ImageRegion, guide_tiles, plan_tiles, tiles_of_step
 from tiler.errors import UsageError
 from tiler.memory import process
 from tiler.memory.budget import NEAR
@@ -28,7 +28,7 @@ from tiler.memory.plan import MARGIN, MemoryPlan, PhasePlan, Term
 from tiler.models import family as families
 from tiler.models.family import Autoencoder, Family
 from tiler.models.unet import predict_noise
-from tiler.request import Decode, GuideUpscale, RenderRequest, ScratchDtype, Wrap
+from tiler.request import Decode, GuideUpscale, Layout, RenderRequest, ScratchDtype, Wrap
 from tiler.weights.checkpoint import resolve_part
 from tiler.weights.index import TensorInfo
 from tiler.weights.store import PIECE_ELEMENTS, READ_AHEAD, TORCH_DTYPES
@@ -43,6 +43,10 @@ RESIDENT_MARGIN = 0.95  # of the ceiling: weights that merely save reading leave
 LIBRARIES_BYTES = 46_000_000  # measured: oneDNN and MKL code and their compiled kernels, touched at first use
 
 
+Steps = tuple[tuple[Text2ImageRegion, ...], ...]
+"""The tiles of each step."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class RenderPlan:
     """How a request is carried out. Sizes in latent pixels."""
@@ -50,29 +54,30 @@ class RenderPlan:
     family: Family
     canvas: tuple[int, int]
     guide: GuideSize | None
-    guide_regions: tuple[Text2ImageRegion, ...]
     regions: tuple[Text2ImageRegion, ...]
     begin: int
+    guide_steps: Steps
+    canvas_steps: Steps
     batch: int
     resident: dict[str, dict[str, torch.dtype]]  # by phase: weights that stay in memory, by parameter name
     decoder: Autoencoder  # what makes the picture: the checkpoint's own, or a tiny one
     methods: dict[str, Method]  # how the autoencoder works for "guide decoded", "guide picture" and "decode"
     memory: MemoryPlan
-    steps: int  # of the canvas pass
-    samples_per_step: int
-    guide_steps: int
-    samples_per_guide_step: int
     guide_batch: int
 
     @property
     def unet_calls(self) -> int:
         """Passes over the UNet's weights."""
-        guide = self.guide_steps * math.ceil(self.samples_per_guide_step / self.guide_batch)
-        return guide + self.steps * math.ceil(self.samples_per_step / self.batch)
+        both = (self.guide_steps, self.guide_batch), (self.canvas_steps, self.batch)
+        return sum(math.ceil(sum(tile.samples for tile in step) / batch) for steps, batch in both for step in steps)
 
     @property
     def guide_samples(self) -> int:
-        return self.guide_steps * self.samples_per_guide_step
+        return sum(tile.samples for step in self.guide_steps for tile in step)
+
+    @property
+    def canvas_samples(self) -> int:
+        return sum(tile.samples for step in self.canvas_steps for tile in step)
 
     @property
     def upscale_flops(self) -> int:
@@ -81,7 +86,7 @@ class RenderPlan:
 
     @property
     def unet_samples(self) -> int:
-        return self.guide_samples + self.steps * self.samples_per_step
+        return self.guide_samples + self.canvas_samples
 
 
 def plan_render(request: RenderRequest, family: Family, max_bytes: int) -> RenderPlan:
@@ -96,17 +101,24 @@ def plan_render(request: RenderRequest, family: Family, max_bytes: int) -> Rende
             f"{request.width}×{request.height} is smaller than a tile of this model; both sides must be at least {8 * side} pixels"
         )
     overlap = side // 4 if request.overlap is None else request.overlap // 8
+    if request.layout is Layout.SHIFT:
+        overlap = 0
     regions = plan_tiles(request, canvas=canvas, tile=(side, side), overlap=overlap)
     wanted = request.guide and request.guide_image is None and request.prompt is not None
     guide = guide_size(canvas, side, family.granularity, request.wrap.axes) if wanted else None
     guide_regions = guide_tiles(guide[:2], request.wrap, request.guidance_scale) if guide is not None else []
     guided = guide is not None or request.guide_image is not None
     begin = first_step(request.num_inference_steps, request.strength) if guided else 0
-    steps = request.num_inference_steps - begin
-    canvas_samples, guide_samples = (
-        [i for i, r in enumerate(rs) for _ in range(r.samples)] for rs in (regions, guide_regions)
+    canvas_steps, guide_steps = (
+        tuple(tiles_of_step(tiles, request, n) for n in range(first, request.num_inference_steps) if tiles)
+        for tiles, first in ((regions, begin), (guide_regions, 0))
     )
-    per_step, guide_step = len(canvas_samples), len(guide_samples)
+    # Of the step with most: the tile of each sample.
+    canvas_samples, guide_samples = (
+        max(([i for i, r in enumerate(step) for _ in range(r.samples)] for step in steps), key=len, default=[0])
+        for steps in (canvas_steps, guide_steps)
+    )
+    per_step = len(canvas_samples)
 
     unet = families.build_unet(family)
     stored = family.checkpoint.weights("unet")
@@ -177,7 +189,9 @@ def plan_render(request: RenderRequest, family: Family, max_bytes: int) -> Rende
     guide_batch = 1
     if guide is not None:
         guide_batch = _largest_batch(
-            lambda b: sampling("guide", b, guide.height, guide.width).peak_bytes, int(max_bytes * MARGIN), guide_step
+            lambda b: sampling("guide", b, guide.height, guide.width).peak_bytes,
+            int(max_bytes * MARGIN),
+            len(guide_samples),
         )
         phases.append(sampling("guide", guide_batch, guide.height, guide.width))
     least = [p.peak_bytes for p in phases if p.name not in ("guide", "canvas")]
@@ -197,9 +211,8 @@ def plan_render(request: RenderRequest, family: Family, max_bytes: int) -> Rende
     if guide is not None:
         least.append(sampling("guide", 1, guide.height, guide.width).peak_bytes)
     return RenderPlan(
-        family=family, canvas=canvas, guide=guide, guide_regions=tuple(guide_regions), regions=tuple(regions), begin=begin, batch=batch,
-        resident=resident, decoder=decoder.kind, methods=methods, steps=steps, samples_per_step=per_step, guide_batch=guide_batch,
-        guide_steps=request.num_inference_steps if guide is not None else 0, samples_per_guide_step=guide_step,
+        family=family, canvas=canvas, guide=guide, regions=tuple(regions), begin=begin, batch=batch, guide_steps=guide_steps,
+        canvas_steps=canvas_steps, resident=resident, decoder=decoder.kind, methods=methods, guide_batch=guide_batch,
         memory=MemoryPlan(max_bytes=max_bytes, phases=tuple(phases), smallest_bytes=int(max(least) / MARGIN) + 1),
     )  # fmt: skip
 

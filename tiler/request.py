@@ -52,6 +52,13 @@ class Wrap(StrEnum):
         return "y" in self, "x" in self
 
 
+class Layout(StrEnum):
+    """Where tiles lie: overlapping in one place, or side by side and elsewhere at every step (SpotDiffusion)."""
+
+    GRID = "grid"
+    SHIFT = "shift"
+
+
 class GuideUpscale(StrEnum):
     """How the guide comes to the canvas's size: its latents by bicubic interpolation, or its picture by Lanczos, encoded."""
 
@@ -111,6 +118,17 @@ def check_dpi(dpi: float | None) -> None:
         _within("dpi", dpi, 1, 10_000)
 
 
+def parse_interval(text: str) -> tuple[float, float]:
+    """`0.2-0.8` → (0.2, 0.8), shares of the schedule. Raises UsageError."""
+    try:
+        low, high = (float(part) for part in text.replace("–", "-").split("-"))
+    except ValueError:
+        raise UsageError(
+            f"guidance-interval = {text!r} is not two shares of the schedule; write it like 0.2-0.8"
+        ) from None
+    return low, high
+
+
 @dataclass(frozen=True, kw_only=True)
 class Region:
     """A rectangle of the canvas with a prompt of its own. `rows` and `cols` are (first, past-the-last) canvas pixels."""
@@ -145,8 +163,9 @@ class RenderRequest:
     """Everything that decides the picture. Sizes are pixels.
 
     `prompt` may be None when `regions` cover the canvas. `strength` is img2img's denoising strength: the share of the
-    schedule that the canvas denoises after the guide. `overlap` None is a quarter of a tile, `scratch` None
-    the folder of `output`, `dpi` what the file says of its resolution, `bleed_mm` what a PDF says will be cut off each
+    schedule that the canvas denoises after the guide. `attention_window` is in latents, None is all of a tile. `overlap` None is a quarter of a tile, `scratch` None
+    the folder of `output`, `guidance_interval` the share of the schedule, from noise to picture, in which guidance works,
+    `dpi` what the file says of its resolution, `bleed_mm` what a PDF says will be cut off each
     edge. Raises UsageError.
     """
 
@@ -162,12 +181,15 @@ class RenderRequest:
     negative_prompt: str = ""
     num_inference_steps: int = 20
     guidance_scale: float = 7.5
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
     seed: int = 0
     strength: float = 0.5
     scheduler: Scheduler = Scheduler.AUTO
     guide: bool = True
     guide_image: Path | None = None
     guide_upscale: GuideUpscale = GuideUpscale.PIXEL
+    layout: Layout = Layout.GRID
+    attention_window: int | None = None
     overlap: int | None = None
     mask: Mask = Mask.GAUSSIAN
     wrap: Wrap = Wrap.NONE
@@ -188,6 +210,18 @@ class RenderRequest:
         _within("seed", self.seed, 0, MAX_SEED)
         if self.overlap is not None and (self.overlap < 0 or self.overlap % 8):
             raise UsageError(f"overlap = {self.overlap} must be a multiple of 8 pixels, 0 or more")
+        low, high = self.guidance_interval
+        if not 0 <= low < high <= 1:
+            raise UsageError(
+                f"guidance-interval = {low}-{high} must be two rising shares of the schedule, 0–1; like 0.2-0.8"
+            )
+        if self.attention_window is not None:
+            _within("attention-window", self.attention_window, 4, MAX_SIDE, "latents")
+        if self.layout is Layout.SHIFT and (self.overlap is not None or self.regions):
+            raise UsageError(
+                "--layout shift lays tiles side by side, for one prompt; leave out "
+                + ("--regions" if self.regions else "--overlap")
+            )
         check_decode(self.decode, self.tiny_vae)
         check_dpi(self.dpi)
         for side, wraps in zip((self.height, self.width), self.wrap.axes, strict=True):

@@ -16,12 +16,14 @@ from tiler.output.paper import parse_length, sheet_pixels
 from tiler.request import (
     Decode,
     GuideUpscale,
+    Layout,
     Mask,
     Region,
     RenderRequest,
     ScratchDtype,
     Wrap,
     check_dpi,
+    parse_interval,
     parse_scheduler,
     read_regions,
 )
@@ -66,6 +68,28 @@ Guidance = Annotated[
         "--guidance-scale",
         "--cfg-scale",
         help="How strictly to follow the prompt; 1 or less runs no unconditional half.",
+    ),
+]
+Interval = Annotated[
+    str,
+    typer.Option(
+        "--guidance-interval",
+        help="The share of the schedule in which guidance works, like 0.2-0.8; elsewhere no unconditional half runs.",
+    ),
+]
+TileLayout = Annotated[
+    Layout,
+    typer.Option(
+        help="grid: overlapping tiles; shift: side by side, elsewhere at every step: at 2048² 16 tiles a step instead of 25."
+    ),
+]
+AttentionWindow = Annotated[
+    int | None,
+    typer.Option(
+        "--attention-window",
+        help="Self-attention of the highest resolution looks only inside windows of N×N latents, elsewhere at every step.",
+        metavar="N",
+        show_default=False,
     ),
 ]
 Seed = Annotated[int, typer.Option("--seed", "-s", help="The same seed gives the same picture; -1 draws one.")]
@@ -166,12 +190,12 @@ def request_from(given: Mapping[str, Any]) -> RenderRequest:
     width, height, dpi = _sheet(given, bleed_mm)
     same = (
         "output", "model", "variant", "revision", "negative_prompt", "guidance_scale", "strength", "guide_upscale",
-        "overlap", "mask", "wrap", "decode", "scratch", "scratch_dtype", "tiny_vae", "save_latents", "force",
+        "layout", "attention_window", "overlap", "mask", "wrap", "decode", "scratch", "scratch_dtype", "tiny_vae", "save_latents", "force",
     )  # fmt: skip
     return RenderRequest(
         prompt=prompt, regions=regions, seed=secrets.randbelow(2**32) if seed == -1 else seed, width=width, height=height,
         dpi=dpi, bleed_mm=bleed_mm, num_inference_steps=given["steps"], scheduler=parse_scheduler(given["scheduler"]),
-        guide=not given["no_guide"], guide_image=given["guide"], **{name: given[name] for name in same},
+        guidance_interval=parse_interval(given["guidance_interval"]), guide=not given["no_guide"], guide_image=given["guide"], **{name: given[name] for name in same},
     )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import typer
 
 from tiler.cli import options as o
 from tiler.memory.budget import Budget, format_mb
-from tiler.request import Decode, GuideUpscale, Mask, ScratchDtype, Wrap
+from tiler.request import Decode, GuideUpscale, Layout, Mask, ScratchDtype, Wrap
 
 
 def command(
@@ -29,12 +29,15 @@ def command(
     negative_prompt: o.Negative = "",
     steps: o.Steps = 20,
     guidance_scale: o.Guidance = 7.5,
+    guidance_interval: o.Interval = "0-1",
     seed: o.Seed = -1,
     strength: o.Strength = 0.5,
     scheduler: o.SchedulerName = "auto",
     guide: o.Guide = None,
     guide_upscale: o.UpscaleKind = GuideUpscale.PIXEL,
     no_guide: o.NoGuide = False,
+    layout: o.TileLayout = Layout.GRID,
+    attention_window: o.AttentionWindow = None,
     overlap: o.Overlap = None,
     mask: o.MaskKind = Mask.GAUSSIAN,
     wrap: o.WrapAxes = Wrap.NONE,

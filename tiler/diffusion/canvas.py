@@ -5,7 +5,7 @@ Jiménez 2023, arXiv:2302.02412: ε̂ = Σ m_r (u_r + g_r (c_r − u_r)) / Σ m_
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -78,7 +78,7 @@ def start_latents(scheduler: Any, noise: Tensor, reference: Tensor | None, begin
 
 def denoise(
     latents: Tensor,
-    regions: Sequence[Text2ImageRegion],
+    steps: Iterable[Sequence[Text2ImageRegion]],
     conditions: Conditions,
     scheduler: Any,
     predict_noise: PredictNoise,
@@ -87,15 +87,16 @@ def denoise(
     begin: int = 0,
     batch: int = 1,
 ) -> Iterator[StepDone]:
-    """Denoise the canvas `latents` (1, C, h, w) fp32 from timestep number `begin` on, yielding after each UNet call.
+    """Denoise the canvas `latents` (1, C, h, w) fp32 from timestep number `begin` on, yielding after each UNet call. `steps`
+    are the tiles of each step from there.
 
     `batch` samples go through the UNet at a time; both halves of the guidance are samples of their own, and a tile
     with guidance_scale ≤ 1 has no unconditional half. The result does not depend on `batch`.
     Raises NumericalError when a prediction is not finite.
     """
-    samples = [s for region in regions for s in _samples(region, conditions)]
     blended = torch.zeros_like(latents)
-    for number in range(begin, len(scheduler.timesteps)):
+    for number, regions in zip(range(begin, len(scheduler.timesteps)), steps, strict=True):
+        samples = [s for region in regions for s in _samples(region, conditions)]
         timestep = scheduler.timesteps[number]
         scaled = scheduler.scale_model_input(latents, timestep)
         blended.zero_()

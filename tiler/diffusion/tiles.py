@@ -6,14 +6,16 @@ Mixture of Diffusers (Jiménez 2023, arXiv:2302.02412): the canvas takes ε̂ = 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from tiler.errors import UsageError
-from tiler.request import Mask, RenderRequest, Wrap
+from tiler.request import MAX_STEPS, Layout, Mask, RenderRequest, Wrap
 
 VARIANCE = 0.01  # of the gaussian mask, relative to the squared side; the method's own value
 
@@ -23,8 +25,8 @@ class Text2ImageRegion:
     """One tile of the canvas under one prompt.
 
     `condition` indexes the encoded (prompt, negative prompt) pairs. `weights` is the normalised mask m_r / Σ m_r:
-    (tile height, tile width) fp32; over all tiles they sum to 1 at every canvas pixel. A tile of a picture that wraps
-    goes on at the other side of `canvas`, (height, width).
+    (tile height, tile width) fp32; over all tiles they sum to 1 at every canvas pixel. A tile that reaches beyond
+    the border goes on at the other side of `canvas`, (height, width).
     """
 
     top: int
@@ -95,7 +97,8 @@ def plan_tiles(
     if request.prompt is not None:
         rest = _rest_of_canvas(request, canvas, overlap)
         mask = _mask(request.mask, tile)
-        for top, left in _grid(canvas, tile, overlap, request.wrap):
+        wrap = Wrap.XY if request.layout is Layout.SHIFT else request.wrap
+        for top, left in _grid(canvas, tile, overlap, wrap):
             part = rest[_crop(top, left, tile, canvas)]
             if bool((part > 0).any()):
                 placed.append(_Placed(top, left, 0, request.guidance_scale, mask * part))
@@ -120,6 +123,32 @@ def guide_tiles(size: tuple[int, int], wrap: Wrap, guidance_scale: float) -> lis
     mask = _mask(Mask.CONSTANT if wrap is Wrap.NONE else Mask.GAUSSIAN, size)
     starts = _grid(size, size, min(size) // 4, wrap)
     return _normalise([_Placed(top, left, 0, guidance_scale, mask) for top, left in starts], size, size)
+
+
+def tiles_of_step(
+    regions: Sequence[Text2ImageRegion], request: RenderRequest, number: int
+) -> tuple[Text2ImageRegion, ...]:
+    """The tiles of step `number` of the schedule, from 0.
+
+    Outside the request's guidance interval they have no guidance (Kynkäänniemi et al. 2024, arXiv:2404.07724). In the layout
+    SHIFT they are moved around the canvas by an offset drawn from seed and number (Frolov et al. 2024, arXiv:2407.15507);
+    an axis of a single tile stays.
+    """
+    low, high = request.guidance_interval
+    guided = low <= number / request.num_inference_steps < high
+    down = across = 0
+    if request.layout is Layout.SHIFT:
+        height, width = regions[0].canvas
+        rng = random.Random(request.seed * MAX_STEPS + number)
+        down, across = rng.randrange(height), rng.randrange(width)
+        down, across = down if regions[0].height < height else 0, across if regions[0].width < width else 0
+    return tuple(
+        replace(
+            region, top=region.top + down, left=region.left + across,
+            guidance_scale=region.guidance_scale if guided else 1.0,
+        )
+        for region in regions
+    )  # fmt: skip
 
 
 class _Placed(NamedTuple):

@@ -7,7 +7,7 @@ sample's hidden state and the skips still to be used. Skips are concatenated whe
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,15 @@ if TYPE_CHECKING:
 FEED_FORWARD_ELEMENTS = 5 * 2**19
 
 
+class Windows(NamedTuple):
+    """Self-attention of the highest resolution that has any looks only inside windows of size × size latents (HyperTile).
+    `top` and `left`, below `size`, are where the second row and column of them begin, unless they are 0."""
+
+    size: int
+    top: int = 0
+    left: int = 0
+
+
 def _ignore(where: str) -> None:
     pass
 
@@ -33,6 +42,7 @@ def predict_noise(
     timestep: Tensor,
     prompt_embeds: Sequence[Tensor],
     check: Callable[[str], None] = _ignore,
+    windows: Windows | None = None,
 ) -> Tensor:
     """The model's prediction (epsilon or v, whichever it was trained for).
 
@@ -41,6 +51,10 @@ def predict_noise(
     tensor, the two halves of a guidance, share their work and memory up to the first layer that sees the prompt.
     `check` is called at every unit.
     """
+    levels = [i for i, block in enumerate(unet.down_blocks) if hasattr(block, "attentions")]
+    windowed = (
+        {f"unet.down_blocks.{levels[0]}", f"unet.up_blocks.{len(unet.up_blocks) - 1 - levels[0]}"} if levels else set()
+    )
     batch, up = len(latents), 2**unet.num_upsamplers
     assert all(x.shape[2] % up == 0 and x.shape[3] % up == 0 for x in latents), latents[0].shape
     temb = unet.time_embedding(unet.get_time_embed(sample=latents[0], timestep=timestep))
@@ -59,6 +73,8 @@ def predict_noise(
         tokens, width = inputs[0].shape[2] * inputs[0].shape[3], 8 * inputs[0].shape[1]
         for block in module.transformer_blocks:  # type: ignore[union-attr]
             block.set_chunk_feed_forward(_feed_forward_chunk(tokens, width), 1)
+            if where.rpartition(".attentions")[0] in windowed:
+                _look_through(block.attn1, windows, inputs[0].shape[2:], 2 ** levels[0])
         calls: list[tuple[Tensor, ...]] = list(zip(inputs, texts, strict=True))
         inputs.clear()
         return streamer.run(_WithText(module), calls)
@@ -101,6 +117,45 @@ def _feed_forward_chunk(tokens: int, width: int) -> int | None:
         (n for n in range(1, tokens + 1) if tokens % n == 0 and tokens // n * width <= FEED_FORWARD_ELEMENTS), 1
     )
     return None if parts == 1 else tokens // parts
+
+
+def _look_through(attention: Any, windows: Windows | None, shape: Sequence[int], scale: int) -> None:
+    """Give a self-attention over `shape` (height, width) its windows, or all there is; `scale` latents make one token."""
+    inner = getattr(attention.processor, "inner", attention.processor)
+    if windows is None:
+        attention.processor = inner
+        return
+    spans = (
+        _spans(length, max(1, windows.size // scale), first // scale)
+        for length, first in zip(shape, windows[1:], strict=True)
+    )
+    attention.processor = _Windowed(inner, tuple(shape), *spans)
+
+
+def _spans(length: int, size: int, first: int) -> list[slice]:
+    """`length` in pieces of `size`, of which the first may be cut to `first`; in one when it is no longer than that."""
+    if size >= length:
+        return [slice(0, length)]
+    starts = [0, *range(first or size, length, size)]
+    return [slice(a, b) for a, b in zip(starts, [*starts[1:], length], strict=True)]
+
+
+class _Windowed:
+    """diffusers' attention processor `inner`, called for each window of tokens by itself."""
+
+    def __init__(self, inner: Any, shape: tuple[int, ...], rows: list[slice], cols: list[slice]) -> None:
+        self.inner, self.shape, self.rows, self.cols = inner, shape, rows, cols
+
+    def __call__(self, attn: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """hidden_states: (1, height × width, C) → the same."""
+        plane = hidden_states.unflatten(1, self.shape)
+        out = torch.empty_like(plane)
+        for rows in self.rows:
+            for cols in self.cols:
+                window = plane[:, rows, cols]
+                seen = self.inner(attn, window.flatten(1, 2), *args, **kwargs)
+                out[:, rows, cols] = seen.unflatten(1, window.shape[1:3])
+        return out.flatten(1, 2)
 
 
 class _WithSkip(torch.nn.Module):
