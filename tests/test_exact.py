@@ -168,6 +168,21 @@ def test_auto_takes_exact_while_there_is_room_and_attention_is_cheap(
         scratch.free_bytes(tmp_path / "missing")
 
 
+def test_progress_rises_with_the_work(tiny: Path, tmp_path: Path) -> None:
+    how = chosen(tiny, Decode.EXACT, 90, tmp_path)
+    family = families.read_family(resolve(str(tiny)))
+    vae, shares, wheres = families.build_vae(family.autoencoder), [0.0], []
+    with streamed(vae, family.autoencoder.weights, families.vae_names) as streamer:
+        list(method.decode(how, vae, streamer, torch.randn(1, 4, 90, 90), check=wheres.append, progress=shares.append))
+    assert shares == sorted(shares)
+    assert shares[-1] == 1
+    assert wheres.count("decode.Attend") == how.attention[1] > 1
+    assert 0.1 < how.attention[0] < 0.9
+    # Checks and shares come in pairs: attention moves the bar by its share of the work.
+    at = [shares[1 + i] for i, where in enumerate(wheres) if where == "decode.Attend"]
+    assert at[-1] - at[0] > 0.9 * how.attention[0] * (1 - 1 / len(at))
+
+
 @pytest.mark.parametrize("kind", [Decode.EXACT, Decode.FROZEN])
 def test_rehearsal_knows_the_bytes_on_disk(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Decode

@@ -143,6 +143,11 @@ class Attend(Stage):
         return mixed / below
 
 
+def attend_strips(height: int, width: int) -> int:
+    """How many strips of rows attend, of latents of that size."""
+    return math.ceil(height / max(1, QUERIES // width))
+
+
 def keys_and_values(stage: MidAttention, stored: Rows, frame: Frame, hold: Hold, check: Check) -> Rows:
     """Every token's key and value, as a picture of twice the channels."""
     a, row = stage.attention, 0

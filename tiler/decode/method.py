@@ -39,6 +39,7 @@ class Method:
     scratch_bytes: int = 0
     written_bytes: int = 0
     flops: int = 0
+    attention: tuple[float, int] = (0.0, 1)  # of `exact`: its share of the work, and in how many strips it is done
     margin: tuple[int, int] = (0, 0)  # latents above and below, left and right, that repeat the other side's
 
     def __str__(self) -> str:
@@ -103,6 +104,10 @@ def choose(
         )
         return affordable(replace(taken, flops=method.flops))
 
+    mid = (vae.encoder if encoding else vae.decoder).mid_block
+    width = sum(a.to_q.in_features for a in mid.attentions if a is not None)
+    share = 4 * width * (latents[0] * latents[1]) ** 2 / method.flops
+    method = replace(method, attention=(share / (1 + share), exact.attend_strips(*latents)))
     free = free_bytes(folder)
 
     def lacking(method: Method) -> str:
@@ -114,14 +119,10 @@ def choose(
             raise StorageError(f"{lacking(method)}; give another folder with --scratch")
         return method
 
-    tokens = latents[0] * latents[1]
     if wanted is Decode.FROZEN:
         return take_frozen("as asked")
     if wanted is Decode.EXACT:
         return affordable(method)
-    mid = (vae.encoder if encoding else vae.decoder).mid_block
-    width = sum(a.to_q.in_features for a in mid.attentions if a is not None)
-    share = 4 * width * tokens**2 / method.flops
     if share > ATTENTION_SHARE:
         return take_frozen(f"attention to every token would be {share:.0%} of the other work")
     return method if free >= method.scratch_bytes else take_frozen(lacking(method))
@@ -183,10 +184,15 @@ def encode(
 
 
 def _noting(method: Method, scratch: Scratch, check: Check, progress: Callable[[float], None]) -> Check:
-    """`check` that also says how much of what will be written has been."""
+    """`check` that also says how much is done: of attention by strips, of the convolutions by what was written."""
+    share, strips = method.attention
+    attended = 0
 
     def both(where: str) -> None:
+        nonlocal attended
         check(where)
-        progress(min(1.0, scratch.written_bytes / max(1, method.written_bytes)))
+        attended += where == "decode.Attend"
+        written = min(1.0, scratch.written_bytes / max(1, method.written_bytes))
+        progress((1 - share) * written + share * min(1.0, attended / strips))
 
     return both
