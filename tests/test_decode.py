@@ -191,7 +191,7 @@ def test_a_hostile_guide_is_refused_before_it_is_decoded(tmp_path: Path) -> None
         assert load_picture(tmp_path / "x.tiff").shape == (20, 40, 3)
 
 
-@pytest.mark.parametrize(("height", "width"), [(300, 500), (31, 17), (97, 97)])
+@pytest.mark.parametrize(("height", "width"), [(300, 500), (31, 17), (97, 97), (1500, 943), (582, 366)])
 def test_a_resized_picture_is_pillows_whatever_rows_are_asked_for(height: int, width: int) -> None:
     from tiler.diffusion.guide import fit
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import platform
-import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -195,7 +194,8 @@ class _Work:
             def predict(inputs: list[Tensor], timestep: Tensor, embeds: list[Tensor]) -> Tensor:
                 self.unet_calls += 1
                 self.unet_samples += len(inputs)
-                windows = attention_windows(request, timestep)
+                size = request.attention_window
+                windows = None if size is None else Windows.drawn(size, request.seed, timestep)
                 return predict_noise(unet, streamer, inputs, timestep, embeds, at_layer(self.budget), windows)
 
             loop = canvas.denoise(latents, tiles, conditions, scheduler, predict, generator, begin=begin, batch=batch)
@@ -301,14 +301,6 @@ def decode_file(
         on_event(events.PhaseDone(name="decode", seconds=use.seconds, peak_rss_bytes=use.peak_rss_bytes))
     told = {"decode": how.name, "width": width, "height": height}
     return Result(output=output, report=report(budget, plan.peak_bytes) | told)
-
-
-def attention_windows(request: RenderRequest, timestep: Tensor) -> Windows | None:
-    """The request's attention windows, moved by an offset drawn from seed and timestep."""
-    if request.attention_window is None:
-        return None
-    rng = random.Random(f"{request.seed} {float(timestep)}")
-    return Windows(request.attention_window, *(rng.randrange(request.attention_window) for _ in range(2)))
 
 
 def at_layer(budget: Budget) -> Callable[[str], None]:

@@ -156,13 +156,15 @@ def encode(
     columns = (8 * (across + x)[:, None] + torch.arange(8)).flatten().numpy()
     blocks = [pixels[top : top + 8][:, columns] for top in (8 * (down + y)).tolist()]
     _measure(stages, to_tensor(np.concatenate(blocks)), scratch, hold, check)
-    all_bands, parts = bands(width), []
-    for i, band in enumerate(all_bands):
+    all_bands = bands(width)
+
+    def mean(number: int, band: Band) -> Tensor:
         rows, seen = 8 * strip_rows(band.last - band.first), slice(8 * band.first, 8 * band.last)
         strips = (to_tensor(pixels[top : top + rows][:, seen]) for top in range(0, 8 * height, rows))
-        told = lambda done, i=i: progress((i + done) / len(all_bands))  # noqa: E731
-        parts.append(means(_stream(stages, strips, 8 * height, check, told))[:, :, :, band.keep])
-    return torch.cat(parts, dim=3)
+        moments = _stream(stages, strips, 8 * height, check, lambda done: progress((number + done) / len(all_bands)))
+        return means(moments)[:, :, :, band.keep]
+
+    return torch.cat([mean(number, band) for number, band in enumerate(all_bands)], dim=3)
 
 
 def rehearse(

@@ -144,9 +144,9 @@ def fit(
     if wraps[1]:
         pad = math.ceil(margin[1] * steps[1]) + _reach(steps[1])
         picture, left, right = np.pad(picture, ((0, 0), (pad, pad), (0, 0)), mode="wrap"), left + pad, right + pad
-    return Resized(
-        picture, (max(0.0, top) if not wraps[0] else top, left, min(right, picture.shape[1])), steps[0], shape, wraps[0]
-    )
+    # Rounding must not lead out of a picture that does not go on.
+    within = top if wraps[0] else max(0.0, top), max(0.0, left), min(right, picture.shape[1])
+    return Resized(picture, within, steps[0], shape, wraps[0])
 
 
 def upscale(latents: Tensor, size: GuideSize, canvas: tuple[int, int], wraps: tuple[bool, bool]) -> Tensor:

@@ -6,6 +6,7 @@ sample's hidden state and the skips still to be used. Skips are concatenated whe
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -29,6 +30,12 @@ class Windows(NamedTuple):
     size: int
     top: int = 0
     left: int = 0
+
+    @classmethod
+    def drawn(cls, size: int, seed: int, timestep: Tensor) -> Windows:
+        """Windows of a step, elsewhere than at the step before."""
+        rng = random.Random(f"{seed} {float(timestep)}")
+        return cls(size, rng.randrange(size), rng.randrange(size))
 
 
 def _ignore(where: str) -> None:
