@@ -65,14 +65,14 @@ def test_given_true_statistics_a_large_picture_is_exact(tiny: Path, reference: A
 @pytest.mark.parametrize("kind", [Decode.EXACT, Decode.FROZEN])
 def test_a_picture_that_wraps_joins_itself(tiny: Path, tmp_path: Path, kind: Decode) -> None:
     """Where copies join, the picture is what it would be if the join lay elsewhere."""
-    latents = smooth_latents(72, 88)
+    latents = smooth_latents(144, 176)
     family = families.read_family(resolve(str(tiny)))
     vae, streamer = families.build_vae(family.autoencoder), Streamer(None)
     stream_layers(vae, streamer)
 
     def decode(latents: torch.Tensor, wrap: Wrap) -> torch.Tensor:
         how = method.choose(
-            kind, vae, streamer, (72, 88), encoding=False, folder=tmp_path, dtype=ScratchDtype.FP32, wrap=wrap
+            kind, vae, streamer, (144, 176), encoding=False, folder=tmp_path, dtype=ScratchDtype.FP32, wrap=wrap
         )
         own = families.build_vae(family.autoencoder)
         with streamed(own, family.autoencoder.weights, families.vae_names) as loaded:
@@ -80,7 +80,7 @@ def test_a_picture_that_wraps_joins_itself(tiny: Path, tmp_path: Path, kind: Dec
             return torch.cat(list(strips), dim=1)
 
     got = {wrap: decode(latents, wrap) for wrap in (Wrap.NONE, Wrap.XY)}
-    moved = {wrap: decode(latents.roll((36, 44), (2, 3)), wrap).roll((-8 * 36, -8 * 44), (1, 2)) for wrap in got}
+    moved = {wrap: decode(latents.roll((72, 88), (2, 3)), wrap).roll((-8 * 72, -8 * 88), (1, 2)) for wrap in got}
     at_join = {}
     for wrap in got:
         difference = (got[wrap] - moved[wrap]).abs()
@@ -149,10 +149,10 @@ def test_encoding_equals_diffusers(tiny: Path, reference: AutoencoderKL, tmp_pat
     assert (got - want).abs().max() <= 1e-4
 
 
-@pytest.mark.parametrize("size", [(64, 64), (20, 200), (256, 256), (100, 60), (9, 4000), (4000, 3), (512, 1024)])
+@pytest.mark.parametrize("size", [(128, 128), (40, 400), (256, 256), (200, 120), (9, 4000), (4000, 3), (512, 1024)])
 def test_a_sample_is_blocks_from_all_over_the_picture(size: tuple[int, int]) -> None:
     taken = frozen.sample(*size)
-    assert len(taken[0]) * len(taken[1]) <= 64 * 64
+    assert len(taken[0]) * len(taken[1]) <= 128 * 128
     for length, index in zip(size, taken, strict=True):
         assert bool((index.diff() > 0).all())
         if len(index) < length:
@@ -160,10 +160,10 @@ def test_a_sample_is_blocks_from_all_over_the_picture(size: tuple[int, int]) -> 
             starts = index[:: frozen.BLOCK]
             assert torch.equal(index, (starts[:, None] + torch.arange(frozen.BLOCK)).flatten())
             assert len(starts) == 1 or (int(starts[0]), int(index[-1])) == (0, length - 1)
-    if size[0] * size[1] <= 64 * 64:
+    if size[0] * size[1] <= 128 * 128:
         assert tuple(map(len, taken)) == size
     else:
-        assert len(taken[0]) * len(taken[1]) >= 0.75 * 64 * 64
+        assert len(taken[0]) * len(taken[1]) >= 0.75 * 128 * 128
 
 
 def test_pixels_round_as_diffusers_rounds() -> None:

@@ -60,8 +60,8 @@ def test_decoding_equals_diffusers(tiny: Path, reference: AutoencoderKL, tmp_pat
 
 
 def test_held_statistics_are_far_from_what_exact_gives(tiny: Path, reference: AutoencoderKL, tmp_path: Path) -> None:
-    latents = torch.randn(1, 4, 96, 96, generator=torch.Generator().manual_seed(1))
-    latents = latents * torch.linspace(0.2, 3, 96)
+    latents = torch.randn(1, 4, 200, 200, generator=torch.Generator().manual_seed(1))
+    latents = latents * torch.linspace(0.2, 3, 200)
     want = reference.decode(latents).sample[0]
     family = families.read_family(resolve(str(tiny)))
     vae = families.build_vae(family.autoencoder)
@@ -154,16 +154,16 @@ def test_auto_takes_exact_while_there_is_room_and_attention_is_cheap(
     assert not large.exact
     assert "attention" in large.why
     monkeypatch.setattr(method, "ATTENTION_SHARE", 10)
-    needs = {kind: chosen(tiny, kind, 200, tmp_path).scratch_bytes for kind in (Decode.EXACT, Decode.FROZEN)}
+    needs = {kind: chosen(tiny, kind, 400, tmp_path).scratch_bytes for kind in (Decode.EXACT, Decode.FROZEN)}
     assert needs[Decode.FROZEN] < needs[Decode.EXACT] / 5
     monkeypatch.setattr(method, "free_bytes", lambda folder: needs[Decode.FROZEN])
-    full = chosen(tiny, Decode.AUTO, 200, tmp_path)
+    full = chosen(tiny, Decode.AUTO, 400, tmp_path)
     assert not full.exact
     assert "MB free" in full.why
     monkeypatch.setattr(method, "free_bytes", lambda folder: 1000)
     for kind in (Decode.AUTO, Decode.EXACT, Decode.FROZEN):
         with pytest.raises(StorageError, match="--scratch"):
-            chosen(tiny, kind, 200, tmp_path)
+            chosen(tiny, kind, 400, tmp_path)
     with pytest.raises(StorageError, match="no scratch folder"):
         scratch.free_bytes(tmp_path / "missing")
 

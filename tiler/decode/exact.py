@@ -174,12 +174,12 @@ def stream(
     *,
     hold: Hold = lambda module: nullcontext(),
     check: Check = lambda where: None,
-    hold_memory: bool = False,
+    hold_tokens: int = 0,
 ) -> Iterator[Tensor]:
     """Push `strips`, (1, C, n, W) fp32 that make up `frame`, through `stages` → (C', n', W') top first.
 
     `hold(module)` is entered around the layers of one pass: one read of the weights serves the whole picture. Statistics stay
-    with the stages; with `hold_memory` so do the attention's keys and values.
+    with the stages; so do, of the attention's keys and values, up to `hold_tokens` evenly spaced ones.
     """
     source, chain = _Source(strips, frame.height), list[Stage]()
     for stage in stages:
@@ -195,8 +195,10 @@ def stream(
             source, chain = _Source.of(inner, stored), [stage.conv2, Add(stage, stored)]
         elif isinstance(stage, MidAttention):
             memory = keys_and_values(stage, stored, frame, hold, check)
-            if hold_memory:
-                stage.hold(memory.read(0, memory.count))
+            if hold_tokens:
+                step = math.ceil(math.sqrt(memory.count * memory.width / hold_tokens))
+                some = (memory.read(row, row + 1)[..., ::step] for row in range(0, memory.count, step))
+                stage.hold(torch.cat(list(some), dim=2))
             source, chain = (
                 _Source.of(stored, memory, strip_bytes=QUERIES * 4 * stored.channels),
                 [Attend(stage, memory)],

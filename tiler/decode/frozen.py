@@ -1,8 +1,8 @@
 """The autoencoder with held statistics: pictures of any height at constant memory, in both directions.
 
 Statistics come from a sample of the picture itself: small blocks at full resolution from all over it, laid side by side
-and worked on as one picture of at most 64×64 latents by `exact`. A picture that small is decoded exactly. What rows hold
-back grows with the width: a wide picture is worked on in bands side by side, which overlap by what the convolutions see.
+and worked on as one picture of at most 128×128 latents by `exact`. Of its keys and values 64×64 tokens are held for the
+attention; a picture of no more than these is decoded exactly. What rows hold back grows with the width: a wide picture is worked on in bands side by side, which overlap by what the convolutions see.
 """
 
 from __future__ import annotations
@@ -35,9 +35,10 @@ if TYPE_CHECKING:
 
     from tiler.decode.exact import Hold
 
-# Latents. Four drawn scenes, 1024², mini, against the whole-image decode: 46–55 dB; a sample of 32×32 gave 38–45, blocks of 8
-# gave 39–56, of 16 gave 33–39.
-SAMPLE_SIDE, BLOCK = 64, 4
+# Latents. Eight rendered pictures of 2048², mini, against the whole-image decode: 40–60 dB with 128, 33–44 with 64 (the first
+# three), 44–67 with 160. Of drawn scenes at 1024², blocks of 4 kept 46–55 dB where 8 kept 39–56 and 16 kept 33–39.
+SAMPLE_SIDE, BLOCK = 128, 4
+HELD_TOKENS = 64 * 64
 BAND = 512  # latents
 
 
@@ -86,12 +87,12 @@ def _ignore(where: object) -> None:
     pass
 
 
-def _measure(stages: list[Stage], part: Tensor, scratch: Scratch, hold: Hold, check: Check) -> None:
-    """Give the stages the statistics of `part`, (1, C, h, w)."""
+def _measure(stages: list[Stage], part: Tensor, scratch: Scratch, hold: Hold, check: Check, *, scale: int = 1) -> None:
+    """Give the stages the statistics of `part`, (1, C, h, w), of `scale` rows and columns to a latent."""
     height, width = part.shape[2:]
     frame = exact.Frame(height, width)
-    strips = part.split(max(1, height // 4), dim=2)
-    for _ in exact.stream(stages, strips, frame, scratch, hold=hold, check=check, hold_memory=True):
+    strips = part.split(scale * strip_rows(width // scale), dim=2)
+    for _ in exact.stream(stages, strips, frame, scratch, hold=hold, check=check, hold_tokens=HELD_TOKENS):
         pass
 
 
@@ -155,7 +156,7 @@ def encode(
     down, across = sample(height - 2 * y, width - 2 * x)
     columns = (8 * (across + x)[:, None] + torch.arange(8)).flatten().numpy()
     blocks = [pixels[top : top + 8][:, columns] for top in (8 * (down + y)).tolist()]
-    _measure(stages, to_tensor(np.concatenate(blocks)), scratch, hold, check)
+    _measure(stages, to_tensor(np.concatenate(blocks)), scratch, hold, check, scale=8)
     all_bands = bands(width)
 
     def mean(number: int, band: Band) -> Tensor:
@@ -179,7 +180,7 @@ def rehearse(
         stages, channels, scale = decoder_stages(vae.decoder, vae.post_quant_conv), vae.config.latent_channels, 1
     down, across = sample(height, width)
     part = torch.empty(1, channels, scale * len(down), scale * len(across), device="meta")
-    _measure(stages, part, scratch, hold, _ignore)
+    _measure(stages, part, scratch, hold, _ignore, scale=scale)
     rows = scale * strip_rows(pushed)
     strips = (torch.empty(1, channels, rows, scale * pushed, device="meta") for _ in range(8))
     for _ in _stream(stages, strips, 8 * rows, _ignore, _ignore):
