@@ -198,16 +198,13 @@ def bench_decode(model: str, sizes: list[tuple[int, int]], modes: list[str], cei
     from tiler.weights.checkpoint import resolve
 
     channels = json.loads((resolve(model).folder / "vae/config.json").read_text())["latent_channels"]
-    rows = []
+    taesd, rows = "taesd" if channels == 4 else f"taesd{channels}", []
     for width, height in sizes:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "latents.safetensors"
             save_file({"latents": torch.randn(1, channels, height // 8, width // 8)}, path)
             for mode in modes:
-                tiny = (
-                    make_checkpoint.make("taesd" if channels == 4 else f"taesd{channels}") if mode == "tiny" else None
-                )
-                own = ("--tiny-vae", tiny) if tiny is not None else ()
+                own = ("--tiny-vae", make_checkpoint.make(taesd)) if mode == "tiny" else ()
                 report = tiler("decode", path, "--model", model, "--decode", mode, *own, "--max-ram", ceiling)
                 rows.append(
                     {

@@ -271,8 +271,7 @@ def test_guidance_of_one_runs_no_unconditional_half() -> None:
 
 
 def steps_of(asked: RenderRequest, size: tuple[int, int]) -> list[tuple[Text2ImageRegion, ...]]:
-    overlap = 0 if asked.layout is Layout.SHIFT else 2
-    tiles = plan_tiles(asked, canvas=size, tile=(8, 8), overlap=overlap)
+    tiles = plan_tiles(asked, canvas=size, tile=(8, 8), overlap=2)
     return [tiles_of_step(tiles, asked, number) for number in range(asked.num_inference_steps)]
 
 

@@ -28,7 +28,7 @@ from tiler.memory.plan import MARGIN, MemoryPlan, PhasePlan, Term
 from tiler.models import family as families
 from tiler.models.family import Autoencoder, Family
 from tiler.models.unet import predict_noise
-from tiler.request import Decode, GuideUpscale, Layout, RenderRequest, ScratchDtype, Wrap
+from tiler.request import Decode, GuideUpscale, RenderRequest, ScratchDtype, Wrap
 from tiler.weights.checkpoint import resolve_part
 from tiler.weights.index import TensorInfo
 from tiler.weights.store import PIECE_ELEMENTS, READ_AHEAD, TORCH_DTYPES
@@ -101,8 +101,6 @@ def plan_render(request: RenderRequest, family: Family, max_bytes: int) -> Rende
             f"{request.width}×{request.height} is smaller than a tile of this model; both sides must be at least {8 * side} pixels"
         )
     overlap = side // 4 if request.overlap is None else request.overlap // 8
-    if request.layout is Layout.SHIFT:
-        overlap = 0
     regions = plan_tiles(request, canvas=canvas, tile=(side, side), overlap=overlap)
     wanted = request.guide and request.guide_image is None and request.prompt is not None
     guide = guide_size(canvas, side, family.granularity, request.wrap.axes) if wanted else None

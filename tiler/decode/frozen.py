@@ -2,7 +2,8 @@
 
 Statistics come from a sample of the picture itself: small blocks at full resolution from all over it, laid side by side
 and worked on as one picture of at most 128×128 latents by `exact`. Of its keys and values 64×64 tokens are held for the
-attention; a picture of no more than these is decoded exactly. What rows hold back grows with the width: a wide picture is worked on in bands side by side, which overlap by what the convolutions see.
+attention; a picture of no more than these is decoded exactly. What rows hold back grows with the width: a wide picture
+is worked on in bands side by side, which overlap by what the convolutions see.
 """
 
 from __future__ import annotations

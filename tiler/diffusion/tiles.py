@@ -85,7 +85,7 @@ def plan_tiles(
 ) -> list[Text2ImageRegion]:
     """Every tile of the canvas with its normalised mask, in the order they are computed.
 
-    `canvas` and `tile` are (height, width), `overlap` the least overlap, all in latent pixels. Condition 0 is the
+    `canvas` and `tile` are (height, width), `overlap` the least overlap (of GRID), all in latent pixels. Condition 0 is the
     top-level prompt when there is one; the regions follow. Inside a region the top-level prompt only speaks within
     `overlap` of the region's border, fading inwards: it covers the rest of the canvas.
     Raises UsageError for regions that are too small or leave a hole.
@@ -97,8 +97,8 @@ def plan_tiles(
     if request.prompt is not None:
         rest = _rest_of_canvas(request, canvas, overlap)
         mask = _mask(request.mask, tile)
-        wrap = Wrap.XY if request.layout is Layout.SHIFT else request.wrap
-        for top, left in _grid(canvas, tile, overlap, wrap):
+        spacing = (0, Wrap.XY) if request.layout is Layout.SHIFT else (overlap, request.wrap)
+        for top, left in _grid(canvas, tile, *spacing):
             part = rest[_crop(top, left, tile, canvas)]
             if bool((part > 0).any()):
                 placed.append(_Placed(top, left, 0, request.guidance_scale, mask * part))
