@@ -25,13 +25,14 @@ PROGRAM = [sys.executable, "-c", "from tiler.cli.main import main; main()"]
 def test_help_names_every_command(tiler) -> None:
     ran = tiler("--help")
     assert ran.code == 0
-    for command in ("render", "plan", "decode", "doctor"):
+    for command in ("render", "plan", "decode", "quantize", "doctor"):
         assert command in ran.out
 
 
 def test_doctor(tiler) -> None:
     facts = tiler("doctor", "--json").json
     assert {"ram", "cgroup limit", "cores", "cpu", "compute dtype", "versions", "free disk"} <= facts.keys()
+    assert "weights" in facts["--precision int8"] or "activations" in facts["--precision int8"]
 
 
 def test_render_plan_and_decode(tiler, tiny: Path, tmp_path: Path) -> None:
@@ -58,8 +59,36 @@ def test_render_plan_and_decode(tiler, tiny: Path, tmp_path: Path) -> None:
     planned = tiler("plan", "a boat", *common, "--json").json
     assert planned["unet_calls"] == report["unet_calls"]
     assert planned["unet_samples"] == report["unet_samples"]
+    assert planned["expected_seconds"] >= 0
     assert tiler("decode", "z.safetensors", "--model", tiny, "-o", "b.png").code == 0
     assert Image.open(tmp_path / "a.png").tobytes() == Image.open(tmp_path / "b.png").tobytes()
+
+
+def test_presets_are_bundles_that_other_options_change(tiler, tiny: Path) -> None:
+    common = ("--model", tiny, "--size", 256, "--json")
+    quality = tiler("plan", "x", *common).json
+    fast = tiler("plan", "x", *common, "--preset", "fast").json
+    assert quality["presets"] == fast["presets"]
+    assert quality["unet_samples"] == quality["presets"]["quality"]["unet_samples"]
+    assert fast["unet_samples"] == fast["presets"]["fast"]["unet_samples"]
+    bundle = (
+        "--steps",
+        10,
+        "--strength",
+        0.4,
+        "--layout",
+        "shift",
+        "--guidance-interval",
+        "0-0.5",
+        "--precision",
+        "auto",
+    )
+    assert tiler("plan", "x", *common, *bundle).json["unet_samples"] == fast["unet_samples"]
+    assert fast["unet_samples"] * 6 < quality["unet_samples"]
+    grid = tiler("plan", "x", *common, "--preset", "fast", "--layout", "grid").json
+    assert grid["unet_samples"] > fast["unet_samples"]
+    # Tiles with an overlap of their own cannot shift: the preset's layout gives way.
+    assert tiler("plan", "x", *common, "--preset", "fast", "--overlap", 16).code == 0
 
 
 def test_a_sheet_of_paper_is_rendered_to_the_pixel(tiler, tiny: Path, tmp_path: Path) -> None:

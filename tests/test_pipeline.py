@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from tiler import Budget, Region, RenderRequest, events, planner, render
 from tiler.errors import BudgetExceeded
 from tiler.memory.process import read_rss
-from tiler.request import GuideUpscale, Layout, Scheduler, Wrap
+from tiler.request import GuideUpscale, Layout, Precision, Scheduler, Wrap
 
 
 def ask(model: Path | str, folder: Path, name: str = "x", **values: Any) -> RenderRequest:
@@ -63,12 +63,18 @@ def test_one_tile_is_what_stable_diffusion_pipeline_gives(
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"layout": Layout.SHIFT, "guidance_interval": (0.0, 0.7), "attention_window": 6}]
+    "settings",
+    [
+        {},
+        {"layout": Layout.SHIFT, "guidance_interval": (0.0, 0.7), "attention_window": 6},
+        {"precision": Precision.INT8, "cache_dir": Path("packed")},
+    ],
 )
 def test_same_seed_same_bytes_whatever_the_plan(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, object]
 ) -> None:
     """A low ceiling means small batches and streamed weights, a high one large batches and weights kept in memory."""
+    monkeypatch.chdir(tmp_path)
     files = []
     for batch, kept in ((1, False), (5, False), (16, True)):
         monkeypatch.setattr(planner, "MAX_BATCH", batch)
@@ -77,6 +83,7 @@ def test_same_seed_same_bytes_whatever_the_plan(
         name = f"batch{batch}"
         report = render(ask(tiny, tmp_path, name, width=136, height=104, **settings), roomy()).report
         monkeypatch.undo()
+        monkeypatch.chdir(tmp_path)
         latents = load_file(tmp_path / f"{name}.safetensors")["latents"]
         files.append((latents, np.asarray(Image.open(tmp_path / f"{name}.png")), report))
     for latents, pixels, _ in files[1:]:

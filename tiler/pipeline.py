@@ -38,7 +38,8 @@ from tiler.output.latents import load_latents, save_latents
 from tiler.output.picture import check_picture, write_picture
 from tiler.output.png import infotext
 from tiler.planner import RenderPlan, Steps, plan_decode, plan_render
-from tiler.request import Decode, GuideUpscale, RenderRequest, ScratchDtype, Wrap, check_decode, check_dpi
+from tiler.quantize import default_cache, packed_weights
+from tiler.request import Decode, GuideUpscale, Precision, RenderRequest, ScratchDtype, Wrap, check_decode, check_dpi
 from tiler.weights.checkpoint import resolve, resolve_part
 from tiler.weights.index import TensorInfo
 from tiler.weights.store import WeightStore
@@ -73,6 +74,7 @@ def render(request: RenderRequest, budget: Budget | None = None, on_event: OnEve
         work = _Work(request, plan, budget, on_event)
         # Holes in the heap count as data though no page of them is resident: 315 MB were seen under a ceiling of 800 MB.
         with process.limit_data(max(0, budget.max_bytes - process.read_rss().now) + budget.max_bytes):
+            work.prepare_weights()
             conditions = work.encode_prompts()
             guide_latents = work.guide_pass(conditions) if plan.guide is not None else None
             reference = work.reference(guide_latents)
@@ -92,7 +94,14 @@ class _Work:
     def __init__(self, request: RenderRequest, plan: RenderPlan, budget: Budget, on_event: OnEvent) -> None:
         self.request, self.plan, self.family, self.budget, self.on_event = request, plan, plan.family, budget, on_event
         self.scheduler_name = schedulers.choose(request.scheduler, plan.family.scheduler)
+        self.unet_weights = plan.family.checkpoint.weights("unet")
         self.unet_calls = self.unet_samples = self.weight_bytes_read = self.unet_bytes_read = 0
+
+    def prepare_weights(self) -> None:
+        """The UNet's weights in int8, where they are asked for: quantised now, or at an earlier run."""
+        if self.plan.precision is Precision.INT8:
+            cache = self.request.cache_dir or default_cache()
+            self.unet_weights = prepare_int8(self.family, cache, self.budget, self.on_event)
 
     def encode_prompts(self) -> canvas.Conditions:
         """Every prompt with its negative prompt, once."""
@@ -187,8 +196,7 @@ class _Work:
         if begin == steps:
             return latents
         unet = families.build_unet(self.family)
-        stored = self.family.checkpoint.weights("unet")
-        with self._streamed(unet, stored, families.plain_names, self.plan.resident[phase]) as streamer:
+        with self._streamed(unet, self.unet_weights, families.plain_names, self.plan.resident[phase]) as streamer:
             streamer.short = self.budget.short
 
             def predict(inputs: list[Tensor], timestep: Tensor, embeds: list[Tensor]) -> Tensor:
@@ -249,7 +257,7 @@ class _Work:
         """What --report writes."""
         return report(self.budget, self.plan.memory.peak_bytes) | {
             "unet_calls": self.unet_calls, "unet_samples": self.unet_samples, "tiles": len(self.plan.regions),
-            "tile_batch": self.plan.batch, "decode": self.plan.methods["decode"].name, "weight_bytes_read": self.weight_bytes_read, "unet_bytes_read": self.unet_bytes_read, "seed": self.request.seed,
+            "tile_batch": self.plan.batch, "precision": self.plan.precision.value, "decode": self.plan.methods["decode"].name, "weight_bytes_read": self.weight_bytes_read, "unet_bytes_read": self.unet_bytes_read, "seed": self.request.seed,
             "width": self.request.width, "height": self.request.height, "model": self.family.checkpoint.name,
             "revision": self.family.checkpoint.revision,
         }  # fmt: skip
@@ -263,7 +271,7 @@ class _Work:
             "CFG scale": r.guidance_scale, "Seed": r.seed, "Size": f"{r.width}x{r.height}", "Model": self.family.checkpoint.name,
             **({"Denoising strength": r.strength} if self.plan.begin else {}), "Version": f"tiler {metadata.version('tiler')}",
         }  # fmt: skip
-        request = {k: v for k, v in asdict(r).items() if k not in ("output", "save_latents", "force")}
+        request = {k: v for k, v in asdict(r).items() if k not in ("output", "save_latents", "cache_dir", "force")}
         data = json.dumps(request | {"peak_rss_bytes": self.budget.peak_rss_bytes}, default=str, ensure_ascii=False)
         prompt = r.prompt if r.prompt is not None else " | ".join(region.prompt for region in r.regions)
         return {"parameters": infotext(prompt, r.negative_prompt, fields), "tiler": data}
@@ -301,6 +309,42 @@ def decode_file(
         on_event(events.PhaseDone(name="decode", seconds=use.seconds, peak_rss_bytes=use.peak_rss_bytes))
     told = {"decode": how.name, "width": width, "height": height}
     return Result(output=output, report=report(budget, plan.peak_bytes) | told)
+
+
+def quantize_model(
+    model: str, cache: Path | None, *, budget: Budget | None = None, variant: str | None = None,
+    revision: str | None = None, on_event: OnEvent = lambda event: None,
+) -> Result:  # fmt: skip
+    """Write the int8 weights of a checkpoint into `cache` (None: the user's) unless they are there. Raises TilerError."""
+    with _inference(), budget or Budget() as budget:
+        family = families.read_family(resolve(model, variant=variant, revision=revision))
+        index = prepare_int8(family, cache or default_cache(), budget, on_event)
+    path = next(iter(index.values())).path
+    counts = {
+        kind: sum(math.prod(i.shape) for i in index.values() if (i.dtype == "I8") is kind) for kind in (True, False)
+    }
+    told = {"bytes": path.stat().st_size, "int8_share": counts[True] / sum(counts.values())}
+    return Result(output=path, report=report(budget, 0) | told)
+
+
+def prepare_int8(family: families.Family, cache: Path, budget: Budget, on_event: OnEvent) -> dict[str, TensorInfo]:
+    """The index of the checkpoint's int8 weights in `cache`, made first where they are missing. Raises TilerError."""
+    with budget.phase("quantize") as use:
+        tell = percent(on_event, "quantize")
+        told: list[str] = []
+
+        def progress(share: float, why: str) -> None:
+            if not told:
+                on_event(events.PhaseStarted(name="quantize", total=100))
+                on_event(events.Note(text=f"int8 weights go to {cache}: {why}"))
+                told.append(why)
+            tell(share)
+            budget.check("quantize")
+
+        index = packed_weights(family, cache, progress)
+    if told:
+        on_event(events.PhaseDone(name="quantize", seconds=use.seconds, peak_rss_bytes=use.peak_rss_bytes))
+    return index
 
 
 def at_layer(budget: Budget) -> Callable[[str], None]:

@@ -21,14 +21,14 @@ from tiler.diffusion.canvas import first_step
 from tiler.diffusion.guide import GuideSize, guide_size, picture_pixels
 from tiler.diffusion.tiles import Text2ImageRegion, guide_tiles, plan_tiles, tiles_of_step
 from tiler.errors import UsageError
-from tiler.memory import process
+from tiler.memory import cpu, process
 from tiler.memory.budget import NEAR
 from tiler.memory.meter import MetaMeter
 from tiler.memory.plan import MARGIN, MemoryPlan, PhasePlan, Term
 from tiler.models import family as families
 from tiler.models.family import Autoencoder, Family
-from tiler.models.unet import predict_noise
-from tiler.request import Decode, GuideUpscale, RenderRequest, ScratchDtype, Wrap
+from tiler.models.unet import int8_weights, predict_noise
+from tiler.request import Decode, GuideUpscale, Precision, RenderRequest, ScratchDtype, Wrap
 from tiler.weights.checkpoint import resolve_part
 from tiler.weights.index import TensorInfo
 from tiler.weights.store import PIECE_ELEMENTS, READ_AHEAD, TORCH_DTYPES
@@ -48,28 +48,15 @@ Steps = tuple[tuple[Text2ImageRegion, ...], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
-class RenderPlan:
-    """How a request is carried out. Sizes in latent pixels."""
+class Cut:
+    """How the work is cut into tiles and steps. Sizes in latent pixels."""
 
-    family: Family
     canvas: tuple[int, int]
     guide: GuideSize | None
     regions: tuple[Text2ImageRegion, ...]
     begin: int
     guide_steps: Steps
     canvas_steps: Steps
-    batch: int
-    resident: dict[str, dict[str, torch.dtype]]  # by phase: weights that stay in memory, by parameter name
-    decoder: Autoencoder  # what makes the picture: the checkpoint's own, or a tiny one
-    methods: dict[str, Method]  # how the autoencoder works for "guide decoded", "guide picture" and "decode"
-    memory: MemoryPlan
-    guide_batch: int
-
-    @property
-    def unet_calls(self) -> int:
-        """Passes over the UNet's weights."""
-        both = (self.guide_steps, self.guide_batch), (self.canvas_steps, self.batch)
-        return sum(math.ceil(sum(tile.samples for tile in step) / batch) for steps, batch in both for step in steps)
 
     @property
     def guide_samples(self) -> int:
@@ -80,20 +67,37 @@ class RenderPlan:
         return sum(tile.samples for step in self.canvas_steps for tile in step)
 
     @property
-    def upscale_flops(self) -> int:
-        """What bringing the guide to the canvas's size costs in the autoencoder's convolutions."""
-        return sum(method.flops for name, method in self.methods.items() if name != "decode")
-
-    @property
     def unet_samples(self) -> int:
         return self.guide_samples + self.canvas_samples
 
 
-def plan_render(request: RenderRequest, family: Family, max_bytes: int) -> RenderPlan:
-    """Cut the work so that it fits. The memory plan may still be over the ceiling: `plan.memory.check()` refuses.
+@dataclass(frozen=True, kw_only=True)
+class RenderPlan(Cut):
+    """How a request is carried out. Sizes in latent pixels."""
 
-    Raises UsageError for sizes, overlaps and regions that do not go with the model.
-    """
+    family: Family
+    batch: int
+    resident: dict[str, dict[str, torch.dtype]]  # by phase: weights that stay in memory, by parameter name
+    decoder: Autoencoder  # what makes the picture: the checkpoint's own, or a tiny one
+    methods: dict[str, Method]  # how the autoencoder works for "guide decoded", "guide picture" and "decode"
+    memory: MemoryPlan
+    guide_batch: int
+    precision: Precision  # fp32 or int8
+
+    @property
+    def unet_calls(self) -> int:
+        """Passes over the UNet's weights."""
+        both = (self.guide_steps, self.guide_batch), (self.canvas_steps, self.batch)
+        return sum(math.ceil(sum(tile.samples for tile in step) / batch) for steps, batch in both for step in steps)
+
+    @property
+    def upscale_flops(self) -> int:
+        """What bringing the guide to the canvas's size costs in the autoencoder's convolutions."""
+        return sum(method.flops for name, method in self.methods.items() if name != "decode")
+
+
+def cut_work(request: RenderRequest, family: Family) -> Cut:
+    """The tiles of every step. Raises UsageError for sizes, overlaps and regions that do not go with the model."""
     canvas = request.canvas_size[0] // 8, request.canvas_size[1] // 8
     side = family.native
     if min(canvas) < side:
@@ -111,6 +115,24 @@ def plan_render(request: RenderRequest, family: Family, max_bytes: int) -> Rende
         tuple(tiles_of_step(tiles, request, n) for n in range(first, request.num_inference_steps) if tiles)
         for tiles, first in ((regions, begin), (guide_regions, 0))
     )
+    return Cut(
+        canvas=canvas,
+        guide=guide,
+        regions=tuple(regions),
+        begin=begin,
+        guide_steps=guide_steps,
+        canvas_steps=canvas_steps,
+    )
+
+
+def plan_render(request: RenderRequest, family: Family, max_bytes: int) -> RenderPlan:
+    """Cut the work so that it fits. The memory plan may still be over the ceiling: `plan.memory.check()` refuses.
+
+    Raises UsageError for sizes, overlaps and regions that do not go with the model.
+    """
+    cut, side = cut_work(request, family), family.native
+    canvas, guide, guide_steps, canvas_steps = cut.canvas, cut.guide, cut.guide_steps, cut.canvas_steps
+    guided = guide is not None or request.guide_image is not None
     # Of the step with most: the tile of each sample.
     canvas_samples, guide_samples = (
         max(([i for i, r in enumerate(step) for _ in range(r.samples)] for step in steps), key=len, default=[0])
@@ -120,7 +142,13 @@ def plan_render(request: RenderRequest, family: Family, max_bytes: int) -> Rende
 
     unet = families.build_unet(family)
     stored = family.checkpoint.weights("unet")
-    streamer = Streamer(None)
+    precision = choose_precision(request.precision)
+    quantised = int8_weights(unet) if precision is Precision.INT8 else frozenset[str]()
+    stored |= {
+        name: stored[name]._replace(dtype="I8", nbytes=math.prod(stored[name].shape))
+        for name in quantised & stored.keys()
+    }
+    streamer = Streamer(None, int8_keys=quantised)
     stream_layers(unet, streamer)
     unet_terms = _weights_terms(unet, stored)
     width = family.text["hidden_size"]
@@ -161,7 +189,7 @@ def plan_render(request: RenderRequest, family: Family, max_bytes: int) -> Rende
             methods["guide decoded"] = method(vae, own, (guide.height, guide.width))
             picture.append(vae.phase("guide picture", (guide.height, guide.width), methods["guide decoded"]))
         decoding.append(max(picture, key=lambda p: p.peak_bytes))
-    canvas_bytes = 4 * family.latent_channels * canvas[0] * canvas[1] * 6 + 4 * side * side * len(regions)
+    canvas_bytes = 4 * family.latent_channels * canvas[0] * canvas[1] * 6 + 4 * side * side * len(cut.regions)
 
     def sampling(name: str, batch: int, height: int, breadth: int) -> PhasePlan:
         samples = canvas_samples if name == "canvas" else guide_samples
@@ -209,10 +237,16 @@ def plan_render(request: RenderRequest, family: Family, max_bytes: int) -> Rende
     if guide is not None:
         least.append(sampling("guide", 1, guide.height, guide.width).peak_bytes)
     return RenderPlan(
-        family=family, canvas=canvas, guide=guide, regions=tuple(regions), begin=begin, batch=batch, guide_steps=guide_steps,
-        canvas_steps=canvas_steps, resident=resident, decoder=decoder.kind, methods=methods, guide_batch=guide_batch,
+        **vars(cut), family=family, batch=batch, resident=resident, decoder=decoder.kind, methods=methods, guide_batch=guide_batch, precision=precision,
         memory=MemoryPlan(max_bytes=max_bytes, phases=tuple(phases), smallest_bytes=int(max(least) / MARGIN) + 1),
     )  # fmt: skip
+
+
+def choose_precision(wanted: Precision) -> Precision:
+    """AUTO is int8 where the processor has instructions made for it."""
+    if wanted is Precision.AUTO:
+        return Precision.INT8 if cpu.int8().dot else Precision.FP32
+    return wanted
 
 
 def plan_decode(
@@ -274,10 +308,10 @@ def _largest_batch(peak: Callable[[int], int], room: int, most: int) -> int:
 
 def _weights_terms(module: nn.Module, stored: dict[str, TensorInfo]) -> list[Term]:
     """What a streamed `module` keeps in memory all the time: read buffers, norms and biases."""
-    largest = max((layer.weight.numel() for layer in streamed_layers(module)), default=0)
-    elements = min(largest, PIECE_ELEMENTS)
-    itemsize = max(
-        (TORCH_DTYPES[info.dtype].itemsize for info in stored.values() if info.dtype in TORCH_DTYPES), default=2
+    pieces = (
+        min(math.prod(info.shape), PIECE_ELEMENTS) * TORCH_DTYPES[info.dtype].itemsize
+        for info in stored.values()
+        if info.dtype in TORCH_DTYPES
     )
     small = sum(
         p.numel() * 4
@@ -287,18 +321,20 @@ def _weights_terms(module: nn.Module, stored: dict[str, TensorInfo]) -> list[Ter
     )
     return [
         Term(name="norms, biases", nbytes=small),
-        Term(name="read buffers", nbytes=(READ_AHEAD + 1) * elements * itemsize),
+        Term(name="read buffers", nbytes=(READ_AHEAD + 1) * max(pieces, default=0)),
     ]
 
 
 def _choose_resident(part: nn.Module, stored: dict[str, TensorInfo], room: int) -> dict[str, torch.dtype]:
-    """What the ceiling leaves over holds weights: all in fp32 if they fit, else a fixed subset as stored.
+    """What the ceiling leaves over holds weights: all as they are computed with if they fit, else a fixed subset as stored.
 
     Access is cyclic, so which ones does not matter for the bytes read; the first in the order of use are taken.
     """
     layers = [layer for layer in streamed_layers(part) if layer.key in stored]
-    if sum(layer.weight.numel() for layer in layers) * 4 <= room:
-        return {layer.key: torch.float32 for layer in layers}
+    int8 = {layer.key for layer in layers if stored[layer.key].dtype == "I8" and cpu.int8().levels}
+    computed = {layer.key: torch.int8 if layer.key in int8 else torch.float32 for layer in layers}
+    if sum(layer.weight.numel() * computed[layer.key].itemsize for layer in layers) <= room:
+        return computed
     chosen: dict[str, torch.dtype] = {}
     for layer in layers:
         info = stored[layer.key]

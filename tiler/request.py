@@ -76,12 +76,38 @@ class Decode(StrEnum):
     TINY = "tiny"
 
 
+class Precision(StrEnum):
+    """What the UNet's layers are computed in; AUTO takes int8 where the processor has dot products of 8-bit integers."""
+
+    FP32 = "fp32"
+    INT8 = "int8"
+    AUTO = "auto"
+
+
+class Preset(StrEnum):
+    """Bundles of settings; whatever is given beside one replaces its part."""
+
+    QUALITY = "quality"
+    BALANCED = "balanced"
+    FAST = "fast"
+
+
 class ScratchDtype(StrEnum):
     """How the exact decoder stores activations on disk."""
 
     FP16 = "fp16"
     FP32 = "fp32"
 
+
+# What a preset changes in a RenderRequest; `quality` is its defaults.
+PRESETS: Mapping[Preset, Mapping[str, Any]] = {
+    Preset.QUALITY: {},
+    Preset.BALANCED: {"guidance_interval": (0.0, 0.6), "layout": Layout.SHIFT},
+    Preset.FAST: {
+        "num_inference_steps": 10, "strength": 0.4, "guidance_interval": (0.0, 0.5), "layout": Layout.SHIFT,
+        "precision": Precision.AUTO,
+    },
+}  # fmt: skip
 
 _DIFFUSERS_NAMES = {
     "ddimscheduler": Scheduler.DDIM,
@@ -164,7 +190,7 @@ class RenderRequest:
 
     `prompt` may be None when `regions` cover the canvas. `strength` is img2img's denoising strength: the share of the
     schedule that the canvas denoises after the guide. `attention_window` is in latents, None is all of a tile. `overlap` None is a quarter of a tile, `scratch` None
-    the folder of `output`, `guidance_interval` the share of the schedule, from noise to picture, in which guidance works,
+    the folder of `output`, `cache_dir` None the user's cache folder, `guidance_interval` the share of the schedule, from noise to picture, in which guidance works,
     `dpi` what the file says of its resolution, `bleed_mm` what a PDF says will be cut off each
     edge. Raises UsageError.
     """
@@ -190,6 +216,8 @@ class RenderRequest:
     guide_upscale: GuideUpscale = GuideUpscale.PIXEL
     layout: Layout = Layout.GRID
     attention_window: int | None = None
+    precision: Precision = Precision.FP32
+    cache_dir: Path | None = None
     overlap: int | None = None
     mask: Mask = Mask.GAUSSIAN
     wrap: Wrap = Wrap.NONE

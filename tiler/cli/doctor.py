@@ -14,27 +14,12 @@ import typer
 from tiler.cli import options as o
 from tiler.memory.budget import format_mb
 
-_FLAGS = (
-    "avx2",
-    "avx512f",
-    "avx512_vnni",
-    "avx_vnni",
-    "avx512_bf16",
-    "amx_tile",
-    "amx_int8",
-    "fphp",
-    "asimdhp",
-    "asimddp",
-    "i8mm",
-    "bf16",
-    "sve",
-)
-
 
 def command(json_output: o.Json = False) -> None:
     """Show memory, limits, cores, CPU flags, dtypes and why, versions, free disk."""
     import psutil
 
+    from tiler.memory import cpu
     from tiler.memory.process import available_ram, cgroup_limit
 
     available, total = available_ram()
@@ -44,9 +29,11 @@ def command(json_output: o.Json = False) -> None:
         "cgroup limit": "none" if limit is None else format_mb(limit),
         "swap": format_mb(psutil.swap_memory().total),
         "cores": f"{psutil.cpu_count(logical=False)} physical, {len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} usable",
-        "cpu": f"{platform.machine()}: {', '.join(_cpu_flags()) or 'no known flags'}",
+        "cpu": f"{platform.machine()}: {', '.join(cpu.flags()) or 'no known flags'}",
         "storage dtype": "as in the checkpoint (fp16, bf16 or fp32); weights are cast when they are used",
         "compute dtype": "fp32: half-precision arithmetic is slower than fp32 on CPUs without AMX, and overflows in SD's VAE",
+        "--precision int8": cpu.int8().why,
+        "--precision auto": "int8" if cpu.int8().dot else "fp32: int8 is faster here too, but coarser than 8 bits",
         "accumulation dtype": "fp32 canvas, fp64 mask sums",
         "free disk": f"{format_mb(shutil.disk_usage(Path.cwd()).free)} in {Path.cwd()}",
         "hub cache": os.environ.get("HF_HUB_CACHE") or str(Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface") / "hub"),
@@ -57,15 +44,3 @@ def command(json_output: o.Json = False) -> None:
         return
     for name, value in facts.items():
         typer.echo(f"{name:20}{value}")
-
-
-def _cpu_flags() -> list[str]:
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return []
-    have = set()
-    for line in text.splitlines():
-        if line.startswith(("flags", "Features")):
-            have |= set(line.split(":", 1)[1].split())
-    return [flag for flag in _FLAGS if flag in have]

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from tiler.cli import decode, doctor, plan, render
+from tiler.cli import decode, doctor, plan, quantize, render
 from tiler.errors import TilerError
 
 app = typer.Typer(
@@ -27,6 +27,7 @@ app = typer.Typer(
 app.command("render")(render.command)
 app.command("plan")(plan.command)
 app.command("decode")(decode.command)
+app.command("quantize")(quantize.command)
 app.command("doctor")(doctor.command)
 
 

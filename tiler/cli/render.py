@@ -10,7 +10,7 @@ import typer
 
 from tiler.cli import options as o
 from tiler.memory.budget import Budget, format_mb
-from tiler.request import Decode, GuideUpscale, Layout, Mask, ScratchDtype, Wrap
+from tiler.request import Decode, GuideUpscale, Mask, Preset, ScratchDtype, Wrap
 
 
 def command(
@@ -27,17 +27,20 @@ def command(
     dpi: o.Dpi = None,
     bleed: o.Bleed = "0mm",
     negative_prompt: o.Negative = "",
-    steps: o.Steps = 20,
+    preset: o.PresetName = Preset.QUALITY,
+    steps: o.Steps = None,
     guidance_scale: o.Guidance = 7.5,
-    guidance_interval: o.Interval = "0-1",
+    guidance_interval: o.Interval = None,
     seed: o.Seed = -1,
-    strength: o.Strength = 0.5,
+    strength: o.Strength = None,
     scheduler: o.SchedulerName = "auto",
     guide: o.Guide = None,
     guide_upscale: o.UpscaleKind = GuideUpscale.PIXEL,
     no_guide: o.NoGuide = False,
-    layout: o.TileLayout = Layout.GRID,
+    layout: o.TileLayout = None,
     attention_window: o.AttentionWindow = None,
+    precision: o.PrecisionKind = None,
+    cache_dir: o.CacheDir = None,
     overlap: o.Overlap = None,
     mask: o.MaskKind = Mask.GAUSSIAN,
     wrap: o.WrapAxes = Wrap.NONE,

@@ -19,14 +19,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class MetaMeter(TorchDispatchMode):
-    """A context in which operations on meta tensors are counted. `peak_bytes` is the highest sum of what was alive,
-    `flops` the arithmetic of its convolutions (two for each multiply-add)."""
+    """A context in which operations on meta tensors are counted. `peak_bytes` is the highest sum of what was alive; the
+    arithmetic, two for each multiply-add: `flops` of convolutions, `linear_flops`, `attention_flops`."""
 
     def __init__(self) -> None:
         super().__init__()
         self.live_bytes = 0
         self.peak_bytes = 0
-        self.flops = 0  # of convolutions
+        self.flops = self.linear_flops = self.attention_flops = 0
         self._seen: weakref.WeakSet[Any] = weakref.WeakSet()
         self._by_shape = _ByShape(self)
 
@@ -119,8 +119,11 @@ class _ByShape(TorchFunctionMode):
                 [max(sides) for sides in zip(*((1,) * (rank - len(s)) + tuple(s) for s in shapes), strict=True)]
             )
         if func is F.scaled_dot_product_attention:
-            return x.new_empty(*x.shape[:-1], args[2].shape[-1])
+            key, value = args[1:3]
+            self.meter.attention_flops += 2 * x[..., 0].numel() * key.shape[-2] * (x.shape[-1] + value.shape[-1])
+            return x.new_empty(*x.shape[:-1], value.shape[-1])
         if func is F.linear:
+            self.meter.linear_flops += 2 * x.numel() * args[1].shape[0]
             return x.new_empty(*x.shape[:-1], args[1].shape[0])
         if func in (F.conv2d, torch.conv2d):
             out = self._conv2d(x, *args[1:], **kwargs)

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tiler.weights.stream import Streamer
+from tiler.memory.meter import MetaMeter
+from tiler.weights.stream import SMALL, Streamer, stream_layers
 
 if TYPE_CHECKING:
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
@@ -36,6 +37,30 @@ class Windows(NamedTuple):
         """Windows of a step, elsewhere than at the step before."""
         rng = random.Random(f"{seed} {float(timestep)}")
         return cls(size, rng.randrange(size), rng.randrange(size))
+
+
+# Weights that stay as they are where others become int8: their names hold one of these (scripts/sensitivity.py).
+FP32_NAMES = ("time_emb", "conv_in.", "conv_out.")
+
+
+def int8_weights(unet: UNet2DConditionModel) -> frozenset[str]:
+    """The parameters that are quantised where int8 is asked for."""
+    layers = ((n, m) for n, m in unet.named_modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d))
+    names = (f"{name}.weight" for name, layer in layers if layer.weight.numel() > SMALL)
+    return frozenset(name for name in names if not any(part in name for part in FP32_NAMES))
+
+
+def order_of_use(unet: UNet2DConditionModel) -> list[str]:
+    """All parameters of a meta-device UNet: what is loaded at once, then what a pass streams, as it comes."""
+    streamer, meta = Streamer(None), torch.device("meta")
+    everything = [name for name, _ in unet.named_parameters()]
+    stream_layers(unet, streamer)
+    side, config = 2**unet.num_upsamplers, unet.config
+    with MetaMeter(), torch.no_grad():
+        latents = torch.empty(1, config.in_channels, side, side, device=meta)
+        text = torch.empty(1, 77, config.cross_attention_dim, device=meta)
+        predict_noise(unet, streamer, [latents], torch.empty((), device=meta), [text])
+    return [name for name in everything if name not in streamer.used] + list(streamer.used)
 
 
 def _ignore(where: str) -> None:
@@ -86,6 +111,8 @@ def predict_noise(
         inputs.clear()
         return streamer.run(_WithText(module), calls)
 
+    if streamer.int8_keys:  # oneDNN's int8 convolutions take and give channels last
+        latents = [x if x.is_meta else x.contiguous(memory_format=torch.channels_last) for x in latents]
     hidden = each("unet.conv_in", unet.conv_in, list(latents))
     skips = [list(hidden)]
     for i, block in enumerate(unet.down_blocks):

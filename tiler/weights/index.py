@@ -48,6 +48,18 @@ def open_regular(path: Path) -> int:
 
 def read_index(path: Path) -> dict[str, TensorInfo]:
     """The tensors of one safetensors file by name. Raises ModelError for every way the file can be bad."""
+    header, data_start, size = _header(path)
+    return _validate(path, header, data_start=data_start, size=size)
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The texts that a safetensors file says of itself. Raises ModelError."""
+    texts = _header(path)[0].get("__metadata__", {})
+    return texts if isinstance(texts, dict) else {}
+
+
+def _header(path: Path) -> tuple[dict[str, Any], int, int]:
+    """The JSON header, where the data begin, and the file's size."""
     fd = open_regular(path)
     try:
         size = os.fstat(fd).st_size
@@ -57,10 +69,9 @@ def read_index(path: Path) -> dict[str, TensorInfo]:
         length = int.from_bytes(start, "little")
         if length > MAX_HEADER_BYTES or length > size - 8:
             raise ModelError(f"{path}: {_sniff(os.pread(fd, 512, 0), length, size)}")
-        header = _parse(path, os.pread(fd, length, 8))
+        return _parse(path, os.pread(fd, length, 8)), 8 + length, size
     finally:
         os.close(fd)
-    return _validate(path, header, data_start=8 + length, size=size)
 
 
 def merge_indexes(paths: list[Path]) -> dict[str, TensorInfo]:

@@ -19,7 +19,8 @@ import torch
 from tiler.errors import ModelError, NumericalError, StorageError
 from tiler.weights.index import TensorInfo, open_regular
 
-TORCH_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+TORCH_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "I8": torch.int8}
+SCALE = ".scale"  # the fp32 factors of an int8 tensor's rows stand beside it under this ending
 PIECE_ELEMENTS = 4 * 2**20  # 8 MiB of fp16, 16 MiB once cast
 READ_AHEAD = 1  # pieces in flight; each has a buffer of its own
 
@@ -37,6 +38,12 @@ def piece_rows(row_elements: int, piece_elements: int) -> int:
     return max(32, piece_elements // max(1, row_elements) // 32 * 32)
 
 
+def check_dtype(info: TensorInfo, index: dict[str, TensorInfo]) -> None:
+    """Raises ModelError for a tensor that cannot be read: of another dtype, or int8 without its scales."""
+    if info.dtype not in TORCH_DTYPES or (info.dtype == "I8" and info.name + SCALE not in index):
+        raise ModelError(f"{info.path}: tensor {info.name!r} is stored as {info.dtype}; tiler reads F16, BF16 and F32")
+
+
 class WeightStore:
     """Tensors of one model, by the model's own parameter names.
 
@@ -50,6 +57,7 @@ class WeightStore:
         self.piece_elements = piece_elements
         self.bytes_read = 0
         self.resident: dict[str, torch.Tensor] = {}
+        self._scales: dict[str, torch.Tensor] = {}
         self._check_finite = check_finite
         self._checked: set[Piece] = set()
         self._next: dict[Piece, Piece] = {}  # which piece was asked for after which
@@ -60,10 +68,7 @@ class WeightStore:
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tiler-read-ahead")
         try:
             for info in index.values():
-                if info.dtype not in TORCH_DTYPES:
-                    raise ModelError(
-                        f"{info.path}: tensor {info.name!r} is stored as {info.dtype}; tiler reads F16, BF16 and F32"
-                    )
+                check_dtype(info, index)
                 if info.path not in self._fds:
                     self._fds[info.path] = open_regular(info.path)
         except BaseException:
@@ -96,6 +101,17 @@ class WeightStore:
         self._cast(Piece(name, 0, rows), self._read(Piece(name, 0, rows), self._new_buffer(info.nbytes)), out)
         return out
 
+    @property
+    def int8(self) -> frozenset[str]:
+        """The names of the tensors stored as int8."""
+        return frozenset(name for name, info in self.index.items() if info.dtype == "I8")
+
+    def scale(self, name: str) -> torch.Tensor:
+        """The factors (rows,) fp32 of an int8 tensor; they stay in memory."""
+        if name not in self._scales:
+            self._scales[name] = self.load(name + SCALE)
+        return self._scales[name]
+
     def rows(self, name: str, rows: list[int]) -> torch.Tensor:
         """Single rows of a table in fp32: (len(rows), *shape[1:])."""
         out = torch.empty((len(rows), *self.index[name].shape[1:]), dtype=torch.float32)
@@ -112,9 +128,9 @@ class WeightStore:
         return [Piece(name, first, min(first + step, total)) for first in range(0, total, step)]
 
     def fetch(self, piece: Piece, out: torch.Tensor) -> None:
-        """Cast a piece into `out` (rows × rest, fp32), and start reading what followed it last time."""
+        """Cast a piece into `out` (rows × rest, fp32; int8 as stored), and start reading what followed it last time."""
         if (kept := self.resident.get(piece.name)) is not None:
-            out.copy_(kept[piece.first : piece.last].view_as(out))
+            self._convert(piece, kept[piece.first : piece.last], out)
             return
         if self._last is not None:
             self._next[self._last] = piece
@@ -131,7 +147,7 @@ class WeightStore:
         kept = torch.empty(info.shape, dtype=dtype)
         for piece in self.pieces(name):
             raw = self._read(piece, self._take_buffer())
-            kept[piece.first : piece.last] = raw[: self._bytes(piece)].view(stored).view((-1, *info.shape[1:]))
+            self._convert(piece, raw[: self._bytes(piece)].view(stored), kept[piece.first : piece.last])
             self._buffers.append(raw)
         self.resident[name] = kept
 
@@ -192,9 +208,14 @@ class WeightStore:
 
     def _cast(self, piece: Piece, raw: torch.Tensor, out: torch.Tensor) -> None:
         info = self.index[piece.name]
-        out.copy_(raw[: self._bytes(piece)].view(TORCH_DTYPES[info.dtype]).view_as(out))
-        if self._check_finite and piece not in self._checked:
+        self._convert(piece, raw[: self._bytes(piece)].view(TORCH_DTYPES[info.dtype]), out)
+        if self._check_finite and out.dtype == torch.float32 and piece not in self._checked:
             # Once for each piece: the sum of finite fp32 weights of this size is finite.
             if not torch.isfinite(out.sum()):
                 raise NumericalError(f"{info.path}: tensor {piece.name!r} holds NaN or Inf; download the file again")
             self._checked.add(piece)
+
+    def _convert(self, piece: Piece, stored: torch.Tensor, out: torch.Tensor) -> None:
+        out.copy_(stored.view_as(out))
+        if stored.dtype == torch.int8 and out.dtype == torch.float32:
+            out.mul_(self.scale(piece.name)[piece.first : piece.last].view(-1, *(1,) * (out.ndim - 1)))

@@ -10,7 +10,7 @@ samples so that one read of the weights serves all of them:
   its weights in pieces, each applied to every sample.
 
 Arithmetic never sees the batch: every matrix product is one sample's, over pieces cut at the same rows, so results do
-not depend on how many samples share a read. On meta tensors the same code computes shapes only, which is how the
+not depend on how many samples share a read. Layers stored as int8 are computed in int8 (int8.py), where sums are exact. On meta tensors the same code computes shapes only, which is how the
 planner predicts the peak. Knows nothing of Stable Diffusion.
 """
 
@@ -27,75 +27,100 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from tiler.errors import ModelError
-from tiler.memory import process
+from tiler.memory import cpu, process
+from tiler.weights import int8
 from tiler.weights.index import TensorInfo
-from tiler.weights.store import PIECE_ELEMENTS, TORCH_DTYPES, WeightStore, piece_rows
+from tiler.weights.store import PIECE_ELEMENTS, SCALE, WeightStore, check_dtype, piece_rows
 
 ARENA_BYTES = 76 * 2**20  # fp32; the largest unit of SD 1.5 worth holding is its widest feed-forward, 78.7 MB
+INT8_ARENA_BYTES = 46 * 2**20  # the widest resnet of SD 1.5 whole
 SMALL = 64 * 1024  # parameters of up to this many elements are loaded at once and stay
 
 
 class Arena:
-    """Room for fp32 weights, used again and again. Where memory is short, what the next use does not need goes back to the
+    """Room for weights, used again and again. Where memory is short, what the next use does not need goes back to the
     system: the units with the largest weights are not those with the largest activations, and need not add up."""
 
     def __init__(self, nbytes: int) -> None:
         self._map = mmap.mmap(-1, max(nbytes, mmap.PAGESIZE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        self._floats = torch.frombuffer(self._map, dtype=torch.float32)
+        self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
         self._touched = 0
 
     def __len__(self) -> int:
-        return len(self._floats)
+        return len(self._bytes)
 
-    def take(self, count: int, *, short: bool) -> Tensor:
-        """The first `count` elements; what they hold is undefined. Whatever was taken before is gone."""
-        end = -(-4 * count // mmap.PAGESIZE) * mmap.PAGESIZE
+    def take(self, nbytes: int, *, short: bool) -> Tensor:
+        """The first `nbytes`; what they hold is undefined. Whatever was taken before is gone."""
+        end = -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
         if short and end < self._touched and hasattr(mmap, "MADV_DONTNEED"):
             self._map.madvise(mmap.MADV_DONTNEED, end, self._touched - end)
             self._touched = end
         self._touched = max(self._touched, end)
-        return self._floats[:count]
+        return self._bytes[:nbytes]
 
 
 class Streamer:
     """The weights of one module tree: what is held in the arena now, what stays, and what is fetched.
 
-    With `store=None` nothing is loaded: for planning on meta tensors. `short` says whether memory is short: then what one
-    sample freed goes back to the system before the next one runs, and so does what the arena does not need.
+    With `store=None` nothing is loaded: for planning on meta tensors; `int8_keys` then names the weights that will be stored
+    as int8. Where the processor has the instructions, these are computed with as int8 too. `short` says whether memory is
+    short: then what one sample freed goes back to the system before the next one runs, and so does what the arena does not
+    need.
     """
 
-    def __init__(self, store: WeightStore | None, *, arena_bytes: int = ARENA_BYTES) -> None:
+    def __init__(
+        self, store: WeightStore | None, *, int8_keys: frozenset[str] = frozenset(), arena_bytes: int | None = None
+    ) -> None:
         self.store = store
-        self.arena_bytes = arena_bytes
+        stored = int8_keys if store is None else store.int8
+        self.int8_keys = stored if cpu.int8().levels else frozenset[str]()
+        self.arena_bytes = arena_bytes or (INT8_ARENA_BYTES if self.int8_keys else ARENA_BYTES)
         self.short: Callable[[], bool] = lambda: False
         self.held: dict[str, Tensor] = {}
+        self.packed: dict[str, int8.Packed] = {}
+        self.used: dict[str, None] = {}  # names in the order of first use
         self.holding = False
-        self._arena = Arena(0 if store is None else arena_bytes)
+        self._arena = Arena(0 if store is None else self.arena_bytes)
+
+    def nbytes(self, layer: StreamedLayer) -> int:
+        """What its weight takes while it is held."""
+        return layer.weight.numel() * (1 if layer.key in self.int8_keys else 4)
 
     def fits(self, module: nn.Module) -> bool:
-        """Whether all streamed weights of `module` can be held in the arena at once."""
-        return sum(layer.weight.numel() for layer in streamed_layers(module)) * 4 <= self.arena_bytes
+        """Whether all streamed weights of `module` can be held at once."""
+        return sum(self.nbytes(layer) for layer in streamed_layers(module)) <= self.arena_bytes
 
     @contextmanager
     def hold(self, module: nn.Module) -> Iterator[None]:
-        """Load all streamed weights of `module` into the arena; they are gone afterwards."""
+        """Load all streamed weights of `module`, fp32 into the arena, int8 beside it; they are gone afterwards."""
         assert not self.holding
         self.holding, planned = True, None
         layers = [layer for layer in streamed_layers(module) if self.store is None or not self._kept(layer)]
-        count = sum(layer.weight.numel() for layer in layers)
+        floats = [layer for layer in layers if layer.key not in self.int8_keys]
+        integers = [layer for layer in layers if layer.key in self.int8_keys]
+        fixed, staged = sum(map(self.nbytes, floats)), max(map(self.nbytes, integers), default=0)
         if self.store is None:
-            planned = torch.empty(count, device="meta")  # counted by whoever plans
+            self.used.update(dict.fromkeys(layer.key for layer in layers))
+            packed = sum(map(self.nbytes, integers))
+            planned = torch.empty(fixed + staged + packed, device="meta", dtype=torch.uint8)  # counted by whoever plans
         else:
-            room = self._arena.take(count, short=self.short())
-            for layer, weight in zip(layers, room.split([layer.weight.numel() for layer in layers]), strict=True):
+            room = self._arena.take(fixed + staged, short=self.short())
+            weights = room[:fixed].view(torch.float32).split([layer.weight.numel() for layer in floats])
+            for layer, weight in zip(floats, weights, strict=True):
                 weight = weight.view(layer.weight.shape)
                 for piece in self.store.pieces(layer.key):
                     self.store.fetch(piece, weight[piece.first : piece.last])
                 self.held[layer.key] = weight
+            for layer in integers:
+                rows = room[fixed : fixed + layer.weight.numel()].view(torch.int8).view(layer.weight.shape)
+                for piece in self.store.pieces(layer.key):
+                    self.store.fetch(piece, rows[piece.first : piece.last])
+                self.packed[layer.key] = int8.pack(layer, 0, rows, self.store.scale(layer.key))
         try:
             yield
         finally:
             self.held.clear()
+            self.packed.clear()
             self.holding = False
             del planned
 
@@ -112,20 +137,41 @@ class Streamer:
     def whole(self, layer: StreamedLayer) -> Tensor | None:
         """The layer's weight in fp32 if it is in memory already."""
         if self.store is None:
+            self.used[layer.key] = None
             return layer.weight
         return self.store.resident[layer.key] if self._kept(layer) else self.held.get(layer.key)
 
-    def parts(self, layer: StreamedLayer) -> Iterator[tuple[int, int, Tensor]]:
-        """(first, last, weight rows in fp32), one after another in the same buffer."""
+    def parts(self, layer: StreamedLayer, dtype: torch.dtype = torch.float32) -> Iterator[tuple[int, int, Tensor]]:
+        """(first, last, weight rows in fp32 or int8), one after another in the same buffer."""
         assert self.store is not None
         shape = layer.weight.shape
         for piece in self.store.pieces(layer.key):
             count = (piece.last - piece.first) * layer.weight[0].numel()
+            nbytes = count * dtype.itemsize
             # The arena is free here: a held module never asks for parts. Only a piece wider than it needs its own room.
-            rows = self._arena.take(count, short=self.short()) if count <= len(self._arena) else torch.empty(count)
+            rows = (
+                self._arena.take(nbytes, short=self.short()).view(dtype)
+                if nbytes <= len(self._arena)
+                else torch.empty(count, dtype=dtype)
+            )
             rows = rows.view(piece.last - piece.first, *shape[1:])
             self.store.fetch(piece, rows)
             yield piece.first, piece.last, rows
+
+    def packs(self, layer: StreamedLayer) -> Iterator[int8.Packed]:
+        """The layer's int8 weight, held or piece by piece."""
+        if self.store is None:
+            self.used[layer.key] = None
+            count = 2 * piece_rows(layer.weight[0].numel(), PIECE_ELEMENTS)  # as stored, and packed: counted
+            planned = None if self.holding else layer.weight.new_empty(count, *layer.weight.shape[1:], dtype=torch.int8)
+            yield int8.Packed(0, len(layer.weight), layer.weight, layer.weight)
+            del planned
+        elif (held := self.packed.get(layer.key)) is not None:
+            yield held
+        else:
+            scale = self.store.scale(layer.key)
+            for first, last, rows in self.parts(layer, torch.int8):
+                yield int8.pack(layer, first, rows, scale[first:last])
 
     def run(self, module: nn.Module, calls: list[tuple[Tensor, ...]], **shared: object) -> list[Tensor]:
         """`module(*call, **shared)` for each call (tensors of batch 1) under one read of its weights.
@@ -190,23 +236,33 @@ class StreamedLayer(nn.Module):
 class StreamedLinear(nn.Linear, StreamedLayer):
     def forward(self, x: Tensor) -> Tensor:
         """x: (batch, ..., in) fp32 → (batch, ..., out)."""
+        if self.key in self.streamer.int8_keys:
+
+            def product(sample: int8.Quantized, weight: int8.Packed, bias: Tensor | None) -> Tensor:
+                return int8.linear(sample, weight, bias).view(1, *x.shape[1:-1], weight.last - weight.first)
+
+            return _by_rows_int8(self, x, -1, int8.quantize_tokens, product)
         return _by_rows(self, x, x.new_empty(*x.shape[:-1], self.out_features), -1, F.linear)
 
 
 class StreamedConv2d(nn.Conv2d, StreamedLayer):
     def forward(self, x: Tensor) -> Tensor:
         """x: (batch, in, height, width) fp32 → (batch, out, height', width')."""
+        if self.key in self.streamer.int8_keys:
+            pointwise = int8.is_pointwise(self)  # then each pixel is a token, with a scale of its own
+
+            def product(sample: int8.Quantized, weight: int8.Packed, bias: Tensor | None) -> Tensor:
+                if not pointwise:
+                    return int8.conv2d(sample, weight, bias, self)
+                return int8.linear(sample, weight, bias).view(1, *x.shape[2:], -1).permute(0, 3, 1, 2)
+
+            return _by_rows_int8(self, x, 1, int8.quantize_pixels if pointwise else int8.quantize_image, product)
 
         def conv(sample: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             return F.conv2d(sample[None], weight, bias, self.stride, self.padding, self.dilation, self.groups)[0]
 
-        sizes = [
-            (n + 2 * p - d * (k - 1) - 1) // s + 1
-            for n, p, d, k, s in zip(
-                x.shape[2:], _pair(self.padding), self.dilation, self.kernel_size, self.stride, strict=True
-            )
-        ]
-        return _by_rows(self, x, x.new_empty(len(x), self.out_channels, *sizes), 0, conv)
+        sides = int8.conv_sides(self, x.shape[2:])
+        return _by_rows(self, x, x.new_empty(len(x), self.out_channels, *sides), 0, conv)
 
 
 class StreamedEmbedding(nn.Embedding, StreamedLayer):
@@ -247,9 +303,30 @@ def _by_rows(layer: StreamedLayer, x: Tensor, out: Tensor, axis: int, op: Callab
     return out
 
 
-def _pair(padding: str | tuple[int, ...]) -> tuple[int, ...]:
-    assert not isinstance(padding, str)
-    return padding
+def _by_rows_int8(
+    layer: StreamedLayer,
+    x: Tensor,
+    axis: int,
+    quantize: Callable[[Tensor], int8.Quantized],
+    product: Callable[..., Tensor],
+) -> Tensor:
+    """The same for an int8 weight: each sample is quantised once, each piece of the weight applied to all of them.
+    `axis` of a batch is where the output channels lie."""
+    bias: Tensor | None = layer.bias  # type: ignore[assignment]
+    streamer = layer.streamer
+    if not streamer.holding and streamer.fits(layer):
+        with streamer.hold(layer):
+            return _by_rows_int8(layer, x, axis, quantize, product)
+    samples = [quantize(sample) for sample in x]
+    columns: list[list[Tensor]] = [[] for _ in samples]
+    for weight in streamer.packs(layer):
+        for column, sample in zip(columns, samples, strict=True):
+            column.append(product(sample, weight, None if bias is None else bias[weight.first : weight.last]))
+    return _joined([_joined(column, axis) for column in columns], 0)
+
+
+def _joined(parts: list[Tensor], axis: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, axis)
 
 
 def _first(result: object) -> Tensor:
@@ -308,7 +385,8 @@ def match_index(
 ) -> dict[str, TensorInfo]:
     """The stored tensor of every parameter of `module`. `rename` gives the names a parameter may have in files.
 
-    Raises ModelError naming the first parameter that is missing, has another shape, or an unusable dtype.
+    An int8 tensor brings its scales. Raises ModelError naming the first parameter that is missing, has another shape, or an
+    unusable dtype.
     """
     where = next(iter(stored.values())).path.parent if stored else "the checkpoint"
     matched = {}
@@ -322,9 +400,8 @@ def match_index(
             raise ModelError(
                 f"{info.path}: tensor {info.name!r} has shape {list(info.shape)}, config.json asks for {list(want)}"
             )
-        if info.dtype not in TORCH_DTYPES:
-            raise ModelError(
-                f"{info.path}: tensor {info.name!r} is stored as {info.dtype}; tiler reads F16, BF16 and F32"
-            )
+        check_dtype(info, stored)
         matched[name] = info._replace(shape=want)
+        if (scale := stored.get(info.name + SCALE)) is not None:
+            matched[name + SCALE] = scale
     return matched

@@ -1,0 +1,88 @@
+"""How much each kind of layer loses as int8: one UNet call with only that kind quantised, against fp32.
+
+    python scripts/sensitivity.py                       SD 1.5's size, random weights
+    python scripts/sensitivity.py --model mini --levels 127
+
+Weights and inputs take the values that tiler/weights/int8.py gives them and are multiplied in fp32, so any processor can
+judge for any other. `--levels` are the steps of an activation: 127 where there are no dot-product instructions, else 255.
+`FP32_NAMES` in tiler/models/unet.py follows from this table. The whole UNet is in memory: 6 GB for SD 1.5.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+
+import make_checkpoint
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+
+from tiler.models.unet import int8_weights
+from tiler.weights import int8
+from tiler.weights.checkpoint import resolve
+
+
+def kind(name: str) -> str:
+    """`up_blocks.1.resnets.0.conv1` → `up resnets.conv1`."""
+    words = [word for word in name.split(".") if not word.isdigit()]
+    return re.sub(r"^(down|mid|up)_block\w*\.", r"\1 ", ".".join(words)).replace("transformer_blocks.", "")
+
+
+def fake(module: nn.Module, levels: int) -> tuple[Tensor, torch.utils.hooks.RemovableHandle]:
+    """Quantise a layer's weight and, from now on, its input; returns what undoes it."""
+    kept = module.weight.data
+    values, scale = int8.quantize_rows(kept)
+    module.weight.data = values.float() * scale.view(-1, *(1,) * (kept.ndim - 1))
+
+    def rounded(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        x = inputs[0]
+        if isinstance(module, nn.Conv2d):
+            return (torch.cat([int8.quantize_image(sample, levels).restored() for sample in x]), *inputs[1:])
+        return (int8.quantize_tokens(x, levels).restored().view_as(x), *inputs[1:])
+
+    return kept, module.register_forward_pre_hook(rounded)
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="a folder or `mini`; default: the generated sd15")
+    parser.add_argument("--levels", type=int, nargs="+", default=[127, 255])
+    parser.add_argument("--only", help="kinds that match this regular expression")
+    args = parser.parse_args()
+    checkpoint = resolve(args.model or str(make_checkpoint.make("sd15")))
+    options = {"subfolder": "unet", "torch_dtype": torch.float32}
+    try:
+        unet = UNet2DConditionModel.from_pretrained(checkpoint.folder, variant="fp16", **options).eval()
+    except OSError:
+        unet = UNet2DConditionModel.from_pretrained(checkpoint.folder, **options).eval()
+    side, width = unet.config.sample_size, unet.config.cross_attention_dim
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(1, unet.config.in_channels, side, side, generator=generator)
+    call = x, torch.tensor(500), torch.randn(1, 77, width, generator=generator)
+    reference = unet(*call).sample
+    groups: dict[str, list[nn.Module]] = {}
+    for name in sorted(int8_weights(unet)):
+        groups.setdefault(kind(name.removesuffix(".weight")), []).append(
+            unet.get_submodule(name.removesuffix(".weight"))
+        )
+    everything = [module for modules in groups.values() for module in modules]
+    print(f"{'kind':32} layers  share  " + "  ".join(f"{n:>4} levels" for n in args.levels), flush=True)
+    total = sum(m.weight.numel() for m in everything)
+    for name, modules in [("everything", everything), *groups.items()]:
+        if args.only and not re.search(args.only, name):
+            continue
+        errors = []
+        for levels in args.levels:
+            undo = [(module, *fake(module, levels)) for module in modules]
+            errors.append(float((unet(*call).sample - reference).norm() / reference.norm()))
+            for module, kept, handle in undo:
+                module.weight.data = kept
+                handle.remove()
+        share = sum(m.weight.numel() for m in modules) / total
+        print(f"{name:32} {len(modules):6} {share:6.1%}  " + "  ".join(f"{e:11.2%}" for e in errors), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""The work that `tiler plan` tells, against torch's own counter on diffusers' own module."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from torch.utils.flop_counter import FlopCounterMode
+
+from tiler import RenderRequest
+from tiler.estimate import Counter, Speed, Work, seconds
+from tiler.models.family import read_family
+from tiler.planner import cut_work
+from tiler.request import Precision
+from tiler.weights.checkpoint import resolve
+
+
+@pytest.mark.parametrize("kind", ["tiny", "tiny-sd2"])
+def test_work_is_what_torch_counts(checkpoints: Path, kind: str) -> None:
+    family = read_family(resolve(str(checkpoints / kind)))
+    unet = UNet2DConditionModel.from_pretrained(checkpoints / kind / "unet", variant="fp16")
+    unet = unet.to(torch.float32).eval()
+    side, channels, width = family.native, family.latent_channels, family.text["hidden_size"]
+    tokens, attention = [], 0
+
+    def seen(module: torch.nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]) -> None:
+        queries = args[0].shape[1]
+        keys = queries if kwargs.get("encoder_hidden_states") is None else 77
+        tokens.append(4 * queries * keys * module.inner_dim)
+
+    for name, module in unet.named_modules():
+        if name.endswith(("attn1", "attn2")):
+            module.register_forward_pre_hook(seen, with_kwargs=True)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        unet(torch.randn(1, channels, side, side), torch.tensor(1), torch.randn(1, 77, width))
+    attention = sum(tokens)
+    counted = counter.get_flop_counts()["Global"]
+    layers = sum(n for op, n in counted.items() if "attention" not in str(op))
+    one = cut_work(
+        RenderRequest(
+            prompt="x", output=Path("x.png"), width=8 * side, height=8 * side, guide=False, num_inference_steps=3,
+            guidance_scale=1.0,
+        ),
+        family,
+    )  # fmt: skip
+    work = Counter(family).count(one, None)
+    assert one.unet_samples == 3
+    assert work.attention == 3 * attention
+    assert work.layers == pytest.approx(3 * layers, rel=1e-3)  # the time embedding is a vector, hardly work
+
+
+def test_time_is_work_over_speed() -> None:
+    speed = Speed(fp32=1e9, int8=2e9, attention=5e8)
+    work = Work(8_000_000_000, 1_000_000_000)
+    plain, fast = (seconds(work, 3_000_000_000, speed, p) for p in (Precision.FP32, Precision.INT8))
+    assert plain / fast == pytest.approx((8 + 2 + 3) / (4 + 2 + 3))

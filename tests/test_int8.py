@@ -1,0 +1,294 @@
+"""Products in 8-bit integers against 64-bit ones, and the files of packed weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tiler.errors import ModelError, StorageError
+from tiler.memory import cpu
+from tiler.memory.meter import MetaMeter
+from tiler.models import family as families
+from tiler.models.unet import int8_weights, order_of_use, predict_noise
+from tiler.quantize import packed_weights
+from tiler.request import Precision
+from tiler.weights import int8
+from tiler.weights.checkpoint import resolve
+from tiler.weights.index import TensorInfo, read_index, read_metadata
+from tiler.weights.store import SCALE, WeightStore
+from tiler.weights.stream import Streamer, match_index, stream_layers
+
+needs_int8 = pytest.mark.skipif(not cpu.int8().levels, reason="this processor has no 8-bit products")
+
+
+@pytest.fixture(autouse=True)
+def no_layer_is_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tiny checkpoints' layers would mostly be loaded at once."""
+    for module in ("tiler.weights.stream", "tiler.models.unet"):
+        monkeypatch.setattr(f"{module}.SMALL", 500)
+
+
+def quiet(share: float, why: str) -> None:
+    pass
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("packed")
+
+
+def family_of(folder: Path) -> families.Family:
+    return families.read_family(resolve(str(folder)))
+
+
+def values(index: dict[str, TensorInfo]) -> dict[str, Tensor]:
+    """Every tensor of a packed file in fp32, with its scales applied."""
+    with WeightStore(index) as store:
+        return {name: store.load(name) for name in index if not name.endswith(SCALE)}
+
+
+@needs_int8
+@torch.no_grad()
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_linear_layer_is_the_sum_of_integer_products(bias: bool) -> None:
+    torch.manual_seed(1)
+    layer = nn.Linear(96, 160, bias=bias)
+    weight, scale = int8.quantize_rows(layer.weight)
+    x = int8.quantize_tokens(torch.randn(2, 37, 96) * torch.logspace(-3, 3, 37).view(-1, 1))
+    sums = (x.values.long() - x.zero) @ weight.long().T
+    want = sums.double() * scale.double() * x.scale.double() + (layer.bias.double() if bias else 0)
+    got = int8.linear(x, int8.pack(layer, 0, weight, scale), layer.bias)
+    assert got.shape == (74, 160)
+    assert (got - want).norm() < 1e-6 * want.norm()
+
+
+@needs_int8
+@torch.no_grad()
+@pytest.mark.parametrize("shift", [-9.0, 0.0, 9.0])
+@pytest.mark.parametrize(("stride", "kernel"), [(1, 3), (2, 3), (2, 1)])
+def test_a_convolution_is_the_sum_of_integer_products(stride: int, kernel: int, shift: float) -> None:
+    """Zero, the padding, is exact also where no value is near it."""
+    torch.manual_seed(2)
+    layer = nn.Conv2d(48, 64, kernel, stride=stride, padding=kernel // 2)
+    weight, scale = int8.quantize_rows(layer.weight)
+    x = int8.quantize_image(torch.randn(48, 19, 21) + shift)
+    sums = torch.nn.functional.conv2d((x.values.double() - x.zero), weight.double(), None, stride, kernel // 2)
+    assert sums.abs().max() < 2**31
+    want = sums * scale.view(-1, 1, 1) * x.scale + layer.bias.view(-1, 1, 1)
+    got = int8.conv2d(x, int8.pack(layer, 0, weight, scale), layer.bias, layer)
+    assert got.shape == want.shape
+    assert (got - want).norm() < 1e-6 * want.norm()
+
+
+def test_quantised_values_are_within_half_a_step() -> None:
+    torch.manual_seed(3)
+    image, tokens = torch.randn(5, 8, 8).exp() - 0.7, torch.randn(30, 17)
+    for levels in (127, 255):
+        q = int8.quantize_image(image, levels)
+        assert (q.restored()[0] - image).abs().max() <= 0.5001 * q.scale
+        t = int8.quantize_tokens(tokens, levels)
+        assert ((t.restored() - tokens).abs() <= 0.5001 * t.scale).all()
+        assert max(q.values.max(), t.values.max()) <= levels
+    weight = torch.randn(6, 40) * torch.logspace(-4, 4, 6).view(-1, 1)
+    rows, scale = int8.quantize_rows(weight)
+    assert ((rows * scale.view(-1, 1) - weight).abs() <= 0.5001 * scale.view(-1, 1)).all()
+    assert not int8.quantize_rows(torch.zeros(2, 3))[0].any()
+
+
+@needs_int8
+def test_nan_stays_nan() -> None:
+    layer = nn.Conv2d(8, 8, 3, padding=1)
+    weight = int8.pack(layer, 0, *int8.quantize_rows(layer.weight.detach()))
+    x = torch.zeros(8, 4, 4)
+    x[0, 0, 0] = torch.nan
+    assert int8.conv2d(int8.quantize_image(x), weight, None, layer).isnan().all()
+    assert int8.quantize_tokens(torch.full((1, 8), torch.nan)).scale.isnan().all()
+
+
+def test_a_packed_file_holds_the_weights_in_the_order_of_use(tiny: Path, cache: Path) -> None:
+    family = family_of(tiny)
+    index = packed_weights(family, cache, quiet)
+    unet = families.build_unet(family)
+    quantised = int8_weights(unet)
+    source = match_index(unet, family.checkpoint.weights("unet"), families.plain_names)
+    assert quantised == {name for name, info in index.items() if info.dtype == "I8"}
+    assert set(index) == set(source) | {name + SCALE for name in quantised}
+    plain, packed = values(source), values(index)
+    for name, want in plain.items():
+        if name in quantised:
+            step = want.flatten(1).abs().amax(1) / 127
+            assert ((packed[name] - want).flatten(1).abs().amax(1) <= 0.5001 * step).all(), name
+        else:
+            assert torch.equal(packed[name], want), name
+    in_file = sorted((i for i in index.values() if not i.name.endswith(SCALE)), key=lambda i: i.offset)
+    assert [info.name for info in in_file] == order_of_use(unet)
+    parts = [info.name.partition("_")[0] for info in in_file if info.name in quantised]
+    assert list(dict.fromkeys(parts)) == ["down", "mid", "up"]  # as a pass goes, not as diffusers registers them
+
+
+def test_a_packed_file_that_does_not_fit_is_made_again(tiny: Path, tmp_path: Path) -> None:
+    told: list[str] = []
+
+    def tell(share: float, why: str) -> None:
+        if why not in told:
+            told.append(why)
+
+    family = family_of(tiny)
+    path = next(iter(packed_weights(family, tmp_path, tell).values())).path
+    whole = path.read_bytes()
+    assert len(told) == 1
+    packed_weights(family, tmp_path, tell)
+    assert len(told) == 1  # it was there
+    path.write_bytes(whole[:-100])
+    packed_weights(family, tmp_path, tell)
+    assert "bytes short" in told[1]
+    path.write_bytes(whole.replace(b'"version": "1"', b'"version": "0"'))
+    packed_weights(family, tmp_path, tell)
+    assert "another model or version" in told[2]
+    assert path.read_bytes() == whole
+    assert read_metadata(path)["format"] == "tiler-int8"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_two_models_have_two_packed_files(checkpoints: Path, tmp_path: Path) -> None:
+    paths = {
+        next(iter(packed_weights(family_of(checkpoints / k), tmp_path, quiet).values())).path
+        for k in ("tiny", "tiny-sd2")
+    }
+    assert len(paths) == 2
+
+
+def test_no_place_for_the_packed_file_says_how_much_it_needs(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(StorageError, match="--cache-dir"):
+        packed_weights(family_of(tiny), tmp_path / "file", quiet)
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=1_000_000))
+    with pytest.raises(StorageError, match=r"1 MB free, int8 weights need \d+ MB"):
+        packed_weights(family_of(tiny), tmp_path, quiet)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_int8_without_scales_is_refused(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({"weight": torch.ones(3, 3, dtype=torch.int8)}, tmp_path / "x.safetensors")
+    with pytest.raises(ModelError, match="stored as I8"):
+        WeightStore(read_index(tmp_path / "x.safetensors"))
+
+
+@torch.no_grad()
+def call(family: families.Family, index: dict[str, TensorInfo], batch: int = 2, **options: Any) -> Tensor:
+    unet = families.build_unet(family)
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(3, 1, family.latent_channels, family.native, family.native, generator=generator)
+    texts = torch.randn(3, 1, 77, family.text["hidden_size"], generator=generator)
+    matched = match_index(unet, index, families.plain_names)
+    with WeightStore(matched, piece_elements=options.get("pieces", 2**22)) as store:
+        streamer = Streamer(store, arena_bytes=options.get("arena"))
+        stream_layers(unet, streamer)
+        for name in options.get("resident", ()):
+            store.keep(name, torch.int8)
+        parts = [
+            predict_noise(unet, streamer, list(latents[i : i + batch]), torch.tensor(481), list(texts[i : i + batch]))
+            for i in range(0, 3, batch)
+        ]
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["tiny", "tiny-sd2"])
+def test_a_unet_in_int8_is_near_diffusers(checkpoints: Path, cache: Path, kind: str) -> None:
+    family = family_of(checkpoints / kind)
+    plain = call(family, family.checkpoint.weights("unet"))
+    got = call(family, packed_weights(family, cache, quiet))
+    assert 1e-4 < (got - plain).norm() / plain.norm() < 0.05
+
+
+def test_int8_bytes_do_not_depend_on_batch_pieces_arena_or_residency(tiny: Path, cache: Path) -> None:
+    family = family_of(tiny)
+    index = packed_weights(family, cache, quiet)
+    names = sorted(n for n, info in index.items() if info.dtype == "I8")
+    want = call(family, index)
+    assert torch.equal(call(family, index, batch=1), want)
+    assert torch.equal(call(family, index, batch=3), want)
+    assert torch.equal(call(family, index, resident=names[::2]), want)
+    assert torch.equal(call(family, index, arena=2**17), want)
+    assert torch.equal(call(family, index, arena=2**17, pieces=2**15), want)
+
+
+@torch.no_grad()
+def test_without_8_bit_products_the_arithmetic_is_fp32(
+    tiny: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffusers import UNet2DConditionModel
+
+    family = family_of(tiny)
+    index = packed_weights(family, cache, quiet)
+    monkeypatch.setattr(cpu, "flags", lambda: ("asimddp",))
+    assert cpu.int8().levels == 0
+    got = call(family, index)
+    reference = UNet2DConditionModel.from_pretrained(tiny / "unet", variant="fp16", torch_dtype=torch.float32).eval()
+    reference.load_state_dict(values(index))
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(3, family.latent_channels, family.native, family.native, generator=generator)
+    texts = torch.randn(3, 77, family.text["hidden_size"], generator=generator)
+    assert torch.allclose(got, reference(latents, torch.tensor(481), texts).sample, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("flags", "levels", "dot"),
+    [
+        (("avx2",), 127, False),
+        (("avx2", "avx_vnni"), 255, True),
+        (("avx2", "avx512_vnni"), 255, True),
+        (("sve",), 0, False),
+    ],
+)
+def test_what_int8_means_on_a_processor(
+    flags: tuple[str, ...], levels: int, dot: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tiler.planner import choose_precision
+
+    monkeypatch.setattr(cpu, "flags", lambda: flags)
+    assert cpu.int8()[:2] == (levels, dot)
+    assert choose_precision(Precision.AUTO) is (Precision.INT8 if dot else Precision.FP32)
+    assert choose_precision(Precision.INT8) is Precision.INT8
+
+
+@needs_int8
+def test_planning_counts_int8_weights_as_bytes(tiny: Path) -> None:
+    """The peak of a pass on shapes: with every layer a unit of its own, fp32 holds four bytes where int8 holds two."""
+    family = family_of(tiny)
+    peaks = []
+    for quantised in (False, True):
+        unet = families.build_unet(family)
+        streamer = Streamer(None, int8_keys=int8_weights(unet) if quantised else frozenset())
+        stream_layers(unet, streamer)
+        largest = max((m for m in unet.modules() if isinstance(m, nn.Conv2d)), key=lambda m: m.weight.numel())
+        with MetaMeter() as meter, torch.no_grad():
+            largest(torch.empty(1, largest.in_channels, 1, 1, device="meta"))
+        peaks.append(meter.peak_bytes / largest.weight.numel())
+    assert peaks[0] > 4
+    assert 2 <= peaks[1] < 2.5
+
+
+def test_quantize_says_what_it_wrote(tiler, tiny: Path, tmp_path: Path) -> None:
+    done = tiler("quantize", tiny, "-o", tmp_path / "packed", "--json")
+    assert done.code == 0, done.err
+    assert Path(done.json["output"]).parent == tmp_path / "packed"
+    assert done.json["bytes"] == Path(done.json["output"]).stat().st_size
+    again = tiler("render", "x", "-m", tiny, "--size", 64, "--steps", 1, "--precision", "int8", "--cache-dir", "packed")
+    assert again.code == 0, again.err
+    assert "int8 weights" not in again.err
+    assert len(list((tmp_path / "packed").iterdir())) == 1
+    bad = tiler("quantize", tmp_path)
+    assert bad.code == 3
+    assert json.dumps(bad.err).count("\\n") == 1

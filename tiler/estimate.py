@@ -1,0 +1,111 @@
+"""How much arithmetic a render is, and how long this machine will take for it. Reads no weights."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tiler.memory import cpu
+from tiler.memory.meter import MetaMeter
+from tiler.models import family as families
+from tiler.models.family import Family
+from tiler.models.unet import Windows, predict_noise
+from tiler.planner import Cut
+from tiler.request import Precision
+from tiler.weights import int8
+from tiler.weights.stream import Streamer, stream_layers
+
+# Measured: seconds of whole UNet passes over what the speeds below would give (scripts/bench.py unet).
+OVERHEAD = 1.25
+
+
+class Work(NamedTuple):
+    """Floating-point operations, two for each multiply-add: of layers with weights, and of attention."""
+
+    layers: int
+    attention: int
+
+    @property
+    def tflop(self) -> float:
+        return (self.layers + self.attention) / 1e12
+
+    def plus(self, other: Work) -> Work:
+        return Work(self.layers + other.layers, self.attention + other.attention)
+
+
+class Speed(NamedTuple):
+    """Operations a second of this machine, measured."""
+
+    fp32: float
+    int8: float
+    attention: float
+
+
+class Counter:
+    """Counts the work of a family's UNet samples; each kind of sample is run once, on shapes alone."""
+
+    def __init__(self, family: Family) -> None:
+        self.family, self.unet, self.streamer = family, families.build_unet(family), Streamer(None)
+        stream_layers(self.unet, self.streamer)
+        self.known: dict[tuple[int, int, int, int | None], Work] = {}
+
+    def count(self, cut: Cut, attention_window: int | None) -> Work:
+        """What all UNet samples of `cut` come to."""
+        total, native = Work(0, 0), (self.family.native, self.family.native)
+        guide = native if cut.guide is None else (cut.guide.height, cut.guide.width)
+        for steps, sides in ((cut.guide_steps, guide), (cut.canvas_steps, native)):
+            for step in steps:
+                for region in step:
+                    total = total.plus(self._tile(region.samples, *sides, attention_window))
+        return total
+
+    def _tile(self, samples: int, height: int, width: int, window: int | None) -> Work:
+        key = samples, height, width, window
+        if key not in self.known:
+            meta = torch.device("meta")
+            latents = [torch.empty(1, self.family.latent_channels, height, width, device=meta)] * samples
+            texts = [torch.empty(1, 77, self.family.text["hidden_size"], device=meta) for _ in latents]
+            windows = None if window is None else Windows(window)
+            with MetaMeter() as meter, torch.no_grad():
+                predict_noise(self.unet, self.streamer, latents, torch.empty((), device=meta), texts, windows=windows)
+            self.known[key] = Work(meter.flops + meter.linear_flops, meter.attention_flops)
+        return self.known[key]
+
+
+def measure() -> Speed:
+    """A second's worth of the layers that matter: 3×3 convolutions of 320 channels, attention of 4,096 tokens."""
+    with torch.no_grad():
+        layer = nn.Conv2d(320, 320, 3, padding=1)
+        x = torch.randn(1, 320, 32, 32)
+        conv_flops = 2 * x.numel() * layer.weight[0].numel()
+        q = torch.randn(1, 2, 2048, 40)
+        attention_flops = 4 * 2 * 2048 * 2048 * 40
+        fp32 = conv_flops / _seconds(lambda: layer(x))
+        attention = attention_flops / _seconds(lambda: F.scaled_dot_product_attention(q, q, q))
+        if not cpu.int8().levels:  # then int8 is what weights are stored in, no more
+            return Speed(fp32, fp32, attention)
+        weight = int8.pack(layer, 0, *int8.quantize_rows(layer.weight))
+        fast = conv_flops / _seconds(lambda: int8.conv2d(int8.quantize_image(x[0]), weight, None, layer))
+    return Speed(fp32, fast, attention)
+
+
+def seconds(work: Work, decode_flops: int, speed: Speed, precision: Precision) -> float:
+    """What a render takes: its UNet samples in `precision`, and `decode_flops` in fp32."""
+    layers = work.layers / (speed.int8 if precision is Precision.INT8 else speed.fp32)
+    return OVERHEAD * (layers + work.attention / speed.attention + decode_flops / speed.fp32)
+
+
+def _seconds(work: Callable[[], object], rounds: int = 5) -> float:
+    work()
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)

@@ -1,0 +1,52 @@
+"""What this machine's processor can do. Imports no torch."""
+
+from __future__ import annotations
+
+import platform
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+_KNOWN = (
+    "avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_tile", "amx_int8", "fphp", "asimdhp", "asimddp", "i8mm",
+    "bf16", "sve",
+)  # fmt: skip
+_DOT_PRODUCT = ("avx512_vnni", "avx_vnni", "amx_int8")
+
+
+@cache
+def flags() -> tuple[str, ...]:
+    """The instruction sets that matter here, by Linux's names; none where /proc/cpuinfo is missing."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return ()
+    have = {
+        word
+        for line in text.splitlines()
+        if line.startswith(("flags", "Features"))
+        for word in line.split(":", 1)[1].split()
+    }
+    return tuple(flag for flag in _KNOWN if flag in have)
+
+
+class Int8(NamedTuple):
+    """How 8-bit products are computed: activations take `levels` steps; 0 means in fp32, of weights stored as int8.
+    `dot` says whether there are dot-product instructions."""
+
+    levels: int
+    dot: bool
+    why: str
+
+
+def int8() -> Int8:
+    """What int8 means on this processor.
+
+    Without dot-product instructions oneDNN adds pairs of products in 16 bits (vpmaddubsw): 2 × 255 × 127 overflows there,
+    2 × 127 × 127 does not.
+    """
+    if dot := [flag for flag in _DOT_PRODUCT if flag in flags()]:
+        return Int8(255, True, f"8-bit activations ({dot[0]})")
+    if "avx2" in flags():
+        return Int8(127, False, "7-bit activations (AVX2 without VNNI adds products in 16 bits)")
+    return Int8(0, False, f"int8 weights, fp32 arithmetic ({platform.machine()} without AVX2)")

@@ -1,0 +1,147 @@
+"""Weights in int8, written once into a file of tiler's own, in the order in which they are used.
+
+A safetensors file: each quantised tensor beside its fp32 scales, all others as they were. Its metadata says of which files,
+and by which rules, it was made; one that does not fit is made again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tiler.errors import ModelError, StorageError
+from tiler.models import family as families
+from tiler.models.family import Family
+from tiler.models.unet import int8_weights, order_of_use
+from tiler.output.files import atomic
+from tiler.weights.index import TensorInfo, open_regular, read_index, read_metadata
+from tiler.weights.int8 import quantize_rows
+from tiler.weights.store import SCALE, TORCH_DTYPES, WeightStore
+from tiler.weights.stream import match_index
+
+VERSION = "1"  # of the rules: which layers, which scales
+_PIECE_ELEMENTS = 2**20  # weights at a time: 4 MB in fp32, and a few copies
+_SAMPLES, _SAMPLE_BYTES = 256, 4096  # of each file, for its fingerprint
+
+
+def default_cache() -> Path:
+    """Where packed files lie unless --cache-dir says otherwise."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tiler" / "packed"
+
+
+def packed_weights(family: Family, cache: Path, progress: Callable[[float, str], None]) -> dict[str, TensorInfo]:
+    """The index of the UNet's packed file in `cache`, which is made first if it is not there or does not fit.
+
+    `progress` gets the share written and why. Raises StorageError, ModelError, NumericalError.
+    """
+    source = family.checkpoint.weights("unet")
+    mark = fingerprint(source)
+    path = cache / f"{mark}.safetensors"
+    why = _misfit(path, mark)
+    if why is not None:
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(f"{cache}: cannot be made ({error.strerror}); choose another --cache-dir") from error
+        _pack(family, source, path, mark, lambda share: progress(share, why))
+    return read_index(path)
+
+
+def fingerprint(files: dict[str, TensorInfo]) -> str:
+    """What tells two sets of weight files apart: names, shapes, dtypes and sizes, and 1 MB from all over each file."""
+    digest = hashlib.sha256(VERSION.encode())
+    for name, info in sorted(files.items()):
+        digest.update(f"{name} {info.dtype} {info.shape}\n".encode())
+    for path in sorted({info.path for info in files.values()}):
+        fd = open_regular(path)
+        try:
+            size = os.fstat(fd).st_size
+            digest.update(f"{size}\n".encode())
+            for i in range(_SAMPLES):
+                digest.update(os.pread(fd, _SAMPLE_BYTES, i * max(0, size - _SAMPLE_BYTES) // (_SAMPLES - 1)))
+        finally:
+            os.close(fd)
+    return digest.hexdigest()[:32]
+
+
+def _misfit(path: Path, mark: str) -> str | None:
+    """Why the file at `path` cannot be used, None when it can."""
+    if not path.exists():
+        return "not there yet"
+    try:
+        read_index(path)
+        wrong = read_metadata(path) != _metadata(mark)
+    except ModelError as error:
+        return str(error)
+    return f"{path} is of another model or version of tiler" if wrong else None
+
+
+def _metadata(mark: str) -> dict[str, str]:
+    return {"format": "tiler-int8", "version": VERSION, "source": mark}
+
+
+def _pack(
+    family: Family, source: dict[str, TensorInfo], path: Path, mark: str, progress: Callable[[float], None]
+) -> None:
+    unet = families.build_unet(family)
+    index = match_index(unet, source, families.plain_names)
+    quantised = int8_weights(unet)
+    order = order_of_use(unet)
+    header: dict[str, Any] = {"__metadata__": _metadata(mark)}
+    end = 0
+
+    def place(name: str, dtype: str, shape: tuple[int, ...], nbytes: int) -> None:
+        nonlocal end
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + nbytes]}
+        end += nbytes
+
+    for name in order:
+        info = index[name]
+        if name in quantised:
+            place(name, "I8", info.shape, math.prod(info.shape))
+        else:
+            place(name, info.dtype, info.shape, info.nbytes)
+    for name in order:
+        if name in quantised:
+            place(name + SCALE, "F32", index[name].shape[:1], 4 * index[name].shape[0])
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    if (free := shutil.disk_usage(path.parent).free) < end:
+        raise StorageError(
+            f"{path.parent} has {free / 1e6:,.0f} MB free, int8 weights need {end / 1e6:,.0f} MB; "
+            "choose another --cache-dir"
+        )
+    written = 0
+    with WeightStore(index, piece_elements=_PIECE_ELEMENTS) as store, atomic(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        scales: list[torch.Tensor] = []
+        for name in order:
+            for data in _stored(store, name, quantised, scales):
+                written += file.write(data)
+                progress(written / end)
+        for scale in scales:
+            file.write(scale.numpy().tobytes())
+
+
+def _stored(store: WeightStore, name: str, quantised: frozenset[str], scales: list[torch.Tensor]) -> Iterator[bytes]:
+    """A tensor's bytes in the new file, in pieces; the scales of a quantised one are appended to `scales`."""
+    info = store.index[name]
+    if name not in quantised:
+        yield store.load(name).to(TORCH_DTYPES[info.dtype]).view(torch.uint8).numpy().tobytes()
+        return
+    parts = []
+    for piece in store.pieces(name):
+        rows = torch.empty(piece.last - piece.first, *info.shape[1:])
+        store.fetch(piece, rows)
+        values, scale = quantize_rows(rows)
+        parts.append(scale)
+        yield values.numpy().tobytes()
+    scales.append(torch.cat(parts))
