@@ -1,6 +1,7 @@
 """Measure what the README claims, on one full-size checkpoint.
 
-    python scripts/bench.py unet              streamed pass under the ceiling against diffusers' resident fp32, alternating
+    python scripts/bench.py unet              streamed passes under the ceiling, fp32 and int8, against diffusers' resident
+                                              fp32, alternating; with --peers also against accelerate's disk_offload
     python scripts/bench.py memory            predicted against measured peaks of renders at several ceilings and sizes
     python scripts/bench.py large             the same for each phase of 4096×4096 (--sizes), every one stopped after --minutes
     python scripts/bench.py decode            the same, and seconds, for exact and frozen decoding at several sizes
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +41,18 @@ from tiler.models.unet import predict_noise
 from tiler.memory.budget import Budget
 from tiler.pipeline import at_layer, streamed
 from tiler.planner import plan_render
-from tiler.request import RenderRequest
+from tiler.quantize import default_cache, packed_weights
+from tiler.request import Precision, RenderRequest
 from tiler.weights.checkpoint import resolve
 import torch
 torch.set_grad_enabled(False)
 family = read_family(resolve({model!r}))
-plan = plan_render(RenderRequest(prompt="x", output=Path("x.png"), width={size}, height={size}), family, {ceiling})
+precision = Precision({precision!r})
+plan = plan_render(RenderRequest(prompt="x", output=Path("x.png"), width={size}, height={size}, precision=precision), family, {ceiling})
+files = packed_weights(family, default_cache(), lambda share, why: None) if precision is Precision.INT8 else family.checkpoint.weights("unet")
+process.reset_peak()
 unet, n, budget = build_unet(family), family.native, Budget({ceiling})
-with streamed(unet, family.checkpoint.weights("unet"), plain_names, plan.resident["canvas"]) as streamer:
+with streamed(unet, files, plain_names, plan.resident["canvas"]) as streamer:
     streamer.short = budget.short
     tiles = [torch.randn(1, family.latent_channels, n, n) for _ in range((plan.batch + 1) // 2)]
     x = [tile for tile in tiles for _ in range(2)][:plan.batch]
@@ -76,6 +82,28 @@ for line in sys.stdin:
 """
 
 
+# accelerate's own way to run with little memory: weights on disk, fetched layer by layer.
+OFFLOADED = """
+import sys, tempfile, time, json
+import torch
+from accelerate import disk_offload
+from diffusers import UNet2DConditionModel
+torch.set_grad_enabled(False)
+unet = UNet2DConditionModel.from_pretrained({model!r}, subfolder="unet", variant="fp16", torch_dtype=torch.float32).eval()
+n = unet.config.sample_size
+folder = tempfile.TemporaryDirectory()
+disk_offload(unet, folder.name, execution_device=torch.device("cpu"))
+open("/proc/self/clear_refs", "w").write("5")
+x, c = torch.cat([torch.randn(1, unet.config.in_channels, n, n)] * 2), torch.randn(2, 77, unet.config.cross_attention_dim)
+for line in sys.stdin:
+    start = time.perf_counter()
+    unet(x, torch.tensor(500), c)
+    seconds = time.perf_counter() - start
+    peak = int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1]) * 1024
+    print(json.dumps({{"seconds_per_sample": seconds / 2, "batch": 2, "peak": peak}}), flush=True)
+"""
+
+
 class Worker:
     """A fresh process that does one measurement whenever it is asked."""
 
@@ -95,21 +123,33 @@ class Worker:
         self.process.communicate()
 
 
-def bench_unet(model: str, ceiling: int, rounds: int) -> dict[str, Any]:
-    """Alternate streamed and resident passes; the first of each warms up and is not counted."""
-    ours, theirs = (
-        Worker(STREAMED.format(model=model, ceiling=ceiling, size=2048)),
-        Worker(RESIDENT.format(model=model)),
-    )
-    runs = [(ours.measure(), theirs.measure()) for _ in range(rounds + 1)]
-    ours.close()
-    theirs.close()
-    streamed_s = statistics.median(o["seconds_per_sample"] for o, _ in runs[1:])
-    resident_s = statistics.median(t["seconds_per_sample"] for _, t in runs[1:])
+def bench_unet(model: str, ceiling: int, rounds: int, peers: bool) -> dict[str, dict[str, Any]]:
+    """Alternate passes of tiler and of others over the same checkpoint; the first of each warms up and is not counted."""
+    ours = {
+        f"tiler {p}": STREAMED.format(model=model, ceiling=ceiling, size=2048, precision=p) for p in ("fp32", "int8")
+    }
+    theirs = {"diffusers fp32, resident": RESIDENT.format(model=model)}
+    if peers and find_spec("accelerate"):
+        theirs["accelerate disk_offload"] = OFFLOADED.format(model=model)
+    elif peers:
+        print("accelerate is not installed here: pip install accelerate")
+    workers = {name: Worker(code) for name, code in (ours | theirs).items()}
+    runs = [{name: worker.measure() for name, worker in workers.items()} for _ in range(rounds + 1)]
+    for worker in workers.values():
+        worker.close()
+
+    def median(name: str, against: str | None = None) -> float:
+        return statistics.median(
+            run[name]["seconds_per_sample"] / (1 if against is None else run[against]["seconds_per_sample"])
+            for run in runs[1:]
+        )
+
     return {
-        "streamed_seconds_per_sample": streamed_s, "resident_seconds_per_sample": resident_s,
-        "ratio": statistics.median(o["seconds_per_sample"] / t["seconds_per_sample"] for o, t in runs[1:]), "samples_per_read": runs[-1][0]["batch"],
-        "weight_bytes_per_pass": runs[-1][0]["bytes_read"], "streamed_peak_bytes": runs[-1][0]["peak"], "resident_peak_bytes": runs[-1][1]["peak"],
+        name: {
+            "seconds_per_sample": median(name), "ratio": median(name, "diffusers fp32, resident"),
+            "peak_bytes": runs[-1][name]["peak"], "samples_per_read": runs[-1][name]["batch"],
+        }
+        for name in workers
     }  # fmt: skip
 
 
@@ -127,14 +167,15 @@ def tiler(*arguments: object) -> dict[str, Any]:
         return json.loads(report.read_text())  # type: ignore[no-any-return]
 
 
-def bench_memory(model: str, ceilings: list[int], sizes: list[int], steps: int) -> list[dict[str, Any]]:
+def bench_memory(model: str, ceilings: list[int], sizes: list[int], steps: int, precision: str) -> list[dict[str, Any]]:
     """Predicted against measured peak of a whole render for each ceiling and size. 4096² takes hours on two cores."""
     rows = []
     for size in sizes:
         for ceiling in ceilings:
             report = tiler(
-                "render", "x", "--model", model, "--size", size, "--steps", steps, "--seed", 1, "--max-ram", ceiling
-            )
+                "render", "x", "--model", model, "--size", size, "--steps", steps, "--seed", 1, "--max-ram", ceiling,
+                "--precision", precision,
+            )  # fmt: skip
             rows.append(
                 {
                     "what": f"{size}² under {ceiling // 10**6} MB",
@@ -216,11 +257,12 @@ def bench_decode(model: str, sizes: list[tuple[int, int]], modes: list[str], cei
     return rows
 
 
-def bench_render(model: str, ceiling: int, steps: int) -> dict[str, Any]:
+def bench_render(model: str, ceiling: int, steps: int, precision: str) -> dict[str, Any]:
     """A whole 2048² render: its report."""
     return tiler(
-        "render", "a lighthouse", "--model", model, "--size", 2048, "--steps", steps, "--seed", 1, "--max-ram", ceiling
-    )
+        "render", "a lighthouse", "--model", model, "--size", 2048, "--steps", steps, "--seed", 1, "--max-ram", ceiling,
+        "--precision", precision,
+    )  # fmt: skip
 
 
 def main() -> None:
@@ -236,8 +278,10 @@ def main() -> None:
     )
     parser.add_argument("--modes", nargs="+", default=["exact", "frozen"], help="for decode; also tiny")
     parser.add_argument("--minutes", type=float, default=5, help="for large")
+    parser.add_argument("--peers", action="store_true", help="for unet: also accelerate's disk_offload, if installed")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--precision", choices=["fp32", "int8"], default="fp32", help="for memory and render")
     parser.add_argument("--json", type=Path, help="also write all results here")
     args = parser.parse_args()
     model = args.model or str(make_checkpoint.make("sd15"))
@@ -245,11 +289,14 @@ def main() -> None:
     sides = [(int(size.split("x")[0]), int(size.split("x")[-1])) for size in args.sizes or []]
     squares = [width for width, _ in sides]
     if "unet" in args.what:
-        results["unet"] = bench_unet(model, args.ceiling, args.rounds)
-        for name, value in results["unet"].items():
-            print(f"{name:32}{value:,.3f}" if isinstance(value, float) else f"{name:32}{value:,}")
+        results["unet"] = bench_unet(model, args.ceiling, args.rounds, args.peers)
+        for name, row in results["unet"].items():
+            print(
+                f"{name:28}{row['seconds_per_sample']:7.2f} s a sample, {row['ratio']:.2f}× diffusers, peak "
+                f"{row['peak_bytes'] / 1e6:5.0f} MB, {row['samples_per_read']} samples a read"
+            )
     if "memory" in args.what:
-        results["memory"] = bench_memory(model, args.ceilings, squares or [1024, 2048], args.steps)
+        results["memory"] = bench_memory(model, args.ceilings, squares or [1024, 2048], args.steps, args.precision)
     if "large" in args.what:
         results["large"] = [
             row for size in squares or [4096] for row in bench_large(model, size, args.ceiling, 60 * args.minutes)
@@ -262,7 +309,7 @@ def main() -> None:
             f"{row['what']:32} predicted {row['predicted'] / 1e6:5.0f} MB  measured {row['measured'] / 1e6:5.0f} MB  {off:+.1%}"
         )
     if "render" in args.what:
-        results["render"] = bench_render(model, args.ceiling, args.steps)
+        results["render"] = bench_render(model, args.ceiling, args.steps, args.precision)
         for phase in results["render"]["phases"]:
             print(f"{phase['name']:16}{phase['seconds']:8.1f} s  peak {phase['peak_rss_bytes'] / 1e6:5.0f} MB")
     if args.json:

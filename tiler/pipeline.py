@@ -336,7 +336,7 @@ def prepare_int8(family: families.Family, cache: Path, budget: Budget, on_event:
         def progress(share: float, why: str) -> None:
             if not told:
                 on_event(events.PhaseStarted(name="quantize", total=100))
-                on_event(events.Note(text=f"int8 weights go to {cache}: {why}"))
+                on_event(events.Note(text=f"int8 weights are made in {cache} ({why})"))
                 told.append(why)
             tell(share)
             budget.check("quantize")
@@ -348,10 +348,12 @@ def prepare_int8(family: families.Family, cache: Path, budget: Budget, on_event:
 
 
 def at_layer(budget: Budget) -> Callable[[str], None]:
-    """What happens between two layers of the UNet: freed memory leaves the process, then the ceiling is checked."""
+    """What happens between two layers of the UNet: freed memory leaves the process if it is worth the call (5 ms), then
+    the ceiling is checked."""
 
     def check(where: str) -> None:
-        process.release_heap()
+        if process.free_heap() > process.HEAP_WORTH_RELEASING:
+            process.release_heap()
         budget.check(where)
 
     return check

@@ -75,7 +75,7 @@ def fingerprint(files: dict[str, TensorInfo]) -> str:
 def _misfit(path: Path, mark: str) -> str | None:
     """Why the file at `path` cannot be used, None when it can."""
     if not path.exists():
-        return "not there yet"
+        return "there are none of this model yet"
     try:
         read_index(path)
         wrong = read_metadata(path) != _metadata(mark)

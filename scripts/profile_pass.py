@@ -1,0 +1,126 @@
+"""Where the seconds of one UNet pass go: arithmetic by kind, waiting for weights, casting them, and the rest.
+
+    python scripts/profile_pass.py                          SD 1.5's size under 800 MB, fp32
+    python scripts/profile_pass.py --precision int8 --ceiling 600000000 --model mini
+
+The second of two passes is looked at, by torch's own profiler; what it does not see on this thread is Python.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import make_checkpoint
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from tiler.diffusion import canvas, schedulers
+from tiler.memory import process
+from tiler.memory.budget import Budget
+from tiler.models.family import build_unet, plain_names, read_family
+from tiler.models.unet import predict_noise
+from tiler.pipeline import at_layer, streamed
+from tiler.planner import plan_render
+from tiler.quantize import default_cache, packed_weights
+from tiler.request import Precision, RenderRequest
+from tiler.weights import int8, store
+from tiler.weights.checkpoint import resolve
+
+_OPERATORS = {
+    "convolution": ("mkldnn_convolution", "qconv2d_pointwise", "convolution"),
+    "linear": ("addmm", "::mm", "qlinear_pointwise"),
+    "attention": ("attention",),
+    "norms": ("norm",),
+    "activation functions": ("silu", "gelu", "sigmoid"),
+    "copies": ("copy_", "::cat", "upsample", "fill_"),
+}
+
+
+def named(owner: Any, name: str, kind: str) -> None:
+    """Count all that a function does as `kind`."""
+    inner: Callable[..., Any] = getattr(owner, name)
+
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        with record_function(f"tiler: {kind}"):
+            return inner(*args, **kwargs)
+
+    setattr(owner, name, wrapper)
+
+
+def kind_of(event: Any) -> str:
+    """The nearest named function around an operation, else the operation's own kind; blending lies outside the pass."""
+    around = event
+    while around is not None and not around.name.startswith("tiler: "):
+        around = around.cpu_parent
+    if around is None:
+        return "blending"
+    if around.name != "tiler: pass":
+        return str(around.name.removeprefix("tiler: "))
+    return next((kind for kind, parts in _OPERATORS.items() if any(p in event.name for p in parts)), "other operators")
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="a folder or `mini`; default: the generated sd15")
+    parser.add_argument("--ceiling", type=int, default=800_000_000, help="bytes")
+    parser.add_argument("--size", type=int, default=2048)
+    parser.add_argument("--precision", choices=["fp32", "int8"], default="fp32")
+    args = parser.parse_args()
+    process.frugal_allocator()
+    family = read_family(resolve(args.model or str(make_checkpoint.make("sd15"))))
+    precision = Precision(args.precision)
+    request = RenderRequest(prompt="x", output=Path("x.png"), width=args.size, height=args.size, precision=precision)
+    plan = plan_render(request, family, args.ceiling)
+    weights = family.checkpoint.weights("unet")
+    if precision is Precision.INT8:
+        weights = packed_weights(family, default_cache(), lambda share, why: None)
+    named(store.WeightStore, "_take", "waiting for weights")
+    named(store.WeightStore, "_convert", "casting weights")
+    for name in ("quantize_tokens", "quantize_image"):
+        named(int8, name, "quantising activations")
+    named(int8, "pack", "packing int8 weights")
+    named(process, "release_heap", "giving memory back")
+    budget, samples = Budget(args.ceiling), plan.batch
+    unet = build_unet(family)
+    with streamed(unet, weights, plain_names, plan.resident["canvas"]) as streamer:
+        streamer.short = budget.short
+
+        def predict(latents: list[Tensor], timestep: Tensor, texts: list[Tensor]) -> Tensor:
+            with record_function("tiler: pass"):
+                return predict_noise(unet, streamer, latents, timestep, texts, at_layer(budget))
+
+        texts = torch.randn(2, 1, 77, family.text["hidden_size"])
+        scheduler = schedulers.build(
+            schedulers.choose(request.scheduler, family.scheduler), family.scheduler, request.num_inference_steps
+        )
+        passes = canvas.denoise(
+            torch.randn(1, family.latent_channels, *plan.canvas), plan.canvas_steps, canvas.Conditions(*texts), scheduler,
+            predict, torch.Generator(), begin=plan.begin, batch=samples,
+        )  # fmt: skip
+        next(passes)
+        with profile(activities=[ProfilerActivity.CPU]) as seen:
+            start = time.perf_counter()
+            next(passes)
+            wall = time.perf_counter() - start
+    seconds: Counter[str] = Counter()
+    main_thread = next(e.thread for e in seen.events() if "conv" in e.name)
+    for event in seen.events():
+        if event.thread == main_thread:
+            seconds[kind_of(event)] += event.self_cpu_time_total / 1e6
+    seconds["Python"] = wall - sum(seconds.values())
+    print(
+        f"{samples} samples in {wall:.1f} s, {wall / samples:.2f} s each; peak {process.read_rss().peak / 1e6:.0f} MB"
+    )
+    for kind, value in seconds.most_common():
+        print(f"{kind:24}{value:8.2f} s {value / wall:6.1%}")
+
+
+if __name__ == "__main__":
+    main()
