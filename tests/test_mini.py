@@ -98,3 +98,30 @@ def test_captions_say_what_is_there() -> None:
         assert any(words in text for words in captions.PALETTE_WORDS[scene.palette])
         if scene.boat:
             assert scene.boat in text
+
+
+def test_palettes_follow_the_prompt() -> None:
+    """A smoke test of the weights: a generated picture's colours, in four bands, are nearest to a drawing of its palette."""
+    pytest.importorskip("scenes", exc_type=ImportError)
+    import captions
+    import scenes
+
+    def look(picture: np.ndarray) -> np.ndarray:
+        return picture.reshape(4, -1, *picture.shape[1:]).mean(axis=(1, 2)) / 255
+
+    drawn = [(scene.palette, look(scenes.render(scene, None, 64, 64))) for scene in map(scenes.make, range(200))]
+
+    def nearest(picture: np.ndarray) -> str:
+        return min(drawn, key=lambda d: float(np.square(d[1] - look(picture)).sum()))[0]
+
+    held_out = [scenes.make(10_000_000 + k) for k in range(40)]
+    assert sum(nearest(scenes.render(s, None, 64, 64)) == s.palette for s in held_out) >= 38
+
+    pipe = StableDiffusionPipeline.from_pretrained(FOLDER, torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    asked = [name for name in scenes.PALETTES for _ in range(2)]
+    prompts = [f"{('hills', 'sea')[k % 2]} {captions.PALETTE_WORDS[name][0]}" for k, name in enumerate(asked)]
+    generators = [torch.Generator().manual_seed(k) for k in range(16)]
+    made = pipe(prompts, num_inference_steps=8, guidance_scale=4.0, generator=generators, output_type="np").images
+    right = [nearest((255 * picture).astype(np.uint8)) == name for picture, name in zip(made, asked, strict=True)]
+    assert sum(right) >= 13, list(zip(prompts, right, strict=True))

@@ -330,7 +330,7 @@ def quantize_model(
 def prepare_int8(family: families.Family, cache: Path, budget: Budget, on_event: OnEvent) -> dict[str, TensorInfo]:
     """The index of the checkpoint's int8 weights in `cache`, made first where they are missing. Raises TilerError."""
     with budget.phase("quantize") as use:
-        tell = percent(on_event, "quantize")
+        tell, check = percent(on_event, "quantize"), at_layer(budget)
         told: list[str] = []
 
         def progress(share: float, why: str) -> None:
@@ -339,7 +339,7 @@ def prepare_int8(family: families.Family, cache: Path, budget: Budget, on_event:
                 on_event(events.Note(text=f"int8 weights are made in {cache} ({why})"))
                 told.append(why)
             tell(share)
-            budget.check("quantize")
+            check("quantize")
 
         index = packed_weights(family, cache, progress)
     if told:

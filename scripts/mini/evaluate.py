@@ -1,4 +1,4 @@
-"""Judge `mini` with drawings it never saw: `evaluate.py autoencoder`, `attributes`, `sheet`, `enlarge`, `refine`.
+"""Judge `mini` with drawings it never saw: `evaluate.py autoencoder`, `attributes`, `sheet`, `enlarge`, `refine`, `poster`, `int8`.
 
     autoencoder   PSNR of the decoded encoding, held-out whole scenes and crops at 1/4 scale
     attributes    a small classifier, trained here on drawn scenes, reads palette, terrain, sun or moon (kind and side) and
@@ -7,6 +7,9 @@
     enlarge       a drawn 256-px scene four times as large by `--guide-upscale pixel` and `latent`, before any denoising,
                   against the scene drawn that large: sharpness on its edges, specks in its flat areas
     refine        the same after the canvas, by `tiler`'s defaults and at --strength
+    poster        --size squared by each preset, as one PNG beside their guides: seconds, gradient across the borders of tiles
+                  against elsewhere, correlation of the shrunken picture with its guide
+    int8          256-px pictures for 16 prompts, int8 against fp32 with the same seeds: PSNR
 
 Held-out seeds begin at train.HELD_OUT. Judges the folder given by --model (default: the embedded one).
 """
@@ -18,6 +21,7 @@ import math
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import captions
 import numpy as np
@@ -29,9 +33,14 @@ from PIL import Image
 from torch import Tensor, nn
 from train import DEVICE, HELD_OUT, random_view, to_tensor
 
-from tiler import RenderRequest, render
+from tiler import Budget, RenderRequest, render
 from tiler.decode.rows import to_uint8
 from tiler.diffusion import guide
+from tiler.memory import cpu
+from tiler.models.family import read_family
+from tiler.planner import cut_work
+from tiler.request import PRESETS, Precision, Preset
+from tiler.weights.checkpoint import resolve
 
 SIDE = 128  # px, what the classifier sees
 OBJECTS = ("stars", "clouds", "birds", "pines", "cabin", "boat", "balloon")
@@ -46,15 +55,20 @@ HEADS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["autoencoder", "attributes", "sheet", "enlarge", "refine"])
+    parser.add_argument("what", choices=["autoencoder", "attributes", "sheet", "enlarge", "refine", "poster", "int8"])
     parser.add_argument("--model", type=Path, default=Path(__file__).parents[2] / "tiler/models/mini")
     parser.add_argument("--work", type=Path, default=Path.home() / ".cache/tiler/mini")
     parser.add_argument("--minutes", type=float, default=10, help="training of the classifier")
     parser.add_argument("--count", type=int, default=200, help="pictures judged")
     parser.add_argument("--strength", type=float, nargs="+", default=[RenderRequest.strength], help="for refine")
+    parser.add_argument("--size", type=int, default=2048, help="px, for poster")
+    parser.add_argument("--presets", nargs="+", default=["quality", "fast"], help="for poster")
     parser.add_argument("--out", type=Path, default=Path("sheet.png"))
     args = parser.parse_args()
-    parts = {"autoencoder": autoencoder, "attributes": attributes, "sheet": sheet, "enlarge": enlarge, "refine": refine}
+    parts = {
+        "autoencoder": autoencoder, "attributes": attributes, "sheet": sheet, "enlarge": enlarge, "refine": refine,
+        "poster": poster, "int8": in_int8,
+    }  # fmt: skip
     parts[args.what](args)
 
 
@@ -287,6 +301,62 @@ def refine(args: argparse.Namespace) -> None:
                 picture = to_tensor(np.asarray(Image.open(out))[None])[0]
             found.append(Edges(drawing).report(picture, drawing, lanczos))
         show(f"strength {strength}", found)
+
+
+def rendered(args: argparse.Namespace, prompt: str, size: int, seed: int, **settings: Any) -> np.ndarray:
+    """`tiler`'s picture of a prompt, (size, size, 3) uint8."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "out.png"
+        request = RenderRequest(
+            prompt=prompt, output=out, model=str(args.model), width=size, height=size, seed=seed, guidance_scale=4.0, **settings
+        )  # fmt: skip
+        render(request, Budget("4GB"))
+        return np.asarray(Image.open(out))
+
+
+def seam_score(picture: np.ndarray, borders: set[int]) -> float:
+    """Mean gradient across the rows and columns where tiles begin or end, over that everywhere else."""
+    scores = []
+    for axis in (0, 1):
+        steps = np.abs(np.diff(picture.astype(float), axis=axis)).mean(axis=(1 - axis, 2))
+        at = np.zeros(len(steps), bool)
+        at[[border - 1 for border in borders]] = True
+        scores.append(steps[at].mean() / steps[~at].mean())
+    return float(np.mean(scores))
+
+
+def poster(args: argparse.Namespace) -> None:
+    rng, family = np.random.default_rng(6), read_family(resolve(str(args.model)))
+    columns, rows = len(args.presets) + 1, max(1, args.count // 100)
+    page = Image.new("RGB", (columns * 512, rows * 512))
+    for k in range(rows):
+        prompt = captions.caption(scenes.make(HELD_OUT + 9000 + k), rng, None, 1.0)
+        guide_picture = rendered(args, prompt, 256, k, guide=False)
+        page.paste(Image.fromarray(guide_picture).resize((512, 512), Image.Resampling.NEAREST), (0, 512 * k))
+        print(prompt)
+        for column, name in enumerate(args.presets, 1):
+            settings, start = PRESETS[Preset(name)], time.monotonic()
+            picture = rendered(args, prompt, args.size, k, **settings)
+            seconds = time.monotonic() - start
+            request = RenderRequest(prompt="x", output=args.out, width=args.size, height=args.size)
+            borders = {8 * edge for r in cut_work(request, family).regions for edge in (r.left, r.left + r.width)}
+            small = Image.fromarray(picture).resize((256, 256), Image.Resampling.BOX)
+            alike = np.corrcoef(np.asarray(small).ravel(), guide_picture.ravel())[0, 1]
+            print(
+                f"  {name:9}{seconds:6.0f} s, seams {seam_score(picture, borders - {0, args.size}):.3f}, correlation with the "
+                f"guide {alike:.3f}", flush=True,
+            )  # fmt: skip
+            page.paste(Image.fromarray(picture).resize((512, 512), Image.Resampling.BOX), (512 * column, 512 * k))
+    page.save(args.out)
+
+
+def in_int8(args: argparse.Namespace) -> None:
+    rng, found = np.random.default_rng(7), []
+    for k in range(16):
+        prompt = captions.caption(scenes.make(HELD_OUT + 11000 + k), rng, None, 1.0)
+        pair = [rendered(args, prompt, 256, k, precision=p).astype(float) for p in (Precision.FP32, Precision.INT8)]
+        found.append(10 * math.log10(255**2 / max(1e-9, float(np.square(pair[0] - pair[1]).mean()))))
+    print(f"int8 against fp32: PSNR median {np.median(found):.1f} dB, worst {min(found):.1f} dB ({cpu.int8().why})")
 
 
 if __name__ == "__main__":

@@ -272,7 +272,7 @@ def train_unet(args: argparse.Namespace) -> None:
     unet, text = model.build_unet().to(DEVICE), model.build_text_encoder(len(tokenizer)).to(DEVICE)
     batch, lr = args.batch or (32 if DEVICE == "cpu" else 256), args.lr or 8e-4
     parameters = [*unet.parameters(), *text.parameters()]
-    opt = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
+    opt = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     ema, step, path = Ema([unet, text], 0.9995), 0, args.work / "unet.pt"
     if path.exists():
         state = torch.load(path, map_location=DEVICE)
