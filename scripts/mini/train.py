@@ -1,6 +1,8 @@
 """Train `mini`: `train.py vae`, then `train.py unet`, then `train.py export`. Every stage resumes where it stopped.
 
-Runs on CUDA when there is one, else on the CPU. Work files live in --work (default ~/.cache/tiler/mini); `export`
+Runs on CUDA when there is one, else on the CPU; there glibc's heap should keep what it is given, or every activation is
+mapped anew (encoding the pool takes four times as long, a training step a tenth more):
+MALLOC_MMAP_THRESHOLD_=4000000000 MALLOC_TRIM_THRESHOLD_=8000000000 MALLOC_TOP_PAD_=268435456. Work files live in --work (default ~/.cache/tiler/mini); `export`
 writes the diffusers folder. Seeds below HELD_OUT are for training, from there on for evaluation.
 """
 
