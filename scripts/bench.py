@@ -71,6 +71,7 @@ import torch
 from diffusers import UNet2DConditionModel
 torch.set_grad_enabled(False)
 unet = UNet2DConditionModel.from_pretrained({model!r}, subfolder="unet", variant="fp16", torch_dtype=torch.float32).eval()
+{more}
 n = unet.config.sample_size
 x, c = torch.cat([torch.randn(1, unet.config.in_channels, n, n)] * 2), torch.randn(2, 77, unet.config.cross_attention_dim)
 for line in sys.stdin:
@@ -83,24 +84,12 @@ for line in sys.stdin:
 
 
 # accelerate's own way to run with little memory: weights on disk, fetched layer by layer.
-OFFLOADED = """
-import sys, tempfile, time, json
-import torch
+OFFLOAD = """
+import tempfile
 from accelerate import disk_offload
-from diffusers import UNet2DConditionModel
-torch.set_grad_enabled(False)
-unet = UNet2DConditionModel.from_pretrained({model!r}, subfolder="unet", variant="fp16", torch_dtype=torch.float32).eval()
-n = unet.config.sample_size
 folder = tempfile.TemporaryDirectory()
 disk_offload(unet, folder.name, execution_device=torch.device("cpu"))
 open("/proc/self/clear_refs", "w").write("5")
-x, c = torch.cat([torch.randn(1, unet.config.in_channels, n, n)] * 2), torch.randn(2, 77, unet.config.cross_attention_dim)
-for line in sys.stdin:
-    start = time.perf_counter()
-    unet(x, torch.tensor(500), c)
-    seconds = time.perf_counter() - start
-    peak = int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1]) * 1024
-    print(json.dumps({{"seconds_per_sample": seconds / 2, "batch": 2, "peak": peak}}), flush=True)
 """
 
 
@@ -128,9 +117,9 @@ def bench_unet(model: str, ceiling: int, rounds: int, peers: bool) -> dict[str, 
     ours = {
         f"tiler {p}": STREAMED.format(model=model, ceiling=ceiling, size=2048, precision=p) for p in ("fp32", "int8")
     }
-    theirs = {"diffusers fp32, resident": RESIDENT.format(model=model)}
+    theirs = {"diffusers fp32, resident": RESIDENT.format(model=model, more="")}
     if peers and find_spec("accelerate"):
-        theirs["accelerate disk_offload"] = OFFLOADED.format(model=model)
+        theirs["accelerate disk_offload"] = RESIDENT.format(model=model, more=OFFLOAD)
     elif peers:
         print("accelerate is not installed here: pip install accelerate")
     workers = {name: Worker(code) for name, code in (ours | theirs).items()}

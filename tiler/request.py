@@ -189,10 +189,10 @@ class RenderRequest:
     """Everything that decides the picture. Sizes are pixels.
 
     `prompt` may be None when `regions` cover the canvas. `strength` is img2img's denoising strength: the share of the
-    schedule that the canvas denoises after the guide. `attention_window` is in latents, None is all of a tile. `overlap` None is a quarter of a tile, `scratch` None
-    the folder of `output`, `cache_dir` None the user's cache folder, `guidance_interval` the share of the schedule, from noise to picture, in which guidance works,
-    `dpi` what the file says of its resolution, `bleed_mm` what a PDF says will be cut off each
-    edge. Raises UsageError.
+    schedule that the canvas denoises after the guide. `guidance_interval` is the share of the schedule, from noise to
+    picture, in which guidance works. `attention_window` is in latents, None is all of a tile. `overlap` None is a quarter
+    of a tile, `scratch` None the folder of `output`, `cache_dir` None the user's cache folder. `dpi` is what the file says
+    of its resolution, `bleed_mm` what a PDF says will be cut off each edge. Raises UsageError.
     """
 
     prompt: str | None
