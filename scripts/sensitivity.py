@@ -37,6 +37,9 @@ def fake(module: nn.Module, levels: int) -> tuple[Tensor, torch.utils.hooks.Remo
 
     def rounded(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         x = inputs[0]
+        if isinstance(module, nn.Conv2d) and int8.is_pointwise(module):
+            pixels = [int8.quantize_pixels(sample, levels).restored() for sample in x]
+            return (torch.stack([p.T.view(x.shape[1:]) for p in pixels]), *inputs[1:])
         if isinstance(module, nn.Conv2d):
             return (torch.cat([int8.quantize_image(sample, levels).restored() for sample in x]), *inputs[1:])
         return (int8.quantize_tokens(x, levels).restored().view_as(x), *inputs[1:])
