@@ -38,8 +38,8 @@ from tiler.memory import process
 process.frugal_allocator()
 from tiler.models.family import read_family, build_unet, plain_names
 from tiler.models.unet import predict_noise
-from tiler.memory.budget import Budget
-from tiler.pipeline import at_layer, streamed
+from tiler.memory.budget import Budget, at_layer
+from tiler.pipeline import streamed
 from tiler.planner import plan_render
 from tiler.quantize import default_cache, packed_weights
 from tiler.request import Precision, RenderRequest

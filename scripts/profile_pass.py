@@ -22,10 +22,10 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from tiler.diffusion import canvas, schedulers
 from tiler.memory import process
-from tiler.memory.budget import Budget
+from tiler.memory.budget import Budget, at_layer
 from tiler.models.family import build_unet, plain_names, read_family
 from tiler.models.unet import predict_noise
-from tiler.pipeline import at_layer, streamed
+from tiler.pipeline import streamed
 from tiler.planner import plan_render
 from tiler.quantize import default_cache, packed_weights
 from tiler.request import Precision, RenderRequest

@@ -5,7 +5,7 @@
 
 Weights and inputs take the values that tiler/weights/int8.py gives them and are multiplied in fp32, so any processor can
 judge for any other. `--levels` are the steps of an activation: 127 where there are no dot-product instructions, else 255.
-`FP32_NAMES` in tiler/models/unet.py follows from this table. The whole UNet is in memory: 6 GB for SD 1.5.
+`FP32_NAMES` in tiler/models/unet.py are not in the table: they stay in fp32. The whole UNet is in memory: 6 GB for SD 1.5.
 """
 
 from __future__ import annotations

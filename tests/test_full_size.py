@@ -86,7 +86,9 @@ import torch
 from tiler import Budget
 from tiler.models.family import build_unet, plain_names, read_family
 from tiler.models.unet import predict_noise
-from tiler.pipeline import at_layer, prepare_int8, streamed
+from tiler.memory.budget import at_layer
+from tiler.pipeline import streamed
+from tiler.quantize import prepare_int8
 from tiler.weights.checkpoint import resolve
 torch.set_grad_enabled(False)
 family, budget = read_family(resolve({str(sd15)!r})), Budget("800MB")

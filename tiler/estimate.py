@@ -21,7 +21,7 @@ from tiler.request import Precision
 from tiler.weights import int8
 from tiler.weights.stream import Streamer, stream_layers
 
-# Measured: seconds of whole UNet passes over what the speeds below would give (scripts/bench.py unet).
+# Of whole passes over what the speeds below would give: norms, activations, smaller layers. A round figure, not a measured one.
 OVERHEAD = 1.25
 
 

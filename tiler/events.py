@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 
@@ -36,3 +37,18 @@ class Note:
 
 
 Event = PhaseStarted | Progress | PhaseDone | Note
+
+OnEvent = Callable[[Event], None]
+
+
+def percent(on_event: OnEvent, phase: str) -> Callable[[float], None]:
+    """Progress in whole percents, each told once."""
+    told = -1
+
+    def tell(share: float) -> None:
+        nonlocal told
+        if (now := int(100 * share)) > told:
+            told = now
+            on_event(Progress(name=phase, done=now, total=100, detail=f"{now} %"))
+
+    return tell

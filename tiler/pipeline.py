@@ -28,8 +28,9 @@ from tiler.decode.method import Method
 from tiler.decode.rows import to_uint8
 from tiler.diffusion import canvas, guide, schedulers
 from tiler.errors import NumericalError
+from tiler.events import OnEvent, percent
 from tiler.memory import process
-from tiler.memory.budget import Budget
+from tiler.memory.budget import Budget, at_layer, at_rows
 from tiler.models import family as families
 from tiler.models.text import encode_prompts, load_tokenizer
 from tiler.models.unet import Windows, predict_noise
@@ -38,14 +39,12 @@ from tiler.output.latents import load_latents, save_latents
 from tiler.output.picture import check_picture, write_picture
 from tiler.output.png import infotext
 from tiler.planner import RenderPlan, Steps, plan_decode, plan_render
-from tiler.quantize import default_cache, packed_weights
+from tiler.quantize import default_cache, prepare_int8
 from tiler.request import Decode, GuideUpscale, Precision, RenderRequest, ScratchDtype, Wrap, check_decode, check_dpi
 from tiler.weights.checkpoint import resolve, resolve_part
 from tiler.weights.index import TensorInfo
 from tiler.weights.store import WeightStore
 from tiler.weights.stream import Streamer, match_index, stream_layers
-
-OnEvent = Callable[[events.Event], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -325,61 +324,6 @@ def quantize_model(
     }
     told = {"bytes": path.stat().st_size, "int8_share": counts[True] / sum(counts.values())}
     return Result(output=path, report=report(budget, 0) | told)
-
-
-def prepare_int8(family: families.Family, cache: Path, budget: Budget, on_event: OnEvent) -> dict[str, TensorInfo]:
-    """The index of the checkpoint's int8 weights in `cache`, made first where they are missing. Raises TilerError."""
-    with budget.phase("quantize") as use:
-        tell, check = percent(on_event, "quantize"), at_layer(budget)
-        told: list[str] = []
-
-        def progress(share: float, why: str) -> None:
-            if not told:
-                on_event(events.PhaseStarted(name="quantize", total=100))
-                on_event(events.Note(text=f"int8 weights are made in {cache} ({why})"))
-                told.append(why)
-            tell(share)
-            check("quantize")
-
-        index = packed_weights(family, cache, progress)
-    if told:
-        on_event(events.PhaseDone(name="quantize", seconds=use.seconds, peak_rss_bytes=use.peak_rss_bytes))
-    return index
-
-
-def at_layer(budget: Budget) -> Callable[[str], None]:
-    """What happens between two layers of the UNet: freed memory leaves the process if it is worth the call (5 ms), then
-    the ceiling is checked."""
-
-    def check(where: str) -> None:
-        if process.free_heap() > process.HEAP_WORTH_RELEASING:
-            process.release_heap()
-        budget.check(where)
-
-    return check
-
-
-def at_rows(budget: Budget, planned_bytes: int) -> Callable[[str], None]:
-    """The same for an autoencoder, whose layers run thousands of times: memory leaves when it is more than was planned."""
-
-    def check(where: str) -> None:
-        budget.relieve(planned_bytes)
-        budget.check(where)
-
-    return check
-
-
-def percent(on_event: OnEvent, phase: str) -> Callable[[float], None]:
-    """Progress in whole percents, each told once."""
-    told = -1
-
-    def tell(share: float) -> None:
-        nonlocal told
-        if (now := int(100 * share)) > told:
-            told = now
-            on_event(events.Progress(name=phase, done=now, total=100, detail=f"{now} %"))
-
-    return tell
 
 
 def decode_pixels(

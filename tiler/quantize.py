@@ -17,7 +17,10 @@ from typing import Any
 
 import torch
 
+from tiler import events
 from tiler.errors import ModelError, StorageError
+from tiler.events import OnEvent, percent
+from tiler.memory.budget import Budget, at_layer
 from tiler.models import family as families
 from tiler.models.family import Family
 from tiler.models.unet import int8_weights, order_of_use
@@ -53,6 +56,26 @@ def packed_weights(family: Family, cache: Path, progress: Callable[[float, str],
             raise StorageError(f"{cache}: cannot be made ({error.strerror}); choose another --cache-dir") from error
         _pack(family, source, path, mark, lambda share: progress(share, why))
     return read_index(path)
+
+
+def prepare_int8(family: Family, cache: Path, budget: Budget, on_event: OnEvent) -> dict[str, TensorInfo]:
+    """The index of the checkpoint's int8 weights in `cache`, made first where they are missing. Raises TilerError."""
+    with budget.phase("quantize") as use:
+        tell, check = percent(on_event, "quantize"), at_layer(budget)
+        told: list[str] = []
+
+        def progress(share: float, why: str) -> None:
+            if not told:
+                on_event(events.PhaseStarted(name="quantize", total=100))
+                on_event(events.Note(text=f"int8 weights are made in {cache} ({why})"))
+                told.append(why)
+            tell(share)
+            check("quantize")
+
+        index = packed_weights(family, cache, progress)
+    if told:
+        on_event(events.PhaseDone(name="quantize", seconds=use.seconds, peak_rss_bytes=use.peak_rss_bytes))
+    return index
 
 
 def fingerprint(files: dict[str, TensorInfo]) -> str:

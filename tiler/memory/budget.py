@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -155,3 +155,25 @@ class Budget:
         while not self._stop.wait(_SAMPLE_SECONDS):
             self._children = process.children_rss()
             self._note_peak()
+
+
+def at_layer(budget: Budget) -> Callable[[str], None]:
+    """What happens between two layers of the UNet: freed memory leaves the process if it is worth the call (5 ms), then
+    the ceiling is checked."""
+
+    def check(where: str) -> None:
+        if process.free_heap() > process.HEAP_WORTH_RELEASING:
+            process.release_heap()
+        budget.check(where)
+
+    return check
+
+
+def at_rows(budget: Budget, planned_bytes: int) -> Callable[[str], None]:
+    """The same for an autoencoder, whose layers run thousands of times: memory leaves when it is more than was planned."""
+
+    def check(where: str) -> None:
+        budget.relieve(planned_bytes)
+        budget.check(where)
+
+    return check

@@ -39,7 +39,8 @@ class Windows(NamedTuple):
         return cls(size, rng.randrange(size), rng.randrange(size))
 
 
-# Weights that stay as they are where others become int8: their names hold one of these (scripts/sensitivity.py).
+# Weights that stay as they are where others become int8: their names hold one of these. They are small, and first or last;
+# scripts/sensitivity.py tells what each kind of the others loses.
 FP32_NAMES = ("time_emb", "conv_in.", "conv_out.")
 
 

@@ -10,14 +10,14 @@ samples so that one read of the weights serves all of them:
   its weights in pieces, each applied to every sample.
 
 Arithmetic never sees the batch: every matrix product is one sample's, over pieces cut at the same rows, so results do
-not depend on how many samples share a read. Layers stored as int8 are computed in int8 (int8.py), where sums are exact. On meta tensors the same code computes shapes only, which is how the
-planner predicts the peak. Knows nothing of Stable Diffusion.
+not depend on how many samples share a read. Layers stored as int8 are computed in int8 (int8.py), where sums are exact.
+On meta tensors the same code computes shapes only, which is how the planner predicts the peak. Knows nothing of Stable
+Diffusion.
 """
 
 from __future__ import annotations
 
 import functools
-import mmap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -29,34 +29,13 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from tiler.errors import ModelError
 from tiler.memory import cpu, process
 from tiler.weights import int8
+from tiler.weights.arena import Arena
 from tiler.weights.index import TensorInfo
 from tiler.weights.store import PIECE_ELEMENTS, SCALE, WeightStore, check_dtype, piece_rows
 
 ARENA_BYTES = 76 * 2**20  # fp32; the largest unit of SD 1.5 worth holding is its widest feed-forward, 78.7 MB
 INT8_ARENA_BYTES = 46 * 2**20  # the widest resnet of SD 1.5 whole
 SMALL = 64 * 1024  # parameters of up to this many elements are loaded at once and stay
-
-
-class Arena:
-    """Room for weights, used again and again. Where memory is short, what the next use does not need goes back to the
-    system: the units with the largest weights are not those with the largest activations, and need not add up."""
-
-    def __init__(self, nbytes: int) -> None:
-        self._map = mmap.mmap(-1, max(nbytes, mmap.PAGESIZE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
-        self._touched = 0
-
-    def __len__(self) -> int:
-        return len(self._bytes)
-
-    def take(self, nbytes: int, *, short: bool) -> Tensor:
-        """The first `nbytes`; what they hold is undefined. Whatever was taken before is gone."""
-        end = -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
-        if short and end < self._touched and hasattr(mmap, "MADV_DONTNEED"):
-            self._map.madvise(mmap.MADV_DONTNEED, end, self._touched - end)
-            self._touched = end
-        self._touched = max(self._touched, end)
-        return self._bytes[:nbytes]
 
 
 class Streamer:
@@ -107,14 +86,9 @@ class Streamer:
             room = self._arena.take(fixed + staged, short=self.short())
             weights = room[:fixed].view(torch.float32).split([layer.weight.numel() for layer in floats])
             for layer, weight in zip(floats, weights, strict=True):
-                weight = weight.view(layer.weight.shape)
-                for piece in self.store.pieces(layer.key):
-                    self.store.fetch(piece, weight[piece.first : piece.last])
-                self.held[layer.key] = weight
+                self.held[layer.key] = self._fetched(layer, weight)
             for layer in integers:
-                rows = room[fixed : fixed + layer.weight.numel()].view(torch.int8).view(layer.weight.shape)
-                for piece in self.store.pieces(layer.key):
-                    self.store.fetch(piece, rows[piece.first : piece.last])
+                rows = self._fetched(layer, room[fixed : fixed + layer.weight.numel()].view(torch.int8))
                 self.packed[layer.key] = int8.pack(layer, 0, rows, self.store.scale(layer.key))
         try:
             yield
@@ -123,6 +97,14 @@ class Streamer:
             self.packed.clear()
             self.holding = False
             del planned
+
+    def _fetched(self, layer: StreamedLayer, room: Tensor) -> Tensor:
+        """The layer's whole weight, read into `room`."""
+        assert self.store is not None
+        weight = room.view(layer.weight.shape)
+        for piece in self.store.pieces(layer.key):
+            self.store.fetch(piece, weight[piece.first : piece.last])
+        return weight
 
     def _kept(self, layer: StreamedLayer) -> bool:
         """Whether the layer's weight is resident in fp32."""
