@@ -1,7 +1,8 @@
 """Measure what the README claims, on one full-size checkpoint.
 
     python scripts/bench.py unet              streamed passes under the ceiling, fp32 and int8, against diffusers' resident
-                                              fp32, alternating; with --peers also against accelerate's disk_offload
+                                              fp32, alternating; with --peers also against accelerate's disk_offload,
+                                              and OpenVINO (--openvino PYTHON, where openvino, nncf, torch and diffusers are)
     python scripts/bench.py memory            predicted against measured peaks of renders at several ceilings and sizes
     python scripts/bench.py large             the same for each phase of 4096×4096 (--sizes), every one stopped after --minutes
     python scripts/bench.py decode            the same, and seconds, for exact and frozen decoding at several sizes
@@ -71,9 +72,9 @@ import torch
 from diffusers import UNet2DConditionModel
 torch.set_grad_enabled(False)
 unet = UNet2DConditionModel.from_pretrained({model!r}, subfolder="unet", variant="fp16", torch_dtype=torch.float32).eval()
-{more}
 n = unet.config.sample_size
 x, c = torch.cat([torch.randn(1, unet.config.in_channels, n, n)] * 2), torch.randn(2, 77, unet.config.cross_attention_dim)
+{more}
 for line in sys.stdin:
     start = time.perf_counter()
     unet(x, torch.tensor(500), c)
@@ -93,12 +94,35 @@ open("/proc/self/clear_refs", "w").write("5")
 """
 
 
+# int8: weights and activations, calibrated on one input, as far as time is concerned; mixed only where NNCF says so.
+OPENVINO = """
+import nncf, openvino
+answers, sys.stdout = sys.stdout, sys.stderr  # NNCF speaks there
+values = x, torch.tensor(500), c
+class Plain(torch.nn.Module):
+    def forward(self, x, t, c):
+        return self.unet(x, t, c, return_dict=False)[0]
+plain = Plain().eval()
+plain.unet = unet.requires_grad_(False)
+graph = openvino.convert_model(plain, example_input=values, input=[list(v.shape) for v in values])
+if {int8}:
+    some = nncf.Dataset([[v.numpy() for v in values]])
+    fast = nncf.AdvancedQuantizationParameters(disable_bias_correction=True)
+    graph = nncf.quantize(graph, some, model_type=nncf.ModelType.TRANSFORMER, subset_size=1, advanced_parameters=fast)
+compiled = openvino.Core().compile_model(graph, "CPU", {{"INFERENCE_PRECISION_HINT": "f32"}})
+unet = lambda *values: compiled([v.numpy() for v in values])
+del graph, plain
+sys.stdout = answers
+open("/proc/self/clear_refs", "w").write("5")
+"""
+
+
 class Worker:
     """A fresh process that does one measurement whenever it is asked."""
 
-    def __init__(self, code: str) -> None:
+    def __init__(self, code: str, python: str = sys.executable) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [python, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
     def measure(self) -> dict[str, Any]:
@@ -112,7 +136,7 @@ class Worker:
         self.process.communicate()
 
 
-def bench_unet(model: str, ceiling: int, rounds: int, peers: bool) -> dict[str, dict[str, Any]]:
+def bench_unet(model: str, ceiling: int, rounds: int, peers: bool, openvino: str | None) -> dict[str, dict[str, Any]]:
     """Alternate passes of tiler and of others over the same checkpoint; the first of each warms up and is not counted."""
     ours = {
         f"tiler {p}": STREAMED.format(model=model, ceiling=ceiling, size=2048, precision=p) for p in ("fp32", "int8")
@@ -122,15 +146,23 @@ def bench_unet(model: str, ceiling: int, rounds: int, peers: bool) -> dict[str, 
         theirs["accelerate disk_offload"] = RESIDENT.format(model=model, more=OFFLOAD)
     elif peers:
         print("accelerate is not installed here: pip install accelerate")
-    workers = {name: Worker(code) for name, code in (ours | theirs).items()}
-    runs = [{name: worker.measure() for name, worker in workers.items()} for _ in range(rounds + 1)]
+    if openvino is not None:
+        theirs |= {
+            f"OpenVINO {kind}": RESIDENT.format(model=model, more=OPENVINO.format(int8=kind == "int8"))
+            for kind in ("fp32", "int8")
+        }
+    workers: dict[str, Worker] = {}
+    for name, code in (ours | theirs).items():
+        workers[name] = Worker(code, openvino if openvino and name.startswith("OpenVINO") else sys.executable)
+        workers[name].measure()
+    runs = [{name: worker.measure() for name, worker in workers.items()} for _ in range(rounds)]
     for worker in workers.values():
         worker.close()
 
     def median(name: str, against: str | None = None) -> float:
         return statistics.median(
             run[name]["seconds_per_sample"] / (1 if against is None else run[against]["seconds_per_sample"])
-            for run in runs[1:]
+            for run in runs
         )
 
     return {
@@ -268,6 +300,7 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", default=["exact", "frozen"], help="for decode; also tiny")
     parser.add_argument("--minutes", type=float, default=5, help="for large")
     parser.add_argument("--peers", action="store_true", help="for unet: also accelerate's disk_offload, if installed")
+    parser.add_argument("--openvino", metavar="PYTHON", help="for unet: an interpreter with openvino and nncf")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--precision", choices=["fp32", "int8"], default="fp32", help="for memory and render")
@@ -278,7 +311,7 @@ def main() -> None:
     sides = [(int(size.split("x")[0]), int(size.split("x")[-1])) for size in args.sizes or []]
     squares = [width for width, _ in sides]
     if "unet" in args.what:
-        results["unet"] = bench_unet(model, args.ceiling, args.rounds, args.peers)
+        results["unet"] = bench_unet(model, args.ceiling, args.rounds, args.peers, args.openvino)
         for name, row in results["unet"].items():
             print(
                 f"{name:28}{row['seconds_per_sample']:7.2f} s a sample, {row['ratio']:.2f}× diffusers, peak "

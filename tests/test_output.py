@@ -1,7 +1,8 @@
-"""The writers, read back by Pillow."""
+"""The writers, read back by Pillow; latents, written by safetensors."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -9,9 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from tiler.errors import StorageError, UsageError
+from tiler.output.latents import LatentsFile
 from tiler.output.paper import parse_length, sheet_pixels
 from tiler.output.picture import write_picture
 
@@ -142,3 +146,20 @@ print(read_rss().peak - base)
             [sys.executable, "-c", code, suffix, str(height)], capture_output=True, text=True, check=True
         )
         assert int(done.stdout) < 100_000_000
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_latents_are_read_from_their_file_by_rows(tmp_path: Path, dtype: torch.dtype) -> None:
+    want = torch.randn(1, 4, 37, 11).to(dtype)
+    path = tmp_path / "z.safetensors"
+    save_file({"before": torch.zeros(3, dtype=torch.uint8), "latents": want}, path)
+    with LatentsFile(path, lambda rows: rows.mul_(2)) as latents:
+        latents.check(4, "a model")
+        assert latents.shape == want.shape
+        for rows in (slice(0, 5), slice(30, 40), slice(None), slice(7, 7)):
+            assert torch.equal(latents[:, :, rows], 2 * want.float()[:, :, rows])
+        os.truncate(path, path.stat().st_size - 8)
+        with pytest.raises(StorageError, match="shorter"):
+            latents[:, :, 30:]
+    with pytest.raises(UsageError, match="short"):
+        LatentsFile(path)

@@ -25,7 +25,7 @@ from torch import Tensor
 from tiler import events
 from tiler.decode import method
 from tiler.decode.method import Method
-from tiler.decode.rows import to_uint8
+from tiler.decode.rows import Latents, to_uint8
 from tiler.diffusion import canvas, guide, schedulers
 from tiler.errors import NumericalError
 from tiler.events import OnEvent, percent
@@ -35,7 +35,7 @@ from tiler.models import family as families
 from tiler.models.text import encode_prompts, load_tokenizer
 from tiler.models.unet import Windows, predict_noise
 from tiler.output.files import check_writable
-from tiler.output.latents import load_latents, save_latents
+from tiler.output.latents import LatentsFile, save_latents
 from tiler.output.picture import check_picture, write_picture
 from tiler.output.png import infotext
 from tiler.planner import RenderPlan, Steps, plan_decode, plan_render
@@ -286,27 +286,27 @@ def decode_file(
     `scratch` None is the folder of `output`. Raises TilerError."""
     with _inference(), budget or Budget() as budget:
         check_picture(output, force=force)
-        latents = load_latents(latents_file)
-        family = families.read_family(resolve(model, variant=variant, revision=revision))
-        families.check_latents(latents, family)
         check_decode(decode, tiny_vae)
         check_dpi(dpi)
+        family = families.read_family(resolve(model, variant=variant, revision=revision))
         kind = family.autoencoder if tiny_vae is None else families.read_tiny(resolve_part(tiny_vae), family)
-        how, plan, resident = plan_decode(
-            kind, (latents.shape[2], latents.shape[3]), budget.max_bytes,
-            decode=decode, scratch=scratch or output.parent, scratch_dtype=scratch_dtype, wrap=wrap,
-        )  # fmt: skip
-        plan.check()
-        vae = families.build_vae(kind)
-        on_event(events.PhaseStarted(name="decode", total=100))
-        on_event(events.Note(text=f"decoder: {how}"))
-        height, width = (8 * n for n in latents.shape[2:])
-        with budget.phase("decode") as use, streamed(vae, kind.weights, families.vae_names, resident) as streamer:
-            check = at_rows(budget, plan.peak_bytes)
-            rows = decode_pixels(how, vae, streamer, kind.unscale_(latents), check, percent(on_event, "decode"))
-            write_picture(output, rows, width, height, {}, dpi)
+        with LatentsFile(latents_file, kind.unscale_) as latents:
+            latents.check(family.latent_channels, family.checkpoint.name)
+            height, width = latents.shape[2:]
+            how, plan, resident = plan_decode(
+                kind, (height, width), budget.max_bytes,
+                decode=decode, scratch=scratch or output.parent, scratch_dtype=scratch_dtype, wrap=wrap,
+            )  # fmt: skip
+            plan.check()
+            vae = families.build_vae(kind)
+            on_event(events.PhaseStarted(name="decode", total=100))
+            on_event(events.Note(text=f"decoder: {how}"))
+            with budget.phase("decode") as use, streamed(vae, kind.weights, families.vae_names, resident) as streamer:
+                check = at_rows(budget, plan.peak_bytes)
+                rows = decode_pixels(how, vae, streamer, latents, check, percent(on_event, "decode"))
+                write_picture(output, rows, 8 * width, 8 * height, {}, dpi)
         on_event(events.PhaseDone(name="decode", seconds=use.seconds, peak_rss_bytes=use.peak_rss_bytes))
-    told = {"decode": how.name, "width": width, "height": height}
+    told = {"decode": how.name, "width": 8 * width, "height": 8 * height}
     return Result(output=output, report=report(budget, plan.peak_bytes) | told)
 
 
@@ -330,7 +330,7 @@ def decode_pixels(
     how: Method,
     vae: Any,
     streamer: Streamer,
-    unscaled: Tensor,
+    unscaled: Latents,
     check: Callable[[str], None],
     progress: Callable[[float], None],
 ) -> Iterator[np.ndarray]:

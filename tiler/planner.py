@@ -270,7 +270,7 @@ def plan_decode(
     method = choose(
         decode, vae.module, vae.streamer, latents, encoding=False, folder=scratch, dtype=scratch_dtype, wrap=wrap
     )
-    phase = vae.phase("decode", latents, method)
+    phase = vae.phase("decode", latents, method, held=0)
     smallest = int(phase.peak_bytes / MARGIN) + 1
     phase, resident = _with_resident(phase, vae.module.decoder, kind.weights, method, max_bytes)
     return method, MemoryPlan(max_bytes=max_bytes, phases=(phase,), smallest_bytes=smallest), resident
@@ -373,11 +373,14 @@ class _Coder:
         stream_layers(self.module, self.streamer)
         self.terms = [*fixed, *_weights_terms(self.module, kind.weights)]
 
-    def phase(self, name: str, latents: tuple[int, int], method: Method, source_pixels: int = 0) -> PhasePlan:
+    def phase(
+        self, name: str, latents: tuple[int, int], method: Method, source_pixels: int = 0, *, held: int = 1
+    ) -> PhasePlan:
         """Decoding latents of (height, width), or encoding a picture of `source_pixels` enlarged to their size. Rows of the
-        large picture come and go; the latents are there once, also with a margin, or being put together of bands and scaled."""
+        large picture come and go; the latents are `held` once, or not where a file has them, also with a margin, or being
+        put together of bands and scaled."""
         area = math.prod(n + 2 * m for n, m in zip(latents, method.margin, strict=True))
-        copies = 3 if method.encoding else 2 if any(method.margin) else 1
+        copies = 3 if method.encoding else 2 if any(method.margin) else held
         terms = [
             Term(name=WORK, nbytes=method.memory_bytes),
             Term(name="latents", nbytes=4 * copies * self.module.config.latent_channels * area),

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from tiler.decode.rows import (
     Conv,
+    Latents,
     MidAttention,
     Norm,
     Pixels,
@@ -26,6 +27,7 @@ from tiler.decode.rows import (
     decoder_stages,
     encoder_stages,
     flow,
+    latent_strips,
     means,
     strip_rows,
     to_tensor,
@@ -288,7 +290,7 @@ def _layers(chain: list[Stage]) -> nn.ModuleList:
 
 def decode(
     vae: AutoencoderKL,
-    latents: Tensor,
+    latents: Latents,
     scratch: Scratch,
     *,
     hold: Hold,
@@ -301,7 +303,7 @@ def decode(
     """
     stages = decoder_stages(vae.decoder, vae.post_quant_conv)
     frame = Frame(latents.shape[2], latents.shape[3], *margin)
-    return stream(stages, latents.split(strip_rows(latents.shape[3]), dim=2), frame, scratch, hold=hold, check=check)
+    return stream(stages, latent_strips(latents, strip_rows(frame.width)), frame, scratch, hold=hold, check=check)
 
 
 def encode(

@@ -20,11 +20,13 @@ from tiler.decode import exact
 from tiler.decode.rows import (
     REACH,
     Check,
+    Latents,
     Pixels,
     Stage,
     decoder_stages,
     encoder_stages,
     flow,
+    latent_strips,
     means,
     strip_rows,
     to_tensor,
@@ -99,7 +101,7 @@ def _measure(stages: list[Stage], part: Tensor, scratch: Scratch, hold: Hold, ch
 
 def decode(
     vae: AutoencoderKL,
-    latents: Tensor,
+    latents: Latents,
     scratch: Scratch,
     *,
     hold: Hold,
@@ -117,13 +119,15 @@ def decode(
     (y, x), (height, width) = margin, latents.shape[2:]
     stages = decoder_stages(vae.decoder, vae.post_quant_conv)
     down, across = sample(height - 2 * y, width - 2 * x)
-    _measure(stages, latents[:, :, (down + y)[:, None], across + x], scratch, hold, check)
+    part = torch.cat([latents[:, :, row : row + 1][..., across + x] for row in (down + y).tolist()], dim=2)
+    _measure(stages, part, scratch, hold, check)
     *others, last = bands(width)
     share = 1 / (1 + len(others))
 
     def strips(band: Band, begun: float) -> Iterator[Tensor]:
-        source = latents[:, :, :, band.first : band.last].split(rows or strip_rows(band.last - band.first), dim=2)
-        for strip in _stream(stages, iter(source), height, check, lambda done: progress(begun + share * done)):
+        whole = latent_strips(latents, rows or strip_rows(band.last - band.first))
+        source = (strip[..., band.first : band.last] for strip in whole)
+        for strip in _stream(stages, source, height, check, lambda done: progress(begun + share * done)):
             yield strip[:, :, 8 * band.keep.start : 8 * band.keep.stop]
 
     stored = []
@@ -134,8 +138,10 @@ def decode(
         stored.append(waiting)
     row = 0
     for strip in strips(last, len(others) * share):
-        yield torch.cat([*(b.read(row, row + strip.shape[1])[0] for b in stored), strip], dim=2) if stored else strip
-        row += strip.shape[1]
+        # Joined in parts of one size, however many bands: they, and what a writer makes of them, do not grow with the width.
+        for part in strip.split(max(1, strip.shape[1] // (1 + len(others))), dim=1):
+            yield torch.cat([*(b.read(row, row + part.shape[1])[0] for b in stored), part], dim=2) if stored else part
+            row += part.shape[1]
     for waiting in stored:
         waiting.close()
 

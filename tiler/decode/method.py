@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tiler.decode import exact, frozen, tiny
-from tiler.decode.rows import REACH, Check, Pixels
+from tiler.decode.rows import REACH, Check, Latents, Pixels
 from tiler.decode.scratch import Scratch, free_bytes
 from tiler.errors import StorageError
 from tiler.memory.meter import MetaMeter
@@ -132,7 +132,7 @@ def decode(
     method: Method,
     vae: Any,
     streamer: Streamer,
-    latents: Tensor,
+    latents: Latents,
     *,
     check: Check,
     progress: Callable[[float], None],
@@ -143,7 +143,9 @@ def decode(
     """
     (y, x), (height, width) = method.margin, latents.shape[2:]
     if y or x:
-        latents = latents[:, :, (torch.arange(-y, height + y) % height)[:, None], torch.arange(-x, width + x) % width]
+        latents = latents[:, :, :][
+            :, :, (torch.arange(-y, height + y) % height)[:, None], torch.arange(-x, width + x) % width
+        ]
     scratch = Scratch(method.folder, DTYPES[method.dtype])
     options: dict[str, Any] = {"hold": streamer.hold, "margin": method.margin}
     if method.exact:

@@ -40,6 +40,15 @@ class Pixels(Protocol):
     def __getitem__(self, rows: slice, /) -> np.ndarray: ...
 
 
+class Latents(Protocol):
+    """Latents of `shape` (1, C, h, w); `[:, :, first:last]` is their rows, fp32. A tensor, or a file that is read when asked."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def __getitem__(self, rows: tuple[slice, slice, slice], /) -> Tensor: ...
+
+
 class Stage(Protocol):
     """One layer. `push` takes (1, C, rows, W) fp32, top to bottom; `last` marks the end of the picture.
 
@@ -314,6 +323,11 @@ def encoder_stages(encoder: Encoder, quant_conv: nn.Module | None) -> list[Stage
         stages += [Down(sampler) for sampler in block.downsamplers or []]
     stages += [*_mid(encoder.mid_block), Conv(encoder.conv_out, Norm(encoder.conv_norm_out))]
     return stages if quant_conv is None else [*stages, Conv(quant_conv)]
+
+
+def latent_strips(latents: Latents, rows: int) -> Iterator[Tensor]:
+    """(1, C, n, w) of at most `rows` rows each, top first."""
+    return (latents[:, :, top : top + rows] for top in range(0, latents.shape[2], rows))
 
 
 def strip_rows(width: int) -> int:

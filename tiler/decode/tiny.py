@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tiler.decode.rows import Check, Conv, Residual, Stage, Up, flow, strip_rows
+from tiler.decode.rows import Check, Conv, Latents, Residual, Stage, Up, flow, latent_strips, strip_rows
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
@@ -65,11 +65,11 @@ def decoder_stages(decoder: nn.Module) -> list[Stage]:
 
 
 def decode(
-    vae: AutoencoderTiny, latents: Tensor, *, check: Check, progress: Callable[[float], None] = lambda share: None
+    vae: AutoencoderTiny, latents: Latents, *, check: Check, progress: Callable[[float], None] = lambda share: None
 ) -> Iterator[Tensor]:
     """latents: (1, C, h, w) fp32, divided by the tiny model's scaling_factor → strips (3, n, 8w) fp32 in about [-1, 1]."""
     stages, height, row = decoder_stages(vae.decoder), latents.shape[2], 0
-    for strip in latents.split(strip_rows(latents.shape[3]), dim=2):
+    for strip in latent_strips(latents, strip_rows(latents.shape[3])):
         row += strip.shape[2]
         for ready in flow(stages, [strip], row == height, check=check):
             yield ready[0]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from tiler.errors import ModelError, NumericalError, UsageError
+from tiler.errors import ModelError
 from tiler.memory.process import lean_imports
 from tiler.weights.checkpoint import Checkpoint
 
@@ -151,23 +151,6 @@ def read_family(checkpoint: Checkpoint) -> Family:
         raise ModelError(f"{checkpoint.folder}/unet/config.json: sample_size {unet['sample_size']!r} is not one number")
     scheduler = checkpoint.config("scheduler", "scheduler_config.json")
     return Family(checkpoint=checkpoint, unet=unet, vae=vae, text=text, scheduler=scheduler)
-
-
-def check_latents(latents: Tensor, family: Family) -> None:
-    """Raises UsageError or NumericalError for latents that this model cannot decode."""
-    import torch
-
-    if (
-        latents.ndim != 4
-        or len(latents) != 1
-        or latents.shape[1] != family.latent_channels
-        or min(latents.shape[2:]) < 1
-    ):
-        raise UsageError(
-            f"the latents have shape {list(latents.shape)}; {family.checkpoint.name} decodes [1, {family.latent_channels}, height/8, width/8]"
-        )
-    if not bool(torch.isfinite(latents).all()):
-        raise NumericalError("the latents hold NaN or Inf; render them again")
 
 
 _BLOCKS = {"DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D", "UNetMidBlock2DCrossAttn", None}

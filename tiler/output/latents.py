@@ -1,37 +1,85 @@
-"""Latents in a safetensors file: tensor `latents`, (1, C, h, w) fp32, scaled as the scheduler left them."""
+"""Latents in a safetensors file: tensor `latents`, (1, C, h, w), scaled as the scheduler left them."""
 
 from __future__ import annotations
 
+import math
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tiler.errors import UsageError
+from tiler.errors import ModelError, NumericalError, StorageError, UsageError
 from tiler.output.files import atomic
+from tiler.weights.index import open_regular, read_index
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-MAX_BYTES = 1_000_000_000
+NAME = "latents"
 
 
 def save_latents(path: Path, latents: Tensor) -> None:
-    """Write atomically. Raises StorageError."""
+    """Write atomically, as fp32. Raises StorageError."""
     from safetensors.torch import save
 
     with atomic(path) as file:
-        file.write(save({"latents": latents.contiguous()}))
+        file.write(save({NAME: latents.contiguous()}))
 
 
-def load_latents(path: Path) -> Tensor:
-    """Raises UsageError when the file holds no tensor `latents`, or is no safetensors file."""
-    from safetensors.torch import load
+class LatentsFile:
+    """Latents that stay in their file: `shape` is (1, C, h, w), and `[:, :, first:last]` reads those rows as fp32.
 
-    if not path.is_file() or path.stat().st_size > MAX_BYTES:
-        raise UsageError(f"{path}: no such latents file; `tiler render --save-latents FILE.safetensors` writes one")
-    try:
-        tensors = load(path.read_bytes())
-    except Exception as error:  # safetensors raises its own SafetensorError, a plain Exception
-        raise UsageError(f"{path}: not a safetensors file ({error})") from error
-    if "latents" not in tensors:
-        raise UsageError(f"{path}: holds no tensor `latents` but {', '.join(sorted(tensors)[:5]) or 'nothing'}")
-    return tensors["latents"].float()
+    Rows go through `unscale` on their way. Raises UsageError when the file holds no such tensor, or is no safetensors
+    file. Mapped pages would count as RSS, so rows are read with pread.
+    """
+
+    def __init__(self, path: Path, unscale: Callable[[Tensor], Tensor] = lambda rows: rows) -> None:
+        from tiler.weights.store import TORCH_DTYPES
+
+        if not path.is_file():
+            raise UsageError(f"{path}: no such latents file; `tiler render --save-latents FILE.safetensors` writes one")
+        try:
+            index = read_index(path)
+        except ModelError as error:
+            raise UsageError(str(error)) from error
+        if NAME not in index:
+            raise UsageError(f"{path}: holds no tensor `{NAME}` but {', '.join(sorted(index)[:5]) or 'nothing'}")
+        info = index[NAME]
+        if info.dtype not in ("F16", "BF16", "F32"):
+            raise UsageError(f"{path}: the latents are {info.dtype}; fp16, bf16 and fp32 are read")
+        self.path, self.shape, self.unscale = path, info.shape, unscale
+        self._offset, self._dtype = info.offset, TORCH_DTYPES[info.dtype]
+        self._fd = open_regular(path)
+
+    def __getitem__(self, index: tuple[slice, slice, slice]) -> Tensor:
+        """[:, :, first:last] → (1, C, n, w) fp32."""
+        import torch
+
+        assert index[:2] == (slice(None), slice(None)), "rows only"
+        first, last, _ = index[2].indices(self.shape[2])
+        _, channels, height, width = self.shape
+        stored = torch.empty(1, channels, max(0, last - first), width, dtype=self._dtype)
+        row_bytes = width * self._dtype.itemsize
+        for channel, part in enumerate(stored[0]):
+            at, data = self._offset + (channel * height + first) * row_bytes, memoryview(part.view(torch.uint8).numpy())
+            if len(data) and os.preadv(self._fd, [data.cast("B")], at) != math.prod(part.shape) * self._dtype.itemsize:
+                raise StorageError(f"{self.path}: the file became shorter while it was read; render the latents again")
+        return self.unscale(stored.float())
+
+    def check(self, channels: int, model: str) -> None:
+        """Raises UsageError or NumericalError for latents that `model`, of so many channels, cannot decode."""
+        import torch
+
+        if len(self.shape) != 4 or self.shape[:2] != (1, channels) or min(self.shape) < 1:
+            raise UsageError(
+                f"the latents have shape {list(self.shape)}; {model} decodes [1, {channels}, height/8, width/8]"
+            )
+        for first in range(0, self.shape[2], 64):
+            if not torch.isfinite(self[:, :, first : first + 64]).all():
+                raise NumericalError("the latents hold NaN or Inf; render them again")
+
+    def __enter__(self) -> LatentsFile:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        os.close(self._fd)

@@ -29,7 +29,7 @@ def infotext(prompt: str, negative_prompt: str, fields: Mapping[str, object]) ->
     return "\n".join(lines)
 
 
-_ROWS = 16  # filtered at a time
+_FILTERED = 2**16  # pixels filtered at a time
 
 
 class DeflatedRows:
@@ -41,8 +41,9 @@ class DeflatedRows:
 
     def add(self, rows: np.ndarray) -> Iterator[bytes]:
         """rows: (n, width, 3) uint8."""
-        for first in range(0, len(rows), _ROWS):
-            part = rows[first : first + _ROWS]
+        step = max(1, _FILTERED // rows.shape[1])
+        for first in range(0, len(rows), step):
+            part = rows[first : first + step]
             if data := self._deflate.compress(_filtered(part, self._above).tobytes()):
                 yield data
             self._above = part[-1:].copy()
