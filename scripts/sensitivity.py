@@ -1,10 +1,10 @@
 """How much each kind of layer loses as int8: one UNet call with only that kind quantised, against fp32.
 
     python scripts/sensitivity.py                       SD 1.5's size, random weights
-    python scripts/sensitivity.py --model mini --levels 127
+    python scripts/sensitivity.py --model mini --largest 64
 
 Weights and inputs take the values that tiler/weights/int8.py gives them and are multiplied in fp32, so any processor can
-judge for any other. `--levels` are the steps of an activation: 127 where there are no dot-product instructions, else 255.
+judge for any other. `--largest` is the largest weight: 64 where there are no dot-product instructions, else 127.
 `FP32_NAMES` in tiler/models/unet.py are not in the table: they stay in fp32. The whole UNet is in memory: 6 GB for SD 1.5.
 """
 
@@ -29,20 +29,20 @@ def kind(name: str) -> str:
     return re.sub(r"^(down|mid|up)_block\w*\.", r"\1 ", ".".join(words)).replace("transformer_blocks.", "")
 
 
-def fake(module: nn.Module, levels: int) -> tuple[Tensor, torch.utils.hooks.RemovableHandle]:
+def fake(module: nn.Module, largest: int) -> tuple[Tensor, torch.utils.hooks.RemovableHandle]:
     """Quantise a layer's weight and, from now on, its input; returns what undoes it."""
     kept = module.weight.data
-    values, scale = int8.quantize_rows(kept)
+    values, scale = int8.quantize_rows(kept, largest)
     module.weight.data = values.float() * scale.view(-1, *(1,) * (kept.ndim - 1))
 
     def rounded(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         x = inputs[0]
         if isinstance(module, nn.Conv2d) and int8.is_pointwise(module):
-            pixels = [int8.quantize_pixels(sample, levels).restored() for sample in x]
+            pixels = [int8.quantize_pixels(sample).restored() for sample in x]
             return (torch.stack([p.T.view(x.shape[1:]) for p in pixels]), *inputs[1:])
         if isinstance(module, nn.Conv2d):
-            return (torch.cat([int8.quantize_image(sample, levels).restored() for sample in x]), *inputs[1:])
-        return (int8.quantize_tokens(x, levels).restored().view_as(x), *inputs[1:])
+            return (torch.cat([int8.quantize_image(sample).restored() for sample in x]), *inputs[1:])
+        return (int8.quantize_tokens(x).restored().view_as(x), *inputs[1:])
 
     return kept, module.register_forward_pre_hook(rounded)
 
@@ -51,7 +51,7 @@ def fake(module: nn.Module, levels: int) -> tuple[Tensor, torch.utils.hooks.Remo
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a folder or `mini`; default: the generated sd15")
-    parser.add_argument("--levels", type=int, nargs="+", default=[127, 255])
+    parser.add_argument("--largest", type=int, nargs="+", default=[64, 127])
     parser.add_argument("--only", help="kinds that match this regular expression")
     args = parser.parse_args()
     checkpoint = resolve(args.model or str(make_checkpoint.make("sd15")))
@@ -71,14 +71,14 @@ def main() -> None:
             unet.get_submodule(name.removesuffix(".weight"))
         )
     everything = [module for modules in groups.values() for module in modules]
-    print(f"{'kind':32} layers  share  " + "  ".join(f"{n:>4} levels" for n in args.levels), flush=True)
+    print(f"{'kind':32} layers  share  " + "  ".join(f"weights ±{n:<3}" for n in args.largest), flush=True)
     total = sum(m.weight.numel() for m in everything)
     for name, modules in [("everything", everything), *groups.items()]:
         if args.only and not re.search(args.only, name):
             continue
         errors = []
-        for levels in args.levels:
-            undo = [(module, *fake(module, levels)) for module in modules]
+        for largest in args.largest:
+            undo = [(module, *fake(module, largest)) for module in modules]
             errors.append(float((unet(*call).sample - reference).norm() / reference.norm()))
             for module, kept, handle in undo:
                 module.weight.data = kept

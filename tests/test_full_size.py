@@ -108,5 +108,5 @@ torch.save((noise, process.read_rss().peak, streamer.store.bytes_read), sys.argv
     (plain, peak, read), (int8, int8_peak, int8_read) = (torch.load(tmp_path / p) for p in ("fp32", "int8"))
     assert int8_peak < peak < 800_000_000
     assert int8_read < 0.55 * read
-    # 7-bit activations, on CPUs without 8-bit dot products, measured 5 % on these random weights.
-    assert (int8 - plain).norm() < (0.04 if cpu.int8().dot else 0.08) * plain.norm()
+    # Measured on these random weights: 2.8 %; 3.3 % of 7-bit weights, on CPUs without 8-bit dot products.
+    assert (int8 - plain).norm() < (0.035 if cpu.int8().dot else 0.04) * plain.norm()

@@ -24,7 +24,7 @@ from tiler.weights.index import TensorInfo, read_index, read_metadata
 from tiler.weights.store import SCALE, WeightStore
 from tiler.weights.stream import Streamer, match_index, stream_layers
 
-needs_int8 = pytest.mark.skipif(not cpu.int8().levels, reason="this processor has no 8-bit products")
+needs_int8 = pytest.mark.skipif(not cpu.int8().products, reason="this processor has no 8-bit products")
 
 
 @pytest.fixture(autouse=True)
@@ -86,18 +86,39 @@ def test_a_convolution_is_the_sum_of_integer_products(stride: int, kernel: int, 
     assert (got - want).norm() < 1e-6 * want.norm()
 
 
+@needs_int8
+@torch.no_grad()
+def test_the_largest_products_do_not_saturate() -> None:
+    """Sums of pairs of products have 16 bits on some processors."""
+    largest = cpu.int8().largest
+    linear, conv = nn.Linear(64, 16, bias=False), nn.Conv2d(64, 16, 3, bias=False)
+    ones = torch.ones(16)
+    for layer in (linear, conv):
+        for sign in (1, -1):
+            weight = torch.full(layer.weight.shape, sign * largest, dtype=torch.int8)
+            packed = int8.pack(layer, 0, weight, ones)
+            if layer is linear:
+                x = int8.Quantized(torch.full((8, 64), 255, dtype=torch.uint8), torch.ones(8, 1), int8.ONE)
+                got, count = int8.linear(x, packed, None), 64
+            else:
+                values = torch.full((1, 64, 8, 8), 255, dtype=torch.uint8)
+                x = int8.Quantized(values.contiguous(memory_format=torch.channels_last), torch.tensor(1.0), int8.ONE)
+                got, count = int8.conv2d(x, packed, None, conv), 64 * 9
+            assert (got == sign * largest * 254 * count).all()
+
+
 def test_quantised_values_are_within_half_a_step() -> None:
     torch.manual_seed(3)
     image, tokens = torch.randn(5, 8, 8).exp() - 0.7, torch.randn(30, 17)
-    for levels in (127, 255):
-        q = int8.quantize_image(image, levels)
-        assert (q.restored()[0] - image).abs().max() <= 0.5001 * q.scale
-        t = int8.quantize_tokens(tokens, levels)
-        assert ((t.restored() - tokens).abs() <= 0.5001 * t.scale).all()
-        assert max(q.values.max(), t.values.max()) <= levels
+    q = int8.quantize_image(image)
+    assert (q.restored()[0] - image).abs().max() <= 0.5001 * q.scale
+    t = int8.quantize_tokens(tokens)
+    assert ((t.restored() - tokens).abs() <= 0.5001 * t.scale).all()
     weight = torch.randn(6, 40) * torch.logspace(-4, 4, 6).view(-1, 1)
-    rows, scale = int8.quantize_rows(weight)
-    assert ((rows * scale.view(-1, 1) - weight).abs() <= 0.5001 * scale.view(-1, 1)).all()
+    for largest in (64, 127):
+        rows, scale = int8.quantize_rows(weight, largest)
+        assert ((rows * scale.view(-1, 1) - weight).abs() <= 0.5001 * scale.view(-1, 1)).all()
+        assert rows.abs().max() == largest
     assert not int8.quantize_rows(torch.zeros(2, 3))[0].any()
 
 
@@ -122,7 +143,7 @@ def test_a_packed_file_holds_the_weights_in_the_order_of_use(tiny: Path, cache: 
     plain, packed = values(source), values(index)
     for name, want in plain.items():
         if name in quantised:
-            step = want.flatten(1).abs().amax(1) / 127
+            step = want.flatten(1).abs().amax(1) / cpu.int8().largest
             assert ((packed[name] - want).flatten(1).abs().amax(1) <= 0.5001 * step).all(), name
         else:
             assert torch.equal(packed[name], want), name
@@ -148,7 +169,7 @@ def test_a_packed_file_that_does_not_fit_is_made_again(tiny: Path, tmp_path: Pat
     path.write_bytes(whole[:-100])
     packed_weights(family, tmp_path, tell)
     assert "bytes short" in told[1]
-    path.write_bytes(whole.replace(b'"version": "1"', b'"version": "0"'))
+    path.write_bytes(whole.replace(b'"version": "2"', b'"version": "1"'))
     packed_weights(family, tmp_path, tell)
     assert "another model or version" in told[2]
     assert path.read_bytes() == whole
@@ -233,7 +254,7 @@ def test_without_8_bit_products_the_arithmetic_is_fp32(
     family = family_of(tiny)
     index = packed_weights(family, cache, quiet)
     monkeypatch.setattr(cpu, "flags", lambda: ("asimddp",))
-    assert cpu.int8().levels == 0
+    assert not cpu.int8().products
     got = call(family, index)
     reference = UNet2DConditionModel.from_pretrained(tiny / "unet", variant="fp16", torch_dtype=torch.float32).eval()
     reference.load_state_dict(values(index))
@@ -244,21 +265,21 @@ def test_without_8_bit_products_the_arithmetic_is_fp32(
 
 
 @pytest.mark.parametrize(
-    ("flags", "levels", "dot"),
+    ("flags", "largest", "products", "dot"),
     [
-        (("avx2",), 127, False),
-        (("avx2", "avx_vnni"), 255, True),
-        (("avx2", "avx512_vnni"), 255, True),
-        (("sve",), 0, False),
+        (("avx2",), 64, True, False),
+        (("avx2", "avx_vnni"), 127, True, True),
+        (("avx2", "avx512_vnni"), 127, True, True),
+        (("sve",), 127, False, False),
     ],
 )
 def test_what_int8_means_on_a_processor(
-    flags: tuple[str, ...], levels: int, dot: bool, monkeypatch: pytest.MonkeyPatch
+    flags: tuple[str, ...], largest: int, products: bool, dot: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from tiler.planner import choose_precision
 
     monkeypatch.setattr(cpu, "flags", lambda: flags)
-    assert cpu.int8()[:2] == (levels, dot)
+    assert cpu.int8()[:3] == (largest, products, dot)
     assert choose_precision(Precision.AUTO) is (Precision.INT8 if dot else Precision.FP32)
     assert choose_precision(Precision.INT8) is Precision.INT8
 

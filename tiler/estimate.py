@@ -88,7 +88,7 @@ def measure() -> Speed:
         attention_flops = 4 * 2 * 2048 * 2048 * 40
         fp32 = conv_flops / _seconds(lambda: layer(x))
         attention = attention_flops / _seconds(lambda: F.scaled_dot_product_attention(q, q, q))
-        if not cpu.int8().levels:  # then int8 is what weights are stored in, no more
+        if not cpu.int8().products:  # then int8 is what weights are stored in, no more
             return Speed(fp32, fp32, attention)
         weight = int8.pack(layer, 0, *int8.quantize_rows(layer.weight))
         fast = conv_flops / _seconds(lambda: int8.conv2d(int8.quantize_image(x[0]), weight, None, layer))

@@ -20,6 +20,7 @@ import torch
 from tiler import events
 from tiler.errors import ModelError, StorageError
 from tiler.events import OnEvent, percent
+from tiler.memory import cpu
 from tiler.memory.budget import Budget, at_layer
 from tiler.models import family as families
 from tiler.models.family import Family
@@ -30,7 +31,7 @@ from tiler.weights.int8 import quantize_rows
 from tiler.weights.store import SCALE, TORCH_DTYPES, WeightStore
 from tiler.weights.stream import match_index
 
-VERSION = "1"  # of the rules: which layers, which scales
+VERSION = "2"  # of the rules: which layers, which scales
 _PIECE_ELEMENTS = 2**20  # weights at a time: 4 MB in fp32, and a few copies
 _SAMPLES, _SAMPLE_BYTES = 256, 4096  # of each file, for its fingerprint
 
@@ -79,8 +80,9 @@ def prepare_int8(family: Family, cache: Path, budget: Budget, on_event: OnEvent)
 
 
 def fingerprint(files: dict[str, TensorInfo]) -> str:
-    """What tells two sets of weight files apart: names, shapes, dtypes and sizes, and 1 MB from all over each file."""
-    digest = hashlib.sha256(VERSION.encode())
+    """What tells two sets of weight files apart: names, shapes, dtypes and sizes, and 1 MB from all over each file;
+    and what they become here."""
+    digest = hashlib.sha256(f"{VERSION} {cpu.int8().largest}".encode())
     for name, info in sorted(files.items()):
         digest.update(f"{name} {info.dtype} {info.shape}\n".encode())
     for path in sorted({info.path for info in files.values()}):

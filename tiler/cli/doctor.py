@@ -50,4 +50,4 @@ def command(json_output: o.Json = False) -> None:
 def _auto(int8: Int8) -> str:
     if int8.dot:
         return "int8"
-    return "fp32: int8 is faster here but coarser" if int8.levels else "fp32: int8 would only save reading"
+    return "fp32: int8 is faster here but coarser" if int8.products else "fp32: int8 would only save reading"

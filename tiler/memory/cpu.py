@@ -31,10 +31,11 @@ def flags() -> tuple[str, ...]:
 
 
 class Int8(NamedTuple):
-    """How 8-bit products are computed: activations take `levels` steps; 0 means in fp32, of weights stored as int8.
-    `dot` says whether there are dot-product instructions."""
+    """How 8-bit products are computed: weights take whole values in ±`largest`, activations 255 steps. Without `products`
+    arithmetic is in fp32, of weights stored as int8. `dot` says whether there are dot-product instructions."""
 
-    levels: int
+    largest: int
+    products: bool
     dot: bool
     why: str
 
@@ -43,10 +44,10 @@ def int8() -> Int8:
     """What int8 means on this processor.
 
     Without dot-product instructions oneDNN adds pairs of products in 16 bits (vpmaddubsw): 2 × 255 × 127 overflows there,
-    2 × 127 × 127 does not.
+    2 × 255 × 64 does not. With 127 steps of activations and of weights a UNet call of SD 1.5's size lost 5.2 % instead of 3.3 %.
     """
     if dot := [flag for flag in _DOT_PRODUCT if flag in flags()]:
-        return Int8(255, True, f"8-bit activations ({dot[0]})")
+        return Int8(127, True, True, f"8-bit weights ({dot[0]})")
     if "avx2" in flags():
-        return Int8(127, False, "7-bit activations (AVX2 without VNNI adds products in 16 bits)")
-    return Int8(0, False, f"int8 weights, fp32 arithmetic ({platform.machine()} without AVX2)")
+        return Int8(64, True, False, "7-bit weights (AVX2 without VNNI adds products in 16 bits)")
+    return Int8(127, False, False, f"8-bit weights, fp32 arithmetic ({platform.machine()} without AVX2)")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tiler.memory import cpu
 
+LEVELS, MIDDLE = 255, 128  # of an activation: 1 to 255
 ONE = 1  # a zero point that is not zero: oneDNN packs what it needs to take one off
 
 
@@ -37,9 +38,10 @@ class Quantized(NamedTuple):
         return (self.values.float() - self.zero) * self.scale
 
 
-def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """weight: (out, ...) fp32 → (int8 of the same shape in −127–127, scale (out,) fp32): symmetric, absmax of each row."""
-    scale = weight.flatten(1).abs().amax(1) / 127
+def quantize_rows(weight: Tensor, largest: int = 0) -> tuple[Tensor, Tensor]:
+    """weight: (out, ...) fp32 → (int8 of the same shape in ±`largest` (default: the processor's), scale (out,) fp32):
+    symmetric, absmax of each row."""
+    scale = weight.flatten(1).abs().amax(1) / (largest or cpu.int8().largest)
     scale[scale == 0] = 1
     return (weight / scale.view(-1, *(1,) * (weight.ndim - 1))).round_().to(torch.int8), scale
 
@@ -60,32 +62,30 @@ def is_pointwise(layer: nn.Conv2d) -> bool:
     return layer.kernel_size == (1, 1) and layer.stride == (1, 1) and layer.padding == (0, 0) and layer.groups == 1
 
 
-def quantize_tokens(x: Tensor, levels: int = 0) -> Quantized:
-    """x: (..., in) fp32 → symmetric around the middle of `levels` (default: the processor's), each token by its absmax."""
-    middle = ((levels or cpu.int8().levels) + 1) // 2
+def quantize_tokens(x: Tensor) -> Quantized:
+    """x: (..., in) fp32 → symmetric around MIDDLE, each token by its absmax."""
     rows = x.reshape(-1, x.shape[-1])
     if x.is_meta:
-        return Quantized(_planned(rows), rows.new_empty(len(rows), 1), middle)
+        return Quantized(_planned(rows), rows.new_empty(len(rows), 1), MIDDLE)
     low, high = rows.aminmax(dim=1, keepdim=True)
-    scale = torch.maximum(-low, high).div_(middle - 1).clamp_min_(1e-30)
-    values = torch.addcmul(torch.tensor(middle + 0.5), rows, 1 / scale)  # + 0.5: the cast cuts off
-    return Quantized(values.to(torch.uint8), scale, middle)
+    scale = torch.maximum(-low, high).div_(MIDDLE - 1).clamp_min_(1e-30)
+    values = torch.addcmul(torch.tensor(MIDDLE + 0.5), rows, 1 / scale)  # + 0.5: the cast cuts off
+    return Quantized(values.to(torch.uint8), scale, MIDDLE)
 
 
-def quantize_pixels(x: Tensor, levels: int = 0) -> Quantized:
+def quantize_pixels(x: Tensor) -> Quantized:
     """x: (in, h, w) fp32 → (h·w, in): each pixel is a token."""
-    return quantize_tokens(x.flatten(1).T, levels)
+    return quantize_tokens(x.flatten(1).T)
 
 
-def quantize_image(x: Tensor, levels: int = 0) -> Quantized:
+def quantize_image(x: Tensor) -> Quantized:
     """x: (in, h, w) fp32 → one scale and zero point for all of it, channels last."""
-    steps = (levels or cpu.int8().levels) - 2
     x = x[None]
     if x.is_meta:
         return Quantized(_planned(x), x.new_empty(()), ONE)
     low, high = x.aminmax()
     low, high = low.clamp_max(0), high.clamp_min(0)  # zero, the padding, is always exact
-    scale = ((high - low) / steps).clamp_min(1e-30)
+    scale = ((high - low) / (LEVELS - 2)).clamp_min(1e-30)
     zero = ONE + int((-low / scale).round().nan_to_num())  # of NaN the scale stays NaN: so is the product
     values = torch.add(torch.tensor(zero + 0.5), x, alpha=float(1 / scale)).to(torch.uint8)
     return Quantized(values.contiguous(memory_format=torch.channels_last), scale, zero)

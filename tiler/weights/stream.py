@@ -52,7 +52,7 @@ class Streamer:
     ) -> None:
         self.store = store
         stored = int8_keys if store is None else store.int8
-        self.int8_keys = stored if cpu.int8().levels else frozenset[str]()
+        self.int8_keys = stored if cpu.int8().products else frozenset[str]()
         self.arena_bytes = arena_bytes or (INT8_ARENA_BYTES if self.int8_keys else ARENA_BYTES)
         self.short: Callable[[], bool] = lambda: False
         self.held: dict[str, Tensor] = {}
