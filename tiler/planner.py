@@ -166,11 +166,10 @@ def plan_render(request: RenderRequest, family: Family, max_bytes: int) -> Rende
             predict_noise(unet, streamer, [latents[tile] for tile in tiles], torch.empty((), device=meta), texts)
         return meter.peak_bytes
 
-    fixed = [Term(name="python, libraries", nbytes=process.read_rss().now + LIBRARIES_BYTES)]
-    vae = _Coder(family.autoencoder, fixed)
-    decoder = vae
+    vae = decoder = _Coder(family.autoencoder)
     if request.tiny_vae is not None:
-        decoder = _Coder(families.read_tiny(resolve_part(request.tiny_vae), family), fixed)
+        decoder = _Coder(families.read_tiny(resolve_part(request.tiny_vae), family))
+    fixed = [_libraries()]
     folder = request.scratch or request.output.parent
 
     def method(coder: _Coder, wanted: Decode, latents: tuple[int, int], encoding: bool = False) -> Method:
@@ -266,7 +265,7 @@ def plan_decode(
     wrap: Wrap,
 ) -> tuple[Method, MemoryPlan, dict[str, torch.dtype]]:
     """How latents of (height, width) are decoded, the memory plan, and the weights that stay. Raises StorageError."""
-    vae = _Coder(kind, [Term(name="python, libraries", nbytes=process.read_rss().now + LIBRARIES_BYTES)])
+    vae = _Coder(kind)
     method = choose(
         decode, vae.module, vae.streamer, latents, encoding=False, folder=scratch, dtype=scratch_dtype, wrap=wrap
     )
@@ -274,6 +273,11 @@ def plan_decode(
     smallest = int(phase.peak_bytes / MARGIN) + 1
     phase, resident = _with_resident(phase, vae.module.decoder, kind.weights, method, max_bytes)
     return method, MemoryPlan(max_bytes=max_bytes, phases=(phase,), smallest_bytes=smallest), resident
+
+
+def _libraries() -> Term:
+    """What the process has now: to be asked once the models are built, which imports most of it."""
+    return Term(name="python, libraries", nbytes=process.read_rss().now + LIBRARIES_BYTES)
 
 
 def _with(phase: PhasePlan, name: str, nbytes: int) -> PhasePlan:
@@ -368,10 +372,10 @@ def _text_phase(family: Family, fixed: list[Term]) -> PhasePlan:
 class _Coder:
     """An autoencoder on the meta device, and the phases that use it."""
 
-    def __init__(self, kind: Autoencoder, fixed: list[Term]) -> None:
+    def __init__(self, kind: Autoencoder) -> None:
         self.kind, self.module, self.streamer = kind, families.build_vae(kind), Streamer(None)
         stream_layers(self.module, self.streamer)
-        self.terms = [*fixed, *_weights_terms(self.module, kind.weights)]
+        self.terms = [_libraries(), *_weights_terms(self.module, kind.weights)]
 
     def phase(
         self, name: str, latents: tuple[int, int], method: Method, source_pixels: int = 0, *, held: int = 1
