@@ -148,3 +148,20 @@ print(hasattr(torch._dynamo, "optimize"), hasattr(t, "SD3Transformer2DModel"), t
     first, second = fresh(code).strip().splitlines()
     assert first == "[]"
     assert second == "True True True"  # and everything is as it was for the rest of the program
+
+
+def test_a_plan_knows_what_building_the_model_imports(tiny: Path) -> None:
+    """Planning is the first thing that a process does with a model: diffusers is imported on the way."""
+    code = f"""
+from pathlib import Path
+from tiler.memory.process import read_rss
+from tiler.models.family import read_family
+from tiler.planner import plan_decode
+from tiler.request import Decode, ScratchDtype, Wrap
+from tiler.weights.checkpoint import resolve
+kind, options = read_family(resolve({str(tiny)!r})).autoencoder, dict(scratch_dtype=ScratchDtype.FP16, wrap=Wrap.NONE)
+_, plan, _ = plan_decode(kind, (64, 64), 10**9, decode=Decode.FROZEN, scratch=Path("."), **options)
+print(plan.phases[0].terms[0].nbytes, read_rss().now)
+"""
+    libraries, now = map(int, fresh(code).split())
+    assert libraries > now
