@@ -298,6 +298,7 @@ def decode_file(
                 decode=decode, scratch=scratch or output.parent, scratch_dtype=scratch_dtype, wrap=wrap,
             )  # fmt: skip
             plan.check()
+            process.trim()
             vae = families.build_vae(kind)
             on_event(events.PhaseStarted(name="decode", total=100))
             on_event(events.Note(text=f"decoder: {how}"))
