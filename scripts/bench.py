@@ -72,18 +72,9 @@ import torch
 from diffusers import UNet2DConditionModel
 torch.set_grad_enabled(False)
 unet = UNet2DConditionModel.from_pretrained({model!r}, subfolder="unet", variant="fp16", torch_dtype=torch.float32).eval()
-n = unet.config.sample_size
-x, c = torch.cat([torch.randn(1, unet.config.in_channels, n, n)] * 2), torch.randn(2, 77, unet.config.cross_attention_dim)
-{more}
-for line in sys.stdin:
-    start = time.perf_counter()
-    unet(x, torch.tensor(500), c)
-    seconds = time.perf_counter() - start
-    peak = int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1]) * 1024
-    print(json.dumps({{"seconds_per_sample": seconds / 2, "batch": 2, "peak": peak}}), flush=True)
+n, channels, width = (unet.config[k] for k in ("sample_size", "in_channels", "cross_attention_dim"))
+values = torch.cat([torch.randn(1, channels, n, n)] * 2), torch.tensor(500), torch.randn(2, 77, width)
 """
-
-
 # accelerate's own way to run with little memory: weights on disk, fetched layer by layer.
 OFFLOAD = """
 import tempfile
@@ -92,8 +83,6 @@ folder = tempfile.TemporaryDirectory()
 disk_offload(unet, folder.name, execution_device=torch.device("cpu"))
 open("/proc/self/clear_refs", "w").write("5")
 """
-
-
 # OpenVINO's own graphs of the same UNet. int8: weights and activations where NNCF says so, calibrated on one input, which is
 # enough as far as time is concerned.
 OPENVINO_EXPORT = """
@@ -121,12 +110,16 @@ import numpy, openvino
 unet = openvino.Core().compile_model({graph!r}, "CPU", {{"INFERENCE_PRECISION_HINT": "f32"}})
 rng = numpy.random.default_rng(1)
 values = [rng.standard_normal(list(i.shape)).astype("float32") if len(i.shape) else numpy.array(500) for i in unet.inputs]
+unet = lambda *values, compiled=unet: compiled(values)
+"""
+# The end of every peer's worker: `unet(*values)` are two samples.
+PASSES = """
 for line in sys.stdin:
     start = time.perf_counter()
-    unet(values)
+    unet(*values)
     seconds = time.perf_counter() - start
     peak = int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1]) * 1024
-    print(json.dumps({{"seconds_per_sample": seconds / 2, "batch": 2, "peak": peak}}), flush=True)
+    print(json.dumps({"seconds_per_sample": seconds / 2, "batch": 2, "peak": peak}), flush=True)
 """
 
 
@@ -143,7 +136,7 @@ def openvino_graphs(model: str, python: str) -> Path:
 class Worker:
     """A fresh process that does one measurement whenever it is asked."""
 
-    def __init__(self, code: str, python: str = sys.executable) -> None:
+    def __init__(self, python: str, code: str) -> None:
         self.process = subprocess.Popen(
             [python, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -161,20 +154,23 @@ class Worker:
 
 def bench_unet(model: str, ceiling: int, rounds: int, peers: bool, openvino: str | None) -> dict[str, dict[str, Any]]:
     """Alternate passes of tiler and of others over the same checkpoint; the first of each warms up and is not counted."""
-    ours = {
-        f"tiler {p}": STREAMED.format(model=model, ceiling=ceiling, size=2048, precision=p) for p in ("fp32", "int8")
+    resident = RESIDENT.format(model=model)
+    commands = {
+        f"tiler {p}": (sys.executable, STREAMED.format(model=model, ceiling=ceiling, size=2048, precision=p))
+        for p in ("fp32", "int8")
     }
-    theirs = {"diffusers fp32, resident": RESIDENT.format(model=model, more="")}
+    commands["diffusers fp32, resident"] = sys.executable, resident + PASSES
     if peers and find_spec("accelerate"):
-        theirs["accelerate disk_offload"] = RESIDENT.format(model=model, more=OFFLOAD)
+        commands["accelerate disk_offload"] = sys.executable, resident + OFFLOAD + PASSES
     elif peers:
         print("accelerate is not installed here: pip install accelerate")
     if openvino is not None:
         folder = openvino_graphs(model, openvino)
-        theirs |= {f"OpenVINO {kind}": OPENVINO.format(graph=f"{folder}/{kind}.xml") for kind in ("fp32", "int8")}
+        for kind in ("fp32", "int8"):
+            commands[f"OpenVINO {kind}"] = openvino, OPENVINO.format(graph=f"{folder}/{kind}.xml") + PASSES
     workers: dict[str, Worker] = {}
-    for name, code in (ours | theirs).items():
-        workers[name] = Worker(code, openvino if openvino and name.startswith("OpenVINO") else sys.executable)
+    for name, command in commands.items():  # one after another: each reads its weights into the page cache undisturbed
+        workers[name] = Worker(*command)
         workers[name].measure()
     runs = [{name: worker.measure() for name, worker in workers.items()} for _ in range(rounds)]
     for worker in workers.values():

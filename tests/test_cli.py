@@ -68,8 +68,9 @@ def test_presets_are_bundles_that_other_options_change(tiler, tiny: Path) -> Non
     common = ("--model", tiny, "--size", 256, "--json")
     quality = tiler("plan", "x", *common).json
     fast = tiler("plan", "x", *common, "--preset", "fast").json
-    samples = [{name: work["unet_samples"] for name, work in plan["presets"].items()} for plan in (quality, fast)]
-    assert samples[0] == samples[1]
+    for work in (*quality["presets"].values(), *fast["presets"].values()):
+        assert work.pop("expected_seconds") >= 0  # measured anew each time
+    assert quality["presets"] == fast["presets"]
     assert quality["unet_samples"] == quality["presets"]["quality"]["unet_samples"]
     assert fast["unet_samples"] == fast["presets"]["fast"]["unet_samples"]
     bundle = (

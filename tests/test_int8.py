@@ -114,6 +114,7 @@ def test_quantised_values_are_within_half_a_step() -> None:
     assert (q.restored()[0] - image).abs().max() <= 0.5001 * q.scale
     t = int8.quantize_tokens(tokens)
     assert ((t.restored() - tokens).abs() <= 0.5001 * t.scale).all()
+    assert max(q.values.max(), t.values.max()) <= int8.LEVELS
     weight = torch.randn(6, 40) * torch.logspace(-4, 4, 6).view(-1, 1)
     for largest in (64, 127):
         rows, scale = int8.quantize_rows(weight, largest)

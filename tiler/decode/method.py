@@ -142,7 +142,7 @@ def decode(
     `progress` gets the share done, 0 to 1. Raises StorageError and NumericalError.
     """
     (y, x), (height, width) = method.margin, latents.shape[2:]
-    if y or x:
+    if y or x:  # columns repeat too: rows of a file become a tensor first
         latents = latents[:, :, :][
             :, :, (torch.arange(-y, height + y) % height)[:, None], torch.arange(-x, width + x) % width
         ]

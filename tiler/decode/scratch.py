@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tiler.errors import NumericalError, StorageError
+from tiler.weights.index import read_into
 
 STRIP_BYTES = 12 * 2**20  # fp32, of rows read at a time
 FP16_ROOM = 2.0**15
@@ -116,12 +117,8 @@ class Rows:
         data = stored.view(n, -1).view(torch.uint8).numpy()
         try:
             for i in range(n):
-                at, row = (first + i) * self.stride, memoryview(data[i])
-                while len(row):
-                    done = os.preadv(self.fd, [row], at)
-                    if not done:
-                        raise OSError(0, "the file ends early")
-                    at, row = at + done, row[done:]
+                if not read_into(self.fd, memoryview(data[i]), (first + i) * self.stride):
+                    raise OSError(0, "the file ends early")
         except OSError as error:
             raise StorageError(f"{self.scratch.folder}: reading scratch data failed ({error.strerror})") from error
         out = torch.empty(1, self.channels, n, self.width).copy_(stored.transpose(0, 1))

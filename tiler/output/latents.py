@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from tiler.errors import ModelError, NumericalError, StorageError, UsageError
 from tiler.output.files import atomic
-from tiler.weights.index import open_regular, read_index
+from tiler.weights.index import open_regular, read_index, read_into
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,8 +60,12 @@ class LatentsFile:
         stored = torch.empty(1, channels, max(0, last - first), width, dtype=self._dtype)
         row_bytes = width * self._dtype.itemsize
         for channel, part in enumerate(stored[0]):
-            at, data = self._offset + (channel * height + first) * row_bytes, memoryview(part.view(torch.uint8).numpy())
-            if len(data) and os.preadv(self._fd, [data.cast("B")], at) != math.prod(part.shape) * self._dtype.itemsize:
+            data, at = part.view(torch.uint8).flatten().numpy(), self._offset + (channel * height + first) * row_bytes
+            try:
+                whole = read_into(self._fd, memoryview(data), at)
+            except OSError as error:
+                raise StorageError(f"{self.path}: reading failed ({error.strerror}); check the disk") from error
+            if not whole:
                 raise StorageError(f"{self.path}: the file became shorter while it was read; render the latents again")
         return self.unscale(stored.float())
 

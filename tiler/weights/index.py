@@ -46,6 +46,16 @@ def open_regular(path: Path) -> int:
     return fd
 
 
+def read_into(fd: int, view: memoryview, at: int) -> bool:
+    """Fill `view` from offset `at` of a file; False when the file ends before. Raises OSError."""
+    while len(view):
+        done = os.preadv(fd, [view], at)
+        if not done:
+            return False
+        at, view = at + done, view[done:]
+    return True
+
+
 def read_index(path: Path) -> dict[str, TensorInfo]:
     """The tensors of one safetensors file by name. Raises ModelError for every way the file can be bad."""
     header, data_start, size = _header(path)

@@ -17,7 +17,7 @@ from typing import NamedTuple, Self
 import torch
 
 from tiler.errors import ModelError, NumericalError, StorageError
-from tiler.weights.index import TensorInfo, open_regular
+from tiler.weights.index import TensorInfo, open_regular, read_into
 
 TORCH_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "I8": torch.int8}
 SCALE = ".scale"  # the fp32 factors of an int8 tensor's rows stand beside it under this ending
@@ -192,17 +192,15 @@ class WeightStore:
         info = self.index[piece.name]
         want = self._bytes(piece)
         view = memoryview(buffer.numpy())[:want]  # type: ignore[arg-type]
-        at, done = info.offset + piece.first * self._row_bytes(piece.name), 0
-        while done < want:
-            try:
-                got = os.preadv(self._fds[info.path], [view[done:]], at + done)
-            except OSError as error:
-                raise StorageError(
-                    f"{info.path}: reading failed at byte {at + done} ({error.strerror}); check the disk"
-                ) from error
-            if got == 0:
-                raise ModelError(f"{info.path}: the file became shorter while it was read; download it again")
-            done += got
+        at = info.offset + piece.first * self._row_bytes(piece.name)
+        try:
+            whole = read_into(self._fds[info.path], view, at)
+        except OSError as error:
+            raise StorageError(
+                f"{info.path}: reading failed after byte {at} ({error.strerror}); check the disk"
+            ) from error
+        if not whole:
+            raise ModelError(f"{info.path}: the file became shorter while it was read; download it again")
         self.bytes_read += want
         return buffer
 
