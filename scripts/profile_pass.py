@@ -31,6 +31,7 @@ from tiler.quantize import default_cache, packed_weights
 from tiler.request import Precision, RenderRequest
 from tiler.weights import int8, store
 from tiler.weights.checkpoint import resolve
+from tiler.weights.stream import StreamedConv2d
 
 _OPERATORS = {
     "convolution": ("mkldnn_convolution", "qconv2d_pointwise", "convolution"),
@@ -86,6 +87,7 @@ def main() -> None:
     for name in ("quantize_tokens", "quantize_image"):
         named(int8, name, "quantising activations")
     named(int8, "pack", "packing int8 weights")
+    named(StreamedConv2d, "reordered", "reordering weights")
     named(process, "release_heap", "giving memory back")
     budget, samples = Budget(args.ceiling), plan.batch
     unet = build_unet(family)

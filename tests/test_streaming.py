@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from tiler.errors import ModelError, NumericalError, StorageError
+from tiler.memory import cpu
 from tiler.models import family as families
 from tiler.models.text import encode_prompts, load_tokenizer
 from tiler.models.unet import Windows, predict_noise
@@ -20,7 +21,7 @@ from tiler.pipeline import streamed
 from tiler.weights.checkpoint import resolve
 from tiler.weights.index import read_index
 from tiler.weights.store import WeightStore
-from tiler.weights.stream import Streamer, match_index, stream_layers
+from tiler.weights.stream import StreamedConv2d, Streamer, match_index, stream_layers
 
 
 def inputs(
@@ -134,6 +135,23 @@ def test_bytes_do_not_depend_on_batch_pieces_arena_or_residency(tiny: Path) -> N
     for pieces, arena in ((2**22, 2**18), (2**13, 2**26), (2**13, 2**16)):
         other = run(tiny, x, pieces=pieces, arena=arena)
         assert (other - want).abs().max() <= 2e-6 * want.abs().max()
+
+
+@pytest.mark.skipif(not cpu.prepacks(), reason="oneDNN's order is used on x86 only")
+def test_weights_are_reordered_once_for_all_samples(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    family = families.read_family(resolve(str(tiny)))
+    inner, calls = StreamedConv2d.reordered, []
+
+    def counted(self: StreamedConv2d, rows: torch.Tensor, sides: list[int]) -> torch.Tensor:
+        calls.append(self.key)
+        return inner(self, rows, sides)
+
+    monkeypatch.setattr(StreamedConv2d, "reordered", counted)
+    run(tiny, inputs(family, 1))
+    alone = list(calls)
+    calls.clear()
+    run(tiny, inputs(family, 4))
+    assert calls == alone and len(set(calls)) == len(calls) / 2 > 0  # `run` makes two passes
 
 
 @torch.no_grad()

@@ -30,6 +30,11 @@ def flags() -> tuple[str, ...]:
     return tuple(flag for flag in _KNOWN if flag in have)
 
 
+def prepacks() -> bool:
+    """Whether oneDNN's own order of a convolution's weight is known to pay: measured on x86 only."""
+    return "avx2" in flags()
+
+
 class Int8(NamedTuple):
     """How 8-bit products are computed: weights take whole values in ±`largest`, activations 255 steps. Without `products`
     arithmetic is in fp32, of weights stored as int8. `dot` says whether there are dot-product instructions."""

@@ -5,12 +5,13 @@ weights when they run; norms and biases, which are small, are loaded at once. `S
 samples so that one read of the weights serves all of them:
 
 - a module whose weights fit the arena (a unit) is held there in fp32 and runs sample by sample: transients are one
-  sample's;
+  sample's. Each weight is fetched when it is first used, and stays until the unit is done;
 - a larger one runs on the stacked samples; the units inside it do as above, and a layer larger than the arena streams
   its weights in pieces, each applied to every sample.
 
 Arithmetic never sees the batch: every matrix product is one sample's, over pieces cut at the same rows, so results do
-not depend on how many samples share a read. Layers stored as int8 are computed in int8 (int8.py), where sums are exact.
+not depend on how many samples share a read. A convolution whose weight outweighs its input gets it in oneDNN's own order,
+once for all samples. Layers stored as int8 are computed in int8 (int8.py), where sums are exact.
 On meta tensors the same code computes shapes only, which is how the planner predicts the peak. Knows nothing of Stable
 Diffusion.
 """
@@ -18,7 +19,8 @@ Diffusion.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -55,11 +57,14 @@ class Streamer:
         self.int8_keys = stored if cpu.int8().products else frozenset[str]()
         self.arena_bytes = arena_bytes or (INT8_ARENA_BYTES if self.int8_keys else ARENA_BYTES)
         self.short: Callable[[], bool] = lambda: False
-        self.held: dict[str, Tensor] = {}
-        self.packed: dict[str, int8.Packed] = {}
         self.used: dict[str, None] = {}  # names in the order of first use
         self.holding = False
+        self.prepack = False  # oneDNN's order depends on the size of the input, which only `run` knows to be one
+        self._held: dict[str, Tensor] = {}
+        self._packed: dict[str, int8.Packed] = {}
+        self._reordered: dict[str, list[tuple[int, int, Tensor]]] = {}
         self._arena = Arena(0 if store is None else self.arena_bytes)
+        self._filled = 0  # bytes of the arena that held weights take
 
     def nbytes(self, layer: StreamedLayer) -> int:
         """What its weight takes while it is held."""
@@ -71,40 +76,26 @@ class Streamer:
 
     @contextmanager
     def hold(self, module: nn.Module) -> Iterator[None]:
-        """Load all streamed weights of `module`, fp32 into the arena, int8 beside it; they are gone afterwards."""
+        """Until this ends, every streamed weight of `module` that is fetched stays: fp32 in the arena, packed beside it."""
         assert not self.holding
-        self.holding, planned = True, None
         layers = [layer for layer in streamed_layers(module) if self.store is None or not self._kept(layer)]
-        floats = [layer for layer in layers if layer.key not in self.int8_keys]
-        integers = [layer for layer in layers if layer.key in self.int8_keys]
-        fixed, staged = sum(map(self.nbytes, floats)), max(map(self.nbytes, integers), default=0)
+        integers = [self.nbytes(layer) for layer in layers if layer.key in self.int8_keys]
+        room = sum(map(self.nbytes, layers)) - sum(integers) + max(integers, default=0)
+        planned = None
         if self.store is None:
             self.used.update(dict.fromkeys(layer.key for layer in layers))
-            packed = sum(map(self.nbytes, integers))
-            planned = torch.empty(fixed + staged + packed, device="meta", dtype=torch.uint8)  # counted by whoever plans
+            planned = torch.empty(room + sum(integers), device="meta", dtype=torch.uint8)  # counted by whoever plans
         else:
-            room = self._arena.take(fixed + staged, short=self.short())
-            weights = room[:fixed].view(torch.float32).split([layer.weight.numel() for layer in floats])
-            for layer, weight in zip(floats, weights, strict=True):
-                self.held[layer.key] = self._fetched(layer, weight)
-            for layer in integers:
-                rows = self._fetched(layer, room[fixed : fixed + layer.weight.numel()].view(torch.int8))
-                self.packed[layer.key] = int8.pack(layer, 0, rows, self.store.scale(layer.key))
+            self._arena.take(room, short=self.short())
+        self.holding = True
         try:
             yield
         finally:
-            self.held.clear()
-            self.packed.clear()
-            self.holding = False
+            self._held.clear()
+            self._packed.clear()
+            self._reordered.clear()
+            self.holding, self._filled = False, 0
             del planned
-
-    def _fetched(self, layer: StreamedLayer, room: Tensor) -> Tensor:
-        """The layer's whole weight, read into `room`."""
-        assert self.store is not None
-        weight = room.view(layer.weight.shape)
-        for piece in self.store.pieces(layer.key):
-            self.store.fetch(piece, weight[piece.first : piece.last])
-        return weight
 
     def _kept(self, layer: StreamedLayer) -> bool:
         """Whether the layer's weight is resident in fp32."""
@@ -121,46 +112,80 @@ class Streamer:
         if self.store is None:
             self.used[layer.key] = None
             return layer.weight
-        return self.store.resident[layer.key] if self._kept(layer) else self.held.get(layer.key)
+        if self._kept(layer):
+            return self.store.resident[layer.key]
+        if self.holding and layer.key not in self._held:
+            self._held[layer.key] = self._fetched(layer, torch.float32)
+            self._filled += self.nbytes(layer)
+        return self._held.get(layer.key)
+
+    def _fetched(self, layer: StreamedLayer, dtype: torch.dtype) -> Tensor:
+        """The layer's whole weight, in the arena behind what is held."""
+        assert self.store is not None
+        weight = self._room(layer.weight.numel(), dtype).view(layer.weight.shape)
+        for piece in self.store.pieces(layer.key):
+            self.store.fetch(piece, weight[piece.first : piece.last])
+        return weight
+
+    def _room(self, count: int, dtype: torch.dtype) -> Tensor:
+        """`count` elements of the arena behind what is held, or of their own if they are more than it has."""
+        end = self._filled + count * dtype.itemsize
+        if end > len(self._arena):
+            return torch.empty(count, dtype=dtype)
+        room = self._arena.take(end, short=not self.holding and self.short())
+        return room[self._filled :].view(dtype)
 
     def parts(self, layer: StreamedLayer, dtype: torch.dtype = torch.float32) -> Iterator[tuple[int, int, Tensor]]:
         """(first, last, weight rows in fp32 or int8), one after another in the same buffer."""
         assert self.store is not None
-        shape = layer.weight.shape
         for piece in self.store.pieces(layer.key):
-            count = (piece.last - piece.first) * layer.weight[0].numel()
-            nbytes = count * dtype.itemsize
-            # The arena is free here: a held module never asks for parts. Only a piece wider than it needs its own room.
-            rows = (
-                self._arena.take(nbytes, short=self.short()).view(dtype)
-                if nbytes <= len(self._arena)
-                else torch.empty(count, dtype=dtype)
-            )
-            rows = rows.view(piece.last - piece.first, *shape[1:])
+            shape = piece.last - piece.first, *layer.weight.shape[1:]
+            rows = self._room(math.prod(shape), dtype).view(shape)
             self.store.fetch(piece, rows)
             yield piece.first, piece.last, rows
 
-    def packs(self, layer: StreamedLayer) -> Iterator[int8.Packed]:
+    def reordered(self, layer: StreamedConv2d, sides: Sequence[int]) -> Iterable[tuple[int, int, Tensor]]:
+        """As `parts`, in oneDNN's order for inputs of `sides` (height, width); held where weights are."""
+        pieces = ((first, last, layer.reordered(rows, sides)) for first, last, rows in self.parts(layer))
+        if not self.holding:
+            return pieces
+        if layer.key not in self._reordered:
+            self._reordered[layer.key] = list(pieces)
+        return self._reordered[layer.key]
+
+    def packs(self, layer: StreamedLayer) -> Iterable[int8.Packed]:
         """The layer's int8 weight, held or piece by piece."""
         if self.store is None:
-            self.used[layer.key] = None
-            count = 2 * piece_rows(layer.weight[0].numel(), PIECE_ELEMENTS)  # as stored, and packed: counted
-            planned = None if self.holding else layer.weight.new_empty(count, *layer.weight.shape[1:], dtype=torch.int8)
-            yield int8.Packed(0, len(layer.weight), layer.weight, layer.weight)
-            del planned
-        elif (held := self.packed.get(layer.key)) is not None:
-            yield held
-        else:
-            scale = self.store.scale(layer.key)
-            for first, last, rows in self.parts(layer, torch.int8):
-                yield int8.pack(layer, first, rows, scale[first:last])
+            return self._planned_packs(layer)
+        scale = self.store.scale(layer.key)
+        if not self.holding:
+            return (
+                int8.pack(layer, first, rows, scale[first:last]) for first, last, rows in self.parts(layer, torch.int8)
+            )
+        if layer.key not in self._packed:
+            self._packed[layer.key] = int8.pack(layer, 0, self._fetched(layer, torch.int8), scale)
+        return [self._packed[layer.key]]
+
+    def _planned_packs(self, layer: StreamedLayer) -> Iterator[int8.Packed]:
+        self.used[layer.key] = None
+        count = 2 * piece_rows(layer.weight[0].numel(), PIECE_ELEMENTS)  # as stored, and packed: counted
+        planned = None if self.holding else layer.weight.new_empty(count, *layer.weight.shape[1:], dtype=torch.int8)
+        yield int8.Packed(0, len(layer.weight), layer.weight, layer.weight)
+        del planned
 
     def run(self, module: nn.Module, calls: list[tuple[Tensor, ...]], **shared: object) -> list[Tensor]:
         """`module(*call, **shared)` for each call (tensors of batch 1) under one read of its weights.
 
-        `calls` is emptied from the front, so that inputs nobody else holds are freed as they are used. Neighbours with
-        the very same tensors get the very same result.
+        All calls are of one size. `calls` is emptied from the front, so that inputs nobody else holds are freed as they are
+        used. Neighbours with the very same tensors get the very same result.
         """
+        self.prepack = cpu.prepacks() and torch.backends.mkldnn.is_available()
+        try:
+            return self._run(module, calls, shared)
+        finally:
+            self.prepack = False
+
+    def _run(self, module: nn.Module, calls: list[tuple[Tensor, ...]], shared: dict[str, object]) -> list[Tensor]:
         if not self.fits(module):
             stacked = [torch.cat(column) for column in zip(*calls, strict=True)]
             calls.clear()
@@ -241,10 +266,27 @@ class StreamedConv2d(nn.Conv2d, StreamedLayer):
             return _by_rows_int8(self, x, 1, int8.quantize_pixels if pointwise else int8.quantize_image, product)
 
         def conv(sample: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-            return F.conv2d(sample[None], weight, bias, self.stride, self.padding, self.dilation, self.groups)[0]
+            if not weight.is_mkldnn:
+                return F.conv2d(sample[None], weight, bias, self.stride, self.padding, self.dilation, self.groups)[0]
+            geometry = self.padding, self.stride, self.dilation, self.groups
+            out: Tensor = torch.ops.mkldnn._convolution_pointwise(sample[None], weight, bias, *geometry, "none", [], "")
+            return out[0]
 
         sides = int8.conv_sides(self, x.shape[2:])
         return _by_rows(self, x, x.new_empty(len(x), self.out_channels, *sides), 0, conv)
+
+    def outweighs(self, x: Tensor) -> bool:
+        """Whether the weight is larger than one sample of `x`: then bringing it into oneDNN's order, which a plain
+        convolution does at every call, costs as much as the arithmetic (1280 channels, 8 × 8: 46 ms against 24)."""
+        return self.streamer.prepack and self.weight.numel() > x[0].numel()
+
+    def reordered(self, rows: Tensor, sides: Sequence[int]) -> Tensor:
+        """Some rows of the weight in oneDNN's order for an input of `sides`."""
+        shape = 1, self.in_channels, *sides
+        out: Tensor = torch.ops.mkldnn._reorder_convolution_weight(
+            rows, self.padding, self.stride, self.dilation, self.groups, shape
+        )
+        return out
 
 
 class StreamedEmbedding(nn.Embedding, StreamedLayer):
@@ -259,10 +301,11 @@ def _by_rows(layer: StreamedLayer, x: Tensor, out: Tensor, axis: int, op: Callab
     """Fill `out` sample by sample; `axis` is where a sample's output channels lie."""
     bias: Tensor | None = layer.bias  # type: ignore[assignment]
     streamer = layer.streamer
-    if not streamer.holding and streamer.fits(layer):
+    reorder = isinstance(layer, StreamedConv2d) and layer.outweighs(x)
+    if not streamer.holding and not reorder and streamer.fits(layer):
         with streamer.hold(layer):
             return _by_rows(layer, x, out, axis, op)
-    whole = streamer.whole(layer)
+    whole = None if reorder and not x.is_meta else streamer.whole(layer)
     step = piece_rows(
         layer.weight[0].numel(), PIECE_ELEMENTS if streamer.store is None else streamer.store.piece_elements
     )
@@ -272,11 +315,13 @@ def _by_rows(layer: StreamedLayer, x: Tensor, out: Tensor, axis: int, op: Callab
     planned = None
     if x.is_meta and not streamer.holding:
         planned = x.new_empty(min(step, len(layer.weight)) * layer.weight[0].numel())  # counted: the piece in the arena
-    parts = (
-        streamer.parts(layer)
-        if whole is None
-        else ((i, min(i + step, len(whole)), whole[i : i + step]) for i in range(0, len(whole), step))
-    )
+    parts: Iterable[tuple[int, int, Tensor]]
+    if reorder and not x.is_meta:
+        parts = streamer.reordered(layer, x.shape[2:])  # type: ignore[arg-type]
+    elif whole is None:
+        parts = streamer.parts(layer)
+    else:
+        parts = ((i, min(i + step, len(whole)), whole[i : i + step]) for i in range(0, len(whole), step))
     for first, last, rows in parts:
         part = None if bias is None else bias[first:last]
         for i in range(1 if x.is_meta else len(x)):
