@@ -96,6 +96,9 @@ def test_captions_say_what_is_there() -> None:
         text = captions.caption(scene, np.random.default_rng(seed), keep=1.0)
         assert any(words in text for words in captions.TERRAIN_WORDS[scene.terrain])
         assert any(words in text for words in captions.PALETTE_WORDS[scene.palette])
+        body = ("no sun", "no moon") if scene.body == "none" else captions.BODY_WORDS[scene.body]
+        assert any(words in text for words in body)
+        assert scene.body == "none" or any(words in text for words in captions.SIDE_WORDS[scene.side])
         if scene.boat:
             assert scene.boat in text
 

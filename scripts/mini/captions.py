@@ -65,7 +65,8 @@ PREFIX = (
 
 
 def caption(scene: Scene, rng: np.random.Generator, view: View | None = None, keep: float = 0.8) -> str:
-    """One caption; each attribute is mentioned with probability `keep`. With `view`, only what the crop shows."""
+    """One caption; each attribute is mentioned with probability `keep` (1: everything, also that there is no
+    sun or moon). With `view`, only what the crop shows."""
 
     def pick(words: tuple[str, ...]) -> str:
         return str(words[rng.integers(len(words))])
@@ -77,9 +78,10 @@ def caption(scene: Scene, rng: np.random.Generator, view: View | None = None, ke
     if scene.body != "none" and mention("body"):
         side = _side(scene, view)
         things.append(
-            pick(BODY_WORDS[scene.body]) + (f" {pick(SIDE_WORDS[side])}" if side and rng.random() < 0.8 else "")
+            pick(BODY_WORDS[scene.body])
+            + (f" {pick(SIDE_WORDS[side])}" if side and rng.random() < max(0.8, keep) else "")
         )
-    elif scene.body == "none" and view is None and rng.random() < 0.25:
+    elif scene.body == "none" and view is None and rng.random() < (1.0 if keep == 1 else 0.25):
         things.append("no sun" if rng.random() < 0.6 else "no moon")
     things += [pick(words) for tag, words in OBJECT_WORDS.items() if getattr(scene, tag) and mention(tag)]
     if scene.boat and mention("boat"):

@@ -165,15 +165,15 @@ def make(seed: int, aspect: float = 1.0) -> Scene:
     )  # fmt: skip
 
 
-def render(scene: Scene, view: View | None, width: int, height: int) -> np.ndarray:
-    """Draw `view` (the whole scene when None) antialiased: (height, width, 3) uint8 RGB."""
+def render(scene: Scene, view: View | None, width: int, height: int, *, smooth: bool = True) -> np.ndarray:
+    """Draw `view` (the whole scene when None), `smooth` means antialiased: (height, width, 3) uint8 RGB."""
     view = view or View(0.0, 0.0, scene.aspect, 1.0)
     surface = skia.Surface(width, height)
     canvas = surface.getCanvas()
     canvas.clear(skia.ColorWHITE)
     canvas.scale(width / (view.x1 - view.x0), height / (view.y1 - view.y0))
     canvas.translate(-view.x0, -view.y0)
-    paint = skia.Paint(AntiAlias=True)
+    paint = skia.Paint(AntiAlias=smooth)
     for shape in scene.shapes:
         paint.setARGB(round(255 * shape.alpha), *shape.colour)
         d = shape.data
