@@ -2,7 +2,8 @@
 
     python scripts/bench.py unet              streamed passes under the ceiling, fp32 and int8, against diffusers' resident
                                               fp32, alternating; with --peers also against accelerate's disk_offload,
-                                              and OpenVINO (--openvino PYTHON, where openvino, nncf, torch and diffusers are)
+                                              OpenVINO (--openvino PYTHON, where openvino, nncf, torch and diffusers are)
+                                              and stable-diffusion.cpp (--sdcpp PYTHON, with stable-diffusion-cpp-python)
     python scripts/bench.py memory            predicted against measured peaks of renders at several ceilings and sizes
     python scripts/bench.py large             the same for each phase of 4096×4096 (--sizes), every one stopped after --minutes
     python scripts/bench.py decode            the same, and seconds, for exact and frozen decoding at several sizes
@@ -112,7 +113,27 @@ rng = numpy.random.default_rng(1)
 values = [rng.standard_normal(list(i.shape)).astype("float32") if len(i.shape) else numpy.array(500) for i in unet.inputs]
 unet = lambda *values, compiled=unet: compiled(values)
 """
-# The end of every peer's worker: `unet(*values)` are two samples.
+# stable-diffusion.cpp has no call for the UNet alone: two steps of a picture without guidance are one sample each, and it
+# says itself how long the second took.
+SDCPP = """
+import json, sys, tempfile
+from pathlib import Path
+from stable_diffusion_cpp import StableDiffusion
+folder = tempfile.TemporaryDirectory()
+for part in ("unet", "vae", "text_encoder"):
+    file = next(Path({model!r}, part).glob("*.safetensors"))
+    Path(folder.name, part).mkdir()
+    Path(folder.name, part, file.name.replace(".fp16", "")).symlink_to(file)
+Path(folder.name, "model_index.json").write_text("{{}}")
+model, side = StableDiffusion(model_path=folder.name, verbose=False), 8 * {native}
+def done(step, steps, seconds):
+    if step == steps:
+        peak = int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1]) * 1024
+        print(json.dumps({{"seconds_per_sample": seconds, "batch": 1, "peak": peak}}), flush=True)
+for line in sys.stdin:
+    model.generate_image(prompt="x", width=side, height=side, sample_steps=2, cfg_scale=1.0, progress_callback=done)
+"""
+# The end of every other peer's worker: `unet(*values)` are two samples.
 PASSES = """
 for line in sys.stdin:
     start = time.perf_counter()
@@ -152,7 +173,9 @@ class Worker:
         self.process.communicate()
 
 
-def bench_unet(model: str, ceiling: int, rounds: int, peers: bool, openvino: str | None) -> dict[str, dict[str, Any]]:
+def bench_unet(
+    model: str, ceiling: int, rounds: int, *, peers: bool = False, openvino: str | None = None, sdcpp: str | None = None
+) -> dict[str, dict[str, Any]]:
     """Alternate passes of tiler and of others over the same checkpoint; the first of each warms up and is not counted."""
     resident = RESIDENT.format(model=model)
     commands = {
@@ -168,6 +191,9 @@ def bench_unet(model: str, ceiling: int, rounds: int, peers: bool, openvino: str
         folder = openvino_graphs(model, openvino)
         for kind in ("fp32", "int8"):
             commands[f"OpenVINO {kind}"] = openvino, OPENVINO.format(graph=f"{folder}/{kind}.xml") + PASSES
+    if sdcpp is not None:
+        native = json.loads(Path(model, "unet/config.json").read_text())["sample_size"]
+        commands["stable-diffusion.cpp fp16"] = sdcpp, SDCPP.format(model=model, native=native)
     workers: dict[str, Worker] = {}
     for name, command in commands.items():  # one after another: each reads its weights into the page cache undisturbed
         workers[name] = Worker(*command)
@@ -318,6 +344,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=5, help="for large")
     parser.add_argument("--peers", action="store_true", help="for unet: also accelerate's disk_offload, if installed")
     parser.add_argument("--openvino", metavar="PYTHON", help="for unet: an interpreter with openvino and nncf")
+    parser.add_argument("--sdcpp", metavar="PYTHON", help="for unet: one with stable-diffusion-cpp-python")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--precision", choices=["fp32", "int8"], default="fp32", help="for memory and render")
@@ -328,7 +355,9 @@ def main() -> None:
     sides = [(int(size.split("x")[0]), int(size.split("x")[-1])) for size in args.sizes or []]
     squares = [width for width, _ in sides]
     if "unet" in args.what:
-        results["unet"] = bench_unet(model, args.ceiling, args.rounds, args.peers, args.openvino)
+        results["unet"] = bench_unet(
+            model, args.ceiling, args.rounds, peers=args.peers, openvino=args.openvino, sdcpp=args.sdcpp
+        )
         for name, row in results["unet"].items():
             print(
                 f"{name:28}{row['seconds_per_sample']:7.2f} s a sample, {row['ratio']:.2f}× diffusers, peak "
