@@ -116,8 +116,9 @@ unet = lambda *values, compiled=unet: compiled(values)
 # stable-diffusion.cpp has no call for the UNet alone: two steps of a picture without guidance are one sample each, and it
 # says itself how long the second took.
 SDCPP = """
-import json, sys, tempfile
+import json, os, sys, tempfile
 from pathlib import Path
+out = os.fdopen(os.dup(1), "w")  # its own standard output is silenced while it draws
 from stable_diffusion_cpp import StableDiffusion
 folder = tempfile.TemporaryDirectory()
 for part in ("unet", "vae", "text_encoder"):
@@ -129,7 +130,7 @@ model, side = StableDiffusion(model_path=folder.name, verbose=False), 8 * {nativ
 def done(step, steps, seconds):
     if step == steps:
         peak = int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1]) * 1024
-        print(json.dumps({{"seconds_per_sample": seconds, "batch": 1, "peak": peak}}), flush=True)
+        print(json.dumps({{"seconds_per_sample": seconds, "batch": 1, "peak": peak}}), file=out, flush=True)
 for line in sys.stdin:
     model.generate_image(prompt="x", width=side, height=side, sample_steps=2, cfg_scale=1.0, progress_callback=done)
 """
