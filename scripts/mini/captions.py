@@ -6,7 +6,8 @@ Knows nothing of drawing beyond bounding boxes: a crop is captioned by what its 
 from __future__ import annotations
 
 import numpy as np
-from scenes import Scene, View, bounds
+from scenes import Scene
+from shapes import View, bounds
 
 PALETTE_WORDS = {
     "dusk": ("at dusk", "at twilight", "in the evening", "in purple dusk light"),

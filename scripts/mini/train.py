@@ -3,18 +3,14 @@
 Runs on CUDA when there is one, else on the CPU; there glibc's heap should keep what it is given, or every activation is
 mapped anew (encoding the pool takes four times as long, a training step a tenth more):
 MALLOC_MMAP_THRESHOLD_=4000000000 MALLOC_TRIM_THRESHOLD_=8000000000 MALLOC_TOP_PAD_=268435456. Work files live in --work (default ~/.cache/tiler/mini); `export`
-writes the diffusers folder. Seeds below HELD_OUT are for training, from there on for evaluation.
+writes the diffusers folder.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import queue
-import threading
 import time
-from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import captions
@@ -23,12 +19,12 @@ import numpy as np
 import scenes
 import torch
 import torch.nn.functional as F
+from data import HELD_OUT, ahead, busy_view, crops, random_view, to_tensor
 from diffusers import StableDiffusionPipeline
+from heads import DEVICE, Layout, Words
 from transformers import CLIPTokenizer
 
-HELD_OUT = 10_000_000
 SAVE_EVERY = 600.0  # seconds
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def main() -> None:
@@ -49,57 +45,6 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     {"vae": train_vae, "unet": train_unet, "export": export}[args.stage](args)
-
-
-# --- data ------------------------------------------------------------------------------------------------------------
-
-
-def random_view(rng: np.random.Generator, aspect: float, sizes: tuple[float, ...]) -> scenes.View:
-    """A square crop whose side is one of `sizes` of the picture's height (jittered)."""
-    side = min(1.0, aspect, float(rng.choice(sizes)) * rng.uniform(0.85, 1.2))
-    x, y = rng.uniform(0, aspect - side), rng.uniform(0, 1 - side)
-    return scenes.View(x, y, x + side, y + side)
-
-
-def busy_view(rng: np.random.Generator, scene: scenes.Scene, sizes: tuple[float, ...]) -> scenes.View:
-    """A crop that is not one flat colour, if three draws find one."""
-    for _ in range(3):
-        view = random_view(rng, scene.aspect, sizes)
-        if scenes.render(scene, view, 24, 24).std(axis=(0, 1)).max() > 8:
-            break
-    return view
-
-
-def to_tensor(images: np.ndarray) -> torch.Tensor:
-    """(N, H, W, 3) uint8 → (N, 3, H, W) fp32 in [-1, 1]."""
-    return torch.from_numpy(images).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
-
-
-def crops(seed: int, batch: int, size: int) -> Iterator[np.ndarray]:
-    """Endless batches of (batch, size, size, 3) uint8; half are cut from 256-px whole scenes, half from close views."""
-    rng = np.random.default_rng(seed)
-    while True:
-        out = np.empty((batch, size, size, 3), np.uint8)
-        for i in range(0, batch, 4):
-            scene = scenes.make(int(rng.integers(HELD_OUT)))
-            for j in range(i, min(i + 4, batch)):
-                whole = size / model.NATIVE
-                sizes = (whole,) if j % 2 else (whole / 2, whole / 4, whole / 8)
-                out[j] = scenes.render(scene, busy_view(rng, scene, sizes), size, size)
-        yield out
-
-
-def ahead(source: Iterator[np.ndarray], depth: int = 8) -> Iterator[np.ndarray]:
-    """Draw in a thread while the model computes."""
-    buffer: queue.Queue[np.ndarray] = queue.Queue(depth)
-
-    def fill() -> None:
-        for item in source:
-            buffer.put(item)
-
-    threading.Thread(target=fill, daemon=True).start()
-    while True:
-        yield buffer.get()
 
 
 # --- state -----------------------------------------------------------------------------------------------------------
@@ -254,7 +199,7 @@ def load_vae(work: Path) -> torch.nn.Module:
 
 
 def encode_pool(args: argparse.Namespace) -> dict[str, object]:
-    """Latents (2·pool, C, 32, 32) fp16 of whole scenes, then crops, and six captions each; made once, kept in work."""
+    """Latents (2·pool, C, 32, 32) fp16 of whole scenes, then crops, and six captions of each crop; made once, kept in work."""
     path = args.work / f"pool-{args.pool}-{args.side}.pt"
     if path.exists():
         return torch.load(path)
@@ -269,6 +214,8 @@ def encode_pool(args: argparse.Namespace) -> dict[str, object]:
                 scene = scenes.make(k)
                 view = None if part == "scenes" else busy_view(rng, scene, (0.5, 0.25, 0.18, 0.125))
                 images.append(scenes.render(scene, view, args.side, args.side))
+                if view is None:
+                    continue
                 shown = [captions.caption(scene, rng, view, keep) for keep in (1.0, 0.8, 0.6, 0.4)]
                 # A tile of a poster is refined under the poster's prompt: crops also carry the whole scene's words.
                 shown += [captions.caption(scene, rng, None, keep) for keep in (0.9, 0.7)]
@@ -280,45 +227,6 @@ def encode_pool(args: argparse.Namespace) -> dict[str, object]:
     pool = {"latents": torch.cat(latents), "captions": texts}
     torch.save(pool, path)
     return pool
-
-
-# What a place of a whole scene shows. Single stars and windows are smaller than any place.
-THINGS = (
-    "sky", "land", "water", "snow", "skyline", "sun", "big sun", "full moon", "crescent moon", "clouds", "birds", "pines", "cabin",
-    "boat", "balloon",
-)  # fmt: skip
-
-
-def layout(scene: scenes.Scene, side: int) -> np.ndarray:
-    """(side, side): the index in THINGS of what lies in the middle of each place."""
-    shapes = []
-    for shape in scene.shapes:
-        tag = scene.body if shape.tag == "body" else shape.tag
-        if tag in THINGS:
-            shapes.append(shape._replace(colour=(16 * THINGS.index(tag), 0, 0), alpha=1.0))
-    drawn = scenes.render(replace(scene, shapes=shapes), None, 3 * side, 3 * side, smooth=False)
-    return drawn[1::3, 1::3, 0] // 16
-
-
-class Layout:
-    """A head that reads the layout from the UNet's middle features while it trains, and is thrown away after it: what should
-    be where is then learnt from words and from noise more directly than through noise predictions alone (as with the features
-    of arXiv:2410.06940)."""
-
-    def __init__(self, unet: torch.nn.Module, known: list[np.ndarray]) -> None:
-        self.known = torch.from_numpy(np.stack(known)).long()
-        self.head = torch.nn.Conv2d(unet.config.block_out_channels[-1], len(THINGS), 1).to(DEVICE)
-        self.weight = torch.tensor([1.0 if i < 5 else 4.0 for i in range(len(THINGS))], device=DEVICE)
-        unet.up_blocks[0].register_forward_hook(self._keep)
-
-    def _keep(self, module: torch.nn.Module, given: object, features: torch.Tensor) -> None:
-        self.features = features
-
-    def loss(self, scene: torch.Tensor) -> torch.Tensor:
-        """Cross-entropy for those samples of the last call that are whole scenes: `scene` has their numbers, −1 elsewhere."""
-        whole = scene >= 0
-        read = self.head(self.features.float()[whole.to(DEVICE)])
-        return F.cross_entropy(read, self.known[scene[whole]].to(DEVICE), self.weight)
 
 
 def get_tokenizer(work: Path) -> CLIPTokenizer:
@@ -337,35 +245,43 @@ def get_tokenizer(work: Path) -> CLIPTokenizer:
 def train_unet(args: argparse.Namespace) -> None:
     torch.manual_seed(2)
     pool = encode_pool(args)
-    latents, texts = pool["latents"], pool["captions"]
+    latents = pool["latents"]
     half = len(latents) // 2
+    known = [scenes.make(k) for k in range(half)]
     tokenizer = get_tokenizer(args.work)
     unet, text = model.build_unet().to(DEVICE), model.build_text_encoder(len(tokenizer)).to(DEVICE)
     batch = args.batch or (24 if DEVICE == "cpu" else 256)
-    reader = Layout(unet, [layout(scenes.make(k), args.side // 16) for k in range(half)])
+    reader = Layout(unet, known, args.side // 16)
     named = [*unet.named_parameters(), *text.named_parameters()]
-    parameters = [p for _, p in named] + list(reader.head.parameters())
+    words = Words(text, known)
+    heads = [*reader.head.parameters(), *words.heads.parameters()]
+    parameters = [p for _, p in named] + heads
     inner = {n: p for n, p in named if p.ndim > 1 and not any(k in n for k in ("embedding", "conv_in", "conv_out"))}
     muon = Muon(list(inner.values()))
-    rest = [p for n, p in named if n not in inner] + list(reader.head.parameters())
+    rest = [p for n, p in named if n not in inner] + heads
     opt = torch.optim.AdamW(rest, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    ema, step, path = Ema([unet, text], 0.9995), 0, args.work / "unet.pt"
+    ema, step, path = Ema([unet, text], 0.998), 0, args.work / "unet.pt"
     if path.exists():
         state = torch.load(path, map_location=DEVICE)
         unet.load_state_dict(state["unet"])
         text.load_state_dict(state["text"])
         if "head" in state:  # else it comes from a run without
             reader.head.load_state_dict(state["head"])
+        if "words" in state:  # likewise
+            words.heads.load_state_dict(state["words"])
             opt.load_state_dict(state["opt"])
         if "momentum" in state:  # else it comes from a run with AdamW alone
             muon.momentum = [m.to(DEVICE) for m in state["momentum"]]
         ema.mean, step = [m.to(DEVICE) for m in state["ema"]], state["step"]
     alphas = model.build_scheduler().alphas_cumprod.to(DEVICE)
+    draw = np.random.default_rng(step)  # other captions in every run
+    texts = [[captions.caption(s, draw, None, keep) for keep in (1.0, 1.0, 0.9, 0.8, 0.6, 0.4)] for s in known]
+    texts += pool["captions"]
     tokens = [tokenizer(t, padding="max_length", truncation=True, return_tensors="pt").input_ids for t in texts]
     empty = tokenizer("", padding="max_length", return_tensors="pt").input_ids[0]
     rng = torch.Generator().manual_seed(step + 11)
     clock, saved = Clock(args.minutes), 0.0
-    losses: list[tuple[float, float]] = []
+    losses: list[tuple[float, ...]] = []
     while True:
         clock.tick()
         lr = (args.lr or 1e-3) * min(1.0, (step + 1) / 300) * max(0.05, min(1.0, 3 * clock.left))
@@ -374,40 +290,46 @@ def train_unet(args: argparse.Namespace) -> None:
         crop = torch.rand(batch, generator=rng) < 0.35
         index = torch.randint(half, (batch,), generator=rng) + half * crop
         z = latents[index].float().to(DEVICE)
-        # Crops are for refinement: most of their steps are low-noise ones. Scenes are composed at noise that hides
-        # single latents but not a disc of 5×5: most of theirs lie there (logit-normal, as in arXiv:2403.03206, 3.1).
+        # Crops are for refinement: most of their steps are low-noise ones. Scenes are composed where noise hides a disc of
+        # 5×5 latents, from 800 on: half of theirs lie there (logit-normal, as in arXiv:2403.03206, 3.1).
         t = torch.rand(batch, generator=rng)
-        composing = torch.sigmoid(0.5 + torch.randn(batch, generator=rng))
+        composing = torch.sigmoid(1.5 + torch.randn(batch, generator=rng))
         often = torch.rand(batch, generator=rng) < 0.75
         t = torch.where(often, torch.where(crop, t * 0.6, composing), t)
         t = (t * 1000).long().clamp_max(999).to(DEVICE)
         choice = torch.randint(6, (batch,), generator=rng)
         ids = torch.stack([tokens[i][c] for i, c in zip(index.tolist(), choice.tolist(), strict=True)])
-        ids[torch.rand(batch, generator=rng) < 0.1] = empty
+        silent = torch.rand(batch, generator=rng) < 0.1
+        ids[silent] = empty
         a = alphas[t].view(-1, 1, 1, 1)
         noise = torch.randn(z.shape, generator=rng).to(DEVICE)
         noisy, target = a.sqrt() * z + (1 - a).sqrt() * noise, a.sqrt() * noise - (1 - a).sqrt() * z
         with torch.autocast("cuda", torch.bfloat16, enabled=DEVICE == "cuda"):
-            predicted = unet(noisy, t, text(ids.to(DEVICE)).last_hidden_state).sample
+            said = text(ids.to(DEVICE)).last_hidden_state
+            predicted = unet(noisy, t, said).sample
         loss = F.mse_loss(predicted.float(), target)
-        read = reader.loss(torch.where(crop, -1, index))
+        scene = torch.where(crop, -1, index)
+        read, understood = reader.loss(scene), words.loss(said, torch.where(silent, -1, scene))
         for p in parameters:
             p.grad = None
-        (loss + 0.1 * read).backward()
+        (loss + 0.3 * read + 0.1 * understood).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         opt.step()
         muon.step(lr)
         step += 1
         ema.update(step)
-        losses.append((loss.item(), read.item()))
+        losses.append((loss.item(), read.item(), understood.item()))
         done = not clock.left
         if step % 100 == 0 or done:
-            noise_loss, read_loss = np.mean(losses[-100:], axis=0)
-            print(f"unet step {step} loss {noise_loss:.4f} layout {read_loss:.3f} {clock.spent:.0f} s", flush=True)
+            noise_loss, read_loss, words_loss = np.mean(losses[-100:], axis=0)
+            print(
+                f"unet step {step} loss {noise_loss:.4f} layout {read_loss:.3f} words {words_loss:.3f} {clock.spent:.0f} s",
+                flush=True,
+            )
         if done or clock.spent - saved > SAVE_EVERY:
             save(
                 path, unet=unet.state_dict(), text=text.state_dict(), opt=opt.state_dict(), momentum=muon.momentum,
-                head=reader.head.state_dict(), ema=ema.mean, step=step,
+                head=reader.head.state_dict(), words=words.heads.state_dict(), ema=ema.mean, step=step,
             )  # fmt: skip
             saved = clock.spent
         if done:
