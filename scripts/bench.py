@@ -54,21 +54,22 @@ plan = plan_render(RenderRequest(prompt="x", output=Path("x.png"), width={size},
 files = packed_weights(family, default_cache(), lambda share, why: None) if precision is Precision.INT8 else family.checkpoint.weights("unet")
 process.reset_peak()
 unet, n, budget = build_unet(family), family.native, Budget({ceiling})
+peak = plan.memory.peak_of("canvas")
+check = at_layer(budget, peak)
 with streamed(unet, files, plain_names, plan.resident["canvas"]) as streamer:
-    streamer.short = budget.short
+    streamer.short = lambda: budget.short(plan.sample_bytes)
     tiles = [torch.randn(1, family.latent_channels, n, n) for _ in range((plan.batch + 1) // 2)]
     x = [tile for tile in tiles for _ in range(2)][:plan.batch]
     c = [torch.randn(1, 77, family.text["hidden_size"]) for _ in x]
     for line in sys.stdin:
         before, start = streamer.store.bytes_read, time.perf_counter()
-        predict_noise(unet, streamer, x, torch.tensor(500), c, at_layer(budget))
+        predict_noise(unet, streamer, x, torch.tensor(500), c, check)
         seconds = time.perf_counter() - start
-        canvas = next(p for p in plan.memory.phases if p.name == "canvas")
         print(json.dumps({{"seconds_per_sample": seconds / plan.batch, "batch": plan.batch, "bytes_read": streamer.store.bytes_read - before,
-              "peak": process.read_rss().peak, "predicted": canvas.peak_bytes}}), flush=True)
+              "peak": process.read_rss().peak, "predicted": peak}}), flush=True)
 """
 RESIDENT = """
-import sys, time, json
+import sys, time
 import torch
 from diffusers import UNet2DConditionModel
 torch.set_grad_enabled(False)
@@ -106,19 +107,26 @@ graph = nncf.quantize(graph, some, model_type=nncf.ModelType.TRANSFORMER, subset
 openvino.save_model(graph, {folder!r} + "/int8.xml")
 """
 OPENVINO = """
-import sys, time, json
+import sys, time
 import numpy, openvino
 unet = openvino.Core().compile_model({graph!r}, "CPU", {{"INFERENCE_PRECISION_HINT": "f32"}})
 rng = numpy.random.default_rng(1)
 values = [rng.standard_normal(list(i.shape)).astype("float32") if len(i.shape) else numpy.array(500) for i in unet.inputs]
 unet = lambda *values, compiled=unet: compiled(values)
 """
+# The beginning of every peer's loop. stable-diffusion.cpp silences standard output while it draws: hence a copy of it.
+REPORT = """
+import json, os
+out = os.fdopen(os.dup(1), "w")
+def report(seconds, batch):
+    peak = int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1]) * 1024
+    print(json.dumps({"seconds_per_sample": seconds / batch, "batch": batch, "peak": peak}), file=out, flush=True)
+"""
 # stable-diffusion.cpp has no call for the UNet alone: two steps of a picture without guidance are one sample each, and it
 # says itself how long the second took.
 SDCPP = """
-import json, os, sys, tempfile
+import sys, tempfile
 from pathlib import Path
-out = os.fdopen(os.dup(1), "w")  # its own standard output is silenced while it draws
 from stable_diffusion_cpp import StableDiffusion
 folder = tempfile.TemporaryDirectory()
 for part in ("unet", "vae", "text_encoder"):
@@ -129,20 +137,20 @@ Path(folder.name, "model_index.json").write_text("{{}}")
 model, side = StableDiffusion(model_path=folder.name, verbose=False), 8 * {native}
 def done(step, steps, seconds):
     if step == steps:
-        peak = int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1]) * 1024
-        print(json.dumps({{"seconds_per_sample": seconds, "batch": 1, "peak": peak}}), file=out, flush=True)
+        report(seconds, 1)
 for line in sys.stdin:
     model.generate_image(prompt="x", width=side, height=side, sample_steps=2, cfg_scale=1.0, progress_callback=done)
 """
 # The end of every other peer's worker: `unet(*values)` are two samples.
-PASSES = """
+PASSES = (
+    REPORT
+    + """
 for line in sys.stdin:
     start = time.perf_counter()
     unet(*values)
-    seconds = time.perf_counter() - start
-    peak = int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1]) * 1024
-    print(json.dumps({"seconds_per_sample": seconds / 2, "batch": 2, "peak": peak}), flush=True)
+    report(time.perf_counter() - start, 2)
 """
+)
 
 
 def openvino_graphs(model: str, python: str) -> Path:
@@ -194,7 +202,7 @@ def bench_unet(
             commands[f"OpenVINO {kind}"] = openvino, OPENVINO.format(graph=f"{folder}/{kind}.xml") + PASSES
     if sdcpp is not None:
         native = json.loads(Path(model, "unet/config.json").read_text())["sample_size"]
-        commands["stable-diffusion.cpp fp16"] = sdcpp, SDCPP.format(model=model, native=native)
+        commands["stable-diffusion.cpp fp16"] = sdcpp, REPORT + SDCPP.format(model=model, native=native)
     workers: dict[str, Worker] = {}
     for name, command in commands.items():  # one after another: each reads its weights into the page cache undisturbed
         workers[name] = Worker(*command)

@@ -31,7 +31,7 @@ from tiler.quantize import default_cache, packed_weights
 from tiler.request import Precision, RenderRequest
 from tiler.weights import int8, store
 from tiler.weights.checkpoint import resolve
-from tiler.weights.stream import StreamedConv2d
+from tiler.weights.layers import StreamedConv2d
 
 _OPERATORS = {
     "convolution": ("mkldnn_convolution", "qconv2d_pointwise", "convolution"),
@@ -90,13 +90,13 @@ def main() -> None:
     named(StreamedConv2d, "reordered", "reordering weights")
     named(process, "release_heap", "giving memory back")
     budget, samples = Budget(args.ceiling), plan.batch
-    unet = build_unet(family)
+    unet, check = build_unet(family), at_layer(budget, plan.memory.peak_of("canvas"))
     with streamed(unet, weights, plain_names, plan.resident["canvas"]) as streamer:
-        streamer.short = budget.short
+        streamer.short = lambda: budget.short(plan.sample_bytes)
 
         def predict(latents: list[Tensor], timestep: Tensor, texts: list[Tensor]) -> Tensor:
             with record_function("tiler: pass"):
-                return predict_noise(unet, streamer, latents, timestep, texts, at_layer(budget))
+                return predict_noise(unet, streamer, latents, timestep, texts, check)
 
         texts = torch.randn(2, 1, 77, family.text["hidden_size"])
         scheduler = schedulers.build(

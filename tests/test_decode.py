@@ -19,7 +19,8 @@ from tiler.models import family as families
 from tiler.pipeline import streamed
 from tiler.request import Decode, ScratchDtype, Wrap
 from tiler.weights.checkpoint import resolve
-from tiler.weights.stream import Streamer, stream_layers
+from tiler.weights.layers import stream_layers
+from tiler.weights.stream import Streamer
 
 
 def smooth_latents(height: int, width: int) -> torch.Tensor:

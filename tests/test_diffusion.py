@@ -26,7 +26,10 @@ from tiler.diffusion.tiles import (
     tiles_of_step,
 )
 from tiler.errors import ModelError, NumericalError, UsageError
+from tiler.models.family import read_family
+from tiler.planner import cut_work
 from tiler.request import Layout, Mask, Region, RenderRequest, Scheduler, Wrap, parse_scheduler
+from tiler.weights.checkpoint import resolve
 
 CONFIG = {
     "num_train_timesteps": 1000,
@@ -319,6 +322,19 @@ def test_shifted_tiles_cover_the_canvas_once_at_every_step(size: tuple[int, int]
         assert {top for top, _ in starts} == {0}
     again = steps_of(asked, size)
     assert [(s[0].top, s[0].left) for s in steps] == [(s[0].top, s[0].left) for s in again]
+
+
+def test_the_last_step_of_a_shifted_schedule_overlaps() -> None:
+    """The borders of its tiles would stay in the picture."""
+    family, size = read_family(resolve("mini")), {"width": 512, "height": 512}
+    shifted, grid = (
+        cut_work(request(layout=each, **size), family).canvas_steps for each in (Layout.SHIFT, Layout.GRID)
+    )
+    assert [len(step) for step in shifted[:-1]] == [4] * (len(grid) - 1)
+    assert len(grid[-1]) == 9
+    for a, b in zip(shifted[-1], grid[-1], strict=True):
+        assert (a.top, a.left, a.guidance_scale) == (b.top, b.left, b.guidance_scale)
+        assert torch.equal(a.weights, b.weights)
 
 
 def test_a_shift_of_nothing_is_a_grid_without_overlap(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,8 @@ from tiler.models import family as families
 from tiler.pipeline import streamed
 from tiler.request import Decode, ScratchDtype
 from tiler.weights.checkpoint import resolve
-from tiler.weights.stream import Streamer, stream_layers
+from tiler.weights.layers import stream_layers
+from tiler.weights.stream import Streamer
 
 
 @pytest.fixture(autouse=True)

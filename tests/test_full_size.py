@@ -99,7 +99,7 @@ generator = torch.Generator().manual_seed(1)
 latents, text = (torch.randn(1, *shape, generator=generator) for shape in ((4, 64, 64), (77, 768)))
 unet = build_unet(family)
 with streamed(unet, weights, plain_names) as streamer:
-    noise = predict_noise(unet, streamer, [latents], torch.tensor(500), [text], at_layer(budget))
+    noise = predict_noise(unet, streamer, [latents], torch.tensor(500), [text], at_layer(budget, planned_bytes=budget.max_bytes))
 torch.save((noise, process.read_rss().peak, streamer.store.bytes_read), sys.argv[2])
 """
     for precision in ("fp32", "int8"):

@@ -21,8 +21,9 @@ from tiler.request import Precision
 from tiler.weights import int8
 from tiler.weights.checkpoint import resolve
 from tiler.weights.index import TensorInfo, read_index, read_metadata
-from tiler.weights.store import SCALE, WeightStore
-from tiler.weights.stream import Streamer, match_index, stream_layers
+from tiler.weights.layers import stream_layers
+from tiler.weights.store import SCALE, WeightStore, match_index
+from tiler.weights.stream import Streamer
 
 needs_int8 = pytest.mark.skipif(not cpu.int8().products, reason="this processor has no 8-bit products")
 
@@ -30,7 +31,7 @@ needs_int8 = pytest.mark.skipif(not cpu.int8().products, reason="this processor 
 @pytest.fixture(autouse=True)
 def no_layer_is_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tiny checkpoints' layers would mostly be loaded at once."""
-    for module in ("tiler.weights.stream", "tiler.models.unet"):
+    for module in ("tiler.weights.layers", "tiler.models.unet"):
         monkeypatch.setattr(f"{module}.SMALL", 500)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -71,6 +72,32 @@ def test_budget_counts_children() -> None:
             seen = budget.rss_bytes
         child.communicate(b"\n")
     assert budget.peak_rss_bytes - before > 60_000_000
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the thresholds are glibc's")
+@pytest.mark.parametrize(("planned", "stays"), [("100MB", True), ("1900MB", False)])
+def test_freed_memory_stays_only_under_a_roomy_ceiling(planned: str, stays: bool) -> None:
+    """A layer's 40 MB are faulted in anew at every call unless the ceiling is far above the plan."""
+    code = f"""
+import resource
+from tiler import Budget
+from tiler.memory import process
+from tiler.memory.budget import at_layer, parse_bytes
+process.frugal_allocator()
+check = at_layer(Budget("2GB"), parse_bytes({planned!r}))
+faults = []
+for _ in range(6):
+    block = bytearray(40 * 2**20)
+    for i in range(0, len(block), 4096):
+        block[i] = 1
+    del block
+    check("layer")
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+print((faults[-1] - faults[0]) * resource.getpagesize(), process.read_rss().now)
+"""
+    faulted, now = map(int, fresh(code).split())
+    assert (faulted < 10 * 2**20) == stays
+    assert (now > 40 * 2**20) == stays
 
 
 def test_meter_counts_what_is_alive() -> None:

@@ -20,8 +20,9 @@ from tiler.models.unet import Windows, predict_noise
 from tiler.pipeline import streamed
 from tiler.weights.checkpoint import resolve
 from tiler.weights.index import read_index
-from tiler.weights.store import WeightStore
-from tiler.weights.stream import StreamedConv2d, Streamer, match_index, stream_layers
+from tiler.weights.layers import StreamedConv2d, stream_layers
+from tiler.weights.store import WeightStore, match_index
+from tiler.weights.stream import Streamer
 
 
 def inputs(

@@ -19,7 +19,8 @@ from tiler.models.unet import Windows, predict_noise
 from tiler.planner import Cut
 from tiler.request import Precision
 from tiler.weights import int8
-from tiler.weights.stream import Streamer, stream_layers
+from tiler.weights.layers import stream_layers
+from tiler.weights.stream import Streamer
 
 # Of whole passes over what the speeds below would give: norms, activations, smaller layers. A round figure, not a measured one.
 OVERHEAD = 1.25

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -43,8 +44,9 @@ from tiler.quantize import default_cache, prepare_int8
 from tiler.request import Decode, GuideUpscale, Precision, RenderRequest, ScratchDtype, Wrap, check_decode, check_dpi
 from tiler.weights.checkpoint import resolve, resolve_part
 from tiler.weights.index import TensorInfo
-from tiler.weights.store import WeightStore
-from tiler.weights.stream import Streamer, match_index, stream_layers
+from tiler.weights.layers import stream_layers
+from tiler.weights.store import WeightStore, match_index
+from tiler.weights.stream import Streamer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,14 +198,15 @@ class _Work:
             return latents
         unet = families.build_unet(self.family)
         with self._streamed(unet, self.unet_weights, families.plain_names, self.plan.resident[phase]) as streamer:
-            streamer.short = self.budget.short
+            streamer.short = partial(self.budget.short, self.plan.sample_bytes)
+            check = at_layer(self.budget, self.plan.memory.peak_bytes)
 
             def predict(inputs: list[Tensor], timestep: Tensor, embeds: list[Tensor]) -> Tensor:
                 self.unet_calls += 1
                 self.unet_samples += len(inputs)
                 size = request.attention_window
                 windows = None if size is None else Windows.drawn(size, request.seed, timestep)
-                return predict_noise(unet, streamer, inputs, timestep, embeds, at_layer(self.budget), windows)
+                return predict_noise(unet, streamer, inputs, timestep, embeds, check, windows)
 
             loop = canvas.denoise(latents, tiles, conditions, scheduler, predict, generator, begin=begin, batch=batch)
             begun, total = self.unet_samples, sum(tile.samples for step in tiles for tile in step)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -22,17 +22,18 @@ from tiler.diffusion.guide import GuideSize, guide_size, picture_pixels
 from tiler.diffusion.tiles import Text2ImageRegion, guide_tiles, plan_tiles, tiles_of_step
 from tiler.errors import UsageError
 from tiler.memory import cpu, process
-from tiler.memory.budget import NEAR
+from tiler.memory.budget import MARGIN, NEAR
 from tiler.memory.meter import MetaMeter
-from tiler.memory.plan import MARGIN, MemoryPlan, PhasePlan, Term
+from tiler.memory.plan import MemoryPlan, PhasePlan, Term
 from tiler.models import family as families
 from tiler.models.family import Autoencoder, Family
 from tiler.models.unet import int8_weights, predict_noise
-from tiler.request import Decode, GuideUpscale, Precision, RenderRequest, ScratchDtype, Wrap
+from tiler.request import Decode, GuideUpscale, Layout, Precision, RenderRequest, ScratchDtype, Wrap
 from tiler.weights.checkpoint import resolve_part
 from tiler.weights.index import TensorInfo
+from tiler.weights.layers import StreamedLayer, stream_layers, streamed_layers
 from tiler.weights.store import PIECE_ELEMENTS, READ_AHEAD, TORCH_DTYPES
-from tiler.weights.stream import StreamedLayer, Streamer, stream_layers, streamed_layers
+from tiler.weights.stream import Streamer
 
 MAX_BATCH = 16
 WORK = "activations, weights in use"
@@ -85,6 +86,7 @@ class RenderPlan(Cut):
     methods: dict[str, Method]  # how the autoencoder works for "guide decoded", "guide picture" and "decode"
     memory: MemoryPlan
     guide_batch: int
+    sample_bytes: int  # what one sample alone takes in the UNet, the weights in use included
     precision: Precision  # fp32 or int8
 
     @property
@@ -109,15 +111,19 @@ def cut_work(request: RenderRequest, family: Family) -> Cut:
         )
     overlap = side // 4 if request.overlap is None else request.overlap // 8
     regions = plan_tiles(request, canvas=canvas, tile=(side, side), overlap=overlap)
+    # Nothing comes after the last step to hide its borders: there the tiles overlap in every layout.
+    grid, last = replace(request, layout=Layout.GRID), regions
+    if request.layout is not Layout.GRID:
+        last = plan_tiles(grid, canvas=canvas, tile=(side, side), overlap=overlap)
     wanted = request.guide and request.guide_image is None and request.prompt is not None
     guide = guide_size(canvas, side, family.granularity, request.wrap.axes) if wanted else None
     guide_regions = guide_tiles(guide[:2], request.wrap, request.guidance_scale) if guide is not None else []
     guided = guide is not None or request.guide_image is not None
     begin = first_step(request.num_inference_steps, request.strength) if guided else 0
-    canvas_steps, guide_steps = (
-        tuple(tiles_of_step(tiles, request, n) for n in range(first, request.num_inference_steps) if tiles)
-        for tiles, first in ((regions, begin), (guide_regions, 0))
-    )
+    steps = request.num_inference_steps
+    guide_steps = tuple(tiles_of_step(guide_regions, request, n) for n in range(steps) if guide_regions)
+    canvas_steps = tuple(tiles_of_step(regions, request, n) for n in range(begin, steps - 1))
+    canvas_steps += tuple(tiles_of_step(last, grid, n) for n in range(max(begin, steps - 1), steps))
     return Cut(
         canvas=canvas,
         guide=guide,
@@ -192,22 +198,19 @@ def plan_render(request: RenderRequest, family: Family, max_bytes: int) -> Rende
             methods["guide decoded"] = method(vae, own, (guide.height, guide.width))
             picture.append(vae.phase("guide picture", (guide.height, guide.width), methods["guide decoded"]))
         decoding.append(max(picture, key=lambda p: p.peak_bytes))
-    canvas_bytes = 4 * family.latent_channels * canvas[0] * canvas[1] * 6 + 4 * side * side * len(cut.regions)
+    masks = len({id(tile.weights) for step in (cut.regions, *canvas_steps) for tile in step})
+    canvas_bytes = 4 * family.latent_channels * canvas[0] * canvas[1] * 6 + 4 * side * side * masks
 
     def sampling(name: str, batch: int, height: int, breadth: int) -> PhasePlan:
         samples = canvas_samples if name == "canvas" else guide_samples
         groups = [tuple(samples[i : i + batch]) for i in range(0, len(samples), batch)]
         group = max(groups, key=lambda g: (len(set(g)), len(g)))  # halves of one tile share their first layers
         group = tuple(sorted(set(group)).index(tile) for tile in group)
+        work = activations(group, height, breadth) + int(HEAP_SLACK * activations((0,), height, breadth))
         terms = [
             *fixed,
             *unet_terms,
-            Term(
-                name=WORK,
-                nbytes=activations(group, height, breadth)
-                + int(HEAP_SLACK * activations((0,), height, breadth))
-                + holes,
-            ),
+            Term(name=WORK, nbytes=work + holes),
             Term(name="canvas", nbytes=canvas_bytes),
         ]
         return PhasePlan(name=name, terms=tuple(terms))
@@ -243,6 +246,7 @@ def plan_render(request: RenderRequest, family: Family, max_bytes: int) -> Rende
         least.append(sampling("guide", 1, guide.height, guide.width).peak_bytes)
     return RenderPlan(
         **vars(cut), family=family, batch=batch, resident=resident, decoder=decoder.kind, methods=methods, guide_batch=guide_batch, precision=precision,
+        sample_bytes=activations((0,), side, side),
         memory=MemoryPlan(max_bytes=max_bytes, phases=tuple(phases), smallest_bytes=int(max(least) / MARGIN) + 1),
     )  # fmt: skip
 

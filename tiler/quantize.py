@@ -28,8 +28,7 @@ from tiler.models.unet import int8_weights, order_of_use
 from tiler.output.files import atomic
 from tiler.weights.index import TensorInfo, open_regular, read_index, read_metadata
 from tiler.weights.int8 import quantize_rows
-from tiler.weights.store import SCALE, TORCH_DTYPES, WeightStore
-from tiler.weights.stream import match_index
+from tiler.weights.store import SCALE, TORCH_DTYPES, WeightStore, match_index
 
 VERSION = "2"  # of the rules: which layers, which scales
 _PIECE_ELEMENTS = 2**20  # weights at a time: 4 MB in fp32, and a few copies
@@ -62,7 +61,7 @@ def packed_weights(family: Family, cache: Path, progress: Callable[[float, str],
 def prepare_int8(family: Family, cache: Path, budget: Budget, on_event: OnEvent) -> dict[str, TensorInfo]:
     """The index of the checkpoint's int8 weights in `cache`, made first where they are missing. Raises TilerError."""
     with budget.phase("quantize") as use:
-        tell, check = percent(on_event, "quantize"), at_layer(budget)
+        tell, check = percent(on_event, "quantize"), at_layer(budget, planned_bytes=budget.max_bytes)
         told: list[str] = []
 
         def progress(share: float, why: str) -> None:

@@ -93,8 +93,8 @@ Interval = Annotated[
 TileLayout = Annotated[
     Layout | None,
     typer.Option(
-        help="grid: overlapping tiles; shift: side by side, elsewhere at every step: at 2048² 16 tiles a step instead of "
-        "25.  [default: grid]",
+        help="grid: overlapping tiles; shift: side by side, elsewhere at every step but the last, which is a grid: at 2048² 16 "
+        "tiles a step instead of 25.  [default: grid]",
         show_default=False,
     ),
 ]

@@ -25,7 +25,9 @@ from tiler.memory import process
 
 _UNITS = {"": 1, "B": 1, "K": 10**3, "KB": 10**3, "KIB": 2**10, "M": 10**6, "MB": 10**6, "MIB": 2**20, "G": 10**9, "GB": 10**9, "GIB": 2**30}  # fmt: skip
 NEAR = 0.88  # of the ceiling: give back what was freed
+ROOMY = 256 * 2**20  # of freed memory stays where the ceiling is far above the plan; SD 1.5's UNet has use for 160 MB
 _ALMOST = 0.92  # of the ceiling: collect and trim before going on
+MARGIN = 0.97  # of the ceiling: what a plan may fill
 _SAMPLE_SECONDS = 0.05
 
 
@@ -104,15 +106,13 @@ class Budget:
         """RSS now, children included as last sampled."""
         return int(self._process.memory_info().rss) + self._children
 
-    def relieve(self, above: int) -> None:
-        """Give freed memory back to the system when the ceiling is not far, when more than `above` bytes are used, or when
-        the heap keeps more than was planned: holes between live blocks are not counted by the allocator's own threshold."""
-        if self.short() or self.rss_bytes >= above or process.free_heap() > process.HEAP_KEPT:
-            process.release_heap()
+    def room(self, planned_bytes: int) -> int:
+        """How much freed memory may stay on top of a plan: ROOMY where twice that lies between it and NEAR, else nothing."""
+        return ROOMY if int(NEAR * self.max_bytes) - planned_bytes >= 2 * ROOMY else 0
 
-    def short(self) -> bool:
-        """Whether the ceiling is near."""
-        return self.rss_bytes >= NEAR * self.max_bytes
+    def short(self, coming_bytes: int) -> bool:
+        """Whether `coming_bytes` more would be more than a plan may fill."""
+        return self.rss_bytes + coming_bytes >= MARGIN * self.max_bytes
 
     def check(self, where: str) -> None:
         """Compare the RSS now (14 µs) with the ceiling. Near it, collect and trim; at it, raise BudgetExceeded."""
@@ -157,12 +157,14 @@ class Budget:
             self._note_peak()
 
 
-def at_layer(budget: Budget) -> Callable[[str], None]:
-    """What happens between two layers of the UNet: freed memory leaves the process if it is worth the call (5 ms), then
-    the ceiling is checked."""
+def at_layer(budget: Budget, planned_bytes: int) -> Callable[[str], None]:
+    """What happens between two layers of the UNet: freed memory leaves the process if it is worth the call (5 ms), or if it
+    is more than a roomy ceiling leaves above the plan; then the ceiling is checked."""
+    if room := budget.room(planned_bytes):
+        process.generous_allocator()
 
     def check(where: str) -> None:
-        if process.free_heap() > process.HEAP_WORTH_RELEASING:
+        if process.free_heap() > (room or process.HEAP_WORTH_RELEASING):
             process.release_heap()
         budget.check(where)
 
@@ -170,10 +172,15 @@ def at_layer(budget: Budget) -> Callable[[str], None]:
 
 
 def at_rows(budget: Budget, planned_bytes: int) -> Callable[[str], None]:
-    """The same for an autoencoder, whose layers run thousands of times: memory leaves when it is more than was planned."""
+    """The same for an autoencoder, whose layers run thousands of times: memory leaves when the ceiling is not far, or when it
+    is more than was planned. The heap's part is looked at by itself: holes between live blocks are not counted by the
+    allocator's own threshold."""
+    room = budget.room(planned_bytes)
+    kept = max(room, process.HEAP_KEPT)
 
     def check(where: str) -> None:
-        budget.relieve(planned_bytes)
+        if budget.rss_bytes >= min(NEAR * budget.max_bytes, planned_bytes + room) or process.free_heap() > kept:
+            process.release_heap()
         budget.check(where)
 
     return check

@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tiler.errors import BudgetRefused
-from tiler.memory.budget import format_mb
-
-MARGIN = 0.97  # of the ceiling: what a plan may fill
+from tiler.memory.budget import MARGIN, format_mb
 
 
 @dataclass(frozen=True, kw_only=True)

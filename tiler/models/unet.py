@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from tiler.memory.meter import MetaMeter
-from tiler.weights.stream import SMALL, Streamer, stream_layers
+from tiler.weights.layers import SMALL, stream_layers
+from tiler.weights.stream import Streamer
 
 if TYPE_CHECKING:
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel

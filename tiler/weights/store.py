@@ -1,7 +1,7 @@
 """Weights on disk, read in pieces of rows with preadv into reused buffers, cast to fp32 at the point of use.
 
 Files are never mapped: mapped pages count as RSS, the page cache behind pread does not. A thread reads ahead along the
-order of the previous pass. Knows nothing of layers.
+order of the previous pass. Of layers it knows the names and shapes of their parameters.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -42,6 +43,33 @@ def check_dtype(info: TensorInfo, index: dict[str, TensorInfo]) -> None:
     """Raises ModelError for a tensor that cannot be read: of another dtype, or int8 without its scales."""
     if info.dtype not in TORCH_DTYPES or (info.dtype == "I8" and info.name + SCALE not in index):
         raise ModelError(f"{info.path}: tensor {info.name!r} is stored as {info.dtype}; tiler reads F16, BF16 and F32")
+
+
+def match_index(
+    module: torch.nn.Module, stored: dict[str, TensorInfo], rename: Callable[[str], list[str]]
+) -> dict[str, TensorInfo]:
+    """The stored tensor of every parameter of `module`. `rename` gives the names a parameter may have in files.
+
+    An int8 tensor brings its scales. Raises ModelError naming the first parameter that is missing, has another shape, or an
+    unusable dtype.
+    """
+    where = next(iter(stored.values())).path.parent if stored else "the checkpoint"
+    matched = {}
+    for name, parameter in module.named_parameters():
+        info = next((stored[alias] for alias in rename(name) if alias in stored), None)
+        if info is None:
+            raise ModelError(f"{where}: tensor {name!r} is missing; the weights and config.json do not belong together")
+        want = tuple(parameter.shape)
+        squeezed = tuple(n for n in info.shape if n != 1) == tuple(n for n in want if n != 1)
+        if info.shape != want and not squeezed:
+            raise ModelError(
+                f"{info.path}: tensor {info.name!r} has shape {list(info.shape)}, config.json asks for {list(want)}"
+            )
+        check_dtype(info, stored)
+        matched[name] = info._replace(shape=want)
+        if (scale := stored.get(info.name + SCALE)) is not None:
+            matched[name + SCALE] = scale
+    return matched
 
 
 class WeightStore:

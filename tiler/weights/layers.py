@@ -1,0 +1,192 @@
+"""Layers that fetch their weights when they run, one sample's matrix product at a time.
+
+`stream_layers` turns the Linear, Conv2d and Embedding layers of a meta-device module into them; norms and biases, which are
+small, are loaded at once. Arithmetic never sees the batch: every matrix product is one sample's, over pieces cut at the same
+rows, so results do not depend on how many samples share a read. A convolution whose weight outweighs its input gets it in
+oneDNN's own order, once for all samples. Layers stored as int8 are computed in int8 (int8.py), where sums are exact.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tiler.weights import int8
+from tiler.weights.store import PIECE_ELEMENTS, piece_rows
+
+if TYPE_CHECKING:
+    from tiler.weights.stream import Streamer
+
+Rows = tuple[int, int, Tensor]  # of a weight: first, last + 1, and the rows themselves
+SMALL = 64 * 1024  # parameters of up to this many elements are loaded at once and stay
+
+
+class StreamedLayer(nn.Module):
+    """What the streamed classes share: a meta weight for its shape, the parameter's name, and where to get it."""
+
+    weight: Tensor
+    key: str
+    streamer: Streamer
+
+
+class StreamedLinear(nn.Linear, StreamedLayer):
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (batch, ..., in) fp32 → (batch, ..., out)."""
+        if self.key in self.streamer.int8_keys:
+
+            def product(sample: int8.Quantized, weight: int8.Packed, bias: Tensor | None) -> Tensor:
+                return int8.linear(sample, weight, bias).view(1, *x.shape[1:-1], weight.last - weight.first)
+
+            return _by_rows_int8(self, x, -1, int8.quantize_tokens, product)
+        return _by_rows(self, x, x.new_empty(*x.shape[:-1], self.out_features), -1, F.linear)
+
+
+class StreamedConv2d(nn.Conv2d, StreamedLayer):
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (batch, in, height, width) fp32 → (batch, out, height', width')."""
+        if self.key in self.streamer.int8_keys:
+            pointwise = int8.is_pointwise(self)  # then each pixel is a token, with a scale of its own
+
+            def product(sample: int8.Quantized, weight: int8.Packed, bias: Tensor | None) -> Tensor:
+                if not pointwise:
+                    return int8.conv2d(sample, weight, bias, self)
+                return int8.linear(sample, weight, bias).view(1, *x.shape[2:], -1).permute(0, 3, 1, 2)
+
+            return _by_rows_int8(self, x, 1, int8.quantize_pixels if pointwise else int8.quantize_image, product)
+
+        def conv(sample: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            if not weight.is_mkldnn:
+                return F.conv2d(sample[None], weight, bias, self.stride, self.padding, self.dilation, self.groups)[0]
+            geometry = self.padding, self.stride, self.dilation, self.groups
+            out: Tensor = torch.ops.mkldnn._convolution_pointwise(sample[None], weight, bias, *geometry, "none", [], "")
+            return out[0]
+
+        sides = int8.conv_sides(self, x.shape[2:])
+        return _by_rows(self, x, x.new_empty(len(x), self.out_channels, *sides), 0, conv)
+
+    def outweighs(self, x: Tensor) -> bool:
+        """Whether the weight is larger than one sample of `x`: then bringing it into oneDNN's order, which a plain
+        convolution does at every call, costs as much as the arithmetic (1280 channels, 8 × 8: 46 ms against 24)."""
+        return self.streamer.prepack and self.weight.numel() > x[0].numel()
+
+    def reordered(self, rows: Tensor, sides: Sequence[int]) -> Tensor:
+        """Some rows of the weight in oneDNN's order for an input of `sides`."""
+        geometry = self.padding, self.stride, self.dilation, self.groups
+        out: Tensor = torch.ops.mkldnn._reorder_convolution_weight(rows, *geometry, (1, self.in_channels, *sides))
+        return out
+
+
+class StreamedEmbedding(nn.Embedding, StreamedLayer):
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids: (batch, n) → (batch, n, width) fp32; only the rows that occur are read."""
+        assert self.streamer.store is not None
+        unique, back = ids.unique(return_inverse=True)
+        return self.streamer.store.rows(self.key, unique.tolist())[back]
+
+
+def _by_rows(layer: StreamedLayer, x: Tensor, out: Tensor, axis: int, op: Callable[..., Tensor]) -> Tensor:
+    """Fill `out` sample by sample; `axis` is where a sample's output channels lie."""
+    bias: Tensor | None = layer.bias  # type: ignore[assignment]
+    streamer = layer.streamer
+    reorder = isinstance(layer, StreamedConv2d) and layer.outweighs(x)
+    if not streamer.holding and not reorder and streamer.fits(layer):
+        with streamer.hold(layer):
+            return _by_rows(layer, x, out, axis, op)
+    whole = None if reorder and not x.is_meta else streamer.whole(layer)
+    step = piece_rows(
+        layer.weight[0].numel(), PIECE_ELEMENTS if streamer.store is None else streamer.store.piece_elements
+    )
+    if whole is not None and len(x) == 1 and step >= len(whole):
+        return op(x[0], whole, bias)[None]
+    # Held or streamed, the same cuts: the same arithmetic, and oneDNN's packed copy of a weight stays a piece's size.
+    planned = None
+    if x.is_meta and not streamer.holding:
+        planned = x.new_empty(min(step, len(layer.weight)) * layer.weight[0].numel())  # counted: the piece in the arena
+    parts: Iterable[Rows]
+    if whole is not None:
+        parts = ((i, min(i + step, len(whole)), whole[i : i + step]) for i in range(0, len(whole), step))
+    elif reorder:
+        parts = streamer.reordered(layer, x.shape[2:])  # type: ignore[arg-type]
+    else:
+        parts = streamer.parts(layer)
+    for first, last, rows in parts:
+        part = None if bias is None else bias[first:last]
+        for i in range(1 if x.is_meta else len(x)):
+            out[i].narrow(axis, first, last - first).copy_(op(x[i], rows, part))
+    del planned
+    return out
+
+
+def _by_rows_int8(
+    layer: StreamedLayer,
+    x: Tensor,
+    axis: int,
+    quantize: Callable[[Tensor], int8.Quantized],
+    product: Callable[..., Tensor],
+) -> Tensor:
+    """The same for an int8 weight: each sample is quantised once, each piece of the weight applied to all of them.
+    `axis` of a batch is where the output channels lie."""
+    bias: Tensor | None = layer.bias  # type: ignore[assignment]
+    streamer = layer.streamer
+    if not streamer.holding and streamer.fits(layer):
+        with streamer.hold(layer):
+            return _by_rows_int8(layer, x, axis, quantize, product)
+    samples = [quantize(sample) for sample in x]
+    columns: list[list[Tensor]] = [[] for _ in samples]
+    for weight in streamer.packs(layer):
+        for column, sample in zip(columns, samples, strict=True):
+            column.append(product(sample, weight, None if bias is None else bias[weight.first : weight.last]))
+    return _joined([_joined(column, axis) for column in columns], 0)
+
+
+def _joined(parts: list[Tensor], axis: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, axis)
+
+
+def streamed_layers(module: nn.Module) -> list[StreamedLayer]:
+    """The layers inside whose weights are held or cut; a table is neither, its rows are read one by one."""
+    return [m for m in module.modules() if isinstance(m, StreamedLayer) and not isinstance(m, nn.Embedding)]
+
+
+_CLASSES: Sequence[tuple[type[nn.Module], type[StreamedLayer]]] = (
+    (nn.Linear, StreamedLinear),
+    (nn.Conv2d, StreamedConv2d),
+    (nn.Embedding, StreamedEmbedding),
+)
+
+
+def stream_layers(module: nn.Module, streamer: Streamer) -> None:
+    """Turn the large layers of a meta-device `module` into streamed ones, and load the small parameters.
+
+    The layers change class in place, so the tree, its names and its hooks stay what they were.
+    """
+    for path, child in module.named_modules():
+        for plain, streamed in _CLASSES:
+            if type(child) is plain and child.weight.numel() > SMALL:  # type: ignore[operator]
+                child.__class__ = streamed
+                child.key, child.streamer = f"{path}.weight".lstrip("."), streamer  # type: ignore[assignment]
+    _mark_units(module, streamer)
+    if streamer.store is None:
+        return
+    for path, child in module.named_modules():
+        for name, parameter in list(child.named_parameters(recurse=False)):
+            if isinstance(child, StreamedLayer) and name == "weight":
+                continue
+            value = streamer.store.load(f"{path}.{name}".lstrip("."))
+            setattr(child, name, nn.Parameter(value.view(parameter.shape), requires_grad=False))
+
+
+def _mark_units(module: nn.Module, streamer: Streamer) -> None:
+    """Give the largest modules that fit the arena the forward of a unit."""
+    if isinstance(module, StreamedLayer) or not streamed_layers(module):
+        return
+    if streamer.fits(module) and not isinstance(module, nn.ModuleList):
+        module.forward = functools.partial(streamer.run_unit, module, module.forward)
+        return
+    for child in module.children():
+        _mark_units(child, streamer)
