@@ -41,7 +41,7 @@ def fake(module: nn.Module, largest: int) -> tuple[Tensor, torch.utils.hooks.Rem
             pixels = [int8.quantize_pixels(sample).restored() for sample in x]
             return (torch.stack([p.T.view(x.shape[1:]) for p in pixels]), *inputs[1:])
         if isinstance(module, nn.Conv2d):
-            return (torch.cat([int8.quantize_image(sample).restored() for sample in x]), *inputs[1:])
+            return (torch.stack([int8.quantize_image(sample).restored().permute(2, 0, 1) for sample in x]), *inputs[1:])
         return (int8.quantize_tokens(x).restored().view_as(x), *inputs[1:])
 
     return kept, module.register_forward_pre_hook(rounded)

@@ -64,8 +64,11 @@ def test_a_linear_layer_is_the_sum_of_integer_products(bias: bool) -> None:
     x = int8.quantize_tokens(torch.randn(2, 37, 96) * torch.logspace(-3, 3, 37).view(-1, 1))
     sums = (x.values.long() - x.zero) @ weight.long().T
     want = sums.double() * scale.double() * x.scale.double() + (layer.bias.double() if bias else 0)
-    got = int8.linear(x, int8.pack(layer, 0, weight, scale), layer.bias)
-    assert got.shape == (74, 160)
+    got = torch.empty(2, 37, 160)
+    for first, last in ((0, 96), (96, 160)):  # in two pieces
+        packed = int8.pack(first, weight[first:last], scale[first:last])
+        int8.linear(x, packed, layer.bias[first:last] if bias else None, got[..., first:last])
+    got = got.flatten(0, 1)
     assert (got - want).norm() < 1e-6 * want.norm()
 
 
@@ -73,17 +76,24 @@ def test_a_linear_layer_is_the_sum_of_integer_products(bias: bool) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("shift", [-9.0, 0.0, 9.0])
 @pytest.mark.parametrize(("stride", "kernel"), [(1, 3), (2, 3), (2, 1)])
-def test_a_convolution_is_the_sum_of_integer_products(stride: int, kernel: int, shift: float) -> None:
-    """Zero, the padding, is exact also where no value is near it."""
+def test_a_convolution_is_the_sum_of_integer_products(
+    stride: int, kernel: int, shift: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Zero, the padding, is exact also where no value is near it. Windows are taken in several bands of rows."""
     torch.manual_seed(2)
+    monkeypatch.setattr(int8, "WINDOWS_BYTES", 3000)
+    monkeypatch.setattr(int8, "CHUNK", 2000)
     layer = nn.Conv2d(48, 64, kernel, stride=stride, padding=kernel // 2)
     weight, scale = int8.quantize_rows(layer.weight)
-    x = int8.quantize_image(torch.randn(48, 19, 21) + shift)
-    sums = torch.nn.functional.conv2d((x.values.double() - x.zero), weight.double(), None, stride, kernel // 2)
+    image = torch.randn(48, 19, 21) + shift
+    x = int8.quantize_image(image, kernel // 2)
+    inside = int8.quantize_image(image).restored().permute(2, 0, 1) / x.scale  # not padded: whole numbers
+    sums = torch.nn.functional.conv2d(inside.double().round(), weight.double(), None, stride, kernel // 2)
     assert sums.abs().max() < 2**31
     want = sums * scale.view(-1, 1, 1) * x.scale + layer.bias.view(-1, 1, 1)
-    got = int8.conv2d(x, int8.pack(layer, 0, weight, scale), layer.bias, layer)
-    assert got.shape == want.shape
+    got = torch.empty(*want.shape[1:], 64)
+    int8.conv2d(x, int8.pack(0, weight, scale), layer.bias, got, layer=layer)
+    got = got.permute(2, 0, 1)
     assert (got - want).norm() < 1e-6 * want.norm()
 
 
@@ -97,25 +107,26 @@ def test_the_largest_products_do_not_saturate() -> None:
     for layer in (linear, conv):
         for sign in (1, -1):
             weight = torch.full(layer.weight.shape, sign * largest, dtype=torch.int8)
-            packed = int8.pack(layer, 0, weight, ones)
+            packed = int8.pack(0, weight, ones)
             if layer is linear:
-                x = int8.Quantized(torch.full((8, 64), 255, dtype=torch.uint8), torch.ones(8, 1), int8.ONE)
-                got, count = int8.linear(x, packed, None), 64
+                x = int8.Quantized(torch.full((8, 64), 255, dtype=torch.uint8), torch.ones(8, 1), 0)
+                got, count = torch.empty(8, 16), 64
+                int8.linear(x, packed, None, got)
             else:
-                values = torch.full((1, 64, 8, 8), 255, dtype=torch.uint8)
-                x = int8.Quantized(values.contiguous(memory_format=torch.channels_last), torch.tensor(1.0), int8.ONE)
-                got, count = int8.conv2d(x, packed, None, conv), 64 * 9
-            assert (got == sign * largest * 254 * count).all()
+                x = int8.Quantized(torch.full((8, 8, 64), 255, dtype=torch.uint8), torch.tensor(1.0), 0)
+                got, count = torch.empty(6, 6, 16), 64 * 9
+                int8.conv2d(x, packed, None, got, layer=conv)
+            assert (got == sign * largest * 255 * count).all()
 
 
 def test_quantised_values_are_within_half_a_step() -> None:
     torch.manual_seed(3)
     image, tokens = torch.randn(5, 8, 8).exp() - 0.7, torch.randn(30, 17)
     q = int8.quantize_image(image)
-    assert (q.restored()[0] - image).abs().max() <= 0.5001 * q.scale
+    assert (q.restored().permute(2, 0, 1) - image).abs().max() <= 0.5001 * q.scale
     t = int8.quantize_tokens(tokens)
     assert ((t.restored() - tokens).abs() <= 0.5001 * t.scale).all()
-    assert max(q.values.max(), t.values.max()) <= int8.LEVELS
+    assert q.values.min() < 2 and q.values.max() > 252  # all steps are used
     weight = torch.randn(6, 40) * torch.logspace(-4, 4, 6).view(-1, 1)
     for largest in (64, 127):
         rows, scale = int8.quantize_rows(weight, largest)
@@ -127,10 +138,11 @@ def test_quantised_values_are_within_half_a_step() -> None:
 @needs_int8
 def test_nan_stays_nan() -> None:
     layer = nn.Conv2d(8, 8, 3, padding=1)
-    weight = int8.pack(layer, 0, *int8.quantize_rows(layer.weight.detach()))
+    weight, out = int8.pack(0, *int8.quantize_rows(layer.weight.detach())), torch.empty(4, 4, 8)
     x = torch.zeros(8, 4, 4)
     x[0, 0, 0] = torch.nan
-    assert int8.conv2d(int8.quantize_image(x), weight, None, layer).isnan().all()
+    int8.conv2d(int8.quantize_image(x, 1), weight, None, out, layer=layer)
+    assert out.isnan().all()
     assert int8.quantize_tokens(torch.full((1, 8), torch.nan)).scale.isnan().all()
 
 
@@ -288,7 +300,8 @@ def test_what_int8_means_on_a_processor(
 
 @needs_int8
 def test_planning_counts_int8_weights_as_bytes(tiny: Path) -> None:
-    """The peak of a pass on shapes: with every layer a unit of its own, fp32 holds four bytes where int8 holds two."""
+    """The peak of a pass on shapes: with every layer a unit of its own, fp32 holds four bytes where int8 holds three of a
+    weight that is one piece: as stored, on its way, and as computed with."""
     family = family_of(tiny)
     peaks = []
     for quantised in (False, True):
@@ -300,7 +313,7 @@ def test_planning_counts_int8_weights_as_bytes(tiny: Path) -> None:
             largest(torch.empty(1, largest.in_channels, 1, 1, device="meta"))
         peaks.append(meter.peak_bytes / largest.weight.numel())
     assert peaks[0] > 4
-    assert 2 <= peaks[1] < 2.5
+    assert 3 <= peaks[1] < 3.5
 
 
 def test_quantize_says_what_it_wrote(tiler, tiny: Path, tmp_path: Path) -> None:

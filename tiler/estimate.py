@@ -91,8 +91,8 @@ def measure() -> Speed:
         attention = attention_flops / _seconds(lambda: F.scaled_dot_product_attention(q, q, q))
         if not cpu.int8().products:  # then int8 is what weights are stored in, no more
             return Speed(fp32, fp32, attention)
-        weight = int8.pack(layer, 0, *int8.quantize_rows(layer.weight))
-        fast = conv_flops / _seconds(lambda: int8.conv2d(int8.quantize_image(x[0]), weight, None, layer))
+        weight, out = int8.pack(0, *int8.quantize_rows(layer.weight)), torch.empty(32, 32, 320)
+        fast = conv_flops / _seconds(lambda: int8.conv2d(int8.quantize_image(x[0], 1), weight, None, out, layer=layer))
     return Speed(fp32, fast, attention)
 
 

@@ -22,7 +22,8 @@ HEAP_KEPT = 96 * 2**20  # by an autoencoder's strips; with 64 MiB decoding took 
 HEAP_WORTH_RELEASING = 8 * 2**20  # between layers of a UNet; below it a small model spends a tenth of its time on that
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h
-_frugal = False  # whether the allocator's thresholds are ours
+_MAPPED, _HEAP, _NEVER = 2**20, 8 * 2**20, 2**31 - 1  # from which size on a block is mapped
+_threshold: int | None = None  # which of these holds, if the allocator's thresholds are ours
 
 
 class Rss(NamedTuple):
@@ -146,7 +147,7 @@ def frugal_allocator() -> None:
     gives everything back at once, but then every temporary is mapped and faulted in anew: with 128 KiB an SD 1.5 UNet
     pass took 8.3 s a sample, with 8 MiB and `release_heap` between layers 7.2 s and 20 MB more (`scripts/bench.py unet`).
     """
-    global _frugal
+    global _threshold
     # OpenMP's threads wait for each other by spinning, 300,000 turns unless told otherwise. On a free machine that is 6 %
     # faster than sleeping; where other programs share the cores it is waiting for a thread that has none: small layers then
     # took thirty times as long.
@@ -157,9 +158,9 @@ def frugal_allocator() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
-        for option, value in ((_M_MMAP_THRESHOLD, 8 * 2**20), (_M_TRIM_THRESHOLD, 64 * 2**20), (_M_ARENA_MAX, 2)):
+        for option, value in ((_M_MMAP_THRESHOLD, _HEAP), (_M_TRIM_THRESHOLD, 64 * 2**20), (_M_ARENA_MAX, 2)):
             libc.mallopt(option, value)
-        _frugal = True
+        _threshold = _HEAP
         pr_set_thp_disable = 41
         libc.prctl(pr_set_thp_disable, 1, 0, 0, 0)
 
@@ -170,10 +171,27 @@ def generous_allocator() -> None:
     Under 6 GB an SD 1.5 UNet pass then has a twentieth of the page faults and takes a tenth less time, with 160 MB more
     (`scripts/bench.py unet --ceiling 6000000000`).
     """
-    if _frugal:
+    global _threshold
+    if _threshold is not None:
         libc = ctypes.CDLL(None)
         for option in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD):
-            libc.mallopt(option, 2**31 - 1)
+            libc.mallopt(option, _NEVER)
+        _threshold = _NEVER
+
+
+@contextmanager
+def mapped_blocks() -> Iterator[None]:
+    """Where `frugal_allocator` was called, and freed memory is to leave: blocks from 1 MiB are mapped by themselves, so that
+    none of them leaves a hole between others."""
+    if _threshold != _HEAP:
+        yield
+        return
+    libc = ctypes.CDLL(None)
+    libc.mallopt(_M_MMAP_THRESHOLD, _MAPPED)
+    try:
+        yield
+    finally:
+        libc.mallopt(_M_MMAP_THRESHOLD, _HEAP)
 
 
 @contextmanager

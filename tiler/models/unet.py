@@ -20,9 +20,11 @@ from tiler.weights.stream import Streamer
 if TYPE_CHECKING:
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
-# Of a feed-forward's inner activation at a time: 10.5 MB. Just large enough to leave SD 1.5's second level (1024 × 2560)
-# whole: its weights do not fit the arena, and every further chunk would read them again.
-FEED_FORWARD_ELEMENTS = 5 * 2**19
+# Of a feed-forward's projection at a time: 6.3 MB, which the allocator need not map anew each time; but no fewer tokens than
+# keep the product efficient. Where the weights do not fit the arena, and every further chunk would read them again, just
+# enough to leave SD 1.5's second level (1024 × 5120) whole.
+FEED_FORWARD_ELEMENTS, FEED_FORWARD_TOKENS = 3 * 2**19, 256
+FEED_FORWARD_ELEMENTS_READ = 5 * 2**20
 
 
 class Windows(NamedTuple):
@@ -106,7 +108,8 @@ def predict_noise(
         check(where)
         tokens, width = inputs[0].shape[2] * inputs[0].shape[3], 8 * inputs[0].shape[1]
         for block in module.transformer_blocks:  # type: ignore[union-attr]
-            block.set_chunk_feed_forward(_feed_forward_chunk(tokens, width), 1)
+            most = FEED_FORWARD_ELEMENTS if streamer.fits(block.ff) else FEED_FORWARD_ELEMENTS_READ
+            block.set_chunk_feed_forward(_feed_forward_chunk(tokens, max(most // width, FEED_FORWARD_TOKENS)), 1)
             if where.rpartition(".attentions")[0] in windowed:
                 _look_through(block.attn1, windows, inputs[0].shape[2:], 2 ** levels[0])
         calls: list[tuple[Tensor, ...]] = list(zip(inputs, texts, strict=True))
@@ -146,12 +149,10 @@ def predict_noise(
     return torch.cat(hidden)
 
 
-def _feed_forward_chunk(tokens: int, width: int) -> int | None:
-    """Tokens that go through a feed-forward of inner `width` at a time (diffusers wants a divisor). For the 4096 tokens of
-    SD 1.5's first level that activation would be 42 MB, the largest transient of the whole pass."""
-    parts = next(
-        (n for n in range(1, tokens + 1) if tokens % n == 0 and tokens // n * width <= FEED_FORWARD_ELEMENTS), 1
-    )
+def _feed_forward_chunk(tokens: int, most: int) -> int | None:
+    """Tokens that go through a feed-forward at a time (diffusers wants a divisor). For the 4096 tokens of SD 1.5's first
+    level its projection would be 42 MB, the largest transient of the whole pass."""
+    parts = next(n for n in range(1, tokens + 1) if tokens % n == 0 and tokens // n <= most)
     return None if parts == 1 else tokens // parts
 
 

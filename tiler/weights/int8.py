@@ -1,7 +1,8 @@
 """Products of 8-bit integers by oneDNN: weights with a scale for each output channel, activations scaled as they come.
 
-A token of a linear layer has a scale of its own, a convolution's input one scale and zero point for each sample. The sums
-are exact in 32 bits, so nothing depends on how weights are cut. Knows nothing of files.
+A token of a linear layer has a scale of its own, a convolution's input one scale and zero point for each sample. A
+convolution is a linear layer of its windows: as fast as oneDNN's own, whose order of a weight takes ten times as long to make.
+The sums are exact in 32 bits, so nothing depends on how weights or tokens are cut. Knows nothing of files.
 """
 
 from __future__ import annotations
@@ -11,14 +12,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tiler.memory import cpu
+from tiler.memory import cpu, process
 
-LEVELS, MIDDLE = 255, 128  # of an activation: 1 to 255
-ONE = 1  # a zero point that is not zero: oneDNN packs what it needs to take one off
+STEPS = 254  # of an activation in 0 to 255, one of them for rounding
+MIDDLE = 128
+CHUNK = 2**18  # values quantised at a time: fp32 between two steps stays in the cache
+BAND_SUMS, BAND_ROWS = (
+    3 * 2**19,
+    256,
+)  # of a product at a time: sums, but no fewer rows; oneDNN cuts the weight anew for each
+WINDOWS_BYTES = 7 * 2**20  # of a convolution's windows at a time: just below what the allocator maps anew each time
 
 
 class Packed(NamedTuple):
-    """Rows [first, last) of a layer's weight in oneDNN's own order, and their scales (last − first,) fp32."""
+    """Rows [first, last) of a layer's weight, as oneDNN's plain matrix (taps × in, rows), and their scales (rows,) fp32."""
 
     first: int
     last: int
@@ -27,7 +34,7 @@ class Packed(NamedTuple):
 
 
 class Quantized(NamedTuple):
-    """One sample: `values` uint8, (tokens, in) or (1, in, h, w), real value = scale × (value − zero)."""
+    """One sample: `values` uint8, (tokens, in) or (h, w, in), real value = scale × (value − zero)."""
 
     values: Tensor
     scale: Tensor  # (tokens, 1), or a scalar
@@ -46,15 +53,12 @@ def quantize_rows(weight: Tensor, largest: int = 0) -> tuple[Tensor, Tensor]:
     return (weight / scale.view(-1, *(1,) * (weight.ndim - 1))).round_().to(torch.int8), scale
 
 
-def pack(layer: nn.Module, first: int, rows: Tensor, scale: Tensor) -> Packed:
-    """Rows of an int8 weight in the order oneDNN computes with."""
-    op = torch.ops.onednn
-    last = first + len(rows)
-    if isinstance(layer, nn.Conv2d) and not is_pointwise(layer):
-        ones = torch.ones(len(rows))
-        geometry = layer.stride, layer.padding, layer.dilation, layer.groups
-        return Packed(first, last, op.qconv_prepack(rows, ones, 1.0, ONE, *geometry, None), scale)
-    return Packed(first, last, op.qlinear_prepack(rows.flatten(1), None), scale)
+def pack(first: int, rows: Tensor, scale: Tensor) -> Packed:
+    """Rows (n, in, ...) of an int8 weight as oneDNN computes with them. Transposing is what its own code does fastest."""
+    n = len(rows)
+    with process.mapped_blocks():
+        matrix = rows.reshape(n, rows.shape[1], -1).to_mkldnn().transpose(0, 2)
+        return Packed(first, first + n, matrix.reshape(-1, n), scale)
 
 
 def is_pointwise(layer: nn.Conv2d) -> bool:
@@ -65,12 +69,15 @@ def is_pointwise(layer: nn.Conv2d) -> bool:
 def quantize_tokens(x: Tensor) -> Quantized:
     """x: (..., in) fp32 → symmetric around MIDDLE, each token by its absmax."""
     rows = x.reshape(-1, x.shape[-1])
+    values, chunk = rows.new_empty(rows.shape, dtype=torch.uint8), max(1, CHUNK // rows.shape[1])
     if x.is_meta:
-        return Quantized(_planned(rows), rows.new_empty(len(rows), 1), MIDDLE)
-    low, high = rows.aminmax(dim=1, keepdim=True)
-    scale = torch.maximum(-low, high).div_(MIDDLE - 1).clamp_min_(1e-30)
-    values = torch.addcmul(torch.tensor(MIDDLE + 0.5), rows, 1 / scale)  # + 0.5: the cast cuts off
-    return Quantized(values.to(torch.uint8), scale, MIDDLE)
+        return Quantized(values, rows.new_empty(len(rows), 1), MIDDLE)
+    scale = (
+        torch.maximum(rows.amax(1, keepdim=True), rows.amin(1, keepdim=True).neg_()).div_(MIDDLE - 1).clamp_min_(1e-30)
+    )
+    for some, into, by in zip(rows.split(chunk), values.split(chunk), (1 / scale).split(chunk), strict=True):
+        _quantize(some, by, MIDDLE, into)
+    return Quantized(values, scale, MIDDLE)
 
 
 def quantize_pixels(x: Tensor) -> Quantized:
@@ -78,46 +85,68 @@ def quantize_pixels(x: Tensor) -> Quantized:
     return quantize_tokens(x.flatten(1).T)
 
 
-def quantize_image(x: Tensor) -> Quantized:
-    """x: (in, h, w) fp32 → one scale and zero point for all of it, channels last."""
-    x = x[None]
+def quantize_image(x: Tensor, padding: int = 0) -> Quantized:
+    """x: (in, h, w) fp32 → (h + 2·padding, w + 2·padding, in), zero around it; one scale and zero point for all of it."""
+    x = x.permute(1, 2, 0)
+    height, width, channels = x.shape
+    sides = height + 2 * padding, width + 2 * padding, channels
     if x.is_meta:
-        return Quantized(_planned(x), x.new_empty(()), ONE)
+        return Quantized(x.new_empty(sides, dtype=torch.uint8), x.new_empty(()), 0)
     low, high = x.aminmax()
     low, high = low.clamp_max(0), high.clamp_min(0)  # zero, the padding, is always exact
-    scale = ((high - low) / (LEVELS - 2)).clamp_min(1e-30)
-    zero = ONE + int((-low / scale).round().nan_to_num())  # of NaN the scale stays NaN: so is the product
-    values = torch.add(torch.tensor(zero + 0.5), x, alpha=float(1 / scale)).to(torch.uint8)
-    return Quantized(values.contiguous(memory_format=torch.channels_last), scale, zero)
+    scale = ((high - low) / STEPS).clamp_min(1e-30)
+    zero = int((-low / scale).round().nan_to_num())  # of NaN the scale stays NaN: so is the product
+    values = x.new_full(sides, zero, dtype=torch.uint8)
+    inside, chunk = values[padding : padding + height, padding : padding + width], max(1, CHUNK // (width * channels))
+    for some, into in zip(x.split(chunk), inside.split(chunk), strict=True):
+        _quantize(some, 1 / scale, zero, into)
+    return Quantized(values, scale, zero)
 
 
-def _planned(x: Tensor) -> Tensor:
-    between = x.new_empty(x.shape)  # counted by whoever plans
-    values = x.new_empty(x.shape, dtype=torch.uint8)
-    del between
-    return values
+def _quantize(x: Tensor, inverse: Tensor, zero: int, out: Tensor) -> None:
+    out.copy_(torch.addcmul(x.new_tensor(zero + 0.5), x, inverse))  # + 0.5: the cast cuts off
 
 
-def linear(x: Quantized, weight: Packed, bias: Tensor | None) -> Tensor:
-    """(tokens, last − first) fp32."""
-    if x.values.is_meta:
-        return x.scale.new_empty(len(x.values), weight.last - weight.first)
+def linear(x: Quantized, weight: Packed, bias: Tensor | None, out: Tensor) -> None:
+    """Fill `out`, (..., last − first) fp32, whose leading axes together are the tokens."""
+    rows = out.view(-1, out.shape[-1])
+    band = _even(len(rows), max(BAND_ROWS, BAND_SUMS // rows.shape[1]))
+    for first in range(0, len(rows), band):
+        band_of = slice(first, first + band)
+        sums = _product(x.values[band_of], x.zero, weight)
+        scale = x.scale[band_of] if x.scale.ndim else x.scale
+        if out.is_meta:
+            continue
+        if bias is None:
+            torch.mul(sums, scale, out=rows[band_of])
+        else:
+            torch.addcmul(bias, sums, scale, out=rows[band_of])
+
+
+def conv2d(x: Quantized, weight: Packed, bias: Tensor | None, out: Tensor, *, layer: nn.Conv2d) -> None:
+    """Fill `out`, (h', w', last − first) fp32. `x` is padded already."""
+    assert layer.groups == 1 and layer.dilation == (1, 1), layer
+    windows = x.values.unfold(0, layer.kernel_size[0], layer.stride[0]).unfold(1, layer.kernel_size[1], layer.stride[1])
+    windows = windows.permute(0, 1, 3, 4, 2)  # (h', w', taps, taps, in)
+    step = _even(len(windows), max(1, WINDOWS_BYTES // windows[0].numel()))
+    for some, into in zip(windows.split(step), out.split(step), strict=True):
+        taken = some.reshape(-1, some.shape[2:].numel())
+        linear(Quantized(taken, x.scale, x.zero), weight, bias, into)
+
+
+def _even(length: int, most: int) -> int:
+    """The size of as few equal parts as `most` allows."""
+    return -(-length // -(-length // most))
+
+
+def _product(values: Tensor, zero: int, weight: Packed) -> Tensor:
+    """(tokens, last − first) fp32: sums of products × the weight's scales."""
+    count = weight.last - weight.first
+    if values.is_meta:
+        return values.new_empty(len(values), count, dtype=torch.float32)
     out: Tensor = torch.ops.onednn.qlinear_pointwise(
-        x.values, 1.0, x.zero, weight.weight, weight.scale, torch.zeros(len(weight.scale), dtype=torch.int64), None,
+        values, 1.0, zero, weight.weight, weight.scale, torch.zeros(count, dtype=torch.int64), None,
         1.0, 0, torch.float32, "none", [], "",
-    )  # fmt: skip
-    out.mul_(x.scale)
-    return out if bias is None else out.add_(bias)
-
-
-def conv2d(x: Quantized, weight: Packed, bias: Tensor | None, layer: nn.Conv2d) -> Tensor:
-    """(1, last − first, h', w') fp32, channels last."""
-    if x.values.is_meta:
-        return x.scale.new_empty(1, weight.last - weight.first, *conv_sides(layer, x.values.shape[2:]))
-    geometry = layer.stride, layer.padding, layer.dilation, layer.groups
-    out: Tensor = torch.ops.onednn.qconv2d_pointwise(
-        x.values, float(x.scale), x.zero, weight.weight, weight.scale, torch.zeros(len(weight.scale), dtype=torch.int64), bias,
-        *geometry, 1.0, 0, torch.float32, "none", [], "",
     )  # fmt: skip
     return out
 

@@ -37,27 +37,22 @@ class StreamedLayer(nn.Module):
 class StreamedLinear(nn.Linear, StreamedLayer):
     def forward(self, x: Tensor) -> Tensor:
         """x: (batch, ..., in) fp32 → (batch, ..., out)."""
+        out = x.new_empty(*x.shape[:-1], self.out_features)
         if self.key in self.streamer.int8_keys:
-
-            def product(sample: int8.Quantized, weight: int8.Packed, bias: Tensor | None) -> Tensor:
-                return int8.linear(sample, weight, bias).view(1, *x.shape[1:-1], weight.last - weight.first)
-
-            return _by_rows_int8(self, x, -1, int8.quantize_tokens, product)
-        return _by_rows(self, x, x.new_empty(*x.shape[:-1], self.out_features), -1, F.linear)
+            return _by_rows_int8(self, x, out, int8.quantize_tokens, int8.linear)
+        return _by_rows(self, x, out, -1, F.linear)
 
 
 class StreamedConv2d(nn.Conv2d, StreamedLayer):
     def forward(self, x: Tensor) -> Tensor:
         """x: (batch, in, height, width) fp32 → (batch, out, height', width')."""
+        sides = int8.conv_sides(self, x.shape[2:])
         if self.key in self.streamer.int8_keys:
-            pointwise = int8.is_pointwise(self)  # then each pixel is a token, with a scale of its own
-
-            def product(sample: int8.Quantized, weight: int8.Packed, bias: Tensor | None) -> Tensor:
-                if not pointwise:
-                    return int8.conv2d(sample, weight, bias, self)
-                return int8.linear(sample, weight, bias).view(1, *x.shape[2:], -1).permute(0, 3, 1, 2)
-
-            return _by_rows_int8(self, x, 1, int8.quantize_pixels if pointwise else int8.quantize_image, product)
+            out = x.new_empty(len(x), *sides, self.out_channels)
+            if int8.is_pointwise(self):  # then each pixel is a token, with a scale of its own
+                return _by_rows_int8(self, x, out, int8.quantize_pixels, int8.linear).permute(0, 3, 1, 2)
+            quantize = functools.partial(int8.quantize_image, padding=self.padding[0])  # type: ignore[arg-type]
+            return _by_rows_int8(self, x, out, quantize, functools.partial(int8.conv2d, layer=self)).permute(0, 3, 1, 2)
 
         def conv(sample: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             if not weight.is_mkldnn:
@@ -66,7 +61,6 @@ class StreamedConv2d(nn.Conv2d, StreamedLayer):
             out: Tensor = torch.ops.mkldnn._convolution_pointwise(sample[None], weight, bias, *geometry, "none", [], "")
             return out[0]
 
-        sides = int8.conv_sides(self, x.shape[2:])
         return _by_rows(self, x, x.new_empty(len(x), self.out_channels, *sides), 0, conv)
 
     def outweighs(self, x: Tensor) -> bool:
@@ -125,27 +119,23 @@ def _by_rows(layer: StreamedLayer, x: Tensor, out: Tensor, axis: int, op: Callab
 def _by_rows_int8(
     layer: StreamedLayer,
     x: Tensor,
-    axis: int,
+    out: Tensor,
     quantize: Callable[[Tensor], int8.Quantized],
-    product: Callable[..., Tensor],
+    product: Callable[..., None],
 ) -> Tensor:
-    """The same for an int8 weight: each sample is quantised once, each piece of the weight applied to all of them.
-    `axis` of a batch is where the output channels lie."""
+    """The same for an int8 weight: each sample is quantised once, each piece of the weight applied to all of them. The
+    output channels are the last axis of `out`."""
     bias: Tensor | None = layer.bias  # type: ignore[assignment]
     streamer = layer.streamer
     if not streamer.holding and streamer.fits(layer):
         with streamer.hold(layer):
-            return _by_rows_int8(layer, x, axis, quantize, product)
+            return _by_rows_int8(layer, x, out, quantize, product)
     samples = [quantize(sample) for sample in x]
-    columns: list[list[Tensor]] = [[] for _ in samples]
     for weight in streamer.packs(layer):
-        for column, sample in zip(columns, samples, strict=True):
-            column.append(product(sample, weight, None if bias is None else bias[weight.first : weight.last]))
-    return _joined([_joined(column, axis) for column in columns], 0)
-
-
-def _joined(parts: list[Tensor], axis: int) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, axis)
+        part = None if bias is None else bias[weight.first : weight.last]
+        for sample, filled in zip(samples, out, strict=True):
+            product(sample, weight, part, filled[..., weight.first : weight.last])
+    return out
 
 
 def streamed_layers(module: nn.Module) -> list[StreamedLayer]:

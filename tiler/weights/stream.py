@@ -53,7 +53,7 @@ class Streamer:
         self.holding = False
         self.prepack = False  # oneDNN's order depends on the size of the input, which only `run` knows to be one
         self._held: dict[str, Tensor] = {}
-        self._packed: dict[str, int8.Packed] = {}
+        self._packed: dict[str, list[int8.Packed]] = {}
         self._reordered: dict[str, list[Rows]] = {}
         self._arena = Arena(0 if store is None else self.arena_bytes)
         self._filled = 0  # bytes of the arena that held weights take
@@ -61,6 +61,12 @@ class Streamer:
     def nbytes(self, layer: StreamedLayer) -> int:
         """What its weight takes while it is held."""
         return layer.weight.numel() * (1 if layer.key in self.int8_keys else 4)
+
+    @staticmethod
+    def _piece(layer: StreamedLayer) -> int:
+        """The most elements of a piece of the layer's weight."""
+        row = layer.weight[0].numel()
+        return row * min(len(layer.weight), piece_rows(row, PIECE_ELEMENTS))
 
     def fits(self, module: nn.Module) -> bool:
         """Whether all streamed weights of `module` can be held at once."""
@@ -71,10 +77,11 @@ class Streamer:
         """Until this ends, every streamed weight of `module` that is fetched stays: fp32 in the arena, packed beside it."""
         assert not self.holding
         layers = [layer for layer in streamed_layers(module) if self.store is None or not self._kept(layer)]
-        integers = [self.nbytes(layer) for layer in layers if layer.key in self.int8_keys]
-        room = sum(map(self.nbytes, layers)) - sum(integers) + max(integers, default=0)
-        # On meta the weights are counted by whoever plans.
-        planned = torch.empty(room + sum(integers), device="meta", dtype=torch.uint8) if self.store is None else None
+        integers = [layer for layer in layers if layer.key in self.int8_keys]
+        packed, piece = sum(map(self.nbytes, integers)), max(map(self._piece, integers), default=0)
+        room = sum(map(self.nbytes, layers)) - packed + piece
+        # On meta the weights are counted by whoever plans; a piece is as stored, and copied once on its way.
+        planned = torch.empty(room + packed + piece, device="meta", dtype=torch.uint8) if self.store is None else None
         if planned is None:
             self._arena.take(room, short=self.short())
         self.holding = True
@@ -105,14 +112,14 @@ class Streamer:
         if self._kept(layer):
             return self.store.resident[layer.key]
         if self.holding and layer.key not in self._held:
-            self._held[layer.key] = self._fetched(layer, torch.float32)
+            self._held[layer.key] = self._fetched(layer)
             self._filled += self.nbytes(layer)
         return self._held.get(layer.key)
 
-    def _fetched(self, layer: StreamedLayer, dtype: torch.dtype) -> Tensor:
-        """The layer's whole weight, in the arena behind what is held."""
+    def _fetched(self, layer: StreamedLayer) -> Tensor:
+        """The layer's whole weight in fp32, in the arena behind what is held."""
         assert self.store is not None
-        weight = self._room(layer.weight.numel(), dtype).view(layer.weight.shape)
+        weight = self._room(layer.weight.numel(), torch.float32).view(layer.weight.shape)
         for piece in self.store.pieces(layer.key):
             self.store.fetch(piece, weight[piece.first : piece.last])
         return weight
@@ -148,22 +155,21 @@ class Streamer:
         return self._reordered[layer.key]
 
     def packs(self, layer: StreamedLayer) -> Iterable[int8.Packed]:
-        """The layer's int8 weight, held or piece by piece."""
+        """The layer's int8 weight, piece by piece; held where weights are."""
         if self.store is None:
             return self._planned_packs(layer)
         scale = self.store.scale(layer.key)
+        pieces = (int8.pack(first, rows, scale[first:last]) for first, last, rows in self.parts(layer, torch.int8))
         if not self.holding:
-            return (
-                int8.pack(layer, first, rows, scale[first:last]) for first, last, rows in self.parts(layer, torch.int8)
-            )
+            return pieces
         if layer.key not in self._packed:
-            self._packed[layer.key] = int8.pack(layer, 0, self._fetched(layer, torch.int8), scale)
-        return [self._packed[layer.key]]
+            self._packed[layer.key] = list(pieces)
+        return self._packed[layer.key]
 
     def _planned_packs(self, layer: StreamedLayer) -> Iterator[int8.Packed]:
         self.used[layer.key] = None
-        count = 2 * piece_rows(layer.weight[0].numel(), PIECE_ELEMENTS)  # as stored, and packed: counted
-        planned = None if self.holding else layer.weight.new_empty(count, *layer.weight.shape[1:], dtype=torch.int8)
+        # As stored, copied and packed: counted.
+        planned = None if self.holding else layer.weight.new_empty(3 * self._piece(layer), dtype=torch.int8)
         yield int8.Packed(0, len(layer.weight), layer.weight, layer.weight)
         del planned
 
