@@ -100,6 +100,32 @@ print((faults[-1] - faults[0]) * resource.getpagesize(), process.read_rss().now)
     assert (now > 40 * 2**20) == stays
 
 
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the thresholds are glibc's")
+def test_mapped_blocks_leave_no_holes_between_others() -> None:
+    """Every second of 64 blocks is freed, as when a weight is copied on its way to another layout."""
+    code = """
+from contextlib import nullcontext
+from tiler.memory import process
+process.frugal_allocator()
+for context in (nullcontext, process.mapped_blocks):
+    before = process.read_rss().now
+    with context():
+        blocks = [bytearray(b"x") * (2 * 2**20) for _ in range(64)]
+    del blocks[::2]
+    print(process.read_rss().now - before)
+    del blocks
+"""
+    heap, mapped = map(int, fresh(code).split())
+    assert heap > 120 * 2**20
+    assert mapped < 72 * 2**20
+
+
+def test_memory_is_short_when_what_comes_would_not_fit() -> None:
+    budget = Budget("10GB")
+    assert not budget.short(1_000_000_000)
+    assert budget.short(9_700_000_000)
+
+
 def test_meter_counts_what_is_alive() -> None:
     with MetaMeter() as meter, torch.device("meta"), torch.no_grad():
         x = torch.empty(1000)
@@ -157,16 +183,20 @@ def test_help_and_import_load_no_torch() -> None:
     assert fresh(code).strip() == "[]"
 
 
-def test_models_are_built_and_planned_without_compiler_and_cluster_code(tiny: Path) -> None:
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_models_are_built_and_planned_without_compiler_and_cluster_code(tiny: Path, precision: str) -> None:
     code = f"""
 import sys
 from pathlib import Path
+import tiler.models.unet, tiler.weights.layers
+tiler.models.unet.SMALL = tiler.weights.layers.SMALL = 500  # or all of so small a model would be loaded at once
 from tiler.models.family import read_family, build_text_encoder
 from tiler.planner import plan_render
-from tiler.request import RenderRequest
+from tiler.request import Precision, RenderRequest
 from tiler.weights.checkpoint import resolve
 family = read_family(resolve({str(tiny)!r}))
-plan_render(RenderRequest(prompt="x", output=Path("x.png"), width=256, height=256), family, 10**9)
+request = RenderRequest(prompt="x", output=Path("x.png"), width=256, height=256, precision=Precision({precision!r}))
+plan_render(request, family, 10**9)
 build_text_encoder(family)
 print([m for m in ("torch._dynamo", "sympy", "torch.distributed.tensor", "torch.distributed.fsdp") if m in sys.modules])
 import torch._dynamo, diffusers.models.transformers as t

@@ -116,8 +116,9 @@ def predict_noise(
         inputs.clear()
         return streamer.run(_WithText(module), calls)
 
-    if streamer.int8_keys:  # oneDNN's int8 convolutions take and give channels last
-        latents = [x if x.is_meta else x.contiguous(memory_format=torch.channels_last) for x in latents]
+    if streamer.prepacks:  # in channels-last oneDNN reorders nothing but weights
+        ordered = {id(x): x if x.is_meta else x.contiguous(memory_format=torch.channels_last) for x in latents}
+        latents = [ordered[id(x)] for x in latents]
     hidden = each("unet.conv_in", unet.conv_in, list(latents))
     skips = [list(hidden)]
     for i, block in enumerate(unet.down_blocks):
@@ -210,12 +211,24 @@ class _WithSkip(torch.nn.Module):
 
 
 class _WithText(torch.nn.Module):
-    """A Transformer2DModel under its prompt's embeddings."""
+    """A Transformer2DModel under its prompt's embeddings: what diffusers' own forward does, which would leave channels-last
+    for a copy before its last projection."""
 
     def __init__(self, attention: torch.nn.Module) -> None:
         super().__init__()
         self.attention = attention
 
     def forward(self, hidden: Tensor, text: Tensor) -> Tensor:
-        result: Tensor = self.attention(hidden, encoder_hidden_states=text, return_dict=False)[0]
+        model: Any = self.attention
+        of_pixels = not model.use_linear_projection
+        x = model.norm(hidden)
+        x = model.proj_in(x) if of_pixels else x
+        sides, tokens = x.shape[2:], x.permute(0, 2, 3, 1).flatten(1, 2)
+        del x
+        tokens = tokens if of_pixels else model.proj_in(tokens)
+        for block in model.transformer_blocks:
+            tokens = block(tokens, encoder_hidden_states=text)
+        tokens = tokens if of_pixels else model.proj_out(tokens)
+        planes = tokens.unflatten(1, sides).permute(0, 3, 1, 2)
+        result: Tensor = (model.proj_out(planes) if of_pixels else planes) + hidden
         return result

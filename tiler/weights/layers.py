@@ -2,8 +2,8 @@
 
 `stream_layers` turns the Linear, Conv2d and Embedding layers of a meta-device module into them; norms and biases, which are
 small, are loaded at once. Arithmetic never sees the batch: every matrix product is one sample's, over pieces cut at the same
-rows, so results do not depend on how many samples share a read. A convolution whose weight outweighs its input gets it in
-oneDNN's own order, once for all samples. Layers stored as int8 are computed in int8 (int8.py), where sums are exact.
+rows, so results do not depend on how many samples share a read. A convolution's weight is brought into oneDNN's own order
+once for all samples. Layers stored as int8 are computed in int8 (int8.py), where sums are exact.
 """
 
 from __future__ import annotations
@@ -61,12 +61,9 @@ class StreamedConv2d(nn.Conv2d, StreamedLayer):
             out: Tensor = torch.ops.mkldnn._convolution_pointwise(sample[None], weight, bias, *geometry, "none", [], "")
             return out[0]
 
-        return _by_rows(self, x, x.new_empty(len(x), self.out_channels, *sides), 0, conv)
-
-    def outweighs(self, x: Tensor) -> bool:
-        """Whether the weight is larger than one sample of `x`: then bringing it into oneDNN's order, which a plain
-        convolution does at every call, costs as much as the arithmetic (1280 channels, 8 × 8: 46 ms against 24)."""
-        return self.streamer.prepack and self.weight.numel() > x[0].numel()
+        layout = torch.channels_last if self.streamer.prepack else torch.contiguous_format
+        out = torch.empty(len(x), self.out_channels, *sides, device=x.device, memory_format=layout)
+        return _by_rows(self, x, out, 0, conv)
 
     def reordered(self, rows: Tensor, sides: Sequence[int]) -> Tensor:
         """Some rows of the weight in oneDNN's order for an input of `sides`."""
@@ -87,7 +84,8 @@ def _by_rows(layer: StreamedLayer, x: Tensor, out: Tensor, axis: int, op: Callab
     """Fill `out` sample by sample; `axis` is where a sample's output channels lie."""
     bias: Tensor | None = layer.bias  # type: ignore[assignment]
     streamer = layer.streamer
-    reorder = isinstance(layer, StreamedConv2d) and layer.outweighs(x)
+    # A plain convolution brings its weight into oneDNN's order at every call (1280 channels, 8 × 8: 46 ms beside 24).
+    reorder = isinstance(layer, StreamedConv2d) and streamer.prepack
     if not streamer.holding and not reorder and streamer.fits(layer):
         with streamer.hold(layer):
             return _by_rows(layer, x, out, axis, op)
@@ -95,7 +93,8 @@ def _by_rows(layer: StreamedLayer, x: Tensor, out: Tensor, axis: int, op: Callab
     step = piece_rows(
         layer.weight[0].numel(), PIECE_ELEMENTS if streamer.store is None else streamer.store.piece_elements
     )
-    if whole is not None and len(x) == 1 and step >= len(whole):
+    alone = len(x) == 1 and step >= len(layer.weight)
+    if whole is not None and alone:
         return op(x[0], whole, bias)[None]
     # Held or streamed, the same cuts: the same arithmetic, and oneDNN's packed copy of a weight stays a piece's size.
     planned = None
@@ -110,6 +109,8 @@ def _by_rows(layer: StreamedLayer, x: Tensor, out: Tensor, axis: int, op: Callab
         parts = streamer.parts(layer)
     for first, last, rows in parts:
         part = None if bias is None else bias[first:last]
+        if alone and not x.is_meta:
+            return op(x[0], rows, part)[None]
         for i in range(1 if x.is_meta else len(x)):
             out[i].narrow(axis, first, last - first).copy_(op(x[i], rows, part))
     del planned
