@@ -67,6 +67,7 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", default=["quality", "fast"], choices=list(WAYS), help="for poster")
     parser.add_argument("--out", type=Path, default=Path("sheet.png"))
     args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
     parts = {
         "autoencoder": autoencoder, "attributes": attributes, "sheet": sheet, "enlarge": enlarge, "refine": refine,
         "poster": poster, "int8": in_int8,
