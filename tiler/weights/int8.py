@@ -17,10 +17,8 @@ from tiler.memory import cpu, process
 STEPS = 254  # of an activation in 0 to 255, one of them for rounding
 MIDDLE = 128
 CHUNK = 2**18  # values quantised at a time: fp32 between two steps stays in the cache
-BAND_SUMS, BAND_ROWS = (
-    3 * 2**19,
-    256,
-)  # of a product at a time: sums, but no fewer rows; oneDNN cuts the weight anew for each
+# Of a product at a time: sums, but no fewer rows. oneDNN copies the weight in its own blocks anew for each.
+BAND_SUMS, BAND_ROWS = 3 * 2**19, 256
 WINDOWS_BYTES = 7 * 2**20  # of a convolution's windows at a time: just below what the allocator maps anew each time
 
 
