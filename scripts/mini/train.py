@@ -1,4 +1,5 @@
-"""Train `mini`: `train.py vae`, then `train.py unet`, then `train.py export`. Every stage resumes where it stopped.
+"""Train `mini`: `train.py vae`, then `train.py unet`, then `train.py export`. Every stage resumes where it stopped;
+where no autoencoder was trained, `unet` goes on from the repository's weights.
 
 Runs on CUDA when there is one, else on the CPU; there glibc's heap should keep what it is given, or every activation is
 mapped anew (encoding the pool takes four times as long, a training step a tenth more):
@@ -20,11 +21,12 @@ import scenes
 import torch
 import torch.nn.functional as F
 from data import HELD_OUT, ahead, busy_view, crops, random_view, to_tensor
-from diffusers import StableDiffusionPipeline
+from diffusers import AutoencoderKL, StableDiffusionPipeline
 from heads import DEVICE, Layout, Words
 from transformers import CLIPTokenizer
 
 SAVE_EVERY = 600.0  # seconds
+SHIPPED = Path(__file__).parents[2] / "tiler/models/mini"
 
 
 def main() -> None:
@@ -39,7 +41,7 @@ def main() -> None:
         "--side", type=int, default=model.NATIVE, help="px of the unet's pictures; start with 128: 4× as fast"
     )
     parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parents[2] / "tiler/models/mini")
+    parser.add_argument("--out", type=Path, default=SHIPPED)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     if args.threads:
@@ -189,7 +191,10 @@ def train_vae(args: argparse.Namespace) -> None:
 
 
 def load_vae(work: Path) -> torch.nn.Module:
-    """The averaged autoencoder, its latents scaled to unit variance by quant_conv and post_quant_conv."""
+    """The averaged autoencoder, its latents scaled to unit variance by quant_conv and post_quant_conv; the repository's own
+    where none was trained here."""
+    if not (work / "vae.pt").exists():
+        return AutoencoderKL.from_pretrained(SHIPPED / "vae").eval().to(DEVICE)
     vae = model.build_vae()
     state = torch.load(work / "vae.pt", map_location="cpu")
     with torch.no_grad():
@@ -231,6 +236,8 @@ def encode_pool(args: argparse.Namespace) -> dict[str, object]:
 
 def get_tokenizer(work: Path) -> CLIPTokenizer:
     folder = work / "tokenizer"
+    if not (work / "vae.pt").exists():
+        return CLIPTokenizer.from_pretrained(SHIPPED / "tokenizer")
     if not (folder / "vocab.json").exists():
         rng = np.random.default_rng(5)
         some = [
@@ -250,6 +257,9 @@ def train_unet(args: argparse.Namespace) -> None:
     known = [scenes.make(k) for k in range(half)]
     tokenizer = get_tokenizer(args.work)
     unet, text = model.build_unet().to(DEVICE), model.build_text_encoder(len(tokenizer)).to(DEVICE)
+    if not (args.work / "vae.pt").exists():  # nothing was trained here: go on from the repository's weights
+        unet.load_state_dict(type(unet).from_pretrained(SHIPPED / "unet").state_dict())
+        text.load_state_dict(type(text).from_pretrained(SHIPPED / "text_encoder").state_dict())
     batch = args.batch or (24 if DEVICE == "cpu" else 256)
     reader = Layout(unet, known, args.side // 16)
     named = [*unet.named_parameters(), *text.named_parameters()]
