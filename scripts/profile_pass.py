@@ -34,10 +34,9 @@ from tiler.weights.checkpoint import resolve
 from tiler.weights.layers import StreamedConv2d
 
 _OPERATORS = {
-    "convolution": ("mkldnn_convolution", "convolution"),
+    "convolution": ("convolution",),
     "linear": ("addmm", "::mm", "qlinear_pointwise"),
     "attention": ("attention",),
-    "windows of convolutions": ("reshape", "clone", "unfold"),
     "norms": ("norm",),
     "activation functions": ("silu", "gelu", "sigmoid"),
     "copies": ("copy_", "::cat", "upsample", "fill_"),

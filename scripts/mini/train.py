@@ -190,10 +190,15 @@ def train_vae(args: argparse.Namespace) -> None:
             return
 
 
+def untrained(work: Path) -> bool:
+    """Whether nothing was trained here: then the repository's own weights and vocabulary are gone on from."""
+    return not (work / "vae.pt").exists()
+
+
 def load_vae(work: Path) -> torch.nn.Module:
     """The averaged autoencoder, its latents scaled to unit variance by quant_conv and post_quant_conv; the repository's own
     where none was trained here."""
-    if not (work / "vae.pt").exists():
+    if untrained(work):
         return AutoencoderKL.from_pretrained(SHIPPED / "vae").eval().to(DEVICE)
     vae = model.build_vae()
     state = torch.load(work / "vae.pt", map_location="cpu")
@@ -236,7 +241,7 @@ def encode_pool(args: argparse.Namespace) -> dict[str, object]:
 
 def get_tokenizer(work: Path) -> CLIPTokenizer:
     folder = work / "tokenizer"
-    if not (work / "vae.pt").exists():
+    if untrained(work):
         return CLIPTokenizer.from_pretrained(SHIPPED / "tokenizer")
     if not (folder / "vocab.json").exists():
         rng = np.random.default_rng(5)
@@ -257,7 +262,7 @@ def train_unet(args: argparse.Namespace) -> None:
     known = [scenes.make(k) for k in range(half)]
     tokenizer = get_tokenizer(args.work)
     unet, text = model.build_unet().to(DEVICE), model.build_text_encoder(len(tokenizer)).to(DEVICE)
-    if not (args.work / "vae.pt").exists():  # nothing was trained here: go on from the repository's weights
+    if untrained(args.work):
         unet.load_state_dict(type(unet).from_pretrained(SHIPPED / "unet").state_dict())
         text.load_state_dict(type(text).from_pretrained(SHIPPED / "text_encoder").state_dict())
     batch = args.batch or (24 if DEVICE == "cpu" else 256)

@@ -116,7 +116,7 @@ def predict_noise(
         inputs.clear()
         return streamer.run(_WithText(module), calls)
 
-    if streamer.prepacks:  # in channels-last oneDNN reorders nothing but weights
+    if streamer.can_prepack:  # in channels-last oneDNN reorders nothing but weights
         ordered = {id(x): x if x.is_meta else x.contiguous(memory_format=torch.channels_last) for x in latents}
         latents = [ordered[id(x)] for x in latents]
     hidden = each("unet.conv_in", unet.conv_in, list(latents))

@@ -123,7 +123,7 @@ def linear(x: Quantized, weight: Packed, bias: Tensor | None, out: Tensor) -> No
 
 def conv2d(x: Quantized, weight: Packed, bias: Tensor | None, out: Tensor, *, layer: nn.Conv2d) -> None:
     """Fill `out`, (h', w', last − first) fp32. `x` is padded already."""
-    assert layer.groups == 1 and layer.dilation == (1, 1), layer
+    assert layer.groups == 1 and layer.dilation == (1, 1) and layer.padding[0] == layer.padding[1], layer
     windows = x.values.unfold(0, layer.kernel_size[0], layer.stride[0]).unfold(1, layer.kernel_size[1], layer.stride[1])
     windows = windows.permute(0, 1, 3, 4, 2)  # (h', w', taps, taps, in)
     step = _even(len(windows), max(1, WINDOWS_BYTES // windows[0].numel()))

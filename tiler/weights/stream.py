@@ -48,7 +48,7 @@ class Streamer:
         stored = int8_keys if store is None else store.int8
         self.int8_keys = stored if cpu.int8().products else frozenset[str]()
         self.arena_bytes = arena_bytes or (INT8_ARENA_BYTES if self.int8_keys else ARENA_BYTES)
-        self.prepacks = cpu.prepacks() and torch.backends.mkldnn.is_available()
+        self.can_prepack = cpu.prepacks() and torch.backends.mkldnn.is_available()
         self.short: Callable[[], bool] = lambda: False
         self.used: dict[str, None] = {}  # names in the order of first use
         self.holding = False
@@ -180,7 +180,7 @@ class Streamer:
         All calls are of one size. `calls` is emptied from the front, so that inputs nobody else holds are freed as they are
         used. Neighbours with the very same tensors get the very same result.
         """
-        self.prepack = self.prepacks
+        self.prepack = self.can_prepack
         try:
             return self._run(module, calls, shared)
         finally:
