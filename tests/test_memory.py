@@ -15,7 +15,7 @@ from tiler.errors import BudgetExceeded, BudgetRefused, UsageError
 from tiler.memory.budget import Budget, parse_bytes
 from tiler.memory.meter import MetaMeter
 from tiler.memory.plan import MemoryPlan, PhasePlan, Term
-from tiler.memory.process import read_rss
+from tiler.memory.process import _untouched_code, read_rss
 from tiler.models.family import read_family
 from tiler.planner import plan_render
 from tiler.request import RenderRequest
@@ -207,11 +207,59 @@ print(hasattr(torch._dynamo, "optimize"), hasattr(t, "SD3Transformer2DModel"), t
     assert second == "True True True"  # and everything is as it was for the rest of the program
 
 
+def test_a_program_of_ours_leaves_out_more_and_gives_it_to_who_asks(tiny: Path) -> None:
+    code = f"""
+import sys
+from tiler.memory.imports import lean_torch
+lean_torch()
+from tiler.models.family import read_family, build_text_encoder, build_unet
+from tiler.models.text import load_tokenizer
+from tiler.weights.checkpoint import resolve
+family = read_family(resolve({str(tiny)!r}))
+build_unet(family), load_tokenizer(family)
+encoder = build_text_encoder(family)
+print([m for m in ("torch._meta_registrations", "torch._decomp", "torch._dynamo", "transformers") if m in sys.modules])
+import torch, torch._meta_registrations as meta, transformers
+from diffusers.utils import is_transformers_available
+print(hasattr(meta, "register_meta"), transformers.CLIPTextModel is type(encoder), is_transformers_available())
+print(torch.Generator().manual_seed(1).initial_seed())
+"""
+    assert fresh(code).splitlines() == ["[]", "True True True", "1"]
+
+
+def test_code_that_ran_leaves_memory_and_returns() -> None:
+    code = """
+from tiler.memory import process
+import torch
+x = torch.arange(64.).view(8, 8)
+before, product = process.read_rss(), x @ x
+process.release_code()
+after = process.read_rss()
+print(before.file > 2 * after.file, torch.equal(x @ x, product), after.anon >= before.anon - 2**20)
+"""
+    assert fresh(code).strip() == "True True True"
+
+
+def test_only_code_that_can_be_had_from_its_file_is_released() -> None:
+    def mapping(span: str, rights: str, path: str, anonymous: int) -> str:
+        return f"{span} {rights} 00000000 08:01 123 {path}\nSize: 4 kB\nAnonymous:           {anonymous} kB\nVmFlags: rd ex mr\n"
+
+    smaps = (
+        mapping("1000-3000", "r-xp", "/usr/lib/a.so", 0)
+        + mapping("4000-5000", "r-xp", "/usr/lib/patched.so", 4)
+        + mapping("6000-7000", "rw-p", "/usr/lib/a.so", 0)
+        + mapping("8000-9000", "r-xp", "", 0)
+        + mapping("a000-b000", "r-xp", "[vdso]", 0)
+        + mapping("c000-f000", "r-xp", "/usr/lib/b c.so", 0)
+    )
+    assert list(_untouched_code(smaps)) == [(0x1000, 0x3000), (0xC000, 0xF000)]
+
+
 def test_a_plan_knows_what_building_the_model_imports(tiny: Path) -> None:
     """Planning is the first thing that a process does with a model: diffusers is imported on the way."""
     code = f"""
 from pathlib import Path
-from tiler.memory.process import read_rss
+from tiler.memory.process import _untouched_code, read_rss
 from tiler.models.family import read_family
 from tiler.planner import plan_decode
 from tiler.request import Decode, ScratchDtype, Wrap

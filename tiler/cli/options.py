@@ -255,7 +255,8 @@ def _sheet(given: Mapping[str, Any], bleed_mm: float) -> tuple[int, int, float |
 
 
 def prepare_process(threads: int | None) -> None:
-    """What must be set before torch is imported: allocator, threads, quiet libraries."""
+    """What must be set before torch is imported: allocator, threads, quiet libraries. Then torch is."""
+    from tiler.memory.imports import lean_torch
     from tiler.memory.process import frugal_allocator
 
     if threads is not None and not 1 <= threads <= 1024:
@@ -265,6 +266,7 @@ def prepare_process(threads: int | None) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     if threads is not None:
         os.environ["OMP_NUM_THREADS"] = str(threads)
+    lean_torch()
 
 
 def write_report(path: Path | None, report: dict[str, Any]) -> None:

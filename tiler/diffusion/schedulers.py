@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tiler.errors import ModelError
-from tiler.memory.process import lean_imports
+from tiler.memory.imports import lean_imports
 from tiler.request import Scheduler
 
 

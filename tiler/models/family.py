@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from tiler.errors import ModelError
-from tiler.memory.process import lean_imports
+from tiler.memory.imports import lean_imports
 from tiler.weights.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
@@ -235,7 +235,7 @@ def read_tiny(checkpoint: Checkpoint, family: Family) -> Autoencoder:
 def build_text_encoder(family: Family) -> CLIPTextModel:
     """transformers' own CLIP text model on the meta device; its position ids are real."""
     with lean_imports():
-        from transformers import CLIPTextConfig
+        from transformers.models.clip.configuration_clip import CLIPTextConfig
         from transformers.models.clip.modeling_clip import CLIPTextModel
     known = {
         k: v for k, v in family.text.items() if k not in ("architectures", "torch_dtype", "dtype", "_name_or_path")

@@ -10,16 +10,18 @@ import torch
 from torch import Tensor
 
 from tiler.errors import ModelError
+from tiler.memory.imports import lean_imports
 from tiler.models.family import Family
 
 if TYPE_CHECKING:
-    from transformers import CLIPTokenizer
     from transformers.models.clip.modeling_clip import CLIPTextModel
+    from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
 
 def load_tokenizer(family: Family) -> CLIPTokenizer:
     """From tokenizer.json, or vocab.json and merges.txt. Raises ModelError."""
-    from transformers import CLIPTokenizer
+    with lean_imports():
+        from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
     folder: Path = family.checkpoint.folder / "tokenizer"
     if not (
