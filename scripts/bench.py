@@ -36,8 +36,9 @@ ROOT = Path(__file__).parents[1]
 STREAMED = """
 import sys, time, json
 from pathlib import Path
-from tiler.memory import process
+from tiler.memory import imports, process
 process.frugal_allocator()
+imports.lean_torch()
 from tiler.models.family import read_family, build_unet, plain_names
 from tiler.models.unet import predict_noise
 from tiler.memory.budget import Budget, at_layer
@@ -56,7 +57,7 @@ process.reset_peak()
 unet, n, budget = build_unet(family), family.native, Budget({ceiling})
 peak = plan.memory.peak_of("canvas")
 check = at_layer(budget, peak)
-with streamed(unet, files, plain_names, plan.resident["canvas"]) as streamer:
+with streamed(unet, files, plain_names, plan.resident["canvas"], plan.arena_bytes) as streamer:
     streamer.short = lambda: budget.short(plan.sample_bytes)
     tiles = [torch.randn(1, family.latent_channels, n, n) for _ in range((plan.batch + 1) // 2)]
     x = [tile for tile in tiles for _ in range(2)][:plan.batch]

@@ -15,8 +15,9 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from tiler.errors import ModelError, NumericalError, StorageError
 from tiler.memory import cpu
 from tiler.models import family as families
+from tiler.models.blocks import Windows
 from tiler.models.text import encode_prompts, load_tokenizer
-from tiler.models.unet import Windows, predict_noise
+from tiler.models.unet import predict_noise
 from tiler.pipeline import streamed
 from tiler.weights.checkpoint import resolve
 from tiler.weights.index import read_index
@@ -240,12 +241,19 @@ def test_halves_of_a_guidance_share_work_and_change_no_bit(tiny: Path) -> None:
     index = match_index(unet, family.checkpoint.weights("unet"), families.plain_names)
     tiles, embeds = [x[:1], x[:1].clone(), x[1:], x[1:].clone()], list(texts.split(1)) * 2
     shared = [tiles[0], tiles[0], tiles[2], tiles[2]]
-    calls: list[int] = []
+    calls: list[str] = []
     with WeightStore(index) as store:
         streamer = Streamer(store)
         stream_layers(unet, streamer)
-        unet.down_blocks[0].resnets[0].register_forward_hook(lambda *_: calls.append(1))
+        levels = [block for block in unet.down_blocks if hasattr(block, "attentions")]
+        attention = levels[0].attentions[0].transformer_blocks[0]
+        for module in (unet.down_blocks[0].resnets[0].conv1, attention.attn1, attention.attn2):
+            module.register_forward_hook(
+                lambda m, *_: calls.append(type(m).__name__ if m is not attention.attn1 else "itself")
+            )
         want = predict_noise(unet, streamer, tiles, t, embeds)
-        assert len(calls) == 4
+        assert len(calls) == 3 * 4
+        calls.clear()
         assert torch.equal(predict_noise(unet, streamer, shared, t, embeds), want)
-        assert len(calls) == 6
+        assert calls.count("itself") == 2  # self-attention comes before the prompt is seen
+        assert calls.count("Attention") == 4 and len(calls) == 8

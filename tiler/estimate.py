@@ -14,8 +14,9 @@ from torch import nn
 from tiler.memory import cpu
 from tiler.memory.meter import MetaMeter
 from tiler.models import family as families
+from tiler.models.blocks import Windows
 from tiler.models.family import Family
-from tiler.models.unet import Windows, predict_noise
+from tiler.models.unet import predict_noise
 from tiler.planner import Cut
 from tiler.request import Precision
 from tiler.weights import int8

@@ -33,8 +33,9 @@ from tiler.events import OnEvent, percent
 from tiler.memory import process
 from tiler.memory.budget import Budget, at_layer, at_rows
 from tiler.models import family as families
+from tiler.models.blocks import Windows
 from tiler.models.text import encode_prompts, load_tokenizer
-from tiler.models.unet import Windows, predict_noise
+from tiler.models.unet import predict_noise
 from tiler.output.files import check_writable
 from tiler.output.latents import LatentsFile, save_latents
 from tiler.output.picture import check_picture, write_picture
@@ -197,7 +198,9 @@ class _Work:
         if begin == steps:
             return latents
         unet = families.build_unet(self.family)
-        with self._streamed(unet, self.unet_weights, families.plain_names, self.plan.resident[phase]) as streamer:
+        with self._streamed(
+            unet, self.unet_weights, families.plain_names, self.plan.resident[phase], self.plan.arena_bytes
+        ) as streamer:
             streamer.short = partial(self.budget.short, self.plan.sample_bytes)
             check = at_layer(self.budget, self.plan.memory.peak_bytes)
 
@@ -236,8 +239,9 @@ class _Work:
         stored: dict[str, TensorInfo],
         rename: Callable[[str], list[str]],
         resident: dict[str, torch.dtype] | None = None,
+        arena_bytes: int | None = None,
     ) -> Iterator[Streamer]:
-        with streamed(module, stored, rename, resident) as streamer:
+        with streamed(module, stored, rename, resident, arena_bytes) as streamer:
             try:
                 yield streamer
             finally:
@@ -353,11 +357,12 @@ def streamed(
     stored: dict[str, TensorInfo],
     rename: Callable[[str], list[str]],
     resident: dict[str, torch.dtype] | None = None,
+    arena_bytes: int | None = None,
 ) -> Iterator[Streamer]:
     """The weights of one part of a checkpoint behind a meta-device module, for as long as the block lasts."""
     index = match_index(module, stored, rename)
     with WeightStore(index) as store:
-        streamer = Streamer(store)
+        streamer = Streamer(store, arena_bytes=arena_bytes)
         stream_layers(module, streamer)
         for name, dtype in (resident or {}).items():
             store.keep(name, dtype)

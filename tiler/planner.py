@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -23,28 +22,22 @@ from tiler.diffusion.tiles import Text2ImageRegion, guide_tiles, plan_tiles, til
 from tiler.errors import UsageError
 from tiler.memory import cpu, process
 from tiler.memory.budget import MARGIN, NEAR
-from tiler.memory.meter import MetaMeter
 from tiler.memory.plan import MemoryPlan, PhasePlan, Term
 from tiler.models import family as families
 from tiler.models.family import Autoencoder, Family
-from tiler.models.unet import int8_weights, predict_noise
+from tiler.models.unet import int8_weights
+from tiler.phases import Coder, Sampler, libraries, text_phase
 from tiler.request import Decode, GuideUpscale, Layout, Precision, RenderRequest, ScratchDtype, Wrap
 from tiler.weights.checkpoint import resolve_part
 from tiler.weights.index import TensorInfo
-from tiler.weights.layers import StreamedLayer, stream_layers, streamed_layers
-from tiler.weights.store import PIECE_ELEMENTS, READ_AHEAD, TORCH_DTYPES
-from tiler.weights.stream import Streamer
+from tiler.weights.layers import streamed_layers
+from tiler.weights.store import TORCH_DTYPES
 
 MAX_BATCH = 16
-WORK = "activations, weights in use"
-# Measured: freed blocks between live ones, as a share of one sample's activations (40–57 MB of 139 for SD 1.5, 65–89 of 230
-# for SD 2.1, whatever the batch), and of resident weights.
-HEAP_SLACK, RESIDENT_SLACK = 0.37, 0.18
-# Measured: what int8 weights, packed and freed unit by unit, leave of holes (SD 1.5, 1024² under 600 MB: 595 MB, 570 planned
-# without it).
-INT8_HOLES_BYTES = 27_000_000
+# Where a ceiling leaves no room to hold SD 1.5's larger resnets and feed-forwards: their layers one by one, the rest whole.
+TIGHT_ARENA_BYTES = 12 * 2**20
+RESIDENT_SLACK = 0.18  # measured: freed blocks between live ones, as a share of resident weights
 RESIDENT_MARGIN = 0.95  # of the ceiling: weights that merely save reading leave more room than the batch does
-LIBRARIES_BYTES = 86_000_000  # measured: code of torch, oneDNN and MKL, and the kernels these compile at first use
 
 
 Steps = tuple[tuple[Text2ImageRegion, ...], ...]
@@ -86,6 +79,7 @@ class RenderPlan(Cut):
     methods: dict[str, Method]  # how the autoencoder works for "guide decoded", "guide picture" and "decode"
     memory: MemoryPlan
     guide_batch: int
+    arena_bytes: int  # for the UNet's weights in use
     sample_bytes: int  # what one sample alone takes in the UNet, the weights in use included
     precision: Precision  # fp32 or int8
 
@@ -149,36 +143,21 @@ def plan_render(request: RenderRequest, family: Family, max_bytes: int) -> Rende
     )
     per_step = len(canvas_samples)
 
-    unet = families.build_unet(family)
     stored = family.checkpoint.weights("unet")
     precision = choose_precision(request.precision)
-    quantised = int8_weights(unet) if precision is Precision.INT8 else frozenset[str]()
+    quantised = int8_weights(families.build_unet(family)) if precision is Precision.INT8 else frozenset[str]()
     stored |= {
         name: stored[name]._replace(dtype="I8", nbytes=math.prod(stored[name].shape))
         for name in quantised & stored.keys()
     }
-    streamer = Streamer(None, int8_keys=quantised)
-    stream_layers(unet, streamer)
-    unet_terms = _weights_terms(unet, stored)
-    holes = min(INT8_HOLES_BYTES, sum(math.prod(stored[name].shape) for name in streamer.int8_keys & stored.keys()))
-    width = family.text["hidden_size"]
-
-    @cache
-    def activations(tiles: tuple[int, ...], height: int, breadth: int) -> int:
-        meta = torch.device("meta")
-        with MetaMeter() as meter, torch.no_grad():
-            latents = {tile: torch.empty(1, family.latent_channels, height, breadth, device=meta) for tile in tiles}
-            texts = [torch.empty(1, 77, width, device=meta) for _ in tiles]
-            predict_noise(unet, streamer, [latents[tile] for tile in tiles], torch.empty((), device=meta), texts)
-        return meter.peak_bytes
-
-    vae = decoder = _Coder(family.autoencoder)
+    sampler, tight = Sampler(family, stored, quantised), Sampler(family, stored, quantised, TIGHT_ARENA_BYTES)
+    vae = decoder = Coder(family.autoencoder)
     if request.tiny_vae is not None:
-        decoder = _Coder(families.read_tiny(resolve_part(request.tiny_vae), family))
-    fixed = [_libraries()]
+        decoder = Coder(families.read_tiny(resolve_part(request.tiny_vae), family))
+    fixed = [libraries()]
     folder = request.scratch or request.output.parent
 
-    def method(coder: _Coder, wanted: Decode, latents: tuple[int, int], encoding: bool = False) -> Method:
+    def method(coder: Coder, wanted: Decode, latents: tuple[int, int], encoding: bool = False) -> Method:
         options = coder.module, coder.streamer, latents
         return choose(
             wanted, *options, encoding=encoding, folder=folder, dtype=request.scratch_dtype, wrap=request.wrap
@@ -201,37 +180,34 @@ def plan_render(request: RenderRequest, family: Family, max_bytes: int) -> Rende
     masks = len({id(tile.weights) for step in (cut.regions, *canvas_steps) for tile in step})
     canvas_bytes = 4 * family.latent_channels * canvas[0] * canvas[1] * 6 + 4 * side * side * masks
 
-    def sampling(name: str, batch: int, height: int, breadth: int) -> PhasePlan:
-        samples = canvas_samples if name == "canvas" else guide_samples
-        groups = [tuple(samples[i : i + batch]) for i in range(0, len(samples), batch)]
-        group = max(groups, key=lambda g: (len(set(g)), len(g)))  # halves of one tile share their first layers
-        group = tuple(sorted(set(group)).index(tile) for tile in group)
-        work = activations(group, height, breadth) + int(HEAP_SLACK * activations((0,), height, breadth))
-        terms = [
-            *fixed,
-            *unet_terms,
-            Term(name=WORK, nbytes=work + holes),
-            Term(name="canvas", nbytes=canvas_bytes),
-        ]
-        return PhasePlan(name=name, terms=tuple(terms))
+    denoising = [*fixed, Term(name="canvas", nbytes=canvas_bytes)]
 
+    def sampling(by: Sampler, name: str, batch: int = 1) -> PhasePlan:
+        if name == "canvas" or guide is None:
+            return by.phase(name, denoising, canvas_samples, batch, side, side)
+        return by.phase(name, denoising, guide_samples, batch, guide.height, guide.width)
+
+    names = ["canvas"] if guide is None else ["canvas", "guide"]
+    smallest = [sampling(tight, name).peak_bytes for name in names]
+    if max(sampling(sampler, name).peak_bytes for name in names) > max_bytes * MARGIN:
+        sampler = tight
     batch = _largest_batch(
-        lambda b: sampling("canvas", b, side, side).peak_bytes, int(max_bytes * MARGIN), min(MAX_BATCH, per_step)
+        lambda b: sampling(sampler, "canvas", b).peak_bytes, int(max_bytes * MARGIN), min(MAX_BATCH, per_step)
     )
     batch = math.ceil(per_step / math.ceil(per_step / batch))  # passes of equal size
-    phases = [_text_phase(family, fixed), sampling("canvas", batch, side, side), *decoding]
+    phases = [text_phase(family, fixed), sampling(sampler, "canvas", batch), *decoding]
     guide_batch = 1
     if guide is not None:
         guide_batch = _largest_batch(
-            lambda b: sampling("guide", b, guide.height, guide.width).peak_bytes,
+            lambda b: sampling(sampler, "guide", b).peak_bytes,
             int(max_bytes * MARGIN),
             len(guide_samples),
         )
-        phases.append(sampling("guide", guide_batch, guide.height, guide.width))
+        phases.append(sampling(sampler, "guide", guide_batch))
     least = [p.peak_bytes for p in phases if p.name not in ("guide", "canvas")]
     resident: dict[str, dict[str, torch.dtype]] = {}
     for i, phase in enumerate(phases):
-        part, files = (unet, stored) if phase.name in ("guide", "canvas") else (vae.module, vae.kind.weights)
+        part, files = (sampler.unet, stored) if phase.name in ("guide", "canvas") else (vae.module, vae.kind.weights)
         if phase.name == "decode":
             part, files = decoder.module.decoder, decoder.kind.weights
         how = methods.get(phase.name)
@@ -241,13 +217,10 @@ def plan_render(request: RenderRequest, family: Family, max_bytes: int) -> Rende
             phases[i], resident[phase.name] = _with_resident(phase, part, files, how, max_bytes)
     order = ["encode prompts", "guide", "guide picture", "canvas", "decode"]
     phases.sort(key=lambda p: order.index(p.name))
-    least.append(sampling("canvas", 1, side, side).peak_bytes)
-    if guide is not None:
-        least.append(sampling("guide", 1, guide.height, guide.width).peak_bytes)
     return RenderPlan(
         **vars(cut), family=family, batch=batch, resident=resident, decoder=decoder.kind, methods=methods, guide_batch=guide_batch, precision=precision,
-        sample_bytes=activations((0,), side, side),
-        memory=MemoryPlan(max_bytes=max_bytes, phases=tuple(phases), smallest_bytes=int(max(least) / MARGIN) + 1),
+        sample_bytes=sampler.activations((0,), side, side), arena_bytes=sampler.streamer.arena_bytes,
+        memory=MemoryPlan(max_bytes=max_bytes, phases=tuple(phases), smallest_bytes=int(max(least + smallest) / MARGIN) + 1),
     )  # fmt: skip
 
 
@@ -269,7 +242,7 @@ def plan_decode(
     wrap: Wrap,
 ) -> tuple[Method, MemoryPlan, dict[str, torch.dtype]]:
     """How latents of (height, width) are decoded, the memory plan, and the weights that stay. Raises StorageError."""
-    vae = _Coder(kind)
+    vae = Coder(kind)
     method = choose(
         decode, vae.module, vae.streamer, latents, encoding=False, folder=scratch, dtype=scratch_dtype, wrap=wrap
     )
@@ -277,12 +250,6 @@ def plan_decode(
     smallest = int(phase.peak_bytes / MARGIN) + 1
     phase, resident = _with_resident(phase, vae.module.decoder, kind.weights, method, max_bytes)
     return method, MemoryPlan(max_bytes=max_bytes, phases=(phase,), smallest_bytes=smallest), resident
-
-
-def _libraries() -> Term:
-    """What the process has without the code it ran so far: to be asked once the models are built, which imports most of it."""
-    process.release_code()
-    return Term(name="python, libraries", nbytes=process.read_rss().now + LIBRARIES_BYTES)
 
 
 def _with(phase: PhasePlan, name: str, nbytes: int) -> PhasePlan:
@@ -321,25 +288,6 @@ def _largest_batch(peak: Callable[[int], int], room: int, most: int) -> int:
     return batch
 
 
-def _weights_terms(module: nn.Module, stored: dict[str, TensorInfo]) -> list[Term]:
-    """What a streamed `module` keeps in memory all the time: read buffers, norms and biases."""
-    pieces = (
-        min(math.prod(info.shape), PIECE_ELEMENTS) * TORCH_DTYPES[info.dtype].itemsize
-        for info in stored.values()
-        if info.dtype in TORCH_DTYPES
-    )
-    small = sum(
-        p.numel() * 4
-        for m in module.modules()
-        for n, p in m.named_parameters(recurse=False)
-        if not (n == "weight" and isinstance(m, StreamedLayer))
-    )
-    return [
-        Term(name="norms, biases", nbytes=small),
-        Term(name="read buffers", nbytes=(READ_AHEAD + 1) * max(pieces, default=0)),
-    ]
-
-
 def _choose_resident(part: nn.Module, stored: dict[str, TensorInfo], room: int) -> dict[str, torch.dtype]:
     """What the ceiling leaves over holds weights: all as they are computed with if they fit, else a fixed subset as stored.
 
@@ -357,42 +305,3 @@ def _choose_resident(part: nn.Module, stored: dict[str, TensorInfo], room: int) 
             chosen[layer.key] = TORCH_DTYPES[info.dtype]
             room -= info.nbytes
     return chosen
-
-
-def _text_phase(family: Family, fixed: list[Term]) -> PhasePlan:
-    encoder, streamer = families.build_text_encoder(family), Streamer(None)
-    stream_layers(encoder, streamer)
-    stored = family.checkpoint.weights("text_encoder")
-    tokens = 77 * 2
-    activations = 4 * tokens * (family.text["intermediate_size"] * 3 + family.text["hidden_size"] * 8)
-    units = (4 * sum(layer.weight.numel() for layer in streamed_layers(m)) for m in encoder.modules())
-    terms = [
-        *fixed,
-        *_weights_terms(encoder, stored),
-        Term(name=WORK, nbytes=activations + max(n for n in units if n <= streamer.arena_bytes)),
-    ]
-    return PhasePlan(name="encode prompts", terms=tuple(terms))
-
-
-class _Coder:
-    """An autoencoder on the meta device, and the phases that use it."""
-
-    def __init__(self, kind: Autoencoder) -> None:
-        self.kind, self.module, self.streamer = kind, families.build_vae(kind), Streamer(None)
-        stream_layers(self.module, self.streamer)
-        self.terms = [_libraries(), *_weights_terms(self.module, kind.weights)]
-
-    def phase(
-        self, name: str, latents: tuple[int, int], method: Method, source_pixels: int = 0, *, held: int = 1
-    ) -> PhasePlan:
-        """Decoding latents of (height, width), or encoding a picture of `source_pixels` enlarged to their size. Rows of the
-        large picture come and go; the latents are `held` once, or not where a file has them, also with a margin, or being
-        put together of bands and scaled."""
-        area = math.prod(n + 2 * m for n, m in zip(latents, method.margin, strict=True))
-        copies = 3 if method.encoding else 2 if any(method.margin) else held
-        terms = [
-            Term(name=WORK, nbytes=method.memory_bytes),
-            Term(name="latents", nbytes=4 * copies * self.module.config.latent_channels * area),
-            Term(name="picture", nbytes=3 * source_pixels),
-        ]
-        return PhasePlan(name=name, terms=(*self.terms, *(term for term in terms if term.nbytes)))

@@ -156,7 +156,8 @@ def read_family(checkpoint: Checkpoint) -> Family:
 _BLOCKS = {"DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D", "UNetMidBlock2DCrossAttn", None}
 _FOREIGN = (
     "class_embed_type", "addition_embed_type", "time_cond_proj_dim", "encoder_hid_dim_type", "dual_cross_attention",
-    "center_input_sample", "time_embedding_act_fn", "attention_type",
+    "center_input_sample", "time_embedding_act_fn", "attention_type", "only_cross_attention", "resnet_time_scale_shift",
+    "resnet_skip_time_act",
 )  # fmt: skip
 
 

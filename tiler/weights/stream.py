@@ -47,7 +47,8 @@ class Streamer:
         self.store = store
         stored = int8_keys if store is None else store.int8
         self.int8_keys = stored if cpu.int8().products else frozenset[str]()
-        self.arena_bytes = arena_bytes or (INT8_ARENA_BYTES if self.int8_keys else ARENA_BYTES)
+        self.usual_bytes = INT8_ARENA_BYTES if self.int8_keys else ARENA_BYTES
+        self.arena_bytes = arena_bytes or self.usual_bytes
         self.can_prepack = cpu.prepacks() and torch.backends.mkldnn.is_available()
         self.short: Callable[[], bool] = lambda: False
         self.used: dict[str, None] = {}  # names in the order of first use
@@ -72,6 +73,10 @@ class Streamer:
     def fits(self, module: nn.Module) -> bool:
         """Whether all streamed weights of `module` can be held at once."""
         return sum(self.nbytes(layer) for layer in streamed_layers(module)) <= self.arena_bytes
+
+    def would_fit(self, module: nn.Module) -> bool:
+        """The same for an arena of the usual size: for cuts that must not depend on the ceiling."""
+        return sum(self.nbytes(layer) for layer in streamed_layers(module)) <= self.usual_bytes
 
     @contextmanager
     def hold(self, module: nn.Module) -> Iterator[None]:

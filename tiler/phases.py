@@ -1,0 +1,138 @@
+"""What each part of a checkpoint takes in memory while it works: its own code, run on meta tensors under a `MetaMeter`."""
+
+from __future__ import annotations
+
+import math
+from functools import cached_property
+
+import torch
+from torch import nn
+
+from tiler.decode.method import Method
+from tiler.memory import process
+from tiler.memory.meter import MetaMeter
+from tiler.memory.plan import PhasePlan, Term
+from tiler.models import family as families
+from tiler.models.family import Autoencoder, Family
+from tiler.models.unet import predict_noise
+from tiler.weights.index import TensorInfo
+from tiler.weights.layers import StreamedLayer, stream_layers, streamed_layers
+from tiler.weights.store import PIECE_ELEMENTS, READ_AHEAD, TORCH_DTYPES
+from tiler.weights.stream import Streamer
+
+WORK = "activations, weights in use"
+# Measured: freed blocks between live ones, as a share of one sample's activations (40–57 MB of 139 for SD 1.5, 65–89 of 230
+# for SD 2.1, whatever the batch).
+HEAP_SLACK = 0.37
+# Measured: what int8 weights, packed and freed unit by unit, leave of holes (SD 1.5, 1024² under 600 MB: 595 MB, 570 planned
+# without it).
+INT8_HOLES_BYTES = 27_000_000
+LIBRARIES_BYTES = 86_000_000  # measured: code of torch, oneDNN and MKL, and the kernels these compile at first use
+
+
+def libraries() -> Term:
+    """What the process has without the code it ran so far: to be asked once the models are built, which imports most of it."""
+    process.release_code()
+    return Term(name="python, libraries", nbytes=process.read_rss().now + LIBRARIES_BYTES)
+
+
+def weights_terms(module: nn.Module, stored: dict[str, TensorInfo]) -> list[Term]:
+    """What a streamed `module` keeps in memory all the time: read buffers, norms and biases."""
+    pieces = (
+        min(math.prod(info.shape), PIECE_ELEMENTS) * TORCH_DTYPES[info.dtype].itemsize
+        for info in stored.values()
+        if info.dtype in TORCH_DTYPES
+    )
+    small = sum(
+        p.numel() * 4
+        for m in module.modules()
+        for n, p in m.named_parameters(recurse=False)
+        if not (n == "weight" and isinstance(m, StreamedLayer))
+    )
+    return [
+        Term(name="norms, biases", nbytes=small),
+        Term(name="read buffers", nbytes=(READ_AHEAD + 1) * max(pieces, default=0)),
+    ]
+
+
+def text_phase(family: Family, fixed: list[Term]) -> PhasePlan:
+    encoder, streamer = families.build_text_encoder(family), Streamer(None)
+    stream_layers(encoder, streamer)
+    stored = family.checkpoint.weights("text_encoder")
+    tokens = 77 * 2
+    activations = 4 * tokens * (family.text["intermediate_size"] * 3 + family.text["hidden_size"] * 8)
+    units = (4 * sum(layer.weight.numel() for layer in streamed_layers(m)) for m in encoder.modules())
+    terms = [
+        *fixed,
+        *weights_terms(encoder, stored),
+        Term(name=WORK, nbytes=activations + max(n for n in units if n <= streamer.arena_bytes)),
+    ]
+    return PhasePlan(name="encode prompts", terms=tuple(terms))
+
+
+class Sampler:
+    """A UNet on the meta device, whose weights are held in `arena_bytes`, and the phases that use it."""
+
+    def __init__(
+        self, family: Family, stored: dict[str, TensorInfo], int8_keys: frozenset[str], arena_bytes: int | None = None
+    ) -> None:
+        self.family, self.stored = family, stored
+        self.unet, self.streamer = (
+            families.build_unet(family),
+            Streamer(None, int8_keys=int8_keys, arena_bytes=arena_bytes),
+        )
+        stream_layers(self.unet, self.streamer)
+        self._activations: dict[tuple[tuple[int, ...], int, int], int] = {}
+
+    @cached_property
+    def terms(self) -> list[Term]:
+        return weights_terms(self.unet, self.stored)
+
+    def activations(self, tiles: tuple[int, ...], height: int, width: int) -> int:
+        """Bytes of one pass over samples of `tiles`, of which neighbours may be the same, each (height, width) latents."""
+        key = tiles, height, width
+        if key not in self._activations:
+            meta = torch.device("meta")
+            with MetaMeter() as meter, torch.no_grad():
+                latents = {
+                    tile: torch.empty(1, self.family.latent_channels, height, width, device=meta) for tile in tiles
+                }
+                texts = [torch.empty(1, 77, self.family.text["hidden_size"], device=meta) for _ in tiles]
+                inputs = [latents[tile] for tile in tiles]
+                predict_noise(self.unet, self.streamer, inputs, torch.empty((), device=meta), texts)
+            self._activations[key] = meter.peak_bytes
+        return self._activations[key]
+
+    def phase(self, name: str, fixed: list[Term], tiles: list[int], batch: int, height: int, width: int) -> PhasePlan:
+        """Denoising `tiles`, one for each sample, `batch` of them for each read of the weights."""
+        groups = [tuple(tiles[i : i + batch]) for i in range(0, len(tiles), batch)]
+        group = max(groups, key=lambda g: (len(set(g)), len(g)))  # halves of one tile share their first layers
+        group = tuple(sorted(set(group)).index(tile) for tile in group)
+        work = self.activations(group, height, width) + int(HEAP_SLACK * self.activations((0,), height, width))
+        integers = sum(math.prod(self.stored[name].shape) for name in self.streamer.int8_keys & self.stored.keys())
+        work += min(INT8_HOLES_BYTES, integers)
+        return PhasePlan(name=name, terms=(*fixed, *self.terms, Term(name=WORK, nbytes=work)))
+
+
+class Coder:
+    """An autoencoder on the meta device, and the phases that use it."""
+
+    def __init__(self, kind: Autoencoder) -> None:
+        self.kind, self.module, self.streamer = kind, families.build_vae(kind), Streamer(None)
+        stream_layers(self.module, self.streamer)
+        self.terms = [libraries(), *weights_terms(self.module, kind.weights)]
+
+    def phase(
+        self, name: str, latents: tuple[int, int], method: Method, source_pixels: int = 0, *, held: int = 1
+    ) -> PhasePlan:
+        """Decoding latents of (height, width), or encoding a picture of `source_pixels` enlarged to their size. Rows of the
+        large picture come and go; the latents are `held` once, or not where a file has them, also with a margin, or being
+        put together of bands and scaled."""
+        area = math.prod(n + 2 * m for n, m in zip(latents, method.margin, strict=True))
+        copies = 3 if method.encoding else 2 if any(method.margin) else held
+        terms = [
+            Term(name=WORK, nbytes=method.memory_bytes),
+            Term(name="latents", nbytes=4 * copies * self.module.config.latent_channels * area),
+            Term(name="picture", nbytes=3 * source_pixels),
+        ]
+        return PhasePlan(name=name, terms=(*self.terms, *(term for term in terms if term.nbytes)))
