@@ -16,7 +16,8 @@ from tiler.memory import cpu
 from tiler.memory.meter import MetaMeter
 from tiler.models import family as families
 from tiler.models.unet import int8_weights, order_of_use, predict_noise
-from tiler.quantize import packed_weights
+from tiler.pipeline import streamed
+from tiler.quantize import TEXT, packed_text_names, packed_weights
 from tiler.request import Precision
 from tiler.weights import int8
 from tiler.weights.checkpoint import resolve
@@ -146,9 +147,32 @@ def test_nan_stays_nan() -> None:
     assert int8.quantize_tokens(torch.full((1, 8), torch.nan)).scale.isnan().all()
 
 
+def unet_of(index: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
+    return {name: info for name, info in index.items() if not name.startswith(TEXT)}
+
+
+@torch.no_grad()
+def test_the_text_encoder_is_stored_in_int8_and_computed_in_fp32(tiny: Path, cache: Path) -> None:
+    from transformers import CLIPTextModel
+
+    family = family_of(tiny)
+    index, encoder = packed_weights(family, cache, quiet), families.build_text_encoder(family)
+    ids = torch.randint(0, encoder.config.vocab_size, (1, 77), generator=torch.Generator().manual_seed(0))
+    with streamed(encoder, index, packed_text_names, int8_products=False) as streamer:
+        assert len(streamer.store.int8) >= 12 and not streamer.int8_keys
+        got = encoder(ids).last_hidden_state
+    reference = CLIPTextModel.from_pretrained(tiny / "text_encoder", variant="fp16", torch_dtype=torch.float32).eval()
+    plain = reference(ids).last_hidden_state
+    stored = values({name: info for name, info in index.items() if name.startswith(TEXT)})
+    reference.load_state_dict({name.removeprefix(TEXT): value for name, value in stored.items()})
+    assert torch.allclose(got, reference(ids).last_hidden_state, atol=1e-5)
+    assert 1e-4 < (got - plain).norm() / plain.norm() < 0.02
+
+
 def test_a_packed_file_holds_the_weights_in_the_order_of_use(tiny: Path, cache: Path) -> None:
     family = family_of(tiny)
-    index = packed_weights(family, cache, quiet)
+    packed_file = packed_weights(family, cache, quiet)
+    index = unet_of(packed_file)
     unet = families.build_unet(family)
     quantised = int8_weights(unet)
     source = match_index(unet, family.checkpoint.weights("unet"), families.plain_names)
@@ -183,7 +207,7 @@ def test_a_packed_file_that_does_not_fit_is_made_again(tiny: Path, tmp_path: Pat
     path.write_bytes(whole[:-100])
     packed_weights(family, tmp_path, tell)
     assert "bytes short" in told[1]
-    path.write_bytes(whole.replace(b'"version": "2"', b'"version": "1"'))
+    path.write_bytes(whole.replace(b'"version": "3"', b'"version": "2"'))
     packed_weights(family, tmp_path, tell)
     assert "another model or version" in told[2]
     assert path.read_bytes() == whole
@@ -250,7 +274,7 @@ def test_a_unet_in_int8_is_near_diffusers(checkpoints: Path, cache: Path, kind: 
 def test_int8_bytes_do_not_depend_on_batch_pieces_arena_or_residency(tiny: Path, cache: Path) -> None:
     family = family_of(tiny)
     index = packed_weights(family, cache, quiet)
-    names = sorted(n for n, info in index.items() if info.dtype == "I8")
+    names = sorted(n for n, info in unet_of(index).items() if info.dtype == "I8")
     want = call(family, index)
     assert torch.equal(call(family, index, batch=1), want)
     assert torch.equal(call(family, index, batch=3), want)
@@ -271,7 +295,7 @@ def test_without_8_bit_products_the_arithmetic_is_fp32(
     assert not cpu.int8().products
     got = call(family, index)
     reference = UNet2DConditionModel.from_pretrained(tiny / "unet", variant="fp16", torch_dtype=torch.float32).eval()
-    reference.load_state_dict(values(index))
+    reference.load_state_dict(values(unet_of(index)))
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(3, family.latent_channels, family.native, family.native, generator=generator)
     texts = torch.randn(3, 77, family.text["hidden_size"], generator=generator)

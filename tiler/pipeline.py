@@ -30,7 +30,7 @@ from tiler.decode.rows import Latents, to_uint8
 from tiler.diffusion import canvas, guide, schedulers
 from tiler.errors import NumericalError
 from tiler.events import OnEvent, percent
-from tiler.memory import process
+from tiler.memory import imports, process
 from tiler.memory.budget import Budget, at_layer, at_rows
 from tiler.models import family as families
 from tiler.models.blocks import Windows
@@ -41,7 +41,7 @@ from tiler.output.latents import LatentsFile, save_latents
 from tiler.output.picture import check_picture, write_picture
 from tiler.output.png import infotext
 from tiler.planner import RenderPlan, Steps, plan_decode, plan_render
-from tiler.quantize import default_cache, prepare_int8
+from tiler.quantize import default_cache, packed_text_names, prepare_int8
 from tiler.request import Decode, GuideUpscale, Precision, RenderRequest, ScratchDtype, Wrap, check_decode, check_dpi
 from tiler.weights.checkpoint import resolve, resolve_part
 from tiler.weights.index import TensorInfo
@@ -72,7 +72,7 @@ def render(request: RenderRequest, budget: Budget | None = None, on_event: OnEve
             budget.max_bytes,
         )
         plan.memory.check()
-        process.trim()
+        imports.settle()
         work = _Work(request, plan, budget, on_event)
         # Holes in the heap count as data though no page of them is resident: 315 MB were seen under a ceiling of 800 MB.
         with process.limit_data(max(0, budget.max_bytes - process.read_rss().now) + budget.max_bytes):
@@ -97,13 +97,15 @@ class _Work:
         self.request, self.plan, self.family, self.budget, self.on_event = request, plan, plan.family, budget, on_event
         self.scheduler_name = schedulers.choose(request.scheduler, plan.family.scheduler)
         self.unet_weights = plan.family.checkpoint.weights("unet")
+        self.text_weights, self.text_names = plan.family.checkpoint.weights("text_encoder"), families.text_names
         self.unet_calls = self.unet_samples = self.weight_bytes_read = self.unet_bytes_read = 0
 
     def prepare_weights(self) -> None:
-        """The UNet's weights in int8, where they are asked for: quantised now, or at an earlier run."""
+        """The UNet's and the text encoder's weights in int8, where they are asked for: quantised now, or at an earlier run."""
         if self.plan.precision is Precision.INT8:
             cache = self.request.cache_dir or default_cache()
-            self.unet_weights = prepare_int8(self.family, cache, self.budget, self.on_event)
+            self.unet_weights = self.text_weights = prepare_int8(self.family, cache, self.budget, self.on_event)
+            self.text_names = packed_text_names
 
     def encode_prompts(self) -> canvas.Conditions:
         """Every prompt with its negative prompt, once."""
@@ -114,7 +116,7 @@ class _Work:
         with self._phase("encode prompts", 1):
             tokenizer = load_tokenizer(self.family)
             encoder = families.build_text_encoder(self.family)
-            with self._streamed(encoder, self.family.checkpoint.weights("text_encoder"), families.text_names):
+            with self._streamed(encoder, self.text_weights, self.text_names, int8_products=False):
                 texts = list(dict.fromkeys(text for pair in pairs for text in pair))
                 encoded = dict(zip(texts, encode_prompts(tokenizer, encoder, texts, self._note).split(1), strict=True))
             return canvas.Conditions(
@@ -199,7 +201,11 @@ class _Work:
             return latents
         unet = families.build_unet(self.family)
         with self._streamed(
-            unet, self.unet_weights, families.plain_names, self.plan.resident[phase], self.plan.arena_bytes
+            unet,
+            self.unet_weights,
+            families.plain_names,
+            self.plan.resident[phase],
+            arena_bytes=self.plan.arena_bytes,
         ) as streamer:
             streamer.short = partial(self.budget.short, self.plan.sample_bytes)
             check = at_layer(self.budget, self.plan.memory.peak_bytes)
@@ -239,9 +245,9 @@ class _Work:
         stored: dict[str, TensorInfo],
         rename: Callable[[str], list[str]],
         resident: dict[str, torch.dtype] | None = None,
-        arena_bytes: int | None = None,
+        **options: Any,
     ) -> Iterator[Streamer]:
-        with streamed(module, stored, rename, resident, arena_bytes) as streamer:
+        with streamed(module, stored, rename, resident, **options) as streamer:
             try:
                 yield streamer
             finally:
@@ -305,7 +311,7 @@ def decode_file(
                 decode=decode, scratch=scratch or output.parent, scratch_dtype=scratch_dtype, wrap=wrap,
             )  # fmt: skip
             plan.check()
-            process.trim()
+            imports.settle()
             vae = families.build_vae(kind)
             on_event(events.PhaseStarted(name="decode", total=100))
             on_event(events.Note(text=f"decoder: {how}"))
@@ -357,12 +363,13 @@ def streamed(
     stored: dict[str, TensorInfo],
     rename: Callable[[str], list[str]],
     resident: dict[str, torch.dtype] | None = None,
-    arena_bytes: int | None = None,
+    **options: Any,
 ) -> Iterator[Streamer]:
-    """The weights of one part of a checkpoint behind a meta-device module, for as long as the block lasts."""
+    """The weights of one part of a checkpoint behind a meta-device module, for as long as the block lasts. `resident` ones
+    stay in memory; `options` are the Streamer's."""
     index = match_index(module, stored, rename)
     with WeightStore(index) as store:
-        streamer = Streamer(store, arena_bytes=arena_bytes)
+        streamer = Streamer(store, **options)
         stream_layers(module, streamer)
         for name, dtype in (resident or {}).items():
             store.keep(name, dtype)

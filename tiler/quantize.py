@@ -1,6 +1,7 @@
 """Weights in int8, written once into a file of tiler's own, in the order in which they are used.
 
-A safetensors file: each quantised tensor beside its fp32 scales, all others as they were. Its metadata says of which files,
+A safetensors file of the text encoder, whose weights are int8 only there, and the UNet, which is computed in it: each
+quantised tensor beside its fp32 scales, all others as they were. Its metadata says of which files,
 and by which rules, it was made; one that does not fit is made again.
 """
 
@@ -30,7 +31,8 @@ from tiler.weights.index import TensorInfo, open_regular, read_index, read_metad
 from tiler.weights.int8 import quantize_rows
 from tiler.weights.store import SCALE, TORCH_DTYPES, WeightStore, match_index
 
-VERSION = "2"  # of the rules: which layers, which scales
+VERSION = "3"  # of the rules: which layers, which scales
+TEXT = "text_encoder."  # before the names of its parameters
 _PIECE_ELEMENTS = 2**20  # weights at a time: 4 MB in fp32, and a few copies
 _SAMPLES, _SAMPLE_BYTES = 256, 4096  # of each file, for its fingerprint
 
@@ -41,12 +43,13 @@ def default_cache() -> Path:
 
 
 def packed_weights(family: Family, cache: Path, progress: Callable[[float, str], None]) -> dict[str, TensorInfo]:
-    """The index of the UNet's packed file in `cache`, which is made first if it is not there or does not fit.
+    """The index of the packed file in `cache`, which is made first if it is not there or does not fit: the UNet's parameters,
+    and the text encoder's after `TEXT`.
 
     `progress` gets the share written and why. Raises StorageError, ModelError, NumericalError.
     """
-    source = family.checkpoint.weights("unet")
-    mark = fingerprint(source)
+    text = family.checkpoint.weights("text_encoder")
+    mark = fingerprint(family.checkpoint.weights("unet") | {TEXT + name: info for name, info in text.items()})
     path = cache / f"{mark}.safetensors"
     why = _misfit(path, mark)
     if why is not None:
@@ -54,7 +57,7 @@ def packed_weights(family: Family, cache: Path, progress: Callable[[float, str],
             cache.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StorageError(f"{cache}: cannot be made ({error.strerror}); choose another --cache-dir") from error
-        _pack(family, source, path, mark, lambda share: progress(share, why))
+        _pack(family, path, mark, lambda share: progress(share, why))
     return read_index(path)
 
 
@@ -112,13 +115,18 @@ def _metadata(mark: str) -> dict[str, str]:
     return {"format": "tiler-int8", "version": VERSION, "source": mark}
 
 
-def _pack(
-    family: Family, source: dict[str, TensorInfo], path: Path, mark: str, progress: Callable[[float], None]
-) -> None:
-    unet = families.build_unet(family)
-    index = match_index(unet, source, families.plain_names)
-    quantised = int8_weights(unet)
-    order = order_of_use(unet)
+def packed_text_names(name: str) -> list[str]:
+    """Where a packed file has a text encoder's parameter."""
+    return [TEXT + name]
+
+
+def _pack(family: Family, path: Path, mark: str, progress: Callable[[float], None]) -> None:
+    unet, encoder = families.build_unet(family), families.build_text_encoder(family)
+    quantised = int8_weights(unet) | {TEXT + name for name in int8_weights(encoder)}
+    texts = match_index(encoder, family.checkpoint.weights("text_encoder"), families.text_names)
+    index = match_index(unet, family.checkpoint.weights("unet"), families.plain_names)
+    order = [TEXT + name for name in texts] + order_of_use(unet)
+    index |= {TEXT + name: info for name, info in texts.items()}
     header: dict[str, Any] = {"__metadata__": _metadata(mark)}
     end = 0
 
@@ -165,7 +173,7 @@ def _stored(store: WeightStore, name: str, quantised: frozenset[str], scales: li
     for piece in store.pieces(name):
         rows = torch.empty(piece.last - piece.first, *info.shape[1:])
         store.fetch(piece, rows)
-        values, scale = quantize_rows(rows)
+        values, scale = quantize_rows(rows, 127 if name.startswith(TEXT) else 0)
         parts.append(scale)
         yield values.numpy().tobytes()
     scales.append(torch.cat(parts))

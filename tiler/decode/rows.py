@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 Check = Callable[[str], None]
 
 REACH = 18  # latents: the decoder's convolutions reach 17.25 latents, the encoder's less
-_STRIP_BYTES = 6 * 2**20  # input of one convolution call; bounds its scratch
+_STRIP_BYTES = 3 * 2**20  # input of one convolution call; bounds its scratch
 
 
 class Pixels(Protocol):
@@ -335,7 +335,7 @@ def strip_rows(width: int) -> int:
 
     Depends on nothing else, so the bytes of the picture never do either.
     """
-    return max(1, min(32, 1024 // width))
+    return max(1, min(32, 512 // width))
 
 
 def means(moments: Iterable[Tensor]) -> Tensor:

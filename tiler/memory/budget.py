@@ -128,8 +128,10 @@ class Budget:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[PhaseUse]:
-        """Attribute time and peak to `name`; memory is trimmed when it ends."""
+        """Attribute time and peak to `name`; memory is trimmed before, of what the phase before still had names for, and when
+        it ends."""
         use = PhaseUse(name=name)
+        process.trim()
         self._note_peak()
         process.reset_peak()
         self.phases.append(use)

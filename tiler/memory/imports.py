@@ -11,6 +11,8 @@ from contextlib import contextmanager, nullcontext
 from importlib import import_module, metadata
 from importlib.machinery import PathFinder
 
+from tiler.memory import process
+
 _program = False  # whether this process is ours, so that nobody else needs what is left out
 
 
@@ -59,6 +61,14 @@ def lean_torch() -> None:
         torch.Generator()
     except (RuntimeError, ImportError):  # a torch that needs them for more
         import torch._meta_registrations
+
+
+def settle() -> None:
+    """In a program of ours, once models were planned: give memory back, and let no later collection look through what was
+    imported, half a million objects (100 → 15 ms)."""
+    process.trim()
+    if _program:
+        gc.freeze()
 
 
 @contextmanager
@@ -119,7 +129,6 @@ def _lean_transformers() -> Iterator[None]:
             _replaced(utils, "direct_transformers_import", lambda *args: package),
         ):
             yield
-    gc.freeze()  # half a million objects that no collection need look through again: 100 → 15 ms
 
 
 @contextmanager

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 FP32_NAMES = ("time_emb", "conv_in.", "conv_out.")
 
 
-def int8_weights(unet: UNet2DConditionModel) -> frozenset[str]:
-    """The parameters that are quantised where int8 is asked for."""
-    layers = ((n, m) for n, m in unet.named_modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d))
+def int8_weights(model: torch.nn.Module) -> frozenset[str]:
+    """The parameters of a UNet, or of its text encoder, that are quantised where int8 is asked for."""
+    layers = ((n, m) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d))
     names = (f"{name}.weight" for name, layer in layers if layer.weight.numel() > SMALL)
     return frozenset(name for name in names if not any(part in name for part in FP32_NAMES))
 

@@ -39,9 +39,9 @@ def piece_rows(row_elements: int, piece_elements: int) -> int:
     return max(32, piece_elements // max(1, row_elements) // 32 * 32)
 
 
-def check_dtype(info: TensorInfo, index: dict[str, TensorInfo]) -> None:
-    """Raises ModelError for a tensor that cannot be read: of another dtype, or int8 without its scales."""
-    if info.dtype not in TORCH_DTYPES or (info.dtype == "I8" and info.name + SCALE not in index):
+def check_dtype(info: TensorInfo, *, scaled: bool) -> None:
+    """Raises ModelError for a tensor that cannot be read: of another dtype, or int8 that is not `scaled`."""
+    if info.dtype not in TORCH_DTYPES or (info.dtype == "I8" and not scaled):
         raise ModelError(f"{info.path}: tensor {info.name!r} is stored as {info.dtype}; tiler reads F16, BF16 and F32")
 
 
@@ -65,9 +65,10 @@ def match_index(
             raise ModelError(
                 f"{info.path}: tensor {info.name!r} has shape {list(info.shape)}, config.json asks for {list(want)}"
             )
-        check_dtype(info, stored)
+        scale = stored.get(info.name + SCALE)
+        check_dtype(info, scaled=scale is not None)
         matched[name] = info._replace(shape=want)
-        if (scale := stored.get(info.name + SCALE)) is not None:
+        if scale is not None:
             matched[name + SCALE] = scale
     return matched
 
@@ -95,8 +96,8 @@ class WeightStore:
         self._fds: dict[Path, int] = {}
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tiler-read-ahead")
         try:
-            for info in index.values():
-                check_dtype(info, index)
+            for name, info in index.items():
+                check_dtype(info, scaled=name + SCALE in index)
                 if info.path not in self._fds:
                     self._fds[info.path] = open_regular(info.path)
         except BaseException:

@@ -36,17 +36,22 @@ class Streamer:
     """The weights of one module tree: what is held in the arena now, what stays, and what is fetched.
 
     With `store=None` nothing is loaded: for planning on meta tensors; `int8_keys` then names the weights that will be stored
-    as int8. Where the processor has the instructions, these are computed with as int8 too. `short` says whether memory is
+    as int8. Where the processor has the instructions, these are computed with as int8 too, unless `int8_products` is False. `short` says whether memory is
     short: then what one sample freed goes back to the system before the next one runs, and so does what the arena does not
     need.
     """
 
     def __init__(
-        self, store: WeightStore | None, *, int8_keys: frozenset[str] = frozenset(), arena_bytes: int | None = None
+        self,
+        store: WeightStore | None,
+        *,
+        int8_keys: frozenset[str] = frozenset(),
+        int8_products: bool = True,
+        arena_bytes: int | None = None,
     ) -> None:
         self.store = store
         stored = int8_keys if store is None else store.int8
-        self.int8_keys = stored if cpu.int8().products else frozenset[str]()
+        self.int8_keys = stored if int8_products and cpu.int8().products else frozenset[str]()
         self.usual_bytes = INT8_ARENA_BYTES if self.int8_keys else ARENA_BYTES
         self.arena_bytes = arena_bytes or self.usual_bytes
         self.can_prepack = cpu.prepacks() and torch.backends.mkldnn.is_available()
