@@ -22,8 +22,8 @@ from tiler.weights.stream import Streamer
 
 WORK = "activations, weights in use"
 # Measured: freed blocks between live ones, as a share of one sample's activations (40–57 MB of 139 for SD 1.5, 65–89 of 230
-# for SD 2.1, whatever the batch).
-HEAP_SLACK = 0.37
+# for SD 2.1, whatever the batch). Where the weights' arena is small, and memory always short, 18 MB of 106.
+HEAP_SLACK, TIGHT_HEAP_SLACK = 0.37, 0.2
 # Measured: what int8 weights, packed and freed unit by unit, leave of holes (SD 1.5, 1024² under 600 MB: 595 MB, 570 planned
 # without it).
 INT8_HOLES_BYTES = 27_000_000
@@ -108,7 +108,8 @@ class Sampler:
         groups = [tuple(tiles[i : i + batch]) for i in range(0, len(tiles), batch)]
         group = max(groups, key=lambda g: (len(set(g)), len(g)))  # halves of one tile share their first layers
         group = tuple(sorted(set(group)).index(tile) for tile in group)
-        work = self.activations(group, height, width) + int(HEAP_SLACK * self.activations((0,), height, width))
+        slack = HEAP_SLACK if self.streamer.arena_bytes == self.streamer.usual_bytes else TIGHT_HEAP_SLACK
+        work = self.activations(group, height, width) + int(slack * self.activations((0,), height, width))
         integers = sum(math.prod(self.stored[name].shape) for name in self.streamer.int8_keys & self.stored.keys())
         work += min(INT8_HOLES_BYTES, integers)
         return PhasePlan(name=name, terms=(*fixed, *self.terms, Term(name=WORK, nbytes=work)))

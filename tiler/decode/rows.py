@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 Check = Callable[[str], None]
 
 REACH = 18  # latents: the decoder's convolutions reach 17.25 latents, the encoder's less
-_STRIP_BYTES = 3 * 2**20  # input of one convolution call; bounds its scratch
+_STRIP_BYTES = 5 * 2**19  # input of one convolution call; bounds its scratch
 
 
 class Pixels(Protocol):

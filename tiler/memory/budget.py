@@ -178,7 +178,7 @@ def at_rows(budget: Budget, planned_bytes: int) -> Callable[[str], None]:
     is more than was planned. The heap's part is looked at by itself: holes between live blocks are not counted by the
     allocator's own threshold."""
     room = budget.room(planned_bytes)
-    kept = max(room, process.HEAP_KEPT)
+    kept = max(room, process.HEAP_KEPT if planned_bytes <= NEAR * budget.max_bytes else process.HEAP_KEPT_TIGHT)
 
     def check(where: str) -> None:
         if budget.rss_bytes >= min(NEAR * budget.max_bytes, planned_bytes + room) or process.free_heap() > kept:

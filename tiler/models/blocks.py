@@ -48,11 +48,22 @@ class Resnet(nn.Module):
         block: Any = self.resnet
         x = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         del parts
-        h = block.conv1(_activate(block.nonlinearity, block.norm1(x)))
+        h = block.conv1(_activate(block.nonlinearity, _norm(block.norm1, x)))
         h += block.time_emb_proj(block.nonlinearity(temb))[:, :, None, None]
-        h = block.conv2(_activate(block.nonlinearity, block.norm2(h)))
+        h = block.conv2(_activate(block.nonlinearity, _norm(block.norm2, h)))
         h += x if block.conv_shortcut is None else block.conv_shortcut(x)
         return h if block.output_scale_factor == 1 else h.div_(block.output_scale_factor)
+
+
+def _norm(norm: nn.Module, x: Tensor) -> Tensor:
+    """A GroupNorm of each sample by itself: of several, torch cuts its sums between threads where that depends on their number."""
+    if len(x) == 1:
+        first: Tensor = norm(x)
+        return first
+    out = torch.empty_like(x)
+    for sample, filled in zip(x.split(1), out.split(1), strict=True):
+        filled.copy_(norm(sample))
+    return out
 
 
 def _activate(act: nn.Module, x: Tensor) -> Tensor:
@@ -69,7 +80,7 @@ class UpToText(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """hidden: (n, C, h, w) → tokens (n, h·w, width)."""
         model: Any = self.model
-        x = model.norm(hidden)
+        x = _norm(model.norm, hidden)
         x = x if model.use_linear_projection else model.proj_in(x)
         x = x.permute(0, 2, 3, 1).flatten(1, 2)
         x = model.proj_in(x) if model.use_linear_projection else x

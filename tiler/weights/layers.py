@@ -56,14 +56,14 @@ class StreamedConv2d(nn.Conv2d, StreamedLayer):
 
         def conv(sample: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             if not weight.is_mkldnn:
-                return F.conv2d(sample[None], weight, bias, self.stride, self.padding, self.dilation, self.groups)[0]
+                return F.conv2d(sample, weight, bias, self.stride, self.padding, self.dilation, self.groups)
             geometry = self.padding, self.stride, self.dilation, self.groups
-            out: Tensor = torch.ops.mkldnn._convolution_pointwise(sample[None], weight, bias, *geometry, "none", [], "")
-            return out[0]
+            out: Tensor = torch.ops.mkldnn._convolution_pointwise(sample, weight, bias, *geometry, "none", [], "")
+            return out
 
         layout = torch.channels_last if self.streamer.prepack else torch.contiguous_format
         out = torch.empty(len(x), self.out_channels, *sides, device=x.device, memory_format=layout)
-        return _by_rows(self, x, out, 0, conv)
+        return _by_rows(self, x, out, 1, conv)
 
     def reordered(self, rows: Tensor, sides: Sequence[int]) -> Tensor:
         """Some rows of the weight in oneDNN's order for an input of `sides`."""
@@ -81,7 +81,7 @@ class StreamedEmbedding(nn.Embedding, StreamedLayer):
 
 
 def _by_rows(layer: StreamedLayer, x: Tensor, out: Tensor, axis: int, op: Callable[..., Tensor]) -> Tensor:
-    """Fill `out` sample by sample; `axis` is where a sample's output channels lie."""
+    """Fill `out` sample by sample, each a batch of one; `axis` is where the output channels lie."""
     bias: Tensor | None = layer.bias  # type: ignore[assignment]
     streamer = layer.streamer
     # A plain convolution brings its weight into oneDNN's order at every call (1280 channels, 8 × 8: 46 ms beside 24).
@@ -95,7 +95,7 @@ def _by_rows(layer: StreamedLayer, x: Tensor, out: Tensor, axis: int, op: Callab
     )
     alone = len(x) == 1 and step >= len(layer.weight)
     if whole is not None and alone:
-        return op(x[0], whole, bias)[None]
+        return op(x, whole, bias)
     # Held or streamed, the same cuts: the same arithmetic, and oneDNN's packed copy of a weight stays a piece's size.
     planned = None
     if x.is_meta and not streamer.holding:
@@ -110,9 +110,9 @@ def _by_rows(layer: StreamedLayer, x: Tensor, out: Tensor, axis: int, op: Callab
     for first, last, rows in parts:
         part = None if bias is None else bias[first:last]
         if alone and not x.is_meta:
-            return op(x[0], rows, part)[None]
+            return op(x, rows, part)
         for i in range(1 if x.is_meta else len(x)):
-            out[i].narrow(axis, first, last - first).copy_(op(x[i], rows, part))
+            out[i : i + 1].narrow(axis, first, last - first).copy_(op(x[i : i + 1], rows, part))
     del planned
     return out
 
