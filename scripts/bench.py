@@ -8,6 +8,7 @@
     python scripts/bench.py large             the same for each phase of 4096×4096 (--sizes), every one stopped after --minutes
     python scripts/bench.py decode            the same, and seconds, for exact and frozen decoding at several sizes
     python scripts/bench.py render            a whole 2048×2048 render with its report
+    python scripts/bench.py start             seconds before the first step of `tiler render` on mini at 512×512
     python scripts/bench.py unet render --json FILE
 
 Every measurement runs in a fresh process that reads its own VmHWM. Times on shared machines are noisy: look at the
@@ -339,9 +340,20 @@ def bench_render(model: str, ceiling: int, steps: int, precision: str) -> dict[s
     )  # fmt: skip
 
 
+def bench_start(rounds: int) -> float:
+    """Seconds of a render of `mini` that belong to no phase but the prompt's, the process's end included; median."""
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        report = tiler("render", "a lighthouse", "--size", 512, "--steps", 4, "--seed", 1, "--quiet")
+        phases = (p["seconds"] for p in report["phases"] if p["name"] != "encode prompts")
+        times.append(time.perf_counter() - start - sum(phases))
+    return statistics.median(times)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="+", choices=["unet", "memory", "large", "decode", "render"])
+    parser.add_argument("what", nargs="+", choices=["unet", "memory", "large", "decode", "render", "start"])
     parser.add_argument("--model", help="a folder; default: the generated sd15")
     parser.add_argument("--ceiling", type=int, default=800_000_000, help="bytes")
     parser.add_argument(
@@ -390,6 +402,9 @@ def main() -> None:
         results["render"] = bench_render(model, args.ceiling, args.steps, args.precision)
         for phase in results["render"]["phases"]:
             print(f"{phase['name']:16}{phase['seconds']:8.1f} s  peak {phase['peak_rss_bytes'] / 1e6:5.0f} MB")
+    if "start" in args.what:
+        results["start"] = bench_start(args.rounds)
+        print(f"{results['start']:.1f} s before the first step")
     if args.json:
         args.json.write_text(json.dumps(results, indent=2) + "\n")
 

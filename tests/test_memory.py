@@ -15,7 +15,7 @@ from tiler.errors import BudgetExceeded, BudgetRefused, UsageError
 from tiler.memory.budget import Budget, parse_bytes
 from tiler.memory.meter import MetaMeter
 from tiler.memory.plan import MemoryPlan, PhasePlan, Term
-from tiler.memory.process import _untouched_code, read_rss
+from tiler.memory.process import _untouched_code, read_rss, trim
 from tiler.models.family import read_family
 from tiler.planner import plan_render
 from tiler.request import RenderRequest
@@ -37,6 +37,7 @@ def test_what_is_no_amount(text: str) -> None:
 
 
 def test_budget_measures_a_spike_between_two_samples() -> None:
+    trim()  # a phase begins with that
     with Budget("10GB") as budget:
         before = budget.peak_rss_bytes
         with budget.phase("spike") as use:
@@ -227,6 +228,18 @@ print(torch.Generator().manual_seed(1).initial_seed())
     assert fresh(code).splitlines() == ["[]", "True True True", "1"]
 
 
+def test_what_was_left_out_comes_when_it_is_wanted_after_all() -> None:
+    code = """
+from tiler.memory.imports import lean_imports, lean_torch
+lean_torch()
+with lean_imports():
+    from transformers import PreTrainedModel  # a list of all models knows where that is
+import torch._dynamo
+print(PreTrainedModel.__module__, hasattr(torch._dynamo, "optimize"))
+"""
+    assert fresh(code).strip() == "transformers.modeling_utils True"
+
+
 def test_code_that_ran_leaves_memory_and_returns() -> None:
     code = """
 from tiler.memory import process
@@ -259,7 +272,7 @@ def test_a_plan_knows_what_building_the_model_imports(tiny: Path) -> None:
     """Planning is the first thing that a process does with a model: diffusers is imported on the way."""
     code = f"""
 from pathlib import Path
-from tiler.memory.process import _untouched_code, read_rss
+from tiler.memory.process import _untouched_code, read_rss, trim
 from tiler.models.family import read_family
 from tiler.planner import plan_decode
 from tiler.request import Decode, ScratchDtype, Wrap

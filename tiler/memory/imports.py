@@ -16,6 +16,15 @@ from tiler.memory import process
 _program = False  # whether this process is ours, so that nobody else needs what is left out
 
 
+class _FirstOfAll:
+    """A finder of nothing: torch's compiler, should anything want it after all, needs first what `lean_torch` left out."""
+
+    @staticmethod
+    def find_spec(name: str, path: object = None, target: object = None) -> None:
+        if name == "torch._dynamo":
+            import_module("torch._meta_registrations")
+
+
 class _StandIn(types.ModuleType):
     """A module whose every name is a decorator that does nothing."""
 
@@ -53,6 +62,7 @@ def lean_torch() -> None:
         return
     with _stand_in({"torch._meta_registrations": _StandIn("torch._meta_registrations")}):
         import torch
+    sys.meta_path.insert(0, _FirstOfAll())
     try:
         if hasattr(torch._C, "_set_generator_metaclass"):  # torch 2.13: one of those modules would
             from torch._opaque_base import OpaqueBaseMeta
@@ -133,6 +143,9 @@ def _lean_transformers() -> Iterator[None]:
 
 @contextmanager
 def _replaced(module: types.ModuleType, name: str, value: object) -> Iterator[None]:
+    if not hasattr(module, name):  # of another version
+        yield
+        return
     before = getattr(module, name)
     setattr(module, name, value)
     try:
@@ -141,18 +154,34 @@ def _replaced(module: types.ModuleType, name: str, value: object) -> Iterator[No
         setattr(module, name, before)
 
 
+class _Folder(types.ModuleType):
+    """A package that finds its modules and runs nothing of its own, unless it is asked for what no module of it is."""
+
+    def __getattr__(self, name: str) -> object:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        try:
+            return import_module(f"{self.__name__}.{name}")
+        except ModuleNotFoundError:
+            if sys.modules.get(self.__name__) is self:
+                del sys.modules[self.__name__]
+            return getattr(import_module(self.__name__), name)
+
+
 def _folders(*packages: str) -> dict[str, types.ModuleType]:
-    """Packages that find their modules and run nothing of their own; those that are imported already are left out."""
+    """Of packages, those that are not imported yet, as folders."""
     found: dict[str, types.ModuleType] = {}
     for name in packages:
         if name in sys.modules:
             continue
         parent = name.rpartition(".")[0]
-        path = list((found.get(parent) or sys.modules[parent]).__path__) if parent else None
-        spec = PathFinder.find_spec(name, path)
+        path = list((found.get(parent) or sys.modules[parent]).__path__) if parent else []
+        spec = PathFinder.find_spec(name, path) if parent else importlib.util.find_spec(name)
         if spec is None:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-        found[name] = module = importlib.util.module_from_spec(spec)
+        found[name] = folder = _Folder(name)
+        folder.__spec__, folder.__file__ = spec, spec.origin
+        folder.__path__ = list(spec.submodule_search_locations or [])
         if not parent:
-            module.__dict__["__version__"] = metadata.version(name)
+            folder.__dict__["__version__"] = metadata.version(name)
     return found
