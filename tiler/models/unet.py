@@ -86,7 +86,7 @@ def predict_noise(
     def transform(where: str, module: torch.nn.Module, inputs: list[Tensor]) -> list[Tensor]:
         check(where)
         seen = windows if where.rpartition(".attentions")[0] in windowed else None
-        prepare(module, inputs[0].shape[1:], streamer.would_fit, seen, 2 ** levels[0])
+        prepare(module, inputs[0].shape[1:], streamer.would_fit, seen, 2 ** (levels[0] if levels else 0))
         tokens: list[Tensor | None] = [None] * batch
         if any(a is b for a, b in pairwise(inputs)):  # what comes before the prompt is the same for both halves
             tokens[:] = streamer.run(UpToText(module), [(x,) for x in inputs])
