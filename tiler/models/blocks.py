@@ -116,30 +116,12 @@ def _look_at_itself(block: Any, tokens: Tensor) -> Tensor:
 
 
 class Attend:
-    """diffusers' attention processor of a layer without norms of its own."""
+    """diffusers' attention processor of a layer without norms of its own: for all tokens together, or for each window of
+    (height, width) tokens, a span of rows by one of columns, by itself."""
 
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: None = None,
-    ) -> Tensor:
-        """hidden_states: (n, tokens, C) look at themselves, or at encoder_hidden_states → the same shape."""
-        seen = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        q, k, v = (
-            layer(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-            for layer, x in ((attn.to_q, hidden_states), (attn.to_k, seen), (attn.to_v, seen))
-        )
-        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        out: Tensor = attn.to_out[0](mixed)
-        return out
-
-
-class AttendInWindows(Attend):
-    """The same for each window of tokens by itself."""
-
-    def __init__(self, shape: tuple[int, int], rows: list[slice], cols: list[slice]) -> None:
+    def __init__(
+        self, shape: tuple[int, int] | None = None, rows: Sequence[slice] = (), cols: Sequence[slice] = ()
+    ) -> None:
         self.shape, self.rows, self.cols = shape, rows, cols
 
     def __call__(
@@ -149,14 +131,29 @@ class AttendInWindows(Attend):
         encoder_hidden_states: Tensor | None = None,
         attention_mask: None = None,
     ) -> Tensor:
-        """hidden_states: (1, height × width, C) → the same."""
+        """hidden_states: (n, tokens, C) look at themselves, or at encoder_hidden_states → the same shape."""
+        if self.shape is None:
+            return _attend(
+                attn, hidden_states, hidden_states if encoder_hidden_states is None else encoder_hidden_states
+            )
         plane = hidden_states.unflatten(1, self.shape)
         out = torch.empty_like(plane)
         for rows in self.rows:
             for cols in self.cols:
                 window = plane[:, rows, cols]
-                out[:, rows, cols] = super().__call__(attn, window.flatten(1, 2)).unflatten(1, window.shape[1:3])
+                tokens = window.flatten(1, 2)
+                out[:, rows, cols] = _attend(attn, tokens, tokens).unflatten(1, window.shape[1:3])
         return out.flatten(1, 2)
+
+
+def _attend(attn: Any, tokens: Tensor, seen: Tensor) -> Tensor:
+    q, k, v = (
+        layer(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+        for layer, x in ((attn.to_q, tokens), (attn.to_k, seen), (attn.to_v, seen))
+    )
+    mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    out: Tensor = attn.to_out[0](mixed)
+    return out
 
 
 def prepare(
@@ -174,12 +171,12 @@ def prepare(
         if windows is not None:
             rows = _spans(height, max(1, windows.size // scale), windows.top // scale)
             cols = _spans(width, max(1, windows.size // scale), windows.left // scale)
-            block.attn1.processor = AttendInWindows((height, width), rows, cols)
+            block.attn1.processor = Attend((height, width), rows, cols)
 
 
 def _feed_forward_chunk(tokens: int, most: int) -> int:
-    """Tokens that go through a feed-forward at a time: equal parts, of which every result is the same whatever the rest. For
-    the 4096 tokens of SD 1.5's first level its projection would be 42 MB, the largest transient of the whole pass."""
+    """Tokens that go through a feed-forward at a time, a divisor of all, so that every product has one size. For the 4096
+    tokens of SD 1.5's first level its projection would be 42 MB, the largest transient of the whole pass."""
     return next(tokens // n for n in range(1, tokens + 1) if tokens % n == 0 and tokens // n <= most)
 
 

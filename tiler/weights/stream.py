@@ -36,9 +36,9 @@ class Streamer:
     """The weights of one module tree: what is held in the arena now, what stays, and what is fetched.
 
     With `store=None` nothing is loaded: for planning on meta tensors; `int8_keys` then names the weights that will be stored
-    as int8. Where the processor has the instructions, these are computed with as int8 too, unless `int8_products` is False. `short` says whether memory is
-    short: then what one sample freed goes back to the system before the next one runs, and so does what the arena does not
-    need.
+    as int8. Where the processor has the instructions, these are computed with as int8 too, unless `int8_products` is False.
+    `short` says whether memory is short: then what one sample freed goes back to the system before the next one runs, and
+    so does what the arena does not need.
     """
 
     def __init__(
@@ -77,11 +77,14 @@ class Streamer:
 
     def fits(self, module: nn.Module) -> bool:
         """Whether all streamed weights of `module` can be held at once."""
-        return sum(self.nbytes(layer) for layer in streamed_layers(module)) <= self.arena_bytes
+        return self._held_bytes(module) <= self.arena_bytes
 
     def would_fit(self, module: nn.Module) -> bool:
         """The same for an arena of the usual size: for cuts that must not depend on the ceiling."""
-        return sum(self.nbytes(layer) for layer in streamed_layers(module)) <= self.usual_bytes
+        return self._held_bytes(module) <= self.usual_bytes
+
+    def _held_bytes(self, module: nn.Module) -> int:
+        return sum(map(self.nbytes, streamed_layers(module)))
 
     @contextmanager
     def hold(self, module: nn.Module) -> Iterator[None]:
