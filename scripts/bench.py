@@ -58,7 +58,7 @@ process.reset_peak()
 unet, n, budget = build_unet(family), family.native, Budget({ceiling})
 peak = plan.memory.peak_of("canvas")
 check = at_layer(budget, peak)
-with streamed(unet, files, plain_names, plan.resident["canvas"], arena_bytes=plan.arena_bytes) as streamer:
+with streamed(unet, files, plain_names, plan.resident["canvas"], arena_bytes=plan.arena_bytes, transform=True) as streamer:
     streamer.short = lambda: budget.short(plan.sample_bytes)
     tiles = [torch.randn(1, family.latent_channels, n, n) for _ in range((plan.batch + 1) // 2)]
     x = [tile for tile in tiles for _ in range(2)][:plan.batch]

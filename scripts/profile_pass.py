@@ -98,7 +98,9 @@ def main() -> None:
     named(process, "release_heap", "giving memory back")
     budget, samples = Unchecked(args.ceiling), plan.batch
     unet, check = build_unet(family), at_layer(budget, plan.memory.peak_of("canvas"))
-    with streamed(unet, weights, plain_names, plan.resident["canvas"], arena_bytes=plan.arena_bytes) as streamer:
+    with streamed(
+        unet, weights, plain_names, plan.resident["canvas"], arena_bytes=plan.arena_bytes, transform=True
+    ) as streamer:
         streamer.short = lambda: budget.short(plan.sample_bytes)
 
         def predict(latents: list[Tensor], timestep: Tensor, texts: list[Tensor]) -> Tensor:

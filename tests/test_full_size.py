@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from tiler.memory import cpu
 from tiler.models.family import build_unet, plain_names, read_family
 from tiler.models.unet import predict_noise
 from tiler.pipeline import streamed
@@ -89,12 +88,12 @@ def test_the_small_arena_of_a_tight_ceiling_changes_no_bit(sd15: Path, precision
     if precision == "int8":
         weights = packed_weights(family, default_cache(), lambda share, why: None)
     generator = torch.Generator().manual_seed(1)
-    tile = torch.randn(1, 4, 32, 32, generator=generator)
+    tile = torch.randn(1, 4, 64, 64, generator=generator)
     texts = list(torch.randn(2, 77, 768, generator=generator).split(1))
     results = []
     for arena in (None, TIGHT_ARENA_BYTES):
         unet = build_unet(family)
-        with streamed(unet, weights, plain_names, arena_bytes=arena) as streamer:
+        with streamed(unet, weights, plain_names, arena_bytes=arena, transform=True) as streamer:
             results.append(predict_noise(unet, streamer, [tile, tile], torch.tensor(500), texts))
     assert torch.equal(*results)
 
@@ -122,7 +121,7 @@ if sys.argv[1] == "int8":
 generator = torch.Generator().manual_seed(1)
 latents, text = (torch.randn(1, *shape, generator=generator) for shape in ((4, 64, 64), (77, 768)))
 unet = build_unet(family)
-with streamed(unet, weights, plain_names) as streamer:
+with streamed(unet, weights, plain_names, transform=True) as streamer:
     noise = predict_noise(unet, streamer, [latents], torch.tensor(500), [text], at_layer(budget, planned_bytes=budget.max_bytes))
 torch.save((noise, process.read_rss().peak, streamer.store.bytes_read), sys.argv[2])
 """
@@ -132,5 +131,5 @@ torch.save((noise, process.read_rss().peak, streamer.store.bytes_read), sys.argv
     (plain, peak, read), (int8, int8_peak, int8_read) = (torch.load(tmp_path / p) for p in ("fp32", "int8"))
     assert int8_peak < peak < 800_000_000
     assert int8_read < 0.55 * read
-    # Measured on these random weights: 2.8 %; 3.3 % of 7-bit weights, on CPUs without 8-bit dot products.
-    assert (int8 - plain).norm() < (0.035 if cpu.int8().dot else 0.04) * plain.norm()
+    # Measured on these random weights: 1.5 %; 1.8 % of 7-bit weights, on CPUs without 8-bit dot products.
+    assert (int8 - plain).norm() < 0.02 * plain.norm()

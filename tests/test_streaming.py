@@ -19,6 +19,7 @@ from tiler.models.blocks import Windows
 from tiler.models.text import encode_prompts, load_tokenizer
 from tiler.models.unet import predict_noise
 from tiler.pipeline import streamed
+from tiler.weights import winograd
 from tiler.weights.checkpoint import resolve
 from tiler.weights.index import read_index
 from tiler.weights.layers import StreamedConv2d, stream_layers
@@ -157,6 +158,64 @@ def test_weights_are_reordered_once_for_all_samples(tiny: Path, monkeypatch: pyt
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("sides", [(32, 32), (32, 40), (44, 52), (4, 256)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_transformed_convolution_is_the_convolution(sides: tuple[int, int], bias: bool) -> None:
+    generator = torch.Generator().manual_seed(1)
+    layer = torch.nn.Conv2d(256, 288, 3, padding=1, bias=bias)
+    assert winograd.suits(layer) and winograd.pays(*sides)
+    x = torch.randn(1, 256, *sides, generator=generator).to(memory_format=torch.channels_last)
+    taps = layer.weight.detach().permute(2, 3, 1, 0).contiguous()
+    whole = winograd.transform(taps, torch.empty(36, 256, 288))
+    want = torch.nn.functional.conv2d(
+        x.double(), layer.weight.double(), None if layer.bias is None else layer.bias.double(), padding=1
+    )[0]
+    part = None if layer.bias is None else layer.bias.detach()
+    for out in torch.empty(288, *sides), torch.empty(*sides, 288).permute(2, 0, 1):
+        winograd.conv2d(x[0], whole, part, out)
+        assert (out - want).norm() < 1e-5 * want.norm()
+
+
+def test_a_transformed_convolution_is_for_large_planes_cut_evenly() -> None:
+    assert not winograd.pays(28, 32) and not winograd.pays(34, 64)
+    for other in (
+        {"kernel_size": 1},
+        {"stride": 2},
+        {"groups": 2},
+        {"in_channels": 128},
+        {"padding": 0},
+        {"dilation": 2},
+    ):
+        assert not winograd.suits(
+            torch.nn.Conv2d(**{"in_channels": 256, "out_channels": 256, "kernel_size": 3, "padding": 1} | other)
+        )
+
+
+@pytest.mark.skipif(not cpu.prepacks(), reason="on x86 only")
+@torch.no_grad()
+def test_a_transformed_weight_may_be_cut_and_shared_without_changing_a_bit(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(1)
+    weight, bias = torch.randn(320, 256, 3, 3, generator=generator).half(), torch.randn(320, generator=generator)
+    save_file({"0.weight": weight, "0.bias": bias}, tmp_path / "w.safetensors")
+    samples = [torch.randn(1, 256, 32, 36, generator=generator).to(memory_format=torch.channels_last) for _ in range(3)]
+    want = [torch.nn.functional.conv2d(x, weight.float(), bias, padding=1) for x in samples]
+    got = []
+    for arena, pieces, together in (2**26, 2**22, 3), (2**20, 2**22, 3), (2**22, 2**17, 3), (2**26, 2**22, 1):
+        module = torch.nn.Sequential(torch.nn.Conv2d(256, 320, 3, padding=1, device="meta"))
+        with WeightStore(read_index(tmp_path / "w.safetensors"), piece_elements=pieces) as store:
+            streamer = Streamer(store, arena_bytes=arena, transform=True)
+            stream_layers(module, streamer)
+            assert streamer.transforms(module[0])
+            results: list[torch.Tensor] = []
+            for i in range(0, 3, together):
+                results += streamer.run(module, [(x,) for x in samples[i : i + together]])
+        got.append(results)
+    for result, x in zip(got[0], want, strict=True):
+        assert 0 < (result - x).norm() < 1e-5 * x.norm()  # not the same sums: it was transformed
+    for results in got[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results, got[0], strict=True))
+
+
 def test_text_encoder_equals_transformers(tiny: Path, tmp_path: Path) -> None:
     family = families.read_family(resolve(str(tiny)))
     prompts = ["a sailing boat", "", "ünïcode 🙂 \x1b[31m عربي", "many words " * 60]

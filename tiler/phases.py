@@ -18,7 +18,7 @@ from tiler.models.unet import predict_noise
 from tiler.weights.index import TensorInfo
 from tiler.weights.layers import StreamedLayer, stream_layers, streamed_layers
 from tiler.weights.store import PIECE_ELEMENTS, READ_AHEAD, TORCH_DTYPES
-from tiler.weights.stream import Streamer
+from tiler.weights.stream import ARENA_BYTES, Streamer
 
 WORK = "activations, weights in use"
 # Measured: freed blocks between live ones, as a share of one sample's activations (40–57 MB of 139 for SD 1.5, 65–89 of 230
@@ -79,7 +79,7 @@ class Sampler:
         self.family, self.stored = family, stored
         self.unet, self.streamer = (
             families.build_unet(family),
-            Streamer(None, int8_keys=int8_keys, arena_bytes=arena_bytes),
+            Streamer(None, int8_keys=int8_keys, arena_bytes=arena_bytes, transform=True),
         )
         stream_layers(self.unet, self.streamer)
         self._activations: dict[tuple[tuple[int, ...], int, int], int] = {}
@@ -108,7 +108,7 @@ class Sampler:
         groups = [tuple(tiles[i : i + batch]) for i in range(0, len(tiles), batch)]
         group = max(groups, key=lambda g: (len(set(g)), len(g)))  # halves of one tile share their first layers
         group = tuple(sorted(set(group)).index(tile) for tile in group)
-        slack = HEAP_SLACK if self.streamer.arena_bytes == self.streamer.usual_bytes else TIGHT_HEAP_SLACK
+        slack = HEAP_SLACK if self.streamer.arena_bytes == ARENA_BYTES else TIGHT_HEAP_SLACK
         work = self.activations(group, height, width) + int(slack * self.activations((0,), height, width))
         integers = sum(math.prod(self.stored[name].shape) for name in self.streamer.int8_keys & self.stored.keys())
         work += min(INT8_HOLES_BYTES, integers)

@@ -206,6 +206,7 @@ class _Work:
             families.plain_names,
             self.plan.resident[phase],
             arena_bytes=self.plan.arena_bytes,
+            transform=True,
         ) as streamer:
             streamer.short = partial(self.budget.short, self.plan.sample_bytes)
             check = at_layer(self.budget, self.plan.memory.peak_bytes)

@@ -31,7 +31,7 @@ from tiler.weights.index import TensorInfo, open_regular, read_index, read_metad
 from tiler.weights.int8 import quantize_rows
 from tiler.weights.store import SCALE, TORCH_DTYPES, WeightStore, match_index
 
-VERSION = "3"  # of the rules: which layers, which scales
+VERSION = "4"  # of the rules: which layers, which scales
 TEXT = "text_encoder."  # before the names of its parameters
 _PIECE_ELEMENTS = 2**20  # weights at a time: 4 MB in fp32, and a few copies
 _SAMPLES, _SAMPLE_BYTES = 256, 4096  # of each file, for its fingerprint

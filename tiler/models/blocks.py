@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tiler.weights.layers import linear_layers
+
 # Of a feed-forward's projection at a time: 6.3 MB, which the allocator need not map anew each time; but no fewer tokens than
 # keep the product efficient. Where the weights do not fit the arena, and every further chunk would read them again, just
 # enough to leave SD 1.5's second level (1024 × 5120) whole.
@@ -36,23 +38,54 @@ class Windows(NamedTuple):
         return cls(size, rng.randrange(size), rng.randrange(size))
 
 
-class Resnet(nn.Module):
-    """A ResnetBlock2D. On the up path its input is the hidden state and one skip, joined along channels."""
+class IntoResnet(nn.Module):
+    """A ResnetBlock2D up to its first convolution. On the up path its input is the hidden state and one skip, joined along
+    channels."""
 
-    def __init__(self, resnet: nn.Module) -> None:
+    def __init__(self, resnet: Any) -> None:
         super().__init__()
-        self.resnet = resnet
+        self.norm, self.act, self.conv = resnet.norm1, resnet.nonlinearity, resnet.conv1
+        self.time = resnet.time_emb_proj
 
     def forward(self, *parts: Tensor, temb: Tensor) -> Tensor:
         """parts: (n, C, h, w) each; temb: (1, width) → (n, C', h, w)."""
-        block: Any = self.resnet
-        x = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-        del parts
-        h = block.conv1(_activate(block.nonlinearity, _norm(block.norm1, x)))
-        h += block.time_emb_proj(block.nonlinearity(temb))[:, :, None, None]
-        h = block.conv2(_activate(block.nonlinearity, _norm(block.norm2, h)))
-        h += x if block.conv_shortcut is None else block.conv_shortcut(x)
-        return h if block.output_scale_factor == 1 else h.div_(block.output_scale_factor)
+        h: Tensor = self.conv(_activate(self.act, _norm(self.norm, _joined(parts))))
+        return h.add_(self.time(self.act(temb))[:, :, None, None])
+
+
+class OutOfResnet(nn.Module):
+    """The rest of a ResnetBlock2D, of what `IntoResnet` made of `parts`."""
+
+    def __init__(self, resnet: Any) -> None:
+        super().__init__()
+        self.norm, self.act, self.conv = resnet.norm2, resnet.nonlinearity, resnet.conv2
+        self.shortcut, self.scale = resnet.conv_shortcut, resnet.output_scale_factor
+
+    def forward(self, h: Tensor, *parts: Tensor) -> Tensor:
+        """h: (n, C', h, w); parts: (n, C, h, w) each → (n, C', h, w)."""
+        h = self.conv(_activate(self.act, _norm(self.norm, h)))
+        x = _joined(parts)
+        h += x if self.shortcut is None else self.shortcut(x)
+        return h if self.scale == 1 else h.div_(self.scale)
+
+
+class Resnet(nn.Module):
+    """Both halves, where the weights of both can be held at once."""
+
+    def __init__(self, resnet: Any) -> None:
+        super().__init__()
+        self.halves = nn.ModuleList([IntoResnet(resnet), OutOfResnet(resnet)])
+
+    def forward(self, *parts: Tensor, temb: Tensor) -> Tensor:
+        """parts: (n, C, h, w) each; temb: (1, width) → (n, C', h, w)."""
+        parts = (_joined(parts),)
+        h = self.halves[0](*parts, temb=temb)
+        out: Tensor = self.halves[1](h, *parts)
+        return out
+
+
+def _joined(parts: tuple[Tensor, ...]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 def _norm(norm: nn.Module, x: Tensor) -> Tensor:
@@ -147,10 +180,10 @@ class Attend:
 
 
 def _attend(attn: Any, tokens: Tensor, seen: Tensor) -> Tensor:
-    q, k, v = (
-        layer(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-        for layer, x in ((attn.to_q, tokens), (attn.to_k, seen), (attn.to_v, seen))
-    )
+    inputs = [attn.to_q, attn.to_k, attn.to_v]
+    made = linear_layers(inputs, tokens) if seen is tokens else [attn.to_q(tokens), *linear_layers(inputs[1:], seen)]
+    q, k, v = (x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in made)
+    del made
     mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
     out: Tensor = attn.to_out[0](mixed)
     return out

@@ -14,15 +14,16 @@ import torch
 from torch import Tensor
 
 from tiler.memory.meter import MetaMeter
-from tiler.models.blocks import Resnet, Transformer, UpToText, Windows, prepare
+from tiler.models.blocks import IntoResnet, OutOfResnet, Resnet, Transformer, UpToText, Windows, prepare
 from tiler.weights.layers import SMALL, stream_layers
 from tiler.weights.stream import Streamer
 
 if TYPE_CHECKING:
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
-# Weights that stay as they are where others become int8: their names hold one of these. They are small, and first or last;
-# scripts/sensitivity.py tells what each kind of the others loses.
+# Weights that stay as they are where others become int8: the small ones before the blocks and after them, and those of the
+# outermost blocks but for their transformers. These are 2 % of the weights, lost three quarters of all that int8 does (of its
+# square: scripts/sensitivity.py), and are about as fast in fp32, the convolutions transformed (winograd.py).
 FP32_NAMES = ("time_emb", "conv_in.", "conv_out.")
 
 
@@ -30,7 +31,13 @@ def int8_weights(model: torch.nn.Module) -> frozenset[str]:
     """The parameters of a UNet, or of its text encoder, that are quantised where int8 is asked for."""
     layers = ((n, m) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d))
     names = (f"{name}.weight" for name, layer in layers if layer.weight.numel() > SMALL)
-    return frozenset(name for name in names if not any(part in name for part in FP32_NAMES))
+    outermost = ("down_blocks.0.", f"up_blocks.{len(getattr(model, 'up_blocks', ())) - 1}.")
+    return frozenset(
+        name
+        for name in names
+        if not any(part in name for part in FP32_NAMES)
+        and (".transformer_blocks." in name or not name.startswith(outermost))
+    )
 
 
 def order_of_use(unet: UNet2DConditionModel) -> list[str]:
@@ -83,6 +90,12 @@ def predict_noise(
         inputs.clear()
         return streamer.run(module, calls, **shared)
 
+    def residual(where: str, block: torch.nn.Module, inputs: list[Tensor], *skip: list[Tensor]) -> list[Tensor]:
+        if streamer.fits(whole := Resnet(block)):
+            return each(where, whole, inputs, *skip, temb=temb)
+        halfway = each(where, IntoResnet(block), list(inputs), *skip, temb=temb)
+        return each(where, OutOfResnet(block), halfway, inputs, *skip)
+
     def transform(where: str, module: torch.nn.Module, inputs: list[Tensor]) -> list[Tensor]:
         check(where)
         seen = windows if where.rpartition(".attentions")[0] in windowed else None
@@ -103,7 +116,7 @@ def predict_noise(
     for i, block in enumerate(unet.down_blocks):
         attentions = getattr(block, "attentions", [None] * len(block.resnets))
         for j, (resnet, attention) in enumerate(zip(block.resnets, attentions, strict=True)):
-            hidden = each(f"unet.down_blocks.{i}.resnets.{j}", Resnet(resnet), hidden, temb=temb)
+            hidden = residual(f"unet.down_blocks.{i}.resnets.{j}", resnet, hidden)
             if attention is not None:
                 hidden = transform(f"unet.down_blocks.{i}.attentions.{j}", attention, hidden)
             skips.append(list(hidden))
@@ -111,15 +124,15 @@ def predict_noise(
             hidden = each(f"unet.down_blocks.{i}.downsamplers", sampler, hidden)
             skips.append(list(hidden))
     if (mid := unet.mid_block) is not None:
-        hidden = each("unet.mid_block.resnets.0", Resnet(mid.resnets[0]), hidden, temb=temb)
+        hidden = residual("unet.mid_block.resnets.0", mid.resnets[0], hidden)
         for j, (attention, resnet) in enumerate(zip(mid.attentions, mid.resnets[1:], strict=True)):
             if attention is not None:
                 hidden = transform(f"unet.mid_block.attentions.{j}", attention, hidden)
-            hidden = each(f"unet.mid_block.resnets.{j + 1}", Resnet(resnet), hidden, temb=temb)
+            hidden = residual(f"unet.mid_block.resnets.{j + 1}", resnet, hidden)
     for i, block in enumerate(unet.up_blocks):
         attentions = getattr(block, "attentions", [None] * len(block.resnets))
         for j, (resnet, attention) in enumerate(zip(block.resnets, attentions, strict=True)):
-            hidden = each(f"unet.up_blocks.{i}.resnets.{j}", Resnet(resnet), hidden, skips.pop(), temb=temb)
+            hidden = residual(f"unet.up_blocks.{i}.resnets.{j}", resnet, hidden, skips.pop())
             if attention is not None:
                 hidden = transform(f"unet.up_blocks.{i}.attentions.{j}", attention, hidden)
         for sampler in block.upsamplers or []:

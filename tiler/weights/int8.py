@@ -70,11 +70,11 @@ def quantize_tokens(x: Tensor) -> Quantized:
     values, chunk = rows.new_empty(rows.shape, dtype=torch.uint8), max(1, CHUNK // rows.shape[1])
     if x.is_meta:
         return Quantized(values, rows.new_empty(len(rows), 1), MIDDLE)
-    scale = (
-        torch.maximum(rows.amax(1, keepdim=True), rows.amin(1, keepdim=True).neg_()).div_(MIDDLE - 1).clamp_min_(1e-30)
-    )
-    for some, into, by in zip(rows.split(chunk), values.split(chunk), (1 / scale).split(chunk), strict=True):
-        _quantize(some, by, MIDDLE, into)
+    scale = rows.new_empty(len(rows), 1)
+    for some, into, its in zip(rows.split(chunk), values.split(chunk), scale.split(chunk), strict=True):
+        torch.maximum(some.amax(1, keepdim=True), some.amin(1, keepdim=True).neg_(), out=its)
+        its.div_(MIDDLE - 1).clamp_min_(1e-30)
+        _quantize(some, 1 / its, MIDDLE, into)
     return Quantized(values, scale, MIDDLE)
 
 
@@ -102,7 +102,8 @@ def quantize_image(x: Tensor, padding: int = 0) -> Quantized:
 
 
 def _quantize(x: Tensor, inverse: Tensor, zero: int, out: Tensor) -> None:
-    out.copy_(torch.addcmul(x.new_tensor(zero + 0.5), x, inverse))  # + 0.5: the cast cuts off
+    # + 0.5: the cast cuts off. In steps that torch vectorises: neither addcmul along a row nor fp32 to uint8 is (2.8 times).
+    out.copy_(torch.mul(x, inverse).add_(zero + 0.5).to(torch.int16))
 
 
 def linear(x: Quantized, weight: Packed, bias: Tensor | None, out: Tensor) -> None:

@@ -3,7 +3,7 @@
 `stream_layers` turns the Linear, Conv2d and Embedding layers of a meta-device module into them; norms and biases, which are
 small, are loaded at once. Arithmetic never sees the batch: every matrix product is one sample's, over pieces cut at the same
 rows, so results do not depend on how many samples share a read. A convolution's weight is brought into oneDNN's own order
-once for all samples. Layers stored as int8 are computed in int8 (int8.py), where sums are exact.
+once for all samples, or transformed (winograd.py). Layers stored as int8 are computed in int8 (int8.py), where sums are exact.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tiler.weights import int8
+from tiler.weights import int8, winograd
 from tiler.weights.store import PIECE_ELEMENTS, piece_rows
 
 if TYPE_CHECKING:
@@ -38,9 +38,24 @@ class StreamedLinear(nn.Linear, StreamedLayer):
     def forward(self, x: Tensor) -> Tensor:
         """x: (batch, ..., in) fp32 → (batch, ..., out)."""
         out = x.new_empty(*x.shape[:-1], self.out_features)
-        if self.key in self.streamer.int8_keys:
-            return _by_rows_int8(self, x, out, int8.quantize_tokens, int8.linear)
+        if self.key in self.streamer.int8_keys:  # a token has a scale of its own: samples are tokens like others
+            _by_rows_int8(self, x[None], out[None], int8.quantize_tokens, int8.linear)
+            return out
         return _by_rows(self, x, out, -1, F.linear)
+
+
+def linear_layers(layers: Sequence[Callable[..., Tensor]], x: Tensor) -> list[Tensor]:
+    """What several linear layers make of one input, which is quantised once where all of them are int8."""
+    streamed = [
+        layer for layer in layers if isinstance(layer, StreamedLinear) and layer.key in layer.streamer.int8_keys
+    ]
+    if len(streamed) < len(layers):
+        return [layer(x) for layer in layers]
+    tokens = int8.quantize_tokens(x)
+    results = [x.new_empty(*x.shape[:-1], layer.out_features) for layer in streamed]
+    for layer, out in zip(streamed, results, strict=True):
+        _by_rows_int8(layer, x[None], out[None], lambda _: tokens, int8.linear)
+    return results
 
 
 class StreamedConv2d(nn.Conv2d, StreamedLayer):
@@ -63,6 +78,8 @@ class StreamedConv2d(nn.Conv2d, StreamedLayer):
 
         layout = torch.channels_last if self.streamer.prepack else torch.contiguous_format
         out = torch.empty(len(x), self.out_channels, *sides, device=x.device, memory_format=layout)
+        if self.streamer.prepack and self.streamer.transforms(self) and winograd.pays(*sides):
+            return _by_winograd(self, x, out)
         return _by_rows(self, x, out, 1, conv)
 
     def reordered(self, rows: Tensor, sides: Sequence[int]) -> Tensor:
@@ -136,6 +153,18 @@ def _by_rows_int8(
         part = None if bias is None else bias[weight.first : weight.last]
         for sample, filled in zip(samples, out, strict=True):
             product(sample, weight, part, filled[..., weight.first : weight.last])
+    return out
+
+
+def _by_winograd(layer: StreamedConv2d, x: Tensor, out: Tensor) -> Tensor:
+    """The same for a convolution by winograd.py."""
+    if not layer.streamer.holding and layer.streamer.fits(layer):
+        with layer.streamer.hold(layer):
+            return _by_winograd(layer, x, out)
+    for first, last, weight in layer.streamer.transformed(layer):
+        part = None if layer.bias is None else layer.bias[first:last]
+        for sample, filled in zip(x, out, strict=True):
+            winograd.conv2d(sample, weight, part, filled[first:last])
     return out
 
 

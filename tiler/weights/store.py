@@ -150,10 +150,10 @@ class WeightStore:
             self._cast(piece, self._read(piece, buffer), out[i : i + 1])
         return out
 
-    def pieces(self, name: str) -> list[Piece]:
-        """The tensor cut along its first axis into pieces of about `piece_elements`."""
-        shape = self.index[name].shape
-        total, step = shape[0], piece_rows(math.prod(shape[1:]), self.piece_elements)
+    def pieces(self, name: str, elements: int | None = None) -> list[Piece]:
+        """The tensor cut along its first axis into pieces of about `elements`, at most and else `piece_elements`."""
+        shape, elements = self.index[name].shape, min(elements or self.piece_elements, self.piece_elements)
+        total, step = shape[0], piece_rows(math.prod(shape[1:]), elements)
         return [Piece(name, first, min(first + step, total)) for first in range(0, total, step)]
 
     def fetch(self, piece: Piece, out: torch.Tensor) -> None:

@@ -23,13 +23,15 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from tiler.memory import cpu, process
-from tiler.weights import int8
+from tiler.weights import int8, winograd
 from tiler.weights.arena import Arena
 from tiler.weights.layers import Rows, StreamedConv2d, StreamedLayer, streamed_layers
 from tiler.weights.store import PIECE_ELEMENTS, WeightStore, piece_rows
 
+# Elements of the samples that run together where weights are int8, whose sums are exact: those of one sample of SD 1.5's
+# second level. Its inner levels would be many small products.
+GROUP_ELEMENTS = 640 * 32 * 32
 ARENA_BYTES = 76 * 2**20  # fp32; the largest unit of SD 1.5 worth holding is its widest feed-forward, 78.7 MB
-INT8_ARENA_BYTES = 46 * 2**20  # the widest resnet of SD 1.5 whole
 
 
 class Streamer:
@@ -38,7 +40,7 @@ class Streamer:
     With `store=None` nothing is loaded: for planning on meta tensors; `int8_keys` then names the weights that will be stored
     as int8. Where the processor has the instructions, these are computed with as int8 too, unless `int8_products` is False.
     `short` says whether memory is short: then what one sample freed goes back to the system before the next one runs, and
-    so does what the arena does not need.
+    so does what the arena does not need. With `transform`, convolutions that are large enough go by winograd.py under `run`.
     """
 
     def __init__(
@@ -48,13 +50,14 @@ class Streamer:
         int8_keys: frozenset[str] = frozenset(),
         int8_products: bool = True,
         arena_bytes: int | None = None,
+        transform: bool = False,
     ) -> None:
         self.store = store
         stored = int8_keys if store is None else store.int8
         self.int8_keys = stored if int8_products and cpu.int8().products else frozenset[str]()
-        self.usual_bytes = INT8_ARENA_BYTES if self.int8_keys else ARENA_BYTES
-        self.arena_bytes = arena_bytes or self.usual_bytes
+        self.arena_bytes = arena_bytes or ARENA_BYTES
         self.can_prepack = cpu.prepacks() and torch.backends.mkldnn.is_available()
+        self._transform = transform and self.can_prepack
         self.short: Callable[[], bool] = lambda: False
         self.used: dict[str, None] = {}  # names in the order of first use
         self.holding = False
@@ -67,7 +70,23 @@ class Streamer:
 
     def nbytes(self, layer: StreamedLayer) -> int:
         """What its weight takes while it is held."""
+        if self.transforms(layer):
+            return layer.weight.numel() * 4 * winograd.GROWTH
         return layer.weight.numel() * (1 if layer.key in self.int8_keys else 4)
+
+    def transforms(self, layer: nn.Module) -> bool:
+        """Whether a layer's weight is held transformed: if an arena of the usual size has room for both, at any ceiling."""
+        return (
+            self._transform
+            and isinstance(layer, StreamedConv2d)
+            and layer.key not in self.int8_keys
+            and winograd.suits(layer)
+            and 4 * (1 + winograd.GROWTH) * layer.weight.numel() <= ARENA_BYTES
+        )
+
+    def _taps(self, layers: Sequence[StreamedLayer]) -> int:
+        """Bytes beside held weights while the largest of them is transformed."""
+        return max((4 * layer.weight.numel() for layer in layers if self.transforms(layer)), default=0)
 
     @staticmethod
     def _piece(layer: StreamedLayer) -> int:
@@ -81,10 +100,11 @@ class Streamer:
 
     def would_fit(self, module: nn.Module) -> bool:
         """The same for an arena of the usual size: for cuts that must not depend on the ceiling."""
-        return self._held_bytes(module) <= self.usual_bytes
+        return self._held_bytes(module) <= ARENA_BYTES
 
     def _held_bytes(self, module: nn.Module) -> int:
-        return sum(map(self.nbytes, streamed_layers(module)))
+        layers = streamed_layers(module)
+        return sum(map(self.nbytes, layers)) + self._taps(layers)
 
     @contextmanager
     def hold(self, module: nn.Module) -> Iterator[None]:
@@ -93,7 +113,7 @@ class Streamer:
         layers = [layer for layer in streamed_layers(module) if self.store is None or not self._kept(layer)]
         integers = [layer for layer in layers if layer.key in self.int8_keys]
         packed, piece = sum(map(self.nbytes, integers)), max(map(self._piece, integers), default=0)
-        room = sum(map(self.nbytes, layers)) - packed + piece
+        room = sum(map(self.nbytes, layers)) - packed + max(piece, self._taps(layers))
         # On meta the weights are counted by whoever plans; a piece is as stored, and copied once on its way.
         planned = torch.empty(room + packed + piece, device="meta", dtype=torch.uint8) if self.store is None else None
         if planned is None:
@@ -109,10 +129,10 @@ class Streamer:
             del planned
 
     def _kept(self, layer: StreamedLayer) -> bool:
-        """Whether the layer's weight is resident in fp32."""
+        """Whether the layer's weight is resident as it is computed with."""
         assert self.store is not None
         kept = self.store.resident.get(layer.key)
-        return kept is not None and kept.dtype == torch.float32
+        return kept is not None and kept.dtype == torch.float32 and not self.transforms(layer)
 
     def _between_samples(self) -> None:
         if self.short():
@@ -168,6 +188,41 @@ class Streamer:
             self._reordered[layer.key] = list(pieces)
         return self._reordered[layer.key]
 
+    def transformed(self, layer: StreamedConv2d) -> Iterator[Rows]:
+        """The weight as winograd.py computes with it: whole and held where weights are, else as much as the arena has room
+        for. What a column of a matrix product adds up to does not depend on where it is cut (a test compares)."""
+        total, _, *taps = layer.weight.shape
+        most = PIECE_ELEMENTS if self.store is None else self.store.piece_elements
+        elements = layer.weight.numel() if self.holding else min(most, self.arena_bytes // (4 * (1 + winograd.GROWTH)))
+        step = total if self.holding else min(total, piece_rows(layer.weight[0].numel(), elements))
+        if self.store is None:
+            yield from self._planned_transformed(layer, step)
+            return
+        if layer.key in self._held:
+            yield 0, total, self._held[layer.key]
+            return
+        for first in range(0, total, step):
+            rows = min(step, total - first)
+            weight = self._room(winograd.GROWTH * rows * layer.weight[0].numel(), torch.float32)
+            self._filled += weight.nbytes
+            plane = self._room(rows * layer.weight[0].numel(), torch.float32).view(*taps, layer.in_channels, rows)
+            for piece in self.store.pieces(layer.key, elements):
+                if first <= piece.first < first + rows:
+                    self.store.fetch(piece, plane[..., piece.first - first : piece.last - first].permute(3, 2, 0, 1))
+            weight = winograd.transform(plane, weight.view(-1, layer.in_channels, rows))
+            if self.holding:
+                self._held[layer.key] = weight
+            else:
+                self._filled = 0
+            yield first, first + rows, weight
+
+    def _planned_transformed(self, layer: StreamedConv2d, rows: int) -> Iterator[Rows]:
+        self.used[layer.key] = None
+        count = 0 if self.holding else rows * layer.weight[0].numel()  # counted: the taps and what becomes of them
+        planned = layer.weight.new_empty((1 + winograd.GROWTH) * count)
+        yield 0, rows, layer.weight.new_empty(1).expand(9 * winograd.GROWTH, layer.in_channels, rows)
+        del planned
+
     def packs(self, layer: StreamedLayer) -> Iterable[int8.Packed]:
         """The layer's int8 weight, piece by piece; held where weights are."""
         if self.store is None:
@@ -206,19 +261,35 @@ class Streamer:
             return list(_first(module(*stacked, **shared)).split(1))
         with self.hold(module):
             results: list[Tensor] = []
-            before: tuple[Tensor, ...] = ()
             while calls:
-                call = calls.pop(0)
-                if before and all(a is b for a, b in zip(call, before, strict=True)):
-                    results.append(results[-1])
-                elif results and calls and call[0].is_meta:
-                    results.append(torch.empty_like(results[0]))  # planning: the last sample's transients are the peak
-                else:
-                    results.append(_first(module(*call, **shared)))
+                group, same = self._next_group(calls)
+                if results and calls and group[0][0].is_meta:
+                    # Planning: the last ones' transients are the peak.
+                    made = [torch.empty_like(results[0]) for _ in group]
+                elif len(group) == 1:
+                    made = [_first(module(*group[0], **shared))]
                     self._between_samples()
-                before = call if calls and calls[0][0] is call[0] else ()
-                del call
+                else:
+                    made = list(_first(module(*map(torch.cat, zip(*group, strict=True)), **shared)).split(1))
+                results += [result for result, times in zip(made, same, strict=True) for _ in range(times)]
+                del group
             return results
+
+    def _next_group(self, calls: list[tuple[Tensor, ...]]) -> tuple[list[tuple[Tensor, ...]], list[int]]:
+        """Take from the front of `calls` those that run together, neighbours with the very same tensors once; and how often
+        each was there."""
+        most = max(1, GROUP_ELEMENTS // max(x.numel() for x in calls[0])) if self.int8_keys else 1
+        group, same = [calls.pop(0)], [1]
+        while calls:
+            if all(a is b for a, b in zip(calls[0], group[-1], strict=True)):
+                same[-1] += 1
+            elif len(group) < most:
+                group.append(calls[0])
+                same.append(1)
+            else:
+                break
+            calls.pop(0)
+        return group, same
 
     def run_unit(self, module: nn.Module, forward: Callable[..., object], *args: object, **kwargs: object) -> object:
         """The forward of a unit: sample by sample while its weights are held. Arguments are cut where their first

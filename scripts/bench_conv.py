@@ -1,0 +1,70 @@
+"""3 × 3 convolutions by oneDNN and by tiler/weights/winograd.py: milliseconds, and each one's rounding against fp64.
+
+    python scripts/bench_conv.py
+    ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 ATEN_CPU_CAPABILITY=avx2 python scripts/bench_conv.py
+
+Weights are ready for use in both; bringing them there comes once for all samples of a pass, and stands last.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tiler.memory import process
+from tiler.weights import winograd
+
+SHAPES = [
+    (320, 320, 64),
+    (640, 320, 64),
+    (960, 320, 64),
+    (640, 640, 64),
+    (640, 640, 32),
+    (256, 256, 64),
+    (128, 128, 64),
+]
+
+
+def milliseconds(work: Callable[[], object], rounds: int = 11) -> float:
+    work()
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return 1e3 * statistics.median(times)
+
+
+@torch.no_grad()
+def main() -> None:
+    process.frugal_allocator()
+    for channels, outputs, side in SHAPES:
+        x = torch.randn(1, channels, side, side).to(memory_format=torch.channels_last)
+        weight, bias = torch.randn(outputs, channels, 3, 3) / (3 * channels**0.5), torch.randn(outputs)
+        exact = F.conv2d(x.double(), weight.double(), bias.double(), padding=1)[0]
+        geometry = (1, 1), (1, 1), (1, 1), 1  # padding, stride, dilation, groups
+        reordered = torch.ops.mkldnn._reorder_convolution_weight(weight, *geometry, x.shape)
+
+        def direct(x: Tensor = x, weight: Tensor = reordered, bias: Tensor = bias) -> Tensor:
+            out: Tensor = torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *geometry, "none", [], "")  # noqa: B023
+            return out[0]
+
+        taps, out = weight.permute(2, 3, 1, 0).contiguous(), torch.empty(side, side, outputs).permute(2, 0, 1)
+        room = torch.empty(winograd.TILE**2, channels, outputs)
+        transform = milliseconds(lambda: winograd.transform(taps, room), 3)  # noqa: B023
+        other = milliseconds(lambda: winograd.conv2d(x[0], room, bias, out))  # noqa: B023
+        one, errors = milliseconds(direct), [float((y - exact).norm() / exact.norm()) for y in (direct(), out)]
+        print(
+            f"{channels:4} → {outputs:3}, {side}²: oneDNN {one:5.1f} ms ({errors[0]:.0e})  transformed {other:5.1f} ms "
+            f"({errors[1]:.0e}), {other / one:.2f}×; the weight {transform:.1f} ms",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
