@@ -29,7 +29,7 @@ from tiler.pipeline import streamed
 from tiler.planner import plan_render
 from tiler.quantize import default_cache, packed_weights
 from tiler.request import Precision, RenderRequest
-from tiler.weights import int8, store
+from tiler.weights import int8, store, winograd
 from tiler.weights.checkpoint import resolve
 from tiler.weights.layers import StreamedConv2d
 
@@ -95,6 +95,8 @@ def main() -> None:
         named(int8, name, "quantising activations")
     named(int8, "pack", "packing int8 weights")
     named(StreamedConv2d, "reordered", "reordering weights")
+    named(winograd, "transform", "transforming weights")
+    named(winograd, "conv2d", "convolution, transformed")
     named(process, "release_heap", "giving memory back")
     budget, samples = Unchecked(args.ceiling), plan.batch
     unet, check = build_unet(family), at_layer(budget, plan.memory.peak_of("canvas"))

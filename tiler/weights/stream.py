@@ -262,7 +262,7 @@ class Streamer:
         with self.hold(module):
             results: list[Tensor] = []
             while calls:
-                group, same = self._next_group(calls)
+                group, same = self._next_group(module, calls)
                 if results and calls and group[0][0].is_meta:
                     # Planning: the last ones' transients are the peak.
                     made = [torch.empty_like(results[0]) for _ in group]
@@ -275,10 +275,15 @@ class Streamer:
                 del group
             return results
 
-    def _next_group(self, calls: list[tuple[Tensor, ...]]) -> tuple[list[tuple[Tensor, ...]], list[int]]:
+    def _next_group(
+        self, module: nn.Module, calls: list[tuple[Tensor, ...]]
+    ) -> tuple[list[tuple[Tensor, ...]], list[int]]:
         """Take from the front of `calls` those that run together, neighbours with the very same tensors once; and how often
         each was there."""
-        most = max(1, GROUP_ELEMENTS // max(x.numel() for x in calls[0])) if self.int8_keys else 1
+        most = 1
+        # A small layer that is not streamed computes all samples in one product, whose bits depend on their number.
+        if self.int8_keys and not any(type(m) in (nn.Linear, nn.Conv2d) for m in module.modules()):
+            most = max(1, GROUP_ELEMENTS // max(x.numel() for x in calls[0]))
         group, same = [calls.pop(0)], [1]
         while calls:
             if all(a is b for a, b in zip(calls[0], group[-1], strict=True)):
