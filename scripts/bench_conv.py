@@ -8,14 +8,11 @@ Weights are ready for use in both; bringing them there comes once for all sample
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tiler.estimate import median_seconds
 from tiler.memory import process
 from tiler.weights import winograd
 
@@ -28,16 +25,6 @@ SHAPES = [
     (256, 256, 64),
     (128, 128, 64),
 ]
-
-
-def milliseconds(work: Callable[[], object], rounds: int = 11) -> float:
-    work()
-    times = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return 1e3 * statistics.median(times)
 
 
 @torch.no_grad()
@@ -56,9 +43,12 @@ def main() -> None:
 
         taps, out = weight.permute(2, 3, 1, 0).contiguous(), torch.empty(side, side, outputs).permute(2, 0, 1)
         room = torch.empty(winograd.TILE**2, channels, outputs)
-        transform = milliseconds(lambda: winograd.transform(taps, room), 3)  # noqa: B023
-        other = milliseconds(lambda: winograd.conv2d(x[0], room, bias, out))  # noqa: B023
-        one, errors = milliseconds(direct), [float((y - exact).norm() / exact.norm()) for y in (direct(), out)]
+        transform = 1e3 * median_seconds(lambda: winograd.transform(taps, room), 3)  # noqa: B023
+        other = 1e3 * median_seconds(lambda: winograd.conv2d(x[0], room, bias, out), 11)  # noqa: B023
+        one, errors = (
+            1e3 * median_seconds(direct, 11),
+            [float((y - exact).norm() / exact.norm()) for y in (direct(), out)],
+        )
         print(
             f"{channels:4} → {outputs:3}, {side}²: oneDNN {one:5.1f} ms ({errors[0]:.0e})  transformed {other:5.1f} ms "
             f"({errors[1]:.0e}), {other / one:.2f}×; the weight {transform:.1f} ms",

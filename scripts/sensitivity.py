@@ -5,7 +5,8 @@
 
 Weights and inputs take the values that tiler/weights/int8.py gives them and are multiplied in fp32, so any processor can
 judge for any other. `--largest` is the largest weight: 64 where there are no dot-product instructions, else 127.
-`FP32_NAMES` in tiler/models/unet.py are not in the table: they stay in fp32. The whole UNet is in memory: 6 GB for SD 1.5.
+`FP32_NAMES` in tiler/models/unet.py are not in the table: they stay in fp32. So do the outermost blocks but for their
+transformers; the last row tells what they would lose. The whole UNet is in memory: 6 GB for SD 1.5.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from tiler.models.unet import int8_weights
+from tiler.models.unet import FP32_NAMES, int8_weights
 from tiler.weights import int8
 from tiler.weights.checkpoint import resolve
+from tiler.weights.layers import SMALL
 
 
 def kind(name: str) -> str:
@@ -71,6 +73,13 @@ def main() -> None:
             unet.get_submodule(name.removesuffix(".weight"))
         )
     everything = [module for modules in groups.values() for module in modules]
+    quantised = {id(module) for module in everything}
+    groups["outermost, left in fp32"] = [
+        module
+        for name, module in unet.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d) and module.weight.numel() > SMALL and id(module) not in quantised
+        and not any(part in f"{name}.weight" for part in FP32_NAMES)
+    ]  # fmt: skip
     print(f"{'kind':32} layers  share  " + "  ".join(f"weights ±{n:<3}" for n in args.largest), flush=True)
     total = sum(m.weight.numel() for m in everything)
     for name, modules in [("everything", everything), *groups.items()]:

@@ -88,12 +88,14 @@ def measure() -> Speed:
         conv_flops = 2 * x.numel() * layer.weight[0].numel()
         q = torch.randn(1, 2, 2048, 40)
         attention_flops = 4 * 2 * 2048 * 2048 * 40
-        fp32 = conv_flops / _seconds(lambda: layer(x))
-        attention = attention_flops / _seconds(lambda: F.scaled_dot_product_attention(q, q, q))
+        fp32 = conv_flops / median_seconds(lambda: layer(x))
+        attention = attention_flops / median_seconds(lambda: F.scaled_dot_product_attention(q, q, q))
         if not cpu.int8().products:  # then int8 is what weights are stored in, no more
             return Speed(fp32, fp32, attention)
         weight, out = int8.pack(0, *int8.quantize_rows(layer.weight)), torch.empty(32, 32, 320)
-        fast = conv_flops / _seconds(lambda: int8.conv2d(int8.quantize_image(x[0], 1), weight, None, out, layer=layer))
+        fast = conv_flops / median_seconds(
+            lambda: int8.conv2d(int8.quantize_image(x[0], 1), weight, None, out, layer=layer)
+        )
     return Speed(fp32, fast, attention)
 
 
@@ -103,7 +105,8 @@ def seconds(work: Work, decode_flops: int, speed: Speed, precision: Precision) -
     return OVERHEAD * (layers + work.attention / speed.attention + decode_flops / speed.fp32)
 
 
-def _seconds(work: Callable[[], object], rounds: int = 5) -> float:
+def median_seconds(work: Callable[[], object], rounds: int = 5) -> float:
+    """What `work` takes in the median of `rounds`, after one that does not count."""
     work()
     times = []
     for _ in range(rounds):

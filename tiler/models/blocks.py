@@ -102,7 +102,10 @@ def _norm(norm: nn.Module, x: Tensor) -> Tensor:
 def _activate(act: nn.Module, x: Tensor) -> Tensor:
     """The same: torch computes the last few values of a thread's share in another way, and shares depend on the number."""
     for sample in x.split(1):
-        sample.copy_(act(sample)) if not isinstance(act, nn.SiLU) else F.silu(sample, inplace=True)
+        if isinstance(act, nn.SiLU):
+            F.silu(sample, inplace=True)
+        else:
+            sample.copy_(act(sample))
     return x
 
 

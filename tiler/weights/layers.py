@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -38,10 +39,11 @@ class StreamedLinear(nn.Linear, StreamedLayer):
     def forward(self, x: Tensor) -> Tensor:
         """x: (batch, ..., in) fp32 → (batch, ..., out)."""
         out = x.new_empty(*x.shape[:-1], self.out_features)
-        if self.key in self.streamer.int8_keys:  # a token has a scale of its own: samples are tokens like others
-            _by_rows_int8(self, x[None], out[None], int8.quantize_tokens, int8.linear)
-            return out
-        return _by_rows(self, x, out, -1, F.linear)
+        with _held(self):
+            if self.key in self.streamer.int8_keys:  # a token has a scale of its own: samples are tokens like others
+                _by_rows_int8(self, x[None], out[None], int8.quantize_tokens, int8.linear)
+                return out
+            return _by_rows(self, x, out, -1, F.linear)
 
 
 def linear_layers(layers: Sequence[Callable[..., Tensor]], x: Tensor) -> list[Tensor]:
@@ -54,7 +56,8 @@ def linear_layers(layers: Sequence[Callable[..., Tensor]], x: Tensor) -> list[Te
     tokens = int8.quantize_tokens(x)
     results = [x.new_empty(*x.shape[:-1], layer.out_features) for layer in streamed]
     for layer, out in zip(streamed, results, strict=True):
-        _by_rows_int8(layer, x[None], out[None], lambda _: tokens, int8.linear)
+        with _held(layer):
+            _by_rows_int8(layer, x[None], out[None], lambda _: tokens, int8.linear)
     return results
 
 
@@ -64,10 +67,12 @@ class StreamedConv2d(nn.Conv2d, StreamedLayer):
         sides = int8.conv_sides(self, x.shape[2:])
         if self.key in self.streamer.int8_keys:
             out = x.new_empty(len(x), *sides, self.out_channels)
-            if int8.is_pointwise(self):  # then each pixel is a token, with a scale of its own
-                return _by_rows_int8(self, x, out, int8.quantize_pixels, int8.linear).permute(0, 3, 1, 2)
             quantize = functools.partial(int8.quantize_image, padding=self.padding[0])  # type: ignore[arg-type]
-            return _by_rows_int8(self, x, out, quantize, functools.partial(int8.conv2d, layer=self)).permute(0, 3, 1, 2)
+            product: Callable[..., None] = functools.partial(int8.conv2d, layer=self)
+            if int8.is_pointwise(self):  # then each pixel is a token, with a scale of its own
+                quantize, product = int8.quantize_pixels, int8.linear  # type: ignore[assignment]
+            with _held(self):
+                return _by_rows_int8(self, x, out, quantize, product).permute(0, 3, 1, 2)
 
         def conv(sample: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             if not weight.is_mkldnn:
@@ -79,8 +84,10 @@ class StreamedConv2d(nn.Conv2d, StreamedLayer):
         layout = torch.channels_last if self.streamer.prepack else torch.contiguous_format
         out = torch.empty(len(x), self.out_channels, *sides, device=x.device, memory_format=layout)
         if self.streamer.prepack and self.streamer.transforms(self) and winograd.pays(*sides):
-            return _by_winograd(self, x, out)
-        return _by_rows(self, x, out, 1, conv)
+            with _held(self):
+                return _by_winograd(self, x, out)
+        with nullcontext() if self.streamer.prepack else _held(self):
+            return _by_rows(self, x, out, 1, conv)
 
     def reordered(self, rows: Tensor, sides: Sequence[int]) -> Tensor:
         """Some rows of the weight in oneDNN's order for an input of `sides`."""
@@ -97,15 +104,18 @@ class StreamedEmbedding(nn.Embedding, StreamedLayer):
         return self.streamer.store.rows(self.key, unique.tolist())[back]
 
 
+def _held(layer: StreamedLayer) -> AbstractContextManager[None]:
+    """Its weight is held for all samples, if it fits and weights are not held already."""
+    streamer = layer.streamer
+    return nullcontext() if streamer.holding or not streamer.fits(layer) else streamer.hold(layer)
+
+
 def _by_rows(layer: StreamedLayer, x: Tensor, out: Tensor, axis: int, op: Callable[..., Tensor]) -> Tensor:
     """Fill `out` sample by sample, each a batch of one; `axis` is where the output channels lie."""
     bias: Tensor | None = layer.bias  # type: ignore[assignment]
     streamer = layer.streamer
     # A plain convolution brings its weight into oneDNN's order at every call (1280 channels, 8 × 8: 46 ms beside 24).
     reorder = isinstance(layer, StreamedConv2d) and streamer.prepack
-    if not streamer.holding and not reorder and streamer.fits(layer):
-        with streamer.hold(layer):
-            return _by_rows(layer, x, out, axis, op)
     whole = None if reorder and not x.is_meta else streamer.whole(layer)
     step = piece_rows(
         layer.weight[0].numel(), PIECE_ELEMENTS if streamer.store is None else streamer.store.piece_elements
@@ -144,12 +154,8 @@ def _by_rows_int8(
     """The same for an int8 weight: each sample is quantised once, each piece of the weight applied to all of them. The
     output channels are the last axis of `out`."""
     bias: Tensor | None = layer.bias  # type: ignore[assignment]
-    streamer = layer.streamer
-    if not streamer.holding and streamer.fits(layer):
-        with streamer.hold(layer):
-            return _by_rows_int8(layer, x, out, quantize, product)
     samples = [quantize(sample) for sample in x]
-    for weight in streamer.packs(layer):
+    for weight in layer.streamer.packs(layer):
         part = None if bias is None else bias[weight.first : weight.last]
         for sample, filled in zip(samples, out, strict=True):
             product(sample, weight, part, filled[..., weight.first : weight.last])
@@ -158,9 +164,6 @@ def _by_rows_int8(
 
 def _by_winograd(layer: StreamedConv2d, x: Tensor, out: Tensor) -> Tensor:
     """The same for a convolution by winograd.py."""
-    if not layer.streamer.holding and layer.streamer.fits(layer):
-        with layer.streamer.hold(layer):
-            return _by_winograd(layer, x, out)
     for first, last, weight in layer.streamer.transformed(layer):
         part = None if layer.bias is None else layer.bias[first:last]
         for sample, filled in zip(x, out, strict=True):

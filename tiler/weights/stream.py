@@ -31,6 +31,7 @@ from tiler.weights.store import PIECE_ELEMENTS, WeightStore, piece_rows
 # Elements of the samples that run together where weights are int8, whose sums are exact: those of one sample of SD 1.5's
 # second level. Its inner levels would be many small products.
 GROUP_ELEMENTS = 640 * 32 * 32
+_TRANSFORM_BYTES = 4 * (1 + winograd.GROWTH)  # of an element of a weight, transformed beside what it was
 ARENA_BYTES = 76 * 2**20  # fp32; the largest unit of SD 1.5 worth holding is its widest feed-forward, 78.7 MB
 
 
@@ -81,7 +82,7 @@ class Streamer:
             and isinstance(layer, StreamedConv2d)
             and layer.key not in self.int8_keys
             and winograd.suits(layer)
-            and 4 * (1 + winograd.GROWTH) * layer.weight.numel() <= ARENA_BYTES
+            and _TRANSFORM_BYTES * layer.weight.numel() <= ARENA_BYTES
         )
 
     def _taps(self, layers: Sequence[StreamedLayer]) -> int:
@@ -193,7 +194,7 @@ class Streamer:
         for. What a column of a matrix product adds up to does not depend on where it is cut (a test compares)."""
         total, _, *taps = layer.weight.shape
         most = PIECE_ELEMENTS if self.store is None else self.store.piece_elements
-        elements = layer.weight.numel() if self.holding else min(most, self.arena_bytes // (4 * (1 + winograd.GROWTH)))
+        elements = layer.weight.numel() if self.holding else min(most, self.arena_bytes // _TRANSFORM_BYTES)
         step = total if self.holding else min(total, piece_rows(layer.weight[0].numel(), elements))
         if self.store is None:
             yield from self._planned_transformed(layer, step)
@@ -266,11 +267,11 @@ class Streamer:
                 if results and calls and group[0][0].is_meta:
                     # Planning: the last ones' transients are the peak.
                     made = [torch.empty_like(results[0]) for _ in group]
-                elif len(group) == 1:
-                    made = [_first(module(*group[0], **shared))]
-                    self._between_samples()
                 else:
-                    made = list(_first(module(*map(torch.cat, zip(*group, strict=True)), **shared)).split(1))
+                    inputs = group[0] if len(group) == 1 else map(torch.cat, zip(*group, strict=True))
+                    made = list(_first(module(*inputs, **shared)).split(1))
+                    del inputs
+                    self._between_samples()
                 results += [result for result, times in zip(made, same, strict=True) for _ in range(times)]
                 del group
             return results
