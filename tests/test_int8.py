@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -312,14 +313,21 @@ def test_without_8_bit_products_the_arithmetic_is_fp32(
     ],
 )
 def test_what_int8_means_on_a_processor(
-    flags: tuple[str, ...], largest: int, products: bool, dot: bool, monkeypatch: pytest.MonkeyPatch
+    flags: tuple[str, ...], largest: int, products: bool, dot: bool, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from tiler.planner import choose_precision
 
     monkeypatch.setattr(cpu, "flags", lambda: flags)
     assert cpu.int8()[:3] == (largest, products, dot)
-    assert choose_precision(Precision.AUTO) is (Precision.INT8 if dot else Precision.FP32)
-    assert choose_precision(Precision.INT8) is Precision.INT8
+    narrow = family_of(tiny)
+    wide = replace(narrow, unet=narrow.unet | {"block_out_channels": [320, 640, 1280, 1280]})
+    precision, why = choose_precision(Precision.AUTO, wide)
+    assert precision is (Precision.INT8 if dot else Precision.FP32)
+    assert "bit weights" in why
+    precision, why = choose_precision(Precision.AUTO, narrow)
+    assert precision is Precision.FP32 and "32 channels" in why
+    for family in (narrow, wide):
+        assert choose_precision(Precision.INT8, family) == (Precision.INT8, "as asked")
 
 
 @needs_int8

@@ -107,7 +107,8 @@ def test_the_picture_carries_its_parameters(tiny: Path, tmp_path: Path) -> None:
     assert lines[-1].startswith(
         "Steps: 3, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 7.5, Seed: 11, Size: 128x64, Model: "
     )
-    assert json.loads(image.text["tiler"])["seed"] == 11  # type: ignore[attr-defined]
+    asked = json.loads(image.text["tiler"])  # type: ignore[attr-defined]
+    assert asked["seed"] == 11 and asked["precision"] == "fp32"
     profile = ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))
     assert "sRGB" in ImageCms.getProfileDescription(profile)
 

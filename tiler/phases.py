@@ -25,7 +25,7 @@ WORK = "activations, weights in use"
 # for SD 2.1, whatever the batch). Where the weights' arena is small, and memory always short, 18 MB of 106.
 HEAP_SLACK, TIGHT_HEAP_SLACK = 0.37, 0.2
 # Measured: what int8 weights, packed and freed unit by unit, leave of holes (SD 1.5, 1024² under 600 MB: 595 MB, 570 planned
-# without it).
+# without it). Nothing where memory is always short.
 INT8_HOLES_BYTES = 27_000_000
 LIBRARIES_BYTES = 86_000_000  # measured: code of torch, oneDNN and MKL, and the kernels these compile at first use
 
@@ -108,10 +108,12 @@ class Sampler:
         groups = [tuple(tiles[i : i + batch]) for i in range(0, len(tiles), batch)]
         group = max(groups, key=lambda g: (len(set(g)), len(g)))  # halves of one tile share their first layers
         group = tuple(sorted(set(group)).index(tile) for tile in group)
-        slack = HEAP_SLACK if self.streamer.arena_bytes == ARENA_BYTES else TIGHT_HEAP_SLACK
+        tight = self.streamer.arena_bytes < ARENA_BYTES
+        slack = TIGHT_HEAP_SLACK if tight else HEAP_SLACK
         work = self.activations(group, height, width) + int(slack * self.activations((0,), height, width))
-        integers = sum(math.prod(self.stored[name].shape) for name in self.streamer.int8_keys & self.stored.keys())
-        work += min(INT8_HOLES_BYTES, integers)
+        if not tight:
+            integers = sum(math.prod(self.stored[name].shape) for name in self.streamer.int8_keys & self.stored.keys())
+            work += min(INT8_HOLES_BYTES, integers)
         return PhasePlan(name=name, terms=(*fixed, *self.terms, Term(name=WORK, nbytes=work)))
 
 

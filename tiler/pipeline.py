@@ -102,6 +102,7 @@ class _Work:
 
     def prepare_weights(self) -> None:
         """The UNet's and the text encoder's weights in int8, where they are asked for: quantised now, or at an earlier run."""
+        self._note(f"UNet in {self.plan.precision} ({self.plan.precision_why})")
         if self.plan.precision is Precision.INT8:
             cache = self.request.cache_dir or default_cache()
             self.unet_weights = self.text_weights = prepare_int8(self.family, cache, self.budget, self.on_event)
@@ -285,7 +286,8 @@ class _Work:
             **({"Denoising strength": r.strength} if self.plan.begin else {}), "Version": f"tiler {metadata.version('tiler')}",
         }  # fmt: skip
         request = {k: v for k, v in asdict(r).items() if k not in ("output", "save_latents", "cache_dir", "force")}
-        data = json.dumps(request | {"peak_rss_bytes": self.budget.peak_rss_bytes}, default=str, ensure_ascii=False)
+        found = {"precision": self.plan.precision.value, "peak_rss_bytes": self.budget.peak_rss_bytes}
+        data = json.dumps(request | found, default=str, ensure_ascii=False)
         prompt = r.prompt if r.prompt is not None else " | ".join(region.prompt for region in r.regions)
         return {"parameters": infotext(prompt, r.negative_prompt, fields), "tiler": data}
 

@@ -36,6 +36,7 @@ from tiler.weights.store import TORCH_DTYPES
 MAX_BATCH = 16
 # Where a ceiling leaves no room to hold SD 1.5's larger resnets and feed-forwards: their layers one by one, the rest whole.
 TIGHT_ARENA_BYTES = 12 * 2**20
+INT8_CHANNELS = 192  # of a UNet's first level: with fewer, quantising takes about what 8-bit products save
 RESIDENT_SLACK = 0.18  # measured: freed blocks between live ones, as a share of resident weights
 RESIDENT_MARGIN = 0.95  # of the ceiling: weights that merely save reading leave more room than the batch does
 
@@ -82,6 +83,7 @@ class RenderPlan(Cut):
     arena_bytes: int  # for the UNet's weights in use
     sample_bytes: int  # what one sample alone takes in the UNet, the weights in use included
     precision: Precision  # fp32 or int8
+    precision_why: str
 
     @property
     def unet_calls(self) -> int:
@@ -144,7 +146,7 @@ def plan_render(request: RenderRequest, family: Family, max_bytes: int) -> Rende
     per_step = len(canvas_samples)
 
     stored = family.checkpoint.weights("unet")
-    precision = choose_precision(request.precision)
+    precision, precision_why = choose_precision(request.precision, family)
     quantised = int8_weights(families.build_unet(family)) if precision is Precision.INT8 else frozenset[str]()
     stored |= {
         name: stored[name]._replace(dtype="I8", nbytes=math.prod(stored[name].shape))
@@ -218,17 +220,19 @@ def plan_render(request: RenderRequest, family: Family, max_bytes: int) -> Rende
     order = ["encode prompts", "guide", "guide picture", "canvas", "decode"]
     phases.sort(key=lambda p: order.index(p.name))
     return RenderPlan(
-        **vars(cut), family=family, batch=batch, resident=resident, decoder=decoder.kind, methods=methods, guide_batch=guide_batch, precision=precision,
+        **vars(cut), family=family, batch=batch, resident=resident, decoder=decoder.kind, methods=methods, guide_batch=guide_batch, precision=precision, precision_why=precision_why,
         sample_bytes=sampler.activations((0,), side, side), arena_bytes=sampler.streamer.arena_bytes,
         memory=MemoryPlan(max_bytes=max_bytes, phases=tuple(phases), smallest_bytes=int(max(least + smallest) / MARGIN) + 1),
     )  # fmt: skip
 
 
-def choose_precision(wanted: Precision) -> Precision:
-    """AUTO is int8 where the processor has instructions made for it."""
-    if wanted is Precision.AUTO:
-        return Precision.INT8 if cpu.int8().dot else Precision.FP32
-    return wanted
+def choose_precision(wanted: Precision, family: Family) -> tuple[Precision, str]:
+    """Int8 or fp32, and why: AUTO is int8 where processor and model gain by it, whatever the ceiling."""
+    if wanted is not Precision.AUTO:
+        return wanted, "as asked"
+    if (width := family.unet["block_out_channels"][0]) < INT8_CHANNELS:
+        return Precision.FP32, f"of {width} channels at its first level, it would be no faster in int8"
+    return Precision.INT8 if cpu.int8().dot else Precision.FP32, cpu.int8().auto
 
 
 def plan_decode(

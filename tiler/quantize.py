@@ -56,7 +56,9 @@ def packed_weights(family: Family, cache: Path, progress: Callable[[float, str],
         try:
             cache.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise StorageError(f"{cache}: cannot be made ({error.strerror}); choose another --cache-dir") from error
+            raise StorageError(
+                f"{cache}: cannot be made ({error.strerror}); choose another --cache-dir, or render with --precision fp32"
+            ) from error
         _pack(family, path, mark, lambda share: progress(share, why))
     return read_index(path)
 
@@ -82,9 +84,9 @@ def prepare_int8(family: Family, cache: Path, budget: Budget, on_event: OnEvent)
 
 
 def fingerprint(files: dict[str, TensorInfo]) -> str:
-    """What tells two sets of weight files apart: names, shapes, dtypes and sizes, and 1 MB from all over each file;
-    and what they become here."""
-    digest = hashlib.sha256(f"{VERSION} {cpu.int8().largest}".encode())
+    """What tells two sets of weight files apart: names, shapes, dtypes and sizes, and 1 MB from all over each file; and how
+    large whole values become here."""
+    digest = hashlib.sha256(f"{cpu.int8().largest}".encode())
     for name, info in sorted(files.items()):
         digest.update(f"{name} {info.dtype} {info.shape}\n".encode())
     for path in sorted({info.path for info in files.values()}):
@@ -149,7 +151,7 @@ def _pack(family: Family, path: Path, mark: str, progress: Callable[[float], Non
     if (free := shutil.disk_usage(path.parent).free) < end:
         raise StorageError(
             f"{path.parent} has {free / 1e6:,.0f} MB free, int8 weights need {end / 1e6:,.0f} MB; "
-            "choose another --cache-dir"
+            "choose another --cache-dir, or render with --precision fp32"
         )
     written = 0
     with WeightStore(index, piece_elements=_PIECE_ELEMENTS) as store, atomic(path) as file:
@@ -165,15 +167,15 @@ def _pack(family: Family, path: Path, mark: str, progress: Callable[[float], Non
 
 def _stored(store: WeightStore, name: str, quantised: frozenset[str], scales: list[torch.Tensor]) -> Iterator[bytes]:
     """A tensor's bytes in the new file, in pieces; the scales of a quantised one are appended to `scales`."""
-    info = store.index[name]
-    if name not in quantised:
-        yield store.load(name).to(TORCH_DTYPES[info.dtype]).view(torch.uint8).numpy().tobytes()
-        return
-    parts = []
+    info, parts = store.index[name], []
     for piece in store.pieces(name):
         rows = torch.empty(piece.last - piece.first, *info.shape[1:])
         store.fetch(piece, rows)
-        values, scale = quantize_rows(rows, 127 if name.startswith(TEXT) else 0)
-        parts.append(scale)
-        yield values.numpy().tobytes()
-    scales.append(torch.cat(parts))
+        if name in quantised:
+            rows, scale = quantize_rows(rows, 127 if name.startswith(TEXT) else 0)
+            parts.append(scale)
+        else:
+            rows = rows.to(TORCH_DTYPES[info.dtype])
+        yield rows.view(torch.uint8).numpy().tobytes()
+    if parts:
+        scales.append(torch.cat(parts))

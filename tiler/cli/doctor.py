@@ -13,7 +13,6 @@ import typer
 
 from tiler.cli import options as o
 from tiler.memory.budget import format_mb
-from tiler.memory.cpu import Int8
 
 
 def command(json_output: o.Json = False) -> None:
@@ -34,7 +33,7 @@ def command(json_output: o.Json = False) -> None:
         "storage dtype": "as in the checkpoint (fp16, bf16 or fp32); weights are cast when they are used",
         "compute dtype": "fp32: half-precision arithmetic is slower than fp32 on CPUs without AMX, and overflows in SD's VAE",
         "--precision int8": cpu.int8().why,
-        "--precision auto": _auto(cpu.int8()),
+        "--precision auto": f"{'int8' if cpu.int8().dot else 'fp32'}: {cpu.int8().auto}",
         "accumulation dtype": "fp32 canvas, fp64 mask sums",
         "free disk": f"{format_mb(shutil.disk_usage(Path.cwd()).free)} in {Path.cwd()}",
         "hub cache": os.environ.get("HF_HUB_CACHE") or str(Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface") / "hub"),
@@ -45,9 +44,3 @@ def command(json_output: o.Json = False) -> None:
         return
     for name, value in facts.items():
         typer.echo(f"{name:20}{value}")
-
-
-def _auto(int8: Int8) -> str:
-    if int8.dot:
-        return "int8"
-    return "fp32: int8 is faster here but coarser" if int8.products else "fp32: int8 would only save reading"

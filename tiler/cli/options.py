@@ -68,7 +68,7 @@ PresetName = Annotated[
     Preset,
     typer.Option(
         help="quality: the defaults; balanced: --layout shift, guidance in 0-0.6 of the schedule; fast: also 10 steps, strength 0.4, "
-        "guidance in 0-0.5, --precision auto. Options given beside it win; `tiler plan` shows what each takes."
+        "guidance in 0-0.5. Options given beside it win; `tiler plan` shows what each takes."
     ),
 ]
 Steps = Annotated[
@@ -108,12 +108,11 @@ AttentionWindow = Annotated[
     ),
 ]
 PrecisionKind = Annotated[
-    Precision | None,
+    Precision,
     typer.Option(
         "--precision",
         help="What the UNet computes in. int8 is faster and reads half the bytes, from a file that is made once in --cache-dir; "
-        "auto takes it on CPUs with 8-bit dot products.  [default: fp32]",
-        show_default=False,
+        "auto takes it on CPUs with 8-bit dot products, fp32 on others.",
     ),
 ]
 CacheDir = Annotated[
@@ -221,12 +220,12 @@ def request_from(given: Mapping[str, Any]) -> RenderRequest:
     width, height, dpi = _sheet(given, bleed_mm)
     same = (
         "output", "model", "variant", "revision", "negative_prompt", "guidance_scale", "guide_upscale", "attention_window",
-        "cache_dir", "overlap", "mask", "wrap", "decode", "scratch", "scratch_dtype", "tiny_vae", "save_latents", "force",
+        "precision", "cache_dir", "overlap", "mask", "wrap", "decode", "scratch", "scratch_dtype", "tiny_vae", "save_latents", "force",
     )  # fmt: skip
     interval = given["guidance_interval"]
     own = {
         "num_inference_steps": given["steps"], "strength": given["strength"], "layout": given["layout"],
-        "guidance_interval": None if interval is None else parse_interval(interval), "precision": given["precision"],
+        "guidance_interval": None if interval is None else parse_interval(interval),
     }  # fmt: skip
     chosen = dict(PRESETS[given["preset"]])
     if regions or given["overlap"] is not None:

@@ -37,7 +37,7 @@ def command(**given: Any) -> None:
 
     def work_of(asked: RenderRequest, cut: Cut) -> dict[str, Any]:
         work = counter.count(cut, asked.attention_window)
-        precision = choose_precision(asked.precision)
+        precision, _ = choose_precision(asked.precision, family)
         return {
             "unet_samples": cut.unet_samples, "precision": precision.value, "unet_tflop": round(work.tflop, 3),
             "expected_seconds": round(estimate.seconds(work, decode_flops, speed, precision)),
@@ -71,12 +71,10 @@ def command(**given: Any) -> None:
                 f"\nguide upscale: pixel, {planned.upscale_flops / 1e12:.2g} TFLOP (latent: none); encoder: {encoder}"
             )
         typer.echo(
-            f"\nUNet in {facts['precision']}: {_tflop(facts)}; expected time on this machine, decoding included: {_hours(facts)}"
+            f"\nUNet in {planned.precision} ({planned.precision_why}): {_tflop(facts)}; expected time on this machine, decoding included: {_hours(facts)}"
         )
         for name, work in presets.items():
-            typer.echo(
-                f"  --preset {name:9} {work['unet_samples']:5} UNet samples in {work['precision']}, {_tflop(work)}, {_hours(work)}"
-            )
+            typer.echo(f"  --preset {name:9} {work['unet_samples']:5} UNet samples, {_tflop(work)}, {_hours(work)}")
         typer.echo(f"decoder: {planned.methods['decode']}")
         typer.echo(
             f"predicted peak {format_mb(memory.peak_bytes)}, ceiling {format_mb(memory.max_bytes)}, smallest ceiling {memory.smallest_text}"

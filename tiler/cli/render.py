@@ -10,7 +10,7 @@ import typer
 
 from tiler.cli import options as o
 from tiler.memory.budget import Budget, format_mb
-from tiler.request import Decode, GuideUpscale, Mask, Preset, ScratchDtype, Wrap
+from tiler.request import Decode, GuideUpscale, Mask, Precision, Preset, ScratchDtype, Wrap
 
 
 def command(
@@ -39,7 +39,7 @@ def command(
     no_guide: o.NoGuide = False,
     layout: o.TileLayout = None,
     attention_window: o.AttentionWindow = None,
-    precision: o.PrecisionKind = None,
+    precision: o.PrecisionKind = Precision.AUTO,
     cache_dir: o.CacheDir = None,
     overlap: o.Overlap = None,
     mask: o.MaskKind = Mask.GAUSSIAN,

@@ -44,6 +44,13 @@ class Int8(NamedTuple):
     dot: bool
     why: str
 
+    @property
+    def auto(self) -> str:
+        """Why `--precision auto` takes it, which is where there are such instructions, or does not."""
+        if self.dot:
+            return self.why
+        return f"int8 is {'faster here but coarser' if self.products else 'only smaller here'}: {self.why}"
+
 
 def int8() -> Int8:
     """What int8 means on this processor.
@@ -52,7 +59,7 @@ def int8() -> Int8:
     2 × 255 × 64 does not. With 127 steps of activations and of weights a UNet call of SD 1.5's size lost half as much again.
     """
     if dot := [flag for flag in _DOT_PRODUCT if flag in flags()]:
-        return Int8(127, True, True, f"8-bit weights ({dot[0]})")
+        return Int8(127, True, True, f"8-bit weights, {dot[0]}")
     if "avx2" in flags():
-        return Int8(64, True, False, "7-bit weights (AVX2 without VNNI adds products in 16 bits)")
-    return Int8(127, False, False, f"8-bit weights, fp32 arithmetic ({platform.machine()} without AVX2)")
+        return Int8(64, True, False, "7-bit weights, AVX2 without VNNI adds products in 16 bits")
+    return Int8(127, False, False, f"8-bit weights, fp32 arithmetic, {platform.machine()} without AVX2")
