@@ -67,7 +67,7 @@ def decode(kind: Autoencoder, latents: Tensor, dtype: torch.dtype | None) -> Ten
     with streamed(vae, kind.weights, families.vae_names) as streamer, tempfile.TemporaryDirectory() as folder:
         scratch = Scratch(Path(folder), dtype or torch.float16)
         by_rows = frozen.decode if dtype is None else exact.decode
-        strips = by_rows(vae, latents, scratch, hold=streamer.hold, check=lambda where: None)
+        strips = by_rows(vae, latents, scratch, hold=streamer.hold_transformed, check=lambda where: None)
         return torch.cat(list(strips), dim=1)
 
 

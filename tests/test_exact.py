@@ -17,9 +17,11 @@ from tiler.decode import exact, frozen, method, scratch
 from tiler.decode.rows import to_tensor
 from tiler.decode.scratch import Rows, Scratch
 from tiler.errors import NumericalError, StorageError
+from tiler.memory import cpu
 from tiler.models import family as families
 from tiler.pipeline import streamed
 from tiler.request import Decode, ScratchDtype
+from tiler.weights import winograd
 from tiler.weights.checkpoint import resolve
 from tiler.weights.layers import stream_layers
 from tiler.weights.stream import Streamer
@@ -38,7 +40,7 @@ def decode(
     vae = families.build_vae(family.autoencoder)
     with streamed(vae, family.autoencoder.weights, families.vae_names) as streamer:
         disk = Scratch(where, dtype)
-        strips = list(exact.decode(vae, latents, disk, hold=streamer.hold, check=check))
+        strips = list(exact.decode(vae, latents, disk, hold=streamer.hold_transformed, check=check))
     assert disk.live_bytes == 0
     return torch.cat(strips, dim=1)
 
@@ -60,6 +62,26 @@ def test_decoding_equals_diffusers(tiny: Path, reference: AutoencoderKL, tmp_pat
     assert psnr(decode(tiny, latents, tmp_path, torch.float16), want) >= 60
 
 
+@pytest.mark.skipif(not cpu.prepacks(), reason="on x86 only")
+@pytest.mark.parametrize("size", [(70, 50), (33, 129), (1, 3)])
+def test_transformed_convolutions_decode_what_diffusers_does(
+    tiny: Path, reference: AutoencoderKL, tmp_path: Path, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in an autoencoder of full size: rows come in fours, and enlarging is a pass of its own."""
+    monkeypatch.setattr("tiler.weights.layers.SMALL", 100)
+    monkeypatch.setattr("tiler.decode.exact.ALONE", 100)
+    latents = torch.randn(1, 4, *size, generator=torch.Generator().manual_seed(1))
+    plain, called = decode(tiny, latents, tmp_path, torch.float32), []
+    monkeypatch.setattr(winograd, "CHANNELS", 8)
+    inner = winograd.conv2d
+    monkeypatch.setattr(winograd, "conv2d", lambda *a: (called.append(a[0].shape), inner(*a)))
+    got = decode(tiny, latents, tmp_path, torch.float32)
+    assert len(called) >= 16 and not torch.equal(got, plain)
+    want = reference.decode(latents).sample[0]
+    assert got.shape == want.shape
+    assert (got - want).abs().max() <= 1e-4
+
+
 def test_held_statistics_are_far_from_what_exact_gives(tiny: Path, reference: AutoencoderKL, tmp_path: Path) -> None:
     latents = torch.randn(1, 4, 200, 200, generator=torch.Generator().manual_seed(1))
     latents = latents * torch.linspace(0.2, 3, 200)
@@ -78,7 +100,7 @@ def test_encoding_equals_diffusers(tiny: Path, reference: AutoencoderKL, tmp_pat
     vae = families.build_vae(family.autoencoder)
     with streamed(vae, family.autoencoder.weights, families.vae_names) as streamer:
         disk = Scratch(tmp_path, torch.float32)
-        got = exact.encode(vae, pixels, disk, hold=streamer.hold, check=lambda where: None)
+        got = exact.encode(vae, pixels, disk, hold=streamer.hold_transformed, check=lambda where: None)
     want = reference.encode(to_tensor(pixels)).latent_dist.mean
     assert got.shape == want.shape == (1, 4, 61, 47)
     assert (got - want).abs().max() <= 1e-4

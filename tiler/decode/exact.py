@@ -18,12 +18,14 @@ from torch import Tensor, nn
 
 from tiler.decode.rows import (
     Conv,
+    Down,
     Latents,
     MidAttention,
     Norm,
     Pixels,
     Resnet,
     Stage,
+    Up,
     decoder_stages,
     encoder_stages,
     flow,
@@ -38,12 +40,12 @@ if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     from tiler.decode.rows import Check
-    from tiler.memory.meter import MetaMeter
 
 Hold = Callable[[nn.Module], AbstractContextManager[None]]
 
 KEYS = 4096  # tokens of keys and values in memory at a time
 QUERIES = 1024
+ALONE = 2**20  # elements of the weight of an Up or Down that gets a pass of its own: it is not held beside another one
 
 
 class Pooled:
@@ -56,9 +58,17 @@ class Pooled:
 
     def add(self, x: Tensor) -> None:
         """x: (1, C, n, W) fp32."""
-        if x.is_meta or not x.shape[2]:
+        if not x.shape[2]:
             return
-        var, mean = torch.var_mean(x[0].unflatten(0, (self.groups, -1)), dim=(1, 2, 3), correction=0)
+        if x.is_meta:
+            x.new_empty(x.shape)  # planning: what is squared
+            return
+        values = (
+            x[0].permute(1, 2, 0).flatten(0, 1)
+        )  # (pixels, C): sums down the columns are fast, torch's var_mean is not
+        mean = values.mean(0).view(self.groups, -1).mean(1)
+        each = mean.repeat_interleave(x.shape[1] // self.groups)
+        var = (values - each).square_().mean(0).view(self.groups, -1).mean(1)
         n = x.numel() // self.groups
         delta, total = mean.double() - self.mean, self.count + n
         self.m2 += var.double() * n + delta.square() * (self.count * n / total)
@@ -187,6 +197,9 @@ def stream(
     for stage in stages:
         norm = _first_norm(stage)
         if norm is None:
+            if isinstance(stage, (Up, Down)) and _layers([stage])[0].weight.numel() > ALONE:  # type: ignore[operator]
+                stored = _store(chain, source, None, frame, scratch, hold, check)
+                source, chain = _Source.of(stored, strip_bytes=int(STRIP_BYTES / stage.growth)), []
             chain.append(stage)
             continue
         stored = _store(chain, source, norm, frame, scratch, hold, check)
@@ -247,23 +260,25 @@ def _store(
     check: Check,
     keep: Rows | None = None,
 ) -> Rows:
-    """Run one pass into a new file, and give `norm`, which comes next, the statistics of what was written."""
-    assert norm is not None
-    pooled = Pooled(norm.norm.num_groups)
+    """Run one pass into a new file, and give `norm`, if that comes next, the statistics of what was written."""
+    pooled = None if norm is None else Pooled(norm.norm.num_groups)
     out: Rows | None = None
     old = (
         chain[-1].stored if chain and isinstance(chain[-1], Add) else None
     )  # read row by row, just before it is written
     with hold(_layers(chain)):
         for x in source.through(chain, check):
-            pooled.add(frame.inner(x, 0 if out is None else out.count))
+            if pooled is not None:
+                pooled.add(frame.inner(x, 0 if out is None else out.count))
             if out is None:
                 channels, width = x.shape[1], x.shape[3]
                 fits = old is not None and channels <= old.channels and width == old.width
                 out = Rows(scratch, channels, width, over=old if fits else None)
             out.append(x)
+            del x  # not beside the next rows
     assert out is not None
-    norm.hold(pooled.mean, pooled.var)
+    if norm is not None and pooled is not None:
+        norm.hold(pooled.mean, pooled.var)
     source.close(keep=out.over if out.over is not None else keep)
     return out
 
@@ -335,10 +350,23 @@ class Rehearsal(NamedTuple):
     flops: int
 
 
+def _flops(stages: list[Stage], pixels: int) -> int:
+    """Of the convolutions on so many pixels or latents, two for each multiply-add; as if none were transformed."""
+    total = 0
+    for stage in stages:
+        convs = (
+            [stage.conv1, stage.conv2, stage.shortcut] if isinstance(stage, Resnet) else [getattr(stage, "conv", None)]
+        )
+        pixels = 4 * pixels if isinstance(stage, Up) else pixels // 4 if isinstance(stage, Down) else pixels
+        layers = (conv.conv if isinstance(conv, Conv) else conv for conv in convs if conv is not None)
+        total += 2 * pixels * sum(layer.weight.numel() for layer in layers)
+    return total
+
+
 def rehearse(
-    vae: AutoencoderKL, latents: tuple[int, int], dtype: torch.dtype, hold: Hold, *, encoding: bool, meter: MetaMeter
+    vae: AutoencoderKL, latents: tuple[int, int], dtype: torch.dtype, hold: Hold, *, encoding: bool
 ) -> Rehearsal:
-    """What `decode` or `encode` does for latents of (height, width), on meta tensors under `meter`.
+    """What `decode` or `encode` does for latents of (height, width), on meta tensors.
 
     A low picture stands for one of any height: what is in memory does not depend on it, the rest is proportional to it.
     """
@@ -353,7 +381,7 @@ def rehearse(
         )
     picture = torch.empty(x, device="meta")
     rows = strip_rows(width) * (8 if encoding else 1)
+    flops = _flops(stages, x[2] * x[3])
     for _ in stream(stages, picture.split(rows, dim=2), Frame(x[2], x[3]), scratch, hold=hold):
         pass
-    counts = scratch.peak_bytes, scratch.written_bytes, meter.flops
-    return Rehearsal(*(n * latents[0] // height for n in counts))
+    return Rehearsal(*(n * latents[0] // height for n in (scratch.peak_bytes, scratch.written_bytes, flops)))

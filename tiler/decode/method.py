@@ -81,26 +81,26 @@ def choose(
     margin = REACH * vertical, REACH * horizontal
     latents = latents[0] + 2 * margin[0], latents[1] + 2 * margin[1]
 
-    def made(kind: Decode, why: str, rehearse: Callable[[MetaMeter], exact.Rehearsal | None]) -> Method:
+    def made(kind: Decode, why: str, rehearse: Callable[[], exact.Rehearsal | None]) -> Method:
         with MetaMeter() as meter, torch.no_grad():
-            used = rehearse(meter) or exact.Rehearsal(0, 0, 0)
+            used = rehearse() or exact.Rehearsal(0, 0, 0)
         return Method(
             kind=kind, encoding=encoding, why=why, memory_bytes=meter.peak_bytes, folder=folder, dtype=dtype,
             scratch_bytes=used.peak_bytes, written_bytes=used.written_bytes, flops=used.flops, margin=margin,
         )  # fmt: skip
 
     if wanted is Decode.TINY:
-        return made(wanted, "as asked", lambda meter: tiny.rehearse(vae, latents))
+        return made(wanted, "as asked", lambda: tiny.rehearse(vae, latents))
     method = made(
         Decode.EXACT, "as asked" if wanted is Decode.EXACT else "there is room",
-        lambda meter: exact.rehearse(vae, latents, DTYPES[dtype], streamer.hold, encoding=encoding, meter=meter),
+        lambda: exact.rehearse(vae, latents, DTYPES[dtype], streamer.hold_transformed, encoding=encoding),
     )  # fmt: skip
 
     def take_frozen(why: str) -> Method:
         taken = made(
             Decode.FROZEN,
             why,
-            lambda meter: frozen.rehearse(vae, latents, DTYPES[dtype], streamer.hold, encoding=encoding),
+            lambda: frozen.rehearse(vae, latents, DTYPES[dtype], streamer.hold_transformed, encoding=encoding),
         )
         return affordable(replace(taken, flops=method.flops))
 
@@ -147,7 +147,7 @@ def decode(
             :, :, (torch.arange(-y, height + y) % height)[:, None], torch.arange(-x, width + x) % width
         ]
     scratch = Scratch(method.folder, DTYPES[method.dtype])
-    options: dict[str, Any] = {"hold": streamer.hold, "margin": method.margin}
+    options: dict[str, Any] = {"hold": streamer.hold_transformed, "margin": method.margin}
     if method.exact:
         noting = _noting(method, scratch, check, progress)
         strips = exact.decode(vae, latents, scratch, check=noting, **options)
@@ -177,7 +177,7 @@ def encode(
     mean without the margin, (1, C, h, w) fp32, unscaled."""
     y, x = method.margin
     scratch = Scratch(method.folder, DTYPES[method.dtype])
-    options: dict[str, Any] = {"hold": streamer.hold, "margin": method.margin}
+    options: dict[str, Any] = {"hold": streamer.hold_transformed, "margin": method.margin}
     if method.exact:
         mean = exact.encode(vae, pixels, scratch, check=_noting(method, scratch, check, progress), **options)
     else:

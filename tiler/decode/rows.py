@@ -96,7 +96,12 @@ class Conv(Stage):
         self.conv, self.norm = conv, norm
         self.halo = conv.kernel_size[0] // 2
         conv.padding = (0, conv.padding[1])  # type: ignore[assignment]  # rows are padded here, columns there
-        self.tail: Tensor | None = None  # the last rows seen, as the convolution sees them
+        self.tail: Tensor | None = None  # the rows still to be used, as the convolution sees them
+
+    @property
+    def together(self) -> int:
+        """Rows come in multiples of this, but for the end of the picture: as many as the layer computes at once."""
+        return getattr(self.conv, "rows_together", 1)
 
     def push(self, x: Tensor | None, last: bool) -> Tensor | None:
         if x is None and not (last and self.halo):
@@ -106,10 +111,10 @@ class Conv(Stage):
         rows = 0 if x is None else x.shape[2]
         tail = self.tail
         if tail is None and self.halo:  # the top of the picture
-            tail = x.new_zeros(*x.shape[:2], self.halo, x.shape[3])  # type: ignore[union-attr]
+            tail = _empty_like(like, self.halo).zero_()
         held = 0 if tail is None else tail.shape[2]
         count = self.ready(rows, last)
-        step = max(1, _STRIP_BYTES // (like.shape[1] * like.shape[3] * 4))
+        step = max(1, _STRIP_BYTES // (like.shape[1] * like.shape[3] * 4) // self.together) * self.together
         out: Tensor | None = None
         for top in range(0, count, step):
             bottom = min(top + step, count)
@@ -118,29 +123,30 @@ class Conv(Stage):
             if x is not None and bottom + 2 * self.halo > held:
                 parts.append(self._normed(x[:, :, max(0, top - held) : bottom + 2 * self.halo - held]))
             if (missing := bottom + 2 * self.halo - held - rows) > 0:
-                parts.append(like.new_zeros(*like.shape[:2], missing, like.shape[3]))
+                parts.append(_empty_like(like, missing).zero_())
             part = self.conv(parts[0] if len(parts) == 1 else torch.cat(parts, dim=2))
             if bottom - top == count:
                 out = part
                 break
             if out is None:
-                out = part.new_empty(*part.shape[:2], count, part.shape[3])
+                out = _empty_like(part, count)
             out[:, :, top:bottom] = part
-        self.tail = None if last or not self.halo else self._last_rows(tail, x)
+            del part, parts  # not beside the next ones
+        self.tail = None if last or not self.halo else self._last_rows(tail, x, held + rows - count)
         return out
 
     def ready(self, rows: int, last: bool) -> int:
         """How many output rows a push of `rows` rows will give."""
         held = self.halo if self.tail is None else self.tail.shape[2]
-        return max(0, held + rows + (self.halo if last else 0) - 2 * self.halo)
+        count = max(0, held + rows + (self.halo if last else 0) - 2 * self.halo)
+        return count if last else count // self.together * self.together
 
     def _normed(self, x: Tensor) -> Tensor:
         return x if self.norm is None else self.norm.apply(x)
 
-    def _last_rows(self, tail: Tensor | None, x: Tensor | None) -> Tensor | None:
+    def _last_rows(self, tail: Tensor | None, x: Tensor | None, keep: int) -> Tensor | None:
         if x is None or tail is None:
             return tail
-        keep = 2 * self.halo
         if x.shape[2] >= keep:
             return self._normed(x[:, :, -keep:]).clone()
         return torch.cat([tail, self._normed(x)], dim=2)[:, :, -keep:].clone()
@@ -186,10 +192,11 @@ class Up(Stage):
             if part is None:
                 continue
             if out is None:
-                out = part if part.shape[2] == count else part.new_empty(*part.shape[:2], count, part.shape[3])
+                out = part if part.shape[2] == count else _empty_like(part, count)
             if out is not part:
                 out[:, :, filled : filled + part.shape[2]] = part
             filled += part.shape[2]
+            del part, large
         assert filled == count
         return out
 
@@ -265,6 +272,11 @@ class MidAttention(Stage):
         return (out + x).div_(a.rescale_output_factor)
 
 
+def _empty_like(x: Tensor, rows: int) -> Tensor:
+    """(1, C, `rows`, W) for parts like `x`, channels-last as all of an autoencoder's rows: oneDNN reorders none of them."""
+    return x.new_empty(1, rows, x.shape[3], x.shape[1]).permute(0, 3, 1, 2)
+
+
 def flow(stages: list[Stage], box: list[Tensor], last: bool, *, check: Check) -> Iterator[Tensor]:
     """Push the rows in `box` (one tensor or none; it is emptied) through every stage; yields what comes out at the end.
 
@@ -326,8 +338,9 @@ def encoder_stages(encoder: Encoder, quant_conv: nn.Module | None) -> list[Stage
 
 
 def latent_strips(latents: Latents, rows: int) -> Iterator[Tensor]:
-    """(1, C, n, w) of at most `rows` rows each, top first."""
-    return (latents[:, :, top : top + rows] for top in range(0, latents.shape[2], rows))
+    """(1, C, n, w) of at most `rows` rows each, top first, channels-last."""
+    strips = (latents[:, :, top : top + rows] for top in range(0, latents.shape[2], rows))
+    return (strip.contiguous(memory_format=torch.channels_last) for strip in strips)
 
 
 def strip_rows(width: int) -> int:

@@ -81,10 +81,11 @@ class Rows:
         self.scratch.written_bytes += n * self.row_bytes
         self.stored_bytes += grown
         self.count += n
-        stored = x.new_empty(n, self.channels, self.width, dtype=self.scratch.dtype)
+        stored = x.new_empty(n, self.width, self.channels, dtype=self.scratch.dtype)
         if x.is_meta:
             return
-        low, high = torch.aminmax(x)
+        rows = x[0].permute(1, 2, 0)
+        low, high = torch.aminmax(rows)
         largest = float(torch.maximum(-low, high))
         if not math.isfinite(largest):
             raise NumericalError(
@@ -93,7 +94,7 @@ class Rows:
         fits = self.scratch.dtype != torch.float16 or largest <= FP16_ROOM
         scale = 1.0 if fits else 2.0 ** math.ceil(math.log2(largest / FP16_ROOM))
         self._scales += [scale] * n
-        stored.copy_(x[0].transpose(0, 1) if scale == 1 else x[0].transpose(0, 1) / scale)
+        stored.copy_(rows if scale == 1 else rows / scale)
         data = stored.view(n, -1).view(torch.uint8).numpy()
         try:
             for i in range(n):
@@ -108,12 +109,12 @@ class Rows:
             ) from error
 
     def read(self, first: int, last: int) -> Tensor:
-        """Rows [first, last) as (1, channels, n, width) fp32."""
-        n = last - first
-        if self.scratch.folder is None:
-            stored = torch.empty(n, self.channels, self.width, dtype=self.scratch.dtype, device="meta")
-            return stored.new_empty(1, self.channels, n, self.width, dtype=torch.float32)
-        stored = torch.empty(n, self.channels, self.width, dtype=self.scratch.dtype)
+        """Rows [first, last) as (1, channels, n, width) fp32, channels-last."""
+        n, device = last - first, "meta" if self.scratch.folder is None else "cpu"
+        stored = torch.empty(n, self.width, self.channels, dtype=self.scratch.dtype, device=device)
+        out = torch.empty(1, n, self.width, self.channels, device=device)
+        if stored.is_meta:
+            return out.permute(0, 3, 1, 2)
         data = stored.view(n, -1).view(torch.uint8).numpy()
         try:
             for i in range(n):
@@ -121,9 +122,11 @@ class Rows:
                     raise OSError(0, "the file ends early")
         except OSError as error:
             raise StorageError(f"{self.scratch.folder}: reading scratch data failed ({error.strerror})") from error
-        out = torch.empty(1, self.channels, n, self.width).copy_(stored.transpose(0, 1))
         scales = self._scales[first:last]
-        return out if max(scales) == 1 else out.mul_(torch.tensor(scales).view(-1, 1))
+        out.copy_(stored)
+        if max(scales) > 1:
+            out.mul_(torch.tensor(scales).view(-1, 1, 1))
+        return out.permute(0, 3, 1, 2)
 
     def strips(self, nbytes: int = STRIP_BYTES) -> Iterator[Tensor]:
         """All rows, a few at a time: about `nbytes` of fp32 each."""

@@ -178,7 +178,9 @@ def at_rows(budget: Budget, planned_bytes: int) -> Callable[[str], None]:
     is more than was planned. The heap's part is looked at by itself: holes between live blocks are not counted by the
     allocator's own threshold."""
     room = budget.room(planned_bytes)
-    kept = max(room, process.HEAP_KEPT if planned_bytes <= NEAR * budget.max_bytes else process.HEAP_KEPT_TIGHT)
+    # A plan that reaches NEAR has less room for freed memory than it has use for.
+    roomy = planned_bytes < int(NEAR * budget.max_bytes)
+    kept = max(room, process.HEAP_KEPT if roomy else process.HEAP_KEPT_TIGHT)
 
     def check(where: str) -> None:
         if budget.rss_bytes >= min(NEAR * budget.max_bytes, planned_bytes + room) or process.free_heap() > kept:

@@ -81,13 +81,19 @@ class StreamedConv2d(nn.Conv2d, StreamedLayer):
             out: Tensor = torch.ops.mkldnn._convolution_pointwise(sample, weight, bias, *geometry, "none", [], "")
             return out
 
-        layout = torch.channels_last if self.streamer.prepack else torch.contiguous_format
+        layout = torch.channels_last if self.streamer.can_prepack else torch.contiguous_format
         out = torch.empty(len(x), self.out_channels, *sides, device=x.device, memory_format=layout)
-        if self.streamer.prepack and self.streamer.transforms(self) and winograd.pays(*sides):
+        # Elsewhere than under `run` a small input is the end of a larger one.
+        if self.streamer.transforms(self) and (not self.streamer.prepack or winograd.pays(*sides)):
             with _held(self):
                 return _by_winograd(self, x, out)
         with nullcontext() if self.streamer.prepack else _held(self):
             return _by_rows(self, x, out, 1, conv)
+
+    @property
+    def rows_together(self) -> int:
+        """How many rows of the result are computed at once: inputs should be cut at multiples of them."""
+        return winograd.SIDE if self.streamer.transforms(self) else 1
 
     def reordered(self, rows: Tensor, sides: Sequence[int]) -> Tensor:
         """Some rows of the weight in oneDNN's order for an input of `sides`."""
@@ -167,7 +173,7 @@ def _by_winograd(layer: StreamedConv2d, x: Tensor, out: Tensor) -> Tensor:
     for first, last, weight in layer.streamer.transformed(layer):
         part = None if layer.bias is None else layer.bias[first:last]
         for sample, filled in zip(x, out, strict=True):
-            winograd.conv2d(sample, weight, part, filled[first:last])
+            winograd.conv2d(sample, weight, part, filled[first:last], layer.padding[0])  # type: ignore[arg-type]
     return out
 
 

@@ -170,10 +170,12 @@ class WeightStore:
         self._buffers.append(raw)
 
     def keep(self, name: str, dtype: torch.dtype) -> None:
-        """Hold a tensor in memory from now on, as fp32 or as stored."""
+        """Hold a tensor in memory from now on, as fp32 or as stored; a convolution's fp32 weight channels-last."""
         info = self.index[name]
         stored = TORCH_DTYPES[info.dtype]
         kept = torch.empty(info.shape, dtype=dtype)
+        if kept.ndim == 4 and dtype == torch.float32:
+            kept = kept.contiguous(memory_format=torch.channels_last)
         for piece in self.pieces(name):
             raw = self._read(piece, self._take_buffer())
             self._convert(piece, raw[: self._bytes(piece)].view(stored), kept[piece.first : piece.last])

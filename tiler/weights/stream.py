@@ -129,6 +129,16 @@ class Streamer:
             self.holding, self._filled = False, 0
             del planned
 
+    @contextmanager
+    def hold_transformed(self, module: nn.Module) -> Iterator[None]:
+        """`hold`, and convolutions that suit it go by winograd.py meanwhile: where many strips share one transformed weight."""
+        before, self._transform = self._transform, self.can_prepack
+        try:
+            with self.hold(module):
+                yield
+        finally:
+            self._transform = before
+
     def _kept(self, layer: StreamedLayer) -> bool:
         """Whether the layer's weight is resident as it is computed with."""
         assert self.store is not None
@@ -152,9 +162,10 @@ class Streamer:
         return self._held.get(layer.key)
 
     def _fetched(self, layer: StreamedLayer) -> Tensor:
-        """The layer's whole weight in fp32, in the arena behind what is held."""
+        """The layer's whole weight in fp32, in the arena behind what is held; a convolution's channels-last."""
         assert self.store is not None
-        weight = self._room(layer.weight.numel(), torch.float32).view(layer.weight.shape)
+        rows, *others = layer.weight.shape
+        weight = self._room(layer.weight.numel(), torch.float32).view(rows, *others[1:], others[0]).movedim(-1, 1)
         for piece in self.store.pieces(layer.key):
             self.store.fetch(piece, weight[piece.first : piece.last])
         return weight
