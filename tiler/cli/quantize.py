@@ -31,7 +31,7 @@ def command(
     quiet: o.Quiet = False,
     json_output: o.Json = False,
 ) -> None:
-    """Write a model's weights in int8, half the bytes of fp16, for `render --precision int8 --cache-dir FOLDER`.
+    """Write a model's weights in int8, half the bytes of fp16, ahead of `render --cache-dir FOLDER`.
 
     `render` does the same by itself when the file is not there yet. The name of the file says which weights it is made of.
     """
