@@ -231,7 +231,7 @@ def choose_precision(wanted: Precision, family: Family) -> tuple[Precision, str]
     if wanted is not Precision.AUTO:
         return wanted, "as asked"
     if (width := family.unet["block_out_channels"][0]) < INT8_CHANNELS:
-        return Precision.FP32, f"of {width} channels at its first level, it would be no faster in int8"
+        return Precision.FP32, f"int8 is no faster with {width} channels at the first level"
     return Precision.INT8 if cpu.int8().dot else Precision.FP32, cpu.int8().auto
 
 
