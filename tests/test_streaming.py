@@ -14,6 +14,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from tiler.errors import ModelError, NumericalError, StorageError
 from tiler.memory import cpu
+from tiler.memory.process import read_rss
 from tiler.models import family as families
 from tiler.models.blocks import Windows
 from tiler.models.text import encode_prompts, load_tokenizer
@@ -192,6 +193,21 @@ def test_a_transformed_convolution_is_for_large_planes() -> None:
         assert not winograd.suits(
             torch.nn.Conv2d(**{"in_channels": 256, "out_channels": 256, "kernel_size": 3, "padding": 1} | other)
         )
+
+
+@pytest.mark.skipif(not cpu.prepacks(), reason="on x86 only")
+@torch.no_grad()
+def test_a_transformed_weight_goes_when_its_pass_is_over(tmp_path: Path) -> None:
+    """38 MB that would otherwise stay beside the autoencoder's attention."""
+    save_file({"weight": torch.randn(512, 512, 3, 3).half(), "bias": torch.zeros(512)}, tmp_path / "w.safetensors")
+    layer = torch.nn.Conv2d(512, 512, 3, padding=1, device="meta")
+    with WeightStore(read_index(tmp_path / "w.safetensors")) as store:
+        streamer = Streamer(store)
+        stream_layers(layer, streamer)
+        with streamer.hold_transformed(layer):
+            layer(torch.ones(1, 512, 4, 4))
+            held = read_rss().now
+        assert read_rss().now < held - 36 * 512 * 512 * 4 + 2**20
 
 
 @pytest.mark.skipif(not cpu.prepacks(), reason="on x86 only")

@@ -138,6 +138,7 @@ class Streamer:
                 yield
         finally:
             self._transform = before
+            self._arena.take(0, short=True)  # the largest weights are not those beside the largest activations
 
     def _kept(self, layer: StreamedLayer) -> bool:
         """Whether the layer's weight is resident as it is computed with."""
