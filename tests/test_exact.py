@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from tiler.decode import exact, frozen, method, scratch
@@ -126,6 +128,54 @@ def test_pooled_statistics_are_groupnorms() -> None:
     assert ((x - mean) / (var + 1e-5).sqrt() - want).abs().max() <= 1e-5
 
 
+class _Spaced:
+    """diffusers' processor of an autoencoder's attention, with keys and values of every `step`-th row and column alone."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def __call__(self, attn: Attention, hidden_states: torch.Tensor, **_: object) -> torch.Tensor:
+        normed = attn.group_norm(hidden_states)
+        seen = normed[:, :, self.step // 2 :: self.step, self.step // 2 :: self.step].flatten(2).transpose(1, 2)
+        queries = attn.to_q(normed.flatten(2).transpose(1, 2))
+        mixed = nn.functional.scaled_dot_product_attention(queries, attn.to_k(seen), attn.to_v(seen))
+        out = attn.to_out[0](mixed).transpose(1, 2).unflatten(2, hidden_states.shape[2:])
+        return (out + hidden_states) / attn.rescale_output_factor
+
+
+@pytest.mark.parametrize(("size", "step"), [((70, 50), 6), ((33, 129), 7), ((10, 10), 1)])
+def test_sampled_attends_to_evenly_spaced_tokens_and_measures_every_pixel(
+    tiny: Path, reference: AutoencoderKL, tmp_path: Path, size: tuple[int, int], step: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(method, "TOKENS", 100)
+    monkeypatch.setattr("tiler.decode.scratch.STRIP_BYTES", 2**14)
+    generator = torch.Generator().manual_seed(1)
+    latents = 3 * torch.randn(1, 4, *size, generator=generator) + torch.linspace(-3, 3, size[0])[:, None]
+    pixels = np.random.default_rng(0).integers(0, 256, (8 * size[0], 8 * size[1], 3), dtype=np.uint8)
+    want = reference.decode(latents).sample[0], reference.encode(to_tensor(pixels)).latent_dist.mean
+    changed = copy.deepcopy(reference)
+    for half in changed.decoder, changed.encoder:
+        half.mid_block.attentions[0].set_processor(_Spaced(step))
+    spaced = changed.decode(latents).sample[0], changed.encode(to_tensor(pixels)).latent_dist.mean
+    kind, streamer, got = families.read_family(resolve(str(tiny))).autoencoder, Streamer(None), []
+    vae = families.build_vae(kind)
+    stream_layers(vae, streamer)
+    for encoding in False, True:
+        how = method.choose(
+            Decode.SAMPLED, vae, streamer, size, encoding=encoding, folder=tmp_path, dtype=ScratchDtype.FP32
+        )
+        own, quiet = families.build_vae(kind), {"check": lambda where: None, "progress": lambda share: None}
+        with streamed(own, kind.weights, families.vae_names) as loaded:
+            if encoding:
+                got.append(method.encode(how, own, loaded, pixels, **quiet))
+            else:
+                got.append(torch.cat(list(method.decode(how, own, loaded, latents, **quiet)), dim=1))
+    for ours, theirs, whole in zip(got, spaced, want, strict=True):
+        assert (ours - theirs).abs().max() <= 1e-4
+        assert ((ours - whole).abs().max() <= 1e-4) == (step == 1)
+
+
 def test_weights_are_read_once(tiny: Path, tmp_path: Path) -> None:
     family = families.read_family(resolve(str(tiny)))
     read = []
@@ -171,17 +221,20 @@ def chosen(folder: Path, wanted: Decode, side: int, where: Path) -> method.Metho
 def test_auto_takes_exact_while_there_is_room_and_attention_is_cheap(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert chosen(tiny, Decode.AUTO, 40, tmp_path).exact
-    assert not chosen(tiny, Decode.FROZEN, 40, tmp_path).exact
+    assert chosen(tiny, Decode.AUTO, 40, tmp_path).by_layers
+    assert not chosen(tiny, Decode.FROZEN, 40, tmp_path).by_layers
     large = chosen(tiny, Decode.AUTO, 2000, tmp_path)
-    assert not large.exact
-    assert "attention" in large.why
+    assert large.kind is Decode.FROZEN
+    assert "attention" in large.why and "wider than 4096" in large.why
+    middle = chosen(tiny, Decode.AUTO, 500, tmp_path)
+    assert middle.kind is Decode.SAMPLED
+    assert "attention" in middle.why
     monkeypatch.setattr(method, "ATTENTION_SHARE", 10)
     needs = {kind: chosen(tiny, kind, 400, tmp_path).scratch_bytes for kind in (Decode.EXACT, Decode.FROZEN)}
     assert needs[Decode.FROZEN] < needs[Decode.EXACT] / 5
     monkeypatch.setattr(method, "free_bytes", lambda folder: needs[Decode.FROZEN])
     full = chosen(tiny, Decode.AUTO, 400, tmp_path)
-    assert not full.exact
+    assert not full.by_layers
     assert "MB free" in full.why
     monkeypatch.setattr(method, "free_bytes", lambda folder: 1000)
     for kind in (Decode.AUTO, Decode.EXACT, Decode.FROZEN):

@@ -93,8 +93,8 @@ class RenderPlan(Cut):
 
     @property
     def upscale_flops(self) -> int:
-        """What bringing the guide to the canvas's size costs in the autoencoder's convolutions."""
-        return sum(method.flops for name, method in self.methods.items() if name != "decode")
+        """What bringing the guide to the canvas's size costs in the autoencoder."""
+        return sum(m.flops + m.attention_flops for name, m in self.methods.items() if name != "decode")
 
 
 def cut_work(request: RenderRequest, family: Family) -> Cut:
@@ -267,8 +267,8 @@ def _with_resident(
     # An autoencoder's strips come and go between the plan's figures: with less room 784 and 791 MB of 800 were measured.
     fill = RESIDENT_MARGIN if method is None else NEAR
     room = int((max_bytes * fill - phase.peak_bytes) / (1 + RESIDENT_SLACK))
-    # The exact method reads every weight once: nothing is gained by keeping any.
-    chosen = {} if method is not None and method.exact else _choose_resident(part, files, room)
+    # Layer by layer every weight is read once: nothing is gained by keeping any.
+    chosen = {} if method is not None and method.by_layers else _choose_resident(part, files, room)
     nbytes = sum(math.prod(files[n].shape) * dtype.itemsize for n, dtype in chosen.items())
     phase = _with(phase, "resident weights", int((1 + RESIDENT_SLACK) * nbytes))
     return phase if method is None else _with_heap(phase, method, max_bytes), chosen

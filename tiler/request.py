@@ -67,11 +67,12 @@ class GuideUpscale(StrEnum):
 
 
 class Decode(StrEnum):
-    """How latents become a picture: as a whole through scratch files, row by row with held statistics, or by a tiny
-    autoencoder trained to give about the same."""
+    """How latents become a picture: as a whole through scratch files, the same with attention to some tokens, row by row with
+    held statistics, or by a tiny autoencoder trained to give about the same."""
 
     AUTO = "auto"
     EXACT = "exact"
+    SAMPLED = "sampled"
     FROZEN = "frozen"
     TINY = "tiny"
 

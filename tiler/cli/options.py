@@ -176,9 +176,10 @@ DecodeKind = Annotated[
     Decode,
     typer.Option(
         "--decode",
-        help="exact: as a whole, through scratch files; frozen: row by row with held statistics, any size; auto: exact while "
-        "there is disk space and the whole picture's attention is a small part of the work; tiny: a fast approximation "
-        "by --tiny-vae.",
+        help="exact: as a whole, through scratch files; sampled: the same, but attention sees 16,384 evenly spaced tokens; "
+        "frozen: row by row with held statistics, little disk space, any size; auto: exact while the whole picture's attention "
+        "is a small part of the work, then sampled, frozen without the disk space or beyond 4,096 pixels of width; "
+        "tiny: a fast approximation by --tiny-vae.",
     ),
 ]
 TinyVae = Annotated[
@@ -190,7 +191,7 @@ TinyVae = Annotated[
 ScratchFolder = Annotated[
     Path | None,
     typer.Option(
-        "--scratch", help="Folder for the exact decoder's files.  [default: the output's]", show_default=False
+        "--scratch", help="Folder for the decoder's files.  [default: the output's]", show_default=False
     ),
 ]
 ScratchKind = Annotated[

@@ -1,8 +1,8 @@
 """The whole-image decode (or encode) of an AutoencoderKL, out of core: what diffusers computes, at any size.
 
 Layer by layer over row strips, with the activations in scratch files. GroupNorm's statistics are gathered while the
-layer before it is written, every element once; the mid-block attention sees every token, keys and values in chunks with
-a running softmax (Milakov & Gimelshein 2018, arXiv:1805.02867). Nothing is computed twice.
+layer before it is written, every element once; the mid-block attention sees every token, or as many evenly spaced ones as
+asked, keys and values in chunks with a running softmax (Milakov & Gimelshein 2018, arXiv:1805.02867). Nothing is computed twice.
 """
 
 from __future__ import annotations
@@ -154,20 +154,31 @@ class Attend(Stage):
         return mixed / below
 
 
+def spacing(height: int, width: int, most: int | None) -> int:
+    """Every how many rows and columns there is a token, so that there are about `most` of them; None for all."""
+    return 1 if most is None else math.ceil(math.sqrt(height * width / most))
+
+
 def attend_strips(height: int, width: int) -> int:
     """How many strips of rows attend, of latents of that size."""
     return math.ceil(height / max(1, QUERIES // width))
 
 
-def keys_and_values(stage: MidAttention, stored: Rows, frame: Frame, hold: Hold, check: Check) -> Rows:
-    """Every token's key and value, as a picture of twice the channels."""
-    a, row = stage.attention, 0
+def keys_and_values(
+    stage: MidAttention, stored: Rows, frame: Frame, hold: Hold, check: Check, most: int | None = None
+) -> Rows:
+    """The key and the value of every token, or of about `most` evenly spaced ones, as a picture of twice the channels."""
+    a, row, seen = stage.attention, 0, 0
+    height, width = (n * stored.width // frame.width for n in (frame.height - 2 * frame.y, frame.width - 2 * frame.x))
+    step = spacing(height, width, most)
     memory: Rows | None = None
     with hold(nn.ModuleList([a.to_k, a.to_v])):
         for strip in stored.strips():
             check("decode.keys")
             x = frame.inner(strip, row)
             row += strip.shape[2]
+            first, seen = (step // 2 - seen) % step, seen + x.shape[2]
+            x = x[:, :, first::step, step // 2 :: step]
             tokens = stage.norm.apply(x).flatten(2).transpose(1, 2)
             both = torch.cat([a.to_k(tokens), a.to_v(tokens)], dim=2)
             memory = memory or Rows(stored.scratch, 2 * stored.channels, x.shape[3])
@@ -185,12 +196,14 @@ def stream(
     *,
     hold: Hold = lambda module: nullcontext(),
     check: Check = lambda where: None,
+    attend_to: int | None = None,
     hold_tokens: int = 0,
 ) -> Iterator[Tensor]:
     """Push `strips`, (1, C, n, W) fp32 that make up `frame`, through `stages` → (C', n', W') top first.
 
-    `hold(module)` is entered around the layers of one pass: one read of the weights serves the whole picture. Statistics stay
-    with the stages; so do, of the attention's keys and values, up to `hold_tokens` evenly spaced ones.
+    `hold(module)` is entered around the layers of one pass: one read of the weights serves the whole picture. Attention sees
+    about `attend_to` evenly spaced tokens, None for all. Statistics stay with the stages; so do, of the attention's keys and
+    values, up to `hold_tokens` evenly spaced ones.
     """
     source, chain = _Source(strips, frame.height), list[Stage]()
     for stage in stages:
@@ -208,15 +221,13 @@ def stream(
             )
             source, chain = _Source.of(inner, stored), [stage.conv2, Add(stage, stored)]
         elif isinstance(stage, MidAttention):
-            memory = keys_and_values(stage, stored, frame, hold, check)
+            memory = keys_and_values(stage, stored, frame, hold, check, attend_to)
             if hold_tokens:
-                step = math.ceil(math.sqrt(memory.count * memory.width / hold_tokens))
+                step = spacing(memory.count, memory.width, hold_tokens)
                 some = (memory.read(row, row + 1)[..., ::step] for row in range(0, memory.count, step))
                 stage.hold(torch.cat(list(some), dim=2))
-            source, chain = (
-                _Source.of(stored, memory, strip_bytes=QUERIES * 4 * stored.channels),
-                [Attend(stage, memory)],
-            )
+            source = _Source.of(stored, memory, strip_bytes=QUERIES * 4 * stored.channels)
+            chain = [Attend(stage, memory)]
         else:
             source, chain = _Source.of(stored), [stage]
     with hold(_layers(chain)):
@@ -310,14 +321,17 @@ def decode(
     hold: Hold,
     check: Check,
     margin: tuple[int, int] = (0, 0),
+    attend_to: int | None = None,
 ) -> Iterator[Tensor]:
     """latents: (1, C, h, w) fp32, already divided by scaling_factor → strips (3, n, 8w) fp32 in about [-1, 1], top first.
 
-    `margin` latents above and below, left and right, repeat the other side's. Raises StorageError, and NumericalError for NaN and Inf.
+    `margin` latents above and below, left and right, repeat the other side's. Attention sees about `attend_to` evenly spaced
+    tokens, None for all. Raises StorageError, and NumericalError for NaN and Inf.
     """
     stages = decoder_stages(vae.decoder, vae.post_quant_conv)
     frame = Frame(latents.shape[2], latents.shape[3], *margin)
-    return stream(stages, latent_strips(latents, strip_rows(frame.width)), frame, scratch, hold=hold, check=check)
+    strips = latent_strips(latents, strip_rows(frame.width))
+    return stream(stages, strips, frame, scratch, hold=hold, check=check, attend_to=attend_to)
 
 
 def encode(
@@ -328,17 +342,18 @@ def encode(
     hold: Hold,
     check: Check,
     margin: tuple[int, int] = (0, 0),
+    attend_to: int | None = None,
 ) -> Tensor:
     """pixels: (H, W, 3) uint8, sides multiples of 8 → the posterior's mean (1, C, H/8, W/8) fp32, unscaled.
 
-    8 × `margin` pixels above and below, left and right, repeat the other side's.
+    8 × `margin` pixels above and below, left and right, repeat the other side's. `attend_to` as for `decode`.
     """
     stages = encoder_stages(vae.encoder, vae.quant_conv)
     rows = 8 * strip_rows(pixels.shape[1] // 8)
     height, width = pixels.shape[:2]
     strips = (to_tensor(pixels[top : top + rows]) for top in range(0, height, rows))
     frame = Frame(height, width, 8 * margin[0], 8 * margin[1])
-    return means(stream(stages, strips, frame, scratch, hold=hold, check=check))
+    return means(stream(stages, strips, frame, scratch, hold=hold, check=check, attend_to=attend_to))
 
 
 class Rehearsal(NamedTuple):

@@ -1,4 +1,4 @@
-"""Which way an autoencoder goes through a picture, `exact` or `frozen`, and the one call that goes it."""
+"""Which way an autoencoder goes through a picture, `exact`, `sampled` or `frozen`, and the one call that goes it."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
 ATTENTION_SHARE = 0.25  # of the convolutions' work: what `auto` accepts for attention to every token
+TOKENS = 128 * 128  # those `sampled` attends to: as many as a picture of 1024² has
 DTYPES = {ScratchDtype.FP16: torch.float16, ScratchDtype.FP32: torch.float32}
 
 
@@ -39,7 +40,7 @@ class Method:
     scratch_bytes: int = 0
     written_bytes: int = 0
     flops: int = 0
-    attention: tuple[float, int] = (0.0, 1)  # of `exact`: its share of the work, and in how many strips it is done
+    attention: tuple[float, int] = (0.0, 1)  # layer by layer: its share of the work, and in how many strips it is done
     margin: tuple[int, int] = (0, 0)  # latents above and below, left and right, that repeat the other side's
 
     def __str__(self) -> str:
@@ -55,8 +56,18 @@ class Method:
         return 8 * self.margin[0], 8 * self.margin[1]
 
     @property
-    def exact(self) -> bool:
-        return self.kind is Decode.EXACT
+    def attention_flops(self) -> int:
+        share, _ = self.attention
+        return int(self.flops * share / (1 - share))
+
+    @property
+    def by_layers(self) -> bool:
+        """Whether each layer goes through the whole picture before the next, its weights read once."""
+        return self.kind in (Decode.EXACT, Decode.SAMPLED)
+
+    @property
+    def attend_to(self) -> int | None:
+        return TOKENS if self.kind is Decode.SAMPLED else None
 
 
 def choose(
@@ -73,7 +84,8 @@ def choose(
     """The method for latents of (height, width). `vae` is on the meta device behind a planning `streamer`; for TINY it is
     an AutoencoderTiny.
 
-    AUTO takes `exact` while the scratch folder has room and attention to all tokens is a small part of the work.
+    AUTO takes `exact` while attention to all tokens is a small part of the work, then `sampled`; `frozen` for pictures wider
+    than its bands, where rows grow, and where the scratch folder lacks room for the others.
     Raises StorageError when there is no room for what is wanted, or for anything.
     """
 
@@ -92,22 +104,10 @@ def choose(
     if wanted is Decode.TINY:
         return made(wanted, "as asked", lambda: tiny.rehearse(vae, latents))
     method = made(
-        Decode.EXACT, "as asked" if wanted is Decode.EXACT else "there is room",
+        Decode.EXACT, "there is room" if wanted is Decode.AUTO else "as asked",
         lambda: exact.rehearse(vae, latents, DTYPES[dtype], streamer.hold_transformed, encoding=encoding),
     )  # fmt: skip
 
-    def take_frozen(why: str) -> Method:
-        taken = made(
-            Decode.FROZEN,
-            why,
-            lambda: frozen.rehearse(vae, latents, DTYPES[dtype], streamer.hold_transformed, encoding=encoding),
-        )
-        return affordable(replace(taken, flops=method.flops))
-
-    mid = (vae.encoder if encoding else vae.decoder).mid_block
-    width = sum(a.to_q.in_features for a in mid.attentions if a is not None)
-    share = 4 * width * (latents[0] * latents[1]) ** 2 / method.flops
-    method = replace(method, attention=(share / (1 + share), exact.attend_strips(*latents)))
     free = free_bytes(folder)
 
     def lacking(method: Method) -> str:
@@ -119,13 +119,37 @@ def choose(
             raise StorageError(f"{lacking(method)}; give another folder with --scratch")
         return method
 
+    def take_frozen(why: str) -> Method:
+        taken = made(
+            Decode.FROZEN,
+            why,
+            lambda: frozen.rehearse(vae, latents, DTYPES[dtype], streamer.hold_transformed, encoding=encoding),
+        )
+        return affordable(replace(taken, flops=method.flops))
+
     if wanted is Decode.FROZEN:
         return take_frozen("as asked")
-    if wanted is Decode.EXACT:
-        return affordable(method)
-    if share > ATTENTION_SHARE:
-        return take_frozen(f"attention to every token would be {share:.0%} of the other work")
-    return method if free >= method.scratch_bytes else take_frozen(lacking(method))
+    mid = (vae.encoder if encoding else vae.decoder).mid_block
+    width, tokens = sum(a.to_q.in_features for a in mid.attentions if a is not None), latents[0] * latents[1]
+
+    def work(seen: int) -> float:
+        """Of attention to so many tokens, over that of the convolutions."""
+        return 4 * width * tokens * seen / method.flops
+
+    kind, why, seen = Decode.EXACT, method.why, tokens
+    if wanted is Decode.AUTO and work(tokens) > ATTENTION_SHARE:
+        kind, why = Decode.SAMPLED, f"attention to every token would be {work(tokens):.0%} of the other work"
+        if latents[1] > frozen.BAND:
+            return take_frozen(f"{why}, and rows are wider than {8 * frozen.BAND} pixels")
+    elif wanted is Decode.SAMPLED:
+        kind = wanted
+    if kind is Decode.SAMPLED:
+        seen = tokens // exact.spacing(*latents, TOKENS) ** 2
+    attention = work(seen) / (1 + work(seen)), exact.attend_strips(*latents)
+    method = replace(method, kind=kind, why=why, attention=attention)
+    if wanted is Decode.AUTO and free < method.scratch_bytes:
+        return take_frozen(lacking(method))
+    return affordable(method)
 
 
 def decode(
@@ -148,9 +172,9 @@ def decode(
         ]
     scratch = Scratch(method.folder, DTYPES[method.dtype])
     options: dict[str, Any] = {"hold": streamer.hold_transformed, "margin": method.margin}
-    if method.exact:
+    if method.by_layers:
         noting = _noting(method, scratch, check, progress)
-        strips = exact.decode(vae, latents, scratch, check=noting, **options)
+        strips = exact.decode(vae, latents, scratch, check=noting, attend_to=method.attend_to, **options)
     elif method.kind is Decode.FROZEN:
         strips = frozen.decode(vae, latents, scratch, check=check, progress=progress, **options)
     else:
@@ -178,8 +202,9 @@ def encode(
     y, x = method.margin
     scratch = Scratch(method.folder, DTYPES[method.dtype])
     options: dict[str, Any] = {"hold": streamer.hold_transformed, "margin": method.margin}
-    if method.exact:
-        mean = exact.encode(vae, pixels, scratch, check=_noting(method, scratch, check, progress), **options)
+    if method.by_layers:
+        noting = _noting(method, scratch, check, progress)
+        mean = exact.encode(vae, pixels, scratch, check=noting, attend_to=method.attend_to, **options)
     else:
         mean = frozen.encode(vae, pixels, scratch, check=check, progress=progress, **options)
     return mean[:, :, y : mean.shape[2] - y, x : mean.shape[3] - x]
