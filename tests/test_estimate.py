@@ -10,10 +10,11 @@ from diffusers import UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from tiler import RenderRequest
-from tiler.estimate import Counter, Speed, Work, seconds
+from tiler.decode.method import Method
+from tiler.estimate import BY_LAYERS, BY_ROWS, OVERHEAD, Counter, Speed, Work, seconds
 from tiler.models.family import read_family
 from tiler.planner import cut_work
-from tiler.request import Precision
+from tiler.request import Decode, Precision, ScratchDtype
 from tiler.weights.checkpoint import resolve
 
 
@@ -54,5 +55,12 @@ def test_work_is_what_torch_counts(checkpoints: Path, kind: str) -> None:
 def test_time_is_work_over_speed() -> None:
     speed = Speed(fp32=1e9, int8=2e9, attention=5e8)
     work = Work(8_000_000_000, 1_000_000_000)
-    plain, fast = (seconds(work, 3_000_000_000, speed, p) for p in (Precision.FP32, Precision.INT8))
-    assert plain / fast == pytest.approx((8 + 2 + 3) / (4 + 2 + 3))
+    layers, rows = (
+        Method(kind=kind, encoding=False, why="", memory_bytes=0, folder=Path("."), dtype=ScratchDtype.FP16, flops=3_000_000_000, attention=share)
+        for kind, share in ((Decode.SAMPLED, (0.25, 1)), (Decode.FROZEN, (0.0, 1)))
+    )  # fmt: skip
+    for precision, unet in ((Precision.FP32, 8 + 2), (Precision.INT8, 4 + 2)):
+        assert seconds(work, [], speed, precision) == pytest.approx(OVERHEAD[precision] * unet)
+        assert seconds(work, [layers, rows], speed, precision) == pytest.approx(
+            OVERHEAD[precision] * unet + 3 * BY_LAYERS + 1 + 3 * BY_ROWS
+        )

@@ -32,7 +32,6 @@ def command(**given: Any) -> None:
     family = read_family(resolve(request.model, variant=request.variant, revision=request.revision))
     planned = plan_render(request, family, budget.max_bytes)
     memory = planned.memory
-    decode_flops = sum(method.flops for method in planned.methods.values())
     speed, counter = estimate.measure(), estimate.Counter(family)
 
     def work_of(asked: RenderRequest, cut: Cut) -> dict[str, Any]:
@@ -40,7 +39,7 @@ def command(**given: Any) -> None:
         precision, _ = choose_precision(asked.precision, family)
         return {
             "unet_samples": cut.unet_samples, "precision": precision.value, "unet_tflop": round(work.tflop, 3),
-            "expected_seconds": round(estimate.seconds(work, decode_flops, speed, precision)),
+            "expected_seconds": round(estimate.seconds(work, planned.methods.values(), speed, precision)),
         }  # fmt: skip
 
     presets = {}
