@@ -102,6 +102,7 @@ class _Work:
 
     def prepare_weights(self) -> None:
         """The UNet's and the text encoder's weights in int8, where they are asked for: quantised now, or at an earlier run."""
+        self._note(f"seed {self.request.seed}")
         self._note(f"UNet in {self.plan.precision} ({self.plan.precision_why})")
         if self.plan.precision is Precision.INT8:
             cache = self.request.cache_dir or default_cache()

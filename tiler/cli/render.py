@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import typer
@@ -69,9 +68,6 @@ def command(
     budget = Budget(max_ram)
     o.prepare_process(threads)
     from tiler.cli.progress import ProgressPrinter
-
-    if not quiet:
-        sys.stderr.write(f"seed {request.seed}\n")
     from tiler.pipeline import render
 
     with ProgressPrinter(budget, quiet=quiet) as printer:
