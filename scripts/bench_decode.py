@@ -3,6 +3,8 @@
     python scripts/bench_decode.py exact             error, time and work of `exact` at 512², 1024² and 1536×640, beside
                                                      diffusers' enable_tiling; SD 1.5 size with random weights, and mini
     python scripts/bench_decode.py frozen            error and seams of `frozen` at 2048² on --count rendered pictures (mini)
+    python scripts/bench_decode.py ways              decoding and encoding 2048² by `exact`, `sampled` and `frozen`: seconds, and
+                                                     the error of the others against `exact`; SD 1.5 size with random weights
     python scripts/bench_decode.py exact frozen --json FILE
 
 Peaks under the ceiling are measured by `bench.py decode`, in processes of their own: diffusers' part needs gigabytes here.
@@ -16,6 +18,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +29,18 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tiler import RenderRequest, render
-from tiler.decode import exact, frozen
-from tiler.decode.rows import strip_rows
+from tiler.decode import exact, frozen, method
+from tiler.decode.rows import Pixels, strip_rows
 from tiler.decode.scratch import Scratch
+from tiler.diffusion import guide
 from tiler.memory.meter import MetaMeter
 from tiler.models import family as families
 from tiler.models.family import Autoencoder
 from tiler.pipeline import streamed
+from tiler.request import Decode
 from tiler.weights.checkpoint import resolve
+from tiler.weights.layers import stream_layers
+from tiler.weights.stream import Streamer
 
 PROMPTS = [
     "mountains by a lake at dusk, pine trees", "city skyline by the water at night, full moon", "a sailing boat at noon",
@@ -46,6 +53,11 @@ def psnr(a: Tensor, b: Tensor) -> float:
     """dB between pictures in [-1, 1], clipped as they are written."""
     mse = float((a.clamp(-1, 1) - b.clamp(-1, 1)).double().square().mean())
     return 10 * math.log10(4 / mse) if mse else math.inf
+
+
+def numbers(sizes: list[str]) -> list[tuple[int, int]]:
+    """`WxH` as (width, height)."""
+    return [(int(w), int(h)) for w, h in (size.split("x") for size in sizes)]
 
 
 def timed(work: Callable[[], Tensor]) -> tuple[Tensor, float]:
@@ -158,24 +170,73 @@ def bench_frozen(model: str, size: int, count: int, folder: Path) -> list[dict[s
     return rows
 
 
+def bench_ways(model: str, sizes: list[tuple[int, int]]) -> list[dict[str, Any]]:
+    """Latents as in `bench_exact`; pixels are noise of 32×32, enlarged, as a guide is."""
+    kind, rows = families.read_family(resolve(model)).autoencoder, []
+    planning, streamer = families.build_vae(kind), Streamer(None)
+    stream_layers(planning, streamer)
+    generator = torch.Generator().manual_seed(1)
+    noise = torch.randint(256, (32, 32, 3), generator=generator, dtype=torch.uint8).numpy()
+    for width, height in sizes:
+        latents = torch.randn(1, 4, height // 8, width // 8, generator=generator) + torch.linspace(-1, 1, width // 8)
+        latents, pixels = kind.unscale_(latents), guide.fit(noise, height, width)
+        for encoding in False, True:
+            want: Tensor | None = None
+            for way in Decode.EXACT, Decode.SAMPLED, Decode.FROZEN:
+                with tempfile.TemporaryDirectory() as folder:
+                    options: dict[str, Any] = {"encoding": encoding, "folder": Path(folder)}
+                    how = method.choose(way, planning, streamer, (height // 8, width // 8), **options)
+                    got, seconds = timed(partial(go, how, kind, latents, pixels))
+                want = got if want is None else want
+                error = float((got - want).norm() / want.norm())
+                row = {
+                    "size": f"{width}×{height}", "encoding": encoding, "way": way.value, "seconds": seconds, "error": error,
+                    "psnr": psnr(got, want), "scratch_bytes": how.scratch_bytes, "written_bytes": how.written_bytes,
+                }  # fmt: skip
+                rows.append(row)
+                print(
+                    f"{'encode' if encoding else 'decode'} {row['size']} {way.value:8}{seconds:6.0f} s, scratch {how.scratch_bytes / 1e9:.1f} GB, "
+                    f"written {how.written_bytes / 1e9:.0f} GB, error {error:.2%}" + ("" if encoding else f", {row['psnr']:.0f} dB"), flush=True,
+                )  # fmt: skip
+    return rows
+
+
+def go(how: method.Method, kind: Autoencoder, latents: Tensor, pixels: Pixels) -> Tensor:
+    """The picture of `latents`, or the latents of `pixels`."""
+    vae, quiet = families.build_vae(kind), {"check": lambda where: None, "progress": lambda share: None}
+    with streamed(vae, kind.weights, families.vae_names) as streamer:
+        if how.encoding:
+            return method.encode(how, vae, streamer, pixels, **quiet)
+        return torch.cat(list(method.decode(how, vae, streamer, latents, **quiet)), dim=1)
+
+
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="+", choices=["exact", "frozen"])
-    parser.add_argument("--models", nargs="+", help="default: the generated sd15 and mini for exact, mini for frozen")
-    parser.add_argument("--sizes", nargs="+", default=["512x512", "1024x1024", "1536x640"], help="for exact")
+    parser.add_argument("what", nargs="+", choices=["exact", "frozen", "ways"])
+    parser.add_argument(
+        "--models", nargs="+", help="default: the generated sd15 and mini for exact, mini for frozen, sd15 for ways"
+    )
+    parser.add_argument(
+        "--sizes", nargs="+", help="for exact (default: 512x512 1024x1024 1536x640) and ways (2048x2048)"
+    )
     parser.add_argument("--count", type=int, default=8, help="pictures, for frozen")
     parser.add_argument("--folder", type=Path, default=Path.home() / ".cache/tiler/latents", help="where they are kept")
     parser.add_argument("--json", type=Path, help="also write all results here")
     args = parser.parse_args()
     results: dict[str, Any] = {}
     if "exact" in args.what:
-        sizes = [(int(w), int(h)) for w, h in (size.split("x") for size in args.sizes)]
+        sizes = numbers(args.sizes or ["512x512", "1024x1024", "1536x640"])
         models = args.models or [str(make_checkpoint.make("sd15")), "mini"]
         results["exact"] = [row for model in models for row in bench_exact(model, sizes)]
     if "frozen" in args.what:
         results["frozen"] = [
             row for m in args.models or ["mini"] for row in bench_frozen(m, 2048, args.count, args.folder)
+        ]
+    if "ways" in args.what:
+        sizes = numbers(args.sizes or ["2048x2048"])
+        results["ways"] = [
+            row for m in args.models or [str(make_checkpoint.make("sd15"))] for row in bench_ways(m, sizes)
         ]
     if args.json:
         args.json.write_text(json.dumps(results, indent=2) + "\n")
