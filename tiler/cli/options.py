@@ -190,9 +190,7 @@ TinyVae = Annotated[
 ]
 ScratchFolder = Annotated[
     Path | None,
-    typer.Option(
-        "--scratch", help="Folder for the decoder's files.  [default: the output's]", show_default=False
-    ),
+    typer.Option("--scratch", help="Folder for the decoder's files.  [default: the output's]", show_default=False),
 ]
 ScratchKind = Annotated[
     ScratchDtype,
