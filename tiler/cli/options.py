@@ -176,7 +176,7 @@ DecodeKind = Annotated[
     Decode,
     typer.Option(
         "--decode",
-        help="exact: as a whole, through scratch files; sampled: the same, but attention sees 16,384 evenly spaced tokens; "
+        help="exact: as a whole, through scratch files; sampled: the same, but attention sees at most 16,384 evenly spaced tokens; "
         "frozen: row by row with held statistics, little disk space, any size; auto: exact while the whole picture's attention "
         "is a small part of the work, then sampled, frozen without the disk space or beyond 4,096 pixels of width; "
         "tiny: a fast approximation by --tiny-vae.",

@@ -155,7 +155,7 @@ class Attend(Stage):
 
 
 def spacing(height: int, width: int, most: int | None) -> int:
-    """Every how many rows and columns there is a token, so that there are about `most` of them; None for all."""
+    """Every how many rows and columns there is a token, so that there are at most `most` of them, but for rounding up; None for all."""
     return 1 if most is None else math.ceil(math.sqrt(height * width / most))
 
 
@@ -167,7 +167,7 @@ def attend_strips(height: int, width: int) -> int:
 def keys_and_values(
     stage: MidAttention, stored: Rows, frame: Frame, hold: Hold, check: Check, most: int | None = None
 ) -> Rows:
-    """The key and the value of every token, or of about `most` evenly spaced ones, as a picture of twice the channels."""
+    """The key and the value of every token, or of at most `most` evenly spaced ones, as a picture of twice the channels."""
     a, row, seen = stage.attention, 0, 0
     height, width = (n * stored.width // frame.width for n in (frame.height - 2 * frame.y, frame.width - 2 * frame.x))
     step = spacing(height, width, most)
@@ -202,7 +202,7 @@ def stream(
     """Push `strips`, (1, C, n, W) fp32 that make up `frame`, through `stages` → (C', n', W') top first.
 
     `hold(module)` is entered around the layers of one pass: one read of the weights serves the whole picture. Attention sees
-    about `attend_to` evenly spaced tokens, None for all. Statistics stay with the stages; so do, of the attention's keys and
+    at most `attend_to` evenly spaced tokens, None for all. Statistics stay with the stages; so do, of the attention's keys and
     values, up to `hold_tokens` evenly spaced ones.
     """
     source, chain = _Source(strips, frame.height), list[Stage]()
@@ -325,7 +325,7 @@ def decode(
 ) -> Iterator[Tensor]:
     """latents: (1, C, h, w) fp32, already divided by scaling_factor → strips (3, n, 8w) fp32 in about [-1, 1], top first.
 
-    `margin` latents above and below, left and right, repeat the other side's. Attention sees about `attend_to` evenly spaced
+    `margin` latents above and below, left and right, repeat the other side's. Attention sees at most `attend_to` evenly spaced
     tokens, None for all. Raises StorageError, and NumericalError for NaN and Inf.
     """
     stages = decoder_stages(vae.decoder, vae.post_quant_conv)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
 ATTENTION_SHARE = 0.25  # of the convolutions' work: what `auto` accepts for attention to every token
-TOKENS = 128 * 128  # those `sampled` attends to: as many as a picture of 1024² has
+TOKENS = 128 * 128  # the most that `sampled` attends to: as many as a picture of 1024² has
 DTYPES = {ScratchDtype.FP16: torch.float16, ScratchDtype.FP32: torch.float32}
 
 
