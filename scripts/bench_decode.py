@@ -36,11 +36,10 @@ from tiler.diffusion import guide
 from tiler.memory.meter import MetaMeter
 from tiler.models import family as families
 from tiler.models.family import Autoencoder
+from tiler.phases import Coder
 from tiler.pipeline import streamed
 from tiler.request import Decode
 from tiler.weights.checkpoint import resolve
-from tiler.weights.layers import stream_layers
-from tiler.weights.stream import Streamer
 
 PROMPTS = [
     "mountains by a lake at dusk, pine trees", "city skyline by the water at night, full moon", "a sailing boat at noon",
@@ -173,8 +172,7 @@ def bench_frozen(model: str, size: int, count: int, folder: Path) -> list[dict[s
 def bench_ways(model: str, sizes: list[tuple[int, int]]) -> list[dict[str, Any]]:
     """Latents as in `bench_exact`; pixels are noise of 32×32, enlarged, as a guide is."""
     kind, rows = families.read_family(resolve(model)).autoencoder, []
-    planning, streamer = families.build_vae(kind), Streamer(None)
-    stream_layers(planning, streamer)
+    planning = Coder(kind)
     generator = torch.Generator().manual_seed(1)
     noise = torch.randint(256, (32, 32, 3), generator=generator, dtype=torch.uint8).numpy()
     for width, height in sizes:
@@ -185,7 +183,7 @@ def bench_ways(model: str, sizes: list[tuple[int, int]]) -> list[dict[str, Any]]
             for way in Decode.EXACT, Decode.SAMPLED, Decode.FROZEN:
                 with tempfile.TemporaryDirectory() as folder:
                     options: dict[str, Any] = {"encoding": encoding, "folder": Path(folder)}
-                    how = method.choose(way, planning, streamer, (height // 8, width // 8), **options)
+                    how = method.choose(way, planning.module, planning.streamer, (height // 8, width // 8), **options)
                     got, seconds = timed(partial(go, how, kind, latents, pixels))
                 want = got if want is None else want
                 error = float((got - want).norm() / want.norm())
