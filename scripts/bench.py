@@ -37,15 +37,17 @@ ROOT = Path(__file__).parents[1]
 STREAMED = """
 import sys, time, json
 from pathlib import Path
-from tiler.memory import imports, process
+from tiler.memory import process
+from tiler.memory import lean_imports as imports
 process.frugal_allocator()
 imports.lean_torch()
 from tiler.models.family import read_family, build_unet, plain_names
 from tiler.models.unet import predict_noise
 from tiler.memory.budget import Budget, at_layer
 from tiler.pipeline import streamed
-from tiler.planner import plan_render
-from tiler.quantize import default_cache, packed_weights
+from tiler.plan.render import plan_render
+from tiler.packing import packed_weights
+from tiler.weights.packed import default_cache
 from tiler.request import Precision, RenderRequest
 from tiler.weights.checkpoint import resolve
 import torch

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tiler.estimate import median_seconds
+from tiler.compute import winograd
 from tiler.memory import process
-from tiler.weights import winograd
+from tiler.plan.time import median_seconds
 
 SHAPES = [
     (320, 320, 64),

@@ -29,15 +29,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tiler import RenderRequest, render
-from tiler.decode import exact, frozen, method
+from tiler.compute.shapes import MetaMeter
+from tiler.decode import exact, frozen
+from tiler.decode import method as method
 from tiler.decode.rows import Pixels, strip_rows
 from tiler.decode.scratch import Scratch
 from tiler.diffusion import guide
-from tiler.memory.meter import MetaMeter
 from tiler.models import family as families
-from tiler.models.family import Autoencoder
-from tiler.phases import Coder
+from tiler.models.family import VaeSpec
 from tiler.pipeline import streamed
+from tiler.plan.peaks import VaePeaks
 from tiler.request import Decode
 from tiler.weights.checkpoint import resolve
 
@@ -72,7 +73,7 @@ def reference(model: str) -> AutoencoderKL:
     return AutoencoderKL.from_pretrained(folder, variant=variant, torch_dtype=torch.float32).eval()
 
 
-def decode(kind: Autoencoder, latents: Tensor, dtype: torch.dtype | None) -> Tensor:
+def decode(kind: VaeSpec, latents: Tensor, dtype: torch.dtype | None) -> Tensor:
     """By `exact` with scratch of `dtype`, or by `frozen` when there is none."""
     vae = families.build_vae(kind)
     with streamed(vae, kind.weights, families.vae_names) as streamer, tempfile.TemporaryDirectory() as folder:
@@ -82,7 +83,7 @@ def decode(kind: Autoencoder, latents: Tensor, dtype: torch.dtype | None) -> Ten
         return torch.cat(list(strips), dim=1)
 
 
-def work_factor(kind: Autoencoder, height: int, width: int) -> float:
+def work_factor(kind: VaeSpec, height: int, width: int) -> float:
     """Arithmetic of the convolutions in `exact` over that of one whole-image decode."""
     vae = families.build_vae(kind)
     with MetaMeter() as meter:
@@ -172,12 +173,12 @@ def bench_frozen(model: str, size: int, count: int, folder: Path) -> list[dict[s
 def bench_ways(model: str, sizes: list[tuple[int, int]]) -> list[dict[str, Any]]:
     """Latents as in `bench_exact`; pixels are noise of 32×32, enlarged, as a guide is."""
     kind, rows = families.read_family(resolve(model)).autoencoder, []
-    planning = Coder(kind)
+    planning = VaePeaks(kind)
     generator = torch.Generator().manual_seed(1)
     noise = torch.randint(256, (32, 32, 3), generator=generator, dtype=torch.uint8).numpy()
     for width, height in sizes:
         latents = torch.randn(1, 4, height // 8, width // 8, generator=generator) + torch.linspace(-1, 1, width // 8)
-        latents, pixels = kind.unscale_(latents), guide.fit(noise, height, width)
+        latents, pixels = kind.unscale_(latents), guide.crop_to_aspect(noise, height, width)
         for encoding in False, True:
             want: Tensor | None = None
             for way in Decode.EXACT, Decode.SAMPLED, Decode.FROZEN:
@@ -199,7 +200,7 @@ def bench_ways(model: str, sizes: list[tuple[int, int]]) -> list[dict[str, Any]]
     return rows
 
 
-def go(how: method.Method, kind: Autoencoder, latents: Tensor, pixels: Pixels) -> Tensor:
+def go(how: method.DecodePlan, kind: VaeSpec, latents: Tensor, pixels: Pixels) -> Tensor:
     """The picture of `latents`, or the latents of `pixels`."""
     vae, quiet = families.build_vae(kind), {"check": lambda where: None, "progress": lambda share: None}
     with streamed(vae, kind.weights, families.vae_names) as streamer:

@@ -20,18 +20,20 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from tiler.compute import int8, winograd
+from tiler.compute.layers import StreamedConv2d
 from tiler.diffusion import canvas, schedulers
 from tiler.memory import process
 from tiler.memory.budget import Budget, at_layer
 from tiler.models.family import build_unet, plain_names, read_family
 from tiler.models.unet import predict_noise
+from tiler.packing import packed_weights
 from tiler.pipeline import streamed
-from tiler.planner import plan_render
-from tiler.quantize import default_cache, packed_weights
+from tiler.plan.render import plan_render
 from tiler.request import Precision, RenderRequest
-from tiler.weights import int8, store, winograd
+from tiler.weights import store
 from tiler.weights.checkpoint import resolve
-from tiler.weights.layers import StreamedConv2d
+from tiler.weights.packed import default_cache
 
 _OPERATORS = {
     "convolution": ("convolution",),

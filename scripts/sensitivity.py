@@ -19,10 +19,10 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
+from tiler.compute import int8
+from tiler.compute.layers import SMALL
 from tiler.models.unet import FP32_NAMES, int8_weights
-from tiler.weights import int8
 from tiler.weights.checkpoint import resolve
-from tiler.weights.layers import SMALL
 
 
 def kind(name: str) -> str:

@@ -24,30 +24,31 @@ import torch
 from torch import Tensor
 
 from tiler import events
-from tiler.decode import method
-from tiler.decode.method import Method
+from tiler.compute.layers import stream_layers
+from tiler.compute.stream import Streamer
+from tiler.decode import method as method
+from tiler.decode.method import DecodePlan
 from tiler.decode.rows import Latents, to_uint8
 from tiler.diffusion import canvas, guide, schedulers
 from tiler.errors import NumericalError
 from tiler.events import OnEvent, percent
-from tiler.memory import imports, process
+from tiler.files import check_writable
+from tiler.memory import lean_imports, process
 from tiler.memory.budget import Budget, at_layer, at_rows
 from tiler.models import family as families
 from tiler.models.blocks import Windows
-from tiler.models.text import encode_prompts, load_tokenizer
+from tiler.models.clip import encode_prompts, load_tokenizer
 from tiler.models.unet import predict_noise
-from tiler.output.files import check_writable
 from tiler.output.latents import LatentsFile, save_latents
 from tiler.output.picture import check_picture, write_picture
 from tiler.output.png import infotext
-from tiler.planner import RenderPlan, Steps, plan_decode, plan_render
-from tiler.quantize import default_cache, packed_text_names, prepare_int8
+from tiler.packing import packed_text_names, prepare_int8
+from tiler.plan.render import RenderPlan, Steps, plan_decode, plan_render
 from tiler.request import Decode, GuideUpscale, Precision, RenderRequest, ScratchDtype, Wrap, check_decode, check_dpi
 from tiler.weights.checkpoint import resolve, resolve_part
 from tiler.weights.index import TensorInfo
-from tiler.weights.layers import stream_layers
+from tiler.weights.packed import default_cache
 from tiler.weights.store import WeightStore, match_index
-from tiler.weights.stream import Streamer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +73,7 @@ def render(request: RenderRequest, budget: Budget | None = None, on_event: OnEve
             budget.max_bytes,
         )
         plan.memory.check()
-        imports.settle()
+        lean_imports.freeze_imports()
         work = _Work(request, plan, budget, on_event)
         # Holes in the heap count as data though no page of them is resident: 315 MB were seen under a ceiling of 800 MB.
         with process.limit_data(max(0, budget.max_bytes - process.read_rss().now) + budget.max_bytes):
@@ -157,7 +158,7 @@ class _Work:
                 picture, box = guide.load_picture(self.request.guide_image), None
             how = self.plan.methods["guide picture"]
             mean = method.encode(
-                how, vae, streamer, guide.fit(picture, height, width, box, wraps, how.margin_pixels),
+                how, vae, streamer, guide.crop_to_aspect(picture, height, width, box, wraps, how.margin_pixels),
                 check=at_rows(self.budget, self.plan.memory.peak_of("guide picture")),
                 progress=self._percent("guide picture"),
             )  # fmt: skip
@@ -233,7 +234,7 @@ class _Work:
         return latents
 
     def _decode_strips(
-        self, how: Method, vae: Any, streamer: Streamer, unscaled: Tensor, phase: str
+        self, how: DecodePlan, vae: Any, streamer: Streamer, unscaled: Tensor, phase: str
     ) -> Iterator[np.ndarray]:
         check = at_rows(self.budget, self.plan.memory.peak_of(phase))
         return decode_pixels(how, vae, streamer, unscaled, check, self._percent(phase))
@@ -315,7 +316,7 @@ def decode_file(
                 decode=decode, scratch=scratch or output.parent, scratch_dtype=scratch_dtype, wrap=wrap,
             )  # fmt: skip
             plan.check()
-            imports.settle()
+            lean_imports.freeze_imports()
             vae = families.build_vae(kind)
             on_event(events.PhaseStarted(name="decode", total=100))
             on_event(events.Note(text=f"decoder: {how}"))
@@ -345,7 +346,7 @@ def quantize_model(
 
 
 def decode_pixels(
-    how: Method,
+    how: DecodePlan,
     vae: Any,
     streamer: Streamer,
     unscaled: Latents,

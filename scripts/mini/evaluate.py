@@ -37,11 +37,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from tiler import Budget, RenderRequest, render
+from tiler.compute import cpu
 from tiler.decode.rows import to_uint8
 from tiler.diffusion import guide
-from tiler.memory import cpu
 from tiler.models.family import read_family
-from tiler.planner import cut_work
+from tiler.plan.render import plan_tiling
 from tiler.request import PRESETS, Layout, Precision
 from tiler.weights.checkpoint import resolve
 
@@ -262,7 +262,7 @@ def enlarge(args: argparse.Namespace) -> None:
         small, drawing, lanczos = drawn_twice(k)
         z = vae.encode(to_tensor(small[None]).to(DEVICE)).latent_dist.mean
         decoded = to_uint8(vae.decode(z).sample[0].cpu())
-        pixels = to_tensor(guide.fit(decoded, 1024, 1024)[0:1024][None]).to(DEVICE)
+        pixels = to_tensor(guide.crop_to_aspect(decoded, 1024, 1024)[0:1024][None]).to(DEVICE)
         large = {
             "pixel": vae.encode(pixels).latent_dist.mean,
             "latent": guide.upscale(z.cpu(), guide.GuideSize(32, 32, 32.0, 32.0), (128, 128), (False, False)).to(
@@ -339,7 +339,7 @@ def poster(args: argparse.Namespace) -> None:
             seconds = time.monotonic() - start
             first = picture if first is None else first
             request = RenderRequest(prompt="x", output=args.out, width=args.size, height=args.size)
-            borders = {8 * edge for r in cut_work(request, family).regions for edge in (r.left, r.left + r.width)}
+            borders = {8 * edge for r in plan_tiling(request, family).regions for edge in (r.left, r.left + r.width)}
             small = Image.fromarray(picture).resize((256, 256), Image.Resampling.BOX)
             alike = np.corrcoef(np.asarray(small).ravel(), guide_picture.ravel())[0, 1]
             print(

@@ -19,7 +19,7 @@ def command(json_output: o.Json = False) -> None:
     """Show memory, limits, cores, CPU flags, dtypes and why, versions, free disk."""
     import psutil
 
-    from tiler.memory import cpu
+    from tiler.compute import cpu
     from tiler.memory.process import available_ram, cgroup_limit
 
     available, total = available_ram()

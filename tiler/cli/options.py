@@ -254,7 +254,7 @@ def _sheet(given: Mapping[str, Any], bleed_mm: float) -> tuple[int, int, float |
 
 def prepare_process(threads: int | None) -> None:
     """What must be set before torch is imported: allocator, threads, quiet libraries. Then torch is."""
-    from tiler.memory.imports import lean_torch
+    from tiler.memory.lean_imports import lean_torch
     from tiler.memory.process import frugal_allocator
 
     if threads is not None and not 1 <= threads <= 1024:
@@ -270,7 +270,7 @@ def prepare_process(threads: int | None) -> None:
 def write_report(path: Path | None, report: dict[str, Any]) -> None:
     """Write --report's JSON file, when one was asked for. Raises StorageError."""
     if path is not None:
-        from tiler.output.files import atomic
+        from tiler.files import atomic
 
         with atomic(path) as file:
             file.write((json.dumps(report, indent=2) + "\n").encode())

@@ -14,7 +14,7 @@ from tiler.memory.budget import Budget, format_mb
 from tiler.request import Preset, RenderRequest
 
 if TYPE_CHECKING:
-    from tiler.planner import Cut
+    from tiler.plan.render import Tiling
 
 
 def command(**given: Any) -> None:
@@ -24,9 +24,9 @@ def command(**given: Any) -> None:
     request = o.request_from(given)
     budget = Budget(given["max_ram"])
     o.prepare_process(given["threads"])
-    from tiler import estimate
     from tiler.models.family import read_family
-    from tiler.planner import choose_precision, cut_work, plan_render
+    from tiler.plan import time as estimate
+    from tiler.plan.render import choose_precision, plan_render, plan_tiling
     from tiler.weights.checkpoint import resolve
 
     family = read_family(resolve(request.model, variant=request.variant, revision=request.revision))
@@ -34,7 +34,7 @@ def command(**given: Any) -> None:
     memory = planned.memory
     speed, counter = estimate.measure(), estimate.Counter(family)
 
-    def work_of(asked: RenderRequest, cut: Cut) -> dict[str, Any]:
+    def work_of(asked: RenderRequest, cut: Tiling) -> dict[str, Any]:
         work = counter.count(cut, asked.attention_window)
         precision, _ = choose_precision(asked.precision, family)
         return {
@@ -45,7 +45,7 @@ def command(**given: Any) -> None:
     presets = {}
     for preset in Preset:
         asked = o.request_from(given | {"preset": preset})
-        presets[preset.value] = work_of(asked, cut_work(asked, family))
+        presets[preset.value] = work_of(asked, plan_tiling(asked, family))
     facts = {
         "canvas": f"{8 * planned.canvas[1]}×{8 * planned.canvas[0]}",
         "guide": None if planned.guide is None else f"{8 * planned.guide.width}×{8 * planned.guide.height}",

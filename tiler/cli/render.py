@@ -61,7 +61,7 @@ def command(
     A low-resolution pass makes a guide; the canvas is then denoised tile by tile under it, and decoded without tiles.
     """
     request = o.request_from(locals())
-    from tiler.output.files import check_writable
+    from tiler.files import check_writable
 
     if report is not None:
         check_writable(report, force=True)

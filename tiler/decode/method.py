@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from tiler.compute.shapes import MetaMeter
+from tiler.compute.stream import Streamer
 from tiler.decode import exact, frozen, tiny
 from tiler.decode.rows import REACH, Check, Latents, Pixels
 from tiler.decode.scratch import Scratch, free_bytes
 from tiler.errors import StorageError
-from tiler.memory.meter import MetaMeter
 from tiler.request import Decode, ScratchDtype, Wrap
-from tiler.weights.stream import Streamer
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -27,7 +27,7 @@ DTYPES = {ScratchDtype.FP16: torch.float16, ScratchDtype.FP32: torch.float32}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Method:
+class DecodePlan:
     """How one picture is decoded or encoded. Bytes: `memory_bytes` of activations and weights in use, `scratch_bytes` on
     disk at once, `written_bytes` to disk in all. `flops` of an AutoencoderKL's convolutions."""
 
@@ -80,7 +80,7 @@ def choose(
     folder: Path,
     dtype: ScratchDtype = ScratchDtype.FP16,
     wrap: Wrap = Wrap.NONE,
-) -> Method:
+) -> DecodePlan:
     """The method for latents of (height, width). `vae` is on the meta device behind a planning `streamer`; for TINY it is
     an AutoencoderTiny.
 
@@ -93,10 +93,10 @@ def choose(
     margin = REACH * vertical, REACH * horizontal
     latents = latents[0] + 2 * margin[0], latents[1] + 2 * margin[1]
 
-    def made(kind: Decode, why: str, rehearse: Callable[[], exact.Rehearsal | None]) -> Method:
+    def made(kind: Decode, why: str, rehearse: Callable[[], exact.Rehearsal | None]) -> DecodePlan:
         with MetaMeter() as meter, torch.no_grad():
             used = rehearse() or exact.Rehearsal(0, 0, 0)
-        return Method(
+        return DecodePlan(
             kind=kind, encoding=encoding, why=why, memory_bytes=meter.peak_bytes, folder=folder, dtype=dtype,
             scratch_bytes=used.peak_bytes, written_bytes=used.written_bytes, flops=used.flops, margin=margin,
         )  # fmt: skip
@@ -110,16 +110,16 @@ def choose(
 
     free = free_bytes(folder)
 
-    def lacking(method: Method) -> str:
+    def lacking(method: DecodePlan) -> str:
         needs = f"{method.kind} decoding needs {method.scratch_bytes / 1e6:,.0f} MB"
         return f"{folder} has {free / 1e6:,.0f} MB free, {needs}"
 
-    def affordable(method: Method) -> Method:
+    def affordable(method: DecodePlan) -> DecodePlan:
         if free < method.scratch_bytes:
             raise StorageError(f"{lacking(method)}; give another folder with --scratch")
         return method
 
-    def take_frozen(why: str) -> Method:
+    def take_frozen(why: str) -> DecodePlan:
         taken = made(
             Decode.FROZEN,
             why,
@@ -153,7 +153,7 @@ def choose(
 
 
 def decode(
-    method: Method,
+    method: DecodePlan,
     vae: Any,
     streamer: Streamer,
     latents: Latents,
@@ -189,7 +189,7 @@ def decode(
 
 
 def encode(
-    method: Method,
+    method: DecodePlan,
     vae: AutoencoderKL,
     streamer: Streamer,
     pixels: Pixels,
@@ -210,7 +210,7 @@ def encode(
     return mean[:, :, y : mean.shape[2] - y, x : mean.shape[3] - x]
 
 
-def _noting(method: Method, scratch: Scratch, check: Check, progress: Callable[[float], None]) -> Check:
+def _noting(method: DecodePlan, scratch: Scratch, check: Check, progress: Callable[[float], None]) -> Check:
     """`check` that also says how much is done: of attention by strips, of the convolutions by what was written."""
     share, strips = method.attention
     attended = 0

@@ -89,7 +89,7 @@ def load_picture(path: Path) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Resized:
+class LazyResize:
     """Part of a picture at another size, by Lanczos; a slice of it makes those rows. The canvas of a print has hundreds of
     megabytes of pixels, what they are made from has one."""
 
@@ -123,14 +123,14 @@ def _reach(step: float) -> int:
     return math.ceil(3 * max(1.0, step)) + 1
 
 
-def fit(
+def crop_to_aspect(
     picture: np.ndarray,
     height: int,
     width: int,
     box: tuple[float, float] | None = None,
     wraps: tuple[bool, bool] = (False, False),
     margin: tuple[int, int] = (0, 0),
-) -> Resized:
+) -> LazyResize:
     """The centred part of `picture`, (h, w, 3) uint8, with the asked aspect, or of `box` = (height, width), at height × width
     pixels. `margin` pixels above and below, left and right, are added that repeat the other side's, of sides that wrap."""
     sides = picture.shape[:2]
@@ -146,7 +146,7 @@ def fit(
         picture, left, right = np.pad(picture, ((0, 0), (pad, pad), (0, 0)), mode="wrap"), left + pad, right + pad
     # Rounding must not lead out of a picture that does not go on.
     within = top if wraps[0] else max(0.0, top), max(0.0, left), min(right, picture.shape[1])
-    return Resized(picture, within, steps[0], shape, wraps[0])
+    return LazyResize(picture, within, steps[0], shape, wraps[0])
 
 
 def upscale(latents: Tensor, size: GuideSize, canvas: tuple[int, int], wraps: tuple[bool, bool]) -> Tensor:

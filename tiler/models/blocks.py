@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tiler.weights.layers import linear_layers
+from tiler.compute.layers import linear_layers
 
 # Of a feed-forward's projection at a time: 6.3 MB, which the allocator need not map anew each time; but no fewer tokens than
 # keep the product efficient. Where the weights do not fit the arena, and every further chunk would read them again, just
@@ -38,7 +38,7 @@ class Windows(NamedTuple):
         return cls(size, rng.randrange(size), rng.randrange(size))
 
 
-class IntoResnet(nn.Module):
+class ResnetFirstHalf(nn.Module):
     """A ResnetBlock2D up to its first convolution. On the up path its input is the hidden state and one skip, joined along
     channels."""
 
@@ -53,8 +53,8 @@ class IntoResnet(nn.Module):
         return h.add_(self.time(self.act(temb))[:, :, None, None])
 
 
-class OutOfResnet(nn.Module):
-    """The rest of a ResnetBlock2D, of what `IntoResnet` made of `parts`."""
+class ResnetSecondHalf(nn.Module):
+    """The rest of a ResnetBlock2D, of what `ResnetFirstHalf` made of `parts`."""
 
     def __init__(self, resnet: Any) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class Resnet(nn.Module):
 
     def __init__(self, resnet: Any) -> None:
         super().__init__()
-        self.halves = nn.ModuleList([IntoResnet(resnet), OutOfResnet(resnet)])
+        self.halves = nn.ModuleList([ResnetFirstHalf(resnet), ResnetSecondHalf(resnet)])
 
     def forward(self, *parts: Tensor, temb: Tensor) -> Tensor:
         """parts: (n, C, h, w) each; temb: (1, width) → (n, C', h, w)."""
@@ -109,7 +109,7 @@ def _activate(act: nn.Module, x: Tensor) -> Tensor:
     return x
 
 
-class UpToText(nn.Module):
+class PrePrompt(nn.Module):
     """A Transformer2DModel as far as it does not see the prompt: its norm, and the self-attention of its first block."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -123,7 +123,7 @@ class UpToText(nn.Module):
         x = x if model.use_linear_projection else model.proj_in(x)
         x = x.permute(0, 2, 3, 1).flatten(1, 2)
         x = model.proj_in(x) if model.use_linear_projection else x
-        return _look_at_itself(model.transformer_blocks[0], x)
+        return _self_attention(model.transformer_blocks[0], x)
 
 
 class Transformer(nn.Module):
@@ -131,15 +131,15 @@ class Transformer(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model, self.up_to_text = model, UpToText(model)
+        self.model, self.up_to_text = model, PrePrompt(model)
 
     def forward(self, hidden: Tensor, text: Tensor, tokens: Tensor | None = None) -> Tensor:
-        """hidden: (n, C, h, w); text: (n, 77, width); `tokens`: what `UpToText` made of `hidden`, if that was done →
+        """hidden: (n, C, h, w); text: (n, 77, width); `tokens`: what `PrePrompt` made of `hidden`, if that was done →
         (n, C, h, w)."""
         model: Any = self.model
         tokens = self.up_to_text(hidden) if tokens is None else tokens
         for i, block in enumerate(model.transformer_blocks):
-            tokens = _look_at_itself(block, tokens) if i else tokens
+            tokens = _self_attention(block, tokens) if i else tokens
             tokens = block.attn2(block.norm2(tokens), encoder_hidden_states=text).add_(tokens)
             for some in tokens.split(block.feed_forward_tokens, dim=1):
                 some += block.ff(block.norm3(some))
@@ -149,7 +149,7 @@ class Transformer(nn.Module):
         return out + hidden
 
 
-def _look_at_itself(block: Any, tokens: Tensor) -> Tensor:
+def _self_attention(block: Any, tokens: Tensor) -> Tensor:
     out: Tensor = block.attn1(block.norm1(tokens)).add_(tokens)
     return out
 

@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from tiler.errors import ModelError
-from tiler.memory.imports import lean_imports
+from tiler.memory.lean_imports import lean_imports
 from tiler.weights.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ _LIST_BOUNDS: Mapping[str, tuple[int, int]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Autoencoder:
+class VaeSpec:
     """An AutoencoderKL or AutoencoderTiny: where its weights are and how its latents are scaled."""
 
     checkpoint: Checkpoint
@@ -97,8 +97,8 @@ class Family:
         return int(self.vae.get("latent_channels", 4))
 
     @cached_property
-    def autoencoder(self) -> Autoencoder:
-        return Autoencoder(checkpoint=self.checkpoint, part="vae", config=self.vae)
+    def autoencoder(self) -> VaeSpec:
+        return VaeSpec(checkpoint=self.checkpoint, part="vae", config=self.vae)
 
 
 def read_family(checkpoint: Checkpoint) -> Family:
@@ -200,7 +200,7 @@ def build_unet(family: Family) -> UNet2DConditionModel:
         return UNet2DConditionModel.from_config(family.unet).eval().requires_grad_(False)
 
 
-def build_vae(vae: Autoencoder) -> Any:
+def build_vae(vae: VaeSpec) -> Any:
     """diffusers' own AutoencoderKL or AutoencoderTiny on the meta device."""
     with lean_imports():
         from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -210,7 +210,7 @@ def build_vae(vae: Autoencoder) -> Any:
         return kind.from_config(vae.config).eval().requires_grad_(False)
 
 
-def read_tiny(checkpoint: Checkpoint, family: Family) -> Autoencoder:
+def read_tiny(checkpoint: Checkpoint, family: Family) -> VaeSpec:
     """An AutoencoderTiny in TAESD's layout that goes with `family`. Raises ModelError."""
     config, where = checkpoint.config(""), f"{checkpoint.folder}/config.json"
     if config.get("_class_name") != "AutoencoderTiny":
@@ -230,7 +230,7 @@ def read_tiny(checkpoint: Checkpoint, family: Family) -> Autoencoder:
         values = config.get(key, [64] * 4)
         if len(values) != 4 or not all(type(v) is int and 1 <= v <= 1024 for v in values):
             raise ModelError(f"{where}: {key} = {str(values)[:60]} is not four numbers in 1–1024")
-    return Autoencoder(checkpoint=checkpoint, part="", config=config, tiny=True)
+    return VaeSpec(checkpoint=checkpoint, part="", config=config, tiny=True)
 
 
 def build_text_encoder(family: Family) -> CLIPTextModel:

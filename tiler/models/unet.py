@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from tiler.memory.meter import MetaMeter
-from tiler.models.blocks import IntoResnet, OutOfResnet, Resnet, Transformer, UpToText, Windows, prepare
-from tiler.weights.layers import SMALL, stream_layers
-from tiler.weights.stream import Streamer
+from tiler.compute.layers import SMALL, stream_layers
+from tiler.compute.shapes import MetaMeter
+from tiler.compute.stream import Streamer
+from tiler.models.blocks import PrePrompt, Resnet, ResnetFirstHalf, ResnetSecondHalf, Transformer, Windows, prepare
 
 if TYPE_CHECKING:
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
@@ -93,8 +93,8 @@ def predict_noise(
     def residual(where: str, block: torch.nn.Module, inputs: list[Tensor], *skip: list[Tensor]) -> list[Tensor]:
         if streamer.fits(whole := Resnet(block)):
             return each(where, whole, inputs, *skip, temb=temb)
-        halfway = each(where, IntoResnet(block), list(inputs), *skip, temb=temb)
-        return each(where, OutOfResnet(block), halfway, inputs, *skip)
+        halfway = each(where, ResnetFirstHalf(block), list(inputs), *skip, temb=temb)
+        return each(where, ResnetSecondHalf(block), halfway, inputs, *skip)
 
     def transform(where: str, module: torch.nn.Module, inputs: list[Tensor]) -> list[Tensor]:
         check(where)
@@ -102,7 +102,7 @@ def predict_noise(
         prepare(module, inputs[0].shape[1:], streamer.would_fit, seen, 2 ** (levels[0] if levels else 0))
         tokens: list[Tensor | None] = [None] * batch
         if any(a is b for a, b in pairwise(inputs)):  # what comes before the prompt is the same for both halves
-            tokens[:] = streamer.run(UpToText(module), [(x,) for x in inputs])
+            tokens[:] = streamer.run(PrePrompt(module), [(x,) for x in inputs])
         calls = [tuple(t for t in call if t is not None) for call in zip(inputs, texts, tokens, strict=True)]
         inputs.clear()
         tokens.clear()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tiler.errors import ModelError, NumericalError, StorageError, UsageError
-from tiler.output.files import atomic
+from tiler.files import atomic
 from tiler.weights.index import open_regular, read_index, read_into
 
 if TYPE_CHECKING:

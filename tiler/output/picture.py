@@ -10,7 +10,7 @@ from typing import BinaryIO
 import numpy as np
 
 from tiler.errors import UsageError
-from tiler.output.files import atomic, check_writable
+from tiler.files import atomic, check_writable
 from tiler.output.pdf import POINTS, PdfWriter
 from tiler.output.png import PngWriter, srgb_profile
 

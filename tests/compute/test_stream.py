@@ -12,20 +12,19 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from tiler.compute import cpu, winograd
+from tiler.compute.layers import StreamedConv2d, stream_layers
+from tiler.compute.stream import Streamer
 from tiler.errors import ModelError, NumericalError, StorageError
-from tiler.memory import cpu
 from tiler.memory.process import read_rss
 from tiler.models import family as families
 from tiler.models.blocks import Windows
-from tiler.models.text import encode_prompts, load_tokenizer
+from tiler.models.clip import encode_prompts, load_tokenizer
 from tiler.models.unet import predict_noise
 from tiler.pipeline import streamed
-from tiler.weights import winograd
 from tiler.weights.checkpoint import resolve
 from tiler.weights.index import read_index
-from tiler.weights.layers import StreamedConv2d, stream_layers
 from tiler.weights.store import WeightStore, match_index
-from tiler.weights.stream import Streamer
 
 
 def inputs(

@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import nn
 
+from tiler.compute.shapes import MetaMeter
 from tiler.errors import BudgetExceeded, BudgetRefused, UsageError
 from tiler.memory.budget import Budget, parse_bytes
-from tiler.memory.meter import MetaMeter
-from tiler.memory.plan import MemoryPlan, PhasePlan, Term
 from tiler.memory.process import _untouched_code, read_rss, trim
 from tiler.models.family import read_family
-from tiler.planner import plan_render
+from tiler.plan.render import plan_render
+from tiler.plan.table import MemoryPlan, PhasePlan, Term
 from tiler.request import RenderRequest
 from tiler.weights.checkpoint import resolve
 
@@ -189,10 +189,10 @@ def test_models_are_built_and_planned_without_compiler_and_cluster_code(tiny: Pa
     code = f"""
 import sys
 from pathlib import Path
-import tiler.models.unet, tiler.weights.layers
-tiler.models.unet.SMALL = tiler.weights.layers.SMALL = 500  # or all of so small a model would be loaded at once
+import tiler.models.unet, tiler.compute.layers
+tiler.models.unet.SMALL = tiler.compute.layers.SMALL = 500  # or all of so small a model would be loaded at once
 from tiler.models.family import read_family, build_text_encoder
-from tiler.planner import plan_render
+from tiler.plan.render import plan_render
 from tiler.request import Precision, RenderRequest
 from tiler.weights.checkpoint import resolve
 family = read_family(resolve({str(tiny)!r}))
@@ -211,10 +211,10 @@ print(hasattr(torch._dynamo, "optimize"), hasattr(t, "SD3Transformer2DModel"), t
 def test_a_program_of_ours_leaves_out_more_and_gives_it_to_who_asks(tiny: Path) -> None:
     code = f"""
 import sys
-from tiler.memory.imports import lean_torch
+from tiler.memory.lean_imports import lean_torch
 lean_torch()
 from tiler.models.family import read_family, build_text_encoder, build_unet
-from tiler.models.text import load_tokenizer
+from tiler.models.clip import load_tokenizer
 from tiler.weights.checkpoint import resolve
 family = read_family(resolve({str(tiny)!r}))
 build_unet(family), load_tokenizer(family)
@@ -230,7 +230,7 @@ print(torch.Generator().manual_seed(1).initial_seed())
 
 def test_what_was_left_out_comes_when_it_is_wanted_after_all() -> None:
     code = """
-from tiler.memory.imports import lean_imports, lean_torch
+from tiler.memory.lean_imports import lean_imports, lean_torch
 lean_torch()
 with lean_imports():
     from transformers import PreTrainedModel  # a list of all models knows where that is
@@ -274,7 +274,7 @@ def test_a_plan_knows_what_building_the_model_imports(tiny: Path) -> None:
 from pathlib import Path
 from tiler.memory.process import _untouched_code, read_rss, trim
 from tiler.models.family import read_family
-from tiler.planner import plan_decode
+from tiler.plan.render import plan_decode
 from tiler.request import Decode, ScratchDtype, Wrap
 from tiler.weights.checkpoint import resolve
 kind, options = read_family(resolve({str(tiny)!r})).autoencoder, dict(scratch_dtype=ScratchDtype.FP16, wrap=Wrap.NONE)

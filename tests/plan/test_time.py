@@ -10,10 +10,10 @@ from diffusers import UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from tiler import RenderRequest
-from tiler.decode.method import Method
-from tiler.estimate import BY_LAYERS, BY_ROWS, OVERHEAD, Counter, Speed, Work, seconds
+from tiler.decode.method import DecodePlan
 from tiler.models.family import read_family
-from tiler.planner import cut_work
+from tiler.plan.render import plan_tiling
+from tiler.plan.time import BY_LAYERS, BY_ROWS, OVERHEAD, Counter, Flops, Speed, seconds
 from tiler.request import Decode, Precision, ScratchDtype
 from tiler.weights.checkpoint import resolve
 
@@ -39,7 +39,7 @@ def test_work_is_what_torch_counts(checkpoints: Path, kind: str) -> None:
     attention = sum(tokens)
     counted = counter.get_flop_counts()["Global"]
     layers = sum(n for op, n in counted.items() if "attention" not in str(op))
-    one = cut_work(
+    one = plan_tiling(
         RenderRequest(
             prompt="x", output=Path("x.png"), width=8 * side, height=8 * side, guide=False, num_inference_steps=3,
             guidance_scale=1.0,
@@ -54,9 +54,9 @@ def test_work_is_what_torch_counts(checkpoints: Path, kind: str) -> None:
 
 def test_time_is_work_over_speed() -> None:
     speed = Speed(fp32=1e9, int8=2e9, attention=5e8)
-    work = Work(8_000_000_000, 1_000_000_000)
+    work = Flops(8_000_000_000, 1_000_000_000)
     layers, rows = (
-        Method(kind=kind, encoding=False, why="", memory_bytes=0, folder=Path("."), dtype=ScratchDtype.FP16, flops=3_000_000_000, attention=share)
+        DecodePlan(kind=kind, encoding=False, why="", memory_bytes=0, folder=Path("."), dtype=ScratchDtype.FP16, flops=3_000_000_000, attention=share)
         for kind, share in ((Decode.SAMPLED, (0.25, 1)), (Decode.FROZEN, (0.0, 1)))
     )  # fmt: skip
     for precision, unet in ((Precision.FP32, 8 + 2), (Precision.INT8, 4 + 2)):

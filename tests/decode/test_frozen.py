@@ -11,7 +11,10 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from PIL import Image
 
-from tiler.decode import frozen, method
+from tiler.compute.layers import stream_layers
+from tiler.compute.stream import Streamer
+from tiler.decode import frozen
+from tiler.decode import method as method
 from tiler.decode import tiny as tiny_decoder
 from tiler.decode.rows import REACH, decoder_stages, flow, to_tensor, to_uint8
 from tiler.decode.scratch import Scratch
@@ -19,8 +22,6 @@ from tiler.models import family as families
 from tiler.pipeline import streamed
 from tiler.request import Decode, ScratchDtype, Wrap
 from tiler.weights.checkpoint import resolve
-from tiler.weights.layers import stream_layers
-from tiler.weights.stream import Streamer
 
 
 def smooth_latents(height: int, width: int) -> torch.Tensor:
@@ -194,14 +195,14 @@ def test_a_hostile_guide_is_refused_before_it_is_decoded(tmp_path: Path) -> None
 
 @pytest.mark.parametrize(("height", "width"), [(300, 500), (31, 17), (97, 97), (1500, 943), (582, 366)])
 def test_a_resized_picture_is_pillows_whatever_rows_are_asked_for(height: int, width: int) -> None:
-    from tiler.diffusion.guide import fit
+    from tiler.diffusion.guide import crop_to_aspect
 
     source = np.random.default_rng(1).integers(70, 186, (97, 61, 3), dtype=np.uint8)  # nothing is clipped
     factor = min(97 / height, 61 / width)
     top, left = (97 - height * factor) / 2, (61 - width * factor) / 2
     box = left, top, left + width * factor, top + height * factor
     want = np.asarray(Image.fromarray(source).resize((width, height), Image.Resampling.LANCZOS, box=box))
-    got = fit(source, height, width)
+    got = crop_to_aspect(source, height, width)
     assert got.shape == want.shape
     for rows in (1, 7, height):
         strips = [got[at : at + rows] for at in range(0, height, rows)]
@@ -209,22 +210,22 @@ def test_a_resized_picture_is_pillows_whatever_rows_are_asked_for(height: int, w
 
 
 def test_a_picture_that_wraps_is_resized_as_its_copies_side_by_side() -> None:
-    from tiler.diffusion.guide import fit
+    from tiler.diffusion.guide import crop_to_aspect
 
     source = np.random.default_rng(1).integers(0, 256, (40, 24, 3), dtype=np.uint8)
     copies = Image.fromarray(np.tile(source, (3, 3, 1))).resize((3 * 72, 3 * 120), Image.Resampling.LANCZOS)
-    got = fit(source, 120, 72, (40, 24), (True, True), margin=(16, 32))
+    got = crop_to_aspect(source, 120, 72, (40, 24), (True, True), margin=(16, 32))
     assert got.shape == (152, 136, 3)
     assert np.abs(got[0:152].astype(int) - np.asarray(copies)[104:256, 40:176]).max() <= 1
 
 
 def test_a_print_is_never_whole_in_memory() -> None:
     """The pixels of a canvas of 8192×16384 are 400 MB; its rows are made when they are asked for."""
-    from tiler.diffusion.guide import fit
+    from tiler.diffusion.guide import crop_to_aspect
 
     tracemalloc.start()
     try:
-        picture = fit(np.zeros((512, 1024, 3), np.uint8), 8192, 16384)
+        picture = crop_to_aspect(np.zeros((512, 1024, 3), np.uint8), 8192, 16384)
         for top in range(0, 1024, 64):
             assert picture[top : top + 64].shape == (64, 16384, 3)
         assert tracemalloc.get_traced_memory()[1] < 20e6

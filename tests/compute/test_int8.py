@@ -12,20 +12,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tiler.compute import cpu, int8
+from tiler.compute.layers import stream_layers
+from tiler.compute.shapes import MetaMeter
+from tiler.compute.stream import Streamer
 from tiler.errors import ModelError, StorageError
-from tiler.memory import cpu
-from tiler.memory.meter import MetaMeter
 from tiler.models import family as families
 from tiler.models.unet import int8_weights, order_of_use, predict_noise
+from tiler.packing import TEXT, packed_text_names, packed_weights
 from tiler.pipeline import streamed
-from tiler.quantize import TEXT, VERSION, packed_text_names, packed_weights
 from tiler.request import Precision
-from tiler.weights import int8
 from tiler.weights.checkpoint import resolve
 from tiler.weights.index import TensorInfo, read_index, read_metadata
-from tiler.weights.layers import stream_layers
+from tiler.weights.packed import VERSION
 from tiler.weights.store import SCALE, WeightStore, match_index
-from tiler.weights.stream import Streamer
 
 needs_int8 = pytest.mark.skipif(not cpu.int8().products, reason="this processor has no 8-bit products")
 
@@ -33,7 +33,7 @@ needs_int8 = pytest.mark.skipif(not cpu.int8().products, reason="this processor 
 @pytest.fixture(autouse=True)
 def no_layer_is_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tiny checkpoints' layers would mostly be loaded at once."""
-    for module in ("tiler.weights.layers", "tiler.models.unet"):
+    for module in ("tiler.compute.layers", "tiler.models.unet"):
         monkeypatch.setattr(f"{module}.SMALL", 500)
 
 
@@ -315,7 +315,7 @@ def test_without_8_bit_products_the_arithmetic_is_fp32(
 def test_what_int8_means_on_a_processor(
     flags: tuple[str, ...], largest: int, products: bool, dot: bool, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tiler.planner import choose_precision
+    from tiler.plan.render import choose_precision
 
     monkeypatch.setattr(cpu, "flags", lambda: flags)
     assert cpu.int8()[:3] == (largest, products, dot)

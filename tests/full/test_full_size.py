@@ -12,10 +12,11 @@ import torch
 
 from tiler.models.family import build_unet, plain_names, read_family
 from tiler.models.unet import predict_noise
+from tiler.packing import packed_weights
 from tiler.pipeline import streamed
-from tiler.planner import TIGHT_ARENA_BYTES
-from tiler.quantize import default_cache, packed_weights
+from tiler.plan.render import TIGHT_ARENA_BYTES
 from tiler.weights.checkpoint import resolve
+from tiler.weights.packed import default_cache
 
 pytestmark = pytest.mark.full
 
@@ -115,7 +116,7 @@ from tiler.models.family import build_unet, plain_names, read_family
 from tiler.models.unet import predict_noise
 from tiler.memory.budget import at_layer
 from tiler.pipeline import streamed
-from tiler.quantize import prepare_int8
+from tiler.packing import prepare_int8
 from tiler.weights.checkpoint import resolve
 torch.set_grad_enabled(False)
 family, budget = read_family(resolve({str(sd15)!r})), Budget("800MB")

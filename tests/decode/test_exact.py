@@ -15,18 +15,18 @@ from diffusers import AutoencoderKL
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
-from tiler.decode import exact, frozen, method, scratch
+from tiler.compute import cpu, winograd
+from tiler.compute.layers import stream_layers
+from tiler.compute.stream import Streamer
+from tiler.decode import exact, frozen, scratch
+from tiler.decode import method as method
 from tiler.decode.rows import to_tensor
 from tiler.decode.scratch import Rows, Scratch
 from tiler.errors import NumericalError, StorageError
-from tiler.memory import cpu
 from tiler.models import family as families
 from tiler.pipeline import streamed
 from tiler.request import Decode, ScratchDtype
-from tiler.weights import winograd
 from tiler.weights.checkpoint import resolve
-from tiler.weights.layers import stream_layers
-from tiler.weights.stream import Streamer
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +70,7 @@ def test_transformed_convolutions_decode_what_diffusers_does(
     tiny: Path, reference: AutoencoderKL, tmp_path: Path, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As in an autoencoder of full size: rows come in fours, and enlarging is a pass of its own."""
-    monkeypatch.setattr("tiler.weights.layers.SMALL", 100)
+    monkeypatch.setattr("tiler.compute.layers.SMALL", 100)
     monkeypatch.setattr("tiler.decode.exact.ALONE", 100)
     latents = torch.randn(1, 4, *size, generator=torch.Generator().manual_seed(1))
     plain, called = decode(tiny, latents, tmp_path, torch.float32), []
@@ -211,7 +211,7 @@ def test_values_beyond_fp16_keep_their_range(tmp_path: Path) -> None:
         rows.append(torch.full((1, 3, 1, 5), float("nan")))
 
 
-def chosen(folder: Path, wanted: Decode, side: int, where: Path) -> method.Method:
+def chosen(folder: Path, wanted: Decode, side: int, where: Path) -> method.DecodePlan:
     family = families.read_family(resolve(str(folder)))
     vae, streamer = families.build_vae(family.autoencoder), Streamer(None)
     stream_layers(vae, streamer)

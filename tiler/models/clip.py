@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tiler.errors import ModelError
-from tiler.memory.imports import lean_imports
+from tiler.memory.lean_imports import lean_imports
 from tiler.models.family import Family
 
 if TYPE_CHECKING:

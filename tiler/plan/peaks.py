@@ -8,19 +8,19 @@ from functools import cached_property
 import torch
 from torch import nn
 
-from tiler.decode.method import Method
+from tiler.compute.layers import StreamedLayer, stream_layers, streamed_layers
+from tiler.compute.shapes import MetaMeter
+from tiler.compute.stream import ARENA_BYTES, Streamer
+from tiler.decode.method import DecodePlan
 from tiler.memory import process
-from tiler.memory.meter import MetaMeter
-from tiler.memory.plan import PhasePlan, Term
 from tiler.models import family as families
-from tiler.models.family import Autoencoder, Family
+from tiler.models.family import Family, VaeSpec
 from tiler.models.unet import predict_noise
+from tiler.plan.table import PhasePlan, Term
 from tiler.weights.index import TensorInfo
-from tiler.weights.layers import StreamedLayer, stream_layers, streamed_layers
 from tiler.weights.store import PIECE_ELEMENTS, READ_AHEAD, TORCH_DTYPES
-from tiler.weights.stream import ARENA_BYTES, Streamer
 
-WORK = "activations, weights in use"
+ACTIVATIONS = "activations, weights in use"
 # Measured: freed blocks between live ones, as a share of one sample's activations (40–57 MB of 139 for SD 1.5, 65–89 of 230
 # for SD 2.1, whatever the batch). Where the weights' arena is small, and memory always short, 18 MB of 106.
 HEAP_SLACK, TIGHT_HEAP_SLACK = 0.37, 0.2
@@ -65,12 +65,12 @@ def text_phase(family: Family, fixed: list[Term]) -> PhasePlan:
     terms = [
         *fixed,
         *weights_terms(encoder, stored),
-        Term(name=WORK, nbytes=activations + max(n for n in units if n <= streamer.arena_bytes)),
+        Term(name=ACTIVATIONS, nbytes=activations + max(n for n in units if n <= streamer.arena_bytes)),
     ]
     return PhasePlan(name="encode prompts", terms=tuple(terms))
 
 
-class Sampler:
+class DenoiserPeaks:
     """A UNet on the meta device, whose weights are held in `arena_bytes`, and the phases that use it."""
 
     def __init__(
@@ -114,19 +114,19 @@ class Sampler:
         if not tight:
             integers = sum(math.prod(self.stored[name].shape) for name in self.streamer.int8_keys & self.stored.keys())
             work += min(INT8_HOLES_BYTES, integers)
-        return PhasePlan(name=name, terms=(*fixed, *self.terms, Term(name=WORK, nbytes=work)))
+        return PhasePlan(name=name, terms=(*fixed, *self.terms, Term(name=ACTIVATIONS, nbytes=work)))
 
 
-class Coder:
+class VaePeaks:
     """An autoencoder on the meta device, and the phases that use it."""
 
-    def __init__(self, kind: Autoencoder) -> None:
+    def __init__(self, kind: VaeSpec) -> None:
         self.kind, self.module, self.streamer = kind, families.build_vae(kind), Streamer(None)
         stream_layers(self.module, self.streamer)
         self.terms = [libraries(), *weights_terms(self.module, kind.weights)]
 
     def phase(
-        self, name: str, latents: tuple[int, int], method: Method, source_pixels: int = 0, *, held: int = 1
+        self, name: str, latents: tuple[int, int], method: DecodePlan, source_pixels: int = 0, *, held: int = 1
     ) -> PhasePlan:
         """Decoding latents of (height, width), or encoding a picture of `source_pixels` enlarged to their size. Rows of the
         large picture come and go; the latents are `held` once, or not where a file has them, also with a margin, or being
@@ -134,7 +134,7 @@ class Coder:
         area = math.prod(n + 2 * m for n, m in zip(latents, method.margin, strict=True))
         copies = 3 if method.encoding else 2 if any(method.margin) else held
         terms = [
-            Term(name=WORK, nbytes=method.memory_bytes),
+            Term(name=ACTIVATIONS, nbytes=method.memory_bytes),
             Term(name="latents", nbytes=4 * copies * self.module.config.latent_channels * area),
             Term(name="picture", nbytes=3 * source_pixels),
         ]

@@ -65,22 +65,24 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, padding:
         if inside.shape != padded.shape:
             padded.zero_()
         padded[rows.start - y :, cols.start - z :][: len(inside), : inside.shape[1]] = inside
-        _seen([padded[i : i + (down - 1) * SIDE + 1 : SIDE] for i in range(TILE)], by_rows)
-        _seen([by_rows[:, :, j : j + (over - 1) * SIDE + 1 : SIDE] for j in range(TILE)], seen)
+        _input_transform([padded[i : i + (down - 1) * SIDE + 1 : SIDE] for i in range(TILE)], by_rows)
+        _input_transform([by_rows[:, :, j : j + (over - 1) * SIDE + 1 : SIDE] for j in range(TILE)], seen)
         products = torch.bmm(seen.view(TILE**2, -1, channels), weight).view(TILE, TILE, down, over, -1)
         if bias is not None:
             products[1, 1] += bias  # Aᵀ of the second unit vector is 1 everywhere
         half = products.new_empty(SIDE, *products.shape[1:])
-        _made(products, half)
+        _output_transform(products, half)
         part = filled[top * SIDE : (top + down) * SIDE, left * SIDE : (left + over) * SIDE]
         cut = part.shape[:2] != (down * SIDE, over * SIDE)
         whole = x.new_empty(down * SIDE, over * SIDE, len(out)) if cut else part
-        _made(half.unbind(1), whole.unflatten(1, (over, SIDE)).unflatten(0, (down, SIDE)).permute(1, 3, 0, 2, 4))
+        _output_transform(
+            half.unbind(1), whole.unflatten(1, (over, SIDE)).unflatten(0, (down, SIDE)).permute(1, 3, 0, 2, 4)
+        )
         if cut:
             part.copy_(whole[: len(part), : part.shape[1]])
 
 
-def _seen(x: Sequence[Tensor], out: Tensor) -> None:
+def _input_transform(x: Sequence[Tensor], out: Tensor) -> None:
     """Bᵀ x: six of the input's rows or columns → out (6, ...)."""
     even, odd = torch.sub(x[4], x[2], alpha=4), torch.sub(x[3], x[1], alpha=4)
     torch.add(even, odd, out=out[1])
@@ -93,7 +95,7 @@ def _seen(x: Sequence[Tensor], out: Tensor) -> None:
         torch.sub(x[first + 4], x[first + 2], alpha=5, out=into).add_(x[first], alpha=4)
 
 
-def _made(m: Sequence[Tensor] | Tensor, out: Tensor) -> None:
+def _output_transform(m: Sequence[Tensor] | Tensor, out: Tensor) -> None:
     """Aᵀ m: six rows or columns of products → four of the output."""
     near, near_odd, far, far_odd = m[1] + m[2], m[1] - m[2], m[3] + m[4], m[3] - m[4]
     torch.add(m[0], near, out=out[0]).add_(far)

@@ -14,9 +14,10 @@ from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler, StableDiff
 from PIL import Image, ImageCms
 from safetensors.torch import load_file
 
-from tiler import Budget, Region, RenderRequest, events, planner, render
+from tiler import Budget, Region, RenderRequest, events, render
 from tiler.errors import BudgetExceeded
 from tiler.memory.process import read_rss
+from tiler.plan import render as planner
 from tiler.request import GuideUpscale, Layout, Precision, Scheduler, Wrap
 
 

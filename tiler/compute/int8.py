@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tiler.memory import cpu, process
+from tiler.compute import cpu
+from tiler.memory import process
 
 STEPS = 254  # of an activation in 0 to 255, one of them for rounding
 MIDDLE = 128

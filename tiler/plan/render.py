@@ -14,23 +14,24 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from tiler.decode.method import Method, choose
+from tiler.compute import cpu
+from tiler.compute.layers import streamed_layers
+from tiler.decode.method import DecodePlan, choose
 from tiler.decode.scratch import STRIP_BYTES
 from tiler.diffusion.canvas import first_step
 from tiler.diffusion.guide import GuideSize, guide_size, picture_pixels
 from tiler.diffusion.tiles import Text2ImageRegion, guide_tiles, plan_tiles, tiles_of_step
 from tiler.errors import UsageError
-from tiler.memory import cpu, process
+from tiler.memory import process
 from tiler.memory.budget import MARGIN, NEAR
-from tiler.memory.plan import MemoryPlan, PhasePlan, Term
 from tiler.models import family as families
-from tiler.models.family import Autoencoder, Family
+from tiler.models.family import Family, VaeSpec
 from tiler.models.unet import int8_weights
-from tiler.phases import Coder, Sampler, libraries, text_phase
+from tiler.plan.peaks import DenoiserPeaks, VaePeaks, libraries, text_phase
+from tiler.plan.table import MemoryPlan, PhasePlan, Term
 from tiler.request import Decode, GuideUpscale, Layout, Precision, RenderRequest, ScratchDtype, Wrap
 from tiler.weights.checkpoint import resolve_part
 from tiler.weights.index import TensorInfo
-from tiler.weights.layers import streamed_layers
 from tiler.weights.store import TORCH_DTYPES
 
 MAX_BATCH = 16
@@ -46,7 +47,7 @@ Steps = tuple[tuple[Text2ImageRegion, ...], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cut:
+class Tiling:
     """How the work is cut into tiles and steps. Sizes in latent pixels."""
 
     canvas: tuple[int, int]
@@ -70,14 +71,14 @@ class Cut:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RenderPlan(Cut):
+class RenderPlan(Tiling):
     """How a request is carried out. Sizes in latent pixels."""
 
     family: Family
     batch: int
     resident: dict[str, dict[str, torch.dtype]]  # by phase: weights that stay in memory, by parameter name
-    decoder: Autoencoder  # what makes the picture: the checkpoint's own, or a tiny one
-    methods: dict[str, Method]  # how the autoencoder works for "guide decoded", "guide picture" and "decode"
+    decoder: VaeSpec  # what makes the picture: the checkpoint's own, or a tiny one
+    methods: dict[str, DecodePlan]  # how the autoencoder works for "guide decoded", "guide picture" and "decode"
     memory: MemoryPlan
     guide_batch: int
     arena_bytes: int  # for the UNet's weights in use
@@ -97,7 +98,7 @@ class RenderPlan(Cut):
         return sum(m.flops + m.attention_flops for name, m in self.methods.items() if name != "decode")
 
 
-def cut_work(request: RenderRequest, family: Family) -> Cut:
+def plan_tiling(request: RenderRequest, family: Family) -> Tiling:
     """The tiles of every step. Raises UsageError for sizes, overlaps and regions that do not go with the model."""
     canvas = request.canvas_size[0] // 8, request.canvas_size[1] // 8
     side = family.native
@@ -120,7 +121,7 @@ def cut_work(request: RenderRequest, family: Family) -> Cut:
     guide_steps = tuple(tiles_of_step(guide_regions, request, n) for n in range(steps) if guide_regions)
     canvas_steps = tuple(tiles_of_step(regions, request, n) for n in range(begin, steps - 1))
     canvas_steps += tuple(tiles_of_step(last, grid, n) for n in range(max(begin, steps - 1), steps))
-    return Cut(
+    return Tiling(
         canvas=canvas,
         guide=guide,
         regions=tuple(regions),
@@ -135,7 +136,7 @@ def plan_render(request: RenderRequest, family: Family, max_bytes: int) -> Rende
 
     Raises UsageError for sizes, overlaps and regions that do not go with the model.
     """
-    cut, side = cut_work(request, family), family.native
+    cut, side = plan_tiling(request, family), family.native
     canvas, guide, guide_steps, canvas_steps = cut.canvas, cut.guide, cut.guide_steps, cut.canvas_steps
     guided = guide is not None or request.guide_image is not None
     # Of the step with most: the tile of each sample.
@@ -152,14 +153,17 @@ def plan_render(request: RenderRequest, family: Family, max_bytes: int) -> Rende
         name: stored[name]._replace(dtype="I8", nbytes=math.prod(stored[name].shape))
         for name in quantised & stored.keys()
     }
-    sampler, tight = Sampler(family, stored, quantised), Sampler(family, stored, quantised, TIGHT_ARENA_BYTES)
-    vae = decoder = Coder(family.autoencoder)
+    sampler, tight = (
+        DenoiserPeaks(family, stored, quantised),
+        DenoiserPeaks(family, stored, quantised, TIGHT_ARENA_BYTES),
+    )
+    vae = decoder = VaePeaks(family.autoencoder)
     if request.tiny_vae is not None:
-        decoder = Coder(families.read_tiny(resolve_part(request.tiny_vae), family))
+        decoder = VaePeaks(families.read_tiny(resolve_part(request.tiny_vae), family))
     fixed = [libraries()]
     folder = request.scratch or request.output.parent
 
-    def method(coder: Coder, wanted: Decode, latents: tuple[int, int], encoding: bool = False) -> Method:
+    def method(coder: VaePeaks, wanted: Decode, latents: tuple[int, int], encoding: bool = False) -> DecodePlan:
         options = coder.module, coder.streamer, latents
         return choose(
             wanted, *options, encoding=encoding, folder=folder, dtype=request.scratch_dtype, wrap=request.wrap
@@ -184,7 +188,7 @@ def plan_render(request: RenderRequest, family: Family, max_bytes: int) -> Rende
 
     denoising = [*fixed, Term(name="canvas", nbytes=canvas_bytes)]
 
-    def sampling(by: Sampler, name: str, batch: int = 1) -> PhasePlan:
+    def sampling(by: DenoiserPeaks, name: str, batch: int = 1) -> PhasePlan:
         if name == "canvas" or guide is None:
             return by.phase(name, denoising, canvas_samples, batch, side, side)
         return by.phase(name, denoising, guide_samples, batch, guide.height, guide.width)
@@ -236,7 +240,7 @@ def choose_precision(wanted: Precision, family: Family) -> tuple[Precision, str]
 
 
 def plan_decode(
-    kind: Autoencoder,
+    kind: VaeSpec,
     latents: tuple[int, int],
     max_bytes: int,
     *,
@@ -244,9 +248,9 @@ def plan_decode(
     scratch: Path,
     scratch_dtype: ScratchDtype,
     wrap: Wrap,
-) -> tuple[Method, MemoryPlan, dict[str, torch.dtype]]:
+) -> tuple[DecodePlan, MemoryPlan, dict[str, torch.dtype]]:
     """How latents of (height, width) are decoded, the memory plan, and the weights that stay. Raises StorageError."""
-    vae = Coder(kind)
+    vae = VaePeaks(kind)
     method = choose(
         decode, vae.module, vae.streamer, latents, encoding=False, folder=scratch, dtype=scratch_dtype, wrap=wrap
     )
@@ -261,7 +265,7 @@ def _with(phase: PhasePlan, name: str, nbytes: int) -> PhasePlan:
 
 
 def _with_resident(
-    phase: PhasePlan, part: nn.Module, files: dict[str, TensorInfo], method: Method | None, max_bytes: int
+    phase: PhasePlan, part: nn.Module, files: dict[str, TensorInfo], method: DecodePlan | None, max_bytes: int
 ) -> tuple[PhasePlan, dict[str, torch.dtype]]:
     """`phase` with the weights of `part` that stay in what the ceiling leaves; `method` of an autoencoder's phase."""
     # An autoencoder's strips come and go between the plan's figures: with less room 784 and 791 MB of 800 were measured.
@@ -274,7 +278,7 @@ def _with_resident(
     return phase if method is None else _with_heap(phase, method, max_bytes), chosen
 
 
-def _with_heap(phase: PhasePlan, method: Method, max_bytes: int) -> PhasePlan:
+def _with_heap(phase: PhasePlan, method: DecodePlan, max_bytes: int) -> PhasePlan:
     """What the heap keeps of the memory that an autoencoder's strips free, as far as the ceiling leaves room. The blocks of
     one strip fit where those of the last one were."""
     freed = min(process.HEAP_KEPT, method.memory_bytes - STRIP_BYTES)

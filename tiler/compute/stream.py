@@ -22,10 +22,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from tiler.memory import cpu, process
-from tiler.weights import int8, winograd
-from tiler.weights.arena import Arena
-from tiler.weights.layers import Rows, StreamedConv2d, StreamedLayer, streamed_layers
+from tiler.compute import cpu, int8, winograd
+from tiler.compute.arena import Arena
+from tiler.compute.layers import Rows, StreamedConv2d, StreamedLayer, streamed_layers
+from tiler.memory import process
 from tiler.weights.store import PIECE_ELEMENTS, WeightStore, piece_rows
 
 # Elements of the samples that run together where weights are int8, whose sums are exact: those of one sample of SD 1.5's

@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tiler.weights import int8, winograd
+from tiler.compute import int8, winograd
 from tiler.weights.store import PIECE_ELEMENTS, piece_rows
 
 if TYPE_CHECKING:
-    from tiler.weights.stream import Streamer
+    from tiler.compute.stream import Streamer
 
 Rows = tuple[int, int, Tensor]  # of a weight: first, last + 1, and the rows themselves
 SMALL = 64 * 1024  # parameters of up to this many elements are loaded at once and stay

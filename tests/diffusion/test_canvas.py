@@ -27,7 +27,7 @@ from tiler.diffusion.tiles import (
 )
 from tiler.errors import ModelError, NumericalError, UsageError
 from tiler.models.family import read_family
-from tiler.planner import cut_work
+from tiler.plan.render import plan_tiling
 from tiler.request import Layout, Mask, Region, RenderRequest, Scheduler, Wrap, parse_scheduler
 from tiler.weights.checkpoint import resolve
 
@@ -328,7 +328,7 @@ def test_the_last_step_of_a_shifted_schedule_overlaps() -> None:
     """The borders of its tiles would stay in the picture."""
     family, size = read_family(resolve("mini")), {"width": 512, "height": 512}
     shifted, grid = (
-        cut_work(request(layout=each, **size), family).canvas_steps for each in (Layout.SHIFT, Layout.GRID)
+        plan_tiling(request(layout=each, **size), family).canvas_steps for each in (Layout.SHIFT, Layout.GRID)
     )
     assert [len(step) for step in shifted[:-1]] == [4] * (len(grid) - 1)
     assert len(grid[-1]) == 9

@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 
 from tiler import Budget, RenderRequest, render
 from tiler.memory.process import read_rss
+from tiler.models.clip import load_tokenizer
 from tiler.models.family import read_family
-from tiler.models.text import load_tokenizer
 from tiler.weights.checkpoint import resolve
 
 FOLDER = resolve("mini").folder
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts/mini"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts/mini"))
 
 
 def test_it_is_small_and_stored_in_fp16() -> None:

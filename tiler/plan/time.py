@@ -11,18 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tiler.decode.method import Method
-from tiler.memory import cpu
-from tiler.memory.meter import MetaMeter
+from tiler.compute import cpu, int8
+from tiler.compute.layers import stream_layers
+from tiler.compute.shapes import MetaMeter
+from tiler.compute.stream import Streamer
+from tiler.decode.method import DecodePlan
 from tiler.models import family as families
 from tiler.models.blocks import Windows
 from tiler.models.family import Family
 from tiler.models.unet import predict_noise
-from tiler.planner import Cut
+from tiler.plan.render import Tiling
 from tiler.request import Precision
-from tiler.weights import int8
-from tiler.weights.layers import stream_layers
-from tiler.weights.stream import Streamer
 
 # What whole passes take over what the speeds below give: norms, activations, smaller layers. Measured at SD 1.5's size and 2048²
 # on AVX-512: 3.1 and 2.05 s a UNet sample; 173 s of `sampled` decoding, 280 of `frozen`, which transforms no convolution.
@@ -30,7 +29,7 @@ OVERHEAD = {Precision.FP32: 1.3, Precision.INT8: 1.5}
 BY_LAYERS, BY_ROWS = 1.4, 2.3
 
 
-class Work(NamedTuple):
+class Flops(NamedTuple):
     """Floating-point operations, two for each multiply-add: of layers with weights, and of attention."""
 
     layers: int
@@ -40,8 +39,8 @@ class Work(NamedTuple):
     def tflop(self) -> float:
         return (self.layers + self.attention) / 1e12
 
-    def plus(self, other: Work) -> Work:
-        return Work(self.layers + other.layers, self.attention + other.attention)
+    def plus(self, other: Flops) -> Flops:
+        return Flops(self.layers + other.layers, self.attention + other.attention)
 
 
 class Speed(NamedTuple):
@@ -58,11 +57,11 @@ class Counter:
     def __init__(self, family: Family) -> None:
         self.family, self.unet, self.streamer = family, families.build_unet(family), Streamer(None)
         stream_layers(self.unet, self.streamer)
-        self.known: dict[tuple[int, int, int, int | None], Work] = {}
+        self.known: dict[tuple[int, int, int, int | None], Flops] = {}
 
-    def count(self, cut: Cut, attention_window: int | None) -> Work:
+    def count(self, cut: Tiling, attention_window: int | None) -> Flops:
         """What all UNet samples of `cut` come to."""
-        total, native = Work(0, 0), (self.family.native, self.family.native)
+        total, native = Flops(0, 0), (self.family.native, self.family.native)
         guide = native if cut.guide is None else (cut.guide.height, cut.guide.width)
         for steps, sides in ((cut.guide_steps, guide), (cut.canvas_steps, native)):
             for step in steps:
@@ -70,7 +69,7 @@ class Counter:
                     total = total.plus(self._tile(region.samples, *sides, attention_window))
         return total
 
-    def _tile(self, samples: int, height: int, width: int, window: int | None) -> Work:
+    def _tile(self, samples: int, height: int, width: int, window: int | None) -> Flops:
         key = samples, height, width, window
         if key not in self.known:
             meta = torch.device("meta")
@@ -79,7 +78,7 @@ class Counter:
             windows = None if window is None else Windows(window)
             with MetaMeter() as meter, torch.no_grad():
                 predict_noise(self.unet, self.streamer, latents, torch.empty((), device=meta), texts, windows=windows)
-            self.known[key] = Work(meter.flops + meter.linear_flops, meter.attention_flops)
+            self.known[key] = Flops(meter.flops + meter.linear_flops, meter.attention_flops)
         return self.known[key]
 
 
@@ -102,7 +101,7 @@ def measure() -> Speed:
     return Speed(fp32, fast, attention)
 
 
-def seconds(work: Work, methods: Iterable[Method], speed: Speed, precision: Precision) -> float:
+def seconds(work: Flops, methods: Iterable[DecodePlan], speed: Speed, precision: Precision) -> float:
     """What a render takes: its UNet samples in `precision`, and the autoencoder's `methods` in fp32, whose attention is plain
     matrix products."""
     layers = work.layers / (speed.int8 if precision is Precision.INT8 else speed.fp32)

@@ -73,7 +73,7 @@ def lean_torch() -> None:
         import torch._meta_registrations
 
 
-def settle() -> None:
+def freeze_imports() -> None:
     """In a program of ours, once models were planned: give memory back, and let no later collection look through what was
     imported, half a million objects (100 → 15 ms)."""
     process.trim()

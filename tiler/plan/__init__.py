@@ -1,0 +1,1 @@
+"""How a request is cut into tiles, what each phase will take, and how long: computed from shapes alone."""
