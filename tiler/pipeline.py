@@ -43,7 +43,8 @@ from tiler.output.latents import LatentsFile, save_latents
 from tiler.output.picture import check_picture, write_picture
 from tiler.output.png import infotext
 from tiler.packing import packed_text_names, prepare_int8
-from tiler.plan.render import RenderPlan, Steps, plan_decode, plan_render
+from tiler.plan.render import RenderPlan, plan_decode, plan_render
+from tiler.plan.tiling import Steps
 from tiler.request import Decode, GuideUpscale, Precision, RenderRequest, ScratchDtype, Wrap, check_decode, check_dpi
 from tiler.weights.checkpoint import resolve, resolve_part
 from tiler.weights.index import TensorInfo

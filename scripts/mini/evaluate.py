@@ -41,7 +41,7 @@ from tiler.compute import cpu
 from tiler.decode.rows import to_uint8
 from tiler.diffusion import guide
 from tiler.models.family import read_family
-from tiler.plan.render import plan_tiling
+from tiler.plan.tiling import plan_tiling
 from tiler.request import PRESETS, Layout, Precision
 from tiler.weights.checkpoint import resolve
 

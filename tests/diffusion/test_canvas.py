@@ -27,7 +27,7 @@ from tiler.diffusion.tiles import (
 )
 from tiler.errors import ModelError, NumericalError, UsageError
 from tiler.models.family import read_family
-from tiler.plan.render import plan_tiling
+from tiler.plan.tiling import plan_tiling
 from tiler.request import Layout, Mask, Region, RenderRequest, Scheduler, Wrap, parse_scheduler
 from tiler.weights.checkpoint import resolve
 

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tiler import RenderRequest
 from tiler.decode.method import DecodePlan
 from tiler.models.family import read_family
-from tiler.plan.render import plan_tiling
+from tiler.plan.tiling import plan_tiling
 from tiler.plan.time import BY_LAYERS, BY_ROWS, OVERHEAD, Counter, Flops, Speed, seconds
 from tiler.request import Decode, Precision, ScratchDtype
 from tiler.weights.checkpoint import resolve

@@ -14,7 +14,7 @@ from tiler.memory.budget import Budget, format_mb
 from tiler.request import Preset, RenderRequest
 
 if TYPE_CHECKING:
-    from tiler.plan.render import Tiling
+    from tiler.plan.tiling import Tiling
 
 
 def command(**given: Any) -> None:
@@ -26,7 +26,8 @@ def command(**given: Any) -> None:
     o.prepare_process(given["threads"])
     from tiler.models.family import read_family
     from tiler.plan import time as estimate
-    from tiler.plan.render import choose_precision, plan_render, plan_tiling
+    from tiler.plan.render import choose_precision, plan_render
+    from tiler.plan.tiling import plan_tiling
     from tiler.weights.checkpoint import resolve
 
     family = read_family(resolve(request.model, variant=request.variant, revision=request.revision))

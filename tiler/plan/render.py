@@ -7,67 +7,29 @@ tensors under a `MetaMeter`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from tiler.compute import cpu
-from tiler.compute.layers import streamed_layers
 from tiler.decode.method import DecodePlan, choose
-from tiler.decode.scratch import STRIP_BYTES
-from tiler.diffusion.canvas import first_step
-from tiler.diffusion.guide import GuideSize, guide_size, picture_pixels
-from tiler.diffusion.tiles import Text2ImageRegion, guide_tiles, plan_tiles, tiles_of_step
-from tiler.errors import UsageError
-from tiler.memory import process
-from tiler.memory.budget import MARGIN, NEAR
+from tiler.diffusion.guide import picture_pixels
+from tiler.memory.budget import MARGIN
 from tiler.models import family as families
 from tiler.models.family import Family, VaeSpec
 from tiler.models.unet import int8_weights
+from tiler.plan.fit import largest_batch, with_resident
 from tiler.plan.peaks import DenoiserPeaks, VaePeaks, libraries, text_phase
 from tiler.plan.table import MemoryPlan, PhasePlan, Term
-from tiler.request import Decode, GuideUpscale, Layout, Precision, RenderRequest, ScratchDtype, Wrap
+from tiler.plan.tiling import Tiling, plan_tiling
+from tiler.request import Decode, GuideUpscale, Precision, RenderRequest, ScratchDtype, Wrap
 from tiler.weights.checkpoint import resolve_part
-from tiler.weights.index import TensorInfo
-from tiler.weights.store import TORCH_DTYPES
 
 MAX_BATCH = 16
 # Where a ceiling leaves no room to hold SD 1.5's larger resnets and feed-forwards: their layers one by one, the rest whole.
 TIGHT_ARENA_BYTES = 12 * 2**20
 INT8_CHANNELS = 192  # of a UNet's first level: with fewer, quantising takes about what 8-bit products save
-RESIDENT_SLACK = 0.18  # measured: freed blocks between live ones, as a share of resident weights
-RESIDENT_MARGIN = 0.95  # of the ceiling: weights that merely save reading leave more room than the batch does
-
-
-Steps = tuple[tuple[Text2ImageRegion, ...], ...]
-"""The tiles of each step."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tiling:
-    """How the work is cut into tiles and steps. Sizes in latent pixels."""
-
-    canvas: tuple[int, int]
-    guide: GuideSize | None
-    regions: tuple[Text2ImageRegion, ...]
-    begin: int
-    guide_steps: Steps
-    canvas_steps: Steps
-
-    @property
-    def guide_samples(self) -> int:
-        return sum(tile.samples for step in self.guide_steps for tile in step)
-
-    @property
-    def canvas_samples(self) -> int:
-        return sum(tile.samples for step in self.canvas_steps for tile in step)
-
-    @property
-    def unet_samples(self) -> int:
-        return self.guide_samples + self.canvas_samples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,39 +58,6 @@ class RenderPlan(Tiling):
     def upscale_flops(self) -> int:
         """What bringing the guide to the canvas's size costs in the autoencoder."""
         return sum(m.flops + m.attention_flops for name, m in self.methods.items() if name != "decode")
-
-
-def plan_tiling(request: RenderRequest, family: Family) -> Tiling:
-    """The tiles of every step. Raises UsageError for sizes, overlaps and regions that do not go with the model."""
-    canvas = request.canvas_size[0] // 8, request.canvas_size[1] // 8
-    side = family.native
-    if min(canvas) < side:
-        raise UsageError(
-            f"{request.width}×{request.height} is smaller than a tile of this model; both sides must be at least {8 * side} pixels"
-        )
-    overlap = side // 4 if request.overlap is None else request.overlap // 8
-    regions = plan_tiles(request, canvas=canvas, tile=(side, side), overlap=overlap)
-    # Nothing comes after the last step to hide its borders: there the tiles overlap in every layout.
-    grid, last = replace(request, layout=Layout.GRID), regions
-    if request.layout is not Layout.GRID:
-        last = plan_tiles(grid, canvas=canvas, tile=(side, side), overlap=overlap)
-    wanted = request.guide and request.guide_image is None and request.prompt is not None
-    guide = guide_size(canvas, side, family.granularity, request.wrap.axes) if wanted else None
-    guide_regions = guide_tiles(guide[:2], request.wrap, request.guidance_scale) if guide is not None else []
-    guided = guide is not None or request.guide_image is not None
-    begin = first_step(request.num_inference_steps, request.strength) if guided else 0
-    steps = request.num_inference_steps
-    guide_steps = tuple(tiles_of_step(guide_regions, request, n) for n in range(steps) if guide_regions)
-    canvas_steps = tuple(tiles_of_step(regions, request, n) for n in range(begin, steps - 1))
-    canvas_steps += tuple(tiles_of_step(last, grid, n) for n in range(max(begin, steps - 1), steps))
-    return Tiling(
-        canvas=canvas,
-        guide=guide,
-        regions=tuple(regions),
-        begin=begin,
-        guide_steps=guide_steps,
-        canvas_steps=canvas_steps,
-    )
 
 
 def plan_render(request: RenderRequest, family: Family, max_bytes: int) -> RenderPlan:
@@ -197,14 +126,14 @@ def plan_render(request: RenderRequest, family: Family, max_bytes: int) -> Rende
     smallest = [sampling(tight, name).peak_bytes for name in names]
     if max(sampling(sampler, name).peak_bytes for name in names) > max_bytes * MARGIN:
         sampler = tight
-    batch = _largest_batch(
+    batch = largest_batch(
         lambda b: sampling(sampler, "canvas", b).peak_bytes, int(max_bytes * MARGIN), min(MAX_BATCH, per_step)
     )
     batch = math.ceil(per_step / math.ceil(per_step / batch))  # passes of equal size
     phases = [text_phase(family, fixed), sampling(sampler, "canvas", batch), *decoding]
     guide_batch = 1
     if guide is not None:
-        guide_batch = _largest_batch(
+        guide_batch = largest_batch(
             lambda b: sampling(sampler, "guide", b).peak_bytes,
             int(max_bytes * MARGIN),
             len(guide_samples),
@@ -220,7 +149,7 @@ def plan_render(request: RenderRequest, family: Family, max_bytes: int) -> Rende
         if phase.name == "encode prompts":
             resident[phase.name] = {}
         else:
-            phases[i], resident[phase.name] = _with_resident(phase, part, files, how, max_bytes)
+            phases[i], resident[phase.name] = with_resident(phase, part, files, how, max_bytes)
     order = ["encode prompts", "guide", "guide picture", "canvas", "decode"]
     phases.sort(key=lambda p: order.index(p.name))
     return RenderPlan(
@@ -256,60 +185,5 @@ def plan_decode(
     )
     phase = vae.phase("decode", latents, method, held=0)
     smallest = int(phase.peak_bytes / MARGIN) + 1
-    phase, resident = _with_resident(phase, vae.module.decoder, kind.weights, method, max_bytes)
+    phase, resident = with_resident(phase, vae.module.decoder, kind.weights, method, max_bytes)
     return method, MemoryPlan(max_bytes=max_bytes, phases=(phase,), smallest_bytes=smallest), resident
-
-
-def _with(phase: PhasePlan, name: str, nbytes: int) -> PhasePlan:
-    return PhasePlan(name=phase.name, terms=(*phase.terms, Term(name=name, nbytes=nbytes))) if nbytes > 0 else phase
-
-
-def _with_resident(
-    phase: PhasePlan, part: nn.Module, files: dict[str, TensorInfo], method: DecodePlan | None, max_bytes: int
-) -> tuple[PhasePlan, dict[str, torch.dtype]]:
-    """`phase` with the weights of `part` that stay in what the ceiling leaves; `method` of an autoencoder's phase."""
-    # An autoencoder's strips come and go between the plan's figures: with less room 784 and 791 MB of 800 were measured.
-    fill = RESIDENT_MARGIN if method is None else NEAR
-    room = int((max_bytes * fill - phase.peak_bytes) / (1 + RESIDENT_SLACK))
-    # Layer by layer every weight is read once: nothing is gained by keeping any.
-    chosen = {} if method is not None and method.by_layers else _choose_resident(part, files, room)
-    nbytes = sum(math.prod(files[n].shape) * dtype.itemsize for n, dtype in chosen.items())
-    phase = _with(phase, "resident weights", int((1 + RESIDENT_SLACK) * nbytes))
-    return phase if method is None else _with_heap(phase, method, max_bytes), chosen
-
-
-def _with_heap(phase: PhasePlan, method: DecodePlan, max_bytes: int) -> PhasePlan:
-    """What the heap keeps of the memory that an autoencoder's strips free, as far as the ceiling leaves room. The blocks of
-    one strip fit where those of the last one were."""
-    freed = min(process.HEAP_KEPT, method.memory_bytes - STRIP_BYTES)
-    return _with(phase, "free heap", min(freed, int(max_bytes * NEAR) - phase.peak_bytes))
-
-
-def _largest_batch(peak: Callable[[int], int], room: int, most: int) -> int:
-    """The largest batch whose predicted peak fits, at least 1. Peaks grow almost linearly: guess, then step down."""
-    if most == 1 or peak(most) <= room:
-        return most
-    slope = (peak(most) - peak(1)) / (most - 1)
-    batch = max(1, min(most - 1, 1 + int((room - peak(1)) / slope) + 1))
-    while batch > 1 and peak(batch) > room:
-        batch -= 1
-    return batch
-
-
-def _choose_resident(part: nn.Module, stored: dict[str, TensorInfo], room: int) -> dict[str, torch.dtype]:
-    """What the ceiling leaves over holds weights: all as they are computed with if they fit, else a fixed subset as stored.
-
-    Access is cyclic, so which ones does not matter for the bytes read; the first in the order of use are taken.
-    """
-    layers = [layer for layer in streamed_layers(part) if layer.key in stored]
-    int8 = {layer.key for layer in layers if stored[layer.key].dtype == "I8" and cpu.int8().products}
-    computed = {layer.key: torch.int8 if layer.key in int8 else torch.float32 for layer in layers}
-    if sum(layer.weight.numel() * computed[layer.key].itemsize for layer in layers) <= room:
-        return computed
-    chosen: dict[str, torch.dtype] = {}
-    for layer in layers:
-        info = stored[layer.key]
-        if info.nbytes <= room:
-            chosen[layer.key] = TORCH_DTYPES[info.dtype]
-            room -= info.nbytes
-    return chosen

@@ -1,0 +1,77 @@
+"""What fits under a ceiling: the largest batch, and which weights stay in memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from tiler.compute import cpu
+from tiler.compute.layers import streamed_layers
+from tiler.decode.method import DecodePlan
+from tiler.decode.scratch import STRIP_BYTES
+from tiler.memory import process
+from tiler.memory.budget import NEAR
+from tiler.plan.table import PhasePlan, Term
+from tiler.weights.index import TensorInfo
+from tiler.weights.store import TORCH_DTYPES
+
+RESIDENT_SLACK = 0.18  # measured: freed blocks between live ones, as a share of resident weights
+RESIDENT_MARGIN = 0.95  # of the ceiling: weights that merely save reading leave more room than the batch does
+
+
+def _with(phase: PhasePlan, name: str, nbytes: int) -> PhasePlan:
+    return PhasePlan(name=phase.name, terms=(*phase.terms, Term(name=name, nbytes=nbytes))) if nbytes > 0 else phase
+
+
+def with_resident(
+    phase: PhasePlan, part: nn.Module, files: dict[str, TensorInfo], method: DecodePlan | None, max_bytes: int
+) -> tuple[PhasePlan, dict[str, torch.dtype]]:
+    """`phase` with the weights of `part` that stay in what the ceiling leaves; `method` of an autoencoder's phase."""
+    # An autoencoder's strips come and go between the plan's figures: with less room 784 and 791 MB of 800 were measured.
+    fill = RESIDENT_MARGIN if method is None else NEAR
+    room = int((max_bytes * fill - phase.peak_bytes) / (1 + RESIDENT_SLACK))
+    # Layer by layer every weight is read once: nothing is gained by keeping any.
+    chosen = {} if method is not None and method.by_layers else _choose_resident(part, files, room)
+    nbytes = sum(math.prod(files[n].shape) * dtype.itemsize for n, dtype in chosen.items())
+    phase = _with(phase, "resident weights", int((1 + RESIDENT_SLACK) * nbytes))
+    return phase if method is None else _with_heap(phase, method, max_bytes), chosen
+
+
+def _with_heap(phase: PhasePlan, method: DecodePlan, max_bytes: int) -> PhasePlan:
+    """What the heap keeps of the memory that an autoencoder's strips free, as far as the ceiling leaves room. The blocks of
+    one strip fit where those of the last one were."""
+    freed = min(process.HEAP_KEPT, method.memory_bytes - STRIP_BYTES)
+    return _with(phase, "free heap", min(freed, int(max_bytes * NEAR) - phase.peak_bytes))
+
+
+def largest_batch(peak: Callable[[int], int], room: int, most: int) -> int:
+    """The largest batch whose predicted peak fits, at least 1. Peaks grow almost linearly: guess, then step down."""
+    if most == 1 or peak(most) <= room:
+        return most
+    slope = (peak(most) - peak(1)) / (most - 1)
+    batch = max(1, min(most - 1, 1 + int((room - peak(1)) / slope) + 1))
+    while batch > 1 and peak(batch) > room:
+        batch -= 1
+    return batch
+
+
+def _choose_resident(part: nn.Module, stored: dict[str, TensorInfo], room: int) -> dict[str, torch.dtype]:
+    """What the ceiling leaves over holds weights: all as they are computed with if they fit, else a fixed subset as stored.
+
+    Access is cyclic, so which ones does not matter for the bytes read; the first in the order of use are taken.
+    """
+    layers = [layer for layer in streamed_layers(part) if layer.key in stored]
+    int8 = {layer.key for layer in layers if stored[layer.key].dtype == "I8" and cpu.int8().products}
+    computed = {layer.key: torch.int8 if layer.key in int8 else torch.float32 for layer in layers}
+    if sum(layer.weight.numel() * computed[layer.key].itemsize for layer in layers) <= room:
+        return computed
+    chosen: dict[str, torch.dtype] = {}
+    for layer in layers:
+        info = stored[layer.key]
+        if info.nbytes <= room:
+            chosen[layer.key] = TORCH_DTYPES[info.dtype]
+            room -= info.nbytes
+    return chosen
