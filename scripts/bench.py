@@ -44,17 +44,18 @@ imports.lean_torch()
 from tiler.models.family import read_family, build_unet, plain_names
 from tiler.models.unet import predict_noise
 from tiler.memory.budget import Budget, at_layer
-from tiler.pipeline import streamed
+from tiler.phases import streamed
 from tiler.plan.render import plan_render
 from tiler.packing import packed_weights
 from tiler.weights.packed import default_cache
+from tiler.plan.resolve import fill
 from tiler.request import Precision, RenderRequest
 from tiler.weights.checkpoint import resolve
 import torch
 torch.set_grad_enabled(False)
 family = read_family(resolve({model!r}))
 precision = Precision({precision!r})
-plan = plan_render(RenderRequest(prompt="x", output=Path("x.png"), width={size}, height={size}, precision=precision), family, {ceiling})
+plan = plan_render(fill(RenderRequest(prompt="x", size={size}, precision=precision)), family, {ceiling})
 files = packed_weights(family, default_cache(), lambda share, why: None) if precision is Precision.INT8 else family.checkpoint.weights("unet")
 process.reset_peak()
 unet, n, budget = build_unet(family), family.native, Budget({ceiling})

@@ -37,7 +37,7 @@ from tiler.decode.scratch import Scratch
 from tiler.diffusion import guide
 from tiler.models import family as families
 from tiler.models.family import VaeSpec
-from tiler.pipeline import streamed
+from tiler.phases import streamed
 from tiler.plan.peaks import VaePeaks
 from tiler.request import Decode
 from tiler.weights.checkpoint import resolve

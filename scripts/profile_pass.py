@@ -12,7 +12,6 @@ import argparse
 import time
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import make_checkpoint
@@ -28,8 +27,9 @@ from tiler.memory.budget import Budget, at_layer
 from tiler.models.family import build_unet, plain_names, read_family
 from tiler.models.unet import predict_noise
 from tiler.packing import packed_weights
-from tiler.pipeline import streamed
+from tiler.phases import streamed
 from tiler.plan.render import plan_render
+from tiler.plan.resolve import fill
 from tiler.request import Precision, RenderRequest
 from tiler.weights import store
 from tiler.weights.checkpoint import resolve
@@ -86,7 +86,7 @@ def main() -> None:
     process.frugal_allocator()
     family = read_family(resolve(args.model or str(make_checkpoint.make("sd15"))))
     precision = Precision(args.precision)
-    request = RenderRequest(prompt="x", output=Path("x.png"), width=args.size, height=args.size, precision=precision)
+    request = fill(RenderRequest(prompt="x", size=args.size, precision=precision))
     plan = plan_render(request, family, args.ceiling)
     weights = family.checkpoint.weights("unet")
     if precision is Precision.INT8:

@@ -48,8 +48,8 @@ def test_render_plan_and_decode(tiler, tiny: Path, tmp_path: Path) -> None:
         "predicted_peak_bytes",
         "max_ram_bytes",
         "phases",
-        "unet_calls",
-        "unet_samples",
+        "denoiser_calls",
+        "denoiser_samples",
         "weight_bytes_read",
         "seed",
         "versions",
@@ -58,8 +58,8 @@ def test_render_plan_and_decode(tiler, tiny: Path, tmp_path: Path) -> None:
     assert report["peak_rss_bytes"] < report["max_ram_bytes"] == 800_000_000
     assert report["predicted_peak_bytes"] == pytest.approx(report["peak_rss_bytes"], rel=0.10)
     planned = tiler("plan", "a boat", *common, "--json").json
-    assert planned["unet_calls"] == report["unet_calls"]
-    assert planned["unet_samples"] == report["unet_samples"]
+    assert planned["denoiser_calls"] == report["denoiser_calls"]
+    assert planned["denoiser_samples"] == report["denoiser_samples"]
     assert planned["expected_seconds"] >= 0
     assert tiler("decode", "z.safetensors", "--model", tiny, "-o", "b.png").code == 0
     assert Image.open(tmp_path / "a.png").tobytes() == Image.open(tmp_path / "b.png").tobytes()
@@ -72,13 +72,13 @@ def test_presets_are_bundles_that_other_options_change(tiler, tiny: Path) -> Non
     for work in (*quality["presets"].values(), *fast["presets"].values()):
         assert work.pop("expected_seconds") >= 0  # measured anew each time
     assert quality["presets"] == fast["presets"]
-    assert quality["unet_samples"] == quality["presets"]["quality"]["unet_samples"]
-    assert fast["unet_samples"] == fast["presets"]["fast"]["unet_samples"]
+    assert quality["denoiser_samples"] == quality["presets"]["quality"]["denoiser_samples"]
+    assert fast["denoiser_samples"] == fast["presets"]["fast"]["denoiser_samples"]
     bundle = ("--steps", 10, "--strength", 0.4, "--layout", "shift", "--guidance-interval", "0-0.5")
-    assert tiler("plan", "x", *common, *bundle).json["unet_samples"] == fast["unet_samples"]
-    assert fast["unet_samples"] * 6 < quality["unet_samples"]
+    assert tiler("plan", "x", *common, *bundle).json["denoiser_samples"] == fast["denoiser_samples"]
+    assert fast["denoiser_samples"] * 6 < quality["denoiser_samples"]
     grid = tiler("plan", "x", *common, "--preset", "fast", "--layout", "grid").json
-    assert grid["unet_samples"] > fast["unet_samples"]
+    assert grid["denoiser_samples"] > fast["denoiser_samples"]
     # Tiles with an overlap of their own cannot shift: the preset's layout gives way.
     assert tiler("plan", "x", *common, "--preset", "fast", "--overlap", 16).code == 0
 
@@ -119,8 +119,8 @@ def test_a_kill_in_mid_decode_leaves_nothing(tiny: Path, tmp_path: Path, mode: s
     code = f"""
 import os, sys
 from tiler.cli import main
-import tiler.pipeline
-real, strips = tiler.pipeline.to_uint8, []
+import tiler.phases
+real, strips = tiler.phases.to_uint8, []
 def to_uint8(strip):
     strips.append(0)
     if len(strips) == 3:
@@ -128,7 +128,7 @@ def to_uint8(strip):
         print(*(name for name in names if {str(tmp_path)!r} in name), sep="\\n", flush=True)
         os.kill(os.getpid(), 9)
     return real(strip)
-tiler.pipeline.to_uint8 = to_uint8
+tiler.phases.to_uint8 = to_uint8
 sys.argv = ["tiler", "decode", "z.safetensors", "--model", {str(tiny)!r}, "--decode", {mode!r}, "--scratch", "s", "-o", "x.png"]
 main.main()
 """
@@ -391,13 +391,13 @@ import sys, numpy
 from tiler.cli import main
 import tiler.memory.process
 tiler.memory.process.frugal_allocator()
-import tiler.pipeline
-real, hog = tiler.pipeline.predict_noise, []
+import tiler.phases
+real, hog = tiler.phases.predict_noise, []
 def predict(*args):
     import torch
     hog.append(torch.ones({megabytes} * 250_000))
     return real(*args)
-tiler.pipeline.predict_noise = predict
+tiler.phases.predict_noise = predict
 sys.argv = ["tiler", "render", "x", "--model", {str(tiny)!r}, "--size", "128", "--max-ram", "500MB", "--quiet"]
 main.main()
 """

@@ -20,7 +20,7 @@ from tiler.errors import ModelError, StorageError
 from tiler.models import family as families
 from tiler.models.unet import int8_weights, order_of_use, predict_noise
 from tiler.packing import TEXT, packed_text_names, packed_weights
-from tiler.pipeline import streamed
+from tiler.phases import streamed
 from tiler.request import Precision
 from tiler.weights.checkpoint import resolve
 from tiler.weights.index import TensorInfo, read_index, read_metadata

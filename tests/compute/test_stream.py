@@ -21,7 +21,7 @@ from tiler.models import family as families
 from tiler.models.blocks import Windows
 from tiler.models.clip import encode_prompts, load_tokenizer
 from tiler.models.unet import predict_noise
-from tiler.pipeline import streamed
+from tiler.phases import streamed
 from tiler.weights.checkpoint import resolve
 from tiler.weights.index import read_index
 from tiler.weights.store import WeightStore, match_index

@@ -24,7 +24,7 @@ from tiler.decode.rows import to_tensor
 from tiler.decode.scratch import Rows, Scratch
 from tiler.errors import NumericalError, StorageError
 from tiler.models import family as families
-from tiler.pipeline import streamed
+from tiler.phases import streamed
 from tiler.request import Decode, ScratchDtype
 from tiler.weights.checkpoint import resolve
 

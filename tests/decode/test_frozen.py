@@ -19,7 +19,7 @@ from tiler.decode import tiny as tiny_decoder
 from tiler.decode.rows import REACH, decoder_stages, flow, to_tensor, to_uint8
 from tiler.decode.scratch import Scratch
 from tiler.models import family as families
-from tiler.pipeline import streamed
+from tiler.phases import streamed
 from tiler.request import Decode, ScratchDtype, Wrap
 from tiler.weights.checkpoint import resolve
 

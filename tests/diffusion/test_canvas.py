@@ -27,8 +27,9 @@ from tiler.diffusion.tiles import (
 )
 from tiler.errors import ModelError, NumericalError, UsageError
 from tiler.models.family import read_family
+from tiler.plan.resolve import fill
 from tiler.plan.tiling import plan_tiling
-from tiler.request import Layout, Mask, Region, RenderRequest, Scheduler, Wrap, parse_scheduler
+from tiler.request import Layout, Mask, Region, RenderRequest, ResolvedRequest, Scheduler, Wrap, parse_scheduler
 from tiler.weights.checkpoint import resolve
 
 CONFIG = {
@@ -40,8 +41,10 @@ CONFIG = {
 }
 
 
-def request(**values: Any) -> RenderRequest:
-    return RenderRequest(**({"prompt": "base", "output": Path("x.png"), "width": 128, "height": 128} | values))
+def request(**values: Any) -> ResolvedRequest:
+    return fill(
+        RenderRequest(**({"prompt": "base", "output": Path("x.png"), "width": 128, "height": 128, "seed": 0} | values))
+    )
 
 
 @given(length=st.integers(8, 400), tile=st.integers(8, 96), overlap=st.integers(0, 95))
@@ -273,7 +276,7 @@ def test_guidance_of_one_runs_no_unconditional_half() -> None:
     assert calls == [len(tiles)]
 
 
-def steps_of(asked: RenderRequest, size: tuple[int, int]) -> list[tuple[Text2ImageRegion, ...]]:
+def steps_of(asked: ResolvedRequest, size: tuple[int, int]) -> list[tuple[Text2ImageRegion, ...]]:
     tiles = plan_tiles(asked, canvas=size, tile=(8, 8), overlap=2)
     return [tiles_of_step(tiles, asked, number) for number in range(asked.num_inference_steps)]
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from tiler import Budget, Region, RenderRequest, events, render
 from tiler.errors import BudgetExceeded
 from tiler.memory.process import read_rss
+from tiler.plan import fit
 from tiler.plan import render as planner
 from tiler.request import GuideUpscale, Layout, Precision, Scheduler, Wrap
 
@@ -80,7 +81,7 @@ def test_same_seed_same_bytes_whatever_the_plan(
     for batch, kept in ((1, False), (5, False), (16, True)):
         monkeypatch.setattr(planner, "MAX_BATCH", batch)
         if not kept:
-            monkeypatch.setattr(planner, "_choose_resident", lambda *args: {})
+            monkeypatch.setattr(fit, "_choose_resident", lambda *args: {})
         name = f"batch{batch}"
         report = render(ask(tiny, tmp_path, name, width=136, height=104, **settings), roomy()).report
         monkeypatch.undo()
@@ -118,7 +119,7 @@ def test_a_users_picture_rules_at_strength_zero(tiny: Path, tmp_path: Path) -> N
     """Nothing is denoised: what comes out is the picture through the autoencoder, and the UNet never runs."""
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)).save(tmp_path / "guide.png")
     result = render(ask(tiny, tmp_path, guide_image=tmp_path / "guide.png", strength=0.0, width=96), roomy())
-    assert result.report["unet_calls"] == 0
+    assert result.report["denoiser_calls"] == 0
     render(ask(tiny, tmp_path, "half", guide_image=tmp_path / "guide.png", strength=0.7, width=96), roomy())
     kept, changed = (load_file(tmp_path / f"{n}.safetensors")["latents"] for n in ("x", "half"))
     assert (kept - changed).abs().mean() > 0.05
@@ -172,7 +173,7 @@ def test_events_tell_the_phases_in_order(tiny: Path, tmp_path: Path) -> None:
         == [p["name"] for p in result.report["phases"]]
     )
     canvas = [e for e in seen if isinstance(e, events.Progress) and e.name == "canvas"]
-    assert canvas[-1].done == canvas[-1].total == result.report["unet_samples"] - 6
+    assert canvas[-1].done == canvas[-1].total == result.report["denoiser_samples"] - 6
 
 
 def test_a_breach_in_mid_run_ends_it(tiny: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from tiler.models.family import build_unet, plain_names, read_family
 from tiler.models.unet import predict_noise
 from tiler.packing import packed_weights
-from tiler.pipeline import streamed
+from tiler.phases import streamed
 from tiler.plan.render import TIGHT_ARENA_BYTES
 from tiler.weights.checkpoint import resolve
 from tiler.weights.packed import default_cache
@@ -54,10 +54,10 @@ print(process.read_rss().peak)
     assert peak < 800_000_000
     assert report["peak_rss_bytes"] < 800_000_000
     assert report["predicted_peak_bytes"] == pytest.approx(peak, rel=0.10)
-    assert report["unet_samples"] == 4 + 18
+    assert report["denoiser_samples"] == 4 + 18
     # One pass reads the UNet's 1.72 GB at most once, however many samples share it.
-    assert report["unet_calls"] == 2 + 2
-    assert report["unet_bytes_read"] <= report["unet_calls"] * 1.72e9
+    assert report["denoiser_calls"] == 2 + 2
+    assert report["denoiser_bytes_read"] <= report["denoiser_calls"] * 1.72e9
 
 
 def test_plan_for_2048_accepts_450_mb_and_serves_8_samples_a_read_under_800(sd15: Path) -> None:
@@ -115,7 +115,7 @@ from tiler import Budget
 from tiler.models.family import build_unet, plain_names, read_family
 from tiler.models.unet import predict_noise
 from tiler.memory.budget import at_layer
-from tiler.pipeline import streamed
+from tiler.phases import streamed
 from tiler.packing import prepare_int8
 from tiler.weights.checkpoint import resolve
 torch.set_grad_enabled(False)

@@ -17,6 +17,7 @@ from tiler.memory.budget import Budget, parse_bytes
 from tiler.memory.process import _untouched_code, read_rss, trim
 from tiler.models.family import read_family
 from tiler.plan.render import plan_render
+from tiler.plan.resolve import fill
 from tiler.plan.table import MemoryPlan, PhasePlan, Term
 from tiler.request import RenderRequest
 from tiler.weights.checkpoint import resolve
@@ -164,7 +165,7 @@ def test_plan_refuses_with_the_table_and_the_smallest_ceiling() -> None:
 
 def test_more_memory_means_larger_batches_and_resident_weights(tiny: Path) -> None:
     family = read_family(resolve(str(tiny)))
-    request = RenderRequest(prompt="x", output=Path("x.png"), width=512, height=512, num_inference_steps=4)
+    request = fill(RenderRequest(prompt="x", size=512, num_inference_steps=4))
     here = read_rss().now
     plans = [plan_render(request, family, here + extra) for extra in (56_000_000, 80_000_000, 2_000_000_000)]
     assert plans[0].batch <= plans[1].batch <= plans[2].batch
@@ -193,10 +194,11 @@ import tiler.models.unet, tiler.compute.layers
 tiler.models.unet.SMALL = tiler.compute.layers.SMALL = 500  # or all of so small a model would be loaded at once
 from tiler.models.family import read_family, build_text_encoder
 from tiler.plan.render import plan_render
+from tiler.plan.resolve import fill
 from tiler.request import Precision, RenderRequest
 from tiler.weights.checkpoint import resolve
 family = read_family(resolve({str(tiny)!r}))
-request = RenderRequest(prompt="x", output=Path("x.png"), width=256, height=256, precision=Precision({precision!r}))
+request = fill(RenderRequest(prompt="x", size=256, precision=Precision({precision!r})))
 plan_render(request, family, 10**9)
 build_text_encoder(family)
 print([m for m in ("torch._dynamo", "sympy", "torch.distributed.tensor", "torch.distributed.fsdp") if m in sys.modules])

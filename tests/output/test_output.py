@@ -13,10 +13,10 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from tiler.output.paper import parse_length, sheet_pixels
 
 from tiler.errors import StorageError, UsageError
 from tiler.output.latents import LatentsFile
-from tiler.output.paper import parse_length, sheet_pixels
 from tiler.output.picture import write_picture
 
 

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tiler import RenderRequest
 from tiler.decode.method import DecodePlan
 from tiler.models.family import read_family
+from tiler.plan.resolve import fill
 from tiler.plan.tiling import plan_tiling
 from tiler.plan.time import BY_LAYERS, BY_ROWS, OVERHEAD, Counter, Flops, Speed, seconds
 from tiler.request import Decode, Precision, ScratchDtype
@@ -40,14 +41,13 @@ def test_work_is_what_torch_counts(checkpoints: Path, kind: str) -> None:
     counted = counter.get_flop_counts()["Global"]
     layers = sum(n for op, n in counted.items() if "attention" not in str(op))
     one = plan_tiling(
-        RenderRequest(
-            prompt="x", output=Path("x.png"), width=8 * side, height=8 * side, guide=False, num_inference_steps=3,
-            guidance_scale=1.0,
-        ),
+        fill(RenderRequest(
+            prompt="x", width=8 * side, height=8 * side, guide=False, num_inference_steps=3, guidance_scale=1.0,
+        )),
         family,
     )  # fmt: skip
     work = Counter(family).count(one, None)
-    assert one.unet_samples == 3
+    assert one.denoiser_samples == 3
     assert work.attention == 3 * attention
     assert work.layers == pytest.approx(3 * layers, rel=1e-3)  # the time embedding is a vector, hardly work
 

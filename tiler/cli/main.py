@@ -21,7 +21,7 @@ app = typer.Typer(
     epilog='Start with: tiler render "a sailing boat at sunset" --size 2048 -o poster.png',
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,
+    rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("render")(render.command)

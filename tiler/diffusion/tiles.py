@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tiler.errors import UsageError
-from tiler.request import MAX_STEPS, Layout, Mask, RenderRequest, Wrap
+from tiler.request import MAX_STEPS, Layout, Mask, ResolvedRequest, Wrap
 
 VARIANCE = 0.01  # of the gaussian mask, relative to the squared side; the method's own value
 
@@ -81,7 +81,7 @@ def mask_profile(kind: Mask, n: int) -> Tensor:
 
 
 def plan_tiles(
-    request: RenderRequest, *, canvas: tuple[int, int], tile: tuple[int, int], overlap: int
+    request: ResolvedRequest, *, canvas: tuple[int, int], tile: tuple[int, int], overlap: int
 ) -> list[Text2ImageRegion]:
     """Every tile of the canvas with its normalised mask, in the order they are computed.
 
@@ -126,7 +126,7 @@ def guide_tiles(size: tuple[int, int], wrap: Wrap, guidance_scale: float) -> lis
 
 
 def tiles_of_step(
-    regions: Sequence[Text2ImageRegion], request: RenderRequest, number: int
+    regions: Sequence[Text2ImageRegion], request: ResolvedRequest, number: int
 ) -> tuple[Text2ImageRegion, ...]:
     """The tiles of step `number` of the schedule, from 0.
 
@@ -189,7 +189,7 @@ def _normalise(placed: list[_Placed], tile: tuple[int, int], canvas: tuple[int, 
     ]  # fmt: skip
 
 
-def _rest_of_canvas(request: RenderRequest, canvas: tuple[int, int], ramp: int) -> Tensor:
+def _rest_of_canvas(request: ResolvedRequest, canvas: tuple[int, int], ramp: int) -> Tensor:
     """How far the top-level prompt speaks: 1 outside all regions, falling to 0 over `ramp` latents inside. fp64."""
     rest = torch.ones(canvas, dtype=torch.float64)
     far = float(max(canvas) + ramp)

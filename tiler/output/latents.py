@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tiler.errors import ModelError, NumericalError, StorageError, UsageError
 from tiler.files import atomic
-from tiler.weights.index import open_regular, read_index, read_into
+from tiler.weights.index import open_regular, read_index, read_into, read_metadata
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 NAME = "latents"
+TEXTS = ("parameters", "tiler")  # of a picture: AUTOMATIC1111's line, and the whole request as JSON
+FACTOR = 8  # pixels a latent
 
 
-def save_latents(path: Path, latents: Tensor) -> None:
-    """Write atomically, as fp32. Raises StorageError."""
+def save_latents(path: Path, latents: Tensor, facts: Mapping[str, str] | None = None) -> None:
+    """Write atomically, as fp32, with what is known of the picture: `width` and `height` in pixels, and its texts.
+    Raises StorageError."""
     from safetensors.torch import save
 
     with atomic(path) as file:
-        file.write(save({NAME: latents.contiguous()}))
+        file.write(save({NAME: latents.contiguous()}, metadata=dict(facts or {})))
 
 
 class LatentsFile:
@@ -48,7 +51,22 @@ class LatentsFile:
             raise UsageError(f"{path}: the latents are {info.dtype}; fp16, bf16 and fp32 are read")
         self.path, self.shape, self.unscale = path, info.shape, unscale
         self._offset, self._dtype = info.offset, TORCH_DTYPES[info.dtype]
+        self._facts = read_metadata(path)
         self._fd = open_regular(path)
+
+    @property
+    def picture_size(self) -> tuple[int, int]:
+        """(width, height) in pixels: as the file says, where that is within what the latents give, else all of it."""
+        sides = (FACTOR * self.shape[3], FACTOR * self.shape[2])
+        said = (self._facts.get("width", ""), self._facts.get("height", ""))
+        if not all(text.isdecimal() and 0 < int(text) <= side for text, side in zip(said, sides, strict=True)):
+            return sides
+        return int(said[0]), int(said[1])
+
+    @property
+    def texts(self) -> dict[str, str]:
+        """What the picture is to say of itself."""
+        return {key: text for key, text in self._facts.items() if key in TEXTS}
 
     def __getitem__(self, index: tuple[slice, slice, slice]) -> Tensor:
         """[:, :, first:last] → (1, C, n, w) fp32."""

@@ -14,6 +14,7 @@ import torch
 
 from tiler.compute import cpu
 from tiler.decode.method import DecodePlan, choose
+from tiler.diffusion import schedulers
 from tiler.diffusion.guide import picture_pixels
 from tiler.memory.budget import MARGIN
 from tiler.models import family as families
@@ -23,7 +24,7 @@ from tiler.plan.fit import largest_batch, with_resident
 from tiler.plan.peaks import DenoiserPeaks, VaePeaks, libraries, text_phase
 from tiler.plan.table import MemoryPlan, PhasePlan, Term
 from tiler.plan.tiling import Tiling, plan_tiling
-from tiler.request import Decode, GuideUpscale, Precision, RenderRequest, ScratchDtype, Wrap
+from tiler.request import Decode, GuideUpscale, Precision, ResolvedRequest, Scheduler, ScratchDtype, Wrap
 from tiler.weights.checkpoint import resolve_part
 
 MAX_BATCH = 16
@@ -45,12 +46,13 @@ class RenderPlan(Tiling):
     guide_batch: int
     arena_bytes: int  # for the UNet's weights in use
     sample_bytes: int  # what one sample alone takes in the UNet, the weights in use included
+    scheduler: Scheduler  # never AUTO
     precision: Precision  # fp32 or int8
     precision_why: str
 
     @property
-    def unet_calls(self) -> int:
-        """Passes over the UNet's weights."""
+    def denoiser_calls(self) -> int:
+        """Passes over the denoiser's weights."""
         both = (self.guide_steps, self.guide_batch), (self.canvas_steps, self.batch)
         return sum(math.ceil(sum(tile.samples for tile in step) / batch) for steps, batch in both for step in steps)
 
@@ -60,7 +62,7 @@ class RenderPlan(Tiling):
         return sum(m.flops + m.attention_flops for name, m in self.methods.items() if name != "decode")
 
 
-def plan_render(request: RenderRequest, family: Family, max_bytes: int) -> RenderPlan:
+def plan_render(request: ResolvedRequest, family: Family, max_bytes: int) -> RenderPlan:
     """Cut the work so that it fits. The memory plan may still be over the ceiling: `plan.memory.check()` refuses.
 
     Raises UsageError for sizes, overlaps and regions that do not go with the model.
@@ -90,7 +92,7 @@ def plan_render(request: RenderRequest, family: Family, max_bytes: int) -> Rende
     if request.tiny_vae is not None:
         decoder = VaePeaks(families.read_tiny(resolve_part(request.tiny_vae), family))
     fixed = [libraries()]
-    folder = request.scratch or request.output.parent
+    folder = request.scratch_folder
 
     def method(coder: VaePeaks, wanted: Decode, latents: tuple[int, int], encoding: bool = False) -> DecodePlan:
         options = coder.module, coder.streamer, latents
@@ -153,7 +155,7 @@ def plan_render(request: RenderRequest, family: Family, max_bytes: int) -> Rende
     order = ["encode prompts", "guide", "guide picture", "canvas", "decode"]
     phases.sort(key=lambda p: order.index(p.name))
     return RenderPlan(
-        **vars(cut), family=family, batch=batch, resident=resident, decoder=decoder.kind, methods=methods, guide_batch=guide_batch, precision=precision, precision_why=precision_why,
+        **vars(cut), family=family, batch=batch, resident=resident, decoder=decoder.kind, methods=methods, guide_batch=guide_batch, scheduler=schedulers.choose(request.scheduler, family.scheduler), precision=precision, precision_why=precision_why,
         sample_bytes=sampler.activations((0,), side, side), arena_bytes=sampler.streamer.arena_bytes,
         memory=MemoryPlan(max_bytes=max_bytes, phases=tuple(phases), smallest_bytes=int(max(least + smallest) / MARGIN) + 1),
     )  # fmt: skip

@@ -9,7 +9,7 @@ from tiler.diffusion.guide import GuideSize, guide_size
 from tiler.diffusion.tiles import Text2ImageRegion, guide_tiles, plan_tiles, tiles_of_step
 from tiler.errors import UsageError
 from tiler.models.family import Family
-from tiler.request import Layout, RenderRequest
+from tiler.request import Layout, ResolvedRequest
 
 Steps = tuple[tuple[Text2ImageRegion, ...], ...]
 """The tiles of each step."""
@@ -35,11 +35,11 @@ class Tiling:
         return sum(tile.samples for step in self.canvas_steps for tile in step)
 
     @property
-    def unet_samples(self) -> int:
+    def denoiser_samples(self) -> int:
         return self.guide_samples + self.canvas_samples
 
 
-def plan_tiling(request: RenderRequest, family: Family) -> Tiling:
+def plan_tiling(request: ResolvedRequest, family: Family) -> Tiling:
     """The tiles of every step. Raises UsageError for sizes, overlaps and regions that do not go with the model."""
     canvas = request.canvas_size[0] // 8, request.canvas_size[1] // 8
     side = family.native

@@ -1,0 +1,376 @@
+"""The phases of a render, one function each, in the order in which `pipeline` calls them.
+
+Each phase opens the weights it needs, works under the budget, and lets the weights go when it ends.
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tiler import events, packing
+from tiler.compute.layers import stream_layers
+from tiler.compute.stream import Streamer
+from tiler.decode import method
+from tiler.decode.method import DecodePlan
+from tiler.decode.rows import Latents, to_uint8
+from tiler.diffusion import canvas, guide, schedulers
+from tiler.errors import NumericalError, StorageError
+from tiler.events import OnEvent, percent
+from tiler.files import check_writable
+from tiler.memory.budget import Budget, at_layer, at_rows
+from tiler.models import family as families
+from tiler.models.blocks import Windows
+from tiler.models.clip import encode_prompts as encode
+from tiler.models.clip import load_tokenizer
+from tiler.models.family import VaeSpec
+from tiler.models.unet import predict_noise
+from tiler.output.latents import LatentsFile, save_latents
+from tiler.output.picture import check_picture
+from tiler.plan.render import RenderPlan, plan_decode, plan_render
+from tiler.plan.resolve import resolve
+from tiler.plan.table import MemoryPlan
+from tiler.plan.tiling import Steps
+from tiler.request import DecodeRequest, GuideUpscale, Precision, RenderRequest, ResolvedRequest
+from tiler.weights import checkpoint
+from tiler.weights.index import TensorInfo
+from tiler.weights.packed import default_cache
+from tiler.weights.store import WeightStore, match_index
+
+Names = Callable[[str], list[str]]
+
+
+@dataclass(kw_only=True)
+class RenderRun:
+    """One render under way: what was asked, how it is carried out, and what has been counted so far."""
+
+    request: ResolvedRequest
+    plan: RenderPlan
+    budget: Budget
+    on_event: OnEvent
+    denoiser_weights: dict[str, TensorInfo]
+    text_weights: dict[str, TensorInfo]
+    text_names: Names = families.text_names
+    texts: dict[str, str] = field(default_factory=dict)  # what the picture will say of itself
+    counts: dict[str, int] = field(
+        default_factory=lambda: dict.fromkeys(("denoiser_calls", "denoiser_samples", "denoiser_bytes_read", "weight_bytes_read"), 0)
+    )  # fmt: skip
+
+    def note(self, text: str) -> None:
+        self.on_event(events.Note(text=text))
+
+    @contextmanager
+    def phase(self, name: str, total: int) -> Iterator[None]:
+        """Attribute time and memory to a phase, and tell of it."""
+        self.on_event(events.PhaseStarted(name=name, total=total))
+        with self.budget.phase(name) as use:
+            yield
+            self.budget.check(name)
+        self.on_event(events.PhaseDone(name=name, seconds=use.seconds, peak_rss_bytes=use.peak_rss_bytes))
+
+    @contextmanager
+    def streamed(
+        self, module: Any, stored: dict[str, TensorInfo], names: Names,
+        resident: dict[str, torch.dtype] | None = None, **options: Any,
+    ) -> Iterator[Streamer]:  # fmt: skip
+        """`streamed`, with the bytes read added to the counts."""
+        with streamed(module, stored, names, resident, **options) as streamer:
+            try:
+                yield streamer
+            finally:
+                assert streamer.store is not None
+                self.counts["weight_bytes_read"] += streamer.store.bytes_read
+
+
+def start(request: RenderRequest, budget: Budget, on_event: OnEvent, *, planning: bool = False) -> RenderRun:
+    """Fill the request, check that its files can be written and its guide read, and plan. Raises TilerError.
+
+    `planning` an output that was not named need not be free.
+    """
+    found = checkpoint.resolve(request.model, variant=request.variant, revision=request.revision)
+    family = families.read_family(found)
+    settings = resolve(request, family)
+    if not planning or request.output is not None:
+        check_picture(settings.output, force=settings.force)
+    if settings.save_latents is not None:
+        check_writable(settings.save_latents, force=settings.force)
+    if settings.guide_image is not None:
+        guide.load_picture(settings.guide_image)  # before any work: is it a picture at all?
+    plan = plan_render(settings, family, budget.max_bytes)
+    return RenderRun(
+        request=settings, plan=plan, budget=budget, on_event=on_event,
+        denoiser_weights=found.weights("unet"), text_weights=found.weights("text_encoder"),
+    )  # fmt: skip
+
+
+def prepare_weights(run: RenderRun) -> None:
+    """Say what was decided; quantise the weights where int8 was, unless an earlier run did."""
+    run.note(f"seed {run.request.seed}")
+    run.note(f"UNet in {run.plan.precision} ({run.plan.precision_why})")
+    if run.plan.precision is Precision.INT8:
+        cache = run.request.cache_dir or default_cache()
+        index = packing.prepare_int8(run.plan.family, cache, run.budget, run.on_event)
+        run.denoiser_weights = run.text_weights = index
+        run.text_names = packing.packed_text_names
+
+
+def encode_prompts(run: RenderRun) -> canvas.Conditions:
+    """Every prompt and its negative prompt, each text once."""
+    request, family = run.request, run.plan.family
+    pairs = [] if request.prompt is None else [(request.prompt, request.negative_prompt)]
+    for r in request.regions:
+        pairs.append((r.prompt, request.negative_prompt if r.negative_prompt is None else r.negative_prompt))
+    texts = [(prompt, negative or "") for prompt, negative in pairs]
+    with run.phase("encode prompts", 1):
+        tokenizer, encoder = load_tokenizer(family), families.build_text_encoder(family)
+        with run.streamed(encoder, run.text_weights, run.text_names, int8_products=False):
+            unique = list(dict.fromkeys(text for pair in texts for text in pair))
+            encoded = dict(zip(unique, encode(tokenizer, encoder, unique, run.note).split(1), strict=True))
+        return canvas.Conditions(
+            torch.cat([encoded[prompt] for prompt, _ in texts]), torch.cat([encoded[negative] for _, negative in texts])
+        )
+
+
+def make_guide(run: RenderRun, conditions: canvas.Conditions) -> Tensor | None:
+    """Denoise the guide at the model's native resolution → its latents, (1, C, h, w) fp32 scaled; None where there is none."""
+    plan = run.plan
+    if plan.guide is None:
+        return None
+    with run.phase("guide", plan.guide_samples):
+        return _denoise(run, "guide", plan.guide_steps, conditions, None, 0, plan.guide_batch)
+
+
+def make_reference(run: RenderRun, guide_latents: Tensor | None) -> Tensor | None:
+    """The guide, or the user's picture, as latents of the canvas's size, (1, C, H, W) fp32 scaled; None without a guide."""
+    request, plan = run.request, run.plan
+    if guide_latents is None and request.guide_image is None:
+        return None
+    height, width = (8 * n for n in plan.canvas)
+    spec, wraps = plan.family.autoencoder, request.wrap.axes
+    if guide_latents is not None and request.guide_upscale is GuideUpscale.LATENT:
+        assert plan.guide is not None
+        return guide.upscale(guide_latents, plan.guide, plan.canvas, wraps)
+    vae, name = families.build_vae(spec), "guide picture"
+    with run.phase(name, 100), run.streamed(vae, spec.weights, families.vae_names, plan.resident[name]) as streamer:
+        check, tell = at_rows(run.budget, plan.memory.peak_of(name)), percent(run.on_event, name)
+        if guide_latents is not None:
+            assert plan.guide is not None
+            unscaled = spec.unscale_(guide_latents)
+            picture = np.concatenate(
+                list(decode_pixels(plan.methods["guide decoded"], vae, streamer, unscaled, check, tell))
+            )
+            box: tuple[float, float] | None = (8 * plan.guide.shown_height, 8 * plan.guide.shown_width)
+        else:
+            assert request.guide_image is not None
+            picture, box = guide.load_picture(request.guide_image), None
+        encoder = plan.methods[name]
+        pixels = guide.crop_to_aspect(picture, height, width, box, wraps, encoder.margin_pixels)
+        progress = percent(run.on_event, name)
+        return spec.scale(method.encode(encoder, vae, streamer, pixels, check=check, progress=progress))
+
+
+def denoise_canvas(run: RenderRun, conditions: canvas.Conditions, reference: Tensor | None) -> Tensor:
+    """Mixture of Diffusers on the whole canvas: its final latents, (1, C, H, W) fp32 scaled."""
+    plan = run.plan
+    with run.phase("canvas", plan.canvas_samples):
+        return _denoise(run, "canvas", plan.canvas_steps, conditions, reference, plan.begin, plan.batch)
+
+
+def _denoise(
+    run: RenderRun, phase: str, tiles: Steps, conditions: canvas.Conditions, reference: Tensor | None, begin: int, batch: int
+) -> Tensor:  # fmt: skip
+    request, plan, steps = run.request, run.plan, run.request.num_inference_steps
+    height, width = plan.canvas if phase == "canvas" or plan.guide is None else plan.guide[:2]
+    reseeded = [
+        ((slice(r.rows[0] // 8, r.rows[1] // 8), slice(r.cols[0] // 8, r.cols[1] // 8)), r.seed)
+        for r in request.regions if r.seed is not None and phase == "canvas"
+    ]  # fmt: skip
+    noise, generator = canvas.initial_noise((1, plan.family.latent_channels, height, width), request.seed, reseeded)
+    scheduler = schedulers.build(plan.scheduler, plan.family.scheduler, steps)
+    latents = canvas.start_latents(scheduler, noise, reference, begin)
+    if begin == steps:
+        return latents
+    unet = families.build_unet(plan.family)
+    options = {"arena_bytes": plan.arena_bytes, "transform": True}
+    with run.streamed(unet, run.denoiser_weights, families.plain_names, plan.resident[phase], **options) as streamer:
+        streamer.short = partial(run.budget.short, plan.sample_bytes)
+        check = at_layer(run.budget, plan.memory.peak_bytes)
+
+        def predict(inputs: list[Tensor], timestep: Tensor, embeds: list[Tensor]) -> Tensor:
+            run.counts["denoiser_calls"] += 1
+            run.counts["denoiser_samples"] += len(inputs)
+            size = request.attention_window
+            windows = None if size is None else Windows.drawn(size, request.seed, timestep)
+            return predict_noise(unet, streamer, inputs, timestep, embeds, check, windows)
+
+        loop = canvas.denoise(latents, tiles, conditions, scheduler, predict, generator, begin=begin, batch=batch)
+        begun, total = run.counts["denoiser_samples"], sum(tile.samples for step in tiles for tile in step)
+        for state in loop:
+            done = run.counts["denoiser_samples"] - begun
+            detail = f"step {state.step + 1}/{steps}, {state.samples}/{state.total} tile passes"
+            run.on_event(events.Progress(name=phase, done=done, total=total, detail=detail))
+            if state.latents is not None:
+                latents = state.latents
+        assert streamer.store is not None
+        run.counts["denoiser_bytes_read"] += streamer.store.bytes_read
+    return latents
+
+
+@contextmanager
+def kept_canvas(run: RenderRun, latents: Tensor) -> Iterator[None]:
+    """Whatever ends this block early, the finished canvas becomes a file, and the error says how to go on from it."""
+    request = run.request
+    try:
+        if request.save_latents is not None:
+            save_latents(request.save_latents, latents, picture_facts(run))
+        yield
+    except BaseException as error:
+        name = f"{request.output.name}.latents.safetensors"
+        for path in (request.save_latents, request.output.parent / name, Path(tempfile.gettempdir()) / name):
+            if path is None:
+                continue
+            try:
+                if path != request.save_latents or not path.exists():
+                    save_latents(path, latents, picture_facts(run))
+            except StorageError:
+                continue
+            error.add_note(
+                f"the finished canvas is in {path}; this makes the picture of it:\n{_decode_command(run, path)}"
+            )
+            break
+        raise
+
+
+def _decode_command(run: RenderRun, path: Path) -> str:
+    request = run.request
+    words = ["tiler", "decode", str(path), "--model", request.model, "-o", str(request.output)]
+    for flag, value in (
+        ("--variant", request.variant),
+        ("--revision", request.revision),
+        ("--tiny-vae", request.tiny_vae),
+    ):
+        words += [] if value is None else [flag, value]
+    if request.tiny_vae is not None:
+        words += ["--decode", "tiny"]
+    words += [] if not any(request.wrap.axes) else ["--wrap", request.wrap.value]
+    words += [] if request.dpi is None else ["--dpi", f"{request.dpi:g}"]
+    return shlex.join(words)
+
+
+def picture_facts(run: RenderRun) -> dict[str, str]:
+    """What a latents file says of its picture: the asked size in pixels, and the picture's own texts."""
+    return {"width": str(run.request.width), "height": str(run.request.height)} | run.texts
+
+
+def decode(run: RenderRun, latents: Tensor) -> Iterator[np.ndarray]:
+    """The picture's rows, (n, W, 3) uint8, top first; `latents` (1, C, H, W) stay as they are."""
+    spec, plan = run.plan.decoder, run.plan.methods["decode"]
+    vae = families.build_vae(spec)
+    run.note(f"decoder: {plan}")
+    resident = run.plan.resident["decode"]
+    with run.phase("decode", 100), run.streamed(vae, spec.weights, families.vae_names, resident) as streamer:
+        check = at_rows(run.budget, run.plan.memory.peak_of("decode"))
+        yield from decode_pixels(plan, vae, streamer, Unscaled(latents, spec), check, percent(run.on_event, "decode"))
+
+
+class Unscaled:
+    """Scaled latents (1, C, h, w) whose rows are unscaled as they are read: the latents themselves stay as they are."""
+
+    def __init__(self, latents: Tensor, spec: VaeSpec) -> None:
+        self._latents, self._spec, self.shape = latents, spec, latents.shape
+
+    def __getitem__(self, rows: tuple[slice, slice, slice]) -> Tensor:
+        return self._spec.unscale_(self._latents[rows].clone())
+
+
+def decode_pixels(
+    plan: DecodePlan, vae: Any, streamer: Streamer, unscaled: Latents, check: Callable[[str], None],
+    progress: Callable[[float], None],
+) -> Iterator[np.ndarray]:  # fmt: skip
+    """Decode (1, C, h, w) fp32 latents into rows (n, 8w, 3) uint8. Raises NumericalError rather than give a black picture."""
+    row = 0
+    for strip in method.decode(plan, vae, streamer, unscaled, check=check, progress=progress):
+        if not math.isfinite(float(strip.sum())):
+            raise NumericalError(f"NaN or Inf in the decoder at row {row}; the VAE's weights may be damaged")
+        yield to_uint8(strip)
+        row += strip.shape[1]
+
+
+@contextmanager
+def streamed(
+    module: Any, stored: dict[str, TensorInfo], names: Names, resident: dict[str, torch.dtype] | None = None, **options: Any
+) -> Iterator[Streamer]:  # fmt: skip
+    """The weights of one part of a checkpoint behind a meta-device module, for as long as the block lasts. `resident` ones
+    stay in memory; `options` are the Streamer's."""
+    index = match_index(module, stored, names)
+    with WeightStore(index) as store:
+        streamer = Streamer(store, **options)
+        stream_layers(module, streamer)
+        for name, dtype in (resident or {}).items():
+            store.keep(name, dtype)
+        yield streamer
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeRun:
+    """One decoding of saved latents under way. `width` and `height` in pixels; `texts` are what the picture says of itself."""
+
+    output: Path
+    width: int
+    height: int
+    texts: dict[str, str]
+    latents: LatentsFile
+    vae: VaeSpec
+    decode_plan: DecodePlan
+    plan: MemoryPlan
+    resident: dict[str, torch.dtype]
+    budget: Budget
+    on_event: OnEvent
+
+
+@contextmanager
+def start_decode(request: DecodeRequest, budget: Budget, on_event: OnEvent) -> Iterator[DecodeRun]:
+    """Open the latents, check that the picture can be written, and plan. Raises TilerError."""
+    output = request.output or Path("tiler.png")
+    check_picture(output, force=request.force)
+    family = families.read_family(checkpoint.resolve(request.model, variant=request.variant, revision=request.revision))
+    vae = family.autoencoder
+    if request.tiny_vae is not None:
+        vae = families.read_tiny(checkpoint.resolve_part(request.tiny_vae), family)
+    with LatentsFile(request.latents, vae.unscale_) as latents:
+        latents.check(family.latent_channels, family.checkpoint.name)
+        height, width = latents.shape[2:]
+        decode_plan, plan, resident = plan_decode(
+            vae, (height, width), budget.max_bytes, decode=request.decode, scratch=request.scratch or output.parent,
+            scratch_dtype=request.scratch_dtype, wrap=request.wrap,
+        )  # fmt: skip
+        shown_width, shown_height = latents.picture_size
+        yield DecodeRun(
+            output=output, width=shown_width, height=shown_height, texts=latents.texts, latents=latents, vae=vae,
+            decode_plan=decode_plan, plan=plan, resident=resident, budget=budget, on_event=on_event,
+        )  # fmt: skip
+
+
+def decode_file(run: DecodeRun) -> Iterator[np.ndarray]:
+    """The picture's rows, (n, W, 3) uint8, top first."""
+    vae = families.build_vae(run.vae)
+    run.on_event(events.PhaseStarted(name="decode", total=100))
+    run.on_event(events.Note(text=f"decoder: {run.decode_plan}"))
+    with (
+        run.budget.phase("decode") as use,
+        streamed(vae, run.vae.weights, families.vae_names, run.resident) as streamer,
+    ):
+        check = at_rows(run.budget, run.plan.peak_bytes)
+        yield from decode_pixels(run.decode_plan, vae, streamer, run.latents, check, percent(run.on_event, "decode"))
+    run.on_event(events.PhaseDone(name="decode", seconds=use.seconds, peak_rss_bytes=use.peak_rss_bytes))

@@ -1,0 +1,52 @@
+"""What `tiler plan` says of a render: the work of it and of its presets, memory by phase, expected time."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from tiler.plan import time
+from tiler.plan.render import RenderPlan, choose_precision
+from tiler.plan.resolve import fill_again
+from tiler.plan.tiling import Tiling, plan_tiling
+from tiler.request import Preset, RenderRequest, ResolvedRequest
+
+# Names of schema 1, which stay for one release.
+_OLD_NAMES = {"denoiser_calls": "unet_calls", "denoiser_samples": "unet_samples", "denoiser_tflop": "unet_tflop"}
+
+
+def summarise(said: RenderRequest, request: ResolvedRequest, plan: RenderPlan, speed: time.Speed) -> dict[str, Any]:
+    """The facts of `plan`, which carries out `request`, filled from what was `said`; `speed` is this machine's."""
+    counter = time.Counter(plan.family)
+
+    def work_of(asked: ResolvedRequest, tiling: Tiling) -> dict[str, Any]:
+        work = counter.count(tiling, asked.attention_window)
+        precision, _ = choose_precision(asked.precision, plan.family)
+        return _with_old_names({
+            "denoiser_samples": tiling.denoiser_samples, "precision": precision.value, "denoiser_tflop": round(work.tflop, 3),
+            "expected_seconds": round(time.seconds(work, plan.methods.values(), speed, precision)),
+        })  # fmt: skip
+
+    presets = {}
+    for preset in Preset:
+        asked = fill_again(replace(said, preset=preset), request, plan.family)
+        presets[preset.value] = work_of(asked, plan_tiling(asked, plan.family))
+    memory, decoder = plan.memory, plan.methods["decode"]
+    facts = {
+        "schema": 2,
+        "canvas": f"{8 * plan.canvas[1]}×{8 * plan.canvas[0]}",
+        "guide": None if plan.guide is None else f"{8 * plan.guide.width}×{8 * plan.guide.height}",
+        "tiles": len(plan.regions), "samples_per_pass": plan.batch, "denoiser_calls": plan.denoiser_calls,
+        **work_of(request, plan), "presets": presets, "decode": decoder.name, "decode_why": decoder.why,
+        "guide_upscale_flops": plan.upscale_flops, "scratch_bytes": max(m.scratch_bytes for m in plan.methods.values()),
+        "predicted_peak_bytes": memory.peak_bytes, "max_ram_bytes": memory.max_bytes,
+        "smallest_max_ram_bytes": memory.smallest_bytes,
+        "phases": [
+            {"name": p.name, "peak_bytes": p.peak_bytes, "terms": {t.name: t.nbytes for t in p.terms}} for p in memory.phases
+        ],
+    }  # fmt: skip
+    return _with_old_names(facts)
+
+
+def _with_old_names(facts: dict[str, Any]) -> dict[str, Any]:
+    return facts | {old: facts[new] for new, old in _OLD_NAMES.items() if new in facts}

@@ -1,0 +1,84 @@
+"""What a run says of itself: the report of --report and --json, and the texts inside the picture."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import time
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tiler.memory.budget import Budget
+from tiler.output.png import infotext
+from tiler.phases import DecodeRun, RenderRun
+from tiler.weights.index import TensorInfo
+
+SCHEMA = 2
+# Names of schema 1, which stay for one release.
+_OLD_NAMES = {
+    "denoiser_calls": "unet_calls",
+    "denoiser_samples": "unet_samples",
+    "denoiser_bytes_read": "unet_bytes_read",
+}
+
+
+def of_render(run: RenderRun) -> dict[str, Any]:
+    """The report of a render."""
+    request, plan, found = run.request, run.plan, run.plan.family.checkpoint
+    counts = dict(run.counts)
+    counts |= {old: counts[new] for new, old in _OLD_NAMES.items()}
+    return _common(run.budget, plan.memory.peak_bytes) | counts | {
+        "tiles": len(plan.regions), "tile_batch": plan.batch, "precision": plan.precision.value,
+        "decode": plan.methods["decode"].name, "seed": request.seed, "width": request.width, "height": request.height,
+        "model": found.name, "revision": found.revision,
+    }  # fmt: skip
+
+
+def of_decode(run: DecodeRun) -> dict[str, Any]:
+    """The report of a decode."""
+    facts = {"decode": run.decode_plan.name, "width": run.width, "height": run.height}
+    return _common(run.budget, run.plan.peak_bytes) | facts
+
+
+def of_packed(path: Path, index: dict[str, TensorInfo], budget: Budget) -> dict[str, Any]:
+    """The report of a quantisation: the file's bytes, and the share of its weights in int8."""
+    weights = {
+        kind: sum(math.prod(i.shape) for i in index.values() if (i.dtype == "I8") is kind) for kind in (True, False)
+    }
+    return _common(budget, 0) | {"bytes": path.stat().st_size, "int8_share": weights[True] / sum(weights.values())}
+
+
+def _common(budget: Budget, predicted: int) -> dict[str, Any]:
+    names = ("tiler", "torch", "diffusers", "transformers")
+    versions = {"python": platform.python_version()} | {name: metadata.version(name) for name in names}
+    return {
+        "schema": SCHEMA, "peak_rss_bytes": budget.peak_rss_bytes, "predicted_peak_bytes": predicted,
+        "max_ram_bytes": budget.max_bytes, "phases": [asdict(phase) for phase in budget.phases],
+        "threads": torch.get_num_threads(), "versions": versions,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }  # fmt: skip
+
+
+def texts(run: RenderRun) -> dict[str, str]:
+    """The picture's texts: AUTOMATIC1111's `parameters`, and the whole request as JSON under `tiler`; none where metadata are
+    not wanted."""
+    r, plan = run.request, run.plan
+    if not r.metadata:
+        return {}
+    karras = plan.scheduler.value.endswith("Karras")
+    fields: dict[str, object] = {
+        "Steps": r.num_inference_steps, "Sampler": plan.scheduler.value.removesuffix(" Karras"),
+        **({"Schedule type": "Karras"} if karras else {}),
+        "CFG scale": r.guidance_scale, "Seed": r.seed, "Size": f"{r.width}x{r.height}", "Model": plan.family.checkpoint.name,
+        **({"Denoising strength": r.strength} if plan.begin else {}), "Version": f"tiler {metadata.version('tiler')}",
+    }  # fmt: skip
+    private = ("output", "save_latents", "cache_dir", "scratch", "force", "metadata")
+    request = {k: v for k, v in asdict(r).items() if k not in private and v is not None}
+    data = json.dumps(request | {"precision": plan.precision.value}, default=str, ensure_ascii=False)
+    prompt = r.prompt if r.prompt is not None else " | ".join(region.prompt for region in r.regions)
+    return {"parameters": infotext(prompt, r.negative_prompt or "", fields), "tiler": data}

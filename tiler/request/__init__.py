@@ -1,0 +1,48 @@
+"""What a user asks for, validated: requests hold only what was said. Knows nothing of models or memory, imports no torch."""
+
+from __future__ import annotations
+
+from tiler.request.choices import (
+    MAX_SEED,
+    MAX_SIDE,
+    MAX_STEPS,
+    PIXEL_STEP,
+    PRESETS,
+    Decode,
+    GuideUpscale,
+    Layout,
+    Mask,
+    Precision,
+    Preset,
+    Scheduler,
+    ScratchDtype,
+    Wrap,
+    parse_scheduler,
+)
+from tiler.request.decode import DecodeRequest, QuantizeRequest
+from tiler.request.regions import Region, read_regions
+from tiler.request.render import RenderRequest, ResolvedRequest
+
+__all__ = [
+    "MAX_SEED",
+    "MAX_SIDE",
+    "MAX_STEPS",
+    "PIXEL_STEP",
+    "PRESETS",
+    "Decode",
+    "DecodeRequest",
+    "GuideUpscale",
+    "Layout",
+    "Mask",
+    "Precision",
+    "Preset",
+    "QuantizeRequest",
+    "Region",
+    "RenderRequest",
+    "ResolvedRequest",
+    "Scheduler",
+    "ScratchDtype",
+    "Wrap",
+    "parse_scheduler",
+    "read_regions",
+]

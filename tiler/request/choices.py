@@ -1,0 +1,156 @@
+"""The words an option may take, by the names that people know, and the checks that requests share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from enum import StrEnum
+from typing import Any
+
+from tiler.errors import UsageError
+
+PIXEL_STEP = 8  # px: sides of a canvas and of its regions are multiples of this
+MAX_SIDE = 65_536  # px
+MAX_STEPS = 1_000
+MAX_SEED = 2**63 - 1
+
+
+class Mask(StrEnum):
+    """How a tile's noise prediction is weighted over its area (Jiménez 2023, arXiv:2302.02412, section 4)."""
+
+    CONSTANT = "constant"
+    GAUSSIAN = "gaussian"
+    QUARTIC = "quartic"
+
+
+class Scheduler(StrEnum):
+    """Samplers by their AUTOMATIC1111 names; AUTO takes the checkpoint's own when it is one of these, else DPM++ 2M Karras."""
+
+    AUTO = "auto"
+    DDIM = "DDIM"
+    EULER = "Euler"
+    EULER_A = "Euler a"
+    DPMPP_2M = "DPM++ 2M"
+    DPMPP_2M_KARRAS = "DPM++ 2M Karras"
+    UNIPC = "UniPC"
+    LCM = "LCM"
+
+
+class Wrap(StrEnum):
+    """The axes along which copies of the picture can be laid side by side without a seam."""
+
+    NONE = "none"
+    X = "x"
+    Y = "y"
+    XY = "xy"
+
+    @property
+    def axes(self) -> tuple[bool, bool]:
+        """(vertical, horizontal), in the order of (height, width)."""
+        return "y" in self, "x" in self
+
+
+class Layout(StrEnum):
+    """Where tiles lie: overlapping in one place, or side by side and elsewhere at every step (SpotDiffusion)."""
+
+    GRID = "grid"
+    SHIFT = "shift"
+
+
+class GuideUpscale(StrEnum):
+    """How the guide comes to the canvas's size: its latents by bicubic interpolation, or its picture by Lanczos, encoded."""
+
+    PIXEL = "pixel"
+    LATENT = "latent"
+
+
+class Decode(StrEnum):
+    """How latents become a picture: as a whole through scratch files, the same with attention to some tokens, row by row with
+    held statistics, or by a tiny autoencoder trained to give about the same."""
+
+    AUTO = "auto"
+    EXACT = "exact"
+    SAMPLED = "sampled"
+    FROZEN = "frozen"
+    TINY = "tiny"
+
+
+class Precision(StrEnum):
+    """What the UNet's layers are computed in; AUTO takes int8 where the processor has dot products of 8-bit integers, and the
+    UNet is not so narrow that they save nothing."""
+
+    FP32 = "fp32"
+    INT8 = "int8"
+    AUTO = "auto"
+
+
+class Preset(StrEnum):
+    """Bundles of settings; whatever is given beside one replaces its part."""
+
+    QUALITY = "quality"
+    BALANCED = "balanced"
+    FAST = "fast"
+
+
+class ScratchDtype(StrEnum):
+    """How the exact decoder stores activations on disk."""
+
+    FP16 = "fp16"
+    FP32 = "fp32"
+
+
+# What a preset says of a RenderRequest; `quality` says nothing.
+PRESETS: Mapping[Preset, Mapping[str, Any]] = {
+    Preset.QUALITY: {},
+    Preset.BALANCED: {"guidance_interval": (0.0, 0.6), "layout": Layout.SHIFT},
+    Preset.FAST: {
+        "num_inference_steps": 10, "strength": 0.4, "guidance_interval": (0.0, 0.5), "layout": Layout.SHIFT,
+    },
+}  # fmt: skip
+
+_DIFFUSERS_NAMES = {
+    "ddimscheduler": Scheduler.DDIM,
+    "eulerdiscretescheduler": Scheduler.EULER,
+    "eulerancestraldiscretescheduler": Scheduler.EULER_A,
+    "dpmsolvermultistepscheduler": Scheduler.DPMPP_2M,
+    "unipcmultistepscheduler": Scheduler.UNIPC,
+    "lcmscheduler": Scheduler.LCM,
+}
+
+
+def parse_scheduler(name: str) -> Scheduler:
+    """An AUTOMATIC1111 or diffusers name in any case → Scheduler. Raises UsageError."""
+    folded = " ".join(name.lower().replace("_", " ").split())
+    for scheduler in Scheduler:
+        if folded == scheduler.value.lower():
+            return scheduler
+    if (known := _DIFFUSERS_NAMES.get(folded.replace(" ", ""))) is not None:
+        return known
+    raise UsageError(f"unknown scheduler {name!r}; choose one of {', '.join(s.value for s in Scheduler)}")
+
+
+def check_decode(decode: Decode, tiny_vae: str | None) -> None:
+    """Raises UsageError when the two options contradict each other."""
+    if (decode is Decode.TINY) != (tiny_vae is not None):
+        raise UsageError(
+            "--decode tiny and --tiny-vae FOLDER go together; give both (taesd is made for SD 1.x and 2.x)"
+        )
+
+
+def parse_interval(text: str) -> tuple[float, float]:
+    """`0.2-0.8` → (0.2, 0.8), shares of the schedule. Raises UsageError."""
+    try:
+        low, high = (float(part) for part in text.replace("–", "-").split("-"))
+    except ValueError:
+        raise UsageError(
+            f"guidance-interval = {text!r} is not two shares of the schedule; write it like 0.2-0.8"
+        ) from None
+    return low, high
+
+
+def within(name: str, value: float | None, low: float, high: float, unit: str = "") -> None:
+    """Raises UsageError for a value that was given (is not None) and lies outside [low, high]."""
+    if value is None:
+        return
+    if not (math.isfinite(value) and low <= value <= high):
+        raise UsageError(f"{name} = {value} is out of range: {low}–{high}{' ' + unit if unit else ''}")

@@ -1,0 +1,271 @@
+"""The request of a render: what the user said, and the same with every gap filled."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tiler.errors import UsageError
+from tiler.request import shared
+from tiler.request.choices import (
+    MAX_SEED,
+    MAX_SIDE,
+    MAX_STEPS,
+    PIXEL_STEP,
+    Decode,
+    GuideUpscale,
+    Layout,
+    Mask,
+    Precision,
+    Preset,
+    Scheduler,
+    ScratchDtype,
+    Wrap,
+    check_decode,
+    parse_interval,
+    parse_scheduler,
+    within,
+)
+from tiler.request.options import Option, Panel, option
+from tiler.request.paper import parse_length, parse_paper
+from tiler.request.regions import Region
+
+
+@dataclass(frozen=True, kw_only=True)
+class RenderRequest:
+    """What was said about a picture; None where nothing was said.
+
+    `tiler.plan.resolve` fills the gaps, in this order: the preset, the model folder's tiler.toml, the model family. Lengths in
+    pixels unless a unit is named. `guidance_interval` holds two shares of the schedule, 0 where it begins with noise and 1 where it
+    ends with the picture; `attention_window` is in latents. Raises UsageError for a value that no model could take.
+    """
+
+    prompt: str | None = option(None, Option("What to draw.", Panel.PICTURE, (), metavar="PROMPT"))
+    negative_prompt: str | None = option(None, Option("What not to draw.", Panel.PICTURE, ("--negative-prompt", "-n")))
+    regions: tuple[Region, ...] = option(
+        (),
+        Option(
+            "TOML file with regions that have prompts of their own: [[region]] tables with prompt, rows = [0, 512], "
+            "cols = [384, 896].",
+            Panel.PICTURE, ("--regions",), metavar="FILE",
+        ),
+    )  # fmt: skip
+    size: int | None = option(None, Option("Width and height in pixels.", Panel.PICTURE, ("--size",), default="2048"))
+    width: int | None = option(
+        None, Option("Width in pixels; overrides --size.", Panel.PICTURE, ("--width", "-W"))
+    )  # fmt: skip
+    height: int | None = option(
+        None, Option("Height in pixels; overrides --size.", Panel.PICTURE, ("--height", "-H"))
+    )  # fmt: skip
+    paper: str | None = option(
+        None,
+        Option(
+            "Render for a sheet: A0–A10, B0–B10, letter, legal, tabloid, or a size like 60x40cm; --dpi decides the pixels.",
+            Panel.PICTURE, ("--paper",),
+        ),
+    )  # fmt: skip
+    landscape: bool = option(False, Option("Lay the sheet on its long side.", Panel.PICTURE, ("--landscape",)))
+    bleed: str | None = option(
+        None, Option("Picture beyond each edge of the sheet, to be cut off; like 3mm.", Panel.PICTURE, ("--bleed",))
+    )
+    dpi: float | None = option(None, shared.DPI)
+    wrap: Wrap = option(Wrap.NONE, shared.WRAP)
+    seed: int | None = option(
+        None,
+        Option("The same seed gives the same picture; -1 draws one at random.", Panel.PICTURE, ("--seed", "-s"), default="random"),
+    )  # fmt: skip
+
+    model: str = option("mini", shared.MODEL)
+    variant: str | None = option(None, shared.VARIANT)
+    revision: str | None = option(None, shared.REVISION)
+    tiny_vae: str | None = option(None, shared.TINY_VAE)
+
+    preset: Preset | None = option(
+        None,
+        Option(
+            "quality: the model's defaults; balanced: --layout shift and guidance in 0-0.6 of the schedule; fast: also 10 steps, "
+            "strength 0.4 and guidance in 0-0.5. Options given beside a preset win.",
+            Panel.SAMPLING, ("--preset",), default="quality",
+        ),
+    )  # fmt: skip
+    num_inference_steps: int | None = option(
+        None, Option("Sampling steps, 1–1000.", Panel.SAMPLING, ("--steps",), default="the model's, mostly 20")
+    )
+    guidance_scale: float | None = option(
+        None,
+        Option(
+            "Classifier-free guidance; values ≤ 1 turn it off and halve the work.",
+            Panel.SAMPLING, ("--guidance-scale", "--cfg-scale"), default="the model's, mostly 7.5",
+        ),
+    )  # fmt: skip
+    guidance_interval: tuple[float, float] | None = option(
+        None,
+        Option(
+            "Share of the schedule in which guidance works, like 0.2-0.8; outside it a step takes half the work.",
+            Panel.SAMPLING, ("--guidance-interval",), parse=parse_interval, metavar="A-B", default="0-1",
+        ),
+    )  # fmt: skip
+    strength: float | None = option(
+        None,
+        Option(
+            "Denoising strength, 0–1: the share of the schedule that the canvas denoises after the guide.",
+            Panel.SAMPLING, ("--strength",), default="the model's, mostly 0.5",
+        ),
+    )  # fmt: skip
+    scheduler: Scheduler | None = option(
+        None,
+        Option(
+            "DDIM, Euler, Euler a, DPM++ 2M, DPM++ 2M Karras, UniPC, LCM, or auto: the model's own, and DPM++ 2M Karras where "
+            "that is none of these.",
+            Panel.SAMPLING, ("--scheduler", "--sampling-method"), parse=parse_scheduler, metavar="NAME", default="auto",
+        ),
+    )  # fmt: skip
+    guide_image: Path | None = option(
+        None, Option("A picture to use as the guide instead of a low-resolution pass.", Panel.SAMPLING, ("--guide",))
+    )
+    guide: bool = option(True, Option("Start the canvas from pure noise.", Panel.SAMPLING, ("--no-guide",), off=True))
+    guide_upscale: GuideUpscale = option(
+        GuideUpscale.PIXEL,
+        Option(
+            "How the guide is brought to the canvas's size. pixel: decoded, resized, encoded; latent: only its latents are resized, "
+            "which is faster and rougher.",
+            Panel.SAMPLING, ("--guide-upscale",),
+        ),
+    )  # fmt: skip
+    layout: Layout | None = option(
+        None,
+        Option(
+            "grid: overlapping tiles; shift: tiles side by side, moved at every step except the last: 16 tiles a step instead of "
+            "25 at 2048².",
+            Panel.SAMPLING, ("--layout",), default="grid",
+        ),
+    )  # fmt: skip
+    overlap: int | None = option(
+        None,
+        Option("Least overlap of neighbouring tiles in pixels.", Panel.SAMPLING, ("--overlap",), default="a quarter of a tile"),
+    )  # fmt: skip
+    mask: Mask = option(
+        Mask.GAUSSIAN,
+        Option(
+            "Weight of a tile's prediction over its area: gaussian, quartic or constant.", Panel.SAMPLING, ("--mask",)
+        ),
+    )
+    attention_window: int | None = option(
+        None,
+        Option(
+            "Limit self-attention at the highest resolution to windows of N×N latents, which move at every step.",
+            Panel.SAMPLING, ("--attention-window",), metavar="N", default="none",
+        ),
+    )  # fmt: skip
+
+    precision: Precision = option(
+        Precision.AUTO,
+        Option(
+            "Arithmetic of the denoiser. int8 is faster and reads half the bytes, from a file that is made once in --cache-dir; auto "
+            "takes it on processors with 8-bit dot products, fp32 on others.",
+            Panel.MEMORY, ("--precision",),
+        ),
+    )  # fmt: skip
+    cache_dir: Path | None = option(None, shared.CACHE_DIR)
+    decode: Decode = option(Decode.AUTO, shared.DECODE)
+    scratch: Path | None = option(None, shared.SCRATCH)
+    scratch_dtype: ScratchDtype = option(ScratchDtype.FP16, shared.SCRATCH_DTYPE)
+
+    output: Path | None = option(None, shared.OUTPUT)
+    save_latents: Path | None = option(
+        None, Option("Also write the final latents (safetensors).", Panel.OUTPUT, ("--save-latents",))
+    )
+    metadata: bool = option(True, shared.METADATA)
+    force: bool = option(False, shared.FORCE)
+
+    def __post_init__(self) -> None:
+        for name, side in (("size", self.size), ("width", self.width), ("height", self.height)):
+            within(name, side, PIXEL_STEP, MAX_SIDE, "pixels")
+        within("steps", self.num_inference_steps, 1, MAX_STEPS)
+        within("guidance-scale", self.guidance_scale, 0, 100)
+        within("strength", self.strength, 0, 1)
+        within("seed", self.seed, 0, MAX_SEED)
+        within("dpi", self.dpi, 1, 10_000)
+        within("attention-window", self.attention_window, 4, MAX_SIDE, "latents")
+        if self.overlap is not None and (self.overlap < 0 or self.overlap % PIXEL_STEP):
+            raise UsageError(f"overlap = {self.overlap} must be a multiple of {PIXEL_STEP} pixels, 0 or more")
+        if self.guidance_interval is not None:
+            low, high = self.guidance_interval
+            if not 0 <= low < high <= 1:
+                raise UsageError(
+                    f"guidance-interval = {low}-{high} must be two rising shares of the schedule, 0–1; like 0.2-0.8"
+                )
+        self._check_combinations()
+        for text in (self.prompt, self.negative_prompt, *(r.prompt for r in self.regions)):
+            if text and ("\0" in text or any(0xD800 <= ord(c) <= 0xDFFF for c in text)):
+                raise UsageError("the prompt holds a NUL or half a surrogate pair; remove it")
+
+    def _check_combinations(self) -> None:
+        check_decode(self.decode, self.tiny_vae)
+        self._check_sheet()
+        if self.layout is Layout.SHIFT and (self.overlap is not None or self.regions):
+            raise UsageError(
+                "--layout shift lays tiles side by side, for one prompt; leave out "
+                + ("--regions" if self.regions else "--overlap")
+            )
+        if self.guide_image is not None and self.guide_upscale is GuideUpscale.LATENT:
+            raise UsageError("--guide-upscale latent is for the guide that tiler makes; leave it out with --guide")
+        if self.guide_image is not None and not self.guide:
+            raise UsageError("--guide and --no-guide exclude each other; give one of them")
+
+    def _check_sheet(self) -> None:
+        if self.paper is not None:
+            parse_paper(self.paper)
+            if any(side is not None for side in (self.size, self.width, self.height)):
+                raise UsageError("--paper and --size, --width or --height exclude each other; give one of them")
+        elif self.landscape or (self.bleed is not None and parse_length(self.bleed)):
+            raise UsageError("--landscape and --bleed belong to a --paper; give one, like --paper A2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedRequest(RenderRequest):
+    """A request without gaps: everything that decides the picture. `negative_prompt` stays None where none was given, which
+    some model families tell from an empty one; `bleed_mm` is what a PDF says will be cut off each edge. Raises UsageError."""
+
+    width: int
+    height: int
+    bleed_mm: float
+    seed: int
+    num_inference_steps: int
+    guidance_scale: float
+    guidance_interval: tuple[float, float]
+    strength: float
+    scheduler: Scheduler
+    layout: Layout
+    output: Path
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, side in (("width", self.width), ("height", self.height)):
+            within(name, side, PIXEL_STEP, MAX_SIDE, "pixels")
+        for side, wraps in zip((self.height, self.width), self.wrap.axes, strict=True):
+            if wraps and side % PIXEL_STEP:
+                raise UsageError(
+                    f"--wrap {self.wrap} needs sides that are multiples of {PIXEL_STEP}; {side} is none, take "
+                    f"{-(-side // PIXEL_STEP) * PIXEL_STEP}"
+                )
+        if self.prompt is None and not self.regions:
+            raise UsageError("there is nothing to draw: give a prompt, or a --regions file with prompts")
+        for region in self.regions:
+            if region.rows[1] > self.height or region.cols[1] > self.width:
+                raise UsageError(
+                    f"region {region.prompt!r}: rows {list(region.rows)}, cols {list(region.cols)} reach outside the "
+                    f"{self.width}×{self.height} canvas; keep rows within 0–{self.height} and cols within 0–{self.width}"
+                )
+
+    def _check_sheet(self) -> None:
+        pass  # width and height are the sheet's by now
+
+    @property
+    def canvas_size(self) -> tuple[int, int]:
+        """(height, width) of the canvas: rounded up to what latents can be. The picture is cropped to the asked size."""
+        return -(-self.height // PIXEL_STEP) * PIXEL_STEP, -(-self.width // PIXEL_STEP) * PIXEL_STEP
+
+    @property
+    def scratch_folder(self) -> Path:
+        return self.scratch or self.output.parent

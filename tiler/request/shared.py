@@ -1,0 +1,38 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from tiler.request.options import Option, Panel
+
+OUTPUT = Option(
+    "The picture to write: .png, .pdf, .tif or .tiff.", Panel.OUTPUT, ("--output", "-o"), default="tiler.png"
+)
+MODEL = Option("`mini`, a folder in diffusers layout, or a hub id like org/name.", Panel.MODEL, ("--model", "-m"))
+VARIANT = Option(
+    "Flavour of the weight files, as in NAME.fp16.safetensors.",
+    Panel.MODEL, ("--variant",), default="fp16 if there is one, else plain",
+)  # fmt: skip
+REVISION = Option("Branch, tag or commit of a hub id.", Panel.MODEL, ("--revision",))
+CACHE_DIR = Option("Folder for int8 weights.", Panel.MEMORY, ("--cache-dir",), default="~/.cache/tiler/packed")
+DECODE = Option(
+    "How latents become a picture. exact: the whole picture, layer by layer through scratch files; sampled: like exact, but "
+    "attention sees at most 16,384 evenly spaced tokens; frozen: row by row with statistics measured beforehand, for any size "
+    "and little disk space; tiny: a fast approximation by --tiny-vae; auto: exact while attention to the whole picture is a "
+    "small part of the work, then sampled, and frozen above 4,096 px of width or without the disk space.",
+    Panel.MEMORY, ("--decode",),
+)  # fmt: skip
+SCRATCH = Option("Folder for the decoder's scratch files.", Panel.MEMORY, ("--scratch",), default="the output's folder")
+SCRATCH_DTYPE = Option(
+    "How scratch files store activations; fp16 takes half the bytes and stays about 70 dB from fp32.",
+    Panel.MEMORY, ("--scratch-dtype",),
+)  # fmt: skip
+TINY_VAE = Option(
+    "An AutoencoderTiny for --decode tiny: a folder or a hub id like madebyollin/taesd.", Panel.MODEL, ("--tiny-vae",)
+)
+WRAP = Option(
+    "Make a picture whose copies join without a seam: side by side (x), stacked (y), or both (xy).",
+    Panel.PICTURE, ("--wrap",),
+)  # fmt: skip
+DPI = Option("Pixels per inch, stored in the file.", Panel.PICTURE, ("--dpi",), default="300 with --paper")
+METADATA = Option("Write no prompt, seed or settings into the file.", Panel.OUTPUT, ("--no-metadata",), off=True)
+FORCE = Option("Replace existing output files.", Panel.OUTPUT, ("--force", "-f"))
