@@ -51,27 +51,52 @@ def _main(
 def main() -> None:
     """Entry point. Exit codes: 0 ok, 1 bug, 2 usage, 3 model, 4 refused by the plan, 5 ceiling reached, 6 I/O, 7 NaN,
     9 offline, 130 and 143 interrupted."""
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))
+    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        signal.signal(number, _stop)
+    code = 0
     try:
-        app()
-    except TilerError as error:
-        _fail(str(error), error.exit_code)
-    except MemoryError:
-        _fail("the system refused an allocation; raise --max-ram or free some memory", 5)
-    except KeyboardInterrupt:
-        _fail("interrupted; nothing was written", 130)
-    except BrokenPipeError:
+        # Not typer's own way, which turns an interruption into an exit before it can say what was written.
+        result = app(standalone_mode=False)
+        code = result if isinstance(result, int) else 0
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
-    except RuntimeError as error:
-        if "can't allocate memory" in str(error) or "not enough memory" in str(error):
-            _fail("an allocation beyond the ceiling was refused; raise --max-ram or choose a smaller --size", 5)
-        raise
+    except BaseException as error:
+        code = _failed(error)
+    sys.exit(code)
 
 
-def _fail(message: str, code: int) -> None:
+def _stop(number: int, frame: object) -> None:
+    raise SystemExit(128 + number)
+
+
+def _failed(error: BaseException) -> int:
+    """Say on stderr, in one line and the notes that others added, what ended the run → the exit code."""
     if os.environ.get("TILER_DEBUG"):
         traceback.print_exc()
-    first, *rest = message.split("\n")
-    sys.stderr.write("\n".join([f"tiler: {first}", *rest]) + "\n")
-    sys.exit(code)
+    match error:
+        case TilerError():
+            text, code = str(error), error.exit_code
+        case typer.Exit() | SystemExit():
+            asked = getattr(error, "exit_code", getattr(error, "code", None))
+            code = asked if isinstance(asked, int) else 1
+            text = "stopped by a signal" if code > 128 else ""
+        case KeyboardInterrupt() | typer.Abort():
+            text, code = "interrupted", 130
+        case _ if hasattr(error, "format_message"):  # click's own words for an option that does not exist
+            message = error.format_message()  # none where the help itself was shown
+            text, code = f"{message}; see --help" if message else "", 2
+        case MemoryError():
+            text, code = "the system refused an allocation; raise --max-ram or free some memory", 5
+        case RuntimeError() if "can't allocate memory" in str(error) or "not enough memory" in str(error):
+            text, code = "an allocation beyond the ceiling was refused; raise --max-ram or choose a smaller --size", 5
+        case _:
+            traceback.print_exception(error)
+            return 1
+    notes = getattr(error, "__notes__", [])
+    if code > 128 and not notes:
+        text += "; no picture was written"
+    lines = [*([f"tiler: {text}"] if text else []), *notes]
+    if lines:
+        sys.stderr.write("\n".join(lines) + "\n")
+    return int(code)
