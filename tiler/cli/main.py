@@ -91,12 +91,21 @@ def _failed(error: BaseException) -> int:
         case RuntimeError() if "can't allocate memory" in str(error) or "not enough memory" in str(error):
             text, code = "an allocation beyond the ceiling was refused; raise --max-ram or choose a smaller --size", 5
         case _:
-            traceback.print_exception(error)
+            traceback.print_exception(error)  # with its notes
             return 1
-    notes = getattr(error, "__notes__", [])
+    notes = _notes(error)
     if code > 128 and not notes:
         text += "; no picture was written"
     lines = [*([f"tiler: {text}"] if text else []), *notes]
     if lines:
         sys.stderr.write("\n".join(lines) + "\n")
     return int(code)
+
+
+def _notes(error: BaseException | None) -> list[str]:
+    """What was added to an error, or to the one that it came of."""
+    notes: list[str] = []
+    while error is not None:
+        notes += getattr(error, "__notes__", [])
+        error = error.__cause__ or error.__context__
+    return notes
