@@ -51,7 +51,8 @@ def _main(
 def main() -> None:
     """Entry point. Exit codes: 0 ok, 1 bug, 2 usage, 3 model, 4 refused by the plan, 5 ceiling reached, 6 I/O, 7 NaN,
     9 offline, 130 and 143 interrupted."""
-    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+    # SIGINT too: typer would make an exit code of it, and lose what was added to it.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _stop)
     code = 0
     try:
@@ -80,7 +81,9 @@ def _failed(error: BaseException) -> int:
         case typer.Exit() | SystemExit():
             asked = getattr(error, "exit_code", getattr(error, "code", None))
             code = asked if isinstance(asked, int) else 1
-            text = "stopped by a signal" if code > 128 else ""
+            text = {130: "interrupted", 143: "stopped by SIGTERM", 129: "stopped by SIGHUP"}.get(code, "")
+            if isinstance(error.__context__, BrokenPipeError):
+                return 0
         case KeyboardInterrupt() | typer.Abort():
             text, code = "interrupted", 130
         case _ if hasattr(error, "format_message"):  # click's own words for an option that does not exist
@@ -93,19 +96,10 @@ def _failed(error: BaseException) -> int:
         case _:
             traceback.print_exception(error)  # with its notes
             return 1
-    notes = _notes(error)
+    notes = getattr(error, "__notes__", [])
     if code > 128 and not notes:
         text += "; no picture was written"
     lines = [*([f"tiler: {text}"] if text else []), *notes]
     if lines:
         sys.stderr.write("\n".join(lines) + "\n")
     return int(code)
-
-
-def _notes(error: BaseException | None) -> list[str]:
-    """What was added to an error, or to the one that it came of."""
-    notes: list[str] = []
-    while error is not None:
-        notes += getattr(error, "__notes__", [])
-        error = error.__cause__ or error.__context__
-    return notes
