@@ -112,11 +112,9 @@ def main() -> None:
                 return predict_noise(unet, streamer, latents, timestep, texts, check)
 
         texts = torch.randn(2, 1, 77, family.text["hidden_size"])
-        scheduler = schedulers.build(
-            schedulers.choose(request.scheduler, family.scheduler), family.scheduler, request.num_inference_steps
-        )
+        schedule = schedulers.build(request.scheduler, family.scheduler, request.num_inference_steps)
         passes = canvas.denoise(
-            torch.randn(1, family.latent_channels, *plan.canvas), plan.canvas_steps, canvas.Conditions(*texts), scheduler,
+            torch.randn(1, family.latent_channels, *plan.canvas), plan.canvas_steps, canvas.Conditions(*texts), schedule,
             predict, torch.Generator(), begin=plan.begin, batch=samples,
         )  # fmt: skip
         next(passes)

@@ -97,7 +97,6 @@ class _Work:
 
     def __init__(self, request: RenderRequest, plan: RenderPlan, budget: Budget, on_event: OnEvent) -> None:
         self.request, self.plan, self.family, self.budget, self.on_event = request, plan, plan.family, budget, on_event
-        self.scheduler_name = schedulers.choose(request.scheduler, plan.family.scheduler)
         self.unet_weights = plan.family.checkpoint.weights("unet")
         self.text_weights, self.text_names = plan.family.checkpoint.weights("text_encoder"), families.text_names
         self.unet_calls = self.unet_samples = self.weight_bytes_read = self.unet_bytes_read = 0
@@ -105,6 +104,8 @@ class _Work:
     def prepare_weights(self) -> None:
         """The UNet's and the text encoder's weights in int8, where they are asked for: quantised now, or at an earlier run."""
         self._note(f"seed {self.request.seed}")
+        for note in self.plan.notes:
+            self._note(note)
         self._note(f"UNet in {self.plan.precision} ({self.plan.precision_why})")
         if self.plan.precision is Precision.INT8:
             cache = self.request.cache_dir or default_cache()
@@ -199,8 +200,8 @@ class _Work:
             for r in request.regions if r.seed is not None
         ]  # fmt: skip
         noise, generator = canvas.initial_noise((1, self.family.latent_channels, height, width), request.seed, reseeded)
-        scheduler = schedulers.build(self.scheduler_name, self.family.scheduler, steps)
-        latents = canvas.start_latents(scheduler, noise, reference, begin)
+        schedule = schedulers.build(request.scheduler, self.family.scheduler, steps)
+        latents = schedule.start(noise, reference, begin)
         if begin == steps:
             return latents
         unet = families.build_unet(self.family)
@@ -222,7 +223,7 @@ class _Work:
                 windows = None if size is None else Windows.drawn(size, request.seed, timestep)
                 return predict_noise(unet, streamer, inputs, timestep, embeds, check, windows)
 
-            loop = canvas.denoise(latents, tiles, conditions, scheduler, predict, generator, begin=begin, batch=batch)
+            loop = canvas.denoise(latents, tiles, conditions, schedule, predict, generator, begin=begin, batch=batch)
             begun, total = self.unet_samples, sum(tile.samples for step in tiles for tile in step)
             for state in loop:
                 done = self.unet_samples - begun
@@ -283,8 +284,8 @@ class _Work:
         """The PNG's text chunks: AUTOMATIC1111's `parameters`, and the whole request as JSON under `tiler`."""
         r = self.request
         fields: dict[str, object] = {
-            "Steps": r.num_inference_steps, "Sampler": self.scheduler_name.value.removesuffix(" Karras"),
-            **({"Schedule type": "Karras"} if self.scheduler_name.value.endswith("Karras") else {}),
+            "Steps": r.num_inference_steps, "Sampler": self.plan.scheduler.value.removesuffix(" Karras"),
+            **({"Schedule type": "Karras"} if self.plan.scheduler.value.endswith("Karras") else {}),
             "CFG scale": r.guidance_scale, "Seed": r.seed, "Size": f"{r.width}x{r.height}", "Model": self.family.checkpoint.name,
             **({"Denoising strength": r.strength} if self.plan.begin else {}), "Version": f"tiler {metadata.version('tiler')}",
         }  # fmt: skip

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, EulerDiscreteScheduler
+from diffusers import DDIMScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from tiler.diffusion import schedulers
-from tiler.diffusion.canvas import Conditions, denoise, first_step, initial_noise, start_latents
+from tiler.diffusion.canvas import Conditions, denoise, first_step, initial_noise
 from tiler.diffusion.guide import GuideSize, guide_size, upscale
 from tiler.diffusion.tiles import (
     Text2ImageRegion,
@@ -25,10 +25,10 @@ from tiler.diffusion.tiles import (
     plan_tiles,
     tiles_of_step,
 )
-from tiler.errors import ModelError, NumericalError, UsageError
+from tiler.errors import NumericalError, UsageError
 from tiler.models.family import read_family
 from tiler.plan.tiling import plan_tiling
-from tiler.request import Layout, Mask, Region, RenderRequest, Scheduler, Wrap, parse_scheduler
+from tiler.request import Layout, Mask, Region, RenderRequest, Scheduler, Wrap
 from tiler.weights.checkpoint import resolve
 
 CONFIG = {
@@ -37,6 +37,7 @@ CONFIG = {
     "beta_end": 0.012,
     "beta_schedule": "scaled_linear",
     "clip_sample": False,
+    "steps_offset": 1,
 }
 
 
@@ -191,9 +192,8 @@ def test_a_canvas_of_several_regions_equals_the_formula(batch: int) -> None:
     conditions = Conditions(torch.randn(2, 4, 6, generator=generator), torch.randn(2, 4, 6, generator=generator))
     noise, rng = initial_noise((1, 4, 16, 20), 9)
     tiles = plan_tiles(asked, canvas=(16, 20), tile=(8, 8), overlap=2)
-    scheduler = DDIMScheduler.from_config(CONFIG)
-    scheduler.set_timesteps(5)
-    states = list(denoise(noise, [tiles] * 5, conditions, scheduler, fake_predict, rng, batch=batch))
+    schedule = schedulers.build(Scheduler.DDIM, CONFIG, 5)
+    states = list(denoise(noise, [tiles] * 5, conditions, schedule, fake_predict, rng, batch=batch))
     got = states[-1].latents
     placed = []
     for first, kind, weight, condition, scale in ((0, Mask.QUARTIC, 2.0, 0, 3.0), (8, Mask.GAUSSIAN, 1.0, 1, 5.0)):
@@ -212,13 +212,13 @@ def test_batch_does_not_change_a_bit() -> None:
     results = []
     for batch in (1, 2, 5, 7):
         noise, rng = initial_noise((1, 4, 17, 25), 1)
-        scheduler = schedulers.build(Scheduler.EULER_A, CONFIG, 4)
+        schedule = schedulers.build(Scheduler.EULER_A, CONFIG, 4)
         states = list(
             denoise(
-                start_latents(scheduler, noise, None, 0),
+                schedule.start(noise, None, 0),
                 [tiles] * 4,
                 conditions,
-                scheduler,
+                schedule,
                 fake_predict,
                 rng,
                 batch=batch,
@@ -242,8 +242,8 @@ def test_a_canvas_that_wraps_has_no_beginning(of: str) -> None:
         tiles = (
             plan_tiles(asked, canvas=size, tile=(8, 8), overlap=2) if of == "canvas" else guide_tiles(size, wrap, 7.5)
         )
-        scheduler = schedulers.build(Scheduler.DPMPP_2M, CONFIG, 3)
-        states = denoise(noise, [tiles] * 3, conditions, scheduler, predict, torch.Generator(), batch=3)
+        schedule = schedulers.build(Scheduler.DPMPP_2M, CONFIG, 3)
+        states = denoise(noise, [tiles] * 3, conditions, schedule, predict, torch.Generator(), batch=3)
         latents = list(states)[-1].latents
         assert latents is not None
         return latents
@@ -263,11 +263,11 @@ def test_guidance_of_one_runs_no_unconditional_half() -> None:
         calls.append(len(x))
         return fake_predict(x, t, embeds)
 
-    scheduler = schedulers.build(Scheduler.DDIM, CONFIG, 1)
+    schedule = schedulers.build(Scheduler.DDIM, CONFIG, 1)
     noise, rng = initial_noise((1, 4, 16, 16), 1)
     list(
         denoise(
-            noise, [tiles], Conditions(torch.zeros(1, 4, 6), torch.zeros(1, 4, 6)), scheduler, predict, rng, batch=100
+            noise, [tiles], Conditions(torch.zeros(1, 4, 6), torch.zeros(1, 4, 6)), schedule, predict, rng, batch=100
         )
     )
     assert calls == [len(tiles)]
@@ -282,8 +282,8 @@ def canvas_of(steps: list[tuple[Text2ImageRegion, ...]], size: tuple[int, int], 
     generator = torch.Generator().manual_seed(2)
     conditions = Conditions(torch.randn(1, 4, 6, generator=generator), torch.randn(1, 4, 6, generator=generator))
     noise, rng = initial_noise((1, 4, *size), 1)
-    scheduler = schedulers.build(Scheduler.DDIM, CONFIG, len(steps))
-    latents = list(denoise(noise, steps, conditions, scheduler, predict, rng, batch=3))[-1].latents
+    schedule = schedulers.build(Scheduler.DDIM, CONFIG, len(steps))
+    latents = list(denoise(noise, steps, conditions, schedule, predict, rng, batch=3))[-1].latents
     assert latents is not None
     return latents
 
@@ -347,31 +347,6 @@ def test_a_shift_of_nothing_is_a_grid_without_overlap(monkeypatch: pytest.Monkey
     assert not torch.allclose(moved, canvas_of(grid, size), atol=1e-3)
 
 
-@pytest.mark.parametrize("average", ["eps", "x0", "previous"])
-def test_averaging_eps_x0_or_the_next_latents_is_the_same(average: str) -> None:
-    """numerics.md: with one shared x_t a linear one-step sampler commutes with the weighted mean."""
-    generator = torch.Generator().manual_seed(0)
-    x, eps = torch.randn(1, 4, 6, 6, generator=generator), torch.randn(3, 4, 6, 6, generator=generator)
-    weights = torch.rand(3, 1, 6, 6, generator=generator)
-    weights = weights / weights.sum(0)
-
-    def step(e: Tensor) -> tuple[Tensor, Tensor]:
-        scheduler = EulerDiscreteScheduler.from_config(CONFIG)
-        scheduler.set_timesteps(10)
-        out = scheduler.step(e[None], scheduler.timesteps[0], x)
-        return out.prev_sample, out.pred_original_sample
-
-    prev, x0 = step((weights * eps).sum(0))
-    each = [step(e) for e in eps]
-    if average == "previous":
-        assert torch.allclose(sum(w * p[0] for w, p in zip(weights, each, strict=True)), prev, atol=1e-4)
-    elif average == "x0":
-        assert torch.allclose(sum(w * p[1] for w, p in zip(weights, each, strict=True)), x0, atol=1e-4)
-    else:
-        mean = sum(w * e for w, e in zip(weights, eps, strict=True))
-        assert torch.allclose(step(mean)[0], prev)
-
-
 def test_noise_and_seeds() -> None:
     noise, _ = initial_noise((1, 4, 16, 24), 7)
     assert torch.equal(noise, torch.randn(1, 4, 16, 24, generator=torch.Generator().manual_seed(7)))
@@ -387,46 +362,6 @@ def test_noise_and_seeds() -> None:
 )
 def test_strength_is_the_share_that_the_canvas_denoises(steps: int, strength: float, begin: int) -> None:
     assert first_step(steps, strength) == begin
-
-
-@pytest.mark.parametrize("name", [s for s in Scheduler if s is not Scheduler.AUTO])
-def test_starting_from_a_reference_is_add_noise_at_that_timestep(name: Scheduler) -> None:
-    scheduler = schedulers.build(name, CONFIG, 10)
-    reference, noise = torch.randn(1, 4, 8, 8), torch.randn(1, 4, 8, 8)
-    assert torch.equal(start_latents(scheduler, noise, reference, 10), reference)
-    got = start_latents(scheduler, noise, reference, 6)
-    t = int(scheduler.timesteps[6])
-    if hasattr(scheduler, "sigmas") and name in (Scheduler.EULER, Scheduler.EULER_A):
-        want = reference + scheduler.sigmas[6] * noise
-    elif hasattr(scheduler, "sigmas"):
-        alpha = 1 / (scheduler.sigmas[6] ** 2 + 1).sqrt()
-        want = alpha * reference + scheduler.sigmas[6] * alpha * noise
-    else:
-        want = scheduler.alphas_cumprod[t].sqrt() * reference + (1 - scheduler.alphas_cumprod[t]).sqrt() * noise
-    assert torch.allclose(got, want, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("text", "want"),
-    [("ddim", Scheduler.DDIM), ("EULER A", Scheduler.EULER_A), ("dpm++ 2m karras", Scheduler.DPMPP_2M_KARRAS), ("Euler_a", Scheduler.EULER_A),
-     ("DPMSolverMultistepScheduler", Scheduler.DPMPP_2M), ("UniPCMultistepScheduler", Scheduler.UNIPC), ("lcm", Scheduler.LCM), ("Auto", Scheduler.AUTO)],
-)  # fmt: skip
-def test_scheduler_names(text: str, want: Scheduler) -> None:
-    assert parse_scheduler(text) is want
-
-
-def test_auto_takes_the_checkpoints_own_scheduler() -> None:
-    assert schedulers.choose(Scheduler.AUTO, {"_class_name": "DDIMScheduler"}) is Scheduler.DDIM
-    assert schedulers.choose(Scheduler.AUTO, {"_class_name": "PNDMScheduler"}) is Scheduler.DPMPP_2M_KARRAS
-    assert (
-        schedulers.choose(Scheduler.AUTO, {"_class_name": "DPMSolverMultistepScheduler", "use_karras_sigmas": True})
-        is Scheduler.DPMPP_2M_KARRAS
-    )
-    assert schedulers.choose(Scheduler.LCM, {"_class_name": "DDIMScheduler"}) is Scheduler.LCM
-    with pytest.raises(UsageError, match="DPM\\+\\+ 2M Karras"):
-        parse_scheduler("heun")
-    with pytest.raises(ModelError, match="prediction_type"):
-        schedulers.build(Scheduler.DDIM, CONFIG | {"prediction_type": "sample"}, 2)
 
 
 def test_guide_has_the_native_area_and_shows_the_canvass_aspect() -> None:
@@ -445,13 +380,13 @@ def test_a_prediction_that_is_not_finite_stops_the_run() -> None:
     region = Text2ImageRegion(
         top=0, left=0, height=8, width=8, condition=0, guidance_scale=1.0, weights=torch.ones(8, 8), canvas=(8, 8)
     )
-    scheduler = schedulers.build(Scheduler.DDIM, CONFIG, 3)
+    schedule = schedulers.build(Scheduler.DDIM, CONFIG, 3)
     noise, rng = initial_noise((1, 4, 8, 8), 1)
     loop = denoise(
         noise,
         [[region]] * 3,
         Conditions(torch.zeros(1, 1, 1), torch.zeros(1, 1, 1)),
-        scheduler,
+        schedule,
         lambda x, t, e: x[0] * float("nan"),
         rng,
     )

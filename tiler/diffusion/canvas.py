@@ -6,12 +6,12 @@ Jiménez 2023, arXiv:2302.02412: ε̂ = Σ m_r (u_r + g_r (c_r − u_r)) / Σ m_
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from tiler.diffusion import schedulers
+from tiler.diffusion.schedulers import Schedule
 from tiler.diffusion.tiles import Text2ImageRegion
 from tiler.errors import NumericalError
 
@@ -61,26 +61,11 @@ def first_step(num_inference_steps: int, strength: float) -> int:
     return num_inference_steps - round(num_inference_steps * strength)
 
 
-def start_latents(scheduler: Any, noise: Tensor, reference: Tensor | None, begin: int) -> Tensor:
-    """Where the loop begins: pure noise times init_noise_sigma, or the reference noised for timestep number `begin`.
-
-    noise, reference: (1, C, h, w) fp32; the reference is scaled by scaling_factor.
-    """
-    if reference is None:
-        return noise * float(scheduler.init_noise_sigma)
-    if begin >= len(scheduler.timesteps):
-        return reference.clone()
-    if hasattr(scheduler, "set_begin_index"):
-        scheduler.set_begin_index(begin)
-    noised: Tensor = scheduler.add_noise(reference, noise, scheduler.timesteps[begin : begin + 1])
-    return noised.float()
-
-
 def denoise(
     latents: Tensor,
     steps: Iterable[Sequence[Text2ImageRegion]],
     conditions: Conditions,
-    scheduler: Any,
+    schedule: Schedule,
     predict_noise: PredictNoise,
     generator: torch.Generator,
     *,
@@ -95,10 +80,10 @@ def denoise(
     Raises NumericalError when a prediction is not finite.
     """
     blended = torch.zeros_like(latents)
-    for number, regions in zip(range(begin, len(scheduler.timesteps)), steps, strict=True):
+    for number, regions in zip(range(begin, len(schedule.timesteps)), steps, strict=True):
         samples = [s for region in regions for s in _samples(region, conditions)]
-        timestep = scheduler.timesteps[number]
-        scaled = scheduler.scale_model_input(latents, timestep)
+        timestep = schedule.timesteps[number]
+        scaled = schedule.model_input(latents, number)
         blended.zero_()
         held: Tensor | None = None  # an unconditional prediction waiting for its conditional half
         for first in range(0, len(samples), batch):
@@ -125,7 +110,7 @@ def denoise(
             done = min(first + batch, len(samples))
             if done < len(samples):
                 yield StepDone(number, done, len(samples), None)
-        latents = schedulers.step(scheduler, blended, timestep, latents, generator)
+        latents = schedule.step(blended, number, latents, generator)
         yield StepDone(number, len(samples), len(samples), latents)
 
 

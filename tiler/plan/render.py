@@ -14,6 +14,7 @@ import torch
 
 from tiler.compute import cpu
 from tiler.decode.method import DecodePlan, choose
+from tiler.diffusion import schedulers
 from tiler.diffusion.guide import picture_pixels
 from tiler.memory.budget import MARGIN
 from tiler.models import family as families
@@ -23,7 +24,7 @@ from tiler.plan.fit import largest_batch, with_resident
 from tiler.plan.peaks import DenoiserPeaks, VaePeaks, libraries, text_phase
 from tiler.plan.table import MemoryPlan, PhasePlan, Term
 from tiler.plan.tiling import Tiling, plan_tiling
-from tiler.request import Decode, GuideUpscale, Precision, RenderRequest, ScratchDtype, Wrap
+from tiler.request import Decode, GuideUpscale, Precision, RenderRequest, Scheduler, ScratchDtype, Wrap
 from tiler.weights.checkpoint import resolve_part
 
 MAX_BATCH = 16
@@ -47,6 +48,8 @@ class RenderPlan(Tiling):
     sample_bytes: int  # what one sample alone takes in the UNet, the weights in use included
     precision: Precision  # fp32 or int8
     precision_why: str
+    scheduler: Scheduler  # never AUTO
+    notes: tuple[str, ...]  # on the scheduler, for the user
 
     @property
     def unet_calls(self) -> int:
@@ -63,8 +66,10 @@ class RenderPlan(Tiling):
 def plan_render(request: RenderRequest, family: Family, max_bytes: int) -> RenderPlan:
     """Cut the work so that it fits. The memory plan may still be over the ceiling: `plan.memory.check()` refuses.
 
-    Raises UsageError for sizes, overlaps and regions that do not go with the model.
+    Raises UsageError for sizes, overlaps, regions and numbers of steps that do not go with the model, and ModelError for a
+    scheduler config that no work should begin with.
     """
+    schedule = schedulers.build(request.scheduler, family.scheduler, request.num_inference_steps)
     cut, side = plan_tiling(request, family), family.native
     canvas, guide, guide_steps, canvas_steps = cut.canvas, cut.guide, cut.guide_steps, cut.canvas_steps
     guided = guide is not None or request.guide_image is not None
@@ -154,6 +159,7 @@ def plan_render(request: RenderRequest, family: Family, max_bytes: int) -> Rende
     phases.sort(key=lambda p: order.index(p.name))
     return RenderPlan(
         **vars(cut), family=family, batch=batch, resident=resident, decoder=decoder.kind, methods=methods, guide_batch=guide_batch, precision=precision, precision_why=precision_why,
+        scheduler=schedule.name, notes=schedule.notes,
         sample_bytes=sampler.activations((0,), side, side), arena_bytes=sampler.streamer.arena_bytes,
         memory=MemoryPlan(max_bytes=max_bytes, phases=tuple(phases), smallest_bytes=int(max(least + smallest) / MARGIN) + 1),
     )  # fmt: skip
