@@ -11,7 +11,7 @@ import json
 import math
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -30,6 +30,7 @@ from tiler.decode import method as method
 from tiler.decode.method import DecodePlan
 from tiler.decode.rows import Latents, to_uint8
 from tiler.diffusion import canvas, guide, schedulers
+from tiler.diffusion.runner import Conditions, LocalRunner
 from tiler.errors import NumericalError
 from tiler.events import OnEvent, percent
 from tiler.files import check_writable
@@ -38,6 +39,7 @@ from tiler.memory.budget import Budget, at_layer, at_rows
 from tiler.models import family as families
 from tiler.models.blocks import Windows
 from tiler.models.clip import encode_prompts, load_tokenizer
+from tiler.models.samples import Prompt, Sample
 from tiler.models.unet import predict_noise
 from tiler.output.latents import LatentsFile, save_latents
 from tiler.output.picture import check_picture, write_picture
@@ -112,7 +114,7 @@ class _Work:
             self.unet_weights = self.text_weights = prepare_int8(self.family, cache, self.budget, self.on_event)
             self.text_names = packed_text_names
 
-    def encode_prompts(self) -> canvas.Conditions:
+    def encode_prompts(self) -> Conditions:
         """Every prompt with its negative prompt, once."""
         request = self.request
         pairs = [] if request.prompt is None else [(request.prompt, request.negative_prompt)]
@@ -123,13 +125,11 @@ class _Work:
             encoder = families.build_text_encoder(self.family)
             with self._streamed(encoder, self.text_weights, self.text_names, int8_products=False):
                 texts = list(dict.fromkeys(text for pair in pairs for text in pair))
-                encoded = dict(zip(texts, encode_prompts(tokenizer, encoder, texts, self._note).split(1), strict=True))
-            return canvas.Conditions(
-                torch.cat([encoded[prompt] for prompt, _ in pairs]),
-                torch.cat([encoded[negative] for _, negative in pairs]),
-            )
+                tokens = encode_prompts(tokenizer, encoder, texts, self._note).split(1)
+            encoded = dict(zip(texts, map(Prompt, tokens), strict=True))
+            return Conditions([encoded[prompt] for prompt, _ in pairs], [encoded[negative] for _, negative in pairs])
 
-    def guide_pass(self, conditions: canvas.Conditions) -> Tensor:
+    def guide_pass(self, conditions: Conditions) -> Tensor:
         """A picture of the whole at the model's native size: its latents, (1, C, h, w) fp32 scaled."""
         plan = self.plan
         with self._phase("guide", plan.guide_samples):
@@ -166,7 +166,7 @@ class _Work:
             )  # fmt: skip
             return kind.scale(mean)
 
-    def canvas_pass(self, conditions: canvas.Conditions, reference: Tensor | None) -> Tensor:
+    def canvas_pass(self, conditions: Conditions, reference: Tensor | None) -> Tensor:
         """Mixture of Diffusers on the whole canvas: latents as the scheduler left them, (1, C, h, w) fp32."""
         plan = self.plan
         with self._phase("canvas", plan.canvas_samples):
@@ -187,7 +187,7 @@ class _Work:
         self,
         phase: str,
         tiles: Steps,
-        conditions: canvas.Conditions,
+        conditions: Conditions,
         reference: Tensor | None,
         begin: int,
         batch: int,
@@ -216,24 +216,24 @@ class _Work:
             streamer.short = partial(self.budget.short, self.plan.sample_bytes)
             check = at_layer(self.budget, self.plan.memory.peak_bytes)
 
-            def predict(inputs: list[Tensor], timestep: Tensor, embeds: list[Tensor]) -> Tensor:
+            def predict(samples: Sequence[Sample], step: int) -> Tensor:
                 self.unet_calls += 1
-                self.unet_samples += len(inputs)
-                size = request.attention_window
+                self.unet_samples += len(samples)
+                size, timestep = request.attention_window, schedule.timesteps[step]
                 windows = None if size is None else Windows.drawn(size, request.seed, timestep)
+                inputs, embeds = [s.latents for s in samples], [s.prompt.tokens for s in samples]
                 return predict_noise(unet, streamer, inputs, timestep, embeds, check, windows)
 
-            loop = canvas.denoise(latents, tiles, conditions, schedule, predict, generator, begin=begin, batch=batch)
+            denoising = canvas.Denoising(latents, tiles, schedule, generator, begin=begin, phase=phase)
+            loop = denoising.run(LocalRunner(predict, conditions, batch))
             begun, total = self.unet_samples, sum(tile.samples for step in tiles for tile in step)
             for state in loop:
                 done = self.unet_samples - begun
                 detail = f"step {state.step + 1}/{steps}, {state.samples}/{state.total} tile passes"
                 self.on_event(events.Progress(name=phase, done=done, total=total, detail=detail))
-                if state.latents is not None:
-                    latents = state.latents
             assert streamer.store is not None
             self.unet_bytes_read += streamer.store.bytes_read
-        return latents
+        return denoising.latents
 
     def _decode_strips(
         self, how: DecodePlan, vae: Any, streamer: Streamer, unscaled: Tensor, phase: str
