@@ -5,10 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from typing import Any, Protocol
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,14 +56,18 @@ def percent(on_event: OnEvent, phase: str) -> Callable[[float], None]:
     return tell
 
 
+Tensors = Mapping[str, Any]
+"""Tensors of torch, which this module does not know, by name."""
+
+
 class Journal(Protocol):
     """Where a phase saves its state, so that a run that was stopped can go on."""
 
-    def load(self, name: str) -> Mapping[str, Tensor] | None:
+    def load(self, name: str) -> Tensors | None:
         """What was saved last under `name`; None if nothing was."""
         ...
 
-    def save(self, name: str, tensors: Mapping[str, Tensor]) -> None: ...
+    def save(self, name: str, tensors: Tensors) -> None: ...
 
     def due(self) -> bool:
         """Whether the last save is so long ago that it is time for another."""
@@ -79,7 +80,7 @@ class NoJournal:
     def load(self, name: str) -> None:
         return None
 
-    def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+    def save(self, name: str, tensors: Tensors) -> None:
         return None
 
     def due(self) -> bool:
