@@ -4,7 +4,8 @@
     python scripts/make_checkpoint.py sd21 tiny       # several at once
 
 Kinds: sd15, sd21 (v-prediction, 768 px), tiny (SD 1.x shape, 64-px tiles), tiny-sd2 (SD 2.x shape: linear projections,
-v-prediction), taesd (an AutoencoderTiny alone, of 4 or, taesd8, of 8 latent channels as `mini` has). Prints the folder. Weights are random but scaled so that activations neither vanish nor overflow.
+v-prediction), tiny-old (as `tiny`, with what old versions of diffusers left in configs: sample_size 32, a DDIM scheduler with
+steps_offset 0 and without clip_sample), taesd (an AutoencoderTiny alone, of 4 or, taesd8, of 8 latent channels as `mini` has). Prints the folder. Weights are random but scaled so that activations neither vanish nor overflow.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ import argparse
 import json
 import os
 import shutil
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
-KINDS = ("sd15", "sd21", "tiny", "tiny-sd2", "taesd", "taesd8")
+KINDS = ("sd15", "sd21", "tiny", "tiny-sd2", "tiny-old", "taesd", "taesd8")
 CACHE = Path(os.environ.get("TILER_TEST_CACHE", Path.home() / ".cache/tiler/checkpoints"))
 
 # As in the published repositories: written by an old diffusers, later fields missing.
@@ -85,9 +87,17 @@ def configs(kind: str) -> dict[str, dict[str, Any]]:
         "text_encoder": _TEXT | small_text,
         "scheduler": _SCHEDULER,
     }
+    if kind == "tiny-old":
+        parts["unet"] = parts["unet"] | {"sample_size": 32}
+        dropped = ("clip_sample", "skip_prk_steps")
+        parts["scheduler"] = {k: v for k, v in _SCHEDULER.items() if k not in dropped} | {"_class_name": "DDIMScheduler", "steps_offset": 0}  # fmt: skip
+        return parts
+    # Of our own making: a small sample_size is meant, not left over from an old version.
+    for part in ("unet", "vae", "scheduler"):
+        parts[part] = parts[part] | {"_diffusers_version": metadata.version("diffusers")}
     if kind == "tiny-sd2":
         parts["unet"] = parts["unet"] | {"attention_head_dim": [2, 4, 4], "use_linear_projection": True}
-        parts["scheduler"] = _V_SCHEDULER
+        parts["scheduler"] = _V_SCHEDULER | {"_diffusers_version": metadata.version("diffusers")}
     return parts
 
 

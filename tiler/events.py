@@ -1,9 +1,11 @@
-"""What a long phase tells while it runs. The CLI draws these; a library's caller may ignore them."""
+"""What a long phase tells while it runs, and where it saves what it could not bear to lose. The CLI draws the events; a
+library's caller may ignore them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,3 +54,34 @@ def percent(on_event: OnEvent, phase: str) -> Callable[[float], None]:
             on_event(Progress(name=phase, done=now, total=100, detail=f"{now} %"))
 
     return tell
+
+
+Tensors = Mapping[str, Any]
+"""Tensors of torch, which this module does not know, by name."""
+
+
+class Journal(Protocol):
+    """Where a phase saves its state, so that a run that was stopped can go on."""
+
+    def load(self, name: str) -> Tensors | None:
+        """What was saved last under `name`; None if nothing was."""
+        ...
+
+    def save(self, name: str, tensors: Tensors) -> None: ...
+
+    def due(self) -> bool:
+        """Whether the last save is so long ago that it is time for another."""
+        ...
+
+
+class NoJournal:
+    """Saves nothing."""
+
+    def load(self, name: str) -> None:
+        return None
+
+    def save(self, name: str, tensors: Tensors) -> None:
+        return None
+
+    def due(self) -> bool:
+        return False

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import shlex
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,6 +26,7 @@ from tiler.decode import method
 from tiler.decode.method import DecodePlan
 from tiler.decode.rows import Latents, to_uint8
 from tiler.diffusion import canvas, guide, schedulers
+from tiler.diffusion.runner import Conditions, LocalRunner
 from tiler.errors import NumericalError, StorageError
 from tiler.events import OnEvent, percent
 from tiler.files import check_writable
@@ -35,6 +36,7 @@ from tiler.models.blocks import Windows
 from tiler.models.clip import encode_prompts as encode
 from tiler.models.clip import load_tokenizer
 from tiler.models.family import VaeSpec
+from tiler.models.samples import Prompt, Sample
 from tiler.models.unet import predict_noise
 from tiler.output.latents import LatentsFile, save_latents
 from tiler.output.picture import check_picture
@@ -117,6 +119,8 @@ def start(request: RenderRequest, budget: Budget, on_event: OnEvent, *, planning
 def prepare_weights(run: RenderRun) -> None:
     """Say what was decided; quantise the weights where int8 was, unless an earlier run did."""
     run.note(f"seed {run.request.seed}")
+    for note in run.plan.notes:
+        run.note(note)
     run.note(f"UNet in {run.plan.precision} ({run.plan.precision_why})")
     if run.plan.precision is Precision.INT8:
         cache = run.request.cache_dir or default_cache()
@@ -125,7 +129,7 @@ def prepare_weights(run: RenderRun) -> None:
         run.text_names = packing.packed_text_names
 
 
-def encode_prompts(run: RenderRun) -> canvas.Conditions:
+def encode_prompts(run: RenderRun) -> Conditions:
     """Every prompt and its negative prompt, each text once."""
     request, family = run.request, run.plan.family
     pairs = [] if request.prompt is None else [(request.prompt, request.negative_prompt)]
@@ -136,13 +140,12 @@ def encode_prompts(run: RenderRun) -> canvas.Conditions:
         tokenizer, encoder = load_tokenizer(family), families.build_text_encoder(family)
         with run.streamed(encoder, run.text_weights, run.text_names, int8_products=False):
             unique = list(dict.fromkeys(text for pair in texts for text in pair))
-            encoded = dict(zip(unique, encode(tokenizer, encoder, unique, run.note).split(1), strict=True))
-        return canvas.Conditions(
-            torch.cat([encoded[prompt] for prompt, _ in texts]), torch.cat([encoded[negative] for _, negative in texts])
-        )
+            tokens = encode(tokenizer, encoder, unique, run.note).split(1)
+        encoded = dict(zip(unique, map(Prompt, tokens), strict=True))
+        return Conditions([encoded[prompt] for prompt, _ in texts], [encoded[negative] for _, negative in texts])
 
 
-def make_guide(run: RenderRun, conditions: canvas.Conditions) -> Tensor | None:
+def make_guide(run: RenderRun, conditions: Conditions) -> Tensor | None:
     """Denoise the guide at the model's native resolution → its latents, (1, C, h, w) fp32 scaled; None where there is none."""
     plan = run.plan
     if plan.guide is None:
@@ -180,7 +183,7 @@ def make_reference(run: RenderRun, guide_latents: Tensor | None) -> Tensor | Non
         return spec.scale(method.encode(encoder, vae, streamer, pixels, check=check, progress=progress))
 
 
-def denoise_canvas(run: RenderRun, conditions: canvas.Conditions, reference: Tensor | None) -> Tensor:
+def denoise_canvas(run: RenderRun, conditions: Conditions, reference: Tensor | None) -> Tensor:
     """Mixture of Diffusers on the whole canvas: its final latents, (1, C, H, W) fp32 scaled."""
     plan = run.plan
     with run.phase("canvas", plan.canvas_samples):
@@ -188,7 +191,7 @@ def denoise_canvas(run: RenderRun, conditions: canvas.Conditions, reference: Ten
 
 
 def _denoise(
-    run: RenderRun, phase: str, tiles: Steps, conditions: canvas.Conditions, reference: Tensor | None, begin: int, batch: int
+    run: RenderRun, phase: str, tiles: Steps, conditions: Conditions, reference: Tensor | None, begin: int, batch: int
 ) -> Tensor:  # fmt: skip
     request, plan, steps = run.request, run.plan, run.request.num_inference_steps
     height, width = plan.canvas if phase == "canvas" or plan.guide is None else plan.guide[:2]
@@ -197,8 +200,8 @@ def _denoise(
         for r in request.regions if r.seed is not None and phase == "canvas"
     ]  # fmt: skip
     noise, generator = canvas.initial_noise((1, plan.family.latent_channels, height, width), request.seed, reseeded)
-    scheduler = schedulers.build(plan.scheduler, plan.family.scheduler, steps)
-    latents = canvas.start_latents(scheduler, noise, reference, begin)
+    schedule = schedulers.build(request.scheduler, plan.family.scheduler, steps)
+    latents = schedule.start(noise, reference, begin)
     if begin == steps:
         return latents
     unet = families.build_unet(plan.family)
@@ -207,24 +210,24 @@ def _denoise(
         streamer.short = partial(run.budget.short, plan.sample_bytes)
         check = at_layer(run.budget, plan.memory.peak_bytes)
 
-        def predict(inputs: list[Tensor], timestep: Tensor, embeds: list[Tensor]) -> Tensor:
+        def predict(samples: Sequence[Sample], step: int) -> Tensor:
             run.counts["denoiser_calls"] += 1
-            run.counts["denoiser_samples"] += len(inputs)
-            size = request.attention_window
+            run.counts["denoiser_samples"] += len(samples)
+            size, timestep = request.attention_window, schedule.timesteps[step]
             windows = None if size is None else Windows.drawn(size, request.seed, timestep)
+            inputs, embeds = [s.latents for s in samples], [s.prompt.tokens for s in samples]
             return predict_noise(unet, streamer, inputs, timestep, embeds, check, windows)
 
-        loop = canvas.denoise(latents, tiles, conditions, scheduler, predict, generator, begin=begin, batch=batch)
+        denoising = canvas.Denoising(latents, tiles, schedule, generator, begin=begin, phase=phase)
+        loop = denoising.run(LocalRunner(predict, conditions, batch))
         begun, total = run.counts["denoiser_samples"], sum(tile.samples for step in tiles for tile in step)
         for state in loop:
             done = run.counts["denoiser_samples"] - begun
             detail = f"step {state.step + 1}/{steps}, {state.samples}/{state.total} tile passes"
             run.on_event(events.Progress(name=phase, done=done, total=total, detail=detail))
-            if state.latents is not None:
-                latents = state.latents
         assert streamer.store is not None
         run.counts["denoiser_bytes_read"] += streamer.store.bytes_read
-    return latents
+    return denoising.latents
 
 
 @contextmanager

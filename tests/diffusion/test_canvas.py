@@ -1,44 +1,29 @@
-"""Tiles, masks and the canvas against closed formulas and a plain float64 reference."""
+"""The canvas against a plain float64 reference, and its state at every tile."""
 
 from __future__ import annotations
 
-import math
-from itertools import pairwise
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, EulerDiscreteScheduler
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from diffusers import DDIMScheduler
 from torch import Tensor
 
 from tiler.diffusion import schedulers
-from tiler.diffusion.canvas import Conditions, denoise, first_step, initial_noise, start_latents
-from tiler.diffusion.guide import GuideSize, guide_size, upscale
-from tiler.diffusion.tiles import (
-    Text2ImageRegion,
-    even_starts,
-    guide_tiles,
-    mask_profile,
-    plan_tiles,
-    tiles_of_step,
-)
-from tiler.errors import ModelError, NumericalError, UsageError
-from tiler.models.family import read_family
+from tiler.diffusion.canvas import Denoising, SamplingState, StepDone, first_step, initial_noise
+from tiler.diffusion.runner import Conditions, LocalRunner
+from tiler.diffusion.tiles import Text2ImageRegion, guide_tiles, mask_profile, plan_tiles, tiles_of_step
+from tiler.errors import NumericalError
+from tiler.models.samples import Prompt, Sample
 from tiler.plan.resolve import fill
-from tiler.plan.tiling import plan_tiling
-from tiler.request import Layout, Mask, Region, RenderRequest, ResolvedRequest, Scheduler, Wrap, parse_scheduler
-from tiler.weights.checkpoint import resolve
+from tiler.request import Layout, Mask, Region, RenderRequest, ResolvedRequest, Scheduler, Wrap
 
 CONFIG = {
-    "num_train_timesteps": 1000,
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "clip_sample": False,
-}
+    "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
+    "clip_sample": False, "steps_offset": 1,
+}  # fmt: skip
 
 
 def request(**values: Any) -> ResolvedRequest:
@@ -47,119 +32,25 @@ def request(**values: Any) -> ResolvedRequest:
     )
 
 
-@given(length=st.integers(8, 400), tile=st.integers(8, 96), overlap=st.integers(0, 95))
-def test_tiles_cover_evenly(length: int, tile: int, overlap: int) -> None:
-    if overlap >= tile or length < tile:
-        return
-    starts = even_starts(length, tile, overlap)
-    assert starts[0] == 0
-    assert starts[-1] == length - tile
-    gaps = [b - a for a, b in pairwise(starts)]
-    assert all(gap <= tile - overlap for gap in gaps)
-    assert not gaps or max(gaps) - min(gaps) <= 1
-    # One tile fewer could not keep the overlap.
-    assert len(starts) == 1 or (len(starts) - 2) * (tile - overlap) < length - tile
-
-
-@given(length=st.integers(8, 400), tile=st.integers(8, 96), overlap=st.integers(0, 95))
-def test_tiles_go_round(length: int, tile: int, overlap: int) -> None:
-    if overlap >= tile or length < tile:
-        return
-    starts = even_starts(length, tile, overlap, wraps=True)
-    gaps = [b - a for a, b in pairwise([*starts, starts[0] + length])]
-    assert max(gaps) <= tile - overlap
-    assert max(gaps) - min(gaps) <= 1
-
-
-def test_the_guides_latents_are_enlarged_as_torch_does_and_wrap() -> None:
-    latents = torch.randn(1, 4, 8, 12)
-    whole, neither = GuideSize(8, 12, 8.0, 12.0), (False, False)
-    want = torch.nn.functional.interpolate(latents, size=(20, 30), mode="bicubic")
-    assert torch.allclose(upscale(latents, whole, (20, 30), neither), want, atol=1e-5)
-    middle = upscale(latents, GuideSize(8, 12, 8.0, 6.0), (20, 16), neither)
-    assert torch.allclose(middle, upscale(latents, whole, (20, 32), neither)[..., 8:24], atol=1e-5)
-    rolled = upscale(latents.roll((4, 6), (2, 3)), whole, (20, 30), (True, True))
-    assert torch.allclose(rolled.roll((-10, -15), (2, 3)), upscale(latents, whole, (20, 30), (True, True)), atol=1e-5)
-
-
-def test_2048_takes_25_tiles() -> None:
-    assert even_starts(256, 64, 16) == [0, 48, 96, 144, 192]
-
-
-@pytest.mark.parametrize("n", [1, 7, 8, 63, 64])
-def test_mask_formulas(n: int) -> None:
-    gaussian, quartic = mask_profile(Mask.GAUSSIAN, n), mask_profile(Mask.QUARTIC, n)
-    for k in range(n):
-        assert gaussian[k].item() == pytest.approx(
-            math.exp(-((k - (n - 1) / 2) ** 2) / (0.02 * n * n)) / math.sqrt(0.02 * math.pi), rel=1e-12
-        )
-        u = 1.99 * k / max(1, n - 1) - 0.995
-        assert quartic[k].item() == pytest.approx(15 / 16 * (1 - u * u) ** 2, rel=1e-12)
-    assert torch.equal(gaussian, gaussian.flip(0))
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    height=st.integers(8, 70), width=st.integers(8, 70), tile=st.tuples(st.integers(5, 8), st.integers(5, 8)), overlap=st.integers(0, 4),
-    mask=st.sampled_from(list(Mask)), wrap=st.sampled_from(list(Wrap)), with_region=st.booleans(), with_base=st.booleans(),
-)  # fmt: skip
-def test_weights_sum_to_one(
-    height: int,
-    width: int,
-    tile: tuple[int, int],
-    overlap: int,
-    mask: Mask,
-    wrap: Wrap,
-    with_region: bool,
-    with_base: bool,
-) -> None:
-    region = Region(prompt="r", rows=(0, 8 * height), cols=(0, 64), mask=Mask.QUARTIC, mask_weight=3.0)
-    regions = (region,) if with_region else ()
-    if not regions or not with_base:
-        regions = (*regions, Region(prompt="all", rows=(0, 8 * height), cols=(0, 8 * width)))
-    asked = request(
-        prompt="base" if with_base else None, width=8 * width, height=8 * height, mask=mask, wrap=wrap, regions=regions
-    )
-    total = torch.zeros(height, width, dtype=torch.float64)
-    for placed in plan_tiles(asked, canvas=(height, width), tile=tile, overlap=overlap):
-        assert bool((placed.weights >= 0).all())
-        total[placed.crop] += placed.weights.double()
-    assert (total - 1).abs().max() <= 1e-6
-
-
-def test_the_top_level_prompt_leaves_a_region_to_itself() -> None:
-    """Deep inside a region only the region speaks; at its border the base fades in."""
-    region = Region(prompt="r", rows=(0, 256), cols=(0, 256))
-    placed = plan_tiles(request(width=384, height=384, regions=(region,)), canvas=(48, 48), tile=(8, 8), overlap=2)
-    share = torch.zeros(48, 48)
-    for tile in placed:
-        if tile.condition == 0:
-            share[tile.crop] += tile.weights
-    assert share[:28, :28].max() == 0
-    assert share[33:, :].min() == pytest.approx(1)
-    assert 0 < share[10, 30] < 1
-
-
-def test_regions_that_cannot_be() -> None:
-    small = Region(prompt="small", rows=(0, 56), cols=(0, 128))
-    with pytest.raises(UsageError, match="smaller than a tile"):
-        plan_tiles(request(regions=(small,)), canvas=(16, 16), tile=(8, 8), overlap=2)
-    half = Region(prompt="half", rows=(0, 128), cols=(0, 64))
-    with pytest.raises(UsageError, match="no region covers the canvas at row 0, column 64"):
-        plan_tiles(request(prompt=None, regions=(half,)), canvas=(16, 16), tile=(8, 8), overlap=2)
-    with pytest.raises(UsageError, match="overlap"):
-        plan_tiles(request(), canvas=(16, 16), tile=(8, 8), overlap=8)
-    with pytest.raises(UsageError, match="outside"):
-        request(regions=(Region(prompt="r", rows=(0, 256), cols=(0, 64)),))
-    for rows in ((64, 0), (0, 0), (-8, 64), (0, 63)):
-        with pytest.raises(UsageError):
-            Region(prompt="r", rows=rows, cols=(0, 64))
-
-
-def fake_predict(xs: list[Tensor], t: Tensor, texts: list[Tensor]) -> Tensor:
+def model(x: Tensor, embeds: Tensor) -> Tensor:
     """A made-up model: nonlinear in x and in the prompt, and it sees its tile's surroundings."""
-    x, embeds = torch.cat(xs), torch.cat(texts)
     return torch.tanh(x + embeds.mean(dim=(1, 2)).view(-1, 1, 1, 1)) * 0.7 + 0.1 * x.roll(1, dims=3)
+
+
+def fake_predict(samples: Sequence[Sample], step: int) -> Tensor:
+    return model(torch.cat([s.latents for s in samples]), torch.cat([s.prompt.tokens for s in samples]))
+
+
+def prompts(count: int, generator: torch.Generator | None = None) -> Conditions:
+    cond, uncond = (torch.randn(count, 4, 6, generator=generator).split(1) for _ in range(2))
+    return Conditions([Prompt(tokens) for tokens in cond], [Prompt(tokens) for tokens in uncond])
+
+
+def denoise(
+    latents: Tensor, steps: Sequence[Sequence[Text2ImageRegion]], conditions: Conditions, schedule: schedulers.Schedule,
+    predict: Callable[[Sequence[Sample], int], Tensor], generator: torch.Generator, batch: int = 1,
+) -> Iterator[StepDone]:  # fmt: skip
+    return Denoising(latents, steps, schedule, generator).run(LocalRunner(predict, conditions, batch))
 
 
 def reference_canvas(
@@ -174,8 +65,8 @@ def reference_canvas(
         top, bottom = torch.zeros_like(x), torch.zeros_like(x)
         for row, col, size, condition, scale, mask in placed:
             crop = (..., slice(row, row + size), slice(col, col + size))
-            u = fake_predict([x[crop]], t, [conditions.uncond[condition : condition + 1].double()])
-            c = fake_predict([x[crop]], t, [conditions.cond[condition : condition + 1].double()])
+            u = model(x[crop], conditions.uncond[condition].tokens.double())
+            c = model(x[crop], conditions.cond[condition].tokens.double())
             top[crop] += mask * (u + scale * (c - u))
             bottom[crop] += mask
         eps = top / bottom
@@ -191,12 +82,11 @@ def test_a_canvas_of_several_regions_equals_the_formula(batch: int) -> None:
     right = Region(prompt="r", rows=(0, 128), cols=(64, 160), guidance_scale=5.0)
     asked = request(prompt=None, width=160, height=128, regions=(left, right))
     generator = torch.Generator().manual_seed(5)
-    conditions = Conditions(torch.randn(2, 4, 6, generator=generator), torch.randn(2, 4, 6, generator=generator))
+    conditions = prompts(2, generator)
     noise, rng = initial_noise((1, 4, 16, 20), 9)
     tiles = plan_tiles(asked, canvas=(16, 20), tile=(8, 8), overlap=2)
-    scheduler = DDIMScheduler.from_config(CONFIG)
-    scheduler.set_timesteps(5)
-    states = list(denoise(noise, [tiles] * 5, conditions, scheduler, fake_predict, rng, batch=batch))
+    schedule = schedulers.build(Scheduler.DDIM, CONFIG, 5)
+    states = list(denoise(noise, [tiles] * 5, conditions, schedule, fake_predict, rng, batch=batch))
     got = states[-1].latents
     placed = []
     for first, kind, weight, condition, scale in ((0, Mask.QUARTIC, 2.0, 0, 3.0), (8, Mask.GAUSSIAN, 1.0, 1, 5.0)):
@@ -211,17 +101,17 @@ def test_a_canvas_of_several_regions_equals_the_formula(batch: int) -> None:
 
 def test_batch_does_not_change_a_bit() -> None:
     tiles = plan_tiles(request(width=200, height=136), canvas=(17, 25), tile=(8, 8), overlap=3)
-    conditions = Conditions(torch.randn(1, 4, 6), torch.randn(1, 4, 6))
+    conditions = prompts(1)
     results = []
     for batch in (1, 2, 5, 7):
         noise, rng = initial_noise((1, 4, 17, 25), 1)
-        scheduler = schedulers.build(Scheduler.EULER_A, CONFIG, 4)
+        schedule = schedulers.build(Scheduler.EULER_A, CONFIG, 4)
         states = list(
             denoise(
-                start_latents(scheduler, noise, None, 0),
+                schedule.start(noise, None, 0),
                 [tiles] * 4,
                 conditions,
-                scheduler,
+                schedule,
                 fake_predict,
                 rng,
                 batch=batch,
@@ -234,19 +124,21 @@ def test_batch_does_not_change_a_bit() -> None:
 @pytest.mark.parametrize("of", ["canvas", "guide"])
 def test_a_canvas_that_wraps_has_no_beginning(of: str) -> None:
     """Rolled by the tiles' stride, noise becomes the rolled picture: no pixel is nearer to a border than another."""
-    conditions = Conditions(torch.randn(1, 4, 6), torch.randn(1, 4, 6))
+    conditions = prompts(1)
 
-    def predict(xs: list[Tensor], t: Tensor, texts: list[Tensor]) -> Tensor:
-        sides = (torch.linspace(0, 1, n) for n in xs[0].shape[2:])  # the model knows where in its tile a pixel lies
-        return fake_predict(xs, t, texts) * torch.outer(*sides)
+    def predict(samples: Sequence[Sample], step: int) -> Tensor:
+        sides = (
+            torch.linspace(0, 1, n) for n in samples[0].latents.shape[2:]
+        )  # it knows where in its tile a pixel lies
+        return fake_predict(samples, step) * torch.outer(*sides)
 
     def picture(noise: Tensor, wrap: Wrap) -> Tensor:
         asked, size = request(width=96, height=144, wrap=wrap), (18, 12)
         tiles = (
             plan_tiles(asked, canvas=size, tile=(8, 8), overlap=2) if of == "canvas" else guide_tiles(size, wrap, 7.5)
         )
-        scheduler = schedulers.build(Scheduler.DPMPP_2M, CONFIG, 3)
-        states = denoise(noise, [tiles] * 3, conditions, scheduler, predict, torch.Generator(), batch=3)
+        schedule = schedulers.build(Scheduler.DPMPP_2M, CONFIG, 3)
+        states = denoise(noise, [tiles] * 3, conditions, schedule, predict, torch.Generator(), batch=3)
         latents = list(states)[-1].latents
         assert latents is not None
         return latents
@@ -262,17 +154,13 @@ def test_guidance_of_one_runs_no_unconditional_half() -> None:
     tiles = plan_tiles(request(guidance_scale=1.0), canvas=(16, 16), tile=(8, 8), overlap=2)
     calls: list[int] = []
 
-    def predict(x: list[Tensor], t: Tensor, embeds: list[Tensor]) -> Tensor:
-        calls.append(len(x))
-        return fake_predict(x, t, embeds)
+    def predict(samples: Sequence[Sample], step: int) -> Tensor:
+        calls.append(len(samples))
+        return fake_predict(samples, step)
 
-    scheduler = schedulers.build(Scheduler.DDIM, CONFIG, 1)
+    schedule = schedulers.build(Scheduler.DDIM, CONFIG, 1)
     noise, rng = initial_noise((1, 4, 16, 16), 1)
-    list(
-        denoise(
-            noise, [tiles], Conditions(torch.zeros(1, 4, 6), torch.zeros(1, 4, 6)), scheduler, predict, rng, batch=100
-        )
-    )
+    list(denoise(noise, [tiles], prompts(1), schedule, predict, rng, batch=100))
     assert calls == [len(tiles)]
 
 
@@ -283,10 +171,10 @@ def steps_of(asked: ResolvedRequest, size: tuple[int, int]) -> list[tuple[Text2I
 
 def canvas_of(steps: list[tuple[Text2ImageRegion, ...]], size: tuple[int, int], predict: Any = fake_predict) -> Tensor:
     generator = torch.Generator().manual_seed(2)
-    conditions = Conditions(torch.randn(1, 4, 6, generator=generator), torch.randn(1, 4, 6, generator=generator))
+    conditions = prompts(1, generator)
     noise, rng = initial_noise((1, 4, *size), 1)
-    scheduler = schedulers.build(Scheduler.DDIM, CONFIG, len(steps))
-    latents = list(denoise(noise, steps, conditions, scheduler, predict, rng, batch=3))[-1].latents
+    schedule = schedulers.build(Scheduler.DDIM, CONFIG, len(steps))
+    latents = list(denoise(noise, steps, conditions, schedule, predict, rng, batch=3))[-1].latents
     assert latents is not None
     return latents
 
@@ -308,38 +196,6 @@ def test_guidance_works_in_its_interval_alone() -> None:
     assert torch.equal(got, mixed)
 
 
-@pytest.mark.parametrize("size", [(32, 24), (8, 40), (20, 16)])
-def test_shifted_tiles_cover_the_canvas_once_at_every_step(size: tuple[int, int]) -> None:
-    asked = request(width=8 * size[1], height=8 * size[0], num_inference_steps=12, layout=Layout.SHIFT)
-    steps = steps_of(asked, size)
-    count = math.ceil(size[0] / 8) * math.ceil(size[1] / 8)
-    for step in steps:
-        assert len(step) == count
-        total = torch.zeros(size)
-        for tile in step:
-            total[tile.crop] += tile.weights
-        assert torch.allclose(total, torch.ones(size), atol=1e-6)
-    starts = {(step[0].top % size[0], step[0].left % size[1]) for step in steps}
-    assert len(starts) > 6
-    if size[0] == 8:
-        assert {top for top, _ in starts} == {0}
-    again = steps_of(asked, size)
-    assert [(s[0].top, s[0].left) for s in steps] == [(s[0].top, s[0].left) for s in again]
-
-
-def test_the_last_step_of_a_shifted_schedule_overlaps() -> None:
-    """The borders of its tiles would stay in the picture."""
-    family, size = read_family(resolve("mini")), {"width": 512, "height": 512}
-    shifted, grid = (
-        plan_tiling(request(layout=each, **size), family).canvas_steps for each in (Layout.SHIFT, Layout.GRID)
-    )
-    assert [len(step) for step in shifted[:-1]] == [4] * (len(grid) - 1)
-    assert len(grid[-1]) == 9
-    for a, b in zip(shifted[-1], grid[-1], strict=True):
-        assert (a.top, a.left, a.guidance_scale) == (b.top, b.left, b.guidance_scale)
-        assert torch.equal(a.weights, b.weights)
-
-
 def test_a_shift_of_nothing_is_a_grid_without_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
     size = (16, 24)
     asked = request(width=192, height=128, num_inference_steps=3, layout=Layout.SHIFT)
@@ -348,31 +204,6 @@ def test_a_shift_of_nothing_is_a_grid_without_overlap(monkeypatch: pytest.Monkey
     grid = [tuple(plan_tiles(request(width=192, height=128), canvas=size, tile=(8, 8), overlap=0))] * 3
     assert torch.equal(canvas_of(steps_of(asked, size), size), canvas_of(grid, size))
     assert not torch.allclose(moved, canvas_of(grid, size), atol=1e-3)
-
-
-@pytest.mark.parametrize("average", ["eps", "x0", "previous"])
-def test_averaging_eps_x0_or_the_next_latents_is_the_same(average: str) -> None:
-    """numerics.md: with one shared x_t a linear one-step sampler commutes with the weighted mean."""
-    generator = torch.Generator().manual_seed(0)
-    x, eps = torch.randn(1, 4, 6, 6, generator=generator), torch.randn(3, 4, 6, 6, generator=generator)
-    weights = torch.rand(3, 1, 6, 6, generator=generator)
-    weights = weights / weights.sum(0)
-
-    def step(e: Tensor) -> tuple[Tensor, Tensor]:
-        scheduler = EulerDiscreteScheduler.from_config(CONFIG)
-        scheduler.set_timesteps(10)
-        out = scheduler.step(e[None], scheduler.timesteps[0], x)
-        return out.prev_sample, out.pred_original_sample
-
-    prev, x0 = step((weights * eps).sum(0))
-    each = [step(e) for e in eps]
-    if average == "previous":
-        assert torch.allclose(sum(w * p[0] for w, p in zip(weights, each, strict=True)), prev, atol=1e-4)
-    elif average == "x0":
-        assert torch.allclose(sum(w * p[1] for w, p in zip(weights, each, strict=True)), x0, atol=1e-4)
-    else:
-        mean = sum(w * e for w, e in zip(weights, eps, strict=True))
-        assert torch.allclose(step(mean)[0], prev)
 
 
 def test_noise_and_seeds() -> None:
@@ -392,71 +223,159 @@ def test_strength_is_the_share_that_the_canvas_denoises(steps: int, strength: fl
     assert first_step(steps, strength) == begin
 
 
-@pytest.mark.parametrize("name", [s for s in Scheduler if s is not Scheduler.AUTO])
-def test_starting_from_a_reference_is_add_noise_at_that_timestep(name: Scheduler) -> None:
-    scheduler = schedulers.build(name, CONFIG, 10)
-    reference, noise = torch.randn(1, 4, 8, 8), torch.randn(1, 4, 8, 8)
-    assert torch.equal(start_latents(scheduler, noise, reference, 10), reference)
-    got = start_latents(scheduler, noise, reference, 6)
-    t = int(scheduler.timesteps[6])
-    if hasattr(scheduler, "sigmas") and name in (Scheduler.EULER, Scheduler.EULER_A):
-        want = reference + scheduler.sigmas[6] * noise
-    elif hasattr(scheduler, "sigmas"):
-        alpha = 1 / (scheduler.sigmas[6] ** 2 + 1).sqrt()
-        want = alpha * reference + scheduler.sigmas[6] * alpha * noise
-    else:
-        want = scheduler.alphas_cumprod[t].sqrt() * reference + (1 - scheduler.alphas_cumprod[t]).sqrt() * noise
-    assert torch.allclose(got, want, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("text", "want"),
-    [("ddim", Scheduler.DDIM), ("EULER A", Scheduler.EULER_A), ("dpm++ 2m karras", Scheduler.DPMPP_2M_KARRAS), ("Euler_a", Scheduler.EULER_A),
-     ("DPMSolverMultistepScheduler", Scheduler.DPMPP_2M), ("UniPCMultistepScheduler", Scheduler.UNIPC), ("lcm", Scheduler.LCM), ("Auto", Scheduler.AUTO)],
-)  # fmt: skip
-def test_scheduler_names(text: str, want: Scheduler) -> None:
-    assert parse_scheduler(text) is want
-
-
-def test_auto_takes_the_checkpoints_own_scheduler() -> None:
-    assert schedulers.choose(Scheduler.AUTO, {"_class_name": "DDIMScheduler"}) is Scheduler.DDIM
-    assert schedulers.choose(Scheduler.AUTO, {"_class_name": "PNDMScheduler"}) is Scheduler.DPMPP_2M_KARRAS
-    assert (
-        schedulers.choose(Scheduler.AUTO, {"_class_name": "DPMSolverMultistepScheduler", "use_karras_sigmas": True})
-        is Scheduler.DPMPP_2M_KARRAS
-    )
-    assert schedulers.choose(Scheduler.LCM, {"_class_name": "DDIMScheduler"}) is Scheduler.LCM
-    with pytest.raises(UsageError, match="DPM\\+\\+ 2M Karras"):
-        parse_scheduler("heun")
-    with pytest.raises(ModelError, match="prediction_type"):
-        schedulers.build(Scheduler.DDIM, CONFIG | {"prediction_type": "sample"}, 2)
-
-
-def test_guide_has_the_native_area_and_shows_the_canvass_aspect() -> None:
-    assert guide_size((64, 64), 64, 8) is None
-    square = guide_size((256, 256), 64, 8)
-    assert square == (64, 64, 64.0, 64.0)
-    wide = guide_size((128, 256), 64, 8)
-    assert wide is not None
-    assert wide.height % 8 == wide.width % 8 == 0
-    assert wide.shown_width / wide.shown_height == pytest.approx(2)
-    assert wide.height >= wide.shown_height > wide.height - 8
-    assert wide.width >= wide.shown_width > wide.width - 8
-
-
 def test_a_prediction_that_is_not_finite_stops_the_run() -> None:
     region = Text2ImageRegion(
         top=0, left=0, height=8, width=8, condition=0, guidance_scale=1.0, weights=torch.ones(8, 8), canvas=(8, 8)
     )
-    scheduler = schedulers.build(Scheduler.DDIM, CONFIG, 3)
+    schedule = schedulers.build(Scheduler.DDIM, CONFIG, 3)
     noise, rng = initial_noise((1, 4, 8, 8), 1)
     loop = denoise(
         noise,
         [[region]] * 3,
-        Conditions(torch.zeros(1, 1, 1), torch.zeros(1, 1, 1)),
-        scheduler,
-        lambda x, t, e: x[0] * float("nan"),
+        prompts(1),
+        schedule,
+        lambda samples, step: samples[0].latents * float("nan"),
         rng,
     )
     with pytest.raises(NumericalError, match="step 1, tile at row 0"):
         list(loop)
+
+
+class Saved:
+    """A journal in memory that is due at every `every`th question."""
+
+    def __init__(self, every: int) -> None:
+        self.every, self.asked = every, 0
+        self.kept: dict[str, dict[str, Tensor]] = {}
+
+    def load(self, name: str) -> dict[str, Tensor] | None:
+        return self.kept.get(name)
+
+    def save(self, name: str, tensors: Any) -> None:
+        self.kept[name] = {key: tensor.clone() for key, tensor in tensors.items()}
+
+    def due(self) -> bool:
+        self.asked += 1
+        return self.asked % self.every == 0
+
+
+@pytest.mark.parametrize("begin", [0, 2])
+@pytest.mark.parametrize("name", [n for n in Scheduler if n is not Scheduler.AUTO])
+def test_interrupted_between_any_two_tiles_it_goes_on_with_the_same_bytes(name: Scheduler, begin: int) -> None:
+    """Each loop ends after k more tiles, and the next one, built anew, begins with what the journal holds."""
+    asked, size = request(width=96, height=96, guidance_interval=(0.0, 0.6), num_inference_steps=6), (12, 12)
+    steps = steps_of(asked, size)[begin:]
+    conditions, noise = prompts(1), initial_noise((1, 4, *size), 3)[0]
+
+    def fresh() -> Denoising:
+        generator = initial_noise((1, 4, *size), 3)[1]
+        schedule = schedulers.build(name, CONFIG, 6)
+        return Denoising(
+            schedule.start(noise, noise if begin else None, begin), steps, schedule, generator, begin=begin
+        )
+
+    whole = fresh()
+    assert sum(done.latents is not None for done in whole.run(LocalRunner(fake_predict, conditions, 3))) == 6 - begin
+    for every in (1, 3, 5):
+        journal = Saved(every)
+        for _ in range(100):
+            denoising = fresh()
+            for told, _ in enumerate(denoising.run(LocalRunner(fake_predict, conditions, 2), journal), 1):
+                if told == every:
+                    break
+            else:
+                break
+        assert torch.equal(denoising.latents, whole.latents)
+        # What is finished stays so.
+        assert list(fresh().run(LocalRunner(fake_predict, conditions), journal)) == []
+
+
+def test_a_state_is_a_copy_and_survives_a_file(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    size = (12, 12)
+    steps, conditions = steps_of(request(width=96, height=96, num_inference_steps=4), size), prompts(1)
+    for name in (Scheduler.UNIPC, Scheduler.EULER_A):
+        noise, generator = initial_noise((1, 4, *size), 3)
+        schedule = schedulers.build(name, CONFIG, 4)
+        denoising = Denoising(schedule.start(noise, None, 0), steps, schedule, generator)
+        loop = denoising.run(LocalRunner(fake_predict, conditions))
+        for _ in range(10):
+            next(loop)
+        state = denoising.state()
+        assert (state.step, state.tiles_added) == (2, 2)
+        save_file(state.tensors(), tmp_path / "state.safetensors")
+        list(loop)
+        other = schedulers.build(name, CONFIG, 4)
+        again = Denoising(torch.zeros(1, 4, *size), steps, other, torch.Generator())
+        again.restore(SamplingState.from_tensors(load_file(tmp_path / "state.safetensors")))
+        list(again.run(LocalRunner(fake_predict, conditions)))
+        assert torch.equal(again.latents, denoising.latents)
+
+
+class Flow:
+    """Rectified flow by Euler steps: x_σ = (1 − σ) x₀ + σ n, v = n − x₀."""
+
+    def __init__(self, steps: int) -> None:
+        self.sigmas = torch.linspace(1, 0, steps + 1)
+
+    @property
+    def timesteps(self) -> Tensor:
+        return self.sigmas[:-1]
+
+    def start(self, noise: Tensor, reference: Tensor | None, begin: int) -> Tensor:
+        sigma = self.sigmas[begin]
+        return noise if reference is None else (1 - sigma) * reference + sigma * noise
+
+    def model_input(self, latents: Tensor, step: int) -> Tensor:
+        return latents
+
+    def step(self, noise_pred: Tensor, step: int, latents: Tensor, generator: torch.Generator) -> Tensor:
+        return latents + (self.sigmas[step + 1] - self.sigmas[step]) * noise_pred
+
+    def state(self) -> schedulers.SchedulerState:
+        return schedulers.SchedulerState({}, {})
+
+    def restore(self, state: schedulers.SchedulerState) -> None:
+        pass
+
+
+@pytest.mark.parametrize("begin", [0, 4])
+def test_a_flow_schedule_fits_the_canvas(begin: int) -> None:
+    """A model that knows the picture, v = (x − x₀)/σ, arrives there from any start."""
+    size, target = (12, 12), torch.randn(1, 4, 12, 12)
+    steps = steps_of(request(width=96, height=96, num_inference_steps=10, guidance_scale=1.0), size)[begin:]
+    schedule = Flow(10)
+
+    def predict(samples: Sequence[Sample], step: int) -> Tensor:
+        found = []
+        for s in samples:
+            top, left = s.place.top // 8, s.place.left // 8
+            crop = target[..., top : top + 8, left : left + 8]
+            found.append((s.latents - crop) / schedule.timesteps[step])
+        return torch.cat(found)
+
+    noise, generator = initial_noise((1, 4, *size), 1)
+    latents = schedule.start(noise, target if begin else None, begin)
+    denoising = Denoising(latents, steps, schedule, generator, begin=begin)
+    list(denoising.run(LocalRunner(predict, prompts(1), 3)))
+    assert torch.allclose(denoising.latents, target, atol=1e-4)
+
+
+def test_blending_noise_blends_pictures() -> None:
+    """numerics of the method: for one shared x_t the predicted picture of the blend is the blend of the tiles' pictures."""
+    size = (8, 12)
+    tiles = plan_tiles(request(width=96, height=64, guidance_scale=1.0), canvas=size, tile=(8, 8), overlap=4)
+    schedule = schedulers.build(Scheduler.DDIM, CONFIG, 1)
+    noise, generator = initial_noise((1, 4, *size), 1)
+    predicted = torch.randn(len(tiles), 4, 8, 8)
+    answers = iter(predicted)
+    denoising = Denoising(noise, [tiles], schedule, generator)
+    list(denoising.run(LocalRunner(lambda samples, step: next(answers)[None], prompts(1))))
+    alpha = schedule.scheduler.alphas_cumprod[int(schedule.timesteps[0])]
+    last = schedule.scheduler.final_alpha_cumprod
+    assert last == 1
+    want = torch.zeros(1, 4, *size)
+    for tile, eps in zip(tiles, predicted, strict=True):
+        want[0, :, *tile.crop] += tile.weights * (noise[0, :, *tile.crop] - (1 - alpha).sqrt() * eps) / alpha.sqrt()
+    assert torch.allclose(denoising.latents, want, atol=1e-5)

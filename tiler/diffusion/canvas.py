@@ -5,29 +5,24 @@ Jiménez 2023, arXiv:2302.02412: ε̂ = Σ m_r (u_r + g_r (c_r − u_r)) / Σ m_
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+import json
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from tiler.diffusion import schedulers
+from tiler.diffusion.runner import Runner, Tile
+from tiler.diffusion.schedulers import Schedule, SchedulerState
 from tiler.diffusion.tiles import Text2ImageRegion
-from tiler.errors import NumericalError
-
-PredictNoise = Callable[[list[Tensor], Tensor, list[Tensor]], Tensor]
-"""(n latents (1, C, h, w), timestep, n prompt_embeds (1, tokens, width)) → (n, C, h, w), all fp32."""
-
-
-class Conditions(NamedTuple):
-    """Encoded prompts: row i of `cond` and of `uncond` belong together. (n, tokens, width) fp32 each."""
-
-    cond: Tensor
-    uncond: Tensor
+from tiler.events import Journal, NoJournal
 
 
 class StepDone(NamedTuple):
-    """`samples` of `total` UNet samples of step `step` (from 0) are done; `latents` is set when the step is complete."""
+    """`samples` of `total` denoiser samples of step `step` (from 0) are in the canvas; `latents` is set when the step is
+    complete."""
 
     step: int
     samples: int
@@ -35,10 +30,47 @@ class StepDone(NamedTuple):
     latents: Tensor | None
 
 
-class _Sample(NamedTuple):
-    region: Text2ImageRegion
-    embeds: Tensor  # (1, tokens, width)
-    unconditional: bool
+@dataclass(frozen=True, kw_only=True)
+class SamplingState:
+    """All that a denoising loop must remember to go on with the same bytes: before step `step`, of which the first `tiles_added`
+    tiles are in `blended`. Latents and blended are (1, C, h, w) fp32, `generator` is its state, (n,) uint8."""
+
+    phase: str
+    step: int
+    tiles_added: int
+    latents: Tensor
+    blended: Tensor | None  # None before the first tile of a step
+    scheduler: SchedulerState
+    generator: Tensor
+
+    def tensors(self) -> dict[str, Tensor]:
+        """As tensors alone, for a `Journal`; the numbers are JSON in a tensor of bytes."""
+        numbers = {
+            "phase": self.phase, "step": self.step, "tiles_added": self.tiles_added, "scheduler": self.scheduler.numbers,
+        }  # fmt: skip
+        found = {
+            "numbers": torch.tensor(list(json.dumps(numbers).encode()), dtype=torch.uint8),
+            "latents": self.latents,
+            "generator": self.generator,
+        }
+        if self.blended is not None:
+            found["blended"] = self.blended
+        for name, tensor in self.scheduler.tensors.items():
+            whole = tensor.untyped_storage().nbytes() == tensor.nbytes
+            found[f"scheduler.{name}"] = tensor if whole else tensor.clone()  # files refuse tensors that share memory
+        return found
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> SamplingState:
+        """The inverse of `tensors`."""
+        numbers = json.loads(bytes(tensors["numbers"].tolist()))
+        mark = "scheduler."
+        remembered = {name.removeprefix(mark): t for name, t in tensors.items() if name.startswith(mark)}
+        return cls(
+            phase=numbers["phase"], step=numbers["step"], tiles_added=numbers["tiles_added"], latents=tensors["latents"],
+            blended=tensors.get("blended"), scheduler=SchedulerState(numbers["scheduler"], remembered),
+            generator=tensors["generator"],
+        )  # fmt: skip
 
 
 def initial_noise(
@@ -61,77 +93,82 @@ def first_step(num_inference_steps: int, strength: float) -> int:
     return num_inference_steps - round(num_inference_steps * strength)
 
 
-def start_latents(scheduler: Any, noise: Tensor, reference: Tensor | None, begin: int) -> Tensor:
-    """Where the loop begins: pure noise times init_noise_sigma, or the reference noised for timestep number `begin`.
+class Denoising:
+    """One canvas on its way from noise to a picture. Its state can be taken, and restored, at any step and between any two
+    tiles, with equal bytes."""
 
-    noise, reference: (1, C, h, w) fp32; the reference is scaled by scaling_factor.
-    """
-    if reference is None:
-        return noise * float(scheduler.init_noise_sigma)
-    if begin >= len(scheduler.timesteps):
-        return reference.clone()
-    if hasattr(scheduler, "set_begin_index"):
-        scheduler.set_begin_index(begin)
-    noised: Tensor = scheduler.add_noise(reference, noise, scheduler.timesteps[begin : begin + 1])
-    return noised.float()
+    def __init__(
+        self,
+        latents: Tensor,
+        steps: Sequence[Sequence[Text2ImageRegion]],
+        schedule: Schedule,
+        generator: torch.Generator,
+        *,
+        begin: int = 0,
+        phase: str = "canvas",
+    ) -> None:
+        """`latents` (1, C, h, w) fp32 are what `schedule.start` gave for step `begin`; `steps` are the tiles of each step from
+        there; `generator` is the one that drew the noise."""
+        self.latents, self.step = latents, begin
+        self._steps, self._schedule, self._generator = steps, schedule, generator
+        self._begin, self._phase = begin, phase
+        self._tiles_added = 0
+        self._blended: Tensor | None = None
 
+    def state(self) -> SamplingState:
+        """A copy that the loop no longer touches."""
+        return SamplingState(
+            phase=self._phase, step=self.step, tiles_added=self._tiles_added, latents=self.latents,
+            blended=None if self._blended is None else self._blended.clone(), scheduler=self._schedule.state(),
+            generator=self._generator.get_state(),
+        )  # fmt: skip
 
-def denoise(
-    latents: Tensor,
-    steps: Iterable[Sequence[Text2ImageRegion]],
-    conditions: Conditions,
-    scheduler: Any,
-    predict_noise: PredictNoise,
-    generator: torch.Generator,
-    *,
-    begin: int = 0,
-    batch: int = 1,
-) -> Iterator[StepDone]:
-    """Denoise the canvas `latents` (1, C, h, w) fp32 from timestep number `begin` on, yielding after each UNet call. `steps`
-    are the tiles of each step from there.
+    def restore(self, state: SamplingState) -> None:
+        """Go on from `state`, taken from a loop that was built alike."""
+        assert state.phase == self._phase
+        self.latents, self.step, self._tiles_added = state.latents, state.step, state.tiles_added
+        self._blended = None if state.blended is None else state.blended.clone()
+        self._schedule.restore(state.scheduler)
+        self._generator.set_state(state.generator)
 
-    `batch` samples go through the UNet at a time; both halves of the guidance are samples of their own, and a tile
-    with guidance_scale ≤ 1 has no unconditional half. The result does not depend on `batch`.
-    Raises NumericalError when a prediction is not finite.
-    """
-    blended = torch.zeros_like(latents)
-    for number, regions in zip(range(begin, len(scheduler.timesteps)), steps, strict=True):
-        samples = [s for region in regions for s in _samples(region, conditions)]
-        timestep = scheduler.timesteps[number]
-        scaled = scheduler.scale_model_input(latents, timestep)
-        blended.zero_()
-        held: Tensor | None = None  # an unconditional prediction waiting for its conditional half
-        for first in range(0, len(samples), batch):
-            group = samples[first : first + batch]
-            inputs: list[Tensor] = []
-            for i, s in enumerate(group):  # both halves of a guidance get the same tensor
-                shared = i > 0 and s.region is group[i - 1].region
-                inputs.append(inputs[-1] if shared else scaled[:, :, *s.region.crop])
-            predictions = predict_noise(inputs, timestep, [s.embeds for s in group])
-            for i, sample in enumerate(group):
-                prediction, region = predictions[i], sample.region
-                if not bool(torch.isfinite(prediction).all()):
-                    raise NumericalError(
-                        f"NaN or Inf in the noise prediction at step {number + 1}, tile at row {8 * region.top}, column "
-                        f"{8 * region.left}; the weights may be damaged, or the guidance scale too high"
-                    )
-                if sample.unconditional:
-                    held = prediction
-                    continue
-                if held is not None:
-                    prediction = held + region.guidance_scale * (prediction - held)
-                    held = None
-                blended[0, :, *region.crop] += region.weights * prediction
-            done = min(first + batch, len(samples))
-            if done < len(samples):
-                yield StepDone(number, done, len(samples), None)
-        latents = schedulers.step(scheduler, blended, timestep, latents, generator)
-        yield StepDone(number, len(samples), len(samples), latents)
+    def run(self, runner: Runner, journal: Journal | None = None) -> Iterator[StepDone]:
+        """Denoise to the end, yielding after each tile. What `journal` holds of this phase is where it begins; the state is
+        saved there whenever that is due, and at the end. Raises NumericalError when a prediction is not finite."""
+        journal = journal or NoJournal()
+        if (saved := journal.load(self._phase)) is not None:
+            self.restore(SamplingState.from_tensors(saved))
+        end = self._begin + len(self._steps)
+        while self.step < end:
+            for done in self._one_step(runner):
+                if journal.due():
+                    journal.save(self._phase, self.state().tensors())
+                yield done
+        journal.save(self._phase, self.state().tensors())
 
+    def _one_step(self, runner: Runner) -> Iterator[StepDone]:
+        step, first, regions = self.step, self._tiles_added, self._steps[self.step - self._begin]
+        samples, total = sum(r.samples for r in regions[:first]), sum(r.samples for r in regions)
+        scaled = self._schedule.model_input(self.latents, step)
+        if self._blended is None:
+            self._blended = torch.zeros_like(self.latents)
+        blended = self._blended
+        waiting: deque[Text2ImageRegion] = deque()  # handed to the runner, not answered yet
 
-def _samples(region: Text2ImageRegion, conditions: Conditions) -> list[_Sample]:
-    index = slice(region.condition, region.condition + 1)
-    with_prompt = _Sample(region, conditions.cond[index], False)
-    if region.samples == 1:
-        return [with_prompt]
-    return [_Sample(region, conditions.uncond[index], True), with_prompt]
+        def tiles() -> Iterator[Tile]:
+            for number in range(first, len(regions)):
+                region = regions[number]
+                waiting.append(region)
+                yield Tile(scaled[:, :, *region.crop], region)
+
+        for prediction in runner.predict(step, tiles()):
+            region = waiting.popleft()
+            blended[0, :, *region.crop] += region.weights * prediction
+            self._tiles_added += 1
+            samples += region.samples
+            if self._tiles_added < len(regions):
+                yield StepDone(step, samples, total, None)
+        assert self._tiles_added == len(regions), "a runner answers for every tile"
+        self.latents = self._schedule.step(blended, step, self.latents, self._generator)
+        # The next step blends in a tensor of its own: some schedulers remember this one.
+        self.step, self._tiles_added, self._blended = step + 1, 0, None
+        yield StepDone(step, total, total, self.latents)

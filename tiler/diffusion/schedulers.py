@@ -1,17 +1,126 @@
-"""diffusers' schedulers by the names people know them under, built on the checkpoint's own noise schedule."""
+"""diffusers' schedulers by the names people know them under, behind one interface: `Schedule`.
+
+A schedule is built on the checkpoint's own noise levels, and whatever could go wrong with it is found when it is built, before
+any work: fields, timesteps, sigmas, and a rehearsal of all steps on a few made-up latents.
+"""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from importlib import import_module
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from tiler.errors import ModelError
+from tiler.diffusion import timesteps as times
+from tiler.diffusion.scheduler_config import check_fields, correct_scheduler, is_replaceable, take_fields
+from tiler.errors import ModelError, TilerError, UsageError
 from tiler.memory.lean_imports import lean_imports
-from tiler.request import Scheduler
+from tiler.request import MAX_STEPS, Scheduler
+
+
+class SchedulerState(NamedTuple):
+    """What a schedule remembers between two steps: numbers that JSON can hold, and tensors, by name."""
+
+    numbers: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+class Schedule(Protocol):
+    """How noise becomes a picture in N steps. Steps are numbered from 0; latents and predictions are (1, C, h, w) fp32."""
+
+    @property
+    def timesteps(self) -> Tensor:
+        """(N,): what the denoiser is told at each step."""
+        ...
+
+    def start(self, noise: Tensor, reference: Tensor | None, begin: int) -> Tensor:
+        """The latents before step `begin`: pure noise, or `reference` noised for that step. To be called once, first."""
+        ...
+
+    def model_input(self, latents: Tensor, step: int) -> Tensor:
+        """The latents as the denoiser takes them at `step`."""
+        ...
+
+    def step(self, noise_pred: Tensor, step: int, latents: Tensor, generator: torch.Generator) -> Tensor:
+        """The latents after `step`. Random noise, where a scheduler adds some, is drawn from `generator`."""
+        ...
+
+    def state(self) -> SchedulerState:
+        """What must be given to `restore` of a schedule built alike, so that it goes on with the same bits."""
+        ...
+
+    def restore(self, state: SchedulerState) -> None: ...
+
+
+class DiffusersSchedule:
+    """A `Schedule` around one of diffusers' schedulers for discrete noise levels, its timesteps set. `notes` are what the user
+    should know of how it was chosen."""
+
+    def __init__(self, scheduler: Any, name: Scheduler, notes: tuple[str, ...] = ()) -> None:
+        self.scheduler, self.name, self.notes = scheduler, name, notes
+        self._takes_generator = "generator" in inspect.signature(scheduler.step).parameters
+        # Lists are copied: some schedulers shift what they remember in place.
+        self._fresh = {k: list(v) if isinstance(v, list) else v for k, v in vars(scheduler).items()}
+
+    @property
+    def timesteps(self) -> Tensor:
+        timesteps: Tensor = self.scheduler.timesteps
+        return timesteps
+
+    def start(self, noise: Tensor, reference: Tensor | None, begin: int) -> Tensor:
+        if hasattr(self.scheduler, "set_begin_index"):
+            # Also at 0: looked up by its timestep, a step is ambiguous where two timesteps are equal.
+            self.scheduler.set_begin_index(begin)
+        if reference is None:
+            return noise * float(self.scheduler.init_noise_sigma)
+        if begin >= len(self.timesteps):
+            return reference.clone()
+        noised: Tensor = self.scheduler.add_noise(reference, noise, self.timesteps[begin : begin + 1])
+        return noised.float()
+
+    def model_input(self, latents: Tensor, step: int) -> Tensor:
+        scaled: Tensor = self.scheduler.scale_model_input(latents, self.timesteps[step])
+        return scaled
+
+    def step(self, noise_pred: Tensor, step: int, latents: Tensor, generator: torch.Generator) -> Tensor:
+        extra = {"generator": generator} if self._takes_generator else {}
+        after: Tensor = self.scheduler.step(noise_pred, self.timesteps[step], latents, return_dict=False, **extra)[0]
+        return after.float()  # whatever the scheduler returns
+
+    def state(self) -> SchedulerState:
+        """Whatever differs from a fresh scheduler with the same timesteps: so no class has to be known here."""
+        numbers: dict[str, Any] = {}
+        tensors: dict[str, Tensor] = {}
+        for name, value in vars(self.scheduler).items():
+            if name in self._fresh and _same(value, self._fresh[name]):
+                continue
+            if isinstance(value, list):
+                numbers[name] = [None if isinstance(item, Tensor) else item for item in value]
+                tensors |= {f"{name}.{i}": item for i, item in enumerate(value) if isinstance(item, Tensor)}
+            elif isinstance(value, Tensor):
+                tensors[name] = value
+            else:
+                numbers[name] = value
+        return SchedulerState(numbers, tensors)
+
+    def restore(self, state: SchedulerState) -> None:
+        for name, value in state.numbers.items():
+            setattr(self.scheduler, name, list(value) if isinstance(value, list) else value)
+        for name, tensor in state.tensors.items():
+            attribute, _, place = name.partition(".")
+            if place:
+                getattr(self.scheduler, attribute)[int(place)] = tensor
+            else:
+                setattr(self.scheduler, attribute, tensor)
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(_same, a, b))
+    return a is b or (not (isinstance(a, Tensor | list) or isinstance(b, Tensor | list)) and bool(a == b))
 
 
 class _Recipe(NamedTuple):
@@ -20,52 +129,132 @@ class _Recipe(NamedTuple):
     overrides: dict[str, Any]
 
 
+_DPM = "scheduling_dpmsolver_multistep", "DPMSolverMultistepScheduler"
 _RECIPES = {
     Scheduler.DDIM: _Recipe("scheduling_ddim", "DDIMScheduler", {}),
     Scheduler.EULER: _Recipe("scheduling_euler_discrete", "EulerDiscreteScheduler", {}),
     Scheduler.EULER_A: _Recipe("scheduling_euler_ancestral_discrete", "EulerAncestralDiscreteScheduler", {}),
-    Scheduler.DPMPP_2M: _Recipe(
-        "scheduling_dpmsolver_multistep", "DPMSolverMultistepScheduler", {"use_karras_sigmas": False}
-    ),
+    Scheduler.DPMPP_2M: _Recipe(*_DPM, {"use_karras_sigmas": False}),
     Scheduler.DPMPP_2M_KARRAS: _Recipe(
-        "scheduling_dpmsolver_multistep", "DPMSolverMultistepScheduler", {"use_karras_sigmas": True}
+        *_DPM, {"use_karras_sigmas": True, "use_exponential_sigmas": False, "use_beta_sigmas": False}
     ),
     Scheduler.UNIPC: _Recipe("scheduling_unipc_multistep", "UniPCMultistepScheduler", {}),
     Scheduler.LCM: _Recipe("scheduling_lcm", "LCMScheduler", {}),
 }
 _OWN = {recipe.cls: name for name, recipe in _RECIPES.items() if name is not Scheduler.DPMPP_2M_KARRAS}
+_LCM_ORIGINAL_STEPS = 50  # diffusers' default: what the consistency models in use were distilled with
 
 
-def choose(asked: Scheduler, config: dict[str, Any]) -> Scheduler:
-    """AUTO becomes the checkpoint's own scheduler when tiler has it, else DPM++ 2M Karras."""
+def choose(asked: Scheduler, config: Mapping[str, Any]) -> Scheduler:
+    """AUTO becomes the checkpoint's own scheduler when tiler has it, else DPM++ 2M Karras.
+
+    Raises ModelError for a checkpoint whose scheduler belongs to another kind of model, or is none at all.
+    """
+    cls = config.get("_class_name")
+    if isinstance(cls, str) and ("Flow" in cls or "EDM" in cls):
+        kind = "flow matching" if "Flow" in cls else "EDM"
+        raise ModelError(f"scheduler_config.json: _class_name = {cls!r}: tiler does not support {kind} models")
     if asked is not Scheduler.AUTO:
         return asked
-    own = _OWN.get(str(config.get("_class_name")), Scheduler.DPMPP_2M_KARRAS)
+    if cls is not None and cls not in _OWN and not is_replaceable(str(cls)):
+        names = ", ".join(name.value for name in _RECIPES)
+        raise ModelError(
+            f"scheduler_config.json: _class_name = {cls!r} is no scheduler of diffusers for this kind of model; "
+            f"correct the file, or choose with --scheduler: {names}"
+        )
+    own = _OWN.get(str(cls), Scheduler.DPMPP_2M_KARRAS)
     return Scheduler.DPMPP_2M_KARRAS if own is Scheduler.DPMPP_2M and config.get("use_karras_sigmas") else own
 
 
-def build(name: Scheduler, config: dict[str, Any], num_inference_steps: int) -> Any:
-    """A fresh diffusers scheduler with its timesteps set. `name` is not AUTO. Raises ModelError for an unusable config."""
+def build(asked: Scheduler, config: Mapping[str, Any], num_inference_steps: int) -> DiffusersSchedule:
+    """A schedule of `num_inference_steps` on the noise levels of a checkpoint's scheduler_config.json, checked to the end.
+
+    Raises ModelError for a config that no work should begin with, and UsageError for a number of steps that the algorithm
+    cannot take, with the nearest one that it can.
+    """
+    name, cls = choose(asked, config), config.get("_class_name")
+    check_fields(config)
+    corrected = correct_scheduler(config)
+    notes = corrected.notes
+    if asked is Scheduler.AUTO and cls not in _OWN:
+        notes += (f"the checkpoint's scheduler is {cls or 'not named'}: {name.value} takes its place",)
+    try:
+        schedule = assemble(name, corrected.config, num_inference_steps, notes)
+        _rehearse(assemble(name, corrected.config, num_inference_steps))
+    except _Unworkable as error:
+        raise _refusal(name, corrected.config, num_inference_steps, str(error)) from error
+    return schedule
+
+
+class _Unworkable(Exception):
+    """Why a scheduler cannot take a number of steps, for people."""
+
+
+def assemble(
+    name: Scheduler, config: Mapping[str, Any], num_inference_steps: int, notes: tuple[str, ...] = ()
+) -> DiffusersSchedule:
+    """A schedule from a corrected config, not rehearsed. Raises ModelError where the fields do not work together."""
     recipe = _RECIPES[name]
     with lean_imports():
         cls = getattr(import_module(f"diffusers.schedulers.{recipe.module}"), recipe.cls)
-    kind = config.get("prediction_type", "epsilon")
-    if kind not in ("epsilon", "v_prediction"):
-        raise ModelError(f"the checkpoint's prediction_type is {kind!r}; tiler supports epsilon and v_prediction")
+    accepted = frozenset(inspect.signature(cls.__init__).parameters)
+    fields = take_fields(config, recipe.cls, accepted) | recipe.overrides
+    by_beta = bool(fields.pop("use_beta_sigmas", False))  # diffusers would ask for scipy
+    if by_beta and (fields.get("use_karras_sigmas") or fields.get("use_exponential_sigmas")):
+        raise ModelError("scheduler_config.json asks for beta sigmas and others at once; leave one of them")
+    if name is Scheduler.LCM:
+        fields.setdefault("original_inference_steps", min(_LCM_ORIGINAL_STEPS, config.get("num_train_timesteps", 1000)))
     try:
-        scheduler = cls.from_config(config, **recipe.overrides)
-        scheduler.set_timesteps(num_inference_steps)
-    except (TypeError, ValueError, NotImplementedError) as error:
+        scheduler = cls(**fields)
+    except Exception as error:
         raise ModelError(
-            f"scheduler_config.json does not work with {name.value}: {str(error).splitlines()[0]}"
+            f"scheduler_config.json does not work with {name.value}: {_first_line(error)}; correct the file"
         ) from error
-    return scheduler
+    if name is Scheduler.LCM and num_inference_steps > scheduler.config.original_inference_steps:
+        original = scheduler.config.original_inference_steps
+        raise _Unworkable(f"it takes its steps from the {original} that the model was distilled on")
+    try:
+        scheduler.set_timesteps(num_inference_steps)
+        times.mend(scheduler, num_inference_steps)
+        if by_beta:
+            times.set_beta_sigmas(scheduler, num_inference_steps)
+    except Exception as error:
+        raise _Unworkable(_first_line(error)) from error
+    if (fault := times.fault(scheduler, num_inference_steps)) is not None:
+        raise _Unworkable(fault)
+    return DiffusersSchedule(scheduler, name, notes)
 
 
-def step(scheduler: Any, noise_pred: Tensor, timestep: Tensor, latents: Tensor, generator: torch.Generator) -> Tensor:
-    """One scheduler step on the whole canvas; fp32 whatever the scheduler returns.
+def _rehearse(schedule: DiffusersSchedule) -> None:
+    """All steps on 16 made-up latents: what fails or is not finite here would be lost work later."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    noise = torch.randn(1, 4, 2, 2, generator=generator)
+    latents = schedule.start(noise, None, 0)
+    for step in range(len(schedule.timesteps)):
+        try:
+            latents = schedule.step(schedule.model_input(latents, step), step, latents, generator)
+        except Exception as error:
+            raise _Unworkable(_first_line(error)) from error
+        if not bool(torch.isfinite(latents).all()):
+            raise _Unworkable(f"step {step + 1} gives NaN or Inf")
 
-    Ancestral noise comes from `generator`, drawn once for the canvas.
-    """
-    extra = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
-    return scheduler.step(noise_pred, timestep, latents, return_dict=False, **extra)[0].float()
+
+def _refusal(name: Scheduler, config: Mapping[str, Any], asked: int, reason: str) -> TilerError:
+    def works(count: int) -> bool:
+        try:
+            _rehearse(assemble(name, config, count))
+        except _Unworkable:
+            return False
+        return True
+
+    nearest = times.nearest_count(works, asked, MAX_STEPS)
+    if nearest is None:
+        return ModelError(f"scheduler_config.json does not work with {name.value}: {reason}; correct the file")
+    return UsageError(
+        f"{name.value} cannot take {asked} steps with this model: {reason}; the nearest number that works is "
+        f"--steps {nearest}"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -17,6 +17,7 @@ from torch import Tensor
 from tiler.errors import UsageError
 from tiler.request import MAX_STEPS, Layout, Mask, ResolvedRequest, Wrap
 
+FACTOR = 8  # pixels of a latent's side
 VARIANCE = 0.01  # of the gaussian mask, relative to the squared side; the method's own value
 
 

@@ -46,9 +46,10 @@ class RenderPlan(Tiling):
     guide_batch: int
     arena_bytes: int  # for the UNet's weights in use
     sample_bytes: int  # what one sample alone takes in the UNet, the weights in use included
-    scheduler: Scheduler  # never AUTO
     precision: Precision  # fp32 or int8
     precision_why: str
+    scheduler: Scheduler  # never AUTO
+    notes: tuple[str, ...]  # on the scheduler, for the user
 
     @property
     def denoiser_calls(self) -> int:
@@ -65,8 +66,10 @@ class RenderPlan(Tiling):
 def plan_render(request: ResolvedRequest, family: Family, max_bytes: int) -> RenderPlan:
     """Cut the work so that it fits. The memory plan may still be over the ceiling: `plan.memory.check()` refuses.
 
-    Raises UsageError for sizes, overlaps and regions that do not go with the model.
+    Raises UsageError for sizes, overlaps, regions and numbers of steps that do not go with the model, and ModelError for a
+    scheduler config that no work should begin with.
     """
+    schedule = schedulers.build(request.scheduler, family.scheduler, request.num_inference_steps)
     cut, side = plan_tiling(request, family), family.native
     canvas, guide, guide_steps, canvas_steps = cut.canvas, cut.guide, cut.guide_steps, cut.canvas_steps
     guided = guide is not None or request.guide_image is not None
@@ -155,7 +158,8 @@ def plan_render(request: ResolvedRequest, family: Family, max_bytes: int) -> Ren
     order = ["encode prompts", "guide", "guide picture", "canvas", "decode"]
     phases.sort(key=lambda p: order.index(p.name))
     return RenderPlan(
-        **vars(cut), family=family, batch=batch, resident=resident, decoder=decoder.kind, methods=methods, guide_batch=guide_batch, scheduler=schedulers.choose(request.scheduler, family.scheduler), precision=precision, precision_why=precision_why,
+        **vars(cut), family=family, batch=batch, resident=resident, decoder=decoder.kind, methods=methods, guide_batch=guide_batch, precision=precision, precision_why=precision_why,
+        scheduler=schedule.name, notes=schedule.notes,
         sample_bytes=sampler.activations((0,), side, side), arena_bytes=sampler.streamer.arena_bytes,
         memory=MemoryPlan(max_bytes=max_bytes, phases=tuple(phases), smallest_bytes=int(max(least + smallest) / MARGIN) + 1),
     )  # fmt: skip
