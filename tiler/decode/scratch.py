@@ -89,7 +89,7 @@ class Rows:
         largest = float(torch.maximum(-low, high))
         if not math.isfinite(largest):
             raise NumericalError(
-                f"NaN or Inf in the autoencoder, row {self.count - n} of {self.channels} channels; the VAE's weights may be damaged"
+                f"NaN or Inf in the autoencoder, row {self.count - n} of {self.channels} channels; compare the checksum of the VAE's weights with the original's"
             )
         fits = self.scratch.dtype != torch.float16 or largest <= FP16_ROOM
         scale = 1.0 if fits else 2.0 ** math.ceil(math.log2(largest / FP16_ROOM))
