@@ -11,8 +11,8 @@ import json
 import math
 import platform
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import metadata
@@ -85,10 +85,10 @@ def render(request: RenderRequest, budget: Budget | None = None, on_event: OnEve
             latents = work.canvas_pass(conditions, reference)
             if request.save_latents is not None:
                 save_latents(request.save_latents, latents)
-            write_picture(
-                request.output, work.decode(latents), request.width, request.height, work.texts(), request.dpi,
-                request.bleed_mm,
-            )  # fmt: skip
+            with closing(work.decode(latents)) as rows:  # an error of the writer's must not leave scratch files open
+                write_picture(
+                    request.output, rows, request.width, request.height, work.texts(), request.dpi, request.bleed_mm
+                )
     return Result(output=request.output, report=work.report())
 
 
@@ -171,7 +171,7 @@ class _Work:
         with self._phase("canvas", plan.canvas_samples):
             return self._sample("canvas", plan.canvas_steps, conditions, reference, plan.begin, plan.batch)
 
-    def decode(self, latents: Tensor) -> Iterator[np.ndarray]:
+    def decode(self, latents: Tensor) -> Generator[np.ndarray]:
         """The picture's rows, (n, W, 3) uint8, top first."""
         kind, how = self.plan.decoder, self.plan.methods["decode"]
         vae = families.build_vae(kind)
@@ -236,7 +236,7 @@ class _Work:
 
     def _decode_strips(
         self, how: DecodePlan, vae: Any, streamer: Streamer, unscaled: Tensor, phase: str
-    ) -> Iterator[np.ndarray]:
+    ) -> Generator[np.ndarray]:
         check = at_rows(self.budget, self.plan.memory.peak_of(phase))
         return decode_pixels(how, vae, streamer, unscaled, check, self._percent(phase))
 
@@ -323,8 +323,8 @@ def decode_file(
             on_event(events.Note(text=f"decoder: {how}"))
             with budget.phase("decode") as use, streamed(vae, kind.weights, families.vae_names, resident) as streamer:
                 check = at_rows(budget, plan.peak_bytes)
-                rows = decode_pixels(how, vae, streamer, latents, check, percent(on_event, "decode"))
-                write_picture(output, rows, 8 * width, 8 * height, {}, dpi)
+                with closing(decode_pixels(how, vae, streamer, latents, check, percent(on_event, "decode"))) as rows:
+                    write_picture(output, rows, 8 * width, 8 * height, {}, dpi)
         on_event(events.PhaseDone(name="decode", seconds=use.seconds, peak_rss_bytes=use.peak_rss_bytes))
     told = {"decode": how.name, "width": 8 * width, "height": 8 * height}
     return Result(output=output, report=report(budget, plan.peak_bytes) | told)
@@ -353,14 +353,17 @@ def decode_pixels(
     unscaled: Latents,
     check: Callable[[str], None],
     progress: Callable[[float], None],
-) -> Iterator[np.ndarray]:
+) -> Generator[np.ndarray]:
     """Decode (1, C, h, w) fp32 latents into rows (n, 8w, 3) uint8. Raises NumericalError rather than give a black picture."""
     row = 0
-    for strip in method.decode(how, vae, streamer, unscaled, check=check, progress=progress):
-        if not math.isfinite(float(strip.sum())):
-            raise NumericalError(f"NaN or Inf in the decoder at row {row}; the VAE's weights may be damaged")
-        yield to_uint8(strip)
-        row += strip.shape[1]
+    with closing(method.decode(how, vae, streamer, unscaled, check=check, progress=progress)) as strips:
+        for strip in strips:
+            if not math.isfinite(float(strip.sum())):
+                raise NumericalError(
+                    f"NaN or Inf in the decoder at row {row}; compare the checksum of the VAE's weights with the original's"
+                )
+            yield to_uint8(strip)
+            row += strip.shape[1]
 
 
 @contextmanager
