@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 import shlex
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -276,7 +276,7 @@ def picture_facts(run: RenderRun) -> dict[str, str]:
     return {"width": str(run.request.width), "height": str(run.request.height)} | run.texts
 
 
-def decode(run: RenderRun, latents: Tensor) -> Iterator[np.ndarray]:
+def decode(run: RenderRun, latents: Tensor) -> Generator[np.ndarray]:
     """The picture's rows, (n, W, 3) uint8, top first; `latents` (1, C, H, W) stay as they are."""
     spec, plan = run.plan.decoder, run.plan.methods["decode"]
     vae = families.build_vae(spec)
@@ -284,7 +284,8 @@ def decode(run: RenderRun, latents: Tensor) -> Iterator[np.ndarray]:
     resident = run.plan.resident["decode"]
     with run.phase("decode", 100), run.streamed(vae, spec.weights, families.vae_names, resident) as streamer:
         check = at_rows(run.budget, run.plan.memory.peak_of("decode"))
-        yield from decode_pixels(plan, vae, streamer, Unscaled(latents, spec), check, percent(run.on_event, "decode"))
+        progress = percent(run.on_event, "decode")
+        yield from decode_pixels(plan, vae, streamer, Unscaled(latents, spec), check, progress)
 
 
 class Unscaled:
@@ -300,14 +301,17 @@ class Unscaled:
 def decode_pixels(
     plan: DecodePlan, vae: Any, streamer: Streamer, unscaled: Latents, check: Callable[[str], None],
     progress: Callable[[float], None],
-) -> Iterator[np.ndarray]:  # fmt: skip
+) -> Generator[np.ndarray]:  # fmt: skip
     """Decode (1, C, h, w) fp32 latents into rows (n, 8w, 3) uint8. Raises NumericalError rather than give a black picture."""
     row = 0
-    for strip in method.decode(plan, vae, streamer, unscaled, check=check, progress=progress):
-        if not math.isfinite(float(strip.sum())):
-            raise NumericalError(f"NaN or Inf in the decoder at row {row}; the VAE's weights may be damaged")
-        yield to_uint8(strip)
-        row += strip.shape[1]
+    with closing(method.decode(plan, vae, streamer, unscaled, check=check, progress=progress)) as strips:
+        for strip in strips:
+            if not math.isfinite(float(strip.sum())):
+                raise NumericalError(
+                    f"NaN or Inf in the decoder at row {row}; compare the checksum of the VAE's weights with the original's"
+                )
+            yield to_uint8(strip)
+            row += strip.shape[1]
 
 
 @contextmanager
@@ -365,7 +369,7 @@ def start_decode(request: DecodeRequest, budget: Budget, on_event: OnEvent) -> I
         )  # fmt: skip
 
 
-def decode_file(run: DecodeRun) -> Iterator[np.ndarray]:
+def decode_file(run: DecodeRun) -> Generator[np.ndarray]:
     """The picture's rows, (n, W, 3) uint8, top first."""
     vae = families.build_vae(run.vae)
     run.on_event(events.PhaseStarted(name="decode", total=100))

@@ -7,6 +7,7 @@ streamed from disk, and the whole process stays under the budget. Knows the orde
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,9 +55,9 @@ def render(request: RenderRequest, budget: Budget | None = None, on_event: OnEve
             guide = phases.make_guide(run, conditions)
             reference = phases.make_reference(run, guide)
             latents = phases.denoise_canvas(run, conditions, reference)
-            with phases.kept_canvas(run, latents):
+            # An error of the writer's must not leave the decoder's scratch files open.
+            with phases.kept_canvas(run, latents), closing(phases.decode(run, latents)) as rows:
                 wanted = run.request
-                rows = phases.decode(run, latents)
                 write_picture(wanted.output, rows, wanted.width, wanted.height, run.texts, wanted.dpi, wanted.bleed_mm)
         return Result(output=run.request.output, report=reports.of_render(run))
 
@@ -89,7 +90,8 @@ def decode(request: DecodeRequest, budget: Budget | None = None, on_event: OnEve
     with budget or Budget() as budget, phases.start_decode(request, budget, on_event) as run:
         run.plan.check()
         lean_imports.freeze_imports()
-        write_picture(run.output, phases.decode_file(run), run.width, run.height, run.texts, request.dpi)
+        with closing(phases.decode_file(run)) as rows:
+            write_picture(run.output, rows, run.width, run.height, run.texts, request.dpi)
         return Result(output=run.output, report=reports.of_decode(run))
 
 

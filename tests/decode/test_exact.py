@@ -275,11 +275,8 @@ def test_rehearsal_knows_the_bytes_on_disk(
     assert disk.written_bytes == how.written_bytes
 
 
-def test_a_full_disk_is_one_line(tiny: Path) -> None:
-    if not os.path.exists("/dev/full"):
-        pytest.skip("no /dev/full here")
-    rows = Rows(Scratch(None), 3, 5)
-    rows.scratch.folder, rows.fd = Path("/scratch"), os.open("/dev/full", os.O_RDWR)
-    with pytest.raises(StorageError, match="No space left"):
-        rows.append(torch.zeros(1, 3, 1, 5))
-    rows.close()
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scratch, "_nameless_file", lambda folder: os.open("/dev/full", os.O_RDWR))
+    with Scratch(tmp_path) as disk, pytest.raises(StorageError, match="No space left"):
+        Rows(disk, 3, 5).append(torch.zeros(1, 3, 1, 5))

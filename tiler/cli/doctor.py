@@ -21,6 +21,7 @@ def command(json_output: o.Json = False) -> None:
 
     from tiler.compute import cpu
     from tiler.memory.process import available_ram, cgroup_limit
+    from tiler.weights.places import hub_cache
 
     available, total = available_ram()
     limit = cgroup_limit()
@@ -36,7 +37,7 @@ def command(json_output: o.Json = False) -> None:
         "--precision auto": f"{'int8' if cpu.int8().dot else 'fp32'}: {cpu.int8().auto}",
         "accumulation dtype": "fp32 canvas, fp64 mask sums",
         "free disk": f"{format_mb(shutil.disk_usage(Path.cwd()).free)} in {Path.cwd()}",
-        "hub cache": os.environ.get("HF_HUB_CACHE") or str(Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface") / "hub"),
+        "hub cache": str(hub_cache()),
         "versions": ", ".join([f"python {platform.python_version()}", *(f"{n} {metadata.version(n)}" for n in ("tiler", "torch", "diffusers", "transformers", "safetensors"))]),
     }  # fmt: skip
     if json_output:

@@ -8,7 +8,7 @@ asked, keys and values in chunks with a running softmax (Milakov & Gimelshein 20
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from fractions import Fraction
 from typing import TYPE_CHECKING, NamedTuple
@@ -322,7 +322,7 @@ def decode(
     check: Check,
     margin: tuple[int, int] = (0, 0),
     attend_to: int | None = None,
-) -> Iterator[Tensor]:
+) -> Generator[Tensor]:
     """latents: (1, C, h, w) fp32, already divided by scaling_factor → strips (3, n, 8w) fp32 in about [-1, 1], top first.
 
     `margin` latents above and below, left and right, repeat the other side's. Attention sees at most `attend_to` evenly spaced
@@ -331,7 +331,8 @@ def decode(
     stages = decoder_stages(vae.decoder, vae.post_quant_conv)
     frame = Frame(latents.shape[2], latents.shape[3], *margin)
     strips = latent_strips(latents, strip_rows(frame.width))
-    return stream(stages, strips, frame, scratch, hold=hold, check=check, attend_to=attend_to)
+    with scratch:
+        yield from stream(stages, strips, frame, scratch, hold=hold, check=check, attend_to=attend_to)
 
 
 def encode(
@@ -353,7 +354,8 @@ def encode(
     height, width = pixels.shape[:2]
     strips = (to_tensor(pixels[top : top + rows]) for top in range(0, height, rows))
     frame = Frame(height, width, 8 * margin[0], 8 * margin[1])
-    return means(stream(stages, strips, frame, scratch, hold=hold, check=check, attend_to=attend_to))
+    with scratch:
+        return means(stream(stages, strips, frame, scratch, hold=hold, check=check, attend_to=attend_to))
 
 
 class Rehearsal(NamedTuple):

@@ -9,7 +9,7 @@ is worked on in bands side by side, which overlap by what the convolutions see.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -109,7 +109,7 @@ def decode(
     check: Check = _ignore,
     progress: Callable[[float], None] = _ignore,
     margin: tuple[int, int] = (0, 0),
-) -> Iterator[Tensor]:
+) -> Generator[Tensor]:
     """latents: (1, C, h, w) fp32, already divided by scaling_factor → strips (3, n, 8w) fp32 in about [-1, 1], top first.
 
     `rows` latent rows are pushed at a time (default `strip_rows`): memory grows with it, the result does not depend on
@@ -120,7 +120,6 @@ def decode(
     stages = decoder_stages(vae.decoder, vae.post_quant_conv)
     down, across = sample(height - 2 * y, width - 2 * x)
     part = torch.cat([latents[:, :, row : row + 1][..., across + x] for row in (down + y).tolist()], dim=2)
-    _measure(stages, part, scratch, hold, check)
     *others, last = bands(width)
     share = 1 / (1 + len(others))
 
@@ -130,20 +129,22 @@ def decode(
         for strip in _stream(stages, source, height, check, lambda done: progress(begun + share * done)):
             yield strip[:, :, 8 * band.keep.start : 8 * band.keep.stop]
 
-    stored = []
-    for i, band in enumerate(others):
-        waiting = Rows(scratch, 3, 8 * (band.keep.stop - band.keep.start))
-        for strip in strips(band, i * share):
-            waiting.append(strip[None])
-        stored.append(waiting)
-    row = 0
-    for strip in strips(last, len(others) * share):
-        # Joined in parts of one size, however many bands: they, and what a writer makes of them, do not grow with the width.
-        for part in strip.split(max(1, strip.shape[1] // (1 + len(others))), dim=1):
-            yield torch.cat([*(b.read(row, row + part.shape[1])[0] for b in stored), part], dim=2) if stored else part
-            row += part.shape[1]
-    for waiting in stored:
-        waiting.close()
+    with scratch:
+        _measure(stages, part, scratch, hold, check)
+        stored = []
+        for i, band in enumerate(others):
+            waiting = Rows(scratch, 3, 8 * (band.keep.stop - band.keep.start))
+            for strip in strips(band, i * share):
+                waiting.append(strip[None])
+            stored.append(waiting)
+        row = 0
+        for strip in strips(last, len(others) * share):
+            # Joined in parts of one size, however many bands: they, and what a writer makes of them, do not grow with the width.
+            for part in strip.split(max(1, strip.shape[1] // (1 + len(others))), dim=1):
+                yield (
+                    torch.cat([*(b.read(row, row + part.shape[1])[0] for b in stored), part], dim=2) if stored else part
+                )
+                row += part.shape[1]
 
 
 def encode(
@@ -163,7 +164,8 @@ def encode(
     down, across = sample(height - 2 * y, width - 2 * x)
     columns = (8 * (across + x)[:, None] + torch.arange(8)).flatten().numpy()
     blocks = [pixels[top : top + 8][:, columns] for top in (8 * (down + y)).tolist()]
-    _measure(stages, to_tensor(np.concatenate(blocks)), scratch, hold, check, scale=8)
+    with scratch:
+        _measure(stages, to_tensor(np.concatenate(blocks)), scratch, hold, check, scale=8)
     all_bands = bands(width)
 
     def mean(number: int, band: Band) -> Tensor:

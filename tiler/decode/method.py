@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -160,7 +161,7 @@ def decode(
     *,
     check: Check,
     progress: Callable[[float], None],
-) -> Iterator[Tensor]:
+) -> Generator[Tensor]:
     """latents: (1, C, h, w) fp32, already divided by scaling_factor → strips (3, n, 8w) fp32 in about [-1, 1], top first.
 
     `progress` gets the share done, 0 to 1. Raises StorageError and NumericalError.
@@ -180,11 +181,12 @@ def decode(
     else:
         strips = tiny.decode(vae, latents, check=check, progress=progress)
     row = 0
-    for strip in strips:
-        first, last = max(0, 8 * y - row), min(strip.shape[1], 8 * (y + height) - row)
-        row += strip.shape[1]
-        if first < last:
-            yield strip[:, first:last, 8 * x : 8 * (x + width)]
+    with closing(strips):  # and with it the scratch files, also where nobody wants the rest
+        for strip in strips:
+            first, last = max(0, 8 * y - row), min(strip.shape[1], 8 * (y + height) - row)
+            row += strip.shape[1]
+            if first < last:
+                yield strip[:, first:last, 8 * x : 8 * (x + width)]
     progress(1.0)
 
 

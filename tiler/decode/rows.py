@@ -12,6 +12,7 @@ So all strips see the same network and no strip can differ in tone.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Protocol
 
@@ -85,6 +86,14 @@ class Norm:
         return F.silu(y, inplace=True) if self.silu else y
 
 
+def _without_row_padding(conv: nn.Conv2d) -> nn.Conv2d:
+    """The layer itself, with the same parameters, that pads columns alone: rows are padded here. Another module, because
+    that one is its owner's."""
+    padded = copy.copy(conv)
+    padded.padding = (0, conv.padding[1])  # type: ignore[assignment]
+    return padded
+
+
 class Conv(Stage):
     """A 3×3 convolution of stride 1, or a 1×1, row by row, after an optional norm. Zero rows stand above and below.
 
@@ -93,9 +102,8 @@ class Conv(Stage):
 
     def __init__(self, conv: nn.Module, norm: Norm | None = None) -> None:
         assert isinstance(conv, nn.Conv2d)
-        self.conv, self.norm = conv, norm
+        self.conv, self.norm = _without_row_padding(conv), norm
         self.halo = conv.kernel_size[0] // 2
-        conv.padding = (0, conv.padding[1])  # type: ignore[assignment]  # rows are padded here, columns there
         self.tail: Tensor | None = None  # the rows still to be used, as the convolution sees them
 
     @property

@@ -11,6 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -23,7 +24,8 @@ FP16_ROOM = 2.0**15
 
 
 class Scratch:
-    """A folder for `Rows`, and what they take. `folder` None keeps nothing: for planning on meta tensors.
+    """A folder for `Rows`, and what they take: a context manager that closes the files which are still open at its end,
+    however that comes. `folder` None keeps nothing: for planning on meta tensors.
 
     `peak_bytes` is the most that was stored at once, `written_bytes` what was written in all. Raises StorageError where the folder cannot be used.
     """
@@ -31,22 +33,48 @@ class Scratch:
     def __init__(self, folder: Path | None, dtype: torch.dtype = torch.float16) -> None:
         self.folder, self.dtype = folder, dtype
         self.live_bytes = self.peak_bytes = self.written_bytes = 0
+        self._open = set[int]()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for fd in tuple(self._open):
+            self.close(fd)
+        self.live_bytes = 0
 
     def open(self) -> int:
         """A new file without a name."""
         assert self.folder is not None
         try:
-            handle, name = tempfile.mkstemp(prefix=".tiler-", dir=self.folder)
-            os.unlink(name)
+            fd = _nameless_file(self.folder)
         except OSError as error:
             raise StorageError(
                 f"{self.folder}: cannot write scratch files ({error.strerror}); give another folder with --scratch"
             ) from error
-        return handle
+        self._open.add(fd)
+        return fd
+
+    def close(self, fd: int) -> None:
+        """Give a file's space back."""
+        if fd in self._open:
+            self._open.remove(fd)
+            os.close(fd)
 
     def grow(self, nbytes: int) -> None:
         self.live_bytes += nbytes
         self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+
+
+def _nameless_file(folder: Path) -> int:
+    """A descriptor of an empty file that nobody else can open, and whose space is free once it is closed."""
+    fd, name = tempfile.mkstemp(prefix=".tiler-", dir=folder)
+    try:
+        os.unlink(name)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
 
 
 def free_bytes(folder: Path) -> int:
@@ -89,7 +117,7 @@ class Rows:
         largest = float(torch.maximum(-low, high))
         if not math.isfinite(largest):
             raise NumericalError(
-                f"NaN or Inf in the autoencoder, row {self.count - n} of {self.channels} channels; the VAE's weights may be damaged"
+                f"NaN or Inf in the autoencoder, row {self.count - n} of {self.channels} channels; compare the checksum of the VAE's weights with the original's"
             )
         fits = self.scratch.dtype != torch.float16 or largest <= FP16_ROOM
         scale = 1.0 if fits else 2.0 ** math.ceil(math.log2(largest / FP16_ROOM))
@@ -136,7 +164,6 @@ class Rows:
 
     def close(self) -> None:
         """Give the space back. Not before the rows that took its place are closed."""
-        if self.fd >= 0:
-            os.close(self.fd)
+        self.scratch.close(self.fd)
         self.fd = -1
         self.scratch.grow(-self.stored_bytes)

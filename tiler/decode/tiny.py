@@ -6,7 +6,7 @@ tiny model was trained to give.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING
 
 import torch
@@ -66,7 +66,7 @@ def decoder_stages(decoder: nn.Module) -> list[Stage]:
 
 def decode(
     vae: AutoencoderTiny, latents: Latents, *, check: Check, progress: Callable[[float], None] = lambda share: None
-) -> Iterator[Tensor]:
+) -> Generator[Tensor]:
     """latents: (1, C, h, w) fp32, divided by the tiny model's scaling_factor → strips (3, n, 8w) fp32 in about [-1, 1]."""
     stages, height, row = decoder_stages(vae.decoder), latents.shape[2], 0
     for strip in latent_strips(latents, strip_rows(latents.shape[3])):

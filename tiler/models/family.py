@@ -5,8 +5,7 @@ Builds diffusers' and transformers' own modules on the meta device; no class nam
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from tiler.errors import ModelError
 from tiler.memory.lean_imports import lean_imports
+from tiler.models import bounds
 from tiler.weights.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
@@ -27,17 +27,6 @@ _OTHERS = {
     "StableDiffusionXL": "SDXL", "StableDiffusion3": "Stable Diffusion 3", "Flux": "Flux", "PixArt": "PixArt",
     "Inpaint": "an inpainting model", "InstructPix2Pix": "an InstructPix2Pix model", "Upscale": "an upscaler",
     "Kandinsky": "Kandinsky", "WuerstchenCombined": "Würstchen", "Video": "a video model", "LatentConsistency": "",
-}  # fmt: skip
-# Bounds on config numbers: nothing is allocated from a value outside them.
-_BOUNDS: Mapping[str, tuple[int, int]] = {
-    "in_channels": (1, 64), "out_channels": (1, 64), "latent_channels": (1, 64), "sample_size": (1, 4096),
-    "cross_attention_dim": (1, 8192), "norm_num_groups": (1, 256), "hidden_size": (1, 8192), "vocab_size": (2, 1_000_000),
-    "num_hidden_layers": (1, 128), "num_attention_heads": (1, 128), "intermediate_size": (1, 65_536),
-    "max_position_embeddings": (1, 4096),
-}  # fmt: skip
-_LIST_BOUNDS: Mapping[str, tuple[int, int]] = {
-    "block_out_channels": (1, 8192), "layers_per_block": (1, 16), "attention_head_dim": (1, 512),
-    "transformer_layers_per_block": (1, 64), "num_attention_heads": (1, 128),
 }  # fmt: skip
 
 
@@ -109,7 +98,11 @@ def read_family(checkpoint: Checkpoint) -> Family:
         if what and word.lower() in name.lower():
             raise ModelError(f"{checkpoint.name}: this is {what} ({name}); tiler supports Stable Diffusion 1.x and 2.x")
     parts = {}
-    for part, want in (("unet", "UNet2DConditionModel"), ("vae", "AutoencoderKL"), ("text_encoder", None)):
+    for part, want, check in (
+        ("unet", "UNet2DConditionModel", bounds.check_unet),
+        ("vae", "AutoencoderKL", bounds.check_vae),
+        ("text_encoder", None, bounds.check_text),
+    ):
         if part == "unet" and not (checkpoint.folder / part).is_dir() and (checkpoint.folder / "transformer").is_dir():
             raise ModelError(
                 f"{checkpoint.name}: this is a diffusion transformer ({name}); tiler supports Stable Diffusion 1.x and 2.x"
@@ -123,7 +116,7 @@ def read_family(checkpoint: Checkpoint) -> Family:
             raise ModelError(
                 f"{checkpoint.folder / part}/config.json: auto_map asks to run code from the checkpoint; refused"
             )
-        _check_bounds(f"{checkpoint.folder / part}/config.json", config)
+        check(f"{checkpoint.folder / part}/config.json", config)
         parts[part] = config
     unet, vae, text = parts["unet"], parts["vae"], parts["text_encoder"]
     if unet.get("addition_embed_type") == "text_time" or unet.get("cross_attention_dim") == 2048:
@@ -146,18 +139,18 @@ def read_family(checkpoint: Checkpoint) -> Family:
         raise ModelError(
             f"{checkpoint.name}: the VAE's factor is {2 ** (len(vae['block_out_channels']) - 1)}; tiler supports 8"
         )
+    bounds.check_prediction(f"{checkpoint.folder / 'unet'}/config.json", unet)
     _check_unet_kind(f"{checkpoint.folder / 'unet'}/config.json", unet)
-    if not isinstance(unet.get("sample_size", 64), int):
-        raise ModelError(f"{checkpoint.folder}/unet/config.json: sample_size {unet['sample_size']!r} is not one number")
     scheduler = checkpoint.config("scheduler", "scheduler_config.json")
     return Family(checkpoint=checkpoint, unet=unet, vae=vae, text=text, scheduler=scheduler)
 
 
-_BLOCKS = {"DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D", "UNetMidBlock2DCrossAttn", None}
+_BLOCKS = ("DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D", "UNetMidBlock2DCrossAttn", None)
 _FOREIGN = (
     "class_embed_type", "addition_embed_type", "time_cond_proj_dim", "encoder_hid_dim_type", "dual_cross_attention",
     "center_input_sample", "time_embedding_act_fn", "attention_type", "only_cross_attention", "resnet_time_scale_shift",
-    "resnet_skip_time_act",
+    "resnet_skip_time_act", "encoder_hid_dim", "num_class_embeds", "class_embeddings_concat", "cross_attention_norm",
+    "mid_block_only_cross_attention", "timestep_post_act", "time_embedding_type",
 )  # fmt: skip
 
 
@@ -170,26 +163,10 @@ def _check_unet_kind(where: str, unet: dict[str, Any]) -> None:
                 f"{where}: blocks of type {block!r} are not supported; tiler supports Stable Diffusion 1.x and 2.x"
             )
     for key in _FOREIGN:
-        if unet.get(key) not in (None, False, "default"):
+        if unet.get(key) not in (None, False, "default", "positional"):
             raise ModelError(
                 f"{where}: {key} = {unet[key]!r} is not supported; tiler supports Stable Diffusion 1.x and 2.x"
             )
-
-
-def _check_bounds(where: str, config: dict[str, Any]) -> None:
-    needed = ("block_out_channels",) if "block_out_channels" in config or "sample_size" in config else ("hidden_size",)
-    for key in needed:
-        if key not in config:
-            raise ModelError(f"{where}: {key!r} is missing; download it again")
-    for key, value in config.items():
-        low, high = _LIST_BOUNDS.get(key) or _BOUNDS.get(key) or (0, 0)
-        if not high or value is None:
-            continue
-        values = value if isinstance(value, list) and key in _LIST_BOUNDS else [value]
-        if not values or len(values) > 16 or not all(type(v) is int and low <= v <= high for v in values):
-            raise ModelError(f"{where}: {key} = {str(value)[:60]} is out of range ({low}–{high})")
-    if (eps := config.get("norm_eps")) is not None and not (isinstance(eps, float) and math.isfinite(eps)):
-        raise ModelError(f"{where}: norm_eps = {eps!r} is not a number")
 
 
 def build_unet(family: Family) -> UNet2DConditionModel:
@@ -226,10 +203,7 @@ def read_tiny(checkpoint: Checkpoint, family: Family) -> VaeSpec:
             raise ModelError(
                 f"{where}: {key} = {config[key]!r}, {family.checkpoint.name} needs {want!r}; use another --tiny-vae"
             )
-    for key in ("decoder_block_out_channels", "encoder_block_out_channels", "num_decoder_blocks", "num_encoder_blocks"):
-        values = config.get(key, [64] * 4)
-        if len(values) != 4 or not all(type(v) is int and 1 <= v <= 1024 for v in values):
-            raise ModelError(f"{where}: {key} = {str(values)[:60]} is not four numbers in 1–1024")
+    bounds.check_tiny(where, config)
     return VaeSpec(checkpoint=checkpoint, part="", config=config, tiny=True)
 
 

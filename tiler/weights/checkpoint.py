@@ -5,28 +5,28 @@ Reads JSON and safetensors only; a pickle is refused. Knows file names, not what
 
 from __future__ import annotations
 
-import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tiler.errors import ModelError, OfflineError
-from tiler.weights.index import TensorInfo, merge_indexes, open_regular
-
-MAX_CONFIG_BYTES = 1_000_000
-_STEMS = ("diffusion_pytorch_model", "model")
-_NEEDED = ["model_index.json", "*/config.json", "scheduler/*.json", "tokenizer/*"]
+from tiler.errors import ModelError
+from tiler.weights import hub
+from tiler.weights.flavours import PICKLES, choose_flavour, find_weights, flavours, names_in, read_json
+from tiler.weights.index import TensorInfo, merge_indexes
+from tiler.weights.places import expand
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A folder in diffusers layout. `variant` is the preferred flavour of weight files ("fp16")."""
+    """A folder in diffusers layout. `variant` is the preferred flavour of weight files ("fp16"). `notes` tell of files that
+    are not those a user might expect."""
 
     name: str
     folder: Path
     variant: str | None
     revision: str | None = None
+    repository: str | None = None  # its id on the hub, if it came from there
+    notes: tuple[str, ...] = ()
 
     def config(self, part: str, file: str = "config.json") -> dict[str, Any]:
         """The JSON object of one part ("" is the top level). Raises ModelError."""
@@ -34,147 +34,84 @@ class Checkpoint:
 
     def weights(self, part: str) -> dict[str, TensorInfo]:
         """The index of one part's weight files. Raises ModelError."""
-        return merge_indexes(weight_files(self.folder / part, self.variant))
+        return merge_indexes(list(find_weights(self.folder / part, self.variant, self._fetch(part)).files))
 
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a small regular file. Raises ModelError."""
-    fd = open_regular(path)
-    try:
-        raw = os.read(fd, MAX_CONFIG_BYTES + 1)
-    finally:
-        os.close(fd)
-    if len(raw) > MAX_CONFIG_BYTES:
-        raise ModelError(f"{path}: larger than {MAX_CONFIG_BYTES} bytes; this is no model config")
-    try:
-        data = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: not valid JSON; download it again") from error
-    if not isinstance(data, dict):
-        raise ModelError(f"{path}: not a JSON object; download it again")
-    return data
-
-
-def weight_files(folder: Path, variant: str | None) -> list[Path]:
-    """The safetensors files of a part: the asked variant, else fp16, else plain; one file or the shards of an index."""
-    flavours = [f".{variant}"] if variant else [".fp16", ""]
-    for flavour in flavours:
-        for stem in _STEMS:
-            for name in (f"{stem}{flavour}.safetensors.index.json", f"{stem}.safetensors.index{flavour}.json"):
-                if (folder / name).exists():
-                    shards = read_json(folder / name).get("weight_map", {})
-                    files = sorted(set(shards.values())) if isinstance(shards, dict) else []
-                    if not files or not all(isinstance(f, str) and Path(f).name == f for f in files):
-                        raise ModelError(f"{folder / name}: weight_map does not name the shards; download it again")
-                    return [folder / f for f in files]
-            if (folder / f"{stem}{flavour}.safetensors").exists():
-                return [folder / f"{stem}{flavour}.safetensors"]
-    found = sorted(p.name for p in folder.glob("*")) if folder.is_dir() else []
-    if pickles := [f for f in found if f.endswith((".bin", ".ckpt", ".pt", ".pth"))]:
-        raise ModelError(
-            f"{folder / pickles[0]}: a pickle can run code when it is opened, so tiler reads safetensors only; "
-            "convert it elsewhere (diffusers: pipe.save_pretrained(FOLDER, safe_serialization=True))"
-        )
-    what = f"variant {variant!r} of the weights" if variant else "*.safetensors"
-    raise ModelError(f"{folder}: no {what} here; found {', '.join(found[:6]) or 'nothing'}")
+    def _fetch(self, part: str) -> str:
+        if self.repository is None:
+            return ""
+        pattern = f"{part}/*.safetensors*" if part else "*.safetensors*"
+        options = f" --revision {self.revision}" if self.revision else ""
+        return f"run: hf download {self.repository} --include '{pattern}'{options}"
 
 
 def resolve(model: str, *, variant: str | None = None, revision: str | None = None) -> Checkpoint:
-    """`mini`, a folder, or a hub id → Checkpoint. Raises ModelError, OfflineError."""
+    """`mini`, a folder, or a hub id → Checkpoint. Raises ModelError, OfflineError, StorageError."""
     if model == "mini":
         folder = Path(__file__).parents[1] / "models" / "mini"
         return Checkpoint(name="mini", folder=folder, variant=None)
-    path = Path(model).expanduser()
+    path = expand(model)
     if path.is_dir():
-        if not (path / "model_index.json").is_file():
-            raise ModelError(
-                f"{path}: no model_index.json here; --model takes a folder in diffusers layout or a hub id"
-            )
-        return Checkpoint(name=model, folder=path, variant=variant)
+        if (cached := hub.cached_repository(path, revision)) is not None:
+            return _checkpoint(cached[0], cached[1], variant, repository=cached[0])
+        return _checkpoint(model, path, variant)
     if path.exists():
-        kind = (
-            "a pickle; tiler reads safetensors only"
-            if path.suffix in (".ckpt", ".pt", ".bin", ".pth")
-            else "a single file"
-        )
+        kind = "a pickle; tiler reads safetensors only" if path.suffix in PICKLES else "a single file"
         raise ModelError(f"{path}: this is {kind}; --model takes a folder in diffusers layout or a hub id")
-    if not _is_hub_id(model):
+    if not hub.is_hub_id(model):
         raise ModelError(
             f"{model}: no such folder; --model takes `mini`, a folder in diffusers layout or a hub id like org/name"
         )
-    return _from_hub(model, variant, revision)
+    return _checkpoint(model, hub.from_hub(model, variant, revision), variant, repository=model)
 
 
 def resolve_part(model: str) -> Checkpoint:
-    """A folder or hub id that holds a single model, config.json beside its weights. Raises ModelError, OfflineError."""
-    path = Path(model).expanduser()
+    """A folder or hub id that holds a single model, config.json beside its weights. Raises ModelError, OfflineError,
+    StorageError."""
+    path = expand(model)
     if path.is_dir():
-        return Checkpoint(name=model, folder=path, variant=None)
-    if path.exists() or not _is_hub_id(model):
+        repository, folder = hub.cached_repository(path, None) or (None, path)
+        return Checkpoint(name=repository or model, folder=folder, variant=None, repository=repository)
+    if path.exists() or not hub.is_hub_id(model):
         raise ModelError(
             f"{model}: no such folder; --tiny-vae takes a folder with config.json or a hub id like org/name"
         )
-    files = ["config.json", "*.safetensors"]
-    folder = _snapshot(model, None, files, local_only=True) or _snapshot(model, None, files, local_only=False)
-    assert folder is not None  # with the network, _snapshot raises instead
-    return Checkpoint(name=model, folder=folder, variant=None, revision=folder.name)
+    folder = hub.single_from_hub(model)
+    return Checkpoint(name=model, folder=folder, variant=None, revision=folder.name, repository=model)
 
 
-def _is_hub_id(model: str) -> bool:
-    parts = model.split("/")
-    return len(parts) == 2 and all(parts) and not model.startswith((".", "~", "/"))
-
-
-def _offline(model: str, revision: str | None, files: list[str], state: str = "is not in the cache") -> str:
-    command = f"hf download {model} " + " ".join(f"--include '{p}'" for p in files)
-    command += f" --revision {revision}" if revision else ""
-    return f"{model} {state} and the hub cannot be reached; where there is a network, run: {command}"
-
-
-def _snapshot(model: str, revision: str | None, files: list[str], local_only: bool) -> Path | None:
-    """huggingface_hub's folder of a repository. With `local_only`, None when nothing of it is in the cache."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=files, local_files_only=local_only))
-    except LocalEntryNotFoundError as error:
-        if local_only:
-            return None
-        raise OfflineError(_offline(model, revision, files)) from error
-    except (RepositoryNotFoundError, RevisionNotFoundError, GatedRepoError) as error:
+def _checkpoint(name: str, folder: Path, variant: str | None, repository: str | None = None) -> Checkpoint:
+    if not (folder / hub.INDEX).is_file():
+        within = [child for child in names_in(folder) if (folder / child / hub.INDEX).is_file()]
         raise ModelError(
-            f"{model}: the hub refuses it ({type(error).__name__}); check the id, the revision and `hf auth login`"
-        ) from error
-    except (HfHubHTTPError, OSError) as error:
-        raise OfflineError(_offline(model, revision, files)) from error
-
-
-def _from_hub(model: str, variant: str | None, revision: str | None) -> Checkpoint:
-    flavour = f".{variant}" if variant else ".fp16"
-    files = [*_NEEDED, *(f"{part}/*{flavour}*.safetensors*" for part in ("unet", "vae", "text_encoder"))]
-    for include in (files, [*_NEEDED, *(f"{part}/*.safetensors*" for part in ("unet", "vae", "text_encoder"))]):
-        for local_only in (True, False):
-            folder = _snapshot(model, revision, include, local_only)
-            if folder is None:
-                continue
-            if _complete(folder, variant):
-                return Checkpoint(name=model, folder=folder, variant=variant, revision=folder.name)
-            if os.environ.get("HF_HUB_OFFLINE") == "1":
-                break
-    raise OfflineError(_offline(model, revision, files, "is in the cache only in part"))
-
-
-def _complete(folder: Path, variant: str | None) -> bool:
-    try:
-        return all(
-            all(f.exists() for f in weight_files(folder / part, variant)) for part in ("unet", "vae", "text_encoder")
+            f"{folder}: no {hub.INDEX} here; --model takes a folder in diffusers layout or a hub id"
+            + (f"; did you mean {folder / within[0]}?" if within else "")
         )
-    except ModelError:
-        return False
+    return Checkpoint(
+        name=name, folder=folder, variant=variant, revision=None if repository is None else folder.name,
+        repository=repository, notes=tuple(_notes(name, folder, variant)),
+    )  # fmt: skip
+
+
+def _notes(name: str, folder: Path, variant: str | None) -> list[str]:
+    """Of the parts whose weights are there. Raises ModelError where none of them has the asked variant."""
+    parts = [part for part, weighted in hub.parts_of(read_json(folder / hub.INDEX)).items() if weighted]
+    names = {part: here for part in parts if flavours(here := names_in(folder / part))}
+    lacking = [part for part, here in names.items() if variant and variant not in flavours(here)]
+    if names and len(lacking) == len(names):
+        known = sorted({flavour or "plain" for here in names.values() for flavour in flavours(here)})
+        raise ModelError(
+            f"{name}: no part has weights of variant {variant!r}, only {', '.join(known)}; give another --variant, or none"
+        )
+    notes, others = [], []
+    for part, here in names.items():
+        flavour = choose_flavour(here, variant)
+        if part in lacking and flavour is not None:
+            others.append(f"{part} ({flavour or 'plain'})")
+        try:
+            note = find_weights(folder / part, variant).note
+        except ModelError:
+            continue  # told when the part is opened
+        notes += [note] if note else []
+    if others:
+        notes.insert(0, f"{name} has no {variant} weights of {', '.join(others)}: those are read")
+    return notes

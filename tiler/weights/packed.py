@@ -20,6 +20,7 @@ import torch
 from tiler.errors import ModelError, StorageError
 from tiler.files import atomic
 from tiler.weights.index import TensorInfo, open_regular, read_index, read_metadata
+from tiler.weights.places import cache_home
 from tiler.weights.store import SCALE, TORCH_DTYPES, WeightStore
 
 VERSION = "4"  # of the rules: which layers, which scales
@@ -32,7 +33,7 @@ Quantise = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 def default_cache() -> Path:
     """Where packed files lie unless --cache-dir says otherwise."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tiler" / "packed"
+    return cache_home() / "tiler" / "packed"
 
 
 def packed_index(

@@ -1,0 +1,170 @@
+"""The numbers in a model's configs, checked before anything is built or allocated from them.
+
+A wrong one would otherwise show itself as a picture that is black or wrong, hours later, with the weights under suspicion.
+Fields that are not read here, or by the modules that a config builds, may say what they like.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
+
+from tiler.errors import ModelError
+
+Config = Mapping[str, Any]
+MAX_BLOCKS = 16
+
+
+def check_unet(where: str, config: Config) -> None:
+    """A UNet2DConditionModel's config, read from the file `where`. Raises ModelError, naming the field."""
+    _need(where, config, "block_out_channels")
+    _whole(where, config, in_channels=(1, 64), out_channels=(1, 64), cross_attention_dim=(1, 8192))
+    _whole(
+        where, config, sample_size=(1, 4096), norm_num_groups=(1, 256), conv_in_kernel=(1, 9), conv_out_kernel=(1, 9)
+    )
+    _whole(where, config, may_be_null=True, num_attention_heads=(1, 128), time_embedding_dim=(1, 65_536))
+    _whole(where, config, downsample_padding=(0, 1))
+    _number(where, config, norm_eps=(1e-12, 0.1), freq_shift=(0, 1))
+    _number(where, config, resnet_out_scale_factor=(1e-3, 1e3), mid_block_scale_factor=(1e-3, 1e3))
+    _flags(where, config, "flip_sin_to_cos", "use_linear_projection", "upcast_attention")
+    levels = _widths(where, config, 4, ("down_block_types", "up_block_types"))
+    _each(where, config, levels, layers_per_block=(1, 16), attention_head_dim=(1, 512))
+    _each(where, config, levels, transformer_layers_per_block=(1, 64))
+    for key in ("conv_in_kernel", "conv_out_kernel"):
+        if config.get(key, 3) % 2 == 0:
+            _refuse(where, key, config[key], "an odd number")
+
+
+def check_prediction(where: str, config: Config) -> None:
+    """That a UNet gives as many channels as it takes. Raises ModelError."""
+    taken = config.get("in_channels", 4)
+    if (given := config.get("out_channels", 4)) != taken:
+        _refuse(
+            where,
+            "out_channels",
+            given,
+            f"it must be {taken}, as in_channels: tiler uses predictions alone, no variances",
+        )
+
+
+def check_vae(where: str, config: Config) -> None:
+    """An AutoencoderKL's config. Raises ModelError, naming the field."""
+    _need(where, config, "block_out_channels")
+    _whole(where, config, latent_channels=(1, 64), layers_per_block=(1, 16), norm_num_groups=(1, 256))
+    _whole(where, config, in_channels=(3, 3), out_channels=(3, 3))
+    _whole(where, config, may_be_null=True, sample_size=(1, 65_536))
+    _number(where, config, scaling_factor=(1e-3, 1e3))
+    _number(where, config, may_be_null=True, shift_factor=(-1e3, 1e3))
+    _flags(where, config, "use_quant_conv", "use_post_quant_conv", "mid_block_add_attention")
+    _widths(where, config, 1, ("down_block_types", "up_block_types"))
+    # What decode/rows.py would leave out, or do otherwise.
+    for key, known in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
+        for kind in config.get(key, []):
+            if kind != known:
+                raise ModelError(f"{where}: {key} names {str(kind)[:60]!r}; tiler supports {known}")
+    if config.get("act_fn", "silu") not in ("silu", "swish"):
+        raise ModelError(f"{where}: act_fn = {str(config['act_fn'])[:60]!r} is not supported; tiler supports silu")
+
+
+def check_tiny(where: str, config: Config) -> None:
+    """An AutoencoderTiny's config. Raises ModelError, naming the field."""
+    _whole(where, config, latent_channels=(1, 64), in_channels=(3, 3), out_channels=(3, 3))
+    _number(where, config, scaling_factor=(1e-3, 1e3))
+    for key in ("decoder_block_out_channels", "encoder_block_out_channels", "num_decoder_blocks", "num_encoder_blocks"):
+        values = config.get(key, [64] * 4)
+        if not isinstance(values, list) or len(values) != 4 or not all(_is_whole(v, 1, 1024) for v in values):
+            _refuse(where, key, values, "four whole numbers, 1–1024")
+
+
+def check_text(where: str, config: Config) -> None:
+    """A CLIPTextModel's config. Raises ModelError, naming the field."""
+    _need(where, config, "hidden_size")
+    _whole(where, config, hidden_size=(1, 8192), vocab_size=(2, 1_000_000), intermediate_size=(1, 65_536))
+    _whole(where, config, num_hidden_layers=(1, 128), num_attention_heads=(1, 128), max_position_embeddings=(2, 4096))
+    _whole(where, config, may_be_null=True, projection_dim=(0, 65_536))
+    _number(where, config, layer_norm_eps=(1e-12, 0.1))
+    heads = config.get("num_attention_heads", 8)
+    if config["hidden_size"] % heads:
+        _refuse(where, "hidden_size", config["hidden_size"], f"a multiple of num_attention_heads, {heads}")
+
+
+def _refuse(where: str, key: str, value: object, rule: str) -> NoReturn:
+    shown = repr(value)
+    shown = shown if len(shown) <= 60 else shown[:60] + "…"
+    raise ModelError(f"{where}: {key} = {shown} is out of range: {rule}. Correct this file or download it again")
+
+
+def _need(where: str, config: Config, key: str) -> None:
+    if key not in config:
+        raise ModelError(f"{where}: {key!r} is missing; download it again")
+
+
+def _is_whole(value: object, low: float, high: float) -> bool:
+    return isinstance(value, int) and type(value) is not bool and low <= value <= high
+
+
+def _is_number(value: object, low: float, high: float) -> bool:
+    """For numbers only: neither true nor a text is one, nor NaN or Infinity, which Python's reader of JSON takes."""
+    return isinstance(value, int | float) and type(value) is not bool and low <= value <= high
+
+
+def _whole(where: str, config: Config, *, may_be_null: bool = False, **bounds: tuple[int, int]) -> None:
+    _within(where, config, _is_whole, "a whole number", may_be_null, bounds)
+
+
+def _number(where: str, config: Config, *, may_be_null: bool = False, **bounds: tuple[float, float]) -> None:
+    _within(where, config, _is_number, "a number", may_be_null, bounds)
+
+
+def _within(
+    where: str,
+    config: Config,
+    test: Callable[[object, float, float], bool],
+    kind: str,
+    may_be_null: bool,
+    bounds: Mapping[str, tuple[float, float]],
+) -> None:
+    for key, (low, high) in bounds.items():
+        if key not in config or (may_be_null and config[key] is None):
+            continue
+        if not test(config[key], low, high):
+            span = f"{low:g}" if low == high else f"{low:g} to {high:g}"
+            _refuse(where, key, config[key], f"it must be {kind}, {span}" + (", or null" if may_be_null else ""))
+
+
+def _flags(where: str, config: Config, *keys: str) -> None:
+    """diffusers takes whatever Python calls true, the text "false" included."""
+    for key in keys:
+        if key in config and config[key] is not None and type(config[key]) is not bool:
+            _refuse(where, key, config[key], "it must be true or false")
+
+
+def _widths(where: str, config: Config, default: int, kinds: tuple[str, ...]) -> int:
+    """Check block_out_channels, and that the lists of block types are as long; how many levels there are. `default` is how
+    many types diffusers takes where a list is left out."""
+    widths = config["block_out_channels"]
+    if (
+        not isinstance(widths, list)
+        or not 1 <= len(widths) <= MAX_BLOCKS
+        or not all(_is_whole(w, 1, 8192) for w in widths)
+    ):
+        _refuse(where, "block_out_channels", widths, f"it must be a list of 1 to {MAX_BLOCKS} whole numbers, 1–8192")
+    groups = config.get("norm_num_groups", 32)
+    if any(width % groups for width in widths):
+        _refuse(where, "block_out_channels", widths, f"multiples of norm_num_groups, {groups}")
+    for key in kinds:
+        types = config.get(key, [""] * default)
+        if not isinstance(types, list) or len(types) != len(widths) or not all(isinstance(t, str) for t in types):
+            _refuse(where, key, types, f"it must be a list of {len(widths)} names, one for each of block_out_channels")
+    return len(widths)
+
+
+def _each(where: str, config: Config, levels: int, **bounds: tuple[int, int]) -> None:
+    """Fields that hold one number, or one for each level."""
+    for key, (low, high) in bounds.items():
+        if key not in config:
+            continue
+        value = config[key]
+        values = value if isinstance(value, list) else [value] * levels
+        if len(values) != levels or not all(_is_whole(v, low, high) for v in values):
+            _refuse(where, key, value, f"it must be one whole number, {low}–{high}, or a list of {levels}")

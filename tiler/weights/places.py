@@ -1,0 +1,35 @@
+"""Folders of the user's, also where there is no home: in a container, or under a user id that nobody knows."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from tiler.errors import UsageError
+
+
+def cache_home() -> Path:
+    """Where programs keep what can be made again: $XDG_CACHE_HOME, ~/.cache, or a folder of this user's among the temporary
+    ones where no home is known."""
+    if given := os.environ.get("XDG_CACHE_HOME"):
+        return Path(given)
+    try:
+        return Path.home() / ".cache"
+    except RuntimeError:
+        return Path(tempfile.gettempdir()) / f"tiler-{os.getuid()}"
+
+
+def hub_cache() -> Path:
+    """The folder of huggingface_hub's repositories, where that library has it by itself if there is a home."""
+    given = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
+    home = os.environ.get("HF_HOME") or str(cache_home() / "huggingface")
+    return Path(os.path.expandvars(os.path.expanduser(given or os.path.join(home, "hub"))))
+
+
+def expand(path: str) -> Path:
+    """`path` with a leading ~ replaced. Raises UsageError where nobody's home is known by that name."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UsageError(f"{path}: the home folder of this user is not known; write the whole path") from error
