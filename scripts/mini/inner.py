@@ -1,0 +1,19 @@
+"""The only module here that knows inner parts of `tiler`: where the tiles of a canvas begin and end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tiler import RenderRequest
+from tiler.models.family import read_family
+from tiler.planner import cut_work
+from tiler.weights.checkpoint import resolve
+
+
+def tile_borders(model: str, width: int, height: int) -> tuple[set[int], set[int]]:
+    """Rows and columns of pixels at which tiles begin or end, the canvas's own edges left out."""
+    request = RenderRequest(prompt="x", output=Path("x.png"), model=model, width=width, height=height)
+    tiles = cut_work(request, read_family(resolve(model))).regions
+    rows = {8 * edge for tile in tiles for edge in (tile.top, tile.top + tile.height)}
+    columns = {8 * edge for tile in tiles for edge in (tile.left, tile.left + tile.width)}
+    return rows - {0, height}, columns - {0, width}
