@@ -9,7 +9,7 @@ import art
 import numpy as np
 import torch
 import torch.nn.functional as F
-from art import Scene
+from art import Body, Scene, Thing
 from captions import as_seen
 from labels import ATTRIBUTES, OBJECTS, attribute_loss, labels
 from machine import DEVICE, autocast
@@ -21,6 +21,7 @@ from workshop import Workshop, log, to_tensor
 SIDE = 128  # px, what it sees
 FEATURES = 64
 _BATCH = 48
+_LEAST_DISC = 0.001  # of the picture: less of a disc is hidden
 _SECOND_DISC = 0.2  # share of drawings with a disc that get another one
 
 
@@ -84,18 +85,28 @@ def _batch(rng: np.random.Generator) -> tuple[Tensor, dict[str, Tensor]]:
 def with_second_disc(scene: Scene, rng: np.random.Generator) -> Scene:
     """A mistake that a model could make and our drawings never do: counting needs examples of it."""
     first = scene.discs[0]
-    x = rng.uniform(0.12, 0.88) * scene.aspect
-    while abs(x - first.x) < 2.5 * first.radius:
-        x = rng.uniform(0.12, 0.88) * scene.aspect
-    other = replace(first, x=x, y=rng.uniform(0.12, 0.35), radius=first.radius * rng.uniform(0.6, 1.1))
+    right = first.x < 0.5 * scene.aspect  # where there is more room
+    room = 0.95 * scene.aspect - first.x if right else first.x - 0.05 * scene.aspect
+    apart = rng.uniform(2.1 * first.radius, max(2.2 * first.radius, room))
+    x = first.x + apart if right else first.x - apart
+    other = replace(first, x=x, y=rng.uniform(0.12, 0.35), radius=first.radius * rng.uniform(0.6, 1.0))
     return replace(scene, discs=(first, other))
 
 
 def draw_labelled(scenes: list[Scene]) -> tuple[Tensor, dict[str, Tensor]]:
     """Pictures (n, 3, 128, 128) and what can be seen in them."""
     drawings = [art.draw(scene, None, SIDE, SIDE) for scene in scenes]
-    seen = [as_seen(scene, shares_of(d.things)) for scene, d in zip(scenes, drawings, strict=True)]
+    seen = [_as_seen(scene, drawing.things) for scene, drawing in zip(scenes, drawings, strict=True)]
     return to_tensor(np.stack([d.pixels for d in drawings])), labels(seen)
+
+
+def _as_seen(scene: Scene, things: np.ndarray) -> Scene:
+    """The scene without what is hidden, each of its discs by itself."""
+    side = len(things)
+    y, x = np.mgrid[:side, :side] / side
+    shown = things == Thing.BODY.number
+    discs = [d for d in scene.discs if (shown & (np.hypot(x - d.x, y - d.y) < d.radius)).mean() > _LEAST_DISC]
+    return replace(as_seen(scene, shares_of(things)), body=scene.body if discs else Body.NONE, discs=tuple(discs))
 
 
 def _roughened(pictures: Tensor) -> Tensor:
