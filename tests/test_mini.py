@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
 
+import tiler
 from tiler import Budget, RenderRequest, render
 from tiler.memory.process import read_rss
 from tiler.models.family import read_family
@@ -26,8 +27,7 @@ from tiler.models.text import load_tokenizer
 from tiler.weights.checkpoint import resolve
 
 FOLDER = resolve("mini").folder
-SCRIPTS = Path(__file__).parents[1] / "scripts/mini"
-sys.path.insert(0, str(SCRIPTS))
+sys.path.insert(0, str(Path(tiler.__file__).parents[1] / "scripts/mini"))
 
 import art  # noqa: E402
 import captions  # noqa: E402
