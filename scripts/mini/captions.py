@@ -1,161 +1,206 @@
-"""What a scene, or a crop of it, is called: a grammar over attributes, several captions for each scene.
-
-Knows nothing of drawing beyond bounding boxes: a crop is captioned by what its rectangle shows.
-"""
+"""What a scene, or a view of it, is called: a grammar over its attributes, with many words for each."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+from enum import StrEnum
+
 import numpy as np
-from scenes import Scene
-from shapes import View, bounds
+from art import WET, Body, Front, Scene, Side, Style, Terrain, Thing
 
 PALETTE_WORDS = {
-    "dusk": ("at dusk", "at twilight", "in the evening", "in purple dusk light"),
-    "dawn": ("at dawn", "at daybreak", "in the early morning", "in soft pink morning light"),
-    "night": ("at night", "by night", "under a dark night sky", "in the night"),
-    "noon": ("at noon", "in bright daylight", "on a clear day", "under a blue sky"),
-    "autumn": ("in autumn", "in fall colours", "in autumn colors", "in golden autumn light"),
-    "mint": ("in mint green", "in mint tones", "in pale green light", "in mint colours"),
-    "sunset": ("at sunset", "in red sunset light", "under a red sky", "at sundown"),
-    "winter": ("in winter", "in cold winter light", "on a winter day", "in pale blue winter tones"),
+    "dawn": ("at dawn", "at daybreak", "in the early morning", "in soft morning light", "at sunrise"),
+    "noon": ("at noon", "in bright daylight", "on a clear day", "under a blue sky", "in summer"),
+    "sunset": ("at sunset", "at sundown", "under a red sky", "in red evening light"),
+    "dusk": ("at dusk", "at twilight", "in the evening", "in purple evening light", "after sunset"),
+    "night": ("at night", "by night", "under a dark blue night sky", "in the night"),
+    "autumn": ("in autumn", "in fall colours", "in autumn colors", "in rust and ochre"),
+    "winter": ("in winter", "in cold winter light", "on a winter day", "in pale winter tones"),
+    "ink": ("in black ink", "in black and white", "in grey ink", "in monochrome"),
+    "jade": ("in jade green", "in green tones", "in mint green", "in pale green light"),
+    "spring": ("in spring", "in pink and lilac", "in cherry blossom time", "in pink light"),
+    "storm": ("on a stormy day", "before the storm", "on a grey rainy day", "in gloomy light"),
+    "desert": ("in the heat", "in terracotta and turquoise", "in warm desert light", "in the afternoon"),
+    "moonlight": ("in moonlight", "on a moonlit night", "in teal moonlight", "in dark teal"),
+    "indigo": ("in indigo blue", "in prussian blue", "in blue and cream", "in blue tones"),
+    "gold": ("in golden light", "at golden hour", "in gold and brown", "in sepia"),
+    "coral": ("in coral light", "in coral and blue", "in the glow of the evening", "in peach light"),
 }
 TERRAIN_WORDS = {
-    "mountains": ("mountains", "a mountain range", "rugged mountains", "mountain peaks"),
-    "misty mountains": ("misty mountains", "foggy mountains", "mountains in the mist"),
-    "snowy mountains": ("snow-capped mountains", "snowy mountains", "mountains with snow"),
-    "hills": ("rolling hills", "hills", "soft hills", "gentle hills"),
-    "sea": ("the sea", "the ocean", "open sea", "a calm ocean"),
-    "lake": ("a mountain lake", "a lake below mountains", "a lake", "mountains by a lake"),
-    "islands": ("islands in the sea", "an island in the ocean", "islands", "the sea with islands"),
-    "skyline": ("a city skyline", "a city", "skyscrapers", "a town skyline"),
-    "skyline by the water": (
-        "a city skyline by the water",
-        "a harbour city",
-        "a city by the river",
-        "a skyline at the waterfront",
-    ),
+    Terrain.MOUNTAINS: ("mountains", "a mountain range", "rugged mountains", "mountain peaks"),
+    Terrain.MISTY: ("misty mountains", "foggy mountains", "mountains in the mist", "mountain ridges in fog"),
+    Terrain.VOLCANO: ("a volcano", "Mount Fuji", "a lone volcano", "a great mountain"),
+    Terrain.LAKE: ("a mountain lake", "a lake below mountains", "a lake", "mountains reflected in a lake"),
+    Terrain.SEA: ("the sea", "the ocean", "open sea", "a calm ocean"),
+    Terrain.ISLANDS: ("islands in the sea", "sea cliffs", "rocks in the sea", "a rocky coast"),
+    Terrain.HILLS: ("rolling hills", "hills", "soft hills", "gentle hills"),
+    Terrain.DUNES: ("sand dunes", "dunes", "a desert of dunes", "desert sands"),
+    Terrain.MESAS: ("mesas", "a canyon", "desert mesas", "table mountains"),
+    Terrain.FOREST: ("a pine forest", "a misty forest", "forest", "pine woods on slopes"),
+    Terrain.CLOUDS: ("a sea of clouds", "peaks above the clouds", "mountains above a sea of clouds"),
 }
 BODY_WORDS = {
-    "sun": ("a sun", "the sun", "a small sun"),
-    "big sun": ("a big sun", "a huge sun", "a large sun"),
-    "full moon": ("a full moon", "the full moon", "a round moon"),
-    "crescent moon": ("a crescent moon", "a thin moon", "a sickle moon"),
+    Body.SUN: ("a sun", "the sun", "a small sun"),
+    Body.BIG_SUN: ("a big sun", "a huge sun", "a large sun"),
+    Body.FULL_MOON: ("a full moon", "the moon", "a round moon", "the full moon"),
+    Body.CRESCENT: ("a crescent moon", "a thin moon", "a sickle moon"),
 }
+NO_BODY_WORDS = ("no sun", "no moon")
 SIDE_WORDS = {
-    "left": ("on the left", "at the left"),
-    "centre": ("in the centre", "in the middle", "in the center"),
-    "right": ("on the right", "at the right"),
+    Side.LEFT: ("on the left", "at the left"),
+    Side.CENTRE: ("in the centre", "in the middle", "in the center"),
+    Side.RIGHT: ("on the right", "at the right"),
 }
+STYLE_WORDS = {
+    Style.WOODBLOCK: ("woodblock print", "Japanese woodblock print", "ukiyo-e"),
+    Style.INK: ("ink wash", "ink wash painting", "sumi-e"),
+    Style.WATERCOLOUR: ("watercolour", "watercolor", "watercolour painting"),
+    Style.SCREEN: ("screen print", "flat poster", "travel poster", "national park poster"),
+}
+
+
+class Object(StrEnum):
+    """What a scene may have beside its land and its disc."""
+
+    STARS = "stars"
+    CLOUDS = "clouds"
+    AURORA = "aurora"
+    SNOW = "snow"
+    BOAT = "boat"
+    PINES = "pines"
+    WOODS = "woods"
+
+
 OBJECT_WORDS = {
-    "stars": ("stars", "a starry sky", "many stars"),
-    "clouds": ("clouds", "white clouds", "some clouds"),
-    "birds": ("birds", "a flock of birds", "flying birds"),
-    "pines": ("pine trees", "a pine forest", "fir trees"),
-    "cabin": ("a cabin", "a small house", "a hut"),
+    Object.STARS: ("stars", "a starry sky", "many stars"),
+    Object.CLOUDS: ("clouds", "a cloudy sky", "some clouds"),
+    Object.AURORA: ("northern lights", "aurora", "an aurora"),
+    Object.SNOW: ("snow", "snowy peaks", "snow-capped peaks"),
+    Object.BOAT: ("a sailing boat", "a sailboat", "a boat"),
+    Object.PINES: ("pine trees", "pines in front", "fir trees"),
+    Object.WOODS: ("woods", "trees", "bushes in front"),
 }
-PREFIX = (
-    "",
-    "",
-    "",
-    "poster of ",
-    "a travel poster of ",
-    "minimalist poster, ",
-    "a flat illustration of ",
-    "landscape, ",
-)
+_SEEN_AS = {
+    Object.CLOUDS: Thing.CLOUDS,
+    Object.SNOW: Thing.SNOW,
+    Object.BOAT: Thing.BOAT,
+    Object.PINES: Thing.PINES,
+    Object.WOODS: Thing.WOODS,
+}  # the others need sky to be seen
+_CLOSE = ("detail of ", "close-up, ", "a part of ")
 
 
-def caption(scene: Scene, rng: np.random.Generator, view: View | None = None, keep: float = 0.8) -> str:
-    """One caption; each attribute is mentioned with probability `keep` (1: everything, also that there is no
-    sun or moon). With `view`, only what the crop shows."""
+def has(scene: Scene, thing: Object) -> bool:
+    return {
+        Object.STARS: scene.stars,
+        Object.CLOUDS: scene.clouds,
+        Object.AURORA: scene.aurora,
+        Object.SNOW: scene.snow,
+        Object.BOAT: scene.boat is not None,
+        Object.PINES: scene.front is Front.PINES or scene.terrain is Terrain.FOREST,
+        Object.WOODS: scene.front is Front.WOODS,
+    }[thing]
 
-    def pick(words: tuple[str, ...]) -> str:
-        return str(words[rng.integers(len(words))])
 
-    def mention(tag: str) -> bool:
-        return visible(scene, tag, view) and rng.random() < keep
+def as_seen(scene: Scene, shares: np.ndarray) -> Scene:
+    """The scene without what the drawing of the whole, which shows `shares` of THINGS, hides behind something else."""
 
-    things = []
-    if scene.body != "none" and mention("body"):
-        side = _side(scene, view)
-        things.append(
-            pick(BODY_WORDS[scene.body])
-            + (f" {pick(SIDE_WORDS[side])}" if side and rng.random() < max(0.8, keep) else "")
-        )
-    elif scene.body == "none" and view is None and rng.random() < (1.0 if keep == 1 else 0.25):
-        things.append("no sun" if rng.random() < 0.6 else "no moon")
-    things += [pick(words) for tag, words in OBJECT_WORDS.items() if getattr(scene, tag) and mention(tag)]
-    if scene.boat and mention("boat"):
-        article = "an" if scene.boat == "orange" else "a"
-        things.append(
-            f"a {pick(('sailing boat', 'sailboat', 'boat'))} with {pick((f'{article} {scene.boat} sail', f'{scene.boat} sails'))}"
-        )
-    if scene.balloon and mention("balloon"):
-        things.append(
-            pick(
-                (
-                    f"a {scene.balloon} hot-air balloon",
-                    f"{scene.balloon} hot air balloons",
-                    f"a {scene.balloon} balloon",
-                )
-            )
-        )
+    def hidden(thing: Thing, least: float = 0.001) -> bool:
+        return _share(shares, thing) < least
+
+    if hidden(Thing.BODY, 0.0015):
+        scene = replace(scene, body=Body.NONE, discs=())
+    if hidden(Thing.PINES if scene.front is Front.PINES else Thing.WOODS):
+        scene = replace(scene, front=Front.NONE)
+    return replace(
+        scene,
+        clouds=scene.clouds and not hidden(Thing.CLOUDS),
+        snow=scene.snow and not hidden(Thing.SNOW),
+        boat=None if hidden(Thing.BOAT) else scene.boat,
+    )
+
+
+def caption(scene: Scene, rng: np.random.Generator, keep: float = 0.8, shares: np.ndarray | None = None) -> str:
+    """Mentions each attribute with probability `keep`. With `shares`, the part of a view that shows each of THINGS, only
+    what the view shows is mentioned, and no side."""
+    things = [*_body(scene, rng, keep, shares), *_objects(scene, rng, keep, shares)]
     rng.shuffle(things)
-    terrain = _terrain(scene, view)
-    parts = [pick(TERRAIN_WORDS[terrain])] if terrain and (rng.random() < max(0.95, keep) or not things) else []
-    if not parts and not things:
-        parts = ["the sky"]
-    light = pick(PALETTE_WORDS[scene.palette]) if rng.random() < max(keep, 0.85) else ""
-    if parts and things and rng.random() < 0.5:
-        text = f"{parts[0]} {light} with {_list(things)}" if light else f"{parts[0]} with {_list(things)}"
-    else:
-        text = ", ".join([*parts, *([light] if light else []), *things])
-    if view is not None and rng.random() < 0.7:
-        return f"{pick(('detail of ', 'close-up, ', 'a part of '))}{text}"
-    return pick(PREFIX) + text
+    land = scene.terrain if shares is None else _visible_terrain(scene.terrain, shares)
+    main = pick(rng, TERRAIN_WORDS[land]) if land and (rng.random() < max(0.95, keep) or not things) else ""
+    if not main and not things:
+        main = "the sky"
+    light = pick(rng, PALETTE_WORDS[scene.palette_name]) if rng.random() < max(keep, 0.8) else ""
+    style = pick(rng, STYLE_WORDS[scene.style]) if rng.random() < max(0.5, keep - 0.15) else ""
+    text = _sentence(main, light, things, rng)
+    if shares is not None and rng.random() < 0.6:
+        text = pick(rng, _CLOSE) + text
+    return _with_style(text, style, rng)
 
 
-def visible(scene: Scene, tag: str, view: View | None) -> bool:
-    """Whether the view shows at least a third of one shape of this tag (or is filled by it)."""
-    if view is None:
-        return any(shape.tag == tag for shape in scene.shapes)
-    area = (view.x1 - view.x0) * (view.y1 - view.y0)
-    for shape in scene.shapes:
-        if shape.tag != tag:
+def pick(rng: np.random.Generator, words: Sequence[str]) -> str:
+    return words[int(rng.integers(len(words)))]
+
+
+def _share(shares: np.ndarray, *things: Thing) -> float:
+    return float(sum(shares[thing.number] for thing in things))
+
+
+def _body(scene: Scene, rng: np.random.Generator, keep: float, shares: np.ndarray | None) -> list[str]:
+    if shares is not None:
+        seen = scene.body is not Body.NONE and _share(shares, Thing.BODY) > 0.02
+        return [pick(rng, BODY_WORDS[scene.body])] if seen and rng.random() < keep else []
+    if scene.body is Body.NONE:
+        return [pick(rng, NO_BODY_WORDS)] if rng.random() < (1 if keep == 1 else 0.2) else []
+    if rng.random() >= keep:
+        return []
+    side = f" {pick(rng, SIDE_WORDS[scene.side])}" if rng.random() < max(0.75, keep) else ""
+    return [pick(rng, BODY_WORDS[scene.body]) + side]
+
+
+def _objects(scene: Scene, rng: np.random.Generator, keep: float, shares: np.ndarray | None) -> list[str]:
+    said = []
+    for thing in Object:
+        if not has(scene, thing) or (shares is None and thing is Object.PINES and scene.terrain is Terrain.FOREST):
             continue
-        b = bounds(shape)
-        w, h = min(b.x1, view.x1) - max(b.x0, view.x0), min(b.y1, view.y1) - max(b.y0, view.y0)
-        if w > 0 and h > 0 and (w * h > 0.33 * (b.x1 - b.x0) * (b.y1 - b.y0) or w * h > 0.3 * area):
-            return True
-    return False
+        if shares is None:
+            seen = True
+        elif thing in _SEEN_AS:
+            seen = _share(shares, _SEEN_AS[thing]) > 0.02
+        else:
+            seen = _share(shares, Thing.SKY) > 0.3
+        if seen and rng.random() < keep:
+            said.append(pick(rng, OBJECT_WORDS[thing]))
+    return said
 
 
-def _terrain(scene: Scene, view: View | None) -> str:
-    if view is None:
-        return scene.terrain
-    dry = visible(scene, "land", view) or visible(scene, "skyline", view)
-    wet = visible(scene, "water", view)
-    match scene.terrain:
-        case "skyline by the water":
-            return (
-                scene.terrain if dry and wet else "sea" if wet else "skyline" if visible(scene, "skyline", view) else ""
-            )
-        case "lake":
-            return scene.terrain if dry and wet else "sea" if wet else "mountains" if dry else ""
-        case "islands":
-            return scene.terrain if dry and wet else "sea" if wet else ""
-        case "sea":
-            return scene.terrain if wet else ""
-        case _:
-            return scene.terrain if dry else ""
+def _visible_terrain(terrain: Terrain, shares: np.ndarray) -> Terrain | None:
+    """What a view that shows these shares would be called."""
+    land, water = _share(shares, Thing.LAND, Thing.SNOW) > 0.05, _share(shares, Thing.WATER) > 0.05
+    if terrain in WET:
+        if land and water:
+            return terrain
+        return Terrain.SEA if water else Terrain.MOUNTAINS if land else None
+    if terrain is Terrain.FOREST:
+        land = land or _share(shares, Thing.PINES) > 0.05
+    return terrain if land else None
 
 
-def _side(scene: Scene, view: View | None) -> str:
-    body = next(bounds(s) for s in scene.shapes if s.tag == "body")
-    x0, x1 = (0.0, scene.aspect) if view is None else (view.x0, view.x1)
-    at = ((body.x0 + body.x1) / 2 - x0) / (x1 - x0)
-    return "left" if at < 0.38 else "right" if at > 0.62 else "centre"
+def _sentence(main: str, light: str, things: list[str], rng: np.random.Generator) -> str:
+    if main and things and rng.random() < 0.5:
+        listed = things[0] if len(things) == 1 else ", ".join(things[:-1]) + " and " + things[-1]
+        return " ".join(part for part in (main, light, "with", listed) if part)
+    parts = [part for part in (main, light, *things) if part]
+    if rng.random() < 0.2:
+        rng.shuffle(parts)
+    return ", ".join(parts)
 
 
-def _list(things: list[str]) -> str:
-    return things[0] if len(things) == 1 else ", ".join(things[:-1]) + " and " + things[-1]
+def _with_style(text: str, style: str, rng: np.random.Generator) -> str:
+    if not style:
+        return text
+    form = rng.random()
+    if form < 0.6:
+        return f"{text}, {style}"
+    article = "an" if style.startswith("ink") else "a"
+    return f"{article} {style} of {text}" if form < 0.85 else f"{style}, {text}"

@@ -1,0 +1,130 @@
+"""The evaluations that `evaluate.py` offers; each prints what it found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import art
+import numpy as np
+import torch
+from captions import caption
+from classifier import SIDE, accuracy, draw_labelled, features, frechet_distance, read, trained_classifier
+from labels import labels
+from machine import DEVICE, autocast
+from pictures import PROMPTS, generate, load_pipeline, page
+from PIL import Image
+from pool import HELD_OUT, choose_view
+from posters import judge_poster
+from refinement import compare_refined
+from torch import Tensor
+from workshop import Workshop, to_tensor
+
+_ATTRIBUTE_SEEDS, _DISTANCE_SEEDS, _POSTER_SEEDS = HELD_OUT + 1_000, HELD_OUT + 20_000, HELD_OUT + 9_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    model: Path
+    workshop: Workshop
+    steps: int  # of training the classifier
+    count: int  # pictures, 0: as many as the evaluation says
+    width: int
+    height: int
+    strength: float
+    seed: int
+    out: Path
+
+
+def sheet(settings: Settings) -> None:
+    seeds = [settings.seed + k for k in range(len(PROMPTS))]
+    pictures = generate(load_pipeline(settings.model), PROMPTS, seeds)
+    page(list(pictures), columns=6, side=256).save(settings.out)
+    print("\n".join(f"{k:2} {prompt}" for k, prompt in enumerate(PROMPTS)))
+
+
+def posters(settings: Settings) -> None:
+    classifier = trained_classifier(settings.workshop, settings.steps)
+    pictures, rng = [], np.random.default_rng(6)
+    for k in range(settings.count or 4):
+        prompt = caption(art.compose(_POSTER_SEEDS + k), rng, keep=1.0)
+        found = judge_poster(settings.model, prompt, settings.width, settings.height, settings.seed + k, classifier)
+        pictures.append(found.picture)
+        print(
+            f"{prompt}\n   seams {found.seams:.2f}, likeness to the guide {found.likeness:.3f}, discs {found.discs}",
+            flush=True,
+        )
+    page(pictures, columns=2, side=512).save(settings.out)
+
+
+def attributes(settings: Settings) -> None:
+    classifier = trained_classifier(settings.workshop, settings.steps)
+    seeds = [_ATTRIBUTE_SEEDS + k for k in range(settings.count or 200)]
+    scenes = [art.compose(seed) for seed in seeds]
+    pictures, seen = draw_labelled(scenes)
+    drawn = accuracy(read(classifier, pictures), seen)
+    made = accuracy(read(classifier, _generated(settings, seeds)), labels(scenes))
+    for name, share in drawn.items():
+        print(
+            f"{name:28} drawn {share:6.1%}   generated {made[name]:6.1%}   relative {made[name] / max(share, 1e-6):6.1%}"
+        )
+
+
+def distance(settings: Settings) -> None:
+    """By pictures of as many held-out scenes: those drawn, and those generated from their captions."""
+    classifier = trained_classifier(settings.workshop, settings.steps)
+    count = settings.count or 2000
+    seeds = [_DISTANCE_SEEDS + k for k in range(2 * count)]
+    drawn = torch.cat(
+        [
+            features(classifier, draw_labelled([art.compose(seed) for seed in seeds[k : k + 100]])[0])
+            for k in range(0, len(seeds), 100)
+        ]
+    )
+    made = features(classifier, _generated(settings, seeds[:count]))
+    print(f"generated against drawn, {count} each: {frechet_distance(made, drawn[:count]):.3f}")
+    print(f"generated against as many others drawn: {frechet_distance(made, drawn[count:]):.3f}")
+    print(f"drawn against drawn: {frechet_distance(drawn[:count], drawn[count:]):.3f}")
+
+
+def _generated(settings: Settings, seeds: list[int]) -> Tensor:
+    """(n, 3, 128, 128): pictures for the full captions of these scenes."""
+    rng = np.random.default_rng(2)
+    prompts = [caption(art.compose(seed), rng, keep=1.0) for seed in seeds]
+    pictures = generate(load_pipeline(settings.model), prompts, seeds)
+    small = [np.asarray(Image.fromarray(p).resize((SIDE, SIDE), Image.Resampling.BOX)) for p in pictures]
+    return to_tensor(np.stack(small))
+
+
+@torch.no_grad()
+def autoencoder(settings: Settings) -> None:
+    vae, rng = load_pipeline(settings.model).vae, np.random.default_rng(0)
+    for name in ("scenes", "crops"):
+        found = []
+        for k in range(settings.count or 200):
+            scene = art.compose(HELD_OUT + k)
+            view = choose_view(rng, scene) if name == "crops" else None
+            x = to_tensor(art.draw(scene, view).pixels[None, 64:192, 64:192]).to(DEVICE)
+            with autocast():
+                y = vae.decode(vae.encode(x).latent_dist.mean).sample.float().clamp(-1, 1)
+            found.append(-10 * np.log10(max(1e-7, (y - x).square().mean().item() / 4)))
+        print(f"{name}: PSNR {np.mean(found):.2f} dB, median {np.median(found):.2f}, least {min(found):.2f}")
+
+
+def refine(settings: Settings) -> None:
+    for k in range(settings.count or 4):
+        prompt, octaves = compare_refined(settings.model, k, settings.width, settings.strength)
+        print(f"{prompt}\n   wavelength, px: refined and Lanczos against the drawing")
+        for wavelength, (refined, lanczos) in octaves.items():
+            print(f"   {wavelength:7.0f}: {refined:+5.1f} dB  {lanczos:+5.1f} dB", flush=True)
+
+
+JUDGES: dict[str, Callable[[Settings], None]] = {
+    "sheet": sheet,
+    "posters": posters,
+    "attributes": attributes,
+    "distance": distance,
+    "autoencoder": autoencoder,
+    "refine": refine,
+}

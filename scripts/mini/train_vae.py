@@ -1,0 +1,128 @@
+"""Training of the autoencoder on 128-px pieces of the pool."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from machine import DEVICE, autocast
+from model import LATENT_CHANNELS, POSTERIOR_STD, build_vae, fix_variance
+from optimisers import Average, Clock, step_size
+from pool import HELD_OUT_SHARD, SIDE
+from pooling import start_as_pooling
+from torch import Tensor
+from workshop import Workshop, log, shipped_vae, to_tensor
+
+PIECE = 128  # px
+_SAVE_EVERY = 120.0  # seconds
+
+
+@dataclass(frozen=True, kw_only=True)
+class VaeSettings:
+    minutes: float
+    batch: int = 0  # 0: 16 on a processor, 128 on CUDA
+    lr: float = 3e-4
+    cold: bool = False  # from averages and differences of pixels, not from weights
+
+
+def train_vae(workshop: Workshop, settings: VaeSettings) -> None:
+    torch.manual_seed(1)
+    pieces = _pieces(workshop, settings.batch or (16 if DEVICE.type == "cpu" else 128))
+    vae = _begin(settings, next(pieces))
+    held_out = _held_out(workshop)
+    optimiser = torch.optim.AdamW(
+        vae.parameters(), lr=settings.lr, betas=(0.9, 0.98), weight_decay=1e-4, fused=DEVICE.type == "cpu"
+    )
+    average, step, goal = Average([vae], 0.998), 0, None
+    if (state := workshop.load_state("vae")) is not None:
+        vae.load_state_dict(state["vae"])
+        optimiser.load_state_dict(state["optimiser"])
+        average.load_state_dict(state["average"])
+        step, goal = state["step"], state["goal"]
+    goal = goal or _statistics(vae, held_out)
+    log(f"vae step {step}{measure(vae, average, held_out)}")
+    clock, saved = Clock(settings.minutes), 0.0
+    losses: list[float] = []
+    while True:
+        for group in optimiser.param_groups:
+            group["lr"] = step_size(settings.lr, len(losses), clock.left, falling=0.5)
+        loss = _loss(vae, next(pieces), goal)
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 0.5)
+        optimiser.step()
+        fix_variance(vae)
+        average.update()
+        step += 1
+        losses.append(loss.item())
+        done = not clock.left
+        if step % 100 == 0 or done:
+            log(f"vae step {step} loss {np.mean(losses[-100:]):.4f}{measure(vae, average, held_out)}")
+        if done or clock.spent - saved > _SAVE_EVERY:
+            state = {"vae": vae.state_dict(), "optimiser": optimiser.state_dict(), "average": average.state_dict()}
+            workshop.save_state("vae", {**state, "step": step, "goal": goal})
+            saved = clock.spent
+        if done:
+            return
+
+
+def _begin(settings: VaeSettings, some: Tensor) -> AutoencoderKL:
+    if settings.cold:
+        vae = build_vae()
+        start_as_pooling(vae, some.cpu())
+    else:
+        vae = shipped_vae()
+    return vae.to(DEVICE)
+
+
+def _pieces(workshop: Workshop, batch: int) -> Iterator[Tensor]:
+    """Endless batches (batch, 3, 128, 128) in [-1, 1], some of them mirrored."""
+    pool = workshop.pool
+    shards = [pool.pictures(k) for k in pool.shards()]
+    rng = np.random.default_rng()
+    while True:
+        pieces = []
+        for _ in range(batch):
+            shard = shards[rng.integers(len(shards))]
+            y, x = rng.integers(0, SIDE - PIECE + 1, 2)
+            piece = shard[rng.integers(len(shard)), y : y + PIECE, x : x + PIECE]
+            pieces.append(piece[:, ::-1] if rng.random() < 0.5 else piece)
+        yield to_tensor(np.stack(pieces)).to(DEVICE)
+
+
+def _held_out(workshop: Workshop) -> Tensor:
+    """(32, 3, 128, 128): the middles of 16 whole scenes, then of 16 crops."""
+    pictures, part = workshop.pool.pictures(HELD_OUT_SHARD), workshop.part
+    middle = slice(SIDE // 4, SIDE // 4 + PIECE)
+    chosen = np.concatenate([pictures[:16], pictures[part : part + 16]])[:, middle, middle]
+    return to_tensor(chosen).to(DEVICE)
+
+
+@torch.no_grad()
+def _statistics(vae: AutoencoderKL, pictures: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each latent channel. Training pulls latents to them, so that a UNet can go on."""
+    z = vae.encode(pictures).latent_dist.mean
+    return z.mean((0, 2, 3)), z.std((0, 2, 3))
+
+
+def _loss(vae: AutoencoderKL, x: Tensor, goal: tuple[Tensor, Tensor]) -> Tensor:
+    with autocast():
+        mean = vae.quant_conv(vae.encoder(x))[:, :LATENT_CHANNELS]
+        y = vae.decode(mean + POSTERIOR_STD * torch.randn_like(mean)).sample
+    z, error = mean.float(), y.float() - x
+    edges = (error[..., 1:] - error[..., :-1]).abs().mean() + (error[..., 1:, :] - error[..., :-1, :]).abs().mean()
+    drift = (z.mean((0, 2, 3)) - goal[0]).square().mean() + (z.std((0, 2, 3)) - goal[1]).square().mean()
+    return error.abs().mean() + 0.5 * edges + error.square().mean() + 0.01 * drift
+
+
+@torch.no_grad()
+def measure(vae: AutoencoderKL, average: Average, held_out: Tensor) -> str:
+    """PSNR of the averaged weights."""
+    with average:
+        decoded = vae.decode(vae.encode(held_out).latent_dist.mean).sample.clamp(-1, 1)
+    psnr = -10 * ((decoded - held_out).square().mean((1, 2, 3)) / 4).clamp_min(1e-7).log10()
+    scenes, crops = psnr.chunk(2)
+    return f" PSNR scenes {scenes.mean():.2f}, crops {crops.mean():.2f} dB"
