@@ -31,6 +31,7 @@ from tiler.decode.method import DecodePlan
 from tiler.decode.rows import Latents, to_uint8
 from tiler.diffusion import canvas, guide, schedulers
 from tiler.diffusion.runner import Conditions, LocalRunner
+from tiler.diffusion.tiles import Steps
 from tiler.errors import NumericalError
 from tiler.events import OnEvent, percent
 from tiler.files import check_writable
@@ -46,7 +47,6 @@ from tiler.output.picture import check_picture, write_picture
 from tiler.output.png import infotext
 from tiler.packing import packed_text_names, prepare_int8
 from tiler.plan.render import RenderPlan, plan_decode, plan_render
-from tiler.plan.tiling import Steps
 from tiler.request import Decode, GuideUpscale, Precision, RenderRequest, ScratchDtype, Wrap, check_decode, check_dpi
 from tiler.weights.checkpoint import resolve, resolve_part
 from tiler.weights.index import TensorInfo
@@ -226,7 +226,7 @@ class _Work:
 
             denoising = canvas.Denoising(latents, tiles, schedule, generator, begin=begin, phase=phase)
             loop = denoising.run(LocalRunner(predict, conditions, batch))
-            begun, total = self.unet_samples, sum(tile.samples for step in tiles for tile in step)
+            begun, total = self.unet_samples, tiles.samples
             for state in loop:
                 done = self.unet_samples - begun
                 detail = f"step {state.step + 1}/{steps}, {state.samples}/{state.total} tile passes"
