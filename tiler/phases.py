@@ -27,6 +27,7 @@ from tiler.decode.method import DecodePlan
 from tiler.decode.rows import Latents, to_uint8
 from tiler.diffusion import canvas, guide, schedulers
 from tiler.diffusion.runner import Conditions, LocalRunner
+from tiler.diffusion.tiles import Steps
 from tiler.errors import NumericalError, StorageError
 from tiler.events import OnEvent, percent
 from tiler.files import check_writable
@@ -43,7 +44,6 @@ from tiler.output.picture import check_picture
 from tiler.plan.render import RenderPlan, plan_decode, plan_render
 from tiler.plan.resolve import resolve
 from tiler.plan.table import MemoryPlan
-from tiler.plan.tiling import Steps
 from tiler.request import DecodeRequest, GuideUpscale, Precision, RenderRequest, ResolvedRequest
 from tiler.weights import checkpoint
 from tiler.weights.index import TensorInfo
@@ -220,7 +220,7 @@ def _denoise(
 
         denoising = canvas.Denoising(latents, tiles, schedule, generator, begin=begin, phase=phase)
         loop = denoising.run(LocalRunner(predict, conditions, batch))
-        begun, total = run.counts["denoiser_samples"], sum(tile.samples for step in tiles for tile in step)
+        begun, total = run.counts["denoiser_samples"], tiles.samples
         for state in loop:
             done = run.counts["denoiser_samples"] - begun
             detail = f"step {state.step + 1}/{steps}, {state.samples}/{state.total} tile passes"

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from tiler.diffusion import schedulers
 from tiler.diffusion.canvas import Denoising, SamplingState, StepDone, first_step, initial_noise
+from tiler.diffusion.masks import mask_profile
 from tiler.diffusion.runner import Conditions, LocalRunner
-from tiler.diffusion.tiles import Text2ImageRegion, guide_tiles, mask_profile, plan_tiles, tiles_of_step
+from tiler.diffusion.tiles import Tiles, guide_tiles, plan_tiles, tiles_of_step
 from tiler.errors import NumericalError
 from tiler.models.samples import Prompt, Sample
 from tiler.plan.resolve import fill
@@ -28,7 +29,9 @@ CONFIG = {
 
 def request(**values: Any) -> ResolvedRequest:
     return fill(
-        RenderRequest(**({"prompt": "base", "output": Path("x.png"), "width": 128, "height": 128, "seed": 0} | values))
+        RenderRequest(
+            **({"seed": 0} | {"prompt": "base", "output": Path("x.png"), "width": 128, "height": 128} | values)
+        )
     )
 
 
@@ -47,7 +50,7 @@ def prompts(count: int, generator: torch.Generator | None = None) -> Conditions:
 
 
 def denoise(
-    latents: Tensor, steps: Sequence[Sequence[Text2ImageRegion]], conditions: Conditions, schedule: schedulers.Schedule,
+    latents: Tensor, steps: Sequence[Tiles], conditions: Conditions, schedule: schedulers.Schedule,
     predict: Callable[[Sequence[Sample], int], Tensor], generator: torch.Generator, batch: int = 1,
 ) -> Iterator[StepDone]:  # fmt: skip
     return Denoising(latents, steps, schedule, generator).run(LocalRunner(predict, conditions, batch))
@@ -164,12 +167,12 @@ def test_guidance_of_one_runs_no_unconditional_half() -> None:
     assert calls == [len(tiles)]
 
 
-def steps_of(asked: ResolvedRequest, size: tuple[int, int]) -> list[tuple[Text2ImageRegion, ...]]:
+def steps_of(asked: ResolvedRequest, size: tuple[int, int]) -> list[Tiles]:
     tiles = plan_tiles(asked, canvas=size, tile=(8, 8), overlap=2)
     return [tiles_of_step(tiles, asked, number) for number in range(asked.num_inference_steps)]
 
 
-def canvas_of(steps: list[tuple[Text2ImageRegion, ...]], size: tuple[int, int], predict: Any = fake_predict) -> Tensor:
+def canvas_of(steps: list[Tiles], size: tuple[int, int], predict: Any = fake_predict) -> Tensor:
     generator = torch.Generator().manual_seed(2)
     conditions = prompts(1, generator)
     noise, rng = initial_noise((1, 4, *size), 1)
@@ -188,9 +191,9 @@ def test_guidance_works_in_its_interval_alone() -> None:
     assert counts[0.0, 1.0] == [18] * 10
     assert counts[0.2, 0.6] == [9] * 2 + [18] * 4 + [9] * 4
     assert counts[0.9, 1.0] == [9] * 9 + [18]
-    plain = [tuple(plan_tiles(request(), canvas=size, tile=(8, 8), overlap=2))] * 10
+    plain = [plan_tiles(request(), canvas=size, tile=(8, 8), overlap=2)] * 10
     assert torch.equal(canvas_of(steps_of(request(num_inference_steps=10), size), size), canvas_of(plain, size))
-    unguided = [tuple(plan_tiles(request(guidance_scale=1.0), canvas=size, tile=(8, 8), overlap=2))] * 10
+    unguided = [plan_tiles(request(guidance_scale=1.0), canvas=size, tile=(8, 8), overlap=2)] * 10
     mixed = canvas_of(unguided[:2] + plain[:4] + unguided[:4], size)
     got = canvas_of(steps_of(request(num_inference_steps=10, guidance_interval=(0.2, 0.6)), size), size)
     assert torch.equal(got, mixed)
@@ -201,7 +204,7 @@ def test_a_shift_of_nothing_is_a_grid_without_overlap(monkeypatch: pytest.Monkey
     asked = request(width=192, height=128, num_inference_steps=3, layout=Layout.SHIFT)
     moved = canvas_of(steps_of(asked, size), size)
     monkeypatch.setattr("random.Random.randrange", lambda self, n: 0)
-    grid = [tuple(plan_tiles(request(width=192, height=128), canvas=size, tile=(8, 8), overlap=0))] * 3
+    grid = [plan_tiles(request(width=192, height=128), canvas=size, tile=(8, 8), overlap=0)] * 3
     assert torch.equal(canvas_of(steps_of(asked, size), size), canvas_of(grid, size))
     assert not torch.allclose(moved, canvas_of(grid, size), atol=1e-3)
 
@@ -224,14 +227,12 @@ def test_strength_is_the_share_that_the_canvas_denoises(steps: int, strength: fl
 
 
 def test_a_prediction_that_is_not_finite_stops_the_run() -> None:
-    region = Text2ImageRegion(
-        top=0, left=0, height=8, width=8, condition=0, guidance_scale=1.0, weights=torch.ones(8, 8), canvas=(8, 8)
-    )
+    tiles = plan_tiles(request(width=64, height=64, guidance_scale=1.0), canvas=(8, 8), tile=(8, 8), overlap=2)
     schedule = schedulers.build(Scheduler.DDIM, CONFIG, 3)
     noise, rng = initial_noise((1, 4, 8, 8), 1)
     loop = denoise(
         noise,
-        [[region]] * 3,
+        [tiles] * 3,
         prompts(1),
         schedule,
         lambda samples, step: samples[0].latents * float("nan"),

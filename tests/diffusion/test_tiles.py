@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import tracemalloc
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
-from tiler.diffusion.tiles import Text2ImageRegion, even_starts, mask_profile, plan_tiles, tiles_of_step
+from tiler.diffusion.masks import MASKS_KEPT, mask_profile
+from tiler.diffusion.tiles import Tiles, even_starts, plan_tiles, tiles_of_step
 from tiler.errors import UsageError
 from tiler.models.family import read_family
 from tiler.plan.resolve import fill
@@ -21,7 +26,11 @@ from tiler.weights.checkpoint import resolve
 
 
 def request(**values: Any) -> ResolvedRequest:
-    return fill(RenderRequest(**({"prompt": "base", "width": 128, "height": 128, "seed": 0} | values)))
+    return fill(
+        RenderRequest(
+            **({"seed": 0} | {"prompt": "base", "output": Path("x.png"), "width": 128, "height": 128} | values)
+        )
+    )
 
 
 @given(length=st.integers(8, 400), tile=st.integers(8, 96), overlap=st.integers(0, 95))
@@ -93,6 +102,103 @@ def test_weights_sum_to_one(
     assert (total - 1).abs().max() <= 1e-6
 
 
+def whole_canvas(asked: ResolvedRequest, canvas: tuple[int, int], tile: tuple[int, int], tiles: Tiles) -> list[Tensor]:
+    """Every tile's normalised mask from one table as large as the canvas, in float64."""
+    total, masks = torch.zeros(canvas, dtype=torch.float64), []
+    rest = torch.ones(canvas, dtype=torch.float64)
+    rows, cols = torch.arange(canvas[0]), torch.arange(canvas[1])
+    for region in asked.regions:
+        depth = []
+        for at, span, length, wraps in zip(
+            (rows, cols), (region.rows, region.cols), canvas, asked.wrap.axes, strict=True
+        ):
+            first, last = span[0] // 8, span[1] // 8
+            ends = wraps and last - first < length
+            low = at - first + 1.0 if first > 0 or ends else torch.full((length,), 1e9)
+            high = last - at - 0.0 if last < length or ends else torch.full((length,), 1e9)
+            depth.append(torch.minimum(low, high).double().masked_fill((at < first) | (at >= last), 0))
+        inside = torch.minimum(depth[0][:, None], depth[1][None])
+        rest = torch.minimum(rest, (1 - inside / (tiles.ramp + 1)).clamp_min(0))
+    for placed in tiles:
+        of_base = asked.prompt is not None and placed.condition == 0
+        region = None if of_base else asked.regions[placed.condition - (asked.prompt is not None)]
+        kind = asked.mask if region is None else region.mask or asked.mask
+        mask = torch.outer(mask_profile(kind, tile[0]), mask_profile(kind, tile[1]))
+        mask = mask * (1.0 if region is None else region.mask_weight)
+        masks.append(mask * rest[placed.crop] if region is None else mask)
+        total[placed.crop] += masks[-1]
+    return [(mask / total[placed.crop]).float() for mask, placed in zip(masks, tiles, strict=True)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    size=st.tuples(st.integers(8, 60), st.integers(8, 60)), tile=st.tuples(st.integers(5, 8), st.integers(5, 8)),
+    overlap=st.integers(0, 4), mask=st.sampled_from(list(Mask)), wrap=st.sampled_from(list(Wrap)),
+    layout=st.sampled_from(list(Layout)), with_region=st.booleans(), with_base=st.booleans(),
+)  # fmt: skip
+def test_masks_made_tile_by_tile_are_those_of_the_whole_canvas(
+    size: tuple[int, int], tile: tuple[int, int], overlap: int, mask: Mask, wrap: Wrap, layout: Layout, with_region: bool, with_base: bool
+) -> None:  # fmt: skip
+    height, width = size
+    regions: tuple[Region, ...] = ()
+    if with_region:
+        regions = (Region(prompt="r", rows=(0, 8 * height), cols=(0, 64), mask=Mask.QUARTIC, mask_weight=3.0),)
+    if not with_base:
+        regions = (*regions, Region(prompt="all", rows=(0, 8 * height), cols=(0, 8 * width)))
+    layout = Layout.GRID if regions else layout
+    asked = request(
+        prompt="base" if with_base else None, width=8 * width, height=8 * height, mask=mask, wrap=wrap, regions=regions,
+        layout=layout,
+    )  # fmt: skip
+    tiles = plan_tiles(asked, canvas=size, tile=tile, overlap=overlap)
+    for placed, want in zip(tiles, whole_canvas(asked, size, tile, tiles), strict=True):
+        assert torch.equal(placed.weights, want)
+
+
+def tensors_alive() -> int:
+    gc.collect()
+    return sum(issubclass(type(thing), Tensor) for thing in gc.get_objects())
+
+
+@pytest.mark.parametrize("layout", list(Layout))
+def test_a_canvas_of_32768_pixels_has_no_table_for_each_tile(layout: Layout) -> None:
+    """7,225 tiles a step: planned and counted without a tensor, denoised with some for each kind of neighbourhood."""
+    family = read_family(resolve("mini"))
+    asked = request(width=32768, height=32768, num_inference_steps=50, layout=layout, guidance_interval=(0.0, 0.6))
+    before = tensors_alive()
+    tracemalloc.start()
+    cut = plan_tiling(asked, family)
+    counted = cut.canvas_samples
+    assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    tracemalloc.stop()
+    assert tensors_alive() == before
+    first, last = cut.canvas_steps[0], cut.canvas_steps[-1]
+    per_side = math.ceil((4096 - family.native) / (family.native * 3 // 4)) + 1
+    assert len(last) == per_side**2
+    guided = sum(n / 50 < 0.6 for n in range(cut.begin, 50))
+    assert counted == len(first) * (25 - 1 + guided) + len(last)
+    for number in (*range(0, len(first), 97), len(first) - 1):
+        assert first[number].weights.shape == (family.native, family.native)
+    for placed in last[:300]:
+        assert placed.weights.shape == (family.native, family.native)
+    assert tensors_alive() - before <= MASKS_KEPT
+
+
+def test_samples_are_counted_without_making_tiles() -> None:
+    left, right = (
+        Region(prompt=p, rows=(0, 128), cols=c, guidance_scale=g)
+        for p, c, g in (("l", (0, 96), 1.0), ("r", (64, 160), 5.0))
+    )
+    tiles = plan_tiles(
+        request(prompt=None, width=160, height=128, regions=(left, right)), canvas=(16, 20), tile=(8, 8), overlap=2
+    )
+    each = [tile.samples for tile in tiles]
+    assert tiles.samples == sum(each)
+    assert [tiles.samples_of(n) for n in range(len(tiles) + 1)] == [sum(each[:n]) for n in range(len(tiles) + 1)]
+    assert tiles.sample_numbers() == [number for number, samples in enumerate(each) for _ in range(samples)]
+    assert sum(samples * count for samples, count in tiles.counts()) == sum(each)
+
+
 def test_the_top_level_prompt_leaves_a_region_to_itself() -> None:
     """Deep inside a region only the region speaks; at its border the base fades in."""
     region = Region(prompt="r", rows=(0, 256), cols=(0, 256))
@@ -117,12 +223,15 @@ def test_regions_that_cannot_be() -> None:
         plan_tiles(request(), canvas=(16, 16), tile=(8, 8), overlap=8)
     with pytest.raises(UsageError, match="outside"):
         request(regions=(Region(prompt="r", rows=(0, 256), cols=(0, 64)),))
+    heavy = Region(prompt="heavy", rows=(0, 128), cols=(0, 128), mask_weight=1e300)
+    with pytest.raises(UsageError, match="mask_weight"):
+        plan_tiles(request(prompt=None, regions=(heavy,)), canvas=(16, 16), tile=(8, 8), overlap=2)
     for rows in ((64, 0), (0, 0), (-8, 64), (0, 63)):
         with pytest.raises(UsageError):
             Region(prompt="r", rows=rows, cols=(0, 64))
 
 
-def steps_of(asked: ResolvedRequest, size: tuple[int, int]) -> list[tuple[Text2ImageRegion, ...]]:
+def steps_of(asked: ResolvedRequest, size: tuple[int, int]) -> list[Tiles]:
     tiles = plan_tiles(asked, canvas=size, tile=(8, 8), overlap=2)
     return [tiles_of_step(tiles, asked, number) for number in range(asked.num_inference_steps)]
 

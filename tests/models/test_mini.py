@@ -18,11 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
-from tiler.models.clip import load_tokenizer
 
 import tiler
 from tiler import Budget, RenderRequest, render
 from tiler.memory.process import read_rss
+from tiler.models.clip import load_tokenizer
 from tiler.models.family import read_family
 from tiler.weights.checkpoint import resolve
 

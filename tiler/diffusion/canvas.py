@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tiler.diffusion.runner import Runner, Tile
 from tiler.diffusion.schedulers import Schedule, SchedulerState
-from tiler.diffusion.tiles import Text2ImageRegion
+from tiler.diffusion.tiles import Text2ImageRegion, Tiles
 from tiler.events import Journal, NoJournal
 
 
@@ -100,7 +100,7 @@ class Denoising:
     def __init__(
         self,
         latents: Tensor,
-        steps: Sequence[Sequence[Text2ImageRegion]],
+        steps: Sequence[Tiles],
         schedule: Schedule,
         generator: torch.Generator,
         *,
@@ -147,7 +147,7 @@ class Denoising:
 
     def _one_step(self, runner: Runner) -> Iterator[StepDone]:
         step, first, regions = self.step, self._tiles_added, self._steps[self.step - self._begin]
-        samples, total = sum(r.samples for r in regions[:first]), sum(r.samples for r in regions)
+        samples, total = regions.samples_of(first), regions.samples
         scaled = self._schedule.model_input(self.latents, step)
         if self._blended is None:
             self._blended = torch.zeros_like(self.latents)

@@ -1,24 +1,26 @@
-"""Where tiles lie and how their predictions are weighted. All positions are latent pixels.
+"""Where tiles lie at each step. All positions are latent pixels.
 
-Mixture of Diffusers (Jiménez 2023, arXiv:2302.02412): the canvas takes ε̂ = Σ m_r ε_r / Σ m_r per latent pixel.
+Tiles are made when they are asked for: a canvas of 32,768 pixels has 7,225 of them at each step, and no table of any.
 """
 
 from __future__ import annotations
 
 import math
 import random
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from itertools import accumulate, pairwise
+from typing import overload
 
 import torch
 from torch import Tensor
 
+from tiler.diffusion.masks import Border, Neighbours, normalised, offsets, rest_of_canvas
 from tiler.errors import UsageError
 from tiler.request import MAX_STEPS, Layout, Mask, ResolvedRequest, Wrap
 
 FACTOR = 8  # pixels of a latent's side
-VARIANCE = 0.01  # of the gaussian mask, relative to the squared side; the method's own value
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -26,8 +28,8 @@ class Text2ImageRegion:
     """One tile of the canvas under one prompt.
 
     `condition` indexes the encoded (prompt, negative prompt) pairs. `weights` is the normalised mask m_r / Σ m_r:
-    (tile height, tile width) fp32; over all tiles they sum to 1 at every canvas pixel. A tile that reaches beyond
-    the border goes on at the other side of `canvas`, (height, width).
+    (tile height, tile width) fp32; over all tiles they sum to 1 at every canvas pixel. It is shared by tiles: not to be
+    changed. A tile that reaches beyond the border goes on at the other side of `canvas`, (height, width).
     """
 
     top: int
@@ -41,18 +43,139 @@ class Text2ImageRegion:
 
     @property
     def samples(self) -> int:
-        """UNet samples a step: without guidance there is no unconditional half."""
-        return 2 if self.guidance_scale > 1 else 1
+        """Denoiser samples a step: without guidance there is no unconditional half."""
+        return _samples(self.guidance_scale)
 
     @property
     def crop(self) -> tuple[Tensor, Tensor]:
         """Indexes the last two dimensions of a canvas."""
-        return _crop(self.top, self.left, (self.height, self.width), self.canvas)
+        rows, cols = _crop(self.top, self.left, (self.height, self.width), self.canvas)
+        return rows[:, None], cols
 
 
-def _crop(top: int, left: int, tile: tuple[int, int], canvas: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    rows, cols = torch.arange(top, top + tile[0]) % canvas[0], torch.arange(left, left + tile[1]) % canvas[1]
-    return rows[:, None], cols
+@dataclass(frozen=True, kw_only=True)
+class _Layer:
+    """The tiles of one prompt: at each of `rows`, one at each of `cols`, of which only those numbered in `present` are there
+    (None: all of them)."""
+
+    rows: tuple[int, ...]
+    cols: tuple[int, ...]
+    condition: int
+    guidance_scale: float
+    kind: Mask
+    weight: float = 1.0
+    fades: bool = False
+    present: tuple[int, ...] | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows) * len(self.cols) if self.present is None else len(self.present)
+
+    def place(self, number: int) -> tuple[int, int]:
+        """(top, left) of a tile."""
+        row, col = divmod(number if self.present is None else self.present[number], len(self.cols))
+        return self.rows[row], self.cols[col]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Tiles(Sequence[Text2ImageRegion]):
+    """Every tile of a canvas at one step, in the order they are computed; each is made when it is asked for. `tile` and
+    `canvas` are (height, width), `shift` moves all tiles down and to the right around the canvas."""
+
+    canvas: tuple[int, int]
+    tile: tuple[int, int]
+    layers: tuple[_Layer, ...]
+    borders: tuple[tuple[Border, Border], ...] = ()
+    ramp: int = 0
+    shift: tuple[int, int] = (0, 0)
+    guided: bool = True
+
+    def __len__(self) -> int:
+        return sum(map(len, self.layers))
+
+    @overload
+    def __getitem__(self, index: int) -> Text2ImageRegion: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Text2ImageRegion]: ...
+    def __getitem__(self, index: int | slice) -> Text2ImageRegion | list[Text2ImageRegion]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        ends = list(accumulate(map(len, self.layers)))
+        number = range(len(self))[index]  # raises IndexError
+        which = bisect_right(ends, number)
+        layer = self.layers[which]
+        top, left = layer.place(number - (ends[which] - len(layer)))
+        return Text2ImageRegion(
+            top=top + self.shift[0], left=left + self.shift[1], height=self.tile[0], width=self.tile[1], canvas=self.canvas,
+            condition=layer.condition, guidance_scale=self._scale(layer), weights=self._weights(layer, top, left),
+        )  # fmt: skip
+
+    @property
+    def samples(self) -> int:
+        """Denoiser samples of all tiles. Makes none."""
+        return sum(tiles * samples for samples, tiles in self.counts())
+
+    def samples_of(self, first: int) -> int:
+        """Denoiser samples of the first so many tiles. Makes none."""
+        ends = accumulate(map(len, self.layers), initial=0)
+        before = (min(len(layer), max(0, first - end)) for layer, end in zip(self.layers, ends, strict=False))
+        return sum(n * _samples(self._scale(layer)) for layer, n in zip(self.layers, before, strict=True))
+
+    def counts(self) -> list[tuple[int, int]]:
+        """(samples of a tile, tiles that have as many), for each prompt, in order."""
+        return [(_samples(self._scale(layer)), len(layer)) for layer in self.layers]
+
+    def sample_numbers(self) -> list[int]:
+        """The number of each sample's tile, in order."""
+        per_tile = (samples for samples, tiles in self.counts() for _ in range(tiles))
+        return [number for number, samples in enumerate(per_tile) for _ in range(samples)]
+
+    def _scale(self, layer: _Layer) -> float:
+        return layer.guidance_scale if self.guided else 1.0
+
+    def _weights(self, layer: _Layer, top: int, left: int) -> Tensor:
+        neighbours = tuple(
+            Neighbours(
+                offsets(other.rows, top, self.tile[0], self.canvas[0]), offsets(other.cols, left, self.tile[1], self.canvas[1]),
+                other.kind, other.weight, other.fades,
+            )
+            for other in self.layers
+        )  # fmt: skip
+        neighbours = tuple(n for n in neighbours if n.downs and n.acrosses)
+        rest = self.rest(top, left) if any(n.fades for n in neighbours) else None
+        return normalised((layer.kind, layer.weight, layer.fades), neighbours, self.tile, rest)
+
+    def rest(self, top: int, left: int) -> Tensor:
+        """How far the top-level prompt speaks on a tile."""
+        return rest_of_canvas(self.borders, *_crop(top, left, self.tile, self.canvas), self.ramp)
+
+
+class Steps(Sequence[Tiles]):
+    """The tiles of each of `numbers`, steps of a request's schedule; `last`, if given, are those of its last step."""
+
+    def __init__(self, tiles: Tiles, request: ResolvedRequest, numbers: range, last: Tiles | None = None) -> None:
+        self._tiles, self._request, self._numbers = tiles, request, numbers
+        self._last = last
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @overload
+    def __getitem__(self, index: int) -> Tiles: ...
+    @overload
+    def __getitem__(self, index: slice) -> Steps: ...
+    def __getitem__(self, index: int | slice) -> Tiles | Steps:
+        if isinstance(index, slice):
+            return Steps(self._tiles, self._request, self._numbers[index], self._last)
+        number = self._numbers[index]
+        if self._last is not None and number == self._request.num_inference_steps - 1:
+            # Nothing comes after the last step to hide the borders of its tiles: there they overlap in every layout.
+            return tiles_of_step(self._last, replace(self._request, layout=Layout.GRID), number)
+        return tiles_of_step(self._tiles, self._request, number)
+
+    @property
+    def samples(self) -> int:
+        """Denoiser samples of all steps."""
+        return sum(step.samples for step in self)
 
 
 def even_starts(length: int, tile: int, overlap: int, wraps: bool = False) -> list[int]:
@@ -67,23 +190,7 @@ def even_starts(length: int, tile: int, overlap: int, wraps: bool = False) -> li
     return [round(i * (length - tile) / (count - 1)) for i in range(count)]
 
 
-def mask_profile(kind: Mask, n: int) -> Tensor:
-    """One axis of a mask: (n,) fp64. The mask of a tile is the outer product of its axes' profiles."""
-    k = torch.arange(n, dtype=torch.float64)
-    match kind:
-        case Mask.CONSTANT:
-            return torch.ones(n, dtype=torch.float64)
-        case Mask.GAUSSIAN:
-            # exp(−(k − (n−1)/2)² / (2·v·n²)) / √(2πv): each axis has its own length and its true midpoint.
-            return torch.exp(-((k - (n - 1) / 2) ** 2) / (2 * VARIANCE * n * n)) / math.sqrt(2 * math.pi * VARIANCE)
-        case Mask.QUARTIC:
-            u = 1.99 * k / max(1, n - 1) - 0.995
-            return 15 / 16 * (1 - u * u) ** 2
-
-
-def plan_tiles(
-    request: ResolvedRequest, *, canvas: tuple[int, int], tile: tuple[int, int], overlap: int
-) -> list[Text2ImageRegion]:
+def plan_tiles(request: ResolvedRequest, *, canvas: tuple[int, int], tile: tuple[int, int], overlap: int) -> Tiles:
     """Every tile of the canvas with its normalised mask, in the order they are computed.
 
     `canvas` and `tile` are (height, width), `overlap` the least overlap (of GRID), all in latent pixels. Condition 0 is the
@@ -92,43 +199,58 @@ def plan_tiles(
     Raises UsageError for regions that are too small or leave a hole.
     """
     if overlap >= min(tile):
-        raise UsageError(f"overlap = {8 * overlap} must be smaller than a tile ({8 * min(tile)} pixels)")
-    base = 0 if request.prompt is None else 1
-    placed: list[_Placed] = []
+        raise UsageError(f"overlap = {FACTOR * overlap} must be smaller than a tile ({FACTOR * min(tile)} pixels)")
+    layers: list[_Layer] = []
+    spans = [
+        ((r.rows[0] // FACTOR, r.rows[1] // FACTOR), (r.cols[0] // FACTOR, r.cols[1] // FACTOR))
+        for r in request.regions
+    ]
+    borders = tuple(
+        (_border(*rows, canvas[0], request.wrap.axes[0]), _border(*cols, canvas[1], request.wrap.axes[1]))
+        for rows, cols in spans
+    )
     if request.prompt is not None:
-        rest = _rest_of_canvas(request, canvas, overlap)
-        mask = _mask(request.mask, tile)
         spacing = (0, Wrap.XY) if request.layout is Layout.SHIFT else (overlap, request.wrap)
-        for top, left in _grid(canvas, tile, *spacing):
-            part = rest[_crop(top, left, tile, canvas)]
-            if bool((part > 0).any()):
-                placed.append(_Placed(top, left, 0, request.guidance_scale, mask * part))
-    for number, region in enumerate(request.regions):
-        rows, cols = [v // 8 for v in region.rows], [v // 8 for v in region.cols]
+        rows, cols = _grid(canvas, tile, *spacing)
+        base = _Layer(
+            rows=rows, cols=cols, condition=0, guidance_scale=request.guidance_scale, kind=request.mask,
+            fades=bool(borders),
+        )  # fmt: skip
+        layers.append(_speaking(base, Tiles(canvas=canvas, tile=tile, layers=(base,), borders=borders, ramp=overlap)))
+    for number, (region, (rows, cols)) in enumerate(zip(request.regions, spans, strict=True), len(layers)):
         height, width = rows[1] - rows[0], cols[1] - cols[0]
         if height < tile[0] or width < tile[1]:
             raise UsageError(
-                f"region {region.prompt!r} is {8 * width}×{8 * height} pixels, smaller than a tile of this model "
-                f"({8 * tile[1]}×{8 * tile[0]}); enlarge it"
+                f"region {region.prompt!r} is {FACTOR * width}×{FACTOR * height} pixels, smaller than a tile of this model "
+                f"({FACTOR * tile[1]}×{FACTOR * tile[0]}); enlarge it"
             )
-        mask = _mask(region.mask or request.mask, tile) * region.mask_weight
-        scale = request.guidance_scale if region.guidance_scale is None else region.guidance_scale
-        for top, left in _grid((height, width), tile, overlap):
-            placed.append(_Placed(rows[0] + top, cols[0] + left, base + number, scale, mask))
-    return _normalise(placed, tile, canvas)
+        if not 1e-100 < region.mask_weight < 1e100:
+            raise UsageError(
+                f"region {region.prompt!r}: mask_weight = {region.mask_weight} is beyond what can be weighed; take one near 1"
+            )
+        down, across = _grid((height, width), tile, overlap)
+        layers.append(
+            _Layer(
+                rows=tuple(rows[0] + top for top in down), cols=tuple(cols[0] + left for left in across), condition=number,
+                guidance_scale=request.guidance_scale if region.guidance_scale is None else region.guidance_scale,
+                kind=region.mask or request.mask, weight=region.mask_weight,
+            )
+        )  # fmt: skip
+    if request.prompt is None:
+        _check_cover(spans, canvas)
+    return Tiles(canvas=canvas, tile=tile, layers=tuple(layers), borders=borders, ramp=overlap)
 
 
-def guide_tiles(size: tuple[int, int], wrap: Wrap, guidance_scale: float) -> list[Text2ImageRegion]:
+def guide_tiles(size: tuple[int, int], wrap: Wrap, guidance_scale: float) -> Tiles:
     """The guide's canvas of `size` (height, width), under the first prompt: one tile as large as itself. Along an axis that
     wraps there are two, half a picture apart, so that each hides the other's border."""
-    mask = _mask(Mask.CONSTANT if wrap is Wrap.NONE else Mask.GAUSSIAN, size)
-    starts = _grid(size, size, min(size) // 4, wrap)
-    return _normalise([_Placed(top, left, 0, guidance_scale, mask) for top, left in starts], size, size)
+    kind = Mask.CONSTANT if wrap is Wrap.NONE else Mask.GAUSSIAN
+    rows, cols = _grid(size, size, min(size) // 4, wrap)
+    layer = _Layer(rows=rows, cols=cols, condition=0, guidance_scale=guidance_scale, kind=kind)
+    return Tiles(canvas=size, tile=size, layers=(layer,))
 
 
-def tiles_of_step(
-    regions: Sequence[Text2ImageRegion], request: ResolvedRequest, number: int
-) -> tuple[Text2ImageRegion, ...]:
+def tiles_of_step(tiles: Tiles, request: ResolvedRequest, number: int) -> Tiles:
     """The tiles of step `number` of the schedule, from 0.
 
     Outside the request's guidance interval they have no guidance (Kynkäänniemi et al. 2024, arXiv:2404.07724). In the layout
@@ -136,75 +258,52 @@ def tiles_of_step(
     an axis of a single tile stays.
     """
     low, high = request.guidance_interval
-    guided = low <= number / request.num_inference_steps < high
     down = across = 0
     if request.layout is Layout.SHIFT:
-        height, width = regions[0].canvas
+        height, width = tiles.canvas
         rng = random.Random(request.seed * MAX_STEPS + number)
         down, across = rng.randrange(height), rng.randrange(width)
-        down, across = down if regions[0].height < height else 0, across if regions[0].width < width else 0
-    return tuple(
-        replace(
-            region, top=region.top + down, left=region.left + across,
-            guidance_scale=region.guidance_scale if guided else 1.0,
-        )
-        for region in regions
-    )  # fmt: skip
+        down, across = down if tiles.tile[0] < height else 0, across if tiles.tile[1] < width else 0
+    return replace(tiles, shift=(down, across), guided=low <= number / request.num_inference_steps < high)
 
 
-class _Placed(NamedTuple):
-    top: int
-    left: int
-    condition: int
-    guidance_scale: float
-    mask: Tensor  # unnormalised, fp64
+def _samples(guidance_scale: float) -> int:
+    return 2 if guidance_scale > 1 else 1
+
+
+def _crop(top: int, left: int, tile: tuple[int, int], canvas: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """The rows (h,) and columns (w,) of the canvas under a tile."""
+    return torch.arange(top, top + tile[0]) % canvas[0], torch.arange(left, left + tile[1]) % canvas[1]
 
 
 def _grid(
     canvas: tuple[int, int], tile: tuple[int, int], overlap: int, wrap: Wrap = Wrap.NONE
-) -> list[tuple[int, int]]:
-    rows, cols = (even_starts(canvas[i], tile[i], overlap, wrap.axes[i]) for i in (0, 1))
-    return [(top, left) for top in rows for left in cols]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    rows, cols = (tuple(even_starts(canvas[i], tile[i], overlap, wrap.axes[i])) for i in (0, 1))
+    return rows, cols
 
 
-def _mask(kind: Mask, tile: tuple[int, int]) -> Tensor:
-    return torch.outer(mask_profile(kind, tile[0]), mask_profile(kind, tile[1]))
+def _border(first: int, last: int, length: int, wraps: bool) -> Border:
+    """The edge of a canvas that does not wrap is no border."""
+    parted = wraps and last - first < length
+    return Border(first, last, first > 0 or parted, last < length or parted)
 
 
-def _normalise(placed: list[_Placed], tile: tuple[int, int], canvas: tuple[int, int]) -> list[Text2ImageRegion]:
-    """Raises UsageError where no mask reaches."""
-    total = torch.zeros(canvas, dtype=torch.float64)
-    for p in placed:
-        total[_crop(p.top, p.left, tile, canvas)] += p.mask
-    if not bool((total > 0).all()):
-        row, col = (total <= 0).nonzero()[0].tolist()
-        raise UsageError(
-            f"no region covers the canvas at row {8 * row}, column {8 * col}; add a top-level prompt or another region"
-        )
-    return [
-        Text2ImageRegion(
-            top=p.top, left=p.left, height=tile[0], width=tile[1], canvas=canvas, condition=p.condition,
-            guidance_scale=p.guidance_scale, weights=(p.mask / total[_crop(p.top, p.left, tile, canvas)]).float(),
-        )
-        for p in placed
-    ]  # fmt: skip
+def _speaking(base: _Layer, tiles: Tiles) -> _Layer:
+    """The top-level prompt's tiles without those that lie deep inside regions."""
+    if not tiles.borders:
+        return base
+    speaks = [bool((tiles.rest(*base.place(n)) > 0).any()) for n in range(len(base))]
+    return base if all(speaks) else replace(base, present=tuple(n for n, heard in enumerate(speaks) if heard))
 
 
-def _rest_of_canvas(request: ResolvedRequest, canvas: tuple[int, int], ramp: int) -> Tensor:
-    """How far the top-level prompt speaks: 1 outside all regions, falling to 0 over `ramp` latents inside. fp64."""
-    rest = torch.ones(canvas, dtype=torch.float64)
-    far = float(max(canvas) + ramp)
-    for region in request.regions:
-        depth = []  # distance from the region's border along each axis; the edge of a canvas that does not wrap is no border
-        spans = zip((region.rows, region.cols), canvas, request.wrap.axes, strict=True)
-        for (first, last), length, wraps in spans:
-            first, last = first // 8, last // 8
-            at, whole = torch.arange(last - first, dtype=torch.float64), last - first == length
-            low = at + 1 if first > 0 or (wraps and not whole) else torch.full_like(at, far)
-            high = (last - first) - at if last < length or (wraps and not whole) else torch.full_like(at, far)
-            depth.append(torch.minimum(low, high))
-        inside = torch.minimum(depth[0][:, None], depth[1][None, :])
-        fade = (1 - inside / (ramp + 1)).clamp_min(0)
-        crop = slice(region.rows[0] // 8, region.rows[1] // 8), slice(region.cols[0] // 8, region.cols[1] // 8)
-        rest[crop] = torch.minimum(rest[crop], fade)
-    return rest
+def _check_cover(spans: Sequence[tuple[tuple[int, int], tuple[int, int]]], canvas: tuple[int, int]) -> None:
+    """Raises UsageError where no region reaches."""
+    edges = [sorted({0, canvas[axis], *(end for span in spans for end in span[axis])}) for axis in (0, 1)]
+    for top, _ in pairwise(edges[0]):
+        for left, _ in pairwise(edges[1]):
+            if not any(r[0] <= top < r[1] and c[0] <= left < c[1] for r, c in spans):
+                raise UsageError(
+                    f"no region covers the canvas at row {FACTOR * top}, column {FACTOR * left}; add a top-level prompt or "
+                    "another region"
+                )

@@ -16,6 +16,7 @@ from tiler.compute import cpu
 from tiler.decode.method import DecodePlan, choose
 from tiler.diffusion import schedulers
 from tiler.diffusion.guide import picture_pixels
+from tiler.diffusion.masks import MASKS_KEPT
 from tiler.memory.budget import MARGIN
 from tiler.models import family as families
 from tiler.models.family import Family, VaeSpec
@@ -55,7 +56,7 @@ class RenderPlan(Tiling):
     def denoiser_calls(self) -> int:
         """Passes over the denoiser's weights."""
         both = (self.guide_steps, self.guide_batch), (self.canvas_steps, self.batch)
-        return sum(math.ceil(sum(tile.samples for tile in step) / batch) for steps, batch in both for step in steps)
+        return sum(math.ceil(step.samples / batch) for steps, batch in both for step in steps)
 
     @property
     def upscale_flops(self) -> int:
@@ -74,10 +75,8 @@ def plan_render(request: ResolvedRequest, family: Family, max_bytes: int) -> Ren
     canvas, guide, guide_steps, canvas_steps = cut.canvas, cut.guide, cut.guide_steps, cut.canvas_steps
     guided = guide is not None or request.guide_image is not None
     # Of the step with most: the tile of each sample.
-    canvas_samples, guide_samples = (
-        max(([i for i, r in enumerate(step) for _ in range(r.samples)] for step in steps), key=len, default=[0])
-        for steps in (canvas_steps, guide_steps)
-    )
+    fullest = (max(steps, key=lambda step: step.samples, default=None) for steps in (canvas_steps, guide_steps))
+    canvas_samples, guide_samples = ([0] if step is None else step.sample_numbers() for step in fullest)
     per_step = len(canvas_samples)
 
     stored = family.checkpoint.weights("unet")
@@ -117,7 +116,7 @@ def plan_render(request: ResolvedRequest, family: Family, max_bytes: int) -> Ren
             methods["guide decoded"] = method(vae, own, (guide.height, guide.width))
             picture.append(vae.phase("guide picture", (guide.height, guide.width), methods["guide decoded"]))
         decoding.append(max(picture, key=lambda p: p.peak_bytes))
-    masks = len({id(tile.weights) for step in (cut.regions, *canvas_steps) for tile in step})
+    masks = min(MASKS_KEPT, max(map(len, (cut.regions, *canvas_steps[-1:]))))
     canvas_bytes = 4 * family.latent_channels * canvas[0] * canvas[1] * 6 + 4 * side * side * masks
 
     denoising = [*fixed, Term(name="canvas", nbytes=canvas_bytes)]

@@ -6,13 +6,10 @@ from dataclasses import dataclass, replace
 
 from tiler.diffusion.canvas import first_step
 from tiler.diffusion.guide import GuideSize, guide_size
-from tiler.diffusion.tiles import Text2ImageRegion, guide_tiles, plan_tiles, tiles_of_step
+from tiler.diffusion.tiles import Steps, Tiles, guide_tiles, plan_tiles
 from tiler.errors import UsageError
 from tiler.models.family import Family
 from tiler.request import Layout, ResolvedRequest
-
-Steps = tuple[tuple[Text2ImageRegion, ...], ...]
-"""The tiles of each step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,18 +18,18 @@ class Tiling:
 
     canvas: tuple[int, int]
     guide: GuideSize | None
-    regions: tuple[Text2ImageRegion, ...]
+    regions: Tiles
     begin: int
     guide_steps: Steps
     canvas_steps: Steps
 
     @property
     def guide_samples(self) -> int:
-        return sum(tile.samples for step in self.guide_steps for tile in step)
+        return self.guide_steps.samples
 
     @property
     def canvas_samples(self) -> int:
-        return sum(tile.samples for step in self.canvas_steps for tile in step)
+        return self.canvas_steps.samples
 
     @property
     def denoiser_samples(self) -> int:
@@ -49,24 +46,22 @@ def plan_tiling(request: ResolvedRequest, family: Family) -> Tiling:
         )
     overlap = side // 4 if request.overlap is None else request.overlap // 8
     regions = plan_tiles(request, canvas=canvas, tile=(side, side), overlap=overlap)
-    # Nothing comes after the last step to hide its borders: there the tiles overlap in every layout.
-    grid, last = replace(request, layout=Layout.GRID), regions
+    last = None
     if request.layout is not Layout.GRID:
-        last = plan_tiles(grid, canvas=canvas, tile=(side, side), overlap=overlap)
+        last = plan_tiles(replace(request, layout=Layout.GRID), canvas=canvas, tile=(side, side), overlap=overlap)
     wanted = request.guide and request.guide_image is None and request.prompt is not None
     guide = guide_size(canvas, side, family.granularity, request.wrap.axes) if wanted else None
-    guide_regions = guide_tiles(guide[:2], request.wrap, request.guidance_scale) if guide is not None else []
     guided = guide is not None or request.guide_image is not None
-    begin = first_step(request.num_inference_steps, request.strength) if guided else 0
     steps = request.num_inference_steps
-    guide_steps = tuple(tiles_of_step(guide_regions, request, n) for n in range(steps) if guide_regions)
-    canvas_steps = tuple(tiles_of_step(regions, request, n) for n in range(begin, steps - 1))
-    canvas_steps += tuple(tiles_of_step(last, grid, n) for n in range(max(begin, steps - 1), steps))
+    begin = first_step(steps, request.strength) if guided else 0
+    guide_steps = Steps(regions, request, range(0))
+    if guide is not None:
+        guide_steps = Steps(guide_tiles(guide[:2], request.wrap, request.guidance_scale), request, range(steps))
     return Tiling(
         canvas=canvas,
         guide=guide,
-        regions=tuple(regions),
+        regions=regions,
         begin=begin,
         guide_steps=guide_steps,
-        canvas_steps=canvas_steps,
+        canvas_steps=Steps(regions, request, range(begin, steps), last),
     )

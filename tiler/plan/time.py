@@ -65,8 +65,9 @@ class Counter:
         guide = native if cut.guide is None else (cut.guide.height, cut.guide.width)
         for steps, sides in ((cut.guide_steps, guide), (cut.canvas_steps, native)):
             for step in steps:
-                for region in step:
-                    total = total.plus(self._tile(region.samples, *sides, attention_window))
+                for samples, tiles in step.counts():
+                    one = self._tile(samples, *sides, attention_window)
+                    total = total.plus(Flops(tiles * one.layers, tiles * one.attention))
         return total
 
     def _tile(self, samples: int, height: int, width: int, window: int | None) -> Flops:
