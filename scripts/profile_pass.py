@@ -24,7 +24,8 @@ from tiler.compute import int8, winograd
 from tiler.compute.layers import StreamedConv2d
 from tiler.diffusion import canvas, schedulers
 from tiler.memory import process
-from tiler.memory.budget import Budget, at_layer
+from tiler.memory.budget import Budget
+from tiler.memory.policy import at_layer
 from tiler.models.family import build_unet, plain_names, read_family
 from tiler.models.unet import predict_noise
 from tiler.packing import packed_weights

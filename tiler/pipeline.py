@@ -34,7 +34,8 @@ from tiler.errors import NumericalError
 from tiler.events import OnEvent, percent
 from tiler.files import check_writable
 from tiler.memory import lean_imports, process
-from tiler.memory.budget import Budget, at_layer, at_rows
+from tiler.memory.budget import Budget
+from tiler.memory.policy import at_layer, at_rows
 from tiler.models import family as families
 from tiler.models.blocks import Windows
 from tiler.models.clip import encode_prompts, load_tokenizer
@@ -388,7 +389,7 @@ def streamed(
 def report(budget: Budget, predicted: int) -> dict[str, Any]:
     """The part of a report that every command has."""
     return {
-        "schema": 1, "peak_rss_bytes": budget.peak_rss_bytes, "predicted_peak_bytes": predicted, "max_ram_bytes": budget.max_bytes,
+        "schema": 1, "peak_rss_bytes": budget.peak_rss_bytes, "peak_sampled": budget.peak_sampled, "swapped_bytes": budget.swapped_bytes, "predicted_peak_bytes": predicted, "max_ram_bytes": budget.max_bytes,
         "phases": [asdict(phase) for phase in budget.phases], "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version(), **{n: metadata.version(n) for n in ("tiler", "torch", "diffusers", "transformers")}},
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

@@ -13,6 +13,7 @@ import typer
 
 from tiler.cli import decode, doctor, plan, quantize, render
 from tiler.errors import TilerError
+from tiler.memory.limits import is_out_of_memory
 
 app = typer.Typer(
     name="tiler",
@@ -54,18 +55,16 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))
     try:
         app()
-    except TilerError as error:
-        _fail(str(error), error.exit_code)
-    except MemoryError:
-        _fail("the system refused an allocation; raise --max-ram or free some memory", 5)
     except KeyboardInterrupt:
         _fail("interrupted; nothing was written", 130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
-    except RuntimeError as error:
-        if "can't allocate memory" in str(error) or "not enough memory" in str(error):
-            _fail("an allocation beyond the ceiling was refused; raise --max-ram or choose a smaller --size", 5)
+    except Exception as error:
+        if is_out_of_memory(error):  # also where it is the cause of another error
+            _fail("the system refused an allocation; raise the limit (ulimit -d, ulimit -v) or free some memory", 5)
+        if isinstance(error, TilerError):
+            _fail(str(error), error.exit_code)
         raise
 
 
