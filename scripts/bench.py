@@ -43,7 +43,8 @@ process.frugal_allocator()
 imports.lean_torch()
 from tiler.models.family import read_family, build_unet, plain_names
 from tiler.models.unet import predict_noise
-from tiler.memory.budget import Budget, at_layer
+from tiler.memory.budget import Budget
+from tiler.memory.policy import at_layer
 from tiler.phases import streamed
 from tiler.plan.render import plan_render
 from tiler.packing import packed_weights

@@ -22,7 +22,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from tiler.compute import int8, winograd
 from tiler.compute.layers import StreamedConv2d
 from tiler.memory import process
-from tiler.memory.budget import Budget, at_layer
+from tiler.memory.budget import Budget
+from tiler.memory.policy import at_layer
 from tiler.models.family import build_unet, plain_names, read_family
 from tiler.models.unet import predict_noise
 from tiler.packing import packed_weights

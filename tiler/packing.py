@@ -10,7 +10,8 @@ from tiler import events
 from tiler.compute import cpu
 from tiler.compute.int8 import quantize_rows
 from tiler.events import OnEvent, percent
-from tiler.memory.budget import Budget, at_layer
+from tiler.memory.budget import Budget
+from tiler.memory.policy import at_layer
 from tiler.models import family as families
 from tiler.models.family import Family
 from tiler.models.unet import int8_weights, order_of_use

@@ -31,7 +31,9 @@ from tiler.diffusion.tiles import Steps
 from tiler.errors import NumericalError, StorageError
 from tiler.events import OnEvent, percent
 from tiler.files import check_writable
-from tiler.memory.budget import Budget, at_layer, at_rows
+from tiler.memory.budget import Budget
+from tiler.memory.limits import memory_warning
+from tiler.memory.policy import at_layer, at_rows
 from tiler.models import family as families
 from tiler.models.blocks import Windows
 from tiler.models.clip import encode_prompts as encode
@@ -79,6 +81,8 @@ class RenderRun:
         with self.budget.phase(name) as use:
             yield
             self.budget.check(name)
+        if (warning := self.budget.swap_warning()) is not None:
+            self.note(warning)
         self.on_event(events.PhaseDone(name=name, seconds=use.seconds, peak_rss_bytes=use.peak_rss_bytes))
 
     @contextmanager
@@ -110,17 +114,19 @@ def start(request: RenderRequest, budget: Budget, on_event: OnEvent, *, planning
     if settings.guide_image is not None:
         guide.load_picture(settings.guide_image)  # before any work: is it a picture at all?
     plan = plan_render(settings, family, budget.max_bytes)
-    return RenderRun(
+    run = RenderRun(
         request=settings, plan=plan, budget=budget, on_event=on_event,
         denoiser_weights=found.weights("unet"), text_weights=found.weights("text_encoder"),
     )  # fmt: skip
+    for note in (*found.notes, *family.notes, *plan.notes, memory_warning(budget.max_bytes)):
+        if note is not None:
+            run.note(note)
+    return run
 
 
 def prepare_weights(run: RenderRun) -> None:
     """Say what was decided; quantise the weights where int8 was, unless an earlier run did."""
     run.note(f"seed {run.request.seed}")
-    for note in run.plan.notes:
-        run.note(note)
     run.note(f"UNet in {run.plan.precision} ({run.plan.precision_why})")
     if run.plan.precision is Precision.INT8:
         cache = run.request.cache_dir or default_cache()

@@ -57,7 +57,8 @@ def _common(budget: Budget, predicted: int) -> dict[str, Any]:
     names = ("tiler", "torch", "diffusers", "transformers")
     versions = {"python": platform.python_version()} | {name: metadata.version(name) for name in names}
     return {
-        "schema": SCHEMA, "peak_rss_bytes": budget.peak_rss_bytes, "predicted_peak_bytes": predicted,
+        "schema": SCHEMA, "peak_rss_bytes": budget.peak_rss_bytes, "peak_sampled": budget.peak_sampled,
+        "swapped_bytes": budget.swapped_bytes, "predicted_peak_bytes": predicted,
         "max_ram_bytes": budget.max_bytes, "phases": [asdict(phase) for phase in budget.phases],
         "threads": torch.get_num_threads(), "versions": versions,
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

@@ -114,7 +114,7 @@ import torch
 from tiler import Budget
 from tiler.models.family import build_unet, plain_names, read_family
 from tiler.models.unet import predict_noise
-from tiler.memory.budget import at_layer
+from tiler.memory.policy import at_layer
 from tiler.phases import streamed
 from tiler.packing import prepare_int8
 from tiler.weights.checkpoint import resolve

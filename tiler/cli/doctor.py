@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import shutil
 from importlib import metadata
@@ -20,7 +19,7 @@ def command(json_output: o.Json = False) -> None:
     import psutil
 
     from tiler.compute import cpu
-    from tiler.memory.process import available_ram, cgroup_limit
+    from tiler.memory.limits import available_ram, cgroup_limit, usable_cpus
     from tiler.weights.places import hub_cache
 
     available, total = available_ram()
@@ -29,7 +28,7 @@ def command(json_output: o.Json = False) -> None:
         "ram": f"{format_mb(available)} available of {format_mb(total)}",
         "cgroup limit": "none" if limit is None else format_mb(limit),
         "swap": format_mb(psutil.swap_memory().total),
-        "cores": f"{psutil.cpu_count(logical=False)} physical, {len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} usable",
+        "cores": f"{psutil.cpu_count(logical=False)} physical, {usable_cpus()} usable",
         "cpu": f"{platform.machine()}: {', '.join(cpu.flags()) or 'no known flags'}",
         "storage dtype": "as in the checkpoint (fp16, bf16 or fp32); weights are cast when they are used",
         "compute dtype": "fp32: half-precision arithmetic is slower than fp32 on CPUs without AMX, and overflows in SD's VAE",

@@ -13,6 +13,7 @@ import typer
 
 from tiler.cli import decode, doctor, plan, quantize, render
 from tiler.errors import TilerError
+from tiler.memory.limits import is_out_of_memory
 
 app = typer.Typer(
     name="tiler",
@@ -76,6 +77,11 @@ def _failed(error: BaseException) -> int:
     if os.environ.get("TILER_DEBUG"):
         traceback.print_exc()
     match error:
+        case _ if is_out_of_memory(error):  # also where it is the cause of another error
+            text, code = (
+                "the system refused an allocation; raise --max-ram or the limit (ulimit -d, -v), or free memory",
+                5,
+            )
         case TilerError():
             text, code = str(error), error.exit_code
         case typer.Exit() | SystemExit():
@@ -89,10 +95,6 @@ def _failed(error: BaseException) -> int:
         case _ if hasattr(error, "format_message"):  # click's own words for an option that does not exist
             message = error.format_message()  # none where the help itself was shown
             text, code = f"{message}; see --help" if message else "", 2
-        case MemoryError():
-            text, code = "the system refused an allocation; raise --max-ram or free some memory", 5
-        case RuntimeError() if "can't allocate memory" in str(error) or "not enough memory" in str(error):
-            text, code = "an allocation beyond the ceiling was refused; raise --max-ram or choose a smaller --size", 5
         case _:
             traceback.print_exception(error)  # with its notes
             return 1

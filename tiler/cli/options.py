@@ -143,11 +143,14 @@ def _values(offered: list[Field[Any]], given: Mapping[str, Any]) -> dict[str, An
 def prepare_process(threads: int | None) -> None:
     """What must be set before torch is imported: allocator, threads, quiet libraries. Then torch is."""
     from tiler.memory.lean_imports import lean_torch
+    from tiler.memory.limits import check_user_limits, limited_cpus
     from tiler.memory.process import frugal_allocator
 
     if threads is not None and not 1 <= threads <= 1024:
         raise UsageError(f"threads = {threads} is out of range: 1–1024")
+    check_user_limits()
     frugal_allocator()
+    threads = threads or (None if "OMP_NUM_THREADS" in os.environ else limited_cpus())
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     if threads is not None:

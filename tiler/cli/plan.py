@@ -21,9 +21,11 @@ def run(
     """
     budget = Budget(max_ram)
     o.prepare_process(threads)
+    from tiler.cli.progress import ProgressPrinter
     from tiler.pipeline import plan
 
-    planned = plan(request, budget)
+    with ProgressPrinter(budget, quiet=False) as printer:
+        planned = plan(request, budget, printer)
     if json_output:
         typer.echo(json.dumps(planned.facts()))
     else:

@@ -273,9 +273,8 @@ def _store(
     """Run one pass into a new file, and give `norm`, if that comes next, the statistics of what was written."""
     pooled = None if norm is None else Pooled(norm.norm.num_groups)
     out: Rows | None = None
-    old = (
-        chain[-1].stored if chain and isinstance(chain[-1], Add) else None
-    )  # read row by row, just before it is written
+    end = chain[-1] if chain else None
+    old = end.stored if isinstance(end, Add) else None  # read row by row, just before it is written
     with hold(_layers(chain)):
         for x in source.through(chain, check):
             if pooled is not None:
@@ -390,10 +389,8 @@ def rehearse(
     if encoding:
         stages, x = encoder_stages(vae.encoder, vae.quant_conv), (1, 3, 8 * height, 8 * width)
     else:
-        stages, x = (
-            decoder_stages(vae.decoder, vae.post_quant_conv),
-            (1, vae.config.latent_channels, height, width),
-        )
+        stages = decoder_stages(vae.decoder, vae.post_quant_conv)
+        x = 1, vae.config.latent_channels, height, width
     picture = torch.empty(x, device="meta")
     rows = strip_rows(width) * (8 if encoding else 1)
     flops = _flops(stages, x[2] * x[3])

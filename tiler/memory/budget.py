@@ -10,9 +10,10 @@ Works for any program: it knows nothing of rendering. MB is 10^6 bytes and MiB 2
 from __future__ import annotations
 
 import re
+import resource
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -29,6 +30,7 @@ ROOMY = 256 * 2**20  # of freed memory stays where the ceiling is far above the 
 _ALMOST = 0.92  # of the ceiling: collect and trim before going on
 MARGIN = 0.97  # of the ceiling: what a plan may fill
 _SAMPLE_SECONDS = 0.05
+_SWAPPED = 16 * 10**6  # less is what a busy machine may do to any program
 
 
 def parse_bytes(text: str | int) -> int:
@@ -58,7 +60,9 @@ class Budget:
     """The ceiling of this process and its children, in bytes of RSS. A context manager.
 
     `check` raises BudgetExceeded at the ceiling; `phase` attributes the peak; `peak_rss_bytes` is the highest RSS while
-    the budget was open: the kernel's own mark (VmHWM), reset on entry and between phases and pooled here.
+    the budget was open: the kernel's own mark (VmHWM), reset on entry and between phases and pooled here. Where the kernel
+    keeps no mark, or does not let it be reset, it is the highest that a look every 50 ms saw, and `peak_sampled` is true.
+    `swapped_bytes` is the most of this process that was swapped out.
     """
 
     def __init__(self, max_ram: str | int = "800MB") -> None:
@@ -66,7 +70,11 @@ class Budget:
         if self.max_bytes <= 0:
             raise UsageError(f"the memory ceiling must be positive, not {max_ram!r}")
         self.phases: list[PhaseUse] = []
+        self.swapped_bytes = 0
+        self.peak_sampled = False
         self._peak = 0
+        self._stale_peak = 0  # a mark from before, which could not be reset
+        self._swap_told = False
         self._children = 0
         self._depth = 0
         self._process = psutil.Process()
@@ -77,7 +85,7 @@ class Budget:
         self._depth += 1
         if self._depth > 1:  # render() enters a budget that its caller may have entered already
             return self
-        process.reset_peak()
+        self._reset_peak()
         self._note_peak()
         self._stop.clear()
         self._sampler = threading.Thread(target=self._sample, name="tiler-rss-sampler", daemon=True)
@@ -133,7 +141,7 @@ class Budget:
         use = PhaseUse(name=name)
         process.trim()
         self._note_peak()
-        process.reset_peak()
+        self._reset_peak()
         self.phases.append(use)
         start = time.monotonic()
         try:
@@ -143,9 +151,28 @@ class Budget:
             use.seconds = time.monotonic() - start
             process.trim()
 
+    def swap_warning(self) -> str | None:
+        """Once, when more than 16 MB of this process were swapped out: what to do about it."""
+        self._note_peak()
+        if self._swap_told or self.swapped_bytes < _SWAPPED:
+            return None
+        self._swap_told = True
+        faults = resource.getrusage(resource.RUSAGE_SELF).ru_majflt
+        return (
+            f"the system has swapped out {format_mb(self.swapped_bytes)} of this run ({faults:,} page faults wait for the "
+            "disk): it will be far slower than it could be; end other programs, or lower --max-ram"
+        )
+
+    def _reset_peak(self) -> None:
+        done = process.reset_peak()
+        mark = process.read_rss().peak
+        self._stale_peak = 0 if done else mark
+        self.peak_sampled = self.peak_sampled or not done or not mark
+
     def _note_peak(self) -> None:
         rss = process.read_rss()
-        peak = max(rss.peak, rss.now) + self._children
+        self.swapped_bytes = max(self.swapped_bytes, rss.swapped)
+        peak = max(rss.peak if rss.peak > self._stale_peak else 0, rss.now) + self._children
         self._peak = max(self._peak, peak)
         if self.phases and peak >= self.phases[-1].peak_rss_bytes:
             use = self.phases[-1]
@@ -157,34 +184,3 @@ class Budget:
         while not self._stop.wait(_SAMPLE_SECONDS):
             self._children = process.children_rss()
             self._note_peak()
-
-
-def at_layer(budget: Budget, planned_bytes: int) -> Callable[[str], None]:
-    """What happens between two layers of the UNet: freed memory leaves the process if it is worth the call (5 ms), or if it
-    is more than a roomy ceiling leaves above the plan; then the ceiling is checked."""
-    if room := budget.room(planned_bytes):
-        process.generous_allocator()
-
-    def check(where: str) -> None:
-        if process.free_heap() > (room or process.HEAP_WORTH_RELEASING):
-            process.release_heap()
-        budget.check(where)
-
-    return check
-
-
-def at_rows(budget: Budget, planned_bytes: int) -> Callable[[str], None]:
-    """The same for an autoencoder, whose layers run thousands of times: memory leaves when the ceiling is not far, or when it
-    is more than was planned. The heap's part is looked at by itself: holes between live blocks are not counted by the
-    allocator's own threshold."""
-    room = budget.room(planned_bytes)
-    # A plan that reaches NEAR has less room for freed memory than it has use for.
-    roomy = planned_bytes < int(NEAR * budget.max_bytes)
-    kept = max(room, process.HEAP_KEPT if roomy else process.HEAP_KEPT_TIGHT)
-
-    def check(where: str) -> None:
-        if budget.rss_bytes >= min(NEAR * budget.max_bytes, planned_bytes + room) or process.free_heap() > kept:
-            process.release_heap()
-        budget.check(where)
-
-    return check

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import sys
+import threading
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -13,6 +14,8 @@ from importlib.machinery import PathFinder
 
 from tiler.memory import process
 
+_lock = threading.RLock()  # two threads that replace and restore names at once would restore each other's
+_depth = 0  # how many lean_imports are open
 _program = False  # whether this process is ours, so that nobody else needs what is left out
 
 
@@ -26,12 +29,19 @@ class _FirstOfAll:
 
 
 class _StandIn(types.ModuleType):
-    """A module whose every name is a decorator that does nothing."""
+    """A module whose every name is a decorator that does nothing, and once the lean imports are over what it stands for:
+    other modules keep what they took from here."""
 
     def __getattr__(self, name: str) -> object:
         if name.startswith("__"):
             raise AttributeError(name)
-        return _no_op
+
+        def later(*args: object, **kwargs: object) -> object:
+            if _depth:
+                return _no_op(*args, **kwargs)
+            return getattr(import_module(self.__name__), name)(*args, **kwargs)
+
+        return later
 
 
 def _no_op(fn: object = None, *args: object, **kwargs: object) -> object:
@@ -56,12 +66,14 @@ def _stand_in(modules: dict[str, types.ModuleType]) -> Iterator[None]:
 def lean_torch() -> None:
     """Import torch without its operators written in Python: 20 MB and a quarter of a second less. For a program's start; a
     library must not do this. They describe shapes to the compiler, which never runs here."""
-    global _program
+    global _program, _depth
     _program = True
     if "torch" in sys.modules:
         return
+    _depth += 1
     with _stand_in({"torch._meta_registrations": _StandIn("torch._meta_registrations")}):
         import torch
+    _depth -= 1
     sys.meta_path.insert(0, _FirstOfAll())
     try:
         if hasattr(torch._C, "_set_generator_metaclass"):  # torch 2.13: one of those modules would
@@ -82,40 +94,39 @@ def freeze_imports() -> None:
 
 
 @contextmanager
-def without_dynamo() -> Iterator[None]:
-    """Keep torch's compiler out of memory (72 MB): what would import torch._dynamo for a decorator gets a stand-in.
-
-    A process that has torch._dynamo already is left alone.
-    """
-    if "torch._dynamo" in sys.modules:
-        yield
-        return
-    import torch  # noqa: F401
-
-    names = "torch._dynamo", "torch._dynamo._trace_wrapped_higher_order_op"
-    with _stand_in({name: _StandIn(name) for name in names}):
-        yield
-
-
-@contextmanager
 def lean_imports() -> Iterator[None]:
     """Import model classes without the compiler and cluster parts of torch: 84 MB of RSS less.
 
-    diffusers and transformers import torch._dynamo for decorators, and torch.distributed.tensor (with sympy) for
+    diffusers and transformers import torch._dynamo for decorators (72 MB), and torch.distributed.tensor (with sympy) for
     multi-GPU loading, neither of which runs here. Within this context the first is a stand-in, the second reports itself
     unavailable (torch's own switch), and three packages of diffusers give single modules without importing all their
     siblings. Afterwards everything is as it was.
+
+    May be entered within itself. Does nothing in a process that has torch._dynamo: somebody compiles there.
     """
+    global _depth
+    with _lock:
+        _depth += 1
+        try:
+            with _replacements() if _depth == 1 else nullcontext():
+                yield
+        finally:
+            _depth -= 1
+
+
+@contextmanager
+def _replacements() -> Iterator[None]:
     import torch.compiler
     import torch.distributed
 
     if "torch._dynamo" in sys.modules or "diffusers.models.unets" in sys.modules:
         yield
         return
+    dynamo = "torch._dynamo", "torch._dynamo._trace_wrapped_higher_order_op"
     with (
         _replaced(torch.compiler, "disable", _no_op),
         _replaced(torch.distributed, "is_available", lambda: False),
-        without_dynamo(),
+        _stand_in({name: _StandIn(name) for name in dynamo}),
         _lean_transformers() if _program else nullcontext(),
     ):
         import diffusers.models  # noqa: F401

@@ -27,27 +27,27 @@ _threshold: int | None = None  # which of these holds, if the allocator's thresh
 
 
 class Rss(NamedTuple):
-    """Resident memory in bytes: now, the high-water mark, and the anonymous and file-backed parts of now."""
+    """Resident memory in bytes: now, the high-water mark (0 where the kernel keeps none), the anonymous and file-backed parts
+    of now, and what of this process is swapped out."""
 
     now: int
     peak: int
     anon: int
     file: int
+    swapped: int = 0
 
 
-def read_rss() -> Rss:
-    """From /proc/self/status; elsewhere psutil's figure stands for all four."""
-    try:
-        text = Path("/proc/self/status").read_text()
-    except OSError:
-        now = psutil.Process().memory_info().rss
-        return Rss(now, now, now, 0)
-    kb = {
-        key: int(rest.split()[0])
-        for key, _, rest in (line.partition(":") for line in text.splitlines())
-        if rest.endswith(" kB")
-    }
-    return Rss(kb["VmRSS"] * 1024, kb["VmHWM"] * 1024, kb["RssAnon"] * 1024, (kb["RssFile"] + kb["RssShmem"]) * 1024)
+def read_rss(proc: Path = Path("/proc/self")) -> Rss:
+    """From /proc/self/status, as far as the kernel reports it (gVisor's says little); elsewhere psutil's figure."""
+    kb: dict[str, int] = {}
+    with suppress(OSError, ValueError, IndexError):
+        for line in (proc / "status").read_text().splitlines():
+            key, _, rest = line.partition(":")
+            if rest.endswith(" kB"):
+                kb[key] = 1024 * int(rest.split()[0])
+    now = kb["VmRSS"] if "VmRSS" in kb else psutil.Process().memory_info().rss
+    file = kb.get("RssFile", 0) + kb.get("RssShmem", 0)
+    return Rss(now, kb.get("VmHWM", 0), kb.get("RssAnon", max(0, now - file)), file, kb.get("VmSwap", 0))
 
 
 def reset_peak() -> bool:
@@ -62,29 +62,11 @@ def reset_peak() -> bool:
 def children_rss() -> int:
     """The resident bytes of all child processes: they count under the ceiling."""
     total = 0
-    for child in psutil.Process().children(recursive=True):
-        with suppress(psutil.Error):
-            total += child.memory_info().rss
+    with suppress(psutil.Error, OSError):
+        for child in psutil.Process().children(recursive=True):
+            with suppress(psutil.Error):
+                total += child.memory_info().rss
     return total
-
-
-def available_ram() -> tuple[int, int]:
-    """(bytes available now, bytes in all), the cgroup's limit included."""
-    memory = psutil.virtual_memory()
-    limit = cgroup_limit()
-    return (
-        (memory.available, memory.total) if limit is None else (min(memory.available, limit), min(memory.total, limit))
-    )
-
-
-def cgroup_limit() -> int | None:
-    """The memory limit of this process's cgroup (v2 or v1) in bytes, None when there is none."""
-    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        with suppress(OSError, ValueError):
-            limit = int(Path(file).read_text())
-            if limit < 2**60:
-                return limit
-    return None
 
 
 def trim() -> None:
@@ -182,10 +164,13 @@ def frugal_allocator() -> None:
     pass took 8.3 s a sample, with 8 MiB and `release_heap` between layers 7.2 s and 20 MB more (`scripts/bench.py unet`).
     """
     global _threshold
+    busy = False
     # OpenMP's threads wait for each other by spinning, 300,000 turns unless told otherwise. On a free machine that is 6 %
     # faster than sleeping; where other programs share the cores it is waiting for a thread that has none: small layers then
     # took thirty times as long.
-    if os.getloadavg()[0] > (os.cpu_count() or 1) / 2:
+    with suppress(OSError):
+        busy = os.getloadavg()[0] > (os.cpu_count() or 1) / 2
+    if busy:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     os.environ.setdefault("LRU_CACHE_CAPACITY", "64")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from tiler.errors import ModelError
 from tiler.memory.lean_imports import lean_imports
 from tiler.models import bounds
+from tiler.models.corrections import correct_unet
 from tiler.weights.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ class Family:
     vae: dict[str, Any]
     text: dict[str, Any]
     scheduler: dict[str, Any]
+    notes: tuple[str, ...] = ()  # of what was corrected in them, for the user
 
     @property
     def native(self) -> int:
@@ -142,7 +144,8 @@ def read_family(checkpoint: Checkpoint) -> Family:
     bounds.check_prediction(f"{checkpoint.folder / 'unet'}/config.json", unet)
     _check_unet_kind(f"{checkpoint.folder / 'unet'}/config.json", unet)
     scheduler = checkpoint.config("scheduler", "scheduler_config.json")
-    return Family(checkpoint=checkpoint, unet=unet, vae=vae, text=text, scheduler=scheduler)
+    unet, notes = correct_unet(unet)
+    return Family(checkpoint=checkpoint, unet=unet, vae=vae, text=text, scheduler=scheduler, notes=notes)
 
 
 _BLOCKS = ("DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D", "UNetMidBlock2DCrossAttn", None)

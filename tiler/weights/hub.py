@@ -19,7 +19,7 @@ from tiler.weights.flavours import (
     nothing_to_read,
     read_json,
 )
-from tiler.weights.places import hub_cache
+from tiler.weights.places import give_the_hub_a_home, hub_cache
 
 INDEX = "model_index.json"
 _UNUSED = "feature_extractor", "image_encoder", "safety_checker"
@@ -132,6 +132,7 @@ def _readable(folder: Path, variant: str | None) -> bool:
 def _cached(model: str, revision: str | None, file: str) -> Path | None:
     """The cache's folder of a repository, if `file` is in it. Of one file, for huggingface_hub takes a folder that lacks a
     file of the repository's list for no folder at all."""
+    give_the_hub_a_home()
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
@@ -201,7 +202,7 @@ def _reached(model: str, command: str, state: str) -> Iterator[None]:
     except Exception as error:  # of whichever HTTP library huggingface_hub uses
         if isinstance(error, OSError) and error.errno in _UNWRITABLE:
             raise StorageError(
-                f"{hub_cache()}: {model} cannot be stored ({error.strerror}); free some space, or set HF_HOME to another folder"
+                f"{error.filename or hub_cache()}: {model} cannot be stored ({error.strerror}); free some space, or set HF_HOME to another folder"
             ) from error
         raise OfflineError(
             f"{model} {state} and the hub cannot be reached ({type(error).__name__}); "

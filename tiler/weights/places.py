@@ -27,6 +27,14 @@ def hub_cache() -> Path:
     return Path(os.path.expandvars(os.path.expanduser(given or os.path.join(home, "hub"))))
 
 
+def give_the_hub_a_home() -> None:
+    """Before huggingface_hub is imported: where no home is known it would take "~" for the name of a folder."""
+    try:
+        Path.home()
+    except RuntimeError:
+        os.environ.setdefault("HF_HOME", str(cache_home() / "huggingface"))
+
+
 def expand(path: str) -> Path:
     """`path` with a leading ~ replaced. Raises UsageError where nobody's home is known by that name."""
     try:

@@ -1,0 +1,32 @@
+"""The meter, which tells what a computation on meta tensors would take."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from tiler.compute.shapes import MetaMeter
+
+
+def test_meter_counts_what_is_alive() -> None:
+    with MetaMeter() as meter, torch.device("meta"), torch.no_grad():
+        x = torch.empty(1000)
+        y = x + 1
+        del x
+        z = torch.cat([y, y])
+        view = z[10:]
+        del y, z
+        assert meter.live_bytes == 8000
+        del view
+    assert meter.live_bytes == 0
+    assert meter.peak_bytes == 4000 + 8000
+
+
+def test_meter_knows_a_convolutions_scratch_and_not_its_weights() -> None:
+    with torch.device("meta"):
+        conv = nn.Conv2d(4, 8, 3, padding=1, bias=False)
+    with MetaMeter() as meter, torch.no_grad():
+        out = conv(torch.empty(1, 4, 16, 16, device="meta"))
+    x_bytes, out_bytes = 4 * 256 * 4, 8 * 256 * 4
+    assert out.shape == (1, 8, 16, 16)
+    assert meter.peak_bytes == x_bytes + out_bytes + (x_bytes + out_bytes + conv.weight.nbytes)

@@ -1,0 +1,153 @@
+"""What is kept out of memory, what comes when it is wanted after all, and a library's caller who compiles."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def fresh(code: str) -> str:
+    """What a process of its own prints."""
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300).stdout
+
+
+def test_help_and_import_load_no_torch() -> None:
+    code = "import sys, tiler, tiler.cli.main; print([m for m in ('torch', 'diffusers', 'transformers', 'numpy') if m in sys.modules])"
+    assert fresh(code).strip() == "[]"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_models_are_built_and_planned_without_compiler_and_cluster_code(tiny: Path, precision: str) -> None:
+    code = f"""
+import sys
+from pathlib import Path
+import tiler.models.unet, tiler.compute.layers
+tiler.models.unet.SMALL = tiler.compute.layers.SMALL = 500  # or all of so small a model would be loaded at once
+from tiler.models.family import read_family, build_text_encoder
+from tiler.plan.render import plan_render
+from tiler.plan.resolve import fill
+from tiler.request import Precision, RenderRequest
+from tiler.weights.checkpoint import resolve
+family = read_family(resolve({str(tiny)!r}))
+request = fill(RenderRequest(prompt="x", size=256, precision=Precision({precision!r})))
+plan_render(request, family, 10**9)
+build_text_encoder(family)
+print([m for m in ("torch._dynamo", "sympy", "torch.distributed.tensor", "torch.distributed.fsdp") if m in sys.modules])
+import torch._dynamo, diffusers.models.transformers as t
+print(hasattr(torch._dynamo, "optimize"), hasattr(t, "SD3Transformer2DModel"), torch.distributed.is_available())
+"""
+    first, second = fresh(code).strip().splitlines()
+    assert first == "[]"
+    assert second == "True True True"  # and everything is as it was for the rest of the program
+
+
+def test_a_program_of_ours_leaves_out_more_and_gives_it_to_who_asks(tiny: Path) -> None:
+    code = f"""
+import sys
+from tiler.memory.lean_imports import lean_torch
+lean_torch()
+from tiler.models.family import read_family, build_text_encoder, build_unet
+from tiler.models.clip import load_tokenizer
+from tiler.weights.checkpoint import resolve
+family = read_family(resolve({str(tiny)!r}))
+build_unet(family), load_tokenizer(family)
+encoder = build_text_encoder(family)
+print([m for m in ("torch._meta_registrations", "torch._decomp", "torch._dynamo", "transformers") if m in sys.modules])
+import torch, torch._meta_registrations as meta, transformers
+from diffusers.utils import is_transformers_available
+print(hasattr(meta, "register_meta"), transformers.CLIPTextModel is type(encoder), is_transformers_available())
+print(torch.Generator().manual_seed(1).initial_seed())
+"""
+    assert fresh(code).splitlines() == ["[]", "True True True", "1"]
+
+
+def test_what_was_left_out_comes_when_it_is_wanted_after_all() -> None:
+    code = """
+from tiler.memory.lean_imports import lean_imports, lean_torch
+lean_torch()
+with lean_imports():
+    from transformers import PreTrainedModel  # a list of all models knows where that is
+import torch._dynamo
+print(PreTrainedModel.__module__, hasattr(torch._dynamo, "optimize"))
+"""
+    assert fresh(code).strip() == "transformers.modeling_utils True"
+
+
+def test_names_that_others_took_from_a_stand_in_are_real_afterwards() -> None:
+    """transformers keeps a class of torch._dynamo's that it needs for some masks."""
+    code = """
+from tiler.memory.lean_imports import lean_imports
+with lean_imports():
+    import transformers.masking_utils as masks
+import sys, torch
+print("torch._dynamo" in sys.modules)
+with masks.TransformGetItemToIndex():
+    print(torch.vmap(lambda i: torch.arange(5)[i])(torch.tensor([3, 1])).tolist())
+"""
+    assert fresh(code).splitlines() == ["False", "[3, 1]"]
+
+
+def test_lean_imports_within_and_beside_each_other() -> None:
+    code = """
+import threading, torch
+from tiler.memory.lean_imports import lean_imports
+disable, available = torch.compiler.disable, torch.distributed.is_available
+inside, leave = threading.Event(), threading.Event()
+
+def other():
+    with lean_imports():
+        inside.set()
+        assert leave.wait(60)
+
+with lean_imports():
+    with lean_imports():
+        from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+    assert torch.compiler.disable is not disable  # the inner one leaves the outer one's work alone
+    thread = threading.Thread(target=other)
+    thread.start()
+    print(inside.wait(0.2))  # two threads take turns
+print(inside.wait(60))
+leave.set()
+thread.join(60)
+print(torch.compiler.disable is disable, torch.distributed.is_available is available)
+with lean_imports():
+    try:
+        with lean_imports():
+            1 / 0
+    except ZeroDivisionError:
+        pass
+print(torch.compiler.disable is disable)
+"""
+    assert fresh(code).splitlines() == ["False", "True", "True True", "True"]
+
+
+def test_a_process_that_compiles_is_left_alone() -> None:
+    code = """
+import torch, torch._dynamo
+disable = torch.compiler.disable
+from tiler.memory.lean_imports import lean_imports
+with lean_imports():
+    print(torch.compiler.disable is disable, torch.distributed.is_available())
+    import diffusers.models.unets, diffusers.utils.torch_utils as utils
+print(utils.maybe_allow_in_graph.__module__)
+"""
+    assert fresh(code).splitlines() == ["True True", "torch._dynamo.decorators"]
+
+
+def test_who_calls_the_library_can_compile(tmp_path: Path) -> None:
+    """Only the program leaves out what torch.compile needs."""
+    code = f"""
+import sys, tiler, torch
+request = tiler.RenderRequest(prompt="x", output={str(tmp_path / "a.png")!r}, model="mini", width=256, height=256, num_inference_steps=1, guide=False)
+from pathlib import Path
+from dataclasses import replace
+tiler.render(replace(request, output=Path(request.output)))
+print("torch._meta_registrations" in sys.modules, "torch._dynamo" in sys.modules)
+print(torch.compile(lambda x: torch.nn.functional.silu(x) + 1, backend="eager")(torch.zeros(2)).tolist())
+import torch._dynamo
+print(hasattr(torch._dynamo, "explain"))
+"""
+    assert fresh(code).splitlines() == ["True False", "[1.0, 1.0]", "True"]

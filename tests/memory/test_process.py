@@ -1,0 +1,113 @@
+"""What the kernel says of this process, and the memory and code that leave it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tiler.memory import process
+from tiler.memory.process import _untouched_code, read_rss
+
+
+def fresh(code: str) -> str:
+    """What a process of its own prints."""
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300).stdout
+
+
+LINUX = "Name:\tpython\nVmHWM:\t  2000 kB\nVmRSS:\t 1500 kB\nRssAnon:\t 900 kB\nRssFile:\t 500 kB\nRssShmem:\t 100 kB\nVmSwap:\t 70 kB\n"
+GVISOR = "Name:\tpython\nState:\tR (running)\nVmSize:\t 90000 kB\nVmRSS:\t 1500 kB\nThreads:\t4\n"
+
+
+@pytest.mark.parametrize(
+    ("status", "want"),
+    [
+        (LINUX, (1500, 2000, 900, 600, 70)),
+        (GVISOR, (1500, 0, 1500, 0, 0)),
+        (LINUX.replace("RssAnon", "Other").replace("VmSwap", "Other"), (1500, 2000, 900, 600, 0)),
+        (LINUX.replace("VmHWM:\t  2000 kB", "VmHWM:\t kB"), (1500, 0, 900, 600, 70)),
+    ],
+)
+def test_a_kernel_may_say_less(tmp_path: Path, status: str, want: tuple[int, ...]) -> None:
+    (tmp_path / "status").write_text(status)
+    if "\t kB" in status:  # a line that cannot be read ends the reading
+        (tmp_path / "status").write_text("".join(sorted(status.splitlines(True), key=lambda line: "VmHWM" in line)))
+    assert read_rss(tmp_path) == tuple(1024 * kb for kb in want)
+
+
+@pytest.mark.parametrize("status", [None, "", "Name:\tpython\n"])
+def test_a_kernel_that_says_nothing(tmp_path: Path, status: str | None) -> None:
+    if status is not None:
+        (tmp_path / "status").write_text(status)
+    rss = read_rss(tmp_path)
+    assert rss.now == pytest.approx(psutil.Process().memory_info().rss, rel=0.2)
+    assert (rss.peak, rss.anon, rss.file, rss.swapped) == (0, rss.now, 0, 0)
+
+
+def test_children_that_cannot_be_listed_count_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: psutil.Process, recursive: bool) -> None:
+        raise psutil.AccessDenied
+
+    monkeypatch.setattr(psutil.Process, "children", refuse)
+    assert process.children_rss() == 0
+
+
+def test_a_machine_without_a_load_average(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise OSError("Load averages are unobtainable")
+
+    monkeypatch.setattr(os, "getloadavg", refuse)
+    process.frugal_allocator()
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the thresholds are glibc's")
+def test_mapped_blocks_leave_no_holes_between_others() -> None:
+    """Every second of 64 blocks is freed, as when a weight is copied on its way to another layout."""
+    code = """
+from contextlib import nullcontext
+from tiler.memory import process
+process.frugal_allocator()
+for context in (nullcontext, process.mapped_blocks):
+    before = process.read_rss().now
+    with context():
+        blocks = [bytearray(b"x") * (2 * 2**20) for _ in range(64)]
+    del blocks[::2]
+    print(process.read_rss().now - before)
+    del blocks
+"""
+    heap, mapped = map(int, fresh(code).split())
+    assert heap > 120 * 2**20
+    assert mapped < 72 * 2**20
+
+
+def test_code_that_ran_leaves_memory_and_returns() -> None:
+    code = """
+from tiler.memory import process
+import torch
+x = torch.arange(64.).view(8, 8)
+before, product = process.read_rss(), x @ x
+process.release_code()
+after = process.read_rss()
+print(before.file > 2 * after.file, torch.equal(x @ x, product), after.anon >= before.anon - 2**20)
+"""
+    assert fresh(code).strip() == "True True True"
+
+
+def test_only_code_that_can_be_had_from_its_file_is_released() -> None:
+    def mapping(span: str, rights: str, path: str, anonymous: int) -> str:
+        return f"{span} {rights} 00000000 08:01 123 {path}\nSize: 4 kB\nAnonymous:           {anonymous} kB\nVmFlags: rd ex mr\n"
+
+    smaps = (
+        mapping("1000-3000", "r-xp", "/usr/lib/a.so", 0)
+        + mapping("4000-5000", "r-xp", "/usr/lib/patched.so", 4)
+        + mapping("6000-7000", "rw-p", "/usr/lib/a.so", 0)
+        + mapping("8000-9000", "r-xp", "", 0)
+        + mapping("a000-b000", "r-xp", "[vdso]", 0)
+        + mapping("c000-f000", "r-xp", "/usr/lib/b c.so", 0)
+    )
+    assert list(_untouched_code(smaps)) == [(0x1000, 0x3000), (0xC000, 0xF000)]

@@ -1,0 +1,65 @@
+"""The memory plan: what it refuses, what more memory buys, and what importing costs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tiler.errors import BudgetRefused
+from tiler.memory.process import read_rss
+from tiler.models.family import read_family
+from tiler.plan.render import plan_render
+from tiler.plan.resolve import fill
+from tiler.plan.table import MemoryPlan, PhasePlan, Term
+from tiler.request import RenderRequest
+from tiler.weights.checkpoint import resolve
+
+
+def fresh(code: str) -> str:
+    """What a process of its own prints."""
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300).stdout
+
+
+def test_plan_refuses_with_the_table_and_the_smallest_ceiling() -> None:
+    phase = PhasePlan(
+        name="canvas", terms=(Term(name="weights", nbytes=500_000_000), Term(name="activations", nbytes=400_000_000))
+    )
+    plan = MemoryPlan(max_bytes=800_000_000, phases=(phase,), smallest_bytes=700_000_001)
+    with pytest.raises(BudgetRefused, match="701MB") as caught:
+        plan.check()
+    assert "weights" in str(caught.value)
+    assert caught.value.exit_code == 4
+
+
+def test_more_memory_means_larger_batches_and_resident_weights(tiny: Path) -> None:
+    family = read_family(resolve(str(tiny)))
+    request = fill(RenderRequest(prompt="x", size=512, num_inference_steps=4))
+    here = read_rss().now
+    plans = [plan_render(request, family, here + extra) for extra in (56_000_000, 80_000_000, 2_000_000_000)]
+    assert plans[0].batch <= plans[1].batch <= plans[2].batch
+    assert plans[2].batch > 1
+    kept = [plan.resident["canvas"] for plan in plans]
+    assert len(kept[0]) <= len(kept[2])
+    assert set(kept[2].values()) == {torch.float32}
+    assert all(p.memory.smallest_bytes == pytest.approx(plans[0].memory.smallest_bytes, rel=0.05) for p in plans)
+
+
+def test_a_plan_knows_what_building_the_model_imports(tiny: Path) -> None:
+    """Planning is the first thing that a process does with a model: diffusers is imported on the way."""
+    code = f"""
+from pathlib import Path
+from tiler.memory.process import _untouched_code, read_rss, trim
+from tiler.models.family import read_family
+from tiler.plan.render import plan_decode
+from tiler.request import Decode, ScratchDtype, Wrap
+from tiler.weights.checkpoint import resolve
+kind, options = read_family(resolve({str(tiny)!r})).autoencoder, dict(scratch_dtype=ScratchDtype.FP16, wrap=Wrap.NONE)
+_, plan, _ = plan_decode(kind, (64, 64), 10**9, decode=Decode.FROZEN, scratch=Path("."), **options)
+print(plan.phases[0].terms[0].nbytes, read_rss().now)
+"""
+    libraries, now = map(int, fresh(code).split())
+    assert libraries > now
