@@ -65,7 +65,7 @@ def render(request: RenderRequest, budget: Budget | None = None, on_event: OnEve
     with _inference(), budget or Budget() as budget:
         check_picture(request.output, force=request.force)
         if request.save_latents is not None:
-            check_writable(request.save_latents, force=request.force)
+            check_writable(request.save_latents, force=request.force, option="--save-latents")
         if request.guide_image is not None:
             guide.load_picture(request.guide_image)  # before any work: is it a picture at all?
         plan = plan_render(
@@ -84,10 +84,10 @@ def render(request: RenderRequest, budget: Budget | None = None, on_event: OnEve
             reference = work.reference(guide_latents)
             latents = work.canvas_pass(conditions, reference)
             if request.save_latents is not None:
-                save_latents(request.save_latents, latents)
+                save_latents(request.save_latents, latents, force=request.force)
             write_picture(
                 request.output, work.decode(latents), request.width, request.height, work.texts(), request.dpi,
-                request.bleed_mm,
+                request.bleed_mm, force=request.force,
             )  # fmt: skip
     return Result(output=request.output, report=work.report())
 
@@ -324,7 +324,7 @@ def decode_file(
             with budget.phase("decode") as use, streamed(vae, kind.weights, families.vae_names, resident) as streamer:
                 check = at_rows(budget, plan.peak_bytes)
                 rows = decode_pixels(how, vae, streamer, latents, check, percent(on_event, "decode"))
-                write_picture(output, rows, 8 * width, 8 * height, {}, dpi)
+                write_picture(output, rows, 8 * width, 8 * height, {}, dpi, force=force)
         on_event(events.PhaseDone(name="decode", seconds=use.seconds, peak_rss_bytes=use.peak_rss_bytes))
     told = {"decode": how.name, "width": 8 * width, "height": 8 * height}
     return Result(output=output, report=report(budget, plan.peak_bytes) | told)

@@ -64,7 +64,7 @@ def command(
     from tiler.files import check_writable
 
     if report is not None:
-        check_writable(report, force=True)
+        check_writable(report, force=True, option="--report")
     budget = Budget(max_ram)
     o.prepare_process(threads)
     from tiler.cli.progress import ProgressPrinter

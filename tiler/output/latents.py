@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 NAME = "latents"
 
 
-def save_latents(path: Path, latents: Tensor) -> None:
-    """Write atomically, as fp32. Raises StorageError."""
+def save_latents(path: Path, latents: Tensor, *, force: bool) -> None:
+    """Write atomically, as fp32; without `force`, a file that has meanwhile appeared is kept. Raises StorageError."""
     from safetensors.torch import save
 
-    with atomic(path) as file:
+    with atomic(path, replace=force) as file:
         file.write(save({NAME: latents.contiguous()}))
 
 
