@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 
 class TilerError(Exception):
     """Base of every error that is not a bug of ours."""
@@ -37,6 +39,22 @@ class StorageError(TilerError):
     """Reading or writing a file failed: disk full, I/O error, read-only folder."""
 
     exit_code = 6
+
+
+class NameTaken(StorageError):
+    """A finished file could not take its name and lies at `kept` instead: nothing is lost."""
+
+    def __init__(self, message: str, kept: Path) -> None:
+        super().__init__(message)
+        self.kept = kept
+
+
+class Interrupted(SystemExit):
+    """SIGINT, SIGTERM or SIGHUP. Its code is 128 and the signal's number. Libraries that turn a KeyboardInterrupt into
+    silence leave it alone."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
 
 
 class NumericalError(TilerError):

@@ -1,57 +1,115 @@
-"""Files that appear whole or not at all: written beside their place, flushed, then renamed."""
+"""Files that appear whole or not at all: written beside their place, flushed, then named."""
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
-import tempfile
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from tiler.errors import StorageError, UsageError
+from tiler.errors import NameTaken, StorageError, UsageError
+
+# What a full or failing disk answers to fsync. Other answers mean that the file system knows no fsync (SMB, FUSE).
+_LOST = (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+_written: list[Path] = []
 
 
-def check_writable(path: Path, *, force: bool) -> None:
-    """Before any work: the file may be written there. Raises UsageError or StorageError."""
+def written() -> tuple[Path, ...]:
+    """The files that this process has finished so far, by the names they were asked for."""
+    return tuple(_written)
+
+
+def check_writable(path: Path, *, force: bool, option: str = "--output") -> None:
+    """Before any work: the file may be written there, which is tried under another name beside it. Raises UsageError or
+    StorageError."""
     try:
-        if path.is_dir():
-            raise UsageError(f"{path} is a folder; --output takes a file name")
-        if path.exists() and not force:
-            raise UsageError(f"{path} exists; give --force to replace it, or another --output")
-        folder = path.resolve().parent
-        if not folder.is_dir():
-            raise UsageError(f"{folder} does not exist; create it first")
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".tiler-"):
-            pass
+        target = _target(path)
+        if target.is_dir():
+            raise UsageError(f"{path} is a folder; {option} takes a file name")
+        if os.path.lexists(target):
+            if not stat.S_ISREG(os.stat(target).st_mode):
+                raise UsageError(f"{path} is a device or a pipe; {option} takes the name of a file")
+            if not force:
+                raise UsageError(f"{path} exists; give --force to replace it, or another {option}")
+        if not target.parent.is_dir():
+            raise UsageError(f"{target.parent} does not exist; create it first")
+        _try_name(target)
+        probe = _beside(target)
+        with _hidden(target) as file:
+            file.write(b"tiler")
+            _name(_linked(file, target), probe, replace=True)
+        os.unlink(probe)
     except OSError as error:
         raise StorageError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
+    except ValueError as error:
+        raise UsageError(f"{str(path)!r} is no file name ({error}); give another {option}") from error
 
 
 @contextmanager
-def atomic(path: Path) -> Iterator[BinaryIO]:
-    """A binary file that takes its name only when the block ends well. Raises StorageError."""
-    folder = path.resolve().parent
-    temp = folder / f".tiler-{secrets.token_hex(6)}{path.suffix}"
-    handle = -1
+def atomic(path: Path, *, replace: bool = True) -> Iterator[BinaryIO]:
+    """A binary file that takes its name only when the block ends well; a symbolic link stays, its target is written.
+
+    Without `replace`, a file that has meanwhile appeared under that name is kept. Whatever keeps the finished file from
+    its name, it stays under a similar one: NameTaken says which. Raises StorageError.
+    """
     try:
-        handle = _nameless(folder)
-        # tifffile wants a file that knows its name.
-        with open(temp if handle < 0 else f"/proc/self/fd/{handle}", "wb") as file:
+        target = _target(path)
+        with _hidden(target) as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        if handle >= 0:
-            os.link(f"/proc/self/fd/{handle}", temp, src_dir_fd=handle, follow_symlinks=True)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temp, 0o666 & ~umask)
-        os.replace(temp, path)
+            source = _linked(file, target)
+            try:
+                _name(source, target, replace=replace)
+            except OSError as error:
+                other = _spare_name(source, target)
+                why = "has appeared meanwhile" if isinstance(error, FileExistsError) else str(error.strerror)
+                _written.append(other)
+                raise NameTaken(f"{path}: not replaced ({why}); the finished file is {other}", other) from error
+            finally:
+                with suppress(OSError):
+                    os.unlink(source)
+        _written.append(path)
     except OSError as error:
         raise StorageError(
             f"{path}: writing failed ({error.strerror}); free some space or choose another place"
         ) from error
+
+
+def _target(path: Path) -> Path:
+    """Where a file of that name lies in the end: links are followed, the last of them too. Raises OSError."""
+    target = Path(os.path.realpath(path))
+    if target.is_symlink():  # realpath gives up on links that go in circles
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+    return target
+
+
+def _try_name(target: Path) -> None:
+    """Raises OSError for a name that the file system does not take: too long, or with letters that it does not know."""
+    with suppress(FileNotFoundError):
+        os.lstat(target)
+
+
+def _beside(target: Path) -> Path:
+    return target.parent / f".tiler-{secrets.token_hex(6)}{target.suffix[:32]}"
+
+
+@contextmanager
+def _hidden(target: Path) -> Iterator[BinaryIO]:
+    """A new file in the folder of `target`. It has no name where the system allows that, so that a killed process leaves
+    nothing; else a hidden one. The hidden name is removed at the end."""
+    temp = _beside(target)
+    handle = _nameless(target)
+    try:
+        if handle < 0:
+            # The mode is what `open` would give: the umask applies, and no chmod is needed, which some systems refuse.
+            os.close(os.open(temp, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        # tifffile wants a file that knows its name.
+        with open(temp if handle < 0 else f"/proc/self/fd/{handle}", "wb") as file:
+            yield file
     finally:
         if handle >= 0:
             os.close(handle)
@@ -59,11 +117,71 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
             os.unlink(temp)
 
 
-def _nameless(folder: Path) -> int:
-    """A new file without a name, of which a killed process leaves nothing; -1 where the file system knows none."""
+def _nameless(target: Path) -> int:
+    """A new file without a name, -1 where the file system knows none or cannot give it one later."""
     if not hasattr(os, "O_TMPFILE") or not os.path.isdir("/proc/self/fd"):
         return -1
+    handles: list[int] = []
+    probe = _beside(target)
     try:
-        return os.open(folder, os.O_TMPFILE | os.O_RDWR, 0o600)
+        for _ in range(2):
+            handles.append(os.open(target.parent, os.O_TMPFILE | os.O_RDWR, 0o666))
+        with open(f"/proc/self/fd/{handles[0]}", "wb") as file:
+            os.link(file.name, probe, src_dir_fd=file.fileno(), follow_symlinks=True)
+        os.unlink(probe)
+        return handles.pop()
     except OSError:
         return -1
+    finally:
+        for handle in handles:
+            os.close(handle)
+
+
+def _linked(file: BinaryIO, target: Path) -> Path:
+    """Flush a file to the disk. Its hidden name: a file without one can be named once only, so that comes first."""
+    file.flush()
+    try:
+        os.fsync(file.fileno())
+    except OSError as error:
+        if error.errno in _LOST:
+            raise
+    if not str(file.name).startswith("/proc/self/fd/"):
+        return Path(file.name)
+    temp = _beside(target)
+    os.link(file.name, temp, src_dir_fd=file.fileno(), follow_symlinks=True)
+    return temp
+
+
+def _name(source: Path, target: Path, *, replace: bool) -> None:
+    """Rename a file. Raises FileExistsError when `target` is there and `replace` is false, and OSError; the file then
+    keeps its old name."""
+    if replace:
+        os.replace(source, target)
+    else:
+        try:
+            os.link(source, target)
+            os.unlink(source)
+        except FileExistsError:
+            raise
+        except OSError:
+            # No links here. Creating the name claims it: of two runs, one fails. The empty file is replaced at once.
+            os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+            os.replace(source, target)
+    with suppress(OSError):  # the disk is asked to keep the new name too; not every system can
+        folder = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _spare_name(source: Path, target: Path) -> Path:
+    """Rename a finished file like `target`, with the first number that is free. Raises OSError."""
+    for number in range(2, 1000):
+        other = target.with_stem(f"{target.stem}-{number}")
+        try:
+            _name(source, other, replace=False)
+            return other
+        except FileExistsError:
+            continue
+    raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))

@@ -28,7 +28,7 @@ from tiler.decode.rows import Latents, to_uint8
 from tiler.diffusion import canvas, guide, schedulers
 from tiler.diffusion.runner import Conditions, LocalRunner
 from tiler.diffusion.tiles import Steps
-from tiler.errors import NumericalError, StorageError
+from tiler.errors import NameTaken, NumericalError, StorageError
 from tiler.events import OnEvent, percent
 from tiler.files import check_writable
 from tiler.memory.budget import Budget
@@ -110,7 +110,7 @@ def start(request: RenderRequest, budget: Budget, on_event: OnEvent, *, planning
     if not planning or request.output is not None:
         check_picture(settings.output, force=settings.force)
     if settings.save_latents is not None:
-        check_writable(settings.save_latents, force=settings.force)
+        check_writable(settings.save_latents, force=settings.force, option="--save-latents")
     if settings.guide_image is not None:
         guide.load_picture(settings.guide_image)  # before any work: is it a picture at all?
     plan = plan_render(settings, family, budget.max_bytes)
@@ -239,18 +239,21 @@ def _denoise(
 @contextmanager
 def kept_canvas(run: RenderRun, latents: Tensor) -> Iterator[None]:
     """Whatever ends this block early, the finished canvas becomes a file, and the error says how to go on from it."""
-    request = run.request
+    request, saved = run.request, None
     try:
         if request.save_latents is not None:
-            save_latents(request.save_latents, latents, picture_facts(run))
+            save_latents(request.save_latents, latents, picture_facts(run), force=request.force)
+            saved = request.save_latents
         yield
+    except NameTaken:
+        raise  # finished, under another name
     except BaseException as error:
         name = f"{request.output.name}.latents.safetensors"
-        for path in (request.save_latents, request.output.parent / name, Path(tempfile.gettempdir()) / name):
+        for path in (saved, request.output.parent / name, Path(tempfile.gettempdir()) / name):
             if path is None:
                 continue
             try:
-                if path != request.save_latents or not path.exists():
+                if path != saved:
                     save_latents(path, latents, picture_facts(run))
             except StorageError:
                 continue

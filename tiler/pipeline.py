@@ -58,7 +58,9 @@ def render(request: RenderRequest, budget: Budget | None = None, on_event: OnEve
             # An error of the writer's must not leave the decoder's scratch files open.
             with phases.kept_canvas(run, latents), closing(phases.decode(run, latents)) as rows:
                 wanted = run.request
-                write_picture(wanted.output, rows, wanted.width, wanted.height, run.texts, wanted.dpi, wanted.bleed_mm)
+                write_picture(
+                    wanted.output, rows, wanted.width, wanted.height, run.texts, wanted.dpi, wanted.bleed_mm, force=wanted.force
+                )  # fmt: skip
         return Result(output=run.request.output, report=reports.of_render(run))
 
 
@@ -91,7 +93,7 @@ def decode(request: DecodeRequest, budget: Budget | None = None, on_event: OnEve
         run.plan.check()
         lean_imports.freeze_imports()
         with closing(phases.decode_file(run)) as rows:
-            write_picture(run.output, rows, run.width, run.height, run.texts, request.dpi)
+            write_picture(run.output, rows, run.width, run.height, run.texts, request.dpi, force=request.force)
         return Result(output=run.output, report=reports.of_decode(run))
 
 

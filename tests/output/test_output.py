@@ -37,7 +37,7 @@ def test_pixels_texts_and_profile_survive(tmp_path: Path, kind: str, step: int) 
     pixels, path = pictures()[kind], tmp_path / "x.png"
     wide = np.pad(pixels, ((0, 3), (0, 5), (0, 0)), mode="edge")  # what is beyond the picture is cut off
     strips = (wide[first : first + step] for first in range(0, 64, step))
-    write_picture(path, strips, 83, 61, {"parameters": "a boat, ünïcode 🙂\nSteps: 2", "other": "{}"})
+    write_picture(path, strips, 83, 61, {"parameters": "a boat, ünïcode 🙂\nSteps: 2", "other": "{}"}, force=False)
     image = Image.open(path)
     assert image.info["parameters"] == "a boat, ünïcode 🙂\nSteps: 2"
     assert image.info["icc_profile"]
@@ -48,7 +48,7 @@ def test_pixels_texts_and_profile_survive(tmp_path: Path, kind: str, step: int) 
 def test_files_are_about_as_small_as_pillows(tmp_path: Path) -> None:
     y, x = np.mgrid[0:256, 0:256]
     smooth = np.stack([128 + 100 * np.sin(x / 40 + k) * np.cos(y / 60) for k in range(3)], axis=-1).astype(np.uint8)
-    write_picture(tmp_path / "ours.png", [smooth], 256, 256, {})
+    write_picture(tmp_path / "ours.png", [smooth], 256, 256, {}, force=False)
     Image.fromarray(smooth).save(tmp_path / "pillow.png")
     assert (tmp_path / "ours.png").stat().st_size <= 1.1 * (tmp_path / "pillow.png").stat().st_size
 
@@ -60,7 +60,7 @@ def test_a_failure_leaves_no_file(tmp_path: Path) -> None:
 
     for name in ("x.png", "x.tif"):
         with pytest.raises(StorageError, match="No space left"):
-            write_picture(tmp_path / name, rows(), 8, 8, {})
+            write_picture(tmp_path / name, rows(), 8, 8, {}, force=False)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -89,7 +89,7 @@ def test_papers_that_are_none(paper: str, bleed: str) -> None:
 
 def test_resolution_is_in_the_file(tmp_path: Path) -> None:
     for name in ("x.png", "x.tiff"):
-        write_picture(tmp_path / name, [np.zeros((8, 8, 3), np.uint8)], 8, 8, {}, 300)
+        write_picture(tmp_path / name, [np.zeros((8, 8, 3), np.uint8)], 8, 8, {}, 300, force=False)
         assert Image.open(tmp_path / name).info["dpi"] == pytest.approx((300, 300), abs=0.01)
 
 
@@ -97,7 +97,7 @@ def test_resolution_is_in_the_file(tmp_path: Path) -> None:
 def test_tiff_is_tiled_and_complete(tmp_path: Path, height: int, width: int) -> None:
     pixels = np.random.default_rng(1).integers(0, 256, (height, width, 3), dtype=np.uint8)
     strips = (pixels[first : first + 37] for first in range(0, height, 37))
-    write_picture(tmp_path / "x.tif", strips, width, height, {"parameters": "ünïcode\nSteps: 2"})
+    write_picture(tmp_path / "x.tif", strips, width, height, {"parameters": "ünïcode\nSteps: 2"}, force=False)
     image = Image.open(tmp_path / "x.tif")
     assert np.array_equal(np.asarray(image), pixels)
     assert image.tag_v2[322] == image.tag_v2[323] == 256  # type: ignore[attr-defined]
@@ -111,7 +111,9 @@ def test_a_pdf_is_the_picture_with_its_boxes(tmp_path: Path, bleed_mm: float) ->
 
     pixels, dpi = pictures()["noise"], 36.0
     strips = (pixels[first : first + 7] for first in range(0, 61, 7))
-    write_picture(tmp_path / "x.pdf", strips, 83, 61, {"parameters": "ünïcode (1\nSteps: 2"}, dpi, bleed_mm)
+    write_picture(
+        tmp_path / "x.pdf", strips, 83, 61, {"parameters": "ünïcode (1\nSteps: 2"}, dpi, bleed_mm, force=False
+    )
     reader = PdfReader(tmp_path / "x.pdf", strict=True)
     (page,) = reader.pages
     assert [float(v) for v in page.mediabox] == pytest.approx([0, 0, 166, 122])
@@ -136,9 +138,9 @@ from tiler.output.picture import write_picture
 import tifffile, PIL.ImageCms
 strip = np.broadcast_to(np.arange(13000, dtype=np.uint8)[None, :, None], (64, 13000, 3))
 with tempfile.TemporaryDirectory() as folder:
-    write_picture(Path(folder) / ("y" + sys.argv[1]), [strip[:, :256]], 256, 64, {})
+    write_picture(Path(folder) / ("y" + sys.argv[1]), [strip[:, :256]], 256, 64, {}, force=False)
     base, height = read_rss().now, int(sys.argv[2])
-    write_picture(Path(folder) / ("x" + sys.argv[1]), (strip for _ in range(0, height, 64)), 13000, height, {})
+    write_picture(Path(folder) / ("x" + sys.argv[1]), (strip for _ in range(0, height, 64)), 13000, height, {}, force=False)
 print(read_rss().peak - base)
 """
     for suffix, height in ((".png", 18000), (".tif", 18000), (".pdf", 2000)):

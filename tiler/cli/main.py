@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from tiler.cli import decode, doctor, plan, quantize, render
-from tiler.errors import TilerError
+from tiler.errors import Interrupted, TilerError
 from tiler.memory.limits import is_out_of_memory
 
 app = typer.Typer(
@@ -69,7 +69,7 @@ def main() -> None:
 
 
 def _stop(number: int, frame: object) -> None:
-    raise SystemExit(128 + number)
+    raise Interrupted(number)
 
 
 def _failed(error: BaseException) -> int:

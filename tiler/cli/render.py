@@ -28,7 +28,7 @@ def run(
     from tiler.files import check_writable
 
     if report is not None:
-        check_writable(Path(report), force=True)
+        check_writable(Path(report), force=True, option="--report")
     budget = Budget(max_ram)
     o.prepare_process(threads)
     from tiler.cli.progress import ProgressPrinter

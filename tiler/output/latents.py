@@ -19,12 +19,12 @@ TEXTS = ("parameters", "tiler")  # of a picture: AUTOMATIC1111's line, and the w
 FACTOR = 8  # pixels a latent
 
 
-def save_latents(path: Path, latents: Tensor, facts: Mapping[str, str] | None = None) -> None:
-    """Write atomically, as fp32, with what is known of the picture: `width` and `height` in pixels, and its texts.
-    Raises StorageError."""
+def save_latents(path: Path, latents: Tensor, facts: Mapping[str, str] | None = None, *, force: bool = True) -> None:
+    """Write atomically, as fp32, with what is known of the picture: `width` and `height` in pixels, and its texts. Without
+    `force`, a file that has meanwhile appeared is kept. Raises StorageError."""
     from safetensors.torch import save
 
-    with atomic(path) as file:
+    with atomic(path, replace=force) as file:
         file.write(save({NAME: latents.contiguous()}, metadata=dict(facts or {})))
 
 

@@ -36,12 +36,14 @@ def write_picture(
     texts: Mapping[str, str],
     dpi: float | None = None,
     bleed_mm: float = 0.0,
+    *,
+    force: bool,
 ) -> None:
     """Write `rows`, (n, W, 3) uint8 sRGB top first; what lies right of and below the picture is cut off. Atomic.
 
-    A PDF says how much of each edge is bleed. Raises StorageError, and whatever `rows` raises.
+    A PDF says how much of each edge is bleed. Without `force`, a file that has meanwhile appeared is kept. Raises StorageError, and whatever `rows` raises.
     """
-    with atomic(path) as file:
+    with atomic(path, replace=force) as file:
         cut = _cut(rows, width, height)
         if path.suffix.lower() in TIFFS:
             _write_tiff(file, cut, width, height, texts, dpi)
