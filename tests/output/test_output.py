@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from tiler.output.paper import parse_length, sheet_pixels
+from tiler.request.paper import parse_length, sheet_pixels
 
 from tiler.errors import StorageError, UsageError
 from tiler.output.latents import LatentsFile
