@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,10 @@ from tiler.diffusion.scheduler_config import SPACINGS, correct_scheduler
 from tiler.diffusion.timesteps import beta_quantiles, fault
 from tiler.errors import ModelError, TilerError, UsageError
 from tiler.models.corrections import correct_unet
-from tiler.request import Scheduler, parse_scheduler
+from tiler.models.family import read_family
+from tiler.plan.render import plan_render
+from tiler.request import RenderRequest, Scheduler, parse_scheduler
+from tiler.weights.checkpoint import resolve
 
 CONFIG = {
     "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
@@ -319,3 +323,23 @@ def test_final_sigmas_may_stay(cls: Any) -> None:
                 assert bool(torch.isfinite(run(schedulers.build(Scheduler.AUTO, config, count))).all())
             except TilerError as error:
                 pytest.fail(str(error))
+
+
+def test_the_default_model_takes_every_number_of_steps() -> None:
+    family = read_family(resolve("mini"))
+    for count in range(1, 1001):
+        assert (
+            len(schedulers.assemble(Scheduler.DDIM, correct_scheduler(family.scheduler).config, count).timesteps)
+            == count
+        )
+    for name, count in ((Scheduler.AUTO, 61), (Scheduler.DPMPP_2M_KARRAS, 21), (Scheduler.DPMPP_2M_KARRAS, 40)):
+        assert bool(torch.isfinite(run(schedulers.build(name, family.scheduler, count))).all())
+
+
+def test_the_plan_refuses_before_any_work() -> None:
+    family, asked = read_family(resolve("mini")), {"prompt": "x", "output": Path("x.png")}
+    with pytest.raises(UsageError, match="LCM cannot take 60 steps"):
+        plan_render(RenderRequest(**asked, scheduler=Scheduler.LCM, num_inference_steps=60), family, 10**9)
+    spoilt = replace(family, scheduler=family.scheduler | {"num_train_timesteps": 0})
+    with pytest.raises(ModelError, match="num_train_timesteps"):
+        plan_render(RenderRequest(**asked), spoilt, 10**9)

@@ -13,11 +13,11 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from tiler.request.paper import parse_length, sheet_pixels
 
 from tiler.errors import StorageError, UsageError
 from tiler.output.latents import LatentsFile
 from tiler.output.picture import write_picture
+from tiler.request.paper import parse_length, sheet_pixels
 
 
 def pictures() -> dict[str, np.ndarray]:
