@@ -229,3 +229,20 @@ main()
     assert ran.returncode == 5, ran.stderr
     assert len(ran.stderr.strip().splitlines()) == 1
     assert "ulimit" in ran.stderr
+
+
+@pytest.mark.parametrize(("given", "variable", "want"), [("None", None, 1), ("2", None, 2), ("None", "2", 2)])
+def test_torch_gets_as_many_threads_as_a_container_has_processors(given: str, variable: str | None, want: int) -> None:
+    """Unless the user says how many."""
+    code = f"""
+from tiler.memory import limits
+limits.limited_cpus = lambda: 1
+from tiler.cli.options import prepare_process
+prepare_process({given})
+import torch
+print(torch.get_num_threads())
+"""
+    known = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+    env = known if variable is None else known | {"OMP_NUM_THREADS": variable}
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env, timeout=120)
+    assert int(ran.stdout) == want
