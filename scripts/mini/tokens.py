@@ -50,14 +50,15 @@ def train_tokenizer(captions: list[str], folder: Path, merges: int = 145) -> CLI
 
 
 def move_words(old: CLIPTextModel, known: CLIPTokenizer, tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """The encoder `old`, whose vocabulary is `known`, for another vocabulary: a piece begins as the mean of those that
-    spelt it before."""
+    """The encoder `old`, whose vocabulary is `known`, for another vocabulary: a new piece begins as the mean of
+    those that spelt it before."""
     text, state = build_text_encoder(len(tokenizer)), old.state_dict()
     name = next(k for k in state if k.endswith("token_embedding.weight"))
     before, table = state[name], text.state_dict()[name].clone()
+    pieces = known.get_vocab()
     for piece, i in tokenizer.get_vocab().items():
-        if piece in (tokenizer.bos_token, tokenizer.eos_token):
-            table[i] = before[known.convert_tokens_to_ids(piece)]
+        if piece in pieces:
+            table[i] = before[pieces[piece]]
             continue
         word = tokenizer.convert_tokens_to_string([piece]).strip()
         spelt = known(word, add_special_tokens=False).input_ids if word else []

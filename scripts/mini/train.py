@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument(
         "--fresh", action="store_true", help="leave this stage's state and go on from committed weights"
     )
-    parser.add_argument("--cold", action="store_true", help="begin without weights")
+    parser.add_argument("--cold", action="store_true", help="with --fresh: begin without weights")
     parser.add_argument("--shards", type=int, default=22, help="draw: how many")
     parser.add_argument("--part", type=int, default=500, help="scenes and crops in a shard")
     parser.add_argument("--minutes", type=float, default=10, help="0: one step")
@@ -49,20 +49,18 @@ def run(args: argparse.Namespace) -> None:
     from workshop import Workshop
 
     machine.prepare(args.threads)
-    workshop = Workshop(work=args.work, part=args.part, fresh=args.fresh)
+    workshop = Workshop(work=args.work, part=args.part)
+    own = {"minutes": args.minutes, "batch": args.batch, "fresh": args.fresh, "cold": args.cold}
     if args.stage == "draw":
         stages.draw(workshop, args.shards)
     elif args.stage == "vae":
         lr = args.lr or VaeSettings.lr
-        train_vae(workshop, VaeSettings(minutes=args.minutes, batch=args.batch, lr=lr, cold=args.cold))
+        train_vae(workshop, VaeSettings(lr=lr, **own))
     elif args.stage == "words":
         stages.learn_words(workshop)
     elif args.stage == "unet":
         lr = args.lr or UnetSettings.lr
-        settings = UnetSettings(
-            minutes=args.minutes, batch=args.batch, lr=lr, crops=args.crops, focus=args.focus, cold=args.cold
-        )
-        train_unet(workshop, settings)
+        train_unet(workshop, UnetSettings(lr=lr, crops=args.crops, focus=args.focus, **own))
     else:
         stages.export(workshop, args.out)
 

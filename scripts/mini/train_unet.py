@@ -30,6 +30,7 @@ _LAYOUT_SHARE, _WORDS_SHARE = 0.2, 0.1  # of the heads' losses
 @dataclass(frozen=True, kw_only=True)
 class UnetSettings:
     minutes: float
+    fresh: bool = False  # from the committed weights even if there is a state
     batch: int = 0  # 0: 32 on a processor, 256 on CUDA
     lr: float = 1e-3
     crops: float = 0.35  # share of crops among the examples
@@ -132,7 +133,7 @@ def train_unet(workshop: Workshop, settings: UnetSettings) -> None:
     for shard in (HELD_OUT_SHARD, *shards):
         workshop.encode(vae, shard, version)
     training = Training(settings, tokenizer)
-    if (state := workshop.load_state("unet")) is not None:
+    if not settings.fresh and (state := workshop.load_state("unet")) is not None:
         training.load_state_dict(state)
     examples = load_examples(workshop, shards, version, tokenizer, seed=10 + training.steps)
     held_out = _held_out(workshop, version, tokenizer)

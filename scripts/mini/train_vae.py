@@ -23,6 +23,7 @@ _SAVE_EVERY = 120.0  # seconds
 @dataclass(frozen=True, kw_only=True)
 class VaeSettings:
     minutes: float
+    fresh: bool = False  # from the committed weights even if there is a state
     batch: int = 0  # 0: 16 on a processor, 128 on CUDA
     lr: float = 3e-4
     cold: bool = False  # from averages and differences of pixels, not from weights
@@ -37,7 +38,7 @@ def train_vae(workshop: Workshop, settings: VaeSettings) -> None:
         vae.parameters(), lr=settings.lr, betas=(0.9, 0.98), weight_decay=1e-4, fused=DEVICE.type == "cpu"
     )
     average, step, goal = Average([vae], 0.998), 0, None
-    if (state := workshop.load_state("vae")) is not None:
+    if not settings.fresh and (state := workshop.load_state("vae")) is not None:
         vae.load_state_dict(state["vae"])
         optimiser.load_state_dict(state["optimiser"])
         average.load_state_dict(state["average"])

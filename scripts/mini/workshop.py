@@ -22,11 +22,10 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 @dataclass(frozen=True, kw_only=True)
 class Workshop:
-    """`work` holds the pool, states and, if captions got a new vocabulary, a tokenizer. `fresh` ignores states."""
+    """`work` holds the pool, states and, if captions got a new vocabulary, a tokenizer."""
 
     work: Path
     part: int = 500  # scenes and crops of a shard
-    fresh: bool = False
 
     @property
     def pool(self) -> Pool:
@@ -34,7 +33,7 @@ class Workshop:
 
     def load_state(self, name: str) -> dict[str, Any] | None:
         path = self.work / f"{name}.pt"
-        return torch.load(path, map_location=DEVICE) if path.exists() and not self.fresh else None
+        return torch.load(path, map_location=DEVICE) if path.exists() else None
 
     def save_state(self, name: str, state: dict[str, Any]) -> None:
         self.work.mkdir(parents=True, exist_ok=True)
