@@ -120,7 +120,7 @@ def test_of_two_runs_to_one_name_both_pictures_are_kept(
         refuse(monkeypatch, what, errno.EPERM)
     path = tmp_path / "poster.png"
     for n in range(2):
-        with pytest.raises(NameTaken, match=f"poster-{n + 2}.png") as caught, atomic(path, replace=False) as second:
+        with pytest.raises(NameTaken, match=f"poster-{n + 2}.png") as caught, atomic(path, replace=False) as second:  # noqa: PT012
             if not n:
                 with atomic(path, replace=False) as first:
                     first.write(b"first")

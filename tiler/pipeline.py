@@ -30,6 +30,7 @@ from tiler.decode import method as method
 from tiler.decode.method import DecodePlan
 from tiler.decode.rows import Latents, to_uint8
 from tiler.diffusion import canvas, guide, schedulers
+from tiler.diffusion.guide_picture import GuidePicture
 from tiler.errors import NumericalError
 from tiler.events import OnEvent, percent
 from tiler.files import check_writable
@@ -67,7 +68,8 @@ def render(request: RenderRequest, budget: Budget | None = None, on_event: OnEve
         if request.save_latents is not None:
             check_writable(request.save_latents, force=request.force, option="--save-latents")
         if request.guide_image is not None:
-            guide.load_picture(request.guide_image)  # before any work: is it a picture at all?
+            with GuidePicture(request.guide_image, request.canvas_size) as source:
+                source.load(lambda text: None)  # before any work: is it a picture at all?
         plan = plan_render(
             request,
             families.read_family(resolve(request.model, variant=request.variant, revision=request.revision)),
@@ -156,7 +158,8 @@ class _Work:
                 box: tuple[float, float] | None = (8 * self.plan.guide.shown_height, 8 * self.plan.guide.shown_width)
             else:
                 assert self.request.guide_image is not None
-                picture, box = guide.load_picture(self.request.guide_image), None
+                with GuidePicture(self.request.guide_image, (height, width)) as source:
+                    picture, box = source.load(self._note), None
             how = self.plan.methods["guide picture"]
             mean = method.encode(
                 how, vae, streamer, guide.crop_to_aspect(picture, height, width, box, wraps, how.margin_pixels),

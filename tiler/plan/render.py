@@ -14,7 +14,7 @@ import torch
 
 from tiler.compute import cpu
 from tiler.decode.method import DecodePlan, choose
-from tiler.diffusion.guide import picture_pixels
+from tiler.diffusion.guide_picture import GuidePicture
 from tiler.memory.budget import MARGIN
 from tiler.models import family as families
 from tiler.models.family import Family, VaeSpec
@@ -104,7 +104,8 @@ def plan_render(request: RenderRequest, family: Family, max_bytes: int) -> Rende
     if guided and request.guide_upscale is GuideUpscale.PIXEL:
         methods["guide picture"] = method(vae, own, canvas, encoding=True)
         if request.guide_image is not None:
-            pixels = picture_pixels(request.guide_image)
+            with GuidePicture(request.guide_image, (8 * canvas[0], 8 * canvas[1])) as source:
+                pixels = math.prod(source.shape[:2])
         elif guide is not None:
             pixels = 64 * guide.height * guide.width
         picture = [vae.phase("guide picture", canvas, methods["guide picture"], pixels)]
