@@ -26,6 +26,7 @@ from tiler.decode import method
 from tiler.decode.method import DecodePlan
 from tiler.decode.rows import Latents, to_uint8
 from tiler.diffusion import canvas, guide, schedulers
+from tiler.diffusion.guide_picture import GuidePicture
 from tiler.diffusion.runner import Conditions, LocalRunner
 from tiler.diffusion.tiles import Steps
 from tiler.errors import NameTaken, NumericalError, StorageError
@@ -111,8 +112,6 @@ def start(request: RenderRequest, budget: Budget, on_event: OnEvent, *, planning
         check_picture(settings.output, force=settings.force)
     if settings.save_latents is not None:
         check_writable(settings.save_latents, force=settings.force, option="--save-latents")
-    if settings.guide_image is not None:
-        guide.load_picture(settings.guide_image)  # before any work: is it a picture at all?
     plan = plan_render(settings, family, budget.max_bytes)
     run = RenderRun(
         request=settings, plan=plan, budget=budget, on_event=on_event,
@@ -133,6 +132,15 @@ def prepare_weights(run: RenderRun) -> None:
         index = packing.prepare_int8(run.plan.family, cache, run.budget, run.on_event)
         run.denoiser_weights = run.text_weights = index
         run.text_names = packing.packed_text_names
+
+
+def load_guide(run: RenderRun) -> np.ndarray | None:
+    """The user's guide, (h, w, 3) uint8 sRGB, no larger than the canvas has use for; None where none was given."""
+    path = run.request.guide_image
+    if path is None:
+        return None
+    with run.phase("load guide", 1), GuidePicture(path, run.request.canvas_size) as picture:
+        return picture.load(run.note)
 
 
 def encode_prompts(run: RenderRun) -> Conditions:
@@ -160,10 +168,10 @@ def make_guide(run: RenderRun, conditions: Conditions) -> Tensor | None:
         return _denoise(run, "guide", plan.guide_steps, conditions, None, 0, plan.guide_batch)
 
 
-def make_reference(run: RenderRun, guide_latents: Tensor | None) -> Tensor | None:
-    """The guide, or the user's picture, as latents of the canvas's size, (1, C, H, W) fp32 scaled; None without a guide."""
+def make_reference(run: RenderRun, picture: np.ndarray | None, guide_latents: Tensor | None) -> Tensor | None:
+    """The user's `picture`, or the guide, as latents of the canvas's size, (1, C, H, W) fp32 scaled; None without either."""
     request, plan = run.request, run.plan
-    if guide_latents is None and request.guide_image is None:
+    if guide_latents is None and picture is None:
         return None
     height, width = (8 * n for n in plan.canvas)
     spec, wraps = plan.family.autoencoder, request.wrap.axes
@@ -172,6 +180,7 @@ def make_reference(run: RenderRun, guide_latents: Tensor | None) -> Tensor | Non
         return guide.upscale(guide_latents, plan.guide, plan.canvas, wraps)
     vae, name = families.build_vae(spec), "guide picture"
     with run.phase(name, 100), run.streamed(vae, spec.weights, families.vae_names, plan.resident[name]) as streamer:
+        box: tuple[float, float] | None
         check, tell = at_rows(run.budget, plan.memory.peak_of(name)), percent(run.on_event, name)
         if guide_latents is not None:
             assert plan.guide is not None
@@ -179,10 +188,10 @@ def make_reference(run: RenderRun, guide_latents: Tensor | None) -> Tensor | Non
             picture = np.concatenate(
                 list(decode_pixels(plan.methods["guide decoded"], vae, streamer, unscaled, check, tell))
             )
-            box: tuple[float, float] | None = (8 * plan.guide.shown_height, 8 * plan.guide.shown_width)
+            box = (8 * plan.guide.shown_height, 8 * plan.guide.shown_width)
         else:
-            assert request.guide_image is not None
-            picture, box = guide.load_picture(request.guide_image), None
+            assert picture is not None
+            box = None
         encoder = plan.methods[name]
         pixels = guide.crop_to_aspect(picture, height, width, box, wraps, encoder.margin_pixels)
         progress = percent(run.on_event, name)

@@ -49,11 +49,13 @@ def render(request: RenderRequest, budget: Budget | None = None, on_event: OnEve
         lean_imports.freeze_imports()
         # Holes in the heap count as data though no page of them is resident: 315 MB were seen under a ceiling of 800 MB.
         with process.limit_data(max(0, budget.max_bytes - process.read_rss().now) + budget.max_bytes):
+            run.texts = reports.texts(run)  # before the first step: whatever cannot be written is found now
+            picture = phases.load_guide(run)
             phases.prepare_weights(run)
-            run.texts = reports.texts(run)
             conditions = phases.encode_prompts(run)
             guide = phases.make_guide(run, conditions)
-            reference = phases.make_reference(run, guide)
+            reference = phases.make_reference(run, picture, guide)
+            del picture, guide
             latents = phases.denoise_canvas(run, conditions, reference)
             # An error of the writer's must not leave the decoder's scratch files open.
             with phases.kept_canvas(run, latents), closing(phases.decode(run, latents)) as rows:

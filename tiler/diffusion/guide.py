@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from tiler.errors import UsageError
-
 if TYPE_CHECKING:
-    from PIL import Image
     from torch import Tensor
-
-MAX_GUIDE_PIXELS = 4096 * 4096
 
 
 class GuideSize(NamedTuple):
@@ -47,45 +38,6 @@ def guide_size(
     sides = [granularity * max(1, n) for n in granules]
     seen = (side if w else s for s, side, w in zip(shown, sides, wraps, strict=True))
     return GuideSize(sides[0], sides[1], *seen)
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
-    """A user's picture, not decoded yet. What fails inside is that picture's fault: UsageError."""
-    from PIL import Image, UnidentifiedImageError
-
-    if not path.is_file():
-        raise UsageError(f"{path}: no such file; --guide takes an image file")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as opened:
-                if opened.width * opened.height > MAX_GUIDE_PIXELS:
-                    raise UsageError(
-                        f"{path}: {opened.width}×{opened.height} pixels is too large for a guide; shrink it to at most 4096×4096"
-                    )
-                yield opened
-    except UsageError:
-        raise
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError, EOFError) as error:
-        raise UsageError(f"{path}: cannot be read as a picture ({str(error).splitlines()[0]})") from error
-
-
-def picture_pixels(path: Path) -> int:
-    """How many pixels a user's picture has, by its header. Raises UsageError."""
-    with _opened(path) as picture:
-        return picture.width * picture.height
-
-
-def load_picture(path: Path) -> np.ndarray:
-    """A user's picture as (h, w, 3) uint8 RGB, EXIF rotation applied. Raises UsageError; never decodes more than 4096² pixels."""
-    from PIL import Image, ImageOps
-
-    with _opened(path) as opened:
-        picture: Image.Image = ImageOps.exif_transpose(opened)
-        if picture.mode in ("I;16", "I;16B", "I"):
-            picture = Image.fromarray((np.asarray(picture).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8))
-        return np.asarray(picture.convert("RGB"))
 
 
 @dataclass(frozen=True)

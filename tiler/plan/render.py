@@ -15,7 +15,7 @@ import torch
 from tiler.compute import cpu
 from tiler.decode.method import DecodePlan, choose
 from tiler.diffusion import schedulers
-from tiler.diffusion.guide import picture_pixels
+from tiler.diffusion.guide_picture import GuidePicture
 from tiler.diffusion.masks import MASKS_KEPT
 from tiler.memory.budget import MARGIN
 from tiler.models import family as families
@@ -104,11 +104,13 @@ def plan_render(request: ResolvedRequest, family: Family, max_bytes: int) -> Ren
 
     methods = {"decode": method(decoder, request.decode, canvas)}
     decoding = [decoder.phase("decode", canvas, methods["decode"])]
+    pixels = loading = 0
     own = Decode.AUTO if request.decode is Decode.TINY else request.decode  # the guide's way
     if guided and request.guide_upscale is GuideUpscale.PIXEL:
         methods["guide picture"] = method(vae, own, canvas, encoding=True)
         if request.guide_image is not None:
-            pixels = picture_pixels(request.guide_image)
+            with GuidePicture(request.guide_image, request.canvas_size) as source:
+                pixels, loading = math.prod(source.shape[:2]), source.peak_bytes
         elif guide is not None:
             pixels = 64 * guide.height * guide.width
         picture = [vae.phase("guide picture", canvas, methods["guide picture"], pixels)]
@@ -135,6 +137,9 @@ def plan_render(request: ResolvedRequest, family: Family, max_bytes: int) -> Ren
     )
     batch = math.ceil(per_step / math.ceil(per_step / batch))  # passes of equal size
     phases = [text_phase(family, fixed), sampling(sampler, "canvas", batch), *decoding]
+    if loading:  # the user's picture is loaded first, and waits while prompts are encoded
+        phases[0] = PhasePlan(name=phases[0].name, terms=(*phases[0].terms, Term(name="picture", nbytes=3 * pixels)))
+        phases.append(PhasePlan(name="load guide", terms=(*fixed, Term(name="picture", nbytes=loading))))
     guide_batch = 1
     if guide is not None:
         guide_batch = largest_batch(
@@ -150,11 +155,11 @@ def plan_render(request: ResolvedRequest, family: Family, max_bytes: int) -> Ren
         if phase.name == "decode":
             part, files = decoder.module.decoder, decoder.kind.weights
         how = methods.get(phase.name)
-        if phase.name == "encode prompts":
+        if phase.name in ("load guide", "encode prompts"):
             resident[phase.name] = {}
         else:
             phases[i], resident[phase.name] = with_resident(phase, part, files, how, max_bytes)
-    order = ["encode prompts", "guide", "guide picture", "canvas", "decode"]
+    order = ["load guide", "encode prompts", "guide", "guide picture", "canvas", "decode"]
     phases.sort(key=lambda p: order.index(p.name))
     return RenderPlan(
         **vars(cut), family=family, batch=batch, resident=resident, decoder=decoder.kind, methods=methods, guide_batch=guide_batch, precision=precision, precision_why=precision_why,
