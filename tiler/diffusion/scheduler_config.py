@@ -49,9 +49,9 @@ def check_fields(config: Mapping[str, Any]) -> None:
     _one_of(config, "prediction_type", "epsilon", ("epsilon", "v_prediction"))
     _one_of(config, "timestep_spacing", "leading", SPACINGS)
     for field in ("rescale_betas_zero_snr", "clip_sample", "set_alpha_to_one", "use_flow_sigmas"):
-        if not isinstance(config.get(field, False), bool):
+        if not isinstance(config.get(field), bool | None):
             raise _bad(field, config[field], "it must be true or false")
-    offset = config.get("steps_offset", 0)
+    offset = config.get("steps_offset") or 0
     if not _is_int(offset) or not 0 <= offset < max(count, 2):
         raise _bad("steps_offset", offset, f"it must be a whole number from 0 to {count - 1}")
     if config.get("use_flow_sigmas"):
@@ -62,9 +62,13 @@ def check_fields(config: Mapping[str, Any]) -> None:
             "the first step would be pure noise, of which a model with prediction_type 'epsilon' learns nothing; "
             "one of the two fields is wrong",
         )  # fmt: skip
+    own = config.get("_class_name")  # whose fields these are: to other schedulers they say nothing
     order = config.get("solver_order", 2)
-    if not _is_int(order) or not 1 <= order <= 8:
+    if own in ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler") and not (_is_int(order) and 1 <= order <= 8):
         raise _bad("solver_order", order, "it must be a whole number from 1 to 8")
+    original = config.get("original_inference_steps", 1)
+    if own == "LCMScheduler" and not (_is_int(original) and 1 <= original <= count):
+        raise _bad("original_inference_steps", original, f"it must be a whole number from 1 to {count}")
     _check_betas(config, count)
 
 

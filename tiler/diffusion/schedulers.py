@@ -151,12 +151,14 @@ def choose(asked: Scheduler, config: Mapping[str, Any]) -> Scheduler:
     Raises ModelError for a checkpoint whose scheduler belongs to another kind of model, or is none at all.
     """
     cls = config.get("_class_name")
-    if isinstance(cls, str) and ("Flow" in cls or "EDM" in cls):
+    if not isinstance(cls, str | None):
+        raise ModelError(f"scheduler_config.json: _class_name = {cls!r} is not a name; correct the file")
+    if cls is not None and ("Flow" in cls or "EDM" in cls):
         kind = "flow matching" if "Flow" in cls else "EDM"
         raise ModelError(f"scheduler_config.json: _class_name = {cls!r}: tiler does not support {kind} models")
     if asked is not Scheduler.AUTO:
         return asked
-    if cls is not None and cls not in _OWN and not is_replaceable(str(cls)):
+    if cls is not None and cls not in _OWN and not is_replaceable(cls):
         names = ", ".join(name.value for name in _RECIPES)
         raise ModelError(
             f"scheduler_config.json: _class_name = {cls!r} is no scheduler of diffusers for this kind of model; "
@@ -212,16 +214,18 @@ def assemble(
         ) from error
     if name is Scheduler.LCM and num_inference_steps > scheduler.config.original_inference_steps:
         original = scheduler.config.original_inference_steps
-        raise _Unworkable(f"it takes its steps from the {original} that the model was distilled on")
+        raise _Unworkable(f"it chooses them among its {original} original ones (original_inference_steps)")
     try:
         scheduler.set_timesteps(num_inference_steps)
         times.mend(scheduler, num_inference_steps)
         if by_beta:
             times.set_beta_sigmas(scheduler, num_inference_steps)
+        fault = times.fault(scheduler, num_inference_steps)
     except Exception as error:
-        raise _Unworkable(_first_line(error)) from error
-    if (fault := times.fault(scheduler, num_inference_steps)) is not None:
-        raise _Unworkable(fault)
+        fault = _first_line(error)
+    if fault is not None:
+        trained = scheduler.config.num_train_timesteps
+        raise _Unworkable(fault if num_inference_steps <= trained else f"it was trained with {trained} timesteps")
     return DiffusersSchedule(scheduler, name, notes)
 
 
