@@ -288,7 +288,7 @@ def _within(name: str, value: float, low: float, high: float, unit: str = "") ->
 def read_regions(path: Path) -> tuple[str | None, tuple[Region, ...]]:
     """The top-level prompt (None when absent) and the [[region]] tables of a TOML file. Raises UsageError."""
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        data = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror}); check the path") from error
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:

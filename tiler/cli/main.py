@@ -3,19 +3,51 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib import metadata
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from tiler.cli import decode, doctor, plan, quantize, render
-from tiler.errors import TilerError
+from tiler.cli.terminal import prepare_signals, prepare_streams, silence
+from tiler.errors import Interrupted, TilerError
+from tiler.files import written
+
+
+class _ReaderGone(Exception):
+    """Stdout is a pipe that nobody reads any more (`tiler plan | head -1`)."""
+
+
+class _Commands(TyperGroup):
+    """typer makes an exit code of a broken pipe, and the interpreter complains; this is neither."""
+
+    def make_context(self, *args: Any, **options: Any) -> Any:  # prints help texts
+        with _reader():
+            return super().make_context(*args, **options)
+
+    def invoke(self, ctx: Any) -> Any:
+        with _reader():
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+            return result
+
+
+@contextmanager
+def _reader() -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError as error:
+        raise _ReaderGone from error
+
 
 app = typer.Typer(
     name="tiler",
+    cls=_Commands,
     help="Posters from Stable-Diffusion-class models on machines that cannot hold the model. "
     "The process never uses more memory than --max-ram (800 MB by default).",
     epilog='Start with: tiler render "a sailing boat at sunset" --size 2048 -o poster.png',
@@ -50,28 +82,40 @@ def _main(
 
 def main() -> None:
     """Entry point. Exit codes: 0 ok, 1 bug, 2 usage, 3 model, 4 refused by the plan, 5 ceiling reached, 6 I/O, 7 NaN,
-    9 offline, 130 and 143 interrupted."""
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))
+    9 offline, 129, 130 and 143 interrupted."""
+    prepare_streams()
+    prepare_signals()
     try:
-        app()
+        try:
+            app(prog_name="tiler")
+        finally:
+            sys.stdout.flush()
+    except (_ReaderGone, BrokenPipeError):
+        silence(sys.stdout)
+        sys.exit(0)
+    except Interrupted as interruption:
+        names = ", ".join(map(str, written()))
+        _fail(f"interrupted; {f'written: {names}' if names else 'nothing was written'}", int(interruption.code or 1))
     except TilerError as error:
         _fail(str(error), error.exit_code)
     except MemoryError:
         _fail("the system refused an allocation; raise --max-ram or free some memory", 5)
-    except KeyboardInterrupt:
-        _fail("interrupted; nothing was written", 130)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
-    except RuntimeError as error:
+    except OSError as error:
+        _fail(f"{error.filename or 'standard output'}: {error.strerror}; check the disk and its free space", 6)
+    except Exception as error:
         if "can't allocate memory" in str(error) or "not enough memory" in str(error):
             _fail("an allocation beyond the ceiling was refused; raise --max-ram or choose a smaller --size", 5)
-        raise
+        line = (str(error).splitlines() or [""])[0]
+        _fail(f"a fault of tiler itself, {type(error).__name__}: {line}; `tiler --debug …` shows where", 1)
 
 
 def _fail(message: str, code: int) -> None:
-    if os.environ.get("TILER_DEBUG"):
-        traceback.print_exc()
-    first, *rest = message.split("\n")
-    sys.stderr.write("\n".join([f"tiler: {first}", *rest]) + "\n")
+    with suppress(OSError, ValueError):  # stderr may be gone; the code still tells
+        if os.environ.get("TILER_DEBUG"):
+            traceback.print_exc()
+        first, *rest = message.split("\n")
+        sys.stderr.write("\n".join([f"tiler: {first}", *rest]) + "\n")
+        sys.stderr.flush()
+    with suppress(OSError):
+        sys.stdout.flush()
     sys.exit(code)

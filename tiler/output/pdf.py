@@ -34,7 +34,7 @@ class PdfWriter:
         )
         self._stream(_CONTENT, "", f"q {x:.4f} 0 0 {y:.4f} 0 0 cm /Picture Do Q".encode())
         self._stream(_PROFILE, "/N 3 /Alternate /DeviceRGB /Filter /FlateDecode", zlib.compress(srgb_profile()))
-        subject = texts.get("parameters", "").encode("utf-16-be").hex()
+        subject = texts.get("parameters", "").encode("utf-16-be", errors="replace").hex()
         self._object(_INFO, f"<< /Producer (tiler) /Subject <FEFF{subject}> >>")
         self._begin(_IMAGE)
         self._write(

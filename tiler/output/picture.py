@@ -76,7 +76,7 @@ def _write_tiff(
     with tifffile.TiffWriter(file, bigtiff=True) as tiff:
         tiff.write(
             _tiles(rows, width), shape=(height, width, 3), dtype=np.uint8, tile=(TILE, TILE), photometric="rgb", compression="zlib",
-            description=texts.get("parameters", "").encode(), metadata=None, iccprofile=srgb_profile(), software="tiler",
+            description=texts.get("parameters", "").encode(errors="replace"), metadata=None, iccprofile=srgb_profile(), software="tiler",
             resolution=(dpi or POINTS, dpi or POINTS), resolutionunit="INCH",
         )  # fmt: skip
 

@@ -68,7 +68,7 @@ class PngWriter:
         if dpi is not None:
             self._chunk(b"pHYs", struct.pack(">IIB", round(dpi / 0.0254), round(dpi / 0.0254), 1))  # pixels a metre
         for key, text in texts.items():
-            self._chunk(b"iTXt", key.encode("latin-1") + b"\0\0\0\0\0" + text.encode())
+            self._chunk(b"iTXt", key.encode("latin-1") + b"\0\0\0\0\0" + text.encode(errors="replace"))
 
     def write(self, rows: np.ndarray) -> None:
         """rows: (n, width, 3) uint8 sRGB."""
