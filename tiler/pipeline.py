@@ -7,7 +7,6 @@ streamed from disk, and the whole process stays under the budget. Knows the orde
 
 from __future__ import annotations
 
-import json
 import math
 import platform
 import time
@@ -41,13 +40,14 @@ from tiler.models.blocks import Windows
 from tiler.models.clip import encode_prompts, load_tokenizer
 from tiler.models.unet import predict_noise
 from tiler.output.latents import LatentsFile, save_latents
+from tiler.output.metadata import Facts, texts
 from tiler.output.picture import check_picture, write_picture
-from tiler.output.png import infotext
 from tiler.packing import packed_text_names, prepare_int8
 from tiler.plan.render import RenderPlan, plan_decode, plan_render
 from tiler.plan.tiling import Steps
 from tiler.request import Decode, GuideUpscale, Precision, RenderRequest, ScratchDtype, Wrap, check_decode, check_dpi
 from tiler.weights.checkpoint import resolve, resolve_part
+from tiler.weights.identity import model_id
 from tiler.weights.index import TensorInfo
 from tiler.weights.packed import default_cache
 from tiler.weights.store import WeightStore, match_index
@@ -80,6 +80,7 @@ def render(request: RenderRequest, budget: Budget | None = None, on_event: OnEve
         work = _Work(request, plan, budget, on_event)
         # Holes in the heap count as data though no page of them is resident: 315 MB were seen under a ceiling of 800 MB.
         with process.limit_data(max(0, budget.max_bytes - process.read_rss().now) + budget.max_bytes):
+            picture_texts = work.texts()  # before the first step: nothing of it can fail after the last
             work.prepare_weights()
             conditions = work.encode_prompts()
             guide_latents = work.guide_pass(conditions) if plan.guide is not None else None
@@ -88,7 +89,7 @@ def render(request: RenderRequest, budget: Budget | None = None, on_event: OnEve
             if request.save_latents is not None:
                 save_latents(request.save_latents, latents, force=request.force)
             write_picture(
-                request.output, work.decode(latents), request.width, request.height, work.texts(), request.dpi,
+                request.output, work.decode(latents), request.width, request.height, picture_texts, request.dpi,
                 request.bleed_mm, force=request.force,
             )  # fmt: skip
     return Result(output=request.output, report=work.report())
@@ -283,19 +284,13 @@ class _Work:
         }  # fmt: skip
 
     def texts(self) -> dict[str, str]:
-        """The PNG's text chunks: AUTOMATIC1111's `parameters`, and the whole request as JSON under `tiler`."""
-        r = self.request
-        fields: dict[str, object] = {
-            "Steps": r.num_inference_steps, "Sampler": self.scheduler_name.value.removesuffix(" Karras"),
-            **({"Schedule type": "Karras"} if self.scheduler_name.value.endswith("Karras") else {}),
-            "CFG scale": r.guidance_scale, "Seed": r.seed, "Size": f"{r.width}x{r.height}", "Model": self.family.checkpoint.name,
-            **({"Denoising strength": r.strength} if self.plan.begin else {}), "Version": f"tiler {metadata.version('tiler')}",
-        }  # fmt: skip
-        request = {k: v for k, v in asdict(r).items() if k not in ("output", "save_latents", "cache_dir", "force")}
-        found = {"precision": self.plan.precision.value, "peak_rss_bytes": self.budget.peak_rss_bytes}
-        data = json.dumps(request | found, default=str, ensure_ascii=False)
-        prompt = r.prompt if r.prompt is not None else " | ".join(region.prompt for region in r.regions)
-        return {"parameters": infotext(prompt, r.negative_prompt, fields), "tiler": data}
+        """The texts in the picture."""
+        checkpoint = self.family.checkpoint
+        facts = Facts(
+            model=checkpoint.name, model_id=model_id(checkpoint), revision=checkpoint.revision,
+            scheduler=self.scheduler_name.value, precision=self.plan.precision.value, begin=self.plan.begin,
+        )  # fmt: skip
+        return texts(self.request, facts)
 
 
 def decode_file(
