@@ -1,5 +1,6 @@
-"""`python -m tiler` is the command `tiler`."""
+"""`python -m tiler`."""
 
 from tiler.cli.main import main
 
-main()
+if __name__ == "__main__":
+    main()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import platform
 import time
@@ -14,8 +13,10 @@ from typing import Any
 import torch
 
 from tiler.memory.budget import Budget
-from tiler.output.png import infotext
+from tiler.output.metadata import Facts
+from tiler.output.metadata import texts as picture_texts
 from tiler.phases import DecodeRun, RenderRun
+from tiler.weights.identity import model_id
 from tiler.weights.index import TensorInfo
 
 SCHEMA = 2
@@ -66,20 +67,13 @@ def _common(budget: Budget, predicted: int) -> dict[str, Any]:
 
 
 def texts(run: RenderRun) -> dict[str, str]:
-    """The picture's texts: AUTOMATIC1111's `parameters`, and the whole request as JSON under `tiler`; none where metadata are
-    not wanted."""
-    r, plan = run.request, run.plan
-    if not r.metadata:
+    """The picture's texts; none where metadata are not wanted."""
+    plan = run.plan
+    found = plan.family.checkpoint
+    if not run.request.metadata:
         return {}
-    karras = plan.scheduler.value.endswith("Karras")
-    fields: dict[str, object] = {
-        "Steps": r.num_inference_steps, "Sampler": plan.scheduler.value.removesuffix(" Karras"),
-        **({"Schedule type": "Karras"} if karras else {}),
-        "CFG scale": r.guidance_scale, "Seed": r.seed, "Size": f"{r.width}x{r.height}", "Model": plan.family.checkpoint.name,
-        **({"Denoising strength": r.strength} if plan.begin else {}), "Version": f"tiler {metadata.version('tiler')}",
-    }  # fmt: skip
-    private = ("output", "save_latents", "cache_dir", "scratch", "force", "metadata")
-    request = {k: v for k, v in asdict(r).items() if k not in private and v is not None}
-    data = json.dumps(request | {"precision": plan.precision.value}, default=str, ensure_ascii=False)
-    prompt = r.prompt if r.prompt is not None else " | ".join(region.prompt for region in r.regions)
-    return {"parameters": infotext(prompt, r.negative_prompt or "", fields), "tiler": data}
+    facts = Facts(
+        model=found.name, model_id=model_id(found), revision=found.revision, scheduler=plan.scheduler.value,
+        precision=plan.precision.value, begin=plan.begin,
+    )  # fmt: skip
+    return picture_texts(run.request, facts)

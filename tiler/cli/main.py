@@ -3,20 +3,52 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from importlib import metadata
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from tiler.cli import decode, doctor, plan, quantize, render
+from tiler.cli.terminal import prepare_signals, prepare_streams, silence
 from tiler.errors import Interrupted, TilerError
+from tiler.files import written
 from tiler.memory.limits import is_out_of_memory
+
+
+class _ReaderGone(Exception):
+    """Stdout is a pipe that nobody reads any more (`tiler plan | head -1`)."""
+
+
+class _Commands(TyperGroup):
+    """typer makes an exit code of a broken pipe, and the interpreter complains; this is neither."""
+
+    def make_context(self, *args: Any, **options: Any) -> Any:  # prints help texts
+        with _reader():
+            return super().make_context(*args, **options)
+
+    def invoke(self, ctx: Any) -> Any:
+        with _reader():
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+            return result
+
+
+@contextmanager
+def _reader() -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError as error:
+        raise _ReaderGone from error
+
 
 app = typer.Typer(
     name="tiler",
+    cls=_Commands,
     help="Posters from Stable-Diffusion-class models on machines that cannot hold the model. "
     "The process never uses more memory than --max-ram (800 MB by default).",
     epilog='Start with: tiler render "a sailing boat at sunset" --size 2048 -o poster.png',
@@ -51,57 +83,52 @@ def _main(
 
 def main() -> None:
     """Entry point. Exit codes: 0 ok, 1 bug, 2 usage, 3 model, 4 refused by the plan, 5 ceiling reached, 6 I/O, 7 NaN,
-    9 offline, 130 and 143 interrupted."""
-    # SIGINT too: typer would make an exit code of it, and lose what was added to it.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _stop)
-    code = 0
+    9 offline, 129, 130 and 143 interrupted."""
+    prepare_streams()
+    prepare_signals()
+    code: Any = 0
     try:
-        # Not typer's own way, which turns an interruption into an exit before it can say what was written.
-        result = app(standalone_mode=False)
-        code = result if isinstance(result, int) else 0
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader of our output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        try:
+            code = app(prog_name="tiler", standalone_mode=False)
+        finally:
+            sys.stdout.flush()
+    except (_ReaderGone, BrokenPipeError):
+        silence(sys.stdout)
+        sys.exit(0)
     except BaseException as error:
-        code = _failed(error)
-    sys.exit(code)
+        message, code = _explained(error)
+        _fail(message, code, getattr(error, "__notes__", []))
+    sys.exit(code if isinstance(code, int) else 0)
 
 
-def _stop(number: int, frame: object) -> None:
-    raise Interrupted(number)
-
-
-def _failed(error: BaseException) -> int:
-    """Say on stderr, in one line and the notes that others added, what ended the run → the exit code."""
-    if os.environ.get("TILER_DEBUG"):
-        traceback.print_exc()
+def _explained(error: BaseException) -> tuple[str, int]:
+    """What is said of an error, "" where everything was said, and the exit code."""
+    if is_out_of_memory(error):  # also where it is the cause of another error
+        return "the system refused an allocation; raise --max-ram or the limit (ulimit -d, -v), or free some memory", 5
     match error:
-        case _ if is_out_of_memory(error):  # also where it is the cause of another error
-            text, code = (
-                "the system refused an allocation; raise --max-ram or the limit (ulimit -d, -v), or free memory",
-                5,
-            )
+        case Interrupted():
+            names = ", ".join(map(str, written()))
+            return f"interrupted; {f'written: {names}' if names else 'nothing was written'}", int(error.code or 1)
+        case SystemExit():
+            return "", error.code if isinstance(error.code, int) else 1
         case TilerError():
-            text, code = str(error), error.exit_code
-        case typer.Exit() | SystemExit():
-            asked = getattr(error, "exit_code", getattr(error, "code", None))
-            code = asked if isinstance(asked, int) else 1
-            text = {130: "interrupted", 143: "stopped by SIGTERM", 129: "stopped by SIGHUP"}.get(code, "")
-            if isinstance(error.__context__, BrokenPipeError):
-                return 0
-        case KeyboardInterrupt() | typer.Abort():
-            text, code = "interrupted", 130
-        case _ if hasattr(error, "format_message"):  # click's own words for an option that does not exist
-            message = error.format_message()  # none where the help itself was shown
-            text, code = f"{message}; see --help" if message else "", 2
-        case _:
-            traceback.print_exception(error)  # with its notes
-            return 1
-    notes = getattr(error, "__notes__", [])
-    if code > 128 and not notes:
-        text += "; no picture was written"
-    lines = [*([f"tiler: {text}"] if text else []), *notes]
-    if lines:
-        sys.stderr.write("\n".join(lines) + "\n")
-    return int(code)
+            return str(error), error.exit_code
+        case OSError():
+            return f"{error.filename or 'standard output'}: {error.strerror}; check the disk and its free space", 6
+    if hasattr(error, "format_message"):  # of an option that does not exist; empty where the help itself was shown
+        said = error.format_message()
+        return f"{said}; see --help" if said else "", 2
+    line = (str(error).splitlines() or [""])[0]
+    return f"a fault of tiler itself, {type(error).__name__}: {line}; `tiler --debug …` shows where", 1
+
+
+def _fail(message: str, code: int, notes: Sequence[str]) -> None:
+    with suppress(OSError, ValueError):  # stderr may be gone; the code still tells
+        if os.environ.get("TILER_DEBUG"):
+            traceback.print_exc()
+        lines = [*([f"tiler: {message}"] if message else []), *notes]
+        sys.stderr.write("".join(f"{line}\n" for line in lines))
+        sys.stderr.flush()
+    with suppress(OSError):
+        sys.stdout.flush()
+    sys.exit(code)

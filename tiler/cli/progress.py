@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
+from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -11,6 +13,8 @@ from tiler.events import Event, Note, PhaseDone, PhaseStarted, Progress
 from tiler.memory.budget import Budget, format_mb
 
 if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress as Bar
     from rich.progress import TaskID
 
 _LINE_EVERY = 30.0  # seconds between plain lines
@@ -22,21 +26,32 @@ class ProgressPrinter:
     def __init__(self, budget: Budget, *, quiet: bool) -> None:
         self.budget, self.quiet = budget, quiet
         self._started = self._printed = 0.0
-        self._bar = None
+        self._bar: Bar | None = None
+        self._task: TaskID | None = None
         if not quiet and sys.stderr.isatty():
             from rich.console import Console
-            from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
-            from rich.progress import Progress as Bar
 
-            columns = (
-                TextColumn("{task.description:14}"),
-                BarColumn(bar_width=24),
-                TextColumn("{task.fields[detail]}"),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[memory]}"),
-            )
-            self._bar = Bar(*columns, console=Console(stderr=True))
-            self._task: TaskID | None = None
+            self._show(Console(stderr=True))
+
+    def _show(self, console: Console) -> None:
+        """Name, bar, step, remaining time, memory: 80 columns hold them all, and a wider terminal gets a longer bar."""
+        from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+        from rich.table import Column
+
+        def text(field: str, width: int) -> TextColumn:
+            return TextColumn(field, markup=False, table_column=Column(width=width, no_wrap=True, overflow="ellipsis"))
+
+        bar_width = max(10, min(40, console.width - 70))
+        self._bar = Bar(
+            text("{task.description}", 14),
+            BarColumn(bar_width=bar_width),
+            text("{task.fields[detail]}", 25),
+            TimeRemainingColumn(table_column=Column(width=8, no_wrap=True)),
+            text("{task.fields[memory]}", 19),
+            console=console,
+            expand=False,
+        )
 
     def __enter__(self) -> Self:
         if self._bar is not None:
@@ -62,13 +77,16 @@ class ProgressPrinter:
     def _memory(self) -> str:
         return f"{format_mb(self.budget.rss_bytes)} now, {format_mb(self.budget.peak_rss_bytes)} peak of {format_mb(self.budget.max_bytes)}"
 
+    def _of(self) -> str:
+        return f"{self.budget.rss_bytes / 1e6:,.0f} of {format_mb(self.budget.max_bytes)}"
+
     def _draw(self, event: Event) -> None:
         assert self._bar is not None
         if isinstance(event, PhaseStarted):
-            self._task = self._bar.add_task(event.name, total=event.total, detail="", memory=self._memory())
+            self._task = self._bar.add_task(event.name, total=event.total, detail="", memory=self._of())
         elif isinstance(event, Progress) and self._task is not None:
             self._bar.update(
-                self._task, completed=event.done, total=event.total, detail=event.detail, memory=self._memory()
+                self._task, completed=event.done, total=event.total, detail=_short(event.detail), memory=self._of()
             )
         elif isinstance(event, PhaseDone) and self._task is not None:
             detail = f"{event.seconds:.1f} s, peak {format_mb(event.peak_rss_bytes)}"
@@ -87,11 +105,17 @@ class ProgressPrinter:
             self._say(f"{event.name}: done in {event.seconds:.1f} s, peak {format_mb(event.peak_rss_bytes)}")
 
     def _say(self, text: str) -> None:
-        if self._bar is not None:
-            self._bar.console.print(text, markup=False, highlight=False)
-        else:
-            sys.stderr.write(text + "\n")
-            sys.stderr.flush()
+        with suppress(OSError, ValueError):  # nobody reads stderr any more (`2>&1 | head`): the picture is still wanted
+            if self._bar is not None:
+                self._bar.console.print(text, markup=False, highlight=False)
+            else:
+                sys.stderr.write(text + "\n")
+                sys.stderr.flush()
+
+
+def _short(detail: str) -> str:
+    """ "step 3/20, 7/25 tile passes" → "step 3/20, tile 7/25"."""
+    return re.sub(r", (\d+/\d+) tile passes$", r", tile \1", detail)
 
 
 def _duration(seconds: float) -> str:

@@ -38,6 +38,8 @@ def parse_bytes(text: str | int) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(text))
     if not match or match[2].upper() not in _UNITS:
         raise UsageError(f"{text!r} is not an amount of memory; write it like 800MB, 1.5GB or 760MiB")
+    if isinstance(text, str) and not match[2] and 0 < float(match[1]) < 10**6:
+        raise UsageError(f"{text!r} is an amount of bytes; did you mean {match[1]}MB?")
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Mapping
 from typing import BinaryIO
@@ -11,6 +12,7 @@ import numpy as np
 from tiler.output.png import DeflatedRows, srgb_profile
 
 POINTS = 72  # an inch
+_LONGEST = 14_400  # units of a page's side: ISO 32000-1, annex C
 _CATALOG, _PAGES, _PAGE, _CONTENT, _PROFILE, _INFO, _IMAGE, _LENGTH = range(1, 9)
 
 
@@ -22,19 +24,21 @@ class PdfWriter:
         self, file: BinaryIO, width: int, height: int, texts: Mapping[str, str], dpi: float, bleed_mm: float = 0.0
     ) -> None:
         self._file, self._pixels, self._at, self._starts = file, DeflatedRows(width), 0, dict[int, int]()
-        x, y, bleed = width / dpi * POINTS, height / dpi * POINTS, bleed_mm / 25.4 * POINTS
+        unit = max(1, math.ceil(max(width, height) / dpi * POINTS / _LONGEST))  # of so many points, for pages above 5 m
+        x, y, bleed = (inches * POINTS / unit for inches in (width / dpi, height / dpi, bleed_mm / 25.4))
         media, trim = f"[0 0 {x:.4f} {y:.4f}]", f"[{bleed:.4f} {bleed:.4f} {x - bleed:.4f} {y - bleed:.4f}]"
-        self._write(b"%PDF-1.4\n%\xe2\xe3\xcf\xd3\n")  # bytes above 127 say that the file is binary
+        self._write(b"%PDF-1.6\n%\xe2\xe3\xcf\xd3\n")  # bytes above 127 say that the file is binary
         self._object(_CATALOG, f"<< /Type /Catalog /Pages {_PAGES} 0 R >>")
         self._object(_PAGES, f"<< /Type /Pages /Kids [{_PAGE} 0 R] /Count 1 >>")
         self._object(
             _PAGE,
             f"<< /Type /Page /Parent {_PAGES} 0 R /MediaBox {media} /BleedBox {media} /TrimBox {trim} "
+            f"{f'/UserUnit {unit} ' if unit > 1 else ''}"
             f"/Contents {_CONTENT} 0 R /Resources << /XObject << /Picture {_IMAGE} 0 R >> >> >>",
         )
         self._stream(_CONTENT, "", f"q {x:.4f} 0 0 {y:.4f} 0 0 cm /Picture Do Q".encode())
         self._stream(_PROFILE, "/N 3 /Alternate /DeviceRGB /Filter /FlateDecode", zlib.compress(srgb_profile()))
-        subject = texts.get("parameters", "").encode("utf-16-be").hex()
+        subject = texts.get("parameters", "").encode("utf-16-be", errors="replace").hex()
         self._object(_INFO, f"<< /Producer (tiler) /Subject <FEFF{subject}> >>")
         self._begin(_IMAGE)
         self._write(

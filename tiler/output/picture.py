@@ -70,13 +70,15 @@ def _cut(rows: Iterable[np.ndarray], width: int, height: int) -> Iterator[np.nda
 def _write_tiff(
     file: BinaryIO, rows: Iterator[np.ndarray], width: int, height: int, texts: Mapping[str, str], dpi: float | None
 ) -> None:
-    """A tiled BigTIFF, deflated: the right file above PNG readers' limits."""
+    """A tiled TIFF, deflated: the right file above PNG readers' limits. A BigTIFF, which fewer programs read, only where
+    offsets of 32 bits might not do: deflate adds little to what it cannot make smaller."""
     import tifffile
 
-    with tifffile.TiffWriter(file, bigtiff=True) as tiff:
+    most = 3 * (width + TILE) * (height + TILE) * 1.01 + 2**24
+    with tifffile.TiffWriter(file, bigtiff=most > 2**32) as tiff:
         tiff.write(
             _tiles(rows, width), shape=(height, width, 3), dtype=np.uint8, tile=(TILE, TILE), photometric="rgb", compression="zlib",
-            description=texts.get("parameters", "").encode(), metadata=None, iccprofile=srgb_profile(), software="tiler",
+            description=texts.get("parameters", "").encode(errors="replace"), metadata=None, iccprofile=srgb_profile(), software="tiler", datetime=None,
             resolution=(dpi or POINTS, dpi or POINTS), resolutionunit="INCH",
         )  # fmt: skip
 

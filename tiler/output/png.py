@@ -2,32 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import re
 import struct
 import zlib
 from collections.abc import Iterator, Mapping
 from typing import BinaryIO
 
 import numpy as np
-
-
-def infotext(prompt: str, negative_prompt: str, fields: Mapping[str, object]) -> str:
-    """AUTOMATIC1111's `parameters` text: prompt, `Negative prompt: …`, then `Key: value` pairs on one line.
-
-    Values with a comma, a colon or a newline are JSON-quoted, as that format's readers expect.
-    """
-
-    def quote(value: object) -> str:
-        text = str(value)
-        return json.dumps(text, ensure_ascii=False) if re.search(r"[,:\n\"]", text) else text
-
-    lines = [prompt]
-    if negative_prompt:
-        lines.append(f"Negative prompt: {negative_prompt}")
-    lines.append(", ".join(f"{key}: {quote(value)}" for key, value in fields.items()))
-    return "\n".join(lines)
-
 
 _FILTERED = 2**16  # pixels filtered at a time
 
@@ -68,7 +48,7 @@ class PngWriter:
         if dpi is not None:
             self._chunk(b"pHYs", struct.pack(">IIB", round(dpi / 0.0254), round(dpi / 0.0254), 1))  # pixels a metre
         for key, text in texts.items():
-            self._chunk(b"iTXt", key.encode("latin-1") + b"\0\0\0\0\0" + text.encode())
+            self._chunk(b"iTXt", key.encode("latin-1") + b"\0\0\0\0\0" + text.encode(errors="replace"))
 
     def write(self, rows: np.ndarray) -> None:
         """rows: (n, width, 3) uint8 sRGB."""
@@ -104,7 +84,11 @@ def _filtered(rows: np.ndarray, above: np.ndarray) -> np.ndarray:
 
 
 def srgb_profile() -> bytes:
-    """An ICC profile that says sRGB."""
+    """An ICC profile that says sRGB, always of the same bytes: ICC.1:2022 puts the date into bytes 24–35 of the header and
+    a checksum, which may be left out, into bytes 84–99."""
     from PIL import ImageCms
 
-    return ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    profile[24:36] = struct.pack(">6H", 2000, 1, 1, 0, 0, 0)
+    profile[84:100] = bytes(16)
+    return bytes(profile)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from tiler.errors import BudgetRefused
 from tiler.memory.budget import MARGIN, format_mb
 
+WIDTH = 80  # columns of a terminal
+
 
 @dataclass(frozen=True, kw_only=True)
 class Term:
@@ -58,20 +60,21 @@ class MemoryPlan:
         return f"{-(-self.smallest_bytes // 10**6)}MB"
 
     def table(self) -> str:
-        """One line a phase, one column a term; MB of 10^6 bytes."""
-        names = list(dict.fromkeys(term.name for phase in self.phases for term in phase.terms))
-        rows = [["phase", *names, "peak"]]
+        """One row a phase: its peak and its terms, the largest first, within 80 columns; MB of 10^6 bytes."""
+        first = max(len("phase"), *(len(phase.name) for phase in self.phases))
+        lines = [f"{'phase':{first}}  {'peak':>8}  of which (MB)"]
         for phase in self.phases:
-            by_name = {term.name: term.nbytes for term in phase.terms}
-            rows.append(
-                [
-                    phase.name,
-                    *(f"{by_name[n] / 1e6:.0f}" if n in by_name else "–" for n in names),
-                    f"{phase.peak_bytes / 1e6:.0f} MB",
-                ]
-            )
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        return "\n".join(
-            "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
-            for row in rows
-        )
+            terms = [
+                f"{term.name} {term.nbytes / 1e6:,.0f}"
+                for term in sorted(phase.terms, key=lambda term: -term.nbytes)
+                if term.nbytes >= 500_000
+            ]
+            line = f"{phase.name:{first}}  {format_mb(phase.peak_bytes):>8}  "
+            indent, start = " " * len(line), len(line)
+            for term in terms:
+                if len(line) > start and len(line) + 2 + len(term) > WIDTH - 1:
+                    lines.append(line + ",")
+                    line = indent
+                line += (", " if len(line) > start else "") + term
+            lines.append(line)
+        return "\n".join(lines)

@@ -1,0 +1,126 @@
+"""Texts in pictures: readable elsewhere, silent about this machine, and equal from run to run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms
+
+from tiler.output.metadata import Facts, file_name, infotext, texts
+from tiler.output.picture import write_picture
+from tiler.output.png import srgb_profile
+from tiler.plan.resolve import fill
+from tiler.request import RenderRequest, ResolvedRequest
+from tiler.weights.checkpoint import resolve
+from tiler.weights.identity import model_id
+
+FACTS = Facts(
+    model="/home/ann/models/dream", model_id="0" * 32, revision=None, scheduler="DPM++ 2M Karras", precision="fp32", begin=3
+)  # fmt: skip
+
+
+def request(**values: Any) -> ResolvedRequest:
+    return fill(RenderRequest(prompt="a boat", output=Path("/home/ann/out.png"), width=64, height=64, seed=5, **values))
+
+
+def test_no_path_of_this_machine_is_in_the_texts() -> None:
+    places = {
+        "model": "/home/ann/models/dream", "guide_image": Path("/home/ann/private/me.jpg"), "scratch": Path("/home/ann/s"),
+        "save_latents": Path("/home/ann/z.safetensors"), "cache_dir": Path("/home/ann/c"),
+    }  # fmt: skip
+    made = texts(request(**places), FACTS)
+    assert "ann" not in str(made) and "/" not in made["parameters"]
+    said = json.loads(made["tiler"])
+    assert (said["model"], said["guide_image"], said["model_id"]) == ("dream", "me.jpg", "0" * 32)
+    assert "peak_rss_bytes" not in said
+
+
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [("org/name", "org/name"), ("mini", "mini"), ("./models/x", "x"), ("~/x/", "x"), ("C:\\Users\\ann\\x", "x"),
+     ("/a/b", "b"), ("../x", "x"), (Path("pictures/me.png"), "me.png")],
+)  # fmt: skip
+def test_names_of_places(place: str | Path, name: str) -> None:
+    assert file_name(place) == name
+
+
+def test_a_folder_that_looks_like_a_hub_id_is_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ann/x").mkdir(parents=True)
+    assert file_name("ann/x") == "x"
+
+
+def test_bytes_that_are_no_utf8_can_be_written(tmp_path: Path) -> None:
+    made = texts(request(guide_image=Path("caf\udce9.png")), FACTS)
+    assert json.loads(made["tiler"])["guide_image"] == "caf?.png"
+    for suffix in ("png", "tif", "pdf"):
+        raw = {"parameters": "\udce9 raw", "tiler": "\ud800"}  # a caller's own
+        for given in (made, raw):
+            path = tmp_path / f"x.{suffix}"
+            write_picture(path, [np.zeros((8, 8, 3), np.uint8)], 8, 8, given, force=True)
+            assert path.stat().st_size > 100
+
+
+def test_infotext_is_automatic1111s() -> None:
+    want = 'a boat\nNegative prompt: fog\nSteps: 2, Model: "a, b"'
+    assert infotext("a boat", "fog", {"Steps": 2, "Model": "a, b"}) == want
+    last = texts(request(), FACTS)["parameters"].splitlines()[-1]
+    assert last.startswith(
+        "Steps: 20, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 7.5, Seed: 5, Size: 64x64, Model: dream"
+    )
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "pdf"])
+def test_two_runs_give_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str) -> None:
+    made = texts(request(), FACTS)
+    for name in ("a", "b"):
+        write_picture(tmp_path / f"{name}.{suffix}", [np.zeros((8, 8, 3), np.uint8)], 8, 8, made, force=False)
+        time.sleep(1.1)  # littleCMS and TIFF write whole seconds
+    assert (tmp_path / f"a.{suffix}").read_bytes() == (tmp_path / f"b.{suffix}").read_bytes()
+
+
+def test_the_profile_is_srgb() -> None:
+    import io
+
+    profile = ImageCms.ImageCmsProfile(io.BytesIO(srgb_profile()))
+    transform = ImageCms.buildTransform(profile, ImageCms.createProfile("sRGB"), "RGB", "RGB")
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    there = np.asarray(ImageCms.applyTransform(Image.fromarray(pixels), transform))
+    assert abs(there.astype(int) - pixels).max() <= 1
+
+
+def test_a_models_id_follows_its_weights_and_not_its_place(tiny: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny, tmp_path / "elsewhere")
+    want = model_id(resolve(str(tiny)))
+    assert model_id(resolve(str(tmp_path / "elsewhere"))) == want
+    for change in ("unet", "vae", "text_encoder"):
+        path = next((tmp_path / "elsewhere" / change).glob("*.safetensors"))
+        data = bytearray(path.read_bytes())
+        data[-3] ^= 1
+        path.write_bytes(data)
+        assert model_id(resolve(str(tmp_path / "elsewhere"))) != want
+        data[-3] ^= 1
+        path.write_bytes(data)
+    config = tmp_path / "elsewhere/unet/config.json"
+    config.write_text(config.read_text() + " ")
+    assert model_id(resolve(str(tmp_path / "elsewhere"))) != want
+
+
+def test_a_tiff_is_classic_and_a_page_above_five_metres_has_its_unit(tmp_path: Path) -> None:
+    from pypdf import PdfReader
+
+    write_picture(tmp_path / "x.tif", [np.zeros((8, 8, 3), np.uint8)], 8, 8, {}, force=False)
+    assert (tmp_path / "x.tif").read_bytes()[2:4] in (b"*\0", b"\0*")
+    for dpi, unit in ((1.0, 1), (0.25, 2), (0.1, 4)):
+        path = tmp_path / "x.pdf"
+        write_picture(path, [np.zeros((8, 600 // 8, 3), np.uint8)] * 10, 75, 80, {}, dpi, force=True)
+        (page,) = PdfReader(path, strict=True).pages
+        assert page.user_unit == unit
+        assert float(page.mediabox.height) * unit == pytest.approx(80 / dpi * 72)
+        assert max(float(page.mediabox.height), float(page.mediabox.width)) <= 14400

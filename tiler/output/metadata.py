@@ -1,0 +1,87 @@
+"""The texts that a picture carries: what it was made of, and nothing of where anyone's files lie. Known before the first
+step, so that no text can fail after the last one."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from tiler.request import ResolvedRequest
+
+_OF_THE_MACHINE = ("output", "save_latents", "cache_dir", "scratch", "force", "metadata")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What a request does not say of its picture."""
+
+    model: str  # a name, a hub id or a folder
+    model_id: str  # weights.identity.model_id
+    revision: str | None  # of a hub id
+    scheduler: str
+    precision: str
+    begin: int  # the step at which the canvas starts; 0 without a guide
+
+
+def texts(request: ResolvedRequest, facts: Facts) -> dict[str, str]:
+    """AUTOMATIC1111's `parameters`, and the whole request as JSON under `tiler`. Every text can be encoded as UTF-8."""
+    r = request
+    fields: dict[str, object] = {
+        "Steps": r.num_inference_steps, "Sampler": facts.scheduler.removesuffix(" Karras"),
+        **({"Schedule type": "Karras"} if facts.scheduler.endswith("Karras") else {}),
+        "CFG scale": r.guidance_scale, "Seed": r.seed, "Size": f"{r.width}x{r.height}", "Model": file_name(facts.model),
+        **({"Denoising strength": r.strength} if facts.begin else {}), "Version": f"tiler {metadata.version('tiler')}",
+    }  # fmt: skip
+    said = {key: value for key, value in asdict(r).items() if key not in _OF_THE_MACHINE and value is not None}
+    for key in ("model", "tiny_vae", "guide_image"):
+        if said.get(key) is not None:
+            said[key] = file_name(said[key])
+    found = {"precision": facts.precision, "model_id": facts.model_id, "revision": facts.revision}
+    prompt = r.prompt if r.prompt is not None else " | ".join(region.prompt for region in r.regions)
+    both = {
+        "parameters": infotext(prompt, r.negative_prompt or "", fields),
+        "tiler": json.dumps(said | found, default=_plain, ensure_ascii=False),
+    }
+    return {key: _encodable(text) for key, text in both.items()}
+
+
+def infotext(prompt: str, negative_prompt: str, fields: Mapping[str, object]) -> str:
+    """AUTOMATIC1111's `parameters` text: prompt, `Negative prompt: …`, then `Key: value` pairs on one line.
+
+    Values with a comma, a colon or a newline are JSON-quoted, as that format's readers expect.
+    """
+
+    def quote(value: object) -> str:
+        text = str(value)
+        return json.dumps(text, ensure_ascii=False) if re.search(r"[,:\n\"]", text) else text
+
+    lines = [prompt]
+    if negative_prompt:
+        lines.append(f"Negative prompt: {negative_prompt}")
+    lines.append(", ".join(f"{key}: {quote(value)}" for key, value in fields.items()))
+    return "\n".join(lines)
+
+
+def file_name(place: str | Path) -> str:
+    """A hub id as it is (`org/name`); of any other path its last part, whatever system wrote it."""
+    text = str(place)
+    parts = [part for part in re.split(r"[/\\]", text) if part not in ("", ".", "..", "~")]
+    is_id = isinstance(place, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", text) and not text.startswith(".")
+    if is_id and not Path(text).exists():
+        return text
+    return parts[-1] if parts else Path(text).expanduser().resolve().name
+
+
+def _plain(value: Any) -> str:
+    """A path anywhere else in a request is told by its name."""
+    return file_name(value) if isinstance(value, Path) else str(value)
+
+
+def _encodable(text: str) -> str:
+    """Bytes of a file's name that were no UTF-8, and halves of surrogate pairs, become question marks."""
+    return text.encode("utf-8", "replace").decode()

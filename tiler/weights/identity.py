@@ -1,0 +1,48 @@
+"""Which model a folder holds, told from 1 MB of each weight file: no 2 GB are hashed on a small machine."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from tiler.errors import ModelError
+from tiler.weights.checkpoint import Checkpoint
+from tiler.weights.flavours import find_weights
+from tiler.weights.index import open_regular
+
+PARTS = ("unet", "vae", "text_encoder")
+_SAMPLES, _SAMPLE_BYTES = 256, 4096  # of each file, evenly spaced
+
+
+def model_id(checkpoint: Checkpoint, parts: Sequence[str] = PARTS) -> str:
+    """32 hexadecimal digits from the parts' configs, the scheduler's, and samples of the weight files. Names of folders and
+    files do not count: a copy elsewhere has the same id. Raises ModelError."""
+    digest = hashlib.sha256()
+    for part in parts:
+        files = find_weights(checkpoint.folder / part, checkpoint.variant).files
+        _add(digest, checkpoint.folder / part / "config.json", f"{part} {len(files)}")
+        for path in files:
+            _add(digest, path, part)
+    scheduler = checkpoint.folder / "scheduler" / "scheduler_config.json"
+    if scheduler.exists():
+        _add(digest, scheduler, "scheduler")
+    return digest.hexdigest()[:32]
+
+
+def _add(digest: hashlib._Hash, path: Path, label: str) -> None:
+    """The size of a file, and samples of its bytes: all of them where it is small."""
+    fd = open_regular(path)
+    try:
+        size = os.fstat(fd).st_size
+        digest.update(f"{label} {size}\n".encode())
+        if size <= _SAMPLES * _SAMPLE_BYTES:
+            digest.update(os.pread(fd, size, 0))
+            return
+        for i in range(_SAMPLES):
+            digest.update(os.pread(fd, _SAMPLE_BYTES, i * (size - _SAMPLE_BYTES) // (_SAMPLES - 1)))
+    except OSError as error:
+        raise ModelError(f"{path}: reading failed ({error.strerror}); check the disk") from error
+    finally:
+        os.close(fd)
