@@ -116,9 +116,15 @@ def main() -> None:
             schedulers.choose(request.scheduler, family.scheduler), family.scheduler, request.num_inference_steps
         )
         passes = canvas.denoise(
-            torch.randn(1, family.latent_channels, *plan.canvas), plan.canvas_steps, canvas.Conditions(*texts), scheduler,
-            predict, torch.Generator(), begin=plan.begin, batch=samples,
-        )  # fmt: skip
+            torch.randn(1, family.latent_channels, *plan.canvas),
+            plan.canvas_steps,
+            canvas.Conditions(*texts),
+            scheduler,
+            predict,
+            torch.Generator(),
+            begin=plan.begin,
+            batch=samples,
+        )
         next(passes)
         with profile(activities=[ProfilerActivity.CPU]) as seen:
             start = time.perf_counter()

@@ -32,7 +32,12 @@ def test_help_names_every_command(tiler) -> None:
 def test_doctor(tiler) -> None:
     facts = tiler("doctor", "--json").json
     assert {"ram", "cgroup limit", "cores", "cpu", "compute dtype", "versions", "free disk"} <= facts.keys()
-    assert "weights" in facts["--precision int8"] or "activations" in facts["--precision int8"]
+    assert f"{len(os.sched_getaffinity(0))} usable" in facts["cores"]
+    assert f"torch {torch.__version__}" in facts["versions"]
+    flags = set(Path("/proc/cpuinfo").read_text().split())
+    dot = bool(flags & {"avx512_vnni", "avx_vnni"})
+    if {"avx2", "fma"} <= flags:
+        assert facts["--precision auto"].startswith("int8:" if dot else "fp32:")
 
 
 def test_render_plan_and_decode(tiler, tiny: Path, tmp_path: Path) -> None:
@@ -60,7 +65,6 @@ def test_render_plan_and_decode(tiler, tiny: Path, tmp_path: Path) -> None:
     planned = tiler("plan", "a boat", *common, "--json").json
     assert planned["unet_calls"] == report["unet_calls"]
     assert planned["unet_samples"] == report["unet_samples"]
-    assert planned["expected_seconds"] >= 0
     assert tiler("decode", "z.safetensors", "--model", tiny, "-o", "b.png").code == 0
     assert Image.open(tmp_path / "a.png").tobytes() == Image.open(tmp_path / "b.png").tobytes()
 
@@ -70,7 +74,7 @@ def test_presets_are_bundles_that_other_options_change(tiler, tiny: Path) -> Non
     quality = tiler("plan", "x", *common).json
     fast = tiler("plan", "x", *common, "--preset", "fast").json
     for work in (*quality["presets"].values(), *fast["presets"].values()):
-        assert work.pop("expected_seconds") >= 0  # measured anew each time
+        del work["expected_seconds"]  # measured anew each time
     assert quality["presets"] == fast["presets"]
     assert quality["unet_samples"] == quality["presets"]["quality"]["unet_samples"]
     assert fast["unet_samples"] == fast["presets"]["fast"]["unet_samples"]
@@ -183,24 +187,49 @@ def test_regions_file(tiler, tiny: Path, tmp_path: Path) -> None:
 
 
 BAD_OPTIONS = [
-    (["--size", "0"], "width = 0"), (["--size", "-64"], "width = -64"), (["--size", "1000000"], "width = 1000000"), (["--size", "56"], "smaller than a tile"),
-    (["--height", "8"], "smaller than a tile"), (["--steps", "0"], "steps = 0"), (["--steps", "1000000"], "steps"), (["--cfg-scale", "nan"], "guidance-scale"),
-    (["--cfg-scale", "-1"], "guidance-scale"), (["--strength", "1.5"], "strength = 1.5"), (["--seed", "-2"], "seed"), (["--overlap", "64"], "overlap"),
-    (["--overlap", "7"], "overlap"), (["--scheduler", "heun"], "unknown scheduler"), (["--mask", "square"], "mask"), (["--max-ram", "lots"], "800MB"),
-    (["--threads", "0"], "threads"), (["--guide", "none.png"], "none.png"), (["--guide", "none.png", "--no-guide"], "exclude"),
-    (["-o", "no/such/folder/x.png"], "does not exist"), (["-o", "."], "is a folder"), (["-o", "x.jpg"], ".png"), (["--regions", "none.toml"], "none.toml"), (["--nonsense"], "nonsense"),
-    (["--wrap", "x", "--width", "130"], "multiples of 8"), (["--wrap", "z"], "wrap"), (["--guide-upscale", "none"], "guide-upscale"),
-    (["--paper", "A2"], "exclude each other"), (["--bleed", "3mm"], "belong to a --paper"), (["--dpi", "0"], "dpi = 0"), (["--decode", "best"], "decode"),
-    (["--guidance-interval", "0.8-0.2"], "rising"), (["--guidance-interval", "half"], "0.2-0.8"), (["--attention-window", "1"], "attention-window = 1"),
+    (["--size", "0"], "width = 0"),
+    (["--size", "-64"], "width = -64"),
+    (["--size", "1000000"], "width = 1000000"),
+    (["--size", "56"], "smaller than a tile"),
+    (["--height", "8"], "smaller than a tile"),
+    (["--steps", "0"], "steps = 0"),
+    (["--steps", "1000000"], "steps"),
+    (["--cfg-scale", "nan"], "guidance-scale"),
+    (["--cfg-scale", "-1"], "guidance-scale"),
+    (["--strength", "1.5"], "strength = 1.5"),
+    (["--seed", "-2"], "seed"),
+    (["--overlap", "64"], "overlap"),
+    (["--overlap", "7"], "overlap"),
+    (["--scheduler", "heun"], "unknown scheduler"),
+    (["--mask", "square"], "mask"),
+    (["--max-ram", "lots"], "800MB"),
+    (["--threads", "0"], "threads"),
+    (["--guide", "none.png"], "none.png"),
+    (["--guide", "none.png", "--no-guide"], "exclude"),
+    (["-o", "no/such/folder/x.png"], "does not exist"),
+    (["-o", "."], "is a folder"),
+    (["-o", "x.jpg"], ".png"),
+    (["--regions", "none.toml"], "none.toml"),
+    (["--nonsense"], "nonsense"),
+    (["--wrap", "x", "--width", "130"], "multiples of 8"),
+    (["--wrap", "z"], "wrap"),
+    (["--guide-upscale", "none"], "guide-upscale"),
+    (["--paper", "A2"], "exclude each other"),
+    (["--bleed", "3mm"], "belong to a --paper"),
+    (["--dpi", "0"], "dpi = 0"),
+    (["--decode", "best"], "decode"),
+    (["--guidance-interval", "0.8-0.2"], "rising"),
+    (["--guidance-interval", "half"], "0.2-0.8"),
+    (["--attention-window", "1"], "attention-window = 1"),
     (["--layout", "shift", "--overlap", "16"], "leave out --overlap"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("options", "message"), BAD_OPTIONS)
 def test_bad_options_are_exit_2_and_one_line(
-    tiler, tiny: Path, tmp_path: Path, options: list[str], message: str
+    in_process, tiny: Path, tmp_path: Path, options: list[str], message: str
 ) -> None:
-    ran = tiler("render", "x", "--model", tiny, "--size", "128", *options)
+    ran = in_process("render", "x", "--model", tiny, "--size", "128", *options)
     assert ran.code == 2, ran.err
     assert message in ran.err
     assert "Traceback" not in ran.err
@@ -221,9 +250,9 @@ def test_bad_options_are_exit_2_and_one_line(
         ("= broken", "not valid TOML"),
     ],
 )
-def test_bad_regions(tiler, tiny: Path, tmp_path: Path, toml: str, message: str) -> None:
+def test_bad_regions(in_process, tiny: Path, tmp_path: Path, toml: str, message: str) -> None:
     (tmp_path / "r.toml").write_text(toml)
-    ran = tiler("render", "sea", "--model", tiny, "--size", "128", "--regions", "r.toml")
+    ran = in_process("render", "sea", "--model", tiny, "--size", "128", "--regions", "r.toml")
     assert ran.code == 2, ran.err
     assert message in ran.err
 
