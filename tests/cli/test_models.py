@@ -53,19 +53,19 @@ BAD_MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("name", BAD_MODELS)
-def test_bad_models_are_exit_3_and_one_line(tiler, tiny: Path, tmp_path: Path, name: str) -> None:
+def test_bad_models_are_exit_3_and_one_line(in_process, tiny: Path, tmp_path: Path, name: str) -> None:
     change, message = BAD_MODELS[name]
     folder = tmp_path / "model"
     shutil.copytree(tiny, folder)
     change(folder)
-    ran = tiler("render", "x", "--model", folder, "--size", "64", "--steps", "1", "--quiet")
+    ran = in_process("render", "x", "--model", folder, "--size", "64", "--steps", "1", "--quiet")
     assert ran.code == 3, ran.err
     assert message in ran.err
     assert len(ran.err.strip().splitlines()) == 1
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
-def test_a_pickle_is_never_opened(tiler, tiny: Path, tmp_path: Path) -> None:
+def test_a_pickle_is_never_opened(in_process, tiny: Path, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(tiny, folder)
     next((folder / "unet").glob("*.safetensors")).unlink()
