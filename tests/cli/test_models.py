@@ -73,7 +73,7 @@ def test_a_pickle_is_never_opened(in_process, tiny: Path, tmp_path: Path) -> Non
     (folder / "unet/diffusion_pytorch_model.bin").write_bytes(
         b"cos\nsystem\n(S'touch " + str(canary).encode() + b"'\ntR."
     )
-    assert tiler("render", "x", "--model", folder, "--size", "64").code == 3
+    assert in_process("render", "x", "--model", folder, "--size", "64").code == 3
     assert not canary.exists()
 
 
