@@ -225,11 +225,13 @@ def bench_unet(
 
     return {
         name: {
-            "seconds_per_sample": median(name), "ratio": median(name, "diffusers fp32, resident"),
-            "peak_bytes": runs[-1][name]["peak"], "samples_per_read": runs[-1][name]["batch"],
+            "seconds_per_sample": median(name),
+            "ratio": median(name, "diffusers fp32, resident"),
+            "peak_bytes": runs[-1][name]["peak"],
+            "samples_per_read": runs[-1][name]["batch"],
         }
         for name in workers
-    }  # fmt: skip
+    }
 
 
 def program(*arguments: object) -> list[str]:

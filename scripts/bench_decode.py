@@ -43,10 +43,15 @@ from tiler.request import Decode
 from tiler.weights.checkpoint import resolve
 
 PROMPTS = [
-    "mountains by a lake at dusk, pine trees", "city skyline by the water at night, full moon", "a sailing boat at noon",
-    "misty hills in autumn", "hot-air balloons at dawn", "an island at sunset, birds", "a cabin in winter, stars",
+    "mountains by a lake at dusk, pine trees",
+    "city skyline by the water at night, full moon",
+    "a sailing boat at noon",
+    "misty hills in autumn",
+    "hot-air balloons at dawn",
+    "an island at sunset, birds",
+    "a cabin in winter, stars",
     "sea at sunset, big sun, clouds",
-]  # fmt: skip
+]
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
@@ -116,12 +121,17 @@ def bench_exact(model: str, sizes: list[tuple[int, int]]) -> list[dict[str, Any]
         theirs.disable_tiling()
         rows.append(
             {
-                "model": family.checkpoint.name, "size": f"{width}×{height}",
+                "model": family.checkpoint.name,
+                "size": f"{width}×{height}",
                 "fp32_max_of_255": 127.5 * float((fp32.clamp(-1, 1) - want.clamp(-1, 1)).abs().max()),
-                "fp32_psnr": psnr(fp32, want), "fp16_psnr": psnr(fp16, want), "enable_tiling_psnr": tiled,
-                "seconds": our_seconds, "diffusers_seconds": their_seconds, "work_factor": work_factor(kind, height // 8, width // 8),
+                "fp32_psnr": psnr(fp32, want),
+                "fp16_psnr": psnr(fp16, want),
+                "enable_tiling_psnr": tiled,
+                "seconds": our_seconds,
+                "diffusers_seconds": their_seconds,
+                "work_factor": work_factor(kind, height // 8, width // 8),
             }
-        )  # fmt: skip
+        )
         r = rows[-1]
         print(
             f"exact {Path(r['model']).name} {r['size']}: fp32 {r['fp32_psnr']:.0f} dB (max {r['fp32_max_of_255']:.3f}/255), fp16 {r['fp16_psnr']:.0f} dB, "
@@ -189,14 +199,22 @@ def bench_ways(model: str, sizes: list[tuple[int, int]]) -> list[dict[str, Any]]
                 want = got if want is None else want
                 error = float((got - want).norm() / want.norm())
                 row = {
-                    "size": f"{width}×{height}", "encoding": encoding, "way": way.value, "seconds": seconds, "error": error,
-                    "psnr": psnr(got, want), "scratch_bytes": how.scratch_bytes, "written_bytes": how.written_bytes,
-                }  # fmt: skip
+                    "size": f"{width}×{height}",
+                    "encoding": encoding,
+                    "way": way.value,
+                    "seconds": seconds,
+                    "error": error,
+                    "psnr": psnr(got, want),
+                    "scratch_bytes": how.scratch_bytes,
+                    "written_bytes": how.written_bytes,
+                }
                 rows.append(row)
                 print(
                     f"{'encode' if encoding else 'decode'} {row['size']} {way.value:8}{seconds:6.0f} s, scratch {how.scratch_bytes / 1e9:.1f} GB, "
-                    f"written {how.written_bytes / 1e9:.0f} GB, error {error:.2%}" + ("" if encoding else f", {row['psnr']:.0f} dB"), flush=True,
-                )  # fmt: skip
+                    f"written {how.written_bytes / 1e9:.0f} GB, error {error:.2%}"
+                    + ("" if encoding else f", {row['psnr']:.0f} dB"),
+                    flush=True,
+                )
     return rows
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -72,5 +73,36 @@ def tiler(tmp_path: Path):
             check=False,
         )
         return Ran(done.returncode, done.stdout, done.stderr)
+
+    return run
+
+
+@pytest.fixture
+def in_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
+    """Run `tiler` in the test's own process, in an empty folder: for input that is refused before any work begins."""
+    from tiler.cli.main import main
+
+    def run(*args: object) -> Ran:
+        capfd.readouterr()
+        with monkeypatch.context() as patch:
+            patch.chdir(tmp_path)
+            patch.setenv("COLUMNS", "200")
+            patch.setattr(sys, "argv", ["tiler", *map(str, args)])
+            # These change the whole process for a run that ends with it; the tests go on.
+            patch.setattr("tiler.memory.lean_imports.lean_torch", lambda: None)
+            ours = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+            before, threads = [signal.getsignal(number) for number in ours], torch.get_num_threads()
+            try:
+                main()
+                code = 0
+            except SystemExit as stop:
+                code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+            finally:
+                for number, handler in zip(ours, before, strict=True):
+                    signal.signal(number, handler)
+                torch.set_num_threads(threads)
+                torch.set_grad_enabled(True)
+        out, err = capfd.readouterr()
+        return Ran(code, out, err)
 
     return run

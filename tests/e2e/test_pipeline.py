@@ -24,9 +24,16 @@ from tiler.request import GuideUpscale, Layout, Precision, Scheduler, Wrap
 
 def ask(model: Path | str, folder: Path, name: str = "x", **values: Any) -> RenderRequest:
     defaults: dict[str, Any] = {
-        "prompt": "a sailing boat", "model": str(model), "width": 64, "height": 64, "num_inference_steps": 3, "seed": 11,
-        "output": folder / f"{name}.png", "save_latents": folder / f"{name}.safetensors", "force": True,
-    }  # fmt: skip
+        "prompt": "a sailing boat",
+        "model": str(model),
+        "width": 64,
+        "height": 64,
+        "num_inference_steps": 3,
+        "seed": 11,
+        "output": folder / f"{name}.png",
+        "save_latents": folder / f"{name}.safetensors",
+        "force": True,
+    }
     return RenderRequest(**(defaults | values))
 
 

@@ -56,9 +56,18 @@ def test_time_is_work_over_speed() -> None:
     speed = Speed(fp32=1e9, int8=2e9, attention=5e8)
     work = Flops(8_000_000_000, 1_000_000_000)
     layers, rows = (
-        DecodePlan(kind=kind, encoding=False, why="", memory_bytes=0, folder=Path("."), dtype=ScratchDtype.FP16, flops=3_000_000_000, attention=share)
+        DecodePlan(
+            kind=kind,
+            encoding=False,
+            why="",
+            memory_bytes=0,
+            folder=Path("."),
+            dtype=ScratchDtype.FP16,
+            flops=3_000_000_000,
+            attention=share,
+        )
         for kind, share in ((Decode.SAMPLED, (0.25, 1)), (Decode.FROZEN, (0.0, 1)))
-    )  # fmt: skip
+    )
     for precision, unet in ((Precision.FP32, 8 + 2), (Precision.INT8, 4 + 2)):
         assert seconds(work, [], speed, precision) == pytest.approx(OVERHEAD[precision] * unet)
         assert seconds(work, [layers, rows], speed, precision) == pytest.approx(

@@ -1,0 +1,127 @@
+"""`tiler decode`: its ways, its scratch files, and what is left after a kill or on a full disk."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+PROGRAM = [sys.executable, "-c", "from tiler.cli.main import main; main()"]
+
+
+def test_decode_exactly_through_a_scratch_folder(tiler, tiny: Path, tmp_path: Path) -> None:
+    common = ("--model", tiny, "--size", 528, "--steps", 1, "--no-guide", "--seed", 1)
+    ran = tiler("render", "x", *common, "-o", "a.png", "--save-latents", "z.safetensors")
+    assert "decoder: exact (there is room" in ran.err
+    (tmp_path / "s").mkdir()
+    for mode, dtype in (("exact", "fp32"), ("exact", "fp16"), ("frozen", "fp16")):
+        options = ("--decode", mode, "--scratch", "s", "--scratch-dtype", dtype)
+        ran = tiler("decode", "z.safetensors", "--model", tiny, *options, "-o", f"{mode}-{dtype}.png", "--json")
+        assert ran.json["decode"] == mode
+    a, b, c = (np.asarray(Image.open(tmp_path / f"{n}.png"), int) for n in ("a", "exact-fp32", "frozen-fp16"))
+    assert abs(a - b).max() <= 2
+    assert abs(c - b).max() <= 4  # held statistics, of a sample that is nearly all of the picture
+    assert list((tmp_path / "s").iterdir()) == []
+    ran = tiler("decode", "z.safetensors", "--model", tiny, "--decode", "exact", "--scratch", "none", "-o", "n.png")
+    assert ran.code == 6
+    assert "--scratch" in ran.err
+
+
+@pytest.mark.skipif(not hasattr(os, "O_TMPFILE"), reason="files without a name are Linux's")
+@pytest.mark.parametrize("mode", ["exact", "frozen"])
+def test_a_kill_in_mid_decode_leaves_nothing(tiny: Path, tmp_path: Path, mode: str) -> None:
+    save_file({"latents": torch.randn(1, 4, 100, 600)}, tmp_path / "z.safetensors")
+    (tmp_path / "s").mkdir()
+    code = f"""
+import os, sys
+from tiler.cli import main
+import tiler.phases
+real, strips = tiler.phases.to_uint8, []
+def to_uint8(strip):
+    strips.append(0)
+    if len(strips) == 3:
+        names = [os.readlink(f"/proc/self/fd/{{n}}") for n in os.listdir("/proc/self/fd") if os.path.lexists(f"/proc/self/fd/{{n}}")]
+        print(*(name for name in names if {str(tmp_path)!r} in name), sep="\\n", flush=True)
+        os.kill(os.getpid(), 9)
+    return real(strip)
+tiler.phases.to_uint8 = to_uint8
+sys.argv = ["tiler", "decode", "z.safetensors", "--model", {str(tiny)!r}, "--decode", {mode!r}, "--scratch", "s", "-o", "x.png"]
+main.main()
+"""
+    ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ran.returncode == -9, ran.stderr
+    assert f"{tmp_path}/s/" in ran.stdout  # activations were on the disk
+    assert len(ran.stdout.split("(deleted)")) > 2  # as was the picture, begun
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["s", "z.safetensors"]
+    assert list((tmp_path / "s").iterdir()) == []
+
+
+@pytest.mark.parametrize("where", ["scratch", "output"])
+def test_a_tiny_file_system_is_exit_6(tiny: Path, tmp_path: Path, where: str) -> None:
+    """A tmpfs of 1 MB, in a mount namespace of this process's own."""
+    if subprocess.run(
+        ["unshare", "-rm", "mount", "-t", "tmpfs", "none", "/mnt"], check=False, capture_output=True
+    ).returncode:
+        pytest.skip("no mounts in a user namespace here")
+    save_file({"latents": torch.randn(1, 4, 100, 100)}, tmp_path / "z.safetensors")
+    (tmp_path / "small").mkdir()
+    place = ["--scratch", "small", "-o", "x.png"] if where == "scratch" else ["--scratch", ".", "-o", "small/x.png"]
+    command = shlex.join(
+        [*PROGRAM, "decode", "z.safetensors", "--model", str(tiny), "--decode", "exact", "--quiet", *place]
+    )
+    mounted = f"mount -t tmpfs -o size=1m none small && {command}; code=$?; ls -A small; exit $code"
+    ran = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", mounted], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 6, ran.stderr
+    assert len(ran.stderr.strip().splitlines()) == 1
+    assert ("needs 31 MB" if where == "scratch" else "No space left") in ran.stderr
+    assert ran.stdout == ""
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_bad_latents(tiler, tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.safetensors").write_text("no")
+    save_file({"other": torch.zeros(1)}, tmp_path / "other.safetensors")
+    save_file({"latents": torch.zeros(1, 8, 8, 8)}, tmp_path / "wide.safetensors")
+    save_file({"latents": torch.full((1, 4, 8, 8), float("nan"))}, tmp_path / "nan.safetensors")
+    for name, code in (("text", 2), ("other", 2), ("wide", 2), ("missing", 2), ("nan", 7)):
+        ran = tiler("decode", f"{name}.safetensors", "--model", tiny)
+        assert ran.code == code, (name, ran.err)
+        assert len(ran.err.strip().splitlines()) == 1
+
+
+def test_a_tiny_autoencoder_makes_the_picture(tiler, tiny: Path, tmp_path: Path) -> None:
+    from diffusers import AutoencoderTiny
+    from safetensors.torch import load_file
+
+    torch.manual_seed(0)
+    vae = AutoencoderTiny(decoder_block_out_channels=(16,) * 4, encoder_block_out_channels=(16,) * 4).eval()
+    vae.save_pretrained(tmp_path / "taesd")
+    common = ("--model", tiny, "--width", 136, "--height", 72, "--steps", 1, "--seed", 1, "--no-guide")
+    decoder = ("--decode", "tiny", "--tiny-vae", "taesd")
+    ran = tiler("render", "x", *common, *decoder, "-o", "a.png", "--save-latents", "z.safetensors")
+    assert ran.code == 0, ran.err
+    assert "decoder: tiny" in ran.err
+    with torch.no_grad():
+        want = vae.decode(load_file(tmp_path / "z.safetensors")["latents"]).sample[0]
+    want = ((want / 2 + 0.5).clamp(0, 1) * 255).round().permute(1, 2, 0).numpy()
+    assert abs(np.asarray(Image.open(tmp_path / "a.png"), float) - want).max() <= 1
+    assert tiler("decode", "z.safetensors", "--model", tiny, *decoder, "-o", "b.png").code == 0
+    assert Image.open(tmp_path / "a.png").tobytes() == Image.open(tmp_path / "b.png").tobytes()
+    for options, code, message in (
+        (("--decode", "tiny"), 2, "--tiny-vae"),
+        (("--tiny-vae", "taesd"), 2, "--decode tiny"),
+        (("--decode", "tiny", "--tiny-vae", tiny / "vae"), 3, "AutoencoderTiny"),
+        (("--decode", "tiny", "--tiny-vae", "none"), 3, "none"),
+    ):
+        ran = tiler("decode", "z.safetensors", "--model", tiny, *options, "-o", "c.png")
+        assert (ran.code, message in ran.err) == (code, True), ran.err

@@ -1,0 +1,92 @@
+"""Bad options and regions: exit code 2, one line, and nothing written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+BAD_OPTIONS = [
+    (["--size", "0"], "width = 0"),
+    (["--size", "-64"], "width = -64"),
+    (["--size", "1000000"], "width = 1000000"),
+    (["--size", "56"], "smaller than a tile"),
+    (["--height", "8"], "smaller than a tile"),
+    (["--steps", "0"], "steps = 0"),
+    (["--steps", "1000000"], "steps"),
+    (["--cfg-scale", "nan"], "guidance-scale"),
+    (["--cfg-scale", "-1"], "guidance-scale"),
+    (["--strength", "1.5"], "strength = 1.5"),
+    (["--seed", "-2"], "seed"),
+    (["--overlap", "64"], "overlap"),
+    (["--overlap", "7"], "overlap"),
+    (["--scheduler", "heun"], "unknown scheduler"),
+    (["--mask", "square"], "mask"),
+    (["--max-ram", "lots"], "800MB"),
+    (["--threads", "0"], "threads"),
+    (["--guide", "none.png"], "none.png"),
+    (["--guide", "none.png", "--no-guide"], "exclude"),
+    (["-o", "no/such/folder/x.png"], "does not exist"),
+    (["-o", "."], "is a folder"),
+    (["-o", "x.jpg"], ".png"),
+    (["--regions", "none.toml"], "none.toml"),
+    (["--nonsense"], "nonsense"),
+    (["--wrap", "x", "--width", "130"], "multiples of 8"),
+    (["--wrap", "z"], "wrap"),
+    (["--guide-upscale", "none"], "guide-upscale"),
+    (["--paper", "A2"], "exclude each other"),
+    (["--bleed", "3mm"], "belong to a --paper"),
+    (["--dpi", "0"], "dpi = 0"),
+    (["--decode", "best"], "decode"),
+    (["--guidance-interval", "0.8-0.2"], "rising"),
+    (["--guidance-interval", "half"], "0.2-0.8"),
+    (["--attention-window", "1"], "attention-window = 1"),
+    (["--layout", "shift", "--overlap", "16"], "leave out --overlap"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD_OPTIONS)
+def test_bad_options_are_exit_2_and_one_line(
+    in_process, tiny: Path, tmp_path: Path, options: list[str], message: str
+) -> None:
+    ran = in_process("render", "x", "--model", tiny, "--size", "128", *options)
+    assert ran.code == 2, ran.err
+    assert message in ran.err
+    assert "Traceback" not in ran.err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("toml", "message"),
+    [
+        ("prompt = 'x'", "no [[region]]"),
+        ("[[region]]\nprompt = 'x'", "lacks"),
+        ("[[region]]\nprompt = 'x'\nrows = [0, 64]\ncols = [0, 64]\ncolour = 1", "colour"),
+        ("[[region]]\nprompt = 'x'\nrows = [0, 64]\ncols = [0, 'a']", "cols"),
+        ("[[region]]\nprompt = 'x'\nrows = [0, 256]\ncols = [0, 64]", "outside"),
+        ("[[region]]\nprompt = 'x'\nrows = [0, 32]\ncols = [0, 64]", "smaller than a tile"),
+        ("[[region]]\nprompt = 'x'\nrows = [0, 128]\ncols = [0, 64]\nmask = 'round'", "mask"),
+        ("region = 3", "no [[region]]"),
+        ("= broken", "not valid TOML"),
+    ],
+)
+def test_bad_regions(in_process, tiny: Path, tmp_path: Path, toml: str, message: str) -> None:
+    (tmp_path / "r.toml").write_text(toml)
+    ran = in_process("render", "sea", "--model", tiny, "--size", "128", "--regions", "r.toml")
+    assert ran.code == 2, ran.err
+    assert message in ran.err
+
+
+def test_regions_without_a_prompt_must_cover_the_canvas(tiler, tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "r.toml").write_text("[[region]]\nprompt = 'x'\nrows = [0, 128]\ncols = [0, 64]")
+    ran = tiler("render", "--model", tiny, "--size", "128", "--regions", "r.toml")
+    assert ran.code == 2
+    assert "no region covers the canvas" in ran.err
+
+
+def test_an_existing_output_is_kept(tiler, tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "tiler.png").write_text("precious")
+    ran = tiler("render", "x", "--model", tiny, "--size", "64")
+    assert ran.code == 2
+    assert "--force" in ran.err
+    assert (tmp_path / "tiler.png").read_text() == "precious"

@@ -1,0 +1,53 @@
+"""`tiler plan`, `tiler doctor` and the help: what they tell, and when a plan is refused."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+
+def test_help_names_every_command(tiler) -> None:
+    ran = tiler("--help")
+    assert ran.code == 0
+    for command in ("render", "plan", "decode", "quantize", "doctor"):
+        assert command in ran.out
+
+
+def test_doctor(tiler) -> None:
+    facts = tiler("doctor", "--json").json
+    assert {"ram", "cgroup limit", "cores", "cpu", "compute dtype", "versions", "free disk"} <= facts.keys()
+    assert f"{len(os.sched_getaffinity(0))} usable" in facts["cores"]
+    assert f"torch {torch.__version__}" in facts["versions"]
+    flags = set(Path("/proc/cpuinfo").read_text().split())
+    dot = bool(flags & {"avx512_vnni", "avx_vnni"})
+    if {"avx2", "fma"} <= flags:
+        assert facts["--precision auto"].startswith("int8:" if dot else "fp32:")
+
+
+def test_presets_are_bundles_that_other_options_change(tiler, tiny: Path) -> None:
+    common = ("--model", tiny, "--size", 256, "--json")
+    quality = tiler("plan", "x", *common).json
+    fast = tiler("plan", "x", *common, "--preset", "fast").json
+    for work in (*quality["presets"].values(), *fast["presets"].values()):
+        del work["expected_seconds"]  # measured anew each time
+    assert quality["presets"] == fast["presets"]
+    assert quality["denoiser_samples"] == quality["presets"]["quality"]["denoiser_samples"]
+    assert fast["denoiser_samples"] == fast["presets"]["fast"]["denoiser_samples"]
+    bundle = ("--steps", 10, "--strength", 0.4, "--layout", "shift", "--guidance-interval", "0-0.5")
+    assert tiler("plan", "x", *common, *bundle).json["denoiser_samples"] == fast["denoiser_samples"]
+    assert fast["denoiser_samples"] * 6 < quality["denoiser_samples"]
+    grid = tiler("plan", "x", *common, "--preset", "fast", "--layout", "grid").json
+    assert grid["denoiser_samples"] > fast["denoiser_samples"]
+    # Tiles with an overlap of their own cannot shift: the preset's layout gives way.
+    assert tiler("plan", "x", *common, "--preset", "fast", "--overlap", 16).code == 0
+
+
+def test_a_ceiling_below_the_floor_is_exit_4(tiler, tiny: Path, tmp_path: Path) -> None:
+    for command in ("render", "plan"):
+        ran = tiler(command, "x", "--model", tiny, "--size", "128", "--max-ram", "200MB")
+        assert ran.code == 4
+        assert "smallest --max-ram that would do is" in ran.err
+        assert "python, libraries" in ran.err + ran.out
+    assert list(tmp_path.iterdir()) == []

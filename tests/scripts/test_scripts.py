@@ -1,0 +1,50 @@
+"""Scripts measure with inner parts of tiler: each still starts, and every name that it imports is still there."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+import runpy
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+FILES = sorted(SCRIPTS.rglob("*.py"))
+
+
+def imported_names(source: str) -> Iterator[tuple[str, str]]:
+    """(module, name) of every `from tiler… import …`, also inside functions and in programs that lie in strings."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "tiler":
+            yield from ((str(node.module), alias.name) for alias in node.names)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            for module, names in re.findall(r"^\s*from (tiler[\w.]*) import ([\w, ]+)$", node.value, re.MULTILINE):
+                yield from ((module, name.split(" as ")[0].strip()) for name in names.split(","))
+
+
+def test_names_in_strings_are_found() -> None:
+    source = 'from tiler.a import b\nP = """\nfrom tiler.c import d as e, f\n"""\n'
+    assert list(imported_names(source)) == [("tiler.a", "b"), ("tiler.c", "d"), ("tiler.c", "f")]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SCRIPTS)))
+def test_imported_names_exist(path: Path) -> None:
+    for module, name in imported_names(path.read_text()):
+        if not hasattr(importlib.import_module(module), name):
+            importlib.import_module(f"{module}.{name}")  # a module, or an error that names it
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if "argparse" in p.read_text()], ids=lambda path: path.stem)
+def test_help(path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    if path.parent.name == "mini":
+        pytest.importorskip("skia")
+    monkeypatch.setattr(sys, "argv", [str(path), "--help"])
+    monkeypatch.syspath_prepend(str(path.parent))
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(path), run_name="__main__")
+    assert stop.value.code in (0, None)
+    assert "--" in capsys.readouterr().out
