@@ -25,7 +25,7 @@ from tiler.compute.layers import StreamedConv2d
 from tiler.diffusion import canvas, schedulers
 from tiler.memory import process
 from tiler.memory.budget import Budget, at_layer
-from tiler.models.family import build_unet, plain_names, read_family
+from tiler.models.family import Role, plain_names, read_family
 from tiler.models.unet import predict_noise
 from tiler.packing import packed_weights
 from tiler.pipeline import streamed
@@ -101,7 +101,7 @@ def main() -> None:
     named(winograd, "conv2d", "convolution, transformed")
     named(process, "release_heap", "giving memory back")
     budget, samples = Unchecked(args.ceiling), plan.batch
-    unet, check = build_unet(family), at_layer(budget, plan.memory.peak_of("canvas"))
+    unet, check = family.part(Role.DENOISER).build(), at_layer(budget, plan.memory.peak_of("canvas"))
     with streamed(
         unet, weights, plain_names, plan.resident["canvas"], arena_bytes=plan.arena_bytes, transform=True
     ) as streamer:
@@ -111,7 +111,7 @@ def main() -> None:
             with record_function("tiler: pass"):
                 return predict_noise(unet, streamer, latents, timestep, texts, check)
 
-        texts = torch.randn(2, 1, 77, family.text["hidden_size"])
+        texts = torch.randn(2, 1, 77, family.part(Role.TEXT_ENCODER).config["hidden_size"])
         scheduler = schedulers.build(
             schedulers.choose(request.scheduler, family.scheduler), family.scheduler, request.num_inference_steps
         )

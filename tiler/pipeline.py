@@ -36,13 +36,12 @@ from tiler.files import check_writable
 from tiler.memory import lean_imports, process
 from tiler.memory.budget import Budget, at_layer, at_rows
 from tiler.models import family as families
-from tiler.models.blocks import Windows
-from tiler.models.clip import encode_prompts, load_tokenizer
-from tiler.models.unet import predict_noise
+from tiler.models.family import Options, Part, Role
+from tiler.models.samples import Place, Prompt, Sample
 from tiler.output.latents import LatentsFile, save_latents
 from tiler.output.picture import check_picture, write_picture
 from tiler.output.png import infotext
-from tiler.packing import packed_text_names, prepare_int8
+from tiler.packing import packed_names, prepare_int8
 from tiler.plan.render import RenderPlan, plan_decode, plan_render
 from tiler.plan.tiling import Steps
 from tiler.request import Decode, GuideUpscale, Precision, RenderRequest, ScratchDtype, Wrap, check_decode, check_dpi
@@ -98,8 +97,9 @@ class _Work:
     def __init__(self, request: RenderRequest, plan: RenderPlan, budget: Budget, on_event: OnEvent) -> None:
         self.request, self.plan, self.family, self.budget, self.on_event = request, plan, plan.family, budget, on_event
         self.scheduler_name = schedulers.choose(request.scheduler, plan.family.scheduler)
-        self.unet_weights = plan.family.checkpoint.weights("unet")
-        self.text_weights, self.text_names = plan.family.checkpoint.weights("text_encoder"), families.text_names
+        self.denoiser = plan.family.part(Role.DENOISER)
+        parts = (self.denoiser, *plan.family.encoders)
+        self.weights = {part.name: (plan.family.checkpoint.weights(part.name), part.aliases) for part in parts}
         self.unet_calls = self.unet_samples = self.weight_bytes_read = self.unet_bytes_read = 0
 
     def prepare_weights(self) -> None:
@@ -108,8 +108,9 @@ class _Work:
         self._note(f"UNet in {self.plan.precision} ({self.plan.precision_why})")
         if self.plan.precision is Precision.INT8:
             cache = self.request.cache_dir or default_cache()
-            self.unet_weights = self.text_weights = prepare_int8(self.family, cache, self.budget, self.on_event)
-            self.text_names = packed_text_names
+            index = prepare_int8(self.family, cache, self.budget, self.on_event)
+            parts = (self.denoiser, *self.family.encoders)
+            self.weights = {part.name: (index, packed_names(part)) for part in parts}
 
     def encode_prompts(self) -> canvas.Conditions:
         """Every prompt with its negative prompt, once."""
@@ -118,15 +119,19 @@ class _Work:
         for r in request.regions:
             pairs.append((r.prompt, request.negative_prompt if r.negative_prompt is None else r.negative_prompt))
         with self._phase("encode prompts", 1):
-            tokenizer = load_tokenizer(self.family)
-            encoder = families.build_text_encoder(self.family)
-            with self._streamed(encoder, self.text_weights, self.text_names, int8_products=False):
-                texts = list(dict.fromkeys(text for pair in pairs for text in pair))
-                encoded = dict(zip(texts, encode_prompts(tokenizer, encoder, texts, self._note).split(1), strict=True))
+            texts = list(dict.fromkeys(text for pair in pairs for text in pair))
+            encoded = dict(zip(texts, self.family.encode(texts, self._opened, self._note), strict=True))
             return canvas.Conditions(
-                torch.cat([encoded[prompt] for prompt, _ in pairs]),
-                torch.cat([encoded[negative] for _, negative in pairs]),
+                torch.cat([encoded[prompt].tokens for prompt, _ in pairs]),
+                torch.cat([encoded[negative].tokens for _, negative in pairs]),
             )
+
+    @contextmanager
+    def _opened(self, part: Part) -> Iterator[Any]:
+        """A text encoder with its weights."""
+        module = part.build()
+        with self._streamed(module, *self.weights[part.name], int8_products=False, arena_bytes=part.arena_bytes):
+            yield module
 
     def guide_pass(self, conditions: canvas.Conditions) -> Tensor:
         """A picture of the whole at the model's native size: its latents, (1, C, h, w) fp32 scaled."""
@@ -203,24 +208,28 @@ class _Work:
         latents = canvas.start_latents(scheduler, noise, reference, begin)
         if begin == steps:
             return latents
-        unet = families.build_unet(self.family)
+        unet, family = self.denoiser.build(), self.family
         with self._streamed(
             unet,
-            self.unet_weights,
-            families.plain_names,
+            *self.weights[self.denoiser.name],
             self.plan.resident[phase],
             arena_bytes=self.plan.arena_bytes,
             transform=True,
         ) as streamer:
             streamer.short = partial(self.budget.short, self.plan.sample_bytes)
             check = at_layer(self.budget, self.plan.memory.peak_bytes)
+            options = Options(attention_window=request.attention_window, seed=request.seed)
+            prompts = [Prompt(row) for rows in conditions for row in rows.split(1)]
+            prepared = family.prepare(unet, streamer, scheduler.timesteps, prompts, options)
+            numbers = {float(timestep): number for number, timestep in enumerate(scheduler.timesteps)}
 
             def predict(inputs: list[Tensor], timestep: Tensor, embeds: list[Tensor]) -> Tensor:
                 self.unet_calls += 1
                 self.unet_samples += len(inputs)
-                size = request.attention_window
-                windows = None if size is None else Windows.drawn(size, request.seed, timestep)
-                return predict_noise(unet, streamer, inputs, timestep, embeds, check, windows)
+                place = Place(0, 0, 8 * inputs[0].shape[2], 8 * inputs[0].shape[3], (8 * height, 8 * width))
+                pairs = zip(inputs, embeds, strict=True)
+                samples = [Sample(x, Prompt(tokens), place, request.guidance_scale) for x, tokens in pairs]
+                return family.predict(unet, streamer, samples, numbers[float(timestep)], prepared, check)
 
             loop = canvas.denoise(latents, tiles, conditions, scheduler, predict, generator, begin=begin, batch=batch)
             begun, total = self.unet_samples, sum(tile.samples for step in tiles for tile in step)

@@ -391,13 +391,13 @@ import sys, numpy
 from tiler.cli import main
 import tiler.memory.process
 tiler.memory.process.frugal_allocator()
-import tiler.pipeline
-real, hog = tiler.pipeline.predict_noise, []
+import tiler.models.sd
+real, hog = tiler.models.sd.predict_noise, []
 def predict(*args):
     import torch
     hog.append(torch.ones({megabytes} * 250_000))
     return real(*args)
-tiler.pipeline.predict_noise = predict
+tiler.models.sd.predict_noise = predict
 sys.argv = ["tiler", "render", "x", "--model", {str(tiny)!r}, "--size", "128", "--max-ram", "500MB", "--quiet"]
 main.main()
 """
