@@ -41,7 +41,7 @@ from tiler.memory import process
 from tiler.memory import lean_imports as imports
 process.frugal_allocator()
 imports.lean_torch()
-from tiler.models.family import read_family, build_unet, plain_names
+from tiler.models.family import Role, read_family, plain_names
 from tiler.models.unet import predict_noise
 from tiler.memory.budget import Budget
 from tiler.memory.policy import at_layer
@@ -59,14 +59,14 @@ precision = Precision({precision!r})
 plan = plan_render(fill(RenderRequest(prompt="x", size={size}, precision=precision)), family, {ceiling})
 files = packed_weights(family, default_cache(), lambda share, why: None) if precision is Precision.INT8 else family.checkpoint.weights("unet")
 process.reset_peak()
-unet, n, budget = build_unet(family), family.native, Budget({ceiling})
+unet, n, budget = family.part(Role.DENOISER).build(), family.native, Budget({ceiling})
 peak = plan.memory.peak_of("canvas")
 check = at_layer(budget, peak)
 with streamed(unet, files, plain_names, plan.resident["canvas"], arena_bytes=plan.arena_bytes, transform=True) as streamer:
     streamer.short = lambda: budget.short(plan.sample_bytes)
     tiles = [torch.randn(1, family.latent_channels, n, n) for _ in range((plan.batch + 1) // 2)]
     x = [tile for tile in tiles for _ in range(2)][:plan.batch]
-    c = [torch.randn(1, 77, family.text["hidden_size"]) for _ in x]
+    c = [torch.randn(1, 77, family.part(Role.TEXT_ENCODER).config["hidden_size"]) for _ in x]
     for line in sys.stdin:
         before, start = streamer.store.bytes_read, time.perf_counter()
         predict_noise(unet, streamer, x, torch.tensor(500), c, check)

@@ -24,7 +24,7 @@ from tiler.compute.layers import StreamedConv2d
 from tiler.memory import process
 from tiler.memory.budget import Budget
 from tiler.memory.policy import at_layer
-from tiler.models.family import build_unet, plain_names, read_family
+from tiler.models.family import Role, plain_names, read_family
 from tiler.models.unet import predict_noise
 from tiler.packing import packed_weights
 from tiler.phases import streamed
@@ -101,7 +101,7 @@ def main() -> None:
     named(winograd, "conv2d", "convolution, transformed")
     named(process, "release_heap", "giving memory back")
     budget, samples = Unchecked(args.ceiling), plan.batch
-    unet, check = build_unet(family), at_layer(budget, plan.memory.peak_of("canvas"))
+    unet, check = family.part(Role.DENOISER).build(), at_layer(budget, plan.memory.peak_of("canvas"))
     with streamed(
         unet, weights, plain_names, plan.resident["canvas"], arena_bytes=plan.arena_bytes, transform=True
     ) as streamer:
@@ -110,7 +110,7 @@ def main() -> None:
         side = family.native
         halves = [[torch.randn(1, family.latent_channels, side, side)] * 2 for _ in range(-(-samples // 2))]
         latents = [half for tile in halves for half in tile][:samples]
-        texts = torch.randn(2, 1, 77, family.text["hidden_size"])
+        texts = torch.randn(2, 1, 77, family.part(Role.TEXT_ENCODER).config["hidden_size"])
 
         def one_pass() -> Tensor:
             with record_function("tiler: pass"):

@@ -5,49 +5,79 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from tiler import events
 from tiler.compute import cpu
 from tiler.compute.int8 import quantize_rows
+from tiler.compute.layers import stream_layers
+from tiler.compute.shapes import MetaMeter
+from tiler.compute.stream import Streamer
 from tiler.events import OnEvent, percent
 from tiler.memory.budget import Budget
 from tiler.memory.policy import at_layer
-from tiler.models import family as families
-from tiler.models.family import Family
-from tiler.models.unet import int8_weights, order_of_use
+from tiler.models.family import Family, Options, Part, Role
 from tiler.weights.index import TensorInfo
-from tiler.weights.packed import packed_index, write_packed
+from tiler.weights.packed import Quantise, packed_index, write_packed
 from tiler.weights.store import match_index
 
-TEXT = "text_encoder."  # before the names of its parameters
+
+def packed_parts(family: Family) -> list[Part]:
+    """The parts whose weights a packed file holds, in the order in which they are used."""
+    return [*family.encoders, family.part(Role.DENOISER)]
 
 
-def packed_text_names(name: str) -> list[str]:
-    """Where a packed file has a text encoder's parameter."""
-    return [TEXT + name]
+def packed_names(part: Part) -> Callable[[str], list[str]]:
+    """Where a packed file has the parameters of a part: the denoiser's by their own names, others behind the part's."""
+    prefix = _prefix(part)
+    return lambda name: [prefix + name]
+
+
+def _prefix(part: Part) -> str:
+    return "" if part.role is Role.DENOISER else f"{part.name}."
 
 
 def packed_weights(family: Family, cache: Path, progress: Callable[[float, str], None]) -> dict[str, TensorInfo]:
-    """The index of the packed file in `cache`, which is made first if it is not there or does not fit: the UNet's parameters,
-    and the text encoder's after `TEXT`.
+    """The index of the packed file in `cache`, which is made first if it is not there or does not fit: the text encoders'
+    parameters and the denoiser's, by `packed_names`.
 
     `progress` gets the share written and why. Raises StorageError, ModelError, NumericalError.
     """
-    text = family.checkpoint.weights("text_encoder")
-    files = family.checkpoint.weights("unet") | {TEXT + name: info for name, info in text.items()}
+    parts = packed_parts(family)
+    stored = {part.name: family.checkpoint.weights(part.name) for part in parts}
+    files = {_prefix(part) + name: info for part in parts for name, info in stored[part.name].items()}
 
     def write(path: Path, mark: str, reason: str) -> None:
-        unet, encoder = families.build_unet(family), families.build_text_encoder(family)
-        texts = match_index(encoder, text, families.text_names)
-        index = match_index(unet, family.checkpoint.weights("unet"), families.plain_names)
-        # The text encoder is computed in fp32: its weights may take all 8 bits on every processor.
-        quantised = {name: quantize_rows for name in int8_weights(unet)}
-        quantised |= {TEXT + name: partial(quantize_rows, largest=127) for name in int8_weights(encoder)}
-        order = [TEXT + name for name in texts] + order_of_use(unet)
-        index |= {TEXT + name: info for name, info in texts.items()}
+        order: list[str] = []
+        index: dict[str, TensorInfo] = {}
+        quantised: dict[str, Quantise] = {}
+        for part in parts:
+            module, prefix = part.build(), _prefix(part)
+            matched = match_index(module, stored[part.name], part.aliases)
+            denoiser = part.role is Role.DENOISER
+            # A text encoder is computed in fp32: its weights may take all 8 bits on every processor.
+            rule = quantize_rows if denoiser else partial(quantize_rows, largest=127)
+            quantised |= {prefix + name: rule for name in part.int8_weights(module)}
+            index |= {prefix + name: info for name, info in matched.items()}
+            order += order_of_use(family, module) if denoiser else [prefix + name for name in matched]
         write_packed(path, mark, order, index, quantised, lambda share: progress(share, reason))
 
     return packed_index(cache, files, str(cpu.int8().largest), write)
+
+
+def order_of_use(family: Family, denoiser: Any) -> list[str]:
+    """All parameters of a denoiser on the meta device: what is loaded at once, then what a pass streams, as it comes."""
+    streamer = Streamer(None)
+    everything = [name for name, _ in denoiser.named_parameters()]
+    stream_layers(denoiser, streamer)
+    with MetaMeter(), torch.no_grad():
+        samples = family.example([0], (family.granularity, family.granularity))
+        timesteps, prompts = torch.empty(1, device="meta"), [sample.prompt for sample in samples]
+        prepared = family.prepare(denoiser, streamer, timesteps, prompts, Options())
+        family.predict(denoiser, streamer, samples, 0, prepared)
+    return [name for name in everything if name not in streamer.used] + list(streamer.used)
 
 
 def prepare_int8(family: Family, cache: Path, budget: Budget, on_event: OnEvent) -> dict[str, TensorInfo]:

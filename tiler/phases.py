@@ -36,12 +36,8 @@ from tiler.memory.budget import Budget
 from tiler.memory.limits import memory_warning
 from tiler.memory.policy import at_layer, at_rows
 from tiler.models import family as families
-from tiler.models.blocks import Windows
-from tiler.models.clip import encode_prompts as encode
-from tiler.models.clip import load_tokenizer
-from tiler.models.family import VaeSpec
-from tiler.models.samples import Prompt, Sample
-from tiler.models.unet import predict_noise
+from tiler.models.family import Options, Part, Role, VaeSpec
+from tiler.models.samples import Sample
 from tiler.output.latents import LatentsFile, save_latents
 from tiler.output.picture import check_picture
 from tiler.plan.render import RenderPlan, plan_decode, plan_render
@@ -64,9 +60,7 @@ class RenderRun:
     plan: RenderPlan
     budget: Budget
     on_event: OnEvent
-    denoiser_weights: dict[str, TensorInfo]
-    text_weights: dict[str, TensorInfo]
-    text_names: Names = families.text_names
+    weights: dict[str, tuple[dict[str, TensorInfo], Names]]  # by part: where its parameters lie, and their names there
     texts: dict[str, str] = field(default_factory=dict)  # what the picture will say of itself
     counts: dict[str, int] = field(
         default_factory=lambda: dict.fromkeys(("denoiser_calls", "denoiser_samples", "denoiser_bytes_read", "weight_bytes_read"), 0)
@@ -115,7 +109,7 @@ def start(request: RenderRequest, budget: Budget, on_event: OnEvent, *, planning
     plan = plan_render(settings, family, budget.max_bytes)
     run = RenderRun(
         request=settings, plan=plan, budget=budget, on_event=on_event,
-        denoiser_weights=found.weights("unet"), text_weights=found.weights("text_encoder"),
+        weights={part.name: (found.weights(part.name), part.aliases) for part in packing.packed_parts(family)},
     )  # fmt: skip
     for note in (*found.notes, *family.notes, *plan.notes, memory_warning(budget.max_bytes)):
         if note is not None:
@@ -126,12 +120,12 @@ def start(request: RenderRequest, budget: Budget, on_event: OnEvent, *, planning
 def prepare_weights(run: RenderRun) -> None:
     """Say what was decided; quantise the weights where int8 was, unless an earlier run did."""
     run.note(f"seed {run.request.seed}")
-    run.note(f"UNet in {run.plan.precision} ({run.plan.precision_why})")
+    run.note(f"denoiser in {run.plan.precision} ({run.plan.precision_why})")
     if run.plan.precision is Precision.INT8:
         cache = run.request.cache_dir or default_cache()
         index = packing.prepare_int8(run.plan.family, cache, run.budget, run.on_event)
-        run.denoiser_weights = run.text_weights = index
-        run.text_names = packing.packed_text_names
+        parts = packing.packed_parts(run.plan.family)
+        run.weights = {part.name: (index, packing.packed_names(part)) for part in parts}
 
 
 def load_guide(run: RenderRun) -> np.ndarray | None:
@@ -149,14 +143,17 @@ def encode_prompts(run: RenderRun) -> Conditions:
     pairs = [] if request.prompt is None else [(request.prompt, request.negative_prompt)]
     for r in request.regions:
         pairs.append((r.prompt, request.negative_prompt if r.negative_prompt is None else r.negative_prompt))
-    texts = [(prompt, negative or "") for prompt, negative in pairs]
+
+    @contextmanager
+    def opened(part: Part) -> Iterator[Any]:
+        module = part.build()
+        with run.streamed(module, *run.weights[part.name], int8_products=False, arena_bytes=part.arena_bytes):
+            yield module
+
     with run.phase("encode prompts", 1):
-        tokenizer, encoder = load_tokenizer(family), families.build_text_encoder(family)
-        with run.streamed(encoder, run.text_weights, run.text_names, int8_products=False):
-            unique = list(dict.fromkeys(text for pair in texts for text in pair))
-            tokens = encode(tokenizer, encoder, unique, run.note).split(1)
-        encoded = dict(zip(unique, map(Prompt, tokens), strict=True))
-        return Conditions([encoded[prompt] for prompt, _ in texts], [encoded[negative] for _, negative in texts])
+        texts = list(dict.fromkeys(text for pair in pairs for text in pair))
+        encoded = dict(zip(texts, family.encode(texts, opened, run.note), strict=True))
+        return Conditions([encoded[prompt] for prompt, _ in pairs], [encoded[negative] for _, negative in pairs])
 
 
 def make_guide(run: RenderRun, conditions: Conditions) -> Tensor | None:
@@ -219,19 +216,19 @@ def _denoise(
     latents = schedule.start(noise, reference, begin)
     if begin == steps:
         return latents
-    unet = families.build_unet(plan.family)
-    options = {"arena_bytes": plan.arena_bytes, "transform": True}
-    with run.streamed(unet, run.denoiser_weights, families.plain_names, plan.resident[phase], **options) as streamer:
+    family, part = plan.family, plan.family.part(Role.DENOISER)
+    denoiser, held = part.build(), dict[str, Any](arena_bytes=plan.arena_bytes, transform=True)
+    with run.streamed(denoiser, *run.weights[part.name], plan.resident[phase], **held) as streamer:
         streamer.short = partial(run.budget.short, plan.sample_bytes)
         check = at_layer(run.budget, plan.memory.peak_bytes)
+        options = Options(attention_window=request.attention_window, seed=request.seed)
+        prompts = [prompt for side in conditions for prompt in side]
+        prepared = family.prepare(denoiser, streamer, schedule.timesteps, prompts, options)
 
         def predict(samples: Sequence[Sample], step: int) -> Tensor:
             run.counts["denoiser_calls"] += 1
             run.counts["denoiser_samples"] += len(samples)
-            size, timestep = request.attention_window, schedule.timesteps[step]
-            windows = None if size is None else Windows.drawn(size, request.seed, timestep)
-            inputs, embeds = [s.latents for s in samples], [s.prompt.tokens for s in samples]
-            return predict_noise(unet, streamer, inputs, timestep, embeds, check, windows)
+            return family.predict(denoiser, streamer, samples, step, prepared, check)
 
         denoising = canvas.Denoising(latents, tiles, schedule, generator, begin=begin, phase=phase)
         loop = denoising.run(LocalRunner(predict, conditions, batch))

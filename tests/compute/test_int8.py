@@ -18,8 +18,8 @@ from tiler.compute.shapes import MetaMeter
 from tiler.compute.stream import Streamer
 from tiler.errors import ModelError, StorageError
 from tiler.models import family as families
-from tiler.models.unet import int8_weights, order_of_use, predict_noise
-from tiler.packing import TEXT, packed_text_names, packed_weights
+from tiler.models.unet import int8_weights, predict_noise
+from tiler.packing import order_of_use, packed_names, packed_weights
 from tiler.phases import streamed
 from tiler.request import Precision
 from tiler.weights.checkpoint import resolve
@@ -27,6 +27,7 @@ from tiler.weights.index import TensorInfo, read_index, read_metadata
 from tiler.weights.packed import VERSION
 from tiler.weights.store import SCALE, WeightStore, match_index
 
+TEXT = "text_encoder."  # before the names of its parameters in a packed file
 needs_int8 = pytest.mark.skipif(not cpu.int8().products, reason="this processor has no 8-bit products")
 
 
@@ -157,9 +158,11 @@ def test_the_text_encoder_is_stored_in_int8_and_computed_in_fp32(tiny: Path, cac
     from transformers import CLIPTextModel
 
     family = family_of(tiny)
-    index, encoder = packed_weights(family, cache, quiet), families.build_text_encoder(family)
+    index, encoder = packed_weights(family, cache, quiet), family.part(families.Role.TEXT_ENCODER).build()
     ids = torch.randint(0, encoder.config.vocab_size, (1, 77), generator=torch.Generator().manual_seed(0))
-    with streamed(encoder, index, packed_text_names, int8_products=False) as streamer:
+    with streamed(
+        encoder, index, packed_names(family.part(families.Role.TEXT_ENCODER)), int8_products=False
+    ) as streamer:
         assert len(streamer.store.int8) >= 12 and not streamer.int8_keys
         got = encoder(ids).last_hidden_state
     reference = CLIPTextModel.from_pretrained(tiny / "text_encoder", variant="fp16", torch_dtype=torch.float32).eval()
@@ -174,7 +177,7 @@ def test_a_packed_file_holds_the_weights_in_the_order_of_use(tiny: Path, cache: 
     family = family_of(tiny)
     packed_file = packed_weights(family, cache, quiet)
     index = unet_of(packed_file)
-    unet = families.build_unet(family)
+    unet = family.part(families.Role.DENOISER).build()
     quantised = int8_weights(unet)
     source = match_index(unet, family.checkpoint.weights("unet"), families.plain_names)
     assert quantised == {name for name, info in index.items() if info.dtype == "I8"}
@@ -187,7 +190,7 @@ def test_a_packed_file_holds_the_weights_in_the_order_of_use(tiny: Path, cache: 
         else:
             assert torch.equal(packed[name], want), name
     in_file = sorted((i for i in index.values() if not i.name.endswith(SCALE)), key=lambda i: i.offset)
-    assert [info.name for info in in_file] == order_of_use(unet)
+    assert [info.name for info in in_file] == order_of_use(family, unet)
     parts = [info.name.partition("_")[0] for info in in_file if info.name in quantised]
     assert list(dict.fromkeys(parts)) == ["down", "mid", "up"]  # as a pass goes, not as diffusers registers them
 
@@ -246,10 +249,10 @@ def test_int8_without_scales_is_refused(tmp_path: Path) -> None:
 
 @torch.no_grad()
 def call(family: families.Family, index: dict[str, TensorInfo], batch: int = 2, **options: Any) -> Tensor:
-    unet = families.build_unet(family)
+    unet = family.part(families.Role.DENOISER).build()
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(3, 1, family.latent_channels, family.native, family.native, generator=generator)
-    texts = torch.randn(3, 1, 77, family.text["hidden_size"], generator=generator)
+    texts = torch.randn(3, 1, 77, family.part(families.Role.TEXT_ENCODER).config["hidden_size"], generator=generator)
     matched = match_index(unet, index, families.plain_names)
     with WeightStore(matched, piece_elements=options.get("pieces", 2**22)) as store:
         streamer = Streamer(store, arena_bytes=options.get("arena"))
@@ -299,7 +302,7 @@ def test_without_8_bit_products_the_arithmetic_is_fp32(
     reference.load_state_dict(values(unet_of(index)))
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(3, family.latent_channels, family.native, family.native, generator=generator)
-    texts = torch.randn(3, 77, family.text["hidden_size"], generator=generator)
+    texts = torch.randn(3, 77, family.part(families.Role.TEXT_ENCODER).config["hidden_size"], generator=generator)
     assert torch.allclose(got, reference(latents, torch.tensor(481), texts).sample, atol=1e-4)
 
 
@@ -320,7 +323,7 @@ def test_what_int8_means_on_a_processor(
     monkeypatch.setattr(cpu, "flags", lambda: flags)
     assert cpu.int8()[:3] == (largest, products, dot)
     narrow = family_of(tiny)
-    wide = replace(narrow, unet=narrow.unet | {"block_out_channels": [320, 640, 1280, 1280]})
+    wide = replace(narrow, traits=narrow.traits._replace(width=320))
     precision, why = choose_precision(Precision.AUTO, wide)
     assert precision is (Precision.INT8 if dot else Precision.FP32)
     assert "bit weights" in why
@@ -337,7 +340,7 @@ def test_planning_counts_int8_weights_as_bytes(tiny: Path) -> None:
     family = family_of(tiny)
     peaks = []
     for quantised in (False, True):
-        unet = families.build_unet(family)
+        unet = family.part(families.Role.DENOISER).build()
         streamer = Streamer(None, int8_keys=int8_weights(unet) if quantised else frozenset())
         stream_layers(unet, streamer)
         largest = max((m for m in unet.modules() if isinstance(m, nn.Conv2d)), key=lambda m: m.weight.numel())

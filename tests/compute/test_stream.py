@@ -33,7 +33,11 @@ def inputs(
     generator = torch.Generator().manual_seed(0)
     side = side or family.native
     latents = torch.randn(batch, family.latent_channels, side, side, generator=generator)
-    return latents, torch.tensor(481), torch.randn(batch, 77, family.text["hidden_size"], generator=generator)
+    return (
+        latents,
+        torch.tensor(481),
+        torch.randn(batch, 77, family.part(families.Role.TEXT_ENCODER).config["hidden_size"], generator=generator),
+    )
 
 
 @torch.no_grad()
@@ -47,7 +51,7 @@ def run(
     windows: Windows | None = None,
 ) -> torch.Tensor:
     family = families.read_family(resolve(str(folder)))
-    unet = families.build_unet(family)
+    unet = family.part(families.Role.DENOISER).build()
     index = match_index(unet, family.checkpoint.weights("unet"), families.plain_names)
     with WeightStore(index, piece_elements=pieces) as store:
         streamer = Streamer(store, arena_bytes=arena)
@@ -117,7 +121,7 @@ def test_a_plain_call_of_the_streamed_module_works_too(tiny: Path) -> None:
     """stream_layers serves any module tree: here diffusers' own forward, with units run inside it."""
     family = families.read_family(resolve(str(tiny)))
     x = inputs(family, 2)
-    unet = families.build_unet(family)
+    unet = family.part(families.Role.DENOISER).build()
     index = match_index(unet, family.checkpoint.weights("unet"), families.plain_names)
     with WeightStore(index) as store:
         stream_layers(unet, Streamer(store, arena_bytes=2**19))
@@ -238,8 +242,10 @@ def test_text_encoder_equals_transformers(tiny: Path, tmp_path: Path) -> None:
     family = families.read_family(resolve(str(tiny)))
     prompts = ["a sailing boat", "", "ünïcode 🙂 \x1b[31m عربي", "many words " * 60]
     notes: list[str] = []
-    encoder = families.build_text_encoder(family)
-    with streamed(encoder, family.checkpoint.weights("text_encoder"), families.text_names) as streamer:
+    encoder = family.part(families.Role.TEXT_ENCODER).build()
+    with streamed(
+        encoder, family.checkpoint.weights("text_encoder"), family.part(families.Role.TEXT_ENCODER).aliases
+    ) as streamer:
         got = encode_prompts(load_tokenizer(family), encoder, prompts, notes.append)
         assert streamer.store is not None
         read = streamer.store.bytes_read
@@ -314,7 +320,7 @@ def test_short_reads_go_on_and_failed_reads_say_so(tmp_path: Path, monkeypatch: 
 @torch.no_grad()
 def test_halves_of_a_guidance_share_work_and_change_no_bit(tiny: Path) -> None:
     family = families.read_family(resolve(str(tiny)))
-    (x, t, texts), unet = inputs(family, 2), families.build_unet(family)
+    (x, t, texts), unet = inputs(family, 2), family.part(families.Role.DENOISER).build()
     index = match_index(unet, family.checkpoint.weights("unet"), families.plain_names)
     tiles, embeds = [x[:1], x[:1].clone(), x[1:], x[1:].clone()], list(texts.split(1)) * 2
     shared = [tiles[0], tiles[0], tiles[2], tiles[2]]

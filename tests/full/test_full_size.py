@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tiler.models.family import build_unet, plain_names, read_family
+from tiler.models.family import Role, plain_names, read_family
 from tiler.models.unet import predict_noise
 from tiler.packing import packed_weights
 from tiler.phases import streamed
@@ -95,7 +95,7 @@ def test_neither_a_small_arena_nor_company_changes_a_bit(sd15: Path, precision: 
     tiles, texts = [*tiles, tiles[1]], list(torch.randn(3, 77, 768, generator=generator).split(1))
     results = []
     for arena, together in (None, 3), (TIGHT_ARENA_BYTES, 3), (None, 1):
-        unet = build_unet(family)
+        unet = family.part(Role.DENOISER).build()
         with streamed(unet, weights, plain_names, arena_bytes=arena, transform=True) as streamer:
             parts = [slice(i, i + together) for i in range(0, 3, together)]
             noise = [predict_noise(unet, streamer, tiles[p], torch.tensor(500), texts[p]) for p in parts]
@@ -112,7 +112,7 @@ from tiler.memory import process
 process.frugal_allocator()
 import torch
 from tiler import Budget
-from tiler.models.family import build_unet, plain_names, read_family
+from tiler.models.family import Role, plain_names, read_family
 from tiler.models.unet import predict_noise
 from tiler.memory.policy import at_layer
 from tiler.phases import streamed
@@ -126,7 +126,7 @@ if sys.argv[1] == "int8":
         weights = prepare_int8(family, Path({str(tmp_path)!r}), small, lambda event: None)
 generator = torch.Generator().manual_seed(1)
 latents, text = (torch.randn(1, *shape, generator=generator) for shape in ((4, 64, 64), (77, 768)))
-unet = build_unet(family)
+unet = family.part(Role.DENOISER).build()
 with streamed(unet, weights, plain_names, transform=True) as streamer:
     noise = predict_noise(unet, streamer, [latents], torch.tensor(500), [text], at_layer(budget, planned_bytes=budget.max_bytes))
 torch.save((noise, process.read_rss().peak, streamer.store.bytes_read), sys.argv[2])

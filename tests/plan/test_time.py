@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tiler import RenderRequest
 from tiler.decode.method import DecodePlan
-from tiler.models.family import read_family
+from tiler.models.family import Role, read_family
 from tiler.plan.resolve import fill
 from tiler.plan.tiling import plan_tiling
 from tiler.plan.time import BY_LAYERS, BY_ROWS, OVERHEAD, Counter, Flops, Speed, seconds
@@ -24,7 +24,7 @@ def test_work_is_what_torch_counts(checkpoints: Path, kind: str) -> None:
     family = read_family(resolve(str(checkpoints / kind)))
     unet = UNet2DConditionModel.from_pretrained(checkpoints / kind / "unet", variant="fp16")
     unet = unet.to(torch.float32).eval()
-    side, channels, width = family.native, family.latent_channels, family.text["hidden_size"]
+    side, channels, width = family.native, family.latent_channels, family.part(Role.TEXT_ENCODER).config["hidden_size"]
     tokens, attention = [], 0
 
     def seen(module: torch.nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]) -> None:

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from tiler.errors import ModelError
 from tiler.memory.lean_imports import lean_imports
-from tiler.models.family import Family
 
 if TYPE_CHECKING:
     from transformers.models.clip.modeling_clip import CLIPTextModel
     from transformers.models.clip.tokenization_clip import CLIPTokenizer
+
+    from tiler.models.family import Family
 
 
 def load_tokenizer(family: Family) -> CLIPTokenizer:

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from tiler.compute.layers import SMALL, stream_layers
-from tiler.compute.shapes import MetaMeter
+from tiler.compute.layers import SMALL
 from tiler.compute.stream import Streamer
 from tiler.models.blocks import PrePrompt, Resnet, ResnetFirstHalf, ResnetSecondHalf, Transformer, Windows, prepare
 
@@ -27,30 +26,24 @@ if TYPE_CHECKING:
 FP32_NAMES = ("time_emb", "conv_in.", "conv_out.")
 
 
-def int8_weights(model: torch.nn.Module) -> frozenset[str]:
-    """The parameters of a UNet, or of its text encoder, that are quantised where int8 is asked for."""
+def large_weights(model: torch.nn.Module) -> list[str]:
+    """The weights of a module's layers that are streamed, those of tables left out."""
     layers = ((n, m) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d))
-    names = (f"{name}.weight" for name, layer in layers if layer.weight.numel() > SMALL)
-    outermost = ("down_blocks.0.", f"up_blocks.{len(getattr(model, 'up_blocks', ())) - 1}.")
-    return frozenset(
-        name
-        for name in names
-        if not any(part in name for part in FP32_NAMES)
-        and (".transformer_blocks." in name or not name.startswith(outermost))
+    return [f"{name}.weight" for name, layer in layers if layer.weight.numel() > SMALL]
+
+
+def quantised(name: str, levels: int) -> bool:
+    """Whether a weight of a UNet of so many levels becomes int8; with `levels` 0, a text encoder's."""
+    outermost = ("down_blocks.0.", f"up_blocks.{levels - 1}.")
+    return not any(part in name for part in FP32_NAMES) and (
+        ".transformer_blocks." in name or not name.startswith(outermost)
     )
 
 
-def order_of_use(unet: UNet2DConditionModel) -> list[str]:
-    """All parameters of a meta-device UNet: what is loaded at once, then what a pass streams, as it comes."""
-    streamer, meta = Streamer(None), torch.device("meta")
-    everything = [name for name, _ in unet.named_parameters()]
-    stream_layers(unet, streamer)
-    side, config = 2**unet.num_upsamplers, unet.config
-    with MetaMeter(), torch.no_grad():
-        latents = torch.empty(1, config.in_channels, side, side, device=meta)
-        text = torch.empty(1, 77, config.cross_attention_dim, device=meta)
-        predict_noise(unet, streamer, [latents], torch.empty((), device=meta), [text])
-    return [name for name in everything if name not in streamer.used] + list(streamer.used)
+def int8_weights(unet: torch.nn.Module) -> frozenset[str]:
+    """The weights of a built UNet that become int8."""
+    levels = len(getattr(unet, "up_blocks", ()))
+    return frozenset(name for name in large_weights(unet) if quantised(name, levels))
 
 
 def _ignore(where: str) -> None:

@@ -14,8 +14,7 @@ from tiler.compute.stream import ARENA_BYTES, Streamer
 from tiler.decode.method import DecodePlan
 from tiler.memory import process
 from tiler.models import family as families
-from tiler.models.family import Family, VaeSpec
-from tiler.models.unet import predict_noise
+from tiler.models.family import Family, Options, Part, Role, VaeSpec
 from tiler.plan.table import PhasePlan, Term
 from tiler.weights.index import TensorInfo
 from tiler.weights.store import PIECE_ELEMENTS, READ_AHEAD, TORCH_DTYPES
@@ -56,50 +55,55 @@ def weights_terms(module: nn.Module, stored: dict[str, TensorInfo]) -> list[Term
 
 
 def text_phase(family: Family, fixed: list[Term]) -> PhasePlan:
-    encoder, streamer = families.build_text_encoder(family), Streamer(None)
+    """Encoding the prompts; one encoder is in memory at a time, and the largest counts."""
+    phases = [_encoder_phase(family, part, fixed) for part in family.encoders]
+    return max(phases, key=lambda phase: phase.peak_bytes)
+
+
+def _encoder_phase(family: Family, part: Part, fixed: list[Term]) -> PhasePlan:
+    encoder, streamer = part.build(), Streamer(None, arena_bytes=part.arena_bytes)
     stream_layers(encoder, streamer)
-    stored = family.checkpoint.weights("text_encoder")
-    tokens = 77 * 2
-    activations = 4 * tokens * (family.text["intermediate_size"] * 3 + family.text["hidden_size"] * 8)
     units = (4 * sum(layer.weight.numel() for layer in streamed_layers(m)) for m in encoder.modules())
+    used = part.activation_bytes + max(n for n in units if n <= streamer.arena_bytes)
     terms = [
         *fixed,
-        *weights_terms(encoder, stored),
-        Term(name=ACTIVATIONS, nbytes=activations + max(n for n in units if n <= streamer.arena_bytes)),
+        *weights_terms(encoder, family.checkpoint.weights(part.name)),
+        Term(name=ACTIVATIONS, nbytes=used),
     ]
     return PhasePlan(name="encode prompts", terms=tuple(terms))
 
 
 class DenoiserPeaks:
-    """A UNet on the meta device, whose weights are held in `arena_bytes`, and the phases that use it."""
+    """A family's denoiser on the meta device, whose weights are held in `arena_bytes`, in int8 or not, and the phases that
+    use it."""
 
-    def __init__(
-        self, family: Family, stored: dict[str, TensorInfo], int8_keys: frozenset[str], arena_bytes: int | None = None
-    ) -> None:
-        self.family, self.stored = family, stored
-        self.unet, self.streamer = (
-            families.build_unet(family),
-            Streamer(None, int8_keys=int8_keys, arena_bytes=arena_bytes, transform=True),
-        )
-        stream_layers(self.unet, self.streamer)
+    def __init__(self, family: Family, *, int8: bool, arena_bytes: int | None = None) -> None:
+        part = family.part(Role.DENOISER)
+        self.family, self.module, self.stored = family, part.build(), family.checkpoint.weights(part.name)
+        quantised = part.int8_weights(self.module) if int8 else frozenset[str]()
+        self.stored |= {
+            name: self.stored[name]._replace(dtype="I8", nbytes=math.prod(self.stored[name].shape))
+            for name in quantised & self.stored.keys()
+        }
+        arena_bytes = arena_bytes or part.arena_bytes
+        self.streamer = Streamer(None, int8_keys=quantised, arena_bytes=arena_bytes, transform=True)
+        stream_layers(self.module, self.streamer)
         self._activations: dict[tuple[tuple[int, ...], int, int], int] = {}
 
     @cached_property
     def terms(self) -> list[Term]:
-        return weights_terms(self.unet, self.stored)
+        return weights_terms(self.module, self.stored)
 
     def activations(self, tiles: tuple[int, ...], height: int, width: int) -> int:
         """Bytes of one pass over samples of `tiles`, of which neighbours may be the same, each (height, width) latents."""
         key = tiles, height, width
         if key not in self._activations:
-            meta = torch.device("meta")
             with MetaMeter() as meter, torch.no_grad():
-                latents = {
-                    tile: torch.empty(1, self.family.latent_channels, height, width, device=meta) for tile in tiles
-                }
-                texts = [torch.empty(1, 77, self.family.text["hidden_size"], device=meta) for _ in tiles]
-                inputs = [latents[tile] for tile in tiles]
-                predict_noise(self.unet, self.streamer, inputs, torch.empty((), device=meta), texts)
+                timesteps = torch.empty(1, device="meta")
+                samples = self.family.example(tiles, (height, width))
+                prompts = [sample.prompt for sample in samples]
+                prepared = self.family.prepare(self.module, self.streamer, timesteps, prompts, Options())
+                self.family.predict(self.module, self.streamer, samples, 0, prepared)
             self._activations[key] = meter.peak_bytes
         return self._activations[key]
 

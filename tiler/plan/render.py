@@ -20,7 +20,6 @@ from tiler.diffusion.masks import MASKS_KEPT
 from tiler.memory.budget import MARGIN
 from tiler.models import family as families
 from tiler.models.family import Family, VaeSpec
-from tiler.models.unet import int8_weights
 from tiler.plan.fit import largest_batch, with_resident
 from tiler.plan.peaks import DenoiserPeaks, VaePeaks, libraries, text_phase
 from tiler.plan.table import MemoryPlan, PhasePlan, Term
@@ -31,7 +30,7 @@ from tiler.weights.checkpoint import resolve_part
 MAX_BATCH = 16
 # Where a ceiling leaves no room to hold SD 1.5's larger resnets and feed-forwards: their layers one by one, the rest whole.
 TIGHT_ARENA_BYTES = 12 * 2**20
-INT8_CHANNELS = 192  # of a UNet's first level: with fewer, quantising takes about what 8-bit products save
+INT8_CHANNELS = 192  # of a denoiser's highest resolution: with fewer, quantising takes about what 8-bit products save
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +44,8 @@ class RenderPlan(Tiling):
     methods: dict[str, DecodePlan]  # how the autoencoder works for "guide decoded", "guide picture" and "decode"
     memory: MemoryPlan
     guide_batch: int
-    arena_bytes: int  # for the UNet's weights in use
-    sample_bytes: int  # what one sample alone takes in the UNet, the weights in use included
+    arena_bytes: int  # for the denoiser's weights in use
+    sample_bytes: int  # what one sample alone takes in the denoiser, the weights in use included
     precision: Precision  # fp32 or int8
     precision_why: str
     scheduler: Scheduler  # never AUTO
@@ -79,17 +78,10 @@ def plan_render(request: ResolvedRequest, family: Family, max_bytes: int) -> Ren
     canvas_samples, guide_samples = ([0] if step is None else step.sample_numbers() for step in fullest)
     per_step = len(canvas_samples)
 
-    stored = family.checkpoint.weights("unet")
     precision, precision_why = choose_precision(request.precision, family)
-    quantised = int8_weights(families.build_unet(family)) if precision is Precision.INT8 else frozenset[str]()
-    stored |= {
-        name: stored[name]._replace(dtype="I8", nbytes=math.prod(stored[name].shape))
-        for name in quantised & stored.keys()
-    }
-    sampler, tight = (
-        DenoiserPeaks(family, stored, quantised),
-        DenoiserPeaks(family, stored, quantised, TIGHT_ARENA_BYTES),
-    )
+    int8 = precision is Precision.INT8
+    sampler = DenoiserPeaks(family, int8=int8)
+    tight = DenoiserPeaks(family, int8=int8, arena_bytes=TIGHT_ARENA_BYTES)
     vae = decoder = VaePeaks(family.autoencoder)
     if request.tiny_vae is not None:
         decoder = VaePeaks(families.read_tiny(resolve_part(request.tiny_vae), family))
@@ -151,7 +143,9 @@ def plan_render(request: ResolvedRequest, family: Family, max_bytes: int) -> Ren
     least = [p.peak_bytes for p in phases if p.name not in ("guide", "canvas")]
     resident: dict[str, dict[str, torch.dtype]] = {}
     for i, phase in enumerate(phases):
-        part, files = (sampler.unet, stored) if phase.name in ("guide", "canvas") else (vae.module, vae.kind.weights)
+        part, files = vae.module, vae.kind.weights
+        if phase.name in ("guide", "canvas"):
+            part, files = sampler.module, sampler.stored
         if phase.name == "decode":
             part, files = decoder.module.decoder, decoder.kind.weights
         how = methods.get(phase.name)
@@ -173,7 +167,7 @@ def choose_precision(wanted: Precision, family: Family) -> tuple[Precision, str]
     """Int8 or fp32, and why: AUTO is int8 where processor and model gain by it, whatever the ceiling."""
     if wanted is not Precision.AUTO:
         return wanted, "as asked"
-    if (width := family.unet["block_out_channels"][0]) < INT8_CHANNELS:
+    if (width := family.traits.width) < INT8_CHANNELS:
         return Precision.FP32, f"int8 is no faster with {width} channels at the first level"
     return Precision.INT8 if cpu.int8().dot else Precision.FP32, cpu.int8().auto
 

@@ -16,10 +16,7 @@ from tiler.compute.layers import stream_layers
 from tiler.compute.shapes import MetaMeter
 from tiler.compute.stream import Streamer
 from tiler.decode.method import DecodePlan
-from tiler.models import family as families
-from tiler.models.blocks import Windows
-from tiler.models.family import Family
-from tiler.models.unet import predict_noise
+from tiler.models.family import Family, Options, Role
 from tiler.plan.tiling import Tiling
 from tiler.request import Precision
 
@@ -52,11 +49,11 @@ class Speed(NamedTuple):
 
 
 class Counter:
-    """Counts the work of a family's UNet samples; each kind of sample is run once, on shapes alone."""
+    """Counts the work of a family's samples; each kind of sample is run once, on shapes alone."""
 
     def __init__(self, family: Family) -> None:
-        self.family, self.unet, self.streamer = family, families.build_unet(family), Streamer(None)
-        stream_layers(self.unet, self.streamer)
+        self.family, self.module, self.streamer = family, family.part(Role.DENOISER).build(), Streamer(None)
+        stream_layers(self.module, self.streamer)
         self.known: dict[tuple[int, int, int, int | None], Flops] = {}
 
     def count(self, cut: Tiling, attention_window: int | None) -> Flops:
@@ -73,12 +70,11 @@ class Counter:
     def _tile(self, samples: int, height: int, width: int, window: int | None) -> Flops:
         key = samples, height, width, window
         if key not in self.known:
-            meta = torch.device("meta")
-            latents = [torch.empty(1, self.family.latent_channels, height, width, device=meta)] * samples
-            texts = [torch.empty(1, 77, self.family.text["hidden_size"], device=meta) for _ in latents]
-            windows = None if window is None else Windows(window)
+            inputs, timesteps = self.family.example([0] * samples, (height, width)), torch.empty(1, device="meta")
+            prompts, options = [sample.prompt for sample in inputs], Options(attention_window=window)
             with MetaMeter() as meter, torch.no_grad():
-                predict_noise(self.unet, self.streamer, latents, torch.empty((), device=meta), texts, windows=windows)
+                prepared = self.family.prepare(self.module, self.streamer, timesteps, prompts, options)
+                self.family.predict(self.module, self.streamer, inputs, 0, prepared)
             self.known[key] = Flops(meter.flops + meter.linear_flops, meter.attention_flops)
         return self.known[key]
 
