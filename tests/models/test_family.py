@@ -35,7 +35,7 @@ from tiler.models.family import (
 from tiler.models.meta import on_meta
 from tiler.models.samples import Place, Prompt, Sample
 from tiler.packing import packed_names, packed_weights
-from tiler.pipeline import streamed
+from tiler.phases import streamed
 from tiler.plan.peaks import DenoiserPeaks, text_phase
 from tiler.plan.table import Term
 from tiler.plan.tiling import plan_tiling
