@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tiler.compute import cpu
+from tiler.compute import cpu, onednn
 from tiler.memory import process
 
 STEPS = 254  # of an activation in 0 to 255, one of them for rounding
@@ -53,11 +53,10 @@ def quantize_rows(weight: Tensor, largest: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def pack(first: int, rows: Tensor, scale: Tensor) -> Packed:
-    """Rows (n, in, ...) of an int8 weight as oneDNN computes with them. Transposing is what its own code does fastest."""
+    """Rows (n, in, ...) of an int8 weight as oneDNN computes with them."""
     n = len(rows)
     with process.mapped_blocks():
-        matrix = rows.reshape(n, rows.shape[1], -1).to_mkldnn().transpose(0, 2)
-        return Packed(first, first + n, matrix.reshape(-1, n), scale)
+        return Packed(first, first + n, onednn.matrix(rows), scale)
 
 
 def is_pointwise(layer: nn.Conv2d) -> bool:
@@ -144,11 +143,7 @@ def _product(values: Tensor, zero: int, weight: Packed) -> Tensor:
     count = weight.last - weight.first
     if values.is_meta:
         return values.new_empty(len(values), count, dtype=torch.float32)
-    out: Tensor = torch.ops.onednn.qlinear_pointwise(
-        values, 1.0, zero, weight.weight, weight.scale, torch.zeros(count, dtype=torch.int64), None,
-        1.0, 0, torch.float32, "none", [], "",
-    )  # fmt: skip
-    return out
+    return onednn.product(values, zero, weight.weight, weight.scale)
 
 
 def conv_sides(layer: nn.Conv2d, sides: torch.Size) -> list[int]:

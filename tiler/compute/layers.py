@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tiler.compute import int8, winograd
+from tiler.compute import int8, onednn, winograd
 from tiler.weights.store import PIECE_ELEMENTS, piece_rows
 
 if TYPE_CHECKING:
@@ -77,9 +77,7 @@ class StreamedConv2d(nn.Conv2d, StreamedLayer):
         def conv(sample: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             if not weight.is_mkldnn:
                 return F.conv2d(sample, weight, bias, self.stride, self.padding, self.dilation, self.groups)
-            geometry = self.padding, self.stride, self.dilation, self.groups
-            out: Tensor = torch.ops.mkldnn._convolution_pointwise(sample, weight, bias, *geometry, "none", [], "")
-            return out
+            return onednn.convolution(sample, weight, bias, onednn.Geometry.of(self))
 
         layout = torch.channels_last if self.streamer.can_prepack else torch.contiguous_format
         out = torch.empty(len(x), self.out_channels, *sides, device=x.device, memory_format=layout)
@@ -97,9 +95,7 @@ class StreamedConv2d(nn.Conv2d, StreamedLayer):
 
     def reordered(self, rows: Tensor, sides: Sequence[int]) -> Tensor:
         """Some rows of the weight in oneDNN's order for an input of `sides`."""
-        geometry = self.padding, self.stride, self.dilation, self.groups
-        out: Tensor = torch.ops.mkldnn._reorder_convolution_weight(rows, *geometry, (1, self.in_channels, *sides))
-        return out
+        return onednn.reorder(rows, onednn.Geometry.of(self), sides)
 
 
 class StreamedEmbedding(nn.Embedding, StreamedLayer):

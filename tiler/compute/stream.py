@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from tiler.compute import cpu, int8, winograd
+from tiler.compute import int8, onednn, winograd
 from tiler.compute.arena import Arena
 from tiler.compute.layers import Rows, StreamedConv2d, StreamedLayer, streamed_layers
 from tiler.memory import process
@@ -55,9 +55,9 @@ class Streamer:
     ) -> None:
         self.store = store
         stored = int8_keys if store is None else store.int8
-        self.int8_keys = stored if int8_products and cpu.int8().products else frozenset[str]()
+        self.int8_keys = stored if int8_products and onednn.int8().products else frozenset[str]()
         self.arena_bytes = arena_bytes or ARENA_BYTES
-        self.can_prepack = cpu.prepacks() and torch.backends.mkldnn.is_available()
+        self.can_prepack = onednn.prepacks()
         self._transform = transform and self.can_prepack
         self.short: Callable[[], bool] = lambda: False
         self.used: dict[str, None] = {}  # names in the order of first use

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from tiler.compute import cpu
+from tiler.compute import onednn
 from tiler.compute.layers import streamed_layers
 from tiler.decode.method import DecodePlan
 from tiler.decode.scratch import STRIP_BYTES
@@ -64,7 +64,7 @@ def _choose_resident(part: nn.Module, stored: dict[str, TensorInfo], room: int) 
     Access is cyclic, so which ones does not matter for the bytes read; the first in the order of use are taken.
     """
     layers = [layer for layer in streamed_layers(part) if layer.key in stored]
-    int8 = {layer.key for layer in layers if stored[layer.key].dtype == "I8" and cpu.int8().products}
+    int8 = {layer.key for layer in layers if stored[layer.key].dtype == "I8" and onednn.int8().products}
     computed = {layer.key: torch.int8 if layer.key in int8 else torch.float32 for layer in layers}
     if sum(layer.weight.numel() * computed[layer.key].itemsize for layer in layers) <= room:
         return computed

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tiler.compute import cpu, int8
+from tiler.compute import int8, onednn
 from tiler.compute.layers import stream_layers
 from tiler.compute.shapes import MetaMeter
 from tiler.compute.stream import Streamer
@@ -92,7 +92,7 @@ def measure() -> Speed:
         attention_flops = 4 * 2 * 2048 * 2048 * 40
         fp32 = conv_flops / median_seconds(lambda: layer(x))
         attention = attention_flops / median_seconds(lambda: F.scaled_dot_product_attention(q, q, q))
-        if not cpu.int8().products:  # then int8 is what weights are stored in, no more
+        if not onednn.int8().products:  # then int8 is what weights are stored in, no more
             return Speed(fp32, fp32, attention)
         weight, out = int8.pack(0, *int8.quantize_rows(layer.weight)), torch.empty(32, 32, 320)
         fast = conv_flops / median_seconds(
