@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tiler.compute import cpu, onednn
+from tiler.compute.shapes import MetaMeter
 from tiler.compute.stream import Streamer
 
 
@@ -56,3 +57,10 @@ def test_a_wrong_result_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_geometry_is_in_the_operators_order() -> None:
     layer = nn.Conv2d(8, 8, 3, stride=2, padding=1, groups=2)
     assert onednn.Geometry.of(layer) == ((1, 1), (2, 2), (1, 1), 2)
+
+
+@pytest.mark.skipif(not cpu.prepacks() or not torch.backends.mkldnn.is_available(), reason="oneDNN on x86 only")
+def test_an_attempt_while_memory_is_metered_succeeds() -> None:
+    with MetaMeter():
+        assert onednn._fault(onednn._try_convolution) == ""
+        assert onednn._fault(onednn._try_product) == ""

@@ -22,10 +22,10 @@ import psutil
 
 from tiler.errors import BudgetExceeded, UsageError
 from tiler.memory import process
+from tiler.memory.tuning import HEAP_KEPT, HEAP_KEPT_TIGHT, HEAP_WORTH_RELEASING, ROOMY
 
 _UNITS = {"": 1, "B": 1, "K": 10**3, "KB": 10**3, "KIB": 2**10, "M": 10**6, "MB": 10**6, "MIB": 2**20, "G": 10**9, "GB": 10**9, "GIB": 2**30}  # fmt: skip
 NEAR = 0.88  # of the ceiling: give back what was freed
-ROOMY = 256 * 2**20  # of freed memory stays where the ceiling is far above the plan; SD 1.5's UNet has use for 160 MB
 _ALMOST = 0.92  # of the ceiling: collect and trim before going on
 MARGIN = 0.97  # of the ceiling: what a plan may fill
 _SAMPLE_SECONDS = 0.05
@@ -166,7 +166,7 @@ def at_layer(budget: Budget, planned_bytes: int) -> Callable[[str], None]:
         process.generous_allocator()
 
     def check(where: str) -> None:
-        if process.free_heap() > (room or process.HEAP_WORTH_RELEASING):
+        if process.free_heap() > (room or HEAP_WORTH_RELEASING):
             process.release_heap()
         budget.check(where)
 
@@ -180,7 +180,7 @@ def at_rows(budget: Budget, planned_bytes: int) -> Callable[[str], None]:
     room = budget.room(planned_bytes)
     # A plan that reaches NEAR has less room for freed memory than it has use for.
     roomy = planned_bytes < int(NEAR * budget.max_bytes)
-    kept = max(room, process.HEAP_KEPT if roomy else process.HEAP_KEPT_TIGHT)
+    kept = max(room, HEAP_KEPT if roomy else HEAP_KEPT_TIGHT)
 
     def check(where: str) -> None:
         if budget.rss_bytes >= min(NEAR * budget.max_bytes, planned_bytes + room) or process.free_heap() > kept:

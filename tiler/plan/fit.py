@@ -10,15 +10,15 @@ from torch import nn
 
 from tiler.compute import onednn
 from tiler.compute.layers import streamed_layers
+from tiler.compute.tuning import RESIDENT_SLACK
 from tiler.decode.method import DecodePlan
 from tiler.decode.scratch import STRIP_BYTES
-from tiler.memory import process
 from tiler.memory.budget import NEAR
+from tiler.memory.tuning import HEAP_KEPT
 from tiler.plan.table import PhasePlan, Term
 from tiler.weights.index import TensorInfo
 from tiler.weights.store import TORCH_DTYPES
 
-RESIDENT_SLACK = 0.18  # measured: freed blocks between live ones, as a share of resident weights
 RESIDENT_MARGIN = 0.95  # of the ceiling: weights that merely save reading leave more room than the batch does
 
 
@@ -43,7 +43,7 @@ def with_resident(
 def _with_heap(phase: PhasePlan, method: DecodePlan, max_bytes: int) -> PhasePlan:
     """What the heap keeps of the memory that an autoencoder's strips free, as far as the ceiling leaves room. The blocks of
     one strip fit where those of the last one were."""
-    freed = min(process.HEAP_KEPT, method.memory_bytes - STRIP_BYTES)
+    freed = min(HEAP_KEPT, method.memory_bytes - STRIP_BYTES)
     return _with(phase, "free heap", min(freed, int(max_bytes * NEAR) - phase.peak_bytes))
 
 
