@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tiler.compute import onednn, winograd
+from tiler.compute.measure import median_seconds
 from tiler.memory import process
-from tiler.plan.time import median_seconds
 
 SHAPES = [
     (320, 320, 64),

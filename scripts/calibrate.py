@@ -38,7 +38,17 @@ def memory() -> None:
     for options in ([], ["--precision", "int8"], ["--max-ram", "640MB"]):
         with tempfile.TemporaryDirectory() as folder:
             report = Path(folder) / "report.json"
-            command = [sys.executable, "-m", "tiler.cli.main", "render", "x", "-m", str(model), "--size", "1024"]
+            command = [
+                sys.executable,
+                "-c",
+                "from tiler.cli.main import main; main()",
+                "render",
+                "x",
+                "-m",
+                str(model),
+                "--size",
+                "1024",
+            ]
             subprocess.run(
                 [*command, "--steps", "1", "-o", f"{folder}/x.png", "--report", str(report), *options], check=True
             )

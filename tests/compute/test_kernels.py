@@ -176,3 +176,33 @@ def test_every_constant_has_a_passport(module: object) -> None:
         (passport,) = hints[name].__metadata__
         assert isinstance(passport, Passport) and passport.unit
         assert (root / passport.command.split()[1]).is_file(), passport
+
+
+@pytest.mark.parametrize(
+    ("flags", "int8_runs", "says"),
+    [
+        (("avx2",), False, "no bf16 instructions"),
+        (("avx2", "amx_tile"), False, "has bf16 instructions"),
+        (("avx2", "avx_vnni"), True, "int8 products"),
+    ],
+)
+def test_doctor_gives_this_processors_reason(flags: tuple[str, ...], int8_runs: bool, says: str) -> None:
+    from tiler.cli.doctor import _compute_dtype
+
+    assert says in _compute_dtype(flags, int8_runs=int8_runs)
+    assert _compute_dtype(flags, int8_runs=int8_runs).startswith("int8") == int8_runs
+
+
+def test_measuring_names_the_chosen_kernel_for_every_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tiler.compute import measure
+
+    shapes = (
+        measure.TableShape(Kind.CONVOLUTION, (64, 64, 3, 3), (1, 64, 8, 8)),
+        measure.TableShape(Kind.LINEAR, (64, 64), (1, 16, 64)),
+    )
+    monkeypatch.setattr(measure, "TABLE_SHAPES", shapes)
+    sentences = measure.compare()
+    assert len(sentences) == 2 * len(shapes)
+    assert all("is the fastest" in said or "is faster" in said for said in sentences)
+    monkeypatch.setattr(measure, "timings", lambda shape: {"fp32": 1.0, "onednn": 3.0})
+    assert all("fp32 is faster" in said for said in measure.compare() if "convolution" in said and "fp32:" in said)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -13,6 +11,7 @@ from torch import nn
 
 from tiler.compute import int8, onednn
 from tiler.compute.layers import stream_layers
+from tiler.compute.measure import median_seconds
 from tiler.compute.shapes import MetaMeter
 from tiler.compute.stream import Streamer
 from tiler.decode.method import DecodePlan
@@ -107,14 +106,3 @@ def seconds(work: Flops, methods: Iterable[DecodePlan], speed: Speed, precision:
     layers = work.layers / (speed.int8 if precision is Precision.INT8 else speed.fp32)
     coding = sum((BY_LAYERS if m.by_layers else BY_ROWS) * m.flops + m.attention_flops for m in methods)
     return OVERHEAD[precision] * (layers + work.attention / speed.attention) + coding / speed.fp32
-
-
-def median_seconds(work: Callable[[], object], rounds: int = 5) -> float:
-    """What `work` takes in the median of `rounds`, after one that does not count."""
-    work()
-    times = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
