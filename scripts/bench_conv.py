@@ -1,4 +1,4 @@
-"""3 × 3 convolutions by oneDNN and by tiler/weights/winograd.py: milliseconds, and each one's rounding against fp64.
+"""3 × 3 convolutions by oneDNN and by tiler/compute/winograd.py: milliseconds, and each one's rounding against fp64.
 
     python scripts/bench_conv.py
     ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 ATEN_CPU_CAPABILITY=avx2 python scripts/bench_conv.py
@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tiler.compute import winograd
+from tiler.compute import onednn, winograd
+from tiler.compute.measure import median_seconds
 from tiler.memory import process
-from tiler.plan.time import median_seconds
 
 SHAPES = [
     (320, 320, 64),
@@ -34,12 +34,11 @@ def main() -> None:
         x = torch.randn(1, channels, side, side).to(memory_format=torch.channels_last)
         weight, bias = torch.randn(outputs, channels, 3, 3) / (3 * channels**0.5), torch.randn(outputs)
         exact = F.conv2d(x.double(), weight.double(), bias.double(), padding=1)[0]
-        geometry = (1, 1), (1, 1), (1, 1), 1  # padding, stride, dilation, groups
-        reordered = torch.ops.mkldnn._reorder_convolution_weight(weight, *geometry, x.shape)
+        geometry = onednn.Geometry((1, 1), (1, 1), (1, 1), 1)
+        reordered = onednn.reorder(weight, geometry, x.shape[2:])
 
         def direct(x: Tensor = x, weight: Tensor = reordered, bias: Tensor = bias) -> Tensor:
-            out: Tensor = torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *geometry, "none", [], "")  # noqa: B023
-            return out[0]
+            return onednn.convolution(x, weight, bias, geometry)[0]  # noqa: B023
 
         taps, out = weight.permute(2, 3, 1, 0).contiguous(), torch.empty(side, side, outputs).permute(2, 0, 1)
         room = torch.empty(winograd.TILE**2, channels, outputs)

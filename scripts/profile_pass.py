@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from tiler.compute import int8, winograd
-from tiler.compute.layers import StreamedConv2d
+from tiler.compute import int8, onednn, winograd
 from tiler.memory import process
 from tiler.memory.budget import Budget
 from tiler.memory.policy import at_layer
@@ -96,7 +95,7 @@ def main() -> None:
     for name in ("quantize_tokens", "quantize_image"):
         named(int8, name, "quantising activations")
     named(int8, "pack", "packing int8 weights")
-    named(StreamedConv2d, "reordered", "reordering weights")
+    named(onednn, "reorder", "reordering weights")
     named(winograd, "transform", "transforming weights")
     named(winograd, "conv2d", "convolution, transformed")
     named(process, "release_heap", "giving memory back")

@@ -95,7 +95,7 @@ def test_a_convolution_is_the_sum_of_integer_products(
     assert sums.abs().max() < 2**31
     want = sums * scale.view(-1, 1, 1) * x.scale + layer.bias.view(-1, 1, 1)
     got = torch.empty(*want.shape[1:], 64)
-    int8.conv2d(x, int8.pack(0, weight, scale), layer.bias, got, layer=layer)
+    int8.conv2d(x, int8.pack(0, weight, scale), layer.bias, got, taps=layer.kernel_size, stride=layer.stride)
     got = got.permute(2, 0, 1)
     assert (got - want).norm() < 1e-6 * want.norm()
 
@@ -118,7 +118,7 @@ def test_the_largest_products_do_not_saturate() -> None:
             else:
                 x = int8.Quantized(torch.full((8, 8, 64), 255, dtype=torch.uint8), torch.tensor(1.0), 0)
                 got, count = torch.empty(6, 6, 16), 64 * 9
-                int8.conv2d(x, packed, None, got, layer=conv)
+                int8.conv2d(x, packed, None, got, taps=(3, 3), stride=(1, 1))
             assert (got == sign * largest * 255 * count).all()
 
 
@@ -144,7 +144,7 @@ def test_nan_stays_nan() -> None:
     weight, out = int8.pack(0, *int8.quantize_rows(layer.weight.detach())), torch.empty(4, 4, 8)
     x = torch.zeros(8, 4, 4)
     x[0, 0, 0] = torch.nan
-    int8.conv2d(int8.quantize_image(x, 1), weight, None, out, layer=layer)
+    int8.conv2d(int8.quantize_image(x, 1), weight, None, out, taps=layer.kernel_size, stride=layer.stride)
     assert out.isnan().all()
     assert int8.quantize_tokens(torch.full((1, 8), torch.nan)).scale.isnan().all()
 

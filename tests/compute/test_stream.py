@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +15,10 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from tiler.compute import cpu, winograd
-from tiler.compute.layers import StreamedConv2d, stream_layers
+from tiler.compute.fp32 import Prepacked
+from tiler.compute.kernels import Op, Prepared
+from tiler.compute.layers import stream_layers
+from tiler.compute.onednn import Geometry
 from tiler.compute.stream import Streamer
 from tiler.errors import ModelError, NumericalError, StorageError
 from tiler.memory.process import read_rss
@@ -147,13 +152,14 @@ def test_bytes_do_not_depend_on_batch_pieces_arena_or_residency(tiny: Path) -> N
 @pytest.mark.skipif(not cpu.prepacks(), reason="oneDNN's order is used on x86 only")
 def test_weights_are_reordered_once_for_all_samples(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     family = families.read_family(resolve(str(tiny)))
-    inner, calls = StreamedConv2d.reordered, []
+    inner, calls = Prepacked.prepare, []
 
-    def counted(self: StreamedConv2d, rows: torch.Tensor, sides: list[int]) -> torch.Tensor:
-        calls.append(self.key)
-        return inner(self, rows, sides)
+    def counted(self: Prepacked, store: WeightStore, op: Op, *where: Any) -> Iterator[Prepared]:
+        for piece in inner(self, store, op, *where):
+            calls.append(op.group.name)
+            yield piece
 
-    monkeypatch.setattr(StreamedConv2d, "reordered", counted)
+    monkeypatch.setattr(Prepacked, "prepare", counted)
     run(tiny, inputs(family, 1))
     alone = list(calls)
     calls.clear()
@@ -168,7 +174,7 @@ def test_weights_are_reordered_once_for_all_samples(tiny: Path, monkeypatch: pyt
 def test_a_transformed_convolution_is_the_convolution(sides: tuple[int, int], bias: bool, padding: int) -> None:
     generator = torch.Generator().manual_seed(1)
     layer = torch.nn.Conv2d(256, 288, 3, padding=(padding, 1), bias=bias)
-    assert winograd.suits(layer)
+    assert winograd.suits(layer.weight.shape, Geometry.of(layer))
     x = torch.randn(1, 256, sides[0] + 2 - 2 * padding, sides[1], generator=generator).to(
         memory_format=torch.channels_last
     )
@@ -193,9 +199,8 @@ def test_a_transformed_convolution_is_for_large_planes() -> None:
         {"padding": 0},
         {"dilation": 2},
     ):
-        assert not winograd.suits(
-            torch.nn.Conv2d(**{"in_channels": 256, "out_channels": 256, "kernel_size": 3, "padding": 1} | other)
-        )
+        layer = torch.nn.Conv2d(**{"in_channels": 256, "out_channels": 256, "kernel_size": 3, "padding": 1} | other)
+        assert not winograd.suits(layer.weight.shape, Geometry.of(layer))
 
 
 @pytest.mark.skipif(not cpu.prepacks(), reason="on x86 only")
@@ -227,7 +232,7 @@ def test_a_transformed_weight_may_be_cut_and_shared_without_changing_a_bit(tmp_p
         with WeightStore(read_index(tmp_path / "w.safetensors"), piece_elements=pieces) as store:
             streamer = Streamer(store, arena_bytes=arena, transform=True)
             stream_layers(module, streamer)
-            assert streamer.transforms(module[0])
+            assert streamer.kernel(module[0].op(), None).name == "winograd"
             results: list[torch.Tensor] = []
             for i in range(0, 3, together):
                 results += streamer.run(module, [(x,) for x in samples[i : i + together]])

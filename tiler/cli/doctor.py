@@ -7,18 +7,26 @@ import platform
 import shutil
 from importlib import metadata
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
 from tiler.cli import options as o
 from tiler.memory.budget import format_mb
 
+Measure = Annotated[
+    bool,
+    typer.Option(
+        "--measure", help="Time the kernels that could run here, and say where another than the chosen one wins."
+    ),
+]
 
-def command(json_output: o.Json = False) -> None:
+
+def command(measure: Measure = False, json_output: o.Json = False) -> None:
     """Show memory, limits, cores, CPU flags, dtypes and why, versions, free disk."""
     import psutil
 
-    from tiler.compute import cpu
+    from tiler.compute import cpu, onednn
     from tiler.memory.limits import available_ram, cgroup_limit, usable_cpus
     from tiler.weights.places import hub_cache
 
@@ -31,16 +39,33 @@ def command(json_output: o.Json = False) -> None:
         "cores": f"{psutil.cpu_count(logical=False)} physical, {usable_cpus()} usable",
         "cpu": f"{platform.machine()}: {', '.join(cpu.flags()) or 'no known flags'}",
         "storage dtype": "as in the checkpoint (fp16, bf16 or fp32); weights are cast when they are used",
-        "compute dtype": "fp32: half-precision arithmetic is slower than fp32 on CPUs without AMX, and overflows in SD's VAE",
-        "--precision int8": cpu.int8().why,
-        "--precision auto": f"{'int8' if cpu.int8().dot else 'fp32'}: {cpu.int8().auto}",
+        "instruction set": f"{cpu.isa()}, by which kernels are chosen",
+        "compute dtype": _compute_dtype(cpu.flags(), int8_runs=onednn.int8().dot),
+        "--precision int8": onednn.int8().why,
+        "--precision auto": f"{'int8' if onednn.int8().dot else 'fp32'}: {onednn.int8().auto}",
         "accumulation dtype": "fp32 canvas, fp64 mask sums",
         "free disk": f"{format_mb(shutil.disk_usage(Path.cwd()).free)} in {Path.cwd()}",
         "hub cache": str(hub_cache()),
         "versions": ", ".join([f"python {platform.python_version()}", *(f"{n} {metadata.version(n)}" for n in ("tiler", "torch", "diffusers", "transformers", "safetensors"))]),
     }  # fmt: skip
+    if notes := onednn.notes():
+        facts["this torch"] = "; ".join(notes)
+    if measure:
+        from tiler.compute.measure import compare
+
+        facts |= {f"kernels {number}": sentence for number, sentence in enumerate(compare(), 1)}
     if json_output:
         typer.echo(json.dumps(facts))
         return
     for name, value in facts.items():
         typer.echo(f"{name:20}{value}")
+
+
+def _compute_dtype(flags: tuple[str, ...], *, int8_runs: bool) -> str:
+    """Which dtype arithmetic has on a processor with these flags, and why."""
+    others = "fp32 for the VAE, the prompt and the outermost layers" if int8_runs else "fp32"
+    if int8_runs:
+        others = f"int8 products in the UNet where --precision allows it; {others}"
+    if "amx_tile" in flags or "avx512_bf16" in flags or "bf16" in flags:
+        return f"{others}; this processor has bf16 instructions, which tiler has no kernel for yet"
+    return f"{others}; this processor has no bf16 instructions, and half precision without them is slower than fp32"

@@ -1,11 +1,14 @@
-"""Memory for the weights in use, outside the allocator's heap. Knows nothing of layers."""
+"""Memory for the weights in use, outside the allocator's heap, and what a unit holds there. Knows nothing of layers."""
 
 from __future__ import annotations
 
 import mmap
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from tiler.compute.kernels import Prepared
 
 
 class Arena:
@@ -28,3 +31,25 @@ class Arena:
             self._touched = end
         self._touched = max(self._touched, end)
         return self._bytes[:nbytes]
+
+
+class Held:
+    """A `Place` in the arena. Where it `stays`, `prepared` is all that a unit holds, by weight and kernel."""
+
+    def __init__(self, arena: Arena, arena_bytes: int, short: Callable[[], bool], *, stays: bool) -> None:
+        self.arena_bytes, self.stays = arena_bytes, stays
+        self.prepared: dict[tuple[str, str], list[Prepared]] = {}
+        self._arena, self._short = arena, short
+        self._filled = 0
+
+    def room(self, count: int, dtype: torch.dtype, *, behind: int = 0) -> Tensor:
+        """`count` elements of the arena behind what stays, or of their own if they are more than it has."""
+        first = self._filled + behind
+        end = first + count * dtype.itemsize
+        if end > len(self._arena):
+            return torch.empty(count, dtype=dtype)
+        return self._arena.take(end, short=not self.stays and self._short())[first:].view(dtype)
+
+    def keep(self, nbytes: int) -> None:
+        """The next `nbytes` stay, where anything does."""
+        self._filled += nbytes if self.stays else 0

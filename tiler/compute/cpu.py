@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from enum import StrEnum
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -33,6 +34,26 @@ def flags() -> tuple[str, ...]:
 def prepacks() -> bool:
     """Whether oneDNN's own order of a convolution's weight is known to pay: measured on x86 only."""
     return "avx2" in flags()
+
+
+class Isa(StrEnum):
+    """Instruction sets that kernels are chosen by."""
+
+    AVX512_VNNI = "avx512-vnni"
+    AVX512 = "avx512"
+    AVX2_VNNI = "avx2-vnni"
+    AVX2 = "avx2"
+    BASE = "base"
+
+
+def isa() -> Isa:
+    """This processor's row of the table in tuning.py."""
+    have = flags()
+    if "avx512f" in have:
+        return Isa.AVX512_VNNI if "avx512_vnni" in have else Isa.AVX512
+    if "avx2" in have:
+        return Isa.AVX2_VNNI if "avx_vnni" in have else Isa.AVX2
+    return Isa.BASE
 
 
 class Int8(NamedTuple):

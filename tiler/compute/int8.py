@@ -7,13 +7,28 @@ The sums are exact in 32 bits, so nothing depends on how weights or tokens are c
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from tiler.compute import cpu
+from tiler.compute import cpu, onednn
+from tiler.compute.kernels import (
+    Kernel,
+    Kind,
+    Op,
+    Operands,
+    Place,
+    Policy,
+    Prepared,
+    Shape,
+    finished,
+    output_shape,
+    read_pieces,
+)
 from tiler.memory import process
+from tiler.weights.store import PIECE_ELEMENTS, WeightStore, piece_rows
 
 STEPS = 254  # of an activation in 0 to 255, one of them for rounding
 MIDDLE = 128
@@ -53,16 +68,15 @@ def quantize_rows(weight: Tensor, largest: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def pack(first: int, rows: Tensor, scale: Tensor) -> Packed:
-    """Rows (n, in, ...) of an int8 weight as oneDNN computes with them. Transposing is what its own code does fastest."""
+    """Rows (n, in, ...) of an int8 weight as oneDNN computes with them."""
     n = len(rows)
     with process.mapped_blocks():
-        matrix = rows.reshape(n, rows.shape[1], -1).to_mkldnn().transpose(0, 2)
-        return Packed(first, first + n, matrix.reshape(-1, n), scale)
+        return Packed(first, first + n, onednn.matrix(rows), scale)
 
 
-def is_pointwise(layer: nn.Conv2d) -> bool:
+def is_pointwise(op: Op) -> bool:
     """Whether a convolution is a linear layer of its pixels."""
-    return layer.kernel_size == (1, 1) and layer.stride == (1, 1) and layer.padding == (0, 0) and layer.groups == 1
+    return op.group.shape[2:] == (1, 1) and op.geometry == onednn.Geometry((0, 0), (1, 1), (1, 1), 1)
 
 
 def quantize_tokens(x: Tensor) -> Quantized:
@@ -123,10 +137,11 @@ def linear(x: Quantized, weight: Packed, bias: Tensor | None, out: Tensor) -> No
             torch.addcmul(bias, sums, scale, out=rows[band_of])
 
 
-def conv2d(x: Quantized, weight: Packed, bias: Tensor | None, out: Tensor, *, layer: nn.Conv2d) -> None:
-    """Fill `out`, (h', w', last − first) fp32. `x` is padded already."""
-    assert layer.groups == 1 and layer.dilation == (1, 1) and layer.padding[0] == layer.padding[1], layer
-    windows = x.values.unfold(0, layer.kernel_size[0], layer.stride[0]).unfold(1, layer.kernel_size[1], layer.stride[1])
+def conv2d(
+    x: Quantized, weight: Packed, bias: Tensor | None, out: Tensor, *, taps: tuple[int, ...], stride: tuple[int, ...]
+) -> None:
+    """Fill `out`, (h', w', last − first) fp32. `x` is padded already; `taps` and `stride` are (down, across)."""
+    windows = x.values.unfold(0, taps[0], stride[0]).unfold(1, taps[1], stride[1])
     windows = windows.permute(0, 1, 3, 4, 2)  # (h', w', taps, taps, in)
     step = _even(len(windows), max(1, WINDOWS_BYTES // windows[0].numel()))
     for some, into in zip(windows.split(step), out.split(step), strict=True):
@@ -144,15 +159,65 @@ def _product(values: Tensor, zero: int, weight: Packed) -> Tensor:
     count = weight.last - weight.first
     if values.is_meta:
         return values.new_empty(len(values), count, dtype=torch.float32)
-    out: Tensor = torch.ops.onednn.qlinear_pointwise(
-        values, 1.0, zero, weight.weight, weight.scale, torch.zeros(count, dtype=torch.int64), None,
-        1.0, 0, torch.float32, "none", [], "",
-    )  # fmt: skip
-    return out
+    return onednn.product(values, zero, weight.weight, weight.scale)
 
 
-def conv_sides(layer: nn.Conv2d, sides: torch.Size) -> list[int]:
-    """Height and width of a convolution's result."""
-    assert not isinstance(layer.padding, str)
-    geometry = zip(sides, layer.padding, layer.dilation, layer.kernel_size, layer.stride, strict=True)
-    return [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, p, d, k, s in geometry]
+class Int8(Kernel):
+    """Weights stored as int8, packed beside the arena; each sample is quantised once for all pieces of the weight."""
+
+    name = "int8"
+    in_arena = False
+
+    def suits(self, op: Op, shape: Shape | None, policy: Policy) -> bool:
+        return op.weights is not None and op.weights.name in policy.int8
+
+    def held_bytes(self, op: Op, shape: Shape | None) -> int:
+        return op.group.numel
+
+    def transient_bytes(self, op: Op, shape: Shape | None) -> int:
+        """A piece as it is stored."""
+        return op.group.row * min(op.group.shape[0], piece_rows(op.group.row, PIECE_ELEMENTS))
+
+    def prepare(self, store: WeightStore | None, op: Op, shape: Shape, place: Place) -> Iterator[Prepared]:
+        group = op.group
+        if store is None:
+            # As stored, copied and packed: counted.
+            planned = (
+                None if place.stays else group.meta.new_empty(3 * self.transient_bytes(op, None), dtype=torch.int8)
+            )
+            yield Prepared(0, group.shape[0], (group.meta, group.meta))
+            del planned
+            return
+        scale = store.scale(group.name)
+        for first, last, rows in read_pieces(store, group, place, torch.int8):
+            packed = pack(first, rows, scale[first:last])
+            yield Prepared(first, last, (packed.weight, packed.scale))
+
+    def empty(self, op: Op, x: Tensor, shape: Shape) -> Tensor:
+        # Output channels are the last axis in memory.
+        layout = torch.channels_last if op.kind is Kind.CONVOLUTION else torch.contiguous_format
+        return torch.empty(output_shape(op, shape), device=x.device, memory_format=layout)
+
+    def share(self, op: Op, parts: tuple[Tensor, ...]) -> Quantized | None:
+        return quantize_tokens(parts[0]) if op.kind is Kind.LINEAR and len(parts) == 1 else None
+
+    def apply(self, op: Op, x: Operands, prepared: Iterable[Prepared], out: Tensor) -> Tensor:
+        (made,), bias = x.parts, op.epilogue.bias
+        if op.kind is Kind.LINEAR:  # a token has a scale of its own: samples are tokens like others
+            samples, outs = [quantize_tokens(made) if x.shared is None else x.shared], out[None]
+        elif is_pointwise(op):  # then each pixel is a token
+            samples, outs = [quantize_pixels(sample) for sample in made], out.permute(0, 2, 3, 1)
+        else:
+            assert op.geometry is not None and op.geometry.groups == 1 and op.geometry.dilation == (1, 1)
+            assert op.geometry.padding[0] == op.geometry.padding[1]
+            samples = [quantize_image(sample, op.geometry.padding[0]) for sample in made]
+            outs = out.permute(0, 2, 3, 1)
+        for first, last, (weight, scale) in prepared:
+            packed, part = Packed(first, last, weight, scale), None if bias is None else bias[first:last]
+            for sample, filled in zip(samples, outs, strict=True):
+                into = filled[..., first:last]
+                if op.geometry is None or is_pointwise(op):
+                    linear(sample, packed, part, into)
+                else:
+                    conv2d(sample, packed, part, into, taps=op.group.shape[2:], stride=op.geometry.stride)
+        return finished(op, made, out, x.residual)

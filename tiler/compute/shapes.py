@@ -73,7 +73,8 @@ class MetaMeter(TorchDispatchMode):
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
     for value in values:
         if isinstance(value, Tensor):
-            yield value
+            if value.layout is torch.strided:  # oneDNN's own tensors have no storage that could be asked
+                yield value
         elif isinstance(value, (tuple, list)):
             yield from _tensors(value)
 

@@ -14,25 +14,26 @@ Diffusion.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from tiler.compute import cpu, int8, winograd
-from tiler.compute.arena import Arena
-from tiler.compute.layers import Rows, StreamedConv2d, StreamedLayer, streamed_layers
+from tiler.compute import cpu, onednn
+from tiler.compute.arena import Arena, Held
+from tiler.compute.choose import choose_kernel
+from tiler.compute.kernels import Kernel, Op, Policy, Prepared, Shape
+from tiler.compute.layers import StreamedLayer, streamed_layers
+from tiler.compute.tuning import ARENA_BYTES, GROUP_ELEMENTS
 from tiler.memory import process
-from tiler.weights.store import PIECE_ELEMENTS, WeightStore, piece_rows
+from tiler.weights.store import WeightStore
 
-# Elements of the samples that run together where weights are int8, whose sums are exact: those of one sample of SD 1.5's
-# second level. Its inner levels would be many small products.
-GROUP_ELEMENTS = 640 * 32 * 32
-_TRANSFORM_BYTES = 4 * (1 + winograd.GROWTH)  # of an element of a weight, transformed beside what it was
-ARENA_BYTES = 76 * 2**20  # fp32; the largest unit of SD 1.5 worth holding is its widest feed-forward, 78.7 MB
+
+def _never() -> bool:
+    return False
 
 
 class Streamer:
@@ -41,7 +42,8 @@ class Streamer:
     With `store=None` nothing is loaded: for planning on meta tensors; `int8_keys` then names the weights that will be stored
     as int8. Where the processor has the instructions, these are computed with as int8 too, unless `int8_products` is False.
     `short` says whether memory is short: then what one sample freed goes back to the system before the next one runs, and
-    so does what the arena does not need. With `transform`, convolutions that are large enough go by winograd.py under `run`.
+    so does what the arena does not need. With `transform`, convolutions that are large enough go by winograd.py. Kernels in
+    `prefer` are asked before those of the processor's table.
     """
 
     def __init__(
@@ -52,48 +54,61 @@ class Streamer:
         int8_products: bool = True,
         arena_bytes: int | None = None,
         transform: bool = False,
+        prefer: Sequence[Kernel] = (),
     ) -> None:
         self.store = store
         stored = int8_keys if store is None else store.int8
-        self.int8_keys = stored if int8_products and cpu.int8().products else frozenset[str]()
+        products = int8_products and onednn.int8().products
+        self.policy = Policy(int8=stored if products else frozenset(), winograd=transform, prefer=tuple(prefer))
+        self.isa = cpu.isa()
         self.arena_bytes = arena_bytes or ARENA_BYTES
-        self.can_prepack = cpu.prepacks() and torch.backends.mkldnn.is_available()
-        self._transform = transform and self.can_prepack
-        self.short: Callable[[], bool] = lambda: False
+        self.short: Callable[[], bool] = _never
         self.used: dict[str, None] = {}  # names in the order of first use
-        self.holding = False
-        self.prepack = False  # oneDNN's order depends on the size of the input, which only `run` knows to be one
-        self._held: dict[str, Tensor] = {}
-        self._packed: dict[str, list[int8.Packed]] = {}
-        self._reordered: dict[str, list[Rows]] = {}
         self._arena = Arena(0 if store is None else self.arena_bytes)
-        self._filled = 0  # bytes of the arena that held weights take
+        self._held: Held | None = None  # the weights of the unit that runs now
+        self._choices: dict[tuple[object, ...], Kernel] = {}
 
-    def nbytes(self, layer: StreamedLayer) -> int:
-        """What its weight takes while it is held."""
-        if self.transforms(layer):
-            return layer.weight.numel() * 4 * winograd.GROWTH
-        return layer.weight.numel() * (1 if layer.key in self.int8_keys else 4)
+    @property
+    def int8_keys(self) -> frozenset[str]:
+        """The names of the weights whose products are of 8-bit integers."""
+        return self.policy.int8
 
-    def transforms(self, layer: nn.Module) -> bool:
-        """Whether a layer's weight is held transformed: if an arena of the usual size has room for both, at any ceiling."""
-        return (
-            self._transform
-            and isinstance(layer, StreamedConv2d)
-            and layer.key not in self.int8_keys
-            and winograd.suits(layer)
-            and _TRANSFORM_BYTES * layer.weight.numel() <= ARENA_BYTES
-        )
+    @property
+    def holding(self) -> bool:
+        """Whether a unit's weights are held now."""
+        return self._held is not None
 
-    def _taps(self, layers: Sequence[StreamedLayer]) -> int:
-        """Bytes beside held weights while the largest of them is transformed."""
-        return max((4 * layer.weight.numel() for layer in layers if self.transforms(layer)), default=0)
+    @contextmanager
+    def _under(self, policy: Policy) -> Iterator[None]:
+        before, self.policy = self.policy, policy
+        try:
+            yield
+        finally:
+            self.policy = before
 
-    @staticmethod
-    def _piece(layer: StreamedLayer) -> int:
-        """The most elements of a piece of the layer's weight."""
-        row = layer.weight[0].numel()
-        return row * min(len(layer.weight), piece_rows(row, PIECE_ELEMENTS))
+    # --- kernels ---------------------------------------------------------------------------------------------------------
+
+    def kernel(self, op: Op, shape: Shape | None) -> Kernel:
+        """The kernel for an operation on a joined input of `shape`, None for any; chosen once."""
+        key = (op.group.name, op.geometry, op.input, op.epilogue.residual, shape, self.policy)
+        if key not in self._choices:
+            self._choices[key] = choose_kernel(op, shape, self.policy, self.isa)
+        return self._choices[key]
+
+    def prepared(self, op: Op, kernel: Kernel, shape: Shape) -> Iterable[Prepared]:
+        """The operation's weights as the kernel computes with them, piece by piece; held where weights are."""
+        if self.store is None:
+            self.used[op.group.name] = None
+        if self._held is None:
+            return kernel.prepare(self.store, op, shape, Held(self._arena, self.arena_bytes, self.short, stays=False))
+        if self.store is None:
+            return kernel.prepare(None, op, shape, self._held)
+        key = op.group.name, kernel.name
+        if key not in self._held.prepared:
+            self._held.prepared[key] = list(kernel.prepare(self.store, op, shape, self._held))
+        return self._held.prepared[key]
+
+    # --- what is held ----------------------------------------------------------------------------------------------------
 
     def fits(self, module: nn.Module) -> bool:
         """Whether all streamed weights of `module` can be held at once."""
@@ -103,157 +118,58 @@ class Streamer:
         """The same for an arena of the usual size: for cuts that must not depend on the ceiling."""
         return self._held_bytes(module) <= ARENA_BYTES
 
+    def _kernels(self, layers: Iterable[StreamedLayer]) -> list[tuple[Op, Kernel]]:
+        return [(op := layer.op(), self.kernel(op, None)) for layer in layers]
+
     def _held_bytes(self, module: nn.Module) -> int:
-        layers = streamed_layers(module)
-        return sum(map(self.nbytes, layers)) + self._taps(layers)
+        kernels = self._kernels(streamed_layers(module))
+        transient = max((kernel.transient_bytes(op, None) for op, kernel in kernels if kernel.in_arena), default=0)
+        return sum(kernel.held_bytes(op, None) for op, kernel in kernels) + transient
 
     @contextmanager
     def hold(self, module: nn.Module) -> Iterator[None]:
-        """Until this ends, every streamed weight of `module` that is fetched stays: fp32 in the arena, packed beside it."""
-        assert not self.holding
-        layers = [layer for layer in streamed_layers(module) if self.store is None or not self._kept(layer)]
-        integers = [layer for layer in layers if layer.key in self.int8_keys]
-        packed, piece = sum(map(self.nbytes, integers)), max(map(self._piece, integers), default=0)
-        room = sum(map(self.nbytes, layers)) - packed + max(piece, self._taps(layers))
-        # On meta the weights are counted by whoever plans; a piece is as stored, and copied once on its way.
+        """Until this ends, every streamed weight of `module` that is prepared stays: in the arena, or beside it."""
+        assert self._held is None
+        kernels = [
+            (op, kernel) for op, kernel in self._kernels(streamed_layers(module)) if not self._resident(op, kernel)
+        ]
+        beside = [(op, kernel) for op, kernel in kernels if not kernel.in_arena]
+        packed, piece = (
+            sum(kernel.held_bytes(op, None) for op, kernel in beside),
+            max((kernel.transient_bytes(op, None) for op, kernel in beside), default=0),
+        )
+        room = sum(kernel.held_bytes(op, None) for op, kernel in kernels) - packed
+        room += max((kernel.transient_bytes(op, None) for op, kernel in kernels), default=0)
+        # On meta the weights are counted by whoever plans; what lies beside the arena is copied once on its way there.
         planned = torch.empty(room + packed + piece, device="meta", dtype=torch.uint8) if self.store is None else None
         if planned is None:
             self._arena.take(room, short=self.short())
-        self.holding = True
+        self._held = Held(self._arena, self.arena_bytes, self.short, stays=True)
         try:
             yield
         finally:
-            self._held.clear()
-            self._packed.clear()
-            self._reordered.clear()
-            self.holding, self._filled = False, 0
+            self._held = None
             del planned
 
     @contextmanager
     def hold_transformed(self, module: nn.Module) -> Iterator[None]:
         """`hold`, and convolutions that suit it go by winograd.py meanwhile: where many strips share one transformed weight."""
-        before, self._transform = self._transform, self.can_prepack
         try:
-            with self.hold(module):
+            with self._under(replace(self.policy, winograd=True)), self.hold(module):
                 yield
         finally:
-            self._transform = before
             self._arena.take(0, short=True)  # the largest weights are not those beside the largest activations
 
-    def _kept(self, layer: StreamedLayer) -> bool:
-        """Whether the layer's weight is resident as it is computed with."""
-        assert self.store is not None
-        kept = self.store.resident.get(layer.key)
-        return kept is not None and kept.dtype == torch.float32 and not self.transforms(layer)
+    def _resident(self, op: Op, kernel: Kernel) -> bool:
+        """Whether the weight is resident as it is computed with."""
+        resident = None if self.store is None else self.store.resident.get(op.group.name)
+        return resident is not None and resident.dtype == torch.float32 and kernel.takes_resident
+
+    # --- samples ---------------------------------------------------------------------------------------------------------
 
     def _between_samples(self) -> None:
         if self.short():
             process.release_heap()
-
-    def whole(self, layer: StreamedLayer) -> Tensor | None:
-        """The layer's weight in fp32 if it is resident, or may stay because weights are held: then it is fetched."""
-        if self.store is None:
-            self.used[layer.key] = None
-            return layer.weight
-        if self._kept(layer):
-            return self.store.resident[layer.key]
-        if self.holding and layer.key not in self._held:
-            self._held[layer.key] = self._fetched(layer)
-            self._filled += self.nbytes(layer)
-        return self._held.get(layer.key)
-
-    def _fetched(self, layer: StreamedLayer) -> Tensor:
-        """The layer's whole weight in fp32, in the arena behind what is held; a convolution's channels-last."""
-        assert self.store is not None
-        rows, *others = layer.weight.shape
-        weight = self._room(layer.weight.numel(), torch.float32).view(rows, *others[1:], others[0]).movedim(-1, 1)
-        for piece in self.store.pieces(layer.key):
-            self.store.fetch(piece, weight[piece.first : piece.last])
-        return weight
-
-    def _room(self, count: int, dtype: torch.dtype) -> Tensor:
-        """`count` elements of the arena behind what is held, or of their own if they are more than it has."""
-        end = self._filled + count * dtype.itemsize
-        if end > len(self._arena):
-            return torch.empty(count, dtype=dtype)
-        return self._arena.take(end, short=not self.holding and self.short())[self._filled :].view(dtype)
-
-    def parts(
-        self, layer: StreamedLayer, dtype: torch.dtype = torch.float32, channels_last: bool = False
-    ) -> Iterator[Rows]:
-        """The weight in fp32 or int8, piece by piece in the same buffer."""
-        assert self.store is not None
-        for piece in self.store.pieces(layer.key):
-            shape = piece.last - piece.first, *layer.weight.shape[1:]
-            rows = self._room(math.prod(shape), dtype)
-            rows = rows.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1) if channels_last else rows.view(shape)
-            self.store.fetch(piece, rows)
-            yield piece.first, piece.last, rows
-
-    def reordered(self, layer: StreamedConv2d, sides: Sequence[int]) -> Iterable[Rows]:
-        """As `parts`, in oneDNN's order for inputs of `sides` (height, width); held where weights are."""
-        # oneDNN reorders from channels-last: cast into that at once (9.0 → 6.6 ms for 352 × 1280 × 3 × 3).
-        parts = self.parts(layer, channels_last=True)
-        pieces = ((first, last, layer.reordered(rows, sides)) for first, last, rows in parts)
-        if not self.holding:
-            return pieces
-        if layer.key not in self._reordered:
-            self._reordered[layer.key] = list(pieces)
-        return self._reordered[layer.key]
-
-    def transformed(self, layer: StreamedConv2d) -> Iterator[Rows]:
-        """The weight as winograd.py computes with it: whole and held where weights are, else as much as the arena has room
-        for. What a column of a matrix product adds up to does not depend on where it is cut (a test compares)."""
-        total, _, *taps = layer.weight.shape
-        most = PIECE_ELEMENTS if self.store is None else self.store.piece_elements
-        elements = layer.weight.numel() if self.holding else min(most, self.arena_bytes // _TRANSFORM_BYTES)
-        step = total if self.holding else min(total, piece_rows(layer.weight[0].numel(), elements))
-        if self.store is None:
-            yield from self._planned_transformed(layer, step)
-            return
-        if layer.key in self._held:
-            yield 0, total, self._held[layer.key]
-            return
-        for first in range(0, total, step):
-            rows = min(step, total - first)
-            weight = self._room(winograd.GROWTH * rows * layer.weight[0].numel(), torch.float32)
-            self._filled += weight.nbytes
-            plane = self._room(rows * layer.weight[0].numel(), torch.float32).view(*taps, layer.in_channels, rows)
-            for piece in self.store.pieces(layer.key, elements):
-                if first <= piece.first < first + rows:
-                    self.store.fetch(piece, plane[..., piece.first - first : piece.last - first].permute(3, 2, 0, 1))
-            weight = winograd.transform(plane, weight.view(-1, layer.in_channels, rows))
-            if self.holding:
-                self._held[layer.key] = weight
-            else:
-                self._filled = 0
-            yield first, first + rows, weight
-
-    def _planned_transformed(self, layer: StreamedConv2d, rows: int) -> Iterator[Rows]:
-        self.used[layer.key] = None
-        count = 0 if self.holding else rows * layer.weight[0].numel()  # counted: the taps and what becomes of them
-        planned = layer.weight.new_empty((1 + winograd.GROWTH) * count)
-        yield 0, rows, layer.weight.new_empty(1).expand(9 * winograd.GROWTH, layer.in_channels, rows)
-        del planned
-
-    def packs(self, layer: StreamedLayer) -> Iterable[int8.Packed]:
-        """The layer's int8 weight, piece by piece; held where weights are."""
-        if self.store is None:
-            return self._planned_packs(layer)
-        scale = self.store.scale(layer.key)
-        pieces = (int8.pack(first, rows, scale[first:last]) for first, last, rows in self.parts(layer, torch.int8))
-        if not self.holding:
-            return pieces
-        if layer.key not in self._packed:
-            self._packed[layer.key] = list(pieces)
-        return self._packed[layer.key]
-
-    def _planned_packs(self, layer: StreamedLayer) -> Iterator[int8.Packed]:
-        self.used[layer.key] = None
-        # As stored, copied and packed: counted.
-        planned = None if self.holding else layer.weight.new_empty(3 * self._piece(layer), dtype=torch.int8)
-        yield int8.Packed(0, len(layer.weight), layer.weight, layer.weight)
-        del planned
 
     def run(self, module: nn.Module, calls: list[tuple[Tensor, ...]], **shared: object) -> list[Tensor]:
         """`module(*call, **shared)` for each call (tensors of batch 1) under one read of its weights.
@@ -261,11 +177,8 @@ class Streamer:
         All calls are of one size. `calls` is emptied from the front, so that inputs nobody else holds are freed as they are
         used. Neighbours with the very same tensors get the very same result.
         """
-        self.prepack = self.can_prepack
-        try:
+        with self._under(replace(self.policy, one_size=True)):
             return self._run(module, calls, shared)
-        finally:
-            self.prepack = False
 
     def _run(self, module: nn.Module, calls: list[tuple[Tensor, ...]], shared: dict[str, object]) -> list[Tensor]:
         if not self.fits(module):
@@ -295,7 +208,7 @@ class Streamer:
         each was there."""
         most = 1
         # A small layer that is not streamed computes all samples in one product, whose bits depend on their number.
-        if self.int8_keys and not any(type(m) in (nn.Linear, nn.Conv2d) for m in module.modules()):
+        if self.policy.int8 and not any(type(m) in (nn.Linear, nn.Conv2d) for m in module.modules()):
             most = max(1, GROUP_ELEMENTS // max(x.numel() for x in calls[0]))
         group, same = [calls.pop(0)], [1]
         while calls:

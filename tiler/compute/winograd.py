@@ -9,28 +9,34 @@ Half oneDNN's time at 320 and at 640 channels with AVX-512, 0.4 of it with AVX2.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from tiler.compute.kernels import Kernel, Kind, Op, Operands, Place, Policy, Prepared, Shape, finished, output_shape
+from tiler.compute.onednn import Geometry, prepacks
+from tiler.compute.tuning import ARENA_BYTES
+from tiler.compute.tuning import WINOGRAD_CHANNELS as CHANNELS
+from tiler.compute.tuning import WINOGRAD_PLACES as PLACES
+from tiler.weights.store import PIECE_ELEMENTS, WeightStore, piece_rows
 
 SIDE, TILE = 4, 6  # of the outputs computed together, and of what they see
 GROWTH = TILE * TILE // 9  # of a weight
-CHANNELS = 256  # with fewer, going back and forth takes what the products save
-PLACES = 64  # at which a product is made at a time, and the fewest for which it pays to transform a weight
+_TRANSFORM_BYTES = 4 * (1 + GROWTH)  # of an element of a weight, transformed beside what it was
 
 _G = torch.tensor([[1 / 4, 0, 0], [-1 / 6, -1 / 6, -1 / 6], [-1 / 6, 1 / 6, -1 / 6],
                    [1 / 24, 1 / 12, 1 / 6], [1 / 24, -1 / 12, 1 / 6], [0, 0, 1]])  # fmt: skip
 
 
-def suits(layer: nn.Conv2d) -> bool:
-    """Whether a convolution can be computed so, with gain where its input is large enough."""
+def suits(shape: Sequence[int], geometry: Geometry) -> bool:
+    """Whether a convolution with a weight of `shape` can be computed so, with gain where its input is large enough."""
     return (
-        layer.kernel_size == (3, 3)
-        and layer.stride == layer.dilation == (1, 1)
-        and layer.padding in ((1, 1), (0, 1))
-        and layer.groups == 1
-        and min(layer.in_channels, layer.out_channels) >= CHANNELS
+        tuple(shape[2:]) == (3, 3)
+        and geometry.stride == geometry.dilation == (1, 1)
+        and geometry.padding in ((1, 1), (0, 1))
+        and geometry.groups == 1
+        and min(shape[:2]) >= CHANNELS
     )
 
 
@@ -102,3 +108,64 @@ def _output_transform(m: Sequence[Tensor] | Tensor, out: Tensor) -> None:
     torch.add(near_odd, far_odd, alpha=2, out=out[1])
     torch.add(near, far, alpha=4, out=out[2])
     torch.add(near_odd, far_odd, alpha=8, out=out[3]).add_(m[5])
+
+
+class Winograd(Kernel):
+    """Transformed weights are held whole where weights are, else as much as the arena has room for. What a column of a matrix
+    product adds up to does not depend on where it is cut (a test compares)."""
+
+    name = "winograd"
+    rows_together = SIDE
+
+    def suits(self, op: Op, shape: Shape | None, policy: Policy) -> bool:
+        """If an arena of the usual size has room for a weight and its transform, at any ceiling."""
+        return (
+            policy.winograd
+            and op.kind is Kind.CONVOLUTION
+            and op.geometry is not None
+            and suits(op.group.shape, op.geometry)
+            and _TRANSFORM_BYTES * op.group.numel <= ARENA_BYTES
+            and (shape is None or pays(*output_shape(op, shape)[2:]))
+        )
+
+    def held_bytes(self, op: Op, shape: Shape | None) -> int:
+        return 4 * GROWTH * op.group.numel
+
+    def transient_bytes(self, op: Op, shape: Shape | None) -> int:
+        return 4 * op.group.numel
+
+    def prepare(self, store: WeightStore | None, op: Op, shape: Shape, place: Place) -> Iterator[Prepared]:
+        group = op.group
+        most = PIECE_ELEMENTS if store is None else store.piece_elements
+        elements = group.numel if place.stays else min(most, place.arena_bytes // _TRANSFORM_BYTES)
+        total, inputs, *taps = group.shape
+        step = total if place.stays else min(total, piece_rows(group.row, elements))
+        if store is None:
+            count = 0 if place.stays else step * group.row  # counted: the taps and what becomes of them
+            planned = group.meta.new_empty((1 + GROWTH) * count)
+            yield Prepared(0, step, (group.meta.new_empty(1).expand(TILE**2, inputs, step),))
+            del planned
+            return
+        for first in range(0, total, step):
+            rows = min(step, total - first)
+            weight = place.room(GROWTH * rows * group.row, torch.float32)
+            plane = place.room(rows * group.row, torch.float32, behind=weight.nbytes).view(*taps, inputs, rows)
+            for piece in store.pieces(group.name, elements):
+                if first <= piece.first < first + rows:
+                    store.fetch(piece, plane[..., piece.first - first : piece.last - first].permute(3, 2, 0, 1))
+            weight = transform(plane, weight.view(-1, inputs, rows))
+            place.keep(weight.nbytes)
+            yield Prepared(first, first + rows, (weight,))
+
+    def empty(self, op: Op, x: Tensor, shape: Shape) -> Tensor:
+        layout = torch.channels_last if prepacks() else torch.contiguous_format
+        return torch.empty(output_shape(op, shape), device=x.device, memory_format=layout)
+
+    def apply(self, op: Op, x: Operands, prepared: Iterable[Prepared], out: Tensor) -> Tensor:
+        assert op.geometry is not None
+        (made,), bias = x.parts, op.epilogue.bias
+        for first, last, (weight,) in prepared:
+            part = None if bias is None else bias[first:last]
+            for sample, filled in zip(made, out, strict=True):
+                conv2d(sample, weight, part, filled[first:last], op.geometry.padding[0])
+        return finished(op, made, out, x.residual)

@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tiler.compute.layers import attend
+
 if TYPE_CHECKING:
     from diffusers.models.attention_processor import Attention
     from diffusers.models.autoencoders.vae import Decoder, Encoder
@@ -275,7 +277,7 @@ class MidAttention(Stage):
         tokens = self.norm.apply(x).flatten(2).transpose(1, 2)  # (1, rows·W, C)
 
         assert self.keys is not None and self.values is not None
-        mixed = F.scaled_dot_product_attention(self._heads(a.to_q(tokens)), self.keys, self.values)
+        mixed = attend(self._heads(a.to_q(tokens)), self.keys, self.values)
         out = a.to_out[0](mixed.transpose(1, 2).flatten(2)).transpose(1, 2).reshape(x.shape)
         return (out + x).div_(a.rescale_output_factor)
 

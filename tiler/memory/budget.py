@@ -23,10 +23,10 @@ import psutil
 
 from tiler.errors import BudgetExceeded, UsageError
 from tiler.memory import process
+from tiler.memory.tuning import ROOMY
 
 _UNITS = {"": 1, "B": 1, "K": 10**3, "KB": 10**3, "KIB": 2**10, "M": 10**6, "MB": 10**6, "MIB": 2**20, "G": 10**9, "GB": 10**9, "GIB": 2**30}  # fmt: skip
 NEAR = 0.88  # of the ceiling: give back what was freed
-ROOMY = 256 * 2**20  # of freed memory stays where the ceiling is far above the plan; SD 1.5's UNet has use for 160 MB
 _ALMOST = 0.92  # of the ceiling: collect and trim before going on
 MARGIN = 0.97  # of the ceiling: what a plan may fill
 _SAMPLE_SECONDS = 0.05

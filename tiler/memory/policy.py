@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from tiler.memory import process
 from tiler.memory.budget import NEAR, Budget
+from tiler.memory.tuning import HEAP_KEPT, HEAP_KEPT_TIGHT, HEAP_WORTH_RELEASING
 
 
 def at_layer(budget: Budget, planned_bytes: int) -> Callable[[str], None]:
@@ -15,7 +16,7 @@ def at_layer(budget: Budget, planned_bytes: int) -> Callable[[str], None]:
         process.generous_allocator()
 
     def check(where: str) -> None:
-        if process.free_heap() > (room or process.HEAP_WORTH_RELEASING):
+        if process.free_heap() > (room or HEAP_WORTH_RELEASING):
             process.release_heap()
         budget.check(where)
 
@@ -29,7 +30,7 @@ def at_rows(budget: Budget, planned_bytes: int) -> Callable[[str], None]:
     room = budget.room(planned_bytes)
     # A plan that reaches NEAR has less room for freed memory than it has use for.
     roomy = planned_bytes < int(NEAR * budget.max_bytes)
-    kept = max(room, process.HEAP_KEPT if roomy else process.HEAP_KEPT_TIGHT)
+    kept = max(room, HEAP_KEPT if roomy else HEAP_KEPT_TIGHT)
 
     def check(where: str) -> None:
         if budget.rss_bytes >= min(NEAR * budget.max_bytes, planned_bytes + room) or process.free_heap() > kept:

@@ -17,9 +17,6 @@ from typing import NamedTuple
 import psutil
 
 # Of freed memory, the holes between live blocks included.
-HEAP_KEPT = 96 * 2**20  # by an autoencoder's strips; with 64 MiB decoding took half as long again
-HEAP_KEPT_TIGHT = 24 * 2**20  # where a plan leaves no room for that: an eighth slower
-HEAP_WORTH_RELEASING = 8 * 2**20  # between layers of a UNet; below it a small model spends a tenth of its time on that
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h
 _MAPPED, _HEAP, _NEVER = 2**20, 8 * 2**20, 2**31 - 1  # from which size on a block is mapped

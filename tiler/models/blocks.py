@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tiler.compute.layers import linear_layers
+from tiler.compute.kernels import joined, normed
+from tiler.compute.layers import attend, convolve, linear_layers
 
 # Of a feed-forward's projection at a time: 6.3 MB, which the allocator need not map anew each time; but no fewer tokens than
 # keep the product efficient. Where the weights do not fit the arena, and every further chunk would read them again, just
@@ -49,7 +49,7 @@ class ResnetFirstHalf(nn.Module):
 
     def forward(self, *parts: Tensor, temb: Tensor) -> Tensor:
         """parts: (n, C, h, w) each; temb: (1, width) → (n, C', h, w)."""
-        h: Tensor = self.conv(_activate(self.act, _norm(self.norm, _joined(parts))))
+        h = convolve(self.conv, *parts, norm=self.norm, activation=self.act)
         return h.add_(self.time(self.act(temb))[:, :, None, None])
 
 
@@ -63,9 +63,11 @@ class ResnetSecondHalf(nn.Module):
 
     def forward(self, h: Tensor, *parts: Tensor) -> Tensor:
         """h: (n, C', h, w); parts: (n, C, h, w) each → (n, C', h, w)."""
-        h = self.conv(_activate(self.act, _norm(self.norm, h)))
-        x = _joined(parts)
-        h += x if self.shortcut is None else self.shortcut(x)
+        residual = parts[0] if self.shortcut is None and len(parts) == 1 else None
+        h = convolve(self.conv, h, norm=self.norm, activation=self.act, residual=residual)
+        if residual is None:
+            x = joined(parts)
+            h += x if self.shortcut is None else self.shortcut(x)
         return h if self.scale == 1 else h.div_(self.scale)
 
 
@@ -78,35 +80,10 @@ class Resnet(nn.Module):
 
     def forward(self, *parts: Tensor, temb: Tensor) -> Tensor:
         """parts: (n, C, h, w) each; temb: (1, width) → (n, C', h, w)."""
-        parts = (_joined(parts),)
+        parts = (joined(parts),)
         h = self.halves[0](*parts, temb=temb)
         out: Tensor = self.halves[1](h, *parts)
         return out
-
-
-def _joined(parts: tuple[Tensor, ...]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-
-
-def _norm(norm: nn.Module, x: Tensor) -> Tensor:
-    """A GroupNorm of each sample by itself: of several, torch cuts its sums between threads where that depends on their number."""
-    if len(x) == 1:
-        first: Tensor = norm(x)
-        return first
-    out = torch.empty_like(x)
-    for sample, filled in zip(x.split(1), out.split(1), strict=True):
-        filled.copy_(norm(sample))
-    return out
-
-
-def _activate(act: nn.Module, x: Tensor) -> Tensor:
-    """The same: torch computes the last few values of a thread's share in another way, and shares depend on the number."""
-    for sample in x.split(1):
-        if isinstance(act, nn.SiLU):
-            F.silu(sample, inplace=True)
-        else:
-            sample.copy_(act(sample))
-    return x
 
 
 class PrePrompt(nn.Module):
@@ -119,7 +96,7 @@ class PrePrompt(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """hidden: (n, C, h, w) → tokens (n, h·w, width)."""
         model: Any = self.model
-        x = _norm(model.norm, hidden)
+        x = normed(model.norm, hidden)
         x = x if model.use_linear_projection else model.proj_in(x)
         x = x.permute(0, 2, 3, 1).flatten(1, 2)
         x = model.proj_in(x) if model.use_linear_projection else x
@@ -190,7 +167,7 @@ def _attend(attn: Any, tokens: Tensor, seen: Tensor) -> Tensor:
     made = linear_layers(inputs, tokens) if seen is tokens else [attn.to_q(tokens), *linear_layers(inputs[1:], seen)]
     q, k, v = (x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in made)
     del made
-    mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    mixed = attend(q, k, v).transpose(1, 2).flatten(2)
     out: Tensor = attn.to_out[0](mixed)
     return out
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from tiler.compute import onednn
 from tiler.compute.layers import SMALL
 from tiler.compute.stream import Streamer
 from tiler.models.blocks import PrePrompt, Resnet, ResnetFirstHalf, ResnetSecondHalf, Transformer, Windows, prepare
@@ -101,7 +102,7 @@ def predict_noise(
         tokens.clear()
         return streamer.run(Transformer(module), calls)
 
-    if streamer.can_prepack:  # in channels-last oneDNN reorders nothing but weights
+    if onednn.prepacks():  # in channels-last oneDNN reorders nothing but weights
         ordered = {id(x): x if x.is_meta else x.contiguous(memory_format=torch.channels_last) for x in latents}
         latents = [ordered[id(x)] for x in latents]
     hidden = each("unet.conv_in", unet.conv_in, list(latents))

@@ -8,17 +8,17 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from tiler.compute import cpu
+from tiler.compute import onednn
 from tiler.compute.layers import streamed_layers
+from tiler.compute.tuning import RESIDENT_SLACK
 from tiler.decode.method import DecodePlan
 from tiler.decode.scratch import STRIP_BYTES
-from tiler.memory import process
 from tiler.memory.budget import NEAR
+from tiler.memory.tuning import HEAP_KEPT
 from tiler.plan.table import PhasePlan, Term
 from tiler.weights.index import TensorInfo
 from tiler.weights.store import TORCH_DTYPES
 
-RESIDENT_SLACK = 0.18  # measured: freed blocks between live ones, as a share of resident weights
 RESIDENT_MARGIN = 0.95  # of the ceiling: weights that merely save reading leave more room than the batch does
 
 
@@ -43,7 +43,7 @@ def with_resident(
 def _with_heap(phase: PhasePlan, method: DecodePlan, max_bytes: int) -> PhasePlan:
     """What the heap keeps of the memory that an autoencoder's strips free, as far as the ceiling leaves room. The blocks of
     one strip fit where those of the last one were."""
-    freed = min(process.HEAP_KEPT, method.memory_bytes - STRIP_BYTES)
+    freed = min(HEAP_KEPT, method.memory_bytes - STRIP_BYTES)
     return _with(phase, "free heap", min(freed, int(max_bytes * NEAR) - phase.peak_bytes))
 
 
@@ -64,7 +64,7 @@ def _choose_resident(part: nn.Module, stored: dict[str, TensorInfo], room: int) 
     Access is cyclic, so which ones does not matter for the bytes read; the first in the order of use are taken.
     """
     layers = [layer for layer in streamed_layers(part) if layer.key in stored]
-    int8 = {layer.key for layer in layers if stored[layer.key].dtype == "I8" and cpu.int8().products}
+    int8 = {layer.key for layer in layers if stored[layer.key].dtype == "I8" and onednn.int8().products}
     computed = {layer.key: torch.int8 if layer.key in int8 else torch.float32 for layer in layers}
     if sum(layer.weight.numel() * computed[layer.key].itemsize for layer in layers) <= room:
         return computed

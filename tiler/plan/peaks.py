@@ -10,7 +10,8 @@ from torch import nn
 
 from tiler.compute.layers import StreamedLayer, stream_layers, streamed_layers
 from tiler.compute.shapes import MetaMeter
-from tiler.compute.stream import ARENA_BYTES, Streamer
+from tiler.compute.stream import Streamer
+from tiler.compute.tuning import ARENA_BYTES, HEAP_SLACK, INT8_HOLES_BYTES, LIBRARIES_BYTES, TIGHT_HEAP_SLACK
 from tiler.decode.method import DecodePlan
 from tiler.memory import process
 from tiler.models import family as families
@@ -20,13 +21,6 @@ from tiler.weights.index import TensorInfo
 from tiler.weights.store import PIECE_ELEMENTS, READ_AHEAD, TORCH_DTYPES
 
 ACTIVATIONS = "activations, weights in use"
-# Measured: freed blocks between live ones, as a share of one sample's activations (40–57 MB of 139 for SD 1.5, 65–89 of 230
-# for SD 2.1, whatever the batch). Where the weights' arena is small, and memory always short, 18 MB of 106.
-HEAP_SLACK, TIGHT_HEAP_SLACK = 0.37, 0.2
-# Measured: what int8 weights, packed and freed unit by unit, leave of holes (SD 1.5, 1024² under 600 MB: 595 MB, 570 planned
-# without it). Nothing where memory is always short.
-INT8_HOLES_BYTES = 27_000_000
-LIBRARIES_BYTES = 86_000_000  # measured: code of torch, oneDNN and MKL, and the kernels these compile at first use
 
 
 def libraries() -> Term:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from tiler.compute import cpu
+from tiler.compute import onednn
 from tiler.decode.method import DecodePlan, choose
 from tiler.diffusion import schedulers
 from tiler.diffusion.guide_picture import GuidePicture
@@ -169,7 +169,7 @@ def choose_precision(wanted: Precision, family: Family) -> tuple[Precision, str]
         return wanted, "as asked"
     if (width := family.traits.width) < INT8_CHANNELS:
         return Precision.FP32, f"int8 is no faster with {width} channels at the first level"
-    return Precision.INT8 if cpu.int8().dot else Precision.FP32, cpu.int8().auto
+    return Precision.INT8 if onednn.int8().dot else Precision.FP32, onednn.int8().auto
 
 
 def plan_decode(

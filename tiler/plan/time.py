@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tiler.compute import cpu, int8
+from tiler.compute import int8, onednn
 from tiler.compute.layers import stream_layers
+from tiler.compute.measure import median_seconds
 from tiler.compute.shapes import MetaMeter
 from tiler.compute.stream import Streamer
 from tiler.decode.method import DecodePlan
@@ -89,11 +88,11 @@ def measure() -> Speed:
         attention_flops = 4 * 2 * 2048 * 2048 * 40
         fp32 = conv_flops / median_seconds(lambda: layer(x))
         attention = attention_flops / median_seconds(lambda: F.scaled_dot_product_attention(q, q, q))
-        if not cpu.int8().products:  # then int8 is what weights are stored in, no more
+        if not onednn.int8().products:  # then int8 is what weights are stored in, no more
             return Speed(fp32, fp32, attention)
         weight, out = int8.pack(0, *int8.quantize_rows(layer.weight)), torch.empty(32, 32, 320)
         fast = conv_flops / median_seconds(
-            lambda: int8.conv2d(int8.quantize_image(x[0], 1), weight, None, out, layer=layer)
+            lambda: int8.conv2d(int8.quantize_image(x[0], 1), weight, None, out, taps=(3, 3), stride=(1, 1))
         )
     return Speed(fp32, fast, attention)
 
@@ -104,14 +103,3 @@ def seconds(work: Flops, methods: Iterable[DecodePlan], speed: Speed, precision:
     layers = work.layers / (speed.int8 if precision is Precision.INT8 else speed.fp32)
     coding = sum((BY_LAYERS if m.by_layers else BY_ROWS) * m.flops + m.attention_flops for m in methods)
     return OVERHEAD[precision] * (layers + work.attention / speed.attention) + coding / speed.fp32
-
-
-def median_seconds(work: Callable[[], object], rounds: int = 5) -> float:
-    """What `work` takes in the median of `rounds`, after one that does not count."""
-    work()
-    times = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)

@@ -1,0 +1,23 @@
+"""Which kernel runs an operation: the first that suits it, in the order of the processor's table (tuning.py). Never a clock,
+and never the ceiling: the bytes of a picture depend on neither."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from tiler.compute.cpu import Isa
+from tiler.compute.fp32 import Fp32, Prepacked
+from tiler.compute.int8 import Int8
+from tiler.compute.kernels import Kernel, Op, Policy, Shape
+from tiler.compute.tuning import KERNELS_OF
+from tiler.compute.winograd import Winograd
+
+KERNELS: Mapping[str, Kernel] = {kernel.name: kernel for kernel in (Fp32(), Prepacked(), Winograd(), Int8())}
+
+
+def choose_kernel(op: Op, shape: Shape | None, policy: Policy, isa: Isa) -> Kernel:
+    """The kernel for an operation on a joined input of `shape`, None for any shape."""
+    # Elsewhere than where inputs are whole a small one is the end of a larger one.
+    seen = shape if policy.one_size else None
+    table = (KERNELS[name] for name in KERNELS_OF[isa][op.kind])
+    return next(kernel for kernel in (*policy.prefer, *table) if kernel.suits(op, seen, policy))

@@ -1,0 +1,133 @@
+"""How long each kernel takes for an operation on this machine: for `tiler doctor --measure` and scripts/calibrate.py. No run
+ever looks at a clock to choose a kernel."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tiler.compute import onednn
+from tiler.compute.arena import Arena, Held
+from tiler.compute.choose import KERNELS, choose_kernel
+from tiler.compute.cpu import Isa, isa
+from tiler.compute.int8 import quantize_rows
+from tiler.compute.kernels import Group, Kernel, Kind, Op, Operands, Policy
+from tiler.compute.tuning import ARENA_BYTES, KERNELS_OF
+from tiler.weights.index import read_index
+from tiler.weights.store import SCALE, WeightStore
+
+_NAME = "weight"
+
+
+class TableShape(NamedTuple):
+    """A layer of SD 1.5's size: its weight, and the input (n, channels, h, w) or (n, tokens, width)."""
+
+    kind: Kind
+    weight: tuple[int, ...]
+    x: tuple[int, ...]
+
+    @property
+    def label(self) -> str:
+        return f"{self.kind} {'×'.join(map(str, self.x[1:]))} → {self.weight[0]}"
+
+    def op(self) -> Op:
+        geometry = onednn.Geometry((1, 1), (1, 1), (1, 1), 1) if self.kind is Kind.CONVOLUTION else None
+        group = Group(name=_NAME, meta=torch.empty(self.weight, device="meta"))
+        return Op(kind=self.kind, weights=group, geometry=geometry)
+
+
+TABLE_SHAPES = (
+    TableShape(Kind.CONVOLUTION, (320, 320, 3, 3), (1, 320, 64, 64)),
+    TableShape(Kind.CONVOLUTION, (640, 640, 3, 3), (1, 640, 32, 32)),
+    TableShape(Kind.LINEAR, (320, 320), (1, 4096, 320)),
+    TableShape(Kind.LINEAR, (1280, 1280), (1, 256, 1280)),
+)
+
+
+def _policy(kernel: str) -> Policy:
+    return Policy(
+        int8=frozenset({_NAME} if kernel == "int8" and onednn.int8().products else ()), winograd=True, one_size=True
+    )
+
+
+def _candidates(shape: TableShape) -> list[Kernel]:
+    op = shape.op()
+    return [kernel for name, kernel in KERNELS.items() if kernel.suits(op, shape.x, _policy(name))]
+
+
+@torch.no_grad()
+def timings(shape: TableShape, rounds: int = 5) -> dict[str, float]:
+    """Seconds of each kernel that can run a layer of that shape, its weight prepared before."""
+    generator = torch.Generator().manual_seed(0)
+    weight, x = (torch.randn(size, generator=generator) for size in (shape.weight, shape.x))
+    rows, scale = quantize_rows(weight)
+    times: dict[str, float] = {}
+    with TemporaryDirectory() as folder:
+        save_file({_NAME: weight}, Path(folder) / "fp32.safetensors")
+        save_file({_NAME: rows, _NAME + SCALE: scale}, Path(folder) / "int8.safetensors")
+        for kernel in _candidates(shape):
+            file = "int8" if kernel.name == "int8" else "fp32"
+            times[kernel.name] = _seconds(kernel, shape, x, Path(folder) / f"{file}.safetensors", rounds)
+    return times
+
+
+def _seconds(kernel: Kernel, shape: TableShape, x: Tensor, file: Path, rounds: int) -> float:
+    op = shape.op()
+    if x.ndim == 4 and onednn.prepacks():
+        x = x.contiguous(memory_format=torch.channels_last)
+    with ExitStack() as stack:
+        store = stack.enter_context(WeightStore(read_index(file)))
+        place = Held(Arena(ARENA_BYTES), ARENA_BYTES, lambda: False, stays=True)
+        prepared = list(kernel.prepare(store, op, shape.x, place))
+
+        def once() -> Tensor:
+            return kernel.apply(op, kernel.begin(op, Operands((x,))), prepared, kernel.empty(op, x, shape.x))
+
+        return median_seconds(once, rounds)
+
+
+def median_seconds(work: Callable[[], object], rounds: int = 5) -> float:
+    """What `work` takes in the median of `rounds`, after one that does not count."""
+    work()
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def table_row(which: Isa) -> dict[str, tuple[str, ...]]:
+    """The table's row for a processor, each kind's kernels in the order of their time here, summed over TABLE_SHAPES."""
+    row: dict[str, tuple[str, ...]] = {}
+    for kind, names in KERNELS_OF[which].items():
+        sums = dict.fromkeys(names, 0.0)
+        for shape in (shape for shape in TABLE_SHAPES if shape.kind == kind):
+            for name, seconds in timings(shape).items():
+                sums[name] = sums.get(name, 0.0) + seconds
+        row[kind] = tuple(sorted(sums, key=lambda name: sums[name]))
+    return row
+
+
+def compare() -> list[str]:
+    """For each shape and precision, a sentence that says whether the table's choice is the fastest here."""
+    sentences = []
+    for shape in TABLE_SHAPES:
+        times = timings(shape)
+        for precision in ("fp32", "int8"):
+            allowed = {name: t for name, t in times.items() if (name == "int8") <= (precision == "int8")}
+            chosen = choose_kernel(shape.op(), shape.x, _policy(precision), isa()).name
+            fastest = min(allowed, key=lambda name: allowed[name])
+            found = ", ".join(f"{name} {1e3 * t:.1f} ms" for name, t in sorted(allowed.items(), key=lambda kv: kv[1]))
+            verdict = f"{chosen} is the fastest" if chosen == fastest else f"{chosen} is chosen, {fastest} is faster"
+            sentences.append(f"{shape.label}, {precision}: {verdict} ({found})")
+    return sentences

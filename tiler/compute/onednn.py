@@ -1,0 +1,121 @@
+"""oneDNN's operators that torch keeps private: convolutions of prepacked weights, products of 8-bit integers.
+
+Nothing else in tiler calls such an operator. torch may leave any of them out of a build or change it, so each is tried once,
+on a small input whose result is known; where that fails, another kernel does the work and `notes` says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tiler.compute import cpu
+
+Pair = tuple[int, ...]
+
+
+class Geometry(NamedTuple):
+    """How a convolution's kernel moves over its input, in the order in which oneDNN's operators take it."""
+
+    padding: Pair
+    stride: Pair
+    dilation: Pair
+    groups: int
+
+    @classmethod
+    def of(cls, layer: nn.Conv2d) -> Geometry:
+        assert not isinstance(layer.padding, str)
+        return cls(layer.padding, layer.stride, layer.dilation, layer.groups)
+
+
+def reorder(weight: Tensor, geometry: Geometry, sides: Sequence[int]) -> Tensor:
+    """Rows of a convolution's weight (n, in, ...) fp32 in oneDNN's own order for an input of `sides` (height, width)."""
+    channels = weight.shape[1] * geometry.groups
+    out: Tensor = torch.ops.mkldnn._reorder_convolution_weight(weight, *geometry, (1, channels, *sides))
+    return out
+
+
+def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    """x: (1, in, h, w) fp32, by a weight that was reordered for it → (1, n, h', w')."""
+    out: Tensor = torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *geometry, "none", [], "")
+    return out
+
+
+def matrix(rows: Tensor) -> Tensor:
+    """Rows (n, in, ...) of an int8 weight as oneDNN's plain matrix (taps × in, n). Transposing is what its own code does
+    fastest."""
+    n = len(rows)
+    return rows.reshape(n, rows.shape[1], -1).to_mkldnn().transpose(0, 2).reshape(-1, n)
+
+
+def product(values: Tensor, zero: int, weight: Tensor, scale: Tensor) -> Tensor:
+    """(values − zero) · weight × scale: values (tokens, k) uint8, weight a `matrix` (k, n), scale (n,) → (tokens, n) fp32."""
+    out: Tensor = torch.ops.onednn.qlinear_pointwise(
+        values, 1.0, zero, weight, scale, torch.zeros(len(scale), dtype=torch.int64), None,
+        1.0, 0, torch.float32, "none", [], "",
+    )  # fmt: skip
+    return out
+
+
+def _try_convolution() -> bool:
+    geometry = Geometry((1, 1), (1, 1), (1, 1), 1)
+    x = torch.ones(1, 8, 4, 4).contiguous(memory_format=torch.channels_last)
+    weight = torch.ones(8, 8, 3, 3).contiguous(memory_format=torch.channels_last)
+    out = convolution(x, reorder(weight, geometry, (4, 4)), None, geometry)
+    return bool((out[..., 1:3, 1:3] == 72).all()) and bool((out[..., ::3, ::3] == 32).all())
+
+
+def _try_product() -> bool:
+    values, weight = torch.full((4, 32), 3, dtype=torch.uint8), torch.full((16, 32), -2, dtype=torch.int8)
+    return bool((product(values, 1, matrix(weight), torch.full((16,), 0.5)) == -64).all())
+
+
+def _fault(attempt: Callable[[], bool]) -> str:
+    """Why an operator cannot be used; empty where it can."""
+    if not torch.backends.mkldnn.is_available():
+        return "this torch was built without oneDNN"
+    try:
+        with torch.no_grad():
+            return "" if attempt() else "its result is wrong"
+    except (AttributeError, RuntimeError, TypeError) as error:
+        return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@cache
+def convolution_fault() -> str:
+    """Why convolutions of prepacked weights cannot be used here; empty where they can."""
+    return _fault(_try_convolution)
+
+
+@cache
+def product_fault() -> str:
+    """Why 8-bit products cannot be used here; empty where they can."""
+    return _fault(_try_product)
+
+
+def prepacks() -> bool:
+    """Whether convolutions' weights are brought into oneDNN's order once for all samples."""
+    return cpu.prepacks() and not convolution_fault()
+
+
+def int8() -> cpu.Int8:
+    """What int8 means on this processor with this torch: weights are quantised alike, whether products work or not."""
+    means = cpu.int8()
+    if not means.products or not (fault := product_fault()):
+        return means
+    why = f"{means.largest.bit_length()}-bit weights, fp32 arithmetic, oneDNN's 8-bit products fail: {fault}"
+    return cpu.Int8(means.largest, False, False, why)
+
+
+def notes() -> list[str]:
+    """One sentence for each operator that this processor would gain by and this torch cannot run."""
+    found = []
+    if cpu.prepacks() and (fault := convolution_fault()):
+        found.append(f"convolutions reorder their weights at every call: {fault}")
+    if cpu.int8().products and (fault := product_fault()):
+        found.append(f"int8 weights are computed with in fp32: {fault}")
+    return found
