@@ -25,7 +25,7 @@ from tiler.compute.stream import Streamer
 from tiler.decode import method
 from tiler.decode.method import DecodePlan
 from tiler.decode.rows import Latents, to_uint8
-from tiler.diffusion import canvas, guide, schedulers
+from tiler.diffusion import canvas, guide
 from tiler.diffusion.guide_picture import GuidePicture
 from tiler.diffusion.runner import Conditions, LocalRunner
 from tiler.diffusion.tiles import Steps
@@ -40,7 +40,7 @@ from tiler.models.family import Options, Part, Role, VaeSpec
 from tiler.models.samples import Sample
 from tiler.output.latents import LatentsFile, save_latents
 from tiler.output.picture import check_picture
-from tiler.plan.render import RenderPlan, plan_decode, plan_render
+from tiler.plan.render import RenderPlan, build_schedule, plan_decode, plan_render
 from tiler.plan.resolve import resolve
 from tiler.plan.table import MemoryPlan
 from tiler.request import DecodeRequest, GuideUpscale, Precision, RenderRequest, ResolvedRequest
@@ -212,7 +212,7 @@ def _denoise(
         for r in request.regions if r.seed is not None and phase == "canvas"
     ]  # fmt: skip
     noise, generator = canvas.initial_noise((1, plan.family.latent_channels, height, width), request.seed, reseeded)
-    schedule = schedulers.build(request.scheduler, plan.family.scheduler, steps)
+    schedule = build_schedule(request, plan.family)
     latents = schedule.start(noise, reference, begin)
     if begin == steps:
         return latents

@@ -73,7 +73,8 @@ def texts(run: RenderRun) -> dict[str, str]:
     if not run.request.metadata:
         return {}
     facts = Facts(
-        model=found.name, model_id=model_id(found), revision=found.revision, scheduler=plan.scheduler.value,
+        model=found.name, model_id=model_id(found, [part.name for part in plan.family.parts]), revision=found.revision,
+        scheduler=plan.scheduler.value,
         precision=plan.precision.value, begin=plan.begin,
     )  # fmt: skip
     return picture_texts(run.request, facts)

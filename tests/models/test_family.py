@@ -14,11 +14,14 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from tiler import Budget, RenderRequest, render
 from tiler.compute.stream import Streamer
 from tiler.errors import ModelError
+from tiler.memory.process import read_rss
 from tiler.models import family as families
 from tiler.models.family import (
     Family,
@@ -37,13 +40,15 @@ from tiler.models.samples import Place, Prompt, Sample
 from tiler.packing import packed_names, packed_weights
 from tiler.phases import streamed
 from tiler.plan.peaks import DenoiserPeaks, text_phase
+from tiler.plan.resolve import fill
 from tiler.plan.table import Term
 from tiler.plan.tiling import plan_tiling
 from tiler.plan.time import Counter
-from tiler.request import RenderRequest
+from tiler.request import Precision
 from tiler.weights.checkpoint import Checkpoint, resolve
 
 CHANNELS, PATCH, NATIVE, WIDTH, LENGTH = 16, 2, 16, 320, 5
+FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}
 WIDTHS = {"text_encoder": 128, "text_encoder_2": 192}
 
 
@@ -154,9 +159,9 @@ def read(checkpoint: Checkpoint, name: str) -> Dummy:
     picture = replace(part("vae", Role.VAE, nn.Identity), build=partial(build_vae, vae))
     return Dummy(
         checkpoint=checkpoint,
-        traits=Traits(title="Dummy", native=NATIVE, granularity=PATCH, channels=CHANNELS, width=WIDTH),
+        traits=Traits(title="Dummy", native=NATIVE, granularity=PATCH, channels=CHANNELS, width=WIDTH, flow=True),
         parts=(*parts, part("mover", Role.DENOISER, Denoiser), picture), vae=vae,
-        scheduler={"_class_name": "FlowMatchEulerDiscreteScheduler"},
+        scheduler=FLOW,
     )  # fmt: skip
 
 
@@ -173,6 +178,8 @@ def folder(tmp_path: Path) -> Path:
         latent_channels=CHANNELS, block_out_channels=(32,) * 4, down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
     ).save_pretrained(tmp_path / "vae")  # fmt: skip
+    (tmp_path / "scheduler").mkdir()
+    (tmp_path / "scheduler/scheduler_config.json").write_text(json.dumps(FLOW))
     return tmp_path
 
 
@@ -258,9 +265,7 @@ def test_planner_and_time_estimate_take_the_family_as_it_is(dummy: Family) -> No
     one, two = (peaks.activations(tiles, NATIVE, NATIVE) for tiles in ((0,), (0, 1)))
     assert one >= 4 * WIDTH * (NATIVE // PATCH) ** 2
     assert two > one
-    request = RenderRequest(
-        prompt="x", output=Path("x.png"), width=128, height=128, guide=False, num_inference_steps=3, guidance_scale=1.0
-    )
+    request = fill(RenderRequest(prompt="x", size=128, guide=False, num_inference_steps=3, guidance_scale=1.0))
     work = Counter(dummy).count(plan_tiling(request, dummy), None)
     pixels = (NATIVE // PATCH) ** 2
     products = pixels * (2 * 64 * WIDTH + WIDTH * WIDTH) + 192 * WIDTH + 8 * WIDTH + LENGTH * 320 * WIDTH
@@ -276,3 +281,37 @@ def test_its_weights_are_packed_by_its_own_rule(dummy: Family, tmp_path: Path) -
     with streamed(module, index, packed_names(second), int8_products=False), torch.no_grad():
         tokens, _ = module(torch.tensor([[1, 2, 3, 4, 5]]))
     assert tokens.shape == (1, LENGTH, 192) and bool(tokens.isfinite().all())
+
+
+@pytest.mark.parametrize("negative", [None, "", "fog"])
+def test_it_renders_through_the_whole_pipeline(
+    dummy: Family, folder: Path, tmp_path: Path, negative: str | None
+) -> None:
+    """Against a loop over diffusers' scheduler and the bare modules: one tile, no guide; then with tiles and a guide."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+    from safetensors.torch import load_file
+
+    asked = RenderRequest(
+        prompt="a boat", negative_prompt=negative, model=str(folder), size=128, num_inference_steps=3, guidance_scale=2.0,
+        seed=5, guide=False, precision=Precision.FP32, output=tmp_path / "x.png", save_latents=tmp_path / "x.safetensors",
+    )  # fmt: skip
+    roomy = read_rss().now + 10**9
+    render(asked, Budget(roomy))
+    latents = torch.randn(1, CHANNELS, NATIVE, NATIVE, generator=torch.Generator().manual_seed(5))
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(FLOW)
+    scheduler.set_timesteps(3)
+    with torch.no_grad():
+        prompts = dummy.encode(["a boat", negative], partial(opened, dummy), pytest.fail)
+    part, place = dummy.part(Role.DENOISER), Place(0, 0, 128, 128, (128, 128))
+    module = part.build()
+    with torch.no_grad(), streamed(module, dummy.checkpoint.weights(part.name), part.aliases) as streamer:
+        prepared = dummy.prepare(module, streamer, scheduler.timesteps, prompts, Options())
+        for step, timestep in enumerate(scheduler.timesteps):
+            samples = [Sample(latents, prompt, place, 2.0) for prompt in prompts]
+            with_prompt, without = dummy.predict(module, streamer, samples, step, prepared).split(1)
+            guided = without + 2.0 * (with_prompt - without)
+            latents = scheduler.step(guided, timestep, latents, return_dict=False)[0]
+    assert torch.allclose(load_file(tmp_path / "x.safetensors")["latents"], latents, atol=1e-5)
+    tiled = replace(asked, size=200, guide=True, seed=6, force=True)
+    assert render(tiled, Budget(roomy)).report["tiles"] == 4
+    assert Image.open(tmp_path / "x.png").size == (200, 200)

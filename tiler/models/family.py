@@ -55,6 +55,7 @@ class Traits(NamedTuple):
     granularity: int  # the sides of an input are multiples of this
     channels: int  # of the latents
     width: int  # channels of the denoiser where its resolution is highest
+    flow: bool = False  # whether it was trained by flow matching, not on discrete noise levels
 
 
 class Options(NamedTuple):

@@ -14,9 +14,10 @@ import torch
 
 from tiler.compute import onednn
 from tiler.decode.method import DecodePlan, choose
-from tiler.diffusion import schedulers
+from tiler.diffusion import flow, schedulers
 from tiler.diffusion.guide_picture import GuidePicture
 from tiler.diffusion.masks import MASKS_KEPT
+from tiler.diffusion.schedulers import DiffusersSchedule
 from tiler.memory.budget import MARGIN
 from tiler.models import family as families
 from tiler.models.family import Family, VaeSpec
@@ -69,7 +70,7 @@ def plan_render(request: ResolvedRequest, family: Family, max_bytes: int) -> Ren
     Raises UsageError for sizes, overlaps, regions and numbers of steps that do not go with the model, and ModelError for a
     scheduler config that no work should begin with.
     """
-    schedule = schedulers.build(request.scheduler, family.scheduler, request.num_inference_steps)
+    schedule = build_schedule(request, family)
     cut, side = plan_tiling(request, family), family.native
     canvas, guide, guide_steps, canvas_steps = cut.canvas, cut.guide, cut.guide_steps, cut.canvas_steps
     guided = guide is not None or request.guide_image is not None
@@ -161,6 +162,12 @@ def plan_render(request: ResolvedRequest, family: Family, max_bytes: int) -> Ren
         sample_bytes=sampler.activations((0,), side, side), arena_bytes=sampler.streamer.arena_bytes,
         memory=MemoryPlan(max_bytes=max_bytes, phases=tuple(phases), smallest_bytes=int(max(least + smallest) / MARGIN) + 1),
     )  # fmt: skip
+
+
+def build_schedule(request: ResolvedRequest, family: Family) -> DiffusersSchedule:
+    """The schedule of a render, checked to the end. Raises UsageError, ModelError."""
+    build = flow.build if family.traits.flow else schedulers.build
+    return build(request.scheduler, family.scheduler, request.num_inference_steps)
 
 
 def choose_precision(wanted: Precision, family: Family) -> tuple[Precision, str]:

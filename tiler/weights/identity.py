@@ -12,17 +12,17 @@ from tiler.weights.checkpoint import Checkpoint
 from tiler.weights.flavours import find_weights
 from tiler.weights.index import open_regular
 
-PARTS = ("unet", "vae", "text_encoder")
 _SAMPLES, _SAMPLE_BYTES = 256, 4096  # of each file, evenly spaced
 
 
-def model_id(checkpoint: Checkpoint, parts: Sequence[str] = PARTS) -> str:
+def model_id(checkpoint: Checkpoint, parts: Sequence[str]) -> str:
     """32 hexadecimal digits from the parts' configs, the scheduler's, and samples of the weight files. Names of folders and
     files do not count: a copy elsewhere has the same id. Raises ModelError."""
     digest = hashlib.sha256()
     for part in parts:
         files = find_weights(checkpoint.folder / part, checkpoint.variant).files
-        _add(digest, checkpoint.folder / part / "config.json", f"{part} {len(files)}")
+        if (config := checkpoint.folder / part / "config.json").exists():
+            _add(digest, config, f"{part} {len(files)}")
         for path in files:
             _add(digest, path, part)
     scheduler = checkpoint.folder / "scheduler" / "scheduler_config.json"
