@@ -46,10 +46,10 @@ from tiler.models.unet import predict_noise
 from tiler.memory.budget import Budget
 from tiler.memory.policy import at_layer
 from tiler.phases import streamed
-from tiler.plan.render import plan_render
+from tiler.planning.render import plan_render
 from tiler.packing import packed_weights
 from tiler.weights.packed import default_cache
-from tiler.plan.resolve import fill
+from tiler.planning.resolve import fill
 from tiler.request import Precision, RenderRequest
 from tiler.weights.checkpoint import resolve
 import torch

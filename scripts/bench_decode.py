@@ -30,15 +30,15 @@ from torch import Tensor
 
 from tiler import RenderRequest, render
 from tiler.compute.shapes import MetaMeter
-from tiler.decode import exact, frozen
-from tiler.decode import method as method
-from tiler.decode.rows import Pixels, strip_rows
-from tiler.decode.scratch import Scratch
+from tiler.decoding import exact, frozen
+from tiler.decoding import method as method
+from tiler.decoding.rows import Pixels, strip_rows
+from tiler.decoding.scratch import Scratch
 from tiler.diffusion import guide
 from tiler.models import family as families
 from tiler.models.family import VaeSpec
 from tiler.phases import streamed
-from tiler.plan.peaks import VaePeaks
+from tiler.planning.peaks import VaePeaks
 from tiler.request import Decode
 from tiler.weights.checkpoint import resolve
 

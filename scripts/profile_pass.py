@@ -27,8 +27,8 @@ from tiler.models.family import Role, plain_names, read_family
 from tiler.models.unet import predict_noise
 from tiler.packing import packed_weights
 from tiler.phases import streamed
-from tiler.plan.render import plan_render
-from tiler.plan.resolve import fill
+from tiler.planning.render import plan_render
+from tiler.planning.resolve import fill
 from tiler.request import Precision, RenderRequest
 from tiler.weights import store
 from tiler.weights.checkpoint import resolve

@@ -29,7 +29,7 @@ TOO_LONG = {
     "tiler/models/family.py",
     "tiler/output/picture.py",
     "tiler/pipeline.py",
-    "tiler/plan/render.py",
+    "tiler/planning/render.py",
 }
 
 

@@ -1,9 +1,11 @@
 """Posters from Stable-Diffusion-class models on machines that cannot hold the model.
 
+    from pathlib import Path
     from tiler import Budget, RenderRequest, render
-    render(RenderRequest(prompt="a sailing boat at sunset", output=Path("poster.png"), width=2048), Budget("800MB"))
 
-Importing this package imports no torch; `render` does when it is first used.
+    render(RenderRequest(prompt="a sailing boat at sunset", output=Path("poster.png"), size=2048), Budget("800MB"))
+
+Importing this package imports no torch; the four functions do when they are first used.
 """
 
 from __future__ import annotations
@@ -12,16 +14,29 @@ from typing import TYPE_CHECKING
 
 from tiler.errors import TilerError
 from tiler.memory.budget import Budget
-from tiler.request import Region, RenderRequest
+from tiler.request import DecodeRequest, QuantizeRequest, Region, RenderRequest
 
 if TYPE_CHECKING:
-    from tiler.pipeline import Result, render
+    from tiler.pipeline import Planned, Result, decode, plan, quantize, render
 
-__all__ = ["Budget", "Region", "RenderRequest", "Result", "TilerError", "render"]
+__all__ = [
+    "Budget",
+    "DecodeRequest",
+    "Planned",
+    "QuantizeRequest",
+    "Region",
+    "RenderRequest",
+    "Result",
+    "TilerError",
+    "decode",
+    "plan",
+    "quantize",
+    "render",
+]
 
 
 def __getattr__(name: str) -> object:
-    if name in ("render", "Result"):
+    if name in ("Planned", "Result", "decode", "plan", "quantize", "render"):
         from tiler import pipeline
 
         return getattr(pipeline, name)

@@ -22,9 +22,9 @@ from torch import Tensor
 from tiler import events, packing
 from tiler.compute.layers import stream_layers
 from tiler.compute.stream import Streamer
-from tiler.decode import method
-from tiler.decode.method import DecodePlan
-from tiler.decode.rows import Latents, to_uint8
+from tiler.decoding import method
+from tiler.decoding.method import DecodePlan
+from tiler.decoding.rows import Latents, to_uint8
 from tiler.diffusion import canvas, guide
 from tiler.diffusion.guide_picture import GuidePicture
 from tiler.diffusion.runner import Conditions, LocalRunner
@@ -40,9 +40,9 @@ from tiler.models.family import Options, Part, Role, VaeSpec
 from tiler.models.samples import Sample
 from tiler.output.latents import LatentsFile, save_latents
 from tiler.output.picture import check_picture
-from tiler.plan.render import RenderPlan, build_schedule, plan_decode, plan_render
-from tiler.plan.resolve import resolve
-from tiler.plan.table import MemoryPlan
+from tiler.planning.render import RenderPlan, build_schedule, plan_decode, plan_render
+from tiler.planning.resolve import resolve
+from tiler.planning.table import MemoryPlan
 from tiler.request import DecodeRequest, GuideUpscale, Precision, RenderRequest, ResolvedRequest
 from tiler.weights import checkpoint
 from tiler.weights.index import TensorInfo

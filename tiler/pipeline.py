@@ -20,9 +20,9 @@ from tiler.memory import lean_imports, process
 from tiler.memory.budget import Budget
 from tiler.models import family as families
 from tiler.output.picture import write_picture
-from tiler.plan.render import RenderPlan
-from tiler.plan.summary import summarise
-from tiler.plan.time import measure
+from tiler.planning.render import RenderPlan
+from tiler.planning.summary import summarise
+from tiler.planning.time import measure
 from tiler.request import DecodeRequest, QuantizeRequest, RenderRequest, ResolvedRequest
 from tiler.weights import checkpoint
 from tiler.weights.packed import default_cache

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from tiler import RenderRequest
 from tiler.models.family import read_family
-from tiler.plan.resolve import resolve as fill
-from tiler.plan.tiling import plan_tiling
+from tiler.planning.resolve import resolve as fill
+from tiler.planning.tiling import plan_tiling
 from tiler.weights.checkpoint import resolve
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from tiler.cli.progress import ProgressPrinter
 from tiler.events import Event, Note, PhaseDone, PhaseStarted, Progress
 from tiler.memory.budget import Budget
-from tiler.plan.table import MemoryPlan, PhasePlan, Term
+from tiler.planning.table import MemoryPlan, PhasePlan, Term
 
 LONG = [
     PhaseStarted(name="guide picture", total=100),

@@ -318,7 +318,7 @@ def test_without_8_bit_products_the_arithmetic_is_fp32(
 def test_what_int8_means_on_a_processor(
     flags: tuple[str, ...], largest: int, products: bool, dot: bool, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tiler.plan.render import choose_precision
+    from tiler.planning.render import choose_precision
 
     monkeypatch.setattr(cpu, "flags", lambda: flags)
     assert cpu.int8()[:3] == (largest, products, dot)

@@ -18,7 +18,7 @@ from tiler.diffusion.runner import Conditions, LocalRunner
 from tiler.diffusion.tiles import Tiles, guide_tiles, plan_tiles, tiles_of_step
 from tiler.errors import NumericalError
 from tiler.models.samples import Prompt, Sample
-from tiler.plan.resolve import fill
+from tiler.planning.resolve import fill
 from tiler.request import Layout, Mask, Region, RenderRequest, ResolvedRequest, Scheduler, Wrap
 
 CONFIG = {

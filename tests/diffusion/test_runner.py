@@ -19,7 +19,7 @@ from tiler.diffusion.runner import Conditions, LocalRunner, Runner, Tile, check_
 from tiler.diffusion.tiles import plan_tiles, tiles_of_step
 from tiler.errors import NumericalError
 from tiler.models.samples import Prompt, Sample
-from tiler.plan.resolve import fill
+from tiler.planning.resolve import fill
 from tiler.request import RenderRequest, Scheduler
 
 CONDITIONS = Conditions([Prompt(torch.full((1, 2, 3), 0.3))], [Prompt(torch.full((1, 2, 3), -0.2))])

@@ -24,7 +24,7 @@ from tiler.diffusion.timesteps import beta_quantiles, fault
 from tiler.errors import ModelError, TilerError, UsageError
 from tiler.models.corrections import correct_unet
 from tiler.models.family import read_family
-from tiler.plan.render import plan_render
+from tiler.planning.render import plan_render
 from tiler.request import RenderRequest, Scheduler, parse_scheduler
 from tiler.weights.checkpoint import resolve
 

@@ -19,8 +19,8 @@ from tiler.diffusion.masks import MASKS_KEPT, mask_profile
 from tiler.diffusion.tiles import Tiles, even_starts, plan_tiles, tiles_of_step
 from tiler.errors import UsageError
 from tiler.models.family import read_family
-from tiler.plan.resolve import fill
-from tiler.plan.tiling import plan_tiling
+from tiler.planning.resolve import fill
+from tiler.planning.tiling import plan_tiling
 from tiler.request import Layout, Mask, Region, RenderRequest, ResolvedRequest, Wrap
 from tiler.weights.checkpoint import resolve
 

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from tiler import Budget, Region, RenderRequest, events, render
 from tiler.errors import BudgetExceeded
 from tiler.memory.process import read_rss
-from tiler.plan import fit
-from tiler.plan import render as planner
+from tiler.planning import fit
+from tiler.planning import render as planner
 from tiler.request import GuideUpscale, Layout, Precision, Scheduler, Wrap
 
 

@@ -27,8 +27,8 @@ from pathlib import Path
 import tiler.models.unet, tiler.compute.layers
 tiler.models.unet.SMALL = tiler.compute.layers.SMALL = 500  # or all of so small a model would be loaded at once
 from tiler.models.family import read_family, build_text_encoder
-from tiler.plan.render import plan_render
-from tiler.plan.resolve import fill
+from tiler.planning.render import plan_render
+from tiler.planning.resolve import fill
 from tiler.request import Precision, RenderRequest
 from tiler.weights.checkpoint import resolve
 family = read_family(resolve({str(tiny)!r}))

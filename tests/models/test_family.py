@@ -39,11 +39,11 @@ from tiler.models.meta import on_meta
 from tiler.models.samples import Place, Prompt, Sample
 from tiler.packing import packed_names, packed_weights
 from tiler.phases import streamed
-from tiler.plan.peaks import DenoiserPeaks, text_phase
-from tiler.plan.resolve import fill
-from tiler.plan.table import Term
-from tiler.plan.tiling import plan_tiling
-from tiler.plan.time import Counter
+from tiler.planning.peaks import DenoiserPeaks, text_phase
+from tiler.planning.resolve import fill
+from tiler.planning.table import Term
+from tiler.planning.tiling import plan_tiling
+from tiler.planning.time import Counter
 from tiler.request import Precision
 from tiler.weights.checkpoint import Checkpoint, resolve
 

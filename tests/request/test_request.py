@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tiler.errors import ModelError, UsageError
-from tiler.plan.resolve import fill, read_defaults, resolve
+from tiler.planning.resolve import fill, read_defaults, resolve
 from tiler.request import DecodeRequest, Layout, Preset, QuantizeRequest, Region, RenderRequest, Scheduler
 from tiler.request.options import Option, Panel
 

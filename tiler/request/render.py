@@ -35,7 +35,7 @@ from tiler.request.regions import Region
 class RenderRequest:
     """What was said about a picture; None where nothing was said.
 
-    `tiler.plan.resolve` fills the gaps, in this order: the preset, the model folder's tiler.toml, the model family. Lengths in
+    `tiler.planning.resolve` fills the gaps, in this order: the preset, the model folder's tiler.toml, the model family. Lengths in
     pixels unless a unit is named. `guidance_interval` holds two shares of the schedule, 0 where it begins with noise and 1 where it
     ends with the picture; `attention_window` is in latents. Raises UsageError for a value that no model could take.
     """

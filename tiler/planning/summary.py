@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from tiler.plan import time
-from tiler.plan.render import RenderPlan, choose_precision
-from tiler.plan.resolve import fill_again
-from tiler.plan.tiling import Tiling, plan_tiling
+from tiler.planning import time
+from tiler.planning.render import RenderPlan, choose_precision
+from tiler.planning.resolve import fill_again
+from tiler.planning.tiling import Tiling, plan_tiling
 from tiler.request import Preset, RenderRequest, ResolvedRequest
 
 # Names of schema 1, which stay for one release.

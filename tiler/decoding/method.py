@@ -13,9 +13,9 @@ from torch import Tensor
 
 from tiler.compute.shapes import MetaMeter
 from tiler.compute.stream import Streamer
-from tiler.decode import exact, frozen, tiny
-from tiler.decode.rows import REACH, Check, Latents, Pixels
-from tiler.decode.scratch import Scratch, free_bytes
+from tiler.decoding import exact, frozen, tiny
+from tiler.decoding.rows import REACH, Check, Latents, Pixels
+from tiler.decoding.scratch import Scratch, free_bytes
 from tiler.errors import StorageError
 from tiler.request import Decode, ScratchDtype, Wrap
 

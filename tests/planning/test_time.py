@@ -10,11 +10,11 @@ from diffusers import UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from tiler import RenderRequest
-from tiler.decode.method import DecodePlan
+from tiler.decoding.method import DecodePlan
 from tiler.models.family import Role, read_family
-from tiler.plan.resolve import fill
-from tiler.plan.tiling import plan_tiling
-from tiler.plan.time import BY_LAYERS, BY_ROWS, OVERHEAD, Counter, Flops, Speed, seconds
+from tiler.planning.resolve import fill
+from tiler.planning.tiling import plan_tiling
+from tiler.planning.time import BY_LAYERS, BY_ROWS, OVERHEAD, Counter, Flops, Speed, seconds
 from tiler.request import Decode, Precision, ScratchDtype
 from tiler.weights.checkpoint import resolve
 

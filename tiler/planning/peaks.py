@@ -12,11 +12,11 @@ from tiler.compute.layers import StreamedLayer, stream_layers, streamed_layers
 from tiler.compute.shapes import MetaMeter
 from tiler.compute.stream import Streamer
 from tiler.compute.tuning import ARENA_BYTES, HEAP_SLACK, INT8_HOLES_BYTES, LIBRARIES_BYTES, TIGHT_HEAP_SLACK
-from tiler.decode.method import DecodePlan
+from tiler.decoding.method import DecodePlan
 from tiler.memory import process
 from tiler.models import family as families
 from tiler.models.family import Family, Options, Part, Role, VaeSpec
-from tiler.plan.table import PhasePlan, Term
+from tiler.planning.table import PhasePlan, Term
 from tiler.weights.index import TensorInfo
 from tiler.weights.store import PIECE_ELEMENTS, READ_AHEAD, TORCH_DTYPES
 

@@ -12,9 +12,9 @@ import torch
 from tiler.errors import BudgetRefused
 from tiler.memory.process import read_rss
 from tiler.models.family import read_family
-from tiler.plan.render import plan_render
-from tiler.plan.resolve import fill
-from tiler.plan.table import MemoryPlan, PhasePlan, Term
+from tiler.planning.render import plan_render
+from tiler.planning.resolve import fill
+from tiler.planning.table import MemoryPlan, PhasePlan, Term
 from tiler.request import RenderRequest
 from tiler.weights.checkpoint import resolve
 
@@ -54,7 +54,7 @@ def test_a_plan_knows_what_building_the_model_imports(tiny: Path) -> None:
 from pathlib import Path
 from tiler.memory.process import _untouched_code, read_rss, trim
 from tiler.models.family import read_family
-from tiler.plan.render import plan_decode
+from tiler.planning.render import plan_decode
 from tiler.request import Decode, ScratchDtype, Wrap
 from tiler.weights.checkpoint import resolve
 kind, options = read_family(resolve({str(tiny)!r})).autoencoder, dict(scratch_dtype=ScratchDtype.FP16, wrap=Wrap.NONE)

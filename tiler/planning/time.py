@@ -14,9 +14,9 @@ from tiler.compute.layers import stream_layers
 from tiler.compute.measure import median_seconds
 from tiler.compute.shapes import MetaMeter
 from tiler.compute.stream import Streamer
-from tiler.decode.method import DecodePlan
+from tiler.decoding.method import DecodePlan
 from tiler.models.family import Family, Options, Role
-from tiler.plan.tiling import Tiling
+from tiler.planning.tiling import Tiling
 from tiler.request import Precision
 
 # What whole passes take over what the speeds below give: norms, activations, smaller layers. Measured at SD 1.5's size and 2048²

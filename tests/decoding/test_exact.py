@@ -18,10 +18,10 @@ from torch import nn
 from tiler.compute import cpu, winograd
 from tiler.compute.layers import stream_layers
 from tiler.compute.stream import Streamer
-from tiler.decode import exact, frozen, scratch
-from tiler.decode import method as method
-from tiler.decode.rows import to_tensor
-from tiler.decode.scratch import Rows, Scratch
+from tiler.decoding import exact, frozen, scratch
+from tiler.decoding import method as method
+from tiler.decoding.rows import to_tensor
+from tiler.decoding.scratch import Rows, Scratch
 from tiler.errors import NumericalError, StorageError
 from tiler.models import family as families
 from tiler.phases import streamed
@@ -71,7 +71,7 @@ def test_transformed_convolutions_decode_what_diffusers_does(
 ) -> None:
     """As in an autoencoder of full size: rows come in fours, and enlarging is a pass of its own."""
     monkeypatch.setattr("tiler.compute.layers.SMALL", 100)
-    monkeypatch.setattr("tiler.decode.exact.ALONE", 100)
+    monkeypatch.setattr("tiler.decoding.exact.ALONE", 100)
     latents = torch.randn(1, 4, *size, generator=torch.Generator().manual_seed(1))
     plain, called = decode(tiny, latents, tmp_path, torch.float32), []
     monkeypatch.setattr(winograd, "CHANNELS", 8)
@@ -149,7 +149,7 @@ def test_sampled_attends_to_evenly_spaced_tokens_and_measures_every_pixel(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(method, "TOKENS", 100)
-    monkeypatch.setattr("tiler.decode.scratch.STRIP_BYTES", 2**14)
+    monkeypatch.setattr("tiler.decoding.scratch.STRIP_BYTES", 2**14)
     generator = torch.Generator().manual_seed(1)
     latents = 3 * torch.randn(1, 4, *size, generator=generator) + torch.linspace(-3, 3, size[0])[:, None]
     pixels = np.random.default_rng(0).integers(0, 256, (8 * size[0], 8 * size[1], 3), dtype=np.uint8)

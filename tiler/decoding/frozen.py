@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tiler.decode import exact
-from tiler.decode.rows import (
+from tiler.decoding import exact
+from tiler.decoding.rows import (
     REACH,
     Check,
     Latents,
@@ -31,12 +31,12 @@ from tiler.decode.rows import (
     strip_rows,
     to_tensor,
 )
-from tiler.decode.scratch import Rows, Scratch
+from tiler.decoding.scratch import Rows, Scratch
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-    from tiler.decode.exact import Hold
+    from tiler.decoding.exact import Hold
 
 # Latents. Eight rendered pictures of 2048², mini, against the whole-image decode: 40–60 dB with 128, 33–44 with 64 (the first
 # three), 44–67 with 160. Of drawn scenes at 1024², blocks of 4 kept 46–55 dB where 8 kept 39–56 and 16 kept 33–39.

@@ -15,9 +15,9 @@ import torch
 from diffusers import AutoencoderKL
 from torch import nn
 
-from tiler.decode import exact, frozen, method, scratch
-from tiler.decode.rows import to_tensor
-from tiler.decode.scratch import Rows, Scratch
+from tiler.decoding import exact, frozen, method, scratch
+from tiler.decoding.rows import to_tensor
+from tiler.decoding.scratch import Rows, Scratch
 from tiler.errors import NumericalError, StorageError
 from tiler.models import family as families
 from tiler.phases import decode_pixels, streamed

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tiler.decode.rows import Check, Conv, Latents, Residual, Stage, Up, flow, latent_strips, strip_rows
+from tiler.decoding.rows import Check, Conv, Latents, Residual, Stage, Up, flow, latent_strips, strip_rows
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny

@@ -11,11 +11,11 @@ from torch import nn
 from tiler.compute import onednn
 from tiler.compute.layers import streamed_layers
 from tiler.compute.tuning import RESIDENT_SLACK
-from tiler.decode.method import DecodePlan
-from tiler.decode.scratch import STRIP_BYTES
+from tiler.decoding.method import DecodePlan
+from tiler.decoding.scratch import STRIP_BYTES
 from tiler.memory.budget import NEAR
 from tiler.memory.tuning import HEAP_KEPT
-from tiler.plan.table import PhasePlan, Term
+from tiler.planning.table import PhasePlan, Term
 from tiler.weights.index import TensorInfo
 from tiler.weights.store import TORCH_DTYPES
 

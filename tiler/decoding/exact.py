@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tiler.decode.rows import (
+from tiler.decoding.rows import (
     Conv,
     Down,
     Latents,
@@ -34,12 +34,12 @@ from tiler.decode.rows import (
     strip_rows,
     to_tensor,
 )
-from tiler.decode.scratch import STRIP_BYTES, Rows, Scratch
+from tiler.decoding.scratch import STRIP_BYTES, Rows, Scratch
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-    from tiler.decode.rows import Check
+    from tiler.decoding.rows import Check
 
 Hold = Callable[[nn.Module], AbstractContextManager[None]]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from tiler.compute import onednn
-from tiler.decode.method import DecodePlan, choose
+from tiler.decoding.method import DecodePlan, choose
 from tiler.diffusion import flow, schedulers
 from tiler.diffusion.guide_picture import GuidePicture
 from tiler.diffusion.masks import MASKS_KEPT
@@ -21,10 +21,10 @@ from tiler.diffusion.schedulers import DiffusersSchedule
 from tiler.memory.budget import MARGIN
 from tiler.models import family as families
 from tiler.models.family import Family, VaeSpec
-from tiler.plan.fit import largest_batch, with_resident
-from tiler.plan.peaks import DenoiserPeaks, VaePeaks, libraries, text_phase
-from tiler.plan.table import MemoryPlan, PhasePlan, Term
-from tiler.plan.tiling import Tiling, plan_tiling
+from tiler.planning.fit import largest_batch, with_resident
+from tiler.planning.peaks import DenoiserPeaks, VaePeaks, libraries, text_phase
+from tiler.planning.table import MemoryPlan, PhasePlan, Term
+from tiler.planning.tiling import Tiling, plan_tiling
 from tiler.request import Decode, GuideUpscale, Precision, ResolvedRequest, Scheduler, ScratchDtype, Wrap
 from tiler.weights.checkpoint import resolve_part
 

@@ -13,11 +13,11 @@ from PIL import Image
 
 from tiler.compute.layers import stream_layers
 from tiler.compute.stream import Streamer
-from tiler.decode import frozen
-from tiler.decode import method as method
-from tiler.decode import tiny as tiny_decoder
-from tiler.decode.rows import REACH, decoder_stages, flow, to_tensor, to_uint8
-from tiler.decode.scratch import Scratch
+from tiler.decoding import frozen
+from tiler.decoding import method as method
+from tiler.decoding import tiny as tiny_decoder
+from tiler.decoding.rows import REACH, decoder_stages, flow, to_tensor, to_uint8
+from tiler.decoding.scratch import Scratch
 from tiler.models import family as families
 from tiler.phases import streamed
 from tiler.request import Decode, ScratchDtype, Wrap
