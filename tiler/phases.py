@@ -38,12 +38,11 @@ from tiler.memory.policy import at_layer, at_rows
 from tiler.models import family as families
 from tiler.models.family import Options, Part, Role, VaeSpec
 from tiler.models.samples import Sample
-from tiler.output.latents import LatentsFile, save_latents
+from tiler.output.latents import save_latents
 from tiler.output.picture import check_picture
-from tiler.planning.render import RenderPlan, build_schedule, plan_decode, plan_render
+from tiler.planning.render import RenderPlan, build_schedule, plan_render
 from tiler.planning.resolve import resolve
-from tiler.planning.table import MemoryPlan
-from tiler.request import DecodeRequest, GuideUpscale, Precision, RenderRequest, ResolvedRequest
+from tiler.request import PIXEL_STEP, GuideUpscale, Precision, RenderRequest, ResolvedRequest
 from tiler.weights import checkpoint
 from tiler.weights.index import TensorInfo
 from tiler.weights.packed import default_cache
@@ -111,6 +110,9 @@ def start(request: RenderRequest, budget: Budget, on_event: OnEvent, *, planning
         request=settings, plan=plan, budget=budget, on_event=on_event,
         weights={part.name: (found.weights(part.name), part.aliases) for part in packing.packed_parts(family)},
     )  # fmt: skip
+    if any(plan.crop):
+        tile = PIXEL_STEP * family.native
+        run.note(f"smaller than this model's tiles of {tile}×{tile}: the picture is the middle of a larger one")
     for note in (*found.notes, *family.notes, *plan.notes, memory_warning(budget.max_bytes)):
         if note is not None:
             run.note(note)
@@ -288,7 +290,8 @@ def _decode_command(run: RenderRun, path: Path) -> str:
 
 def picture_facts(run: RenderRun) -> dict[str, str]:
     """What a latents file says of its picture: the asked size in pixels, and the picture's own texts."""
-    return {"width": str(run.request.width), "height": str(run.request.height)} | run.texts
+    box = zip(("width", "height", "top", "left"), (run.request.width, run.request.height, *run.plan.crop), strict=True)
+    return {name: str(pixels) for name, pixels in box} | run.texts
 
 
 def decode(run: RenderRun, latents: Tensor) -> Generator[np.ndarray]:
@@ -300,7 +303,8 @@ def decode(run: RenderRun, latents: Tensor) -> Generator[np.ndarray]:
     with run.phase("decode", 100), run.streamed(vae, spec.weights, families.vae_names, resident) as streamer:
         check = at_rows(run.budget, run.plan.memory.peak_of("decode"))
         progress = percent(run.on_event, "decode")
-        yield from decode_pixels(plan, vae, streamer, Unscaled(latents, spec), check, progress)
+        rows = decode_pixels(plan, vae, streamer, Unscaled(latents, spec), check, progress)
+        yield from cropped(rows, *run.plan.crop)
 
 
 class Unscaled:
@@ -329,6 +333,15 @@ def decode_pixels(
             row += strip.shape[1]
 
 
+def cropped(rows: Generator[np.ndarray], top: int, left: int) -> Generator[np.ndarray]:
+    """`rows` without the first `top` rows and `left` columns."""
+    with closing(rows):
+        for strip in rows:
+            above, top = min(top, len(strip)), max(0, top - len(strip))
+            if above < len(strip):
+                yield strip[above:, left:]
+
+
 @contextmanager
 def streamed(
     module: Any, stored: dict[str, TensorInfo], names: Names, resident: dict[str, torch.dtype] | None = None, **options: Any
@@ -342,57 +355,3 @@ def streamed(
         for name, dtype in (resident or {}).items():
             store.keep(name, dtype)
         yield streamer
-
-
-@dataclass(frozen=True, kw_only=True)
-class DecodeRun:
-    """One decoding of saved latents under way. `width` and `height` in pixels; `texts` are what the picture says of itself."""
-
-    output: Path
-    width: int
-    height: int
-    texts: dict[str, str]
-    latents: LatentsFile
-    vae: VaeSpec
-    decode_plan: DecodePlan
-    plan: MemoryPlan
-    resident: dict[str, torch.dtype]
-    budget: Budget
-    on_event: OnEvent
-
-
-@contextmanager
-def start_decode(request: DecodeRequest, budget: Budget, on_event: OnEvent) -> Iterator[DecodeRun]:
-    """Open the latents, check that the picture can be written, and plan. Raises TilerError."""
-    output = request.output or Path("tiler.png")
-    check_picture(output, force=request.force)
-    family = families.read_family(checkpoint.resolve(request.model, variant=request.variant, revision=request.revision))
-    vae = family.autoencoder
-    if request.tiny_vae is not None:
-        vae = families.read_tiny(checkpoint.resolve_part(request.tiny_vae), family)
-    with LatentsFile(request.latents, vae.unscale_) as latents:
-        latents.check(family.latent_channels, family.checkpoint.name)
-        height, width = latents.shape[2:]
-        decode_plan, plan, resident = plan_decode(
-            vae, (height, width), budget.max_bytes, decode=request.decode, scratch=request.scratch or output.parent,
-            scratch_dtype=request.scratch_dtype, wrap=request.wrap,
-        )  # fmt: skip
-        shown_width, shown_height = latents.picture_size
-        yield DecodeRun(
-            output=output, width=shown_width, height=shown_height, texts=latents.texts, latents=latents, vae=vae,
-            decode_plan=decode_plan, plan=plan, resident=resident, budget=budget, on_event=on_event,
-        )  # fmt: skip
-
-
-def decode_file(run: DecodeRun) -> Generator[np.ndarray]:
-    """The picture's rows, (n, W, 3) uint8, top first."""
-    vae = families.build_vae(run.vae)
-    run.on_event(events.PhaseStarted(name="decode", total=100))
-    run.on_event(events.Note(text=f"decoder: {run.decode_plan}"))
-    with (
-        run.budget.phase("decode") as use,
-        streamed(vae, run.vae.weights, families.vae_names, run.resident) as streamer,
-    ):
-        check = at_rows(run.budget, run.plan.peak_bytes)
-        yield from decode_pixels(run.decode_plan, vae, streamer, run.latents, check, percent(run.on_event, "decode"))
-    run.on_event(events.PhaseDone(name="decode", seconds=use.seconds, peak_rss_bytes=use.peak_rss_bytes))

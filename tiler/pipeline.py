@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from tiler import packing, phases, reports
+from tiler import decode_run, packing, phases, reports
 from tiler.events import Event, OnEvent
 from tiler.memory import lean_imports, process
 from tiler.memory.budget import Budget
@@ -91,10 +91,10 @@ def plan(request: RenderRequest, budget: Budget | None = None, on_event: OnEvent
 @torch.no_grad()
 def decode(request: DecodeRequest, budget: Budget | None = None, on_event: OnEvent = _ignore) -> Result:
     """Decode saved latents into a picture with a checkpoint's autoencoder under `budget`. Raises TilerError."""
-    with budget or Budget() as budget, phases.start_decode(request, budget, on_event) as run:
+    with budget or Budget() as budget, decode_run.start(request, budget, on_event) as run:
         run.plan.check()
         lean_imports.freeze_imports()
-        with closing(phases.decode_file(run)) as rows:
+        with closing(decode_run.decode(run)) as rows:
             write_picture(run.output, rows, run.width, run.height, run.texts, request.dpi, force=request.force)
         return Result(output=run.output, report=reports.of_decode(run))
 

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 
+from tiler.decode_run import DecodeRun
 from tiler.memory.budget import Budget
 from tiler.output.metadata import Facts
 from tiler.output.metadata import texts as picture_texts
-from tiler.phases import DecodeRun, RenderRun
+from tiler.phases import RenderRun
 from tiler.weights.identity import model_id
 from tiler.weights.index import TensorInfo
 

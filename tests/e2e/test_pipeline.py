@@ -206,3 +206,13 @@ def test_memory_does_not_grow_over_steps(tiny: Path, tmp_path: Path) -> None:
 
     render(ask(tiny, tmp_path, width=128, num_inference_steps=50, strength=0.02), roomy(), on_event)
     assert abs(after[50] - after[2]) <= 5_000_000
+
+
+@pytest.mark.parametrize(("width", "height"), [(40, 64), (64, 24), (33, 50), (200, 24)])
+def test_a_side_below_one_tile_is_the_middle_of_one(tiny: Path, tmp_path: Path, width: int, height: int) -> None:
+    render(ask(tiny, tmp_path, width=width, height=height), roomy())
+    got = np.asarray(Image.open(tmp_path / "x.png"))
+    render(ask(tiny, tmp_path, "whole", width=max(64, -(-width // 8) * 8), height=max(64, height)), roomy())
+    whole = np.asarray(Image.open(tmp_path / "whole.png"))
+    top, left = (max(0, 64 - side) // 2 for side in (height, width))
+    assert np.array_equal(got, whole[top : top + height, left : left + width])

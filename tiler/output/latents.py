@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from tiler.errors import ModelError, NumericalError, StorageError, UsageError
 from tiler.files import atomic
@@ -19,8 +19,17 @@ TEXTS = ("parameters", "tiler")  # of a picture: AUTOMATIC1111's line, and the w
 FACTOR = 8  # pixels a latent
 
 
+class Box(NamedTuple):
+    """A part of a picture, in pixels."""
+
+    width: int
+    height: int
+    top: int
+    left: int
+
+
 def save_latents(path: Path, latents: Tensor, facts: Mapping[str, str] | None = None, *, force: bool = True) -> None:
-    """Write atomically, as fp32, with what is known of the picture: `width` and `height` in pixels, and its texts. Without
+    """Write atomically, as fp32, with what is known of the picture: where it lies, as a `Box` has it, and its texts. Without
     `force`, a file that has meanwhile appeared is kept. Raises StorageError."""
     from safetensors.torch import save
 
@@ -55,13 +64,15 @@ class LatentsFile:
         self._fd = open_regular(path)
 
     @property
-    def picture_size(self) -> tuple[int, int]:
-        """(width, height) in pixels: as the file says, where that is within what the latents give, else all of it."""
-        sides = (FACTOR * self.shape[3], FACTOR * self.shape[2])
-        said = (self._facts.get("width", ""), self._facts.get("height", ""))
-        if not all(text.isdecimal() and 0 < int(text) <= side for text, side in zip(said, sides, strict=True)):
-            return sides
-        return int(said[0]), int(said[1])
+    def picture_box(self) -> Box:
+        """What of the decoded latents is the picture: as the file says, where that is possible, else all of them."""
+        height, width = FACTOR * self.shape[2], FACTOR * self.shape[3]
+        said = [self._facts.get(name, "") for name in Box._fields]
+        if all(text.isascii() and text.isdecimal() and len(text) < 8 for text in said):
+            box = Box(*map(int, said))
+            if 0 < box.width <= width - box.left and 0 < box.height <= height - box.top:
+                return box
+        return Box(width, height, 0, 0)
 
     @property
     def texts(self) -> dict[str, str]:

@@ -9,7 +9,7 @@ from tiler.diffusion.guide import GuideSize, guide_size
 from tiler.diffusion.tiles import Steps, Tiles, guide_tiles, plan_tiles
 from tiler.errors import UsageError
 from tiler.models.family import Family
-from tiler.request import Layout, ResolvedRequest
+from tiler.request import PIXEL_STEP, Layout, ResolvedRequest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,6 +17,7 @@ class Tiling:
     """How the work is cut into tiles and steps. Sizes in latent pixels."""
 
     canvas: tuple[int, int]
+    crop: tuple[int, int]  # pixels: where the picture's first row and column lie on the canvas
     guide: GuideSize | None
     regions: Tiles
     begin: int
@@ -38,12 +39,9 @@ class Tiling:
 
 def plan_tiling(request: ResolvedRequest, family: Family) -> Tiling:
     """The tiles of every step. Raises UsageError for sizes, overlaps and regions that do not go with the model."""
-    canvas = request.canvas_size[0] // 8, request.canvas_size[1] // 8
+    asked = request.canvas_size[0] // PIXEL_STEP, request.canvas_size[1] // PIXEL_STEP
     side = family.native
-    if min(canvas) < side:
-        raise UsageError(
-            f"{request.width}×{request.height} is smaller than a tile of this model; both sides must be at least {8 * side} pixels"
-        )
+    canvas, crop = _at_least_a_tile(request, asked, side)
     overlap = side // 4 if request.overlap is None else request.overlap // 8
     regions = plan_tiles(request, canvas=canvas, tile=(side, side), overlap=overlap)
     last = None
@@ -59,9 +57,31 @@ def plan_tiling(request: ResolvedRequest, family: Family) -> Tiling:
         guide_steps = Steps(guide_tiles(guide[:2], request.wrap, request.guidance_scale), request, range(steps))
     return Tiling(
         canvas=canvas,
+        crop=crop,
         guide=guide,
         regions=regions,
         begin=begin,
         guide_steps=guide_steps,
         canvas_steps=Steps(regions, request, range(begin, steps), last),
     )
+
+
+def _at_least_a_tile(
+    request: ResolvedRequest, asked: tuple[int, int], side: int
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The canvas of (height, width) latents, no side of it below a tile's, and the pixels above and left of the picture: it is the
+    middle of a larger canvas along such a side. Raises UsageError where that cannot be."""
+    if min(asked) >= side:
+        return asked, (0, 0)
+    if request.regions or any(wraps and length < side for wraps, length in zip(request.wrap.axes, asked, strict=True)):
+        option = "--regions" if request.regions else f"--wrap {request.wrap}"
+        raise UsageError(
+            f"{request.width}×{request.height} is smaller than a tile of this model, and {option} needs at least "
+            f"{side * PIXEL_STEP} pixels along both sides; enlarge the picture"
+        )
+    canvas = max(asked[0], side), max(asked[1], side)
+    above, left = (
+        (n * PIXEL_STEP - m) // 2 if n > a else 0
+        for n, a, m in zip(canvas, asked, (request.height, request.width), strict=True)
+    )
+    return canvas, (above, left)
