@@ -56,7 +56,7 @@ def test_a_stderr_that_nobody_reads_ends_no_run(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("scale", [1, 1000])
 def test_the_plans_table_fits_80_columns(scale: int) -> None:
     names = [
-        "python, libraries",
+        "python + libraries",
         "canvas",
         "activations",
         "weights, resident",

@@ -257,7 +257,7 @@ def test_a_prediction_is_the_resident_models_and_depends_on_all_that_a_sample_ho
 
 
 def test_planner_and_time_estimate_take_the_family_as_it_is(dummy: Family) -> None:
-    fixed = [Term(name="python, libraries", nbytes=300_000_000)]
+    fixed = [Term(name="python + libraries", nbytes=300_000_000)]
     encoding = text_phase(dummy, fixed)
     largest = 4 * 2 * 192 * 384  # of the wider encoder
     assert encoding.peak_bytes >= 300_000_000 + largest

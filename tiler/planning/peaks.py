@@ -20,13 +20,13 @@ from tiler.planning.table import PhasePlan, Term
 from tiler.weights.index import TensorInfo
 from tiler.weights.store import PIECE_ELEMENTS, READ_AHEAD, TORCH_DTYPES
 
-ACTIVATIONS = "activations, weights in use"
+ACTIVATIONS = "activations + weights in use"
 
 
 def libraries() -> Term:
     """What the process has without the code it ran so far: to be asked once the models are built, which imports most of it."""
     process.release_code()
-    return Term(name="python, libraries", nbytes=process.read_rss().now + LIBRARIES_BYTES)
+    return Term(name="python + libraries", nbytes=process.read_rss().now + LIBRARIES_BYTES)
 
 
 def weights_terms(module: nn.Module, stored: dict[str, TensorInfo]) -> list[Term]:
@@ -43,7 +43,7 @@ def weights_terms(module: nn.Module, stored: dict[str, TensorInfo]) -> list[Term
         if not (n == "weight" and isinstance(m, StreamedLayer))
     )
     return [
-        Term(name="norms, biases", nbytes=small),
+        Term(name="norms + biases", nbytes=small),
         Term(name="read buffers", nbytes=(READ_AHEAD + 1) * max(pieces, default=0)),
     ]
 
