@@ -116,7 +116,7 @@ def test_names_and_terminals_of_other_alphabets(tiny: Path, tmp_path: Path, enco
 
 
 def test_a_fault_of_ours_is_one_line_without_debug(tmp_path: Path) -> None:
-    code = "import sys; from tiler.cli import main, doctor; import tiler.memory.process as p; p.available_ram = None; main.main()"
+    code = "import sys; from tiler.cli import main, doctor; import tiler.memory.limits as limits; limits.available_ram = None; main.main()"
     ran = run([sys.executable, "-c", code, "doctor"], tmp_path)
     assert ran.returncode == 1
     assert "TypeError" in ran.stderr and len(ran.stderr.splitlines()) == 1

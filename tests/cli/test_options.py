@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 BAD_OPTIONS = [
-    (["--size", "0"], "width = 0"),
-    (["--size", "-64"], "width = -64"),
-    (["--size", "1000000"], "width = 1000000"),
+    (["--size", "0"], "size = 0"),
+    (["--size", "-64"], "size = -64"),
+    (["--size", "1000000"], "size = 1000000"),
     (["--size", "56", "--wrap", "x"], "smaller than a tile"),
     (["--steps", "0"], "steps = 0"),
     (["--steps", "1000000"], "steps"),

@@ -16,7 +16,7 @@ def test_render_plan_and_decode(tiler, tiny: Path, tmp_path: Path) -> None:
     ran = tiler("render", "a boat", *common, "-o", "a.png", "--report", "r.json", "--save-latents", "z.safetensors")
     assert ran.code == 0, ran.err
     assert "seed 4" in ran.err
-    assert "UNet in fp32 (int8 is no faster with 32 channels" in ran.err
+    assert "denoiser in fp32 (int8 is no faster with 32 channels" in ran.err
     assert "a.png: 136×72, seed 4, peak" in ran.out
     report = json.loads((tmp_path / "r.json").read_text())
     assert {
@@ -82,13 +82,13 @@ import sys, numpy
 from tiler.cli import main
 import tiler.memory.process
 tiler.memory.process.frugal_allocator()
-import tiler.phases
-real, hog = tiler.phases.predict_noise, []
+import tiler.models.sd
+real, hog = tiler.models.sd.predict_noise, []
 def predict(*args):
     import torch
     hog.append(torch.ones({megabytes} * 250_000))
     return real(*args)
-tiler.phases.predict_noise = predict
+tiler.models.sd.predict_noise = predict
 sys.argv = ["tiler", "render", "x", "--model", {str(tiny)!r}, "--size", "128", "--max-ram", "500MB", "--quiet"]
 main.main()
 """

@@ -26,7 +26,7 @@ import sys
 from pathlib import Path
 import tiler.models.unet, tiler.compute.layers
 tiler.models.unet.SMALL = tiler.compute.layers.SMALL = 500  # or all of so small a model would be loaded at once
-from tiler.models.family import read_family, build_text_encoder
+from tiler.models.family import Role, read_family
 from tiler.planning.render import plan_render
 from tiler.planning.resolve import fill
 from tiler.request import Precision, RenderRequest
@@ -34,7 +34,7 @@ from tiler.weights.checkpoint import resolve
 family = read_family(resolve({str(tiny)!r}))
 request = fill(RenderRequest(prompt="x", size=256, precision=Precision({precision!r})))
 plan_render(request, family, 10**9)
-build_text_encoder(family)
+family.part(Role.TEXT_ENCODER).build()
 print([m for m in ("torch._dynamo", "sympy", "torch.distributed.tensor", "torch.distributed.fsdp") if m in sys.modules])
 import torch._dynamo, diffusers.models.transformers as t
 print(hasattr(torch._dynamo, "optimize"), hasattr(t, "SD3Transformer2DModel"), torch.distributed.is_available())
@@ -49,12 +49,12 @@ def test_a_program_of_ours_leaves_out_more_and_gives_it_to_who_asks(tiny: Path) 
 import sys
 from tiler.memory.lean_imports import lean_torch
 lean_torch()
-from tiler.models.family import read_family, build_text_encoder, build_unet
+from tiler.models.family import Role, read_family
 from tiler.models.clip import load_tokenizer
 from tiler.weights.checkpoint import resolve
 family = read_family(resolve({str(tiny)!r}))
-build_unet(family), load_tokenizer(family)
-encoder = build_text_encoder(family)
+family.part(Role.DENOISER).build(), load_tokenizer(family)
+encoder = family.part(Role.TEXT_ENCODER).build()
 print([m for m in ("torch._meta_registrations", "torch._decomp", "torch._dynamo", "transformers") if m in sys.modules])
 import torch, torch._meta_registrations as meta, transformers
 from diffusers.utils import is_transformers_available

@@ -109,6 +109,8 @@ def _explained(error: BaseException) -> tuple[str, int]:
         case Interrupted():
             names = ", ".join(map(str, written()))
             return f"interrupted; {f'written: {names}' if names else 'nothing was written'}", int(error.code or 1)
+        case SystemExit() if isinstance(error.__context__, BrokenPipeError):
+            return "", 0  # rich, whose reader is gone
         case SystemExit():
             return "", error.code if isinstance(error.code, int) else 1
         case TilerError():

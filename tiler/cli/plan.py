@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import typer
@@ -19,6 +20,8 @@ def run(
 
     Takes the options of `render`, and refuses what `render` would refuse.
     """
+    if request.prompt is None and not request.regions:
+        request = replace(request, prompt="")  # what is drawn does not change what it takes
     budget = Budget(max_ram)
     o.prepare_process(threads)
     from tiler.cli.progress import ProgressPrinter

@@ -18,7 +18,7 @@ from tiler.models import family as families
 from tiler.models.family import Family, Options, Part, Role, VaeSpec
 from tiler.planning.table import PhasePlan, Term
 from tiler.weights.index import TensorInfo
-from tiler.weights.store import PIECE_ELEMENTS, READ_AHEAD, TORCH_DTYPES
+from tiler.weights.store import PIECE_ELEMENTS, READ_AHEAD, TORCH_DTYPES, match_index
 
 ACTIVATIONS = "activations + weights in use"
 
@@ -56,6 +56,7 @@ def text_phase(family: Family, fixed: list[Term]) -> PhasePlan:
 
 def _encoder_phase(family: Family, part: Part, fixed: list[Term]) -> PhasePlan:
     encoder, streamer = part.build(), Streamer(None, arena_bytes=part.arena_bytes)
+    match_index(encoder, family.checkpoint.weights(part.name), part.aliases)
     stream_layers(encoder, streamer)
     units = (4 * sum(layer.weight.numel() for layer in streamed_layers(m)) for m in encoder.modules())
     used = part.activation_bytes + max(n for n in units if n <= streamer.arena_bytes)
@@ -74,6 +75,7 @@ class DenoiserPeaks:
     def __init__(self, family: Family, *, int8: bool, arena_bytes: int | None = None) -> None:
         part = family.part(Role.DENOISER)
         self.family, self.module, self.stored = family, part.build(), family.checkpoint.weights(part.name)
+        match_index(self.module, self.stored, part.aliases)  # what is missing or misshapen is found before any work
         quantised = part.int8_weights(self.module) if int8 else frozenset[str]()
         self.stored |= {
             name: self.stored[name]._replace(dtype="I8", nbytes=math.prod(self.stored[name].shape))
@@ -120,6 +122,7 @@ class VaePeaks:
 
     def __init__(self, kind: VaeSpec) -> None:
         self.kind, self.module, self.streamer = kind, families.build_vae(kind), Streamer(None)
+        match_index(self.module, kind.weights, families.vae_names)
         stream_layers(self.module, self.streamer)
         self.terms = [libraries(), *weights_terms(self.module, kind.weights)]
 
