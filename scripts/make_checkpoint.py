@@ -133,7 +133,10 @@ def configs(kind: str) -> dict[str, dict[str, Any]]:
     if kind == "tiny-old":
         parts["unet"] = parts["unet"] | {"sample_size": 32}
         dropped = ("clip_sample", "skip_prk_steps")
-        parts["scheduler"] = {k: v for k, v in _SCHEDULER.items() if k not in dropped} | {"_class_name": "DDIMScheduler", "steps_offset": 0}  # fmt: skip
+        parts["scheduler"] = {k: v for k, v in _SCHEDULER.items() if k not in dropped} | {
+            "_class_name": "DDIMScheduler",
+            "steps_offset": 0,
+        }
         return parts
     # Of our own making: a small sample_size is meant, not left over from an old version.
     for part in ("unet", "vae", "scheduler"):

@@ -62,9 +62,19 @@ def start(request: DecodeRequest, budget: Budget, on_event: OnEvent) -> Iterator
         )  # fmt: skip
         box = latents.picture_box
         yield DecodeRun(
-            output=output, width=box.width, height=box.height, crop=(box.top, box.left), texts=latents.texts, latents=latents, vae=vae,
-            decode_plan=decode_plan, plan=plan, resident=resident, budget=budget, on_event=on_event,
-        )  # fmt: skip
+            output=output,
+            width=box.width,
+            height=box.height,
+            crop=(box.top, box.left),
+            texts=latents.texts,
+            latents=latents,
+            vae=vae,
+            decode_plan=decode_plan,
+            plan=plan,
+            resident=resident,
+            budget=budget,
+            on_event=on_event,
+        )
 
 
 def decode(run: DecodeRun) -> Generator[np.ndarray]:

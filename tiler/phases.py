@@ -62,8 +62,10 @@ class RenderRun:
     weights: dict[str, tuple[dict[str, TensorInfo], Names]]  # by part: where its parameters lie, and their names there
     texts: dict[str, str] = field(default_factory=dict)  # what the picture will say of itself
     counts: dict[str, int] = field(
-        default_factory=lambda: dict.fromkeys(("denoiser_calls", "denoiser_samples", "denoiser_bytes_read", "weight_bytes_read"), 0)
-    )  # fmt: skip
+        default_factory=lambda: dict.fromkeys(
+            ("denoiser_calls", "denoiser_samples", "denoiser_bytes_read", "weight_bytes_read"), 0
+        )
+    )
 
     def note(self, text: str) -> None:
         self.on_event(events.Note(text=text))

@@ -61,8 +61,15 @@ def render(request: RenderRequest, budget: Budget | None = None, on_event: OnEve
             with phases.kept_canvas(run, latents), closing(phases.decode(run, latents)) as rows:
                 wanted = run.request
                 write_picture(
-                    wanted.output, rows, wanted.width, wanted.height, run.texts, wanted.dpi, wanted.bleed_mm, force=wanted.force
-                )  # fmt: skip
+                    wanted.output,
+                    rows,
+                    wanted.width,
+                    wanted.height,
+                    run.texts,
+                    wanted.dpi,
+                    wanted.bleed_mm,
+                    force=wanted.force,
+                )
         return Result(output=run.request.output, report=reports.of_render(run))
 
 

@@ -64,7 +64,10 @@ def test_a_finished_canvas_becomes_a_file(tiny: Path, tmp_path: Path, whole: np.
     assert not (tmp_path / "x.png").exists()
     assert (tmp_path / "x.png.latents.safetensors").exists()
     command = next(line for line in done.stderr.splitlines() if line.startswith("tiler decode "))
-    finished = run(f"from tiler.cli.main import main; import sys; sys.argv = {[*shlex.split(command), '-q', '--decode', 'exact']!r}; main()", tmp_path)  # fmt: skip
+    finished = run(
+        f"from tiler.cli.main import main; import sys; sys.argv = {[*shlex.split(command), '-q', '--decode', 'exact']!r}; main()",
+        tmp_path,
+    )
     assert finished.returncode == 0, finished.stderr
     picture = Image.open(tmp_path / "x.png")
     assert np.array_equal(np.array(picture), whole)

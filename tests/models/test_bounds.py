@@ -35,8 +35,21 @@ TEXT = {
     "hidden_size": "whole", "vocab_size": "whole", "intermediate_size": "whole", "num_hidden_layers": "whole",
     "num_attention_heads": "whole", "max_position_embeddings": "whole", "layer_norm_eps": "number",
 }  # fmt: skip
-LISTS: list[Any] = [None, 5, "320", [], [32] * 17, [32, 64, 0, 64], [32, 64, -64, 64], [32, 64, 64.0, 64],
-                    [32, 64, "64", 64], [32, 64, True, 64], [32, 64, 10**9, 64], [32, 64, None, 64], [[32], 64, 64, 64]]  # fmt: skip
+LISTS: list[Any] = [
+    None,
+    5,
+    "320",
+    [],
+    [32] * 17,
+    [32, 64, 0, 64],
+    [32, 64, -64, 64],
+    [32, 64, 64.0, 64],
+    [32, 64, "64", 64],
+    [32, 64, True, 64],
+    [32, 64, 10**9, 64],
+    [32, 64, None, 64],
+    [[32], 64, 64, 64],
+]
 CASES = [
     *(("unet", key, value) for key, kind in UNET.items() for value in NONE_OF_THEM[kind]),
     *(("vae", key, value) for key, kind in VAE.items() for value in NONE_OF_THEM[kind]),
@@ -76,8 +89,11 @@ def check(part: str, config: dict[str, Any]) -> None:
 @pytest.mark.parametrize(("part", "key", "value"), CASES, ids=lambda x: str(x)[:30])
 def test_a_field_is_blamed(configs: dict[str, dict[str, Any]], part: str, key: str, value: object) -> None:
     config = json.loads(json.dumps(configs[part] | {key: value}))  # as it comes out of a file
-    blamed = {"norm_num_groups": "(norm_num_groups|block_out_channels)", "num_attention_heads": "(num_attention_heads|hidden_size)",
-              "in_channels": "(in_channels|out_channels)"}.get(key, key)  # fmt: skip
+    blamed = {
+        "norm_num_groups": "(norm_num_groups|block_out_channels)",
+        "num_attention_heads": "(num_attention_heads|hidden_size)",
+        "in_channels": "(in_channels|out_channels)",
+    }.get(key, key)
     with pytest.raises(ModelError, match=rf"^folder/config\.json: {blamed} ") as caught:
         check(part, config)
     assert len(str(caught.value)) < 300

@@ -292,9 +292,18 @@ def test_it_renders_through_the_whole_pipeline(
     from safetensors.torch import load_file
 
     asked = RenderRequest(
-        prompt="a boat", negative_prompt=negative, model=str(folder), size=128, num_inference_steps=3, guidance_scale=2.0,
-        seed=5, guide=False, precision=Precision.FP32, output=tmp_path / "x.png", save_latents=tmp_path / "x.safetensors",
-    )  # fmt: skip
+        prompt="a boat",
+        negative_prompt=negative,
+        model=str(folder),
+        size=128,
+        num_inference_steps=3,
+        guidance_scale=2.0,
+        seed=5,
+        guide=False,
+        precision=Precision.FP32,
+        output=tmp_path / "x.png",
+        save_latents=tmp_path / "x.safetensors",
+    )
     roomy = read_rss().now + 10**9
     render(asked, Budget(roomy))
     latents = torch.randn(1, CHANNELS, NATIVE, NATIVE, generator=torch.Generator().manual_seed(5))

@@ -21,8 +21,13 @@ from tiler.weights.checkpoint import resolve
 from tiler.weights.identity import model_id
 
 FACTS = Facts(
-    model="/home/ann/models/dream", model_id="0" * 32, revision=None, scheduler="DPM++ 2M Karras", precision="fp32", begin=3
-)  # fmt: skip
+    model="/home/ann/models/dream",
+    model_id="0" * 32,
+    revision=None,
+    scheduler="DPM++ 2M Karras",
+    precision="fp32",
+    begin=3,
+)
 
 
 PARTS = ("unet", "vae", "text_encoder")
@@ -34,9 +39,12 @@ def request(**values: Any) -> ResolvedRequest:
 
 def test_no_path_of_this_machine_is_in_the_texts() -> None:
     places = {
-        "model": "/home/ann/models/dream", "guide_image": Path("/home/ann/private/me.jpg"), "scratch": Path("/home/ann/s"),
-        "save_latents": Path("/home/ann/z.safetensors"), "cache_dir": Path("/home/ann/c"),
-    }  # fmt: skip
+        "model": "/home/ann/models/dream",
+        "guide_image": Path("/home/ann/private/me.jpg"),
+        "scratch": Path("/home/ann/s"),
+        "save_latents": Path("/home/ann/z.safetensors"),
+        "cache_dir": Path("/home/ann/c"),
+    }
     made = texts(request(**places), FACTS)
     assert "ann" not in str(made) and "/" not in made["parameters"]
     said = json.loads(made["tiler"])

@@ -152,8 +152,17 @@ def test_of_a_whole_file_and_all_its_shards_each_library_takes_its_own(tmp_path:
     assert (found.note is not None) == whole
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b'{"weight_map": []}', b'{"weight_map": {"a": 1}}',
-                                     b'{"weight_map": {"a": "../x.safetensors"}}', b'{"weight_map": {"a": ".."}}'])  # fmt: skip
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"[]",
+        b'{"weight_map": []}',
+        b'{"weight_map": {"a": 1}}',
+        b'{"weight_map": {"a": "../x.safetensors"}}',
+        b'{"weight_map": {"a": ".."}}',
+    ],
+)
 def test_an_index_that_is_damaged(tmp_path: Path, content: bytes) -> None:
     (tmp_path / f"{UNET}.safetensors.index.json").write_bytes(content)
     with pytest.raises(ModelError, match="download it again"):
@@ -242,13 +251,27 @@ def test_the_folder_above_a_model_says_where_it_is(tmp_path: Path) -> None:
 
 
 LISTING = [
-    "README.md", "model_index.json", "v1-5-pruned.safetensors", "v1-5-pruned-emaonly.ckpt", "scheduler/scheduler_config.json",
-    "tokenizer/vocab.json", "tokenizer/merges.txt", "feature_extractor/preprocessor_config.json",
-    "safety_checker/config.json", "safety_checker/model.safetensors", "safety_checker/model.fp16.safetensors",
-    "text_encoder/config.json", "text_encoder/model.safetensors", "text_encoder/pytorch_model.bin",
-    "unet/config.json", f"unet/{UNET}.safetensors", f"unet/{UNET}.non_ema.safetensors", f"unet/{UNET}.bin",
-    "vae/config.json", f"vae/{UNET}.safetensors",
-]  # fmt: skip
+    "README.md",
+    "model_index.json",
+    "v1-5-pruned.safetensors",
+    "v1-5-pruned-emaonly.ckpt",
+    "scheduler/scheduler_config.json",
+    "tokenizer/vocab.json",
+    "tokenizer/merges.txt",
+    "feature_extractor/preprocessor_config.json",
+    "safety_checker/config.json",
+    "safety_checker/model.safetensors",
+    "safety_checker/model.fp16.safetensors",
+    "text_encoder/config.json",
+    "text_encoder/model.safetensors",
+    "text_encoder/pytorch_model.bin",
+    "unet/config.json",
+    f"unet/{UNET}.safetensors",
+    f"unet/{UNET}.non_ema.safetensors",
+    f"unet/{UNET}.bin",
+    "vae/config.json",
+    f"vae/{UNET}.safetensors",
+]
 HALF = [f"{p}/{STEMS[p]}.fp16.safetensors" for p in STEMS]
 SHARDED = [
     *(f for f in LISTING if not f.startswith("unet/diff")),

@@ -46,8 +46,13 @@ def command(measure: Measure = False, json_output: o.Json = False) -> None:
         "accumulation dtype": "fp32 canvas, fp64 mask sums",
         "free disk": f"{format_mb(shutil.disk_usage(Path.cwd()).free)} in {Path.cwd()}",
         "hub cache": str(hub_cache()),
-        "versions": ", ".join([f"python {platform.python_version()}", *(f"{n} {metadata.version(n)}" for n in ("tiler", "torch", "diffusers", "transformers", "safetensors"))]),
-    }  # fmt: skip
+        "versions": ", ".join(
+            [
+                f"python {platform.python_version()}",
+                *(f"{n} {metadata.version(n)}" for n in ("tiler", "torch", "diffusers", "transformers", "safetensors")),
+            ]
+        ),
+    }
     if notes := onednn.notes():
         facts["this torch"] = "; ".join(notes)
     if measure:

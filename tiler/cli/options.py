@@ -39,11 +39,13 @@ Threads = Annotated[
 Report = Annotated[
     Path | None,
     typer.Option(
-        "--report", rich_help_panel=Panel.OUTPUT, metavar="PATH",
+        "--report",
+        rich_help_panel=Panel.OUTPUT,
+        metavar="PATH",
         help="Write peak memory, times and counts as JSON. Peaks are the kernel's VmHWM, reset between phases: tools that read "
         "it once at the end, like /usr/bin/time, may show less.",
     ),
-]  # fmt: skip
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", rich_help_panel=Panel.OUTPUT, help="No progress; errors only.")]
 Json = Annotated[
     bool, typer.Option("--json", rich_help_panel=Panel.OUTPUT, help="Print one JSON object on standard output.")

@@ -9,9 +9,20 @@ from pathlib import Path
 from typing import NamedTuple
 
 _KNOWN = (
-    "avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_tile", "amx_int8", "fphp", "asimdhp", "asimddp", "i8mm",
-    "bf16", "sve",
-)  # fmt: skip
+    "avx2",
+    "avx512f",
+    "avx512_vnni",
+    "avx_vnni",
+    "avx512_bf16",
+    "amx_tile",
+    "amx_int8",
+    "fphp",
+    "asimdhp",
+    "asimddp",
+    "i8mm",
+    "bf16",
+    "sve",
+)
 _DOT_PRODUCT = ("avx512_vnni", "avx_vnni", "amx_int8")
 
 

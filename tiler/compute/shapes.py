@@ -80,9 +80,29 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
 
 
 _POINTWISE = {
-    "add", "__add__", "__radd__", "sub", "__sub__", "__rsub__", "mul", "__mul__", "__rmul__", "div", "__truediv__", "rsqrt", "sin", "cos",
-    "exp", "silu", "gelu", "group_norm", "layer_norm", "clone", "empty_like", "zeros_like",
-}  # fmt: skip
+    "add",
+    "__add__",
+    "__radd__",
+    "sub",
+    "__sub__",
+    "__rsub__",
+    "mul",
+    "__mul__",
+    "__rmul__",
+    "div",
+    "__truediv__",
+    "rsqrt",
+    "sin",
+    "cos",
+    "exp",
+    "silu",
+    "gelu",
+    "group_norm",
+    "layer_norm",
+    "clone",
+    "empty_like",
+    "zeros_like",
+}
 _IN_PLACE = {"add_", "__iadd__", "mul_", "__imul__", "div_", "copy_", "zero_", "__setitem__"}
 
 

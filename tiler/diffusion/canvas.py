@@ -46,8 +46,11 @@ class SamplingState:
     def tensors(self) -> dict[str, Tensor]:
         """As tensors alone, for a `Journal`; the numbers are JSON in a tensor of bytes."""
         numbers = {
-            "phase": self.phase, "step": self.step, "tiles_added": self.tiles_added, "scheduler": self.scheduler.numbers,
-        }  # fmt: skip
+            "phase": self.phase,
+            "step": self.step,
+            "tiles_added": self.tiles_added,
+            "scheduler": self.scheduler.numbers,
+        }
         found = {
             "numbers": torch.tensor(list(json.dumps(numbers).encode()), dtype=torch.uint8),
             "latents": self.latents,
@@ -67,10 +70,14 @@ class SamplingState:
         mark = "scheduler."
         remembered = {name.removeprefix(mark): t for name, t in tensors.items() if name.startswith(mark)}
         return cls(
-            phase=numbers["phase"], step=numbers["step"], tiles_added=numbers["tiles_added"], latents=tensors["latents"],
-            blended=tensors.get("blended"), scheduler=SchedulerState(numbers["scheduler"], remembered),
+            phase=numbers["phase"],
+            step=numbers["step"],
+            tiles_added=numbers["tiles_added"],
+            latents=tensors["latents"],
+            blended=tensors.get("blended"),
+            scheduler=SchedulerState(numbers["scheduler"], remembered),
             generator=tensors["generator"],
-        )  # fmt: skip
+        )
 
 
 def initial_noise(

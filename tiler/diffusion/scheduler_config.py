@@ -21,12 +21,26 @@ _NOISE_FIELDS = frozenset({
 })  # fmt: skip
 
 # Schedulers of diffusers for models like these: another one can take their place.
-_REPLACEABLE = frozenset({
-    "DDPMScheduler", "DDPMParallelScheduler", "DDIMParallelScheduler", "DDIMInverseScheduler", "PNDMScheduler", "IPNDMScheduler",
-    "LMSDiscreteScheduler", "HeunDiscreteScheduler", "DPMSolverSinglestepScheduler", "DPMSolverSDEScheduler",
-    "DPMSolverMultistepInverseScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "DEISMultistepScheduler",
-    "SASolverScheduler", "TCDScheduler",
-})  # fmt: skip
+_REPLACEABLE = frozenset(
+    {
+        "DDPMScheduler",
+        "DDPMParallelScheduler",
+        "DDIMParallelScheduler",
+        "DDIMInverseScheduler",
+        "PNDMScheduler",
+        "IPNDMScheduler",
+        "LMSDiscreteScheduler",
+        "HeunDiscreteScheduler",
+        "DPMSolverSinglestepScheduler",
+        "DPMSolverSDEScheduler",
+        "DPMSolverMultistepInverseScheduler",
+        "KDPM2DiscreteScheduler",
+        "KDPM2AncestralDiscreteScheduler",
+        "DEISMultistepScheduler",
+        "SASolverScheduler",
+        "TCDScheduler",
+    }
+)
 
 
 class Corrected(NamedTuple):

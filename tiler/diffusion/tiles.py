@@ -105,9 +105,15 @@ class Tiles(Sequence[Text2ImageRegion]):
         layer = self.layers[which]
         top, left = layer.place(number - (ends[which] - len(layer)))
         return Text2ImageRegion(
-            top=top + self.shift[0], left=left + self.shift[1], height=self.tile[0], width=self.tile[1], canvas=self.canvas,
-            condition=layer.condition, guidance_scale=self._scale(layer), weights=self._weights(layer, top, left),
-        )  # fmt: skip
+            top=top + self.shift[0],
+            left=left + self.shift[1],
+            height=self.tile[0],
+            width=self.tile[1],
+            canvas=self.canvas,
+            condition=layer.condition,
+            guidance_scale=self._scale(layer),
+            weights=self._weights(layer, top, left),
+        )
 
     @property
     def samples(self) -> int:
@@ -135,11 +141,14 @@ class Tiles(Sequence[Text2ImageRegion]):
     def _weights(self, layer: _Layer, top: int, left: int) -> Tensor:
         neighbours = tuple(
             Neighbours(
-                offsets(other.rows, top, self.tile[0], self.canvas[0]), offsets(other.cols, left, self.tile[1], self.canvas[1]),
-                other.kind, other.weight, other.fades,
+                offsets(other.rows, top, self.tile[0], self.canvas[0]),
+                offsets(other.cols, left, self.tile[1], self.canvas[1]),
+                other.kind,
+                other.weight,
+                other.fades,
             )
             for other in self.layers
-        )  # fmt: skip
+        )
         neighbours = tuple(n for n in neighbours if n.downs and n.acrosses)
         rest = self.rest(top, left) if any(n.fades for n in neighbours) else None
         return normalised((layer.kind, layer.weight, layer.fades), neighbours, self.tile, rest)
@@ -231,11 +240,14 @@ def plan_tiles(request: ResolvedRequest, *, canvas: tuple[int, int], tile: tuple
         down, across = _grid((height, width), tile, overlap)
         layers.append(
             _Layer(
-                rows=tuple(rows[0] + top for top in down), cols=tuple(cols[0] + left for left in across), condition=number,
+                rows=tuple(rows[0] + top for top in down),
+                cols=tuple(cols[0] + left for left in across),
+                condition=number,
                 guidance_scale=request.guidance_scale if region.guidance_scale is None else region.guidance_scale,
-                kind=region.mask or request.mask, weight=region.mask_weight,
+                kind=region.mask or request.mask,
+                weight=region.mask_weight,
             )
-        )  # fmt: skip
+        )
     if request.prompt is None:
         _check_cover(spans, canvas)
     return Tiles(canvas=canvas, tile=tile, layers=tuple(layers), borders=borders, ramp=overlap)

@@ -25,7 +25,19 @@ from tiler.errors import BudgetExceeded, UsageError
 from tiler.memory import process
 from tiler.memory.tuning import ROOMY
 
-_UNITS = {"": 1, "B": 1, "K": 10**3, "KB": 10**3, "KIB": 2**10, "M": 10**6, "MB": 10**6, "MIB": 2**20, "G": 10**9, "GB": 10**9, "GIB": 2**30}  # fmt: skip
+_UNITS = {
+    "": 1,
+    "B": 1,
+    "K": 10**3,
+    "KB": 10**3,
+    "KIB": 2**10,
+    "M": 10**6,
+    "MB": 10**6,
+    "MIB": 2**20,
+    "G": 10**9,
+    "GB": 10**9,
+    "GIB": 2**30,
+}
 NEAR = 0.88  # of the ceiling: give back what was freed
 _ALMOST = 0.92  # of the ceiling: collect and trim before going on
 MARGIN = 0.97  # of the ceiling: what a plan may fill

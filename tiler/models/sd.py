@@ -124,18 +124,31 @@ def read(checkpoint: Checkpoint, name: str) -> StableDiffusion:
     activations = 4 * 2 * TOKENS * (3 * text.get("intermediate_size", 2048) + 8 * text["hidden_size"])
     parts = (
         Part(
-            name="text_encoder", role=Role.TEXT_ENCODER, config=text, build=partial(_build_text_encoder, checkpoint, text),
-            aliases=text_names, quantise=partial(quantised, levels=0), activation_bytes=activations,
+            name="text_encoder",
+            role=Role.TEXT_ENCODER,
+            config=text,
+            build=partial(_build_text_encoder, checkpoint, text),
+            aliases=text_names,
+            quantise=partial(quantised, levels=0),
+            activation_bytes=activations,
         ),
         Part(
-            name="unet", role=Role.DENOISER, config=unet, build=partial(_build_unet, checkpoint, unet),
-            aliases=plain_names, quantise=partial(quantised, levels=levels),
+            name="unet",
+            role=Role.DENOISER,
+            config=unet,
+            build=partial(_build_unet, checkpoint, unet),
+            aliases=plain_names,
+            quantise=partial(quantised, levels=levels),
         ),
         Part(
-            name="vae", role=Role.VAE, config=vae, build=partial(build_vae, spec), aliases=vae_names,
+            name="vae",
+            role=Role.VAE,
+            config=vae,
+            build=partial(build_vae, spec),
+            aliases=vae_names,
             quantise=lambda name: False,
         ),
-    )  # fmt: skip
+    )
     traits = Traits(
         title="Stable Diffusion", native=int(unet.get("sample_size", 64)), granularity=2 ** (levels - 1),
         channels=int(latent), width=unet["block_out_channels"][0],

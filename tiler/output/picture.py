@@ -77,10 +77,20 @@ def _write_tiff(
     most = 3 * (width + TILE) * (height + TILE) * 1.01 + 2**24
     with tifffile.TiffWriter(file, bigtiff=most > 2**32) as tiff:
         tiff.write(
-            _tiles(rows, width), shape=(height, width, 3), dtype=np.uint8, tile=(TILE, TILE), photometric="rgb", compression="zlib",
-            description=texts.get("parameters", "").encode(errors="replace"), metadata=None, iccprofile=srgb_profile(), software="tiler", datetime=None,
-            resolution=(dpi or POINTS, dpi or POINTS), resolutionunit="INCH",
-        )  # fmt: skip
+            _tiles(rows, width),
+            shape=(height, width, 3),
+            dtype=np.uint8,
+            tile=(TILE, TILE),
+            photometric="rgb",
+            compression="zlib",
+            description=texts.get("parameters", "").encode(errors="replace"),
+            metadata=None,
+            iccprofile=srgb_profile(),
+            software="tiler",
+            datetime=None,
+            resolution=(dpi or POINTS, dpi or POINTS),
+            resolutionunit="INCH",
+        )
 
 
 def _tiles(rows: Iterator[np.ndarray], width: int) -> Iterator[np.ndarray]:

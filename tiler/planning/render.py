@@ -157,11 +157,23 @@ def plan_render(request: ResolvedRequest, family: Family, max_bytes: int) -> Ren
     order = ["load guide", "encode prompts", "guide", "guide picture", "canvas", "decode"]
     phases.sort(key=lambda p: order.index(p.name))
     return RenderPlan(
-        **vars(cut), family=family, batch=batch, resident=resident, decoder=decoder.kind, methods=methods, guide_batch=guide_batch, precision=precision, precision_why=precision_why,
-        scheduler=schedule.name, notes=schedule.notes,
-        sample_bytes=sampler.activations((0,), side, side), arena_bytes=sampler.streamer.arena_bytes,
-        memory=MemoryPlan(max_bytes=max_bytes, phases=tuple(phases), smallest_bytes=int(max(least + smallest) / MARGIN) + 1),
-    )  # fmt: skip
+        **vars(cut),
+        family=family,
+        batch=batch,
+        resident=resident,
+        decoder=decoder.kind,
+        methods=methods,
+        guide_batch=guide_batch,
+        precision=precision,
+        precision_why=precision_why,
+        scheduler=schedule.name,
+        notes=schedule.notes,
+        sample_bytes=sampler.activations((0,), side, side),
+        arena_bytes=sampler.streamer.arena_bytes,
+        memory=MemoryPlan(
+            max_bytes=max_bytes, phases=tuple(phases), smallest_bytes=int(max(least + smallest) / MARGIN) + 1
+        ),
+    )
 
 
 def build_schedule(request: ResolvedRequest, family: Family) -> DiffusersSchedule:

@@ -22,10 +22,14 @@ def summarise(said: RenderRequest, request: ResolvedRequest, plan: RenderPlan, s
     def work_of(asked: ResolvedRequest, tiling: Tiling) -> dict[str, Any]:
         work = counter.count(tiling, asked.attention_window)
         precision, _ = choose_precision(asked.precision, plan.family)
-        return _with_old_names({
-            "denoiser_samples": tiling.denoiser_samples, "precision": precision.value, "denoiser_tflop": round(work.tflop, 3),
-            "expected_seconds": round(time.seconds(work, plan.methods.values(), speed, precision)),
-        })  # fmt: skip
+        return _with_old_names(
+            {
+                "denoiser_samples": tiling.denoiser_samples,
+                "precision": precision.value,
+                "denoiser_tflop": round(work.tflop, 3),
+                "expected_seconds": round(time.seconds(work, plan.methods.values(), speed, precision)),
+            }
+        )
 
     presets = {}
     for preset in Preset:
@@ -36,15 +40,23 @@ def summarise(said: RenderRequest, request: ResolvedRequest, plan: RenderPlan, s
         "schema": 2,
         "canvas": f"{8 * plan.canvas[1]}×{8 * plan.canvas[0]}",
         "guide": None if plan.guide is None else f"{8 * plan.guide.width}×{8 * plan.guide.height}",
-        "tiles": len(plan.regions), "samples_per_pass": plan.batch, "denoiser_calls": plan.denoiser_calls,
-        **work_of(request, plan), "presets": presets, "decode": decoder.name, "decode_why": decoder.why,
-        "guide_upscale_flops": plan.upscale_flops, "scratch_bytes": max(m.scratch_bytes for m in plan.methods.values()),
-        "predicted_peak_bytes": memory.peak_bytes, "max_ram_bytes": memory.max_bytes,
+        "tiles": len(plan.regions),
+        "samples_per_pass": plan.batch,
+        "denoiser_calls": plan.denoiser_calls,
+        **work_of(request, plan),
+        "presets": presets,
+        "decode": decoder.name,
+        "decode_why": decoder.why,
+        "guide_upscale_flops": plan.upscale_flops,
+        "scratch_bytes": max(m.scratch_bytes for m in plan.methods.values()),
+        "predicted_peak_bytes": memory.peak_bytes,
+        "max_ram_bytes": memory.max_bytes,
         "smallest_max_ram_bytes": memory.smallest_bytes,
         "phases": [
-            {"name": p.name, "peak_bytes": p.peak_bytes, "terms": {t.name: t.nbytes for t in p.terms}} for p in memory.phases
+            {"name": p.name, "peak_bytes": p.peak_bytes, "terms": {t.name: t.nbytes for t in p.terms}}
+            for p in memory.phases
         ],
-    }  # fmt: skip
+    }
     return _with_old_names(facts)
 
 

@@ -61,9 +61,10 @@ class RenderRequest:
         None,
         Option(
             "Render for a sheet: A0–A10, B0–B10, letter, legal, tabloid, or a size like 60x40cm; --dpi decides the pixels.",
-            Panel.PICTURE, ("--paper",),
+            Panel.PICTURE,
+            ("--paper",),
         ),
-    )  # fmt: skip
+    )
     landscape: bool = option(False, Option("Lay the sheet on its long side.", Panel.PICTURE, ("--landscape",)))
     bleed: str | None = option(
         None, Option("Picture beyond each edge of the sheet, to be cut off; like 3mm.", Panel.PICTURE, ("--bleed",))
@@ -72,8 +73,13 @@ class RenderRequest:
     wrap: Wrap = option(Wrap.NONE, shared.WRAP)
     seed: int | None = option(
         None,
-        Option("The same seed gives the same picture; -1 draws one at random.", Panel.PICTURE, ("--seed", "-s"), default="random"),
-    )  # fmt: skip
+        Option(
+            "The same seed gives the same picture; -1 draws one at random.",
+            Panel.PICTURE,
+            ("--seed", "-s"),
+            default="random",
+        ),
+    )
 
     model: str = option("mini", shared.MODEL)
     variant: str | None = option(None, shared.VARIANT)
@@ -85,9 +91,11 @@ class RenderRequest:
         Option(
             "quality: the model's defaults; balanced: --layout shift and guidance in 0-0.6 of the schedule; fast: also 10 steps, "
             "strength 0.4 and guidance in 0-0.5. Options given beside a preset win.",
-            Panel.SAMPLING, ("--preset",), default="quality",
+            Panel.SAMPLING,
+            ("--preset",),
+            default="quality",
         ),
-    )  # fmt: skip
+    )
     num_inference_steps: int | None = option(
         None, Option("Sampling steps, 1–1000.", Panel.SAMPLING, ("--steps",), default="the model's, mostly 20")
     )
@@ -117,9 +125,13 @@ class RenderRequest:
         Option(
             "DDIM, Euler, Euler a, DPM++ 2M, DPM++ 2M Karras, UniPC, LCM, or auto: the model's own, and DPM++ 2M Karras where "
             "that is none of these.",
-            Panel.SAMPLING, ("--scheduler", "--sampling-method"), parse=parse_scheduler, metavar="NAME", default="auto",
+            Panel.SAMPLING,
+            ("--scheduler", "--sampling-method"),
+            parse=parse_scheduler,
+            metavar="NAME",
+            default="auto",
         ),
-    )  # fmt: skip
+    )
     guide_image: Path | None = option(
         None, Option("A picture to use as the guide instead of a low-resolution pass.", Panel.SAMPLING, ("--guide",))
     )
@@ -129,21 +141,29 @@ class RenderRequest:
         Option(
             "How the guide is brought to the canvas's size. pixel: decoded, resized, encoded; latent: only its latents are resized, "
             "which is faster and rougher.",
-            Panel.SAMPLING, ("--guide-upscale",),
+            Panel.SAMPLING,
+            ("--guide-upscale",),
         ),
-    )  # fmt: skip
+    )
     layout: Layout | None = option(
         None,
         Option(
             "grid: overlapping tiles; shift: tiles side by side, moved at every step except the last: 16 tiles a step instead of "
             "25 at 2048².",
-            Panel.SAMPLING, ("--layout",), default="grid",
+            Panel.SAMPLING,
+            ("--layout",),
+            default="grid",
         ),
-    )  # fmt: skip
+    )
     overlap: int | None = option(
         None,
-        Option("Least overlap of neighbouring tiles in pixels.", Panel.SAMPLING, ("--overlap",), default="a quarter of a tile"),
-    )  # fmt: skip
+        Option(
+            "Least overlap of neighbouring tiles in pixels.",
+            Panel.SAMPLING,
+            ("--overlap",),
+            default="a quarter of a tile",
+        ),
+    )
     mask: Mask = option(
         Mask.GAUSSIAN,
         Option(
@@ -163,9 +183,10 @@ class RenderRequest:
         Option(
             "Arithmetic of the denoiser. int8 is faster and reads half the bytes, from a file that is made once in --cache-dir; auto "
             "takes it on processors with 8-bit dot products, fp32 on others.",
-            Panel.MEMORY, ("--precision",),
+            Panel.MEMORY,
+            ("--precision",),
         ),
-    )  # fmt: skip
+    )
     cache_dir: Path | None = option(None, shared.CACHE_DIR)
     decode: Decode = option(Decode.AUTO, shared.DECODE)
     scratch: Path | None = option(None, shared.SCRATCH)

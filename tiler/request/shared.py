@@ -19,8 +19,9 @@ DECODE = Option(
     "attention sees at most 16,384 evenly spaced tokens; frozen: row by row with statistics measured beforehand, for any size "
     "and little disk space; tiny: a fast approximation by --tiny-vae; auto: exact while attention to the whole picture is a "
     "small part of the work, then sampled, and frozen above 4,096 px of width or without the disk space.",
-    Panel.MEMORY, ("--decode",),
-)  # fmt: skip
+    Panel.MEMORY,
+    ("--decode",),
+)
 SCRATCH = Option("Folder for the decoder's scratch files.", Panel.MEMORY, ("--scratch",), default="the output's folder")
 SCRATCH_DTYPE = Option(
     "How scratch files store activations; fp16 takes half the bytes and stays about 70 dB from fp32.",
