@@ -202,7 +202,9 @@ def make_reference(run: RenderRun, picture: np.ndarray | None, guide_latents: Te
 def denoise_canvas(run: RenderRun, conditions: Conditions, reference: Tensor | None) -> Tensor:
     """Mixture of Diffusers on the whole canvas: its final latents, (1, C, H, W) fp32 scaled."""
     plan = run.plan
-    if plan.begin:
+    if plan.begin == run.request.num_inference_steps and run.request.strength > 0:
+        run.note("no step is left for the canvas: it is the enlarged guide; raise --steps or --strength")
+    elif plan.begin:
         run.note(f"the guide takes the place of the first {plan.begin} of {run.request.num_inference_steps} steps")
     with run.phase("canvas", plan.canvas_samples):
         return _denoise(run, "canvas", plan.canvas_steps, conditions, reference, plan.begin, plan.batch)

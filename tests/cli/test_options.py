@@ -11,6 +11,8 @@ BAD_OPTIONS = [
     (["--size", "-64"], "size = -64"),
     (["--size", "1000000"], "size = 1000000"),
     (["--size", "56", "--wrap", "x"], "smaller than a tile"),
+    (["--report", "tiler.png"], "same file"),
+    (["-o", "a.png", "--save-latents", "a.png"], "same file"),
     (["--steps", "0"], "steps = 0"),
     (["--steps", "1000000"], "steps"),
     (["--cfg-scale", "nan"], "guidance-scale"),
@@ -66,6 +68,7 @@ def test_bad_options_are_exit_2_and_one_line(
         ("[[region]]\nprompt = 'x'\nrows = [0, 32]\ncols = [0, 64]", "smaller than a tile"),
         ("[[region]]\nprompt = 'x'\nrows = [0, 128]\ncols = [0, 64]\nmask = 'round'", "mask"),
         ("region = 3", "no [[region]]"),
+        ("region = [1, 2]", "not a table"),
         ("= broken", "not valid TOML"),
     ],
 )

@@ -45,7 +45,7 @@ def test_an_unsaid_field_stays_unsaid() -> None:
     [
         ({"size": 7}, "size"), ({"width": 70_000}, "width"), ({"height": 0}, "height"), ({"num_inference_steps": 0}, "steps"),
         ({"num_inference_steps": 1001}, "steps"), ({"guidance_scale": float("nan")}, "guidance-scale"),
-        ({"guidance_scale": -0.1}, "guidance-scale"), ({"strength": 1.01}, "strength"), ({"seed": -1}, "seed"),
+        ({"guidance_scale": -0.1}, "guidance-scale"), ({"strength": 1.01}, "strength"), ({"seed": -2}, "seed"),
         ({"seed": 2**63}, "seed"), ({"overlap": 12}, "overlap"), ({"overlap": -8}, "overlap"), ({"dpi": 0.0}, "dpi"),
         ({"dpi": float("inf")}, "dpi"), ({"guidance_interval": (0.5, 0.5)}, "guidance-interval"), ({"paper": "A77"}, "A77"),
         ({"attention_window": 3}, "attention-window"), ({"paper": "A4", "size": 512}, "--paper"), ({"bleed": "3"}, "'3'"),
@@ -131,3 +131,25 @@ def test_without_a_prompt_there_is_nothing_to_draw(tiny: Path) -> None:
     family = read_family(checkpoint.resolve(str(tiny)))
     with pytest.raises(UsageError, match="nothing to draw"):
         resolve(RenderRequest(), family)
+
+
+def test_plain_words_become_choices_and_paths() -> None:
+    asked = RenderRequest(prompt="x", layout="shift", scheduler="euler a", output="a.png", model=Path("m"), seed=-1)  # type: ignore[arg-type]
+    assert asked.layout is Layout.SHIFT
+    assert asked.scheduler is Scheduler.EULER_A
+    assert (asked.output, asked.model, asked.seed) == (Path("a.png"), "m", None)
+    assert DecodeRequest(latents="l.safetensors").latents == Path("l.safetensors")  # type: ignore[arg-type]
+    assert fill(asked).layout is Layout.SHIFT
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"layout": "spiral"}, "spiral"),
+        ({"num_inference_steps": 2.5}, "num_inference_steps"),
+        ({"output": Path("a"), "save_latents": Path("a")}, "same file"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(values: dict[str, Any], named: str) -> None:
+    with pytest.raises(UsageError, match=named):
+        RenderRequest(**({"prompt": "x"} | values))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import typer
 
@@ -21,6 +22,7 @@ def run(
     json_output: o.Json = False,
 ) -> None:
     """Decode latents into a picture with a model's autoencoder under the memory ceiling."""
+    o.check_report(report, request.output or Path("tiler.png"), request.latents)
     budget = Budget(max_ram)
     o.prepare_process(threads)
     from tiler.cli.progress import ProgressPrinter

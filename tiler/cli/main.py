@@ -50,7 +50,7 @@ app = typer.Typer(
     name="tiler",
     cls=_Commands,
     help="Posters from Stable-Diffusion-class models on machines that cannot hold the model. "
-    "The process never uses more memory than --max-ram (800 MB by default).",
+    "The process stays under --max-ram (800 MB by default), or stops.",
     epilog='Start with: tiler render "a sailing boat at sunset" --size 2048 -o poster.png',
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -118,7 +118,7 @@ def _explained(error: BaseException) -> tuple[str, int]:
         case OSError():
             return f"{error.filename or 'standard output'}: {error.strerror}; check the disk and its free space", 6
     if hasattr(error, "format_message"):  # of an option that does not exist; empty where the help itself was shown
-        said = error.format_message()
+        said = error.format_message().rstrip(".")
         return f"{said}; see --help" if said else "", 2
     line = (str(error).splitlines() or [""])[0]
     return f"a fault of tiler itself, {type(error).__name__}: {line}; `tiler --debug …` shows where", 1

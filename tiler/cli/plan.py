@@ -18,7 +18,7 @@ def run(
 ) -> None:
     """Show the phases of a render, their predicted memory and the expected time, without running it.
 
-    Takes the options of `render`, and refuses what `render` would refuse.
+    Takes the options of `render` that decide the work, and refuses what `render` would refuse, except a missing prompt.
     """
     if request.prompt is None and not request.regions:
         request = replace(request, prompt="")  # what is drawn does not change what it takes

@@ -25,10 +25,7 @@ def run(
 
     A low-resolution pass makes a guide; the canvas is then denoised tile by tile under it, and decoded without tiles.
     """
-    from tiler.files import check_writable
-
-    if report is not None:
-        check_writable(Path(report), force=True, option="--report")
+    o.check_report(report, request.output or Path("tiler.png"), request.save_latents)
     budget = Budget(max_ram)
     o.prepare_process(threads)
     from tiler.cli.progress import ProgressPrinter

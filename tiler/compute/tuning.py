@@ -1,4 +1,4 @@
-"""Every measured constant of compute/ and plan/, with its passport; and which kernel runs where. Imports no torch.
+"""Every measured constant of compute/ and planning/, with its passport; and which kernel runs where. Imports no torch.
 
 A passport is a constant's unit and the command that measured it; the comment says what was seen. Those of memory/ are in
 memory/tuning.py. `scripts/calibrate.py` measures again.

@@ -239,7 +239,7 @@ def read_tiny(checkpoint: Checkpoint, family: Family) -> VaeSpec:
     for key, (want, default) in wanted.items():
         if config.get(key, default) != want:
             raise ModelError(
-                f"{where}: {key} = {config[key]!r}, {family.checkpoint.name} needs {want!r}; use another --tiny-vae"
+                f"{where}: {key} = {config.get(key)!r}, {family.checkpoint.name} needs {want!r}; use another --tiny-vae"
             )
     bounds.check_tiny(where, config)
     return VaeSpec(checkpoint=checkpoint, part="", config=config, tiny=True)

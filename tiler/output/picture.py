@@ -41,12 +41,15 @@ def write_picture(
 ) -> None:
     """Write `rows`, (n, W, 3) uint8 sRGB top first; what lies right of and below the picture is cut off. Atomic.
 
-    A PDF says how much of each edge is bleed. Without `force`, a file that has meanwhile appeared is kept. Raises StorageError, and whatever `rows` raises.
+    A PDF says how much of each edge is bleed. Without `force`, a file that has meanwhile appeared is kept.
+    Raises StorageError, and whatever `rows` raises.
     """
     with atomic(path, replace=force) as file:
         cut = _cut(rows, width, height)
         if path.suffix.lower() in TIFFS:
             _write_tiff(file, cut, width, height, texts, dpi)
+            for _ in cut:  # tifffile asks no further than the last tile: what makes the rows comes to its end
+                pass
             return
         writer: PngWriter | PdfWriter = (
             PdfWriter(file, width, height, texts, dpi or POINTS, bleed_mm)

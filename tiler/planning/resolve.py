@@ -74,7 +74,7 @@ def read_defaults(folder: Path) -> dict[str, Any]:
         said = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ModelError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (UnicodeDecodeError, RecursionError, tomllib.TOMLDecodeError) as error:
         raise ModelError(f"{path}: not valid TOML ({error})") from error
     for key, value in said.items():
         if key not in _SAID_BY_MODELS:

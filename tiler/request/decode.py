@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tiler.request import shared
 from tiler.request.choices import Decode, ScratchDtype, Wrap, check_decode, within
-from tiler.request.options import Option, Panel, argument, option
+from tiler.request.options import Option, Panel, argument, coerce, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +38,7 @@ class DecodeRequest:
     force: bool = option(False, shared.FORCE)
 
     def __post_init__(self) -> None:
+        coerce(self)
         check_decode(self.decode, self.tiny_vae)
         within("dpi", self.dpi, 1, 10_000)
 
@@ -52,3 +53,6 @@ class QuantizeRequest:
     cache_dir: Path | None = option(
         None, shared.CACHE_DIR._replace(names=("--output", "-o", "--cache-dir"), panel=Panel.OUTPUT)
     )
+
+    def __post_init__(self) -> None:
+        coerce(self)

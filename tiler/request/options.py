@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import field
+from dataclasses import field, fields
 from enum import StrEnum
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, get_args, get_type_hints
+
+from tiler.errors import UsageError
 
 
 class Panel(StrEnum):
@@ -43,3 +46,33 @@ def option(value: Any, option: Option) -> Any:
 def argument(option: Option) -> Any:
     """The field that must be given, as a command's argument."""
     return field(metadata={"option": option})
+
+
+def coerce(request: Any) -> None:
+    """Let a library's caller write `layout="shift"` or `output="x.png"`: texts become choices and paths, by the types of the
+    request's fields. Raises UsageError for a word that is no choice, and for a number of another kind."""
+    hints = get_type_hints(type(request))
+    for item in fields(request):
+        value, kinds = getattr(request, item.name), (*get_args(hints[item.name]), hints[item.name])
+        option: Option | None = item.metadata.get("option")
+        if isinstance(value, str):
+            choice = next((k for k in kinds if isinstance(k, type) and issubclass(k, StrEnum)), None)
+            if choice is not None and not isinstance(value, choice):
+                value = _choice(item.name, value, choice, option)
+            elif Path in kinds:
+                value = Path(value)
+        elif isinstance(value, Path) and str in kinds and Path not in kinds:
+            value = str(value)
+        elif isinstance(value, float) and int in kinds and float not in kinds:
+            raise UsageError(f"{item.name} = {value} is not a whole number")
+        object.__setattr__(request, item.name, value)
+
+
+def _choice(name: str, value: str, choice: type[StrEnum], option: Option | None) -> StrEnum:
+    if option is not None and option.parse is not None:
+        parsed: StrEnum = option.parse(value)
+        return parsed
+    try:
+        return choice(value)
+    except ValueError:
+        raise UsageError(f"{name} = {value!r} is none of {', '.join(choice)}") from None

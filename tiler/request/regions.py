@@ -48,7 +48,7 @@ def read_regions(path: Path) -> tuple[str | None, tuple[Region, ...]]:
         data = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror}); check the path") from error
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (UnicodeDecodeError, RecursionError, tomllib.TOMLDecodeError) as error:
         raise UsageError(f"{path}: not valid TOML ({error})") from error
     if unknown := data.keys() - {"prompt", "region"}:
         raise UsageError(f"{path}: unknown key {sorted(unknown)[0]!r}; the file holds `prompt` and [[region]] tables")
@@ -65,6 +65,8 @@ _TYPES: Mapping[str, tuple[type, ...]] = {
 
 
 def _region(path: Path, number: int, table: dict[str, Any]) -> Region:
+    if not isinstance(table, dict):
+        raise UsageError(f"{path}: region {number} is not a table; write [[region]] and its keys below")
     known = {f.name for f in fields(Region)}
     for key, value in table.items():
         if key not in known:

@@ -26,7 +26,7 @@ from tiler.request.choices import (
     parse_scheduler,
     within,
 )
-from tiler.request.options import Option, Panel, option
+from tiler.request.options import Option, Panel, coerce, option
 from tiler.request.paper import parse_length, parse_paper
 from tiler.request.regions import Region
 
@@ -200,6 +200,9 @@ class RenderRequest:
     force: bool = option(False, shared.FORCE)
 
     def __post_init__(self) -> None:
+        coerce(self)
+        if self.seed == -1:  # as on the command line: drawn at random
+            object.__setattr__(self, "seed", None)
         for name, side in (("size", self.size), ("width", self.width), ("height", self.height)):
             within(name, side, PIXEL_STEP, MAX_SIDE, "pixels")
         within("steps", self.num_inference_steps, 1, MAX_STEPS)
@@ -217,9 +220,14 @@ class RenderRequest:
                     f"guidance-interval = {low}-{high} must be two rising shares of the schedule, 0–1; like 0.2-0.8"
                 )
         self._check_combinations()
-        for text in (self.prompt, self.negative_prompt, *(r.prompt for r in self.regions)):
+        taken: dict[Path, str] = {}
+        for flag, path in (("--output", self.output), ("--save-latents", self.save_latents)):
+            if path is not None and taken.setdefault(path.absolute(), flag) != flag:
+                raise UsageError(f"{path}: --output and {flag} name the same file; give another name")
+        texts = (self.prompt, self.negative_prompt, *(t for r in self.regions for t in (r.prompt, r.negative_prompt)))
+        for text in texts:
             if text and ("\0" in text or any(0xD800 <= ord(c) <= 0xDFFF for c in text)):
-                raise UsageError("the prompt holds a NUL or half a surrogate pair; remove it")
+                raise UsageError("a prompt holds a NUL or half a surrogate pair; remove it")
 
     def _check_combinations(self) -> None:
         check_decode(self.decode, self.tiny_vae)
