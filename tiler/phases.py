@@ -6,6 +6,7 @@ Each phase opens the weights it needs, works under the budget, and lets the weig
 from __future__ import annotations
 
 import math
+import re
 import shlex
 import tempfile
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -49,6 +50,8 @@ from tiler.weights.packed import default_cache
 from tiler.weights.store import WeightStore, match_index
 
 Names = Callable[[str], list[str]]
+
+_MARKUP = re.compile(r"\([^()]+:\s*[\d.]+\s*\)|<(lora|lyco|hypernet):[^>]+>")  # of AUTOMATIC1111's prompts
 
 
 @dataclass(kw_only=True)
@@ -112,6 +115,13 @@ def start(request: RenderRequest, budget: Budget, on_event: OnEvent, *, planning
         request=settings, plan=plan, budget=budget, on_event=on_event,
         weights={part.name: (found.weights(part.name), part.aliases) for part in packing.packed_parts(family)},
     )  # fmt: skip
+    texts = [
+        settings.prompt,
+        settings.negative_prompt,
+        *(t for r in settings.regions for t in (r.prompt, r.negative_prompt)),
+    ]
+    if any(text and _MARKUP.search(text) for text in texts):
+        run.note("weights like (word:1.4) and tags like <lora:name:1> are not understood: they are read as plain words")
     if any(plan.crop):
         tile = PIXEL_STEP * family.native
         run.note(f"smaller than this model's tiles of {tile}×{tile}: the picture is the middle of a larger one")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import pytest
 import torch
 
 
@@ -51,3 +52,19 @@ def test_a_ceiling_below_the_floor_is_exit_4(tiler, tiny: Path, tmp_path: Path) 
         assert "smallest --max-ram that would do is" in ran.err
         assert "python + libraries" in ran.err + ran.out
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "words", [("render", "--help"), ("plan", "--help"), ("decode", "--help"), ("plan", "x", "--size", "256")]
+)
+def test_eighty_columns_are_enough(tiler, tiny: Path, words: tuple[str, ...]) -> None:
+    extra = () if "--help" in words else ("--model", tiny)
+    ran = tiler(*words, *extra, env={"COLUMNS": "80"})
+    assert ran.code == 0, ran.err
+    assert max(map(len, ran.out.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("prompt", ["a (red:1.4) boat", "a boat <lora:inks:0.8>", "a boat (noon), 12:30"])
+def test_prompt_markup_that_does_not_work_is_noted(in_process, tiny: Path, prompt: str) -> None:
+    ran = in_process("plan", prompt, "--model", tiny, "--size", "64")
+    assert ("plain words" in ran.err) == (prompt.startswith("a (") or "lora" in prompt)
