@@ -80,3 +80,25 @@ def test_latents_that_were_saved_anyway_are_named(tiny: Path, tmp_path: Path) ->
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mine.safetensors"]
     assert "tiler decode" in done.stderr
     assert "mine.safetensors" in done.stderr
+
+
+def test_where_the_outputs_folder_takes_nothing_the_temporary_folder_does(tiny: Path, tmp_path: Path) -> None:
+    stop = """
+        import tiler.phases as phases
+        real_save = phases.save_latents
+        def full(path, *args, **options):
+            if str(path).startswith(os.path.dirname(sys.argv[6])):
+                raise StorageError("No space left on device")
+            real_save(path, *args, **options)
+        phases.save_latents = full
+        raise StorageError("writing failed (No space left on device)")
+    """.strip()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "temporary").mkdir()
+    code = PROGRAM.format(stop=stop, args=arguments(tiny, tmp_path / "out/x.png"))
+    done = run(f"import os; os.environ['TMPDIR'] = {str(tmp_path / 'temporary')!r}\n{code}", tmp_path)
+    assert done.returncode == 6, done.stderr
+    assert list((tmp_path / "out").iterdir()) == []
+    kept = tmp_path / "temporary/x.png.latents.safetensors"
+    assert kept.exists()
+    assert str(kept) in done.stderr
