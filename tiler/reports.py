@@ -17,23 +17,15 @@ from tiler.memory.budget import Budget
 from tiler.output.metadata import Facts
 from tiler.output.metadata import texts as picture_texts
 from tiler.phases import RenderRun
+from tiler.planning.summary import SCHEMA, with_old_names
 from tiler.weights.identity import model_id
 from tiler.weights.index import TensorInfo
-
-SCHEMA = 2
-# Names of schema 1, which stay for one release.
-_OLD_NAMES = {
-    "denoiser_calls": "unet_calls",
-    "denoiser_samples": "unet_samples",
-    "denoiser_bytes_read": "unet_bytes_read",
-}
 
 
 def of_render(run: RenderRun) -> dict[str, Any]:
     """The report of a render."""
     request, plan, found = run.request, run.plan, run.plan.family.checkpoint
-    counts = dict(run.counts)
-    counts |= {old: counts[new] for new, old in _OLD_NAMES.items()}
+    counts = with_old_names(dict(run.counts))
     return _common(run.budget, plan.memory.peak_bytes) | counts | {
         "tiles": len(plan.regions), "tile_batch": plan.batch, "precision": plan.precision.value,
         "decode": plan.methods["decode"].name, "seed": request.seed, "width": request.width, "height": request.height,

@@ -47,12 +47,8 @@ def memory_warning(ceiling: int, proc: Path = _PROC) -> str | None:
             f"this container or control group may use {format_mb(limit)} of memory, less than the ceiling of {named}: a run "
             f"that needs more is killed without a word; raise that limit, or give --max-ram {int(0.95 * limit / 1e6)}MB"
         )
-    for name, kind in (
-        ("RLIMIT_DATA (ulimit -d)", resource.RLIMIT_DATA),
-        ("RLIMIT_AS (ulimit -v)", resource.RLIMIT_AS),
-    ):
-        allowed = resource.getrlimit(kind)[0]
-        if allowed != resource.RLIM_INFINITY and allowed < ceiling:
+    for name, allowed in _user_limits():
+        if allowed < ceiling:
             return f"{name} is {format_mb(allowed)}, less than the ceiling of {named}: allocations may be refused; raise it"
     free = available_ram(proc)[0] + psutil.Process().memory_info().rss  # our own part is under the ceiling already
     if free < ceiling:

@@ -11,8 +11,12 @@ from tiler.planning.resolve import fill_again
 from tiler.planning.tiling import Tiling, plan_tiling
 from tiler.request import Preset, RenderRequest, ResolvedRequest
 
+SCHEMA = 2  # of the JSON of plans and reports
 # Names of schema 1, which stay for one release.
-_OLD_NAMES = {"denoiser_calls": "unet_calls", "denoiser_samples": "unet_samples", "denoiser_tflop": "unet_tflop"}
+_OLD_NAMES = {
+    name: name.replace("denoiser", "unet")
+    for name in ("denoiser_calls", "denoiser_samples", "denoiser_tflop", "denoiser_bytes_read")
+}
 
 
 def summarise(said: RenderRequest, request: ResolvedRequest, plan: RenderPlan, speed: time.Speed) -> dict[str, Any]:
@@ -22,7 +26,7 @@ def summarise(said: RenderRequest, request: ResolvedRequest, plan: RenderPlan, s
     def work_of(asked: ResolvedRequest, tiling: Tiling) -> dict[str, Any]:
         work = counter.count(tiling, asked.attention_window)
         precision, _ = choose_precision(asked.precision, plan.family)
-        return _with_old_names(
+        return with_old_names(
             {
                 "denoiser_samples": tiling.denoiser_samples,
                 "precision": precision.value,
@@ -37,7 +41,7 @@ def summarise(said: RenderRequest, request: ResolvedRequest, plan: RenderPlan, s
         presets[preset.value] = work_of(asked, plan_tiling(asked, plan.family))
     memory, decoder = plan.memory, plan.methods["decode"]
     facts = {
-        "schema": 2,
+        "schema": SCHEMA,
         "canvas": f"{8 * plan.canvas[1]}×{8 * plan.canvas[0]}",
         "guide": None if plan.guide is None else f"{8 * plan.guide.width}×{8 * plan.guide.height}",
         "tiles": len(plan.regions),
@@ -57,8 +61,9 @@ def summarise(said: RenderRequest, request: ResolvedRequest, plan: RenderPlan, s
             for p in memory.phases
         ],
     }
-    return _with_old_names(facts)
+    return with_old_names(facts)
 
 
-def _with_old_names(facts: dict[str, Any]) -> dict[str, Any]:
+def with_old_names(facts: dict[str, Any]) -> dict[str, Any]:
+    """`facts`, which schema 1 also knows by other names, under both."""
     return facts | {old: facts[new] for new, old in _OLD_NAMES.items() if new in facts}
