@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
 from importlib import import_module
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tiler.errors import ModelError
@@ -47,6 +48,15 @@ class Role(StrEnum):
     VAE = "vae"
 
 
+class Guidance(StrEnum):
+    """How a family follows its prompt: by a second prediction for the negative prompt, by a scale that is an input of the
+    model, or not at all."""
+
+    CFG = "classifier-free"
+    EMBEDDED = "embedded"
+    NONE = "none"
+
+
 class Traits(NamedTuple):
     """What the planner asks of a family. Sizes in latent pixels."""
 
@@ -56,6 +66,9 @@ class Traits(NamedTuple):
     channels: int  # of the latents
     width: int  # channels of the denoiser where its resolution is highest
     flow: bool = False  # whether it was trained by flow matching, not on discrete noise levels
+    patch: int = 1  # tiles begin at multiples of this, and the canvas's sides are multiples of it
+    guidance: Guidance = Guidance.CFG
+    defaults: Mapping[str, Any] = MappingProxyType({})  # by field of RenderRequest, where nothing else says anything
 
 
 class Options(NamedTuple):
