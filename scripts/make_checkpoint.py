@@ -2,10 +2,12 @@
 
     python scripts/make_checkpoint.py sd15            # 859.5 M parameter UNet, VAE, CLIP-L, fp16: 2.1 GB
     python scripts/make_checkpoint.py sd21 tiny       # several at once
+    python scripts/make_checkpoint.py tiny-sdxl       # a family of scripts/checkpoints/: tiny-NAME, wide-NAME or NAME
 
 Kinds: sd15, sd21 (v-prediction, 768 px), tiny (SD 1.x shape, 64-px tiles), tiny-sd2 (SD 2.x shape: linear projections,
 v-prediction), tiny-old (as `tiny`, with what old versions of diffusers left in configs: sample_size 32, a DDIM scheduler with
-steps_offset 0 and without clip_sample), taesd (an AutoencoderTiny alone, of 4 or, taesd8, of 8 latent channels as `mini` has). Prints the folder. Weights are random but scaled so that activations neither vanish nor overflow.
+steps_offset 0 and without clip_sample), taesd (an AutoencoderTiny alone, of 4 or, taesd8, of 8 latent channels as `mini` has). A family NAME has three
+sizes: tiny-NAME, wide-NAME (full width and few blocks: what the memory depends on) and NAME (full size). Prints the folder. Weights are random but scaled so that activations neither vanish nor overflow.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import argparse
 import json
 import os
 import shutil
-from importlib import metadata
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,9 @@ import torch
 from safetensors.torch import save_file
 
 KINDS = ("sd15", "sd21", "tiny", "tiny-sd2", "tiny-old", "taesd", "taesd8")
+FAMILIES = tuple(path.stem for path in sorted((Path(__file__).parent / "checkpoints").glob("[a-z]*.py")))
+"""Modules of scripts/checkpoints/, each with `write(folder, size)`."""
+SIZES = ("tiny", "wide", "full")
 CACHE = Path(os.environ.get("TILER_TEST_CACHE", Path.home() / ".cache/tiler/checkpoints"))
 
 # As in the published repositories: written by an old diffusers, later fields missing.
@@ -159,6 +164,9 @@ def make(kind: str, cache: Path = CACHE, *, force: bool = False) -> Path:
         from diffusers import AutoencoderTiny
 
         AutoencoderTiny(latent_channels=int(kind[5:] or 4)).half().save_pretrained(temp)
+    elif (name := kind.removeprefix("tiny-").removeprefix("wide-")) in FAMILIES:
+        size = kind.removesuffix(name).removesuffix("-") or "full"
+        import_module(f"checkpoints.{name}").write(temp, size)
     else:
         _pipeline(temp, configs(kind))
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -179,20 +187,20 @@ def _pipeline(folder: Path, parts: dict[str, dict[str, Any]]) -> None:
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
     }
-    _write(folder / "model_index.json", index)
+    write_json(folder / "model_index.json", index)
     for part, config in parts.items():
-        _write(folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json"), config)
-    _tokenizer(folder / "tokenizer", parts["text_encoder"]["vocab_size"])
+        write_json(folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json"), config)
+    clip_tokenizer(folder / "tokenizer", parts["text_encoder"]["vocab_size"])
     for part in ("unet", "vae", "text_encoder"):
-        _weights(folder / part, part, parts[part])
+        save_weights(folder / part, part, parts[part])
 
 
-def _write(path: Path, data: dict[str, Any]) -> None:
+def write_json(path: Path, data: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(data, indent=2) + "\n")
 
 
-def _weights(folder: Path, part: str, config: dict[str, Any]) -> None:
+def save_weights(folder: Path, part: str, config: dict[str, Any]) -> None:
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -220,7 +228,7 @@ def _weights(folder: Path, part: str, config: dict[str, Any]) -> None:
     save_file(tensors, folder / f"{stem}.fp16.safetensors", metadata={"format": "pt"})
 
 
-def _tokenizer(folder: Path, vocab_size: int) -> None:
+def clip_tokenizer(folder: Path, vocab_size: int) -> None:
     """A CLIP vocabulary with no merges: every byte is a piece; the specials have CLIP's last two ids."""
     from tokenizers import pre_tokenizers
 
@@ -230,7 +238,7 @@ def _tokenizer(folder: Path, vocab_size: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False))
     (folder / "merges.txt").write_text("#version: 0.2\n")
-    _write(
+    write_json(
         folder / "tokenizer_config.json",
         {
             "tokenizer_class": "CLIPTokenizer",
@@ -246,7 +254,8 @@ def _tokenizer(folder: Path, vocab_size: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kinds", nargs="+", choices=KINDS)
+    families = [prefix + name for name in FAMILIES for prefix in ("tiny-", "wide-", "")]
+    parser.add_argument("kinds", nargs="+", choices=(*KINDS, *families))
     parser.add_argument("--cache", type=Path, default=CACHE)
     parser.add_argument("--force", action="store_true", help="write again what is there")
     args = parser.parse_args()
