@@ -10,12 +10,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from tiler.compute import int8, onednn
-from tiler.compute.layers import stream_layers
+from tiler.compute.lending import lent
 from tiler.compute.measure import median_seconds
 from tiler.compute.shapes import MetaMeter
 from tiler.compute.stream import Streamer
 from tiler.decoding.method import DecodePlan
-from tiler.models.family import Family, Options, Role
+from tiler.models.built import Models
+from tiler.models.family import Options, Role
 from tiler.planning.tiling import Tiling
 from tiler.request import Precision
 
@@ -50,9 +51,9 @@ class Speed(NamedTuple):
 class Counter:
     """Counts the work of a family's samples; each kind of sample is run once, on shapes alone."""
 
-    def __init__(self, family: Family) -> None:
-        self.family, self.module, self.streamer = family, family.part(Role.DENOISER).build(), Streamer(None)
-        stream_layers(self.module, self.streamer)
+    def __init__(self, models: Models) -> None:
+        self.family, self.streamer = models.family, Streamer(None)
+        self.module = models.module(self.family.part(Role.DENOISER))
         self.known: dict[tuple[int, int, int, int | None], Flops] = {}
 
     def count(self, cut: Tiling, attention_window: int | None) -> Flops:
@@ -71,7 +72,7 @@ class Counter:
         if key not in self.known:
             inputs, timesteps = self.family.example([0] * samples, (height, width)), torch.empty(1, device="meta")
             prompts, options = [sample.prompt for sample in inputs], Options(attention_window=window)
-            with MetaMeter() as meter, torch.no_grad():
+            with lent(self.module, self.streamer), MetaMeter() as meter, torch.no_grad():
                 prepared = self.family.prepare(self.module, self.streamer, timesteps, prompts, options)
                 self.family.predict(self.module, self.streamer, inputs, 0, prepared)
             self.known[key] = Flops(meter.flops + meter.linear_flops, meter.attention_flops)
