@@ -32,7 +32,9 @@ def test_plan_refuses_with_the_table_and_the_smallest_ceiling() -> None:
     plan = MemoryPlan(max_bytes=800_000_000, phases=(phase,), smallest_bytes=700_000_001)
     with pytest.raises(BudgetRefused, match="701MB") as caught:
         plan.check()
-    assert "weights" in str(caught.value)
+    message, *table = str(caught.value).splitlines()
+    assert "'canvas' needs 900 MB" in message and "97% of the ceiling of 800 MB" in message
+    assert any(line.startswith("canvas") and "900 MB" in line and "weights 500" in line for line in table)
     assert caught.value.exit_code == 4
 
 
