@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tiler.errors import BudgetRefused
-from tiler.memory.process import read_rss
+from tiler.memory.process import read_rss, release_code
 from tiler.models.built import Models
 from tiler.models.family import read_family
 from tiler.phases import make_plan
@@ -54,7 +54,7 @@ def test_more_memory_means_larger_batches_and_resident_weights(tiny: Path) -> No
 def test_a_plan_knows_what_building_the_model_imports(tiny: Path) -> None:
     """Planning is the first thing that a process does with a model: diffusers is imported on the way."""
     code = f"""
-from tiler.memory.process import read_rss
+from tiler.memory.process import read_rss, release_code
 from tiler.models.built import Models
 from tiler.models.family import read_family
 from tiler.phases import make_plan
@@ -63,6 +63,7 @@ from tiler.request import RenderRequest
 from tiler.weights.checkpoint import resolve
 request = fill(RenderRequest(prompt="x", size=128))
 plan = make_plan(request, Models(read_family(resolve({str(tiny)!r}))), 10**9)
+release_code()  # what planning ran
 print(plan.memory.phases[0].terms[0].nbytes, read_rss().now)
 """
     libraries, now = map(int, fresh(code).split())

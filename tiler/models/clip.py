@@ -19,6 +19,14 @@ if TYPE_CHECKING:
     from tiler.models.family import Family
 
 
+TOKENS = 77  # of a prompt, the end marks included
+
+
+def run_clip(encoder: Any, **options: Any) -> object:
+    """What `encode_prompts` asks of the encoder for one prompt; ids are real, weights need not be."""
+    return encoder(torch.zeros(1, TOKENS, dtype=torch.int64), **options)
+
+
 def load_tokenizer(family: Family) -> CLIPTokenizer:
     """From tokenizer.json, or vocab.json and merges.txt. Raises ModelError."""
     with lean_imports():

@@ -81,8 +81,9 @@ class Options(NamedTuple):
 @dataclass(frozen=True, kw_only=True)
 class Part:
     """One model of a checkpoint. `name` is its folder; `build` makes it on the meta device; `aliases` gives the names that a
-    parameter may have in files; `quantise` says which parameters become int8 where that is asked for; `activation_bytes` is
-    what a text encoder takes beside its weights."""
+    parameter may have in files; `quantise` says which parameters become int8 where that is asked for; `example` runs a text
+    encoder on one prompt of the greatest length as `Family.encode` does, also where its weights are on the meta device: for the
+    meter. Where that cannot be, `activation_bytes` is what it takes beside its weights."""
 
     name: str
     role: Role
@@ -91,6 +92,7 @@ class Part:
     aliases: Callable[[str], list[str]]
     quantise: Callable[[str], bool]
     arena_bytes: int | None = None
+    example: Callable[[Any], object] | None = None
     activation_bytes: int = 0
 
     def int8_weights(self, module: nn.Module) -> frozenset[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tiler.compute.cpu import Int8
-from tiler.compute.tuning import LIBRARIES_BYTES
+from tiler.compute.tuning import LIBRARIES_BYTES, TEXT_LIBRARIES_BYTES
 from tiler.planning.table import Term
 
 
@@ -23,3 +23,8 @@ class Facts:
     def libraries(self) -> Term:
         """What the process has without data, the code included that has not run yet."""
         return Term(name="python + libraries", nbytes=self.rss_bytes + LIBRARIES_BYTES)
+
+    @property
+    def text_libraries(self) -> Term:
+        """The same while prompts are encoded, which is done first."""
+        return Term(name="python + libraries", nbytes=self.rss_bytes + TEXT_LIBRARIES_BYTES)

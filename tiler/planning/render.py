@@ -106,7 +106,7 @@ def plan_render(request: ResolvedRequest, models: Models, tiling: Tiling, facts:
     batch = batch_of("canvas", min(MAX_BATCH, per_step))
     batch = math.ceil(per_step / math.ceil(per_step / batch))  # passes of equal size
     guide_batch = 1 if guide is None else batch_of("guide", len(guide_samples))
-    encoding = text_phase(models, fixed)
+    encoding = text_phase(models, [facts.text_libraries])
     if facts.guide_pixels:  # the user's picture is loaded first, and waits while prompts are encoded
         picture = Term(name="picture", nbytes=3 * facts.guide_pixels)
         loading = Term(name="picture", nbytes=facts.guide_load_bytes)
