@@ -26,15 +26,15 @@ from tiler.compute.kernels import (
     read_pieces,
 )
 from tiler.compute.steps import add_low_rank, finished, made_input
+from tiler.compute.tuning import INT8_BAND_ROWS as BAND_ROWS
+from tiler.compute.tuning import INT8_BAND_SUMS as BAND_SUMS
+from tiler.compute.tuning import INT8_CHUNK as CHUNK
+from tiler.compute.tuning import INT8_WINDOWS_BYTES as WINDOWS_BYTES
 from tiler.memory import process
 from tiler.weights.store import PIECE_ELEMENTS, WeightStore, piece_rows
 
 STEPS = 254  # of an activation in 0 to 255, one of them for rounding
 MIDDLE = 128
-CHUNK = 2**18  # values quantised at a time: fp32 between two steps stays in the cache
-# Of a product at a time: sums, but no fewer rows. oneDNN copies the weight in its own blocks anew for each.
-BAND_SUMS, BAND_ROWS = 3 * 2**19, 256
-WINDOWS_BYTES = 7 * 2**20  # of a convolution's windows at a time: just below what the allocator maps anew each time
 
 
 class Packed(NamedTuple):

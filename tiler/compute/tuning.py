@@ -38,8 +38,39 @@ WINOGRAD_PLACES: Annotated[int, Passport("tiles of 4 × 4 pixels", "python scrip
 # Of the samples that run together where weights are int8, whose sums are exact: those of one sample of SD 1.5's second level.
 # Its inner levels would be many small products.
 GROUP_ELEMENTS: Annotated[int, Passport("elements", "python scripts/profile_pass.py --precision int8")] = 640 * 32 * 32
+# Values quantised at a time, which stay in the cache in fp32 between two steps.
+INT8_CHUNK: Annotated[int, Passport("elements", "python scripts/profile_pass.py --precision int8")] = 2**18
+# Sums of an 8-bit product at a time, but no fewer rows than that: oneDNN copies the weight in its own blocks anew for each.
+INT8_BAND_SUMS: Annotated[int, Passport("elements", "python scripts/profile_pass.py --precision int8")] = 3 * 2**19
+INT8_BAND_ROWS: Annotated[int, Passport("tokens", "python scripts/profile_pass.py --precision int8")] = 256
+# Of a convolution's windows at a time: just below what the allocator maps anew each time.
+INT8_WINDOWS_BYTES: Annotated[int, Passport("bytes", "python scripts/profile_pass.py --precision int8")] = 7 * 2**20
+# Of a denoiser's highest resolution: with fewer, as `mini` has, quantising takes about what 8-bit products save.
+INT8_CHANNELS: Annotated[int, Passport("channels", "python scripts/profile_pass.py --model mini --precision int8")] = (
+    192
+)
+
+# Of a feed-forward's projection at a time: 6.3 MB, which the allocator need not map anew each time; but no fewer tokens than
+# keep the product efficient.
+FEED_FORWARD_ELEMENTS: Annotated[int, Passport("elements", "python scripts/profile_pass.py")] = 3 * 2**19
+FEED_FORWARD_TOKENS: Annotated[int, Passport("tokens", "python scripts/profile_pass.py")] = 256
+# Where no arena of the usual size holds its weights, and every further chunk would read them again: just enough to leave
+# SD 1.5's second level (1024 × 5120) whole.
+FEED_FORWARD_ELEMENTS_READ: Annotated[int, Passport("elements", "python scripts/profile_pass.py")] = 5 * 2**20
+
 # The largest unit of SD 1.5 worth holding is its widest feed-forward, 78.7 MB.
 ARENA_BYTES: Annotated[int, Passport("bytes", "python scripts/profile_pass.py")] = 76 * 2**20
+
+# Where a ceiling leaves no room to hold SD 1.5's larger resnets and feed-forwards: their layers one by one, the rest whole.
+TIGHT_ARENA_BYTES: Annotated[int, Passport("bytes", "python scripts/profile_pass.py --ceiling 500000000")] = 12 * 2**20
+
+# What whole passes of a denoiser take over what its layers' arithmetic would at measured speeds: norms, activations, smaller
+# layers. At SD 1.5's size on AVX-512 3.1 s a sample in fp32, 2.05 in int8.
+OVERHEAD_FP32: Annotated[float, Passport("ratio", "python scripts/profile_pass.py")] = 1.3
+OVERHEAD_INT8: Annotated[float, Passport("ratio", "python scripts/profile_pass.py --precision int8")] = 1.5
+# The same of an autoencoder: 173 s of `sampled` decoding at 2048², 280 of `frozen`, which transforms no convolution.
+OVERHEAD_BY_LAYERS: Annotated[float, Passport("ratio", "python scripts/bench_decode.py")] = 1.4
+OVERHEAD_BY_ROWS: Annotated[float, Passport("ratio", "python scripts/bench_decode.py")] = 2.3
 
 # Freed blocks between live ones, as a share of one sample's activations: 40–57 MB of 139 for SD 1.5, 65–89 of 230 for SD 2.1,
 # whatever the batch.
