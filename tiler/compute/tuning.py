@@ -12,22 +12,40 @@ from typing import Annotated
 from tiler.compute.cpu import Isa
 from tiler.memory.tuning import Passport
 
-# The kernels that may run an operation, best first; the first that suits the operation is taken. Transformed convolutions took
-# 0.5 of oneDNN's time at 320 and 640 channels with AVX-512, 0.4 with AVX2; the others differ from those two in their 8-bit
-# products alone. Where there is no AVX2 nothing was measured but that fp32 works.
-_X86 = {
-    "linear": ("int8", "fp32"),
-    "convolution": ("int8", "winograd", "onednn", "fp32"),
-    "attention": ("fp32",),
-}
+# The kernels that may run an operation, best first; the first that suits the operation is taken. Times are of one thread of a
+# Zen 5 server, limited to the row's instructions: 3 × 3 convolutions of 320 channels at 64 × 64 and of 640 at 32 × 32, as shares
+# of oneDNN's 68 ms each; linear layers 4096 × 320 × 320 and 256 × 1280 × 1280, of fp32's 10 ms each.
 KERNELS_OF: Annotated[
     Mapping[Isa, Mapping[str, tuple[str, ...]]], Passport("order", "python scripts/calibrate.py kernels")
 ] = {
-    Isa.AVX512_VNNI: _X86,
-    Isa.AVX512: _X86,
-    Isa.AVX2_VNNI: _X86,
-    Isa.AVX2: _X86,
-    Isa.BASE: {kind: ("fp32",) for kind in _X86},
+    # int8 0.40 and 0.31, winograd 0.48 and 0.42, fp32 1.03 and 1.02; linear: int8 0.44 and 0.33.
+    Isa.AVX512_VNNI: {
+        "linear": ("int8", "fp32"),
+        "convolution": ("int8", "winograd", "onednn", "fp32"),
+        "attention": ("fp32",),
+    },
+    # winograd 0.51 and 0.46, int8 0.64 and 0.55, fp32 1.01 and 1.04; linear: int8 0.65 and 0.54. int8 stands first all the same,
+    # for what is stored so: see AVX2.
+    Isa.AVX512: {
+        "linear": ("int8", "fp32"),
+        "convolution": ("int8", "winograd", "onednn", "fp32"),
+        "attention": ("fp32",),
+    },
+    # Not measured, no such processor was at hand: like AVX512_VNNI, whose 8-bit products it has at half the width.
+    Isa.AVX2_VNNI: {
+        "linear": ("int8", "fp32"),
+        "convolution": ("int8", "winograd", "onednn", "fp32"),
+        "attention": ("fp32",),
+    },
+    # winograd 0.50 and 0.42, int8 0.56 and 0.56, fp32 0.99 and 1.04; linear: int8 0.64 and 0.58. A whole pass of SD 1.5 in int8,
+    # two samples, took 13.1 s with int8 first and 13.0 with winograd first, whose weights are transformed anew at every pass.
+    Isa.AVX2: {
+        "linear": ("int8", "fp32"),
+        "convolution": ("int8", "winograd", "onednn", "fp32"),
+        "attention": ("fp32",),
+    },
+    # Not measured: fp32 is known to work.
+    Isa.BASE: {"linear": ("fp32",), "convolution": ("fp32",), "attention": ("fp32",)},
 }
 
 # Of a convolution's inputs and outputs: with fewer, going back and forth takes what the products save.
