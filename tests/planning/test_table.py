@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tiler.errors import BudgetRefused
-from tiler.memory.process import read_rss, release_code
+from tiler.memory.process import read_rss
 from tiler.models.built import Models
 from tiler.models.family import read_family
 from tiler.phases import make_plan
