@@ -156,11 +156,15 @@ def _compute(
     op, streamer = _op(streamed, made_of, after), streamed[0].streamer
     shape = input_shape(op, parts)
     kernel = streamer.kernel(op, shape)
-    x = kernel.begin(op, Operands(parts, residual))
-    if kernel.holds_alone and streamer.fits(*streamed):
-        with streamer.hold(*streamed):
-            return kernel.apply(op, x, streamer.prepared(op, kernel, shape))
-    return kernel.apply(op, x, streamer.prepared(op, kernel, shape))
+
+    def compute() -> tuple[Tensor, ...]:
+        x = kernel.begin(op, Operands(parts, residual))
+        if kernel.holds_alone and streamer.fits(*streamed):
+            with streamer.hold(*streamed):
+                return kernel.apply(op, x, streamer.prepared(op, kernel, shape))
+        return kernel.apply(op, x, streamer.prepared(op, kernel, shape))
+
+    return compute() if streamer.store is not None else streamer.planned(op, kernel, parts, compute)
 
 
 def as_unit(module: nn.Module, forward: Callable[..., _T], *args: object) -> _T:

@@ -8,8 +8,8 @@ while they run, which no tensor shows; they are added. Works for any module; not
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Self
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,8 @@ class MetaMeter(TorchDispatchMode):
         self._seen: weakref.WeakSet[Any] = weakref.WeakSet()
         self._by_shape = _ByShape(self)
 
+    _entered: ClassVar[list[MetaMeter]] = []
+
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False  # torch would import torch._dynamo to keep this class out of graphs that nobody compiles
@@ -37,9 +39,11 @@ class MetaMeter(TorchDispatchMode):
     def __enter__(self) -> Self:
         self._by_shape.__enter__()
         super().__enter__()
+        self._entered.append(self)
         return self
 
     def __exit__(self, *error: Any) -> None:
+        self._entered.pop()
         super().__exit__(*error)
         self._by_shape.__exit__(*error)
 
@@ -52,6 +56,10 @@ class MetaMeter(TorchDispatchMode):
                 self._count(tensor)
         self.peak_bytes = max(self.peak_bytes, self.live_bytes)
         return out
+
+    @property
+    def arithmetic(self) -> tuple[int, int, int]:
+        return self.flops, self.linear_flops, self.attention_flops
 
     def scratch(self, nbytes: int) -> None:
         """Memory that exists only while one operation runs."""
@@ -68,6 +76,43 @@ class MetaMeter(TorchDispatchMode):
 
     def _free(self, nbytes: int) -> None:
         self.live_bytes -= nbytes
+
+
+class _Seen(NamedTuple):
+    """What an operation took: bytes beside what was alive, arithmetic, and (shape, stride) of its results."""
+
+    peak_bytes: int
+    flops: tuple[int, int, int]
+    results: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
+
+
+class Memo:
+    """What operations on shapes take, so that each is gone through once: layers and samples of one shape are many. Operations
+    with equal keys must do the same."""
+
+    def __init__(self) -> None:
+        self._seen: dict[Hashable, _Seen] = {}
+
+    def run(self, key: Hashable, work: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """The results of `work`, or tensors like them where the key was seen before; the meter that is entered counts alike."""
+        if not MetaMeter._entered:
+            return work()
+        meter = MetaMeter._entered[-1]
+        if (seen := self._seen.get(key)) is not None:
+            meter.scratch(seen.peak_bytes)
+            meter.flops += seen.flops[0]
+            meter.linear_flops += seen.flops[1]
+            meter.attention_flops += seen.flops[2]
+            return tuple(torch.empty_strided(shape, stride, device="meta") for shape, stride in seen.results)
+        before, peak, live = meter.arithmetic, meter.peak_bytes, meter.live_bytes
+        meter.peak_bytes = live
+        results = work()
+        taken, meter.peak_bytes = meter.peak_bytes - live, max(peak, meter.peak_bytes)
+        if meter.live_bytes - live == sum(result.nbytes for result in results):  # nothing else stays, nothing else went
+            flops = tuple(a - b for a, b in zip(meter.arithmetic, before, strict=True))
+            shapes = tuple((tuple(result.shape), result.stride()) for result in results)
+            self._seen[key] = _Seen(taken, (flops[0], flops[1], flops[2]), shapes)
+        return results
 
 
 def _tables(index: Any) -> list[Tensor]:

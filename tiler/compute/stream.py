@@ -28,6 +28,7 @@ from tiler.compute.arena import Arena, Held
 from tiler.compute.choose import choose_kernel
 from tiler.compute.kernels import Kernel, Op, Policy, Prepared, Shape
 from tiler.compute.layers import streamed_layers
+from tiler.compute.shapes import Memo
 from tiler.compute.tuning import ARENA_BYTES, GROUP_ELEMENTS
 from tiler.memory import process
 from tiler.weights.store import WeightStore
@@ -71,6 +72,7 @@ class Streamer:
         self._arena = Arena(0 if store is None else self.arena_bytes)
         self._held: Held | None = None  # the weights of the unit that runs now
         self._choices: dict[tuple[object, ...], Kernel] = {}
+        self._memo = Memo()  # of planning
 
     @property
     def int8_keys(self) -> frozenset[str]:
@@ -106,6 +108,19 @@ class Streamer:
         if key not in self._held.prepared:
             self._held.prepared[key] = list(kernel.prepare(self.store, op, shape, self._held))
         return self._held.prepared[key]
+
+    def planned(
+        self, op: Op, kernel: Kernel, parts: Sequence[Tensor], compute: Callable[[], tuple[Tensor, ...]]
+    ) -> tuple[Tensor, ...]:
+        """What `compute` makes of meta tensors, gone through once for all operations that are alike."""
+        self.used.update(dict.fromkeys(op.group.names))
+        weights = tuple(
+            (tuple(w.meta.shape), w.first, w.bias is not None, w.low_rank is not None) for w in op.group.weights
+        )
+        around = type(op.input.norm), type(op.input.activation), type(op.epilogue.activation), op.epilogue.glu
+        shapes = tuple((tuple(part.shape), part.stride()) for part in parts)
+        key = kernel.name, op.geometry, weights, around, op.epilogue.residual, shapes, self._held is None, self.policy
+        return self._memo.run(key, compute)
 
     # --- what is held ----------------------------------------------------------------------------------------------------
 

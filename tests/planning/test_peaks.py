@@ -1,0 +1,48 @@
+"""The meter's short cut: operations of one shape are gone through once, and nothing is predicted differently."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tiler.compute.shapes import Memo
+from tiler.decoding.method import ScratchSpace
+from tiler.models.built import Models
+from tiler.models.family import read_family
+from tiler.planning.peaks import DenoiserPeaks, VaePeaks
+from tiler.planning.resolve import fill
+from tiler.planning.tiling import plan_tiling
+from tiler.planning.time import Counter
+from tiler.request import Decode, RenderRequest, Wrap
+from tiler.run import measure
+from tiler.weights.checkpoint import resolve
+
+
+@torch.no_grad()
+def predicted(models: Models, folder: Path) -> list[object]:
+    """Peaks of the denoiser, in fp32 and int8, held whole and layer by layer, and of the autoencoder; the work of a render."""
+    found: list[object] = []
+    for int8, arena in ((False, None), (True, None), (False, 100_000)):
+        peaks = DenoiserPeaks(models, int8=int8, arena_bytes=arena)
+        found += [peaks.activations(tiles, 16, 8) for tiles in ((0,), (0, 0, 1), (0, 0, 1, 1, 2))]
+    space = ScratchSpace(folder, 10**12)
+    vae = VaePeaks(models, models.decoder, measure(folder))
+    for wanted in (Decode.EXACT, Decode.FROZEN):
+        found += [vae.choose(wanted, (40, 30), space, encoding=encoding, wrap=Wrap.NONE) for encoding in (False, True)]
+    request = fill(RenderRequest(prompt="x", size=128, seed=0))
+    found.append(Counter(models).count(plan_tiling(request, models.family), None))
+    return found
+
+
+@pytest.mark.parametrize("kind", ["tiny", "tiny-sd2"])
+def test_equal_operations_are_metered_once_and_count_each_time(
+    checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    for module in ("tiler.compute.layers", "tiler.models.unet"):
+        monkeypatch.setattr(f"{module}.SMALL", 500)
+    models = Models(read_family(resolve(str(checkpoints / kind))))
+    short = predicted(models, tmp_path)
+    monkeypatch.setattr(Memo, "run", lambda self, key, work: work())
+    assert predicted(models, tmp_path) == short
