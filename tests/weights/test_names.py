@@ -37,7 +37,8 @@ def same(tensors: dict[str, torch.Tensor], function: Callable[[dict[str, Any]], 
 
 def test_fused_weights_of_flux(tmp_path: Path) -> None:
     """Queries, keys and values are rows of one tensor, and the last modulation's halves are swapped."""
-    d, into, names = 3072, 8, {}
+    d, into = 3072, 8
+    names: dict[str, tuple[int, ...]] = {}
     for prefix in ("img", "txt"):
         names |= {
             f"double_blocks.0.{prefix}_attn.qkv.weight": (3 * d, 2),
@@ -63,7 +64,10 @@ def test_fused_weights_of_flux(tmp_path: Path) -> None:
 
 def test_fused_weights_of_open_clip(tmp_path: Path) -> None:
     prefix, d = "cond_stage_model.model.", 64
-    names = {f"{prefix}token_embedding.weight": (100, d), f"{prefix}positional_embedding": (77, d)}
+    names: dict[str, tuple[int, ...]] = {
+        f"{prefix}token_embedding.weight": (100, d),
+        f"{prefix}positional_embedding": (77, d),
+    }
     names |= {f"{prefix}ln_final.weight": (d,), f"{prefix}ln_final.bias": (d,)}
     for i in range(2):
         block = f"{prefix}transformer.resblocks.{i}."
@@ -75,7 +79,7 @@ def test_fused_weights_of_open_clip(tmp_path: Path) -> None:
 
 
 def test_an_old_attention_of_convolutions_becomes_layers(tmp_path: Path) -> None:
-    names = {}
+    names: dict[str, tuple[int, ...]] = {}
     for layer in ("q", "k", "v", "proj_out"):
         names |= {f"first_stage_model.decoder.mid.attn_1.{layer}.weight": (8, 8, 1, 1)}
         names |= {f"first_stage_model.decoder.mid.attn_1.{layer}.bias": (8,)}
