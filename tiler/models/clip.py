@@ -24,7 +24,7 @@ def load_tokenizer(family: Family) -> CLIPTokenizer:
     with lean_imports():
         from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
-    folder: Path = family.checkpoint.folder / "tokenizer"
+    folder: Path = family.checkpoint.tokenizer("tokenizer")
     if not (
         (folder / "tokenizer.json").is_file()
         or ((folder / "vocab.json").is_file() and (folder / "merges.txt").is_file())

@@ -200,6 +200,10 @@ class Family(ABC):
 
 def read_family(checkpoint: Checkpoint) -> Family:
     """Check every config of the checkpoint. Raises ModelError, naming the file and what the model is."""
+    if checkpoint.file is not None:
+        from tiler.models.single_file import read_single
+
+        checkpoint = read_single(checkpoint)
     name = str(checkpoint.config("", "model_index.json").get("_class_name", ""))
     known = [key for key in REGISTRY if key.lower() in name.lower()]
     exact = max(known, key=len, default="StableDiffusion")
