@@ -37,7 +37,7 @@ from tiler.memory.budget import Budget
 from tiler.memory.limits import memory_warning
 from tiler.memory.policy import at_layer, at_rows
 from tiler.models import family as families
-from tiler.models.family import Options, Part, Role, VaeSpec
+from tiler.models.family import Guidance, Options, Part, Role, VaeSpec
 from tiler.models.samples import Sample
 from tiler.output.latents import save_latents
 from tiler.output.picture import check_picture
@@ -122,6 +122,9 @@ def start(request: RenderRequest, budget: Budget, on_event: OnEvent, *, planning
     ]
     if any(text and _MARKUP.search(text) for text in texts):
         run.note("weights like (word:1.4) and tags like <lora:name:1> are not understood: they are read as plain words")
+    negative = settings.negative_prompt, *(r.negative_prompt for r in settings.regions)
+    if any(negative) and family.traits.guidance is not Guidance.CFG:
+        run.note(f"the negative prompt has no effect: {family.traits.title} takes none")
     if any(plan.crop):
         tile = PIXEL_STEP * family.native
         run.note(f"smaller than this model's tiles of {tile}×{tile}: the picture is the middle of a larger one")
@@ -157,6 +160,8 @@ def encode_prompts(run: RenderRun) -> Conditions:
     pairs = [] if request.prompt is None else [(request.prompt, request.negative_prompt)]
     for r in request.regions:
         pairs.append((r.prompt, request.negative_prompt if r.negative_prompt is None else r.negative_prompt))
+    if family.traits.guidance is not Guidance.CFG:
+        pairs = [(prompt, prompt) for prompt, _ in pairs]  # what is never used is not encoded
 
     @contextmanager
     def opened(part: Part) -> Iterator[Any]:
@@ -239,7 +244,11 @@ def _denoise(
     with run.streamed(denoiser, *run.weights[part.name], plan.resident[phase], **held) as streamer:
         streamer.short = partial(run.budget.short, plan.sample_bytes)
         check = at_layer(run.budget, plan.memory.peak_bytes)
-        options = Options(attention_window=request.attention_window, seed=request.seed)
+        scales = {request.guidance_scale, *(r.guidance_scale for r in request.regions if r.guidance_scale is not None)}
+        options = Options(
+            attention_window=request.attention_window, seed=request.seed, guidance=tuple(sorted(scales)),
+            scratch=request.scratch_folder,
+        )  # fmt: skip
         prompts = [prompt for side in conditions for prompt in side]
         prepared = family.prepare(denoiser, streamer, schedule.timesteps, prompts, options)
 

@@ -26,7 +26,7 @@ CHUNK = 512  # tokens of a product
 QUERIES = 1536  # of an attention: its result is put where they were
 GROUPS = 4  # of heads, at most
 # A layer's hidden values take up to this many times the arena; then the tokens are done in turns, each a read of the weights.
-HIDDEN_SHARE = 1.5
+HIDDEN_SHARE = 1.0
 
 _T = TypeVar("_T")
 Normed = Callable[[slice], Tensor]

@@ -20,7 +20,7 @@ from tiler.diffusion.masks import MASKS_KEPT
 from tiler.diffusion.schedulers import DiffusersSchedule
 from tiler.memory.budget import MARGIN
 from tiler.models import family as families
-from tiler.models.family import Family, VaeSpec
+from tiler.models.family import Family, Role, VaeSpec
 from tiler.planning.fit import largest_batch, with_resident
 from tiler.planning.peaks import DenoiserPeaks, VaePeaks, libraries, text_phase
 from tiler.planning.table import MemoryPlan, PhasePlan, Term
@@ -121,12 +121,13 @@ def plan_render(request: ResolvedRequest, family: Family, max_bytes: int) -> Ren
             return by.phase(name, denoising, canvas_samples, batch, side, side)
         return by.phase(name, denoising, guide_samples, batch, guide.height, guide.width)
 
+    most = family.traits.samples or MAX_BATCH
     names = ["canvas"] if guide is None else ["canvas", "guide"]
     smallest = [sampling(tight, name).peak_bytes for name in names]
     if max(sampling(sampler, name).peak_bytes for name in names) > max_bytes * MARGIN:
         sampler = tight
     batch = largest_batch(
-        lambda b: sampling(sampler, "canvas", b).peak_bytes, int(max_bytes * MARGIN), min(MAX_BATCH, per_step)
+        lambda b: sampling(sampler, "canvas", b).peak_bytes, int(max_bytes * MARGIN), min(most, per_step)
     )
     batch = math.ceil(per_step / math.ceil(per_step / batch))  # passes of equal size
     phases = [text_phase(family, fixed), sampling(sampler, "canvas", batch), *decoding]
@@ -138,7 +139,7 @@ def plan_render(request: ResolvedRequest, family: Family, max_bytes: int) -> Ren
         guide_batch = largest_batch(
             lambda b: sampling(sampler, "guide", b).peak_bytes,
             int(max_bytes * MARGIN),
-            len(guide_samples),
+            min(most, len(guide_samples)),
         )
         phases.append(sampling(sampler, "guide", guide_batch))
     least = [p.peak_bytes for p in phases if p.name not in ("guide", "canvas")]
@@ -146,7 +147,8 @@ def plan_render(request: ResolvedRequest, family: Family, max_bytes: int) -> Ren
     for i, phase in enumerate(phases):
         part, files = vae.module, vae.kind.weights
         if phase.name in ("guide", "canvas"):
-            part, files = sampler.module, sampler.stored
+            once = family.part(Role.DENOISER).once
+            part, files = sampler.module, {name: info for name, info in sampler.stored.items() if not once(name)}
         if phase.name == "decode":
             part, files = decoder.module.decoder, decoder.kind.weights
         how = methods.get(phase.name)
