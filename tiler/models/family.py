@@ -71,8 +71,15 @@ class Traits(NamedTuple):
     patch: int = 1  # tiles begin at multiples of this, and the canvas's sides are multiples of it
     guidance: Guidance = Guidance.CFG
     samples: int | None = None  # of one read of the weights at most, where more gain nothing
-    even_sigmas: bool = False  # whether the schedule's noise levels are even from 1 to 1/steps before they are shifted
     defaults: Mapping[str, Any] = MappingProxyType({})  # by field of RenderRequest, where nothing else says anything
+    even_sigmas: bool = (
+        False  # of a flow: σ falls to 1/N in equal steps before it is shifted, as its own pipeline has it
+    )
+
+    @property
+    def tokens(self) -> int:
+        """Patches of a native tile: what a transformer sees at once."""
+        return (self.native // self.patch) ** 2
 
 
 class Options(NamedTuple):

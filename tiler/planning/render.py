@@ -180,8 +180,10 @@ def plan_render(request: ResolvedRequest, family: Family, max_bytes: int) -> Ren
 
 def build_schedule(request: ResolvedRequest, family: Family) -> DiffusersSchedule:
     """The schedule of a render, checked to the end. Raises UsageError, ModelError."""
-    build = flow.build if family.traits.flow else schedulers.build
-    return build(request.scheduler, family.scheduler, request.num_inference_steps)
+    asked, config, steps, traits = request.scheduler, family.scheduler, request.num_inference_steps, family.traits
+    if not traits.flow:
+        return schedulers.build(asked, config, steps)
+    return flow.build(asked, config, steps, tokens=traits.tokens, even_sigmas=traits.even_sigmas)
 
 
 def choose_precision(wanted: Precision, family: Family) -> tuple[Precision, str]:
