@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tiler.compute.stream import Streamer
+from tiler.decoding import FACTOR
 from tiler.errors import ModelError
 from tiler.memory.lean_imports import lean_imports
 from tiler.models import bounds
@@ -119,7 +120,7 @@ class Flux(Family):
         config = self.part(Role.DENOISER).config
         prompt = Prompt(empty(1, self.length, config["joint_attention_dim"]), empty(1, config["pooled_projection_dim"]))
         latents = {tile: empty(1, self.latent_channels, *sides) for tile in tiles}
-        height, width = (2 ** (len(self.vae.config["block_out_channels"]) - 1) * side for side in sides)
+        height, width = (FACTOR * side for side in sides)
         return [Sample(latents[tile], prompt, Place(0, 0, height, width, (height, width)), 1.0) for tile in tiles]
 
 
@@ -266,10 +267,8 @@ def read(checkpoint: Checkpoint, name: str) -> Flux:
                 f"{checkpoint.name}: the transformer expects text of width {config[key]} ({key}), {part} gives {width}; these "
                 "parts do not belong together"
             )
-    if len(vae["block_out_channels"]) != 4:
-        raise ModelError(
-            f"{checkpoint.name}: the VAE's factor is {2 ** (len(vae['block_out_channels']) - 1)}; tiler supports 8"
-        )
+    if (factor := 2 ** (len(vae["block_out_channels"]) - 1)) != FACTOR:
+        raise ModelError(f"{checkpoint.name}: the VAE's factor is {factor}; tiler supports {FACTOR}")
     spec, dev = VaeSpec(checkpoint=checkpoint, part="vae", config=vae), bool(config.get("guidance_embeds", False))
     parts = (
         Part(
