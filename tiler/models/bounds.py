@@ -47,6 +47,25 @@ def check_prediction(where: str, config: Config) -> None:
         )
 
 
+def check_sd3(where: str, config: Config) -> None:
+    """An SD3Transformer2DModel's config. Raises ModelError, naming the field."""
+    for key in ("num_layers", "num_attention_heads", "attention_head_dim", "joint_attention_dim"):
+        _need(where, config, key)
+    _whole(where, config, num_layers=(1, 256), num_attention_heads=(1, 256), attention_head_dim=(2, 1024))
+    _whole(where, config, joint_attention_dim=(1, 65_536), pooled_projection_dim=(1, 65_536))
+    _whole(where, config, caption_projection_dim=(1, 65_536), in_channels=(1, 64), patch_size=(2, 2))
+    _whole(where, config, sample_size=(8, 4096), pos_embed_max_size=(1, 4096))
+    _whole(where, config, may_be_null=True, out_channels=(1, 64))
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    if (taken := config.get("caption_projection_dim", 1152)) != width:
+        _refuse(where, "caption_projection_dim", taken, f"it must be heads times their width, {width}")
+    if config.get("qk_norm") not in (None, "rms_norm"):
+        _refuse(where, "qk_norm", config["qk_norm"], "tiler supports null and 'rms_norm'")
+    layers = config.get("dual_attention_layers") or []
+    if not isinstance(layers, list) or not all(_is_whole(n, 0, config["num_layers"] - 1) for n in layers):
+        _refuse(where, "dual_attention_layers", layers, "it must be a list of the numbers of layers")
+
+
 def check_vae(where: str, config: Config) -> None:
     """An AutoencoderKL's config. Raises ModelError, naming the field."""
     _need(where, config, "block_out_channels")

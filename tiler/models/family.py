@@ -31,11 +31,12 @@ if TYPE_CHECKING:
 
 REGISTRY: dict[str, str] = {
     "StableDiffusion": "tiler.models.sd",
+    "StableDiffusion3": "tiler.models.sd3",
 }
 """Part of a pipeline's class name → the module whose `read(checkpoint)` gives the Family. The longest match counts; a class
 that none matches is read as Stable Diffusion, whose checks say what is foreign in it."""
 _OTHERS = {
-    "StableDiffusionXL": "SDXL", "StableDiffusion3": "Stable Diffusion 3", "Flux": "Flux", "PixArt": "PixArt",
+    "StableDiffusionXL": "SDXL", "Flux": "Flux", "PixArt": "PixArt",
     "Inpaint": "an inpainting model", "InstructPix2Pix": "an InstructPix2Pix model", "Upscale": "an upscaler",
     "Kandinsky": "Kandinsky", "WuerstchenCombined": "Würstchen", "Video": "a video model",
 }  # fmt: skip
