@@ -23,13 +23,13 @@ from torch import Tensor
 from tiler import events, packing
 from tiler.compute.layers import stream_layers
 from tiler.compute.stream import Streamer
-from tiler.decoding import method
+from tiler.decoding import FACTOR, method
 from tiler.decoding.method import DecodePlan
 from tiler.decoding.rows import Latents, to_uint8
 from tiler.diffusion import canvas, guide
 from tiler.diffusion.guide_picture import GuidePicture
 from tiler.diffusion.runner import Conditions, LocalRunner
-from tiler.diffusion.tiles import Steps
+from tiler.diffusion.tiles import Steps, region_span
 from tiler.errors import NameTaken, NumericalError, StorageError
 from tiler.events import OnEvent, percent
 from tiler.files import check_writable
@@ -43,7 +43,8 @@ from tiler.output.latents import save_latents
 from tiler.output.picture import check_picture
 from tiler.planning.render import RenderPlan, build_schedule, plan_render
 from tiler.planning.resolve import resolve
-from tiler.request import PIXEL_STEP, GuideUpscale, Precision, RenderRequest, ResolvedRequest
+from tiler.planning.tiling import pixels_of
+from tiler.request import GuideUpscale, Precision, RenderRequest, ResolvedRequest
 from tiler.weights import checkpoint
 from tiler.weights.index import TensorInfo
 from tiler.weights.packed import default_cache
@@ -126,8 +127,8 @@ def start(request: RenderRequest, budget: Budget, on_event: OnEvent, *, planning
     if any(negative) and family.traits.guidance is not Guidance.CFG:
         run.note(f"the negative prompt has no effect: {family.traits.title} takes none")
     if any(plan.crop):
-        tile = PIXEL_STEP * family.native
-        run.note(f"smaller than this model's tiles of {tile}×{tile}: the picture is the middle of a larger one")
+        height, width = pixels_of(plan.canvas)
+        run.note(f"this model makes no picture as small as that: it is the middle of one of {width}×{height}")
     for note in (*found.notes, *family.notes, *plan.notes, memory_warning(budget.max_bytes)):
         if note is not None:
             run.note(note)
@@ -150,7 +151,7 @@ def load_guide(run: RenderRun) -> np.ndarray | None:
     path = run.request.guide_image
     if path is None:
         return None
-    with run.phase("load guide", 1), GuidePicture(path, run.request.canvas_size) as picture:
+    with run.phase("load guide", 1), GuidePicture(path, pixels_of(run.plan.canvas)) as picture:
         return picture.load(run.note)
 
 
@@ -189,7 +190,7 @@ def make_reference(run: RenderRun, picture: np.ndarray | None, guide_latents: Te
     request, plan = run.request, run.plan
     if guide_latents is None and picture is None:
         return None
-    height, width = (8 * n for n in plan.canvas)
+    height, width = pixels_of(plan.canvas)
     spec, wraps = plan.family.autoencoder, request.wrap.axes
     if guide_latents is not None and request.guide_upscale is GuideUpscale.LATENT:
         assert plan.guide is not None
@@ -204,7 +205,7 @@ def make_reference(run: RenderRun, picture: np.ndarray | None, guide_latents: Te
             picture = np.concatenate(
                 list(decode_pixels(plan.methods["guide decoded"], vae, streamer, unscaled, check, tell))
             )
-            box = (8 * plan.guide.shown_height, 8 * plan.guide.shown_width)
+            box = (FACTOR * plan.guide.shown_height, FACTOR * plan.guide.shown_width)
         else:
             assert picture is not None
             box = None
@@ -230,10 +231,8 @@ def _denoise(
 ) -> Tensor:  # fmt: skip
     request, plan, steps = run.request, run.plan, run.request.num_inference_steps
     height, width = plan.canvas if phase == "canvas" or plan.guide is None else plan.guide[:2]
-    reseeded = [
-        ((slice(r.rows[0] // 8, r.rows[1] // 8), slice(r.cols[0] // 8, r.cols[1] // 8)), r.seed)
-        for r in request.regions if r.seed is not None and phase == "canvas"
-    ]  # fmt: skip
+    spans = ((region_span(r, plan.family.traits.patch), r.seed) for r in request.regions if phase == "canvas")
+    reseeded = [((slice(*rows), slice(*cols)), seed) for (rows, cols), seed in spans if seed is not None]
     noise, generator = canvas.initial_noise((1, plan.family.latent_channels, height, width), request.seed, reseeded)
     schedule = build_schedule(request, plan.family)
     latents = schedule.start(noise, reference, begin)
@@ -346,7 +345,7 @@ def decode_pixels(
     plan: DecodePlan, vae: Any, streamer: Streamer, unscaled: Latents, check: Callable[[str], None],
     progress: Callable[[float], None],
 ) -> Generator[np.ndarray]:  # fmt: skip
-    """Decode (1, C, h, w) fp32 latents into rows (n, 8w, 3) uint8. Raises NumericalError rather than give a black picture."""
+    """Decode (1, C, h, w) fp32 latents into rows (n, FACTOR·w, 3) uint8. Raises NumericalError rather than give a black picture."""
     row = 0
     with closing(method.decode(plan, vae, streamer, unscaled, check=check, progress=progress)) as strips:
         for strip in strips:

@@ -107,6 +107,22 @@ def check_text(where: str, config: Config) -> None:
         _refuse(where, "hidden_size", config["hidden_size"], f"a multiple of num_attention_heads, {heads}")
 
 
+def check_flux(where: str, config: Config) -> None:
+    """A FluxTransformer2DModel's config. Raises ModelError, naming the field."""
+    for key in ("num_attention_heads", "attention_head_dim", "joint_attention_dim", "pooled_projection_dim"):
+        _need(where, config, key)
+    _whole(where, config, num_attention_heads=(1, 256), attention_head_dim=(2, 1024), patch_size=(1, 1))
+    _whole(where, config, num_layers=(0, 256), num_single_layers=(0, 256), in_channels=(1, 4096))
+    _whole(where, config, joint_attention_dim=(1, 65_536), pooled_projection_dim=(1, 65_536))
+    _whole(where, config, may_be_null=True, out_channels=(1, 4096), sample_size=(8, 4096))
+    _flags(where, config, "guidance_embeds")
+    axes, size = config.get("axes_dims_rope", [16, 56, 56]), config["attention_head_dim"]
+    if not isinstance(axes, list) or len(axes) != 3 or not all(_is_whole(n, 2, 1024) and n % 2 == 0 for n in axes):
+        _refuse(where, "axes_dims_rope", axes, "it must be three even numbers")
+    if sum(axes) != size:
+        _refuse(where, "axes_dims_rope", axes, f"together they must be attention_head_dim, {size}")
+
+
 def _refuse(where: str, key: str, value: object, rule: str) -> NoReturn:
     shown = repr(value)
     shown = shown if len(shown) <= 60 else shown[:60] + "…"

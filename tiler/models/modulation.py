@@ -45,7 +45,7 @@ class Modulations:
     def write(self, row: int, first: int, values: Tensor) -> None:
         """values: (n,) fp32, the row's from place `first` on. Raises StorageError."""
         assert self._file is not None
-        view, at = memoryview(values.contiguous().numpy()).cast("B")  # type: ignore[arg-type], row * self.row_bytes + 4 * first
+        view, at = _bytes(values.contiguous()), row * self.row_bytes + 4 * first
         try:
             while len(view):
                 done = os.pwrite(self._file, view, at)
@@ -60,12 +60,16 @@ class Modulations:
         if self._file is None:
             return list(torch.empty(sum(self._widths), device="meta").split(self._widths))
         row = torch.empty(sum(self._widths))
-        view, at = memoryview(row.numpy()).cast("B"), self._rows[key] * self.row_bytes  # type: ignore[arg-type]
+        view, at = _bytes(row), self._rows[key] * self.row_bytes
         while len(view):
             done = os.preadv(self._file, [view], at)
             assert done, "a row that was not written"
             view, at = view[done:], at + done
         return list(row.split(self._widths))
+
+
+def _bytes(values: Tensor) -> memoryview:
+    return memoryview(values.numpy()).cast("B")  # type: ignore[arg-type]
 
 
 def modulations(

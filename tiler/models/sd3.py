@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tiler.compute.stream import Streamer
+from tiler.decoding import FACTOR
 from tiler.errors import ModelError
 from tiler.models import bounds
 from tiler.models.clip import (
@@ -117,7 +118,7 @@ class StableDiffusion3(Family):
         config = self.part(Role.DENOISER).config
         check_fits(table_side(config), (sides[0] // PATCH, sides[1] // PATCH))
         latents = {tile: empty(1, self.latent_channels, *sides) for tile in tiles}
-        height, width = (8 * side for side in sides)
+        height, width = (FACTOR * side for side in sides)
         place = Place(0, 0, height, width, (height, width))
         prompt = Prompt(empty(1, *self._shape), empty(1, pooled_width(config)))
         return [Sample(latents[tile], prompt, place, 1.0) for tile in tiles]
@@ -211,8 +212,8 @@ def _check_channels(checkpoint: Checkpoint, config: Mapping[str, Any], vae: Mapp
             f"{checkpoint.name}: the transformer takes {taken} channels and gives {given}, the VAE's latents have {latent}; "
             "tiler needs a text-to-image model whose parts belong together"
         )
-    if (levels := len(vae["block_out_channels"])) != 4:
-        raise ModelError(f"{checkpoint.name}: the VAE's factor is {2 ** (levels - 1)}; tiler supports 8")
+    if (factor := 2 ** (len(vae["block_out_channels"]) - 1)) != FACTOR:
+        raise ModelError(f"{checkpoint.name}: the VAE's factor is {factor}; tiler supports {FACTOR}")
 
 
 def _check_widths(checkpoint: Checkpoint, config: Mapping[str, Any], texts: Mapping[str, Mapping[str, Any]]) -> None:

@@ -24,7 +24,7 @@ from tiler.models.family import Family, Role, VaeSpec
 from tiler.planning.fit import largest_batch, with_resident
 from tiler.planning.peaks import DenoiserPeaks, VaePeaks, libraries, text_phase
 from tiler.planning.table import MemoryPlan, PhasePlan, Term
-from tiler.planning.tiling import Tiling, plan_tiling
+from tiler.planning.tiling import Tiling, pixels_of, plan_tiling
 from tiler.request import Decode, GuideUpscale, Precision, ResolvedRequest, Scheduler, ScratchDtype, Wrap
 from tiler.weights.checkpoint import resolve_part
 
@@ -71,7 +71,8 @@ def plan_render(request: ResolvedRequest, family: Family, max_bytes: int) -> Ren
     scheduler config that no work should begin with.
     """
     schedule = build_schedule(request, family)
-    cut, side = plan_tiling(request, family), family.native
+    cut = plan_tiling(request, family)
+    tile = cut.regions.tile
     canvas, guide, guide_steps, canvas_steps = cut.canvas, cut.guide, cut.guide_steps, cut.canvas_steps
     guided = guide is not None or request.guide_image is not None
     # Of the step with most: the tile of each sample.
@@ -102,23 +103,23 @@ def plan_render(request: ResolvedRequest, family: Family, max_bytes: int) -> Ren
     if guided and request.guide_upscale is GuideUpscale.PIXEL:
         methods["guide picture"] = method(vae, own, canvas, encoding=True)
         if request.guide_image is not None:
-            with GuidePicture(request.guide_image, request.canvas_size) as source:
+            with GuidePicture(request.guide_image, pixels_of(canvas)) as source:
                 pixels, loading = math.prod(source.shape[:2]), source.peak_bytes
         elif guide is not None:
-            pixels = 64 * guide.height * guide.width
+            pixels = math.prod(pixels_of(guide[:2]))
         picture = [vae.phase("guide picture", canvas, methods["guide picture"], pixels)]
         if guide is not None:  # the same phase decodes the guide first
             methods["guide decoded"] = method(vae, own, (guide.height, guide.width))
             picture.append(vae.phase("guide picture", (guide.height, guide.width), methods["guide decoded"]))
         decoding.append(max(picture, key=lambda p: p.peak_bytes))
     masks = min(MASKS_KEPT, max(map(len, (cut.regions, *canvas_steps[-1:]))))
-    canvas_bytes = 4 * family.latent_channels * canvas[0] * canvas[1] * 6 + 4 * side * side * masks
+    canvas_bytes = 4 * family.latent_channels * canvas[0] * canvas[1] * 6 + 4 * math.prod(tile) * masks
 
     denoising = [*fixed, Term(name="canvas", nbytes=canvas_bytes)]
 
     def sampling(by: DenoiserPeaks, name: str, batch: int = 1) -> PhasePlan:
         if name == "canvas" or guide is None:
-            return by.phase(name, denoising, canvas_samples, batch, side, side)
+            return by.phase(name, denoising, canvas_samples, batch, *tile)
         return by.phase(name, denoising, guide_samples, batch, guide.height, guide.width)
 
     most = family.traits.samples or MAX_BATCH
@@ -170,7 +171,7 @@ def plan_render(request: ResolvedRequest, family: Family, max_bytes: int) -> Ren
         precision_why=precision_why,
         scheduler=schedule.name,
         notes=schedule.notes,
-        sample_bytes=sampler.activations((0,), side, side),
+        sample_bytes=sampler.activations((0,), *tile),
         arena_bytes=sampler.streamer.arena_bytes,
         memory=MemoryPlan(
             max_bytes=max_bytes, phases=tuple(phases), smallest_bytes=int(max(least + smallest) / MARGIN) + 1
