@@ -12,7 +12,12 @@ PIECE = 2**24  # values made at a time
 
 
 def write_weights(
-    path: Path, shapes: Mapping[str, torch.Size], *, sparse: bool = False, seed: int = 0, spreads: Mapping[str, float] = {}
+    path: Path,
+    shapes: Mapping[str, torch.Size],
+    *,
+    sparse: bool = False,
+    seed: int = 0,
+    spreads: Mapping[str, float] = {},
 ) -> None:
     """A safetensors file of fp16 tensors. Random ones keep the size of activations: matrices of 1/√in, norms near 1, biases near
     0; `spreads` are the standard deviations of others."""

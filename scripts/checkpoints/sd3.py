@@ -96,7 +96,9 @@ def write(folder: Path, size: str, **transformer: Any) -> None:
         prefix = {name: "text_model." if bare and not name.startswith("text_projection") else "" for name in shapes}
         stem = "model" if text else "diffusion_pytorch_model"
         shapes = {prefix[name] + name: shape for name, shape in shapes.items()}
-        write_weights(folder / part / f"{stem}.fp16.safetensors", shapes, seed=seed, spreads={"pos_embed.pos_embed": 0.5})
+        write_weights(
+            folder / part / f"{stem}.fp16.safetensors", shapes, seed=seed, spreads={"pos_embed.pos_embed": 0.5}
+        )
 
 
 def _on_meta(part: str, config: dict[str, Any]) -> torch.nn.Module:

@@ -162,9 +162,7 @@ def test_regions_have_guidance_of_their_own(folders: dict[str, Path], tmp_path: 
 
 def test_int8_is_near_fp32_and_leaves_what_is_read_once(folders: dict[str, Path], tmp_path: Path) -> None:
     plain, _ = rendered(ask(folders["dev"], tmp_path, size=128))
-    int8, _ = rendered(
-        ask(folders["dev"], tmp_path, size=128, precision=Precision.INT8, cache_dir=tmp_path / "packed")
-    )
+    int8, _ = rendered(ask(folders["dev"], tmp_path, size=128, precision=Precision.INT8, cache_dir=tmp_path / "packed"))
     assert not torch.equal(plain, int8)
     assert (int8 - plain).norm() < 0.05 * plain.norm()
     family = read_family(checkpoint.resolve(str(folders["dev"])))

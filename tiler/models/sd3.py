@@ -220,7 +220,9 @@ def _check_widths(checkpoint: Checkpoint, config: Mapping[str, Any], texts: Mapp
     """That transformer and text encoders belong together. Raises ModelError."""
     for part, text in texts.items():
         if not (kind := str(text.get("model_type", "clip_text_model"))).startswith("clip"):
-            raise ModelError(f"{checkpoint.folder / part}/config.json: this is {kind!r}; it must be a CLIP text encoder")
+            raise ModelError(
+                f"{checkpoint.folder / part}/config.json: this is {kind!r}; it must be a CLIP text encoder"
+            )
     where = f"{checkpoint.folder / 'transformer'}/config.json"
     side_by_side, pooled = (
         sum(text["hidden_size"] for text in texts.values()),
