@@ -1,7 +1,7 @@
 """Stable Diffusion 3's layout: two CLIPs with projections, T5, a transformer of joint blocks, and a VAE of 16 channels.
 
-tiny: 128-px tiles, blocks of 256 channels; without T5 unless asked for. wide: 3.5 large's width, two blocks, T5-XXL's width, two
-layers: 2.7 GB. full: SD 3 medium's configs, 2.028 B parameters in the transformer, no T5: 5.9 GB.
+tiny: 128-px tiles, blocks of 256 channels. wide: 3.5 large's width, two blocks, T5-XXL's width, two layers: 2.7 GB. full: SD 3
+medium's configs, 2.028 B parameters in the transformer, no T5: 5.9 GB.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from checkpoints import _t5
 from checkpoints._files import write_weights
 from make_checkpoint import clip_tokenizer, write_json
 
@@ -50,9 +51,10 @@ INDEX: dict[str, Any] = {
     "_class_name": "StableDiffusion3Pipeline", "_diffusers_version": "0.29.0.dev0",
     "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
     "text_encoder": ["transformers", "CLIPTextModelWithProjection"],
-    "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"], "text_encoder_3": [None, None],
-    "tokenizer": ["transformers", "CLIPTokenizer"], "tokenizer_2": ["transformers", "CLIPTokenizer"],
-    "tokenizer_3": [None, None], "transformer": ["diffusers", "SD3Transformer2DModel"],
+    "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+    "text_encoder_3": ["transformers", "T5EncoderModel"], "tokenizer": ["transformers", "CLIPTokenizer"],
+    "tokenizer_2": ["transformers", "CLIPTokenizer"], "tokenizer_3": ["transformers", "T5TokenizerFast"],
+    "transformer": ["diffusers", "SD3Transformer2DModel"],
     "vae": ["diffusers", "AutoencoderKL"],
 }  # fmt: skip
 _TEXT = {"num_attention_heads": 2, "num_hidden_layers": 3, "intermediate_size": 64, "vocab_size": 5000}
@@ -60,7 +62,7 @@ _CHANGES: dict[str, dict[str, dict[str, Any]]] = {
     "tiny": {
         "transformer": {
             "attention_head_dim": 64, "num_attention_heads": 4, "caption_projection_dim": 256, "num_layers": 3,
-            "joint_attention_dim": 96, "pooled_projection_dim": 32 + 24, "pos_embed_max_size": 24, "sample_size": 16,
+            "joint_attention_dim": 256, "pooled_projection_dim": 32 + 24, "pos_embed_max_size": 24, "sample_size": 16,
         },
         "vae": {"block_out_channels": [8, 16, 16, 16], "norm_num_groups": 4, "layers_per_block": 1, "sample_size": 128},
         "text_encoder": _TEXT | {"hidden_size": 32, "projection_dim": 32},
@@ -75,12 +77,16 @@ _CHANGES: dict[str, dict[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def write(folder: Path, size: str, **transformer: Any) -> None:
-    """A checkpoint in diffusers layout; `transformer`: values of its config that are to be others."""
+def write(folder: Path, size: str, *, t5: bool = True, **transformer: Any) -> None:
+    """A checkpoint in diffusers layout, with `t5` or without; `transformer`: values of its config that are to be others."""
     parts = {"transformer": TRANSFORMER, "vae": VAE, "text_encoder": CLIP_L, "text_encoder_2": BIG_G}
+    if t5 and size != "full":
+        parts["text_encoder_3"] = _t5.config(**(_t5.XXL | {"num_layers": 2} if size == "wide" else _t5.TINY))
+        _t5.write_tokenizer(folder / "tokenizer_3")
     parts = {name: config | _CHANGES[size].get(name, {}) for name, config in parts.items()}
     parts["transformer"] |= transformer
-    write_json(folder / "model_index.json", INDEX)
+    absent = {} if "text_encoder_3" in parts else {key: [None, None] for key in ("text_encoder_3", "tokenizer_3")}
+    write_json(folder / "model_index.json", INDEX | absent)
     write_json(folder / "scheduler/scheduler_config.json", SCHEDULER)
     for tokenizer, part in (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")):
         clip_tokenizer(folder / tokenizer, parts[part]["vocab_size"])
@@ -91,8 +97,9 @@ def write(folder: Path, size: str, **transformer: Any) -> None:
             side = config["pos_embed_max_size"]
             width = config["num_attention_heads"] * config["attention_head_dim"]
             shapes["pos_embed.pos_embed"] = torch.Size([1, side * side, width])
+        shapes.pop("encoder.embed_tokens.weight", None)  # of T5: the same as `shared`
         text = part.startswith("text")
-        bare = text and not next(iter(shapes)).startswith("text_model.")
+        bare = text and "text_projection.weight" in shapes and not next(iter(shapes)).startswith("text_model.")
         prefix = {name: "text_model." if bare and not name.startswith("text_projection") else "" for name in shapes}
         stem = "model" if text else "diffusion_pytorch_model"
         shapes = {prefix[name] + name: shape for name, shape in shapes.items()}
@@ -103,11 +110,12 @@ def write(folder: Path, size: str, **transformer: Any) -> None:
 
 def _on_meta(part: str, config: dict[str, Any]) -> torch.nn.Module:
     from diffusers import AutoencoderKL, SD3Transformer2DModel
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
     builds: dict[str, Callable[[], Any]] = {
         "transformer": lambda: SD3Transformer2DModel.from_config(config | {"pos_embed_max_size": 1}),
         "vae": lambda: AutoencoderKL.from_config(config),
+        "text_encoder_3": lambda: T5EncoderModel(T5Config(**config)),
     }
     with torch.device("meta"):
-        return builds.get(part, lambda: CLIPTextModelWithProjection(CLIPTextConfig(**config)))()  # type: ignore[no-any-return]
+        return builds.get(part, lambda: CLIPTextModelWithProjection(CLIPTextConfig(**config)))()

@@ -29,9 +29,10 @@ from tiler.weights import checkpoint
 
 # SD 3's; 3.5 medium's blocks that attend twice, queries and keys normed, a table of odd sides; 3.5 large's.
 KINDS: dict[str, dict[str, Any]] = {
-    "sd3": {},
-    "medium": {"qk_norm": "rms_norm", "dual_attention_layers": [0, 1], "pos_embed_max_size": 25},
-    "large": {"qk_norm": "rms_norm"},
+    "sd3": {"t5": False},
+    "t5": {},
+    "medium": {"qk_norm": "rms_norm", "dual_attention_layers": [0, 1], "pos_embed_max_size": 25, "t5": False},
+    "large": {"qk_norm": "rms_norm", "t5": False},
 }
 
 
@@ -47,9 +48,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def pipelines(folders: dict[str, Path]) -> dict[str, StableDiffusion3Pipeline]:
+    absent = {"text_encoder_3": None, "tokenizer_3": None}
     found = {
         kind: StableDiffusion3Pipeline.from_pretrained(
-            folder, variant="fp16", torch_dtype=torch.float32, text_encoder_3=None, tokenizer_3=None
+            folder, variant="fp16", torch_dtype=torch.float32, **({} if kind == "t5" else absent)
         )
         for kind, folder in folders.items()
     }
@@ -76,9 +78,12 @@ def rendered(request: RenderRequest, said: list[str] | None = None) -> tuple[Ten
     return load_file(request.save_latents)["latents"], result.report
 
 
-def test_prompts_are_diffusers_own(folders: dict[str, Path], pipelines: dict[str, StableDiffusion3Pipeline]) -> None:
+@pytest.mark.parametrize("kind", ["sd3", "t5"])
+def test_prompts_are_diffusers_own(
+    folders: dict[str, Path], pipelines: dict[str, StableDiffusion3Pipeline], kind: str
+) -> None:
     """A negative prompt that is absent is an empty one; one that is too long is cut, with one warning."""
-    family, said = read_family(checkpoint.resolve(str(folders["sd3"]))), []
+    family, said = read_family(checkpoint.resolve(str(folders[kind]))), []
     texts = ["a boat", "", None, "fog " * 100]
 
     @contextmanager
@@ -90,8 +95,9 @@ def test_prompts_are_diffusers_own(folders: dict[str, Path], pipelines: dict[str
     with torch.no_grad():
         encoded = family.encode(texts, opened, said.append)
         for text, prompt in zip(texts, encoded, strict=True):
-            tokens, _, pooled, _ = pipelines["sd3"].encode_prompt(text or "", None, None)
+            tokens, _, pooled, _ = pipelines[kind].encode_prompt(text or "", None, None)
             assert (prompt.tokens - tokens).abs().max() < 1e-5
+            assert bool(prompt.tokens[:, 77:].any()) == (kind == "t5")
             assert prompt.pooled is not None and (prompt.pooled - pooled).abs().max() < 1e-5
     assert len(said) == 1 and "longer than 77 tokens" in said[0]
 
@@ -100,7 +106,7 @@ def test_prompts_are_diffusers_own(folders: dict[str, Path], pipelines: dict[str
     ("kind", "negative", "scale", "size"),
     [
         ("sd3", None, 7.0, (128, 128)),
-        ("sd3", "fog", 7.0, (80, 128)),
+        ("t5", "fog", 7.0, (80, 128)),
         ("medium", "fog", 4.5, (128, 128)),
         ("large", None, 1.0, (128, 128)),
     ],
@@ -109,7 +115,7 @@ def test_one_tile_is_what_diffusers_pipeline_gives(
     folders: dict[str, Path], pipelines: dict[str, StableDiffusion3Pipeline], tmp_path: Path, kind: str,
     negative: str | None, scale: float, size: tuple[int, int],
 ) -> None:  # fmt: skip
-    """Without T5; a picture that is smaller than a tile is one of its own size."""
+    """With T5 and without; a picture that is smaller than a tile is one of its own size."""
     height, width = size
     want = pipelines[kind](
         "a boat", negative_prompt=negative, height=height, width=width, num_inference_steps=3, guidance_scale=scale,
@@ -237,14 +243,14 @@ def test_defaults_are_of_the_model(folders: dict[str, Path], tmp_path: Path) -> 
     turbo = tmp_path / "stable-diffusion-3.5-large-turbo"
     turbo.symlink_to(folders["large"])
     rows = {
-        folders["sd3"]: (28, 7.0, 0.35), folders["medium"]: (40, 4.5, 0.35), folders["large"]: (28, 4.5, 0.35),
+        folders["t5"]: (28, 7.0, 0.35), folders["medium"]: (40, 4.5, 0.35), folders["large"]: (28, 4.5, 0.35),
         turbo: (4, 1.0, 0.5),
     }  # fmt: skip
     for folder, want in rows.items():
         family = read_family(checkpoint.resolve(str(folder)))
         filled = resolve(RenderRequest(prompt="x", model=str(folder)), family)
         assert (filled.num_inference_steps, filled.guidance_scale, filled.strength) == want
-        assert any("text_encoder_3 (T5) is not there" in note for note in family.notes)
+        assert any("text_encoder_3 (T5) is not there" in note for note in family.notes) == (folder != folders["t5"])
     assert any("few-step model" in note for note in family.notes)
 
 
@@ -308,6 +314,12 @@ BAD["no weights"] = (
 BAD["no shard"] = lose_shard, "-00002-of-00002.safetensors cannot be found"
 BAD["controlnet"] = lambda f: edit(f, "", _class_name="StableDiffusion3ControlNetPipeline"), "a ControlNet pipeline"
 BAD["inpainting"] = lambda f: edit(f, "", _class_name="StableDiffusion3InpaintPipeline"), "an inpainting model"
+BAD["no T5 tokenizer"] = lambda f: shutil.rmtree(f / "tokenizer_3"), "tokenizer_3 is missing; run: hf download"
+BAD["no T5 weights"] = (
+    lambda f: next(f.glob("text_encoder_3/*.safetensors")).unlink(),
+    "text_encoder_3: no *.safetensors",
+)
+BAD["T5 width"] = lambda f: edit(f, "text_encoder_3", d_model=128), "text of width 256 (joint_attention_dim)"
 BAD["channels"] = lambda f: edit(f, "transformer", in_channels=33), "the transformer takes 33 channels"
 BAD["text width"] = lambda f: edit(f, "transformer", joint_attention_dim=64), "joint_attention_dim = 64"
 BAD["pooled width"] = lambda f: edit(f, "text_encoder", projection_dim=16), "pooled_projection_dim = 56"
@@ -324,7 +336,7 @@ def test_what_it_cannot_take_is_exit_3_and_one_line(
 ) -> None:
     change, message = BAD[name]
     folder = tmp_path / "model"
-    shutil.copytree(folders["sd3"], folder)
+    shutil.copytree(folders["t5"], folder)
     change(folder)
     ran = in_process("render", "a boat", "--model", folder, "--size", 128, "--no-guide", "-o", tmp_path / "y.png", "-q")
     assert ran.code == 3
@@ -340,7 +352,7 @@ def test_options_for_other_models_are_exit_2(in_process, folders: dict[str, Path
 
 
 def test_commands(tiler, folders: dict[str, Path], tmp_path: Path) -> None:
-    model = folders["sd3"]
+    model = folders["t5"]
     assert tiler("plan", "a boat", "-m", model, "--size", 192, "--json").code == 0
     assert tiler("quantize", model, "--cache-dir", tmp_path / "packed").code == 0
     done = tiler(

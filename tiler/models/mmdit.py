@@ -35,7 +35,7 @@ def build_mmdit(checkpoint: Checkpoint, config: dict[str, Any]) -> SD3Transforme
     with on_meta(), refusing("transformer", checkpoint):
         model: Any = SD3Transformer2DModel.from_config(config | {"pos_embed_max_size": 1})
         replace_table(model.pos_embed, table_side(config), model.inner_dim)
-    return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
+    return model.eval().requires_grad_(False)
 
 
 def table_side(config: dict[str, Any]) -> int:
@@ -84,7 +84,7 @@ def predict_sample(
     rows = iter(modulation)
     for i, block in enumerate(model.transformer_blocks):
         check(f"transformer.transformer_blocks.{i}")
-        joint_block(streamer, block, x, image, text, next(rows), next(rows))  # type: ignore[arg-type]
+        joint_block(streamer, block, x, image, text, next(rows), next(rows))
     check("transformer.proj_out")
     scale, shift = next(rows).chunk(2)
     made = project(streamer, model.proj_out, image, modulated(model.norm_out.norm, x, scale, shift))
@@ -128,7 +128,7 @@ def joint_block(
         add_attended(streamer, attn.to_add_out, attended, x, text, t_gate)
     del attended
     if beside is not None:
-        add_attended(streamer, block.attn2.to_out[0], beside, x, image, second[2])  # type: ignore[union-attr]
+        add_attended(streamer, block.attn2.to_out[0], beside, x, image, second[2])
         del beside
     normed = modulated(block.norm2, x, ff_scale, ff_shift)
     add_feed_forward(streamer, _feed_forward(block.ff), x, image, normed, ff_gate)

@@ -19,7 +19,7 @@ from torch import Tensor
 from tiler.compute.stream import Streamer
 from tiler.decoding import FACTOR
 from tiler.errors import ModelError
-from tiler.models import bounds
+from tiler.models import bounds, t5
 from tiler.models.clip import (
     TOKENS,
     build_clip,
@@ -50,7 +50,7 @@ from tiler.models.samples import Place, Prompt, Sample
 from tiler.models.unet import quantised as quantised_text
 from tiler.weights.checkpoint import Checkpoint
 
-T5_TOKENS = 256
+T5, T5_TOKENIZER, T5_TOKENS = "text_encoder_3", "tokenizer_3", 256
 _CLIPS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 
 
@@ -70,14 +70,21 @@ class StableDiffusion3(Family):
         for part, tell in zip(self.encoders[:2], (warn, _silent), strict=True):
             with open_part(part) as encoder:
                 found.append(encode_penultimate(load_tokenizer(self, _CLIPS[part.name]), encoder, texts, tell))
+        below: list[Tensor] = []
+        for part in self.encoders[2:]:
+            with open_part(part) as encoder:
+                tokenizer = t5.load_tokenizer(self.checkpoint, T5_TOKENIZER)
+                below = t5.encode_t5(tokenizer, encoder, texts, T5_TOKENS, _silent, keep_pads=True)
         length, width = self._shape
         encoded = {}
-        for text, first, second in zip(texts, *found, strict=True):
+        for i, (first, second) in enumerate(zip(*found, strict=True)):
             assert first.pooled is not None and second.pooled is not None
             tokens = torch.zeros(1, length, width)
             clip = torch.cat([first.tokens, second.tokens], dim=-1)
             tokens[:, : clip.shape[1], : clip.shape[2]] = clip
-            encoded[text] = Prompt(tokens, torch.cat([first.pooled, second.pooled], dim=-1))
+            if below:
+                tokens[:, -T5_TOKENS:] = below[i]
+            encoded[texts[i]] = Prompt(tokens, torch.cat([first.pooled, second.pooled], dim=-1))
         return [encoded[prompt or ""] for prompt in prompts]
 
     @property
@@ -89,7 +96,7 @@ class StableDiffusion3(Family):
         self, model: Any, streamer: Streamer, timesteps: Tensor, prompts: Sequence[Prompt], options: Options
     ) -> Prepared:
         """Read the modulation layers, once for all steps and prompts."""
-        pooled = list({id(prompt.pooled): prompt.pooled for prompt in prompts}.values())
+        pooled = list({id(p.pooled): p.pooled for p in prompts if p.pooled is not None}.values())
         keys = [(step, number) for step in range(len(timesteps)) for number in range(len(pooled))]
         vectors = torch.cat([pooled[number] for _, number in keys])
         temb = model.time_text_embed(timesteps.repeat_interleave(len(pooled)), vectors)
@@ -144,7 +151,7 @@ def read(checkpoint: Checkpoint, name: str) -> StableDiffusion3:
     _check_channels(checkpoint, config, vae)
     _check_widths(checkpoint, config, texts)
     spec = VaeSpec(checkpoint=checkpoint, part="vae", config=vae)
-    clips = [
+    encoders = [
         Part(
             name=part, role=Role.TEXT_ENCODER, config=text, aliases=clip_names,
             build=partial(build_clip, checkpoint, part, text, projection=True),
@@ -154,10 +161,11 @@ def read(checkpoint: Checkpoint, name: str) -> StableDiffusion3:
         for part, text in texts.items()
     ]  # fmt: skip
     notes = [kind.note] if kind.note else []
-    notes.append(
-        f"text_encoder_3 (T5) is not there: the prompt is read by CLIP alone; to add it, "
-        f"{fetch_part(checkpoint, kind.repository, 'text_encoder_3', 'tokenizer_3')}"
-    )
+    if (checkpoint.folder / T5).is_dir():
+        encoders.append(_read_t5(checkpoint, kind, config))
+    else:
+        fetch = fetch_part(checkpoint, kind.repository, T5, T5_TOKENIZER)
+        notes.append(f"{T5} (T5) is not there: the prompt is read by CLIP alone; to add it, {fetch}")
     denoiser = Part(
         name="transformer", role=Role.DENOISER, config=config, aliases=table_names,
         build=partial(build_mmdit, checkpoint, config), quantise=quantised, once=read_once,
@@ -171,9 +179,22 @@ def read(checkpoint: Checkpoint, name: str) -> StableDiffusion3:
         flow=True, defaults=MappingProxyType(dict(kind.defaults)),
     )  # fmt: skip
     return StableDiffusion3(
-        checkpoint=checkpoint, traits=traits, parts=(*clips, denoiser, picture), vae=spec, notes=tuple(notes),
+        checkpoint=checkpoint, traits=traits, parts=(*encoders, denoiser, picture), vae=spec, notes=tuple(notes),
         scheduler=checkpoint.config("scheduler", "scheduler_config.json"),
     )  # fmt: skip
+
+
+def _read_t5(checkpoint: Checkpoint, kind: _Kind, config: Mapping[str, Any]) -> Part:
+    check_parts(checkpoint, kind.repository, [T5])
+    part, folder = t5.read_t5(checkpoint, T5, T5_TOKENS), checkpoint.folder / T5_TOKENIZER
+    if not folder.is_dir():
+        raise ModelError(f"{folder} is missing; {fetch_part(checkpoint, kind.repository, T5_TOKENIZER)}")
+    if (given := part.config["d_model"]) != config["joint_attention_dim"]:
+        raise ModelError(
+            f"{checkpoint.name}: the transformer expects text of width {config['joint_attention_dim']} (joint_attention_dim), "
+            f"{T5} gives {given}; these parts do not belong together"
+        )
+    return part
 
 
 _BASE = "stabilityai/stable-diffusion-3-medium-diffusers"
