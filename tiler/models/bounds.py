@@ -104,6 +104,16 @@ def check_flux(where: str, config: Config) -> None:
         _refuse(where, "axes_dims_rope", axes, f"together they must be attention_head_dim, {size}")
 
 
+def check_t5(where: str, config: Config) -> None:
+    """A T5EncoderModel's or UMT5EncoderModel's config. Raises ModelError, naming the field."""
+    for key in ("d_model", "d_kv", "d_ff", "num_heads", "num_layers"):
+        _need(where, config, key)
+    _whole(where, config, d_model=(1, 16_384), d_kv=(1, 1024), d_ff=(1, 131_072), num_heads=(1, 256))
+    _whole(where, config, num_layers=(1, 128), vocab_size=(2, 1_000_000))
+    _whole(where, config, relative_attention_num_buckets=(4, 1024), relative_attention_max_distance=(2, 65_536))
+    _number(where, config, layer_norm_epsilon=(1e-12, 0.1))
+
+
 def _refuse(where: str, key: str, value: object, rule: str) -> NoReturn:
     shown = repr(value)
     shown = shown if len(shown) <= 60 else shown[:60] + "…"
