@@ -64,6 +64,7 @@ class RenderRun:
     budget: Budget
     on_event: OnEvent
     weights: dict[str, tuple[dict[str, TensorInfo], Names]]  # by part: where its parameters lie, and their names there
+    prepared: Any = None  # by the family, for guide and canvas
     texts: dict[str, str] = field(default_factory=dict)  # what the picture will say of itself
     counts: dict[str, int] = field(
         default_factory=lambda: dict.fromkeys(
@@ -248,13 +249,14 @@ def _denoise(
             attention_window=request.attention_window, seed=request.seed, guidance=tuple(sorted(scales)),
             scratch=request.scratch_folder,
         )  # fmt: skip
-        prompts = [prompt for side in conditions for prompt in side]
-        prepared = family.prepare(denoiser, streamer, schedule.timesteps, prompts, options)
+        if run.prepared is None:
+            prompts = [prompt for side in conditions for prompt in side]
+            run.prepared = family.prepare(denoiser, streamer, schedule.timesteps, prompts, options)
 
         def predict(samples: Sequence[Sample], step: int) -> Tensor:
             run.counts["denoiser_calls"] += 1
             run.counts["denoiser_samples"] += len(samples)
-            return family.predict(denoiser, streamer, samples, step, prepared, check)
+            return family.predict(denoiser, streamer, samples, step, run.prepared, check)
 
         denoising = canvas.Denoising(latents, tiles, schedule, generator, begin=begin, phase=phase)
         loop = denoising.run(LocalRunner(predict, conditions, batch))

@@ -22,9 +22,9 @@ from tiler.compute.layers import StreamedLinear, attend, linear_layers, rows_of
 from tiler.compute.shapes import repeated
 from tiler.compute.stream import Streamer
 
-CHUNK = 512  # tokens of a product
+CHUNK = 256  # tokens of a product
 QUERIES = 1536  # of an attention: its result is put where they were
-GROUPS = 4  # of heads, at most
+GROUPS = 6  # of heads, at most
 # A layer's hidden values take up to this many times the arena; then the tokens are done in turns, each a read of the weights.
 HIDDEN_SHARE = 1.0
 
@@ -153,18 +153,13 @@ def add_feed_forward(
             del hidden
 
 
-def project(streamer: Streamer, layer: nn.Linear, tokens: slice, normed: Normed) -> Tensor:
-    """layer(normed), (1, tokens, out), chunk by chunk under one read of the weight."""
-    chunks, out = cut(tokens, CHUNK), None
+def project(streamer: Streamer, layer: nn.Linear, given: Normed, out: Tensor) -> None:
+    """out[:, tokens] = layer(given(tokens)) for all tokens of `out`, (1, n, outputs), under one read of the weight."""
     with held(streamer, layer):
-        for chunk in each(chunks, layer.weight.is_meta and streamer.store is None):
-            made = layer(normed(chunk))
-            if out is None:
-                out = made.new_empty(1, tokens.stop - tokens.start, layer.out_features)
+        for tokens in each(cut(slice(0, out.shape[1]), CHUNK), out.is_meta):
+            made = layer(given(tokens))
             if not made.is_meta:
-                out[:, chunk.start - tokens.start : chunk.stop - tokens.start] = made
-    assert out is not None
-    return out
+                out[:, tokens] = made
 
 
 def products(streamer: Streamer, layer: nn.Linear, inputs: Sequence[Tensor]) -> Iterator[tuple[int, slice, Tensor]]:

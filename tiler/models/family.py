@@ -191,7 +191,8 @@ class Family(ABC):
     def prepare(
         self, model: Any, streamer: Streamer, timesteps: Tensor, prompts: Sequence[Prompt], options: Options
     ) -> Any:
-        """What all steps of a phase share, for `predict`. timesteps: (steps,), the whole schedule's."""
+        """What all steps of a run share, guide and canvas, for `predict`: nothing of `model`, which is another in each phase.
+        timesteps: (steps,), the whole schedule's."""
 
     @abstractmethod
     def predict(

@@ -12,15 +12,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from tiler.compute.stream import Streamer
 from tiler.decoding import FACTOR
 from tiler.errors import ModelError
 from tiler.memory.lean_imports import lean_imports
-from tiler.models import bounds
+from tiler.models import bounds, t5
 from tiler.models.clip import build_clip, clip_bytes, clip_names, encode_penultimate, load_tokenizer
-from tiler.models.dit import FeedForward, Stream, add_attended, add_feed_forward, attention, modulated, project
 from tiler.models.family import (
     Family,
     Guidance,
@@ -35,19 +34,16 @@ from tiler.models.family import (
     read_config,
     vae_names,
 )
+from tiler.models.flux_blocks import PATCH, modulating, predict_sample
 from tiler.models.meta import on_meta, refusing
 from tiler.models.modulation import Modulations, modulations
 from tiler.models.samples import Place, Prompt, Sample
 from tiler.weights.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
-    from diffusers.models.transformers.transformer_flux import (
-        FluxSingleTransformerBlock,
-        FluxTransformer2DModel,
-        FluxTransformerBlock,
-    )
+    from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 
-PATCH, NATIVE = 2, 128  # latents; the published configs name no size
+NATIVE = 128  # latents; the published configs name no size
 ARENA_BYTES = 114_000_000  # a single block, a feed-forward or an attention in int8
 
 
@@ -64,13 +60,13 @@ class Prepared(NamedTuple):
 class Flux(Family):
     def encode(self, prompts: Sequence[str | None], open_part: OpenPart, warn: Callable[[str], None]) -> list[Prompt]:
         """T5's last hidden states, (1, 512 or 256, width), pads included, and CLIP's pooled vector, (1, width)."""
-        clip, t5 = self.encoders
+        first, second = self.encoders
         texts = list(dict.fromkeys(prompt or "" for prompt in prompts))
-        tokenizer = load_tokenizer(self)
-        with open_part(clip) as encoder:
-            pooled = [prompt.pooled for prompt in encode_penultimate(tokenizer, encoder, texts, warn)]
-        with open_part(t5) as encoder:
-            tokens = interim_t5(self, encoder, texts, self.length)
+        clip_tokenizer, t5_tokenizer = load_tokenizer(self), t5.load_tokenizer(self.checkpoint, "tokenizer_2")
+        with open_part(first) as encoder:
+            pooled = [prompt.pooled for prompt in encode_penultimate(clip_tokenizer, encoder, texts, warn)]
+        with open_part(second) as encoder:
+            tokens = t5.encode_t5(t5_tokenizer, encoder, texts, self.length, warn, keep_pads=True)
         encoded = {text: Prompt(*both) for text, *both in zip(texts, tokens, pooled, strict=True)}
         return [encoded[prompt or ""] for prompt in prompts]
 
@@ -93,7 +89,7 @@ class Flux(Family):
         if self.traits.guidance is Guidance.EMBEDDED:
             embedded.append(torch.tensor([scale * 1000 for _, _, scale in keys]).to(vectors.device))
         temb = model.time_text_embed(*embedded, vectors)
-        made = modulations(streamer, _modulating(model), F.silu(temb), keys, options.scratch)
+        made = modulations(streamer, modulating(model), F.silu(temb), keys, options.scratch)
         return Prepared(made, numbers)
 
     def predict(
@@ -124,114 +120,6 @@ class Flux(Family):
         return [Sample(latents[tile], prompt, Place(0, 0, height, width, (height, width)), 1.0) for tile in tiles]
 
 
-def predict_sample(
-    model: FluxTransformer2DModel,
-    streamer: Streamer,
-    latents: Tensor,
-    tokens: Tensor,
-    modulation: Sequence[Tensor],
-    check: Callable[[str], None] = lambda where: None,
-) -> Tensor:
-    """The velocity that FluxTransformer2DModel predicts, (1, C, h, w), for latents of that shape and the prompt's tokens
-    (1, T, W). `modulation`: the values of each of the model's modulation layers, in its order."""
-    height, width = (side // PATCH for side in latents.shape[2:])
-    text, image = slice(0, tokens.shape[1]), slice(tokens.shape[1], tokens.shape[1] + height * width)
-    x = latents.new_empty(1, image.stop, model.inner_dim)
-    for part, layer, given in ((text, model.context_embedder, tokens), (image, model.x_embedder, pack(latents))):
-        made = layer(given)
-        if not x.is_meta:
-            x[:, part] = made
-        del made, given
-    rotation = None if x.is_meta else rotations(model, text.stop, height, width)
-    rows = iter(modulation)
-    for i, block in enumerate(model.transformer_blocks):
-        check(f"transformer.transformer_blocks.{i}")
-        joint_block(streamer, block, x, text, image, next(rows), next(rows), rotation)
-    for i, block in enumerate(model.single_transformer_blocks):
-        check(f"transformer.single_transformer_blocks.{i}")
-        single_block(streamer, block, x, next(rows), rotation)
-    check("transformer.proj_out")
-    scale, shift = next(rows).chunk(2)
-    return unpack(project(streamer, model.proj_out, image, modulated(model.norm_out.norm, x, scale, shift)), height)
-
-
-def joint_block(
-    streamer: Streamer, block: FluxTransformerBlock, x: Tensor, text: slice, image: slice, of_image: Tensor,
-    of_text: Tensor, rotation: Tensor | None,
-) -> None:  # fmt: skip
-    """A FluxTransformerBlock on the state x (1, tokens, d), in place; `of_image` and `of_text`, (6 d,), are what norm1 and
-    norm1_context make of the conditioning."""
-    attn = block.attn
-    shift, scale, gate, ff_shift, ff_scale, ff_gate = of_image.chunk(6)
-    t_shift, t_scale, t_gate, t_ff_shift, t_ff_scale, t_ff_gate = of_text.chunk(6)
-    text_layers, text_norms = (
-        (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj),
-        (attn.norm_added_q, attn.norm_added_k),
-    )
-    streams = (
-        Stream(text, modulated(block.norm1_context.norm, x, t_scale, t_shift), text_layers, text_norms),
-        _image_stream(image, attn, modulated(block.norm1.norm, x, scale, shift)),
-    )
-    attended = attention(streamer, x, streams, attn.heads, rotation)
-    add_attended(streamer, attn.to_add_out, attended, x, text, t_gate)
-    add_attended(streamer, attn.to_out[0], attended, x, image, gate)
-    del attended
-    normed = modulated(block.norm2_context, x, t_ff_scale, t_ff_shift)
-    add_feed_forward(streamer, _feed_forward(block.ff_context), x, text, normed, t_ff_gate)
-    normed = modulated(block.norm2, x, ff_scale, ff_shift)
-    add_feed_forward(streamer, _feed_forward(block.ff), x, image, normed, ff_gate)
-
-
-def single_block(
-    streamer: Streamer, block: FluxSingleTransformerBlock, x: Tensor, modulation: Tensor, rotation: Tensor | None
-) -> None:
-    """A FluxSingleTransformerBlock on the state x (1, tokens, d), in place; modulation: (3 d,). Attention and feed-forward see
-    the same input, and share their last layer."""
-    shift, scale, gate = modulation.chunk(3)
-    normed, everything = modulated(block.norm.norm, x, scale, shift), slice(0, x.shape[1])
-    attended = attention(streamer, x, [_image_stream(everything, block.attn, normed)], block.attn.heads, rotation)
-    layers = FeedForward(block.proj_mlp, partial(F.gelu, approximate="tanh"), block.proj_out)
-    add_feed_forward(streamer, layers, x, everything, normed, gate, beside=attended)
-
-
-def _image_stream(tokens: slice, attn: Any, normed: Callable[[slice], Tensor]) -> Stream:
-    return Stream(tokens, normed, (attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k))
-
-
-def _feed_forward(ff: Any) -> FeedForward:
-    return FeedForward(ff.net[0].proj, partial(F.gelu, approximate="tanh"), ff.net[2])
-
-
-def _modulating(model: FluxTransformer2DModel) -> list[nn.Linear]:
-    """The layers that see timestep, guidance and pooled text alone, in the order in which a pass needs their values."""
-    joint = [norm.linear for block in model.transformer_blocks for norm in (block.norm1, block.norm1_context)]
-    return [*joint, *(block.norm.linear for block in model.single_transformer_blocks), model.norm_out.linear]
-
-
-def pack(latents: Tensor) -> Tensor:
-    """(1, C, h, w) → (1, h/2 · w/2, 4 C): each token is 2 × 2 latents, channel by channel."""
-    _, channels, height, width = latents.shape
-    if latents.is_meta:
-        return latents.new_empty(1, height * width // PATCH**2, channels * PATCH**2)
-    return F.pixel_unshuffle(latents, PATCH).flatten(2).transpose(1, 2).contiguous()
-
-
-def unpack(tokens: Tensor, height: int) -> Tensor:
-    """The inverse of `pack`, for `height` rows of tokens."""
-    if tokens.is_meta:
-        return tokens.new_empty(1, tokens.shape[2] // PATCH**2, height * PATCH, tokens.shape[1] // height * PATCH)
-    return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (height, -1)), PATCH)
-
-
-def rotations(model: FluxTransformer2DModel, text: int, height: int, width: int) -> Tensor:
-    """(tokens, 1, head / 2) complex: cosine and sine of each pair's angle. The text's ids are 0, the picture's (0, y, x)."""
-    ids = torch.zeros(text + height * width, 3)
-    grid = ids[text:].view(height, width, 3)
-    grid[..., 1], grid[..., 2] = torch.arange(height)[:, None], torch.arange(width)
-    cos, sin = model.pos_embed(ids)  # each value twice, for both halves of its pair
-    return torch.complex(cos[:, ::2].contiguous(), sin[:, ::2].contiguous())[:, None]
-
-
 def quantised(name: str) -> bool:
     """Whether a weight becomes int8: those of the blocks, but not of what modulates them, which is read once."""
     return name.startswith(("transformer_blocks.", "single_transformer_blocks.")) and not read_once(name)
@@ -250,7 +138,8 @@ def read(checkpoint: Checkpoint, name: str) -> Flux:
     config = read_config(checkpoint, "transformer", "FluxTransformer2DModel", bounds.check_flux)
     vae = read_config(checkpoint, "vae", "AutoencoderKL", bounds.check_vae)
     text = read_config(checkpoint, "text_encoder", None, bounds.check_text)
-    t5 = read_config(checkpoint, "text_encoder_2", None, lambda where, config: None)
+    guidance = Guidance.EMBEDDED if config.get("guidance_embeds", False) else Guidance.NONE
+    second = t5.read_t5(checkpoint, "text_encoder_2", LENGTHS[guidance])
     channels, wanted = config.get("in_channels", 64), PATCH**2 * vae.get("latent_channels", 4)
     if channels != wanted or (config.get("out_channels") or channels) != channels:
         what = _KINDS_BY_CHANNELS.get(channels / wanted, "a model of another kind")
@@ -260,7 +149,7 @@ def read(checkpoint: Checkpoint, name: str) -> Flux:
         )
     for part, key, width in (
         ("text_encoder", "pooled_projection_dim", text["hidden_size"]),
-        ("text_encoder_2", "joint_attention_dim", t5["d_model"]),
+        ("text_encoder_2", "joint_attention_dim", second.config["d_model"]),
     ):
         if config[key] != width:
             raise ModelError(
@@ -269,17 +158,14 @@ def read(checkpoint: Checkpoint, name: str) -> Flux:
             )
     if (factor := 2 ** (len(vae["block_out_channels"]) - 1)) != FACTOR:
         raise ModelError(f"{checkpoint.name}: the VAE's factor is {factor}; tiler supports {FACTOR}")
-    spec, dev = VaeSpec(checkpoint=checkpoint, part="vae", config=vae), bool(config.get("guidance_embeds", False))
+    spec = VaeSpec(checkpoint=checkpoint, part="vae", config=vae)
     parts = (
         Part(
             name="text_encoder", role=Role.TEXT_ENCODER, config=text, aliases=clip_names,
             build=partial(build_clip, checkpoint, "text_encoder", text),
             quantise=lambda name: "embed" not in name, activation_bytes=clip_bytes(text, every_layer=True),
         ),
-        Part(
-            name="text_encoder_2", role=Role.TEXT_ENCODER, config=t5, aliases=plain_names,
-            build=partial(interim_build, checkpoint, t5), quantise=lambda name: False, activation_bytes=200_000_000,
-        ),
+        second,
         Part(
             name="transformer", role=Role.DENOISER, config=config, aliases=plain_names,
             build=partial(_build, checkpoint, config), quantise=quantised, once=read_once, arena_bytes=ARENA_BYTES,
@@ -290,10 +176,10 @@ def read(checkpoint: Checkpoint, name: str) -> Flux:
         ),
     )  # fmt: skip
     traits = Traits(
-        title="Flux.1 dev" if dev else "Flux.1 schnell", native=int(config.get("sample_size") or NATIVE),
-        granularity=PATCH, channels=int(vae["latent_channels"]), patch=PATCH, flow=True, samples=1, even_sigmas=True,
-        width=config["num_attention_heads"] * config["attention_head_dim"],
-        guidance=Guidance.EMBEDDED if dev else Guidance.NONE, defaults=_DEFAULTS[dev],
+        title="Flux.1 dev" if guidance is Guidance.EMBEDDED else "Flux.1 schnell",
+        native=int(config.get("sample_size") or NATIVE), granularity=PATCH, channels=int(vae["latent_channels"]), patch=PATCH, flow=True,
+        samples=1, even_sigmas=True, width=config["num_attention_heads"] * config["attention_head_dim"],
+        guidance=guidance, defaults=_DEFAULTS[guidance],
     )  # fmt: skip
     scheduler = checkpoint.config("scheduler", "scheduler_config.json")
     return Flux(checkpoint=checkpoint, traits=traits, parts=parts, vae=spec, scheduler=scheduler)
@@ -311,8 +197,8 @@ _KINDS_BY_CHANNELS = {
 }
 # schnell is distilled for few steps, of which the guide may not take all but one.
 _DEFAULTS = {
-    True: {"num_inference_steps": 28, "guidance_scale": 3.5, "strength": 0.34},
-    False: {"num_inference_steps": 4, "guidance_scale": 1.0, "strength": 0.5},
+    Guidance.EMBEDDED: {"num_inference_steps": 28, "guidance_scale": 3.5, "strength": 0.34},
+    Guidance.NONE: {"num_inference_steps": 4, "guidance_scale": 1.0, "strength": 0.5},
 }
 
 
@@ -322,23 +208,3 @@ def _build(checkpoint: Checkpoint, config: dict[str, Any]) -> FluxTransformer2DM
         from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
     with on_meta(), refusing("transformer", checkpoint):
         return FluxTransformer2DModel.from_config(config).eval().requires_grad_(False)
-
-
-def interim_build(checkpoint, t5):
-    from transformers import T5Config, T5EncoderModel
-
-    with on_meta():
-        model = T5EncoderModel(T5Config(**t5)).eval().requires_grad_(False)
-    model.encoder.embed_tokens = model.shared
-    return model
-
-
-def interim_t5(family, encoder, texts, length):
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(family.checkpoint.folder / "tokenizer_2")
-    ids = [
-        tokenizer(text, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
-        for text in texts
-    ]
-    return [encoder(i)[0] for i in ids]
