@@ -76,24 +76,22 @@ def predict_sample(
     text = slice(image.stop, image.stop + tokens.shape[1])
     x = latents.new_empty(1, text.stop, model.inner_dim)
     check("transformer.pos_embed")
-    # A strided copy: the convolution's own result is freed before the text is embedded.
-    _fill(x, image, model.pos_embed.proj(latents).flatten(2).transpose(1, 2))
+    embedded = model.pos_embed.proj(latents)
+    if not x.is_meta:
+        x[:, image] = embedded.flatten(2).transpose(1, 2)
+    del embedded
     corner = (side - height) // 2, (side - width) // 2
     add_positions(getattr(model.pos_embed, TABLE), x[:, image], side, (height, width), corner)
-    _fill(x, text, model.context_embedder(tokens))
+    project(streamer, model.context_embedder, lambda chunk: tokens[:, chunk], x[:, text])
     rows = iter(modulation)
     for i, block in enumerate(model.transformer_blocks):
         check(f"transformer.transformer_blocks.{i}")
         joint_block(streamer, block, x, image, text, next(rows), next(rows))
     check("transformer.proj_out")
     scale, shift = next(rows).chunk(2)
-    made = project(streamer, model.proj_out, image, modulated(model.norm_out.norm, x, scale, shift))
+    made = x.new_empty(1, image.stop, model.proj_out.out_features)
+    project(streamer, model.proj_out, modulated(model.norm_out.norm, x, scale, shift), made)
     return unpatched(made, height)
-
-
-def _fill(x: Tensor, tokens: slice, made: Tensor) -> None:
-    if not x.is_meta:
-        x[:, tokens] = made
 
 
 def joint_block(
