@@ -77,8 +77,9 @@ _CHANGES: dict[str, dict[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def write(folder: Path, size: str, *, t5: bool = True, **transformer: Any) -> None:
-    """A checkpoint in diffusers layout, with `t5` or without; `transformer`: values of its config that are to be others."""
+def write(folder: Path, size: str, *, t5: bool = True, sparse: bool = False, **transformer: Any) -> None:
+    """A checkpoint in diffusers layout, with `t5` or without; `sparse` files are holes, which read as zeros; `transformer`:
+    values of its config that are to be others."""
     parts = {"transformer": TRANSFORMER, "vae": VAE, "text_encoder": CLIP_L, "text_encoder_2": BIG_G}
     if t5 and size != "full":
         parts["text_encoder_3"] = _t5.config(**(_t5.XXL | {"num_layers": 2} if size == "wide" else _t5.TINY))
@@ -104,7 +105,11 @@ def write(folder: Path, size: str, *, t5: bool = True, **transformer: Any) -> No
         stem = "model" if text else "diffusion_pytorch_model"
         shapes = {prefix[name] + name: shape for name, shape in shapes.items()}
         write_weights(
-            folder / part / f"{stem}.fp16.safetensors", shapes, seed=seed, spreads={"pos_embed.pos_embed": 0.5}
+            folder / part / f"{stem}.fp16.safetensors",
+            shapes,
+            seed=seed,
+            sparse=sparse,
+            spreads={"pos_embed.pos_embed": 0.5},
         )
 
 

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from tiler.compute.layers import StreamedEmbedding
+from tiler.compute.stream import Streamer
 from tiler.errors import UsageError
+from tiler.models.dit import CHUNK, cut, each, held
 from tiler.weights.store import Piece
 
 TABLE = "table"  # the name of the module that takes the place of `pos_embed`
@@ -39,18 +41,32 @@ def check_fits(side: int, patches: tuple[int, int]) -> None:
         )
 
 
-def add_positions(table: Any, x: Tensor, side: int, patches: tuple[int, int], corner: tuple[int, int]) -> None:
-    """x += the embeddings of (height, width) patches, in place; their first lies at `corner`, (row, column) of the table's
-    side × side positions. x: (1, height · width, d) fp32."""
-    if x.is_meta:
-        return
-    (height, width), (top, left) = patches, corner
-    rows = torch.empty(width, x.shape[-1])
-    for y in range(height):
-        first = (top + y) * side + left
-        if isinstance(table, StreamedEmbedding):
-            assert table.streamer.store is not None
-            table.streamer.store.fetch(Piece(table.key, first, first + width), rows)
-        else:
-            rows = table.weight[first : first + width]
-        x[:, y * width : (y + 1) * width] += rows
+def embed(
+    streamer: Streamer, patch_embed: Any, latents: Tensor, out: Tensor, side: int, corner: tuple[int, int]
+) -> None:
+    """out (1, patches, d) = the embeddings of the patches of latents (1, C, h, w), and of their positions: the first lies at
+    `corner`, (row, column) of the table's side × side. Strip by strip: the convolution would hold three times the result."""
+    size = patch_embed.patch_size
+    height, width = (n // size for n in latents.shape[2:])
+    rows, table = max(1, CHUNK // width), getattr(patch_embed, TABLE)
+    with held(streamer, patch_embed.proj):
+        for strip in each(cut(slice(0, height), rows), latents.is_meta):
+            made = patch_embed.proj(latents[:, :, strip.start * size : strip.stop * size])
+            if made.is_meta:
+                continue
+            out[:, strip.start * width : strip.stop * width] = made.flatten(2).transpose(1, 2)
+            for y in range(strip.start, strip.stop):
+                first = (corner[0] + y) * side + corner[1]
+                out[:, y * width : (y + 1) * width] += _rows(table, first, first + width)
+
+
+def _rows(table: Any, first: int, last: int) -> Tensor:
+    """(last - first, d) fp32."""
+    if not isinstance(table, StreamedEmbedding):
+        found: Tensor = table.weight[first:last]
+        return found
+    store = table.streamer.store
+    assert store is not None
+    rows = torch.empty(last - first, table.embedding_dim)
+    store.fetch(Piece(table.key, first, last), rows)
+    return rows
