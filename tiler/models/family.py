@@ -31,13 +31,14 @@ if TYPE_CHECKING:
 
 REGISTRY: dict[str, str] = {
     "StableDiffusion": "tiler.models.sd",
+    "StableDiffusion3": "tiler.models.sd3",
     "Flux": "tiler.models.flux",
     "PixArt": "tiler.models.pixart",
 }
 """Part of a pipeline's class name → the module whose `read(checkpoint)` gives the Family. The longest match counts; a class
 that none matches is read as Stable Diffusion, whose checks say what is foreign in it."""
 _OTHERS = {
-    "StableDiffusionXL": "SDXL", "StableDiffusion3": "Stable Diffusion 3",
+    "StableDiffusionXL": "SDXL",
     "Inpaint": "an inpainting model", "InstructPix2Pix": "an InstructPix2Pix model", "Upscale": "an upscaler",
     "Kandinsky": "Kandinsky", "WuerstchenCombined": "Würstchen", "Video": "a video model",
 }  # fmt: skip
@@ -73,9 +74,7 @@ class Traits(NamedTuple):
     guidance: Guidance = Guidance.CFG
     samples: int | None = None  # of one read of the weights at most, where more gain nothing
     defaults: Mapping[str, Any] = MappingProxyType({})  # by field of RenderRequest, where nothing else says anything
-    even_sigmas: bool = (
-        False  # of a flow: σ falls to 1/N in equal steps before it is shifted, as its own pipeline has it
-    )
+    even_sigmas: bool = False  # of a flow: σ falls from 1 to 1/N in equal steps before it is shifted
 
     @property
     def tokens(self) -> int:

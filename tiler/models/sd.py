@@ -75,7 +75,7 @@ class StableDiffusion(Family):
         prepared: Prepared,
         check: Callable[[str], None] = lambda where: None,
     ) -> Tensor:
-        timestep, (size, seed) = prepared.timesteps[step], prepared.options
+        timestep, (size, seed) = prepared.timesteps[step], prepared.options[:2]
         windows = None if size is None else Windows(size) if timestep.is_meta else Windows.drawn(size, seed, timestep)
         latents, tokens = [s.latents for s in samples], [s.prompt.tokens for s in samples]
         return predict_noise(model, streamer, latents, timestep, tokens, check, windows)

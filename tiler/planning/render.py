@@ -18,6 +18,7 @@ from tiler.diffusion import flow, schedulers
 from tiler.diffusion.guide_picture import GuidePicture
 from tiler.diffusion.masks import MASKS_KEPT
 from tiler.diffusion.schedulers import DiffusersSchedule
+from tiler.errors import UsageError
 from tiler.memory.budget import MARGIN
 from tiler.models import family as families
 from tiler.models.family import Family, Role, VaeSpec
@@ -70,6 +71,8 @@ def plan_render(request: ResolvedRequest, family: Family, max_bytes: int) -> Ren
     Raises UsageError for sizes, overlaps, regions and numbers of steps that do not go with the model, and ModelError for a
     scheduler config that no work should begin with.
     """
+    if request.attention_window is not None and family.traits.patch > 1:
+        raise UsageError(f"--attention-window is for UNets, and {family.traits.title} is a transformer; leave it out")
     schedule = build_schedule(request, family)
     cut = plan_tiling(request, family)
     tile = cut.regions.tile
