@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tiler.compute.stream import Streamer
+from tiler.decoding import FACTOR
 from tiler.errors import ModelError
 from tiler.memory.lean_imports import lean_imports
 from tiler.models import bounds
@@ -74,16 +75,17 @@ class StableDiffusion(Family):
         prepared: Prepared,
         check: Callable[[str], None] = lambda where: None,
     ) -> Tensor:
-        timestep, (size, seed) = prepared.timesteps[step], prepared.options
+        timestep, (size, seed) = prepared.timesteps[step], prepared.options[:2]
         windows = None if size is None else Windows(size) if timestep.is_meta else Windows.drawn(size, seed, timestep)
         latents, tokens = [s.latents for s in samples], [s.prompt.tokens for s in samples]
         return predict_noise(model, streamer, latents, timestep, tokens, check, windows)
 
     def example(self, tiles: Sequence[int], sides: tuple[int, int]) -> list[Sample]:
-        meta, width = torch.device("meta"), self.part(Role.TEXT_ENCODER).config["hidden_size"]
+        meta, wide = torch.device("meta"), self.part(Role.TEXT_ENCODER).config["hidden_size"]
         latents = {tile: torch.empty(1, self.latent_channels, *sides, device=meta) for tile in tiles}
-        place = Place(0, 0, 8 * sides[0], 8 * sides[1], (8 * sides[0], 8 * sides[1]))
-        return [Sample(latents[tile], Prompt(torch.empty(1, TOKENS, width, device=meta)), place, 1.0) for tile in tiles]
+        height, width = (FACTOR * side for side in sides)
+        place = Place(0, 0, height, width, (height, width))
+        return [Sample(latents[tile], Prompt(torch.empty(1, TOKENS, wide, device=meta)), place, 1.0) for tile in tiles]
 
 
 def read(checkpoint: Checkpoint, name: str) -> StableDiffusion:
@@ -111,10 +113,8 @@ def read(checkpoint: Checkpoint, name: str) -> StableDiffusion:
         raise ModelError(
             f"{checkpoint.name}: the UNet expects text width {unet['cross_attention_dim']}, the text encoder gives {text['hidden_size']}"
         )
-    if len(vae["block_out_channels"]) != 4:
-        raise ModelError(
-            f"{checkpoint.name}: the VAE's factor is {2 ** (len(vae['block_out_channels']) - 1)}; tiler supports 8"
-        )
+    if (factor := 2 ** (len(vae["block_out_channels"]) - 1)) != FACTOR:
+        raise ModelError(f"{checkpoint.name}: the VAE's factor is {factor}; tiler supports {FACTOR}")
     bounds.check_prediction(f"{checkpoint.folder / 'unet'}/config.json", unet)
     _check_unet_kind(f"{checkpoint.folder / 'unet'}/config.json", unet)
     unet, notes = correct_unet(unet)
