@@ -65,6 +65,12 @@ class TensorInfo(NamedTuple):
             start += rows
         return found
 
+    def reshaped(self, shape: tuple[int, ...]) -> TensorInfo:
+        """The same elements as a tensor of `shape`: axes of one element come or go."""
+        rows, now = (sides[0] if sides else 1 for sides in (shape, self.shape))
+        sources = tuple(source._replace(rows=source.rows * rows // max(1, now)) for source in self.sources)
+        return self._replace(shape=shape, sources=sources)
+
     def cut(self, first: int, last: int) -> TensorInfo:
         """Rows [first, last) as a tensor of their own."""
         sources, rows = tuple(self.places(first, last)), last - first

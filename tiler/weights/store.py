@@ -69,7 +69,7 @@ def match_index(
             )
         scale = stored.get(info.name + SCALE)
         check_dtype(info, scaled=scale is not None)
-        matched[name] = info._replace(shape=want)
+        matched[name] = info.reshaped(want)
         if scale is not None:
             matched[name + SCALE] = scale
     return matched
