@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import io
-import json
 from pathlib import Path
 from typing import Any
 
+import make_checkpoint as common
 import torch
+from checkpoints._files import write_weights
 
 TEXT = """a boat on a lake at dawn, mist over the water, oil on canvas
 the old harbour of a small town, fishing boats, gulls, a grey sky
@@ -23,37 +24,34 @@ XXL = {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_heads": 64, "num_layers"
 TINY = {"d_model": 256, "d_kv": 32, "d_ff": 384, "num_heads": 8, "num_layers": 3, "vocab_size": 512}
 
 
-def config(**sizes: Any) -> dict[str, Any]:
-    """A config.json as of T5 1.1; `sizes` over those of TINY."""
+def config(**values: Any) -> dict[str, Any]:
+    """A config.json as of T5 1.1; `values` over those of TINY."""
     fixed = {
         "architectures": ["T5EncoderModel"], "decoder_start_token_id": 0, "dropout_rate": 0.1, "eos_token_id": 1,
         "feed_forward_proj": "gated-gelu", "initializer_factor": 1.0, "is_encoder_decoder": True,
         "layer_norm_epsilon": 1e-06, "model_type": "t5", "pad_token_id": 0, "relative_attention_max_distance": 128,
-        "relative_attention_num_buckets": 32, "tie_word_embeddings": False, "use_cache": True,
+        "relative_attention_num_buckets": 32, "tie_word_embeddings": False, "torch_dtype": "float32", "use_cache": True,
     }  # fmt: skip
-    return fixed | TINY | sizes
+    return fixed | TINY | values
 
 
-def write_encoder(folder: Path, sizes: dict[str, Any], dtype: torch.dtype = torch.float16) -> None:
-    """An encoder's config.json and weights, scaled so that nothing vanishes or overflows."""
+def write_encoder(folder: Path, config: dict[str, Any], seed: int = 0) -> None:
+    """An encoder's config.json and its weights, fp16."""
     from transformers import T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
 
-    umt5 = sizes.get("model_type") == "umt5"
-    settings = config(**sizes)
-    with torch.device("cpu"):
-        model: Any = UMT5EncoderModel(UMT5Config(**settings)) if umt5 else T5EncoderModel(T5Config(**settings))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("layer_norm.weight"):
-                parameter.normal_(1, 0.05)
-            elif name.endswith((".q.weight", "relative_attention_bias.weight")):
-                parameter.mul_(3)  # so that attention is more than a mean
-    model.to(dtype).save_pretrained(folder)
-    (folder / "config.json").write_text(json.dumps(settings | {"torch_dtype": "float32"}, indent=2) + "\n")
+    with torch.device("meta"):
+        model: Any
+        if config["model_type"] == "umt5":
+            model = UMT5EncoderModel(UMT5Config(**config))
+        else:
+            model = T5EncoderModel(T5Config(**config))
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    common.write_json(folder / "config.json", config)
+    write_weights(folder / "model.safetensors", shapes, seed=seed)
 
 
-def write_tokenizer(folder: Path, length: int = 512) -> None:
-    """A sentencepiece model and nothing else, as T5's repositories have it: padding 0, end mark 1, unknown 2."""
+def write_tokenizer(folder: Path) -> None:
+    """A sentencepiece model and no tokenizer.json, as T5's repositories have it: padding 0, end mark 1, unknown 2."""
     import sentencepiece
 
     model = io.BytesIO()
@@ -64,7 +62,7 @@ def write_tokenizer(folder: Path, length: int = 512) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "spiece.model").write_bytes(model.getvalue())
     settings = {
-        "eos_token": "</s>", "extra_ids": 100, "model_max_length": length, "pad_token": "<pad>",
+        "eos_token": "</s>", "extra_ids": 100, "model_max_length": 512, "pad_token": "<pad>",
         "tokenizer_class": "T5Tokenizer", "unk_token": "<unk>",
     }  # fmt: skip
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    common.write_json(folder / "tokenizer_config.json", settings)

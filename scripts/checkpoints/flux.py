@@ -9,6 +9,7 @@ from typing import Any
 import make_checkpoint as common
 import torch
 from checkpoints._files import write_weights
+from checkpoints._t5 import write_tokenizer
 
 _TRANSFORMER = {
     "_class_name": "FluxTransformer2DModel", "_diffusers_version": "0.30.0.dev0", "attention_head_dim": 128,
@@ -80,7 +81,7 @@ def write(folder: Path, size: str, *, schnell: bool = False) -> None:
     common.write_json(folder / "model_index.json", _INDEX)
     common.write_json(folder / "scheduler/scheduler_config.json", scheduler)
     common.clip_tokenizer(folder / "tokenizer", parts["text_encoder"]["vocab_size"])
-    t5_tokenizer(folder / "tokenizer_2", parts["text_encoder_2"]["vocab_size"])
+    write_tokenizer(folder / "tokenizer_2")
     for seed, (name, config) in enumerate(parts.items()):
         common.write_json(folder / name / "config.json", config)
         with torch.device("meta"):
@@ -88,23 +89,6 @@ def write(folder: Path, size: str, *, schnell: bool = False) -> None:
         shapes = {key: value.shape for key, value in state.items() if key != "encoder.embed_tokens.weight"}  # `shared`
         stem = "model" if name.startswith("text") else "diffusion_pytorch_model"
         write_weights(folder / name / f"{stem}.safetensors", shapes, sparse=size == "full", seed=seed)
-
-
-def t5_tokenizer(folder: Path, vocab_size: int) -> None:
-    """A SentencePiece vocabulary of single characters, with T5's first ids; the rest are unused."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-
-    pieces = ["<pad>", "</s>", "<unk>", "▁", *map(chr, range(33, 127))]
-    pieces += [f"<extra_id_{i}>" for i in range(vocab_size - len(pieces))]
-    tokenizer = Tokenizer(models.Unigram([(piece, -float(i)) for i, piece in enumerate(pieces)], unk_id=2))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.decoder = decoders.Metaspace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    tokenizer.add_special_tokens(pieces[:3])
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    names = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>", "extra_ids": 0, "model_max_length": 512}
-    common.write_json(folder / "tokenizer_config.json", {"tokenizer_class": "T5Tokenizer"} | names)
 
 
 def _transformer(config: dict[str, Any]) -> torch.nn.Module:

@@ -25,10 +25,9 @@ def checkpoint(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Checkp
     from checkpoints import _t5
 
     folder = tmp_path_factory.mktemp("t5")
-    torch.manual_seed(7)
     gated = {"feed_forward_proj": "relu"} if request.param == "not gated" else {}
     kind = {"model_type": "umt5"} if request.param == "umt5" else {}
-    _t5.write_encoder(folder / "text_encoder", gated | kind)
+    _t5.write_encoder(folder / "text_encoder", _t5.config(**gated, **kind), seed=7)
     _t5.write_tokenizer(folder / "tokenizer")
     return Checkpoint(name="tiny", folder=folder, variant=None)
 

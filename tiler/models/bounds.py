@@ -68,6 +68,18 @@ def check_sd3(where: str, config: Config) -> None:
         _refuse(where, "dual_attention_layers", layers, "it must be a list of the numbers of layers")
 
 
+def check_pixart(where: str, config: Config) -> None:
+    """A PixArtTransformer2DModel's config. Raises ModelError, naming the field."""
+    for key in ("num_attention_heads", "attention_head_dim", "caption_channels"):
+        _need(where, config, key)
+    _whole(where, config, num_attention_heads=(1, 256), attention_head_dim=(1, 1024), num_layers=(1, 256))
+    _whole(where, config, caption_channels=(1, 65_536), in_channels=(1, 64), sample_size=(8, 4096))
+    _whole(where, config, may_be_null=True, out_channels=(1, 128), cross_attention_dim=(1, 65_536))
+    _number(where, config, norm_eps=(1e-12, 0.1))
+    _number(where, config, may_be_null=True, interpolation_scale=(1e-3, 1e3))
+    _flags(where, config, "attention_bias", "norm_elementwise_affine", "use_additional_conditions")
+
+
 def check_auraflow(where: str, config: Config) -> None:
     """An AuraFlowTransformer2DModel's config. Raises ModelError, naming the field."""
     for key in ("in_channels", "num_attention_heads", "attention_head_dim", "joint_attention_dim"):

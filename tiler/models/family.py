@@ -33,12 +33,13 @@ REGISTRY: dict[str, str] = {
     "StableDiffusion": "tiler.models.sd",
     "StableDiffusion3": "tiler.models.sd3",
     "Flux": "tiler.models.flux",
+    "PixArt": "tiler.models.pixart",
     "AuraFlow": "tiler.models.auraflow",
 }
 """Part of a pipeline's class name → the module whose `read(checkpoint)` gives the Family. The longest match counts; a class
 that none matches is read as Stable Diffusion, whose checks say what is foreign in it."""
 _OTHERS = {
-    "StableDiffusionXL": "SDXL", "PixArt": "PixArt",
+    "StableDiffusionXL": "SDXL",
     "Inpaint": "an inpainting model", "InstructPix2Pix": "an InstructPix2Pix model", "Upscale": "an upscaler",
     "Kandinsky": "Kandinsky", "WuerstchenCombined": "Würstchen", "Video": "a video model",
 }  # fmt: skip
@@ -216,6 +217,10 @@ class Family(ABC):
 
 def read_family(checkpoint: Checkpoint) -> Family:
     """Check every config of the checkpoint. Raises ModelError, naming the file and what the model is."""
+    if checkpoint.file is not None:
+        from tiler.models.single_file import read_single
+
+        checkpoint = read_single(checkpoint)
     name = str(checkpoint.config("", "model_index.json").get("_class_name", ""))
     known = [key for key in REGISTRY if key.lower() in name.lower()]
     exact = max(known, key=len, default="StableDiffusion")

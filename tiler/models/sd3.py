@@ -144,7 +144,7 @@ def read(checkpoint: Checkpoint, name: str) -> StableDiffusion3:
     kind = _Kind.of(checkpoint.name, config)
     check_parts(checkpoint, kind.repository, [*_CLIPS, "vae"])
     for tokenizer in _CLIPS.values():
-        check_tokenizer(checkpoint.folder / tokenizer, fetch_part(checkpoint, kind.repository, tokenizer))
+        check_tokenizer(checkpoint.tokenizer(tokenizer), fetch_part(checkpoint, kind.repository, tokenizer))
     vae = read_config(checkpoint, "vae", "AutoencoderKL", bounds.check_vae)
     texts = {part: read_config(checkpoint, part, None, bounds.check_text) for part in _CLIPS}
     check_latents(checkpoint, config, vae)
@@ -160,7 +160,7 @@ def read(checkpoint: Checkpoint, name: str) -> StableDiffusion3:
         for part, text in texts.items()
     ]  # fmt: skip
     notes = [kind.note] if kind.note else []
-    if (checkpoint.folder / T5).is_dir():
+    if checkpoint.has(T5):
         encoders.append(_read_t5(checkpoint, kind, config))
     else:
         fetch = fetch_part(checkpoint, kind.repository, T5, T5_TOKENIZER)
@@ -185,7 +185,7 @@ def read(checkpoint: Checkpoint, name: str) -> StableDiffusion3:
 
 def _read_t5(checkpoint: Checkpoint, kind: _Kind, config: Mapping[str, Any]) -> Part:
     check_parts(checkpoint, kind.repository, [T5])
-    part, folder = t5.read_t5(checkpoint, T5, T5_TOKENS), checkpoint.folder / T5_TOKENIZER
+    part, folder = t5.read_t5(checkpoint, T5, T5_TOKENS), checkpoint.tokenizer(T5_TOKENIZER)
     if not folder.is_dir():
         raise ModelError(f"{folder} is missing; {fetch_part(checkpoint, kind.repository, T5_TOKENIZER)}")
     if (given := part.config["d_model"]) != config["joint_attention_dim"]:
