@@ -65,6 +65,14 @@ class TensorInfo(NamedTuple):
             start += rows
         return found
 
+    def viewed(self, shape: tuple[int, ...]) -> TensorInfo:
+        """The tensor with axes of length 1 added or left out. Without a first one its rows are those of the second."""
+        rows = shape[0] if shape else 1
+        if rows == sum(source.rows for source in self.sources):
+            return self._replace(shape=shape)
+        assert len(self.sources) == 1, "one row lies in one place"
+        return self._replace(shape=shape, sources=(self.sources[0]._replace(rows=rows),))
+
     def cut(self, first: int, last: int) -> TensorInfo:
         """Rows [first, last) as a tensor of their own."""
         sources, rows = tuple(self.places(first, last)), last - first

@@ -69,7 +69,7 @@ def match_index(
             )
         scale = stored.get(info.name + SCALE)
         check_dtype(info, scaled=scale is not None)
-        matched[name] = info._replace(shape=want)
+        matched[name] = info.viewed(want)
         if scale is not None:
             matched[name + SCALE] = scale
     return matched
@@ -245,6 +245,7 @@ class WeightStore:
                 ) from error
             if not whole:
                 raise ModelError(f"{path}: the file became shorter while it was read; download it again")
+        assert not view, "every row has its place"
         return buffer
 
     def _cast(self, piece: Piece, raw: torch.Tensor, out: torch.Tensor) -> None:
