@@ -105,8 +105,8 @@ def start(request: RenderRequest, budget: Budget, on_event: OnEvent, *, planning
 
     `planning` an output that was not named need not be free.
     """
-    found = checkpoint.resolve(request.model, variant=request.variant, revision=request.revision)
-    family = families.read_family(found)
+    family = families.read_family(checkpoint.resolve(request.model, variant=request.variant, revision=request.revision))
+    found = family.checkpoint
     settings = resolve(request, family)
     if not planning or request.output is not None:
         check_picture(settings.output, force=settings.force)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,16 +11,14 @@ from typing import Any
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Img2ImgPipeline, StableDiffusion3Pipeline
-from safetensors.torch import load_file
+from rendering import ask, edit, lose_shard, rendered
 from torch import Tensor
 
-from tiler import Budget, RenderRequest, events, plan, render
+from tiler import RenderRequest, plan
 from tiler.diffusion.guide import guide_size, upscale
 from tiler.diffusion.tiles import plan_tiles
-from tiler.memory.process import read_rss
 from tiler.models.family import Part, Role, read_family
-from tiler.models.mmdit import quantised, read_once
-from tiler.models.positions import replace_table
+from tiler.models.sd3_blocks import quantised, read_once
 from tiler.phases import streamed
 from tiler.planning.resolve import resolve
 from tiler.request import Decode, GuideUpscale, Precision, ScratchDtype
@@ -58,24 +55,6 @@ def pipelines(folders: dict[str, Path]) -> dict[str, StableDiffusion3Pipeline]:
     for pipe in found.values():
         pipe.set_progress_bar_config(disable=True)
     return found
-
-
-def ask(model: Path, folder: Path, **values: Any) -> RenderRequest:
-    defaults: dict[str, Any] = {
-        "prompt": "a boat", "model": str(model), "num_inference_steps": 3, "guide": False, "seed": 5,
-        "precision": Precision.FP32, "output": folder / "x.png", "save_latents": folder / "x.safetensors", "force": True,
-    }  # fmt: skip
-    return RenderRequest(**(defaults | values))
-
-
-def rendered(request: RenderRequest, said: list[str] | None = None) -> tuple[Tensor, dict[str, Any]]:
-    def hear(event: events.Event) -> None:
-        if said is not None and isinstance(event, events.Note):
-            said.append(event.text)
-
-    result = render(request, Budget(read_rss().now + 10**9), hear)
-    assert request.save_latents is not None
-    return load_file(request.save_latents)["latents"], result.report
 
 
 @pytest.mark.parametrize("kind", ["sd3", "t5"])
@@ -267,38 +246,22 @@ def test_int8_is_near_fp32_and_leaves_what_is_read_once(folders: dict[str, Path]
     assert all(read_once(name) for name in names if ".linear." in name)
 
 
-def test_the_table_of_positions_is_not_computed() -> None:
+def test_the_table_of_positions_is_not_computed(folders: dict[str, Path]) -> None:
     """diffusers makes 226 MB of values for SD 3's 192 × 192 positions."""
-    from diffusers.models.embeddings import PatchEmbed
-
-    with torch.device("meta"):
-        embed = PatchEmbed(height=16, width=16, in_channels=16, embed_dim=1536, pos_embed_max_size=1)
-    replace_table(embed, 192, 1536)
-    assert embed.table.weight.shape == (192 * 192, 1536) and embed.table.weight.is_meta
-    assert not hasattr(embed, "pos_embed")
+    model = read_family(checkpoint.resolve(str(folders["sd3"]))).part(Role.DENOISER).build()
+    assert all(tensor.is_meta for tensor in (*model.parameters(), *model.pos_embed.buffers()))
+    assert sum(p.numel() for p in model.pos_embed.parameters()) == 24 * 24 * 256 + 256 * 16 * 2 * 2 + 256
 
 
-def test_a_guide_that_the_positions_cannot_hold_is_refused(in_process, folders: dict[str, Path]) -> None:
-    ran = in_process("plan", "a boat", "-m", folders["sd3"], "--width", 2560, "--height", 128)
-    assert ran.code == 2
-    assert "24 × 24 positions" in ran.err and len(ran.err.strip().splitlines()) == 1
-    assert in_process("plan", "a boat", "-m", folders["sd3"], "--width", 2560, "--height", 128, "--no-guide").code == 0
+def test_a_guide_is_no_longer_than_the_table_of_positions(folders: dict[str, Path], tmp_path: Path) -> None:
+    """24 patches; of the native area it would be 72 latents long."""
+    planned = plan(
+        RenderRequest(prompt="x", model=str(folders["sd3"]), width=2560, height=128, output=tmp_path / "x.png")
+    )
+    assert planned.plan.guide is not None and planned.plan.guide[:2] == (4, 48)
 
 
 BAD: dict[str, tuple[Callable[[Path], object], str]] = {}
-
-
-def edit(folder: Path, part: str, **values: object) -> None:
-    path = folder / part / ("config.json" if part else "model_index.json")
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
-
-
-def lose_shard(folder: Path) -> None:
-    path = folder / "transformer/diffusion_pytorch_model.fp16.safetensors"
-    names = [f"diffusion_pytorch_model-0000{i}-of-00002.safetensors" for i in (1, 2)]
-    path.rename(path.with_name(names[0]))
-    index = {"weight_map": dict(zip("ab", names, strict=True))}
-    path.with_name("diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
 
 
 BAD["no encoder"] = (
@@ -311,7 +274,7 @@ BAD["no weights"] = (
     lambda f: (f / "text_encoder/model.fp16.safetensors").unlink(),
     "text_encoder: no *.safetensors here",
 )
-BAD["no shard"] = lose_shard, "-00002-of-00002.safetensors cannot be found"
+BAD["no shard"] = lambda f: lose_shard(f, "transformer"), "-00002-of-00002.safetensors cannot be found"
 BAD["controlnet"] = lambda f: edit(f, "", _class_name="StableDiffusion3ControlNetPipeline"), "a ControlNet pipeline"
 BAD["inpainting"] = lambda f: edit(f, "", _class_name="StableDiffusion3InpaintPipeline"), "an inpainting model"
 BAD["no T5 tokenizer"] = lambda f: shutil.rmtree(f / "tokenizer_3"), "tokenizer_3 is missing; run: hf download"

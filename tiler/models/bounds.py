@@ -6,6 +6,7 @@ Fields that are not read here, or by the modules that a config builds, may say w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
@@ -53,6 +54,7 @@ def check_sd3(where: str, config: Config) -> None:
         _need(where, config, key)
     _whole(where, config, num_layers=(1, 256), num_attention_heads=(1, 256), attention_head_dim=(2, 1024))
     _whole(where, config, joint_attention_dim=(1, 65_536), pooled_projection_dim=(1, 65_536))
+    _need(where, config, "in_channels")
     _whole(where, config, caption_projection_dim=(1, 65_536), in_channels=(1, 64), patch_size=(2, 2))
     _whole(where, config, sample_size=(8, 4096), pos_embed_max_size=(1, 4096))
     _whole(where, config, may_be_null=True, out_channels=(1, 64))
@@ -76,6 +78,23 @@ def check_pixart(where: str, config: Config) -> None:
     _number(where, config, norm_eps=(1e-12, 0.1))
     _number(where, config, may_be_null=True, interpolation_scale=(1e-3, 1e3))
     _flags(where, config, "attention_bias", "norm_elementwise_affine", "use_additional_conditions")
+
+
+def check_auraflow(where: str, config: Config) -> None:
+    """An AuraFlowTransformer2DModel's config. Raises ModelError, naming the field."""
+    for key in ("in_channels", "num_attention_heads", "attention_head_dim", "joint_attention_dim"):
+        _need(where, config, key)
+    _whole(where, config, num_mmdit_layers=(0, 256), num_single_dit_layers=(0, 256), num_attention_heads=(1, 256))
+    _whole(where, config, attention_head_dim=(2, 1024), joint_attention_dim=(1, 65_536), in_channels=(1, 64))
+    _whole(where, config, caption_projection_dim=(1, 65_536), sample_size=(4, 4096), patch_size=(2, 2))
+    _whole(where, config, pos_embed_max_size=(1, 2**24))
+    _whole(where, config, may_be_null=True, out_channels=(1, 64))
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    if (taken := config.get("caption_projection_dim", 3072)) != width:
+        _refuse(where, "caption_projection_dim", taken, f"it must be heads times their width, {width}")
+    positions = config.get("pos_embed_max_size", 1024)
+    if math.isqrt(positions) ** 2 != positions:
+        _refuse(where, "pos_embed_max_size", positions, "it must be the square of a whole number")
 
 
 def check_vae(where: str, config: Config) -> None:

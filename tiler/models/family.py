@@ -34,6 +34,7 @@ REGISTRY: dict[str, str] = {
     "StableDiffusion3": "tiler.models.sd3",
     "Flux": "tiler.models.flux",
     "PixArt": "tiler.models.pixart",
+    "AuraFlow": "tiler.models.auraflow",
 }
 """Part of a pipeline's class name → the module whose `read(checkpoint)` gives the Family. The longest match counts; a class
 that none matches is read as Stable Diffusion, whose checks say what is foreign in it."""
@@ -74,6 +75,7 @@ class Traits(NamedTuple):
     guidance: Guidance = Guidance.CFG
     samples: int | None = None  # of one read of the weights at most, where more gain nothing
     defaults: Mapping[str, Any] = MappingProxyType({})  # by field of RenderRequest, where nothing else says anything
+    longest: int | None = None  # side of a guide, where the positions it knows end
     even_sigmas: bool = False  # of a flow: σ falls from 1 to 1/N in equal steps before it is shifted
 
     @property
@@ -215,6 +217,10 @@ class Family(ABC):
 
 def read_family(checkpoint: Checkpoint) -> Family:
     """Check every config of the checkpoint. Raises ModelError, naming the file and what the model is."""
+    if checkpoint.file is not None:
+        from tiler.models.single_file import read_single
+
+        checkpoint = read_single(checkpoint)
     name = str(checkpoint.config("", "model_index.json").get("_class_name", ""))
     known = [key for key in REGISTRY if key.lower() in name.lower()]
     exact = max(known, key=len, default="StableDiffusion")

@@ -6,58 +6,60 @@ takes those of the table's middle, as diffusers crops it.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from tiler.compute.layers import StreamedEmbedding
 from tiler.compute.stream import Streamer
-from tiler.errors import UsageError
 from tiler.models.dit import CHUNK, cut, each, held
 from tiler.weights.store import Piece
 
-TABLE = "table"  # the name of the module that takes the place of `pos_embed`
+_TABLE = "table"  # the name of the module that takes the place of `pos_embed`
+
+
+class Grid(NamedTuple):
+    """The patches of a picture, (height, width), and the place of the first, (top, left), in a table of side × side."""
+
+    height: int
+    width: int
+    top: int
+    left: int
+    side: int
 
 
 def replace_table(patch_embed: Any, side: int, width: int) -> None:
     """Give diffusers' patch embedding, on the meta device, a table of side × side positions instead of its `pos_embed`."""
     del patch_embed.pos_embed
-    patch_embed.add_module(TABLE, nn.Embedding(side * side, width, device="meta").requires_grad_(False))
+    patch_embed.add_module(_TABLE, nn.Embedding(side * side, width, device="meta").requires_grad_(False))
 
 
 def table_names(name: str) -> list[str]:
-    """The names in files of a parameter whose module was given a table."""
-    return ["pos_embed.pos_embed"] if name == f"pos_embed.{TABLE}.weight" else [name]
-
-
-def check_fits(side: int, patches: tuple[int, int]) -> None:
-    """Raises UsageError where the table has no place for (height, width) patches."""
-    if max(patches) > side:
-        height, width = patches
-        raise UsageError(
-            f"this model knows {side} × {side} positions, and a picture as long as this needs a guide of {height} × {width}; "
-            "take sides that are more alike, or --no-guide"
-        )
+    """The names in files of a parameter of a transformer whose `pos_embed` was given a table."""
+    return ["pos_embed.pos_embed"] if name == f"pos_embed.{_TABLE}.weight" else [name]
 
 
 def embed(
-    streamer: Streamer, patch_embed: Any, latents: Tensor, out: Tensor, side: int, corner: tuple[int, int]
-) -> None:
-    """out (1, patches, d) = the embeddings of the patches of latents (1, C, h, w), and of their positions: the first lies at
-    `corner`, (row, column) of the table's side × side. Strip by strip: the convolution would hold three times the result."""
-    size = patch_embed.patch_size
-    height, width = (n // size for n in latents.shape[2:])
-    rows, table = max(1, CHUNK // width), getattr(patch_embed, TABLE)
+    streamer: Streamer, patch_embed: Any, latents: Tensor, out: Tensor, grid: Grid,
+    project: Callable[[Tensor], Tensor] | None = None,
+) -> None:  # fmt: skip
+    """out (1, height · width, d) = the embeddings of the patches of latents (1, C, h, w), and of their positions. `project`:
+    from strips of latents to (1, n, d), by a convolution unless something else is given. Strip by strip, for a convolution would
+    hold three times the result."""
+    assert max(grid.height, grid.width) <= grid.side, "a picture longer than the table"
+    size, table = patch_embed.patch_size, getattr(patch_embed, _TABLE)
     with held(streamer, patch_embed.proj):
-        for strip in each(cut(slice(0, height), rows), latents.is_meta):
-            made = patch_embed.proj(latents[:, :, strip.start * size : strip.stop * size])
+        for strip in each(cut(slice(0, grid.height), max(1, CHUNK // grid.width)), latents.is_meta):
+            rows = latents[:, :, strip.start * size : strip.stop * size]
+            made = patch_embed.proj(rows).flatten(2).transpose(1, 2) if project is None else project(rows)
             if made.is_meta:
                 continue
-            out[:, strip.start * width : strip.stop * width] = made.flatten(2).transpose(1, 2)
+            out[:, strip.start * grid.width : strip.stop * grid.width] = made
             for y in range(strip.start, strip.stop):
-                first = (corner[0] + y) * side + corner[1]
-                out[:, y * width : (y + 1) * width] += _rows(table, first, first + width)
+                first = (grid.top + y) * grid.side + grid.left
+                out[:, y * grid.width : (y + 1) * grid.width] += _rows(table, first, first + grid.width)
 
 
 def _rows(table: Any, first: int, last: int) -> Tensor:

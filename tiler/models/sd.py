@@ -90,7 +90,7 @@ class StableDiffusion(Family):
 
 def read(checkpoint: Checkpoint, name: str) -> StableDiffusion:
     """Check the configs of a pipeline of class `name`. Raises ModelError, saying what the model is."""
-    if not (checkpoint.folder / "unet").is_dir() and (checkpoint.folder / "transformer").is_dir():
+    if not checkpoint.has("unet") and checkpoint.has("transformer"):
         raise ModelError(
             f"{checkpoint.name}: this is a diffusion transformer ({name}); tiler supports Stable Diffusion 1.x and 2.x"
         )

@@ -42,11 +42,11 @@ from tiler.models.family import (
     vae_names,
 )
 from tiler.models.few_steps import FEW_STEPS, sign_of_few_steps
-from tiler.models.mmdit import PATCH, build_mmdit, modulating, predict_sample, quantised, read_once, table_side
 from tiler.models.modulation import Modulations, modulations
-from tiler.models.positions import check_fits, table_names
-from tiler.models.required import check_parts, fetch_part
+from tiler.models.positions import table_names
+from tiler.models.required import check_latents, check_parts, fetch_part
 from tiler.models.samples import Place, Prompt, Sample
+from tiler.models.sd3_blocks import PATCH, build_mmdit, modulating, predict_sample, quantised, read_once, table_side
 from tiler.models.unet import quantised as quantised_text
 from tiler.weights.checkpoint import Checkpoint
 
@@ -123,7 +123,6 @@ class StableDiffusion3(Family):
             return torch.empty(shape, device="meta")
 
         config = self.part(Role.DENOISER).config
-        check_fits(table_side(config), (sides[0] // PATCH, sides[1] // PATCH))
         latents = {tile: empty(1, self.latent_channels, *sides) for tile in tiles}
         height, width = (FACTOR * side for side in sides)
         place = Place(0, 0, height, width, (height, width))
@@ -145,10 +144,10 @@ def read(checkpoint: Checkpoint, name: str) -> StableDiffusion3:
     kind = _Kind.of(checkpoint.name, config)
     check_parts(checkpoint, kind.repository, [*_CLIPS, "vae"])
     for tokenizer in _CLIPS.values():
-        check_tokenizer(checkpoint.folder / tokenizer, fetch_part(checkpoint, kind.repository, tokenizer))
+        check_tokenizer(checkpoint.tokenizer(tokenizer), fetch_part(checkpoint, kind.repository, tokenizer))
     vae = read_config(checkpoint, "vae", "AutoencoderKL", bounds.check_vae)
     texts = {part: read_config(checkpoint, part, None, bounds.check_text) for part in _CLIPS}
-    _check_channels(checkpoint, config, vae)
+    check_latents(checkpoint, config, vae)
     _check_widths(checkpoint, config, texts)
     spec = VaeSpec(checkpoint=checkpoint, part="vae", config=vae)
     encoders = [
@@ -161,7 +160,7 @@ def read(checkpoint: Checkpoint, name: str) -> StableDiffusion3:
         for part, text in texts.items()
     ]  # fmt: skip
     notes = [kind.note] if kind.note else []
-    if (checkpoint.folder / T5).is_dir():
+    if checkpoint.has(T5):
         encoders.append(_read_t5(checkpoint, kind, config))
     else:
         fetch = fetch_part(checkpoint, kind.repository, T5, T5_TOKENIZER)
@@ -176,7 +175,7 @@ def read(checkpoint: Checkpoint, name: str) -> StableDiffusion3:
     traits = Traits(
         title=kind.title, native=int(config.get("sample_size", 128)), granularity=PATCH, patch=PATCH, samples=1,
         channels=int(vae["latent_channels"]), width=config["num_attention_heads"] * config["attention_head_dim"],
-        flow=True, defaults=MappingProxyType(dict(kind.defaults)),
+        flow=True, longest=PATCH * table_side(config), defaults=MappingProxyType(dict(kind.defaults)),
     )  # fmt: skip
     return StableDiffusion3(
         checkpoint=checkpoint, traits=traits, parts=(*encoders, denoiser, picture), vae=spec, notes=tuple(notes),
@@ -186,7 +185,7 @@ def read(checkpoint: Checkpoint, name: str) -> StableDiffusion3:
 
 def _read_t5(checkpoint: Checkpoint, kind: _Kind, config: Mapping[str, Any]) -> Part:
     check_parts(checkpoint, kind.repository, [T5])
-    part, folder = t5.read_t5(checkpoint, T5, T5_TOKENS), checkpoint.folder / T5_TOKENIZER
+    part, folder = t5.read_t5(checkpoint, T5, T5_TOKENS), checkpoint.tokenizer(T5_TOKENIZER)
     if not folder.is_dir():
         raise ModelError(f"{folder} is missing; {fetch_part(checkpoint, kind.repository, T5_TOKENIZER)}")
     if (given := part.config["d_model"]) != config["joint_attention_dim"]:
@@ -222,19 +221,6 @@ class _Kind(NamedTuple):
         if medium:
             return cls("SD 3.5 medium", "stabilityai/stable-diffusion-3.5-medium", defaults)
         return cls("SD 3.5 large", large, defaults)
-
-
-def _check_channels(checkpoint: Checkpoint, config: Mapping[str, Any], vae: Mapping[str, Any]) -> None:
-    """That transformer and VAE belong together and make pictures of text alone. Raises ModelError."""
-    latent, taken = vae.get("latent_channels", 4), config.get("in_channels", 16)
-    given = taken if (out := config.get("out_channels", 16)) is None else out
-    if taken != latent or given != latent:
-        raise ModelError(
-            f"{checkpoint.name}: the transformer takes {taken} channels and gives {given}, the VAE's latents have {latent}; "
-            "tiler needs a text-to-image model whose parts belong together"
-        )
-    if (factor := 2 ** (len(vae["block_out_channels"]) - 1)) != FACTOR:
-        raise ModelError(f"{checkpoint.name}: the VAE's factor is {factor}; tiler supports {FACTOR}")
 
 
 def _check_widths(checkpoint: Checkpoint, config: Mapping[str, Any], texts: Mapping[str, Mapping[str, Any]]) -> None:

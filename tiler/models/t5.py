@@ -53,7 +53,7 @@ def read_t5(checkpoint: Checkpoint, name: str, length: int) -> Part:
 
 def load_tokenizer(checkpoint: Checkpoint, folder: str) -> PreTrainedTokenizerBase:
     """From tokenizer.json or a sentencepiece model. Raises ModelError."""
-    path = checkpoint.folder / folder
+    path = checkpoint.tokenizer(folder)
     if not any((path / file).is_file() for file in _TOKENIZERS):
         again = "download the tokenizer again"
         if checkpoint.repository is not None:

@@ -57,7 +57,7 @@ def plan_tiling(request: ResolvedRequest, family: Family) -> Tiling:
     regions = replace(regions, unconditional=unconditional)
     last = None if last is None else replace(last, unconditional=unconditional)
     wanted = request.guide and request.guide_image is None and request.prompt is not None
-    guide = guide_size(canvas, native, step, request.wrap.axes) if wanted else None
+    guide = guide_size(canvas, native, step, request.wrap.axes, family.traits.longest) if wanted else None
     guided = guide is not None or request.guide_image is not None
     steps = request.num_inference_steps
     begin = first_step(steps, request.strength) if guided else 0

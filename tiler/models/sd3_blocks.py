@@ -17,7 +17,7 @@ from tiler.compute.stream import Streamer
 from tiler.memory.lean_imports import lean_imports
 from tiler.models.dit import FeedForward, Stream, add_attended, add_feed_forward, attention, modulated, project
 from tiler.models.meta import on_meta, refusing
-from tiler.models.positions import embed, replace_table
+from tiler.models.positions import Grid, embed, replace_table
 from tiler.weights.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
@@ -76,8 +76,8 @@ def predict_sample(
     text = slice(image.stop, image.stop + tokens.shape[1])
     x = latents.new_empty(1, text.stop, model.inner_dim)
     check("transformer.pos_embed")
-    corner = (side - height) // 2, (side - width) // 2
-    embed(streamer, model.pos_embed, latents, x[:, image], side, corner)
+    grid = Grid(height, width, (side - height) // 2, (side - width) // 2, side)
+    embed(streamer, model.pos_embed, latents, x[:, image], grid)
     project(streamer, model.context_embedder, lambda chunk: tokens[:, chunk], x[:, text])
     rows = iter(modulation)
     for i, block in enumerate(model.transformer_blocks):
