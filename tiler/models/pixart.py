@@ -215,8 +215,9 @@ def _read_transformer(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _build(checkpoint: Checkpoint, config: dict[str, Any]) -> PixArtTransformer2DModel:
     """diffusers' own transformer on the meta device. Its table of positions is that of one token: nobody asks it, and a whole one
-    would be computed here and now, in fp64."""
+    would be computed here and now, in fp64. For another class in the config diffusers would import that class's package."""
     with lean_imports():
         from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
+    config = config | {"sample_size": PATCH, "_class_name": _CLASSES[0]}
     with on_meta(), refusing("transformer", checkpoint):
-        return PixArtTransformer2DModel.from_config(config | {"sample_size": PATCH}).eval().requires_grad_(False)
+        return PixArtTransformer2DModel.from_config(config).eval().requires_grad_(False)
