@@ -239,7 +239,7 @@ def _denoise(
     with run.streamed(denoiser, *run.weights[part.name], plan.resident[phase], **held) as streamer:
         streamer.short = partial(run.budget.short, plan.sample_bytes)
         check = at_layer(run.budget, plan.memory.peak_bytes)
-        options = Options(attention_window=request.attention_window, seed=request.seed)
+        options = Options(request.attention_window, request.seed, request.tile_conditioning)
         prompts = [prompt for side in conditions for prompt in side]
         prepared = family.prepare(denoiser, streamer, schedule.timesteps, prompts, options)
 

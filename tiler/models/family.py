@@ -19,6 +19,7 @@ from tiler.errors import ModelError
 from tiler.memory.lean_imports import lean_imports
 from tiler.models import bounds
 from tiler.models.meta import on_meta, refusing
+from tiler.request import TileConditioning
 from tiler.weights.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
@@ -30,11 +31,12 @@ if TYPE_CHECKING:
 
 REGISTRY: dict[str, str] = {
     "StableDiffusion": "tiler.models.sd",
+    "StableDiffusionXL": "tiler.models.sdxl",
 }
 """Part of a pipeline's class name → the module whose `read(checkpoint)` gives the Family. The longest match counts; a class
 that none matches is read as Stable Diffusion, whose checks say what is foreign in it."""
 _OTHERS = {
-    "StableDiffusionXL": "SDXL", "StableDiffusion3": "Stable Diffusion 3", "Flux": "Flux", "PixArt": "PixArt",
+    "StableDiffusion3": "Stable Diffusion 3", "Flux": "Flux", "PixArt": "PixArt",
     "Inpaint": "an inpainting model", "InstructPix2Pix": "an InstructPix2Pix model", "Upscale": "an upscaler",
     "Kandinsky": "Kandinsky", "WuerstchenCombined": "Würstchen", "Video": "a video model",
 }  # fmt: skip
@@ -69,6 +71,7 @@ class Traits(NamedTuple):
     patch: int = 1  # tiles begin at multiples of this, and the canvas's sides are multiples of it
     guidance: Guidance = Guidance.CFG
     defaults: Mapping[str, Any] = MappingProxyType({})  # by field of RenderRequest, where nothing else says anything
+    old_schedulers: bool = True  # whether diffusers' pipeline corrects scheduler configs that its old versions wrote
 
 
 class Options(NamedTuple):
@@ -76,6 +79,7 @@ class Options(NamedTuple):
 
     attention_window: int | None = None
     seed: int = 0
+    tile_conditioning: TileConditioning = TileConditioning.PLACE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,12 +130,29 @@ class VaeSpec:
         """The index of its files, read once."""
         return self.checkpoint.weights(self.part)
 
+    @property
+    def moments(self) -> tuple[Tensor, Tensor] | None:
+        """Mean and standard deviation of each channel, (1, C, 1, 1), of an autoencoder whose latents are normalised by both."""
+        import torch
+
+        found = [self.config.get(name) for name in ("latents_mean", "latents_std")]
+        if self.tiny or None in found:
+            return None
+        mean, std = (torch.tensor(values, dtype=torch.float32).view(1, -1, 1, 1) for values in found)
+        return mean, std
+
     def unscale_(self, latents: Tensor) -> Tensor:
-        """What the diffusion works on → what the decoder takes, fp32, in place."""
+        """What the diffusion works on → what the decoder takes, fp32 (1, C, h, w), in place."""
+        if self.moments is not None:
+            mean, std = self.moments
+            return latents.mul_(std).div_(self.scaling_factor).add_(mean)
         return latents.div_(self.scaling_factor).add_(self.shift_factor)
 
     def scale(self, mean: Tensor) -> Tensor:
-        """What the encoder gives → what the diffusion works on."""
+        """What the encoder gives, (1, C, h, w) → what the diffusion works on."""
+        if self.moments is not None:
+            middle, std = self.moments
+            return (mean - middle) * self.scaling_factor / std
         return (mean - self.shift_factor) * self.scaling_factor
 
 

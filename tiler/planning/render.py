@@ -178,8 +178,10 @@ def plan_render(request: ResolvedRequest, family: Family, max_bytes: int) -> Ren
 
 def build_schedule(request: ResolvedRequest, family: Family) -> DiffusersSchedule:
     """The schedule of a render, checked to the end. Raises UsageError, ModelError."""
-    build = flow.build if family.traits.flow else schedulers.build
-    return build(request.scheduler, family.scheduler, request.num_inference_steps)
+    asked = request.scheduler, family.scheduler, request.num_inference_steps
+    if family.traits.flow:
+        return flow.build(*asked)
+    return schedulers.build(*asked, correct=family.traits.old_schedulers)
 
 
 def choose_precision(wanted: Precision, family: Family) -> tuple[Precision, str]:
