@@ -1,25 +1,25 @@
-"""A convolution of parts that are joined along channels and normalised, a strip of rows at a time.
+"""Convolutions a strip of rows at a time, of an input that is made as it is needed: parts joined along channels and
+normalised, or enlarged.
 
-Neither the joined tensor nor its normalised copy is ever whole: the norm's statistics are taken of each part by itself. For the
-few places where these two would be the largest tensors of a pass.
+That input is never whole: the norm's statistics are taken of each part by itself. For the few places where it would be the
+largest tensor of a pass.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tiler.compute import onednn
 from tiler.compute.kernels import activated, joined
 
-# Joined tensors above this go by strips: 63 MB where SDXL's last level begins (960 × 128 × 128). SD 1.x and 2.x have 39 MB at
-# most, unless a guide is nine times as long as high, and keep the bits that the norm of a whole tensor gives.
-WHOLE_ELEMENTS = 12 * 2**20
-STRIP_ELEMENTS = 2**21
+STRIP_ELEMENTS = 2**20
 ROWS_TOGETHER = 8  # so that convolutions that compute some rows at once cut a strip as they cut the whole
 
 
@@ -31,9 +31,9 @@ class Strip(NamedTuple):
     last: int
 
 
-def is_large(parts: tuple[Tensor, ...]) -> bool:
-    """Whether parts (n, C, h, w) are to be worked on in strips: never by the ceiling, for the bits of a result depend on it."""
-    return len(parts) > 1 and sum(part[0].numel() for part in parts) > WHOLE_ELEMENTS
+def are_large(parts: Sequence[Tensor], whole_elements: int | None) -> bool:
+    """Whether parts (n, C, h, w) have more than `whole_elements` when they are joined; without a limit they never have."""
+    return whole_elements is not None and len(parts) > 1 and sum(part[0].numel() for part in parts) > whole_elements
 
 
 def strips(channels: int, height: int, width: int) -> Iterator[Strip]:
@@ -47,18 +47,42 @@ def strips(channels: int, height: int, width: int) -> Iterator[Strip]:
 
 def convolve(conv: Any, *parts: Tensor, norm: Any, activation: nn.Module) -> Tensor:
     """`conv`, 3 × 3 of stride 1, of the parts (n, C, h, w) joined, normed and activated → (n, C', h, w)."""
-    height, width = parts[0].shape[2:]
+    results = []
+    for i in range(len(parts[0])):
+        sample = tuple(part[i : i + 1] for part in parts)
+        scale, shift = _scale_and_shift(norm, sample)
+        rows = partial(_normed_rows, sample, scale, shift, activation)
+        results.append(_convolved(conv, rows, *parts[0].shape[2:]))
+    return results[0] if len(results) == 1 else torch.cat(results)
+
+
+class Enlarged(nn.Module):
+    """An Upsample2D with a convolution: twice the sides by nearest neighbours."""
+
+    def __init__(self, upsampler: Any) -> None:
+        super().__init__()
+        self.conv = upsampler.conv
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (n, C, h, w) → (n, C', 2h, 2w)."""
+        height, width = (2 * side for side in x.shape[2:])
+        results = [_convolved(self.conv, partial(_enlarged_rows, one), height, width) for one in x.split(1)]
+        return results[0] if len(results) == 1 else torch.cat(results)
+
+
+def _convolved(conv: Any, rows: Callable[[int, int], Tensor], height: int, width: int) -> Tensor:
+    """`conv`, of stride 1 and an odd kernel, of one sample of (height, width), of which `rows` gives those asked for, zeros
+    beyond its ends → (1, C', height, width)."""
     halo = conv.kernel_size[0] // 2
     assert conv.stride == (1, 1) and conv.padding == (halo, halo)
     by_rows = copy.copy(conv)  # its rows are padded here; the layer itself is its owner's
     by_rows.padding = (0, halo)
-    out = _empty(len(parts[0]), conv.out_channels, height, width, like=parts[0])
-    for i, result in enumerate(out.split(1)):
-        sample = tuple(part[i : i + 1] for part in parts)
-        scale, shift = _scale_and_shift(norm, sample)
-        for top, _, last in strips(norm.num_channels, height, width):
-            rows = _normed_rows(sample, scale, shift, activation, top - halo, last + halo)
-            result[:, :, top:last] = by_rows(rows)
+    out: Tensor | None = None
+    for top, _, last in strips(conv.in_channels, height, width):
+        made = by_rows(rows(top - halo, last + halo))
+        out = _empty(1, conv.out_channels, height, width, like=made) if out is None else out
+        out[:, :, top:last] = made
+    assert out is not None
     return out
 
 
@@ -97,6 +121,19 @@ def _moments(part: Tensor) -> Tensor:
         sums[0] += rows.sum((0, 2, 3))
         sums[1] += rows.square().sum((0, 2, 3))
     return sums
+
+
+def _enlarged_rows(x: Tensor, first: int, last: int) -> Tensor:
+    """Rows [first, last) of (1, C, h, w) with twice its sides, zeros beyond its ends."""
+    height = 2 * x.shape[2]
+    top, bottom = max(0, first), min(height, last)
+    above = top // 2
+    seen = F.interpolate(x[:, :, above : -(-bottom // 2)], scale_factor=2.0, mode="nearest")
+    out = _empty(1, x.shape[1], last - first, seen.shape[3], like=x)
+    out[:, :, : top - first] = 0
+    out[:, :, bottom - first :] = 0
+    out[:, :, top - first : bottom - first] = seen[:, :, top - 2 * above : bottom - 2 * above]
+    return out
 
 
 def _normed_rows(

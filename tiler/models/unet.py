@@ -17,6 +17,7 @@ from tiler.compute import onednn
 from tiler.compute.layers import SMALL
 from tiler.compute.stream import Streamer
 from tiler.memory.lean_imports import lean_imports
+from tiler.models import strips
 from tiler.models.blocks import PrePrompt, Resnet, ResnetFirstHalf, ResnetSecondHalf, Transformer, Windows, prepare
 from tiler.models.meta import on_meta, refusing
 from tiler.weights.checkpoint import Checkpoint
@@ -80,6 +81,7 @@ def predict_noise(
     check: Callable[[str], None] = _ignore,
     windows: Windows | None = None,
     added: Sequence[Tensor] | None = None,
+    whole_elements: int | None = None,
 ) -> Tensor:
     """The model's prediction (epsilon or v, whichever it was trained for).
 
@@ -87,6 +89,8 @@ def predict_noise(
     prompt_embeds: one (1, tokens, width) fp32 for each; added: one (1, width) for each, what a UNet with `add_embedding` adds
     to the time embedding → (batch, channels, h, w) fp32. Neighbours that are the same tensor, the two halves of a guidance,
     share their work and memory up to the first layer that sees the prompt, or what is added. `check` is called at every unit.
+    Where a hidden state and its skip together, or enlarged, have more than `whole_elements`, convolutions go by strips of rows,
+    with other roundings.
     """
     levels = [i for i, block in enumerate(unet.down_blocks) if hasattr(block, "attentions")]
     windowed = (
@@ -105,10 +109,11 @@ def predict_noise(
         return streamer.run(module, calls)
 
     def residual(where: str, block: torch.nn.Module, inputs: list[Tensor], *skip: list[Tensor]) -> list[Tensor]:
-        if streamer.fits(whole := Resnet(block)):
+        large = strips.are_large([inputs[0], *(column[0] for column in skip)], whole_elements)
+        if not large and streamer.fits(whole := Resnet(block, whole_elements)):
             return each(where, whole, inputs, list(tembs), *skip)
-        halfway = each(where, ResnetFirstHalf(block), list(inputs), list(tembs), *map(list, skip))
-        return each(where, ResnetSecondHalf(block), halfway, inputs, *skip)
+        halfway = each(where, ResnetFirstHalf(block, whole_elements), list(inputs), list(tembs), *map(list, skip))
+        return each(where, ResnetSecondHalf(block, whole_elements), halfway, inputs, *skip)
 
     def transform(where: str, module: torch.nn.Module, inputs: list[Tensor]) -> list[Tensor]:
         check(where)
@@ -150,7 +155,9 @@ def predict_noise(
             if attention is not None:
                 hidden = transform(f"unet.up_blocks.{i}.attentions.{j}", attention, hidden)
         for sampler in block.upsamplers or []:
-            hidden = each(f"unet.up_blocks.{i}.upsamplers", sampler, hidden)
+            large = whole_elements is not None and 4 * hidden[0].numel() > whole_elements
+            upsampler = strips.Enlarged(sampler) if large else sampler
+            hidden = each(f"unet.up_blocks.{i}.upsamplers", upsampler, hidden)
     hidden = each("unet.conv_out", torch.nn.Sequential(unet.conv_norm_out, unet.conv_act, unet.conv_out), hidden)
     assert len(hidden) == batch and not skips
     return torch.cat(hidden)

@@ -181,7 +181,7 @@ class RenderRequest:
     tile_conditioning: TileConditioning = option(
         TileConditioning.PLACE,
         Option(
-            "What SDXL is told of a tile. place: which crop of the canvas it is; none: the whole picture's size, and no "
+            "What SDXL is told of a tile. place: which crop of the canvas it is; none: the whole picture's size and no "
             "crop, as A1111 says to every tile.",
             Panel.SAMPLING, ("--tile-conditioning",),
         ),
