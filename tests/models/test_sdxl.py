@@ -168,18 +168,11 @@ def test_four_tiles_under_a_guide_are_what_a_plain_loop_gives(
 
     guide = F.interpolate(denoise(tile, None), size=(canvas, canvas), mode="bicubic")
     want = denoise(canvas, guide)
-    got = rendered(
-        ask(
-            sdxl,
-            tmp_path,
-            size=192,
-            num_inference_steps=steps,
-            negative_prompt="fog",
-            mask=Mask.CONSTANT,
-            guide_upscale=GuideUpscale.LATENT,
-            tile_conditioning=conditioning,
-        )  # fmt: skip
-    )
+    asked = ask(
+        sdxl, tmp_path, size=192, num_inference_steps=steps, negative_prompt="fog", mask=Mask.CONSTANT,
+        guide_upscale=GuideUpscale.LATENT, tile_conditioning=conditioning,
+    )  # fmt: skip
+    got = rendered(asked)
     assert (got - want).abs().max() <= 1e-4 * want.abs().max()
 
 
@@ -202,20 +195,8 @@ def test_same_bytes_whatever_the_batch(
     found = []
     for batch in (1, 5):
         monkeypatch.setattr(planner, "MAX_BATCH", batch)
-        found.append(
-            rendered(
-                ask(
-                    sdxl,
-                    tmp_path,
-                    str(batch),
-                    size=192,
-                    num_inference_steps=2,
-                    layout=Layout.SHIFT,
-                    precision=precision,
-                    cache_dir=tmp_path,
-                )  # fmt: skip
-            )
-        )
+        settings = {"num_inference_steps": 1, "layout": Layout.SHIFT, "precision": precision, "cache_dir": tmp_path}
+        found.append(rendered(ask(sdxl, tmp_path, str(batch), size=192, **settings)))
     assert torch.equal(*found)
 
 
@@ -271,7 +252,7 @@ def test_a_few_step_model_takes_four_steps_without_guidance_and_says_so(sdxl: Pa
 
 BAD_MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
     "refiner": (lambda f: change(f, "model_index.json", text_encoder=[None, None]), "SDXL's refiner"),
-    "refiner by aesthetics": (lambda f: change(f, "model_index.json", requires_aesthetics_score=True), "SDXL's refiner"),
+    "refiner's scores": (lambda f: change(f, "model_index.json", requires_aesthetics_score=True), "SDXL's refiner"),
     "refiner's UNet": (lambda f: change(f, "unet/config.json", cross_attention_dim=1280), "SDXL's refiner"),
     "inpainting": (lambda f: change(f, "unet/config.json", in_channels=9), "inpainting"),
     "inpainting pipeline": (
@@ -288,7 +269,8 @@ BAD_MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "text width": (lambda f: change(f, "text_encoder_2/config.json", hidden_size=64), "text width 80"),
     "pooled width": (
-        lambda f: change(f, "text_encoder_2/config.json", projection_dim=32), "projection_class_embeddings_input_dim = 72",
+        lambda f: change(f, "text_encoder_2/config.json", projection_dim=32),
+        "projection_class_embeddings_input_dim = 72",
     ),
     "encoder of another kind": (lambda f: change(f, "text_encoder_2/config.json", model_type="t5"), "'t5'"),
     "distilled guidance": (lambda f: change(f, "unet/config.json", time_cond_proj_dim=256), "time_cond_proj_dim"),
@@ -296,7 +278,8 @@ BAD_MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
     "latents_std": (lambda f: change(f, "vae/config.json", latents_std=[1.0, 1.0]), "latents_std"),
     "LoRA": (lambda f: only(f, "pytorch_lora_weights.safetensors"), "this is a LoRA"),
     "ControlNet": (
-        lambda f: (only(f, "diffusion_pytorch_model.safetensors"), config(f, "ControlNetModel")), "this is a ControlNet",
+        lambda f: (only(f, "diffusion_pytorch_model.safetensors"), config(f, "ControlNetModel")),
+        "this is a ControlNet",
     ),
 }  # fmt: skip
 

@@ -42,6 +42,7 @@ from tiler.models.family import (
     vae_names,
 )
 from tiler.models.few_steps import FEW_STEPS, sign_of_few_steps
+from tiler.models.required import check_parts, fetch_part
 from tiler.models.samples import Place, Prompt, Sample
 from tiler.models.unet import build_unet, predict_noise, quantised, windows_of
 from tiler.request import TileConditioning
@@ -153,11 +154,9 @@ def read(checkpoint: Checkpoint, name: str) -> StableDiffusionXL:
     where = f"{checkpoint.folder / 'unet'}/config.json"
     unet = read_config(checkpoint, "unet", "UNet2DConditionModel", bounds.check_unet)
     _check_base(checkpoint, index, unet)
-    for part in ("text_encoder", "text_encoder_2", "vae"):
-        if not (checkpoint.folder / part / "config.json").is_file():
-            raise ModelError(f"{checkpoint.folder / part}/config.json is missing; {_fetch(checkpoint, part)}")
+    check_parts(checkpoint, BASE, ("text_encoder", "text_encoder_2", "vae"))
     for part in ("tokenizer", "tokenizer_2"):
-        check_tokenizer(checkpoint.folder / part, _fetch(checkpoint, part))
+        check_tokenizer(checkpoint.folder / part, fetch_part(checkpoint, BASE, part))
     vae = read_config(checkpoint, "vae", "AutoencoderKL", bounds.check_vae)
     texts = [read_config(checkpoint, part, None, bounds.check_text) for part in ("text_encoder", "text_encoder_2")]
     check_channels(checkpoint, unet, vae)
@@ -240,10 +239,3 @@ def _check_widths(
             f"{where}: projection_class_embeddings_input_dim = {taken}, but {NUMBERS} numbers and text_encoder_2's pooled "
             f"vector come to {numbers + pooled}"
         )
-
-
-def _fetch(checkpoint: Checkpoint, part: str) -> str:
-    """How a missing part can be had."""
-    place = "" if checkpoint.repository else f" --local-dir {checkpoint.folder}"
-    revision = f" --revision {checkpoint.revision}" if checkpoint.revision else ""
-    return f"run: hf download {checkpoint.repository or BASE} --include '{part}/*'{revision}{place}"
