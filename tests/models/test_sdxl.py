@@ -6,7 +6,8 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,13 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tiler import Budget, RenderRequest, events, render
+from tiler import Budget, RenderRequest, events, models, render
 from tiler.memory.process import read_rss
-from tiler.models.family import Role, read_family
+from tiler.models.family import Part, Role, read_family
 from tiler.models.few_steps import sign_of_few_steps
-from tiler.models.samples import Place
+from tiler.models.samples import Place, Prompt
 from tiler.models.sdxl import time_ids
+from tiler.phases import streamed
 from tiler.planning import render as planner
 from tiler.planning.resolve import resolve as resolve_request
 from tiler.request import GuideUpscale, Layout, Mask, Precision, Preset, TileConditioning
@@ -83,13 +85,24 @@ CASES: dict[str, tuple[str | None, float, str, dict[str, object]]] = {
     "Turbo": (None, 0.0, "EulerAncestralDiscreteScheduler", {"timestep_spacing": "trailing"}),
     "Lightning": (None, 0.0, "EulerDiscreteScheduler", {"timestep_spacing": "trailing"}),
     "LCM": (None, 1.0, "LCMScheduler", {}),
+    "by strips": ("fog", 5.0, "EulerDiscreteScheduler", {}),
 }
 
 
+def go_by_strips(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As at 1024 px, where joined tensors are large."""
+    monkeypatch.setattr(models.sdxl, "WHOLE_ELEMENTS", 0)
+    monkeypatch.setattr(models.strips, "STRIP_ELEMENTS", 1)
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_one_tile_is_what_diffusers_pipeline_gives(sdxl: Path, pipe: Any, tmp_path: Path, name: str) -> None:
+def test_one_tile_is_what_diffusers_pipeline_gives(
+    sdxl: Path, pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     import diffusers
 
+    if name == "by strips":
+        go_by_strips(monkeypatch)
     negative, scale, cls, values = CASES[name]
     folder = shutil.copytree(sdxl, tmp_path / "model")
     change(folder, "scheduler/scheduler_config.json", _class_name=cls, **values)
@@ -104,13 +117,35 @@ def test_one_tile_is_what_diffusers_pipeline_gives(sdxl: Path, pipe: Any, tmp_pa
     assert (got - want).abs().max() <= 1e-4 * want.abs().max()
 
 
+def encoded(folder: Path, prompts: list[str | None], warn: Callable[[str], None]) -> list[Prompt]:
+    family = read_family(resolve(str(folder)))
+
+    @contextmanager
+    def opened(part: Part) -> Iterator[Any]:
+        module = part.build()
+        with streamed(module, family.checkpoint.weights(part.name), part.aliases):
+            yield module
+
+    with torch.no_grad():
+        return family.encode(prompts, opened, warn)
+
+
 def test_an_absent_negative_prompt_is_an_empty_one_where_the_checkpoint_says_so(sdxl: Path, tmp_path: Path) -> None:
+    zeros, empty = encoded(sdxl, [None, ""], pytest.fail)
+    assert zeros.pooled is not None and empty.pooled is not None
+    assert not zeros.tokens.any() and not zeros.pooled.any()
+    assert zeros.tokens.shape == empty.tokens.shape and zeros.pooled.shape == empty.pooled.shape
     folder = shutil.copytree(sdxl, tmp_path / "model")
-    zeros = rendered(ask(folder, tmp_path, guide=False))
     change(folder, "model_index.json", force_zeros_for_empty_prompt=False)
-    absent, empty = (rendered(ask(folder, tmp_path, guide=False, negative_prompt=text)) for text in (None, ""))
-    assert torch.equal(absent, empty)
-    assert not torch.allclose(absent, zeros, atol=1e-3)
+    absent, given = encoded(folder, [None, ""], pytest.fail)
+    assert absent.pooled is given.pooled and torch.equal(given.tokens, empty.tokens)
+
+
+def test_a_long_prompt_is_cut_and_told_of_once(sdxl: Path) -> None:
+    notes: list[str] = []
+    long, cut = encoded(sdxl, ["a" * 80 + "b", "a" * 80 + "c"], notes.append)
+    assert torch.equal(long.tokens, cut.tokens)
+    assert [note[:38] for note in notes] == ["the prompt is longer than 77 tokens an"] * 2
 
 
 def test_a_normalised_vae_is_decoded_as_the_pipeline_does(sdxl: Path, tmp_path: Path) -> None:
@@ -195,9 +230,26 @@ def test_same_bytes_whatever_the_batch(
     found = []
     for batch in (1, 5):
         monkeypatch.setattr(planner, "MAX_BATCH", batch)
-        settings = {"num_inference_steps": 1, "layout": Layout.SHIFT, "precision": precision, "cache_dir": tmp_path}
+        settings = {
+            "num_inference_steps": 1,
+            "guide": False,
+            "layout": Layout.SHIFT,
+            "precision": precision,
+            "cache_dir": tmp_path,
+        }
         found.append(rendered(ask(sdxl, tmp_path, str(batch), size=192, **settings)))
     assert torch.equal(*found)
+
+
+def test_int8_is_near_fp32_also_by_strips(sdxl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    go_by_strips(monkeypatch)
+    for module in ("tiler.compute.layers", "tiler.models.unet"):
+        monkeypatch.setattr(f"{module}.SMALL", 500)
+    exact, near = (
+        rendered(ask(sdxl, tmp_path, guide=False, num_inference_steps=1, precision=precision, cache_dir=tmp_path))
+        for precision in (Precision.FP32, Precision.INT8)
+    )
+    assert 0 < (near - exact).norm() < 0.1 * exact.norm()
 
 
 def test_the_second_encoder_stays_as_it_is_stored(sdxl: Path) -> None:

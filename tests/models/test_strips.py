@@ -9,10 +9,16 @@ import pytest
 import torch
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
+from safetensors.torch import save_file
 from torch import Tensor
 
+from tiler.compute import int8
 from tiler.models import strips
 from tiler.models.blocks import Resnet
+from tiler.models.family import plain_names
+from tiler.models.meta import on_meta
+from tiler.phases import streamed
+from tiler.weights.index import read_index
 
 
 def seeded(*shape: int, seed: int = 0) -> Tensor:
@@ -52,6 +58,35 @@ def test_an_enlarged_convolution_by_strips_is_diffusers_own(height: int) -> None
     x = seeded(2, 24, height, 10)
     want = upsampler(x)
     assert torch.allclose(strips.Enlarged(upsampler)(x), want, atol=1e-5 * float(want.abs().max()))
+
+
+@torch.no_grad()
+def test_weights_that_are_held_serve_every_strip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wide enough for transformed convolutions; the second strip begins inside the first."""
+    monkeypatch.setattr(strips, "STRIP_ELEMENTS", 512 * 32 * 32)
+    torch.manual_seed(1)
+    sizes = {"in_channels": 512, "out_channels": 256, "temb_channels": 64}
+    block = ResnetBlock2D(**sizes).eval()
+    save_file(block.state_dict(), tmp_path / "model.safetensors")
+    inputs = seeded(1, 320, 40, 32), seeded(1, 64, seed=2), seeded(1, 192, 40, 32, seed=1)
+    want = block(torch.cat([inputs[0], inputs[2]], dim=1), inputs[1])
+    results = []
+    for arena in (None, 2**20):
+        with on_meta():
+            module = ResnetBlock2D(**sizes).eval()
+        index = read_index(tmp_path / "model.safetensors")
+        with streamed(module, index, plain_names, arena_bytes=arena, transform=True) as streamer:
+            results += streamer.run(Resnet(module, 0), [inputs])
+    assert torch.allclose(results[0], want, atol=3e-5 * float(want.abs().max()))
+    assert torch.equal(*results)
+
+
+def test_an_int8_image_may_be_padded_across_alone() -> None:
+    image = seeded(3, 6, 5)
+    across, bare = int8.quantize_image(image, 0, 2), int8.quantize_image(image)
+    assert across.values.shape == (6, 9, 3)
+    assert torch.equal(across.values[:, 2:-2], bare.values)
+    assert bool((across.values[:, [0, 1, -2, -1]] == across.zero).all())
 
 
 def test_strips_are_of_one_size_and_each_row_is_fresh_once() -> None:
