@@ -23,13 +23,13 @@ from torch import Tensor
 from tiler import events, packing
 from tiler.compute.layers import stream_layers
 from tiler.compute.stream import Streamer
-from tiler.decoding import method
+from tiler.decoding import FACTOR, method
 from tiler.decoding.method import DecodePlan
 from tiler.decoding.rows import Latents, to_uint8
 from tiler.diffusion import canvas, guide
 from tiler.diffusion.guide_picture import GuidePicture
 from tiler.diffusion.runner import Conditions, LocalRunner
-from tiler.diffusion.tiles import Steps
+from tiler.diffusion.tiles import Steps, region_span
 from tiler.errors import NameTaken, NumericalError, StorageError
 from tiler.events import OnEvent, percent
 from tiler.files import check_writable
@@ -37,13 +37,14 @@ from tiler.memory.budget import Budget
 from tiler.memory.limits import memory_warning
 from tiler.memory.policy import at_layer, at_rows
 from tiler.models import family as families
-from tiler.models.family import Options, Part, Role, VaeSpec
+from tiler.models.family import Guidance, Options, Part, Role, VaeSpec
 from tiler.models.samples import Sample
 from tiler.output.latents import save_latents
 from tiler.output.picture import check_picture
 from tiler.planning.render import RenderPlan, build_schedule, plan_render
 from tiler.planning.resolve import resolve
-from tiler.request import PIXEL_STEP, GuideUpscale, Precision, RenderRequest, ResolvedRequest
+from tiler.planning.tiling import pixels_of
+from tiler.request import GuideUpscale, Precision, RenderRequest, ResolvedRequest
 from tiler.weights import checkpoint
 from tiler.weights.index import TensorInfo
 from tiler.weights.packed import default_cache
@@ -63,6 +64,7 @@ class RenderRun:
     budget: Budget
     on_event: OnEvent
     weights: dict[str, tuple[dict[str, TensorInfo], Names]]  # by part: where its parameters lie, and their names there
+    prepared: Any = None  # by the family, for guide and canvas
     texts: dict[str, str] = field(default_factory=dict)  # what the picture will say of itself
     counts: dict[str, int] = field(
         default_factory=lambda: dict.fromkeys(
@@ -103,8 +105,8 @@ def start(request: RenderRequest, budget: Budget, on_event: OnEvent, *, planning
 
     `planning` an output that was not named need not be free.
     """
-    found = checkpoint.resolve(request.model, variant=request.variant, revision=request.revision)
-    family = families.read_family(found)
+    family = families.read_family(checkpoint.resolve(request.model, variant=request.variant, revision=request.revision))
+    found = family.checkpoint
     settings = resolve(request, family)
     if not planning or request.output is not None:
         check_picture(settings.output, force=settings.force)
@@ -122,9 +124,12 @@ def start(request: RenderRequest, budget: Budget, on_event: OnEvent, *, planning
     ]
     if any(text and _MARKUP.search(text) for text in texts):
         run.note("weights like (word:1.4) and tags like <lora:name:1> are not understood: they are read as plain words")
+    negative = settings.negative_prompt, *(r.negative_prompt for r in settings.regions)
+    if any(negative) and family.traits.guidance is not Guidance.CFG:
+        run.note(f"the negative prompt has no effect: {family.traits.title} takes none")
     if any(plan.crop):
-        tile = PIXEL_STEP * family.native
-        run.note(f"smaller than this model's tiles of {tile}×{tile}: the picture is the middle of a larger one")
+        height, width = pixels_of(plan.canvas)
+        run.note(f"this model makes no picture as small as that: it is the middle of one of {width}×{height}")
     for note in (*found.notes, *family.notes, *plan.notes, memory_warning(budget.max_bytes)):
         if note is not None:
             run.note(note)
@@ -147,7 +152,7 @@ def load_guide(run: RenderRun) -> np.ndarray | None:
     path = run.request.guide_image
     if path is None:
         return None
-    with run.phase("load guide", 1), GuidePicture(path, run.request.canvas_size) as picture:
+    with run.phase("load guide", 1), GuidePicture(path, pixels_of(run.plan.canvas)) as picture:
         return picture.load(run.note)
 
 
@@ -157,6 +162,8 @@ def encode_prompts(run: RenderRun) -> Conditions:
     pairs = [] if request.prompt is None else [(request.prompt, request.negative_prompt)]
     for r in request.regions:
         pairs.append((r.prompt, request.negative_prompt if r.negative_prompt is None else r.negative_prompt))
+    if family.traits.guidance is not Guidance.CFG:
+        pairs = [(prompt, prompt) for prompt, _ in pairs]  # what is never used is not encoded
 
     @contextmanager
     def opened(part: Part) -> Iterator[Any]:
@@ -184,7 +191,7 @@ def make_reference(run: RenderRun, picture: np.ndarray | None, guide_latents: Te
     request, plan = run.request, run.plan
     if guide_latents is None and picture is None:
         return None
-    height, width = (8 * n for n in plan.canvas)
+    height, width = pixels_of(plan.canvas)
     spec, wraps = plan.family.autoencoder, request.wrap.axes
     if guide_latents is not None and request.guide_upscale is GuideUpscale.LATENT:
         assert plan.guide is not None
@@ -199,7 +206,7 @@ def make_reference(run: RenderRun, picture: np.ndarray | None, guide_latents: Te
             picture = np.concatenate(
                 list(decode_pixels(plan.methods["guide decoded"], vae, streamer, unscaled, check, tell))
             )
-            box = (8 * plan.guide.shown_height, 8 * plan.guide.shown_width)
+            box = (FACTOR * plan.guide.shown_height, FACTOR * plan.guide.shown_width)
         else:
             assert picture is not None
             box = None
@@ -225,10 +232,8 @@ def _denoise(
 ) -> Tensor:  # fmt: skip
     request, plan, steps = run.request, run.plan, run.request.num_inference_steps
     height, width = plan.canvas if phase == "canvas" or plan.guide is None else plan.guide[:2]
-    reseeded = [
-        ((slice(r.rows[0] // 8, r.rows[1] // 8), slice(r.cols[0] // 8, r.cols[1] // 8)), r.seed)
-        for r in request.regions if r.seed is not None and phase == "canvas"
-    ]  # fmt: skip
+    spans = ((region_span(r, plan.family.traits.patch), r.seed) for r in request.regions if phase == "canvas")
+    reseeded = [((slice(*rows), slice(*cols)), seed) for (rows, cols), seed in spans if seed is not None]
     noise, generator = canvas.initial_noise((1, plan.family.latent_channels, height, width), request.seed, reseeded)
     schedule = build_schedule(request, plan.family)
     latents = schedule.start(noise, reference, begin)
@@ -239,14 +244,19 @@ def _denoise(
     with run.streamed(denoiser, *run.weights[part.name], plan.resident[phase], **held) as streamer:
         streamer.short = partial(run.budget.short, plan.sample_bytes)
         check = at_layer(run.budget, plan.memory.peak_bytes)
-        options = Options(request.attention_window, request.seed, request.tile_conditioning)
-        prompts = [prompt for side in conditions for prompt in side]
-        prepared = family.prepare(denoiser, streamer, schedule.timesteps, prompts, options)
+        scales = {request.guidance_scale, *(r.guidance_scale for r in request.regions if r.guidance_scale is not None)}
+        options = Options(
+            attention_window=request.attention_window, seed=request.seed, tile_conditioning=request.tile_conditioning,
+            guidance=tuple(sorted(scales)), scratch=request.scratch_folder,
+        )  # fmt: skip
+        if run.prepared is None:
+            prompts = [prompt for side in conditions for prompt in side]
+            run.prepared = family.prepare(denoiser, streamer, schedule.timesteps, prompts, options)
 
         def predict(samples: Sequence[Sample], step: int) -> Tensor:
             run.counts["denoiser_calls"] += 1
             run.counts["denoiser_samples"] += len(samples)
-            return family.predict(denoiser, streamer, samples, step, prepared, check)
+            return family.predict(denoiser, streamer, samples, step, run.prepared, check)
 
         denoising = canvas.Denoising(latents, tiles, schedule, generator, begin=begin, phase=phase)
         loop = denoising.run(LocalRunner(predict, conditions, batch))
@@ -337,7 +347,7 @@ def decode_pixels(
     plan: DecodePlan, vae: Any, streamer: Streamer, unscaled: Latents, check: Callable[[str], None],
     progress: Callable[[float], None],
 ) -> Generator[np.ndarray]:  # fmt: skip
-    """Decode (1, C, h, w) fp32 latents into rows (n, 8w, 3) uint8. Raises NumericalError rather than give a black picture."""
+    """Decode (1, C, h, w) fp32 latents into rows (n, FACTOR·w, 3) uint8. Raises NumericalError rather than give a black picture."""
     row = 0
     with closing(method.decode(plan, vae, streamer, unscaled, check=check, progress=progress)) as strips:
         for strip in strips:

@@ -38,7 +38,7 @@ BAD_MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
     "broken json": (lambda f: (f / "unet/config.json").write_text("{"), "not valid JSON"),
     "inpainting": (lambda f: config(f, "unet", in_channels=9), "inpainting"),
     "sdxl": (lambda f: config(f, "", _class_name="StableDiffusionXLPipeline"), "does not belong to the pipeline"),
-    "flux": (lambda f: config(f, "", _class_name="FluxPipeline"), "this is Flux"),
+    "flux": (lambda f: config(f, "", _class_name="FluxPipeline"), "transformer"),
     "sdxl unet": (lambda f: config(f, "unet", addition_embed_type="text_time"), "this UNet is SDXL's"),
     "distilled": (lambda f: config(f, "unet", time_cond_proj_dim=256), "time_cond_proj_dim"),
     "foreign blocks": (lambda f: config(f, "unet", mid_block_type="UNetMidBlock2DSimpleCrossAttn"), "SimpleCrossAttn"),

@@ -20,6 +20,7 @@ from tiler.compute.kernels import (
     Shape,
     finished,
     output_shape,
+    pieces,
     read_pieces,
     step_rows,
 )
@@ -43,6 +44,8 @@ class Fp32(Kernel):
             if not place.stays:
                 return (Prepared(first, last, (rows,)) for first, last, rows in read_pieces(store, op.group, place))
             whole = self._fetched(store, op, place)
+        else:
+            whole = whole[op.group.first : op.group.first + op.group.shape[0]]
         step, total = step_rows(store, op.group), len(whole)
         return [Prepared(i, min(i + step, total), (whole[i : i + step],)) for i in range(0, total, step)]
 
@@ -50,8 +53,8 @@ class Fp32(Kernel):
         """The whole weight, which stays; a convolution's channels-last."""
         rows, *others = op.group.shape
         weight = place.room(op.group.numel, torch.float32).view(rows, *others[1:], others[0]).movedim(-1, 1)
-        for piece in store.pieces(op.group.name):
-            store.fetch(piece, weight[piece.first : piece.last])
+        for piece in pieces(store, op.group):
+            store.fetch(piece, weight[piece.first - op.group.first : piece.last - op.group.first])
         place.keep(weight.nbytes)
         return weight
 

@@ -190,7 +190,7 @@ class Int8(Kernel):
             yield Prepared(0, group.shape[0], (group.meta, group.meta))
             del planned
             return
-        scale = store.scale(group.name)
+        scale = store.scale(group.name)[group.first :]
         for first, last, rows in read_pieces(store, group, place, torch.int8):
             packed = pack(first, rows, scale[first:last])
             yield Prepared(first, last, (packed.weight, packed.scale))

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tiler.compute.onednn import Geometry
-from tiler.weights.store import PIECE_ELEMENTS, WeightStore, piece_rows
+from tiler.weights.store import PIECE_ELEMENTS, Piece, WeightStore, piece_rows
 
 Shape = Sequence[int]
 
@@ -32,10 +32,12 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Group:
-    """The weights of an operation: the tensor's name in the store, and its shape (outputs, inputs, *taps) on the meta device."""
+    """The weights of an operation: the tensor's name in the store, and its shape (outputs, inputs, *taps) on the meta device;
+    `first` is the tensor's row where they begin, if they are a part of it."""
 
     name: str
     meta: Tensor
+    first: int = 0
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -203,16 +205,22 @@ def step_rows(store: WeightStore | None, group: Group) -> int:
     return piece_rows(group.row, PIECE_ELEMENTS if store is None else store.piece_elements)
 
 
+def pieces(store: WeightStore, group: Group) -> list[Piece]:
+    """The group's rows of its tensor, cut as they are read."""
+    step, end = step_rows(store, group), group.first + group.shape[0]
+    return [Piece(group.name, first, min(first + step, end)) for first in range(group.first, end, step)]
+
+
 def read_pieces(
     store: WeightStore, group: Group, place: Place, dtype: torch.dtype = torch.float32, *, channels_last: bool = False
 ) -> Iterator[tuple[int, int, Tensor]]:
     """First, last + 1 and the rows themselves in fp32 or int8, piece by piece in the same room."""
-    for piece in store.pieces(group.name):
+    for piece in pieces(store, group):
         shape = piece.last - piece.first, *group.shape[1:]
         rows = place.room(math.prod(shape), dtype)
         rows = rows.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1) if channels_last else rows.view(shape)
         store.fetch(piece, rows)
-        yield piece.first, piece.last, rows
+        yield piece.first - group.first, piece.last - group.first, rows
 
 
 def made_input(op: Op, parts: tuple[Tensor, ...]) -> Tensor:

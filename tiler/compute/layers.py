@@ -40,19 +40,21 @@ _PLAIN = Input()
 
 
 class StreamedLayer(nn.Module):
-    """What the streamed classes share: a meta weight for its shape, the parameter's name, and where to get it."""
+    """What the streamed classes share: a meta weight for its shape, the parameter's name, and where to get it; `first` is the
+    parameter's row where the weight begins."""
 
     weight: Tensor
     key: str
     streamer: Streamer
     kind: Kind
+    first: int = 0
 
     def op(self, made_of: Input = _PLAIN, *, residual: bool = False) -> Op:
         """The layer as an operation."""
         bias: Tensor | None = self.bias  # type: ignore[assignment]
         geometry = Geometry.of(self) if isinstance(self, nn.Conv2d) else None
         epilogue = Epilogue(bias=bias, residual=residual)
-        group = Group(name=self.key, meta=self.weight)
+        group = Group(name=self.key, meta=self.weight, first=self.first)
         return Op(kind=self.kind, weights=group, geometry=geometry, input=made_of, epilogue=epilogue)
 
     def compute(self, op: Op, x: Operands, out: Tensor | None = None) -> Tensor:
@@ -94,6 +96,19 @@ class StreamedEmbedding(nn.Embedding, StreamedLayer):
         assert self.streamer.store is not None
         unique, back = ids.unique(return_inverse=True)
         return self.streamer.store.rows(self.key, unique.tolist())[back]
+
+
+def rows_of(layer: nn.Linear, first: int, last: int) -> nn.Linear:
+    """Outputs [first, last) of a linear layer as a layer of their own, streamed if it is."""
+    cls = StreamedLinear if isinstance(layer, StreamedLinear) else nn.Linear
+    part: nn.Linear = cls.__new__(cls)
+    nn.Module.__init__(part)
+    part.in_features, part.out_features = layer.in_features, last - first
+    part.weight = nn.Parameter(layer.weight[first:last], requires_grad=False)
+    part.bias = None if layer.bias is None else nn.Parameter(layer.bias[first:last], requires_grad=False)  # type: ignore[assignment]
+    if isinstance(layer, StreamedLinear) and isinstance(part, StreamedLinear):
+        part.key, part.streamer, part.first = layer.key, layer.streamer, layer.first + first
+    return part
 
 
 def convolve(

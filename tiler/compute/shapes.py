@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Self
 
 import torch
@@ -16,6 +18,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+
+_TIMES: ContextVar[float] = ContextVar("times", default=1.0)
+
+
+@contextmanager
+def repeated(times: float) -> Iterator[None]:
+    """What is counted here will run so many times: its arithmetic counts as often, its memory once."""
+    token = _TIMES.set(_TIMES.get() * times)
+    try:
+        yield
+    finally:
+        _TIMES.reset(token)
 
 
 class MetaMeter(TorchDispatchMode):
@@ -106,6 +120,11 @@ _POINTWISE = {
 _IN_PLACE = {"add_", "__iadd__", "mul_", "__imul__", "div_", "copy_", "zero_", "__setitem__"}
 
 
+def _repeated(count: int) -> int:
+    times = _TIMES.get()
+    return count if times == 1 else round(times * count)
+
+
 class _ByShape(TorchFunctionMode):
     """Results of a few functions on meta tensors, made from shapes alone.
 
@@ -119,6 +138,8 @@ class _ByShape(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:  # newer models name its arguments
+            args = (*args, *(kwargs[name] for name in ("query", "key", "value") if name in kwargs))
         if func is torch.cat and args[0][0].is_meta:
             axis = args[1] if len(args) > 1 else kwargs.get("dim", 0)
             sides = list(args[0][0].shape)
@@ -141,14 +162,16 @@ class _ByShape(TorchFunctionMode):
             )
         if func is F.scaled_dot_product_attention:
             key, value = args[1:3]
-            self.meter.attention_flops += 2 * x[..., 0].numel() * key.shape[-2] * (x.shape[-1] + value.shape[-1])
+            self.meter.attention_flops += _repeated(
+                2 * x[..., 0].numel() * key.shape[-2] * (x.shape[-1] + value.shape[-1])
+            )
             return x.new_empty(*x.shape[:-1], value.shape[-1])
         if func is F.linear:
-            self.meter.linear_flops += 2 * x.numel() * args[1].shape[0]
+            self.meter.linear_flops += _repeated(2 * x.numel() * args[1].shape[0])
             return x.new_empty(*x.shape[:-1], args[1].shape[0])
         if func in (F.conv2d, torch.conv2d):
             out = self._conv2d(x, *args[1:], **kwargs)
-            self.meter.flops += 2 * out.numel() * args[1][0].numel()
+            self.meter.flops += _repeated(2 * out.numel() * args[1][0].numel())
             self.meter.scratch(x.nbytes + out.nbytes + args[1].nbytes)
             return out
         if func is F.interpolate:

@@ -90,7 +90,7 @@ class Streamer:
 
     def kernel(self, op: Op, shape: Shape | None) -> Kernel:
         """The kernel for an operation on a joined input of `shape`, None for any; chosen once."""
-        key = (op.group.name, op.geometry, op.input, op.epilogue.residual, shape, self.policy)
+        key = (op.group.name, op.group.first, op.geometry, op.input, op.epilogue.residual, shape, self.policy)
         if key not in self._choices:
             self._choices[key] = choose_kernel(op, shape, self.policy, self.isa)
         return self._choices[key]
@@ -103,7 +103,7 @@ class Streamer:
             return kernel.prepare(self.store, op, shape, Held(self._arena, self.arena_bytes, self.short, stays=False))
         if self.store is None:
             return kernel.prepare(None, op, shape, self._held)
-        key = op.group.name, kernel.name
+        key = op.group.name, op.group.first, kernel.name
         if key not in self._held.prepared:
             self._held.prepared[key] = list(kernel.prepare(self.store, op, shape, self._held))
         return self._held.prepared[key]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tiler.compute.shapes import MetaMeter
 from tiler.compute.stream import Streamer
-from tiler.decoding import exact, frozen, tiny
+from tiler.decoding import FACTOR, exact, frozen, tiny
 from tiler.decoding.rows import REACH, Check, Latents, Pixels
 from tiler.decoding.scratch import Scratch, free_bytes
 from tiler.errors import StorageError
@@ -54,7 +54,7 @@ class DecodePlan:
 
     @property
     def margin_pixels(self) -> tuple[int, int]:
-        return 8 * self.margin[0], 8 * self.margin[1]
+        return FACTOR * self.margin[0], FACTOR * self.margin[1]
 
     @property
     def attention_flops(self) -> int:
@@ -141,7 +141,7 @@ def choose(
     if wanted is Decode.AUTO and work(tokens) > ATTENTION_SHARE:
         kind, why = Decode.SAMPLED, f"attention to every token would be {work(tokens):.0%} of the other work"
         if latents[1] > frozen.BAND:
-            return take_frozen(f"{why}, and rows are wider than {8 * frozen.BAND} pixels")
+            return take_frozen(f"{why}, and rows are wider than {FACTOR * frozen.BAND} pixels")
     elif wanted is Decode.SAMPLED:
         kind = wanted
     if kind is Decode.SAMPLED:
@@ -183,10 +183,10 @@ def decode(
     row = 0
     with closing(strips):  # and with it the scratch files, also where nobody wants the rest
         for strip in strips:
-            first, last = max(0, 8 * y - row), min(strip.shape[1], 8 * (y + height) - row)
+            first, last = max(0, FACTOR * y - row), min(strip.shape[1], FACTOR * (y + height) - row)
             row += strip.shape[1]
             if first < last:
-                yield strip[:, first:last, 8 * x : 8 * (x + width)]
+                yield strip[:, first:last, FACTOR * x : FACTOR * (x + width)]
     progress(1.0)
 
 
@@ -199,7 +199,7 @@ def encode(
     check: Check,
     progress: Callable[[float], None],
 ) -> Tensor:
-    """pixels: (H, W, 3) uint8, sides multiples of 8, with `method.margin_pixels` of the other side's around → the posterior's
+    """pixels: (H, W, 3) uint8, sides multiples of FACTOR, with `method.margin_pixels` of the other side's around → the posterior's
     mean without the margin, (1, C, h, w) fp32, unscaled."""
     y, x = method.margin
     scratch = Scratch(method.folder, DTYPES[method.dtype])

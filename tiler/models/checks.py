@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from tiler.decoding import FACTOR
 from tiler.errors import ModelError
 from tiler.models import bounds
 from tiler.weights.checkpoint import Checkpoint
@@ -30,10 +31,8 @@ def check_channels(checkpoint: Checkpoint, unet: Config, vae: Config) -> None:
         raise ModelError(
             f"{checkpoint.name}: the UNet takes {channels} channels, the VAE gives {latent}: this is {kind}; tiler needs text-to-image"
         )
-    if len(vae["block_out_channels"]) != 4:
-        raise ModelError(
-            f"{checkpoint.name}: the VAE's factor is {2 ** (len(vae['block_out_channels']) - 1)}; tiler supports 8"
-        )
+    if (factor := 2 ** (len(vae["block_out_channels"]) - 1)) != FACTOR:
+        raise ModelError(f"{checkpoint.name}: the VAE's factor is {factor}; tiler supports {FACTOR}")
     bounds.check_prediction(f"{checkpoint.folder / 'unet'}/config.json", unet)
 
 

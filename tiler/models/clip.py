@@ -72,7 +72,7 @@ def load_tokenizer(family: Family, part: str = "tokenizer") -> CLIPTokenizer:
     with lean_imports():
         from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
-    folder: Path = family.checkpoint.folder / part
+    folder: Path = family.checkpoint.tokenizer(part)
     check_tokenizer(folder)
     try:
         return CLIPTokenizer.from_pretrained(folder, local_files_only=True)

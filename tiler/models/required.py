@@ -1,9 +1,11 @@
-"""Whether a checkpoint's folder has the parts that its pipeline needs, and how the missing ones can be had."""
+"""Whether a checkpoint's folder has the parts that its pipeline needs and they belong together, and how missing ones can be had."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
+from tiler.decoding import FACTOR
 from tiler.errors import ModelError
 from tiler.weights.checkpoint import Checkpoint
 
@@ -24,3 +26,16 @@ def fetch_part(checkpoint: Checkpoint, repository: str, *parts: str) -> str:
     revision = f" --revision {checkpoint.revision}" if checkpoint.revision else ""
     patterns = " ".join(f"--include '{part}/*'" for part in parts)
     return f"run: hf download {checkpoint.repository or repository} {patterns}{revision}{place}"
+
+
+def check_latents(checkpoint: Checkpoint, transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> None:
+    """That a transformer and a VAE belong together and make pictures of text alone. Raises ModelError."""
+    latent, taken = vae.get("latent_channels", 4), transformer["in_channels"]
+    given = taken if (out := transformer.get("out_channels")) is None else out
+    if taken != latent or given != latent:
+        raise ModelError(
+            f"{checkpoint.name}: the transformer takes {taken} channels and gives {given}, the VAE's latents have {latent}; "
+            "tiler needs a text-to-image model whose parts belong together"
+        )
+    if (factor := 2 ** (len(vae["block_out_channels"]) - 1)) != FACTOR:
+        raise ModelError(f"{checkpoint.name}: the VAE's factor is {factor}; tiler supports {FACTOR}")

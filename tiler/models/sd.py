@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tiler.compute.stream import Streamer
+from tiler.decoding import FACTOR
 from tiler.errors import ModelError
 from tiler.models import bounds
 from tiler.models.checks import check_channels, check_unet_kind
@@ -72,15 +73,16 @@ class StableDiffusion(Family):
         return predict_noise(model, streamer, latents, timestep, tokens, check, windows)
 
     def example(self, tiles: Sequence[int], sides: tuple[int, int]) -> list[Sample]:
-        meta, width = torch.device("meta"), self.part(Role.TEXT_ENCODER).config["hidden_size"]
+        meta, wide = torch.device("meta"), self.part(Role.TEXT_ENCODER).config["hidden_size"]
         latents = {tile: torch.empty(1, self.latent_channels, *sides, device=meta) for tile in tiles}
-        place = Place(0, 0, 8 * sides[0], 8 * sides[1], (8 * sides[0], 8 * sides[1]))
-        return [Sample(latents[tile], Prompt(torch.empty(1, TOKENS, width, device=meta)), place, 1.0) for tile in tiles]
+        height, width = (FACTOR * side for side in sides)
+        place = Place(0, 0, height, width, (height, width))
+        return [Sample(latents[tile], Prompt(torch.empty(1, TOKENS, wide, device=meta)), place, 1.0) for tile in tiles]
 
 
 def read(checkpoint: Checkpoint, name: str) -> StableDiffusion:
     """Check the configs of a pipeline of class `name`. Raises ModelError, saying what the model is."""
-    if not (checkpoint.folder / "unet").is_dir() and (checkpoint.folder / "transformer").is_dir():
+    if not checkpoint.has("unet") and checkpoint.has("transformer"):
         raise ModelError(
             f"{checkpoint.name}: this is a diffusion transformer ({name}); tiler supports Stable Diffusion 1.x and 2.x"
         )

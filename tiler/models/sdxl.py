@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tiler.compute.stream import Streamer
+from tiler.decoding import FACTOR
 from tiler.errors import ModelError
 from tiler.models import bounds
 from tiler.models.checks import check_channels, check_unet_kind
@@ -123,7 +124,8 @@ class StableDiffusionXL(Family):
             return torch.empty(shape, device="meta")
 
         latents = {tile: empty(1, self.latent_channels, *sides) for tile in tiles}
-        place = Place(0, 0, 8 * sides[0], 8 * sides[1], (8 * sides[0], 8 * sides[1]))
+        height, width = (FACTOR * side for side in sides)
+        place = Place(0, 0, height, width, (height, width))
         # Each sample has a prompt of its own: halves of a guidance never have the same pooled vector.
         return [Sample(latents[tile], Prompt(*(empty(*s) for s in self._shapes)), place, 1.0) for tile in tiles]
 
@@ -156,7 +158,7 @@ def read(checkpoint: Checkpoint, name: str) -> StableDiffusionXL:
     _check_base(checkpoint, index, unet)
     check_parts(checkpoint, BASE, ("text_encoder", "text_encoder_2", "vae"))
     for part in ("tokenizer", "tokenizer_2"):
-        check_tokenizer(checkpoint.folder / part, fetch_part(checkpoint, BASE, part))
+        check_tokenizer(checkpoint.tokenizer(part), fetch_part(checkpoint, BASE, part))
     vae = read_config(checkpoint, "vae", "AutoencoderKL", bounds.check_vae)
     texts = [read_config(checkpoint, part, None, bounds.check_text) for part in ("text_encoder", "text_encoder_2")]
     check_channels(checkpoint, unet, vae)

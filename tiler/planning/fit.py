@@ -72,6 +72,6 @@ def _choose_resident(part: nn.Module, stored: dict[str, TensorInfo], room: int) 
     for layer in layers:
         info = stored[layer.key]
         if info.nbytes <= room:
-            chosen[layer.key] = TORCH_DTYPES[info.dtype]
+            chosen[layer.key] = TORCH_DTYPES.get(info.dtype, torch.uint8)
             room -= info.nbytes
     return chosen

@@ -17,8 +17,9 @@ from tiler.memory import process
 from tiler.models import family as families
 from tiler.models.family import Family, Options, Part, Role, VaeSpec
 from tiler.planning.table import PhasePlan, Term
+from tiler.weights.codecs import CODECS
 from tiler.weights.index import TensorInfo
-from tiler.weights.store import PIECE_ELEMENTS, READ_AHEAD, TORCH_DTYPES, match_index
+from tiler.weights.store import PIECE_ELEMENTS, READ_AHEAD, match_index
 
 ACTIVATIONS = "activations + weights in use"
 
@@ -32,9 +33,9 @@ def libraries() -> Term:
 def weights_terms(module: nn.Module, stored: dict[str, TensorInfo]) -> list[Term]:
     """What a streamed `module` keeps in memory all the time: read buffers, norms and biases."""
     pieces = (
-        min(math.prod(info.shape), PIECE_ELEMENTS) * TORCH_DTYPES[info.dtype].itemsize
+        int(info.nbytes * min(1, PIECE_ELEMENTS / math.prod(info.shape)))
         for info in stored.values()
-        if info.dtype in TORCH_DTYPES
+        if info.dtype in CODECS and info.nbytes
     )
     small = sum(
         p.numel() * 4

@@ -18,13 +18,14 @@ from tiler.diffusion import flow, schedulers
 from tiler.diffusion.guide_picture import GuidePicture
 from tiler.diffusion.masks import MASKS_KEPT
 from tiler.diffusion.schedulers import DiffusersSchedule
+from tiler.errors import UsageError
 from tiler.memory.budget import MARGIN
 from tiler.models import family as families
-from tiler.models.family import Family, VaeSpec
+from tiler.models.family import Family, Role, VaeSpec
 from tiler.planning.fit import largest_batch, with_resident
 from tiler.planning.peaks import DenoiserPeaks, VaePeaks, libraries, text_phase
 from tiler.planning.table import MemoryPlan, PhasePlan, Term
-from tiler.planning.tiling import Tiling, plan_tiling
+from tiler.planning.tiling import Tiling, pixels_of, plan_tiling
 from tiler.request import Decode, GuideUpscale, Precision, ResolvedRequest, Scheduler, ScratchDtype, Wrap
 from tiler.weights.checkpoint import resolve_part
 
@@ -70,8 +71,11 @@ def plan_render(request: ResolvedRequest, family: Family, max_bytes: int) -> Ren
     Raises UsageError for sizes, overlaps, regions and numbers of steps that do not go with the model, and ModelError for a
     scheduler config that no work should begin with.
     """
+    if request.attention_window is not None and family.traits.patch > 1:
+        raise UsageError(f"--attention-window is for UNets, and {family.traits.title} is a transformer; leave it out")
     schedule = build_schedule(request, family)
-    cut, side = plan_tiling(request, family), family.native
+    cut = plan_tiling(request, family)
+    tile = cut.regions.tile
     canvas, guide, guide_steps, canvas_steps = cut.canvas, cut.guide, cut.guide_steps, cut.canvas_steps
     guided = guide is not None or request.guide_image is not None
     # Of the step with most: the tile of each sample.
@@ -102,31 +106,32 @@ def plan_render(request: ResolvedRequest, family: Family, max_bytes: int) -> Ren
     if guided and request.guide_upscale is GuideUpscale.PIXEL:
         methods["guide picture"] = method(vae, own, canvas, encoding=True)
         if request.guide_image is not None:
-            with GuidePicture(request.guide_image, request.canvas_size) as source:
+            with GuidePicture(request.guide_image, pixels_of(canvas)) as source:
                 pixels, loading = math.prod(source.shape[:2]), source.peak_bytes
         elif guide is not None:
-            pixels = 64 * guide.height * guide.width
+            pixels = math.prod(pixels_of(guide[:2]))
         picture = [vae.phase("guide picture", canvas, methods["guide picture"], pixels)]
         if guide is not None:  # the same phase decodes the guide first
             methods["guide decoded"] = method(vae, own, (guide.height, guide.width))
             picture.append(vae.phase("guide picture", (guide.height, guide.width), methods["guide decoded"]))
         decoding.append(max(picture, key=lambda p: p.peak_bytes))
     masks = min(MASKS_KEPT, max(map(len, (cut.regions, *canvas_steps[-1:]))))
-    canvas_bytes = 4 * family.latent_channels * canvas[0] * canvas[1] * 6 + 4 * side * side * masks
+    canvas_bytes = 4 * family.latent_channels * canvas[0] * canvas[1] * 6 + 4 * math.prod(tile) * masks
 
     denoising = [*fixed, Term(name="canvas", nbytes=canvas_bytes)]
 
     def sampling(by: DenoiserPeaks, name: str, batch: int = 1) -> PhasePlan:
         if name == "canvas" or guide is None:
-            return by.phase(name, denoising, canvas_samples, batch, side, side)
+            return by.phase(name, denoising, canvas_samples, batch, *tile)
         return by.phase(name, denoising, guide_samples, batch, guide.height, guide.width)
 
+    most = family.traits.samples or MAX_BATCH
     names = ["canvas"] if guide is None else ["canvas", "guide"]
     smallest = [sampling(tight, name).peak_bytes for name in names]
     if max(sampling(sampler, name).peak_bytes for name in names) > max_bytes * MARGIN:
         sampler = tight
     batch = largest_batch(
-        lambda b: sampling(sampler, "canvas", b).peak_bytes, int(max_bytes * MARGIN), min(MAX_BATCH, per_step)
+        lambda b: sampling(sampler, "canvas", b).peak_bytes, int(max_bytes * MARGIN), min(most, per_step)
     )
     batch = math.ceil(per_step / math.ceil(per_step / batch))  # passes of equal size
     phases = [text_phase(family, fixed), sampling(sampler, "canvas", batch), *decoding]
@@ -138,7 +143,7 @@ def plan_render(request: ResolvedRequest, family: Family, max_bytes: int) -> Ren
         guide_batch = largest_batch(
             lambda b: sampling(sampler, "guide", b).peak_bytes,
             int(max_bytes * MARGIN),
-            len(guide_samples),
+            min(most, len(guide_samples)),
         )
         phases.append(sampling(sampler, "guide", guide_batch))
     least = [p.peak_bytes for p in phases if p.name not in ("guide", "canvas")]
@@ -146,7 +151,8 @@ def plan_render(request: ResolvedRequest, family: Family, max_bytes: int) -> Ren
     for i, phase in enumerate(phases):
         part, files = vae.module, vae.kind.weights
         if phase.name in ("guide", "canvas"):
-            part, files = sampler.module, sampler.stored
+            once = family.part(Role.DENOISER).once
+            part, files = sampler.module, {name: info for name, info in sampler.stored.items() if not once(name)}
         if phase.name == "decode":
             part, files = decoder.module.decoder, decoder.kind.weights
         how = methods.get(phase.name)
@@ -168,7 +174,7 @@ def plan_render(request: ResolvedRequest, family: Family, max_bytes: int) -> Ren
         precision_why=precision_why,
         scheduler=schedule.name,
         notes=schedule.notes,
-        sample_bytes=sampler.activations((0,), side, side),
+        sample_bytes=sampler.activations((0,), *tile),
         arena_bytes=sampler.streamer.arena_bytes,
         memory=MemoryPlan(
             max_bytes=max_bytes, phases=tuple(phases), smallest_bytes=int(max(least + smallest) / MARGIN) + 1
@@ -178,10 +184,10 @@ def plan_render(request: ResolvedRequest, family: Family, max_bytes: int) -> Ren
 
 def build_schedule(request: ResolvedRequest, family: Family) -> DiffusersSchedule:
     """The schedule of a render, checked to the end. Raises UsageError, ModelError."""
-    asked = request.scheduler, family.scheduler, request.num_inference_steps
-    if family.traits.flow:
-        return flow.build(*asked)
-    return schedulers.build(*asked, correct=family.traits.old_schedulers)
+    asked, config, steps, traits = request.scheduler, family.scheduler, request.num_inference_steps, family.traits
+    if not traits.flow:
+        return schedulers.build(asked, config, steps, correct=traits.old_schedulers)
+    return flow.build(asked, config, steps, tokens=traits.tokens, even_sigmas=traits.even_sigmas)
 
 
 def choose_precision(wanted: Precision, family: Family) -> tuple[Precision, str]:

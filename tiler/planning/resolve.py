@@ -28,7 +28,8 @@ _ROW: Mapping[str, Any] = {
 
 def resolve(request: RenderRequest, family: Family) -> ResolvedRequest:
     """The request without gaps. A seed that was not given is drawn at random. Raises UsageError, ModelError."""
-    return fill(request, dict(_ROW) | dict(family.traits.defaults) | read_defaults(family.checkpoint.folder))
+    own = {} if family.checkpoint.file is not None else read_defaults(family.checkpoint.folder)
+    return fill(request, dict(_ROW) | dict(family.traits.defaults) | own)
 
 
 def fill_again(request: RenderRequest, before: ResolvedRequest, family: Family) -> ResolvedRequest:

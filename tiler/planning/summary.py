@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from tiler.decoding import FACTOR
 from tiler.planning import time
 from tiler.planning.render import RenderPlan, choose_precision
 from tiler.planning.resolve import fill_again
@@ -42,8 +43,8 @@ def summarise(said: RenderRequest, request: ResolvedRequest, plan: RenderPlan, s
     memory, decoder = plan.memory, plan.methods["decode"]
     facts = {
         "schema": SCHEMA,
-        "canvas": f"{8 * plan.canvas[1]}×{8 * plan.canvas[0]}",
-        "guide": None if plan.guide is None else f"{8 * plan.guide.width}×{8 * plan.guide.height}",
+        "canvas": f"{FACTOR * plan.canvas[1]}×{FACTOR * plan.canvas[0]}",
+        "guide": None if plan.guide is None else f"{FACTOR * plan.guide.width}×{FACTOR * plan.guide.height}",
         "tiles": len(plan.regions),
         "samples_per_pass": plan.batch,
         "denoiser_calls": plan.denoiser_calls,

@@ -57,9 +57,9 @@ class Counter:
 
     def count(self, cut: Tiling, attention_window: int | None) -> Flops:
         """What all UNet samples of `cut` come to."""
-        total, native = Flops(0, 0), (self.family.native, self.family.native)
-        guide = native if cut.guide is None else (cut.guide.height, cut.guide.width)
-        for steps, sides in ((cut.guide_steps, guide), (cut.canvas_steps, native)):
+        total, tile = Flops(0, 0), cut.regions.tile
+        guide = tile if cut.guide is None else (cut.guide.height, cut.guide.width)
+        for steps, sides in ((cut.guide_steps, guide), (cut.canvas_steps, tile)):
             for step in steps:
                 for samples, tiles in step.counts():
                     one = self._tile(samples, *sides, attention_window)

@@ -300,10 +300,5 @@ class ResolvedRequest(RenderRequest):
         pass  # width and height are the sheet's by now
 
     @property
-    def canvas_size(self) -> tuple[int, int]:
-        """(height, width) of the canvas: rounded up to what latents can be. The picture is cropped to the asked size."""
-        return -(-self.height // PIXEL_STEP) * PIXEL_STEP, -(-self.width // PIXEL_STEP) * PIXEL_STEP
-
-    @property
     def scratch_folder(self) -> Path:
         return self.scratch or self.output.parent
