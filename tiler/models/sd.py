@@ -18,7 +18,7 @@ from tiler.errors import ModelError
 from tiler.memory.lean_imports import lean_imports
 from tiler.models import bounds
 from tiler.models.blocks import Windows
-from tiler.models.clip import encode_prompts, load_tokenizer
+from tiler.models.clip import TOKENS, encode_prompts, load_tokenizer, run_clip
 from tiler.models.corrections import correct_unet
 from tiler.models.family import (
     Family,
@@ -41,8 +41,6 @@ from tiler.weights.checkpoint import Checkpoint
 if TYPE_CHECKING:
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
     from transformers.models.clip.modeling_clip import CLIPTextModel
-
-TOKENS = 77  # of a prompt, the end marks included
 
 
 class Prepared(NamedTuple):
@@ -75,7 +73,8 @@ class StableDiffusion(Family):
         prepared: Prepared,
         check: Callable[[str], None] = lambda where: None,
     ) -> Tensor:
-        timestep, (size, seed) = prepared.timesteps[step], prepared.options
+        timestep, options = prepared.timesteps[step], prepared.options
+        size, seed = options.attention_window, options.seed
         windows = None if size is None else Windows(size) if timestep.is_meta else Windows.drawn(size, seed, timestep)
         latents, tokens = [s.latents for s in samples], [s.prompt.tokens for s in samples]
         return predict_noise(model, streamer, latents, timestep, tokens, check, windows)
@@ -120,8 +119,6 @@ def read(checkpoint: Checkpoint, name: str) -> StableDiffusion:
     unet, notes = correct_unet(unet)
     scheduler = checkpoint.config("scheduler", "scheduler_config.json")
     spec, levels = VaeSpec(checkpoint=checkpoint, part="vae", config=vae), len(unet["block_out_channels"])
-    # Two prompts: three times the feed-forward's width, eight times the state's.
-    activations = 4 * 2 * TOKENS * (3 * text.get("intermediate_size", 2048) + 8 * text["hidden_size"])
     parts = (
         Part(
             name="text_encoder",
@@ -130,7 +127,7 @@ def read(checkpoint: Checkpoint, name: str) -> StableDiffusion:
             build=partial(_build_text_encoder, checkpoint, text),
             aliases=text_names,
             quantise=partial(quantised, levels=0),
-            activation_bytes=activations,
+            example=run_clip,
         ),
         Part(
             name="unet",
