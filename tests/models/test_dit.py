@@ -69,13 +69,13 @@ def want(kind: str, block: Any, x: Tensor, temb: Tensor, rotary: tuple[Tensor, T
 def got(kind: str, streamer: Streamer, block: Any, x: Tensor, temb: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     norms = [block.norm1, block.norm1_context] if kind == "joint" else [block.norm]
     conditioning = nn.functional.silu(temb)
-    values: Any = modulations(streamer, [norm.linear for norm in norms], conditioning, ["row"], None).read("row")
+    values = modulations(streamer, [norm.linear for norm in norms], conditioning, ["row"], None).read("row")
     rotation = torch.complex(*(part[:, ::2].contiguous() for part in rotary))[:, None]
     x = x.clone()
     if kind == "joint":
-        joint_block(streamer, block, x, slice(0, TEXT), slice(TEXT, TEXT + IMAGE), *values, rotation)
+        joint_block(streamer, block, x, slice(0, TEXT), slice(TEXT, TEXT + IMAGE), values[0], values[1], rotation)
     else:
-        single_block(streamer, block, x, *values, rotation)
+        single_block(streamer, block, x, values[0], rotation)
     return x
 
 
