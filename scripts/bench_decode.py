@@ -46,14 +46,14 @@ from tiler.run import measure
 from tiler.weights.checkpoint import resolve
 
 PROMPTS = [
-    "mountains by a lake at dusk, pine trees",
-    "city skyline by the water at night, full moon",
-    "a sailing boat at noon",
-    "misty hills in autumn",
-    "hot-air balloons at dawn",
-    "an island at sunset, birds",
-    "a cabin in winter, stars",
-    "sea at sunset, big sun, clouds",
+    "mountains by a lake at dusk, pines in front",
+    "misty mountains in indigo blue, a small sun on the left",
+    "a desert at sunset, a big sun",
+    "hills in autumn, woods in front",
+    "the sea at night, a full moon",
+    "mountains in winter, snow",
+    "northern lights over mountains at night",
+    "the sea at sunset, a big sun in the middle, clouds",
 ]
 
 

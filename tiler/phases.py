@@ -37,7 +37,7 @@ from tiler.memory.limits import memory_warning
 from tiler.memory.policy import at_layer, at_rows
 from tiler.models import family as families
 from tiler.models.built import Models
-from tiler.models.family import Family, Options, Part, Role, VaeSpec
+from tiler.models.family import Family, Guidance, Options, Part, Role, VaeSpec
 from tiler.models.samples import Sample
 from tiler.output.latents import save_latents
 from tiler.output.picture import check_picture
@@ -60,6 +60,7 @@ class RenderRun(Run):
     request: ResolvedRequest
     plan: RenderPlan
     weights: dict[str, tuple[dict[str, TensorInfo], Names]]  # by part: where its parameters lie, and their names there
+    prepared: Any = None  # by the family, for guide and canvas
     texts: dict[str, str] = field(default_factory=dict)  # what the picture will say of itself
     counts: dict[str, int] = field(
         default_factory=lambda: dict.fromkeys(
@@ -103,8 +104,8 @@ def start(request: RenderRequest, budget: Budget, on_event: OnEvent, *, planning
 
     `planning` an output that was not named need not be free.
     """
-    found = checkpoint.resolve(request.model, variant=request.variant, revision=request.revision)
-    family = families.read_family(found)
+    family = families.read_family(checkpoint.resolve(request.model, variant=request.variant, revision=request.revision))
+    found = family.checkpoint
     settings = resolve(request, family)
     if not planning or request.output is not None:
         check_picture(settings.output, force=settings.force)
@@ -123,6 +124,9 @@ def start(request: RenderRequest, budget: Budget, on_event: OnEvent, *, planning
     ]
     if any(text and _MARKUP.search(text) for text in texts):
         run.note("weights like (word:1.4) and tags like <lora:name:1> are not understood: they are read as plain words")
+    negative = settings.negative_prompt, *(r.negative_prompt for r in settings.regions)
+    if any(negative) and family.traits.guidance is not Guidance.CFG:
+        run.note(f"the negative prompt has no effect: {family.traits.title} takes none")
     if any(plan.crop):
         height, width = pixels_of(plan.canvas)
         run.note(f"this model makes no picture as small as that: it is the middle of one of {width}×{height}")
@@ -175,6 +179,8 @@ def encode_prompts(run: RenderRun) -> Conditions:
     pairs = [] if request.prompt is None else [(request.prompt, request.negative_prompt)]
     for r in request.regions:
         pairs.append((r.prompt, request.negative_prompt if r.negative_prompt is None else r.negative_prompt))
+    if family.traits.guidance is not Guidance.CFG:
+        pairs = [(prompt, prompt) for prompt, _ in pairs]  # what is never used is not encoded
 
     @contextmanager
     def opened(part: Part) -> Iterator[Any]:
@@ -255,14 +261,19 @@ def _denoise(
     held = dict[str, Any](arena_bytes=plan.arena_bytes, transform=True, short=short)
     with run.streamed(denoiser, *run.weights[part.name], plan.resident[phase], **held) as streamer:
         check = at_layer(run.budget, plan.memory.peak_bytes)
-        options = Options(attention_window=request.attention_window, seed=request.seed)
-        prompts = [prompt for side in conditions for prompt in side]
-        prepared = family.prepare(denoiser, streamer, schedule.timesteps, prompts, options)
+        scales = {request.guidance_scale, *(r.guidance_scale for r in request.regions if r.guidance_scale is not None)}
+        options = Options(
+            attention_window=request.attention_window, seed=request.seed, tile_conditioning=request.tile_conditioning,
+            guidance=tuple(sorted(scales)), scratch=request.scratch_folder,
+        )  # fmt: skip
+        if run.prepared is None:
+            prompts = [prompt for side in conditions for prompt in side]
+            run.prepared = family.prepare(denoiser, streamer, schedule.timesteps, prompts, options)
 
         def predict(samples: Sequence[Sample], step: int) -> Tensor:
             run.counts["denoiser_calls"] += 1
             run.counts["denoiser_samples"] += len(samples)
-            return family.predict(denoiser, streamer, samples, step, prepared, check)
+            return family.predict(denoiser, streamer, samples, step, run.prepared, check)
 
         denoising = canvas.Denoising(latents, tiles, schedule, generator, begin=begin, phase=phase)
         loop = denoising.run(LocalRunner(predict, conditions, batch))

@@ -103,6 +103,19 @@ def test_weights_sum_to_one(
     assert (total - 1).abs().max() <= 1e-6
 
 
+def test_without_an_unconditional_half_the_scale_is_the_same_at_every_step() -> None:
+    """An embedded scale is an input: outside the guidance interval too, and whatever it is, a tile is one sample."""
+    asked = request(guidance_scale=3.5, guidance_interval=(0.0, 0.5), num_inference_steps=4)
+    tiles = plan_tiles(asked, canvas=(16, 16), tile=(8, 8), overlap=2)
+    for unconditional, samples, scales in ((True, [2, 2, 1, 1], [3.5, 3.5, 1, 1]), (False, [1] * 4, [3.5] * 4)):
+        steps = [tiles_of_step(replace(tiles, unconditional=unconditional), asked, number) for number in range(4)]
+        assert [step[0].samples for step in steps] == samples
+        assert [step[0].guidance_scale for step in steps] == scales
+        assert [step.samples for step in steps] == [n * len(tiles) for n in samples]
+        assert [step.samples_of(2) for step in steps] == [2 * n for n in samples]
+        assert steps[0].sample_numbers() == [n for n in range(len(tiles)) for _ in range(samples[0])]
+
+
 def whole_canvas(asked: ResolvedRequest, canvas: tuple[int, int], tile: tuple[int, int], tiles: Tiles) -> list[Tensor]:
     """Every tile's normalised mask from one table as large as the canvas, in float64."""
     total, masks = torch.zeros(canvas, dtype=torch.float64), []

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
@@ -16,6 +18,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+
+_TIMES: ContextVar[float] = ContextVar("times", default=1.0)
+
+
+@contextmanager
+def repeated(times: float) -> Iterator[None]:
+    """What is counted here will run so many times: its arithmetic counts as often, its memory once."""
+    token = _TIMES.set(_TIMES.get() * times)
+    try:
+        yield
+    finally:
+        _TIMES.reset(token)
 
 
 class MetaMeter(TorchDispatchMode):
@@ -61,6 +75,10 @@ class MetaMeter(TorchDispatchMode):
     def arithmetic(self) -> tuple[int, int, int]:
         return self.flops, self.linear_flops, self.attention_flops
 
+    @arithmetic.setter
+    def arithmetic(self, counts: Sequence[int]) -> None:
+        self.flops, self.linear_flops, self.attention_flops = counts
+
     def scratch(self, nbytes: int) -> None:
         """Memory that exists only while one operation runs."""
         self.peak_bytes = max(self.peak_bytes, self.live_bytes + nbytes)
@@ -82,7 +100,7 @@ class _Seen(NamedTuple):
     """What an operation took: bytes beside what was alive, arithmetic, and (shape, stride) of its results."""
 
     peak_bytes: int
-    flops: tuple[int, int, int]
+    arithmetic: tuple[int, int, int]
     results: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
 
 
@@ -98,20 +116,23 @@ class Memo:
         if not MetaMeter._entered:
             return work()
         meter = MetaMeter._entered[-1]
+        before = meter.arithmetic
         if (seen := self._seen.get(key)) is not None:
             meter.scratch(seen.peak_bytes)
-            meter.flops += seen.flops[0]
-            meter.linear_flops += seen.flops[1]
-            meter.attention_flops += seen.flops[2]
+            meter.arithmetic = [a + _repeated(b) for a, b in zip(before, seen.arithmetic, strict=True)]
             return tuple(torch.empty_strided(shape, stride, device="meta") for shape, stride in seen.results)
-        before, peak, live = meter.arithmetic, meter.peak_bytes, meter.live_bytes
-        meter.peak_bytes = live
-        results = work()
-        taken, meter.peak_bytes = meter.peak_bytes - live, max(peak, meter.peak_bytes)
+        peak, live = meter.peak_bytes, meter.live_bytes
+        meter.peak_bytes, meter.arithmetic, token = live, (0, 0, 0), _TIMES.set(1.0)
+        try:
+            results = work()
+        finally:
+            _TIMES.reset(token)
+            taken, once = meter.peak_bytes - live, meter.arithmetic
+            meter.peak_bytes = max(peak, meter.peak_bytes)
+            meter.arithmetic = [a + _repeated(b) for a, b in zip(before, once, strict=True)]
         if meter.live_bytes - live == sum(result.nbytes for result in results):  # nothing else stays, nothing else went
-            flops = tuple(a - b for a, b in zip(meter.arithmetic, before, strict=True))
             shapes = tuple((tuple(result.shape), result.stride()) for result in results)
-            self._seen[key] = _Seen(taken, (flops[0], flops[1], flops[2]), shapes)
+            self._seen[key] = _Seen(taken, once, shapes)
         return results
 
 
@@ -163,6 +184,11 @@ _POINTWISE = {
 _IN_PLACE = {"add_", "__iadd__", "mul_", "__imul__", "div_", "copy_", "zero_", "__setitem__"}
 
 
+def _repeated(count: int) -> int:
+    times = _TIMES.get()
+    return count if times == 1 else round(times * count)
+
+
 class _ByShape(TorchFunctionMode):
     """Results of a few functions on meta tensors, made from shapes alone.
 
@@ -176,6 +202,8 @@ class _ByShape(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:  # newer models name its arguments
+            args = (*args, *(kwargs[name] for name in ("query", "key", "value") if name in kwargs))
         if func is torch.cat and args[0][0].is_meta:
             axis = args[1] if len(args) > 1 else kwargs.get("dim", 0)
             sides = list(args[0][0].shape)
@@ -198,14 +226,16 @@ class _ByShape(TorchFunctionMode):
             return x.new_empty(_broadcast([a.shape for a in args if isinstance(a, Tensor)]))
         if func is F.scaled_dot_product_attention:
             key, value = args[1:3]
-            self.meter.attention_flops += 2 * x[..., 0].numel() * key.shape[-2] * (x.shape[-1] + value.shape[-1])
+            self.meter.attention_flops += _repeated(
+                2 * x[..., 0].numel() * key.shape[-2] * (x.shape[-1] + value.shape[-1])
+            )
             return x.new_empty(*x.shape[:-1], value.shape[-1])
         if func is F.linear:
-            self.meter.linear_flops += 2 * x.numel() * args[1].shape[0]
+            self.meter.linear_flops += _repeated(2 * x.numel() * args[1].shape[0])
             return x.new_empty(*x.shape[:-1], args[1].shape[0])
         if func in (F.conv2d, torch.conv2d):
             out = self._conv2d(x, *args[1:], **kwargs)
-            self.meter.flops += 2 * out.numel() * args[1][0].numel()
+            self.meter.flops += _repeated(2 * out.numel() * args[1][0].numel())
             self.meter.scratch(x.nbytes + out.nbytes + args[1].nbytes)
             return out
         if func is F.interpolate:

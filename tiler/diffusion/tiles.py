@@ -39,11 +39,12 @@ class Text2ImageRegion:
     guidance_scale: float
     weights: Tensor
     canvas: tuple[int, int]
+    unconditional: bool = True
 
     @property
     def samples(self) -> int:
-        """Denoiser samples a step: without guidance there is no unconditional half."""
-        return _samples(self.guidance_scale)
+        """Denoiser samples a step: without guidance, or where a family follows it without one, there is no unconditional half."""
+        return _samples(self.guidance_scale, self.unconditional)
 
     @property
     def crop(self) -> tuple[Tensor, Tensor]:
@@ -79,7 +80,8 @@ class _Layer:
 class Tiles(Sequence[Text2ImageRegion]):
     """Every tile of a canvas at one step, in the order they are computed; each is made when it is asked for. `tile` and
     `canvas` are (height, width), `shift` moves all tiles down and to the right around the canvas. All positions are multiples
-    of `patch`."""
+    of `patch`. `unconditional` says whether guidance takes a second sample: elsewhere the scale is the model's own input, the
+    same at every step."""
 
     canvas: tuple[int, int]
     tile: tuple[int, int]
@@ -89,6 +91,7 @@ class Tiles(Sequence[Text2ImageRegion]):
     shift: tuple[int, int] = (0, 0)
     patch: int = 1
     guided: bool = True
+    unconditional: bool = True
 
     def __len__(self) -> int:
         return sum(map(len, self.layers))
@@ -114,6 +117,7 @@ class Tiles(Sequence[Text2ImageRegion]):
             condition=layer.condition,
             guidance_scale=self._scale(layer),
             weights=self._weights(layer, top, left),
+            unconditional=self.unconditional,
         )
 
     @property
@@ -125,11 +129,11 @@ class Tiles(Sequence[Text2ImageRegion]):
         """Denoiser samples of the first so many tiles. Makes none."""
         ends = accumulate(map(len, self.layers), initial=0)
         before = (min(len(layer), max(0, first - end)) for layer, end in zip(self.layers, ends, strict=False))
-        return sum(n * _samples(self._scale(layer)) for layer, n in zip(self.layers, before, strict=True))
+        return sum(n * self._samples(layer) for layer, n in zip(self.layers, before, strict=True))
 
     def counts(self) -> list[tuple[int, int]]:
         """(samples of a tile, tiles that have as many), for each prompt, in order."""
-        return [(_samples(self._scale(layer)), len(layer)) for layer in self.layers]
+        return [(self._samples(layer), len(layer)) for layer in self.layers]
 
     def sample_numbers(self) -> list[int]:
         """The number of each sample's tile, in order."""
@@ -137,7 +141,10 @@ class Tiles(Sequence[Text2ImageRegion]):
         return [number for number, samples in enumerate(per_tile) for _ in range(samples)]
 
     def _scale(self, layer: _Layer) -> float:
-        return layer.guidance_scale if self.guided else 1.0
+        return layer.guidance_scale if self.guided or not self.unconditional else 1.0
+
+    def _samples(self, layer: _Layer) -> int:
+        return _samples(self._scale(layer), self.unconditional)
 
     def _weights(self, layer: _Layer, top: int, left: int) -> Tensor:
         neighbours = tuple(
@@ -274,7 +281,8 @@ def guide_tiles(size: tuple[int, int], wrap: Wrap, guidance_scale: float, patch:
 def tiles_of_step(tiles: Tiles, request: ResolvedRequest, number: int) -> Tiles:
     """The tiles of step `number` of the schedule, from 0.
 
-    Outside the request's guidance interval they have no guidance (Kynkäänniemi et al. 2024, arXiv:2404.07724). In the layout
+    Outside the request's guidance interval they have no guidance (Kynkäänniemi et al. 2024, arXiv:2404.07724), where that takes
+    an unconditional half. In the layout
     SHIFT they are moved around the canvas by an offset drawn from seed and number (Frolov et al. 2024, arXiv:2407.15507);
     an axis of a single tile stays.
     """
@@ -288,8 +296,8 @@ def tiles_of_step(tiles: Tiles, request: ResolvedRequest, number: int) -> Tiles:
     return replace(tiles, shift=(down, across), guided=low <= number / request.num_inference_steps < high)
 
 
-def _samples(guidance_scale: float) -> int:
-    return 2 if guidance_scale > 1 else 1
+def _samples(guidance_scale: float, unconditional: bool) -> int:
+    return 2 if guidance_scale > 1 and unconditional else 1
 
 
 def _crop(top: int, left: int, tile: tuple[int, int], canvas: tuple[int, int]) -> tuple[Tensor, Tensor]:

@@ -68,13 +68,15 @@ def infotext(prompt: str, negative_prompt: str, fields: Mapping[str, object]) ->
 
 
 def file_name(place: str | Path) -> str:
-    """A hub id as it is (`org/name`); of any other path its last part, whatever system wrote it."""
+    """A hub id as it is (`org/name`); of any other path its last part, whatever system wrote it, a model file's without its
+    ending."""
     text = str(place)
     parts = [part for part in re.split(r"[/\\]", text) if part not in ("", ".", "..", "~")]
     is_id = isinstance(place, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", text) and not text.startswith(".")
     if is_id and not Path(text).exists():
         return text
-    return parts[-1] if parts else Path(text).expanduser().resolve().name
+    name = parts[-1] if parts else Path(text).expanduser().resolve().name
+    return name.removesuffix(".safetensors").removesuffix(".gguf")
 
 
 def _plain(value: Any) -> str:

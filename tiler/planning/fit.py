@@ -86,6 +86,6 @@ def _choose_resident(streamed: Streamed, room: int) -> dict[str, torch.dtype]:
     for weight in weights:
         info = stored[weight.name]
         if info.nbytes <= room:
-            chosen[weight.name] = TORCH_DTYPES[info.dtype]
+            chosen[weight.name] = TORCH_DTYPES.get(info.dtype, torch.uint8)
             room -= info.nbytes
     return chosen

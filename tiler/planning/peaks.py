@@ -22,8 +22,9 @@ from tiler.planning.facts import Facts
 from tiler.planning.fit import Weight
 from tiler.planning.table import PhasePlan, Term
 from tiler.request import Decode, Wrap
+from tiler.weights.codecs import CODECS
 from tiler.weights.index import TensorInfo
-from tiler.weights.store import PIECE_ELEMENTS, READ_AHEAD, TORCH_DTYPES, match_index
+from tiler.weights.store import PIECE_ELEMENTS, READ_AHEAD, match_index
 
 ACTIVATIONS = "activations + weights in use"
 
@@ -36,9 +37,9 @@ def streamed_weights(module: nn.Module) -> list[Weight]:
 def weights_terms(module: nn.Module, stored: Mapping[str, TensorInfo]) -> list[Term]:
     """What a module that is lent keeps in memory all the time: read buffers, norms and biases."""
     pieces = (
-        min(math.prod(info.shape), PIECE_ELEMENTS) * TORCH_DTYPES[info.dtype].itemsize
+        int(info.nbytes * min(1, PIECE_ELEMENTS / math.prod(info.shape)))
         for info in stored.values()
-        if info.dtype in TORCH_DTYPES
+        if info.dtype in CODECS and info.nbytes
     )
     small = sum(
         p.numel() * 4

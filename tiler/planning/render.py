@@ -18,9 +18,10 @@ from tiler.decoding.method import DecodePlan, ScratchSpace
 from tiler.diffusion import flow, schedulers
 from tiler.diffusion.masks import MASKS_KEPT
 from tiler.diffusion.schedulers import DiffusersSchedule
+from tiler.errors import UsageError
 from tiler.memory.tuning import MARGIN
 from tiler.models.built import Models
-from tiler.models.family import Family, VaeSpec
+from tiler.models.family import Family, Role, VaeSpec
 from tiler.planning.facts import Facts
 from tiler.planning.fit import Streamed, largest_batch, with_resident
 from tiler.planning.peaks import DenoiserPeaks, VaePeaks, text_phase
@@ -71,6 +72,8 @@ def plan_render(request: ResolvedRequest, models: Models, tiling: Tiling, facts:
     that no work should begin with.
     """
     family = models.family
+    if request.attention_window is not None and family.traits.patch > 1:
+        raise UsageError(f"--attention-window is for UNets, and {family.traits.title} is a transformer; leave it out")
     schedule = build_schedule(request, family)
     guide, tile = tiling.guide, tiling.regions.tile
     # Of the step with most: the tile of each sample.
@@ -95,6 +98,7 @@ def plan_render(request: ResolvedRequest, models: Models, tiling: Tiling, facts:
             return by.phase(name, denoising, canvas_samples, batch, *tile)
         return by.phase(name, denoising, guide_samples, batch, guide.height, guide.width)
 
+    most = family.traits.samples or MAX_BATCH
     names = ["canvas"] if guide is None else ["canvas", "guide"]
     smallest = [sampling(tight, name).peak_bytes for name in names]
     if max(sampling(sampler, name).peak_bytes for name in names) > max_bytes * MARGIN:
@@ -103,9 +107,9 @@ def plan_render(request: ResolvedRequest, models: Models, tiling: Tiling, facts:
     def batch_of(name: str, most: int) -> int:
         return largest_batch(lambda b: sampling(sampler, name, b).peak_bytes, int(max_bytes * MARGIN), most)
 
-    batch = batch_of("canvas", min(MAX_BATCH, per_step))
+    batch = batch_of("canvas", min(most, per_step))
     batch = math.ceil(per_step / math.ceil(per_step / batch))  # passes of equal size
-    guide_batch = 1 if guide is None else batch_of("guide", len(guide_samples))
+    guide_batch = 1 if guide is None else batch_of("guide", min(most, len(guide_samples)))
     encoding = text_phase(models, [facts.text_libraries])
     if facts.guide_pixels:  # the user's picture is loaded first, and waits while prompts are encoded
         picture = Term(name="picture", nbytes=3 * facts.guide_pixels)
@@ -117,7 +121,9 @@ def plan_render(request: ResolvedRequest, models: Models, tiling: Tiling, facts:
     else:
         others = [encoding]
     resident: dict[str, dict[str, torch.dtype]] = {phase.name: {} for phase in others}
-    streamed = Streamed(sampler.weights, sampler.stored, facts.int8.products)
+    once = family.part(Role.DENOISER).once  # of these, none is read at every step
+    stored = {name: info for name, info in sampler.stored.items() if not once(name)}
+    streamed = Streamed(sampler.weights, stored, facts.int8.products)
     filled = [
         with_resident(sampling(sampler, name, n), streamed, None, max_bytes)
         for name, n in (("guide", guide_batch), ("canvas", batch))
@@ -186,8 +192,10 @@ def _plan_coding(request: ResolvedRequest, models: Models, tiling: Tiling, facts
 
 def build_schedule(request: ResolvedRequest, family: Family) -> DiffusersSchedule:
     """The schedule of a render, checked to the end. Raises UsageError, ModelError."""
-    build = flow.build if family.traits.flow else schedulers.build
-    return build(request.scheduler, family.scheduler, request.num_inference_steps)
+    asked, config, steps, traits = request.scheduler, family.scheduler, request.num_inference_steps, family.traits
+    if not traits.flow:
+        return schedulers.build(asked, config, steps, correct=traits.old_schedulers)
+    return flow.build(asked, config, steps, tokens=traits.tokens, even_sigmas=traits.even_sigmas)
 
 
 def choose_precision(wanted: Precision, family: Family, int8: Int8) -> tuple[Precision, str]:

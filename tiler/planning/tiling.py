@@ -11,7 +11,7 @@ from tiler.diffusion.canvas import first_step
 from tiler.diffusion.guide import GuideSize, guide_size
 from tiler.diffusion.tiles import Steps, Tiles, guide_tiles, latents_of, plan_tiles
 from tiler.errors import UsageError
-from tiler.models.family import Family
+from tiler.models.family import Family, Guidance
 from tiler.request import Layout, ResolvedRequest
 
 SMALLEST = 4  # granules along a tile's side: below 256 px Stable Diffusion draws nothing of use
@@ -53,14 +53,18 @@ def plan_tiling(request: ResolvedRequest, family: Family) -> Tiling:
     last = None
     if request.layout is not Layout.GRID:
         last = plan_tiles(replace(request, layout=Layout.GRID), **where)
+    unconditional = family.traits.guidance is Guidance.CFG
+    regions = replace(regions, unconditional=unconditional)
+    last = None if last is None else replace(last, unconditional=unconditional)
     wanted = request.guide and request.guide_image is None and request.prompt is not None
-    guide = guide_size(canvas, native, step, request.wrap.axes) if wanted else None
+    guide = guide_size(canvas, native, step, request.wrap.axes, family.traits.longest) if wanted else None
     guided = guide is not None or request.guide_image is not None
     steps = request.num_inference_steps
     begin = first_step(steps, request.strength) if guided else 0
     guide_steps = Steps(regions, request, range(0))
     if guide is not None:
-        guide_steps = Steps(guide_tiles(guide[:2], request.wrap, request.guidance_scale, patch), request, range(steps))
+        tiles = guide_tiles(guide[:2], request.wrap, request.guidance_scale, patch)
+        guide_steps = Steps(replace(tiles, unconditional=unconditional), request, range(steps))
     return Tiling(
         canvas=canvas,
         crop=crop,
