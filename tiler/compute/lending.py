@@ -3,6 +3,7 @@ and every phase of a run, one after another."""
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,20 +16,24 @@ from tiler.compute.stream import Streamer
 
 @contextmanager
 def lent(module: nn.Module, streamer: Streamer) -> Iterator[None]:
-    """`stream_layers` for as long as the block lasts. Whatever changes meanwhile (classes, parameters, submodules, attributes)
-    is undone at its end, and what was loaded is freed. One block at a time."""
+    """`stream_layers` for as long as the block lasts. Whatever changes meanwhile (classes, parameters, submodules, attributes,
+    hooks) is undone at its end, and what was loaded is freed. One block at a time."""
     modules = list(module.modules())
     assert not any("streamer" in vars(m) for m in modules), "lent already"
-    before = [(m, type(m), dict(vars(m)), dict(m._parameters), dict(m._modules)) for m in modules]
+    before = [(m, type(m), dict(vars(m)), _tables(m)) for m in modules]
     try:
         stream_layers(module, streamer)
         yield
     finally:
-        for m, kind, attributes, parameters, children in before:
+        for m, kind, attributes, tables in before:
             m.__class__ = kind
-            tables: tuple[tuple[dict[str, Any], dict[str, Any]], ...] = (
-                (vars(m), attributes), (m._parameters, parameters), (m._modules, children),
-            )  # fmt: skip
-            for now, then in tables:
-                now.clear()
-                now.update(then)
+            vars(m).clear()
+            vars(m).update(attributes)
+            for name, table in tables.items():
+                attributes[name].clear()
+                attributes[name].update(table)
+
+
+def _tables(module: nn.Module) -> dict[str, dict[Any, Any]]:
+    """What its own dictionaries hold: parameters, submodules, hooks."""
+    return {name: dict(value) for name, value in vars(module).items() if type(value) in (dict, OrderedDict)}

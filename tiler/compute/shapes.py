@@ -231,8 +231,9 @@ class _ByShape(TorchFunctionMode):
             )
             return x.new_empty(*x.shape[:-1], value.shape[-1])
         if func is F.linear:
-            self.meter.linear_flops += _repeated(2 * x.numel() * args[1].shape[0])
-            return x.new_empty(*x.shape[:-1], args[1].shape[0])
+            outputs = len(kwargs["weight"] if len(args) == 1 else args[1])
+            self.meter.linear_flops += _repeated(2 * x.numel() * outputs)
+            return x.new_empty(*x.shape[:-1], outputs)
         if func in (F.conv2d, torch.conv2d):
             out = self._conv2d(x, *args[1:], **kwargs)
             self.meter.flops += _repeated(2 * out.numel() * args[1][0].numel())

@@ -51,13 +51,6 @@ def clip_names(name: str) -> list[str]:
     )
 
 
-def clip_bytes(config: dict[str, Any], *, every_layer: bool = False) -> int:
-    """What encoding takes beside the weights: of two prompts three times the feed-forward's width and eight times the
-    state's, and where `every_layer` is given out, the states between them."""
-    width, states = config["hidden_size"], config.get("num_hidden_layers", 12) + 1 if every_layer else 0
-    return 4 * TOKENS * (2 * (3 * config.get("intermediate_size", 2048) + 8 * width) + states * width)
-
-
 def run_clip(encoder: Any, **options: Any) -> object:
     """What is asked of the encoder for one prompt; ids are real, weights need not be."""
     return encoder(torch.zeros(1, TOKENS, dtype=torch.int64), **options)

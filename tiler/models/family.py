@@ -100,9 +100,8 @@ class Options(NamedTuple):
 class Part:
     """One model of a checkpoint. `name` is its folder; `build` makes it on the meta device; `aliases` gives the names that a
     parameter may have in files; `quantise` says which parameters become int8 where that is asked for, `once` which ones are
-    read before the steps and not in them; `example` runs a text encoder on one prompt of the greatest length as `Family.encode`
-    does, also where its weights are on the meta device: for the meter. Where that cannot be, `activation_bytes` is what it takes
-    beside its weights."""
+    read before the steps and not in them; `example` runs a text encoder, which must have one, as `Family.encode`
+    does for prompts of the greatest length, also where its weights are on the meta device: for the meter."""
 
     name: str
     role: Role
@@ -113,7 +112,6 @@ class Part:
     once: Callable[[str], bool] = lambda name: False
     arena_bytes: int | None = None
     example: Callable[[Any], object] | None = None
-    activation_bytes: int = 0
 
     def int8_weights(self, module: nn.Module) -> frozenset[str]:
         """The parameters of the built `module` that are quantised."""

@@ -47,7 +47,7 @@ def read_t5(checkpoint: Checkpoint, name: str, length: int) -> Part:
         quantise=lambda parameter: parameter.startswith("encoder.block."),
         # No layer is held: its pieces pass through the arena one by one.
         arena_bytes=4 * PIECE_ELEMENTS,
-        activation_bytes=4 * PIECE_ELEMENTS + _activation_bytes(config, length),
+        example=partial(_run, length),
     )
 
 
@@ -203,6 +203,8 @@ def _products(layer: Any, inputs: list[Tensor]) -> Iterator[tuple[int, int, Call
 
 def _bias(attention: Any, length: int) -> Tensor:
     """(heads, 2·length − 1): what attention adds to the score of a key `n` tokens behind its query, n from 1 − length on."""
+    if (table := attention.relative_attention_bias.weight).is_meta:
+        return table.new_empty(attention.n_heads, 2 * length - 1)
     before = attention.compute_bias(1, length, past_seen_tokens=length - 1)
     after = attention.compute_bias(1, length)
     bias: Tensor = torch.cat([before, after[..., 1:]], dim=-1)[0, :, 0]
@@ -212,17 +214,15 @@ def _bias(attention: Any, length: int) -> Tensor:
 def _written_out(bias: Tensor, length: int) -> Tensor:
     """(1, heads, length, length) for queries and keys, of `_bias` for as many tokens or more."""
     middle = bias.shape[-1] // 2
+    if bias.is_meta:  # flipped: a copy
+        return bias.new_empty(1, len(bias), length, length)
     near = bias[:, middle - length + 1 : middle + length]
     return near.unfold(-1, length, 1).flip(1)[None]
 
 
-def _activation_bytes(config: Mapping[str, Any], length: int) -> int:
-    """The most that a group takes: five times the states, as attention has them (states, normed, queries, keys, values), or the
-    states twice and what is between the feed-forward's layers; the bias of a group of heads, with a copy."""
-    width, inner = config["d_model"], config["num_heads"] * config["d_kv"]
-    tokens = max(GROUP_TOKENS, length)
-    bias = 2 * min(GROUP_HEADS, config["num_heads"]) * length**2
-    return 4 * (tokens * max(2 * width + 3 * inner, 2 * width + config["d_ff"]) + bias)
+def _run(length: int, encoder: Any) -> object:
+    """What `encode_t5` asks of the encoder for the largest group of prompts; its weights need not be real."""
+    return _encode(encoder, [torch.zeros(1, length, dtype=torch.int64) for _ in range(max(1, GROUP_TOKENS // length))])
 
 
 def _build(checkpoint: Checkpoint, name: str, config: Mapping[str, Any]) -> nn.Module:

@@ -64,14 +64,10 @@ def _encoder_phase(models: Models, part: Part, fixed: list[Term]) -> PhasePlan:
     stored = models.family.checkpoint.weights(part.name)
     match_index(encoder, stored, part.aliases)
     with lent(encoder, streamer):
-        if part.example is None:
-            units = (4 * sum(layer.weight.numel() for layer in streamed_layers(m)) for m in encoder.modules())
-            used = part.activation_bytes + max(n for n in units if n <= streamer.arena_bytes)
-        else:
-            with MetaMeter() as meter, torch.no_grad():
-                part.example(encoder)
-            used = meter.peak_bytes
-        terms = [*fixed, *weights_terms(encoder, stored), Term(name=ACTIVATIONS, nbytes=used)]
+        assert part.example is not None, part.name
+        with MetaMeter() as meter, torch.no_grad():
+            part.example(encoder)
+        terms = [*fixed, *weights_terms(encoder, stored), Term(name=ACTIVATIONS, nbytes=meter.peak_bytes)]
     return PhasePlan(name="encode prompts", terms=tuple(terms))
 
 
