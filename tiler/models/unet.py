@@ -16,7 +16,16 @@ from torch import Tensor
 from tiler.compute import onednn
 from tiler.compute.layers import SMALL
 from tiler.compute.stream import Streamer
-from tiler.models.blocks import PrePrompt, Resnet, ResnetFirstHalf, ResnetSecondHalf, Transformer, Windows, prepare
+from tiler.models.blocks import (
+    Head,
+    PrePrompt,
+    Resnet,
+    ResnetFirstHalf,
+    ResnetSecondHalf,
+    Transformer,
+    Windows,
+    prepare,
+)
 
 if TYPE_CHECKING:
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
@@ -131,6 +140,6 @@ def predict_noise(
                 hidden = transform(f"unet.up_blocks.{i}.attentions.{j}", attention, hidden)
         for sampler in block.upsamplers or []:
             hidden = each(f"unet.up_blocks.{i}.upsamplers", sampler, hidden)
-    hidden = each("unet.conv_out", torch.nn.Sequential(unet.conv_norm_out, unet.conv_act, unet.conv_out), hidden)
+    hidden = each("unet.conv_out", Head(unet), hidden)
     assert len(hidden) == batch and not skips
     return torch.cat(hidden)
