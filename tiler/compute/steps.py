@@ -16,7 +16,7 @@ from tiler.compute.kernels import Epilogue, Group, Input
 from tiler.compute.tuning import NORM_ELEMENTS
 
 _SHARE = 2**16  # values of an activation for each thread at a time: whole vectors, in the cache
-_ALONE = 2**15  # values up to which torch uses one thread
+_ALONE = 2**14  # values up to which torch uses one thread, whatever the activation
 _ROWS = 16  # of a matrix product: with as many MKL's order is one, for every number of threads
 _VECTOR = 64  # values: a multiple of what any processor computes at once
 
