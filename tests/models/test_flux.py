@@ -237,10 +237,14 @@ bad("fill by class", "Flux.1 Fill")(lambda f: edit(f, "", _class_name="FluxFillP
 bad("kontext", "Kontext")(lambda f: edit(f, "", _class_name="FluxKontextPipeline"))
 bad("redux", "Redux")(lambda f: edit(f, "", _class_name="FluxPriorReduxPipeline"))
 bad("flux 2", "FLUX.2")(lambda f: edit(f, "", _class_name="Flux2Pipeline"))
-bad("no encoder", "text_encoder_2")(lambda f: shutil.rmtree(f / "text_encoder_2"))
+bad("no encoder", "hf download black-forest-labs/FLUX.1-dev --include 'text_encoder_2/*'")(
+    lambda f: shutil.rmtree(f / "text_encoder_2")
+)
 bad("no weights", "text_encoder_2")(lambda f: (f / "text_encoder_2/model.safetensors").unlink())
-bad("no tokenizer", "tokenizer_2")(lambda f: shutil.rmtree(f / "tokenizer_2"))
-bad("no clip tokenizer", "tokenizer")(lambda f: shutil.rmtree(f / "tokenizer"))
+bad("no tokenizer", "hf download black-forest-labs/FLUX.1-dev --include 'tokenizer_2/*'")(
+    lambda f: shutil.rmtree(f / "tokenizer_2")
+)
+bad("no clip tokenizer", "--include 'tokenizer/*'")(lambda f: shutil.rmtree(f / "tokenizer"))
 bad("text width", "pooled_projection_dim")(lambda f: edit(f, "transformer", pooled_projection_dim=64))
 bad("rope", "axes_dims_rope")(lambda f: edit(f, "transformer", axes_dims_rope=[16, 16, 16]))
 
