@@ -200,6 +200,25 @@ def test_modulations_are_read_once_and_not_in_a_pass(folders: dict[str, Path], t
     assert read[2] == pytest.approx(read[1], rel=0.05)  # what comes first in a pass may be read ahead at its end
 
 
+@torch.no_grad()
+def test_diffusers_own_forward_gives_the_same_from_the_same_files(folders: dict[str, Path]) -> None:
+    """Their module, unchanged, with its layers streamed; a grid that is not square."""
+    family = read_family(checkpoint.resolve(str(folders["schnell"])))
+    part, generator = family.part(Role.DENOISER), torch.Generator().manual_seed(1)
+    tokens, pooled, latents = (torch.randn(1, *n, generator=generator) for n in ((256, 64), (32,), (16, 12, 20)))
+    sample = Sample(latents, Prompt(tokens, pooled), Place(0, 0, 96, 160, (96, 160)), 1.0)
+    ids = FluxPipeline._prepare_latent_image_ids(1, 6, 10, "cpu", torch.float32)
+    module = part.build()
+    with streamed(module, family.checkpoint.weights(part.name), part.aliases) as streamer:
+        prepared = family.prepare(module, streamer, torch.tensor([700.0]), [sample.prompt], Options())
+        got = family.predict(module, streamer, [sample], 0, prepared)
+        want = module(
+            hidden_states=pack(latents), encoder_hidden_states=tokens, pooled_projections=pooled, img_ids=ids,
+            timestep=torch.tensor([0.7]), txt_ids=torch.zeros(256, 3), return_dict=False,
+        )[0]  # fmt: skip
+    assert (got - unpack(want, 6)).abs().max() < 1e-5
+
+
 def test_guide_and_canvas_share_what_is_read_once(
     folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
