@@ -120,10 +120,10 @@ class DenoiserPeaks:
         group = max(groups, key=lambda g: (len(set(g)), len(g)))  # halves of one tile share their first layers
         group = tuple(sorted(set(group)).index(tile) for tile in group)
         tight = self.streamer.arena_bytes < ARENA_BYTES
-        slack = TIGHT_HEAP_SLACK if tight else HEAP_SLACK
-        slack = MAPPED_HEAP_SLACK if self.family.traits.large_blocks else slack
+        mapped = self.family.traits.large_blocks
+        slack = MAPPED_HEAP_SLACK if mapped else TIGHT_HEAP_SLACK if tight else HEAP_SLACK
         work = self.activations(group, height, width) + int(slack * self.activations((0,), height, width))
-        if not tight:
+        if not (tight or mapped):
             integers = sum(math.prod(self.stored[name].shape) for name in self.streamer.int8_keys & self.stored.keys())
             work += min(INT8_HOLES_BYTES, integers)
         return PhasePlan(name=name, terms=(*fixed, *self.terms, Term(name=ACTIVATIONS, nbytes=work)))
