@@ -28,6 +28,7 @@ from tiler.phases import streamed
 from tiler.planning.resolve import resolve
 from tiler.request import GuideUpscale, Precision
 from tiler.weights import checkpoint
+from tiler.weights.index import read_index
 
 LENGTHS = {"dev": 512, "schnell": 256}
 
@@ -171,6 +172,8 @@ def test_int8_is_near_fp32_and_leaves_what_is_read_once(folders: dict[str, Path]
     assert not torch.equal(plain, int8)
     assert (int8 - plain).norm() < 0.05 * plain.norm()
     family = read_family(checkpoint.resolve(str(folders["dev"])))
+    (packed,) = (tmp_path / "packed").glob("*.safetensors")
+    assert not any(map(read_once, read_index(packed)))
     part = family.part(Role.DENOISER)
     names = [name for name, _ in part.build().named_parameters()]
     assert any(map(read_once, names)) and not any(read_once(name) and quantised(name) for name in names)
