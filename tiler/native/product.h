@@ -17,10 +17,13 @@ typedef struct {
   _Alignas(64) int32_t sums[PANEL_ROWS * GROUP];
 } Panel;
 
+// Blocks of outputs that a panel takes together, and what their epilogue needs.
 typedef struct {
+  F16 scale[GROUP_BLOCKS], bias[GROUP_BLOCKS];
+  I16 sum[GROUP_BLOCKS];
   const char *weights[GROUP_BLOCKS];
   int64_t output[GROUP_BLOCKS];
-  int count;
+  int count, is_whole;  // is_whole: no block goes beyond the outputs
 } Group;
 
 // Taps [t0, t1) and of each the lanes [s0, s1).
@@ -62,32 +65,34 @@ INLINE void tile(const enum Kind kind, const int rows, const int blocks, const P
 }
 
 // The group's outputs of one row.
-INLINE void finish(const enum Kind kind, const Product *p, int64_t r, int64_t scale_at, const Group *g, const int32_t *sums) {
+INLINE void finish(const enum Kind kind, const int blocks, const int is_whole, const Product *p, int64_t r, int64_t scale_at,
+                   const Group *g, const int32_t *sums) {
   F16 f[GROUP_BLOCKS];
-  for (int j = 0; j < g->count; j++) {
-    int64_t at = g->output[j], count = p->outputs - at;
-    if (kind == INT8) {
-      I16 sum, of_weights = {0};
-      memcpy(&sum, sums + j * LANES, sizeof sum);
-      memcpy(&of_weights, p->weight_sum + at, count >= LANES ? sizeof of_weights : (size_t)count * 4);
-      sum -= of_weights * (p->zero[scale_at * p->zero_step] - OFFSET);
-      f[j] = __builtin_convertvector(sum, F16) * (load_some(p->weight_scale + at, count) * p->scale[scale_at]);
-    } else {
-      memcpy(&f[j], sums + j * LANES, sizeof f[j]);
-    }
-    if (p->bias) f[j] += load_some(p->bias + at, count);
+  float scale = kind == INT8 ? p->scale[scale_at] : 1.f;
+  int32_t zero = kind == INT8 ? p->zero[scale_at * p->zero_step] - OFFSET : 0;
+#pragma GCC unroll 4
+  for (int j = 0; j < blocks; j++) {
+    I16 sum;
+    memcpy(&sum, sums + j * LANES, sizeof sum);
+    f[j] = kind == INT8 ? __builtin_convertvector(sum - g->sum[j] * zero, F16) * (g->scale[j] * scale) : (F16)sum;
+    f[j] += g->bias[j];
   }
-  int outputs = g->count;
+  int outputs = blocks;
   if (p->activation == GEGLU) {
     outputs /= 2;
-    for (int j = 0; j < outputs; j++) f[j] *= gelu(f[j + outputs]);
+#pragma GCC unroll 2
+    for (int j = 0; j < blocks / 2; j++) f[j] *= gelu(f[j + blocks / 2]);
   } else if (p->activation == SILU) {
-    for (int j = 0; j < outputs; j++) f[j] = silu(f[j]);
+#pragma GCC unroll 4
+    for (int j = 0; j < blocks; j++) f[j] = silu(f[j]);
   } else if (p->activation == GELU) {
-    for (int j = 0; j < outputs; j++) f[j] = gelu(f[j]);
+#pragma GCC unroll 4
+    for (int j = 0; j < blocks; j++) f[j] = gelu(f[j]);
   }
-  for (int j = 0; j < outputs; j++) {
-    int64_t at = g->output[j], count = p->outputs - at;
+#pragma GCC unroll 4
+  for (int j = 0; j < blocks; j++) {
+    if (j == outputs) break;
+    int64_t at = g->output[j], count = is_whole ? LANES : p->outputs - at;
     if (p->residual) f[j] += load_some(p->residual + r * p->residual_step + at, count);
     if (p->out_type == AS_FP32)
       store_some((float *)p->out + r * p->out_step + at, f[j], count);
@@ -116,9 +121,9 @@ INLINE int next_span(const Product *p, Span *span) {
   return 1;
 }
 
-INLINE Group group_of(const Product *p, int64_t number) {
+INLINE Group group_of(const enum Kind kind, const Product *p, int64_t number) {
   int64_t blocks = (p->outputs + LANES - 1) / LANES, bytes = p->taps * p->steps * 64;
-  Group g = {.count = (int)(blocks - number * GROUP_BLOCKS < GROUP_BLOCKS ? blocks - number * GROUP_BLOCKS : GROUP_BLOCKS)};
+  Group g = {.is_whole = 1, .count = (int)(blocks - number * GROUP_BLOCKS < GROUP_BLOCKS ? blocks - number * GROUP_BLOCKS : GROUP_BLOCKS)};
   for (int j = 0; j < g.count; j++) {
     int64_t block = number * GROUP_BLOCKS + j;
     if (p->activation == GEGLU) {  // outputs and, behind them, their gates
@@ -126,7 +131,14 @@ INLINE Group group_of(const Product *p, int64_t number) {
       block = number * (GROUP_BLOCKS / 2) + j % half + (j < half ? 0 : blocks / 2);
     }
     g.weights[j] = (const char *)p->weights + block * bytes;
-    g.output[j] = block * LANES;
+    int64_t at = block * LANES, count = p->outputs - at;
+    g.output[j] = at;
+    g.is_whole &= count >= LANES;
+    g.bias[j] = p->bias ? load_some(p->bias + at, count) : all(0.f);
+    if (kind == INT8) {
+      g.scale[j] = load_some(p->weight_scale + at, count);
+      g.sum[j] = (I16)load_some((const float *)p->weight_sum + at, count);
+    }
   }
   return g;
 }
@@ -160,7 +172,7 @@ INLINE void panel_of(const enum Kind kind, const ProductTasks *tasks, int64_t nu
   }
   int64_t groups = (p->outputs + GROUP - 1) / GROUP;
   for (int64_t n = groups * part / tasks->parts; n < groups * (part + 1) / tasks->parts; n++) {
-    Group g = group_of(p, n);
+    Group g = group_of(kind, p, n);
     Span span = {.t1 = 0, .s1 = p->steps};
     for (int is_first = 1; next_span(p, &span); is_first = 0) {
       int is_last = span.t1 == p->taps && span.s1 == p->steps;
@@ -174,8 +186,12 @@ INLINE void panel_of(const enum Kind kind, const ProductTasks *tasks, int64_t nu
           rows_of_group(kind, 2, p, &panel, r, &g, &span, is_first);
         else
           rows_of_group(kind, 1, p, &panel, r, &g, &span, is_first);
-        if (is_last)
-          for (int64_t i = r; i < r + many; i++) finish(kind, p, first + i, panel.scale_at[i], &g, panel.sums + i * GROUP);
+        for (int64_t i = r; is_last && i < r + many; i++) {
+          if (g.count == GROUP_BLOCKS && g.is_whole)
+            finish(kind, GROUP_BLOCKS, 1, p, first + i, panel.scale_at[i], &g, panel.sums + i * GROUP);
+          else
+            finish(kind, g.count, 0, p, first + i, panel.scale_at[i], &g, panel.sums + i * GROUP);
+        }
         r += many;
       }
     }
