@@ -276,7 +276,7 @@ def test_rows_and_images_are_those_of_fp64(lib: Library) -> None:
 
 @every_set
 def test_sums_are_those_of_the_weights(lib: Library) -> None:
-    weight, _, packed, want = weights_of(Kind.INT8, 37, 30, 3, 3)
+    _, _, packed, want = weights_of(Kind.INT8, 37, 30, 3, 3)
     got = torch.empty(48, dtype=torch.int32)
     lib.sums(library.Sums(address(packed), 3, 9 * 8, address(got)), 2)
     assert torch.equal(got[:37], want) and not got[37:].any()
@@ -418,7 +418,17 @@ GCC = {
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="gcc is not installed")
 def test_sanitisers_find_nothing(tmp_path: Path) -> None:
     """Arrays end where their values end, so that what is read or written beyond them is seen."""
-    flags = "-std=gnu11 -O0 -g -Wall -Wextra -Werror -Wno-psabi -ffp-contract=off -fno-math-errno".split()
+    flags = [
+        "-std=gnu11",
+        "-O0",
+        "-g",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-Wno-psabi",
+        "-ffp-contract=off",
+        "-fno-math-errno",
+    ]
     flags += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     jobs = [
         [str(NATIVE / "kernels.c"), f"-DSET={s.symbol}", f'-DSET_NAME="{s.name}"', *GCC[s.name], "-o", f"{s.symbol}.o"]
