@@ -61,9 +61,12 @@ int main(int count, char **arguments) {
     void **array = calloc((size_t)arrays, sizeof *array);
     for (int64_t i = 0; i < arrays; i++) array[i] = get(file, (size_t)number(file));
     int64_t pointers = number(file);
-    int64_t *places = get(file, (size_t)pointers * 2 * sizeof *places);  // where in the struct, which array
+    int64_t *places = get(file, (size_t)pointers * 3 * sizeof *places);  // where in the struct, which array, where in it
     char *fields = get(file, (size_t)number(file));
-    for (int64_t i = 0; i < pointers; i++) memcpy(fields + places[2 * i], &array[places[2 * i + 1]], sizeof *array);
+    for (int64_t i = 0; i < pointers; i++) {
+      const char *p = (const char *)array[places[3 * i + 1]] + places[3 * i + 2];
+      memcpy(fields + places[3 * i], &p, sizeof p);
+    }
     fclose(file);
     if (operation == 0) tiler_product(tiler, (const Product *)fields, threads);
     if (operation == 1) tiler_rows(tiler, (const Rows *)fields, threads);

@@ -88,11 +88,19 @@ def in_lanes(x: Tensor, values: int) -> Tensor:
     return F.pad(x, (0, -x.shape[-1] % values)).contiguous()
 
 
-def activated(x: Tensor, how: Activation) -> Tensor:
-    if how is Activation.GEGLU:
+ACTIVATIONS = {
+    Activation.NONE: lambda x: x,
+    Activation.SILU: F.silu,
+    Activation.GELU: F.gelu,
+    Activation.GELU_TANH: lambda x: F.gelu(x, approximate="tanh"),
+}
+
+
+def activated(x: Tensor, how: Activation, gated: bool) -> Tensor:
+    if gated:
         hidden, gate = x.chunk(2, dim=-1)
-        return hidden * F.gelu(gate)
-    return {Activation.NONE: lambda x: x, Activation.SILU: F.silu, Activation.GELU: F.gelu}[how](x)
+        return hidden * ACTIVATIONS[how](gate)
+    return ACTIVATIONS[how](x)
 
 
 def weights_of(kind: Kind, *shape: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -113,26 +121,30 @@ def inputs_of(kind: Kind, *shape: int) -> Tensor:
 
 def linear(
     kind: Kind, rows: int, inputs: int, outputs: int, *, act: Activation = Activation.NONE,
-    out_type: Type = Type.FP32, more: bool = True, apart: int = 0,
+    out_type: Type = Type.FP32, more: bool = True, apart: int = 0, gated: bool = False,
 ) -> Case:  # fmt: skip
-    """`more`: a bias and a residual. `apart`: lanes between rows."""
+    """`more`: a bias and a residual. `apart`: lanes between rows. `gated`: the second half of the outputs are gates."""
     torch.manual_seed(rows + inputs + outputs)
     weight, factor, packed, sums = weights_of(kind, outputs, inputs)
     x, scale, zero = inputs_of(kind, rows, inputs), torch.rand(rows) / 50 + 0.01, torch.tensor([128], dtype=torch.int32)
     a = F.pad(in_lanes(x, VALUES[kind]), (0, apart * VALUES[kind])).contiguous()
     real = (x.double() - 128) * scale.double()[:, None] if kind is Kind.INT8 else x.double()
-    width = outputs // 2 if act is Activation.GEGLU else outputs
+    width = outputs // 2 if gated else outputs
     bias, residual = (torch.randn(outputs), torch.randn(rows, width)) if more else (None, None)
     want = real @ (weight.double() * factor.double()[:, None]).T
-    want = activated(want if bias is None else want + bias, act)
+    want = activated(want if bias is None else want + bias, act, gated)
     want = want if residual is None else want + residual
     out = torch.full((rows, width), 99.0).to(DTYPES[out_type])
     call = Product(
-        kind=kind, activation=act, out_type=out_type, taps=1, rows=rows, outputs=outputs, steps=packed.shape[2],
+        kind=kind, activation=act, out_type=out_type, taps=1, rows=rows, outputs=width, steps=packed.shape[2],
         a=address(a), row_bytes=a.stride(0) * a.element_size(), weights=address(packed), weight_scale=address(factor),
         weight_sum=address(sums), scale=address(scale), zero=address(zero), scale_rows=1, bias=address(bias),
         residual=address(residual), out=address(out), out_step=width, residual_step=width,
     )  # fmt: skip
+    if gated:
+        call.gate_weights = address(packed[width // 16 :])
+        call.gate_scale, call.gate_sum = address(factor[width:]), address(sums[width:])
+        call.gate_bias = None if bias is None else address(bias[width:])
     tensors = [t for t in (a, packed, factor, sums, scale, zero, bias, residual, out) if t is not None]
     return Case(call, tuple(tensors), out, want, 4e-3 if out_type is Type.BF16 else 2e-6)
 
@@ -178,7 +190,7 @@ def tokens(rows: int, width: int, out_type: Type, *, norm: bool, apart: int = 0)
         want = (want / want.abs().amax(1, keepdim=True) * 127).round() + 128
     want = F.pad(want, (0, filled - width), value=128.0 if out_type is Type.UINT8 else 0.0)
     call = Rows(
-        x=address(x), rows=rows, width=width, step=width + apart, gamma=address(gamma), beta=address(beta), eps=1e-5,
+        x=address(x), rows=rows, width=width, step=width + apart, gamma=address(gamma), beta=address(beta), eps=1e-5, norm=norm,
         out_type=out_type, out=address(out), out_bytes=out.stride(0) * out.element_size(), scale=address(scale),
     )  # fmt: skip
     tensors = [t for t in (x, gamma, beta, scale, out) if t is not None]
@@ -238,9 +250,9 @@ def products(lib: Library) -> Iterator[Case]:
             (1, 1, 1), (2, 33, 17), (3, 64, 16), (5, 516, 80), (6, 640, 48), (7, 129, 160), (77, 768, 64), (193, 96, 33),
         ):  # fmt: skip
             yield linear(kind, rows, inputs, outputs, apart=rows % 3)
-        for act in (Activation.SILU, Activation.GELU, Activation.GEGLU):
+        for act in Activation:
             yield linear(kind, 11, 70, 96, act=act)
-        yield linear(kind, 10, 70, 160, act=Activation.GEGLU, more=False)
+            yield linear(kind, 10, 70, 160, act=act, more=False, gated=True)
         yield linear(kind, 9, 130, 37, out_type=Type.BF16)
         yield convolution(kind, 1, (9, 7), 36, 20, 3, 1)
         yield convolution(kind, 3, (8, 5), 5, 64, 3, 2)
@@ -314,7 +326,11 @@ def test_nan_comes_through(lib: Library, at: int) -> None:
 
 def cases(lib: Library) -> list[Case]:
     return [
-        *(linear(kind, 203, 260, 160, act=act) for kind in kinds(lib) for act in (Activation.NONE, Activation.GEGLU)),
+        *(
+            linear(kind, 203, 260, 160, act=Activation.GELU, gated=gated)
+            for kind in kinds(lib)
+            for gated in (False, True)
+        ),
         convolution(Kind.INT8, 3, (13, 9), 40, 80, 3, 1),
         tokens(203, 96, Type.UINT8, norm=True),
         image(3, (33, 17), (12, 24), Type.UINT8),
@@ -383,14 +399,15 @@ def test_threads_are_started_anew_after_fork() -> None:
 
 def write(case: Case, path: Path) -> None:
     """The call for driver.c: its struct, whose addresses become numbers of arrays, and the arrays."""
-    where = {tensor.data_ptr(): i for i, tensor in enumerate(case.tensors) if tensor.numel()}
+    begins = [(tensor.data_ptr(), tensor.nbytes) for tensor in case.tensors]
     pointers: list[int] = []
     for name, kind in case.call._fields_:
         count = {ctypes.c_void_p: 1, ctypes.c_void_p * 2: 2}.get(kind, 0)
         value = getattr(case.call, name)
         for i, one in enumerate(value if count == 2 else [value] * count):
-            if one in where:
-                pointers += [getattr(type(case.call), name).offset + 8 * i, where[one]]
+            for array, (begin, nbytes) in enumerate(begins):
+                if one and 0 <= one - begin < nbytes:
+                    pointers += [getattr(type(case.call), name).offset + 8 * i, array, one - begin]
     result = next(i for i, tensor in enumerate(case.tensors) if tensor is case.out)
     number = list(OPERATIONS).index(type(case.call))
     out_type = next(i for i, dtype in enumerate(DTYPES.values()) if dtype == case.out.dtype)
@@ -400,7 +417,7 @@ def write(case: Case, path: Path) -> None:
         file.write(struct.pack("<d", case.tolerance) + case.want.contiguous().numpy().tobytes())
         for tensor in case.tensors:
             file.write(struct.pack("<q", tensor.nbytes) + tensor.contiguous().view(torch.uint8).numpy().tobytes())
-        file.write(struct.pack(f"<q{len(pointers)}q", len(pointers) // 2, *pointers))
+        file.write(struct.pack(f"<q{len(pointers)}q", len(pointers) // 3, *pointers))
         file.write(struct.pack("<q", len(fields)) + fields)
 
 

@@ -87,8 +87,8 @@ static void factors_task(const void *context, int64_t image) {
     finite += (float)(mean * 0. + variance * 0.);
     float factor = (float)(1. / sqrt((variance > 0 ? variance : 0) + (double)p->eps));
     for (int64_t c = g * per; c < (g + 1) * per; c++) {
-      a[c] = p->groups ? factor * p->gamma[c] : 1.f;
-      b[c] = p->groups ? (float)((double)p->beta[c] - mean * (double)a[c]) : 0.f;
+      a[c] = !p->groups ? 1.f : p->gamma ? factor * p->gamma[c] : factor;
+      b[c] = !p->groups ? 0.f : (float)((p->beta ? (double)p->beta[c] : 0.) - mean * (double)a[c]);
       for (int64_t panel = 0; panel < t->panels; panel++) {
         const float *of_panel = s + panel * STATISTICS * t->channels;
         float u = of_panel[2 * t->channels + c] * a[c] + b[c], v = of_panel[3 * t->channels + c] * a[c] + b[c];

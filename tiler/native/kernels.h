@@ -8,9 +8,10 @@
 
 enum Kind { INT8, BF16, FP32 };  // of a product: what a lane of 32 bits holds: 4, 2 or 1 values
 enum Type { AS_UINT8, AS_BF16, AS_FP32 };
-enum Activation { NO_ACTIVATION, SILU, GELU, GEGLU };  // GEGLU: first half of the outputs × gelu(second half)
+enum Activation { NO_ACTIVATION, SILU, GELU, GELU_TANH };
 
-// out = activation((a · weightsᵀ) · scales + bias) + residual.
+// out = activation((a · weightsᵀ) · scales + bias) + residual. With `gate_weights` a second product of as many outputs is made
+// beside it, and out = first · activation(second) + residual.
 //
 // `weights` is [outputs / 16][taps][steps][16] lanes. `a` is a matrix, one row after another, or (per_image > 0) images whose
 // places are rows: the row of place (y, x) begins at image · image_bytes + y · line_bytes + x · place_bytes, and tap t reads
@@ -26,6 +27,9 @@ typedef struct {
   const void *weights;
   const float *weight_scale;  // (outputs,), int8 only
   const int32_t *weight_sum;  // (outputs,), int8 only: sums of a row's values
+  const void *gate_weights;   // NULL: none
+  const float *gate_scale, *gate_bias;
+  const int32_t *gate_sum;
   const float *scale;
   const int32_t *zero;
   int64_t scale_rows, zero_step;
@@ -35,14 +39,14 @@ typedef struct {
   int64_t out_step, residual_step;  // elements from one row to the next
 } Product;
 
-// Rows of `width` values, normalised where gamma is given (LayerNorm), then cast; as uint8 each symmetric around 128 with a
-// scale of its own. Bytes of a row beyond its values are written up to a multiple of 4.
+// Rows of `width` values, normalised where `norm` is set (LayerNorm; gamma and beta may be NULL), then cast; as uint8 each
+// symmetric around 128 with a scale of its own. Bytes of a row beyond its values are written up to a multiple of 4.
 typedef struct {
   const float *x;
   int64_t rows, width, step;  // elements
-  const float *gamma, *beta;  // both or none
+  const float *gamma, *beta;
   float eps;
-  int32_t out_type;
+  int32_t norm, out_type;
   void *out;
   int64_t out_bytes;  // from one row to the next
   float *scale;       // (rows,), uint8 only
@@ -56,7 +60,7 @@ typedef struct {
   int64_t images, height, width, padding;
   int32_t groups, silu, out_type;
   float eps;
-  const float *gamma, *beta;  // (channels,), with groups only
+  const float *gamma, *beta;  // (channels,) or NULL
   void *out;
   int64_t place_bytes;  // of a place of `out`
   float *scale;         // (images,), uint8 only

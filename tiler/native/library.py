@@ -37,7 +37,7 @@ class Type(IntEnum):
 class Activation(IntEnum):
     """What follows a product's bias."""
 
-    NONE, SILU, GELU, GEGLU = range(4)
+    NONE, SILU, GELU, GELU_TANH = range(4)
 
 
 class Product(Structure):
@@ -49,7 +49,8 @@ class Product(Structure):
         ("a", c_void_p),
         ("row_bytes", c_int64),
         *((name, c_int64) for name in ("per_image", "width", "image_bytes", "line_bytes", "place_bytes")),
-        *((name, c_void_p) for name in ("tap", "weights", "weight_scale", "weight_sum", "scale", "zero")),
+        *((name, c_void_p) for name in ("tap", "weights", "weight_scale", "weight_sum")),
+        *((name, c_void_p) for name in ("gate_weights", "gate_scale", "gate_bias", "gate_sum", "scale", "zero")),
         *((name, c_int64) for name in ("scale_rows", "zero_step")),
         *((name, c_void_p) for name in ("bias", "residual", "out")),
         *((name, c_int64) for name in ("out_step", "residual_step")),
@@ -65,6 +66,7 @@ class Rows(Structure):
         ("gamma", c_void_p),
         ("beta", c_void_p),
         ("eps", c_float),
+        ("norm", c_int32),
         ("out_type", c_int32),
         ("out", c_void_p),
         ("out_bytes", c_int64),

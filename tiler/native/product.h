@@ -77,17 +77,20 @@ INLINE void finish(const enum Kind kind, const int blocks, const int is_whole, c
     f[j] = kind == INT8 ? __builtin_convertvector(sum - g->sum[j] * zero, F16) * (g->scale[j] * scale) : (F16)sum;
     f[j] += g->bias[j];
   }
-  int outputs = blocks;
-  if (p->activation == GEGLU) {
-    outputs /= 2;
+  int outputs = p->gate_weights ? blocks / 2 : blocks;
+#pragma GCC unroll 4
+  for (int j = 0; j < blocks; j++) {
+    if (outputs < blocks && j < blocks / 2) continue;
+    if (p->activation == SILU)
+      f[j] = silu(f[j]);
+    else if (p->activation == GELU)
+      f[j] = gelu(f[j]);
+    else if (p->activation == GELU_TANH)
+      f[j] = gelu_tanh(f[j]);
+  }
+  if (outputs < blocks) {
 #pragma GCC unroll 2
-    for (int j = 0; j < blocks / 2; j++) f[j] *= gelu(f[j + blocks / 2]);
-  } else if (p->activation == SILU) {
-#pragma GCC unroll 4
-    for (int j = 0; j < blocks; j++) f[j] = silu(f[j]);
-  } else if (p->activation == GELU) {
-#pragma GCC unroll 4
-    for (int j = 0; j < blocks; j++) f[j] = gelu(f[j]);
+    for (int j = 0; j < blocks / 2; j++) f[j] *= f[j + blocks / 2];
   }
 #pragma GCC unroll 4
   for (int j = 0; j < blocks; j++) {
@@ -121,23 +124,29 @@ INLINE int next_span(const Product *p, Span *span) {
   return 1;
 }
 
+// Outputs of a group: half of it are gates, if there are any.
+INLINE int group_blocks(const Product *p) { return p->gate_weights ? GROUP_BLOCKS / 2 : GROUP_BLOCKS; }
+
+INLINE int64_t group_count(const Product *p) {
+  int64_t outputs = group_blocks(p) * LANES;
+  return (p->outputs + outputs - 1) / outputs;
+}
+
 INLINE Group group_of(const enum Kind kind, const Product *p, int64_t number) {
-  int64_t blocks = (p->outputs + LANES - 1) / LANES, bytes = p->taps * p->steps * 64;
-  Group g = {.is_whole = 1, .count = (int)(blocks - number * GROUP_BLOCKS < GROUP_BLOCKS ? blocks - number * GROUP_BLOCKS : GROUP_BLOCKS)};
+  int64_t bytes = p->taps * p->steps * 64, left = (p->outputs + LANES - 1) / LANES - number * group_blocks(p);
+  int count = left < group_blocks(p) ? (int)left : group_blocks(p);
+  Group g = {.is_whole = 1, .count = p->gate_weights ? 2 * count : count};
   for (int j = 0; j < g.count; j++) {
-    int64_t block = number * GROUP_BLOCKS + j;
-    if (p->activation == GEGLU) {  // outputs and, behind them, their gates
-      int half = g.count / 2;
-      block = number * (GROUP_BLOCKS / 2) + j % half + (j < half ? 0 : blocks / 2);
-    }
-    g.weights[j] = (const char *)p->weights + block * bytes;
-    int64_t at = block * LANES, count = p->outputs - at;
+    int is_gate = j >= count;
+    int64_t block = number * group_blocks(p) + j % count, at = block * LANES, some = p->outputs - at;
+    const float *bias = is_gate ? p->gate_bias : p->bias;
+    g.weights[j] = (const char *)(is_gate ? p->gate_weights : p->weights) + block * bytes;
     g.output[j] = at;
-    g.is_whole &= count >= LANES;
-    g.bias[j] = p->bias ? load_some(p->bias + at, count) : all(0.f);
+    g.is_whole &= some >= LANES;
+    g.bias[j] = bias ? load_some(bias + at, some) : all(0.f);
     if (kind == INT8) {
-      g.scale[j] = load_some(p->weight_scale + at, count);
-      g.sum[j] = (I16)load_some((const float *)p->weight_sum + at, count);
+      g.scale[j] = load_some((is_gate ? p->gate_scale : p->weight_scale) + at, some);
+      g.sum[j] = (I16)load_some((const float *)(is_gate ? p->gate_sum : p->weight_sum) + at, some);
     }
   }
   return g;
@@ -170,7 +179,7 @@ INLINE void panel_of(const enum Kind kind, const ProductTasks *tasks, int64_t nu
       panel.row[i] = (const char *)p->a + r * p->row_bytes;
     }
   }
-  int64_t groups = (p->outputs + GROUP - 1) / GROUP;
+  int64_t groups = group_count(p);
   for (int64_t n = groups * part / tasks->parts; n < groups * (part + 1) / tasks->parts; n++) {
     Group g = group_of(kind, p, n);
     Span span = {.t1 = 0, .s1 = p->steps};
@@ -209,7 +218,7 @@ static void product(Pool *pool, const Product *p, int threads) {
 #if defined(__AVX512BF16__)
   if (p->kind == BF16) task = bf16_panel;
 #endif
-  int64_t panels = (p->rows + PANEL_ROWS - 1) / PANEL_ROWS, groups = (p->outputs + GROUP - 1) / GROUP;
+  int64_t panels = (p->rows + PANEL_ROWS - 1) / PANEL_ROWS, groups = group_count(p);
   ProductTasks tasks = {p, 1};
   while (panels * tasks.parts < TASKS_A_THREAD * threads && tasks.parts * 2 <= groups) tasks.parts *= 2;
   pool_run(pool, task, &tasks, panels * tasks.parts, threads);

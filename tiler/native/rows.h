@@ -15,8 +15,9 @@ INLINE F16 row_values(const Row *row, int64_t j) {
   const Rows *p = row->rows;
   int64_t count = p->width - j;
   F16 x = load_some(row->x + j, count);
-  if (!p->gamma) return x;
-  return fma16((x - row->mean) * row->factor, load_some(p->gamma + j, count), load_some(p->beta + j, count));
+  if (!p->norm) return x;
+  x = first((x - row->mean) * row->factor, count);
+  return p->gamma ? fma16(x, load_some(p->gamma + j, count), p->beta ? load_some(p->beta + j, count) : all(0.f)) : x;
 }
 
 static void rows_task(const void *context, int64_t number) {
@@ -25,7 +26,7 @@ static void rows_task(const void *context, int64_t number) {
   for (int64_t r = number * ROWS_A_TASK; r < last; r++) {
     Row row = {p, p->x + r * p->step, 0, 1};
     char *out = (char *)p->out + r * p->out_bytes;
-    if (p->gamma) {
+    if (p->norm) {
       F16 total = {0}, squares = {0};
       for (int64_t j = 0; j < p->width; j += LANES) total += load_some(row.x + j, p->width - j);
       row.mean = sum_of(total) / (float)p->width;

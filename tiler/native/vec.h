@@ -114,6 +114,11 @@ INLINE F16 exp2_16(F16 x) {
 }
 #define LOG2_E 1.44269504088896f
 INLINE F16 silu(F16 x) { return x / (exp2_16(x * -LOG2_E) + 1.f); }
+// Hendrycks and Gimpel's approximation, x · σ(√(8/π) · (x + 0.044715 x³)).
+INLINE F16 gelu_tanh(F16 x) {
+  F16 z = x * fma16(x * x, all(0.044715f), all(1.f)) * 1.5957691216057308f;
+  return x / (exp2_16(z * -LOG2_E) + 1.f);
+}
 // x · Φ(x), with erf by Abramowitz and Stegun, Handbook of Mathematical Functions, 7.1.26: within 1.5e-7.
 INLINE F16 gelu(F16 x) {
   F16 z = x * 0.70710678118655f, a = magnitude(z), t = 1.f / fma16(a, all(0.3275911f), all(1.f));
