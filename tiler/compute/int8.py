@@ -23,10 +23,9 @@ from tiler.compute.kernels import (
     Policy,
     Prepared,
     Shape,
-    finished,
-    output_shape,
     read_pieces,
 )
+from tiler.compute.steps import add_low_rank, finished, made_input
 from tiler.memory import process
 from tiler.weights.store import PIECE_ELEMENTS, WeightStore, piece_rows
 
@@ -169,55 +168,62 @@ class Int8(Kernel):
     in_arena = False
 
     def suits(self, op: Op, shape: Shape | None, policy: Policy) -> bool:
-        return op.weights is not None and op.weights.name in policy.int8
+        return op.weights is not None and policy.int8.issuperset(op.weights.names)
 
     def held_bytes(self, op: Op, shape: Shape | None) -> int:
         return op.group.numel
 
     def transient_bytes(self, op: Op, shape: Shape | None) -> int:
         """A piece as it is stored."""
-        return op.group.row * min(op.group.shape[0], piece_rows(op.group.row, PIECE_ELEMENTS))
+        most = max(weight.outputs for weight in op.group.weights)
+        return op.group.row * min(most, piece_rows(op.group.row, PIECE_ELEMENTS))
 
     def prepare(self, store: WeightStore | None, op: Op, shape: Shape, place: Place) -> Iterator[Prepared]:
-        group = op.group
-        if store is None:
-            # As stored, copied and packed: counted.
-            planned = (
-                None if place.stays else group.meta.new_empty(3 * self.transient_bytes(op, None), dtype=torch.int8)
-            )
-            yield Prepared(0, group.shape[0], (group.meta, group.meta))
-            del planned
-            return
-        scale = store.scale(group.name)
-        for first, last, rows in read_pieces(store, group, place, torch.int8):
-            packed = pack(first, rows, scale[first:last])
-            yield Prepared(first, last, (packed.weight, packed.scale))
+        for number, weight in enumerate(op.group.weights):
+            if store is None:
+                # As stored, copied and packed: counted.
+                transient = 0 if place.stays else 3 * self.transient_bytes(op, None)
+                planned = weight.meta.new_empty(transient, dtype=torch.int8)
+                yield Prepared(0, weight.outputs, (weight.meta, weight.meta), number)
+                del planned
+                continue
+            scale = store.scale(weight.name)[weight.first :]
+            for first, last, rows in read_pieces(store, weight, place, torch.int8):
+                packed = pack(first, rows, scale[first:last])
+                yield Prepared(first, last, (packed.weight, packed.scale), number)
 
-    def empty(self, op: Op, x: Tensor, shape: Shape) -> Tensor:
-        # Output channels are the last axis in memory.
-        layout = torch.channels_last if op.kind is Kind.CONVOLUTION else torch.contiguous_format
-        return torch.empty(output_shape(op, shape), device=x.device, memory_format=layout)
-
-    def share(self, op: Op, parts: tuple[Tensor, ...]) -> Quantized | None:
-        return quantize_tokens(parts[0]) if op.kind is Kind.LINEAR and len(parts) == 1 else None
-
-    def apply(self, op: Op, x: Operands, prepared: Iterable[Prepared], out: Tensor) -> Tensor:
-        (made,), bias = x.parts, op.epilogue.bias
+    def begin(self, op: Op, x: Operands) -> Operands:
+        """`made`: the samples quantised, and what they were made of where a low-rank path will ask for it."""
+        whole = made_input(op.input, x.parts)
         if op.kind is Kind.LINEAR:  # a token has a scale of its own: samples are tokens like others
-            samples, outs = [quantize_tokens(made) if x.shared is None else x.shared], out[None]
+            samples = [quantize_tokens(whole)]
         elif is_pointwise(op):  # then each pixel is a token
-            samples, outs = [quantize_pixels(sample) for sample in made], out.permute(0, 2, 3, 1)
+            samples = [quantize_pixels(sample) for sample in whole]
         else:
             assert op.geometry is not None and op.geometry.groups == 1 and op.geometry.dilation == (1, 1)
             assert op.geometry.padding[0] == op.geometry.padding[1]
-            samples = [quantize_image(sample, op.geometry.padding[0]) for sample in made]
-            outs = out.permute(0, 2, 3, 1)
-        for first, last, (weight, scale) in prepared:
+            samples = [quantize_image(sample, op.geometry.padding[0]) for sample in whole]
+        low_rank = any(weight.low_rank is not None for weight in op.group.weights)
+        return x._replace(parts=(), made=(samples, tuple(whole.shape), whole if low_rank else None))
+
+    def apply(self, op: Op, x: Operands, prepared: Iterable[Prepared]) -> tuple[Tensor, ...]:
+        samples, shape, whole = x.made
+        # Output channels are the last axis in memory.
+        layout = torch.channels_last if op.kind is Kind.CONVOLUTION else torch.contiguous_format
+        device = samples[0].values.device
+        outs = [
+            torch.empty(op.output_shape(shape, weight.outputs), device=device, memory_format=layout)
+            for weight in op.group.weights
+        ]
+        for first, last, (weight, scale), number in prepared:
+            out, bias = outs[number], op.group.weights[number].bias
             packed, part = Packed(first, last, weight, scale), None if bias is None else bias[first:last]
-            for sample, filled in zip(samples, outs, strict=True):
+            planes = out[None] if op.kind is Kind.LINEAR else out.permute(0, 2, 3, 1)
+            for sample, filled in zip(samples, planes, strict=True):
                 into = filled[..., first:last]
                 if op.geometry is None or is_pointwise(op):
                     linear(sample, packed, part, into)
                 else:
                     conv2d(sample, packed, part, into, taps=op.group.shape[2:], stride=op.geometry.stride)
-        return finished(op, made, out, x.residual)
+        add_low_rank(op.group, whole, outs)
+        return finished(op.epilogue, outs, x.residual)

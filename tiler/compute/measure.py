@@ -20,7 +20,7 @@ from tiler.compute.arena import Arena, Held
 from tiler.compute.choose import KERNELS, choose_kernel
 from tiler.compute.cpu import Isa, isa
 from tiler.compute.int8 import quantize_rows
-from tiler.compute.kernels import Group, Kernel, Kind, Op, Operands, Policy
+from tiler.compute.kernels import Group, Kernel, Kind, Op, Operands, Policy, Weight
 from tiler.compute.tuning import ARENA_BYTES, KERNELS_OF
 from tiler.weights.index import read_index
 from tiler.weights.store import SCALE, WeightStore
@@ -41,8 +41,8 @@ class TableShape(NamedTuple):
 
     def op(self) -> Op:
         geometry = onednn.Geometry((1, 1), (1, 1), (1, 1), 1) if self.kind is Kind.CONVOLUTION else None
-        group = Group(name=_NAME, meta=torch.empty(self.weight, device="meta"))
-        return Op(kind=self.kind, weights=group, geometry=geometry)
+        weight = Weight(name=_NAME, meta=torch.empty(self.weight, device="meta"))
+        return Op(kind=self.kind, weights=Group(weights=(weight,)), geometry=geometry)
 
 
 TABLE_SHAPES = (
@@ -89,8 +89,8 @@ def _seconds(kernel: Kernel, shape: TableShape, x: Tensor, file: Path, rounds: i
         place = Held(Arena(ARENA_BYTES), ARENA_BYTES, lambda: False, stays=True)
         prepared = list(kernel.prepare(store, op, shape.x, place))
 
-        def once() -> Tensor:
-            return kernel.apply(op, kernel.begin(op, Operands((x,))), prepared, kernel.empty(op, x, shape.x))
+        def once() -> tuple[Tensor, ...]:
+            return kernel.apply(op, kernel.begin(op, Operands((x,))), prepared)
 
         return median_seconds(once, rounds)
 
