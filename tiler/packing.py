@@ -13,6 +13,7 @@ from tiler import events
 from tiler.compute import cpu
 from tiler.compute.int8 import quantize_rows
 from tiler.compute.layers import stream_layers
+from tiler.compute.native import reads_blocks
 from tiler.compute.shapes import MetaMeter
 from tiler.compute.stream import Streamer
 from tiler.events import OnEvent, percent
@@ -48,11 +49,13 @@ def packed_weights(family: Family, cache: Path, progress: Callable[[float, str],
     parts = packed_parts(family)
     stored = {part.name: family.checkpoint.weights(part.name) for part in parts}
     files = {_prefix(part) + name: info for part in parts for name, info in stored[part.name].items()}
+    in_blocks = reads_blocks()
 
     def write(path: Path, mark: str, reason: str) -> None:
         order: list[str] = []
         index: dict[str, TensorInfo] = {}
         quantised: dict[str, Quantise] = {}
+        to_block: set[str] = set()
         for part in parts:
             module, prefix = part.build(), _prefix(part)
             matched = match_index(module, stored[part.name], part.aliases)
@@ -60,11 +63,14 @@ def packed_weights(family: Family, cache: Path, progress: Callable[[float, str],
             # A text encoder is computed in fp32: its weights may take all 8 bits on every processor.
             rule = quantize_rows if denoiser else partial(quantize_rows, largest=127)
             quantised |= {prefix + name: rule for name in part.int8_weights(module)}
+            to_block |= part.int8_weights(module) if denoiser and in_blocks else set()
             index |= {prefix + name: info for name, info in matched.items()}
             order += order_of_use(family, module) if denoiser else [prefix + name for name in matched]
-        write_packed(path, mark, order, index, quantised, lambda share: progress(share, reason))
+        write_packed(
+            path, mark, order, index, quantised, lambda share: progress(share, reason), in_blocks=frozenset(to_block)
+        )
 
-    return packed_index(cache, files, str(cpu.int8().largest), write)
+    return packed_index(cache, files, str(cpu.int8().largest), write, in_blocks=in_blocks)
 
 
 def order_of_use(family: Family, denoiser: Any) -> list[str]:

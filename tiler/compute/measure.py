@@ -26,6 +26,7 @@ from tiler.weights.index import read_index
 from tiler.weights.store import SCALE, WeightStore
 
 _NAME = "weight"
+_INT8 = ("int8", "native-int8")
 
 
 class TableShape(NamedTuple):
@@ -55,7 +56,7 @@ TABLE_SHAPES = (
 
 def _policy(kernel: str) -> Policy:
     return Policy(
-        int8=frozenset({_NAME} if kernel == "int8" and onednn.int8().products else ()), winograd=True, one_size=True
+        int8=frozenset({_NAME} if kernel in _INT8 and onednn.int8().products else ()), winograd=True, one_size=True
     )
 
 
@@ -75,7 +76,7 @@ def timings(shape: TableShape, rounds: int = 5) -> dict[str, float]:
         save_file({_NAME: weight}, Path(folder) / "fp32.safetensors")
         save_file({_NAME: rows, _NAME + SCALE: scale}, Path(folder) / "int8.safetensors")
         for kernel in _candidates(shape):
-            file = "int8" if kernel.name == "int8" else "fp32"
+            file = "int8" if kernel.name in _INT8 else "fp32"
             times[kernel.name] = _seconds(kernel, shape, x, Path(folder) / f"{file}.safetensors", rounds)
     return times
 
@@ -124,7 +125,7 @@ def compare() -> list[str]:
     for shape in TABLE_SHAPES:
         times = timings(shape)
         for precision in ("fp32", "int8"):
-            allowed = {name: t for name, t in times.items() if (name == "int8") <= (precision == "int8")}
+            allowed = {name: t for name, t in times.items() if (name in _INT8) <= (precision == "int8")}
             chosen = choose_kernel(shape.op(), shape.x, _policy(precision), isa()).name
             fastest = min(allowed, key=lambda name: allowed[name])
             found = ", ".join(f"{name} {1e3 * t:.1f} ms" for name, t in sorted(allowed.items(), key=lambda kv: kv[1]))

@@ -16,8 +16,8 @@ from tiler.memory.tuning import Passport
 # 0.5 of oneDNN's time at 320 and 640 channels with AVX-512, 0.4 with AVX2; the others differ from those two in their 8-bit
 # products alone. Where there is no AVX2 nothing was measured but that fp32 works.
 _X86 = {
-    "linear": ("int8", "fp32"),
-    "convolution": ("int8", "winograd", "onednn", "fp32"),
+    "linear": ("native-int8", "int8", "fp32"),
+    "convolution": ("native-int8", "int8", "winograd", "onednn", "fp32"),
     "attention": ("fp32",),
 }
 KERNELS_OF: Annotated[

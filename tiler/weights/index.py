@@ -24,7 +24,8 @@ DTYPE_BYTES = {
 
 
 class TensorInfo(NamedTuple):
-    """Where one tensor lies: `offset` and `nbytes` count from the start of `path`."""
+    """Where one tensor lies: `offset` and `nbytes` count from the start of `path`. One that is `blocked` lies in the order of
+    blocks.py; its shape is the weight's own once `match_index` has seen it."""
 
     name: str
     dtype: str
@@ -32,6 +33,7 @@ class TensorInfo(NamedTuple):
     path: Path
     offset: int
     nbytes: int
+    blocked: bool = False
 
 
 def open_regular(path: Path) -> int:

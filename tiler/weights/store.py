@@ -18,6 +18,7 @@ from typing import NamedTuple, Self
 import torch
 
 from tiler.errors import ModelError, NumericalError, StorageError
+from tiler.weights.blocks import block_sides, can_block, unblocked
 from tiler.weights.index import TensorInfo, open_regular, read_into
 
 TORCH_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "I8": torch.int8}
@@ -61,13 +62,14 @@ def match_index(
             raise ModelError(f"{where}: tensor {name!r} is missing; the weights and config.json do not belong together")
         want = tuple(parameter.shape)
         squeezed = tuple(n for n in info.shape if n != 1) == tuple(n for n in want if n != 1)
-        if info.shape != want and not squeezed:
+        is_blocked = info.dtype == "I8" and len(info.shape) == 5 and can_block(want) and info.shape == block_sides(want)
+        if info.shape != want and not squeezed and not is_blocked:
             raise ModelError(
                 f"{info.path}: tensor {info.name!r} has shape {list(info.shape)}, config.json asks for {list(want)}"
             )
         scale = stored.get(info.name + SCALE)
         check_dtype(info, scaled=scale is not None)
-        matched[name] = info._replace(shape=want)
+        matched[name] = info._replace(shape=want, blocked=is_blocked)
         if scale is not None:
             matched[name + SCALE] = scale
     return matched
@@ -86,6 +88,7 @@ class WeightStore:
         self.piece_elements = piece_elements
         self.bytes_read = 0
         self.resident: dict[str, torch.Tensor] = {}
+        self.sums: dict[Piece, torch.Tensor] = {}  # of an int8 piece's rows, for kernels that ask again at every pass
         self._scales: dict[str, torch.Tensor] = {}
         self._check_finite = check_finite
         self._checked: set[Piece] = set()
@@ -156,17 +159,18 @@ class WeightStore:
         total, step = shape[0], piece_rows(math.prod(shape[1:]), elements)
         return [Piece(name, first, min(first + step, total)) for first in range(0, total, step)]
 
-    def fetch(self, piece: Piece, out: torch.Tensor) -> None:
-        """Cast a piece into `out` (rows × rest, fp32; int8 as stored), and start reading what followed it last time."""
+    def fetch(self, piece: Piece, out: torch.Tensor, *, in_blocks: bool = False) -> None:
+        """Cast a piece into `out` (rows × rest, fp32 or int8), and start reading what followed it last time. A blocked tensor's
+        rows are put in order, unless they are wanted `in_blocks`: as they lie there."""
         if (kept := self.resident.get(piece.name)) is not None:
-            self._convert(piece, kept[piece.first : piece.last], out)
+            self._convert(piece, kept[piece.first : piece.last], out, in_blocks=in_blocks)
             return
         if self._last is not None:
             self._next[self._last] = piece
         self._last = piece
         raw = self._take(piece)
         self._read_ahead(piece)
-        self._cast(piece, raw, out)
+        self._cast(piece, raw, out, in_blocks=in_blocks)
         self._buffers.append(raw)
 
     def keep(self, name: str, dtype: torch.dtype) -> None:
@@ -178,7 +182,8 @@ class WeightStore:
             kept = kept.contiguous(memory_format=torch.channels_last)
         for piece in self.pieces(name):
             raw = self._read(piece, self._take_buffer())
-            self._convert(piece, raw[: self._bytes(piece)].view(stored), kept[piece.first : piece.last])
+            into = kept[piece.first : piece.last]
+            self._convert(piece, raw[: self._bytes(piece)].view(stored), into, in_blocks=dtype == stored)
             self._buffers.append(raw)
         self.resident[name] = kept
 
@@ -235,16 +240,19 @@ class WeightStore:
         self.bytes_read += want
         return buffer
 
-    def _cast(self, piece: Piece, raw: torch.Tensor, out: torch.Tensor) -> None:
+    def _cast(self, piece: Piece, raw: torch.Tensor, out: torch.Tensor, *, in_blocks: bool = False) -> None:
         info = self.index[piece.name]
-        self._convert(piece, raw[: self._bytes(piece)].view(TORCH_DTYPES[info.dtype]), out)
+        self._convert(piece, raw[: self._bytes(piece)].view(TORCH_DTYPES[info.dtype]), out, in_blocks=in_blocks)
         if self._check_finite and out.dtype == torch.float32 and piece not in self._checked:
             # Once for each piece: the sum of finite fp32 weights of this size is finite.
             if not torch.isfinite(out.sum()):
                 raise NumericalError(f"{info.path}: tensor {piece.name!r} holds NaN or Inf; download the file again")
             self._checked.add(piece)
 
-    def _convert(self, piece: Piece, stored: torch.Tensor, out: torch.Tensor) -> None:
+    def _convert(self, piece: Piece, stored: torch.Tensor, out: torch.Tensor, *, in_blocks: bool = False) -> None:
+        info = self.index[piece.name]
+        if info.blocked and not in_blocks:
+            stored = unblocked(stored, (piece.last - piece.first, *info.shape[1:]))
         out.copy_(stored.view_as(out))
         if stored.dtype == torch.int8 and out.dtype == torch.float32:
             out.mul_(self.scale(piece.name)[piece.first : piece.last].view(-1, *(1,) * (out.ndim - 1)))
