@@ -199,7 +199,7 @@ def tokens(rows: int, width: int, out_type: Type, *, norm: bool, apart: int = 0)
 
 def image(
     images: int, sides: tuple[int, int], channels: tuple[int, int], out_type: Type, *,
-    groups: int = 2, silu: bool = True, padding: int = 1, shift: float = 0.5,
+    groups: int = 2, silu: bool = True, padding: int = 1, shift: float = 0.5, each_place: bool = False,
 ) -> Case:  # fmt: skip
     torch.manual_seed(sum(channels) + images)
     parts = [torch.randn(images, *sides, c) * (1 + 2 * i) + shift for i, c in enumerate(channels)]
@@ -209,29 +209,30 @@ def image(
     if groups:
         want = F.group_norm(want, groups, gamma.double(), beta.double(), 1e-5)
     want = F.silu(want) if silu else want
-    zero, scale = torch.zeros(images, dtype=torch.int32), torch.zeros(images)
-    if (
-        out_type is Type.UINT8
-    ):  # the range is that of SiLU over each channel's ends: wider than what occurs by less than a step
+    places = sides[0] * sides[1]
+    zero, scale = torch.zeros(images, dtype=torch.int32), torch.zeros(images * places if each_place else images)
+    if each_place:
+        want = want / want.abs().amax(1, keepdim=True) * 127 + 128
+    elif out_type is Type.UINT8:
+        # The range is that of SiLU over each channel's ends: wider than what occurs by less than a step.
         low, high = want.flatten(1).amin(1).clamp_max(0), want.flatten(1).amax(1)
         low = torch.where(low < -0.27, -0.27846455, low) if silu else low
         step = (high - low) / 254
         want = want / step.view(-1, 1, 1, 1) + (-low / step).round().view(-1, 1, 1, 1)
     frame = torch.zeros(images, sides[0] + 2 * padding, sides[1] + 2 * padding, total, dtype=torch.float64)
-    if out_type is Type.UINT8:
+    if out_type is Type.UINT8 and not each_place:
         frame += (-low / step).round().view(-1, 1, 1, 1)
     frame[:, padding : padding + sides[0], padding : padding + sides[1]] = want.movedim(1, -1)
     frame = frame.round() if out_type is Type.UINT8 else frame
     filled = padded(total, 4)
     out = torch.empty(*frame.shape[:3], filled, dtype=DTYPES[out_type])
     out[..., total:] = 0
-    places = sides[0] * sides[1]
     scratch = torch.empty(library.scratch_floats(images, places, total))
     call = Image(
         x=(ctypes.c_void_p * 2)(*map(address, parts)), channels=(ctypes.c_int64 * 2)(*channels), images=images,
-        height=sides[0], width=sides[1], padding=padding, groups=groups, silu=silu, out_type=out_type, eps=1e-5,
-        gamma=address(gamma), beta=address(beta), out=address(out), place_bytes=filled * out.element_size(),
-        scale=address(scale), zero=address(zero), scratch=address(scratch),
+        height=sides[0], width=sides[1], padding=padding, groups=groups, silu=silu, out_type=out_type,
+        each_place=each_place, eps=1e-5, gamma=address(gamma), beta=address(beta), out=address(out),
+        place_bytes=filled * out.element_size(), scale=address(scale), zero=address(zero), scratch=address(scratch),
     )  # fmt: skip
     frame = F.pad(frame, (0, filled - total))
     if filled > total:  # what fills the lanes is multiplied by zero: any value
@@ -268,6 +269,8 @@ def others() -> Iterator[Case]:
         yield image(3, (9, 17), (12, 24), out_type, padding=2)
         yield image(2, (5, 4), (10, 8), out_type, silu=False)
         yield image(2, (13, 11), (20, 0), out_type, groups=0, silu=False, padding=0, shift=-3)
+    yield image(2, (7, 5), (20, 0), Type.UINT8, silu=False, padding=0, each_place=True)
+    yield image(1, (7, 5), (20, 7), Type.UINT8, groups=3, padding=0, each_place=True)
 
 
 @every_set
@@ -319,6 +322,10 @@ def test_nan_comes_through(lib: Library, at: int) -> None:
             case.tensors[1][1].view(-1)[at] = value
             case.run(lib)
             assert case.tensors[4].isnan().tolist() == [False, True, False]
+    case = image(3, (3, 3), (12, 24), Type.UINT8, groups=0, silu=False, padding=0, each_place=True)
+    case.tensors[1][1].view(-1)[at] = float("nan")
+    case.run(lib)
+    assert case.tensors[4].isnan().nonzero().flatten().tolist() == [9 + at // 24]
     case = image(1, (8, 8), (32, 0), Type.FP32)
     case.tensors[0].view(-1)[at] = float("nan")
     assert case.run(lib).isnan().any()

@@ -1,8 +1,8 @@
 """8-bit products by tiler's own library (tiler/native/): the input is joined, normalised, activated and quantised in two passes,
 and bias, activation, gates and residual follow a product at once.
 
-A token of a linear layer has a scale of its own, and so has a pixel that a 1 × 1 convolution takes as it comes; the input of
-other convolutions, and what a GroupNorm made, one scale and zero point an image. Every sum is exact and every output is made by
+A token of a linear layer has a scale of its own, and so has a pixel of a 1 × 1 convolution; the input of other convolutions
+has one scale and zero point an image. Every sum is exact and every output is made by
 one loop in one order: bytes depend on neither threads, nor samples, nor how weights are cut. Knows nothing of files.
 """
 
@@ -85,29 +85,32 @@ def quantize_tokens(x: Tensor, norm: nn.Module | None = None) -> Quantized:
     return Quantized(values, scale, _ZERO)
 
 
-def quantize_images(parts: tuple[Tensor, ...], padding: int, norm: nn.Module | None, *, silu: bool) -> Quantized:
+def quantize_images(
+    parts: tuple[Tensor, ...], padding: int, norm: nn.Module | None, *, silu: bool, each_place: bool = False
+) -> Quantized:
     """One or two parts (n, C, h, w) fp32, joined, normed and activated → images with a frame of `padding`, each with one scale
-    and one zero."""
+    and one zero; or, for each place, a row of a matrix as `quantize_tokens` makes it."""
     parts = tuple(part.contiguous(memory_format=torch.channels_last) for part in parts)
     count, _, height, width = parts[0].shape
     channels = [part.shape[1] for part in parts]
     total = sum(channels)
     sides = count, height + 2 * padding, width + 2 * padding, total
     values = parts[0].new_empty(sides, dtype=torch.uint8)
-    scale, zero = parts[0].new_empty(count), parts[0].new_empty(count, dtype=torch.int32)
+    scale = parts[0].new_empty(count * height * width if each_place else count)
+    zero = _ZERO if each_place else parts[0].new_empty(count, dtype=torch.int32)
     scratch = parts[0].new_empty(library.scratch_floats(count, height * width, total))
     if not values.is_meta:
         call = library.Image(
             x=(ctypes.c_void_p * 2)(*(part.data_ptr() for part in parts)), channels=(ctypes.c_int64 * 2)(*channels),
-            images=count, height=height, width=width, padding=padding, silu=silu, out_type=Type.UINT8,
-            out=values.data_ptr(), place_bytes=total, scale=scale.data_ptr(), zero=zero.data_ptr(),
-            scratch=scratch.data_ptr(),
+            images=count, height=height, width=width, padding=padding, silu=silu, each_place=each_place,
+            out_type=Type.UINT8, out=values.data_ptr(), place_bytes=total, scale=scale.data_ptr(),
+            zero=zero.data_ptr(), scratch=scratch.data_ptr(),
         )  # fmt: skip
         if isinstance(norm, nn.GroupNorm):
             call.groups, call.eps = norm.num_groups, norm.eps
             call.gamma, call.beta = address(norm.weight), address(norm.bias)
         _library().image(call, torch.get_num_threads())
-    return Quantized(values, scale, zero)
+    return Quantized(values.view(-1, total) if each_place else values, scale, zero)
 
 
 def address(tensor: Tensor | None, first: int = 0) -> int | None:
@@ -152,7 +155,8 @@ class NativeInt8(Kernel):
         elif is_pointwise(op) and made_of == Input():
             made = quantize_tokens(parts[0].permute(0, 2, 3, 1))
         else:
-            made = quantize_images(parts, op.geometry.padding[0], made_of.norm, silu=made_of.activation is not None)
+            silu = made_of.activation is not None
+            made = quantize_images(parts, op.geometry.padding[0], made_of.norm, silu=silu, each_place=is_pointwise(op))
         return x._replace(parts=(), made=Made(made, shape, parts[0] if low_rank else None))
 
     def apply(self, op: Op, x: Operands, prepared: Iterable[Prepared]) -> tuple[Tensor, ...]:

@@ -97,7 +97,7 @@ static void factors_task(const void *context, int64_t image) {
       }
     }
   }
-  if (p->out_type != AS_UINT8) return;
+  if (p->out_type != AS_UINT8 || p->each_place) return;
   if (p->silu) {
     low = low < LEAST_SILU ? LEAST_SILU : low;
     high = high / (1.f + expf(-high));
@@ -108,13 +108,37 @@ static void factors_task(const void *context, int64_t image) {
   p->zero[image] = finite == 0 ? (int32_t)rintf(-low / scale) : 0;
 }
 
+// 16 channels of a part from `source` on, normed and activated; `at` is the first one's number among all.
+INLINE F16 values_of(const Image *p, const float *source, const float *a, const float *b, int64_t at, int64_t count) {
+  F16 v = fma16(load_some(source, count), load_some(a + at, count), load_some(b + at, count));
+  return p->silu ? silu(v) : v;
+}
+
+// The scale of one place for values around MIDDLE.
+INLINE float scale_of_place(const Image *p, int64_t place, const float *a, const float *b) {
+  F16 top = {0}, total = {0};
+  int64_t at = 0;
+  for (int part = 0; part < 2; part++) {
+    int64_t channels = p->channels[part];
+    const float *source = p->x[part] + place * channels;
+    for (int64_t j = 0; j < channels; j += LANES) {
+      F16 v = magnitude(values_of(p, source + j, a, b, at + j, channels - j));
+      top = most(v, top);
+      total += v;
+    }
+    at += channels;
+  }
+  return scale_of(top, total);
+}
+
 static void cast_task(const void *context, int64_t number) {
   const ImageTasks *t = context;
   const Image *p = t->image;
   int64_t image = number / p->height, y = number % p->height, lines = p->height + 2 * p->padding, width = p->width + 2 * p->padding;
   const float *a = t->factor + image * 2 * t->channels, *b = a + t->channels;
-  float inverse = p->out_type == AS_UINT8 ? 1.f / p->scale[image] : 1.f;
-  int32_t zero = p->out_type == AS_UINT8 ? p->zero[image] - OFFSET : 0;
+  int is_one_scale = p->out_type == AS_UINT8 && !p->each_place;
+  float inverse = is_one_scale ? 1.f / p->scale[image] : 1.f;
+  int32_t zero = is_one_scale ? p->zero[image] - OFFSET : p->each_place ? MIDDLE - OFFSET : 0;
   int64_t line_bytes = width * p->place_bytes, size = p->out_type == AS_UINT8 ? 1 : p->out_type == AS_BF16 ? 2 : 4;
   int64_t padded = p->place_bytes / size;
   char *line = (char *)p->out + (image * lines + y + p->padding) * line_bytes;
@@ -125,15 +149,14 @@ static void cast_task(const void *context, int64_t number) {
   memset(line + (width - p->padding) * p->place_bytes, zero, (size_t)(p->padding * p->place_bytes));
   for (int64_t x = 0; x < p->width; x++) {
     char *out = line + (x + p->padding) * p->place_bytes;
-    int64_t at = 0;
+    int64_t at = 0, place = (image * p->height + y) * p->width + x;
+    if (p->each_place) inverse = 1.f / (p->scale[place] = scale_of_place(p, place, a, b));
     for (int part = 0; part < 2; part++) {
       int64_t channels = p->channels[part];
-      const float *source = p->x[part] + ((image * p->height + y) * p->width + x) * channels;
+      const float *source = p->x[part] + place * channels;
       int64_t room = at + channels == t->channels ? padded - at : channels;  // the last part fills the place
       for (int64_t j = 0; j < channels; j += LANES) {
-        int64_t count = channels - j;
-        F16 v = fma16(load_some(source + j, count), load_some(a + at + j, count), load_some(b + at + j, count));
-        if (p->silu) v = silu(v);
+        F16 v = values_of(p, source + j, a, b, at + j, channels - j);
         if (p->out_type == AS_UINT8)
           store_bytes((uint8_t *)out + at + j, bytes(nearest(v * inverse) + zero), room - j);
         else if (p->out_type == AS_BF16)

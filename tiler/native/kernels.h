@@ -53,18 +53,19 @@ typedef struct {
 } Rows;
 
 // Images (h, w, channels) of one or two parts that are joined along channels: GroupNorm (groups > 0), SiLU, then a cast into a
-// frame of `padding` places whose value is zero. As uint8 each image has one scale and one zero point.
+// frame of `padding` places whose value is zero. As uint8 each image has one scale and one zero point or, with `each_place` (and
+// no frame), each place a scale around 128.
 typedef struct {
   const float *x[2];
   int64_t channels[2];
   int64_t images, height, width, padding;
-  int32_t groups, silu, out_type;
+  int32_t groups, silu, out_type, each_place;
   float eps;
   const float *gamma, *beta;  // (channels,) or NULL
   void *out;
   int64_t place_bytes;  // of a place of `out`
-  float *scale;         // (images,), uint8 only
-  int32_t *zero;        // (images,), uint8 only
+  float *scale;         // (images,) or (images · places,), uint8 only
+  int32_t *zero;        // (images,), uint8 with one zero point only
   float *scratch;       // image_scratch() floats
 } Image;
 

@@ -81,7 +81,7 @@ class Image(Structure):
         ("x", c_void_p * 2),
         ("channels", c_int64 * 2),
         *((name, c_int64) for name in ("images", "height", "width", "padding")),
-        *((name, c_int32) for name in ("groups", "silu", "out_type")),
+        *((name, c_int32) for name in ("groups", "silu", "out_type", "each_place")),
         ("eps", c_float),
         ("gamma", c_void_p),
         ("beta", c_void_p),

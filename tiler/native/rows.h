@@ -11,6 +11,13 @@ typedef struct {
   float mean, factor;
 } Row;
 
+// Of values around MIDDLE whose magnitudes are at most those of `top` and add up to `total`: NaN, which a maximum loses, and
+// Inf make it NaN.
+INLINE float scale_of(F16 top, F16 total) {
+  float scale = most_of(top) / (MIDDLE - 1);
+  return (scale < LEAST_SCALE ? LEAST_SCALE : scale) + sum_of(total) * 0.f;
+}
+
 INLINE F16 row_values(const Row *row, int64_t j) {
   const Rows *p = row->rows;
   int64_t count = p->width - j;
@@ -41,10 +48,9 @@ static void rows_task(const void *context, int64_t number) {
       for (int64_t j = 0; j < p->width; j += LANES) {
         F16 x = magnitude(row_values(&row, j));
         top = most(x, top);
-        total += x;  // NaN, which a maximum would lose
+        total += x;
       }
-      float scale = most_of(top) / (MIDDLE - 1), finite = sum_of(total) * 0.f;
-      scale = (scale < LEAST_SCALE ? LEAST_SCALE : scale) + finite;
+      float scale = scale_of(top, total);
       p->scale[r] = scale;
       for (int64_t j = 0; j < p->width; j += LANES) {
         I16 x = nearest(row_values(&row, j) * (1.f / scale)) + (MIDDLE - OFFSET);
