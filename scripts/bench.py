@@ -62,8 +62,8 @@ process.reset_peak()
 unet, n, budget = family.part(Role.DENOISER).build(), family.native, Budget({ceiling})
 peak = plan.memory.peak_of("canvas")
 check = at_layer(budget, peak)
-with streamed(unet, files, plain_names, plan.resident["canvas"], arena_bytes=plan.arena_bytes, transform=True) as streamer:
-    streamer.short = lambda: budget.short(plan.sample_bytes)
+options = dict(arena_bytes=plan.arena_bytes, transform=True, short=lambda: budget.short(plan.sample_bytes))
+with streamed(unet, files, plain_names, plan.resident["canvas"], **options) as streamer:
     tiles = [torch.randn(1, family.latent_channels, n, n) for _ in range((plan.batch + 1) // 2)]
     x = [tile for tile in tiles for _ in range(2)][:plan.batch]
     c = [torch.randn(1, 77, family.part(Role.TEXT_ENCODER).config["hidden_size"]) for _ in x]

@@ -102,10 +102,9 @@ def main() -> None:
     budget, samples = Unchecked(args.ceiling), plan.batch
     unet, check = family.part(Role.DENOISER).build(), at_layer(budget, plan.memory.peak_of("canvas"))
     with streamed(
-        unet, weights, plain_names, plan.resident["canvas"], arena_bytes=plan.arena_bytes, transform=True
-    ) as streamer:
-        streamer.short = lambda: budget.short(plan.sample_bytes)
-
+        unet, weights, plain_names, plan.resident["canvas"],
+        arena_bytes=plan.arena_bytes, transform=True, short=lambda: budget.short(plan.sample_bytes),
+    ) as streamer:  # fmt: skip
         side = family.native
         halves = [[torch.randn(1, family.latent_channels, side, side)] * 2 for _ in range(-(-samples // 2))]
         latents = [half for tile in halves for half in tile][:samples]

@@ -235,9 +235,9 @@ def _denoise(
     if begin == steps:
         return latents
     family, part = plan.family, plan.family.part(Role.DENOISER)
-    denoiser, held = part.build(), dict[str, Any](arena_bytes=plan.arena_bytes, transform=True)
+    denoiser, short = part.build(), partial(run.budget.short, plan.sample_bytes)
+    held = dict[str, Any](arena_bytes=plan.arena_bytes, transform=True, short=short)
     with run.streamed(denoiser, *run.weights[part.name], plan.resident[phase], **held) as streamer:
-        streamer.short = partial(run.budget.short, plan.sample_bytes)
         check = at_layer(run.budget, plan.memory.peak_bytes)
         options = Options(attention_window=request.attention_window, seed=request.seed)
         prompts = [prompt for side in conditions for prompt in side]

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tiler.compute.measure import TABLE_SHAPES
+
 
 def test_help_names_every_command(tiler) -> None:
     ran = tiler("--help")
@@ -17,7 +19,7 @@ def test_help_names_every_command(tiler) -> None:
 
 
 def test_doctor(tiler) -> None:
-    facts = tiler("doctor", "--json").json
+    facts = tiler("doctor", "--measure", "--json").json
     assert {"ram", "cgroup limit", "cores", "cpu", "compute dtype", "versions", "free disk"} <= facts.keys()
     assert f"{len(os.sched_getaffinity(0))} usable" in facts["cores"]
     assert f"torch {torch.__version__}" in facts["versions"]
@@ -25,6 +27,9 @@ def test_doctor(tiler) -> None:
     dot = bool(flags & {"avx512_vnni", "avx_vnni"})
     if {"avx2", "fma"} <= flags:
         assert facts["--precision auto"].startswith("int8:" if dot else "fp32:")
+    for shape in TABLE_SHAPES:
+        said = [text for name, text in facts.items() if name.startswith("kernels ") and shape.label in text]
+        assert len(said) == 2 and all(" ms" in text for text in said)  # fp32 and int8
 
 
 def test_presets_are_bundles_that_other_options_change(tiler, tiny: Path) -> None:

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from tiler.compute.tuning import TIGHT_ARENA_BYTES
 from tiler.models.family import Role, plain_names, read_family
 from tiler.models.unet import predict_noise
 from tiler.packing import packed_weights
 from tiler.phases import streamed
-from tiler.planning.render import TIGHT_ARENA_BYTES
 from tiler.weights.checkpoint import resolve
 from tiler.weights.packed import default_cache
 

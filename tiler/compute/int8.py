@@ -26,15 +26,15 @@ from tiler.compute.kernels import (
     read_pieces,
 )
 from tiler.compute.steps import add_low_rank, finished, made_input
+from tiler.compute.tuning import INT8_BAND_ROWS as BAND_ROWS
+from tiler.compute.tuning import INT8_BAND_SUMS as BAND_SUMS
+from tiler.compute.tuning import INT8_CHUNK as CHUNK
+from tiler.compute.tuning import INT8_WINDOWS_BYTES as WINDOWS_BYTES
 from tiler.memory import process
 from tiler.weights.store import PIECE_ELEMENTS, WeightStore, piece_rows
 
 STEPS = 254  # of an activation in 0 to 255, one of them for rounding
 MIDDLE = 128
-CHUNK = 2**18  # values quantised at a time: fp32 between two steps stays in the cache
-# Of a product at a time: sums, but no fewer rows. oneDNN copies the weight in its own blocks anew for each.
-BAND_SUMS, BAND_ROWS = 3 * 2**19, 256
-WINDOWS_BYTES = 7 * 2**20  # of a convolution's windows at a time: just below what the allocator maps anew each time
 
 
 class Packed(NamedTuple):
@@ -73,9 +73,9 @@ def pack(first: int, rows: Tensor, scale: Tensor) -> Packed:
         return Packed(first, first + n, onednn.matrix(rows), scale)
 
 
-def is_pointwise(op: Op) -> bool:
-    """Whether a convolution is a linear layer of its pixels."""
-    return op.group.shape[2:] == (1, 1) and op.geometry == onednn.Geometry((0, 0), (1, 1), (1, 1), 1)
+def is_pointwise(shape: Shape, geometry: onednn.Geometry) -> bool:
+    """Whether a convolution with a weight of `shape` is a linear layer of its pixels."""
+    return tuple(shape[2:]) == (1, 1) and geometry == onednn.Geometry((0, 0), (1, 1), (1, 1), 1)
 
 
 def quantize_tokens(x: Tensor) -> Quantized:
@@ -197,7 +197,7 @@ class Int8(Kernel):
         whole = made_input(op.input, x.parts)
         if op.kind is Kind.LINEAR:  # a token has a scale of its own: samples are tokens like others
             samples = [quantize_tokens(whole)]
-        elif is_pointwise(op):  # then each pixel is a token
+        elif op.geometry is not None and is_pointwise(op.group.shape, op.geometry):  # then each pixel is a token
             samples = [quantize_pixels(sample) for sample in whole]
         else:
             assert op.geometry is not None and op.geometry.groups == 1 and op.geometry.dilation == (1, 1)
@@ -221,7 +221,7 @@ class Int8(Kernel):
             planes = out[None] if op.kind is Kind.LINEAR else out.permute(0, 2, 3, 1)
             for sample, filled in zip(samples, planes, strict=True):
                 into = filled[..., first:last]
-                if op.geometry is None or is_pointwise(op):
+                if op.geometry is None or is_pointwise(op.group.shape, op.geometry):
                     linear(sample, packed, part, into)
                 else:
                     conv2d(sample, packed, part, into, taps=op.group.shape[2:], stride=op.geometry.stride)

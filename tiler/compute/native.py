@@ -152,11 +152,11 @@ class NativeInt8(Kernel):
             parts, made_of = (made_input(made_of, parts),), Input()
         if op.geometry is None:
             made = quantize_tokens(parts[0], made_of.norm)
-        elif is_pointwise(op) and made_of == Input():
+        elif _is_of_pixels(op) and made_of == Input():
             made = quantize_tokens(parts[0].permute(0, 2, 3, 1))
         else:
             silu = made_of.activation is not None
-            made = quantize_images(parts, op.geometry.padding[0], made_of.norm, silu=silu, each_place=is_pointwise(op))
+            made = quantize_images(parts, op.geometry.padding[0], made_of.norm, silu=silu, each_place=_is_of_pixels(op))
         return x._replace(parts=(), made=Made(made, shape, parts[0] if low_rank else None))
 
     def apply(self, op: Op, x: Operands, prepared: Iterable[Prepared]) -> tuple[Tensor, ...]:
@@ -188,13 +188,18 @@ def activation_of(module: nn.Module | None) -> Activation | None:
     return None
 
 
+def _is_of_pixels(op: Op) -> bool:
+    """Whether a convolution is a linear layer of its pixels, each of which has a scale of its own."""
+    return op.geometry is not None and is_pointwise(op.group.shape, op.geometry)
+
+
 def _is_fused(op: Op) -> bool:
     """Whether the library joins, norms and activates what the operation's input is made of."""
     parts, norm, activation = op.input.parts, op.input.norm, op.input.activation
     if op.geometry is None:
         return activation is None and (norm is None or isinstance(norm, nn.LayerNorm))
     if (
-        is_pointwise(op) and norm is None
+        _is_of_pixels(op) and norm is None
     ):  # a scale for each pixel: joined parts differ in size by an order of magnitude
         return parts == 1 and activation is None
     return (

@@ -57,6 +57,7 @@ class Streamer:
         int8_products: bool = True,
         arena_bytes: int | None = None,
         transform: bool = False,
+        short: Callable[[], bool] = _never,
         prefer: Sequence[Kernel] = (),
     ) -> None:
         self.store = store
@@ -65,7 +66,7 @@ class Streamer:
         self.policy = Policy(int8=stored if products else frozenset(), winograd=transform, prefer=tuple(prefer))
         self.isa = cpu.isa()
         self.arena_bytes = arena_bytes or ARENA_BYTES
-        self.short: Callable[[], bool] = _never
+        self._short = short
         self.used: dict[str, None] = {}  # names in the order of first use
         self._arena = Arena(0 if store is None else self.arena_bytes)
         self._held: Held | None = None  # the weights of the unit that runs now
@@ -98,7 +99,7 @@ class Streamer:
         if self.store is None:
             self.used.update(dict.fromkeys(op.group.names))
         if self._held is None:
-            return kernel.prepare(self.store, op, shape, Held(self._arena, self.arena_bytes, self.short, stays=False))
+            return kernel.prepare(self.store, op, shape, Held(self._arena, self.arena_bytes, self._short, stays=False))
         if self.store is None:
             return kernel.prepare(None, op, shape, self._held)
         key = op.group.key, kernel.name
@@ -144,8 +145,8 @@ class Streamer:
         # On meta the weights are counted by whoever plans; what lies beside the arena is copied once on its way there.
         planned = torch.empty(room + packed + piece, device="meta", dtype=torch.uint8) if self.store is None else None
         if planned is None:
-            self._arena.take(room, short=self.short())
-        self._held = Held(self._arena, self.arena_bytes, self.short, stays=True)
+            self._arena.take(room, short=self._short())
+        self._held = Held(self._arena, self.arena_bytes, self._short, stays=True)
         try:
             yield
         finally:
@@ -169,7 +170,7 @@ class Streamer:
     # --- samples ---------------------------------------------------------------------------------------------------------
 
     def _between_samples(self) -> None:
-        if self.short():
+        if self._short():
             process.release_heap()
 
     def run(self, module: nn.Module, calls: list[tuple[Tensor, ...]], **shared: object) -> list[Tensor]:

@@ -23,7 +23,7 @@ import psutil
 
 from tiler.errors import BudgetExceeded, UsageError
 from tiler.memory import process
-from tiler.memory.tuning import ROOMY
+from tiler.memory.tuning import ALMOST, MARGIN, NEAR, ROOMY
 
 _UNITS = {
     "": 1,
@@ -38,9 +38,6 @@ _UNITS = {
     "GB": 10**9,
     "GIB": 2**30,
 }
-NEAR = 0.88  # of the ceiling: give back what was freed
-_ALMOST = 0.92  # of the ceiling: collect and trim before going on
-MARGIN = 0.97  # of the ceiling: what a plan may fill
 _SAMPLE_SECONDS = 0.05
 _SWAPPED = 16 * 10**6  # less is what a busy machine may do to any program
 
@@ -138,7 +135,7 @@ class Budget:
 
     def check(self, where: str) -> None:
         """Compare the RSS now (14 µs) with the ceiling. Near it, collect and trim; at it, raise BudgetExceeded."""
-        if self.rss_bytes >= _ALMOST * self.max_bytes:
+        if self.rss_bytes >= ALMOST * self.max_bytes:
             process.trim()
             self._note_peak()
         # A spike between two checks is a breach as well, though it is over.

@@ -16,12 +16,7 @@ from torch import Tensor, nn
 
 from tiler.compute.layers import as_unit, attend, convolve, linear, linear_layers
 from tiler.compute.steps import joined, normed
-
-# Of a feed-forward's projection at a time: 6.3 MB, which the allocator need not map anew each time; but no fewer tokens than
-# keep the product efficient. Where the weights do not fit the arena, and every further chunk would read them again, just
-# enough to leave SD 1.5's second level (1024 × 5120) whole.
-FEED_FORWARD_ELEMENTS, FEED_FORWARD_TOKENS = 3 * 2**19, 256
-FEED_FORWARD_ELEMENTS_READ = 5 * 2**20
+from tiler.compute.tuning import FEED_FORWARD_ELEMENTS, FEED_FORWARD_ELEMENTS_READ, FEED_FORWARD_TOKENS
 
 _GELU = {approximate: nn.GELU(approximate) for approximate in ("none", "tanh")}
 

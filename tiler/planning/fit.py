@@ -13,13 +13,10 @@ from tiler.compute.layers import streamed_layers
 from tiler.compute.tuning import RESIDENT_SLACK
 from tiler.decoding.method import DecodePlan
 from tiler.decoding.scratch import STRIP_BYTES
-from tiler.memory.budget import NEAR
-from tiler.memory.tuning import HEAP_KEPT
+from tiler.memory.tuning import HEAP_KEPT, NEAR, RESIDENT_MARGIN
 from tiler.planning.table import PhasePlan, Term
 from tiler.weights.index import TensorInfo
 from tiler.weights.store import TORCH_DTYPES
-
-RESIDENT_MARGIN = 0.95  # of the ceiling: weights that merely save reading leave more room than the batch does
 
 
 def _with(phase: PhasePlan, name: str, nbytes: int) -> PhasePlan:

@@ -13,12 +13,13 @@ from pathlib import Path
 import torch
 
 from tiler.compute import onednn
+from tiler.compute.tuning import INT8_CHANNELS, TIGHT_ARENA_BYTES
 from tiler.decoding.method import DecodePlan, choose
 from tiler.diffusion import flow, schedulers
 from tiler.diffusion.guide_picture import GuidePicture
 from tiler.diffusion.masks import MASKS_KEPT
 from tiler.diffusion.schedulers import DiffusersSchedule
-from tiler.memory.budget import MARGIN
+from tiler.memory.tuning import MARGIN
 from tiler.models import family as families
 from tiler.models.family import Family, VaeSpec
 from tiler.planning.fit import largest_batch, with_resident
@@ -28,10 +29,9 @@ from tiler.planning.tiling import Tiling, plan_tiling
 from tiler.request import Decode, GuideUpscale, Precision, ResolvedRequest, Scheduler, ScratchDtype, Wrap
 from tiler.weights.checkpoint import resolve_part
 
+# Samples that share a read of the weights. A choice, no measurement: SD 1.5's share is then 0.1 GB each, beside seconds of
+# arithmetic.
 MAX_BATCH = 16
-# Where a ceiling leaves no room to hold SD 1.5's larger resnets and feed-forwards: their layers one by one, the rest whole.
-TIGHT_ARENA_BYTES = 12 * 2**20
-INT8_CHANNELS = 192  # of a denoiser's highest resolution: with fewer, quantising takes about what 8-bit products save
 
 
 @dataclass(frozen=True, kw_only=True)

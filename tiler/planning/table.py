@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tiler.errors import BudgetRefused
-from tiler.memory.budget import MARGIN, format_mb
+from tiler.memory.budget import format_mb
+from tiler.memory.tuning import MARGIN
 
 WIDTH = 80  # columns of a terminal
 

@@ -14,15 +14,11 @@ from tiler.compute.layers import stream_layers
 from tiler.compute.measure import median_seconds
 from tiler.compute.shapes import MetaMeter
 from tiler.compute.stream import Streamer
+from tiler.compute.tuning import OVERHEAD_BY_LAYERS, OVERHEAD_BY_ROWS, OVERHEAD_FP32, OVERHEAD_INT8
 from tiler.decoding.method import DecodePlan
 from tiler.models.family import Family, Options, Role
 from tiler.planning.tiling import Tiling
 from tiler.request import Precision
-
-# What whole passes take over what the speeds below give: norms, activations, smaller layers. Measured at SD 1.5's size and 2048²
-# on AVX-512: 3.1 and 2.05 s a UNet sample; 173 s of `sampled` decoding, 280 of `frozen`, which transforms no convolution.
-OVERHEAD = {Precision.FP32: 1.3, Precision.INT8: 1.5}
-BY_LAYERS, BY_ROWS = 1.4, 2.3
 
 
 class Flops(NamedTuple):
@@ -100,6 +96,9 @@ def measure() -> Speed:
 def seconds(work: Flops, methods: Iterable[DecodePlan], speed: Speed, precision: Precision) -> float:
     """What a render takes: its UNet samples in `precision`, and the autoencoder's `methods` in fp32, whose attention is plain
     matrix products."""
-    layers = work.layers / (speed.int8 if precision is Precision.INT8 else speed.fp32)
-    coding = sum((BY_LAYERS if m.by_layers else BY_ROWS) * m.flops + m.attention_flops for m in methods)
-    return OVERHEAD[precision] * (layers + work.attention / speed.attention) + coding / speed.fp32
+    fast, overhead = (speed.int8, OVERHEAD_INT8) if precision is Precision.INT8 else (speed.fp32, OVERHEAD_FP32)
+    denoising = overhead * (work.layers / fast + work.attention / speed.attention)
+    coding = sum(
+        (OVERHEAD_BY_LAYERS if m.by_layers else OVERHEAD_BY_ROWS) * m.flops + m.attention_flops for m in methods
+    )
+    return denoising + coding / speed.fp32
