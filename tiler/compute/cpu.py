@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from tiler.native.library import forced, missing
+from tiler.native.library import forced, library, missing
 
 _KNOWN = (
     "avx2",
@@ -72,6 +72,12 @@ def isa() -> Isa:
     if "avx2" in have:
         return Isa.AVX2_VNNI if "avx_vnni" in have else Isa.AVX2
     return Isa.BASE
+
+
+def computed_by() -> str:
+    """Who computes, and with which instructions: where this is the same, so are a seed's bytes."""
+    found = library()
+    return f"torch {isa()}" if found is None else f"tiler {found.isa}, torch {isa()}"
 
 
 class Int8(NamedTuple):

@@ -66,8 +66,10 @@ def _candidates(shape: TableShape) -> list[Kernel]:
 
 
 @torch.no_grad()
-def timings(shape: TableShape, rounds: int = 5, clock: Callable[[], float] = time.perf_counter) -> dict[str, float]:
-    """Seconds of each kernel that can run a layer of that shape, its weight prepared before."""
+def timings(
+    shape: TableShape, rounds: int = 5, clock: Callable[[], float] = time.perf_counter, *, only: Kernel | None = None
+) -> dict[str, float]:
+    """Seconds of each kernel that can run a layer of that shape, or of one, its weight prepared before."""
     generator = torch.Generator().manual_seed(0)
     weight, x = (torch.randn(size, generator=generator) for size in (shape.weight, shape.x))
     rows, scale = quantize_rows(weight)
@@ -75,7 +77,7 @@ def timings(shape: TableShape, rounds: int = 5, clock: Callable[[], float] = tim
     with TemporaryDirectory() as folder:
         save_file({_NAME: weight}, Path(folder) / "fp32.safetensors")
         save_file({_NAME: rows, _NAME + SCALE: scale}, Path(folder) / "int8.safetensors")
-        for kernel in _candidates(shape):
+        for kernel in _candidates(shape) if only is None else [only]:
             file = "int8" if kernel.name in _INT8 else "fp32"
             with _ready(kernel, shape, x, Path(folder) / f"{file}.safetensors") as once:
                 times[kernel.name] = median_seconds(once, rounds, clock)
@@ -106,6 +108,12 @@ def median_seconds(
         work()
         times.append(clock() - start)
     return statistics.median(times)
+
+
+def chosen_speed(shape: TableShape, precision: str) -> float:
+    """FLOP/s of the kernel that is chosen here for a layer of that shape in `precision`, fp32 or int8."""
+    kernel = choose_kernel(shape.op(), shape.x, _policy(precision), isa())
+    return shape.op().flops(shape.x) / timings(shape, only=kernel)[kernel.name]
 
 
 def table_row(which: Isa, times: Sequence[Mapping[str, float]]) -> dict[str, tuple[str, ...]]:
