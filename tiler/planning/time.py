@@ -9,14 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tiler.compute import int8, onednn
-from tiler.compute.layers import stream_layers
-from tiler.compute.measure import median_seconds
+from tiler.compute import onednn
+from tiler.compute.kernels import Kind
+from tiler.compute.lending import lent
+from tiler.compute.measure import TableShape, chosen_speed, median_seconds
 from tiler.compute.shapes import MetaMeter
 from tiler.compute.stream import Streamer
 from tiler.compute.tuning import OVERHEAD_BY_LAYERS, OVERHEAD_BY_ROWS, OVERHEAD_FP32, OVERHEAD_INT8
 from tiler.decoding.method import DecodePlan
-from tiler.models.family import Family, Options, Role
+from tiler.models.built import Models
+from tiler.models.family import Options, Role
 from tiler.planning.tiling import Tiling
 from tiler.request import Precision
 
@@ -46,16 +48,16 @@ class Speed(NamedTuple):
 class Counter:
     """Counts the work of a family's samples; each kind of sample is run once, on shapes alone."""
 
-    def __init__(self, family: Family) -> None:
-        self.family, self.module, self.streamer = family, family.part(Role.DENOISER).build(), Streamer(None)
-        stream_layers(self.module, self.streamer)
+    def __init__(self, models: Models) -> None:
+        self.family, self.streamer = models.family, Streamer(None)
+        self.module = models.module(self.family.part(Role.DENOISER))
         self.known: dict[tuple[int, int, int, int | None], Flops] = {}
 
     def count(self, cut: Tiling, attention_window: int | None) -> Flops:
         """What all UNet samples of `cut` come to."""
-        total, native = Flops(0, 0), (self.family.native, self.family.native)
-        guide = native if cut.guide is None else (cut.guide.height, cut.guide.width)
-        for steps, sides in ((cut.guide_steps, guide), (cut.canvas_steps, native)):
+        total, tile = Flops(0, 0), cut.regions.tile
+        guide = tile if cut.guide is None else (cut.guide.height, cut.guide.width)
+        for steps, sides in ((cut.guide_steps, guide), (cut.canvas_steps, tile)):
             for step in steps:
                 for samples, tiles in step.counts():
                     one = self._tile(samples, *sides, attention_window)
@@ -67,7 +69,7 @@ class Counter:
         if key not in self.known:
             inputs, timesteps = self.family.example([0] * samples, (height, width)), torch.empty(1, device="meta")
             prompts, options = [sample.prompt for sample in inputs], Options(attention_window=window)
-            with MetaMeter() as meter, torch.no_grad():
+            with lent(self.module, self.streamer), MetaMeter() as meter, torch.no_grad():
                 prepared = self.family.prepare(self.module, self.streamer, timesteps, prompts, options)
                 self.family.predict(self.module, self.streamer, inputs, 0, prepared)
             self.known[key] = Flops(meter.flops + meter.linear_flops, meter.attention_flops)
@@ -86,10 +88,8 @@ def measure() -> Speed:
         attention = attention_flops / median_seconds(lambda: F.scaled_dot_product_attention(q, q, q))
         if not onednn.int8().products:  # then int8 is what weights are stored in, no more
             return Speed(fp32, fp32, attention)
-        weight, out = int8.pack(0, *int8.quantize_rows(layer.weight)), torch.empty(32, 32, 320)
-        fast = conv_flops / median_seconds(
-            lambda: int8.conv2d(int8.quantize_image(x[0], 1), weight, None, out, taps=(3, 3), stride=(1, 1))
-        )
+        shape = TableShape(Kind.CONVOLUTION, tuple(layer.weight.shape), tuple(x.shape))
+        fast = chosen_speed(shape, "int8")
     return Speed(fp32, fast, attention)
 
 
