@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +23,7 @@ from tiler.models import bounds
 from tiler.models.family import Part, Role, read_config
 from tiler.models.meta import on_meta, refusing
 from tiler.weights.checkpoint import Checkpoint
+from tiler.weights.flavours import read_json
 from tiler.weights.store import PIECE_ELEMENTS
 
 if TYPE_CHECKING:
@@ -51,16 +53,22 @@ def read_t5(checkpoint: Checkpoint, name: str, length: int) -> Part:
     )
 
 
-def load_tokenizer(checkpoint: Checkpoint, folder: str) -> PreTrainedTokenizerBase:
-    """From tokenizer.json or a sentencepiece model. Raises ModelError."""
+def check_tokenizer(checkpoint: Checkpoint, folder: str, fetch: str) -> Path:
+    """The folder of a tokenizer whose files are there. Raises ModelError, which says how they can be had: by `fetch`."""
     path = checkpoint.tokenizer(folder)
     if not any((path / file).is_file() for file in _TOKENIZERS):
-        again = "download the tokenizer again"
-        if checkpoint.repository is not None:
-            again = f"run: hf download {checkpoint.repository} --include '{folder}/*'"
-        raise ModelError(f"{path}: neither tokenizer.json nor spiece.model is here; {again}")
-    named = (path / "tokenizer_config.json").is_file()
-    kind = checkpoint.config(folder, "tokenizer_config.json").get("tokenizer_class") if named else None
+        raise ModelError(f"{path}: neither tokenizer.json nor spiece.model is here; {fetch}")
+    return path
+
+
+def load_tokenizer(checkpoint: Checkpoint, folder: str) -> PreTrainedTokenizerBase:
+    """From tokenizer.json or a sentencepiece model. Raises ModelError."""
+    fetch = "download the tokenizer again"
+    if checkpoint.repository is not None:
+        fetch = f"run: hf download {checkpoint.repository} --include '{folder}/*'"
+    path = check_tokenizer(checkpoint, folder, fetch)
+    settings = path / "tokenizer_config.json"
+    kind = read_json(settings).get("tokenizer_class") if settings.is_file() else None
     with lean_imports():
         if str(kind or "T5Tokenizer").startswith("T5"):
             from transformers.models.t5.tokenization_t5 import T5Tokenizer as Tokenizer
