@@ -246,8 +246,8 @@ def _denoise(
         check = at_layer(run.budget, plan.memory.peak_bytes)
         scales = {request.guidance_scale, *(r.guidance_scale for r in request.regions if r.guidance_scale is not None)}
         options = Options(
-            attention_window=request.attention_window, seed=request.seed, guidance=tuple(sorted(scales)),
-            scratch=request.scratch_folder,
+            attention_window=request.attention_window, seed=request.seed, tile_conditioning=request.tile_conditioning,
+            guidance=tuple(sorted(scales)), scratch=request.scratch_folder,
         )  # fmt: skip
         if run.prepared is None:
             prompts = [prompt for side in conditions for prompt in side]

@@ -1,7 +1,7 @@
 """AuraFlow's layout: Pile-T5 (UMT5) with LLaMA's tokenizer, a transformer of joint and single blocks, and SDXL's VAE.
 
-tiny: 128-px tiles, blocks of 256 channels. wide: version 0.3's width, one joint and two single blocks, two layers of Pile-T5-XL:
-1.8 GB. full: version 0.3's configs, 6.859 B parameters in the transformer, as sparse files.
+tiny: 128-px tiles, blocks of 256 channels. wide: version 0.3's width, one joint and two single blocks, two layers of
+Pile-T5-XL: 1.8 GB. full: version 0.3's configs, 6.859 B parameters in the transformer, as sparse files.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ _CHANGES: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def write(folder: Path, size: str, *, sparse: bool = False, **transformer: Any) -> None:
-    """A checkpoint in diffusers layout; `sparse` files are holes, which read as zeros; `transformer`: values of its config that
-    are to be others."""
+    """A checkpoint in diffusers layout; `sparse` files are holes, which read as zeros; `transformer`: values of its config
+    that are to be others."""
     parts = {"transformer": TRANSFORMER, "vae": VAE, "text_encoder": _t5.config(**PILE_T5_XL)}
     parts = {name: config | _CHANGES[size].get(name, {}) for name, config in parts.items()}
     parts["transformer"] |= transformer
@@ -90,8 +90,9 @@ def llama_tokenizer(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {
-        "add_bos_token": False, "add_eos_token": True, "bos_token": "<s>", "eos_token": "</s>", "model_max_length": 2048,
-        "pad_token": "</s>", "padding_side": "right", "tokenizer_class": "LlamaTokenizer", "unk_token": "<unk>",
+        "add_bos_token": False, "add_eos_token": True, "bos_token": "<s>", "eos_token": "</s>",
+        "model_max_length": 2048, "pad_token": "</s>", "padding_side": "right", "tokenizer_class": "LlamaTokenizer",
+        "unk_token": "<unk>",
     }  # fmt: skip
     write_json(folder / "tokenizer_config.json", settings)
 

@@ -18,7 +18,8 @@ def ask(model: Path, folder: Path, **values: Any) -> RenderRequest:
     """A request for a boat in three steps, in fp32 and without a guide; picture and latents go to `folder`."""
     defaults: dict[str, Any] = {
         "prompt": "a boat", "model": str(model), "num_inference_steps": 3, "guide": False, "seed": 5,
-        "precision": Precision.FP32, "output": folder / "x.png", "save_latents": folder / "x.safetensors", "force": True,
+        "precision": Precision.FP32, "output": folder / "x.png", "save_latents": folder / "x.safetensors",
+        "force": True,
     }  # fmt: skip
     return RenderRequest(**(defaults | values))
 

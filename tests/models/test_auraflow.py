@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AuraFlowPipeline, FlowMatchEulerDiscreteScheduler
-from rendering import ask, edit, lose_shard, rendered
 from torch import Tensor
 
+from tests.models.rendering import ask, edit, lose_shard, rendered
 from tiler import RenderRequest, plan
 from tiler.diffusion.guide import guide_size, upscale
 from tiler.diffusion.tiles import plan_tiles

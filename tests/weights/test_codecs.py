@@ -71,3 +71,14 @@ def test_a_tensor_may_lie_in_several_places(tmp_path: Path) -> None:
             store.fetch(piece, out)
             assert torch.equal(out, expected[piece.first : piece.last])
         assert store.bytes_read == joined.nbytes + math.prod(expected.shape) * 2 + 3 * 96 + 960
+
+
+def test_a_tensor_behind_an_axis_of_length_1_is_read_by_its_rows(tmp_path: Path) -> None:
+    """As transformers' tables of positions are stored."""
+    table = torch.randn(1, 6, 4)
+    save_file({"table": table, "scale": torch.randn(6, 1)}, tmp_path / "x.safetensors")
+    index = read_index(tmp_path / "x.safetensors")
+    viewed = {"table": index["table"].viewed((6, 4)), "scale": index["scale"].viewed((6,))}
+    with WeightStore(viewed) as store:
+        assert torch.equal(store.rows("table", [5, 0]), table[0, [5, 0]])
+        assert store.load("scale").shape == (6,)

@@ -1,5 +1,5 @@
-"""AuraFlow: Pile-T5 (a UMT5 encoder with LLaMA's tokenizer), and a transformer of few joint and many single blocks trained by flow
-matching; the arithmetic is that of diffusers' AuraFlowPipeline.
+"""AuraFlow: Pile-T5 (a UMT5 encoder with LLaMA's tokenizer), and a transformer of few joint and many single blocks, trained
+by flow matching; the arithmetic is that of diffusers' AuraFlowPipeline.
 
 Each tile claims the middle of the model's learned grid of positions.
 """
@@ -55,8 +55,8 @@ _DEFAULTS = MappingProxyType({"num_inference_steps": 50, "guidance_scale": 3.5, 
 
 class AuraFlow(Family):
     def encode(self, prompts: Sequence[str | None], open_part: OpenPart, warn: Callable[[str], None]) -> list[Prompt]:
-        """The last hidden states of a prompt's own tokens, then zeros: (1, 256, width). The transformer looks at these too. A
-        negative prompt that was not given is an empty one."""
+        """The last hidden states of a prompt's own tokens, then zeros: (1, 256, width). The transformer looks at these too.
+        A negative prompt that was not given is an empty one."""
         part = self.part(Role.TEXT_ENCODER)
         texts = list(dict.fromkeys(prompt or "" for prompt in prompts))
         tokenizer = t5.load_tokenizer(self.checkpoint, "tokenizer")
@@ -112,8 +112,8 @@ def read(checkpoint: Checkpoint, name: str) -> AuraFlow:
     check_latents(checkpoint, config, vae)
     if (given := encoder.config["d_model"]) != config["joint_attention_dim"]:
         raise ModelError(
-            f"{checkpoint.name}: the transformer expects text of width {config['joint_attention_dim']} (joint_attention_dim), "
-            f"the text encoder gives {given}; these parts do not belong together"
+            f"{checkpoint.name}: the transformer expects text of width {config['joint_attention_dim']} "
+            f"(joint_attention_dim), the text encoder gives {given}; these parts do not belong together"
         )
     spec = VaeSpec(checkpoint=checkpoint, part="vae", config=vae)
     denoiser = Part(

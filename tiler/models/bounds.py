@@ -24,6 +24,8 @@ def check_unet(where: str, config: Config) -> None:
         where, config, sample_size=(1, 4096), norm_num_groups=(1, 256), conv_in_kernel=(1, 9), conv_out_kernel=(1, 9)
     )
     _whole(where, config, may_be_null=True, num_attention_heads=(1, 128), time_embedding_dim=(1, 65_536))
+    _whole(where, config, may_be_null=True, addition_time_embed_dim=(2, 8192))
+    _whole(where, config, may_be_null=True, projection_class_embeddings_input_dim=(1, 65_536))
     _whole(where, config, downsample_padding=(0, 1))
     _number(where, config, norm_eps=(1e-12, 0.1), freq_shift=(0, 1))
     _number(where, config, resnet_out_scale_factor=(1e-3, 1e3), mid_block_scale_factor=(1e-3, 1e3))
@@ -105,6 +107,12 @@ def check_vae(where: str, config: Config) -> None:
     _whole(where, config, may_be_null=True, sample_size=(1, 65_536))
     _number(where, config, scaling_factor=(1e-3, 1e3))
     _number(where, config, may_be_null=True, shift_factor=(-1e3, 1e3))
+    for key, low in (("latents_mean", -1e3), ("latents_std", 1e-3)):
+        values, channels = config.get(key), config.get("latent_channels", 4)
+        if values is not None and not (
+            isinstance(values, list) and len(values) == channels and all(_is_number(v, low, 1e3) for v in values)
+        ):
+            _refuse(where, key, values, f"it must be a list of {channels} numbers, {low:g} to 1000, or null")
     _flags(where, config, "use_quant_conv", "use_post_quant_conv", "mid_block_add_attention")
     _widths(where, config, 1, ("down_block_types", "up_block_types"))
     # What decode/rows.py would leave out, or do otherwise.

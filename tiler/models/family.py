@@ -20,6 +20,7 @@ from tiler.errors import ModelError
 from tiler.memory.lean_imports import lean_imports
 from tiler.models import bounds
 from tiler.models.meta import on_meta, refusing
+from tiler.request import TileConditioning
 from tiler.weights.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 REGISTRY: dict[str, str] = {
     "StableDiffusion": "tiler.models.sd",
+    "StableDiffusionXL": "tiler.models.sdxl",
     "StableDiffusion3": "tiler.models.sd3",
     "Flux": "tiler.models.flux",
     "PixArt": "tiler.models.pixart",
@@ -39,7 +41,6 @@ REGISTRY: dict[str, str] = {
 """Part of a pipeline's class name → the module whose `read(checkpoint)` gives the Family. The longest match counts; a class
 that none matches is read as Stable Diffusion, whose checks say what is foreign in it."""
 _OTHERS = {
-    "StableDiffusionXL": "SDXL",
     "Inpaint": "an inpainting model", "InstructPix2Pix": "an InstructPix2Pix model", "Upscale": "an upscaler",
     "Kandinsky": "Kandinsky", "WuerstchenCombined": "Würstchen", "Video": "a video model",
 }  # fmt: skip
@@ -75,6 +76,7 @@ class Traits(NamedTuple):
     guidance: Guidance = Guidance.CFG
     samples: int | None = None  # of one read of the weights at most, where more gain nothing
     defaults: Mapping[str, Any] = MappingProxyType({})  # by field of RenderRequest, where nothing else says anything
+    old_schedulers: bool = True  # whether diffusers' pipeline corrects scheduler configs that its old versions wrote
     longest: int | None = None  # side of a guide, where the positions it knows end
     even_sigmas: bool = False  # of a flow: σ falls from 1 to 1/N in equal steps before it is shifted
 
@@ -89,6 +91,7 @@ class Options(NamedTuple):
 
     attention_window: int | None = None
     seed: int = 0
+    tile_conditioning: TileConditioning = TileConditioning.PLACE
     guidance: tuple[float, ...] = ()
     scratch: Path | None = None
 
@@ -142,12 +145,29 @@ class VaeSpec:
         """The index of its files, read once."""
         return self.checkpoint.weights(self.part)
 
+    @property
+    def moments(self) -> tuple[Tensor, Tensor] | None:
+        """Mean and standard deviation of each channel, (1, C, 1, 1), of an autoencoder whose latents are normalised by both."""
+        import torch
+
+        found = [self.config.get(name) for name in ("latents_mean", "latents_std")]
+        if self.tiny or None in found:
+            return None
+        mean, std = (torch.tensor(values, dtype=torch.float32).view(1, -1, 1, 1) for values in found)
+        return mean, std
+
     def unscale_(self, latents: Tensor) -> Tensor:
-        """What the diffusion works on → what the decoder takes, fp32, in place."""
+        """What the diffusion works on → what the decoder takes, fp32 (1, C, h, w), in place."""
+        if self.moments is not None:
+            mean, std = self.moments
+            return latents.mul_(std).div_(self.scaling_factor).add_(mean)
         return latents.div_(self.scaling_factor).add_(self.shift_factor)
 
     def scale(self, mean: Tensor) -> Tensor:
-        """What the encoder gives → what the diffusion works on."""
+        """What the encoder gives, (1, C, h, w) → what the diffusion works on."""
+        if self.moments is not None:
+            middle, std = self.moments
+            return (mean - middle) * self.scaling_factor / std
         return (mean - self.shift_factor) * self.scaling_factor
 
 
@@ -227,9 +247,7 @@ def read_family(checkpoint: Checkpoint) -> Family:
     if REGISTRY[exact] == REGISTRY["StableDiffusion"]:
         for word, what in _OTHERS.items():
             if word.lower() in name.lower():
-                raise ModelError(
-                    f"{checkpoint.name}: this is {what} ({name}); tiler supports Stable Diffusion 1.x and 2.x"
-                )
+                raise ModelError(f"{checkpoint.name}: this is {what} ({name}); tiler needs text-to-image")
     family: Family = import_module(REGISTRY[exact]).read(checkpoint, name)
     return family
 

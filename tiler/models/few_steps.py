@@ -10,7 +10,7 @@ from typing import Any
 FEW_STEPS: Mapping[str, Any] = MappingProxyType({"num_inference_steps": 4, "guidance_scale": 1.0})
 """Defaults of such a model, by field of RenderRequest."""
 _NAMES = frozenset({"turbo", "lightning", "lcm", "hyper", "dmd", "dmd2"})
-_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+\d*|\d+")
+_WORD = re.compile(r"[A-Z]+(?![a-z])\d*|[A-Z]?[a-z]+\d*|\d+")
 
 
 def sign_of_few_steps(name: str, scheduler: Mapping[str, Any]) -> str | None:

@@ -186,7 +186,7 @@ def build_schedule(request: ResolvedRequest, family: Family) -> DiffusersSchedul
     """The schedule of a render, checked to the end. Raises UsageError, ModelError."""
     asked, config, steps, traits = request.scheduler, family.scheduler, request.num_inference_steps, family.traits
     if not traits.flow:
-        return schedulers.build(asked, config, steps)
+        return schedulers.build(asked, config, steps, correct=traits.old_schedulers)
     return flow.build(asked, config, steps, tokens=traits.tokens, even_sigmas=traits.even_sigmas)
 
 

@@ -20,6 +20,7 @@ from tiler.request.choices import (
     Preset,
     Scheduler,
     ScratchDtype,
+    TileConditioning,
     Wrap,
     check_decode,
     parse_interval,
@@ -175,6 +176,14 @@ class RenderRequest:
         Option(
             "Limit self-attention at the highest resolution to windows of N×N latents, which move at every step.",
             Panel.SAMPLING, ("--attention-window",), metavar="N", default="none",
+        ),
+    )  # fmt: skip
+    tile_conditioning: TileConditioning = option(
+        TileConditioning.PLACE,
+        Option(
+            "What SDXL is told of a tile. place: which crop of the canvas it is; none: the whole picture's size and no "
+            "crop, as A1111 says to every tile.",
+            Panel.SAMPLING, ("--tile-conditioning",),
         ),
     )  # fmt: skip
 

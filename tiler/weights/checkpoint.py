@@ -12,7 +12,7 @@ from typing import Any
 
 from tiler.errors import ModelError
 from tiler.weights import hub
-from tiler.weights.flavours import PICKLES, choose_flavour, find_weights, flavours, names_in, read_json
+from tiler.weights.flavours import PICKLES, WEIGHTS, choose_flavour, find_weights, flavours, names_in, read_json
 from tiler.weights.index import TensorInfo, merge_indexes
 from tiler.weights.places import expand
 
@@ -116,6 +116,8 @@ def resolve_part(model: str) -> Checkpoint:
 
 def _checkpoint(name: str, folder: Path, variant: str | None, repository: str | None = None) -> Checkpoint:
     if not (folder / hub.INDEX).is_file():
+        if (kind := _addition(folder)) is not None:
+            raise ModelError(f"{folder}: this is {kind}, which goes with a model; --model takes the model itself")
         within = [child for child in names_in(folder) if (folder / child / hub.INDEX).is_file()]
         raise ModelError(
             f"{folder}: no {hub.INDEX} here; --model takes a folder in diffusers layout or a hub id"
@@ -125,6 +127,18 @@ def _checkpoint(name: str, folder: Path, variant: str | None, repository: str | 
         name=name, folder=folder, variant=variant, revision=None if repository is None else folder.name,
         repository=repository, notes=tuple(_notes(name, folder, variant)),
     )  # fmt: skip
+
+
+def _addition(folder: Path) -> str | None:
+    """What the folder holds if that is no model of pictures but something that changes one."""
+    names = names_in(folder)
+    if "adapter_config.json" in names or any("lora" in name.lower() for name in names if name.endswith(WEIGHTS)):
+        return "a LoRA"
+    try:
+        cls = str(read_json(folder / "config.json").get("_class_name")) if "config.json" in names else ""
+    except ModelError:
+        return None
+    return next((f"a {kind}" for kind in ("ControlNet", "T2IAdapter", "MotionAdapter") if kind in cls), None)
 
 
 def _notes(name: str, folder: Path, variant: str | None) -> list[str]:

@@ -245,6 +245,7 @@ class WeightStore:
                 ) from error
             if not whole:
                 raise ModelError(f"{path}: the file became shorter while it was read; download it again")
+        assert not view, "every row has its place"
         return buffer
 
     def _cast(self, piece: Piece, raw: torch.Tensor, out: torch.Tensor) -> None:
