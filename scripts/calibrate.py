@@ -1,34 +1,79 @@
 """Measure again what tiler/compute/tuning.py and tiler/memory/tuning.py state.
 
-    python scripts/calibrate.py kernels     # each kernel on fixed shapes, and the row of the table for this processor
+    python scripts/calibrate.py kernels     # each kernel on fixed shapes: the table's rows that this processor can give
     python scripts/calibrate.py memory      # what the libraries take, and the plan beside the measured peak of SD 1.5's size
-    ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 ATEN_CPU_CAPABILITY=avx2 python scripts/calibrate.py kernels
 
-Times mean something on a quiet machine only. `memory` renders with the generated checkpoint of make_checkpoint.py: the difference
-between planned and measured is what the slack constants have to cover.
+`kernels` runs once for each instruction set, in a process whose torch, oneDNN and MKL are limited to it, and counts the
+processor's time of one thread, so that another program beside it changes little. `memory` renders with the generated checkpoint
+of make_checkpoint.py: the difference between planned and measured is what the slack constants have to cover.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
+from typing import NamedTuple
 
 from tiler.compute import cpu
+from tiler.compute.cpu import Isa
 from tiler.compute.measure import TABLE_SHAPES, table_row, timings
 
 
+class Limit(NamedTuple):
+    """The flags of a processor of that instruction set, and what makes torch, oneDNN and MKL believe in it."""
+
+    flags: tuple[str, ...]
+    aten: str
+    onednn: str
+    mkl: str
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {
+            "ATEN_CPU_CAPABILITY": self.aten,
+            "ONEDNN_MAX_CPU_ISA": self.onednn,
+            "MKL_ENABLE_INSTRUCTIONS": self.mkl,
+            "OMP_NUM_THREADS": "1",
+        }
+
+
+LIMITS = {
+    Isa.AVX512_VNNI: Limit(("avx2", "avx512f", "avx512_vnni"), "avx512", "AVX512_CORE_VNNI", "AVX512"),
+    Isa.AVX512: Limit(("avx2", "avx512f"), "avx512", "AVX512_CORE", "AVX512"),
+    Isa.AVX2_VNNI: Limit(("avx2", "avx_vnni"), "avx2", "AVX2_VNNI", "AVX2"),
+    Isa.AVX2: Limit(("avx2",), "avx2", "AVX2", "AVX2"),
+}
+
+
 def kernels() -> None:
-    isa = cpu.isa()
-    for shape in TABLE_SHAPES:
-        times = timings(shape)
-        found = ", ".join(f"{name} {1e3 * seconds:.2f} ms" for name, seconds in times.items())
-        print(f"{shape.label:32}{found}", flush=True)
-    for kind, order in table_row(isa).items():
-        print(f"Isa.{isa.name}: {kind}: {order}")
+    for isa in Isa:
+        limit = LIMITS.get(isa)
+        if limit is None:
+            print(f"Isa.{isa.name}: no processor can be limited to it; fp32 alone is known to work", flush=True)
+        elif missing := [flag for flag in limit.flags if flag not in cpu.flags()]:
+            print(f"Isa.{isa.name}: cannot be measured here, this processor has no {', '.join(missing)}", flush=True)
+        else:
+            environment = {**os.environ, **limit.environment}
+            subprocess.run([sys.executable, __file__, "row", isa], env=environment, check=True)
+
+
+def row(isa: Isa) -> None:
+    """The row for one instruction set, to which this process is limited already."""
+    flags = LIMITS[isa].flags
+    cpu.flags = lambda: flags  # type: ignore[assignment]
+    found = [timings(shape, clock=time.thread_time) for shape in TABLE_SHAPES]
+    for shape, times in zip(TABLE_SHAPES, found, strict=True):
+        speed = shape.op().flops(shape.x) / 1e9
+        said = ", ".join(f"{name} {1e3 * t:.2f} ms ({speed / t:.0f} GF/s)" for name, t in times.items())
+        print(f"Isa.{isa.name}: {shape.label:32}{said}")
+    for kind, order in table_row(isa, found).items():
+        print(f"Isa.{isa.name}: {kind}: {order}", flush=True)
 
 
 def memory() -> None:
@@ -59,8 +104,13 @@ def memory() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["kernels", "memory"])
-    {"kernels": kernels, "memory": memory}[parser.parse_args().what]()
+    parser.add_argument("what", choices=["kernels", "memory", "row"], metavar="kernels|memory")
+    parser.add_argument("isa", nargs="?", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.what == "row":
+        row(Isa(args.isa))
+    else:
+        {"kernels": kernels, "memory": memory}[args.what]()
 
 
 if __name__ == "__main__":

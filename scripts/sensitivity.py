@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from tiler.compute import int8
 from tiler.compute.layers import SMALL
+from tiler.compute.onednn import Geometry
 from tiler.models.unet import FP32_NAMES, int8_weights
 from tiler.weights.checkpoint import resolve
 
@@ -39,7 +40,7 @@ def fake(module: nn.Module, largest: int) -> tuple[Tensor, torch.utils.hooks.Rem
 
     def rounded(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         x = inputs[0]
-        if isinstance(module, nn.Conv2d) and int8.is_pointwise(module):
+        if isinstance(module, nn.Conv2d) and int8.is_pointwise(module.weight.shape, Geometry.of(module)):
             pixels = [int8.quantize_pixels(sample).restored() for sample in x]
             return (torch.stack([p.T.view(x.shape[1:]) for p in pixels]), *inputs[1:])
         if isinstance(module, nn.Conv2d):

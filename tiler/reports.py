@@ -36,7 +36,7 @@ def of_render(run: RenderRun) -> dict[str, Any]:
 
 def of_decode(run: DecodeRun) -> dict[str, Any]:
     """The report of a decode."""
-    facts = {"decode": run.decode_plan.name, "width": run.width, "height": run.height}
+    facts = {"decode": run.decoding.plan.name, "width": run.width, "height": run.height}
     return _common(run.budget, run.plan.peak_bytes) | facts
 
 

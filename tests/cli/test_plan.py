@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
 import torch
+
+from tiler.compute.measure import TABLE_SHAPES
 
 
 def test_help_names_every_command(tiler) -> None:
@@ -17,7 +20,7 @@ def test_help_names_every_command(tiler) -> None:
 
 
 def test_doctor(tiler) -> None:
-    facts = tiler("doctor", "--json").json
+    facts = tiler("doctor", "--measure", "--json").json
     assert {"ram", "cgroup limit", "cores", "cpu", "compute dtype", "versions", "free disk"} <= facts.keys()
     assert f"{len(os.sched_getaffinity(0))} usable" in facts["cores"]
     assert f"torch {torch.__version__}" in facts["versions"]
@@ -25,6 +28,9 @@ def test_doctor(tiler) -> None:
     dot = bool(flags & {"avx512_vnni", "avx_vnni"})
     if {"avx2", "fma"} <= flags:
         assert facts["--precision auto"].startswith("int8:" if dot else "fp32:")
+    for shape in TABLE_SHAPES:
+        said = [text for name, text in facts.items() if name.startswith("kernels ") and shape.label in text]
+        assert len(said) == 2 and all(" ms" in text for text in said)  # fp32 and int8
 
 
 def test_presets_are_bundles_that_other_options_change(tiler, tiny: Path) -> None:
@@ -68,3 +74,11 @@ def test_eighty_columns_are_enough(tiler, tiny: Path, words: tuple[str, ...]) ->
 def test_prompt_markup_that_does_not_work_is_noted(in_process, tiny: Path, prompt: str) -> None:
     ran = in_process("plan", prompt, "--model", tiny, "--size", "64")
     assert ("plain words" in ran.err) == (prompt.startswith("a (") or "lora" in prompt)
+
+
+def test_one_of_a_thing_is_singular(in_process, tiny: Path) -> None:
+    common = ("--model", tiny, "--steps", "1", "--cfg-scale", "1")
+    one = in_process("plan", "x", *common, "--size", "64").out
+    assert "1 tile\n" in one and "1 sample," in one and "1 read of the weights for 1 sample each" in one
+    assert "0 samples" not in in_process("plan", "x", *common, "--size", "128").out
+    assert not re.search(r"\b1 (tile|sample|read)s", one)

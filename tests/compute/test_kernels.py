@@ -16,7 +16,19 @@ import tiler.compute.tuning
 import tiler.memory.tuning
 from tiler.compute.choose import KERNELS, choose_kernel
 from tiler.compute.cpu import Isa
-from tiler.compute.kernels import Group, Kernel, Kind, Op, Operands, Place, Policy, Prepared, Shape, output_shape
+from tiler.compute.kernels import (
+    Group,
+    Kernel,
+    Kind,
+    Op,
+    Operands,
+    Place,
+    Policy,
+    Prepared,
+    Shape,
+    Weight,
+    read_pieces,
+)
 from tiler.compute.layers import attend, convolve, stream_layers
 from tiler.compute.onednn import Geometry
 from tiler.compute.shapes import MetaMeter
@@ -44,34 +56,36 @@ class FourBits(Kernel):
 
     def prepare(self, store: WeightStore | None, op: Op, shape: Shape, place: Place) -> Iterator[Prepared]:
         if store is None:
-            yield Prepared(0, op.group.shape[0], (op.group.meta, op.group.meta))
+            meta = op.group.weights[0].meta
+            yield Prepared(0, len(meta), (meta, meta))
             return
-        for piece in store.pieces(op.group.name):
-            rows = place.room((piece.last - piece.first) * op.group.row, torch.float32).view(-1, op.group.row)
-            store.fetch(piece, rows.view(-1, *op.group.shape[1:]))
+        (weight,) = op.group.weights
+        for first, last, read in read_pieces(store, weight, place):
+            rows = read.flatten(1)
             scale = rows.abs().amax(1) / 7
             values = ((rows / scale[:, None]).round() + 8).to(torch.uint8)
-            yield Prepared(piece.first, piece.last, (values[:, ::2] * 16 + values[:, 1::2], scale))
+            yield Prepared(first, last, (values[:, ::2] * 16 + values[:, 1::2], scale))
 
     def begin(self, op: Op, x: Operands) -> Operands:
-        return x  # all of the input is left to `apply`
-
-    def apply(self, op: Op, x: Operands, prepared: Iterable[Prepared], out: Tensor) -> Tensor:
         norm, act = op.input.norm, op.input.activation
         self.fused.append((len(x.parts), norm is not None, act is not None, op.epilogue.residual))
         made = torch.cat(x.parts, dim=1)
         made = made if norm is None else norm(made)
-        made = made if act is None else act(made)
+        return x._replace(made=made if act is None else act(made))
+
+    def apply(self, op: Op, x: Operands, prepared: Iterable[Prepared]) -> tuple[Tensor, ...]:
         assert op.geometry is not None
         padding, stride, _, _ = op.geometry
-        for first, last, (packed, scale) in prepared:
+        (weight,), made = op.group.weights, x.made
+        out = made.new_empty(op.output_shape(made.shape))
+        for first, last, (packed, scale), _ in prepared:
             if made.is_meta:
-                return out
+                return (out,)
             values = torch.stack([packed // 16, packed % 16], dim=2).flatten(1).float() - 8
             rows = (values * scale[:, None]).view(-1, *op.group.shape[1:])
-            bias = None if op.epilogue.bias is None else op.epilogue.bias[first:last]
-            out[:, first:last] = F.conv2d(made, rows, bias, stride, padding)  # type: ignore[arg-type]
-        return out if x.residual is None else out.add_(x.residual)
+            bias = None if weight.bias is None else weight.bias[first:last]
+            out[:, first:last] = F.conv2d(made, rows, bias, stride, padding)
+        return (out if x.residual is None else out.add_(x.residual),)
 
 
 class Block(nn.Module):
@@ -139,9 +153,14 @@ def test_attention_is_an_operation_without_weights() -> None:
     assert (attend(q, k, v) - want).norm() < 1e-6 * want.norm()
 
 
+def group(*shapes: tuple[int, ...]) -> Group:
+    metas = (torch.empty(shape, device="meta") for shape in shapes)
+    return Group(weights=tuple(Weight(name="wxyz"[i], meta=meta) for i, meta in enumerate(metas)))
+
+
 def convolution(channels: int) -> Op:
-    group = Group(name="w", meta=torch.empty(channels, channels, 3, 3, device="meta"))
-    return Op(kind=Kind.CONVOLUTION, weights=group, geometry=Geometry((1, 1), (1, 1), (1, 1), 1))
+    weights = group((channels, channels, 3, 3))
+    return Op(kind=Kind.CONVOLUTION, weights=weights, geometry=Geometry((1, 1), (1, 1), (1, 1), 1))
 
 
 @pytest.mark.parametrize("isa", list(Isa))
@@ -158,12 +177,12 @@ def test_every_processor_has_a_kernel_for_everything(isa: Isa) -> None:
 
 
 def test_arithmetic_and_shapes_of_an_operation() -> None:
-    op, kernel = convolution(8), KERNELS["fp32"]
-    assert output_shape(op, (2, 8, 5, 6)) == (2, 8, 5, 6)
-    assert kernel.flops(op, (2, 8, 5, 6)) == 2 * (2 * 5 * 6) * 8 * (8 * 9)
-    linear = Op(kind=Kind.LINEAR, weights=Group(name="w", meta=torch.empty(7, 3, device="meta")))
-    assert output_shape(linear, (2, 5, 3)) == (2, 5, 7)
-    assert kernel.flops(linear, (2, 5, 3)) == 2 * 10 * 3 * 7
+    op = convolution(8)
+    assert op.output_shape((2, 8, 5, 6)) == (2, 8, 5, 6)
+    assert op.flops((2, 8, 5, 6)) == 2 * (2 * 5 * 6) * 8 * (8 * 9)
+    linear = Op(kind=Kind.LINEAR, weights=group((7, 3), (2, 3)))
+    assert linear.output_shape((2, 5, 3)) == (2, 5, 9)
+    assert linear.flops((2, 5, 3)) == 2 * 10 * 3 * 9
 
 
 @pytest.mark.parametrize("module", [tiler.compute.tuning, tiler.memory.tuning])

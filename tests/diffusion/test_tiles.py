@@ -237,9 +237,9 @@ def test_regions_that_cannot_be() -> None:
         plan_tiles(request(), canvas=(16, 16), tile=(8, 8), overlap=8)
     with pytest.raises(UsageError, match="outside"):
         request(regions=(Region(prompt="r", rows=(0, 256), cols=(0, 64)),))
-    heavy = Region(prompt="heavy", rows=(0, 128), cols=(0, 128), mask_weight=1e300)
-    with pytest.raises(UsageError, match="mask_weight"):
-        plan_tiles(request(prompt=None, regions=(heavy,)), canvas=(16, 16), tile=(8, 8), overlap=2)
+    for weight in (1e300, 0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(UsageError, match="mask_weight"):
+            Region(prompt="heavy", rows=(0, 128), cols=(0, 128), mask_weight=weight)
     for rows in ((64, 0), (0, 0), (-8, 64), (0, 63)):
         with pytest.raises(UsageError):
             Region(prompt="r", rows=rows, cols=(0, 64))

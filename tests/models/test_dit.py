@@ -73,9 +73,9 @@ def got(kind: str, streamer: Streamer, block: Any, x: Tensor, temb: Tensor, rota
     rotation = torch.complex(*(part[:, ::2].contiguous() for part in rotary))[:, None]
     x = x.clone()
     if kind == "joint":
-        joint_block(streamer, block, x, slice(0, TEXT), slice(TEXT, TEXT + IMAGE), *values, rotation)
+        joint_block(streamer, block, x, slice(0, TEXT), slice(TEXT, TEXT + IMAGE), values[0], values[1], rotation)
     else:
-        single_block(streamer, block, x, *values, rotation)
+        single_block(streamer, block, x, values[0], rotation)
     return x
 
 

@@ -11,10 +11,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tiler import RenderRequest
 from tiler.decoding.method import DecodePlan
+from tiler.models.built import Models
 from tiler.models.family import Role, read_family
 from tiler.planning.resolve import fill
 from tiler.planning.tiling import plan_tiling
-from tiler.planning.time import BY_LAYERS, BY_ROWS, OVERHEAD, Counter, Flops, Speed, seconds
+from tiler.planning.time import Counter, Flops, Speed, seconds
 from tiler.request import Decode, Precision, ScratchDtype
 from tiler.weights.checkpoint import resolve
 
@@ -46,30 +47,50 @@ def test_work_is_what_torch_counts(checkpoints: Path, kind: str) -> None:
         )),
         family,
     )  # fmt: skip
-    work = Counter(family).count(one, None)
+    work = Counter(Models(family)).count(one, None)
     assert one.denoiser_samples == 3
     assert work.attention == 3 * attention
     assert work.layers == pytest.approx(3 * layers, rel=1e-3)  # the time embedding is a vector, hardly work
 
 
-def test_time_is_work_over_speed() -> None:
-    speed = Speed(fp32=1e9, int8=2e9, attention=5e8)
-    work = Flops(8_000_000_000, 1_000_000_000)
-    layers, rows = (
-        DecodePlan(
-            kind=kind,
-            encoding=False,
-            why="",
-            memory_bytes=0,
-            folder=Path("."),
-            dtype=ScratchDtype.FP16,
-            flops=3_000_000_000,
-            attention=share,
-        )
-        for kind, share in ((Decode.SAMPLED, (0.25, 1)), (Decode.FROZEN, (0.0, 1)))
-    )
-    for precision, unet in ((Precision.FP32, 8 + 2), (Precision.INT8, 4 + 2)):
-        assert seconds(work, [], speed, precision) == pytest.approx(OVERHEAD[precision] * unet)
-        assert seconds(work, [layers, rows], speed, precision) == pytest.approx(
-            OVERHEAD[precision] * unet + 3 * BY_LAYERS + 1 + 3 * BY_ROWS
-        )
+def decoding(kind: Decode, attention: float = 0.25) -> DecodePlan:
+    return DecodePlan(
+        kind=kind, encoding=False, why="", memory_bytes=0, folder=Path("."), dtype=ScratchDtype.FP16,
+        flops=3_000_000_000, attention=(attention, 1),
+    )  # fmt: skip
+
+
+SPEED, WORK = Speed(fp32=1e9, int8=3e9, attention=5e8), Flops(8_000_000_000, 1_000_000_000)
+
+
+@pytest.mark.parametrize("precision", list(Precision))
+def test_a_machine_twice_as_fast_takes_half_as_long(precision: Precision) -> None:
+    methods = [decoding(Decode.SAMPLED), decoding(Decode.FROZEN, 0)]
+    fast = Speed(*(2 * value for value in SPEED))
+    assert seconds(WORK, methods, fast, precision) == pytest.approx(seconds(WORK, methods, SPEED, precision) / 2)
+
+
+@pytest.mark.parametrize("kind", [Decode.SAMPLED, Decode.FROZEN])
+def test_no_time_is_below_what_the_arithmetic_takes(kind: Decode) -> None:
+    denoising = WORK.layers / SPEED.fp32 + WORK.attention / SPEED.attention
+    method = decoding(kind)
+    assert seconds(WORK, [], SPEED, Precision.FP32) > denoising
+    assert seconds(Flops(0, 0), [method], SPEED, Precision.FP32) > (method.flops + method.attention_flops) / SPEED.fp32
+
+
+def test_each_part_of_a_render_adds_its_time() -> None:
+    methods = [decoding(Decode.SAMPLED), decoding(Decode.FROZEN)]
+    parts = [
+        seconds(WORK, [], SPEED, Precision.FP32),
+        *(seconds(Flops(0, 0), [m], SPEED, Precision.FP32) for m in methods),
+    ]
+    assert seconds(WORK, methods, SPEED, Precision.FP32) == pytest.approx(sum(parts))
+    assert seconds(WORK.plus(WORK), [], SPEED, Precision.FP32) == pytest.approx(2 * parts[0])
+    assert seconds(Flops(0, 0), [decoding(Decode.SAMPLED, 0.5)], SPEED, Precision.FP32) > parts[1]
+
+
+def test_int8_saves_time_where_its_products_are_faster_and_only_in_the_denoiser() -> None:
+    assert seconds(WORK, [], SPEED, Precision.INT8) < seconds(WORK, [], SPEED, Precision.FP32)
+    method = [decoding(Decode.SAMPLED)]
+    alone = [seconds(Flops(0, 0), method, SPEED, precision) for precision in (Precision.INT8, Precision.FP32)]
+    assert alone[0] == alone[1]

@@ -12,6 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from tiler.compute import cpu, measure
+from tiler.compute.cpu import Isa
+from tiler.compute.kernels import Kind
+from tiler.compute.measure import TableShape
+from tiler.compute.tuning import KERNELS_OF
+
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 FILES = sorted(SCRIPTS.rglob("*.py"))
 
@@ -36,6 +42,24 @@ def test_imported_names_exist(path: Path) -> None:
     for module, name in imported_names(path.read_text()):
         if not hasattr(importlib.import_module(module), name):
             importlib.import_module(f"{module}.{name}")  # a module, or an error that names it
+
+
+def test_calibrate_gives_a_row_for_a_lesser_processor(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a process that pretends to have AVX2 and no more: the row names the kernels that this processor's table may have."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    calibrate = importlib.import_module("calibrate")
+    shape = TableShape(Kind.LINEAR, (64, 64), (1, 16, 64))
+    monkeypatch.setattr(measure, "TABLE_SHAPES", (shape,))
+    monkeypatch.setattr(calibrate, "TABLE_SHAPES", (shape,))
+    monkeypatch.setattr(cpu, "flags", cpu.flags)  # what the row changes is put back
+    calibrate.row(Isa.AVX2)
+    assert cpu.isa() is Isa.AVX2
+    times, *rows = capsys.readouterr().out.splitlines()
+    assert shape.label in times and "fp32" in times and "GF/s" in times
+    assert [line.split(":")[0] for line in rows] == ["Isa.AVX2"] * len(KERNELS_OF[Isa.AVX2])
+    assert sorted(ast.literal_eval(rows[0].split(": ")[2])) == sorted(KERNELS_OF[Isa.AVX2]["linear"])
 
 
 @pytest.mark.parametrize("path", [p for p in FILES if "argparse" in p.read_text()], ids=lambda path: path.stem)

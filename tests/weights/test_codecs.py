@@ -78,7 +78,7 @@ def test_a_tensor_behind_an_axis_of_length_1_is_read_by_its_rows(tmp_path: Path)
     table = torch.randn(1, 6, 4)
     save_file({"table": table, "scale": torch.randn(6, 1)}, tmp_path / "x.safetensors")
     index = read_index(tmp_path / "x.safetensors")
-    viewed = {"table": index["table"].viewed((6, 4)), "scale": index["scale"].viewed((6,))}
+    viewed = {"table": index["table"].reshaped((6, 4)), "scale": index["scale"].reshaped((6,))}
     with WeightStore(viewed) as store:
         assert torch.equal(store.rows("table", [5, 0]), table[0, [5, 0]])
         assert store.load("scale").shape == (6,)

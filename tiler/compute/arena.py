@@ -38,7 +38,7 @@ class Held:
 
     def __init__(self, arena: Arena, arena_bytes: int, short: Callable[[], bool], *, stays: bool) -> None:
         self.arena_bytes, self.stays = arena_bytes, stays
-        self.prepared: dict[tuple[str, int, str], list[Prepared]] = {}
+        self.prepared: dict[tuple[object, str], list[Prepared]] = {}
         self._arena, self._short = arena, short
         self._filled = 0
 

@@ -23,19 +23,18 @@ from tiler.compute.kernels import (
     Policy,
     Prepared,
     Shape,
-    finished,
-    output_shape,
     read_pieces,
 )
+from tiler.compute.steps import add_low_rank, finished, made_input
+from tiler.compute.tuning import INT8_BAND_ROWS as BAND_ROWS
+from tiler.compute.tuning import INT8_BAND_SUMS as BAND_SUMS
+from tiler.compute.tuning import INT8_CHUNK as CHUNK
+from tiler.compute.tuning import INT8_WINDOWS_BYTES as WINDOWS_BYTES
 from tiler.memory import process
 from tiler.weights.store import PIECE_ELEMENTS, WeightStore, piece_rows
 
 STEPS = 254  # of an activation in 0 to 255, one of them for rounding
 MIDDLE = 128
-CHUNK = 2**18  # values quantised at a time: fp32 between two steps stays in the cache
-# Of a product at a time: sums, but no fewer rows. oneDNN copies the weight in its own blocks anew for each.
-BAND_SUMS, BAND_ROWS = 3 * 2**19, 256
-WINDOWS_BYTES = 7 * 2**20  # of a convolution's windows at a time: just below what the allocator maps anew each time
 
 
 class Packed(NamedTuple):
@@ -74,9 +73,9 @@ def pack(first: int, rows: Tensor, scale: Tensor) -> Packed:
         return Packed(first, first + n, onednn.matrix(rows), scale)
 
 
-def is_pointwise(op: Op) -> bool:
-    """Whether a convolution is a linear layer of its pixels."""
-    return op.group.shape[2:] == (1, 1) and op.geometry == onednn.Geometry((0, 0), (1, 1), (1, 1), 1)
+def is_pointwise(shape: Shape, geometry: onednn.Geometry) -> bool:
+    """Whether a convolution with a weight of `shape` is a linear layer of its pixels."""
+    return tuple(shape[2:]) == (1, 1) and geometry == onednn.Geometry((0, 0), (1, 1), (1, 1), 1)
 
 
 def quantize_tokens(x: Tensor) -> Quantized:
@@ -171,54 +170,61 @@ class Int8(Kernel):
     in_arena = False
 
     def suits(self, op: Op, shape: Shape | None, policy: Policy) -> bool:
-        return op.weights is not None and op.weights.name in policy.int8
+        return op.weights is not None and policy.int8.issuperset(op.weights.names)
 
     def held_bytes(self, op: Op, shape: Shape | None) -> int:
         return op.group.numel
 
     def transient_bytes(self, op: Op, shape: Shape | None) -> int:
         """A piece as it is stored."""
-        return op.group.row * min(op.group.shape[0], piece_rows(op.group.row, PIECE_ELEMENTS))
+        most = max(weight.outputs for weight in op.group.weights)
+        return op.group.row * min(most, piece_rows(op.group.row, PIECE_ELEMENTS))
 
     def prepare(self, store: WeightStore | None, op: Op, shape: Shape, place: Place) -> Iterator[Prepared]:
-        group = op.group
-        if store is None:
-            # As stored, copied and packed: counted.
-            planned = (
-                None if place.stays else group.meta.new_empty(3 * self.transient_bytes(op, None), dtype=torch.int8)
-            )
-            yield Prepared(0, group.shape[0], (group.meta, group.meta))
-            del planned
-            return
-        scale = store.scale(group.name)[group.first :]
-        for first, last, rows in read_pieces(store, group, place, torch.int8):
-            packed = pack(first, rows, scale[first:last])
-            yield Prepared(first, last, (packed.weight, packed.scale))
+        for number, weight in enumerate(op.group.weights):
+            if store is None:
+                # As stored, copied and packed: counted.
+                transient = 0 if place.stays else 3 * self.transient_bytes(op, None)
+                planned = weight.meta.new_empty(transient, dtype=torch.int8)
+                yield Prepared(0, weight.outputs, (weight.meta, weight.meta), number)
+                del planned
+                continue
+            scale = store.scale(weight.name)[weight.first :]
+            for first, last, rows in read_pieces(store, weight, place, torch.int8):
+                packed = pack(first, rows, scale[first:last])
+                yield Prepared(first, last, (packed.weight, packed.scale), number)
 
-    def empty(self, op: Op, x: Tensor, shape: Shape) -> Tensor:
-        # Output channels are the last axis in memory.
-        layout = torch.channels_last if op.kind is Kind.CONVOLUTION else torch.contiguous_format
-        return torch.empty(output_shape(op, shape), device=x.device, memory_format=layout)
-
-    def share(self, op: Op, parts: tuple[Tensor, ...]) -> Quantized | None:
-        return quantize_tokens(parts[0]) if op.kind is Kind.LINEAR and len(parts) == 1 else None
-
-    def apply(self, op: Op, x: Operands, prepared: Iterable[Prepared], out: Tensor) -> Tensor:
-        (made,), bias = x.parts, op.epilogue.bias
+    def begin(self, op: Op, x: Operands) -> Operands:
+        """`made`: the samples quantised, and what they were made of where a low-rank path will ask for it."""
+        whole = made_input(op.input, x.parts)
         if op.kind is Kind.LINEAR:  # a token has a scale of its own: samples are tokens like others
-            samples, outs = [quantize_tokens(made) if x.shared is None else x.shared], out[None]
-        elif is_pointwise(op):  # then each pixel is a token
-            samples, outs = [quantize_pixels(sample) for sample in made], out.permute(0, 2, 3, 1)
+            samples = [quantize_tokens(whole)]
+        elif op.geometry is not None and is_pointwise(op.group.shape, op.geometry):  # then each pixel is a token
+            samples = [quantize_pixels(sample) for sample in whole]
         else:
             assert op.geometry is not None and op.geometry.groups == 1 and op.geometry.dilation == (1, 1)
-            samples = [quantize_image(sample, *op.geometry.padding) for sample in made]
-            outs = out.permute(0, 2, 3, 1)
-        for first, last, (weight, scale) in prepared:
+            samples = [quantize_image(sample, *op.geometry.padding) for sample in whole]
+        low_rank = any(weight.low_rank is not None for weight in op.group.weights)
+        return x._replace(parts=(), made=(samples, tuple(whole.shape), whole if low_rank else None))
+
+    def apply(self, op: Op, x: Operands, prepared: Iterable[Prepared]) -> tuple[Tensor, ...]:
+        samples, shape, whole = x.made
+        # Output channels are the last axis in memory.
+        layout = torch.channels_last if op.kind is Kind.CONVOLUTION else torch.contiguous_format
+        device = samples[0].values.device
+        outs = [
+            torch.empty(op.output_shape(shape, weight.outputs), device=device, memory_format=layout)
+            for weight in op.group.weights
+        ]
+        for first, last, (weight, scale), number in prepared:
+            out, bias = outs[number], op.group.weights[number].bias
             packed, part = Packed(first, last, weight, scale), None if bias is None else bias[first:last]
-            for sample, filled in zip(samples, outs, strict=True):
+            planes = out[None] if op.kind is Kind.LINEAR else out.permute(0, 2, 3, 1)
+            for sample, filled in zip(samples, planes, strict=True):
                 into = filled[..., first:last]
-                if op.geometry is None or is_pointwise(op):
+                if op.geometry is None or is_pointwise(op.group.shape, op.geometry):
                     linear(sample, packed, part, into)
                 else:
                     conv2d(sample, packed, part, into, taps=op.group.shape[2:], stride=op.geometry.stride)
-        return finished(op, made, out, x.residual)
+        add_low_rank(op.group, whole, outs)
+        return finished(op.epilogue, outs, x.residual)

@@ -1,8 +1,8 @@
 """An operation as data, and what a kernel has to answer to run it.
 
 An `Op` says all of it: how its input is put together, normalised and activated, which weights it takes, and what follows
-the product. A kernel takes as much of that in one go as it can; the functions at the end do the rest step by step. Kernels
-are chosen by choose.py; the streamer (stream.py) owns the memory that they prepare weights in.
+the product. A kernel takes as much of that in one go as it can; steps.py does the rest step by step. Kernels are chosen by
+choose.py; the streamer (stream.py) owns the memory that they prepare weights in.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from enum import StrEnum
 from typing import Any, NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tiler.compute.onednn import Geometry
@@ -31,26 +30,53 @@ class Kind(StrEnum):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Group:
-    """The weights of an operation: the tensor's name in the store, and its shape (outputs, inputs, *taps) on the meta device;
-    `first` is the tensor's row where they begin, if they are a part of it."""
+class Weight:
+    """A tensor's name in the store and its shape (outputs, inputs, *taps) on the meta device; `first` is its row where these
+    outputs begin, if they are a part of it. With it go its bias (outputs,), and a linear layer's low-rank path, which adds
+    `up · (down · input)`: down (rank, inputs), up (outputs, rank)."""
 
     name: str
     meta: Tensor
     first: int = 0
+    bias: Tensor | None = None
+    low_rank: tuple[Tensor, Tensor] | None = None
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.meta.shape)
+    def outputs(self) -> int:
+        return len(self.meta)
 
     @property
     def row(self) -> int:
         """Elements of what makes one output."""
-        return math.prod(self.shape[1:])
+        return math.prod(self.meta.shape[1:])
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Group:
+    """The weights of an operation, of one input and of equal taps: several are like one whose outputs are all of theirs."""
+
+    weights: tuple[Weight, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(weight.name for weight in self.weights)
+
+    @property
+    def key(self) -> tuple[tuple[str, int, int], ...]:
+        """What tells it from other groups."""
+        return tuple((weight.name, weight.first, weight.outputs) for weight in self.weights)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (sum(weight.outputs for weight in self.weights), *self.weights[0].meta.shape[1:])
+
+    @property
+    def row(self) -> int:
+        return self.weights[0].row
 
     @property
     def numel(self) -> int:
-        return self.meta.numel()
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,13 +90,11 @@ class Input:
 
 @dataclass(frozen=True, kw_only=True)
 class Epilogue:
-    """What follows the product, in this order: bias (outputs,), the low-rank path `up · (down · input)` from (down (rank, in),
-    up (outputs, rank)), `activation` or GEGLU (first half × gelu(second half)), and the residual that comes with the input."""
+    """What follows the product and its bias, in this order: `activation`, and the residual that comes with the input. A `glu`
+    halves the outputs (of a group of two weights: those of the one and of the other) to first · activation(second)."""
 
-    bias: Tensor | None = None
-    low_rank: tuple[Tensor, Tensor] | None = None
     activation: nn.Module | None = None
-    geglu: bool = False
+    glu: bool = False
     residual: bool = False
 
 
@@ -89,21 +113,41 @@ class Op:
         assert self.weights is not None, self.kind
         return self.weights
 
+    def output_shape(self, shape: Shape, outputs: int | None = None) -> tuple[int, ...]:
+        """The product's shape for a joined input (n, in, h, w) of a convolution, (n, ..., in) of a linear layer: all outputs of
+        the group, or so many of them."""
+        if self.kind is Kind.ATTENTION:
+            return tuple(shape)
+        channels = self.group.shape[0] if outputs is None else outputs
+        if self.geometry is None:
+            return (*shape[:-1], channels)
+        padding, stride, dilation, _ = self.geometry
+        sides = zip(shape[2:], padding, dilation, self.group.shape[2:], stride, strict=True)
+        return (shape[0], channels, *((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, p, d, k, s in sides))
+
+    def flops(self, shape: Shape) -> int:
+        """The product's arithmetic, two for each multiply-add, as if no kernel saved any."""
+        if self.kind is Kind.ATTENTION:
+            return 4 * math.prod(shape) * shape[-2]
+        return 2 * math.prod(self.output_shape(shape, 1)) * self.group.numel
+
 
 class Operands(NamedTuple):
-    """What an operation is applied to. `shared` is what the kernel's `share` made of the parts, if that was done before."""
+    """What an operation is applied to. `made` is what the kernel's `begin` made of the parts."""
 
     parts: tuple[Tensor, ...]
     residual: Tensor | None = None
-    shared: Any = None
+    made: Any = None
 
 
 class Prepared(NamedTuple):
-    """Outputs [first, last) of a weight as a kernel computes with them."""
+    """Outputs [first, last) of the group's weight of that number, as a kernel computes with them. Only the kernel that
+    prepared it looks inside."""
 
     first: int
     last: int
     tensors: tuple[Tensor, ...]
+    weight: int = 0
 
 
 class Place(Protocol):
@@ -131,8 +175,12 @@ class Policy:
 
 
 class Kernel(ABC):
-    """How an operation runs. Shapes are those of the joined input; None stands for any. Everything works on meta tensors, with
-    `store` None, and then counts what it would take."""
+    """How an operation runs: `begin` what needs no weights, `prepare` these, `apply`.
+
+    Shapes are those of the joined input; None stands for any. Everything works on meta tensors, with `store` None, and then
+    counts what it would take. Which kernel a weight gets, and what its weights take, is asked of each layer alone (no norm, no
+    epilogue, no group) when memory is planned: the answers must be the same, and a group's the sum.
+    """
 
     name: str
     in_arena = True  # whether what it prepares lies in the arena, or beside it
@@ -152,45 +200,19 @@ class Kernel(ABC):
         """What is needed beside them while they are being prepared."""
         return 0
 
-    def flops(self, op: Op, shape: Shape) -> int:
-        """The operation's arithmetic, two for each multiply-add, as if no kernel saved any."""
-        if op.kind is Kind.ATTENTION:
-            return 4 * math.prod(shape) * shape[-2]
-        channel = 1 if op.kind is Kind.CONVOLUTION else -1
-        places = math.prod(output_shape(op, shape)) // output_shape(op, shape)[channel]
-        return 2 * places * op.group.numel
-
     @abstractmethod
     def prepare(self, store: WeightStore | None, op: Op, shape: Shape, place: Place) -> Iterable[Prepared]:
         """The weights in pieces; for a place that stays, all of them at once may be asked for."""
 
-    def empty(self, op: Op, x: Tensor, shape: Shape) -> Tensor:
-        """What `apply` fills for a joined input of `shape` like `x`."""
-        return torch.empty(output_shape(op, shape), device=x.device)
-
-    def share(self, op: Op, parts: tuple[Tensor, ...]) -> Any:
-        """What several operations on the same parts can make once; None where there is nothing."""
-        return None
-
+    @abstractmethod
     def begin(self, op: Op, x: Operands) -> Operands:
-        """What is done before weights are fetched: the whole input, by a kernel that does not fuse it."""
-        return x._replace(parts=(made_input(op, x.parts),))
+        """The input joined, normalised, activated, quantised: all that is done before weights are fetched, in `made`. It serves
+        every operation with this input, whatever its weights and epilogue."""
 
     @abstractmethod
-    def apply(self, op: Op, x: Operands, prepared: Iterable[Prepared], out: Tensor) -> Tensor:
-        """The result: `out` filled, or the operator's own tensor. Never depends on how many samples `x` holds."""
-
-
-def output_shape(op: Op, shape: Shape) -> tuple[int, ...]:
-    """The product's shape: of (n, in, h, w) for a convolution, (..., in) for a linear layer."""
-    if op.kind is Kind.ATTENTION:
-        return tuple(shape)
-    if op.geometry is None:
-        return (*shape[:-1], op.group.shape[0])
-    padding, stride, dilation, _ = op.geometry
-    taps = op.group.shape[2:]
-    sides = zip(shape[2:], padding, dilation, taps, stride, strict=True)
-    return (shape[0], op.group.shape[0], *((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, p, d, k, s in sides))
+    def apply(self, op: Op, x: Operands, prepared: Iterable[Prepared]) -> tuple[Tensor, ...]:
+        """The result for each weight of the group, in tensors of its own; one for a `glu`. x: what `begin` returned. Never
+        depends on how many samples there are."""
 
 
 def input_shape(op: Op, parts: Sequence[Tensor]) -> tuple[int, ...]:
@@ -200,77 +222,26 @@ def input_shape(op: Op, parts: Sequence[Tensor]) -> tuple[int, ...]:
     return (len(parts[0]), sum(part.shape[1] for part in parts), *parts[0].shape[2:])
 
 
-def step_rows(store: WeightStore | None, group: Group) -> int:
-    """Outputs of a piece: the same cuts held or streamed, so the arithmetic is the same."""
-    return piece_rows(group.row, PIECE_ELEMENTS if store is None else store.piece_elements)
+def step_rows(store: WeightStore | None, row: int) -> int:
+    """Outputs of a piece, each made of `row` elements: the same cuts held or streamed, so the arithmetic is the same."""
+    return piece_rows(row, PIECE_ELEMENTS if store is None else store.piece_elements)
 
 
-def pieces(store: WeightStore, group: Group) -> list[Piece]:
-    """The group's rows of its tensor, cut as they are read."""
-    step, end = step_rows(store, group), group.first + group.shape[0]
-    return [Piece(group.name, first, min(first + step, end)) for first in range(group.first, end, step)]
+def weight_pieces(store: WeightStore, weight: Weight, elements: int | None = None) -> Iterator[tuple[int, Piece]]:
+    """The weight as it is read, up to `elements` at a time: the first output of each piece, and its rows in the store."""
+    step = piece_rows(weight.row, min(elements or store.piece_elements, store.piece_elements))
+    for first in range(0, weight.outputs, step):
+        last = min(first + step, weight.outputs)
+        yield first, Piece(weight.name, weight.first + first, weight.first + last)
 
 
 def read_pieces(
-    store: WeightStore, group: Group, place: Place, dtype: torch.dtype = torch.float32, *, channels_last: bool = False
+    store: WeightStore, weight: Weight, place: Place, dtype: torch.dtype = torch.float32, *, channels_last: bool = False
 ) -> Iterator[tuple[int, int, Tensor]]:
     """First, last + 1 and the rows themselves in fp32 or int8, piece by piece in the same room."""
-    for piece in pieces(store, group):
-        shape = piece.last - piece.first, *group.shape[1:]
+    for first, piece in weight_pieces(store, weight):
+        shape = piece.last - piece.first, *weight.meta.shape[1:]
         rows = place.room(math.prod(shape), dtype)
         rows = rows.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1) if channels_last else rows.view(shape)
         store.fetch(piece, rows)
-        yield piece.first - group.first, piece.last - group.first, rows
-
-
-def made_input(op: Op, parts: tuple[Tensor, ...]) -> Tensor:
-    """The parts joined, normalised and activated, step by step."""
-    x = joined(parts)
-    if op.input.norm is not None:
-        x = normed(op.input.norm, x)
-    if op.input.activation is not None:
-        # In place only where the tensor is ours.
-        x = activated(op.input.activation, x.clone() if x is parts[0] else x)
-    return x
-
-
-def finished(op: Op, x: Tensor, out: Tensor, residual: Tensor | None) -> Tensor:
-    """`out` with all that follows the bias, step by step; x: the input of the product."""
-    after = op.epilogue
-    if after.low_rank is not None:
-        down, up = after.low_rank
-        out += F.linear(F.linear(x, down), up)
-    if after.geglu:
-        hidden, gate = out.chunk(2, dim=-1)
-        out = hidden * F.gelu(gate)
-    elif after.activation is not None:
-        out = activated(after.activation, out)
-    if residual is not None:
-        out += residual
-    return out
-
-
-def joined(parts: tuple[Tensor, ...]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-
-
-def normed(norm: nn.Module, x: Tensor) -> Tensor:
-    """A GroupNorm of each sample by itself: of several, torch cuts its sums between threads where that depends on their number."""
-    if len(x) == 1:
-        first: Tensor = norm(x)
-        return first
-    out = torch.empty_like(x)
-    for sample, filled in zip(x.split(1), out.split(1), strict=True):
-        filled.copy_(norm(sample))
-    return out
-
-
-def activated(act: nn.Module, x: Tensor) -> Tensor:
-    """`x` activated in place, each sample by itself: torch computes the last few values of a thread's share in another way,
-    and shares depend on the number of samples."""
-    for sample in x.split(1):
-        if isinstance(act, nn.SiLU):
-            F.silu(sample, inplace=True)
-        else:
-            sample.copy_(act(sample))
-    return x
+        yield first, first + shape[0], rows

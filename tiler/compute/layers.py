@@ -1,46 +1,38 @@
 """Layers that fetch their weights when they run.
 
 `stream_layers` turns the Linear, Conv2d and Embedding layers of a meta-device module into them; norms and biases, which are
-small, are loaded at once. A layer is an operation (kernels.py): what is computed before and after its product may be handed
-in with a call, so that a kernel which can do it all at once gets it whole.
+small, are loaded at once. A layer is an operation (kernels.py): `convolve`, `linear` and `linear_layers` take what is computed
+before and after its product, so that a kernel which can do it all at once gets it whole. They serve plain layers too, step by
+step.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 from torch import Tensor, nn
 
 from tiler.compute import cpu
 from tiler.compute.choose import choose_kernel
-from tiler.compute.kernels import (
-    Epilogue,
-    Group,
-    Input,
-    Kernel,
-    Kind,
-    Op,
-    Operands,
-    Policy,
-    activated,
-    input_shape,
-    joined,
-    normed,
-)
+from tiler.compute.kernels import Epilogue, Group, Input, Kind, Op, Operands, Policy, Weight, input_shape
 from tiler.compute.onednn import Geometry
+from tiler.compute.steps import finished, made_input
 
 if TYPE_CHECKING:
     from tiler.compute.stream import Streamer
 
-SMALL = 64 * 1024  # parameters of up to this many elements are loaded at once and stay
-_PLAIN = Input()
+# Parameters of up to this many elements are loaded at once and stay. A choice, no measurement: SD 1.5's take 2 MB together, and
+# reading them at every pass would be more reads than all its other weights are.
+SMALL = 64 * 1024
+_PLAIN, _NOTHING = Input(), Epilogue()
+
+_T = TypeVar("_T")
 
 
 class StreamedLayer(nn.Module):
-    """What the streamed classes share: a meta weight for its shape, the parameter's name, and where to get it; `first` is the
+    """What the streamed classes share: a meta weight for its shape, the parameter's name, and where to get it. `first` is the
     parameter's row where the weight begins."""
 
     weight: Tensor
@@ -49,23 +41,9 @@ class StreamedLayer(nn.Module):
     kind: Kind
     first: int = 0
 
-    def op(self, made_of: Input = _PLAIN, *, residual: bool = False) -> Op:
+    def op(self, made_of: Input = _PLAIN, after: Epilogue = _NOTHING) -> Op:
         """The layer as an operation."""
-        bias: Tensor | None = self.bias  # type: ignore[assignment]
-        geometry = Geometry.of(self) if isinstance(self, nn.Conv2d) else None
-        epilogue = Epilogue(bias=bias, residual=residual)
-        group = Group(name=self.key, meta=self.weight, first=self.first)
-        return Op(kind=self.kind, weights=group, geometry=geometry, input=made_of, epilogue=epilogue)
-
-    def compute(self, op: Op, x: Operands, out: Tensor | None = None) -> Tensor:
-        """The operation by the kernel that was chosen for it, under one read of the weight for all samples."""
-        shape = input_shape(op, x.parts)
-        kernel = self.streamer.kernel(op, shape)
-        x = kernel.begin(op, x)
-        if out is None:
-            out = kernel.empty(op, x.parts[0], shape)
-        with _held(self, kernel):
-            return kernel.apply(op, x, self.streamer.prepared(op, kernel, shape), out)
+        return _op([self], made_of, after)
 
 
 class StreamedLinear(nn.Linear, StreamedLayer):
@@ -73,16 +51,15 @@ class StreamedLinear(nn.Linear, StreamedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (batch, ..., in) fp32 → (batch, ..., out)."""
-        return self.compute(self.op(), Operands((x,)))
+        return linear(self, x)
 
 
 class StreamedConv2d(nn.Conv2d, StreamedLayer):
     kind = Kind.CONVOLUTION
 
-    def forward(self, *parts: Tensor, made_of: Input = _PLAIN, residual: Tensor | None = None) -> Tensor:
-        """parts: (batch, C, height, width) fp32 each, joined, normed and activated first → (batch, out, height', width'), plus
-        `residual`."""
-        return self.compute(self.op(made_of, residual=residual is not None), Operands(parts, residual))
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (batch, in, height, width) fp32 → (batch, out, height', width')."""
+        return convolve(self, x)
 
     @property
     def rows_together(self) -> int:
@@ -93,7 +70,8 @@ class StreamedConv2d(nn.Conv2d, StreamedLayer):
 class StreamedEmbedding(nn.Embedding, StreamedLayer):
     def forward(self, ids: Tensor) -> Tensor:
         """ids: (batch, n) → (batch, n, width) fp32; only the rows that occur are read."""
-        assert self.streamer.store is not None
+        if self.streamer.store is None:
+            return self.weight.new_empty(*ids.shape, self.weight.shape[1])
         unique, back = ids.unique(return_inverse=True)
         return self.streamer.store.rows(self.key, unique.tolist())[back]
 
@@ -105,56 +83,90 @@ def rows_of(layer: nn.Linear, first: int, last: int) -> nn.Linear:
     nn.Module.__init__(part)
     part.in_features, part.out_features = layer.in_features, last - first
     part.weight = nn.Parameter(layer.weight[first:last], requires_grad=False)
-    part.bias = None if layer.bias is None else nn.Parameter(layer.bias[first:last], requires_grad=False)  # type: ignore[assignment]
+    bias = None if layer.bias is None else nn.Parameter(layer.bias[first:last], requires_grad=False)
+    part.register_parameter("bias", bias)
     if isinstance(layer, StreamedLinear) and isinstance(part, StreamedLinear):
         part.key, part.streamer, part.first = layer.key, layer.streamer, layer.first + first
     return part
 
 
 def convolve(
-    conv: Callable[..., Tensor], *parts: Tensor, norm: nn.Module, activation: nn.Module, residual: Tensor | None = None
+    layer: nn.Module,
+    *parts: Tensor,
+    norm: nn.Module | None = None,
+    activation: nn.Module | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """`conv` of the parts joined, normed and activated, plus `residual`: one operation where the layer is streamed."""
-    if isinstance(conv, StreamedConv2d):
-        made_of = Input(parts=len(parts), norm=norm, activation=activation)
-        out: Tensor = conv(*parts, made_of=made_of, residual=residual)
-        return out
-    out = conv(activated(activation, normed(norm, joined(parts))))
-    return out if residual is None else out.add_(residual)
+    """A convolution of the parts, (n, C, h, w) fp32 each, joined, normed and activated first, plus `residual`."""
+    made_of = Input(parts=len(parts), norm=norm, activation=activation)
+    (out,) = _compute([layer], parts, made_of, Epilogue(residual=residual is not None), residual)
+    return out
 
 
-def linear_layers(layers: Sequence[Callable[..., Tensor]], x: Tensor) -> list[Tensor]:
-    """What several linear layers make of one input; what their kernel can make of it for all of them is made once."""
-    streamed = [(layer, layer.op()) for layer in layers if isinstance(layer, StreamedLinear)]
-    shape = tuple(x.shape)
-    kernels = {layer.streamer.kernel(op, shape) for layer, op in streamed}
-    shared: Any = None
-    if len(streamed) == len(layers) and len(kernels) == 1:
-        shared = next(iter(kernels)).share(streamed[0][1], (x,))
-    if shared is None:
-        return [layer(x) for layer in layers]
-    (kernel,) = kernels
-    results = [kernel.empty(op, x, shape) for _, op in streamed]
-    for (layer, op), out in zip(streamed, results, strict=True):
-        layer.compute(op, Operands((x,), shared=shared), out)
-    return results
+def linear(
+    layer: nn.Module,
+    x: Tensor,
+    *,
+    norm: nn.Module | None = None,
+    activation: nn.Module | None = None,
+    glu: bool = False,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """A linear layer of x, (n, ..., in) fp32, normed first. `activation` follows the product; with `glu` the result is the
+    product's first half · activation(its second half). Then comes `residual`."""
+    after = Epilogue(activation=activation, glu=glu, residual=residual is not None)
+    (out,) = _compute([layer], (x,), Input(norm=norm), after, residual)
+    return out
 
 
-def attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Attention, an operation without weights: (n, heads, tokens, width) each → the queries' shape."""
-    op, parts = _ATTENTION, (queries, keys, values)
-    kernel = choose_kernel(op, tuple(queries.shape), Policy(), cpu.isa())
-    return kernel.apply(op, Operands(parts), (), queries)
+def linear_layers(layers: Sequence[nn.Module], x: Tensor, *, norm: nn.Module | None = None) -> tuple[Tensor, ...]:
+    """What several linear layers make of one input, normed first: one operation where all are streamed."""
+    return _compute(layers, (x,), Input(norm=norm), _NOTHING, None)
+
+
+def attend(queries: Tensor, keys: Tensor, values: Tensor, layer: nn.Module | None = None) -> Tensor:
+    """Attention, an operation without weights: (n, heads, tokens, width) each → the queries' shape. `layer` made one of them:
+    attention is computed under the same policy."""
+    policy = layer.streamer.policy if isinstance(layer, StreamedLayer) else Policy()
+    kernel = choose_kernel(_ATTENTION, tuple(queries.shape), policy, cpu.isa())
+    (out,) = kernel.apply(_ATTENTION, kernel.begin(_ATTENTION, Operands((queries, keys, values))), ())
+    return out
 
 
 _ATTENTION = Op(kind=Kind.ATTENTION, input=Input(parts=3))
 
 
-def _held(layer: StreamedLayer, kernel: Kernel) -> AbstractContextManager[None]:
-    """Its weight is held for all samples, if it fits, the kernel gains by it, and weights are not held already."""
-    streamer = layer.streamer
-    held = streamer.holding or not kernel.holds_alone or not streamer.fits(layer)
-    return nullcontext() if held else streamer.hold(layer)
+def _op(layers: Sequence[StreamedLayer], made_of: Input, after: Epilogue) -> Op:
+    """Layers of one input as an operation."""
+    layer = layers[0]
+    geometry = Geometry.of(layer) if isinstance(layer, nn.Conv2d) else None
+    weights = (Weight(name=one.key, meta=one.weight, first=one.first, bias=one.bias) for one in layers)  # type: ignore[arg-type]
+    return Op(kind=layer.kind, weights=Group(weights=tuple(weights)), geometry=geometry, input=made_of, epilogue=after)
+
+
+def _compute(
+    layers: Sequence[nn.Module], parts: tuple[Tensor, ...], made_of: Input, after: Epilogue, residual: Tensor | None
+) -> tuple[Tensor, ...]:
+    """Layers of one input, and what surrounds them, by the kernel that was chosen for them, under one read of the weights for
+    all samples; step by step where one is not streamed."""
+    streamed = [layer for layer in layers if isinstance(layer, StreamedLayer)]
+    if len(streamed) < len(layers):
+        made = made_input(made_of, parts)
+        return finished(after, [layer(made) for layer in layers], residual)
+    op, streamer = _op(streamed, made_of, after), streamed[0].streamer
+    shape = input_shape(op, parts)
+    kernel = streamer.kernel(op, shape)
+    x = kernel.begin(op, Operands(parts, residual))
+    if kernel.holds_alone and streamer.fits(*streamed):
+        with streamer.hold(*streamed):
+            return kernel.apply(op, x, streamer.prepared(op, kernel, shape))
+    return kernel.apply(op, x, streamer.prepared(op, kernel, shape))
+
+
+def as_unit(module: nn.Module, forward: Callable[..., _T], *args: object) -> _T:
+    """`forward(*args)`, which runs all layers of `module`: sample by sample while its weights are held, if they can be."""
+    layers = streamed_layers(module)
+    return layers[0].streamer.run_unit(module, forward, *args) if layers else forward(*args)
 
 
 def streamed_layers(module: nn.Module) -> list[StreamedLayer]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
@@ -20,7 +20,7 @@ from tiler.compute.arena import Arena, Held
 from tiler.compute.choose import KERNELS, choose_kernel
 from tiler.compute.cpu import Isa, isa
 from tiler.compute.int8 import quantize_rows
-from tiler.compute.kernels import Group, Kernel, Kind, Op, Operands, Policy
+from tiler.compute.kernels import Group, Kernel, Kind, Op, Operands, Policy, Weight
 from tiler.compute.tuning import ARENA_BYTES, KERNELS_OF
 from tiler.weights.index import read_index
 from tiler.weights.store import SCALE, WeightStore
@@ -41,8 +41,8 @@ class TableShape(NamedTuple):
 
     def op(self) -> Op:
         geometry = onednn.Geometry((1, 1), (1, 1), (1, 1), 1) if self.kind is Kind.CONVOLUTION else None
-        group = Group(name=_NAME, meta=torch.empty(self.weight, device="meta"))
-        return Op(kind=self.kind, weights=group, geometry=geometry)
+        weight = Weight(name=_NAME, meta=torch.empty(self.weight, device="meta"))
+        return Op(kind=self.kind, weights=Group(weights=(weight,)), geometry=geometry)
 
 
 TABLE_SHAPES = (
@@ -65,7 +65,7 @@ def _candidates(shape: TableShape) -> list[Kernel]:
 
 
 @torch.no_grad()
-def timings(shape: TableShape, rounds: int = 5) -> dict[str, float]:
+def timings(shape: TableShape, rounds: int = 5, clock: Callable[[], float] = time.perf_counter) -> dict[str, float]:
     """Seconds of each kernel that can run a layer of that shape, its weight prepared before."""
     generator = torch.Generator().manual_seed(0)
     weight, x = (torch.randn(size, generator=generator) for size in (shape.weight, shape.x))
@@ -76,43 +76,44 @@ def timings(shape: TableShape, rounds: int = 5) -> dict[str, float]:
         save_file({_NAME: rows, _NAME + SCALE: scale}, Path(folder) / "int8.safetensors")
         for kernel in _candidates(shape):
             file = "int8" if kernel.name == "int8" else "fp32"
-            times[kernel.name] = _seconds(kernel, shape, x, Path(folder) / f"{file}.safetensors", rounds)
+            with _ready(kernel, shape, x, Path(folder) / f"{file}.safetensors") as once:
+                times[kernel.name] = median_seconds(once, rounds, clock)
     return times
 
 
-def _seconds(kernel: Kernel, shape: TableShape, x: Tensor, file: Path, rounds: int) -> float:
+@contextmanager
+def _ready(kernel: Kernel, shape: TableShape, x: Tensor, file: Path) -> Iterator[Callable[[], object]]:
+    """The layer as a function, its weight prepared."""
     op = shape.op()
     if x.ndim == 4 and onednn.prepacks():
         x = x.contiguous(memory_format=torch.channels_last)
-    with ExitStack() as stack:
-        store = stack.enter_context(WeightStore(read_index(file)))
+    with WeightStore(read_index(file)) as store:
         place = Held(Arena(ARENA_BYTES), ARENA_BYTES, lambda: False, stays=True)
         prepared = list(kernel.prepare(store, op, shape.x, place))
 
-        def once() -> Tensor:
-            return kernel.apply(op, kernel.begin(op, Operands((x,))), prepared, kernel.empty(op, x, shape.x))
-
-        return median_seconds(once, rounds)
+        yield lambda: kernel.apply(op, kernel.begin(op, Operands((x,))), prepared)
 
 
-def median_seconds(work: Callable[[], object], rounds: int = 5) -> float:
+def median_seconds(
+    work: Callable[[], object], rounds: int = 5, clock: Callable[[], float] = time.perf_counter
+) -> float:
     """What `work` takes in the median of `rounds`, after one that does not count."""
     work()
     times = []
     for _ in range(rounds):
-        start = time.perf_counter()
+        start = clock()
         work()
-        times.append(time.perf_counter() - start)
+        times.append(clock() - start)
     return statistics.median(times)
 
 
-def table_row(which: Isa) -> dict[str, tuple[str, ...]]:
-    """The table's row for a processor, each kind's kernels in the order of their time here, summed over TABLE_SHAPES."""
+def table_row(which: Isa, times: Sequence[Mapping[str, float]]) -> dict[str, tuple[str, ...]]:
+    """The table's row for a processor, each kind's kernels in the order of their `times` for TABLE_SHAPES, added up."""
     row: dict[str, tuple[str, ...]] = {}
     for kind, names in KERNELS_OF[which].items():
         sums = dict.fromkeys(names, 0.0)
-        for shape in (shape for shape in TABLE_SHAPES if shape.kind == kind):
-            for name, seconds in timings(shape).items():
+        for shape, found in zip(TABLE_SHAPES, times, strict=True):
+            for name, seconds in found.items() if shape.kind == kind else ():
                 sums[name] = sums.get(name, 0.0) + seconds
         row[kind] = tuple(sorted(sums, key=lambda name: sums[name]))
     return row

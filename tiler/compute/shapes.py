@@ -8,7 +8,7 @@ while they run, which no tensor shows; they are added. Works for any module; not
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Self
@@ -84,6 +84,18 @@ class MetaMeter(TorchDispatchMode):
         self.live_bytes -= nbytes
 
 
+def _tables(index: Any) -> list[Tensor]:
+    """The tensors by which the first axes are indexed; none where the index is of another kind."""
+    index = index if isinstance(index, tuple) else (index,)
+    return list(index) if all(isinstance(i, Tensor) and i.dtype is not torch.bool for i in index) else []
+
+
+def _broadcast(shapes: Sequence[Sequence[int]]) -> list[int]:
+    """The shape of what has these shapes put together; torch's own function imports sympy."""
+    rank = max(map(len, shapes))
+    return [max(sides) for sides in zip(*((1,) * (rank - len(s)) + tuple(s) for s in shapes), strict=True)]
+
+
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
     for value in values:
         if isinstance(value, Tensor):
@@ -147,19 +159,19 @@ class _ByShape(TorchFunctionMode):
             return args[0][0].new_empty(sides)
         if func is torch.arange and torch.device(kwargs.get("device") or "cpu").type == "meta":
             start, end = kwargs.get("start", 0), kwargs.get("end", args[0] if args else None)
-            return torch.empty(end - start, device="meta")
+            return torch.empty(end - start, device="meta", dtype=kwargs.get("dtype", torch.int64))
+        if func is F.embedding and (args[0].is_meta or args[1].is_meta):
+            return args[1].new_empty(*args[0].shape, args[1].shape[1], device="meta")
         if not (args and isinstance(args[0], Tensor) and args[0].is_meta):
             return func(*args, **kwargs)
         x: Tensor = args[0]
         name = getattr(func, "__name__", "")
         if name in _IN_PLACE or kwargs.get("inplace"):
             return x
+        if name == "__getitem__" and (rows := _tables(args[1])):
+            return x.new_empty(*_broadcast([index.shape for index in rows]), *x.shape[len(rows) :])
         if name in _POINTWISE:
-            shapes = [a.shape for a in args if isinstance(a, Tensor)]
-            rank = max(map(len, shapes))
-            return x.new_empty(
-                [max(sides) for sides in zip(*((1,) * (rank - len(s)) + tuple(s) for s in shapes), strict=True)]
-            )
+            return x.new_empty(_broadcast([a.shape for a in args if isinstance(a, Tensor)]))
         if func is F.scaled_dot_product_attention:
             key, value = args[1:3]
             self.meter.attention_flops += _repeated(

@@ -17,19 +17,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from tiler.compute import cpu, onednn
 from tiler.compute.arena import Arena, Held
 from tiler.compute.choose import choose_kernel
 from tiler.compute.kernels import Kernel, Op, Policy, Prepared, Shape
-from tiler.compute.layers import StreamedLayer, streamed_layers
+from tiler.compute.layers import streamed_layers
 from tiler.compute.tuning import ARENA_BYTES, GROUP_ELEMENTS
 from tiler.memory import process
 from tiler.weights.store import WeightStore
+
+_T = TypeVar("_T")
 
 
 def _never() -> bool:
@@ -54,6 +57,7 @@ class Streamer:
         int8_products: bool = True,
         arena_bytes: int | None = None,
         transform: bool = False,
+        short: Callable[[], bool] = _never,
         prefer: Sequence[Kernel] = (),
     ) -> None:
         self.store = store
@@ -62,7 +66,7 @@ class Streamer:
         self.policy = Policy(int8=stored if products else frozenset(), winograd=transform, prefer=tuple(prefer))
         self.isa = cpu.isa()
         self.arena_bytes = arena_bytes or ARENA_BYTES
-        self.short: Callable[[], bool] = _never
+        self._short = short
         self.used: dict[str, None] = {}  # names in the order of first use
         self._arena = Arena(0 if store is None else self.arena_bytes)
         self._held: Held | None = None  # the weights of the unit that runs now
@@ -72,11 +76,6 @@ class Streamer:
     def int8_keys(self) -> frozenset[str]:
         """The names of the weights whose products are of 8-bit integers."""
         return self.policy.int8
-
-    @property
-    def holding(self) -> bool:
-        """Whether a unit's weights are held now."""
-        return self._held is not None
 
     @contextmanager
     def _under(self, policy: Policy) -> Iterator[None]:
@@ -90,7 +89,7 @@ class Streamer:
 
     def kernel(self, op: Op, shape: Shape | None) -> Kernel:
         """The kernel for an operation on a joined input of `shape`, None for any; chosen once."""
-        key = (op.group.name, op.group.first, op.geometry, op.input, op.epilogue.residual, shape, self.policy)
+        key = (op.group.key, op.geometry, op.input, op.epilogue, shape, self.policy)
         if key not in self._choices:
             self._choices[key] = choose_kernel(op, shape, self.policy, self.isa)
         return self._choices[key]
@@ -98,41 +97,44 @@ class Streamer:
     def prepared(self, op: Op, kernel: Kernel, shape: Shape) -> Iterable[Prepared]:
         """The operation's weights as the kernel computes with them, piece by piece; held where weights are."""
         if self.store is None:
-            self.used[op.group.name] = None
+            self.used.update(dict.fromkeys(op.group.names))
         if self._held is None:
-            return kernel.prepare(self.store, op, shape, Held(self._arena, self.arena_bytes, self.short, stays=False))
+            return kernel.prepare(self.store, op, shape, Held(self._arena, self.arena_bytes, self._short, stays=False))
         if self.store is None:
             return kernel.prepare(None, op, shape, self._held)
-        key = op.group.name, op.group.first, kernel.name
+        key = op.group.key, kernel.name
         if key not in self._held.prepared:
             self._held.prepared[key] = list(kernel.prepare(self.store, op, shape, self._held))
         return self._held.prepared[key]
 
     # --- what is held ----------------------------------------------------------------------------------------------------
 
-    def fits(self, module: nn.Module) -> bool:
-        """Whether all streamed weights of `module` can be held at once."""
-        return self._held_bytes(module) <= self.arena_bytes
+    def fits(self, *modules: nn.Module) -> bool:
+        """Whether all streamed weights of the modules are held, or can be held at once."""
+        return self._held is not None or self._held_bytes(modules) <= self.arena_bytes
 
     def would_fit(self, module: nn.Module) -> bool:
-        """The same for an arena of the usual size: for cuts that must not depend on the ceiling."""
-        return self._held_bytes(module) <= ARENA_BYTES
+        """Whether an arena of the usual size can hold them: for cuts that must not depend on the ceiling."""
+        return self._held_bytes([module]) <= ARENA_BYTES
 
-    def _kernels(self, layers: Iterable[StreamedLayer]) -> list[tuple[Op, Kernel]]:
+    def _kernels(self, modules: Iterable[nn.Module]) -> list[tuple[Op, Kernel]]:
+        """What each streamed layer is by itself, and the kernel that its weight is prepared for."""
+        layers = (layer for module in modules for layer in streamed_layers(module))
         return [(op := layer.op(), self.kernel(op, None)) for layer in layers]
 
-    def _held_bytes(self, module: nn.Module) -> int:
-        kernels = self._kernels(streamed_layers(module))
+    def _held_bytes(self, modules: Iterable[nn.Module]) -> int:
+        kernels = self._kernels(modules)
         transient = max((kernel.transient_bytes(op, None) for op, kernel in kernels if kernel.in_arena), default=0)
         return sum(kernel.held_bytes(op, None) for op, kernel in kernels) + transient
 
     @contextmanager
-    def hold(self, module: nn.Module) -> Iterator[None]:
-        """Until this ends, every streamed weight of `module` that is prepared stays: in the arena, or beside it."""
-        assert self._held is None
-        kernels = [
-            (op, kernel) for op, kernel in self._kernels(streamed_layers(module)) if not self._resident(op, kernel)
-        ]
+    def hold(self, *modules: nn.Module) -> Iterator[None]:
+        """Until this ends, every streamed weight of the modules that is prepared stays: in the arena, or beside it. While
+        weights are held already, these are among them."""
+        if self._held is not None:
+            yield
+            return
+        kernels = [(op, kernel) for op, kernel in self._kernels(modules) if not self._resident(op, kernel)]
         beside = [(op, kernel) for op, kernel in kernels if not kernel.in_arena]
         packed, piece = (
             sum(kernel.held_bytes(op, None) for op, kernel in beside),
@@ -143,8 +145,8 @@ class Streamer:
         # On meta the weights are counted by whoever plans; what lies beside the arena is copied once on its way there.
         planned = torch.empty(room + packed + piece, device="meta", dtype=torch.uint8) if self.store is None else None
         if planned is None:
-            self._arena.take(room, short=self.short())
-        self._held = Held(self._arena, self.arena_bytes, self.short, stays=True)
+            self._arena.take(room, short=self._short())
+        self._held = Held(self._arena, self.arena_bytes, self._short, stays=True)
         try:
             yield
         finally:
@@ -161,14 +163,14 @@ class Streamer:
             self._arena.take(0, short=True)  # the largest weights are not those beside the largest activations
 
     def _resident(self, op: Op, kernel: Kernel) -> bool:
-        """Whether the weight is resident as it is computed with."""
-        resident = None if self.store is None else self.store.resident.get(op.group.name)
-        return resident is not None and resident.dtype == torch.float32 and kernel.takes_resident
+        """Whether the weights are resident as they are computed with."""
+        resident = [None if self.store is None else self.store.resident.get(name) for name in op.group.names]
+        return kernel.takes_resident and all(x is not None and x.dtype == torch.float32 for x in resident)
 
     # --- samples ---------------------------------------------------------------------------------------------------------
 
     def _between_samples(self) -> None:
-        if self.short():
+        if self._short():
             process.release_heap()
 
     def run(self, module: nn.Module, calls: list[tuple[Tensor, ...]], **shared: object) -> list[Tensor]:
@@ -222,10 +224,10 @@ class Streamer:
             calls.pop(0)
         return group, same
 
-    def run_unit(self, module: nn.Module, forward: Callable[..., object], *args: object, **kwargs: object) -> object:
-        """The forward of a unit: sample by sample while its weights are held. Arguments are cut where their first
-        axis is the batch (that of the first tensor argument)."""
-        if self.holding:
+    def run_unit(self, module: nn.Module, forward: Callable[..., _T], *args: object, **kwargs: object) -> _T:
+        """The forward of a unit: sample by sample while its weights are held, if they can be. Arguments are cut where their
+        first axis is the batch (that of the first tensor argument)."""
+        if self._held is not None or not self.fits(module):
             return forward(*args, **kwargs)
         batch = next(len(a) for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
 
@@ -233,10 +235,10 @@ class Streamer:
             return value[i : i + 1] if isinstance(value, Tensor) and value.ndim and len(value) == batch else value
 
         with self.hold(module):
-            results: list[object] = []
+            results: list[_T] = []
             for i in range(batch):
                 if self.store is None and 0 < i < batch - 1:  # planning: the last sample's transients are the peak
-                    results.append(tree_map(torch.empty_like, results[0]))
+                    results.append(tree_map_only(Tensor, torch.empty_like, results[0]))
                 else:
                     results.append(forward(*(cut(i, a) for a in args), **{k: cut(i, v) for k, v in kwargs.items()}))
                     self._between_samples()
@@ -245,7 +247,7 @@ class Streamer:
             torch.cat(column) if isinstance(column[0], Tensor) else column[0]
             for column in zip(*(flat for flat, _ in leaves), strict=True)
         ]
-        return results[0] if batch == 1 else tree_unflatten(joined, leaves[0][1])
+        return results[0] if batch == 1 else cast(_T, tree_unflatten(joined, leaves[0][1]))
 
 
 def _first(result: object) -> Tensor:

@@ -12,22 +12,40 @@ from typing import Annotated
 from tiler.compute.cpu import Isa
 from tiler.memory.tuning import Passport
 
-# The kernels that may run an operation, best first; the first that suits the operation is taken. Transformed convolutions took
-# 0.5 of oneDNN's time at 320 and 640 channels with AVX-512, 0.4 with AVX2; the others differ from those two in their 8-bit
-# products alone. Where there is no AVX2 nothing was measured but that fp32 works.
-_X86 = {
-    "linear": ("int8", "fp32"),
-    "convolution": ("int8", "winograd", "onednn", "fp32"),
-    "attention": ("fp32",),
-}
+# The kernels that may run an operation, best first; the first that suits the operation is taken. Times are of one thread of a
+# Zen 5 server, limited to the row's instructions: 3 × 3 convolutions of 320 channels at 64 × 64 and of 640 at 32 × 32, as shares
+# of oneDNN's 68 ms each; linear layers 4096 × 320 × 320 and 256 × 1280 × 1280, of fp32's 10 ms each.
 KERNELS_OF: Annotated[
     Mapping[Isa, Mapping[str, tuple[str, ...]]], Passport("order", "python scripts/calibrate.py kernels")
 ] = {
-    Isa.AVX512_VNNI: _X86,
-    Isa.AVX512: _X86,
-    Isa.AVX2_VNNI: _X86,
-    Isa.AVX2: _X86,
-    Isa.BASE: {kind: ("fp32",) for kind in _X86},
+    # int8 0.40 and 0.31, winograd 0.48 and 0.42, fp32 1.03 and 1.02; linear: int8 0.44 and 0.33.
+    Isa.AVX512_VNNI: {
+        "linear": ("int8", "fp32"),
+        "convolution": ("int8", "winograd", "onednn", "fp32"),
+        "attention": ("fp32",),
+    },
+    # winograd 0.51 and 0.46, int8 0.64 and 0.55, fp32 1.01 and 1.04; linear: int8 0.65 and 0.54. int8 stands first all the same,
+    # for what is stored so: see AVX2.
+    Isa.AVX512: {
+        "linear": ("int8", "fp32"),
+        "convolution": ("int8", "winograd", "onednn", "fp32"),
+        "attention": ("fp32",),
+    },
+    # Not measured, no such processor was at hand: like AVX512_VNNI, whose 8-bit products it has at half the width.
+    Isa.AVX2_VNNI: {
+        "linear": ("int8", "fp32"),
+        "convolution": ("int8", "winograd", "onednn", "fp32"),
+        "attention": ("fp32",),
+    },
+    # winograd 0.50 and 0.42, int8 0.56 and 0.56, fp32 0.99 and 1.04; linear: int8 0.64 and 0.58. A whole pass of SD 1.5 in int8,
+    # two samples, took 13.1 s with int8 first and 13.0 with winograd first, whose weights are transformed anew at every pass.
+    Isa.AVX2: {
+        "linear": ("int8", "fp32"),
+        "convolution": ("int8", "winograd", "onednn", "fp32"),
+        "attention": ("fp32",),
+    },
+    # Not measured: fp32 is known to work.
+    Isa.BASE: {"linear": ("fp32",), "convolution": ("fp32",), "attention": ("fp32",)},
 }
 
 # Of a convolution's inputs and outputs: with fewer, going back and forth takes what the products save.
@@ -38,8 +56,39 @@ WINOGRAD_PLACES: Annotated[int, Passport("tiles of 4 × 4 pixels", "python scrip
 # Of the samples that run together where weights are int8, whose sums are exact: those of one sample of SD 1.5's second level.
 # Its inner levels would be many small products.
 GROUP_ELEMENTS: Annotated[int, Passport("elements", "python scripts/profile_pass.py --precision int8")] = 640 * 32 * 32
+# Values quantised at a time, which stay in the cache in fp32 between two steps.
+INT8_CHUNK: Annotated[int, Passport("elements", "python scripts/profile_pass.py --precision int8")] = 2**18
+# Sums of an 8-bit product at a time, but no fewer rows than that: oneDNN copies the weight in its own blocks anew for each.
+INT8_BAND_SUMS: Annotated[int, Passport("elements", "python scripts/profile_pass.py --precision int8")] = 3 * 2**19
+INT8_BAND_ROWS: Annotated[int, Passport("tokens", "python scripts/profile_pass.py --precision int8")] = 256
+# Of a convolution's windows at a time: just below what the allocator maps anew each time.
+INT8_WINDOWS_BYTES: Annotated[int, Passport("bytes", "python scripts/profile_pass.py --precision int8")] = 7 * 2**20
+# Of a denoiser's highest resolution: with fewer, as `mini` has, quantising takes about what 8-bit products save.
+INT8_CHANNELS: Annotated[int, Passport("channels", "python scripts/profile_pass.py --model mini --precision int8")] = (
+    192
+)
+
+# Of a feed-forward's projection at a time: 6.3 MB, which the allocator need not map anew each time; but no fewer tokens than
+# keep the product efficient.
+FEED_FORWARD_ELEMENTS: Annotated[int, Passport("elements", "python scripts/profile_pass.py")] = 3 * 2**19
+FEED_FORWARD_TOKENS: Annotated[int, Passport("tokens", "python scripts/profile_pass.py")] = 256
+# Where no arena of the usual size holds its weights, and every further chunk would read them again: just enough to leave
+# SD 1.5's second level (1024 × 5120) whole.
+FEED_FORWARD_ELEMENTS_READ: Annotated[int, Passport("elements", "python scripts/profile_pass.py")] = 5 * 2**20
+
 # The largest unit of SD 1.5 worth holding is its widest feed-forward, 78.7 MB.
 ARENA_BYTES: Annotated[int, Passport("bytes", "python scripts/profile_pass.py")] = 76 * 2**20
+
+# Where a ceiling leaves no room to hold SD 1.5's larger resnets and feed-forwards: their layers one by one, the rest whole.
+TIGHT_ARENA_BYTES: Annotated[int, Passport("bytes", "python scripts/profile_pass.py --ceiling 500000000")] = 12 * 2**20
+
+# What whole passes of a denoiser take over what its layers' arithmetic would at measured speeds: norms, activations, smaller
+# layers. At SD 1.5's size on AVX-512 3.1 s a sample in fp32, 2.05 in int8.
+OVERHEAD_FP32: Annotated[float, Passport("ratio", "python scripts/profile_pass.py")] = 1.3
+OVERHEAD_INT8: Annotated[float, Passport("ratio", "python scripts/profile_pass.py --precision int8")] = 1.5
+# The same of an autoencoder: 173 s of `sampled` decoding at 2048², 280 of `frozen`, which transforms no convolution.
+OVERHEAD_BY_LAYERS: Annotated[float, Passport("ratio", "python scripts/bench_decode.py")] = 1.4
+OVERHEAD_BY_ROWS: Annotated[float, Passport("ratio", "python scripts/bench_decode.py")] = 2.3
 
 # Freed blocks between live ones, as a share of one sample's activations: 40–57 MB of 139 for SD 1.5, 65–89 of 230 for SD 2.1,
 # whatever the batch.
@@ -49,7 +98,9 @@ TIGHT_HEAP_SLACK: Annotated[float, Passport("share", "python scripts/calibrate.p
 # What int8 weights, packed and freed unit by unit, leave of holes (SD 1.5, 1024² under 600 MB: 595 MB, 570 planned without it).
 # Nothing where memory is always short.
 INT8_HOLES_BYTES: Annotated[int, Passport("bytes", "python scripts/calibrate.py memory")] = 27_000_000
-# Code of torch, oneDNN and MKL, and the kernels these compile at first use.
-LIBRARIES_BYTES: Annotated[int, Passport("bytes", "python scripts/calibrate.py memory")] = 86_000_000
+# Code of torch, oneDNN and MKL that has not run when the models are built, and the kernels these compile at first use.
+LIBRARIES_BYTES: Annotated[int, Passport("bytes", "python scripts/calibrate.py memory")] = 67_000_000
+# The same while prompts are encoded, which comes before any convolution; the tokenizer included.
+TEXT_LIBRARIES_BYTES: Annotated[int, Passport("bytes", "python scripts/calibrate.py memory")] = 45_000_000
 # Freed blocks between live ones, as a share of resident weights.
 RESIDENT_SLACK: Annotated[float, Passport("share", "python scripts/calibrate.py memory")] = 0.18

@@ -14,8 +14,9 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from tiler.compute.kernels import Kernel, Kind, Op, Operands, Place, Policy, Prepared, Shape, finished, output_shape
+from tiler.compute.kernels import Kernel, Kind, Op, Operands, Place, Policy, Prepared, Shape, weight_pieces
 from tiler.compute.onednn import Geometry, prepacks
+from tiler.compute.steps import finished, made_input
 from tiler.compute.tuning import ARENA_BYTES
 from tiler.compute.tuning import WINOGRAD_CHANNELS as CHANNELS
 from tiler.compute.tuning import WINOGRAD_PLACES as PLACES
@@ -125,7 +126,7 @@ class Winograd(Kernel):
             and op.geometry is not None
             and suits(op.group.shape, op.geometry)
             and _TRANSFORM_BYTES * op.group.numel <= ARENA_BYTES
-            and (shape is None or pays(*output_shape(op, shape)[2:]))
+            and (shape is None or pays(*op.output_shape(shape)[2:]))
         )
 
     def held_bytes(self, op: Op, shape: Shape | None) -> int:
@@ -135,37 +136,38 @@ class Winograd(Kernel):
         return 4 * op.group.numel
 
     def prepare(self, store: WeightStore | None, op: Op, shape: Shape, place: Place) -> Iterator[Prepared]:
-        group = op.group
+        (weight,) = op.group.weights
         most = PIECE_ELEMENTS if store is None else store.piece_elements
-        elements = group.numel if place.stays else min(most, place.arena_bytes // _TRANSFORM_BYTES)
-        total, inputs, *taps = group.shape
-        step = total if place.stays else min(total, piece_rows(group.row, elements))
+        elements = op.group.numel if place.stays else min(most, place.arena_bytes // _TRANSFORM_BYTES)
+        total, inputs, *taps = op.group.shape
+        step = total if place.stays else min(total, piece_rows(weight.row, elements))
         if store is None:
-            count = 0 if place.stays else step * group.row  # counted: the taps and what becomes of them
-            planned = group.meta.new_empty((1 + GROWTH) * count)
-            yield Prepared(0, step, (group.meta.new_empty(1).expand(TILE**2, inputs, step),))
+            count = 0 if place.stays else step * weight.row  # counted: the taps and what becomes of them
+            planned = weight.meta.new_empty((1 + GROWTH) * count)
+            yield Prepared(0, step, (weight.meta.new_empty(1).expand(TILE**2, inputs, step),))
             del planned
             return
-        for first in range(0, total, step):
-            rows = min(step, total - first)
-            weight = place.room(GROWTH * rows * group.row, torch.float32)
-            plane = place.room(rows * group.row, torch.float32, behind=weight.nbytes).view(*taps, inputs, rows)
-            for piece in store.pieces(group.name, elements):
-                if first <= piece.first < first + rows:
-                    store.fetch(piece, plane[..., piece.first - first : piece.last - first].permute(3, 2, 0, 1))
-            weight = transform(plane, weight.view(-1, inputs, rows))
-            place.keep(weight.nbytes)
-            yield Prepared(first, first + rows, (weight,))
+        for start in range(0, total, step):
+            rows = min(step, total - start)
+            made = place.room(GROWTH * rows * weight.row, torch.float32)
+            plane = place.room(rows * weight.row, torch.float32, behind=made.nbytes).view(*taps, inputs, rows)
+            for first, piece in weight_pieces(store, weight, elements):
+                if start <= first < start + rows:
+                    store.fetch(piece, plane[..., first - start :][..., : piece.last - piece.first].permute(3, 2, 0, 1))
+            made = transform(plane, made.view(-1, inputs, rows))
+            place.keep(made.nbytes)
+            yield Prepared(start, start + rows, (made,))
 
-    def empty(self, op: Op, x: Tensor, shape: Shape) -> Tensor:
-        layout = torch.channels_last if prepacks() else torch.contiguous_format
-        return torch.empty(output_shape(op, shape), device=x.device, memory_format=layout)
+    def begin(self, op: Op, x: Operands) -> Operands:
+        return x._replace(parts=(), made=made_input(op.input, x.parts))
 
-    def apply(self, op: Op, x: Operands, prepared: Iterable[Prepared], out: Tensor) -> Tensor:
+    def apply(self, op: Op, x: Operands, prepared: Iterable[Prepared]) -> tuple[Tensor, ...]:
         assert op.geometry is not None
-        (made,), bias = x.parts, op.epilogue.bias
-        for first, last, (weight,) in prepared:
-            part = None if bias is None else bias[first:last]
+        (weight,), made = op.group.weights, x.made
+        layout = torch.channels_last if prepacks() else torch.contiguous_format
+        out = torch.empty(op.output_shape(made.shape), device=made.device, memory_format=layout)
+        for first, last, (transformed,), _ in prepared:
+            part = None if weight.bias is None else weight.bias[first:last]
             for sample, filled in zip(made, out, strict=True):
-                conv2d(sample, weight, part, filled[first:last], op.geometry.padding[0])
-        return finished(op, made, out, x.residual)
+                conv2d(sample, transformed, part, filled[first:last], op.geometry.padding[0])
+        return finished(op.epilogue, [out], x.residual)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from tiler.compute.shapes import MetaMeter
 from tiler.compute.stream import Streamer
 from tiler.decoding import FACTOR, exact, frozen, tiny
 from tiler.decoding.rows import REACH, Check, Latents, Pixels
-from tiler.decoding.scratch import Scratch, free_bytes
+from tiler.decoding.scratch import Scratch
 from tiler.errors import StorageError
 from tiler.request import Decode, ScratchDtype, Wrap
 
@@ -25,6 +25,14 @@ if TYPE_CHECKING:
 ATTENTION_SHARE = 0.25  # of the convolutions' work: what `auto` accepts for attention to every token
 TOKENS = 128 * 128  # the most that `sampled` attends to: as many as a picture of 1024² has
 DTYPES = {ScratchDtype.FP16: torch.float16, ScratchDtype.FP32: torch.float32}
+
+
+class ScratchSpace(NamedTuple):
+    """Where scratch files go, the bytes its file system has left, and what activations are stored as."""
+
+    folder: Path
+    free_bytes: int
+    dtype: ScratchDtype = ScratchDtype.FP16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,21 +84,20 @@ def choose(
     vae: Any,
     streamer: Streamer,
     latents: tuple[int, int],
+    space: ScratchSpace,
     *,
     encoding: bool,
-    folder: Path,
-    dtype: ScratchDtype = ScratchDtype.FP16,
     wrap: Wrap = Wrap.NONE,
 ) -> DecodePlan:
-    """The method for latents of (height, width). `vae` is on the meta device behind a planning `streamer`; for TINY it is
-    an AutoencoderTiny.
+    """The method for latents of (height, width). `vae` is on the meta device, lent to a planning `streamer`; for TINY it is
+    an AutoencoderTiny. Asks nothing of the disk.
 
     AUTO takes `exact` while attention to all tokens is a small part of the work, then `sampled`; `frozen` for pictures wider
     than its bands, where rows grow, and where the scratch folder lacks room for the others.
     Raises StorageError when there is no room for what is wanted, or for anything.
     """
 
-    vertical, horizontal = wrap.axes
+    (folder, free, dtype), (vertical, horizontal) = space, wrap.axes
     margin = REACH * vertical, REACH * horizontal
     latents = latents[0] + 2 * margin[0], latents[1] + 2 * margin[1]
 
@@ -108,8 +115,6 @@ def choose(
         Decode.EXACT, "there is room" if wanted is Decode.AUTO else "as asked",
         lambda: exact.rehearse(vae, latents, DTYPES[dtype], streamer.hold_transformed, encoding=encoding),
     )  # fmt: skip
-
-    free = free_bytes(folder)
 
     def lacking(method: DecodePlan) -> str:
         needs = f"{method.kind} decoding needs {method.scratch_bytes / 1e6:,.0f} MB"

@@ -253,10 +253,6 @@ def plan_tiles(
                 f"region {region.prompt!r} is {FACTOR * width}×{FACTOR * height} pixels, smaller than a tile of this model "
                 f"({FACTOR * tile[1]}×{FACTOR * tile[0]}); enlarge it"
             )
-        if not 1e-100 < region.mask_weight < 1e100:
-            raise UsageError(
-                f"region {region.prompt!r}: mask_weight = {region.mask_weight} is beyond what can be weighed; take one near 1"
-            )
         down, across = _grid((height, width), tile, overlap, patch=patch)
         layers.append(
             _Layer(

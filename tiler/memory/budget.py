@@ -23,7 +23,7 @@ import psutil
 
 from tiler.errors import BudgetExceeded, UsageError
 from tiler.memory import process
-from tiler.memory.tuning import ROOMY
+from tiler.memory.tuning import ALMOST, MARGIN, NEAR, ROOMY
 
 _UNITS = {
     "": 1,
@@ -38,9 +38,6 @@ _UNITS = {
     "GB": 10**9,
     "GIB": 2**30,
 }
-NEAR = 0.88  # of the ceiling: give back what was freed
-_ALMOST = 0.92  # of the ceiling: collect and trim before going on
-MARGIN = 0.97  # of the ceiling: what a plan may fill
 _SAMPLE_SECONDS = 0.05
 _SWAPPED = 16 * 10**6  # less is what a busy machine may do to any program
 
@@ -71,7 +68,8 @@ class PhaseUse:
 
 
 class Budget:
-    """The ceiling of this process and its children, in bytes of RSS. A context manager.
+    """The ceiling of this process and its children, in bytes of RSS. A context manager that may be entered again: each run
+    begins with no phases, and with a peak of its own unless its caller has the budget open.
 
     `check` raises BudgetExceeded at the ceiling; `phase` attributes the peak; `peak_rss_bytes` is the highest RSS while
     the budget was open: the kernel's own mark (VmHWM), reset on entry and between phases and pooled here. Where the kernel
@@ -97,8 +95,11 @@ class Budget:
 
     def __enter__(self) -> Self:
         self._depth += 1
+        self.phases = []
         if self._depth > 1:  # render() enters a budget that its caller may have entered already
             return self
+        self._peak = self.swapped_bytes = self._children = 0
+        self.peak_sampled = self._swap_told = False
         self._reset_peak()
         self._note_peak()
         self._stop.clear()
@@ -138,7 +139,7 @@ class Budget:
 
     def check(self, where: str) -> None:
         """Compare the RSS now (14 µs) with the ceiling. Near it, collect and trim; at it, raise BudgetExceeded."""
-        if self.rss_bytes >= _ALMOST * self.max_bytes:
+        if self.rss_bytes >= ALMOST * self.max_bytes:
             process.trim()
             self._note_peak()
         # A spike between two checks is a breach as well, though it is over.

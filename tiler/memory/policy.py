@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tiler.memory import process
-from tiler.memory.budget import NEAR, Budget
-from tiler.memory.tuning import HEAP_KEPT, HEAP_KEPT_TIGHT, HEAP_WORTH_RELEASING
+from tiler.memory.budget import Budget
+from tiler.memory.tuning import HEAP_KEPT, HEAP_KEPT_TIGHT, HEAP_WORTH_RELEASING, NEAR
 
 
 def at_layer(budget: Budget, planned_bytes: int) -> Callable[[str], None]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tiler.compute.stream import Streamer
@@ -154,4 +153,4 @@ def _stream(tokens: slice, attn: Any, normed: Callable[[slice], Tensor]) -> Stre
 
 
 def _feed_forward(ff: Any) -> FeedForward:
-    return FeedForward(ff.linear_1, F.silu, ff.out_projection, ff.linear_2)
+    return FeedForward(ff.linear_1, nn.SiLU(), ff.out_projection, ff.linear_2)

@@ -8,20 +8,18 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from tiler.compute.kernels import activated, joined, normed
-from tiler.compute.layers import StreamedLayer, attend, convolve, linear_layers
+from tiler.compute.layers import StreamedLayer, as_unit, attend, convolve, linear, linear_layers
+from tiler.compute.steps import activated, joined, normed
+from tiler.compute.tuning import FEED_FORWARD_ELEMENTS, FEED_FORWARD_ELEMENTS_READ, FEED_FORWARD_TOKENS
 from tiler.models import strips
 
-# Of a feed-forward's projection at a time: 6.3 MB, which the allocator need not map anew each time; but no fewer tokens than
-# keep the product efficient. Where the weights do not fit the arena, and every further chunk would read them again, just
-# enough to leave SD 1.5's second level (1024 × 5120) whole.
-FEED_FORWARD_ELEMENTS, FEED_FORWARD_TOKENS = 3 * 2**19, 256
-FEED_FORWARD_ELEMENTS_READ = 5 * 2**20
+_GELU = {approximate: nn.GELU(approximate) for approximate in ("none", "tanh")}
 
 
 class Windows(NamedTuple):
@@ -113,11 +111,11 @@ class PrePrompt(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """hidden: (n, C, h, w) → tokens (n, h·w, width)."""
         model: Any = self.model
-        x = normed(model.norm, hidden)
-        x = x if model.use_linear_projection else model.proj_in(x)
-        x = x.permute(0, 2, 3, 1).flatten(1, 2)
-        x = model.proj_in(x) if model.use_linear_projection else x
-        return _self_attention(model.transformer_blocks[0], x)
+        if model.use_linear_projection:
+            tokens = linear(model.proj_in, _tokens(normed(model.norm, hidden)))
+        else:
+            tokens = _tokens(convolve(model.proj_in, hidden, norm=model.norm))
+        return _self_attention(model.transformer_blocks[0], tokens)
 
 
 class Transformer(nn.Module):
@@ -134,59 +132,73 @@ class Transformer(nn.Module):
         tokens = self.up_to_text(hidden) if tokens is None else tokens
         for i, block in enumerate(model.transformer_blocks):
             tokens = _self_attention(block, tokens) if i else tokens
-            tokens = block.attn2(block.norm2(tokens), encoder_hidden_states=text).add_(tokens)
-            for some in tokens.split(block.feed_forward_tokens, dim=1):
-                some += block.ff(block.norm3(some))
-        tokens = model.proj_out(tokens) if model.use_linear_projection else tokens
-        planes = tokens.unflatten(1, hidden.shape[2:]).permute(0, 3, 1, 2)
-        out: Tensor = planes if model.use_linear_projection else model.proj_out(planes)
-        return out + hidden
+            tokens = as_unit(block.attn2, partial(attention, block.attn2, block.norm2), tokens, text)
+            as_unit(block.ff, partial(feed_forward, block.ff, block.norm3, block.feed_forward_tokens), tokens)
+        if model.use_linear_projection:
+            return _planes(linear(model.proj_out, tokens, residual=_tokens(hidden)), hidden.shape[2:])
+        return convolve(model.proj_out, _planes(tokens, hidden.shape[2:]), residual=hidden)
+
+
+def _tokens(planes: Tensor) -> Tensor:
+    """(n, C, h, w) → (n, h·w, C)."""
+    return planes.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def _planes(tokens: Tensor, sides: Sequence[int]) -> Tensor:
+    """(n, h·w, C) → (n, C, h, w)."""
+    return tokens.unflatten(1, sides).permute(0, 3, 1, 2)
+
+
+class Spans(NamedTuple):
+    """The windows of self-attention over (height, width) tokens: a span of rows by one of columns each."""
+
+    shape: tuple[int, int]
+    rows: list[slice]
+    cols: list[slice]
 
 
 def _self_attention(block: Any, tokens: Tensor) -> Tensor:
-    out: Tensor = block.attn1(block.norm1(tokens)).add_(tokens)
-    return out
+    return as_unit(block.attn1, partial(_in_windows, block.attn1, block.norm1, block.windows), tokens)
 
 
-class Attend:
-    """diffusers' attention processor of a layer without norms of its own: for all tokens together, or for each window of
-    (height, width) tokens, a span of rows by one of columns, by itself."""
-
-    def __init__(
-        self, shape: tuple[int, int] | None = None, rows: Sequence[slice] = (), cols: Sequence[slice] = ()
-    ) -> None:
-        self.shape, self.rows, self.cols = shape, rows, cols
-
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: None = None,
-    ) -> Tensor:
-        """hidden_states: (n, tokens, C) look at themselves, or at encoder_hidden_states → the same shape."""
-        if self.shape is None:
-            return _attend(
-                attn, hidden_states, hidden_states if encoder_hidden_states is None else encoder_hidden_states
-            )
-        plane = hidden_states.unflatten(1, self.shape)
-        out = torch.empty_like(plane)
-        for rows in self.rows:
-            for cols in self.cols:
-                window = plane[:, rows, cols]
-                tokens = window.flatten(1, 2)
-                out[:, rows, cols] = _attend(attn, tokens, tokens).unflatten(1, window.shape[1:3])
-        return out.flatten(1, 2)
+def _in_windows(attn: Any, norm: nn.Module, windows: Spans | None, tokens: Tensor) -> Tensor:
+    """`attention` of all tokens to each other, or of those of each window by itself."""
+    if windows is None:
+        return attention(attn, norm, tokens)
+    plane = tokens.unflatten(1, windows.shape)
+    out = torch.empty_like(plane)
+    for rows in windows.rows:
+        for cols in windows.cols:
+            window = plane[:, rows, cols]
+            out[:, rows, cols] = attention(attn, norm, window.flatten(1, 2)).unflatten(1, window.shape[1:3])
+    return out.flatten(1, 2)
 
 
-def _attend(attn: Any, tokens: Tensor, seen: Tensor) -> Tensor:
-    inputs = [attn.to_q, attn.to_k, attn.to_v]
-    made = linear_layers(inputs, tokens) if seen is tokens else [attn.to_q(tokens), *linear_layers(inputs[1:], seen)]
+def attention(attn: Any, norm: nn.Module, tokens: Tensor, text: Tensor | None = None) -> Tensor:
+    """A diffusers Attention without norms of its own: tokens (n, tokens, C), normed, look at themselves or at `text`
+    (n, 77, width) → the tokens plus what they saw."""
+    if text is None:
+        made = linear_layers([attn.to_q, attn.to_k, attn.to_v], tokens, norm=norm)
+    else:
+        made = linear(attn.to_q, tokens, norm=norm), *linear_layers([attn.to_k, attn.to_v], text)
     q, k, v = (x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in made)
     del made
-    mixed = attend(q, k, v).transpose(1, 2).flatten(2)
-    out: Tensor = attn.to_out[0](mixed)
-    return out
+    seen = attend(q, k, v, attn.to_q).transpose(1, 2).flatten(2)
+    del q, k, v
+    return linear(attn.to_out[0], seen, residual=tokens)
+
+
+def feed_forward(module: Any, norm: nn.Module, step: int, tokens: Tensor) -> None:
+    """Add a diffusers FeedForward of the tokens (n, tokens, C), normed, to them in place, `step` tokens at a time."""
+    from diffusers.models.activations import GEGLU, GELU
+
+    first, last = module.net[0], module.net[2]
+    assert isinstance(first, GEGLU | GELU), type(first)
+    activation = _GELU[first.approximate if isinstance(first, GELU) else "none"]
+    for some in tokens.split(step, dim=1):
+        hidden = linear(first.proj, some, norm=norm, activation=activation, glu=isinstance(first, GEGLU))
+        some.copy_(linear(last, hidden, residual=some))
+        del hidden
 
 
 def prepare(
@@ -200,11 +212,11 @@ def prepare(
         block.feed_forward_tokens = _feed_forward_chunk(
             height * width, max(most // (8 * channels), FEED_FORWARD_TOKENS)
         )
-        block.attn1.processor = block.attn2.processor = Attend()
+        block.windows = None
         if windows is not None:
             rows = _spans(height, max(1, windows.size // scale), windows.top // scale)
             cols = _spans(width, max(1, windows.size // scale), windows.left // scale)
-            block.attn1.processor = Attend((height, width), rows, cols)
+            block.windows = Spans((height, width), rows, cols)
 
 
 def _feed_forward_chunk(tokens: int, most: int) -> int:

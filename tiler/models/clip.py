@@ -58,6 +58,11 @@ def clip_bytes(config: dict[str, Any], *, every_layer: bool = False) -> int:
     return 4 * TOKENS * (2 * (3 * config.get("intermediate_size", 2048) + 8 * width) + states * width)
 
 
+def run_clip(encoder: Any, **options: Any) -> object:
+    """What is asked of the encoder for one prompt; ids are real, weights need not be."""
+    return encoder(torch.zeros(1, TOKENS, dtype=torch.int64), **options)
+
+
 def check_tokenizer(folder: Path, fetch: str = "download the tokenizer again") -> None:
     """Raises ModelError where a CLIP tokenizer's files are not in `folder`; `fetch` says how they can be had."""
     if not (

@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from itertools import pairwise
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from tiler.compute.kernels import Operands, step_rows
-from tiler.compute.layers import StreamedLinear, attend, linear_layers, rows_of
+from tiler.compute.kernels import Epilogue, Operands, step_rows
+from tiler.compute.layers import StreamedLinear, attend, linear, linear_layers, rows_of
 from tiler.compute.shapes import repeated
 from tiler.compute.stream import Streamer
 
@@ -47,7 +47,7 @@ class FeedForward(NamedTuple):
     """out(activation(into(x))), the hidden values multiplied by gate(x) where there is such a layer."""
 
     into: nn.Linear
-    activation: Callable[[Tensor], Tensor]
+    activation: nn.Module
     out: nn.Linear
     gate: nn.Linear | None = None
 
@@ -81,7 +81,7 @@ def attention(
             _project(streamer, stream, layers, places, size, rotation)
         queries, others, what = (place.unflatten(-1, (-1, size)).transpose(1, 2) for place in places)
         for tokens in each(cut(slice(0, length), QUERIES), x.is_meta):
-            queries[:, :, tokens].copy_(attend(queries[:, :, tokens], others, what))
+            queries[:, :, tokens].copy_(attend(queries[:, :, tokens], others, what, streams[0].layers[0]))
     return out
 
 
@@ -91,9 +91,8 @@ def _project(
 ) -> None:  # fmt: skip
     """Fill the stream's tokens of `places` (queries, keys, values) by the layers' products."""
     numbers = range(len(layers))
-    together = [list(numbers)] if streamer.holding or streamer.fits(nn.ModuleList(layers)) else [[i] for i in numbers]
-    for some in together:
-        with held(streamer, *(layers[i] for i in some)):
+    for some in [list(numbers)] if streamer.fits(*layers) else [[i] for i in numbers]:
+        with streamer.hold(*(layers[i] for i in some)):
             for tokens in each(cut(stream.tokens, CHUNK), places[0].is_meta):
                 made = linear_layers([layers[i] for i in some], stream.normed(tokens))
                 for i, result in zip(some, made, strict=True):
@@ -131,16 +130,16 @@ def add_feed_forward(
     """x += gate · feed-forward(normed) at `tokens`, in place. `beside` (1, tokens, k) stands before the hidden values."""
     known = 0 if beside is None else beside.shape[-1]
     modules = [layer for layer in (layers.into, layers.gate, layers.out) if layer is not None]
-    whole = streamer.holding or streamer.fits(nn.ModuleList(modules))
+    whole = streamer.fits(*modules)
     room = 0 if whole else int(HIDDEN_SHARE * streamer.arena_bytes) // (4 * layers.out.in_features)
-    with held(streamer, *modules) if whole else nullcontext():
+    with streamer.hold(*modules) if whole else nullcontext():
         for turn in each(_turns(tokens, room), x.is_meta):
             chunks = cut(turn, CHUNK)
             inputs = [normed(chunk) for chunk in chunks]
             hidden = [x.new_empty(1, chunk.stop - chunk.start, layers.out.in_features) for chunk in chunks]
-            for number, rows, made in products(streamer, layers.into, inputs):
+            for number, rows, made in products(streamer, layers.into, inputs, layers.activation):
                 if not made.is_meta:
-                    hidden[number][..., known:][..., rows] = layers.activation(made)
+                    hidden[number][..., known:][..., rows] = made
             if layers.gate is not None:
                 for number, rows, made in products(streamer, layers.gate, inputs):
                     if not made.is_meta:
@@ -155,36 +154,34 @@ def add_feed_forward(
 
 def project(streamer: Streamer, layer: nn.Linear, given: Normed, out: Tensor) -> None:
     """out[:, tokens] = layer(given(tokens)) for all tokens of `out`, (1, n, outputs), under one read of the weight."""
-    with held(streamer, layer):
+    with streamer.hold(layer) if streamer.fits(layer) else nullcontext():
         for tokens in each(cut(slice(0, out.shape[1]), CHUNK), out.is_meta):
             made = layer(given(tokens))
             if not made.is_meta:
                 out[:, tokens] = made
 
 
-def products(streamer: Streamer, layer: nn.Linear, inputs: Sequence[Tensor]) -> Iterator[tuple[int, slice, Tensor]]:
-    """What a layer makes of each input (1, n, in): its number, the outputs and their values (1, n, outputs). Each piece of the
-    weight is read once for all inputs. Take each before asking for the next."""
-    if streamer.holding or not isinstance(layer, StreamedLinear):
-        for number in each(range(len(inputs)), inputs[0].is_meta, [x.shape[1] for x in inputs]):
-            yield number, slice(0, layer.out_features), layer(inputs[number])
+def products(
+    streamer: Streamer, layer: nn.Linear, inputs: Sequence[Tensor], activation: nn.Module | None = None
+) -> Iterator[tuple[int, slice, Tensor]]:
+    """What a layer makes of each input (1, n, in), activated: its number, the outputs and their values (1, n, outputs). Each
+    piece of the weight is read once for all inputs. Take each before asking for the next."""
+    meta, sizes = inputs[0].is_meta, [x.shape[1] for x in inputs]
+    if not isinstance(layer, StreamedLinear):
+        for number in each(range(len(inputs)), meta, sizes):
+            yield number, slice(0, layer.out_features), linear(layer, inputs[number], activation=activation)
         return
-    op, meta = layer.op(), inputs[0].is_meta
-    kernel = streamer.kernel(op, tuple(inputs[0].shape))
-    shared = [kernel.share(op, (x,)) for x in inputs]
-    for rows in each(cut(slice(0, layer.out_features), step_rows(streamer.store, op.group)), meta):
+    op, shape = layer.op(), tuple(inputs[0].shape)
+    kernel = streamer.kernel(op, shape)
+    begun = [kernel.begin(op, Operands((x,))) for x in inputs]
+    for rows in each(cut(slice(0, layer.out_features), step_rows(streamer.store, op.group.row)), meta):
         part = rows_of(layer, rows.start, rows.stop)
         assert isinstance(part, StreamedLinear)
+        op = part.op(after=Epilogue(activation=activation))
         with streamer.hold(part):
-            for number in each(range(len(inputs)), meta, [x.shape[1] for x in inputs]):
-                yield number, rows, part.compute(part.op(), Operands((inputs[number],), shared=shared[number]))
-
-
-@contextmanager
-def held(streamer: Streamer, *layers: nn.Module) -> Iterator[None]:
-    """`Streamer.hold` of all the layers, unless something is held already."""
-    with nullcontext() if streamer.holding else streamer.hold(nn.ModuleList(layers)):
-        yield
+            for number in each(range(len(inputs)), meta, sizes):
+                (made,) = kernel.apply(op, begun[number], streamer.prepared(op, kernel, shape))
+                yield number, rows, made
 
 
 def cut(tokens: slice, size: int) -> list[slice]:

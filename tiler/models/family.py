@@ -100,7 +100,9 @@ class Options(NamedTuple):
 class Part:
     """One model of a checkpoint. `name` is its folder; `build` makes it on the meta device; `aliases` gives the names that a
     parameter may have in files; `quantise` says which parameters become int8 where that is asked for, `once` which ones are
-    read before the steps and not in them; `activation_bytes` is what a text encoder takes beside its weights."""
+    read before the steps and not in them; `example` runs a text encoder on one prompt of the greatest length as `Family.encode`
+    does, also where its weights are on the meta device: for the meter. Where that cannot be, `activation_bytes` is what it takes
+    beside its weights."""
 
     name: str
     role: Role
@@ -110,6 +112,7 @@ class Part:
     quantise: Callable[[str], bool]
     once: Callable[[str], bool] = lambda name: False
     arena_bytes: int | None = None
+    example: Callable[[Any], object] | None = None
     activation_bytes: int = 0
 
     def int8_weights(self, module: nn.Module) -> frozenset[str]:

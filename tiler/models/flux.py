@@ -19,7 +19,7 @@ from tiler.decoding import FACTOR
 from tiler.errors import ModelError
 from tiler.memory.lean_imports import lean_imports
 from tiler.models import bounds, t5
-from tiler.models.clip import build_clip, clip_bytes, clip_names, encode_penultimate, load_tokenizer
+from tiler.models.clip import build_clip, clip_names, encode_penultimate, load_tokenizer, run_clip
 from tiler.models.family import (
     Family,
     Guidance,
@@ -67,7 +67,7 @@ class Flux(Family):
             pooled = [prompt.pooled for prompt in encode_penultimate(clip_tokenizer, encoder, texts, warn)]
         with open_part(second) as encoder:
             tokens = t5.encode_t5(t5_tokenizer, encoder, texts, self.length, warn, keep_pads=True)
-        encoded = {text: Prompt(*both) for text, *both in zip(texts, tokens, pooled, strict=True)}
+        encoded = {text: Prompt(rows, vector) for text, rows, vector in zip(texts, tokens, pooled, strict=True)}
         return [encoded[prompt or ""] for prompt in prompts]
 
     @property
@@ -79,7 +79,7 @@ class Flux(Family):
         self, model: Any, streamer: Streamer, timesteps: Tensor, prompts: Sequence[Prompt], options: Options
     ) -> Prepared:
         """Read the modulation layers, once for all steps, prompts and guidance scales."""
-        pooled = list({id(prompt.pooled): prompt.pooled for prompt in prompts}.values())
+        pooled = list({id(v): v for prompt in prompts if (v := prompt.pooled) is not None}.values())
         numbers = {id(vector): number for number, vector in enumerate(pooled)}
         scales = (options.guidance or (1.0,)) if self.traits.guidance is Guidance.EMBEDDED else (0.0,)
         keys = [(step, n, scale) for step in range(len(timesteps)) for n in range(len(pooled)) for scale in scales]
@@ -163,7 +163,7 @@ def read(checkpoint: Checkpoint, name: str) -> Flux:
         Part(
             name="text_encoder", role=Role.TEXT_ENCODER, config=text, aliases=clip_names,
             build=partial(build_clip, checkpoint, "text_encoder", text),
-            quantise=lambda name: "embed" not in name, activation_bytes=clip_bytes(text, every_layer=True),
+            quantise=lambda name: "embed" not in name, example=partial(run_clip, output_hidden_states=True),
         ),
         second,
         Part(

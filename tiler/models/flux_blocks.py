@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -88,7 +87,7 @@ def single_block(
     shift, scale, gate = modulation.chunk(3)
     normed, everything = modulated(block.norm.norm, x, scale, shift), slice(0, x.shape[1])
     attended = attention(streamer, x, [_image_stream(everything, block.attn, normed)], block.attn.heads, rotation)
-    layers = FeedForward(block.proj_mlp, partial(F.gelu, approximate="tanh"), block.proj_out)
+    layers = FeedForward(block.proj_mlp, nn.GELU(approximate="tanh"), block.proj_out)
     add_feed_forward(streamer, layers, x, everything, normed, gate, beside=attended)
 
 
@@ -97,7 +96,7 @@ def _image_stream(tokens: slice, attn: Any, normed: Callable[[slice], Tensor]) -
 
 
 def _feed_forward(ff: Any) -> FeedForward:
-    return FeedForward(ff.net[0].proj, partial(F.gelu, approximate="tanh"), ff.net[2])
+    return FeedForward(ff.net[0].proj, nn.GELU(approximate="tanh"), ff.net[2])
 
 
 def modulating(model: FluxTransformer2DModel) -> list[nn.Linear]:

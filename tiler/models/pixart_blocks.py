@@ -7,12 +7,11 @@ each adds a table of its own. The prompt speaks by cross attention: padding, who
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from tiler.compute.layers import attend
 from tiler.compute.stream import Streamer
@@ -25,7 +24,6 @@ from tiler.models.dit import (
     attention,
     cut,
     each,
-    held,
     modulated,
     project,
 )
@@ -90,7 +88,7 @@ def predict_sample(
         add_attended(streamer, attn.to_out[0], attended, x, everything, gate)
         del attended
         add_text(streamer, block.attn2, x, text)
-        layers = FeedForward(block.ff.net[0].proj, partial(F.gelu, approximate="tanh"), block.ff.net[2])
+        layers = FeedForward(block.ff.net[0].proj, nn.GELU(approximate="tanh"), block.ff.net[2])
         add_feed_forward(streamer, layers, x, everything, modulated(block.norm2, x, ff_scale, ff_shift), ff_gate)
     check("transformer.proj_out")
     shift, scale = model.scale_shift_table + modulation.out
@@ -101,11 +99,11 @@ def predict_sample(
 
 def add_text(streamer: Streamer, attn: Any, x: Tensor, text: Tensor) -> None:
     """x += cross attention of x (1, n, d) to text (1, T, d), in place."""
-    with held(streamer, attn.to_q, attn.to_k, attn.to_v, attn.to_out[0]):
+    with streamer.hold(attn.to_q, attn.to_k, attn.to_v, attn.to_out[0]):
         keys, values = (layer(text).unflatten(-1, (attn.heads, -1)).transpose(1, 2) for layer in (attn.to_k, attn.to_v))
         for tokens in each(cut(slice(0, x.shape[1]), CHUNK), x.is_meta):
             queries = attn.to_q(x[:, tokens]).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-            made = attn.to_out[0](attend(queries, keys, values).transpose(1, 2).flatten(2))
+            made = attn.to_out[0](attend(queries, keys, values, attn.to_q).transpose(1, 2).flatten(2))
             if not made.is_meta:
                 x[:, tokens] += made
 

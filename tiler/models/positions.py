@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tiler.compute.layers import StreamedEmbedding
 from tiler.compute.stream import Streamer
-from tiler.models.dit import CHUNK, cut, each, held
+from tiler.models.dit import CHUNK, cut, each
 from tiler.weights.store import Piece
 
 _TABLE = "table"  # the name of the module that takes the place of `pos_embed`
@@ -50,7 +50,7 @@ def embed(
     hold three times the result."""
     assert max(grid.height, grid.width) <= grid.side, "a picture longer than the table"
     size, table = patch_embed.patch_size, getattr(patch_embed, _TABLE)
-    with held(streamer, patch_embed.proj):
+    with streamer.hold(patch_embed.proj):
         for strip in each(cut(slice(0, grid.height), max(1, CHUNK // grid.width)), latents.is_meta):
             rows = latents[:, :, strip.start * size : strip.stop * size]
             made = patch_embed.proj(rows).flatten(2).transpose(1, 2) if project is None else project(rows)

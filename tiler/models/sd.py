@@ -17,7 +17,7 @@ from tiler.decoding import FACTOR
 from tiler.errors import ModelError
 from tiler.models import bounds
 from tiler.models.checks import check_channels, check_unet_kind
-from tiler.models.clip import TOKENS, build_clip, clip_bytes, clip_names, encode_prompts, load_tokenizer
+from tiler.models.clip import TOKENS, build_clip, clip_names, encode_prompts, load_tokenizer, run_clip
 from tiler.models.corrections import correct_unet
 from tiler.models.family import (
     Family,
@@ -113,7 +113,7 @@ def read(checkpoint: Checkpoint, name: str) -> StableDiffusion:
             build=partial(build_clip, checkpoint, "text_encoder", text),
             aliases=clip_names,
             quantise=partial(quantised, levels=0),
-            activation_bytes=clip_bytes(text),
+            example=run_clip,
         ),
         Part(
             name="unet",

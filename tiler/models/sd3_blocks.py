@@ -7,10 +7,8 @@ Every block's norms are scaled and shifted by what one layer makes of timestep a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tiler.compute.stream import Streamer
@@ -136,7 +134,7 @@ def _image_stream(tokens: slice, attn: Any, normed: Callable[[slice], Tensor]) -
 
 
 def _feed_forward(ff: Any) -> FeedForward:
-    return FeedForward(ff.net[0].proj, partial(F.gelu, approximate="tanh"), ff.net[2])
+    return FeedForward(ff.net[0].proj, nn.GELU(approximate="tanh"), ff.net[2])
 
 
 def unpatched(tokens: Tensor, height: int) -> Tensor:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tiler.compute import onednn
-from tiler.compute.kernels import activated, joined
+from tiler.compute.steps import activated, joined
 
 STRIP_ELEMENTS = 2**20
 ROWS_TOGETHER = 8  # so that convolutions that compute some rows at once cut a strip as they cut the whole

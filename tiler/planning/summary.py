@@ -6,8 +6,9 @@ from dataclasses import replace
 from typing import Any
 
 from tiler.decoding import FACTOR
+from tiler.models.built import Models
 from tiler.planning import time
-from tiler.planning.render import RenderPlan, choose_precision
+from tiler.planning.render import RenderPlan
 from tiler.planning.resolve import fill_again
 from tiler.planning.tiling import Tiling, plan_tiling
 from tiler.request import Preset, RenderRequest, ResolvedRequest
@@ -20,19 +21,20 @@ _OLD_NAMES = {
 }
 
 
-def summarise(said: RenderRequest, request: ResolvedRequest, plan: RenderPlan, speed: time.Speed) -> dict[str, Any]:
+def summarise(
+    said: RenderRequest, request: ResolvedRequest, plan: RenderPlan, models: Models, speed: time.Speed
+) -> dict[str, Any]:
     """The facts of `plan`, which carries out `request`, filled from what was `said`; `speed` is this machine's."""
-    counter = time.Counter(plan.family)
+    counter = time.Counter(models)
 
     def work_of(asked: ResolvedRequest, tiling: Tiling) -> dict[str, Any]:
         work = counter.count(tiling, asked.attention_window)
-        precision, _ = choose_precision(asked.precision, plan.family)
         return with_old_names(
             {
                 "denoiser_samples": tiling.denoiser_samples,
-                "precision": precision.value,
+                "precision": plan.precision.value,
                 "denoiser_tflop": round(work.tflop, 3),
-                "expected_seconds": round(time.seconds(work, plan.methods.values(), speed, precision)),
+                "expected_seconds": round(time.seconds(work, plan.methods.values(), speed, plan.precision)),
             }
         )
 

@@ -10,19 +10,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from tiler.compute import int8, onednn
-from tiler.compute.layers import stream_layers
+from tiler.compute.lending import lent
 from tiler.compute.measure import median_seconds
 from tiler.compute.shapes import MetaMeter
 from tiler.compute.stream import Streamer
+from tiler.compute.tuning import OVERHEAD_BY_LAYERS, OVERHEAD_BY_ROWS, OVERHEAD_FP32, OVERHEAD_INT8
 from tiler.decoding.method import DecodePlan
-from tiler.models.family import Family, Options, Role
+from tiler.models.built import Models
+from tiler.models.family import Options, Role
 from tiler.planning.tiling import Tiling
 from tiler.request import Precision
-
-# What whole passes take over what the speeds below give: norms, activations, smaller layers. Measured at SD 1.5's size and 2048²
-# on AVX-512: 3.1 and 2.05 s a UNet sample; 173 s of `sampled` decoding, 280 of `frozen`, which transforms no convolution.
-OVERHEAD = {Precision.FP32: 1.3, Precision.INT8: 1.5}
-BY_LAYERS, BY_ROWS = 1.4, 2.3
 
 
 class Flops(NamedTuple):
@@ -50,9 +47,9 @@ class Speed(NamedTuple):
 class Counter:
     """Counts the work of a family's samples; each kind of sample is run once, on shapes alone."""
 
-    def __init__(self, family: Family) -> None:
-        self.family, self.module, self.streamer = family, family.part(Role.DENOISER).build(), Streamer(None)
-        stream_layers(self.module, self.streamer)
+    def __init__(self, models: Models) -> None:
+        self.family, self.streamer = models.family, Streamer(None)
+        self.module = models.module(self.family.part(Role.DENOISER))
         self.known: dict[tuple[int, int, int, int | None], Flops] = {}
 
     def count(self, cut: Tiling, attention_window: int | None) -> Flops:
@@ -71,7 +68,7 @@ class Counter:
         if key not in self.known:
             inputs, timesteps = self.family.example([0] * samples, (height, width)), torch.empty(1, device="meta")
             prompts, options = [sample.prompt for sample in inputs], Options(attention_window=window)
-            with MetaMeter() as meter, torch.no_grad():
+            with lent(self.module, self.streamer), MetaMeter() as meter, torch.no_grad():
                 prepared = self.family.prepare(self.module, self.streamer, timesteps, prompts, options)
                 self.family.predict(self.module, self.streamer, inputs, 0, prepared)
             self.known[key] = Flops(meter.flops + meter.linear_flops, meter.attention_flops)
@@ -100,6 +97,9 @@ def measure() -> Speed:
 def seconds(work: Flops, methods: Iterable[DecodePlan], speed: Speed, precision: Precision) -> float:
     """What a render takes: its UNet samples in `precision`, and the autoencoder's `methods` in fp32, whose attention is plain
     matrix products."""
-    layers = work.layers / (speed.int8 if precision is Precision.INT8 else speed.fp32)
-    coding = sum((BY_LAYERS if m.by_layers else BY_ROWS) * m.flops + m.attention_flops for m in methods)
-    return OVERHEAD[precision] * (layers + work.attention / speed.attention) + coding / speed.fp32
+    fast, overhead = (speed.int8, OVERHEAD_INT8) if precision is Precision.INT8 else (speed.fp32, OVERHEAD_FP32)
+    denoising = overhead * (work.layers / fast + work.attention / speed.attention)
+    coding = sum(
+        (OVERHEAD_BY_LAYERS if m.by_layers else OVERHEAD_BY_ROWS) * m.flops + m.attention_flops for m in methods
+    )
+    return denoising + coding / speed.fp32

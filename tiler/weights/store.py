@@ -23,7 +23,8 @@ from tiler.weights.index import TensorInfo, open_regular, read_into
 
 TORCH_DTYPES = {codec.name: codec.stored for codec in CODECS.values() if codec.stored is not None}
 SCALE = ".scale"  # the fp32 factors of an int8 tensor's rows stand beside it under this ending
-PIECE_ELEMENTS = 4 * 2**20  # 8 MiB of fp16, 16 MiB once cast
+# 8 MiB of fp16, 16 MiB once cast. A choice, no measurement: large enough for disks, small beside the arena.
+PIECE_ELEMENTS = 4 * 2**20
 READ_AHEAD = 1  # pieces in flight; each has a buffer of its own
 
 

@@ -1,0 +1,207 @@
+"""What surrounds a product goes with it: a transformer's block is a few operations, whoever computes them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention import BasicTransformerBlock
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from tiler.compute import onednn
+from tiler.compute.choose import KERNELS
+from tiler.compute.int8 import quantize_rows
+from tiler.compute.kernels import (
+    Epilogue,
+    Group,
+    Input,
+    Kernel,
+    Kind,
+    Op,
+    Operands,
+    Place,
+    Policy,
+    Prepared,
+    Shape,
+    Weight,
+    read_pieces,
+)
+from tiler.compute.layers import linear, linear_layers, rows_of, stream_layers
+from tiler.compute.stream import Streamer
+from tiler.models.blocks import attention, feed_forward
+from tiler.weights.index import read_index
+from tiler.weights.store import SCALE, WeightStore
+
+WIDTH = 320  # such layers are streamed
+
+
+class Whole(Kernel):
+    """Linear layers of a group as one product in fp64, with norm, activation and residual."""
+
+    name = "whole"
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[tuple[str, ...], bool, bool, bool]] = []
+
+    def suits(self, op: Op, shape: Shape | None, policy: Policy) -> bool:
+        return op.kind is Kind.LINEAR
+
+    def prepare(self, store: WeightStore | None, op: Op, shape: Shape, place: Place) -> Iterator[Prepared]:
+        assert store is not None
+        pieces = [rows.clone() for weight in op.group.weights for _, _, rows in read_pieces(store, weight, place)]
+        yield Prepared(0, op.group.shape[0], (torch.cat(pieces).double(),))
+
+    def begin(self, op: Op, x: Operands) -> Operands:
+        (made,), norm = x.parts, op.input.norm
+        if norm is not None:
+            assert isinstance(norm, nn.LayerNorm) and norm.bias is not None
+            made = F.layer_norm(made.double(), norm.normalized_shape, norm.weight.double(), norm.bias.double())
+        return x._replace(made=made.double())
+
+    def apply(self, op: Op, x: Operands, prepared: Iterable[Prepared]) -> tuple[Tensor, ...]:
+        after, weights = op.epilogue, op.group.weights
+        names = tuple(weight.name.removesuffix(".weight") for weight in weights)
+        self.seen.append((names, op.input.norm is not None, after.activation is not None, after.residual))
+        ((_, _, (matrix,), _),) = prepared
+        out = x.made @ matrix.T
+        if weights[0].bias is not None:
+            out += torch.cat([weight.bias for weight in weights if weight.bias is not None])
+        if after.activation is not None:
+            approximate = getattr(after.activation, "approximate", "none")
+            first, second = out.chunk(2, dim=-1) if after.glu else (1, out)
+            out = first * F.gelu(second, approximate=approximate)
+        if x.residual is not None:
+            out += x.residual
+        return tuple(part.float() for part in out.split(out.shape[-1] // len(weights), dim=-1))
+
+
+def block(activation: str = "geglu") -> BasicTransformerBlock:
+    torch.manual_seed(3)
+    made = BasicTransformerBlock(WIDTH, 5, 64, cross_attention_dim=208, activation_fn=activation).eval()
+    for parameter in made.parameters():
+        parameter.requires_grad_(False).add_(0.02 * torch.randn(parameter.shape))
+    return made
+
+
+@contextmanager
+def streamed(module: nn.Module, meta: nn.Module, folder: Path, *prefer: Kernel) -> Iterator[nn.Module]:
+    """`meta` with the weights of `module`, streamed."""
+    save_file(dict(module.state_dict()), folder / "w.safetensors")
+    with WeightStore(read_index(folder / "w.safetensors")) as store:
+        stream_layers(meta, Streamer(store, prefer=prefer))
+        yield meta
+
+
+def run(made: BasicTransformerBlock, tokens: Tensor, text: Tensor) -> Tensor:
+    tokens = attention(made.attn1, made.norm1, tokens)
+    tokens = attention(made.attn2, made.norm2, tokens, text)
+    feed_forward(made.ff, made.norm3, 6, tokens)
+    return tokens
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("activation", ["geglu", "gelu", "gelu-approximate"])
+@pytest.mark.parametrize("samples", [1, 2])
+def test_a_transformer_block_is_seven_operations(tmp_path: Path, activation: str, samples: int) -> None:
+    plain, kernel = block(activation), Whole()
+    tokens, text = torch.randn(samples, 12, WIDTH), torch.randn(samples, 7, 208)
+    exact = block(activation).double()(tokens.double(), encoder_hidden_states=text.double())
+    with streamed(plain, block(activation).to("meta"), tmp_path, kernel) as module:
+        got = run(module, tokens, text)  # type: ignore[arg-type]
+    assert (got - exact).norm() < 1e-6 * exact.norm()
+    feed = (("ff.net.0.proj",), True, True, False), (("ff.net.2",), False, False, True)
+    assert kernel.seen == [
+        (("attn1.to_q", "attn1.to_k", "attn1.to_v"), True, False, False),
+        (("attn1.to_out.0",), False, False, True),
+        (("attn2.to_q",), True, False, False),
+        (("attn2.to_k", "attn2.to_v"), False, False, False),
+        (("attn2.to_out.0",), False, False, True),
+        *feed,  # 6 of 12 tokens at a time
+        *feed,
+    ]
+    with streamed(plain, block(activation).to("meta"), tmp_path) as module:
+        step_by_step = run(module, tokens, text)  # type: ignore[arg-type]
+    assert (step_by_step - exact).norm() < 2e-6 * exact.norm()
+    assert (run(plain, tokens, text) - exact).norm() < 2e-6 * exact.norm()  # layers that are not streamed
+
+
+def stored(folder: Path, kernel: str, *weights: Tensor) -> tuple[WeightStore, Group]:
+    """The weights as `kernel` takes them."""
+    tensors: dict[str, Tensor] = {}
+    for i, weight in enumerate(weights):
+        rows, scale = quantize_rows(weight)
+        tensors |= {f"{i}": rows, f"{i}{SCALE}": scale} if kernel == "int8" else {f"{i}": weight}
+    save_file(tensors, folder / "w.safetensors")
+    group = Group(weights=tuple(Weight(name=f"{i}", meta=weight.to("meta")) for i, weight in enumerate(weights)))
+    return WeightStore(read_index(folder / "w.safetensors")), group
+
+
+def apply(store: WeightStore, kernel: str, op: Op, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, ...]:
+    streamer = Streamer(store, prefer=[KERNELS[kernel]])
+    begun = KERNELS[kernel].begin(op, Operands((x,), residual))
+    return KERNELS[kernel].apply(op, begun, streamer.prepared(op, KERNELS[kernel], x.shape))
+
+
+products = pytest.mark.skipif(not onednn.int8().products, reason="no 8-bit products here")
+with_kernels = pytest.mark.parametrize("kernel", ["fp32", pytest.param("int8", marks=products)])
+
+
+@torch.no_grad()
+@with_kernels
+def test_a_low_rank_path_is_added_to_the_weights(tmp_path: Path, kernel: str) -> None:
+    """What LoRA adds is exact beside a quantised weight too."""
+    torch.manual_seed(4)
+    x, weight, bias = torch.randn(2, 9, 48), torch.randn(40, 48), torch.randn(40)
+    down, up = torch.randn(4, 48), torch.randn(40, 4)
+    store, plain = stored(tmp_path, kernel, weight)
+    with store:
+        parts = {"name": "0", "meta": plain.weights[0].meta, "bias": bias}
+        (without,) = apply(store, kernel, Op(kind=Kind.LINEAR, weights=Group(weights=(Weight(**parts),))), x)  # type: ignore[arg-type]
+        group = Group(weights=(Weight(**parts, low_rank=(down, up)),))  # type: ignore[arg-type]
+        (got,) = apply(store, kernel, Op(kind=Kind.LINEAR, weights=group), x)
+    want = x.double() @ (weight + up @ down).double().T + bias
+    assert (got - want).norm() < (3e-2 if kernel == "int8" else 1e-6) * want.norm()
+    added = x.double() @ (up.double() @ down.double()).T
+    assert (got - without - added).norm() < 1e-6 * want.norm()
+
+
+@torch.no_grad()
+@with_kernels
+def test_a_glu_halves_one_weight_or_takes_two(tmp_path: Path, kernel: str) -> None:
+    torch.manual_seed(5)
+    x, first, second, residual = torch.randn(1, 9, 48), torch.randn(40, 48), torch.randn(40, 48), torch.randn(1, 9, 40)
+    op = {"kind": Kind.LINEAR, "epilogue": Epilogue(activation=nn.SiLU(), glu=True, residual=True), "input": Input()}
+    results = []
+    for weights in ((first, second), (torch.cat([first, second]),)):
+        store, group = stored(tmp_path, kernel, *weights)
+        with store:
+            results.append(apply(store, kernel, Op(weights=group, **op), x, residual))  # type: ignore[arg-type]
+    (two,), (one,) = results
+    y = x.double()
+    want = (y @ first.double().T) * F.silu(y @ second.double().T) + residual
+    assert (one - want).norm() < (3e-2 if kernel == "int8" else 1e-6) * want.norm()
+    assert (two - one).norm() < 1e-6 * want.norm()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("int8", [False, True])
+def test_rows_of_a_layer_are_a_layer(tmp_path: Path, int8: bool) -> None:
+    torch.manual_seed(6)
+    plain, x = nn.Linear(256, 320), torch.randn(1, 5, 256)
+    rows, scale = quantize_rows(plain.weight)
+    tensors = {"weight": rows, "weight" + SCALE: scale} if int8 else {"weight": plain.weight}
+    save_file({**tensors, "bias": plain.bias}, tmp_path / "w.safetensors")
+    layer = nn.Linear(256, 320, device="meta")
+    with WeightStore(read_index(tmp_path / "w.safetensors")) as store:
+        stream_layers(layer, Streamer(store))
+        want = linear(layer, x)
+        parts = [rows_of(layer, 0, 96), rows_of(rows_of(layer, 32, 320), 64, 288)]
+        assert parts[1].weight.shape == (224, 256)
+        got = torch.cat(linear_layers(parts, x), dim=-1)
+    assert (got - want).abs().max() < 1e-5
+    assert torch.equal(linear(rows_of(plain, 96, 320), x), F.linear(x, plain.weight[96:], plain.bias[96:]))
