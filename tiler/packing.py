@@ -42,7 +42,8 @@ def _prefix(part: Part) -> str:
 
 def packed_weights(models: Models, cache: Path, progress: Callable[[float, str], None]) -> dict[str, TensorInfo]:
     """The index of the packed file in `cache`, which is made first if it is not there or does not fit: the text encoders'
-    parameters and the denoiser's, by `packed_names`.
+    parameters and the denoiser's, by `packed_names`. What is read once a run stays in the checkpoint's own files, and stands
+    last in the index.
 
     `progress` gets the share written and why. Raises StorageError, ModelError, NumericalError.
     """
@@ -50,6 +51,7 @@ def packed_weights(models: Models, cache: Path, progress: Callable[[float, str],
     parts = packed_parts(family)
     stored = {part.name: family.checkpoint.weights(part.name) for part in parts}
     files = {_prefix(part) + name: info for part in parts for name, info in stored[part.name].items()}
+    matched = {part.name: match_index(models.module(part), stored[part.name], part.aliases) for part in parts}
 
     def write(path: Path, mark: str, reason: str) -> None:
         order: list[str] = []
@@ -57,16 +59,18 @@ def packed_weights(models: Models, cache: Path, progress: Callable[[float, str],
         quantised: dict[str, Quantise] = {}
         for part in parts:
             module, prefix = models.module(part), _prefix(part)
-            matched = match_index(module, stored[part.name], part.aliases)
+            packed = {name: info for name, info in matched[part.name].items() if not part.once(name)}
             denoiser = part.role is Role.DENOISER
             # A text encoder is computed in fp32: its weights may take all 8 bits on every processor.
             rule = quantize_rows if denoiser else partial(quantize_rows, largest=127)
             quantised |= {prefix + name: rule for name in part.int8_weights(module)}
-            index |= {prefix + name: info for name, info in matched.items()}
-            order += order_of_use(family, module) if denoiser else [prefix + name for name in matched]
+            index |= {prefix + name: info for name, info in packed.items()}
+            names = order_of_use(family, module) if denoiser else packed
+            order += [prefix + name for name in names if name in packed]
         write_packed(path, mark, order, index, quantised, lambda share: progress(share, reason))
 
-    return packed_index(cache, files, str(cpu.int8().largest), write)
+    own = {_prefix(part) + name: info for part in parts for name, info in matched[part.name].items() if part.once(name)}
+    return packed_index(cache, files, str(cpu.int8().largest), write) | own
 
 
 def order_of_use(family: Family, denoiser: Any) -> list[str]:

@@ -42,9 +42,8 @@ def of_decode(run: DecodeRun) -> dict[str, Any]:
 
 def of_packed(path: Path, index: dict[str, TensorInfo], budget: Budget) -> dict[str, Any]:
     """The report of a quantisation: the file's bytes, and the share of its weights in int8."""
-    weights = {
-        kind: sum(math.prod(i.shape) for i in index.values() if (i.dtype == "I8") is kind) for kind in (True, False)
-    }
+    infos = [info for info in index.values() if info.path == path]
+    weights = {kind: sum(math.prod(i.shape) for i in infos if (i.dtype == "I8") is kind) for kind in (True, False)}
     return _common(budget, 0) | {"bytes": path.stat().st_size, "int8_share": weights[True] / sum(weights.values())}
 
 

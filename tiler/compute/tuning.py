@@ -95,6 +95,9 @@ OVERHEAD_BY_ROWS: Annotated[float, Passport("ratio", "python scripts/bench_decod
 HEAP_SLACK: Annotated[float, Passport("share", "python scripts/calibrate.py memory")] = 0.37
 # Where the weights' arena is small, and memory always short: 18 MB of 106.
 TIGHT_HEAP_SLACK: Annotated[float, Passport("share", "python scripts/calibrate.py memory")] = 0.2
+# The same where the activations are few blocks of many MB, each a mapping of its own: Flux at full width and 1024² had 607 MB
+# where 632 were planned without any, int8 678 where 724 were.
+MAPPED_HEAP_SLACK: Annotated[float, Passport("share", "python -m pytest -m full tests/full/test_flux.py")] = 0.02
 # What int8 weights, packed and freed unit by unit, leave of holes (SD 1.5, 1024² under 600 MB: 595 MB, 570 planned without it).
 # Nothing where memory is always short.
 INT8_HOLES_BYTES: Annotated[int, Passport("bytes", "python scripts/calibrate.py memory")] = 27_000_000
