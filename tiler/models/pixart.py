@@ -185,7 +185,8 @@ def read(checkpoint: Checkpoint, name: str) -> PixArt:
         notes = (f"a few-step model ({sign}): by default {defaults['num_inference_steps']} steps, no guidance",)
     traits = Traits(
         title=kind.title, native=int(config.get("sample_size", 128)), granularity=PATCH, channels=channels,
-        width=config["num_attention_heads"] * config["attention_head_dim"], patch=PATCH, samples=1, defaults=defaults,
+        width=config["num_attention_heads"] * config["attention_head_dim"], patch=PATCH, samples=1, large_blocks=True,
+        defaults=defaults,
     )  # fmt: skip
     return PixArt(
         checkpoint=checkpoint,
