@@ -47,9 +47,7 @@ if TYPE_CHECKING:
 Config = Mapping[str, Any]
 NATIVE = 128  # latents; the published configs name no size
 ARENA_BYTES = 114_000_000  # a single block, a feed-forward or an attention in int8
-
-
-LENGTHS = {Guidance.EMBEDDED: 512, Guidance.NONE: 256}
+LENGTHS = {Guidance.EMBEDDED: 512, Guidance.NONE: 256}  # tokens of T5
 
 
 class Prepared(NamedTuple):
