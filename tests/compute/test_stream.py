@@ -158,7 +158,7 @@ def test_weights_are_reordered_once_for_all_samples(tiny: Path, monkeypatch: pyt
 
     def counted(self: Prepacked, store: WeightStore, op: Op, *where: Any) -> Iterator[Prepared]:
         for piece in inner(self, store, op, *where):
-            calls.append(op.group.name)
+            calls.extend(op.group.names)
             yield piece
 
     monkeypatch.setattr(Prepacked, "prepare", counted)
