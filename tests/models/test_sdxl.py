@@ -358,6 +358,17 @@ def test_bad_models_are_exit_3_and_one_line(in_process: Any, sdxl: Path, tmp_pat
     assert len(ran.err.strip().splitlines()) == 1
 
 
+def test_the_plan_says_what_is_read(sdxl: Path, in_process: Any) -> None:
+    ran = in_process("plan", "x", "--model", sdxl, "--size", SIDE, "--json")
+    assert ran.code == 0, ran.err
+    facts = json.loads(ran.out)["read_bytes"]
+    assert list(facts) == ["text_encoder", "text_encoder_2", "unet"]
+    files = {part: next((sdxl / part).glob("*.safetensors")).stat().st_size for part in facts}
+    assert facts["unet"] == pytest.approx(files["unet"], rel=0.1)
+    tables = 2 * 48 * (5000 + 77)  # fp16, of the second encoder
+    assert facts["text_encoder_2"] == pytest.approx(files["text_encoder_2"] - tables, rel=0.1)
+
+
 def test_quantize_and_decode_know_it(sdxl: Path, in_process: Any, tmp_path: Path) -> None:
     ran = in_process("quantize", sdxl, "--cache-dir", tmp_path / "packed")
     assert ran.code == 0, ran.err

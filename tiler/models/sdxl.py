@@ -24,10 +24,10 @@ from tiler.models.clip import (
     TOKENS,
     build_clip,
     check_tokenizer,
-    clip_bytes,
     clip_names,
     encode_penultimate,
     load_tokenizer,
+    run_clip,
 )
 from tiler.models.family import (
     Family,
@@ -174,7 +174,7 @@ def read(checkpoint: Checkpoint, name: str) -> StableDiffusionXL:
             build=partial(build_clip, checkpoint, part, text, projection=part == "text_encoder_2"),
             aliases=clip_names,
             quantise=partial(quantised, levels=0) if part == "text_encoder" else _stays,
-            activation_bytes=clip_bytes(text, every_layer=True),
+            example=partial(run_clip, output_hidden_states=True),
         )
         for part, text in zip(("text_encoder", "text_encoder_2"), texts, strict=True)
     ]
