@@ -141,6 +141,19 @@ def test_an_absent_negative_prompt_is_an_empty_one_where_the_checkpoint_says_so(
     assert absent.pooled is given.pooled and torch.equal(given.tokens, empty.tokens)
 
 
+@torch.no_grad()
+def test_an_encoder_that_was_lent_before_gives_the_same_states(sdxl: Path) -> None:
+    """transformers hooks a module that is asked for its hidden states; planning asks first."""
+    family = read_family(resolve(str(sdxl)))
+    for part in family.encoders:
+        module, found = part.build(), []
+        for _ in range(2):
+            with streamed(module, family.checkpoint.weights(part.name), part.aliases):
+                found.append(module(torch.arange(77)[None], output_hidden_states=True).hidden_states)
+        assert len(found[0]) == len(found[1]) == part.config["num_hidden_layers"] + 1
+        assert all(map(torch.equal, *found))
+
+
 def test_a_long_prompt_is_cut_and_told_of_once(sdxl: Path) -> None:
     notes: list[str] = []
     long, cut = encoded(sdxl, ["a" * 80 + "b", "a" * 80 + "c"], notes.append)
@@ -208,6 +221,28 @@ def test_four_tiles_under_a_guide_are_what_a_plain_loop_gives(
         guide_upscale=GuideUpscale.LATENT, tile_conditioning=conditioning,
     )  # fmt: skip
     got = rendered(asked)
+    assert (got - want).abs().max() <= 1e-4 * want.abs().max()
+
+
+def test_guidance_that_is_an_input_is_what_diffusers_pipeline_gives(sdxl: Path, tmp_path: Path) -> None:
+    from diffusers import LCMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+
+    folder = shutil.copytree(sdxl, tmp_path / "model")
+    base = UNet2DConditionModel.from_pretrained(folder / "unet", variant="fp16")
+    unet = UNet2DConditionModel.from_config(base.config, time_cond_proj_dim=16)
+    assert unet.load_state_dict(base.state_dict(), strict=False).missing_keys == ["time_embedding.cond_proj.weight"]
+    unet.half().save_pretrained(folder / "unet", variant="fp16")
+    change(folder, "scheduler/scheduler_config.json", _class_name="LCMScheduler")
+    pipe = StableDiffusionXLPipeline.from_pretrained(folder, variant="fp16", torch_dtype=torch.float32)
+    pipe.scheduler = LCMScheduler.from_pretrained(folder / "scheduler")
+    pipe.set_progress_bar_config(disable=True)
+    want = pipe(
+        "a sailing boat", width=SIDE, height=SIDE, generator=torch.Generator().manual_seed(11), output_type="latent",
+        num_inference_steps=4, guidance_scale=8.0,
+    ).images  # fmt: skip
+    request = ask(folder, tmp_path, guide=False, num_inference_steps=None)
+    assert render(request, roomy()).report["denoiser_samples"] == 4
+    got = load_file(tmp_path / "x.safetensors")["latents"]
     assert (got - want).abs().max() <= 1e-4 * want.abs().max()
 
 
@@ -325,7 +360,7 @@ BAD_MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
         "projection_class_embeddings_input_dim = 72",
     ),
     "encoder of another kind": (lambda f: change(f, "text_encoder_2/config.json", model_type="t5"), "'t5'"),
-    "distilled guidance": (lambda f: change(f, "unet/config.json", time_cond_proj_dim=256), "time_cond_proj_dim"),
+    "foreign UNet": (lambda f: change(f, "unet/config.json", class_embed_type="timestep"), "class_embed_type"),
     "SD class": (lambda f: change(f, "model_index.json", _class_name="StableDiffusionPipeline"), "this UNet is SDXL's"),
     "latents_std": (lambda f: change(f, "vae/config.json", latents_std=[1.0, 1.0]), "latents_std"),
     "LoRA": (lambda f: only(f, "pytorch_lora_weights.safetensors"), "this is a LoRA"),

@@ -3,6 +3,7 @@ and every phase of a run, one after another."""
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,20 +16,23 @@ from tiler.compute.stream import Streamer
 
 @contextmanager
 def lent(module: nn.Module, streamer: Streamer) -> Iterator[None]:
-    """`stream_layers` for as long as the block lasts. Whatever changes meanwhile (classes, parameters, submodules, attributes)
-    is undone at its end, and what was loaded is freed. One block at a time."""
+    """`stream_layers` for as long as the block lasts. Whatever changes meanwhile (classes, parameters, submodules, attributes,
+    hooks) is undone at its end, and what was loaded is freed. One block at a time."""
     modules = list(module.modules())
     assert not any("streamer" in vars(m) for m in modules), "lent already"
-    before = [(m, type(m), dict(vars(m)), dict(m._parameters), dict(m._modules)) for m in modules]
+    before = [(m, type(m), dict(vars(m)), _tables(m)) for m in modules]
     try:
         stream_layers(module, streamer)
         yield
     finally:
-        for m, kind, attributes, parameters, children in before:
+        for m, kind, attributes, tables in before:
             m.__class__ = kind
-            tables: tuple[tuple[dict[str, Any], dict[str, Any]], ...] = (
-                (vars(m), attributes), (m._parameters, parameters), (m._modules, children),
-            )  # fmt: skip
-            for now, then in tables:
+            for now, then in ((vars(m), attributes), *tables):
                 now.clear()
                 now.update(then)
+
+
+def _tables(module: nn.Module) -> list[tuple[dict[Any, Any], dict[Any, Any]]]:
+    """The parameters, submodules, hooks and other tables of a module, and a copy of each. transformers hooks a module that is
+    asked for its hidden states, and marks it as hooked: one without the other would double them."""
+    return [(table, dict(table)) for table in vars(module).values() if type(table) in (dict, OrderedDict)]
