@@ -3,7 +3,7 @@
     python scripts/calibrate.py kernels     # each kernel on fixed shapes: the table's rows that this processor can give
     python scripts/calibrate.py memory      # what the libraries take, and the plan beside the measured peak of SD 1.5's size
 
-`kernels` runs once for each instruction set, in a process whose torch, oneDNN and MKL are limited to it, and counts the
+`kernels` runs once for each instruction set, in a process whose torch, oneDNN, MKL and library of tiler's are limited to it, and counts the
 processor's time of one thread, so that another program beside it changes little. `memory` renders with the generated checkpoint
 of make_checkpoint.py: the difference between planned and measured is what the slack constants have to cover.
 """
@@ -26,12 +26,13 @@ from tiler.compute.measure import TABLE_SHAPES, table_row, timings
 
 
 class Limit(NamedTuple):
-    """The flags of a processor of that instruction set, and what makes torch, oneDNN and MKL believe in it."""
+    """The flags of a processor of that instruction set, and what makes torch, oneDNN, MKL and tiler's library believe in it."""
 
     flags: tuple[str, ...]
     aten: str
     onednn: str
     mkl: str
+    tiler: str
 
     @property
     def environment(self) -> dict[str, str]:
@@ -39,15 +40,16 @@ class Limit(NamedTuple):
             "ATEN_CPU_CAPABILITY": self.aten,
             "ONEDNN_MAX_CPU_ISA": self.onednn,
             "MKL_ENABLE_INSTRUCTIONS": self.mkl,
+            "TILER_ISA": self.tiler,
             "OMP_NUM_THREADS": "1",
         }
 
 
 LIMITS = {
-    Isa.AVX512_VNNI: Limit(("avx2", "avx512f", "avx512_vnni"), "avx512", "AVX512_CORE_VNNI", "AVX512"),
-    Isa.AVX512: Limit(("avx2", "avx512f"), "avx512", "AVX512_CORE", "AVX512"),
-    Isa.AVX2_VNNI: Limit(("avx2", "avx_vnni"), "avx2", "AVX2_VNNI", "AVX2"),
-    Isa.AVX2: Limit(("avx2",), "avx2", "AVX2", "AVX2"),
+    Isa.AVX512_VNNI: Limit(("avx2", "avx512f", "avx512_vnni"), "avx512", "AVX512_CORE_VNNI", "AVX512", "v4"),
+    Isa.AVX512: Limit(("avx2", "avx512f"), "avx512", "AVX512_CORE", "AVX512", "v3"),
+    Isa.AVX2_VNNI: Limit(("avx2", "avx_vnni"), "avx2", "AVX2_VNNI", "AVX2", "v3-vnni"),
+    Isa.AVX2: Limit(("avx2",), "avx2", "AVX2", "AVX2", "v3"),
 }
 
 

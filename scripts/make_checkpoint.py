@@ -189,8 +189,12 @@ def make(kind: str, cache: Path = CACHE, *, force: bool = False) -> Path:
     else:
         _pipeline(temp, configs(kind))
     folder.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
-    temp.rename(folder)
+    if force:
+        shutil.rmtree(folder, ignore_errors=True)
+    try:
+        temp.rename(folder)
+    except OSError:  # another process was quicker
+        shutil.rmtree(temp)
     return folder
 
 

@@ -40,7 +40,7 @@ def fake(module: nn.Module, largest: int) -> tuple[Tensor, torch.utils.hooks.Rem
 
     def rounded(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         x = inputs[0]
-        if isinstance(module, nn.Conv2d) and int8.is_pointwise(module.weight.shape, Geometry.of(module)):
+        if isinstance(module, nn.Conv2d) and Geometry.of(module).is_pointwise(module.weight.shape):
             pixels = [int8.quantize_pixels(sample).restored() for sample in x]
             return (torch.stack([p.T.view(x.shape[1:]) for p in pixels]), *inputs[1:])
         if isinstance(module, nn.Conv2d):

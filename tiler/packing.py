@@ -13,6 +13,7 @@ from tiler import events
 from tiler.compute import cpu
 from tiler.compute.int8 import quantize_rows
 from tiler.compute.lending import lent
+from tiler.compute.native import reads_blocks
 from tiler.compute.shapes import MetaMeter
 from tiler.compute.stream import Streamer
 from tiler.events import OnEvent, percent
@@ -42,7 +43,8 @@ def _prefix(part: Part) -> str:
 
 def packed_weights(models: Models, cache: Path, progress: Callable[[float, str], None]) -> dict[str, TensorInfo]:
     """The index of the packed file in `cache`, which is made first if it is not there or does not fit: the text encoders'
-    parameters and the denoiser's, by `packed_names`.
+    parameters and the denoiser's, by `packed_names`. What is read once a run stays in the checkpoint's own files, and stands
+    last in the index.
 
     `progress` gets the share written and why. Raises StorageError, ModelError, NumericalError.
     """
@@ -50,23 +52,31 @@ def packed_weights(models: Models, cache: Path, progress: Callable[[float, str],
     parts = packed_parts(family)
     stored = {part.name: family.checkpoint.weights(part.name) for part in parts}
     files = {_prefix(part) + name: info for part in parts for name, info in stored[part.name].items()}
+    matched = {part.name: match_index(models.module(part), stored[part.name], part.aliases) for part in parts}
+    in_blocks = reads_blocks()
 
     def write(path: Path, mark: str, reason: str) -> None:
         order: list[str] = []
         index: dict[str, TensorInfo] = {}
         quantised: dict[str, Quantise] = {}
+        to_block: set[str] = set()
         for part in parts:
             module, prefix = models.module(part), _prefix(part)
-            matched = match_index(module, stored[part.name], part.aliases)
+            packed = {name: info for name, info in matched[part.name].items() if not part.once(name)}
             denoiser = part.role is Role.DENOISER
             # A text encoder is computed in fp32: its weights may take all 8 bits on every processor.
             rule = quantize_rows if denoiser else partial(quantize_rows, largest=127)
             quantised |= {prefix + name: rule for name in part.int8_weights(module)}
-            index |= {prefix + name: info for name, info in matched.items()}
-            order += order_of_use(family, module) if denoiser else [prefix + name for name in matched]
-        write_packed(path, mark, order, index, quantised, lambda share: progress(share, reason))
+            to_block |= part.int8_weights(module) if denoiser and in_blocks else set()
+            index |= {prefix + name: info for name, info in packed.items()}
+            names = order_of_use(family, module) if denoiser else packed
+            order += [prefix + name for name in names if name in packed]
+        write_packed(
+            path, mark, order, index, quantised, lambda share: progress(share, reason), in_blocks=frozenset(to_block)
+        )
 
-    return packed_index(cache, files, str(cpu.int8().largest), write)
+    own = {_prefix(part) + name: info for part in parts for name, info in matched[part.name].items() if part.once(name)}
+    return packed_index(cache, files, str(cpu.int8().largest), write, in_blocks=in_blocks) | own
 
 
 def order_of_use(family: Family, denoiser: Any) -> list[str]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from tiler.compute.cpu import computed_by
 from tiler.decode_run import DecodeRun
 from tiler.memory.budget import Budget
 from tiler.output.metadata import Facts
@@ -42,9 +43,8 @@ def of_decode(run: DecodeRun) -> dict[str, Any]:
 
 def of_packed(path: Path, index: dict[str, TensorInfo], budget: Budget) -> dict[str, Any]:
     """The report of a quantisation: the file's bytes, and the share of its weights in int8."""
-    weights = {
-        kind: sum(math.prod(i.shape) for i in index.values() if (i.dtype == "I8") is kind) for kind in (True, False)
-    }
+    infos = [info for info in index.values() if info.path == path]
+    weights = {kind: sum(math.prod(i.shape) for i in infos if (i.dtype == "I8") is kind) for kind in (True, False)}
     return _common(budget, 0) | {"bytes": path.stat().st_size, "int8_share": weights[True] / sum(weights.values())}
 
 
@@ -55,7 +55,7 @@ def _common(budget: Budget, predicted: int) -> dict[str, Any]:
         "schema": SCHEMA, "peak_rss_bytes": budget.peak_rss_bytes, "peak_sampled": budget.peak_sampled,
         "swapped_bytes": budget.swapped_bytes, "predicted_peak_bytes": predicted,
         "max_ram_bytes": budget.max_bytes, "phases": [asdict(phase) for phase in budget.phases],
-        "threads": torch.get_num_threads(), "versions": versions,
+        "threads": torch.get_num_threads(), "kernels": computed_by(), "versions": versions,
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }  # fmt: skip
 
@@ -69,6 +69,6 @@ def texts(run: RenderRun) -> dict[str, str]:
     facts = Facts(
         model=found.name, model_id=model_id(found, [part.name for part in plan.family.parts]), revision=found.revision,
         scheduler=plan.scheduler.value,
-        precision=plan.precision.value, begin=plan.begin,
+        precision=plan.precision.value, kernels=computed_by(), begin=plan.begin,
     )  # fmt: skip
     return picture_texts(run.request, facts)

@@ -13,8 +13,8 @@ from checkpoints._t5 import write_tokenizer
 
 _TRANSFORMER = {
     "_class_name": "FluxTransformer2DModel", "_diffusers_version": "0.30.0.dev0", "attention_head_dim": 128,
-    "guidance_embeds": True, "in_channels": 64, "joint_attention_dim": 4096, "num_attention_heads": 24, "num_layers": 19,
-    "num_single_layers": 38, "patch_size": 1, "pooled_projection_dim": 768,
+    "guidance_embeds": True, "in_channels": 64, "joint_attention_dim": 4096, "num_attention_heads": 24,
+    "num_layers": 19, "num_single_layers": 38, "patch_size": 1, "pooled_projection_dim": 768,
 }  # fmt: skip
 _VAE = {
     "_class_name": "AutoencoderKL", "_diffusers_version": "0.30.0.dev0", "act_fn": "silu",

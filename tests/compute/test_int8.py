@@ -20,6 +20,7 @@ from tiler.errors import ModelError, StorageError
 from tiler.models import family as families
 from tiler.models.built import Models
 from tiler.models.unet import int8_weights, predict_noise
+from tiler.native import library
 from tiler.packing import order_of_use, packed_names, packed_weights
 from tiler.phases import streamed
 from tiler.request import Precision
@@ -183,7 +184,7 @@ def test_a_packed_file_holds_the_weights_in_the_order_of_use(tiny: Path, cache: 
     source = match_index(unet, family.checkpoint.weights("unet"), families.plain_names)
     assert quantised == {name for name, info in index.items() if info.dtype == "I8"}
     assert set(index) == set(source) | {name + SCALE for name in quantised}
-    plain, packed = values(source), values(index)
+    plain, packed = values(source), values(match_index(unet, index, families.plain_names))
     for name, want in plain.items():
         if name in quantised:
             step = want.flatten(1).abs().amax(1) / cpu.int8().largest
@@ -300,7 +301,7 @@ def test_without_8_bit_products_the_arithmetic_is_fp32(
     assert not cpu.int8().products
     got = call(family, index)
     reference = UNet2DConditionModel.from_pretrained(tiny / "unet", variant="fp16", torch_dtype=torch.float32).eval()
-    reference.load_state_dict(values(unet_of(index)))
+    reference.load_state_dict(values(match_index(reference, unet_of(index), families.plain_names)))
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(3, family.latent_channels, family.native, family.native, generator=generator)
     texts = torch.randn(3, 77, family.part(families.Role.TEXT_ENCODER).config["hidden_size"], generator=generator)
@@ -336,8 +337,8 @@ def test_what_int8_means_on_a_processor(
 
 @needs_int8
 def test_planning_counts_int8_weights_as_bytes(tiny: Path) -> None:
-    """The peak of a pass on shapes: with every layer a unit of its own, fp32 holds four bytes where int8 holds three of a
-    weight that is one piece: as stored, on its way, and as computed with."""
+    """The peak of a pass on shapes: with every layer a unit of its own, fp32 holds four bytes where int8 holds one, or three by
+    oneDNN of a weight that is one piece: as stored, on its way, and as computed with."""
     family = family_of(tiny)
     peaks = []
     for quantised in (False, True):
@@ -349,7 +350,8 @@ def test_planning_counts_int8_weights_as_bytes(tiny: Path) -> None:
             largest(torch.empty(1, largest.in_channels, 1, 1, device="meta"))
         peaks.append(meter.peak_bytes / largest.weight.numel())
     assert peaks[0] > 4
-    assert 3 <= peaks[1] < 3.5
+    least = 1 if library.library() is not None else 3
+    assert least <= peaks[1] < least + 0.5
 
 
 def test_quantize_says_what_it_wrote(tiler, tiny: Path, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from tiler.compute.shapes import MetaMeter
+from tiler.compute.shapes import MetaMeter, repeated
 
 
 def test_meter_counts_what_is_alive() -> None:
@@ -42,3 +42,22 @@ def test_meter_looks_up_rows_without_data() -> None:
         assert meter.peak_bytes == out.nbytes
         assert table.weight[rows].shape == (2, 5, 8)
         assert table.weight[rows, cols].shape == (2, 5)
+
+
+def test_meter_counts_attention_whose_arguments_are_named() -> None:
+    """Scores are never whole: the result alone is counted."""
+    queries, keys = torch.empty(1, 2, 100, 16, device="meta"), torch.empty(1, 2, 300, 16, device="meta")
+    with MetaMeter() as meter:
+        out = nn.functional.scaled_dot_product_attention(query=queries, key=keys, value=keys)
+    assert out.shape == queries.shape
+    assert meter.peak_bytes == out.nbytes
+    assert meter.attention_flops == 2 * (2 * 2 * 100 * 300 * 16)
+
+
+def test_meter_counts_arithmetic_as_often_as_it_will_run() -> None:
+    with torch.device("meta"):
+        layer = nn.Linear(8, 4)
+    with MetaMeter() as meter, torch.no_grad(), repeated(3), repeated(2.5):
+        out = layer(torch.empty(10, 8, device="meta"))
+    assert meter.linear_flops == 7.5 * 2 * 10 * 8 * 4
+    assert meter.peak_bytes == 4 * 10 * (8 + 4) and out.shape == (10, 4)

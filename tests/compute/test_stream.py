@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from tiler.compute import cpu, winograd
+from tiler.compute.arena import Arena
 from tiler.compute.fp32 import Prepacked
 from tiler.compute.kernels import Op, Prepared
 from tiler.compute.layers import stream_layers
@@ -156,7 +158,7 @@ def test_weights_are_reordered_once_for_all_samples(tiny: Path, monkeypatch: pyt
 
     def counted(self: Prepacked, store: WeightStore, op: Op, *where: Any) -> Iterator[Prepared]:
         for piece in inner(self, store, op, *where):
-            calls.append(op.group.name)
+            calls.extend(op.group.names)
             yield piece
 
     monkeypatch.setattr(Prepacked, "prepare", counted)
@@ -347,3 +349,10 @@ def test_halves_of_a_guidance_share_work_and_change_no_bit(tiny: Path) -> None:
         assert torch.equal(predict_noise(unet, streamer, shared, t, embeds), want)
         # Self-attention comes before the prompt is seen.
         assert [calls.count(where) for where in ("first", "itself", "text")] == [2, 2, 4]
+
+
+def test_a_piece_larger_than_the_arena_leaves_nothing_to_give_back() -> None:
+    arena = Arena(3 * mmap.PAGESIZE)
+    assert len(arena.take(5 * mmap.PAGESIZE, short=True)) == 3 * mmap.PAGESIZE
+    arena.take(4 * mmap.PAGESIZE, short=True)
+    assert len(arena.take(mmap.PAGESIZE, short=True)) == mmap.PAGESIZE

@@ -161,7 +161,9 @@ def read(checkpoint: Checkpoint, name: str) -> Dummy:
     picture = replace(part("vae", Role.VAE, nn.Identity), build=partial(build_vae, vae))
     return Dummy(
         checkpoint=checkpoint,
-        traits=Traits(title="Dummy", native=NATIVE, granularity=PATCH, channels=CHANNELS, width=WIDTH, flow=True, patch=PATCH),
+        traits=Traits(
+            title="Dummy", native=NATIVE, granularity=PATCH, channels=CHANNELS, width=WIDTH, flow=True, patch=PATCH
+        ),
         parts=(*parts, part("mover", Role.DENOISER, Denoiser), picture), vae=vae,
         scheduler=FLOW,
     )  # fmt: skip

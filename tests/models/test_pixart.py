@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -12,22 +14,24 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, PixArtAlphaPipeline, PixArtSigmaPipeline
 from diffusers.models.embeddings import PatchEmbed
-from safetensors.torch import load_file
+from PIL import Image
 from torch import Tensor
 
-from tiler import Budget, RenderRequest, render
+from tests.models.rendering import ask, edit, lose_shard, rendered
+from tiler import RenderRequest
 from tiler.diffusion.guide import guide_size, upscale
 from tiler.diffusion.tiles import plan_tiles
-from tiler.memory.process import read_rss
+from tiler.errors import ModelError
 from tiler.models.family import Family, Options, Part, Role, read_family
+from tiler.models.pixart import quantised, read_once
 from tiler.models.pixart_blocks import Grid, add_positions
 from tiler.models.samples import Place, Prompt, Sample
 from tiler.phases import streamed
 from tiler.planning.resolve import resolve
-from tiler.request import GuideUpscale, Precision
+from tiler.request import GuideUpscale
 from tiler.weights import checkpoint
 
-PROMPT = "A boat on a lake at DAWN "
+PROMPT = "A boat on a lake at DAWN "  # lower case and no blanks around it, as the pipelines make it
 
 
 @pytest.fixture(scope="module")
@@ -50,20 +54,6 @@ def pipelines(folders: dict[str, Path]) -> dict[str, Any]:
     return found
 
 
-def ask(model: Path, folder: Path, **values: Any) -> RenderRequest:
-    defaults: dict[str, Any] = {
-        "prompt": PROMPT, "model": str(model), "num_inference_steps": 3, "guide": False, "seed": 5,
-        "precision": Precision.FP32, "output": folder / "x.png", "save_latents": folder / "x.safetensors", "force": True,
-    }  # fmt: skip
-    return RenderRequest(**(defaults | values))
-
-
-def rendered(request: RenderRequest) -> tuple[Tensor, dict[str, Any]]:
-    result = render(request, Budget(read_rss().now + 10**9))
-    assert request.save_latents is not None
-    return load_file(request.save_latents)["latents"], result.report
-
-
 def apart(got: Tensor, want: Tensor) -> float:
     """The largest difference, for latents of unit size: random weights and noise levels that begin near pure noise let them grow
     to hundreds."""
@@ -83,7 +73,7 @@ def wanted(pipe: Any, height: int, width: int, negative: str | None, scale: floa
 def test_one_tile_is_what_the_pipeline_gives(
     folders: dict[str, Path], pipelines: dict[str, Any], tmp_path: Path, negative: str | None
 ) -> None:
-    got, _ = rendered(ask(folders["sigma"], tmp_path, size=128, negative_prompt=negative))
+    got, _ = rendered(ask(folders["sigma"], tmp_path, prompt=PROMPT, size=128, negative_prompt=negative))
     assert apart(got, wanted(pipelines["sigma"], 128, 128, negative)) < 1e-4
     assert apart(got, wanted(pipelines["sigma"], 128, 128, "a cat")) > 1e-2
 
@@ -91,7 +81,7 @@ def test_one_tile_is_what_the_pipeline_gives(
 def test_a_picture_that_is_not_square_is_told_to_alpha(
     folders: dict[str, Path], pipelines: dict[str, Any], tmp_path: Path
 ) -> None:
-    got, report = rendered(ask(folders["alpha"], tmp_path, height=192, width=336, negative_prompt="fog"))
+    got, report = rendered(ask(folders["alpha"], tmp_path, prompt=PROMPT, height=192, width=336, negative_prompt="fog"))
     assert report["tiles"] == 1
     assert apart(got, wanted(pipelines["alpha"], 192, 336, "fog")) < 1e-4
 
@@ -181,7 +171,7 @@ def test_four_tiles_with_a_guide_are_a_loop_over_diffusers_transformer(
     """A canvas of 24 × 20 latents, a guide that is not square; each tile has a grid of its own."""
     steps, canvas = 4, (24, 20)
     request = ask(
-        folders["sigma"], tmp_path, height=192, width=160, num_inference_steps=steps, guide=True, strength=0.5,
+        folders["sigma"], tmp_path, prompt=PROMPT, height=192, width=160, num_inference_steps=steps, guide=True, strength=0.5,
         guide_upscale=GuideUpscale.LATENT,
     )  # fmt: skip
     got, report = rendered(request)
@@ -201,3 +191,126 @@ def test_four_tiles_with_a_guide_are_a_loop_over_diffusers_transformer(
     want = looped(pipe, noise(*canvas), crops, 2, upscale(guide, size, canvas, (False, False)), steps)
     assert apart(got, want) < 1e-4
     assert report["denoiser_samples"] == 2 * (4 * 2 + steps)
+
+
+def test_defaults_are_of_the_model(folders: dict[str, Path], tmp_path: Path) -> None:
+    family = read_family(checkpoint.resolve(str(folders["alpha"])))
+    filled = resolve(RenderRequest(prompt="x", model="m"), family)
+    assert (filled.num_inference_steps, filled.guidance_scale, filled.strength) == (20, 4.5, 0.35)
+    assert (family.traits.title, family.native, family.notes) == ("PixArt-α", 128, ())
+    folder = shutil.copytree(folders["alpha"], tmp_path / "lcm")
+    scheduler = folder / "scheduler/scheduler_config.json"
+    scheduler.write_text(json.dumps({"_class_name": "LCMScheduler", "beta_schedule": "linear"}))
+    few = read_family(checkpoint.resolve(str(folder)))
+    filled = resolve(RenderRequest(prompt="x", model="m"), few)
+    assert (filled.num_inference_steps, filled.guidance_scale, filled.strength) == (4, 1.0, 0.5)
+    assert "few-step model" in few.notes[0]
+
+
+def test_the_published_configs_are_read(tmp_path: Path) -> None:
+    """Of diffusers' older class; the larger models, whose native tile is 2048 px, too. A missing field is diffusers' own."""
+    from checkpoints import pixart
+
+    pixart.write(tmp_path, "tiny", sample_size=256)
+    family = read_family(checkpoint.resolve(str(tmp_path)))
+    assert family.native == 256 and family.part(Role.DENOISER).config["use_additional_conditions"] is False
+    edit(tmp_path, "transformer", use_additional_conditions=None, sample_size=128)
+    module = read_family(checkpoint.resolve(str(tmp_path))).part(Role.DENOISER).build()
+    assert module.adaln_single.emb.use_additional_conditions  # diffusers' rule for 1024 px
+    assert all(parameter.is_meta for parameter in module.parameters())
+    assert module.pos_embed.pos_embed.numel() == 288  # a table of one token
+
+
+def test_blocks_alone_become_int8_and_what_is_read_once_is_not_kept() -> None:
+    kept = (
+        "pos_embed.proj.weight",
+        "caption_projection.linear_1.weight",
+        "adaln_single.linear.weight",
+        "proj_out.weight",
+    )
+    assert not any(map(quantised, kept))
+    assert quantised("transformer_blocks.0.attn2.to_k.weight") and quantised("transformer_blocks.9.ff.net.2.weight")
+    assert [name for name in kept if read_once(name)] == list(kept[1:3])
+
+
+def lose(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def pickle_alone(folder: Path) -> None:
+    weights = folder / "transformer/diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_suffix(".bin"))
+
+
+def other_words(folder: Path) -> None:
+    from checkpoints import _t5
+
+    _t5.write_encoder(folder / "text_encoder", _t5.config(vocab_size=20))
+
+
+BAD = {
+    "no transformer": (
+        lambda f: lose(f / "transformer"),
+        "transformer/config.json is missing; run: hf download PixArt-alpha/",
+    ),
+    "no encoder": (
+        lambda f: lose(f / "text_encoder"),
+        "text_encoder/config.json is missing; run: hf download PixArt-alpha/pixart_sigma_sdxlvae_T5_diffusers",
+    ),
+    "no tokenizer": (
+        lambda f: lose(f / "tokenizer/spiece.model"),
+        "spiece.model is here; run: hf download PixArt-alpha/",
+    ),
+    "pickle": (pickle_alone, "a pickle can run code"),
+    "widths": (lambda f: edit(f, "transformer", caption_channels=512), "expects text of width 512 (caption_channels)"),
+    "no T5": (lambda f: edit(f, "text_encoder", model_type="clip_text_model"), "needs a T5 encoder"),
+    "other norm": (lambda f: edit(f, "transformer", norm_type="ada_norm_zero"), "norm_type = 'ada_norm_zero'"),
+    "other class": (lambda f: edit(f, "transformer", _class_name="DiTTransformer2DModel"), "the class is 'DiT"),
+    "outputs": (lambda f: edit(f, "transformer", out_channels=3), "out_channels = 3"),
+    "heads": (lambda f: edit(f, "transformer", num_attention_heads=0), "num_attention_heads = 0 is out of range"),
+    "cross attention": (lambda f: edit(f, "transformer", cross_attention_dim=64), "cross_attention_dim = 64"),
+    "VAE": (lambda f: edit(f, "vae", latent_channels=16), "the VAE's latents have 16"),
+    "ControlNet": (lambda f: edit(f, "", _class_name="PixArtSigmaControlNetPipeline"), "a ControlNet pipeline"),
+    "a shard lost": (lambda f: lose_shard(f, "text_encoder"), "model-00002-of-00002.safetensors"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_checkpoints_are_exit_3_and_one_line(
+    in_process: Any, folders: dict[str, Path], tmp_path: Path, case: str
+) -> None:
+    damage, words = BAD[case]
+    folder = shutil.copytree(folders["sigma"], tmp_path / "model")
+    damage(folder)
+    ran = in_process("plan", "a boat", "--model", folder, "--size", 128)
+    assert ran.code == 3 and words in ran.err and ran.err.count("\n") == 1, ran
+
+
+def test_a_tokenizer_of_more_words_than_the_encoder_has_is_found_before_it_is_run(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(folders["sigma"], tmp_path / "model")
+    other_words(folder)
+    family = read_family(checkpoint.resolve(str(folder)))
+    with pytest.raises(ModelError, match="do not belong together"):
+        family.encode([PROMPT], partial(opened, family), pytest.fail)
+
+
+def test_windows_of_attention_are_exit_2(in_process: Any, folders: dict[str, Path]) -> None:
+    ran = in_process("plan", "a boat", "--model", folders["sigma"], "--attention-window", 8)
+    assert ran.code == 2 and "PixArt-Σ is a transformer" in ran.err
+
+
+def test_the_program_plans_quantizes_renders_and_decodes(tiler: Any, folders: dict[str, Path], tmp_path: Path) -> None:
+    model = "--model", folders["sigma"]
+    planned = tiler("plan", "a boat", *model, "--size", 256, "--json")
+    assert planned.code == 0 and planned.json["tiles"] == 9 and planned.json["guide"] == "128×128"
+    assert tiler("quantize", folders["sigma"], "--cache-dir", "packed").code == 0
+    asked = "render", "a boat", *model, "--size", 160, "--steps", 2, "--negative-prompt", "fog", "--seed", 1
+    options = "--precision", "int8", "--cache-dir", "packed", "--save-latents", "x.safetensors", "-o", "x.png"
+    ran = tiler(*asked, *options)
+    assert ran.code == 0, ran.err
+    assert "int8 weights are made" not in ran.err
+    assert tiler("decode", "x.safetensors", *model, "-o", "y.png").code == 0
+    pictures = [Image.open(tmp_path / name) for name in ("x.png", "y.png")]
+    assert pictures[0].size == (160, 160) and pictures[0].tobytes() == pictures[1].tobytes()

@@ -26,6 +26,7 @@ FACTS = Facts(
     revision=None,
     scheduler="DPM++ 2M Karras",
     precision="fp32",
+    kernels="tiler v3, torch avx2",
     begin=3,
 )
 

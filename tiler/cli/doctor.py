@@ -9,12 +9,15 @@ import sys
 import textwrap
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tiler.cli import options as o
 from tiler.memory.budget import format_mb
+
+if TYPE_CHECKING:
+    from tiler.native.library import Library
 
 Measure = Annotated[
     bool,
@@ -30,6 +33,7 @@ def command(measure: Measure = False, json_output: o.Json = False) -> None:
 
     from tiler.compute import cpu, onednn
     from tiler.memory.limits import available_ram, cgroup_limit, usable_cpus
+    from tiler.native import library
     from tiler.weights.places import hub_cache
 
     available, total = available_ram()
@@ -42,6 +46,7 @@ def command(measure: Measure = False, json_output: o.Json = False) -> None:
         "cpu": f"{platform.machine()}: {', '.join(cpu.flags()) or 'no known flags'}",
         "storage dtype": "as in the checkpoint (fp16, bf16 or fp32); weights are cast when they are used",
         "instruction set": f"{cpu.isa()}, by which kernels are chosen",
+        "kernels": _kernels(library.library(), library.fault()),
         "compute dtype": _compute_dtype(cpu.flags(), int8_runs=onednn.int8().dot),
         "--precision int8": onednn.int8().why,
         "--precision auto": f"{'int8' if onednn.int8().dot else 'fp32'}: {onednn.int8().auto}",
@@ -67,6 +72,13 @@ def command(measure: Measure = False, json_output: o.Json = False) -> None:
     columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else 10_000
     for name, value in facts.items():
         typer.echo(textwrap.fill(value, columns, initial_indent=f"{name:20}", subsequent_indent=" " * 20))
+
+
+def _kernels(library: Library | None, fault: str) -> str:
+    """Who computes."""
+    if library is None:
+        return f"torch's; tiler's own library: {fault}"
+    return f"tiler's own library for {library.isa}; torch's for the rest"
 
 
 def _compute_dtype(flags: tuple[str, ...], *, int8_runs: bool) -> str:

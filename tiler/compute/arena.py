@@ -24,8 +24,8 @@ class Arena:
         return len(self._bytes)
 
     def take(self, nbytes: int, *, short: bool) -> Tensor:
-        """The first `nbytes`; what they hold is undefined. Whatever was taken before is gone."""
-        end = -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        """The first `nbytes`, or all there is; what they hold is undefined. Whatever was taken before is gone."""
+        end = min(-(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE, len(self._map))
         if short and end < self._touched and hasattr(mmap, "MADV_DONTNEED"):
             self._map.madvise(mmap.MADV_DONTNEED, end, self._touched - end)
             self._touched = end

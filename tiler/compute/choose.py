@@ -9,10 +9,13 @@ from tiler.compute.cpu import Isa
 from tiler.compute.fp32 import Fp32, Prepacked
 from tiler.compute.int8 import Int8
 from tiler.compute.kernels import Kernel, Op, Policy, Shape
+from tiler.compute.native import NativeInt8
 from tiler.compute.tuning import KERNELS_OF
 from tiler.compute.winograd import Winograd
 
-KERNELS: Mapping[str, Kernel] = {kernel.name: kernel for kernel in (Fp32(), Prepacked(), Winograd(), Int8())}
+KERNELS: Mapping[str, Kernel] = {
+    kernel.name: kernel for kernel in (Fp32(), Prepacked(), Winograd(), Int8(), NativeInt8())
+}
 
 
 def choose_kernel(op: Op, shape: Shape | None, policy: Policy, isa: Isa) -> Kernel:

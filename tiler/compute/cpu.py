@@ -8,6 +8,8 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+from tiler.native.library import forced, library, missing
+
 _KNOWN = (
     "avx2",
     "avx512f",
@@ -28,7 +30,8 @@ _DOT_PRODUCT = ("avx512_vnni", "avx_vnni", "amx_int8")
 
 @cache
 def flags() -> tuple[str, ...]:
-    """The instruction sets that matter here, by Linux's names; none where /proc/cpuinfo is missing."""
+    """The instruction sets that matter here, by Linux's names; none where /proc/cpuinfo is missing. Without those above the set
+    that TILER_ISA names. Raises UsageError where the processor does not have that."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -39,6 +42,10 @@ def flags() -> tuple[str, ...]:
         if line.startswith(("flags", "Features"))
         for word in line.split(":", 1)[1].split()
     }
+    if (isa := forced()) is not None:
+        if not have.issuperset(isa.needs):
+            raise missing(isa)
+        have -= set(isa.above)
     return tuple(flag for flag in _KNOWN if flag in have)
 
 
@@ -65,6 +72,12 @@ def isa() -> Isa:
     if "avx2" in have:
         return Isa.AVX2_VNNI if "avx_vnni" in have else Isa.AVX2
     return Isa.BASE
+
+
+def computed_by() -> str:
+    """Who computes, and with which instructions: where this is the same, so are a seed's bytes."""
+    found = library()
+    return f"torch {isa()}" if found is None else f"tiler {found.isa}, torch {isa()}"
 
 
 class Int8(NamedTuple):

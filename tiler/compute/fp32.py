@@ -23,7 +23,7 @@ from tiler.compute.kernels import (
     step_rows,
     weight_pieces,
 )
-from tiler.compute.steps import add_low_rank, finished, made_input
+from tiler.compute.steps import add_low_rank, finished, made_input, product
 from tiler.weights.store import WeightStore
 
 
@@ -117,9 +117,8 @@ class Fp32(Kernel):
 
     def _product(self, op: Op, x: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
         if op.geometry is None:
-            return F.linear(x, rows, bias)
-        padding, stride, dilation, groups = op.geometry
-        return F.conv2d(x, rows, bias, stride, padding, dilation, groups)
+            return product(x, rows, bias)
+        return onednn.plain_convolution(x, rows, bias, op.geometry)
 
 
 class Prepacked(Fp32):

@@ -73,11 +73,6 @@ def pack(first: int, rows: Tensor, scale: Tensor) -> Packed:
         return Packed(first, first + n, onednn.matrix(rows), scale)
 
 
-def is_pointwise(shape: Shape, geometry: onednn.Geometry) -> bool:
-    """Whether a convolution with a weight of `shape` is a linear layer of its pixels."""
-    return tuple(shape[2:]) == (1, 1) and geometry == onednn.Geometry((0, 0), (1, 1), (1, 1), 1)
-
-
 def quantize_tokens(x: Tensor) -> Quantized:
     """x: (..., in) fp32 → symmetric around MIDDLE, each token by its absmax."""
     rows = x.reshape(-1, x.shape[-1])
@@ -199,7 +194,7 @@ class Int8(Kernel):
         whole = made_input(op.input, x.parts)
         if op.kind is Kind.LINEAR:  # a token has a scale of its own: samples are tokens like others
             samples = [quantize_tokens(whole)]
-        elif op.geometry is not None and is_pointwise(op.group.shape, op.geometry):  # then each pixel is a token
+        elif op.geometry is not None and op.geometry.is_pointwise(op.group.shape):  # then each pixel is a token
             samples = [quantize_pixels(sample) for sample in whole]
         else:
             assert op.geometry is not None and op.geometry.groups == 1 and op.geometry.dilation == (1, 1)
@@ -222,7 +217,7 @@ class Int8(Kernel):
             planes = out[None] if op.kind is Kind.LINEAR else out.permute(0, 2, 3, 1)
             for sample, filled in zip(samples, planes, strict=True):
                 into = filled[..., first:last]
-                if op.geometry is None or is_pointwise(op.group.shape, op.geometry):
+                if op.geometry is None or op.geometry.is_pointwise(op.group.shape):
                     linear(sample, packed, part, into)
                 else:
                     conv2d(sample, packed, part, into, taps=op.group.shape[2:], stride=op.geometry.stride)

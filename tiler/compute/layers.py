@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from tiler.compute import cpu
 from tiler.compute.choose import choose_kernel
 from tiler.compute.kernels import Epilogue, Group, Input, Kind, Op, Operands, Policy, Weight, input_shape
-from tiler.compute.onednn import Geometry
-from tiler.compute.steps import finished, made_input
+from tiler.compute.onednn import Geometry, plain_convolution
+from tiler.compute.steps import finished, made_input, product
 
 if TYPE_CHECKING:
     from tiler.compute.stream import Streamer
@@ -65,6 +65,22 @@ class StreamedConv2d(nn.Conv2d, StreamedLayer):
     def rows_together(self) -> int:
         """How many rows of the result are computed at once: inputs should be cut at multiples of them."""
         return self.streamer.kernel(self.op(), None).rows_together
+
+
+class SmallLinear(nn.Linear):
+    """A linear layer whose weight stays."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (batch, ..., in) fp32 → (batch, ..., out)."""
+        return product(x, self.weight, self.bias)
+
+
+class SmallConv2d(nn.Conv2d):
+    """A convolution whose weight stays."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (n, in, height, width) fp32 → (n, out, height', width')."""
+        return plain_convolution(x, self.weight, self.bias, Geometry.of(self))
 
 
 class StreamedEmbedding(nn.Embedding, StreamedLayer):
@@ -182,7 +198,8 @@ _CLASSES: Sequence[tuple[type[nn.Module], type[StreamedLayer]]] = (
 
 
 def stream_layers(module: nn.Module, streamer: Streamer) -> None:
-    """Turn the large layers of a meta-device `module` into streamed ones, and load the small parameters.
+    """Turn the large layers of a meta-device `module` into streamed ones, and load the small parameters. No layer computes
+    otherwise with one thread than with several.
 
     The layers change class in place, so the tree, its names and its hooks stay what they were.
     """
@@ -191,6 +208,9 @@ def stream_layers(module: nn.Module, streamer: Streamer) -> None:
             if type(child) is plain and child.weight.numel() > SMALL:  # type: ignore[operator]
                 child.__class__ = streamed
                 child.key, child.streamer = f"{path}.weight".lstrip("."), streamer  # type: ignore[assignment]
+        for plain, small in (nn.Linear, SmallLinear), (nn.Conv2d, SmallConv2d):
+            if type(child) is plain:
+                child.__class__ = small
     _mark_units(module, streamer)
     if streamer.store is None:
         return

@@ -26,6 +26,7 @@ from tiler.weights.index import read_index
 from tiler.weights.store import SCALE, WeightStore
 
 _NAME = "weight"
+_INT8 = ("int8", "native-int8")
 
 
 class TableShape(NamedTuple):
@@ -55,7 +56,7 @@ TABLE_SHAPES = (
 
 def _policy(kernel: str) -> Policy:
     return Policy(
-        int8=frozenset({_NAME} if kernel == "int8" and onednn.int8().products else ()), winograd=True, one_size=True
+        int8=frozenset({_NAME} if kernel in _INT8 and onednn.int8().products else ()), winograd=True, one_size=True
     )
 
 
@@ -65,8 +66,10 @@ def _candidates(shape: TableShape) -> list[Kernel]:
 
 
 @torch.no_grad()
-def timings(shape: TableShape, rounds: int = 5, clock: Callable[[], float] = time.perf_counter) -> dict[str, float]:
-    """Seconds of each kernel that can run a layer of that shape, its weight prepared before."""
+def timings(
+    shape: TableShape, rounds: int = 5, clock: Callable[[], float] = time.perf_counter, *, only: Kernel | None = None
+) -> dict[str, float]:
+    """Seconds of each kernel that can run a layer of that shape, or of one, its weight prepared before."""
     generator = torch.Generator().manual_seed(0)
     weight, x = (torch.randn(size, generator=generator) for size in (shape.weight, shape.x))
     rows, scale = quantize_rows(weight)
@@ -74,8 +77,8 @@ def timings(shape: TableShape, rounds: int = 5, clock: Callable[[], float] = tim
     with TemporaryDirectory() as folder:
         save_file({_NAME: weight}, Path(folder) / "fp32.safetensors")
         save_file({_NAME: rows, _NAME + SCALE: scale}, Path(folder) / "int8.safetensors")
-        for kernel in _candidates(shape):
-            file = "int8" if kernel.name == "int8" else "fp32"
+        for kernel in _candidates(shape) if only is None else [only]:
+            file = "int8" if kernel.name in _INT8 else "fp32"
             with _ready(kernel, shape, x, Path(folder) / f"{file}.safetensors") as once:
                 times[kernel.name] = median_seconds(once, rounds, clock)
     return times
@@ -107,6 +110,12 @@ def median_seconds(
     return statistics.median(times)
 
 
+def chosen_speed(shape: TableShape, precision: str) -> float:
+    """FLOP/s of the kernel that is chosen here for a layer of that shape in `precision`, fp32 or int8."""
+    kernel = choose_kernel(shape.op(), shape.x, _policy(precision), isa())
+    return shape.op().flops(shape.x) / timings(shape, only=kernel)[kernel.name]
+
+
 def table_row(which: Isa, times: Sequence[Mapping[str, float]]) -> dict[str, tuple[str, ...]]:
     """The table's row for a processor, each kind's kernels in the order of their `times` for TABLE_SHAPES, added up."""
     row: dict[str, tuple[str, ...]] = {}
@@ -125,7 +134,7 @@ def compare() -> list[str]:
     for shape in TABLE_SHAPES:
         times = timings(shape)
         for precision in ("fp32", "int8"):
-            allowed = {name: t for name, t in times.items() if (name == "int8") <= (precision == "int8")}
+            allowed = {name: t for name, t in times.items() if (name in _INT8) <= (precision == "int8")}
             chosen = choose_kernel(shape.op(), shape.x, _policy(precision), isa()).name
             fastest = min(allowed, key=lambda name: allowed[name])
             found = ", ".join(f"{name} {1e3 * t:.1f} ms" for name, t in sorted(allowed.items(), key=lambda kv: kv[1]))

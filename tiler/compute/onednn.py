@@ -11,6 +11,7 @@ from functools import cache
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tiler.compute import cpu
@@ -31,6 +32,10 @@ class Geometry(NamedTuple):
         assert not isinstance(layer.padding, str)
         return cls(layer.padding, layer.stride, layer.dilation, layer.groups)
 
+    def is_pointwise(self, shape: Sequence[int]) -> bool:
+        """Whether a convolution with a weight of `shape` is a linear layer of its pixels."""
+        return tuple(shape[2:]) == (1, 1) and self == Geometry((0, 0), (1, 1), (1, 1), 1)
+
 
 def reorder(weight: Tensor, geometry: Geometry, sides: Sequence[int]) -> Tensor:
     """Rows of a convolution's weight (n, in, ...) fp32 in oneDNN's own order for an input of `sides` (height, width)."""
@@ -43,6 +48,16 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geomet
     """x: (1, in, h, w) fp32, by a weight that was reordered for it → (1, n, h', w')."""
     out: Tensor = torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *geometry, "none", [], "")
     return out
+
+
+def plain_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    """x: (n, in, h, w) fp32, by a weight as it is. torch's own convolution lets oneDNN compute some of them, small ones and
+    1 × 1, where there are several threads only, and rounds otherwise with one."""
+    if prepacks() and not x.is_meta:
+        out: Tensor = torch.mkldnn_convolution(x, weight, bias, *geometry)
+        return out
+    padding, stride, dilation, groups = geometry
+    return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
 
 
 def matrix(rows: Tensor) -> Tensor:
@@ -65,8 +80,10 @@ def _try_convolution() -> bool:
     geometry = Geometry((1, 1), (1, 1), (1, 1), 1)
     x = torch.ones(1, 8, 4, 4).contiguous(memory_format=torch.channels_last)
     weight = torch.ones(8, 8, 3, 3).contiguous(memory_format=torch.channels_last)
+    plain = torch.mkldnn_convolution(x, weight, None, *geometry)
     out = convolution(x, reorder(weight, geometry, (4, 4)), None, geometry)
-    return bool((out[..., 1:3, 1:3] == 72).all()) and bool((out[..., ::3, ::3] == 32).all())
+    inside, corners = out[..., 1:3, 1:3], out[..., ::3, ::3]
+    return bool((inside == 72).all()) and bool((corners == 32).all()) and torch.equal(out, plain)
 
 
 def _try_product() -> bool:

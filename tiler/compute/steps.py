@@ -1,4 +1,8 @@
-"""What surrounds a product, step by step in fp32, for layers that are not streamed and kernels that do not fuse it."""
+"""What surrounds a product, step by step in fp32, for layers that are not streamed and kernels that do not fuse it.
+
+No value depends on how many samples or threads there are. torch's own operators are not all like that: sums of a GroupNorm
+are cut between threads, and the last few values of a thread's share of an activation are computed by another formula.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tiler.compute.kernels import Epilogue, Group, Input
+from tiler.compute.tuning import NORM_ELEMENTS
+
+_SHARE = 2**16  # values of an activation for each thread at a time: whole vectors, in the cache
+_ALONE = 2**14  # values up to which torch uses one thread, whatever the activation
+_ROWS = 16  # of a matrix product: with as many MKL's order is one, for every number of threads
+_VECTOR = 64  # values: a multiple of what any processor computes at once
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A linear layer of x, (..., in) fp32. A few rows get zeros below them: of 5, 6, 7 or 9 MKL computes some in another order
+    with one thread than with several."""
+    count = x.numel() // x.shape[-1]
+    if x.is_meta or not 1 < count < _ROWS:
+        return F.linear(x, weight, bias)
+    padded = F.pad(x.reshape(count, -1), (0, 0, 0, _ROWS - count))
+    return F.linear(padded, weight, bias)[:count].view(*x.shape[:-1], -1)
 
 
 def made_input(made_of: Input, parts: tuple[Tensor, ...]) -> Tensor:
@@ -36,7 +56,7 @@ def finished(after: Epilogue, products: Sequence[Tensor], residual: Tensor | Non
     if after.glu:
         assert after.activation is not None
         first, second = outs if len(outs) == 2 else outs.pop().chunk(2, dim=-1)
-        outs = [first * after.activation(second)]
+        outs = [activated(after.activation, second.contiguous()).mul_(first)]
     elif after.activation is not None:
         outs = [activated(after.activation, out) for out in outs]
     if residual is not None:
@@ -50,22 +70,58 @@ def joined(parts: tuple[Tensor, ...]) -> Tensor:
 
 
 def normed(norm: nn.Module, x: Tensor) -> Tensor:
-    """A GroupNorm of each sample by itself: of several, torch cuts its sums between threads where that depends on their number."""
-    if len(x) == 1 or not isinstance(norm, nn.GroupNorm):
-        whole: Tensor = norm(x)
-        return whole
-    out = torch.empty_like(x)
-    for sample, filled in zip(x.split(1), out.split(1), strict=True):
-        filled.copy_(norm(sample))
+    if isinstance(norm, nn.GroupNorm):
+        return group_norm(norm, x)
+    out: Tensor = norm(x)  # of each token by itself
     return out
 
 
+def group_norm(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+    """torch's GroupNorm of x, (n, C, ...) fp32, in the same layout. A channel's sums go down its pixels, a few at a time; they
+    are those of differences to its first pixel, and are put together in fp64 (Chan, Golub & LeVeque 1979)."""
+    out = torch.empty_like(x)
+    if x.is_meta:
+        return out
+    step = max(1, NORM_ELEMENTS // x.shape[1])
+    for sample, filled in zip(x, out, strict=True):
+        pixels = sample.flatten(1).T  # a view, as `filled` is seen through
+        scale, shift = _scale_and_shift(norm, pixels, step)
+        for some, into in zip(pixels.split(step), filled.flatten(1).T.split(step), strict=True):
+            torch.mul(some, scale, out=into).add_(shift)
+    return out
+
+
+def _scale_and_shift(norm: nn.GroupNorm, pixels: Tensor, step: int) -> tuple[Tensor, Tensor]:
+    """(C,) fp32 each, of pixels (n, C) fp32: normalised is pixel · scale + shift."""
+    first, count = pixels[0], len(pixels)
+    sums, squares = torch.zeros(2, len(first), dtype=torch.float64)
+    for some in pixels.split(step):
+        difference = some - first
+        sums += difference.sum(0)
+        squares += difference.square_().sum(0)
+    means = (first + sums / count).view(norm.num_groups, -1)
+    variances = ((squares - sums.square() / count) / count).view(norm.num_groups, -1)
+    mean = means.mean(1, keepdim=True)
+    variance = (variances + (means - mean).square()).mean(1, keepdim=True)
+    scale = torch.rsqrt(variance + norm.eps).expand_as(means).flatten()
+    shift = -mean.expand_as(means).flatten() * scale
+    if norm.affine:
+        scale, shift = scale * norm.weight, shift * norm.weight + norm.bias
+    return scale.float(), shift.float()
+
+
 def activated(act: nn.Module, x: Tensor) -> Tensor:
-    """`x` activated in place, each sample by itself: torch computes the last few values of a thread's share in another way,
-    and shares depend on the number of samples."""
-    for sample in x.split(1):
-        if isinstance(act, nn.SiLU):
-            F.silu(sample, inplace=True)
+    """`x`, dense in memory, activated in place."""
+    if x.is_meta:
+        return x
+    flat = (x if x.is_contiguous() else x.movedim(1, -1)).view(-1)
+    share = _SHARE * torch.get_num_threads()
+    whole = len(flat) // share * share
+    for some in (*flat[:whole].split(share), *flat[whole:].split(_ALONE)):
+        if missing := -len(some) % _VECTOR:
+            some.copy_(act(F.pad(some, (0, missing)))[: len(some)])
+        elif isinstance(act, nn.SiLU):
+            F.silu(some, inplace=True)
         else:
-            sample.copy_(act(sample))
+            some.copy_(act(some))
     return x

@@ -27,7 +27,7 @@ from tiler.compute import cpu, onednn
 from tiler.compute.arena import Arena, Held
 from tiler.compute.choose import choose_kernel
 from tiler.compute.kernels import Kernel, Op, Policy, Prepared, Shape
-from tiler.compute.layers import streamed_layers
+from tiler.compute.layers import StreamedLayer, streamed_layers
 from tiler.compute.tuning import ARENA_BYTES, GROUP_ELEMENTS
 from tiler.memory import process
 from tiler.weights.store import WeightStore
@@ -210,7 +210,7 @@ class Streamer:
         each was there."""
         most = 1
         # A small layer that is not streamed computes all samples in one product, whose bits depend on their number.
-        if self.policy.int8 and not any(type(m) in (nn.Linear, nn.Conv2d) for m in module.modules()):
+        if self.policy.int8 and not any(map(_is_plain, module.modules())):
             most = max(1, GROUP_ELEMENTS // max(x.numel() for x in calls[0]))
         group, same = [calls.pop(0)], [1]
         while calls:
@@ -248,6 +248,11 @@ class Streamer:
             for column in zip(*(flat for flat, _ in leaves), strict=True)
         ]
         return results[0] if batch == 1 else cast(_T, tree_unflatten(joined, leaves[0][1]))
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether it is a layer that is not streamed."""
+    return isinstance(module, nn.Linear | nn.Conv2d) and not isinstance(module, StreamedLayer)
 
 
 def _first(result: object) -> Tensor:

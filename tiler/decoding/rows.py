@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tiler.compute.layers import attend
+from tiler.compute.steps import activated
 
 if TYPE_CHECKING:
     from diffusers.models.attention_processor import Attention
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 Check = Callable[[str], None]
 
 REACH = 18  # latents: the decoder's convolutions reach 17.25 latents, the encoder's less
+_SILU = nn.SiLU()
 _STRIP_BYTES = 5 * 2**19  # input of one convolution call; bounds its scratch
 
 
@@ -85,7 +87,7 @@ class Norm:
     def apply(self, x: Tensor) -> Tensor:
         assert self.scale is not None and self.shift is not None
         y = (x * self.scale).add_(self.shift)
-        return F.silu(y, inplace=True) if self.silu else y
+        return activated(_SILU, y) if self.silu else y
 
 
 def _without_row_padding(conv: nn.Conv2d) -> nn.Conv2d:

@@ -128,7 +128,7 @@ def read(checkpoint: Checkpoint, name: str) -> AuraFlow:
         # What the config calls its sample size is in patches: 64 of them are the 1024 pixels it was trained on.
         title="AuraFlow", native=PATCH * int(config.get("sample_size", 64)), granularity=PATCH, patch=PATCH, samples=1,
         channels=int(vae["latent_channels"]), width=config["num_attention_heads"] * config["attention_head_dim"],
-        flow=True, longest=PATCH * table_side(config), defaults=_DEFAULTS,
+        flow=True, large_blocks=True, longest=PATCH * table_side(config), defaults=_DEFAULTS,
     )  # fmt: skip
     return AuraFlow(
         checkpoint=checkpoint, traits=traits, parts=(encoder, denoiser, picture), vae=spec,

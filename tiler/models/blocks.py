@@ -101,6 +101,18 @@ class Resnet(nn.Module):
         return out
 
 
+class Head(nn.Module):
+    """The last layers of a UNet2DConditionModel: a norm, an activation and a convolution."""
+
+    def __init__(self, unet: Any) -> None:
+        super().__init__()
+        self.norm, self.act, self.conv = unet.conv_norm_out, unet.conv_act, unet.conv_out
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """hidden: (n, C, h, w) → (n, C', h, w)."""
+        return convolve(self.conv, hidden, norm=self.norm, activation=self.act)
+
+
 class PrePrompt(nn.Module):
     """A Transformer2DModel as far as it does not see the prompt: its norm, and the self-attention of its first block."""
 

@@ -78,6 +78,7 @@ class Traits(NamedTuple):
     defaults: Mapping[str, Any] = MappingProxyType({})  # by field of RenderRequest, where nothing else says anything
     old_schedulers: bool = True  # whether diffusers' pipeline corrects scheduler configs that its old versions wrote
     longest: int | None = None  # side of a guide, where the positions it knows end
+    large_blocks: bool = False  # whether a sample's activations are few blocks of many MB, which leave no holes behind
     even_sigmas: bool = False  # of a flow: σ falls from 1 to 1/N in equal steps before it is shifted
 
     @property

@@ -6,7 +6,7 @@ from 0, for the model knows no larger ones.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,7 +19,7 @@ from tiler.decoding import FACTOR
 from tiler.errors import ModelError
 from tiler.memory.lean_imports import lean_imports
 from tiler.models import bounds, t5
-from tiler.models.clip import build_clip, clip_names, encode_penultimate, load_tokenizer, run_clip
+from tiler.models.clip import build_clip, check_tokenizer, clip_names, encode_penultimate, load_tokenizer, run_clip
 from tiler.models.family import (
     Family,
     Guidance,
@@ -37,17 +37,17 @@ from tiler.models.family import (
 from tiler.models.flux_blocks import PATCH, modulating, predict_sample
 from tiler.models.meta import on_meta, refusing
 from tiler.models.modulation import Modulations, modulations
+from tiler.models.required import check_parts, fetch_part
 from tiler.models.samples import Place, Prompt, Sample
 from tiler.weights.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 
+Config = Mapping[str, Any]
 NATIVE = 128  # latents; the published configs name no size
 ARENA_BYTES = 114_000_000  # a single block, a feed-forward or an attention in int8
-
-
-LENGTHS = {Guidance.EMBEDDED: 512, Guidance.NONE: 256}
+LENGTHS = {Guidance.EMBEDDED: 512, Guidance.NONE: 256}  # tokens of T5
 
 
 class Prepared(NamedTuple):
@@ -135,29 +135,17 @@ def read(checkpoint: Checkpoint, name: str) -> Flux:
     if name != "FluxPipeline":
         what = next((what for word, what in _KINDS.items() if word in name), "a model of another kind")
         raise ModelError(f"{checkpoint.name}: this is {what} ({name}); tiler supports {_SUPPORTED}")
+    repository = _REPOSITORIES["schnell" in checkpoint.name.lower()]
+    check_parts(checkpoint, repository, ("transformer", "vae", "text_encoder", "text_encoder_2"))
+    check_tokenizer(checkpoint.tokenizer("tokenizer"), fetch_part(checkpoint, repository, "tokenizer"))
+    if not (folder := checkpoint.tokenizer("tokenizer_2")).is_dir():
+        raise ModelError(f"{folder} is missing; {fetch_part(checkpoint, repository, 'tokenizer_2')}")
     config = read_config(checkpoint, "transformer", "FluxTransformer2DModel", bounds.check_flux)
     vae = read_config(checkpoint, "vae", "AutoencoderKL", bounds.check_vae)
     text = read_config(checkpoint, "text_encoder", None, bounds.check_text)
     guidance = Guidance.EMBEDDED if config.get("guidance_embeds", False) else Guidance.NONE
     second = t5.read_t5(checkpoint, "text_encoder_2", LENGTHS[guidance])
-    channels, wanted = config.get("in_channels", 64), PATCH**2 * vae.get("latent_channels", 4)
-    if channels != wanted or (config.get("out_channels") or channels) != channels:
-        what = _KINDS_BY_CHANNELS.get(channels / wanted, "a model of another kind")
-        raise ModelError(
-            f"{checkpoint.name}: the transformer takes {channels} channels, the VAE's latents have {wanted}: this is {what}; "
-            f"tiler supports {_SUPPORTED}"
-        )
-    for part, key, width in (
-        ("text_encoder", "pooled_projection_dim", text["hidden_size"]),
-        ("text_encoder_2", "joint_attention_dim", second.config["d_model"]),
-    ):
-        if config[key] != width:
-            raise ModelError(
-                f"{checkpoint.name}: the transformer expects text of width {config[key]} ({key}), {part} gives {width}; these "
-                "parts do not belong together"
-            )
-    if (factor := 2 ** (len(vae["block_out_channels"]) - 1)) != FACTOR:
-        raise ModelError(f"{checkpoint.name}: the VAE's factor is {factor}; tiler supports {FACTOR}")
+    _check_widths(checkpoint, config, vae, text, second.config)
     spec = VaeSpec(checkpoint=checkpoint, part="vae", config=vae)
     parts = (
         Part(
@@ -177,15 +165,16 @@ def read(checkpoint: Checkpoint, name: str) -> Flux:
     )  # fmt: skip
     traits = Traits(
         title="Flux.1 dev" if guidance is Guidance.EMBEDDED else "Flux.1 schnell",
-        native=int(config.get("sample_size") or NATIVE), granularity=PATCH, channels=int(vae["latent_channels"]), patch=PATCH, flow=True,
-        samples=1, even_sigmas=True, width=config["num_attention_heads"] * config["attention_head_dim"],
-        guidance=guidance, defaults=_DEFAULTS[guidance],
+        native=int(config.get("sample_size") or NATIVE), granularity=PATCH, patch=PATCH, samples=1, large_blocks=True,
+        channels=int(vae["latent_channels"]), width=config["num_attention_heads"] * config["attention_head_dim"],
+        flow=True, even_sigmas=True, guidance=guidance, defaults=_DEFAULTS[guidance],
     )  # fmt: skip
     scheduler = checkpoint.config("scheduler", "scheduler_config.json")
     return Flux(checkpoint=checkpoint, traits=traits, parts=parts, vae=spec, scheduler=scheduler)
 
 
 _SUPPORTED = "Flux.1 dev and schnell"
+_REPOSITORIES = "black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.1-schnell"
 _KINDS = {
     "Flux2": "FLUX.2", "Fill": "Flux.1 Fill, which repaints pictures", "Inpaint": "an inpainting model",
     "Kontext": "Flux.1 Kontext, which edits pictures", "Control": "Flux.1 with a control picture",
@@ -200,6 +189,28 @@ _DEFAULTS = {
     Guidance.EMBEDDED: {"num_inference_steps": 28, "guidance_scale": 3.5, "strength": 0.34},
     Guidance.NONE: {"num_inference_steps": 4, "guidance_scale": 1.0, "strength": 0.5},
 }
+
+
+def _check_widths(checkpoint: Checkpoint, config: Config, vae: Config, text: Config, second: Config) -> None:
+    """That the parts belong together and make pictures of text alone. Raises ModelError."""
+    taken, wanted = config.get("in_channels", 64), PATCH**2 * vae.get("latent_channels", 4)
+    if taken != wanted or (config.get("out_channels") or taken) != taken:
+        what = _KINDS_BY_CHANNELS.get(taken / wanted, "a model of another kind")
+        raise ModelError(
+            f"{checkpoint.name}: the transformer takes {taken} channels, tokens of the VAE's latents have {wanted}: this is {what}; "
+            f"tiler supports {_SUPPORTED}"
+        )
+    for part, key, width in (
+        ("text_encoder", "pooled_projection_dim", text["hidden_size"]),
+        ("text_encoder_2", "joint_attention_dim", second["d_model"]),
+    ):
+        if config[key] != width:
+            raise ModelError(
+                f"{checkpoint.name}: the transformer expects text of width {config[key]} ({key}), {part} gives {width}; these "
+                "parts do not belong together"
+            )
+    if (factor := 2 ** (len(vae["block_out_channels"]) - 1)) != FACTOR:
+        raise ModelError(f"{checkpoint.name}: the VAE's factor is {factor}; tiler supports {FACTOR}")
 
 
 def _build(checkpoint: Checkpoint, config: dict[str, Any]) -> FluxTransformer2DModel:

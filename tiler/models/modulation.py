@@ -34,7 +34,9 @@ class Modulations:
                 fd, path = tempfile.mkstemp(prefix=".tiler-", suffix=".modulation", dir=self._folder)
                 os.unlink(path)
             except OSError as error:
-                raise StorageError(f"{self._folder}: no file can be made here ({error.strerror}); choose another --scratch") from error  # fmt: skip
+                raise StorageError(
+                    f"{self._folder}: no file can be made here ({error.strerror}); choose another --scratch"
+                ) from error
             self._file = fd
             weakref.finalize(self, os.close, fd)
 

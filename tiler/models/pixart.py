@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,16 +34,33 @@ from tiler.models.family import (
     read_config,
     vae_names,
 )
+from tiler.models.few_steps import FEW_STEPS, sign_of_few_steps
 from tiler.models.meta import on_meta, refusing
 from tiler.models.pixart_blocks import PATCH, Grid, Modulation, modulations, predict_sample
+from tiler.models.required import check_latents, check_parts, fetch_part
 from tiler.models.samples import Place, Prompt, Sample
 from tiler.weights.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
 
-_LENGTHS = {"PixArtAlphaPipeline": 120, "PixArtSigmaPipeline": 300}  # tokens of a prompt
-_TITLES = {"PixArtAlphaPipeline": "PixArt-α", "PixArtSigmaPipeline": "PixArt-Σ"}
+
+class _Kind(NamedTuple):
+    """A pipeline: how many tokens a prompt has, and which repositories have its transformer and its other parts."""
+
+    title: str
+    length: int
+    repository: str
+    others: str
+
+
+_ALPHA = "PixArt-alpha/PixArt-XL-2-1024-MS"
+_KINDS = {
+    "PixArtAlphaPipeline": _Kind("PixArt-α", 120, _ALPHA, _ALPHA),
+    "PixArtSigmaPipeline": _Kind(
+        "PixArt-Σ", 300, "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS", "PixArt-alpha/pixart_sigma_sdxlvae_T5_diffusers"
+    ),
+}
 _DEFAULTS: Mapping[str, Any] = MappingProxyType({"num_inference_steps": 20, "guidance_scale": 4.5, "strength": 0.35})
 
 
@@ -132,25 +149,23 @@ def read_once(name: str) -> bool:
 
 def read(checkpoint: Checkpoint, name: str) -> PixArt:
     """Check the configs of a pipeline of class `name`. Raises ModelError, saying what the model is."""
-    if name not in _LENGTHS:
+    if name not in _KINDS:
         what = "a ControlNet pipeline" if "ControlNet" in name else "a PixArt pipeline of another kind"
         raise ModelError(f"{checkpoint.name}: this is {what} ({name}); tiler supports PixArt-α and PixArt-Σ")
+    kind = _KINDS[name]
+    check_parts(checkpoint, kind.repository, ["transformer"])
     config = _read_transformer(checkpoint)
+    check_parts(checkpoint, kind.others, ["text_encoder", "vae"])
+    t5.check_tokenizer(checkpoint, "tokenizer", fetch_part(checkpoint, kind.others, "tokenizer"))
     vae = read_config(checkpoint, "vae", "AutoencoderKL", bounds.check_vae)
-    text = t5.read_t5(checkpoint, "text_encoder", _LENGTHS[name])
+    text = t5.read_t5(checkpoint, "text_encoder", kind.length)
     if config["caption_channels"] != text.config["d_model"]:
         raise ModelError(
             f"{checkpoint.name}: the transformer expects text of width {config['caption_channels']} (caption_channels), "
             f"text_encoder gives {text.config['d_model']}; these parts do not belong together"
         )
-    channels, latent = config.get("in_channels", 4), vae.get("latent_channels", 4)
-    if channels != latent:
-        raise ModelError(
-            f"{checkpoint.name}: the transformer takes {channels} channels, the VAE gives {latent}; these parts do not belong "
-            "together"
-        )
-    if (factor := 2 ** (len(vae["block_out_channels"]) - 1)) != FACTOR:
-        raise ModelError(f"{checkpoint.name}: the VAE's factor is {factor}; tiler supports {FACTOR}")
+    channels = config.get("in_channels", 4)
+    check_latents(checkpoint, {"in_channels": channels}, vae)  # of the outputs those that count are as many
     spec = VaeSpec(checkpoint=checkpoint, part="vae", config=vae)
     parts = (
         text,
@@ -163,13 +178,24 @@ def read(checkpoint: Checkpoint, name: str) -> PixArt:
             quantise=lambda name: False,
         ),
     )  # fmt: skip
-    traits = Traits(
-        title=_TITLES[name], native=int(config.get("sample_size", 128)), granularity=PATCH, channels=latent,
-        width=config["num_attention_heads"] * config["attention_head_dim"], patch=PATCH, samples=1, defaults=_DEFAULTS,
-    )  # fmt: skip
     scheduler = checkpoint.config("scheduler", "scheduler_config.json")
+    defaults, notes = _DEFAULTS, tuple[str, ...]()
+    if (sign := sign_of_few_steps(checkpoint.name, scheduler)) is not None:
+        defaults = MappingProxyType(dict(FEW_STEPS) | {"strength": 0.5})  # of four steps the canvas has two
+        notes = (f"a few-step model ({sign}): by default {defaults['num_inference_steps']} steps, no guidance",)
+    traits = Traits(
+        title=kind.title, native=int(config.get("sample_size", 128)), granularity=PATCH, channels=channels,
+        width=config["num_attention_heads"] * config["attention_head_dim"], patch=PATCH, samples=1, large_blocks=True,
+        defaults=defaults,
+    )  # fmt: skip
     return PixArt(
-        checkpoint=checkpoint, traits=traits, parts=parts, vae=spec, scheduler=scheduler, length=_LENGTHS[name]
+        checkpoint=checkpoint,
+        traits=traits,
+        parts=parts,
+        vae=spec,
+        scheduler=scheduler,
+        notes=notes,
+        length=kind.length,
     )
 
 

@@ -24,10 +24,10 @@ from tiler.models.clip import (
     TOKENS,
     build_clip,
     check_tokenizer,
-    clip_bytes,
     clip_names,
     encode_penultimate,
     load_tokenizer,
+    run_clip,
 )
 from tiler.models.family import (
     Family,
@@ -155,7 +155,7 @@ def read(checkpoint: Checkpoint, name: str) -> StableDiffusion3:
             name=part, role=Role.TEXT_ENCODER, config=text, aliases=clip_names,
             build=partial(build_clip, checkpoint, part, text, projection=True),
             quantise=partial(quantised_text, levels=0) if part == "text_encoder" else _stays,
-            activation_bytes=clip_bytes(text, every_layer=True),
+            example=partial(run_clip, output_hidden_states=True),
         )
         for part, text in texts.items()
     ]  # fmt: skip
@@ -175,7 +175,7 @@ def read(checkpoint: Checkpoint, name: str) -> StableDiffusion3:
     traits = Traits(
         title=kind.title, native=int(config.get("sample_size", 128)), granularity=PATCH, patch=PATCH, samples=1,
         channels=int(vae["latent_channels"]), width=config["num_attention_heads"] * config["attention_head_dim"],
-        flow=True, longest=PATCH * table_side(config), defaults=MappingProxyType(dict(kind.defaults)),
+        flow=True, large_blocks=True, longest=PATCH * table_side(config), defaults=MappingProxyType(dict(kind.defaults)),
     )  # fmt: skip
     return StableDiffusion3(
         checkpoint=checkpoint, traits=traits, parts=(*encoders, denoiser, picture), vae=spec, notes=tuple(notes),

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import accumulate
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,12 +24,14 @@ from tiler.models import bounds
 from tiler.models.family import Part, Role, read_config
 from tiler.models.meta import on_meta, refusing
 from tiler.weights.checkpoint import Checkpoint
+from tiler.weights.flavours import read_json
 from tiler.weights.store import PIECE_ELEMENTS
 
 if TYPE_CHECKING:
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 GROUP_TOKENS = 1024  # of prompts that share one read of the weights, unless one prompt alone has more
+CHUNK = 256  # tokens normalised at a time
 GROUP_HEADS = 16  # whose position bias is written out at once: 17 MB for 512 tokens
 _TOKENIZERS = ("tokenizer.json", "spiece.model", "tokenizer.model")
 _KINDS = "t5", "umt5"
@@ -51,16 +55,22 @@ def read_t5(checkpoint: Checkpoint, name: str, length: int) -> Part:
     )
 
 
-def load_tokenizer(checkpoint: Checkpoint, folder: str) -> PreTrainedTokenizerBase:
-    """From tokenizer.json or a sentencepiece model. Raises ModelError."""
+def check_tokenizer(checkpoint: Checkpoint, folder: str, fetch: str) -> Path:
+    """The folder of a tokenizer whose files are there. Raises ModelError, which says how they can be had: by `fetch`."""
     path = checkpoint.tokenizer(folder)
     if not any((path / file).is_file() for file in _TOKENIZERS):
-        again = "download the tokenizer again"
-        if checkpoint.repository is not None:
-            again = f"run: hf download {checkpoint.repository} --include '{folder}/*'"
-        raise ModelError(f"{path}: neither tokenizer.json nor spiece.model is here; {again}")
-    named = (path / "tokenizer_config.json").is_file()
-    kind = checkpoint.config(folder, "tokenizer_config.json").get("tokenizer_class") if named else None
+        raise ModelError(f"{path}: neither tokenizer.json nor spiece.model is here; {fetch}")
+    return path
+
+
+def load_tokenizer(checkpoint: Checkpoint, folder: str) -> PreTrainedTokenizerBase:
+    """From tokenizer.json or a sentencepiece model. Raises ModelError."""
+    fetch = "download the tokenizer again"
+    if checkpoint.repository is not None:
+        fetch = f"run: hf download {checkpoint.repository} --include '{folder}/*'"
+    path = check_tokenizer(checkpoint, folder, fetch)
+    settings = path / "tokenizer_config.json"
+    kind = read_json(settings).get("tokenizer_class") if settings.is_file() else None
     with lean_imports():
         if str(kind or "T5Tokenizer").startswith("T5"):
             from transformers.models.t5.tokenization_t5 import T5Tokenizer as Tokenizer
@@ -123,78 +133,87 @@ def _groups(rows: list[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def _encode(encoder: Any, rows: list[Tensor]) -> list[Tensor]:
-    states = [encoder.shared(ids) for ids in rows]
+    """The states of all prompts are one tensor (1, tokens, d_model), of which each prompt has a part: few large blocks, which go
+    back to the system when they are freed."""
+    ends = list(accumulate(ids.shape[1] for ids in rows))
+    prompts = [slice(end - ids.shape[1], end) for end, ids in zip(ends, rows, strict=True)]
+    x: Tensor = encoder.shared(torch.cat(rows, dim=1))
     bias: Tensor | None = None
     for block in encoder.encoder.block:
         attention, feed_forward = block.layer[0], block.layer[-1]
         if attention.SelfAttention.has_relative_attention_bias:  # T5's first block for all, each of UMT5's for itself
             bias = _bias(attention.SelfAttention, max(ids.shape[1] for ids in rows))
         assert bias is not None
-        for state, change in zip(states, _attend(attention, states, bias), strict=True):
-            state += change
-        for state, change in zip(states, _feed(feed_forward, states), strict=True):
-            state += change
-    return [encoder.encoder.final_layer_norm(state) for state in states]
+        x += _attended(attention, x, prompts, bias)
+        x += _fed(feed_forward, x, prompts)
+    return [_normed(encoder.encoder.final_layer_norm, x[:, prompt]) for prompt in prompts]
 
 
-def _attend(layer: Any, states: list[Tensor], bias: Tensor) -> list[Tensor]:
-    """What self-attention adds to each state (1, n, d_model)."""
-    attention = layer.SelfAttention
-    normed = [layer.layer_norm(state) for state in states]
-    queries, keys, values = (_linear(part, normed) for part in (attention.q, attention.k, attention.v))
+def _normed(norm: Any, x: Tensor) -> Tensor:
+    """`norm` of (1, n, d_model), some tokens at a time: it makes copies."""
+    out = torch.empty_like(x)
+    for some, filled in zip(x.split(CHUNK, dim=1), out.split(CHUNK, dim=1), strict=True):
+        filled.copy_(norm(some))
+    return out
+
+
+def _attended(layer: Any, x: Tensor, prompts: list[slice], bias: Tensor) -> Tensor:
+    """What self-attention adds to the states (1, n, d_model)."""
+    attention, normed = layer.SelfAttention, _normed(layer.layer_norm, x)
+    queries, keys, values = (_linear(part, normed, prompts) for part in (attention.q, attention.k, attention.v))
     del normed
-    for query, key, value in zip(queries, keys, values, strict=True):
-        q, k, v = (t.unflatten(-1, (attention.n_heads, -1)).transpose(1, 2) for t in (query, key, value))
+    for prompt in prompts:
+        own = (t[:, prompt].unflatten(-1, (attention.n_heads, -1)).transpose(1, 2) for t in (queries, keys, values))
+        q, k, v = own
         for first in range(0, attention.n_heads, GROUP_HEADS):
             heads = slice(first, first + GROUP_HEADS)
             mask = _written_out(bias[heads], q.shape[2])
             # In place: no other head looks at these queries. T5 does not scale its scores.
             q[:, heads] = F.scaled_dot_product_attention(q[:, heads], k[:, heads], v[:, heads], mask, scale=1.0)
             del mask
-    del keys, values
-    return _linear(attention.o, queries)
+    del q, k, v, keys, values
+    return _linear(attention.o, queries, prompts)
 
 
-def _feed(layer: Any, states: list[Tensor]) -> list[Tensor]:
-    """What the feed-forward part adds to each state (1, n, d_model)."""
-    dense = layer.DenseReluDense
-    normed = [layer.layer_norm(state) for state in states]
+def _fed(layer: Any, x: Tensor, prompts: list[slice]) -> Tensor:
+    """What the feed-forward part adds to the states (1, n, d_model)."""
+    dense, normed = layer.DenseReluDense, _normed(layer.layer_norm, x)
     if hasattr(dense, "wi_0"):
-        hidden = _linear(dense.wi_0, normed, dense.act)
-        _linear(dense.wi_1, normed, times=hidden)
+        hidden = _linear(dense.wi_0, normed, prompts, dense.act)
+        _linear(dense.wi_1, normed, prompts, times=hidden)
     else:
-        hidden = _linear(dense.wi, normed, dense.act)
+        hidden = _linear(dense.wi, normed, prompts, dense.act)
     del normed
-    return _linear(dense.wo, hidden)
+    return _linear(dense.wo, hidden, prompts)
 
 
 def _linear(
     layer: Any,
-    inputs: list[Tensor],
+    x: Tensor,
+    prompts: list[slice],
     act: Callable[[Tensor], Tensor] | None = None,
-    times: list[Tensor] | None = None,
-) -> list[Tensor]:
-    """`layer` of each input (1, n, in), activated, by one read of its weight; multiplied into `times` (1, n, out) where that
-    is given. What a piece of the weight makes of an input is there only while the next one is fetched."""
-    outs = times or [x.new_empty(*x.shape[:-1], layer.out_features) for x in inputs]
-    for first, last, product in _products(layer, inputs):
-        for x, out in zip(inputs, outs, strict=True):
-            made = product(x)
-            part = out[..., first:last]
-            made = made if act is None else act(made)
+    times: Tensor | None = None,
+) -> Tensor:
+    """`layer` of x (1, n, in), activated, by one read of its weight, each prompt's product by itself; multiplied into `times`
+    (1, n, out) where that is given."""
+    out = x.new_empty(1, x.shape[1], layer.out_features) if times is None else times
+    for first, last, product in _products(layer, x):
+        for prompt in prompts:
+            made = product(x[:, prompt])
+            part = out[:, prompt, first:last]
             if times is None:
-                part.copy_(made)
+                part.copy_(made if act is None else act(made))
             else:
                 part.mul_(made)
-    return outs
+    return out
 
 
-def _products(layer: Any, inputs: list[Tensor]) -> Iterator[tuple[int, int, Callable[[Tensor], Tensor]]]:
+def _products(layer: Any, x: Tensor) -> Iterator[tuple[int, int, Callable[[Tensor], Tensor]]]:
     """The outputs [first, last) of each piece of a layer's weight, and what makes them of an input."""
     if not isinstance(layer, StreamedLinear):
         yield 0, layer.out_features, layer
         return
-    op, shape = layer.op(), tuple(inputs[0].shape)
+    op, shape = layer.op(), tuple(x.shape)
     kernel = layer.streamer.kernel(op, shape)
     for piece in layer.streamer.prepared(op, kernel, shape):
         assert kernel.name == "fp32", kernel.name  # text encoders are opened without products of integers

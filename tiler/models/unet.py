@@ -19,7 +19,16 @@ from tiler.compute.layers import SMALL
 from tiler.compute.stream import Streamer
 from tiler.memory.lean_imports import lean_imports
 from tiler.models import strips
-from tiler.models.blocks import PrePrompt, Resnet, ResnetFirstHalf, ResnetSecondHalf, Transformer, Windows, prepare
+from tiler.models.blocks import (
+    Head,
+    PrePrompt,
+    Resnet,
+    ResnetFirstHalf,
+    ResnetSecondHalf,
+    Transformer,
+    Windows,
+    prepare,
+)
 from tiler.models.meta import on_meta, refusing
 from tiler.weights.checkpoint import Checkpoint
 
@@ -160,7 +169,7 @@ def predict_noise(
             large = whole_elements is not None and 4 * hidden[0].numel() > whole_elements
             upsampler = strips.Enlarged(sampler) if large else sampler
             hidden = each(f"unet.up_blocks.{i}.upsamplers", upsampler, hidden)
-    hidden = each("unet.conv_out", torch.nn.Sequential(unet.conv_norm_out, unet.conv_act, unet.conv_out), hidden)
+    hidden = each("unet.conv_out", Head(unet), hidden)
     assert len(hidden) == batch and not skips
     return torch.cat(hidden)
 

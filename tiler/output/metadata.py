@@ -25,6 +25,7 @@ class Facts:
     revision: str | None  # of a hub id
     scheduler: str
     precision: str
+    kernels: str  # whose arithmetic, and with which instructions
     begin: int  # the step at which the canvas starts; 0 without a guide
 
 
@@ -41,7 +42,12 @@ def texts(request: ResolvedRequest, facts: Facts) -> dict[str, str]:
     for key in ("model", "tiny_vae", "guide_image"):
         if said.get(key) is not None:
             said[key] = file_name(said[key])
-    found = {"precision": facts.precision, "model_id": facts.model_id, "revision": facts.revision}
+    found = {
+        "precision": facts.precision,
+        "kernels": facts.kernels,
+        "model_id": facts.model_id,
+        "revision": facts.revision,
+    }
     prompt = r.prompt if r.prompt is not None else " | ".join(region.prompt for region in r.regions)
     both = {
         "parameters": infotext(prompt, r.negative_prompt or "", fields),

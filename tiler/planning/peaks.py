@@ -13,7 +13,7 @@ from tiler.compute.layers import StreamedLayer, streamed_layers
 from tiler.compute.lending import lent
 from tiler.compute.shapes import MetaMeter
 from tiler.compute.stream import Streamer
-from tiler.compute.tuning import ARENA_BYTES, HEAP_SLACK, INT8_HOLES_BYTES, TIGHT_HEAP_SLACK
+from tiler.compute.tuning import ARENA_BYTES, HEAP_SLACK, INT8_HOLES_BYTES, MAPPED_HEAP_SLACK, TIGHT_HEAP_SLACK
 from tiler.decoding.method import DecodePlan, ScratchSpace, choose
 from tiler.models import family as families
 from tiler.models.built import Models
@@ -120,9 +120,10 @@ class DenoiserPeaks:
         group = max(groups, key=lambda g: (len(set(g)), len(g)))  # halves of one tile share their first layers
         group = tuple(sorted(set(group)).index(tile) for tile in group)
         tight = self.streamer.arena_bytes < ARENA_BYTES
-        slack = TIGHT_HEAP_SLACK if tight else HEAP_SLACK
+        mapped = self.family.traits.large_blocks
+        slack = MAPPED_HEAP_SLACK if mapped else TIGHT_HEAP_SLACK if tight else HEAP_SLACK
         work = self.activations(group, height, width) + int(slack * self.activations((0,), height, width))
-        if not tight:
+        if not (tight or mapped):
             integers = sum(math.prod(self.stored[name].shape) for name in self.streamer.int8_keys & self.stored.keys())
             work += min(INT8_HOLES_BYTES, integers)
         return PhasePlan(name=name, terms=(*fixed, *self.terms, Term(name=ACTIVATIONS, nbytes=work)))

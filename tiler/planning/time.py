@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tiler.compute import int8, onednn
+from tiler.compute import onednn
+from tiler.compute.kernels import Kind
 from tiler.compute.lending import lent
-from tiler.compute.measure import median_seconds
+from tiler.compute.measure import TableShape, chosen_speed, median_seconds
 from tiler.compute.shapes import MetaMeter
 from tiler.compute.stream import Streamer
 from tiler.compute.tuning import OVERHEAD_BY_LAYERS, OVERHEAD_BY_ROWS, OVERHEAD_FP32, OVERHEAD_INT8
@@ -87,10 +88,8 @@ def measure() -> Speed:
         attention = attention_flops / median_seconds(lambda: F.scaled_dot_product_attention(q, q, q))
         if not onednn.int8().products:  # then int8 is what weights are stored in, no more
             return Speed(fp32, fp32, attention)
-        weight, out = int8.pack(0, *int8.quantize_rows(layer.weight)), torch.empty(32, 32, 320)
-        fast = conv_flops / median_seconds(
-            lambda: int8.conv2d(int8.quantize_image(x[0], 1), weight, None, out, taps=(3, 3), stride=(1, 1))
-        )
+        shape = TableShape(Kind.CONVOLUTION, tuple(layer.weight.shape), tuple(x.shape))
+        fast = chosen_speed(shape, "int8")
     return Speed(fp32, fast, attention)
 
 

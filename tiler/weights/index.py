@@ -33,13 +33,15 @@ class Source(NamedTuple):
 
 class TensorInfo(NamedTuple):
     """Where one tensor lies, and how: `dtype` names its codec (codecs.py), `nbytes` is what it takes in files. Its rows, those of
-    the first axis, stand in one place or in several; a tensor without axes is one row."""
+    the first axis, stand in one place or in several; a tensor without axes is one row. One that is `blocked` lies in the order
+    of blocks.py; its shape is the weight's own once `match_index` has seen it."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     sources: tuple[Source, ...]
     nbytes: int
+    blocked: bool = False
 
     @property
     def path(self) -> Path:

@@ -1,7 +1,8 @@
 """Quantised weights in one file of tiler's own, in the order in which they are used.
 
 A safetensors file: each quantised tensor beside its fp32 scales, all others as they were. Its metadata says of which files,
-and by which rules, it was made; one that does not fit is made again. Knows names, dtypes and rows, not what they are for.
+by which rules and in which order of values it was made; one that does not fit is made again. Knows names, dtypes and rows, not
+what they are for.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ import torch
 
 from tiler.errors import ModelError, StorageError
 from tiler.files import atomic
+from tiler.weights.blocks import block_sides, blocked, can_block
 from tiler.weights.index import TensorInfo, open_regular, read_index, read_metadata
 from tiler.weights.places import cache_home
 from tiler.weights.store import SCALE, TORCH_DTYPES, WeightStore
 
-VERSION = "4"  # of the rules: which layers, which scales
+VERSION = "5"  # of the rules: which layers, which scales, which order
 _PIECE_ELEMENTS = 2**20  # weights at a time: 4 MB in fp32, and a few copies
 _SAMPLES, _SAMPLE_BYTES = 256, 4096  # of each file, for its fingerprint
 
@@ -37,16 +39,17 @@ def default_cache() -> Path:
 
 
 def packed_index(
-    cache: Path, files: dict[str, TensorInfo], rules: str, write: Callable[[Path, str, str], None]
+    cache: Path, files: dict[str, TensorInfo], rules: str, write: Callable[[Path, str, str], None], *, in_blocks: bool
 ) -> dict[str, TensorInfo]:
     """The index of the packed file in `cache` that is made of `files` by `rules`. Where it is missing or does not fit,
-    `write(path, fingerprint, reason)` makes it first.
+    `write(path, fingerprint, reason)` makes it first. It must have weights `in_blocks` where these are wanted; where they are
+    not, a file that has them will do.
 
     Raises StorageError, and what `write` raises.
     """
     mark = fingerprint(files, rules)
     path = cache / f"{mark}.safetensors"
-    reason = _misfit(path, mark)
+    reason = _misfit(path, mark, in_blocks)
     if reason is not None:
         try:
             cache.mkdir(parents=True, exist_ok=True)
@@ -76,20 +79,24 @@ def fingerprint(files: dict[str, TensorInfo], rules: str) -> str:
     return digest.hexdigest()[:32]
 
 
-def _misfit(path: Path, mark: str) -> str | None:
+def _misfit(path: Path, mark: str, in_blocks: bool) -> str | None:
     """Why the file at `path` cannot be used, None when it can."""
     if not path.exists():
         return "there are none of this model yet"
     try:
         read_index(path)
-        wrong = read_metadata(path) != _metadata(mark)
+        said = read_metadata(path)
     except ModelError as error:
         return str(error)
-    return f"{path} is of another model or version of tiler" if wrong else None
+    if said not in (_metadata(mark, True), _metadata(mark, False)):
+        return f"{path} is of another model or version of tiler"
+    if in_blocks and said != _metadata(mark, True):
+        return f"{path} is not in the order of the kernels that tiler has now"
+    return None
 
 
-def _metadata(mark: str) -> dict[str, str]:
-    return {"format": "tiler-int8", "version": VERSION, "source": mark}
+def _metadata(mark: str, in_blocks: bool) -> dict[str, str]:
+    return {"format": "tiler-int8", "version": VERSION, "source": mark, "order": "blocks" if in_blocks else "rows"}
 
 
 def write_packed(
@@ -99,10 +106,14 @@ def write_packed(
     index: dict[str, TensorInfo],
     quantised: Mapping[str, Quantise],
     progress: Callable[[float], None],
+    *,
+    in_blocks: frozenset[str] = frozenset(),
 ) -> None:
-    """Write the tensors of `index` in `order`; those in `quantised` as int8, by its function. `progress` gets the share
-    written. Raises StorageError, ModelError, NumericalError."""
-    header: dict[str, Any] = {"__metadata__": _metadata(mark)}
+    """Write the tensors of `index` in `order`; those in `quantised` as int8, by its function, and of them those `in_blocks` that
+    divide into blocks in the order of blocks.py. `progress` gets the share written. Raises StorageError, ModelError,
+    NumericalError."""
+    header: dict[str, Any] = {"__metadata__": _metadata(mark, bool(in_blocks))}
+    in_blocks = frozenset(name for name in in_blocks if can_block(index[name].shape))
     end = 0
 
     def place(name: str, dtype: str, shape: tuple[int, ...], nbytes: int) -> None:
@@ -113,7 +124,7 @@ def write_packed(
     for name in order:
         info = index[name]
         if name in quantised:
-            place(name, "I8", info.shape, math.prod(info.shape))
+            place(name, "I8", block_sides(info.shape) if name in in_blocks else info.shape, math.prod(info.shape))
         else:
             place(name, info.dtype, info.shape, info.nbytes)
     for name in order:
@@ -131,14 +142,16 @@ def write_packed(
         file.write(len(text).to_bytes(8, "little") + text)
         scales: list[torch.Tensor] = []
         for name in order:
-            for data in _stored(store, name, quantised.get(name), scales):
+            for data in _stored(store, name, quantised.get(name), scales, in_blocks=name in in_blocks):
                 written += file.write(data)
                 progress(written / end)
         for scale in scales:
             file.write(scale.numpy().tobytes())
 
 
-def _stored(store: WeightStore, name: str, quantise: Quantise | None, scales: list[torch.Tensor]) -> Iterator[bytes]:
+def _stored(
+    store: WeightStore, name: str, quantise: Quantise | None, scales: list[torch.Tensor], *, in_blocks: bool
+) -> Iterator[bytes]:
     """A tensor's bytes in the new file, in pieces; the scales of a quantised one are appended to `scales`."""
     info, parts = store.index[name], []
     for piece in store.pieces(name):
@@ -146,6 +159,7 @@ def _stored(store: WeightStore, name: str, quantise: Quantise | None, scales: li
         store.fetch(piece, rows)
         if quantise is not None:
             rows, scale = quantise(rows)
+            rows = blocked(rows) if in_blocks else rows
             parts.append(scale)
         else:
             rows = rows.to(TORCH_DTYPES[info.dtype])

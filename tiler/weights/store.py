@@ -18,6 +18,7 @@ from typing import NamedTuple, Self
 import torch
 
 from tiler.errors import ModelError, NumericalError, StorageError
+from tiler.weights.blocks import block_sides, can_block, unblocked
 from tiler.weights.codecs import CODECS
 from tiler.weights.index import TensorInfo, open_regular, read_into
 
@@ -64,13 +65,14 @@ def match_index(
             raise ModelError(f"{where}: tensor {name!r} is missing; the weights and config.json do not belong together")
         want = tuple(parameter.shape)
         squeezed = tuple(n for n in info.shape if n != 1) == tuple(n for n in want if n != 1)
-        if info.shape != want and not squeezed:
+        is_blocked = info.dtype == "I8" and len(info.shape) == 5 and can_block(want) and info.shape == block_sides(want)
+        if info.shape != want and not squeezed and not is_blocked:
             raise ModelError(
                 f"{info.path}: tensor {info.name!r} has shape {list(info.shape)}, config.json asks for {list(want)}"
             )
         scale = stored.get(info.name + SCALE)
         check_dtype(info, scaled=scale is not None)
-        matched[name] = info.reshaped(want)
+        matched[name] = info.reshaped(want)._replace(blocked=is_blocked)
         if scale is not None:
             matched[name + SCALE] = scale
     return matched
@@ -89,6 +91,7 @@ class WeightStore:
         self.piece_elements = piece_elements
         self.bytes_read = 0
         self.resident: dict[str, torch.Tensor] = {}
+        self.sums: dict[Piece, torch.Tensor] = {}  # of an int8 piece's rows, for kernels that ask again at every pass
         self._scales: dict[str, torch.Tensor] = {}
         self._check_finite = check_finite
         self._checked: set[Piece] = set()
@@ -160,20 +163,21 @@ class WeightStore:
         total, step = shape[0] if shape else 1, piece_rows(math.prod(shape[1:]), elements)
         return [Piece(name, first, min(first + step, total)) for first in range(0, total, step)]
 
-    def fetch(self, piece: Piece, out: torch.Tensor) -> None:
-        """Cast a piece into `out` (rows × rest, fp32; int8 as stored), and start reading what followed it last time."""
+    def fetch(self, piece: Piece, out: torch.Tensor, *, in_blocks: bool = False) -> None:
+        """Cast a piece into `out` (rows × rest, fp32 or int8), and start reading what followed it last time. A blocked tensor's
+        rows are put in order, unless they are wanted `in_blocks`: as they lie there."""
         if (kept := self.resident.get(piece.name)) is not None:
             if kept.dtype == torch.float32:
                 out.copy_(kept[piece.first : piece.last].view_as(out))
             else:
-                self._decode(piece, self._stored(kept, piece).view(torch.uint8), out)
+                self._decode(piece, self._stored(kept, piece).view(torch.uint8), out, in_blocks=in_blocks)
             return
         if self._last is not None:
             self._next[self._last] = piece
         self._last = piece
         raw = self._take(piece)
         self._read_ahead(piece)
-        self._cast(piece, raw, out)
+        self._cast(piece, raw, out, in_blocks=in_blocks)
         self._buffers.append(raw)
 
     def keep(self, name: str, dtype: torch.dtype) -> None:
@@ -249,8 +253,8 @@ class WeightStore:
         assert not view, "every row has its place"
         return buffer
 
-    def _cast(self, piece: Piece, raw: torch.Tensor, out: torch.Tensor) -> None:
-        self._decode(piece, raw[: self._bytes(piece)], out)
+    def _cast(self, piece: Piece, raw: torch.Tensor, out: torch.Tensor, *, in_blocks: bool = False) -> None:
+        self._decode(piece, raw[: self._bytes(piece)], out, in_blocks=in_blocks)
         if self._check_finite and out.dtype == torch.float32 and piece not in self._checked:
             # Once for each piece: the sum of finite fp32 weights of this size is finite.
             if not torch.isfinite(out.sum()):
@@ -258,11 +262,15 @@ class WeightStore:
                 raise NumericalError(f"{path}: tensor {piece.name!r} holds NaN or Inf; download the file again")
             self._checked.add(piece)
 
-    def _decode(self, piece: Piece, raw: torch.Tensor, out: torch.Tensor) -> None:
+    def _decode(self, piece: Piece, raw: torch.Tensor, out: torch.Tensor, *, in_blocks: bool = False) -> None:
         """Rows as stored, (bytes,) uint8 → `out`: scaled fp32, or int8 as stored."""
+        info = self.index[piece.name]
+        if info.blocked and not in_blocks:
+            rows = unblocked(raw.view(torch.int8), (piece.last - piece.first, *info.shape[1:]))
+            raw = rows.flatten().view(torch.uint8)
         if out.dtype == torch.int8:
             out.copy_(raw.view(torch.int8).view_as(out))
             return
-        CODECS[self.index[piece.name].dtype].decode(raw, out)
+        CODECS[info.dtype].decode(raw, out)
         if piece.name + SCALE in self.index:
             out.mul_(self.scale(piece.name)[piece.first : piece.last].view(-1, *(1,) * (out.ndim - 1)))

@@ -1,0 +1,98 @@
+"""The number of threads changes no bit: neither of a step's result, whatever its size, nor of a render."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.numpy import load_file
+from torch import nn
+
+from tiler.compute import steps
+
+STEPS = """
+import hashlib, torch
+from torch import nn
+from tiler.compute import onednn, steps
+from tiler.compute.int8 import linear, pack, quantize_rows, quantize_tokens
+from tiler.compute.kernels import Epilogue
+torch.set_grad_enabled(False)
+for threads in 1, 2, 3:
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    results = []
+    for channels, height, width in (320, 64, 64), (48, 37, 41), (96, 301, 7), (64, 1, 1):
+        for layout in torch.contiguous_format, torch.channels_last:
+            x = torch.randn(2, channels, height, width).contiguous(memory_format=layout)
+            results.append(steps.group_norm(nn.GroupNorm(16, channels), x))
+            results += [steps.activated(act, x.clone()) for act in (nn.SiLU(), nn.GELU(), nn.GELU("tanh"))]
+        for side in (1, 3):
+            geometry = onednn.Geometry((side // 2,) * 2, (1, 1), (1, 1), 1)
+            results.append(onednn.plain_convolution(x, torch.randn(40, channels, side, side), torch.randn(40), geometry))
+    results += [steps.product(torch.randn(1, n, 64), torch.randn(48, 64), torch.randn(48)) for n in range(1, 20)]
+    products = torch.randn(1, 1517, 398)
+    results += steps.finished(Epilogue(activation=nn.GELU(), glu=True), [products], None)
+    if onednn.int8().products:
+        out = torch.empty(1, 1517, 317)
+        linear(quantize_tokens(torch.randn(1, 1517, 320)), pack(0, *quantize_rows(torch.randn(317, 320))), torch.randn(317), out)
+        results.append(out)
+    print(hashlib.sha256(b"".join(x.contiguous().numpy().tobytes() for x in results)).hexdigest())
+"""
+
+
+def test_steps_of_odd_sizes() -> None:
+    done = subprocess.run([sys.executable, "-c", STEPS], check=True, capture_output=True, text=True)
+    digests = done.stdout.split()
+    assert len(digests) == 3 and len(set(digests)) == 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--model", "mini", "--size", 288, "--precision", "int8", "--decode", "frozen"),
+        ("--model", "tiny", "-W", 168, "-H", 136, "--decode", "exact"),
+    ],
+    ids=["mini", "tiny"],
+)
+def test_a_render(tiler, tmp_path: Path, tiny: Path, options: tuple[object, ...]) -> None:
+    results = []
+    for threads in (1, 2):
+        command = ["render", "a red lighthouse", *(tiny if word == "tiny" else word for word in options)]
+        outputs = ("-o", f"{threads}.png", "--save-latents", f"{threads}.safetensors")
+        ran = tiler(*command, "--steps", 2, "--seed", 7, *outputs, env={"OMP_NUM_THREADS": str(threads)})
+        assert ran.code == 0, ran.err
+        latents = load_file(tmp_path / f"{threads}.safetensors")["latents"]
+        results.append((latents, np.asarray(Image.open(tmp_path / f"{threads}.png"))))
+    (latents, picture), (same_latents, same_picture) = results
+    assert np.array_equal(latents, same_latents) and np.array_equal(picture, same_picture)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shape", [(2, 96, 13, 7), (1, 320, 64, 64), (1, 64, 1, 1)])
+@pytest.mark.parametrize("affine", [True, False])
+def test_group_norm_is_torchs(shape: tuple[int, ...], affine: bool) -> None:
+    """Also where the mean is far from zero, in both layouts, which are kept."""
+    torch.manual_seed(1)
+    norm = nn.GroupNorm(32, shape[1], affine=affine)
+    for parameter in norm.parameters():
+        parameter.copy_(torch.randn(parameter.shape))
+    exact = nn.GroupNorm(32, shape[1], affine=affine).double()
+    exact.load_state_dict(norm.state_dict())
+    for layout in torch.contiguous_format, torch.channels_last:
+        x = (torch.randn(shape) + 100 * torch.randn(1, shape[1], 1, 1)).contiguous(memory_format=layout)
+        got, want = steps.group_norm(norm, x), exact(x.double())
+        assert got.is_contiguous(memory_format=layout)
+        assert (got - want).abs().max() < 1e-4 * want.abs().max()
+
+
+@torch.no_grad()
+def test_a_group_norm_gives_not_a_number_back() -> None:
+    x = torch.randn(1, 64, 5, 5)
+    x[0, 3, 2, 2] = torch.nan
+    broken = steps.group_norm(nn.GroupNorm(32, 64), x)[0].isnan().flatten(1).all(1)
+    assert broken.nonzero().flatten().tolist() == [2, 3]  # its group

@@ -1,0 +1,476 @@
+"""Every kernel against fp64 over odd sizes, on each instruction set that runs here; and by the C driver under sanitisers."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import struct
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tiler.native import library
+from tiler.native.instructions import SETS, machine_of
+from tiler.native.library import Activation, Image, Kind, Library, Product, Rows, Type
+
+ROOT = Path(__file__).resolve().parents[2]
+NATIVE = ROOT / "tiler" / "native"
+OPERATIONS = {Product: "product", Rows: "rows", Image: "image"}
+DTYPES = {Type.UINT8: torch.uint8, Type.BF16: torch.bfloat16, Type.FP32: torch.float32}
+VALUES = {Kind.INT8: 4, Kind.BF16: 2, Kind.FP32: 1}  # of a lane
+
+
+def running() -> Iterator[Library]:
+    """The library for each instruction set that this processor has."""
+    for isa in SETS if library.library() is not None else ():
+        if isa.machine == machine_of(os.uname().machine):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("TILER_ISA", isa.name)
+                library._find.cache_clear()
+                try:
+                    yield library.library()  # type: ignore[misc]
+                except library.UsageError:
+                    continue
+                finally:
+                    library._find.cache_clear()
+
+
+LIBRARIES = list(running())
+pytestmark = pytest.mark.skipif(not LIBRARIES, reason=f"the library is {library.fault()}")
+every_set = pytest.mark.parametrize("lib", LIBRARIES, ids=lambda lib: lib.isa)
+
+
+class Case(NamedTuple):
+    """A call: its struct, the tensors that it points to, which of them is the result, and what that should be."""
+
+    call: Any
+    tensors: tuple[Tensor, ...]
+    out: Tensor
+    want: Tensor
+    tolerance: float
+
+    def run(self, lib: Library, threads: int = 2) -> Tensor:
+        getattr(lib, OPERATIONS[type(self.call)])(self.call, threads)
+        return self.out
+
+    def error(self) -> float:
+        """As the driver says it; what is NaN in the reference may be any value."""
+        known = ~self.want.isnan()
+        apart = (self.out.double() - self.want)[known]
+        return float(apart.abs().max() if self.out.dtype == torch.uint8 else apart.norm() / self.want[known].norm())
+
+
+def address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def padded(n: int, to: int) -> int:
+    return -(-n // to) * to
+
+
+def lanes(weight: Tensor, values: int) -> Tensor:
+    """(outputs, inputs, *taps) in the order of kernels.h: [outputs / 16][tap][lane][16][value]."""
+    flat = weight.flatten(2) if weight.ndim > 2 else weight[..., None]
+    flat = F.pad(flat, (0, 0, 0, -flat.shape[1] % values, 0, -len(flat) % 16))
+    return flat.view(-1, 16, flat.shape[1] // values, values, flat.shape[2]).permute(0, 4, 2, 1, 3).contiguous()
+
+
+def in_lanes(x: Tensor, values: int) -> Tensor:
+    """(..., channels) with its last axis filled up to whole lanes."""
+    return F.pad(x, (0, -x.shape[-1] % values)).contiguous()
+
+
+ACTIVATIONS = {
+    Activation.NONE: lambda x: x,
+    Activation.SILU: F.silu,
+    Activation.GELU: F.gelu,
+    Activation.GELU_TANH: lambda x: F.gelu(x, approximate="tanh"),
+}
+
+
+def activated(x: Tensor, how: Activation, gated: bool) -> Tensor:
+    if gated:
+        hidden, gate = x.chunk(2, dim=-1)
+        return hidden * ACTIVATIONS[how](gate)
+    return ACTIVATIONS[how](x)
+
+
+def weights_of(kind: Kind, *shape: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Whole weights within ±64, or ones that the kind holds exactly; what they are multiplied by; in lanes; their sums."""
+    if kind is Kind.INT8:
+        weight, scale = torch.randint(-64, 65, shape, dtype=torch.int8), torch.rand(shape[0]) / 50 + 0.01
+    else:
+        weight = (torch.randn(shape) / 8).to(torch.bfloat16 if kind is Kind.BF16 else torch.float32)
+        scale = torch.ones(shape[0])
+    return weight, scale, lanes(weight, VALUES[kind]), weight.flatten(1).float().sum(1).to(torch.int32)
+
+
+def inputs_of(kind: Kind, *shape: int) -> Tensor:
+    if kind is Kind.INT8:
+        return torch.randint(0, 256, shape, dtype=torch.uint8)
+    return torch.randn(shape).to(torch.bfloat16 if kind is Kind.BF16 else torch.float32)
+
+
+def linear(
+    kind: Kind, rows: int, inputs: int, outputs: int, *, act: Activation = Activation.NONE,
+    out_type: Type = Type.FP32, more: bool = True, apart: int = 0, gated: bool = False,
+) -> Case:  # fmt: skip
+    """`more`: a bias and a residual. `apart`: lanes between rows. `gated`: the second half of the outputs are gates."""
+    torch.manual_seed(rows + inputs + outputs)
+    weight, factor, packed, sums = weights_of(kind, outputs, inputs)
+    x, scale, zero = inputs_of(kind, rows, inputs), torch.rand(rows) / 50 + 0.01, torch.tensor([128], dtype=torch.int32)
+    a = F.pad(in_lanes(x, VALUES[kind]), (0, apart * VALUES[kind])).contiguous()
+    real = (x.double() - 128) * scale.double()[:, None] if kind is Kind.INT8 else x.double()
+    width = outputs // 2 if gated else outputs
+    bias, residual = (torch.randn(outputs), torch.randn(rows, width)) if more else (None, None)
+    want = real @ (weight.double() * factor.double()[:, None]).T
+    want = activated(want if bias is None else want + bias, act, gated)
+    want = want if residual is None else want + residual
+    out = torch.full((rows, width), 99.0).to(DTYPES[out_type])
+    call = Product(
+        kind=kind, activation=act, out_type=out_type, taps=1, rows=rows, outputs=width, steps=packed.shape[2],
+        a=address(a), row_bytes=a.stride(0) * a.element_size(), weights=address(packed), weight_scale=address(factor),
+        weight_sum=address(sums), scale=address(scale), zero=address(zero), scale_rows=1, bias=address(bias),
+        residual=address(residual), out=address(out), out_step=width, residual_step=width,
+    )  # fmt: skip
+    if gated:
+        call.gate_weights = address(packed[width // 16 :])
+        call.gate_scale, call.gate_sum = address(factor[width:]), address(sums[width:])
+        call.gate_bias = None if bias is None else address(bias[width:])
+    tensors = [t for t in (a, packed, factor, sums, scale, zero, bias, residual, out) if t is not None]
+    return Case(call, tuple(tensors), out, want, 4e-3 if out_type is Type.BF16 else 2e-6)
+
+
+def convolution(
+    kind: Kind, images: int, sides: tuple[int, int], inputs: int, outputs: int, side: int, stride: int
+) -> Case:
+    torch.manual_seed(inputs + outputs)
+    weight, factor, packed, sums = weights_of(kind, outputs, inputs, side, side)
+    pad = side // 2
+    x = inputs_of(kind, images, sides[0] + 2 * pad, sides[1] + 2 * pad, inputs)
+    scale, zero = torch.rand(images) / 50 + 0.01, torch.randint(0, 256, (images,), dtype=torch.int32)
+    real = (x.double() - zero.view(-1, 1, 1, 1)) * scale.double().view(-1, 1, 1, 1) if kind is Kind.INT8 else x.double()
+    bias = torch.randn(outputs)
+    want = F.conv2d(real.movedim(-1, 1), weight.double() * factor.double().view(-1, 1, 1, 1), bias.double(), stride)
+    want = want.movedim(1, -1).contiguous()
+    a, out = in_lanes(x, VALUES[kind]), torch.full(want.shape, 99.0)
+    place = a.shape[-1] * a.element_size()
+    line = a.shape[2] * place
+    taps = torch.tensor([i * line + j * place for i in range(side) for j in range(side)])
+    places = want.shape[1] * want.shape[2]
+    call = Product(
+        kind=kind, out_type=Type.FP32, taps=side * side, rows=images * places, outputs=outputs, steps=packed.shape[2],
+        a=address(a), per_image=places, width=want.shape[2], image_bytes=a.shape[1] * line, line_bytes=stride * line,
+        place_bytes=stride * place, tap=address(taps), weights=address(packed), weight_scale=address(factor),
+        weight_sum=address(sums), scale=address(scale), zero=address(zero), scale_rows=places, zero_step=1,
+        bias=address(bias), out=address(out), out_step=outputs,
+    )  # fmt: skip
+    return Case(call, (a, packed, factor, sums, scale, zero, taps, bias, out), out, want, 2e-6)
+
+
+def tokens(rows: int, width: int, out_type: Type, *, norm: bool, apart: int = 0) -> Case:
+    torch.manual_seed(rows + width)
+    x = torch.randn(rows, width + apart) * torch.logspace(-2, 2, rows)[:, None] + 0.3
+    gamma, beta = (torch.randn(width), torch.randn(width)) if norm else (None, None)
+    want = x[:, :width].double()
+    if gamma is not None and beta is not None:
+        want = F.layer_norm(want, (width,), gamma.double(), beta.double(), 1e-5)
+    scale = torch.zeros(rows)
+    filled = padded(width, {Type.UINT8: 4, Type.BF16: 2, Type.FP32: 1}[out_type])
+    out = torch.empty(rows, filled, dtype=DTYPES[out_type])
+    if out_type is Type.UINT8:
+        want = (want / want.abs().amax(1, keepdim=True) * 127).round() + 128
+    want = F.pad(want, (0, filled - width), value=128.0 if out_type is Type.UINT8 else 0.0)
+    call = Rows(
+        x=address(x), rows=rows, width=width, step=width + apart, gamma=address(gamma), beta=address(beta), eps=1e-5, norm=norm,
+        out_type=out_type, out=address(out), out_bytes=out.stride(0) * out.element_size(), scale=address(scale),
+    )  # fmt: skip
+    tensors = [t for t in (x, gamma, beta, scale, out) if t is not None]
+    return Case(call, tuple(tensors), out, want, {Type.UINT8: 1.0, Type.BF16: 4e-3, Type.FP32: 1e-6}[out_type])
+
+
+def image(
+    images: int, sides: tuple[int, int], channels: tuple[int, int], out_type: Type, *,
+    groups: int = 2, silu: bool = True, padding: int = 1, shift: float = 0.5, each_place: bool = False,
+) -> Case:  # fmt: skip
+    torch.manual_seed(sum(channels) + images)
+    parts = [torch.randn(images, *sides, c) * (1 + 2 * i) + shift for i, c in enumerate(channels)]
+    total = sum(channels)
+    gamma, beta = torch.randn(total), torch.randn(total)
+    want = torch.cat(parts, dim=-1).double().movedim(-1, 1)
+    if groups:
+        want = F.group_norm(want, groups, gamma.double(), beta.double(), 1e-5)
+    want = F.silu(want) if silu else want
+    places = sides[0] * sides[1]
+    zero, scale = torch.zeros(images, dtype=torch.int32), torch.zeros(images * places if each_place else images)
+    if each_place:
+        want = want / want.abs().amax(1, keepdim=True) * 127 + 128
+    elif out_type is Type.UINT8:
+        # The range is that of SiLU over each channel's ends: wider than what occurs by less than a step.
+        low, high = want.flatten(1).amin(1).clamp_max(0), want.flatten(1).amax(1)
+        low = torch.where(low < -0.27, -0.27846455, low) if silu else low
+        step = (high - low) / 254
+        want = want / step.view(-1, 1, 1, 1) + (-low / step).round().view(-1, 1, 1, 1)
+    frame = torch.zeros(images, sides[0] + 2 * padding, sides[1] + 2 * padding, total, dtype=torch.float64)
+    if out_type is Type.UINT8 and not each_place:
+        frame += (-low / step).round().view(-1, 1, 1, 1)
+    frame[:, padding : padding + sides[0], padding : padding + sides[1]] = want.movedim(1, -1)
+    frame = frame.round() if out_type is Type.UINT8 else frame
+    filled = padded(total, 4)
+    out = torch.empty(*frame.shape[:3], filled, dtype=DTYPES[out_type])
+    out[..., total:] = 0
+    scratch = torch.empty(library.scratch_floats(images, places, total))
+    call = Image(
+        x=(ctypes.c_void_p * 2)(*map(address, parts)), channels=(ctypes.c_int64 * 2)(*channels), images=images,
+        height=sides[0], width=sides[1], padding=padding, groups=groups, silu=silu, out_type=out_type,
+        each_place=each_place, eps=1e-5, gamma=address(gamma), beta=address(beta), out=address(out),
+        place_bytes=filled * out.element_size(), scale=address(scale), zero=address(zero), scratch=address(scratch),
+    )  # fmt: skip
+    frame = F.pad(frame, (0, filled - total))
+    if filled > total:  # what fills the lanes is multiplied by zero: any value
+        frame[..., total:] = float("nan")
+    tolerance = {Type.UINT8: 1.0, Type.BF16: 4e-3, Type.FP32: 2e-6}[out_type]
+    return Case(call, (*parts, gamma, beta, scale, zero, scratch, out), out, frame, tolerance)
+
+
+def kinds(lib: Library) -> list[Kind]:
+    return [kind for kind in Kind if kind is not Kind.BF16 or lib.isa == "v4-bf16"]
+
+
+def products(lib: Library) -> Iterator[Case]:
+    for kind in kinds(lib):
+        for rows, inputs, outputs in (
+            (1, 1, 1), (2, 33, 17), (3, 64, 16), (5, 516, 80), (6, 640, 48), (7, 129, 160), (77, 768, 64), (193, 96, 33),
+        ):  # fmt: skip
+            yield linear(kind, rows, inputs, outputs, apart=rows % 3)
+        for act in Activation:
+            yield linear(kind, 11, 70, 96, act=act)
+            yield linear(kind, 10, 70, 160, act=act, more=False, gated=True)
+        yield linear(kind, 9, 130, 37, out_type=Type.BF16)
+        yield convolution(kind, 1, (9, 7), 36, 20, 3, 1)
+        yield convolution(kind, 3, (8, 5), 5, 64, 3, 2)
+        yield convolution(kind, 2, (11, 10), 140, 33, 3, 1)
+        yield convolution(kind, 2, (5, 5), 24, 16, 1, 1)
+
+
+def others() -> Iterator[Case]:
+    for out_type in Type:
+        for rows, width in ((1, 5), (3, 16), (37, 77), (70, 320)):
+            yield tokens(rows, width, out_type, norm=rows % 2 == 1, apart=rows % 5)
+        yield image(1, (8, 8), (32, 0), out_type)
+        yield image(3, (9, 17), (12, 24), out_type, padding=2)
+        yield image(2, (5, 4), (10, 8), out_type, silu=False)
+        yield image(2, (13, 11), (20, 0), out_type, groups=0, silu=False, padding=0, shift=-3)
+    yield image(2, (7, 5), (20, 0), Type.UINT8, silu=False, padding=0, each_place=True)
+    yield image(1, (7, 5), (20, 7), Type.UINT8, groups=3, padding=0, each_place=True)
+
+
+@every_set
+def test_products_are_those_of_fp64(lib: Library) -> None:
+    for case in products(lib):
+        case.run(lib)
+        assert case.error() <= case.tolerance, (case.call.rows, case.call.outputs, case.call.kind, case.error())
+
+
+@every_set
+def test_rows_and_images_are_those_of_fp64(lib: Library) -> None:
+    for case in others():
+        case.run(lib)
+        assert case.error() <= case.tolerance, (type(case.call), case.out.dtype, case.error())
+        if case.out.dtype == torch.uint8:  # a step beside it where two roundings meet, and nowhere else
+            assert (case.out.double() - case.want).abs().nanmean() < 0.01
+
+
+@every_set
+def test_sums_are_those_of_the_weights(lib: Library) -> None:
+    _, _, packed, want = weights_of(Kind.INT8, 37, 30, 3, 3)
+    got = torch.empty(48, dtype=torch.int32)
+    lib.sums(library.Sums(address(packed), 3, 9 * 8, address(got)), 2)
+    assert torch.equal(got[:37], want) and not got[37:].any()
+
+
+@every_set
+@pytest.mark.parametrize("at", [0, 77])
+def test_nan_comes_through(lib: Library, at: int) -> None:
+    for kind in kinds(lib):
+        if kind is not Kind.INT8:
+            for act in Activation:
+                case = linear(kind, 11, 70, 96, act=act)
+                case.tensors[0].view(-1)[at] = float("nan")
+                assert case.run(lib)[at // 70].isnan().all()
+    for act in Activation:  # of int8 the scale says it
+        case = linear(Kind.INT8, 11, 70, 96, act=act)
+        case.tensors[4][3] = float("nan")
+        assert case.run(lib)[3].isnan().all() and not case.out[2].isnan().any()
+    for norm in (True, False):
+        case = tokens(4, 50, Type.UINT8, norm=norm)
+        case.tensors[0].view(-1)[at] = float("nan")
+        case.run(lib)
+        scales = case.tensors[-2]
+        assert scales[at // 50].isnan() and scales.isnan().sum() == 1
+    for value in (float("nan"), float("inf")):
+        for groups in (2, 0):
+            case = image(3, (9, 17), (12, 24), Type.UINT8, groups=groups)
+            case.tensors[1][1].view(-1)[at] = value
+            case.run(lib)
+            assert case.tensors[4].isnan().tolist() == [False, True, False]
+    case = image(3, (3, 3), (12, 24), Type.UINT8, groups=0, silu=False, padding=0, each_place=True)
+    case.tensors[1][1].view(-1)[at] = float("nan")
+    case.run(lib)
+    assert case.tensors[4].isnan().nonzero().flatten().tolist() == [9 + at // 24]
+    case = image(1, (8, 8), (32, 0), Type.FP32)
+    case.tensors[0].view(-1)[at] = float("nan")
+    assert case.run(lib).isnan().any()
+
+
+def cases(lib: Library) -> list[Case]:
+    return [
+        *(
+            linear(kind, 203, 260, 160, act=Activation.GELU, gated=gated)
+            for kind in kinds(lib)
+            for gated in (False, True)
+        ),
+        convolution(Kind.INT8, 3, (13, 9), 40, 80, 3, 1),
+        tokens(203, 96, Type.UINT8, norm=True),
+        image(3, (33, 17), (12, 24), Type.UINT8),
+    ]
+
+
+@every_set
+def test_bytes_do_not_depend_on_the_threads(lib: Library) -> None:
+    for case in cases(lib):
+        first = case.run(lib, 1).clone()
+        for threads in (2, 4):
+            case.out.zero_()
+            assert torch.equal(case.run(lib, threads), first)
+
+
+@every_set
+def test_bytes_do_not_depend_on_the_batch(lib: Library) -> None:
+    whole = convolution(Kind.INT8, 3, (13, 9), 40, 80, 3, 1)
+    together = whole.run(lib).clone()
+    for i in range(3):
+        case = convolution(Kind.INT8, 3, (13, 9), 40, 80, 3, 1)
+        case.call.rows //= 3
+        case.call.a += i * case.call.image_bytes
+        case.call.scale += 4 * i
+        case.call.zero += 4 * i
+        assert torch.equal(case.run(lib)[0], together[i])
+    whole = image(3, (33, 17), (12, 24), Type.UINT8)
+    together, scales = whole.run(lib).clone(), whole.tensors[4].clone()
+    for i in range(3):
+        case = image(3, (33, 17), (12, 24), Type.UINT8)
+        case.call.images = 1
+        for part in range(2):
+            case.call.x[part] = address(case.tensors[part][i])
+        assert torch.equal(case.run(lib)[0], together[i])
+        assert case.tensors[4][0] == scales[i]
+
+
+def test_two_python_threads_at_once() -> None:
+    mine = [[linear(Kind.FP32, 193, 260, 160), image(2, (33, 17), (12, 24), Type.UINT8)] for _ in range(2)]
+
+    def repeat(some: list[Case]) -> None:
+        for _ in range(30):
+            for case in some:
+                case.run(LIBRARIES[-1], 3)
+
+    workers = [threading.Thread(target=repeat, args=(some,)) for some in mine]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert all(case.error() <= case.tolerance for some in mine for case in some)
+
+
+def test_threads_are_started_anew_after_fork() -> None:
+    case = linear(Kind.FP32, 193, 260, 160)
+    want = case.run(LIBRARIES[-1], 2).clone()
+    case.out.zero_()
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if torch.equal(case.run(LIBRARIES[-1], 2), want) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+# --- the driver ----------------------------------------------------------------------------------------------------------
+
+
+def write(case: Case, path: Path) -> None:
+    """The call for driver.c: its struct, whose addresses become numbers of arrays, and the arrays."""
+    begins = [(tensor.data_ptr(), tensor.nbytes) for tensor in case.tensors]
+    pointers: list[int] = []
+    for name, kind in case.call._fields_:
+        count = {ctypes.c_void_p: 1, ctypes.c_void_p * 2: 2}.get(kind, 0)
+        value = getattr(case.call, name)
+        for i, one in enumerate(value if count == 2 else [value] * count):
+            for array, (begin, nbytes) in enumerate(begins):
+                if one and 0 <= one - begin < nbytes:
+                    pointers += [getattr(type(case.call), name).offset + 8 * i, array, one - begin]
+    result = next(i for i, tensor in enumerate(case.tensors) if tensor is case.out)
+    number = list(OPERATIONS).index(type(case.call))
+    out_type = next(i for i, dtype in enumerate(DTYPES.values()) if dtype == case.out.dtype)
+    fields = bytes(case.call)
+    with path.open("wb") as file:
+        file.write(struct.pack("<5q", number, len(case.tensors), out_type, result, case.want.numel()))
+        file.write(struct.pack("<d", case.tolerance) + case.want.contiguous().numpy().tobytes())
+        for tensor in case.tensors:
+            file.write(struct.pack("<q", tensor.nbytes) + tensor.contiguous().view(torch.uint8).numpy().tobytes())
+        file.write(struct.pack(f"<q{len(pointers)}q", len(pointers) // 3, *pointers))
+        file.write(struct.pack("<q", len(fields)) + fields)
+
+
+GCC = {
+    "v3": ["-march=x86-64-v3"],
+    "v3-vnni": ["-march=x86-64-v3", "-mavxvnni"],
+    "v4": ["-march=x86-64-v4", "-mavx512vnni"],
+    "v4-bf16": ["-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16"],
+    "neon": ["-march=armv8-a"],
+    "dotprod": ["-march=armv8.2-a+dotprod"],
+    "i8mm": ["-march=armv8.2-a+dotprod+i8mm"],
+}
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="gcc is not installed")
+def test_sanitisers_find_nothing(tmp_path: Path) -> None:
+    """Arrays end where their values end, so that what is read or written beyond them is seen."""
+    flags = [
+        "-std=gnu11",
+        "-O0",
+        "-g",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-Wno-psabi",
+        "-ffp-contract=off",
+        "-fno-math-errno",
+    ]
+    flags += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    jobs = [
+        [str(NATIVE / "kernels.c"), f"-DSET={s.symbol}", f'-DSET_NAME="{s.name}"', *GCC[s.name], "-o", f"{s.symbol}.o"]
+        for s in SETS
+        if s.machine == machine_of(os.uname().machine)
+    ]
+    jobs += [[str(NATIVE / name), "-o", f"{name}.o"] for name in ("library.c", "pool.c")]
+    jobs += [[str(Path(__file__).with_name("driver.c")), "-o", "driver.o"]]
+    running = [subprocess.Popen(["gcc", *flags, "-c", *job], cwd=tmp_path) for job in jobs]
+    assert [process.wait() for process in running] == [0] * len(jobs)
+    link = ["gcc", *flags, *(job[-1] for job in jobs), "-lpthread", "-lm", "-o", "driver"]
+    subprocess.run(link, cwd=tmp_path, check=True)
+    for lib in LIBRARIES:
+        made = [*products(lib), *others()]
+        names = [f"{lib.isa}-{i}" for i in range(len(made))]
+        for case, name in zip(made, names, strict=True):
+            write(case, tmp_path / name)
+        ran = subprocess.run(
+            ["./driver", lib.isa, "2", *names], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+        assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", "")

@@ -1,0 +1,338 @@
+"""8-bit products by tiler's own library (tiler/native/): the input is joined, normalised, activated and quantised in two passes,
+and bias, activation, gates and residual follow a product at once.
+
+A token of a linear layer has a scale of its own, and so has a pixel of a 1 × 1 convolution; the input of other convolutions
+has one scale and zero point an image. Every sum is exact and every output is made by
+one loop in one order: bytes depend on neither threads, nor samples, nor how weights are cut. Knows nothing of files.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tiler.compute.kernels import (
+    Input,
+    Kernel,
+    Kind,
+    Op,
+    Operands,
+    Place,
+    Policy,
+    Prepared,
+    Shape,
+    Weight,
+    input_shape,
+    step_rows,
+    weight_pieces,
+)
+from tiler.compute.onednn import Geometry
+from tiler.compute.steps import add_low_rank, finished, made_input
+from tiler.native import library
+from tiler.native.library import Activation, Type
+from tiler.weights.blocks import INPUTS, OUTPUTS, blocked, can_block
+from tiler.weights.store import Piece, WeightStore
+
+MIDDLE = 128  # the zero of a token's values
+MOST_INPUTS = 2**31 // (255 * 127)  # a sum of products fits 32 bits
+_ZERO = torch.tensor([MIDDLE], dtype=torch.int32)
+
+
+class Quantized(NamedTuple):
+    """Samples as uint8, real value = scale × (value − zero): a matrix (rows, inputs) whose rows have a scale each and one zero,
+    or images (n, h, w, inputs) with a frame of zeros, each with a scale and a zero."""
+
+    values: Tensor
+    scale: Tensor
+    zero: Tensor
+
+
+class Made(NamedTuple):
+    """What `begin` makes: the input quantised, the shape it has, and itself in fp32 where a low-rank path will ask for it."""
+
+    input: Quantized
+    shape: tuple[int, ...]
+    whole: Tensor | None
+
+
+def reads_blocks() -> bool:
+    """Whether packed files should have their weights in blocks: where the library computes with them."""
+    return library.library() is not None
+
+
+def quantize_tokens(x: Tensor, norm: nn.Module | None = None) -> Quantized:
+    """x: (..., inputs) fp32 → a matrix, each row normed and symmetric around MIDDLE by its absmax."""
+    rows = x.reshape(-1, x.shape[-1])
+    count, width = rows.shape
+    values, scale = rows.new_empty(count, width, dtype=torch.uint8), rows.new_empty(count)
+    if not x.is_meta:
+        rows = rows if rows.stride(1) == 1 else rows.contiguous()
+        call = library.Rows(
+            x=rows.data_ptr(), rows=count, width=width, step=rows.stride(0), out_type=Type.UINT8,
+            out=values.data_ptr(), out_bytes=width, scale=scale.data_ptr(),
+        )  # fmt: skip
+        if isinstance(norm, nn.LayerNorm):
+            call.norm, call.eps = True, norm.eps
+            call.gamma, call.beta = address(norm.weight), address(norm.bias)
+        _library().rows(call, torch.get_num_threads())
+    return Quantized(values, scale, _ZERO)
+
+
+def quantize_images(
+    parts: tuple[Tensor, ...], padding: int, norm: nn.Module | None, *, silu: bool, each_place: bool = False
+) -> Quantized:
+    """One or two parts (n, C, h, w) fp32, joined, normed and activated → images with a frame of `padding`, each with one scale
+    and one zero; or, for each place, a row of a matrix as `quantize_tokens` makes it."""
+    parts = tuple(part.contiguous(memory_format=torch.channels_last) for part in parts)
+    count, _, height, width = parts[0].shape
+    channels = [part.shape[1] for part in parts]
+    total = sum(channels)
+    sides = count, height + 2 * padding, width + 2 * padding, total
+    values = parts[0].new_empty(sides, dtype=torch.uint8)
+    scale = parts[0].new_empty(count * height * width if each_place else count)
+    zero = _ZERO if each_place else parts[0].new_empty(count, dtype=torch.int32)
+    scratch = parts[0].new_empty(library.scratch_floats(count, height * width, total))
+    if not values.is_meta:
+        call = library.Image(
+            x=(ctypes.c_void_p * 2)(*(part.data_ptr() for part in parts)), channels=(ctypes.c_int64 * 2)(*channels),
+            images=count, height=height, width=width, padding=padding, silu=silu, each_place=each_place,
+            out_type=Type.UINT8, out=values.data_ptr(), place_bytes=total, scale=scale.data_ptr(),
+            zero=zero.data_ptr(), scratch=scratch.data_ptr(),
+        )  # fmt: skip
+        if isinstance(norm, nn.GroupNorm):
+            call.groups, call.eps = norm.num_groups, norm.eps
+            call.gamma, call.beta = address(norm.weight), address(norm.bias)
+        _library().image(call, torch.get_num_threads())
+    return Quantized(values.view(-1, total) if each_place else values, scale, zero)
+
+
+def address(tensor: Tensor | None, first: int = 0) -> int | None:
+    """Where value `first` of a contiguous tensor lies."""
+    return None if tensor is None else tensor.data_ptr() + first * tensor.element_size()
+
+
+def _library() -> library.Library:
+    found = library.library()
+    assert found is not None
+    return found
+
+
+class NativeInt8(Kernel):
+    """Weights stored as int8, held as they lie in a packed file."""
+
+    name = "native-int8"
+
+    def suits(self, op: Op, shape: Shape | None, policy: Policy) -> bool:
+        if op.weights is None or not policy.int8.issuperset(op.weights.names) or library.library() is None:
+            return False
+        plain = op.geometry is None or (
+            op.geometry.groups == 1 and op.geometry.dilation == (1, 1) and len(set(op.geometry.padding)) == 1
+        )
+        whole = all(can_block(w.meta.shape) and w.first % OUTPUTS == 0 for w in op.weights.weights)
+        return plain and whole and op.weights.row <= MOST_INPUTS
+
+    def held_bytes(self, op: Op, shape: Shape | None) -> int:
+        return op.group.numel
+
+    def prepare(self, store: WeightStore | None, op: Op, shape: Shape, place: Place) -> Iterable[Prepared]:
+        pieces = _planned(op, place) if store is None else _fetched(store, op, place)
+        return list(pieces) if place.stays else pieces
+
+    def begin(self, op: Op, x: Operands) -> Operands:
+        shape, made_of, parts = input_shape(op, x.parts), op.input, x.parts
+        low_rank = any(weight.low_rank is not None for weight in op.group.weights)
+        if low_rank or not _is_fused(op):
+            parts, made_of = (made_input(made_of, parts),), Input()
+        if op.geometry is None:
+            made = quantize_tokens(parts[0], made_of.norm)
+        elif _is_of_pixels(op) and made_of == Input():
+            made = quantize_tokens(parts[0].permute(0, 2, 3, 1))
+        else:
+            silu = made_of.activation is not None
+            made = quantize_images(parts, op.geometry.padding[0], made_of.norm, silu=silu, each_place=_is_of_pixels(op))
+        return x._replace(parts=(), made=Made(made, shape, parts[0] if low_rank else None))
+
+    def apply(self, op: Op, x: Operands, prepared: Iterable[Prepared]) -> tuple[Tensor, ...]:
+        made: Made = x.made
+        if (halves := gated(op)) is not None:
+            outs: tuple[Tensor, ...] = (_empty(op, made, halves[0].outputs),)
+        else:
+            outs = tuple(_empty(op, made, weight.outputs) for weight in op.group.weights)
+        after = None if made.whole is not None else activation_of(op.epilogue.activation)
+        fused = halves is not None or (after is not None and not op.epilogue.glu)
+        residual = _like(outs[0], x.residual) if fused else None
+        for piece in prepared:
+            _multiply(op, made, piece, outs[piece.weight], after if fused else Activation.NONE, residual)
+        if fused:
+            return outs
+        if made.whole is not None:
+            add_low_rank(op.group, made.whole, outs)
+        return finished(op.epilogue, outs, x.residual)
+
+
+def activation_of(module: nn.Module | None) -> Activation | None:
+    """The library's, None where it has none like it."""
+    if module is None:
+        return Activation.NONE
+    if isinstance(module, nn.SiLU):
+        return Activation.SILU
+    if isinstance(module, nn.GELU):
+        return Activation.GELU if module.approximate == "none" else Activation.GELU_TANH
+    return None
+
+
+def _is_of_pixels(op: Op) -> bool:
+    """Whether a convolution is a linear layer of its pixels, each of which has a scale of its own."""
+    return op.geometry is not None and op.geometry.is_pointwise(op.group.shape)
+
+
+def _is_fused(op: Op) -> bool:
+    """Whether the library joins, norms and activates what the operation's input is made of."""
+    parts, norm, activation = op.input.parts, op.input.norm, op.input.activation
+    if op.geometry is None:
+        return activation is None and (norm is None or isinstance(norm, nn.LayerNorm))
+    if (
+        _is_of_pixels(op) and norm is None
+    ):  # a scale for each pixel: joined parts differ in size by an order of magnitude
+        return parts == 1 and activation is None
+    return (
+        parts <= 2
+        and (norm is None or isinstance(norm, nn.GroupNorm))
+        and (activation is None or isinstance(activation, nn.SiLU))
+    )
+
+
+def gated(op: Op) -> tuple[Weight, Weight] | None:
+    """The halves of a GLU that is computed at once, which are prepared together; None for any other operation."""
+    weights = op.group.weights
+    if not op.epilogue.glu or activation_of(op.epilogue.activation) is None or any(w.low_rank for w in weights):
+        return None
+    if len(weights) == 2:
+        return weights[0], weights[1]
+    (weight,), half = weights, weights[0].outputs // 2
+    if half % OUTPUTS:
+        return None
+
+    def rows(at: slice) -> Weight:
+        bias = None if weight.bias is None else weight.bias[at]
+        return replace(weight, meta=weight.meta[at], first=weight.first + at.start, bias=bias)
+
+    return rows(slice(0, half)), rows(slice(half, weight.outputs))
+
+
+def _together(op: Op) -> list[tuple[int, tuple[Weight, ...]]]:
+    """The weights of each result, by the result's number: two with gates, else one."""
+    halves = gated(op)
+    return [(0, halves)] if halves is not None else [(i, (weight,)) for i, weight in enumerate(op.group.weights)]
+
+
+def _planned(op: Op, place: Place) -> Iterator[Prepared]:
+    for number, weights in _together(op):
+        most = min(weights[0].outputs, step_rows(None, weights[0].row * len(weights)))
+        count = 0 if place.stays else most * len(weights)
+        planned = weights[0].meta.new_empty(count * weights[0].row, dtype=torch.int8)
+        yield Prepared(0, weights[0].outputs, (), number)
+        del planned
+
+
+def _fetched(store: WeightStore, op: Op, place: Place) -> Iterator[Prepared]:
+    """Each weight whole where it stays or is resident, else in pieces: values, scales and sums of its outputs, and behind them
+    those of its gates."""
+    for number, weights in _together(op):
+        outputs, row = weights[0].outputs, weights[0].row
+        step = outputs if place.stays else step_rows(store, row * len(weights))
+        for first in range(0, outputs, step):
+            last = min(first + step, outputs)
+            tensors: list[Tensor] = []
+            room = place.room(len(weights) * (last - first) * row, torch.int8).view(len(weights), last - first, row)
+            for weight, rows in zip(weights, room, strict=True):
+                piece = Piece(weight.name, weight.first + first, weight.first + last)
+                tensors += [_fetch(store, piece, weight, rows), store.scale(weight.name)[piece.first : piece.last]]
+                tensors.append(_sums(store, piece, tensors[-2]))
+            place.keep(room.nbytes)
+            yield Prepared(first, last, tuple(tensors), number)
+
+
+def _fetch(store: WeightStore, whole: Piece, weight: Weight, into: Tensor) -> Tensor:
+    """Rows in blocks: `into` filled, or the resident ones. Those of a file that does not have them so are put in order here."""
+    is_blocked, kept = store.index[whole.name].blocked, store.resident.get(whole.name)
+    if is_blocked and kept is not None and kept.dtype == torch.int8:
+        return kept.view(-1, weight.row)[whole.first : whole.last]
+    for first, piece in weight_pieces(store, replace(weight, first=whole.first, meta=weight.meta[: len(into)])):
+        rows = into[first : first + piece.last - piece.first]
+        if is_blocked:
+            store.fetch(piece, rows, in_blocks=True)
+        else:
+            plain = rows.new_empty(len(rows), *weight.meta.shape[1:])
+            store.fetch(piece, plain)
+            rows.copy_(blocked(plain).view_as(rows))
+    return into
+
+
+def _sums(store: WeightStore, piece: Piece, rows: Tensor) -> Tensor:
+    """The sum of each output's values, (outputs,) int32: made at the first pass, then remembered."""
+    known = store.sums.get(piece)
+    if known is None:
+        known = torch.empty(len(rows), dtype=torch.int32)
+        lanes = rows[0].numel() // INPUTS
+        call = library.Sums(rows.data_ptr(), len(rows) // OUTPUTS, lanes, known.data_ptr())
+        _library().sums(call, torch.get_num_threads())
+        store.sums[piece] = known
+    return known
+
+
+def _empty(op: Op, made: Made, outputs: int) -> Tensor:
+    """A result; output channels are its last axis in memory."""
+    layout = torch.channels_last if op.kind is Kind.CONVOLUTION else torch.contiguous_format
+    shape = op.output_shape(made.shape, outputs)
+    return torch.empty(shape, device=made.input.values.device, memory_format=layout)
+
+
+def _like(out: Tensor, residual: Tensor | None) -> Tensor | None:
+    """The residual with the result's order in memory."""
+    layout = torch.channels_last if out.ndim == 4 and not out.is_contiguous() else torch.contiguous_format
+    return None if residual is None else residual.contiguous(memory_format=layout)
+
+
+def _multiply(
+    op: Op, made: Made, piece: Prepared, out: Tensor, activation: Activation | None, residual: Tensor | None
+) -> None:
+    """Fill the piece's outputs of `out`."""
+    if out.is_meta:
+        return
+    x, first, channels = made.input, piece.first, out.shape[1 if op.kind is Kind.CONVOLUTION else -1]
+    values, scale, sums = piece.tensors[:3]
+    weights = (gated(op) or op.group.weights)[piece.weight :]
+    call = library.Product(
+        kind=library.Kind.INT8, activation=activation, out_type=Type.FP32, taps=1, rows=out.numel() // channels,
+        outputs=piece.last - first, steps=op.group.shape[1] // INPUTS, a=x.values.data_ptr(), row_bytes=op.group.shape[1],
+        weights=values.data_ptr(), weight_scale=scale.data_ptr(), weight_sum=sums.data_ptr(), scale=x.scale.data_ptr(),
+        zero=x.zero.data_ptr(), scale_rows=1, bias=address(weights[0].bias, first), residual=address(residual, first),
+        out=address(out, first), out_step=channels, residual_step=channels,
+    )  # fmt: skip
+    if len(piece.tensors) > 3:
+        call.gate_weights, call.gate_scale, call.gate_sum = (tensor.data_ptr() for tensor in piece.tensors[3:])
+        call.gate_bias = address(weights[1].bias, first)
+    if op.geometry is not None and x.values.ndim == 4:
+        taps = _images(call, op.geometry, op.group.shape[2:], x.values, out)
+        call.tap = ctypes.addressof(taps)
+    _library().product(call, torch.get_num_threads())
+
+
+def _images(
+    call: library.Product, geometry: Geometry, sides: tuple[int, ...], values: Tensor, out: Tensor
+) -> ctypes.Array[ctypes.c_int64]:
+    """Say how a convolution moves over images (n, h, w, inputs); returns the taps, which must outlive the call."""
+    _, height, width, place = values.shape
+    down, across = geometry.stride
+    call.per_image = call.scale_rows = out.shape[2] * out.shape[3]
+    call.taps, call.width, call.zero_step = math.prod(sides), out.shape[3], 1
+    call.image_bytes, call.line_bytes, call.place_bytes = height * width * place, down * width * place, across * place
+    taps = [(i * width + j) * place for i in range(sides[0]) for j in range(sides[1])]
+    return (ctypes.c_int64 * len(taps))(*taps)

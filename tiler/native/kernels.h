@@ -1,0 +1,90 @@
+// What the library computes, as data: ctypes fills these structs (library.py has the same fields in the same order), and each
+// instruction set's table of functions runs them. All sizes of rows and lines are in bytes unless a comment says otherwise.
+#ifndef TILER_KERNELS_H
+#define TILER_KERNELS_H
+#include <stdint.h>
+
+#define TILER_VERSION 1  // of these structs; library.py refuses a file of another one
+
+enum Kind { INT8, BF16, FP32 };  // of a product: what a lane of 32 bits holds: 4, 2 or 1 values
+enum Type { AS_UINT8, AS_BF16, AS_FP32 };
+enum Activation { NO_ACTIVATION, SILU, GELU, GELU_TANH };
+
+// out = activation((a · weightsᵀ) · scales + bias) + residual. With `gate_weights` a second product of as many outputs is made
+// beside it, and out = first · activation(second) + residual.
+//
+// `weights` is [outputs / 16][taps][steps][16] lanes. `a` is a matrix, one row after another, or (per_image > 0) images whose
+// places are rows: the row of place (y, x) begins at image · image_bytes + y · line_bytes + x · place_bytes, and tap t reads
+// `steps` lanes at tap[t] behind it. int8: `a` holds uint8 whose zero is `zero`, (a − zero) · scale; row r takes
+// scale[r / scale_rows] and zero[zero_step · (r / scale_rows)].
+typedef struct {
+  int32_t kind, activation, out_type, taps;
+  int64_t rows, outputs, steps;
+  const void *a;
+  int64_t row_bytes;
+  int64_t per_image, width, image_bytes, line_bytes, place_bytes;
+  const int64_t *tap;  // NULL: one tap at 0
+  const void *weights;
+  const float *weight_scale;  // (outputs,), int8 only
+  const int32_t *weight_sum;  // (outputs,), int8 only: sums of a row's values
+  const void *gate_weights;   // NULL: none
+  const float *gate_scale, *gate_bias;
+  const int32_t *gate_sum;
+  const float *scale;
+  const int32_t *zero;
+  int64_t scale_rows, zero_step;
+  const float *bias;      // (outputs,) or NULL
+  const float *residual;  // like out, or NULL
+  void *out;
+  int64_t out_step, residual_step;  // elements from one row to the next
+} Product;
+
+// Rows of `width` values, normalised where `norm` is set (LayerNorm; gamma and beta may be NULL), then cast; as uint8 each
+// symmetric around 128 with a scale of its own. Bytes of a row beyond its values are written up to a multiple of 4.
+typedef struct {
+  const float *x;
+  int64_t rows, width, step;  // elements
+  const float *gamma, *beta;
+  float eps;
+  int32_t norm, out_type;
+  void *out;
+  int64_t out_bytes;  // from one row to the next
+  float *scale;       // (rows,), uint8 only
+} Rows;
+
+// Images (h, w, channels) of one or two parts that are joined along channels: GroupNorm (groups > 0), SiLU, then a cast into a
+// frame of `padding` places whose value is zero. As uint8 each image has one scale and one zero point or, with `each_place` (and
+// no frame), each place a scale around 128.
+typedef struct {
+  const float *x[2];
+  int64_t channels[2];
+  int64_t images, height, width, padding;
+  int32_t groups, silu, out_type, each_place;
+  float eps;
+  const float *gamma, *beta;  // (channels,) or NULL
+  void *out;
+  int64_t place_bytes;  // of a place of `out`
+  float *scale;         // (images,) or (images · places,), uint8 only
+  int32_t *zero;        // (images,), uint8 with one zero point only
+  float *scratch;       // image_scratch() floats
+} Image;
+
+// Sums of the int8 values of each output: (blocks · 16,) from [blocks][lanes][16] lanes.
+typedef struct {
+  const void *weights;
+  int64_t blocks, lanes;
+  int32_t *sum;
+} Sums;
+
+typedef struct Pool Pool;
+
+// One instruction set's functions. Nothing that they compute depends on `threads`.
+typedef struct {
+  const char *name;
+  void (*product)(Pool *, const Product *, int threads);
+  void (*rows)(Pool *, const Rows *, int threads);
+  void (*image)(Pool *, const Image *, int threads);
+  void (*sums)(Pool *, const Sums *, int threads);
+} Kernels;
+
+#endif

@@ -1,0 +1,194 @@
+"""The compiled library: where it is, whether it runs here, and its functions by ctypes.
+
+`TILER_KERNELS=0` turns it off; `TILER_ISA` names a lower instruction set than the best (instructions.py). The handle lasts as
+long as the process; its threads start at the first call that has use for them, and anew in a child of fork.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import sys
+from ctypes import POINTER, Structure, c_float, c_int, c_int32, c_int64, c_void_p
+from enum import IntEnum
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from tiler.errors import UsageError
+from tiler.native.instructions import SETS, InstructionSet, machine_of
+
+VERSION = 1  # of the structs below: that of kernels.h
+
+
+class Kind(IntEnum):
+    """What a lane of 32 bits holds in a product: 4 int8, 2 bf16 or 1 fp32."""
+
+    INT8, BF16, FP32 = range(3)
+
+
+class Type(IntEnum):
+    """What values are written as."""
+
+    UINT8, BF16, FP32 = range(3)
+
+
+class Activation(IntEnum):
+    """What follows a product's bias."""
+
+    NONE, SILU, GELU, GELU_TANH = range(4)
+
+
+class Product(Structure):
+    """kernels.h says what each field means; pointers are addresses, 0 or None where there is nothing."""
+
+    _fields_ = (
+        *((name, c_int32) for name in ("kind", "activation", "out_type", "taps")),
+        *((name, c_int64) for name in ("rows", "outputs", "steps")),
+        ("a", c_void_p),
+        ("row_bytes", c_int64),
+        *((name, c_int64) for name in ("per_image", "width", "image_bytes", "line_bytes", "place_bytes")),
+        *((name, c_void_p) for name in ("tap", "weights", "weight_scale", "weight_sum")),
+        *((name, c_void_p) for name in ("gate_weights", "gate_scale", "gate_bias", "gate_sum", "scale", "zero")),
+        *((name, c_int64) for name in ("scale_rows", "zero_step")),
+        *((name, c_void_p) for name in ("bias", "residual", "out")),
+        *((name, c_int64) for name in ("out_step", "residual_step")),
+    )
+
+
+class Rows(Structure):
+    """As in kernels.h."""
+
+    _fields_ = (
+        ("x", c_void_p),
+        *((name, c_int64) for name in ("rows", "width", "step")),
+        ("gamma", c_void_p),
+        ("beta", c_void_p),
+        ("eps", c_float),
+        ("norm", c_int32),
+        ("out_type", c_int32),
+        ("out", c_void_p),
+        ("out_bytes", c_int64),
+        ("scale", c_void_p),
+    )
+
+
+class Image(Structure):
+    """As in kernels.h."""
+
+    _fields_ = (
+        ("x", c_void_p * 2),
+        ("channels", c_int64 * 2),
+        *((name, c_int64) for name in ("images", "height", "width", "padding")),
+        *((name, c_int32) for name in ("groups", "silu", "out_type", "each_place")),
+        ("eps", c_float),
+        ("gamma", c_void_p),
+        ("beta", c_void_p),
+        ("out", c_void_p),
+        ("place_bytes", c_int64),
+        *((name, c_void_p) for name in ("scale", "zero", "scratch")),
+    )
+
+
+class Sums(Structure):
+    """As in kernels.h."""
+
+    _fields_ = (("weights", c_void_p), ("blocks", c_int64), ("lanes", c_int64), ("sum", c_void_p))
+
+
+PLACES, STATISTICS = 128, 4  # as in image.h
+
+
+def scratch_floats(images: int, places: int, channels: int) -> int:
+    """What `Library.image` needs for images of `places` places: statistics of each panel, two factors of each channel."""
+    return images * channels * (-(-places // PLACES) * STATISTICS + 2)
+
+
+class Library:
+    """The functions of one instruction set, and its threads. What they compute depends on neither their number nor on who else
+    calls; a second caller's work meanwhile runs in its own thread."""
+
+    def __init__(self, functions: ctypes.CDLL, handle: int) -> None:
+        self._functions, self._handle = functions, handle
+        self.isa: str = functions.tiler_isa(handle).decode()
+
+    def product(self, product: Product, threads: int) -> None:
+        self._functions.tiler_product(self._handle, product, threads)
+
+    def rows(self, rows: Rows, threads: int) -> None:
+        self._functions.tiler_rows(self._handle, rows, threads)
+
+    def image(self, image: Image, threads: int) -> None:
+        self._functions.tiler_image(self._handle, image, threads)
+
+    def sums(self, sums: Sums, threads: int) -> None:
+        self._functions.tiler_sums(self._handle, sums, threads)
+
+
+def file_name() -> str:
+    """The library's file, beside this one."""
+    return "kernels.dylib" if sys.platform == "darwin" else "kernels.so"
+
+
+def forced() -> InstructionSet | None:
+    """The instruction set that TILER_ISA names. Raises UsageError for one that this kind of machine cannot have."""
+    if not (name := os.environ.get("TILER_ISA", "")):
+        return None
+    here = [s for s in SETS if s.machine == machine_of(platform.machine())]
+    for known in here:
+        if known.name == name:
+            return known
+    raise UsageError(
+        f"TILER_ISA={name}: unknown here; choose from {', '.join(s.name for s in here)}, or leave it unset"
+    )
+
+
+def missing(isa: InstructionSet) -> UsageError:
+    """What to say of a set that this processor does not have."""
+    return UsageError(f"TILER_ISA={isa.name}: this processor does not have it; choose a lower one, or leave it unset")
+
+
+@cache
+def _find() -> Library | str:
+    if os.environ.get("TILER_KERNELS") == "0":
+        return "turned off by TILER_KERNELS=0"
+    path = Path(__file__).with_name(file_name())
+    if not path.exists():
+        return "not built"
+    try:
+        functions = ctypes.CDLL(str(path))
+        version = functions.tiler_version()
+    except (OSError, AttributeError) as error:
+        return f"{path.name} cannot be loaded: {error}"
+    if version != VERSION:
+        return f"{path.name} is of another version of tiler"
+    _declare(functions)
+    isa = forced()
+    handle = functions.tiler_open(isa.name.encode() if isa else b"")
+    if handle is None:
+        if isa is not None:
+            raise missing(isa)
+        return "this processor has none of the instruction sets"
+    return Library(functions, handle)
+
+
+def _declare(functions: Any) -> None:
+    functions.tiler_open.argtypes, functions.tiler_open.restype = [ctypes.c_char_p], c_void_p
+    functions.tiler_isa.argtypes, functions.tiler_isa.restype = [c_void_p], ctypes.c_char_p
+    for name, struct in (("product", Product), ("rows", Rows), ("image", Image), ("sums", Sums)):
+        function = getattr(functions, f"tiler_{name}")
+        function.argtypes, function.restype = [c_void_p, POINTER(struct), c_int], None
+
+
+def library() -> Library | None:
+    """The library for the instruction set that TILER_ISA names, else for the best one here. Raises UsageError where TILER_ISA
+    asks for what this processor does not have."""
+    found = _find()
+    return found if isinstance(found, Library) else None
+
+
+def fault() -> str:
+    """Why there is no library; empty where there is."""
+    found = _find()
+    return "" if isinstance(found, Library) else found

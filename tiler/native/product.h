@@ -1,0 +1,238 @@
+// Products of any rows by packed weights: linear layers and convolutions. Every output is one sum over taps and lanes in one
+// order, however rows and outputs are cut between tasks.
+#include "dot.h"
+#include "pool.h"
+
+// Rows and outputs of a task's panel, and lanes of K at a time: 32 KB of weights, and sums that stay in the cache.
+enum { PANEL_ROWS = 96, GROUP = 64, GROUP_BLOCKS = GROUP / LANES, CHUNK = 128, TASKS_A_THREAD = 8 };
+
+typedef struct {
+  const Product *product;
+  int64_t parts;  // of the outputs
+} ProductTasks;
+
+typedef struct {
+  const char *row[PANEL_ROWS];
+  int64_t scale_at[PANEL_ROWS];
+  _Alignas(64) int32_t sums[PANEL_ROWS * GROUP];
+} Panel;
+
+// Blocks of outputs that a panel takes together, and what their epilogue needs.
+typedef struct {
+  F16 scale[GROUP_BLOCKS], bias[GROUP_BLOCKS];
+  I16 sum[GROUP_BLOCKS];
+  const char *weights[GROUP_BLOCKS];
+  int64_t output[GROUP_BLOCKS];
+  int count, is_whole;  // is_whole: no block goes beyond the outputs
+} Group;
+
+// Taps [t0, t1) and of each the lanes [s0, s1).
+typedef struct {
+  int64_t t0, t1, s0, s1;
+} Span;
+
+// Sums of `rows` × `blocks` · 16 outputs over a span, added to `sums` (GROUP a row) unless it is the first.
+INLINE void tile(const enum Kind kind, const int rows, const int blocks, const Product *p, const char *const *row,
+                 const char *const *weights, const Span *span, int is_first, int32_t *sums) {
+  Register c[TILE_ROWS][BLOCKS * REGISTERS];
+#pragma GCC unroll 6
+  for (int i = 0; i < rows; i++)
+#pragma GCC unroll 4
+    for (int j = 0; j < blocks * REGISTERS; j++) c[i][j] = is_first ? (Register){0} : load_register(sums + i * GROUP + j * WIDTH);
+  for (int64_t t = span->t0; t < span->t1; t++) {
+    const char *a[TILE_ROWS], *w[BLOCKS];
+    int64_t tap = p->tap ? p->tap[t] : 0;
+#pragma GCC unroll 6
+    for (int i = 0; i < rows; i++) a[i] = row[i] + tap;
+#pragma GCC unroll 4
+    for (int j = 0; j < blocks; j++) w[j] = weights[j] + t * p->steps * 64;
+    for (int64_t s = span->s0; s < span->s1; s++) {
+      Register b[BLOCKS * REGISTERS];
+#pragma GCC unroll 4
+      for (int j = 0; j < blocks * REGISTERS; j++) b[j] = load_register(w[j / REGISTERS] + s * 64 + j % REGISTERS * WIDTH * 4);
+#pragma GCC unroll 6
+      for (int i = 0; i < rows; i++) {
+        Register x = activations(kind, a[i] + s * 4);
+#pragma GCC unroll 4
+        for (int j = 0; j < blocks * REGISTERS; j++) c[i][j] = dot(kind, c[i][j], x, b[j]);
+      }
+    }
+  }
+#pragma GCC unroll 6
+  for (int i = 0; i < rows; i++)
+#pragma GCC unroll 4
+    for (int j = 0; j < blocks * REGISTERS; j++) store_register(sums + i * GROUP + j * WIDTH, c[i][j]);
+}
+
+// The group's outputs of one row.
+INLINE void finish(const enum Kind kind, const int blocks, const int is_whole, const Product *p, int64_t r, int64_t scale_at,
+                   const Group *g, const int32_t *sums) {
+  F16 f[GROUP_BLOCKS];
+  float scale = kind == INT8 ? p->scale[scale_at] : 1.f;
+  int32_t zero = kind == INT8 ? p->zero[scale_at * p->zero_step] - OFFSET : 0;
+#pragma GCC unroll 4
+  for (int j = 0; j < blocks; j++) {
+    I16 sum;
+    memcpy(&sum, sums + j * LANES, sizeof sum);
+    f[j] = kind == INT8 ? __builtin_convertvector(sum - g->sum[j] * zero, F16) * (g->scale[j] * scale) : (F16)sum;
+    f[j] += g->bias[j];
+  }
+  int outputs = p->gate_weights ? blocks / 2 : blocks;
+#pragma GCC unroll 4
+  for (int j = 0; j < blocks; j++) {
+    if (outputs < blocks && j < blocks / 2) continue;
+    if (p->activation == SILU)
+      f[j] = silu(f[j]);
+    else if (p->activation == GELU)
+      f[j] = gelu(f[j]);
+    else if (p->activation == GELU_TANH)
+      f[j] = gelu_tanh(f[j]);
+  }
+  if (outputs < blocks) {
+#pragma GCC unroll 2
+    for (int j = 0; j < blocks / 2; j++) f[j] *= f[j + blocks / 2];
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < blocks; j++) {
+    if (j == outputs) break;
+    int64_t at = g->output[j], count = is_whole ? LANES : p->outputs - at;
+    if (p->residual) f[j] += load_some(p->residual + r * p->residual_step + at, count);
+    if (p->out_type == AS_FP32)
+      store_some((float *)p->out + r * p->out_step + at, f[j], count);
+    else
+      store_half((uint16_t *)p->out + r * p->out_step + at, bf16(f[j]), count);
+  }
+}
+
+// The span that follows: whole taps where they are short, else an even part of one.
+INLINE int next_span(const Product *p, Span *span) {
+  if (span->s1 == p->steps) {
+    if (span->t1 == p->taps) return 0;
+    span->t0 = span->t1, span->s0 = 0;
+  } else {
+    span->s0 = span->s1;
+  }
+  if (p->steps <= CHUNK) {
+    int64_t taps = CHUNK / p->steps;
+    span->t1 = span->t0 + taps < p->taps ? span->t0 + taps : p->taps;
+    span->s1 = p->steps;
+  } else {
+    int64_t parts = (p->steps + CHUNK - 1) / CHUNK, step = (p->steps + parts - 1) / parts;
+    span->t1 = span->t0 + 1;
+    span->s1 = span->s0 + step < p->steps ? span->s0 + step : p->steps;
+  }
+  return 1;
+}
+
+// Outputs of a group: half of it are gates, if there are any.
+INLINE int group_blocks(const Product *p) { return p->gate_weights ? GROUP_BLOCKS / 2 : GROUP_BLOCKS; }
+
+INLINE int64_t group_count(const Product *p) {
+  int64_t outputs = group_blocks(p) * LANES;
+  return (p->outputs + outputs - 1) / outputs;
+}
+
+INLINE Group group_of(const enum Kind kind, const Product *p, int64_t number) {
+  int64_t bytes = p->taps * p->steps * 64, left = (p->outputs + LANES - 1) / LANES - number * group_blocks(p);
+  int count = left < group_blocks(p) ? (int)left : group_blocks(p);
+  Group g = {.is_whole = 1, .count = p->gate_weights ? 2 * count : count};
+  for (int j = 0; j < g.count; j++) {
+    int is_gate = j >= count;
+    int64_t block = number * group_blocks(p) + j % count, at = block * LANES, some = p->outputs - at;
+    const float *bias = is_gate ? p->gate_bias : p->bias;
+    g.weights[j] = (const char *)(is_gate ? p->gate_weights : p->weights) + block * bytes;
+    g.output[j] = at;
+    g.is_whole &= some >= LANES;
+    g.bias[j] = bias ? load_some(bias + at, some) : all(0.f);
+    if (kind == INT8) {
+      g.scale[j] = load_some((is_gate ? p->gate_scale : p->weight_scale) + at, some);
+      g.sum[j] = (I16)load_some((const float *)(is_gate ? p->gate_sum : p->weight_sum) + at, some);
+    }
+  }
+  return g;
+}
+
+INLINE void rows_of_group(const enum Kind kind, const int rows, const Product *p, Panel *panel, int64_t r, const Group *g,
+                          const Span *span, int is_first) {
+  int j = 0;
+#define TILE(N) tile(kind, rows, N, p, panel->row + r, g->weights + j, span, is_first, panel->sums + r * GROUP + j * LANES)
+#if BLOCKS == 4
+  if (g->count == 4) TILE(4), j = 4;
+  if (j + 2 <= g->count) TILE(2), j += 2;
+#endif
+  for (; j < g->count; j++) TILE(1);
+#undef TILE
+}
+
+INLINE void panel_of(const enum Kind kind, const ProductTasks *tasks, int64_t number) {
+  const Product *p = tasks->product;
+  Panel panel;
+  int64_t part = number % tasks->parts, first = number / tasks->parts * PANEL_ROWS;
+  int64_t rows = p->rows - first < PANEL_ROWS ? p->rows - first : PANEL_ROWS;
+  for (int64_t i = 0; i < rows; i++) {
+    int64_t r = first + i;
+    panel.scale_at[i] = kind == INT8 ? r / p->scale_rows : 0;
+    if (p->per_image) {
+      int64_t place = r % p->per_image;
+      panel.row[i] = (const char *)p->a + r / p->per_image * p->image_bytes + place / p->width * p->line_bytes + place % p->width * p->place_bytes;
+    } else {
+      panel.row[i] = (const char *)p->a + r * p->row_bytes;
+    }
+  }
+  int64_t groups = group_count(p);
+  for (int64_t n = groups * part / tasks->parts; n < groups * (part + 1) / tasks->parts; n++) {
+    Group g = group_of(kind, p, n);
+    Span span = {.t1 = 0, .s1 = p->steps};
+    for (int is_first = 1; next_span(p, &span); is_first = 0) {
+      int is_last = span.t1 == p->taps && span.s1 == p->steps;
+      for (int64_t r = 0; r < rows;) {
+        int64_t left = rows - r, many = left >= 6 ? 6 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
+        if (many == 6)
+          rows_of_group(kind, 6, p, &panel, r, &g, &span, is_first);
+        else if (many == 4)
+          rows_of_group(kind, 4, p, &panel, r, &g, &span, is_first);
+        else if (many == 2)
+          rows_of_group(kind, 2, p, &panel, r, &g, &span, is_first);
+        else
+          rows_of_group(kind, 1, p, &panel, r, &g, &span, is_first);
+        for (int64_t i = r; is_last && i < r + many; i++) {
+          if (g.count == GROUP_BLOCKS && g.is_whole)
+            finish(kind, GROUP_BLOCKS, 1, p, first + i, panel.scale_at[i], &g, panel.sums + i * GROUP);
+          else
+            finish(kind, g.count, 0, p, first + i, panel.scale_at[i], &g, panel.sums + i * GROUP);
+        }
+        r += many;
+      }
+    }
+  }
+}
+
+static void int8_panel(const void *tasks, int64_t number) { panel_of(INT8, tasks, number); }
+static void fp32_panel(const void *tasks, int64_t number) { panel_of(FP32, tasks, number); }
+#if defined(__AVX512BF16__)
+static void bf16_panel(const void *tasks, int64_t number) { panel_of(BF16, tasks, number); }
+#endif
+
+static void product(Pool *pool, const Product *p, int threads) {
+  Task task = p->kind == INT8 ? int8_panel : fp32_panel;
+#if defined(__AVX512BF16__)
+  if (p->kind == BF16) task = bf16_panel;
+#endif
+  int64_t panels = (p->rows + PANEL_ROWS - 1) / PANEL_ROWS, groups = group_count(p);
+  ProductTasks tasks = {p, 1};
+  while (panels * tasks.parts < TASKS_A_THREAD * threads && tasks.parts * 2 <= groups) tasks.parts *= 2;
+  pool_run(pool, task, &tasks, panels * tasks.parts, threads);
+}
+
+static void sums_of_block(const void *context, int64_t block) {
+  const Sums *p = context;
+  const char *weights = (const char *)p->weights + block * p->lanes * 64;
+  int32_t ones = 0x01010101;
+  Register c[REGISTERS], one = splat((const char *)&ones);
+  for (int j = 0; j < REGISTERS; j++) c[j] = (Register){0};
+  for (int64_t s = 0; s < p->lanes; s++)
+    for (int j = 0; j < REGISTERS; j++) c[j] = dot(INT8, c[j], one, load_register(weights + s * 64 + j * WIDTH * 4));
+  for (int j = 0; j < REGISTERS; j++) store_register(p->sum + block * LANES + j * WIDTH, c[j]);
+}
+
+static void sums(Pool *pool, const Sums *p, int threads) { pool_run(pool, sums_of_block, p, p->blocks, threads); }
