@@ -47,6 +47,8 @@ def _print(facts: dict[str, Any], plan: Any) -> None:
         f"denoiser: {plan.precision} ({plan.precision_why}),\n  {_count(plan.denoiser_samples, 'sample')}, {_tflop(facts)}, "
         f"{_count(plan.denoiser_calls, 'read')} of the weights for {_count(plan.batch, 'sample')} each"
     )
+    *encoders, denoiser = (f"{name} {nbytes / 1e9:.2g} GB" for name, nbytes in facts["read_bytes"].items())
+    typer.echo(f"reads: {', '.join(encoders)};\n  {denoiser} in each read of the weights, less what stays in memory")
     if plan.upscale_flops:
         encoder = plan.methods["guide picture"]
         typer.echo(f"guide: enlarged as a picture, {plan.upscale_flops / 1e12:.2g} TFLOP; encoder:\n  {encoder}")

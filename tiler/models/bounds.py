@@ -24,7 +24,7 @@ def check_unet(where: str, config: Config) -> None:
         where, config, sample_size=(1, 4096), norm_num_groups=(1, 256), conv_in_kernel=(1, 9), conv_out_kernel=(1, 9)
     )
     _whole(where, config, may_be_null=True, num_attention_heads=(1, 128), time_embedding_dim=(1, 65_536))
-    _whole(where, config, may_be_null=True, addition_time_embed_dim=(2, 8192))
+    _whole(where, config, may_be_null=True, addition_time_embed_dim=(2, 8192), time_cond_proj_dim=(4, 8192))
     _whole(where, config, may_be_null=True, projection_class_embeddings_input_dim=(1, 65_536))
     _whole(where, config, downsample_padding=(0, 1))
     _number(where, config, norm_eps=(1e-12, 0.1), freq_shift=(0, 1))

@@ -36,7 +36,7 @@ def check_channels(checkpoint: Checkpoint, unet: Config, vae: Config) -> None:
     bounds.check_prediction(f"{checkpoint.folder / 'unet'}/config.json", unet)
 
 
-def check_unet_kind(where: str, unet: Config, supported: str, **own: str) -> None:
+def check_unet_kind(where: str, unet: Config, supported: str, **own: object) -> None:
     """Refuse what `models/unet.py` would leave out: a picture that is silently wrong helps nobody. `supported` names the models
     whose UNets are taken, `own` are values of theirs that are foreign elsewhere. Raises ModelError."""
     blocks = [*unet.get("down_block_types", []), *unet.get("up_block_types", []), unet.get("mid_block_type")]

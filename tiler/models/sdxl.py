@@ -31,6 +31,7 @@ from tiler.models.clip import (
 )
 from tiler.models.family import (
     Family,
+    Guidance,
     OpenPart,
     Options,
     Part,
@@ -53,6 +54,7 @@ BASE = "stabilityai/stable-diffusion-xl-base-1.0"
 # Of a hidden state and its skip joined, which is 63 MB where the last level of a 1024-px tile begins. Below this, what a unit
 # holds of weights is the larger part.
 WHOLE_ELEMENTS = 3 * 2**20
+EMBEDDED_SCALE = 8.0  # of guidance, in the example of latent-consistency/lcm-sdxl
 NUMBERS = 6  # that the UNet is told of a sample's place
 _NOT_TEXT_TO_IMAGE = {"Inpaint": "an inpainting model", "InstructPix2Pix": "an InstructPix2Pix model"}
 
@@ -117,7 +119,8 @@ class StableDiffusionXL(Family):
         told = [added[id(s.prompt.pooled), time_ids(s.place, options.tile_conditioning)] for s in samples]
         latents, tokens = [s.latents for s in samples], [s.prompt.tokens for s in samples]
         windows = windows_of(options, timestep)
-        return predict_noise(model, streamer, latents, timestep, tokens, check, windows, told, WHOLE_ELEMENTS)
+        guidance = [s.guidance for s in samples] if self.traits.guidance is Guidance.EMBEDDED else None
+        return predict_noise(model, streamer, latents, timestep, tokens, check, windows, told, WHOLE_ELEMENTS, guidance)
 
     def example(self, tiles: Sequence[int], sides: tuple[int, int]) -> list[Sample]:
         def empty(*shape: int) -> Tensor:
@@ -162,7 +165,10 @@ def read(checkpoint: Checkpoint, name: str) -> StableDiffusionXL:
     vae = read_config(checkpoint, "vae", "AutoencoderKL", bounds.check_vae)
     texts = [read_config(checkpoint, part, None, bounds.check_text) for part in ("text_encoder", "text_encoder_2")]
     check_channels(checkpoint, unet, vae)
-    check_unet_kind(where, unet, "SDXL", addition_embed_type="text_time")
+    guidance = Guidance.CFG if unet.get("time_cond_proj_dim") is None else Guidance.EMBEDDED
+    check_unet_kind(
+        where, unet, "SDXL", addition_embed_type="text_time", time_cond_proj_dim=unet.get("time_cond_proj_dim")
+    )
     _check_widths(checkpoint, where, unet, texts)
     scheduler = checkpoint.config("scheduler", "scheduler_config.json")
     spec, levels = VaeSpec(checkpoint=checkpoint, part="vae", config=vae), len(unet["block_out_channels"])
@@ -191,12 +197,17 @@ def read(checkpoint: Checkpoint, name: str) -> StableDiffusionXL:
     )
     defaults, notes = {"guidance_scale": 5.0}, []
     if (sign := sign_of_few_steps(checkpoint.name, scheduler)) is not None:
-        defaults = dict(FEW_STEPS)
-        notes.append(f"a few-step model ({sign}): by default {FEW_STEPS['num_inference_steps']} steps, no guidance")
+        defaults, told = dict(FEW_STEPS), "no guidance"
+        if guidance is Guidance.EMBEDDED:  # consistency models that were not merged into their base
+            defaults["guidance_scale"], told = (
+                EMBEDDED_SCALE,
+                f"a guidance of {EMBEDDED_SCALE:g} as an input of the model",
+            )
+        notes.append(f"a few-step model ({sign}): by default {FEW_STEPS['num_inference_steps']} steps, {told}")
     traits = Traits(
         title="SDXL", native=int(unet.get("sample_size") or 128), granularity=2 ** (levels - 1),
         channels=int(vae.get("latent_channels", 4)), width=unet["block_out_channels"][0],
-        defaults=MappingProxyType(defaults), old_schedulers=False,
+        guidance=guidance, defaults=MappingProxyType(defaults), old_schedulers=False,
     )  # fmt: skip
     return StableDiffusionXL(
         checkpoint=checkpoint, traits=traits, parts=(*encoders, denoiser, picture), vae=spec, scheduler=scheduler,

@@ -11,6 +11,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tiler.compute import onednn
@@ -91,6 +92,7 @@ def predict_noise(
     windows: Windows | None = None,
     added: Sequence[Tensor] | None = None,
     whole_elements: int | None = None,
+    guidance: Sequence[float] | None = None,
 ) -> Tensor:
     """The model's prediction (epsilon or v, whichever it was trained for).
 
@@ -99,7 +101,7 @@ def predict_noise(
     to the time embedding → (batch, channels, h, w) fp32. Neighbours that are the same tensor, the two halves of a guidance,
     share their work and memory up to the first layer that sees the prompt, or what is added. `check` is called at every unit.
     Where a hidden state and its skip together, or enlarged, have more than `whole_elements`, convolutions go by strips of rows,
-    with other roundings.
+    with other roundings. guidance: the scale of each sample, where it is an input of the model.
     """
     levels = [i for i, block in enumerate(unet.down_blocks) if hasattr(block, "attentions")]
     windowed = (
@@ -107,8 +109,8 @@ def predict_noise(
     )
     batch, up = len(latents), 2**unet.num_upsamplers
     assert all(x.shape[2] % up == 0 and x.shape[3] % up == 0 for x in latents), latents[0].shape
-    temb = unet.time_embedding(unet.get_time_embed(sample=latents[0], timestep=timestep))
-    tembs, texts = _with_added(unet, streamer, temb, batch, added), list(prompt_embeds)
+    embedded = unet.get_time_embed(sample=latents[0], timestep=timestep)
+    tembs, texts = _time_embeddings(unet, streamer, embedded, batch, added, guidance), list(prompt_embeds)
 
     def each(where: str, module: torch.nn.Module, inputs: list[Tensor], *more: list[Tensor]) -> list[Tensor]:
         check(where)
@@ -172,12 +174,38 @@ def predict_noise(
     return torch.cat(hidden)
 
 
-def _with_added(
-    unet: UNet2DConditionModel, streamer: Streamer, temb: Tensor, batch: int, added: Sequence[Tensor] | None
+def _time_embeddings(
+    unet: UNet2DConditionModel,
+    streamer: Streamer,
+    embedded: Tensor,
+    batch: int,
+    added: Sequence[Tensor] | None,
+    guidance: Sequence[float] | None,
 ) -> list[Tensor]:
-    """The time embedding (1, width) of each sample; where what is added is one tensor, so is the sum."""
+    """The time embedding (1, width) of each sample, of the timestep's sines (1, n); of equal guidance and one tensor that is added
+    it is one tensor."""
+    if guidance is None:
+        tembs = [unet.time_embedding(embedded)] * batch
+    else:
+        width = unet.config.time_cond_proj_dim
+        by_scale = {
+            g: unet.time_embedding(embedded, guidance_sines(g, width, embedded)) for g in dict.fromkeys(guidance)
+        }
+        tembs = [by_scale[g] for g in guidance]
     if added is None:
-        return [temb] * batch
-    embedded = streamer.run(unet.add_embedding, [(x,) for x in added])
-    sums = {id(one): temb + one for one in embedded}
-    return [sums[id(one)] for one in embedded]
+        return tembs
+    projected = streamer.run(unet.add_embedding, [(x,) for x in added])
+    pairs = list(zip(tembs, projected, strict=True))
+    sums = {(id(temb), id(more)): temb + more for temb, more in pairs}
+    return [sums[id(temb), id(more)] for temb, more in pairs]
+
+
+def guidance_sines(scale: float, width: int, like: Tensor) -> Tensor:
+    """What a UNet distilled with guidance as an input is told of its scale, (1, width) fp32: sines of 1000 · (scale − 1), as
+    diffusers' get_guidance_scale_embedding makes them."""
+    if like.is_meta:
+        return like.new_empty(1, width)
+    half = width // 2
+    rates = torch.exp(torch.arange(half, dtype=torch.float32) * -(torch.log(torch.tensor(10000.0)) / (half - 1)))
+    angles = torch.tensor([[1000.0 * (scale - 1)]]) * rates
+    return F.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, width % 2))

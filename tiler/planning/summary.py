@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
+from torch import nn
+
 from tiler.decoding import FACTOR
 from tiler.models.built import Models
+from tiler.models.family import Role
 from tiler.planning import time
 from tiler.planning.render import RenderPlan
 from tiler.planning.resolve import fill_again
 from tiler.planning.tiling import Tiling, plan_tiling
-from tiler.request import Preset, RenderRequest, ResolvedRequest
+from tiler.request import Precision, Preset, RenderRequest, ResolvedRequest
+from tiler.weights.store import match_index
 
 SCHEMA = 2  # of the JSON of plans and reports
 # Names of schema 1, which stay for one release.
@@ -50,6 +55,7 @@ def summarise(
         "tiles": len(plan.regions),
         "samples_per_pass": plan.batch,
         "denoiser_calls": plan.denoiser_calls,
+        "read_bytes": read_bytes(models, plan.precision),
         **work_of(request, plan),
         "presets": presets,
         "decode": decoder.name,
@@ -65,6 +71,25 @@ def summarise(
         ],
     }
     return with_old_names(facts)
+
+
+def read_bytes(models: Models, precision: Precision) -> dict[str, int]:
+    """By part, what encoding the prompts reads, and what a pass over the denoiser does where none of it is resident. Tables are
+    left out, of which a few rows are read."""
+    found = {}
+    for part in (*models.family.encoders, models.family.part(Role.DENOISER)):
+        module = models.module(part)
+        tables = {f"{name}.weight" for name, layer in module.named_modules() if isinstance(layer, nn.Embedding)}
+        index = match_index(module, models.family.checkpoint.weights(part.name), part.aliases)
+        int8 = frozenset[str]()
+        if precision is Precision.INT8 and part.role is Role.DENOISER:
+            int8 = part.int8_weights(module)
+        found[part.name] = sum(
+            math.prod(info.shape) if name in int8 else info.nbytes
+            for name, info in index.items()
+            if name not in tables and not part.once(name)
+        )
+    return found
 
 
 def with_old_names(facts: dict[str, Any]) -> dict[str, Any]:
