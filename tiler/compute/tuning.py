@@ -30,13 +30,13 @@ KERNELS_OF: Annotated[
     Isa.AVX512: {
         "linear": ("native-int8", "int8", "fp32"),
         "convolution": ("native-int8", "int8", "winograd", "onednn", "fp32"),
-        "attention": ("native-attention-bf16", "native-attention", "fp32"),
+        "attention": ("fp32",),
     },
     # Not measured, no such processor was at hand: like AVX512_VNNI, whose 8-bit products it has at half the width.
     Isa.AVX2_VNNI: {
         "linear": ("native-int8", "int8", "fp32"),
         "convolution": ("native-int8", "int8", "winograd", "onednn", "fp32"),
-        "attention": ("native-attention-bf16", "native-attention", "fp32"),
+        "attention": ("native-attention", "fp32"),
     },
     # winograd 0.50 and 0.41, native-int8 0.52 and 0.57, int8 0.65 and 0.55, fp32 1.03 and 1.03; linear: native-int8 0.52 and 0.48,
     # int8 0.67 and 0.55. A whole pass of SD 1.5 in int8,
@@ -44,7 +44,7 @@ KERNELS_OF: Annotated[
     Isa.AVX2: {
         "linear": ("native-int8", "int8", "fp32"),
         "convolution": ("native-int8", "int8", "winograd", "onednn", "fp32"),
-        "attention": ("native-attention-bf16", "native-attention", "fp32"),
+        "attention": ("native-attention", "fp32"),
     },
     # Not measured: fp32 is known to work.
     Isa.BASE: {"linear": ("fp32",), "convolution": ("fp32",), "attention": ("fp32",)},

@@ -95,6 +95,12 @@ INLINE F16 pairs(F16 a, F16 b) {
   return (F16)(low | high << 16);
 }
 
+// The same of powers, which are positive: rounded half up, since ties decide nothing. NaN may be lost, but not from their sum.
+INLINE F16 power_pairs(F16 a, F16 b) {
+  U16 half = (U16){} + 0x8000;
+  return (F16)(((U16)a + half) >> 16 | (((U16)b + half) & 0xffff0000));
+}
+
 // Lanes [lane, lane + 16) of a row of `dims` values · factor, zeros behind them: of bf16 a lane has two values.
 INLINE F16 row_lanes(const enum Kind kind, const float *row, int64_t lane, int64_t dims, float factor) {
   if (kind == FP32) return load_some(row + lane, dims - lane) * factor;
@@ -191,7 +197,7 @@ INLINE void scores(const enum Kind kind, const int groups, Block *b, Column *col
 INLINE void powers(const enum Kind kind, const int groups, Block *b, Column *column) {
   F16 total[MOST_GROUPS], top[MOST_GROUPS];
 #pragma GCC unroll 3
-  for (int g = 0; g < groups; g++) total[g] = column->total[g] * column->shrink[g], top[g] = column->top[g];
+  for (int g = 0; g < groups; g++) total[g] = all(0.f), top[g] = column->top[g];
   for (int64_t key = 0; key < b->count; key += 2)
 #pragma GCC unroll 3
     for (int g = 0; g < groups; g++) {
@@ -199,16 +205,17 @@ INLINE void powers(const enum Kind kind, const int groups, Block *b, Column *col
       F16 x = power(kind, load(s) - top[g]), y = power(kind, load(next) - top[g]);
       total[g] += x + y;
       if (kind == BF16) {
-        store(b->scores + (key / 2 * groups + g) * LANES, pairs(x, y));
+        store(b->scores + (key / 2 * groups + g) * LANES, power_pairs(x, y));
       } else {
         store(s, x);
         store(next, y);
       }
     }
 #pragma GCC unroll 3
-  for (int g = 0; g < groups; g++) column->total[g] = total[g];
+  for (int g = 0; g < groups; g++) column->total[g] = fma16(column->total[g], column->shrink[g], total[g]);
 }
 
+// Values weighed by the powers. Blocks are summed by themselves: one sum of thousands would round more.
 INLINE void weigh(const enum Kind kind, const int groups, Block *b, Column *column) {
   int64_t steps = kind == BF16 ? (b->count + 1) / 2 : b->count;
   for (int64_t dim = 0; dim < b->dims; dim += TILE_KEYS) {
@@ -216,16 +223,18 @@ INLINE void weigh(const enum Kind kind, const int groups, Block *b, Column *colu
     Register c[TILE_KEYS][MOST_GROUPS * REGISTERS];
 #pragma GCC unroll 8
     for (int i = 0; i < TILE_KEYS; i++)
-#pragma GCC unroll 3
-      for (int g = 0; g < groups; g++) {
-        F16 x = b->is_first ? all(0.f) : load(sums + (i * groups + g) * LANES) * column->shrink[g];
-        memcpy(&c[i][g * REGISTERS], &x, sizeof x);
-      }
+#pragma GCC unroll 4
+      for (int g = 0; g < groups * REGISTERS; g++) c[i][g] = (Register){0};
     multiply(kind, groups, (const char *)(b->values + dim), 4, LINE(b->dims) * 4, (const char *)b->scores, steps, c);
 #pragma GCC unroll 8
     for (int i = 0; i < TILE_KEYS; i++)
-#pragma GCC unroll 4
-      for (int g = 0; g < groups * REGISTERS; g++) store_register(sums + i * groups * LANES + g * WIDTH, c[i][g]);
+#pragma GCC unroll 3
+      for (int g = 0; g < groups; g++) {
+        F16 x;
+        memcpy(&x, &c[i][g * REGISTERS], sizeof x);
+        float *sum = sums + (i * groups + g) * LANES;
+        store(sum, b->is_first ? x : fma16(load(sum), column->shrink[g], x));
+      }
   }
 }
 
