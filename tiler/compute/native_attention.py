@@ -1,5 +1,5 @@
 """Attention by tiler's own library (tiler/native/attention.h): the scores never leave a core's cache, and what a thread needs
-besides lies on its stack (0.4 MB at most).
+besides lies on its stack (0.5 MB at most).
 
 Every result is made by one loop in one order: bytes depend on neither threads, nor samples, nor which queries go together.
 """
@@ -46,7 +46,8 @@ class NativeAttention(Kernel):
         # A token's heads side by side, as the layer that follows takes them.
         out = queries.new_empty(samples, tokens, heads, width).transpose(1, 2)
         call = library.Attention(
-            kind=self.kind, scale=width**-0.5, samples=samples, heads=heads, queries=tokens, keys=keys.shape[2], dims=width,
+            kind=self.kind, scale=width**-0.5,
+            samples=samples, heads=heads, queries=tokens, keys=keys.shape[2], dims=width,
             q=queries.data_ptr(), k=keys.data_ptr(), v=values.data_ptr(), out=out.data_ptr(),
             q_step=_steps(queries), k_step=_steps(keys), v_step=_steps(values), out_step=_steps(out),
         )  # fmt: skip

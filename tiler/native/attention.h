@@ -13,7 +13,7 @@ enum { TILE_KEYS = 8, MOST_GROUPS = 3 };
 enum { TILE_KEYS = 6, MOST_GROUPS = 1 };
 #endif
 // A head's dims at most; keys of a block and groups of 16 queries of a task, fewer for heads above NARROW. All lies on the stack.
-enum { MOST_DIMS = 256, NARROW = 128, KEY_BLOCK = 120, WIDE_KEY_BLOCK = 48, TASK_GROUPS = 12, WIDE_TASK_GROUPS = 6 };
+enum { MOST_DIMS = 256, NARROW = 160, KEY_BLOCK = 120, WIDE_KEY_BLOCK = 48, TASK_GROUPS = 12, WIDE_TASK_GROUPS = 6 };
 #define PADDED(dims) (((dims) + TILE_KEYS - 1) / TILE_KEYS * TILE_KEYS)
 #define LINE(dims) ((PADDED(dims) + LANES - 1) / LANES * LANES)  // lanes from one key or value to the next
 #define NO_SCORE (-__builtin_inff())
@@ -115,25 +115,28 @@ INLINE F16 row_lanes(const enum Kind kind, const float *row, int64_t lane, int64
 }
 
 // Keys [first, first + count) and their values.
-INLINE void copy_block(const enum Kind kind, const Attention *p, const float *keys, const float *values, int64_t first, Block *b) {
+INLINE void copy_block(const enum Kind kind, const Attention *p, const float *keys, const float *values, int64_t first,
+                       Block *b) {
   const int64_t values_a_lane = kind == BF16 ? 2 : 1, rows = PADDED(b->count);
   for (int64_t i = 0; i < rows; i++)
     for (int64_t lane = 0; lane < b->line; lane += LANES) {
+      const float *key = keys + (first + i) * p->k_step[TOKEN];
       int is_there = i < b->count && lane < b->lanes;
-      store(b->keys + i * b->line + lane, is_there ? row_lanes(kind, keys + (first + i) * p->k_step[TOKEN], lane, b->dims, 1.f) : all(0.f));
+      store(b->keys + i * b->line + lane, is_there ? row_lanes(kind, key, lane, b->dims, 1.f) : all(0.f));
     }
   for (int64_t i = 0; i < b->count; i += values_a_lane)
     for (int64_t dim = 0; dim < LINE(b->dims); dim += LANES) {
       F16 x[2] = {{0}, {0}};
       for (int64_t j = 0; j < values_a_lane; j++)
-        if (i + j < b->count && dim < b->dims) x[j] = load_some(values + (first + i + j) * p->v_step[TOKEN] + dim, b->dims - dim);
+        if (i + j < b->count && dim < b->dims)
+          x[j] = load_some(values + (first + i + j) * p->v_step[TOKEN] + dim, b->dims - dim);
       store(b->values + i / values_a_lane * LINE(b->dims) + dim, kind == BF16 ? pairs(x[0], x[1]) : x[0]);
     }
 }
 
 // c + a tile of products: TILE_KEYS rows of `a`, of which step t reads a lane at t · step_bytes, by steps of lanes of `b`.
-INLINE void multiply(const enum Kind kind, const int groups, const char *a, int64_t row_bytes, int64_t step_bytes, const char *b,
-                     int64_t steps, Register c[TILE_KEYS][MOST_GROUPS * REGISTERS]) {
+INLINE void multiply(const enum Kind kind, const int groups, const char *a, int64_t row_bytes, int64_t step_bytes,
+                     const char *b, int64_t steps, Register c[TILE_KEYS][MOST_GROUPS * REGISTERS]) {
   for (int64_t t = 0; t < steps; t++, a += step_bytes, b += groups * LANES * 4) {
     Register x[MOST_GROUPS * REGISTERS];
 #pragma GCC unroll 4
@@ -157,13 +160,15 @@ INLINE void fetch_ahead(const Block *b, int64_t key, int64_t number) {
 }
 
 // Scores in base 2 of a tile's keys, and what the maximum becomes. `is_whole`: all keys are there.
-INLINE void tile_scores(const enum Kind kind, const int groups, const int is_whole, Block *b, const Column *column, int64_t key, F16 *top) {
+INLINE void tile_scores(const enum Kind kind, const int groups, const int is_whole, Block *b, const Column *column,
+                        int64_t key, F16 *top) {
   Register c[TILE_KEYS][MOST_GROUPS * REGISTERS];
 #pragma GCC unroll 8
   for (int i = 0; i < TILE_KEYS; i++)
 #pragma GCC unroll 4
     for (int g = 0; g < groups * REGISTERS; g++) c[i][g] = (Register){0};
-  multiply(kind, groups, (const char *)(b->keys + key * b->line), b->line * 4, 4, (const char *)column->queries, b->lanes, c);
+  const char *keys = (const char *)(b->keys + key * b->line);
+  multiply(kind, groups, keys, b->line * 4, 4, (const char *)column->queries, b->lanes, c);
 #pragma GCC unroll 8
   for (int i = 0; i < TILE_KEYS; i++)
 #pragma GCC unroll 3
@@ -240,9 +245,14 @@ INLINE void weigh(const enum Kind kind, const int groups, Block *b, Column *colu
 
 // One function for each of these: what a tile keeps in registers shares them with nothing else.
 #define VARIANT(name, kind, groups) \
-  static __attribute__((noinline)) void name##_##kind##_##groups(Block *b, Column *column) { name(kind, groups, b, column); }
+  static __attribute__((noinline)) void name##_##kind##_##groups(Block *b, Column *column) { \
+    name(kind, groups, b, column);                                                           \
+  }
 #define VARIANTS(kind, groups) VARIANT(scores, kind, groups) VARIANT(powers, kind, groups) VARIANT(weigh, kind, groups)
-#define ALL(kind, groups) scores_##kind##_##groups(b, column), powers_##kind##_##groups(b, column), weigh_##kind##_##groups(b, column)
+#define ALL(kind, groups)               \
+  (scores_##kind##_##groups(b, column), \
+   powers_##kind##_##groups(b, column), \
+   weigh_##kind##_##groups(b, column))
 VARIANTS(FP32, 1)
 #if REGISTERS == 1
 VARIANTS(FP32, 2)
@@ -278,7 +288,8 @@ INLINE void attend_block(const enum Kind kind, Block *b, Column *column) {
 }
 
 // Queries from `first` on into the lanes of a column, zeros where there are none.
-INLINE void load_queries(const enum Kind kind, const Attention *p, const float *q, int64_t first, const Block *b, Column *column) {
+INLINE void load_queries(const enum Kind kind, const Attention *p, const float *q, int64_t first, const Block *b,
+                         Column *column) {
   float factor = p->scale * LOG2_E;
   for (int64_t g = 0; g < column->groups; g++)
     for (int64_t lane = 0; lane < b->lanes; lane += LANES) {
@@ -288,7 +299,8 @@ INLINE void load_queries(const enum Kind kind, const Attention *p, const float *
         r[i] = query < p->queries ? row_lanes(kind, q + query * p->q_step[TOKEN], lane, b->dims, factor) : all(0.f);
       }
       transpose(r);
-      for (int i = 0; i < LANES && lane + i < b->lanes; i++) store(column->queries + ((lane + i) * column->groups + g) * LANES, r[i]);
+      for (int i = 0; i < LANES && lane + i < b->lanes; i++)
+        store(column->queries + ((lane + i) * column->groups + g) * LANES, r[i]);
     }
 }
 
