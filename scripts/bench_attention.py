@@ -81,8 +81,8 @@ def main() -> None:
         run(*parts_of(SIZES[3]))
     for size in SIZES:
         parts = parts_of(size)
-        small = tuple(part[:, :1, :512] for part in parts)
-        want = F.scaled_dot_product_attention(*(part.double() for part in small))
+        small = q, k, v = tuple(part[:, :1, :512] for part in parts)
+        want = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
         found = rates(runs, size, parts, rounds)
         print(f"{size.queries} × {size.keys}, {size.heads} × {size.width}:")
         for name, run in runs.items():
