@@ -41,12 +41,12 @@ from tiler.memory import process
 from tiler.memory import lean_imports as imports
 process.frugal_allocator()
 imports.lean_torch()
+from tiler.models.built import Models
 from tiler.models.family import Role, read_family, plain_names
 from tiler.models.unet import predict_noise
 from tiler.memory.budget import Budget
 from tiler.memory.policy import at_layer
-from tiler.phases import streamed
-from tiler.planning.render import plan_render
+from tiler.phases import make_plan, streamed
 from tiler.packing import packed_weights
 from tiler.weights.packed import default_cache
 from tiler.planning.resolve import fill
@@ -56,10 +56,11 @@ import torch
 torch.set_grad_enabled(False)
 family = read_family(resolve({model!r}))
 precision = Precision({precision!r})
-plan = plan_render(fill(RenderRequest(prompt="x", size={size}, precision=precision)), family, {ceiling})
-files = packed_weights(family, default_cache(), lambda share, why: None) if precision is Precision.INT8 else family.checkpoint.weights("unet")
+models = Models(family)
+plan = make_plan(fill(RenderRequest(prompt="x", size={size}, precision=precision)), models, {ceiling})
+files = packed_weights(models, default_cache(), lambda share, why: None) if precision is Precision.INT8 else family.checkpoint.weights("unet")
 process.reset_peak()
-unet, n, budget = family.part(Role.DENOISER).build(), family.native, Budget({ceiling})
+unet, n, budget = models.module(family.part(Role.DENOISER)), family.native, Budget({ceiling})
 peak = plan.memory.peak_of("canvas")
 check = at_layer(budget, peak)
 options = dict(arena_bytes=plan.arena_bytes, transform=True, short=lambda: budget.short(plan.sample_bytes))

@@ -32,25 +32,28 @@ from tiler import RenderRequest, render
 from tiler.compute.shapes import MetaMeter
 from tiler.decoding import exact, frozen
 from tiler.decoding import method as method
+from tiler.decoding.method import ScratchSpace
 from tiler.decoding.rows import Pixels, strip_rows
-from tiler.decoding.scratch import Scratch
+from tiler.decoding.scratch import Scratch, free_bytes
 from tiler.diffusion import guide
 from tiler.models import family as families
+from tiler.models.built import Models
 from tiler.models.family import VaeSpec
 from tiler.phases import streamed
 from tiler.planning.peaks import VaePeaks
-from tiler.request import Decode
+from tiler.request import Decode, Wrap
+from tiler.run import measure
 from tiler.weights.checkpoint import resolve
 
 PROMPTS = [
-    "mountains by a lake at dusk, pine trees",
-    "city skyline by the water at night, full moon",
-    "a sailing boat at noon",
-    "misty hills in autumn",
-    "hot-air balloons at dawn",
-    "an island at sunset, birds",
-    "a cabin in winter, stars",
-    "sea at sunset, big sun, clouds",
+    "mountains by a lake at dusk, pines in front",
+    "misty mountains in indigo blue, a small sun on the left",
+    "a desert at sunset, a big sun",
+    "hills in autumn, woods in front",
+    "the sea at night, a full moon",
+    "mountains in winter, snow",
+    "northern lights over mountains at night",
+    "the sea at sunset, a big sun in the middle, clouds",
 ]
 
 
@@ -182,8 +185,10 @@ def bench_frozen(model: str, size: int, count: int, folder: Path) -> list[dict[s
 
 def bench_ways(model: str, sizes: list[tuple[int, int]]) -> list[dict[str, Any]]:
     """Latents as in `bench_exact`; pixels are noise of 32×32, enlarged, as a guide is."""
-    kind, rows = families.read_family(resolve(model)).autoencoder, []
-    planning = VaePeaks(kind)
+    models, rows = Models(families.read_family(resolve(model))), []
+    kind = models.decoder
+    models.vae(kind)
+    planning = VaePeaks(models, kind, measure(Path(tempfile.gettempdir())))
     generator = torch.Generator().manual_seed(1)
     noise = torch.randint(256, (32, 32, 3), generator=generator, dtype=torch.uint8).numpy()
     for width, height in sizes:
@@ -193,8 +198,8 @@ def bench_ways(model: str, sizes: list[tuple[int, int]]) -> list[dict[str, Any]]
             want: Tensor | None = None
             for way in Decode.EXACT, Decode.SAMPLED, Decode.FROZEN:
                 with tempfile.TemporaryDirectory() as folder:
-                    options: dict[str, Any] = {"encoding": encoding, "folder": Path(folder)}
-                    how = method.choose(way, planning.module, planning.streamer, (height // 8, width // 8), **options)
+                    space, size = ScratchSpace(Path(folder), free_bytes(Path(folder))), (height // 8, width // 8)
+                    how = planning.choose(way, size, space, encoding=encoding, wrap=Wrap.NONE)
                     got, seconds = timed(partial(go, how, kind, latents, pixels))
                 want = got if want is None else want
                 error = float((got - want).norm() / want.norm())

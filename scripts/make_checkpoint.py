@@ -6,7 +6,8 @@
 
 Kinds: sd15, sd21 (v-prediction, 768 px), tiny (SD 1.x shape, 64-px tiles), tiny-sd2 (SD 2.x shape: linear projections,
 v-prediction), tiny-old (as `tiny`, with what old versions of diffusers left in configs: sample_size 32, a DDIM scheduler with
-steps_offset 0 and without clip_sample), taesd (an AutoencoderTiny alone, of 4 or, taesd8, of 8 latent channels as `mini` has). A family NAME has three
+steps_offset 0 and without clip_sample), tiny-plain (tiny-plain-sd2: of SD 2.x; of which shapes say all that single files do not: heads, groups of norms,
+vocabulary and native size as published), taesd (an AutoencoderTiny alone, of 4 or, taesd8, of 8 latent channels as `mini` has). A family NAME has three
 sizes: tiny-NAME, wide-NAME (full width and few blocks: what the memory depends on) and NAME (full size). Prints the folder. Weights are random but scaled so that activations neither vanish nor overflow.
 """
 
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-KINDS = ("sd15", "sd21", "tiny", "tiny-sd2", "tiny-old", "taesd", "taesd8")
+KINDS = ("sd15", "sd21", "tiny", "tiny-sd2", "tiny-old", "tiny-plain", "tiny-plain-sd2", "taesd", "taesd8")
 FAMILIES = tuple(path.stem for path in sorted((Path(__file__).parent / "checkpoints").glob("[a-z]*.py")))
 """Modules of scripts/checkpoints/, each with `write(folder, size)`."""
 SIZES = ("tiny", "wide", "full")
@@ -143,6 +144,24 @@ def configs(kind: str) -> dict[str, dict[str, Any]]:
             "steps_offset": 0,
         }
         return parts
+    if kind.startswith("tiny-plain"):
+        second, width = kind.endswith("sd2"), 1024 if kind.endswith("sd2") else 768
+        parts["unet"] |= {
+            "attention_head_dim": 8,
+            "norm_num_groups": 32,
+            "cross_attention_dim": width,
+            "sample_size": 64,
+        }
+        parts["vae"] |= {"block_out_channels": [32] * 4, "norm_num_groups": 32}
+        parts["text_encoder"] |= {"hidden_size": width, "num_attention_heads": width // 64, "vocab_size": 49408}
+        if second:
+            parts["unet"] |= {
+                "attention_head_dim": [1, 2, 2],
+                "block_out_channels": [64, 128, 128],
+                "use_linear_projection": True,
+            }
+            parts["text_encoder"] |= {"hidden_act": "gelu"}
+            parts["scheduler"] = {k: v for k, v in _V_SCHEDULER.items() if k != "prediction_type"}
     # Of our own making: a small sample_size is meant, not left over from an old version.
     for part in ("unet", "vae", "scheduler"):
         parts[part] = parts[part] | {"_diffusers_version": metadata.version("diffusers")}

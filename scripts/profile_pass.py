@@ -23,11 +23,11 @@ from tiler.compute import int8, onednn, winograd
 from tiler.memory import process
 from tiler.memory.budget import Budget
 from tiler.memory.policy import at_layer
+from tiler.models.built import Models
 from tiler.models.family import Role, plain_names, read_family
 from tiler.models.unet import predict_noise
 from tiler.packing import packed_weights
-from tiler.phases import streamed
-from tiler.planning.render import plan_render
+from tiler.phases import make_plan, streamed
 from tiler.planning.resolve import fill
 from tiler.request import Precision, RenderRequest
 from tiler.weights import store
@@ -86,10 +86,11 @@ def main() -> None:
     family = read_family(resolve(args.model or str(make_checkpoint.make("sd15"))))
     precision = Precision(args.precision)
     request = fill(RenderRequest(prompt="x", size=args.size, precision=precision))
-    plan = plan_render(request, family, args.ceiling)
+    models = Models(family)
+    plan = make_plan(request, models, args.ceiling)
     weights = family.checkpoint.weights("unet")
     if precision is Precision.INT8:
-        weights = packed_weights(family, default_cache(), lambda share, why: None)
+        weights = packed_weights(models, default_cache(), lambda share, why: None)
     named(store.WeightStore, "_take", "waiting for weights")
     named(store.WeightStore, "_convert", "casting weights")
     for name in ("quantize_tokens", "quantize_image"):
@@ -100,7 +101,7 @@ def main() -> None:
     named(winograd, "conv2d", "convolution, transformed")
     named(process, "release_heap", "giving memory back")
     budget, samples = Unchecked(args.ceiling), plan.batch
-    unet, check = family.part(Role.DENOISER).build(), at_layer(budget, plan.memory.peak_of("canvas"))
+    unet, check = models.module(family.part(Role.DENOISER)), at_layer(budget, plan.memory.peak_of("canvas"))
     with streamed(
         unet, weights, plain_names, plan.resident["canvas"],
         arena_bytes=plan.arena_bytes, transform=True, short=lambda: budget.short(plan.sample_bytes),

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for what tests share: tests.models.rendering
 
 from tiler.memory.process import frugal_allocator
 

@@ -3,7 +3,7 @@
     from pathlib import Path
     from tiler import Budget, RenderRequest, render
 
-    render(RenderRequest(prompt="a sailing boat at sunset", output=Path("poster.png"), size=2048), Budget("800MB"))
+    render(RenderRequest(prompt="misty mountains in indigo blue", output=Path("poster.png"), size=2048), Budget("800MB"))
 
 Importing this package imports no torch; the four functions do when they are first used.
 """

@@ -12,13 +12,14 @@ import torch
 from tiler import events
 from tiler.compute import cpu
 from tiler.compute.int8 import quantize_rows
-from tiler.compute.layers import stream_layers
+from tiler.compute.lending import lent
 from tiler.compute.native import reads_blocks
 from tiler.compute.shapes import MetaMeter
 from tiler.compute.stream import Streamer
 from tiler.events import OnEvent, percent
 from tiler.memory.budget import Budget
 from tiler.memory.policy import at_layer
+from tiler.models.built import Models
 from tiler.models.family import Family, Options, Part, Role
 from tiler.weights.index import TensorInfo
 from tiler.weights.packed import Quantise, packed_index, write_packed
@@ -40,12 +41,13 @@ def _prefix(part: Part) -> str:
     return "" if part.role is Role.DENOISER else f"{part.name}."
 
 
-def packed_weights(family: Family, cache: Path, progress: Callable[[float, str], None]) -> dict[str, TensorInfo]:
+def packed_weights(models: Models, cache: Path, progress: Callable[[float, str], None]) -> dict[str, TensorInfo]:
     """The index of the packed file in `cache`, which is made first if it is not there or does not fit: the text encoders'
     parameters and the denoiser's, by `packed_names`.
 
     `progress` gets the share written and why. Raises StorageError, ModelError, NumericalError.
     """
+    family = models.family
     parts = packed_parts(family)
     stored = {part.name: family.checkpoint.weights(part.name) for part in parts}
     files = {_prefix(part) + name: info for part in parts for name, info in stored[part.name].items()}
@@ -57,7 +59,7 @@ def packed_weights(family: Family, cache: Path, progress: Callable[[float, str],
         quantised: dict[str, Quantise] = {}
         to_block: set[str] = set()
         for part in parts:
-            module, prefix = part.build(), _prefix(part)
+            module, prefix = models.module(part), _prefix(part)
             matched = match_index(module, stored[part.name], part.aliases)
             denoiser = part.role is Role.DENOISER
             # A text encoder is computed in fp32: its weights may take all 8 bits on every processor.
@@ -77,8 +79,7 @@ def order_of_use(family: Family, denoiser: Any) -> list[str]:
     """All parameters of a denoiser on the meta device: what is loaded at once, then what a pass streams, as it comes."""
     streamer = Streamer(None)
     everything = [name for name, _ in denoiser.named_parameters()]
-    stream_layers(denoiser, streamer)
-    with MetaMeter(), torch.no_grad():
+    with lent(denoiser, streamer), MetaMeter(), torch.no_grad():
         samples = family.example([0], (family.granularity, family.granularity))
         timesteps, prompts = torch.empty(1, device="meta"), [sample.prompt for sample in samples]
         prepared = family.prepare(denoiser, streamer, timesteps, prompts, Options())
@@ -86,7 +87,7 @@ def order_of_use(family: Family, denoiser: Any) -> list[str]:
     return [name for name in everything if name not in streamer.used] + list(streamer.used)
 
 
-def prepare_int8(family: Family, cache: Path, budget: Budget, on_event: OnEvent) -> dict[str, TensorInfo]:
+def prepare_int8(models: Models, cache: Path, budget: Budget, on_event: OnEvent) -> dict[str, TensorInfo]:
     """The index of the checkpoint's int8 weights in `cache`, made first where they are missing. Raises TilerError."""
     with budget.phase("quantize") as use:
         tell, check = percent(on_event, "quantize"), at_layer(budget, planned_bytes=budget.max_bytes)
@@ -101,7 +102,7 @@ def prepare_int8(family: Family, cache: Path, budget: Budget, on_event: OnEvent)
             tell(share)
             check("quantize")
 
-        index = packed_weights(family, cache, progress)
+        index = packed_weights(models, cache, progress)
     if started:
         on_event(events.PhaseDone(name="quantize", seconds=use.seconds, peak_rss_bytes=use.peak_rss_bytes))
     return index

@@ -10,26 +10,25 @@ import re
 import shlex
 import tempfile
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from tiler import events, packing
-from tiler.compute.layers import stream_layers
 from tiler.compute.stream import Streamer
-from tiler.decoding import method
+from tiler.decoding import FACTOR, method
 from tiler.decoding.method import DecodePlan
 from tiler.decoding.rows import Latents, to_uint8
 from tiler.diffusion import canvas, guide
 from tiler.diffusion.guide_picture import GuidePicture
 from tiler.diffusion.runner import Conditions, LocalRunner
-from tiler.diffusion.tiles import Steps
+from tiler.diffusion.tiles import Steps, region_span
 from tiler.errors import NameTaken, NumericalError, StorageError
 from tiler.events import OnEvent, percent
 from tiler.files import check_writable
@@ -37,32 +36,31 @@ from tiler.memory.budget import Budget
 from tiler.memory.limits import memory_warning
 from tiler.memory.policy import at_layer, at_rows
 from tiler.models import family as families
-from tiler.models.family import Options, Part, Role, VaeSpec
+from tiler.models.built import Models
+from tiler.models.family import Family, Guidance, Options, Part, Role, VaeSpec
 from tiler.models.samples import Sample
 from tiler.output.latents import save_latents
 from tiler.output.picture import check_picture
 from tiler.planning.render import RenderPlan, build_schedule, plan_render
 from tiler.planning.resolve import resolve
-from tiler.request import PIXEL_STEP, GuideUpscale, Precision, RenderRequest, ResolvedRequest
+from tiler.planning.tiling import pixels_of, plan_tiling
+from tiler.request import GuideUpscale, Precision, RenderRequest, ResolvedRequest
+from tiler.run import Names, Run, measure, streamed
 from tiler.weights import checkpoint
 from tiler.weights.index import TensorInfo
 from tiler.weights.packed import default_cache
-from tiler.weights.store import WeightStore, match_index
-
-Names = Callable[[str], list[str]]
 
 _MARKUP = re.compile(r"\([^()]+:\s*[\d.]+\s*\)|<(lora|lyco|hypernet):[^>]+>")  # of AUTOMATIC1111's prompts
 
 
 @dataclass(kw_only=True)
-class RenderRun:
+class RenderRun(Run):
     """One render under way: what was asked, how it is carried out, and what has been counted so far."""
 
     request: ResolvedRequest
     plan: RenderPlan
-    budget: Budget
-    on_event: OnEvent
     weights: dict[str, tuple[dict[str, TensorInfo], Names]]  # by part: where its parameters lie, and their names there
+    prepared: Any = None  # by the family, for guide and canvas
     texts: dict[str, str] = field(default_factory=dict)  # what the picture will say of itself
     counts: dict[str, int] = field(
         default_factory=lambda: dict.fromkeys(
@@ -70,26 +68,12 @@ class RenderRun:
         )
     )
 
-    def note(self, text: str) -> None:
-        self.on_event(events.Note(text=text))
-
-    @contextmanager
-    def phase(self, name: str, total: int) -> Iterator[None]:
-        """Attribute time and memory to a phase, and tell of it."""
-        self.on_event(events.PhaseStarted(name=name, total=total))
-        with self.budget.phase(name) as use:
-            yield
-            self.budget.check(name)
-        if (warning := self.budget.swap_warning()) is not None:
-            self.note(warning)
-        self.on_event(events.PhaseDone(name=name, seconds=use.seconds, peak_rss_bytes=use.peak_rss_bytes))
-
     @contextmanager
     def streamed(
         self, module: Any, stored: dict[str, TensorInfo], names: Names,
         resident: dict[str, torch.dtype] | None = None, **options: Any,
     ) -> Iterator[Streamer]:  # fmt: skip
-        """`streamed`, with the bytes read added to the counts."""
+        """With the bytes read added to the counts."""
         with streamed(module, stored, names, resident, **options) as streamer:
             try:
                 yield streamer
@@ -97,22 +81,40 @@ class RenderRun:
                 assert streamer.store is not None
                 self.counts["weight_bytes_read"] += streamer.store.bytes_read
 
+    @property
+    def decoding(self) -> Decoding:
+        plan = self.plan
+        return Decoding(
+            plan.decoder, plan.methods["decode"], plan.resident["decode"], plan.memory.peak_of("decode"), plan.crop
+        )
+
+
+class Decoding(NamedTuple):
+    """How a run's last phase decodes its latents. `crop`: pixels above and left of the picture."""
+
+    vae: VaeSpec
+    plan: DecodePlan
+    resident: dict[str, torch.dtype]
+    planned_bytes: int
+    crop: tuple[int, int]
+
 
 def start(request: RenderRequest, budget: Budget, on_event: OnEvent, *, planning: bool = False) -> RenderRun:
-    """Fill the request, check that its files can be written and its guide read, and plan. Raises TilerError.
+    """Fill the request, check that its files can be written and its guide read, build the models, and plan. Raises TilerError.
 
     `planning` an output that was not named need not be free.
     """
-    found = checkpoint.resolve(request.model, variant=request.variant, revision=request.revision)
-    family = families.read_family(found)
+    family = families.read_family(checkpoint.resolve(request.model, variant=request.variant, revision=request.revision))
+    found = family.checkpoint
     settings = resolve(request, family)
     if not planning or request.output is not None:
         check_picture(settings.output, force=settings.force)
     if settings.save_latents is not None:
         check_writable(settings.save_latents, force=settings.force, option="--save-latents")
-    plan = plan_render(settings, family, budget.max_bytes)
+    models = open_models(family, settings.tiny_vae)
+    plan = make_plan(settings, models, budget.max_bytes)
     run = RenderRun(
-        request=settings, plan=plan, budget=budget, on_event=on_event,
+        request=settings, plan=plan, models=models, budget=budget, on_event=on_event,
         weights={part.name: (found.weights(part.name), part.aliases) for part in packing.packed_parts(family)},
     )  # fmt: skip
     texts = [
@@ -122,13 +124,33 @@ def start(request: RenderRequest, budget: Budget, on_event: OnEvent, *, planning
     ]
     if any(text and _MARKUP.search(text) for text in texts):
         run.note("weights like (word:1.4) and tags like <lora:name:1> are not understood: they are read as plain words")
+    negative = settings.negative_prompt, *(r.negative_prompt for r in settings.regions)
+    if any(negative) and family.traits.guidance is not Guidance.CFG:
+        run.note(f"the negative prompt has no effect: {family.traits.title} takes none")
     if any(plan.crop):
-        tile = PIXEL_STEP * family.native
-        run.note(f"smaller than this model's tiles of {tile}×{tile}: the picture is the middle of a larger one")
+        height, width = pixels_of(plan.canvas)
+        run.note(f"this model makes no picture as small as that: it is the middle of one of {width}×{height}")
     for note in (*found.notes, *family.notes, *plan.notes, memory_warning(budget.max_bytes)):
         if note is not None:
             run.note(note)
     return run
+
+
+def open_models(family: Family, tiny_vae: str | None = None) -> Models:
+    """The family's models, and the tiny decoder in the folder `tiny_vae`, to be built once for all that follows. Raises
+    ModelError."""
+    return Models(family, None if tiny_vae is None else families.read_tiny(checkpoint.resolve_part(tiny_vae), family))
+
+
+def make_plan(request: ResolvedRequest, models: Models, max_bytes: int) -> RenderPlan:
+    """Cut the work, build the models, look at the process and plan. Raises TilerError."""
+    tiling = plan_tiling(request, models.family)
+    models.build()
+    with ExitStack() as stack:
+        path, canvas = request.guide_image, pixels_of(tiling.canvas)
+        picture = None if path is None else stack.enter_context(GuidePicture(path, canvas))
+        facts = measure(request.scratch_folder, picture)
+    return plan_render(request, models, tiling, facts, max_bytes)
 
 
 def prepare_weights(run: RenderRun) -> None:
@@ -137,7 +159,7 @@ def prepare_weights(run: RenderRun) -> None:
     run.note(f"denoiser in {run.plan.precision} ({run.plan.precision_why})")
     if run.plan.precision is Precision.INT8:
         cache = run.request.cache_dir or default_cache()
-        index = packing.prepare_int8(run.plan.family, cache, run.budget, run.on_event)
+        index = packing.prepare_int8(run.models, cache, run.budget, run.on_event)
         parts = packing.packed_parts(run.plan.family)
         run.weights = {part.name: (index, packing.packed_names(part)) for part in parts}
 
@@ -147,7 +169,7 @@ def load_guide(run: RenderRun) -> np.ndarray | None:
     path = run.request.guide_image
     if path is None:
         return None
-    with run.phase("load guide", 1), GuidePicture(path, run.request.canvas_size) as picture:
+    with run.phase("load guide", 1), GuidePicture(path, pixels_of(run.plan.canvas)) as picture:
         return picture.load(run.note)
 
 
@@ -157,10 +179,12 @@ def encode_prompts(run: RenderRun) -> Conditions:
     pairs = [] if request.prompt is None else [(request.prompt, request.negative_prompt)]
     for r in request.regions:
         pairs.append((r.prompt, request.negative_prompt if r.negative_prompt is None else r.negative_prompt))
+    if family.traits.guidance is not Guidance.CFG:
+        pairs = [(prompt, prompt) for prompt, _ in pairs]  # what is never used is not encoded
 
     @contextmanager
     def opened(part: Part) -> Iterator[Any]:
-        module = part.build()
+        module = run.models.module(part)
         with run.streamed(module, *run.weights[part.name], int8_products=False, arena_bytes=part.arena_bytes):
             yield module
 
@@ -184,12 +208,12 @@ def make_reference(run: RenderRun, picture: np.ndarray | None, guide_latents: Te
     request, plan = run.request, run.plan
     if guide_latents is None and picture is None:
         return None
-    height, width = (8 * n for n in plan.canvas)
+    height, width = pixels_of(plan.canvas)
     spec, wraps = plan.family.autoencoder, request.wrap.axes
     if guide_latents is not None and request.guide_upscale is GuideUpscale.LATENT:
         assert plan.guide is not None
         return guide.upscale(guide_latents, plan.guide, plan.canvas, wraps)
-    vae, name = families.build_vae(spec), "guide picture"
+    vae, name = run.models.vae(spec), "guide picture"
     with run.phase(name, 100), run.streamed(vae, spec.weights, families.vae_names, plan.resident[name]) as streamer:
         box: tuple[float, float] | None
         check, tell = at_rows(run.budget, plan.memory.peak_of(name)), percent(run.on_event, name)
@@ -199,7 +223,7 @@ def make_reference(run: RenderRun, picture: np.ndarray | None, guide_latents: Te
             picture = np.concatenate(
                 list(decode_pixels(plan.methods["guide decoded"], vae, streamer, unscaled, check, tell))
             )
-            box = (8 * plan.guide.shown_height, 8 * plan.guide.shown_width)
+            box = (FACTOR * plan.guide.shown_height, FACTOR * plan.guide.shown_width)
         else:
             assert picture is not None
             box = None
@@ -225,28 +249,31 @@ def _denoise(
 ) -> Tensor:  # fmt: skip
     request, plan, steps = run.request, run.plan, run.request.num_inference_steps
     height, width = plan.canvas if phase == "canvas" or plan.guide is None else plan.guide[:2]
-    reseeded = [
-        ((slice(r.rows[0] // 8, r.rows[1] // 8), slice(r.cols[0] // 8, r.cols[1] // 8)), r.seed)
-        for r in request.regions if r.seed is not None and phase == "canvas"
-    ]  # fmt: skip
+    spans = ((region_span(r, plan.family.traits.patch), r.seed) for r in request.regions if phase == "canvas")
+    reseeded = [((slice(*rows), slice(*cols)), seed) for (rows, cols), seed in spans if seed is not None]
     noise, generator = canvas.initial_noise((1, plan.family.latent_channels, height, width), request.seed, reseeded)
     schedule = build_schedule(request, plan.family)
     latents = schedule.start(noise, reference, begin)
     if begin == steps:
         return latents
     family, part = plan.family, plan.family.part(Role.DENOISER)
-    denoiser, short = part.build(), partial(run.budget.short, plan.sample_bytes)
+    denoiser, short = run.models.module(part), partial(run.budget.short, plan.sample_bytes)
     held = dict[str, Any](arena_bytes=plan.arena_bytes, transform=True, short=short)
     with run.streamed(denoiser, *run.weights[part.name], plan.resident[phase], **held) as streamer:
         check = at_layer(run.budget, plan.memory.peak_bytes)
-        options = Options(attention_window=request.attention_window, seed=request.seed)
-        prompts = [prompt for side in conditions for prompt in side]
-        prepared = family.prepare(denoiser, streamer, schedule.timesteps, prompts, options)
+        scales = {request.guidance_scale, *(r.guidance_scale for r in request.regions if r.guidance_scale is not None)}
+        options = Options(
+            attention_window=request.attention_window, seed=request.seed, tile_conditioning=request.tile_conditioning,
+            guidance=tuple(sorted(scales)), scratch=request.scratch_folder,
+        )  # fmt: skip
+        if run.prepared is None:
+            prompts = [prompt for side in conditions for prompt in side]
+            run.prepared = family.prepare(denoiser, streamer, schedule.timesteps, prompts, options)
 
         def predict(samples: Sequence[Sample], step: int) -> Tensor:
             run.counts["denoiser_calls"] += 1
             run.counts["denoiser_samples"] += len(samples)
-            return family.predict(denoiser, streamer, samples, step, prepared, check)
+            return family.predict(denoiser, streamer, samples, step, run.prepared, check)
 
         denoising = canvas.Denoising(latents, tiles, schedule, generator, begin=begin, phase=phase)
         loop = denoising.run(LocalRunner(predict, conditions, batch))
@@ -310,17 +337,14 @@ def picture_facts(run: RenderRun) -> dict[str, str]:
     return {name: str(pixels) for name, pixels in box} | run.texts
 
 
-def decode(run: RenderRun, latents: Tensor) -> Generator[np.ndarray]:
-    """The picture's rows, (n, W, 3) uint8, top first; `latents` (1, C, H, W) stay as they are."""
-    spec, plan = run.plan.decoder, run.plan.methods["decode"]
-    vae = families.build_vae(spec)
+def decode(run: Run, decoding: Decoding, latents: Latents) -> Generator[np.ndarray]:
+    """The picture's rows, (n, W, 3) uint8, top first; `latents` (1, C, h, w) are unscaled."""
+    spec, plan, resident, planned_bytes, crop = decoding
+    vae = run.models.vae(spec)
     run.note(f"decoder: {plan}")
-    resident = run.plan.resident["decode"]
     with run.phase("decode", 100), run.streamed(vae, spec.weights, families.vae_names, resident) as streamer:
-        check = at_rows(run.budget, run.plan.memory.peak_of("decode"))
-        progress = percent(run.on_event, "decode")
-        rows = decode_pixels(plan, vae, streamer, Unscaled(latents, spec), check, progress)
-        yield from cropped(rows, *run.plan.crop)
+        check = at_rows(run.budget, planned_bytes)
+        yield from cropped(decode_pixels(plan, vae, streamer, latents, check, percent(run.on_event, "decode")), *crop)
 
 
 class Unscaled:
@@ -337,7 +361,7 @@ def decode_pixels(
     plan: DecodePlan, vae: Any, streamer: Streamer, unscaled: Latents, check: Callable[[str], None],
     progress: Callable[[float], None],
 ) -> Generator[np.ndarray]:  # fmt: skip
-    """Decode (1, C, h, w) fp32 latents into rows (n, 8w, 3) uint8. Raises NumericalError rather than give a black picture."""
+    """Decode (1, C, h, w) fp32 latents into rows (n, FACTOR·w, 3) uint8. Raises NumericalError rather than give a black picture."""
     row = 0
     with closing(method.decode(plan, vae, streamer, unscaled, check=check, progress=progress)) as strips:
         for strip in strips:
@@ -356,18 +380,3 @@ def cropped(rows: Generator[np.ndarray], top: int, left: int) -> Generator[np.nd
             above, top = min(top, len(strip)), max(0, top - len(strip))
             if above < len(strip):
                 yield strip[above:, left:]
-
-
-@contextmanager
-def streamed(
-    module: Any, stored: dict[str, TensorInfo], names: Names, resident: dict[str, torch.dtype] | None = None, **options: Any
-) -> Iterator[Streamer]:  # fmt: skip
-    """The weights of one part of a checkpoint behind a meta-device module, for as long as the block lasts. `resident` ones
-    stay in memory; `options` are the Streamer's."""
-    index = match_index(module, stored, names)
-    with WeightStore(index) as store:
-        streamer = Streamer(store, **options)
-        stream_layers(module, streamer)
-        for name, dtype in (resident or {}).items():
-            store.keep(name, dtype)
-        yield streamer

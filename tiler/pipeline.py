@@ -19,6 +19,7 @@ from tiler.events import Event, OnEvent
 from tiler.memory import lean_imports, process
 from tiler.memory.budget import Budget
 from tiler.models import family as families
+from tiler.models.built import Models
 from tiler.output.picture import write_picture
 from tiler.planning.render import RenderPlan
 from tiler.planning.summary import summarise
@@ -58,7 +59,8 @@ def render(request: RenderRequest, budget: Budget | None = None, on_event: OnEve
             del picture, guide
             latents = phases.denoise_canvas(run, conditions, reference)
             # An error of the writer's must not leave the decoder's scratch files open.
-            with phases.kept_canvas(run, latents), closing(phases.decode(run, latents)) as rows:
+            unscaled = phases.Unscaled(latents, run.plan.decoder)
+            with phases.kept_canvas(run, latents), closing(phases.decode(run, run.decoding, unscaled)) as rows:
                 wanted = run.request
                 write_picture(
                     wanted.output,
@@ -80,10 +82,11 @@ class Planned:
     said: RenderRequest
     request: ResolvedRequest
     plan: RenderPlan
+    models: Models
 
     def facts(self) -> dict[str, Any]:
         """What `tiler plan --json` prints; measures this machine's speed for a second or two."""
-        return summarise(self.said, self.request, self.plan, measure())
+        return summarise(self.said, self.request, self.plan, self.models, measure())
 
 
 @torch.no_grad()
@@ -92,7 +95,7 @@ def plan(request: RenderRequest, budget: Budget | None = None, on_event: OnEvent
     Raises TilerError for what `render` would refuse before its first step."""
     with budget or Budget() as budget:
         run = phases.start(request, budget, on_event, planning=True)
-        return Planned(said=request, request=run.request, plan=run.plan)
+        return Planned(said=request, request=run.request, plan=run.plan, models=run.models)
 
 
 @torch.no_grad()
@@ -101,7 +104,7 @@ def decode(request: DecodeRequest, budget: Budget | None = None, on_event: OnEve
     with budget or Budget() as budget, decode_run.start(request, budget, on_event) as run:
         run.plan.check()
         lean_imports.freeze_imports()
-        with closing(decode_run.decode(run)) as rows:
+        with closing(phases.decode(run, run.decoding, run.latents)) as rows:
             write_picture(run.output, rows, run.width, run.height, run.texts, request.dpi, force=request.force)
         return Result(output=run.output, report=reports.of_decode(run))
 
@@ -111,7 +114,7 @@ def quantize(request: QuantizeRequest, budget: Budget | None = None, on_event: O
     """Write the int8 weights of a checkpoint into its cache folder unless they are there. Raises TilerError."""
     with budget or Budget() as budget:
         found = checkpoint.resolve(request.model, variant=request.variant, revision=request.revision)
-        family = families.read_family(found)
-        index = packing.prepare_int8(family, request.cache_dir or default_cache(), budget, on_event)
+        models = phases.open_models(families.read_family(found))
+        index = packing.prepare_int8(models, request.cache_dir or default_cache(), budget, on_event)
         path = next(iter(index.values())).path
         return Result(output=path, report=reports.of_packed(path, index, budget))

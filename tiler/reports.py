@@ -29,14 +29,15 @@ def of_render(run: RenderRun) -> dict[str, Any]:
     counts = with_old_names(dict(run.counts))
     return _common(run.budget, plan.memory.peak_bytes) | counts | {
         "tiles": len(plan.regions), "tile_batch": plan.batch, "precision": plan.precision.value,
-        "decode": plan.methods["decode"].name, "seed": request.seed, "width": request.width, "height": request.height,
+        "tile_conditioning": request.tile_conditioning.value, "decode": plan.methods["decode"].name,
+        "seed": request.seed, "width": request.width, "height": request.height,
         "model": found.name, "revision": found.revision,
     }  # fmt: skip
 
 
 def of_decode(run: DecodeRun) -> dict[str, Any]:
     """The report of a decode."""
-    facts = {"decode": run.decode_plan.name, "width": run.width, "height": run.height}
+    facts = {"decode": run.decoding.plan.name, "width": run.width, "height": run.height}
     return _common(run.budget, run.plan.peak_bytes) | facts
 
 

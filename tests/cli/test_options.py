@@ -10,7 +10,7 @@ BAD_OPTIONS = [
     (["--size", "0"], "size = 0"),
     (["--size", "-64"], "size = -64"),
     (["--size", "1000000"], "size = 1000000"),
-    (["--size", "56", "--wrap", "x"], "smaller than a tile"),
+    (["--size", "56", "--wrap", "x"], "no side of 56 pixels; take 64"),
     (["--report", "tiler.png"], "same file"),
     (["-o", "a.png", "--save-latents", "a.png"], "same file"),
     (["--steps", "0"], "steps = 0"),

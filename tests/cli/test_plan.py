@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -73,3 +74,11 @@ def test_eighty_columns_are_enough(tiler, tiny: Path, words: tuple[str, ...]) ->
 def test_prompt_markup_that_does_not_work_is_noted(in_process, tiny: Path, prompt: str) -> None:
     ran = in_process("plan", prompt, "--model", tiny, "--size", "64")
     assert ("plain words" in ran.err) == (prompt.startswith("a (") or "lora" in prompt)
+
+
+def test_one_of_a_thing_is_singular(in_process, tiny: Path) -> None:
+    common = ("--model", tiny, "--steps", "1", "--cfg-scale", "1")
+    one = in_process("plan", "x", *common, "--size", "64").out
+    assert "1 tile\n" in one and "1 sample," in one and "1 read of the weights for 1 sample each" in one
+    assert "0 samples" not in in_process("plan", "x", *common, "--size", "128").out
+    assert not re.search(r"\b1 (tile|sample|read)s", one)

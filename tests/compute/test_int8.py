@@ -18,6 +18,7 @@ from tiler.compute.shapes import MetaMeter
 from tiler.compute.stream import Streamer
 from tiler.errors import ModelError, StorageError
 from tiler.models import family as families
+from tiler.models.built import Models
 from tiler.models.unet import int8_weights, predict_noise
 from tiler.native import library
 from tiler.packing import order_of_use, packed_names, packed_weights
@@ -159,7 +160,7 @@ def test_the_text_encoder_is_stored_in_int8_and_computed_in_fp32(tiny: Path, cac
     from transformers import CLIPTextModel
 
     family = family_of(tiny)
-    index, encoder = packed_weights(family, cache, quiet), family.part(families.Role.TEXT_ENCODER).build()
+    index, encoder = packed_weights(Models(family), cache, quiet), family.part(families.Role.TEXT_ENCODER).build()
     ids = torch.randint(0, encoder.config.vocab_size, (1, 77), generator=torch.Generator().manual_seed(0))
     with streamed(
         encoder, index, packed_names(family.part(families.Role.TEXT_ENCODER)), int8_products=False
@@ -176,7 +177,7 @@ def test_the_text_encoder_is_stored_in_int8_and_computed_in_fp32(tiny: Path, cac
 
 def test_a_packed_file_holds_the_weights_in_the_order_of_use(tiny: Path, cache: Path) -> None:
     family = family_of(tiny)
-    packed_file = packed_weights(family, cache, quiet)
+    packed_file = packed_weights(Models(family), cache, quiet)
     index = unet_of(packed_file)
     unet = family.part(families.Role.DENOISER).build()
     quantised = int8_weights(unet)
@@ -204,16 +205,16 @@ def test_a_packed_file_that_does_not_fit_is_made_again(tiny: Path, tmp_path: Pat
             told.append(why)
 
     family = family_of(tiny)
-    path = next(iter(packed_weights(family, tmp_path, tell).values())).path
+    path = next(iter(packed_weights(Models(family), tmp_path, tell).values())).path
     whole = path.read_bytes()
     assert len(told) == 1
-    packed_weights(family, tmp_path, tell)
+    packed_weights(Models(family), tmp_path, tell)
     assert len(told) == 1  # it was there
     path.write_bytes(whole[:-100])
-    packed_weights(family, tmp_path, tell)
+    packed_weights(Models(family), tmp_path, tell)
     assert "bytes short" in told[1]
     path.write_bytes(whole.replace(f'"version": "{VERSION}"'.encode(), b'"version": "2"'))
-    packed_weights(family, tmp_path, tell)
+    packed_weights(Models(family), tmp_path, tell)
     assert "another model or version" in told[2]
     assert path.read_bytes() == whole
     assert read_metadata(path)["format"] == "tiler-int8"
@@ -222,7 +223,7 @@ def test_a_packed_file_that_does_not_fit_is_made_again(tiny: Path, tmp_path: Pat
 
 def test_two_models_have_two_packed_files(checkpoints: Path, tmp_path: Path) -> None:
     paths = {
-        next(iter(packed_weights(family_of(checkpoints / k), tmp_path, quiet).values())).path
+        next(iter(packed_weights(Models(family_of(checkpoints / k)), tmp_path, quiet).values())).path
         for k in ("tiny", "tiny-sd2")
     }
     assert len(paths) == 2
@@ -233,10 +234,10 @@ def test_no_place_for_the_packed_file_says_how_much_it_needs(
 ) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(StorageError, match="--cache-dir"):
-        packed_weights(family_of(tiny), tmp_path / "file", quiet)
+        packed_weights(Models(family_of(tiny)), tmp_path / "file", quiet)
     monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=1_000_000))
     with pytest.raises(StorageError, match=r"1 MB free, int8 weights need \d+ MB"):
-        packed_weights(family_of(tiny), tmp_path, quiet)
+        packed_weights(Models(family_of(tiny)), tmp_path, quiet)
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
@@ -272,13 +273,13 @@ def call(family: families.Family, index: dict[str, TensorInfo], batch: int = 2, 
 def test_a_unet_in_int8_is_near_diffusers(checkpoints: Path, cache: Path, kind: str) -> None:
     family = family_of(checkpoints / kind)
     plain = call(family, family.checkpoint.weights("unet"))
-    got = call(family, packed_weights(family, cache, quiet))
+    got = call(family, packed_weights(Models(family), cache, quiet))
     assert 1e-4 < (got - plain).norm() / plain.norm() < 0.05
 
 
 def test_int8_bytes_do_not_depend_on_batch_pieces_arena_or_residency(tiny: Path, cache: Path) -> None:
     family = family_of(tiny)
-    index = packed_weights(family, cache, quiet)
+    index = packed_weights(Models(family), cache, quiet)
     names = sorted(n for n, info in unet_of(index).items() if info.dtype == "I8")
     want = call(family, index)
     assert torch.equal(call(family, index, batch=1), want)
@@ -295,7 +296,7 @@ def test_without_8_bit_products_the_arithmetic_is_fp32(
     from diffusers import UNet2DConditionModel
 
     family = family_of(tiny)
-    index = packed_weights(family, cache, quiet)
+    index = packed_weights(Models(family), cache, quiet)
     monkeypatch.setattr(cpu, "flags", lambda: ("asimddp",))
     assert not cpu.int8().products
     got = call(family, index)
@@ -325,13 +326,13 @@ def test_what_int8_means_on_a_processor(
     assert cpu.int8()[:3] == (largest, products, dot)
     narrow = family_of(tiny)
     wide = replace(narrow, traits=narrow.traits._replace(width=320))
-    precision, why = choose_precision(Precision.AUTO, wide)
+    precision, why = choose_precision(Precision.AUTO, wide, cpu.int8())
     assert precision is (Precision.INT8 if dot else Precision.FP32)
     assert "bit weights" in why
-    precision, why = choose_precision(Precision.AUTO, narrow)
+    precision, why = choose_precision(Precision.AUTO, narrow, cpu.int8())
     assert precision is Precision.FP32 and "32 channels" in why
     for family in (narrow, wide):
-        assert choose_precision(Precision.INT8, family) == (Precision.INT8, "as asked")
+        assert choose_precision(Precision.INT8, family, cpu.int8()) == (Precision.INT8, "as asked")
 
 
 @needs_int8

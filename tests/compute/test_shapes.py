@@ -30,3 +30,15 @@ def test_meter_knows_a_convolutions_scratch_and_not_its_weights() -> None:
     x_bytes, out_bytes = 4 * 256 * 4, 8 * 256 * 4
     assert out.shape == (1, 8, 16, 16)
     assert meter.peak_bytes == x_bytes + out_bytes + (x_bytes + out_bytes + conv.weight.nbytes)
+
+
+def test_meter_looks_up_rows_without_data() -> None:
+    with torch.device("meta"):
+        table = nn.Embedding(100, 8)
+    rows, cols = torch.zeros(2, 5, dtype=torch.int64), torch.zeros(5, dtype=torch.int64)
+    with MetaMeter() as meter, torch.no_grad():
+        out = table(rows)
+        assert out.shape == (2, 5, 8) and out.is_meta
+        assert meter.peak_bytes == out.nbytes
+        assert table.weight[rows].shape == (2, 5, 8)
+        assert table.weight[rows, cols].shape == (2, 5)

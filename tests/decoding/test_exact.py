@@ -20,6 +20,7 @@ from tiler.compute.layers import stream_layers
 from tiler.compute.stream import Streamer
 from tiler.decoding import exact, frozen, scratch
 from tiler.decoding import method as method
+from tiler.decoding.method import ScratchSpace
 from tiler.decoding.rows import to_tensor
 from tiler.decoding.scratch import Rows, Scratch
 from tiler.errors import NumericalError, StorageError
@@ -163,7 +164,7 @@ def test_sampled_attends_to_evenly_spaced_tokens_and_measures_every_pixel(
     stream_layers(vae, streamer)
     for encoding in False, True:
         how = method.choose(
-            Decode.SAMPLED, vae, streamer, size, encoding=encoding, folder=tmp_path, dtype=ScratchDtype.FP32
+            Decode.SAMPLED, vae, streamer, size, ScratchSpace(tmp_path, 10**12, ScratchDtype.FP32), encoding=encoding
         )
         own, quiet = families.build_vae(kind), {"check": lambda where: None, "progress": lambda share: None}
         with streamed(own, kind.weights, families.vae_names) as loaded:
@@ -211,11 +212,11 @@ def test_values_beyond_fp16_keep_their_range(tmp_path: Path) -> None:
         rows.append(torch.full((1, 3, 1, 5), float("nan")))
 
 
-def chosen(folder: Path, wanted: Decode, side: int, where: Path) -> method.DecodePlan:
+def chosen(folder: Path, wanted: Decode, side: int, where: Path, free: int = 10**12) -> method.DecodePlan:
     family = families.read_family(resolve(str(folder)))
     vae, streamer = families.build_vae(family.autoencoder), Streamer(None)
     stream_layers(vae, streamer)
-    return method.choose(wanted, vae, streamer, (side, side), encoding=False, folder=where, dtype=ScratchDtype.FP16)
+    return method.choose(wanted, vae, streamer, (side, side), ScratchSpace(where, free), encoding=False)
 
 
 def test_auto_takes_exact_while_there_is_room_and_attention_is_cheap(
@@ -232,14 +233,12 @@ def test_auto_takes_exact_while_there_is_room_and_attention_is_cheap(
     monkeypatch.setattr(method, "ATTENTION_SHARE", 10)
     needs = {kind: chosen(tiny, kind, 400, tmp_path).scratch_bytes for kind in (Decode.EXACT, Decode.FROZEN)}
     assert needs[Decode.FROZEN] < needs[Decode.EXACT] / 5
-    monkeypatch.setattr(method, "free_bytes", lambda folder: needs[Decode.FROZEN])
-    full = chosen(tiny, Decode.AUTO, 400, tmp_path)
+    full = chosen(tiny, Decode.AUTO, 400, tmp_path, needs[Decode.FROZEN])
     assert not full.by_layers
     assert "MB free" in full.why
-    monkeypatch.setattr(method, "free_bytes", lambda folder: 1000)
     for kind in (Decode.AUTO, Decode.EXACT, Decode.FROZEN):
         with pytest.raises(StorageError, match="--scratch"):
-            chosen(tiny, kind, 400, tmp_path)
+            chosen(tiny, kind, 400, tmp_path, 1000)
     with pytest.raises(StorageError, match="no scratch folder"):
         scratch.free_bytes(tmp_path / "missing")
 

@@ -16,6 +16,7 @@ from tiler.compute.stream import Streamer
 from tiler.decoding import frozen
 from tiler.decoding import method as method
 from tiler.decoding import tiny as tiny_decoder
+from tiler.decoding.method import ScratchSpace
 from tiler.decoding.rows import REACH, decoder_stages, flow, to_tensor, to_uint8
 from tiler.decoding.scratch import Scratch
 from tiler.models import family as families
@@ -74,7 +75,13 @@ def test_a_picture_that_wraps_joins_itself(tiny: Path, tmp_path: Path, kind: Dec
 
     def decode(latents: torch.Tensor, wrap: Wrap) -> torch.Tensor:
         how = method.choose(
-            kind, vae, streamer, (144, 176), encoding=False, folder=tmp_path, dtype=ScratchDtype.FP32, wrap=wrap
+            kind,
+            vae,
+            streamer,
+            (144, 176),
+            ScratchSpace(tmp_path, 10**12, ScratchDtype.FP32),
+            encoding=False,
+            wrap=wrap,
         )
         own = families.build_vae(family.autoencoder)
         with streamed(own, family.autoencoder.weights, families.vae_names) as loaded:

@@ -23,6 +23,7 @@ def test_guide_has_the_native_area_and_shows_the_canvass_aspect() -> None:
     assert guide_size((64, 64), 64, 8) is None
     square = guide_size((256, 256), 64, 8)
     assert square == (64, 64, 64.0, 64.0)
+    assert guide_size((40, 100), 64, 8) == (40, 104, 40.0, 100.0)  # never larger than the canvas
     wide = guide_size((128, 256), 64, 8)
     assert wide is not None
     assert wide.height % 8 == wide.width % 8 == 0

@@ -22,9 +22,11 @@ import tiler.diffusion.schedulers as schedulers
 from tiler.diffusion.scheduler_config import SPACINGS, correct_scheduler
 from tiler.diffusion.timesteps import beta_quantiles, fault
 from tiler.errors import ModelError, TilerError, UsageError
+from tiler.models.built import Models
 from tiler.models.corrections import correct_unet
 from tiler.models.family import read_family
-from tiler.planning.render import plan_render
+from tiler.phases import make_plan
+from tiler.planning.resolve import fill
 from tiler.request import RenderRequest, Scheduler, parse_scheduler
 from tiler.weights.checkpoint import resolve
 
@@ -345,7 +347,7 @@ def test_the_default_model_takes_every_number_of_steps() -> None:
 def test_the_plan_refuses_before_any_work() -> None:
     family, asked = read_family(resolve("mini")), {"prompt": "x", "output": Path("x.png")}
     with pytest.raises(UsageError, match="LCM cannot take 60 steps"):
-        plan_render(RenderRequest(**asked, scheduler=Scheduler.LCM, num_inference_steps=60), family, 10**9)
+        make_plan(fill(RenderRequest(**asked, scheduler=Scheduler.LCM, num_inference_steps=60)), Models(family), 10**9)
     spoilt = replace(family, scheduler=family.scheduler | {"num_train_timesteps": 0})
     with pytest.raises(ModelError, match="num_train_timesteps"):
-        plan_render(RenderRequest(**asked), spoilt, 10**9)
+        make_plan(fill(RenderRequest(**asked)), Models(spoilt), 10**9)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import tracemalloc
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,19 @@ def test_weights_sum_to_one(
         assert bool((placed.weights >= 0).all())
         total[placed.crop] += placed.weights.double()
     assert (total - 1).abs().max() <= 1e-6
+
+
+def test_without_an_unconditional_half_the_scale_is_the_same_at_every_step() -> None:
+    """An embedded scale is an input: outside the guidance interval too, and whatever it is, a tile is one sample."""
+    asked = request(guidance_scale=3.5, guidance_interval=(0.0, 0.5), num_inference_steps=4)
+    tiles = plan_tiles(asked, canvas=(16, 16), tile=(8, 8), overlap=2)
+    for unconditional, samples, scales in ((True, [2, 2, 1, 1], [3.5, 3.5, 1, 1]), (False, [1] * 4, [3.5] * 4)):
+        steps = [tiles_of_step(replace(tiles, unconditional=unconditional), asked, number) for number in range(4)]
+        assert [step[0].samples for step in steps] == samples
+        assert [step[0].guidance_scale for step in steps] == scales
+        assert [step.samples for step in steps] == [n * len(tiles) for n in samples]
+        assert [step.samples_of(2) for step in steps] == [2 * n for n in samples]
+        assert steps[0].sample_numbers() == [n for n in range(len(tiles)) for _ in range(samples[0])]
 
 
 def whole_canvas(asked: ResolvedRequest, canvas: tuple[int, int], tile: tuple[int, int], tiles: Tiles) -> list[Tensor]:
@@ -223,16 +237,16 @@ def test_regions_that_cannot_be() -> None:
         plan_tiles(request(), canvas=(16, 16), tile=(8, 8), overlap=8)
     with pytest.raises(UsageError, match="outside"):
         request(regions=(Region(prompt="r", rows=(0, 256), cols=(0, 64)),))
-    heavy = Region(prompt="heavy", rows=(0, 128), cols=(0, 128), mask_weight=1e300)
-    with pytest.raises(UsageError, match="mask_weight"):
-        plan_tiles(request(prompt=None, regions=(heavy,)), canvas=(16, 16), tile=(8, 8), overlap=2)
+    for weight in (1e300, 0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(UsageError, match="mask_weight"):
+            Region(prompt="heavy", rows=(0, 128), cols=(0, 128), mask_weight=weight)
     for rows in ((64, 0), (0, 0), (-8, 64), (0, 63)):
         with pytest.raises(UsageError):
             Region(prompt="r", rows=rows, cols=(0, 64))
 
 
-def steps_of(asked: ResolvedRequest, size: tuple[int, int]) -> list[Tiles]:
-    tiles = plan_tiles(asked, canvas=size, tile=(8, 8), overlap=2)
+def steps_of(asked: ResolvedRequest, size: tuple[int, int], patch: int = 1) -> list[Tiles]:
+    tiles = plan_tiles(asked, canvas=size, tile=(8, 8), overlap=2, patch=patch)
     return [tiles_of_step(tiles, asked, number) for number in range(asked.num_inference_steps)]
 
 
@@ -266,3 +280,69 @@ def test_the_last_step_of_a_shifted_schedule_overlaps() -> None:
     for a, b in zip(shifted[-1], grid[-1], strict=True):
         assert (a.top, a.left, a.guidance_scale) == (b.top, b.left, b.guidance_scale)
         assert torch.equal(a.weights, b.weights)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    sides=st.tuples(st.integers(128, 420), st.integers(128, 420)), layout=st.sampled_from(Layout),
+    region=st.none() | st.tuples(st.integers(0, 6), st.integers(0, 6)), guide=st.booleans(), overlap=st.none() | st.integers(0, 9),
+    wrap=st.sampled_from(Wrap),
+)  # fmt: skip
+def test_tiles_of_a_transformer_begin_at_whole_patches(
+    sides: tuple[int, int], layout: Layout, region: tuple[int, int] | None, guide: bool, overlap: int | None, wrap: Wrap
+) -> None:
+    """Latents in patches of 2 × 2: the patches of all tiles coincide, and every canvas is covered once."""
+    mini = read_family(resolve("mini"))
+    family = replace(mini, traits=mini.traits._replace(native=16, granularity=2, patch=2))
+    height, width = (side // 16 * 16 if wraps else side for side, wraps in zip(sides, wrap.axes, strict=True))
+    regions, layout = (), Layout.GRID if region or overlap is not None else layout
+    if region is not None:
+        top, left = (8 * n for n in region)
+        rows, cols = (top, min(top + 144, height // 8 * 8)), (left, min(left + 144, width // 8 * 8))
+        if min(rows[1] - rows[0], cols[1] - cols[0]) < 136:
+            return
+        regions = (Region(prompt="r", rows=rows, cols=cols),)
+    asked = request(
+        width=width, height=height, layout=layout, regions=regions, guide=guide, wrap=wrap, num_inference_steps=3,
+        overlap=None if overlap is None else 8 * overlap,
+    )  # fmt: skip
+    cut = plan_tiling(asked, family)
+    assert cut.canvas == tuple(-(-side // 16) * 2 for side in (height, width))
+    for step in (*cut.canvas_steps, *cut.guide_steps[:1]):
+        total = torch.zeros(step.canvas)
+        for tile in step:
+            assert tile.top % 2 == tile.left % 2 == tile.height % 2 == tile.width % 2 == 0
+            total[tile.crop] += tile.weights
+        assert torch.allclose(total, torch.ones(step.canvas), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "canvas", "tile", "crop"),
+    [
+        (320, 320, (40, 40), (40, 40), (0, 0)),
+        (512, 512, (64, 64), (64, 64), (0, 0)),
+        (800, 480, (64, 100), (64, 64), (16, 0)),
+        (800, 320, (40, 100), (40, 64), (0, 0)),
+        (300, 800, (100, 40), (64, 40), (0, 10)),
+        (100, 2048, (256, 32), (64, 32), (0, 78)),
+    ],
+)
+def test_a_side_below_the_native_one_is_one_tile(
+    width: int, height: int, canvas: tuple[int, int], tile: tuple[int, int], crop: tuple[int, int]
+) -> None:
+    mini = read_family(resolve("mini"))
+    family = replace(mini, traits=mini.traits._replace(native=64, granularity=8))
+    cut = plan_tiling(request(width=width, height=height), family)
+    assert (cut.canvas, cut.regions.tile, cut.crop) == (canvas, tile, crop)
+    assert (cut.guide is None) == (canvas == tile)
+    if cut.guide is not None:
+        assert cut.guide.height * cut.guide.width <= 64 * 64 * 1.3
+
+
+def test_regions_need_a_side_that_one_tile_fills() -> None:
+    mini = read_family(resolve("mini"))
+    family = replace(mini, traits=mini.traits._replace(native=64, granularity=8))
+    region = Region(prompt="r", rows=(0, 800), cols=(0, 320))
+    assert len(plan_tiling(request(width=320, height=800, prompt=None, regions=(region,)), family).regions) == 2
+    with pytest.raises(UsageError, match="300 pixels; take 320"):
+        plan_tiling(request(width=300, height=800, regions=(replace(region, cols=(0, 296)),)), family)

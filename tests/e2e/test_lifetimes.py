@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import os
 import threading
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -49,3 +54,43 @@ def test_an_end_in_any_phase_leaves_nothing_open(tiny: Path, tmp_path: Path, pha
         assert [path.name for path in tmp_path.iterdir()] == kept
     else:
         assert (phase, kind) == ("encode prompts", events.Progress)  # there is none
+
+
+@pytest.mark.parametrize("tiny_vae", [False, True])
+def test_every_model_is_built_once(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_vae: bool) -> None:
+    """For planning, packing, the guide, the canvas and both ways through the autoencoder."""
+    from diffusers import AutoencoderTiny
+
+    from tiler.models import built
+    from tiler.models import family as families
+    from tiler.models.family import Family, Part
+    from tiler.weights.checkpoint import Checkpoint
+
+    counts: Counter[str] = Counter()
+    read, build_vae = families.read_family, built.build_vae
+
+    def counted(name: str, build: Callable[..., Any], *args: Any) -> Any:
+        counts[name] += 1
+        return build(*args)
+
+    def counting(part: Part) -> Part:
+        return replace(part, build=partial(counted, part.name, part.build))
+
+    def reading(checkpoint: Checkpoint) -> Family:
+        family = read(checkpoint)
+        return replace(family, parts=tuple(map(counting, family.parts)))
+
+    monkeypatch.setattr(families, "read_family", reading)
+    monkeypatch.setattr(built, "build_vae", partial(counted, "tiny vae", build_vae))
+    decoder = {}
+    if tiny_vae:
+        AutoencoderTiny(decoder_block_out_channels=(16,) * 4, encoder_block_out_channels=(16,) * 4).save_pretrained(
+            tmp_path / "taesd"
+        )
+        decoder = {"tiny_vae": str(tmp_path / "taesd"), "decode": "tiny"}
+    request = RenderRequest(
+        prompt="x", model=str(tiny), size=128, num_inference_steps=1, output=tmp_path / "x.png", precision="int8",
+        cache_dir=tmp_path / "cache", guide_upscale="pixel", **decoder,
+    )  # fmt: skip
+    render(request, Budget(read_rss().now + 2_000_000_000))
+    assert counts == {"text_encoder": 1, "unet": 1, "vae": 1} | ({"tiny vae": 1} if tiny_vae else {})

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tiler.compute.tuning import TIGHT_ARENA_BYTES
+from tiler.models.built import Models
 from tiler.models.family import Role, plain_names, read_family
 from tiler.models.unet import predict_noise
 from tiler.packing import packed_weights
@@ -89,7 +90,7 @@ def test_neither_a_small_arena_nor_company_changes_a_bit(sd15: Path, precision: 
     family = read_family(resolve(str(sd15)))
     weights = family.checkpoint.weights("unet")
     if precision == "int8":
-        weights = packed_weights(family, default_cache(), lambda share, why: None)
+        weights = packed_weights(Models(family), default_cache(), lambda share, why: None)
     generator = torch.Generator().manual_seed(1)
     tiles = list(torch.randn(2, 1, 4, 64, 64, generator=generator))
     tiles, texts = [*tiles, tiles[1]], list(torch.randn(3, 77, 768, generator=generator).split(1))
@@ -112,6 +113,7 @@ from tiler.memory import process
 process.frugal_allocator()
 import torch
 from tiler import Budget
+from tiler.models.built import Models
 from tiler.models.family import Role, plain_names, read_family
 from tiler.models.unet import predict_noise
 from tiler.memory.policy import at_layer
@@ -123,7 +125,7 @@ family, budget = read_family(resolve({str(sd15)!r})), Budget("800MB")
 weights = family.checkpoint.weights("unet")
 if sys.argv[1] == "int8":
     with Budget("300MB") as small:  # a vocabulary's table alone would be 150 MB
-        weights = prepare_int8(family, Path({str(tmp_path)!r}), small, lambda event: None)
+        weights = prepare_int8(Models(family), Path({str(tmp_path)!r}), small, lambda event: None)
 generator = torch.Generator().manual_seed(1)
 latents, text = (torch.randn(1, *shape, generator=generator) for shape in ((4, 64, 64), (77, 768)))
 unet = family.part(Role.DENOISER).build()

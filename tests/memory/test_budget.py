@@ -60,6 +60,26 @@ def test_a_phase_tells_what_its_peak_consists_of() -> None:
     assert use.anon_bytes > 200e6
 
 
+def test_a_second_run_under_a_budget_reports_itself_alone() -> None:
+    budget = Budget("10GB")
+    with budget:
+        with budget.phase("large"):
+            block = torch.ones(50_000_000)
+            del block
+        first = budget.peak_rss_bytes
+    with budget, budget.phase("small"):
+        pass
+    assert [phase.name for phase in budget.phases] == ["small"]
+    assert budget.peak_rss_bytes < first - 100_000_000
+    with budget:  # the caller measures several runs together
+        for name in ("large", "small"):
+            with budget, budget.phase(name):
+                block = torch.ones(50_000_000 if name == "large" else 1)
+                del block
+        assert [phase.name for phase in budget.phases] == ["small"]
+        assert budget.peak_rss_bytes >= first - 20_000_000
+
+
 def test_budget_raises_at_the_ceiling_with_the_place() -> None:
     with Budget(read_rss().now + 60_000_000) as budget:
         budget.check("before")

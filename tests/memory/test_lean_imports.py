@@ -26,15 +26,15 @@ import sys
 from pathlib import Path
 import tiler.models.unet, tiler.compute.layers
 tiler.models.unet.SMALL = tiler.compute.layers.SMALL = 500  # or all of so small a model would be loaded at once
-from tiler.models.family import Role, read_family
-from tiler.planning.render import plan_render
+from tiler.models.built import Models
+from tiler.models.family import read_family
+from tiler.phases import make_plan
 from tiler.planning.resolve import fill
 from tiler.request import Precision, RenderRequest
 from tiler.weights.checkpoint import resolve
 family = read_family(resolve({str(tiny)!r}))
 request = fill(RenderRequest(prompt="x", size=256, precision=Precision({precision!r})))
-plan_render(request, family, 10**9)
-family.part(Role.TEXT_ENCODER).build()
+make_plan(request, Models(family), 10**9)
 print([m for m in ("torch._dynamo", "sympy", "torch.distributed.tensor", "torch.distributed.fsdp") if m in sys.modules])
 import torch._dynamo, diffusers.models.transformers as t
 print(hasattr(torch._dynamo, "optimize"), hasattr(t, "SD3Transformer2DModel"), torch.distributed.is_available())

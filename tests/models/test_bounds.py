@@ -67,7 +67,11 @@ CASES = [
     *(("vae", "out_channels", value) for value in [1, 4, 8]),
     *(("unet", "out_channels", value) for value in [1, 3, 8]),
     *(("unet", key, value) for key in ("conv_in_kernel", "conv_out_kernel") for value in [2, 4, 11]),
-    ("unet", "num_attention_heads", "8"),
+    ("unet", "num_attention_heads", "8"), ("unet", "addition_time_embed_dim", "8"),
+    ("unet", "projection_class_embeddings_input_dim", -1),
+    *(("vae", key, value) for key in ("latents_mean", "latents_std")
+      for value in [0.5, "0", [], [1.0], [1.0] * 5, [1.0, 1.0, 1.0, None], [1.0, 1.0, 1.0, float("nan")]]),
+    ("vae", "latents_std", [1.0, 1.0, 1.0, 0.0]),
     ("unet", "norm_num_groups", 5), ("vae", "norm_num_groups", 3), ("text_encoder", "num_attention_heads", 3),
 ]  # fmt: skip
 

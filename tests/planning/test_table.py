@@ -11,8 +11,9 @@ import torch
 
 from tiler.errors import BudgetRefused
 from tiler.memory.process import read_rss
+from tiler.models.built import Models
 from tiler.models.family import read_family
-from tiler.planning.render import plan_render
+from tiler.phases import make_plan
 from tiler.planning.resolve import fill
 from tiler.planning.table import MemoryPlan, PhasePlan, Term
 from tiler.request import RenderRequest
@@ -31,7 +32,9 @@ def test_plan_refuses_with_the_table_and_the_smallest_ceiling() -> None:
     plan = MemoryPlan(max_bytes=800_000_000, phases=(phase,), smallest_bytes=700_000_001)
     with pytest.raises(BudgetRefused, match="701MB") as caught:
         plan.check()
-    assert "weights" in str(caught.value)
+    message, *table = str(caught.value).splitlines()
+    assert "'canvas' needs 900 MB" in message and "97% of the ceiling of 800 MB" in message
+    assert any(line.startswith("canvas") and "900 MB" in line and "weights 500" in line for line in table)
     assert caught.value.exit_code == 4
 
 
@@ -39,7 +42,7 @@ def test_more_memory_means_larger_batches_and_resident_weights(tiny: Path) -> No
     family = read_family(resolve(str(tiny)))
     request = fill(RenderRequest(prompt="x", size=512, num_inference_steps=4))
     here = read_rss().now
-    plans = [plan_render(request, family, here + extra) for extra in (56_000_000, 80_000_000, 2_000_000_000)]
+    plans = [make_plan(request, Models(family), here + extra) for extra in (56_000_000, 80_000_000, 2_000_000_000)]
     assert plans[0].batch <= plans[1].batch <= plans[2].batch
     assert plans[2].batch > 1
     kept = [plan.resident["canvas"] for plan in plans]
@@ -51,15 +54,17 @@ def test_more_memory_means_larger_batches_and_resident_weights(tiny: Path) -> No
 def test_a_plan_knows_what_building_the_model_imports(tiny: Path) -> None:
     """Planning is the first thing that a process does with a model: diffusers is imported on the way."""
     code = f"""
-from pathlib import Path
-from tiler.memory.process import _untouched_code, read_rss, trim
+from tiler.memory.process import read_rss, release_code
+from tiler.models.built import Models
 from tiler.models.family import read_family
-from tiler.planning.render import plan_decode
-from tiler.request import Decode, ScratchDtype, Wrap
+from tiler.phases import make_plan
+from tiler.planning.resolve import fill
+from tiler.request import RenderRequest
 from tiler.weights.checkpoint import resolve
-kind, options = read_family(resolve({str(tiny)!r})).autoencoder, dict(scratch_dtype=ScratchDtype.FP16, wrap=Wrap.NONE)
-_, plan, _ = plan_decode(kind, (64, 64), 10**9, decode=Decode.FROZEN, scratch=Path("."), **options)
-print(plan.phases[0].terms[0].nbytes, read_rss().now)
+request = fill(RenderRequest(prompt="x", size=128))
+plan = make_plan(request, Models(read_family(resolve({str(tiny)!r}))), 10**9)
+release_code()  # what planning ran
+print(plan.memory.phases[0].terms[0].nbytes, read_rss().now)
 """
     libraries, now = map(int, fresh(code).split())
     assert libraries > now

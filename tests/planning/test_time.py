@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tiler import RenderRequest
 from tiler.decoding.method import DecodePlan
+from tiler.models.built import Models
 from tiler.models.family import Role, read_family
 from tiler.planning.resolve import fill
 from tiler.planning.tiling import plan_tiling
@@ -46,7 +47,7 @@ def test_work_is_what_torch_counts(checkpoints: Path, kind: str) -> None:
         )),
         family,
     )  # fmt: skip
-    work = Counter(family).count(one, None)
+    work = Counter(Models(family)).count(one, None)
     assert one.denoiser_samples == 3
     assert work.attention == 3 * attention
     assert work.layers == pytest.approx(3 * layers, rel=1e-3)  # the time embedding is a vector, hardly work

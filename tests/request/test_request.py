@@ -90,7 +90,8 @@ def test_a_sheet_of_paper_becomes_pixels() -> None:
     assert (sheet.width, sheet.height) == (round(216 / 25.4 * 100), round(303 / 25.4 * 100))
     assert (sheet.dpi, sheet.bleed_mm) == (100, 3)
     assert fill(RenderRequest(prompt="x", paper="A4")).dpi == 300
-    assert fill(RenderRequest(prompt="x", size=640, width=512)).canvas_size == (640, 512)
+    mixed = fill(RenderRequest(prompt="x", size=640, width=512))
+    assert (mixed.height, mixed.width) == (640, 512)
 
 
 def test_an_absent_negative_prompt_differs_from_an_empty_one() -> None:

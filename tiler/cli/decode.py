@@ -22,7 +22,7 @@ def run(
     json_output: o.Json = False,
 ) -> None:
     """Decode latents into a picture with a model's autoencoder under the memory ceiling."""
-    o.check_report(report, request.output or Path("tiler.png"), request.latents)
+    o.check_report(report, request.output or Path("tiler.png"), request.latents, force=request.force)
     budget = Budget(max_ram)
     o.prepare_process(threads)
     from tiler.cli.progress import ProgressPrinter

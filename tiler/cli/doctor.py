@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import platform
 import shutil
+import sys
+import textwrap
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -67,8 +69,9 @@ def command(measure: Measure = False, json_output: o.Json = False) -> None:
     if json_output:
         typer.echo(json.dumps(facts))
         return
+    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else 10_000
     for name, value in facts.items():
-        typer.echo(f"{name:20}{value}")
+        typer.echo(textwrap.fill(value, columns, initial_indent=f"{name:20}", subsequent_indent=" " * 20))
 
 
 def _kernels(library: Library | None, fault: str) -> str:

@@ -51,7 +51,7 @@ app = typer.Typer(
     cls=_Commands,
     help="Posters from Stable-Diffusion-class models on machines that cannot hold the model. "
     "The process stays under --max-ram (800 MB by default), or stops.",
-    epilog='Start with: tiler render "a sailing boat at sunset" --size 2048 -o poster.png',
+    epilog='Start with: tiler render "misty mountains in indigo blue" -o poster.png',
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",

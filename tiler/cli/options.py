@@ -160,7 +160,7 @@ def prepare_process(threads: int | None) -> None:
     lean_torch()
 
 
-def check_report(report: Path | None, *outputs: Path | None) -> None:
+def check_report(report: Path | None, *outputs: Path | None, force: bool) -> None:
     """Before any work: the report can be written, and takes the name of no other file. Raises UsageError, StorageError."""
     if report is None:
         return
@@ -168,7 +168,7 @@ def check_report(report: Path | None, *outputs: Path | None) -> None:
 
     if any(output is not None and output.absolute() == report.absolute() for output in outputs):
         raise UsageError(f"{report}: --report and another output name the same file; give another name")
-    check_writable(report, force=True, option="--report")
+    check_writable(report, force=force, option="--report")
 
 
 def write_report(path: Path | None, report: dict[str, Any]) -> None:

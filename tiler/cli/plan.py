@@ -42,18 +42,24 @@ def _print(facts: dict[str, Any], plan: Any) -> None:
         f"predicted peak {format_mb(memory.peak_bytes)} of {format_mb(memory.max_bytes)}; smallest ceiling {memory.smallest_text}"
     )
     typer.echo(f"expected time on this machine: {_hours(facts)}\n")
-    typer.echo(f"canvas {facts['canvas']}, guide {facts['guide'] or 'none'}, {facts['tiles']} tiles")
+    typer.echo(f"canvas {facts['canvas']}, guide {facts['guide'] or 'none'}, {_count(facts['tiles'], 'tile')}")
     typer.echo(
-        f"denoiser: {plan.precision} ({plan.precision_why}),\n  {plan.denoiser_samples} samples, {_tflop(facts)}, "
-        f"{plan.denoiser_calls} reads of the weights for {plan.batch} samples each"
+        f"denoiser: {plan.precision} ({plan.precision_why}),\n  {_count(plan.denoiser_samples, 'sample')}, {_tflop(facts)}, "
+        f"{_count(plan.denoiser_calls, 'read')} of the weights for {_count(plan.batch, 'sample')} each"
     )
     if plan.upscale_flops:
         encoder = plan.methods["guide picture"]
         typer.echo(f"guide: enlarged as a picture, {plan.upscale_flops / 1e12:.2g} TFLOP; encoder:\n  {encoder}")
     typer.echo(f"decoder: {plan.methods['decode']}\n")
     for name, work in facts["presets"].items():
-        typer.echo(f"--preset {name:9}{work['denoiser_samples']:6} samples, {_tflop(work):>12}, {_hours(work)}")
+        typer.echo(
+            f"--preset {name:9}{_count(work['denoiser_samples'], 'sample'):>14}, {_tflop(work):>12}, {_hours(work)}"
+        )
     typer.echo("\n" + memory.table())
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _tflop(work: dict[str, Any]) -> str:

@@ -25,7 +25,7 @@ def run(
 
     A low-resolution pass makes a guide; the canvas is then denoised tile by tile under it, and decoded without tiles.
     """
-    o.check_report(report, request.output or Path("tiler.png"), request.save_latents)
+    o.check_report(report, request.output or Path("tiler.png"), request.save_latents, force=request.force)
     budget = Budget(max_ram)
     o.prepare_process(threads)
     from tiler.cli.progress import ProgressPrinter

@@ -97,11 +97,13 @@ def quantize_pixels(x: Tensor) -> Quantized:
     return quantize_tokens(x.flatten(1).T)
 
 
-def quantize_image(x: Tensor, padding: int = 0) -> Quantized:
-    """x: (in, h, w) fp32 → (h + 2·padding, w + 2·padding, in), zero around it; one scale and zero point for all of it."""
+def quantize_image(x: Tensor, padding: int = 0, across: int | None = None) -> Quantized:
+    """x: (in, h, w) fp32 → (h + 2·padding, w + 2·across, in), zero around it; one scale and zero point for all of it. Where
+    `across` is not given, it is `padding`."""
     x = x.permute(1, 2, 0)
     height, width, channels = x.shape
-    sides = height + 2 * padding, width + 2 * padding, channels
+    across = padding if across is None else across
+    sides = height + 2 * padding, width + 2 * across, channels
     if x.is_meta:
         return Quantized(x.new_empty(sides, dtype=torch.uint8), x.new_empty(()), 0)
     low, high = x.aminmax()
@@ -109,7 +111,7 @@ def quantize_image(x: Tensor, padding: int = 0) -> Quantized:
     scale = ((high - low) / STEPS).clamp_min(1e-30)
     zero = int((-low / scale).round().nan_to_num())  # of NaN the scale stays NaN: so is the product
     values = x.new_full(sides, zero, dtype=torch.uint8)
-    inside, chunk = values[padding : padding + height, padding : padding + width], max(1, CHUNK // (width * channels))
+    inside, chunk = values[padding : padding + height, across : across + width], max(1, CHUNK // (width * channels))
     for some, into in zip(x.split(chunk), inside.split(chunk), strict=True):
         _quantize(some, 1 / scale, zero, into)
     return Quantized(values, scale, zero)
@@ -201,8 +203,7 @@ class Int8(Kernel):
             samples = [quantize_pixels(sample) for sample in whole]
         else:
             assert op.geometry is not None and op.geometry.groups == 1 and op.geometry.dilation == (1, 1)
-            assert op.geometry.padding[0] == op.geometry.padding[1]
-            samples = [quantize_image(sample, op.geometry.padding[0]) for sample in whole]
+            samples = [quantize_image(sample, *op.geometry.padding) for sample in whole]
         low_rank = any(weight.low_rank is not None for weight in op.group.weights)
         return x._replace(parts=(), made=(samples, tuple(whole.shape), whole if low_rank else None))
 

@@ -264,7 +264,7 @@ def _fetch(store: WeightStore, whole: Piece, weight: Weight, into: Tensor) -> Te
     """Rows in blocks: `into` filled, or the resident ones. Those of a file that does not have them so are put in order here."""
     is_blocked, kept = store.index[whole.name].blocked, store.resident.get(whole.name)
     if is_blocked and kept is not None and kept.dtype == torch.int8:
-        return kept[whole.first : whole.last].flatten(1)
+        return kept.view(-1, weight.row)[whole.first : whole.last]
     for first, piece in weight_pieces(store, replace(weight, first=whole.first, meta=weight.meta[: len(into)])):
         rows = into[first : first + piece.last - piece.first]
         if is_blocked:

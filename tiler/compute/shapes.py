@@ -8,7 +8,9 @@ while they run, which no tensor shows; they are added. Works for any module; not
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Self
 
 import torch
@@ -16,6 +18,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+
+_TIMES: ContextVar[float] = ContextVar("times", default=1.0)
+
+
+@contextmanager
+def repeated(times: float) -> Iterator[None]:
+    """What is counted here will run so many times: its arithmetic counts as often, its memory once."""
+    token = _TIMES.set(_TIMES.get() * times)
+    try:
+        yield
+    finally:
+        _TIMES.reset(token)
 
 
 class MetaMeter(TorchDispatchMode):
@@ -70,6 +84,18 @@ class MetaMeter(TorchDispatchMode):
         self.live_bytes -= nbytes
 
 
+def _tables(index: Any) -> list[Tensor]:
+    """The tensors by which the first axes are indexed; none where the index is of another kind."""
+    index = index if isinstance(index, tuple) else (index,)
+    return list(index) if all(isinstance(i, Tensor) and i.dtype is not torch.bool for i in index) else []
+
+
+def _broadcast(shapes: Sequence[Sequence[int]]) -> list[int]:
+    """The shape of what has these shapes put together; torch's own function imports sympy."""
+    rank = max(map(len, shapes))
+    return [max(sides) for sides in zip(*((1,) * (rank - len(s)) + tuple(s) for s in shapes), strict=True)]
+
+
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
     for value in values:
         if isinstance(value, Tensor):
@@ -106,6 +132,11 @@ _POINTWISE = {
 _IN_PLACE = {"add_", "__iadd__", "mul_", "__imul__", "div_", "copy_", "zero_", "__setitem__"}
 
 
+def _repeated(count: int) -> int:
+    times = _TIMES.get()
+    return count if times == 1 else round(times * count)
+
+
 class _ByShape(TorchFunctionMode):
     """Results of a few functions on meta tensors, made from shapes alone.
 
@@ -119,6 +150,8 @@ class _ByShape(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:  # newer models name its arguments
+            args = (*args, *(kwargs[name] for name in ("query", "key", "value") if name in kwargs))
         if func is torch.cat and args[0][0].is_meta:
             axis = args[1] if len(args) > 1 else kwargs.get("dim", 0)
             sides = list(args[0][0].shape)
@@ -126,29 +159,31 @@ class _ByShape(TorchFunctionMode):
             return args[0][0].new_empty(sides)
         if func is torch.arange and torch.device(kwargs.get("device") or "cpu").type == "meta":
             start, end = kwargs.get("start", 0), kwargs.get("end", args[0] if args else None)
-            return torch.empty(end - start, device="meta")
+            return torch.empty(end - start, device="meta", dtype=kwargs.get("dtype", torch.int64))
+        if func is F.embedding and (args[0].is_meta or args[1].is_meta):
+            return args[1].new_empty(*args[0].shape, args[1].shape[1], device="meta")
         if not (args and isinstance(args[0], Tensor) and args[0].is_meta):
             return func(*args, **kwargs)
         x: Tensor = args[0]
         name = getattr(func, "__name__", "")
         if name in _IN_PLACE or kwargs.get("inplace"):
             return x
+        if name == "__getitem__" and (rows := _tables(args[1])):
+            return x.new_empty(*_broadcast([index.shape for index in rows]), *x.shape[len(rows) :])
         if name in _POINTWISE:
-            shapes = [a.shape for a in args if isinstance(a, Tensor)]
-            rank = max(map(len, shapes))
-            return x.new_empty(
-                [max(sides) for sides in zip(*((1,) * (rank - len(s)) + tuple(s) for s in shapes), strict=True)]
-            )
+            return x.new_empty(_broadcast([a.shape for a in args if isinstance(a, Tensor)]))
         if func is F.scaled_dot_product_attention:
             key, value = args[1:3]
-            self.meter.attention_flops += 2 * x[..., 0].numel() * key.shape[-2] * (x.shape[-1] + value.shape[-1])
+            self.meter.attention_flops += _repeated(
+                2 * x[..., 0].numel() * key.shape[-2] * (x.shape[-1] + value.shape[-1])
+            )
             return x.new_empty(*x.shape[:-1], value.shape[-1])
         if func is F.linear:
-            self.meter.linear_flops += 2 * x.numel() * args[1].shape[0]
+            self.meter.linear_flops += _repeated(2 * x.numel() * args[1].shape[0])
             return x.new_empty(*x.shape[:-1], args[1].shape[0])
         if func in (F.conv2d, torch.conv2d):
             out = self._conv2d(x, *args[1:], **kwargs)
-            self.meter.flops += 2 * out.numel() * args[1][0].numel()
+            self.meter.flops += _repeated(2 * out.numel() * args[1][0].numel())
             self.meter.scratch(x.nbytes + out.nbytes + args[1].nbytes)
             return out
         if func is F.interpolate:

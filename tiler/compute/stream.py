@@ -184,7 +184,7 @@ class Streamer:
 
     def _run(self, module: nn.Module, calls: list[tuple[Tensor, ...]], shared: dict[str, object]) -> list[Tensor]:
         if not self.fits(module):
-            stacked = [torch.cat(column) for column in zip(*calls, strict=True)]
+            stacked = [column[0] if len(column) == 1 else torch.cat(column) for column in zip(*calls, strict=True)]
             calls.clear()
             return list(_first(module(*stacked, **shared)).split(1))
         with self.hold(module):

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from tiler.decoding import FACTOR
 from tiler.decoding.rows import (
     Conv,
     Down,
@@ -344,15 +345,15 @@ def encode(
     margin: tuple[int, int] = (0, 0),
     attend_to: int | None = None,
 ) -> Tensor:
-    """pixels: (H, W, 3) uint8, sides multiples of 8 → the posterior's mean (1, C, H/8, W/8) fp32, unscaled.
+    """pixels: (H, W, 3) uint8, sides multiples of FACTOR → the posterior's mean (1, C, h, w) fp32, unscaled.
 
-    8 × `margin` pixels above and below, left and right, repeat the other side's. `attend_to` as for `decode`.
+    FACTOR × `margin` pixels above and below, left and right, repeat the other side's. `attend_to` as for `decode`.
     """
     stages = encoder_stages(vae.encoder, vae.quant_conv)
-    rows = 8 * strip_rows(pixels.shape[1] // 8)
+    rows = FACTOR * strip_rows(pixels.shape[1] // FACTOR)
     height, width = pixels.shape[:2]
     strips = (to_tensor(pixels[top : top + rows]) for top in range(0, height, rows))
-    frame = Frame(height, width, 8 * margin[0], 8 * margin[1])
+    frame = Frame(height, width, *(FACTOR * n for n in margin))
     with scratch:
         return means(stream(stages, strips, frame, scratch, hold=hold, check=check, attend_to=attend_to))
 
@@ -387,12 +388,12 @@ def rehearse(
     height, width = min(latents[0], KEYS // latents[1] + 8), latents[1]
     scratch = Scratch(None, dtype)
     if encoding:
-        stages, x = encoder_stages(vae.encoder, vae.quant_conv), (1, 3, 8 * height, 8 * width)
+        stages, x = encoder_stages(vae.encoder, vae.quant_conv), (1, 3, FACTOR * height, FACTOR * width)
     else:
         stages = decoder_stages(vae.decoder, vae.post_quant_conv)
         x = 1, vae.config.latent_channels, height, width
     picture = torch.empty(x, device="meta")
-    rows = strip_rows(width) * (8 if encoding else 1)
+    rows = strip_rows(width) * (FACTOR if encoding else 1)
     flops = _flops(stages, x[2] * x[3])
     for _ in stream(stages, picture.split(rows, dim=2), Frame(x[2], x[3]), scratch, hold=hold):
         pass

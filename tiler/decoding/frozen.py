@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tiler.decoding import exact
+from tiler.decoding import FACTOR, exact
 from tiler.decoding.rows import (
     REACH,
     Check,
@@ -127,13 +127,13 @@ def decode(
         whole = latent_strips(latents, rows or strip_rows(band.last - band.first))
         source = (strip[..., band.first : band.last] for strip in whole)
         for strip in _stream(stages, source, height, check, lambda done: progress(begun + share * done)):
-            yield strip[:, :, 8 * band.keep.start : 8 * band.keep.stop]
+            yield strip[:, :, FACTOR * band.keep.start : FACTOR * band.keep.stop]
 
     with scratch:
         _measure(stages, part, scratch, hold, check)
         stored = []
         for i, band in enumerate(others):
-            waiting = Rows(scratch, 3, 8 * (band.keep.stop - band.keep.start))
+            waiting = Rows(scratch, 3, FACTOR * (band.keep.stop - band.keep.start))
             for strip in strips(band, i * share):
                 waiting.append(strip[None])
             stored.append(waiting)
@@ -157,21 +157,23 @@ def encode(
     progress: Callable[[float], None] = _ignore,
     margin: tuple[int, int] = (0, 0),
 ) -> Tensor:
-    """pixels: (H, W, 3) uint8, sides multiples of 8 → the posterior's mean (1, C, H/8, W/8) fp32, unscaled. `margin` as for
+    """pixels: (H, W, 3) uint8, sides multiples of FACTOR → the posterior's mean (1, C, h, w) fp32, unscaled. `margin` as for
     `decode`, in latents."""
-    (y, x), height, width = margin, pixels.shape[0] // 8, pixels.shape[1] // 8
+    (y, x), height, width = margin, pixels.shape[0] // FACTOR, pixels.shape[1] // FACTOR
     stages = encoder_stages(vae.encoder, vae.quant_conv)
     down, across = sample(height - 2 * y, width - 2 * x)
-    columns = (8 * (across + x)[:, None] + torch.arange(8)).flatten().numpy()
-    blocks = [pixels[top : top + 8][:, columns] for top in (8 * (down + y)).tolist()]
+    columns = (FACTOR * (across + x)[:, None] + torch.arange(FACTOR)).flatten().numpy()
+    blocks = [pixels[top : top + FACTOR][:, columns] for top in (FACTOR * (down + y)).tolist()]
     with scratch:
-        _measure(stages, to_tensor(np.concatenate(blocks)), scratch, hold, check, scale=8)
+        _measure(stages, to_tensor(np.concatenate(blocks)), scratch, hold, check, scale=FACTOR)
     all_bands = bands(width)
 
     def mean(number: int, band: Band) -> Tensor:
-        rows, seen = 8 * strip_rows(band.last - band.first), slice(8 * band.first, 8 * band.last)
-        strips = (to_tensor(pixels[top : top + rows][:, seen]) for top in range(0, 8 * height, rows))
-        moments = _stream(stages, strips, 8 * height, check, lambda done: progress((number + done) / len(all_bands)))
+        rows, seen = FACTOR * strip_rows(band.last - band.first), slice(FACTOR * band.first, FACTOR * band.last)
+        strips = (to_tensor(pixels[top : top + rows][:, seen]) for top in range(0, FACTOR * height, rows))
+        moments = _stream(
+            stages, strips, FACTOR * height, check, lambda done: progress((number + done) / len(all_bands))
+        )
         return means(moments)[:, :, :, band.keep]
 
     return torch.cat([mean(number, band) for number, band in enumerate(all_bands)], dim=3)
@@ -184,7 +186,7 @@ def rehearse(
     (height, width), scratch, all_bands = latents, Scratch(None, dtype), bands(latents[1])
     pushed = max(band.last - band.first for band in all_bands)
     if encoding:
-        stages, channels, scale = encoder_stages(vae.encoder, vae.quant_conv), 3, 8
+        stages, channels, scale = encoder_stages(vae.encoder, vae.quant_conv), 3, FACTOR
     else:
         stages, channels, scale = decoder_stages(vae.decoder, vae.post_quant_conv), vae.config.latent_channels, 1
     down, across = sample(height, width)
@@ -195,7 +197,7 @@ def rehearse(
     for _ in _stream(stages, strips, 8 * rows, _ignore, _ignore):
         pass
     if not encoding:
-        waiting = 3 * 64 * height * sum(b.keep.stop - b.keep.start for b in all_bands[:-1]) * dtype.itemsize
+        waiting = 3 * FACTOR**2 * height * sum(b.keep.stop - b.keep.start for b in all_bands[:-1]) * dtype.itemsize
         scratch.grow(waiting)
         scratch.written_bytes += waiting
     return exact.Rehearsal(scratch.peak_bytes, scratch.written_bytes, 0)

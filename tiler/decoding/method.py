@@ -6,16 +6,16 @@ from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from tiler.compute.shapes import MetaMeter
 from tiler.compute.stream import Streamer
-from tiler.decoding import exact, frozen, tiny
+from tiler.decoding import FACTOR, exact, frozen, tiny
 from tiler.decoding.rows import REACH, Check, Latents, Pixels
-from tiler.decoding.scratch import Scratch, free_bytes
+from tiler.decoding.scratch import Scratch
 from tiler.errors import StorageError
 from tiler.request import Decode, ScratchDtype, Wrap
 
@@ -25,6 +25,14 @@ if TYPE_CHECKING:
 ATTENTION_SHARE = 0.25  # of the convolutions' work: what `auto` accepts for attention to every token
 TOKENS = 128 * 128  # the most that `sampled` attends to: as many as a picture of 1024² has
 DTYPES = {ScratchDtype.FP16: torch.float16, ScratchDtype.FP32: torch.float32}
+
+
+class ScratchSpace(NamedTuple):
+    """Where scratch files go, the bytes its file system has left, and what activations are stored as."""
+
+    folder: Path
+    free_bytes: int
+    dtype: ScratchDtype = ScratchDtype.FP16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +62,7 @@ class DecodePlan:
 
     @property
     def margin_pixels(self) -> tuple[int, int]:
-        return 8 * self.margin[0], 8 * self.margin[1]
+        return FACTOR * self.margin[0], FACTOR * self.margin[1]
 
     @property
     def attention_flops(self) -> int:
@@ -76,21 +84,20 @@ def choose(
     vae: Any,
     streamer: Streamer,
     latents: tuple[int, int],
+    space: ScratchSpace,
     *,
     encoding: bool,
-    folder: Path,
-    dtype: ScratchDtype = ScratchDtype.FP16,
     wrap: Wrap = Wrap.NONE,
 ) -> DecodePlan:
-    """The method for latents of (height, width). `vae` is on the meta device behind a planning `streamer`; for TINY it is
-    an AutoencoderTiny.
+    """The method for latents of (height, width). `vae` is on the meta device, lent to a planning `streamer`; for TINY it is
+    an AutoencoderTiny. Asks nothing of the disk.
 
     AUTO takes `exact` while attention to all tokens is a small part of the work, then `sampled`; `frozen` for pictures wider
     than its bands, where rows grow, and where the scratch folder lacks room for the others.
     Raises StorageError when there is no room for what is wanted, or for anything.
     """
 
-    vertical, horizontal = wrap.axes
+    (folder, free, dtype), (vertical, horizontal) = space, wrap.axes
     margin = REACH * vertical, REACH * horizontal
     latents = latents[0] + 2 * margin[0], latents[1] + 2 * margin[1]
 
@@ -108,8 +115,6 @@ def choose(
         Decode.EXACT, "there is room" if wanted is Decode.AUTO else "as asked",
         lambda: exact.rehearse(vae, latents, DTYPES[dtype], streamer.hold_transformed, encoding=encoding),
     )  # fmt: skip
-
-    free = free_bytes(folder)
 
     def lacking(method: DecodePlan) -> str:
         needs = f"{method.kind} decoding needs {method.scratch_bytes / 1e6:,.0f} MB"
@@ -141,7 +146,7 @@ def choose(
     if wanted is Decode.AUTO and work(tokens) > ATTENTION_SHARE:
         kind, why = Decode.SAMPLED, f"attention to every token would be {work(tokens):.0%} of the other work"
         if latents[1] > frozen.BAND:
-            return take_frozen(f"{why}, and rows are wider than {8 * frozen.BAND} pixels")
+            return take_frozen(f"{why}, and rows are wider than {FACTOR * frozen.BAND} pixels")
     elif wanted is Decode.SAMPLED:
         kind = wanted
     if kind is Decode.SAMPLED:
@@ -183,10 +188,10 @@ def decode(
     row = 0
     with closing(strips):  # and with it the scratch files, also where nobody wants the rest
         for strip in strips:
-            first, last = max(0, 8 * y - row), min(strip.shape[1], 8 * (y + height) - row)
+            first, last = max(0, FACTOR * y - row), min(strip.shape[1], FACTOR * (y + height) - row)
             row += strip.shape[1]
             if first < last:
-                yield strip[:, first:last, 8 * x : 8 * (x + width)]
+                yield strip[:, first:last, FACTOR * x : FACTOR * (x + width)]
     progress(1.0)
 
 
@@ -199,7 +204,7 @@ def encode(
     check: Check,
     progress: Callable[[float], None],
 ) -> Tensor:
-    """pixels: (H, W, 3) uint8, sides multiples of 8, with `method.margin_pixels` of the other side's around → the posterior's
+    """pixels: (H, W, 3) uint8, sides multiples of FACTOR, with `method.margin_pixels` of the other side's around → the posterior's
     mean without the margin, (1, C, h, w) fp32, unscaled."""
     y, x = method.margin
     scratch = Scratch(method.folder, DTYPES[method.dtype])

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tiler.decoding import FACTOR
 from tiler.decoding.rows import Check, Conv, Latents, Residual, Stage, Up, flow, latent_strips, strip_rows
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def decode(
 
 def rehearse(vae: AutoencoderTiny, latents: tuple[int, int]) -> None:
     """What `decode` does for latents of (height, width), on meta tensors: for planning."""
-    rows = 8 * strip_rows(latents[1])
+    rows = FACTOR * strip_rows(latents[1])
     for _ in decode(
         vae, torch.empty(1, vae.config.latent_channels, rows, latents[1], device="meta"), check=lambda where: None
     ):

@@ -123,7 +123,7 @@ class Denoising:
         self._blended: Tensor | None = None
 
     def state(self) -> SamplingState:
-        """A copy that the loop no longer touches."""
+        """A copy that the loop no longer touches: a step makes new latents, tiles add to `blended` in place."""
         return SamplingState(
             phase=self._phase, step=self.step, tiles_added=self._tiles_added, latents=self.latents,
             blended=None if self._blended is None else self._blended.clone(), scheduler=self._schedule.state(),

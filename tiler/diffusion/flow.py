@@ -1,11 +1,19 @@
-"""Flow matching (Lipman et al. 2023, arXiv:2210.02747): x = (1 − σ)·x₀ + σ·n, the model predicts v = n − x₀, and a step is
-x += (σ′ − σ)·v, as diffusers' FlowMatchEulerDiscreteScheduler does it."""
+"""Flow matching (Lipman et al. 2023, arXiv:2210.02747): x = (1 − σ)·x₀ + σ·n, the model predicts v = n − x₀, and a step of Euler's
+is x += (σ′ − σ)·v, as diffusers' FlowMatchEulerDiscreteScheduler does it.
+
+That scheduler's list of σ serves all solvers. It is shifted by a constant, or, for models that were trained at several sizes,
+by μ, which grows with the number of tokens that the model sees at once: those of a tile, never those of the canvas.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from importlib import import_module
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from tiler.diffusion.schedulers import DiffusersSchedule
@@ -13,9 +21,25 @@ from tiler.errors import ModelError, UsageError
 from tiler.memory.lean_imports import lean_imports
 from tiler.request import Scheduler
 
+_SOLVERS = {
+    Scheduler.DPMPP_2M: ("scheduling_dpmsolver_multistep", "DPMSolverMultistepScheduler"),
+    Scheduler.UNIPC: ("scheduling_unipc_multistep", "UniPCMultistepScheduler"),
+}
+_KNOWN = (Scheduler.EULER, *_SOLVERS, Scheduler.LCM)
+_OWN = {
+    "FlowMatchEulerDiscreteScheduler": Scheduler.EULER,
+    "FlowMatchHeunDiscreteScheduler": Scheduler.EULER,
+    "FlowMatchLCMScheduler": Scheduler.LCM,
+}
+_NUMBERS = {
+    "num_train_timesteps": (1, 100_000), "shift": (1e-3, 1e3), "base_shift": (-20, 20), "max_shift": (-20, 20),
+    "base_image_seq_len": (1, 1e6), "max_image_seq_len": (1, 1e6),
+}  # fmt: skip
+_BELOW_ONE = 1 - 1e-6  # of a first σ: multistep solvers take the logarithm of 1 − σ
+
 
 class FlowSchedule(DiffusersSchedule):
-    """A `Schedule` around FlowMatchEulerDiscreteScheduler, whose latents are taken as they are."""
+    """A `Schedule` around one of diffusers' flow-matching schedulers, whose latents are taken as they are."""
 
     def start(self, noise: Tensor, reference: Tensor | None, begin: int) -> Tensor:
         self.scheduler.set_begin_index(begin)
@@ -23,24 +47,116 @@ class FlowSchedule(DiffusersSchedule):
             return noise
         if begin >= len(self.timesteps):
             return reference.clone()
-        noised: Tensor = self.scheduler.scale_noise(reference, self.timesteps[begin : begin + 1], noise)
-        return noised.float()
+        sigma = self.scheduler.sigmas[begin]
+        noised: Tensor = sigma * noise + (1 - sigma) * reference
+        return noised
 
     def model_input(self, latents: Tensor, step: int) -> Tensor:
         return latents
 
 
-def build(asked: Scheduler, config: Mapping[str, Any], num_inference_steps: int) -> FlowSchedule:
-    """The flow schedule of a checkpoint's scheduler_config.json. Raises UsageError for a scheduler that is not for flow
-    matching, ModelError for a config that does not work."""
-    if asked not in (Scheduler.AUTO, Scheduler.EULER):
-        raise UsageError(f"--scheduler {asked.value} is not for flow-matching models; leave it out, or take Euler")
+def build(
+    asked: Scheduler,
+    config: Mapping[str, Any],
+    num_inference_steps: int,
+    *,
+    tokens: int = 4096,
+    even_sigmas: bool = False,
+) -> FlowSchedule:
+    """The flow schedule of a checkpoint's scheduler_config.json, whose model sees `tokens` at once. With `even_sigmas` σ falls
+    from 1 to 1/N in equal steps before it is shifted; else it falls to the scheduler's own smallest.
+
+    Raises UsageError for a scheduler that is not for flow matching, ModelError for a config that does not work.
+    """
+    name, notes = _choose(asked, config)
+    _check(config)
+    euler = _euler(config, stochastic=name is Scheduler.LCM)
+    count = num_inference_steps
+    mu = shift_of(tokens, euler.config) if euler.config.use_dynamic_shifting else None
+    try:
+        euler.set_timesteps(count, sigmas=np.linspace(1, 1 / count, count) if even_sigmas else None, mu=mu)
+    except (TypeError, ValueError, ImportError) as error:
+        raise _unworkable(error) from error
+    sigmas = euler.sigmas
+    # Two shifts lead to equal σ only where nothing is left between them.
+    if not bool(sigmas.isfinite().all()) or sigmas[0] > 1 or bool((sigmas.diff() >= 0).any()):
+        raise ModelError(
+            f"scheduler_config.json: its sigmas do not fall from 1 to 0 in {count} steps; correct the file"
+        )
+    scheduler = euler if name not in _SOLVERS else _solver(name, euler)
+    return FlowSchedule(scheduler, name, notes)
+
+
+def shift_of(tokens: int, config: Any) -> float:
+    """μ for a picture of `tokens`: on a line through (base_image_seq_len, base_shift) and (max_image_seq_len, max_shift), as
+    diffusers' pipelines do it (`calculate_shift`)."""
+    slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
+    return float(config.base_shift + slope * (tokens - config.base_image_seq_len))
+
+
+def _choose(asked: Scheduler, config: Mapping[str, Any]) -> tuple[Scheduler, tuple[str, ...]]:
+    """The solver, and a note where it takes the place of the checkpoint's own."""
+    cls = config.get("_class_name", "FlowMatchEulerDiscreteScheduler")
+    if cls not in _OWN:
+        known = ", ".join(_OWN)
+        raise ModelError(
+            f"scheduler_config.json: _class_name = {str(cls)[:60]!r} is not for this flow-matching model; tiler takes {known}"
+        )
+    if asked is Scheduler.AUTO:
+        replaced = "Heun" in cls
+        return _OWN[cls], ((f"the checkpoint's scheduler is {cls}: Euler takes its place",) if replaced else ())
+    if asked not in _KNOWN:
+        *others, last = (name.value for name in _KNOWN)
+        raise UsageError(
+            f"--scheduler {asked.value} is not for flow-matching models; leave it out, or take {', '.join(others)} or {last}"
+        )
+    return asked, ()
+
+
+def _check(config: Mapping[str, Any]) -> None:
+    for field, (low, high) in _NUMBERS.items():
+        value = config.get(field, low)
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if not number or not low <= value <= high:
+            raise ModelError(
+                f"scheduler_config.json: {field} = {str(value)[:40]}: it must be a number from {low:g} to {high:g}; "
+                "correct the file"
+            )
+    if config.get("use_dynamic_shifting") and config.get("max_image_seq_len") == config.get("base_image_seq_len", 256):
+        raise ModelError("scheduler_config.json: max_image_seq_len equals base_image_seq_len; correct the file")
+    if config.get("invert_sigmas"):
+        raise ModelError("scheduler_config.json: invert_sigmas is for video models; tiler does not support it")
+
+
+def _euler(config: Mapping[str, Any], *, stochastic: bool) -> Any:
+    """FlowMatchEuler on the config's noise. `stochastic`: each step leads to σ = 0 and is noised again, which is what diffusers'
+    FlowMatchLCMScheduler does."""
     with lean_imports():
         from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+    fields = {name: value for name, value in config.items() if not name.startswith("_")}
     try:
-        scheduler = FlowMatchEulerDiscreteScheduler.from_config(dict(config))
-        scheduler.set_timesteps(num_inference_steps)
-    except (TypeError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"scheduler_config.json does not work ({reason}); download it again") from error
-    return FlowSchedule(scheduler, Scheduler.EULER)
+        return FlowMatchEulerDiscreteScheduler.from_config(
+            fields | ({"stochastic_sampling": True} if stochastic else {})
+        )
+    except (TypeError, ValueError, ImportError) as error:
+        raise _unworkable(error) from error
+
+
+def _solver(name: Scheduler, euler: Any) -> Any:
+    """A multistep solver that goes through the σ and timesteps of `euler`."""
+    module, cls = _SOLVERS[name]
+    with lean_imports():
+        solver = getattr(import_module(f"diffusers.schedulers.{module}"), cls)(
+            num_train_timesteps=euler.config.num_train_timesteps,
+            use_flow_sigmas=True,
+            prediction_type="flow_prediction",
+        )
+    solver.set_timesteps(len(euler.timesteps))
+    solver.timesteps = euler.timesteps
+    solver.sigmas = torch.cat([euler.sigmas[:1].clamp(max=_BELOW_ONE), euler.sigmas[1:]])
+    return solver
+
+
+def _unworkable(error: Exception) -> ModelError:
+    reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+    return ModelError(f"scheduler_config.json does not work ({reason}); download it again")

@@ -22,15 +22,16 @@ class GuideSize(NamedTuple):
 
 
 def guide_size(
-    canvas: tuple[int, int], native: int, granularity: int, wraps: tuple[bool, bool] = (False, False)
-) -> GuideSize | None:
+    canvas: tuple[int, int], native: int, granularity: int, wraps: tuple[bool, bool] = (False, False),
+    longest: int | None = None,
+) -> GuideSize | None:  # fmt: skip
     """The guide of a canvas of (height, width) latents: the native area with the canvas's aspect, sides rounded up to
-    what the UNet takes. None when the canvas is no larger than the native square: it needs no guide. A side that wraps
-    cannot be cut: all of it is shown, stretched by less than half a granule."""
+    what the denoiser takes, and no more than the canvas's own; no side above `longest`, a multiple of `granularity`. None
+    when the canvas is no larger than the native square: it needs no guide. A side that wraps cannot be cut: all of it is shown, stretched by less than half a granule."""
     height, width = canvas
     if height <= native and width <= native:
         return None
-    factor = native / math.sqrt(height * width)
+    factor = min(1.0, native / math.sqrt(height * width), (longest or math.inf) / max(height, width))
     shown = height * factor, width * factor
     granules = [
         round(s / granularity) if w else math.ceil(s / granularity - 1e-9) for s, w in zip(shown, wraps, strict=True)

@@ -11,7 +11,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from tiler.diffusion.tiles import FACTOR, Text2ImageRegion
+from tiler.decoding import FACTOR
+from tiler.diffusion.tiles import Text2ImageRegion
 from tiler.errors import NumericalError
 from tiler.models.samples import Place, Prompt, Sample
 

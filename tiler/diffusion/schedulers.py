@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tiler.diffusion import timesteps as times
-from tiler.diffusion.scheduler_config import check_fields, correct_scheduler, is_replaceable, take_fields
+from tiler.diffusion.scheduler_config import Corrected, check_fields, correct_scheduler, is_replaceable, take_fields
 from tiler.errors import ModelError, TilerError, UsageError
 from tiler.memory.lean_imports import lean_imports
 from tiler.request import MAX_STEPS, Scheduler
@@ -168,15 +168,18 @@ def choose(asked: Scheduler, config: Mapping[str, Any]) -> Scheduler:
     return Scheduler.DPMPP_2M_KARRAS if own is Scheduler.DPMPP_2M and config.get("use_karras_sigmas") else own
 
 
-def build(asked: Scheduler, config: Mapping[str, Any], num_inference_steps: int) -> DiffusersSchedule:
-    """A schedule of `num_inference_steps` on the noise levels of a checkpoint's scheduler_config.json, checked to the end.
+def build(
+    asked: Scheduler, config: Mapping[str, Any], num_inference_steps: int, *, correct: bool = True
+) -> DiffusersSchedule:
+    """A schedule of `num_inference_steps` on the noise levels of a checkpoint's scheduler_config.json, checked to the end;
+    `correct`ed where it is old, as the pipelines of SD 1.x and 2.x do and SDXL's does not.
 
     Raises ModelError for a config that no work should begin with, and UsageError for a number of steps that the algorithm
     cannot take, with the nearest one that it can.
     """
     name, cls = choose(asked, config), config.get("_class_name")
     check_fields(config)
-    corrected = correct_scheduler(config)
+    corrected = correct_scheduler(config) if correct else Corrected(dict(config), ())
     notes = corrected.notes
     if asked is Scheduler.AUTO and cls not in _OWN:
         notes += (f"the checkpoint's scheduler is {cls or 'not named'}: {name.value} takes its place",)

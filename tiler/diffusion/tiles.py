@@ -16,11 +16,10 @@ from typing import overload
 import torch
 from torch import Tensor
 
+from tiler.decoding import FACTOR
 from tiler.diffusion.masks import Border, Neighbours, normalised, offsets, rest_of_canvas
 from tiler.errors import UsageError
-from tiler.request import MAX_STEPS, Layout, Mask, ResolvedRequest, Wrap
-
-FACTOR = 8  # pixels of a latent's side
+from tiler.request import MAX_STEPS, Layout, Mask, Region, ResolvedRequest, Wrap
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -40,11 +39,12 @@ class Text2ImageRegion:
     guidance_scale: float
     weights: Tensor
     canvas: tuple[int, int]
+    unconditional: bool = True
 
     @property
     def samples(self) -> int:
-        """Denoiser samples a step: without guidance there is no unconditional half."""
-        return _samples(self.guidance_scale)
+        """Denoiser samples a step: without guidance, or where a family follows it without one, there is no unconditional half."""
+        return _samples(self.guidance_scale, self.unconditional)
 
     @property
     def crop(self) -> tuple[Tensor, Tensor]:
@@ -79,7 +79,9 @@ class _Layer:
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Tiles(Sequence[Text2ImageRegion]):
     """Every tile of a canvas at one step, in the order they are computed; each is made when it is asked for. `tile` and
-    `canvas` are (height, width), `shift` moves all tiles down and to the right around the canvas."""
+    `canvas` are (height, width), `shift` moves all tiles down and to the right around the canvas. All positions are multiples
+    of `patch`. `unconditional` says whether guidance takes a second sample: elsewhere the scale is the model's own input, the
+    same at every step."""
 
     canvas: tuple[int, int]
     tile: tuple[int, int]
@@ -87,7 +89,9 @@ class Tiles(Sequence[Text2ImageRegion]):
     borders: tuple[tuple[Border, Border], ...] = ()
     ramp: int = 0
     shift: tuple[int, int] = (0, 0)
+    patch: int = 1
     guided: bool = True
+    unconditional: bool = True
 
     def __len__(self) -> int:
         return sum(map(len, self.layers))
@@ -113,6 +117,7 @@ class Tiles(Sequence[Text2ImageRegion]):
             condition=layer.condition,
             guidance_scale=self._scale(layer),
             weights=self._weights(layer, top, left),
+            unconditional=self.unconditional,
         )
 
     @property
@@ -124,11 +129,11 @@ class Tiles(Sequence[Text2ImageRegion]):
         """Denoiser samples of the first so many tiles. Makes none."""
         ends = accumulate(map(len, self.layers), initial=0)
         before = (min(len(layer), max(0, first - end)) for layer, end in zip(self.layers, ends, strict=False))
-        return sum(n * _samples(self._scale(layer)) for layer, n in zip(self.layers, before, strict=True))
+        return sum(n * self._samples(layer) for layer, n in zip(self.layers, before, strict=True))
 
     def counts(self) -> list[tuple[int, int]]:
         """(samples of a tile, tiles that have as many), for each prompt, in order."""
-        return [(_samples(self._scale(layer)), len(layer)) for layer in self.layers]
+        return [(self._samples(layer), len(layer)) for layer in self.layers]
 
     def sample_numbers(self) -> list[int]:
         """The number of each sample's tile, in order."""
@@ -136,7 +141,10 @@ class Tiles(Sequence[Text2ImageRegion]):
         return [number for number, samples in enumerate(per_tile) for _ in range(samples)]
 
     def _scale(self, layer: _Layer) -> float:
-        return layer.guidance_scale if self.guided else 1.0
+        return layer.guidance_scale if self.guided or not self.unconditional else 1.0
+
+    def _samples(self, layer: _Layer) -> int:
+        return _samples(self._scale(layer), self.unconditional)
 
     def _weights(self, layer: _Layer, top: int, left: int) -> Tensor:
         neighbours = tuple(
@@ -187,6 +195,18 @@ class Steps(Sequence[Tiles]):
         return sum(step.samples for step in self)
 
 
+def latents_of(pixels: int, patch: int = 1) -> int:
+    """How many latents hold so many pixels: rounded up to a multiple of `patch`."""
+    return -(-pixels // (FACTOR * patch)) * patch
+
+
+def region_span(region: Region, patch: int = 1) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Its rows and columns, (first, last + 1) in latents. Edges are rounded as the canvas's sides are: what covered the picture
+    still does."""
+    rows, cols = ((latents_of(first, patch), latents_of(last, patch)) for first, last in (region.rows, region.cols))
+    return rows, cols
+
+
 def even_starts(length: int, tile: int, overlap: int, wraps: bool = False) -> list[int]:
     """First positions of the fewest tiles that cover `length` with at least `overlap` between neighbours, evenly spaced.
     The last neighbour of an axis that `wraps` is the first."""
@@ -199,10 +219,13 @@ def even_starts(length: int, tile: int, overlap: int, wraps: bool = False) -> li
     return [round(i * (length - tile) / (count - 1)) for i in range(count)]
 
 
-def plan_tiles(request: ResolvedRequest, *, canvas: tuple[int, int], tile: tuple[int, int], overlap: int) -> Tiles:
+def plan_tiles(
+    request: ResolvedRequest, *, canvas: tuple[int, int], tile: tuple[int, int], overlap: int, patch: int = 1
+) -> Tiles:
     """Every tile of the canvas with its normalised mask, in the order they are computed.
 
-    `canvas` and `tile` are (height, width), `overlap` the least overlap (of GRID), all in latent pixels. Condition 0 is the
+    `canvas` and `tile` are (height, width), `overlap` the least overlap (of GRID), all in latent pixels and multiples of
+    `patch`, at multiples of which tiles begin: then a transformer's patches are those of all tiles. Condition 0 is the
     top-level prompt when there is one; the regions follow. Inside a region the top-level prompt only speaks within
     `overlap` of the region's border, fading inwards: it covers the rest of the canvas.
     Raises UsageError for regions that are too small or leave a hole.
@@ -210,17 +233,14 @@ def plan_tiles(request: ResolvedRequest, *, canvas: tuple[int, int], tile: tuple
     if overlap >= min(tile):
         raise UsageError(f"overlap = {FACTOR * overlap} must be smaller than a tile ({FACTOR * min(tile)} pixels)")
     layers: list[_Layer] = []
-    spans = [
-        ((r.rows[0] // FACTOR, r.rows[1] // FACTOR), (r.cols[0] // FACTOR, r.cols[1] // FACTOR))
-        for r in request.regions
-    ]
+    spans = [region_span(r, patch) for r in request.regions]
     borders = tuple(
         (_border(*rows, canvas[0], request.wrap.axes[0]), _border(*cols, canvas[1], request.wrap.axes[1]))
         for rows, cols in spans
     )
     if request.prompt is not None:
         spacing = (0, Wrap.XY) if request.layout is Layout.SHIFT else (overlap, request.wrap)
-        rows, cols = _grid(canvas, tile, *spacing)
+        rows, cols = _grid(canvas, tile, *spacing, patch=patch)
         base = _Layer(
             rows=rows, cols=cols, condition=0, guidance_scale=request.guidance_scale, kind=request.mask,
             fades=bool(borders),
@@ -233,11 +253,7 @@ def plan_tiles(request: ResolvedRequest, *, canvas: tuple[int, int], tile: tuple
                 f"region {region.prompt!r} is {FACTOR * width}×{FACTOR * height} pixels, smaller than a tile of this model "
                 f"({FACTOR * tile[1]}×{FACTOR * tile[0]}); enlarge it"
             )
-        if not 1e-100 < region.mask_weight < 1e100:
-            raise UsageError(
-                f"region {region.prompt!r}: mask_weight = {region.mask_weight} is beyond what can be weighed; take one near 1"
-            )
-        down, across = _grid((height, width), tile, overlap)
+        down, across = _grid((height, width), tile, overlap, patch=patch)
         layers.append(
             _Layer(
                 rows=tuple(rows[0] + top for top in down),
@@ -250,22 +266,23 @@ def plan_tiles(request: ResolvedRequest, *, canvas: tuple[int, int], tile: tuple
         )
     if request.prompt is None:
         _check_cover(spans, canvas)
-    return Tiles(canvas=canvas, tile=tile, layers=tuple(layers), borders=borders, ramp=overlap)
+    return Tiles(canvas=canvas, tile=tile, layers=tuple(layers), borders=borders, ramp=overlap, patch=patch)
 
 
-def guide_tiles(size: tuple[int, int], wrap: Wrap, guidance_scale: float) -> Tiles:
+def guide_tiles(size: tuple[int, int], wrap: Wrap, guidance_scale: float, patch: int = 1) -> Tiles:
     """The guide's canvas of `size` (height, width), under the first prompt: one tile as large as itself. Along an axis that
     wraps there are two, half a picture apart, so that each hides the other's border."""
     kind = Mask.CONSTANT if wrap is Wrap.NONE else Mask.GAUSSIAN
-    rows, cols = _grid(size, size, min(size) // 4, wrap)
+    rows, cols = _grid(size, size, min(size) // 4 // patch * patch, wrap, patch)
     layer = _Layer(rows=rows, cols=cols, condition=0, guidance_scale=guidance_scale, kind=kind)
-    return Tiles(canvas=size, tile=size, layers=(layer,))
+    return Tiles(canvas=size, tile=size, layers=(layer,), patch=patch)
 
 
 def tiles_of_step(tiles: Tiles, request: ResolvedRequest, number: int) -> Tiles:
     """The tiles of step `number` of the schedule, from 0.
 
-    Outside the request's guidance interval they have no guidance (Kynkäänniemi et al. 2024, arXiv:2404.07724). In the layout
+    Outside the request's guidance interval they have no guidance (Kynkäänniemi et al. 2024, arXiv:2404.07724), where that takes
+    an unconditional half. In the layout
     SHIFT they are moved around the canvas by an offset drawn from seed and number (Frolov et al. 2024, arXiv:2407.15507);
     an axis of a single tile stays.
     """
@@ -274,13 +291,13 @@ def tiles_of_step(tiles: Tiles, request: ResolvedRequest, number: int) -> Tiles:
     if request.layout is Layout.SHIFT:
         height, width = tiles.canvas
         rng = random.Random(request.seed * MAX_STEPS + number)
-        down, across = rng.randrange(height), rng.randrange(width)
+        down, across = (tiles.patch * rng.randrange(side // tiles.patch) for side in (height, width))
         down, across = down if tiles.tile[0] < height else 0, across if tiles.tile[1] < width else 0
     return replace(tiles, shift=(down, across), guided=low <= number / request.num_inference_steps < high)
 
 
-def _samples(guidance_scale: float) -> int:
-    return 2 if guidance_scale > 1 else 1
+def _samples(guidance_scale: float, unconditional: bool) -> int:
+    return 2 if guidance_scale > 1 and unconditional else 1
 
 
 def _crop(top: int, left: int, tile: tuple[int, int], canvas: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -289,9 +306,13 @@ def _crop(top: int, left: int, tile: tuple[int, int], canvas: tuple[int, int]) -
 
 
 def _grid(
-    canvas: tuple[int, int], tile: tuple[int, int], overlap: int, wrap: Wrap = Wrap.NONE
+    canvas: tuple[int, int], tile: tuple[int, int], overlap: int, wrap: Wrap = Wrap.NONE, patch: int = 1
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    rows, cols = (tuple(even_starts(canvas[i], tile[i], overlap, wrap.axes[i])) for i in (0, 1))
+    """Where tiles begin along both axes."""
+    rows, cols = (
+        tuple(patch * n for n in even_starts(canvas[i] // patch, tile[i] // patch, overlap // patch, wrap.axes[i]))
+        for i in (0, 1)
+    )
     return rows, cols
 
 

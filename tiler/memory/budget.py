@@ -68,7 +68,8 @@ class PhaseUse:
 
 
 class Budget:
-    """The ceiling of this process and its children, in bytes of RSS. A context manager.
+    """The ceiling of this process and its children, in bytes of RSS. A context manager that may be entered again: each run
+    begins with no phases, and with a peak of its own unless its caller has the budget open.
 
     `check` raises BudgetExceeded at the ceiling; `phase` attributes the peak; `peak_rss_bytes` is the highest RSS while
     the budget was open: the kernel's own mark (VmHWM), reset on entry and between phases and pooled here. Where the kernel
@@ -94,8 +95,11 @@ class Budget:
 
     def __enter__(self) -> Self:
         self._depth += 1
+        self.phases = []
         if self._depth > 1:  # render() enters a budget that its caller may have entered already
             return self
+        self._peak = self.swapped_bytes = self._children = 0
+        self.peak_sampled = self._swap_told = False
         self._reset_peak()
         self._note_peak()
         self._stop.clear()

@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tiler.compute.layers import as_unit, attend, convolve, linear, linear_layers
-from tiler.compute.steps import joined, normed
+from tiler.compute.layers import StreamedLayer, as_unit, attend, convolve, linear, linear_layers
+from tiler.compute.steps import activated, joined, normed
 from tiler.compute.tuning import FEED_FORWARD_ELEMENTS, FEED_FORWARD_ELEMENTS_READ, FEED_FORWARD_TOKENS
+from tiler.models import strips
 
 _GELU = {approximate: nn.GELU(approximate) for approximate in ("none", "tanh")}
 
@@ -40,28 +41,42 @@ class ResnetFirstHalf(nn.Module):
     """A ResnetBlock2D up to its first convolution. On the up path its input is the hidden state and one skip, joined along
     channels."""
 
-    def __init__(self, resnet: Any) -> None:
+    def __init__(self, resnet: Any, whole_elements: int | None = None) -> None:
+        """Inputs that have more than `whole_elements` when they are joined go by strips."""
         super().__init__()
         self.norm, self.act, self.conv = resnet.norm1, resnet.nonlinearity, resnet.conv1
-        self.time = resnet.time_emb_proj
+        self.time, self.whole_elements = resnet.time_emb_proj, whole_elements
 
-    def forward(self, *parts: Tensor, temb: Tensor) -> Tensor:
-        """parts: (n, C, h, w) each; temb: (1, width) → (n, C', h, w)."""
-        h = convolve(self.conv, *parts, norm=self.norm, activation=self.act)
-        return h.add_(self.time(self.act(temb))[:, :, None, None])
+    def forward(self, hidden: Tensor, temb: Tensor, *skip: Tensor) -> Tensor:
+        """hidden, skip: (n, C, h, w) each; temb: (n, width) → (n, C', h, w)."""
+        parts = (hidden, *skip)
+        by = strips.convolve if strips.are_large(parts, self.whole_elements) else convolve
+        h = by(self.conv, *parts, norm=self.norm, activation=self.act)
+        return h.add_(self._projected(activated(self.act, temb.clone()))[:, :, None, None])
+
+    def _projected(self, temb: Tensor) -> Tensor:
+        if isinstance(self.time, StreamedLayer):
+            projected: Tensor = self.time(temb)
+            return projected
+        return torch.cat([self.time(one) for one in temb.split(1)])  # the bits of a product depend on their number
 
 
 class ResnetSecondHalf(nn.Module):
     """The rest of a ResnetBlock2D, of what `ResnetFirstHalf` made of `parts`."""
 
-    def __init__(self, resnet: Any) -> None:
+    def __init__(self, resnet: Any, whole_elements: int | None = None) -> None:
         super().__init__()
         self.norm, self.act, self.conv = resnet.norm2, resnet.nonlinearity, resnet.conv2
         self.shortcut, self.scale = resnet.conv_shortcut, resnet.output_scale_factor
+        self.whole_elements = whole_elements
 
     def forward(self, h: Tensor, *parts: Tensor) -> Tensor:
         """h: (n, C', h, w); parts: (n, C, h, w) each → (n, C', h, w)."""
         residual = parts[0] if self.shortcut is None and len(parts) == 1 else None
+        if self.shortcut is not None and strips.are_large(parts, self.whole_elements):
+            h = strips.convolve(self.conv, h, norm=self.norm, activation=self.act)
+            h = strips.add_pointwise(self.shortcut, parts, h)
+            return h if self.scale == 1 else h.div_(self.scale)
         h = convolve(self.conv, h, norm=self.norm, activation=self.act, residual=residual)
         if residual is None:
             x = joined(parts)
@@ -72,14 +87,16 @@ class ResnetSecondHalf(nn.Module):
 class Resnet(nn.Module):
     """Both halves, where the weights of both can be held at once."""
 
-    def __init__(self, resnet: Any) -> None:
+    def __init__(self, resnet: Any, whole_elements: int | None = None) -> None:
         super().__init__()
-        self.halves = nn.ModuleList([ResnetFirstHalf(resnet), ResnetSecondHalf(resnet)])
+        self.halves = nn.ModuleList([half(resnet, whole_elements) for half in (ResnetFirstHalf, ResnetSecondHalf)])
+        self.whole_elements = whole_elements
 
-    def forward(self, *parts: Tensor, temb: Tensor) -> Tensor:
-        """parts: (n, C, h, w) each; temb: (1, width) → (n, C', h, w)."""
-        parts = (joined(parts),)
-        h = self.halves[0](*parts, temb=temb)
+    def forward(self, hidden: Tensor, temb: Tensor, *skip: Tensor) -> Tensor:
+        """hidden, skip: (n, C, h, w) each; temb: (n, width) → (n, C', h, w)."""
+        parts = (hidden, *skip)
+        parts = parts if strips.are_large(parts, self.whole_elements) else (joined(parts),)
+        h = self.halves[0](parts[0], temb, *parts[1:])
         out: Tensor = self.halves[1](h, *parts)
         return out
 

@@ -6,6 +6,7 @@ Fields that are not read here, or by the modules that a config builds, may say w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
@@ -23,6 +24,8 @@ def check_unet(where: str, config: Config) -> None:
         where, config, sample_size=(1, 4096), norm_num_groups=(1, 256), conv_in_kernel=(1, 9), conv_out_kernel=(1, 9)
     )
     _whole(where, config, may_be_null=True, num_attention_heads=(1, 128), time_embedding_dim=(1, 65_536))
+    _whole(where, config, may_be_null=True, addition_time_embed_dim=(2, 8192))
+    _whole(where, config, may_be_null=True, projection_class_embeddings_input_dim=(1, 65_536))
     _whole(where, config, downsample_padding=(0, 1))
     _number(where, config, norm_eps=(1e-12, 0.1), freq_shift=(0, 1))
     _number(where, config, resnet_out_scale_factor=(1e-3, 1e3), mid_block_scale_factor=(1e-3, 1e3))
@@ -47,6 +50,55 @@ def check_prediction(where: str, config: Config) -> None:
         )
 
 
+def check_sd3(where: str, config: Config) -> None:
+    """An SD3Transformer2DModel's config. Raises ModelError, naming the field."""
+    for key in ("num_layers", "num_attention_heads", "attention_head_dim", "joint_attention_dim"):
+        _need(where, config, key)
+    _whole(where, config, num_layers=(1, 256), num_attention_heads=(1, 256), attention_head_dim=(2, 1024))
+    _whole(where, config, joint_attention_dim=(1, 65_536), pooled_projection_dim=(1, 65_536))
+    _need(where, config, "in_channels")
+    _whole(where, config, caption_projection_dim=(1, 65_536), in_channels=(1, 64), patch_size=(2, 2))
+    _whole(where, config, sample_size=(8, 4096), pos_embed_max_size=(1, 4096))
+    _whole(where, config, may_be_null=True, out_channels=(1, 64))
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    if (taken := config.get("caption_projection_dim", 1152)) != width:
+        _refuse(where, "caption_projection_dim", taken, f"it must be heads times their width, {width}")
+    if config.get("qk_norm") not in (None, "rms_norm"):
+        _refuse(where, "qk_norm", config["qk_norm"], "tiler supports null and 'rms_norm'")
+    layers = config.get("dual_attention_layers") or []
+    if not isinstance(layers, list) or not all(_is_whole(n, 0, config["num_layers"] - 1) for n in layers):
+        _refuse(where, "dual_attention_layers", layers, "it must be a list of the numbers of layers")
+
+
+def check_pixart(where: str, config: Config) -> None:
+    """A PixArtTransformer2DModel's config. Raises ModelError, naming the field."""
+    for key in ("num_attention_heads", "attention_head_dim", "caption_channels"):
+        _need(where, config, key)
+    _whole(where, config, num_attention_heads=(1, 256), attention_head_dim=(1, 1024), num_layers=(1, 256))
+    _whole(where, config, caption_channels=(1, 65_536), in_channels=(1, 64), sample_size=(8, 4096))
+    _whole(where, config, may_be_null=True, out_channels=(1, 128), cross_attention_dim=(1, 65_536))
+    _number(where, config, norm_eps=(1e-12, 0.1))
+    _number(where, config, may_be_null=True, interpolation_scale=(1e-3, 1e3))
+    _flags(where, config, "attention_bias", "norm_elementwise_affine", "use_additional_conditions")
+
+
+def check_auraflow(where: str, config: Config) -> None:
+    """An AuraFlowTransformer2DModel's config. Raises ModelError, naming the field."""
+    for key in ("in_channels", "num_attention_heads", "attention_head_dim", "joint_attention_dim"):
+        _need(where, config, key)
+    _whole(where, config, num_mmdit_layers=(0, 256), num_single_dit_layers=(0, 256), num_attention_heads=(1, 256))
+    _whole(where, config, attention_head_dim=(2, 1024), joint_attention_dim=(1, 65_536), in_channels=(1, 64))
+    _whole(where, config, caption_projection_dim=(1, 65_536), sample_size=(4, 4096), patch_size=(2, 2))
+    _whole(where, config, pos_embed_max_size=(1, 2**24))
+    _whole(where, config, may_be_null=True, out_channels=(1, 64))
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    if (taken := config.get("caption_projection_dim", 3072)) != width:
+        _refuse(where, "caption_projection_dim", taken, f"it must be heads times their width, {width}")
+    positions = config.get("pos_embed_max_size", 1024)
+    if math.isqrt(positions) ** 2 != positions:
+        _refuse(where, "pos_embed_max_size", positions, "it must be the square of a whole number")
+
+
 def check_vae(where: str, config: Config) -> None:
     """An AutoencoderKL's config. Raises ModelError, naming the field."""
     _need(where, config, "block_out_channels")
@@ -55,6 +107,12 @@ def check_vae(where: str, config: Config) -> None:
     _whole(where, config, may_be_null=True, sample_size=(1, 65_536))
     _number(where, config, scaling_factor=(1e-3, 1e3))
     _number(where, config, may_be_null=True, shift_factor=(-1e3, 1e3))
+    for key, low in (("latents_mean", -1e3), ("latents_std", 1e-3)):
+        values, channels = config.get(key), config.get("latent_channels", 4)
+        if values is not None and not (
+            isinstance(values, list) and len(values) == channels and all(_is_number(v, low, 1e3) for v in values)
+        ):
+            _refuse(where, key, values, f"it must be a list of {channels} numbers, {low:g} to 1000, or null")
     _flags(where, config, "use_quant_conv", "use_post_quant_conv", "mid_block_add_attention")
     _widths(where, config, 1, ("down_block_types", "up_block_types"))
     # What decode/rows.py would leave out, or do otherwise.
@@ -86,6 +144,32 @@ def check_text(where: str, config: Config) -> None:
     heads = config.get("num_attention_heads", 8)
     if config["hidden_size"] % heads:
         _refuse(where, "hidden_size", config["hidden_size"], f"a multiple of num_attention_heads, {heads}")
+
+
+def check_flux(where: str, config: Config) -> None:
+    """A FluxTransformer2DModel's config. Raises ModelError, naming the field."""
+    for key in ("num_attention_heads", "attention_head_dim", "joint_attention_dim", "pooled_projection_dim"):
+        _need(where, config, key)
+    _whole(where, config, num_attention_heads=(1, 256), attention_head_dim=(2, 1024), patch_size=(1, 1))
+    _whole(where, config, num_layers=(0, 256), num_single_layers=(0, 256), in_channels=(1, 4096))
+    _whole(where, config, joint_attention_dim=(1, 65_536), pooled_projection_dim=(1, 65_536))
+    _whole(where, config, may_be_null=True, out_channels=(1, 4096), sample_size=(8, 4096))
+    _flags(where, config, "guidance_embeds")
+    axes, size = config.get("axes_dims_rope", [16, 56, 56]), config["attention_head_dim"]
+    if not isinstance(axes, list) or len(axes) != 3 or not all(_is_whole(n, 2, 1024) and n % 2 == 0 for n in axes):
+        _refuse(where, "axes_dims_rope", axes, "it must be three even numbers")
+    if sum(axes) != size:
+        _refuse(where, "axes_dims_rope", axes, f"together they must be attention_head_dim, {size}")
+
+
+def check_t5(where: str, config: Config) -> None:
+    """A T5EncoderModel's or UMT5EncoderModel's config. Raises ModelError, naming the field."""
+    for key in ("d_model", "d_kv", "d_ff", "num_heads", "num_layers"):
+        _need(where, config, key)
+    _whole(where, config, d_model=(1, 16_384), d_kv=(1, 1024), d_ff=(1, 131_072), num_heads=(1, 256))
+    _whole(where, config, num_layers=(1, 128), vocab_size=(2, 1_000_000))
+    _whole(where, config, relative_attention_num_buckets=(4, 1024), relative_attention_max_distance=(2, 65_536))
+    _number(where, config, layer_norm_epsilon=(1e-12, 0.1))
 
 
 def _refuse(where: str, key: str, value: object, rule: str) -> NoReturn:

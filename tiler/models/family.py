@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
 from importlib import import_module
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,6 +20,7 @@ from tiler.errors import ModelError
 from tiler.memory.lean_imports import lean_imports
 from tiler.models import bounds
 from tiler.models.meta import on_meta, refusing
+from tiler.request import TileConditioning
 from tiler.weights.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
@@ -30,11 +32,15 @@ if TYPE_CHECKING:
 
 REGISTRY: dict[str, str] = {
     "StableDiffusion": "tiler.models.sd",
+    "StableDiffusionXL": "tiler.models.sdxl",
+    "StableDiffusion3": "tiler.models.sd3",
+    "Flux": "tiler.models.flux",
+    "PixArt": "tiler.models.pixart",
+    "AuraFlow": "tiler.models.auraflow",
 }
 """Part of a pipeline's class name → the module whose `read(checkpoint)` gives the Family. The longest match counts; a class
 that none matches is read as Stable Diffusion, whose checks say what is foreign in it."""
 _OTHERS = {
-    "StableDiffusionXL": "SDXL", "StableDiffusion3": "Stable Diffusion 3", "Flux": "Flux", "PixArt": "PixArt",
     "Inpaint": "an inpainting model", "InstructPix2Pix": "an InstructPix2Pix model", "Upscale": "an upscaler",
     "Kandinsky": "Kandinsky", "WuerstchenCombined": "Würstchen", "Video": "a video model",
 }  # fmt: skip
@@ -68,21 +74,35 @@ class Traits(NamedTuple):
     flow: bool = False  # whether it was trained by flow matching, not on discrete noise levels
     patch: int = 1  # tiles begin at multiples of this, and the canvas's sides are multiples of it
     guidance: Guidance = Guidance.CFG
+    samples: int | None = None  # of one read of the weights at most, where more gain nothing
     defaults: Mapping[str, Any] = MappingProxyType({})  # by field of RenderRequest, where nothing else says anything
+    old_schedulers: bool = True  # whether diffusers' pipeline corrects scheduler configs that its old versions wrote
+    longest: int | None = None  # side of a guide, where the positions it knows end
+    even_sigmas: bool = False  # of a flow: σ falls from 1 to 1/N in equal steps before it is shifted
+
+    @property
+    def tokens(self) -> int:
+        """Patches of a native tile: what a transformer sees at once."""
+        return (self.native // self.patch) ** 2
 
 
 class Options(NamedTuple):
-    """What a user may ask of the denoiser itself."""
+    """What a user may ask of the denoiser itself; every guidance scale that samples will have; and a folder for scratch files."""
 
     attention_window: int | None = None
     seed: int = 0
+    tile_conditioning: TileConditioning = TileConditioning.PLACE
+    guidance: tuple[float, ...] = ()
+    scratch: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
     """One model of a checkpoint. `name` is its folder; `build` makes it on the meta device; `aliases` gives the names that a
-    parameter may have in files; `quantise` says which parameters become int8 where that is asked for; `activation_bytes` is
-    what a text encoder takes beside its weights."""
+    parameter may have in files; `quantise` says which parameters become int8 where that is asked for, `once` which ones are
+    read before the steps and not in them; `example` runs a text encoder on one prompt of the greatest length as `Family.encode`
+    does, also where its weights are on the meta device: for the meter. Where that cannot be, `activation_bytes` is what it takes
+    beside its weights."""
 
     name: str
     role: Role
@@ -90,7 +110,9 @@ class Part:
     build: Callable[[], Any]
     aliases: Callable[[str], list[str]]
     quantise: Callable[[str], bool]
+    once: Callable[[str], bool] = lambda name: False
     arena_bytes: int | None = None
+    example: Callable[[Any], object] | None = None
     activation_bytes: int = 0
 
     def int8_weights(self, module: nn.Module) -> frozenset[str]:
@@ -126,12 +148,29 @@ class VaeSpec:
         """The index of its files, read once."""
         return self.checkpoint.weights(self.part)
 
+    @property
+    def moments(self) -> tuple[Tensor, Tensor] | None:
+        """Mean and standard deviation of each channel, (1, C, 1, 1), of an autoencoder whose latents are normalised by both."""
+        import torch
+
+        found = [self.config.get(name) for name in ("latents_mean", "latents_std")]
+        if self.tiny or None in found:
+            return None
+        mean, std = (torch.tensor(values, dtype=torch.float32).view(1, -1, 1, 1) for values in found)
+        return mean, std
+
     def unscale_(self, latents: Tensor) -> Tensor:
-        """What the diffusion works on → what the decoder takes, fp32, in place."""
+        """What the diffusion works on → what the decoder takes, fp32 (1, C, h, w), in place."""
+        if self.moments is not None:
+            mean, std = self.moments
+            return latents.mul_(std).div_(self.scaling_factor).add_(mean)
         return latents.div_(self.scaling_factor).add_(self.shift_factor)
 
     def scale(self, mean: Tensor) -> Tensor:
-        """What the encoder gives → what the diffusion works on."""
+        """What the encoder gives, (1, C, h, w) → what the diffusion works on."""
+        if self.moments is not None:
+            middle, std = self.moments
+            return (mean - middle) * self.scaling_factor / std
         return (mean - self.shift_factor) * self.scaling_factor
 
 
@@ -178,7 +217,8 @@ class Family(ABC):
     def prepare(
         self, model: Any, streamer: Streamer, timesteps: Tensor, prompts: Sequence[Prompt], options: Options
     ) -> Any:
-        """What all steps of a phase share, for `predict`. timesteps: (steps,), the whole schedule's."""
+        """What all steps of a run share, guide and canvas, for `predict`: nothing of `model`, which is another in each phase.
+        timesteps: (steps,), the whole schedule's."""
 
     @abstractmethod
     def predict(
@@ -200,15 +240,17 @@ class Family(ABC):
 
 def read_family(checkpoint: Checkpoint) -> Family:
     """Check every config of the checkpoint. Raises ModelError, naming the file and what the model is."""
+    if checkpoint.file is not None:
+        from tiler.models.single_file import read_single
+
+        checkpoint = read_single(checkpoint)
     name = str(checkpoint.config("", "model_index.json").get("_class_name", ""))
     known = [key for key in REGISTRY if key.lower() in name.lower()]
     exact = max(known, key=len, default="StableDiffusion")
     if REGISTRY[exact] == REGISTRY["StableDiffusion"]:
         for word, what in _OTHERS.items():
             if word.lower() in name.lower():
-                raise ModelError(
-                    f"{checkpoint.name}: this is {what} ({name}); tiler supports Stable Diffusion 1.x and 2.x"
-                )
+                raise ModelError(f"{checkpoint.name}: this is {what} ({name}); tiler needs text-to-image")
     family: Family = import_module(REGISTRY[exact]).read(checkpoint, name)
     return family
 

@@ -7,17 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from tiler.compute.stream import Streamer
+from tiler.decoding import FACTOR
 from tiler.errors import ModelError
-from tiler.memory.lean_imports import lean_imports
 from tiler.models import bounds
-from tiler.models.blocks import Windows
-from tiler.models.clip import encode_prompts, load_tokenizer
+from tiler.models.checks import check_channels, check_unet_kind
+from tiler.models.clip import TOKENS, build_clip, clip_names, encode_prompts, load_tokenizer, run_clip
 from tiler.models.corrections import correct_unet
 from tiler.models.family import (
     Family,
@@ -32,16 +32,9 @@ from tiler.models.family import (
     read_config,
     vae_names,
 )
-from tiler.models.meta import on_meta, refusing
 from tiler.models.samples import Place, Prompt, Sample
-from tiler.models.unet import predict_noise, quantised
+from tiler.models.unet import build_unet, predict_noise, quantised, windows_of
 from tiler.weights.checkpoint import Checkpoint
-
-if TYPE_CHECKING:
-    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-    from transformers.models.clip.modeling_clip import CLIPTextModel
-
-TOKENS = 77  # of a prompt, the end marks included
 
 
 class Prepared(NamedTuple):
@@ -74,21 +67,22 @@ class StableDiffusion(Family):
         prepared: Prepared,
         check: Callable[[str], None] = lambda where: None,
     ) -> Tensor:
-        timestep, (size, seed) = prepared.timesteps[step], prepared.options
-        windows = None if size is None else Windows(size) if timestep.is_meta else Windows.drawn(size, seed, timestep)
+        timestep = prepared.timesteps[step]
+        windows = windows_of(prepared.options, timestep)
         latents, tokens = [s.latents for s in samples], [s.prompt.tokens for s in samples]
         return predict_noise(model, streamer, latents, timestep, tokens, check, windows)
 
     def example(self, tiles: Sequence[int], sides: tuple[int, int]) -> list[Sample]:
-        meta, width = torch.device("meta"), self.part(Role.TEXT_ENCODER).config["hidden_size"]
+        meta, wide = torch.device("meta"), self.part(Role.TEXT_ENCODER).config["hidden_size"]
         latents = {tile: torch.empty(1, self.latent_channels, *sides, device=meta) for tile in tiles}
-        place = Place(0, 0, 8 * sides[0], 8 * sides[1], (8 * sides[0], 8 * sides[1]))
-        return [Sample(latents[tile], Prompt(torch.empty(1, TOKENS, width, device=meta)), place, 1.0) for tile in tiles]
+        height, width = (FACTOR * side for side in sides)
+        place = Place(0, 0, height, width, (height, width))
+        return [Sample(latents[tile], Prompt(torch.empty(1, TOKENS, wide, device=meta)), place, 1.0) for tile in tiles]
 
 
 def read(checkpoint: Checkpoint, name: str) -> StableDiffusion:
     """Check the configs of a pipeline of class `name`. Raises ModelError, saying what the model is."""
-    if not (checkpoint.folder / "unet").is_dir() and (checkpoint.folder / "transformer").is_dir():
+    if not checkpoint.has("unet") and checkpoint.has("transformer"):
         raise ModelError(
             f"{checkpoint.name}: this is a diffusion transformer ({name}); tiler supports Stable Diffusion 1.x and 2.x"
         )
@@ -96,47 +90,36 @@ def read(checkpoint: Checkpoint, name: str) -> StableDiffusion:
     vae = read_config(checkpoint, "vae", "AutoencoderKL", bounds.check_vae)
     text = read_config(checkpoint, "text_encoder", None, bounds.check_text)
     if unet.get("addition_embed_type") == "text_time" or unet.get("cross_attention_dim") == 2048:
-        raise ModelError(f"{checkpoint.name}: this is SDXL; tiler supports Stable Diffusion 1.x and 2.x")
-    latent, channels = vae.get("latent_channels", 4), unet.get("in_channels", 4)
-    if channels != latent:
-        kind = {9: "an inpainting model", 8: "an InstructPix2Pix model", 7: "an upscaler"}.get(
-            channels, "of another kind"
-        )
         raise ModelError(
-            f"{checkpoint.name}: the UNet takes {channels} channels, the VAE gives {latent}: this is {kind}; tiler needs text-to-image"
+            f"{checkpoint.folder}/model_index.json: the class is {name!r}, but this UNet is SDXL's; correct the class to "
+            "StableDiffusionXLPipeline, or download the file again"
         )
+    check_channels(checkpoint, unet, vae)
     if not str(text.get("model_type", "clip_text_model")).startswith("clip"):
         raise ModelError(f"{checkpoint.name}: the text encoder is {text['model_type']!r}; tiler supports CLIP")
     if unet.get("cross_attention_dim", text["hidden_size"]) != text["hidden_size"]:
         raise ModelError(
             f"{checkpoint.name}: the UNet expects text width {unet['cross_attention_dim']}, the text encoder gives {text['hidden_size']}"
         )
-    if len(vae["block_out_channels"]) != 4:
-        raise ModelError(
-            f"{checkpoint.name}: the VAE's factor is {2 ** (len(vae['block_out_channels']) - 1)}; tiler supports 8"
-        )
-    bounds.check_prediction(f"{checkpoint.folder / 'unet'}/config.json", unet)
-    _check_unet_kind(f"{checkpoint.folder / 'unet'}/config.json", unet)
+    check_unet_kind(f"{checkpoint.folder / 'unet'}/config.json", unet, "Stable Diffusion 1.x and 2.x")
     unet, notes = correct_unet(unet)
     scheduler = checkpoint.config("scheduler", "scheduler_config.json")
     spec, levels = VaeSpec(checkpoint=checkpoint, part="vae", config=vae), len(unet["block_out_channels"])
-    # Two prompts: three times the feed-forward's width, eight times the state's.
-    activations = 4 * 2 * TOKENS * (3 * text.get("intermediate_size", 2048) + 8 * text["hidden_size"])
     parts = (
         Part(
             name="text_encoder",
             role=Role.TEXT_ENCODER,
             config=text,
-            build=partial(_build_text_encoder, checkpoint, text),
-            aliases=text_names,
+            build=partial(build_clip, checkpoint, "text_encoder", text),
+            aliases=clip_names,
             quantise=partial(quantised, levels=0),
-            activation_bytes=activations,
+            example=run_clip,
         ),
         Part(
             name="unet",
             role=Role.DENOISER,
             config=unet,
-            build=partial(_build_unet, checkpoint, unet),
+            build=partial(build_unet, checkpoint, unet),
             aliases=plain_names,
             quantise=partial(quantised, levels=levels),
         ),
@@ -151,61 +134,8 @@ def read(checkpoint: Checkpoint, name: str) -> StableDiffusion:
     )
     traits = Traits(
         title="Stable Diffusion", native=int(unet.get("sample_size", 64)), granularity=2 ** (levels - 1),
-        channels=int(latent), width=unet["block_out_channels"][0],
+        channels=int(vae.get("latent_channels", 4)), width=unet["block_out_channels"][0],
     )  # fmt: skip
     return StableDiffusion(
         checkpoint=checkpoint, traits=traits, parts=parts, vae=spec, scheduler=scheduler, notes=notes
-    )
-
-
-_BLOCKS = ("DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D", "UNetMidBlock2DCrossAttn", None)
-_FOREIGN = (
-    "class_embed_type", "addition_embed_type", "time_cond_proj_dim", "encoder_hid_dim_type", "dual_cross_attention",
-    "center_input_sample", "time_embedding_act_fn", "attention_type", "only_cross_attention", "resnet_time_scale_shift",
-    "resnet_skip_time_act", "encoder_hid_dim", "num_class_embeds", "class_embeddings_concat", "cross_attention_norm",
-    "mid_block_only_cross_attention", "timestep_post_act", "time_embedding_type",
-)  # fmt: skip
-
-
-def _check_unet_kind(where: str, unet: dict[str, Any]) -> None:
-    """Refuse what `models/unet.py` would leave out: a picture that is silently wrong helps nobody."""
-    blocks = [*unet.get("down_block_types", []), *unet.get("up_block_types", []), unet.get("mid_block_type")]
-    for block in blocks:
-        if block not in _BLOCKS:
-            raise ModelError(
-                f"{where}: blocks of type {block!r} are not supported; tiler supports Stable Diffusion 1.x and 2.x"
-            )
-    for key in _FOREIGN:
-        if unet.get(key) not in (None, False, "default", "positional"):
-            raise ModelError(
-                f"{where}: {key} = {unet[key]!r} is not supported; tiler supports Stable Diffusion 1.x and 2.x"
-            )
-
-
-def _build_unet(checkpoint: Checkpoint, config: dict[str, Any]) -> UNet2DConditionModel:
-    """diffusers' own UNet on the meta device."""
-    with lean_imports():
-        from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-    with on_meta(), refusing("unet", checkpoint):
-        return UNet2DConditionModel.from_config(config).eval().requires_grad_(False)
-
-
-def _build_text_encoder(checkpoint: Checkpoint, text: dict[str, Any]) -> CLIPTextModel:
-    """transformers' own CLIP text model on the meta device; its position ids are real."""
-    with lean_imports():
-        from transformers.models.clip.configuration_clip import CLIPTextConfig
-        from transformers.models.clip.modeling_clip import CLIPTextModel
-    known = {k: v for k, v in text.items() if k not in ("architectures", "torch_dtype", "dtype", "_name_or_path")}
-    with refusing("text_encoder", checkpoint):
-        config = CLIPTextConfig(**known)
-        config._attn_implementation = "sdpa"
-        with on_meta():
-            model = CLIPTextModel(config).eval().requires_grad_(False)
-    return model
-
-
-def text_names(name: str) -> list[str]:
-    """Published files carry the prefix text_model., which transformers 5 dropped from its modules."""
-    return (
-        [f"text_model.{name}", name] if not name.startswith("text_model.") else [name, name.removeprefix("text_model.")]
     )

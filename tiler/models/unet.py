@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,15 +16,29 @@ from torch import Tensor
 from tiler.compute import onednn
 from tiler.compute.layers import SMALL
 from tiler.compute.stream import Streamer
+from tiler.memory.lean_imports import lean_imports
+from tiler.models import strips
 from tiler.models.blocks import PrePrompt, Resnet, ResnetFirstHalf, ResnetSecondHalf, Transformer, Windows, prepare
+from tiler.models.meta import on_meta, refusing
+from tiler.weights.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
+    from tiler.models.family import Options
+
 # Weights that stay as they are where others become int8: the small ones before the blocks and after them, and those of the
 # outermost blocks but for their transformers. These are 2 % of the weights, lost three quarters of all that int8 does (of its
 # square: scripts/sensitivity.py), and are about as fast in fp32, the convolutions transformed (winograd.py).
-FP32_NAMES = ("time_emb", "conv_in.", "conv_out.")
+FP32_NAMES = ("time_emb", "add_embedding.", "conv_in.", "conv_out.")
+
+
+def build_unet(checkpoint: Checkpoint, config: dict[str, Any]) -> UNet2DConditionModel:
+    """diffusers' own UNet on the meta device. Raises ModelError."""
+    with lean_imports():
+        from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+    with on_meta(), refusing("unet", checkpoint):
+        return UNet2DConditionModel.from_config(config).eval().requires_grad_(False)
 
 
 def large_weights(model: torch.nn.Module) -> list[str]:
@@ -47,6 +61,13 @@ def int8_weights(unet: torch.nn.Module) -> frozenset[str]:
     return frozenset(name for name in large_weights(unet) if quantised(name, levels))
 
 
+def windows_of(options: Options, timestep: Tensor) -> Windows | None:
+    """The windows of self-attention at a step that the user asked for."""
+    if (size := options.attention_window) is None:
+        return None
+    return Windows(size) if timestep.is_meta else Windows.drawn(size, options.seed, timestep)
+
+
 def _ignore(where: str) -> None:
     pass
 
@@ -59,13 +80,17 @@ def predict_noise(
     prompt_embeds: Sequence[Tensor],
     check: Callable[[str], None] = _ignore,
     windows: Windows | None = None,
+    added: Sequence[Tensor] | None = None,
+    whole_elements: int | None = None,
 ) -> Tensor:
     """The model's prediction (epsilon or v, whichever it was trained for).
 
     latents: one (1, channels, h, w) fp32 for each sample, scaled by the scheduler; timestep: scalar, the same for all;
-    prompt_embeds: one (1, tokens, width) fp32 for each → (batch, channels, h, w) fp32. Neighbours that are the same
-    tensor, the two halves of a guidance, share their work and memory up to the first layer that sees the prompt.
-    `check` is called at every unit.
+    prompt_embeds: one (1, tokens, width) fp32 for each; added: one (1, width) for each, what a UNet with `add_embedding` adds
+    to the time embedding → (batch, channels, h, w) fp32. Neighbours that are the same tensor, the two halves of a guidance,
+    share their work and memory up to the first layer that sees the prompt, or what is added. `check` is called at every unit.
+    Where a hidden state and its skip together, or enlarged, have more than `whole_elements`, convolutions go by strips of rows,
+    with other roundings.
     """
     levels = [i for i, block in enumerate(unet.down_blocks) if hasattr(block, "attentions")]
     windowed = (
@@ -74,21 +99,21 @@ def predict_noise(
     batch, up = len(latents), 2**unet.num_upsamplers
     assert all(x.shape[2] % up == 0 and x.shape[3] % up == 0 for x in latents), latents[0].shape
     temb = unet.time_embedding(unet.get_time_embed(sample=latents[0], timestep=timestep))
-    texts = list(prompt_embeds)
+    tembs, texts = _with_added(unet, streamer, temb, batch, added), list(prompt_embeds)
 
-    def each(
-        where: str, module: torch.nn.Module, inputs: list[Tensor], *more: list[Tensor], **shared: object
-    ) -> list[Tensor]:
+    def each(where: str, module: torch.nn.Module, inputs: list[Tensor], *more: list[Tensor]) -> list[Tensor]:
         check(where)
         calls: list[tuple[Tensor, ...]] = list(zip(inputs, *more, strict=True))
-        inputs.clear()
-        return streamer.run(module, calls, **shared)
+        for column in (inputs, *more):  # each input goes when its sample is done
+            column.clear()
+        return streamer.run(module, calls)
 
     def residual(where: str, block: torch.nn.Module, inputs: list[Tensor], *skip: list[Tensor]) -> list[Tensor]:
-        if streamer.fits(whole := Resnet(block)):
-            return each(where, whole, inputs, *skip, temb=temb)
-        halfway = each(where, ResnetFirstHalf(block), list(inputs), *skip, temb=temb)
-        return each(where, ResnetSecondHalf(block), halfway, inputs, *skip)
+        large = strips.are_large([inputs[0], *(column[0] for column in skip)], whole_elements)
+        if not large and streamer.fits(whole := Resnet(block, whole_elements)):
+            return each(where, whole, inputs, list(tembs), *skip)
+        halfway = each(where, ResnetFirstHalf(block, whole_elements), list(inputs), list(tembs), *map(list, skip))
+        return each(where, ResnetSecondHalf(block, whole_elements), halfway, inputs, *skip)
 
     def transform(where: str, module: torch.nn.Module, inputs: list[Tensor]) -> list[Tensor]:
         check(where)
@@ -130,7 +155,20 @@ def predict_noise(
             if attention is not None:
                 hidden = transform(f"unet.up_blocks.{i}.attentions.{j}", attention, hidden)
         for sampler in block.upsamplers or []:
-            hidden = each(f"unet.up_blocks.{i}.upsamplers", sampler, hidden)
+            large = whole_elements is not None and 4 * hidden[0].numel() > whole_elements
+            upsampler = strips.Enlarged(sampler) if large else sampler
+            hidden = each(f"unet.up_blocks.{i}.upsamplers", upsampler, hidden)
     hidden = each("unet.conv_out", torch.nn.Sequential(unet.conv_norm_out, unet.conv_act, unet.conv_out), hidden)
     assert len(hidden) == batch and not skips
     return torch.cat(hidden)
+
+
+def _with_added(
+    unet: UNet2DConditionModel, streamer: Streamer, temb: Tensor, batch: int, added: Sequence[Tensor] | None
+) -> list[Tensor]:
+    """The time embedding (1, width) of each sample; where what is added is one tensor, so is the sum."""
+    if added is None:
+        return [temb] * batch
+    embedded = streamer.run(unet.add_embedding, [(x,) for x in added])
+    sums = {id(one): temb + one for one in embedded}
+    return [sums[id(one)] for one in embedded]

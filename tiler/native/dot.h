@@ -4,8 +4,8 @@
 #include "kernels.h"
 #include "vec.h"
 
-// REGISTERS hold 16 outputs; a tile has TILE_ROWS rows and BLOCKS · 16 outputs. Quantised activations are stored less OFFSET,
-// where products take signed values only.
+// REGISTERS hold 16 outputs; a tile has TILE_ROWS rows and BLOCKS · 16 outputs. Where products take signed values only, OFFSET is
+// what int8 activations are made smaller by on their way.
 #define TILE_ROWS 6
 #define OFFSET 0
 #if defined(__AVX512VNNI__)
@@ -25,7 +25,7 @@ typedef __m256i Register;
 typedef int32x4_t Register;
 #if defined(__ARM_FEATURE_DOTPROD) && !defined(__ARM_FEATURE_MATMUL_INT8)
 #undef OFFSET
-#define OFFSET 128
+#define OFFSET 128  // flipping the highest bit subtracts it
 #endif
 #endif
 #define WIDTH (LANES / REGISTERS)
@@ -47,6 +47,17 @@ INLINE Register splat(const char *p) {
 #else
   return vdupq_n_s32(x);
 #endif
+}
+
+// Activations as `dot` takes them.
+INLINE Register activations(const enum Kind kind, const char *p) {
+  Register x = splat(p);
+#if OFFSET
+  if (kind == INT8) x = veorq_s32(x, vdupq_n_s32((int32_t)0x80808080));
+#else
+  (void)kind;
+#endif
+  return x;
 }
 
 // sum + a · b in each lane. AVX2 alone adds pairs of int8 products in 16 bits, which is exact for weights within ±64.

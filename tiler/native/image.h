@@ -138,7 +138,7 @@ static void cast_task(const void *context, int64_t number) {
   const float *a = t->factor + image * 2 * t->channels, *b = a + t->channels;
   int is_one_scale = p->out_type == AS_UINT8 && !p->each_place;
   float inverse = is_one_scale ? 1.f / p->scale[image] : 1.f;
-  int32_t zero = is_one_scale ? p->zero[image] - OFFSET : p->each_place ? MIDDLE - OFFSET : 0;
+  int32_t zero = is_one_scale ? p->zero[image] : p->each_place ? MIDDLE : 0;
   int64_t line_bytes = width * p->place_bytes, size = p->out_type == AS_UINT8 ? 1 : p->out_type == AS_BF16 ? 2 : 4;
   int64_t padded = p->place_bytes / size;
   char *line = (char *)p->out + (image * lines + y + p->padding) * line_bytes;

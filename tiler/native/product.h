@@ -52,7 +52,7 @@ INLINE void tile(const enum Kind kind, const int rows, const int blocks, const P
       for (int j = 0; j < blocks * REGISTERS; j++) b[j] = load_register(w[j / REGISTERS] + s * 64 + j % REGISTERS * WIDTH * 4);
 #pragma GCC unroll 6
       for (int i = 0; i < rows; i++) {
-        Register x = splat(a[i] + s * 4);
+        Register x = activations(kind, a[i] + s * 4);
 #pragma GCC unroll 4
         for (int j = 0; j < blocks * REGISTERS; j++) c[i][j] = dot(kind, c[i][j], x, b[j]);
       }

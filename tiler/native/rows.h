@@ -53,7 +53,7 @@ static void rows_task(const void *context, int64_t number) {
       float scale = scale_of(top, total);
       p->scale[r] = scale;
       for (int64_t j = 0; j < p->width; j += LANES) {
-        I16 x = nearest(row_values(&row, j) * (1.f / scale)) + (MIDDLE - OFFSET);
+        I16 x = nearest(row_values(&row, j) * (1.f / scale)) + MIDDLE;
         store_bytes((uint8_t *)out + j, bytes(x), ((p->width + 3) & ~3) - j);
       }
     } else if (p->out_type == AS_BF16) {

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from tiler.decoding import FACTOR
 from tiler.errors import ModelError, NumericalError, StorageError, UsageError
 from tiler.files import atomic
 from tiler.weights.index import open_regular, read_index, read_into, read_metadata
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
 
 NAME = "latents"
 TEXTS = ("parameters", "tiler")  # of a picture: AUTOMATIC1111's line, and the whole request as JSON
-FACTOR = 8  # pixels a latent
 
 
 class Box(NamedTuple):
@@ -104,7 +104,7 @@ class LatentsFile:
 
         if len(self.shape) != 4 or self.shape[:2] != (1, channels) or min(self.shape) < 1:
             raise UsageError(
-                f"the latents have shape {list(self.shape)}; {model} decodes [1, {channels}, height/8, width/8]"
+                f"the latents have shape {list(self.shape)}; {model} decodes [1, {channels}, height/{FACTOR}, width/{FACTOR}]"
             )
         for first in range(0, self.shape[2], 64):
             if not torch.isfinite(self[:, :, first : first + 64]).all():

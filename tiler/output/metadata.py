@@ -42,7 +42,12 @@ def texts(request: ResolvedRequest, facts: Facts) -> dict[str, str]:
     for key in ("model", "tiny_vae", "guide_image"):
         if said.get(key) is not None:
             said[key] = file_name(said[key])
-    found = {"precision": facts.precision, "kernels": facts.kernels, "model_id": facts.model_id, "revision": facts.revision}
+    found = {
+        "precision": facts.precision,
+        "kernels": facts.kernels,
+        "model_id": facts.model_id,
+        "revision": facts.revision,
+    }
     prompt = r.prompt if r.prompt is not None else " | ".join(region.prompt for region in r.regions)
     both = {
         "parameters": infotext(prompt, r.negative_prompt or "", fields),
@@ -69,13 +74,15 @@ def infotext(prompt: str, negative_prompt: str, fields: Mapping[str, object]) ->
 
 
 def file_name(place: str | Path) -> str:
-    """A hub id as it is (`org/name`); of any other path its last part, whatever system wrote it."""
+    """A hub id as it is (`org/name`); of any other path its last part, whatever system wrote it, a model file's without its
+    ending."""
     text = str(place)
     parts = [part for part in re.split(r"[/\\]", text) if part not in ("", ".", "..", "~")]
     is_id = isinstance(place, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", text) and not text.startswith(".")
     if is_id and not Path(text).exists():
         return text
-    return parts[-1] if parts else Path(text).expanduser().resolve().name
+    name = parts[-1] if parts else Path(text).expanduser().resolve().name
+    return name.removesuffix(".safetensors").removesuffix(".gguf")
 
 
 def _plain(value: Any) -> str:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
-from torch import nn
 
-from tiler.compute import onednn
-from tiler.compute.layers import streamed_layers
 from tiler.compute.tuning import RESIDENT_SLACK
 from tiler.decoding.method import DecodePlan
 from tiler.decoding.scratch import STRIP_BYTES
@@ -23,16 +21,32 @@ def _with(phase: PhasePlan, name: str, nbytes: int) -> PhasePlan:
     return PhasePlan(name=phase.name, terms=(*phase.terms, Term(name=name, nbytes=nbytes))) if nbytes > 0 else phase
 
 
+class Weight(NamedTuple):
+    """A weight that is streamed: its parameter's name, and how many elements it has."""
+
+    name: str
+    elements: int
+
+
+class Streamed(NamedTuple):
+    """The streamed weights of a phase, in the order of use, where they are stored, and whether int8 ones are computed with as
+    such."""
+
+    weights: Sequence[Weight]
+    stored: Mapping[str, TensorInfo]
+    int8_products: bool = False
+
+
 def with_resident(
-    phase: PhasePlan, part: nn.Module, files: dict[str, TensorInfo], method: DecodePlan | None, max_bytes: int
+    phase: PhasePlan, streamed: Streamed, method: DecodePlan | None, max_bytes: int
 ) -> tuple[PhasePlan, dict[str, torch.dtype]]:
-    """`phase` with the weights of `part` that stay in what the ceiling leaves; `method` of an autoencoder's phase."""
+    """`phase` with the weights that stay in what the ceiling leaves; `method` of an autoencoder's phase."""
     # An autoencoder's strips come and go between the plan's figures: with less room 784 and 791 MB of 800 were measured.
     fill = RESIDENT_MARGIN if method is None else NEAR
     room = int((max_bytes * fill - phase.peak_bytes) / (1 + RESIDENT_SLACK))
     # Layer by layer every weight is read once: nothing is gained by keeping any.
-    chosen = {} if method is not None and method.by_layers else _choose_resident(part, files, room)
-    nbytes = sum(math.prod(files[n].shape) * dtype.itemsize for n, dtype in chosen.items())
+    chosen = {} if method is not None and method.by_layers else _choose_resident(streamed, room)
+    nbytes = sum(math.prod(streamed.stored[n].shape) * dtype.itemsize for n, dtype in chosen.items())
     phase = _with(phase, "resident weights", int((1 + RESIDENT_SLACK) * nbytes))
     return phase if method is None else _with_heap(phase, method, max_bytes), chosen
 
@@ -55,20 +69,23 @@ def largest_batch(peak: Callable[[int], int], room: int, most: int) -> int:
     return batch
 
 
-def _choose_resident(part: nn.Module, stored: dict[str, TensorInfo], room: int) -> dict[str, torch.dtype]:
+def _choose_resident(streamed: Streamed, room: int) -> dict[str, torch.dtype]:
     """What the ceiling leaves over holds weights: all as they are computed with if they fit, else a fixed subset as stored.
 
     Access is cyclic, so which ones does not matter for the bytes read; the first in the order of use are taken.
     """
-    layers = [layer for layer in streamed_layers(part) if layer.key in stored]
-    int8 = {layer.key for layer in layers if stored[layer.key].dtype == "I8" and onednn.int8().products}
-    computed = {layer.key: torch.int8 if layer.key in int8 else torch.float32 for layer in layers}
-    if sum(layer.weight.numel() * computed[layer.key].itemsize for layer in layers) <= room:
+    weights, stored, int8 = (
+        [w for w in streamed.weights if w.name in streamed.stored],
+        streamed.stored,
+        streamed.int8_products,
+    )
+    computed = {w.name: torch.int8 if int8 and stored[w.name].dtype == "I8" else torch.float32 for w in weights}
+    if sum(w.elements * computed[w.name].itemsize for w in weights) <= room:
         return computed
     chosen: dict[str, torch.dtype] = {}
-    for layer in layers:
-        info = stored[layer.key]
+    for weight in weights:
+        info = stored[weight.name]
         if info.nbytes <= room:
-            chosen[layer.key] = TORCH_DTYPES[info.dtype]
+            chosen[weight.name] = TORCH_DTYPES.get(info.dtype, torch.uint8)
             room -= info.nbytes
     return chosen

@@ -3,38 +3,43 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from functools import cached_property
 
 import torch
 from torch import nn
 
-from tiler.compute.layers import StreamedLayer, stream_layers, streamed_layers
+from tiler.compute.layers import StreamedLayer, streamed_layers
+from tiler.compute.lending import lent
 from tiler.compute.shapes import MetaMeter
 from tiler.compute.stream import Streamer
-from tiler.compute.tuning import ARENA_BYTES, HEAP_SLACK, INT8_HOLES_BYTES, LIBRARIES_BYTES, TIGHT_HEAP_SLACK
-from tiler.decoding.method import DecodePlan
-from tiler.memory import process
+from tiler.compute.tuning import ARENA_BYTES, HEAP_SLACK, INT8_HOLES_BYTES, TIGHT_HEAP_SLACK
+from tiler.decoding.method import DecodePlan, ScratchSpace, choose
 from tiler.models import family as families
-from tiler.models.family import Family, Options, Part, Role, VaeSpec
+from tiler.models.built import Models
+from tiler.models.family import Options, Part, Role, VaeSpec
+from tiler.planning.facts import Facts
+from tiler.planning.fit import Weight
 from tiler.planning.table import PhasePlan, Term
+from tiler.request import Decode, Wrap
+from tiler.weights.codecs import CODECS
 from tiler.weights.index import TensorInfo
-from tiler.weights.store import PIECE_ELEMENTS, READ_AHEAD, TORCH_DTYPES, match_index
+from tiler.weights.store import PIECE_ELEMENTS, READ_AHEAD, match_index
 
 ACTIVATIONS = "activations + weights in use"
 
 
-def libraries() -> Term:
-    """What the process has without the code it ran so far: to be asked once the models are built, which imports most of it."""
-    process.release_code()
-    return Term(name="python + libraries", nbytes=process.read_rss().now + LIBRARIES_BYTES)
+def streamed_weights(module: nn.Module) -> list[Weight]:
+    """Of a module that is lent, in the order of its tree."""
+    return [Weight(layer.key, layer.weight.numel()) for layer in streamed_layers(module)]
 
 
-def weights_terms(module: nn.Module, stored: dict[str, TensorInfo]) -> list[Term]:
-    """What a streamed `module` keeps in memory all the time: read buffers, norms and biases."""
+def weights_terms(module: nn.Module, stored: Mapping[str, TensorInfo]) -> list[Term]:
+    """What a module that is lent keeps in memory all the time: read buffers, norms and biases."""
     pieces = (
-        min(math.prod(info.shape), PIECE_ELEMENTS) * TORCH_DTYPES[info.dtype].itemsize
+        int(info.nbytes * min(1, PIECE_ELEMENTS / math.prod(info.shape)))
         for info in stored.values()
-        if info.dtype in TORCH_DTYPES
+        if info.dtype in CODECS and info.nbytes
     )
     small = sum(
         p.numel() * 4
@@ -48,33 +53,34 @@ def weights_terms(module: nn.Module, stored: dict[str, TensorInfo]) -> list[Term
     ]
 
 
-def text_phase(family: Family, fixed: list[Term]) -> PhasePlan:
+def text_phase(models: Models, fixed: list[Term]) -> PhasePlan:
     """Encoding the prompts; one encoder is in memory at a time, and the largest counts."""
-    phases = [_encoder_phase(family, part, fixed) for part in family.encoders]
+    phases = [_encoder_phase(models, part, fixed) for part in models.family.encoders]
     return max(phases, key=lambda phase: phase.peak_bytes)
 
 
-def _encoder_phase(family: Family, part: Part, fixed: list[Term]) -> PhasePlan:
-    encoder, streamer = part.build(), Streamer(None, arena_bytes=part.arena_bytes)
-    match_index(encoder, family.checkpoint.weights(part.name), part.aliases)
-    stream_layers(encoder, streamer)
-    units = (4 * sum(layer.weight.numel() for layer in streamed_layers(m)) for m in encoder.modules())
-    used = part.activation_bytes + max(n for n in units if n <= streamer.arena_bytes)
-    terms = [
-        *fixed,
-        *weights_terms(encoder, family.checkpoint.weights(part.name)),
-        Term(name=ACTIVATIONS, nbytes=used),
-    ]
+def _encoder_phase(models: Models, part: Part, fixed: list[Term]) -> PhasePlan:
+    encoder, streamer = models.module(part), Streamer(None, arena_bytes=part.arena_bytes)
+    stored = models.family.checkpoint.weights(part.name)
+    match_index(encoder, stored, part.aliases)
+    with lent(encoder, streamer):
+        if part.example is None:
+            units = (4 * sum(layer.weight.numel() for layer in streamed_layers(m)) for m in encoder.modules())
+            used = part.activation_bytes + max(n for n in units if n <= streamer.arena_bytes)
+        else:
+            with MetaMeter() as meter, torch.no_grad():
+                part.example(encoder)
+            used = meter.peak_bytes
+        terms = [*fixed, *weights_terms(encoder, stored), Term(name=ACTIVATIONS, nbytes=used)]
     return PhasePlan(name="encode prompts", terms=tuple(terms))
 
 
 class DenoiserPeaks:
-    """A family's denoiser on the meta device, whose weights are held in `arena_bytes`, in int8 or not, and the phases that
-    use it."""
+    """The phases that use a family's denoiser, whose weights are held in `arena_bytes`, in int8 or not."""
 
-    def __init__(self, family: Family, *, int8: bool, arena_bytes: int | None = None) -> None:
-        part = family.part(Role.DENOISER)
-        self.family, self.module, self.stored = family, part.build(), family.checkpoint.weights(part.name)
+    def __init__(self, models: Models, *, int8: bool, arena_bytes: int | None = None) -> None:
+        self.family, part = models.family, models.family.part(Role.DENOISER)
+        self.module, self.stored = models.module(part), dict(self.family.checkpoint.weights(part.name))
         match_index(self.module, self.stored, part.aliases)  # what is missing or misshapen is found before any work
         quantised = part.int8_weights(self.module) if int8 else frozenset[str]()
         self.stored |= {
@@ -83,18 +89,23 @@ class DenoiserPeaks:
         }
         arena_bytes = arena_bytes or part.arena_bytes
         self.streamer = Streamer(None, int8_keys=quantised, arena_bytes=arena_bytes, transform=True)
-        stream_layers(self.module, self.streamer)
         self._activations: dict[tuple[tuple[int, ...], int, int], int] = {}
 
     @cached_property
     def terms(self) -> list[Term]:
-        return weights_terms(self.module, self.stored)
+        with lent(self.module, self.streamer):
+            return weights_terms(self.module, self.stored)
+
+    @cached_property
+    def weights(self) -> list[Weight]:
+        with lent(self.module, self.streamer):
+            return streamed_weights(self.module)
 
     def activations(self, tiles: tuple[int, ...], height: int, width: int) -> int:
         """Bytes of one pass over samples of `tiles`, of which neighbours may be the same, each (height, width) latents."""
         key = tiles, height, width
         if key not in self._activations:
-            with MetaMeter() as meter, torch.no_grad():
+            with lent(self.module, self.streamer), MetaMeter() as meter, torch.no_grad():
                 timesteps = torch.empty(1, device="meta")
                 samples = self.family.example(tiles, (height, width))
                 prompts = [sample.prompt for sample in samples]
@@ -118,13 +129,29 @@ class DenoiserPeaks:
 
 
 class VaePeaks:
-    """An autoencoder on the meta device, and the phases that use it."""
+    """The phases that use an autoencoder of a run's models."""
 
-    def __init__(self, kind: VaeSpec) -> None:
-        self.kind, self.module, self.streamer = kind, families.build_vae(kind), Streamer(None)
-        match_index(self.module, kind.weights, families.vae_names)
-        stream_layers(self.module, self.streamer)
-        self.terms = [libraries(), *weights_terms(self.module, kind.weights)]
+    def __init__(self, models: Models, spec: VaeSpec, facts: Facts) -> None:
+        self.spec, self.module = spec, models.vae(spec)
+        self._streamer = Streamer(None)
+        match_index(self.module, spec.weights, families.vae_names)
+        with lent(self.module, self._streamer):
+            self.weights = streamed_weights(self.module)
+            self.terms = [facts.libraries, *weights_terms(self.module, spec.weights)]
+            self.decoder_weights = streamed_weights(self.module.decoder)
+
+    def choose(
+        self,
+        wanted: Decode,
+        latents: tuple[int, int],
+        space: ScratchSpace,
+        *,
+        encoding: bool = False,
+        wrap: Wrap,
+    ) -> DecodePlan:
+        """How latents of (height, width) are decoded, or made. Raises StorageError."""
+        with lent(self.module, self._streamer):
+            return choose(wanted, self.module, self._streamer, latents, space, encoding=encoding, wrap=wrap)
 
     def phase(
         self, name: str, latents: tuple[int, int], method: DecodePlan, source_pixels: int = 0, *, held: int = 1

@@ -1,34 +1,35 @@
-"""From a request, a checkpoint's configs and a ceiling: how the work is cut, and what each phase will need.
+"""From a request, a checkpoint's models and a ceiling: what each phase will need, and what is done so that it fits.
 
-Nothing is read but JSON and the weight files' headers, and nothing is computed: the phases' own code runs on meta
-tensors under a `MetaMeter`.
+Nothing is read but the weight files' headers, nothing is asked of the process, and nothing is computed: the phases' own code
+runs on meta tensors under a `MetaMeter`.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from tiler.compute import onednn
+from tiler.compute.cpu import Int8
 from tiler.compute.tuning import INT8_CHANNELS, TIGHT_ARENA_BYTES
-from tiler.decoding.method import DecodePlan, choose
+from tiler.decoding.method import DecodePlan, ScratchSpace
 from tiler.diffusion import flow, schedulers
-from tiler.diffusion.guide_picture import GuidePicture
 from tiler.diffusion.masks import MASKS_KEPT
 from tiler.diffusion.schedulers import DiffusersSchedule
+from tiler.errors import UsageError
 from tiler.memory.tuning import MARGIN
-from tiler.models import family as families
-from tiler.models.family import Family, VaeSpec
-from tiler.planning.fit import largest_batch, with_resident
-from tiler.planning.peaks import DenoiserPeaks, VaePeaks, libraries, text_phase
+from tiler.models.built import Models
+from tiler.models.family import Family, Role, VaeSpec
+from tiler.planning.facts import Facts
+from tiler.planning.fit import Streamed, largest_batch, with_resident
+from tiler.planning.peaks import DenoiserPeaks, VaePeaks, text_phase
 from tiler.planning.table import MemoryPlan, PhasePlan, Term
-from tiler.planning.tiling import Tiling, plan_tiling
-from tiler.request import Decode, GuideUpscale, Precision, ResolvedRequest, Scheduler, ScratchDtype, Wrap
-from tiler.weights.checkpoint import resolve_part
+from tiler.planning.tiling import Tiling, pixels_of
+from tiler.request import Decode, GuideUpscale, Precision, ResolvedRequest, Scheduler, Wrap
 
+ORDER = ("load guide", "encode prompts", "guide", "guide picture", "canvas", "decode")  # of the phases
 # Samples that share a read of the weights. A choice, no measurement: SD 1.5's share is then 0.1 GB each, beside seconds of
 # arithmetic.
 MAX_BATCH = 16
@@ -64,149 +65,162 @@ class RenderPlan(Tiling):
         return sum(m.flops + m.attention_flops for name, m in self.methods.items() if name != "decode")
 
 
-def plan_render(request: ResolvedRequest, family: Family, max_bytes: int) -> RenderPlan:
-    """Cut the work so that it fits. The memory plan may still be over the ceiling: `plan.memory.check()` refuses.
+def plan_render(request: ResolvedRequest, models: Models, tiling: Tiling, facts: Facts, max_bytes: int) -> RenderPlan:
+    """How `tiling`, the request's own, fits. The memory plan may still be over the ceiling: `plan.memory.check()` refuses.
 
-    Raises UsageError for sizes, overlaps, regions and numbers of steps that do not go with the model, and ModelError for a
-    scheduler config that no work should begin with.
+    Raises UsageError for numbers of steps that do not go with the scheduler, and ModelError for a scheduler config or weights
+    that no work should begin with.
     """
+    family = models.family
+    if request.attention_window is not None and family.traits.patch > 1:
+        raise UsageError(f"--attention-window is for UNets, and {family.traits.title} is a transformer; leave it out")
     schedule = build_schedule(request, family)
-    cut, side = plan_tiling(request, family), family.native
-    canvas, guide, guide_steps, canvas_steps = cut.canvas, cut.guide, cut.guide_steps, cut.canvas_steps
-    guided = guide is not None or request.guide_image is not None
+    guide, tile = tiling.guide, tiling.regions.tile
     # Of the step with most: the tile of each sample.
-    fullest = (max(steps, key=lambda step: step.samples, default=None) for steps in (canvas_steps, guide_steps))
+    fullest = (
+        max(steps, key=lambda step: step.samples, default=None) for steps in (tiling.canvas_steps, tiling.guide_steps)
+    )
     canvas_samples, guide_samples = ([0] if step is None else step.sample_numbers() for step in fullest)
     per_step = len(canvas_samples)
 
-    precision, precision_why = choose_precision(request.precision, family)
+    precision, precision_why = choose_precision(request.precision, family, facts.int8)
     int8 = precision is Precision.INT8
-    sampler = DenoiserPeaks(family, int8=int8)
-    tight = DenoiserPeaks(family, int8=int8, arena_bytes=TIGHT_ARENA_BYTES)
-    vae = decoder = VaePeaks(family.autoencoder)
-    if request.tiny_vae is not None:
-        decoder = VaePeaks(families.read_tiny(resolve_part(request.tiny_vae), family))
-    fixed = [libraries()]
-    folder = request.scratch_folder
-
-    def method(coder: VaePeaks, wanted: Decode, latents: tuple[int, int], encoding: bool = False) -> DecodePlan:
-        options = coder.module, coder.streamer, latents
-        return choose(
-            wanted, *options, encoding=encoding, folder=folder, dtype=request.scratch_dtype, wrap=request.wrap
-        )
-
-    methods = {"decode": method(decoder, request.decode, canvas)}
-    decoding = [decoder.phase("decode", canvas, methods["decode"])]
-    pixels = loading = 0
-    own = Decode.AUTO if request.decode is Decode.TINY else request.decode  # the guide's way
-    if guided and request.guide_upscale is GuideUpscale.PIXEL:
-        methods["guide picture"] = method(vae, own, canvas, encoding=True)
-        if request.guide_image is not None:
-            with GuidePicture(request.guide_image, request.canvas_size) as source:
-                pixels, loading = math.prod(source.shape[:2]), source.peak_bytes
-        elif guide is not None:
-            pixels = 64 * guide.height * guide.width
-        picture = [vae.phase("guide picture", canvas, methods["guide picture"], pixels)]
-        if guide is not None:  # the same phase decodes the guide first
-            methods["guide decoded"] = method(vae, own, (guide.height, guide.width))
-            picture.append(vae.phase("guide picture", (guide.height, guide.width), methods["guide decoded"]))
-        decoding.append(max(picture, key=lambda p: p.peak_bytes))
-    masks = min(MASKS_KEPT, max(map(len, (cut.regions, *canvas_steps[-1:]))))
-    canvas_bytes = 4 * family.latent_channels * canvas[0] * canvas[1] * 6 + 4 * side * side * masks
-
+    sampler = DenoiserPeaks(models, int8=int8)
+    tight = DenoiserPeaks(models, int8=int8, arena_bytes=TIGHT_ARENA_BYTES)
+    fixed = [facts.libraries]
+    coding = _plan_coding(request, models, tiling, facts)
+    masks = min(MASKS_KEPT, max(map(len, (tiling.regions, *tiling.canvas_steps[-1:]))))
+    canvas_bytes = 4 * family.latent_channels * math.prod(tiling.canvas) * 6 + 4 * math.prod(tile) * masks
     denoising = [*fixed, Term(name="canvas", nbytes=canvas_bytes)]
 
     def sampling(by: DenoiserPeaks, name: str, batch: int = 1) -> PhasePlan:
         if name == "canvas" or guide is None:
-            return by.phase(name, denoising, canvas_samples, batch, side, side)
+            return by.phase(name, denoising, canvas_samples, batch, *tile)
         return by.phase(name, denoising, guide_samples, batch, guide.height, guide.width)
 
+    most = family.traits.samples or MAX_BATCH
     names = ["canvas"] if guide is None else ["canvas", "guide"]
     smallest = [sampling(tight, name).peak_bytes for name in names]
     if max(sampling(sampler, name).peak_bytes for name in names) > max_bytes * MARGIN:
         sampler = tight
-    batch = largest_batch(
-        lambda b: sampling(sampler, "canvas", b).peak_bytes, int(max_bytes * MARGIN), min(MAX_BATCH, per_step)
-    )
+
+    def batch_of(name: str, most: int) -> int:
+        return largest_batch(lambda b: sampling(sampler, name, b).peak_bytes, int(max_bytes * MARGIN), most)
+
+    batch = batch_of("canvas", min(most, per_step))
     batch = math.ceil(per_step / math.ceil(per_step / batch))  # passes of equal size
-    phases = [text_phase(family, fixed), sampling(sampler, "canvas", batch), *decoding]
-    if loading:  # the user's picture is loaded first, and waits while prompts are encoded
-        phases[0] = PhasePlan(name=phases[0].name, terms=(*phases[0].terms, Term(name="picture", nbytes=3 * pixels)))
-        phases.append(PhasePlan(name="load guide", terms=(*fixed, Term(name="picture", nbytes=loading))))
-    guide_batch = 1
-    if guide is not None:
-        guide_batch = largest_batch(
-            lambda b: sampling(sampler, "guide", b).peak_bytes,
-            int(max_bytes * MARGIN),
-            len(guide_samples),
-        )
-        phases.append(sampling(sampler, "guide", guide_batch))
-    least = [p.peak_bytes for p in phases if p.name not in ("guide", "canvas")]
-    resident: dict[str, dict[str, torch.dtype]] = {}
-    for i, phase in enumerate(phases):
-        part, files = vae.module, vae.kind.weights
-        if phase.name in ("guide", "canvas"):
-            part, files = sampler.module, sampler.stored
-        if phase.name == "decode":
-            part, files = decoder.module.decoder, decoder.kind.weights
-        how = methods.get(phase.name)
-        if phase.name in ("load guide", "encode prompts"):
-            resident[phase.name] = {}
-        else:
-            phases[i], resident[phase.name] = with_resident(phase, part, files, how, max_bytes)
-    order = ["load guide", "encode prompts", "guide", "guide picture", "canvas", "decode"]
-    phases.sort(key=lambda p: order.index(p.name))
+    guide_batch = 1 if guide is None else batch_of("guide", min(most, len(guide_samples)))
+    encoding = text_phase(models, [facts.text_libraries])
+    if facts.guide_pixels:  # the user's picture is loaded first, and waits while prompts are encoded
+        picture = Term(name="picture", nbytes=3 * facts.guide_pixels)
+        loading = Term(name="picture", nbytes=facts.guide_load_bytes)
+        others = [
+            PhasePlan(name="load guide", terms=(*fixed, loading)),
+            PhasePlan(name=encoding.name, terms=(*encoding.terms, picture)),
+        ]
+    else:
+        others = [encoding]
+    resident: dict[str, dict[str, torch.dtype]] = {phase.name: {} for phase in others}
+    once = family.part(Role.DENOISER).once  # of these, none is read at every step
+    stored = {name: info for name, info in sampler.stored.items() if not once(name)}
+    streamed = Streamed(sampler.weights, stored, facts.int8.products)
+    filled = [
+        with_resident(sampling(sampler, name, n), streamed, None, max_bytes)
+        for name, n in (("guide", guide_batch), ("canvas", batch))
+        if name in names
+    ]
+    filled += [with_resident(c.phase, c.streamed, coding.methods[c.phase.name], max_bytes) for c in coding.phases]
+    resident |= {phase.name: chosen for phase, chosen in filled}
+    least = [phase.peak_bytes for phase in (*others, *(c.phase for c in coding.phases))]
     return RenderPlan(
-        **vars(cut),
+        **vars(tiling),
         family=family,
         batch=batch,
         resident=resident,
-        decoder=decoder.kind,
-        methods=methods,
+        decoder=models.decoder,
+        methods=coding.methods,
         guide_batch=guide_batch,
         precision=precision,
         precision_why=precision_why,
         scheduler=schedule.name,
         notes=schedule.notes,
-        sample_bytes=sampler.activations((0,), side, side),
+        sample_bytes=sampler.activations((0,), *tile),
         arena_bytes=sampler.streamer.arena_bytes,
         memory=MemoryPlan(
-            max_bytes=max_bytes, phases=tuple(phases), smallest_bytes=int(max(least + smallest) / MARGIN) + 1
+            max_bytes=max_bytes,
+            phases=tuple(sorted((*others, *(phase for phase, _ in filled)), key=lambda p: ORDER.index(p.name))),
+            smallest_bytes=int(max(least + smallest) / MARGIN) + 1,
         ),
     )
 
 
+class _CodingPhase(NamedTuple):
+    """A phase of the autoencoder, and the weights that it reads."""
+
+    phase: PhasePlan
+    streamed: Streamed
+
+
+class _Coding(NamedTuple):
+    """What the autoencoder does in a render: how, by the names of RenderPlan.methods, and its phases."""
+
+    methods: dict[str, DecodePlan]
+    phases: list[_CodingPhase]
+
+
+def _plan_coding(request: ResolvedRequest, models: Models, tiling: Tiling, facts: Facts) -> _Coding:
+    space = ScratchSpace(request.scratch_folder, facts.scratch_free_bytes, request.scratch_dtype)
+    own = models.family.autoencoder
+    vae = VaePeaks(models, own, facts)
+    decoder = vae if models.decoder is own else VaePeaks(models, models.decoder, facts)
+    canvas, guide, wrap = tiling.canvas, tiling.guide, request.wrap
+    methods = {"decode": decoder.choose(request.decode, canvas, space, wrap=wrap)}
+    decoding = decoder.phase("decode", canvas, methods["decode"])
+    phases = [_CodingPhase(decoding, Streamed(decoder.decoder_weights, decoder.spec.weights))]
+    if (guide is None and request.guide_image is None) or request.guide_upscale is not GuideUpscale.PIXEL:
+        return _Coding(methods, phases)
+    wanted = Decode.AUTO if request.decode is Decode.TINY else request.decode
+    methods["guide picture"] = vae.choose(wanted, canvas, space, encoding=True, wrap=wrap)
+    pixels = facts.guide_pixels if guide is None else math.prod(pixels_of(guide[:2]))
+    pictures = [vae.phase("guide picture", canvas, methods["guide picture"], pixels)]
+    if guide is not None:  # the same phase decodes the guide first
+        methods["guide decoded"] = vae.choose(wanted, guide[:2], space, wrap=wrap)
+        pictures.append(vae.phase("guide picture", guide[:2], methods["guide decoded"]))
+    largest = max(pictures, key=lambda phase: phase.peak_bytes)
+    return _Coding(methods, [*phases, _CodingPhase(largest, Streamed(vae.weights, vae.spec.weights))])
+
+
 def build_schedule(request: ResolvedRequest, family: Family) -> DiffusersSchedule:
     """The schedule of a render, checked to the end. Raises UsageError, ModelError."""
-    build = flow.build if family.traits.flow else schedulers.build
-    return build(request.scheduler, family.scheduler, request.num_inference_steps)
+    asked, config, steps, traits = request.scheduler, family.scheduler, request.num_inference_steps, family.traits
+    if not traits.flow:
+        return schedulers.build(asked, config, steps, correct=traits.old_schedulers)
+    return flow.build(asked, config, steps, tokens=traits.tokens, even_sigmas=traits.even_sigmas)
 
 
-def choose_precision(wanted: Precision, family: Family) -> tuple[Precision, str]:
+def choose_precision(wanted: Precision, family: Family, int8: Int8) -> tuple[Precision, str]:
     """Int8 or fp32, and why: AUTO is int8 where processor and model gain by it, whatever the ceiling."""
     if wanted is not Precision.AUTO:
         return wanted, "as asked"
     if (width := family.traits.width) < INT8_CHANNELS:
         return Precision.FP32, f"int8 is no faster with {width} channels at the first level"
-    return Precision.INT8 if onednn.int8().dot else Precision.FP32, onednn.int8().auto
+    return Precision.INT8 if int8.dot else Precision.FP32, int8.auto
 
 
 def plan_decode(
-    kind: VaeSpec,
+    models: Models,
     latents: tuple[int, int],
+    facts: Facts,
     max_bytes: int,
     *,
     decode: Decode,
-    scratch: Path,
-    scratch_dtype: ScratchDtype,
+    space: ScratchSpace,
     wrap: Wrap,
 ) -> tuple[DecodePlan, MemoryPlan, dict[str, torch.dtype]]:
     """How latents of (height, width) are decoded, the memory plan, and the weights that stay. Raises StorageError."""
-    vae = VaePeaks(kind)
-    method = choose(
-        decode, vae.module, vae.streamer, latents, encoding=False, folder=scratch, dtype=scratch_dtype, wrap=wrap
-    )
+    vae = VaePeaks(models, models.decoder, facts)
+    method = vae.choose(decode, latents, space, wrap=wrap)
     phase = vae.phase("decode", latents, method, held=0)
     smallest = int(phase.peak_bytes / MARGIN) + 1
-    phase, resident = with_resident(phase, vae.module.decoder, kind.weights, method, max_bytes)
+    phase, resident = with_resident(phase, Streamed(vae.decoder_weights, vae.spec.weights), method, max_bytes)
     return method, MemoryPlan(max_bytes=max_bytes, phases=(phase,), smallest_bytes=smallest), resident

@@ -28,7 +28,8 @@ _ROW: Mapping[str, Any] = {
 
 def resolve(request: RenderRequest, family: Family) -> ResolvedRequest:
     """The request without gaps. A seed that was not given is drawn at random. Raises UsageError, ModelError."""
-    return fill(request, dict(_ROW) | dict(family.traits.defaults) | read_defaults(family.checkpoint.folder))
+    own = {} if family.checkpoint.file is not None else read_defaults(family.checkpoint.folder)
+    return fill(request, dict(_ROW) | dict(family.traits.defaults) | own)
 
 
 def fill_again(request: RenderRequest, before: ResolvedRequest, family: Family) -> ResolvedRequest:
@@ -43,6 +44,8 @@ def fill(request: RenderRequest, defaults: Mapping[str, Any] = _ROW) -> Resolved
     if request.regions or request.overlap is not None:
         preset.pop("layout", None)  # such tiles cannot shift
     defaults = dict(defaults)
+    if (few := defaults.get("num_inference_steps")) is not None and "num_inference_steps" in preset:
+        preset["num_inference_steps"] = min(preset["num_inference_steps"], few)  # a model of few steps takes no more
     if request.regions:
         defaults.pop("prompt", None)  # the regions say what to draw
     filled: dict[str, Any] = {"seed": secrets.randbelow(2**32), "output": Path("tiler.png")} | defaults | preset

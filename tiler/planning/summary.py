@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from tiler.decoding import FACTOR
+from tiler.models.built import Models
 from tiler.planning import time
-from tiler.planning.render import RenderPlan, choose_precision
+from tiler.planning.render import RenderPlan
 from tiler.planning.resolve import fill_again
 from tiler.planning.tiling import Tiling, plan_tiling
 from tiler.request import Preset, RenderRequest, ResolvedRequest
@@ -19,19 +21,20 @@ _OLD_NAMES = {
 }
 
 
-def summarise(said: RenderRequest, request: ResolvedRequest, plan: RenderPlan, speed: time.Speed) -> dict[str, Any]:
+def summarise(
+    said: RenderRequest, request: ResolvedRequest, plan: RenderPlan, models: Models, speed: time.Speed
+) -> dict[str, Any]:
     """The facts of `plan`, which carries out `request`, filled from what was `said`; `speed` is this machine's."""
-    counter = time.Counter(plan.family)
+    counter = time.Counter(models)
 
     def work_of(asked: ResolvedRequest, tiling: Tiling) -> dict[str, Any]:
         work = counter.count(tiling, asked.attention_window)
-        precision, _ = choose_precision(asked.precision, plan.family)
         return with_old_names(
             {
                 "denoiser_samples": tiling.denoiser_samples,
-                "precision": precision.value,
+                "precision": plan.precision.value,
                 "denoiser_tflop": round(work.tflop, 3),
-                "expected_seconds": round(time.seconds(work, plan.methods.values(), speed, precision)),
+                "expected_seconds": round(time.seconds(work, plan.methods.values(), speed, plan.precision)),
             }
         )
 
@@ -42,8 +45,8 @@ def summarise(said: RenderRequest, request: ResolvedRequest, plan: RenderPlan, s
     memory, decoder = plan.memory, plan.methods["decode"]
     facts = {
         "schema": SCHEMA,
-        "canvas": f"{8 * plan.canvas[1]}×{8 * plan.canvas[0]}",
-        "guide": None if plan.guide is None else f"{8 * plan.guide.width}×{8 * plan.guide.height}",
+        "canvas": f"{FACTOR * plan.canvas[1]}×{FACTOR * plan.canvas[0]}",
+        "guide": None if plan.guide is None else f"{FACTOR * plan.guide.width}×{FACTOR * plan.guide.height}",
         "tiles": len(plan.regions),
         "samples_per_pass": plan.batch,
         "denoiser_calls": plan.denoiser_calls,

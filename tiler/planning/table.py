@@ -51,8 +51,8 @@ class MemoryPlan:
         if self.peak_bytes > self.max_bytes * MARGIN:
             worst = max(self.phases, key=lambda p: p.peak_bytes)
             raise BudgetRefused(
-                f"the plan needs {format_mb(worst.peak_bytes / MARGIN)} in the phase {worst.name!r}, the ceiling is "
-                f"{format_mb(self.max_bytes)}; the smallest --max-ram that would do is {self.smallest_text}"
+                f"the phase {worst.name!r} needs {format_mb(worst.peak_bytes)}, and a plan may fill {MARGIN:.0%} of the "
+                f"ceiling of {format_mb(self.max_bytes)}; the smallest --max-ram that would do is {self.smallest_text}"
                 + (f"\n{self.table()}" if table else "")
             )
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
+from typing import Any
 
+from tiler.decoding import FACTOR
 from tiler.diffusion.canvas import first_step
 from tiler.diffusion.guide import GuideSize, guide_size
-from tiler.diffusion.tiles import Steps, Tiles, guide_tiles, plan_tiles
+from tiler.diffusion.tiles import Steps, Tiles, guide_tiles, latents_of, plan_tiles
 from tiler.errors import UsageError
-from tiler.models.family import Family
-from tiler.request import PIXEL_STEP, Layout, ResolvedRequest
+from tiler.models.family import Family, Guidance
+from tiler.request import Layout, ResolvedRequest
+
+SMALLEST = 4  # granules along a tile's side: below 256 px Stable Diffusion draws nothing of use
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,22 +44,27 @@ class Tiling:
 
 def plan_tiling(request: ResolvedRequest, family: Family) -> Tiling:
     """The tiles of every step. Raises UsageError for sizes, overlaps and regions that do not go with the model."""
-    asked = request.canvas_size[0] // PIXEL_STEP, request.canvas_size[1] // PIXEL_STEP
-    side = family.native
-    canvas, crop = _at_least_a_tile(request, asked, side)
-    overlap = side // 4 if request.overlap is None else request.overlap // 8
-    regions = plan_tiles(request, canvas=canvas, tile=(side, side), overlap=overlap)
+    native, patch = family.native, family.traits.patch
+    step = math.lcm(family.granularity, patch)
+    canvas, tile, crop = _canvas(request, native, step, patch)
+    overlap = min(native, 2 * min(tile)) // 4 if request.overlap is None else latents_of(request.overlap)
+    where: dict[str, Any] = {"canvas": canvas, "tile": tile, "overlap": -(-overlap // patch) * patch, "patch": patch}
+    regions = plan_tiles(request, **where)
     last = None
     if request.layout is not Layout.GRID:
-        last = plan_tiles(replace(request, layout=Layout.GRID), canvas=canvas, tile=(side, side), overlap=overlap)
+        last = plan_tiles(replace(request, layout=Layout.GRID), **where)
+    unconditional = family.traits.guidance is Guidance.CFG
+    regions = replace(regions, unconditional=unconditional)
+    last = None if last is None else replace(last, unconditional=unconditional)
     wanted = request.guide and request.guide_image is None and request.prompt is not None
-    guide = guide_size(canvas, side, family.granularity, request.wrap.axes) if wanted else None
+    guide = guide_size(canvas, native, step, request.wrap.axes, family.traits.longest) if wanted else None
     guided = guide is not None or request.guide_image is not None
     steps = request.num_inference_steps
     begin = first_step(steps, request.strength) if guided else 0
     guide_steps = Steps(regions, request, range(0))
     if guide is not None:
-        guide_steps = Steps(guide_tiles(guide[:2], request.wrap, request.guidance_scale), request, range(steps))
+        tiles = guide_tiles(guide[:2], request.wrap, request.guidance_scale, patch)
+        guide_steps = Steps(replace(tiles, unconditional=unconditional), request, range(steps))
     return Tiling(
         canvas=canvas,
         crop=crop,
@@ -66,22 +76,34 @@ def plan_tiling(request: ResolvedRequest, family: Family) -> Tiling:
     )
 
 
-def _at_least_a_tile(
-    request: ResolvedRequest, asked: tuple[int, int], side: int
-) -> tuple[tuple[int, int], tuple[int, int]]:
-    """The canvas of (height, width) latents, no side of it below a tile's, and the pixels above and left of the picture: it is the
-    middle of a larger canvas along such a side. Raises UsageError where that cannot be."""
-    if min(asked) >= side:
-        return asked, (0, 0)
-    if request.regions or any(wraps and length < side for wraps, length in zip(request.wrap.axes, asked, strict=True)):
-        option = "--regions" if request.regions else f"--wrap {request.wrap}"
-        raise UsageError(
-            f"{request.width}×{request.height} is smaller than a tile of this model, and {option} needs at least "
-            f"{side * PIXEL_STEP} pixels along both sides; enlarge the picture"
-        )
-    canvas = max(asked[0], side), max(asked[1], side)
-    above, left = (
-        (n * PIXEL_STEP - m) // 2 if n > a else 0
-        for n, a, m in zip(canvas, asked, (request.height, request.width), strict=True)
-    )
-    return canvas, (above, left)
+def pixels_of(sides: tuple[int, int]) -> tuple[int, int]:
+    """(height, width) in latents → in pixels."""
+    return FACTOR * sides[0], FACTOR * sides[1]
+
+
+def _canvas(
+    request: ResolvedRequest, native: int, step: int, patch: int
+) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+    """(height, width) of the canvas and of a tile, and the pixels above and left of the picture.
+
+    A side of the canvas is the asked one, rounded up to a multiple of `patch`. Where it is below `native` one tile is as long,
+    both rounded up to a multiple of `step`, at least SMALLEST of them, and the picture is their middle. Raises UsageError where
+    a larger canvas cannot be cut.
+    """
+    canvas, tile, crop = [], [], []
+    for side, wraps in zip((request.height, request.width), request.wrap.axes, strict=True):
+        asked = latents_of(side, patch)
+        own = native if asked >= native else min(native, step * max(SMALLEST, -(-asked // step)))
+        length = max(asked, own)
+        cannot = f"--wrap {request.wrap}" if wraps and FACTOR * length != side else None
+        if request.regions and length > asked:
+            cannot = "--regions"
+        if cannot is not None:
+            raise UsageError(
+                f"{request.width}×{request.height}: with {cannot} this model makes no side of {side} pixels; "
+                f"take {FACTOR * length}"
+            )
+        canvas.append(length)
+        tile.append(own)
+        crop.append((FACTOR * length - side) // 2 if length > asked else 0)
+    return (canvas[0], canvas[1]), (tile[0], tile[1]), (crop[0], crop[1])

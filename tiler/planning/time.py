@@ -10,13 +10,14 @@ from torch import nn
 
 from tiler.compute import onednn
 from tiler.compute.kernels import Kind
-from tiler.compute.layers import stream_layers
+from tiler.compute.lending import lent
 from tiler.compute.measure import TableShape, attention_speed, chosen_speed, median_seconds
 from tiler.compute.shapes import MetaMeter
 from tiler.compute.stream import Streamer
 from tiler.compute.tuning import OVERHEAD_BY_LAYERS, OVERHEAD_BY_ROWS, OVERHEAD_FP32, OVERHEAD_INT8
 from tiler.decoding.method import DecodePlan
-from tiler.models.family import Family, Options, Role
+from tiler.models.built import Models
+from tiler.models.family import Options, Role
 from tiler.planning.tiling import Tiling
 from tiler.request import Precision
 
@@ -47,16 +48,16 @@ class Speed(NamedTuple):
 class Counter:
     """Counts the work of a family's samples; each kind of sample is run once, on shapes alone."""
 
-    def __init__(self, family: Family) -> None:
-        self.family, self.module, self.streamer = family, family.part(Role.DENOISER).build(), Streamer(None)
-        stream_layers(self.module, self.streamer)
+    def __init__(self, models: Models) -> None:
+        self.family, self.streamer = models.family, Streamer(None)
+        self.module = models.module(self.family.part(Role.DENOISER))
         self.known: dict[tuple[int, int, int, int | None], Flops] = {}
 
     def count(self, cut: Tiling, attention_window: int | None) -> Flops:
         """What all UNet samples of `cut` come to."""
-        total, native = Flops(0, 0), (self.family.native, self.family.native)
-        guide = native if cut.guide is None else (cut.guide.height, cut.guide.width)
-        for steps, sides in ((cut.guide_steps, guide), (cut.canvas_steps, native)):
+        total, tile = Flops(0, 0), cut.regions.tile
+        guide = tile if cut.guide is None else (cut.guide.height, cut.guide.width)
+        for steps, sides in ((cut.guide_steps, guide), (cut.canvas_steps, tile)):
             for step in steps:
                 for samples, tiles in step.counts():
                     one = self._tile(samples, *sides, attention_window)
@@ -68,7 +69,7 @@ class Counter:
         if key not in self.known:
             inputs, timesteps = self.family.example([0] * samples, (height, width)), torch.empty(1, device="meta")
             prompts, options = [sample.prompt for sample in inputs], Options(attention_window=window)
-            with MetaMeter() as meter, torch.no_grad():
+            with lent(self.module, self.streamer), MetaMeter() as meter, torch.no_grad():
                 prepared = self.family.prepare(self.module, self.streamer, timesteps, prompts, options)
                 self.family.predict(self.module, self.streamer, inputs, 0, prepared)
             self.known[key] = Flops(meter.flops + meter.linear_flops, meter.attention_flops)

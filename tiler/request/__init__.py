@@ -16,6 +16,7 @@ from tiler.request.choices import (
     Preset,
     Scheduler,
     ScratchDtype,
+    TileConditioning,
     Wrap,
     parse_scheduler,
 )
@@ -42,6 +43,7 @@ __all__ = [
     "ResolvedRequest",
     "Scheduler",
     "ScratchDtype",
+    "TileConditioning",
     "Wrap",
     "parse_scheduler",
     "read_regions",

@@ -92,6 +92,13 @@ class Preset(StrEnum):
     FAST = "fast"
 
 
+class TileConditioning(StrEnum):
+    """What a model that is told sizes hears of a tile: its own place on the canvas, or the whole canvas, as A1111 says it."""
+
+    PLACE = "place"
+    NONE = "none"
+
+
 class ScratchDtype(StrEnum):
     """How the exact decoder stores activations on disk."""
 

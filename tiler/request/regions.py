@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -38,8 +37,11 @@ class Region:
                 )
         within("guidance_scale", self.guidance_scale, 0, 100)
         within("seed", self.seed, 0, MAX_SEED)
-        if not (math.isfinite(self.mask_weight) and self.mask_weight > 0):
-            raise UsageError(f"region {self.prompt!r}: mask_weight = {self.mask_weight} must be a positive number")
+        if not 1e-100 < self.mask_weight < 1e100:  # nor NaN
+            raise UsageError(
+                f"region {self.prompt!r}: mask_weight = {self.mask_weight} must be a positive number that can be weighed; "
+                "take one near 1"
+            )
 
 
 def read_regions(path: Path) -> tuple[str | None, tuple[Region, ...]]:

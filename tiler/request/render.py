@@ -20,6 +20,7 @@ from tiler.request.choices import (
     Preset,
     Scheduler,
     ScratchDtype,
+    TileConditioning,
     Wrap,
     check_decode,
     parse_interval,
@@ -177,6 +178,14 @@ class RenderRequest:
             Panel.SAMPLING, ("--attention-window",), metavar="N", default="none",
         ),
     )  # fmt: skip
+    tile_conditioning: TileConditioning = option(
+        TileConditioning.PLACE,
+        Option(
+            "What SDXL is told of a tile. place: which crop of the canvas it is; none: the whole picture's size and no "
+            "crop, as A1111 says to every tile.",
+            Panel.SAMPLING, ("--tile-conditioning",),
+        ),
+    )  # fmt: skip
 
     precision: Precision = option(
         Precision.AUTO,
@@ -289,11 +298,6 @@ class ResolvedRequest(RenderRequest):
 
     def _check_sheet(self) -> None:
         pass  # width and height are the sheet's by now
-
-    @property
-    def canvas_size(self) -> tuple[int, int]:
-        """(height, width) of the canvas: rounded up to what latents can be. The picture is cropped to the asked size."""
-        return -(-self.height // PIXEL_STEP) * PIXEL_STEP, -(-self.width // PIXEL_STEP) * PIXEL_STEP
 
     @property
     def scratch_folder(self) -> Path:

@@ -7,7 +7,11 @@ from tiler.request.options import Option, Panel
 OUTPUT = Option(
     "The picture to write: .png, .pdf, .tif or .tiff.", Panel.OUTPUT, ("--output", "-o"), default="tiler.png"
 )
-MODEL = Option("`mini`, a folder in diffusers layout, or a hub id like org/name.", Panel.MODEL, ("--model", "-m"))
+MODEL = Option(
+    "`mini`, a folder in diffusers layout, a single .safetensors or .gguf file of Stable Diffusion 1.x or 2.x, or a hub id like "
+    "org/name.",
+    Panel.MODEL, ("--model", "-m"),
+)  # fmt: skip
 VARIANT = Option(
     "Flavour of the weight files, as in NAME.fp16.safetensors.",
     Panel.MODEL, ("--variant",), default="fp16 if there is one, else plain",

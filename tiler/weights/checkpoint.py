@@ -1,25 +1,34 @@
-"""Find a checkpoint: the embedded one, a folder in diffusers layout, or a hub id in huggingface_hub's own cache.
+"""Find a checkpoint: the embedded one, a folder in diffusers layout, a single file, or a hub id in huggingface_hub's own cache.
 
 Reads JSON and safetensors only; a pickle is refused. Knows file names, not what the parts do.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from tiler.errors import ModelError
 from tiler.weights import hub
-from tiler.weights.flavours import PICKLES, choose_flavour, find_weights, flavours, names_in, read_json
+from tiler.weights.flavours import PICKLES, WEIGHTS, choose_flavour, find_weights, flavours, names_in, read_json
 from tiler.weights.index import TensorInfo, merge_indexes
 from tiler.weights.places import expand
 
 
 @dataclass(frozen=True, kw_only=True)
+class PartSource:
+    """A part that is no folder: its config, and where its parameters lie."""
+
+    config: Mapping[str, Any]
+    index: Mapping[str, TensorInfo] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A folder in diffusers layout. `variant` is the preferred flavour of weight files ("fp16"). `notes` tell of files that
-    are not those a user might expect."""
+    """A folder in diffusers layout, or a single `file` in `folder`, whose parts have `sources` once it was looked into. `variant` is
+    the preferred flavour of weight files ("fp16"). `notes` tell of what a user might not expect."""
 
     name: str
     folder: Path
@@ -27,13 +36,34 @@ class Checkpoint:
     revision: str | None = None
     repository: str | None = None  # its id on the hub, if it came from there
     notes: tuple[str, ...] = ()
+    file: Path | None = None
+    sources: Mapping[str, PartSource] = field(default_factory=dict)
+    tokenizers: Mapping[str, Path] = field(default_factory=dict)  # folders that stand in for the checkpoint's own
+
+    def with_sources(
+        self, sources: Mapping[str, PartSource], tokenizers: Mapping[str, Path], notes: tuple[str, ...]
+    ) -> Checkpoint:
+        """This checkpoint, its parts found, and more notes."""
+        return replace(self, sources=sources, tokenizers=tokenizers, notes=(*self.notes, *notes))
+
+    def has(self, part: str) -> bool:
+        """Whether there is such a part."""
+        return part in self.sources or (self.file is None and (self.folder / part).is_dir())
+
+    def tokenizer(self, part: str) -> Path:
+        """The folder of a tokenizer's files."""
+        return self.tokenizers.get(part, self.folder / part)
 
     def config(self, part: str, file: str = "config.json") -> dict[str, Any]:
         """The JSON object of one part ("" is the top level). Raises ModelError."""
+        if part in self.sources:
+            return dict(self.sources[part].config)
         return read_json(self.folder / part / file)
 
     def weights(self, part: str) -> dict[str, TensorInfo]:
         """The index of one part's weight files. Raises ModelError."""
+        if part in self.sources:
+            return dict(self.sources[part].index)
         return merge_indexes(list(find_weights(self.folder / part, self.variant, self._fetch(part)).files))
 
     def _fetch(self, part: str) -> str:
@@ -45,7 +75,7 @@ class Checkpoint:
 
 
 def resolve(model: str, *, variant: str | None = None, revision: str | None = None) -> Checkpoint:
-    """`mini`, a folder, or a hub id → Checkpoint. Raises ModelError, OfflineError, StorageError."""
+    """`mini`, a folder, a file, or a hub id → Checkpoint. Raises ModelError, OfflineError, StorageError."""
     if model == "mini":
         folder = Path(__file__).parents[1] / "models" / "mini"
         return Checkpoint(name="mini", folder=folder, variant=None)
@@ -55,11 +85,16 @@ def resolve(model: str, *, variant: str | None = None, revision: str | None = No
             return _checkpoint(cached[0], cached[1], variant, repository=cached[0])
         return _checkpoint(model, path, variant)
     if path.exists():
-        kind = "a pickle; tiler reads safetensors only" if path.suffix in PICKLES else "a single file"
-        raise ModelError(f"{path}: this is {kind}; --model takes a folder in diffusers layout or a hub id")
+        if path.suffix in PICKLES:
+            raise ModelError(f"{path}: a pickle can run code when it is opened; tiler reads safetensors and GGUF files")
+        if variant or revision:
+            raise ModelError(
+                f"{path}: --variant and --revision choose among the files of a folder or a repository; leave them out"
+            )
+        return Checkpoint(name=model, folder=path.parent, variant=None, file=path)
     if not hub.is_hub_id(model):
         raise ModelError(
-            f"{model}: no such folder; --model takes `mini`, a folder in diffusers layout or a hub id like org/name"
+            f"{model}: no such folder; --model takes `mini`, a folder in diffusers layout, a file or a hub id like org/name"
         )
     return _checkpoint(model, hub.from_hub(model, variant, revision), variant, repository=model)
 
@@ -81,6 +116,8 @@ def resolve_part(model: str) -> Checkpoint:
 
 def _checkpoint(name: str, folder: Path, variant: str | None, repository: str | None = None) -> Checkpoint:
     if not (folder / hub.INDEX).is_file():
+        if (kind := _addition(folder)) is not None:
+            raise ModelError(f"{folder}: this is {kind}, which goes with a model; --model takes the model itself")
         within = [child for child in names_in(folder) if (folder / child / hub.INDEX).is_file()]
         raise ModelError(
             f"{folder}: no {hub.INDEX} here; --model takes a folder in diffusers layout or a hub id"
@@ -90,6 +127,18 @@ def _checkpoint(name: str, folder: Path, variant: str | None, repository: str | 
         name=name, folder=folder, variant=variant, revision=None if repository is None else folder.name,
         repository=repository, notes=tuple(_notes(name, folder, variant)),
     )  # fmt: skip
+
+
+def _addition(folder: Path) -> str | None:
+    """What the folder holds if that is no model of pictures but something that changes one."""
+    names = names_in(folder)
+    if "adapter_config.json" in names or any("lora" in name.lower() for name in names if name.endswith(WEIGHTS)):
+        return "a LoRA"
+    try:
+        cls = str(read_json(folder / "config.json").get("_class_name")) if "config.json" in names else ""
+    except ModelError:
+        return None
+    return next((f"a {kind}" for kind in ("ControlNet", "T2IAdapter", "MotionAdapter") if kind in cls), None)
 
 
 def _notes(name: str, folder: Path, variant: str | None) -> list[str]:

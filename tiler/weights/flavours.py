@@ -19,6 +19,7 @@ from tiler.weights.index import open_regular
 MAX_CONFIG_BYTES = 1_000_000
 MAX_INDEX_BYTES = 20_000_000  # names every tensor of a sharded model
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+WEIGHTS = (".safetensors", *PICKLES)
 _STEMS = "diffusion_pytorch_model", "model"
 _FILE = re.compile(
     rf"({'|'.join(_STEMS)})(?:\.(?P<flavour>\w+))?(?P<shard>-\d+-of-\d+)?(?:\.(?P<old>\w+))?\.safetensors"

@@ -19,6 +19,9 @@ def model_id(checkpoint: Checkpoint, parts: Sequence[str]) -> str:
     """32 hexadecimal digits from the parts' configs, the scheduler's, and samples of the weight files. Names of folders and
     files do not count: a copy elsewhere has the same id. Raises ModelError."""
     digest = hashlib.sha256()
+    if checkpoint.file is not None:
+        _add(digest, checkpoint.file, "single")
+        return digest.hexdigest()[:32]
     for part in parts:
         files = find_weights(checkpoint.folder / part, checkpoint.variant).files
         if (config := checkpoint.folder / part / "config.json").exists():

@@ -23,17 +23,60 @@ DTYPE_BYTES = {
 }  # fmt: skip
 
 
+class Source(NamedTuple):
+    """`rows` rows of a tensor, contiguous from byte `offset` of `path`."""
+
+    path: Path
+    offset: int
+    rows: int
+
+
 class TensorInfo(NamedTuple):
-    """Where one tensor lies: `offset` and `nbytes` count from the start of `path`. One that is `blocked` lies in the order of
-    blocks.py; its shape is the weight's own once `match_index` has seen it."""
+    """Where one tensor lies, and how: `dtype` names its codec (codecs.py), `nbytes` is what it takes in files. Its rows, those of
+    the first axis, stand in one place or in several; a tensor without axes is one row. One that is `blocked` lies in the order
+    of blocks.py; its shape is the weight's own once `match_index` has seen it."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    path: Path
-    offset: int
+    sources: tuple[Source, ...]
     nbytes: int
     blocked: bool = False
+
+    @property
+    def path(self) -> Path:
+        """The file of its first row."""
+        return self.sources[0].path
+
+    @property
+    def offset(self) -> int:
+        """Where its first row begins there."""
+        return self.sources[0].offset
+
+    def bytes_of(self, rows: int) -> int:
+        """What so many rows take. Of rows that are no whole blocks, only numbers that are may be asked for: multiples of 32 are."""
+        return self.nbytes * rows // max(1, self.shape[0] if self.shape else 1)
+
+    def places(self, first: int, last: int) -> list[Source]:
+        """Where rows [first, last) lie."""
+        found, start = [], 0
+        for path, offset, rows in self.sources:
+            begin, end = max(first - start, 0), min(last - start, rows)
+            if begin < end:
+                found.append(Source(path, offset + self.bytes_of(begin), end - begin))
+            start += rows
+        return found
+
+    def reshaped(self, shape: tuple[int, ...]) -> TensorInfo:
+        """The same elements as a tensor of `shape`: axes of one element come or go."""
+        rows, now = (sides[0] if sides else 1 for sides in (shape, self.shape))
+        sources = tuple(source._replace(rows=source.rows * rows // max(1, now)) for source in self.sources)
+        return self._replace(shape=shape, sources=sources)
+
+    def cut(self, first: int, last: int) -> TensorInfo:
+        """Rows [first, last) as a tensor of their own."""
+        sources, rows = tuple(self.places(first, last)), last - first
+        return self._replace(shape=(rows, *self.shape[1:]), sources=sources, nbytes=self.bytes_of(rows))
 
 
 def open_regular(path: Path) -> int:
@@ -168,4 +211,5 @@ def _entry(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
         raise ModelError(
             f"{path}: tensor {name!r} says {dtype} {shape}, which is not {end - begin} bytes; the file is damaged"
         )
-    return TensorInfo(name, dtype, tuple(shape), path, data_start + begin, end - begin)
+    source = Source(path, data_start + begin, shape[0] if shape else 1)
+    return TensorInfo(name, dtype, tuple(shape), (source,), end - begin)

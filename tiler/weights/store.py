@@ -19,9 +19,10 @@ import torch
 
 from tiler.errors import ModelError, NumericalError, StorageError
 from tiler.weights.blocks import block_sides, can_block, unblocked
+from tiler.weights.codecs import CODECS
 from tiler.weights.index import TensorInfo, open_regular, read_into
 
-TORCH_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "I8": torch.int8}
+TORCH_DTYPES = {codec.name: codec.stored for codec in CODECS.values() if codec.stored is not None}
 SCALE = ".scale"  # the fp32 factors of an int8 tensor's rows stand beside it under this ending
 # 8 MiB of fp16, 16 MiB once cast. A choice, no measurement: large enough for disks, small beside the arena.
 PIECE_ELEMENTS = 4 * 2**20
@@ -43,8 +44,9 @@ def piece_rows(row_elements: int, piece_elements: int) -> int:
 
 def check_dtype(info: TensorInfo, *, scaled: bool) -> None:
     """Raises ModelError for a tensor that cannot be read: of another dtype, or int8 that is not `scaled`."""
-    if info.dtype not in TORCH_DTYPES or (info.dtype == "I8" and not scaled):
-        raise ModelError(f"{info.path}: tensor {info.name!r} is stored as {info.dtype}; tiler reads F16, BF16 and F32")
+    if info.dtype not in CODECS or (info.dtype == "I8" and not scaled):
+        known = ", ".join(name for name in CODECS if name != "I8")
+        raise ModelError(f"{info.path}: tensor {info.name!r} is stored as {info.dtype}; tiler reads {known}")
 
 
 def match_index(
@@ -70,7 +72,7 @@ def match_index(
             )
         scale = stored.get(info.name + SCALE)
         check_dtype(info, scaled=scale is not None)
-        matched[name] = info._replace(shape=want, blocked=is_blocked)
+        matched[name] = info.reshaped(want)._replace(blocked=is_blocked)
         if scale is not None:
             matched[name + SCALE] = scale
     return matched
@@ -102,8 +104,9 @@ class WeightStore:
         try:
             for name, info in index.items():
                 check_dtype(info, scaled=name + SCALE in index)
-                if info.path not in self._fds:
-                    self._fds[info.path] = open_regular(info.path)
+                for source in info.sources:
+                    if source.path not in self._fds:
+                        self._fds[source.path] = open_regular(source.path)
         except BaseException:
             self.close()
             raise
@@ -140,15 +143,15 @@ class WeightStore:
         return frozenset(name for name, info in self.index.items() if info.dtype == "I8")
 
     def scale(self, name: str) -> torch.Tensor:
-        """The factors (rows,) fp32 of an int8 tensor; they stay in memory."""
+        """The factors (rows,) fp32 of a scaled tensor; they stay in memory."""
         if name not in self._scales:
-            self._scales[name] = self.load(name + SCALE)
+            self._scales[name] = self.load(name + SCALE).flatten().expand(self.index[name].shape[0])
         return self._scales[name]
 
     def rows(self, name: str, rows: list[int]) -> torch.Tensor:
         """Single rows of a table in fp32: (len(rows), *shape[1:])."""
         out = torch.empty((len(rows), *self.index[name].shape[1:]), dtype=torch.float32)
-        buffer = self._new_buffer(self._row_bytes(name))
+        buffer = self._new_buffer(self.index[name].bytes_of(1))
         for i, row in enumerate(rows):
             piece = Piece(name, row, row + 1)
             self._cast(piece, self._read(piece, buffer), out[i : i + 1])
@@ -157,14 +160,17 @@ class WeightStore:
     def pieces(self, name: str, elements: int | None = None) -> list[Piece]:
         """The tensor cut along its first axis into pieces of about `elements`, at most and else `piece_elements`."""
         shape, elements = self.index[name].shape, min(elements or self.piece_elements, self.piece_elements)
-        total, step = shape[0], piece_rows(math.prod(shape[1:]), elements)
+        total, step = shape[0] if shape else 1, piece_rows(math.prod(shape[1:]), elements)
         return [Piece(name, first, min(first + step, total)) for first in range(0, total, step)]
 
     def fetch(self, piece: Piece, out: torch.Tensor, *, in_blocks: bool = False) -> None:
         """Cast a piece into `out` (rows × rest, fp32 or int8), and start reading what followed it last time. A blocked tensor's
         rows are put in order, unless they are wanted `in_blocks`: as they lie there."""
         if (kept := self.resident.get(piece.name)) is not None:
-            self._convert(piece, kept[piece.first : piece.last], out, in_blocks=in_blocks)
+            if kept.dtype == torch.float32:
+                out.copy_(kept[piece.first : piece.last].view_as(out))
+            else:
+                self._decode(piece, self._stored(kept, piece).view(torch.uint8), out, in_blocks=in_blocks)
             return
         if self._last is not None:
             self._next[self._last] = piece
@@ -175,27 +181,32 @@ class WeightStore:
         self._buffers.append(raw)
 
     def keep(self, name: str, dtype: torch.dtype) -> None:
-        """Hold a tensor in memory from now on, as fp32 or as stored; a convolution's fp32 weight channels-last."""
+        """Hold a tensor in memory from now on, as fp32 or as stored (uint8 where torch has no such dtype); a convolution's fp32
+        weight channels-last."""
         info = self.index[name]
-        stored = TORCH_DTYPES[info.dtype]
-        kept = torch.empty(info.shape, dtype=dtype)
-        if kept.ndim == 4 and dtype == torch.float32:
-            kept = kept.contiguous(memory_format=torch.channels_last)
+        if dtype == torch.float32:
+            kept = torch.empty(info.shape)
+            kept = kept.contiguous(memory_format=torch.channels_last) if kept.ndim == 4 else kept
+        else:
+            kept = torch.empty(info.nbytes // dtype.itemsize, dtype=dtype)
         for piece in self.pieces(name):
             raw = self._read(piece, self._take_buffer())
-            into = kept[piece.first : piece.last]
-            self._convert(piece, raw[: self._bytes(piece)].view(stored), into, in_blocks=dtype == stored)
+            if dtype == torch.float32:
+                self._decode(piece, raw[: self._bytes(piece)], kept[piece.first : piece.last])
+            else:
+                self._stored(kept, piece).copy_(raw[: self._bytes(piece)].view(dtype))
             self._buffers.append(raw)
         self.resident[name] = kept
 
     # --- reading ---------------------------------------------------------------------------------------------------------
 
-    def _row_bytes(self, name: str) -> int:
-        info = self.index[name]
-        return info.nbytes // max(1, info.shape[0] if info.shape else 1)
-
     def _bytes(self, piece: Piece) -> int:
-        return self._row_bytes(piece.name) * (piece.last - piece.first)
+        return self.index[piece.name].bytes_of(piece.last - piece.first)
+
+    def _stored(self, kept: torch.Tensor, piece: Piece) -> torch.Tensor:
+        """A piece of a tensor that is resident as stored."""
+        ends = (self.index[piece.name].bytes_of(row) // kept.itemsize for row in (piece.first, piece.last))
+        return kept[slice(*ends)]
 
     @staticmethod
     def _new_buffer(nbytes: int) -> torch.Tensor:
@@ -227,33 +238,39 @@ class WeightStore:
 
     def _read(self, piece: Piece, buffer: torch.Tensor) -> torch.Tensor:
         info = self.index[piece.name]
-        want = self._bytes(piece)
-        view = memoryview(buffer.numpy())[:want]  # type: ignore[arg-type]
-        at = info.offset + piece.first * self._row_bytes(piece.name)
-        try:
-            whole = read_into(self._fds[info.path], view, at)
-        except OSError as error:
-            raise StorageError(
-                f"{info.path}: reading failed after byte {at} ({error.strerror}); check the disk"
-            ) from error
-        if not whole:
-            raise ModelError(f"{info.path}: the file became shorter while it was read; download it again")
-        self.bytes_read += want
+        view = memoryview(buffer.numpy())[: self._bytes(piece)]  # type: ignore[arg-type]
+        self.bytes_read += len(view)
+        for path, at, rows in info.places(piece.first, piece.last):
+            some, view = view[: info.bytes_of(rows)], view[info.bytes_of(rows) :]
+            try:
+                whole = read_into(self._fds[path], some, at)
+            except OSError as error:
+                raise StorageError(
+                    f"{path}: reading failed after byte {at} ({error.strerror}); check the disk"
+                ) from error
+            if not whole:
+                raise ModelError(f"{path}: the file became shorter while it was read; download it again")
+        assert not view, "every row has its place"
         return buffer
 
     def _cast(self, piece: Piece, raw: torch.Tensor, out: torch.Tensor, *, in_blocks: bool = False) -> None:
-        info = self.index[piece.name]
-        self._convert(piece, raw[: self._bytes(piece)].view(TORCH_DTYPES[info.dtype]), out, in_blocks=in_blocks)
+        self._decode(piece, raw[: self._bytes(piece)], out, in_blocks=in_blocks)
         if self._check_finite and out.dtype == torch.float32 and piece not in self._checked:
             # Once for each piece: the sum of finite fp32 weights of this size is finite.
             if not torch.isfinite(out.sum()):
-                raise NumericalError(f"{info.path}: tensor {piece.name!r} holds NaN or Inf; download the file again")
+                path = self.index[piece.name].path
+                raise NumericalError(f"{path}: tensor {piece.name!r} holds NaN or Inf; download the file again")
             self._checked.add(piece)
 
-    def _convert(self, piece: Piece, stored: torch.Tensor, out: torch.Tensor, *, in_blocks: bool = False) -> None:
+    def _decode(self, piece: Piece, raw: torch.Tensor, out: torch.Tensor, *, in_blocks: bool = False) -> None:
+        """Rows as stored, (bytes,) uint8 → `out`: scaled fp32, or int8 as stored."""
         info = self.index[piece.name]
         if info.blocked and not in_blocks:
-            stored = unblocked(stored, (piece.last - piece.first, *info.shape[1:]))
-        out.copy_(stored.view_as(out))
-        if stored.dtype == torch.int8 and out.dtype == torch.float32:
+            rows = unblocked(raw.view(torch.int8), (piece.last - piece.first, *info.shape[1:]))
+            raw = rows.flatten().view(torch.uint8)
+        if out.dtype == torch.int8:
+            out.copy_(raw.view(torch.int8).view_as(out))
+            return
+        CODECS[info.dtype].decode(raw, out)
+        if piece.name + SCALE in self.index:
             out.mul_(self.scale(piece.name)[piece.first : piece.last].view(-1, *(1,) * (out.ndim - 1)))

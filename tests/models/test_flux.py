@@ -1,0 +1,298 @@
+"""Flux.1 dev and schnell against diffusers' own pipeline, transformer and scheduler, on a tiny checkpoint."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tiler import Budget, Region, RenderRequest, events, plan, render
+from tiler.compute.layers import SMALL
+from tiler.diffusion.guide import guide_size, upscale
+from tiler.diffusion.tiles import plan_tiles
+from tiler.memory.process import read_rss
+from tiler.models.family import Guidance, Options, Role, read_family
+from tiler.models.flux import Flux, quantised, read_once
+from tiler.models.flux_blocks import pack, unpack
+from tiler.models.samples import Place, Prompt, Sample
+from tiler.phases import streamed
+from tiler.planning.resolve import resolve
+from tiler.request import GuideUpscale, Precision
+from tiler.weights import checkpoint
+
+LENGTHS = {"dev": 512, "schnell": 256}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    from checkpoints import flux
+
+    folder = tmp_path_factory.mktemp("flux")
+    for kind in LENGTHS:
+        flux.write(folder / kind, "tiny", schnell=kind == "schnell")
+    return {kind: folder / kind for kind in LENGTHS}
+
+
+@pytest.fixture(scope="module")
+def pipelines(folders: dict[str, Path]) -> dict[str, FluxPipeline]:
+    found = {kind: FluxPipeline.from_pretrained(folder, torch_dtype=torch.float32) for kind, folder in folders.items()}
+    for pipe in found.values():
+        pipe.set_progress_bar_config(disable=True)
+    return found
+
+
+def ask(model: Path, folder: Path, **values: Any) -> RenderRequest:
+    defaults: dict[str, Any] = {
+        "prompt": "a boat", "model": str(model), "num_inference_steps": 3, "guide": False, "seed": 5,
+        "precision": Precision.FP32, "output": folder / "x.png", "save_latents": folder / "x.safetensors", "force": True,
+    }  # fmt: skip
+    return RenderRequest(**(defaults | values))
+
+
+def rendered(request: RenderRequest, said: list[str] | None = None) -> tuple[Tensor, dict[str, Any]]:
+    def hear(event: events.Event) -> None:
+        if said is not None and isinstance(event, events.Note):
+            said.append(event.text)
+
+    result = render(request, Budget(read_rss().now + 10**9), hear)
+    assert request.save_latents is not None
+    return load_file(request.save_latents)["latents"], result.report
+
+
+@pytest.mark.parametrize(("kind", "scale"), [("dev", 3.5), ("dev", 1.0), ("schnell", 1.0)])
+def test_one_tile_is_what_flux_pipeline_gives(
+    folders: dict[str, Path], pipelines: dict[str, FluxPipeline], tmp_path: Path, kind: str, scale: float
+) -> None:
+    """dev's shift is dynamic. A guidance scale of 1 is an input like others."""
+    want = pipelines[kind](
+        "a boat", height=128, width=128, num_inference_steps=3, guidance_scale=scale, output_type="latent",
+        max_sequence_length=LENGTHS[kind], generator=torch.Generator().manual_seed(5),
+    ).images  # fmt: skip
+    got, report = rendered(ask(folders[kind], tmp_path, size=128, guidance_scale=scale))
+    assert (got - unpack(want, 8)).abs().max() < 1e-4
+    assert report["denoiser_samples"] == 3  # no unconditional half
+
+
+def looped(
+    pipe: FluxPipeline, latents: Tensor, crops: list[tuple[Any, Tensor]], begin: int, reference: Tensor | None, steps: int
+) -> Tensor:  # fmt: skip
+    """Mixture of Diffusers by diffusers' own transformer and scheduler: `crops` are (index, weights) of each tile."""
+    with torch.no_grad():
+        tokens, pooled, text_ids = pipe.encode_prompt("a boat", max_sequence_length=512)
+        scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config)
+        shift = 0.5 + (1.15 - 0.5) * (64 - 256) / (4096 - 256)  # a native tile has 64 patches
+        scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / steps, steps).tolist(), mu=shift)
+        if reference is not None:
+            sigma = scheduler.sigmas[begin]
+            latents = sigma * latents + (1 - sigma) * reference
+        scheduler.set_begin_index(begin)
+        for timestep in scheduler.timesteps[begin:]:
+            velocity = torch.zeros_like(latents)
+            for where, weights in crops:
+                tile = latents[where]
+                rows, cols = tile.shape[2] // 2, tile.shape[3] // 2
+                ids = pipe._prepare_latent_image_ids(1, rows, cols, "cpu", torch.float32)
+                made = pipe.transformer(
+                    hidden_states=pack(tile), timestep=timestep.expand(1) / 1000, guidance=torch.tensor([3.5]),
+                    pooled_projections=pooled, encoder_hidden_states=tokens, txt_ids=text_ids, img_ids=ids,
+                    return_dict=False,
+                )[0]  # fmt: skip
+                velocity[where] += weights * unpack(made, rows)
+            latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+    return latents
+
+
+def test_four_tiles_with_a_guide_are_a_loop_over_diffusers_transformer(
+    folders: dict[str, Path], pipelines: dict[str, FluxPipeline], tmp_path: Path
+) -> None:
+    """A canvas of 24 × 20 latents, a guide that is not square; each tile has a grid of its own."""
+    steps, canvas = 4, (24, 20)
+    request = ask(
+        folders["dev"], tmp_path, height=192, width=160, num_inference_steps=steps, guide=True, strength=0.5,
+        guide_upscale=GuideUpscale.LATENT,
+    )  # fmt: skip
+    got, report = rendered(request)
+    size = guide_size(canvas, 16, 2)
+    assert size is not None and size.height != size.width
+    everything = [((slice(None), slice(None), slice(None), slice(None)), torch.ones(()))]
+    pipe = pipelines["dev"]
+
+    def noise(height: int, width: int) -> Tensor:
+        return torch.randn(1, 16, height, width, generator=torch.Generator().manual_seed(5))
+
+    guide = looped(pipe, noise(size.height, size.width), everything, 0, None, steps)
+    resolved = resolve(request, read_family(checkpoint.resolve(str(folders["dev"]))))
+    tiles = plan_tiles(resolved, canvas=canvas, tile=(16, 16), overlap=4)
+    assert len(tiles) == 4 and all(tile.top % 2 == tile.left % 2 == 0 for tile in tiles)
+    crops = [((slice(None), slice(None), *tile.crop), tile.weights) for tile in tiles]
+    want = looped(pipe, noise(*canvas), crops, 2, upscale(guide, size, canvas, (False, False)), steps)
+    assert (got - want).abs().max() < 1e-4
+    assert report["denoiser_samples"] == 4 * 2 + steps
+
+
+def test_defaults_are_of_the_model(folders: dict[str, Path], tmp_path: Path) -> None:
+    for kind, want in {"dev": (28, 3.5, 0.34), "schnell": (4, 1.0, 0.5)}.items():
+        family = read_family(checkpoint.resolve(str(folders[kind])))
+        filled = resolve(RenderRequest(prompt="x", model=str(folders[kind])), family)
+        assert (filled.num_inference_steps, filled.guidance_scale, filled.strength) == want
+    assert family.traits.guidance is Guidance.NONE
+
+
+def test_a_negative_prompt_has_no_effect_and_a_note_says_so(folders: dict[str, Path], tmp_path: Path) -> None:
+    said: list[str] = []
+    plain, _ = rendered(ask(folders["dev"], tmp_path, size=128))
+    with_negative, report = rendered(ask(folders["dev"], tmp_path, size=128, negative_prompt="fog"), said)
+    assert torch.equal(plain, with_negative) and report["denoiser_samples"] == 3
+    assert any("negative prompt has no effect: Flux.1 dev takes none" in text for text in said)
+
+
+def test_regions_have_guidance_of_their_own(folders: dict[str, Path], tmp_path: Path) -> None:
+    def two(scale: float | None) -> Tensor:
+        halves = (Region(prompt="a boat", rows=(0, 128), cols=(0, 128)), Region(prompt="fog", rows=(0, 128), cols=(128, 256), guidance_scale=scale))  # fmt: skip
+        return rendered(ask(folders["dev"], tmp_path, prompt=None, width=256, height=128, regions=halves))[0]
+
+    same, other = two(None), two(9.0)
+    assert torch.equal(same[..., :16], other[..., :16])
+    assert (same[..., 16:] - other[..., 16:]).abs().max() > 1e-3
+
+
+def test_int8_is_near_fp32_and_leaves_what_is_read_once(folders: dict[str, Path], tmp_path: Path) -> None:
+    plain, _ = rendered(ask(folders["dev"], tmp_path, size=128))
+    int8, _ = rendered(ask(folders["dev"], tmp_path, size=128, precision=Precision.INT8, cache_dir=tmp_path / "packed"))
+    assert not torch.equal(plain, int8)
+    assert (int8 - plain).norm() < 0.05 * plain.norm()
+    family = read_family(checkpoint.resolve(str(folders["dev"])))
+    part = family.part(Role.DENOISER)
+    names = [name for name, _ in part.build().named_parameters()]
+    assert any(map(read_once, names)) and not any(read_once(name) and quantised(name) for name in names)
+    assert all(read_once(name) for name in names if ".linear." in name)
+
+
+@torch.no_grad()
+def test_modulations_are_read_once_and_not_in_a_pass(folders: dict[str, Path], tmp_path: Path) -> None:
+    family = read_family(checkpoint.resolve(str(folders["dev"])))
+    part, prompt = family.part(Role.DENOISER), Prompt(torch.zeros(1, 512, 64), torch.zeros(1, 32))
+    stored, module = family.checkpoint.weights(part.name), part.build()
+    large = {name: info.nbytes for name, info in stored.items() if len(info.shape) == 2 and info.nbytes > 2 * SMALL}
+    sample = Sample(torch.zeros(1, 16, 16, 16), prompt, Place(0, 0, 128, 128, (128, 128)), 2.0)
+    with streamed(module, stored, part.aliases) as streamer:
+        assert streamer.store is not None
+        counts = [streamer.store.bytes_read]
+        prepared = family.prepare(
+            module, streamer, torch.tensor([900.0, 500.0]), [prompt], Options(guidance=(2.0, 3.0), scratch=tmp_path)
+        )
+        counts.append(streamer.store.bytes_read)
+        for step in (0, 1):
+            family.predict(module, streamer, [sample], step, prepared)
+            counts.append(streamer.store.bytes_read)
+    read = [b - a for a, b in pairwise(counts)]
+    assert read[0] == sum(nbytes for name, nbytes in large.items() if read_once(name))
+    assert read[1] == sum(nbytes for name, nbytes in large.items() if not read_once(name))
+    assert read[2] == pytest.approx(read[1], rel=0.05)  # what comes first in a pass may be read ahead at its end
+
+
+def test_guide_and_canvas_share_what_is_read_once(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared: list[int] = []
+
+    def counted(self: Flux, model: Any, streamer: Any, timesteps: Tensor, *more: Any) -> Any:
+        if not timesteps.is_meta:
+            prepared.append(len(timesteps))
+        return prepare(self, model, streamer, timesteps, *more)
+
+    prepare = Flux.prepare
+    monkeypatch.setattr(Flux, "prepare", counted)
+    rendered(ask(folders["schnell"], tmp_path, size=192, num_inference_steps=2, guide=True))
+    assert prepared == [2]
+
+
+KINDS: dict[str, tuple[Callable[[Path], None], str]] = {}
+
+
+def bad(name: str, message: str) -> Callable[[Callable[[Path], None]], None]:
+    def add(change: Callable[[Path], None]) -> None:
+        KINDS[name] = change, message
+
+    return add
+
+
+def edit(folder: Path, part: str, **values: object) -> None:
+    path = folder / part / ("config.json" if part else "model_index.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+bad("fill", "Flux.1 Fill")(lambda f: edit(f, "transformer", in_channels=384, out_channels=64))
+bad("control", "control picture")(lambda f: edit(f, "transformer", in_channels=128, out_channels=64))
+bad("fill by class", "Flux.1 Fill")(lambda f: edit(f, "", _class_name="FluxFillPipeline"))
+bad("kontext", "Kontext")(lambda f: edit(f, "", _class_name="FluxKontextPipeline"))
+bad("redux", "Redux")(lambda f: edit(f, "", _class_name="FluxPriorReduxPipeline"))
+bad("flux 2", "FLUX.2")(lambda f: edit(f, "", _class_name="Flux2Pipeline"))
+bad("no encoder", "text_encoder_2")(lambda f: shutil.rmtree(f / "text_encoder_2"))
+bad("no weights", "text_encoder_2")(lambda f: (f / "text_encoder_2/model.safetensors").unlink())
+bad("no tokenizer", "tokenizer_2")(lambda f: shutil.rmtree(f / "tokenizer_2"))
+bad("no clip tokenizer", "tokenizer")(lambda f: shutil.rmtree(f / "tokenizer"))
+bad("text width", "pooled_projection_dim")(lambda f: edit(f, "transformer", pooled_projection_dim=64))
+bad("rope", "axes_dims_rope")(lambda f: edit(f, "transformer", axes_dims_rope=[16, 16, 16]))
+
+
+@bad("no shard", "cannot be found")
+def lose_shard(folder: Path) -> None:
+    path = folder / "transformer/diffusion_pytorch_model.safetensors"
+    path.rename(path.with_name("diffusion_pytorch_model-00001-of-00002.safetensors"))
+    names = {"a": "diffusion_pytorch_model-00001-of-00002.safetensors", "b": "diffusion_pytorch_model-00002-of-00002.safetensors"}  # fmt: skip
+    path.with_name("diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_what_it_cannot_take_is_exit_3_and_one_line(
+    in_process, folders: dict[str, Path], tmp_path: Path, name: str
+) -> None:
+    change, message = KINDS[name]
+    folder = tmp_path / "model"
+    shutil.copytree(folders["schnell"], folder)
+    change(folder)
+    ran = in_process("render", "a boat", "--model", folder, "--size", 128, "--no-guide", "-o", tmp_path / "y.png", "-q")
+    assert ran.code == 3
+    line = ran.err.strip()
+    assert message in line and len(line.splitlines()) == 1
+    assert not (tmp_path / "y.png").exists()
+
+
+def test_commands(tiler, folders: dict[str, Path], tmp_path: Path) -> None:
+    model = folders["schnell"]
+    assert tiler("plan", "a boat", "-m", model, "--size", 192, "--json").code == 0
+    assert tiler("quantize", model, "--cache-dir", tmp_path / "packed").code == 0
+    done = tiler(
+        "render", "a boat", "-m", model, "--size", 192, "--save-latents", "x.safetensors", "--cache-dir", tmp_path / "packed"
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert tiler("decode", "x.safetensors", "-m", model, "-o", "again.png").code == 0
+    assert (tmp_path / "again.png").read_bytes()[:4] == (tmp_path / "tiler.png").read_bytes()[:4]
+
+
+def test_files_at_the_root_of_the_repository_are_not_fetched(folders: dict[str, Path]) -> None:
+    from tiler.weights.hub import wanted
+
+    index = json.loads((folders["dev"] / "model_index.json").read_text())
+    shard = "transformer/diffusion_pytorch_model-00001-of-00003.safetensors"
+    files = ["flux1-dev.safetensors", "ae.safetensors", "model_index.json", "dev_grid.jpg", shard]
+    files += [f"{part}/{name}.safetensors" for part, name in (("vae", "diffusion_pytorch_model"), ("text_encoder", "model"), ("text_encoder_2", "model"))]  # fmt: skip
+    found = wanted("black-forest-labs/FLUX.1-dev", files, index, None)
+    assert shard in found and "model_index.json" in found
+    assert not {"flux1-dev.safetensors", "ae.safetensors", "dev_grid.jpg"} & set(found)
+
+
+def test_plan_knows_the_size_of_the_work(folders: dict[str, Path], tmp_path: Path) -> None:
+    planned = plan(RenderRequest(prompt="x", model=str(folders["dev"]), size=256, output=tmp_path / "x.png"))
+    assert planned.plan.batch == 1
+    assert planned.plan.denoiser_samples == 28 + round(28 * 0.34) * 9

@@ -1,0 +1,84 @@
+"""Codecs against the libraries that write the formats, and rows that lie in several places."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tiler.weights.codecs import CHUNK_ELEMENTS, CODECS
+from tiler.weights.index import read_index
+from tiler.weights.store import SCALE, WeightStore
+
+BLOCKS = [name for name, codec in CODECS.items() if codec.values > 1]
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_blocks_decode_as_their_library_does(name: str) -> None:
+    kind, codec = gguf.GGMLQuantizationType[name], CODECS[name]
+    assert (codec.values, codec.nbytes) == gguf.GGML_QUANT_SIZES[kind]
+    rng, row = np.random.default_rng(0), 1024
+    rows = 3 + CHUNK_ELEMENTS // row  # more than are decoded at a time
+    raw = rng.integers(0, 256, (rows, codec.row_bytes(row)), dtype=np.uint8)
+    out = torch.empty(rows, row)
+    codec.decode(torch.from_numpy(raw).flatten(), out)
+    with np.errstate(invalid="ignore"):  # factors of random bits may be NaN
+        expected = gguf.dequantize(raw, kind)
+    np.testing.assert_array_equal(out.numpy(), expected)
+
+
+@pytest.mark.parametrize("name", ["F8_E4M3", "F8_E5M2"])
+def test_eight_bit_floats_decode_as_torch_does(name: str) -> None:
+    dtype = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}[name]
+    raw, out = torch.arange(256, dtype=torch.uint8), torch.empty(16, 16)
+    CODECS[name].decode(raw, out)
+    torch.testing.assert_close(out.flatten(), raw.view(dtype).float(), rtol=0, atol=0, equal_nan=True)
+
+
+def test_scaled_rows_are_multiplied(tmp_path: Path) -> None:
+    weight = torch.randn(64, 32).to(torch.float8_e4m3fn)
+    for scale in (torch.rand(64), torch.rand(64, 1), torch.rand(1), torch.tensor(0.3)):
+        save_file({"w": weight, "w" + SCALE: scale}, tmp_path / "w.safetensors")
+        with WeightStore(read_index(tmp_path / "w.safetensors")) as store:
+            expected = weight.float() * (scale.view(-1, 1) if scale.ndim else scale)
+            assert torch.equal(store.load("w"), expected)
+            store.keep("w", torch.uint8)  # as stored
+            out = torch.empty(64, 32)
+            store.fetch(store.pieces("w")[0], out)
+            assert torch.equal(out, expected)
+
+
+def test_a_tensor_may_lie_in_several_places(tmp_path: Path) -> None:
+    """Rows 40–99 of one tensor, then all 50 of another in another file."""
+    first, second = torch.randn(120, 48).half(), torch.randn(50, 48).half()
+    save_file({"a": first}, tmp_path / "a.safetensors")
+    save_file({"b": second}, tmp_path / "b.safetensors")
+    a, b = read_index(tmp_path / "a.safetensors")["a"].cut(40, 100), read_index(tmp_path / "b.safetensors")["b"]
+    assert (a.shape, a.nbytes) == ((60, 48), 60 * 48 * 2)
+    joined = a._replace(name="w", shape=(110, 48), sources=a.sources + b.sources, nbytes=a.nbytes + b.nbytes)
+    expected = torch.cat([first[40:100], second]).float()
+    with WeightStore({"w": joined, "part": joined.cut(55, 65)}, piece_elements=32 * 48) as store:
+        assert torch.equal(store.load("w"), expected)
+        assert torch.equal(store.load("part"), expected[55:65])
+        assert torch.equal(store.rows("w", [59, 60, 0]), expected[[59, 60, 0]])
+        for piece in store.pieces("w"):
+            out = torch.empty(piece.last - piece.first, 48)
+            store.fetch(piece, out)
+            assert torch.equal(out, expected[piece.first : piece.last])
+        assert store.bytes_read == joined.nbytes + math.prod(expected.shape) * 2 + 3 * 96 + 960
+
+
+def test_a_tensor_behind_an_axis_of_length_1_is_read_by_its_rows(tmp_path: Path) -> None:
+    """As transformers' tables of positions are stored."""
+    table = torch.randn(1, 6, 4)
+    save_file({"table": table, "scale": torch.randn(6, 1)}, tmp_path / "x.safetensors")
+    index = read_index(tmp_path / "x.safetensors")
+    viewed = {"table": index["table"].reshaped((6, 4)), "scale": index["scale"].reshaped((6,))}
+    with WeightStore(viewed) as store:
+        assert torch.equal(store.rows("table", [5, 0]), table[0, [5, 0]])
+        assert store.load("scale").shape == (6,)

@@ -1,0 +1,34 @@
+"""A module lends its layers to a streamer, and gets them back as they were: one meta-device module serves planning, packing
+and every phase of a run, one after another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from tiler.compute.layers import stream_layers
+from tiler.compute.stream import Streamer
+
+
+@contextmanager
+def lent(module: nn.Module, streamer: Streamer) -> Iterator[None]:
+    """`stream_layers` for as long as the block lasts. Whatever changes meanwhile (classes, parameters, submodules, attributes)
+    is undone at its end, and what was loaded is freed. One block at a time."""
+    modules = list(module.modules())
+    assert not any("streamer" in vars(m) for m in modules), "lent already"
+    before = [(m, type(m), dict(vars(m)), dict(m._parameters), dict(m._modules)) for m in modules]
+    try:
+        stream_layers(module, streamer)
+        yield
+    finally:
+        for m, kind, attributes, parameters, children in before:
+            m.__class__ = kind
+            tables: tuple[tuple[dict[str, Any], dict[str, Any]], ...] = (
+                (vars(m), attributes), (m._parameters, parameters), (m._modules, children),
+            )  # fmt: skip
+            for now, then in tables:
+                now.clear()
+                now.update(then)

@@ -1,0 +1,40 @@
+"""The models of a checkpoint on the meta device, each built once for all that a run does with it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tiler.models.family import Family, Part, Role, VaeSpec, build_vae
+
+
+class Models:
+    """The modules of a family's parts, built when they are first asked for and kept: shapes without data, a few MB. Planning,
+    packing and the phases borrow the very same ones, one after another (compute/lending.py).
+
+    `decoder` makes the picture: the checkpoint's own autoencoder, or a tiny one.
+    """
+
+    def __init__(self, family: Family, tiny: VaeSpec | None = None) -> None:
+        self.family, self.decoder = family, tiny or family.autoencoder
+        self._built: dict[str, Any] = {}
+
+    def module(self, part: Part) -> Any:
+        """The module of a part of the family."""
+        if part.name not in self._built:
+            self._built[part.name] = part.build()
+        return self._built[part.name]
+
+    def vae(self, spec: VaeSpec) -> Any:
+        """The family's own autoencoder, or the decoder."""
+        if spec is self.family.autoencoder:
+            return self.module(self.family.part(Role.VAE))
+        assert spec is self.decoder
+        if spec.part not in self._built:
+            self._built[spec.part] = build_vae(spec)
+        return self._built[spec.part]
+
+    def build(self) -> None:
+        """All of them, which also imports all code that they need."""
+        for part in self.family.parts:
+            self.module(part)
+        self.vae(self.decoder)

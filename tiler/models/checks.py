@@ -1,0 +1,48 @@
+"""What a checkpoint of a UNet and an AutoencoderKL must be, whatever text encoders go with it: SD's and SDXL's checks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tiler.decoding import FACTOR
+from tiler.errors import ModelError
+from tiler.models import bounds
+from tiler.weights.checkpoint import Checkpoint
+
+Config = Mapping[str, Any]
+_BLOCKS = ("DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D", "UNetMidBlock2DCrossAttn", None)
+_FOREIGN = (
+    "class_embed_type", "addition_embed_type", "time_cond_proj_dim", "encoder_hid_dim_type", "dual_cross_attention",
+    "center_input_sample", "time_embedding_act_fn", "attention_type", "only_cross_attention", "resnet_time_scale_shift",
+    "resnet_skip_time_act", "encoder_hid_dim", "num_class_embeds", "class_embeddings_concat", "cross_attention_norm",
+    "mid_block_only_cross_attention", "timestep_post_act", "time_embedding_type",
+    "reverse_transformer_layers_per_block",
+)  # fmt: skip
+
+
+def check_channels(checkpoint: Checkpoint, unet: Config, vae: Config) -> None:
+    """That UNet and VAE belong together and make pictures of text alone. Raises ModelError."""
+    latent, channels = vae.get("latent_channels", 4), unet.get("in_channels", 4)
+    if channels != latent:
+        kind = {9: "an inpainting model", 8: "an InstructPix2Pix model", 7: "an upscaler"}.get(
+            channels, "of another kind"
+        )
+        raise ModelError(
+            f"{checkpoint.name}: the UNet takes {channels} channels, the VAE gives {latent}: this is {kind}; tiler needs text-to-image"
+        )
+    if (factor := 2 ** (len(vae["block_out_channels"]) - 1)) != FACTOR:
+        raise ModelError(f"{checkpoint.name}: the VAE's factor is {factor}; tiler supports {FACTOR}")
+    bounds.check_prediction(f"{checkpoint.folder / 'unet'}/config.json", unet)
+
+
+def check_unet_kind(where: str, unet: Config, supported: str, **own: str) -> None:
+    """Refuse what `models/unet.py` would leave out: a picture that is silently wrong helps nobody. `supported` names the models
+    whose UNets are taken, `own` are values of theirs that are foreign elsewhere. Raises ModelError."""
+    blocks = [*unet.get("down_block_types", []), *unet.get("up_block_types", []), unet.get("mid_block_type")]
+    for block in blocks:
+        if block not in _BLOCKS:
+            raise ModelError(f"{where}: blocks of type {block!r} are not supported; tiler supports {supported}")
+    for key in _FOREIGN:
+        if unet.get(key) not in (None, False, "default", "positional", own.get(key)):
+            raise ModelError(f"{where}: {key} = {unet[key]!r} is not supported; tiler supports {supported}")

@@ -1,0 +1,27 @@
+"""Whether a checkpoint was distilled to few steps without guidance, as Turbo, Lightning and LCM models are."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+FEW_STEPS: Mapping[str, Any] = MappingProxyType({"num_inference_steps": 4, "guidance_scale": 1.0})
+"""Defaults of such a model, by field of RenderRequest."""
+_NAMES = frozenset({"turbo", "lightning", "lcm", "hyper", "dmd", "dmd2"})
+_WORD = re.compile(r"[A-Z]+(?![a-z])\d*|[A-Z]?[a-z]+\d*|\d+")
+
+
+def sign_of_few_steps(name: str, scheduler: Mapping[str, Any]) -> str | None:
+    """What of a checkpoint's name (a folder or a hub id) or scheduler_config.json says that it is one, for people; None where
+    nothing does."""
+    said = [word for word in _WORD.findall(re.split(r"[/\\]", name.rstrip("/\\"))[-1]) if word.lower() in _NAMES]
+    if said:
+        return f"its name says {said[0]}"
+    cls = str(scheduler.get("_class_name"))
+    if cls == "LCMScheduler":
+        return "its scheduler is LCM"
+    if cls == "EulerAncestralDiscreteScheduler" and scheduler.get("timestep_spacing") == "trailing":
+        return "its scheduler is Euler a with trailing timesteps"
+    return None

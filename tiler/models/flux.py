@@ -1,0 +1,210 @@
+"""Flux.1 dev and schnell: a transformer of joint and single blocks over packed latents, CLIP's pooled vector and T5's tokens.
+
+dev takes the guidance scale as an input, schnell none; so a tile is one sample. Each tile claims a grid of its own, (0, y, x)
+from 0, for the model knows no larger ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tiler.compute.stream import Streamer
+from tiler.decoding import FACTOR
+from tiler.errors import ModelError
+from tiler.memory.lean_imports import lean_imports
+from tiler.models import bounds, t5
+from tiler.models.clip import build_clip, clip_names, encode_penultimate, load_tokenizer, run_clip
+from tiler.models.family import (
+    Family,
+    Guidance,
+    OpenPart,
+    Options,
+    Part,
+    Role,
+    Traits,
+    VaeSpec,
+    build_vae,
+    plain_names,
+    read_config,
+    vae_names,
+)
+from tiler.models.flux_blocks import PATCH, modulating, predict_sample
+from tiler.models.meta import on_meta, refusing
+from tiler.models.modulation import Modulations, modulations
+from tiler.models.samples import Place, Prompt, Sample
+from tiler.weights.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
+
+NATIVE = 128  # latents; the published configs name no size
+ARENA_BYTES = 114_000_000  # a single block, a feed-forward or an attention in int8
+
+
+LENGTHS = {Guidance.EMBEDDED: 512, Guidance.NONE: 256}
+
+
+class Prepared(NamedTuple):
+    """The modulations by (step, number of the prompt's pooled vector, guidance), and these numbers by identity."""
+
+    modulations: Modulations
+    prompts: dict[int, int]
+
+
+class Flux(Family):
+    def encode(self, prompts: Sequence[str | None], open_part: OpenPart, warn: Callable[[str], None]) -> list[Prompt]:
+        """T5's last hidden states, (1, 512 or 256, width), pads included, and CLIP's pooled vector, (1, width)."""
+        first, second = self.encoders
+        texts = list(dict.fromkeys(prompt or "" for prompt in prompts))
+        clip_tokenizer, t5_tokenizer = load_tokenizer(self), t5.load_tokenizer(self.checkpoint, "tokenizer_2")
+        with open_part(first) as encoder:
+            pooled = [prompt.pooled for prompt in encode_penultimate(clip_tokenizer, encoder, texts, warn)]
+        with open_part(second) as encoder:
+            tokens = t5.encode_t5(t5_tokenizer, encoder, texts, self.length, warn, keep_pads=True)
+        encoded = {text: Prompt(rows, vector) for text, rows, vector in zip(texts, tokens, pooled, strict=True)}
+        return [encoded[prompt or ""] for prompt in prompts]
+
+    @property
+    def length(self) -> int:
+        """Tokens of T5."""
+        return LENGTHS[self.traits.guidance]
+
+    def prepare(
+        self, model: Any, streamer: Streamer, timesteps: Tensor, prompts: Sequence[Prompt], options: Options
+    ) -> Prepared:
+        """Read the modulation layers, once for all steps, prompts and guidance scales."""
+        pooled = list({id(v): v for prompt in prompts if (v := prompt.pooled) is not None}.values())
+        numbers = {id(vector): number for number, vector in enumerate(pooled)}
+        scales = (options.guidance or (1.0,)) if self.traits.guidance is Guidance.EMBEDDED else (0.0,)
+        keys = [(step, n, scale) for step in range(len(timesteps)) for n in range(len(pooled)) for scale in scales]
+        vectors = torch.cat([pooled[n] for _, n, _ in keys])
+        times = timesteps.repeat_interleave(len(pooled) * len(scales)) if not timesteps.is_meta else vectors[:, 0]
+        embedded = [times / 1000 * 1000]  # as the pipeline and the model do, for the same bits
+        if self.traits.guidance is Guidance.EMBEDDED:
+            embedded.append(torch.tensor([scale * 1000 for _, _, scale in keys]).to(vectors.device))
+        temb = model.time_text_embed(*embedded, vectors)
+        made = modulations(streamer, modulating(model), F.silu(temb), keys, options.scratch)
+        return Prepared(made, numbers)
+
+    def predict(
+        self,
+        model: Any,
+        streamer: Streamer,
+        samples: Sequence[Sample],
+        step: int,
+        prepared: Prepared,
+        check: Callable[[str], None] = lambda where: None,
+    ) -> Tensor:
+        embedded = self.traits.guidance is Guidance.EMBEDDED
+        made = []
+        for latents, prompt, _, guidance in samples:
+            key = step, prepared.prompts[id(prompt.pooled)], guidance if embedded else 0.0
+            check("transformer")
+            made.append(predict_sample(model, streamer, latents, prompt.tokens, prepared.modulations.read(key), check))
+        return torch.cat(made)
+
+    def example(self, tiles: Sequence[int], sides: tuple[int, int]) -> list[Sample]:
+        def empty(*shape: int) -> Tensor:
+            return torch.empty(shape, device="meta")
+
+        config = self.part(Role.DENOISER).config
+        prompt = Prompt(empty(1, self.length, config["joint_attention_dim"]), empty(1, config["pooled_projection_dim"]))
+        latents = {tile: empty(1, self.latent_channels, *sides) for tile in tiles}
+        height, width = (FACTOR * side for side in sides)
+        return [Sample(latents[tile], prompt, Place(0, 0, height, width, (height, width)), 1.0) for tile in tiles]
+
+
+def quantised(name: str) -> bool:
+    """Whether a weight becomes int8: those of the blocks, but not of what modulates them, which is read once."""
+    return name.startswith(("transformer_blocks.", "single_transformer_blocks.")) and not read_once(name)
+
+
+def read_once(name: str) -> bool:
+    """Whether a parameter is that of a modulation, or of what it sees."""
+    return name.startswith(("time_text_embed.", "norm_out.")) or ".norm1" in name or ".norm.linear" in name
+
+
+def read(checkpoint: Checkpoint, name: str) -> Flux:
+    """Check the configs of a pipeline of class `name`. Raises ModelError, saying what the model is."""
+    if name != "FluxPipeline":
+        what = next((what for word, what in _KINDS.items() if word in name), "a model of another kind")
+        raise ModelError(f"{checkpoint.name}: this is {what} ({name}); tiler supports {_SUPPORTED}")
+    config = read_config(checkpoint, "transformer", "FluxTransformer2DModel", bounds.check_flux)
+    vae = read_config(checkpoint, "vae", "AutoencoderKL", bounds.check_vae)
+    text = read_config(checkpoint, "text_encoder", None, bounds.check_text)
+    guidance = Guidance.EMBEDDED if config.get("guidance_embeds", False) else Guidance.NONE
+    second = t5.read_t5(checkpoint, "text_encoder_2", LENGTHS[guidance])
+    channels, wanted = config.get("in_channels", 64), PATCH**2 * vae.get("latent_channels", 4)
+    if channels != wanted or (config.get("out_channels") or channels) != channels:
+        what = _KINDS_BY_CHANNELS.get(channels / wanted, "a model of another kind")
+        raise ModelError(
+            f"{checkpoint.name}: the transformer takes {channels} channels, the VAE's latents have {wanted}: this is {what}; "
+            f"tiler supports {_SUPPORTED}"
+        )
+    for part, key, width in (
+        ("text_encoder", "pooled_projection_dim", text["hidden_size"]),
+        ("text_encoder_2", "joint_attention_dim", second.config["d_model"]),
+    ):
+        if config[key] != width:
+            raise ModelError(
+                f"{checkpoint.name}: the transformer expects text of width {config[key]} ({key}), {part} gives {width}; these "
+                "parts do not belong together"
+            )
+    if (factor := 2 ** (len(vae["block_out_channels"]) - 1)) != FACTOR:
+        raise ModelError(f"{checkpoint.name}: the VAE's factor is {factor}; tiler supports {FACTOR}")
+    spec = VaeSpec(checkpoint=checkpoint, part="vae", config=vae)
+    parts = (
+        Part(
+            name="text_encoder", role=Role.TEXT_ENCODER, config=text, aliases=clip_names,
+            build=partial(build_clip, checkpoint, "text_encoder", text),
+            quantise=lambda name: "embed" not in name, example=partial(run_clip, output_hidden_states=True),
+        ),
+        second,
+        Part(
+            name="transformer", role=Role.DENOISER, config=config, aliases=plain_names,
+            build=partial(_build, checkpoint, config), quantise=quantised, once=read_once, arena_bytes=ARENA_BYTES,
+        ),
+        Part(
+            name="vae", role=Role.VAE, config=vae, aliases=vae_names, build=partial(build_vae, spec),
+            quantise=lambda name: False,
+        ),
+    )  # fmt: skip
+    traits = Traits(
+        title="Flux.1 dev" if guidance is Guidance.EMBEDDED else "Flux.1 schnell",
+        native=int(config.get("sample_size") or NATIVE), granularity=PATCH, channels=int(vae["latent_channels"]), patch=PATCH, flow=True,
+        samples=1, even_sigmas=True, width=config["num_attention_heads"] * config["attention_head_dim"],
+        guidance=guidance, defaults=_DEFAULTS[guidance],
+    )  # fmt: skip
+    scheduler = checkpoint.config("scheduler", "scheduler_config.json")
+    return Flux(checkpoint=checkpoint, traits=traits, parts=parts, vae=spec, scheduler=scheduler)
+
+
+_SUPPORTED = "Flux.1 dev and schnell"
+_KINDS = {
+    "Flux2": "FLUX.2", "Fill": "Flux.1 Fill, which repaints pictures", "Inpaint": "an inpainting model",
+    "Kontext": "Flux.1 Kontext, which edits pictures", "Control": "Flux.1 with a control picture",
+    "Redux": "Flux.1 Redux, which takes pictures as prompts",
+}  # fmt: skip
+_KINDS_BY_CHANNELS = {
+    2: "Flux.1 Canny or Depth, which take a control picture",
+    6: "Flux.1 Fill, which repaints pictures",
+}
+# schnell is distilled for few steps, of which the guide may not take all but one.
+_DEFAULTS = {
+    Guidance.EMBEDDED: {"num_inference_steps": 28, "guidance_scale": 3.5, "strength": 0.34},
+    Guidance.NONE: {"num_inference_steps": 4, "guidance_scale": 1.0, "strength": 0.5},
+}
+
+
+def _build(checkpoint: Checkpoint, config: dict[str, Any]) -> FluxTransformer2DModel:
+    """diffusers' own transformer on the meta device."""
+    with lean_imports():
+        from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
+    with on_meta(), refusing("transformer", checkpoint):
+        return FluxTransformer2DModel.from_config(config).eval().requires_grad_(False)

@@ -1,0 +1,223 @@
+"""PixArt-α and PixArt-Σ: a transformer to which a T5 encoder's tokens speak by cross attention.
+
+Chen et al. 2023, arXiv:2310.00426; Chen et al. 2024, arXiv:2403.04692; the arithmetic is that of diffusers' PixArtAlphaPipeline
+and PixArtSigmaPipeline. Each tile claims a picture of its own: positions from 0, and for α the tile's own size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from tiler.compute.layers import SMALL
+from tiler.compute.stream import Streamer
+from tiler.decoding import FACTOR
+from tiler.errors import ModelError
+from tiler.memory.lean_imports import lean_imports
+from tiler.models import bounds, t5
+from tiler.models.family import (
+    Family,
+    OpenPart,
+    Options,
+    Part,
+    Role,
+    Traits,
+    VaeSpec,
+    build_vae,
+    plain_names,
+    read_config,
+    vae_names,
+)
+from tiler.models.meta import on_meta, refusing
+from tiler.models.pixart_blocks import PATCH, Grid, Modulation, modulations, predict_sample
+from tiler.models.samples import Place, Prompt, Sample
+from tiler.weights.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
+
+_LENGTHS = {"PixArtAlphaPipeline": 120, "PixArtSigmaPipeline": 300}  # tokens of a prompt
+_TITLES = {"PixArtAlphaPipeline": "PixArt-α", "PixArtSigmaPipeline": "PixArt-Σ"}
+_DEFAULTS: Mapping[str, Any] = MappingProxyType({"num_inference_steps": 20, "guidance_scale": 4.5, "strength": 0.35})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """The schedule's timesteps; projected prompts by the identity of their tokens; each step's modulation by the sides of a
+    sample, made when one of that size comes first."""
+
+    timesteps: Tensor
+    texts: Mapping[int, Tensor]
+    modulations: dict[tuple[int, int], list[Modulation]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PixArt(Family):
+    length: int
+
+    def encode(self, prompts: Sequence[str | None], open_part: OpenPart, warn: Callable[[str], None]) -> list[Prompt]:
+        """T5's last hidden states of each prompt's own tokens, (1, T, width); a prompt that was not given is an empty one."""
+        texts = list(dict.fromkeys(_cleaned(prompt) for prompt in prompts))
+        tokenizer = t5.load_tokenizer(self.checkpoint, "tokenizer")
+        with open_part(self.part(Role.TEXT_ENCODER)) as encoder:
+            encoded = t5.encode_t5(tokenizer, encoder, texts, self.length, warn, keep_pads=False)
+        found = {text: Prompt(tokens) for text, tokens in zip(texts, encoded, strict=True)}
+        return [found[_cleaned(prompt)] for prompt in prompts]
+
+    def prepare(
+        self, model: Any, streamer: Streamer, timesteps: Tensor, prompts: Sequence[Prompt], options: Options
+    ) -> Prepared:
+        """Project the prompts, once for all steps."""
+        tokens = {id(prompt.tokens): prompt.tokens for prompt in prompts}
+        return Prepared(
+            timesteps=timesteps, texts={key: model.caption_projection(states) for key, states in tokens.items()}
+        )
+
+    def predict(
+        self,
+        model: Any,
+        streamer: Streamer,
+        samples: Sequence[Sample],
+        step: int,
+        prepared: Prepared,
+        check: Callable[[str], None] = lambda where: None,
+    ) -> Tensor:
+        made = []
+        for latents, prompt, _, _ in samples:
+            check("transformer")
+            sides = FACTOR * latents.shape[2], FACTOR * latents.shape[3]
+            if sides not in prepared.modulations:
+                prepared.modulations[sides] = modulations(model, prepared.timesteps, sides)
+            text, modulation = prepared.texts[id(prompt.tokens)], prepared.modulations[sides][step]
+            made.append(predict_sample(model, streamer, latents, text, modulation, self._grid, check))
+        return torch.cat(made)
+
+    @property
+    def _grid(self) -> Grid:
+        config = self.part(Role.DENOISER).config
+        side = config.get("sample_size", 128)
+        scale = config.get("interpolation_scale")
+        return Grid(side // PATCH, max(side // 64, 1) if scale is None else scale)
+
+    def example(self, tiles: Sequence[int], sides: tuple[int, int]) -> list[Sample]:
+        def empty(*shape: int) -> Tensor:
+            return torch.empty(shape, device="meta")
+
+        latents = {tile: empty(1, self.latent_channels, *sides) for tile in tiles}
+        height, width = (FACTOR * side for side in sides)
+        prompt = Prompt(empty(1, self.length, self.part(Role.DENOISER).config["caption_channels"]))
+        return [Sample(latents[tile], prompt, Place(0, 0, height, width, (height, width)), 1.0) for tile in tiles]
+
+
+def _cleaned(prompt: str | None) -> str:
+    """As the pipelines have it without the packages that clean captions further."""
+    return (prompt or "").lower().strip()
+
+
+def quantised(name: str) -> bool:
+    """Whether a weight becomes int8: those of the blocks."""
+    return name.startswith("transformer_blocks.")
+
+
+def read_once(name: str) -> bool:
+    """Whether a parameter is of what sees timesteps, sizes and prompts alone."""
+    return name.startswith(("adaln_single.", "caption_projection."))
+
+
+def read(checkpoint: Checkpoint, name: str) -> PixArt:
+    """Check the configs of a pipeline of class `name`. Raises ModelError, saying what the model is."""
+    if name not in _LENGTHS:
+        what = "a ControlNet pipeline" if "ControlNet" in name else "a PixArt pipeline of another kind"
+        raise ModelError(f"{checkpoint.name}: this is {what} ({name}); tiler supports PixArt-α and PixArt-Σ")
+    config = _read_transformer(checkpoint)
+    vae = read_config(checkpoint, "vae", "AutoencoderKL", bounds.check_vae)
+    text = t5.read_t5(checkpoint, "text_encoder", _LENGTHS[name])
+    if config["caption_channels"] != text.config["d_model"]:
+        raise ModelError(
+            f"{checkpoint.name}: the transformer expects text of width {config['caption_channels']} (caption_channels), "
+            f"text_encoder gives {text.config['d_model']}; these parts do not belong together"
+        )
+    channels, latent = config.get("in_channels", 4), vae.get("latent_channels", 4)
+    if channels != latent:
+        raise ModelError(
+            f"{checkpoint.name}: the transformer takes {channels} channels, the VAE gives {latent}; these parts do not belong "
+            "together"
+        )
+    if (factor := 2 ** (len(vae["block_out_channels"]) - 1)) != FACTOR:
+        raise ModelError(f"{checkpoint.name}: the VAE's factor is {factor}; tiler supports {FACTOR}")
+    spec = VaeSpec(checkpoint=checkpoint, part="vae", config=vae)
+    parts = (
+        text,
+        Part(
+            name="transformer", role=Role.DENOISER, config=config, aliases=plain_names,
+            build=partial(_build, checkpoint, config), quantise=quantised, once=read_once,
+        ),
+        Part(
+            name="vae", role=Role.VAE, config=vae, aliases=vae_names, build=partial(build_vae, spec),
+            quantise=lambda name: False,
+        ),
+    )  # fmt: skip
+    traits = Traits(
+        title=_TITLES[name], native=int(config.get("sample_size", 128)), granularity=PATCH, channels=latent,
+        width=config["num_attention_heads"] * config["attention_head_dim"], patch=PATCH, samples=1, defaults=_DEFAULTS,
+    )  # fmt: skip
+    scheduler = checkpoint.config("scheduler", "scheduler_config.json")
+    return PixArt(
+        checkpoint=checkpoint, traits=traits, parts=parts, vae=spec, scheduler=scheduler, length=_LENGTHS[name]
+    )
+
+
+_CLASSES = "PixArtTransformer2DModel", "Transformer2DModel"
+# What the forward would leave out, or do otherwise, unless it is so.
+_WANTED = {
+    "norm_type": "ada_norm_single", "activation_fn": "gelu-approximate", "attention_type": "default", "patch_size": PATCH,
+    "double_self_attention": False, "only_cross_attention": False, "num_vector_embeds": None,
+}  # fmt: skip
+
+
+def _read_transformer(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The transformer's config. Published ones name diffusers' older class. Raises ModelError."""
+    config = read_config(checkpoint, "transformer", None, bounds.check_pixart)
+    where = f"{checkpoint.folder / 'transformer'}/config.json"
+    if config.get("_class_name", _CLASSES[0]) not in _CLASSES:
+        raise ModelError(f"{where}: the class is {config['_class_name']!r}; tiler supports {_CLASSES[0]}")
+    if config.get("_class_name") == _CLASSES[1] and "norm_type" not in config:
+        raise ModelError(f"{where}: norm_type is missing; a PixArt transformer says 'ada_norm_single'")
+    for key, wanted in _WANTED.items():
+        if config.get(key, wanted) != wanted:
+            raise ModelError(f"{where}: {key} = {config[key]!r} is not supported; PixArt has {wanted!r}")
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    if config.get("cross_attention_dim", width) != width:
+        raise ModelError(
+            f"{where}: cross_attention_dim = {config['cross_attention_dim']}; it must be the width of the state, "
+            f"num_attention_heads · attention_head_dim = {width}. Correct this file or download it again"
+        )
+    channels, side = config.get("in_channels", 4), config.get("sample_size", 128)
+    if config.get("use_additional_conditions") is None:
+        config = config | {"use_additional_conditions": side == 128}  # diffusers' rule
+    parts = 12 if config["use_additional_conditions"] else 4  # thirds for the sizes, halves of halves for positions
+    if width % parts or width * channels * PATCH**2 > SMALL:
+        raise ModelError(f"{where}: a state of width {width}, made of {channels} channels, is not supported")
+    if side % PATCH:
+        raise ModelError(f"{where}: sample_size = {side} is odd; a tile has patches of {PATCH} × {PATCH} latents")
+    if config.get("out_channels", 2 * channels) not in (channels, 2 * channels, None):
+        raise ModelError(
+            f"{where}: out_channels = {config['out_channels']}; it must be in_channels = {channels}, or twice as many"
+        )
+    return config
+
+
+def _build(checkpoint: Checkpoint, config: dict[str, Any]) -> PixArtTransformer2DModel:
+    """diffusers' own transformer on the meta device. Its table of positions is that of one token: nobody asks it, and a whole one
+    would be computed here and now, in fp64. For another class in the config diffusers would import that class's package."""
+    with lean_imports():
+        from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
+    config = config | {"sample_size": PATCH, "_class_name": _CLASSES[0]}
+    with on_meta(), refusing("transformer", checkpoint):
+        return PixArtTransformer2DModel.from_config(config).eval().requires_grad_(False)

@@ -1,0 +1,41 @@
+"""Whether a checkpoint's folder has the parts that its pipeline needs and they belong together, and how missing ones can be had."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from tiler.decoding import FACTOR
+from tiler.errors import ModelError
+from tiler.weights.checkpoint import Checkpoint
+
+
+def check_parts(checkpoint: Checkpoint, repository: str, parts: Iterable[str]) -> None:
+    """Raises ModelError for the first of these models without a config.json, with the command that fetches it; `repository`
+    is where it can be had if the checkpoint does not come from the hub."""
+    for part in parts:
+        if not (checkpoint.folder / part / "config.json").is_file():
+            raise ModelError(
+                f"{checkpoint.folder / part}/config.json is missing; {fetch_part(checkpoint, repository, part)}"
+            )
+
+
+def fetch_part(checkpoint: Checkpoint, repository: str, *parts: str) -> str:
+    """What to do so that parts are there."""
+    place = "" if checkpoint.repository else f" --local-dir {checkpoint.folder}"
+    revision = f" --revision {checkpoint.revision}" if checkpoint.revision else ""
+    patterns = " ".join(f"--include '{part}/*'" for part in parts)
+    return f"run: hf download {checkpoint.repository or repository} {patterns}{revision}{place}"
+
+
+def check_latents(checkpoint: Checkpoint, transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> None:
+    """That a transformer and a VAE belong together and make pictures of text alone. Raises ModelError."""
+    latent, taken = vae.get("latent_channels", 4), transformer["in_channels"]
+    given = taken if (out := transformer.get("out_channels")) is None else out
+    if taken != latent or given != latent:
+        raise ModelError(
+            f"{checkpoint.name}: the transformer takes {taken} channels and gives {given}, the VAE's latents have {latent}; "
+            "tiler needs a text-to-image model whose parts belong together"
+        )
+    if (factor := 2 ** (len(vae["block_out_channels"]) - 1)) != FACTOR:
+        raise ModelError(f"{checkpoint.name}: the VAE's factor is {factor}; tiler supports {FACTOR}")

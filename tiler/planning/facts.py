@@ -1,0 +1,30 @@
+"""What planning knows of the process and the machine. It is measured once, before planning, which itself asks neither."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tiler.compute.cpu import Int8
+from tiler.compute.tuning import LIBRARIES_BYTES, TEXT_LIBRARIES_BYTES
+from tiler.planning.table import Term
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """Measured after the models are built, which imports nearly all code that a run needs. Sizes in bytes."""
+
+    rss_bytes: int
+    scratch_free_bytes: int  # of the file system that scratch files go to
+    int8: Int8  # what int8 means here
+    guide_pixels: int = 0  # of the user's picture, as it is kept
+    guide_load_bytes: int = 0  # that loading it takes
+
+    @property
+    def libraries(self) -> Term:
+        """What the process has without data, the code included that has not run yet."""
+        return Term(name="python + libraries", nbytes=self.rss_bytes + LIBRARIES_BYTES)
+
+    @property
+    def text_libraries(self) -> Term:
+        """The same while prompts are encoded, which is done first."""
+        return Term(name="python + libraries", nbytes=self.rss_bytes + TEXT_LIBRARIES_BYTES)

@@ -1,0 +1,86 @@
+"""What every run has in common: its models, its budget, whom it tells, and how a phase opens and closes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tiler import events
+from tiler.compute import onednn
+from tiler.compute.lending import lent
+from tiler.compute.stream import Streamer
+from tiler.decoding.scratch import free_bytes
+from tiler.diffusion.guide_picture import GuidePicture
+from tiler.events import OnEvent
+from tiler.memory import process
+from tiler.memory.budget import Budget
+from tiler.models.built import Models
+from tiler.planning.facts import Facts
+from tiler.weights.index import TensorInfo
+from tiler.weights.store import WeightStore, match_index
+
+Names = Callable[[str], list[str]]
+
+
+@dataclass(kw_only=True)
+class Run:
+    """A run under way."""
+
+    models: Models
+    budget: Budget
+    on_event: OnEvent
+
+    def note(self, text: str) -> None:
+        self.on_event(events.Note(text=text))
+
+    @contextmanager
+    def phase(self, name: str, total: int) -> Iterator[None]:
+        """Attribute time and memory to a phase, and tell of it."""
+        self.on_event(events.PhaseStarted(name=name, total=total))
+        with self.budget.phase(name) as use:
+            yield
+            self.budget.check(name)
+        if (warning := self.budget.swap_warning()) is not None:
+            self.note(warning)
+        self.on_event(events.PhaseDone(name=name, seconds=use.seconds, peak_rss_bytes=use.peak_rss_bytes))
+
+    @contextmanager
+    def streamed(
+        self, module: Any, stored: dict[str, TensorInfo], names: Names,
+        resident: dict[str, torch.dtype] | None = None, **options: Any,
+    ) -> Iterator[Streamer]:  # fmt: skip
+        """`streamed`, of which a run may keep count."""
+        with streamed(module, stored, names, resident, **options) as streamer:
+            yield streamer
+
+
+@contextmanager
+def streamed(
+    module: Any, stored: dict[str, TensorInfo], names: Names, resident: dict[str, torch.dtype] | None = None, **options: Any
+) -> Iterator[Streamer]:  # fmt: skip
+    """The weights of one part of a checkpoint behind a meta-device module, for as long as the block lasts. `resident` ones
+    stay in memory; `options` are the Streamer's."""
+    index = match_index(module, stored, names)
+    with WeightStore(index) as store:
+        streamer = Streamer(store, **options)
+        with lent(module, streamer):
+            for name, dtype in (resident or {}).items():
+                store.keep(name, dtype)
+            yield streamer
+
+
+def measure(scratch: Path, guide: GuidePicture | None = None) -> Facts:
+    """What planning has to know of this process and machine: to be asked once the models are built. `scratch` is where scratch
+    files will go, `guide` the user's picture. Raises StorageError where the folder cannot be used."""
+    free = free_bytes(scratch)
+    process.release_code()
+    facts = Facts(rss_bytes=process.read_rss().now, scratch_free_bytes=free, int8=onednn.int8())
+    if guide is None:
+        return facts
+    return replace(facts, guide_pixels=math.prod(guide.shape[:2]), guide_load_bytes=guide.peak_bytes)

@@ -1,0 +1,101 @@
+"""Where diffusers' parameters lie in files that name them otherwise: an index converted as diffusers converts the tensors.
+
+diffusers' own conversion functions (loaders/single_file_utils.py) run on stand-ins, which know the rows of the files that they
+consist of. So there is no table of names here, and nothing is read. Such a function does not notice what is missing; whoever
+matches the result with a module does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from tiler.errors import ModelError
+from tiler.weights.index import TensorInfo
+
+
+class Rows:
+    """A tensor of which only the place is known. What converters do with tensors works on its first axis: parts, `cat`, `chunk`;
+    and axes of one element may go."""
+
+    def __init__(self, info: TensorInfo) -> None:
+        self.info = info
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.info.shape
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def size(self, axis: int) -> int:
+        return self.shape[axis]
+
+    def clone(self) -> Rows:
+        return self
+
+    detach = contiguous = clone
+
+    def __getitem__(self, key: Any) -> Rows:
+        first, *others = key if isinstance(key, tuple) else (key,)
+        found = self
+        if first != slice(None):
+            start, stop, _ = first.indices(self.shape[0])
+            found = Rows(self.info.cut(start, stop))
+        kept = [
+            side
+            for side, other in zip(self.shape[1:], [*others, *[slice(None)] * self.ndim], strict=False)
+            if other != 0
+        ]
+        if math.prod(kept) != math.prod(self.shape[1:]):
+            raise TypeError(f"{self.info.name}: part of a row")
+        return Rows(found.info._replace(shape=(found.shape[0], *kept)))
+
+    def split(self, size: int | Sequence[int], dim: int = 0) -> list[Rows]:
+        if dim:
+            raise TypeError(f"{self.info.name}: part of a row")
+        total = self.shape[0]
+        sizes = [min(size, total - first) for first in range(0, total, size)] if isinstance(size, int) else list(size)
+        ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+        return [Rows(self.info.cut(end - count, end)) for count, end in zip(sizes, ends, strict=True)]
+
+    def chunk(self, chunks: int, dim: int = 0) -> list[Rows]:
+        return self.split(-(-self.shape[0] // chunks), dim)
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if function is torch.cat:
+            return _joined(*args, **(kwargs or {}))
+        if function in (torch.chunk, torch.split):
+            return getattr(cls, function.__name__)(*args, **(kwargs or {}))
+        return NotImplemented
+
+
+def _joined(parts: Sequence[Rows], dim: int = 0) -> Rows:
+    if dim or len({(part.info.dtype, part.shape[1:]) for part in parts}) > 1:
+        raise TypeError(f"{parts[0].info.name}: joined otherwise than row after row")
+    first, rows = parts[0].info, sum(part.shape[0] for part in parts)
+    sources = tuple(source for part in parts for source in part.info.sources)
+    nbytes = sum(part.info.nbytes for part in parts)
+    return Rows(first._replace(shape=(rows, *first.shape[1:]), sources=sources, nbytes=nbytes))
+
+
+def converted(
+    index: Mapping[str, TensorInfo], convert: Callable[[dict[str, Any]], Mapping[str, Any]]
+) -> dict[str, TensorInfo]:
+    """The index that `convert`, one of diffusers' functions from a state dict to a state dict, makes of `index`. Raises
+    ModelError for a file in which that function does not find its way."""
+    try:
+        found = convert({name: Rows(info) for name, info in index.items()})
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        where = next(iter(index.values())).path if index else "the file"
+        raise ModelError(
+            f"{where}: its names are not those of the model it seems to be ({error}); download it again"
+        ) from error
+    return {name: rows.info for name, rows in found.items() if isinstance(rows, Rows)}
