@@ -40,9 +40,12 @@ class NativeAttention(Kernel):
         if queries.is_meta:
             return (F.scaled_dot_product_attention(queries, keys, values),)
         lib = library.library()
-        assert lib is not None and values.shape == keys.shape and queries.dtype == torch.float32, values.shape
-        queries, keys, values = (part if part.stride(-1) == 1 else part.contiguous() for part in x.parts)
+        assert lib is not None and all(part.dtype == torch.float32 for part in x.parts)
         samples, heads, tokens, width = queries.shape
+        keys, values = (part.expand(samples, heads, keys.shape[2], width) for part in (keys, values))
+        queries, keys, values = (
+            part if part.stride(-1) == 1 else part.contiguous() for part in (queries, keys, values)
+        )
         # A token's heads side by side, as the layer that follows takes them.
         out = queries.new_empty(samples, tokens, heads, width).transpose(1, 2)
         call = library.Attention(
