@@ -19,11 +19,17 @@ from torch import Tensor
 
 from tiler.native import library
 from tiler.native.instructions import SETS, machine_of
-from tiler.native.library import Activation, Image, Kind, Library, Product, Rows, Type
+from tiler.native.library import Activation, Attention, Image, Kind, Library, Product, Rows, Type
 
 ROOT = Path(__file__).resolve().parents[2]
 NATIVE = ROOT / "tiler" / "native"
-OPERATIONS = {Product: "product", Rows: "rows", Image: "image"}
+OPERATIONS = {
+    Product: "product",
+    Rows: "rows",
+    Image: "image",
+    library.Sums: "sums",
+    Attention: "attention",
+}  # as in driver.c
 DTYPES = {Type.UINT8: torch.uint8, Type.BF16: torch.bfloat16, Type.FP32: torch.float32}
 VALUES = {Kind.INT8: 4, Kind.BF16: 2, Kind.FP32: 1}  # of a lane
 
@@ -241,6 +247,29 @@ def image(
     return Case(call, (*parts, gamma, beta, scale, zero, scratch, out), out, frame, tolerance)
 
 
+def attention(
+    kind: Kind, samples: int, heads: int, queries: int, keys: int, dims: int, *, apart: int = 0, spread: float = 1.5
+) -> Case:
+    """`apart`: values between tokens. `spread`: of queries and keys."""
+    torch.manual_seed(queries + keys + dims)
+    width = heads * dims
+    q, k, v = (torch.randn(samples, tokens, width + apart) for tokens in (queries, keys, keys))
+    q, k = q * spread, k * spread
+    split = [x[..., :width].double().unflatten(-1, (heads, dims)).transpose(1, 2) for x in (q, k, v)]
+    want = F.scaled_dot_product_attention(*split).transpose(1, 2).contiguous()
+    out = torch.full((samples, queries, heads, dims), 99.0)
+    call = Attention(kind=kind, scale=dims**-0.5, samples=samples, heads=heads, queries=queries, keys=keys, dims=dims)
+    for name, x, step in (
+        ("q", q, width + apart),
+        ("k", k, width + apart),
+        ("v", v, width + apart),
+        ("out", out, width),
+    ):
+        setattr(call, name, address(x))
+        setattr(call, f"{name}_step", (ctypes.c_int64 * 3)(len(x[0]) * step, dims, step))
+    return Case(call, (q, k, v, out), out, want, 1.5e-6 if kind is Kind.FP32 else 2.5e-2 if keys * dims < 20 else 9e-3)
+
+
 def kinds(lib: Library) -> list[Kind]:
     return [kind for kind in Kind if kind is not Kind.BF16 or lib.isa == "v4-bf16"]
 
@@ -289,6 +318,50 @@ def test_rows_and_images_are_those_of_fp64(lib: Library) -> None:
             assert (case.out.double() - case.want).abs().nanmean() < 0.01
 
 
+def attentions(lib: Library) -> Iterator[Case]:
+    for kind in kinds(lib):
+        if kind is not Kind.INT8:
+            for samples, heads, queries, keys, dims in (
+                (2, 3, 40, 77, 40), (1, 2, 100, 301, 64), (1, 1, 49, 130, 72), (3, 2, 33, 121, 80),
+                (1, 2, 65, 240, 128), (1, 1, 70, 97, 160), (2, 1, 20, 49, 256), (1, 1, 1, 1, 1), (1, 2, 2, 5, 7),
+                (1, 1, 3, 12, 17), (1, 2, 4, 8, 47), (1, 1, 5, 77, 129), (2, 2, 6, 2, 16), (1, 1, 7, 119, 33),
+            ):  # fmt: skip
+                yield attention(kind, samples, heads, queries, keys, dims, apart=queries % 3)
+
+
+@every_set
+def test_attention_is_that_of_fp64(lib: Library) -> None:
+    for case in attentions(lib):
+        case.run(lib)
+        assert case.error() <= case.tolerance, (case.call.kind, case.call.queries, case.call.dims, case.error())
+
+
+@every_set
+def test_attention_errs_no_more_than_torch(lib: Library) -> None:
+    for keys, dims in ((77, 40), (640, 72), (300, 128)):
+        case = attention(Kind.FP32, 1, 2, 200, keys, dims)
+        case.run(lib)
+        split = [x.unflatten(-1, (2, dims)).transpose(1, 2) for x in case.tensors[:3]]
+        torchs = F.scaled_dot_product_attention(*split).transpose(1, 2)
+        assert case.error() <= 1.3 * float((torchs - case.want).norm() / case.want.norm())
+
+
+@every_set
+def test_attention_of_far_scores(lib: Library) -> None:
+    """Scores of some hundreds: all weight on one key, whose maximum may come in a later block."""
+    for kind in kinds(lib):
+        if kind is not Kind.INT8:
+            case = attention(kind, 1, 2, 50, 400, 40, spread=12)
+            case.run(lib)
+            assert case.error() <= (2e-5 if kind is Kind.FP32 else 0.15)
+            case.tensors[1].zero_()  # all keys alike: the mean of the values
+            case.run(lib)
+            mean = case.tensors[2].double().mean(1).view(2, 40)
+            assert torch.allclose(
+                case.out[0].double(), mean.expand(50, 2, 40), atol=1e-6 if kind is Kind.FP32 else 1e-3
+            )
+
+
 @every_set
 def test_sums_are_those_of_the_weights(lib: Library) -> None:
     _, _, packed, want = weights_of(Kind.INT8, 37, 30, 3, 3)
@@ -331,6 +404,26 @@ def test_nan_comes_through(lib: Library, at: int) -> None:
     assert case.run(lib).isnan().any()
 
 
+@every_set
+@pytest.mark.parametrize("value", [0x7FC00000, 0x7FFFFFFF, 0x7F800001])  # of any payload
+def test_nan_comes_through_attention(lib: Library, value: int) -> None:
+    nan = torch.tensor([value], dtype=torch.int32)
+    for kind in kinds(lib):
+        for part in range(3) if kind is not Kind.INT8 else ():
+            case = attention(kind, 2, 2, 37, 150, 40)
+            case.tensors[part].view(torch.int32)[1, 30, 45] = nan  # the second sample's second head
+            out = case.run(lib)
+            if part == 0:
+                assert out[1, 30, 1].isnan().all()
+                out[1, 30, 1] = 0
+            elif part == 1:
+                assert out[1, :, 1].isnan().all()
+            else:
+                assert out[1, :, 1, 5].isnan().all()
+            out[1, :, 1] = 0 if part else out[1, :, 1]
+            assert not out.isnan().any()
+
+
 def cases(lib: Library) -> list[Case]:
     return [
         *(
@@ -341,6 +434,7 @@ def cases(lib: Library) -> list[Case]:
         convolution(Kind.INT8, 3, (13, 9), 40, 80, 3, 1),
         tokens(203, 96, Type.UINT8, norm=True),
         image(3, (33, 17), (12, 24), Type.UINT8),
+        *(attention(kind, 2, 3, 300, 200, 40) for kind in kinds(lib) if kind is not Kind.INT8),
     ]
 
 
@@ -375,8 +469,34 @@ def test_bytes_do_not_depend_on_the_batch(lib: Library) -> None:
         assert case.tensors[4][0] == scales[i]
 
 
+@every_set
+def test_attention_does_not_depend_on_what_goes_together(lib: Library) -> None:
+    """Samples, heads and queries by themselves."""
+    for kind in kinds(lib):
+        if kind is Kind.INT8:
+            continue
+        together = attention(kind, 2, 3, 300, 200, 40).run(lib).clone()
+        for sample, head, first, count in ((1, 2, 0, 300), (0, 1, 7, 1), (1, 0, 130, 40), (0, 0, 211, 77)):
+            case = attention(kind, 2, 3, 300, 200, 40)
+            call = case.call
+            call.samples, call.heads, call.queries = 1, 1, count
+            for name, start in (("q", first), ("k", 0), ("v", 0), ("out", first)):
+                step = getattr(call, f"{name}_step")
+                at = sample * step[0] + head * step[1] + start * step[2]
+                setattr(call, name, getattr(call, name) + 4 * at)
+            out = case.run(lib)[sample, first : first + count, head]
+            assert torch.equal(out, together[sample, first : first + count, head])
+
+
 def test_two_python_threads_at_once() -> None:
-    mine = [[linear(Kind.FP32, 193, 260, 160), image(2, (33, 17), (12, 24), Type.UINT8)] for _ in range(2)]
+    mine = [
+        [
+            linear(Kind.FP32, 193, 260, 160),
+            image(2, (33, 17), (12, 24), Type.UINT8),
+            attention(Kind.FP32, 1, 3, 300, 200, 40),
+        ]
+        for _ in range(2)
+    ]
 
     def repeat(some: list[Case]) -> None:
         for _ in range(30):
@@ -466,7 +586,7 @@ def test_sanitisers_find_nothing(tmp_path: Path) -> None:
     link = ["gcc", *flags, *(job[-1] for job in jobs), "-lpthread", "-lm", "-o", "driver"]
     subprocess.run(link, cwd=tmp_path, check=True)
     for lib in LIBRARIES:
-        made = [*products(lib), *others()]
+        made = [*products(lib), *others(), *attentions(lib)]
         names = [f"{lib.isa}-{i}" for i in range(len(made))]
         for case, name in zip(made, names, strict=True):
             write(case, tmp_path / name)

@@ -8,19 +8,20 @@ from collections.abc import Mapping
 from tiler.compute.cpu import Isa
 from tiler.compute.fp32 import Fp32, Prepacked
 from tiler.compute.int8 import Int8
-from tiler.compute.kernels import Kernel, Op, Policy, Shape
+from tiler.compute.kernels import Kernel, Kind, Op, Policy, Shape
 from tiler.compute.native import NativeInt8
+from tiler.compute.native_attention import NativeAttention, NativeAttentionBf16
 from tiler.compute.tuning import KERNELS_OF
 from tiler.compute.winograd import Winograd
 
-KERNELS: Mapping[str, Kernel] = {
-    kernel.name: kernel for kernel in (Fp32(), Prepacked(), Winograd(), Int8(), NativeInt8())
-}
+_ALL = (Fp32(), Prepacked(), Winograd(), Int8(), NativeInt8(), NativeAttention(), NativeAttentionBf16())
+KERNELS: Mapping[str, Kernel] = {kernel.name: kernel for kernel in _ALL}
 
 
 def choose_kernel(op: Op, shape: Shape | None, policy: Policy, isa: Isa) -> Kernel:
     """The kernel for an operation on a joined input of `shape`, None for any shape."""
-    # Elsewhere than where inputs are whole a small one is the end of a larger one.
-    seen = shape if policy.one_size else None
+    # Elsewhere than where inputs are whole a small one is the end of a larger one. What decides of an attention, how wide its
+    # heads are, is that of all.
+    seen = shape if policy.one_size or op.kind is Kind.ATTENTION else None
     table = (KERNELS[name] for name in KERNELS_OF[isa][op.kind])
     return next(kernel for kernel in (*policy.prefer, *table) if kernel.suits(op, seen, policy))

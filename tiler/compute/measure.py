@@ -20,7 +20,7 @@ from tiler.compute.arena import Arena, Held
 from tiler.compute.choose import KERNELS, choose_kernel
 from tiler.compute.cpu import Isa, isa
 from tiler.compute.int8 import quantize_rows
-from tiler.compute.kernels import Group, Kernel, Kind, Op, Operands, Policy, Weight
+from tiler.compute.kernels import Group, Input, Kernel, Kind, Op, Operands, Policy, Weight
 from tiler.compute.tuning import ARENA_BYTES, KERNELS_OF
 from tiler.weights.index import read_index
 from tiler.weights.store import SCALE, WeightStore
@@ -114,6 +114,15 @@ def chosen_speed(shape: TableShape, precision: str) -> float:
     """FLOP/s of the kernel that is chosen here for a layer of that shape in `precision`, fp32 or int8."""
     kernel = choose_kernel(shape.op(), shape.x, _policy(precision), isa())
     return shape.op().flops(shape.x) / timings(shape, only=kernel)[kernel.name]
+
+
+@torch.no_grad()
+def attention_speed(precision: str) -> float:
+    """FLOP/s of the kernel that is chosen here for self-attention of 2,048 tokens, two heads of 40, beside weights in `precision`."""
+    q = torch.randn(1, 2, 2048, 40)
+    op, x, shape = Op(kind=Kind.ATTENTION, input=Input(parts=3)), Operands((q, q, q)), tuple(q.shape)
+    kernel = choose_kernel(op, shape, _policy(precision), isa())
+    return op.flops(shape) / median_seconds(lambda: kernel.apply(op, kernel.begin(op, x), ()))
 
 
 def table_row(which: Isa, times: Sequence[Mapping[str, float]]) -> dict[str, tuple[str, ...]]:

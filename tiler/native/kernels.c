@@ -4,10 +4,11 @@
 #include "product.h"
 #include "rows.h"
 
+#include "attention.h"
 #include "image.h"
 
 #define TABLE_OF(set) kernels_##set
 #define TABLE(set) TABLE_OF(set)
 
 extern const Kernels TABLE(SET);
-const Kernels TABLE(SET) = {SET_NAME, product, rows, image, sums};
+const Kernels TABLE(SET) = {SET_NAME, product, rows, image, sums, attention};

@@ -4,7 +4,7 @@
 #define TILER_KERNELS_H
 #include <stdint.h>
 
-#define TILER_VERSION 1  // of these structs; library.py refuses a file of another one
+#define TILER_VERSION 2  // of these structs; library.py refuses a file of another one
 
 enum Kind { INT8, BF16, FP32 };  // of a product: what a lane of 32 bits holds: 4, 2 or 1 values
 enum Type { AS_UINT8, AS_BF16, AS_FP32 };
@@ -76,6 +76,18 @@ typedef struct {
   int32_t *sum;
 } Sums;
 
+// out = softmax(scale · q · kᵀ) · v for each sample and head, of `dims` values up to 256; those of a token lie side by side.
+// BF16: products are of values rounded to that, sums are fp32. Steps in elements.
+enum Axis { SAMPLE, HEAD, TOKEN, AXES };
+typedef struct {
+  int32_t kind;  // FP32, or BF16 where the instruction set has it
+  float scale;
+  int64_t samples, heads, queries, keys, dims;
+  const float *q, *k, *v;
+  float *out;
+  int64_t q_step[AXES], k_step[AXES], v_step[AXES], out_step[AXES];
+} Attention;
+
 typedef struct Pool Pool;
 
 // One instruction set's functions. Nothing that they compute depends on `threads`.
@@ -85,6 +97,7 @@ typedef struct {
   void (*rows)(Pool *, const Rows *, int threads);
   void (*image)(Pool *, const Image *, int threads);
   void (*sums)(Pool *, const Sums *, int threads);
+  void (*attention)(Pool *, const Attention *, int threads);
 } Kernels;
 
 #endif

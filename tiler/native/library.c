@@ -110,3 +110,4 @@ EXPORT void tiler_product(Tiler *tiler, const Product *p, int threads) { tiler->
 EXPORT void tiler_rows(Tiler *tiler, const Rows *p, int threads) { tiler->kernels->rows(tiler->pool, p, threads); }
 EXPORT void tiler_image(Tiler *tiler, const Image *p, int threads) { tiler->kernels->image(tiler->pool, p, threads); }
 EXPORT void tiler_sums(Tiler *tiler, const Sums *p, int threads) { tiler->kernels->sums(tiler->pool, p, threads); }
+EXPORT void tiler_attention(Tiler *tiler, const Attention *p, int threads) { tiler->kernels->attention(tiler->pool, p, threads); }

@@ -19,7 +19,7 @@ from typing import Any
 from tiler.errors import UsageError
 from tiler.native.instructions import SETS, InstructionSet, machine_of
 
-VERSION = 1  # of the structs below: that of kernels.h
+VERSION = 2  # of the structs below: that of kernels.h
 
 
 class Kind(IntEnum):
@@ -97,6 +97,19 @@ class Sums(Structure):
     _fields_ = (("weights", c_void_p), ("blocks", c_int64), ("lanes", c_int64), ("sum", c_void_p))
 
 
+class Attention(Structure):
+    """As in kernels.h; steps are those of samples, heads and tokens."""
+
+    _fields_ = (
+        ("kind", c_int32),
+        ("scale", c_float),
+        *((name, c_int64) for name in ("samples", "heads", "queries", "keys", "dims")),
+        *((name, c_void_p) for name in ("q", "k", "v", "out")),
+        *((name, c_int64 * 3) for name in ("q_step", "k_step", "v_step", "out_step")),
+    )
+
+
+ATTENTION_DIMS = 256  # of a head, at most: as in attention.h
 PLACES, STATISTICS = 128, 4  # as in image.h
 
 
@@ -113,6 +126,11 @@ class Library:
         self._functions, self._handle = functions, handle
         self.isa: str = functions.tiler_isa(handle).decode()
 
+    @property
+    def has_bf16(self) -> bool:
+        """Whether products may be of bf16."""
+        return self.isa.endswith("bf16")
+
     def product(self, product: Product, threads: int) -> None:
         self._functions.tiler_product(self._handle, product, threads)
 
@@ -121,6 +139,9 @@ class Library:
 
     def image(self, image: Image, threads: int) -> None:
         self._functions.tiler_image(self._handle, image, threads)
+
+    def attention(self, attention: Attention, threads: int) -> None:
+        self._functions.tiler_attention(self._handle, attention, threads)
 
     def sums(self, sums: Sums, threads: int) -> None:
         self._functions.tiler_sums(self._handle, sums, threads)
@@ -176,7 +197,13 @@ def _find() -> Library | str:
 def _declare(functions: Any) -> None:
     functions.tiler_open.argtypes, functions.tiler_open.restype = [ctypes.c_char_p], c_void_p
     functions.tiler_isa.argtypes, functions.tiler_isa.restype = [c_void_p], ctypes.c_char_p
-    for name, struct in (("product", Product), ("rows", Rows), ("image", Image), ("sums", Sums)):
+    for name, struct in (
+        ("product", Product),
+        ("rows", Rows),
+        ("image", Image),
+        ("sums", Sums),
+        ("attention", Attention),
+    ):
         function = getattr(functions, f"tiler_{name}")
         function.argtypes, function.restype = [c_void_p, POINTER(struct), c_int], None
 

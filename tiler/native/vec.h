@@ -27,15 +27,29 @@ INLINE void store(float *p, F16 x) { memcpy(p, &x, sizeof x); }
 // The first `count` of 16, zeros behind them.
 INLINE F16 load_some(const float *p, int64_t count) {
   if (count >= LANES) return load(p);
+#if defined(__AVX512F__)
+  return (F16)_mm512_maskz_loadu_ps((__mmask16)((1u << count) - 1), p);
+#else
   F16 x = {0};
-  memcpy(&x, p, (size_t)count * 4);
+  if (count == LANES / 2)  // often, and then no call
+    memcpy(&x, p, sizeof x / 2);
+  else
+    memcpy(&x, p, (size_t)count * 4);
   return x;
+#endif
 }
 INLINE void store_some(float *p, F16 x, int64_t count) {
   if (count >= LANES)
     store(p, x);
   else
+#if defined(__AVX512F__)
+    _mm512_mask_storeu_ps(p, (__mmask16)((1u << count) - 1), (__m512)x);
+#else
+  if (count == LANES / 2)
+    memcpy(p, &x, sizeof x / 2);
+  else
     memcpy(p, &x, (size_t)count * 4);
+#endif
 }
 
 // Where `mask` is set (all bits of a lane or none) `a`, elsewhere `b`. A comparison with NaN is not set.

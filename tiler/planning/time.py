@@ -6,13 +6,12 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from tiler.compute import onednn
 from tiler.compute.kernels import Kind
 from tiler.compute.lending import lent
-from tiler.compute.measure import TableShape, chosen_speed, median_seconds
+from tiler.compute.measure import TableShape, attention_speed, chosen_speed, median_seconds
 from tiler.compute.shapes import MetaMeter
 from tiler.compute.stream import Streamer
 from tiler.compute.tuning import OVERHEAD_BY_LAYERS, OVERHEAD_BY_ROWS, OVERHEAD_FP32, OVERHEAD_INT8
@@ -43,6 +42,7 @@ class Speed(NamedTuple):
     fp32: float
     int8: float
     attention: float
+    int8_attention: float  # beside int8 weights
 
 
 class Counter:
@@ -82,22 +82,22 @@ def measure() -> Speed:
         layer = nn.Conv2d(320, 320, 3, padding=1)
         x = torch.randn(1, 320, 32, 32)
         conv_flops = 2 * x.numel() * layer.weight[0].numel()
-        q = torch.randn(1, 2, 2048, 40)
-        attention_flops = 4 * 2 * 2048 * 2048 * 40
         fp32 = conv_flops / median_seconds(lambda: layer(x))
-        attention = attention_flops / median_seconds(lambda: F.scaled_dot_product_attention(q, q, q))
+        attention = attention_speed("fp32")
         if not onednn.int8().products:  # then int8 is what weights are stored in, no more
-            return Speed(fp32, fp32, attention)
+            return Speed(fp32, fp32, attention, attention)
         shape = TableShape(Kind.CONVOLUTION, tuple(layer.weight.shape), tuple(x.shape))
         fast = chosen_speed(shape, "int8")
-    return Speed(fp32, fast, attention)
+    return Speed(fp32, fast, attention, attention_speed("int8"))
 
 
 def seconds(work: Flops, methods: Iterable[DecodePlan], speed: Speed, precision: Precision) -> float:
     """What a render takes: its UNet samples in `precision`, and the autoencoder's `methods` in fp32, whose attention is plain
     matrix products."""
-    fast, overhead = (speed.int8, OVERHEAD_INT8) if precision is Precision.INT8 else (speed.fp32, OVERHEAD_FP32)
-    denoising = overhead * (work.layers / fast + work.attention / speed.attention)
+    layers, attention, overhead = speed.fp32, speed.attention, OVERHEAD_FP32
+    if precision is Precision.INT8:
+        layers, attention, overhead = speed.int8, speed.int8_attention, OVERHEAD_INT8
+    denoising = overhead * (work.layers / layers + work.attention / attention)
     coding = sum(
         (OVERHEAD_BY_LAYERS if m.by_layers else OVERHEAD_BY_ROWS) * m.flops + m.attention_flops for m in methods
     )

@@ -1,0 +1,377 @@
+// Attention with queries in the lanes: Sᵀ = K · Qᵀ, softmax down its columns, Oᵀ = Vᵀ · Pᵀ. No sum goes across a register.
+//
+// A task is one head's share of the queries. It copies a block of keys and values (contiguous, filled up with zeros), and takes
+// its queries through that a few registers at a time, with a running maximum (Milakov and Gimelshein, 2018). Which queries go
+// together changes no bit of any.
+#include "dot.h"
+#include "pool.h"
+
+// Keys at a time, or dims of the result, and registers of 16 queries beside them: a tile of sums that stays in registers.
+#if REGISTERS == 1
+enum { TILE_KEYS = 8, MOST_GROUPS = 3 };
+#else
+enum { TILE_KEYS = 6, MOST_GROUPS = 1 };
+#endif
+// A head's dims at most; keys of a block and groups of 16 queries of a task, fewer for heads above NARROW. All lies on the stack.
+enum { MOST_DIMS = 256, NARROW = 160, KEY_BLOCK = 120, WIDE_KEY_BLOCK = 48, TASK_GROUPS = 12, WIDE_TASK_GROUPS = 6 };
+#define PADDED(dims) (((dims) + TILE_KEYS - 1) / TILE_KEYS * TILE_KEYS)
+#define LINE(dims) ((PADDED(dims) + LANES - 1) / LANES * LANES)  // lanes from one key or value to the next
+#define NO_SCORE (-__builtin_inff())
+
+typedef struct {
+  const Attention *call;
+  int64_t parts;  // of a head's queries
+} AttentionTasks;
+
+// `groups` registers of queries as they go through the blocks of keys. All lies in lanes of queries: [lane or dim][groups][16].
+typedef struct {
+  int64_t number, groups;
+  float *queries, *sums;
+  F16 top[MOST_GROUPS], total[MOST_GROUPS], shrink[MOST_GROUPS];
+} Column;
+
+typedef struct {
+  int64_t dims, lanes, line, count;  // lanes of a key, lanes between keys, keys that are there
+  int is_first;
+  const float *next_keys, *next_values;  // of the next block, which has `ahead` keys
+  int64_t ahead, key_step, value_step, columns;
+  _Alignas(64) float scores[KEY_BLOCK * MOST_GROUPS * LANES];
+  _Alignas(64) float keys[KEY_BLOCK * LINE(NARROW)], values[KEY_BLOCK * LINE(NARROW)];
+  _Alignas(64) float queries[TASK_GROUPS * LANES * LINE(NARROW)], sums[TASK_GROUPS * LANES * LINE(NARROW)];
+} Block;
+
+_Static_assert(LINE(MOST_DIMS) <= 2 * LINE(NARROW), "wide heads fit where narrow ones do");
+_Static_assert(KEY_BLOCK % TILE_KEYS == 0 && WIDE_KEY_BLOCK % TILE_KEYS == 0, "a block is whole tiles");
+
+// 2ˣ for x ≤ 0, below −126 as there: relative error below 8e-8 and rounding for fp32, 8e-5 where the result becomes bf16 (fits
+// of 2ᶠ, |f| ≤ ½, with the least largest error). NaN stays NaN.
+INLINE F16 power(const enum Kind kind, F16 x) {
+  x = choose(x < all(-126.f), all(-126.f), x);
+  F16 sum = x + (12582912.f + 127.f), f = x - (sum - (12582912.f + 127.f)), p;  // as in exp2_16
+  if (kind == BF16) {
+    p = fma16(all(0.0551716685295105f), f, all(0.2426111400127411f));
+    p = fma16(p, f, all(0.6932609677314758f));
+    p = fma16(p, f, all(0.9999280571937561f));
+  } else {
+    p = fma16(all(0.001327647129073739f), f, all(0.009675541892647743f));
+    p = fma16(p, f, all(0.05550713092088699f));
+    p = fma16(p, f, all(0.24022120237350464f));
+    p = fma16(p, f, all(0.6931469440460205f));
+    p = fma16(p, f, all(1.f));
+  }
+  return p * (F16)((I16)sum << 23);
+}
+
+// Row i of 16 becomes lane i of all: blocks of 1, 2, 4 and 8 change places across the diagonal.
+#define EXCHANGE(n, low, high)                               \
+  for (int i = 0; i < LANES; i++) {                          \
+    if (i & n) continue;                                     \
+    F16 a = r[i], b = r[i + n];                              \
+    r[i] = __builtin_shufflevector(a, b, low);               \
+    r[i + n] = __builtin_shufflevector(a, b, high);          \
+  }
+#define LOW1 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30
+#define HIGH1 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31
+#define LOW2 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29
+#define HIGH2 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31
+#define LOW4 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27
+#define HIGH4 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31
+#define LOW8 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23
+#define HIGH8 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31
+INLINE void transpose(F16 r[LANES]) {
+#pragma GCC unroll 16
+  EXCHANGE(1, LOW1, HIGH1)
+#pragma GCC unroll 16
+  EXCHANGE(2, LOW2, HIGH2)
+#pragma GCC unroll 16
+  EXCHANGE(4, LOW4, HIGH4)
+#pragma GCC unroll 16
+  EXCHANGE(8, LOW8, HIGH8)
+}
+
+// Two rows as pairs of bf16: `a` in the lower halves.
+INLINE F16 pairs(F16 a, F16 b) {
+  U16 low = __builtin_convertvector(bf16(a), U16), high = __builtin_convertvector(bf16(b), U16);
+  return (F16)(low | high << 16);
+}
+
+// The same of powers, which are positive: rounded half up, since ties decide nothing. NaN may be lost, but not from their sum.
+INLINE F16 power_pairs(F16 a, F16 b) {
+  U16 half = (U16){} + 0x8000;
+  return (F16)(((U16)a + half) >> 16 | (((U16)b + half) & 0xffff0000));
+}
+
+// Lanes [lane, lane + 16) of a row of `dims` values · factor, zeros behind them: of bf16 a lane has two values.
+INLINE F16 row_lanes(const enum Kind kind, const float *row, int64_t lane, int64_t dims, float factor) {
+  if (kind == FP32) return load_some(row + lane, dims - lane) * factor;
+  Half16 half[2];
+  for (int i = 0; i < 2; i++) {
+    int64_t at = 2 * lane + i * LANES;
+    half[i] = bf16(at < dims ? load_some(row + at, dims - at) * factor : all(0.f));
+  }
+  F16 x;
+  memcpy(&x, half, sizeof x);
+  return x;
+}
+
+// Keys [first, first + count) and their values.
+INLINE void copy_block(const enum Kind kind, const Attention *p, const float *keys, const float *values, int64_t first,
+                       Block *b) {
+  const int64_t values_a_lane = kind == BF16 ? 2 : 1, rows = PADDED(b->count);
+  for (int64_t i = 0; i < rows; i++)
+    for (int64_t lane = 0; lane < b->line; lane += LANES) {
+      const float *key = keys + (first + i) * p->k_step[TOKEN];
+      int is_there = i < b->count && lane < b->lanes;
+      store(b->keys + i * b->line + lane, is_there ? row_lanes(kind, key, lane, b->dims, 1.f) : all(0.f));
+    }
+  for (int64_t i = 0; i < b->count; i += values_a_lane)
+    for (int64_t dim = 0; dim < LINE(b->dims); dim += LANES) {
+      F16 x[2] = {{0}, {0}};
+      for (int64_t j = 0; j < values_a_lane; j++)
+        if (i + j < b->count && dim < b->dims)
+          x[j] = load_some(values + (first + i + j) * p->v_step[TOKEN] + dim, b->dims - dim);
+      store(b->values + i / values_a_lane * LINE(b->dims) + dim, kind == BF16 ? pairs(x[0], x[1]) : x[0]);
+    }
+}
+
+// c + a tile of products: TILE_KEYS rows of `a`, of which step t reads a lane at t · step_bytes, by steps of lanes of `b`.
+INLINE void multiply(const enum Kind kind, const int groups, const char *a, int64_t row_bytes, int64_t step_bytes,
+                     const char *b, int64_t steps, Register c[TILE_KEYS][MOST_GROUPS * REGISTERS]) {
+  for (int64_t t = 0; t < steps; t++, a += step_bytes, b += groups * LANES * 4) {
+    Register x[MOST_GROUPS * REGISTERS];
+#pragma GCC unroll 4
+    for (int g = 0; g < groups * REGISTERS; g++) x[g] = load_register(b + g * WIDTH * 4);
+#pragma GCC unroll 8
+    for (int i = 0; i < TILE_KEYS; i++) {
+      Register y = splat(a + i * row_bytes);
+#pragma GCC unroll 4
+      for (int g = 0; g < groups * REGISTERS; g++) c[i][g] = dot(kind, c[i][g], y, x[g]);
+    }
+  }
+}
+
+// What the next block will read, a few lines at a time between products: a copy by itself would wait for memory.
+INLINE void fetch_ahead(const Block *b, int64_t key, int64_t number) {
+  for (int64_t i = key + number; i < key + TILE_KEYS && i < b->ahead; i += b->columns)
+    for (int64_t dim = 0; dim < b->dims; dim += LANES) {
+      __builtin_prefetch(b->next_keys + i * b->key_step + dim, 0, 2);
+      __builtin_prefetch(b->next_values + i * b->value_step + dim, 0, 2);
+    }
+}
+
+// Scores in base 2 of a tile's keys, and what the maximum becomes. `is_whole`: all keys are there.
+INLINE void tile_scores(const enum Kind kind, const int groups, const int is_whole, Block *b, const Column *column,
+                        int64_t key, F16 *top) {
+  Register c[TILE_KEYS][MOST_GROUPS * REGISTERS];
+#pragma GCC unroll 8
+  for (int i = 0; i < TILE_KEYS; i++)
+#pragma GCC unroll 4
+    for (int g = 0; g < groups * REGISTERS; g++) c[i][g] = (Register){0};
+  const char *keys = (const char *)(b->keys + key * b->line);
+  multiply(kind, groups, keys, b->line * 4, 4, (const char *)column->queries, b->lanes, c);
+#pragma GCC unroll 8
+  for (int i = 0; i < TILE_KEYS; i++)
+#pragma GCC unroll 3
+    for (int g = 0; g < groups; g++) {
+      F16 s;
+      memcpy(&s, &c[i][g * REGISTERS], sizeof s);
+      if (!is_whole && key + i >= b->count) s = all(NO_SCORE);
+      store(b->scores + ((key + i) * groups + g) * LANES, s);
+      top[g] = most(s, top[g]);  // NaN is not, and comes out of the powers
+    }
+}
+
+INLINE void scores(const enum Kind kind, const int groups, Block *b, Column *column) {
+  F16 top[MOST_GROUPS];
+#pragma GCC unroll 3
+  for (int g = 0; g < groups; g++) top[g] = column->top[g];
+  int64_t key = 0;
+  for (; key + TILE_KEYS <= b->count; key += TILE_KEYS) {
+    fetch_ahead(b, key, column->number);
+    tile_scores(kind, groups, 1, b, column, key, top);
+  }
+  if (key < b->count) tile_scores(kind, groups, 0, b, column, key, top);
+#pragma GCC unroll 3
+  for (int g = 0; g < groups; g++) {
+    column->shrink[g] = power(FP32, column->top[g] - top[g]);
+    column->top[g] = top[g];
+  }
+}
+
+// Powers in place over the scores, bf16 as pairs of keys; and their sum.
+INLINE void powers(const enum Kind kind, const int groups, Block *b, Column *column) {
+  F16 total[MOST_GROUPS], top[MOST_GROUPS];
+#pragma GCC unroll 3
+  for (int g = 0; g < groups; g++) total[g] = all(0.f), top[g] = column->top[g];
+  for (int64_t key = 0; key < b->count; key += 2)
+#pragma GCC unroll 3
+    for (int g = 0; g < groups; g++) {
+      float *s = b->scores + (key * groups + g) * LANES, *next = s + groups * LANES;
+      F16 x = power(kind, load(s) - top[g]), y = power(kind, load(next) - top[g]);
+      total[g] += x + y;
+      if (kind == BF16) {
+        store(b->scores + (key / 2 * groups + g) * LANES, power_pairs(x, y));
+      } else {
+        store(s, x);
+        store(next, y);
+      }
+    }
+#pragma GCC unroll 3
+  for (int g = 0; g < groups; g++) column->total[g] = fma16(column->total[g], column->shrink[g], total[g]);
+}
+
+// Values weighed by the powers. Blocks are summed by themselves: one sum of thousands would round more.
+INLINE void weigh(const enum Kind kind, const int groups, Block *b, Column *column) {
+  int64_t steps = kind == BF16 ? (b->count + 1) / 2 : b->count;
+  for (int64_t dim = 0; dim < b->dims; dim += TILE_KEYS) {
+    float *sums = column->sums + dim * groups * LANES;
+    Register c[TILE_KEYS][MOST_GROUPS * REGISTERS];
+#pragma GCC unroll 8
+    for (int i = 0; i < TILE_KEYS; i++)
+#pragma GCC unroll 4
+      for (int g = 0; g < groups * REGISTERS; g++) c[i][g] = (Register){0};
+    multiply(kind, groups, (const char *)(b->values + dim), 4, LINE(b->dims) * 4, (const char *)b->scores, steps, c);
+#pragma GCC unroll 8
+    for (int i = 0; i < TILE_KEYS; i++)
+#pragma GCC unroll 3
+      for (int g = 0; g < groups; g++) {
+        F16 x;
+        memcpy(&x, &c[i][g * REGISTERS], sizeof x);
+        float *sum = sums + (i * groups + g) * LANES;
+        store(sum, b->is_first ? x : fma16(load(sum), column->shrink[g], x));
+      }
+  }
+}
+
+// One function for each of these: what a tile keeps in registers shares them with nothing else.
+#define VARIANT(name, kind, groups) \
+  static __attribute__((noinline)) void name##_##kind##_##groups(Block *b, Column *column) { \
+    name(kind, groups, b, column);                                                           \
+  }
+#define VARIANTS(kind, groups) VARIANT(scores, kind, groups) VARIANT(powers, kind, groups) VARIANT(weigh, kind, groups)
+#define ALL(kind, groups)               \
+  (scores_##kind##_##groups(b, column), \
+   powers_##kind##_##groups(b, column), \
+   weigh_##kind##_##groups(b, column))
+VARIANTS(FP32, 1)
+#if REGISTERS == 1
+VARIANTS(FP32, 2)
+VARIANTS(FP32, 3)
+#endif
+#if defined(__AVX512BF16__)
+VARIANTS(BF16, 1)
+VARIANTS(BF16, 2)
+VARIANTS(BF16, 3)
+#endif
+
+INLINE void attend_block(const enum Kind kind, Block *b, Column *column) {
+#if defined(__AVX512BF16__)
+  if (kind == BF16) {
+    if (column->groups == 3)
+      ALL(BF16, 3);
+    else if (column->groups == 2)
+      ALL(BF16, 2);
+    else
+      ALL(BF16, 1);
+    return;
+  }
+#endif
+#if REGISTERS == 1
+  if (column->groups == 3)
+    ALL(FP32, 3);
+  else if (column->groups == 2)
+    ALL(FP32, 2);
+  else
+#endif
+    ALL(FP32, 1);
+  (void)kind;
+}
+
+// Queries from `first` on into the lanes of a column, zeros where there are none.
+INLINE void load_queries(const enum Kind kind, const Attention *p, const float *q, int64_t first, const Block *b,
+                         Column *column) {
+  float factor = p->scale * LOG2_E;
+  for (int64_t g = 0; g < column->groups; g++)
+    for (int64_t lane = 0; lane < b->lanes; lane += LANES) {
+      F16 r[LANES];
+      for (int i = 0; i < LANES; i++) {
+        int64_t query = first + g * LANES + i;
+        r[i] = query < p->queries ? row_lanes(kind, q + query * p->q_step[TOKEN], lane, b->dims, factor) : all(0.f);
+      }
+      transpose(r);
+      for (int i = 0; i < LANES && lane + i < b->lanes; i++)
+        store(column->queries + ((lane + i) * column->groups + g) * LANES, r[i]);
+    }
+}
+
+INLINE void store_results(const Attention *p, float *out, int64_t first, const Block *b, const Column *column) {
+  for (int64_t g = 0; g < column->groups; g++) {
+    F16 factor = 1.f / column->total[g];
+    for (int64_t dim = 0; dim < b->dims; dim += LANES) {
+      F16 r[LANES];
+      for (int i = 0; i < LANES; i++)
+        r[i] = dim + i < b->dims ? load(column->sums + ((dim + i) * column->groups + g) * LANES) * factor : all(0.f);
+      transpose(r);
+      for (int i = 0; i < LANES; i++) {
+        int64_t query = first + g * LANES + i;
+        if (query < p->queries) store_some(out + query * p->out_step[TOKEN] + dim, r[i], b->dims - dim);
+      }
+    }
+  }
+}
+
+// Registers of the next column, of `left`: none narrower than needs be.
+INLINE int64_t column_groups(int64_t left) {
+  if (MOST_GROUPS == 1) return 1;
+  return left == 2 || left == 4 ? 2 : left < MOST_GROUPS ? left : MOST_GROUPS;
+}
+
+INLINE int64_t group_total(const Attention *p) { return (p->queries + LANES - 1) / LANES; }
+
+INLINE void attention_task(const enum Kind kind, const AttentionTasks *tasks, int64_t number) {
+  const Attention *p = tasks->call;
+  int64_t part = number % tasks->parts, head = number / tasks->parts % p->heads, sample = number / tasks->parts / p->heads;
+  int64_t at = group_total(p) * part / tasks->parts, end = group_total(p) * (part + 1) / tasks->parts, first = at * LANES;
+  Block b;
+  b.dims = p->dims, b.lanes = kind == BF16 ? (p->dims + 1) / 2 : p->dims;
+  b.line = kind == BF16 ? (b.lanes + LANES - 1) / LANES * LANES : LINE(p->dims);
+  Column columns[TASK_GROUPS];
+  int64_t count = 0;
+  float *queries = b.queries, *sums = b.sums;
+  for (; at < end; at += columns[count++].groups) {
+    Column *column = columns + count;
+    *column = (Column){.number = count, .groups = column_groups(end - at), .queries = queries, .sums = sums};
+    for (int g = 0; g < MOST_GROUPS; g++) column->top[g] = all(NO_SCORE), column->total[g] = all(0.f);
+    load_queries(kind, p, p->q + sample * p->q_step[SAMPLE] + head * p->q_step[HEAD], at * LANES, &b, column);
+    queries += column->groups * LANES * b.lanes;
+    sums += column->groups * LANES * PADDED(b.dims);
+  }
+  const float *k = p->k + sample * p->k_step[SAMPLE] + head * p->k_step[HEAD];
+  const float *v = p->v + sample * p->v_step[SAMPLE] + head * p->v_step[HEAD];
+  int64_t most = p->dims > NARROW ? WIDE_KEY_BLOCK : KEY_BLOCK;
+  b.columns = count, b.key_step = p->k_step[TOKEN], b.value_step = p->v_step[TOKEN];
+  for (int64_t key = 0; key < p->keys; key += most) {
+    b.count = p->keys - key < most ? p->keys - key : most, b.is_first = key == 0;
+    b.ahead = p->keys - key - b.count < most ? p->keys - key - b.count : most;
+    b.next_keys = k + (key + b.count) * b.key_step, b.next_values = v + (key + b.count) * b.value_step;
+    copy_block(kind, p, k, v, key, &b);
+    for (int64_t i = 0; i < count; i++) attend_block(kind, &b, columns + i);
+  }
+  float *out = p->out + sample * p->out_step[SAMPLE] + head * p->out_step[HEAD];
+  for (int64_t i = 0; i < count; first += columns[i++].groups * LANES) store_results(p, out, first, &b, columns + i);
+}
+
+static void attention_fp32(const void *tasks, int64_t number) { attention_task(FP32, tasks, number); }
+#if defined(__AVX512BF16__)
+static void attention_bf16(const void *tasks, int64_t number) { attention_task(BF16, tasks, number); }
+#endif
+
+static void attention(Pool *pool, const Attention *p, int threads) {
+  Task task = attention_fp32;
+#if defined(__AVX512BF16__)
+  if (p->kind == BF16) task = attention_bf16;
+#endif
+  int64_t most = p->dims > NARROW ? WIDE_TASK_GROUPS : TASK_GROUPS;
+  AttentionTasks tasks = {p, (group_total(p) + most - 1) / most};
+  pool_run(pool, task, &tasks, p->samples * p->heads * tasks.parts, threads);
+}
