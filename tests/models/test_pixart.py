@@ -171,7 +171,8 @@ def test_four_tiles_with_a_guide_are_a_loop_over_diffusers_transformer(
     """A canvas of 24 × 20 latents, a guide that is not square; each tile has a grid of its own."""
     steps, canvas = 4, (24, 20)
     request = ask(
-        folders["sigma"], tmp_path, prompt=PROMPT, height=192, width=160, num_inference_steps=steps, guide=True, strength=0.5,
+        folders["sigma"], tmp_path, prompt=PROMPT, height=192, width=160, num_inference_steps=steps, guide=True,
+        strength=0.5,
         guide_upscale=GuideUpscale.LATENT,
     )  # fmt: skip
     got, report = rendered(request)

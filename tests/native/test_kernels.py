@@ -196,7 +196,8 @@ def tokens(rows: int, width: int, out_type: Type, *, norm: bool, apart: int = 0)
         want = (want / want.abs().amax(1, keepdim=True) * 127).round() + 128
     want = F.pad(want, (0, filled - width), value=128.0 if out_type is Type.UINT8 else 0.0)
     call = Rows(
-        x=address(x), rows=rows, width=width, step=width + apart, gamma=address(gamma), beta=address(beta), eps=1e-5, norm=norm,
+        x=address(x), rows=rows, width=width, step=width + apart, gamma=address(gamma), beta=address(beta), eps=1e-5,
+        norm=norm,
         out_type=out_type, out=address(out), out_bytes=out.stride(0) * out.element_size(), scale=address(scale),
     )  # fmt: skip
     tensors = [t for t in (x, gamma, beta, scale, out) if t is not None]
@@ -277,7 +278,8 @@ def kinds(lib: Library) -> list[Kind]:
 def products(lib: Library) -> Iterator[Case]:
     for kind in kinds(lib):
         for rows, inputs, outputs in (
-            (1, 1, 1), (2, 33, 17), (3, 64, 16), (5, 516, 80), (6, 640, 48), (7, 129, 160), (77, 768, 64), (193, 96, 33),
+            (1, 1, 1), (2, 33, 17), (3, 64, 16), (5, 516, 80), (6, 640, 48), (7, 129, 160), (77, 768, 64),
+            (193, 96, 33),
         ):  # fmt: skip
             yield linear(kind, rows, inputs, outputs, apart=rows % 3)
         for act in Activation:

@@ -311,7 +311,8 @@ def _multiply(
     weights = (gated(op) or op.group.weights)[piece.weight :]
     call = library.Product(
         kind=library.Kind.INT8, activation=activation, out_type=Type.FP32, taps=1, rows=out.numel() // channels,
-        outputs=piece.last - first, steps=op.group.shape[1] // INPUTS, a=x.values.data_ptr(), row_bytes=op.group.shape[1],
+        outputs=piece.last - first, steps=op.group.shape[1] // INPUTS, a=x.values.data_ptr(),
+        row_bytes=op.group.shape[1],
         weights=values.data_ptr(), weight_scale=scale.data_ptr(), weight_sum=sums.data_ptr(), scale=x.scale.data_ptr(),
         zero=x.zero.data_ptr(), scale_rows=1, bias=address(weights[0].bias, first), residual=address(residual, first),
         out=address(out, first), out_step=channels, residual_step=channels,

@@ -202,7 +202,8 @@ def read(checkpoint: Checkpoint, name: str) -> PixArt:
 _CLASSES = "PixArtTransformer2DModel", "Transformer2DModel"
 # What the forward would leave out, or do otherwise, unless it is so.
 _WANTED = {
-    "norm_type": "ada_norm_single", "activation_fn": "gelu-approximate", "attention_type": "default", "patch_size": PATCH,
+    "norm_type": "ada_norm_single", "activation_fn": "gelu-approximate", "attention_type": "default",
+    "patch_size": PATCH,
     "double_self_attention": False, "only_cross_attention": False, "num_vector_embeds": None,
 }  # fmt: skip
 

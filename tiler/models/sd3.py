@@ -175,7 +175,8 @@ def read(checkpoint: Checkpoint, name: str) -> StableDiffusion3:
     traits = Traits(
         title=kind.title, native=int(config.get("sample_size", 128)), granularity=PATCH, patch=PATCH, samples=1,
         channels=int(vae["latent_channels"]), width=config["num_attention_heads"] * config["attention_head_dim"],
-        flow=True, large_blocks=True, longest=PATCH * table_side(config), defaults=MappingProxyType(dict(kind.defaults)),
+        flow=True, large_blocks=True, longest=PATCH * table_side(config),
+        defaults=MappingProxyType(dict(kind.defaults)),
     )  # fmt: skip
     return StableDiffusion3(
         checkpoint=checkpoint, traits=traits, parts=(*encoders, denoiser, picture), vae=spec, notes=tuple(notes),

@@ -36,7 +36,8 @@ _IGNORED = re.compile(
     r"model_ema\.|.*position_ids$|betas$|alphas_cumprod|sqrt_|posterior_|log_one_minus|.*logit_scale$|.*attn_mask$|loss\."
 )
 _OTHERS = {
-    "joint_blocks.": "Stable Diffusion 3", "double_blocks.": "Flux", "cross_attn.kv_linear.": "PixArt", "lora_": "a LoRA",
+    "joint_blocks.": "Stable Diffusion 3", "double_blocks.": "Flux", "cross_attn.kv_linear.": "PixArt",
+    "lora_": "a LoRA",
     "control_model.": "a ControlNet",
 }  # fmt: skip
 _V_DEVIATION = 0.09  # of a bias of Stable Diffusion 2: above it the model predicts v (comfyanonymous/ComfyUI, SD20)
