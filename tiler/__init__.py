@@ -1,4 +1,4 @@
-"""Posters from Stable-Diffusion-class models on machines that cannot hold the model.
+"""Posters from diffusion models on machines that cannot hold the model.
 
     from pathlib import Path
     from tiler import Budget, RenderRequest, render

@@ -49,7 +49,7 @@ def _reader() -> Iterator[None]:
 app = typer.Typer(
     name="tiler",
     cls=_Commands,
-    help="Posters from Stable-Diffusion-class models on machines that cannot hold the model. "
+    help="Posters from diffusion models on machines that cannot hold the model. "
     "The process stays under --max-ram (800 MB by default), or stops.",
     epilog='Start with: tiler render "misty mountains in indigo blue" -o poster.png',
     no_args_is_help=True,

@@ -43,6 +43,7 @@ that none matches is read as Stable Diffusion, whose checks say what is foreign 
 _OTHERS = {
     "Inpaint": "an inpainting model", "InstructPix2Pix": "an InstructPix2Pix model", "Upscale": "an upscaler",
     "Kandinsky": "Kandinsky", "WuerstchenCombined": "Würstchen", "Video": "a video model",
+    "Latte": "a video model",
 }  # fmt: skip
 
 

@@ -84,7 +84,8 @@ def read(checkpoint: Checkpoint, name: str) -> StableDiffusion:
     """Check the configs of a pipeline of class `name`. Raises ModelError, saying what the model is."""
     if not checkpoint.has("unet") and checkpoint.has("transformer"):
         raise ModelError(
-            f"{checkpoint.name}: this is a diffusion transformer ({name}); tiler supports Stable Diffusion 1.x and 2.x"
+            f"{checkpoint.name}: this is a diffusion transformer that tiler does not know ({name}); it knows "
+            "Stable Diffusion 3, PixArt, Flux.1 and AuraFlow"
         )
     unet = read_config(checkpoint, "unet", "UNet2DConditionModel", bounds.check_unet)
     vae = read_config(checkpoint, "vae", "AutoencoderKL", bounds.check_vae)
