@@ -23,7 +23,7 @@ from tiler.files import atomic
 from tiler.weights.blocks import block_sides, blocked, can_block
 from tiler.weights.index import TensorInfo, open_regular, read_index, read_metadata
 from tiler.weights.places import cache_home
-from tiler.weights.store import SCALE, TORCH_DTYPES, WeightStore
+from tiler.weights.store import SCALE, WeightStore
 
 VERSION = "5"  # of the rules: which layers, which scales, which order
 _PIECE_ELEMENTS = 2**20  # weights at a time: 4 MB in fp32, and a few copies
@@ -155,14 +155,14 @@ def _stored(
     """A tensor's bytes in the new file, in pieces; the scales of a quantised one are appended to `scales`."""
     info, parts = store.index[name], []
     for piece in store.pieces(name):
+        if quantise is None:
+            yield store.raw(piece)
+            continue
         rows = torch.empty(piece.last - piece.first, *info.shape[1:])
         store.fetch(piece, rows)
-        if quantise is not None:
-            rows, scale = quantise(rows)
-            rows = blocked(rows) if in_blocks else rows
-            parts.append(scale)
-        else:
-            rows = rows.to(TORCH_DTYPES[info.dtype])
+        rows, scale = quantise(rows)
+        rows = blocked(rows) if in_blocks else rows
+        parts.append(scale)
         yield rows.view(torch.uint8).numpy().tobytes()
     if parts:
         scales.append(torch.cat(parts))

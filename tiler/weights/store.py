@@ -180,6 +180,12 @@ class WeightStore:
         self._cast(piece, raw, out, in_blocks=in_blocks)
         self._buffers.append(raw)
 
+    def raw(self, piece: Piece) -> bytes:
+        """A piece's bytes as they are stored."""
+        buffer = self._read(piece, self._take_buffer())
+        self._buffers.append(buffer)
+        return buffer[: self._bytes(piece)].numpy().tobytes()
+
     def keep(self, name: str, dtype: torch.dtype) -> None:
         """Hold a tensor in memory from now on, as fp32 or as stored (uint8 where torch has no such dtype); a convolution's fp32
         weight channels-last."""
