@@ -21,6 +21,7 @@ from tiler.memory.budget import Budget
 from tiler.memory.policy import at_layer
 from tiler.models.built import Models
 from tiler.models.family import Family, Options, Part, Role
+from tiler.weights.blocks import can_block
 from tiler.weights.index import TensorInfo
 from tiler.weights.packed import Quantise, packed_index, write_packed
 from tiler.weights.store import match_index
@@ -53,7 +54,10 @@ def packed_weights(models: Models, cache: Path, progress: Callable[[float, str],
     stored = {part.name: family.checkpoint.weights(part.name) for part in parts}
     files = {_prefix(part) + name: info for part in parts for name, info in stored[part.name].items()}
     matched = {part.name: match_index(models.module(part), stored[part.name], part.aliases) for part in parts}
-    in_blocks = reads_blocks()
+    in_blocks = reads_blocks() and any(
+        can_block(info.shape) for part in parts for name, info in matched[part.name].items()
+        if part.role is Role.DENOISER and name in part.int8_weights(models.module(part))
+    )  # fmt: skip
 
     def write(path: Path, mark: str, reason: str) -> None:
         order: list[str] = []

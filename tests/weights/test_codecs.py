@@ -14,11 +14,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tiler import Budget, RenderRequest, render
+from tiler.errors import ModelError
 from tiler.memory.process import read_rss
 from tiler.request import Precision
+from tiler.weights.blocks import blocked
 from tiler.weights.codecs import CHUNK_ELEMENTS, CODECS, Codec
 from tiler.weights.index import read_index
-from tiler.weights.store import SCALE, WeightStore
+from tiler.weights.store import SCALE, Piece, WeightStore, match_index
 
 BLOCKS = [name for name, codec in CODECS.items() if codec.values > 1]
 
@@ -126,3 +128,41 @@ def test_a_codec_is_one_line(tiny: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert torch.equal(found[0], found[2])
     assert torch.equal(found[1], found[3])
     assert not torch.equal(found[0], found[1])
+
+
+@pytest.mark.parametrize(
+    ("scale", "factors"), [("w.weight_scale", (64, 1)), ("w.scale_weight", ()), ("w.scale_weight", (1,))]
+)
+def test_scaled_eight_bit_floats_are_found_by_every_spelling(
+    tmp_path: Path, scale: str, factors: tuple[int, ...]
+) -> None:
+    weight, factor = torch.randn(64, 32).to(torch.float8_e4m3fn), torch.rand(factors) + 0.5
+    module = torch.nn.ModuleDict({"w": torch.nn.Linear(32, 64, bias=False, device="meta")})
+    tensors = {"w.weight": weight, "scaled_fp8": torch.zeros(2).to(torch.float8_e4m3fn)}
+    save_file(tensors | {scale: factor}, tmp_path / "x.safetensors")
+    with WeightStore(match_index(module, read_index(tmp_path / "x.safetensors"), lambda name: [name])) as store:
+        assert torch.equal(store.load("w.weight"), weight.float() * (factor if factor.ndim < 2 else factor.view(64, 1)))
+    save_file(tensors, tmp_path / "x.safetensors")
+    with pytest.raises(ModelError, match="has no scale"):
+        match_index(module, read_index(tmp_path / "x.safetensors"), lambda name: [name])
+
+
+def test_parts_of_blocks_are_read_by_rows(tmp_path: Path) -> None:
+    """A packed weight whose rows are asked for from the middle of a block to the middle of another: heads of 72."""
+    weight, scale = torch.randint(-127, 128, (144, 32), dtype=torch.int8), torch.rand(144)
+    save_file({"w": blocked(weight), "w" + SCALE: scale}, tmp_path / "x.safetensors")
+    module = torch.nn.Module()
+    module.register_parameter("w", torch.nn.Parameter(torch.empty(144, 32, device="meta"), requires_grad=False))
+    index = match_index(module, read_index(tmp_path / "x.safetensors"), lambda name: [name])
+    assert index["w"].blocked
+    for kept in (False, True):
+        with WeightStore(index) as store:
+            if kept:
+                store.keep("w", torch.int8)
+            for first, last in ((0, 72), (72, 144), (8, 24), (16, 48), (0, 144)):
+                out, whole = torch.empty(last - first, 32), weight[first:last]
+                store.fetch(Piece("w", first, last), out)
+                assert torch.equal(out, whole.float() * scale[first:last, None])
+                out8 = torch.empty(last - first, 32, dtype=torch.int8)
+                store.fetch(Piece("w", first, last), out8)
+                assert torch.equal(out8, whole)

@@ -85,7 +85,7 @@ def _compute_dtype(flags: tuple[str, ...], *, int8_runs: bool) -> str:
     """Which dtype arithmetic has on a processor with these flags, and why."""
     others = "fp32 for the VAE, the prompt and the outermost layers" if int8_runs else "fp32"
     if int8_runs:
-        others = f"int8 products in the UNet where --precision allows it; {others}"
+        others = f"int8 products in the denoiser where --precision allows it; {others}"
     if "amx_tile" in flags or "avx512_bf16" in flags or "bf16" in flags:
-        return f"{others}; this processor has bf16 instructions, which tiler has no kernel for yet"
+        return f"{others}; bf16 for attention beside int8 weights, where tiler's own library runs"
     return f"{others}; this processor has no bf16 instructions, and half precision without them is slower than fp32"

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from tiler.compute import cpu
 from tiler.compute.kernels import (
     Input,
     Kernel,
@@ -34,6 +35,7 @@ from tiler.compute.kernels import (
 )
 from tiler.compute.onednn import Geometry
 from tiler.compute.steps import add_low_rank, finished, made_input
+from tiler.compute.tuning import KERNELS_OF
 from tiler.native import library
 from tiler.native.library import Activation, Type
 from tiler.weights.blocks import INPUTS, OUTPUTS, blocked, can_block
@@ -63,7 +65,7 @@ class Made(NamedTuple):
 
 def reads_blocks() -> bool:
     """Whether packed files should have their weights in blocks: where the library computes with them."""
-    return library.library() is not None
+    return library.library() is not None and NativeInt8.name in KERNELS_OF[cpu.isa()][Kind.LINEAR]
 
 
 def quantize_tokens(x: Tensor, norm: nn.Module | None = None) -> Quantized:

@@ -102,10 +102,7 @@ class AuraFlow(Family):
 def read(checkpoint: Checkpoint, name: str) -> AuraFlow:
     """Check the configs of a pipeline of class `name`. Raises ModelError, saying what the model is."""
     check_parts(checkpoint, _REPOSITORY, ["transformer", "text_encoder", "vae"])
-    if not (checkpoint.folder / "tokenizer").is_dir():
-        raise ModelError(
-            f"{checkpoint.folder / 'tokenizer'} is missing; {fetch_part(checkpoint, _REPOSITORY, 'tokenizer')}"
-        )
+    t5.check_tokenizer(checkpoint, "tokenizer", fetch_part(checkpoint, _REPOSITORY, "tokenizer"))
     config = read_config(checkpoint, "transformer", "AuraFlowTransformer2DModel", bounds.check_auraflow)
     vae = read_config(checkpoint, "vae", "AutoencoderKL", bounds.check_vae)
     encoder = t5.read_t5(checkpoint, "text_encoder", TOKENS)

@@ -117,7 +117,7 @@ def _token_ids(tokenizer: CLIPTokenizer, config: Any, prompt: str, warn: Callabl
     # The tokenizer is not asked to look at megabytes of text just to say that they do not fit.
     full = len(tokenizer.tokenize(prompt[: 40 * length])) + 2
     if full > length or len(prompt) > 40 * length:
-        warn(f"the prompt is longer than {length} tokens and was cut: {prompt[:40]!r}…")
+        warn(f"the prompt is longer than {length} tokens and was cut for CLIP: {prompt[:40]!r}…")
     if int(tokens.input_ids.max()) >= config.vocab_size:
         raise ModelError("the tokenizer knows more words than the text encoder; they do not belong together")
     ids: Tensor = tokens.input_ids

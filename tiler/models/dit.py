@@ -21,6 +21,7 @@ from tiler.compute.kernels import Epilogue, Operands, step_rows
 from tiler.compute.layers import StreamedLinear, attend, linear, linear_layers, rows_of
 from tiler.compute.shapes import repeated
 from tiler.compute.stream import Streamer
+from tiler.weights.blocks import OUTPUTS
 
 # Choices, for Flux at 1024²: with larger chunks or fewer groups its floor passes 560 MB.
 CHUNK = 256  # tokens of a product
@@ -70,8 +71,11 @@ def attention(
     `rotation`: (tokens, 1, head / 2) complex, by which queries and keys are multiplied."""
     size = streams[0].layers[0].out_features // heads
     length = max(stream.tokens.stop for stream in streams)
-    groups = min(GROUPS, heads)
-    ends = [size * (heads * i // groups) for i in range(groups + 1)]
+    together = OUTPUTS // math.gcd(size, OUTPUTS)  # heads whose rows are whole blocks of packed weights
+    together = together if heads % together == 0 else 1
+    units = heads // together
+    groups = min(GROUPS, units)
+    ends = [size * together * (units * i // groups) for i in range(groups + 1)]
     widest = max(last - first for first, last in pairwise(ends))
     out = x.new_empty(1, length, size * heads)  # a group's queries, until its result takes their place
     keys, values = x.new_empty(1, length, widest), x.new_empty(1, length, widest)

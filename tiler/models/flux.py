@@ -138,8 +138,7 @@ def read(checkpoint: Checkpoint, name: str) -> Flux:
     repository = _REPOSITORIES["schnell" in checkpoint.name.lower()]
     check_parts(checkpoint, repository, ("transformer", "vae", "text_encoder", "text_encoder_2"))
     check_tokenizer(checkpoint.tokenizer("tokenizer"), fetch_part(checkpoint, repository, "tokenizer"))
-    if not (folder := checkpoint.tokenizer("tokenizer_2")).is_dir():
-        raise ModelError(f"{folder} is missing; {fetch_part(checkpoint, repository, 'tokenizer_2')}")
+    t5.check_tokenizer(checkpoint, "tokenizer_2", fetch_part(checkpoint, repository, "tokenizer_2"))
     config = read_config(checkpoint, "transformer", "FluxTransformer2DModel", bounds.check_flux)
     vae = read_config(checkpoint, "vae", "AutoencoderKL", bounds.check_vae)
     text = read_config(checkpoint, "text_encoder", None, bounds.check_text)

@@ -186,9 +186,8 @@ def read(checkpoint: Checkpoint, name: str) -> StableDiffusion3:
 
 def _read_t5(checkpoint: Checkpoint, kind: _Kind, config: Mapping[str, Any]) -> Part:
     check_parts(checkpoint, kind.repository, [T5])
-    part, folder = t5.read_t5(checkpoint, T5, T5_TOKENS), checkpoint.tokenizer(T5_TOKENIZER)
-    if not folder.is_dir():
-        raise ModelError(f"{folder} is missing; {fetch_part(checkpoint, kind.repository, T5_TOKENIZER)}")
+    part = t5.read_t5(checkpoint, T5, T5_TOKENS)
+    t5.check_tokenizer(checkpoint, T5_TOKENIZER, fetch_part(checkpoint, kind.repository, T5_TOKENIZER))
     if (given := part.config["d_model"]) != config["joint_attention_dim"]:
         raise ModelError(
             f"{checkpoint.name}: the transformer expects text of width {config['joint_attention_dim']} (joint_attention_dim), "

@@ -35,6 +35,7 @@ UNET, VAE, CLIP, OPEN_CLIP = (
 _IGNORED = re.compile(
     r"model_ema\.|.*position_ids$|betas$|alphas_cumprod|sqrt_|posterior_|log_one_minus|.*logit_scale$|.*attn_mask$|loss\."
 )
+_SCALED = re.compile(r"scale_weight$|weight_scale$|scaled_fp8$|comfy_quant$")
 _OTHERS = {
     "joint_blocks.": "Stable Diffusion 3", "double_blocks.": "Flux", "cross_attn.kv_linear.": "PixArt",
     "lora_": "a LoRA",
@@ -73,11 +74,18 @@ def read_single(checkpoint: Checkpoint) -> Checkpoint:
     assert checkpoint.file is not None
     path = checkpoint.file
     index = {name: info for name, info in _index(path).items() if not _IGNORED.match(name)}
-    kind = _kind(path, index)
+    if scaled := next((name for name in index if _SCALED.search(name)), None):
+        raise ModelError(
+            f"{path}: {scaled!r} scales weights of 8 bits, which tiler does not read from single files; use an fp16 file"
+        )
     open_clip = any(name.startswith(OPEN_CLIP) for name in index)
-    unet, vae = _unet_config(index, kind), _vae_config(index, kind)
-    text = _text_config(index, kind, OPEN_CLIP if open_clip else CLIP)
-    predicts, why = _prediction(index, kind)
+    try:
+        kind = _kind(path, index)
+        unet, vae = _unet_config(index, kind), _vae_config(index, kind)
+        text = _text_config(index, kind, OPEN_CLIP if open_clip else CLIP)
+        predicts, why = _prediction(index, kind)
+    except (KeyError, IndexError) as error:
+        raise ModelError(f"{path}: tensor {error} is missing; download the file again") from error
     with lean_imports():
         from diffusers.loaders import single_file_utils as diffusers
     convert: dict[str, tuple[dict[str, Any], Callable[[dict[str, Any]], Mapping[str, Any]]]] = {
@@ -168,6 +176,8 @@ def _unet_config(index: Index, kind: _Kind) -> dict[str, Any]:
 
 def _vae_config(index: Index, kind: _Kind) -> dict[str, Any]:
     count = _count(index, re.escape(VAE) + r"encoder\.down\.(\d+)\.")
+    if not count:
+        raise KeyError(f"{VAE}encoder.down.0.block.0.conv2.weight")
     down = f"{VAE}encoder.down."
     return {
         "_class_name": "AutoencoderKL",

@@ -118,8 +118,8 @@ def _moments(part: Tensor) -> Tensor:
     sums = torch.zeros(2, part.shape[1], dtype=torch.float64)
     for _, fresh, last in strips(*part.shape[1:]):
         rows = part[:, :, fresh:last]
-        sums[0] += rows.sum((0, 2, 3))
-        sums[1] += rows.square().sum((0, 2, 3))
+        sums[0] += rows.sum((0, 2, 3), dtype=torch.float64)
+        sums[1] += rows.double().square_().sum((0, 2, 3))
     return sums
 
 

@@ -114,7 +114,7 @@ def _tokens(tokenizer: Any, text: str, length: int, warn: Callable[[str], None],
     # The tokenizer is not asked to look at megabytes of text just to say that they do not fit.
     short = text[: 40 * length]
     if len(tokenizer(short).input_ids) > length or len(text) > len(short):
-        warn(f"the prompt is longer than {length} tokens and was cut: {text[:40]!r}…")
+        warn(f"the prompt is longer than {length} tokens and was cut for T5: {text[:40]!r}…")
     padded = tokenizer(short, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
     ids: Tensor = padded.input_ids
     return ids if keep_pads else ids[padded.attention_mask.bool()][None]

@@ -46,9 +46,14 @@ def with_resident(
     room = int((max_bytes * fill - phase.peak_bytes) / (1 + RESIDENT_SLACK))
     # Layer by layer every weight is read once: nothing is gained by keeping any.
     chosen = {} if method is not None and method.by_layers else _choose_resident(streamed, room)
-    nbytes = sum(math.prod(streamed.stored[n].shape) * dtype.itemsize for n, dtype in chosen.items())
+    nbytes = sum(_resident_bytes(streamed.stored[name], dtype) for name, dtype in chosen.items())
     phase = _with(phase, "resident weights", int((1 + RESIDENT_SLACK) * nbytes))
     return phase if method is None else _with_heap(phase, method, max_bytes), chosen
+
+
+def _resident_bytes(info: TensorInfo, dtype: torch.dtype) -> int:
+    """In fp32, or as stored."""
+    return 4 * math.prod(info.shape) if dtype == torch.float32 else info.nbytes
 
 
 def _with_heap(phase: PhasePlan, method: DecodePlan, max_bytes: int) -> PhasePlan:

@@ -137,7 +137,7 @@ class _Reader:
         said = values.get(_SHAPES + name)
         if said is None:
             return shape
-        if not isinstance(said, list) or math.prod(said) != math.prod(shape):
+        if not isinstance(said, list) or min(said, default=0) < 1 or math.prod(said) != math.prod(shape):
             raise ModelError(
                 f"{self.path}: tensor {name!r} has shape {list(shape)}, {_SHAPES}… says {said}; the file is damaged"
             )
@@ -145,6 +145,8 @@ class _Reader:
 
     def place(self, name: str, shape: tuple[int, ...], dtype: str, offset: int) -> TensorInfo:
         codec, elements = CODECS[dtype], math.prod(shape)
+        if not elements:
+            raise ModelError(f"{self.path}: tensor {name!r} has shape {list(shape)}; the file is damaged")
         nbytes = codec.row_bytes(elements)
         if elements % codec.values:
             raise ModelError(

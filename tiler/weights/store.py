@@ -18,7 +18,7 @@ from typing import NamedTuple, Self
 import torch
 
 from tiler.errors import ModelError, NumericalError, StorageError
-from tiler.weights.blocks import block_sides, can_block, unblocked
+from tiler.weights.blocks import OUTPUTS, block_sides, can_block, unblocked
 from tiler.weights.codecs import CODECS
 from tiler.weights.index import TensorInfo, open_regular, read_into
 
@@ -70,12 +70,32 @@ def match_index(
             raise ModelError(
                 f"{info.path}: tensor {info.name!r} has shape {list(info.shape)}, config.json asks for {list(want)}"
             )
-        scale = stored.get(info.name + SCALE)
+        scale = _scale(stored, info, want[0] if want else 1)
         check_dtype(info, scaled=scale is not None)
         matched[name] = info.reshaped(want)._replace(blocked=is_blocked)
         if scale is not None:
             matched[name + SCALE] = scale
     return matched
+
+
+_SCALES = (SCALE, "_scale", ".scale_weight")
+"""How files name the factors of X.weight: tiler's X.weight.scale; diffusers' X.weight_scale; ComfyUI's X.scale_weight."""
+
+
+def _scale(stored: dict[str, TensorInfo], info: TensorInfo, rows: int) -> TensorInfo | None:
+    """What multiplies a tensor of few bits: one factor, or one for each of its `rows`. Raises ModelError where it must be there and is not."""
+    module = info.name.removesuffix(".weight")
+    names = (info.name + _SCALES[0], info.name + _SCALES[1], module + _SCALES[2])
+    found = next((stored[name] for name in names if name in stored), None)
+    if found is not None and math.prod(found.shape) not in (1, rows):
+        raise ModelError(
+            f"{info.path}: tensor {found.name!r} has shape {list(found.shape)}, which is not a factor for each row"
+        )
+    if found is None and info.dtype.startswith("F8") and any(name.endswith("scaled_fp8") for name in stored):
+        raise ModelError(
+            f"{info.path}: the file says that its fp8 weights are scaled, but {info.name!r} has no scale; download it again"
+        )
+    return found
 
 
 class WeightStore:
@@ -145,7 +165,7 @@ class WeightStore:
     def scale(self, name: str) -> torch.Tensor:
         """The factors (rows,) fp32 of a scaled tensor; they stay in memory."""
         if name not in self._scales:
-            self._scales[name] = self.load(name + SCALE).flatten().expand(self.index[name].shape[0])
+            self._scales[name] = self.load(name + SCALE).flatten().expand(self.index[name].shape[0]).contiguous()
         return self._scales[name]
 
     def rows(self, name: str, rows: list[int]) -> torch.Tensor:
@@ -166,6 +186,13 @@ class WeightStore:
     def fetch(self, piece: Piece, out: torch.Tensor, *, in_blocks: bool = False) -> None:
         """Cast a piece into `out` (rows × rest, fp32 or int8), and start reading what followed it last time. A blocked tensor's
         rows are put in order, unless they are wanted `in_blocks`: as they lie there."""
+        if self.index[piece.name].blocked and not in_blocks and piece.first % OUTPUTS + piece.last % OUTPUTS:
+            last = -(-piece.last // OUTPUTS) * OUTPUTS  # whole blocks, of which some rows are left out
+            around = Piece(piece.name, piece.first // OUTPUTS * OUTPUTS, last)
+            rows = out.new_empty(last - around.first, *out.shape[1:])
+            self.fetch(around, rows)
+            out.copy_(rows[piece.first - around.first : piece.last - around.first])
+            return
         if (kept := self.resident.get(piece.name)) is not None:
             if kept.dtype == torch.float32:
                 out.copy_(kept[piece.first : piece.last].view_as(out))
@@ -272,6 +299,7 @@ class WeightStore:
         """Rows as stored, (bytes,) uint8 → `out`: scaled fp32, or int8 as stored."""
         info = self.index[piece.name]
         if info.blocked and not in_blocks:
+            assert piece.first % OUTPUTS == 0, piece
             rows = unblocked(raw.view(torch.int8), (piece.last - piece.first, *info.shape[1:]))
             raw = rows.flatten().view(torch.uint8)
         if out.dtype == torch.int8:
