@@ -97,6 +97,7 @@ def test_strips_are_of_one_size_and_each_row_is_fresh_once() -> None:
 
 def test_sd_never_goes_by_strips(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its bytes are those of the whole tensor's norm, however large a tile is."""
+    from tiler.models.built import Models
     from tiler.models.family import Role, read_family
     from tiler.planning.peaks import DenoiserPeaks
     from tiler.weights.checkpoint import resolve
@@ -107,4 +108,4 @@ def test_sd_never_goes_by_strips(tiny: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(strips, "_convolved", fail)
     family = read_family(resolve(str(tiny)))
     assert family.part(Role.DENOISER)
-    assert DenoiserPeaks(family, int8=False).activations((0,), 512, 512) > 10**8
+    assert DenoiserPeaks(Models(family), int8=False).activations((0,), 512, 512) > 10**8

@@ -158,6 +158,10 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
 
 
 _POINTWISE = {
+    "tanh",
+    "pow",
+    "sigmoid",
+    "__eq__",
     "add",
     "__add__",
     "__radd__",
@@ -222,6 +226,13 @@ class _ByShape(TorchFunctionMode):
             return x
         if name == "__getitem__" and (rows := _tables(args[1])):
             return x.new_empty(*_broadcast([index.shape for index in rows]), *x.shape[len(rows) :])
+        if name == "bmm":
+            self.meter.linear_flops += _repeated(2 * x.numel() * args[1].shape[2])
+            return x.new_empty(*x.shape[:2], args[1].shape[2])
+        if name == "mean" and args[1:] == (-1,):
+            return x.new_empty(*x.shape[:-1], *([1] if kwargs.get("keepdim") else []))
+        if name == "argmax" and kwargs.get("dim") == -1:
+            return x.new_empty(x.shape[:-1], dtype=torch.int64)
         if name in _POINTWISE:
             return x.new_empty(_broadcast([a.shape for a in args if isinstance(a, Tensor)]))
         if func is F.scaled_dot_product_attention:

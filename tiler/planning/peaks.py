@@ -11,6 +11,7 @@ from torch import nn
 
 from tiler.compute.layers import StreamedLayer, streamed_layers
 from tiler.compute.lending import lent
+from tiler.compute.native import reads_blocks
 from tiler.compute.shapes import MetaMeter
 from tiler.compute.stream import Streamer
 from tiler.compute.tuning import ARENA_BYTES, HEAP_SLACK, INT8_HOLES_BYTES, MAPPED_HEAP_SLACK, TIGHT_HEAP_SLACK
@@ -119,7 +120,7 @@ class DenoiserPeaks:
         mapped = self.family.traits.large_blocks
         slack = MAPPED_HEAP_SLACK if mapped else TIGHT_HEAP_SLACK if tight else HEAP_SLACK
         work = self.activations(group, height, width) + int(slack * self.activations((0,), height, width))
-        if not (tight or mapped):
+        if not (tight or mapped or reads_blocks()):
             integers = sum(math.prod(self.stored[name].shape) for name in self.streamer.int8_keys & self.stored.keys())
             work += min(INT8_HOLES_BYTES, integers)
         return PhasePlan(name=name, terms=(*fixed, *self.terms, Term(name=ACTIVATIONS, nbytes=work)))
