@@ -118,9 +118,10 @@ class DenoiserPeaks:
         group = tuple(sorted(set(group)).index(tile) for tile in group)
         tight = self.streamer.arena_bytes < ARENA_BYTES
         mapped = self.family.traits.large_blocks
-        slack = MAPPED_HEAP_SLACK if mapped else TIGHT_HEAP_SLACK if tight else HEAP_SLACK
+        in_place = bool(self.streamer.int8_keys) and reads_blocks()  # then nothing is packed and freed unit by unit
+        slack = MAPPED_HEAP_SLACK if mapped else TIGHT_HEAP_SLACK if tight or in_place else HEAP_SLACK
         work = self.activations(group, height, width) + int(slack * self.activations((0,), height, width))
-        if not (tight or mapped or reads_blocks()):
+        if not (tight or mapped or in_place):
             integers = sum(math.prod(self.stored[name].shape) for name in self.streamer.int8_keys & self.stored.keys())
             work += min(INT8_HOLES_BYTES, integers)
         return PhasePlan(name=name, terms=(*fixed, *self.terms, Term(name=ACTIVATIONS, nbytes=work)))
