@@ -172,7 +172,10 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: shutil.rmtree(f / "text_encoder"),
         "text_encoder/config.json is missing; run: hf download",
     ),
-    "no tokenizer": (lambda f: shutil.rmtree(f / "tokenizer"), "tokenizer is missing; run: hf download"),
+    "no tokenizer": (
+        lambda f: shutil.rmtree(f / "tokenizer"),
+        "tokenizer: neither tokenizer.json nor spiece.model is here; run: hf download",
+    ),
     "no weights": (lambda f: next(f.glob("transformer/*.safetensors")).unlink(), "transformer: no *.safetensors here"),
     "no shard": (lambda f: lose_shard(f, "text_encoder"), "-00002-of-00002.safetensors cannot be found"),
     "channels": (lambda f: edit(f, "transformer", in_channels=8), "the transformer takes 8 channels"),

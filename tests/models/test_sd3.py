@@ -277,7 +277,10 @@ BAD["no weights"] = (
 BAD["no shard"] = lambda f: lose_shard(f, "transformer"), "-00002-of-00002.safetensors cannot be found"
 BAD["controlnet"] = lambda f: edit(f, "", _class_name="StableDiffusion3ControlNetPipeline"), "a ControlNet pipeline"
 BAD["inpainting"] = lambda f: edit(f, "", _class_name="StableDiffusion3InpaintPipeline"), "an inpainting model"
-BAD["no T5 tokenizer"] = lambda f: shutil.rmtree(f / "tokenizer_3"), "tokenizer_3 is missing; run: hf download"
+BAD["no T5 tokenizer"] = (
+    lambda f: shutil.rmtree(f / "tokenizer_3"),
+    "tokenizer_3: neither tokenizer.json nor spiece.model is here; run: hf download",
+)
 BAD["no T5 weights"] = (
     lambda f: next(f.glob("text_encoder_3/*.safetensors")).unlink(),
     "text_encoder_3: no *.safetensors",
