@@ -10,11 +10,12 @@ import os
 import platform
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import build_kernels
 from setuptools import build_meta
-from setuptools.build_meta import build_sdist, get_requires_for_build_sdist  # noqa: F401  (hooks)
+from setuptools.build_meta import get_requires_for_build_sdist  # noqa: F401  (a hook)
 
 # Of ziglang's wheels, those for machines that the kernels are written for.
 COMPILER = 'ziglang>=0.14,<1; platform_machine in "x86_64 aarch64 arm64" and (sys_platform == "linux" or sys_platform == "darwin")'
@@ -40,6 +41,18 @@ def prepare_metadata_for_build_wheel(metadata_directory: str, config_settings: S
 
 def prepare_metadata_for_build_editable(metadata_directory: str, config_settings: Settings = None) -> str:
     return build_meta.prepare_metadata_for_build_editable(metadata_directory, config_settings)
+
+
+def build_sdist(sdist_directory: str, config_settings: Settings = None) -> str:
+    """With the sources of the kernels and what compiles them, which setuptools learns from a file at the top alone."""
+    template = Path("MANIFEST.in")
+    template.write_text(
+        "include scripts/build_backend.py scripts/build_kernels.py\nrecursive-include tiler/native *.c *.h\n"
+    )
+    try:
+        return build_meta.build_sdist(sdist_directory, config_settings)
+    finally:
+        template.unlink()
 
 
 def build_wheel(wheel_directory: str, config_settings: Settings = None, metadata_directory: str | None = None) -> str:
