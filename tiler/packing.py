@@ -54,10 +54,9 @@ def packed_weights(models: Models, cache: Path, progress: Callable[[float, str],
     stored = {part.name: family.checkpoint.weights(part.name) for part in parts}
     files = {_prefix(part) + name: info for part in parts for name, info in stored[part.name].items()}
     matched = {part.name: match_index(models.module(part), stored[part.name], part.aliases) for part in parts}
-    in_blocks = reads_blocks() and any(
-        can_block(info.shape) for part in parts for name, info in matched[part.name].items()
-        if part.role is Role.DENOISER and name in part.int8_weights(models.module(part))
-    )  # fmt: skip
+    integers = {part.name: part.int8_weights(models.module(part)) for part in parts}
+    name = family.part(Role.DENOISER).name
+    in_blocks = reads_blocks() and any(can_block(matched[name][weight].shape) for weight in integers[name])
 
     def write(path: Path, mark: str, reason: str) -> None:
         order: list[str] = []
@@ -70,8 +69,8 @@ def packed_weights(models: Models, cache: Path, progress: Callable[[float, str],
             denoiser = part.role is Role.DENOISER
             # A text encoder is computed in fp32: its weights may take all 8 bits on every processor.
             rule = quantize_rows if denoiser else partial(quantize_rows, largest=127)
-            quantised |= {prefix + name: rule for name in part.int8_weights(module)}
-            to_block |= part.int8_weights(module) if denoiser and in_blocks else set()
+            quantised |= {prefix + name: rule for name in integers[part.name]}
+            to_block |= integers[part.name] if denoiser and in_blocks else set()
             index |= {prefix + name: info for name, info in packed.items()}
             names = order_of_use(family, module) if denoiser else packed
             order += [prefix + name for name in names if name in packed]
