@@ -16,18 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tiler.compute.stream import Streamer
-from tiler.decoding import FACTOR
 from tiler.errors import ModelError
 from tiler.models import bounds, t5
-from tiler.models.auraflow_blocks import (
-    PATCH,
-    build_transformer,
-    modulating,
-    predict_sample,
-    quantised,
-    read_once,
-    table_side,
-)
+from tiler.models.auraflow_blocks import build_transformer, modulating, predict_sample, quantised, read_once, table_side
 from tiler.models.family import (
     Family,
     OpenPart,
@@ -36,14 +27,14 @@ from tiler.models.family import (
     Role,
     Traits,
     VaeSpec,
-    build_vae,
     read_config,
-    vae_names,
+    vae_part,
 )
 from tiler.models.modulation import Modulations, modulations
+from tiler.models.patches import PATCH
 from tiler.models.positions import table_names
 from tiler.models.required import check_latents, check_parts, fetch_part
-from tiler.models.samples import Place, Prompt, Sample
+from tiler.models.samples import Prompt, Sample, empty, examples
 from tiler.weights.checkpoint import Checkpoint
 
 TOKENS = 256  # of a prompt
@@ -89,14 +80,8 @@ class AuraFlow(Family):
         return torch.cat(made)
 
     def example(self, tiles: Sequence[int], sides: tuple[int, int]) -> list[Sample]:
-        def empty(*shape: int) -> Tensor:
-            return torch.empty(shape, device="meta")
-
-        width = self.part(Role.DENOISER).config["joint_attention_dim"]
-        latents = {tile: empty(1, self.latent_channels, *sides) for tile in tiles}
-        height, across = (FACTOR * side for side in sides)
-        place, prompt = Place(0, 0, height, across, (height, across)), Prompt(empty(1, TOKENS, width))
-        return [Sample(latents[tile], prompt, place, 1.0) for tile in tiles]
+        prompt = Prompt(empty(1, TOKENS, self.part(Role.DENOISER).config["joint_attention_dim"]))
+        return examples(tiles, self.latent_channels, sides, lambda: prompt)
 
 
 def read(checkpoint: Checkpoint, name: str) -> AuraFlow:
@@ -117,10 +102,6 @@ def read(checkpoint: Checkpoint, name: str) -> AuraFlow:
         name="transformer", role=Role.DENOISER, config=config, aliases=table_names, arena_bytes=ARENA_BYTES,
         build=partial(build_transformer, checkpoint, config), quantise=quantised, once=read_once,
     )  # fmt: skip
-    picture = Part(
-        name="vae", role=Role.VAE, config=vae, aliases=vae_names, build=partial(build_vae, spec),
-        quantise=lambda name: False,
-    )  # fmt: skip
     traits = Traits(
         # What the config calls its sample size is in patches: 64 of them are the 1024 pixels it was trained on.
         title="AuraFlow", native=PATCH * int(config.get("sample_size", 64)), granularity=PATCH, patch=PATCH, samples=1,
@@ -128,6 +109,6 @@ def read(checkpoint: Checkpoint, name: str) -> AuraFlow:
         flow=True, large_blocks=True, longest=PATCH * table_side(config), defaults=_DEFAULTS,
     )  # fmt: skip
     return AuraFlow(
-        checkpoint=checkpoint, traits=traits, parts=(encoder, denoiser, picture), vae=spec,
+        checkpoint=checkpoint, traits=traits, parts=(encoder, denoiser, vae_part(spec)), vae=spec,
         scheduler=checkpoint.config("scheduler", "scheduler_config.json"),
     )  # fmt: skip

@@ -14,11 +14,19 @@ from torch import Tensor, nn
 
 from tiler.compute.stream import Streamer
 from tiler.memory.lean_imports import lean_imports
-from tiler.models.dit import FeedForward, Stream, add_attended, add_feed_forward, attention, modulated, project
-from tiler.models.flux_blocks import pack
+from tiler.models.dit import (
+    FeedForward,
+    add_attended,
+    add_feed_forward,
+    added_stream,
+    attention,
+    modulated,
+    project,
+    stream_of,
+)
 from tiler.models.meta import on_meta, refusing
+from tiler.models.patches import PATCH, pack, unpatched
 from tiler.models.positions import Grid, embed, replace_table
-from tiler.models.sd3_blocks import unpatched
 from tiler.weights.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
@@ -27,8 +35,6 @@ if TYPE_CHECKING:
         AuraFlowSingleTransformerBlock,
         AuraFlowTransformer2DModel,
     )
-
-PATCH = 2  # latents along a token's side
 
 
 def build_transformer(checkpoint: Checkpoint, config: dict[str, Any]) -> AuraFlowTransformer2DModel:
@@ -98,7 +104,7 @@ def predict_sample(
     scale, shift = next(rows).chunk(2)
     made = x.new_empty(1, height * width, model.proj_out.out_features)
     project(streamer, model.proj_out, modulated(_Copy(), x[:, image], scale, shift), made)
-    return unpatched(made, height)
+    return unpatched(made, height, latents.shape[1])
 
 
 def joint_block(
@@ -110,11 +116,9 @@ def joint_block(
     attn: Any = block.attn
     shift, scale, gate, ff_shift, ff_scale, ff_gate = of_image.chunk(6)
     t_shift, t_scale, t_gate, t_ff_shift, t_ff_scale, t_ff_gate = of_text.chunk(6)
-    text_layers = attn.add_q_proj, attn.add_k_proj, attn.add_v_proj
-    norms = attn.norm_added_q, attn.norm_added_k
     streams = (
-        Stream(text, modulated(block.norm1_context.norm, x, t_scale, t_shift), text_layers, norms),
-        _stream(image, attn, modulated(block.norm1.norm, x, scale, shift)),
+        added_stream(text, attn, modulated(block.norm1_context.norm, x, t_scale, t_shift)),
+        stream_of(image, attn, modulated(block.norm1.norm, x, scale, shift)),
     )
     attended = attention(streamer, x, streams, attn.heads)
     after = x.clone()
@@ -132,7 +136,7 @@ def single_block(streamer: Streamer, block: AuraFlowSingleTransformerBlock, x: T
     attn: Any = block.attn
     shift, scale, gate, ff_shift, ff_scale, ff_gate = modulation.chunk(6)
     everything = slice(0, x.shape[1])
-    stream = _stream(everything, attn, modulated(block.norm1.norm, x, scale, shift))
+    stream = stream_of(everything, attn, modulated(block.norm1.norm, x, scale, shift))
     attended = attention(streamer, x, [stream], attn.heads)
     after = x.clone()
     add_attended(streamer, attn.to_out[0], attended, after, everything, gate)
@@ -146,10 +150,6 @@ class _Copy(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x.clone()
-
-
-def _stream(tokens: slice, attn: Any, normed: Callable[[slice], Tensor]) -> Stream:
-    return Stream(tokens, normed, (attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k))
 
 
 def _feed_forward(ff: Any) -> FeedForward:

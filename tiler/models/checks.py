@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tiler.decoding import FACTOR
 from tiler.errors import ModelError
 from tiler.models import bounds
+from tiler.models.required import check_factor
 from tiler.weights.checkpoint import Checkpoint
 
 Config = Mapping[str, Any]
@@ -31,8 +31,7 @@ def check_channels(checkpoint: Checkpoint, unet: Config, vae: Config) -> None:
         raise ModelError(
             f"{checkpoint.name}: the UNet takes {channels} channels, the VAE gives {latent}: this is {kind}; tiler needs text-to-image"
         )
-    if (factor := 2 ** (len(vae["block_out_channels"]) - 1)) != FACTOR:
-        raise ModelError(f"{checkpoint.name}: the VAE's factor is {factor}; tiler supports {FACTOR}")
+    check_factor(checkpoint, vae)
     bounds.check_prediction(f"{checkpoint.folder / 'unet'}/config.json", unet)
 
 

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from itertools import pairwise
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +52,22 @@ class FeedForward(NamedTuple):
     activation: nn.Module
     out: nn.Linear
     gate: nn.Linear | None = None
+
+
+def stream_of(tokens: slice, attn: Any, normed: Normed) -> Stream:
+    """A Stream by the layers that diffusers' attention has of its own."""
+    return Stream(tokens, normed, (attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k))
+
+
+def added_stream(tokens: slice, attn: Any, normed: Normed) -> Stream:
+    """A Stream by the layers that diffusers' joint attention has for its other tokens."""
+    layers = attn.add_q_proj, attn.add_k_proj, attn.add_v_proj
+    return Stream(tokens, normed, layers, (attn.norm_added_q, attn.norm_added_k))
+
+
+def gelu_feed_forward(ff: Any) -> FeedForward:
+    """The layers of diffusers' FeedForward with the approximate GELU."""
+    return FeedForward(ff.net[0].proj, nn.GELU(approximate="tanh"), ff.net[2])
 
 
 def modulated(norm: nn.Module, x: Tensor, scale: Tensor, shift: Tensor) -> Normed:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import StrEnum
-from functools import cached_property
+from functools import cached_property, partial
 from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType
@@ -98,6 +98,10 @@ class Options(NamedTuple):
     scratch: Path | None = None
 
 
+def no_parameter(name: str) -> bool:
+    return False
+
+
 @dataclass(frozen=True, kw_only=True)
 class Part:
     """One model of a checkpoint. `name` is its folder; `build` makes it on the meta device; `aliases` gives the names that a
@@ -110,8 +114,8 @@ class Part:
     config: dict[str, Any]
     build: Callable[[], Any]
     aliases: Callable[[str], list[str]]
-    quantise: Callable[[str], bool]
-    once: Callable[[str], bool] = lambda name: False
+    quantise: Callable[[str], bool] = no_parameter
+    once: Callable[[str], bool] = no_parameter
     arena_bytes: int | None = None
     example: Callable[[Any], object] | None = None
 
@@ -278,6 +282,11 @@ def build_vae(vae: VaeSpec) -> Any:
     with on_meta(), refusing(vae.part, vae.checkpoint):
         kind: Any = AutoencoderTiny if vae.tiny else AutoencoderKL
         return kind.from_config(vae.config).eval().requires_grad_(False)
+
+
+def vae_part(vae: VaeSpec) -> Part:
+    """The checkpoint's AutoencoderKL, whose weights stay as they are stored."""
+    return Part(name=vae.part, role=Role.VAE, config=vae.config, aliases=vae_names, build=partial(build_vae, vae))
 
 
 def read_tiny(checkpoint: Checkpoint, family: Family) -> VaeSpec:

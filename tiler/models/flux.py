@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tiler.compute.stream import Streamer
-from tiler.decoding import FACTOR
 from tiler.errors import ModelError
 from tiler.memory.lean_imports import lean_imports
 from tiler.models import bounds, t5
@@ -29,16 +28,16 @@ from tiler.models.family import (
     Role,
     Traits,
     VaeSpec,
-    build_vae,
     plain_names,
     read_config,
-    vae_names,
+    vae_part,
 )
-from tiler.models.flux_blocks import PATCH, modulating, predict_sample
+from tiler.models.flux_blocks import modulating, predict_sample
 from tiler.models.meta import on_meta, refusing
 from tiler.models.modulation import Modulations, modulations
-from tiler.models.required import check_parts, fetch_part
-from tiler.models.samples import Place, Prompt, Sample
+from tiler.models.patches import PATCH
+from tiler.models.required import check_factor, check_parts, fetch_part
+from tiler.models.samples import Prompt, Sample, empty, examples
 from tiler.weights.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
@@ -110,14 +109,9 @@ class Flux(Family):
         return torch.cat(made)
 
     def example(self, tiles: Sequence[int], sides: tuple[int, int]) -> list[Sample]:
-        def empty(*shape: int) -> Tensor:
-            return torch.empty(shape, device="meta")
-
         config = self.part(Role.DENOISER).config
         prompt = Prompt(empty(1, self.length, config["joint_attention_dim"]), empty(1, config["pooled_projection_dim"]))
-        latents = {tile: empty(1, self.latent_channels, *sides) for tile in tiles}
-        height, width = (FACTOR * side for side in sides)
-        return [Sample(latents[tile], prompt, Place(0, 0, height, width, (height, width)), 1.0) for tile in tiles]
+        return examples(tiles, self.latent_channels, sides, lambda: prompt)
 
 
 def quantised(name: str) -> bool:
@@ -157,10 +151,7 @@ def read(checkpoint: Checkpoint, name: str) -> Flux:
             name="transformer", role=Role.DENOISER, config=config, aliases=plain_names,
             build=partial(_build, checkpoint, config), quantise=quantised, once=read_once, arena_bytes=ARENA_BYTES,
         ),
-        Part(
-            name="vae", role=Role.VAE, config=vae, aliases=vae_names, build=partial(build_vae, spec),
-            quantise=lambda name: False,
-        ),
+        vae_part(spec),
     )  # fmt: skip
     traits = Traits(
         title="Flux.1 dev" if guidance is Guidance.EMBEDDED else "Flux.1 schnell",
@@ -208,8 +199,7 @@ def _check_widths(checkpoint: Checkpoint, config: Config, vae: Config, text: Con
                 f"{checkpoint.name}: the transformer expects text of width {config[key]} ({key}), {part} gives {width}; these "
                 "parts do not belong together"
             )
-    if (factor := 2 ** (len(vae["block_out_channels"]) - 1)) != FACTOR:
-        raise ModelError(f"{checkpoint.name}: the VAE's factor is {factor}; tiler supports {FACTOR}")
+    check_factor(checkpoint, vae)
 
 
 def _build(checkpoint: Checkpoint, config: dict[str, Any]) -> FluxTransformer2DModel:

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tiler.compute.stream import Streamer
-from tiler.models.dit import FeedForward, Stream, add_attended, add_feed_forward, attention, modulated, project
+from tiler.models.dit import (
+    FeedForward,
+    add_attended,
+    add_feed_forward,
+    added_stream,
+    attention,
+    gelu_feed_forward,
+    modulated,
+    project,
+    stream_of,
+)
+from tiler.models.patches import PATCH, pack, unpack
 
 if TYPE_CHECKING:
     from diffusers.models.transformers.transformer_flux import (
@@ -18,8 +28,6 @@ if TYPE_CHECKING:
         FluxTransformer2DModel,
         FluxTransformerBlock,
     )
-
-PATCH = 2  # latents along a token's side
 
 
 def predict_sample(
@@ -61,22 +69,18 @@ def joint_block(
     attn = block.attn
     shift, scale, gate, ff_shift, ff_scale, ff_gate = of_image.chunk(6)
     t_shift, t_scale, t_gate, t_ff_shift, t_ff_scale, t_ff_gate = of_text.chunk(6)
-    text_layers, text_norms = (
-        (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj),
-        (attn.norm_added_q, attn.norm_added_k),
-    )
     streams = (
-        Stream(text, modulated(block.norm1_context.norm, x, t_scale, t_shift), text_layers, text_norms),
-        _image_stream(image, attn, modulated(block.norm1.norm, x, scale, shift)),
+        added_stream(text, attn, modulated(block.norm1_context.norm, x, t_scale, t_shift)),
+        stream_of(image, attn, modulated(block.norm1.norm, x, scale, shift)),
     )
     attended = attention(streamer, x, streams, attn.heads, rotation)
     add_attended(streamer, attn.to_add_out, attended, x, text, t_gate)
     add_attended(streamer, attn.to_out[0], attended, x, image, gate)
     del attended
     normed = modulated(block.norm2_context, x, t_ff_scale, t_ff_shift)
-    add_feed_forward(streamer, _feed_forward(block.ff_context), x, text, normed, t_ff_gate)
+    add_feed_forward(streamer, gelu_feed_forward(block.ff_context), x, text, normed, t_ff_gate)
     normed = modulated(block.norm2, x, ff_scale, ff_shift)
-    add_feed_forward(streamer, _feed_forward(block.ff), x, image, normed, ff_gate)
+    add_feed_forward(streamer, gelu_feed_forward(block.ff), x, image, normed, ff_gate)
 
 
 def single_block(
@@ -86,38 +90,15 @@ def single_block(
     the same input, and share their last layer."""
     shift, scale, gate = modulation.chunk(3)
     normed, everything = modulated(block.norm.norm, x, scale, shift), slice(0, x.shape[1])
-    attended = attention(streamer, x, [_image_stream(everything, block.attn, normed)], block.attn.heads, rotation)
+    attended = attention(streamer, x, [stream_of(everything, block.attn, normed)], block.attn.heads, rotation)
     layers = FeedForward(block.proj_mlp, nn.GELU(approximate="tanh"), block.proj_out)
     add_feed_forward(streamer, layers, x, everything, normed, gate, beside=attended)
-
-
-def _image_stream(tokens: slice, attn: Any, normed: Callable[[slice], Tensor]) -> Stream:
-    return Stream(tokens, normed, (attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k))
-
-
-def _feed_forward(ff: Any) -> FeedForward:
-    return FeedForward(ff.net[0].proj, nn.GELU(approximate="tanh"), ff.net[2])
 
 
 def modulating(model: FluxTransformer2DModel) -> list[nn.Linear]:
     """The layers that see timestep, guidance and pooled text alone, in the order in which a pass needs their values."""
     joint = [norm.linear for block in model.transformer_blocks for norm in (block.norm1, block.norm1_context)]
     return [*joint, *(block.norm.linear for block in model.single_transformer_blocks), model.norm_out.linear]
-
-
-def pack(latents: Tensor) -> Tensor:
-    """(1, C, h, w) → (1, h/2 · w/2, 4 C): each token is 2 × 2 latents, channel by channel."""
-    _, channels, height, width = latents.shape
-    if latents.is_meta:
-        return latents.new_empty(1, height * width // PATCH**2, channels * PATCH**2)
-    return F.pixel_unshuffle(latents, PATCH).flatten(2).transpose(1, 2).contiguous()
-
-
-def unpack(tokens: Tensor, height: int) -> Tensor:
-    """The inverse of `pack`, for `height` rows of tokens."""
-    if tokens.is_meta:
-        return tokens.new_empty(1, tokens.shape[2] // PATCH**2, height * PATCH, tokens.shape[1] // height * PATCH)
-    return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (height, -1)), PATCH)
 
 
 def rotations(model: FluxTransformer2DModel, text: int, height: int, width: int) -> Tensor:

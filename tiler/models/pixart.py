@@ -29,16 +29,16 @@ from tiler.models.family import (
     Role,
     Traits,
     VaeSpec,
-    build_vae,
     plain_names,
     read_config,
-    vae_names,
+    vae_part,
 )
 from tiler.models.few_steps import FEW_STEPS, sign_of_few_steps
 from tiler.models.meta import on_meta, refusing
-from tiler.models.pixart_blocks import PATCH, Grid, Modulation, modulations, predict_sample
+from tiler.models.patches import PATCH
+from tiler.models.pixart_blocks import Grid, Modulation, modulations, predict_sample
 from tiler.models.required import check_latents, check_parts, fetch_part
-from tiler.models.samples import Place, Prompt, Sample
+from tiler.models.samples import Prompt, Sample, empty, examples
 from tiler.weights.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
@@ -123,13 +123,8 @@ class PixArt(Family):
         return Grid(side // PATCH, max(side // 64, 1) if scale is None else scale)
 
     def example(self, tiles: Sequence[int], sides: tuple[int, int]) -> list[Sample]:
-        def empty(*shape: int) -> Tensor:
-            return torch.empty(shape, device="meta")
-
-        latents = {tile: empty(1, self.latent_channels, *sides) for tile in tiles}
-        height, width = (FACTOR * side for side in sides)
         prompt = Prompt(empty(1, self.length, self.part(Role.DENOISER).config["caption_channels"]))
-        return [Sample(latents[tile], prompt, Place(0, 0, height, width, (height, width)), 1.0) for tile in tiles]
+        return examples(tiles, self.latent_channels, sides, lambda: prompt)
 
 
 def _cleaned(prompt: str | None) -> str:
@@ -173,10 +168,7 @@ def read(checkpoint: Checkpoint, name: str) -> PixArt:
             name="transformer", role=Role.DENOISER, config=config, aliases=plain_names,
             build=partial(_build, checkpoint, config), quantise=quantised, once=read_once,
         ),
-        Part(
-            name="vae", role=Role.VAE, config=vae, aliases=vae_names, build=partial(build_vae, spec),
-            quantise=lambda name: False,
-        ),
+        vae_part(spec),
     )  # fmt: skip
     scheduler = checkpoint.config("scheduler", "scheduler_config.json")
     defaults, notes = _DEFAULTS, tuple[str, ...]()

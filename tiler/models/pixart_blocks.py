@@ -11,27 +11,26 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from tiler.compute.layers import attend
 from tiler.compute.stream import Streamer
 from tiler.models.dit import (
     CHUNK,
-    FeedForward,
     Stream,
     add_attended,
     add_feed_forward,
     attention,
     cut,
     each,
+    gelu_feed_forward,
     modulated,
     project,
 )
+from tiler.models.patches import PATCH, patches, unpatched
 
 if TYPE_CHECKING:
     from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
-
-PATCH = 2  # latents along a token's side
 
 
 class Grid(NamedTuple):
@@ -88,7 +87,7 @@ def predict_sample(
         add_attended(streamer, attn.to_out[0], attended, x, everything, gate)
         del attended
         add_text(streamer, block.attn2, x, text)
-        layers = FeedForward(block.ff.net[0].proj, nn.GELU(approximate="tanh"), block.ff.net[2])
+        layers = gelu_feed_forward(block.ff)
         add_feed_forward(streamer, layers, x, everything, modulated(block.norm2, x, ff_scale, ff_shift), ff_gate)
     check("transformer.proj_out")
     shift, scale = model.scale_shift_table + modulation.out
@@ -106,23 +105,6 @@ def add_text(streamer: Streamer, attn: Any, x: Tensor, text: Tensor) -> None:
             made = attn.to_out[0](attend(queries, keys, values, attn.to_q).transpose(1, 2).flatten(2))
             if not made.is_meta:
                 x[:, tokens] += made
-
-
-def patches(latents: Tensor) -> Tensor:
-    """(1, C, h, w) → (1, h/2 · w/2, 4 C): the values of each patch, channel by channel."""
-    _, channels, height, width = latents.shape
-    if latents.is_meta:
-        return latents.new_empty(1, height * width // PATCH**2, channels * PATCH**2)
-    return F.pixel_unshuffle(latents, PATCH).flatten(2).transpose(1, 2)
-
-
-def unpatched(tokens: Tensor, rows: int, channels: int) -> Tensor:
-    """(1, n, 4 · outputs), in a patch pixel by pixel → the first `channels` of the outputs, (1, channels, h, w)."""
-    columns = tokens.shape[1] // rows
-    if tokens.is_meta:
-        return tokens.new_empty(1, channels, PATCH * rows, PATCH * columns)
-    planes = tokens.view(rows, columns, PATCH, PATCH, -1)[..., :channels]
-    return planes.permute(4, 0, 2, 1, 3).reshape(1, channels, PATCH * rows, PATCH * columns)
 
 
 def add_positions(x: Tensor, rows: int, grid: Grid) -> None:

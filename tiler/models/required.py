@@ -37,5 +37,10 @@ def check_latents(checkpoint: Checkpoint, transformer: Mapping[str, Any], vae: M
             f"{checkpoint.name}: the transformer takes {taken} channels and gives {given}, the VAE's latents have {latent}; "
             "tiler needs a text-to-image model whose parts belong together"
         )
+    check_factor(checkpoint, vae)
+
+
+def check_factor(checkpoint: Checkpoint, vae: Mapping[str, Any]) -> None:
+    """That each latent is as many pixels wide as tiler decodes. Raises ModelError."""
     if (factor := 2 ** (len(vae["block_out_channels"]) - 1)) != FACTOR:
         raise ModelError(f"{checkpoint.name}: the VAE's factor is {factor}; tiler supports {FACTOR}")

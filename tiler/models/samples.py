@@ -1,10 +1,14 @@
-"""What a denoiser is asked: one sample is a crop of the canvas under one prompt. Data only."""
+"""What a denoiser is asked: one sample is a crop of the canvas under one prompt."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+from tiler.decoding import FACTOR
 
 
 class Prompt(NamedTuple):
@@ -34,3 +38,17 @@ class Sample(NamedTuple):
     prompt: Prompt
     place: Place
     guidance: float
+
+
+def empty(*shape: int) -> Tensor:
+    """An fp32 tensor on the meta device."""
+    return torch.empty(shape, device="meta")
+
+
+def examples(tiles: Sequence[int], channels: int, sides: tuple[int, int], prompt: Callable[[], Prompt]) -> list[Sample]:
+    """What `Family.example` gives: latents of (channels, *sides) for each number in `tiles`, equal numbers one tensor, each
+    with what `prompt` makes, as whole pictures of their own."""
+    latents = {tile: empty(1, channels, *sides) for tile in tiles}
+    height, width = (FACTOR * side for side in sides)
+    place = Place(0, 0, height, width, (height, width))
+    return [Sample(latents[tile], prompt(), place, 1.0) for tile in tiles]

@@ -9,11 +9,9 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from tiler.compute.stream import Streamer
-from tiler.decoding import FACTOR
 from tiler.errors import ModelError
 from tiler.models import bounds
 from tiler.models.checks import check_channels, check_unet_kind
@@ -27,12 +25,11 @@ from tiler.models.family import (
     Role,
     Traits,
     VaeSpec,
-    build_vae,
     plain_names,
     read_config,
-    vae_names,
+    vae_part,
 )
-from tiler.models.samples import Place, Prompt, Sample
+from tiler.models.samples import Prompt, Sample, empty, examples
 from tiler.models.unet import build_unet, predict_noise, quantised, windows_of
 from tiler.weights.checkpoint import Checkpoint
 
@@ -73,11 +70,8 @@ class StableDiffusion(Family):
         return predict_noise(model, streamer, latents, timestep, tokens, check, windows)
 
     def example(self, tiles: Sequence[int], sides: tuple[int, int]) -> list[Sample]:
-        meta, wide = torch.device("meta"), self.part(Role.TEXT_ENCODER).config["hidden_size"]
-        latents = {tile: torch.empty(1, self.latent_channels, *sides, device=meta) for tile in tiles}
-        height, width = (FACTOR * side for side in sides)
-        place = Place(0, 0, height, width, (height, width))
-        return [Sample(latents[tile], Prompt(torch.empty(1, TOKENS, wide, device=meta)), place, 1.0) for tile in tiles]
+        wide = self.part(Role.TEXT_ENCODER).config["hidden_size"]
+        return examples(tiles, self.latent_channels, sides, lambda: Prompt(empty(1, TOKENS, wide)))
 
 
 def read(checkpoint: Checkpoint, name: str) -> StableDiffusion:
@@ -124,14 +118,7 @@ def read(checkpoint: Checkpoint, name: str) -> StableDiffusion:
             aliases=plain_names,
             quantise=partial(quantised, levels=levels),
         ),
-        Part(
-            name="vae",
-            role=Role.VAE,
-            config=vae,
-            build=partial(build_vae, spec),
-            aliases=vae_names,
-            quantise=lambda name: False,
-        ),
+        vae_part(spec),
     )
     traits = Traits(
         title="Stable Diffusion", native=int(unet.get("sample_size", 64)), granularity=2 ** (levels - 1),

@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tiler.compute.stream import Streamer
-from tiler.decoding import FACTOR
 from tiler.errors import ModelError
 from tiler.models import bounds, t5
 from tiler.models.clip import (
@@ -37,16 +36,17 @@ from tiler.models.family import (
     Role,
     Traits,
     VaeSpec,
-    build_vae,
+    no_parameter,
     read_config,
-    vae_names,
+    vae_part,
 )
 from tiler.models.few_steps import FEW_STEPS, sign_of_few_steps
 from tiler.models.modulation import Modulations, modulations
+from tiler.models.patches import PATCH
 from tiler.models.positions import table_names
 from tiler.models.required import check_latents, check_parts, fetch_part
-from tiler.models.samples import Place, Prompt, Sample
-from tiler.models.sd3_blocks import PATCH, build_mmdit, modulating, predict_sample, quantised, read_once, table_side
+from tiler.models.samples import Prompt, Sample, empty, examples
+from tiler.models.sd3_blocks import build_mmdit, modulating, predict_sample, quantised, read_once, table_side
 from tiler.models.unet import quantised as quantised_text
 from tiler.weights.checkpoint import Checkpoint
 
@@ -119,15 +119,9 @@ class StableDiffusion3(Family):
         return torch.cat(made)
 
     def example(self, tiles: Sequence[int], sides: tuple[int, int]) -> list[Sample]:
-        def empty(*shape: int) -> Tensor:
-            return torch.empty(shape, device="meta")
-
         config = self.part(Role.DENOISER).config
-        latents = {tile: empty(1, self.latent_channels, *sides) for tile in tiles}
-        height, width = (FACTOR * side for side in sides)
-        place = Place(0, 0, height, width, (height, width))
         prompt = Prompt(empty(1, *self._shape), empty(1, pooled_width(config)))
-        return [Sample(latents[tile], prompt, place, 1.0) for tile in tiles]
+        return examples(tiles, self.latent_channels, sides, lambda: prompt)
 
 
 def pooled_width(config: Mapping[str, Any]) -> int:
@@ -154,7 +148,7 @@ def read(checkpoint: Checkpoint, name: str) -> StableDiffusion3:
         Part(
             name=part, role=Role.TEXT_ENCODER, config=text, aliases=clip_names,
             build=partial(build_clip, checkpoint, part, text, projection=True),
-            quantise=partial(quantised_text, levels=0) if part == "text_encoder" else _stays,
+            quantise=partial(quantised_text, levels=0) if part == "text_encoder" else no_parameter,
             example=partial(run_clip, output_hidden_states=True),
         )
         for part, text in texts.items()
@@ -169,9 +163,6 @@ def read(checkpoint: Checkpoint, name: str) -> StableDiffusion3:
         name="transformer", role=Role.DENOISER, config=config, aliases=table_names,
         build=partial(build_mmdit, checkpoint, config), quantise=quantised, once=read_once,
     )  # fmt: skip
-    picture = Part(
-        name="vae", role=Role.VAE, config=vae, aliases=vae_names, build=partial(build_vae, spec), quantise=_stays
-    )
     traits = Traits(
         title=kind.title, native=int(config.get("sample_size", 128)), granularity=PATCH, patch=PATCH, samples=1,
         channels=int(vae["latent_channels"]), width=config["num_attention_heads"] * config["attention_head_dim"],
@@ -179,7 +170,7 @@ def read(checkpoint: Checkpoint, name: str) -> StableDiffusion3:
         defaults=MappingProxyType(dict(kind.defaults)),
     )  # fmt: skip
     return StableDiffusion3(
-        checkpoint=checkpoint, traits=traits, parts=(*encoders, denoiser, picture), vae=spec, notes=tuple(notes),
+        checkpoint=checkpoint, traits=traits, parts=(*encoders, denoiser, vae_part(spec)), vae=spec, notes=tuple(notes),
         scheduler=checkpoint.config("scheduler", "scheduler_config.json"),
     )  # fmt: skip
 
@@ -249,8 +240,3 @@ def _check_widths(checkpoint: Checkpoint, config: Mapping[str, Any], texts: Mapp
 
 def _silent(text: str) -> None:
     """Of a prompt that is too long one encoder tells."""
-
-
-def _stays(name: str) -> bool:
-    """Of a part whose weights stay as they are stored."""
-    return False

@@ -13,16 +13,24 @@ from torch import Tensor, nn
 
 from tiler.compute.stream import Streamer
 from tiler.memory.lean_imports import lean_imports
-from tiler.models.dit import FeedForward, Stream, add_attended, add_feed_forward, attention, modulated, project
+from tiler.models.dit import (
+    add_attended,
+    add_feed_forward,
+    added_stream,
+    attention,
+    gelu_feed_forward,
+    modulated,
+    project,
+    stream_of,
+)
 from tiler.models.meta import on_meta, refusing
+from tiler.models.patches import PATCH, unpatched
 from tiler.models.positions import Grid, embed, replace_table
 from tiler.weights.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     from diffusers.models.attention import JointTransformerBlock
     from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
-
-PATCH = 2  # latents
 
 
 def build_mmdit(checkpoint: Checkpoint, config: dict[str, Any]) -> SD3Transformer2DModel:
@@ -85,7 +93,7 @@ def predict_sample(
     scale, shift = next(rows).chunk(2)
     made = x.new_empty(1, image.stop, model.proj_out.out_features)
     project(streamer, model.proj_out, modulated(model.norm_out.norm, x, scale, shift), made)
-    return unpatched(made, height)
+    return unpatched(made, height, latents.shape[1])
 
 
 def joint_block(
@@ -104,16 +112,12 @@ def joint_block(
     # Both attentions of a block that has two see the state before either is added.
     beside = None
     if second:
-        stream = _image_stream(image, block.attn2, modulated(norm1.norm, x, second[1], second[0]))
+        stream = stream_of(image, block.attn2, modulated(norm1.norm, x, second[1], second[0]))
         beside = attention(streamer, x, [stream], attn.heads)
-    text_layers = attn.add_q_proj, attn.add_k_proj, attn.add_v_proj
     streams = (
-        _image_stream(image, attn, modulated(norm1.norm, x, scale, shift)),
-        Stream(
-            text, modulated(block.norm1_context.norm, x, t_scale, t_shift), text_layers,
-            (attn.norm_added_q, attn.norm_added_k),
-        ),
-    )  # fmt: skip
+        stream_of(image, attn, modulated(norm1.norm, x, scale, shift)),
+        added_stream(text, attn, modulated(block.norm1_context.norm, x, t_scale, t_shift)),
+    )
     attended = attention(streamer, x, streams, attn.heads)
     add_attended(streamer, attn.to_out[0], attended, x, image, gate)
     if not block.context_pre_only:
@@ -123,25 +127,7 @@ def joint_block(
         add_attended(streamer, block.attn2.to_out[0], beside, x, image, second[2])
         del beside
     normed = modulated(block.norm2, x, ff_scale, ff_shift)
-    add_feed_forward(streamer, _feed_forward(block.ff), x, image, normed, ff_gate)
+    add_feed_forward(streamer, gelu_feed_forward(block.ff), x, image, normed, ff_gate)
     if not block.context_pre_only:
         normed = modulated(block.norm2_context, x, t_ff_scale, t_ff_shift)
-        add_feed_forward(streamer, _feed_forward(block.ff_context), x, text, normed, t_ff_gate)
-
-
-def _image_stream(tokens: slice, attn: Any, normed: Callable[[slice], Tensor]) -> Stream:
-    return Stream(tokens, normed, (attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k))
-
-
-def _feed_forward(ff: Any) -> FeedForward:
-    return FeedForward(ff.net[0].proj, nn.GELU(approximate="tanh"), ff.net[2])
-
-
-def unpatched(tokens: Tensor, height: int) -> Tensor:
-    """(1, h/2 · w/2, 4 C), each token 2 × 2 latents of C channels, for `height` rows of tokens → (1, C, h, w)."""
-    _, count, values = tokens.shape
-    channels, width = values // PATCH**2, count // height
-    if tokens.is_meta:
-        return tokens.new_empty(1, channels, height * PATCH, width * PATCH)
-    planes = tokens.view(height, width, PATCH, PATCH, channels).permute(4, 0, 2, 1, 3)
-    return planes.reshape(1, channels, height * PATCH, width * PATCH)
+        add_feed_forward(streamer, gelu_feed_forward(block.ff_context), x, text, normed, t_ff_gate)

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from tiler.compute.stream import Streamer
-from tiler.decoding import FACTOR
 from tiler.errors import ModelError
 from tiler.models import bounds
 from tiler.models.checks import check_channels, check_unet_kind
@@ -38,14 +37,14 @@ from tiler.models.family import (
     Role,
     Traits,
     VaeSpec,
-    build_vae,
+    no_parameter,
     plain_names,
     read_config,
-    vae_names,
+    vae_part,
 )
 from tiler.models.few_steps import FEW_STEPS, sign_of_few_steps
 from tiler.models.required import check_parts, fetch_part
-from tiler.models.samples import Place, Prompt, Sample
+from tiler.models.samples import Place, Prompt, Sample, empty, examples
 from tiler.models.unet import build_unet, predict_noise, quantised, windows_of
 from tiler.request import TileConditioning
 from tiler.weights.checkpoint import Checkpoint
@@ -123,14 +122,8 @@ class StableDiffusionXL(Family):
         return predict_noise(model, streamer, latents, timestep, tokens, check, windows, told, WHOLE_ELEMENTS, guidance)
 
     def example(self, tiles: Sequence[int], sides: tuple[int, int]) -> list[Sample]:
-        def empty(*shape: int) -> Tensor:
-            return torch.empty(shape, device="meta")
-
-        latents = {tile: empty(1, self.latent_channels, *sides) for tile in tiles}
-        height, width = (FACTOR * side for side in sides)
-        place = Place(0, 0, height, width, (height, width))
         # Each sample has a prompt of its own: halves of a guidance never have the same pooled vector.
-        return [Sample(latents[tile], Prompt(*(empty(*s) for s in self._shapes)), place, 1.0) for tile in tiles]
+        return examples(tiles, self.latent_channels, sides, lambda: Prompt(*(empty(*s) for s in self._shapes)))
 
 
 def time_ids(place: Place, conditioning: TileConditioning) -> tuple[int, ...]:
@@ -179,7 +172,7 @@ def read(checkpoint: Checkpoint, name: str) -> StableDiffusionXL:
             config=text,
             build=partial(build_clip, checkpoint, part, text, projection=part == "text_encoder_2"),
             aliases=clip_names,
-            quantise=partial(quantised, levels=0) if part == "text_encoder" else _stays,
+            quantise=partial(quantised, levels=0) if part == "text_encoder" else no_parameter,
             example=partial(run_clip, output_hidden_states=True),
         )
         for part, text in zip(("text_encoder", "text_encoder_2"), texts, strict=True)
@@ -191,9 +184,6 @@ def read(checkpoint: Checkpoint, name: str) -> StableDiffusionXL:
         build=partial(build_unet, checkpoint, unet),
         aliases=plain_names,
         quantise=partial(quantised, levels=levels),
-    )
-    picture = Part(
-        name="vae", role=Role.VAE, config=vae, build=partial(build_vae, spec), aliases=vae_names, quantise=_stays
     )
     defaults, notes = {"guidance_scale": 5.0}, []
     if (sign := sign_of_few_steps(checkpoint.name, scheduler)) is not None:
@@ -210,14 +200,10 @@ def read(checkpoint: Checkpoint, name: str) -> StableDiffusionXL:
         guidance=guidance, defaults=MappingProxyType(defaults), old_schedulers=False,
     )  # fmt: skip
     return StableDiffusionXL(
-        checkpoint=checkpoint, traits=traits, parts=(*encoders, denoiser, picture), vae=spec, scheduler=scheduler,
+        checkpoint=checkpoint, traits=traits, parts=(*encoders, denoiser, vae_part(spec)), vae=spec,
+        scheduler=scheduler,
         notes=tuple(notes), zeros_for_absent=bool(index.get("force_zeros_for_empty_prompt", True)),
     )  # fmt: skip
-
-
-def _stays(name: str) -> bool:
-    """Of a part whose weights stay as they are stored."""
-    return False
 
 
 def _check_base(checkpoint: Checkpoint, index: Mapping[str, Any], unet: Mapping[str, Any]) -> None:
