@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.full.marks import planned
 
 pytestmark = pytest.mark.full
 
@@ -16,8 +15,6 @@ def test_a_poster_of_2048_needs_no_more_than_560_mb(tmp_path: Path) -> None:
     from checkpoints import auraflow
 
     auraflow.write(tmp_path / "model", "full")
-    command = [sys.executable, "-c", "from tiler.cli.main import main; main()", "plan", "x"]
-    command += ["--model", str(tmp_path / "model"), "--precision", "fp32", "--json", "-o", str(tmp_path / "x.png")]
-    planned = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    assert planned["smallest_max_ram_bytes"] <= 560_000_000
-    assert planned["denoiser_samples"] == 2 * (50 + round(50 * 0.48) * 9)
+    said = planned(tmp_path / "model", tmp_path)
+    assert said["smallest_max_ram_bytes"] <= 560_000_000
+    assert said["denoiser_samples"] == 2 * (50 + round(50 * 0.48) * 9)

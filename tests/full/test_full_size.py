@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.full.marks import made, render_peak
 from tiler.compute.tuning import TIGHT_ARENA_BYTES
 from tiler.models.built import Models
 from tiler.models.family import Role, plain_names, read_family
@@ -24,36 +25,16 @@ pytestmark = pytest.mark.full
 
 @pytest.fixture(scope="module")
 def sd15() -> Path:
-    import make_checkpoint
-
-    done = subprocess.run(
-        [sys.executable, make_checkpoint.__file__, "sd15"], capture_output=True, text=True, check=True
-    )
-    return Path(done.stdout.strip().splitlines()[-1])
+    return Path(made("sd15"))
 
 
 @pytest.mark.parametrize(("precision", "size", "samples", "calls"), [("auto", 1024, 18, 2), ("fp32", 768, 8, 1)])
 def test_two_steps_stay_under_800_mb_by_the_kernels_own_mark(
     sd15: Path, tmp_path: Path, precision: str, size: int, samples: int, calls: int
 ) -> None:
-    """Two steps with guide and canvas; the process reads VmHWM of itself at its end."""
-    code = f"""
-import json, sys
-from tiler.cli import main, render
-from tiler.memory import process
-process.reset_peak = lambda: False  # one mark for the whole life of the process
-sys.argv = ["tiler", "render", "a lighthouse", "--model", {str(sd15)!r}, "--size", "{size}", "--steps", "2", "--seed", "1",
-            "-o", {str(tmp_path / "x.png")!r}, "--precision", {precision!r}, "--report", {str(tmp_path / "r.json")!r}, "--quiet"]
-try:
-    main.main()
-except SystemExit as done:
-    assert not done.code, done.code
-print(process.read_rss().peak)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=1500, check=False)
-    assert done.returncode == 0, done.stderr
-    peak = int(done.stdout.split()[-1])
-    report = json.loads((tmp_path / "r.json").read_text())
+    """Two steps with guide and canvas."""
+    options = "--size", str(size), "--steps", "2", "--precision", precision
+    peak, report = render_peak(tmp_path, "--model", str(sd15), *options)
     assert peak < 800_000_000
     assert report["peak_rss_bytes"] < 800_000_000
     assert report["predicted_peak_bytes"] == pytest.approx(peak, rel=0.10)

@@ -12,17 +12,16 @@ from typing import Any
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
-from safetensors.torch import load_file
 from torch import Tensor
 
-from tiler import Budget, Region, RenderRequest, events, plan, render
+from tests.models.rendering import ask, edit, lose_shard, rendered
+from tiler import Region, RenderRequest, plan
 from tiler.compute.layers import SMALL
 from tiler.diffusion.guide import guide_size, upscale
 from tiler.diffusion.tiles import plan_tiles
-from tiler.memory.process import read_rss
 from tiler.models.family import Guidance, Options, Role, read_family
 from tiler.models.flux import Flux, quantised, read_once
-from tiler.models.flux_blocks import pack, unpack
+from tiler.models.patches import pack, unpack
 from tiler.models.samples import Place, Prompt, Sample
 from tiler.phases import streamed
 from tiler.planning.resolve import resolve
@@ -49,25 +48,6 @@ def pipelines(folders: dict[str, Path]) -> dict[str, FluxPipeline]:
     for pipe in found.values():
         pipe.set_progress_bar_config(disable=True)
     return found
-
-
-def ask(model: Path, folder: Path, **values: Any) -> RenderRequest:
-    defaults: dict[str, Any] = {
-        "prompt": "a boat", "model": str(model), "num_inference_steps": 3, "guide": False, "seed": 5,
-        "precision": Precision.FP32, "output": folder / "x.png", "save_latents": folder / "x.safetensors",
-        "force": True,
-    }  # fmt: skip
-    return RenderRequest(**(defaults | values))
-
-
-def rendered(request: RenderRequest, said: list[str] | None = None) -> tuple[Tensor, dict[str, Any]]:
-    def hear(event: events.Event) -> None:
-        if said is not None and isinstance(event, events.Note):
-            said.append(event.text)
-
-    result = render(request, Budget(read_rss().now + 10**9), hear)
-    assert request.save_latents is not None
-    return load_file(request.save_latents)["latents"], result.report
 
 
 def by_pipeline(pipe: FluxPipeline, kind: str, scale: float) -> Tensor:
@@ -263,11 +243,6 @@ def bad(name: str, message: str) -> Callable[[Callable[[Path], None]], None]:
     return add
 
 
-def edit(folder: Path, part: str, **values: object) -> None:
-    path = folder / part / ("config.json" if part else "model_index.json")
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
-
-
 bad("fill", "Flux.1 Fill")(lambda f: edit(f, "transformer", in_channels=384, out_channels=64))
 bad("control", "control picture")(lambda f: edit(f, "transformer", in_channels=128, out_channels=64))
 bad("fill by class", "Flux.1 Fill")(lambda f: edit(f, "", _class_name="FluxFillPipeline"))
@@ -286,12 +261,7 @@ bad("text width", "pooled_projection_dim")(lambda f: edit(f, "transformer", pool
 bad("rope", "axes_dims_rope")(lambda f: edit(f, "transformer", axes_dims_rope=[16, 16, 16]))
 
 
-@bad("no shard", "cannot be found")
-def lose_shard(folder: Path) -> None:
-    path = folder / "transformer/diffusion_pytorch_model.safetensors"
-    path.rename(path.with_name("diffusion_pytorch_model-00001-of-00002.safetensors"))
-    names = {str(i): f"diffusion_pytorch_model-0000{i}-of-00002.safetensors" for i in (1, 2)}
-    path.with_name("diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+bad("no shard", "cannot be found")(lambda f: lose_shard(f, "transformer"))
 
 
 @pytest.mark.parametrize("name", KINDS)

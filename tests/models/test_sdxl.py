@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tests.full.marks import made, render_peak
 from tiler import Budget, RenderRequest, events, models, render
 from tiler.memory.process import read_rss
 from tiler.models.family import Part, Role, read_family
@@ -361,26 +360,8 @@ def test_quantize_and_decode_know_it(sdxl: Path, in_process: Any, tmp_path: Path
 @pytest.mark.full
 def test_a_sample_of_full_width_stays_under_800_mb(tmp_path: Path) -> None:
     """Few blocks: the peak is where the widest skips are joined, and does not depend on depth."""
-    import make_checkpoint
-
-    made = [sys.executable, make_checkpoint.__file__, "wide-sdxl"]
-    folder = subprocess.run(made, capture_output=True, text=True, check=True).stdout.split()[-1]
-    code = f"""
-import json, sys
-from tiler.cli import main
-from tiler.memory import process
-process.reset_peak = lambda: False  # one mark for the whole life of the process
-sys.argv = ["tiler", "render", "a lighthouse", "--model", {folder!r}, "--size", "1024", "--steps", "1", "--seed", "1",
-            "-o", {str(tmp_path / "x.png")!r}, "--precision", "fp32", "--report", {str(tmp_path / "r.json")!r}, "--quiet"]
-try:
-    main.main()
-except SystemExit as done:
-    assert not done.code, done.code
-print(process.read_rss().peak)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=500, check=False)
-    assert done.returncode == 0, done.stderr
-    peak, report = int(done.stdout.split()[-1]), json.loads((tmp_path / "r.json").read_text())
+    options = "--size", "1024", "--steps", "1", "--precision", "fp32"
+    peak, report = render_peak(tmp_path, "--model", made("wide-sdxl"), *options)
     # At full depth 679 MB of 767 were measured: the slack between live blocks is smaller than SD 1.5's.
     assert 0.95 * peak < report["predicted_peak_bytes"] < 1.15 * peak
     assert peak < 800_000_000
