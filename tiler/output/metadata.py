@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from tiler.request import ResolvedRequest
+from tiler.request.render import OF_THE_MACHINE
 
-_OF_THE_MACHINE = ("output", "save_latents", "cache_dir", "scratch", "force", "metadata")
+_NOT_TOLD = (*OF_THE_MACHINE, "metadata")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +39,7 @@ def texts(request: ResolvedRequest, facts: Facts) -> dict[str, str]:
         "CFG scale": r.guidance_scale, "Seed": r.seed, "Size": f"{r.width}x{r.height}", "Model": file_name(facts.model),
         **({"Denoising strength": r.strength} if facts.begin else {}), "Version": f"tiler {metadata.version('tiler')}",
     }  # fmt: skip
-    said = {key: value for key, value in asdict(r).items() if key not in _OF_THE_MACHINE and value is not None}
+    said = {key: value for key, value in asdict(r).items() if key not in _NOT_TOLD and value is not None}
     for key in ("model", "tiny_vae", "guide_image"):
         if said.get(key) is not None:
             said[key] = file_name(said[key])
