@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import math
 import re
-import shlex
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -326,23 +324,6 @@ def save_canvas(run: RenderRun, latents: Tensor) -> None:
     """Write --save-latents' file, where one was asked for."""
     if (path := run.request.save_latents) is not None:
         save_latents(path, latents, picture_facts(run), force=run.request.force or run.job.resumed)
-
-
-def decode_command(run: RenderRun, path: Path) -> str:
-    """The line that makes a picture of finished latents."""
-    request = run.request
-    words = ["tiler", "decode", str(path), "--model", request.model, "-o", str(request.output)]
-    for flag, value in (
-        ("--variant", request.variant),
-        ("--revision", request.revision),
-        ("--tiny-vae", request.tiny_vae),
-    ):
-        words += [] if value is None else [flag, value]
-    if request.tiny_vae is not None:
-        words += ["--decode", "tiny"]
-    words += [] if not any(request.wrap.axes) else ["--wrap", request.wrap.value]
-    words += [] if request.dpi is None else ["--dpi", f"{request.dpi:g}"]
-    return shlex.join(words)
 
 
 def picture_facts(run: RenderRun) -> dict[str, str]:
