@@ -153,7 +153,7 @@ def open_models(family: Family, tiny_vae: str | None = None) -> Models:
     return Models(family, None if tiny_vae is None else families.read_tiny(checkpoint.resolve_part(tiny_vae), family))
 
 
-def make_plan(request: ResolvedRequest, models: Models, max_bytes: int, job: Job) -> RenderPlan:
+def make_plan(request: ResolvedRequest, models: Models, max_bytes: int, job: Job | None = None) -> RenderPlan:
     """Cut the work, build the models, look at the process and plan. What a job was begun with holds. Raises TilerError."""
     tiling = plan_tiling(request, models.family)
     models.build()
@@ -161,7 +161,7 @@ def make_plan(request: ResolvedRequest, models: Models, max_bytes: int, job: Job
         path, canvas = request.guide_image, pixels_of(tiling.canvas)
         picture = None if path is None else stack.enter_context(GuidePicture(path, canvas))
         facts = measure(request.scratch_folder, picture)
-    if (begun := job.manifest) is None:
+    if job is None or (begun := job.manifest) is None:
         return plan_render(request, models, tiling, facts, max_bytes)
     facts = replace(facts, scratch_free_bytes=facts.scratch_free_bytes + job.spooled_bytes)
     request = replace(request, precision=Precision(begun.precision))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from pathlib import Path
@@ -11,16 +12,23 @@ import pytest
 import torch
 
 from tiler import Budget, RenderRequest, events, render
-from tiler.errors import BudgetExceeded, JobError, JobLocked, NumericalError, StorageError, TilerError
+from tiler.errors import BudgetExceeded, JobError, JobLocked, NumericalError, TilerError
 from tiler.jobs import folder, manifest, tensors
 from tiler.jobs.coding import decode, encode
 from tiler.memory.process import read_rss
+from tiler.planning.resolve import fill
 from tiler.request import Layout, Mask, Region, Scheduler, Wrap
 
 
 def ask(folder: Path, output: Path, **values: Any) -> RenderRequest:
-    defaults = {"prompt": "a boat", "width": 104, "height": 72, "num_inference_steps": 4, "seed": 5}
+    defaults = {"prompt": "a boat", "width": 80, "height": 64, "num_inference_steps": 4, "seed": 5}
     return RenderRequest(**(defaults | {"model": str(folder), "output": output} | values))
+
+
+@pytest.fixture(autouse=True)
+def _untrimmed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Collecting garbage of the tests' own process takes a third of their time."""
+    monkeypatch.setattr("tiler.memory.process.trim", lambda: None)
 
 
 def roomy() -> Budget:
@@ -43,81 +51,87 @@ class Stop:
                 raise self.error
 
 
-WAYS: list[dict[str, Any]] = [
-    {"scheduler": Scheduler.UNIPC, "layout": Layout.SHIFT},
-    {"scheduler": Scheduler.EULER_A, "wrap": Wrap.XY, "guide_upscale": "latent"},
-    {"scheduler": Scheduler.DPMPP_2M_KARRAS, "regions": (Region(prompt="r", rows=(0, 72), cols=(0, 72), seed=3),)},
-    {"scheduler": Scheduler.LCM, "guide": False, "guidance_interval": (0.0, 0.5)},
-]
+WAYS: list[tuple[dict[str, Any], list[tuple[str, int]]]] = [
+    (
+        {"scheduler": Scheduler.UNIPC, "layout": Layout.SHIFT},
+        [("guide", 3), ("guide picture", 2), ("canvas", 2), ("canvas", 1), ("decode", 5)],
+    ),
+    (
+        {"scheduler": Scheduler.EULER_A, "wrap": Wrap.XY, "guide_upscale": "latent"},
+        [("canvas", 3)],
+    ),
+    (
+        {"scheduler": Scheduler.DPMPP_2M_KARRAS, "guide": False, "guidance_interval": (0.0, 0.5),
+         "regions": (Region(prompt="r", rows=(0, 64), cols=(0, 72), seed=3),)},
+        [("canvas", 5)],
+    ),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("way", WAYS, ids=lambda way: way["scheduler"].value)
-def test_stopped_again_and_again_it_gives_the_same_file(tiny: Path, tmp_path: Path, way: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("way", "stops"), WAYS, ids=[way["scheduler"].value for way, _ in WAYS])
+def test_stopped_again_and_again_it_gives_the_same_file(
+    tiny: Path, tmp_path: Path, way: dict[str, Any], stops: list[tuple[str, int]]
+) -> None:
     whole, path = tmp_path / "whole.png", tmp_path / "x.png"
     render(ask(tiny, whole, **way), roomy())
-    stops = [("guide", 3), ("guide picture", 2), ("canvas", 4), ("canvas", 3), ("decode", 5)]
     for phase, number in stops:
-        stop = Stop(phase, number, BudgetExceeded("the ceiling was reached"))
-        if phase.startswith("guide") and way.get("guide") is False:
-            continue
-        if phase == "guide picture" and way.get("guide_upscale") == "latent":
-            continue
         with pytest.raises(BudgetExceeded) as caught:
-            render(ask(tiny, path, **way), roomy(), stop)
+            render(ask(tiny, path, **way), roomy(), Stop(phase, number, BudgetExceeded("the ceiling was reached")))
         assert "the same command goes on" in caught.value.__notes__[0]
         assert not path.exists()
-    last = Stop("canvas", 0, BudgetExceeded())
+    last = Stop(stops[-1][0], 0, BudgetExceeded())
     render(ask(tiny, path, **way), roomy(), last)
     assert path.read_bytes() == whole.read_bytes()
-    assert last.told == 0  # the canvas was finished
-    assert any(note.startswith("continuing at canvas step 4/4, saved ") for note in last.notes)
+    assert any(note.startswith("continuing at canvas step ") for note in last.notes)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["whole.png", "x.png"]
 
 
 def stopped(model: Path, path: Path, **values: Any) -> Path:
     """The folder of a job that was stopped in its canvas."""
     with pytest.raises(BudgetExceeded):
-        render(ask(model, path, **values), roomy(), Stop("canvas", 3, BudgetExceeded("x")))
+        render(ask(model, path, **values), roomy(), Stop("canvas", 1, BudgetExceeded("x")))
     return folder.folder_of(path)
 
 
 def test_a_seed_that_was_drawn_is_the_jobs(tiny: Path, tmp_path: Path) -> None:
-    stopped(tiny, tmp_path / "x.png", seed=None)
-    result = render(ask(tiny, tmp_path / "x.png", seed=None), roomy())
-    render(ask(tiny, tmp_path / "y.png", seed=result.report["seed"]), roomy())
-    assert (tmp_path / "x.png").read_bytes() == (tmp_path / "y.png").read_bytes()
+    job = stopped(tiny, tmp_path / "x.png", seed=None)
+    seed = manifest.read(job / "job.json").seed
+    assert render(ask(tiny, tmp_path / "x.png", seed=None), roomy()).report["seed"] == seed
 
 
-@pytest.mark.parametrize(
-    ("values", "named"),
-    [
-        ({"prompt": "a ship"}, 'PROMPT was "a boat"'), ({"seed": 6}, "--seed was 5, it is 6"), ({"width": 112}, "--width"),
-        ({"mask": Mask.CONSTANT}, "--mask"), ({"model": "mini"}, "the model is another one"),
-    ],
-)  # fmt: skip
-def test_another_request_is_refused_by_its_first_difference(
-    tiny: Path, tmp_path: Path, values: dict[str, Any], named: str
-) -> None:
+def test_another_request_is_refused_by_its_first_difference(tiny: Path, tmp_path: Path) -> None:
     job = stopped(tiny, tmp_path / "x.png")
-    before = {path.name: path.read_bytes() for path in job.iterdir()}
-    with pytest.raises(JobError, match="--restart") as caught:
-        render(ask(tiny, tmp_path / "x.png", **values), roomy())
+    before = {path.name: path.read_bytes() for path in job.iterdir() if path.name != "lock"}
+    with pytest.raises(JobError, match=r'prompt was "a boat", it is "a ship".*--restart') as caught:
+        render(ask(tiny, tmp_path / "x.png", prompt="a ship"), roomy())
     assert caught.value.exit_code == 10
-    assert named.lower() in str(caught.value).lower()
-    assert {path.name: path.read_bytes() for path in job.iterdir() if path.name != "lock"}.items() <= before.items()
+    assert {path.name: path.read_bytes() for path in job.iterdir() if path.name != "lock"} == before
     restarted = Stop("guide", 0, BudgetExceeded())
-    render(ask(tiny, tmp_path / "x.png", restart=True, **values), roomy(), restarted)
+    render(ask(tiny, tmp_path / "x.png", prompt="a ship", restart=True), roomy(), restarted)
     assert restarted.told > 0 and not job.exists()
 
 
-def test_a_guide_picture_with_other_content_is_another_request(tiny: Path, tmp_path: Path) -> None:
-    from PIL import Image
+def made_of(model_id: str = "1", **values: Any) -> manifest.Manifest:
+    asked = RenderRequest(**({"prompt": "a boat", "seed": 5, "size": 64} | values))
+    return manifest.Manifest(
+        said=manifest.said_of(asked), picture=manifest.picture_of(fill(asked)), model_id=model_id, made_by={}, methods={},
+        precision="fp32", seed=5, begun="", max_ram_bytes=1,
+    )  # fmt: skip
 
-    Image.new("RGB", (80, 60), "red").save(tmp_path / "guide.png")
-    stopped(tiny, tmp_path / "x.png", guide_image=tmp_path / "guide.png")
-    Image.new("RGB", (80, 60), "blue").save(tmp_path / "guide.png")
-    with pytest.raises(JobError, match="--guide"):
-        render(ask(tiny, tmp_path / "x.png", guide_image=tmp_path / "guide.png"), roomy())
+
+def test_what_decides_the_picture_is_compared_and_nothing_else(tmp_path: Path) -> None:
+    guide = tmp_path / "guide.png"
+    guide.write_bytes(b"red")
+    first = made_of(guide_image=guide)
+    same = made_of(guide_image=guide, cache_dir=tmp_path, scratch=tmp_path, output=tmp_path / "y.png", keep_job=True)
+    assert list(manifest.differences(first, same)) == []
+    for values, named in (
+        ({"seed": 6}, "--seed was 5, it is 6"), ({"width": 112}, "--width"), ({"mask": Mask.CONSTANT}, "--mask"),
+        ({"model_id": "2"}, "the model is another one"), ({"negative_prompt": "fog"}, "--negative-prompt"),
+    ):  # fmt: skip
+        assert named in next(manifest.differences(first, made_of(**({"guide_image": guide} | values))))
+    guide.write_bytes(b"blu")
+    assert next(manifest.differences(first, made_of(guide_image=guide))).startswith("--guide was")
 
 
 def test_a_damaged_job_is_no_other_picture(tiny: Path, tmp_path: Path) -> None:
@@ -186,34 +200,34 @@ def test_a_numerical_error_in_the_canvas_saves_nothing_new(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("call", ["write", "fsync", "replace"])
-def test_38_whichever_call_of_the_saving_fails(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
-) -> None:
-    """Every state is saved at every opportunity; the n-th call fails, for every n: the picture is made all the same."""
-    whole = tmp_path / "whole.png"
-    small = {"width": 72, "height": 64, "num_inference_steps": 2, "precision": "fp32"}
-    render(ask(tiny, whole, **small), roomy())
-    monkeypatch.setattr(folder.Job, "due", lambda self: True)
-    real_replace = folder.tensors.replace_durably
-    for number in range(1, 30):
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_38_whichever_call_of_the_saving_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    """The n-th call fails, for every n: a state is then the new one or an older one, never a torn or a lost one."""
+    real = getattr(os, call)
+    for number in range(1, 12):
+        job = folder.Job(RenderRequest(prompt="x", output=tmp_path / f"{number}.png"))
         count = 0
 
-        def failing(path: Path, parts: Any, number: int = number) -> None:
+        def failing(*args: Any, number: int = number) -> Any:
             nonlocal count
             count += 1
             if count == number:
-                (path.with_name(f"{path.name}.new")).write_bytes(b"half")
-                raise StorageError(f"{path}: {call} failed (No space left on device)")
-            real_replace(path, parts)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return real(*args)
 
-        monkeypatch.setattr(folder.tensors, "replace_durably", failing)
-        render(ask(tiny, tmp_path / "x.png", force=True, **small), roomy())
-        assert (tmp_path / "x.png").read_bytes() == whole.read_bytes()
-        assert not folder.folder_of(tmp_path / "x.png").exists()
+        with job:
+            job.begin(made_of())
+            monkeypatch.setattr(os, call, failing)
+            for value in range(4):
+                job.save("canvas", {"latents": torch.full((3,), float(value))}, f"canvas step {value}/4")
+                found = job.load("canvas")
+                assert found is None or float(found["latents"][0]) in (value, value - 1)
+                assert found is not None or value == 0
+            monkeypatch.undo()
+            assert not list(job.folder.glob("*.new"))
         if count < number:
             break
-    assert 3 < number < 29
+    assert number > 3
 
 
 def test_saving_is_due_after_a_minute_or_fifty_times_its_duration(
