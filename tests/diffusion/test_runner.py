@@ -15,14 +15,14 @@ from torch import Tensor
 
 from tiler.diffusion import schedulers
 from tiler.diffusion.canvas import Denoising, initial_noise
-from tiler.diffusion.runner import Conditions, LocalRunner, Runner, Tile, check_finite, guide
+from tiler.diffusion.runner import Conditions, LocalRunner, Runner, Share, Tile, check_finite, guide
 from tiler.diffusion.tiles import plan_tiles, tiles_of_step
 from tiler.errors import NumericalError
 from tiler.models.samples import Prompt, Sample
 from tiler.planning.resolve import fill
 from tiler.request import RenderRequest, Scheduler
 
-CONDITIONS = Conditions([Prompt(torch.full((1, 2, 3), 0.3))], [Prompt(torch.full((1, 2, 3), -0.2))])
+CONDITIONS = Conditions([[Share(Prompt(torch.full((1, 2, 3), 0.3)))]], [Prompt(torch.full((1, 2, 3), -0.2))])
 STEPS = 3
 
 
@@ -86,11 +86,11 @@ class ElsewhereRunner:
             halves = [torch.from_numpy(p)[0] for p in found[i]]
             for half in halves:
                 check_finite(half, step, tile.region)
-            yield guide(halves[0] if len(halves) == 2 else None, halves[-1], tile.region.guidance_scale)
+            yield guide(halves[0] if len(halves) == 2 else None, halves[-1:], [1], tile.region.guidance_scale)
 
     @staticmethod
     def _prompts(tile: Tile) -> list[float]:
-        pairs = [CONDITIONS.uncond, CONDITIONS.cond][2 - tile.region.samples :]
+        pairs = [CONDITIONS.uncond, [share.prompt for share in CONDITIONS.cond[0]]][2 - tile.region.samples :]
         return [float(prompt[tile.region.condition].tokens.mean()) for prompt in pairs]
 
 
@@ -111,7 +111,7 @@ def latents_by(runner: Runner) -> Tensor:
 
 
 def test_a_runner_elsewhere_that_answers_out_of_order_and_dies_gives_the_same_bytes() -> None:
-    here = latents_by(LocalRunner(predict, CONDITIONS, 3))
+    here = latents_by(LocalRunner(predict, lambda step: CONDITIONS, 3))
     elsewhere = ElsewhereRunner(window=5)
     try:
         assert torch.equal(latents_by(elsewhere), here)
@@ -132,7 +132,8 @@ def test_the_halves_of_a_guidance_share_their_latents_and_groups_change_no_bit(b
         return predict(samples, step)
 
     assert torch.equal(
-        latents_by(LocalRunner(watched, CONDITIONS, batch)), latents_by(LocalRunner(predict, CONDITIONS))
+        latents_by(LocalRunner(watched, lambda step: CONDITIONS, batch)),
+        latents_by(LocalRunner(predict, lambda step: CONDITIONS)),
     )
     assert max(sizes) <= batch
     tiles = 12
@@ -149,7 +150,7 @@ def test_tiles_are_taken_as_needed() -> None:
             taken += 1
             yield Tile(torch.zeros(1, 4, 8, 8), region)
 
-    next(LocalRunner(predict, CONDITIONS, 4).predict(0, tiles()))
+    next(LocalRunner(predict, lambda step: CONDITIONS, 4).predict(0, tiles()))
     assert taken == 2
 
 

@@ -11,8 +11,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from tiler.request import ResolvedRequest
+from tiler.request import Emphasis, ResolvedRequest
 
+_EMPHASIS = {Emphasis.NO_NORM: "No norm", Emphasis.IGNORE: "Ignore", Emphasis.NONE: "None"}  # as A1111 writes them
 _OF_THE_MACHINE = ("output", "save_latents", "cache_dir", "scratch", "force", "metadata")
 
 
@@ -26,6 +27,7 @@ class Facts:
     scheduler: str
     precision: str
     kernels: str  # whose arithmetic, and with which instructions
+    clip_skip: bool  # whether the model has a choice of CLIP's layers
     begin: int  # the step at which the canvas starts; 0 without a guide
 
 
@@ -36,7 +38,10 @@ def texts(request: ResolvedRequest, facts: Facts) -> dict[str, str]:
         "Steps": r.num_inference_steps, "Sampler": facts.scheduler.removesuffix(" Karras"),
         **({"Schedule type": "Karras"} if facts.scheduler.endswith("Karras") else {}),
         "CFG scale": r.guidance_scale, "Seed": r.seed, "Size": f"{r.width}x{r.height}", "Model": file_name(facts.model),
-        **({"Denoising strength": r.strength} if facts.begin else {}), "Version": f"tiler {metadata.version('tiler')}",
+        **({"Denoising strength": r.strength} if facts.begin else {}),
+        **({"Clip skip": r.clip_skip} if facts.clip_skip and (r.clip_skip or 1) > 1 else {}),
+        **({} if r.emphasis is Emphasis.ORIGINAL else {"Emphasis": _EMPHASIS[r.emphasis]}),
+        **({} if r.canvas_prompt is None else {"Hires prompt": r.canvas_prompt}), "Version": f"tiler {metadata.version('tiler')}",
     }  # fmt: skip
     said = {key: value for key, value in asdict(r).items() if key not in _OF_THE_MACHINE and value is not None}
     for key in ("model", "tiny_vae", "guide_image"):

@@ -12,6 +12,7 @@ from tiler.errors import UsageError
 PIXEL_STEP = 8  # px: sides of a canvas and of its regions are multiples of this
 MAX_SIDE = 65_536  # px
 MAX_STEPS = 1_000
+MAX_CLIP_SKIP = 64  # above the layers of any CLIP
 MAX_SEED = 2**63 - 1
 
 
@@ -90,6 +91,16 @@ class Preset(StrEnum):
     QUALITY = "quality"
     BALANCED = "balanced"
     FAST = "fast"
+
+
+class Emphasis(StrEnum):
+    """What weights like (word:1.3) do: scale encodings and bring these back to their mean; scale them alone; nothing, the syntax
+    being cut out; or brackets are text."""
+
+    ORIGINAL = "original"
+    NO_NORM = "no-norm"
+    IGNORE = "ignore"
+    NONE = "none"
 
 
 class TileConditioning(StrEnum):

@@ -8,11 +8,13 @@ from pathlib import Path
 from tiler.errors import UsageError
 from tiler.request import shared
 from tiler.request.choices import (
+    MAX_CLIP_SKIP,
     MAX_SEED,
     MAX_SIDE,
     MAX_STEPS,
     PIXEL_STEP,
     Decode,
+    Emphasis,
     GuideUpscale,
     Layout,
     Mask,
@@ -43,6 +45,21 @@ class RenderRequest:
 
     prompt: str | None = option(None, Option("What to draw.", Panel.PICTURE, (), metavar="PROMPT"))
     negative_prompt: str | None = option(None, Option("What not to draw.", Panel.PICTURE, ("--negative-prompt", "-n")))
+    canvas_prompt: str | None = option(
+        None,
+        Option(
+            "What to draw in the tiles, after a guide of PROMPT: leave the subject out, and no tile repeats it.",
+            Panel.PICTURE, ("--canvas-prompt",), metavar="TEXT",
+        ),
+    )  # fmt: skip
+    emphasis: Emphasis = option(
+        Emphasis.ORIGINAL,
+        Option(
+            "What weights like (word:1.3) do. original: as in A1111; no-norm: encodings are scaled and not brought back to "
+            "their mean; ignore: nothing; none: brackets are text.",
+            Panel.PICTURE, ("--emphasis",),
+        ),
+    )  # fmt: skip
     regions: tuple[Region, ...] = option(
         (),
         Option(
@@ -119,6 +136,13 @@ class RenderRequest:
         Option(
             "Denoising strength, 0–1: the share of the schedule that the canvas denoises after the guide.",
             Panel.SAMPLING, ("--strength",), default="the model's, mostly 0.5",
+        ),
+    )  # fmt: skip
+    clip_skip: int | None = option(
+        None,
+        Option(
+            "Take the states of CLIP's last layer (1), of the one before it (2), and so on; for SD 1.x and 2.x.",
+            Panel.SAMPLING, ("--clip-skip",), metavar="N", default="1",
         ),
     )  # fmt: skip
     scheduler: Scheduler | None = option(
@@ -219,6 +243,7 @@ class RenderRequest:
         within("strength", self.strength, 0, 1)
         within("seed", self.seed, 0, MAX_SEED)
         within("dpi", self.dpi, 1, 10_000)
+        within("clip-skip", self.clip_skip, 1, MAX_CLIP_SKIP)
         within("attention-window", self.attention_window, 4, MAX_SIDE, "latents")
         if self.overlap is not None and (self.overlap < 0 or self.overlap % PIXEL_STEP):
             raise UsageError(f"overlap = {self.overlap} must be a multiple of {PIXEL_STEP} pixels, 0 or more")
@@ -233,7 +258,8 @@ class RenderRequest:
         for flag, path in (("--output", self.output), ("--save-latents", self.save_latents)):
             if path is not None and taken.setdefault(path.absolute(), flag) != flag:
                 raise UsageError(f"{path}: --output and {flag} name the same file; give another name")
-        texts = (self.prompt, self.negative_prompt, *(t for r in self.regions for t in (r.prompt, r.negative_prompt)))
+        said = self.prompt, self.negative_prompt, self.canvas_prompt
+        texts = (*said, *(t for r in self.regions for t in (r.prompt, r.negative_prompt)))
         for text in texts:
             if text and ("\0" in text or any(0xD800 <= ord(c) <= 0xDFFF for c in text)):
                 raise UsageError("a prompt holds a NUL or half a surrogate pair; remove it")
@@ -289,6 +315,8 @@ class ResolvedRequest(RenderRequest):
                 )
         if self.prompt is None and not self.regions:
             raise UsageError("there is nothing to draw: give a prompt, or a --regions file with prompts")
+        if self.prompt is None and self.canvas_prompt is not None:
+            raise UsageError("--canvas-prompt is for the tiles after a guide of the PROMPT; give one")
         for region in self.regions:
             if region.rows[1] > self.height or region.cols[1] > self.width:
                 raise UsageError(
