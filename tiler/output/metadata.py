@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from tiler.request import Emphasis, ResolvedRequest
+from tiler.request import Emphasis, ResolvedRequest, ScheduleType
 
 _EMPHASIS = {Emphasis.NO_NORM: "No norm", Emphasis.IGNORE: "Ignore", Emphasis.NONE: "None"}  # as A1111 writes them
 _OF_THE_MACHINE = ("output", "save_latents", "cache_dir", "scratch", "force", "metadata")
@@ -36,7 +36,7 @@ def texts(request: ResolvedRequest, facts: Facts) -> dict[str, str]:
     r = request
     fields: dict[str, object] = {
         "Steps": r.num_inference_steps, "Sampler": facts.scheduler.removesuffix(" Karras"),
-        **({"Schedule type": "Karras"} if facts.scheduler.endswith("Karras") else {}),
+        **({"Schedule type": spread} if (spread := _spread(r, facts)) is not None else {}),
         "CFG scale": r.guidance_scale, "Seed": r.seed, "Size": f"{r.width}x{r.height}", "Model": file_name(facts.model),
         **({"Denoising strength": r.strength} if facts.begin else {}),
         **({"Clip skip": r.clip_skip} if facts.clip_skip and (r.clip_skip or 1) > 1 else {}),
@@ -59,6 +59,13 @@ def texts(request: ResolvedRequest, facts: Facts) -> dict[str, str]:
         "tiler": json.dumps(said | found, default=_plain, ensure_ascii=False),
     }
     return {key: _encodable(text) for key, text in both.items()}
+
+
+def _spread(request: ResolvedRequest, facts: Facts) -> str | None:
+    """The schedule type by its name in A1111; None for that of the scheduler itself."""
+    if (asked := request.schedule_type) is not None:
+        return "SGM Uniform" if asked is ScheduleType.SGM_UNIFORM else asked.value.capitalize()
+    return "Karras" if facts.scheduler.endswith("Karras") else None
 
 
 def infotext(prompt: str, negative_prompt: str, fields: Mapping[str, object]) -> str:

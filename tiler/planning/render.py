@@ -197,7 +197,11 @@ def build_schedule(request: ResolvedRequest, family: Family) -> DiffusersSchedul
     """The schedule of a render, checked to the end. Raises UsageError, ModelError."""
     asked, config, steps, traits = request.scheduler, family.scheduler, request.num_inference_steps, family.traits
     if not traits.flow:
-        return schedulers.build(asked, config, steps, correct=traits.old_schedulers)
+        return schedulers.build(
+            asked, config, steps, correct=traits.old_schedulers, schedule_type=request.schedule_type
+        )
+    if request.schedule_type is not None:
+        raise UsageError(f"--schedule-type {request.schedule_type} is not for flow-matching models; leave it out")
     return flow.build(asked, config, steps, tokens=traits.tokens, even_sigmas=traits.even_sigmas)
 
 

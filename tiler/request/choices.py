@@ -33,8 +33,21 @@ class Scheduler(StrEnum):
     EULER_A = "Euler a"
     DPMPP_2M = "DPM++ 2M"
     DPMPP_2M_KARRAS = "DPM++ 2M Karras"
+    DPMPP_2M_SDE = "DPM++ 2M SDE"
+    DPMPP_SDE = "DPM++ SDE"
     UNIPC = "UniPC"
     LCM = "LCM"
+
+
+class ScheduleType(StrEnum):
+    """How noise levels are spread over the steps, by AUTOMATIC1111's names; the last two are one: steps of equal length that end
+    at the last trained timestep."""
+
+    KARRAS = "karras"
+    EXPONENTIAL = "exponential"
+    BETA = "beta"
+    SGM_UNIFORM = "sgm_uniform"
+    SIMPLE = "simple"
 
 
 class Wrap(StrEnum):
@@ -144,7 +157,18 @@ def parse_scheduler(name: str) -> Scheduler:
             return scheduler
     if (known := _DIFFUSERS_NAMES.get(folded.replace(" ", ""))) is not None:
         return known
+    sampler, _, kind = folded.rpartition(" ")
+    if kind in tuple(ScheduleType) and any(sampler == s.value.lower() for s in Scheduler):
+        raise UsageError(f"unknown scheduler {name!r}; write {name.rpartition(' ')[0]!r} and --schedule-type {kind}")
     raise UsageError(f"unknown scheduler {name!r}; choose one of {', '.join(s.value for s in Scheduler)}")
+
+
+def parse_schedule_type(name: str) -> ScheduleType:
+    """A name in any case, like `SGM Uniform`. Raises UsageError."""
+    folded = "_".join(name.lower().split())
+    if folded in tuple(ScheduleType):
+        return ScheduleType(folded)
+    raise UsageError(f"unknown schedule type {name!r}; choose one of {', '.join(ScheduleType)}")
 
 
 def check_decode(decode: Decode, tiny_vae: str | None) -> None:

@@ -21,11 +21,13 @@ from tiler.request.choices import (
     Precision,
     Preset,
     Scheduler,
+    ScheduleType,
     ScratchDtype,
     TileConditioning,
     Wrap,
     check_decode,
     parse_interval,
+    parse_schedule_type,
     parse_scheduler,
     within,
 )
@@ -148,8 +150,8 @@ class RenderRequest:
     scheduler: Scheduler | None = option(
         None,
         Option(
-            "DDIM, Euler, Euler a, DPM++ 2M, DPM++ 2M Karras, UniPC, LCM, or auto: the model's own, and DPM++ 2M Karras where "
-            "that is none of these.",
+            "DDIM, Euler, Euler a, DPM++ 2M, DPM++ 2M Karras, DPM++ 2M SDE, DPM++ SDE, UniPC, LCM, or auto: the model's own, and "
+            "DPM++ 2M Karras where that is none of these.",
             Panel.SAMPLING,
             ("--scheduler", "--sampling-method"),
             parse=parse_scheduler,
@@ -157,6 +159,13 @@ class RenderRequest:
             default="auto",
         ),
     )
+    schedule_type: ScheduleType | None = option(
+        None,
+        Option(
+            "How noise levels are spread over the steps: karras, exponential, beta, sgm_uniform or simple.",
+            Panel.SAMPLING, ("--schedule-type",), parse=parse_schedule_type, metavar="NAME", default="the scheduler's",
+        ),
+    )  # fmt: skip
     guide_image: Path | None = option(
         None, Option("A picture to use as the guide instead of a low-resolution pass.", Panel.SAMPLING, ("--guide",))
     )
