@@ -158,3 +158,11 @@ def test_a_prediction_that_is_not_finite_names_its_step_and_tile() -> None:
     region = plan_tiles(fill(RenderRequest(prompt="x", seed=0, size=128)), canvas=(16, 16), tile=(8, 8), overlap=2)[4]
     with pytest.raises(NumericalError, match="step 3, tile at row 32, column 32"):
         check_finite(torch.tensor([0.0, float("inf")]), 2, region)
+
+
+def test_joined_prompts_share_a_guidance() -> None:
+    """u + g · Σ f (c − u); without an unconditional half their mean."""
+    u, a, b = (torch.full((1, 2, 2), value) for value in (1.0, 3.0, 7.0))
+    assert torch.equal(guide(u, [a, b], [1.0, 0.5], 2.0), torch.full((1, 2, 2), 1 + 2 * (2.0 + 0.5 * 6)))
+    assert torch.equal(guide(None, [a, b], [3.0, 1.0], 2.0), torch.full((1, 2, 2), 4.0))
+    assert torch.equal(guide(u, [a], [0.5], 2.0), torch.full((1, 2, 2), 3.0))
