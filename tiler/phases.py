@@ -37,6 +37,8 @@ from tiler.memory.limits import memory_warning
 from tiler.memory.policy import at_layer, at_rows
 from tiler.models import family as families
 from tiler.models.built import Models
+from tiler.models.clip import load_tokenizer, read_chunks
+from tiler.models.embeddings import Embeddings
 from tiler.models.family import Family, Guidance, Options, Part, Role, VaeSpec
 from tiler.models.reading import Reading
 from tiler.models.samples import Sample
@@ -60,6 +62,7 @@ class RenderRun(Run):
     request: ResolvedRequest
     plan: RenderPlan
     weights: dict[str, tuple[dict[str, TensorInfo], Names]]  # by part: where its parameters lie, and their names there
+    reading: Reading
     prepared: Any = None  # by the family, for guide and canvas
     texts: dict[str, str] = field(default_factory=dict)  # what the picture will say of itself
     counts: dict[str, int] = field(
@@ -114,11 +117,13 @@ def start(request: RenderRequest, budget: Budget, on_event: OnEvent, *, planning
     models = open_models(family, settings.tiny_vae)
     plan = make_plan(settings, models, budget.max_bytes)
     run = RenderRun(
-        request=settings, plan=plan, models=models, budget=budget, on_event=on_event,
+        request=settings, plan=plan, models=models, budget=budget, on_event=on_event, reading=read_options(settings, models, plan.texts),
         weights={part.name: (found.weights(part.name), part.aliases) for part in packing.packed_parts(family)},
     )  # fmt: skip
     for tag in tags_of(settings):
         run.note(f"{tag} is left out of the prompt: tiler applies no LoRA")
+    if settings.embd_dir is not None and not family.traits.embeddings:
+        run.note(f"--embd-dir has no effect: {family.traits.title} takes no embeddings")
     if (settings.clip_skip or 1) > 1 and not family.traits.clip_skip:
         run.note(f"--clip-skip has no effect: {family.traits.title} always takes the same layer")
     if settings.canvas_prompt is not None and plan.guide is None:
@@ -133,6 +138,20 @@ def start(request: RenderRequest, budget: Budget, on_event: OnEvent, *, planning
         if note is not None:
             run.note(note)
     return run
+
+
+def read_options(request: ResolvedRequest, models: Models, texts: Sequence[str | None]) -> Reading:
+    """How prompts are read. Every embedding that `texts` name is found and read now. Raises TilerError."""
+    family = models.family
+    reading = Reading(emphasis=request.emphasis, clip_skip=request.clip_skip or 1)
+    if request.embd_dir is None or not family.traits.embeddings:
+        return reading
+    widths = [int(part.config["hidden_size"]) for part in family.encoders]
+    reading = reading._replace(embeddings=Embeddings(request.embd_dir.expanduser(), widths))
+    tokenizer, config = load_tokenizer(family), models.module(family.encoders[0]).config
+    for text in filter(None, texts):
+        read_chunks(tokenizer, config, text, lambda note: None, reading)
+    return reading
 
 
 def open_models(family: Family, tiny_vae: str | None = None) -> Models:
@@ -176,7 +195,8 @@ def encode_prompts(run: RenderRun) -> Prompts:
     """Every text that is said at any step, once."""
     family = run.plan.family
     texts: list[str | None] = run.plan.texts
-    if family.traits.chunked and any(map(may_be_long, texts)) and "" not in texts:
+    long = any(map(may_be_long, texts)) or run.reading.embeddings is not None
+    if family.traits.chunked and long and "" not in texts:
         texts = [*texts, ""]  # whose chunks lengthen others
 
     @contextmanager
@@ -186,8 +206,8 @@ def encode_prompts(run: RenderRun) -> Prompts:
             yield module
 
     with run.phase("encode prompts", 1):
-        reading = Reading(emphasis=run.request.emphasis, clip_skip=run.request.clip_skip or 1)
-        return Prompts(family, dict(zip(texts, family.encode(texts, opened, run.note, reading), strict=True)))
+        encoded = family.encode(texts, opened, run.note, run.reading)
+        return Prompts(family, dict(zip(texts, encoded, strict=True)))
 
 
 def make_guide(run: RenderRun, prompts: Prompts) -> Tensor | None:

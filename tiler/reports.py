@@ -71,5 +71,6 @@ def texts(run: RenderRun) -> dict[str, str]:
         scheduler=plan.scheduler.value,
         precision=plan.precision.value, kernels=computed_by(), begin=plan.begin,
         clip_skip=plan.family.traits.clip_skip,
+        embeddings={} if run.reading.embeddings is None else run.reading.embeddings.used,
     )  # fmt: skip
     return picture_texts(run.request, facts)

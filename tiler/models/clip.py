@@ -6,6 +6,8 @@ The modules are transformers' own, built on the meta device.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,6 +20,7 @@ from tiler.models.chunks import CLIP_TOKENS, MOST_CHUNKS, Piece, emphasised, spl
 from tiler.models.meta import on_meta, refusing
 from tiler.models.reading import READING, Reading
 from tiler.models.samples import Prompt
+from tiler.request.prompt import Fragment
 from tiler.weights.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
@@ -134,10 +137,12 @@ def lengthened(tokens: Tensor, length: int, empty: Tensor, behind: int = 0) -> T
 
 
 class EncoderInput(NamedTuple):
-    """A chunk as the encoder takes it: (1, 77) int64, and the weight of each token, marks and padding included."""
+    """A chunk as the encoder takes it: (1, 77) int64, the weight of each token, marks and padding included, and the vectors
+    (n, width) of embeddings, each with the place of its first."""
 
     ids: Tensor
     weights: tuple[float, ...]
+    vectors: tuple[tuple[int, Tensor], ...] = ()
 
 
 def read_chunks(
@@ -150,7 +155,14 @@ def read_chunks(
     # The tokenizer is not asked to look at megabytes of text just to say that they do not fit.
     short = prompt[: 40 * room * MOST_CHUNKS]
     sections = reading.sections(short, warn)
-    pieces = [[Piece((i,), f.weight) for f in section for i in _ids(tokenizer, f.text)] for section in sections]
+    tokenise = partial(_ids, tokenizer)
+
+    def pieces_of(fragment: Fragment) -> list[Piece]:
+        if reading.embeddings is None:
+            return [Piece((i,), fragment.weight) for i in tokenise(fragment.text)]
+        return reading.embeddings.pieces(*fragment, int(config.hidden_size), tokenise)
+
+    pieces = [[piece for fragment in section for piece in pieces_of(fragment)] for section in sections]
     comma = _ids(tokenizer, ",")
     chunks = split_chunks(pieces, room, comma[0] if len(comma) == 1 and comma[0] != tokenizer.unk_token_id else None)
     if len(chunks) > MOST_CHUNKS or len(prompt) > len(short):
@@ -163,7 +175,11 @@ def read_chunks(
         ids = [tokenizer.bos_token_id, *said, tokenizer.eos_token_id, *[tokenizer.pad_token_id] * pads]
         if max(ids) >= config.vocab_size:
             raise ModelError("the tokenizer knows more words than the text encoder; they do not belong together")
-        found.append(EncoderInput(torch.tensor([ids]), (1.0, *weights, 1.0, *[1.0] * pads)))
+        starts = accumulate((len(piece.ids) for piece in chunk), initial=1)
+        vectors = tuple(
+            (start, piece.vectors) for start, piece in zip(starts, chunk, strict=False) if piece.vectors is not None
+        )
+        found.append(EncoderInput(torch.tensor([ids]), (1.0, *weights, 1.0, *[1.0] * pads), vectors))
     return found
 
 
@@ -173,5 +189,15 @@ def _ids(tokenizer: CLIPTokenizer, text: str) -> list[int]:
 
 
 def _run(encoder: Any, chunk: EncoderInput, **options: Any) -> Any:
-    with torch.no_grad():
-        return encoder(chunk.ids, **options)
+    def replace(module: Any, args: Any, rows: Tensor) -> Tensor:
+        for start, vectors in chunk.vectors:
+            rows[0, start : start + len(vectors)] = vectors
+        return rows
+
+    hook = encoder.get_input_embeddings().register_forward_hook(replace) if chunk.vectors else None
+    try:
+        with torch.no_grad():
+            return encoder(chunk.ids, **options)
+    finally:
+        if hook is not None:
+            hook.remove()

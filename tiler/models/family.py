@@ -84,6 +84,7 @@ class Traits(NamedTuple):
     chunked: bool = (
         False  # whether a long prompt goes on in chunks of 77 tokens, of which all prompts of a sample have as many
     )
+    embeddings: bool = False  # whether prompts may name embeddings (textual inversion)
     clip_skip: bool = False  # whether the states of another layer of CLIP can be taken
     even_sigmas: bool = False  # of a flow: σ falls from 1 to 1/N in equal steps before it is shifted
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+from tiler.models.embeddings import Embeddings
 from tiler.request import Emphasis
 from tiler.request.prompt import Fragment, Sections, parse_emphasis
 
@@ -15,6 +16,7 @@ class Reading(NamedTuple):
 
     emphasis: Emphasis = Emphasis.ORIGINAL
     clip_skip: int = 1
+    embeddings: Embeddings | None = None
 
     def sections(self, text: str, warn: Callable[[str], None]) -> Sections:
         """The fragments of a text and their weights, parted where BREAK stands; `warn` is told of what is no weight."""

@@ -211,7 +211,7 @@ def read(checkpoint: Checkpoint, name: str) -> StableDiffusionXL:
         title="SDXL", native=int(unet.get("sample_size") or 128), granularity=2 ** (levels - 1),
         channels=int(vae.get("latent_channels", 4)), width=unet["block_out_channels"][0],
         guidance=guidance, defaults=MappingProxyType(defaults), old_schedulers=False,
-        chunked=True,
+        chunked=True, embeddings=True,
     )  # fmt: skip
     return StableDiffusionXL(
         checkpoint=checkpoint, traits=traits, parts=(*encoders, denoiser, vae_part(spec)), vae=spec,

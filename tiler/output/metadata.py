@@ -14,7 +14,7 @@ from typing import Any
 from tiler.request import Emphasis, ResolvedRequest, ScheduleType
 
 _EMPHASIS = {Emphasis.NO_NORM: "No norm", Emphasis.IGNORE: "Ignore", Emphasis.NONE: "None"}  # as A1111 writes them
-_OF_THE_MACHINE = ("output", "save_latents", "cache_dir", "scratch", "force", "metadata")
+_OF_THE_MACHINE = ("output", "embd_dir", "save_latents", "cache_dir", "scratch", "force", "metadata")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +27,7 @@ class Facts:
     scheduler: str
     precision: str
     kernels: str  # whose arithmetic, and with which instructions
+    embeddings: Mapping[str, str]  # that the prompts name, and their hashes
     clip_skip: bool  # whether the model has a choice of CLIP's layers
     begin: int  # the step at which the canvas starts; 0 without a guide
 
@@ -40,6 +41,7 @@ def texts(request: ResolvedRequest, facts: Facts) -> dict[str, str]:
         "CFG scale": r.guidance_scale, "Seed": r.seed, "Size": f"{r.width}x{r.height}", "Model": file_name(facts.model),
         **({"Denoising strength": r.strength} if facts.begin else {}),
         **({"Clip skip": r.clip_skip} if facts.clip_skip and (r.clip_skip or 1) > 1 else {}),
+        **({"TI hashes": ", ".join(f"{name}: {hashed}" for name, hashed in facts.embeddings.items())} if facts.embeddings else {}),
         **({} if r.emphasis is Emphasis.ORIGINAL else {"Emphasis": _EMPHASIS[r.emphasis]}),
         **({} if r.canvas_prompt is None else {"Hires prompt": r.canvas_prompt}), "Version": f"tiler {metadata.version('tiler')}",
     }  # fmt: skip

@@ -88,6 +88,7 @@ def plan_render(request: ResolvedRequest, models: Models, tiling: Tiling, facts:
     precision, precision_why = choose_precision(request.precision, family, facts.int8)
     int8 = precision is Precision.INT8
     chunks = most_chunks(tiling.texts, MOST_CHUNKS) if family.traits.chunked else 1
+    chunks += request.embd_dir is not None and family.traits.embeddings  # whose vectors the words do not tell
     sampler = DenoiserPeaks(models, int8=int8, chunks=chunks)
     tight = DenoiserPeaks(models, int8=int8, arena_bytes=TIGHT_ARENA_BYTES, chunks=chunks)
     fixed = [facts.libraries]

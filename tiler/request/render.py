@@ -140,6 +140,14 @@ class RenderRequest:
             Panel.SAMPLING, ("--strength",), default="the model's, mostly 0.5",
         ),
     )  # fmt: skip
+    embd_dir: Path | None = option(
+        None,
+        Option(
+            "Folder of embeddings (textual inversion, .safetensors), which prompts name by file name, embedding:NAME or <NAME>; "
+            "for SD 1.x, 2.x and SDXL.",
+            Panel.MODEL, ("--embd-dir",), metavar="FOLDER",
+        ),
+    )  # fmt: skip
     clip_skip: int | None = option(
         None,
         Option(
