@@ -45,7 +45,13 @@ class RenderRequest:
     ends with the picture; `attention_window` is in latents. Raises UsageError for a value that no model could take.
     """
 
-    prompt: str | None = option(None, Option("What to draw.", Panel.PICTURE, (), metavar="PROMPT"))
+    prompt: str | None = option(
+        None,
+        Option(
+            "What to draw. As in A1111: (more:1.3), [less], [from:to:0.5], [a|b], BREAK, AND; \\( is a bracket.",
+            Panel.PICTURE, (), metavar="PROMPT",
+        ),
+    )  # fmt: skip
     negative_prompt: str | None = option(None, Option("What not to draw.", Panel.PICTURE, ("--negative-prompt", "-n")))
     canvas_prompt: str | None = option(
         None,
