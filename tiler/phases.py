@@ -37,9 +37,8 @@ from tiler.memory.limits import memory_warning
 from tiler.memory.policy import at_layer, at_rows
 from tiler.models import family as families
 from tiler.models.built import Models
-from tiler.models.clip import load_tokenizer, read_chunks
-from tiler.models.embeddings import Embeddings
-from tiler.models.family import Family, Guidance, Options, Part, Role, VaeSpec
+from tiler.models.family import Family, Options, Part, Role, VaeSpec
+from tiler.models.prompting import notes_on_prompts, read_options
 from tiler.models.reading import Reading
 from tiler.models.samples import Sample
 from tiler.output.latents import save_latents
@@ -48,7 +47,7 @@ from tiler.planning.render import RenderPlan, build_schedule, plan_render
 from tiler.planning.resolve import resolve
 from tiler.planning.tiling import pixels_of, plan_tiling
 from tiler.request import GuideUpscale, Precision, RenderRequest, ResolvedRequest
-from tiler.request.wording import may_be_long, tags_of
+from tiler.request.wording import may_be_long
 from tiler.run import Names, Run, measure, streamed
 from tiler.weights import checkpoint
 from tiler.weights.index import TensorInfo
@@ -117,41 +116,18 @@ def start(request: RenderRequest, budget: Budget, on_event: OnEvent, *, planning
     models = open_models(family, settings.tiny_vae)
     plan = make_plan(settings, models, budget.max_bytes)
     run = RenderRun(
-        request=settings, plan=plan, models=models, budget=budget, on_event=on_event, reading=read_options(settings, models, plan.texts),
+        request=settings, plan=plan, models=models, budget=budget, on_event=on_event,
+        reading=read_options(settings, models, plan.texts),
         weights={part.name: (found.weights(part.name), part.aliases) for part in packing.packed_parts(family)},
     )  # fmt: skip
-    for tag in tags_of(settings):
-        run.note(f"{tag} is left out of the prompt: tiler applies no LoRA")
-    if settings.embd_dir is not None and not family.traits.embeddings:
-        run.note(f"--embd-dir has no effect: {family.traits.title} takes no embeddings")
-    if (settings.clip_skip or 1) > 1 and not family.traits.clip_skip:
-        run.note(f"--clip-skip has no effect: {family.traits.title} always takes the same layer")
-    if settings.canvas_prompt is not None and plan.guide is None:
-        run.note("there is no guide to draw PROMPT: --canvas-prompt alone is drawn")
-    negative = settings.negative_prompt, *(r.negative_prompt for r in settings.regions)
-    if any(negative) and family.traits.guidance is not Guidance.CFG:
-        run.note(f"the negative prompt has no effect: {family.traits.title} takes none")
     if any(plan.crop):
         height, width = pixels_of(plan.canvas)
         run.note(f"this model makes no picture as small as that: it is the middle of one of {width}×{height}")
-    for note in (*found.notes, *family.notes, *plan.notes, memory_warning(budget.max_bytes)):
+    on_prompts = notes_on_prompts(settings, family, has_guide=plan.guide is not None)
+    for note in (*on_prompts, *found.notes, *family.notes, *plan.notes, memory_warning(budget.max_bytes)):
         if note is not None:
             run.note(note)
     return run
-
-
-def read_options(request: ResolvedRequest, models: Models, texts: Sequence[str | None]) -> Reading:
-    """How prompts are read. Every embedding that `texts` name is found and read now. Raises TilerError."""
-    family = models.family
-    reading = Reading(emphasis=request.emphasis, clip_skip=request.clip_skip or 1)
-    if request.embd_dir is None or not family.traits.embeddings:
-        return reading
-    widths = [int(part.config["hidden_size"]) for part in family.encoders]
-    reading = reading._replace(embeddings=Embeddings(request.embd_dir.expanduser(), widths))
-    tokenizer, config = load_tokenizer(family), models.module(family.encoders[0]).config
-    for text in filter(None, texts):
-        read_chunks(tokenizer, config, text, lambda note: None, reading)
-    return reading
 
 
 def open_models(family: Family, tiny_vae: str | None = None) -> Models:

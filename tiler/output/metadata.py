@@ -40,10 +40,7 @@ def texts(request: ResolvedRequest, facts: Facts) -> dict[str, str]:
         **({"Schedule type": spread} if (spread := _spread(r, facts)) is not None else {}),
         "CFG scale": r.guidance_scale, "Seed": r.seed, "Size": f"{r.width}x{r.height}", "Model": file_name(facts.model),
         **({"Denoising strength": r.strength} if facts.begin else {}),
-        **({"Clip skip": r.clip_skip} if facts.clip_skip and (r.clip_skip or 1) > 1 else {}),
-        **({"TI hashes": ", ".join(f"{name}: {hashed}" for name, hashed in facts.embeddings.items())} if facts.embeddings else {}),
-        **({} if r.emphasis is Emphasis.ORIGINAL else {"Emphasis": _EMPHASIS[r.emphasis]}),
-        **({} if r.canvas_prompt is None else {"Hires prompt": r.canvas_prompt}), "Version": f"tiler {metadata.version('tiler')}",
+        **_of_prompts(r, facts), "Version": f"tiler {metadata.version('tiler')}",
     }  # fmt: skip
     said = {key: value for key, value in asdict(r).items() if key not in _OF_THE_MACHINE and value is not None}
     for key in ("model", "tiny_vae", "guide_image"):
@@ -61,6 +58,20 @@ def texts(request: ResolvedRequest, facts: Facts) -> dict[str, str]:
         "tiler": json.dumps(said | found, default=_plain, ensure_ascii=False),
     }
     return {key: _encodable(text) for key, text in both.items()}
+
+
+def _of_prompts(request: ResolvedRequest, facts: Facts) -> dict[str, object]:
+    """How the prompts were read, where that is not as usual."""
+    fields: dict[str, object] = {}
+    if facts.clip_skip and (request.clip_skip or 1) > 1:
+        fields["Clip skip"] = request.clip_skip
+    if request.canvas_prompt is not None:
+        fields["Hires prompt"] = request.canvas_prompt
+    if facts.embeddings:
+        fields["TI hashes"] = ", ".join(f"{name}: {digest}" for name, digest in facts.embeddings.items())
+    if request.emphasis is not Emphasis.ORIGINAL:
+        fields["Emphasis"] = _EMPHASIS[request.emphasis]
+    return fields
 
 
 def _spread(request: ResolvedRequest, facts: Facts) -> str | None:

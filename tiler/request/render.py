@@ -63,8 +63,8 @@ class RenderRequest:
     emphasis: Emphasis = option(
         Emphasis.ORIGINAL,
         Option(
-            "What weights like (word:1.3) do. original: as in A1111; no-norm: encodings are scaled and not brought back to "
-            "their mean; ignore: nothing; none: brackets are text.",
+            "What weights like (word:1.3) do. original: as in A1111; no-norm: encodings are scaled and not brought back "
+            "to their mean; ignore: nothing; none: brackets are text.",
             Panel.PICTURE, ("--emphasis",),
         ),
     )  # fmt: skip
@@ -149,8 +149,8 @@ class RenderRequest:
     embd_dir: Path | None = option(
         None,
         Option(
-            "Folder of embeddings (textual inversion, .safetensors), which prompts name by file name, embedding:NAME or <NAME>; "
-            "for SD 1.x, 2.x and SDXL.",
+            "Folder of embeddings (textual inversion, .safetensors), which prompts name by file name, embedding:NAME "
+            "or <NAME>; for SD 1.x, 2.x and SDXL.",
             Panel.MODEL, ("--embd-dir",), metavar="FOLDER",
         ),
     )  # fmt: skip
