@@ -63,8 +63,8 @@ class RenderRequest:
     emphasis: Emphasis = option(
         Emphasis.ORIGINAL,
         Option(
-            "What weights like (word:1.3) do. original: as in A1111; no-norm: encodings are scaled and not brought back "
-            "to their mean; ignore: nothing; none: brackets are text.",
+            "What weights like (word:1.3) do. original: as in A1111; no-norm: encodings are scaled and not brought "
+            "back to their mean; ignore: nothing; none: brackets are text.",
             Panel.PICTURE, ("--emphasis",),
         ),
     )  # fmt: skip
