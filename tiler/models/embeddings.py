@@ -49,14 +49,6 @@ class Embeddings:
         """The stems of those that were named, and the first 12 digits of their files' SHA-256, as A1111 writes them."""
         return {self._files[name][0].stem: _digest(self._files[name][0])[:12] for name in sorted(self._read)}
 
-    def mark(self) -> str:
-        """Of all files: another where one of them is another. Reads none of them."""
-        digest = hashlib.sha256()
-        for path in (path for paths in self._files.values() for path in paths):
-            seen = path.stat()
-            digest.update(f"{path} {seen.st_size} {seen.st_mtime_ns}\n".encode())
-        return digest.hexdigest()
-
     def pieces(self, text: str, weight: float, width: int, tokenise: Callable[[str], list[int]]) -> list[Piece]:
         """A fragment's tokens, its embeddings among them, for the encoder of `width`. Raises ModelError for one that cannot be
         used, UsageError for one that two files have."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from tiler.errors import UsageError
-from tiler.request.prompt import ParsedPrompt, Stage, SubPrompt, Tag, Text, parse_prompt, text_at
+from tiler.request.prompt import Stage, SubPrompt, Tag, Text, parse_prompt, text_at
 from tiler.request.render import RenderRequest
 
 CHUNK_TOKENS = 75  # of CLIP, its marks left out
@@ -76,16 +76,11 @@ def canvas_conditions(request: RenderRequest) -> tuple[Condition, ...]:
 
 def _condition(prompt: str, negative: str | None) -> Condition:
     parsed = parse_prompt(prompt)
-    if sum(part.factor for part in parsed.prompts) <= 0:
+    if (total := sum(part.factor for part in parsed.prompts)) <= 0:
         raise UsageError(
-            f"the factors of the prompts that AND joins add up to {sum(p.factor for p in parsed.prompts):g}; take some "
-            "that add up to more than 0"
+            f"the factors of the prompts that AND joins add up to {total:g}; take some that add up to more than 0"
         )
-    return Condition(parsed.prompts, None if negative is None else _without_and(negative).prompts[0].text)
-
-
-def _without_and(negative: str) -> ParsedPrompt:
-    return parse_prompt(negative, splits=False)
+    return Condition(parsed.prompts, None if negative is None else parse_prompt(negative, splits=False).prompts[0].text)
 
 
 def tags_of(request: RenderRequest) -> tuple[Tag, ...]:
