@@ -80,7 +80,9 @@ class Embeddings:
         key = name.lower()
         if key not in self._files:
             near = get_close_matches(key, self._files, n=3)
-            known = f"; near names are {', '.join(self._files[n][0].stem for n in near)}" if near else ""
+            known = (
+                f"; near names are {', '.join(self._files[n][0].stem for n in near)}" if near else "; check the name"
+            )
             raise ModelError(f"embedding:{name}: no such embedding in {self._folder}{known}")
         if key not in self._read:
             self._read[key] = self._load(name, self._files[key])

@@ -31,6 +31,9 @@ def notes_on_prompts(request: ResolvedRequest, family: Family, *, has_guide: boo
     """What of the request has no effect with this family. Raises UsageError for tags that cannot be."""
     for tag in tags_of(request):
         yield f"{tag} is left out of the prompt: tiler applies no LoRA"
+    texts = request.prompt, request.canvas_prompt, request.negative_prompt, *(r.prompt for r in request.regions)
+    if request.embd_dir is None and any("embedding:" in text for text in texts if text):
+        yield "embedding:NAME is read as text: give the folder of the embeddings with --embd-dir"
     if request.embd_dir is not None and not family.traits.embeddings:
         yield f"--embd-dir has no effect: {family.traits.title} takes no embeddings"
     if (request.clip_skip or 1) > 1 and not family.traits.clip_skip:
