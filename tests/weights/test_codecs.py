@@ -142,7 +142,9 @@ def test_scaled_eight_bit_floats_are_found_by_every_spelling(
     module = torch.nn.ModuleDict({"w": torch.nn.Linear(32, 64, bias=False, device="meta")})
     tensors = {"w.weight": weight, "scaled_fp8": torch.zeros(2).to(torch.float8_e4m3fn)}
     save_file(tensors | {scale: factor}, tmp_path / "x.safetensors")
-    with WeightStore(match_index(module, understood(read_index(tmp_path / "x.safetensors")), lambda name: [name])) as store:
+    with WeightStore(
+        match_index(module, understood(read_index(tmp_path / "x.safetensors")), lambda name: [name])
+    ) as store:
         assert torch.equal(store.load("w.weight"), weight.float() * (factor if factor.ndim < 2 else factor.view(64, 1)))
     save_file(tensors, tmp_path / "x.safetensors")
     with pytest.raises(ModelError, match="has no scale"):

@@ -12,7 +12,16 @@ from typing import Any
 
 from tiler.errors import ModelError
 from tiler.weights import hub
-from tiler.weights.flavours import MAX_INDEX_BYTES, PICKLES, WEIGHTS, choose_flavour, find_weights, flavours, names_in, read_json
+from tiler.weights.flavours import (
+    MAX_INDEX_BYTES,
+    PICKLES,
+    WEIGHTS,
+    choose_flavour,
+    find_weights,
+    flavours,
+    names_in,
+    read_json,
+)
 from tiler.weights.index import TensorInfo, merge_indexes
 from tiler.weights.layouts import check_map, understood
 from tiler.weights.places import expand

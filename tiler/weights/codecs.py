@@ -183,7 +183,9 @@ CODECS: Mapping[str, Codec] = {
         _plain("F32", torch.float32),
         _plain("F16", torch.float16),
         _plain("BF16", torch.bfloat16),
-        _plain("I8", torch.int8),  # of rows that have scales beside them, quantised as tiler's integer products want them
+        _plain(
+            "I8", torch.int8
+        ),  # of rows that have scales beside them, quantised as tiler's integer products want them
         _plain("QINT8", torch.int8),  # the same by others, computed with in fp32
         _block("SCB", 1, 4, _127ths),  # bitsandbytes' largest value of a row in int8
         _block("F8_E4M3", 1, 1, partial(_byte, torch.float8_e4m3fn)),

@@ -86,7 +86,7 @@ def check_map(folder: Path, index: Index, layers: Mapping[str, Any]) -> None:
 
 def in_rows(info: TensorInfo, shape: tuple[int, ...]) -> TensorInfo:
     """A weight that is stored in groups as the rows of a parameter of `shape`, if it can be that. Raises ModelError."""
-    if info.dtype != QINT4 or info.shape == shape or math.prod(info.shape) != math.prod(shape):
+    if info.dtype != QINT4 or len(info.sources) > 1 or math.prod(info.shape) != math.prod(shape):
         return info
     rows, groups = shape[0], info.shape[0]
     if rows % 2 or groups % rows:
@@ -177,7 +177,9 @@ def _need(index: Index, name: str, of: TensorInfo) -> TensorInfo:
 
 def _quanto_8(index: Index, weight: str, info: TensorInfo) -> TensorInfo:
     if info.dtype not in _EIGHTS:
-        raise ModelError(f"{info.path}: tensor {info.name!r} is {info.dtype}, which optimum-quanto does not write; {_READ}")
+        raise ModelError(
+            f"{info.path}: tensor {info.name!r} is {info.dtype}, which optimum-quanto does not write; {_READ}"
+        )
     scale = _need(index, f"{weight}._scale", info)
     _check_factors(scale, {1, info.shape[0] if info.shape else 1})
     return info._replace(name=weight, dtype=_EIGHTS[info.dtype], scale=scale)
@@ -212,7 +214,9 @@ def _of_blocks(index: Index, weight: str, state: TensorInfo) -> TensorInfo:
         not isinstance(shape, list) or len(shape) != 2 or not all(type(side) is int and side > 0 for side in shape)
         or type(values) is not int or values < 2
     ):  # fmt: skip
-        raise ModelError(f"{info.path}: tensor {state.name!r} states no shape and size of blocks; download the file again")
+        raise ModelError(
+            f"{info.path}: tensor {state.name!r} states no shape and size of blocks; download the file again"
+        )
     rows, width = shape
     if values % 2 or width % values:
         raise ModelError(
@@ -239,7 +243,9 @@ def _of_blocks(index: Index, weight: str, state: TensorInfo) -> TensorInfo:
             offset=float(offset),
         )  # fmt: skip
     elif absmax.dtype not in ("F32", "F16", "BF16"):
-        raise ModelError(f"{info.path}: tensor {absmax.name!r} holds factors as {absmax.dtype}; download the file again")
+        raise ModelError(
+            f"{info.path}: tensor {absmax.name!r} holds factors as {absmax.dtype}; download the file again"
+        )
     if len(table) != 16:
         raise ModelError(f"{info.path}: the table of {weight!r} has {len(table)} values, not 16; the file is damaged")
     flat = absmax.reshaped((rows, width // values))
