@@ -6,7 +6,6 @@ Each phase opens the weights it needs, works under the budget, and lets the weig
 from __future__ import annotations
 
 import math
-import re
 import shlex
 import tempfile
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -27,6 +26,7 @@ from tiler.decoding.method import DecodePlan
 from tiler.decoding.rows import Latents, to_uint8
 from tiler.diffusion import canvas, guide
 from tiler.diffusion.guide_picture import GuidePicture
+from tiler.diffusion.prompts import Prompts
 from tiler.diffusion.runner import Conditions, LocalRunner
 from tiler.diffusion.tiles import Steps, region_span
 from tiler.errors import NameTaken, NumericalError, StorageError
@@ -37,7 +37,9 @@ from tiler.memory.limits import memory_warning
 from tiler.memory.policy import at_layer, at_rows
 from tiler.models import family as families
 from tiler.models.built import Models
-from tiler.models.family import Family, Guidance, Options, Part, Role, VaeSpec
+from tiler.models.family import Family, Options, Part, Role, VaeSpec
+from tiler.models.prompting import notes_on_prompts, read_options
+from tiler.models.reading import Reading
 from tiler.models.samples import Sample
 from tiler.output.latents import save_latents
 from tiler.output.picture import check_picture
@@ -45,12 +47,11 @@ from tiler.planning.render import RenderPlan, build_schedule, plan_render
 from tiler.planning.resolve import resolve
 from tiler.planning.tiling import pixels_of, plan_tiling
 from tiler.request import GuideUpscale, Precision, RenderRequest, ResolvedRequest
+from tiler.request.wording import may_be_long
 from tiler.run import Names, Run, measure, streamed
 from tiler.weights import checkpoint
 from tiler.weights.index import TensorInfo
 from tiler.weights.packed import default_cache
-
-_MARKUP = re.compile(r"\([^()]+:\s*[\d.]+\s*\)|<(lora|lyco|hypernet):[^>]+>")  # of AUTOMATIC1111's prompts
 
 
 @dataclass(kw_only=True)
@@ -60,6 +61,7 @@ class RenderRun(Run):
     request: ResolvedRequest
     plan: RenderPlan
     weights: dict[str, tuple[dict[str, TensorInfo], Names]]  # by part: where its parameters lie, and their names there
+    reading: Reading
     prepared: Any = None  # by the family, for guide and canvas
     texts: dict[str, str] = field(default_factory=dict)  # what the picture will say of itself
     counts: dict[str, int] = field(
@@ -115,22 +117,14 @@ def start(request: RenderRequest, budget: Budget, on_event: OnEvent, *, planning
     plan = make_plan(settings, models, budget.max_bytes)
     run = RenderRun(
         request=settings, plan=plan, models=models, budget=budget, on_event=on_event,
+        reading=read_options(settings, models, plan.texts),
         weights={part.name: (found.weights(part.name), part.aliases) for part in packing.packed_parts(family)},
     )  # fmt: skip
-    texts = [
-        settings.prompt,
-        settings.negative_prompt,
-        *(t for r in settings.regions for t in (r.prompt, r.negative_prompt)),
-    ]
-    if any(text and _MARKUP.search(text) for text in texts):
-        run.note("weights like (word:1.4) and tags like <lora:name:1> are not understood: they are read as plain words")
-    negative = settings.negative_prompt, *(r.negative_prompt for r in settings.regions)
-    if any(negative) and family.traits.guidance is not Guidance.CFG:
-        run.note(f"the negative prompt has no effect: {family.traits.title} takes none")
     if any(plan.crop):
         height, width = pixels_of(plan.canvas)
         run.note(f"this model makes no picture as small as that: it is the middle of one of {width}×{height}")
-    for note in (*found.notes, *family.notes, *plan.notes, memory_warning(budget.max_bytes)):
+    on_prompts = notes_on_prompts(settings, family, has_guide=plan.guide is not None)
+    for note in (*on_prompts, *found.notes, *family.notes, *plan.notes, memory_warning(budget.max_bytes)):
         if note is not None:
             run.note(note)
     return run
@@ -173,14 +167,13 @@ def load_guide(run: RenderRun) -> np.ndarray | None:
         return picture.load(run.note)
 
 
-def encode_prompts(run: RenderRun) -> Conditions:
-    """Every prompt and its negative prompt, each text once."""
-    request, family = run.request, run.plan.family
-    pairs = [] if request.prompt is None else [(request.prompt, request.negative_prompt)]
-    for r in request.regions:
-        pairs.append((r.prompt, request.negative_prompt if r.negative_prompt is None else r.negative_prompt))
-    if family.traits.guidance is not Guidance.CFG:
-        pairs = [(prompt, prompt) for prompt, _ in pairs]  # what is never used is not encoded
+def encode_prompts(run: RenderRun) -> Prompts:
+    """Every text that is said at any step, once."""
+    family = run.plan.family
+    texts: list[str | None] = run.plan.texts
+    long = any(map(may_be_long, texts)) or run.reading.embeddings is not None
+    if family.traits.chunked and long and "" not in texts:
+        texts = [*texts, ""]  # whose chunks lengthen others
 
     @contextmanager
     def opened(part: Part) -> Iterator[Any]:
@@ -189,18 +182,17 @@ def encode_prompts(run: RenderRun) -> Conditions:
             yield module
 
     with run.phase("encode prompts", 1):
-        texts = list(dict.fromkeys(text for pair in pairs for text in pair))
-        encoded = dict(zip(texts, family.encode(texts, opened, run.note), strict=True))
-        return Conditions([encoded[prompt] for prompt, _ in pairs], [encoded[negative] for _, negative in pairs])
+        encoded = family.encode(texts, opened, run.note, run.reading)
+        return Prompts(family, dict(zip(texts, encoded, strict=True)))
 
 
-def make_guide(run: RenderRun, conditions: Conditions) -> Tensor | None:
+def make_guide(run: RenderRun, prompts: Prompts) -> Tensor | None:
     """Denoise the guide at the model's native resolution → its latents, (1, C, h, w) fp32 scaled; None where there is none."""
     plan = run.plan
     if plan.guide is None:
         return None
     with run.phase("guide", plan.guide_samples):
-        return _denoise(run, "guide", plan.guide_steps, conditions, None, 0, plan.guide_batch)
+        return _denoise(run, "guide", plan.guide_steps, prompts, None, 0, plan.guide_batch)
 
 
 def make_reference(run: RenderRun, picture: np.ndarray | None, guide_latents: Tensor | None) -> Tensor | None:
@@ -233,7 +225,7 @@ def make_reference(run: RenderRun, picture: np.ndarray | None, guide_latents: Te
         return spec.scale(method.encode(encoder, vae, streamer, pixels, check=check, progress=progress))
 
 
-def denoise_canvas(run: RenderRun, conditions: Conditions, reference: Tensor | None) -> Tensor:
+def denoise_canvas(run: RenderRun, prompts: Prompts, reference: Tensor | None) -> Tensor:
     """Mixture of Diffusers on the whole canvas: its final latents, (1, C, H, W) fp32 scaled."""
     plan = run.plan
     if plan.begin == run.request.num_inference_steps and run.request.strength > 0:
@@ -241,11 +233,11 @@ def denoise_canvas(run: RenderRun, conditions: Conditions, reference: Tensor | N
     elif plan.begin:
         run.note(f"the guide takes the place of the first {plan.begin} of {run.request.num_inference_steps} steps")
     with run.phase("canvas", plan.canvas_samples):
-        return _denoise(run, "canvas", plan.canvas_steps, conditions, reference, plan.begin, plan.batch)
+        return _denoise(run, "canvas", plan.canvas_steps, prompts, reference, plan.begin, plan.batch)
 
 
 def _denoise(
-    run: RenderRun, phase: str, tiles: Steps, conditions: Conditions, reference: Tensor | None, begin: int, batch: int
+    run: RenderRun, phase: str, tiles: Steps, prompts: Prompts, reference: Tensor | None, begin: int, batch: int
 ) -> Tensor:  # fmt: skip
     request, plan, steps = run.request, run.plan, run.request.num_inference_steps
     height, width = plan.canvas if phase == "canvas" or plan.guide is None else plan.guide[:2]
@@ -267,13 +259,19 @@ def _denoise(
             guidance=tuple(sorted(scales)), scratch=request.scratch_folder,
         )  # fmt: skip
         if run.prepared is None:
-            prompts = [prompt for side in conditions for prompt in side]
-            run.prepared = family.prepare(denoiser, streamer, schedule.timesteps, prompts, options)
+            wordings = [w for w in (plan.guide_wording, plan.canvas_wording) if w is not None]
+            said = prompts.all_of(wordings)
+            run.prepared = family.prepare(denoiser, streamer, schedule.timesteps, said, options)
 
         def predict(samples: Sequence[Sample], step: int) -> Tensor:
             run.counts["denoiser_calls"] += 1
             run.counts["denoiser_samples"] += len(samples)
             return family.predict(denoiser, streamer, samples, step, run.prepared, check)
+
+        wording = plan.canvas_wording if phase == "canvas" or plan.guide_wording is None else plan.guide_wording
+
+        def conditions(step: int) -> Conditions:
+            return prompts.conditions(wording, step - begin)
 
         denoising = canvas.Denoising(latents, tiles, schedule, generator, begin=begin, phase=phase)
         loop = denoising.run(LocalRunner(predict, conditions, batch))

@@ -53,11 +53,11 @@ def render(request: RenderRequest, budget: Budget | None = None, on_event: OnEve
             run.texts = reports.texts(run)  # before the first step: whatever cannot be written is found now
             picture = phases.load_guide(run)
             phases.prepare_weights(run)
-            conditions = phases.encode_prompts(run)
-            guide = phases.make_guide(run, conditions)
+            prompts = phases.encode_prompts(run)
+            guide = phases.make_guide(run, prompts)
             reference = phases.make_reference(run, picture, guide)
             del picture, guide
-            latents = phases.denoise_canvas(run, conditions, reference)
+            latents = phases.denoise_canvas(run, prompts, reference)
             # An error of the writer's must not leave the decoder's scratch files open.
             unscaled = phases.Unscaled(latents, run.plan.decoder)
             with phases.kept_canvas(run, latents), closing(phases.decode(run, run.decoding, unscaled)) as rows:

@@ -70,5 +70,7 @@ def texts(run: RenderRun) -> dict[str, str]:
         model=found.name, model_id=model_id(found, [part.name for part in plan.family.parts]), revision=found.revision,
         scheduler=plan.scheduler.value,
         precision=plan.precision.value, kernels=computed_by(), begin=plan.begin,
+        clip_skip=plan.family.traits.clip_skip,
+        embeddings={} if run.reading.embeddings is None else run.reading.embeddings.used,
     )  # fmt: skip
     return picture_texts(run.request, facts)

@@ -153,11 +153,11 @@ def test_an_encoder_that_was_lent_before_gives_the_same_states(sdxl: Path) -> No
         assert all(map(torch.equal, *found))
 
 
-def test_a_long_prompt_is_cut_and_told_of_once(sdxl: Path) -> None:
-    notes: list[str] = []
-    long, cut = encoded(sdxl, ["a" * 80 + "b", "a" * 80 + "c"], notes.append)
-    assert torch.equal(long.tokens, cut.tokens)
-    assert [note[:38] for note in notes] == ["the prompt is longer than 77 tokens an"] * 2
+def test_a_long_prompt_goes_on_in_chunks(sdxl: Path) -> None:
+    """The first is what a cut leaves; both encoders have as many."""
+    long, short = encoded(sdxl, ["a " * 75 + "boat", "a " * 75], pytest.fail)
+    assert long.tokens.shape[1] == 2 * 77 and torch.equal(long.tokens[:, :77], short.tokens)
+    assert long.pooled is not None and short.pooled is not None and torch.equal(long.pooled, short.pooled)
 
 
 def test_a_normalised_vae_is_decoded_as_the_pipeline_does(sdxl: Path, tmp_path: Path) -> None:

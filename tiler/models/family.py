@@ -20,6 +20,7 @@ from tiler.errors import ModelError
 from tiler.memory.lean_imports import lean_imports
 from tiler.models import bounds
 from tiler.models.meta import on_meta, refusing
+from tiler.models.reading import READING, Reading
 from tiler.request import TileConditioning
 from tiler.weights.checkpoint import Checkpoint
 
@@ -80,6 +81,11 @@ class Traits(NamedTuple):
     old_schedulers: bool = True  # whether diffusers' pipeline corrects scheduler configs that its old versions wrote
     longest: int | None = None  # side of a guide, where the positions it knows end
     large_blocks: bool = False  # whether a sample's activations are few blocks of many MB, which leave no holes behind
+    chunked: bool = (
+        False  # whether a long prompt goes on in chunks of 77 tokens, of which all prompts of a sample have as many
+    )
+    embeddings: bool = False  # whether prompts may name embeddings (textual inversion)
+    clip_skip: bool = False  # whether the states of another layer of CLIP can be taken
     even_sigmas: bool = False  # of a flow: σ falls from 1 to 1/N in equal steps before it is shifted
 
     @property
@@ -214,8 +220,19 @@ class Family(ABC):
         return self.vae
 
     @abstractmethod
-    def encode(self, prompts: Sequence[str | None], open_part: OpenPart, warn: Callable[[str], None]) -> list[Prompt]:
-        """The embeddings of every prompt; None is a negative prompt that was not given. Each encoder is opened once."""
+    def encode(
+        self,
+        prompts: Sequence[str | None],
+        open_part: OpenPart,
+        warn: Callable[[str], None],
+        reading: Reading = READING,
+    ) -> list[Prompt]:
+        """The embeddings of every prompt, read as `reading` says; None is a negative prompt that was not given. Each encoder is
+        opened once."""
+
+    def lengthened(self, prompt: Prompt, tokens: int, empty: Prompt) -> Prompt:
+        """The prompt with chunks of an `empty` one, until it has so many `tokens`; for families whose prompts are chunked."""
+        return prompt
 
     @abstractmethod
     def prepare(

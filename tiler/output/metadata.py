@@ -11,9 +11,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from tiler.request import ResolvedRequest
+from tiler.request import Emphasis, ResolvedRequest, ScheduleType
 
-_OF_THE_MACHINE = ("output", "save_latents", "cache_dir", "scratch", "force", "metadata")
+_EMPHASIS = {Emphasis.NO_NORM: "No norm", Emphasis.IGNORE: "Ignore", Emphasis.NONE: "None"}  # as A1111 writes them
+_OF_THE_MACHINE = ("output", "embd_dir", "save_latents", "cache_dir", "scratch", "force", "metadata")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,8 @@ class Facts:
     scheduler: str
     precision: str
     kernels: str  # whose arithmetic, and with which instructions
+    embeddings: Mapping[str, str]  # that the prompts name, and their hashes
+    clip_skip: bool  # whether the model has a choice of CLIP's layers
     begin: int  # the step at which the canvas starts; 0 without a guide
 
 
@@ -34,9 +37,10 @@ def texts(request: ResolvedRequest, facts: Facts) -> dict[str, str]:
     r = request
     fields: dict[str, object] = {
         "Steps": r.num_inference_steps, "Sampler": facts.scheduler.removesuffix(" Karras"),
-        **({"Schedule type": "Karras"} if facts.scheduler.endswith("Karras") else {}),
+        **({"Schedule type": spread} if (spread := _spread(r, facts)) is not None else {}),
         "CFG scale": r.guidance_scale, "Seed": r.seed, "Size": f"{r.width}x{r.height}", "Model": file_name(facts.model),
-        **({"Denoising strength": r.strength} if facts.begin else {}), "Version": f"tiler {metadata.version('tiler')}",
+        **({"Denoising strength": r.strength} if facts.begin else {}),
+        **_of_prompts(r, facts), "Version": f"tiler {metadata.version('tiler')}",
     }  # fmt: skip
     said = {key: value for key, value in asdict(r).items() if key not in _OF_THE_MACHINE and value is not None}
     for key in ("model", "tiny_vae", "guide_image"):
@@ -54,6 +58,27 @@ def texts(request: ResolvedRequest, facts: Facts) -> dict[str, str]:
         "tiler": json.dumps(said | found, default=_plain, ensure_ascii=False),
     }
     return {key: _encodable(text) for key, text in both.items()}
+
+
+def _of_prompts(request: ResolvedRequest, facts: Facts) -> dict[str, object]:
+    """How the prompts were read, where that is not as usual."""
+    fields: dict[str, object] = {}
+    if facts.clip_skip and (request.clip_skip or 1) > 1:
+        fields["Clip skip"] = request.clip_skip
+    if request.canvas_prompt is not None:
+        fields["Hires prompt"] = request.canvas_prompt
+    if facts.embeddings:
+        fields["TI hashes"] = ", ".join(f"{name}: {digest}" for name, digest in facts.embeddings.items())
+    if request.emphasis is not Emphasis.ORIGINAL:
+        fields["Emphasis"] = _EMPHASIS[request.emphasis]
+    return fields
+
+
+def _spread(request: ResolvedRequest, facts: Facts) -> str | None:
+    """The schedule type by its name in A1111; None for that of the scheduler itself."""
+    if (asked := request.schedule_type) is not None:
+        return "SGM Uniform" if asked is ScheduleType.SGM_UNIFORM else asked.value.capitalize()
+    return "Karras" if facts.scheduler.endswith("Karras") else None
 
 
 def infotext(prompt: str, negative_prompt: str, fields: Mapping[str, object]) -> str:

@@ -21,6 +21,7 @@ from tiler.diffusion.schedulers import DiffusersSchedule
 from tiler.errors import UsageError
 from tiler.memory.tuning import MARGIN
 from tiler.models.built import Models
+from tiler.models.chunks import MOST_CHUNKS
 from tiler.models.family import Family, Role, VaeSpec
 from tiler.planning.facts import Facts
 from tiler.planning.fit import Streamed, largest_batch, with_resident
@@ -28,6 +29,7 @@ from tiler.planning.peaks import DenoiserPeaks, VaePeaks, text_phase
 from tiler.planning.table import MemoryPlan, PhasePlan, Term
 from tiler.planning.tiling import Tiling, pixels_of
 from tiler.request import Decode, GuideUpscale, Precision, ResolvedRequest, Scheduler, Wrap
+from tiler.request.wording import most_chunks
 
 ORDER = ("load guide", "encode prompts", "guide", "guide picture", "canvas", "decode")  # of the phases
 # Samples that share a read of the weights. A choice, no measurement: SD 1.5's share is then 0.1 GB each, beside seconds of
@@ -85,8 +87,10 @@ def plan_render(request: ResolvedRequest, models: Models, tiling: Tiling, facts:
 
     precision, precision_why = choose_precision(request.precision, family, facts.int8)
     int8 = precision is Precision.INT8
-    sampler = DenoiserPeaks(models, int8=int8)
-    tight = DenoiserPeaks(models, int8=int8, arena_bytes=TIGHT_ARENA_BYTES)
+    chunks = most_chunks(tiling.texts, MOST_CHUNKS) if family.traits.chunked else 1
+    chunks += request.embd_dir is not None and family.traits.embeddings  # whose vectors the words do not tell
+    sampler = DenoiserPeaks(models, int8=int8, chunks=chunks)
+    tight = DenoiserPeaks(models, int8=int8, arena_bytes=TIGHT_ARENA_BYTES, chunks=chunks)
     fixed = [facts.libraries]
     coding = _plan_coding(request, models, tiling, facts)
     masks = min(MASKS_KEPT, max(map(len, (tiling.regions, *tiling.canvas_steps[-1:]))))
@@ -194,7 +198,11 @@ def build_schedule(request: ResolvedRequest, family: Family) -> DiffusersSchedul
     """The schedule of a render, checked to the end. Raises UsageError, ModelError."""
     asked, config, steps, traits = request.scheduler, family.scheduler, request.num_inference_steps, family.traits
     if not traits.flow:
-        return schedulers.build(asked, config, steps, correct=traits.old_schedulers)
+        return schedulers.build(
+            asked, config, steps, correct=traits.old_schedulers, schedule_type=request.schedule_type
+        )
+    if request.schedule_type is not None:
+        raise UsageError(f"--schedule-type {request.schedule_type} is not for flow-matching models; leave it out")
     return flow.build(asked, config, steps, tokens=traits.tokens, even_sigmas=traits.even_sigmas)
 
 

@@ -22,6 +22,7 @@ from tiler.errors import ModelError, StorageError
 from tiler.files import atomic
 from tiler.weights.blocks import block_sides, blocked, can_block
 from tiler.weights.index import TensorInfo, open_regular, read_index, read_metadata
+from tiler.weights.layouts import understood
 from tiler.weights.places import cache_home
 from tiler.weights.store import SCALE, WeightStore
 
@@ -58,7 +59,7 @@ def packed_index(
                 f"{cache}: cannot be made ({error.strerror}); choose another --cache-dir, or render with --precision fp32"
             ) from error
         write(path, mark, reason)
-    return read_index(path)
+    return understood(read_index(path))
 
 
 def fingerprint(files: dict[str, TensorInfo], rules: str) -> str:
