@@ -34,7 +34,8 @@ class Source(NamedTuple):
 class TensorInfo(NamedTuple):
     """Where one tensor lies, and how: `dtype` names its codec (codecs.py), `nbytes` is what it takes in files. Its rows, those of
     the first axis, stand in one place or in several; a tensor without axes is one row. One that is `blocked` lies in the order
-    of blocks.py; its shape is the weight's own once `match_index` has seen it."""
+    of blocks.py; its shape is the weight's own once `match_index` has seen it. One that is `transposed` lies column by column of
+    its shape, and is read as a whole."""
 
     name: str
     dtype: str
@@ -42,6 +43,7 @@ class TensorInfo(NamedTuple):
     sources: tuple[Source, ...]
     nbytes: int
     blocked: bool = False
+    transposed: bool = False
 
     @property
     def path(self) -> Path:
