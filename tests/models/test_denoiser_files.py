@@ -142,7 +142,7 @@ def sd3() -> dict[str, torch.Tensor]:
 GOLDEN = {
     "sd1": (sd15_unet, "sd"), "sdxl": (sdxl_unet, "sd"), "flux": (flux, "flux"), "sd3": (sd3, "sd3"),
 }  # fmt: skip
-HASHES: dict[str, str] = {}
+HASHES = {"sd1": "f1f44ed08f650295", "sdxl": "7bd3ac86df1f8cf7", "flux": "63ec982b3e6c3c72", "sd3": "09d3cefe983df546"}
 
 
 @pytest.mark.parametrize("name", GOLDEN)
