@@ -15,6 +15,7 @@ from tiler.weights import hub
 from tiler.weights.flavours import PICKLES, find_weights, read_json
 from tiler.weights.gguf import is_gguf, read_gguf
 from tiler.weights.index import TensorInfo, merge_indexes, read_index, read_metadata
+from tiler.weights.layouts import understood
 from tiler.weights.places import expand
 
 Index = dict[str, TensorInfo]
@@ -29,7 +30,7 @@ class WeightFile:
         if path.suffix in PICKLES:
             raise ModelError(f"{path}: a pickle can run code when it is opened; tiler reads safetensors and GGUF files")
         self.path, self._gguf = path, is_gguf(path)
-        self.index: Index = read_gguf(path).tensors if self._gguf else read_index(path)
+        self.index: Index = read_gguf(path).tensors if self._gguf else understood(read_index(path))
         self.contents: Contents = look({name: info.shape for name, info in self.index.items()}, str(path))
 
     @cached_property
@@ -105,7 +106,7 @@ def _in_folder(folder: Path, flag: str) -> FoundPart:
     if kind is None:
         named = config.get("_class_name") or config.get("model_type")
         raise ModelError(f"{folder}/config.json: {named!r} is no part that {flag} takes")
-    index = merge_indexes(list(find_weights(folder, None).files))
+    index = understood(merge_indexes(list(find_weights(folder, None).files)))
     beside = folder.parent / folder.name.replace("text_encoder", "tokenizer")
     tokenizer = beside if beside != folder and beside.is_dir() else _tokenizer_beside(folder)
     return FoundPart(kind, index, folder, config, tokenizer)

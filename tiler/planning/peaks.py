@@ -23,7 +23,7 @@ from tiler.planning.facts import Facts
 from tiler.planning.fit import Weight
 from tiler.planning.table import PhasePlan, Term
 from tiler.request import Decode, Wrap
-from tiler.weights.codecs import CODECS
+from tiler.weights.grouped import is_read
 from tiler.weights.index import TensorInfo
 from tiler.weights.store import PIECE_ELEMENTS, READ_AHEAD, match_index
 
@@ -40,7 +40,7 @@ def weights_terms(module: nn.Module, stored: Mapping[str, TensorInfo]) -> list[T
     pieces = (
         int(info.nbytes * min(1, PIECE_ELEMENTS / math.prod(info.shape)))
         for info in stored.values()
-        if info.dtype in CODECS and info.nbytes
+        if is_read(info) and info.nbytes
     )
     small = sum(
         p.numel() * 4

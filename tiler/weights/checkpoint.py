@@ -12,10 +12,22 @@ from typing import Any
 
 from tiler.errors import ModelError
 from tiler.weights import hub
-from tiler.weights.flavours import PICKLES, WEIGHTS, choose_flavour, find_weights, flavours, names_in, read_json
+from tiler.weights.flavours import (
+    MAX_INDEX_BYTES,
+    PICKLES,
+    WEIGHTS,
+    choose_flavour,
+    find_weights,
+    flavours,
+    names_in,
+    read_json,
+)
 from tiler.weights.folders import find_model, near_names
 from tiler.weights.index import TensorInfo, merge_indexes
+from tiler.weights.layouts import check_map, understood
 from tiler.weights.places import expand
+
+QUANTO_MAP = "quanto_qmap.json"  # which modules optimum-quanto quantised, and how
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,10 +77,14 @@ class Checkpoint:
         return read_json(self.folder / part / file)
 
     def weights(self, part: str) -> dict[str, TensorInfo]:
-        """The index of one part's weight files. Raises ModelError."""
+        """The index of one part's weight files, of which a quantised weight is one tensor (layouts.py). Raises ModelError."""
         if part in self.sources:
             return dict(self.sources[part].index)
-        return merge_indexes(list(find_weights(self.folder / part, self.variant, self._fetch(part)).files))
+        folder = self.folder / part
+        index = understood(merge_indexes(list(find_weights(folder, self.variant, self._fetch(part)).files)))
+        if (path := folder / QUANTO_MAP).is_file():
+            check_map(path, index, read_json(path, MAX_INDEX_BYTES))
+        return index
 
     def _fetch(self, part: str) -> str:
         if self.repository is None:
