@@ -14,7 +14,7 @@ from tiler.models.kinds import text_width
 from tiler.weights import hub
 from tiler.weights.flavours import PICKLES, find_weights, read_json
 from tiler.weights.gguf import is_gguf, read_gguf
-from tiler.weights.index import TensorInfo, merge_indexes, read_index, read_metadata
+from tiler.weights.index import TensorInfo, merge_indexes, read_index, read_metadata, trailing_bytes
 from tiler.weights.layouts import understood
 from tiler.weights.places import expand
 
@@ -29,9 +29,15 @@ class WeightFile:
     def __init__(self, path: Path) -> None:
         if path.suffix in PICKLES:
             raise ModelError(f"{path}: a pickle can run code when it is opened; tiler reads safetensors and GGUF files")
-        self.path, self._gguf = path, is_gguf(path)
+        self.path, self._gguf = path, path.suffix != ".safetensors" and is_gguf(path)
         self.index: Index = read_gguf(path).tensors if self._gguf else understood(read_index(path))
         self.contents: Contents = look({name: info.shape for name, info in self.index.items()}, str(path))
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user might not expect of the file."""
+        behind = 0 if self._gguf else trailing_bytes(self.path)
+        return (f"{self.path.name}: {behind} bytes behind its last tensor are not read",) if behind else ()
 
     @cached_property
     def words(self) -> Mapping[str, str]:

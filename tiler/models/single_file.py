@@ -66,6 +66,7 @@ class _Assembly:
         self._add_prediction()
         self._add_vae()
         self._add_encoders()
+        self.notes += [note for file in self.files for note in file.notes]
         return self.base.with_sources(self.sources, self.tokenizers, tuple(self.notes))
 
     def _row(self) -> FamilyRow:

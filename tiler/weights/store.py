@@ -63,7 +63,7 @@ def match_index(
     for name, parameter in module.named_parameters():
         info = next((stored[alias] for alias in rename(name) if alias in stored), None)
         if info is None:
-            raise ModelError(f"{where}: tensor {name!r} is missing; the weights and config.json do not belong together")
+            raise _missing(where, name, stored)
         want = tuple(parameter.shape)
         info = in_rows(info, want)
         squeezed = tuple(n for n in info.shape if n != 1) == tuple(n for n in want if n != 1)
@@ -75,6 +75,20 @@ def match_index(
         check_dtype(info, scaled=info.scale is not None)
         matched[name] = info.reshaped(want)._replace(blocked=is_blocked)
     return matched
+
+
+def _missing(where: Path | str, name: str, stored: dict[str, TensorInfo]) -> ModelError:
+    """The error for a parameter that no tensor gives. Where its neighbours bear other names in their file, told is the name that
+    the file should have."""
+    words = name.split(".")
+    for depth in range(len(words) - 1, 0, -1):
+        prefix, rest = ".".join(words[:depth]) + ".", ".".join(words[depth:])
+        for known, info in stored.items():
+            tail = known[len(prefix) :]
+            if known.startswith(prefix) and info.name.endswith(f".{tail}") and not info.name.endswith(known):
+                own = info.name[: -len(tail)] + rest
+                return ModelError(f"{info.path}: tensor {own!r} is missing; download the file again")
+    return ModelError(f"{where}: tensor {name!r} is missing; the weights and config.json do not belong together")
 
 
 class WeightStore:
