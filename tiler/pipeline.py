@@ -25,7 +25,6 @@ from tiler.planning.render import RenderPlan
 from tiler.planning.summary import summarise
 from tiler.planning.time import measure
 from tiler.request import DecodeRequest, QuantizeRequest, RenderRequest, ResolvedRequest
-from tiler.weights import checkpoint
 from tiler.weights.packed import default_cache
 
 
@@ -113,8 +112,7 @@ def decode(request: DecodeRequest, budget: Budget | None = None, on_event: OnEve
 def quantize(request: QuantizeRequest, budget: Budget | None = None, on_event: OnEvent = _ignore) -> Result:
     """Write the int8 weights of a checkpoint into its cache folder unless they are there. Raises TilerError."""
     with budget or Budget() as budget:
-        found = checkpoint.resolve(request.model, variant=request.variant, revision=request.revision)
-        models = phases.open_models(families.read_family(found))
+        models = phases.open_models(families.open_family(request))
         index = packing.prepare_int8(models, request.cache_dir or default_cache(), budget, on_event)
         path = next(iter(index.values())).path
         return Result(output=path, report=reports.of_packed(path, index, budget))
