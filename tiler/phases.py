@@ -104,7 +104,7 @@ def start(request: RenderRequest, budget: Budget, on_event: OnEvent, *, planning
 
     `planning` an output that was not named need not be free.
     """
-    family = families.read_family(checkpoint.resolve(request.model, variant=request.variant, revision=request.revision))
+    family = families.open_family(request)
     found = family.checkpoint
     settings = resolve(request, family)
     if not planning or request.output is not None:

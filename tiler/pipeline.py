@@ -25,7 +25,6 @@ from tiler.planning.render import RenderPlan
 from tiler.planning.summary import summarise
 from tiler.planning.time import measure
 from tiler.request import DecodeRequest, QuantizeRequest, RenderRequest, ResolvedRequest
-from tiler.weights import checkpoint
 from tiler.weights.packed import default_cache
 
 
@@ -114,8 +113,7 @@ def quantize(request: QuantizeRequest, budget: Budget | None = None, on_event: O
     """Write a folder of quantised weights, or a checkpoint's int8 weights into its cache folder unless they are there. Raises
     TilerError."""
     with budget or Budget() as budget:
-        found = checkpoint.resolve(request.model, variant=request.variant, revision=request.revision)
-        models = phases.open_models(families.read_family(found))
+        models = phases.open_models(families.open_family(request))
         if request.output is not None:
             sizes = quantising.write_folder(request, models, budget, on_event)
             return Result(output=request.output, report=reports.of_folder(sizes, budget))

@@ -8,11 +8,12 @@ from pathlib import Path
 from tiler.errors import UsageError
 from tiler.request import shared
 from tiler.request.choices import Decode, ScratchDtype, Weights, Wrap, check_decode, within
+from tiler.request.model import ModelOptions
 from tiler.request.options import Option, Panel, argument, coerce, option
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecodeRequest:
+class DecodeRequest(ModelOptions):
     """Decode saved latents into a picture with a model's autoencoder. Raises UsageError.
 
     `latents` is a safetensors file with a tensor `latents`, (1, C, height/8, width/8), scaled as the scheduler left it.
@@ -27,9 +28,6 @@ class DecodeRequest:
         )
     )
     output: Path | None = option(None, shared.OUTPUT)
-    model: str = option("mini", shared.MODEL)
-    variant: str | None = option(None, shared.VARIANT)
-    revision: str | None = option(None, shared.REVISION)
     wrap: Wrap = option(Wrap.NONE, shared.WRAP)
     dpi: float | None = option(None, shared.DPI._replace(default=None))
     decode: Decode = option(Decode.AUTO, shared.DECODE)
@@ -45,13 +43,11 @@ class DecodeRequest:
 
 
 @dataclass(frozen=True, kw_only=True)
-class QuantizeRequest:
+class QuantizeRequest(ModelOptions):
     """Write a model's folder with fewer bits a weight into `output`; or without `weights` its int8 weights into `cache_dir` (None:
     the user's cache folder) ahead of its first render. Raises UsageError."""
 
     model: str = argument(shared.MODEL._replace(names=(), metavar="MODEL"))
-    variant: str | None = option(None, shared.VARIANT)
-    revision: str | None = option(None, shared.REVISION)
     weights: Weights | None = option(
         None,
         Option(

@@ -27,13 +27,14 @@ from tiler.request.choices import (
     parse_scheduler,
     within,
 )
+from tiler.request.model import ModelOptions
 from tiler.request.options import Option, Panel, coerce, option
 from tiler.request.paper import parse_length, parse_paper
 from tiler.request.regions import Region
 
 
 @dataclass(frozen=True, kw_only=True)
-class RenderRequest:
+class RenderRequest(ModelOptions):
     """What was said about a picture; None where nothing was said.
 
     `tiler.planning.resolve` fills the gaps, in this order: the preset, the model folder's tiler.toml, the model family. Lengths in
@@ -82,9 +83,6 @@ class RenderRequest:
         ),
     )
 
-    model: str = option("mini", shared.MODEL)
-    variant: str | None = option(None, shared.VARIANT)
-    revision: str | None = option(None, shared.REVISION)
     tiny_vae: str | None = option(None, shared.TINY_VAE)
 
     preset: Preset | None = option(

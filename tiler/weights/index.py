@@ -56,7 +56,8 @@ class TensorInfo(NamedTuple):
     of blocks.py; its shape is the weight's own once `match_index` has seen it.
 
     `scale` multiplies it: one factor, or one for each row. What lies `beside` it has as many rows, without which its own cannot be
-    decoded, and counts in `nbytes`; `nested` is what all of them need (layouts.py)."""
+    decoded, and counts in `nbytes`; `nested` is what all of them need (layouts.py). One that is `transposed` lies column by column
+    of its shape, and is read as a whole."""
 
     name: str
     dtype: str
@@ -67,6 +68,7 @@ class TensorInfo(NamedTuple):
     scale: TensorInfo | None = None
     beside: tuple[TensorInfo, ...] = ()
     nested: Nested | None = None
+    transposed: bool = False
 
     @property
     def path(self) -> Path:

@@ -159,6 +159,8 @@ class WeightStore:
     def pieces(self, name: str, elements: int | None = None) -> list[Piece]:
         """The tensor cut along its first axis into pieces of about `elements`, at most and else `piece_elements`."""
         shape, elements = self.index[name].shape, min(elements or self.piece_elements, self.piece_elements)
+        if self.index[name].transposed:
+            return [Piece(name, 0, shape[0])]
         total, step = shape[0] if shape else 1, piece_rows(math.prod(shape[1:]), elements)
         return [Piece(name, first, min(first + step, total)) for first in range(0, total, step)]
 
@@ -190,7 +192,15 @@ class WeightStore:
         """A piece's bytes as they are stored."""
         buffer = self._read(piece, self._take_buffer())
         self._buffers.append(buffer)
-        return buffer[: self._bytes(piece)].numpy().tobytes()
+        stored, info = buffer[: self._bytes(piece)], self.index[piece.name]
+        if info.transposed:
+            dtype = TORCH_DTYPES.get(info.dtype)
+            if dtype is None:
+                raise ModelError(
+                    f"{info.path}: tensor {info.name!r} is stored as {info.dtype} and transposed; use an fp16 file"
+                )
+            stored = stored.view(dtype).view(info.shape[::-1]).T.contiguous().view(torch.uint8)
+        return stored.numpy().tobytes()
 
     def keep(self, name: str, dtype: torch.dtype) -> None:
         """Hold a tensor in memory from now on, as fp32 or as stored (uint8 where torch has no such dtype); a convolution's fp32
@@ -303,6 +313,6 @@ class WeightStore:
         if out.dtype == torch.int8:
             out.copy_(raw.view(torch.int8).view_as(out))
             return
-        CODECS[info.dtype].decode(raw, out)
+        CODECS[info.dtype].decode(raw, out.T if info.transposed else out)
         if piece.name + SCALE in self.index:
             out.mul_(self.scale(piece.name)[piece.first : piece.last].view(-1, *(1,) * (out.ndim - 1)))
