@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from tiler import decode_run, packing, phases, reports
+from tiler import decode_run, packing, phases, quantising, reports
 from tiler.events import Event, OnEvent
 from tiler.memory import lean_imports, process
 from tiler.memory.budget import Budget
@@ -110,9 +110,13 @@ def decode(request: DecodeRequest, budget: Budget | None = None, on_event: OnEve
 
 @torch.no_grad()
 def quantize(request: QuantizeRequest, budget: Budget | None = None, on_event: OnEvent = _ignore) -> Result:
-    """Write the int8 weights of a checkpoint into its cache folder unless they are there. Raises TilerError."""
+    """Write a folder of quantised weights, or a checkpoint's int8 weights into its cache folder unless they are there. Raises
+    TilerError."""
     with budget or Budget() as budget:
         models = phases.open_models(families.open_family(request))
+        if request.output is not None:
+            sizes = quantising.write_folder(request, models, budget, on_event)
+            return Result(output=request.output, report=reports.of_folder(sizes, budget))
         index = packing.prepare_int8(models, request.cache_dir or default_cache(), budget, on_event)
         path = next(iter(index.values())).path
         return Result(output=path, report=reports.of_packed(path, index, budget))

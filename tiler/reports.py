@@ -48,6 +48,11 @@ def of_packed(path: Path, index: dict[str, TensorInfo], budget: Budget) -> dict[
     return _common(budget, 0) | {"bytes": path.stat().st_size, "int8_share": weights[True] / sum(weights.values())}
 
 
+def of_folder(sizes: dict[str, int], budget: Budget) -> dict[str, Any]:
+    """The report of a folder of quantised weights: the bytes of each part's."""
+    return _common(budget, 0) | {"bytes": sum(sizes.values()), "part_bytes": sizes}
+
+
 def _common(budget: Budget, predicted: int) -> dict[str, Any]:
     names = ("tiler", "torch", "diffusers", "transformers")
     versions = {"python": platform.python_version()} | {name: metadata.version(name) for name in names}

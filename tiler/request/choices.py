@@ -89,6 +89,14 @@ class Decode(StrEnum):
     TINY = "tiny"
 
 
+class Weights(StrEnum):
+    """How `tiler quantize` stores weights: optimum-quanto's qint8, qfloat8 and qint4."""
+
+    INT8 = "int8"
+    FP8 = "fp8"
+    INT4 = "int4"
+
+
 class Precision(StrEnum):
     """What the UNet's layers are computed in; AUTO takes int8 where the processor has dot products of 8-bit integers, and the
     UNet is not so narrow that they save nothing."""
