@@ -16,6 +16,7 @@ import torch
 
 from tiler import decode_run, packing, phases, quantising, reports
 from tiler.events import Event, OnEvent
+from tiler.jobs.folder import Job
 from tiler.memory import lean_imports, process
 from tiler.memory.budget import Budget
 from tiler.models import family as families
@@ -43,13 +44,16 @@ def _ignore(event: Event) -> None:
 @torch.no_grad()
 def render(request: RenderRequest, budget: Budget | None = None, on_event: OnEvent = _ignore) -> Result:
     """Render `request` into its output file under `budget` (default 800 MB of RSS). Raises TilerError."""
-    with budget or Budget() as budget:
-        run = phases.start(request, budget, on_event)
+    with budget or Budget() as budget, Job(request, on_event) as job:
+        run = phases.start(request, budget, on_event, job)
         run.plan.memory.check()
         lean_imports.freeze_imports()
         # Holes in the heap count as data though no page of them is resident: 315 MB were seen under a ceiling of 800 MB.
         with process.limit_data(max(0, budget.max_bytes - process.read_rss().now) + budget.max_bytes):
             run.texts = reports.texts(run)  # before the first step: whatever cannot be written is found now
+            reports.begin_job(run)
+            if job.is_finished:
+                return Result(output=run.request.output, report=reports.of_render(run))
             picture = phases.load_guide(run)
             phases.prepare_weights(run)
             prompts = phases.encode_prompts(run)
@@ -57,9 +61,10 @@ def render(request: RenderRequest, budget: Budget | None = None, on_event: OnEve
             reference = phases.make_reference(run, picture, guide)
             del picture, guide
             latents = phases.denoise_canvas(run, prompts, reference)
+            phases.save_canvas(run, latents)
             # An error of the writer's must not leave the decoder's scratch files open.
             unscaled = phases.Unscaled(latents, run.plan.decoder)
-            with phases.kept_canvas(run, latents), closing(phases.decode(run, run.decoding, unscaled)) as rows:
+            with closing(phases.decode(run, run.decoding, unscaled)) as rows:
                 wanted = run.request
                 write_picture(
                     wanted.output,
@@ -70,6 +75,7 @@ def render(request: RenderRequest, budget: Budget | None = None, on_event: OnEve
                     wanted.dpi,
                     wanted.bleed_mm,
                     force=wanted.force,
+                    on_whole=job.note_finished,
                 )
         return Result(output=run.request.output, report=reports.of_render(run))
 

@@ -46,6 +46,19 @@ Report = Annotated[
         "it once at the end, like /usr/bin/time, may show less.",
     ),
 ]
+OnDone = Annotated[
+    str | None,
+    typer.Option(
+        "--on-done", rich_help_panel=Panel.OUTPUT, metavar="COMMAND", show_default=False,
+        help="Shell command to run at the end, however that comes; it finds TILER_OUTPUT and TILER_EXIT_CODE.",
+    ),
+]  # fmt: skip
+LogJson = Annotated[
+    bool,
+    typer.Option(
+        "--log-json", rich_help_panel=Panel.OUTPUT, help="Tell the progress on standard error as JSON, an event a line."
+    ),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", rich_help_panel=Panel.OUTPUT, help="No progress; errors only.")]
 Json = Annotated[
     bool, typer.Option("--json", rich_help_panel=Panel.OUTPUT, help="Print one JSON object on standard output.")

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from tiler.request import Emphasis, ResolvedRequest, ScheduleType
+from tiler.request.render import OF_THE_MACHINE
 
 _EMPHASIS = {Emphasis.NO_NORM: "No norm", Emphasis.IGNORE: "Ignore", Emphasis.NONE: "None"}  # as A1111 writes them
-_OF_THE_MACHINE = ("output", "embd_dir", "save_latents", "cache_dir", "scratch", "force", "metadata")
+_NOT_TOLD = (*OF_THE_MACHINE, "metadata", "embd_dir")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +43,7 @@ def texts(request: ResolvedRequest, facts: Facts) -> dict[str, str]:
         **({"Denoising strength": r.strength} if facts.begin else {}),
         **_of_prompts(r, facts), "Version": f"tiler {metadata.version('tiler')}",
     }  # fmt: skip
-    said = {key: value for key, value in asdict(r).items() if key not in _OF_THE_MACHINE and value is not None}
+    said = {key: value for key, value in asdict(r).items() if key not in _NOT_TOLD and value is not None}
     for key in ("model", "tiny_vae", "guide_image"):
         if said.get(key) is not None:
             said[key] = file_name(said[key])

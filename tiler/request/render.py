@@ -36,6 +36,9 @@ from tiler.request.options import Option, Panel, coerce, option
 from tiler.request.paper import parse_length, parse_paper
 from tiler.request.regions import Region
 
+# Fields that say where and how a picture is made; all others decide its bytes.
+OF_THE_MACHINE = ("output", "save_latents", "cache_dir", "scratch", "force", "restart", "keep_job", "job_dir")
+
 
 @dataclass(frozen=True, kw_only=True)
 class RenderRequest(ModelOptions):
@@ -252,6 +255,16 @@ class RenderRequest(ModelOptions):
     )
     metadata: bool = option(True, shared.METADATA)
     force: bool = option(False, shared.FORCE)
+    restart: bool = option(
+        False, Option("Begin anew where an interrupted job of this picture was left.", Panel.OUTPUT, ("--restart",))
+    )  # fmt: skip
+    keep_job: bool = option(
+        False, Option("Keep the job's folder when the picture is finished.", Panel.OUTPUT, ("--keep-job",))
+    )  # fmt: skip
+    job_dir: Path | None = option(
+        None,
+        Option("Folder for the jobs of interrupted runs.", Panel.OUTPUT, ("--job-dir",), default="beside the output"),
+    )
 
     def __post_init__(self) -> None:
         coerce(self)
