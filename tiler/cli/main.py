@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from tiler.cli import decode, doctor, plan, quantize, render
+from tiler.cli import config, decode, doctor, layers, plan, quantize, render
 from tiler.cli.terminal import prepare_signals, prepare_streams, silence
 from tiler.errors import Interrupted, TilerError
 from tiler.files import written
@@ -62,6 +62,7 @@ app.command("plan")(plan.command)
 app.command("decode")(decode.command)
 app.command("quantize")(quantize.command)
 app.command("doctor")(doctor.command)
+app.add_typer(config.app)
 
 
 def _version(asked: bool) -> None:
@@ -72,6 +73,7 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def _main(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
     ] = False,
@@ -79,6 +81,7 @@ def _main(
 ) -> None:
     if debug:
         os.environ["TILER_DEBUG"] = "1"
+    layers.load(context)
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
+from tiler.cli import layers
 from tiler.errors import UsageError
 from tiler.request import Region, read_regions
 from tiler.request.choices import MAX_SEED
@@ -59,18 +60,34 @@ def command_of(request: type, run: Callable[..., None], *, leave_out: Iterable[s
     hints = get_type_hints(request)
     offered = [f for f in fields(request) if "option" in f.metadata and f.name not in leave_out]
 
-    def command(**given: Any) -> None:
-        rest = {p.name: given.pop(p.name) for p in own}
-        run(request(**_values(offered, given)), **rest)
+    def command(context: typer.Context, **given: Any) -> None:
+        try:
+            given = layers.settle(context, given, {p.name: p.default for p in parameters})
+            rest = {p.name: given.pop(p.name) for p in own}
+            run(request(**_values(offered, given)), **rest)
+        except UsageError as error:
+            for note in layers.sources(context, str(error)):
+                error.add_note(note)
+            raise
 
     parameters = [_parameter(f, hints[f.name]) for f in offered]
     parameters += [p.replace(kind=p.KEYWORD_ONLY) for p in own]
     order = list(Panel)
     parameters.sort(key=lambda p: order.index(Panel(_panel(p))))
+    for parameter in parameters:
+        _offer_in_environment(parameter.annotation.__metadata__[0])
+    parameters.append(inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context))
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in parameters}
     command.__doc__ = run.__doc__
     return command
+
+
+def _offer_in_environment(info: Any) -> None:
+    """Let TILER_STEPS stand for --steps; arguments have no name there. typer keeps the first spelling as `default`."""
+    if isinstance(info, typer.models.OptionInfo):
+        names = [name for name in (info.default, *(info.param_decls or ())) if isinstance(name, str)]
+        info.envvar, info.show_envvar = layers.variables(names) or None, False
 
 
 def _panel(parameter: inspect.Parameter) -> str:
