@@ -17,7 +17,8 @@ from tiler.errors import UsageError
 from tiler.request import settings
 
 OF_ONE_RUN = frozenset(
-    ("--output", "--save-latents", "--report", "--json", "--force", "--regions", "--guide", "--no-guide", "--help", "--version")
+    ("--output", "--save-latents", "--report", "--json", "--force", "--regions", "--guide", "--no-guide", "--from",
+     "--help", "--version")
 )  # fmt: skip
 """Options that are said for one picture and no habit: neither the environment nor the configuration file gives them."""
 
@@ -74,6 +75,12 @@ def settle(context: typer.Context, given: dict[str, Any], defaults: Mapping[str,
         return layers[name] < max(others, default=Layer.DEFAULT)
 
     return {name: defaults[name] if is_overruled(name) else value for name, value in given.items()}
+
+
+def typed(context: typer.Context, names: Iterable[str]) -> frozenset[str]:
+    """Of the parameters' `names` those that were typed, and those that contradict them."""
+    said = {name for name in names if layer_of(context, name) is Layer.TYPED}
+    return frozenset(said | {name for name, others in _GIVES_WAY.items() if not said.isdisjoint(others)})
 
 
 def sources(context: typer.Context, message: str) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from tiler.cli import config, decode, doctor, layers, plan, quantize, render
+from tiler.cli import config, decode, doctor, info, layers, plan, quantize, render
 from tiler.cli.terminal import prepare_signals, prepare_streams, silence
 from tiler.errors import Interrupted, TilerError
 from tiler.files import written
@@ -61,6 +61,7 @@ app.command("render")(render.command)
 app.command("plan")(plan.command)
 app.command("decode")(decode.command)
 app.command("quantize")(quantize.command)
+app.command("info")(info.command)
 app.command("doctor")(doctor.command)
 app.add_typer(config.app)
 

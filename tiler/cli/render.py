@@ -44,4 +44,4 @@ def run(
         )
 
 
-command = o.command_of(RenderRequest, run)
+command = o.command_of(RenderRequest, run, repeats=True)
