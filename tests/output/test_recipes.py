@@ -86,7 +86,7 @@ def test_files_of_automatic1111(tmp_path: Path, suffix: str, order: str) -> None
 
 def invoke() -> dict[str, Any]:
     return {"positive_prompt": "a boat", "negative_prompt": "fog", "seed": 5, "steps": 12, "cfg_scale": 6.5,
-            "width": 64, "height": 96, "model": {"name": "dream"}, "scheduler": "euler", "app_version": "5"}  # fmt: skip
+            "width": 64, "height": 96, "model": {"name": "dream"}, "scheduler": "euler"}  # fmt: skip
 
 
 SWARM = {"sui_image_params": {"prompt": "a boat", "negativeprompt": "fog", "model": "dream", "seed": 5, "steps": 12,

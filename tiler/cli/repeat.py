@@ -15,8 +15,9 @@ from tiler.request.choices import Mask
 from tiler.request.settings import Kind
 
 _SAMPLERS = {
-    "euler": Scheduler.EULER, "euler_a": Scheduler.EULER_A, "euler_ancestral": Scheduler.EULER_A, "ddim": Scheduler.DDIM,
-    "dpmpp_2m": Scheduler.DPMPP_2M, "dpm++2m": Scheduler.DPMPP_2M, "dpmpp_2m_k": Scheduler.DPMPP_2M_KARRAS,
+    "euler": Scheduler.EULER, "euler_a": Scheduler.EULER_A, "euler_ancestral": Scheduler.EULER_A,
+    "ddim": Scheduler.DDIM, "dpmpp_2m": Scheduler.DPMPP_2M, "dpm++2m": Scheduler.DPMPP_2M,
+    "dpmpp_2m_k": Scheduler.DPMPP_2M_KARRAS,
     "uni_pc": Scheduler.UNIPC, "unipc": Scheduler.UNIPC, "lcm": Scheduler.LCM,
 }  # fmt: skip
 _OF_THE_RUN = ("output", "force", "metadata", "cache_dir", "scratch", "save_latents")  # never the picture's
