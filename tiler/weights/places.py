@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tiler.errors import UsageError
+from tiler.request.settings import Kind, named_folders
 
 
 def cache_home() -> Path:
@@ -45,8 +46,10 @@ def expand(path: str) -> Path:
 
 
 def model_folders(given: Sequence[Path] = ()) -> tuple[Path, ...]:
-    """The folders in which models are looked for by name: those `given`, else those of $TILER_MODEL_DIRS, which stand between
-    colons."""
+    """The folders in which models and their parts are looked for by name: those `given`, else those that the environment or the
+    configuration file names. Raises UsageError for a configuration that cannot be read."""
     if given:
         return tuple(given)
-    return tuple(expand(part) for part in os.environ.get("TILER_MODEL_DIRS", "").split(os.pathsep) if part)
+    kinds = Kind.MODEL, Kind.VAE, Kind.TEXT_ENCODER
+    named = [expand(str(folder)) for kind in kinds for folder in named_folders(kind).value]
+    return tuple(dict.fromkeys(named))
