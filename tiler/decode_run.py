@@ -40,7 +40,7 @@ def start(request: DecodeRequest, budget: Budget, on_event: OnEvent) -> Iterator
     """Open the latents, check that the picture can be written, and plan. Raises TilerError."""
     output = request.output or Path("tiler.png")
     check_picture(output, force=request.force)
-    found = checkpoint.resolve(request.model, variant=request.variant, revision=request.revision)
+    found = checkpoint.resolve(request.model, variant=request.variant, revision=request.revision, reads_text=False)
     models = open_models(families.read_family(found), request.tiny_vae)
     family, vae = models.family, models.decoder
     with LatentsFile(request.latents, vae.unscale_) as latents:

@@ -9,7 +9,7 @@ import math
 import re
 import shlex
 import tempfile
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Container, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tiler import events, packing
+from tiler import encoding, events, packing
+from tiler.compute import onednn
 from tiler.compute.stream import Streamer
 from tiler.decoding import FACTOR, method
 from tiler.decoding.method import DecodePlan
@@ -37,11 +38,12 @@ from tiler.memory.limits import memory_warning
 from tiler.memory.policy import at_layer, at_rows
 from tiler.models import family as families
 from tiler.models.built import Models
-from tiler.models.family import Family, Guidance, Options, Part, Role, VaeSpec
+from tiler.models.embeds import Encoded, PromptCache, Text, read_words
+from tiler.models.family import Family, Guidance, Options, Role, VaeSpec
 from tiler.models.samples import Sample
 from tiler.output.latents import save_latents
 from tiler.output.picture import check_picture
-from tiler.planning.render import RenderPlan, build_schedule, plan_render
+from tiler.planning.render import RenderPlan, build_schedule, choose_precision, plan_render
 from tiler.planning.resolve import resolve
 from tiler.planning.tiling import pixels_of, plan_tiling
 from tiler.request import GuideUpscale, Precision, RenderRequest, ResolvedRequest
@@ -60,6 +62,8 @@ class RenderRun(Run):
     request: ResolvedRequest
     plan: RenderPlan
     weights: dict[str, tuple[dict[str, TensorInfo], Names]]  # by part: where its parameters lie, and their names there
+    encoded: dict[Text, Encoded]  # prompts that are embedded already
+    prompts_kept: PromptCache | None  # where others are kept once they are
     prepared: Any = None  # by the family, for guide and canvas
     texts: dict[str, str] = field(default_factory=dict)  # what the picture will say of itself
     counts: dict[str, int] = field(
@@ -104,17 +108,21 @@ def start(request: RenderRequest, budget: Budget, on_event: OnEvent, *, planning
 
     `planning` an output that was not named need not be free.
     """
-    family = families.read_family(checkpoint.resolve(request.model, variant=request.variant, revision=request.revision))
-    found = family.checkpoint
-    settings = resolve(request, family)
+    words = None if request.prompt_embeds is None else read_words(request.prompt_embeds)
+    found = checkpoint.resolve(
+        request.model, variant=request.variant, revision=request.revision, reads_text=words is None
+    )
+    family = families.read_family(found)
+    found, settings = family.checkpoint, resolve(encoding.with_words(request, words), family)
     if not planning or request.output is not None:
         check_picture(settings.output, force=settings.force)
     if settings.save_latents is not None:
         check_writable(settings.save_latents, force=settings.force, option="--save-latents")
     models = open_models(family, settings.tiny_vae)
-    plan = make_plan(settings, models, budget.max_bytes)
+    encoded, cache = encoding.find_encoded(settings, family, words)
+    plan = make_plan(settings, models, budget.max_bytes, encoded)
     run = RenderRun(
-        request=settings, plan=plan, models=models, budget=budget, on_event=on_event,
+        request=settings, plan=plan, models=models, budget=budget, on_event=on_event, encoded=encoded, prompts_kept=cache,
         weights={part.name: (found.weights(part.name), part.aliases) for part in packing.packed_parts(family)},
     )  # fmt: skip
     texts = [
@@ -142,15 +150,19 @@ def open_models(family: Family, tiny_vae: str | None = None) -> Models:
     return Models(family, None if tiny_vae is None else families.read_tiny(checkpoint.resolve_part(tiny_vae), family))
 
 
-def make_plan(request: ResolvedRequest, models: Models, max_bytes: int) -> RenderPlan:
-    """Cut the work, build the models, look at the process and plan. Raises TilerError."""
-    tiling = plan_tiling(request, models.family)
-    models.build()
+def make_plan(
+    request: ResolvedRequest, models: Models, max_bytes: int, encoded: Container[Text] = frozenset()
+) -> RenderPlan:
+    """Cut the work, build the models, look at the process and plan, some prompts being `encoded`. Raises TilerError."""
+    tiling, family = plan_tiling(request, models.family), models.family
+    all_encoded = all(text in encoded for text in encoding.wanted_texts(request, family))
+    int8 = choose_precision(request.precision, family, onednn.int8())[0] is Precision.INT8
+    models.build(encoders=int8 or not all_encoded)  # int8 weights are made of all parts
     with ExitStack() as stack:
         path, canvas = request.guide_image, pixels_of(tiling.canvas)
         picture = None if path is None else stack.enter_context(GuidePicture(path, canvas))
         facts = measure(request.scratch_folder, picture)
-    return plan_render(request, models, tiling, facts, max_bytes)
+    return plan_render(request, models, tiling, facts, max_bytes, encoded=all_encoded)
 
 
 def prepare_weights(run: RenderRun) -> None:
@@ -175,23 +187,15 @@ def load_guide(run: RenderRun) -> np.ndarray | None:
 
 def encode_prompts(run: RenderRun) -> Conditions:
     """Every prompt and its negative prompt, each text once."""
-    request, family = run.request, run.plan.family
-    pairs = [] if request.prompt is None else [(request.prompt, request.negative_prompt)]
-    for r in request.regions:
-        pairs.append((r.prompt, request.negative_prompt if r.negative_prompt is None else r.negative_prompt))
-    if family.traits.guidance is not Guidance.CFG:
-        pairs = [(prompt, prompt) for prompt, _ in pairs]  # what is never used is not encoded
-
-    @contextmanager
-    def opened(part: Part) -> Iterator[Any]:
-        module = run.models.module(part)
-        with run.streamed(module, *run.weights[part.name], int8_products=False, arena_bytes=part.arena_bytes):
-            yield module
-
+    family = run.plan.family
     with run.phase("encode prompts", 1):
-        texts = list(dict.fromkeys(text for pair in pairs for text in pair))
-        encoded = dict(zip(texts, family.encode(texts, opened, run.note), strict=True))
-        return Conditions([encoded[prompt] for prompt, _ in pairs], [encoded[negative] for _, negative in pairs])
+        texts = encoding.wanted_texts(run.request, family)
+        missing = [text for text in texts if text not in run.encoded]
+        encoded = run.encoded | encoding.encode_texts(run, run.weights, missing, run.prompts_kept)
+        for note in dict.fromkeys(note for text in texts for note in encoded[text].notes):
+            run.note(note)
+        pairs = encoding.prompt_pairs(run.request, family)
+        return Conditions([encoded[a].prompt for a, _ in pairs], [encoded[b].prompt for _, b in pairs])
 
 
 def make_guide(run: RenderRun, conditions: Conditions) -> Tensor | None:

@@ -14,6 +14,7 @@ import torch
 
 from tiler.compute.cpu import computed_by
 from tiler.decode_run import DecodeRun
+from tiler.encode_run import EncodeRun
 from tiler.memory.budget import Budget
 from tiler.output.metadata import Facts
 from tiler.output.metadata import texts as picture_texts
@@ -39,6 +40,11 @@ def of_decode(run: DecodeRun) -> dict[str, Any]:
     """The report of a decode."""
     facts = {"decode": run.decoding.plan.name, "width": run.width, "height": run.height}
     return _common(run.budget, run.plan.peak_bytes) | facts
+
+
+def of_encode(run: EncodeRun) -> dict[str, Any]:
+    """The report of an encoding."""
+    return _common(run.budget, run.plan.peak_bytes) | {"prompts": len(run.texts), "bytes": run.output.stat().st_size}
 
 
 def of_packed(path: Path, index: dict[str, TensorInfo], budget: Budget) -> dict[str, Any]:

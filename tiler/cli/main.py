@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from tiler.cli import decode, doctor, plan, quantize, render
+from tiler.cli import decode, doctor, encode, plan, quantize, render
 from tiler.cli.terminal import prepare_signals, prepare_streams, silence
 from tiler.errors import Interrupted, TilerError
 from tiler.files import written
@@ -59,6 +59,7 @@ app = typer.Typer(
 )
 app.command("render")(render.command)
 app.command("plan")(plan.command)
+app.command("encode")(encode.command)
 app.command("decode")(decode.command)
 app.command("quantize")(quantize.command)
 app.command("doctor")(doctor.command)

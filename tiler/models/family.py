@@ -213,6 +213,11 @@ class Family(ABC):
     def autoencoder(self) -> VaeSpec:
         return self.vae
 
+    @property
+    def encoding(self) -> tuple[object, ...]:
+        """What of the checkpoint decides a prompt's embeddings, beside its text encoders and the shape of what they give."""
+        return ()
+
     @abstractmethod
     def encode(self, prompts: Sequence[str | None], open_part: OpenPart, warn: Callable[[str], None]) -> list[Prompt]:
         """The embeddings of every prompt; None is a negative prompt that was not given. Each encoder is opened once."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from tiler.request import ResolvedRequest
 
-_OF_THE_MACHINE = ("output", "save_latents", "cache_dir", "scratch", "force", "metadata")
+_OF_THE_MACHINE = ("output", "save_latents", "cache_dir", "prompt_embeds", "scratch", "force", "metadata")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ from tiler.request.choices import (
     Wrap,
     parse_scheduler,
 )
-from tiler.request.decode import DecodeRequest, QuantizeRequest
+from tiler.request.decode import DecodeRequest, EncodeRequest, QuantizeRequest
 from tiler.request.regions import Region, read_regions
 from tiler.request.render import RenderRequest, ResolvedRequest
 
@@ -32,6 +32,7 @@ __all__ = [
     "PRESETS",
     "Decode",
     "DecodeRequest",
+    "EncodeRequest",
     "GuideUpscale",
     "Layout",
     "Mask",

@@ -23,6 +23,7 @@ from tiler.request.choices import (
     TileConditioning,
     Wrap,
     check_decode,
+    check_text,
     parse_interval,
     parse_scheduler,
     within,
@@ -43,6 +44,14 @@ class RenderRequest:
 
     prompt: str | None = option(None, Option("What to draw.", Panel.PICTURE, (), metavar="PROMPT"))
     negative_prompt: str | None = option(None, Option("What not to draw.", Panel.PICTURE, ("--negative-prompt", "-n")))
+    prompt_embeds: Path | None = option(
+        None,
+        Option(
+            "Prompts that `tiler encode` encoded: no text encoder is read, nor needs to be there. Without a PROMPT the file's "
+            "own is drawn.",
+            Panel.PICTURE, ("--prompt-embeds",), metavar="FILE",
+        ),
+    )  # fmt: skip
     regions: tuple[Region, ...] = option(
         (),
         Option(
@@ -196,7 +205,7 @@ class RenderRequest:
             ("--precision",),
         ),
     )
-    cache_dir: Path | None = option(None, shared.CACHE_DIR)
+    cache_dir: Path | None = option(None, shared.RENDER_CACHE_DIR)
     decode: Decode = option(Decode.AUTO, shared.DECODE)
     scratch: Path | None = option(None, shared.SCRATCH)
     scratch_dtype: ScratchDtype = option(ScratchDtype.FP16, shared.SCRATCH_DTYPE)
@@ -235,8 +244,7 @@ class RenderRequest:
                 raise UsageError(f"{path}: --output and {flag} name the same file; give another name")
         texts = (self.prompt, self.negative_prompt, *(t for r in self.regions for t in (r.prompt, r.negative_prompt)))
         for text in texts:
-            if text and ("\0" in text or any(0xD800 <= ord(c) <= 0xDFFF for c in text)):
-                raise UsageError("a prompt holds a NUL or half a surrogate pair; remove it")
+            check_text(text or "")
 
     def _check_combinations(self) -> None:
         check_decode(self.decode, self.tiny_vae)

@@ -18,6 +18,10 @@ VARIANT = Option(
 )  # fmt: skip
 REVISION = Option("Branch, tag or commit of a hub id.", Panel.MODEL, ("--revision",))
 CACHE_DIR = Option("Folder for int8 weights.", Panel.MEMORY, ("--cache-dir",), default="~/.cache/tiler/packed")
+RENDER_CACHE_DIR = CACHE_DIR._replace(
+    help="Folder for int8 weights, and for encoded prompts, which the next render with the same words takes from there.",
+    default="~/.cache/tiler",
+)
 DECODE = Option(
     "How latents become a picture. exact: the whole picture, layer by layer through scratch files; sampled: like exact, but "
     "attention sees at most 16,384 evenly spaced tokens; frozen: row by row with statistics measured beforehand, for any size "

@@ -39,6 +39,7 @@ class Checkpoint:
     file: Path | None = None
     sources: Mapping[str, PartSource] = field(default_factory=dict)
     tokenizers: Mapping[str, Path] = field(default_factory=dict)  # folders that stand in for the checkpoint's own
+    reads_text: bool = True  # False where nothing is to be encoded: text encoders and tokenizers may be missing
 
     def with_sources(
         self, sources: Mapping[str, PartSource], tokenizers: Mapping[str, Path], notes: tuple[str, ...]
@@ -49,6 +50,15 @@ class Checkpoint:
     def has(self, part: str) -> bool:
         """Whether there is such a part."""
         return part in self.sources or (self.file is None and (self.folder / part).is_dir())
+
+    def has_weights(self, part: str) -> bool:
+        """Whether a part's config and weights are there."""
+        if part in self.sources:
+            return True
+        try:
+            return (self.folder / part / "config.json").is_file() and bool(self.weights(part))
+        except ModelError:
+            return False
 
     def tokenizer(self, part: str) -> Path:
         """The folder of a tokenizer's files."""
@@ -74,8 +84,15 @@ class Checkpoint:
         return f"run: hf download {self.repository} --include '{pattern}'{options}"
 
 
-def resolve(model: str, *, variant: str | None = None, revision: str | None = None) -> Checkpoint:
-    """`mini`, a folder, a file, or a hub id → Checkpoint. Raises ModelError, OfflineError, StorageError."""
+def resolve(
+    model: str, *, variant: str | None = None, revision: str | None = None, reads_text: bool = True
+) -> Checkpoint:
+    """`mini`, a folder, a file, or a hub id → Checkpoint. Where no prompt is to be encoded, its text encoders need not be there.
+    Raises ModelError, OfflineError, StorageError."""
+    return replace(_resolve(model, variant, revision, reads_text=reads_text), reads_text=reads_text)
+
+
+def _resolve(model: str, variant: str | None, revision: str | None, *, reads_text: bool) -> Checkpoint:
     if model == "mini":
         folder = Path(__file__).parents[1] / "models" / "mini"
         return Checkpoint(name="mini", folder=folder, variant=None)
@@ -96,7 +113,8 @@ def resolve(model: str, *, variant: str | None = None, revision: str | None = No
         raise ModelError(
             f"{model}: no such folder; --model takes `mini`, a folder in diffusers layout, a file or a hub id like org/name"
         )
-    return _checkpoint(model, hub.from_hub(model, variant, revision), variant, repository=model)
+    folder = hub.from_hub(model, variant, revision, reads_text=reads_text)
+    return _checkpoint(model, folder, variant, repository=model)
 
 
 def resolve_part(model: str) -> Checkpoint:
