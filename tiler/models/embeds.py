@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
 from importlib import metadata
@@ -119,7 +119,7 @@ class Words(NamedTuple):
                 f"tiler encode … --model {family.checkpoint.name}"
             )
 
-    def of(self, wanted: list[Text]) -> dict[Text, Encoded]:
+    def of(self, wanted: Sequence[Text]) -> dict[Text, Encoded]:
         """The embeddings of these texts. Raises UsageError where one is not there."""
         for text in wanted:
             if text not in self.texts:
@@ -195,7 +195,7 @@ class PromptCache:
         name = hashlib.sha256(self._mark + json.dumps(text).encode()).hexdigest()[:32]
         return self.folder / f"{name}.safetensors"
 
-    def load(self, texts: list[Text]) -> dict[Text, Encoded]:
+    def load(self, texts: Sequence[Text]) -> dict[Text, Encoded]:
         """Those of the texts that are kept here. A file that is damaged is none."""
         if not self.folder.is_dir():
             return {}

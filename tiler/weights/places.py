@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from tiler.errors import UsageError
@@ -41,3 +42,11 @@ def expand(path: str) -> Path:
         return Path(path).expanduser()
     except RuntimeError as error:
         raise UsageError(f"{path}: the home folder of this user is not known; write the whole path") from error
+
+
+def model_folders(given: Sequence[Path] = ()) -> tuple[Path, ...]:
+    """The folders in which models are looked for by name: those `given`, else those of $TILER_MODEL_DIRS, which stand between
+    colons."""
+    if given:
+        return tuple(given)
+    return tuple(expand(part) for part in os.environ.get("TILER_MODEL_DIRS", "").split(os.pathsep) if part)
