@@ -221,6 +221,11 @@ class Family(ABC):
     def autoencoder(self) -> VaeSpec:
         return self.vae
 
+    @property
+    def encoding(self) -> tuple[object, ...]:
+        """What of the checkpoint decides a prompt's embeddings, beside its text encoders and the shape of what they give."""
+        return ()
+
     @abstractmethod
     def encode(
         self,
@@ -261,14 +266,16 @@ class Family(ABC):
         """A sample on the meta device for each number in `tiles`; equal numbers share their latents, which are of `sides`."""
 
 
-def open_family(options: ModelOptions) -> Family:
-    """The family of the model that was asked for, its files found and its parts replaced. Raises ModelError, UsageError,
-    OfflineError, StorageError."""
+def open_family(options: ModelOptions, *, reads_text: bool = True) -> Family:
+    """The family of the model that was asked for, its files found and its parts replaced. Where no prompt is to be encoded, its
+    text encoders need not be there. Raises ModelError, UsageError, OfflineError, StorageError."""
     folders = model_folders(options.model_dirs)
     if options.diffusion_model is None or options.model != "mini":  # whose parts go with no other denoiser
-        found = resolve(options.model, variant=options.variant, revision=options.revision, folders=folders)
+        found = resolve(
+            options.model, variant=options.variant, revision=options.revision, folders=folders, reads_text=reads_text
+        )
     else:
-        found = resolve(options.diffusion_model, folders=folders)
+        found = resolve(options.diffusion_model, folders=folders, reads_text=reads_text)
         if found.file is None:
             raise ModelError(f"{options.diffusion_model}: this is a folder; give it with --model")
         options = replace(options, diffusion_model=str(found.file))

@@ -189,7 +189,7 @@ class _Assembly:
                 if fit and fit[0] not in taken:
                     taken[fit[0]] = part, "in the model's file"
         for slot, encoder in slots.items():
-            if slot not in taken and not self.in_folder:
+            if slot not in taken and not self.in_folder and self.base.reads_text:
                 path = find_encoder(self.folders, encoder, self.row, self.name, slot)
                 if path is None:
                     continue

@@ -22,7 +22,7 @@ from tiler.request.choices import (
     Wrap,
     parse_scheduler,
 )
-from tiler.request.decode import DecodeRequest, QuantizeRequest
+from tiler.request.decode import DecodeRequest, EncodeRequest, QuantizeRequest
 from tiler.request.regions import Region, read_regions
 from tiler.request.render import RenderRequest, ResolvedRequest
 
@@ -35,6 +35,7 @@ __all__ = [
     "Decode",
     "DecodeRequest",
     "Emphasis",
+    "EncodeRequest",
     "GuideUpscale",
     "Layout",
     "Mask",
