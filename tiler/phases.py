@@ -6,7 +6,6 @@ Each phase opens the weights it needs, works under the budget, and lets the weig
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
@@ -17,15 +16,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tiler import events, interrupts, packing
+from tiler import encoding, events, interrupts, packing
 from tiler.compute.stream import Streamer
 from tiler.decoding import FACTOR, method
 from tiler.decoding.method import DecodePlan
 from tiler.decoding.rows import Latents, to_uint8
 from tiler.diffusion import canvas, guide
 from tiler.diffusion.guide_picture import GuidePicture
+from tiler.diffusion.prompts import Prompts
 from tiler.diffusion.runner import Conditions, LocalRunner
 from tiler.diffusion.tiles import Steps, region_span
+from tiler.encoding import Spoken
 from tiler.errors import NumericalError
 from tiler.events import OnEvent, percent
 from tiler.files import check_writable
@@ -35,7 +36,9 @@ from tiler.memory.limits import memory_warning
 from tiler.memory.policy import at_layer, at_rows
 from tiler.models import family as families
 from tiler.models.built import Models
-from tiler.models.family import Family, Guidance, Options, Part, Role, VaeSpec
+from tiler.models.embeds import read_words
+from tiler.models.family import Family, Options, Role, VaeSpec
+from tiler.models.prompting import notes_on_prompts
 from tiler.models.samples import Sample
 from tiler.output.latents import save_latents
 from tiler.output.picture import check_picture
@@ -49,8 +52,6 @@ from tiler.weights.identity import model_id
 from tiler.weights.index import TensorInfo
 from tiler.weights.packed import default_cache
 
-_MARKUP = re.compile(r"\([^()]+:\s*[\d.]+\s*\)|<(lora|lyco|hypernet):[^>]+>")  # of AUTOMATIC1111's prompts
-
 
 @dataclass(kw_only=True)
 class RenderRun(Run):
@@ -61,6 +62,7 @@ class RenderRun(Run):
     plan: RenderPlan
     job: Job
     weights: dict[str, tuple[dict[str, TensorInfo], Names]]  # by part: where its parameters lie, and their names there
+    spoken: Spoken
     prepared: Any = None  # by the family, for guide and canvas
     texts: dict[str, str] = field(default_factory=dict)  # what the picture will say of itself
     counts: dict[str, int] = field(
@@ -114,8 +116,9 @@ def start(
     `planning` an output that was not named need not be free.
     """
     job = job or Job(request)
-    request = job.adopt(request)
-    family = families.read_family(checkpoint.resolve(request.model, variant=request.variant, revision=request.revision))
+    words = None if request.prompt_embeds is None else read_words(request.prompt_embeds)
+    request = encoding.with_words(job.adopt(request), words)
+    family = families.open_family(request, reads_text=words is None)
     found = family.checkpoint
     settings = resolve(request, family)
     if not planning or request.output is not None:
@@ -123,25 +126,19 @@ def start(
     if settings.save_latents is not None:
         check_writable(settings.save_latents, force=settings.force or job.resumed, option="--save-latents")
     models = open_models(family, settings.tiny_vae)
-    plan = make_plan(settings, models, budget.max_bytes, job)
+    begun = settings if job.manifest is None else replace(settings, precision=Precision(job.manifest.precision))
+    spoken = encoding.find_prompts(begun, models, plan_tiling(settings, family).texts, words)
+    plan = make_plan(settings, models, budget.max_bytes, job, encoded=spoken.all_encoded)
     run = RenderRun(
         said=request, request=settings, plan=plan, models=models, budget=budget, on_event=on_event, job=job,
+        spoken=spoken,
         weights={part.name: (found.weights(part.name), part.aliases) for part in packing.packed_parts(family)},
     )  # fmt: skip
-    texts = [
-        settings.prompt,
-        settings.negative_prompt,
-        *(t for r in settings.regions for t in (r.prompt, r.negative_prompt)),
-    ]
-    if any(text and _MARKUP.search(text) for text in texts):
-        run.note("weights like (word:1.4) and tags like <lora:name:1> are not understood: they are read as plain words")
-    negative = settings.negative_prompt, *(r.negative_prompt for r in settings.regions)
-    if any(negative) and family.traits.guidance is not Guidance.CFG:
-        run.note(f"the negative prompt has no effect: {family.traits.title} takes none")
     if any(plan.crop):
         height, width = pixels_of(plan.canvas)
         run.note(f"this model makes no picture as small as that: it is the middle of one of {width}×{height}")
-    for note in (*found.notes, *family.notes, *plan.notes, memory_warning(budget.max_bytes)):
+    on_prompts = notes_on_prompts(settings, family, has_guide=plan.guide is not None)
+    for note in (*on_prompts, *found.notes, *family.notes, *plan.notes, memory_warning(budget.max_bytes)):
         if note is not None:
             run.note(note)
     return run
@@ -153,20 +150,24 @@ def open_models(family: Family, tiny_vae: str | None = None) -> Models:
     return Models(family, None if tiny_vae is None else families.read_tiny(checkpoint.resolve_part(tiny_vae), family))
 
 
-def make_plan(request: ResolvedRequest, models: Models, max_bytes: int, job: Job | None = None) -> RenderPlan:
-    """Cut the work, build the models, look at the process and plan. What a job was begun with holds. Raises TilerError."""
+def make_plan(
+    request: ResolvedRequest, models: Models, max_bytes: int, job: Job | None = None, *, encoded: bool = False
+) -> RenderPlan:
+    """Cut the work, build the models, look at the process and plan; no text encoder is needed for prompts that are `encoded`. What
+    a job was begun with holds. Raises TilerError."""
     tiling = plan_tiling(request, models.family)
-    models.build()
+    # int8 weights are made of all parts
+    models.build(encoders=not encoded or encoding.precision_of(request, models.family) is Precision.INT8)
     with ExitStack() as stack:
         path, canvas = request.guide_image, pixels_of(tiling.canvas)
         picture = None if path is None else stack.enter_context(GuidePicture(path, canvas))
         facts = measure(request.scratch_folder, picture)
     if job is None or (begun := job.manifest) is None:
-        return plan_render(request, models, tiling, facts, max_bytes)
+        return plan_render(request, models, tiling, facts, max_bytes, encoded=encoded)
     facts = replace(facts, scratch_free_bytes=facts.scratch_free_bytes + job.spooled_bytes)
     request = replace(request, precision=Precision(begun.precision))
     methods = {name: Decode(kind) for name, kind in begun.methods.items()}
-    plan = plan_render(request, models, tiling, facts, max_bytes, methods)
+    plan = plan_render(request, models, tiling, facts, max_bytes, methods, encoded=encoded)
     return replace(plan, precision_why="as the job was begun")
 
 
@@ -190,34 +191,20 @@ def load_guide(run: RenderRun) -> np.ndarray | None:
         return picture.load(run.note)
 
 
-def encode_prompts(run: RenderRun) -> Conditions:
-    """Every prompt and its negative prompt, each text once."""
-    request, family = run.request, run.plan.family
-    pairs = [] if request.prompt is None else [(request.prompt, request.negative_prompt)]
-    for r in request.regions:
-        pairs.append((r.prompt, request.negative_prompt if r.negative_prompt is None else r.negative_prompt))
-    if family.traits.guidance is not Guidance.CFG:
-        pairs = [(prompt, prompt) for prompt, _ in pairs]  # what is never used is not encoded
-
-    @contextmanager
-    def opened(part: Part) -> Iterator[Any]:
-        module = run.models.module(part)
-        with run.streamed(module, *run.weights[part.name], int8_products=False, arena_bytes=part.arena_bytes):
-            yield module
-
+def encode_prompts(run: RenderRun) -> Prompts:
+    """Every text that is said at any step, once."""
     with run.phase("encode prompts", 1):
-        texts = list(dict.fromkeys(text for pair in pairs for text in pair))
-        encoded = dict(zip(texts, family.encode(texts, opened, run.note), strict=True))
-        return Conditions([encoded[prompt] for prompt, _ in pairs], [encoded[negative] for _, negative in pairs])
+        encoded = encoding.encode_prompts(run, run.weights, run.spoken)
+        return Prompts(run.plan.family, {text: found.prompt for text, found in encoded.items()})
 
 
-def make_guide(run: RenderRun, conditions: Conditions) -> Tensor | None:
+def make_guide(run: RenderRun, prompts: Prompts) -> Tensor | None:
     """Denoise the guide at the model's native resolution → its latents, (1, C, h, w) fp32 scaled; None where there is none."""
     plan = run.plan
     if plan.guide is None or run.job.has_reference:
         return None
     with run.phase("guide", plan.guide_samples):
-        return _denoise(run, "guide", plan.guide_steps, conditions, None, 0, plan.guide_batch)
+        return _denoise(run, "guide", plan.guide_steps, prompts, None, 0, plan.guide_batch)
 
 
 def make_reference(run: RenderRun, picture: np.ndarray | None, guide_latents: Tensor | None) -> Tensor | None:
@@ -262,7 +249,7 @@ def _reference(run: RenderRun, picture: np.ndarray | None, guide_latents: Tensor
         return spec.scale(method.encode(encoder, vae, streamer, pixels, check=check, progress=progress))
 
 
-def denoise_canvas(run: RenderRun, conditions: Conditions, reference: Tensor | None) -> Tensor:
+def denoise_canvas(run: RenderRun, prompts: Prompts, reference: Tensor | None) -> Tensor:
     """Mixture of Diffusers on the whole canvas: its final latents, (1, C, H, W) fp32 scaled."""
     plan = run.plan
     if plan.begin == run.request.num_inference_steps and run.request.strength > 0:
@@ -270,11 +257,11 @@ def denoise_canvas(run: RenderRun, conditions: Conditions, reference: Tensor | N
     elif plan.begin:
         run.note(f"the guide takes the place of the first {plan.begin} of {run.request.num_inference_steps} steps")
     with run.phase("canvas", plan.canvas_samples):
-        return _denoise(run, "canvas", plan.canvas_steps, conditions, reference, plan.begin, plan.batch)
+        return _denoise(run, "canvas", plan.canvas_steps, prompts, reference, plan.begin, plan.batch)
 
 
 def _denoise(
-    run: RenderRun, phase: str, tiles: Steps, conditions: Conditions, reference: Tensor | None, begin: int, batch: int
+    run: RenderRun, phase: str, tiles: Steps, prompts: Prompts, reference: Tensor | None, begin: int, batch: int
 ) -> Tensor:  # fmt: skip
     request, plan, steps = run.request, run.plan, run.request.num_inference_steps
     height, width = plan.canvas if phase == "canvas" or plan.guide is None else plan.guide[:2]
@@ -299,13 +286,19 @@ def _denoise(
             guidance=tuple(sorted(scales)), scratch=request.scratch_folder,
         )  # fmt: skip
         if run.prepared is None:
-            prompts = [prompt for side in conditions for prompt in side]
-            run.prepared = family.prepare(denoiser, streamer, schedule.timesteps, prompts, options)
+            wordings = [w for w in (plan.guide_wording, plan.canvas_wording) if w is not None]
+            said = prompts.all_of(wordings)
+            run.prepared = family.prepare(denoiser, streamer, schedule.timesteps, said, options)
 
         def predict(samples: Sequence[Sample], step: int) -> Tensor:
             run.counts["denoiser_calls"] += 1
             run.counts["denoiser_samples"] += len(samples)
             return family.predict(denoiser, streamer, samples, step, run.prepared, check)
+
+        wording = plan.canvas_wording if phase == "canvas" or plan.guide_wording is None else plan.guide_wording
+
+        def conditions(step: int) -> Conditions:
+            return prompts.conditions(wording, step - begin)
 
         denoising = canvas.Denoising(latents, tiles, schedule, generator, begin=begin, phase=phase)
         before, total, earlier = run.counts["denoiser_samples"], tiles.samples, 0

@@ -14,6 +14,7 @@ import torch
 
 from tiler.compute.cpu import computed_by
 from tiler.decode_run import DecodeRun
+from tiler.encode_run import EncodeRun
 from tiler.jobs import manifest
 from tiler.jobs.manifest import Manifest
 from tiler.memory.budget import Budget
@@ -42,11 +43,24 @@ def of_decode(run: DecodeRun) -> dict[str, Any]:
     return _common(run.budget, run.plan.peak_bytes) | facts
 
 
+def of_encode(run: EncodeRun) -> dict[str, Any]:
+    """The report of an encoding."""
+    return _common(run.budget, run.plan.peak_bytes) | {
+        "prompts": len(run.spoken.texts),
+        "bytes": run.output.stat().st_size,
+    }
+
+
 def of_packed(path: Path, index: dict[str, TensorInfo], budget: Budget) -> dict[str, Any]:
     """The report of a quantisation: the file's bytes, and the share of its weights in int8."""
     infos = [info for info in index.values() if info.path == path]
     weights = {kind: sum(math.prod(i.shape) for i in infos if (i.dtype == "I8") is kind) for kind in (True, False)}
     return _common(budget, 0) | {"bytes": path.stat().st_size, "int8_share": weights[True] / sum(weights.values())}
+
+
+def of_folder(sizes: dict[str, int], budget: Budget) -> dict[str, Any]:
+    """The report of a folder of quantised weights: the bytes of each part's."""
+    return _common(budget, 0) | {"bytes": sum(sizes.values()), "part_bytes": sizes}
 
 
 def _common(budget: Budget, predicted: int) -> dict[str, Any]:
@@ -75,6 +89,8 @@ def texts(run: RenderRun) -> dict[str, str]:
         model=found.name, model_id=run.model_id, revision=found.revision,
         scheduler=plan.scheduler.value,
         precision=plan.precision.value, kernels=computed_by(), begin=plan.begin,
+        clip_skip=plan.family.traits.clip_skip,
+        embeddings={} if run.spoken.reading.embeddings is None else run.spoken.reading.embeddings.used,
     )  # fmt: skip
     return picture_texts(run.request, facts)
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from tiler.cli import decode, doctor, plan, quantize, render, resume
+from tiler.cli import config, decode, doctor, encode, info, layers, plan, quantize, render, resume
 from tiler.cli.terminal import prepare_signals, prepare_streams, silence
 from tiler.errors import Interrupted, TilerError
 from tiler.files import written
@@ -60,9 +60,12 @@ app = typer.Typer(
 app.command("render")(render.command)
 app.command("resume")(resume.command)
 app.command("plan")(plan.command)
+app.command("encode")(encode.command)
 app.command("decode")(decode.command)
 app.command("quantize")(quantize.command)
+app.command("info")(info.command)
 app.command("doctor")(doctor.command)
+app.add_typer(config.app)
 
 
 def _version(asked: bool) -> None:
@@ -73,6 +76,7 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def _main(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
     ] = False,
@@ -80,6 +84,7 @@ def _main(
 ) -> None:
     if debug:
         os.environ["TILER_DEBUG"] = "1"
+    layers.load(context)
 
 
 def main() -> None:

@@ -79,4 +79,4 @@ def _tell(command: str, output: Path, code: int) -> None:
         sys.stderr.write(f"note: --on-done {command!r} ended with {done.returncode}\n")
 
 
-command = o.command_of(RenderRequest, run)
+command = o.command_of(RenderRequest, run, repeats=True)

@@ -12,11 +12,13 @@ import numpy as np
 
 from tiler.errors import UsageError
 from tiler.files import atomic, check_writable
+from tiler.output.metadata import XMP
 from tiler.output.pdf import POINTS, PdfWriter
 from tiler.output.png import PngWriter, srgb_profile
 
 TIFFS = (".tif", ".tiff")
 TILE = 256  # pixels, of a TIFF
+_XMP_TAG = 700  # of a TIFF
 
 
 def check_picture(path: Path, *, force: bool) -> None:
@@ -80,6 +82,7 @@ def _write_tiff(
     offsets of 32 bits might not do: deflate adds little to what it cannot make smaller."""
     import tifffile
 
+    packet = texts.get(XMP, "").encode(errors="replace")
     most = 3 * (width + TILE) * (height + TILE) * 1.01 + 2**24
     with tifffile.TiffWriter(file, bigtiff=most > 2**32) as tiff:
         tiff.write(
@@ -96,6 +99,7 @@ def _write_tiff(
             datetime=None,
             resolution=(dpi or POINTS, dpi or POINTS),
             resolutionunit="INCH",
+            extratags=[(_XMP_TAG, 1, len(packet), packet, True)] if packet else [],
         )
 
 

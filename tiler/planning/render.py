@@ -23,6 +23,7 @@ from tiler.diffusion.schedulers import DiffusersSchedule
 from tiler.errors import UsageError
 from tiler.memory.tuning import MARGIN
 from tiler.models.built import Models
+from tiler.models.chunks import MOST_CHUNKS
 from tiler.models.family import Family, Role, VaeSpec
 from tiler.planning.facts import Facts
 from tiler.planning.fit import Streamed, largest_batch, with_resident
@@ -30,6 +31,7 @@ from tiler.planning.peaks import DenoiserPeaks, VaePeaks, text_phase
 from tiler.planning.table import MemoryPlan, PhasePlan, Term
 from tiler.planning.tiling import Tiling, pixels_of
 from tiler.request import Decode, GuideUpscale, Precision, ResolvedRequest, Scheduler, Wrap
+from tiler.request.wording import most_chunks
 
 ORDER = ("load guide", "encode prompts", "guide", "guide picture", "canvas", "decode")  # of the phases
 # Samples that share a read of the weights. A choice, no measurement: SD 1.5's share is then 0.1 GB each, beside seconds of
@@ -54,6 +56,7 @@ class RenderPlan(Tiling):
     precision_why: str
     scheduler: Scheduler  # never AUTO
     notes: tuple[str, ...]  # on the scheduler, for the user
+    encoded: bool  # whether all prompts are embedded already, and no text encoder is read
 
     @property
     def denoiser_calls(self) -> int:
@@ -74,9 +77,11 @@ def plan_render(
     facts: Facts,
     max_bytes: int,
     methods: Mapping[str, Decode] = MappingProxyType({}),
+    *,
+    encoded: bool = False,
 ) -> RenderPlan:
-    """How `tiling`, the request's own, fits. The memory plan may still be over the ceiling: `plan.memory.check()` refuses.
-    `methods`, by the names of RenderPlan's, are the autoencoder's ways that an earlier run has chosen.
+    """How `tiling`, the request's own, fits, its prompts `encoded` already or not. The memory plan may still be over the ceiling:
+    `plan.memory.check()` refuses. `methods`, by the names of RenderPlan's, are the autoencoder's ways that an earlier run has chosen.
 
     Raises UsageError for numbers of steps that do not go with the scheduler, and ModelError for a scheduler config or weights
     that no work should begin with.
@@ -95,8 +100,10 @@ def plan_render(
 
     precision, precision_why = choose_precision(request.precision, family, facts.int8)
     int8 = precision is Precision.INT8
-    sampler = DenoiserPeaks(models, int8=int8)
-    tight = DenoiserPeaks(models, int8=int8, arena_bytes=TIGHT_ARENA_BYTES)
+    chunks = most_chunks(tiling.texts, MOST_CHUNKS) if family.traits.chunked else 1
+    chunks += request.embd_dir is not None and family.traits.embeddings  # whose vectors the words do not tell
+    sampler = DenoiserPeaks(models, int8=int8, chunks=chunks)
+    tight = DenoiserPeaks(models, int8=int8, arena_bytes=TIGHT_ARENA_BYTES, chunks=chunks)
     fixed = [facts.libraries]
     coding = _plan_coding(request, models, tiling, facts, methods)
     masks = min(MASKS_KEPT, max(map(len, (tiling.regions, *tiling.canvas_steps[-1:]))))
@@ -120,7 +127,9 @@ def plan_render(
     batch = batch_of("canvas", min(most, per_step))
     batch = math.ceil(per_step / math.ceil(per_step / batch))  # passes of equal size
     guide_batch = 1 if guide is None else batch_of("guide", min(most, len(guide_samples)))
-    encoding = text_phase(models, [facts.text_libraries])
+    encoding = PhasePlan(name="encode prompts", terms=(facts.text_libraries,))
+    if not encoded:
+        encoding = text_phase(models, [facts.text_libraries])
     if facts.guide_pixels:  # the user's picture is loaded first, and waits while prompts are encoded
         picture = Term(name="picture", nbytes=3 * facts.guide_pixels)
         loading = Term(name="picture", nbytes=facts.guide_load_bytes)
@@ -145,6 +154,7 @@ def plan_render(
     return RenderPlan(
         **vars(tiling),
         family=family,
+        encoded=encoded,
         batch=batch,
         resident=resident,
         decoder=models.decoder,
@@ -207,7 +217,11 @@ def build_schedule(request: ResolvedRequest, family: Family) -> DiffusersSchedul
     """The schedule of a render, checked to the end. Raises UsageError, ModelError."""
     asked, config, steps, traits = request.scheduler, family.scheduler, request.num_inference_steps, family.traits
     if not traits.flow:
-        return schedulers.build(asked, config, steps, correct=traits.old_schedulers)
+        return schedulers.build(
+            asked, config, steps, correct=traits.old_schedulers, schedule_type=request.schedule_type
+        )
+    if request.schedule_type is not None:
+        raise UsageError(f"--schedule-type {request.schedule_type} is not for flow-matching models; leave it out")
     return flow.build(asked, config, steps, tokens=traits.tokens, even_sigmas=traits.even_sigmas)
 
 

@@ -9,18 +9,20 @@ from tiler.request.choices import (
     PIXEL_STEP,
     PRESETS,
     Decode,
+    Emphasis,
     GuideUpscale,
     Layout,
     Mask,
     Precision,
     Preset,
     Scheduler,
+    ScheduleType,
     ScratchDtype,
     TileConditioning,
     Wrap,
     parse_scheduler,
 )
-from tiler.request.decode import DecodeRequest, QuantizeRequest
+from tiler.request.decode import DecodeRequest, EncodeRequest, QuantizeRequest
 from tiler.request.regions import Region, read_regions
 from tiler.request.render import RenderRequest, ResolvedRequest
 
@@ -32,6 +34,8 @@ __all__ = [
     "PRESETS",
     "Decode",
     "DecodeRequest",
+    "Emphasis",
+    "EncodeRequest",
     "GuideUpscale",
     "Layout",
     "Mask",
@@ -41,6 +45,7 @@ __all__ = [
     "Region",
     "RenderRequest",
     "ResolvedRequest",
+    "ScheduleType",
     "Scheduler",
     "ScratchDtype",
     "TileConditioning",

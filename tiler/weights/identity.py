@@ -22,7 +22,7 @@ def model_id(checkpoint: Checkpoint, parts: Sequence[str]) -> str:
     if checkpoint.file is not None:
         _add(digest, checkpoint.file, "single")
         return digest.hexdigest()[:32]
-    for part in parts:
+    for part in filter(checkpoint.has_weights, parts):  # text encoders may not be there
         files = find_weights(checkpoint.folder / part, checkpoint.variant).files
         if (config := checkpoint.folder / part / "config.json").exists():
             _add(digest, config, f"{part} {len(files)}")
