@@ -119,7 +119,7 @@ def made_of(model_id: str = "1", **values: Any) -> manifest.Manifest:
     )  # fmt: skip
 
 
-def test_what_decides_the_picture_is_compared_and_nothing_else(tmp_path: Path) -> None:
+def test_what_decides_the_picture_is_compared_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     guide = tmp_path / "guide.png"
     guide.write_bytes(b"red")
     first = made_of(guide_image=guide)
@@ -130,6 +130,11 @@ def test_what_decides_the_picture_is_compared_and_nothing_else(tmp_path: Path) -
         ({"model_id": "2"}, "the model is another one"), ({"negative_prompt": "fog"}, "--negative-prompt"),
     ):  # fmt: skip
         assert named in next(manifest.differences(first, made_of(**({"guide_image": guide} | values))))
+    (tmp_path / "taesd").mkdir()
+    monkeypatch.chdir(tmp_path)
+    relative, absolute = (made_of(tiny_vae=name, decode="tiny") for name in ("taesd", str(tmp_path / "taesd")))
+    assert list(manifest.differences(relative, absolute)) == []  # as `tiler resume` has it
+    assert relative.said == absolute.said
     guide.write_bytes(b"blu")
     assert next(manifest.differences(first, made_of(guide_image=guide))).startswith("--guide was")
 
