@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from tiler.cli import decode, doctor, plan, quantize, render
+from tiler.cli import cache, decode, doctor, models, plan, quantize, render
 from tiler.cli.terminal import prepare_signals, prepare_streams, silence
 from tiler.errors import Interrupted, TilerError
 from tiler.files import written
@@ -62,6 +62,8 @@ app.command("plan")(plan.command)
 app.command("decode")(decode.command)
 app.command("quantize")(quantize.command)
 app.command("doctor")(doctor.command)
+app.command("models")(models.command)
+app.add_typer(cache.app, name="cache")
 
 
 def _version(asked: bool) -> None:

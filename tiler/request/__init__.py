@@ -20,7 +20,8 @@ from tiler.request.choices import (
     Wrap,
     parse_scheduler,
 )
-from tiler.request.decode import DecodeRequest, QuantizeRequest
+from tiler.request.decode import DecodeRequest, DoctorRequest, QuantizeRequest
+from tiler.request.model import ModelOptions, Prediction
 from tiler.request.regions import Region, read_regions
 from tiler.request.render import RenderRequest, ResolvedRequest
 
@@ -32,10 +33,13 @@ __all__ = [
     "PRESETS",
     "Decode",
     "DecodeRequest",
+    "DoctorRequest",
     "GuideUpscale",
     "Layout",
     "Mask",
+    "ModelOptions",
     "Precision",
+    "Prediction",
     "Preset",
     "QuantizeRequest",
     "Region",

@@ -52,3 +52,13 @@ class QuantizeRequest(ModelOptions):
 
     def __post_init__(self) -> None:
         coerce(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorRequest(ModelOptions):
+    """Look into a model; without one, at the machine alone."""
+
+    model: str = option("", shared.MODEL._replace(default="the machine alone is looked at"))
+
+    def __post_init__(self) -> None:
+        coerce(self)
