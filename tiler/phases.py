@@ -46,7 +46,6 @@ from tiler.planning.resolve import resolve
 from tiler.planning.tiling import pixels_of, plan_tiling
 from tiler.request import GuideUpscale, Precision, RenderRequest, ResolvedRequest
 from tiler.run import Names, Run, measure, streamed
-from tiler.weights import checkpoint
 from tiler.weights.index import TensorInfo
 from tiler.weights.packed import default_cache
 
@@ -139,7 +138,7 @@ def start(request: RenderRequest, budget: Budget, on_event: OnEvent, *, planning
 def open_models(family: Family, tiny_vae: str | None = None) -> Models:
     """The family's models, and the tiny decoder in the folder `tiny_vae`, to be built once for all that follows. Raises
     ModelError."""
-    return Models(family, None if tiny_vae is None else families.read_tiny(checkpoint.resolve_part(tiny_vae), family))
+    return Models(family, None if tiny_vae is None else families.open_tiny(tiny_vae, family))
 
 
 def make_plan(request: ResolvedRequest, models: Models, max_bytes: int) -> RenderPlan:

@@ -8,8 +8,8 @@ OUTPUT = Option(
     "The picture to write: .png, .pdf, .tif or .tiff.", Panel.OUTPUT, ("--output", "-o"), default="tiler.png"
 )
 MODEL = Option(
-    "`mini`, a folder in diffusers layout, a single .safetensors or .gguf file of Stable Diffusion 1.x or 2.x, or a "
-    "hub id like org/name.",
+    "`mini`, a folder in diffusers layout, a single .safetensors or .gguf file, the name of one in --model-dir, or a hub "
+    "id like org/name.",
     Panel.MODEL, ("--model", "-m"),
 )  # fmt: skip
 VARIANT = Option(
@@ -32,7 +32,9 @@ SCRATCH_DTYPE = Option(
     Panel.MEMORY, ("--scratch-dtype",),
 )  # fmt: skip
 TINY_VAE = Option(
-    "An AutoencoderTiny for --decode tiny: a folder or a hub id like madebyollin/taesd.", Panel.MODEL, ("--tiny-vae",)
+    "An AutoencoderTiny for --decode tiny: a folder, a TAESD file, or a hub id like madebyollin/taesd.",
+    Panel.MODEL,
+    ("--tiny-vae",),
 )
 WRAP = Option(
     "Make a picture whose copies join without a seam: side by side (x), stacked (y), or both (xy).",
