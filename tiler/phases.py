@@ -316,15 +316,9 @@ def kept_canvas(run: RenderRun, latents: Tensor) -> Iterator[None]:
 
 def _decode_command(run: RenderRun, path: Path) -> str:
     request = run.request
-    words = ["tiler", "decode", str(path), "--model", request.model, "-o", str(request.output)]
-    for flag, value in (
-        ("--variant", request.variant),
-        ("--revision", request.revision),
-        ("--tiny-vae", request.tiny_vae),
-    ):
-        words += [] if value is None else [flag, value]
+    words = ["tiler", "decode", str(path), *request.flags(), "-o", str(request.output)]
     if request.tiny_vae is not None:
-        words += ["--decode", "tiny"]
+        words += ["--tiny-vae", request.tiny_vae, "--decode", "tiny"]
     words += [] if not any(request.wrap.axes) else ["--wrap", request.wrap.value]
     words += [] if request.dpi is None else ["--dpi", f"{request.dpi:g}"]
     return shlex.join(words)
