@@ -142,3 +142,13 @@ class QuantizeRequest(ModelOptions):
     @property
     def exclusions(self) -> tuple[str, ...]:
         return tuple(pattern for word in (self.exclude or "").split(",") if (pattern := word.strip()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorRequest(ModelOptions):
+    """Look into a model; without one, at the machine alone."""
+
+    model: str = option("", shared.MODEL._replace(default="the machine alone is looked at"))
+
+    def __post_init__(self) -> None:
+        coerce(self)

@@ -50,7 +50,9 @@ SCRATCH_DTYPE = Option(
     Panel.MEMORY, ("--scratch-dtype",),
 )  # fmt: skip
 TINY_VAE = Option(
-    "An AutoencoderTiny for --decode tiny: a folder or a hub id like madebyollin/taesd.", Panel.MODEL, ("--tiny-vae",)
+    "An AutoencoderTiny for --decode tiny: a folder, a TAESD file, or a hub id like madebyollin/taesd.",
+    Panel.MODEL,
+    ("--tiny-vae",),
 )
 WRAP = Option(
     "Make a picture whose copies join without a seam: side by side (x), stacked (y), or both (xy).",
