@@ -188,9 +188,14 @@ REFUSED: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
     "refiner": (refiner, "SDXL's refiner"),
     "lcm": (lambda t: t | {f"{UNET}time_embed.cond_proj.weight": torch.zeros(4, 4)}, "an LCM with embedded guidance"),
     "nvfp4": (lambda t: t | {f"{TO_K}.weight_scale_2": torch.ones(1)}, "NVFP4"),
-    "both namings": (lambda t: t | {f"{UNET}conv_in.weight": torch.zeros(2), f"{UNET}down_blocks.0.x": torch.zeros(2)},
-                     "names its tensors in two ways"),
-    "two denoisers": (lambda t: t | {"conv_in.weight": torch.zeros(2), "down_blocks.0.x": torch.zeros(2)}, "two denoisers"),
+    "both namings": (
+        lambda t: t | {f"{UNET}conv_in.weight": torch.zeros(2), f"{UNET}down_blocks.0.x": torch.zeros(2)},
+        "names its tensors in two ways",
+    ),
+    "two denoisers": (
+        lambda t: t | {"conv_in.weight": torch.zeros(2), "down_blocks.0.x": torch.zeros(2)},
+        "two denoisers",
+    ),
     "a missing weight": (
         lambda t: without(t, f"{TO_K}.weight"),
         f"tensor '{TO_K}.weight' is missing; download the file again",
@@ -199,7 +204,7 @@ REFUSED: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
         lambda t: without(t, f"{UNET}input_blocks.1.0.in_layers.2.bias"),
         f"tensor '{UNET}input_blocks.1.0.in_layers.2.bias' is missing; download the file again",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -227,7 +232,7 @@ NO_MODELS = {
     "web page": (b"<!DOCTYPE html><html><body>404</body></html>", "web page"),
     "cut": (None, "bytes short"),
     "GGUF": (b"GGUF\x03\0\0\0............", "rename it to NAME.gguf"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", NO_MODELS)

@@ -24,8 +24,13 @@ app = typer.Typer(
 )
 CacheDir = Annotated[
     Path | None,
-    typer.Option("--cache-dir", metavar="PATH", show_default=False, help=r"The folder that renders were given. [dim]\[default: ~/.cache/tiler][/dim]"),
-]  # fmt: skip
+    typer.Option(
+        "--cache-dir",
+        metavar="PATH",
+        show_default=False,
+        help=r"The folder that renders were given. [dim]\[default: ~/.cache/tiler][/dim]",
+    ),
+]
 
 
 def _listed(folder: Path | None) -> list[Cached]:

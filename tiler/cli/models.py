@@ -17,8 +17,10 @@ from tiler.memory.budget import Budget, format_mb
 
 Folders = Annotated[
     list[Path] | None,
-    typer.Argument(metavar="FOLDER", show_default=False, help=r"Where to look. [dim]\[default: $TILER_MODEL_DIRS][/dim]"),
-]  # fmt: skip
+    typer.Argument(
+        metavar="FOLDER", show_default=False, help=r"Where to look. [dim]\[default: $TILER_MODEL_DIRS][/dim]"
+    ),
+]
 
 
 def command(folders: Folders = None, max_ram: o.MaxRam = "800MB", json_output: o.Json = False) -> None:

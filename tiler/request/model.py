@@ -51,8 +51,8 @@ class ModelOptions:
     diffusion_model: str | None = option(
         None,
         Option(
-            "A file with a denoiser alone, as Flux's mostly are; the other parts come from --model, where that is given, the "
-            "flags below, or the folders of --model-dir.",
+            "A file with a denoiser alone, as Flux's mostly are; the other parts come from --model, where that is "
+            "given, the flags below, or the folders of --model-dir.",
             Panel.MODEL, ("--diffusion-model",), metavar="FILE",
         ),
     )  # fmt: skip
@@ -91,8 +91,10 @@ class ModelOptions:
     model_dirs: tuple[Path, ...] = option(
         (),
         Option(
-            "Folders to look for models in by name, with colons between them; of AUTOMATIC1111 or ComfyUI the root will do.",
-            Panel.MODEL, ("--model-dir",), parse=parse_folders, metavar="PATHS", default="model_dirs of `tiler config`, $TILER_MODEL_DIRS",
+            "Folders to look for models in by name, with colons between them; of AUTOMATIC1111 or ComfyUI the root "
+            "will do.",
+            Panel.MODEL, ("--model-dir",), parse=parse_folders, metavar="PATHS",
+            default="model_dirs of `tiler config`, $TILER_MODEL_DIRS",
         ),
     )  # fmt: skip
 
