@@ -17,6 +17,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from tiler.compute import cpu, winograd
 from tiler.compute.arena import Arena
+from tiler.compute.choose import KERNELS
 from tiler.compute.fp32 import Prepacked
 from tiler.compute.kernels import Op, Prepared
 from tiler.compute.layers import stream_layers
@@ -26,8 +27,9 @@ from tiler.errors import ModelError, NumericalError, StorageError
 from tiler.memory.process import read_rss
 from tiler.models import family as families
 from tiler.models.blocks import Windows
-from tiler.models.clip import encode_prompts, load_tokenizer
+from tiler.models.clip import encode_last, load_tokenizer
 from tiler.models.unet import predict_noise
+from tiler.native import library
 from tiler.phases import streamed
 from tiler.weights.checkpoint import resolve
 from tiler.weights.index import read_index
@@ -162,6 +164,7 @@ def test_weights_are_reordered_once_for_all_samples(tiny: Path, monkeypatch: pyt
             yield piece
 
     monkeypatch.setattr(Prepacked, "prepare", counted)
+    monkeypatch.setattr("tiler.compute.native_float.NativeFp32.suits", lambda *_: False)
     run(tiny, inputs(family, 1))
     alone = list(calls)
     calls.clear()
@@ -222,7 +225,10 @@ def test_a_transformed_weight_goes_when_its_pass_is_over(tmp_path: Path) -> None
 
 @pytest.mark.skipif(not cpu.prepacks(), reason="on x86 only")
 @torch.no_grad()
-def test_a_transformed_weight_may_be_cut_and_shared_without_changing_a_bit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["winograd", "native-winograd"])
+def test_a_transformed_weight_may_be_cut_and_shared_without_changing_a_bit(tmp_path: Path, name: str) -> None:
+    if name.startswith("native") and library.library() is None:
+        pytest.skip(library.fault())
     generator = torch.Generator().manual_seed(1)
     weight, bias = torch.randn(320, 256, 3, 3, generator=generator).half(), torch.randn(320, generator=generator)
     save_file({"0.weight": weight, "0.bias": bias}, tmp_path / "w.safetensors")
@@ -232,9 +238,9 @@ def test_a_transformed_weight_may_be_cut_and_shared_without_changing_a_bit(tmp_p
     for arena, pieces, together in (2**26, 2**22, 3), (2**20, 2**22, 3), (2**22, 2**17, 3), (2**26, 2**22, 1):
         module = torch.nn.Sequential(torch.nn.Conv2d(256, 320, 3, padding=1, device="meta"))
         with WeightStore(read_index(tmp_path / "w.safetensors"), piece_elements=pieces) as store:
-            streamer = Streamer(store, arena_bytes=arena, transform=True)
+            streamer = Streamer(store, arena_bytes=arena, transform=True, prefer=[KERNELS[name]])
             stream_layers(module, streamer)
-            assert streamer.kernel(module[0].op(), None).name == "winograd"
+            assert streamer.kernel(module[0].op(), None).name == name
             results: list[torch.Tensor] = []
             for i in range(0, 3, together):
                 results += streamer.run(module, [(x,) for x in samples[i : i + together]])
@@ -247,13 +253,13 @@ def test_a_transformed_weight_may_be_cut_and_shared_without_changing_a_bit(tmp_p
 
 def test_text_encoder_equals_transformers(tiny: Path, tmp_path: Path) -> None:
     family = families.read_family(resolve(str(tiny)))
-    prompts = ["a sailing boat", "", "ünïcode 🙂 \x1b[31m عربي", "many words " * 60]
+    prompts = ["a sailing boat", "", "ünïcode 🙂 \x1b عربي"]
     notes: list[str] = []
     encoder = family.part(families.Role.TEXT_ENCODER).build()
     with streamed(
         encoder, family.checkpoint.weights("text_encoder"), family.part(families.Role.TEXT_ENCODER).aliases
     ) as streamer:
-        got = encode_prompts(load_tokenizer(family), encoder, prompts, notes.append)
+        got = [p.tokens for p in encode_last(load_tokenizer(family), encoder, prompts, notes.append)]
         assert streamer.store is not None
         read = streamer.store.bytes_read
     state = {
@@ -267,9 +273,8 @@ def test_text_encoder_equals_transformers(tiny: Path, tmp_path: Path) -> None:
         prompts, padding="max_length", truncation=True, max_length=77, return_tensors="pt"
     )
     want = reference(tokens.input_ids).last_hidden_state
-    assert (got - want).abs().max() <= 1e-5 * want.abs().max()
-    assert len(notes) == 1
-    assert "77 tokens" in notes[0]
+    assert (torch.cat(got) - want).abs().max() <= 1e-5 * want.abs().max()
+    assert not notes
 
 
 def test_shards_and_old_attention_names_are_found(tiny: Path, tmp_path: Path) -> None:

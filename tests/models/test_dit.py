@@ -27,6 +27,7 @@ from tiler.models.meta import on_meta
 from tiler.models.modulation import modulations
 from tiler.phases import streamed
 from tiler.weights.index import read_index
+from tiler.weights.layouts import understood
 
 WIDTH, HEADS, TEXT, IMAGE = 320, 8, 37, 100  # heads that six groups do not divide, tokens that chunks do not
 KINDS = {"joint": FluxTransformerBlock, "single": FluxSingleTransformerBlock}
@@ -57,7 +58,7 @@ def on_disk(block: nn.Module, kind: str, folder: Path, **options: Any) -> Iterat
     save_file(block.state_dict(), folder / "block.safetensors")
     with on_meta():
         empty = KINDS[kind](dim=WIDTH, num_attention_heads=HEADS, attention_head_dim=WIDTH // HEADS).eval()
-    with streamed(empty, read_index(folder / "block.safetensors"), plain_names, **options) as streamer:
+    with streamed(empty, understood(read_index(folder / "block.safetensors")), plain_names, **options) as streamer:
         yield empty, streamer
 
 

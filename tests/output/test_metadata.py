@@ -27,6 +27,8 @@ FACTS = Facts(
     scheduler="DPM++ 2M Karras",
     precision="fp32",
     kernels="tiler v3, torch avx2",
+    embeddings={},
+    clip_skip=True,
     begin=3,
 )
 

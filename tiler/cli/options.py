@@ -55,6 +55,19 @@ From = Annotated[
         help="Repeat a picture by what its file says; options given beside it win. Reads what `tiler info` reads.",
     ),
 ]  # fmt: skip
+OnDone = Annotated[
+    str | None,
+    typer.Option(
+        "--on-done", rich_help_panel=Panel.OUTPUT, metavar="COMMAND", show_default=False,
+        help="Shell command to run at the end, however that comes; it finds TILER_OUTPUT and TILER_EXIT_CODE.",
+    ),
+]  # fmt: skip
+LogJson = Annotated[
+    bool,
+    typer.Option(
+        "--log-json", rich_help_panel=Panel.OUTPUT, help="Tell the progress on standard error as JSON, an event a line."
+    ),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", rich_help_panel=Panel.OUTPUT, help="No progress; errors only.")]
 Json = Annotated[
     bool, typer.Option("--json", rich_help_panel=Panel.OUTPUT, help="Print one JSON object on standard output.")

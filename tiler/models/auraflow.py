@@ -33,6 +33,7 @@ from tiler.models.family import (
 from tiler.models.modulation import Modulations, modulations
 from tiler.models.patches import PATCH
 from tiler.models.positions import table_names
+from tiler.models.reading import READING, Reading
 from tiler.models.required import check_latents, check_parts, fetch_part
 from tiler.models.samples import Prompt, Sample, empty, examples
 from tiler.weights.checkpoint import Checkpoint
@@ -45,14 +46,20 @@ _DEFAULTS = MappingProxyType({"num_inference_steps": 50, "guidance_scale": 3.5, 
 
 
 class AuraFlow(Family):
-    def encode(self, prompts: Sequence[str | None], open_part: OpenPart, warn: Callable[[str], None]) -> list[Prompt]:
+    def encode(
+        self,
+        prompts: Sequence[str | None],
+        open_part: OpenPart,
+        warn: Callable[[str], None],
+        reading: Reading = READING,
+    ) -> list[Prompt]:
         """The last hidden states of a prompt's own tokens, then zeros: (1, 256, width). The transformer looks at these too.
         A negative prompt that was not given is an empty one."""
         part = self.part(Role.TEXT_ENCODER)
         texts = list(dict.fromkeys(prompt or "" for prompt in prompts))
         tokenizer = t5.load_tokenizer(self.checkpoint, "tokenizer")
         with open_part(part) as encoder:
-            rows = t5.encode_t5(tokenizer, encoder, texts, TOKENS, warn, keep_pads=False)
+            rows = t5.encode_t5(tokenizer, encoder, texts, TOKENS, warn, reading, keep_pads=False)
         encoded = {
             text: Prompt(F.pad(states, (0, 0, 0, TOKENS - states.shape[1])))
             for text, states in zip(texts, rows, strict=True)

@@ -36,6 +36,7 @@ from tiler.models.flux_blocks import modulating, predict_sample
 from tiler.models.meta import on_meta, refusing
 from tiler.models.modulation import Modulations, modulations
 from tiler.models.patches import PATCH
+from tiler.models.reading import READING, Reading
 from tiler.models.required import check_factor, check_parts, fetch_part
 from tiler.models.samples import Prompt, Sample, empty, examples
 from tiler.weights.checkpoint import Checkpoint
@@ -57,15 +58,22 @@ class Prepared(NamedTuple):
 
 
 class Flux(Family):
-    def encode(self, prompts: Sequence[str | None], open_part: OpenPart, warn: Callable[[str], None]) -> list[Prompt]:
-        """T5's last hidden states, (1, 512 or 256, width), pads included, and CLIP's pooled vector, (1, width)."""
+    def encode(
+        self,
+        prompts: Sequence[str | None],
+        open_part: OpenPart,
+        warn: Callable[[str], None],
+        reading: Reading = READING,
+    ) -> list[Prompt]:
+        """T5's last hidden states, (1, 512 or 256, width), pads included, and the pooled vector of CLIP's first chunk,
+        (1, width)."""
         first, second = self.encoders
         texts = list(dict.fromkeys(prompt or "" for prompt in prompts))
         clip_tokenizer, t5_tokenizer = load_tokenizer(self), t5.load_tokenizer(self.checkpoint, "tokenizer_2")
         with open_part(first) as encoder:
-            pooled = [prompt.pooled for prompt in encode_penultimate(clip_tokenizer, encoder, texts, warn)]
+            pooled = [p.pooled for p in encode_penultimate(clip_tokenizer, encoder, texts, _silent, reading)]
         with open_part(second) as encoder:
-            tokens = t5.encode_t5(t5_tokenizer, encoder, texts, self.length, warn, keep_pads=True)
+            tokens = t5.encode_t5(t5_tokenizer, encoder, texts, self.length, warn, reading, keep_pads=True)
         encoded = {text: Prompt(rows, vector) for text, rows, vector in zip(texts, tokens, pooled, strict=True)}
         return [encoded[prompt or ""] for prompt in prompts]
 
@@ -112,6 +120,10 @@ class Flux(Family):
         config = self.part(Role.DENOISER).config
         prompt = Prompt(empty(1, self.length, config["joint_attention_dim"]), empty(1, config["pooled_projection_dim"]))
         return examples(tiles, self.latent_channels, sides, lambda: prompt)
+
+
+def _silent(text: str) -> None:
+    """Of a prompt that is too long T5 tells."""
 
 
 def quantised(name: str) -> bool:

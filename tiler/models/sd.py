@@ -15,7 +15,8 @@ from tiler.compute.stream import Streamer
 from tiler.errors import ModelError
 from tiler.models import bounds
 from tiler.models.checks import check_channels, check_unet_kind
-from tiler.models.clip import TOKENS, build_clip, clip_names, encode_prompts, load_tokenizer, run_clip
+from tiler.models.chunks import CLIP_TOKENS
+from tiler.models.clip import build_clip, clip_names, encode_last, lengthened, load_tokenizer, run_clip
 from tiler.models.corrections import correct_unet
 from tiler.models.family import (
     Family,
@@ -29,6 +30,7 @@ from tiler.models.family import (
     read_config,
     vae_part,
 )
+from tiler.models.reading import READING, Reading
 from tiler.models.samples import Prompt, Sample, empty, examples
 from tiler.models.unet import build_unet, predict_noise, quantised, windows_of
 from tiler.weights.checkpoint import Checkpoint
@@ -42,13 +44,22 @@ class Prepared(NamedTuple):
 
 
 class StableDiffusion(Family):
-    def encode(self, prompts: Sequence[str | None], open_part: OpenPart, warn: Callable[[str], None]) -> list[Prompt]:
-        """The last hidden states of CLIP, (1, 77, width) each; a prompt that was not given is an empty one."""
+    def encode(
+        self,
+        prompts: Sequence[str | None],
+        open_part: OpenPart,
+        warn: Callable[[str], None],
+        reading: Reading = READING,
+    ) -> list[Prompt]:
+        """The last hidden states of CLIP, (1, 77·chunks, width) each; a prompt that was not given is an empty one."""
         tokenizer = load_tokenizer(self)
         texts = list(dict.fromkeys(prompt or "" for prompt in prompts))
         with open_part(self.part(Role.TEXT_ENCODER)) as encoder:
-            encoded = dict(zip(texts, encode_prompts(tokenizer, encoder, texts, warn).split(1), strict=True))
-        return [Prompt(encoded[prompt or ""]) for prompt in prompts]
+            encoded = dict(zip(texts, encode_last(tokenizer, encoder, texts, warn, reading), strict=True))
+        return [encoded[prompt or ""] for prompt in prompts]
+
+    def lengthened(self, prompt: Prompt, tokens: int, empty: Prompt) -> Prompt:
+        return Prompt(lengthened(prompt.tokens, tokens, empty.tokens))
 
     def prepare(
         self, model: Any, streamer: Streamer, timesteps: Tensor, prompts: Sequence[Prompt], options: Options
@@ -71,7 +82,7 @@ class StableDiffusion(Family):
 
     def example(self, tiles: Sequence[int], sides: tuple[int, int]) -> list[Sample]:
         wide = self.part(Role.TEXT_ENCODER).config["hidden_size"]
-        return examples(tiles, self.latent_channels, sides, lambda: Prompt(empty(1, TOKENS, wide)))
+        return examples(tiles, self.latent_channels, sides, lambda: Prompt(empty(1, CLIP_TOKENS, wide)))
 
 
 def read(checkpoint: Checkpoint, name: str) -> StableDiffusion:
@@ -123,6 +134,7 @@ def read(checkpoint: Checkpoint, name: str) -> StableDiffusion:
     traits = Traits(
         title="Stable Diffusion", native=int(unet.get("sample_size", 64)), granularity=2 ** (levels - 1),
         channels=int(vae.get("latent_channels", 4)), width=unet["block_out_channels"][0],
+        chunked=True, embeddings=True, clip_skip=True,
     )  # fmt: skip
     return StableDiffusion(
         checkpoint=checkpoint, traits=traits, parts=parts, vae=spec, scheduler=scheduler, notes=notes

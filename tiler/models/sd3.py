@@ -19,12 +19,13 @@ from torch import Tensor
 from tiler.compute.stream import Streamer
 from tiler.errors import ModelError
 from tiler.models import bounds, t5
+from tiler.models.chunks import CLIP_TOKENS
 from tiler.models.clip import (
-    TOKENS,
     build_clip,
     check_tokenizer,
     clip_names,
     encode_penultimate,
+    lengthened,
     load_tokenizer,
     run_clip,
 )
@@ -44,6 +45,7 @@ from tiler.models.few_steps import FEW_STEPS, sign_of_few_steps
 from tiler.models.modulation import Modulations, modulations
 from tiler.models.patches import PATCH
 from tiler.models.positions import table_names
+from tiler.models.reading import READING, Reading
 from tiler.models.required import check_latents, check_parts, fetch_part
 from tiler.models.samples import Prompt, Sample, empty, examples
 from tiler.models.sd3_blocks import build_mmdit, modulating, predict_sample, quantised, read_once, table_side
@@ -62,35 +64,45 @@ class Prepared(NamedTuple):
 
 
 class StableDiffusion3(Family):
-    def encode(self, prompts: Sequence[str | None], open_part: OpenPart, warn: Callable[[str], None]) -> list[Prompt]:
-        """The states before the last layer of both CLIPs side by side, and below them T5's last ones: (1, 77 + 256, width), the
+    def encode(
+        self,
+        prompts: Sequence[str | None],
+        open_part: OpenPart,
+        warn: Callable[[str], None],
+        reading: Reading = READING,
+    ) -> list[Prompt]:
+        """The states before the last layer of both CLIPs side by side, and below them T5's last ones: (1, 77·chunks + 256, width), the
         gaps zeros; and both projected vectors, (1, 2048). A negative prompt that was not given is an empty one."""
         texts = list(dict.fromkeys(prompt or "" for prompt in prompts))
         found: list[list[Prompt]] = []
         for part, tell in zip(self.encoders[:2], (warn, _silent), strict=True):
             with open_part(part) as encoder:
-                found.append(encode_penultimate(load_tokenizer(self, _CLIPS[part.name]), encoder, texts, tell))
+                tokenizer = load_tokenizer(self, _CLIPS[part.name])
+                found.append(encode_penultimate(tokenizer, encoder, texts, tell, reading))
         below: list[Tensor] = []
         for part in self.encoders[2:]:
             with open_part(part) as encoder:
-                tokenizer = t5.load_tokenizer(self.checkpoint, T5_TOKENIZER)
-                below = t5.encode_t5(tokenizer, encoder, texts, T5_TOKENS, _silent, keep_pads=True)
-        length, width = self._shape
+                words = t5.load_tokenizer(self.checkpoint, T5_TOKENIZER)
+                below = t5.encode_t5(words, encoder, texts, T5_TOKENS, _silent, reading, keep_pads=True)
+        width = self._shape[1]
         encoded = {}
         for i, (first, second) in enumerate(zip(*found, strict=True)):
             assert first.pooled is not None and second.pooled is not None
-            tokens = torch.zeros(1, length, width)
             clip = torch.cat([first.tokens, second.tokens], dim=-1)
+            tokens = torch.zeros(1, clip.shape[1] + T5_TOKENS, width)
             tokens[:, : clip.shape[1], : clip.shape[2]] = clip
             if below:
                 tokens[:, -T5_TOKENS:] = below[i]
             encoded[texts[i]] = Prompt(tokens, torch.cat([first.pooled, second.pooled], dim=-1))
         return [encoded[prompt or ""] for prompt in prompts]
 
+    def lengthened(self, prompt: Prompt, tokens: int, empty: Prompt) -> Prompt:
+        return Prompt(lengthened(prompt.tokens, tokens, empty.tokens[:, :CLIP_TOKENS], behind=T5_TOKENS), prompt.pooled)
+
     @property
     def _shape(self) -> tuple[int, int]:
         """Rows of a prompt, and their width."""
-        return TOKENS + T5_TOKENS, self.part(Role.DENOISER).config["joint_attention_dim"]
+        return CLIP_TOKENS + T5_TOKENS, self.part(Role.DENOISER).config["joint_attention_dim"]
 
     def prepare(
         self, model: Any, streamer: Streamer, timesteps: Tensor, prompts: Sequence[Prompt], options: Options
@@ -166,7 +178,7 @@ def read(checkpoint: Checkpoint, name: str) -> StableDiffusion3:
     traits = Traits(
         title=kind.title, native=int(config.get("sample_size", 128)), granularity=PATCH, patch=PATCH, samples=1,
         channels=int(vae["latent_channels"]), width=config["num_attention_heads"] * config["attention_head_dim"],
-        flow=True, large_blocks=True, longest=PATCH * table_side(config),
+        flow=True, large_blocks=True, chunked=True, longest=PATCH * table_side(config),
         defaults=MappingProxyType(dict(kind.defaults)),
     )  # fmt: skip
     return StableDiffusion3(

@@ -19,12 +19,13 @@ from tiler.compute.stream import Streamer
 from tiler.errors import ModelError
 from tiler.models import bounds
 from tiler.models.checks import check_channels, check_unet_kind
+from tiler.models.chunks import CLIP_TOKENS
 from tiler.models.clip import (
-    TOKENS,
     build_clip,
     check_tokenizer,
     clip_names,
     encode_penultimate,
+    lengthened,
     load_tokenizer,
     run_clip,
 )
@@ -43,6 +44,7 @@ from tiler.models.family import (
     vae_part,
 )
 from tiler.models.few_steps import FEW_STEPS, sign_of_few_steps
+from tiler.models.reading import READING, Reading
 from tiler.models.required import check_parts, fetch_part
 from tiler.models.samples import Place, Prompt, Sample, empty, examples
 from tiler.models.unet import build_unet, predict_noise, quantised, windows_of
@@ -69,8 +71,14 @@ class Prepared(NamedTuple):
 class StableDiffusionXL(Family):
     zeros_for_absent: bool = True  # whether a negative prompt that was not given is zeros, not an empty text
 
-    def encode(self, prompts: Sequence[str | None], open_part: OpenPart, warn: Callable[[str], None]) -> list[Prompt]:
-        """The states before the last layer of both encoders, (1, 77, 2048), and the second one's projected vector (1, 1280)."""
+    def encode(
+        self,
+        prompts: Sequence[str | None],
+        open_part: OpenPart,
+        warn: Callable[[str], None],
+        reading: Reading = READING,
+    ) -> list[Prompt]:
+        """The states before the last layer of both encoders, (1, 77·chunks, 2048), and the second one's projected vector (1, 1280)."""
         given = ["" if prompt is None and not self.zeros_for_absent else prompt for prompt in prompts]
         texts = list(dict.fromkeys(text for text in given if text is not None))
         encoded = []
@@ -78,7 +86,7 @@ class StableDiffusionXL(Family):
             self.encoders, ("tokenizer", "tokenizer_2"), (warn, lambda text: None), strict=True
         ):
             with open_part(part) as encoder:
-                encoded.append(encode_penultimate(load_tokenizer(self, tokenizer), encoder, texts, tell))
+                encoded.append(encode_penultimate(load_tokenizer(self, tokenizer), encoder, texts, tell, reading))
         both = [
             Prompt(torch.cat([first.tokens, second.tokens], dim=-1), second.pooled)
             for first, second in zip(*encoded, strict=True)
@@ -87,11 +95,16 @@ class StableDiffusionXL(Family):
         known[None] = Prompt(*(torch.zeros(shape) for shape in self._shapes))
         return [known[text] for text in given]
 
+    def lengthened(self, prompt: Prompt, tokens: int, empty: Prompt) -> Prompt:
+        # A prompt that was not given is zeros to its end.
+        rows = empty.tokens if bool(prompt.tokens.any()) else torch.zeros_like(empty.tokens)
+        return Prompt(lengthened(prompt.tokens, tokens, rows), prompt.pooled)
+
     @property
     def _shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Of a prompt's tokens and of its pooled vector."""
         first, second = (part.config for part in self.encoders)
-        return (1, TOKENS, first["hidden_size"] + second["hidden_size"]), (1, projected_width(second))
+        return (1, CLIP_TOKENS, first["hidden_size"] + second["hidden_size"]), (1, projected_width(second))
 
     def prepare(
         self, model: Any, streamer: Streamer, timesteps: Tensor, prompts: Sequence[Prompt], options: Options
@@ -198,6 +211,7 @@ def read(checkpoint: Checkpoint, name: str) -> StableDiffusionXL:
         title="SDXL", native=int(unet.get("sample_size") or 128), granularity=2 ** (levels - 1),
         channels=int(vae.get("latent_channels", 4)), width=unet["block_out_channels"][0],
         guidance=guidance, defaults=MappingProxyType(defaults), old_schedulers=False,
+        chunked=True, embeddings=True,
     )  # fmt: skip
     return StableDiffusionXL(
         checkpoint=checkpoint, traits=traits, parts=(*encoders, denoiser, vae_part(spec)), vae=spec,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import BinaryIO
@@ -40,13 +41,15 @@ def write_picture(
     bleed_mm: float = 0.0,
     *,
     force: bool,
+    on_whole: Callable[[os.stat_result], None] = lambda whole: None,
 ) -> None:
-    """Write `rows`, (n, W, 3) uint8 sRGB top first; what lies right of and below the picture is cut off. Atomic.
+    """Write `rows`, (n, W, 3) uint8 sRGB top first; what lies right of and below the picture is cut off. Atomic; `on_whole` as
+    in `atomic`.
 
     A PDF says how much of each edge is bleed. Without `force`, a file that has meanwhile appeared is kept.
     Raises StorageError, and whatever `rows` raises.
     """
-    with atomic(path, replace=force) as file:
+    with atomic(path, replace=force, on_whole=on_whole) as file:
         cut = _cut(rows, width, height)
         if path.suffix.lower() in TIFFS:
             _write_tiff(file, cut, width, height, texts, dpi)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from tiler.errors import UsageError
+from tiler.request import settings
 
 
 def cache_home() -> Path:
@@ -41,3 +43,16 @@ def expand(path: str) -> Path:
         return Path(path).expanduser()
     except RuntimeError as error:
         raise UsageError(f"{path}: the home folder of this user is not known; write the whole path") from error
+
+
+def model_folders(given: Sequence[Path] = ()) -> tuple[Path, ...]:
+    """The folders in which models are looked for by name: those `given`, else those of $TILER_MODEL_DIRS, which stand between
+    colons, else the configuration's. Raises UsageError."""
+    named = given or settings.named_folders(settings.Kind.MODEL).value
+    return tuple(expand(str(folder)) for folder in named)
+
+
+def part_folders(given: Sequence[Path] = ()) -> tuple[Path, ...]:
+    """The folders in which autoencoders and text encoders are looked for: the models', and those that were named for them."""
+    own = (settings.named_folders(kind).value for kind in (settings.Kind.VAE, settings.Kind.TEXT_ENCODER))
+    return (*model_folders(given), *(expand(str(folder)) for folders in own for folder in folders))
