@@ -24,10 +24,9 @@ _TEMPLATE = """\
 # Settings of tiler. What is typed wins over TILER_* in the environment, that over this file.
 # Every long option of `tiler render --help` may stand here, without its dashes, with _ for -.
 
-# Folders to find models, LoRAs, embeddings and autoencoders in by name (`--model dream` finds dream.safetensors).
+# Folders to find models, embeddings and autoencoders in by name (`--model dream` finds dream.safetensors).
 # A folder of AUTOMATIC1111, Forge or ComfyUI stands for its own sub-folders.
 # model_dirs = ["~/stable-diffusion-webui"]
-# lora_dirs = []
 # embedding_dirs = []
 # vae_dirs = []
 

@@ -48,13 +48,6 @@ Report = Annotated[
         "it once at the end, like /usr/bin/time, may show less.",
     ),
 ]
-From = Annotated[
-    Path | None,
-    typer.Option(
-        "--from", rich_help_panel=Panel.PICTURE, metavar="IMG",
-        help="Repeat a picture by what its file says; options given beside it win. Reads what `tiler info` reads.",
-    ),
-]  # fmt: skip
 OnDone = Annotated[
     str | None,
     typer.Option(
@@ -68,6 +61,13 @@ LogJson = Annotated[
         "--log-json", rich_help_panel=Panel.OUTPUT, help="Tell the progress on standard error as JSON, an event a line."
     ),
 ]
+From = Annotated[
+    Path | None,
+    typer.Option(
+        "--from", rich_help_panel=Panel.PICTURE, metavar="IMG",
+        help="Repeat a picture by what its file says; options given beside it win. Reads what `tiler info` reads.",
+    ),
+]  # fmt: skip
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", rich_help_panel=Panel.OUTPUT, help="No progress; errors only.")]
 Json = Annotated[
     bool, typer.Option("--json", rich_help_panel=Panel.OUTPUT, help="Print one JSON object on standard output.")

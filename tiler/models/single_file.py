@@ -22,7 +22,7 @@ from tiler.models.prediction import Decided, decide
 from tiler.models.vocabulary import clip_tokenizer
 from tiler.request.model import ModelOptions, Prediction
 from tiler.weights.checkpoint import Checkpoint, PartSource
-from tiler.weights.places import expand, part_folders
+from tiler.weights.places import expand, model_folders
 
 Config = dict[str, Any]
 _TEXT_KINDS = (Kind.CLIP, Kind.T5)
@@ -47,7 +47,7 @@ class _Assembly:
         self.notes: list[str] = []
         self.file = WeightFile(path) if path is not None else None
         self.row = self._row()
-        self.folders = part_folders(options.model_dirs)
+        self.folders = model_folders(options.model_dirs)
         whole = base.file is not None and base.file != path
         self.files = [file for file in (self.file, WeightFile(base.file) if whole and base.file else None) if file]
 

@@ -45,7 +45,7 @@ def texts(request: ResolvedRequest, facts: Facts) -> dict[str, str]:
         **({"Schedule type": spread} if (spread := _spread(r, facts)) is not None else {}),
         "CFG scale": r.guidance_scale, "Seed": r.seed, "Size": f"{r.width}x{r.height}", "Model": file_name(facts.model),
         **({"Denoising strength": r.strength} if facts.begin else {}),
-        "RNG": "CPU", **_of_prompts(r, facts), "Version": f"tiler {metadata.version('tiler')}",
+        **_of_prompts(r, facts), "Version": f"tiler {metadata.version('tiler')}",
     }  # fmt: skip
     said = {key: value for key, value in asdict(r).items() if key not in _NOT_TOLD and value is not None}
     for key in _FILES:
@@ -59,21 +59,12 @@ def texts(request: ResolvedRequest, facts: Facts) -> dict[str, str]:
     }
     prompt = r.prompt if r.prompt is not None else " | ".join(region.prompt for region in r.regions)
     both = {
-        "parameters": infotext(prompt, r.negative_prompt or "", fields),
+        # Without RNG, readers take noise for a GPU's.
+        "parameters": infotext(prompt, r.negative_prompt or "", fields | {"RNG": "CPU"}),
         "tiler": json.dumps(said | found, default=_plain, ensure_ascii=False),
         XMP: xmp(_COMPOSITE if r.guide_image is not None else _TRAINED),
     }
     return {key: _encodable(text) for key, text in both.items()}
-
-
-def xmp(source_type: str) -> str:
-    """An XMP packet (ISO 16684-1) that says which part an algorithm has in the picture, by IPTC's NewsCodes."""
-    return (
-        '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?><x:xmpmeta xmlns:x="adobe:ns:meta/">'
-        '<rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><rdf:Description rdf:about="" '
-        'xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/" Iptc4xmpExt:DigitalSourceType='
-        f'"http://cv.iptc.org/newscodes/digitalsourcetype/{source_type}"/></rdf:RDF></x:xmpmeta><?xpacket end="r"?>'
-    )
 
 
 def _of_prompts(request: ResolvedRequest, facts: Facts) -> dict[str, object]:
@@ -95,6 +86,16 @@ def _spread(request: ResolvedRequest, facts: Facts) -> str | None:
     if (asked := request.schedule_type) is not None:
         return "SGM Uniform" if asked is ScheduleType.SGM_UNIFORM else asked.value.capitalize()
     return "Karras" if facts.scheduler.endswith("Karras") else None
+
+
+def xmp(source_type: str) -> str:
+    """An XMP packet (ISO 16684-1) that says which part an algorithm has in the picture, by IPTC's NewsCodes."""
+    return (
+        '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?><x:xmpmeta xmlns:x="adobe:ns:meta/">'
+        '<rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><rdf:Description rdf:about="" '
+        'xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/" Iptc4xmpExt:DigitalSourceType='
+        f'"http://cv.iptc.org/newscodes/digitalsourcetype/{source_type}"/></rdf:RDF></x:xmpmeta><?xpacket end="r"?>'
+    )
 
 
 def infotext(prompt: str, negative_prompt: str, fields: Mapping[str, object]) -> str:

@@ -92,7 +92,7 @@ class ModelOptions:
         (),
         Option(
             "Folders to look for models in by name, with colons between them; of AUTOMATIC1111 or ComfyUI the root will do.",
-            Panel.MODEL, ("--model-dir",), parse=parse_folders, metavar="PATHS", default="$TILER_MODEL_DIRS",
+            Panel.MODEL, ("--model-dir",), parse=parse_folders, metavar="PATHS", default="model_dirs of `tiler config`, $TILER_MODEL_DIRS",
         ),
     )  # fmt: skip
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tiler.errors import UsageError
-from tiler.request import settings
+from tiler.request.settings import Kind, named_folders
 
 
 def cache_home() -> Path:
@@ -46,13 +46,10 @@ def expand(path: str) -> Path:
 
 
 def model_folders(given: Sequence[Path] = ()) -> tuple[Path, ...]:
-    """The folders in which models are looked for by name: those `given`, else those of $TILER_MODEL_DIRS, which stand between
-    colons, else the configuration's. Raises UsageError."""
-    named = given or settings.named_folders(settings.Kind.MODEL).value
-    return tuple(expand(str(folder)) for folder in named)
-
-
-def part_folders(given: Sequence[Path] = ()) -> tuple[Path, ...]:
-    """The folders in which autoencoders and text encoders are looked for: the models', and those that were named for them."""
-    own = (settings.named_folders(kind).value for kind in (settings.Kind.VAE, settings.Kind.TEXT_ENCODER))
-    return (*model_folders(given), *(expand(str(folder)) for folders in own for folder in folders))
+    """The folders in which models and their parts are looked for by name: those `given`, else those that the environment or the
+    configuration file names. Raises UsageError for a configuration that cannot be read."""
+    if given:
+        return tuple(given)
+    kinds = Kind.MODEL, Kind.VAE, Kind.TEXT_ENCODER
+    named = [expand(str(folder)) for kind in kinds for folder in named_folders(kind).value]
+    return tuple(dict.fromkeys(named))
