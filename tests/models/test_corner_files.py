@@ -19,6 +19,7 @@ from tiler.models.family import Family, open_family, read_family
 from tiler.models.part_files import WeightFile
 from tiler.request.model import ModelOptions, Prediction
 from tiler.weights.checkpoint import resolve
+from tiler.weights.identity import model_id
 from tiler.weights.store import WeightStore, match_index
 
 Tensors = dict[str, torch.Tensor]
@@ -250,3 +251,19 @@ def test_words_of_a_gguf_are_not_asked_for(tmp_path: Path) -> None:
     ):
         write()
     assert WeightFile(tmp_path / "x.gguf").words == {} and WeightFile(tmp_path / "x.gguf").notes == ()
+
+
+def test_the_id_of_a_model_knows_its_other_files(tmp_path: Path, whole: Tensors, folder: Path, clean: Family) -> None:
+    names = [part.name for part in clean.parts]
+    own = {name.removeprefix(VAE): tensor for name, tensor in whole.items() if name.startswith(VAE)}
+    ids = [model_id(clean.checkpoint, names)]
+    for path, factor in ((clean.checkpoint.file, 1), (clean.checkpoint.file, 2), (folder, 1), (folder, 2)):
+        vae = save({name: factor * tensor for name, tensor in own.items()}, tmp_path / f"{factor}.safetensors")
+        ids.append(model_id(open_family(ModelOptions(model=str(path), vae=str(vae))).checkpoint, names))
+    ids.append(model_id(read_family(resolve(str(folder))).checkpoint, names))
+    assert len(set(ids)) == len(ids)
+
+
+def test_flags_name_the_same_model() -> None:
+    options = ModelOptions(model="x", vae="y z", prediction=Prediction.V, model_dirs=(Path("/a"), Path("/b")))
+    assert options.flags() == ["--model", "x", "--vae", "y z", "--prediction", "v", "--model-dir", "/a:/b"]

@@ -167,9 +167,14 @@ def vae_config(shapes: Shapes, row: FamilyRow, where: str) -> Config:
     }  # fmt: skip
 
 
-def tiny_config(shapes: Shapes, channels: int) -> Config:
-    """Of an AutoencoderTiny, whose decoder's shapes are given; latents of so many `channels`."""
-    return {"_class_name": "AutoencoderTiny", "latent_channels": channels}
+def tiny_config(shapes: Shapes, where: str) -> Config:
+    """Of an AutoencoderTiny, told from its decoder. Raises ModelError."""
+    width, channels = _Known(shapes, where)["decoder.layers.0.weight"][:2]
+    widths = [width] * 4
+    return {
+        "_class_name": "AutoencoderTiny", "latent_channels": channels, "decoder_block_out_channels": widths,
+        "encoder_block_out_channels": widths,
+    }  # fmt: skip
 
 
 def text_config(shapes: Shapes, encoder: Encoder, where: str) -> Config:

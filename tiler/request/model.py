@@ -97,9 +97,18 @@ class ModelOptions:
     )  # fmt: skip
 
     def replaced(self) -> dict[str, str]:
-        """What was given for single parts, by the flag's name without dashes."""
+        """What was given for single parts, by its flag."""
         given = {
-            "vae": self.vae, "text-encoder": self.text_encoder, "clip_l": self.clip_l, "clip_g": self.clip_g,
-            "t5xxl": self.t5xxl,
+            "--vae": self.vae, "--text-encoder": self.text_encoder, "--clip_l": self.clip_l, "--clip_g": self.clip_g,
+            "--t5xxl": self.t5xxl,
         }  # fmt: skip
-        return {name: value for name, value in given.items() if value is not None}
+        return {flag: value for flag, value in given.items() if value is not None}
+
+    def flags(self) -> list[str]:
+        """The words of a command line that name the same model."""
+        given = {
+            "--model": self.model, "--variant": self.variant, "--revision": self.revision,
+            "--diffusion-model": self.diffusion_model, **self.replaced(), "--prediction": self.prediction,
+            "--model-dir": os.pathsep.join(map(str, self.model_dirs)) or None,
+        }  # fmt: skip
+        return [word for flag, value in given.items() if value is not None for word in (flag, value)]
