@@ -47,7 +47,6 @@ from tiler.planning.resolve import resolve
 from tiler.planning.tiling import pixels_of, plan_tiling
 from tiler.request import Decode, GuideUpscale, Precision, RenderRequest, ResolvedRequest
 from tiler.run import Names, Run, measure, streamed
-from tiler.weights import checkpoint
 from tiler.weights.identity import model_id
 from tiler.weights.index import TensorInfo
 from tiler.weights.packed import default_cache
@@ -147,7 +146,7 @@ def start(
 def open_models(family: Family, tiny_vae: str | None = None) -> Models:
     """The family's models, and the tiny decoder in the folder `tiny_vae`, to be built once for all that follows. Raises
     ModelError."""
-    return Models(family, None if tiny_vae is None else families.read_tiny(checkpoint.resolve_part(tiny_vae), family))
+    return Models(family, None if tiny_vae is None else families.open_tiny(tiny_vae, family))
 
 
 def make_plan(

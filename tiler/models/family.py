@@ -23,8 +23,8 @@ from tiler.models.meta import on_meta, refusing
 from tiler.models.reading import READING, Reading
 from tiler.request import TileConditioning
 from tiler.request.model import ModelOptions
-from tiler.weights.checkpoint import Checkpoint, resolve
-from tiler.weights.places import model_folders
+from tiler.weights.checkpoint import Checkpoint, resolve, resolve_part
+from tiler.weights.places import expand, model_folders
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -321,7 +321,10 @@ def build_vae(vae: VaeSpec) -> Any:
         from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
     with on_meta(), refusing(vae.part, vae.checkpoint):
         kind: Any = AutoencoderTiny if vae.tiny else AutoencoderKL
-        return kind.from_config(vae.config).eval().requires_grad_(False)
+        model = kind.from_config(vae.config).eval().requires_grad_(False)
+        if vae.tiny and not any(name.startswith("encoder.") for name in vae.weights):
+            del model.encoder  # TAESD is published in halves, of which this is the one that makes pictures
+        return model
 
 
 def vae_part(vae: VaeSpec) -> Part:
@@ -329,9 +332,19 @@ def vae_part(vae: VaeSpec) -> Part:
     return Part(name=vae.part, role=Role.VAE, config=vae.config, aliases=vae_names, build=partial(build_vae, vae))
 
 
+def open_tiny(given: str, family: Family) -> VaeSpec:
+    """The AutoencoderTiny at `given`, a file, a folder or a hub id, that goes with `family`. Raises ModelError, OfflineError,
+    StorageError."""
+    if not expand(given).is_file():
+        return read_tiny(resolve_part(given), family)
+    from tiler.models.single_file import tiny_of_file
+
+    return read_tiny(tiny_of_file(expand(given)), family)
+
+
 def read_tiny(checkpoint: Checkpoint, family: Family) -> VaeSpec:
     """An AutoencoderTiny in TAESD's layout that goes with `family`. Raises ModelError."""
-    config, where = checkpoint.config(""), f"{checkpoint.folder}/config.json"
+    config, where = checkpoint.config(""), str(checkpoint.file or f"{checkpoint.folder}/config.json")
     if config.get("_class_name") != "AutoencoderTiny":
         raise ModelError(f"{where}: the class is {config.get('_class_name')!r}; --tiny-vae takes an AutoencoderTiny")
     wanted = {

@@ -22,7 +22,8 @@ from tiler.request.choices import (
     Wrap,
     parse_scheduler,
 )
-from tiler.request.decode import DecodeRequest, EncodeRequest, QuantizeRequest
+from tiler.request.decode import DecodeRequest, DoctorRequest, EncodeRequest, QuantizeRequest
+from tiler.request.model import ModelOptions, Prediction
 from tiler.request.regions import Region, read_regions
 from tiler.request.render import RenderRequest, ResolvedRequest
 
@@ -34,12 +35,15 @@ __all__ = [
     "PRESETS",
     "Decode",
     "DecodeRequest",
+    "DoctorRequest",
     "Emphasis",
     "EncodeRequest",
     "GuideUpscale",
     "Layout",
     "Mask",
+    "ModelOptions",
     "Precision",
+    "Prediction",
     "Preset",
     "QuantizeRequest",
     "Region",

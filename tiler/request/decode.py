@@ -92,8 +92,8 @@ class QuantizeRequest(ModelOptions):
     weights: Weights | None = option(
         None,
         Option(
-            "Write a folder for --model whose denoiser has weights of so few bits, in optimum-quanto's layout; the autoencoder "
-            "stays as it is, and so do embedders, norms and the last projection.",
+            "Write a folder for --model whose denoiser has weights of so few bits, in optimum-quanto's layout; the "
+            "autoencoder stays as it is, and so do embedders, norms and the last projection.",
             Panel.MODEL, ("--weights",), metavar="int8|fp8|int4", default="fill the cache of int8 weights",
         ),
     )  # fmt: skip
@@ -142,3 +142,13 @@ class QuantizeRequest(ModelOptions):
     @property
     def exclusions(self) -> tuple[str, ...]:
         return tuple(pattern for word in (self.exclude or "").split(",") if (pattern := word.strip()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorRequest(ModelOptions):
+    """Look into a model; without one, at the machine alone."""
+
+    model: str = option("", shared.MODEL._replace(default="the machine alone is looked at"))
+
+    def __post_init__(self) -> None:
+        coerce(self)

@@ -71,8 +71,8 @@ class RenderRequest(ModelOptions):
     prompt_embeds: Path | None = option(
         None,
         Option(
-            "Prompts that `tiler encode` encoded: no text encoder is read, nor needs to be there. Without a PROMPT the file's "
-            "own is drawn.",
+            "Prompts that `tiler encode` encoded: no text encoder is read, nor needs to be there. Without a PROMPT "
+            "the file's own is drawn.",
             Panel.PICTURE, ("--prompt-embeds",), metavar="FILE",
         ),
     )  # fmt: skip

@@ -8,8 +8,8 @@ OUTPUT = Option(
     "The picture to write: .png, .pdf, .tif or .tiff.", Panel.OUTPUT, ("--output", "-o"), default="tiler.png"
 )
 MODEL = Option(
-    "`mini`, a folder in diffusers layout, a single .safetensors or .gguf file, the name of one in --model-dir, or a hub "
-    "id like org/name.",
+    "`mini`, a folder in diffusers layout, a single .safetensors or .gguf file, the name of one in --model-dir, or a "
+    "hub id like org/name.",
     Panel.MODEL, ("--model", "-m"),
 )  # fmt: skip
 VARIANT = Option(
@@ -23,13 +23,13 @@ RENDER_CACHE_DIR = CACHE_DIR._replace(
     default="~/.cache/tiler",
 )
 EMPHASIS = Option(
-    "What weights like (word:1.3) do. original: as in A1111; no-norm: encodings are scaled and not brought back to their "
-    "mean; ignore: nothing; none: brackets are text.",
+    "What weights like (word:1.3) do. original: as in A1111; no-norm: encodings are scaled and not brought back to "
+    "their mean; ignore: nothing; none: brackets are text.",
     Panel.PICTURE, ("--emphasis",),
 )  # fmt: skip
 EMBD_DIR = Option(
-    "Folder of embeddings (textual inversion, .safetensors), which prompts name by file name, embedding:NAME or <NAME>; for "
-    "SD 1.x, 2.x and SDXL.",
+    "Folder of embeddings (textual inversion, .safetensors), which prompts name by file name, embedding:NAME or "
+    "<NAME>; for SD 1.x, 2.x and SDXL.",
     Panel.MODEL, ("--embd-dir",), metavar="FOLDER",
 )  # fmt: skip
 CLIP_SKIP = Option(
@@ -50,7 +50,9 @@ SCRATCH_DTYPE = Option(
     Panel.MEMORY, ("--scratch-dtype",),
 )  # fmt: skip
 TINY_VAE = Option(
-    "An AutoencoderTiny for --decode tiny: a folder or a hub id like madebyollin/taesd.", Panel.MODEL, ("--tiny-vae",)
+    "An AutoencoderTiny for --decode tiny: a folder, a TAESD file, or a hub id like madebyollin/taesd.",
+    Panel.MODEL,
+    ("--tiny-vae",),
 )
 WRAP = Option(
     "Make a picture whose copies join without a seam: side by side (x), stacked (y), or both (xy).",
