@@ -14,6 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from tiler.cli import (
+    batch,
     cache,
     config,
     decode,
@@ -71,6 +72,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("render")(render.command)
+app.command("batch", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(batch.command)
 app.command("resume")(resume.command)
 app.command("plan")(plan.command)
 app.command("encode")(encode.command)

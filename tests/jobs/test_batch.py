@@ -1,0 +1,121 @@
+"""Queues: what their files say, where pictures may go, and that one bad row stops no other."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tiler.errors import UsageError
+from tiler.jobs.rows import Row, output_of, read_rows
+
+
+def rows(tmp_path: Path, name: str, text: str) -> list[Row]:
+    (tmp_path / name).write_text(text)
+    return list(read_rows(tmp_path / name))
+
+
+def test_a_toml_queue(tmp_path: Path) -> None:
+    text = """
+        [defaults]
+        steps = 3
+        metadata = false
+        [[image]]
+        prompt = "a lighthouse, at night"
+        cfg_scale = 5.5
+        [[image]]
+        prompt = "b"
+        seed = 7
+        count = 2
+        output = "sub/{seed}-{index}.png"
+    """.replace("metadata = false\n", "no-metadata = true\n")
+    one, two, three = rows(tmp_path, "jobs.toml", text)
+    assert one.words == ("--steps=3", "--no-metadata", "--cfg-scale=5.5")
+    assert output_of(one, tmp_path) == tmp_path / "001-a-lighthouse-at-night.png"
+    assert (two.seed, three.seed) == ("7", "8")
+    assert [output_of(row, tmp_path).name for row in (two, three)] == ["7-2.png", "8-3.png"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("= x", "not valid TOML"), ("[[image]]\ncolour = 1", "unknown key 'colour'"), ("other = 1", "nothing else"),
+        ("[[image]]\nprompt = 3", "texts"), ("[[image]]\ncount = 0", "out of range"), ("image = [1]", "no [[image]]"),
+    ],
+)  # fmt: skip
+def test_a_toml_queue_is_right_as_a_whole(in_process, tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "jobs.toml").write_text(text)
+    ran = in_process("batch", "jobs.toml")
+    assert (ran.code, message in ran.err) == (2, True), ran.err
+    assert [path.name for path in tmp_path.iterdir()] == ["jobs.toml"]
+
+
+def test_duplicate_outputs_are_refused(in_process, tmp_path: Path) -> None:
+    (tmp_path / "jobs.toml").write_text('[[image]]\noutput = "x.png"\n[[image]]\noutput = "./x.png"\n')
+    ran = in_process("batch", "jobs.toml")
+    assert ran.code == 2 and "images 1 and 2 have the same output" in ran.err
+
+
+def test_lines_of_prompts_as_automatic1111_reads_them(tmp_path: Path) -> None:
+    text = (
+        "  a plain prompt\n\n"
+        '--prompt "photo of sunset" --negative_prompt orange, pink --width 1024 --sampler_name "DPM++ 2M Karras" --steps 10 '
+        "--batch_size 2 --cfg_scale 3 --seed 9\n"
+        "--tiling true --outpath_samples /home/me/walls --prompt --restore_faces true\n"
+        "--colour red\n"
+    )
+    plain, one, two, tiled, bad = rows(tmp_path, "prompts.txt", text)
+    assert (plain.prompt, plain.words) == ("a plain prompt", ())
+    assert one.prompt == "photo of sunset"
+    assert one.words == (
+        "--negative-prompt=orange, pink", "--width=1024", "--scheduler=DPM++ 2M Karras", "--steps=10", "--cfg-scale=3", "--seed=9",
+    )  # fmt: skip
+    assert (one.seed, two.seed) == ("9", "10")
+    assert tiled.words == ("--wrap=xy",) and output_of(tiled, tmp_path).parent == tmp_path / "walls"
+    assert any("walls" in note for note in tiled.notes) and any("restore_faces" in note for note in tiled.notes)
+    assert bad.problem == "unknown tag --colour"
+
+
+def test_30_bombs_and_broken_lines_are_their_rows_problem(tmp_path: Path) -> None:
+    text = (
+        '{"prompt": "a"}\n'
+        + "x" * 2_500_000
+        + '\n{"prompt": "b"}\nnot json\n[1]\n{"nonsense": 1}\n'
+        + "[" * 100_000
+        + "\n"
+    )
+    found = rows(tmp_path, "jobs.jsonl", text)
+    assert [row.prompt for row in found] == ["a", None, "b", None, None, None, None]
+    assert [row.problem is None for row in found] == [True, False, True, False, False, False, False]
+    assert [row.index for row in found] == [1, 2, 3, 4, 5, 6, 7]
+
+
+@pytest.mark.parametrize(
+    "output",
+    ["../../x.png", "/etc/x.png", "..\\x.png", "a/../../x.png", "link/x.png", "x\0.png", "CON", "nul.png", "C:x.png", "", "{0}",
+     "{index.real.__class__}.{nothing}"],
+)  # fmt: skip
+def test_29_no_output_leaves_the_folder(tmp_path: Path, output: str) -> None:
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root/link").symlink_to("..")
+    with pytest.raises(UsageError):
+        output_of(Row(1, "x", (), output or "/"), tmp_path / "root")
+
+
+def test_a_queue_from_the_command_line(in_process, tiny: Path, tmp_path: Path) -> None:
+    """One row is drawn, one is bad; the same command again draws nothing twice, and a row that is appended is drawn."""
+    file = tmp_path / "jobs.jsonl"
+    lines = ['{"prompt": "a", "seed": 3, "output": "{seed}.png"}', '{"prompt": "b", "size": 0}']
+    file.write_text("\n".join(lines) + "\n")
+    command = ["batch", file, "--model", tiny, "--size", 64, "--steps", 1, "--quiet", "--nice", 0, "--max-ram", "1GB"]
+    ran = in_process(*command)
+    assert ran.code == 2 and "1 done, 1 failed" in ran.out, ran.err
+    assert "size = 0" in ran.err
+    first, second = map(json.loads, (tmp_path / "jobs.jsonl.results.jsonl").read_text().splitlines())
+    assert (first["status"], first["seed"], first["output"]) == ("done", 3, "3.png")
+    assert (second["status"], second["exit_code"]) == ("failed", 2)
+    assert first["peak_rss_bytes"] > 0 and len(first["sha256"]) == 64
+    file.write_text(lines[0] + "\n")
+    ran = in_process(*command)
+    assert (ran.code, ran.out.splitlines()[0]) == (0, "1 skipped"), ran.err
