@@ -51,8 +51,8 @@ class QuantizeRequest(ModelOptions):
     weights: Weights | None = option(
         None,
         Option(
-            "Write a folder for --model whose denoiser has weights of so few bits, in optimum-quanto's layout; the autoencoder "
-            "stays as it is, and so do embedders, norms and the last projection.",
+            "Write a folder for --model whose denoiser has weights of so few bits, in optimum-quanto's layout; the "
+            "autoencoder stays as it is, and so do embedders, norms and the last projection.",
             Panel.MODEL, ("--weights",), metavar="int8|fp8|int4", default="fill the cache of int8 weights",
         ),
     )  # fmt: skip
