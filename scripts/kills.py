@@ -87,7 +87,9 @@ def _render(command: list[str], folder: Path, moments: random.Random, seconds: f
                 process.send_signal(signal.SIGKILL)
                 kills += 1
         finished = (folder / "x.png").exists()
-        if process.wait() == 0 or (process.returncode == 2 and finished):  # killed after all was done: the name is taken
+        if process.wait() == 0 or (
+            process.returncode == 2 and finished
+        ):  # killed after all was done: the name is taken
             return max(kills, 1)
         assert process.returncode == -signal.SIGKILL, process.returncode
 
