@@ -140,7 +140,7 @@ def _parameter(field: Field[Any], kind: Any) -> inspect.Parameter:
     elif field.name == "regions":
         kind, default = Path | None, None
     elif option.parse is not None:
-        kind = str | None
+        kind, default = str | None, None
     elif option.off:
         kind, default = bool, False
     if not option.names:
@@ -189,8 +189,11 @@ def _values(offered: list[Field[Any]], given: Mapping[str, Any]) -> dict[str, An
             if typed < -1:
                 raise UsageError(f"seed = {typed} is out of range: 0–{MAX_SEED}, or -1 for a random one")
             values["seed"] = None if typed == -1 else typed
-        elif option.parse is not None and typed is not None:
-            values[field.name] = option.parse(typed)
+        elif option.parse is not None:
+            if typed is None:
+                del values[field.name]  # the field's own default holds
+            else:
+                values[field.name] = option.parse(typed)
         elif isinstance(typed, list):
             values[field.name] = tuple(typed)
         elif option.off:

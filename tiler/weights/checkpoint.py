@@ -153,7 +153,7 @@ def _not_found(model: str, folders: Sequence[Path]) -> str:
             f"--model-dir, or a hub id like org/name{hint}"
         )
     near, where = near_names(model, folders), ", ".join(map(str, folders))
-    said = f"; did you mean {' or '.join(near)}?" if near else "; `tiler models` lists what is there,"
+    said = f"; did you mean {' or '.join(near)}?" if near else "; `tiler models` lists what is there."
     return (
         f"{model}: no model of this name in {where}{said} To download one: hf download ORG/NAME, then --model ORG/NAME"
     )
