@@ -152,6 +152,7 @@ class Attend(Stage):
             below = below * fade + weights.sum(-1, keepdim=True)
             mixed = mixed * fade + weights @ values.transpose(1, 2)
             top = higher
+            del strip, keys, values, scores, weights  # not beside the next ones
         return mixed / below
 
 
