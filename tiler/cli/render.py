@@ -28,17 +28,6 @@ def run(
     A low-resolution pass makes a guide; the canvas is then denoised tile by tile under it, and decoded without tiles.
     What is interrupted goes on when the same command is given again.
     """
-    carry_out(
-        request, max_ram=max_ram, threads=threads, report=report, on_done=on_done, quiet=quiet, log_json=log_json,
-        json_output=json_output,
-    )  # fmt: skip
-
-
-def carry_out(
-    request: RenderRequest, *, max_ram: str, threads: int | None, report: Path | None, on_done: str | None, quiet: bool,
-    log_json: bool, json_output: bool,
-) -> None:  # fmt: skip
-    """Render one picture, and say so."""
     output = request.output or Path("tiler.png")
     o.check_report(report, output, request.save_latents, force=request.force)
     code = 1

@@ -13,7 +13,7 @@ from typing import Annotated, Any, NamedTuple
 import typer
 
 from tiler.cli import options as o
-from tiler.cli.render import carry_out
+from tiler.cli import render
 from tiler.errors import JobError, UsageError
 from tiler.jobs import manifest as manifests
 from tiler.jobs.folder import LOCK, MANIFEST, SUFFIX, folder_of, newest_facts
@@ -76,7 +76,7 @@ def command(
     (job,) = jobs
     asked = replace(job.manifest.request(), output=job.output, seed=job.manifest.seed)
     request = asked if scratch is None else replace(asked, scratch=scratch)
-    carry_out(
+    render.run(
         request, max_ram=max_ram or str(job.manifest.max_ram_bytes), threads=threads, report=report, on_done=on_done,
         quiet=quiet, log_json=log_json, json_output=json_output,
     )  # fmt: skip
