@@ -137,9 +137,7 @@ def start(
         height, width = pixels_of(plan.canvas)
         run.note(f"this model makes no picture as small as that: it is the middle of one of {width}×{height}")
     on_prompts = notes_on_prompts(settings, family, has_guide=plan.guide is not None)
-    for note in (*on_prompts, *found.notes, *family.notes, *plan.notes, memory_warning(budget.max_bytes)):
-        if note is not None:
-            run.note(note)
+    run.tell((*on_prompts, *found.notes, *family.notes, *plan.notes, memory_warning(budget.max_bytes)))
     return run
 
 
@@ -163,7 +161,6 @@ def make_plan(
         facts = measure(request.scratch_folder, picture)
     if job is None or (begun := job.manifest) is None:
         return plan_render(request, models, tiling, facts, max_bytes, encoded=encoded)
-    facts = replace(facts, scratch_free_bytes=facts.scratch_free_bytes + job.spooled_bytes)
     request = replace(request, precision=Precision(begun.precision))
     methods = {name: Decode(kind) for name, kind in begun.methods.items()}
     plan = plan_render(request, models, tiling, facts, max_bytes, methods, encoded=encoded)
@@ -300,13 +297,11 @@ def _denoise(
             return prompts.conditions(wording, step - begin)
 
         denoising = canvas.Denoising(latents, tiles, schedule, generator, begin=begin, phase=phase)
-        before, total, earlier = run.counts["denoiser_samples"], tiles.samples, 0
+        total = tiles.samples
         with closing(denoising.run(LocalRunner(predict, conditions, batch), run.job)) as loop:
             for state in loop:
-                called = run.counts["denoiser_samples"] - before
-                earlier = earlier or denoising.samples_done - called
                 detail = f"step {state.step + 1}/{steps}, {state.samples}/{state.total} tile passes"
-                run.on_event(events.Progress(name=phase, done=earlier + called, total=total, detail=detail))
+                run.on_event(events.Progress(name=phase, done=denoising.samples_done, total=total, detail=detail))
         assert streamer.store is not None
         run.counts["denoiser_bytes_read"] += streamer.store.bytes_read
     return denoising.latents

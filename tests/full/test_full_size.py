@@ -33,7 +33,7 @@ def test_a_step_of_guide_and_canvas_stays_under_800_mb_by_the_kernels_own_mark(
     sd15: Path, tmp_path: Path, precision: str, size: int, samples: int, calls: int
 ) -> None:
     """One step of the guide, and one of the canvas."""
-    options = "--size", str(size), "--steps", "1", "--precision", precision
+    options = "--size", str(size), "--steps", "1", "--strength", "1", "--precision", precision
     peak, report = render_peak(tmp_path, "--model", str(sd15), *options)
     assert peak < 800_000_000
     assert report["peak_rss_bytes"] < 800_000_000
