@@ -7,8 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from tiler.cli.batch import parser
 from tiler.errors import UsageError
-from tiler.jobs.rows import Row, output_of, read_rows
+from tiler.jobs.queue import Queue
+from tiler.jobs.rows import Row, read_rows
+
+parse = parser()
 
 
 def rows(tmp_path: Path, name: str, text: str) -> list[Row]:
@@ -16,11 +20,15 @@ def rows(tmp_path: Path, name: str, text: str) -> list[Row]:
     return list(read_rows(tmp_path / name))
 
 
+def output_of(row: Row, root: Path) -> Path:
+    return Queue(root=root, results=root / "r", defaults=(), max_ram_bytes=1, check=parse).output_of(row)
+
+
 def test_a_toml_queue(tmp_path: Path) -> None:
     text = """
         [defaults]
         steps = 3
-        metadata = false
+        no-metadata = true
         [[image]]
         prompt = "a lighthouse, at night"
         cfg_scale = 5.5
@@ -29,11 +37,10 @@ def test_a_toml_queue(tmp_path: Path) -> None:
         seed = 7
         count = 2
         output = "sub/{seed}-{index}.png"
-    """.replace("metadata = false\n", "no-metadata = true\n")
+    """
     one, two, three = rows(tmp_path, "jobs.toml", text)
     assert one.words == ("--steps=3", "--no-metadata", "--cfg-scale=5.5")
     assert output_of(one, tmp_path) == tmp_path / "001-a-lighthouse-at-night.png"
-    assert (two.seed, three.seed) == ("7", "8")
     assert [output_of(row, tmp_path).name for row in (two, three)] == ["7-2.png", "8-3.png"]
 
 
@@ -41,7 +48,7 @@ def test_a_toml_queue(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("= x", "not valid TOML"), ("[[image]]\ncolour = 1", "unknown key 'colour'"), ("other = 1", "nothing else"),
-        ("[[image]]\nprompt = 3", "texts"), ("[[image]]\ncount = 0", "out of range"), ("image = [1]", "no [[image]]"),
+        ("[[image]]\nlayout = 'ring'", "ring"), ("[[image]]\nsize = 0", "image 1: size = 0"), ("[[image]]\nprompt = 3", "texts"), ("[[image]]\ncount = 0", "out of range"), ("image = [1]", "no [[image]]"),
     ],
 )  # fmt: skip
 def test_a_toml_queue_is_right_as_a_whole(in_process, tmp_path: Path, text: str, message: str) -> None:
@@ -71,7 +78,7 @@ def test_lines_of_prompts_as_automatic1111_reads_them(tmp_path: Path) -> None:
     assert one.words == (
         "--negative-prompt=orange, pink", "--width=1024", "--scheduler=DPM++ 2M Karras", "--steps=10", "--cfg-scale=3", "--seed=9",
     )  # fmt: skip
-    assert (one.seed, two.seed) == ("9", "10")
+    assert two.words == (*one.words, "--seed=10")
     assert tiled.words == ("--wrap=xy",) and output_of(tiled, tmp_path).parent == tmp_path / "walls"
     assert any("walls" in note for note in tiled.notes) and any("restore_faces" in note for note in tiled.notes)
     assert bad.problem == "unknown tag --colour"
@@ -94,7 +101,7 @@ def test_30_bombs_and_broken_lines_are_their_rows_problem(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     "output",
     ["../../x.png", "/etc/x.png", "..\\x.png", "a/../../x.png", "link/x.png", "x\0.png", "CON", "nul.png", "C:x.png", "", "{0}",
-     "{index.real.__class__}.{nothing}"],
+     "{index.real.__class__}.{nothing}", "{index:999999999}.png", "{seed}.png"],
 )  # fmt: skip
 def test_29_no_output_leaves_the_folder(tmp_path: Path, output: str) -> None:
     (tmp_path / "root").mkdir()
@@ -108,13 +115,14 @@ def test_a_queue_from_the_command_line(in_process, tiny: Path, tmp_path: Path) -
     file = tmp_path / "jobs.jsonl"
     lines = ['{"prompt": "a", "seed": 3, "output": "{seed}.png"}', '{"prompt": "b", "size": 0}']
     file.write_text("\n".join(lines) + "\n")
-    command = ["batch", file, "--model", tiny, "--size", 64, "--steps", 1, "--quiet", "--nice", 0, "--max-ram", "1GB"]
+    command = ["batch", file, "--model", tiny, "--size", 64, "--steps", 1, "--nice", 0, "--max-ram", "1GB"]
     ran = in_process(*command)
-    assert ran.code == 2 and "1 done, 1 failed" in ran.out, ran.err
-    assert "size = 0" in ran.err
+    assert ran.code == 2 and "1 done, 1 failed (row 2)" in ran.out, ran.err
     first, second = map(json.loads, (tmp_path / "jobs.jsonl.results.jsonl").read_text().splitlines())
     assert (first["status"], first["seed"], first["output"]) == ("done", 3, "3.png")
-    assert (second["status"], second["exit_code"]) == ("failed", 2)
+    assert (second["status"], second["exit_code"]) == ("failed", 2) and second["error"].startswith(
+        "size = 0 is out of range"
+    )
     assert first["peak_rss_bytes"] > 0 and len(first["sha256"]) == 64
     file.write_text(lines[0] + "\n")
     ran = in_process(*command)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import traceback
@@ -155,6 +156,8 @@ def _fail(message: str, code: int, notes: Sequence[str]) -> None:
         lines = [*([f"tiler: {message}"] if message else []), *notes]
         sys.stderr.write("".join(f"{line}\n" for line in lines))
         sys.stderr.flush()
-    with suppress(OSError):
+    with suppress(OSError, ValueError):
+        if message and code and "--json" in sys.argv:  # programs read of errors where they read of results
+            print(json.dumps({"error": message, "exit_code": code}))
         sys.stdout.flush()
     sys.exit(code)

@@ -9,7 +9,7 @@ import shlex
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from tiler.errors import StorageError, UsageError
@@ -17,6 +17,7 @@ from tiler.request import RenderRequest
 
 MAX_TOML = 16 * 2**20
 MAX_LINE = 2**20
+NAME = "{index:03}-{prompt}.png"  # of a picture whose row names no output
 _OTHER_NAMES = {"sampler": "scheduler", "cfg": "cfg-scale"}
 # AUTOMATIC1111's tags (github.com/AUTOMATIC1111/stable-diffusion-webui/wiki/Features#prompts-from-file), by our keys.
 _TAGS = {
@@ -28,7 +29,6 @@ _WITHOUT_EFFECT = frozenset(
     ("restore_faces", "outpath_grids", "prompt_for_display", "styles", "subseed", "subseed_strength", "seed_resize_from_h",
      "seed_resize_from_w", "sampler_index", "do_not_save_samples", "do_not_save_grid")
 )  # fmt: skip
-_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -43,15 +43,10 @@ class Row:
     problem: str | None = None
 
     @property
-    def seed(self) -> str | None:
-        """As said last."""
-        return next((word.removeprefix("--seed=") for word in reversed(self.words) if word.startswith("--seed=")), None)
-
-    @property
-    def digest(self) -> str:
-        """Of all that the row says."""
+    def digest(self) -> int:
+        """64 bits, of all that the row says."""
         text = json.dumps([self.index, self.prompt, self.words, self.output])
-        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+        return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big")
 
 
 def read_rows(path: Path) -> Iterator[Row]:
@@ -171,7 +166,7 @@ def _rows_of(said: Mapping[str, Any], index: int) -> Iterator[Row]:
         own = list(words)
         if number and (seed := str(values.get("seed", ""))).isdecimal():
             own.append(f"--seed={int(seed) + number}")
-        place = output if folder is None else f"{folder}/{output or '{index:03}-{prompt}.png'}"
+        place = output if folder is None else f"{folder}/{output or NAME}"
         yield Row(index + 1 + number, prompt, tuple(own), place)
 
 
@@ -192,23 +187,3 @@ def _keys() -> frozenset[str]:
 
 
 _KEYS = _keys() - {"output", "restart", "keep-job", "job-dir"}
-
-
-def output_of(row: Row, root: Path) -> Path:
-    """Where a row's picture goes: below `root`, whatever it says. `{index}`, `{seed}` and `{prompt}` are filled in. Raises
-    UsageError."""
-    said = row.output or "{index:03}-{prompt}.png"
-    slug = re.sub(r"[^\w]+", "-", row.prompt or "picture").strip("-").lower()
-    slug = slug.encode()[:60].decode(errors="ignore").rstrip("-") or "picture"
-    try:
-        text = said.format(index=row.index, seed=row.seed or "random", prompt=slug)
-    except (KeyError, IndexError, ValueError, AttributeError) as error:
-        raise UsageError(f"output {said!r}: placeholders are {{index}}, {{seed}} and {{prompt}} ({error})") from None
-    parts = PurePosixPath(text).parts
-    bad = not parts or text.startswith("/") or ".." in parts or "\\" in text or "\0" in text or ":" in parts[0]
-    if bad or any(_RESERVED.fullmatch(part) for part in parts):
-        raise UsageError(f"output {text!r} leaves the folder {root} or is no name; give one below it, like a/b.png")
-    path = root / text
-    if not path.resolve().is_relative_to(root.resolve()):
-        raise UsageError(f"output {text!r} leaves the folder {root} through a link; give one below it")
-    return path
