@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from tiler.cli.batch import parser
+from tiler.cli import render
+from tiler.cli.queues import parser
 from tiler.errors import UsageError
 from tiler.jobs.queue import Queue
 from tiler.jobs.rows import Row, read_rows
 
-parse = parser()
+parse = parser(render.run)
 
 
 def rows(tmp_path: Path, name: str, text: str) -> list[Row]:
@@ -21,7 +22,8 @@ def rows(tmp_path: Path, name: str, text: str) -> list[Row]:
 
 
 def output_of(row: Row, root: Path) -> Path:
-    return Queue(root=root, results=root / "r", defaults=(), max_ram_bytes=1, check=parse).output_of(row)
+    queue = Queue(root=root, results=root / "r", defaults=(), max_ram_bytes=1, check=parse)
+    return queue.output_of(row, queue.ask(row))
 
 
 def test_a_toml_queue(tmp_path: Path) -> None:
@@ -127,3 +129,33 @@ def test_a_queue_from_the_command_line(in_process, tiny: Path, tmp_path: Path) -
     file.write_text(lines[0] + "\n")
     ran = in_process(*command)
     assert (ran.code, ran.out.splitlines()[0]) == (0, "1 skipped"), ran.err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--count", 2, "--seed", "1,2"], "exclude each other"), (["--count", 2, "--report", "r.json"], "--report"),
+        (["--seed", "1,b"], "1,2,3"), (["--seed", "1,-2"], "seed = -2"), (["--count", 2, "-o", "{seed.real}.png"], "{seed}"),
+        (["--count", 2, "-o", "same-{prompt}.png"], "images 1 and 2 have the same output"),
+        (["--output-dir", "none"], "none does not exist"), (["--output-dir", ".", "-o", "../x.png"], "leaves the folder"),
+        (["--output-dir", ".", "--count", 2, "-o", "../{index}.png"], "leaves the folder"),
+    ],
+)  # fmt: skip
+def test_several_pictures_are_refused_before_any_work(
+    in_process, tmp_path: Path, options: list[object], message: str
+) -> None:
+    ran = in_process("render", "a boat", "--size", 64, *options)
+    assert (ran.code, message in ran.err) == (2, True), ran.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_several_pictures_of_one_command(in_process, tiny: Path, tmp_path: Path) -> None:
+    """Each has the bytes that it has alone; what is done is not drawn again; a single picture takes a template too."""
+    common = ["render", "a boat", "--model", tiny, "--size", 64, "--steps", 1, "--max-ram", "1GB", "--output-dir", "."]
+    ran = in_process(*common, "--count", 2, "--seed", 3, "-o", "{seed}/{index:02}.png", "--json")
+    assert ran.code == 0, ran.err
+    assert [json.loads(line)["seed"] for line in ran.out.splitlines()] == [3, 4]
+    ran = in_process(*common, "--seed", 4, "-o", "{prompt}-{seed}.png")
+    assert ran.code == 0, ran.err
+    assert (tmp_path / "a-boat-4.png").read_bytes() == (tmp_path / "4/02.png").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["3", "4", "a-boat-4.png"]

@@ -28,6 +28,7 @@ from tiler.cli import (
     quantize,
     render,
     resume,
+    several,
 )
 from tiler.cli.terminal import prepare_signals, prepare_streams, silence
 from tiler.errors import Interrupted, TilerError
@@ -72,7 +73,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("render")(render.command)
+app.command("render", cls=several.Command)(render.command)
 app.command("batch", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(batch.command)
 app.command("resume")(resume.command)
 app.command("plan")(plan.command)

@@ -22,8 +22,10 @@ from typing import Any
 
 from tiler.errors import Interrupted, StorageError, UsageError
 from tiler.jobs import naming
+from tiler.jobs.coding import encode
 from tiler.jobs.rows import NAME, Row
 from tiler.request import RenderRequest
+from tiler.request.render import OF_THE_MACHINE
 
 DONE, FAILED, INTERRUPTED, SKIPPED = "done", "failed", "interrupted", "skipped"
 _PATIENCE = 600.0  # seconds that a picture has to save itself
@@ -75,27 +77,32 @@ class Queue:
             for note in row.notes:
                 self.say(f"row {row.index}: {note}")
             try:
-                output = self.output_of(row)
+                asked = self.ask(row)
+                output = self.output_of(row, asked)
                 if not _add(outputs, _hash(str(output))):
                     raise UsageError(f"{output} is the output of another row too")
             except UsageError as error:
-                self._note(tally, row, None, FAILED, error.exit_code, {"error": str(error)})
+                self._note(tally, row, 0, None, FAILED, error.exit_code, {"error": str(error)})
                 if self.fail_fast:
                     break
                 continue
-            if row.index < len(done) and done[row.index] == row.digest and output.exists():
+            digest = _digest(asked, output)
+            if row.index < len(done) and done[row.index] == digest and output.exists():
                 tally.statuses[SKIPPED] += 1
                 continue
-            self._draw(tally, row, output)
+            self._draw(tally, row, digest, output)
             if self.fail_fast and tally.codes:
                 break
         return tally
 
-    def output_of(self, row: Row) -> Path:
-        """Where a row's picture goes: below the root, whatever it says. Raises UsageError for a row that cannot be drawn."""
+    def ask(self, row: Row) -> RenderRequest:
+        """The request of a row. Raises UsageError for one that cannot be drawn."""
         if row.problem is not None:
             raise UsageError(row.problem)
-        asked = self.check(self._words(row))
+        return self.check(self._words(row))
+
+    def output_of(self, row: Row, asked: RenderRequest) -> Path:
+        """Where a row's picture goes: below the root, whatever it says. Raises UsageError."""
         template = self.name if row.output is None else row.output
         return naming.below(self.root, naming.fill(template, index=row.index, seed=asked.seed, prompt=asked.prompt))
 
@@ -106,12 +113,12 @@ class Queue:
         prompt = words[at:] if row.prompt is None else ["--", row.prompt]
         return [*words[:at], *row.words, *own, *prompt]
 
-    def _draw(self, tally: Tally, row: Row, output: Path) -> None:
+    def _draw(self, tally: Tally, row: Row, digest: int, output: Path) -> None:
         try:
             output.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             why = f"{output.parent}: cannot be made ({error.strerror}); choose another output"
-            self._note(tally, row, output, FAILED, StorageError.exit_code, {"error": why})
+            self._note(tally, row, digest, output, FAILED, StorageError.exit_code, {"error": why})
             return
         words = self._words(row, "--json", f"--max-ram={self.max_ram_bytes}", f"--output={output}")
         self.say(f"row {row.index}: {output}")
@@ -132,7 +139,7 @@ class Queue:
             except BaseException:
                 process.kill()
                 raise
-            self._note(tally, row, output, INTERRUPTED, 128 + number, {"started": started})
+            self._note(tally, row, digest, output, INTERRUPTED, 128 + number, {"started": started})
             stop.add_note(f"{tally}; the same command goes on")
             raise
         facts: dict[str, Any] = {"started": started, "seconds": round(time.monotonic() - start, 1)}
@@ -144,9 +151,11 @@ class Queue:
             self.finished(report)
         else:
             facts["error"] = _error_in(told, process.returncode)
-        self._note(tally, row, output, DONE if code == 0 else FAILED, code, facts)
+        self._note(tally, row, digest, output, DONE if code == 0 else FAILED, code, facts)
 
-    def _note(self, tally: Tally, row: Row, output: Path | None, status: str, code: int, facts: dict[str, Any]) -> None:
+    def _note(
+        self, tally: Tally, row: Row, digest: int, output: Path | None, status: str, code: int, facts: dict[str, Any]
+    ) -> None:
         tally.statuses[status] += 1
         if status == FAILED:
             tally.codes.add(code)
@@ -154,7 +163,7 @@ class Queue:
             why = "" if "started" in facts else f": {facts['error']}"  # else the picture's process has said it
             self.say(f"row {row.index}: failed with exit code {code}{why}")
         line = {
-            "row": row.index, "digest": f"{row.digest:016x}", "status": status, "exit_code": code,
+            "row": row.index, "digest": f"{digest:016x}", "status": status, "exit_code": code,
             "output": None if output is None else str(output.relative_to(self.root)), **facts,
         }  # fmt: skip
         try:
@@ -224,8 +233,15 @@ def _add(found: array[int], value: int) -> bool:
     return True
 
 
+def _digest(asked: RenderRequest, output: Path) -> int:
+    """Of all that decides a picture, and of its place."""
+    said = {name: value for name, value in encode(asked).items() if name not in OF_THE_MACHINE}
+    return _hash(json.dumps([str(output), said], sort_keys=True))
+
+
 def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(os.fsencode(text)).digest()[:8], "big")
+    """64 bits of SHA-256."""
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big")
 
 
 def _sha256(path: Path) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shlex
@@ -41,12 +40,6 @@ class Row:
     output: str | None  # as said, with placeholders
     notes: tuple[str, ...] = ()
     problem: str | None = None
-
-    @property
-    def digest(self) -> int:
-        """64 bits, of all that the row says."""
-        text = json.dumps([self.index, self.prompt, self.words, self.output])
-        return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big")
 
 
 def read_rows(path: Path) -> Iterator[Row]:
