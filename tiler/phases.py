@@ -21,6 +21,7 @@ from tiler.compute.stream import Streamer
 from tiler.decoding import FACTOR, method
 from tiler.decoding.method import DecodePlan
 from tiler.decoding.rows import Latents, to_uint8
+from tiler.decoding.spool import Spool, bytes_in
 from tiler.diffusion import canvas, guide
 from tiler.diffusion.guide_picture import GuidePicture
 from tiler.diffusion.prompts import Prompts
@@ -31,6 +32,7 @@ from tiler.errors import NumericalError
 from tiler.events import OnEvent, percent
 from tiler.files import check_writable
 from tiler.jobs.folder import Job
+from tiler.jobs.passes import remember
 from tiler.memory.budget import Budget
 from tiler.memory.limits import memory_warning
 from tiler.memory.policy import at_layer, at_rows
@@ -159,6 +161,9 @@ def make_plan(
         path, canvas = request.guide_image, pixels_of(tiling.canvas)
         picture = None if path is None else stack.enter_context(GuidePicture(path, canvas))
         facts = measure(request.scratch_folder, picture)
+    if job is not None:  # what it holds already is room that it has
+        held = bytes_in(job.spool_folder(request.scratch_folder))
+        facts = replace(facts, scratch_free_bytes=facts.scratch_free_bytes + held)
     if job is None or (begun := job.manifest) is None:
         return plan_render(request, models, tiling, facts, max_bytes, encoded=encoded)
     request = replace(request, precision=Precision(begun.precision))
@@ -211,6 +216,7 @@ def make_reference(run: RenderRun, picture: np.ndarray | None, guide_latents: Te
         return None
     reference = _reference(run, picture, guide_latents)
     run.job.save_reference(reference)
+    run.job.clear_spool()
     return reference
 
 
@@ -222,6 +228,9 @@ def _reference(run: RenderRun, picture: np.ndarray | None, guide_latents: Tensor
         assert plan.guide is not None
         return guide.upscale(guide_latents, plan.guide, plan.canvas, wraps)
     vae, name = run.models.vae(spec), "guide picture"
+    begin = picture if guide_latents is None else guide_latents
+    assert begin is not None
+    spool = remember(run.job.spool, "the guide's picture", plan.methods[name], begin, run.on_event, run.note)
     with (
         interrupts.deferred(),
         run.phase(name, 100),
@@ -242,7 +251,7 @@ def _reference(run: RenderRun, picture: np.ndarray | None, guide_latents: Tensor
         encoder = plan.methods[name]
         pixels = guide.crop_to_aspect(picture, height, width, box, wraps, encoder.margin_pixels)
         progress = percent(run.on_event, name)
-        return spec.scale(method.encode(encoder, vae, streamer, pixels, check=check, progress=progress))
+        return spec.scale(method.encode(encoder, vae, streamer, pixels, check=check, progress=progress, spool=spool))
 
 
 def denoise_canvas(run: RenderRun, prompts: Prompts, reference: Tensor | None) -> Tensor:
@@ -319,7 +328,12 @@ def picture_facts(run: RenderRun) -> dict[str, str]:
     return {name: str(pixels) for name, pixels in box} | run.texts
 
 
-def decode(run: Run, decoding: Decoding, latents: Latents) -> Generator[np.ndarray]:
+def remembered(run: RenderRun, latents: Tensor) -> Spool | None:
+    """Where the run's job keeps the passes of decoding `latents`, if it can."""
+    return remember(run.job.spool, "the decoder", run.plan.methods["decode"], latents, run.on_event, run.note)
+
+
+def decode(run: Run, decoding: Decoding, latents: Latents, spool: Spool | None = None) -> Generator[np.ndarray]:
     """The picture's rows, (n, W, 3) uint8, top first; `latents` (1, C, h, w) are unscaled."""
     spec, plan, resident, planned_bytes, crop = decoding
     vae = run.models.vae(spec)
@@ -330,7 +344,8 @@ def decode(run: Run, decoding: Decoding, latents: Latents) -> Generator[np.ndarr
         run.streamed(vae, spec.weights, families.vae_names, resident) as streamer,
     ):
         check = at_rows(run.budget, planned_bytes)
-        yield from cropped(decode_pixels(plan, vae, streamer, latents, check, percent(run.on_event, "decode")), *crop)
+        tell = percent(run.on_event, "decode")
+        yield from cropped(decode_pixels(plan, vae, streamer, latents, check, tell, spool), *crop)
 
 
 class Unscaled:
@@ -345,11 +360,11 @@ class Unscaled:
 
 def decode_pixels(
     plan: DecodePlan, vae: Any, streamer: Streamer, unscaled: Latents, check: Callable[[str], None],
-    progress: Callable[[float], None],
+    progress: Callable[[float], None], spool: Spool | None = None,
 ) -> Generator[np.ndarray]:  # fmt: skip
     """Decode (1, C, h, w) fp32 latents into rows (n, FACTOR·w, 3) uint8. Raises NumericalError rather than give a black picture."""
     row = 0
-    with closing(method.decode(plan, vae, streamer, unscaled, check=check, progress=progress)) as strips:
+    with closing(method.decode(plan, vae, streamer, unscaled, check=check, progress=progress, spool=spool)) as strips:
         for strip in strips:
             if not math.isfinite(float(strip.sum())):
                 raise NumericalError(

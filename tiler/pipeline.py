@@ -64,7 +64,8 @@ def render(request: RenderRequest, budget: Budget | None = None, on_event: OnEve
             phases.save_canvas(run, latents)
             # An error of the writer's must not leave the decoder's scratch files open.
             unscaled = phases.Unscaled(latents, run.plan.decoder)
-            with closing(phases.decode(run, run.decoding, unscaled)) as rows:
+            spool = phases.remembered(run, latents)
+            with closing(phases.decode(run, run.decoding, unscaled, spool)) as rows:
                 wanted = run.request
                 write_picture(
                     wanted.output,

@@ -105,6 +105,7 @@ def begin_job(run: RenderRun) -> None:
             said=manifest.said_of(run.said), picture=manifest.picture_of(run.request), model_id=run.model_id,
             made_by=made_by, methods={name: method.name for name, method in run.plan.methods.items()},
             precision=run.plan.precision.value, seed=run.request.seed, begun=_now(), max_ram_bytes=run.budget.max_bytes,
+            spool=str(job.spool_folder(run.request.scratch_folder)),
         )
     )  # fmt: skip
     if before is None:

@@ -25,6 +25,7 @@ from tiler.decoding import method as method
 from tiler.decoding.method import ScratchSpace
 from tiler.decoding.rows import to_tensor
 from tiler.decoding.scratch import Rows, Scratch
+from tiler.decoding.statistics import Pooled
 from tiler.errors import NumericalError, StorageError
 from tiler.models import family as families
 from tiler.phases import streamed
@@ -125,7 +126,7 @@ def test_strips_and_chunks_do_not_show(tiny: Path, tmp_path: Path, monkeypatch: 
 def test_pooled_statistics_are_groupnorms() -> None:
     """A strong gradient: the mean of strips' variances alone would be far off."""
     x = torch.randn(1, 8, 50, 30) + torch.linspace(-100, 100, 50)[:, None]
-    pooled = exact.Pooled(4)
+    pooled = Pooled(4)
     for strip in x.split(7, dim=2):
         pooled.add(strip)
     want = nn.GroupNorm(4, 8, affine=False)(x)

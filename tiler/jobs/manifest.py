@@ -38,6 +38,7 @@ class Manifest:
     finished: dict[str, int] = field(
         default_factory=dict
     )  # the picture's size, inode and time, just before it has its name
+    spool: str = ""  # the folder where a decoder's passes are remembered
     schema: int = SCHEMA
 
     def request(self) -> RenderRequest:
