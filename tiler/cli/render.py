@@ -10,6 +10,7 @@ from pathlib import Path
 from tiler.cli import options as o
 from tiler.memory.budget import Budget, format_mb
 from tiler.request import RenderRequest
+from tiler.request.choices import STDOUT
 
 
 def run(
@@ -29,6 +30,7 @@ def run(
     What is interrupted goes on when the same command is given again.
     """
     output = request.output or Path("tiler.png")
+    o.check_stdout(output, json_output=json_output)
     o.check_report(report, output, request.save_latents, force=request.force)
     code = 1
     try:
@@ -41,7 +43,7 @@ def run(
             result = render(request, budget, printer)
         facts = result.report
         said = (
-            f"{result.output}: {facts['width']}×{facts['height']}, seed {facts['seed']}, "
+            f"{o.name_of(result.output)}: {facts['width']}×{facts['height']}, seed {facts['seed']}, "
             f"peak {format_mb(budget.peak_rss_bytes)} of {format_mb(budget.max_bytes)}"
         )
         o.finish(result, said, report=report, quiet=quiet, json_output=json_output)
@@ -56,8 +58,12 @@ def run(
 
 def _tell(command: str, output: Path, code: int) -> None:
     """Run the user's command, whose fault is not ours: it is noted, and the exit code stays."""
-    facts = {"TILER_OUTPUT": str(output.absolute()), "TILER_EXIT_CODE": str(code)}
-    done = subprocess.run(command, shell=True, env={**os.environ, **facts}, stdin=subprocess.DEVNULL, check=False)
+    piped = output == STDOUT
+    facts = {"TILER_OUTPUT": "-" if piped else str(output.absolute()), "TILER_EXIT_CODE": str(code)}
+    done = subprocess.run(
+        command, shell=True, env={**os.environ, **facts}, stdin=subprocess.DEVNULL, stdout=2 if piped else None,
+        check=False,
+    )  # fmt: skip
     if done.returncode:
         sys.stderr.write(f"note: --on-done {command!r} ended with {done.returncode}\n")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import BinaryIO
@@ -14,7 +15,9 @@ from tiler.errors import UsageError
 from tiler.files import atomic, check_writable
 from tiler.output.metadata import XMP
 from tiler.output.pdf import POINTS, PdfWriter
+from tiler.output.pipe import check_reader, standard_output
 from tiler.output.png import PngWriter, srgb_profile
+from tiler.request.choices import STDOUT, Format
 
 TIFFS = (".tif", ".tiff")
 TILE = 256  # pixels, of a TIFF
@@ -23,6 +26,9 @@ _XMP_TAG = 700  # of a TIFF
 
 def check_picture(path: Path, *, force: bool) -> None:
     """Before any work: the format is known, its library is there, the file may be written. Raises UsageError, StorageError."""
+    if path == STDOUT:
+        check_reader()
+        return
     suffix = path.suffix.lower()
     check_writable(path, force=force)
     if suffix not in (".png", ".pdf", *TIFFS):
@@ -41,24 +47,29 @@ def write_picture(
     bleed_mm: float = 0.0,
     *,
     force: bool,
+    format: Format | None = None,
     on_whole: Callable[[os.stat_result], None] = lambda whole: None,
 ) -> None:
     """Write `rows`, (n, W, 3) uint8 sRGB top first; what lies right of and below the picture is cut off. Atomic; `on_whole` as
-    in `atomic`.
+    in `atomic`. `-` is standard output, which gets the bytes as they are made, of a PNG without `format`.
 
     A PDF says how much of each edge is bleed. Without `force`, a file that has meanwhile appeared is kept.
     Raises StorageError, and whatever `rows` raises.
     """
-    with atomic(path, replace=force, on_whole=on_whole) as file:
+    whole: AbstractContextManager[BinaryIO] = (
+        standard_output() if path == STDOUT else atomic(path, replace=force, on_whole=on_whole)
+    )
+    suffix = f".{format or Format.PNG}" if path == STDOUT else path.suffix.lower()
+    with whole as file:
         cut = _cut(rows, width, height)
-        if path.suffix.lower() in TIFFS:
+        if suffix in TIFFS:
             _write_tiff(file, cut, width, height, texts, dpi)
             for _ in cut:  # tifffile asks no further than the last tile: what makes the rows comes to its end
                 pass
             return
         writer: PngWriter | PdfWriter = (
             PdfWriter(file, width, height, texts, dpi or POINTS, bleed_mm)
-            if path.suffix.lower() == ".pdf"
+            if suffix == ".pdf"
             else PngWriter(file, width, height, texts, dpi)
         )
         for strip in cut:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from enum import StrEnum
+from pathlib import Path
 from typing import Any
 
 from tiler.errors import UsageError
@@ -14,6 +15,7 @@ MAX_SIDE = 65_536  # px
 MAX_STEPS = 1_000
 MAX_CLIP_SKIP = 64  # above the layers of any CLIP
 MAX_SEED = 2**64 - 1
+STDOUT = Path("-")  # an output of that name is standard output
 
 
 class Mask(StrEnum):
@@ -106,6 +108,13 @@ class Precision(StrEnum):
     AUTO = "auto"
 
 
+class Format(StrEnum):
+    """Of a picture that goes through a pipe. TIFF is none of them: its writer turns back."""
+
+    PNG = "png"
+    PDF = "pdf"
+
+
 class Preset(StrEnum):
     """Bundles of settings; whatever is given beside one replaces its part."""
 
@@ -185,6 +194,12 @@ def check_decode(decode: Decode, tiny_vae: str | None) -> None:
         raise UsageError(
             "--decode tiny and --tiny-vae FOLDER go together; give both (taesd is made for SD 1.x and 2.x)"
         )
+
+
+def check_format(output: Path | None, format: Format | None) -> None:
+    """Raises UsageError for a format beside a file's name, whose ending says it."""
+    if format is not None and output != STDOUT:
+        raise UsageError(f"--format {format} is for standard output (-o -); a file's format is told by its ending")
 
 
 def check_text(text: str) -> None:

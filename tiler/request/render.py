@@ -13,8 +13,10 @@ from tiler.request.choices import (
     MAX_SIDE,
     MAX_STEPS,
     PIXEL_STEP,
+    STDOUT,
     Decode,
     Emphasis,
+    Format,
     GuideUpscale,
     Layout,
     Mask,
@@ -26,6 +28,7 @@ from tiler.request.choices import (
     TileConditioning,
     Wrap,
     check_decode,
+    check_format,
     check_text,
     parse_interval,
     parse_schedule_type,
@@ -40,6 +43,7 @@ from tiler.request.regions import Region
 # Fields that say where and how a picture is made; all others decide its bytes.
 OF_THE_MACHINE = (
     "output",
+    "format",
     "save_latents",
     "cache_dir",
     "prompt_embeds",
@@ -249,6 +253,7 @@ class RenderRequest(ModelOptions):
     scratch_dtype: ScratchDtype = option(ScratchDtype.FP16, shared.SCRATCH_DTYPE)
 
     output: Path | None = option(None, shared.OUTPUT)
+    format: Format | None = option(None, shared.FORMAT)
     save_latents: Path | None = option(
         None, Option("Also write the final latents (safetensors).", Panel.OUTPUT, ("--save-latents",))
     )
@@ -298,6 +303,11 @@ class RenderRequest(ModelOptions):
 
     def _check_combinations(self) -> None:
         check_decode(self.decode, self.tiny_vae)
+        check_format(self.output, self.format)
+        if self.output == STDOUT and (self.restart or self.keep_job):
+            raise UsageError(
+                f"a picture on standard output has no job to go on with; leave out --{'restart' if self.restart else 'keep-job'}"
+            )
         changed = ("--clip-skip", self.clip_skip), ("--embd-dir", self.embd_dir)
         given = [flag for flag, value in changed if value is not None]
         given += ["--emphasis"] if self.emphasis is not Emphasis.ORIGINAL else []

@@ -5,7 +5,11 @@ from __future__ import annotations
 from tiler.request.options import Option, Panel
 
 OUTPUT = Option(
-    "The picture to write: .png, .pdf, .tif or .tiff.", Panel.OUTPUT, ("--output", "-o"), default="tiler.png"
+    "The picture to write: .png, .pdf, .tif or .tiff; - is standard output, for a pipe.",
+    Panel.OUTPUT, ("--output", "-o"), default="tiler.png",
+)  # fmt: skip
+FORMAT = Option(
+    "The picture's format on standard output: png or pdf.", Panel.OUTPUT, ("--format",), metavar="NAME", default="png"
 )
 MODEL = Option(
     "`mini`, a folder in diffusers layout, a single .safetensors or .gguf file, the name of one in --model-dir, or a "
