@@ -41,7 +41,7 @@ from tiler.models.family import Family, Options, Role, VaeSpec
 from tiler.models.prompting import notes_on_prompts
 from tiler.models.samples import Sample
 from tiler.output.latents import save_latents
-from tiler.output.picture import check_picture
+from tiler.output.picture import check_picture, check_size
 from tiler.planning.render import RenderPlan, build_schedule, plan_render
 from tiler.planning.resolve import resolve
 from tiler.planning.tiling import pixels_of, plan_tiling
@@ -122,6 +122,7 @@ def start(
     settings = resolve(request, family)
     if not planning or request.output is not None:
         check_picture(settings.output, force=settings.force or job.is_finished)
+    check_size(settings.output, settings.format, settings.width, settings.height)
     if settings.save_latents is not None:
         check_writable(settings.save_latents, force=settings.force or job.resumed, option="--save-latents")
     models = open_models(family, settings.tiny_vae)

@@ -30,10 +30,11 @@ from tiler.planning.fit import Streamed, largest_batch, with_resident
 from tiler.planning.peaks import DenoiserPeaks, VaePeaks, text_phase
 from tiler.planning.table import MemoryPlan, PhasePlan, Term
 from tiler.planning.tiling import Tiling, pixels_of
+from tiler.planning.whole import WholePicture, whole_picture
 from tiler.request import Decode, GuideUpscale, Precision, ResolvedRequest, Scheduler, Wrap
 from tiler.request.wording import most_chunks
 
-ORDER = ("load guide", "encode prompts", "guide", "guide picture", "canvas", "decode")  # of the phases
+ORDER = ("load guide", "encode prompts", "guide", "guide picture", "canvas", "decode", "write")  # of the phases
 # Samples that share a read of the weights. A choice, no measurement: SD 1.5's share is then 0.1 GB each, beside seconds of
 # arithmetic.
 MAX_BATCH = 16
@@ -139,6 +140,8 @@ def plan_render(
         ]
     else:
         others = [encoding]
+    if coding.whole is not None:
+        others.append(coding.whole.writing(facts.libraries, max_bytes))
     resident: dict[str, dict[str, torch.dtype]] = {phase.name: {} for phase in others}
     once = family.part(Role.DENOISER).once  # of these, none is read at every step
     stored = {name: info for name, info in sampler.stored.items() if not once(name)}
@@ -186,6 +189,7 @@ class _Coding(NamedTuple):
 
     methods: dict[str, DecodePlan]
     phases: list[_CodingPhase]
+    whole: WholePicture | None  # what of the picture is held
 
 
 def _plan_coding(
@@ -198,9 +202,12 @@ def _plan_coding(
     canvas, guide, wrap = tiling.canvas, tiling.guide, request.wrap
     methods = {"decode": decoder.choose(chosen.get("decode", request.decode), canvas, space, wrap=wrap)}
     decoding = decoder.phase("decode", canvas, methods["decode"])
+    whole = whole_picture(request.output, request.format, request.width, request.height)
+    if whole is not None:
+        decoding = whole.while_decoding(decoding)
     phases = [_CodingPhase(decoding, Streamed(decoder.decoder_weights, decoder.spec.weights))]
     if (guide is None and request.guide_image is None) or request.guide_upscale is not GuideUpscale.PIXEL:
-        return _Coding(methods, phases)
+        return _Coding(methods, phases, whole)
     wanted = Decode.AUTO if request.decode is Decode.TINY else request.decode
     encoding = chosen.get("guide picture", wanted)
     methods["guide picture"] = vae.choose(encoding, canvas, space, encoding=True, wrap=wrap)
@@ -210,7 +217,7 @@ def _plan_coding(
         methods["guide decoded"] = vae.choose(chosen.get("guide decoded", wanted), guide[:2], space, wrap=wrap)
         pictures.append(vae.phase("guide picture", guide[:2], methods["guide decoded"]))
     largest = max(pictures, key=lambda phase: phase.peak_bytes)
-    return _Coding(methods, [*phases, _CodingPhase(largest, Streamed(vae.weights, vae.spec.weights))])
+    return _Coding(methods, [*phases, _CodingPhase(largest, Streamed(vae.weights, vae.spec.weights))], whole)
 
 
 def build_schedule(request: ResolvedRequest, family: Family) -> DiffusersSchedule:
@@ -243,11 +250,14 @@ def plan_decode(
     decode: Decode,
     space: ScratchSpace,
     wrap: Wrap,
+    whole: WholePicture | None = None,
 ) -> tuple[DecodePlan, MemoryPlan, dict[str, torch.dtype]]:
     """How latents of (height, width) are decoded, the memory plan, and the weights that stay. Raises StorageError."""
     vae = VaePeaks(models, models.decoder, facts)
     method = vae.choose(decode, latents, space, wrap=wrap)
     phase = vae.phase("decode", latents, method, held=0)
-    smallest = int(phase.peak_bytes / MARGIN) + 1
+    writing = [] if whole is None else [whole.writing(facts.libraries, max_bytes)]
+    phase = phase if whole is None else whole.while_decoding(phase)
+    smallest = int(max(p.peak_bytes for p in (phase, *writing)) / MARGIN) + 1
     phase, resident = with_resident(phase, Streamed(vae.decoder_weights, vae.spec.weights), method, max_bytes)
-    return method, MemoryPlan(max_bytes=max_bytes, phases=(phase,), smallest_bytes=smallest), resident
+    return method, MemoryPlan(max_bytes=max_bytes, phases=(phase, *writing), smallest_bytes=smallest), resident

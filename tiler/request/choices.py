@@ -109,10 +109,14 @@ class Precision(StrEnum):
 
 
 class Format(StrEnum):
-    """Of a picture that goes through a pipe. TIFF is none of them: its writer turns back."""
+    """Of a picture's file."""
 
     PNG = "png"
+    JPEG = "jpeg"
+    WEBP = "webp"
+    AVIF = "avif"
     PDF = "pdf"
+    TIFF = "tiff"
 
 
 class Preset(StrEnum):
@@ -200,6 +204,10 @@ def check_format(output: Path | None, format: Format | None) -> None:
     """Raises UsageError for a format beside a file's name, whose ending says it."""
     if format is not None and output != STDOUT:
         raise UsageError(f"--format {format} is for standard output (-o -); a file's format is told by its ending")
+    if format is Format.TIFF:
+        raise UsageError(
+            "a TIFF cannot go through a pipe, because its writer turns back; write a .tif, or --format png"
+        )
 
 
 def check_text(text: str) -> None:

@@ -41,6 +41,7 @@ class DecodeRequest(ModelOptions):
     )
     output: Path | None = option(None, shared.OUTPUT)
     format: Format | None = option(None, shared.FORMAT)
+    quality: int | None = option(None, shared.QUALITY)
     wrap: Wrap = option(Wrap.NONE, shared.WRAP)
     dpi: float | None = option(None, shared.DPI._replace(default=None))
     decode: Decode = option(Decode.AUTO, shared.DECODE)
@@ -54,6 +55,7 @@ class DecodeRequest(ModelOptions):
         check_decode(self.decode, self.tiny_vae)
         check_format(self.output, self.format)
         within("dpi", self.dpi, 1, 10_000)
+        within("quality", self.quality, 1, 100)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -254,6 +254,7 @@ class RenderRequest(ModelOptions):
 
     output: Path | None = option(None, shared.OUTPUT)
     format: Format | None = option(None, shared.FORMAT)
+    quality: int | None = option(None, shared.QUALITY)
     save_latents: Path | None = option(
         None, Option("Also write the final latents (safetensors).", Panel.OUTPUT, ("--save-latents",))
     )
@@ -281,6 +282,7 @@ class RenderRequest(ModelOptions):
         within("strength", self.strength, 0, 1)
         within("seed", self.seed, 0, MAX_SEED)
         within("dpi", self.dpi, 1, 10_000)
+        within("quality", self.quality, 1, 100)
         within("clip-skip", self.clip_skip, 1, MAX_CLIP_SKIP)
         within("attention-window", self.attention_window, 4, MAX_SIDE, "latents")
         if self.overlap is not None and (self.overlap < 0 or self.overlap % PIXEL_STEP):
