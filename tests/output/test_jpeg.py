@@ -132,7 +132,7 @@ def test_the_largest_side_that_is_named_fits_and_no_larger_one(suffix: str) -> N
 
 
 def test_a_jpeg_is_repeated_to_the_byte(in_process, tiny: Path, tmp_path: Path) -> None:
-    options = "--size 64 --preset balanced --steps 1 --no-guide --quality 70 --seed 3".split()
+    options = ["--size", "64", "--preset", "balanced", "--steps", "1", "--no-guide", "--quality", "70", "--seed", "3"]
     assert in_process("render", 'a "boat"', *options, "--model", tiny, "-o", "a.jpg").code == 0
     ran = in_process("render", "--from", "a.jpg", "--model", tiny, "-o", "b.jpg")
     assert ran.code == 0, ran.err
