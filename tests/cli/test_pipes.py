@@ -84,6 +84,7 @@ def test_a_reader_who_goes_is_an_error_and_not_silence() -> None:
     [
         (("-o", "-", "--json"), "--report FILE"),
         (("-o", "-", "--keep-job"), "--keep-job"),
+        (("-o", "-", "--count", 2), "takes one picture"),
         (("-o", "x.png", "--format", "pdf"), "--format pdf is for standard output"),
         (("--format", "png"), "--format png is for standard output"),
     ],

@@ -24,7 +24,7 @@ MaxRam = Annotated[
     str,
     typer.Option(
         "--max-ram", "--budget", rich_help_panel=Panel.MEMORY, metavar="SIZE", show_default=False,
-        help=r"Ceiling for the resident memory of the whole process, like 1.5GiB. [dim]\[default: 800MB][/dim]",
+        help=r"Ceiling for the resident memory of the whole process, like 1.5GiB; auto: nine tenths of what is free now. [dim]\[default: 800MB][/dim]",
     ),
 ]  # fmt: skip
 Threads = Annotated[
@@ -90,8 +90,11 @@ def command_of(
             picture = given.pop("from_picture", None)
             values = _values(offered, given)
             if picture is not None:
-                found = repeat(picture, layers.typed(context, given), {f.name: f.default for f in offered})
+                all_fields = {f.name: f.default for f in fields(request) if "option" in f.metadata}
+                found = repeat(picture, layers.typed(context, given), all_fields)
                 values |= found.values
+                if "seeds" in rest and layers.layer_of(context, "seeds") is not layers.Layer.TYPED:
+                    rest["seeds"] = None  # the picture's
                 for note in found.notes:
                     typer.echo(f"note: {note}", err=True)
             run(request(**values), **rest)
