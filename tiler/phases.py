@@ -127,7 +127,9 @@ def start(
     models = open_models(family, settings.tiny_vae)
     begun = settings if job.manifest is None else replace(settings, precision=Precision(job.manifest.precision))
     spoken = encoding.find_prompts(begun, models, plan_tiling(settings, family).texts, words)
-    plan = make_plan(settings, models, budget.max_bytes, job, encoded=spoken.all_encoded)
+    plan = make_plan(
+        settings, models, budget.max_bytes, job, encoded=spoken.all_encoded, embeds=bool(spoken.read_as.embeddings)
+    )
     run = RenderRun(
         said=request, request=settings, plan=plan, models=models, budget=budget, on_event=on_event, job=job,
         spoken=spoken,
@@ -148,10 +150,16 @@ def open_models(family: Family, tiny_vae: str | None = None) -> Models:
 
 
 def make_plan(
-    request: ResolvedRequest, models: Models, max_bytes: int, job: Job | None = None, *, encoded: bool = False
+    request: ResolvedRequest,
+    models: Models,
+    max_bytes: int,
+    job: Job | None = None,
+    *,
+    encoded: bool = False,
+    embeds: bool = False,
 ) -> RenderPlan:
-    """Cut the work, build the models, look at the process and plan; no text encoder is needed for prompts that are `encoded`. What
-    a job was begun with holds. Raises TilerError."""
+    """Cut the work, build the models, look at the process and plan; no text encoder is needed for prompts that are `encoded`, and
+    those that name embeddings (`embeds`) may be longer than their words. What a job was begun with holds. Raises TilerError."""
     tiling = plan_tiling(request, models.family)
     # int8 weights are made of all parts
     models.build(encoders=not encoded or encoding.precision_of(request, models.family) is Precision.INT8)
@@ -160,10 +168,10 @@ def make_plan(
         picture = None if path is None else stack.enter_context(GuidePicture(path, canvas))
         facts = measure(request.scratch_folder, picture)
     if job is None or (begun := job.manifest) is None:
-        return plan_render(request, models, tiling, facts, max_bytes, encoded=encoded)
+        return plan_render(request, models, tiling, facts, max_bytes, encoded=encoded, embeds=embeds)
     request = replace(request, precision=Precision(begun.precision))
     methods = {name: Decode(kind) for name, kind in begun.methods.items()}
-    plan = plan_render(request, models, tiling, facts, max_bytes, methods, encoded=encoded)
+    plan = plan_render(request, models, tiling, facts, max_bytes, methods, encoded=encoded, embeds=embeds)
     return replace(plan, precision_why="as the job was begun")
 
 

@@ -39,7 +39,8 @@ def notes_on_prompts(request: ResolvedRequest, family: Family, *, has_guide: boo
     for tag in tags_of(request):
         yield f"{tag} is left out of the prompt: tiler applies no LoRA"
     texts = request.prompt, request.canvas_prompt, request.negative_prompt, *(r.prompt for r in request.regions)
-    if not _folders(request) and any("embedding:" in text for text in texts if text):
+    readable = bool(_folders(request)) or request.prompt_embeds is not None
+    if not readable and any("embedding:" in text for text in texts if text):
         yield "embedding:NAME is read as text: give the folder of the embeddings with --embd-dir"
     if request.embd_dir is not None and not family.traits.embeddings:
         yield f"--embd-dir has no effect: {family.traits.title} takes no embeddings"
