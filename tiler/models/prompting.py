@@ -10,7 +10,7 @@ from tiler.models.clip import load_tokenizer, read_chunks
 from tiler.models.embeddings import Embeddings
 from tiler.models.family import Family, Guidance
 from tiler.models.reading import Reading
-from tiler.request import ResolvedRequest, settings
+from tiler.request import ResolvedRequest, TileConditioning, settings
 from tiler.request.wording import tags_of
 
 
@@ -46,6 +46,8 @@ def notes_on_prompts(request: ResolvedRequest, family: Family, *, has_guide: boo
         yield f"--embd-dir has no effect: {family.traits.title} takes no embeddings"
     if (request.clip_skip or 1) > 1 and not family.traits.clip_skip:
         yield f"--clip-skip has no effect: {family.traits.title} always takes the same layer"
+    if request.tile_conditioning is not TileConditioning.PLACE and not family.traits.told_place:
+        yield f"--tile-conditioning has no effect: {family.traits.title} is told no places"
     if request.canvas_prompt is not None and not has_guide:
         yield "there is no guide to draw PROMPT: --canvas-prompt alone is drawn"
     negative = request.negative_prompt, *(r.negative_prompt for r in request.regions)

@@ -133,7 +133,9 @@ def _object(path: Path, text: str) -> dict[str, Any]:
     except (ValueError, RecursionError, TypeError):
         said = None
     if not isinstance(said, dict):
-        raise ModelError(f"{path}: what it says of its quantisation is no JSON object; the file is damaged")
+        raise ModelError(
+            f"{path}: what it says of its quantisation is no JSON object; the file is damaged, download it again"
+        )
     return said
 
 
@@ -228,7 +230,7 @@ def _of_blocks(index: Index, weight: str, state: TensorInfo) -> TensorInfo:
     if info.dtype != "U8" or info.nbytes * 2 != rows * width or math.prod(absmax.shape) != rows * width // values:
         raise ModelError(
             f"{info.path}: tensor {weight!r} says {rows} × {width} values in blocks of {values}, which does not fit "
-            f"its {info.nbytes} bytes and {math.prod(absmax.shape)} factors; the file is damaged"
+            f"its {info.nbytes} bytes and {math.prod(absmax.shape)} factors; the file is damaged, download it again"
         )
     table = _values(_need(index, f"{weight}.quant_map", state))
     nested = Nested(table=table, values=values, start=info.offset)
@@ -240,7 +242,9 @@ def _of_blocks(index: Index, weight: str, state: TensorInfo) -> TensorInfo:
             type(of) is not int or of < 1 or not isinstance(offset, int | float) or len(kinds) != 256
             or len(factors) != -(-rows * width // values // of)
         ):  # fmt: skip
-            raise ModelError(f"{info.path}: the nested factors of {weight!r} do not fit; the file is damaged")
+            raise ModelError(
+                f"{info.path}: the nested factors of {weight!r} do not fit; the file is damaged, download it again"
+            )
         nested = Nested(
             table=table, values=values, start=info.offset, factors=kinds, factors_of=of, factors_factors=factors,
             offset=float(offset),
@@ -250,7 +254,9 @@ def _of_blocks(index: Index, weight: str, state: TensorInfo) -> TensorInfo:
             f"{info.path}: tensor {absmax.name!r} holds factors as {absmax.dtype}; download the file again"
         )
     if len(table) != 16:
-        raise ModelError(f"{info.path}: the table of {weight!r} has {len(table)} values, not 16; the file is damaged")
+        raise ModelError(
+            f"{info.path}: the table of {weight!r} has {len(table)} values, not 16; the file is damaged, download it again"
+        )
     flat = absmax.reshaped((rows, width // values))
     return TensorInfo(
         weight, FOUR_BITS, (rows, width), (Source(info.path, info.offset, rows),), info.nbytes + absmax.nbytes,
@@ -261,7 +267,9 @@ def _of_blocks(index: Index, weight: str, state: TensorInfo) -> TensorInfo:
 def _bytes(info: TensorInfo) -> bytes:
     """All of a small tensor. Raises ModelError."""
     if info.nbytes > _TINY:
-        raise ModelError(f"{info.path}: tensor {info.name!r} takes {info.nbytes} bytes, too many; the file is damaged")
+        raise ModelError(
+            f"{info.path}: tensor {info.name!r} takes {info.nbytes} bytes, too many; the file is damaged, download it again"
+        )
     fd = open_regular(info.path)
     try:
         return os.pread(fd, info.nbytes, info.offset)
