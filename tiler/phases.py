@@ -42,8 +42,10 @@ from tiler.models.prompting import notes_on_prompts
 from tiler.models.samples import Sample
 from tiler.output.latents import save_latents
 from tiler.output.picture import check_picture
+from tiler.planning.advice import advise
 from tiler.planning.render import RenderPlan, build_schedule, plan_render
 from tiler.planning.resolve import resolve
+from tiler.planning.table import MemoryPlan
 from tiler.planning.tiling import pixels_of, plan_tiling
 from tiler.request import Decode, GuideUpscale, Precision, RenderRequest, ResolvedRequest
 from tiler.run import Names, Run, measure, streamed
@@ -173,6 +175,18 @@ def make_plan(
     methods = {name: Decode(kind) for name, kind in begun.methods.items()}
     plan = plan_render(request, models, tiling, facts, max_bytes, methods, encoded=encoded, embeds=embeds)
     return replace(plan, precision_why="as the job was begun")
+
+
+def advice(run: RenderRun) -> str:
+    """What would need less memory, where the plan does not fit and nothing of it is fixed by a job; else ""."""
+    if run.plan.memory.fits or run.job.manifest is not None:
+        return ""
+    embeds, encoded = bool(run.spoken.read_as.embeddings), run.plan.encoded
+
+    def replan(request: ResolvedRequest) -> MemoryPlan:
+        return make_plan(request, run.models, run.budget.max_bytes, encoded=encoded, embeds=embeds).memory
+
+    return advise(run.request, run.plan, replan)
 
 
 def prepare_weights(run: RenderRun) -> None:
