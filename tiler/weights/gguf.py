@@ -67,7 +67,10 @@ class _Reader:
             raise ModelError(f"{self.path}: not a GGUF file; download it again")
         version = self.number("I")
         if version not in (2, 3):
-            raise ModelError(f"{self.path}: GGUF version {version}; tiler reads 2 and 3")
+            what = "big-endian" if version in (2 << 24, 3 << 24) else f"of version {version}"
+            raise ModelError(
+                f"{self.path}: this GGUF file is {what}; tiler reads 2 and 3, little-endian: convert it anew"
+            )
         tensors, keys = self.count("Q", MAX_TENSORS, "tensors"), self.count("Q", MAX_KEYS, "keys")
         values = dict(self.key() for _ in range(keys))
         entries = [self.entry() for _ in range(tensors)]
@@ -136,7 +139,9 @@ class _Reader:
         number, offset = self.number("I"), int(self.number("Q"))
         dtype = _TYPES.get(number, f"type {number}")
         if dtype not in CODECS or dtype == "I8":
-            raise ModelError(f"{self.path}: tensor {name!r} is stored as {dtype}, which tiler does not read")
+            raise ModelError(
+                f"{self.path}: tensor {name!r} is stored as {dtype}, which tiler does not read; use Q8_0 or Q4_K"
+            )
         return name, tuple(reversed(sides)), dtype, offset
 
     def true_shape(self, name: str, shape: tuple[int, ...], values: dict[str, Any]) -> tuple[int, ...]:
@@ -158,7 +163,8 @@ class _Reader:
         nbytes = codec.row_bytes(elements)
         if elements % codec.values:
             raise ModelError(
-                f"{self.path}: tensor {name!r} is {list(shape)} of {dtype}, which is no whole number of blocks"
+                f"{self.path}: tensor {name!r} is {list(shape)} of {dtype}, which is no whole number of blocks; the file is damaged, "
+                "download it again"
             )
         if offset + nbytes > self.size:
             raise ModelError(

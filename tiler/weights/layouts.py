@@ -164,11 +164,13 @@ def _scale(index: Index, info: TensorInfo, promised: Mapping[str, str]) -> Tenso
     return None
 
 
-def _check_factors(info: TensorInfo, counts: set[int]) -> None:
+def _check_factors(info: TensorInfo, counts: set[int], *, may_be_bytes: bool = False) -> None:
     if math.prod(info.shape) not in counts:
         raise ModelError(
-            f"{info.path}: tensor {info.name!r} has shape {list(info.shape)}, which is not a factor for each row"
+            f"{info.path}: tensor {info.name!r} has shape {list(info.shape)}, which is not a factor for each row; download the file again"
         )
+    if may_be_bytes and info.dtype == "U8":
+        return
     if info.dtype not in CODECS or CODECS[info.dtype].stored is None or info.dtype in ("I8", "QINT8"):
         raise ModelError(f"{info.path}: tensor {info.name!r} holds factors as {info.dtype}; download the file again")
 
@@ -199,8 +201,7 @@ def _quanto_4(index: Index, weight: str, info: TensorInfo) -> TensorInfo:
             "in a byte; optimum-quanto's qint2 is not read"
         )
     _check_factors(scale, {groups})
-    if shift.dtype != "U8":
-        _check_factors(shift, {groups})
+    _check_factors(shift, {groups}, may_be_bytes=True)
     if groups % 2:
         raise ModelError(f"{info.path}: tensor {info.name!r} has an odd number of groups ({groups}); use int8")
     beside, width = (scale.reshaped((groups, 1)), shift.reshaped((groups, 1))), math.prod(info.shape[1:])
