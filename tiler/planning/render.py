@@ -80,8 +80,9 @@ def plan_render(
     methods: Mapping[str, Decode] = MappingProxyType({}),
     *,
     encoded: bool = False,
+    embeds: bool = False,
 ) -> RenderPlan:
-    """How `tiling`, the request's own, fits, its prompts `encoded` already or not. The memory plan may still be over the ceiling:
+    """How `tiling`, the request's own, fits, its prompts `encoded` already or not, and naming embeddings (`embeds`) or not. The memory plan may still be over the ceiling:
     `plan.memory.check()` refuses. `methods`, by the names of RenderPlan's, are the autoencoder's ways that an earlier run has chosen.
 
     Raises UsageError for numbers of steps that do not go with the scheduler, and ModelError for a scheduler config or weights
@@ -102,7 +103,7 @@ def plan_render(
     precision, precision_why = choose_precision(request.precision, family, facts.int8)
     int8 = precision is Precision.INT8
     chunks = most_chunks(tiling.texts, MOST_CHUNKS) if family.traits.chunked else 1
-    chunks += request.embd_dir is not None and family.traits.embeddings  # whose vectors the words do not tell
+    chunks += embeds  # whose vectors the words do not tell
     sampler = DenoiserPeaks(models, int8=int8, chunks=chunks)
     tight = DenoiserPeaks(models, int8=int8, arena_bytes=TIGHT_ARENA_BYTES, chunks=chunks)
     fixed = [facts.libraries]
