@@ -17,6 +17,7 @@ from torch import nn
 
 from tiler.compute import cpu, winograd
 from tiler.compute.layers import stream_layers
+from tiler.compute.native_winograd import NativeWinograd
 from tiler.compute.stream import Streamer
 from tiler.decoding import exact, frozen, scratch
 from tiler.decoding import method as method
@@ -78,6 +79,8 @@ def test_transformed_convolutions_decode_what_diffusers_does(
     monkeypatch.setattr(winograd, "CHANNELS", 8)
     inner = winograd.conv2d
     monkeypatch.setattr(winograd, "conv2d", lambda *a: (called.append(a[0].shape), inner(*a)))
+    own = NativeWinograd._convolve
+    monkeypatch.setattr(NativeWinograd, "_convolve", lambda *a: (called.append(a[2]), own(*a)))
     got = decode(tiny, latents, tmp_path, torch.float32)
     assert len(called) >= 16 and not torch.equal(got, plain)
     want = reference.decode(latents).sample[0]
