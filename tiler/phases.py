@@ -41,6 +41,7 @@ from tiler.models.family import Family, Guidance, Options, Part, Role, VaeSpec
 from tiler.models.samples import Sample
 from tiler.output.latents import save_latents
 from tiler.output.picture import check_picture
+from tiler.planning.peaks import bf16_keys
 from tiler.planning.render import RenderPlan, build_schedule, plan_render
 from tiler.planning.resolve import resolve
 from tiler.planning.tiling import pixels_of, plan_tiling
@@ -258,7 +259,8 @@ def _denoise(
         return latents
     family, part = plan.family, plan.family.part(Role.DENOISER)
     denoiser, short = run.models.module(part), partial(run.budget.short, plan.sample_bytes)
-    held = dict[str, Any](arena_bytes=plan.arena_bytes, transform=True, short=short)
+    halves = bf16_keys(part, denoiser, plan.precision)
+    held = dict[str, Any](bf16_keys=halves, arena_bytes=plan.arena_bytes, transform=True, short=short)
     with run.streamed(denoiser, *run.weights[part.name], plan.resident[phase], **held) as streamer:
         check = at_layer(run.budget, plan.memory.peak_bytes)
         scales = {request.guidance_scale, *(r.guidance_scale for r in request.regions if r.guidance_scale is not None)}

@@ -267,7 +267,7 @@ def test_planner_and_time_estimate_take_the_family_as_it_is(dummy: Family) -> No
     packed = 4 * 192 * 384  # of one layer, while it is brought into a kernel's order
     (used,) = (term.nbytes for term in encoding.terms if term.name.startswith("activations"))
     assert held + states <= used <= held + packed + 6 * states
-    peaks = DenoiserPeaks(Models(dummy), int8=False)
+    peaks = DenoiserPeaks(Models(dummy), Precision.FP32)
     one, two = (peaks.activations(tiles, NATIVE, NATIVE) for tiles in ((0,), (0, 1)))
     assert one >= 4 * WIDTH * (NATIVE // PATCH) ** 2
     assert two > one

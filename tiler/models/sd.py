@@ -30,7 +30,7 @@ from tiler.models.family import (
     vae_part,
 )
 from tiler.models.samples import Prompt, Sample, empty, examples
-from tiler.models.unet import build_unet, predict_noise, quantised, windows_of
+from tiler.models.unet import build_unet, halved, predict_noise, quantised, windows_of
 from tiler.weights.checkpoint import Checkpoint
 
 
@@ -117,6 +117,7 @@ def read(checkpoint: Checkpoint, name: str) -> StableDiffusion:
             build=partial(build_unet, checkpoint, unet),
             aliases=plain_names,
             quantise=partial(quantised, levels=levels),
+            half=halved,
         ),
         vae_part(spec),
     )

@@ -48,7 +48,7 @@ class RenderPlan(Tiling):
     guide_batch: int
     arena_bytes: int  # for the denoiser's weights in use
     sample_bytes: int  # what one sample alone takes in the denoiser, the weights in use included
-    precision: Precision  # fp32 or int8
+    precision: Precision  # fp32, bf16 or int8
     precision_why: str
     scheduler: Scheduler  # never AUTO
     notes: tuple[str, ...]  # on the scheduler, for the user
@@ -83,10 +83,9 @@ def plan_render(request: ResolvedRequest, models: Models, tiling: Tiling, facts:
     canvas_samples, guide_samples = ([0] if step is None else step.sample_numbers() for step in fullest)
     per_step = len(canvas_samples)
 
-    precision, precision_why = choose_precision(request.precision, family, facts.int8)
-    int8 = precision is Precision.INT8
-    sampler = DenoiserPeaks(models, int8=int8)
-    tight = DenoiserPeaks(models, int8=int8, arena_bytes=TIGHT_ARENA_BYTES)
+    precision, precision_why = choose_precision(request.precision, family, facts.int8, bf16=facts.bf16)
+    sampler = DenoiserPeaks(models, precision)
+    tight = DenoiserPeaks(models, precision, arena_bytes=TIGHT_ARENA_BYTES)
     fixed = [facts.libraries]
     coding = _plan_coding(request, models, tiling, facts)
     masks = min(MASKS_KEPT, max(map(len, (tiling.regions, *tiling.canvas_steps[-1:]))))
@@ -198,8 +197,14 @@ def build_schedule(request: ResolvedRequest, family: Family) -> DiffusersSchedul
     return flow.build(asked, config, steps, tokens=traits.tokens, even_sigmas=traits.even_sigmas)
 
 
-def choose_precision(wanted: Precision, family: Family, int8: Int8) -> tuple[Precision, str]:
-    """Int8 or fp32, and why: AUTO is int8 where processor and model gain by it, whatever the ceiling."""
+def choose_precision(wanted: Precision, family: Family, int8: Int8, *, bf16: bool) -> tuple[Precision, str]:
+    """What the denoiser is computed in, and why: AUTO is int8 where processor and model gain by it, whatever the ceiling. Raises
+    UsageError for bf16 where nothing here computes with it."""
+    if wanted is Precision.BF16 and not bf16:
+        raise UsageError(
+            "--precision bf16: this needs tiler's own kernels and AVX-512 with BF16 instructions (see `tiler doctor`); choose "
+            "int8, fp32 or auto"
+        )
     if wanted is not Precision.AUTO:
         return wanted, "as asked"
     if (width := family.traits.width) < INT8_CHANNELS:
