@@ -6,7 +6,7 @@
 
 Kinds: sd15, sd21 (v-prediction, 768 px), tiny (SD 1.x shape, 64-px tiles), tiny-sd2 (SD 2.x shape: linear projections,
 v-prediction), tiny-old (as `tiny`, with what old versions of diffusers left in configs: sample_size 32, a DDIM scheduler with
-steps_offset 0 and without clip_sample), tiny-plain (tiny-plain-sd2: of SD 2.x; of which shapes say all that single files do not: heads, groups of norms,
+steps_offset 0 and without clip_sample), tiny-plain (tiny-plain-sd2: of SD 2.x, tiny-plain-sdxl: of SDXL; of which shapes say all that single files do not: heads, groups of norms,
 vocabulary and native size as published), taesd (an AutoencoderTiny alone, of 4 or, taesd8, of 8 latent channels as `mini` has). A family NAME has three
 sizes: tiny-NAME, wide-NAME (full width and few blocks: what the memory depends on) and NAME (full size). Prints the folder. Weights are random but scaled so that activations neither vanish nor overflow.
 """
@@ -24,7 +24,18 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-KINDS = ("sd15", "sd21", "tiny", "tiny-sd2", "tiny-old", "tiny-plain", "tiny-plain-sd2", "taesd", "taesd8")
+KINDS = (
+    "sd15",
+    "sd21",
+    "tiny",
+    "tiny-sd2",
+    "tiny-old",
+    "tiny-plain",
+    "tiny-plain-sd2",
+    "tiny-plain-sdxl",
+    "taesd",
+    "taesd8",
+)
 FAMILIES = tuple(path.stem for path in sorted((Path(__file__).parent / "checkpoints").glob("[a-z]*.py")))
 """Modules of scripts/checkpoints/, each with `write(folder, size)`."""
 SIZES = ("tiny", "wide", "full")
@@ -32,19 +43,40 @@ CACHE = Path(os.environ.get("TILER_TEST_CACHE", Path.home() / ".cache/tiler/chec
 
 # As in the published repositories: written by an old diffusers, later fields missing.
 _UNET = {
-    "_class_name": "UNet2DConditionModel", "_diffusers_version": "0.6.0", "act_fn": "silu", "attention_head_dim": 8,
-    "block_out_channels": [320, 640, 1280, 1280], "center_input_sample": False, "cross_attention_dim": 768,
+    "_class_name": "UNet2DConditionModel",
+    "_diffusers_version": "0.6.0",
+    "act_fn": "silu",
+    "attention_head_dim": 8,
+    "block_out_channels": [320, 640, 1280, 1280],
+    "center_input_sample": False,
+    "cross_attention_dim": 768,
     "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
-    "downsample_padding": 1, "flip_sin_to_cos": True, "freq_shift": 0, "in_channels": 4, "layers_per_block": 2,
-    "mid_block_scale_factor": 1, "norm_eps": 1e-05, "norm_num_groups": 32, "out_channels": 4, "sample_size": 64,
+    "downsample_padding": 1,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "in_channels": 4,
+    "layers_per_block": 2,
+    "mid_block_scale_factor": 1,
+    "norm_eps": 1e-05,
+    "norm_num_groups": 32,
+    "out_channels": 4,
+    "sample_size": 64,
     "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
-}  # fmt: skip
+}
 _VAE = {
-    "_class_name": "AutoencoderKL", "_diffusers_version": "0.6.0", "act_fn": "silu",
-    "block_out_channels": [128, 256, 512, 512], "down_block_types": ["DownEncoderBlock2D"] * 4, "in_channels": 3,
-    "latent_channels": 4, "layers_per_block": 2, "norm_num_groups": 32, "out_channels": 3, "sample_size": 512,
+    "_class_name": "AutoencoderKL",
+    "_diffusers_version": "0.6.0",
+    "act_fn": "silu",
+    "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "in_channels": 3,
+    "latent_channels": 4,
+    "layers_per_block": 2,
+    "norm_num_groups": 32,
+    "out_channels": 3,
+    "sample_size": 512,
     "up_block_types": ["UpDecoderBlock2D"] * 4,
-}  # fmt: skip
+}
 _TEXT = {
     "architectures": ["CLIPTextModel"],
     "attention_dropout": 0.0,
@@ -81,10 +113,19 @@ _SCHEDULER = {
     "clip_sample": False,
 }
 _V_SCHEDULER = {
-    "_class_name": "DDIMScheduler", "_diffusers_version": "0.8.0", "beta_end": 0.012, "beta_schedule": "scaled_linear",
-    "beta_start": 0.00085, "clip_sample": False, "num_train_timesteps": 1000, "prediction_type": "v_prediction",
-    "set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1, "trained_betas": None,
-}  # fmt: skip
+    "_class_name": "DDIMScheduler",
+    "_diffusers_version": "0.8.0",
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "clip_sample": False,
+    "num_train_timesteps": 1000,
+    "prediction_type": "v_prediction",
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "trained_betas": None,
+}
 
 
 def configs(kind: str) -> dict[str, dict[str, Any]]:
@@ -183,6 +224,8 @@ def make(kind: str, cache: Path = CACHE, *, force: bool = False) -> Path:
         from diffusers import AutoencoderTiny
 
         AutoencoderTiny(latent_channels=int(kind[5:] or 4)).half().save_pretrained(temp)
+    elif kind == "tiny-plain-sdxl":
+        import_module("checkpoints.sdxl").write(temp, "plain")
     elif (name := kind.removeprefix("tiny-").removeprefix("wide-")) in FAMILIES:
         size = kind.removesuffix(name).removesuffix("-") or "full"
         import_module(f"checkpoints.{name}").write(temp, size)

@@ -22,6 +22,19 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for what tests share: test
 from tiler.memory.process import frugal_allocator
 
 frugal_allocator()
+os.environ["TILER_CONFIG"] = os.devnull  # the habits of whoever runs the tests are not the tests'
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Tests take no prompts that another version of the code encoded; int8 weights, which tell of their version, they share."""
+    from tiler.weights.packed import default_cache
+
+    packed, home = default_cache(), tmp_path_factory.mktemp("cache")
+    packed.mkdir(parents=True, exist_ok=True)
+    (home / "tiler").mkdir()
+    (home / "tiler/packed").symlink_to(packed)
+    os.environ["XDG_CACHE_HOME"] = str(home)
 
 
 @pytest.fixture(scope="session")

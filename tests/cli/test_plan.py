@@ -70,10 +70,10 @@ def test_eighty_columns_are_enough(tiler, tiny: Path, words: tuple[str, ...]) ->
     assert max(map(len, ran.out.splitlines())) <= 80
 
 
-@pytest.mark.parametrize("prompt", ["a (red:1.4) boat", "a boat <lora:inks:0.8>", "a boat (noon), 12:30"])
-def test_prompt_markup_that_does_not_work_is_noted(in_process, tiny: Path, prompt: str) -> None:
+@pytest.mark.parametrize("prompt", ["a boat <hypernet:inks:0.8>", "a AND b :-1"])
+def test_a_prompt_that_cannot_be_drawn_is_exit_2_and_one_line(in_process, tiny: Path, prompt: str) -> None:
     ran = in_process("plan", prompt, "--model", tiny, "--size", "64")
-    assert ("plain words" in ran.err) == (prompt.startswith("a (") or "lora" in prompt)
+    assert ran.code == 2 and len(ran.err.splitlines()) == 1, ran.err
 
 
 def test_one_of_a_thing_is_singular(in_process, tiny: Path) -> None:

@@ -27,7 +27,7 @@ from tiler.request import Precision
 from tiler.weights.checkpoint import resolve
 from tiler.weights.index import TensorInfo, read_index, read_metadata
 from tiler.weights.packed import VERSION
-from tiler.weights.store import SCALE, WeightStore, match_index
+from tiler.weights.store import WeightStore, match_index
 
 TEXT = "text_encoder."  # before the names of its parameters in a packed file
 needs_int8 = pytest.mark.skipif(not cpu.int8().products, reason="this processor has no 8-bit products")
@@ -56,7 +56,7 @@ def family_of(folder: Path) -> families.Family:
 def values(index: dict[str, TensorInfo]) -> dict[str, Tensor]:
     """Every tensor of a packed file in fp32, with its scales applied."""
     with WeightStore(index) as store:
-        return {name: store.load(name) for name in index if not name.endswith(SCALE)}
+        return {name: store.load(name) for name in index}
 
 
 @needs_int8
@@ -183,7 +183,8 @@ def test_a_packed_file_holds_the_weights_in_the_order_of_use(tiny: Path, cache: 
     quantised = int8_weights(unet)
     source = match_index(unet, family.checkpoint.weights("unet"), families.plain_names)
     assert quantised == {name for name, info in index.items() if info.dtype == "I8"}
-    assert set(index) == set(source) | {name + SCALE for name in quantised}
+    assert set(index) == set(source)
+    assert all((index[name].scale is None) is (name not in quantised) for name in index)
     plain, packed = values(source), values(match_index(unet, index, families.plain_names))
     for name, want in plain.items():
         if name in quantised:
@@ -191,7 +192,7 @@ def test_a_packed_file_holds_the_weights_in_the_order_of_use(tiny: Path, cache: 
             assert ((packed[name] - want).flatten(1).abs().amax(1) <= 0.5001 * step).all(), name
         else:
             assert torch.equal(packed[name], want), name
-    in_file = sorted((i for i in index.values() if not i.name.endswith(SCALE)), key=lambda i: i.offset)
+    in_file = sorted(index.values(), key=lambda i: i.offset)
     assert [info.name for info in in_file] == order_of_use(family, unet)
     parts = [info.name.partition("_")[0] for info in in_file if info.name in quantised]
     assert list(dict.fromkeys(parts)) == ["down", "mid", "up"]  # as a pass goes, not as diffusers registers them
@@ -355,14 +356,14 @@ def test_planning_counts_int8_weights_as_bytes(tiny: Path) -> None:
 
 
 def test_quantize_says_what_it_wrote(tiler, tiny: Path, tmp_path: Path) -> None:
-    done = tiler("quantize", tiny, "-o", tmp_path / "packed", "--json")
+    done = tiler("quantize", tiny, "--cache-dir", tmp_path / "packed", "--json")
     assert done.code == 0, done.err
     assert Path(done.json["output"]).parent == tmp_path / "packed"
     assert done.json["bytes"] == Path(done.json["output"]).stat().st_size
     again = tiler("render", "x", "-m", tiny, "--size", 64, "--steps", 1, "--precision", "int8", "--cache-dir", "packed")
     assert again.code == 0, again.err
     assert "int8 weights" not in again.err
-    assert len(list((tmp_path / "packed").iterdir())) == 1
+    assert len(list((tmp_path / "packed").glob("*.safetensors"))) == 1
     bad = tiler("quantize", tmp_path)
     assert bad.code == 3
     assert json.dumps(bad.err).count("\\n") == 1

@@ -17,6 +17,7 @@ from tiler.compute.stream import Streamer
 from tiler.native import library
 from tiler.weights.blocks import blocked, unblocked
 from tiler.weights.index import read_index
+from tiler.weights.layouts import understood
 from tiler.weights.store import SCALE, WeightStore, match_index
 
 pytestmark = pytest.mark.skipif(library.library() is None, reason=f"the library is {library.fault()}")
@@ -70,7 +71,7 @@ def stored(module: nn.Module, path: Path, *, in_blocks: bool) -> nn.Module:
 def run(cls: type[nn.Module], path: Path, inputs: list[tuple[Tensor, ...]], **options: int) -> list[Tensor]:
     module = cls().to("meta")
     arena = options.pop("arena_bytes", None)
-    with WeightStore(match_index(module, read_index(path), lambda name: [name]), **options) as store:
+    with WeightStore(match_index(module, understood(read_index(path)), lambda name: [name]), **options) as store:
         streamer = Streamer(store, arena_bytes=arena)
         stream_layers(module, streamer)
         ops = [streamer.kernel(m.op(), None).name for m in module.modules() if hasattr(m, "streamer")]

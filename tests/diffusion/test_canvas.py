@@ -14,7 +14,7 @@ from torch import Tensor
 from tiler.diffusion import schedulers
 from tiler.diffusion.canvas import Denoising, SamplingState, StepDone, first_step, initial_noise
 from tiler.diffusion.masks import mask_profile
-from tiler.diffusion.runner import Conditions, LocalRunner
+from tiler.diffusion.runner import Conditions, LocalRunner, Share
 from tiler.diffusion.tiles import Tiles, guide_tiles, plan_tiles, tiles_of_step
 from tiler.errors import NumericalError
 from tiler.models.samples import Prompt, Sample
@@ -46,14 +46,14 @@ def fake_predict(samples: Sequence[Sample], step: int) -> Tensor:
 
 def prompts(count: int, generator: torch.Generator | None = None) -> Conditions:
     cond, uncond = (torch.randn(count, 4, 6, generator=generator).split(1) for _ in range(2))
-    return Conditions([Prompt(tokens) for tokens in cond], [Prompt(tokens) for tokens in uncond])
+    return Conditions([[Share(Prompt(tokens))] for tokens in cond], [Prompt(tokens) for tokens in uncond])
 
 
 def denoise(
     latents: Tensor, steps: Sequence[Tiles], conditions: Conditions, schedule: schedulers.Schedule,
     predict: Callable[[Sequence[Sample], int], Tensor], generator: torch.Generator, batch: int = 1,
 ) -> Iterator[StepDone]:  # fmt: skip
-    return Denoising(latents, steps, schedule, generator).run(LocalRunner(predict, conditions, batch))
+    return Denoising(latents, steps, schedule, generator).run(LocalRunner(predict, lambda step: conditions, batch))
 
 
 def reference_canvas(
@@ -69,7 +69,7 @@ def reference_canvas(
         for row, col, size, condition, scale, mask in placed:
             crop = (..., slice(row, row + size), slice(col, col + size))
             u = model(x[crop], conditions.uncond[condition].tokens.double())
-            c = model(x[crop], conditions.cond[condition].tokens.double())
+            c = model(x[crop], conditions.cond[condition][0].prompt.tokens.double())
             top[crop] += mask * (u + scale * (c - u))
             bottom[crop] += mask
         eps = top / bottom
@@ -252,7 +252,7 @@ class Saved:
     def load(self, name: str) -> dict[str, Tensor] | None:
         return self.kept.get(name)
 
-    def save(self, name: str, tensors: Any) -> None:
+    def save(self, name: str, tensors: Any, where: str) -> None:
         self.kept[name] = {key: tensor.clone() for key, tensor in tensors.items()}
 
     def due(self) -> bool:
@@ -276,19 +276,22 @@ def test_interrupted_between_any_two_tiles_it_goes_on_with_the_same_bytes(name: 
         )
 
     whole = fresh()
-    assert sum(done.latents is not None for done in whole.run(LocalRunner(fake_predict, conditions, 3))) == 6 - begin
+    assert (
+        sum(done.latents is not None for done in whole.run(LocalRunner(fake_predict, lambda step: conditions, 3)))
+        == 6 - begin
+    )
     for every in (1, 3, 5):
         journal = Saved(every)
         for _ in range(100):
             denoising = fresh()
-            for told, _ in enumerate(denoising.run(LocalRunner(fake_predict, conditions, 2), journal), 1):
+            for told, _ in enumerate(denoising.run(LocalRunner(fake_predict, lambda step: conditions, 2), journal), 1):
                 if told == every:
                     break
             else:
                 break
         assert torch.equal(denoising.latents, whole.latents)
         # What is finished stays so.
-        assert list(fresh().run(LocalRunner(fake_predict, conditions), journal)) == []
+        assert list(fresh().run(LocalRunner(fake_predict, lambda step: conditions), journal)) == []
 
 
 def test_a_state_is_a_copy_and_survives_a_file(tmp_path: Path) -> None:
@@ -300,7 +303,7 @@ def test_a_state_is_a_copy_and_survives_a_file(tmp_path: Path) -> None:
         noise, generator = initial_noise((1, 4, *size), 3)
         schedule = schedulers.build(name, CONFIG, 4)
         denoising = Denoising(schedule.start(noise, None, 0), steps, schedule, generator)
-        loop = denoising.run(LocalRunner(fake_predict, conditions))
+        loop = denoising.run(LocalRunner(fake_predict, lambda step: conditions))
         for _ in range(10):
             next(loop)
         state = denoising.state()
@@ -310,7 +313,7 @@ def test_a_state_is_a_copy_and_survives_a_file(tmp_path: Path) -> None:
         other = schedulers.build(name, CONFIG, 4)
         again = Denoising(torch.zeros(1, 4, *size), steps, other, torch.Generator())
         again.restore(SamplingState.from_tensors(load_file(tmp_path / "state.safetensors")))
-        list(again.run(LocalRunner(fake_predict, conditions)))
+        list(again.run(LocalRunner(fake_predict, lambda step: conditions)))
         assert torch.equal(again.latents, denoising.latents)
 
 
@@ -359,7 +362,7 @@ def test_a_flow_schedule_fits_the_canvas(begin: int) -> None:
     noise, generator = initial_noise((1, 4, *size), 1)
     latents = schedule.start(noise, target if begin else None, begin)
     denoising = Denoising(latents, steps, schedule, generator, begin=begin)
-    list(denoising.run(LocalRunner(predict, prompts(1), 3)))
+    list(denoising.run(LocalRunner(predict, lambda step: prompts(1), 3)))
     assert torch.allclose(denoising.latents, target, atol=1e-4)
 
 
@@ -372,7 +375,7 @@ def test_blending_noise_blends_pictures() -> None:
     predicted = torch.randn(len(tiles), 4, 8, 8)
     answers = iter(predicted)
     denoising = Denoising(noise, [tiles], schedule, generator)
-    list(denoising.run(LocalRunner(lambda samples, step: next(answers)[None], prompts(1))))
+    list(denoising.run(LocalRunner(lambda samples, step: next(answers)[None], lambda step: prompts(1))))
     alpha = schedule.scheduler.alphas_cumprod[int(schedule.timesteps[0])]
     last = schedule.scheduler.final_alpha_cumprod
     assert last == 1

@@ -15,14 +15,14 @@ from torch import Tensor
 
 from tiler.diffusion import schedulers
 from tiler.diffusion.canvas import Denoising, initial_noise
-from tiler.diffusion.runner import Conditions, LocalRunner, Runner, Tile, check_finite, guide
+from tiler.diffusion.runner import Conditions, LocalRunner, Runner, Share, Tile, check_finite, guide
 from tiler.diffusion.tiles import plan_tiles, tiles_of_step
 from tiler.errors import NumericalError
 from tiler.models.samples import Prompt, Sample
 from tiler.planning.resolve import fill
 from tiler.request import RenderRequest, Scheduler
 
-CONDITIONS = Conditions([Prompt(torch.full((1, 2, 3), 0.3))], [Prompt(torch.full((1, 2, 3), -0.2))])
+CONDITIONS = Conditions([[Share(Prompt(torch.full((1, 2, 3), 0.3)))]], [Prompt(torch.full((1, 2, 3), -0.2))])
 STEPS = 3
 
 
@@ -86,11 +86,11 @@ class ElsewhereRunner:
             halves = [torch.from_numpy(p)[0] for p in found[i]]
             for half in halves:
                 check_finite(half, step, tile.region)
-            yield guide(halves[0] if len(halves) == 2 else None, halves[-1], tile.region.guidance_scale)
+            yield guide(halves[0] if len(halves) == 2 else None, halves[-1:], [1], tile.region.guidance_scale)
 
     @staticmethod
     def _prompts(tile: Tile) -> list[float]:
-        pairs = [CONDITIONS.uncond, CONDITIONS.cond][2 - tile.region.samples :]
+        pairs = [CONDITIONS.uncond, [share.prompt for share in CONDITIONS.cond[0]]][2 - tile.region.samples :]
         return [float(prompt[tile.region.condition].tokens.mean()) for prompt in pairs]
 
 
@@ -111,7 +111,7 @@ def latents_by(runner: Runner) -> Tensor:
 
 
 def test_a_runner_elsewhere_that_answers_out_of_order_and_dies_gives_the_same_bytes() -> None:
-    here = latents_by(LocalRunner(predict, CONDITIONS, 3))
+    here = latents_by(LocalRunner(predict, lambda step: CONDITIONS, 3))
     elsewhere = ElsewhereRunner(window=5)
     try:
         assert torch.equal(latents_by(elsewhere), here)
@@ -132,7 +132,8 @@ def test_the_halves_of_a_guidance_share_their_latents_and_groups_change_no_bit(b
         return predict(samples, step)
 
     assert torch.equal(
-        latents_by(LocalRunner(watched, CONDITIONS, batch)), latents_by(LocalRunner(predict, CONDITIONS))
+        latents_by(LocalRunner(watched, lambda step: CONDITIONS, batch)),
+        latents_by(LocalRunner(predict, lambda step: CONDITIONS)),
     )
     assert max(sizes) <= batch
     tiles = 12
@@ -149,7 +150,7 @@ def test_tiles_are_taken_as_needed() -> None:
             taken += 1
             yield Tile(torch.zeros(1, 4, 8, 8), region)
 
-    next(LocalRunner(predict, CONDITIONS, 4).predict(0, tiles()))
+    next(LocalRunner(predict, lambda step: CONDITIONS, 4).predict(0, tiles()))
     assert taken == 2
 
 
@@ -157,3 +158,11 @@ def test_a_prediction_that_is_not_finite_names_its_step_and_tile() -> None:
     region = plan_tiles(fill(RenderRequest(prompt="x", seed=0, size=128)), canvas=(16, 16), tile=(8, 8), overlap=2)[4]
     with pytest.raises(NumericalError, match="step 3, tile at row 32, column 32"):
         check_finite(torch.tensor([0.0, float("inf")]), 2, region)
+
+
+def test_joined_prompts_share_a_guidance() -> None:
+    """u + g · Σ f (c − u); without an unconditional half their mean."""
+    u, a, b = (torch.full((1, 2, 2), value) for value in (1.0, 3.0, 7.0))
+    assert torch.equal(guide(u, [a, b], [1.0, 0.5], 2.0), torch.full((1, 2, 2), 1 + 2 * (2.0 + 0.5 * 6)))
+    assert torch.equal(guide(None, [a, b], [3.0, 1.0], 2.0), torch.full((1, 2, 2), 4.0))
+    assert torch.equal(guide(u, [a], [0.5], 2.0), torch.full((1, 2, 2), 3.0))

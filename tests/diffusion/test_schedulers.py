@@ -27,12 +27,20 @@ from tiler.models.corrections import correct_unet
 from tiler.models.family import read_family
 from tiler.phases import make_plan
 from tiler.planning.resolve import fill
-from tiler.request import RenderRequest, Scheduler, parse_scheduler
+from tiler.request import RenderRequest, Scheduler, ScheduleType, parse_scheduler
+from tiler.request.choices import parse_schedule_type
 from tiler.weights.checkpoint import resolve
 
 CONFIG = {
     "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
     "clip_sample": False, "steps_offset": 1,
+}  # fmt: skip
+OWN_FIELDS: dict[Scheduler, dict[str, Any]] = {
+    Scheduler.DPMPP_2M_KARRAS: {"use_karras_sigmas": True},
+    Scheduler.DPMPP_2M_SDE: {"algorithm_type": "sde-dpmsolver++"},
+    Scheduler.DPMPP_SDE: {
+        "algorithm_type": "sde-dpmsolver++", "final_sigmas_type": "zero", "lower_order_final": True,
+    },
 }  # fmt: skip
 NAMES = [name for name in Scheduler if name is not Scheduler.AUTO]
 
@@ -69,6 +77,8 @@ def test_every_number_of_steps_has_its_timesteps(name: Scheduler, spacing: str) 
     config = CONFIG | {"timestep_spacing": spacing}
     # Karras sigmas are slow to make, and do not depend on the spacing.
     counts = range(1, 1001) if name is not Scheduler.DPMPP_2M_KARRAS else [*range(1, 100), 500, 999, 1000]
+    if name is Scheduler.DPMPP_SDE:  # which has one timestep fewer
+        counts = range(1, 1000)
     for count in counts:
         scheduler = schedulers.assemble(name, config, count).scheduler
         timesteps = scheduler.timesteps.tolist()
@@ -84,7 +94,7 @@ def test_every_number_of_steps_has_its_timesteps(name: Scheduler, spacing: str) 
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("name", NAMES)
 def test_runs_to_the_end(name: Scheduler, spacing: str) -> None:
-    counts = (1, 2, 3, 21, 35, 50) if name is Scheduler.LCM else (1, 2, 21, 61, 1000)
+    counts = (1, 2, 3, 21, 35, 50) if name is Scheduler.LCM else (1, 2, 21, 61, 999)
     for kind in ("epsilon", "v_prediction"):
         zero_snr = kind == "v_prediction"
         for count in counts[: None if zero_snr else 4]:
@@ -102,13 +112,42 @@ def test_steps_are_diffusers_own(name: Scheduler, spacing: str) -> None:
     """Where diffusers works, its bits are ours."""
     for count in (1, 2, 7, 20, 50):
         schedule = schedulers.build(name, CONFIG | {"timestep_spacing": spacing}, count)
-        config = {"use_karras_sigmas": True} if name is Scheduler.DPMPP_2M_KARRAS else {}
+        config = OWN_FIELDS.get(name, {})
         own = type(schedule.scheduler).from_config(CONFIG | {"timestep_spacing": spacing} | config)
         if name is Scheduler.DPMPP_2M_KARRAS:  # its repeated timesteps lead diffusers astray without a begin index
             own.set_timesteps(count)
             assert torch.equal(schedule.timesteps, own.timesteps)
             continue
         assert torch.equal(run(schedule), by_diffusers(own, count))
+
+
+@pytest.mark.parametrize("kind", [ScheduleType.KARRAS, ScheduleType.EXPONENTIAL, ScheduleType.SIMPLE])
+@pytest.mark.parametrize("name", [Scheduler.EULER, Scheduler.DPMPP_2M, Scheduler.DPMPP_2M_SDE, Scheduler.UNIPC])
+def test_schedule_types_are_diffusers_own(name: Scheduler, kind: ScheduleType) -> None:
+    """Apart from the sampler, and whatever the checkpoint's config says of its own."""
+    fields = {"timestep_spacing": "trailing"} if kind is ScheduleType.SIMPLE else {f"use_{kind}_sigmas": True}
+    schedule = schedulers.build(name, CONFIG | {"timestep_spacing": "leading"}, 20, schedule_type=kind)
+    own = type(schedule.scheduler).from_config(
+        CONFIG | {"timestep_spacing": "leading"} | OWN_FIELDS.get(name, {}) | fields
+    )
+    own.set_timesteps(20)
+    assert schedule.name is name
+    assert torch.equal(schedule.timesteps, own.timesteps) and torch.equal(schedule.scheduler.sigmas, own.sigmas)
+    assert bool(torch.isfinite(run(schedule, begin=9)).all())
+
+
+def test_schedule_types_that_make_no_sense_are_refused() -> None:
+    with pytest.raises(UsageError, match="Euler a has no --schedule-type karras"):
+        schedulers.build(Scheduler.EULER_A, CONFIG, 5, schedule_type=ScheduleType.KARRAS)
+    with pytest.raises(UsageError, match="contradict"):
+        schedulers.build(Scheduler.DPMPP_2M_KARRAS, CONFIG, 5, schedule_type=ScheduleType.BETA)
+    auto = schedulers.build(Scheduler.AUTO, CONFIG, 5, schedule_type=ScheduleType.BETA)
+    assert auto.name is Scheduler.DPMPP_2M
+    beta = schedulers.build(Scheduler.DPMPP_2M, CONFIG, 5, schedule_type=ScheduleType.BETA)
+    assert torch.equal(auto.timesteps, beta.timesteps)
+    with pytest.raises(UsageError, match="--schedule-type karras"):
+        parse_scheduler("DPM++ 2M SDE Karras")
+    assert parse_schedule_type("SGM Uniform") is ScheduleType.SGM_UNIFORM
 
 
 def test_lcm_takes_at_most_its_original_steps() -> None:
@@ -156,7 +195,8 @@ def test_a_recipe_takes_the_noise_and_leaves_the_solver() -> None:
     for name in [Scheduler.AUTO, *NAMES]:
         schedule = schedulers.build(name, deis, 10)
         config = schedule.scheduler.config
-        assert (config.beta_end, config.timestep_spacing) == (0.02, "trailing")
+        assert config.beta_end == 0.02
+        assert getattr(config, "timestep_spacing", "trailing") == "trailing"  # DPM++ SDE knows none
         assert not getattr(config, "thresholding", False)
         assert not getattr(config, "use_exponential_sigmas", False)
         assert getattr(config, "solver_order", 2) == 2

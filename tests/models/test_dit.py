@@ -27,6 +27,7 @@ from tiler.models.meta import on_meta
 from tiler.models.modulation import modulations
 from tiler.phases import streamed
 from tiler.weights.index import read_index
+from tiler.weights.layouts import understood
 
 WIDTH, HEADS, TEXT, IMAGE = 320, 8, 37, 100  # heads that six groups do not divide, tokens that chunks do not
 KINDS = {"joint": FluxTransformerBlock, "single": FluxSingleTransformerBlock}
@@ -57,7 +58,7 @@ def on_disk(block: nn.Module, kind: str, folder: Path, **options: Any) -> Iterat
     save_file(block.state_dict(), folder / "block.safetensors")
     with on_meta():
         empty = KINDS[kind](dim=WIDTH, num_attention_heads=HEADS, attention_head_dim=WIDTH // HEADS).eval()
-    with streamed(empty, read_index(folder / "block.safetensors"), plain_names, **options) as streamer:
+    with streamed(empty, understood(read_index(folder / "block.safetensors")), plain_names, **options) as streamer:
         yield empty, streamer
 
 
@@ -93,7 +94,7 @@ def test_blocks_are_diffusers_own(kind: str, tmp_path: Path) -> None:
             results.append(got(kind, streamer, empty, x, temb, rotary))
             assert streamer.store is not None
             read = streamer.store.bytes_read
-    assert (results[0] - reference).abs().max() < 1e-5
+    assert (results[0] - reference).abs().max() < 5e-5  # of values up to 10: the kernels add in another order
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
     assert read > 4 * sum(p.numel() for p in block.parameters())  # of the feed-forward, in turns
 

@@ -37,6 +37,7 @@ from tiler.models.family import (
     read_family,
 )
 from tiler.models.meta import on_meta
+from tiler.models.reading import READING, Reading
 from tiler.models.samples import Place, Prompt, Sample
 from tiler.packing import packed_names, packed_weights
 from tiler.phases import streamed
@@ -84,7 +85,13 @@ class Denoiser(nn.Module):
 
 
 class Dummy(Family):
-    def encode(self, prompts: Sequence[str | None], open_part: OpenPart, warn: Callable[[str], None]) -> list[Prompt]:
+    def encode(
+        self,
+        prompts: Sequence[str | None],
+        open_part: OpenPart,
+        warn: Callable[[str], None],
+        reading: Reading = READING,
+    ) -> list[Prompt]:
         first, second = self.encoders
         texts = [prompt for prompt in prompts if prompt is not None]
         ids = [torch.tensor([[ord(c) % 64 for c in text[:LENGTH].ljust(LENGTH)]]) for text in texts]

@@ -134,3 +134,30 @@ def test_what_is_missing_or_foreign_is_named(checkpoint: Checkpoint, tmp_path: P
     (tmp_path / "tokenizer/spiece.model").unlink()
     with pytest.raises(ModelError, match=r"spiece\.model is here; run: hf download org/copy --include 'tokenizer/\*'"):
         t5.load_tokenizer(copy, "tokenizer")
+
+
+@pytest.mark.parametrize("keep_pads", [False, True], ids=["masked", "padded"])
+def test_weights_scale_the_encodings_and_syntax_is_no_text(checkpoint: Checkpoint, keep_pads: bool) -> None:
+    """Fragments are tokenised by themselves; BREAK is a space; a text of one weight is what it is without."""
+    from transformers import AutoModelForTextEncoding, T5Tokenizer
+
+    tokenizer = T5Tokenizer.from_pretrained(checkpoint.folder / "tokenizer")
+    parts = [("a boat", 1.0), ("on a lake", 1.5), ("at dawn, mist", 1.0)]
+    rows = [tokenizer(text, add_special_tokens=False).input_ids for text, _ in parts]
+    ids = [*(i for row in rows for i in row), tokenizer.eos_token_id]
+    weights = [*(w for (_, w), row in zip(parts, rows, strict=True) for _ in row), 1.0]
+    pads = LENGTH - len(ids) if keep_pads else 0
+    model = AutoModelForTextEncoding.from_pretrained(checkpoint.folder / "text_encoder", dtype=torch.float32).eval()
+    with torch.no_grad():
+        states = model(torch.tensor([[*ids, *[tokenizer.pad_token_id] * pads]])).last_hidden_state
+    want = states * torch.tensor([*weights, *[1.0] * pads])[None, :, None]
+    (got,) = encode(checkpoint, ["a boat (on a lake:1.5) at dawn, BREAK mist"], keep_pads=keep_pads)
+    assert got.shape == want.shape and (got - want).abs().max() < 1e-5 * want.abs().max()
+    plain, same = encode(checkpoint, ["a boat at dawn", "a boat BREAK at dawn"], keep_pads=keep_pads)
+    assert torch.equal(plain, same)
+
+
+def test_a_weighted_text_that_is_too_long_keeps_its_end_mark(checkpoint: Checkpoint) -> None:
+    told: list[str] = []
+    (got,) = encode(checkpoint, [f"(gulls:1.3) {LONG}"], keep_pads=False, warn=told.append)
+    assert got.shape[1] == LENGTH and len(told) == 1

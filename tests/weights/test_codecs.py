@@ -20,6 +20,7 @@ from tiler.request import Precision
 from tiler.weights.blocks import blocked
 from tiler.weights.codecs import CHUNK_ELEMENTS, CODECS, Codec
 from tiler.weights.index import read_index
+from tiler.weights.layouts import understood
 from tiler.weights.store import SCALE, Piece, WeightStore, match_index
 
 BLOCKS = [name for name, codec in CODECS.items() if codec.values > 1]
@@ -141,11 +142,13 @@ def test_scaled_eight_bit_floats_are_found_by_every_spelling(
     module = torch.nn.ModuleDict({"w": torch.nn.Linear(32, 64, bias=False, device="meta")})
     tensors = {"w.weight": weight, "scaled_fp8": torch.zeros(2).to(torch.float8_e4m3fn)}
     save_file(tensors | {scale: factor}, tmp_path / "x.safetensors")
-    with WeightStore(match_index(module, read_index(tmp_path / "x.safetensors"), lambda name: [name])) as store:
+    with WeightStore(
+        match_index(module, understood(read_index(tmp_path / "x.safetensors")), lambda name: [name])
+    ) as store:
         assert torch.equal(store.load("w.weight"), weight.float() * (factor if factor.ndim < 2 else factor.view(64, 1)))
     save_file(tensors, tmp_path / "x.safetensors")
     with pytest.raises(ModelError, match="has no scale"):
-        match_index(module, read_index(tmp_path / "x.safetensors"), lambda name: [name])
+        match_index(module, understood(read_index(tmp_path / "x.safetensors")), lambda name: [name])
 
 
 def test_parts_of_blocks_are_read_by_rows(tmp_path: Path) -> None:
@@ -154,7 +157,7 @@ def test_parts_of_blocks_are_read_by_rows(tmp_path: Path) -> None:
     save_file({"w": blocked(weight), "w" + SCALE: scale}, tmp_path / "x.safetensors")
     module = torch.nn.Module()
     module.register_parameter("w", torch.nn.Parameter(torch.empty(144, 32, device="meta"), requires_grad=False))
-    index = match_index(module, read_index(tmp_path / "x.safetensors"), lambda name: [name])
+    index = match_index(module, understood(read_index(tmp_path / "x.safetensors")), lambda name: [name])
     assert index["w"].blocked
     for kept in (False, True):
         with WeightStore(index) as store:

@@ -6,6 +6,8 @@ Blending, and so the order of every sum, stays with the canvas: its bytes do not
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import reduce
+from operator import add
 from typing import NamedTuple, Protocol
 
 import torch
@@ -35,10 +37,17 @@ class Runner(Protocol):
         ...
 
 
-class Conditions(NamedTuple):
-    """Encoded prompts: number i of `cond` and of `uncond` belong together."""
+class Share(NamedTuple):
+    """One of the prompts of a condition, and its factor in the guidance: 1 where it is the only one."""
 
-    cond: Sequence[Prompt]
+    prompt: Prompt
+    factor: float = 1.0
+
+
+class Conditions(NamedTuple):
+    """The encoded prompts of a step: number i of `cond`, one or more, and of `uncond` belong together."""
+
+    cond: Sequence[Sequence[Share]]
     uncond: Sequence[Prompt]
 
 
@@ -49,27 +58,34 @@ Predict = Callable[[Sequence[Sample], int], Tensor]
 class LocalRunner:
     """Predicts in this process, `batch` samples for each call of `predict`.
 
-    Both halves of a guidance are samples of their own, which share their latents tensor; a tile without guidance has no
-    unconditional half. The result does not depend on `batch`.
+    The halves of a guidance are samples of their own, which share their latents tensor; a tile without guidance has no
+    unconditional half. `conditions` gives those of a step. The result does not depend on `batch`.
     """
 
-    def __init__(self, predict: Predict, conditions: Conditions, batch: int = 1) -> None:
+    def __init__(self, predict: Predict, conditions: Callable[[int], Conditions], batch: int = 1) -> None:
         self._predict, self._conditions, self._batch = predict, conditions, batch
 
     def predict(self, step: int, tiles: Iterable[Tile]) -> Iterator[Tensor]:
-        unconditional: Tensor | None = None  # waits for its conditional half, which may be of the next group
-        for group in _groups(self._halves(tiles), self._batch):
+        conditions = self._conditions(step)
+        # They wait for the tile's last half, which may be of the next group.
+        unconditional: Tensor | None = None
+        conditional: list[Tensor] = []
+        for group in _groups(self._halves(tiles, conditions), self._batch):
             predictions = self._predict([sample for _, sample, _ in group], step)
-            for (tile, _, conditional), prediction in zip(group, predictions, strict=True):
+            for (tile, _, is_conditional), prediction in zip(group, predictions, strict=True):
                 check_finite(prediction, step, tile.region)
-                if not conditional:
+                if not is_conditional:
                     unconditional = prediction
                     continue
-                yield guide(unconditional, prediction, tile.region.guidance_scale)
-                unconditional = None
+                conditional.append(prediction)
+                shares = conditions.cond[tile.region.condition]
+                if len(conditional) == len(shares):
+                    factors = [share.factor for share in shares]
+                    yield guide(unconditional, conditional, factors, tile.region.guidance_scale)
+                    unconditional, conditional = None, []
 
-    def _halves(self, tiles: Iterable[Tile]) -> Iterator[tuple[Tile, Sample, bool]]:
-        """(tile, sample, whether it is the conditional half)."""
+    def _halves(self, tiles: Iterable[Tile], conditions: Conditions) -> Iterator[tuple[Tile, Sample, bool]]:
+        """(tile, sample, whether it is a conditional half)."""
         for tile in tiles:
             region = tile.region
             place = Place(
@@ -77,15 +93,25 @@ class LocalRunner:
                 region.height * FACTOR, region.width * FACTOR,
                 (region.canvas[0] * FACTOR, region.canvas[1] * FACTOR),
             )  # fmt: skip
-            prompts = [(self._conditions.uncond, False), (self._conditions.cond, True)][2 - region.samples :]
-            for prompt, conditional in prompts:
-                sample = Sample(tile.latents, prompt[region.condition], place, region.guidance_scale)
-                yield tile, sample, conditional
+            shares = conditions.cond[region.condition]
+            assert region.samples - len(shares) in (0, 1), "the planner counts as many prompts"
+            prompts = [(conditions.uncond[region.condition], False)] if region.samples > len(shares) else []
+            for prompt, conditional in (*prompts, *((share.prompt, True) for share in shares)):
+                yield tile, Sample(tile.latents, prompt, place, region.guidance_scale), conditional
 
 
-def guide(unconditional: Tensor | None, conditional: Tensor, scale: float) -> Tensor:
-    """Classifier-free guidance, u + g · (c − u); the conditional prediction as it is where there is no other half."""
-    return conditional if unconditional is None else unconditional + scale * (conditional - unconditional)
+def guide(
+    unconditional: Tensor | None, conditional: Sequence[Tensor], factors: Sequence[float], scale: float
+) -> Tensor:
+    """Classifier-free guidance of one prompt or several, u + g · Σ f (c − u) (Liu et al. 2022, arXiv:2206.01714); without an
+    unconditional half Σ f c / Σ f."""
+    if len(conditional) == 1 and factors[0] == 1:
+        only = conditional[0]
+        return only if unconditional is None else unconditional + scale * (only - unconditional)
+    if unconditional is None:
+        return reduce(add, (f * c for f, c in zip(factors, conditional, strict=True))) / sum(factors)
+    apart = reduce(add, (f * (c - unconditional) for f, c in zip(factors, conditional, strict=True)))
+    return unconditional + scale * apart
 
 
 def check_finite(prediction: Tensor, step: int, region: Text2ImageRegion) -> None:

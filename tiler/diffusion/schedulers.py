@@ -18,7 +18,7 @@ from tiler.diffusion import timesteps as times
 from tiler.diffusion.scheduler_config import Corrected, check_fields, correct_scheduler, is_replaceable, take_fields
 from tiler.errors import ModelError, TilerError, UsageError
 from tiler.memory.lean_imports import lean_imports
-from tiler.request import MAX_STEPS, Scheduler
+from tiler.request import MAX_STEPS, Scheduler, ScheduleType
 
 
 class SchedulerState(NamedTuple):
@@ -138,10 +138,18 @@ _RECIPES = {
     Scheduler.DPMPP_2M_KARRAS: _Recipe(
         *_DPM, {"use_karras_sigmas": True, "use_exponential_sigmas": False, "use_beta_sigmas": False}
     ),
+    Scheduler.DPMPP_2M_SDE: _Recipe(*_DPM, {"algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": False}),
+    Scheduler.DPMPP_SDE: _Recipe(
+        "scheduling_dpmsolver_singlestep",
+        "DPMSolverSinglestepScheduler",
+        {"algorithm_type": "sde-dpmsolver++", "final_sigmas_type": "zero", "lower_order_final": True},
+    ),
     Scheduler.UNIPC: _Recipe("scheduling_unipc_multistep", "UniPCMultistepScheduler", {}),
     Scheduler.LCM: _Recipe("scheduling_lcm", "LCMScheduler", {}),
 }
-_OWN = {recipe.cls: name for name, recipe in _RECIPES.items() if name is not Scheduler.DPMPP_2M_KARRAS}
+_DERIVED = (Scheduler.DPMPP_2M_KARRAS, Scheduler.DPMPP_2M_SDE, Scheduler.DPMPP_SDE)  # from another's class
+_OWN = {recipe.cls: name for name, recipe in _RECIPES.items() if name not in _DERIVED}
+_TYPE_FIELDS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
 _LCM_ORIGINAL_STEPS = 50  # diffusers' default: what the consistency models in use were distilled with
 
 
@@ -169,25 +177,35 @@ def choose(asked: Scheduler, config: Mapping[str, Any]) -> Scheduler:
 
 
 def build(
-    asked: Scheduler, config: Mapping[str, Any], num_inference_steps: int, *, correct: bool = True
+    asked: Scheduler,
+    config: Mapping[str, Any],
+    num_inference_steps: int,
+    *,
+    correct: bool = True,
+    schedule_type: ScheduleType | None = None,
 ) -> DiffusersSchedule:
     """A schedule of `num_inference_steps` on the noise levels of a checkpoint's scheduler_config.json, checked to the end;
-    `correct`ed where it is old, as the pipelines of SD 1.x and 2.x do and SDXL's does not.
+    `correct`ed where it is old, as the pipelines of SD 1.x and 2.x do and SDXL's does not. `schedule_type` spreads the levels
+    otherwise than the config says.
 
     Raises ModelError for a config that no work should begin with, and UsageError for a number of steps that the algorithm
     cannot take, with the nearest one that it can.
     """
     name, cls = choose(asked, config), config.get("_class_name")
+    if schedule_type is not None and name is Scheduler.DPMPP_2M_KARRAS:
+        if asked is name and schedule_type is not ScheduleType.KARRAS:
+            raise UsageError(f"{name.value} and --schedule-type {schedule_type} contradict each other; take DPM++ 2M")
+        name = Scheduler.DPMPP_2M
     check_fields(config)
     corrected = correct_scheduler(config) if correct else Corrected(dict(config), ())
     notes = corrected.notes
     if asked is Scheduler.AUTO and cls not in _OWN:
         notes += (f"the checkpoint's scheduler is {cls or 'not named'}: {name.value} takes its place",)
     try:
-        schedule = assemble(name, corrected.config, num_inference_steps, notes)
-        _rehearse(assemble(name, corrected.config, num_inference_steps))
+        schedule = assemble(name, corrected.config, num_inference_steps, notes, schedule_type)
+        _rehearse(assemble(name, corrected.config, num_inference_steps, (), schedule_type))
     except _Unworkable as error:
-        raise _refusal(name, corrected.config, num_inference_steps, str(error)) from error
+        raise _refusal(name, corrected.config, num_inference_steps, str(error), schedule_type) from error
     return schedule
 
 
@@ -196,14 +214,27 @@ class _Unworkable(Exception):
 
 
 def assemble(
-    name: Scheduler, config: Mapping[str, Any], num_inference_steps: int, notes: tuple[str, ...] = ()
+    name: Scheduler,
+    config: Mapping[str, Any],
+    num_inference_steps: int,
+    notes: tuple[str, ...] = (),
+    schedule_type: ScheduleType | None = None,
 ) -> DiffusersSchedule:
-    """A schedule from a corrected config, not rehearsed. Raises ModelError where the fields do not work together."""
+    """A schedule from a corrected config, not rehearsed. Raises ModelError where the fields do not work together, UsageError
+    where the scheduler has no such type."""
     recipe = _RECIPES[name]
     with lean_imports():
         cls = getattr(import_module(f"diffusers.schedulers.{recipe.module}"), recipe.cls)
     accepted = frozenset(inspect.signature(cls.__init__).parameters)
     fields = take_fields(config, recipe.cls, accepted) | recipe.overrides
+    if schedule_type is not None:
+        for field in _TYPE_FIELDS:
+            fields.pop(field, None)
+        spaced = schedule_type in (ScheduleType.SGM_UNIFORM, ScheduleType.SIMPLE)
+        field = "timestep_spacing" if spaced else f"use_{schedule_type}_sigmas"
+        if field not in accepted:
+            raise UsageError(f"{name.value} has no --schedule-type {schedule_type}; leave it out, or take DPM++ 2M")
+        fields[field] = "trailing" if spaced else True
     by_beta = bool(fields.pop("use_beta_sigmas", False))  # diffusers would ask for scipy
     if by_beta and (fields.get("use_karras_sigmas") or fields.get("use_exponential_sigmas")):
         raise ModelError("scheduler_config.json asks for beta sigmas and others at once; leave one of them")
@@ -246,10 +277,12 @@ def _rehearse(schedule: DiffusersSchedule) -> None:
             raise _Unworkable(f"step {step + 1} gives NaN or Inf")
 
 
-def _refusal(name: Scheduler, config: Mapping[str, Any], asked: int, reason: str) -> TilerError:
+def _refusal(
+    name: Scheduler, config: Mapping[str, Any], asked: int, reason: str, schedule_type: ScheduleType | None
+) -> TilerError:
     def works(count: int) -> bool:
         try:
-            _rehearse(assemble(name, config, count))
+            _rehearse(assemble(name, config, count, (), schedule_type))
         except _Unworkable:
             return False
         return True

@@ -20,6 +20,7 @@ from tiler.decoding import FACTOR
 from tiler.diffusion.masks import Border, Neighbours, normalised, offsets, rest_of_canvas
 from tiler.errors import UsageError
 from tiler.request import MAX_STEPS, Layout, Mask, Region, ResolvedRequest, Wrap
+from tiler.request.wording import canvas_conditions
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -40,11 +41,13 @@ class Text2ImageRegion:
     weights: Tensor
     canvas: tuple[int, int]
     unconditional: bool = True
+    prompts: int = 1
 
     @property
     def samples(self) -> int:
-        """Denoiser samples a step: without guidance, or where a family follows it without one, there is no unconditional half."""
-        return _samples(self.guidance_scale, self.unconditional)
+        """Denoiser samples a step: one for each of the `prompts` that are joined; without guidance, or where a family follows it
+        without one, there is no unconditional half."""
+        return _samples(self.guidance_scale, self.unconditional, self.prompts)
 
     @property
     def crop(self) -> tuple[Tensor, Tensor]:
@@ -66,6 +69,7 @@ class _Layer:
     weight: float = 1.0
     fades: bool = False
     present: tuple[int, ...] | None = None
+    prompts: int = 1
 
     def __len__(self) -> int:
         return len(self.rows) * len(self.cols) if self.present is None else len(self.present)
@@ -118,6 +122,7 @@ class Tiles(Sequence[Text2ImageRegion]):
             guidance_scale=self._scale(layer),
             weights=self._weights(layer, top, left),
             unconditional=self.unconditional,
+            prompts=layer.prompts,
         )
 
     @property
@@ -144,7 +149,7 @@ class Tiles(Sequence[Text2ImageRegion]):
         return layer.guidance_scale if self.guided or not self.unconditional else 1.0
 
     def _samples(self, layer: _Layer) -> int:
-        return _samples(self._scale(layer), self.unconditional)
+        return _samples(self._scale(layer), self.unconditional, layer.prompts)
 
     def _weights(self, layer: _Layer, top: int, left: int) -> Tensor:
         neighbours = tuple(
@@ -233,6 +238,7 @@ def plan_tiles(
     if overlap >= min(tile):
         raise UsageError(f"overlap = {FACTOR * overlap} must be smaller than a tile ({FACTOR * min(tile)} pixels)")
     layers: list[_Layer] = []
+    prompts = [len(condition.prompts) for condition in canvas_conditions(request)]
     spans = [region_span(r, patch) for r in request.regions]
     borders = tuple(
         (_border(*rows, canvas[0], request.wrap.axes[0]), _border(*cols, canvas[1], request.wrap.axes[1]))
@@ -243,7 +249,7 @@ def plan_tiles(
         rows, cols = _grid(canvas, tile, *spacing, patch=patch)
         base = _Layer(
             rows=rows, cols=cols, condition=0, guidance_scale=request.guidance_scale, kind=request.mask,
-            fades=bool(borders),
+            fades=bool(borders), prompts=prompts[0],
         )  # fmt: skip
         layers.append(_speaking(base, Tiles(canvas=canvas, tile=tile, layers=(base,), borders=borders, ramp=overlap)))
     for number, (region, (rows, cols)) in enumerate(zip(request.regions, spans, strict=True), len(layers)):
@@ -262,6 +268,7 @@ def plan_tiles(
                 guidance_scale=request.guidance_scale if region.guidance_scale is None else region.guidance_scale,
                 kind=region.mask or request.mask,
                 weight=region.mask_weight,
+                prompts=prompts[number],
             )
         )
     if request.prompt is None:
@@ -269,12 +276,12 @@ def plan_tiles(
     return Tiles(canvas=canvas, tile=tile, layers=tuple(layers), borders=borders, ramp=overlap, patch=patch)
 
 
-def guide_tiles(size: tuple[int, int], wrap: Wrap, guidance_scale: float, patch: int = 1) -> Tiles:
-    """The guide's canvas of `size` (height, width), under the first prompt: one tile as large as itself. Along an axis that
-    wraps there are two, half a picture apart, so that each hides the other's border."""
+def guide_tiles(size: tuple[int, int], wrap: Wrap, guidance_scale: float, patch: int = 1, prompts: int = 1) -> Tiles:
+    """The guide's canvas of `size` (height, width), under the first prompt, which joins so many `prompts`: one tile as large as
+    itself. Along an axis that wraps there are two, half a picture apart, so that each hides the other's border."""
     kind = Mask.CONSTANT if wrap is Wrap.NONE else Mask.GAUSSIAN
     rows, cols = _grid(size, size, min(size) // 4 // patch * patch, wrap, patch)
-    layer = _Layer(rows=rows, cols=cols, condition=0, guidance_scale=guidance_scale, kind=kind)
+    layer = _Layer(rows=rows, cols=cols, condition=0, guidance_scale=guidance_scale, kind=kind, prompts=prompts)
     return Tiles(canvas=size, tile=size, layers=(layer,), patch=patch)
 
 
@@ -296,8 +303,8 @@ def tiles_of_step(tiles: Tiles, request: ResolvedRequest, number: int) -> Tiles:
     return replace(tiles, shift=(down, across), guided=low <= number / request.num_inference_steps < high)
 
 
-def _samples(guidance_scale: float, unconditional: bool) -> int:
-    return 2 if guidance_scale > 1 and unconditional else 1
+def _samples(guidance_scale: float, unconditional: bool, prompts: int) -> int:
+    return prompts + (1 if guidance_scale > 1 and unconditional else 0)
 
 
 def _crop(top: int, left: int, tile: tuple[int, int], canvas: tuple[int, int]) -> tuple[Tensor, Tensor]:

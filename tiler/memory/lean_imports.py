@@ -139,7 +139,7 @@ def _replacements() -> Iterator[None]:
 @contextmanager
 def _lean_transformers() -> Iterator[None]:
     """transformers without its lists of all models, for which it opens 3,300 files, twice: half a second of a warm disk.
-    diffusers, which wants it for LoRA alone, takes it for missing."""
+    diffusers, which wants it for LoRA alone, takes it for missing; and bitsandbytes, whose import costs memory."""
     folders = _folders("transformers", "transformers.models")
     with _stand_in(folders):
         import diffusers.utils.import_utils as known
@@ -147,6 +147,7 @@ def _lean_transformers() -> Iterator[None]:
         utils, package = import_module("transformers.utils"), sys.modules["transformers"]
         with (
             _replaced(known, "_transformers_available", False),
+            _replaced(known, "_bitsandbytes_available", False),
             _replaced(utils, "direct_transformers_import", lambda *args: package),
         ):
             yield

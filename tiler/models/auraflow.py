@@ -33,7 +33,8 @@ from tiler.models.family import (
 from tiler.models.modulation import Modulations, modulations
 from tiler.models.patches import PATCH
 from tiler.models.positions import table_names
-from tiler.models.required import check_latents, check_parts, fetch_part
+from tiler.models.reading import READING, Reading
+from tiler.models.required import check_latents, check_parts, fetch_part, text_encoders
 from tiler.models.samples import Prompt, Sample, empty, examples
 from tiler.weights.checkpoint import Checkpoint
 
@@ -45,14 +46,20 @@ _DEFAULTS = MappingProxyType({"num_inference_steps": 50, "guidance_scale": 3.5, 
 
 
 class AuraFlow(Family):
-    def encode(self, prompts: Sequence[str | None], open_part: OpenPart, warn: Callable[[str], None]) -> list[Prompt]:
+    def encode(
+        self,
+        prompts: Sequence[str | None],
+        open_part: OpenPart,
+        warn: Callable[[str], None],
+        reading: Reading = READING,
+    ) -> list[Prompt]:
         """The last hidden states of a prompt's own tokens, then zeros: (1, 256, width). The transformer looks at these too.
         A negative prompt that was not given is an empty one."""
         part = self.part(Role.TEXT_ENCODER)
         texts = list(dict.fromkeys(prompt or "" for prompt in prompts))
         tokenizer = t5.load_tokenizer(self.checkpoint, "tokenizer")
         with open_part(part) as encoder:
-            rows = t5.encode_t5(tokenizer, encoder, texts, TOKENS, warn, keep_pads=False)
+            rows = t5.encode_t5(tokenizer, encoder, texts, TOKENS, warn, reading, keep_pads=False)
         encoded = {
             text: Prompt(F.pad(states, (0, 0, 0, TOKENS - states.shape[1])))
             for text, states in zip(texts, rows, strict=True)
@@ -86,17 +93,20 @@ class AuraFlow(Family):
 
 def read(checkpoint: Checkpoint, name: str) -> AuraFlow:
     """Check the configs of a pipeline of class `name`. Raises ModelError, saying what the model is."""
-    check_parts(checkpoint, _REPOSITORY, ["transformer", "text_encoder", "vae"])
-    t5.check_tokenizer(checkpoint, "tokenizer", fetch_part(checkpoint, _REPOSITORY, "tokenizer"))
+    encoders = text_encoders(checkpoint, ["text_encoder"])
+    check_parts(checkpoint, _REPOSITORY, ["transformer", *encoders, "vae"])
+    if checkpoint.reads_text:
+        t5.check_tokenizer(checkpoint, "tokenizer", fetch_part(checkpoint, _REPOSITORY, "tokenizer"))
     config = read_config(checkpoint, "transformer", "AuraFlowTransformer2DModel", bounds.check_auraflow)
     vae = read_config(checkpoint, "vae", "AutoencoderKL", bounds.check_vae)
-    encoder = t5.read_t5(checkpoint, "text_encoder", TOKENS)
+    texts = [t5.read_t5(checkpoint, part, TOKENS) for part in encoders]
     check_latents(checkpoint, config, vae)
-    if (given := encoder.config["d_model"]) != config["joint_attention_dim"]:
-        raise ModelError(
-            f"{checkpoint.name}: the transformer expects text of width {config['joint_attention_dim']} "
-            f"(joint_attention_dim), the text encoder gives {given}; these parts do not belong together"
-        )
+    for text in texts:
+        if (given := text.config["d_model"]) != config["joint_attention_dim"]:
+            raise ModelError(
+                f"{checkpoint.name}: the transformer expects text of width {config['joint_attention_dim']} "
+                f"(joint_attention_dim), the text encoder gives {given}; these parts do not belong together"
+            )
     spec = VaeSpec(checkpoint=checkpoint, part="vae", config=vae)
     denoiser = Part(
         name="transformer", role=Role.DENOISER, config=config, aliases=table_names, arena_bytes=ARENA_BYTES,
@@ -109,6 +119,6 @@ def read(checkpoint: Checkpoint, name: str) -> AuraFlow:
         flow=True, large_blocks=True, longest=PATCH * table_side(config), defaults=_DEFAULTS,
     )  # fmt: skip
     return AuraFlow(
-        checkpoint=checkpoint, traits=traits, parts=(encoder, denoiser, vae_part(spec)), vae=spec,
+        checkpoint=checkpoint, traits=traits, parts=(*texts, denoiser, vae_part(spec)), vae=spec,
         scheduler=checkpoint.config("scheduler", "scheduler_config.json"),
     )  # fmt: skip

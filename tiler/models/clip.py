@@ -5,17 +5,22 @@ The modules are transformers' own, built on the meta device.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tiler.errors import ModelError
+from tiler.errors import ModelError, UsageError
 from tiler.memory.lean_imports import lean_imports
+from tiler.models.chunks import CLIP_TOKENS, MOST_CHUNKS, Piece, emphasised, split_chunks
 from tiler.models.meta import on_meta, refusing
+from tiler.models.reading import READING, Reading
 from tiler.models.samples import Prompt
+from tiler.request.prompt import Fragment
 from tiler.weights.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
@@ -23,8 +28,6 @@ if TYPE_CHECKING:
     from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
     from tiler.models.family import Family
-
-TOKENS = 77  # of a prompt, the end marks included
 
 
 def build_clip(
@@ -53,7 +56,7 @@ def clip_names(name: str) -> list[str]:
 
 def run_clip(encoder: Any, **options: Any) -> object:
     """What is asked of the encoder for one prompt; ids are real, weights need not be."""
-    return encoder(torch.zeros(1, TOKENS, dtype=torch.int64), **options)
+    return encoder(torch.zeros(1, CLIP_TOKENS, dtype=torch.int64), **options)
 
 
 def check_tokenizer(folder: Path, fetch: str = "download the tokenizer again") -> None:
@@ -80,45 +83,121 @@ def load_tokenizer(family: Family, part: str = "tokenizer") -> CLIPTokenizer:
         ) from error
 
 
-def encode_prompts(
-    tokenizer: CLIPTokenizer, encoder: CLIPTextModel, prompts: list[str], warn: Callable[[str], None]
-) -> Tensor:
-    """(n, model_max_length, width) fp32, one row for each prompt: the last hidden state, as StableDiffusionPipeline uses it."""
-    rows: list[Tensor] = []
+def encode_last(
+    tokenizer: CLIPTokenizer,
+    encoder: CLIPTextModel,
+    prompts: Sequence[str],
+    warn: Callable[[str], None],
+    reading: Reading = READING,
+) -> list[Prompt]:
+    """For each prompt the states (1, 77·chunks, width) fp32 of the last layer, as StableDiffusionPipeline uses them; with a
+    `clip_skip` those of an earlier one behind the last norm."""
+    layers = int(encoder.config.num_hidden_layers)
+    if reading.clip_skip > layers:
+        raise UsageError(f"--clip-skip {reading.clip_skip}: this text encoder has {layers} layers; take 1–{layers}")
+    found = []
     for prompt in prompts:
-        ids = _token_ids(tokenizer, encoder.config, prompt, warn)
-        with torch.no_grad():
-            rows.append(encoder(ids).last_hidden_state)
-    return torch.cat(rows)
+        rows = []
+        for chunk in read_chunks(tokenizer, encoder.config, prompt, warn, reading):
+            made = _run(encoder, chunk, output_hidden_states=reading.clip_skip > 1)
+            states: Tensor = made.last_hidden_state
+            if reading.clip_skip > 1:
+                states = encoder.final_layer_norm(made.hidden_states[-reading.clip_skip])
+            rows.append(emphasised(states, chunk.weights, reading.emphasis))
+        found.append(Prompt(torch.cat(rows, dim=1)))
+    return found
 
 
 def encode_penultimate(
     tokenizer: CLIPTokenizer,
     encoder: CLIPTextModel | CLIPTextModelWithProjection,
-    prompts: list[str],
+    prompts: Sequence[str],
     warn: Callable[[str], None],
+    reading: Reading = READING,
 ) -> list[Prompt]:
-    """For each prompt the states before the last layer, (1, model_max_length, width) fp32, and the pooled vector: projected,
+    """For each prompt the states before the last layer, (1, 77·chunks, width) fp32, and the first chunk's pooled vector: projected,
     (1, projection_dim), where the encoder has that layer, else (1, width)."""
-    found: list[Prompt] = []
+    found = []
     for prompt in prompts:
-        ids = _token_ids(tokenizer, encoder.config, prompt, warn)
-        with torch.no_grad():
-            made: Any = encoder(ids, output_hidden_states=True)
-        pooled: Tensor = made.text_embeds if hasattr(encoder, "text_projection") else made.pooler_output
-        found.append(Prompt(made.hidden_states[-2], pooled))
+        rows, vectors = [], []
+        for chunk in read_chunks(tokenizer, encoder.config, prompt, warn, reading):
+            made = _run(encoder, chunk, output_hidden_states=True)
+            vectors.append(made.text_embeds if hasattr(encoder, "text_projection") else made.pooler_output)
+            rows.append(emphasised(made.hidden_states[-2], chunk.weights, reading.emphasis))
+        found.append(Prompt(torch.cat(rows, dim=1), vectors[0]))
     return found
 
 
-def _token_ids(tokenizer: CLIPTokenizer, config: Any, prompt: str, warn: Callable[[str], None]) -> Tensor:
-    """(1, model_max_length) int64; `warn` is told of a prompt that is longer. Raises ModelError."""
+def lengthened(tokens: Tensor, length: int, empty: Tensor, behind: int = 0) -> Tensor:
+    """Encodings (1, n, width) with the chunks of an empty prompt, (1, 77, width), until they are `length`; the last rows, so many,
+    stay `behind` them."""
+    missing = (length - tokens.shape[1]) // empty.shape[1]
+    end = tokens.shape[1] - behind
+    return torch.cat([tokens[:, :end], *[empty] * missing, tokens[:, end:]], dim=1)
+
+
+class EncoderInput(NamedTuple):
+    """A chunk as the encoder takes it: (1, 77) int64, the weight of each token, marks and padding included, and the vectors
+    (n, width) of embeddings, each with the place of its first."""
+
+    ids: Tensor
+    weights: tuple[float, ...]
+    vectors: tuple[tuple[int, Tensor], ...] = ()
+
+
+def read_chunks(
+    tokenizer: CLIPTokenizer, config: Any, prompt: str, warn: Callable[[str], None], reading: Reading = READING
+) -> list[EncoderInput]:
+    """A prompt's chunks, between start and end marks and padded; `warn` is told of what cannot be taken. `config` is the
+    encoder's. Raises ModelError where tokenizer and encoder do not belong together."""
     length = min(int(tokenizer.model_max_length), int(config.max_position_embeddings))
-    tokens: Any = tokenizer(prompt, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    room = length - 2
     # The tokenizer is not asked to look at megabytes of text just to say that they do not fit.
-    full = len(tokenizer.tokenize(prompt[: 40 * length])) + 2
-    if full > length or len(prompt) > 40 * length:
-        warn(f"the prompt is longer than {length} tokens and was cut for CLIP: {prompt[:40]!r}…")
-    if int(tokens.input_ids.max()) >= config.vocab_size:
-        raise ModelError("the tokenizer knows more words than the text encoder; they do not belong together")
-    ids: Tensor = tokens.input_ids
+    short = prompt[: 40 * room * MOST_CHUNKS]
+    sections = reading.sections(short, warn)
+    tokenise = partial(_ids, tokenizer)
+
+    def pieces_of(fragment: Fragment) -> list[Piece]:
+        if reading.embeddings is None:
+            return [Piece((i,), fragment.weight) for i in tokenise(fragment.text)]
+        return reading.embeddings.pieces(*fragment, int(config.hidden_size), tokenise)
+
+    pieces = [[piece for fragment in section for piece in pieces_of(fragment)] for section in sections]
+    comma = _ids(tokenizer, ",")
+    chunks = split_chunks(pieces, room, comma[0] if len(comma) == 1 and comma[0] != tokenizer.unk_token_id else None)
+    if len(chunks) > MOST_CHUNKS or len(prompt) > len(short):
+        warn(f"the prompt is longer than {MOST_CHUNKS} chunks of {room} tokens and was cut for CLIP: {prompt[:40]!r}…")
+    found = []
+    for chunk in chunks[:MOST_CHUNKS]:
+        said = [i for piece in chunk for i in piece.ids]
+        weights = [piece.weight for piece in chunk for _ in piece.ids]
+        pads = room - len(said)
+        ids = [tokenizer.bos_token_id, *said, tokenizer.eos_token_id, *[tokenizer.pad_token_id] * pads]
+        if max(ids) >= config.vocab_size:
+            raise ModelError("the tokenizer knows more words than the text encoder; they do not belong together")
+        starts = accumulate((len(piece.ids) for piece in chunk), initial=1)
+        vectors = tuple(
+            (start, piece.vectors) for start, piece in zip(starts, chunk, strict=False) if piece.vectors is not None
+        )
+        found.append(EncoderInput(torch.tensor([ids]), (1.0, *weights, 1.0, *[1.0] * pads), vectors))
+    return found
+
+
+def _ids(tokenizer: CLIPTokenizer, text: str) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     return ids
+
+
+def _run(encoder: Any, chunk: EncoderInput, **options: Any) -> Any:
+    def replace(module: Any, args: Any, rows: Tensor) -> Tensor:
+        for start, vectors in chunk.vectors:
+            rows[0, start : start + len(vectors)] = vectors
+        return rows
+
+    hook = encoder.get_input_embeddings().register_forward_hook(replace) if chunk.vectors else None
+    try:
+        with torch.no_grad():
+            return encoder(chunk.ids, **options)
+    finally:
+        if hook is not None:
+            hook.remove()

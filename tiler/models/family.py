@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cached_property, partial
 from importlib import import_module
@@ -20,8 +20,11 @@ from tiler.errors import ModelError
 from tiler.memory.lean_imports import lean_imports
 from tiler.models import bounds
 from tiler.models.meta import on_meta, refusing
+from tiler.models.reading import READING, Reading
 from tiler.request import TileConditioning
-from tiler.weights.checkpoint import Checkpoint
+from tiler.request.model import ModelOptions
+from tiler.weights.checkpoint import Checkpoint, resolve, resolve_part
+from tiler.weights.places import expand, model_folders
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -80,6 +83,11 @@ class Traits(NamedTuple):
     old_schedulers: bool = True  # whether diffusers' pipeline corrects scheduler configs that its old versions wrote
     longest: int | None = None  # side of a guide, where the positions it knows end
     large_blocks: bool = False  # whether a sample's activations are few blocks of many MB, which leave no holes behind
+    chunked: bool = (
+        False  # whether a long prompt goes on in chunks of 77 tokens, of which all prompts of a sample have as many
+    )
+    embeddings: bool = False  # whether prompts may name embeddings (textual inversion)
+    clip_skip: bool = False  # whether the states of another layer of CLIP can be taken
     even_sigmas: bool = False  # of a flow: σ falls from 1 to 1/N in equal steps before it is shifted
 
     @property
@@ -221,9 +229,25 @@ class Family(ABC):
     def autoencoder(self) -> VaeSpec:
         return self.vae
 
+    @property
+    def encoding(self) -> tuple[object, ...]:
+        """What of the checkpoint decides a prompt's embeddings, beside its text encoders and the shape of what they give."""
+        return ()
+
     @abstractmethod
-    def encode(self, prompts: Sequence[str | None], open_part: OpenPart, warn: Callable[[str], None]) -> list[Prompt]:
-        """The embeddings of every prompt; None is a negative prompt that was not given. Each encoder is opened once."""
+    def encode(
+        self,
+        prompts: Sequence[str | None],
+        open_part: OpenPart,
+        warn: Callable[[str], None],
+        reading: Reading = READING,
+    ) -> list[Prompt]:
+        """The embeddings of every prompt, read as `reading` says; None is a negative prompt that was not given. Each encoder is
+        opened once."""
+
+    def lengthened(self, prompt: Prompt, tokens: int, empty: Prompt) -> Prompt:
+        """The prompt with chunks of an `empty` one, until it has so many `tokens`; for families whose prompts are chunked."""
+        return prompt
 
     @abstractmethod
     def prepare(
@@ -250,12 +274,28 @@ class Family(ABC):
         """A sample on the meta device for each number in `tiles`; equal numbers share their latents, which are of `sides`."""
 
 
-def read_family(checkpoint: Checkpoint) -> Family:
-    """Check every config of the checkpoint. Raises ModelError, naming the file and what the model is."""
-    if checkpoint.file is not None:
-        from tiler.models.single_file import read_single
+def open_family(options: ModelOptions, *, reads_text: bool = True) -> Family:
+    """The family of the model that was asked for, its files found and its parts replaced. Where no prompt is to be encoded, its
+    text encoders need not be there. Raises ModelError, UsageError, OfflineError, StorageError."""
+    folders = model_folders(options.model_dirs)
+    if options.diffusion_model is None or options.model != "mini":  # whose parts go with no other denoiser
+        found = resolve(
+            options.model, variant=options.variant, revision=options.revision, folders=folders, reads_text=reads_text
+        )
+    else:
+        found = resolve(options.diffusion_model, folders=folders, reads_text=reads_text)
+        if found.file is None:
+            raise ModelError(f"{options.diffusion_model}: this is a folder; give it with --model")
+        options = replace(options, diffusion_model=str(found.file))
+    return read_family(found, options)
 
-        checkpoint = read_single(checkpoint)
+
+def read_family(checkpoint: Checkpoint, options: ModelOptions | None = None) -> Family:
+    """Check every config of the checkpoint, of which `options` may replace parts. Raises ModelError, naming the file and what the
+    model is."""
+    from tiler.models.single_file import assemble
+
+    checkpoint = assemble(checkpoint, options or ModelOptions())
     name = str(checkpoint.config("", "model_index.json").get("_class_name", ""))
     known = [key for key in REGISTRY if key.lower() in name.lower()]
     exact = max(known, key=len, default="StableDiffusion")
@@ -289,7 +329,10 @@ def build_vae(vae: VaeSpec) -> Any:
         from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
     with on_meta(), refusing(vae.part, vae.checkpoint):
         kind: Any = AutoencoderTiny if vae.tiny else AutoencoderKL
-        return kind.from_config(vae.config).eval().requires_grad_(False)
+        model = kind.from_config(vae.config).eval().requires_grad_(False)
+        if vae.tiny and not any(name.startswith("encoder.") for name in vae.weights):
+            del model.encoder  # TAESD is published in halves, of which this is the one that makes pictures
+        return model
 
 
 def vae_part(vae: VaeSpec) -> Part:
@@ -297,9 +340,19 @@ def vae_part(vae: VaeSpec) -> Part:
     return Part(name=vae.part, role=Role.VAE, config=vae.config, aliases=vae_names, build=partial(build_vae, vae))
 
 
+def open_tiny(given: str, family: Family) -> VaeSpec:
+    """The AutoencoderTiny at `given`, a file, a folder or a hub id, that goes with `family`. Raises ModelError, OfflineError,
+    StorageError."""
+    if not expand(given).is_file():
+        return read_tiny(resolve_part(given), family)
+    from tiler.models.single_file import tiny_of_file
+
+    return read_tiny(tiny_of_file(expand(given)), family)
+
+
 def read_tiny(checkpoint: Checkpoint, family: Family) -> VaeSpec:
     """An AutoencoderTiny in TAESD's layout that goes with `family`. Raises ModelError."""
-    config, where = checkpoint.config(""), f"{checkpoint.folder}/config.json"
+    config, where = checkpoint.config(""), str(checkpoint.file or f"{checkpoint.folder}/config.json")
     if config.get("_class_name") != "AutoencoderTiny":
         raise ModelError(f"{where}: the class is {config.get('_class_name')!r}; --tiny-vae takes an AutoencoderTiny")
     wanted = {

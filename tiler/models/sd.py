@@ -15,7 +15,8 @@ from tiler.compute.stream import Streamer
 from tiler.errors import ModelError
 from tiler.models import bounds
 from tiler.models.checks import check_channels, check_unet_kind
-from tiler.models.clip import TOKENS, build_clip, clip_names, encode_prompts, load_tokenizer, run_clip
+from tiler.models.chunks import CLIP_TOKENS
+from tiler.models.clip import build_clip, clip_names, encode_last, lengthened, load_tokenizer, run_clip
 from tiler.models.corrections import correct_unet
 from tiler.models.family import (
     Family,
@@ -29,9 +30,13 @@ from tiler.models.family import (
     read_config,
     vae_part,
 )
+from tiler.models.reading import READING, Reading
+from tiler.models.required import text_encoders
 from tiler.models.samples import Prompt, Sample, empty, examples
 from tiler.models.unet import build_unet, halved, predict_noise, quantised, windows_of
 from tiler.weights.checkpoint import Checkpoint
+
+CROSS_WIDTH = 1280  # of a prompt's tokens where a UNet's config does not say it, as diffusers has it
 
 
 class Prepared(NamedTuple):
@@ -42,13 +47,22 @@ class Prepared(NamedTuple):
 
 
 class StableDiffusion(Family):
-    def encode(self, prompts: Sequence[str | None], open_part: OpenPart, warn: Callable[[str], None]) -> list[Prompt]:
-        """The last hidden states of CLIP, (1, 77, width) each; a prompt that was not given is an empty one."""
+    def encode(
+        self,
+        prompts: Sequence[str | None],
+        open_part: OpenPart,
+        warn: Callable[[str], None],
+        reading: Reading = READING,
+    ) -> list[Prompt]:
+        """The last hidden states of CLIP, (1, 77·chunks, width) each; a prompt that was not given is an empty one."""
         tokenizer = load_tokenizer(self)
         texts = list(dict.fromkeys(prompt or "" for prompt in prompts))
         with open_part(self.part(Role.TEXT_ENCODER)) as encoder:
-            encoded = dict(zip(texts, encode_prompts(tokenizer, encoder, texts, warn).split(1), strict=True))
-        return [Prompt(encoded[prompt or ""]) for prompt in prompts]
+            encoded = dict(zip(texts, encode_last(tokenizer, encoder, texts, warn, reading), strict=True))
+        return [encoded[prompt or ""] for prompt in prompts]
+
+    def lengthened(self, prompt: Prompt, tokens: int, empty: Prompt) -> Prompt:
+        return Prompt(lengthened(prompt.tokens, tokens, empty.tokens))
 
     def prepare(
         self, model: Any, streamer: Streamer, timesteps: Tensor, prompts: Sequence[Prompt], options: Options
@@ -70,8 +84,8 @@ class StableDiffusion(Family):
         return predict_noise(model, streamer, latents, timestep, tokens, check, windows)
 
     def example(self, tiles: Sequence[int], sides: tuple[int, int]) -> list[Sample]:
-        wide = self.part(Role.TEXT_ENCODER).config["hidden_size"]
-        return examples(tiles, self.latent_channels, sides, lambda: Prompt(empty(1, TOKENS, wide)))
+        wide = self.part(Role.DENOISER).config.get("cross_attention_dim", CROSS_WIDTH)
+        return examples(tiles, self.latent_channels, sides, lambda: Prompt(empty(1, CLIP_TOKENS, wide)))
 
 
 def read(checkpoint: Checkpoint, name: str) -> StableDiffusion:
@@ -83,33 +97,42 @@ def read(checkpoint: Checkpoint, name: str) -> StableDiffusion:
         )
     unet = read_config(checkpoint, "unet", "UNet2DConditionModel", bounds.check_unet)
     vae = read_config(checkpoint, "vae", "AutoencoderKL", bounds.check_vae)
-    text = read_config(checkpoint, "text_encoder", None, bounds.check_text)
+    texts = {
+        part: read_config(checkpoint, part, None, bounds.check_text)
+        for part in text_encoders(checkpoint, ["text_encoder"])
+    }
     if unet.get("addition_embed_type") == "text_time" or unet.get("cross_attention_dim") == 2048:
         raise ModelError(
             f"{checkpoint.folder}/model_index.json: the class is {name!r}, but this UNet is SDXL's; correct the class to "
             "StableDiffusionXLPipeline, or download the file again"
         )
     check_channels(checkpoint, unet, vae)
-    if not str(text.get("model_type", "clip_text_model")).startswith("clip"):
-        raise ModelError(f"{checkpoint.name}: the text encoder is {text['model_type']!r}; tiler supports CLIP")
-    if unet.get("cross_attention_dim", text["hidden_size"]) != text["hidden_size"]:
-        raise ModelError(
-            f"{checkpoint.name}: the UNet expects text width {unet['cross_attention_dim']}, the text encoder gives {text['hidden_size']}"
-        )
+    for text in texts.values():
+        if not str(text.get("model_type", "clip_text_model")).startswith("clip"):
+            raise ModelError(f"{checkpoint.name}: the text encoder is {text['model_type']!r}; tiler supports CLIP")
+        if (taken := unet.get("cross_attention_dim", CROSS_WIDTH)) != text["hidden_size"]:
+            raise ModelError(
+                f"{checkpoint.name}: the UNet expects text width {taken}, the text encoder gives {text['hidden_size']}; "
+                "these parts do not belong together"
+            )
     check_unet_kind(f"{checkpoint.folder / 'unet'}/config.json", unet, "Stable Diffusion 1.x and 2.x")
     unet, notes = correct_unet(unet)
     scheduler = checkpoint.config("scheduler", "scheduler_config.json")
     spec, levels = VaeSpec(checkpoint=checkpoint, part="vae", config=vae), len(unet["block_out_channels"])
-    parts = (
+    encoders = [
         Part(
-            name="text_encoder",
+            name=part,
             role=Role.TEXT_ENCODER,
             config=text,
-            build=partial(build_clip, checkpoint, "text_encoder", text),
+            build=partial(build_clip, checkpoint, part, text),
             aliases=clip_names,
             quantise=partial(quantised, levels=0),
             example=run_clip,
-        ),
+        )
+        for part, text in texts.items()
+    ]
+    parts = (
+        *encoders,
         Part(
             name="unet",
             role=Role.DENOISER,
@@ -124,6 +147,7 @@ def read(checkpoint: Checkpoint, name: str) -> StableDiffusion:
     traits = Traits(
         title="Stable Diffusion", native=int(unet.get("sample_size", 64)), granularity=2 ** (levels - 1),
         channels=int(vae.get("latent_channels", 4)), width=unet["block_out_channels"][0],
+        chunked=True, embeddings=True, clip_skip=True,
     )  # fmt: skip
     return StableDiffusion(
         checkpoint=checkpoint, traits=traits, parts=parts, vae=spec, scheduler=scheduler, notes=notes

@@ -19,12 +19,13 @@ from torch import Tensor
 from tiler.compute.stream import Streamer
 from tiler.errors import ModelError
 from tiler.models import bounds, t5
+from tiler.models.chunks import CLIP_TOKENS
 from tiler.models.clip import (
-    TOKENS,
     build_clip,
     check_tokenizer,
     clip_names,
     encode_penultimate,
+    lengthened,
     load_tokenizer,
     run_clip,
 )
@@ -44,7 +45,8 @@ from tiler.models.few_steps import FEW_STEPS, sign_of_few_steps
 from tiler.models.modulation import Modulations, modulations
 from tiler.models.patches import PATCH
 from tiler.models.positions import table_names
-from tiler.models.required import check_latents, check_parts, fetch_part
+from tiler.models.reading import READING, Reading
+from tiler.models.required import check_latents, check_parts, fetch_part, text_encoders
 from tiler.models.samples import Prompt, Sample, empty, examples
 from tiler.models.sd3_blocks import build_mmdit, modulating, predict_sample, quantised, read_once, table_side
 from tiler.models.unet import quantised as quantised_text
@@ -62,35 +64,45 @@ class Prepared(NamedTuple):
 
 
 class StableDiffusion3(Family):
-    def encode(self, prompts: Sequence[str | None], open_part: OpenPart, warn: Callable[[str], None]) -> list[Prompt]:
-        """The states before the last layer of both CLIPs side by side, and below them T5's last ones: (1, 77 + 256, width), the
+    def encode(
+        self,
+        prompts: Sequence[str | None],
+        open_part: OpenPart,
+        warn: Callable[[str], None],
+        reading: Reading = READING,
+    ) -> list[Prompt]:
+        """The states before the last layer of both CLIPs side by side, and below them T5's last ones: (1, 77·chunks + 256, width), the
         gaps zeros; and both projected vectors, (1, 2048). A negative prompt that was not given is an empty one."""
         texts = list(dict.fromkeys(prompt or "" for prompt in prompts))
         found: list[list[Prompt]] = []
         for part, tell in zip(self.encoders[:2], (warn, _silent), strict=True):
             with open_part(part) as encoder:
-                found.append(encode_penultimate(load_tokenizer(self, _CLIPS[part.name]), encoder, texts, tell))
+                tokenizer = load_tokenizer(self, _CLIPS[part.name])
+                found.append(encode_penultimate(tokenizer, encoder, texts, tell, reading))
         below: list[Tensor] = []
         for part in self.encoders[2:]:
             with open_part(part) as encoder:
-                tokenizer = t5.load_tokenizer(self.checkpoint, T5_TOKENIZER)
-                below = t5.encode_t5(tokenizer, encoder, texts, T5_TOKENS, _silent, keep_pads=True)
-        length, width = self._shape
+                words = t5.load_tokenizer(self.checkpoint, T5_TOKENIZER)
+                below = t5.encode_t5(words, encoder, texts, T5_TOKENS, _silent, reading, keep_pads=True)
+        width = self._shape[1]
         encoded = {}
         for i, (first, second) in enumerate(zip(*found, strict=True)):
             assert first.pooled is not None and second.pooled is not None
-            tokens = torch.zeros(1, length, width)
             clip = torch.cat([first.tokens, second.tokens], dim=-1)
+            tokens = torch.zeros(1, clip.shape[1] + T5_TOKENS, width)
             tokens[:, : clip.shape[1], : clip.shape[2]] = clip
             if below:
                 tokens[:, -T5_TOKENS:] = below[i]
             encoded[texts[i]] = Prompt(tokens, torch.cat([first.pooled, second.pooled], dim=-1))
         return [encoded[prompt or ""] for prompt in prompts]
 
+    def lengthened(self, prompt: Prompt, tokens: int, empty: Prompt) -> Prompt:
+        return Prompt(lengthened(prompt.tokens, tokens, empty.tokens[:, :CLIP_TOKENS], behind=T5_TOKENS), prompt.pooled)
+
     @property
     def _shape(self) -> tuple[int, int]:
         """Rows of a prompt, and their width."""
-        return TOKENS + T5_TOKENS, self.part(Role.DENOISER).config["joint_attention_dim"]
+        return CLIP_TOKENS + T5_TOKENS, self.part(Role.DENOISER).config["joint_attention_dim"]
 
     def prepare(
         self, model: Any, streamer: Streamer, timesteps: Tensor, prompts: Sequence[Prompt], options: Options
@@ -136,11 +148,12 @@ def read(checkpoint: Checkpoint, name: str) -> StableDiffusion3:
     check_parts(checkpoint, _BASE, ["transformer"])
     config = read_config(checkpoint, "transformer", "SD3Transformer2DModel", bounds.check_sd3)
     kind = _Kind.of(checkpoint.name, config)
-    check_parts(checkpoint, kind.repository, [*_CLIPS, "vae"])
-    for tokenizer in _CLIPS.values():
+    clips = text_encoders(checkpoint, list(_CLIPS))
+    check_parts(checkpoint, kind.repository, [*clips, "vae"])
+    for tokenizer in _CLIPS.values() if checkpoint.reads_text else ():
         check_tokenizer(checkpoint.tokenizer(tokenizer), fetch_part(checkpoint, kind.repository, tokenizer))
     vae = read_config(checkpoint, "vae", "AutoencoderKL", bounds.check_vae)
-    texts = {part: read_config(checkpoint, part, None, bounds.check_text) for part in _CLIPS}
+    texts = {part: read_config(checkpoint, part, None, bounds.check_text) for part in clips}
     check_latents(checkpoint, config, vae)
     _check_widths(checkpoint, config, texts)
     spec = VaeSpec(checkpoint=checkpoint, part="vae", config=vae)
@@ -154,9 +167,9 @@ def read(checkpoint: Checkpoint, name: str) -> StableDiffusion3:
         for part, text in texts.items()
     ]  # fmt: skip
     notes = [kind.note] if kind.note else []
-    if checkpoint.has(T5):
+    if checkpoint.has(T5) if checkpoint.reads_text else checkpoint.has_weights(T5):
         encoders.append(_read_t5(checkpoint, kind, config))
-    else:
+    elif checkpoint.reads_text:
         fetch = fetch_part(checkpoint, kind.repository, T5, T5_TOKENIZER)
         notes.append(f"{T5} (T5) is not there: the prompt is read by CLIP alone; to add it, {fetch}")
     denoiser = Part(
@@ -166,7 +179,7 @@ def read(checkpoint: Checkpoint, name: str) -> StableDiffusion3:
     traits = Traits(
         title=kind.title, native=int(config.get("sample_size", 128)), granularity=PATCH, patch=PATCH, samples=1,
         channels=int(vae["latent_channels"]), width=config["num_attention_heads"] * config["attention_head_dim"],
-        flow=True, large_blocks=True, longest=PATCH * table_side(config),
+        flow=True, large_blocks=True, chunked=True, longest=PATCH * table_side(config),
         defaults=MappingProxyType(dict(kind.defaults)),
     )  # fmt: skip
     return StableDiffusion3(
@@ -178,7 +191,8 @@ def read(checkpoint: Checkpoint, name: str) -> StableDiffusion3:
 def _read_t5(checkpoint: Checkpoint, kind: _Kind, config: Mapping[str, Any]) -> Part:
     check_parts(checkpoint, kind.repository, [T5])
     part = t5.read_t5(checkpoint, T5, T5_TOKENS)
-    t5.check_tokenizer(checkpoint, T5_TOKENIZER, fetch_part(checkpoint, kind.repository, T5_TOKENIZER))
+    if checkpoint.reads_text:
+        t5.check_tokenizer(checkpoint, T5_TOKENIZER, fetch_part(checkpoint, kind.repository, T5_TOKENIZER))
     if (given := part.config["d_model"]) != config["joint_attention_dim"]:
         raise ModelError(
             f"{checkpoint.name}: the transformer expects text of width {config['joint_attention_dim']} (joint_attention_dim), "
@@ -221,6 +235,8 @@ def _check_widths(checkpoint: Checkpoint, config: Mapping[str, Any], texts: Mapp
             raise ModelError(
                 f"{checkpoint.folder / part}/config.json: this is {kind!r}; it must be a CLIP text encoder"
             )
+    if not texts:
+        return
     where = f"{checkpoint.folder / 'transformer'}/config.json"
     side_by_side, pooled = (
         sum(text["hidden_size"] for text in texts.values()),

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +22,12 @@ from tiler.compute.layers import StreamedLinear
 from tiler.errors import ModelError
 from tiler.memory.lean_imports import lean_imports
 from tiler.models import bounds
+from tiler.models.chunks import emphasised
 from tiler.models.family import Part, Role, read_config
 from tiler.models.meta import on_meta, refusing
+from tiler.models.reading import READING, Reading
+from tiler.request import Emphasis
+from tiler.request.prompt import Fragment, Sections
 from tiler.weights.checkpoint import Checkpoint
 from tiler.weights.flavours import read_json
 from tiler.weights.store import PIECE_ELEMENTS
@@ -91,34 +95,82 @@ def encode_t5(
     texts: Sequence[str],
     length: int,
     warn: Callable[[str], None],
+    reading: Reading = READING,
     *,
     keep_pads: bool,
+    clean: Callable[[str], str] = str,
 ) -> list[Tensor]:
-    """The last hidden state of each text, (1, tokens, d_model) fp32, by a streamed `encoder`.
+    """The last hidden state of each text, (1, tokens, d_model) fp32, by a streamed `encoder`, times its tokens' weights.
 
     A text is cut to `length` tokens, its end mark included; `warn` tells of it. With `keep_pads` it is padded to `length`, and
     its padding is looked at, as by a pipeline that gives the encoder no mask; else there is a row for each of its own tokens,
-    the same as a mask would give them. Raises ModelError where tokenizer and encoder do not belong together.
+    the same as a mask would give them. `clean` is what a pipeline makes of a text before it is tokenised. Raises ModelError
+    where tokenizer and encoder do not belong together.
     """
-    rows = [_tokens(tokenizer, text, length, warn, keep_pads=keep_pads) for text in texts]
-    if any(int(ids.max()) >= encoder.config.vocab_size for ids in rows):
+    read = [_read(tokenizer, text, length, warn, reading, keep_pads=keep_pads, clean=clean) for text in texts]
+    if any(int(tokens.ids.max()) >= encoder.config.vocab_size for tokens in read):
         raise ModelError("the tokenizer knows more words than the text encoder; they do not belong together")
     encoded: list[Tensor] = []
     with torch.no_grad():
-        for group in _groups(rows):
+        for group in _groups([tokens.ids for tokens in read]):
             encoded += _encode(encoder, group)
-    return encoded
+    # T5's encodings are not brought back to their mean, which is next to 0.
+    return [emphasised(states, tokens.weights, Emphasis.NO_NORM) for states, tokens in zip(encoded, read, strict=True)]
 
 
-def _tokens(tokenizer: Any, text: str, length: int, warn: Callable[[str], None], *, keep_pads: bool) -> Tensor:
-    """(1, n) ids."""
+class _Tokens(NamedTuple):
+    """(1, n) ids and n weights."""
+
+    ids: Tensor
+    weights: tuple[float, ...]
+
+
+def _read(
+    tokenizer: Any, text: str, length: int, warn: Callable[[str], None], reading: Reading, *, keep_pads: bool,
+    clean: Callable[[str], str],
+) -> _Tokens:  # fmt: skip
+    """A BREAK is a space: T5 knows no chunks. Fragments of other weights are tokenised by themselves."""
     # The tokenizer is not asked to look at megabytes of text just to say that they do not fit.
     short = text[: 40 * length]
-    if len(tokenizer(short).input_ids) > length or len(text) > len(short):
+    fragments = [f for f in _in_a_row(reading.sections(short, warn)) if f.text] or [Fragment("")]
+    before, after = _marks(tokenizer)
+    if len(fragments) == 1:  # marks and all by the tokenizer itself
+        marked = tokenizer(clean(fragments[0].text), verbose=False).input_ids
+        weights = [1.0] * len(before) + [fragments[0].weight] * (len(marked) - len(before) - len(after))
+    else:
+        rows = [tokenizer(clean(f.text), add_special_tokens=False, verbose=False).input_ids for f in fragments]
+        marked = [*before, *(i for row in rows for i in row), *after]
+        weights = [1.0] * len(before) + [f.weight for f, row in zip(fragments, rows, strict=True) for _ in row]
+    if len(marked) > length or len(text) > len(short):
         warn(f"the prompt is longer than {length} tokens and was cut for T5: {text[:40]!r}…")
-    padded = tokenizer(short, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-    ids: Tensor = padded.input_ids
-    return ids if keep_pads else ids[padded.attention_mask.bool()][None]
+    ids = [*marked[: length - len(after)], *after] if len(marked) > length else marked
+    if keep_pads:
+        ids = [*ids, *[tokenizer.pad_token_id] * (length - len(ids))]
+    weights = weights[: len(ids)]
+    return _Tokens(torch.tensor([ids]), (*weights, *[1.0] * (len(ids) - len(weights))))
+
+
+def _in_a_row(sections: Sections) -> Iterator[Fragment]:
+    """All fragments, a space between sections; neighbours of equal weight are one."""
+    last: Fragment | None = None
+    for section in sections:
+        for number, (text, weight) in enumerate(section):
+            joint = "" if number or last is None else " "
+            if last is None or last.weight != weight:
+                if last is not None:
+                    yield last
+                last = Fragment(text, weight)
+            else:
+                last = Fragment(last.text + joint + text, weight)
+    if last is not None:
+        yield last
+
+
+def _marks(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The ids that the tokenizer puts before a text, and behind it."""
+    bare, marked = (tokenizer("a", add_special_tokens=added).input_ids for added in (False, True))
+    first = next(i for i in range(len(marked)) if marked[i : i + len(bare)] == bare)
+    return marked[:first], marked[first + len(bare) :]
 
 
 def _groups(rows: list[Tensor]) -> Iterator[list[Tensor]]:

@@ -11,9 +11,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from tiler.request import ResolvedRequest
+from tiler.request import Emphasis, ResolvedRequest, ScheduleType
+from tiler.request.render import OF_THE_MACHINE
 
-_OF_THE_MACHINE = ("output", "save_latents", "cache_dir", "scratch", "force", "metadata")
+_EMPHASIS = {Emphasis.NO_NORM: "No norm", Emphasis.IGNORE: "Ignore", Emphasis.NONE: "None"}  # as A1111 writes them
+_NOT_TOLD = (*OF_THE_MACHINE, "metadata", "embd_dir", "model_dirs")
+_FILES = "model", "tiny_vae", "guide_image", "diffusion_model", "vae", "text_encoder", "clip_l", "clip_g", "t5xxl"
+
+XMP = "XML:com.adobe.xmp"  # the keyword of PNG (third edition), 11.3.3.4
+_TRAINED, _COMPOSITE = "trainedAlgorithmicMedia", "compositeWithTrainedAlgorithmicMedia"  # IPTC's digital source types
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +32,8 @@ class Facts:
     scheduler: str
     precision: str
     kernels: str  # whose arithmetic, and with which instructions
+    embeddings: Mapping[str, str]  # that the prompts name, and their hashes
+    clip_skip: bool  # whether the model has a choice of CLIP's layers
     begin: int  # the step at which the canvas starts; 0 without a guide
 
 
@@ -34,12 +42,13 @@ def texts(request: ResolvedRequest, facts: Facts) -> dict[str, str]:
     r = request
     fields: dict[str, object] = {
         "Steps": r.num_inference_steps, "Sampler": facts.scheduler.removesuffix(" Karras"),
-        **({"Schedule type": "Karras"} if facts.scheduler.endswith("Karras") else {}),
+        **({"Schedule type": spread} if (spread := _spread(r, facts)) is not None else {}),
         "CFG scale": r.guidance_scale, "Seed": r.seed, "Size": f"{r.width}x{r.height}", "Model": file_name(facts.model),
-        **({"Denoising strength": r.strength} if facts.begin else {}), "Version": f"tiler {metadata.version('tiler')}",
+        **({"Denoising strength": r.strength} if facts.begin else {}),
+        **_of_prompts(r, facts), "Version": f"tiler {metadata.version('tiler')}",
     }  # fmt: skip
-    said = {key: value for key, value in asdict(r).items() if key not in _OF_THE_MACHINE and value is not None}
-    for key in ("model", "tiny_vae", "guide_image"):
+    said = {key: value for key, value in asdict(r).items() if key not in _NOT_TOLD and value is not None}
+    for key in _FILES:
         if said.get(key) is not None:
             said[key] = file_name(said[key])
     found = {
@@ -50,10 +59,43 @@ def texts(request: ResolvedRequest, facts: Facts) -> dict[str, str]:
     }
     prompt = r.prompt if r.prompt is not None else " | ".join(region.prompt for region in r.regions)
     both = {
-        "parameters": infotext(prompt, r.negative_prompt or "", fields),
+        # Without RNG, readers take noise for a GPU's.
+        "parameters": infotext(prompt, r.negative_prompt or "", fields | {"RNG": "CPU"}),
         "tiler": json.dumps(said | found, default=_plain, ensure_ascii=False),
+        XMP: xmp(_COMPOSITE if r.guide_image is not None else _TRAINED),
     }
     return {key: _encodable(text) for key, text in both.items()}
+
+
+def _of_prompts(request: ResolvedRequest, facts: Facts) -> dict[str, object]:
+    """How the prompts were read, where that is not as usual."""
+    fields: dict[str, object] = {}
+    if facts.clip_skip and (request.clip_skip or 1) > 1:
+        fields["Clip skip"] = request.clip_skip
+    if request.canvas_prompt is not None:
+        fields["Hires prompt"] = request.canvas_prompt
+    if facts.embeddings:
+        fields["TI hashes"] = ", ".join(f"{name}: {digest}" for name, digest in facts.embeddings.items())
+    if request.emphasis is not Emphasis.ORIGINAL:
+        fields["Emphasis"] = _EMPHASIS[request.emphasis]
+    return fields
+
+
+def _spread(request: ResolvedRequest, facts: Facts) -> str | None:
+    """The schedule type by its name in A1111; None for that of the scheduler itself."""
+    if (asked := request.schedule_type) is not None:
+        return "SGM Uniform" if asked is ScheduleType.SGM_UNIFORM else asked.value.capitalize()
+    return "Karras" if facts.scheduler.endswith("Karras") else None
+
+
+def xmp(source_type: str) -> str:
+    """An XMP packet (ISO 16684-1) that says which part an algorithm has in the picture, by IPTC's NewsCodes."""
+    return (
+        '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?><x:xmpmeta xmlns:x="adobe:ns:meta/">'
+        '<rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><rdf:Description rdf:about="" '
+        'xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/" Iptc4xmpExt:DigitalSourceType='
+        f'"http://cv.iptc.org/newscodes/digitalsourcetype/{source_type}"/></rdf:RDF></x:xmpmeta><?xpacket end="r"?>'
+    )
 
 
 def infotext(prompt: str, negative_prompt: str, fields: Mapping[str, object]) -> str:

@@ -18,12 +18,14 @@ from tiler.compute.tuning import ARENA_BYTES, HEAP_SLACK, INT8_HOLES_BYTES, MAPP
 from tiler.decoding.method import DecodePlan, ScratchSpace, choose
 from tiler.models import family as families
 from tiler.models.built import Models
+from tiler.models.chunks import CLIP_TOKENS
 from tiler.models.family import Options, Part, Role, VaeSpec
+from tiler.models.samples import Sample, empty
 from tiler.planning.facts import Facts
 from tiler.planning.fit import Weight
 from tiler.planning.table import PhasePlan, Term
 from tiler.request import Decode, Precision, Wrap
-from tiler.weights.codecs import CODECS
+from tiler.weights.grouped import is_read
 from tiler.weights.index import TensorInfo
 from tiler.weights.store import PIECE_ELEMENTS, READ_AHEAD, match_index
 
@@ -46,7 +48,7 @@ def weights_terms(module: nn.Module, stored: Mapping[str, TensorInfo]) -> list[T
     pieces = (
         int(info.nbytes * min(1, PIECE_ELEMENTS / math.prod(info.shape)))
         for info in stored.values()
-        if info.dtype in CODECS and info.nbytes
+        if is_read(info) and info.nbytes
     )
     small = sum(
         p.numel() * 4
@@ -79,9 +81,12 @@ def _encoder_phase(models: Models, part: Part, fixed: list[Term]) -> PhasePlan:
 
 
 class DenoiserPeaks:
-    """The phases that use a family's denoiser, whose weights are held in `arena_bytes` for arithmetic in `precision`."""
+    """The phases that use a family's denoiser, whose weights are held in `arena_bytes` for arithmetic in `precision`; its prompts
+    have so many `chunks`."""
 
-    def __init__(self, models: Models, precision: Precision, *, arena_bytes: int | None = None) -> None:
+    def __init__(
+        self, models: Models, precision: Precision, *, arena_bytes: int | None = None, chunks: int = 1
+    ) -> None:
         self.family, part = models.family, models.family.part(Role.DENOISER)
         self.module, self.stored = models.module(part), dict(self.family.checkpoint.weights(part.name))
         match_index(self.module, self.stored, part.aliases)  # what is missing or misshapen is found before any work
@@ -93,6 +98,7 @@ class DenoiserPeaks:
         arena_bytes = arena_bytes or part.arena_bytes
         halves = bf16_keys(part, self.module, precision)
         self.streamer = Streamer(None, int8_keys=quantised, bf16_keys=halves, arena_bytes=arena_bytes, transform=True)
+        self._more_tokens = CLIP_TOKENS * (chunks - 1)
         self._activations: dict[tuple[tuple[int, ...], int, int], int] = {}
 
     @cached_property
@@ -111,12 +117,23 @@ class DenoiserPeaks:
         if key not in self._activations:
             with lent(self.module, self.streamer), MetaMeter() as meter, torch.no_grad():
                 timesteps = torch.empty(1, device="meta")
-                samples = self.family.example(tiles, (height, width))
+                samples = self._examples(tiles, height, width)
                 prompts = [sample.prompt for sample in samples]
                 prepared = self.family.prepare(self.module, self.streamer, timesteps, prompts, Options())
                 self.family.predict(self.module, self.streamer, samples, 0, prepared)
             self._activations[key] = meter.peak_bytes
         return self._activations[key]
+
+    def _examples(self, tiles: tuple[int, ...], height: int, width: int) -> list[Sample]:
+        """The family's, with prompts of all chunks."""
+        samples = self.family.example(tiles, (height, width))
+        if not self._more_tokens:
+            return samples
+        longer = {}
+        for prompt in (sample.prompt for sample in samples):
+            _, length, wide = prompt.tokens.shape
+            longer[id(prompt)] = prompt._replace(tokens=empty(1, length + self._more_tokens, wide))
+        return [sample._replace(prompt=longer[id(sample.prompt)]) for sample in samples]
 
     def phase(self, name: str, fixed: list[Term], tiles: list[int], batch: int, height: int, width: int) -> PhasePlan:
         """Denoising `tiles`, one for each sample, `batch` of them for each read of the weights."""

@@ -7,7 +7,9 @@ runs on meta tensors under a `MetaMeter`.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -21,6 +23,7 @@ from tiler.diffusion.schedulers import DiffusersSchedule
 from tiler.errors import UsageError
 from tiler.memory.tuning import MARGIN
 from tiler.models.built import Models
+from tiler.models.chunks import MOST_CHUNKS
 from tiler.models.family import Family, Role, VaeSpec
 from tiler.planning.facts import Facts
 from tiler.planning.fit import Streamed, largest_batch, with_resident
@@ -28,6 +31,7 @@ from tiler.planning.peaks import DenoiserPeaks, VaePeaks, text_phase
 from tiler.planning.table import MemoryPlan, PhasePlan, Term
 from tiler.planning.tiling import Tiling, pixels_of
 from tiler.request import Decode, GuideUpscale, Precision, ResolvedRequest, Scheduler, Wrap
+from tiler.request.wording import most_chunks
 
 ORDER = ("load guide", "encode prompts", "guide", "guide picture", "canvas", "decode")  # of the phases
 # Samples that share a read of the weights. A choice, no measurement: SD 1.5's share is then 0.1 GB each, beside seconds of
@@ -52,6 +56,7 @@ class RenderPlan(Tiling):
     precision_why: str
     scheduler: Scheduler  # never AUTO
     notes: tuple[str, ...]  # on the scheduler, for the user
+    encoded: bool  # whether all prompts are embedded already, and no text encoder is read
 
     @property
     def denoiser_calls(self) -> int:
@@ -65,8 +70,18 @@ class RenderPlan(Tiling):
         return sum(m.flops + m.attention_flops for name, m in self.methods.items() if name != "decode")
 
 
-def plan_render(request: ResolvedRequest, models: Models, tiling: Tiling, facts: Facts, max_bytes: int) -> RenderPlan:
-    """How `tiling`, the request's own, fits. The memory plan may still be over the ceiling: `plan.memory.check()` refuses.
+def plan_render(
+    request: ResolvedRequest,
+    models: Models,
+    tiling: Tiling,
+    facts: Facts,
+    max_bytes: int,
+    methods: Mapping[str, Decode] = MappingProxyType({}),
+    *,
+    encoded: bool = False,
+) -> RenderPlan:
+    """How `tiling`, the request's own, fits, its prompts `encoded` already or not. The memory plan may still be over the ceiling:
+    `plan.memory.check()` refuses. `methods`, by the names of RenderPlan's, are the autoencoder's ways that an earlier run has chosen.
 
     Raises UsageError for numbers of steps that do not go with the scheduler, and ModelError for a scheduler config or weights
     that no work should begin with.
@@ -84,10 +99,12 @@ def plan_render(request: ResolvedRequest, models: Models, tiling: Tiling, facts:
     per_step = len(canvas_samples)
 
     precision, precision_why = choose_precision(request.precision, family, facts.int8, bf16=facts.bf16)
-    sampler = DenoiserPeaks(models, precision)
-    tight = DenoiserPeaks(models, precision, arena_bytes=TIGHT_ARENA_BYTES)
+    chunks = most_chunks(tiling.texts, MOST_CHUNKS) if family.traits.chunked else 1
+    chunks += request.embd_dir is not None and family.traits.embeddings  # whose vectors the words do not tell
+    sampler = DenoiserPeaks(models, precision, chunks=chunks)
+    tight = DenoiserPeaks(models, precision, arena_bytes=TIGHT_ARENA_BYTES, chunks=chunks)
     fixed = [facts.libraries]
-    coding = _plan_coding(request, models, tiling, facts)
+    coding = _plan_coding(request, models, tiling, facts, methods)
     masks = min(MASKS_KEPT, max(map(len, (tiling.regions, *tiling.canvas_steps[-1:]))))
     canvas_bytes = 4 * family.latent_channels * math.prod(tiling.canvas) * 6 + 4 * math.prod(tile) * masks
     denoising = [*fixed, Term(name="canvas", nbytes=canvas_bytes)]
@@ -109,7 +126,9 @@ def plan_render(request: ResolvedRequest, models: Models, tiling: Tiling, facts:
     batch = batch_of("canvas", min(most, per_step))
     batch = math.ceil(per_step / math.ceil(per_step / batch))  # passes of equal size
     guide_batch = 1 if guide is None else batch_of("guide", min(most, len(guide_samples)))
-    encoding = text_phase(models, [facts.text_libraries])
+    encoding = PhasePlan(name="encode prompts", terms=(facts.text_libraries,))
+    if not encoded:
+        encoding = text_phase(models, [facts.text_libraries])
     if facts.guide_pixels:  # the user's picture is loaded first, and waits while prompts are encoded
         picture = Term(name="picture", nbytes=3 * facts.guide_pixels)
         loading = Term(name="picture", nbytes=facts.guide_load_bytes)
@@ -134,6 +153,7 @@ def plan_render(request: ResolvedRequest, models: Models, tiling: Tiling, facts:
     return RenderPlan(
         **vars(tiling),
         family=family,
+        encoded=encoded,
         batch=batch,
         resident=resident,
         decoder=models.decoder,
@@ -167,23 +187,26 @@ class _Coding(NamedTuple):
     phases: list[_CodingPhase]
 
 
-def _plan_coding(request: ResolvedRequest, models: Models, tiling: Tiling, facts: Facts) -> _Coding:
+def _plan_coding(
+    request: ResolvedRequest, models: Models, tiling: Tiling, facts: Facts, chosen: Mapping[str, Decode]
+) -> _Coding:
     space = ScratchSpace(request.scratch_folder, facts.scratch_free_bytes, request.scratch_dtype)
     own = models.family.autoencoder
     vae = VaePeaks(models, own, facts)
     decoder = vae if models.decoder is own else VaePeaks(models, models.decoder, facts)
     canvas, guide, wrap = tiling.canvas, tiling.guide, request.wrap
-    methods = {"decode": decoder.choose(request.decode, canvas, space, wrap=wrap)}
+    methods = {"decode": decoder.choose(chosen.get("decode", request.decode), canvas, space, wrap=wrap)}
     decoding = decoder.phase("decode", canvas, methods["decode"])
     phases = [_CodingPhase(decoding, Streamed(decoder.decoder_weights, decoder.spec.weights))]
     if (guide is None and request.guide_image is None) or request.guide_upscale is not GuideUpscale.PIXEL:
         return _Coding(methods, phases)
     wanted = Decode.AUTO if request.decode is Decode.TINY else request.decode
-    methods["guide picture"] = vae.choose(wanted, canvas, space, encoding=True, wrap=wrap)
+    encoding = chosen.get("guide picture", wanted)
+    methods["guide picture"] = vae.choose(encoding, canvas, space, encoding=True, wrap=wrap)
     pixels = facts.guide_pixels if guide is None else math.prod(pixels_of(guide[:2]))
     pictures = [vae.phase("guide picture", canvas, methods["guide picture"], pixels)]
     if guide is not None:  # the same phase decodes the guide first
-        methods["guide decoded"] = vae.choose(wanted, guide[:2], space, wrap=wrap)
+        methods["guide decoded"] = vae.choose(chosen.get("guide decoded", wanted), guide[:2], space, wrap=wrap)
         pictures.append(vae.phase("guide picture", guide[:2], methods["guide decoded"]))
     largest = max(pictures, key=lambda phase: phase.peak_bytes)
     return _Coding(methods, [*phases, _CodingPhase(largest, Streamed(vae.weights, vae.spec.weights))])
@@ -193,7 +216,11 @@ def build_schedule(request: ResolvedRequest, family: Family) -> DiffusersSchedul
     """The schedule of a render, checked to the end. Raises UsageError, ModelError."""
     asked, config, steps, traits = request.scheduler, family.scheduler, request.num_inference_steps, family.traits
     if not traits.flow:
-        return schedulers.build(asked, config, steps, correct=traits.old_schedulers)
+        return schedulers.build(
+            asked, config, steps, correct=traits.old_schedulers, schedule_type=request.schedule_type
+        )
+    if request.schedule_type is not None:
+        raise UsageError(f"--schedule-type {request.schedule_type} is not for flow-matching models; leave it out")
     return flow.build(asked, config, steps, tokens=traits.tokens, even_sigmas=traits.even_sigmas)
 
 

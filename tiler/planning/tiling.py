@@ -13,6 +13,8 @@ from tiler.diffusion.tiles import Steps, Tiles, guide_tiles, latents_of, plan_ti
 from tiler.errors import UsageError
 from tiler.models.family import Family, Guidance
 from tiler.request import Layout, ResolvedRequest
+from tiler.request.prompt import Stage
+from tiler.request.wording import Wording, canvas_conditions, guide_conditions
 
 SMALLEST = 4  # granules along a tile's side: below 256 px Stable Diffusion draws nothing of use
 
@@ -28,6 +30,8 @@ class Tiling:
     begin: int
     guide_steps: Steps
     canvas_steps: Steps
+    guide_wording: Wording | None
+    canvas_wording: Wording
 
     @property
     def guide_samples(self) -> int:
@@ -40,6 +44,12 @@ class Tiling:
     @property
     def denoiser_samples(self) -> int:
         return self.guide_samples + self.canvas_samples
+
+    @property
+    def texts(self) -> list[str | None]:
+        """All that is said at any step, each text once; None is a negative prompt that was not given."""
+        both = (wording for wording in (self.guide_wording, self.canvas_wording) if wording is not None)
+        return list(dict.fromkeys(text for wording in both for text in wording.texts()))
 
 
 def plan_tiling(request: ResolvedRequest, family: Family) -> Tiling:
@@ -63,7 +73,8 @@ def plan_tiling(request: ResolvedRequest, family: Family) -> Tiling:
     begin = first_step(steps, request.strength) if guided else 0
     guide_steps = Steps(regions, request, range(0))
     if guide is not None:
-        tiles = guide_tiles(guide[:2], request.wrap, request.guidance_scale, patch)
+        prompts = len(guide_conditions(request)[0].prompts)
+        tiles = guide_tiles(guide[:2], request.wrap, request.guidance_scale, patch, prompts)
         guide_steps = Steps(replace(tiles, unconditional=unconditional), request, range(steps))
     return Tiling(
         canvas=canvas,
@@ -73,6 +84,10 @@ def plan_tiling(request: ResolvedRequest, family: Family) -> Tiling:
         begin=begin,
         guide_steps=guide_steps,
         canvas_steps=Steps(regions, request, range(begin, steps), last),
+        guide_wording=None if guide is None else Wording(guide_conditions(request), Stage(steps), unconditional),
+        canvas_wording=Wording(
+            canvas_conditions(request), Stage(steps - begin, 0 if guide is None else steps), unconditional
+        ),
     )
 
 

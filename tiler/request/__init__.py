@@ -9,18 +9,21 @@ from tiler.request.choices import (
     PIXEL_STEP,
     PRESETS,
     Decode,
+    Emphasis,
     GuideUpscale,
     Layout,
     Mask,
     Precision,
     Preset,
     Scheduler,
+    ScheduleType,
     ScratchDtype,
     TileConditioning,
     Wrap,
     parse_scheduler,
 )
-from tiler.request.decode import DecodeRequest, QuantizeRequest
+from tiler.request.decode import DecodeRequest, DoctorRequest, EncodeRequest, QuantizeRequest
+from tiler.request.model import ModelOptions, Prediction
 from tiler.request.regions import Region, read_regions
 from tiler.request.render import RenderRequest, ResolvedRequest
 
@@ -32,15 +35,21 @@ __all__ = [
     "PRESETS",
     "Decode",
     "DecodeRequest",
+    "DoctorRequest",
+    "Emphasis",
+    "EncodeRequest",
     "GuideUpscale",
     "Layout",
     "Mask",
+    "ModelOptions",
     "Precision",
+    "Prediction",
     "Preset",
     "QuantizeRequest",
     "Region",
     "RenderRequest",
     "ResolvedRequest",
+    "ScheduleType",
     "Scheduler",
     "ScratchDtype",
     "TileConditioning",

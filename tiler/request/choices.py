@@ -12,7 +12,8 @@ from tiler.errors import UsageError
 PIXEL_STEP = 8  # px: sides of a canvas and of its regions are multiples of this
 MAX_SIDE = 65_536  # px
 MAX_STEPS = 1_000
-MAX_SEED = 2**63 - 1
+MAX_CLIP_SKIP = 64  # above the layers of any CLIP
+MAX_SEED = 2**64 - 1
 
 
 class Mask(StrEnum):
@@ -32,8 +33,21 @@ class Scheduler(StrEnum):
     EULER_A = "Euler a"
     DPMPP_2M = "DPM++ 2M"
     DPMPP_2M_KARRAS = "DPM++ 2M Karras"
+    DPMPP_2M_SDE = "DPM++ 2M SDE"
+    DPMPP_SDE = "DPM++ SDE"
     UNIPC = "UniPC"
     LCM = "LCM"
+
+
+class ScheduleType(StrEnum):
+    """How noise levels are spread over the steps, by AUTOMATIC1111's names; the last two are one: steps of equal length that end
+    at the last trained timestep."""
+
+    KARRAS = "karras"
+    EXPONENTIAL = "exponential"
+    BETA = "beta"
+    SGM_UNIFORM = "sgm_uniform"
+    SIMPLE = "simple"
 
 
 class Wrap(StrEnum):
@@ -75,6 +89,14 @@ class Decode(StrEnum):
     TINY = "tiny"
 
 
+class Weights(StrEnum):
+    """How `tiler quantize` stores weights: optimum-quanto's qint8, qfloat8 and qint4."""
+
+    INT8 = "int8"
+    FP8 = "fp8"
+    INT4 = "int4"
+
+
 class Precision(StrEnum):
     """What the UNet's layers are computed in; AUTO takes int8 where the processor has dot products of 8-bit integers, and the
     UNet is not so narrow that they save nothing."""
@@ -91,6 +113,16 @@ class Preset(StrEnum):
     QUALITY = "quality"
     BALANCED = "balanced"
     FAST = "fast"
+
+
+class Emphasis(StrEnum):
+    """What weights like (word:1.3) do: scale encodings and bring these back to their mean; scale them alone; nothing, the syntax
+    being cut out; or brackets are text."""
+
+    ORIGINAL = "original"
+    NO_NORM = "no-norm"
+    IGNORE = "ignore"
+    NONE = "none"
 
 
 class TileConditioning(StrEnum):
@@ -134,7 +166,18 @@ def parse_scheduler(name: str) -> Scheduler:
             return scheduler
     if (known := _DIFFUSERS_NAMES.get(folded.replace(" ", ""))) is not None:
         return known
+    sampler, _, kind = folded.rpartition(" ")
+    if kind in tuple(ScheduleType) and any(sampler == s.value.lower() for s in Scheduler):
+        raise UsageError(f"unknown scheduler {name!r}; write {name.rpartition(' ')[0]!r} and --schedule-type {kind}")
     raise UsageError(f"unknown scheduler {name!r}; choose one of {', '.join(s.value for s in Scheduler)}")
+
+
+def parse_schedule_type(name: str) -> ScheduleType:
+    """A name in any case, like `SGM Uniform`. Raises UsageError."""
+    folded = "_".join(name.lower().split())
+    if folded in tuple(ScheduleType):
+        return ScheduleType(folded)
+    raise UsageError(f"unknown schedule type {name!r}; choose one of {', '.join(ScheduleType)}")
 
 
 def check_decode(decode: Decode, tiny_vae: str | None) -> None:
@@ -143,6 +186,12 @@ def check_decode(decode: Decode, tiny_vae: str | None) -> None:
         raise UsageError(
             "--decode tiny and --tiny-vae FOLDER go together; give both (taesd is made for SD 1.x and 2.x)"
         )
+
+
+def check_text(text: str) -> None:
+    """Raises UsageError for a prompt with characters that no tokenizer takes."""
+    if "\0" in text or any(0xD800 <= ord(c) <= 0xDFFF for c in text):
+        raise UsageError("a prompt holds a NUL or half a surrogate pair; remove it")
 
 
 def parse_interval(text: str) -> tuple[float, float]:

@@ -8,32 +8,51 @@ from pathlib import Path
 from tiler.errors import UsageError
 from tiler.request import shared
 from tiler.request.choices import (
+    MAX_CLIP_SKIP,
     MAX_SEED,
     MAX_SIDE,
     MAX_STEPS,
     PIXEL_STEP,
     Decode,
+    Emphasis,
     GuideUpscale,
     Layout,
     Mask,
     Precision,
     Preset,
     Scheduler,
+    ScheduleType,
     ScratchDtype,
     TileConditioning,
     Wrap,
     check_decode,
+    check_text,
     parse_interval,
+    parse_schedule_type,
     parse_scheduler,
     within,
 )
+from tiler.request.model import ModelOptions
 from tiler.request.options import Option, Panel, coerce, option
 from tiler.request.paper import parse_length, parse_paper
 from tiler.request.regions import Region
 
+# Fields that say where and how a picture is made; all others decide its bytes.
+OF_THE_MACHINE = (
+    "output",
+    "save_latents",
+    "cache_dir",
+    "prompt_embeds",
+    "scratch",
+    "force",
+    "restart",
+    "keep_job",
+    "job_dir",
+)
+
 
 @dataclass(frozen=True, kw_only=True)
-class RenderRequest:
+class RenderRequest(ModelOptions):
     """What was said about a picture; None where nothing was said.
 
     `tiler.planning.resolve` fills the gaps, in this order: the preset, the model folder's tiler.toml, the model family. Lengths in
@@ -41,8 +60,30 @@ class RenderRequest:
     ends with the picture; `attention_window` is in latents. Raises UsageError for a value that no model could take.
     """
 
-    prompt: str | None = option(None, Option("What to draw.", Panel.PICTURE, (), metavar="PROMPT"))
+    prompt: str | None = option(
+        None,
+        Option(
+            "What to draw. As in A1111: (more:1.3), [less], [from:to:0.5], [a|b], BREAK, AND; \\( is a bracket.",
+            Panel.PICTURE, (), metavar="PROMPT",
+        ),
+    )  # fmt: skip
     negative_prompt: str | None = option(None, Option("What not to draw.", Panel.PICTURE, ("--negative-prompt", "-n")))
+    prompt_embeds: Path | None = option(
+        None,
+        Option(
+            "Prompts that `tiler encode` encoded: no text encoder is read, nor needs to be there. Without a PROMPT "
+            "the file's own is drawn.",
+            Panel.PICTURE, ("--prompt-embeds",), metavar="FILE",
+        ),
+    )  # fmt: skip
+    canvas_prompt: str | None = option(
+        None,
+        Option(
+            "What to draw in the tiles, after a guide of PROMPT: leave the subject out, and no tile repeats it.",
+            Panel.PICTURE, ("--canvas-prompt",), metavar="TEXT",
+        ),
+    )  # fmt: skip
+    emphasis: Emphasis = option(Emphasis.ORIGINAL, shared.EMPHASIS)
     regions: tuple[Region, ...] = option(
         (),
         Option(
@@ -82,9 +123,6 @@ class RenderRequest:
         ),
     )
 
-    model: str = option("mini", shared.MODEL)
-    variant: str | None = option(None, shared.VARIANT)
-    revision: str | None = option(None, shared.REVISION)
     tiny_vae: str | None = option(None, shared.TINY_VAE)
 
     preset: Preset | None = option(
@@ -121,11 +159,13 @@ class RenderRequest:
             Panel.SAMPLING, ("--strength",), default="the model's, mostly 0.5",
         ),
     )  # fmt: skip
+    embd_dir: Path | None = option(None, shared.EMBD_DIR)
+    clip_skip: int | None = option(None, shared.CLIP_SKIP)
     scheduler: Scheduler | None = option(
         None,
         Option(
-            "DDIM, Euler, Euler a, DPM++ 2M, DPM++ 2M Karras, UniPC, LCM, or auto: the model's own, and DPM++ 2M Karras where "
-            "that is none of these.",
+            "DDIM, Euler, Euler a, DPM++ 2M, DPM++ 2M Karras, DPM++ 2M SDE, DPM++ SDE, UniPC, LCM, or auto: the model's own, and "
+            "DPM++ 2M Karras where that is none of these.",
             Panel.SAMPLING,
             ("--scheduler", "--sampling-method"),
             parse=parse_scheduler,
@@ -133,6 +173,13 @@ class RenderRequest:
             default="auto",
         ),
     )
+    schedule_type: ScheduleType | None = option(
+        None,
+        Option(
+            "How noise levels are spread over the steps: karras, exponential, beta, sgm_uniform or simple.",
+            Panel.SAMPLING, ("--schedule-type",), parse=parse_schedule_type, metavar="NAME", default="the scheduler's",
+        ),
+    )  # fmt: skip
     guide_image: Path | None = option(
         None, Option("A picture to use as the guide instead of a low-resolution pass.", Panel.SAMPLING, ("--guide",))
     )
@@ -197,7 +244,7 @@ class RenderRequest:
             ("--precision",),
         ),
     )
-    cache_dir: Path | None = option(None, shared.CACHE_DIR)
+    cache_dir: Path | None = option(None, shared.RENDER_CACHE_DIR)
     decode: Decode = option(Decode.AUTO, shared.DECODE)
     scratch: Path | None = option(None, shared.SCRATCH)
     scratch_dtype: ScratchDtype = option(ScratchDtype.FP16, shared.SCRATCH_DTYPE)
@@ -208,6 +255,16 @@ class RenderRequest:
     )
     metadata: bool = option(True, shared.METADATA)
     force: bool = option(False, shared.FORCE)
+    restart: bool = option(
+        False, Option("Begin anew where an interrupted job of this picture was left.", Panel.OUTPUT, ("--restart",))
+    )  # fmt: skip
+    keep_job: bool = option(
+        False, Option("Keep the job's folder when the picture is finished.", Panel.OUTPUT, ("--keep-job",))
+    )  # fmt: skip
+    job_dir: Path | None = option(
+        None,
+        Option("Folder for the jobs of interrupted runs.", Panel.OUTPUT, ("--job-dir",), default="beside the output"),
+    )
 
     def __post_init__(self) -> None:
         coerce(self)
@@ -220,6 +277,7 @@ class RenderRequest:
         within("strength", self.strength, 0, 1)
         within("seed", self.seed, 0, MAX_SEED)
         within("dpi", self.dpi, 1, 10_000)
+        within("clip-skip", self.clip_skip, 1, MAX_CLIP_SKIP)
         within("attention-window", self.attention_window, 4, MAX_SIDE, "latents")
         if self.overlap is not None and (self.overlap < 0 or self.overlap % PIXEL_STEP):
             raise UsageError(f"overlap = {self.overlap} must be a multiple of {PIXEL_STEP} pixels, 0 or more")
@@ -234,13 +292,18 @@ class RenderRequest:
         for flag, path in (("--output", self.output), ("--save-latents", self.save_latents)):
             if path is not None and taken.setdefault(path.absolute(), flag) != flag:
                 raise UsageError(f"{path}: --output and {flag} name the same file; give another name")
-        texts = (self.prompt, self.negative_prompt, *(t for r in self.regions for t in (r.prompt, r.negative_prompt)))
+        said = self.prompt, self.negative_prompt, self.canvas_prompt
+        texts = (*said, *(t for r in self.regions for t in (r.prompt, r.negative_prompt)))
         for text in texts:
-            if text and ("\0" in text or any(0xD800 <= ord(c) <= 0xDFFF for c in text)):
-                raise UsageError("a prompt holds a NUL or half a surrogate pair; remove it")
+            check_text(text or "")
 
     def _check_combinations(self) -> None:
         check_decode(self.decode, self.tiny_vae)
+        changed = ("--clip-skip", self.clip_skip), ("--embd-dir", self.embd_dir)
+        given = [flag for flag, value in changed if value is not None]
+        given += ["--emphasis"] if self.emphasis is not Emphasis.ORIGINAL else []
+        if self.prompt_embeds is not None and given:
+            raise UsageError(f"the prompts of --prompt-embeds are encoded already: give {given[0]} to `tiler encode`")
         self._check_sheet()
         if self.layout is Layout.SHIFT and (self.overlap is not None or self.regions):
             raise UsageError(
@@ -290,6 +353,8 @@ class ResolvedRequest(RenderRequest):
                 )
         if self.prompt is None and not self.regions:
             raise UsageError("there is nothing to draw: give a prompt, or a --regions file with prompts")
+        if self.prompt is None and self.canvas_prompt is not None:
+            raise UsageError("--canvas-prompt is for the tiles after a guide of the PROMPT; give one")
         for region in self.regions:
             if region.rows[1] > self.height or region.cols[1] > self.width:
                 raise UsageError(

@@ -5,24 +5,39 @@ Reads JSON and safetensors only; a pickle is refused. Knows file names, not what
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from tiler.errors import ModelError
 from tiler.weights import hub
-from tiler.weights.flavours import PICKLES, WEIGHTS, choose_flavour, find_weights, flavours, names_in, read_json
+from tiler.weights.flavours import (
+    MAX_INDEX_BYTES,
+    PICKLES,
+    WEIGHTS,
+    choose_flavour,
+    find_weights,
+    flavours,
+    names_in,
+    read_json,
+)
+from tiler.weights.folders import find_model, near_names
 from tiler.weights.index import TensorInfo, merge_indexes
+from tiler.weights.layouts import check_map, understood
 from tiler.weights.places import expand
+
+QUANTO_MAP = "quanto_qmap.json"  # which modules optimum-quanto quantised, and how
 
 
 @dataclass(frozen=True, kw_only=True)
 class PartSource:
-    """A part that is no folder: its config, and where its parameters lie."""
+    """A part that is no folder of the checkpoint: its config, and where its parameters lie, in files of any kind. `label` says for
+    people where it comes from, and by what that was decided."""
 
     config: Mapping[str, Any]
     index: Mapping[str, TensorInfo] = field(default_factory=dict)
+    label: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,16 +54,27 @@ class Checkpoint:
     file: Path | None = None
     sources: Mapping[str, PartSource] = field(default_factory=dict)
     tokenizers: Mapping[str, Path] = field(default_factory=dict)  # folders that stand in for the checkpoint's own
+    reads_text: bool = True  # False where nothing is to be encoded: text encoders and tokenizers may be missing
 
     def with_sources(
         self, sources: Mapping[str, PartSource], tokenizers: Mapping[str, Path], notes: tuple[str, ...]
     ) -> Checkpoint:
         """This checkpoint, its parts found, and more notes."""
+        sources, tokenizers = {**self.sources, **sources}, {**self.tokenizers, **tokenizers}
         return replace(self, sources=sources, tokenizers=tokenizers, notes=(*self.notes, *notes))
 
     def has(self, part: str) -> bool:
         """Whether there is such a part."""
         return part in self.sources or (self.file is None and (self.folder / part).is_dir())
+
+    def has_weights(self, part: str) -> bool:
+        """Whether a part's config and weights are there."""
+        if part in self.sources:
+            return True
+        try:
+            return self.file is None and (self.folder / part / "config.json").is_file() and bool(self.weights(part))
+        except ModelError:
+            return False
 
     def tokenizer(self, part: str) -> Path:
         """The folder of a tokenizer's files."""
@@ -61,10 +87,14 @@ class Checkpoint:
         return read_json(self.folder / part / file)
 
     def weights(self, part: str) -> dict[str, TensorInfo]:
-        """The index of one part's weight files. Raises ModelError."""
+        """The index of one part's weight files, of which a quantised weight is one tensor (layouts.py). Raises ModelError."""
         if part in self.sources:
             return dict(self.sources[part].index)
-        return merge_indexes(list(find_weights(self.folder / part, self.variant, self._fetch(part)).files))
+        folder = self.folder / part
+        index = understood(merge_indexes(list(find_weights(folder, self.variant, self._fetch(part)).files)))
+        if (path := folder / QUANTO_MAP).is_file():
+            check_map(path, index, read_json(path, MAX_INDEX_BYTES))
+        return index
 
     def _fetch(self, part: str) -> str:
         if self.repository is None:
@@ -74,12 +104,28 @@ class Checkpoint:
         return f"run: hf download {self.repository} --include '{pattern}'{options}"
 
 
-def resolve(model: str, *, variant: str | None = None, revision: str | None = None) -> Checkpoint:
-    """`mini`, a folder, a file, or a hub id → Checkpoint. Raises ModelError, OfflineError, StorageError."""
+def resolve(
+    model: str,
+    *,
+    variant: str | None = None,
+    revision: str | None = None,
+    folders: Sequence[Path] = (),
+    reads_text: bool = True,
+) -> Checkpoint:
+    """`mini`, a folder, a file, the name of a model in `folders`, or a hub id → Checkpoint. Where no prompt is to be encoded, its
+    text encoders need not be there. Raises ModelError, OfflineError, StorageError."""
+    return replace(_resolve(model, variant, revision, folders, reads_text=reads_text), reads_text=reads_text)
+
+
+def _resolve(
+    model: str, variant: str | None, revision: str | None, folders: Sequence[Path], *, reads_text: bool
+) -> Checkpoint:
     if model == "mini":
         folder = Path(__file__).parents[1] / "models" / "mini"
         return Checkpoint(name="mini", folder=folder, variant=None)
     path = expand(model)
+    if not path.exists() and (known := find_model(model, folders)) is not None:
+        path = known
     if path.is_dir():
         if (cached := hub.cached_repository(path, revision)) is not None:
             return _checkpoint(cached[0], cached[1], variant, repository=cached[0])
@@ -93,10 +139,24 @@ def resolve(model: str, *, variant: str | None = None, revision: str | None = No
             )
         return Checkpoint(name=model, folder=path.parent, variant=None, file=path)
     if not hub.is_hub_id(model):
-        raise ModelError(
-            f"{model}: no such folder; --model takes `mini`, a folder in diffusers layout, a file or a hub id like org/name"
+        raise ModelError(_not_found(model, folders))
+    folder = hub.from_hub(model, variant, revision, reads_text=reads_text)
+    return _checkpoint(model, folder, variant, repository=model)
+
+
+def _not_found(model: str, folders: Sequence[Path]) -> str:
+    """What to do about a model that is not there."""
+    if "/" in model or not folders:
+        hint = "" if folders else "; $TILER_MODEL_DIRS or --model-dir names folders to look in"
+        return (
+            f"{model}: no such folder or file; --model takes `mini`, a folder in diffusers layout, a file, the name of one in "
+            f"--model-dir, or a hub id like org/name{hint}"
         )
-    return _checkpoint(model, hub.from_hub(model, variant, revision), variant, repository=model)
+    near, where = near_names(model, folders), ", ".join(map(str, folders))
+    said = f"; did you mean {' or '.join(near)}?" if near else "; `tiler models` lists what is there,"
+    return (
+        f"{model}: no model of this name in {where}{said} To download one: hf download ORG/NAME, then --model ORG/NAME"
+    )
 
 
 def resolve_part(model: str) -> Checkpoint:

@@ -1,7 +1,8 @@
 """The index of a safetensors file: validated before a byte of weights is read.
 
 Format: 8 bytes little-endian header length, JSON header, tensor data (github.com/huggingface/safetensors, "Format").
-The checks are stricter than the library's: duplicate names and trailing bytes are refused too.
+The checks are stricter than the library's in one point, duplicate names, and milder in another: bytes behind the last tensor, which
+some published files have, are never read, and `trailing_bytes` counts them.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import json
 import math
 import os
 import stat
+from array import array
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,22 +22,43 @@ MAX_HEADER_BYTES = 100_000_000
 MAX_RANK = 8
 DTYPE_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
-    "U16": 2, "U32": 4, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1,
+    "U16": 2, "U32": 4, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1,
 }  # fmt: skip
 
 
 class Source(NamedTuple):
-    """`rows` rows of a tensor, contiguous from byte `offset` of `path`."""
+    """`rows` rows of a tensor, contiguous from byte `offset` of `path`. Of values that share their bytes with those of other rows,
+    theirs are `shift` bits up."""
 
     path: Path
     offset: int
     rows: int
+    shift: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Nested:
+    """The tables of a tensor whose values, and whose blocks' factors, are numbers of entries (bitsandbytes): a block is `values`
+    of 4 bits each. Its factor is a number itself, or one of `factors` × the factor of `factors_of` blocks + `offset`. `start` is
+    the byte of the file where the tensor begins."""
+
+    table: array[float]
+    values: int
+    start: int
+    factors: array[float] | None = None
+    factors_of: int = 1
+    factors_factors: array[float] | None = None
+    offset: float = 0.0
 
 
 class TensorInfo(NamedTuple):
-    """Where one tensor lies, and how: `dtype` names its codec (codecs.py), `nbytes` is what it takes in files. Its rows, those of
-    the first axis, stand in one place or in several; a tensor without axes is one row. One that is `blocked` lies in the order
-    of blocks.py; its shape is the weight's own once `match_index` has seen it."""
+    """Where one tensor lies, and how: `dtype` names its codec (codecs.py), `nbytes` is what it takes in files. Its
+    rows, those of the first axis, stand in one place or in several; a tensor without axes is one row. One that is
+    `blocked` lies in the order of blocks.py; its shape is the weight's own once `match_index` has seen it.
+
+    `scale` multiplies it: one factor, or one for each row. What lies `beside` it has as many rows, without which its
+    own cannot be decoded, and counts in `nbytes`; `nested` is what all of them need (layouts.py). One that is
+    `transposed` lies column by column of its shape, and is read as a whole."""
 
     name: str
     dtype: str
@@ -42,6 +66,10 @@ class TensorInfo(NamedTuple):
     sources: tuple[Source, ...]
     nbytes: int
     blocked: bool = False
+    scale: TensorInfo | None = None
+    beside: tuple[TensorInfo, ...] = ()
+    nested: Nested | None = None
+    transposed: bool = False
 
     @property
     def path(self) -> Path:
@@ -54,17 +82,22 @@ class TensorInfo(NamedTuple):
         return self.sources[0].offset
 
     def bytes_of(self, rows: int) -> int:
-        """What so many rows take. Of rows that are no whole blocks, only numbers that are may be asked for: multiples of 32 are."""
+        """What so many rows take. Of rows that are no whole blocks, only numbers that are may be asked for: multiples
+        of 32 are."""
         return self.nbytes * rows // max(1, self.shape[0] if self.shape else 1)
 
+    def alone(self) -> TensorInfo:
+        """Without what lies beside it."""
+        return self._replace(beside=(), nbytes=self.nbytes - sum(other.nbytes for other in self.beside))
+
     def places(self, first: int, last: int) -> list[Source]:
-        """Where rows [first, last) lie."""
-        found, start = [], 0
-        for path, offset, rows in self.sources:
-            begin, end = max(first - start, 0), min(last - start, rows)
+        """Where rows [first, last) lie, without what is beside them."""
+        alone, found, start = self.alone(), [], 0
+        for source in self.sources:
+            begin, end = max(first - start, 0), min(last - start, source.rows)
             if begin < end:
-                found.append(Source(path, offset + self.bytes_of(begin), end - begin))
-            start += rows
+                found.append(source._replace(offset=source.offset + alone.bytes_of(begin), rows=end - begin))
+            start += source.rows
         return found
 
     def reshaped(self, shape: tuple[int, ...]) -> TensorInfo:
@@ -75,8 +108,14 @@ class TensorInfo(NamedTuple):
 
     def cut(self, first: int, last: int) -> TensorInfo:
         """Rows [first, last) as a tensor of their own."""
-        sources, rows = tuple(self.places(first, last)), last - first
-        return self._replace(shape=(rows, *self.shape[1:]), sources=sources, nbytes=self.bytes_of(rows))
+        sources, rows, scale = tuple(self.places(first, last)), last - first, self.scale
+        return self._replace(
+            shape=(rows, *self.shape[1:]),
+            sources=sources,
+            nbytes=self.bytes_of(rows),
+            scale=scale if scale is None or math.prod(scale.shape) == 1 else scale.cut(first, last),
+            beside=tuple(other.cut(first, last) for other in self.beside),
+        )
 
 
 def open_regular(path: Path) -> int:
@@ -105,6 +144,12 @@ def read_index(path: Path) -> dict[str, TensorInfo]:
     """The tensors of one safetensors file by name. Raises ModelError for every way the file can be bad."""
     header, data_start, size = _header(path)
     return _validate(path, header, data_start=data_start, size=size)
+
+
+def trailing_bytes(path: Path) -> int:
+    """How many bytes follow the last tensor of a safetensors file. Raises ModelError."""
+    index, size = read_index(path), path.stat().st_size
+    return size - max((info.offset + info.nbytes for info in index.values()), default=size)
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -151,7 +196,7 @@ def _sniff(head: bytes, length: int, size: int) -> str:
     if head.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x04")):
         return "this is a pickle checkpoint under a safetensors name; tiler reads safetensors only"
     if head.startswith(b"GGUF"):
-        return "this is a GGUF file; tiler reads safetensors only"
+        return "this is a GGUF file under a safetensors name; rename it to NAME.gguf"
     return f"not a safetensors file (the header would be {length} bytes, the file has {size}); download it again"
 
 
@@ -182,8 +227,6 @@ def _validate(path: Path, header: dict[str, Any], *, data_start: int, size: int)
         end = info.offset + info.nbytes
     if end > size:
         raise ModelError(f"{path}: the file is {end - size} bytes short (a cut download?); download it again")
-    if end < size:
-        raise ModelError(f"{path}: {size - end} bytes too many follow the last tensor; re-save or download it again")
     return {info.name: info for info in infos}
 
 

@@ -40,6 +40,13 @@ class Rows:
 
     detach = contiguous = clone
 
+    @property
+    def T(self) -> Rows:
+        factor = self.info.scale
+        if self.ndim != 2 or self.info.transposed or self.info.beside or (factor and math.prod(factor.shape) > 1):
+            raise TypeError(f"{self.info.name}: not transposed as a matrix")
+        return Rows(self.info._replace(shape=self.shape[::-1], transposed=True))
+
     def __getitem__(self, key: Any) -> Rows:
         first, *others = key if isinstance(key, tuple) else (key,)
         found = self
@@ -78,12 +85,23 @@ class Rows:
 
 
 def _joined(parts: Sequence[Rows], dim: int = 0) -> Rows:
-    if dim or len({(part.info.dtype, part.shape[1:]) for part in parts}) > 1:
+    if dim or len({(part.info.dtype, part.shape[1:]) for part in parts}) > 1 or any(part.info.beside for part in parts):
         raise TypeError(f"{parts[0].info.name}: joined otherwise than row after row")
-    first, rows = parts[0].info, sum(part.shape[0] for part in parts)
-    sources = tuple(source for part in parts for source in part.info.sources)
-    nbytes = sum(part.info.nbytes for part in parts)
-    return Rows(first._replace(shape=(rows, *first.shape[1:]), sources=sources, nbytes=nbytes))
+    return Rows(_one_behind_the_other([part.info for part in parts]))
+
+
+def _one_behind_the_other(parts: Sequence[TensorInfo]) -> TensorInfo:
+    """Rows of each, with the factors of each."""
+    first, rows = parts[0], sum(part.shape[0] for part in parts)
+    sources = tuple(source for part in parts for source in part.sources)
+    scales = [part.scale for part in parts if part.scale is not None]
+    scale = first.scale
+    if len({(some.path, some.offset) for some in scales}) > 1 or len(scales) not in (0, len(parts)):
+        if len(scales) < len(parts) or any(math.prod(some.shape) == 1 for some in scales):
+            raise TypeError(f"{first.name}: joined rows of which each has a factor of its own")
+        scale = _one_behind_the_other(scales)
+    nbytes = sum(part.nbytes for part in parts)
+    return first._replace(shape=(rows, *first.shape[1:]), sources=sources, nbytes=nbytes, scale=scale)
 
 
 def converted(
@@ -95,6 +113,8 @@ def converted(
         found = convert({name: Rows(info) for name, info in index.items()})
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         where = next(iter(index.values())).path if index else "the file"
+        if isinstance(error, KeyError):
+            raise ModelError(f"{where}: tensor {error} is missing; download the file again") from error
         raise ModelError(
             f"{where}: its names are not those of the model it seems to be ({error}); download it again"
         ) from error

@@ -20,7 +20,9 @@ import torch
 from tiler.errors import ModelError, NumericalError, StorageError
 from tiler.weights.blocks import OUTPUTS, block_sides, can_block, unblocked
 from tiler.weights.codecs import CODECS
+from tiler.weights.grouped import decode_rows, is_read
 from tiler.weights.index import TensorInfo, open_regular, read_into
+from tiler.weights.layouts import in_rows
 
 TORCH_DTYPES = {codec.name: codec.stored for codec in CODECS.values() if codec.stored is not None}
 SCALE = ".scale"  # the fp32 factors of an int8 tensor's rows stand beside it under this ending
@@ -44,8 +46,8 @@ def piece_rows(row_elements: int, piece_elements: int) -> int:
 
 def check_dtype(info: TensorInfo, *, scaled: bool) -> None:
     """Raises ModelError for a tensor that cannot be read: of another dtype, or int8 that is not `scaled`."""
-    if info.dtype not in CODECS or (info.dtype == "I8" and not scaled):
-        known = ", ".join(name for name in CODECS if name != "I8")
+    if not is_read(info) or (info.dtype in ("I8", "QINT8") and not scaled):
+        known = ", ".join(name for name in CODECS if name not in ("I8", "QINT8", "SCB"))
         raise ModelError(f"{info.path}: tensor {info.name!r} is stored as {info.dtype}; tiler reads {known}")
 
 
@@ -54,48 +56,39 @@ def match_index(
 ) -> dict[str, TensorInfo]:
     """The stored tensor of every parameter of `module`. `rename` gives the names a parameter may have in files.
 
-    An int8 tensor brings its scales. Raises ModelError naming the first parameter that is missing, has another shape, or an
-    unusable dtype.
+    Raises ModelError naming the first parameter that is missing, has another shape, or an unusable dtype.
     """
     where = next(iter(stored.values())).path.parent if stored else "the checkpoint"
     matched = {}
     for name, parameter in module.named_parameters():
         info = next((stored[alias] for alias in rename(name) if alias in stored), None)
         if info is None:
-            raise ModelError(f"{where}: tensor {name!r} is missing; the weights and config.json do not belong together")
+            raise _missing(where, name, stored)
         want = tuple(parameter.shape)
+        info = in_rows(info, want)
         squeezed = tuple(n for n in info.shape if n != 1) == tuple(n for n in want if n != 1)
         is_blocked = info.dtype == "I8" and len(info.shape) == 5 and can_block(want) and info.shape == block_sides(want)
         if info.shape != want and not squeezed and not is_blocked:
             raise ModelError(
                 f"{info.path}: tensor {info.name!r} has shape {list(info.shape)}, config.json asks for {list(want)}"
             )
-        scale = _scale(stored, info, want[0] if want else 1)
-        check_dtype(info, scaled=scale is not None)
+        check_dtype(info, scaled=info.scale is not None)
         matched[name] = info.reshaped(want)._replace(blocked=is_blocked)
-        if scale is not None:
-            matched[name + SCALE] = scale
     return matched
 
 
-_SCALES = (SCALE, "_scale", ".scale_weight")
-"""How files name the factors of X.weight: tiler's X.weight.scale; diffusers' X.weight_scale; ComfyUI's X.scale_weight."""
-
-
-def _scale(stored: dict[str, TensorInfo], info: TensorInfo, rows: int) -> TensorInfo | None:
-    """What multiplies a tensor of few bits: one factor, or one for each of its `rows`. Raises ModelError where it must be there and is not."""
-    module = info.name.removesuffix(".weight")
-    names = (info.name + _SCALES[0], info.name + _SCALES[1], module + _SCALES[2])
-    found = next((stored[name] for name in names if name in stored), None)
-    if found is not None and math.prod(found.shape) not in (1, rows):
-        raise ModelError(
-            f"{info.path}: tensor {found.name!r} has shape {list(found.shape)}, which is not a factor for each row"
-        )
-    if found is None and info.dtype.startswith("F8") and any(name.endswith("scaled_fp8") for name in stored):
-        raise ModelError(
-            f"{info.path}: the file says that its fp8 weights are scaled, but {info.name!r} has no scale; download it again"
-        )
-    return found
+def _missing(where: Path | str, name: str, stored: dict[str, TensorInfo]) -> ModelError:
+    """The error for a parameter that no tensor gives. Where its neighbours bear other names in their file, told is the name that
+    the file should have."""
+    words = name.split(".")
+    for depth in range(len(words) - 1, 0, -1):
+        prefix, rest = ".".join(words[:depth]) + ".", ".".join(words[depth:])
+        for known, info in stored.items():
+            tail = known[len(prefix) :]
+            if known.startswith(prefix) and info.name.endswith(f".{tail}") and not info.name.endswith(known):
+                own = info.name[: -len(tail)] + rest
+                return ModelError(f"{info.path}: tensor {own!r} is missing; download the file again")
+    return ModelError(f"{where}: tensor {name!r} is missing; the weights and config.json do not belong together")
 
 
 class WeightStore:
@@ -107,7 +100,7 @@ class WeightStore:
     def __init__(
         self, index: dict[str, TensorInfo], *, piece_elements: int = PIECE_ELEMENTS, check_finite: bool = True
     ) -> None:
-        self.index = index
+        self.index = index | {name + SCALE: info.scale for name, info in index.items() if info.scale is not None}
         self.piece_elements = piece_elements
         self.bytes_read = 0
         self.resident: dict[str, torch.Tensor] = {}
@@ -122,9 +115,9 @@ class WeightStore:
         self._fds: dict[Path, int] = {}
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tiler-read-ahead")
         try:
-            for name, info in index.items():
-                check_dtype(info, scaled=name + SCALE in index)
-                for source in info.sources:
+            for name, info in self.index.items():
+                check_dtype(info, scaled=name + SCALE in self.index)
+                for source in (source for some in (info, *info.beside) for source in some.sources):
                     if source.path not in self._fds:
                         self._fds[source.path] = open_regular(source.path)
         except BaseException:
@@ -180,6 +173,8 @@ class WeightStore:
     def pieces(self, name: str, elements: int | None = None) -> list[Piece]:
         """The tensor cut along its first axis into pieces of about `elements`, at most and else `piece_elements`."""
         shape, elements = self.index[name].shape, min(elements or self.piece_elements, self.piece_elements)
+        if self.index[name].transposed:
+            return [Piece(name, 0, shape[0])]
         total, step = shape[0] if shape else 1, piece_rows(math.prod(shape[1:]), elements)
         return [Piece(name, first, min(first + step, total)) for first in range(0, total, step)]
 
@@ -197,7 +192,7 @@ class WeightStore:
             if kept.dtype == torch.float32:
                 out.copy_(kept[piece.first : piece.last].view_as(out))
             else:
-                self._decode(piece, self._stored(kept, piece).view(torch.uint8), out, in_blocks=in_blocks)
+                self._decode(piece, self._stored(kept, piece).view(torch.uint8), out, in_blocks=in_blocks, kept=True)
             return
         if self._last is not None:
             self._next[self._last] = piece
@@ -211,7 +206,15 @@ class WeightStore:
         """A piece's bytes as they are stored."""
         buffer = self._read(piece, self._take_buffer())
         self._buffers.append(buffer)
-        return buffer[: self._bytes(piece)].numpy().tobytes()
+        stored, info = buffer[: self._bytes(piece)], self.index[piece.name]
+        if info.transposed:
+            dtype = TORCH_DTYPES.get(info.dtype)
+            if dtype is None:
+                raise ModelError(
+                    f"{info.path}: tensor {info.name!r} is stored as {info.dtype} and transposed; use an fp16 file"
+                )
+            stored = stored.view(dtype).view(info.shape[::-1]).T.contiguous().view(torch.uint8)
+        return stored.numpy().tobytes()
 
     def keep(self, name: str, dtype: torch.dtype) -> None:
         """Hold a tensor in memory from now on, as fp32 or as stored (uint8 where torch has no such dtype); a convolution's fp32
@@ -227,7 +230,10 @@ class WeightStore:
             if dtype == torch.float32:
                 self._decode(piece, raw[: self._bytes(piece)], kept[piece.first : piece.last])
             else:
-                self._stored(kept, piece).copy_(raw[: self._bytes(piece)].view(dtype))
+                rows = raw[: self._bytes(piece)]
+                if info.beside:  # row by row, so that any rows may be asked for
+                    rows = torch.cat(self._columns(piece, rows, kept=False), dim=1).flatten()
+                self._stored(kept, piece).copy_(rows.view(dtype))
             self._buffers.append(raw)
         self.resident[name] = kept
 
@@ -273,18 +279,20 @@ class WeightStore:
         info = self.index[piece.name]
         view = memoryview(buffer.numpy())[: self._bytes(piece)]  # type: ignore[arg-type]
         self.bytes_read += len(view)
-        for path, at, rows in info.places(piece.first, piece.last):
-            some, view = view[: info.bytes_of(rows)], view[info.bytes_of(rows) :]
-            try:
-                whole = read_into(self._fds[path], some, at)
-            except OSError as error:
-                raise StorageError(
-                    f"{path}: reading failed after byte {at} ({error.strerror}); check the disk"
-                ) from error
-            if not whole:
-                raise ModelError(f"{path}: the file became shorter while it was read; download it again")
+        for some_of in (info.alone(), *info.beside):
+            for path, at, rows, _ in some_of.places(piece.first, piece.last):
+                some, view = view[: some_of.bytes_of(rows)], view[some_of.bytes_of(rows) :]
+                self._fill(path, at, some)
         assert not view, "every row has its place"
         return buffer
+
+    def _fill(self, path: Path, at: int, view: memoryview) -> None:
+        try:
+            whole = read_into(self._fds[path], view, at)
+        except OSError as error:
+            raise StorageError(f"{path}: reading failed after byte {at} ({error.strerror}); check the disk") from error
+        if not whole:
+            raise ModelError(f"{path}: the file became shorter while it was read; download it again")
 
     def _cast(self, piece: Piece, raw: torch.Tensor, out: torch.Tensor, *, in_blocks: bool = False) -> None:
         self._decode(piece, raw[: self._bytes(piece)], out, in_blocks=in_blocks)
@@ -295,9 +303,23 @@ class WeightStore:
                 raise NumericalError(f"{path}: tensor {piece.name!r} holds NaN or Inf; download the file again")
             self._checked.add(piece)
 
-    def _decode(self, piece: Piece, raw: torch.Tensor, out: torch.Tensor, *, in_blocks: bool = False) -> None:
+    def _columns(self, piece: Piece, raw: torch.Tensor, *, kept: bool) -> list[torch.Tensor]:
+        """A piece's own bytes and those beside it, (rows, bytes) each: of rows one behind the other where they are `kept`, else
+        of tensors."""
+        info, rows = self.index[piece.name], piece.last - piece.first
+        widths = [some.bytes_of(1) for some in (info.alone(), *info.beside)]
+        if kept:
+            return list(raw.view(rows, -1).split(widths, dim=1))
+        return [some.view(rows, -1) for some in raw.split([rows * width for width in widths])]
+
+    def _decode(
+        self, piece: Piece, raw: torch.Tensor, out: torch.Tensor, *, in_blocks: bool = False, kept: bool = False
+    ) -> None:
         """Rows as stored, (bytes,) uint8 → `out`: scaled fp32, or int8 as stored."""
         info = self.index[piece.name]
+        if info.beside:
+            decode_rows(info, piece.first, self._columns(piece, raw, kept=kept), out)
+            return
         if info.blocked and not in_blocks:
             assert piece.first % OUTPUTS == 0, piece
             rows = unblocked(raw.view(torch.int8), (piece.last - piece.first, *info.shape[1:]))
@@ -305,6 +327,6 @@ class WeightStore:
         if out.dtype == torch.int8:
             out.copy_(raw.view(torch.int8).view_as(out))
             return
-        CODECS[info.dtype].decode(raw, out)
+        CODECS[info.dtype].decode(raw, out.T if info.transposed else out)
         if piece.name + SCALE in self.index:
             out.mul_(self.scale(piece.name)[piece.first : piece.last].view(-1, *(1,) * (out.ndim - 1)))

@@ -1,0 +1,31 @@
+"""How prompts are read: what a user may ask of the text encoders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from tiler.models.embeddings import Embeddings
+from tiler.request import Emphasis
+from tiler.request.prompt import Fragment, Sections, parse_emphasis
+
+
+class Reading(NamedTuple):
+    """`clip_skip` 1 takes the states of CLIP's last layer, 2 those of the one before, and so on; families that always take one
+    layer ignore it."""
+
+    emphasis: Emphasis = Emphasis.ORIGINAL
+    clip_skip: int = 1
+    embeddings: Embeddings | None = None
+
+    def sections(self, text: str, warn: Callable[[str], None]) -> Sections:
+        """The fragments of a text and their weights, parted where BREAK stands; `warn` is told of what is no weight."""
+        if self.emphasis is Emphasis.NONE:
+            return ((Fragment(text),),)
+        sections = parse_emphasis(text, warn)
+        if self.emphasis is Emphasis.IGNORE:
+            return tuple(tuple(Fragment(f.text) for f in section) for section in sections)
+        return sections
+
+
+READING = Reading()
