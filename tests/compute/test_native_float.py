@@ -7,14 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from tiler import Budget, RenderRequest, render
 from tiler.compute.choose import KERNELS
 from tiler.compute.layers import convolve, linear, linear_layers, stream_layers
 from tiler.compute.shapes import MetaMeter
 from tiler.compute.stream import Streamer
 from tiler.native import library
+from tiler.request import Precision
 from tiler.weights.index import read_index
 from tiler.weights.store import WeightStore, match_index
 
@@ -134,3 +136,31 @@ def test_arithmetic_is_counted_without_data(name: str) -> None:
     with MetaMeter() as meter:
         layer(torch.empty(1, 256, 40, 36, device="meta"))
     assert meter.flops == plain.flops > 0
+
+
+def test_bf16_is_refused_where_nothing_computes_with_it(
+    in_process, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tiler.run.has_bf16", lambda: False)
+    refused = in_process("plan", "x", "-m", tiny, "--size", 64, "--precision", "bf16")
+    assert refused.code == 2
+    assert "BF16 instructions" in refused.err and "int8, fp32 or auto" in refused.err
+
+
+@pytest.mark.skipif(not library.has_bf16(), reason="no bf16 here")
+def test_a_picture_in_bf16_is_nearly_the_one_in_fp32(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tiler.compute.layers.SMALL", 100)
+    latents = {}
+    for precision in Precision.FP32, Precision.BF16:
+        file = tmp_path / f"{precision}.safetensors"
+        request = RenderRequest(
+            prompt="x", model=str(tiny), size=64, num_inference_steps=2, seed=1, precision=precision, guide=False,
+            save_latents=file, output=tmp_path / f"{precision}.png",
+        )  # fmt: skip
+        with Budget(2_000_000_000) as budget:
+            render(request, budget)
+        latents[precision] = load_file(file)["latents"]
+    apart = (latents[Precision.BF16] - latents[Precision.FP32]).norm() / latents[Precision.FP32].norm()
+    assert 1e-5 < apart < 2e-2
