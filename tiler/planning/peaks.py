@@ -146,14 +146,15 @@ class DenoiserPeaks:
         return [sample._replace(prompt=longer[id(sample.prompt)]) for sample in samples]
 
     @property
-    def packs_fp32(self) -> bool:
-        """Whether weights are fp32 in the order of tiler's own kernels, made as they are read: nothing is freed unit by unit."""
+    def packs_floats(self) -> bool:
+        """Whether weights are fp32 or bf16 in the order of tiler's own kernels, made as they are read: nothing is freed unit by
+        unit."""
         return not self.streamer.int8_keys and packs_layers()
 
     @property
     def resident_slack(self) -> float:
         """What keeping weights costs, as a share of them."""
-        return PACKED_RESIDENT_SLACK if self.packs_fp32 else RESIDENT_SLACK
+        return PACKED_RESIDENT_SLACK if self.packs_floats else RESIDENT_SLACK
 
     def phase(self, name: str, fixed: list[Term], tiles: list[int], batch: int, height: int, width: int) -> PhasePlan:
         """Denoising `tiles`, one for each sample, `batch` of them for each read of the weights."""
@@ -163,7 +164,7 @@ class DenoiserPeaks:
         tight = self.streamer.arena_bytes < ARENA_BYTES
         mapped = self.family.traits.large_blocks
         in_place = bool(self.streamer.int8_keys) and reads_blocks()  # then nothing is packed and freed unit by unit
-        roomy = PACKED_HEAP_SLACK if self.packs_fp32 else HEAP_SLACK
+        roomy = PACKED_HEAP_SLACK if self.packs_floats else HEAP_SLACK
         slack = MAPPED_HEAP_SLACK if mapped else TIGHT_HEAP_SLACK if tight or in_place else roomy
         work = self.activations(group, height, width) + int(slack * self.activations((0,), height, width))
         if not (tight or mapped or in_place):
