@@ -43,6 +43,7 @@ from tiler.models.samples import Sample
 from tiler.output.latents import save_latents
 from tiler.output.picture import check_picture, check_size
 from tiler.planning.advice import advise
+from tiler.planning.peaks import bf16_keys
 from tiler.planning.render import RenderPlan, build_schedule, plan_render
 from tiler.planning.resolve import resolve
 from tiler.planning.table import MemoryPlan
@@ -293,7 +294,8 @@ def _denoise(
         return latents
     family, part = plan.family, plan.family.part(Role.DENOISER)
     denoiser, short = run.models.module(part), partial(run.budget.short, plan.sample_bytes)
-    held = dict[str, Any](arena_bytes=plan.arena_bytes, transform=True, short=short)
+    halves = bf16_keys(part, denoiser, plan.precision)
+    held = dict[str, Any](bf16_keys=halves, arena_bytes=plan.arena_bytes, transform=True, short=short)
     with (
         interrupts.deferred(),
         run.streamed(denoiser, *run.weights[part.name], plan.resident[phase], **held) as streamer,

@@ -241,8 +241,9 @@ class RenderRequest(ModelOptions):
     precision: Precision = option(
         Precision.AUTO,
         Option(
-            "Arithmetic of the denoiser. int8 is faster and reads half the bytes, from a file that is made once in --cache-dir; auto "
-            "takes it on processors with 8-bit dot products, fp32 on others.",
+            "Arithmetic of the denoiser. int8 is the fastest and reads half the bytes, from a file that is made once in --cache-dir; "
+            "bf16 is nearer to fp32 and makes no file, on processors with its instructions; auto takes int8 where there are "
+            "8-bit dot products, fp32 elsewhere.",
             Panel.MEMORY,
             ("--precision",),
         ),
