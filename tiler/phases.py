@@ -5,12 +5,11 @@ Each phase opens the weights it needs, works under the budget, and lets the weig
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,8 +18,6 @@ from torch import Tensor
 from tiler import encoding, events, interrupts, packing
 from tiler.compute.stream import Streamer
 from tiler.decoding import FACTOR, method
-from tiler.decoding.method import DecodePlan
-from tiler.decoding.rows import Latents, to_uint8
 from tiler.decoding.spool import Spool, bytes_in
 from tiler.diffusion import canvas, guide
 from tiler.diffusion.guide_picture import GuidePicture
@@ -28,7 +25,6 @@ from tiler.diffusion.prompts import Prompts
 from tiler.diffusion.runner import Conditions, LocalRunner
 from tiler.diffusion.tiles import Steps, region_span
 from tiler.encoding import Spoken
-from tiler.errors import NumericalError
 from tiler.events import OnEvent, percent
 from tiler.files import check_writable
 from tiler.jobs.folder import Job
@@ -39,11 +35,12 @@ from tiler.memory.policy import at_layer, at_rows
 from tiler.models import family as families
 from tiler.models.built import Models
 from tiler.models.embeds import read_words
-from tiler.models.family import Family, Options, Role, VaeSpec
+from tiler.models.family import Family, Options, Role
 from tiler.models.prompting import notes_on_prompts
 from tiler.models.samples import Sample
 from tiler.output.latents import save_latents
 from tiler.output.picture import check_picture, check_size
+from tiler.pixels import Decoding, decode_pixels
 from tiler.planning.advice import advise
 from tiler.planning.peaks import bf16_keys
 from tiler.planning.render import RenderPlan, build_schedule, plan_render
@@ -99,16 +96,6 @@ class RenderRun(Run):
         return Decoding(
             plan.decoder, plan.methods["decode"], plan.resident["decode"], plan.memory.peak_of("decode"), plan.crop
         )
-
-
-class Decoding(NamedTuple):
-    """How a run's last phase decodes its latents. `crop`: pixels above and left of the picture."""
-
-    vae: VaeSpec
-    plan: DecodePlan
-    resident: dict[str, torch.dtype]
-    planned_bytes: int
-    crop: tuple[int, int]
 
 
 def start(
@@ -330,9 +317,13 @@ def _denoise(
         def conditions(step: int) -> Conditions:
             return prompts.conditions(wording, step - begin)
 
+        def tell_smaller(batch: int) -> None:
+            run.note(f"memory is close to the ceiling: from here on the denoiser takes {batch} at a time")
+
+        runner = LocalRunner(predict, conditions, batch, is_tight=run.budget.take_tight, on_smaller=tell_smaller)
         denoising = canvas.Denoising(latents, tiles, schedule, generator, begin=begin, phase=phase)
         total = tiles.samples
-        with closing(denoising.run(LocalRunner(predict, conditions, batch), run.job)) as loop:
+        with closing(denoising.run(runner, run.job)) as loop:
             for state in loop:
                 detail = f"step {state.step + 1}/{steps}, {state.samples}/{state.total} tile passes"
                 run.on_event(events.Progress(name=phase, done=denoising.samples_done, total=total, detail=detail))
@@ -356,53 +347,3 @@ def picture_facts(run: RenderRun) -> dict[str, str]:
 def remembered(run: RenderRun, latents: Tensor) -> Spool | None:
     """Where the run's job keeps the passes of decoding `latents`, if it can."""
     return remember(run.job.spool, "the decoder", run.plan.methods["decode"], latents, run.on_event, run.note)
-
-
-def decode(run: Run, decoding: Decoding, latents: Latents, spool: Spool | None = None) -> Generator[np.ndarray]:
-    """The picture's rows, (n, W, 3) uint8, top first; `latents` (1, C, h, w) are unscaled."""
-    spec, plan, resident, planned_bytes, crop = decoding
-    vae = run.models.vae(spec)
-    run.note(f"decoder: {plan}")
-    with (
-        interrupts.deferred(),
-        run.phase("decode", 100),
-        run.streamed(vae, spec.weights, families.vae_names, resident) as streamer,
-    ):
-        check = at_rows(run.budget, planned_bytes)
-        tell = percent(run.on_event, "decode")
-        yield from cropped(decode_pixels(plan, vae, streamer, latents, check, tell, spool), *crop)
-
-
-class Unscaled:
-    """Scaled latents (1, C, h, w) whose rows are unscaled as they are read: the latents themselves stay as they are."""
-
-    def __init__(self, latents: Tensor, spec: VaeSpec) -> None:
-        self._latents, self._spec, self.shape = latents, spec, latents.shape
-
-    def __getitem__(self, rows: tuple[slice, slice, slice]) -> Tensor:
-        return self._spec.unscale_(self._latents[rows].clone())
-
-
-def decode_pixels(
-    plan: DecodePlan, vae: Any, streamer: Streamer, unscaled: Latents, check: Callable[[str], None],
-    progress: Callable[[float], None], spool: Spool | None = None,
-) -> Generator[np.ndarray]:  # fmt: skip
-    """Decode (1, C, h, w) fp32 latents into rows (n, FACTOR·w, 3) uint8. Raises NumericalError rather than give a black picture."""
-    row = 0
-    with closing(method.decode(plan, vae, streamer, unscaled, check=check, progress=progress, spool=spool)) as strips:
-        for strip in strips:
-            if not math.isfinite(float(strip.sum())):
-                raise NumericalError(
-                    f"NaN or Inf in the decoder at row {row}; compare the checksum of the VAE's weights with the original's"
-                )
-            yield to_uint8(strip)
-            row += strip.shape[1]
-
-
-def cropped(rows: Generator[np.ndarray], top: int, left: int) -> Generator[np.ndarray]:
-    """`rows` without the first `top` rows and `left` columns."""
-    with closing(rows):
-        for strip in rows:
-            above, top = min(top, len(strip)), max(0, top - len(strip))
-            if above < len(strip):
-                yield strip[above:, left:]

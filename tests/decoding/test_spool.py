@@ -64,16 +64,16 @@ def test_stopped_again_and_again_it_gives_the_same_bits(
     monkeypatch.setattr(spool, "_PART_EVERY", 0.0)
     monkeypatch.setattr(exact, "QUERIES", 120)  # ten strips
     want = decode(None)
-    in_all, runs, told = decode.checks, 0, list[int]()
+    in_all, runs, told = decode.checks, 0, list[str]()
     while True:
         runs += 1
         try:
-            got = decode(Spool(tmp_path / "spool", "x", told.append), stop=12)
+            got = decode(Spool(tmp_path / "spool", "the decoder", "x", told.append), stop=12)
             break
         except _Stopped:
             assert runs < in_all
     assert torch.equal(got, want)
-    assert runs > in_all / 20 and told == sorted(set(told))
+    assert runs > in_all / 20 and told == [f"pass {n + 1} of the decoder" for n in range(len(told))]
     assert len(list((tmp_path / "spool").glob("*.rows"))) <= 3  # the rest has been read
     spool.clear(tmp_path / "spool")
     assert list(tmp_path.iterdir()) == []
@@ -85,8 +85,8 @@ def test_attention_goes_on_at_a_strip(decode: Decoder, tmp_path: Path, monkeypat
     want = decode(None)
     assert decode.attended == 10
     with pytest.raises(_Stopped):
-        decode(Spool(tmp_path / "spool", "x"), attending=7)
-    assert torch.equal(decode(Spool(tmp_path / "spool", "x")), want)
+        decode(Spool(tmp_path / "spool", "the decoder", "x"), attending=7)
+    assert torch.equal(decode(Spool(tmp_path / "spool", "the decoder", "x")), want)
     assert decode.attended == 4
 
 
@@ -113,9 +113,9 @@ def test_a_damaged_spool_costs_work_and_never_the_picture(
 ) -> None:
     want = decode(None)
     with pytest.raises(_Stopped):
-        decode(Spool(tmp_path / "spool", "x"), stop=decode.checks * 2 // 3)
+        decode(Spool(tmp_path / "spool", "the decoder", "x"), stop=decode.checks * 2 // 3)
     damage(tmp_path / "spool")
-    assert torch.equal(decode(Spool(tmp_path / "spool", "x")), want)
+    assert torch.equal(decode(Spool(tmp_path / "spool", "the decoder", "x")), want)
 
 
 def test_after_a_power_cut_only_what_was_synced_counts(
@@ -126,10 +126,10 @@ def test_after_a_power_cut_only_what_was_synced_counts(
     for synced in (False, True):
         monkeypatch.setattr(spool, "_SYNC_EVERY", 0.0 if synced else 1e9)
         with pytest.raises(_Stopped):
-            decode(Spool(tmp_path / "spool", "x"), stop=whole * 2 // 3)
+            decode(Spool(tmp_path / "spool", "the decoder", "x"), stop=whole * 2 // 3)
         with monkeypatch.context() as patch:
             patch.setattr(spool, "_boot", lambda: "another")
-            assert torch.equal(decode(Spool(tmp_path / "spool", "x")), want)
+            assert torch.equal(decode(Spool(tmp_path / "spool", "the decoder", "x")), want)
         assert (decode.checks < whole) is synced
         spool.clear(tmp_path / "spool")
 
@@ -137,6 +137,6 @@ def test_after_a_power_cut_only_what_was_synced_counts(
 def test_the_passes_of_another_picture_are_not_taken(decode: Decoder, tmp_path: Path) -> None:
     want, whole = decode(None), decode.checks
     with pytest.raises(_Stopped):
-        decode(Spool(tmp_path / "spool", "another"), stop=whole * 2 // 3)
-    assert torch.equal(decode(Spool(tmp_path / "spool", "x")), want)
+        decode(Spool(tmp_path / "spool", "the decoder", "another"), stop=whole * 2 // 3)
+    assert torch.equal(decode(Spool(tmp_path / "spool", "the decoder", "x")), want)
     assert decode.checks == whole

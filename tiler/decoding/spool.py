@@ -45,11 +45,11 @@ class Line:
 
 
 class Spool:
-    """A folder of one decode (or encode), told apart by the text `of`: what is there of another one is removed. `on_pass` is told
-    of each pass that is whole. Raises StorageError."""
+    """A folder of one decode (or encode), told apart by the text `of`: what is there of another one is removed. `what` it does, for
+    people; `on_pass` is told of each pass that is whole, in words. Raises StorageError."""
 
-    def __init__(self, folder: Path, of: str, on_pass: Callable[[int], None] = lambda number: None) -> None:
-        self.folder, self._on_pass = folder, on_pass
+    def __init__(self, folder: Path, what: str, of: str, on_pass: Callable[[str], None] = lambda where: None) -> None:
+        self.folder, self._what, self._on_pass = folder, what, on_pass
         self._boot = _boot()
         self._synced = self._told = time.monotonic()
         try:
@@ -91,7 +91,7 @@ class Spool:
         if synced:
             self._synced = now
         if line.whole:
-            self._on_pass(line.number)
+            self._on_pass(_where(line.number, self._what))
 
     def _write(self, said: dict[str, Any], *, synced: bool) -> None:
         text = json.dumps(said)
@@ -124,7 +124,7 @@ class Spool:
         if not begun:
             clear(self.folder)
             self.folder.mkdir(exist_ok=True)
-            self._write({"of": of}, synced=False)
+            self._write({"of": of, "what": self._what}, synced=False)
             return {}
         length = next(n for n in range(len(lines), -1, -1) if self._stands(lines[:n]))
         os.truncate(self.folder / JOURNAL, ends[length])
@@ -151,10 +151,15 @@ class Spool:
         return StorageError(f"{self.folder}: cannot be used ({error.strerror}); give another folder with --scratch")
 
 
-def passes_in(folder: Path) -> int:
-    """How many passes are whole there."""
-    numbers = {said["number"] for said, _ in _read(folder / JOURNAL) if said.get("whole")}
-    return len(numbers)
+def where_in(folder: Path) -> str:
+    """How far the passes there are: "pass 12 of the decoder"; empty where none is whole."""
+    said = [each for each, _ in _read(folder / JOURNAL)]
+    whole = [each["number"] for each in said if each.get("whole")]
+    return _where(max(whole), said[0].get("what", "")) if whole else ""
+
+
+def _where(number: int, what: str) -> str:
+    return f"pass {number + 1} of {what}"
 
 
 def bytes_in(folder: Path) -> int:

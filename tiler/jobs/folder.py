@@ -277,8 +277,8 @@ class Job:
 def newest_facts(folder: Path, manifest: Manifest | None) -> tuple[str, str]:
     """How far a job is, and for how long: "canvas step 12/20", "3 min". Empty where nothing is saved. Checks nothing."""
     spool = Path(manifest.spool) if manifest is not None and manifest.spool else folder / SPOOL
-    if passes := spools.passes_in(spool):
-        return f"pass {passes + 1} of an autoencoder", _age(spool / spools.JOURNAL)
+    if where := spools.where_in(spool):
+        return where, _age(spool / spools.JOURNAL)
     found = [
         (int(number), facts.get("where", ""), folder / name)
         for name in SLOTS

@@ -33,8 +33,8 @@ def remember(
             "interrupted it begins anew"
         )
         return None
-    of = f"{what} {plan.kind} {plan.dtype} {_digest(begin)}"
-    return Spool(place, of, lambda number: on_event(Saved(where=f"pass {number + 1} of {what}")))
+    of = f"{plan.kind} {plan.dtype} {_digest(begin)}"
+    return Spool(place, what, of, lambda where: on_event(Saved(where=where)))
 
 
 def _digest(begin: Any) -> str:
