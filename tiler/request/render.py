@@ -9,6 +9,7 @@ from tiler.errors import UsageError
 from tiler.request import shared
 from tiler.request.choices import (
     MAX_CLIP_SKIP,
+    MAX_SCALE,
     MAX_SEED,
     MAX_SIDE,
     MAX_STEPS,
@@ -187,6 +188,10 @@ class RenderRequest(ModelOptions):
     guide_image: Path | None = option(
         None, Option("A picture to use as the guide instead of a low-resolution pass.", Panel.SAMPLING, ("--guide",))
     )
+    scale: float | None = option(
+        None,
+        Option("Enlarge the picture of --guide so many times; its size decides the size.", Panel.PICTURE, ("--scale",)),
+    )
     guide: bool = option(True, Option("Start the canvas from pure noise.", Panel.SAMPLING, ("--no-guide",), off=True))
     guide_upscale: GuideUpscale = option(
         GuideUpscale.PIXEL,
@@ -283,6 +288,7 @@ class RenderRequest(ModelOptions):
         within("seed", self.seed, 0, MAX_SEED)
         within("dpi", self.dpi, 1, 10_000)
         within("quality", self.quality, 1, 100)
+        within("scale", self.scale, 1, MAX_SCALE)
         within("clip-skip", self.clip_skip, 1, MAX_CLIP_SKIP)
         within("attention-window", self.attention_window, 4, MAX_SIDE, "latents")
         if self.overlap is not None and (self.overlap < 0 or self.overlap % PIXEL_STEP):
@@ -327,9 +333,17 @@ class RenderRequest(ModelOptions):
             raise UsageError("--guide and --no-guide exclude each other; give one of them")
 
     def _check_sheet(self) -> None:
+        sides = {"size": self.size, "width": self.width, "height": self.height}
+        if self.scale is not None:
+            if (
+                said := next((name for name, v in (*sides.items(), ("paper", self.paper)) if v is not None), None)
+            ) is not None:
+                raise UsageError(f"--scale takes the size from --guide's picture; leave out --{said}, or --scale")
+            if self.guide_image is None:
+                raise UsageError("--scale enlarges a picture of yours; give it with --guide IMG")
         if self.paper is not None:
             parse_paper(self.paper)
-            if any(side is not None for side in (self.size, self.width, self.height)):
+            if any(side is not None for side in sides.values()):
                 raise UsageError("--paper and --size, --width or --height exclude each other; give one of them")
         elif self.landscape or (self.bleed is not None and parse_length(self.bleed)):
             raise UsageError("--landscape and --bleed belong to a --paper; give one, like --paper A2")
