@@ -91,7 +91,7 @@ def texts(run: RenderRun) -> dict[str, str]:
         scheduler=plan.scheduler.value,
         precision=plan.precision.value, kernels=computed_by(), begin=plan.begin,
         clip_skip=plan.family.traits.clip_skip,
-        embeddings={} if run.spoken.reading.embeddings is None else run.spoken.reading.embeddings.used,
+        embeddings=run.spoken.read_as.embeddings,
     )  # fmt: skip
     return picture_texts(run.request, facts)
 

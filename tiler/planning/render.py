@@ -53,7 +53,7 @@ class RenderPlan(Tiling):
     guide_batch: int
     arena_bytes: int  # for the denoiser's weights in use
     sample_bytes: int  # what one sample alone takes in the denoiser, the weights in use included
-    precision: Precision  # fp32 or int8
+    precision: Precision  # fp32, bf16 or int8
     precision_why: str
     scheduler: Scheduler  # never AUTO
     notes: tuple[str, ...]  # on the scheduler, for the user
@@ -80,8 +80,9 @@ def plan_render(
     methods: Mapping[str, Decode] = MappingProxyType({}),
     *,
     encoded: bool = False,
+    embeds: bool = False,
 ) -> RenderPlan:
-    """How `tiling`, the request's own, fits, its prompts `encoded` already or not. The memory plan may still be over the ceiling:
+    """How `tiling`, the request's own, fits, its prompts `encoded` already or not, and naming embeddings (`embeds`) or not. The memory plan may still be over the ceiling:
     `plan.memory.check()` refuses. `methods`, by the names of RenderPlan's, are the autoencoder's ways that an earlier run has chosen.
 
     Raises UsageError for numbers of steps that do not go with the scheduler, and ModelError for a scheduler config or weights
@@ -99,12 +100,11 @@ def plan_render(
     canvas_samples, guide_samples = ([0] if step is None else step.sample_numbers() for step in fullest)
     per_step = len(canvas_samples)
 
-    precision, precision_why = choose_precision(request.precision, family, facts.int8)
-    int8 = precision is Precision.INT8
+    precision, precision_why = choose_precision(request.precision, family, facts.int8, bf16=facts.bf16)
     chunks = most_chunks(tiling.texts, MOST_CHUNKS) if family.traits.chunked else 1
-    chunks += request.embd_dir is not None and family.traits.embeddings  # whose vectors the words do not tell
-    sampler = DenoiserPeaks(models, int8=int8, chunks=chunks)
-    tight = DenoiserPeaks(models, int8=int8, arena_bytes=TIGHT_ARENA_BYTES, chunks=chunks)
+    chunks += embeds  # whose vectors the words do not tell
+    sampler = DenoiserPeaks(models, precision, chunks=chunks)
+    tight = DenoiserPeaks(models, precision, arena_bytes=TIGHT_ARENA_BYTES, chunks=chunks)
     fixed = [facts.libraries]
     coding = _plan_coding(request, models, tiling, facts, methods)
     masks = min(MASKS_KEPT, max(map(len, (tiling.regions, *tiling.canvas_steps[-1:]))))
@@ -232,8 +232,14 @@ def build_schedule(request: ResolvedRequest, family: Family) -> DiffusersSchedul
     return flow.build(asked, config, steps, tokens=traits.tokens, even_sigmas=traits.even_sigmas)
 
 
-def choose_precision(wanted: Precision, family: Family, int8: Int8) -> tuple[Precision, str]:
-    """Int8 or fp32, and why: AUTO is int8 where processor and model gain by it, whatever the ceiling."""
+def choose_precision(wanted: Precision, family: Family, int8: Int8, *, bf16: bool) -> tuple[Precision, str]:
+    """What the denoiser is computed in, and why: AUTO is int8 where processor and model gain by it, whatever the ceiling. Raises
+    UsageError for bf16 where nothing here computes with it."""
+    if wanted is Precision.BF16 and not bf16:
+        raise UsageError(
+            "--precision bf16: this needs tiler's own kernels and AVX-512 with BF16 instructions (see `tiler doctor`); choose "
+            "int8, fp32 or auto"
+        )
     if wanted is not Precision.AUTO:
         return wanted, "as asked"
     if (width := family.traits.width) < INT8_CHANNELS:

@@ -106,6 +106,7 @@ class Precision(StrEnum):
 
     FP32 = "fp32"
     INT8 = "int8"
+    BF16 = "bf16"
     AUTO = "auto"
 
 

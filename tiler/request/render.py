@@ -246,8 +246,9 @@ class RenderRequest(ModelOptions):
     precision: Precision = option(
         Precision.AUTO,
         Option(
-            "Arithmetic of the denoiser. int8 is faster and reads half the bytes, from a file that is made once in --cache-dir; auto "
-            "takes it on processors with 8-bit dot products, fp32 on others.",
+            "Arithmetic of the denoiser. int8 is the fastest and reads half the bytes, from a file that is made once in --cache-dir; "
+            "bf16 is nearer to fp32 and makes no file, on processors with its instructions; auto takes int8 where there are "
+            "8-bit dot products, fp32 elsewhere.",
             Panel.MEMORY,
             ("--precision",),
         ),
@@ -316,11 +317,8 @@ class RenderRequest(ModelOptions):
             raise UsageError(
                 f"a picture on standard output has no job to go on with; leave out --{'restart' if self.restart else 'keep-job'}"
             )
-        changed = ("--clip-skip", self.clip_skip), ("--embd-dir", self.embd_dir)
-        given = [flag for flag, value in changed if value is not None]
-        given += ["--emphasis"] if self.emphasis is not Emphasis.ORIGINAL else []
-        if self.prompt_embeds is not None and given:
-            raise UsageError(f"the prompts of --prompt-embeds are encoded already: give {given[0]} to `tiler encode`")
+        if self.prompt_embeds is not None and self.embd_dir is not None:
+            raise UsageError("the prompts of --prompt-embeds are encoded already: give --embd-dir to `tiler encode`")
         self._check_sheet()
         if self.layout is Layout.SHIFT and (self.overlap is not None or self.regions):
             raise UsageError(
