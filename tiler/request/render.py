@@ -47,6 +47,8 @@ OF_THE_MACHINE = (
     "format",
     "save_latents",
     "cache_dir",
+    "preview",
+    "preview_interval",
     "prompt_embeds",
     "scratch",
     "force",
@@ -264,6 +266,8 @@ class RenderRequest(ModelOptions):
     save_latents: Path | None = option(
         None, Option("Also write the final latents (safetensors).", Panel.OUTPUT, ("--save-latents",))
     )
+    preview: Path | None = option(None, shared.PREVIEW)
+    preview_interval: int = option(1, shared.PREVIEW_INTERVAL)
     metadata: bool = option(True, shared.METADATA)
     force: bool = option(False, shared.FORCE)
     restart: bool = option(
@@ -290,6 +294,7 @@ class RenderRequest(ModelOptions):
         within("dpi", self.dpi, 1, 10_000)
         within("quality", self.quality, 1, 100)
         within("scale", self.scale, 1, MAX_SCALE)
+        within("preview-interval", self.preview_interval, 1, MAX_STEPS)
         within("clip-skip", self.clip_skip, 1, MAX_CLIP_SKIP)
         within("attention-window", self.attention_window, 4, MAX_SIDE, "latents")
         if self.overlap is not None and (self.overlap < 0 or self.overlap % PIXEL_STEP):
@@ -302,9 +307,11 @@ class RenderRequest(ModelOptions):
                 )
         self._check_combinations()
         taken: dict[Path, str] = {}
-        for flag, path in (("--output", self.output), ("--save-latents", self.save_latents)):
+        outputs = ("--output", self.output), ("--save-latents", self.save_latents), ("--preview", self.preview)
+        for flag, path in outputs:
             if path is not None and taken.setdefault(path.absolute(), flag) != flag:
-                raise UsageError(f"{path}: --output and {flag} name the same file; give another name")
+                first = taken[path.absolute()]
+                raise UsageError(f"{path}: {first} and {flag} name the same file; give another name")
         said = self.prompt, self.negative_prompt, self.canvas_prompt
         texts = (*said, *(t for r in self.regions for t in (r.prompt, r.negative_prompt)))
         for text in texts:
