@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tiler import encoding, events, interrupts, packing
+from tiler import encoding, events, interrupts, packing, previewing
 from tiler.compute.stream import Streamer
 from tiler.decoding import FACTOR, method
 from tiler.decoding.spool import Spool, bytes_in
@@ -47,6 +47,7 @@ from tiler.planning.render import RenderPlan, build_schedule, plan_render
 from tiler.planning.resolve import resolve
 from tiler.planning.table import MemoryPlan
 from tiler.planning.tiling import pixels_of, plan_tiling
+from tiler.previewing import Preview
 from tiler.request import Decode, GuideUpscale, Precision, RenderRequest, ResolvedRequest
 from tiler.run import Names, Run, measure, streamed
 from tiler.weights.identity import model_id
@@ -66,6 +67,7 @@ class RenderRun(Run):
     spoken: Spoken
     prepared: Any = None  # by the family, for guide and canvas
     texts: dict[str, str] = field(default_factory=dict)  # what the picture will say of itself
+    preview: Preview | None = None
     counts: dict[str, int] = field(
         default_factory=lambda: dict.fromkeys(
             ("denoiser_calls", "denoiser_samples", "denoiser_bytes_read", "weight_bytes_read"), 0
@@ -125,7 +127,7 @@ def start(
     )
     run = RenderRun(
         said=request, request=settings, plan=plan, models=models, budget=budget, on_event=on_event, job=job,
-        spoken=spoken,
+        spoken=spoken, preview=previewing.open_preview(settings, models),
         weights={part.name: (found.weights(part.name), part.aliases) for part in packing.packed_parts(family)},
     )  # fmt: skip
     if any(plan.crop):
@@ -255,6 +257,7 @@ def _reference(run: RenderRun, picture: np.ndarray | None, guide_latents: Tensor
             picture = np.concatenate(
                 list(decode_pixels(plan.methods["guide decoded"], vae, streamer, unscaled, check, tell))
             )
+            previewing.learn(run.preview, spec.scale(unscaled), picture)
             box = (FACTOR * plan.guide.shown_height, FACTOR * plan.guide.shown_width)
         else:
             assert picture is not None
@@ -272,6 +275,7 @@ def denoise_canvas(run: RenderRun, prompts: Prompts, reference: Tensor | None) -
         run.note("no step is left for the canvas: it is the enlarged guide; raise --steps or --strength")
     elif plan.begin:
         run.note(f"the guide takes the place of the first {plan.begin} of {run.request.num_inference_steps} steps")
+    previewing.learn_by_decoding(run, run.preview, run.request, plan.memory.peak_of("decode"))
     with run.phase("canvas", plan.canvas_samples):
         return _denoise(run, "canvas", plan.canvas_steps, prompts, reference, plan.begin, plan.batch)
 
@@ -288,6 +292,8 @@ def _denoise(
     latents = schedule.start(noise, reference, begin)
     if begin == steps:
         return latents
+    if phase == "canvas":
+        previewing.watch(run.preview, schedule, begin, run.note)
     family, part = plan.family, plan.family.part(Role.DENOISER)
     denoiser, short = run.models.module(part), partial(run.budget.short, plan.sample_bytes)
     halves = bf16_keys(part, denoiser, plan.precision)

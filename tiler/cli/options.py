@@ -13,7 +13,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
-from tiler.cli import layers
+from tiler.cli import completion, layers
 from tiler.cli.repeat import repeat
 from tiler.errors import UsageError
 from tiler.request import Region, read_regions
@@ -136,6 +136,8 @@ def _parameter(field: Field[Any], kind: Any) -> inspect.Parameter:
     option: Option = field.metadata["option"]
     shown: dict[str, Any] = {"help": _help(field), "rich_help_panel": option.panel.value, "show_default": False}
     shown["metavar"] = option.metavar or _metavar(kind)
+    if field.name == "model":
+        shown["autocompletion"] = completion.model_names
     default = field.default
     if kind == tuple[str, ...]:
         kind = list[str]

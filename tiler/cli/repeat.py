@@ -27,7 +27,7 @@ _PARTS = {
     "diffusion_model": Kind.MODEL, "vae": Kind.VAE, "text_encoder": Kind.TEXT_ENCODER, "clip_l": Kind.TEXT_ENCODER,
     "clip_g": Kind.TEXT_ENCODER, "t5xxl": Kind.TEXT_ENCODER,
 }  # fmt: skip
-_NEVER = (*_OF_THE_RUN, "size", "preset")  # resolved in others
+_NEVER = (*_OF_THE_RUN, "size", "preset", "scale")  # resolved in others
 _UNTOLD = re.compile(
     r"Version|.*[Hh]ash(es)?|VAE|RNG|Schedule type|scheduler|denoise|SDCPP|kernels|model_id|bleed_mm|revision"
 )

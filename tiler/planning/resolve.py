@@ -9,9 +9,10 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from tiler.diffusion.guide_picture import size_of
 from tiler.errors import ModelError, UsageError
 from tiler.models.family import Family
-from tiler.request import PRESETS, Layout, RenderRequest, ResolvedRequest, Scheduler, parse_scheduler
+from tiler.request import MAX_SIDE, PRESETS, Layout, RenderRequest, ResolvedRequest, Scheduler, parse_scheduler
 from tiler.request.paper import parse_length, sheet_pixels
 
 DEFAULTS_FILE = "tiler.toml"
@@ -57,12 +58,22 @@ def fill(request: RenderRequest, defaults: Mapping[str, Any] = _ROW) -> Resolved
 def _sheet(request: RenderRequest) -> tuple[int, int, float | None, float]:
     """Width and height in pixels, dpi, and bleed in mm."""
     bleed_mm = 0.0 if request.bleed is None else parse_length(request.bleed)
+    if request.scale is not None and request.guide_image is not None:
+        return *_scaled(request.guide_image, request.scale), request.dpi, bleed_mm
     if request.paper is None:
         side = 2048 if request.size is None else request.size
         width, height = (side if said is None else said for said in (request.width, request.height))
         return width, height, request.dpi, bleed_mm
     dpi = request.dpi or 300
     return *sheet_pixels(request.paper, dpi, landscape=request.landscape, bleed_mm=bleed_mm), dpi, bleed_mm
+
+
+def _scaled(guide: Path, scale: float) -> tuple[int, int]:
+    """Width and height of a user's picture that is enlarged so many times. Raises UsageError."""
+    width, height = (round(side * scale) for side in size_of(guide))
+    if max(width, height) > MAX_SIDE:
+        raise UsageError(f"--scale {scale:g} makes {width}×{height} of {guide}; a side has at most {MAX_SIDE:,} pixels")
+    return width, height
 
 
 def read_defaults(folder: Path) -> dict[str, Any]:

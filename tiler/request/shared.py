@@ -69,5 +69,13 @@ WRAP = Option(
     Panel.PICTURE, ("--wrap",),
 )  # fmt: skip
 DPI = Option("Pixels per inch, stored in the file.", Panel.PICTURE, ("--dpi",), default="300 with --paper")
+PREVIEW = Option(
+    "Rewrite this .png or .jpg while the canvas is denoised: a rough look at what it becomes, 512 pixels across.",
+    Panel.OUTPUT, ("--preview",), metavar="FILE",
+)  # fmt: skip
+PREVIEW_INTERVAL = Option(
+    "Steps from one preview to the next; more where previews would take more than 1 % of the time.",
+    Panel.OUTPUT, ("--preview-interval",), metavar="N",
+)  # fmt: skip
 METADATA = Option("Write no prompt, seed or settings into the file.", Panel.OUTPUT, ("--no-metadata",), off=True)
 FORCE = Option("Replace existing output files.", Panel.OUTPUT, ("--force", "-f"))
