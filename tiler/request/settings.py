@@ -9,6 +9,7 @@ import os
 import tomllib
 from collections.abc import Iterator, Mapping
 from enum import StrEnum
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,10 +68,24 @@ def config_path() -> Path | None:
 
 
 def read_config() -> dict[str, Any]:
-    """What the configuration file says; nothing where there is none. Raises UsageError for one that cannot be read."""
+    """What the configuration file says; nothing where there is none. It is read once, and again where it has changed. Raises
+    UsageError for one that cannot be read."""
     path = config_path()
     if path is None:
         return {}
+    try:
+        state = path.stat()
+    except OSError:
+        return dict(_read(path))  # which says why
+    return dict(_read_once(path, state.st_ino, state.st_mtime_ns, state.st_size))
+
+
+@lru_cache(maxsize=1)
+def _read_once(path: Path, *state: int) -> Mapping[str, Any]:
+    return _read(path)
+
+
+def _read(path: Path) -> Mapping[str, Any]:
     try:
         with path.open("rb") as file:
             data = file.read(_MAX_BYTES + 1)
