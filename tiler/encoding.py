@@ -14,6 +14,7 @@ from tiler.models.embeds import Encoded, PromptCache, Text, Words, prompts_folde
 from tiler.models.family import Family, Part
 from tiler.models.prompting import read_options
 from tiler.models.reading import ReadAs, Reading
+from tiler.native.library import has_bf16
 from tiler.planning.render import choose_precision
 from tiler.request import Emphasis, Precision, RenderRequest, ResolvedRequest
 from tiler.request.wording import may_be_long
@@ -64,8 +65,8 @@ def with_words(request: RenderRequest, words: Words | None) -> RenderRequest:
 
 
 def precision_of(request: ResolvedRequest, family: Family) -> Precision:
-    """Fp32 or int8, as the plan will have it."""
-    return choose_precision(request.precision, family, onednn.int8())[0]
+    """As the plan will have it."""
+    return choose_precision(request.precision, family, onednn.int8(), bf16=has_bf16())[0]
 
 
 def find_prompts(

@@ -41,8 +41,9 @@ from tiler.models.family import Family, Options, Role, VaeSpec
 from tiler.models.prompting import notes_on_prompts
 from tiler.models.samples import Sample
 from tiler.output.latents import save_latents
-from tiler.output.picture import check_picture
+from tiler.output.picture import check_picture, check_size
 from tiler.planning.advice import advise
+from tiler.planning.peaks import bf16_keys
 from tiler.planning.render import RenderPlan, build_schedule, plan_render
 from tiler.planning.resolve import resolve
 from tiler.planning.table import MemoryPlan
@@ -124,6 +125,7 @@ def start(
     settings = resolve(request, family)
     if not planning or request.output is not None:
         check_picture(settings.output, force=settings.force or job.is_finished)
+    check_size(settings.output, settings.format, settings.width, settings.height)
     if settings.save_latents is not None:
         check_writable(settings.save_latents, force=settings.force or job.resumed, option="--save-latents")
     models = open_models(family, settings.tiny_vae)
@@ -292,7 +294,8 @@ def _denoise(
         return latents
     family, part = plan.family, plan.family.part(Role.DENOISER)
     denoiser, short = run.models.module(part), partial(run.budget.short, plan.sample_bytes)
-    held = dict[str, Any](arena_bytes=plan.arena_bytes, transform=True, short=short)
+    halves = bf16_keys(part, denoiser, plan.precision)
+    held = dict[str, Any](bf16_keys=halves, arena_bytes=plan.arena_bytes, transform=True, short=short)
     with (
         interrupts.deferred(),
         run.streamed(denoiser, *run.weights[part.name], plan.resident[phase], **held) as streamer,

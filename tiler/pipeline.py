@@ -75,6 +75,8 @@ def render(request: RenderRequest, budget: Budget | None = None, on_event: OnEve
                     wanted.dpi,
                     wanted.bleed_mm,
                     force=wanted.force,
+                    format=wanted.format,
+                    quality=wanted.quality,
                     on_whole=job.note_finished,
                 )
         return Result(output=run.request.output, report=reports.of_render(run))
@@ -115,7 +117,10 @@ def decode(request: DecodeRequest, budget: Budget | None = None, on_event: OnEve
         run.plan.check()
         lean_imports.freeze_imports()
         with closing(phases.decode(run, run.decoding, run.latents)) as rows:
-            write_picture(run.output, rows, run.width, run.height, run.texts, request.dpi, force=request.force)
+            write_picture(
+                run.output, rows, run.width, run.height, run.texts, request.dpi,
+                force=request.force, format=request.format, quality=request.quality,
+            )  # fmt: skip
         return Result(output=run.output, report=reports.of_decode(run))
 
 

@@ -42,7 +42,7 @@ from tiler.models.kinds import SD1, SD2
 from tiler.models.reading import READING, Reading
 from tiler.models.required import check_parts, fetch_part, read_scheduler, text_encoders
 from tiler.models.samples import Prompt, Sample, empty, examples
-from tiler.models.unet import build_unet, predict_noise, quantised, windows_of
+from tiler.models.unet import build_unet, halved, predict_noise, quantised, windows_of
 from tiler.weights.checkpoint import Checkpoint
 
 CROSS_WIDTH = 1280  # of a prompt's tokens where a UNet's config does not say it, as diffusers has it
@@ -152,6 +152,7 @@ def read(checkpoint: Checkpoint, name: str) -> StableDiffusion:
             build=partial(build_unet, checkpoint, unet),
             aliases=plain_names,
             quantise=partial(quantised, levels=levels),
+            half=halved,
         ),
         vae_part(spec),
     )

@@ -47,7 +47,7 @@ from tiler.models.few_steps import FEW_STEPS, sign_of_few_steps
 from tiler.models.reading import READING, Reading
 from tiler.models.required import check_parts, fetch_part, read_scheduler, text_encoders
 from tiler.models.samples import Place, Prompt, Sample, empty, examples
-from tiler.models.unet import build_unet, predict_noise, quantised, windows_of
+from tiler.models.unet import build_unet, halved, predict_noise, quantised, windows_of
 from tiler.request import TileConditioning
 from tiler.weights.checkpoint import Checkpoint
 
@@ -214,6 +214,7 @@ def read(checkpoint: Checkpoint, name: str) -> StableDiffusionXL:
         build=partial(build_unet, checkpoint, unet),
         aliases=plain_names,
         quantise=partial(quantised, levels=levels),
+        half=halved,
     )
     defaults, notes = {"guidance_scale": 5.0}, []
     if (sign := sign_of_few_steps(checkpoint.name, scheduler)) is not None:

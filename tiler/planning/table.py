@@ -21,10 +21,11 @@ class Term:
 
 @dataclass(frozen=True, kw_only=True)
 class PhasePlan:
-    """A phase and the terms that are in memory together at its peak."""
+    """A phase and the terms that are in memory together at its peak; `advice` says what to do where that is too much."""
 
     name: str
     terms: tuple[Term, ...]
+    advice: str = ""
 
     @property
     def peak_bytes(self) -> int:
@@ -56,8 +57,8 @@ class MemoryPlan:
             worst = max(self.phases, key=lambda p: p.peak_bytes)
             raise BudgetRefused(
                 f"the phase {worst.name!r} needs {format_mb(worst.peak_bytes)}, and a plan may fill {MARGIN:.0%} of the "
-                f"ceiling of {format_mb(self.max_bytes)}; the smallest --max-ram that would do is {self.smallest_text}{advice}"
-                + (f"\n{self.table()}" if table else "")
+                f"ceiling of {format_mb(self.max_bytes)}; the smallest --max-ram that would do is {self.smallest_text}"
+                + (f"; {worst.advice}" if worst.advice else advice + (f"\n{self.table()}" if table else ""))
             )
 
     @property
