@@ -24,9 +24,9 @@ from tiler.native import library
 from tiler.packing import order_of_use, packed_names, packed_weights
 from tiler.phases import streamed
 from tiler.request import Precision
+from tiler.weights.caches import INT8_VERSION
 from tiler.weights.checkpoint import resolve
 from tiler.weights.index import TensorInfo, read_index, read_metadata
-from tiler.weights.packed import VERSION
 from tiler.weights.store import WeightStore, match_index
 
 TEXT = "text_encoder."  # before the names of its parameters in a packed file
@@ -214,7 +214,7 @@ def test_a_packed_file_that_does_not_fit_is_made_again(tiny: Path, tmp_path: Pat
     path.write_bytes(whole[:-100])
     packed_weights(Models(family), tmp_path, tell)
     assert "bytes short" in told[1]
-    path.write_bytes(whole.replace(f'"version": "{VERSION}"'.encode(), b'"version": "2"'))
+    path.write_bytes(whole.replace(f'"version": "{INT8_VERSION}"'.encode(), b'"version": "2"'))
     packed_weights(Models(family), tmp_path, tell)
     assert "another model or version" in told[2]
     assert path.read_bytes() == whole

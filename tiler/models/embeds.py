@@ -28,6 +28,7 @@ from tiler.models.samples import Prompt
 from tiler.request import Emphasis
 from tiler.request.choices import MAX_CLIP_SKIP
 from tiler.weights import packed
+from tiler.weights.caches import INT8_VERSION
 from tiler.weights.index import open_regular, read_index, read_metadata
 from tiler.weights.places import cache_home
 from tiler.weights.store import WeightStore
@@ -204,7 +205,7 @@ class PromptCache:
             digest.update(f"{fact}\n".encode())
         for part in family.encoders:
             digest.update(json.dumps([part.name, part.config], sort_keys=True, default=str).encode())
-            rules = f"int8 {packed.VERSION}" if self._int8 else "as stored"
+            rules = f"int8 {INT8_VERSION}" if self._int8 else "as stored"
             digest.update(packed.fingerprint(family.checkpoint.weights(part.name), rules).encode())
             _add_folder(digest, family.checkpoint.tokenizer(part.name.replace("text_encoder", "tokenizer")))
         return digest.digest()

@@ -8,7 +8,6 @@ what they are for.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import shutil
@@ -21,13 +20,13 @@ import torch
 from tiler.errors import ModelError, NumericalError, StorageError
 from tiler.files import atomic
 from tiler.weights.blocks import block_sides, blocked, can_block
+from tiler.weights.caches import INT8_VERSION
 from tiler.weights.codecs import CODECS
-from tiler.weights.index import TensorInfo, open_regular, read_index, read_metadata
+from tiler.weights.index import TensorInfo, header_bytes, open_regular, read_file, read_index
 from tiler.weights.layouts import understood
 from tiler.weights.places import cache_home
 from tiler.weights.store import SCALE, Piece, WeightStore
 
-VERSION = "5"  # of the rules: which layers, which scales, which order
 _PIECE_ELEMENTS = 2**20  # weights at a time: 4 MB in fp32, and a few copies
 _SAMPLES, _SAMPLE_BYTES = 256, 4096  # of each file, for its fingerprint
 
@@ -86,8 +85,7 @@ def _misfit(path: Path, mark: str, in_blocks: bool) -> str | None:
     if not path.exists():
         return "there are none of this model yet"
     try:
-        read_index(path)
-        said = read_metadata(path)
+        said = read_file(path).texts
     except ModelError as error:
         return str(error)
     if said not in (_metadata(mark, True), _metadata(mark, False)):
@@ -98,7 +96,7 @@ def _misfit(path: Path, mark: str, in_blocks: bool) -> str | None:
 
 
 def _metadata(mark: str, in_blocks: bool) -> dict[str, str]:
-    return {"format": "tiler-int8", "version": VERSION, "source": mark, "order": "blocks" if in_blocks else "rows"}
+    return {"format": "tiler-int8", "version": INT8_VERSION, "source": mark, "order": "blocks" if in_blocks else "rows"}
 
 
 def write_packed(
@@ -134,8 +132,6 @@ def write_packed(
     for name in order:
         if name in quantised:
             place(name + SCALE, "F32", index[name].shape[:1], 4 * index[name].shape[0])
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
     if (free := shutil.disk_usage(path.parent).free) < end:
         raise StorageError(
             f"{path.parent} has {free / 1e6:,.0f} MB free, int8 weights need {end / 1e6:,.0f} MB; "
@@ -143,7 +139,7 @@ def write_packed(
         )
     written = 0
     with WeightStore(index, piece_elements=_PIECE_ELEMENTS) as store, atomic(path) as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(header_bytes(header))
         scales: list[torch.Tensor] = []
         for name in order:
             for data in _stored(store, name, quantised.get(name), scales, in_blocks=name in in_blocks):
