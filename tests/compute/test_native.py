@@ -61,6 +61,17 @@ class Convolutions(nn.Module):
         return convolve(self.rows, convolve(self.point, h, norm=self.middle))
 
 
+class One(nn.Module):
+    """A layer alone."""
+
+    def __init__(self, *, is_linear: bool) -> None:
+        super().__init__()
+        self.layer = nn.Linear(96, 48) if is_linear else nn.Conv2d(96, 48, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(self.layer, x) if isinstance(self.layer, nn.Linear) else convolve(self.layer, x)
+
+
 def stored(module: nn.Module, path: Path, kernel: str, *, in_blocks: bool = True) -> nn.Module:
     """Write the module's weights: fp16, or int8 as a packed file has them; returns it with what the file's weights are."""
     tensors: dict[str, Tensor] = {}
@@ -145,6 +156,33 @@ def test_nan_reaches_the_result(case, kernel: str) -> None:
     inputs[1][0].view(-1)[5] = float("nan")
     first, second, third = run(kernel, make, path, inputs)
     assert second.isnan().any() and not first.isnan().any() and not third.isnan().any()
+
+
+@pytest.mark.parametrize("is_linear", [True, False])
+@pytest.mark.parametrize("outlier", [60.0, 1e4])
+@torch.no_grad()
+def test_an_outlier_costs_half_a_step_of_its_own_token_or_image(
+    is_linear: bool, outlier: float, tmp_path: Path
+) -> None:
+    """Transformers have a few values that are far larger than all others (Dettmers et al., 2022, LLM.int8(), section 3)."""
+    torch.manual_seed(5)
+    make, path = partial(One, is_linear=is_linear), tmp_path / "w.safetensors"
+    exact = stored(make(), path, "native-int8").double()
+    plain = [torch.randn(1, 12, 96) if is_linear else torch.randn(1, 96, 9, 8) for _ in range(2)]
+    before = run("native-int8", make, path, [(x,) for x in plain])
+    changed = plain[1].clone()
+    changed.view(-1)[5 * 96 + 7] = outlier
+    first, second = run("native-int8", make, path, [(plain[0],), (changed,)])
+    assert torch.equal(first, before[0])
+    weight = exact.layer.weight.abs().flatten(1).sum(1)
+    wrong = (second - exact(changed.double())).abs()
+    if is_linear:
+        others = [i for i in range(12) if i != 5]
+        assert torch.equal(second[:, others], before[1][:, others])
+        assert (wrong[0, 5] <= 0.501 * outlier / 127 * weight + 1e-5 * outlier).all()
+    else:
+        step = (changed.amax().clamp(min=0) - changed.amin().clamp(max=0)) / 255
+        assert (wrong[0].flatten(1).amax(1) <= 0.501 * step * weight + 1e-5 * outlier).all()
 
 
 @pytest.mark.parametrize("name", ["native-fp32", "native-winograd"])
