@@ -45,6 +45,7 @@ REGISTRY: dict[str, str] = {
 that none matches is read as Stable Diffusion, whose checks say what is foreign in it."""
 _OTHERS = {
     "Inpaint": "an inpainting model", "InstructPix2Pix": "an InstructPix2Pix model", "Upscale": "an upscaler",
+    "Depth2Img": "a depth-to-image model", "AnimateDiff": "a video model",
     "Kandinsky": "Kandinsky", "WuerstchenCombined": "Würstchen", "Video": "a video model",
     "Latte": "a video model",
 }  # fmt: skip
@@ -88,6 +89,7 @@ class Traits(NamedTuple):
     )
     embeddings: bool = False  # whether prompts may name embeddings (textual inversion)
     clip_skip: bool = False  # whether the states of another layer of CLIP can be taken
+    told_place: bool = False  # whether a sample is told where on the canvas it lies
     even_sigmas: bool = False  # of a flow: σ falls from 1 to 1/N in equal steps before it is shifted
 
     @property
