@@ -19,7 +19,6 @@ from tiler.output.metadata import Facts
 from tiler.output.metadata import texts as picture_texts
 from tiler.phases import RenderRun
 from tiler.planning.summary import SCHEMA, with_old_names
-from tiler.weights.identity import model_id
 from tiler.weights.index import TensorInfo
 
 
@@ -67,10 +66,11 @@ def texts(run: RenderRun) -> dict[str, str]:
     if not run.request.metadata:
         return {}
     facts = Facts(
-        model=found.name, model_id=model_id(found, [part.name for part in plan.family.parts]), revision=found.revision,
+        model=found.name, model_id=run.model_id, revision=found.revision,
         scheduler=plan.scheduler.value,
         precision=plan.precision.value, kernels=computed_by(), begin=plan.begin,
         clip_skip=plan.family.traits.clip_skip,
         embeddings={} if run.reading.embeddings is None else run.reading.embeddings.used,
+        loras={} if run.models.loras is None else run.models.loras.names,
     )  # fmt: skip
     return picture_texts(run.request, facts)

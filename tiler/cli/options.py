@@ -85,6 +85,8 @@ def _parameter(field: Field[Any], kind: Any) -> inspect.Parameter:
     default = field.default
     if field.name == "regions":
         kind, default = Path | None, None
+    elif option.many:
+        kind, default = list[str], []
     elif option.parse is not None:
         kind = str | None
     elif option.off:
@@ -135,6 +137,9 @@ def _values(offered: list[Field[Any]], given: Mapping[str, Any]) -> dict[str, An
             if typed < -1:
                 raise UsageError(f"seed = {typed} is out of range: 0–{MAX_SEED}, or -1 for a random one")
             values["seed"] = None if typed == -1 else typed
+        elif option.many:
+            assert option.parse is not None, field.name
+            values[field.name] = tuple(map(option.parse, typed))
         elif option.parse is not None and typed is not None:
             values[field.name] = option.parse(typed)
         elif option.off:

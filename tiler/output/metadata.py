@@ -14,7 +14,7 @@ from typing import Any
 from tiler.request import Emphasis, ResolvedRequest, ScheduleType
 
 _EMPHASIS = {Emphasis.NO_NORM: "No norm", Emphasis.IGNORE: "Ignore", Emphasis.NONE: "None"}  # as A1111 writes them
-_OF_THE_MACHINE = ("output", "embd_dir", "save_latents", "cache_dir", "scratch", "force", "metadata")
+_OF_THE_MACHINE = ("output", "embd_dir", "lora_dir", "save_latents", "cache_dir", "scratch", "force", "metadata")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +28,7 @@ class Facts:
     precision: str
     kernels: str  # whose arithmetic, and with which instructions
     embeddings: Mapping[str, str]  # that the prompts name, and their hashes
+    loras: Mapping[str, str]  # by name, and their hashes
     clip_skip: bool  # whether the model has a choice of CLIP's layers
     begin: int  # the step at which the canvas starts; 0 without a guide
 
@@ -51,6 +52,7 @@ def texts(request: ResolvedRequest, facts: Facts) -> dict[str, str]:
         "kernels": facts.kernels,
         "model_id": facts.model_id,
         "revision": facts.revision,
+        **({"lora_hashes": dict(facts.loras)} if facts.loras else {}),
     }
     prompt = r.prompt if r.prompt is not None else " | ".join(region.prompt for region in r.regions)
     both = {
@@ -69,6 +71,8 @@ def _of_prompts(request: ResolvedRequest, facts: Facts) -> dict[str, object]:
         fields["Hires prompt"] = request.canvas_prompt
     if facts.embeddings:
         fields["TI hashes"] = ", ".join(f"{name}: {digest}" for name, digest in facts.embeddings.items())
+    if facts.loras:
+        fields["Lora hashes"] = ", ".join(f"{name}: {digest}" for name, digest in facts.loras.items())
     if request.emphasis is not Emphasis.ORIGINAL:
         fields["Emphasis"] = _EMPHASIS[request.emphasis]
     return fields

@@ -23,6 +23,7 @@ from tiler.request.choices import (
     parse_scheduler,
 )
 from tiler.request.decode import DecodeRequest, QuantizeRequest
+from tiler.request.loras import Lora
 from tiler.request.regions import Region, read_regions
 from tiler.request.render import RenderRequest, ResolvedRequest
 
@@ -37,6 +38,7 @@ __all__ = [
     "Emphasis",
     "GuideUpscale",
     "Layout",
+    "Lora",
     "Mask",
     "Precision",
     "Preset",

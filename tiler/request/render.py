@@ -31,6 +31,7 @@ from tiler.request.choices import (
     parse_scheduler,
     within,
 )
+from tiler.request.loras import Lora, parse_lora
 from tiler.request.options import Option, Panel, coerce, option
 from tiler.request.paper import parse_length, parse_paper
 from tiler.request.regions import Region
@@ -111,6 +112,22 @@ class RenderRequest:
     variant: str | None = option(None, shared.VARIANT)
     revision: str | None = option(None, shared.REVISION)
     tiny_vae: str | None = option(None, shared.TINY_VAE)
+
+    loras: tuple[Lora, ...] = option(
+        (),
+        Option(
+            "A LoRA, LoCon, LoHa, LoKr or DoRA, as often as there are some; FILE=0.8 adds that much of it, FILE=0.8:0.5 half to "
+            "the text encoders.",
+            Panel.MODEL, ("--lora",), parse=parse_lora, metavar="FILE[=M]", many=True,
+        ),
+    )  # fmt: skip
+    lora_dir: Path | None = option(
+        None,
+        Option(
+            "Folder of LoRAs, which the prompt names, as in A1111: <lora:NAME:0.8>.",
+            Panel.MODEL, ("--lora-dir",), metavar="FOLDER",
+        ),
+    )  # fmt: skip
 
     preset: Preset | None = option(
         None,
@@ -257,6 +274,8 @@ class RenderRequest:
 
     def __post_init__(self) -> None:
         coerce(self)
+        loras = tuple(parse_lora(lora) if isinstance(lora, str) else lora for lora in self.loras)
+        object.__setattr__(self, "loras", loras)
         if self.seed == -1:  # as on the command line: drawn at random
             object.__setattr__(self, "seed", None)
         for name, side in (("size", self.size), ("width", self.width), ("height", self.height)):

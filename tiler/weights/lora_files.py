@@ -1,0 +1,61 @@
+"""LoRA files on disk: found by name, and told apart."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from difflib import get_close_matches
+from pathlib import Path
+
+from tiler.errors import ModelError, UsageError
+from tiler.weights.index import open_regular, read_index, read_metadata
+
+SUFFIX = ".safetensors"
+_CHUNK = 2**20
+
+
+def find_lora(name: str, folder: Path) -> Path:
+    """The file that a tag of the prompt names: by its path in `folder`, by its stem there or in any folder below, or by the
+    `ss_output_name` that its trainer wrote into it. Raises ModelError, and UsageError where two files have that name."""
+    if not folder.is_dir():
+        raise UsageError(f"--lora-dir {folder}: no such folder; check the path")
+    for path in (folder / name, folder / f"{name}{SUFFIX}"):
+        if path.is_file():
+            return path
+    files = sorted(path for path in folder.rglob(f"*{SUFFIX}") if path.is_file())
+    hits = [path for path in files if path.stem == name] or [
+        path for path in files if path.stem.lower() == name.lower()
+    ]
+    if not hits:
+        hits = [path for path in files if _name_inside(path) == name]
+    if len(hits) > 1:
+        raise UsageError(f"the LoRA {name} is in two files, {hits[0]} and {hits[1]}; rename one of them")
+    if not hits:
+        near = get_close_matches(name, [path.stem for path in files], n=3)
+        known = f"; near names are {', '.join(near)}" if near else "; check the name"
+        raise ModelError(f"<lora:{name}>: no such LoRA in {folder}{known}")
+    return hits[0]
+
+
+def _name_inside(path: Path) -> str | None:
+    try:
+        return read_metadata(path).get("ss_output_name")
+    except ModelError:
+        return None
+
+
+def lora_hash(path: Path) -> str:
+    """The first 12 hexadecimal digits of the SHA-256 of a file's tensors, its header left out: what A1111 calls AutoV3. Raises
+    ModelError."""
+    starts = [info.offset for info in read_index(path).values()]
+    fd = open_regular(path)
+    try:
+        digest, at = hashlib.sha256(), min(starts, default=0)
+        while data := os.pread(fd, _CHUNK, at):
+            digest.update(data)
+            at += len(data)
+    except OSError as error:
+        raise ModelError(f"{path}: reading failed ({error.strerror}); check the disk") from error
+    finally:
+        os.close(fd)
+    return digest.hexdigest()[:12]
