@@ -6,7 +6,7 @@
 
 Kinds: sd15, sd21 (v-prediction, 768 px), tiny (SD 1.x shape, 64-px tiles), tiny-sd2 (SD 2.x shape: linear projections,
 v-prediction), tiny-old (as `tiny`, with what old versions of diffusers left in configs: sample_size 32, a DDIM scheduler with
-steps_offset 0 and without clip_sample), tiny-plain (tiny-plain-sd2: of SD 2.x; of which shapes say all that single files do not: heads, groups of norms,
+steps_offset 0 and without clip_sample), tiny-plain (tiny-plain-sd2: of SD 2.x, tiny-plain-sdxl: of SDXL; of which shapes say all that single files do not: heads, groups of norms,
 vocabulary and native size as published), taesd (an AutoencoderTiny alone, of 4 or, taesd8, of 8 latent channels as `mini` has). A family NAME has three
 sizes: tiny-NAME, wide-NAME (full width and few blocks: what the memory depends on) and NAME (full size). Prints the folder. Weights are random but scaled so that activations neither vanish nor overflow.
 """
@@ -24,7 +24,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-KINDS = ("sd15", "sd21", "tiny", "tiny-sd2", "tiny-old", "tiny-plain", "tiny-plain-sd2", "taesd", "taesd8")
+KINDS = (
+    "sd15", "sd21", "tiny", "tiny-sd2", "tiny-old", "tiny-plain", "tiny-plain-sd2", "tiny-plain-sdxl", "taesd", "taesd8",
+)  # fmt: skip
 FAMILIES = tuple(path.stem for path in sorted((Path(__file__).parent / "checkpoints").glob("[a-z]*.py")))
 """Modules of scripts/checkpoints/, each with `write(folder, size)`."""
 SIZES = ("tiny", "wide", "full")
@@ -183,6 +185,8 @@ def make(kind: str, cache: Path = CACHE, *, force: bool = False) -> Path:
         from diffusers import AutoencoderTiny
 
         AutoencoderTiny(latent_channels=int(kind[5:] or 4)).half().save_pretrained(temp)
+    elif kind == "tiny-plain-sdxl":
+        import_module("checkpoints.sdxl").write(temp, "plain")
     elif (name := kind.removeprefix("tiny-").removeprefix("wide-")) in FAMILIES:
         size = kind.removesuffix(name).removesuffix("-") or "full"
         import_module(f"checkpoints.{name}").write(temp, size)

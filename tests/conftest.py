@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for what tests share: test
 from tiler.memory.process import frugal_allocator
 
 frugal_allocator()
+os.environ["TILER_CONFIG"] = os.devnull  # the habits of whoever runs the tests are not the tests'
 
 
 @pytest.fixture(scope="session")

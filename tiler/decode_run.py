@@ -19,7 +19,6 @@ from tiler.planning.render import plan_decode
 from tiler.planning.table import MemoryPlan
 from tiler.request import DecodeRequest
 from tiler.run import Run, measure
-from tiler.weights import checkpoint
 
 
 @dataclass(kw_only=True)
@@ -40,9 +39,9 @@ def start(request: DecodeRequest, budget: Budget, on_event: OnEvent) -> Iterator
     """Open the latents, check that the picture can be written, and plan. Raises TilerError."""
     output = request.output or Path("tiler.png")
     check_picture(output, force=request.force)
-    found = checkpoint.resolve(request.model, variant=request.variant, revision=request.revision)
-    models = open_models(families.read_family(found), request.tiny_vae)
+    models = open_models(families.open_family(request), request.tiny_vae)
     family, vae = models.family, models.decoder
+    found = family.checkpoint
     with LatentsFile(request.latents, vae.unscale_) as latents:
         latents.check(family.latent_channels, found.name)
         models.vae(vae)

@@ -63,7 +63,19 @@ class NumericalError(TilerError):
     exit_code = 7
 
 
+class JobLocked(TilerError):
+    """Another process works on the same job."""
+
+    exit_code = 8
+
+
 class OfflineError(TilerError):
     """The checkpoint is not in the hub's cache and the hub cannot or may not be reached."""
 
     exit_code = 9
+
+
+class JobError(TilerError):
+    """A job's folder is damaged, or belongs to another request."""
+
+    exit_code = 10

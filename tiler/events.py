@@ -38,7 +38,14 @@ class Note:
     text: str
 
 
-Event = PhaseStarted | Progress | PhaseDone | Note
+@dataclass(frozen=True, kw_only=True)
+class Saved:
+    """The run could go on from here: `where` is "canvas step 12/20"."""
+
+    where: str
+
+
+Event = PhaseStarted | Progress | PhaseDone | Saved | Note
 
 OnEvent = Callable[[Event], None]
 
@@ -67,7 +74,9 @@ class Journal(Protocol):
         """What was saved last under `name`; None if nothing was."""
         ...
 
-    def save(self, name: str, tensors: Tensors) -> None: ...
+    def save(self, name: str, tensors: Tensors, where: str) -> None:
+        """`where` says to people how far the phase is."""
+        ...
 
     def due(self) -> bool:
         """Whether the last save is so long ago that it is time for another."""
@@ -80,7 +89,7 @@ class NoJournal:
     def load(self, name: str) -> None:
         return None
 
-    def save(self, name: str, tensors: Tensors) -> None:
+    def save(self, name: str, tensors: Tensors, where: str) -> None:
         return None
 
     def due(self) -> bool:

@@ -6,7 +6,7 @@ import errno
 import os
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -50,9 +50,42 @@ def check_writable(path: Path, *, force: bool, option: str = "--output") -> None
         raise UsageError(f"{str(path)!r} is no file name ({error}); give another {option}") from error
 
 
+def replace_durably(path: Path, parts: Iterable[bytes | memoryview]) -> None:
+    """Write a file of the program's own, which has either its old or its new content whatever happens, power cuts included.
+    Raises StorageError."""
+    temp = path.with_name(f"{path.name}.new")
+    try:
+        try:
+            with open(temp, "wb") as file:
+                for part in parts:
+                    file.write(part)
+                _flush(file)
+            os.replace(temp, path)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(temp)
+            raise
+    except OSError as error:
+        raise StorageError(f"{path}: writing failed ({error.strerror}); free some space") from error
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Ask the disk to keep the folder's names; not every system can."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
 @contextmanager
-def atomic(path: Path, *, replace: bool = True) -> Iterator[BinaryIO]:
-    """A binary file that takes its name only when the block ends well; a symbolic link stays, its target is written.
+def atomic(
+    path: Path, *, replace: bool = True, on_whole: Callable[[os.stat_result], None] = lambda whole: None
+) -> Iterator[BinaryIO]:
+    """A binary file that takes its name only when the block ends well; a symbolic link stays, its target is written. `on_whole`
+    is told of the file when all of it is on the disk, just before it takes its name.
 
     Without `replace`, a file that has meanwhile appeared under that name is kept. Whatever keeps the finished file from
     its name, it stays under a similar one: NameTaken says which. Raises StorageError.
@@ -62,6 +95,7 @@ def atomic(path: Path, *, replace: bool = True) -> Iterator[BinaryIO]:
         with _hidden(target) as file:
             yield file
             source = _linked(file, target)
+            on_whole(os.stat(source))
             try:
                 _name(source, target, replace=replace)
             except OSError as error:
@@ -139,17 +173,22 @@ def _nameless(target: Path) -> int:
 
 def _linked(file: BinaryIO, target: Path) -> Path:
     """Flush a file to the disk. Its hidden name: a file without one can be named once only, so that comes first."""
+    _flush(file)
+    if not str(file.name).startswith("/proc/self/fd/"):
+        return Path(file.name)
+    temp = _beside(target)
+    os.link(file.name, temp, src_dir_fd=file.fileno(), follow_symlinks=True)
+    return temp
+
+
+def _flush(file: BinaryIO) -> None:
+    """Raises OSError where the disk has lost what was written."""
     file.flush()
     try:
         os.fsync(file.fileno())
     except OSError as error:
         if error.errno in _LOST:
             raise
-    if not str(file.name).startswith("/proc/self/fd/"):
-        return Path(file.name)
-    temp = _beside(target)
-    os.link(file.name, temp, src_dir_fd=file.fileno(), follow_symlinks=True)
-    return temp
 
 
 def _name(source: Path, target: Path, *, replace: bool) -> None:
@@ -167,12 +206,7 @@ def _name(source: Path, target: Path, *, replace: bool) -> None:
             # No links here. Creating the name claims it: of two runs, one fails. The empty file is replaced at once.
             os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
             os.replace(source, target)
-    with suppress(OSError):  # the disk is asked to keep the new name too; not every system can
-        folder = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+    sync_folder(target.parent)
 
 
 def _spare_name(source: Path, target: Path) -> Path:

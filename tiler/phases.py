@@ -6,20 +6,17 @@ Each phase opens the weights it needs, works under the budget, and lets the weig
 from __future__ import annotations
 
 import math
-import shlex
-import tempfile
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, field
-from functools import partial
-from pathlib import Path
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tiler import events, packing
+from tiler import events, interrupts, packing
 from tiler.compute.stream import Streamer
 from tiler.decoding import FACTOR, method
 from tiler.decoding.method import DecodePlan
@@ -29,9 +26,10 @@ from tiler.diffusion.guide_picture import GuidePicture
 from tiler.diffusion.prompts import Prompts
 from tiler.diffusion.runner import Conditions, LocalRunner
 from tiler.diffusion.tiles import Steps, region_span
-from tiler.errors import NameTaken, NumericalError, StorageError
+from tiler.errors import NumericalError
 from tiler.events import OnEvent, percent
 from tiler.files import check_writable
+from tiler.jobs.folder import Job
 from tiler.memory.budget import Budget
 from tiler.memory.limits import memory_warning
 from tiler.memory.policy import at_layer, at_rows
@@ -46,10 +44,11 @@ from tiler.output.picture import check_picture
 from tiler.planning.render import RenderPlan, build_schedule, plan_render
 from tiler.planning.resolve import resolve
 from tiler.planning.tiling import pixels_of, plan_tiling
-from tiler.request import GuideUpscale, Precision, RenderRequest, ResolvedRequest
+from tiler.request import Decode, GuideUpscale, Precision, RenderRequest, ResolvedRequest
 from tiler.request.wording import may_be_long
 from tiler.run import Names, Run, measure, streamed
 from tiler.weights import checkpoint
+from tiler.weights.identity import model_id
 from tiler.weights.index import TensorInfo
 from tiler.weights.packed import default_cache
 
@@ -58,8 +57,10 @@ from tiler.weights.packed import default_cache
 class RenderRun(Run):
     """One render under way: what was asked, how it is carried out, and what has been counted so far."""
 
+    said: RenderRequest
     request: ResolvedRequest
     plan: RenderPlan
+    job: Job
     weights: dict[str, tuple[dict[str, TensorInfo], Names]]  # by part: where its parameters lie, and their names there
     reading: Reading
     prepared: Any = None  # by the family, for guide and canvas
@@ -83,6 +84,11 @@ class RenderRun(Run):
                 assert streamer.store is not None
                 self.counts["weight_bytes_read"] += streamer.store.bytes_read
 
+    @cached_property
+    def model_id(self) -> str:
+        """Of the checkpoint's weights and configs."""
+        return model_id(self.plan.family.checkpoint, [part.name for part in self.plan.family.parts])
+
     @property
     def decoding(self) -> Decoding:
         plan = self.plan
@@ -101,22 +107,27 @@ class Decoding(NamedTuple):
     crop: tuple[int, int]
 
 
-def start(request: RenderRequest, budget: Budget, on_event: OnEvent, *, planning: bool = False) -> RenderRun:
-    """Fill the request, check that its files can be written and its guide read, build the models, and plan. Raises TilerError.
+def start(
+    request: RenderRequest, budget: Budget, on_event: OnEvent, job: Job | None = None, *, planning: bool = False
+) -> RenderRun:
+    """Fill the request, check that its files can be written and its guide read, build the models, and plan; of a `job` to be
+    continued what was left open then is as it was. Raises TilerError.
 
     `planning` an output that was not named need not be free.
     """
-    family = families.read_family(checkpoint.resolve(request.model, variant=request.variant, revision=request.revision))
+    job = job or Job(request)
+    request = job.adopt(request)
+    family = families.open_family(request)
     found = family.checkpoint
     settings = resolve(request, family)
     if not planning or request.output is not None:
-        check_picture(settings.output, force=settings.force)
+        check_picture(settings.output, force=settings.force or job.is_finished)
     if settings.save_latents is not None:
-        check_writable(settings.save_latents, force=settings.force, option="--save-latents")
+        check_writable(settings.save_latents, force=settings.force or job.resumed, option="--save-latents")
     models = open_models(family, settings.tiny_vae)
-    plan = make_plan(settings, models, budget.max_bytes)
+    plan = make_plan(settings, models, budget.max_bytes, job)
     run = RenderRun(
-        request=settings, plan=plan, models=models, budget=budget, on_event=on_event,
+        said=request, request=settings, plan=plan, models=models, budget=budget, on_event=on_event, job=job,
         reading=read_options(settings, models, plan.texts),
         weights={part.name: (found.weights(part.name), part.aliases) for part in packing.packed_parts(family)},
     )  # fmt: skip
@@ -136,15 +147,21 @@ def open_models(family: Family, tiny_vae: str | None = None) -> Models:
     return Models(family, None if tiny_vae is None else families.read_tiny(checkpoint.resolve_part(tiny_vae), family))
 
 
-def make_plan(request: ResolvedRequest, models: Models, max_bytes: int) -> RenderPlan:
-    """Cut the work, build the models, look at the process and plan. Raises TilerError."""
+def make_plan(request: ResolvedRequest, models: Models, max_bytes: int, job: Job | None = None) -> RenderPlan:
+    """Cut the work, build the models, look at the process and plan. What a job was begun with holds. Raises TilerError."""
     tiling = plan_tiling(request, models.family)
     models.build()
     with ExitStack() as stack:
         path, canvas = request.guide_image, pixels_of(tiling.canvas)
         picture = None if path is None else stack.enter_context(GuidePicture(path, canvas))
         facts = measure(request.scratch_folder, picture)
-    return plan_render(request, models, tiling, facts, max_bytes)
+    if job is None or (begun := job.manifest) is None:
+        return plan_render(request, models, tiling, facts, max_bytes)
+    facts = replace(facts, scratch_free_bytes=facts.scratch_free_bytes + job.spooled_bytes)
+    request = replace(request, precision=Precision(begun.precision))
+    methods = {name: Decode(kind) for name, kind in begun.methods.items()}
+    plan = plan_render(request, models, tiling, facts, max_bytes, methods)
+    return replace(plan, precision_why="as the job was begun")
 
 
 def prepare_weights(run: RenderRun) -> None:
@@ -161,7 +178,7 @@ def prepare_weights(run: RenderRun) -> None:
 def load_guide(run: RenderRun) -> np.ndarray | None:
     """The user's guide, (h, w, 3) uint8 sRGB, no larger than the canvas has use for; None where none was given."""
     path = run.request.guide_image
-    if path is None:
+    if path is None or run.job.has_reference:
         return None
     with run.phase("load guide", 1), GuidePicture(path, pixels_of(run.plan.canvas)) as picture:
         return picture.load(run.note)
@@ -189,7 +206,7 @@ def encode_prompts(run: RenderRun) -> Prompts:
 def make_guide(run: RenderRun, prompts: Prompts) -> Tensor | None:
     """Denoise the guide at the model's native resolution → its latents, (1, C, h, w) fp32 scaled; None where there is none."""
     plan = run.plan
-    if plan.guide is None:
+    if plan.guide is None or run.job.has_reference:
         return None
     with run.phase("guide", plan.guide_samples):
         return _denoise(run, "guide", plan.guide_steps, prompts, None, 0, plan.guide_batch)
@@ -197,16 +214,28 @@ def make_guide(run: RenderRun, prompts: Prompts) -> Tensor | None:
 
 def make_reference(run: RenderRun, picture: np.ndarray | None, guide_latents: Tensor | None) -> Tensor | None:
     """The user's `picture`, or the guide, as latents of the canvas's size, (1, C, H, W) fp32 scaled; None without either."""
-    request, plan = run.request, run.plan
+    if run.job.has_reference:
+        return run.job.load_reference()
     if guide_latents is None and picture is None:
         return None
+    reference = _reference(run, picture, guide_latents)
+    run.job.save_reference(reference)
+    return reference
+
+
+def _reference(run: RenderRun, picture: np.ndarray | None, guide_latents: Tensor | None) -> Tensor:
+    request, plan = run.request, run.plan
     height, width = pixels_of(plan.canvas)
     spec, wraps = plan.family.autoencoder, request.wrap.axes
     if guide_latents is not None and request.guide_upscale is GuideUpscale.LATENT:
         assert plan.guide is not None
         return guide.upscale(guide_latents, plan.guide, plan.canvas, wraps)
     vae, name = run.models.vae(spec), "guide picture"
-    with run.phase(name, 100), run.streamed(vae, spec.weights, families.vae_names, plan.resident[name]) as streamer:
+    with (
+        interrupts.deferred(),
+        run.phase(name, 100),
+        run.streamed(vae, spec.weights, families.vae_names, plan.resident[name]) as streamer,
+    ):
         box: tuple[float, float] | None
         check, tell = at_rows(run.budget, plan.memory.peak_of(name)), percent(run.on_event, name)
         if guide_latents is not None:
@@ -251,7 +280,10 @@ def _denoise(
     family, part = plan.family, plan.family.part(Role.DENOISER)
     denoiser, short = run.models.module(part), partial(run.budget.short, plan.sample_bytes)
     held = dict[str, Any](arena_bytes=plan.arena_bytes, transform=True, short=short)
-    with run.streamed(denoiser, *run.weights[part.name], plan.resident[phase], **held) as streamer:
+    with (
+        interrupts.deferred(),
+        run.streamed(denoiser, *run.weights[part.name], plan.resident[phase], **held) as streamer,
+    ):
         check = at_layer(run.budget, plan.memory.peak_bytes)
         scales = {request.guidance_scale, *(r.guidance_scale for r in request.regions if r.guidance_scale is not None)}
         options = Options(
@@ -274,59 +306,22 @@ def _denoise(
             return prompts.conditions(wording, step - begin)
 
         denoising = canvas.Denoising(latents, tiles, schedule, generator, begin=begin, phase=phase)
-        loop = denoising.run(LocalRunner(predict, conditions, batch))
-        begun, total = run.counts["denoiser_samples"], tiles.samples
-        for state in loop:
-            done = run.counts["denoiser_samples"] - begun
-            detail = f"step {state.step + 1}/{steps}, {state.samples}/{state.total} tile passes"
-            run.on_event(events.Progress(name=phase, done=done, total=total, detail=detail))
+        before, total, earlier = run.counts["denoiser_samples"], tiles.samples, 0
+        with closing(denoising.run(LocalRunner(predict, conditions, batch), run.job)) as loop:
+            for state in loop:
+                called = run.counts["denoiser_samples"] - before
+                earlier = earlier or denoising.samples_done - called
+                detail = f"step {state.step + 1}/{steps}, {state.samples}/{state.total} tile passes"
+                run.on_event(events.Progress(name=phase, done=earlier + called, total=total, detail=detail))
         assert streamer.store is not None
         run.counts["denoiser_bytes_read"] += streamer.store.bytes_read
     return denoising.latents
 
 
-@contextmanager
-def kept_canvas(run: RenderRun, latents: Tensor) -> Iterator[None]:
-    """Whatever ends this block early, the finished canvas becomes a file, and the error says how to go on from it."""
-    request, saved = run.request, None
-    try:
-        if request.save_latents is not None:
-            save_latents(request.save_latents, latents, picture_facts(run), force=request.force)
-            saved = request.save_latents
-        yield
-    except NameTaken:
-        raise  # finished, under another name
-    except BaseException as error:
-        name = f"{request.output.name}.latents.safetensors"
-        for path in (saved, request.output.parent / name, Path(tempfile.gettempdir()) / name):
-            if path is None:
-                continue
-            try:
-                if path != saved:
-                    save_latents(path, latents, picture_facts(run))
-            except StorageError:
-                continue
-            error.add_note(
-                f"the finished canvas is in {path}; this makes the picture of it:\n{_decode_command(run, path)}"
-            )
-            break
-        raise
-
-
-def _decode_command(run: RenderRun, path: Path) -> str:
-    request = run.request
-    words = ["tiler", "decode", str(path), "--model", request.model, "-o", str(request.output)]
-    for flag, value in (
-        ("--variant", request.variant),
-        ("--revision", request.revision),
-        ("--tiny-vae", request.tiny_vae),
-    ):
-        words += [] if value is None else [flag, value]
-    if request.tiny_vae is not None:
-        words += ["--decode", "tiny"]
-    words += [] if not any(request.wrap.axes) else ["--wrap", request.wrap.value]
-    words += [] if request.dpi is None else ["--dpi", f"{request.dpi:g}"]
-    return shlex.join(words)
+def save_canvas(run: RenderRun, latents: Tensor) -> None:
+    """Write --save-latents' file, where one was asked for."""
+    if (path := run.request.save_latents) is not None:
+        save_latents(path, latents, picture_facts(run), force=run.request.force or run.job.resumed)
 
 
 def picture_facts(run: RenderRun) -> dict[str, str]:
@@ -340,7 +335,11 @@ def decode(run: Run, decoding: Decoding, latents: Latents) -> Generator[np.ndarr
     spec, plan, resident, planned_bytes, crop = decoding
     vae = run.models.vae(spec)
     run.note(f"decoder: {plan}")
-    with run.phase("decode", 100), run.streamed(vae, spec.weights, families.vae_names, resident) as streamer:
+    with (
+        interrupts.deferred(),
+        run.phase("decode", 100),
+        run.streamed(vae, spec.weights, families.vae_names, resident) as streamer,
+    ):
         check = at_rows(run.budget, planned_bytes)
         yield from cropped(decode_pixels(plan, vae, streamer, latents, check, percent(run.on_event, "decode")), *crop)
 

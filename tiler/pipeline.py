@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
-from tiler import decode_run, packing, phases, reports
+from tiler import decode_run, packing, phases, quantising, reports
 from tiler.events import Event, OnEvent
+from tiler.jobs.folder import Job
 from tiler.memory import lean_imports, process
 from tiler.memory.budget import Budget
 from tiler.models import family as families
@@ -25,7 +26,6 @@ from tiler.planning.render import RenderPlan
 from tiler.planning.summary import summarise
 from tiler.planning.time import measure
 from tiler.request import DecodeRequest, QuantizeRequest, RenderRequest, ResolvedRequest
-from tiler.weights import checkpoint
 from tiler.weights.packed import default_cache
 
 
@@ -44,13 +44,16 @@ def _ignore(event: Event) -> None:
 @torch.no_grad()
 def render(request: RenderRequest, budget: Budget | None = None, on_event: OnEvent = _ignore) -> Result:
     """Render `request` into its output file under `budget` (default 800 MB of RSS). Raises TilerError."""
-    with budget or Budget() as budget:
-        run = phases.start(request, budget, on_event)
+    with budget or Budget() as budget, Job(request, on_event) as job:
+        run = phases.start(request, budget, on_event, job)
         run.plan.memory.check()
         lean_imports.freeze_imports()
         # Holes in the heap count as data though no page of them is resident: 315 MB were seen under a ceiling of 800 MB.
         with process.limit_data(max(0, budget.max_bytes - process.read_rss().now) + budget.max_bytes):
             run.texts = reports.texts(run)  # before the first step: whatever cannot be written is found now
+            reports.begin_job(run)
+            if job.is_finished:
+                return Result(output=run.request.output, report=reports.of_render(run))
             picture = phases.load_guide(run)
             phases.prepare_weights(run)
             prompts = phases.encode_prompts(run)
@@ -58,9 +61,10 @@ def render(request: RenderRequest, budget: Budget | None = None, on_event: OnEve
             reference = phases.make_reference(run, picture, guide)
             del picture, guide
             latents = phases.denoise_canvas(run, prompts, reference)
+            phases.save_canvas(run, latents)
             # An error of the writer's must not leave the decoder's scratch files open.
             unscaled = phases.Unscaled(latents, run.plan.decoder)
-            with phases.kept_canvas(run, latents), closing(phases.decode(run, run.decoding, unscaled)) as rows:
+            with closing(phases.decode(run, run.decoding, unscaled)) as rows:
                 wanted = run.request
                 write_picture(
                     wanted.output,
@@ -71,6 +75,7 @@ def render(request: RenderRequest, budget: Budget | None = None, on_event: OnEve
                     wanted.dpi,
                     wanted.bleed_mm,
                     force=wanted.force,
+                    on_whole=job.note_finished,
                 )
         return Result(output=run.request.output, report=reports.of_render(run))
 
@@ -111,10 +116,13 @@ def decode(request: DecodeRequest, budget: Budget | None = None, on_event: OnEve
 
 @torch.no_grad()
 def quantize(request: QuantizeRequest, budget: Budget | None = None, on_event: OnEvent = _ignore) -> Result:
-    """Write the int8 weights of a checkpoint into its cache folder unless they are there. Raises TilerError."""
+    """Write a folder of quantised weights, or a checkpoint's int8 weights into its cache folder unless they are there. Raises
+    TilerError."""
     with budget or Budget() as budget:
-        found = checkpoint.resolve(request.model, variant=request.variant, revision=request.revision)
-        models = phases.open_models(families.read_family(found))
+        models = phases.open_models(families.open_family(request))
+        if request.output is not None:
+            sizes = quantising.write_folder(request, models, budget, on_event)
+            return Result(output=request.output, report=reports.of_folder(sizes, budget))
         index = packing.prepare_int8(models, request.cache_dir or default_cache(), budget, on_event)
         path = next(iter(index.values())).path
         return Result(output=path, report=reports.of_packed(path, index, budget))

@@ -14,10 +14,12 @@ import torch
 
 from tiler.compute.cpu import computed_by
 from tiler.decode_run import DecodeRun
+from tiler.jobs import manifest
+from tiler.jobs.manifest import Manifest
 from tiler.memory.budget import Budget
 from tiler.output.metadata import Facts
 from tiler.output.metadata import texts as picture_texts
-from tiler.phases import RenderRun
+from tiler.phases import RenderRun, picture_facts
 from tiler.planning.summary import SCHEMA, with_old_names
 from tiler.weights.index import TensorInfo
 
@@ -47,6 +49,11 @@ def of_packed(path: Path, index: dict[str, TensorInfo], budget: Budget) -> dict[
     return _common(budget, 0) | {"bytes": path.stat().st_size, "int8_share": weights[True] / sum(weights.values())}
 
 
+def of_folder(sizes: dict[str, int], budget: Budget) -> dict[str, Any]:
+    """The report of a folder of quantised weights: the bytes of each part's."""
+    return _common(budget, 0) | {"bytes": sum(sizes.values()), "part_bytes": sizes}
+
+
 def _common(budget: Budget, predicted: int) -> dict[str, Any]:
     names = ("tiler", "torch", "diffusers", "transformers")
     versions = {"python": platform.python_version()} | {name: metadata.version(name) for name in names}
@@ -55,8 +62,12 @@ def _common(budget: Budget, predicted: int) -> dict[str, Any]:
         "swapped_bytes": budget.swapped_bytes, "predicted_peak_bytes": predicted,
         "max_ram_bytes": budget.max_bytes, "phases": [asdict(phase) for phase in budget.phases],
         "threads": torch.get_num_threads(), "kernels": computed_by(), "versions": versions,
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "time": _now(),
     }  # fmt: skip
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def texts(run: RenderRun) -> dict[str, str]:
@@ -74,3 +85,30 @@ def texts(run: RenderRun) -> dict[str, str]:
         loras={} if run.models.loras is None else run.models.loras.names,
     )  # fmt: skip
     return picture_texts(run.request, facts)
+
+
+def begin_job(run: RenderRun) -> None:
+    """Begin the run's job, or go on with it, and say from where. Raises JobError, JobLocked, StorageError."""
+    job, made_by = run.job, _made_by(run)
+    before = job.manifest
+    job.facts = picture_facts(run)
+    job.begin(
+        Manifest(
+            said=manifest.said_of(run.said), picture=manifest.picture_of(run.request), model_id=run.model_id,
+            made_by=made_by, methods={name: method.name for name, method in run.plan.methods.items()},
+            precision=run.plan.precision.value, seed=run.request.seed, begun=_now(), max_ram_bytes=run.budget.max_bytes,
+        )
+    )  # fmt: skip
+    if before is None:
+        return
+    where, age = job.found()
+    run.note(f"continuing {f'at {where}, saved {age} ago' if where else 'a job of which nothing was saved yet'}")
+    if changed := [
+        f"{k} {before.made_by.get(k)} is now {now}" for k, now in made_by.items() if before.made_by.get(k) != now
+    ]:
+        run.note(f"the picture may differ in its last bits from one made at once: {'; '.join(changed)}")
+
+
+def _made_by(run: RenderRun) -> dict[str, str]:
+    versions = {name: metadata.version(name) for name in ("tiler", "torch", "diffusers")}
+    return versions | {"arithmetic": computed_by()}

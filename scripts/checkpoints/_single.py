@@ -1,21 +1,24 @@
-"""A diffusers folder of Stable Diffusion 1.x or 2.x as one file with the names of the original repositories."""
+"""A diffusers folder of Stable Diffusion 1.x, 2.x or SDXL as one file with the names of the original repositories."""
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
+PARTS = "unet", "vae", "text_encoder", "text_encoder_2"
 _RESNET = {
     "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
     "conv2": "out_layers.3", "conv_shortcut": "skip_connection",
 }  # fmt: skip
 _UNET = {
     "conv_in": "input_blocks.0.0", "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
-    "conv_norm_out": "out.0", "conv_out": "out.2",
+    "conv_norm_out": "out.0", "conv_out": "out.2", "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
 }  # fmt: skip
 _VAE = {
     "conv_shortcut": "nin_shortcut", "conv_norm_out": "norm_out", "mid_block.resnets.0": "mid.block_1",
@@ -24,27 +27,47 @@ _VAE = {
 }  # fmt: skip
 
 
-def write_single(folder: Path, path: Path) -> Path:
-    """Write the checkpoint of `folder` to `path`."""
-    tensors: dict[str, torch.Tensor] = {}
-    second = json.loads((folder / "unet/config.json").read_text()).get("use_linear_projection", False)
-    for part, rename in (("unet", _unet), ("vae", _vae), ("text_encoder", _text)):
-        (file,) = (folder / part).glob("*.safetensors")
-        loaded = load_file(file)
-        if part == "text_encoder" and second:
-            tensors |= _open_clip(loaded)
-            continue
-        for name, tensor in loaded.items():
-            new, shape = rename(name, loaded), tensor.shape
-            if part == "vae" and ".attn_1." in new and tensor.ndim == 2:
-                shape = (*shape, 1, 1)
-            tensors[new] = tensor.view(shape)
+def write_single(folder: Path, path: Path, parts: tuple[str, ...] = PARTS) -> Path:
+    """Write the checkpoint of `folder`, or some `parts` of it, to `path`."""
+    tensors = single_tensors(folder, parts)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, path)
     return path
 
 
-def _unet(name: str, loaded: dict[str, torch.Tensor]) -> str:
+def single_tensors(folder: Path, parts: tuple[str, ...] = PARTS) -> dict[str, torch.Tensor]:
+    """The tensors of such a file."""
+    tensors: dict[str, torch.Tensor] = {}
+    config = json.loads((folder / "unet/config.json").read_text())
+    second, both = config.get("use_linear_projection", False), (folder / "text_encoder_2").is_dir()
+    for part in parts:
+        if not (folder / part).is_dir():
+            continue
+        (file,) = (folder / part).glob("*.safetensors")
+        loaded = load_file(file)
+        if part == "text_encoder_2":
+            tensors |= _open_clip(loaded, "conditioner.embedders.1.model.")
+        elif part == "text_encoder" and second and not both:
+            tensors |= _open_clip(loaded, "cond_stage_model.model.")
+        elif part == "text_encoder":
+            prefix = "conditioner.embedders.0.transformer." if both else "cond_stage_model.transformer."
+            tensors |= {prefix + name: tensor for name, tensor in loaded.items()}
+        else:
+            tensors |= {rename(part, name, loaded): _shaped(part, name, tensor) for name, tensor in loaded.items()}
+    return tensors
+
+
+def rename(part: str, name: str, names: Iterable[str]) -> str:
+    """The original name of a parameter of the UNet or the VAE, which has these `names`."""
+    return _unet(name, names) if part == "unet" else _vae(name, names)
+
+
+def _shaped(part: str, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """The original autoencoder's attention is made of convolutions."""
+    return tensor[..., None, None] if part == "vae" and ".attentions." in name and tensor.ndim == 2 else tensor
+
+
+def _unet(name: str, loaded: Iterable[str]) -> str:
     resnets = len({m[1] for n in loaded if (m := re.match(r"down_blocks\.0\.resnets\.(\d+)", n))})
 
     def place(match: re.Match[str]) -> str:
@@ -70,7 +93,7 @@ def _unet(name: str, loaded: dict[str, torch.Tensor]) -> str:
     return f"model.diffusion_model.{new}"
 
 
-def _vae(name: str, loaded: dict[str, torch.Tensor]) -> str:
+def _vae(name: str, loaded: Iterable[str]) -> str:
     levels = len({m[1] for n in loaded if (m := re.match(r"decoder\.up_blocks\.(\d+)", n))})
     new = re.sub(r"\bdown_blocks\.(\d+)\.resnets\.", r"down.\1.block.", name)
     new = re.sub(r"\bdown_blocks\.(\d+)\.downsamplers\.0\.", r"down.\1.downsample.", new)
@@ -89,8 +112,8 @@ _OPEN_CLIP = {
 }  # fmt: skip
 
 
-def _open_clip(loaded: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """OpenCLIP keeps queries, keys and values in one tensor."""
+def _open_clip(loaded: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """OpenCLIP keeps queries, keys and values in one tensor, and its projection transposed."""
     tensors: dict[str, torch.Tensor] = {}
     for name, tensor in loaded.items():
         if name.endswith("position_ids") or re.search(r"\.(k|v)_proj\.", name):
@@ -101,9 +124,7 @@ def _open_clip(loaded: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         if ".q_proj." in name:
             tensor = torch.cat([loaded[name.replace(".q_proj.", f".{kind}_proj.")] for kind in "qkv"])
             new = new.replace(".self_attn.q_proj.", ".attn.in_proj_")
-        tensors[f"cond_stage_model.model.{new}"] = tensor
+        if name == "text_projection.weight":
+            new, tensor = "text_projection", tensor.T.contiguous()
+        tensors[prefix + new] = tensor
     return tensors
-
-
-def _text(name: str, loaded: dict[str, torch.Tensor]) -> str:
-    return f"cond_stage_model.transformer.{name}"

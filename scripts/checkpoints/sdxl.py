@@ -1,6 +1,6 @@
 """SDXL's layout: two CLIPs with their tokenizers, a UNet with text and size conditioning, and a VAE of factor 8.
 
-tiny: 128-px tiles, a few channels. wide: full width, one transformer block where SDXL has up to ten, two layers in each text
+tiny: 128-px tiles, a few channels. plain: small, but all that shapes do not say is as published. wide: full width, one transformer block where SDXL has up to ten, two layers in each text
 encoder: 1.8 GB. full: the base model's configs, 2.567 B parameters in the UNet: 7 GB.
 """
 
@@ -85,6 +85,17 @@ def configs(size: str) -> dict[str, dict[str, Any]]:
             },
             "text_encoder": text | {"hidden_size": 32, "projection_dim": 32},
             "text_encoder_2": text | {"hidden_size": 48, "projection_dim": 24},
+        }  # fmt: skip
+    if size == "plain":
+        text = {"num_hidden_layers": 3, "intermediate_size": 64}
+        changes = {
+            "unet": {
+                "block_out_channels": [32, 64, 64], "attention_head_dim": [1, 1, 1],
+                "transformer_layers_per_block": [1, 1, 2],
+            },
+            "vae": {"block_out_channels": [32] * 4, "layers_per_block": 1},
+            "text_encoder": text,
+            "text_encoder_2": text,
         }  # fmt: skip
     return {part: config | changes.get(part, {}) for part, config in parts.items()}
 

@@ -59,14 +59,14 @@ prepare_signals()
 try:
     os.kill(os.getpid(), signal.SIGTERM)
 except BaseException:
-    os.kill(os.getpid(), signal.SIGTERM)  # a service manager's patience
-    os.kill(os.getpid(), signal.SIGHUP)
+    os.kill(os.getpid(), signal.SIGHUP)  # a terminal that closes says so more than once
     print("saving", flush=True)
-    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), {number})
     print("still here")
 """
-    ran = run([sys.executable, "-c", code], tmp_path)
-    assert (ran.returncode, ran.stdout) == (-signal.SIGINT, "saving\n")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        ran = run([sys.executable, "-c", code.format(number=int(number))], tmp_path)
+        assert (ran.returncode, ran.stdout) == (-number, "saving\n")
 
 
 @pytest.mark.parametrize("command", ["doctor", "doctor --json", "--help", "render --help", "--version"])

@@ -17,6 +17,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from tiler.compute import cpu, winograd
 from tiler.compute.arena import Arena
+from tiler.compute.choose import KERNELS
 from tiler.compute.fp32 import Prepacked
 from tiler.compute.kernels import Op, Prepared
 from tiler.compute.layers import stream_layers
@@ -28,6 +29,7 @@ from tiler.models import family as families
 from tiler.models.blocks import Windows
 from tiler.models.clip import encode_last, load_tokenizer
 from tiler.models.unet import predict_noise
+from tiler.native import library
 from tiler.phases import streamed
 from tiler.weights.checkpoint import resolve
 from tiler.weights.index import read_index
@@ -162,6 +164,7 @@ def test_weights_are_reordered_once_for_all_samples(tiny: Path, monkeypatch: pyt
             yield piece
 
     monkeypatch.setattr(Prepacked, "prepare", counted)
+    monkeypatch.setattr("tiler.compute.native_float.NativeFp32.suits", lambda *_: False)
     run(tiny, inputs(family, 1))
     alone = list(calls)
     calls.clear()
@@ -222,7 +225,10 @@ def test_a_transformed_weight_goes_when_its_pass_is_over(tmp_path: Path) -> None
 
 @pytest.mark.skipif(not cpu.prepacks(), reason="on x86 only")
 @torch.no_grad()
-def test_a_transformed_weight_may_be_cut_and_shared_without_changing_a_bit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["winograd", "native-winograd"])
+def test_a_transformed_weight_may_be_cut_and_shared_without_changing_a_bit(tmp_path: Path, name: str) -> None:
+    if name.startswith("native") and library.library() is None:
+        pytest.skip(library.fault())
     generator = torch.Generator().manual_seed(1)
     weight, bias = torch.randn(320, 256, 3, 3, generator=generator).half(), torch.randn(320, generator=generator)
     save_file({"0.weight": weight, "0.bias": bias}, tmp_path / "w.safetensors")
@@ -232,9 +238,9 @@ def test_a_transformed_weight_may_be_cut_and_shared_without_changing_a_bit(tmp_p
     for arena, pieces, together in (2**26, 2**22, 3), (2**20, 2**22, 3), (2**22, 2**17, 3), (2**26, 2**22, 1):
         module = torch.nn.Sequential(torch.nn.Conv2d(256, 320, 3, padding=1, device="meta"))
         with WeightStore(read_index(tmp_path / "w.safetensors"), piece_elements=pieces) as store:
-            streamer = Streamer(store, arena_bytes=arena, transform=True)
+            streamer = Streamer(store, arena_bytes=arena, transform=True, prefer=[KERNELS[name]])
             stream_layers(module, streamer)
-            assert streamer.kernel(module[0].op(), None).name == "winograd"
+            assert streamer.kernel(module[0].op(), None).name == name
             results: list[torch.Tensor] = []
             for i in range(0, 3, together):
                 results += streamer.run(module, [(x,) for x in samples[i : i + together]])

@@ -252,7 +252,7 @@ class Saved:
     def load(self, name: str) -> dict[str, Tensor] | None:
         return self.kept.get(name)
 
-    def save(self, name: str, tensors: Any) -> None:
+    def save(self, name: str, tensors: Any, where: str) -> None:
         self.kept[name] = {key: tensor.clone() for key, tensor in tensors.items()}
 
     def due(self) -> bool:

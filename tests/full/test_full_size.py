@@ -29,18 +29,18 @@ def sd15() -> Path:
 
 
 @pytest.mark.parametrize(("precision", "size", "samples", "calls"), [("auto", 1024, 18, 2), ("fp32", 768, 8, 1)])
-def test_two_steps_stay_under_800_mb_by_the_kernels_own_mark(
+def test_a_step_of_guide_and_canvas_stays_under_800_mb_by_the_kernels_own_mark(
     sd15: Path, tmp_path: Path, precision: str, size: int, samples: int, calls: int
 ) -> None:
-    """Two steps with guide and canvas."""
-    options = "--size", str(size), "--steps", "2", "--precision", precision
+    """One step of the guide, and one of the canvas."""
+    options = "--size", str(size), "--steps", "1", "--precision", precision
     peak, report = render_peak(tmp_path, "--model", str(sd15), *options)
     assert peak < 800_000_000
     assert report["peak_rss_bytes"] < 800_000_000
     assert report["predicted_peak_bytes"] == pytest.approx(peak, rel=0.10)
-    assert report["denoiser_samples"] == 4 + samples
+    assert report["denoiser_samples"] == 2 + samples
     # One pass reads the UNet's 1.72 GB at most once, however many samples share it.
-    assert report["denoiser_calls"] == 2 + calls
+    assert report["denoiser_calls"] == 1 + calls
     assert report["denoiser_bytes_read"] <= report["denoiser_calls"] * 1.72e9
 
 

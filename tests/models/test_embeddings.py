@@ -51,7 +51,7 @@ def folder(tmp_path: Path) -> Path:
 def test_an_embedding_stands_where_it_is_named(tiny: Path, folder: Path, text: str) -> None:
     family = families.read_family(resolve(str(tiny)))
     part = family.part(families.Role.TEXT_ENCODER)
-    encoder, embeddings = part.build(), Embeddings(folder, [WIDTH])
+    encoder, embeddings = part.build(), Embeddings([folder], [WIDTH])
     reading = Reading(embeddings=embeddings)
     with streamed(encoder, family.checkpoint.weights(part.name), part.aliases):
         (got,) = encode_last(load_tokenizer(family), encoder, [text], pytest.fail, reading)
@@ -76,7 +76,7 @@ def test_an_embedding_stands_where_it_is_named(tiny: Path, folder: Path, text: s
 
 def test_what_cannot_be_used_is_told_when_it_is_named(folder: Path) -> None:
     def named(text: str, *widths: int) -> Any:
-        return Embeddings(folder, widths).pieces(text, 1.0, widths[0], lambda text: [ord(c) for c in text.lower()])
+        return Embeddings([folder], widths).pieces(text, 1.0, widths[0], lambda text: [ord(c) for c in text.lower()])
 
     assert [len(piece.ids) for piece in named("a both", WIDTH, 48)] == [1, 1, 2]
     assert [piece.ids for piece in named("<x>", WIDTH)] == [(60,), (120,), (62,)]

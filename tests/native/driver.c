@@ -16,6 +16,8 @@ void tiler_rows(Tiler *, const Rows *, int);
 void tiler_image(Tiler *, const Image *, int);
 void tiler_sums(Tiler *, const Sums *, int);
 void tiler_attention(Tiler *, const Attention *, int);
+void tiler_pack(Tiler *, const Pack *, int);
+void tiler_winograd(Tiler *, const Winograd *, int);
 
 static void *get(FILE *file, size_t size) {
   void *p = malloc(size ? size : 1);
@@ -74,6 +76,8 @@ int main(int count, char **arguments) {
     if (operation == 2) tiler_image(tiler, (const Image *)fields, threads);
     if (operation == 3) tiler_sums(tiler, (const Sums *)fields, threads);
     if (operation == 4) tiler_attention(tiler, (const Attention *)fields, threads);
+    if (operation == 5) tiler_pack(tiler, (const Pack *)fields, threads);
+    if (operation == 6) tiler_winograd(tiler, (const Winograd *)fields, threads);
     double error = error_of(array[result], type, want, values);
     if (!(error <= *tolerance)) printf("%s: error %g, %g allowed\n", arguments[n], error, *tolerance), wrong++;
     for (int64_t i = 0; i < arrays; i++) free(array[i]);

@@ -8,300 +8,42 @@ import shutil
 import struct
 import subprocess
 import threading
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
+from tests.native.kernel_cases import (
+    DTYPES,
+    LIBRARIES,
+    OPERATIONS,
+    Case,
+    address,
+    attention,
+    attentions,
+    cases,
+    convolution,
+    every_set,
+    image,
+    kinds,
+    linear,
+    needs_library,
+    others,
+    products,
+    tokens,
+    transforms,
+    weights,
+    weights_of,
+    winograd,
+)
 from tiler.native import library
 from tiler.native.instructions import SETS, machine_of
-from tiler.native.library import Activation, Attention, Image, Kind, Library, Product, Rows, Type
+from tiler.native.library import Activation, Kind, Library, Type
 
 ROOT = Path(__file__).resolve().parents[2]
 NATIVE = ROOT / "tiler" / "native"
-OPERATIONS = {
-    Product: "product",
-    Rows: "rows",
-    Image: "image",
-    library.Sums: "sums",
-    Attention: "attention",
-}  # as in driver.c
-DTYPES = {Type.UINT8: torch.uint8, Type.BF16: torch.bfloat16, Type.FP32: torch.float32}
-VALUES = {Kind.INT8: 4, Kind.BF16: 2, Kind.FP32: 1}  # of a lane
-
-
-def running() -> Iterator[Library]:
-    """The library for each instruction set that this processor has."""
-    for isa in SETS if library.library() is not None else ():
-        if isa.machine == machine_of(os.uname().machine):
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setenv("TILER_ISA", isa.name)
-                library._find.cache_clear()
-                try:
-                    yield library.library()  # type: ignore[misc]
-                except library.UsageError:
-                    continue
-                finally:
-                    library._find.cache_clear()
-
-
-LIBRARIES = list(running())
-pytestmark = pytest.mark.skipif(not LIBRARIES, reason=f"the library is {library.fault()}")
-every_set = pytest.mark.parametrize("lib", LIBRARIES, ids=lambda lib: lib.isa)
-
-
-class Case(NamedTuple):
-    """A call: its struct, the tensors that it points to, which of them is the result, and what that should be."""
-
-    call: Any
-    tensors: tuple[Tensor, ...]
-    out: Tensor
-    want: Tensor
-    tolerance: float
-
-    def run(self, lib: Library, threads: int = 2) -> Tensor:
-        getattr(lib, OPERATIONS[type(self.call)])(self.call, threads)
-        return self.out
-
-    def error(self) -> float:
-        """As the driver says it; what is NaN in the reference may be any value."""
-        known = ~self.want.isnan()
-        apart = (self.out.double() - self.want)[known]
-        return float(apart.abs().max() if self.out.dtype == torch.uint8 else apart.norm() / self.want[known].norm())
-
-
-def address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
-
-
-def padded(n: int, to: int) -> int:
-    return -(-n // to) * to
-
-
-def lanes(weight: Tensor, values: int) -> Tensor:
-    """(outputs, inputs, *taps) in the order of kernels.h: [outputs / 16][tap][lane][16][value]."""
-    flat = weight.flatten(2) if weight.ndim > 2 else weight[..., None]
-    flat = F.pad(flat, (0, 0, 0, -flat.shape[1] % values, 0, -len(flat) % 16))
-    return flat.view(-1, 16, flat.shape[1] // values, values, flat.shape[2]).permute(0, 4, 2, 1, 3).contiguous()
-
-
-def in_lanes(x: Tensor, values: int) -> Tensor:
-    """(..., channels) with its last axis filled up to whole lanes."""
-    return F.pad(x, (0, -x.shape[-1] % values)).contiguous()
-
-
-ACTIVATIONS = {
-    Activation.NONE: lambda x: x,
-    Activation.SILU: F.silu,
-    Activation.GELU: F.gelu,
-    Activation.GELU_TANH: lambda x: F.gelu(x, approximate="tanh"),
-}
-
-
-def activated(x: Tensor, how: Activation, gated: bool) -> Tensor:
-    if gated:
-        hidden, gate = x.chunk(2, dim=-1)
-        return hidden * ACTIVATIONS[how](gate)
-    return ACTIVATIONS[how](x)
-
-
-def weights_of(kind: Kind, *shape: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Whole weights within ±64, or ones that the kind holds exactly; what they are multiplied by; in lanes; their sums."""
-    if kind is Kind.INT8:
-        weight, scale = torch.randint(-64, 65, shape, dtype=torch.int8), torch.rand(shape[0]) / 50 + 0.01
-    else:
-        weight = (torch.randn(shape) / 8).to(torch.bfloat16 if kind is Kind.BF16 else torch.float32)
-        scale = torch.ones(shape[0])
-    return weight, scale, lanes(weight, VALUES[kind]), weight.flatten(1).float().sum(1).to(torch.int32)
-
-
-def inputs_of(kind: Kind, *shape: int) -> Tensor:
-    if kind is Kind.INT8:
-        return torch.randint(0, 256, shape, dtype=torch.uint8)
-    return torch.randn(shape).to(torch.bfloat16 if kind is Kind.BF16 else torch.float32)
-
-
-def linear(
-    kind: Kind, rows: int, inputs: int, outputs: int, *, act: Activation = Activation.NONE,
-    out_type: Type = Type.FP32, more: bool = True, apart: int = 0, gated: bool = False,
-) -> Case:  # fmt: skip
-    """`more`: a bias and a residual. `apart`: lanes between rows. `gated`: the second half of the outputs are gates."""
-    torch.manual_seed(rows + inputs + outputs)
-    weight, factor, packed, sums = weights_of(kind, outputs, inputs)
-    x, scale, zero = inputs_of(kind, rows, inputs), torch.rand(rows) / 50 + 0.01, torch.tensor([128], dtype=torch.int32)
-    a = F.pad(in_lanes(x, VALUES[kind]), (0, apart * VALUES[kind])).contiguous()
-    real = (x.double() - 128) * scale.double()[:, None] if kind is Kind.INT8 else x.double()
-    width = outputs // 2 if gated else outputs
-    bias, residual = (torch.randn(outputs), torch.randn(rows, width)) if more else (None, None)
-    want = real @ (weight.double() * factor.double()[:, None]).T
-    want = activated(want if bias is None else want + bias, act, gated)
-    want = want if residual is None else want + residual
-    out = torch.full((rows, width), 99.0).to(DTYPES[out_type])
-    call = Product(
-        kind=kind, activation=act, out_type=out_type, taps=1, rows=rows, outputs=width, steps=packed.shape[2],
-        a=address(a), row_bytes=a.stride(0) * a.element_size(), weights=address(packed), weight_scale=address(factor),
-        weight_sum=address(sums), scale=address(scale), zero=address(zero), scale_rows=1, bias=address(bias),
-        residual=address(residual), out=address(out), out_step=width, residual_step=width,
-    )  # fmt: skip
-    if gated:
-        call.gate_weights = address(packed[width // 16 :])
-        call.gate_scale, call.gate_sum = address(factor[width:]), address(sums[width:])
-        call.gate_bias = None if bias is None else address(bias[width:])
-    tensors = [t for t in (a, packed, factor, sums, scale, zero, bias, residual, out) if t is not None]
-    return Case(call, tuple(tensors), out, want, 4e-3 if out_type is Type.BF16 else 2e-6)
-
-
-def convolution(
-    kind: Kind, images: int, sides: tuple[int, int], inputs: int, outputs: int, side: int, stride: int
-) -> Case:
-    torch.manual_seed(inputs + outputs)
-    weight, factor, packed, sums = weights_of(kind, outputs, inputs, side, side)
-    pad = side // 2
-    x = inputs_of(kind, images, sides[0] + 2 * pad, sides[1] + 2 * pad, inputs)
-    scale, zero = torch.rand(images) / 50 + 0.01, torch.randint(0, 256, (images,), dtype=torch.int32)
-    real = (x.double() - zero.view(-1, 1, 1, 1)) * scale.double().view(-1, 1, 1, 1) if kind is Kind.INT8 else x.double()
-    bias = torch.randn(outputs)
-    want = F.conv2d(real.movedim(-1, 1), weight.double() * factor.double().view(-1, 1, 1, 1), bias.double(), stride)
-    want = want.movedim(1, -1).contiguous()
-    a, out = in_lanes(x, VALUES[kind]), torch.full(want.shape, 99.0)
-    place = a.shape[-1] * a.element_size()
-    line = a.shape[2] * place
-    taps = torch.tensor([i * line + j * place for i in range(side) for j in range(side)])
-    places = want.shape[1] * want.shape[2]
-    call = Product(
-        kind=kind, out_type=Type.FP32, taps=side * side, rows=images * places, outputs=outputs, steps=packed.shape[2],
-        a=address(a), per_image=places, width=want.shape[2], image_bytes=a.shape[1] * line, line_bytes=stride * line,
-        place_bytes=stride * place, tap=address(taps), weights=address(packed), weight_scale=address(factor),
-        weight_sum=address(sums), scale=address(scale), zero=address(zero), scale_rows=places, zero_step=1,
-        bias=address(bias), out=address(out), out_step=outputs,
-    )  # fmt: skip
-    return Case(call, (a, packed, factor, sums, scale, zero, taps, bias, out), out, want, 2e-6)
-
-
-def tokens(rows: int, width: int, out_type: Type, *, norm: bool, apart: int = 0) -> Case:
-    torch.manual_seed(rows + width)
-    x = torch.randn(rows, width + apart) * torch.logspace(-2, 2, rows)[:, None] + 0.3
-    gamma, beta = (torch.randn(width), torch.randn(width)) if norm else (None, None)
-    want = x[:, :width].double()
-    if gamma is not None and beta is not None:
-        want = F.layer_norm(want, (width,), gamma.double(), beta.double(), 1e-5)
-    scale = torch.zeros(rows)
-    filled = padded(width, {Type.UINT8: 4, Type.BF16: 2, Type.FP32: 1}[out_type])
-    out = torch.empty(rows, filled, dtype=DTYPES[out_type])
-    if out_type is Type.UINT8:
-        want = (want / want.abs().amax(1, keepdim=True) * 127).round() + 128
-    want = F.pad(want, (0, filled - width), value=128.0 if out_type is Type.UINT8 else 0.0)
-    call = Rows(
-        x=address(x), rows=rows, width=width, step=width + apart, gamma=address(gamma), beta=address(beta), eps=1e-5,
-        norm=norm,
-        out_type=out_type, out=address(out), out_bytes=out.stride(0) * out.element_size(), scale=address(scale),
-    )  # fmt: skip
-    tensors = [t for t in (x, gamma, beta, scale, out) if t is not None]
-    return Case(call, tuple(tensors), out, want, {Type.UINT8: 1.0, Type.BF16: 4e-3, Type.FP32: 1e-6}[out_type])
-
-
-def image(
-    images: int, sides: tuple[int, int], channels: tuple[int, int], out_type: Type, *,
-    groups: int = 2, silu: bool = True, padding: int = 1, shift: float = 0.5, each_place: bool = False,
-) -> Case:  # fmt: skip
-    torch.manual_seed(sum(channels) + images)
-    parts = [torch.randn(images, *sides, c) * (1 + 2 * i) + shift for i, c in enumerate(channels)]
-    total = sum(channels)
-    gamma, beta = torch.randn(total), torch.randn(total)
-    want = torch.cat(parts, dim=-1).double().movedim(-1, 1)
-    if groups:
-        want = F.group_norm(want, groups, gamma.double(), beta.double(), 1e-5)
-    want = F.silu(want) if silu else want
-    places = sides[0] * sides[1]
-    zero, scale = torch.zeros(images, dtype=torch.int32), torch.zeros(images * places if each_place else images)
-    if each_place:
-        want = want / want.abs().amax(1, keepdim=True) * 127 + 128
-    elif out_type is Type.UINT8:
-        # The range is that of SiLU over each channel's ends: wider than what occurs by less than a step.
-        low, high = want.flatten(1).amin(1).clamp_max(0), want.flatten(1).amax(1)
-        low = torch.where(low < -0.27, -0.27846455, low) if silu else low
-        step = (high - low) / 254
-        want = want / step.view(-1, 1, 1, 1) + (-low / step).round().view(-1, 1, 1, 1)
-    frame = torch.zeros(images, sides[0] + 2 * padding, sides[1] + 2 * padding, total, dtype=torch.float64)
-    if out_type is Type.UINT8 and not each_place:
-        frame += (-low / step).round().view(-1, 1, 1, 1)
-    frame[:, padding : padding + sides[0], padding : padding + sides[1]] = want.movedim(1, -1)
-    frame = frame.round() if out_type is Type.UINT8 else frame
-    filled = padded(total, 4)
-    out = torch.empty(*frame.shape[:3], filled, dtype=DTYPES[out_type])
-    out[..., total:] = 0
-    scratch = torch.empty(library.scratch_floats(images, places, total))
-    call = Image(
-        x=(ctypes.c_void_p * 2)(*map(address, parts)), channels=(ctypes.c_int64 * 2)(*channels), images=images,
-        height=sides[0], width=sides[1], padding=padding, groups=groups, silu=silu, out_type=out_type,
-        each_place=each_place, eps=1e-5, gamma=address(gamma), beta=address(beta), out=address(out),
-        place_bytes=filled * out.element_size(), scale=address(scale), zero=address(zero), scratch=address(scratch),
-    )  # fmt: skip
-    frame = F.pad(frame, (0, filled - total))
-    if filled > total:  # what fills the lanes is multiplied by zero: any value
-        frame[..., total:] = float("nan")
-    tolerance = {Type.UINT8: 1.0, Type.BF16: 4e-3, Type.FP32: 2e-6}[out_type]
-    return Case(call, (*parts, gamma, beta, scale, zero, scratch, out), out, frame, tolerance)
-
-
-def attention(
-    kind: Kind, samples: int, heads: int, queries: int, keys: int, dims: int, *, apart: int = 0, spread: float = 1.5
-) -> Case:
-    """`apart`: values between tokens. `spread`: of queries and keys."""
-    torch.manual_seed(queries + keys + dims)
-    width = heads * dims
-    q, k, v = (torch.randn(samples, tokens, width + apart) for tokens in (queries, keys, keys))
-    q, k = q * spread, k * spread
-    split = [x[..., :width].double().unflatten(-1, (heads, dims)).transpose(1, 2) for x in (q, k, v)]
-    want = F.scaled_dot_product_attention(*split).transpose(1, 2).contiguous()
-    out = torch.full((samples, queries, heads, dims), 99.0)
-    call = Attention(kind=kind, scale=dims**-0.5, samples=samples, heads=heads, queries=queries, keys=keys, dims=dims)
-    for name, x, step in (
-        ("q", q, width + apart),
-        ("k", k, width + apart),
-        ("v", v, width + apart),
-        ("out", out, width),
-    ):
-        setattr(call, name, address(x))
-        setattr(call, f"{name}_step", (ctypes.c_int64 * 3)(len(x[0]) * step, dims, step))
-    return Case(call, (q, k, v, out), out, want, 1.5e-6 if kind is Kind.FP32 else 2.5e-2 if keys * dims < 20 else 9e-3)
-
-
-def kinds(lib: Library) -> list[Kind]:
-    return [kind for kind in Kind if kind is not Kind.BF16 or lib.isa == "v4-bf16"]
-
-
-def products(lib: Library) -> Iterator[Case]:
-    for kind in kinds(lib):
-        for rows, inputs, outputs in (
-            (1, 1, 1), (2, 33, 17), (3, 64, 16), (5, 516, 80), (6, 640, 48), (7, 129, 160), (77, 768, 64),
-            (193, 96, 33),
-        ):  # fmt: skip
-            yield linear(kind, rows, inputs, outputs, apart=rows % 3)
-        for act in Activation:
-            yield linear(kind, 11, 70, 96, act=act)
-            yield linear(kind, 10, 70, 160, act=act, more=False, gated=True)
-        yield linear(kind, 9, 130, 37, out_type=Type.BF16)
-        yield convolution(kind, 1, (9, 7), 36, 20, 3, 1)
-        yield convolution(kind, 3, (8, 5), 5, 64, 3, 2)
-        yield convolution(kind, 2, (11, 10), 140, 33, 3, 1)
-        yield convolution(kind, 2, (5, 5), 24, 16, 1, 1)
-
-
-def others() -> Iterator[Case]:
-    for out_type in Type:
-        for rows, width in ((1, 5), (3, 16), (37, 77), (70, 320)):
-            yield tokens(rows, width, out_type, norm=rows % 2 == 1, apart=rows % 5)
-        yield image(1, (8, 8), (32, 0), out_type)
-        yield image(3, (9, 17), (12, 24), out_type, padding=2)
-        yield image(2, (5, 4), (10, 8), out_type, silu=False)
-        yield image(2, (13, 11), (20, 0), out_type, groups=0, silu=False, padding=0, shift=-3)
-    yield image(2, (7, 5), (20, 0), Type.UINT8, silu=False, padding=0, each_place=True)
-    yield image(1, (7, 5), (20, 7), Type.UINT8, groups=3, padding=0, each_place=True)
+pytestmark = needs_library
 
 
 @every_set
@@ -320,15 +62,26 @@ def test_rows_and_images_are_those_of_fp64(lib: Library) -> None:
             assert (case.out.double() - case.want).abs().nanmean() < 0.01
 
 
-def attentions(lib: Library) -> Iterator[Case]:
-    for kind in kinds(lib):
-        if kind is not Kind.INT8:
-            for samples, heads, queries, keys, dims in (
-                (2, 3, 40, 77, 40), (1, 2, 100, 301, 64), (1, 1, 49, 130, 72), (3, 2, 33, 121, 80),
-                (1, 2, 65, 240, 128), (1, 1, 70, 97, 160), (2, 1, 20, 49, 256), (1, 1, 1, 1, 1), (1, 2, 2, 5, 7),
-                (1, 1, 3, 12, 17), (1, 2, 4, 8, 47), (1, 1, 5, 77, 129), (2, 2, 6, 2, 16), (1, 1, 7, 119, 33),
-            ):  # fmt: skip
-                yield attention(kind, samples, heads, queries, keys, dims, apart=queries % 3)
+@every_set
+def test_weights_are_packed_in_the_order_of_products(lib: Library) -> None:
+    for case in weights(lib):
+        case.run(lib)
+        assert case.error() == 0, (case.call.kind, case.call.outputs, case.call.inputs)
+
+
+@every_set
+def test_transformed_convolutions_are_those_of_fp64(lib: Library) -> None:
+    for case in transforms(lib):
+        case.run(lib)
+        assert case.error() <= case.tolerance, (case.call.kind, case.call.outputs, case.error())
+    together = winograd(lib, Kind.FP32, 3, (13, 9), 24, 32).run(lib).clone()
+    for i in range(3):  # which images go together changes no bit
+        case = winograd(lib, Kind.FP32, 3, (13, 9), 24, 32)
+        case.call.images, case.call.a = 1, address(case.tensors[0][i])
+        case.call.residual = address(case.tensors[3][i])
+        assert torch.equal(case.run(lib)[0], together[i])
+    case.tensors[0][2, 3, 4, 5] = float("nan")
+    assert case.run(lib)[0, 1:4, 2:5].isnan().all()
 
 
 @every_set
@@ -424,20 +177,6 @@ def test_nan_comes_through_attention(lib: Library, value: int) -> None:
                 assert out[1, :, 1, 5].isnan().all()
             out[1, :, 1] = 0 if part else out[1, :, 1]
             assert not out.isnan().any()
-
-
-def cases(lib: Library) -> list[Case]:
-    return [
-        *(
-            linear(kind, 203, 260, 160, act=Activation.GELU, gated=gated)
-            for kind in kinds(lib)
-            for gated in (False, True)
-        ),
-        convolution(Kind.INT8, 3, (13, 9), 40, 80, 3, 1),
-        tokens(203, 96, Type.UINT8, norm=True),
-        image(3, (33, 17), (12, 24), Type.UINT8),
-        *(attention(kind, 2, 3, 300, 200, 40) for kind in kinds(lib) if kind is not Kind.INT8),
-    ]
 
 
 @every_set
@@ -588,7 +327,7 @@ def test_sanitisers_find_nothing(tmp_path: Path) -> None:
     link = ["gcc", *flags, *(job[-1] for job in jobs), "-lpthread", "-lm", "-o", "driver"]
     subprocess.run(link, cwd=tmp_path, check=True)
     for lib in LIBRARIES:
-        made = [*products(lib), *others(), *attentions(lib)]
+        made = [*products(lib), *others(), *attentions(lib), *weights(lib), *transforms(lib)]
         names = [f"{lib.isa}-{i}" for i in range(len(made))]
         for case, name in zip(made, names, strict=True):
             write(case, tmp_path / name)

@@ -138,3 +138,16 @@ def test_a_tiff_is_classic_and_a_page_above_five_metres_has_its_unit(tmp_path: P
         assert page.user_unit == unit
         assert float(page.mediabox.height) * unit == pytest.approx(80 / dpi * 72)
         assert max(float(page.mediabox.height), float(page.mediabox.width)) <= 14400
+
+
+@pytest.mark.parametrize(("guide", "wanted"), [(None, "/trainedAlgo"), (Path("me.jpg"), "/compositeWithTrainedAlgo")])
+def test_pictures_say_in_xmp_that_they_are_generated(tmp_path: Path, guide: Path | None, wanted: str) -> None:
+    import tifffile
+
+    made = texts(request(guide_image=guide), FACTS)
+    assert "RNG: CPU" in made["parameters"]
+    for suffix in ("png", "tif"):
+        write_picture(tmp_path / f"x.{suffix}", [np.zeros((8, 8, 3), np.uint8)], 8, 8, made, force=True)
+    assert wanted in Image.open(tmp_path / "x.png").text["XML:com.adobe.xmp"]
+    with tifffile.TiffFile(tmp_path / "x.tif") as tiff:
+        assert wanted.encode() in tiff.pages[0].tags[700].value

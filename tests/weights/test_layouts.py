@@ -12,11 +12,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from tiler.compute.int8 import quantize_rows
 from tiler.errors import ModelError
 from tiler.weights.checkpoint import Checkpoint
 from tiler.weights.grouped import FOUR_BITS
 from tiler.weights.index import TensorInfo, read_index
 from tiler.weights.layouts import understood
+from tiler.weights.packed import write_packed
 from tiler.weights.store import Piece, WeightStore, match_index
 
 Tensors = dict[str, Tensor]
@@ -232,3 +234,22 @@ def test_a_map_must_go_with_the_weights(change: Callable[[Any], Any], message: s
     (part / "quanto_qmap.json").write_text(json.dumps(change(layers)))
     with pytest.raises(ModelError, match=message):
         checkpoint.weights("transformer")
+
+
+@pytest.mark.parametrize("kind", ["qint8", "qint4"])
+def test_what_stays_out_of_the_int8_file_keeps_its_value(kind: str, tmp_path: Path) -> None:
+    """A weight that another program quantised and tiler does not: the file of int8 weights holds what it means."""
+    quanto = pytest.importorskip("optimum.quanto")
+    model = network()
+    quanto.quantize(model, weights=getattr(quanto, kind))
+    quanto.freeze(model)
+    index = matched(stored(model.state_dict(), tmp_path))
+    write_packed(
+        tmp_path / "p.safetensors", "mark", list(index), index, {"1.weight": quantize_rows}, lambda share: None
+    )
+    packed = understood(read_index(tmp_path / "p.safetensors"))
+    assert packed["1.weight"].dtype == "I8"
+    with WeightStore(packed) as store:
+        assert torch.equal(store.load("0.weight"), model[0].weight.dequantize())
+        step = model[1].weight.dequantize().abs().amax(1, keepdim=True) / 63
+        assert ((store.load("1.weight") - model[1].weight.dequantize()).abs() <= step).all()

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from tiler.cli import decode, doctor, plan, quantize, render
+from tiler.cli import config, decode, doctor, info, layers, plan, quantize, render, resume
 from tiler.cli.terminal import prepare_signals, prepare_streams, silence
 from tiler.errors import Interrupted, TilerError
 from tiler.files import written
@@ -58,10 +58,13 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("render")(render.command)
+app.command("resume")(resume.command)
 app.command("plan")(plan.command)
 app.command("decode")(decode.command)
 app.command("quantize")(quantize.command)
+app.command("info")(info.command)
 app.command("doctor")(doctor.command)
+app.add_typer(config.app)
 
 
 def _version(asked: bool) -> None:
@@ -72,6 +75,7 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def _main(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
     ] = False,
@@ -79,11 +83,12 @@ def _main(
 ) -> None:
     if debug:
         os.environ["TILER_DEBUG"] = "1"
+    layers.load(context)
 
 
 def main() -> None:
     """Entry point. Exit codes: 0 ok, 1 bug, 2 usage, 3 model, 4 refused by the plan, 5 ceiling reached, 6 I/O, 7 NaN,
-    9 offline, 129, 130 and 143 interrupted."""
+    8 locked, 9 offline, 10 job damaged or another picture's, 129, 130 and 143 interrupted."""
     prepare_streams()
     prepare_signals()
     code: Any = 0
@@ -108,7 +113,8 @@ def _explained(error: BaseException) -> tuple[str, int]:
     match error:
         case Interrupted():
             names = ", ".join(map(str, written()))
-            return f"interrupted; {f'written: {names}' if names else 'nothing was written'}", int(error.code or 1)
+            nothing = "" if getattr(error, "__notes__", []) else "; nothing was written"
+            return f"interrupted{f'; written: {names}' if names else nothing}", int(error.code or 1)
         case SystemExit() if isinstance(error.__context__, BrokenPipeError):
             return "", 0  # rich, whose reader is gone
         case SystemExit():

@@ -13,6 +13,8 @@ from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
+from tiler.cli import layers
+from tiler.cli.repeat import repeat
 from tiler.errors import UsageError
 from tiler.request import Region, read_regions
 from tiler.request.choices import MAX_SEED
@@ -46,31 +48,80 @@ Report = Annotated[
         "it once at the end, like /usr/bin/time, may show less.",
     ),
 ]
+OnDone = Annotated[
+    str | None,
+    typer.Option(
+        "--on-done", rich_help_panel=Panel.OUTPUT, metavar="COMMAND", show_default=False,
+        help="Shell command to run at the end, however that comes; it finds TILER_OUTPUT and TILER_EXIT_CODE.",
+    ),
+]  # fmt: skip
+LogJson = Annotated[
+    bool,
+    typer.Option(
+        "--log-json", rich_help_panel=Panel.OUTPUT, help="Tell the progress on standard error as JSON, an event a line."
+    ),
+]
+From = Annotated[
+    Path | None,
+    typer.Option(
+        "--from", rich_help_panel=Panel.PICTURE, metavar="IMG",
+        help="Repeat a picture by what its file says; options given beside it win. Reads what `tiler info` reads.",
+    ),
+]  # fmt: skip
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", rich_help_panel=Panel.OUTPUT, help="No progress; errors only.")]
 Json = Annotated[
     bool, typer.Option("--json", rich_help_panel=Panel.OUTPUT, help="Print one JSON object on standard output.")
 ]
 
 
-def command_of(request: type, run: Callable[..., None], *, leave_out: Iterable[str] = ()) -> Callable[..., None]:
+def command_of(
+    request: type, run: Callable[..., None], *, leave_out: Iterable[str] = (), repeats: bool = False
+) -> Callable[..., None]:
     """`run(request, **rest)` as a typer command: the fields of the dataclass `request` become options, except `leave_out`, and
-    `run`'s own keyword parameters follow."""
+    `run`'s own keyword parameters follow. One that `repeats` pictures takes --from."""
     own = [p for p in inspect.signature(run, eval_str=True).parameters.values() if p.kind is p.KEYWORD_ONLY]
     hints = get_type_hints(request)
     offered = [f for f in fields(request) if "option" in f.metadata and f.name not in leave_out]
 
-    def command(**given: Any) -> None:
-        rest = {p.name: given.pop(p.name) for p in own}
-        run(request(**_values(offered, given)), **rest)
+    def command(context: typer.Context, **given: Any) -> None:
+        try:
+            given = layers.settle(context, given, {p.name: p.default for p in parameters})
+            rest = {p.name: given.pop(p.name) for p in own}
+            picture = given.pop("from_picture", None)
+            values = _values(offered, given)
+            if picture is not None:
+                found = repeat(picture, layers.typed(context, given), {f.name: f.default for f in offered})
+                values |= found.values
+                for note in found.notes:
+                    typer.echo(f"note: {note}", err=True)
+            run(request(**values), **rest)
+        except UsageError as error:
+            for note in layers.sources(context, str(error)):
+                error.add_note(note)
+            raise
 
     parameters = [_parameter(f, hints[f.name]) for f in offered]
     parameters += [p.replace(kind=p.KEYWORD_ONLY) for p in own]
+    if repeats:
+        parameters.append(
+            inspect.Parameter("from_picture", inspect.Parameter.KEYWORD_ONLY, annotation=From, default=None)
+        )
     order = list(Panel)
     parameters.sort(key=lambda p: order.index(Panel(_panel(p))))
+    for parameter in parameters:
+        _offer_in_environment(parameter.annotation.__metadata__[0])
+    parameters.append(inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context))
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in parameters}
     command.__doc__ = run.__doc__
     return command
+
+
+def _offer_in_environment(info: Any) -> None:
+    """Let TILER_STEPS stand for --steps; arguments have no name there. typer keeps the first spelling as `default`."""
+    if isinstance(info, typer.models.OptionInfo):
+        names = [name for name in (info.default, *(info.param_decls or ())) if isinstance(name, str)]
+        info.envvar, info.show_envvar = layers.variables(names) or None, False
 
 
 def _panel(parameter: inspect.Parameter) -> str:

@@ -76,4 +76,6 @@ def _hours(work: dict[str, Any]) -> str:
     return f"about {seconds / 60:.0f} min" if seconds < 5400 else f"about {seconds / 3600:.1f} h"
 
 
-command = o.command_of(RenderRequest, run, leave_out=("save_latents", "metadata", "force"))
+command = o.command_of(
+    RenderRequest, run, repeats=True, leave_out=("save_latents", "metadata", "force", "restart", "keep_job", "job_dir")
+)

@@ -1,15 +1,17 @@
-"""Draws events on stderr: a rich bar on a terminal, plain lines elsewhere."""
+"""Draws events on stderr: a rich bar on a terminal, plain lines elsewhere, or JSON for programs."""
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 import time
 from contextlib import suppress
+from dataclasses import asdict
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from tiler.events import Event, Note, PhaseDone, PhaseStarted, Progress
+from tiler.events import Event, Note, PhaseDone, PhaseStarted, Progress, Saved
 from tiler.memory.budget import Budget, format_mb
 
 if TYPE_CHECKING:
@@ -26,6 +28,9 @@ class ProgressPrinter:
     def __init__(self, budget: Budget, *, quiet: bool) -> None:
         self.budget, self.quiet = budget, quiet
         self._started = self._printed = 0.0
+        self._began = -1  # what was done when this run took up the phase
+        self._began = 0  # what was done when the phase went on
+        self._saved = ""
         self._bar: Bar | None = None
         self._task: TaskID | None = None
         if not quiet and sys.stderr.isatty():
@@ -69,6 +74,8 @@ class ProgressPrinter:
             return
         if isinstance(event, Note):
             self._say(f"note: {event.text}")
+        elif isinstance(event, Saved):
+            self._saved = f", saved at {event.where}"
         elif self._bar is not None:
             self._draw(event)
         else:
@@ -97,10 +104,14 @@ class ProgressPrinter:
         now = time.monotonic()
         if isinstance(event, PhaseStarted):
             self._started = self._printed = now
-        elif isinstance(event, Progress) and now - self._printed > _LINE_EVERY:
+            self._began = -1
+        elif isinstance(event, Progress) and (self._began < 0 or now - self._printed > _LINE_EVERY):
+            if self._began < 0:  # a phase that goes on has done some before
+                self._began, self._started = event.done, now
+                return
             self._printed = now
-            left = (now - self._started) * (event.total - event.done) / max(1, event.done)
-            self._say(f"{event.name}: {event.detail}, about {_duration(left)} left, {self._memory()}")
+            left = (now - self._started) * (event.total - event.done) / max(1, event.done - self._began)
+            self._say(f"{event.name}: {event.detail}, about {_duration(left)} left, {self._memory()}{self._saved}")
         elif isinstance(event, PhaseDone):
             self._say(f"{event.name}: done in {event.seconds:.1f} s, peak {format_mb(event.peak_rss_bytes)}")
 
@@ -122,3 +133,31 @@ def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+class JsonPrinter:
+    """Each event as a JSON object on a line, with the time in seconds since the run began and the memory."""
+
+    def __init__(self, budget: Budget) -> None:
+        self.budget, self._start = budget, time.monotonic()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        return None
+
+    def __call__(self, event: Event) -> None:
+        kind = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(event).__name__).lower()
+        facts = {
+            "event": kind, "time": round(time.monotonic() - self._start, 3), **asdict(event),
+            "rss_bytes": self.budget.rss_bytes, "max_ram_bytes": self.budget.max_bytes,
+        }  # fmt: skip
+        with suppress(OSError, ValueError):
+            sys.stderr.write(json.dumps(facts) + "\n")
+            sys.stderr.flush()
+
+
+def printer_of(budget: Budget, *, quiet: bool, log_json: bool) -> ProgressPrinter | JsonPrinter:
+    """What draws the events of a run."""
+    return JsonPrinter(budget) if log_json else ProgressPrinter(budget, quiet=quiet)

@@ -1,4 +1,4 @@
-"""`tiler quantize`: a checkpoint's int8 weights, ahead of the first render that wants them."""
+"""`tiler quantize`: a model's folder with fewer bits a weight, or its int8 weights ahead of the first render that wants them."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ def run(
     quiet: o.Quiet = False,
     json_output: o.Json = False,
 ) -> None:
-    """Write a model's weights in int8, half the bytes of fp16, ahead of `render --cache-dir FOLDER`.
+    """Write a model with fewer bits a weight: `--weights int8 -o FOLDER` is half the bytes of fp16, for `render --model FOLDER`.
 
-    `render` makes the same file by itself when it is not there yet. The file's name tells which weights it is made of.
+    Without --weights the int8 weights that `render --precision int8` computes with are made ahead, in --cache-dir; `render` makes
+    the same file by itself when it is not there yet.
     """
     budget = Budget(max_ram)
     o.prepare_process(threads)
@@ -32,6 +33,9 @@ def run(
         result = quantize(request, budget, printer)
     if json_output:
         typer.echo(json.dumps({"output": str(result.output), **result.report}))
+    elif request.output is not None and not quiet:
+        parts = ", ".join(f"{name} {format_mb(size)}" for name, size in result.report["part_bytes"].items())
+        typer.echo(f"{result.output}: {parts}, peak {format_mb(budget.peak_rss_bytes)}")
     elif not quiet:
         size, share = result.report["bytes"], result.report["int8_share"]
         typer.echo(

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import typer
@@ -18,30 +21,62 @@ def run(
     max_ram: o.MaxRam = "800MB",
     threads: o.Threads = None,
     report: o.Report = None,
+    on_done: o.OnDone = None,
     quiet: o.Quiet = False,
+    log_json: o.LogJson = False,
     json_output: o.Json = False,
 ) -> None:
     """Render a picture of any size under a memory ceiling.
 
-    A low-resolution pass makes a guide; the canvas is then denoised tile by tile under it, and decoded without tiles.
+    A low-resolution pass makes a guide; the canvas is then denoised tile by tile under it, and decoded without tiles. What is
+    interrupted goes on when the same command is given again.
     """
-    o.check_report(report, request.output or Path("tiler.png"), request.save_latents, force=request.force)
-    budget = Budget(max_ram)
-    o.prepare_process(threads)
-    from tiler.cli.progress import ProgressPrinter
-    from tiler.pipeline import render
-
-    with ProgressPrinter(budget, quiet=quiet) as printer:
-        result = render(request, budget, printer)
-    o.write_report(report, result.report)
-    if json_output:
-        typer.echo(json.dumps({"output": str(result.output), **result.report}))
-    elif not quiet:
-        facts = result.report
-        typer.echo(
-            f"{result.output}: {facts['width']}×{facts['height']}, seed {facts['seed']}, "
-            f"peak {format_mb(budget.peak_rss_bytes)} of {format_mb(budget.max_bytes)}"
-        )
+    carry_out(
+        request, max_ram=max_ram, threads=threads, report=report, on_done=on_done, quiet=quiet, log_json=log_json,
+        json_output=json_output,
+    )  # fmt: skip
 
 
-command = o.command_of(RenderRequest, run)
+def carry_out(
+    request: RenderRequest, *, max_ram: str, threads: int | None, report: Path | None, on_done: str | None, quiet: bool,
+    log_json: bool, json_output: bool,
+) -> None:  # fmt: skip
+    """Render one picture, and say so."""
+    output = request.output or Path("tiler.png")
+    o.check_report(report, output, request.save_latents, force=request.force)
+    code = 1
+    try:
+        budget = Budget(max_ram)
+        o.prepare_process(threads)
+        from tiler.cli.progress import printer_of
+        from tiler.pipeline import render
+
+        with printer_of(budget, quiet=quiet, log_json=log_json) as printer:
+            result = render(request, budget, printer)
+        o.write_report(report, result.report)
+        if json_output:
+            typer.echo(json.dumps({"output": str(result.output), **result.report}))
+        elif not quiet:
+            facts = result.report
+            typer.echo(
+                f"{result.output}: {facts['width']}×{facts['height']}, seed {facts['seed']}, "
+                f"peak {format_mb(budget.peak_rss_bytes)} of {format_mb(budget.max_bytes)}"
+            )
+        code = 0
+    except BaseException as error:
+        code = getattr(error, "exit_code", getattr(error, "code", 1))
+        raise
+    finally:
+        if on_done is not None:
+            _tell(on_done, output, code)
+
+
+def _tell(command: str, output: Path, code: int) -> None:
+    """Run the user's command, whose fault is not ours: it is noted, and the exit code stays."""
+    facts = {"TILER_OUTPUT": str(output.absolute()), "TILER_EXIT_CODE": str(code)}
+    done = subprocess.run(command, shell=True, env={**os.environ, **facts}, stdin=subprocess.DEVNULL, check=False)
+    if done.returncode:
+        sys.stderr.write(f"note: --on-done {command!r} ended with {done.returncode}\n")
+
+
+command = o.command_of(RenderRequest, run, repeats=True)

@@ -9,7 +9,7 @@ import sys
 from types import FrameType
 from typing import TextIO
 
-from tiler.errors import Interrupted
+from tiler import interrupts
 
 _PLAIN = {"×": "x", "–": "-", "…": "...", "²": "2", "·": "*", "→": "->"}
 
@@ -41,18 +41,27 @@ def _spelt(error: UnicodeError) -> tuple[str | bytes, int]:
 
 
 def prepare_signals() -> None:
-    """SIGINT, SIGTERM and SIGHUP become Interrupted, unless the process was started to ignore them (nohup)."""
-    for number in (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])):
+    """SIGINT, SIGTERM and SIGHUP stop the run, unless the process was started to ignore them (nohup); SIGUSR1 saves it."""
+    for number in (signal.SIGINT, signal.SIGTERM, *_known("SIGHUP")):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _interrupt)
+    for number in _known("SIGUSR1"):
+        signal.signal(number, lambda number, frame: interrupts.ask_to_save())
+
+
+def _known(name: str) -> tuple[signal.Signals, ...]:
+    """The signal of that name, where the system has it."""
+    return (getattr(signal, name),) if hasattr(signal, name) else ()
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    """What was begun may be saved in peace; a second Ctrl-C ends it at once."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    for other in (signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])):
-        signal.signal(other, signal.SIG_IGN)
-    raise Interrupted(number)
+    """What was begun may be saved in peace; a second Ctrl-C or SIGTERM ends it at once. A terminal that closes may send SIGHUP
+    more than once."""
+    for again in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(again, signal.SIG_DFL)
+    for hangup in _known("SIGHUP"):
+        signal.signal(hangup, signal.SIG_IGN)
+    interrupts.stop(number)
 
 
 def silence(stream: TextIO) -> None:

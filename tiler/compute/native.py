@@ -44,6 +44,7 @@ from tiler.weights.store import Piece, WeightStore
 MIDDLE = 128  # the zero of a token's values
 MOST_INPUTS = 2**31 // (255 * 127)  # a sum of products fits 32 bits
 _ZERO = torch.tensor([MIDDLE], dtype=torch.int32)
+_DTYPES = {Type.UINT8: torch.uint8, Type.BF16: torch.bfloat16, Type.FP32: torch.float32}
 
 
 class Quantized(NamedTuple):
@@ -68,27 +69,29 @@ def reads_blocks() -> bool:
     return library.library() is not None and NativeInt8.name in KERNELS_OF[cpu.isa()][Kind.LINEAR]
 
 
-def quantize_tokens(x: Tensor, norm: nn.Module | None = None) -> Quantized:
-    """x: (..., inputs) fp32 → a matrix, each row normed and symmetric around MIDDLE by its absmax."""
+def quantize_tokens(x: Tensor, norm: nn.Module | None = None, out_type: Type = Type.UINT8) -> Quantized:
+    """x: (..., inputs) fp32 → a matrix, each row normed and symmetric around MIDDLE by its absmax; of other types than uint8 cast
+    without a scale."""
     rows = x.reshape(-1, x.shape[-1])
     count, width = rows.shape
-    values, scale = rows.new_empty(count, width, dtype=torch.uint8), rows.new_empty(count)
+    values, scale = rows.new_empty(count, width, dtype=_DTYPES[out_type]), rows.new_empty(count)
     if not x.is_meta:
         rows = rows if rows.stride(1) == 1 else rows.contiguous()
         call = library.Rows(
-            x=rows.data_ptr(), rows=count, width=width, step=rows.stride(0), out_type=Type.UINT8,
-            out=values.data_ptr(), out_bytes=width, scale=scale.data_ptr(),
+            x=rows.data_ptr(), rows=count, width=width, step=rows.stride(0), out_type=out_type,
+            out=values.data_ptr(), out_bytes=values[:1].nbytes, scale=scale.data_ptr(),
         )  # fmt: skip
         if isinstance(norm, nn.LayerNorm):
             call.norm, call.eps = True, norm.eps
             call.gamma, call.beta = address(norm.weight), address(norm.bias)
-        _library().rows(call, torch.get_num_threads())
+        needed_library().rows(call, torch.get_num_threads())
     return Quantized(values, scale, _ZERO)
 
 
 def quantize_images(
-    parts: tuple[Tensor, ...], padding: int, norm: nn.Module | None, *, silu: bool, each_place: bool = False
-) -> Quantized:
+    parts: tuple[Tensor, ...], padding: int, norm: nn.Module | None, *, silu: bool, each_place: bool = False,
+    out_type: Type = Type.UINT8,
+) -> Quantized:  # fmt: skip
     """One or two parts (n, C, h, w) fp32, joined, normed and activated → images with a frame of `padding`, each with one scale
     and one zero; or, for each place, a row of a matrix as `quantize_tokens` makes it."""
     parts = tuple(part.contiguous(memory_format=torch.channels_last) for part in parts)
@@ -96,7 +99,7 @@ def quantize_images(
     channels = [part.shape[1] for part in parts]
     total = sum(channels)
     sides = count, height + 2 * padding, width + 2 * padding, total
-    values = parts[0].new_empty(sides, dtype=torch.uint8)
+    values = parts[0].new_empty(sides, dtype=_DTYPES[out_type])
     scale = parts[0].new_empty(count * height * width if each_place else count)
     zero = _ZERO if each_place else parts[0].new_empty(count, dtype=torch.int32)
     scratch = parts[0].new_empty(library.scratch_floats(count, height * width, total))
@@ -104,13 +107,13 @@ def quantize_images(
         call = library.Image(
             x=(ctypes.c_void_p * 2)(*(part.data_ptr() for part in parts)), channels=(ctypes.c_int64 * 2)(*channels),
             images=count, height=height, width=width, padding=padding, silu=silu, each_place=each_place,
-            out_type=Type.UINT8, out=values.data_ptr(), place_bytes=total, scale=scale.data_ptr(),
-            zero=zero.data_ptr(), scratch=scratch.data_ptr(),
+            out_type=out_type, out=values.data_ptr(), place_bytes=total * values.element_size(),
+            scale=scale.data_ptr(), zero=zero.data_ptr(), scratch=scratch.data_ptr(),
         )  # fmt: skip
         if isinstance(norm, nn.GroupNorm):
             call.groups, call.eps = norm.num_groups, norm.eps
             call.gamma, call.beta = address(norm.weight), address(norm.bias)
-        _library().image(call, torch.get_num_threads())
+        needed_library().image(call, torch.get_num_threads())
     return Quantized(values.view(-1, total) if each_place else values, scale, zero)
 
 
@@ -119,7 +122,8 @@ def address(tensor: Tensor | None, first: int = 0) -> int | None:
     return None if tensor is None else tensor.data_ptr() + first * tensor.element_size()
 
 
-def _library() -> library.Library:
+def needed_library() -> library.Library:
+    """The library, where a kernel of it was chosen."""
     found = library.library()
     assert found is not None
     return found
@@ -149,26 +153,26 @@ class NativeInt8(Kernel):
     def begin(self, op: Op, x: Operands) -> Operands:
         shape, made_of, parts = input_shape(op, x.parts), op.input, x.parts
         low_rank = any(weight.low_rank is not None for weight in op.group.weights)
-        if low_rank or not _is_fused(op):
+        if low_rank or not is_fused(op):
             parts, made_of = (made_input(made_of, parts),), Input()
         if op.geometry is None:
             made = quantize_tokens(parts[0], made_of.norm)
-        elif _is_of_pixels(op) and made_of == Input():
+        elif is_of_pixels(op) and made_of == Input():
             made = quantize_tokens(parts[0].permute(0, 2, 3, 1))
         else:
             silu = made_of.activation is not None
-            made = quantize_images(parts, op.geometry.padding[0], made_of.norm, silu=silu, each_place=_is_of_pixels(op))
+            made = quantize_images(parts, op.geometry.padding[0], made_of.norm, silu=silu, each_place=is_of_pixels(op))
         return x._replace(parts=(), made=Made(made, shape, parts[0] if low_rank else None))
 
     def apply(self, op: Op, x: Operands, prepared: Iterable[Prepared]) -> tuple[Tensor, ...]:
         made: Made = x.made
         if (halves := gated(op)) is not None:
-            outs: tuple[Tensor, ...] = (_empty(op, made, halves[0].outputs),)
+            outs: tuple[Tensor, ...] = (empty_result(op, made, halves[0].outputs),)
         else:
-            outs = tuple(_empty(op, made, weight.outputs) for weight in op.group.weights)
+            outs = tuple(empty_result(op, made, weight.outputs) for weight in op.group.weights)
         after = None if made.whole is not None else activation_of(op.epilogue.activation)
         fused = halves is not None or (after is not None and not op.epilogue.glu)
-        residual = _like(outs[0], x.residual) if fused else None
+        residual = residual_like(outs[0], x.residual) if fused else None
         for piece in prepared:
             _multiply(op, made, piece, outs[piece.weight], after if fused else Activation.NONE, residual)
         if fused:
@@ -189,18 +193,18 @@ def activation_of(module: nn.Module | None) -> Activation | None:
     return None
 
 
-def _is_of_pixels(op: Op) -> bool:
+def is_of_pixels(op: Op) -> bool:
     """Whether a convolution is a linear layer of its pixels, each of which has a scale of its own."""
     return op.geometry is not None and op.geometry.is_pointwise(op.group.shape)
 
 
-def _is_fused(op: Op) -> bool:
+def is_fused(op: Op) -> bool:
     """Whether the library joins, norms and activates what the operation's input is made of."""
     parts, norm, activation = op.input.parts, op.input.norm, op.input.activation
     if op.geometry is None:
         return activation is None and (norm is None or isinstance(norm, nn.LayerNorm))
     if (
-        _is_of_pixels(op) and norm is None
+        is_of_pixels(op) and norm is None
     ):  # a scale for each pixel: joined parts differ in size by an order of magnitude
         return parts == 1 and activation is None
     return (
@@ -228,14 +232,14 @@ def gated(op: Op) -> tuple[Weight, Weight] | None:
     return rows(slice(0, half)), rows(slice(half, weight.outputs))
 
 
-def _together(op: Op) -> list[tuple[int, tuple[Weight, ...]]]:
+def together(op: Op) -> list[tuple[int, tuple[Weight, ...]]]:
     """The weights of each result, by the result's number: two with gates, else one."""
     halves = gated(op)
     return [(0, halves)] if halves is not None else [(i, (weight,)) for i, weight in enumerate(op.group.weights)]
 
 
 def _planned(op: Op, place: Place) -> Iterator[Prepared]:
-    for number, weights in _together(op):
+    for number, weights in together(op):
         most = min(weights[0].outputs, step_rows(None, weights[0].row * len(weights)))
         count = 0 if place.stays else most * len(weights)
         planned = weights[0].meta.new_empty(count * weights[0].row, dtype=torch.int8)
@@ -246,7 +250,7 @@ def _planned(op: Op, place: Place) -> Iterator[Prepared]:
 def _fetched(store: WeightStore, op: Op, place: Place) -> Iterator[Prepared]:
     """Each weight whole where it stays or is resident, else in pieces: values, scales and sums of its outputs, and behind them
     those of its gates."""
-    for number, weights in _together(op):
+    for number, weights in together(op):
         outputs, row = weights[0].outputs, weights[0].row
         step = outputs if place.stays else step_rows(store, row * len(weights))
         for first in range(0, outputs, step):
@@ -284,19 +288,19 @@ def _sums(store: WeightStore, piece: Piece, rows: Tensor) -> Tensor:
         known = torch.empty(len(rows), dtype=torch.int32)
         lanes = rows[0].numel() // INPUTS
         call = library.Sums(rows.data_ptr(), len(rows) // OUTPUTS, lanes, known.data_ptr())
-        _library().sums(call, torch.get_num_threads())
+        needed_library().sums(call, torch.get_num_threads())
         store.sums[piece] = known
     return known
 
 
-def _empty(op: Op, made: Made, outputs: int) -> Tensor:
+def empty_result(op: Op, made: Made, outputs: int) -> Tensor:
     """A result; output channels are its last axis in memory."""
     layout = torch.channels_last if op.kind is Kind.CONVOLUTION else torch.contiguous_format
     shape = op.output_shape(made.shape, outputs)
     return torch.empty(shape, device=made.input.values.device, memory_format=layout)
 
 
-def _like(out: Tensor, residual: Tensor | None) -> Tensor | None:
+def residual_like(out: Tensor, residual: Tensor | None) -> Tensor | None:
     """The residual with the result's order in memory."""
     layout = torch.channels_last if out.ndim == 4 and not out.is_contiguous() else torch.contiguous_format
     return None if residual is None else residual.contiguous(memory_format=layout)
@@ -308,34 +312,48 @@ def _multiply(
     """Fill the piece's outputs of `out`."""
     if out.is_meta:
         return
-    x, first, channels = made.input, piece.first, out.shape[1 if op.kind is Kind.CONVOLUTION else -1]
-    values, scale, sums = piece.tensors[:3]
-    weights = (gated(op) or op.group.weights)[piece.weight :]
-    call = library.Product(
-        kind=library.Kind.INT8, activation=activation, out_type=Type.FP32, taps=1, rows=out.numel() // channels,
-        outputs=piece.last - first, steps=op.group.shape[1] // INPUTS, a=x.values.data_ptr(),
-        row_bytes=op.group.shape[1],
-        weights=values.data_ptr(), weight_scale=scale.data_ptr(), weight_sum=sums.data_ptr(), scale=x.scale.data_ptr(),
-        zero=x.zero.data_ptr(), scale_rows=1, bias=address(weights[0].bias, first), residual=address(residual, first),
-        out=address(out, first), out_step=channels, residual_step=channels,
-    )  # fmt: skip
+    call = product_call(op, made.input.values, piece, out, activation, residual)
+    call.kind, call.steps = library.Kind.INT8, op.group.shape[1] // INPUTS
+    call.scale, call.zero = made.input.scale.data_ptr(), made.input.zero.data_ptr()
+    call.weights, call.weight_scale, call.weight_sum = (tensor.data_ptr() for tensor in piece.tensors[:3])
     if len(piece.tensors) > 3:
         call.gate_weights, call.gate_scale, call.gate_sum = (tensor.data_ptr() for tensor in piece.tensors[3:])
+    multiply(op, call, made.input.values, out)
+
+
+def product_call(
+    op: Op, values: Tensor, piece: Prepared, out: Tensor, activation: Activation | None, residual: Tensor | None
+) -> library.Product:
+    """A piece's product as far as it does not depend on what weights are stored as; `values`: rows of a matrix, or images."""
+    first, channels = piece.first, out.shape[1 if op.kind is Kind.CONVOLUTION else -1]
+    weights = (gated(op) or op.group.weights)[piece.weight :]
+    call = library.Product(
+        activation=activation, out_type=Type.FP32, taps=1, rows=out.numel() // channels, outputs=piece.last - first,
+        a=values.data_ptr(), row_bytes=values.stride(0) * values.element_size(), scale_rows=1,
+        bias=address(weights[0].bias, first), residual=address(residual, first), out=address(out, first),
+        out_step=channels, residual_step=channels,
+    )  # fmt: skip
+    if gated(op) is not None:
         call.gate_bias = address(weights[1].bias, first)
-    if op.geometry is not None and x.values.ndim == 4:
-        taps = _images(call, op.geometry, op.group.shape[2:], x.values, out)
+    return call
+
+
+def multiply(op: Op, call: library.Product, values: Tensor, out: Tensor) -> None:
+    """Run a product; as a convolution where its input is images."""
+    if op.geometry is not None and values.ndim == 4:
+        taps = _images(call, op.geometry, op.group.shape[2:], values, out)
         call.tap = ctypes.addressof(taps)
-    _library().product(call, torch.get_num_threads())
+    needed_library().product(call, torch.get_num_threads())
 
 
 def _images(
     call: library.Product, geometry: Geometry, sides: tuple[int, ...], values: Tensor, out: Tensor
 ) -> ctypes.Array[ctypes.c_int64]:
     """Say how a convolution moves over images (n, h, w, inputs); returns the taps, which must outlive the call."""
-    _, height, width, place = values.shape
+    image, line, place = (step * values.element_size() for step in values.stride()[:3])
     down, across = geometry.stride
     call.per_image = call.scale_rows = out.shape[2] * out.shape[3]
     call.taps, call.width, call.zero_step = math.prod(sides), out.shape[3], 1
-    call.image_bytes, call.line_bytes, call.place_bytes = height * width * place, down * width * place, across * place
-    taps = [(i * width + j) * place for i in range(sides[0]) for j in range(sides[1])]
+    call.image_bytes, call.line_bytes, call.place_bytes = image, down * line, across * place
+    taps = [i * line + j * place for i in range(sides[0]) for j in range(sides[1])]
     return (ctypes.c_int64 * len(taps))(*taps)

@@ -96,6 +96,17 @@ class MetaMeter(TorchDispatchMode):
         self.live_bytes -= nbytes
 
 
+def count(flops: int, *, linear: bool) -> None:
+    """Say what arithmetic an operation would have done where its results are made from shapes alone."""
+    if not MetaMeter._entered:
+        return
+    meter = MetaMeter._entered[-1]
+    if linear:
+        meter.linear_flops += _repeated(flops)
+    else:
+        meter.flops += _repeated(flops)
+
+
 class _Seen(NamedTuple):
     """What an operation took: bytes beside what was alive, arithmetic, and (shape, stride) of its results."""
 

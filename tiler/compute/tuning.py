@@ -13,41 +13,43 @@ from tiler.compute.cpu import Isa
 from tiler.memory.tuning import Passport
 
 # The kernels that may run an operation, best first; the first that suits the operation is taken. Times are of one thread of a
-# Zen 5 server, limited to the row's instructions: 3 × 3 convolutions of 320 channels at 64 × 64 and of 640 at 32 × 32, as shares
-# of oneDNN's 68 ms each; linear layers 4096 × 320 × 320 and 256 × 1280 × 1280, of fp32's 10 ms each. Attention is of a Zen 4
-# server (scripts/bench_attention.py): 4096 tokens of 8 × 40, 1024 of 8 × 80, 256 of 8 × 160; 4096 × 77 of 8 × 40, 4608 of
-# 24 × 128, as shares of torch's time.
+# Zen 4 server, limited to the row's instructions: 3 × 3 convolutions of 320 channels at 64 × 64 and of 640 at 32 × 32, as shares
+# of oneDNN's 68 and 67 ms (AVX2: 78 and 88); linear layers 4096 × 320 × 320 and 256 × 1280 × 1280, of fp32's 9.4 and 8.8 ms (AVX512:
+# 11.1 and 9.4; AVX2: 11.6 and 11.0). Attention (scripts/bench_attention.py): 4096 tokens of 8 × 40, 1024 of 8 × 80, 256 of
+# 8 × 160; 4096 × 77 of 8 × 40, 4608 of 24 × 128, as shares of torch's time.
 KERNELS_OF: Annotated[
     Mapping[Isa, Mapping[str, tuple[str, ...]]], Passport("order", "python scripts/calibrate.py kernels")
 ] = {
-    # native-int8 0.29 and 0.28, int8 0.41 and 0.31, winograd 0.48 and 0.42, fp32 1.03 and 1.02; linear: native-int8 0.30 and
-    # 0.26, int8 0.44 and 0.33; native-attention 0.82, 0.83, 0.91; 0.63, 0.84; -bf16 0.45, 0.47, 0.51; 0.46, 0.48.
+    # native-int8 0.27 and 0.27, native-winograd 0.35 and 0.32, int8 0.39 and 0.29, winograd 0.47 and 0.40, native-fp32 1.03 and
+    # 1.06, which joins, norms and activates its input on the way; linear: native-int8 0.28 and 0.24, int8 0.40 and 0.27,
+    # native-fp32 0.88 and 0.90; native-attention 0.82, 0.83, 0.91; 0.63, 0.84; -bf16 0.45, 0.47, 0.51; 0.46, 0.48.
     Isa.AVX512_VNNI: {
-        "linear": ("native-int8", "int8", "fp32"),
-        "convolution": ("native-int8", "int8", "winograd", "onednn", "fp32"),
+        "linear": ("native-int8", "int8", "native-fp32", "fp32"),
+        "convolution": ("native-int8", "int8", "native-winograd", "native-fp32", "winograd", "onednn", "fp32"),
         "attention": ("native-attention-bf16", "native-attention", "fp32"),
     },
-    # winograd 0.48 and 0.42, native-int8 (of AVX2) 0.53 and 0.58, int8 0.57 and 0.57, fp32 0.98 and 1.04; linear: native-int8 0.49
-    # and 0.49, int8 0.62 and 0.54. int8 stands first all the same, for what is stored so: see AVX2.
-    # The library's attention, of AVX2, was not measured beside torch's of AVX-512.
+    # The library's kernels are those of AVX2: native-winograd 0.42 and 0.38, winograd 0.47 and 0.43, native-int8 0.54 and 0.56,
+    # int8 0.65 and 0.57, native-fp32 1.08 and 1.25; linear: native-int8 0.44 and 0.45, int8 0.57 and 0.49, native-fp32 0.83 and
+    # 0.93. int8 stands first all the same, for what is stored so: see AVX2. Attention was not measured beside torch's of AVX-512.
     Isa.AVX512: {
-        "linear": ("native-int8", "int8", "fp32"),
-        "convolution": ("native-int8", "int8", "winograd", "onednn", "fp32"),
+        "linear": ("native-int8", "int8", "native-fp32", "fp32"),
+        "convolution": ("native-int8", "int8", "native-winograd", "winograd", "onednn", "native-fp32", "fp32"),
         "attention": ("fp32",),
     },
-    # Not measured, no such processor was at hand: like AVX512_VNNI, whose 8-bit products it has at half the width; attention
+    # Not measured, no such processor was at hand: like AVX512_VNNI, whose 8-bit products it has at half the width; the rest
     # is that of AVX2.
     Isa.AVX2_VNNI: {
         "linear": ("native-int8", "int8", "fp32"),
-        "convolution": ("native-int8", "int8", "winograd", "onednn", "fp32"),
+        "convolution": ("native-int8", "int8", "native-winograd", "winograd", "onednn", "fp32"),
         "attention": ("native-attention", "fp32"),
     },
-    # winograd 0.50 and 0.41, native-int8 0.52 and 0.57, int8 0.65 and 0.55, fp32 1.03 and 1.03; linear: native-int8 0.52 and 0.48,
-    # int8 0.67 and 0.55; native-attention 0.86, 0.91, 0.93; 0.73, 1.01. A whole pass of SD 1.5 in int8, two samples,
-    # took 13.1 s with int8 first and 13.0 with winograd first, whose weights are transformed anew at every pass.
+    # native-winograd 0.46 and 0.37, winograd 0.46 and 0.38, native-int8 0.54 and 0.59, int8 0.63 and 0.58, native-fp32 1.29 and
+    # 1.22; linear: native-int8 0.58 and 0.54, int8 0.69 and 0.63, native-fp32 1.01 and 1.14; native-attention 0.86, 0.91, 0.93;
+    # 0.73, 1.01. A whole pass of SD 1.5 in int8, two samples, took 13.1 s with int8 first and 13.0 with winograd first, whose
+    # weights are transformed anew at every pass.
     Isa.AVX2: {
         "linear": ("native-int8", "int8", "fp32"),
-        "convolution": ("native-int8", "int8", "winograd", "onednn", "fp32"),
+        "convolution": ("native-int8", "int8", "native-winograd", "winograd", "onednn", "fp32"),
         "attention": ("native-attention", "fp32"),
     },
     # Not measured: fp32 is known to work.

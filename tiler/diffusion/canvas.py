@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from tiler.diffusion.runner import Runner, Tile
 from tiler.diffusion.schedulers import Schedule, SchedulerState
 from tiler.diffusion.tiles import Text2ImageRegion, Tiles
+from tiler.errors import NumericalError
 from tiler.events import Journal, NoJournal
 
 
@@ -121,6 +122,7 @@ class Denoising:
         self._begin, self._phase = begin, phase
         self._tiles_added = 0
         self._blended: Tensor | None = None
+        self._torn = False  # in the middle of a sum or of a scheduler's step
 
     def state(self) -> SamplingState:
         """A copy that the loop no longer touches: a step makes new latents, tiles add to `blended` in place."""
@@ -138,19 +140,45 @@ class Denoising:
         self._schedule.restore(state.scheduler)
         self._generator.set_state(state.generator)
 
-    def run(self, runner: Runner, journal: Journal | None = None) -> Iterator[StepDone]:
+    def run(self, runner: Runner, journal: Journal | None = None) -> Generator[StepDone]:
         """Denoise to the end, yielding after each tile. What `journal` holds of this phase is where it begins; the state is
-        saved there whenever that is due, and at the end. Raises NumericalError when a prediction is not finite."""
+        saved there whenever that is due, and at the end, whatever that is. Raises NumericalError when a prediction is not finite.
+        """
         journal = journal or NoJournal()
         if (saved := journal.load(self._phase)) is not None:
             self.restore(SamplingState.from_tensors(saved))
-        end = self._begin + len(self._steps)
-        while self.step < end:
-            for done in self._one_step(runner):
-                if journal.due():
-                    journal.save(self._phase, self.state().tensors())
-                yield done
-        journal.save(self._phase, self.state().tensors())
+        if self.step >= self.end:
+            return
+        try:
+            while self.step < self.end:
+                for done in self._one_step(runner):
+                    if journal.due():
+                        self._save(journal)
+                    yield done
+        except NumericalError:
+            raise  # it would happen again
+        except BaseException:
+            if not self._torn:
+                self._save(journal)
+            raise
+        self._save(journal)
+
+    @property
+    def end(self) -> int:
+        """The step after the last."""
+        return self._begin + len(self._steps)
+
+    @property
+    def samples_done(self) -> int:
+        """Of all steps."""
+        done = self.step - self._begin
+        now = self._steps[done].samples_of(self._tiles_added) if self._tiles_added else 0
+        return sum(tiles.samples for tiles in self._steps[:done]) + now
+
+    def _save(self, journal: Journal) -> None:
+        tile = f", tile {self._tiles_added}/{len(self._steps[self.step - self._begin])}" if self._tiles_added else ""
+        where = f"{self._phase} step {min(self.step + bool(tile), self.end)}/{self.end}{tile}"
+        journal.save(self._phase, self.state().tensors(), where)
 
     def _one_step(self, runner: Runner) -> Iterator[StepDone]:
         step, first, regions = self.step, self._tiles_added, self._steps[self.step - self._begin]
@@ -169,13 +197,16 @@ class Denoising:
 
         for prediction in runner.predict(step, tiles()):
             region = waiting.popleft()
+            self._torn = True
             blended[0, :, *region.crop] += region.weights * prediction
             self._tiles_added += 1
+            self._torn = False
             samples += region.samples
             if self._tiles_added < len(regions):
                 yield StepDone(step, samples, total, None)
         assert self._tiles_added == len(regions), "a runner answers for every tile"
+        self._torn = True
         self.latents = self._schedule.step(blended, step, self.latents, self._generator)
         # The next step blends in a tensor of its own: some schedulers remember this one.
-        self.step, self._tiles_added, self._blended = step + 1, 0, None
+        self.step, self._tiles_added, self._blended, self._torn = step + 1, 0, None, False
         yield StepDone(step, total, total, self.latents)

@@ -21,6 +21,7 @@ from typing import Self
 
 import psutil
 
+from tiler import interrupts
 from tiler.errors import BudgetExceeded, UsageError
 from tiler.memory import process
 from tiler.memory.tuning import ALMOST, MARGIN, NEAR, ROOMY
@@ -138,7 +139,9 @@ class Budget:
         return self.rss_bytes + coming_bytes >= MARGIN * self.max_bytes
 
     def check(self, where: str) -> None:
-        """Compare the RSS now (14 µs) with the ceiling. Near it, collect and trim; at it, raise BudgetExceeded."""
+        """Compare the RSS now (14 µs) with the ceiling. Near it, collect and trim; at it, raise BudgetExceeded. A signal that
+        waits to stop the run is obeyed here."""
+        interrupts.check()
         if self.rss_bytes >= ALMOST * self.max_bytes:
             process.trim()
             self._note_peak()

@@ -78,9 +78,10 @@ class ResnetSecondHalf(nn.Module):
             h = strips.add_pointwise(self.shortcut, parts, h)
             return h if self.scale == 1 else h.div_(self.scale)
         h = convolve(self.conv, h, norm=self.norm, activation=self.act, residual=residual)
-        if residual is None:
-            x = joined(parts)
-            h += x if self.shortcut is None else self.shortcut(x)
+        if self.shortcut is not None:
+            h = convolve(self.shortcut, *parts, residual=h)
+        elif residual is None:
+            h += joined(parts)
         return h if self.scale == 1 else h.div_(self.scale)
 
 

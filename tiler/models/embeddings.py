@@ -30,15 +30,15 @@ _NAMED = re.compile(r"embedding:([^\s,:()\[\]<>]+)|<([^<>:\s]+)>")
 
 
 class Embeddings:
-    """The embeddings in a folder and those below it, for text encoders of `widths`. Files are read when they are named."""
+    """The embeddings in folders and those below them, for text encoders of `widths`. Files are read when they are named."""
 
-    def __init__(self, folder: Path, widths: Sequence[int]) -> None:
+    def __init__(self, folders: Sequence[Path], widths: Sequence[int]) -> None:
         """Raises UsageError."""
-        if not folder.is_dir():
-            raise UsageError(f"--embd-dir {folder}: no such folder; check the path")
-        self._folder, self._widths = folder, tuple(sorted(widths))
+        if missing := [folder for folder in folders if not folder.is_dir()]:
+            raise UsageError(f"--embd-dir {missing[0]}: no such folder; check the path")
+        self._folders, self._widths = ", ".join(map(str, folders)), tuple(sorted(widths))
         self._files: dict[str, list[Path]] = {}
-        for path in sorted(folder.rglob("*")):
+        for path in (path for folder in folders for path in sorted(folder.rglob("*"))):
             if path.is_file() and path.suffix.lower() in (".safetensors", *_UNSAFE):
                 self._files.setdefault(path.stem.lower(), []).append(path)
         self._read: dict[str, dict[int, Tensor]] = {}
@@ -83,7 +83,7 @@ class Embeddings:
             known = (
                 f"; near names are {', '.join(self._files[n][0].stem for n in near)}" if near else "; check the name"
             )
-            raise ModelError(f"embedding:{name}: no such embedding in {self._folder}{known}")
+            raise ModelError(f"embedding:{name}: no such embedding in {self._folders}{known}")
         if key not in self._read:
             self._read[key] = self._load(name, self._files[key])
         vectors = self._read[key][width]

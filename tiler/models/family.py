@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cached_property, partial
 from importlib import import_module
@@ -22,7 +22,9 @@ from tiler.models import bounds
 from tiler.models.meta import on_meta, refusing
 from tiler.models.reading import READING, Reading
 from tiler.request import TileConditioning
-from tiler.weights.checkpoint import Checkpoint
+from tiler.request.model import ModelOptions
+from tiler.weights.checkpoint import Checkpoint, resolve
+from tiler.weights.places import model_folders
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -259,12 +261,26 @@ class Family(ABC):
         """A sample on the meta device for each number in `tiles`; equal numbers share their latents, which are of `sides`."""
 
 
-def read_family(checkpoint: Checkpoint) -> Family:
-    """Check every config of the checkpoint. Raises ModelError, naming the file and what the model is."""
-    if checkpoint.file is not None:
-        from tiler.models.single_file import read_single
+def open_family(options: ModelOptions) -> Family:
+    """The family of the model that was asked for, its files found and its parts replaced. Raises ModelError, UsageError,
+    OfflineError, StorageError."""
+    folders = model_folders(options.model_dirs)
+    if options.diffusion_model is None or options.model != "mini":  # whose parts go with no other denoiser
+        found = resolve(options.model, variant=options.variant, revision=options.revision, folders=folders)
+    else:
+        found = resolve(options.diffusion_model, folders=folders)
+        if found.file is None:
+            raise ModelError(f"{options.diffusion_model}: this is a folder; give it with --model")
+        options = replace(options, diffusion_model=str(found.file))
+    return read_family(found, options)
 
-        checkpoint = read_single(checkpoint)
+
+def read_family(checkpoint: Checkpoint, options: ModelOptions | None = None) -> Family:
+    """Check every config of the checkpoint, of which `options` may replace parts. Raises ModelError, naming the file and what the
+    model is."""
+    from tiler.models.single_file import assemble
+
+    checkpoint = assemble(checkpoint, options or ModelOptions())
     name = str(checkpoint.config("", "model_index.json").get("_class_name", ""))
     known = [key for key in REGISTRY if key.lower() in name.lower()]
     exact = max(known, key=len, default="StableDiffusion")

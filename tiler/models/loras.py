@@ -103,7 +103,7 @@ def _match(
     changes: dict[str, dict[str, list[Change]]],
 ) -> list[str]:  # fmt: skip
     """Add the file's changes to `changes`; returns what the user should know. Raises ModelError."""
-    family, path = models.family, file.path
+    family = models.family
     unknown = [name for name in file.modules if name not in targets]
     if len(unknown) == len(file.modules):
         raise _foreign(file, family)

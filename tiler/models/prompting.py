@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from tiler.models.built import Models
 from tiler.models.clip import load_tokenizer, read_chunks
 from tiler.models.embeddings import Embeddings
 from tiler.models.family import Family, Guidance
 from tiler.models.reading import Reading
-from tiler.request import ResolvedRequest
+from tiler.request import ResolvedRequest, settings
 from tiler.request.wording import tags_of
 
 
@@ -17,14 +18,20 @@ def read_options(request: ResolvedRequest, models: Models, texts: Sequence[str |
     """How prompts are read. Every embedding that `texts` name is found and read now. Raises TilerError."""
     family = models.family
     reading = Reading(emphasis=request.emphasis, clip_skip=request.clip_skip or 1)
-    if request.embd_dir is None or not family.traits.embeddings:
+    folders = _folders(request)
+    if not folders or not family.traits.embeddings:
         return reading
     widths = [int(part.config["hidden_size"]) for part in family.encoders]
-    reading = reading._replace(embeddings=Embeddings(request.embd_dir.expanduser(), widths))
+    reading = reading._replace(embeddings=Embeddings(folders, widths))
     tokenizer, config = load_tokenizer(family), models.module(family.encoders[0]).config
     for text in filter(None, texts):
         read_chunks(tokenizer, config, text, lambda note: None, reading)
     return reading
+
+
+def _folders(request: ResolvedRequest) -> tuple[Path, ...]:
+    """Of embeddings: the one that was asked for, else those of the configuration."""
+    return settings.folders(settings.Kind.EMBEDDING) if request.embd_dir is None else (request.embd_dir.expanduser(),)
 
 
 def notes_on_prompts(request: ResolvedRequest, family: Family, *, has_guide: bool) -> Iterator[str]:
@@ -32,7 +39,7 @@ def notes_on_prompts(request: ResolvedRequest, family: Family, *, has_guide: boo
     for tag in tags_of(request):
         yield f"{tag} is left out of the prompt: tiler applies no LoRA"
     texts = request.prompt, request.canvas_prompt, request.negative_prompt, *(r.prompt for r in request.regions)
-    if request.embd_dir is None and any("embedding:" in text for text in texts if text):
+    if not _folders(request) and any("embedding:" in text for text in texts if text):
         yield "embedding:NAME is read as text: give the folder of the embeddings with --embd-dir"
     if request.embd_dir is not None and not family.traits.embeddings:
         yield f"--embd-dir has no effect: {family.traits.title} takes no embeddings"

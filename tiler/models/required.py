@@ -14,7 +14,7 @@ def check_parts(checkpoint: Checkpoint, repository: str, parts: Iterable[str]) -
     """Raises ModelError for the first of these models without a config.json, with the command that fetches it; `repository`
     is where it can be had if the checkpoint does not come from the hub."""
     for part in parts:
-        if not (checkpoint.folder / part / "config.json").is_file():
+        if part not in checkpoint.sources and not (checkpoint.folder / part / "config.json").is_file():
             raise ModelError(
                 f"{checkpoint.folder / part}/config.json is missing; {fetch_part(checkpoint, repository, part)}"
             )
@@ -22,6 +22,8 @@ def check_parts(checkpoint: Checkpoint, repository: str, parts: Iterable[str]) -
 
 def fetch_part(checkpoint: Checkpoint, repository: str, *parts: str) -> str:
     """What to do so that parts are there."""
+    if checkpoint.file is not None:
+        return "give a file or folder with it by its flag (--t5xxl, --clip_l, --clip_g, --text-encoder, --vae)"
     place = "" if checkpoint.repository else f" --local-dir {checkpoint.folder}"
     revision = f" --revision {checkpoint.revision}" if checkpoint.revision else ""
     patterns = " ".join(f"--include '{part}/*'" for part in parts)

@@ -1,228 +1,261 @@
-"""A checkpoint in one file, as sharing sites have them: which family, its configs from the shapes of its tensors, and where the
-parameters lie.
+"""A checkpoint put together of files: a single file, or a denoiser alone, with the parts that flags, the file's neighbours and the
+user's folders bring; or a folder of which parts are replaced.
 
-Names are those of CompVis' and Stability AI's repositories, which other trainers keep; what shapes cannot say stands in `_KINDS`.
-Nothing is decided by the file's name, and nothing is fetched.
+Nothing is decided by a file's name alone, and nothing is fetched. Every decision is a note or a part's label.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
-
-from tiler.errors import ModelError
-from tiler.memory.lean_imports import lean_imports
-from tiler.models.vocabulary import END, clip_tokenizer
+from tiler.errors import ModelError, UsageError
+from tiler.models.contents import DENOISERS, Kind
+from tiler.models.derived import denoiser_config, text_config, vae_config
+from tiler.models.kinds import SD2, Encoder, FamilyRow, family_of, row_of_pipeline
+from tiler.models.known_parts import find_encoder, find_vae, t5_tokenizer
+from tiler.models.part_files import FoundPart, WeightFile, find_parts
+from tiler.models.prediction import Decided, decide
+from tiler.models.vocabulary import clip_tokenizer
+from tiler.request.model import ModelOptions, Prediction
 from tiler.weights.checkpoint import Checkpoint, PartSource
-from tiler.weights.gguf import is_gguf, read_gguf
-from tiler.weights.index import TensorInfo, read_index
-from tiler.weights.names import converted
-from tiler.weights.store import WeightStore
+from tiler.weights.places import expand, model_folders
 
-Index = Mapping[str, TensorInfo]
-UNET, VAE, CLIP, OPEN_CLIP = (
-    "model.diffusion_model.",
-    "first_stage_model.",
-    "cond_stage_model.transformer.",
-    "cond_stage_model.model.",
-)
-_IGNORED = re.compile(
-    r"model_ema\.|.*position_ids$|betas$|alphas_cumprod|sqrt_|posterior_|log_one_minus|.*logit_scale$|.*attn_mask$|loss\."
-)
-_SCALED = re.compile(r"scale_weight$|weight_scale$|scaled_fp8$|comfy_quant$")
-_OTHERS = {
-    "joint_blocks.": "Stable Diffusion 3", "double_blocks.": "Flux", "cross_attn.kv_linear.": "PixArt",
-    "lora_": "a LoRA",
-    "control_model.": "a ControlNet",
-}  # fmt: skip
-_V_DEVIATION = 0.09  # of a bias of Stable Diffusion 2: above it the model predicts v (comfyanonymous/ComfyUI, SD20)
-_V_BIAS = f"{UNET}output_blocks.11.1.transformer_blocks.0.norm1.bias"
-_SCHEDULER = {
-    "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
-    "num_train_timesteps": 1000, "clip_sample": False, "set_alpha_to_one": False, "skip_prk_steps": True,
-    "steps_offset": 1,
-}  # fmt: skip
+Config = dict[str, Any]
+_TEXT_KINDS = (Kind.CLIP, Kind.T5)
 
 
-class _Kind(NamedTuple):
-    """What shapes do not say. `heads`: of every level, None for a head each 64 channels. `pad`: what fills a prompt."""
-
-    title: str
-    cross_width: int
-    heads: int | None
-    scaling_factor: float
-    hidden_act: str
-    scheduler: str
-    pad: str = END
+def assemble(checkpoint: Checkpoint, options: ModelOptions) -> Checkpoint:
+    """The checkpoint with a source for every part that is no folder of its own. Raises ModelError, naming what a file is or what
+    is missing, with the flag that brings it; UsageError for flags that do not fit."""
+    path = checkpoint.file if options.diffusion_model is None else expand(options.diffusion_model)
+    if path is None and not options.replaced() and options.prediction is None:
+        return checkpoint
+    return _Assembly(checkpoint, options, path).made()
 
 
-_KINDS = (
-    _Kind("Stable Diffusion 1.x", 768, 8, 0.18215, "quick_gelu", "PNDMScheduler"),
-    _Kind("Stable Diffusion 2.x", 1024, None, 0.18215, "gelu", "DDIMScheduler", "!"),
-)
+class _Assembly:
+    """A checkpoint while it is put together."""
 
+    def __init__(self, base: Checkpoint, options: ModelOptions, path: Path | None) -> None:
+        self.base, self.options, self.path = base, options, path
+        self.sources: dict[str, PartSource] = {}
+        self.tokenizers: dict[str, Path] = {}
+        self.notes: list[str] = []
+        self.file = WeightFile(path) if path is not None else None
+        self.row = self._row()
+        self.folders = model_folders(options.model_dirs)
+        whole = base.file is not None and base.file != path
+        self.files = [file for file in (self.file, WeightFile(base.file) if whole and base.file else None) if file]
 
-def read_single(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint in `checkpoint.file` with a source for each part, and notes on what was decided. Raises ModelError, naming what
-    the file is."""
-    assert checkpoint.file is not None
-    path = checkpoint.file
-    index = {name: info for name, info in _index(path).items() if not _IGNORED.match(name)}
-    if scaled := next((name for name in index if _SCALED.search(name)), None):
-        raise ModelError(
-            f"{path}: {scaled!r} scales weights of 8 bits, which tiler does not read from single files; use an fp16 file"
-        )
-    open_clip = any(name.startswith(OPEN_CLIP) for name in index)
-    try:
-        kind = _kind(path, index)
-        unet, vae = _unet_config(index, kind), _vae_config(index, kind)
-        text = _text_config(index, kind, OPEN_CLIP if open_clip else CLIP)
-        predicts, why = _prediction(index, kind)
-    except (KeyError, IndexError) as error:
-        raise ModelError(f"{path}: tensor {error} is missing; download the file again") from error
-    with lean_imports():
-        from diffusers.loaders import single_file_utils as diffusers
-    convert: dict[str, tuple[dict[str, Any], Callable[[dict[str, Any]], Mapping[str, Any]]]] = {
-        "unet": (unet, partial(diffusers.convert_ldm_unet_checkpoint, config=unet)),
-        "vae": (vae, partial(diffusers.convert_ldm_vae_checkpoint, config=vae)),
-        "text_encoder": (text, diffusers.convert_ldm_clip_checkpoint),
-    }
-    if open_clip:
-        model = SimpleNamespace(config=SimpleNamespace(hidden_size=text["hidden_size"]))
-        convert["text_encoder"] = text, partial(diffusers.convert_open_clip_checkpoint, model)
-    sources = {part: PartSource(config=config, index=converted(index, how)) for part, (config, how) in convert.items()}
-    sources[""] = PartSource(config={"_class_name": "StableDiffusionPipeline"})
-    sources["scheduler"] = PartSource(config=_SCHEDULER | {"_class_name": kind.scheduler, "prediction_type": predicts})
-    note = f"{path.name} is {kind.title}, which predicts {predicts.removesuffix('_prediction')} ({why})"
-    return checkpoint.with_sources(sources, {"tokenizer": clip_tokenizer(kind.pad)}, (note,))
+    @property
+    def name(self) -> str:
+        return str(self.path or self.base.name)
 
+    @property
+    def in_folder(self) -> bool:
+        """Whether parts that nothing brings are folders of the checkpoint."""
+        return self.base.file is None
 
-def _index(path: Path) -> dict[str, TensorInfo]:
-    return read_gguf(path).tensors if is_gguf(path) else read_index(path)
+    def made(self) -> Checkpoint:
+        if self.file is not None:
+            self._add_denoiser(self.file)
+        self._add_prediction()
+        self._add_vae()
+        self._add_encoders()
+        self.notes += [note for file in self.files for note in file.notes]
+        return self.base.with_sources(self.sources, self.tokenizers, tuple(self.notes))
 
-
-def _kind(path: Path, index: Index) -> _Kind:
-    """Raises ModelError for what is no whole Stable Diffusion 1.x or 2.x."""
-    for mark, what in _OTHERS.items():
-        if any(mark in name for name in index):
+    def _row(self) -> FamilyRow:
+        if self.file is None:
+            unet = self.base.config("unet") if self.base.has("unet") else {}
+            row = row_of_pipeline(str(self.base.config("", "model_index.json").get("_class_name")), unet)
+            if row is None:
+                raise ModelError(
+                    f"{self.base.name}: of a model of this kind no part can be replaced; leave out the flag"
+                )
+            return row
+        found = self.file.contents.find(*DENOISERS)
+        if not found:
+            there = " and ".join(dict.fromkeys(str(part.kind) for part in self.file.contents.parts))
             raise ModelError(
-                f"{path}: this single file is {what}; of single files tiler reads Stable Diffusion 1.x and 2.x"
+                f"{self.file.path}: this file holds {there} and no denoiser; give it with --vae or --text-encoder, and the "
+                "model with --model"
             )
-    cross = next(
-        (info for name, info in index.items() if name.startswith(UNET) and name.endswith("attn2.to_k.weight")), None
-    )
-    missing = [
-        what for prefixes, what in (((UNET,), "denoiser"), ((VAE,), "autoencoder"), ((CLIP, OPEN_CLIP), "text encoder"))
-        if not any(name.startswith(prefixes) for name in index)
-    ]  # fmt: skip
-    if cross is None or missing:
-        raise ModelError(
-            f"{path}: no {' and no '.join(missing) or 'cross attention'} is in this file; --model takes a whole checkpoint"
-        )
-    width, channels = cross.shape[1], index[f"{UNET}input_blocks.0.0.weight"].shape[1]
-    if f"{UNET}time_embed.cond_proj.weight" in index:
-        raise ModelError(
-            f"{path}: this is an LCM with embedded guidance, which tiler does not support; use an LCM LoRA's merged model"
-        )
-    if kind := {9: "an inpainting model", 8: "an InstructPix2Pix model", 7: "an upscaler", 5: "a depth model"}.get(
-        channels
-    ):
-        raise ModelError(f"{path}: the UNet takes {channels} channels: this is {kind}; tiler needs text-to-image")
-    found = next((kind for kind in _KINDS if kind.cross_width == width), None)
-    if found is None:
-        what = {2048: "SDXL", 1280: "SDXL's refiner"}.get(width, f"of another family (text of width {width})")
-        raise ModelError(
-            f"{path}: this single file is {what}; of single files tiler reads Stable Diffusion 1.x and 2.x"
-        )
-    return found
+        return family_of(found[0], str(self.file.path))
 
-
-def _count(index: Index, pattern: str) -> int:
-    """How many numbers stand where `pattern` has its group."""
-    found = (re.match(pattern, name) for name in index)
-    return len({match[1] for match in found if match is not None})
-
-
-def _unet_config(index: Index, kind: _Kind) -> dict[str, Any]:
-    levels: list[list[tuple[int, bool]]] = [[]]  # (channels, whether attention follows) of each resnet, by level
-    for n in range(1, _count(index, re.escape(UNET) + r"input_blocks\.(\d+)\.")):
-        block = f"{UNET}input_blocks.{n}."
-        if f"{block}0.op.weight" in index:
-            levels.append([])
+    def _add_denoiser(self, file: WeightFile) -> None:
+        (part,) = file.parts(*DENOISERS)
+        row, config = self.row, denoiser_config(part.shapes, self.row, str(file.path))
+        if self.in_folder:
+            folder = row_of_pipeline(str(self.base.config("", "model_index.json").get("_class_name")), {})
+            if folder is None or folder.kind is not row.kind:
+                raise ModelError(
+                    f"{file.path}: this is {part.kind}, {self.base.name} is another model; give a --model of the same family"
+                )
+            own = self.base.config(row.part)
+            if all(own.get(key) in (None, value) for key, value in config.items() if key in _TOLD_BY_SHAPES):
+                config = own
         else:
-            levels[-1].append((index[f"{block}0.out_layers.3.weight"].shape[0], f"{block}1.proj_in.weight" in index))
-    widths, attends = [level[0][0] for level in levels], [level[0][1] for level in levels]
-    first = f"{UNET}middle_block.1.proj_in.weight"
-    return {
-        "_class_name": "UNet2DConditionModel",
-        "in_channels": index[f"{UNET}input_blocks.0.0.weight"].shape[1],
-        "out_channels": index[f"{UNET}out.2.weight"].shape[0],
-        "block_out_channels": widths,
-        "layers_per_block": len(levels[0]),
-        "down_block_types": ["CrossAttnDownBlock2D" if some else "DownBlock2D" for some in attends],
-        "up_block_types": ["CrossAttnUpBlock2D" if some else "UpBlock2D" for some in reversed(attends)],
-        "cross_attention_dim": kind.cross_width,
-        "attention_head_dim": kind.heads or [width // 64 for width in widths],  # diffusers' name for their number
-        "use_linear_projection": len(index[first].shape) == 2,
-        "sample_size": 96 if _prediction(index, kind)[0] == "v_prediction" else 64,
-    }
+            self.sources[""] = PartSource(config={"_class_name": row.pipeline, **row.fields}, label=str(file.path))
+            self.sources["scheduler"] = PartSource(config=dict(row.scheduler), label="as models of this family have it")
+            side = _native(file.words)
+            if side is not None and row.kind is Kind.UNET:
+                config["sample_size"] = side
+        self.sources[row.part] = PartSource(config=config, index=part.tensors, label=str(file.path))
+
+    def _add_prediction(self) -> None:
+        said = self.options.prediction
+        if self.row.kind is not Kind.UNET:
+            if said is not None:
+                raise UsageError(f"--prediction is for Stable Diffusion 1.x, 2.x and SDXL; {self.row.title} takes none")
+            return
+        if self.file is None:
+            if said is None:
+                return
+            decided = Decided(said, "as --prediction says")
+        else:
+            decided = decide(self.file, self.row, said)
+            if not decided.known and self.in_folder:
+                return  # as the folder's scheduler says
+            what = decided.prediction.value
+            self.notes.append(f"{self.file.path.name} is {self.row.title}, which predicts {what} ({decided.why})")
+        own = self.base.config("scheduler", "scheduler_config.json") if self.in_folder else dict(self.row.scheduler)
+        own["prediction_type"] = "v_prediction" if decided.prediction is Prediction.V else "epsilon"
+        if decided.prediction is Prediction.EPSILON:
+            own.pop("rescale_betas_zero_snr", None)
+        if decided.zero_snr:
+            own |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+        self.sources["scheduler"] = PartSource(config=own, label=decided.why)
+        unet = self.sources.get("unet")
+        if self.row is SD2 and decided.prediction is Prediction.V and unet is not None and not self.in_folder:
+            self.sources["unet"] = PartSource(
+                config={**unet.config, "sample_size": _native(self.file.words) or 96 if self.file else 96},
+                index=unet.index, label=unet.label,
+            )  # fmt: skip
+
+    def _add_vae(self) -> None:
+        given = self.options.vae
+        if given is not None:
+            self._set_vae(find_parts(given, "--vae", (Kind.VAE,))[0], "--vae")
+            return
+        beside = self.path.with_suffix(".vae.safetensors") if self.path is not None else None
+        if beside is not None and beside.is_file():
+            self.notes.append(f"{beside.name} beside the model is its autoencoder; --vae chooses another")
+            self._set_vae(find_parts(str(beside), "--vae", (Kind.VAE,))[0], "beside the model")
+            return
+        found = [part for file in self.files for part in file.parts(Kind.VAE)]
+        if found:
+            self._set_vae(found[0], "in the model's file")
+        elif not self.in_folder:
+            path = find_vae(self.folders, self.row, self.name)
+            self.notes.append(f"the autoencoder is {path}, the only one in the model folders that fits")
+            self._set_vae(find_parts(str(path), "--vae", (Kind.VAE,))[0], "in the model folders")
+
+    def _set_vae(self, part: FoundPart, how: str) -> None:
+        config = part.config
+        if config is None:
+            config = vae_config(part.shapes, self.row, str(part.path))
+            if self.in_folder:  # files of autoencoders do not say how latents are scaled
+                own = self.base.config("vae")
+                config |= {
+                    key: own[key]
+                    for key in ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
+                    if key in own
+                }
+        self.sources["vae"] = PartSource(config=config, index=part.tensors, label=f"{part.path} ({how})")
+
+    def _add_encoders(self) -> None:
+        slots = self.row.encoder_parts()
+        flags = {"--clip_l": self.options.clip_l, "--clip_g": self.options.clip_g, "--t5xxl": self.options.t5xxl}
+        taken: dict[str, tuple[FoundPart, str]] = {}
+        for flag, given in flags.items():
+            if given is not None:
+                kind = Kind.T5 if flag == "--t5xxl" else Kind.CLIP
+                width = {"--clip_l": 768, "--clip_g": 1280}.get(flag)
+                slot = next((name for name, e in slots.items() if e.kind is kind and width in (None, e.width)), None)
+                if slot is None:
+                    raise UsageError(f"{flag}: {self.row.title} has no such text encoder; it has {_titles(slots)}")
+                taken[slot] = _pick(find_parts(given, flag, (kind,)), slots[slot]), flag
+        if (given := self.options.text_encoder) is not None:
+            for part in find_parts(given, "--text-encoder", _TEXT_KINDS):
+                taken[_slot_of(part, slots, self.row)] = part, "--text-encoder"
+        for file in self.files:
+            for part in file.parts(*_TEXT_KINDS):
+                fit = [name for name, e in slots.items() if e.kind is part.kind and e.width == part.width]
+                if fit and fit[0] not in taken:
+                    taken[fit[0]] = part, "in the model's file"
+        for slot, encoder in slots.items():
+            if slot not in taken and not self.in_folder:
+                path = find_encoder(self.folders, encoder, self.row, self.name, slot)
+                if path is None:
+                    continue
+                self.notes.append(f"{encoder.title} is {path}, the only one in the model folders that fits")
+                taken[slot] = (
+                    _pick(find_parts(str(path), encoder.flag, (encoder.kind,)), encoder),
+                    "in the model folders",
+                )
+        for slot, (part, how) in taken.items():
+            self._set_encoder(slot, slots[slot], part, how)
+
+    def _set_encoder(self, slot: str, encoder: Encoder, part: FoundPart, how: str) -> None:
+        config = part.config
+        if config is None:
+            config = text_config(part.shapes, encoder, str(part.path))
+            rows = config["vocab_size"]
+            if encoder.kind is Kind.CLIP and rows > 49408:
+                self.notes.append(
+                    f"{part.path.name}: the last {rows - 49408} rows of {encoder.title}'s tokens are not used"
+                )
+        self.sources[slot] = PartSource(config=config, index=part.tensors, label=f"{part.path} ({how})")
+        tokenizer = slot.replace("text_encoder", "tokenizer")
+        own = part.tokenizer if part.config is not None or encoder.kind is Kind.T5 else None
+        if own is not None:
+            self.tokenizers[tokenizer] = own
+        elif self.in_folder and (self.base.folder / tokenizer).is_dir():
+            pass
+        elif encoder.kind is Kind.CLIP:
+            self.tokenizers[tokenizer] = clip_tokenizer(encoder.pad)
+        else:
+            self.tokenizers[tokenizer] = t5_tokenizer(part.path, self.row)
 
 
-def _vae_config(index: Index, kind: _Kind) -> dict[str, Any]:
-    count = _count(index, re.escape(VAE) + r"encoder\.down\.(\d+)\.")
-    if not count:
-        raise KeyError(f"{VAE}encoder.down.0.block.0.conv2.weight")
-    down = f"{VAE}encoder.down."
-    return {
-        "_class_name": "AutoencoderKL",
-        "in_channels": 3,
-        "out_channels": 3,
-        "latent_channels": index[f"{VAE}decoder.conv_in.weight"].shape[1],
-        "block_out_channels": [index[f"{down}{i}.block.0.conv2.weight"].shape[0] for i in range(count)],
-        "layers_per_block": _count(index, re.escape(down) + r"0\.block\.(\d+)\."),
-        "down_block_types": ["DownEncoderBlock2D"] * count,
-        "up_block_types": ["UpDecoderBlock2D"] * count,
-        "scaling_factor": kind.scaling_factor,
-    }
+# Fields of a denoiser's config that its shapes tell.
+_TOLD_BY_SHAPES = frozenset({
+    "in_channels", "block_out_channels", "layers_per_block", "down_block_types", "cross_attention_dim", "num_layers",
+    "use_linear_projection", "num_single_layers", "guidance_embeds", "joint_attention_dim", "pooled_projection_dim",
+    "caption_projection_dim", "qk_norm", "pos_embed_max_size", "num_mmdit_layers", "num_single_dit_layers",
+    "caption_channels", "projection_class_embeddings_input_dim",
+})  # fmt: skip
 
 
-def _text_config(index: Index, kind: _Kind, prefix: str) -> dict[str, Any]:
-    names = {
-        name.removeprefix(prefix).removeprefix("text_model."): info
-        for name, info in index.items()
-        if name.startswith(prefix)
-    }
-    table = names.get("embeddings.token_embedding.weight") or names["token_embedding.weight"]
-    wide = names.get("encoder.layers.0.mlp.fc1.weight") or names["transformer.resblocks.0.mlp.c_fc.weight"]
-    layers = _count(names, r"(?:encoder\.layers|transformer\.resblocks)\.(\d+)\.")
-    return {
-        "model_type": "clip_text_model",
-        "hidden_size": table.shape[1],
-        "intermediate_size": wide.shape[0],
-        "num_hidden_layers": min(layers, 23)
-        if prefix == OPEN_CLIP
-        else layers,  # Stable Diffusion 2 leaves out the last of 24
-        "num_attention_heads": max(1, table.shape[1] // 64),
-        "hidden_act": kind.hidden_act,
-        "vocab_size": table.shape[0],
-        "max_position_embeddings": 77,
-        "eos_token_id": 49407,
-    }
+def _pick(parts: list[FoundPart], encoder: Encoder) -> FoundPart:
+    """Of several the one that is as wide as it should be."""
+    return next((part for part in parts if part.width == encoder.width), parts[0])
 
 
-def _prediction(index: Index, kind: _Kind) -> tuple[str, str]:
-    """Epsilon or v_prediction, and by what that was told."""
-    if "v_pred" in index:
-        return "v_prediction", "it holds the key v_pred"
-    if kind.cross_width != 1024 or _V_BIAS not in index:
-        return "epsilon", "as models of this family do"
-    with WeightStore({"bias": index[_V_BIAS]}) as store:
-        deviation = float(torch.std(store.load("bias"), correction=0))
-    what = "v_prediction" if deviation > _V_DEVIATION else "epsilon"
-    return what, f"told by the deviation {deviation:.3f} of a bias"
+def _slot_of(part: FoundPart, slots: Mapping[str, Encoder], row: FamilyRow) -> str:
+    """Whose place a text encoder takes. Raises ModelError."""
+    alike = [name for name, encoder in slots.items() if encoder.kind is part.kind]
+    exact = [name for name in alike if slots[name].width == part.width]
+    if exact or len(alike) == 1:
+        return (exact or alike)[0]
+    raise ModelError(
+        f"{part.path}: {part.kind} of width {part.width}; {row.title} has {_titles(slots)}: give the flag that names one"
+    )
+
+
+def _titles(slots: Mapping[str, Encoder]) -> str:
+    return ", ".join(f"{encoder.title} ({encoder.flag})" for encoder in slots.values())
+
+
+def _native(words: Mapping[str, str]) -> int | None:
+    """The side of a native tile in latents that a file's header states."""
+    said = re.fullmatch(r"\(?(\d+)[x, ]+(\d+)\)?", str(words.get("modelspec.resolution", "")))
+    if said is None:
+        return None
+    side = math.isqrt(int(said[1]) * int(said[2])) // 64 * 8
+    return side if 32 <= side <= 256 else None

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tiler.compute.choose import KERNELS
 from tiler.compute.layers import StreamedLinear
 from tiler.errors import ModelError
 from tiler.memory.lean_imports import lean_imports
@@ -265,10 +266,8 @@ def _products(layer: Any, x: Tensor) -> Iterator[tuple[int, int, Callable[[Tenso
     if not isinstance(layer, StreamedLinear):
         yield 0, layer.out_features, layer
         return
-    op, shape = layer.op(), tuple(x.shape)
-    kernel = layer.streamer.kernel(op, shape)
-    for piece in layer.streamer.prepared(op, kernel, shape):
-        assert kernel.name == "fp32", kernel.name  # text encoders are opened without products of integers
+    # Pieces of rows as they are: each prompt's product is made by itself, for all prompts at one read.
+    for piece in layer.streamer.prepared(layer.op(), KERNELS["fp32"], tuple(x.shape)):
         yield piece.first, piece.last, partial(F.linear, weight=piece.tensors[0])
 
 

@@ -6,9 +6,11 @@
 
 #include "attention.h"
 #include "image.h"
+#include "pack.h"
+#include "winograd.h"
 
 #define TABLE_OF(set) kernels_##set
 #define TABLE(set) TABLE_OF(set)
 
 extern const Kernels TABLE(SET);
-const Kernels TABLE(SET) = {SET_NAME, product, rows, image, sums, attention};
+const Kernels TABLE(SET) = {SET_NAME, product, rows, image, sums, attention, pack, winograd};

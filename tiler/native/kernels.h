@@ -4,7 +4,7 @@
 #define TILER_KERNELS_H
 #include <stdint.h>
 
-#define TILER_VERSION 2  // of these structs; library.py refuses a file of another one
+#define TILER_VERSION 3  // of these structs; library.py refuses a file of another one
 
 enum Kind { INT8, BF16, FP32 };  // of a product: what a lane of 32 bits holds: 4, 2 or 1 values
 enum Type { AS_UINT8, AS_BF16, AS_FP32 };
@@ -76,6 +76,34 @@ typedef struct {
   int32_t *sum;
 } Sums;
 
+// Rows (outputs, inputs, taps) of a weight, into the order of a product of `kind`, FP32 or BF16; outputs up to a multiple of 16
+// and inputs up to a whole lane are filled with zeros. With `is_transformed` (9 taps) what `Winograd` takes instead:
+// [WINOGRAD_POINTS][outputs / 16][steps][16] lanes, of which these rows are some blocks of each.
+typedef struct {
+  int32_t kind, is_transformed;
+  int64_t outputs, inputs, taps;
+  const float *rows;
+  void *out;
+  int64_t point_bytes;  // from one point to the next
+} Pack;
+
+// 3 × 3 convolutions of images (lines, places, channels) of fp32, zeros beyond them, by transformed weights: out (height, width)
+// begins with the window at the first line and place.
+enum { WINOGRAD_SIDE = 4, WINOGRAD_POINTS = (WINOGRAD_SIDE + 2) * (WINOGRAD_SIDE + 2), WINOGRAD_TILES = 96 };
+typedef struct {
+  int32_t kind;
+  int64_t images, lines, places, channels, height, width, outputs;
+  const float *a;
+  int64_t image_step;  // elements from one image to the next
+  const void *weights;
+  int64_t point_bytes;
+  const float *bias, *residual;  // (outputs,) or NULL; like out, or NULL
+  float *out;
+  int64_t out_step, residual_step;  // elements from one place to the next
+  void *seen;                       // WINOGRAD_POINTS · WINOGRAD_TILES · lanes of a place
+  float *products;                  // WINOGRAD_POINTS · WINOGRAD_TILES · outputs up to a multiple of 16
+} Winograd;
+
 // out = softmax(scale · q · kᵀ) · v for each sample and head, of `dims` values up to 256; those of a token lie side by side.
 // BF16: products are of values rounded to that, sums are fp32. Steps in elements.
 enum Axis { SAMPLE, HEAD, TOKEN, AXES };
@@ -98,6 +126,8 @@ typedef struct {
   void (*image)(Pool *, const Image *, int threads);
   void (*sums)(Pool *, const Sums *, int threads);
   void (*attention)(Pool *, const Attention *, int threads);
+  void (*pack)(Pool *, const Pack *, int threads);
+  void (*winograd)(Pool *, const Winograd *, int threads);
 } Kernels;
 
 #endif

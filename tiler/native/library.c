@@ -111,3 +111,5 @@ EXPORT void tiler_rows(Tiler *tiler, const Rows *p, int threads) { tiler->kernel
 EXPORT void tiler_image(Tiler *tiler, const Image *p, int threads) { tiler->kernels->image(tiler->pool, p, threads); }
 EXPORT void tiler_sums(Tiler *tiler, const Sums *p, int threads) { tiler->kernels->sums(tiler->pool, p, threads); }
 EXPORT void tiler_attention(Tiler *tiler, const Attention *p, int threads) { tiler->kernels->attention(tiler->pool, p, threads); }
+EXPORT void tiler_pack(Tiler *tiler, const Pack *p, int threads) { tiler->kernels->pack(tiler->pool, p, threads); }
+EXPORT void tiler_winograd(Tiler *tiler, const Winograd *p, int threads) { tiler->kernels->winograd(tiler->pool, p, threads); }

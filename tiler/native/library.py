@@ -19,7 +19,7 @@ from typing import Any
 from tiler.errors import UsageError
 from tiler.native.instructions import SETS, InstructionSet, machine_of
 
-VERSION = 2  # of the structs below: that of kernels.h
+VERSION = 3  # of the structs below: that of kernels.h
 
 
 class Kind(IntEnum):
@@ -97,6 +97,36 @@ class Sums(Structure):
     _fields_ = (("weights", c_void_p), ("blocks", c_int64), ("lanes", c_int64), ("sum", c_void_p))
 
 
+class Pack(Structure):
+    """As in kernels.h."""
+
+    _fields_ = (
+        ("kind", c_int32),
+        ("is_transformed", c_int32),
+        *((name, c_int64) for name in ("outputs", "inputs", "taps")),
+        ("rows", c_void_p),
+        ("out", c_void_p),
+        ("point_bytes", c_int64),
+    )
+
+
+class Winograd(Structure):
+    """As in kernels.h."""
+
+    _fields_ = (
+        ("kind", c_int32),
+        *((name, c_int64) for name in ("images", "lines", "places", "channels", "height", "width", "outputs")),
+        ("a", c_void_p),
+        ("image_step", c_int64),
+        ("weights", c_void_p),
+        ("point_bytes", c_int64),
+        *((name, c_void_p) for name in ("bias", "residual", "out")),
+        *((name, c_int64) for name in ("out_step", "residual_step")),
+        ("seen", c_void_p),
+        ("products", c_void_p),
+    )
+
+
 class Attention(Structure):
     """As in kernels.h; steps are those of samples, heads and tokens."""
 
@@ -111,6 +141,8 @@ class Attention(Structure):
 
 ATTENTION_DIMS = 256  # of a head, at most: as in attention.h
 PLACES, STATISTICS = 128, 4  # as in image.h
+WINOGRAD_SIDE, WINOGRAD_POINTS, WINOGRAD_TILES = 4, 36, 96  # as in kernels.h
+MOST_TAPS = 9  # of a weight that is packed: as in pack.h
 
 
 def scratch_floats(images: int, places: int, channels: int) -> int:
@@ -145,6 +177,12 @@ class Library:
 
     def sums(self, sums: Sums, threads: int) -> None:
         self._functions.tiler_sums(self._handle, sums, threads)
+
+    def pack(self, pack: Pack, threads: int) -> None:
+        self._functions.tiler_pack(self._handle, pack, threads)
+
+    def winograd(self, winograd: Winograd, threads: int) -> None:
+        self._functions.tiler_winograd(self._handle, winograd, threads)
 
 
 def file_name() -> str:
@@ -203,6 +241,8 @@ def _declare(functions: Any) -> None:
         ("image", Image),
         ("sums", Sums),
         ("attention", Attention),
+        ("pack", Pack),
+        ("winograd", Winograd),
     ):
         function = getattr(functions, f"tiler_{name}")
         function.argtypes, function.restype = [c_void_p, POINTER(struct), c_int], None

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, NamedTuple
 from tiler.decoding import FACTOR
 from tiler.errors import ModelError, NumericalError, StorageError, UsageError
 from tiler.files import atomic
+from tiler.output.metadata import XMP
 from tiler.weights.index import open_regular, read_index, read_into, read_metadata
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 NAME = "latents"
-TEXTS = ("parameters", "tiler")  # of a picture: AUTOMATIC1111's line, and the whole request as JSON
+TEXTS = ("parameters", "tiler", XMP)  # of a picture: AUTOMATIC1111's line, the whole request as JSON, who made it
 
 
 class Box(NamedTuple):

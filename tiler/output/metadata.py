@@ -12,9 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from tiler.request import Emphasis, ResolvedRequest, ScheduleType
+from tiler.request.render import OF_THE_MACHINE
 
 _EMPHASIS = {Emphasis.NO_NORM: "No norm", Emphasis.IGNORE: "Ignore", Emphasis.NONE: "None"}  # as A1111 writes them
-_OF_THE_MACHINE = ("output", "embd_dir", "lora_dir", "save_latents", "cache_dir", "scratch", "force", "metadata")
+_NOT_TOLD = (*OF_THE_MACHINE, "metadata", "embd_dir", "lora_dir")
+
+XMP = "XML:com.adobe.xmp"  # the keyword of PNG (third edition), 11.3.3.4
+_TRAINED, _COMPOSITE = "trainedAlgorithmicMedia", "compositeWithTrainedAlgorithmicMedia"  # IPTC's digital source types
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +47,7 @@ def texts(request: ResolvedRequest, facts: Facts) -> dict[str, str]:
         **({"Denoising strength": r.strength} if facts.begin else {}),
         **_of_prompts(r, facts), "Version": f"tiler {metadata.version('tiler')}",
     }  # fmt: skip
-    said = {key: value for key, value in asdict(r).items() if key not in _OF_THE_MACHINE and value is not None}
+    said = {key: value for key, value in asdict(r).items() if key not in _NOT_TOLD and value is not None}
     for key in ("model", "tiny_vae", "guide_image"):
         if said.get(key) is not None:
             said[key] = file_name(said[key])
@@ -56,8 +60,11 @@ def texts(request: ResolvedRequest, facts: Facts) -> dict[str, str]:
     }
     prompt = r.prompt if r.prompt is not None else " | ".join(region.prompt for region in r.regions)
     both = {
-        "parameters": infotext(prompt, r.negative_prompt or "", fields),
+        "parameters": infotext(
+            prompt, r.negative_prompt or "", fields | {"RNG": "CPU"}
+        ),  # without it readers take a GPU's
         "tiler": json.dumps(said | found, default=_plain, ensure_ascii=False),
+        XMP: xmp(_COMPOSITE if r.guide_image is not None else _TRAINED),
     }
     return {key: _encodable(text) for key, text in both.items()}
 
@@ -83,6 +90,16 @@ def _spread(request: ResolvedRequest, facts: Facts) -> str | None:
     if (asked := request.schedule_type) is not None:
         return "SGM Uniform" if asked is ScheduleType.SGM_UNIFORM else asked.value.capitalize()
     return "Karras" if facts.scheduler.endswith("Karras") else None
+
+
+def xmp(source_type: str) -> str:
+    """An XMP packet (ISO 16684-1) that says which part an algorithm has in the picture, by IPTC's NewsCodes."""
+    return (
+        '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?><x:xmpmeta xmlns:x="adobe:ns:meta/">'
+        '<rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><rdf:Description rdf:about="" '
+        'xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/" Iptc4xmpExt:DigitalSourceType='
+        f'"http://cv.iptc.org/newscodes/digitalsourcetype/{source_type}"/></rdf:RDF></x:xmpmeta><?xpacket end="r"?>'
+    )
 
 
 def infotext(prompt: str, negative_prompt: str, fields: Mapping[str, object]) -> str:

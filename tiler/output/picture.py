@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import BinaryIO
@@ -11,11 +12,13 @@ import numpy as np
 
 from tiler.errors import UsageError
 from tiler.files import atomic, check_writable
+from tiler.output.metadata import XMP
 from tiler.output.pdf import POINTS, PdfWriter
 from tiler.output.png import PngWriter, srgb_profile
 
 TIFFS = (".tif", ".tiff")
 TILE = 256  # pixels, of a TIFF
+_XMP_TAG = 700  # of a TIFF
 
 
 def check_picture(path: Path, *, force: bool) -> None:
@@ -38,13 +41,15 @@ def write_picture(
     bleed_mm: float = 0.0,
     *,
     force: bool,
+    on_whole: Callable[[os.stat_result], None] = lambda whole: None,
 ) -> None:
-    """Write `rows`, (n, W, 3) uint8 sRGB top first; what lies right of and below the picture is cut off. Atomic.
+    """Write `rows`, (n, W, 3) uint8 sRGB top first; what lies right of and below the picture is cut off. Atomic; `on_whole` as
+    in `atomic`.
 
     A PDF says how much of each edge is bleed. Without `force`, a file that has meanwhile appeared is kept.
     Raises StorageError, and whatever `rows` raises.
     """
-    with atomic(path, replace=force) as file:
+    with atomic(path, replace=force, on_whole=on_whole) as file:
         cut = _cut(rows, width, height)
         if path.suffix.lower() in TIFFS:
             _write_tiff(file, cut, width, height, texts, dpi)
@@ -77,6 +82,7 @@ def _write_tiff(
     offsets of 32 bits might not do: deflate adds little to what it cannot make smaller."""
     import tifffile
 
+    packet = texts.get(XMP, "").encode(errors="replace")
     most = 3 * (width + TILE) * (height + TILE) * 1.01 + 2**24
     with tifffile.TiffWriter(file, bigtiff=most > 2**32) as tiff:
         tiff.write(
@@ -93,6 +99,7 @@ def _write_tiff(
             datetime=None,
             resolution=(dpi or POINTS, dpi or POINTS),
             resolutionunit="INCH",
+            extratags=[(_XMP_TAG, 1, len(packet), packet, True)] if packet else [],
         )
 
 

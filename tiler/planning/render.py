@@ -7,7 +7,9 @@ runs on meta tensors under a `MetaMeter`.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -67,8 +69,16 @@ class RenderPlan(Tiling):
         return sum(m.flops + m.attention_flops for name, m in self.methods.items() if name != "decode")
 
 
-def plan_render(request: ResolvedRequest, models: Models, tiling: Tiling, facts: Facts, max_bytes: int) -> RenderPlan:
+def plan_render(
+    request: ResolvedRequest,
+    models: Models,
+    tiling: Tiling,
+    facts: Facts,
+    max_bytes: int,
+    methods: Mapping[str, Decode] = MappingProxyType({}),
+) -> RenderPlan:
     """How `tiling`, the request's own, fits. The memory plan may still be over the ceiling: `plan.memory.check()` refuses.
+    `methods`, by the names of RenderPlan's, are the autoencoder's ways that an earlier run has chosen.
 
     Raises UsageError for numbers of steps that do not go with the scheduler, and ModelError for a scheduler config or weights
     that no work should begin with.
@@ -92,7 +102,7 @@ def plan_render(request: ResolvedRequest, models: Models, tiling: Tiling, facts:
     sampler = DenoiserPeaks(models, int8=int8, chunks=chunks)
     tight = DenoiserPeaks(models, int8=int8, arena_bytes=TIGHT_ARENA_BYTES, chunks=chunks)
     fixed = [facts.libraries]
-    coding = _plan_coding(request, models, tiling, facts)
+    coding = _plan_coding(request, models, tiling, facts, methods)
     masks = min(MASKS_KEPT, max(map(len, (tiling.regions, *tiling.canvas_steps[-1:]))))
     canvas_bytes = 4 * family.latent_channels * math.prod(tiling.canvas) * 6 + 4 * math.prod(tile) * masks
     denoising = [*fixed, Term(name="canvas", nbytes=canvas_bytes)]
@@ -172,23 +182,26 @@ class _Coding(NamedTuple):
     phases: list[_CodingPhase]
 
 
-def _plan_coding(request: ResolvedRequest, models: Models, tiling: Tiling, facts: Facts) -> _Coding:
+def _plan_coding(
+    request: ResolvedRequest, models: Models, tiling: Tiling, facts: Facts, chosen: Mapping[str, Decode]
+) -> _Coding:
     space = ScratchSpace(request.scratch_folder, facts.scratch_free_bytes, request.scratch_dtype)
     own = models.family.autoencoder
     vae = VaePeaks(models, own, facts)
     decoder = vae if models.decoder is own else VaePeaks(models, models.decoder, facts)
     canvas, guide, wrap = tiling.canvas, tiling.guide, request.wrap
-    methods = {"decode": decoder.choose(request.decode, canvas, space, wrap=wrap)}
+    methods = {"decode": decoder.choose(chosen.get("decode", request.decode), canvas, space, wrap=wrap)}
     decoding = decoder.phase("decode", canvas, methods["decode"])
     phases = [_CodingPhase(decoding, Streamed(decoder.decoder_weights, decoder.spec.weights))]
     if (guide is None and request.guide_image is None) or request.guide_upscale is not GuideUpscale.PIXEL:
         return _Coding(methods, phases)
     wanted = Decode.AUTO if request.decode is Decode.TINY else request.decode
-    methods["guide picture"] = vae.choose(wanted, canvas, space, encoding=True, wrap=wrap)
+    encoding = chosen.get("guide picture", wanted)
+    methods["guide picture"] = vae.choose(encoding, canvas, space, encoding=True, wrap=wrap)
     pixels = facts.guide_pixels if guide is None else math.prod(pixels_of(guide[:2]))
     pictures = [vae.phase("guide picture", canvas, methods["guide picture"], pixels)]
     if guide is not None:  # the same phase decodes the guide first
-        methods["guide decoded"] = vae.choose(wanted, guide[:2], space, wrap=wrap)
+        methods["guide decoded"] = vae.choose(chosen.get("guide decoded", wanted), guide[:2], space, wrap=wrap)
         pictures.append(vae.phase("guide picture", guide[:2], methods["guide decoded"]))
     largest = max(pictures, key=lambda phase: phase.peak_bytes)
     return _Coding(methods, [*phases, _CodingPhase(largest, Streamed(vae.weights, vae.spec.weights))])

@@ -13,7 +13,7 @@ PIXEL_STEP = 8  # px: sides of a canvas and of its regions are multiples of this
 MAX_SIDE = 65_536  # px
 MAX_STEPS = 1_000
 MAX_CLIP_SKIP = 64  # above the layers of any CLIP
-MAX_SEED = 2**63 - 1
+MAX_SEED = 2**64 - 1
 
 
 class Mask(StrEnum):
@@ -87,6 +87,14 @@ class Decode(StrEnum):
     SAMPLED = "sampled"
     FROZEN = "frozen"
     TINY = "tiny"
+
+
+class Weights(StrEnum):
+    """How `tiler quantize` stores weights: optimum-quanto's qint8, qfloat8 and qint4."""
+
+    INT8 = "int8"
+    FP8 = "fp8"
+    INT4 = "int4"
 
 
 class Precision(StrEnum):

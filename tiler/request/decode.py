@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from tiler.errors import UsageError
 from tiler.request import shared
-from tiler.request.choices import Decode, ScratchDtype, Wrap, check_decode, within
+from tiler.request.choices import Decode, ScratchDtype, Weights, Wrap, check_decode, within
+from tiler.request.model import ModelOptions
 from tiler.request.options import Option, Panel, argument, coerce, option
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecodeRequest:
+class DecodeRequest(ModelOptions):
     """Decode saved latents into a picture with a model's autoencoder. Raises UsageError.
 
     `latents` is a safetensors file with a tensor `latents`, (1, C, height/8, width/8), scaled as the scheduler left it.
@@ -26,9 +28,6 @@ class DecodeRequest:
         )
     )
     output: Path | None = option(None, shared.OUTPUT)
-    model: str = option("mini", shared.MODEL)
-    variant: str | None = option(None, shared.VARIANT)
-    revision: str | None = option(None, shared.REVISION)
     wrap: Wrap = option(Wrap.NONE, shared.WRAP)
     dpi: float | None = option(None, shared.DPI._replace(default=None))
     decode: Decode = option(Decode.AUTO, shared.DECODE)
@@ -44,15 +43,61 @@ class DecodeRequest:
 
 
 @dataclass(frozen=True, kw_only=True)
-class QuantizeRequest:
-    """Write a model's int8 weights into `cache_dir` (None: the user's cache folder) ahead of its first render."""
+class QuantizeRequest(ModelOptions):
+    """Write a model's folder with fewer bits a weight into `output`; or without `weights` its int8 weights into `cache_dir` (None:
+    the user's cache folder) ahead of its first render. Raises UsageError."""
 
     model: str = argument(shared.MODEL._replace(names=(), metavar="MODEL"))
-    variant: str | None = option(None, shared.VARIANT)
-    revision: str | None = option(None, shared.REVISION)
-    cache_dir: Path | None = option(
-        None, shared.CACHE_DIR._replace(names=("--output", "-o", "--cache-dir"), panel=Panel.OUTPUT)
+    weights: Weights | None = option(
+        None,
+        Option(
+            "Write a folder for --model whose denoiser has weights of so few bits, in optimum-quanto's layout; the autoencoder "
+            "stays as it is, and so do embedders, norms and the last projection.",
+            Panel.MODEL, ("--weights",), metavar="int8|fp8|int4", default="fill the cache of int8 weights",
+        ),
+    )  # fmt: skip
+    text_encoder_weights: str | None = option(
+        None,
+        Option(
+            "The text encoders' as well: int8, fp8 or int4 for all that bear it, or by number, like 1=int8,3=int4.",
+            Panel.MODEL, ("--text-encoder-weights",), default="as they are stored",
+        ),
+    )  # fmt: skip
+    exclude: str | None = option(
+        None,
+        Option(
+            "Layers that stay as they are stored: patterns between commas, like 'transformer_blocks.0.*,*.to_v'.",
+            Panel.MODEL, ("--exclude",), metavar="PATTERNS",
+        ),
+    )  # fmt: skip
+    output: Path | None = option(
+        None, Option("The folder to write with --weights.", Panel.OUTPUT, ("--output", "-o"), metavar="FOLDER")
     )
+    force: bool = option(False, shared.FORCE._replace(help="Replace the model in that folder."))
+    cache_dir: Path | None = option(None, shared.CACHE_DIR._replace(panel=Panel.OUTPUT))
 
     def __post_init__(self) -> None:
         coerce(self)
+        if self.weights is None and (self.output is not None or self.text_encoder_weights or self.exclude):
+            raise UsageError(
+                "--output, --text-encoder-weights and --exclude belong to --weights int8, fp8 or int4; the folder of int8 "
+                "weights for renders is --cache-dir"
+            )
+        if self.weights is not None and self.output is None:
+            raise UsageError("--weights writes a folder: name it by --output")
+        _ = self.encoder_weights
+
+    @property
+    def encoder_weights(self) -> dict[int, Weights]:
+        """By the number of a text encoder, from 1; 0 stands for all others. Raises UsageError."""
+        found: dict[int, Weights] = {}
+        for word in (self.text_encoder_weights or "").split(",") if self.text_encoder_weights else ():
+            number, _, kind = word.strip().rpartition("=")
+            if kind not in list(Weights) or not (number == "" or (number.isdecimal() and int(number) > 0)):
+                raise UsageError(f"--text-encoder-weights: {word.strip()!r} is neither int8, fp8, int4 nor like 1=int8")
+            found[int(number or 0)] = Weights(kind)
+        return found
+
+    @property
+    def exclusions(self) -> tuple[str, ...]:
+        return tuple(pattern for word in (self.exclude or "").split(",") if (pattern := word.strip()))

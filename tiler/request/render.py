@@ -32,13 +32,17 @@ from tiler.request.choices import (
     within,
 )
 from tiler.request.loras import Lora, parse_lora
+from tiler.request.model import ModelOptions
 from tiler.request.options import Option, Panel, coerce, option
 from tiler.request.paper import parse_length, parse_paper
 from tiler.request.regions import Region
 
+# Fields that say where and how a picture is made; all others decide its bytes.
+OF_THE_MACHINE = ("output", "save_latents", "cache_dir", "scratch", "force", "restart", "keep_job", "job_dir")
+
 
 @dataclass(frozen=True, kw_only=True)
-class RenderRequest:
+class RenderRequest(ModelOptions):
     """What was said about a picture; None where nothing was said.
 
     `tiler.planning.resolve` fills the gaps, in this order: the preset, the model folder's tiler.toml, the model family. Lengths in
@@ -108,9 +112,6 @@ class RenderRequest:
         ),
     )
 
-    model: str = option("mini", shared.MODEL)
-    variant: str | None = option(None, shared.VARIANT)
-    revision: str | None = option(None, shared.REVISION)
     tiny_vae: str | None = option(None, shared.TINY_VAE)
 
     loras: tuple[Lora, ...] = option(
@@ -271,6 +272,16 @@ class RenderRequest:
     )
     metadata: bool = option(True, shared.METADATA)
     force: bool = option(False, shared.FORCE)
+    restart: bool = option(
+        False, Option("Begin anew where an interrupted job of this picture was left.", Panel.OUTPUT, ("--restart",))
+    )  # fmt: skip
+    keep_job: bool = option(
+        False, Option("Keep the job's folder when the picture is finished.", Panel.OUTPUT, ("--keep-job",))
+    )  # fmt: skip
+    job_dir: Path | None = option(
+        None,
+        Option("Folder for the jobs of interrupted runs.", Panel.OUTPUT, ("--job-dir",), default="beside the output"),
+    )
 
     def __post_init__(self) -> None:
         coerce(self)

@@ -8,8 +8,8 @@ OUTPUT = Option(
     "The picture to write: .png, .pdf, .tif or .tiff.", Panel.OUTPUT, ("--output", "-o"), default="tiler.png"
 )
 MODEL = Option(
-    "`mini`, a folder in diffusers layout, a single .safetensors or .gguf file of Stable Diffusion 1.x or 2.x, or a "
-    "hub id like org/name.",
+    "`mini`, a folder in diffusers layout, a single .safetensors or .gguf file, the name of one in --model-dir, or a hub "
+    "id like org/name.",
     Panel.MODEL, ("--model", "-m"),
 )  # fmt: skip
 VARIANT = Option(

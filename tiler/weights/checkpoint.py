@@ -5,7 +5,7 @@ Reads JSON and safetensors only; a pickle is refused. Knows file names, not what
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from tiler.weights.flavours import (
     names_in,
     read_json,
 )
+from tiler.weights.folders import find_model, near_names
 from tiler.weights.index import TensorInfo, merge_indexes
 from tiler.weights.layouts import check_map, understood
 from tiler.weights.places import expand
@@ -31,10 +32,12 @@ QUANTO_MAP = "quanto_qmap.json"  # which modules optimum-quanto quantised, and h
 
 @dataclass(frozen=True, kw_only=True)
 class PartSource:
-    """A part that is no folder: its config, and where its parameters lie."""
+    """A part that is no folder of the checkpoint: its config, and where its parameters lie, in files of any kind. `label` says for
+    people where it comes from, and by what that was decided."""
 
     config: Mapping[str, Any]
     index: Mapping[str, TensorInfo] = field(default_factory=dict)
+    label: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +59,7 @@ class Checkpoint:
         self, sources: Mapping[str, PartSource], tokenizers: Mapping[str, Path], notes: tuple[str, ...]
     ) -> Checkpoint:
         """This checkpoint, its parts found, and more notes."""
+        sources, tokenizers = {**self.sources, **sources}, {**self.tokenizers, **tokenizers}
         return replace(self, sources=sources, tokenizers=tokenizers, notes=(*self.notes, *notes))
 
     def has(self, part: str) -> bool:
@@ -90,12 +94,17 @@ class Checkpoint:
         return f"run: hf download {self.repository} --include '{pattern}'{options}"
 
 
-def resolve(model: str, *, variant: str | None = None, revision: str | None = None) -> Checkpoint:
-    """`mini`, a folder, a file, or a hub id → Checkpoint. Raises ModelError, OfflineError, StorageError."""
+def resolve(
+    model: str, *, variant: str | None = None, revision: str | None = None, folders: Sequence[Path] = ()
+) -> Checkpoint:
+    """`mini`, a folder, a file, the name of a model in `folders`, or a hub id → Checkpoint. Raises ModelError, OfflineError,
+    StorageError."""
     if model == "mini":
         folder = Path(__file__).parents[1] / "models" / "mini"
         return Checkpoint(name="mini", folder=folder, variant=None)
     path = expand(model)
+    if not path.exists() and (known := find_model(model, folders)) is not None:
+        path = known
     if path.is_dir():
         if (cached := hub.cached_repository(path, revision)) is not None:
             return _checkpoint(cached[0], cached[1], variant, repository=cached[0])
@@ -109,10 +118,23 @@ def resolve(model: str, *, variant: str | None = None, revision: str | None = No
             )
         return Checkpoint(name=model, folder=path.parent, variant=None, file=path)
     if not hub.is_hub_id(model):
-        raise ModelError(
-            f"{model}: no such folder; --model takes `mini`, a folder in diffusers layout, a file or a hub id like org/name"
-        )
+        raise ModelError(_not_found(model, folders))
     return _checkpoint(model, hub.from_hub(model, variant, revision), variant, repository=model)
+
+
+def _not_found(model: str, folders: Sequence[Path]) -> str:
+    """What to do about a model that is not there."""
+    if "/" in model or not folders:
+        hint = "" if folders else "; $TILER_MODEL_DIRS or --model-dir names folders to look in"
+        return (
+            f"{model}: no such folder or file; --model takes `mini`, a folder in diffusers layout, a file, the name of one in "
+            f"--model-dir, or a hub id like org/name{hint}"
+        )
+    near, where = near_names(model, folders), ", ".join(map(str, folders))
+    said = f"; did you mean {' or '.join(near)}?" if near else "; `tiler models` lists what is there,"
+    return (
+        f"{model}: no model of this name in {where}{said} To download one: hf download ORG/NAME, then --model ORG/NAME"
+    )
 
 
 def resolve_part(model: str) -> Checkpoint:

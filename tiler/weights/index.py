@@ -1,7 +1,8 @@
 """The index of a safetensors file: validated before a byte of weights is read.
 
 Format: 8 bytes little-endian header length, JSON header, tensor data (github.com/huggingface/safetensors, "Format").
-The checks are stricter than the library's: duplicate names and trailing bytes are refused too.
+The checks are stricter than the library's in one point, duplicate names, and milder in another: bytes behind the last tensor, which
+some published files have, are never read, and `trailing_bytes` counts them.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ class TensorInfo(NamedTuple):
     of blocks.py; its shape is the weight's own once `match_index` has seen it.
 
     `scale` multiplies it: one factor, or one for each row. What lies `beside` it has as many rows, without which its own cannot be
-    decoded, and counts in `nbytes`; `nested` is what all of them need (layouts.py)."""
+    decoded, and counts in `nbytes`; `nested` is what all of them need (layouts.py). One that is `transposed` lies column by column
+    of its shape, and is read as a whole."""
 
     name: str
     dtype: str
@@ -67,6 +69,7 @@ class TensorInfo(NamedTuple):
     scale: TensorInfo | None = None
     beside: tuple[TensorInfo, ...] = ()
     nested: Nested | None = None
+    transposed: bool = False
 
     @property
     def path(self) -> Path:
@@ -140,6 +143,12 @@ def read_index(path: Path) -> dict[str, TensorInfo]:
     return _validate(path, header, data_start=data_start, size=size)
 
 
+def trailing_bytes(path: Path) -> int:
+    """How many bytes follow the last tensor of a safetensors file. Raises ModelError."""
+    index, size = read_index(path), path.stat().st_size
+    return size - max((info.offset + info.nbytes for info in index.values()), default=size)
+
+
 def read_metadata(path: Path) -> dict[str, str]:
     """The texts that a safetensors file says of itself. Raises ModelError."""
     texts = _header(path)[0].get("__metadata__", {})
@@ -184,7 +193,7 @@ def _sniff(head: bytes, length: int, size: int) -> str:
     if head.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x04")):
         return "this is a pickle checkpoint under a safetensors name; tiler reads safetensors only"
     if head.startswith(b"GGUF"):
-        return "this is a GGUF file; tiler reads safetensors only"
+        return "this is a GGUF file under a safetensors name; rename it to NAME.gguf"
     return f"not a safetensors file (the header would be {length} bytes, the file has {size}); download it again"
 
 
@@ -215,8 +224,6 @@ def _validate(path: Path, header: dict[str, Any], *, data_start: int, size: int)
         end = info.offset + info.nbytes
     if end > size:
         raise ModelError(f"{path}: the file is {end - size} bytes short (a cut download?); download it again")
-    if end < size:
-        raise ModelError(f"{path}: {size - end} bytes too many follow the last tensor; re-save or download it again")
     return {info.name: info for info in infos}
 
 

@@ -40,6 +40,13 @@ class Rows:
 
     detach = contiguous = clone
 
+    @property
+    def T(self) -> Rows:
+        factor = self.info.scale
+        if self.ndim != 2 or self.info.transposed or self.info.beside or (factor and math.prod(factor.shape) > 1):
+            raise TypeError(f"{self.info.name}: not transposed as a matrix")
+        return Rows(self.info._replace(shape=self.shape[::-1], transposed=True))
+
     def __getitem__(self, key: Any) -> Rows:
         first, *others = key if isinstance(key, tuple) else (key,)
         found = self
@@ -106,6 +113,8 @@ def converted(
         found = convert({name: Rows(info) for name, info in index.items()})
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         where = next(iter(index.values())).path if index else "the file"
+        if isinstance(error, KeyError):
+            raise ModelError(f"{where}: tensor {error} is missing; download the file again") from error
         raise ModelError(
             f"{where}: its names are not those of the model it seems to be ({error}); download it again"
         ) from error

@@ -111,7 +111,7 @@ def write_packed(
     in_blocks: frozenset[str] = frozenset(),
 ) -> None:
     """Write the tensors of `index` in `order`; those in `quantised` as int8, by its function, and of them those `in_blocks` that
-    divide into blocks in the order of blocks.py. `progress` gets the share written. Raises StorageError, ModelError,
+    divide into blocks in the order of blocks.py; others as they are stored, or in fp32 if several tensors make them. `progress` gets the share written. Raises StorageError, ModelError,
     NumericalError."""
     header: dict[str, Any] = {"__metadata__": _metadata(mark, bool(in_blocks))}
     in_blocks = frozenset(name for name in in_blocks if can_block(index[name].shape))
@@ -126,6 +126,8 @@ def write_packed(
         info = index[name]
         if name in quantised:
             place(name, "I8", block_sides(info.shape) if name in in_blocks else info.shape, math.prod(info.shape))
+        elif _is_decoded(info):
+            place(name, "F32", info.shape, 4 * math.prod(info.shape))
         else:
             place(name, info.dtype, info.shape, info.nbytes)
     for name in order:
@@ -150,17 +152,25 @@ def write_packed(
             file.write(scale.numpy().tobytes())
 
 
+def _is_decoded(info: TensorInfo) -> bool:
+    """Whether its bytes alone do not say what it is."""
+    return info.scale is not None or bool(info.beside)
+
+
 def _stored(
     store: WeightStore, name: str, quantise: Quantise | None, scales: list[torch.Tensor], *, in_blocks: bool
 ) -> Iterator[bytes]:
     """A tensor's bytes in the new file, in pieces; the scales of a quantised one are appended to `scales`."""
     info, parts = store.index[name], []
     for piece in store.pieces(name):
-        if quantise is None:
+        if quantise is None and not _is_decoded(info):
             yield store.raw(piece)
             continue
         rows = torch.empty(piece.last - piece.first, *info.shape[1:])
         store.fetch(piece, rows)
+        if quantise is None:
+            yield rows.numpy().tobytes()
+            continue
         rows, scale = quantise(rows)
         rows = blocked(rows) if in_blocks else rows
         parts.append(scale)

@@ -64,7 +64,7 @@ def match_index(
     for name, parameter in module.named_parameters():
         info = next((stored[alias] for alias in rename(name) if alias in stored), None)
         if info is None:
-            raise ModelError(f"{where}: tensor {name!r} is missing; the weights and config.json do not belong together")
+            raise _missing(where, name, stored)
         want = tuple(parameter.shape)
         info = in_rows(info, want)
         squeezed = tuple(n for n in info.shape if n != 1) == tuple(n for n in want if n != 1)
@@ -76,6 +76,20 @@ def match_index(
         check_dtype(info, scaled=info.scale is not None)
         matched[name] = info.reshaped(want)._replace(blocked=is_blocked)
     return matched
+
+
+def _missing(where: Path | str, name: str, stored: dict[str, TensorInfo]) -> ModelError:
+    """The error for a parameter that no tensor gives. Where its neighbours bear other names in their file, told is the name that
+    the file should have."""
+    words = name.split(".")
+    for depth in range(len(words) - 1, 0, -1):
+        prefix, rest = ".".join(words[:depth]) + ".", ".".join(words[depth:])
+        for known, info in stored.items():
+            tail = known[len(prefix) :]
+            if known.startswith(prefix) and info.name.endswith(f".{tail}") and not info.name.endswith(known):
+                own = info.name[: -len(tail)] + rest
+                return ModelError(f"{info.path}: tensor {own!r} is missing; download the file again")
+    return ModelError(f"{where}: tensor {name!r} is missing; the weights and config.json do not belong together")
 
 
 class WeightStore:
@@ -172,6 +186,8 @@ class WeightStore:
     def pieces(self, name: str, elements: int | None = None) -> list[Piece]:
         """The tensor cut along its first axis into pieces of about `elements`, at most and else `piece_elements`."""
         shape, elements = self.index[name].shape, min(elements or self.piece_elements, self.piece_elements)
+        if self.index[name].transposed:
+            return [Piece(name, 0, shape[0])]
         total, step = shape[0] if shape else 1, piece_rows(math.prod(shape[1:]), elements)
         return [Piece(name, first, min(first + step, total)) for first in range(0, total, step)]
 
@@ -204,7 +220,15 @@ class WeightStore:
         """A piece's bytes as they are stored."""
         buffer = self._read(piece, self._take_buffer())
         self._buffers.append(buffer)
-        return buffer[: self._bytes(piece)].numpy().tobytes()
+        stored, info = buffer[: self._bytes(piece)], self.index[piece.name]
+        if info.transposed:
+            dtype = TORCH_DTYPES.get(info.dtype)
+            if dtype is None:
+                raise ModelError(
+                    f"{info.path}: tensor {info.name!r} is stored as {info.dtype} and transposed; use an fp16 file"
+                )
+            stored = stored.view(dtype).view(info.shape[::-1]).T.contiguous().view(torch.uint8)
+        return stored.numpy().tobytes()
 
     def keep(self, name: str, dtype: torch.dtype) -> None:
         """Hold a tensor in memory from now on, as fp32 or as stored (uint8 where torch has no such dtype); a convolution's fp32
@@ -335,6 +359,6 @@ class WeightStore:
         if out.dtype == torch.int8:
             out.copy_(raw.view(torch.int8).view_as(out))
             return
-        CODECS[info.dtype].decode(raw, out)
+        CODECS[info.dtype].decode(raw, out.T if info.transposed else out)
         if piece.name + SCALE in self.index:
             out.mul_(self.scale(piece.name)[piece.first : piece.last].view(-1, *(1,) * (out.ndim - 1)))

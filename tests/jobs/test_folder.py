@@ -1,0 +1,278 @@
+"""Renders that are stopped anywhere go on with the same bytes; jobs of others and damaged ones are never taken for one's own."""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tiler import Budget, RenderRequest, events, render
+from tiler.errors import BudgetExceeded, JobError, JobLocked, NumericalError, TilerError
+from tiler.jobs import folder, manifest, tensors
+from tiler.jobs.coding import decode, encode
+from tiler.memory.process import read_rss
+from tiler.planning.resolve import fill
+from tiler.request import Layout, Mask, Region, Scheduler, Wrap
+
+
+def ask(folder: Path, output: Path, **values: Any) -> RenderRequest:
+    defaults = {"prompt": "a boat", "width": 80, "height": 64, "num_inference_steps": 4, "seed": 5}
+    return RenderRequest(**(defaults | {"model": str(folder), "output": output} | values))
+
+
+@pytest.fixture(autouse=True)
+def _untrimmed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Collecting garbage of the tests' own process takes a third of their time."""
+    monkeypatch.setattr("tiler.memory.process.trim", lambda: None)
+
+
+def roomy() -> Budget:
+    return Budget(read_rss().now + 2_000_000_000)
+
+
+class Stop:
+    """Raises `error` at the `number`th progress of `phase`, and counts what of it was told."""
+
+    def __init__(self, phase: str, number: int, error: BaseException) -> None:
+        self.phase, self.number, self.error, self.told = phase, number, error, 0
+        self.notes: list[str] = []
+
+    def __call__(self, event: events.Event) -> None:
+        if isinstance(event, events.Note):
+            self.notes.append(event.text)
+        if isinstance(event, events.Progress) and event.name == self.phase:
+            self.told += 1
+            if self.told == self.number:
+                raise self.error
+
+
+WAYS: list[tuple[dict[str, Any], list[tuple[str, int]]]] = [
+    (
+        {"scheduler": Scheduler.UNIPC, "layout": Layout.SHIFT},
+        [("guide", 3), ("guide picture", 2), ("canvas", 2), ("canvas", 1), ("decode", 5)],
+    ),
+    (
+        {"scheduler": Scheduler.EULER_A, "wrap": Wrap.XY, "guide_upscale": "latent"},
+        [("canvas", 3)],
+    ),
+    (
+        {"scheduler": Scheduler.DPMPP_2M_KARRAS, "guide": False, "guidance_interval": (0.0, 0.5),
+         "regions": (Region(prompt="r", rows=(0, 64), cols=(0, 72), seed=3),)},
+        [("canvas", 5)],
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("way", "stops"), WAYS, ids=[way["scheduler"].value for way, _ in WAYS])
+def test_stopped_again_and_again_it_gives_the_same_file(
+    tiny: Path, tmp_path: Path, way: dict[str, Any], stops: list[tuple[str, int]]
+) -> None:
+    whole, path = tmp_path / "whole.png", tmp_path / "x.png"
+    render(ask(tiny, whole, **way), roomy())
+    for phase, number in stops:
+        with pytest.raises(BudgetExceeded) as caught:
+            render(ask(tiny, path, **way), roomy(), Stop(phase, number, BudgetExceeded("the ceiling was reached")))
+        assert "the same command goes on" in caught.value.__notes__[0]
+        assert not path.exists()
+    last = Stop(stops[-1][0], 0, BudgetExceeded())
+    render(ask(tiny, path, **way), roomy(), last)
+    assert path.read_bytes() == whole.read_bytes()
+    assert any(note.startswith("continuing at canvas step ") for note in last.notes)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["whole.png", "x.png"]
+
+
+def stopped(model: Path, path: Path, **values: Any) -> Path:
+    """The folder of a job that was stopped in its canvas."""
+    with pytest.raises(BudgetExceeded):
+        render(ask(model, path, **values), roomy(), Stop("canvas", 1, BudgetExceeded("x")))
+    return folder.folder_of(path)
+
+
+def test_a_seed_that_was_drawn_is_the_jobs(tiny: Path, tmp_path: Path) -> None:
+    job = stopped(tiny, tmp_path / "x.png", seed=None)
+    seed = manifest.read(job / "job.json").seed
+    assert render(ask(tiny, tmp_path / "x.png", seed=None), roomy()).report["seed"] == seed
+
+
+def test_another_request_is_refused_by_its_first_difference(tiny: Path, tmp_path: Path) -> None:
+    job = stopped(tiny, tmp_path / "x.png")
+    before = {path.name: path.read_bytes() for path in job.iterdir() if path.name != "lock"}
+    with pytest.raises(JobError, match=r'prompt was "a boat", it is "a ship".*--restart') as caught:
+        render(ask(tiny, tmp_path / "x.png", prompt="a ship"), roomy())
+    assert caught.value.exit_code == 10
+    assert {path.name: path.read_bytes() for path in job.iterdir() if path.name != "lock"} == before
+    restarted = Stop("guide", 0, BudgetExceeded())
+    render(ask(tiny, tmp_path / "x.png", prompt="a ship", restart=True), roomy(), restarted)
+    assert restarted.told > 0 and not job.exists()
+
+
+def made_of(model_id: str = "1", **values: Any) -> manifest.Manifest:
+    asked = RenderRequest(**({"prompt": "a boat", "seed": 5, "size": 64} | values))
+    return manifest.Manifest(
+        said=manifest.said_of(asked), picture=manifest.picture_of(fill(asked)), model_id=model_id, made_by={}, methods={},
+        precision="fp32", seed=5, begun="", max_ram_bytes=1,
+    )  # fmt: skip
+
+
+def test_what_decides_the_picture_is_compared_and_nothing_else(tmp_path: Path) -> None:
+    guide = tmp_path / "guide.png"
+    guide.write_bytes(b"red")
+    first = made_of(guide_image=guide)
+    same = made_of(guide_image=guide, cache_dir=tmp_path, scratch=tmp_path, output=tmp_path / "y.png", keep_job=True)
+    assert list(manifest.differences(first, same)) == []
+    for values, named in (
+        ({"seed": 6}, "--seed was 5, it is 6"), ({"width": 112}, "--width"), ({"mask": Mask.CONSTANT}, "--mask"),
+        ({"model_id": "2"}, "the model is another one"), ({"negative_prompt": "fog"}, "--negative-prompt"),
+    ):  # fmt: skip
+        assert named in next(manifest.differences(first, made_of(**({"guide_image": guide} | values))))
+    guide.write_bytes(b"blu")
+    assert next(manifest.differences(first, made_of(guide_image=guide))).startswith("--guide was")
+
+
+def test_a_damaged_job_is_no_other_picture(tiny: Path, tmp_path: Path) -> None:
+    """A byte of any file is changed: the other state is taken, or the error says what to do."""
+    whole = tmp_path / "whole.png"
+    render(ask(tiny, whole), roomy())
+    job = stopped(tiny, tmp_path / "x.png")
+    kept = {path: path.read_bytes() for path in job.iterdir() if path.name != "lock"}
+    assert {path.name for path in kept} >= {"job.json", "reference.safetensors"}
+    for path, content in kept.items():
+        for at in range(3, len(content), len(content) // 7):
+            broken = bytearray(content)
+            broken[at] ^= 4
+            path.write_bytes(bytes(broken))
+            if path.name.startswith("state"):
+                assert tensors.read(path) is None
+            elif path.name == "job.json":
+                with pytest.raises(JobError):
+                    manifest.read(path)
+            else:
+                assert tensors.read(path) is None
+        path.write_bytes(content[: len(content) // 3])
+        other = [slot for slot in kept if slot.name.startswith("state") and slot != path]
+        if path.name.startswith("state") and other:
+            render(ask(tiny, tmp_path / "x.png", keep_job=True), roomy())
+            assert (tmp_path / "x.png").read_bytes() == whole.read_bytes()
+            (tmp_path / "x.png").unlink()
+        else:
+            with pytest.raises(JobError, match="--restart"):
+                render(ask(tiny, tmp_path / "x.png"), roomy())
+        for each, was in kept.items():
+            each.write_bytes(was)
+
+
+def test_two_at_once(tiny: Path, tmp_path: Path) -> None:
+    refused: list[str] = []
+
+    def second(event: events.Event) -> None:
+        if isinstance(event, events.PhaseStarted) and event.name == "canvas":
+            with pytest.raises(JobLocked, match=f"process {os.getpid()} ") as caught:
+                render(ask(tiny, tmp_path / "x.png"), roomy())
+            refused.append(str(caught.value))
+
+    render(ask(tiny, tmp_path / "x.png"), roomy(), second)
+    assert len(refused) == 1 and (tmp_path / "x.png").exists()
+
+
+def test_a_finished_job_that_was_not_tidied_is(tiny: Path, tmp_path: Path) -> None:
+    render(ask(tiny, tmp_path / "x.png", keep_job=True), roomy())
+    job, before = folder.folder_of(tmp_path / "x.png"), (tmp_path / "x.png").stat()
+    assert job.exists()
+    told = Stop("decode", 0, BudgetExceeded())
+    render(ask(tiny, tmp_path / "x.png"), roomy(), told)
+    assert told.told == 0 and (tmp_path / "x.png").stat() == before and not job.exists()
+
+
+def test_a_numerical_error_in_the_canvas_saves_nothing_new(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: Any) -> None:
+        raise NumericalError("NaN")
+
+    monkeypatch.setattr("tiler.diffusion.runner.check_finite", broken)
+    with pytest.raises(NumericalError):
+        render(ask(tiny, tmp_path / "x.png"), roomy())
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_38_whichever_call_of_the_saving_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    """The n-th call fails, for every n: a state is then the new one or an older one, never a torn or a lost one."""
+    real = getattr(os, call)
+    for number in range(1, 12):
+        job = folder.Job(RenderRequest(prompt="x", output=tmp_path / f"{number}.png"))
+        count = 0
+
+        def failing(*args: Any, number: int = number) -> Any:
+            nonlocal count
+            count += 1
+            if count == number:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return real(*args)
+
+        with job:
+            job.begin(made_of())
+            monkeypatch.setattr(os, call, failing)
+            for value in range(4):
+                job.save("canvas", {"latents": torch.full((3,), float(value))}, f"canvas step {value}/4")
+                found = job.load("canvas")
+                assert found is None or float(found["latents"][0]) in (value, value - 1)
+                assert found is not None or value == 0
+            monkeypatch.undo()
+            assert not list(job.folder.glob("*.new"))
+        if count < number:
+            break
+    assert number > 3
+
+
+def test_saving_is_due_after_a_minute_or_fifty_times_its_duration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    job = folder.Job(RenderRequest(prompt="x", output=tmp_path / "x.png"))
+    job._begun = True
+    job.folder.mkdir()
+    assert not job.due()
+    now += 60
+    assert job.due()
+    real = tensors.write
+
+    def slow(*args: Any) -> None:
+        nonlocal now
+        now += 3.0
+        real(*args)
+
+    monkeypatch.setattr(tensors, "write", slow)
+    job.save("canvas", {"latents": torch.zeros(1)}, "canvas step 1/2")
+    now += 149
+    assert not job.due()
+    now += 2
+    assert job.due()
+
+
+def test_a_request_of_any_fields_survives_json() -> None:
+    request = RenderRequest(
+        prompt="é \n\"x\"", regions=(Region(prompt="r", rows=(0, 64), cols=(0, 64), mask=Mask.QUARTIC),), layout=Layout.GRID,
+        guidance_interval=(0.0, 0.5), guide_image=Path("/a/b.png"), scheduler=Scheduler.UNIPC, output=Path("/o.png"),
+    )  # fmt: skip
+    assert decode(RenderRequest, encode(request)) == request
+
+
+def test_names_that_are_too_long_and_folders_of_jobs(tmp_path: Path) -> None:
+    long = tmp_path / ("n" * 250 + ".png")
+    assert len(folder.folder_of(long).name) < 255
+    one, two = (folder.folder_of(tmp_path / name / "x.png", tmp_path / "jobs") for name in "ab")
+    assert one != two and one.parent == two.parent == tmp_path / "jobs"
+
+
+def test_an_unwritable_place_for_jobs(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(TilerError, match="--job-dir") as caught:
+        render(ask(tiny, tmp_path / "x.png", job_dir=tmp_path / "file"), roomy())
+    assert caught.value.exit_code == 6

@@ -1,0 +1,203 @@
+"""Files with a transformer alone, in the names of the original repositories, and the flags that bring the other parts."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import make_checkpoint
+import pytest
+import torch
+from checkpoints import _single, _single_dit
+from safetensors.torch import load_file, save_file
+
+from tests.models.rendering import ask, rendered
+from tiler.errors import ModelError, UsageError
+from tiler.models.contents import Kind, Naming, look
+from tiler.models.conversions import renamed
+from tiler.models.family import Family, open_family, read_family
+from tiler.request import RenderRequest
+from tiler.request.model import ModelOptions
+from tiler.weights.checkpoint import resolve
+from tiler.weights.index import Source, TensorInfo
+from tiler.weights.store import WeightStore, match_index
+
+PREFIXES = {"sd3": "model.diffusion_model.", "auraflow": "model.", "pixart": ""}
+
+
+@pytest.fixture(scope="module", params=["sd3", "auraflow", "pixart"])
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A folder, and a file with its transformer."""
+    kind = request.param
+    folder = make_checkpoint.make(f"tiny-{kind}", tmp_path_factory.mktemp("denoisers"))
+    return folder, _single_dit.write_transformer(folder, folder.parent / "dit.safetensors", kind, PREFIXES[kind])
+
+
+def assert_same_weights(one: Family, other: Family) -> None:
+    for part, twin in zip(one.parts, other.parts, strict=True):
+        indexes = [
+            match_index(p.build(), family.checkpoint.weights(p.name), p.aliases)
+            for family, p in ((one, part), (other, twin))
+        ]
+        assert indexes[0].keys() == indexes[1].keys()
+        with WeightStore(indexes[0]) as first, WeightStore(indexes[1]) as second:
+            assert all(torch.equal(first.load(name), second.load(name)) for name in indexes[0]), part.name
+
+
+def test_a_file_takes_the_place_of_a_folders_transformer(pair: tuple[Path, Path]) -> None:
+    folder, file = pair
+    family = open_family(ModelOptions(model=str(folder), diffusion_model=str(file)))
+    own = read_family(resolve(str(folder)))
+    assert family.checkpoint.weights("transformer")
+    assert {info.path for info in family.checkpoint.weights("transformer").values()} == {file}
+    assert family.traits == own.traits
+    assert_same_weights(own, family)
+
+
+def test_flags_bring_the_other_parts(pair: tuple[Path, Path]) -> None:
+    folder, file = pair
+    own = read_family(resolve(str(folder)))
+    encoders = {part.name: str(folder / part.name) for part in own.encoders}
+    flags: dict[str, Any] = {"text_encoder": encoders["text_encoder"]}
+    if len(encoders) == 3:
+        flags = dict(zip(("clip_l", "clip_g", "t5xxl"), encoders.values(), strict=True))
+    found = open_family(ModelOptions(diffusion_model=str(file), vae=str(folder / "vae"), **flags))
+    assert [part.name for part in found.parts] == [part.name for part in own.parts]
+    assert found.traits.title.split()[0] == own.traits.title.split()[0]
+    for tokenizer in ("tokenizer", "tokenizer_2", "tokenizer_3"):
+        if (folder / tokenizer).is_dir():
+            assert found.checkpoint.tokenizer(tokenizer) == folder / tokenizer
+    for role in (own.encoders[-1].name, "vae"):
+        assert {info.path.parent for info in found.checkpoint.weights(role).values()} == {folder / role}
+
+
+def test_the_picture_is_the_folders(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = make_checkpoint.make("tiny-pixart", tmp_path_factory.mktemp("pixart"))
+    file = _single_dit.write_transformer(folder, tmp_path / "dit.safetensors", "pixart")
+    common = {"size": 128, "num_inference_steps": 2}
+    expected, _ = rendered(ask(folder, tmp_path, **common))
+    made, _ = rendered(ask(folder, tmp_path, diffusion_model=str(file), **common))
+    assert torch.equal(made, expected)
+
+
+def test_what_is_missing_is_named_with_its_flag(pair: tuple[Path, Path]) -> None:
+    _, file = pair
+    with pytest.raises(
+        ModelError, match=r"no autoencoder is in this file; give --vae FILE or FOLDER \(run: hf download"
+    ):
+        open_family(ModelOptions(model=str(file)))
+
+
+def test_flags_that_do_not_fit(pair: tuple[Path, Path], tiny: Path) -> None:
+    folder, file = pair
+    with pytest.raises(ModelError, match="give a --model of the same family"):
+        open_family(ModelOptions(model=str(tiny), diffusion_model=str(file)))
+    with pytest.raises(UsageError, match="--prediction is for"):
+        open_family(ModelOptions(model=str(folder), prediction="v"))  # type: ignore[arg-type]
+    with pytest.raises(ModelError, match=r"this file holds a transformer of .*; --vae takes .* an autoencoder"):
+        open_family(ModelOptions(model=str(folder), vae=str(file)))
+
+
+def test_requests_pass_their_flags_on(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"nowhere\.gguf: no such file or folder; --t5xxl takes"):
+        open_family(RenderRequest(model=str(tmp_path_model(tmp_path)), t5xxl="nowhere.gguf"))
+
+
+def tmp_path_model(folder: Path) -> Path:
+    return make_checkpoint.make("tiny-pixart", folder)
+
+
+def meta(cls: str, config: dict[str, Any]) -> dict[str, torch.Tensor]:
+    import diffusers
+
+    with torch.device("meta"):
+        return dict(getattr(diffusers, cls).from_config(config).state_dict())
+
+
+def sdxl_unet() -> dict[str, torch.Tensor]:
+    from checkpoints.sdxl import UNET
+
+    return meta("UNet2DConditionModel", UNET)
+
+
+def sd15_unet() -> dict[str, torch.Tensor]:
+    return meta("UNet2DConditionModel", make_checkpoint.configs("sd15")["unet"])
+
+
+def flux() -> dict[str, torch.Tensor]:
+    from checkpoints.flux import _TRANSFORMER
+
+    return meta("FluxTransformer2DModel", _TRANSFORMER)
+
+
+def sd3() -> dict[str, torch.Tensor]:
+    from checkpoints.sd3 import LARGE, TRANSFORMER
+
+    state = meta("SD3Transformer2DModel", TRANSFORMER | LARGE | {"pos_embed_max_size": 1})
+    return state | {"pos_embed.pos_embed": torch.empty(1, 192 * 192, 2432, device="meta")}
+
+
+GOLDEN = {
+    "sd1": (sd15_unet, "sd"), "sdxl": (sdxl_unet, "sd"), "flux": (flux, "flux"), "sd3": (sd3, "sd3"),
+}  # fmt: skip
+HASHES = {"sd1": "f1f44ed08f650295", "sdxl": "7bd3ac86df1f8cf7", "flux": "63ec982b3e6c3c72", "sd3": "09d3cefe983df546"}
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_the_map_is_the_one_that_was_checked(name: str) -> None:
+    """Each parameter of a full-size denoiser, the tensor that it lies in, and its rows there: another map is another picture."""
+    build, kind = GOLDEN[name]
+    lines = mapped(build, kind)
+    assert hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16] == HASHES[name], "\n".join(lines[:20])
+
+
+def mapped(build: Callable[[], dict[str, torch.Tensor]], kind: str) -> list[str]:
+    state = build()
+    prefix = "model.diffusion_model."
+    if kind == "sd":
+        shapes = {_single.rename("unet", key, state).removeprefix(prefix): tuple(t.shape) for key, t in state.items()}
+    else:
+        rows = {k: [state[p] for p in o.parameters] for k, o in _single_dit.originals(kind, state).items()}
+        shapes = {key: (sum(len(t) for t in parts), *parts[0].shape[1:]) for key, parts in rows.items()}
+    (part,) = look({prefix + key: shape for key, shape in shapes.items()}, "x").parts
+    assert part.naming is Naming.ORIGINAL and part.kind is not Kind.VAE
+    path = Path("x")
+    index = {
+        prefix + key: TensorInfo(
+            prefix + key, "F16", shape, (Source(path, 0, shape[0]),), 2 * torch.Size(shape).numel()
+        )
+        for key, shape in shapes.items()
+    }
+    found = renamed(part, index)
+    assert {key: tuple(info.shape) for key, info in found.items()} == {key: tuple(t.shape) for key, t in state.items()}
+    lines = []
+    for key, info in sorted(found.items()):
+        row = info.nbytes // max(1, info.shape[0])
+        places = [(source.offset // row, source.offset // row + source.rows) for source in info.sources]
+        lines.append(f"{key} {info.name} {places}")
+    return lines
+
+
+def test_t5_by_the_names_of_llama_cpp(tmp_path: Path) -> None:
+    """A GGUF of T5 has short names; the values are those of the folder's encoder."""
+    folder = make_checkpoint.make("tiny-pixart", tmp_path)
+    (file,) = (folder / "text_encoder").glob("*.safetensors")
+    short = {
+        "shared.": "token_embd.", "encoder.final_layer_norm": "enc.output_norm", "encoder.block": "enc.blk",
+        "layer.0.SelfAttention.relative_attention_bias": "attn_rel_b", "layer.0.SelfAttention.": "attn_",
+        "layer.0.layer_norm": "attn_norm", "layer.1.layer_norm": "ffn_norm", "layer.1.DenseReluDense.wi_0": "ffn_gate",
+        "layer.1.DenseReluDense.wi_1": "ffn_up", "layer.1.DenseReluDense.wo": "ffn_down",
+    }  # fmt: skip
+    tensors = {}
+    for name, tensor in load_file(file).items():
+        for long, other in short.items():
+            name = name.replace(long, other)
+        tensors[name] = tensor
+    save_file(tensors, tmp_path / "t5.safetensors")
+    (tmp_path / "spiece.model").write_bytes((folder / "tokenizer/spiece.model").read_bytes())
+    own = read_family(resolve(str(folder)))
+    found = open_family(ModelOptions(model=str(folder), t5xxl=str(tmp_path / "t5.safetensors")))
+    assert found.checkpoint.tokenizer("tokenizer") == tmp_path
+    assert_same_weights(own, read_family(resolve(str(folder)), ModelOptions(t5xxl=str(tmp_path / "t5.safetensors"))))

@@ -1,0 +1,161 @@
+"""Where the value of an option comes from: what is typed wins over the environment (TILER_STEPS), that over the configuration
+file (`steps = 30`), that over the default."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from enum import IntEnum
+from typing import Any
+
+import typer
+
+from tiler.errors import UsageError
+from tiler.request import settings
+
+OF_ONE_RUN = frozenset(
+    ("--output", "--save-latents", "--report", "--json", "--force", "--regions", "--guide", "--no-guide", "--from",
+     "--help", "--version")
+)  # fmt: skip
+"""Options that are said for one picture and no habit: neither the environment nor the configuration file gives them."""
+
+
+class Layer(IntEnum):
+    """Who said a value; a higher one wins."""
+
+    DEFAULT = 0
+    CONFIG = 1
+    ENVIRONMENT = 2
+    TYPED = 3
+
+
+_CLICK_NAMES = {"COMMANDLINE": Layer.TYPED, "ENVIRONMENT": Layer.ENVIRONMENT, "DEFAULT_MAP": Layer.CONFIG}
+
+# By the names of parameters: what gives way to what, where the other was said in a higher layer.
+_SIDES = ("size", "width", "height")
+_GIVES_WAY: Mapping[str, tuple[str, ...]] = {
+    "size": ("paper",), "width": ("paper", "size"), "height": ("paper", "size"),
+    "paper": _SIDES, "landscape": _SIDES, "bleed": _SIDES,
+    "num_inference_steps": ("preset",), "strength": ("preset",), "guidance_interval": ("preset",),
+    "layout": ("preset", "overlap", "regions"), "overlap": ("layout",), "guide_upscale": ("guide_image",),
+    "decode": ("tiny_vae",), "tiny_vae": ("decode",),
+}  # fmt: skip
+
+
+def keys(names: Iterable[str]) -> tuple[str, ...]:
+    """Of an option's spellings those of the configuration file: --cfg-scale → cfg_scale."""
+    long = (name for spelling in names for name in spelling.split("/"))
+    return tuple(
+        name[2:].replace("-", "_")
+        for name in long
+        if name.startswith("--") and name not in OF_ONE_RUN and name[2:].replace("-", "").isalnum()
+    )
+
+
+def variables(names: Iterable[str]) -> list[str]:
+    """Of an option's spellings those of the environment: --cfg-scale → TILER_CFG_SCALE."""
+    return [f"TILER_{key.upper()}" for key in keys(names)]
+
+
+def layer_of(context: typer.Context, name: str) -> Layer:
+    """Who said the value of the parameter `name`."""
+    source = context.get_parameter_source(name)
+    return _CLICK_NAMES.get(source.name if source is not None else "", Layer.DEFAULT)
+
+
+def settle(context: typer.Context, given: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """`given` without what contradicts a value of a higher layer: `size` of the configuration file beside a typed --paper."""
+    layers = {name: layer_of(context, name) for name in given}
+
+    def is_overruled(name: str) -> bool:
+        others = (layers.get(other, Layer.DEFAULT) for other in _GIVES_WAY.get(name, ()))
+        return layers[name] < max(others, default=Layer.DEFAULT)
+
+    return {name: defaults[name] if is_overruled(name) else value for name, value in given.items()}
+
+
+def typed(context: typer.Context, names: Iterable[str]) -> frozenset[str]:
+    """Of the parameters' `names` those that were typed, and those that contradict them."""
+    said = {name for name in names if layer_of(context, name) is Layer.TYPED}
+    return frozenset(said | {name for name, others in _GIVES_WAY.items() if not said.isdisjoint(others)})
+
+
+def sources(context: typer.Context, message: str) -> list[str]:
+    """Where the options that an error's `message` names come from, if they were not typed."""
+    notes = []
+    for parameter in context.command.params:
+        layer, names = layer_of(context, parameter.name or ""), keys(parameter.opts)
+        if not any(re.search(rf"\b{name.replace('_', '[-_]')}\b", message) for name in names):
+            continue
+        name = names[0]
+        if layer is Layer.ENVIRONMENT:
+            variable = next(v for v in variables(parameter.opts) if os.environ.get(v))
+            notes.append(f"--{name.replace('_', '-')} comes from {variable}={os.environ[variable]}")
+        elif layer is Layer.CONFIG:
+            notes.append(f"--{name.replace('_', '-')} comes from {settings.config_path()}")
+    return notes
+
+
+def load(context: typer.Context) -> None:
+    """Read the configuration file for the command that follows, and check what it and the environment say of it. Raises
+    UsageError."""
+    name = context.invoked_subcommand
+    if name in (None, "config") or {"-h", "--help"} & set(sys.argv):
+        return
+    group: Any = context.command
+    said = settings.read_config()
+    check_known(group, said)
+    command = group.commands[name]
+    values = dict(_of_config(command, said))
+    for parameter in command.params:
+        if parameter.name in values:
+            key = next(key for key in keys(parameter.opts) if key in said)
+            _check(context, parameter, values[parameter.name], f"{settings.config_path()}: {key}")
+        for variable in variables(parameter.opts):
+            if text := os.environ.get(variable):
+                value = parameter.value_from_envvar(context)
+                _check(context, parameter, text if value is None else value, variable)
+    context.default_map = {name: values}
+
+
+def check_known(group: Any, said: Mapping[str, Any]) -> None:
+    """Raises UsageError for a key of the configuration file that no command knows."""
+    known = {key for command in group.commands.values() for p in command.params for key in keys(p.opts)}
+    for key in said:
+        if key not in known and key not in tuple(settings.Kind):
+            near = difflib.get_close_matches(key, [*known, *settings.Kind], 1)
+            hint = f"; did you mean {near[0]}?" if near else "; `tiler config show` lists what there is"
+            raise UsageError(f"{settings.config_path()}: unknown key {key!r}{hint}")
+
+
+def _of_config(command: Any, said: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The configuration file's values for the parameters of `command`, as if they were typed. Raises UsageError."""
+    for parameter in command.params:
+        named = [key for key in keys(parameter.opts) if key in said]
+        if len(named) > 1:
+            raise UsageError(f"{settings.config_path()}: {named[0]} and {named[1]} are one option; keep one of them")
+        if named and parameter.param_type_name == "option":
+            yield parameter.name, _as_typed(named[0], said[named[0]], many=parameter.multiple)
+
+
+def _as_typed(key: str, value: Any, *, many: bool) -> Any:
+    values = value if many and isinstance(value, list) else [value]
+    if not all(isinstance(each, str | int | float) for each in values):
+        raise UsageError(f"{settings.config_path()}: {key} = {value!r} has the wrong type")
+    texts = tuple(str(each) for each in values)
+    return texts if many else texts[0]
+
+
+def _check(context: typer.Context, parameter: Any, value: Any, source: str) -> None:
+    try:
+        parameter.process_value(context, value)
+    except Exception as error:
+        if not hasattr(error, "format_message"):
+            raise
+        said = (
+            error.format_message().rpartition("Invalid value")[2].removeprefix(": ").removeprefix(" for ").rstrip(".")
+        )
+        raise UsageError(f"{source} = {value!r}: {said}") from error

@@ -1,0 +1,125 @@
+"""`tiler resume`: go on with what was interrupted."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import typer
+
+from tiler.cli import options as o
+from tiler.cli.render import carry_out
+from tiler.errors import JobError, UsageError
+from tiler.jobs import manifest as manifests
+from tiler.jobs.folder import LOCK, MANIFEST, SUFFIX, folder_of, newest_facts
+from tiler.jobs.lock import is_held
+from tiler.jobs.manifest import Manifest
+
+
+class Found(NamedTuple):
+    """A job on the disk."""
+
+    folder: Path
+    manifest: Manifest
+
+    @property
+    def output(self) -> Path:
+        return Path(self.manifest.said["output"] or self.folder.parent / self.folder.name.removesuffix(SUFFIX))
+
+    def facts(self) -> dict[str, Any]:
+        where, age = newest_facts(self.folder)
+        return {
+            "output": str(self.output), "folder": str(self.folder), "at": where or "the beginning", "saved": age,
+            "width": self.manifest.picture["width"], "height": self.manifest.picture["height"],
+            "running": is_held(self.folder / LOCK),
+            "bytes": sum(f.stat().st_blocks * 512 for f in self.folder.rglob("*") if f.is_file()),
+        }  # fmt: skip
+
+
+def command(
+    paths: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[PATH]…", help="A picture, its job's folder, or a folder with several jobs.", show_default="."),
+    ] = None,
+    list_jobs: Annotated[bool, typer.Option("--list", help="Show what could go on, and how far it is.")] = False,
+    scratch: Annotated[
+        Path | None, typer.Option("--scratch", metavar="PATH", help="Another folder for the decoder's scratch files.")
+    ] = None,
+    max_ram: Annotated[
+        str | None, typer.Option("--max-ram", "--budget", metavar="SIZE", help="Another ceiling than the job's own.")
+    ] = None,
+    threads: o.Threads = None,
+    report: o.Report = None,
+    on_done: o.OnDone = None,
+    quiet: o.Quiet = False,
+    log_json: o.LogJson = False,
+    json_output: o.Json = False,
+) -> None:  # fmt: skip
+    """Go on with interrupted renders where they were saved. The command that began a render does the same."""
+    jobs = [job for path in paths or [Path()] for job in find(path)]
+    if list_jobs:
+        _show([job.facts() for job in jobs], json_output=json_output)
+        return
+    if not jobs:
+        raise UsageError(f"no job in {Path.cwd()}; `tiler resume PATH` takes a picture, its job's folder, or a folder")
+    if len(jobs) > 1:
+        if report is not None:
+            raise UsageError("--report takes the figures of one picture; name one of the jobs")
+        raise SystemExit(_one_after_another(jobs))
+    (job,) = jobs
+    asked = replace(job.manifest.request(), output=job.output, seed=job.manifest.seed)
+    request = asked if scratch is None else replace(asked, scratch=scratch)
+    carry_out(
+        request, max_ram=max_ram or str(job.manifest.max_ram_bytes), threads=threads, report=report, on_done=on_done,
+        quiet=quiet, log_json=log_json, json_output=json_output,
+    )  # fmt: skip
+
+
+def find(path: Path) -> list[Found]:
+    """The jobs that `path` names. Raises UsageError and JobError."""
+    own = folder_of(path)
+    for folder in (path, own):
+        if (folder / MANIFEST).exists():
+            return [_read(folder)]
+    if path.is_dir():
+        return [_read(file.parent) for file in sorted(path.glob(f"*{SUFFIX}/{MANIFEST}"))]
+    raise UsageError(f"{path}: there is no job of it; begin with `tiler render … -o {path}`")
+
+
+def _read(folder: Path) -> Found:
+    manifest = manifests.read(folder / MANIFEST)
+    if not isinstance(manifest.said.get("output"), str | None):
+        raise JobError(f"{folder / MANIFEST}: the job is damaged; remove {folder}")
+    return Found(folder, manifest)
+
+
+def _one_after_another(jobs: list[Found]) -> int:
+    """A process for each picture: one that fails stops no other. The options that were typed hold for all."""
+    options = [word for word in sys.argv[2:] if not os.path.exists(word)]
+    codes = set[int]()
+    for job in jobs:
+        typer.echo(f"{job.output}:", err=True)
+        code = subprocess.run(
+            [sys.executable, "-m", "tiler", "resume", str(job.folder), *options], check=False
+        ).returncode
+        if code in (130, 143, -2, -15):
+            return 130 if code in (130, -2) else 143
+        codes.add(code)
+    codes.discard(0)
+    return 0 if not codes else codes.pop() if len(codes) == 1 else 1
+
+
+def _show(found: list[dict[str, Any]], *, json_output: bool) -> None:
+    if json_output:
+        typer.echo(json.dumps(found))
+        return
+    if not found:
+        typer.echo("no jobs here")
+    for job in found:
+        age = "running now" if job["running"] else f"saved {job['saved']} ago" if job["saved"] else "nothing saved"
+        typer.echo(f"{job['output']}: {job['width']}×{job['height']}, {job['at']}, {age}, {job['bytes'] / 1e6:,.1f} MB")

@@ -1,0 +1,184 @@
+"""Products in fp32 by tiler's own library: the same loop as for int8, over the same rows.
+
+Weights are brought into the library's order as they are read, a few rows at a time. Every output is made by one loop in one
+order: bytes depend on neither threads, nor samples, nor how weights are cut. Knows nothing of files.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from tiler.compute import shapes
+from tiler.compute.kernels import (
+    Input,
+    Kernel,
+    Kind,
+    Op,
+    Operands,
+    Place,
+    Policy,
+    Prepared,
+    Shape,
+    Weight,
+    input_shape,
+    step_rows,
+    weight_pieces,
+)
+from tiler.compute.native import (
+    Made,
+    Quantized,
+    activation_of,
+    empty_result,
+    gated,
+    is_fused,
+    is_of_pixels,
+    multiply,
+    needed_library,
+    product_call,
+    quantize_images,
+    quantize_tokens,
+    residual_like,
+    together,
+)
+from tiler.compute.steps import add_low_rank, finished, made_input
+from tiler.native import library
+from tiler.native.library import Activation, Type
+from tiler.weights.blocks import OUTPUTS
+from tiler.weights.store import WeightStore
+
+_PACKED_ELEMENTS = 2**19  # of a weight at a time: 2 MB of fp32 beside the arena. A choice, no measurement
+FEW_ROWS = (
+    8  # of a sample: with fewer, bringing a weight into order takes what the product does. A choice, no measurement
+)
+
+
+class NativeFp32(Kernel):
+    """Within the rounding of torch's products."""
+
+    name = "native-fp32"
+
+    def suits(self, op: Op, shape: Shape | None, policy: Policy) -> bool:
+        if op.weights is None or library.library() is None:
+            return False
+        outputs = op.group.shape[0]
+        whole = all(w.outputs % OUTPUTS == 0 for w in op.group.weights)
+        if op.geometry is None:
+            return whole and (shape is None or math.prod(shape[1:-1]) >= FEW_ROWS)
+        is_plain = op.geometry.groups == 1 and op.geometry.dilation == (1, 1) and outputs >= OUTPUTS
+        return whole and is_plain and math.prod(op.group.shape[2:]) <= library.MOST_TAPS and _has_frame(op)
+
+    def held_bytes(self, op: Op, shape: Shape | None) -> int:
+        return 4 * op.group.numel
+
+    def prepare(self, store: WeightStore | None, op: Op, shape: Shape, place: Place) -> Iterable[Prepared]:
+        pieces = self._planned(op, place) if store is None else self._fetched(store, op, place)
+        return list(pieces) if place.stays else pieces
+
+    def _planned(self, op: Op, place: Place) -> Iterator[Prepared]:
+        for number, weights in together(op):
+            row, outputs = weights[0].row, weights[0].outputs
+            most = 0 if place.stays else len(weights) * min(outputs, step_rows(None, len(weights) * row))
+            planned = weights[0].meta.new_empty(most * row)
+            beside = weights[0].meta.new_empty(min(_PACKED_ELEMENTS, outputs * row))
+            yield Prepared(0, outputs, (), number)
+            del planned, beside
+
+    def _fetched(self, store: WeightStore, op: Op, place: Place) -> Iterator[Prepared]:
+        """Each weight whole where it stays, else in pieces; behind the lanes of its outputs those of its gates."""
+        for number, weights in together(op):
+            outputs, row = weights[0].outputs, weights[0].row
+            step = outputs if place.stays else step_rows(store, row * len(weights))
+            for first in range(0, outputs, step):
+                last = min(first + step, outputs)
+                lanes = place.room(len(weights) * (last - first) * row, torch.float32)
+                place.keep(lanes.nbytes)
+                parts = lanes.chunk(len(weights))
+                for weight, part in zip(weights, parts, strict=True):
+                    some = replace(weight, first=weight.first + first, meta=weight.meta[first:last])
+                    pack(store, some, part)
+                yield Prepared(first, last, parts, number)
+
+    def begin(self, op: Op, x: Operands) -> Operands:
+        shape, made_of, parts = input_shape(op, x.parts), op.input, x.parts
+        low_rank = any(weight.low_rank is not None for weight in op.group.weights)
+        if low_rank or not (is_fused(op) or _is_joined(op)):
+            parts, made_of = (made_input(made_of, parts),), Input()
+        values = self._values(op, parts, made_of)
+        return x._replace(parts=(), made=Made(Quantized(values, values, values), shape, parts[0] if low_rank else None))
+
+    def _values(self, op: Op, parts: tuple[Tensor, ...], made_of: Input) -> Tensor:
+        """The input as rows of a matrix, or as images with their frame."""
+        plain = made_of == Input()
+        if op.geometry is None or (is_of_pixels(op) and plain):
+            tokens = parts[0] if op.geometry is None else parts[0].permute(0, 2, 3, 1)
+            if plain:
+                rows = tokens.reshape(-1, tokens.shape[-1])
+                return rows if rows.stride(1) == 1 else rows.contiguous()
+            return quantize_tokens(tokens, made_of.norm, Type.FP32).values
+        silu, padding = made_of.activation is not None, max(op.geometry.padding)
+        images = quantize_images(parts, padding, made_of.norm, silu=silu, out_type=Type.FP32).values
+        if is_of_pixels(op):
+            return images.flatten(0, 2)
+        return images if op.geometry.padding[0] == padding else images[:, padding:-padding]
+
+    def apply(self, op: Op, x: Operands, prepared: Iterable[Prepared]) -> tuple[Tensor, ...]:
+        made: Made = x.made
+        halves = gated(op)
+        outputs = [halves[0].outputs] if halves is not None else [weight.outputs for weight in op.group.weights]
+        outs = tuple(empty_result(op, made, count) for count in outputs)
+        after = None if made.whole is not None else activation_of(op.epilogue.activation)
+        fused = halves is not None or (after is not None and not op.epilogue.glu)
+        residual = residual_like(outs[0], x.residual) if fused else None
+        if outs[0].is_meta:
+            shapes.count(op.flops(made.shape), linear=op.kind is Kind.LINEAR)
+        for piece in prepared:
+            self._multiply(op, made, piece, outs[piece.weight], after if fused else Activation.NONE, residual)
+        if fused:
+            return outs
+        if made.whole is not None:
+            add_low_rank(op.group, made.whole, outs)
+        return finished(op.epilogue, outs, x.residual)
+
+    def _multiply(
+        self, op: Op, made: Made, piece: Prepared, out: Tensor, activation: Activation | None, residual: Tensor | None
+    ) -> None:
+        if out.is_meta:
+            return
+        call = product_call(op, made.input.values, piece, out, activation, residual)
+        call.kind, call.steps = library.Kind.FP32, op.group.shape[1]
+        call.weights = piece.tensors[0].data_ptr()
+        if len(piece.tensors) > 1:
+            call.gate_weights = piece.tensors[1].data_ptr()
+        multiply(op, call, made.input.values, out)
+
+
+def pack(store: WeightStore, weight: Weight, out: Tensor, *, point_bytes: int = 0) -> None:
+    """Fill `out`, lanes of 32 bits, with a weight in the library's order; transformed where `point_bytes` lie between two points."""
+    inputs, *sides = weight.meta.shape[1:]
+    taps, at = math.prod(sides), out.data_ptr()
+    block = (point_bytes * OUTPUTS // weight.outputs) if point_bytes else out.nbytes * OUTPUTS // weight.outputs
+    for first, piece in weight_pieces(store, weight, _PACKED_ELEMENTS):
+        rows = torch.empty(piece.last - piece.first, *weight.meta.shape[1:])
+        store.fetch(piece, rows)
+        call = library.Pack(
+            kind=library.Kind.FP32, is_transformed=point_bytes > 0, outputs=len(rows), inputs=inputs, taps=taps,
+            rows=rows.data_ptr(), out=at + first // OUTPUTS * block, point_bytes=point_bytes,
+        )  # fmt: skip
+        needed_library().pack(call, torch.get_num_threads())
+
+
+def _is_joined(op: Op) -> bool:
+    """Whether a convolution's input is two parts beside each other and nothing more."""
+    return op.geometry is not None and op.input == Input(parts=2)
+
+
+def _has_frame(op: Op) -> bool:
+    """Whether a convolution's padding is one frame, or one left and right alone."""
+    assert op.geometry is not None
+    down, across = op.geometry.padding
+    return down in (0, across)

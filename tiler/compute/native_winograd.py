@@ -1,0 +1,97 @@
+"""Large 3 × 3 convolutions in fp32 with a quarter of the multiplications, by tiler's own library (tiler/native/winograd.h).
+
+Rounding is 3e-7 of the result, a direct convolution's 2e-7. What a tile of 4 × 4 pixels gives depends on nothing beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from tiler.compute import shapes
+from tiler.compute.kernels import Op, Operands, Place, Policy, Prepared, Shape
+from tiler.compute.native import Made, address, empty_result, needed_library, residual_like
+from tiler.compute.native_float import NativeFp32, pack
+from tiler.compute.steps import finished
+from tiler.compute.tuning import ARENA_BYTES
+from tiler.compute.winograd import pays
+from tiler.compute.winograd import suits as can_transform
+from tiler.native import library
+from tiler.native.library import WINOGRAD_POINTS, WINOGRAD_SIDE, WINOGRAD_TILES
+from tiler.weights.blocks import OUTPUTS
+from tiler.weights.store import WeightStore
+
+_POINT_BYTES = 4 * WINOGRAD_POINTS  # of the nine values of a weight
+
+
+class NativeWinograd(NativeFp32):
+    name = "native-winograd"
+    rows_together = WINOGRAD_SIDE
+
+    def suits(self, op: Op, shape: Shape | None, policy: Policy) -> bool:
+        """If an arena of the usual size has room for the transformed weight, at any ceiling."""
+        return (
+            policy.winograd
+            and super().suits(op, shape, policy)
+            and op.geometry is not None
+            and len(op.group.weights) == 1
+            and can_transform(op.group.shape, op.geometry)
+            and self.held_bytes(op, shape) <= ARENA_BYTES
+            and (shape is None or pays(*op.output_shape(shape)[2:]))
+        )
+
+    def held_bytes(self, op: Op, shape: Shape | None) -> int:
+        return _POINT_BYTES * op.group.numel // 9
+
+    def _steps(self, store: WeightStore | None, op: Op, place: Place) -> range:
+        """Where the pieces of the weight begin: what the arena has room for."""
+        total, point_bytes = op.group.shape[0], _POINT_BYTES * op.group.shape[1]
+        rows = total if place.stays else min(total, max(OUTPUTS, place.arena_bytes // point_bytes // OUTPUTS * OUTPUTS))
+        return range(0, total, rows)
+
+    def _planned(self, op: Op, place: Place) -> Iterator[Prepared]:
+        (weight,), steps = op.group.weights, self._steps(None, op, place)
+        rows = 0 if place.stays else min(steps.step, weight.outputs)
+        planned = weight.meta.new_empty(WINOGRAD_POINTS * op.group.shape[1] * rows)
+        yield Prepared(0, weight.outputs, ())
+        del planned
+
+    def _fetched(self, store: WeightStore, op: Op, place: Place) -> Iterator[Prepared]:
+        (weight,), steps, inputs = op.group.weights, self._steps(store, op, place), op.group.shape[1]
+        for first in steps:
+            last = min(first + steps.step, weight.outputs)
+            points = place.room(WINOGRAD_POINTS * inputs * (last - first), torch.float32).view(WINOGRAD_POINTS, -1)
+            place.keep(points.nbytes)
+            some = replace(weight, first=weight.first + first, meta=weight.meta[first:last])
+            pack(store, some, points, point_bytes=points[0].nbytes)
+            yield Prepared(first, last, (points,))
+
+    def apply(self, op: Op, x: Operands, prepared: Iterable[Prepared]) -> tuple[Tensor, ...]:
+        made: Made = x.made
+        out = empty_result(op, made, op.group.shape[0])
+        residual = residual_like(out, x.residual) if op.epilogue.activation is None else None
+        if out.is_meta:
+            shapes.count(op.flops(made.shape), linear=False)
+        for piece in prepared:
+            self._convolve(op, made, piece, out, residual)
+        return (out,) if residual is not None else finished(op.epilogue, (out,), x.residual)
+
+    def _convolve(self, op: Op, made: Made, piece: Prepared, out: Tensor, residual: Tensor | None) -> None:
+        images, first, outputs = made.input.values, piece.first, piece.last - piece.first
+        count, lines, places, channels = images.shape
+        seen = images.new_empty(WINOGRAD_POINTS * WINOGRAD_TILES * channels)
+        products = images.new_empty(WINOGRAD_POINTS * WINOGRAD_TILES * outputs)
+        if out.is_meta:
+            return
+        (points,), (weight,) = piece.tensors, op.group.weights
+        call = library.Winograd(
+            kind=library.Kind.FP32, images=count, lines=lines, places=places, channels=channels, height=out.shape[2],
+            width=out.shape[3], outputs=outputs, a=images.data_ptr(), image_step=images.stride(0),
+            weights=points.data_ptr(), point_bytes=points[0].nbytes, bias=address(weight.bias, first),
+            residual=address(residual, first), out=address(out, first), out_step=out.shape[1],
+            residual_step=out.shape[1], seen=seen.data_ptr(), products=products.data_ptr(),
+        )  # fmt: skip
+        needed_library().winograd(call, torch.get_num_threads())

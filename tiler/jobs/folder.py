@@ -1,0 +1,285 @@
+"""A job: the folder `NAME.png.tiler` beside a picture, from the run's first second until the picture has its name.
+
+lock                    flock(2)
+job.json                manifest.py
+state-0, state-1        the newest state of a canvas, written in turn: no moment is without a whole one
+reference.safetensors   what the canvas starts from, once that is made
+spool                   the decoder's passes
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import time
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, NamedTuple, Self
+
+from tiler import interrupts
+from tiler.errors import JobError, NameTaken, StorageError
+from tiler.events import Note, OnEvent, Saved, Tensors
+from tiler.jobs import manifest as manifests
+from tiler.jobs import tensors
+from tiler.jobs.lock import Lock
+from tiler.jobs.manifest import Manifest
+from tiler.request import RenderRequest
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SUFFIX = ".tiler"
+MANIFEST, LOCK, REFERENCE, SPOOL = "job.json", "lock", "reference.safetensors", "spool"
+SLOTS = ("state-0.safetensors", "state-1.safetensors")
+_EVERY = 60.0  # seconds between two saves
+_SHARE = 50  # times the last save's duration: at most 2 % of the time is spent saving
+_LONGEST = 240  # bytes of a folder's name
+
+
+def folder_of(output: Path, job_dir: Path | None = None) -> Path:
+    """Where the job of a picture lies."""
+    absolute = Path(os.path.abspath(output))
+    mark = hashlib.sha256(os.fsencode(absolute)).hexdigest()[:8]
+    name = absolute.name
+    if len(os.fsencode(name)) > _LONGEST - len(SUFFIX):
+        name = f"{name[:40]}-{mark}"
+    if job_dir is not None:  # where pictures of several folders may meet
+        return job_dir / f"{name.removesuffix(f'-{mark}')}-{mark}{SUFFIX}"
+    return absolute.parent / f"{name}{SUFFIX}"
+
+
+class _Slot(NamedTuple):
+    """What stands in a state file: its number, how far it is, and the tensors."""
+
+    number: int
+    phase: str
+    stored: tensors.Stored
+
+
+class Job:
+    """A context manager. It begins nothing: `begin` does, once it is certain that the render can be done. At its end the folder
+    goes when the picture is whole or nothing was saved; else the error says where it lies. Also the `Journal` of the run."""
+
+    def __init__(self, request: RenderRequest, on_event: OnEvent = lambda event: None) -> None:
+        self.output = request.output or Path("tiler.png")
+        self.folder = folder_of(self.output, request.job_dir)
+        self.manifest: Manifest | None = None  # of the job that was found, then of this one
+        self.resumed = False
+        self.facts: dict[str, str] = {}  # what a state says of its picture
+        self._request, self._on_event = request, on_event
+        self._lock, self._begun, self._number = Lock(self.folder / LOCK), False, 0
+        self._due, self._where = time.monotonic() + _EVERY, ""
+        self._full = False  # the disk, as far as is known
+
+    def __enter__(self) -> Self:
+        """Look for a job to go on with. Raises JobLocked, JobError and StorageError."""
+        if not self.folder.is_dir():
+            return self
+        self._lock.take()
+        try:
+            if self._request.restart:
+                _remove(self.folder, keep=(LOCK,))
+            elif (self.folder / MANIFEST).exists():
+                self.manifest = manifests.read(self.folder / MANIFEST)
+                self.resumed = True
+            elif any((self.folder / name).exists() for name in (*SLOTS, REFERENCE, SPOOL)):
+                raise JobError(f"{self.folder}: {MANIFEST} is missing; begin anew with --restart")
+        except BaseException:
+            self._lock.release()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if not self._begun:
+                if not self.resumed and self.folder.is_dir() and self._lock.held:
+                    _remove(self.folder)
+            elif error is None or isinstance(error, NameTaken):
+                if not self._request.keep_job:
+                    _remove(self.folder)
+            elif not self._holds_work():
+                _remove(self.folder)
+            else:
+                error.add_note(self.how_to_continue())
+        finally:
+            self._lock.release()
+
+    def how_to_continue(self) -> str:
+        """One line for the user."""
+        at = f" at {self._where}" if self._where else ""
+        return f"the job is saved{at} in {self.folder}; the same command goes on, or: tiler resume {self.folder}"
+
+    def adopt(self, request: RenderRequest) -> RenderRequest:
+        """The request with the job's seed, where none was given."""
+        if self.manifest is None or request.seed is not None:
+            return request
+        return replace(request, seed=self.manifest.seed)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the picture has its name already, and only the folder was left."""
+        if self.manifest is None or not self.manifest.finished:
+            return False
+        try:
+            return _facts_of(os.stat(self.output)) == self.manifest.finished
+        except OSError:
+            return False
+
+    def begin(self, manifest: Manifest) -> None:
+        """Make the folder, or go on with the one that is there. Raises JobError naming the first difference, JobLocked and
+        StorageError."""
+        if self.manifest is not None:
+            if (first := next(manifests.differences(self.manifest, manifest), None)) is not None:
+                raise JobError(
+                    f"{self.folder} is the job of another picture: {first}; finish that one with `tiler resume {self.folder}`, "
+                    "or begin anew with --restart"
+                )
+            self._begun = True
+            manifest = replace(self.manifest, said=manifest.said, max_ram_bytes=manifest.max_ram_bytes)
+        else:
+            try:
+                self.folder.mkdir(parents=self._request.job_dir is not None, exist_ok=True)
+            except OSError as error:
+                raise StorageError(
+                    f"{self.folder}: cannot be made ({error.strerror}); give another place with --job-dir"
+                ) from error
+            if not self._lock.held:
+                self._lock.take()
+            self._begun = True
+        self.manifest = manifest
+        manifests.write(self.folder / MANIFEST, manifest)
+
+    def found(self) -> tuple[str, str]:
+        """How far the job is, and how long ago that was saved: "canvas step 12/20", "3 min"."""
+        return newest_facts(self.folder)
+
+    def note_finished(self, whole: os.stat_result) -> None:
+        """The picture is whole on the disk, and will now get its name."""
+        if self._begun and self.manifest is not None:
+            with suppress(StorageError):
+                manifests.write(self.folder / MANIFEST, replace(self.manifest, finished=_facts_of(whole)))
+
+    # The journal of the canvas.
+
+    def load(self, name: str) -> Tensors | None:
+        """The newest whole state of the phase `name`. Raises JobError where the files that are there are damaged."""
+        slot = self._newest()
+        return slot.stored.tensors if slot is not None and slot.phase == name else None
+
+    def due(self) -> bool:
+        return self._begun and (interrupts.take_save() or time.monotonic() >= self._due)
+
+    def save(self, name: str, state: Tensors, where: str) -> None:
+        if not self._begun:
+            return
+        start, number = time.monotonic(), self._number + 1
+        facts = {"phase": name, "where": where, "number": str(number), **self.facts}
+        try:
+            tensors.write(self.folder / SLOTS[number % 2], state, facts)
+        except StorageError as error:  # the older state is still there
+            self._due = time.monotonic() + _EVERY
+            if not self._full:
+                self._full = True
+                self._on_event(Note(text=f"the state could not be saved: {error}"))
+            return
+        self._number, self._full, self._where = number, False, where
+        now = time.monotonic()
+        self._due = now + max(_EVERY, _SHARE * (now - start))
+        self._on_event(Saved(where=where))
+
+    def _newest(self) -> _Slot | None:
+        if not self._begun:
+            return None
+        found, damaged = list[_Slot](), list[Path]()
+        for name in SLOTS:
+            path = self.folder / name
+            stored = tensors.read(path)
+            number = stored.facts.get("number", "") if stored is not None else ""
+            if stored is not None and number.isdecimal():
+                found.append(_Slot(int(number), stored.facts.get("phase", ""), stored))
+            elif path.exists():
+                damaged.append(path)
+        if not found:
+            if damaged:
+                raise JobError(f"{damaged[0]}: the job's state is damaged; begin anew with --restart")
+            return None
+        newest = max(found, key=lambda slot: slot.number)
+        self._number, self._where = newest.number, newest.stored.facts.get("where", "")
+        return newest
+
+    # What a phase hands to the next.
+
+    @property
+    def has_reference(self) -> bool:
+        return self._begun and (self.folder / REFERENCE).exists()
+
+    def load_reference(self) -> Tensor:
+        """(1, C, H, W) fp32. Raises JobError."""
+        stored = tensors.read(self.folder / REFERENCE)
+        if stored is None:
+            raise JobError(f"{self.folder / REFERENCE}: the job is damaged; begin anew with --restart")
+        return stored.tensors["reference"]
+
+    def save_reference(self, reference: Tensor) -> None:
+        """A disk without room for it is no reason to stop."""
+        if self._begun:
+            with suppress(StorageError):
+                tensors.write(self.folder / REFERENCE, {"reference": reference}, {})
+
+    @property
+    def spool(self) -> Path | None:
+        """The folder for the decoder's passes."""
+        return self.folder / SPOOL if self._begun else None
+
+    @property
+    def spooled_bytes(self) -> int:
+        """What earlier passes take of the disk: theirs to use again."""
+        files = (self.folder / SPOOL).glob("*.rows") if self.resumed else ()
+        return sum(file.stat().st_blocks * 512 for file in files)
+
+    def _holds_work(self) -> bool:
+        return any((self.folder / name).exists() for name in (*SLOTS, REFERENCE, SPOOL))
+
+
+def newest_facts(folder: Path) -> tuple[str, str]:
+    """How far a job is, and for how long: "canvas step 12/20", "3 min". Empty where nothing is saved. Checks nothing."""
+    found = [
+        (int(number), facts.get("where", ""), folder / name)
+        for name in SLOTS
+        if (number := (facts := tensors.read_facts(folder / name)).get("number", "")).isdecimal()
+    ]
+    if not found:
+        return "", ""
+    _, where, path = max(found)
+    return where, spell_seconds(max(0.0, time.time() - path.stat().st_mtime))
+
+
+def spell_seconds(seconds: float) -> str:
+    """ "40 s", "3 min", "5 h", "2 days"."""
+    for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= (2 if unit == "days" else 1) * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def _facts_of(found: os.stat_result) -> dict[str, int]:
+    return {"bytes": found.st_size, "inode": found.st_ino, "time": found.st_mtime_ns}
+
+
+def _remove(folder: Path, keep: tuple[str, ...] = ()) -> None:
+    """Only what a job consists of: whatever else someone put there stays, and the folder with it. The manifest goes last but the
+    lock, so that a folder half removed is known as what it was."""
+    shutil.rmtree(folder / SPOOL, ignore_errors=True)
+    own = (*SLOTS, REFERENCE, MANIFEST)
+    for name in (*(f"{each}.new" for each in own), *own, LOCK):
+        if name not in keep:
+            with suppress(OSError):
+                os.unlink(folder / name)
+    if not keep:
+        with suppress(OSError):
+            folder.rmdir()

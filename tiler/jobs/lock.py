@@ -1,0 +1,86 @@
+"""A lock that dies with its process, however that ends: flock(2). No clock decides anything, so a laptop may sleep."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import sys
+import time
+from pathlib import Path
+
+from tiler.errors import JobLocked, StorageError
+
+
+class Lock:
+    """Held from `take` to `release`. What stands in the file is for people only."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._fd = -1
+
+    @property
+    def held(self) -> bool:
+        return self._fd >= 0
+
+    def take(self) -> None:
+        """Raises JobLocked with the holder's process, and StorageError."""
+        try:
+            while self._fd < 0:
+                fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    same = os.path.samestat(os.fstat(fd), os.stat(self.path))
+                except BlockingIOError:
+                    os.close(fd)
+                    raise JobLocked(
+                        f"{self.path.parent}: {self._holder()} works on this picture already; wait for it"
+                    ) from None
+                except FileNotFoundError:
+                    same = False  # its last holder has just tidied up
+                except OSError:
+                    os.close(fd)
+                    raise
+                if same:
+                    self._fd = fd
+                else:
+                    os.close(fd)
+            words = {"pid": os.getpid(), "host": socket.gethostname(), "start": _now(), "command": sys.argv}
+            os.ftruncate(self._fd, 0)
+            os.pwrite(self._fd, json.dumps(words).encode("utf-8", "backslashreplace"), 0)
+        except OSError as error:
+            raise StorageError(
+                f"{self.path}: cannot be locked ({error.strerror}); give another place with --job-dir"
+            ) from error
+
+    def release(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def _holder(self) -> str:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            found = json.loads(self.path.read_text())
+            return f"process {found['pid']} on {found['host']}, begun {found['start']},"
+        return "another process"
+
+
+def is_held(path: Path) -> bool:
+    """Whether some process holds the lock now."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())

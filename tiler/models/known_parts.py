@@ -1,0 +1,100 @@
+"""Parts that a model lacks, among the files of the user's folders: taken where exactly one fits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from tiler.errors import ModelError
+from tiler.models.contents import Content, Kind, look
+from tiler.models.kinds import Encoder, FamilyRow, text_width
+from tiler.weights.flavours import names_in
+from tiler.weights.folders import WEIGHTS, model_files
+from tiler.weights.headers import shapes_of
+from tiler.weights.places import hub_cache
+
+_T5_FILES = "spiece.model", "tokenizer.json"
+
+
+def find_vae(folders: Sequence[Path], row: FamilyRow, model: str) -> Path:
+    """The one file in `folders` with an autoencoder for that family. Raises ModelError where there is none, or several.
+
+    SDXL's has the shapes of Stable Diffusion's and another scale: of those the name must tell, as all published ones do.
+    """
+
+    def fits(path: Path, part: Content) -> bool:
+        name = "decoder.conv_in.weight"
+        if part.kind is not Kind.VAE or part.shapes.get(name, (0, 0))[1] != row.channels:
+            return False
+        xl = any(word in path.name.lower() for word in ("xl", "sigma", "aura"))
+        return row.channels != 4 or xl is (row.scaling_factor != 0.18215)
+
+    found = _fitting(folders, fits)
+    if len(found) != 1:
+        raise _missing(model, "autoencoder", "--vae", f"hf download {row.others} --include 'vae/*'", found)
+    return found[0]
+
+
+def find_encoder(folders: Sequence[Path], encoder: Encoder, row: FamilyRow, model: str, part: str) -> Path | None:
+    """The one file in `folders` with that text encoder; None where an optional one is missing. Raises ModelError."""
+
+    def fits(path: Path, content: Content) -> bool:
+        return content.kind is encoder.kind and text_width(content.shapes) == encoder.width
+
+    found = _fitting(folders, fits)
+    if not found and encoder.optional:
+        return None
+    if len(found) != 1:
+        command = f"hf download {row.others} --include '{part}/*'"
+        raise _missing(model, f"text encoder {encoder.title}", encoder.flag, command, found)
+    return found[0]
+
+
+def _fitting(folders: Sequence[Path], fits: Callable[[Path, Content], bool]) -> list[Path]:
+    """Files with a single part, which fits."""
+    found = []
+    for path in model_files(folders):
+        if path.suffix not in WEIGHTS:
+            continue
+        try:
+            parts = look(shapes_of(path), str(path)).parts
+        except ModelError:
+            continue
+        if len(parts) == 1 and fits(path, parts[0]):
+            found.append(path)
+    return found
+
+
+def _missing(model: str, what: str, flag: str, command: str, found: Sequence[Path]) -> ModelError:
+    if found:
+        listed = ", ".join(map(str, found))
+        return ModelError(f"{model}: no {what} is in this file, and several fit; choose one with {flag}: {listed}")
+    return ModelError(f"{model}: no {what} is in this file; give {flag} FILE or FOLDER (run: {command})")
+
+
+def t5_tokenizer(path: Path, row: FamilyRow) -> Path:
+    """A folder with the tokenizer of the T5 encoder in the file `path`, from the hub's cache. Raises ModelError, naming the file
+    that is missing."""
+    own = row.encoders[-1].title.startswith("Pile")
+    repositories = (row.others,) if own else (row.others, *_T5_REPOSITORIES)
+    for repository in repositories:
+        for folder in sorted((hub_cache() / f"models--{repository.replace('/', '--')}" / "snapshots").glob("*")):
+            for inner in ("tokenizer_3", "tokenizer_2", "tokenizer", "."):
+                names = names_in(folder / inner)
+                if any(name in names for name in _T5_FILES) and "merges.txt" not in names:
+                    return folder / inner
+    if own:
+        command = f"hf download {row.others} --include 'tokenizer/*', then put tokenizer.json there"
+    else:
+        command = f"hf download google/t5-v1_1-xxl spiece.model --local-dir {path.parent}"
+    raise ModelError(
+        f"{path}: its tokenizer is not beside it: {path.parent / _T5_FILES[own]} is missing; run: {command}"
+    )
+
+
+_T5_REPOSITORIES = (
+    "google/t5-v1_1-xxl", "black-forest-labs/FLUX.1-schnell", "black-forest-labs/FLUX.1-dev",
+    "stabilityai/stable-diffusion-3.5-medium", "stabilityai/stable-diffusion-3.5-large",
+    "stabilityai/stable-diffusion-3-medium-diffusers", "PixArt-alpha/pixart_sigma_sdxlvae_T5_diffusers",
+    "PixArt-alpha/PixArt-XL-2-1024-MS",
+)  # fmt: skip

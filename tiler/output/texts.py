@@ -1,0 +1,99 @@
+"""The texts in a picture's file, whoever wrote it: PNG chunks, EXIF of JPEG, WebP and AVIF, tags of TIFF."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from tiler.errors import StorageError, UsageError
+
+_MOST = 16_000_000  # bytes of text; a picture that says more is not read further
+_EXIF_IFD, _USER_COMMENT, _DESCRIPTION, _MAKE, _MODEL = 0x8769, 0x9286, 270, 0x010F, 0x0110
+
+
+def read_texts(path: Path) -> dict[str, str]:
+    """Texts by their PNG keyword; EXIF's comment and TIFF's description are `parameters`. Raises UsageError for what is no
+    picture, StorageError."""
+    try:
+        with path.open("rb") as file:
+            if file.read(8) == b"\x89PNG\r\n\x1a\n":
+                return _of_png(file)
+        return _of_exif(path)
+    except (struct.error, zlib.error) as error:
+        raise UsageError(f"{path}: the file is damaged ({error}); take another copy") from error
+    except FileNotFoundError as error:
+        raise UsageError(f"{path}: no such picture; check the path") from error
+    except OSError as error:
+        if error.errno is None:  # Pillow's
+            raise UsageError(f"{path}: no picture that can be read; give a PNG, JPEG, WebP, AVIF or TIFF") from error
+        raise StorageError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
+
+
+def _of_png(file: BinaryIO) -> dict[str, str]:
+    texts: dict[str, str] = {}
+    left = _MOST
+    while len(head := file.read(8)) == 8:
+        length, kind = struct.unpack(">I4s", head)
+        if kind not in (b"tEXt", b"iTXt", b"zTXt") or length > left:
+            file.seek(length + 4, 1)
+            continue
+        data = file.read(length)
+        file.seek(4, 1)
+        left -= length
+        key, text = _chunk_text(kind, data, left)
+        left -= len(text)
+        texts.setdefault(key, text)
+    return texts
+
+
+def _chunk_text(kind: bytes, data: bytes, most: int) -> tuple[str, str]:
+    """W3C PNG (third edition), 11.3.3. Many tools write UTF-8 where Latin-1 is due."""
+    name, _, rest = data.partition(b"\0")
+    if kind == b"zTXt":
+        rest = _inflated(rest[1:], most)
+    elif kind == b"iTXt":
+        compressed, rest = rest[:1] == b"\1", rest[2:].split(b"\0", 2)[-1]
+        rest = _inflated(rest, most) if compressed else rest
+    return name.decode("latin-1"), _decoded(rest)
+
+
+def _inflated(data: bytes, most: int) -> bytes:
+    return zlib.decompressobj().decompress(data, max(1, most))
+
+
+def _decoded(data: bytes) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return data.decode("latin-1")
+
+
+def _of_exif(path: Path) -> dict[str, str]:
+    from PIL import Image
+
+    texts: dict[str, str] = {}
+    with Image.open(path) as picture:
+        exif = picture.getexif()
+        comment: Any = exif.get_ifd(_EXIF_IFD).get(_USER_COMMENT)
+        if isinstance(comment, bytes):
+            texts["parameters"] = _user_comment(comment[:_MOST])
+        elif isinstance(comment, str):
+            texts["parameters"] = comment[:_MOST]
+        elif isinstance(description := exif.get(_DESCRIPTION), str):
+            texts["parameters"] = _decoded(description.encode("latin-1", "replace")[:_MOST])
+        for tag in (_MAKE, _MODEL):  # ComfyUI's WebP: "prompt:{…}", "workflow:{…}"
+            key, colon, text = str(exif.get(tag, "")).partition(":")
+            if colon and key.lower() in ("prompt", "workflow"):
+                texts[key.lower()] = text[:_MOST]
+    return texts
+
+
+def _user_comment(data: bytes) -> str:
+    """EXIF 2.3, 4.6.5: eight bytes name the encoding. UTF-16 comes in either order: Latin letters show which."""
+    code, text = data[:8], data[8:]
+    if code == b"UNICODE\0":
+        little = text[1::2].count(0) > text[0::2].count(0)
+        return text.decode("utf-16-le" if little else "utf-16-be", "replace").rstrip("\0")
+    return _decoded(text if code in (b"ASCII\0\0\0", bytes(8)) else data).rstrip("\0")

@@ -1,0 +1,105 @@
+"""Which model, and which files take the place of its parts: what every command that opens one may be told."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from tiler.errors import UsageError
+from tiler.request import shared
+from tiler.request.options import Option, Panel, option
+
+
+class Prediction(StrEnum):
+    """What a UNet predicts: the noise, or the velocity v (Salimans and Ho 2022, arXiv:2202.00512)."""
+
+    EPSILON = "epsilon"
+    V = "v"
+
+
+_PREDICTIONS = {
+    "eps": Prediction.EPSILON, "epsilon": Prediction.EPSILON, "v": Prediction.V, "v_prediction": Prediction.V,
+    "v-prediction": Prediction.V,
+}  # fmt: skip
+
+
+def parse_prediction(text: str) -> Prediction:
+    """`epsilon` or `v`, or the other names that people have for them. Raises UsageError."""
+    if (found := _PREDICTIONS.get(text.strip().lower())) is None:
+        raise UsageError(f"prediction = {text!r} is neither epsilon nor v")
+    return found
+
+
+def parse_folders(text: str) -> tuple[Path, ...]:
+    """Folders with a colon between them (a semicolon on Windows)."""
+    return tuple(Path(part).expanduser() for part in text.split(os.pathsep) if part)
+
+
+_TEXT = "A file or folder with {}."
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """A model by name, and the parts that other files bring. `variant` and `revision` choose among the files of a folder or a
+    repository; `model_dirs` are searched for names. Raises UsageError."""
+
+    model: str = option("mini", shared.MODEL)
+    variant: str | None = option(None, shared.VARIANT)
+    revision: str | None = option(None, shared.REVISION)
+    diffusion_model: str | None = option(
+        None,
+        Option(
+            "A file with a denoiser alone, as Flux's mostly are; the other parts come from --model, where that is given, the "
+            "flags below, or the folders of --model-dir.",
+            Panel.MODEL, ("--diffusion-model",), metavar="FILE",
+        ),
+    )  # fmt: skip
+    vae: str | None = option(
+        None,
+        Option(
+            "A file or folder with an autoencoder that takes the place of the model's own.",
+            Panel.MODEL,
+            ("--vae",),
+            metavar="PATH",
+        ),
+    )
+    text_encoder: str | None = option(
+        None,
+        Option(
+            "A file or folder with a text encoder; its width tells which one it is.",
+            Panel.MODEL,
+            ("--text-encoder",),
+            metavar="PATH",
+        ),
+    )
+    clip_l: str | None = option(
+        None, Option(_TEXT.format("CLIP-L"), Panel.MODEL, ("--clip_l", "--clip-l"), metavar="PATH")
+    )
+    clip_g: str | None = option(
+        None, Option(_TEXT.format("OpenCLIP-bigG"), Panel.MODEL, ("--clip_g", "--clip-g"), metavar="PATH")
+    )
+    t5xxl: str | None = option(None, Option(_TEXT.format("T5"), Panel.MODEL, ("--t5xxl",), metavar="PATH"))
+    prediction: Prediction | None = option(
+        None,
+        Option(
+            "What the UNet predicts, epsilon or v, where the model's files say otherwise or nothing.",
+            Panel.MODEL, ("--prediction",), parse=parse_prediction, metavar="epsilon|v", default="as the model says",
+        ),
+    )  # fmt: skip
+    model_dirs: tuple[Path, ...] = option(
+        (),
+        Option(
+            "Folders to look for models in by name, with colons between them; of AUTOMATIC1111 or ComfyUI the root will do.",
+            Panel.MODEL, ("--model-dir",), parse=parse_folders, metavar="PATHS", default="model_dirs of `tiler config`, $TILER_MODEL_DIRS",
+        ),
+    )  # fmt: skip
+
+    def replaced(self) -> dict[str, str]:
+        """What was given for single parts, by the flag's name without dashes."""
+        given = {
+            "vae": self.vae, "text-encoder": self.text_encoder, "clip_l": self.clip_l, "clip_g": self.clip_g,
+            "t5xxl": self.t5xxl,
+        }  # fmt: skip
+        return {name: value for name, value in given.items() if value is not None}
