@@ -36,6 +36,7 @@ from tiler.memory.policy import at_layer, at_rows
 from tiler.models import family as families
 from tiler.models.built import Models
 from tiler.models.family import Family, Options, Part, Role, VaeSpec
+from tiler.models.loras import apply_loras, find_loras, notes_on_loras
 from tiler.models.prompting import notes_on_prompts, read_options
 from tiler.models.reading import Reading
 from tiler.models.samples import Sample
@@ -48,7 +49,8 @@ from tiler.request import Decode, GuideUpscale, Precision, RenderRequest, Resolv
 from tiler.request.wording import may_be_long
 from tiler.run import Names, Run, measure, streamed
 from tiler.weights import checkpoint
-from tiler.weights.identity import model_id
+from tiler.weights.changes import Changes
+from tiler.weights.identity import changed_id, model_id
 from tiler.weights.index import TensorInfo
 from tiler.weights.packed import default_cache
 
@@ -86,8 +88,15 @@ class RenderRun(Run):
 
     @cached_property
     def model_id(self) -> str:
-        """Of the checkpoint's weights and configs."""
-        return model_id(self.plan.family.checkpoint, [part.name for part in self.plan.family.parts])
+        """Of the checkpoint's weights and configs, and of the LoRAs that change them."""
+        own = model_id(self.plan.family.checkpoint, [part.name for part in self.plan.family.parts])
+        return own if self.models.loras is None else changed_id(own, self.models.loras.fingerprint)
+
+    def changes(self, part: Part) -> Changes:
+        """What LoRAs change of a part's weights where they are read."""
+        if self.plan.precision is Precision.INT8 and part.role is Role.DENOISER:
+            return packing.beside_packed(self.models, part)
+        return self.models.changes(part)
 
     @property
     def decoding(self) -> Decoding:
@@ -125,6 +134,8 @@ def start(
     if settings.save_latents is not None:
         check_writable(settings.save_latents, force=settings.force or job.resumed, option="--save-latents")
     models = open_models(family, settings.tiny_vae)
+    loras = find_loras(settings)
+    models.loras = apply_loras(loras, models)
     plan = make_plan(settings, models, budget.max_bytes, job)
     run = RenderRun(
         said=request, request=settings, plan=plan, models=models, budget=budget, on_event=on_event, job=job,
@@ -135,7 +146,16 @@ def start(
         height, width = pixels_of(plan.canvas)
         run.note(f"this model makes no picture as small as that: it is the middle of one of {width}×{height}")
     on_prompts = notes_on_prompts(settings, family, has_guide=plan.guide is not None)
-    for note in (*on_prompts, *found.notes, *family.notes, *plan.notes, memory_warning(budget.max_bytes)):
+    on_loras = notes_on_loras(settings, loras, family)
+    for note in (
+        *on_prompts,
+        *on_loras,
+        *models.loras.notes,
+        *found.notes,
+        *family.notes,
+        *plan.notes,
+        memory_warning(budget.max_bytes),
+    ):
         if note is not None:
             run.note(note)
     return run
@@ -195,7 +215,8 @@ def encode_prompts(run: RenderRun) -> Prompts:
     @contextmanager
     def opened(part: Part) -> Iterator[Any]:
         module = run.models.module(part)
-        with run.streamed(module, *run.weights[part.name], int8_products=False, arena_bytes=part.arena_bytes):
+        options = dict[str, Any](changes=run.changes(part), int8_products=False, arena_bytes=part.arena_bytes)
+        with run.streamed(module, *run.weights[part.name], **options):
             yield module
 
     with run.phase("encode prompts", 1):
@@ -279,7 +300,7 @@ def _denoise(
         return latents
     family, part = plan.family, plan.family.part(Role.DENOISER)
     denoiser, short = run.models.module(part), partial(run.budget.short, plan.sample_bytes)
-    held = dict[str, Any](arena_bytes=plan.arena_bytes, transform=True, short=short)
+    held = dict[str, Any](changes=run.changes(part), arena_bytes=plan.arena_bytes, transform=True, short=short)
     with (
         interrupts.deferred(),
         run.streamed(denoiser, *run.weights[part.name], plan.resident[phase], **held) as streamer,

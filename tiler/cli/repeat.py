@@ -12,6 +12,7 @@ from tiler.output.recipes import Recipe, read_recipe
 from tiler.output.texts import read_texts
 from tiler.request import Region, Scheduler, parse_scheduler, settings
 from tiler.request.choices import Mask
+from tiler.request.loras import Lora
 from tiler.request.settings import Kind
 
 _SAMPLERS = {
@@ -23,7 +24,7 @@ _SAMPLERS = {
 _OF_THE_RUN = ("output", "force", "metadata", "cache_dir", "scratch", "save_latents")  # never the picture's
 _NEVER = (*_OF_THE_RUN, "size", "preset")  # resolved in others
 _UNTOLD = re.compile(
-    r"Version|.*[Hh]ash(es)?|VAE|RNG|Schedule type|scheduler|denoise|SDCPP|kernels|model_id|bleed_mm|revision"
+    r"Version|.*[Hh]ash(es)?|VAE|RNG|Schedule type|scheduler|denoise|SDCPP|kernels|model_id|lora_hashes|bleed_mm|revision"
 )
 
 
@@ -51,6 +52,8 @@ def repeat(picture: Path, typed: frozenset[str], defaults: Mapping[str, Any]) ->
             values["guide_image"] = _guide(str(values["guide_image"]), picture)
     except ModelError as error:
         raise ModelError(f"{picture}: {error}") from error
+    if "loras" in values:
+        values["loras"] = tuple(_lora(said, picture) for said in values["loras"])
     if "regions" in values:
         values["regions"] = tuple(map(_region, values["regions"]))
     if isinstance(interval := values.get("guidance_interval"), list):
@@ -111,6 +114,16 @@ def _guide(name: str, picture: Path) -> Path:
         if (path := folder / name).is_file():
             return path
     raise ModelError(f"made from the guide {name}, which is not beside it; give --guide")
+
+
+def _lora(said: Mapping[str, Any], picture: Path) -> Lora:
+    """A LoRA's file: beside the picture, here, or in the lora_dirs. Raises ModelError."""
+    name = str(said["file"])
+    beside = [path for folder in (picture.parent, Path()) if (path := folder / f"{name}.safetensors").is_file()]
+    found = beside or settings.find(Kind.LORA, name)
+    if not found:
+        raise ModelError(f"made with the LoRA {name}, which is neither beside it nor in the lora_dirs; give --lora")
+    return Lora(file=found[0], strength=float(said["strength"]), text_strength=float(said["text_strength"]))
 
 
 def _region(said: Mapping[str, Any]) -> Region:

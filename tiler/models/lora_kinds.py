@@ -80,14 +80,15 @@ def few_steps(files: Iterable[Path], *, flow: bool) -> tuple[Path, Recipe] | Non
         words = set(_WORD.findall(name))
         match = _STEPS.search(name)
         steps = int(match[1]) if match is not None and 1 <= int(match[1]) <= 16 else None
+        is_of_model = steps is not None or bool(
+            words & {"sd", "sdxl", "xl", "flux"}
+        )  # and no style: hyper-realism, lightning bolts
         if "lcm" in words:
             found = _recipe("LCM", steps or 4, 1.0, Scheduler.LCM)
-        elif "lightning" in words:
+        elif "lightning" in words and is_of_model:
             found = _recipe("Lightning", steps or 4, 1.0, Scheduler.EULER)
-        elif words & {"hyper", "hypersd", "hypersdxl"}:
+        elif words & {"hyper", "hypersd", "hypersdxl"} and is_of_model:
             found = _recipe("Hyper-SD", steps or 8, 5.0 if "cfg" in name else 1.0, Scheduler.DDIM)
-        elif "turbo" in words:
-            found = _recipe("Turbo", steps or 8, 1.0, Scheduler.AUTO)
         else:
             continue
         if flow:

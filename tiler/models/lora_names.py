@@ -42,7 +42,7 @@ def names_of_modules(models: Models) -> dict[str, tuple[Target, ...]]:
     for path, targets in _own_names(denoiser, module):
         for name in _denoiser_spellings(path):
             found.setdefault(name, targets)
-    sizes = {path: len(m.weight) for path, m in module.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}  # type: ignore[arg-type]
+    sizes = {path: len(m.weight) for path, m in module.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
     for name, paths in _original_names(module, sizes):
         firsts = [sum(sizes.get(path, 0) for path in paths[:i]) for i in range(len(paths))]
         targets = tuple(Target(denoiser.name, path, first) for path, first in zip(paths, firsts, strict=True))

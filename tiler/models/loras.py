@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 from tiler.errors import ModelError, UsageError
 from tiler.models.built import Models
 from tiler.models.family import Family, Role
-from tiler.models.lora_kinds import Scaling, family_of_lora, family_of_model
+from tiler.models.lora_kinds import Scaling, family_of_lora, family_of_model, few_steps
 from tiler.models.lora_names import Target, names_of_modules
-from tiler.request import RenderRequest
+from tiler.request import RenderRequest, ResolvedRequest, settings
 from tiler.request.loras import Lora, parse_tag, summed
 from tiler.request.wording import tags_of
 from tiler.weights.changes import Change, Changes, Factors, Magnitude
@@ -27,13 +27,18 @@ _SHOWN = 3  # names in a note
 
 @dataclass(frozen=True, kw_only=True)
 class Applied:
-    """What a render's LoRAs change, by part and parameter; `names` are those of files, each with its hash (lora_files.py), and
-    `fingerprint` tells them, in their strengths, from others. `notes` are for the user."""
+    """What a render's LoRAs change, by part and parameter; `names` are those of files, each with its hash (lora_files.py);
+    `marks` tell each file, in its strengths, from others. `notes` are for the user."""
 
     changes: Mapping[str, Changes] = field(default_factory=dict)
     names: Mapping[str, str] = field(default_factory=dict)
-    fingerprint: str = ""
+    marks: Mapping[Path, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells all of them from others; empty where there are none."""
+        return ", ".join(sorted(self.marks.values()))
 
     def of(self, part: str) -> Changes:
         """By parameter of a part."""
@@ -46,12 +51,12 @@ NO_LORAS = Applied()
 def find_loras(request: RenderRequest) -> tuple[Lora, ...]:
     """The files that a request names, by --lora and by tags, each once. Raises TilerError."""
     tags = tags_of(request)
-    if tags and request.lora_dir is None:
+    folders = settings.folders(settings.Kind.LORA) if request.lora_dir is None else (request.lora_dir.expanduser(),)
+    if tags and not folders:
         raise UsageError(f"{tags[0]}: give the folder of the LoRAs with --lora-dir, or the file itself with --lora")
     found = list(request.loras)
     for named in map(parse_tag, tags):
-        assert request.lora_dir is not None
-        file = find_lora(named.name, request.lora_dir.expanduser())
+        file = find_lora(named.name, folders)
         found.append(Lora(file=file, strength=named.strength, text_strength=named.text_strength))
     return summed(found)
 
@@ -62,14 +67,30 @@ def apply_loras(loras: Sequence[Lora], models: Models) -> Applied:
         return NO_LORAS
     targets = names_of_modules(models)
     changes: dict[str, dict[str, list[Change]]] = {}
-    names, notes, marks = {}, [], []
+    names: dict[str, str] = {}
+    marks: dict[Path, str] = {}
+    notes: list[str] = []
     for lora in loras:
         path = lora.file.expanduser()
         read = _LoraFile.read(path)
         notes += _match(read, lora, models, targets, changes)
         names[path.stem] = lora_hash(path)
-        marks.append(f"{names[path.stem]} {lora.strength:g} {lora.text_strength:g}")
-    return Applied(changes=changes, names=names, fingerprint=", ".join(sorted(marks)), notes=tuple(notes))
+        marks[path] = f"{names[path.stem]} {lora.strength:g} {lora.text_strength:g}"
+    return Applied(changes=changes, names=names, marks=marks, notes=tuple(notes))
+
+
+def notes_on_loras(request: ResolvedRequest, loras: Sequence[Lora], family: Family) -> Iterator[str]:
+    """What a LoRA for few steps means for a render."""
+    found = few_steps((lora.file for lora in loras), flow=family.traits.flow)
+    if found is None:
+        return
+    path, recipe = found
+    yield (
+        f"{path.name} is a {recipe.title} LoRA: {request.num_inference_steps} steps, guidance {request.guidance_scale:g}, "
+        f"{request.scheduler.value}; what is given as an option wins"
+    )
+    if request.guidance_scale > max(2.0, recipe.defaults["guidance_scale"]):
+        yield f"guidance {request.guidance_scale:g} is much for a {recipe.title} LoRA: colours burn; take 1 to 2"
 
 
 class _LoraFile(NamedTuple):
@@ -263,17 +284,17 @@ def _shape(path: Path, name: str, kind: Kind, slots: Mapping[Slot, TensorInfo]) 
             first = _product_sides(sides, Slot.W1_A, Slot.W1_B, Slot.T1)
             _must(first == _product_sides(sides, Slot.W2_A, Slot.W2_B, Slot.T2))
             return first
-        rank = None
+        factored: int | None = None
         if Slot.W1 in sides:
             out1, in1 = sides[Slot.W1]
         else:
-            out1, in1, rank = _product_sides(sides, Slot.W1_A, Slot.W1_B, Slot.T1)
+            out1, in1, factored = _product_sides(sides, Slot.W1_A, Slot.W1_B, Slot.T1)
         if Slot.W2 in sides:
             out2, *rest = sides[Slot.W2]
             in2 = math.prod(rest)
         else:
-            out2, in2, rank = _product_sides(sides, Slot.W2_A, Slot.W2_B, Slot.T2)
-        return out1 * out2, in1 * in2, rank
+            out2, in2, factored = _product_sides(sides, Slot.W2_A, Slot.W2_B, Slot.T2)
+        return out1 * out2, in1 * in2, factored
     except ValueError:
         shapes = ", ".join(f"{slot} {list(shape)}" for slot, shape in sides.items())
         raise ModelError(

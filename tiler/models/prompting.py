@@ -11,7 +11,6 @@ from tiler.models.embeddings import Embeddings
 from tiler.models.family import Family, Guidance
 from tiler.models.reading import Reading
 from tiler.request import ResolvedRequest, settings
-from tiler.request.wording import tags_of
 
 
 def read_options(request: ResolvedRequest, models: Models, texts: Sequence[str | None]) -> Reading:
@@ -35,9 +34,7 @@ def _folders(request: ResolvedRequest) -> tuple[Path, ...]:
 
 
 def notes_on_prompts(request: ResolvedRequest, family: Family, *, has_guide: bool) -> Iterator[str]:
-    """What of the request has no effect with this family. Raises UsageError for tags that cannot be."""
-    for tag in tags_of(request):
-        yield f"{tag} is left out of the prompt: tiler applies no LoRA"
+    """What of the request has no effect with this family."""
     texts = request.prompt, request.canvas_prompt, request.negative_prompt, *(r.prompt for r in request.regions)
     if not _folders(request) and any("embedding:" in text for text in texts if text):
         yield "embedding:NAME is read as text: give the folder of the embeddings with --embd-dir"

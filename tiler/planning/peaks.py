@@ -25,6 +25,7 @@ from tiler.planning.facts import Facts
 from tiler.planning.fit import Weight
 from tiler.planning.table import PhasePlan, Term
 from tiler.request import Decode, Wrap
+from tiler.weights.changes import STEP_ELEMENTS, Changes
 from tiler.weights.grouped import is_read
 from tiler.weights.index import TensorInfo
 from tiler.weights.store import PIECE_ELEMENTS, READ_AHEAD, match_index
@@ -56,6 +57,15 @@ def weights_terms(module: nn.Module, stored: Mapping[str, TensorInfo]) -> list[T
     ]
 
 
+def changes_terms(changes: Changes) -> list[Term]:
+    """What LoRAs keep in memory while the weights of one layer are changed: all their factors for the largest, once more as they
+    are stored, and a difference of a few rows."""
+    if not changes:
+        return []
+    most = max(sum(change.factor_elements for change in some) for some in changes.values())
+    return [Term(name="LoRA", nbytes=6 * most + 3 * 4 * STEP_ELEMENTS)]
+
+
 def text_phase(models: Models, fixed: list[Term]) -> PhasePlan:
     """Encoding the prompts; one encoder is in memory at a time, and the largest counts."""
     phases = [_encoder_phase(models, part, fixed) for part in models.family.encoders]
@@ -70,7 +80,8 @@ def _encoder_phase(models: Models, part: Part, fixed: list[Term]) -> PhasePlan:
         assert part.example is not None, part.name
         with MetaMeter() as meter, torch.no_grad():
             part.example(encoder)
-        terms = [*fixed, *weights_terms(encoder, stored), Term(name=ACTIVATIONS, nbytes=meter.peak_bytes)]
+        own = [*weights_terms(encoder, stored), *changes_terms(models.changes(part))]
+        terms = [*fixed, *own, Term(name=ACTIVATIONS, nbytes=meter.peak_bytes)]
     return PhasePlan(name="encode prompts", terms=tuple(terms))
 
 
@@ -88,14 +99,19 @@ class DenoiserPeaks:
             for name in quantised & self.stored.keys()
         }
         arena_bytes = arena_bytes or part.arena_bytes
-        self.streamer = Streamer(None, int8_keys=quantised, arena_bytes=arena_bytes, transform=True)
+        self._changes = models.changes(part)
+        ranks = {name: sum(one.rank or 0 for one in some) for name, some in self._changes.items() if name in quantised}
+        self.streamer = Streamer(
+            None, int8_keys=quantised, arena_bytes=arena_bytes, transform=True,
+            ranks={name: rank for name, rank in ranks.items() if rank},
+        )  # fmt: skip
         self._more_tokens = CLIP_TOKENS * (chunks - 1)
         self._activations: dict[tuple[tuple[int, ...], int, int], int] = {}
 
     @cached_property
     def terms(self) -> list[Term]:
         with lent(self.module, self.streamer):
-            return weights_terms(self.module, self.stored)
+            return [*weights_terms(self.module, self.stored), *changes_terms(self._changes)]
 
     @cached_property
     def weights(self) -> list[Weight]:

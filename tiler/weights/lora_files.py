@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -14,15 +15,16 @@ SUFFIX = ".safetensors"
 _CHUNK = 2**20
 
 
-def find_lora(name: str, folder: Path) -> Path:
-    """The file that a tag of the prompt names: by its path in `folder`, by its stem there or in any folder below, or by the
-    `ss_output_name` that its trainer wrote into it. Raises ModelError, and UsageError where two files have that name."""
-    if not folder.is_dir():
-        raise UsageError(f"--lora-dir {folder}: no such folder; check the path")
-    for path in (folder / name, folder / f"{name}{SUFFIX}"):
-        if path.is_file():
-            return path
-    files = sorted(path for path in folder.rglob(f"*{SUFFIX}") if path.is_file())
+def find_lora(name: str, folders: Sequence[Path]) -> Path:
+    """The file that a tag of the prompt names: by its path in one of `folders`, by its stem there or in any folder below, or by
+    the `ss_output_name` that its trainer wrote into it. Raises ModelError, and UsageError where two files have that name."""
+    for folder in folders:
+        if not folder.is_dir():
+            raise UsageError(f"--lora-dir {folder}: no such folder; check the path")
+        for path in (folder / name, folder / f"{name}{SUFFIX}"):
+            if "/" in name and path.is_file():
+                return path
+    files = sorted(path for folder in folders for path in folder.rglob(f"*{SUFFIX}") if path.is_file())
     hits = [path for path in files if path.stem == name] or [
         path for path in files if path.stem.lower() == name.lower()
     ]
@@ -33,7 +35,7 @@ def find_lora(name: str, folder: Path) -> Path:
     if not hits:
         near = get_close_matches(name, [path.stem for path in files], n=3)
         known = f"; near names are {', '.join(near)}" if near else "; check the name"
-        raise ModelError(f"<lora:{name}>: no such LoRA in {folder}{known}")
+        raise ModelError(f"<lora:{name}>: no such LoRA in {', '.join(map(str, folders))}{known}")
     return hits[0]
 
 

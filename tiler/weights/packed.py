@@ -21,6 +21,7 @@ import torch
 from tiler.errors import ModelError, StorageError
 from tiler.files import atomic
 from tiler.weights.blocks import block_sides, blocked, can_block
+from tiler.weights.changes import Changes
 from tiler.weights.index import TensorInfo, open_regular, read_index, read_metadata
 from tiler.weights.layouts import understood
 from tiler.weights.places import cache_home
@@ -109,10 +110,11 @@ def write_packed(
     progress: Callable[[float], None],
     *,
     in_blocks: frozenset[str] = frozenset(),
+    changes: Changes | None = None,
 ) -> None:
     """Write the tensors of `index` in `order`; those in `quantised` as int8, by its function, and of them those `in_blocks` that
-    divide into blocks in the order of blocks.py; others as they are stored, or in fp32 if several tensors make them. `progress` gets the share written. Raises StorageError, ModelError,
-    NumericalError."""
+    divide into blocks in the order of blocks.py; others as they are stored, or in fp32 if several tensors make them. `changes` of
+    quantised ones are made first. `progress` gets the share written. Raises StorageError, ModelError, NumericalError."""
     header: dict[str, Any] = {"__metadata__": _metadata(mark, bool(in_blocks))}
     in_blocks = frozenset(name for name in in_blocks if can_block(index[name].shape))
     end = 0
@@ -141,7 +143,7 @@ def write_packed(
             "choose another --cache-dir, or render with --precision fp32"
         )
     written = 0
-    with WeightStore(index, piece_elements=_PIECE_ELEMENTS) as store, atomic(path) as file:
+    with WeightStore(index, piece_elements=_PIECE_ELEMENTS, changes=changes) as store, atomic(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         scales: list[torch.Tensor] = []
         for name in order:
