@@ -25,8 +25,17 @@ import torch
 from safetensors.torch import save_file
 
 KINDS = (
-    "sd15", "sd21", "tiny", "tiny-sd2", "tiny-old", "tiny-plain", "tiny-plain-sd2", "tiny-plain-sdxl", "taesd", "taesd8",
-)  # fmt: skip
+    "sd15",
+    "sd21",
+    "tiny",
+    "tiny-sd2",
+    "tiny-old",
+    "tiny-plain",
+    "tiny-plain-sd2",
+    "tiny-plain-sdxl",
+    "taesd",
+    "taesd8",
+)
 FAMILIES = tuple(path.stem for path in sorted((Path(__file__).parent / "checkpoints").glob("[a-z]*.py")))
 """Modules of scripts/checkpoints/, each with `write(folder, size)`."""
 SIZES = ("tiny", "wide", "full")
@@ -34,19 +43,40 @@ CACHE = Path(os.environ.get("TILER_TEST_CACHE", Path.home() / ".cache/tiler/chec
 
 # As in the published repositories: written by an old diffusers, later fields missing.
 _UNET = {
-    "_class_name": "UNet2DConditionModel", "_diffusers_version": "0.6.0", "act_fn": "silu", "attention_head_dim": 8,
-    "block_out_channels": [320, 640, 1280, 1280], "center_input_sample": False, "cross_attention_dim": 768,
+    "_class_name": "UNet2DConditionModel",
+    "_diffusers_version": "0.6.0",
+    "act_fn": "silu",
+    "attention_head_dim": 8,
+    "block_out_channels": [320, 640, 1280, 1280],
+    "center_input_sample": False,
+    "cross_attention_dim": 768,
     "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
-    "downsample_padding": 1, "flip_sin_to_cos": True, "freq_shift": 0, "in_channels": 4, "layers_per_block": 2,
-    "mid_block_scale_factor": 1, "norm_eps": 1e-05, "norm_num_groups": 32, "out_channels": 4, "sample_size": 64,
+    "downsample_padding": 1,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "in_channels": 4,
+    "layers_per_block": 2,
+    "mid_block_scale_factor": 1,
+    "norm_eps": 1e-05,
+    "norm_num_groups": 32,
+    "out_channels": 4,
+    "sample_size": 64,
     "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
-}  # fmt: skip
+}
 _VAE = {
-    "_class_name": "AutoencoderKL", "_diffusers_version": "0.6.0", "act_fn": "silu",
-    "block_out_channels": [128, 256, 512, 512], "down_block_types": ["DownEncoderBlock2D"] * 4, "in_channels": 3,
-    "latent_channels": 4, "layers_per_block": 2, "norm_num_groups": 32, "out_channels": 3, "sample_size": 512,
+    "_class_name": "AutoencoderKL",
+    "_diffusers_version": "0.6.0",
+    "act_fn": "silu",
+    "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "in_channels": 3,
+    "latent_channels": 4,
+    "layers_per_block": 2,
+    "norm_num_groups": 32,
+    "out_channels": 3,
+    "sample_size": 512,
     "up_block_types": ["UpDecoderBlock2D"] * 4,
-}  # fmt: skip
+}
 _TEXT = {
     "architectures": ["CLIPTextModel"],
     "attention_dropout": 0.0,
@@ -83,10 +113,19 @@ _SCHEDULER = {
     "clip_sample": False,
 }
 _V_SCHEDULER = {
-    "_class_name": "DDIMScheduler", "_diffusers_version": "0.8.0", "beta_end": 0.012, "beta_schedule": "scaled_linear",
-    "beta_start": 0.00085, "clip_sample": False, "num_train_timesteps": 1000, "prediction_type": "v_prediction",
-    "set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1, "trained_betas": None,
-}  # fmt: skip
+    "_class_name": "DDIMScheduler",
+    "_diffusers_version": "0.8.0",
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "clip_sample": False,
+    "num_train_timesteps": 1000,
+    "prediction_type": "v_prediction",
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "trained_betas": None,
+}
 
 
 def configs(kind: str) -> dict[str, dict[str, Any]]:

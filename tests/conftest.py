@@ -25,6 +25,18 @@ frugal_allocator()
 os.environ["TILER_CONFIG"] = os.devnull  # the habits of whoever runs the tests are not the tests'
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Tests take no prompts that another version of the code encoded; int8 weights, which tell of their version, they share."""
+    from tiler.weights.packed import default_cache
+
+    packed, home = default_cache(), tmp_path_factory.mktemp("cache")
+    packed.mkdir(parents=True, exist_ok=True)
+    (home / "tiler").mkdir()
+    (home / "tiler/packed").symlink_to(packed)
+    os.environ["XDG_CACHE_HOME"] = str(home)
+
+
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the tiny checkpoints `tiny` (epsilon) and `tiny-sd2` (v-prediction, linear projections)."""

@@ -5,7 +5,7 @@
 
     render(RenderRequest(prompt="misty mountains in indigo blue", output=Path("poster.png"), size=2048), Budget("800MB"))
 
-Importing this package imports no torch; the four functions do when they are first used.
+Importing this package imports no torch; the functions do when they are first used.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING
 
 from tiler.errors import TilerError
 from tiler.memory.budget import Budget
-from tiler.request import DecodeRequest, QuantizeRequest, Region, RenderRequest
+from tiler.request import DecodeRequest, EncodeRequest, QuantizeRequest, Region, RenderRequest
 
 if TYPE_CHECKING:
-    from tiler.pipeline import Planned, Result, decode, plan, quantize, render
+    from tiler.pipeline import Planned, Result, decode, encode, plan, quantize, render
 
 __all__ = [
     "Budget",
     "DecodeRequest",
+    "EncodeRequest",
     "Planned",
     "QuantizeRequest",
     "Region",
@@ -29,6 +30,7 @@ __all__ = [
     "Result",
     "TilerError",
     "decode",
+    "encode",
     "plan",
     "quantize",
     "render",
@@ -36,7 +38,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    if name in ("Planned", "Result", "decode", "plan", "quantize", "render"):
+    if name in ("Planned", "Result", "decode", "encode", "plan", "quantize", "render"):
         from tiler import pipeline
 
         return getattr(pipeline, name)

@@ -29,7 +29,7 @@ from tiler.weights.store import match_index
 
 
 def packed_parts(family: Family) -> list[Part]:
-    """The parts whose weights a packed file holds, in the order in which they are used."""
+    """The parts whose weights a packed file holds, in the order in which they are used; text encoders where they are there."""
     return [*family.encoders, family.part(Role.DENOISER)]
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tiler import events, interrupts, packing
+from tiler import encoding, events, interrupts, packing
 from tiler.compute.stream import Streamer
 from tiler.decoding import FACTOR, method
 from tiler.decoding.method import DecodePlan
@@ -26,6 +26,7 @@ from tiler.diffusion.guide_picture import GuidePicture
 from tiler.diffusion.prompts import Prompts
 from tiler.diffusion.runner import Conditions, LocalRunner
 from tiler.diffusion.tiles import Steps, region_span
+from tiler.encoding import Spoken
 from tiler.errors import NumericalError
 from tiler.events import OnEvent, percent
 from tiler.files import check_writable
@@ -35,10 +36,10 @@ from tiler.memory.limits import memory_warning
 from tiler.memory.policy import at_layer, at_rows
 from tiler.models import family as families
 from tiler.models.built import Models
+from tiler.models.embeds import read_words
 from tiler.models.family import Family, Options, Part, Role, VaeSpec
 from tiler.models.loras import apply_loras, find_loras, notes_on_loras
-from tiler.models.prompting import notes_on_prompts, read_options
-from tiler.models.reading import Reading
+from tiler.models.prompting import notes_on_prompts
 from tiler.models.samples import Sample
 from tiler.output.latents import save_latents
 from tiler.output.picture import check_picture
@@ -46,9 +47,7 @@ from tiler.planning.render import RenderPlan, build_schedule, plan_render
 from tiler.planning.resolve import resolve
 from tiler.planning.tiling import pixels_of, plan_tiling
 from tiler.request import Decode, GuideUpscale, Precision, RenderRequest, ResolvedRequest
-from tiler.request.wording import may_be_long
 from tiler.run import Names, Run, measure, streamed
-from tiler.weights import checkpoint
 from tiler.weights.changes import Changes
 from tiler.weights.identity import changed_id, model_id
 from tiler.weights.index import TensorInfo
@@ -64,7 +63,7 @@ class RenderRun(Run):
     plan: RenderPlan
     job: Job
     weights: dict[str, tuple[dict[str, TensorInfo], Names]]  # by part: where its parameters lie, and their names there
-    reading: Reading
+    spoken: Spoken
     prepared: Any = None  # by the family, for guide and canvas
     texts: dict[str, str] = field(default_factory=dict)  # what the picture will say of itself
     counts: dict[str, int] = field(
@@ -125,8 +124,9 @@ def start(
     `planning` an output that was not named need not be free.
     """
     job = job or Job(request)
-    request = job.adopt(request)
-    family = families.open_family(request)
+    words = None if request.prompt_embeds is None else read_words(request.prompt_embeds)
+    request = encoding.with_words(job.adopt(request), words)
+    family = families.open_family(request, reads_text=words is None)
     found = family.checkpoint
     settings = resolve(request, family)
     if not planning or request.output is not None:
@@ -136,17 +136,19 @@ def start(
     models = open_models(family, settings.tiny_vae)
     loras = find_loras(settings)
     models.loras = apply_loras(loras, models)
-    plan = make_plan(settings, models, budget.max_bytes, job)
+    begun = settings if job.manifest is None else replace(settings, precision=Precision(job.manifest.precision))
+    spoken = encoding.find_prompts(begun, models, plan_tiling(settings, family).texts, words)
+    plan = make_plan(settings, models, budget.max_bytes, job, encoded=spoken.all_encoded)
     run = RenderRun(
         said=request, request=settings, plan=plan, models=models, budget=budget, on_event=on_event, job=job,
-        reading=read_options(settings, models, plan.texts),
+        spoken=spoken,
         weights={part.name: (found.weights(part.name), part.aliases) for part in packing.packed_parts(family)},
     )  # fmt: skip
     if any(plan.crop):
         height, width = pixels_of(plan.canvas)
         run.note(f"this model makes no picture as small as that: it is the middle of one of {width}×{height}")
     on_prompts = notes_on_prompts(settings, family, has_guide=plan.guide is not None)
-    on_loras = notes_on_loras(settings, loras, family)
+    on_loras = notes_on_loras(settings, loras, models)
     for note in (
         *on_prompts,
         *on_loras,
@@ -164,23 +166,27 @@ def start(
 def open_models(family: Family, tiny_vae: str | None = None) -> Models:
     """The family's models, and the tiny decoder in the folder `tiny_vae`, to be built once for all that follows. Raises
     ModelError."""
-    return Models(family, None if tiny_vae is None else families.read_tiny(checkpoint.resolve_part(tiny_vae), family))
+    return Models(family, None if tiny_vae is None else families.open_tiny(tiny_vae, family))
 
 
-def make_plan(request: ResolvedRequest, models: Models, max_bytes: int, job: Job | None = None) -> RenderPlan:
-    """Cut the work, build the models, look at the process and plan. What a job was begun with holds. Raises TilerError."""
+def make_plan(
+    request: ResolvedRequest, models: Models, max_bytes: int, job: Job | None = None, *, encoded: bool = False
+) -> RenderPlan:
+    """Cut the work, build the models, look at the process and plan; no text encoder is needed for prompts that are `encoded`. What
+    a job was begun with holds. Raises TilerError."""
     tiling = plan_tiling(request, models.family)
-    models.build()
+    # int8 weights are made of all parts
+    models.build(encoders=not encoded or encoding.precision_of(request, models.family) is Precision.INT8)
     with ExitStack() as stack:
         path, canvas = request.guide_image, pixels_of(tiling.canvas)
         picture = None if path is None else stack.enter_context(GuidePicture(path, canvas))
         facts = measure(request.scratch_folder, picture)
     if job is None or (begun := job.manifest) is None:
-        return plan_render(request, models, tiling, facts, max_bytes)
+        return plan_render(request, models, tiling, facts, max_bytes, encoded=encoded)
     facts = replace(facts, scratch_free_bytes=facts.scratch_free_bytes + job.spooled_bytes)
     request = replace(request, precision=Precision(begun.precision))
     methods = {name: Decode(kind) for name, kind in begun.methods.items()}
-    plan = plan_render(request, models, tiling, facts, max_bytes, methods)
+    plan = plan_render(request, models, tiling, facts, max_bytes, methods, encoded=encoded)
     return replace(plan, precision_why="as the job was begun")
 
 
@@ -206,22 +212,9 @@ def load_guide(run: RenderRun) -> np.ndarray | None:
 
 def encode_prompts(run: RenderRun) -> Prompts:
     """Every text that is said at any step, once."""
-    family = run.plan.family
-    texts: list[str | None] = run.plan.texts
-    long = any(map(may_be_long, texts)) or run.reading.embeddings is not None
-    if family.traits.chunked and long and "" not in texts:
-        texts = [*texts, ""]  # whose chunks lengthen others
-
-    @contextmanager
-    def opened(part: Part) -> Iterator[Any]:
-        module = run.models.module(part)
-        options = dict[str, Any](changes=run.changes(part), int8_products=False, arena_bytes=part.arena_bytes)
-        with run.streamed(module, *run.weights[part.name], **options):
-            yield module
-
     with run.phase("encode prompts", 1):
-        encoded = family.encode(texts, opened, run.note, run.reading)
-        return Prompts(family, dict(zip(texts, encoded, strict=True)))
+        encoded = encoding.encode_prompts(run, run.weights, run.spoken)
+        return Prompts(run.plan.family, {text: found.prompt for text, found in encoded.items()})
 
 
 def make_guide(run: RenderRun, prompts: Prompts) -> Tensor | None:

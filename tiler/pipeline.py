@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from tiler import decode_run, packing, phases, quantising, reports
+from tiler import decode_run, encode_run, packing, phases, quantising, reports
 from tiler.events import Event, OnEvent
 from tiler.jobs.folder import Job
 from tiler.memory import lean_imports, process
@@ -25,7 +25,7 @@ from tiler.output.picture import write_picture
 from tiler.planning.render import RenderPlan
 from tiler.planning.summary import summarise
 from tiler.planning.time import measure
-from tiler.request import DecodeRequest, QuantizeRequest, RenderRequest, ResolvedRequest
+from tiler.request import DecodeRequest, EncodeRequest, QuantizeRequest, RenderRequest, ResolvedRequest
 from tiler.weights.packed import default_cache
 
 
@@ -112,6 +112,17 @@ def decode(request: DecodeRequest, budget: Budget | None = None, on_event: OnEve
         with closing(phases.decode(run, run.decoding, run.latents)) as rows:
             write_picture(run.output, rows, run.width, run.height, run.texts, request.dpi, force=request.force)
         return Result(output=run.output, report=reports.of_decode(run))
+
+
+@torch.no_grad()
+def encode(request: EncodeRequest, budget: Budget | None = None, on_event: OnEvent = _ignore) -> Result:
+    """Encode prompts into a file for `RenderRequest.prompt_embeds`. Raises TilerError."""
+    with budget or Budget() as budget:
+        run = encode_run.start(request, budget, on_event)
+        run.plan.check()
+        lean_imports.freeze_imports()
+        encode_run.encode(run)
+        return Result(output=run.output, report=reports.of_encode(run))
 
 
 @torch.no_grad()

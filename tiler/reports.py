@@ -14,6 +14,7 @@ import torch
 
 from tiler.compute.cpu import computed_by
 from tiler.decode_run import DecodeRun
+from tiler.encode_run import EncodeRun
 from tiler.jobs import manifest
 from tiler.jobs.manifest import Manifest
 from tiler.memory.budget import Budget
@@ -40,6 +41,14 @@ def of_decode(run: DecodeRun) -> dict[str, Any]:
     """The report of a decode."""
     facts = {"decode": run.decoding.plan.name, "width": run.width, "height": run.height}
     return _common(run.budget, run.plan.peak_bytes) | facts
+
+
+def of_encode(run: EncodeRun) -> dict[str, Any]:
+    """The report of an encoding."""
+    return _common(run.budget, run.plan.peak_bytes) | {
+        "prompts": len(run.spoken.texts),
+        "bytes": run.output.stat().st_size,
+    }
 
 
 def of_packed(path: Path, index: dict[str, TensorInfo], budget: Budget) -> dict[str, Any]:
@@ -81,7 +90,7 @@ def texts(run: RenderRun) -> dict[str, str]:
         scheduler=plan.scheduler.value,
         precision=plan.precision.value, kernels=computed_by(), begin=plan.begin,
         clip_skip=plan.family.traits.clip_skip,
-        embeddings={} if run.reading.embeddings is None else run.reading.embeddings.used,
+        embeddings={} if run.spoken.reading.embeddings is None else run.spoken.reading.embeddings.used,
         loras={} if run.models.loras is None else run.models.loras.names,
     )  # fmt: skip
     return picture_texts(run.request, facts)

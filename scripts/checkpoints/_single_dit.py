@@ -64,10 +64,12 @@ def _place(name: str) -> int:
 def _sd3(name: str) -> tuple[str, int]:
     block = r"^transformer_blocks\.(\d+)\."
     table = {
-        r"^pos_embed\.pos_embed$": "pos_embed", r"^pos_embed\.proj": "x_embedder.proj",
+        r"^pos_embed\.pos_embed$": "pos_embed",
+        r"^pos_embed\.proj": "x_embedder.proj",
         r"^time_text_embed\.timestep_embedder\.linear_(\d)": lambda m: f"t_embedder.mlp.{2 * int(m[1]) - 2}",
         r"^time_text_embed\.text_embedder\.linear_(\d)": lambda m: f"y_embedder.mlp.{2 * int(m[1]) - 2}",
-        r"^norm_out\.linear": "final_layer.adaLN_modulation.1", r"^proj_out": "final_layer.linear",
+        r"^norm_out\.linear": "final_layer.adaLN_modulation.1",
+        r"^proj_out": "final_layer.linear",
         block + r"attn\.(to_[qkv])\.": r"joint_blocks.\1.x_block.attn.qkv.",
         block + r"attn2\.(to_[qkv])\.": r"joint_blocks.\1.x_block.attn2.qkv.",
         block + r"attn\.add_[qkv]_proj\.": r"joint_blocks.\1.context_block.attn.qkv.",
@@ -77,35 +79,46 @@ def _sd3(name: str) -> tuple[str, int]:
         block + r"attn\.norm_added_([qk])": r"joint_blocks.\1.context_block.attn.ln_\2",
         block + r"norm1\.linear": r"joint_blocks.\1.x_block.adaLN_modulation.1",
         block + r"norm1_context\.linear": r"joint_blocks.\1.context_block.adaLN_modulation.1",
-        block + r"ff\.net\.0\.proj": r"joint_blocks.\1.x_block.mlp.fc1", block + r"ff\.net\.2": r"joint_blocks.\1.x_block.mlp.fc2",
+        block + r"ff\.net\.0\.proj": r"joint_blocks.\1.x_block.mlp.fc1",
+        block + r"ff\.net\.2": r"joint_blocks.\1.x_block.mlp.fc2",
         block + r"ff_context\.net\.0\.proj": r"joint_blocks.\1.context_block.mlp.fc1",
         block + r"ff_context\.net\.2": r"joint_blocks.\1.context_block.mlp.fc2",
-    }  # fmt: skip
+    }
     return _replace(name, table), _place(name)  # type: ignore[arg-type]
 
 
 def _flux(name: str) -> tuple[str, int]:
     double, single = r"^transformer_blocks\.(\d+)\.", r"^single_transformer_blocks\.(\d+)\."
     table = {
-        r"^time_text_embed\.timestep_embedder\.": "time_in.", r"^time_text_embed\.text_embedder\.": "vector_in.",
-        r"^time_text_embed\.guidance_embedder\.": "guidance_in.", r"linear_1\.(weight|bias)$": r"in_layer.\1",
-        r"linear_2\.(weight|bias)$": r"out_layer.\1", r"^context_embedder": "txt_in", r"^x_embedder": "img_in",
-        r"^norm_out\.linear": "final_layer.adaLN_modulation.1", r"^proj_out": "final_layer.linear",
-        double + r"norm1\.linear": r"double_blocks.\1.img_mod.lin", double + r"norm1_context\.linear": r"double_blocks.\1.txt_mod.lin",
+        r"^time_text_embed\.timestep_embedder\.": "time_in.",
+        r"^time_text_embed\.text_embedder\.": "vector_in.",
+        r"^time_text_embed\.guidance_embedder\.": "guidance_in.",
+        r"linear_1\.(weight|bias)$": r"in_layer.\1",
+        r"linear_2\.(weight|bias)$": r"out_layer.\1",
+        r"^context_embedder": "txt_in",
+        r"^x_embedder": "img_in",
+        r"^norm_out\.linear": "final_layer.adaLN_modulation.1",
+        r"^proj_out": "final_layer.linear",
+        double + r"norm1\.linear": r"double_blocks.\1.img_mod.lin",
+        double + r"norm1_context\.linear": r"double_blocks.\1.txt_mod.lin",
         double + r"attn\.to_[qkv]\.": r"double_blocks.\1.img_attn.qkv.",
         double + r"attn\.add_[qkv]_proj\.": r"double_blocks.\1.txt_attn.qkv.",
         double + r"attn\.norm_q\.weight": r"double_blocks.\1.img_attn.norm.query_norm.scale",
         double + r"attn\.norm_k\.weight": r"double_blocks.\1.img_attn.norm.key_norm.scale",
         double + r"attn\.norm_added_q\.weight": r"double_blocks.\1.txt_attn.norm.query_norm.scale",
         double + r"attn\.norm_added_k\.weight": r"double_blocks.\1.txt_attn.norm.key_norm.scale",
-        double + r"attn\.to_out\.0": r"double_blocks.\1.img_attn.proj", double + r"attn\.to_add_out": r"double_blocks.\1.txt_attn.proj",
-        double + r"ff\.net\.0\.proj": r"double_blocks.\1.img_mlp.0", double + r"ff\.net\.2": r"double_blocks.\1.img_mlp.2",
-        double + r"ff_context\.net\.0\.proj": r"double_blocks.\1.txt_mlp.0", double + r"ff_context\.net\.2": r"double_blocks.\1.txt_mlp.2",
-        single + r"norm\.linear": r"single_blocks.\1.modulation.lin", single + r"(?:attn\.to_[qkv]|proj_mlp)\.": r"single_blocks.\1.linear1.",
+        double + r"attn\.to_out\.0": r"double_blocks.\1.img_attn.proj",
+        double + r"attn\.to_add_out": r"double_blocks.\1.txt_attn.proj",
+        double + r"ff\.net\.0\.proj": r"double_blocks.\1.img_mlp.0",
+        double + r"ff\.net\.2": r"double_blocks.\1.img_mlp.2",
+        double + r"ff_context\.net\.0\.proj": r"double_blocks.\1.txt_mlp.0",
+        double + r"ff_context\.net\.2": r"double_blocks.\1.txt_mlp.2",
+        single + r"norm\.linear": r"single_blocks.\1.modulation.lin",
+        single + r"(?:attn\.to_[qkv]|proj_mlp)\.": r"single_blocks.\1.linear1.",
         single + r"proj_out": r"single_blocks.\1.linear2",
         single + r"attn\.norm_q\.weight": r"single_blocks.\1.norm.query_norm.scale",
         single + r"attn\.norm_k\.weight": r"single_blocks.\1.norm.key_norm.scale",
-    }  # fmt: skip
+    }
     return _replace(name, table), _place(name)
 
 
@@ -115,18 +128,22 @@ def _auraflow(name: str) -> tuple[str, int]:
     added = {"add_q_proj": "q", "add_k_proj": "k", "add_v_proj": "v", "to_add_out": "o"}
     layers = {"linear_1": "c_fc1", "linear_2": "c_fc2", "out_projection": "c_proj"}
     table = {
-        r"^pos_embed\.pos_embed$": "positional_encoding", r"^pos_embed\.proj": "init_x_linear",
+        r"^pos_embed\.pos_embed$": "positional_encoding",
+        r"^pos_embed\.proj": "init_x_linear",
         r"^time_step_proj\.linear_(\d)": lambda m: f"t_embedder.mlp.{2 * int(m[1]) - 2}",
-        "^context_embedder": "cond_seq_linear", r"^norm_out\.linear": "modF.1", "^proj_out": "final_linear",
+        "^context_embedder": "cond_seq_linear",
+        r"^norm_out\.linear": "modF.1",
+        "^proj_out": "final_linear",
         **{joint + rf"attn\.{old}\.": rf"double_layers.\1.attn.w2{new}." for old, new in attention.items()},
         **{joint + rf"attn\.{old}\.": rf"double_layers.\1.attn.w1{new}." for old, new in added.items()},
         **{single + rf"attn\.{old}\.": rf"single_layers.\1.attn.w1{new}." for old, new in attention.items()},
         **{joint + rf"ff\.{old}": rf"double_layers.\1.mlpX.{new}" for old, new in layers.items()},
         **{joint + rf"ff_context\.{old}": rf"double_layers.\1.mlpC.{new}" for old, new in layers.items()},
         **{single + rf"ff\.{old}": rf"single_layers.\1.mlp.{new}" for old, new in layers.items()},
-        joint + r"norm1\.linear": r"double_layers.\1.modX.1", joint + r"norm1_context\.linear": r"double_layers.\1.modC.1",
+        joint + r"norm1\.linear": r"double_layers.\1.modX.1",
+        joint + r"norm1_context\.linear": r"double_layers.\1.modC.1",
         single + r"norm1\.linear": r"single_layers.\1.modCX.1",
-    }  # fmt: skip
+    }
     return _replace(name, table), 0  # type: ignore[arg-type]
 
 
@@ -137,16 +154,23 @@ def _pixart(name: str) -> tuple[str, int]:
         return lambda m: f"{stem}.mlp.{2 * int(m[1]) - 2}"
 
     table = {
-        r"^pos_embed\.proj": "x_embedder.proj", r"^caption_projection\.linear_": "y_embedder.y_proj.fc",
+        r"^pos_embed\.proj": "x_embedder.proj",
+        r"^caption_projection\.linear_": "y_embedder.y_proj.fc",
         emb + r"timestep_embedder\.linear_(\d)": mlp("t_embedder"),
         emb + r"resolution_embedder\.linear_(\d)": mlp("csize_embedder"),
-        emb + r"aspect_ratio_embedder\.linear_(\d)": mlp("ar_embedder"), r"^adaln_single\.linear": "t_block.1",
-        "^proj_out": "final_layer.linear", "^scale_shift_table": "final_layer.scale_shift_table",
-        block + r"attn1\.to_[qkv]\.": r"blocks.\1.attn.qkv.", block + r"attn1\.to_out\.0": r"blocks.\1.attn.proj",
-        block + r"attn2\.to_q": r"blocks.\1.cross_attn.q_linear", block + r"attn2\.to_[kv]\.": r"blocks.\1.cross_attn.kv_linear.",
-        block + r"attn2\.to_out\.0": r"blocks.\1.cross_attn.proj", block + r"ff\.net\.0\.proj": r"blocks.\1.mlp.fc1",
-        block + r"ff\.net\.2": r"blocks.\1.mlp.fc2", block + "scale_shift_table": r"blocks.\1.scale_shift_table",
-    }  # fmt: skip
+        emb + r"aspect_ratio_embedder\.linear_(\d)": mlp("ar_embedder"),
+        r"^adaln_single\.linear": "t_block.1",
+        "^proj_out": "final_layer.linear",
+        "^scale_shift_table": "final_layer.scale_shift_table",
+        block + r"attn1\.to_[qkv]\.": r"blocks.\1.attn.qkv.",
+        block + r"attn1\.to_out\.0": r"blocks.\1.attn.proj",
+        block + r"attn2\.to_q": r"blocks.\1.cross_attn.q_linear",
+        block + r"attn2\.to_[kv]\.": r"blocks.\1.cross_attn.kv_linear.",
+        block + r"attn2\.to_out\.0": r"blocks.\1.cross_attn.proj",
+        block + r"ff\.net\.0\.proj": r"blocks.\1.mlp.fc1",
+        block + r"ff\.net\.2": r"blocks.\1.mlp.fc2",
+        block + "scale_shift_table": r"blocks.\1.scale_shift_table",
+    }
     return _replace(name, table), _place(name)  # type: ignore[arg-type]
 
 

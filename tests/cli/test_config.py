@@ -14,7 +14,7 @@ from tiler.cli import layers
 from tiler.cli.layers import Layer
 from tiler.cli.main import app
 from tiler.errors import UsageError
-from tiler.request import DecodeRequest, RenderRequest, settings
+from tiler.request import QuantizeRequest, RenderRequest, settings
 from tiler.request.settings import Kind
 
 
@@ -39,7 +39,7 @@ def samples(parameter: Any) -> list[str]:
     """Values of an option: of the file, the environment and the command line."""
     if parameter.is_flag:
         return ["true", "false", "true"]
-    hint = {**get_type_hints(DecodeRequest), **get_type_hints(RenderRequest)}.get(parameter.name, str)
+    hint = {**get_type_hints(QuantizeRequest), **get_type_hints(RenderRequest)}.get(parameter.name, str)
     for kind in (hint, *get_args(hint)):
         if isinstance(kind, type) and issubclass(kind, StrEnum):
             words = list(kind)

@@ -56,10 +56,10 @@ def test_what_is_typed_wins(tmp_path: Path) -> None:
 
 
 def test_pictures_of_others_leave_the_rest_as_it_is(tmp_path: Path) -> None:
-    found = repeat(png(tmp_path / "x.png", parameters=infotext(Eta="0.5")), NOTHING, DEFAULTS)
+    found = repeat(png(tmp_path / "x.png", parameters=infotext(Eta="0.5", **{"Clip skip": "2"})), NOTHING, DEFAULTS)
     assert found.values == {
         "prompt": "a boat", "num_inference_steps": 3, "scheduler": Scheduler.EULER, "guidance_scale": 2, "seed": 7,
-        "width": 64, "height": 96, "model": "mini",
+        "width": 64, "height": 96, "model": "mini", "clip_skip": 2,
     }  # fmt: skip
     assert "not the same one" in found.notes[0] and "Eta" in found.notes[1]
 
@@ -73,6 +73,7 @@ def test_a_picture_of_two_passes_has_its_own_size(tmp_path: Path) -> None:
     ("texts", "message"),
     [
         ({"parameters": infotext(Sampler="Restart")}, "sampler 'Restart'"),
+        ({"parameters": infotext(**{"Schedule type": "Turbo"})}, "schedule type 'Turbo'"),
         ({"parameters": infotext(Model="dream")}, "'dream', which is in none of the model_dirs"),
         ({"tiler": json.dumps({"prompt": "x", "guide_image": "me.jpg"})}, "guide me.jpg"),
         ({"Dream": "a boat -s 20"}, "`Dream`"),

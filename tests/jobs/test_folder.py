@@ -61,11 +61,15 @@ WAYS: list[tuple[dict[str, Any], list[tuple[str, int]]]] = [
         [("canvas", 3)],
     ),
     (
-        {"scheduler": Scheduler.DPMPP_2M_KARRAS, "guide": False, "guidance_interval": (0.0, 0.5),
-         "regions": (Region(prompt="r", rows=(0, 64), cols=(0, 72), seed=3),)},
+        {
+            "scheduler": Scheduler.DPMPP_2M_KARRAS,
+            "guide": False,
+            "guidance_interval": (0.0, 0.5),
+            "regions": (Region(prompt="r", rows=(0, 64), cols=(0, 72), seed=3),),
+        },
         [("canvas", 5)],
     ),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("way", "stops"), WAYS, ids=[way["scheduler"].value for way, _ in WAYS])
@@ -114,9 +118,16 @@ def test_another_request_is_refused_by_its_first_difference(tiny: Path, tmp_path
 def made_of(model_id: str = "1", **values: Any) -> manifest.Manifest:
     asked = RenderRequest(**({"prompt": "a boat", "seed": 5, "size": 64} | values))
     return manifest.Manifest(
-        said=manifest.said_of(asked), picture=manifest.picture_of(fill(asked)), model_id=model_id, made_by={}, methods={},
-        precision="fp32", seed=5, begun="", max_ram_bytes=1,
-    )  # fmt: skip
+        said=manifest.said_of(asked),
+        picture=manifest.picture_of(fill(asked)),
+        model_id=model_id,
+        made_by={},
+        methods={},
+        precision="fp32",
+        seed=5,
+        begun="",
+        max_ram_bytes=1,
+    )
 
 
 def test_what_decides_the_picture_is_compared_and_nothing_else(tmp_path: Path) -> None:
@@ -126,9 +137,12 @@ def test_what_decides_the_picture_is_compared_and_nothing_else(tmp_path: Path) -
     same = made_of(guide_image=guide, cache_dir=tmp_path, scratch=tmp_path, output=tmp_path / "y.png", keep_job=True)
     assert list(manifest.differences(first, same)) == []
     for values, named in (
-        ({"seed": 6}, "--seed was 5, it is 6"), ({"width": 112}, "--width"), ({"mask": Mask.CONSTANT}, "--mask"),
-        ({"model_id": "2"}, "the model is another one"), ({"negative_prompt": "fog"}, "--negative-prompt"),
-    ):  # fmt: skip
+        ({"seed": 6}, "--seed was 5, it is 6"),
+        ({"width": 112}, "--width"),
+        ({"mask": Mask.CONSTANT}, "--mask"),
+        ({"model_id": "2"}, "the model is another one"),
+        ({"negative_prompt": "fog"}, "--negative-prompt"),
+    ):
         assert named in next(manifest.differences(first, made_of(**({"guide_image": guide} | values))))
     guide.write_bytes(b"blu")
     assert next(manifest.differences(first, made_of(guide_image=guide))).startswith("--guide was")
@@ -258,9 +272,14 @@ def test_saving_is_due_after_a_minute_or_fifty_times_its_duration(
 
 def test_a_request_of_any_fields_survives_json() -> None:
     request = RenderRequest(
-        prompt="é \n\"x\"", regions=(Region(prompt="r", rows=(0, 64), cols=(0, 64), mask=Mask.QUARTIC),), layout=Layout.GRID,
-        guidance_interval=(0.0, 0.5), guide_image=Path("/a/b.png"), scheduler=Scheduler.UNIPC, output=Path("/o.png"),
-    )  # fmt: skip
+        prompt='é \n"x"',
+        regions=(Region(prompt="r", rows=(0, 64), cols=(0, 64), mask=Mask.QUARTIC),),
+        layout=Layout.GRID,
+        guidance_interval=(0.0, 0.5),
+        guide_image=Path("/a/b.png"),
+        scheduler=Scheduler.UNIPC,
+        output=Path("/o.png"),
+    )
     assert decode(RenderRequest, encode(request)) == request
 
 

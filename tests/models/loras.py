@@ -25,7 +25,7 @@ def random_lora(
         weight: Any = module.get_submodule(path).weight
         out, *rest = weight.shape
         down = torch.randn(rank, *rest, generator=generator)
-        up = torch.randn(out, rank, *(1,) * (len(rest) - 1), generator=generator) * 0.05 * float(weight.std())
+        up = torch.randn(out, rank, *(1,) * (len(rest) - 1), generator=generator) * 0.05 * float(weight.detach().std())
         found[path] = down, up
     return found
 

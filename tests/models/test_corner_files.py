@@ -19,6 +19,7 @@ from tiler.models.family import Family, open_family, read_family
 from tiler.models.part_files import WeightFile
 from tiler.request.model import ModelOptions, Prediction
 from tiler.weights.checkpoint import resolve
+from tiler.weights.identity import model_id
 from tiler.weights.store import WeightStore, match_index
 
 Tensors = dict[str, torch.Tensor]
@@ -187,9 +188,14 @@ REFUSED: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
     "refiner": (refiner, "SDXL's refiner"),
     "lcm": (lambda t: t | {f"{UNET}time_embed.cond_proj.weight": torch.zeros(4, 4)}, "an LCM with embedded guidance"),
     "nvfp4": (lambda t: t | {f"{TO_K}.weight_scale_2": torch.ones(1)}, "NVFP4"),
-    "both namings": (lambda t: t | {f"{UNET}conv_in.weight": torch.zeros(2), f"{UNET}down_blocks.0.x": torch.zeros(2)},
-                     "names its tensors in two ways"),
-    "two denoisers": (lambda t: t | {"conv_in.weight": torch.zeros(2), "down_blocks.0.x": torch.zeros(2)}, "two denoisers"),
+    "both namings": (
+        lambda t: t | {f"{UNET}conv_in.weight": torch.zeros(2), f"{UNET}down_blocks.0.x": torch.zeros(2)},
+        "names its tensors in two ways",
+    ),
+    "two denoisers": (
+        lambda t: t | {"conv_in.weight": torch.zeros(2), "down_blocks.0.x": torch.zeros(2)},
+        "two denoisers",
+    ),
     "a missing weight": (
         lambda t: without(t, f"{TO_K}.weight"),
         f"tensor '{TO_K}.weight' is missing; download the file again",
@@ -198,7 +204,7 @@ REFUSED: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
         lambda t: without(t, f"{UNET}input_blocks.1.0.in_layers.2.bias"),
         f"tensor '{UNET}input_blocks.1.0.in_layers.2.bias' is missing; download the file again",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -226,7 +232,7 @@ NO_MODELS = {
     "web page": (b"<!DOCTYPE html><html><body>404</body></html>", "web page"),
     "cut": (None, "bytes short"),
     "GGUF": (b"GGUF\x03\0\0\0............", "rename it to NAME.gguf"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", NO_MODELS)
@@ -250,3 +256,19 @@ def test_words_of_a_gguf_are_not_asked_for(tmp_path: Path) -> None:
     ):
         write()
     assert WeightFile(tmp_path / "x.gguf").words == {} and WeightFile(tmp_path / "x.gguf").notes == ()
+
+
+def test_the_id_of_a_model_knows_its_other_files(tmp_path: Path, whole: Tensors, folder: Path, clean: Family) -> None:
+    names = [part.name for part in clean.parts]
+    own = {name.removeprefix(VAE): tensor for name, tensor in whole.items() if name.startswith(VAE)}
+    ids = [model_id(clean.checkpoint, names)]
+    for path, factor in ((clean.checkpoint.file, 1), (clean.checkpoint.file, 2), (folder, 1), (folder, 2)):
+        vae = save({name: factor * tensor for name, tensor in own.items()}, tmp_path / f"{factor}.safetensors")
+        ids.append(model_id(open_family(ModelOptions(model=str(path), vae=str(vae))).checkpoint, names))
+    ids.append(model_id(read_family(resolve(str(folder))).checkpoint, names))
+    assert len(set(ids)) == len(ids)
+
+
+def test_flags_name_the_same_model() -> None:
+    options = ModelOptions(model="x", vae="y z", prediction=Prediction.V, model_dirs=(Path("/a"), Path("/b")))
+    assert options.flags() == ["--model", "x", "--vae", "y z", "--prediction", "v", "--model-dir", "/a:/b"]

@@ -57,6 +57,8 @@ def test_parameters_are_those_that_diffusers_reads(pair: tuple[Path, Path]) -> N
 
 def test_the_picture_is_the_folders(tmp_path: Path, pair: tuple[Path, Path]) -> None:
     """Without a word on the scheduler, the prediction, or the guidance."""
+    if pair[0].name != "tiny-plain":
+        pytest.skip("minutes; the same weights, traits and schedules are shown by the tests beside this one")
     widths = dict.fromkeys(("encoder_block_out_channels", "decoder_block_out_channels"), (8, 8, 8, 8))
     AutoencoderTiny(**widths).save_pretrained(tiny := tmp_path / "tiny")
     pictures, latents, notes = [], [], list[str]()

@@ -48,6 +48,9 @@ def test_no_path_of_this_machine_is_in_the_texts() -> None:
         "scratch": Path("/home/ann/s"),
         "save_latents": Path("/home/ann/z.safetensors"),
         "cache_dir": Path("/home/ann/c"),
+        "vae": "/home/ann/models/soft.safetensors",
+        "t5xxl": "/home/ann/t5.gguf",
+        "model_dirs": (Path("/home/ann/models"),),
     }
     made = texts(request(**places), FACTS)
     assert "ann" not in str(made) and "/" not in made["parameters"]

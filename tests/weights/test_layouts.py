@@ -137,12 +137,21 @@ def described(text: str) -> Tensor:
 @pytest.mark.parametrize(
     ("beside", "metadata"),
     [
-        ({"model.0.weight_scale": torch.tensor(0.5), "model.0.input_scale": torch.tensor(9.0)}, {"_quantization_metadata": LAYERS}),
-        ({"model.0.weight_scale": torch.tensor(0.5), "model.0.comfy_quant": described('{"format": "float8_e4m3fn"}')}, None),
+        (
+            {"model.0.weight_scale": torch.tensor(0.5), "model.0.input_scale": torch.tensor(9.0)},
+            {"_quantization_metadata": LAYERS},
+        ),
+        (
+            {
+                "model.0.weight_scale": torch.tensor(0.5),
+                "model.0.comfy_quant": described('{"format": "float8_e4m3fn"}'),
+            },
+            None,
+        ),
         ({"model.0.scale_weight": torch.tensor([0.5]), "scaled_fp8": torch.zeros(2).to(torch.float8_e4m3fn)}, None),
         ({"model.0.scale_weight": torch.full((96, 1), 0.5), "model.0.scale_input": torch.tensor(9.0)}, None),
     ],
-)  # fmt: skip
+)
 def test_fp8_is_scaled_in_every_spelling(beside: Tensors, metadata: dict[str, str] | None, tmp_path: Path) -> None:
     index = stored({"model.0.weight": FP8} | beside, tmp_path, metadata)
     assert list(index) == ["model.0.weight"]
@@ -162,23 +171,44 @@ def restated(tensors: Tensors, **values: object) -> Tensors:
 
 NF4, _ = of_bitsandbytes(torch.empty(96, 256), nested=True)
 INT4 = {
-    "0.weight._data._data": torch.zeros(96, 128, dtype=torch.uint8), "0.weight._scale": torch.ones(192, 1),
+    "0.weight._data._data": torch.zeros(96, 128, dtype=torch.uint8),
+    "0.weight._scale": torch.ones(192, 1),
     "0.weight._shift": torch.ones(192, 1),
-}  # fmt: skip
+}
 BAD: dict[str, tuple[Tensors, dict[str, str] | None, str]] = {
-    "promised by the header": ({"model.0.weight": FP8}, {"_quantization_metadata": LAYERS}, "has no scale; download it again"),
-    "promised by a marker": ({"0.weight": FP8, "scaled_fp8": FP8[0, :2].clone()}, None, "has no scale; download it again"),
+    "promised by the header": (
+        {"model.0.weight": FP8},
+        {"_quantization_metadata": LAYERS},
+        "has no scale; download it again",
+    ),
+    "promised by a marker": (
+        {"0.weight": FP8, "scaled_fp8": FP8[0, :2].clone()},
+        None,
+        "has no scale; download it again",
+    ),
     "promised by a tensor": (
-        {"0.weight": FP8, "0.comfy_quant": described('{"format": "float8_e4m3fn"}')}, None, "has no scale; download it again",
+        {"0.weight": FP8, "0.comfy_quant": described('{"format": "float8_e4m3fn"}')},
+        None,
+        "has no scale; download it again",
     ),
     "a factor too many": ({"0.weight": FP8, "0.scale_weight": torch.ones(95)}, None, "not a factor for each row"),
-    "nvfp4": ({"0.weight": FP8.view(torch.uint8), "0.comfy_quant": described('{"format": "nvfp4"}')}, None, "is of nvfp4, which"),
+    "nvfp4": (
+        {"0.weight": FP8.view(torch.uint8), "0.comfy_quant": described('{"format": "nvfp4"}')},
+        None,
+        "is of nvfp4, which",
+    ),
     "nvfp4 by its names": ({"0.weight_scale_2": torch.ones(1)}, None, "is of NVFP4, which tiler does not read"),
     "mxfp8": (
-        {"0.weight": FP8}, {"_quantization_metadata": LAYERS.replace("float8_e4m3fn", "mxfp8")}, "is of mxfp8, which",
+        {"0.weight": FP8},
+        {"_quantization_metadata": LAYERS.replace("float8_e4m3fn", "mxfp8")},
+        "is of mxfp8, which",
     ),
     "int8 of ComfyUI": (
-        {"0.weight": torch.ones(96, 256, dtype=torch.int8), "0.comfy_quant": described('{"format": "int8_tensorwise"}')}, None,
+        {
+            "0.weight": torch.ones(96, 256, dtype=torch.int8),
+            "0.comfy_quant": described('{"format": "int8_tensorwise"}'),
+        },
+        None,
         "is of int8_tensorwise, which",
     ),
     "SVDQuant": ({"0.qweight": torch.ones(9, 9, dtype=torch.int8), "0.wscales": torch.ones(9)}, None, "SVDQuant"),
@@ -192,7 +222,7 @@ BAD: dict[str, tuple[Tensors, dict[str, str] | None, str]] = {
     "no shape": (restated(NF4, shape="all"), None, "states no shape"),
     "no table": (lacking(NF4, ".quant_map"), None, "'0.weight.quant_map' is missing"),
     "factors that do not fit": (restated(NF4, nested_blocksize=7), None, "nested factors of '0.weight' do not fit"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BAD)

@@ -7,6 +7,7 @@ import platform
 import shutil
 import sys
 import textwrap
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,6 +16,7 @@ import typer
 
 from tiler.cli import options as o
 from tiler.memory.budget import format_mb
+from tiler.request import DoctorRequest
 
 if TYPE_CHECKING:
     from tiler.native.library import Library
@@ -27,8 +29,32 @@ Measure = Annotated[
 ]
 
 
-def command(measure: Measure = False, json_output: o.Json = False) -> None:
-    """Show memory, limits, cores, CPU flags, dtypes and why, versions, free disk."""
+def run(request: DoctorRequest, *, measure: Measure = False, json_output: o.Json = False) -> None:
+    """Show memory, limits, cores, CPU flags, dtypes and why, versions, free disk; or with --model what a model is.
+
+    Of a model: its family and prediction, where each part comes from and how it is stored, what was decided and by what, and what
+    is missing.
+    """
+    if request.model or request.diffusion_model:
+        _show_model(request if request.model else replace(request, model="mini"), json_output)
+        return
+    _show_machine(measure, json_output)
+
+
+command = o.command_of(DoctorRequest, run)
+
+
+def _show_model(request: DoctorRequest, json_output: bool) -> None:
+    o.prepare_process(None)
+    from tiler.models.diagnosis import diagnose
+
+    facts, error = diagnose(request)
+    _print(facts, json_output)
+    if error is not None:
+        raise error
+
+
+def _show_machine(measure: bool, json_output: bool) -> None:
     import psutil
 
     from tiler.compute import cpu, onednn
@@ -66,6 +92,10 @@ def command(measure: Measure = False, json_output: o.Json = False) -> None:
         from tiler.compute.measure import compare
 
         facts |= {f"kernels {number}": sentence for number, sentence in enumerate(compare(), 1)}
+    _print(facts, json_output)
+
+
+def _print(facts: dict[str, str], json_output: bool) -> None:
     if json_output:
         typer.echo(json.dumps(facts))
         return

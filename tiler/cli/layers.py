@@ -17,8 +17,8 @@ from tiler.errors import UsageError
 from tiler.request import settings
 
 OF_ONE_RUN = frozenset(
-    ("--output", "--save-latents", "--report", "--json", "--force", "--regions", "--guide", "--no-guide", "--from", "--lora",
-     "--help", "--version")
+    ("--output", "--save-latents", "--report", "--json", "--force", "--regions", "--guide", "--no-guide", "--from",
+     "--restart", "--keep-job", "--model-dir", "--log-json", "--lora", "--help", "--version")
 )  # fmt: skip
 """Options that are said for one picture and no habit: neither the environment nor the configuration file gives them."""
 
@@ -48,11 +48,8 @@ _GIVES_WAY: Mapping[str, tuple[str, ...]] = {
 def keys(names: Iterable[str]) -> tuple[str, ...]:
     """Of an option's spellings those of the configuration file: --cfg-scale → cfg_scale."""
     long = (name for spelling in names for name in spelling.split("/"))
-    return tuple(
-        name[2:].replace("-", "_")
-        for name in long
-        if name.startswith("--") and name not in OF_ONE_RUN and name[2:].replace("-", "").isalnum()
-    )
+    own = (name[2:].replace("-", "_") for name in long if name.startswith("--") and name not in OF_ONE_RUN)
+    return tuple(dict.fromkeys(name for name in own if name.isidentifier()))
 
 
 def variables(names: Iterable[str]) -> list[str]:

@@ -13,7 +13,20 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from tiler.cli import config, decode, doctor, info, layers, plan, quantize, render, resume
+from tiler.cli import (
+    cache,
+    config,
+    decode,
+    doctor,
+    encode,
+    info,
+    layers,
+    models,
+    plan,
+    quantize,
+    render,
+    resume,
+)
 from tiler.cli.terminal import prepare_signals, prepare_streams, silence
 from tiler.errors import Interrupted, TilerError
 from tiler.files import written
@@ -60,10 +73,13 @@ app = typer.Typer(
 app.command("render")(render.command)
 app.command("resume")(resume.command)
 app.command("plan")(plan.command)
+app.command("encode")(encode.command)
 app.command("decode")(decode.command)
 app.command("quantize")(quantize.command)
 app.command("info")(info.command)
 app.command("doctor")(doctor.command)
+app.command("models")(models.command)
+app.add_typer(cache.app, name="cache")
 app.add_typer(config.app)
 
 

@@ -134,7 +134,10 @@ def _parameter(field: Field[Any], kind: Any) -> inspect.Parameter:
     shown: dict[str, Any] = {"help": _help(field), "rich_help_panel": option.panel.value, "show_default": False}
     shown["metavar"] = option.metavar or _metavar(kind)
     default = field.default
-    if field.name == "regions":
+    if kind == tuple[str, ...]:
+        kind = list[str]
+        default = MISSING if default is MISSING else []
+    elif field.name == "regions":
         kind, default = Path | None, None
     elif option.many:
         kind, default = list[str], []
@@ -193,6 +196,8 @@ def _values(offered: list[Field[Any]], given: Mapping[str, Any]) -> dict[str, An
             values[field.name] = tuple(map(option.parse, typed))
         elif option.parse is not None and typed is not None:
             values[field.name] = option.parse(typed)
+        elif isinstance(typed, list):
+            values[field.name] = tuple(typed)
         elif option.off:
             values[field.name] = not typed
     return values

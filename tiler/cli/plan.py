@@ -20,7 +20,7 @@ def run(
 
     Takes the options of `render` that decide the work, and refuses what `render` would refuse, except a missing prompt.
     """
-    if request.prompt is None and not request.regions:
+    if request.prompt is None and not request.regions and request.prompt_embeds is None:
         request = replace(request, prompt="")  # what is drawn does not change what it takes
     budget = Budget(max_ram)
     o.prepare_process(threads)
@@ -48,7 +48,8 @@ def _print(facts: dict[str, Any], plan: Any) -> None:
         f"{_count(plan.denoiser_calls, 'read')} of the weights for {_count(plan.batch, 'sample')} each"
     )
     *encoders, denoiser = (f"{name} {nbytes / 1e9:.2g} GB" for name, nbytes in facts["read_bytes"].items())
-    typer.echo(f"reads: {', '.join(encoders)};\n  {denoiser} in each read of the weights, less what stays in memory")
+    read = ", ".join(encoders) or "nothing for the prompts, which are encoded already"
+    typer.echo(f"reads: {read};\n  {denoiser} in each read of the weights, less what stays in memory")
     if plan.upscale_flops:
         encoder = plan.methods["guide picture"]
         typer.echo(f"guide: enlarged as a picture, {plan.upscale_flops / 1e12:.2g} TFLOP; encoder:\n  {encoder}")

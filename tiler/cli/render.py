@@ -28,8 +28,8 @@ def run(
 ) -> None:
     """Render a picture of any size under a memory ceiling.
 
-    A low-resolution pass makes a guide; the canvas is then denoised tile by tile under it, and decoded without tiles. What is
-    interrupted goes on when the same command is given again.
+    A low-resolution pass makes a guide; the canvas is then denoised tile by tile under it, and decoded without tiles.
+    What is interrupted goes on when the same command is given again.
     """
     carry_out(
         request, max_ram=max_ram, threads=threads, report=report, on_done=on_done, quiet=quiet, log_json=log_json,

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 from tiler.errors import ModelError, UsageError
 from tiler.output.recipes import Recipe, read_recipe
 from tiler.output.texts import read_texts
-from tiler.request import Region, Scheduler, parse_scheduler, settings
-from tiler.request.choices import Mask
+from tiler.request import Region, Scheduler, ScheduleType, parse_scheduler, settings
+from tiler.request.choices import Mask, parse_schedule_type
 from tiler.request.loras import Lora
+from tiler.request.render import OF_THE_MACHINE
 from tiler.request.settings import Kind
 
 _SAMPLERS = {
@@ -21,7 +22,12 @@ _SAMPLERS = {
     "dpmpp_2m_k": Scheduler.DPMPP_2M_KARRAS,
     "uni_pc": Scheduler.UNIPC, "unipc": Scheduler.UNIPC, "lcm": Scheduler.LCM,
 }  # fmt: skip
-_OF_THE_RUN = ("output", "force", "metadata", "cache_dir", "scratch", "save_latents")  # never the picture's
+_KARRAS_OWN = (None, Scheduler.DPMPP_2M_KARRAS)  # with its schedule type in its name, or not told
+_OF_THE_RUN = (*OF_THE_MACHINE, "metadata", "embd_dir", "lora_dir", "model_dirs")  # never the picture's
+_PARTS = {
+    "diffusion_model": Kind.MODEL, "vae": Kind.VAE, "text_encoder": Kind.TEXT_ENCODER, "clip_l": Kind.TEXT_ENCODER,
+    "clip_g": Kind.TEXT_ENCODER, "t5xxl": Kind.TEXT_ENCODER,
+}  # fmt: skip
 _NEVER = (*_OF_THE_RUN, "size", "preset")  # resolved in others
 _UNTOLD = re.compile(
     r"Version|.*[Hh]ash(es)?|VAE|RNG|Schedule type|scheduler|denoise|SDCPP|kernels|model_id|lora_hashes|bleed_mm|revision"
@@ -45,9 +51,12 @@ def repeat(picture: Path, typed: frozenset[str], defaults: Mapping[str, Any]) ->
             raise ModelError(f"{recipe.lacks}; `tiler info` shows what was found")
         values = {name: v for name, v in recipe.settings.items() if name in fields and name not in (*_NEVER, *typed)}
         if "model" in values:
-            values["model"] = _model(str(values["model"]))
+            values["model"] = _found(str(values["model"]), Kind.MODEL, "model")
+        values |= {name: _found(str(values[name]), kind, name) for name, kind in _PARTS.items() if values.get(name)}
         if "scheduler" in values:
             values["scheduler"] = _scheduler(str(values["scheduler"]), recipe)
+        if not recipe.is_whole and "schedule_type" not in typed and values.get("scheduler") not in _KARRAS_OWN:
+            values["schedule_type"] = _levels(recipe)
         if "guide_image" in values:
             values["guide_image"] = _guide(str(values["guide_image"]), picture)
     except ModelError as error:
@@ -80,16 +89,16 @@ def _notes(recipe: Recipe, fields: frozenset[str]) -> Iterator[str]:
         yield "InvokeAI's weights like word++ are read as plain words"
 
 
-def _model(name: str) -> str:
-    """A model by its name: `mini`, a hub id, or what is called so in the model folders. Raises ModelError, UsageError."""
-    stem = re.sub(r"\.(safetensors|ckpt|gguf)$", "", name.replace("\\", "/"))
+def _found(name: str, kind: Kind, field: str) -> str:
+    """A file by its name: `mini`, a hub id, or what is called so in the folders. Raises ModelError, UsageError."""
+    stem, flag = re.sub(r"\.(safetensors|ckpt|gguf)$", "", name.replace("\\", "/")), f"--{field.replace('_', '-')}"
     if name == "mini" or re.fullmatch(r"[\w.-]+/[\w.-]+", name) or Path(name).exists():
         return name
-    found = settings.find(Kind.MODEL, stem.rpartition("/")[2])
+    found = settings.find(kind, stem.rpartition("/")[2])
     if len(found) > 1:
-        raise UsageError(f"several models are called {stem!r}: {', '.join(map(str, found))}; give --model")
+        raise UsageError(f"several files are called {stem!r}: {', '.join(map(str, found))}; give {flag}")
     if not found:
-        raise ModelError(f"made with the model {stem!r}, which is in none of the model_dirs; give --model")
+        raise ModelError(f"made with the {field} {stem!r}, which is in none of the {kind}; give {flag}")
     return str(found[0])
 
 
@@ -103,9 +112,18 @@ def _scheduler(name: str, recipe: Recipe) -> Scheduler:
         raise ModelError(f"made with the sampler {name!r}, which tiler lacks; give --scheduler") from error
     if levels == "karras" and scheduler is Scheduler.DPMPP_2M:
         return Scheduler.DPMPP_2M_KARRAS
-    if levels == "karras" and scheduler is not Scheduler.DPMPP_2M_KARRAS:
-        raise ModelError(f"made with {name} and Karras' noise levels, which tiler lacks; give --scheduler")
     return scheduler
+
+
+def _levels(recipe: Recipe) -> ScheduleType | None:
+    """How another tool spread the noise levels; None for the scheduler's own way. Raises ModelError."""
+    name = str(recipe.others.get("Schedule type", recipe.others.get("scheduler", "")))
+    if name.lower() in ("", "automatic", "normal"):
+        return None
+    try:
+        return parse_schedule_type(name.replace("_", " "))
+    except UsageError as error:
+        raise ModelError(f"made with the schedule type {name!r}, which tiler lacks; give --schedule-type") from error
 
 
 def _guide(name: str, picture: Path) -> Path:

@@ -44,7 +44,9 @@ class Found(NamedTuple):
 def command(
     paths: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="[PATH]…", help="A picture, its job's folder, or a folder with several jobs.", show_default="."),
+        typer.Argument(
+            metavar="[PATH]…", help="A picture, its job's folder, or a folder with several jobs.", show_default="."
+        ),
     ] = None,
     list_jobs: Annotated[bool, typer.Option("--list", help="Show what could go on, and how far it is.")] = False,
     scratch: Annotated[

@@ -34,7 +34,7 @@ from tiler.models.modulation import Modulations, modulations
 from tiler.models.patches import PATCH
 from tiler.models.positions import table_names
 from tiler.models.reading import READING, Reading
-from tiler.models.required import check_latents, check_parts, fetch_part
+from tiler.models.required import check_latents, check_parts, fetch_part, text_encoders
 from tiler.models.samples import Prompt, Sample, empty, examples
 from tiler.weights.checkpoint import Checkpoint
 
@@ -93,17 +93,20 @@ class AuraFlow(Family):
 
 def read(checkpoint: Checkpoint, name: str) -> AuraFlow:
     """Check the configs of a pipeline of class `name`. Raises ModelError, saying what the model is."""
-    check_parts(checkpoint, _REPOSITORY, ["transformer", "text_encoder", "vae"])
-    t5.check_tokenizer(checkpoint, "tokenizer", fetch_part(checkpoint, _REPOSITORY, "tokenizer"))
+    encoders = text_encoders(checkpoint, ["text_encoder"])
+    check_parts(checkpoint, _REPOSITORY, ["transformer", *encoders, "vae"])
+    if checkpoint.reads_text:
+        t5.check_tokenizer(checkpoint, "tokenizer", fetch_part(checkpoint, _REPOSITORY, "tokenizer"))
     config = read_config(checkpoint, "transformer", "AuraFlowTransformer2DModel", bounds.check_auraflow)
     vae = read_config(checkpoint, "vae", "AutoencoderKL", bounds.check_vae)
-    encoder = t5.read_t5(checkpoint, "text_encoder", TOKENS)
+    texts = [t5.read_t5(checkpoint, part, TOKENS) for part in encoders]
     check_latents(checkpoint, config, vae)
-    if (given := encoder.config["d_model"]) != config["joint_attention_dim"]:
-        raise ModelError(
-            f"{checkpoint.name}: the transformer expects text of width {config['joint_attention_dim']} "
-            f"(joint_attention_dim), the text encoder gives {given}; these parts do not belong together"
-        )
+    for text in texts:
+        if (given := text.config["d_model"]) != config["joint_attention_dim"]:
+            raise ModelError(
+                f"{checkpoint.name}: the transformer expects text of width {config['joint_attention_dim']} "
+                f"(joint_attention_dim), the text encoder gives {given}; these parts do not belong together"
+            )
     spec = VaeSpec(checkpoint=checkpoint, part="vae", config=vae)
     denoiser = Part(
         name="transformer", role=Role.DENOISER, config=config, aliases=table_names, arena_bytes=ARENA_BYTES,
@@ -116,6 +119,6 @@ def read(checkpoint: Checkpoint, name: str) -> AuraFlow:
         flow=True, large_blocks=True, longest=PATCH * table_side(config), defaults=_DEFAULTS,
     )  # fmt: skip
     return AuraFlow(
-        checkpoint=checkpoint, traits=traits, parts=(encoder, denoiser, vae_part(spec)), vae=spec,
+        checkpoint=checkpoint, traits=traits, parts=(*texts, denoiser, vae_part(spec)), vae=spec,
         scheduler=checkpoint.config("scheduler", "scheduler_config.json"),
     )  # fmt: skip

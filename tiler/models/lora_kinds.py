@@ -34,8 +34,8 @@ def family_of_model(family: Family) -> str:
     return family.traits.title
 
 
-def family_of_lora(modules: Mapping[str, Tensors], said: Mapping[str, str]) -> str:
-    """What a file is a LoRA of; `said` is what its header says."""
+def family_of_lora(modules: Mapping[str, Tensors], said: Mapping[str, str]) -> str | None:
+    """What a file is a LoRA of, None where nothing tells; `said` is what its header says."""
     for name, tensors in modules.items():
         if _TEXT_PROJECTION.search(name) and (info := _takes_inputs(tensors)) is not None:
             return _BY_TEXT_WIDTH.get(info.shape[1], f"a model with prompts of width {info.shape[1]}")
@@ -45,7 +45,7 @@ def family_of_lora(modules: Mapping[str, Tensors], said: Mapping[str, str]) -> s
     for key in ("modelspec.architecture", "ss_base_model_version"):
         if said.get(key):
             return said[key][:60]
-    return "a model that tiler does not know"
+    return None
 
 
 def _takes_inputs(tensors: Tensors) -> TensorInfo | None:

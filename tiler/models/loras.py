@@ -40,6 +40,11 @@ class Applied:
         """Tells all of them from others; empty where there are none."""
         return ", ".join(sorted(self.marks.values()))
 
+    def marks_of(self, parts: Sequence[str]) -> list[str]:
+        """Of the files that change any of `parts`, sorted."""
+        some = [one for part in parts for changes in self.of(part).values() for one in changes]
+        return sorted({self.marks[info.path] for one in some for info in one.infos})
+
     def of(self, part: str) -> Changes:
         """By parameter of a part."""
         return self.changes.get(part, {})
@@ -79,8 +84,11 @@ def apply_loras(loras: Sequence[Lora], models: Models) -> Applied:
     return Applied(changes=changes, names=names, marks=marks, notes=tuple(notes))
 
 
-def notes_on_loras(request: ResolvedRequest, loras: Sequence[Lora], family: Family) -> Iterator[str]:
-    """What a LoRA for few steps means for a render."""
+def notes_on_loras(request: ResolvedRequest, loras: Sequence[Lora], models: Models) -> Iterator[str]:
+    """What a LoRA for few steps means for a render, and what of one has no effect."""
+    family = models.family
+    if request.prompt_embeds is not None and any(models.changes(part) for part in family.encoders):
+        yield "what LoRAs change of the text encoders has no effect: --prompt-embeds brings prompts that are encoded already"
     found = few_steps((lora.file for lora in loras), flow=family.traits.flow)
     if found is None:
         return
@@ -111,8 +119,9 @@ class _LoraFile(NamedTuple):
         modules, others = read_keys(path, index)
         if not modules:
             raise ModelError(f"{path}: no key of it is a LoRA's; the first is {next(iter(index), 'missing')!r}")
-        for info in (info for tensors in modules.values() for info in tensors.by_slot.values()):
-            if info.dtype not in ("F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"):
+        for slot, info in (item for tensors in modules.values() for item in tensors.by_slot.items()):
+            integer = slot is Slot.ALPHA and info.dtype in ("I64", "I32")
+            if info.dtype not in ("F32", "F16", "BF16", "F8_E4M3", "F8_E5M2") and not integer:
                 raise ModelError(
                     f"{path}: tensor {info.name!r} is stored as {info.dtype}; take the LoRA in fp16 or fp32"
                 )
@@ -165,11 +174,9 @@ def _notes(file: _LoraFile, unknown: Sequence[str], idle: Sequence[str]) -> list
 
 def _foreign(file: _LoraFile, family: Family) -> ModelError:
     own, model = family_of_lora(file.modules, file.header), family_of_model(family)
-    if own == model:
-        first = next(iter(file.modules))
-        return ModelError(
-            f"{file.path}: a LoRA of {own}, but no name in it is one of this model's; the first is {first!r}"
-        )
+    if own is None or own == model:
+        first, what = next(iter(file.modules)), f"a LoRA of {own}" if own else "a LoRA"
+        return ModelError(f"{file.path}: this is {what}, but no name in it is one of {model}; the first is {first!r}")
     return ModelError(f"{file.path}: this is a LoRA of {own}; {family.checkpoint.name} is {model}")
 
 
@@ -233,7 +240,7 @@ class _Module(NamedTuple):
 
     def _misshapen(self, outputs: int, row: int, family: Family) -> ModelError:
         file, model = self.file, family_of_model(family)
-        if (own := family_of_lora(file.modules, file.header)) != model:
+        if (own := family_of_lora(file.modules, file.header)) not in (None, model):
             return ModelError(f"{file.path}: this is a LoRA of {own}; {family.checkpoint.name} is {model}")
         return ModelError(
             f"{file.path}: {self.name!r} changes a weight of {outputs} × {row}, this model's has {self.total} × "

@@ -38,7 +38,7 @@ from tiler.models.meta import on_meta, refusing
 from tiler.models.patches import PATCH
 from tiler.models.pixart_blocks import Grid, Modulation, modulations, predict_sample
 from tiler.models.reading import READING, Reading
-from tiler.models.required import check_latents, check_parts, fetch_part
+from tiler.models.required import check_latents, check_parts, fetch_part, text_encoders
 from tiler.models.samples import Prompt, Sample, empty, examples
 from tiler.weights.checkpoint import Checkpoint
 
@@ -159,20 +159,23 @@ def read(checkpoint: Checkpoint, name: str) -> PixArt:
     kind = _KINDS[name]
     check_parts(checkpoint, kind.repository, ["transformer"])
     config = _read_transformer(checkpoint)
-    check_parts(checkpoint, kind.others, ["text_encoder", "vae"])
-    t5.check_tokenizer(checkpoint, "tokenizer", fetch_part(checkpoint, kind.others, "tokenizer"))
+    encoders = text_encoders(checkpoint, ["text_encoder"])
+    check_parts(checkpoint, kind.others, [*encoders, "vae"])
+    if checkpoint.reads_text:
+        t5.check_tokenizer(checkpoint, "tokenizer", fetch_part(checkpoint, kind.others, "tokenizer"))
     vae = read_config(checkpoint, "vae", "AutoencoderKL", bounds.check_vae)
-    text = t5.read_t5(checkpoint, "text_encoder", kind.length)
-    if config["caption_channels"] != text.config["d_model"]:
-        raise ModelError(
-            f"{checkpoint.name}: the transformer expects text of width {config['caption_channels']} (caption_channels), "
-            f"text_encoder gives {text.config['d_model']}; these parts do not belong together"
-        )
+    texts = [t5.read_t5(checkpoint, part, kind.length) for part in encoders]
+    for text in texts:
+        if config["caption_channels"] != text.config["d_model"]:
+            raise ModelError(
+                f"{checkpoint.name}: the transformer expects text of width {config['caption_channels']} "
+                f"(caption_channels), text_encoder gives {text.config['d_model']}; these parts do not belong together"
+            )
     channels = config.get("in_channels", 4)
     check_latents(checkpoint, {"in_channels": channels}, vae)  # of the outputs those that count are as many
     spec = VaeSpec(checkpoint=checkpoint, part="vae", config=vae)
     parts = (
-        text,
+        *texts,
         Part(
             name="transformer", role=Role.DENOISER, config=config, aliases=plain_names,
             build=partial(_build, checkpoint, config), quantise=quantised, once=read_once,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from tiler.decoding import FACTOR
@@ -18,6 +18,12 @@ def check_parts(checkpoint: Checkpoint, repository: str, parts: Iterable[str]) -
             raise ModelError(
                 f"{checkpoint.folder / part}/config.json is missing; {fetch_part(checkpoint, repository, part)}"
             )
+
+
+def text_encoders(checkpoint: Checkpoint, parts: Sequence[str]) -> Sequence[str]:
+    """Of these text encoders those that a run has to do with: all of them; none where they are not needed and not all there."""
+    needed = checkpoint.reads_text or all(checkpoint.has_weights(part) for part in parts)
+    return parts if needed else ()
 
 
 def fetch_part(checkpoint: Checkpoint, repository: str, *parts: str) -> str:

@@ -31,9 +31,12 @@ from tiler.models.family import (
     vae_part,
 )
 from tiler.models.reading import READING, Reading
+from tiler.models.required import text_encoders
 from tiler.models.samples import Prompt, Sample, empty, examples
 from tiler.models.unet import build_unet, predict_noise, quantised, windows_of
 from tiler.weights.checkpoint import Checkpoint
+
+CROSS_WIDTH = 1280  # of a prompt's tokens where a UNet's config does not say it, as diffusers has it
 
 
 class Prepared(NamedTuple):
@@ -81,7 +84,7 @@ class StableDiffusion(Family):
         return predict_noise(model, streamer, latents, timestep, tokens, check, windows)
 
     def example(self, tiles: Sequence[int], sides: tuple[int, int]) -> list[Sample]:
-        wide = self.part(Role.TEXT_ENCODER).config["hidden_size"]
+        wide = self.part(Role.DENOISER).config.get("cross_attention_dim", CROSS_WIDTH)
         return examples(tiles, self.latent_channels, sides, lambda: Prompt(empty(1, CLIP_TOKENS, wide)))
 
 
@@ -94,33 +97,42 @@ def read(checkpoint: Checkpoint, name: str) -> StableDiffusion:
         )
     unet = read_config(checkpoint, "unet", "UNet2DConditionModel", bounds.check_unet)
     vae = read_config(checkpoint, "vae", "AutoencoderKL", bounds.check_vae)
-    text = read_config(checkpoint, "text_encoder", None, bounds.check_text)
+    texts = {
+        part: read_config(checkpoint, part, None, bounds.check_text)
+        for part in text_encoders(checkpoint, ["text_encoder"])
+    }
     if unet.get("addition_embed_type") == "text_time" or unet.get("cross_attention_dim") == 2048:
         raise ModelError(
             f"{checkpoint.folder}/model_index.json: the class is {name!r}, but this UNet is SDXL's; correct the class to "
             "StableDiffusionXLPipeline, or download the file again"
         )
     check_channels(checkpoint, unet, vae)
-    if not str(text.get("model_type", "clip_text_model")).startswith("clip"):
-        raise ModelError(f"{checkpoint.name}: the text encoder is {text['model_type']!r}; tiler supports CLIP")
-    if unet.get("cross_attention_dim", text["hidden_size"]) != text["hidden_size"]:
-        raise ModelError(
-            f"{checkpoint.name}: the UNet expects text width {unet['cross_attention_dim']}, the text encoder gives {text['hidden_size']}"
-        )
+    for text in texts.values():
+        if not str(text.get("model_type", "clip_text_model")).startswith("clip"):
+            raise ModelError(f"{checkpoint.name}: the text encoder is {text['model_type']!r}; tiler supports CLIP")
+        if (taken := unet.get("cross_attention_dim", CROSS_WIDTH)) != text["hidden_size"]:
+            raise ModelError(
+                f"{checkpoint.name}: the UNet expects text width {taken}, the text encoder gives {text['hidden_size']}; "
+                "these parts do not belong together"
+            )
     check_unet_kind(f"{checkpoint.folder / 'unet'}/config.json", unet, "Stable Diffusion 1.x and 2.x")
     unet, notes = correct_unet(unet)
     scheduler = checkpoint.config("scheduler", "scheduler_config.json")
     spec, levels = VaeSpec(checkpoint=checkpoint, part="vae", config=vae), len(unet["block_out_channels"])
-    parts = (
+    encoders = [
         Part(
-            name="text_encoder",
+            name=part,
             role=Role.TEXT_ENCODER,
             config=text,
-            build=partial(build_clip, checkpoint, "text_encoder", text),
+            build=partial(build_clip, checkpoint, part, text),
             aliases=clip_names,
             quantise=partial(quantised, levels=0),
             example=run_clip,
-        ),
+        )
+        for part, text in texts.items()
+    ]
+    parts = (
+        *encoders,
         Part(
             name="unet",
             role=Role.DENOISER,

@@ -46,7 +46,7 @@ from tiler.models.modulation import Modulations, modulations
 from tiler.models.patches import PATCH
 from tiler.models.positions import table_names
 from tiler.models.reading import READING, Reading
-from tiler.models.required import check_latents, check_parts, fetch_part
+from tiler.models.required import check_latents, check_parts, fetch_part, text_encoders
 from tiler.models.samples import Prompt, Sample, empty, examples
 from tiler.models.sd3_blocks import build_mmdit, modulating, predict_sample, quantised, read_once, table_side
 from tiler.models.unet import quantised as quantised_text
@@ -148,11 +148,12 @@ def read(checkpoint: Checkpoint, name: str) -> StableDiffusion3:
     check_parts(checkpoint, _BASE, ["transformer"])
     config = read_config(checkpoint, "transformer", "SD3Transformer2DModel", bounds.check_sd3)
     kind = _Kind.of(checkpoint.name, config)
-    check_parts(checkpoint, kind.repository, [*_CLIPS, "vae"])
-    for tokenizer in _CLIPS.values():
+    clips = text_encoders(checkpoint, list(_CLIPS))
+    check_parts(checkpoint, kind.repository, [*clips, "vae"])
+    for tokenizer in _CLIPS.values() if checkpoint.reads_text else ():
         check_tokenizer(checkpoint.tokenizer(tokenizer), fetch_part(checkpoint, kind.repository, tokenizer))
     vae = read_config(checkpoint, "vae", "AutoencoderKL", bounds.check_vae)
-    texts = {part: read_config(checkpoint, part, None, bounds.check_text) for part in _CLIPS}
+    texts = {part: read_config(checkpoint, part, None, bounds.check_text) for part in clips}
     check_latents(checkpoint, config, vae)
     _check_widths(checkpoint, config, texts)
     spec = VaeSpec(checkpoint=checkpoint, part="vae", config=vae)
@@ -166,9 +167,9 @@ def read(checkpoint: Checkpoint, name: str) -> StableDiffusion3:
         for part, text in texts.items()
     ]  # fmt: skip
     notes = [kind.note] if kind.note else []
-    if checkpoint.has(T5):
+    if checkpoint.has(T5) if checkpoint.reads_text else checkpoint.has_weights(T5):
         encoders.append(_read_t5(checkpoint, kind, config))
-    else:
+    elif checkpoint.reads_text:
         fetch = fetch_part(checkpoint, kind.repository, T5, T5_TOKENIZER)
         notes.append(f"{T5} (T5) is not there: the prompt is read by CLIP alone; to add it, {fetch}")
     denoiser = Part(
@@ -190,7 +191,8 @@ def read(checkpoint: Checkpoint, name: str) -> StableDiffusion3:
 def _read_t5(checkpoint: Checkpoint, kind: _Kind, config: Mapping[str, Any]) -> Part:
     check_parts(checkpoint, kind.repository, [T5])
     part = t5.read_t5(checkpoint, T5, T5_TOKENS)
-    t5.check_tokenizer(checkpoint, T5_TOKENIZER, fetch_part(checkpoint, kind.repository, T5_TOKENIZER))
+    if checkpoint.reads_text:
+        t5.check_tokenizer(checkpoint, T5_TOKENIZER, fetch_part(checkpoint, kind.repository, T5_TOKENIZER))
     if (given := part.config["d_model"]) != config["joint_attention_dim"]:
         raise ModelError(
             f"{checkpoint.name}: the transformer expects text of width {config['joint_attention_dim']} (joint_attention_dim), "
@@ -233,6 +235,8 @@ def _check_widths(checkpoint: Checkpoint, config: Mapping[str, Any], texts: Mapp
             raise ModelError(
                 f"{checkpoint.folder / part}/config.json: this is {kind!r}; it must be a CLIP text encoder"
             )
+    if not texts:
+        return
     where = f"{checkpoint.folder / 'transformer'}/config.json"
     side_by_side, pooled = (
         sum(text["hidden_size"] for text in texts.values()),

@@ -45,7 +45,7 @@ from tiler.models.family import (
 )
 from tiler.models.few_steps import FEW_STEPS, sign_of_few_steps
 from tiler.models.reading import READING, Reading
-from tiler.models.required import check_parts, fetch_part
+from tiler.models.required import check_parts, fetch_part, text_encoders
 from tiler.models.samples import Place, Prompt, Sample, empty, examples
 from tiler.models.unet import build_unet, predict_noise, quantised, windows_of
 from tiler.request import TileConditioning
@@ -70,6 +70,10 @@ class Prepared(NamedTuple):
 @dataclass(frozen=True, kw_only=True)
 class StableDiffusionXL(Family):
     zeros_for_absent: bool = True  # whether a negative prompt that was not given is zeros, not an empty text
+
+    @property
+    def encoding(self) -> tuple[object, ...]:
+        return (self.zeros_for_absent,)
 
     def encode(
         self,
@@ -103,8 +107,9 @@ class StableDiffusionXL(Family):
     @property
     def _shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Of a prompt's tokens and of its pooled vector."""
-        first, second = (part.config for part in self.encoders)
-        return (1, CLIP_TOKENS, first["hidden_size"] + second["hidden_size"]), (1, projected_width(second))
+        config = self.part(Role.DENOISER).config
+        pooled = config["projection_class_embeddings_input_dim"] - numbers_width(config)
+        return (1, CLIP_TOKENS, text_width(config)), (1, pooled)
 
     def prepare(
         self, model: Any, streamer: Streamer, timesteps: Tensor, prompts: Sequence[Prompt], options: Options
@@ -151,6 +156,16 @@ def time_ids(place: Place, conditioning: TileConditioning) -> tuple[int, ...]:
     return (*place.canvas, top, left, place.height, place.width)
 
 
+def text_width(unet: Mapping[str, Any]) -> int:
+    """Of a prompt's tokens."""
+    return int(unet.get("cross_attention_dim", 1280))
+
+
+def numbers_width(unet: Mapping[str, Any]) -> int:
+    """Of what the UNet is told of a sample's place, behind the pooled vector."""
+    return NUMBERS * int(unet.get("addition_time_embed_dim") or 0)
+
+
 def projected_width(text: Mapping[str, Any]) -> int:
     """Of the pooled vector of a CLIP with a projection, whose config is given."""
     return int(text.get("projection_dim") or 512)
@@ -165,11 +180,12 @@ def read(checkpoint: Checkpoint, name: str) -> StableDiffusionXL:
     where = f"{checkpoint.folder / 'unet'}/config.json"
     unet = read_config(checkpoint, "unet", "UNet2DConditionModel", bounds.check_unet)
     _check_base(checkpoint, index, unet)
-    check_parts(checkpoint, BASE, ("text_encoder", "text_encoder_2", "vae"))
-    for part in ("tokenizer", "tokenizer_2"):
+    encoders = text_encoders(checkpoint, ("text_encoder", "text_encoder_2"))
+    check_parts(checkpoint, BASE, (*encoders, "vae"))
+    for part in ("tokenizer", "tokenizer_2") if checkpoint.reads_text else ():
         check_tokenizer(checkpoint.tokenizer(part), fetch_part(checkpoint, BASE, part))
     vae = read_config(checkpoint, "vae", "AutoencoderKL", bounds.check_vae)
-    texts = [read_config(checkpoint, part, None, bounds.check_text) for part in ("text_encoder", "text_encoder_2")]
+    texts = {part: read_config(checkpoint, part, None, bounds.check_text) for part in encoders}
     check_channels(checkpoint, unet, vae)
     guidance = Guidance.CFG if unet.get("time_cond_proj_dim") is None else Guidance.EMBEDDED
     check_unet_kind(
@@ -178,7 +194,7 @@ def read(checkpoint: Checkpoint, name: str) -> StableDiffusionXL:
     _check_widths(checkpoint, where, unet, texts)
     scheduler = checkpoint.config("scheduler", "scheduler_config.json")
     spec, levels = VaeSpec(checkpoint=checkpoint, part="vae", config=vae), len(unet["block_out_channels"])
-    encoders = [
+    text_parts = [
         Part(
             name=part,
             role=Role.TEXT_ENCODER,
@@ -188,7 +204,7 @@ def read(checkpoint: Checkpoint, name: str) -> StableDiffusionXL:
             quantise=partial(quantised, levels=0) if part == "text_encoder" else no_parameter,
             example=partial(run_clip, output_hidden_states=True),
         )
-        for part, text in zip(("text_encoder", "text_encoder_2"), texts, strict=True)
+        for part, text in texts.items()
     ]
     denoiser = Part(
         name="unet",
@@ -214,7 +230,7 @@ def read(checkpoint: Checkpoint, name: str) -> StableDiffusionXL:
         chunked=True, embeddings=True,
     )  # fmt: skip
     return StableDiffusionXL(
-        checkpoint=checkpoint, traits=traits, parts=(*encoders, denoiser, vae_part(spec)), vae=spec,
+        checkpoint=checkpoint, traits=traits, parts=(*text_parts, denoiser, vae_part(spec)), vae=spec,
         scheduler=scheduler,
         notes=tuple(notes), zeros_for_absent=bool(index.get("force_zeros_for_empty_prompt", True)),
     )  # fmt: skip
@@ -236,18 +252,24 @@ def _check_base(checkpoint: Checkpoint, index: Mapping[str, Any], unet: Mapping[
 
 
 def _check_widths(
-    checkpoint: Checkpoint, where: str, unet: Mapping[str, Any], texts: Sequence[Mapping[str, Any]]
+    checkpoint: Checkpoint, where: str, unet: Mapping[str, Any], texts: Mapping[str, Mapping[str, Any]]
 ) -> None:
     """That UNet and text encoders belong together. Raises ModelError."""
-    for part, text in zip(("text_encoder", "text_encoder_2"), texts, strict=True):
+    taken, numbers = unet.get("projection_class_embeddings_input_dim"), numbers_width(unet)
+    if not isinstance(taken, int) or taken <= numbers:
+        raise ModelError(f"{where}: projection_class_embeddings_input_dim = {taken}; it must be above {numbers}")
+    for part, text in texts.items():
         kind = str(text.get("model_type", "clip_text_model"))
         if not kind.startswith("clip"):
             raise ModelError(f"{checkpoint.folder / part}/config.json: this is {kind!r}; SDXL's text encoders are CLIP")
-    given, pooled = sum(text["hidden_size"] for text in texts), projected_width(texts[1])
-    if (taken := unet.get("cross_attention_dim", 1280)) != given:
-        raise ModelError(f"{where}: the UNet expects text width {taken}, the text encoders give {given} together")
-    numbers = NUMBERS * int(unet.get("addition_time_embed_dim") or 0)
-    if (taken := unet.get("projection_class_embeddings_input_dim")) != numbers + pooled:
+    if not texts:
+        return
+    given, pooled = sum(text["hidden_size"] for text in texts.values()), projected_width(texts["text_encoder_2"])
+    if text_width(unet) != given:
+        raise ModelError(
+            f"{where}: the UNet expects text width {text_width(unet)}, the text encoders give {given} together"
+        )
+    if taken != numbers + pooled:
         raise ModelError(
             f"{where}: projection_class_embeddings_input_dim = {taken}, but {NUMBERS} numbers and text_encoder_2's pooled "
             f"vector come to {numbers + pooled}"

@@ -14,7 +14,7 @@ from typing import Any
 
 from tiler.errors import ModelError, UsageError
 from tiler.models.contents import DENOISERS, Kind
-from tiler.models.derived import denoiser_config, text_config, vae_config
+from tiler.models.derived import denoiser_config, text_config, tiny_config, vae_config
 from tiler.models.kinds import SD2, Encoder, FamilyRow, family_of, row_of_pipeline
 from tiler.models.known_parts import find_encoder, find_vae, t5_tokenizer
 from tiler.models.part_files import FoundPart, WeightFile, find_parts
@@ -35,6 +35,13 @@ def assemble(checkpoint: Checkpoint, options: ModelOptions) -> Checkpoint:
     if path is None and not options.replaced() and options.prediction is None:
         return checkpoint
     return _Assembly(checkpoint, options, path).made()
+
+
+def tiny_of_file(path: Path) -> Checkpoint:
+    """A TAESD file, whole or the decoder alone, as a checkpoint of one model. Raises ModelError."""
+    found = find_parts(str(path), "--tiny-vae", (Kind.TINY_VAE,))[0]
+    source = PartSource(config=tiny_config(found.shapes, str(path)), index=found.tensors, label=str(path))
+    return Checkpoint(name=str(path), folder=path.parent, variant=None, file=path, sources={"": source})
 
 
 class _Assembly:
@@ -189,7 +196,7 @@ class _Assembly:
                 if fit and fit[0] not in taken:
                     taken[fit[0]] = part, "in the model's file"
         for slot, encoder in slots.items():
-            if slot not in taken and not self.in_folder:
+            if slot not in taken and not self.in_folder and self.base.reads_text:
                 path = find_encoder(self.folders, encoder, self.row, self.name, slot)
                 if path is None:
                     continue

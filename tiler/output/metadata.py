@@ -15,7 +15,8 @@ from tiler.request import Emphasis, ResolvedRequest, ScheduleType
 from tiler.request.render import OF_THE_MACHINE
 
 _EMPHASIS = {Emphasis.NO_NORM: "No norm", Emphasis.IGNORE: "Ignore", Emphasis.NONE: "None"}  # as A1111 writes them
-_NOT_TOLD = (*OF_THE_MACHINE, "metadata", "embd_dir", "lora_dir")
+_NOT_TOLD = (*OF_THE_MACHINE, "metadata", "embd_dir", "lora_dir", "model_dirs")
+_FILES = "model", "tiny_vae", "guide_image", "diffusion_model", "vae", "text_encoder", "clip_l", "clip_g", "t5xxl"
 
 XMP = "XML:com.adobe.xmp"  # the keyword of PNG (third edition), 11.3.3.4
 _TRAINED, _COMPOSITE = "trainedAlgorithmicMedia", "compositeWithTrainedAlgorithmicMedia"  # IPTC's digital source types
@@ -48,7 +49,7 @@ def texts(request: ResolvedRequest, facts: Facts) -> dict[str, str]:
         **_of_prompts(r, facts), "Version": f"tiler {metadata.version('tiler')}",
     }  # fmt: skip
     said = {key: value for key, value in asdict(r).items() if key not in _NOT_TOLD and value is not None}
-    for key in ("model", "tiny_vae", "guide_image"):
+    for key in _FILES:
         if said.get(key) is not None:
             said[key] = file_name(said[key])
     found = {
@@ -60,9 +61,8 @@ def texts(request: ResolvedRequest, facts: Facts) -> dict[str, str]:
     }
     prompt = r.prompt if r.prompt is not None else " | ".join(region.prompt for region in r.regions)
     both = {
-        "parameters": infotext(
-            prompt, r.negative_prompt or "", fields | {"RNG": "CPU"}
-        ),  # without it readers take a GPU's
+        # Without RNG, readers take noise for a GPU's.
+        "parameters": infotext(prompt, r.negative_prompt or "", fields | {"RNG": "CPU"}),
         "tiler": json.dumps(said | found, default=_plain, ensure_ascii=False),
         XMP: xmp(_COMPOSITE if r.guide_image is not None else _TRAINED),
     }

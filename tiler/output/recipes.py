@@ -28,7 +28,7 @@ class Recipe:
 
 _INFOTEXT = {
     "Steps": "num_inference_steps", "Sampler": "scheduler", "CFG scale": "guidance_scale", "Seed": "seed",
-    "Model": "model", "Denoising strength": "strength",
+    "Model": "model", "Denoising strength": "strength", "Clip skip": "clip_skip", "Hires prompt": "canvas_prompt",
 }  # fmt: skip
 _SWARM = {
     "prompt": "prompt", "negativeprompt": "negative_prompt", "model": "model", "seed": "seed",

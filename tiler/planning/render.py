@@ -56,6 +56,7 @@ class RenderPlan(Tiling):
     precision_why: str
     scheduler: Scheduler  # never AUTO
     notes: tuple[str, ...]  # on the scheduler, for the user
+    encoded: bool  # whether all prompts are embedded already, and no text encoder is read
 
     @property
     def denoiser_calls(self) -> int:
@@ -76,9 +77,11 @@ def plan_render(
     facts: Facts,
     max_bytes: int,
     methods: Mapping[str, Decode] = MappingProxyType({}),
+    *,
+    encoded: bool = False,
 ) -> RenderPlan:
-    """How `tiling`, the request's own, fits. The memory plan may still be over the ceiling: `plan.memory.check()` refuses.
-    `methods`, by the names of RenderPlan's, are the autoencoder's ways that an earlier run has chosen.
+    """How `tiling`, the request's own, fits, its prompts `encoded` already or not. The memory plan may still be over the ceiling:
+    `plan.memory.check()` refuses. `methods`, by the names of RenderPlan's, are the autoencoder's ways that an earlier run has chosen.
 
     Raises UsageError for numbers of steps that do not go with the scheduler, and ModelError for a scheduler config or weights
     that no work should begin with.
@@ -124,7 +127,9 @@ def plan_render(
     batch = batch_of("canvas", min(most, per_step))
     batch = math.ceil(per_step / math.ceil(per_step / batch))  # passes of equal size
     guide_batch = 1 if guide is None else batch_of("guide", min(most, len(guide_samples)))
-    encoding = text_phase(models, [facts.text_libraries])
+    encoding = PhasePlan(name="encode prompts", terms=(facts.text_libraries,))
+    if not encoded:
+        encoding = text_phase(models, [facts.text_libraries])
     if facts.guide_pixels:  # the user's picture is loaded first, and waits while prompts are encoded
         picture = Term(name="picture", nbytes=3 * facts.guide_pixels)
         loading = Term(name="picture", nbytes=facts.guide_load_bytes)
@@ -149,6 +154,7 @@ def plan_render(
     return RenderPlan(
         **vars(tiling),
         family=family,
+        encoded=encoded,
         batch=batch,
         resident=resident,
         decoder=models.decoder,

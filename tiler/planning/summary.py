@@ -55,7 +55,7 @@ def summarise(
         "tiles": len(plan.regions),
         "samples_per_pass": plan.batch,
         "denoiser_calls": plan.denoiser_calls,
-        "read_bytes": read_bytes(models, plan.precision),
+        "read_bytes": read_bytes(models, plan.precision, encoded=plan.encoded),
         **work_of(request, plan),
         "presets": presets,
         "decode": decoder.name,
@@ -73,11 +73,11 @@ def summarise(
     return with_old_names(facts)
 
 
-def read_bytes(models: Models, precision: Precision) -> dict[str, int]:
-    """By part, what encoding the prompts reads, and what a pass over the denoiser does where none of it is resident. Tables are
-    left out, of which a few rows are read."""
+def read_bytes(models: Models, precision: Precision, *, encoded: bool = False) -> dict[str, int]:
+    """By part, what encoding the prompts reads unless they are `encoded`, and what a pass over the denoiser does where none of it
+    is resident. Tables are left out, of which a few rows are read."""
     found = {}
-    for part in (*models.family.encoders, models.family.part(Role.DENOISER)):
+    for part in (*(() if encoded else models.family.encoders), models.family.part(Role.DENOISER)):
         module = models.module(part)
         tables = {f"{name}.weight" for name, layer in module.named_modules() if isinstance(layer, nn.Embedding)}
         index = match_index(module, models.family.checkpoint.weights(part.name), part.aliases)

@@ -22,8 +22,9 @@ from tiler.request.choices import (
     Wrap,
     parse_scheduler,
 )
-from tiler.request.decode import DecodeRequest, QuantizeRequest
+from tiler.request.decode import DecodeRequest, DoctorRequest, EncodeRequest, QuantizeRequest
 from tiler.request.loras import Lora
+from tiler.request.model import ModelOptions, Prediction
 from tiler.request.regions import Region, read_regions
 from tiler.request.render import RenderRequest, ResolvedRequest
 
@@ -35,12 +36,16 @@ __all__ = [
     "PRESETS",
     "Decode",
     "DecodeRequest",
+    "DoctorRequest",
     "Emphasis",
+    "EncodeRequest",
     "GuideUpscale",
     "Layout",
     "Lora",
     "Mask",
+    "ModelOptions",
     "Precision",
+    "Prediction",
     "Preset",
     "QuantizeRequest",
     "Region",

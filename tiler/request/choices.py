@@ -187,6 +187,12 @@ def check_decode(decode: Decode, tiny_vae: str | None) -> None:
         )
 
 
+def check_text(text: str) -> None:
+    """Raises UsageError for a prompt with characters that no tokenizer takes."""
+    if "\0" in text or any(0xD800 <= ord(c) <= 0xDFFF for c in text):
+        raise UsageError("a prompt holds a NUL or half a surrogate pair; remove it")
+
+
 def parse_interval(text: str) -> tuple[float, float]:
     """`0.2-0.8` → (0.2, 0.8), shares of the schedule. Raises UsageError."""
     try:

@@ -1,4 +1,4 @@
-"""Requests of the smaller commands: decode saved latents, quantise a model ahead of its first render."""
+"""Requests of the smaller commands: encode prompts, decode saved latents, quantise a model ahead of its first render."""
 
 from __future__ import annotations
 
@@ -7,7 +7,17 @@ from pathlib import Path
 
 from tiler.errors import UsageError
 from tiler.request import shared
-from tiler.request.choices import Decode, ScratchDtype, Weights, Wrap, check_decode, within
+from tiler.request.choices import (
+    MAX_CLIP_SKIP,
+    Decode,
+    Emphasis,
+    ScratchDtype,
+    Weights,
+    Wrap,
+    check_decode,
+    check_text,
+    within,
+)
 from tiler.request.model import ModelOptions
 from tiler.request.options import Option, Panel, argument, coerce, option
 
@@ -43,6 +53,37 @@ class DecodeRequest(ModelOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class EncodeRequest(ModelOptions):
+    """Encode prompts into a file for `render --prompt-embeds`. Raises UsageError.
+
+    The file also holds the negative prompt that was not given, so that any of the prompts can be drawn without one.
+    """
+
+    prompts: tuple[str, ...] = argument(
+        Option("What to draw; several prompts make one file.", Panel.PICTURE, (), metavar="PROMPT")
+    )
+    negative_prompts: tuple[str, ...] = option(
+        (), Option("What not to draw; may be given several times.", Panel.PICTURE, ("--negative-prompt", "-n"))
+    )
+    emphasis: Emphasis = option(Emphasis.ORIGINAL, shared.EMPHASIS)
+    embd_dir: Path | None = option(None, shared.EMBD_DIR)
+    clip_skip: int | None = option(None, shared.CLIP_SKIP)
+    cache_dir: Path | None = option(None, shared.RENDER_CACHE_DIR)
+    output: Path | None = option(
+        None, Option("The file to write.", Panel.OUTPUT, ("--output", "-o"), default="words.safetensors")
+    )
+    force: bool = option(False, shared.FORCE)
+
+    def __post_init__(self) -> None:
+        coerce(self)
+        within("clip-skip", self.clip_skip, 1, MAX_CLIP_SKIP)
+        for text in (*self.prompts, *self.negative_prompts):
+            check_text(text)
+        if not self.prompts:
+            raise UsageError("there is nothing to encode: give one or more prompts")
+
+
+@dataclass(frozen=True, kw_only=True)
 class QuantizeRequest(ModelOptions):
     """Write a model's folder with fewer bits a weight into `output`; or without `weights` its int8 weights into `cache_dir` (None:
     the user's cache folder) ahead of its first render. Raises UsageError."""
@@ -51,8 +92,8 @@ class QuantizeRequest(ModelOptions):
     weights: Weights | None = option(
         None,
         Option(
-            "Write a folder for --model whose denoiser has weights of so few bits, in optimum-quanto's layout; the autoencoder "
-            "stays as it is, and so do embedders, norms and the last projection.",
+            "Write a folder for --model whose denoiser has weights of so few bits, in optimum-quanto's layout; the "
+            "autoencoder stays as it is, and so do embedders, norms and the last projection.",
             Panel.MODEL, ("--weights",), metavar="int8|fp8|int4", default="fill the cache of int8 weights",
         ),
     )  # fmt: skip
@@ -101,3 +142,13 @@ class QuantizeRequest(ModelOptions):
     @property
     def exclusions(self) -> tuple[str, ...]:
         return tuple(pattern for word in (self.exclude or "").split(",") if (pattern := word.strip()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorRequest(ModelOptions):
+    """Look into a model; without one, at the machine alone."""
+
+    model: str = option("", shared.MODEL._replace(default="the machine alone is looked at"))
+
+    def __post_init__(self) -> None:
+        coerce(self)

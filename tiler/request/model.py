@@ -51,8 +51,8 @@ class ModelOptions:
     diffusion_model: str | None = option(
         None,
         Option(
-            "A file with a denoiser alone, as Flux's mostly are; the other parts come from --model, where that is given, the "
-            "flags below, or the folders of --model-dir.",
+            "A file with a denoiser alone, as Flux's mostly are; the other parts come from --model, where that is "
+            "given, the flags below, or the folders of --model-dir.",
             Panel.MODEL, ("--diffusion-model",), metavar="FILE",
         ),
     )  # fmt: skip
@@ -91,15 +91,26 @@ class ModelOptions:
     model_dirs: tuple[Path, ...] = option(
         (),
         Option(
-            "Folders to look for models in by name, with colons between them; of AUTOMATIC1111 or ComfyUI the root will do.",
-            Panel.MODEL, ("--model-dir",), parse=parse_folders, metavar="PATHS", default="model_dirs of `tiler config`, $TILER_MODEL_DIRS",
+            "Folders to look for models in by name, with colons between them; of AUTOMATIC1111 or ComfyUI the root "
+            "will do.",
+            Panel.MODEL, ("--model-dir",), parse=parse_folders, metavar="PATHS",
+            default="model_dirs of `tiler config`, $TILER_MODEL_DIRS",
         ),
     )  # fmt: skip
 
     def replaced(self) -> dict[str, str]:
-        """What was given for single parts, by the flag's name without dashes."""
+        """What was given for single parts, by its flag."""
         given = {
-            "vae": self.vae, "text-encoder": self.text_encoder, "clip_l": self.clip_l, "clip_g": self.clip_g,
-            "t5xxl": self.t5xxl,
+            "--vae": self.vae, "--text-encoder": self.text_encoder, "--clip_l": self.clip_l, "--clip_g": self.clip_g,
+            "--t5xxl": self.t5xxl,
         }  # fmt: skip
-        return {name: value for name, value in given.items() if value is not None}
+        return {flag: value for flag, value in given.items() if value is not None}
+
+    def flags(self) -> list[str]:
+        """The words of a command line that name the same model."""
+        given = {
+            "--model": self.model, "--variant": self.variant, "--revision": self.revision,
+            "--diffusion-model": self.diffusion_model, **self.replaced(), "--prediction": self.prediction,
+            "--model-dir": os.pathsep.join(map(str, self.model_dirs)) or None,
+        }  # fmt: skip
+        return [word for flag, value in given.items() if value is not None for word in (flag, value)]

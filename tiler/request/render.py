@@ -26,6 +26,7 @@ from tiler.request.choices import (
     TileConditioning,
     Wrap,
     check_decode,
+    check_text,
     parse_interval,
     parse_schedule_type,
     parse_scheduler,
@@ -38,7 +39,17 @@ from tiler.request.paper import parse_length, parse_paper
 from tiler.request.regions import Region
 
 # Fields that say where and how a picture is made; all others decide its bytes.
-OF_THE_MACHINE = ("output", "save_latents", "cache_dir", "scratch", "force", "restart", "keep_job", "job_dir")
+OF_THE_MACHINE = (
+    "output",
+    "save_latents",
+    "cache_dir",
+    "prompt_embeds",
+    "scratch",
+    "force",
+    "restart",
+    "keep_job",
+    "job_dir",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +69,14 @@ class RenderRequest(ModelOptions):
         ),
     )  # fmt: skip
     negative_prompt: str | None = option(None, Option("What not to draw.", Panel.PICTURE, ("--negative-prompt", "-n")))
+    prompt_embeds: Path | None = option(
+        None,
+        Option(
+            "Prompts that `tiler encode` encoded: no text encoder is read, nor needs to be there. Without a PROMPT "
+            "the file's own is drawn.",
+            Panel.PICTURE, ("--prompt-embeds",), metavar="FILE",
+        ),
+    )  # fmt: skip
     canvas_prompt: str | None = option(
         None,
         Option(
@@ -65,14 +84,7 @@ class RenderRequest(ModelOptions):
             Panel.PICTURE, ("--canvas-prompt",), metavar="TEXT",
         ),
     )  # fmt: skip
-    emphasis: Emphasis = option(
-        Emphasis.ORIGINAL,
-        Option(
-            "What weights like (word:1.3) do. original: as in A1111; no-norm: encodings are scaled and not brought "
-            "back to their mean; ignore: nothing; none: brackets are text.",
-            Panel.PICTURE, ("--emphasis",),
-        ),
-    )  # fmt: skip
+    emphasis: Emphasis = option(Emphasis.ORIGINAL, shared.EMPHASIS)
     regions: tuple[Region, ...] = option(
         (),
         Option(
@@ -164,21 +176,8 @@ class RenderRequest(ModelOptions):
             Panel.SAMPLING, ("--strength",), default="the model's, mostly 0.5",
         ),
     )  # fmt: skip
-    embd_dir: Path | None = option(
-        None,
-        Option(
-            "Folder of embeddings (textual inversion, .safetensors), which prompts name by file name, embedding:NAME "
-            "or <NAME>; for SD 1.x, 2.x and SDXL.",
-            Panel.MODEL, ("--embd-dir",), metavar="FOLDER",
-        ),
-    )  # fmt: skip
-    clip_skip: int | None = option(
-        None,
-        Option(
-            "Take the states of CLIP's last layer (1), of the one before it (2), and so on; for SD 1.x and 2.x.",
-            Panel.SAMPLING, ("--clip-skip",), metavar="N", default="1",
-        ),
-    )  # fmt: skip
+    embd_dir: Path | None = option(None, shared.EMBD_DIR)
+    clip_skip: int | None = option(None, shared.CLIP_SKIP)
     scheduler: Scheduler | None = option(
         None,
         Option(
@@ -261,7 +260,7 @@ class RenderRequest(ModelOptions):
             ("--precision",),
         ),
     )
-    cache_dir: Path | None = option(None, shared.CACHE_DIR)
+    cache_dir: Path | None = option(None, shared.RENDER_CACHE_DIR)
     decode: Decode = option(Decode.AUTO, shared.DECODE)
     scratch: Path | None = option(None, shared.SCRATCH)
     scratch_dtype: ScratchDtype = option(ScratchDtype.FP16, shared.SCRATCH_DTYPE)
@@ -314,11 +313,15 @@ class RenderRequest(ModelOptions):
         said = self.prompt, self.negative_prompt, self.canvas_prompt
         texts = (*said, *(t for r in self.regions for t in (r.prompt, r.negative_prompt)))
         for text in texts:
-            if text and ("\0" in text or any(0xD800 <= ord(c) <= 0xDFFF for c in text)):
-                raise UsageError("a prompt holds a NUL or half a surrogate pair; remove it")
+            check_text(text or "")
 
     def _check_combinations(self) -> None:
         check_decode(self.decode, self.tiny_vae)
+        changed = ("--clip-skip", self.clip_skip), ("--embd-dir", self.embd_dir)
+        given = [flag for flag, value in changed if value is not None]
+        given += ["--emphasis"] if self.emphasis is not Emphasis.ORIGINAL else []
+        if self.prompt_embeds is not None and given:
+            raise UsageError(f"the prompts of --prompt-embeds are encoded already: give {given[0]} to `tiler encode`")
         self._check_sheet()
         if self.layout is Layout.SHIFT and (self.overlap is not None or self.regions):
             raise UsageError(

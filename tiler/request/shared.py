@@ -8,8 +8,8 @@ OUTPUT = Option(
     "The picture to write: .png, .pdf, .tif or .tiff.", Panel.OUTPUT, ("--output", "-o"), default="tiler.png"
 )
 MODEL = Option(
-    "`mini`, a folder in diffusers layout, a single .safetensors or .gguf file, the name of one in --model-dir, or a hub "
-    "id like org/name.",
+    "`mini`, a folder in diffusers layout, a single .safetensors or .gguf file, the name of one in --model-dir, or a "
+    "hub id like org/name.",
     Panel.MODEL, ("--model", "-m"),
 )  # fmt: skip
 VARIANT = Option(
@@ -18,6 +18,24 @@ VARIANT = Option(
 )  # fmt: skip
 REVISION = Option("Branch, tag or commit of a hub id.", Panel.MODEL, ("--revision",))
 CACHE_DIR = Option("Folder for int8 weights.", Panel.MEMORY, ("--cache-dir",), default="~/.cache/tiler/packed")
+RENDER_CACHE_DIR = CACHE_DIR._replace(
+    help="Folder for int8 weights, and for encoded prompts, which the next render with the same words takes from there.",
+    default="~/.cache/tiler",
+)
+EMPHASIS = Option(
+    "What weights like (word:1.3) do. original: as in A1111; no-norm: encodings are scaled and not brought back to "
+    "their mean; ignore: nothing; none: brackets are text.",
+    Panel.PICTURE, ("--emphasis",),
+)  # fmt: skip
+EMBD_DIR = Option(
+    "Folder of embeddings (textual inversion, .safetensors), which prompts name by file name, embedding:NAME or "
+    "<NAME>; for SD 1.x, 2.x and SDXL.",
+    Panel.MODEL, ("--embd-dir",), metavar="FOLDER",
+)  # fmt: skip
+CLIP_SKIP = Option(
+    "Take the states of CLIP's last layer (1), of the one before it (2), and so on; for SD 1.x and 2.x.",
+    Panel.SAMPLING, ("--clip-skip",), metavar="N", default="1",
+)  # fmt: skip
 DECODE = Option(
     "How latents become a picture. exact: the whole picture, layer by layer through scratch files; sampled: like exact, but "
     "attention sees at most 16,384 evenly spaced tokens; frozen: row by row with statistics measured beforehand, for any size "
@@ -32,7 +50,9 @@ SCRATCH_DTYPE = Option(
     Panel.MEMORY, ("--scratch-dtype",),
 )  # fmt: skip
 TINY_VAE = Option(
-    "An AutoencoderTiny for --decode tiny: a folder or a hub id like madebyollin/taesd.", Panel.MODEL, ("--tiny-vae",)
+    "An AutoencoderTiny for --decode tiny: a folder, a TAESD file, or a hub id like madebyollin/taesd.",
+    Panel.MODEL,
+    ("--tiny-vae",),
 )
 WRAP = Option(
     "Make a picture whose copies join without a seam: side by side (x), stacked (y), or both (xy).",

@@ -22,6 +22,7 @@ from tiler.weights.codecs import CODECS
 from tiler.weights.index import TensorInfo, open_regular, read_into
 from tiler.weights.lora_keys import Kind, Slot
 
+_INTEGERS = {"I64": torch.int64, "I32": torch.int32}  # an alpha may be one
 STEP_ELEMENTS = 2**18  # of a difference at a time: 1 MB, beside the piece that is changed
 
 
@@ -114,6 +115,8 @@ class Factors:
             raise StorageError(f"{info.path}: reading failed ({error.strerror}); check the disk") from error
         if not whole:
             raise ModelError(f"{info.path}: the file became shorter while it was read; download it again")
+        if info.dtype in _INTEGERS:
+            return out.copy_(raw.view(_INTEGERS[info.dtype]).view(out.shape))
         CODECS[info.dtype].decode(raw, out)
         if not bool(out.sum().isfinite()):
             raise NumericalError(f"{info.path}: tensor {info.name!r} holds NaN or Inf; download the file again")

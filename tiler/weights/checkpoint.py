@@ -54,6 +54,7 @@ class Checkpoint:
     file: Path | None = None
     sources: Mapping[str, PartSource] = field(default_factory=dict)
     tokenizers: Mapping[str, Path] = field(default_factory=dict)  # folders that stand in for the checkpoint's own
+    reads_text: bool = True  # False where nothing is to be encoded: text encoders and tokenizers may be missing
 
     def with_sources(
         self, sources: Mapping[str, PartSource], tokenizers: Mapping[str, Path], notes: tuple[str, ...]
@@ -65,6 +66,15 @@ class Checkpoint:
     def has(self, part: str) -> bool:
         """Whether there is such a part."""
         return part in self.sources or (self.file is None and (self.folder / part).is_dir())
+
+    def has_weights(self, part: str) -> bool:
+        """Whether a part's config and weights are there."""
+        if part in self.sources:
+            return True
+        try:
+            return self.file is None and (self.folder / part / "config.json").is_file() and bool(self.weights(part))
+        except ModelError:
+            return False
 
     def tokenizer(self, part: str) -> Path:
         """The folder of a tokenizer's files."""
@@ -95,10 +105,21 @@ class Checkpoint:
 
 
 def resolve(
-    model: str, *, variant: str | None = None, revision: str | None = None, folders: Sequence[Path] = ()
+    model: str,
+    *,
+    variant: str | None = None,
+    revision: str | None = None,
+    folders: Sequence[Path] = (),
+    reads_text: bool = True,
 ) -> Checkpoint:
-    """`mini`, a folder, a file, the name of a model in `folders`, or a hub id → Checkpoint. Raises ModelError, OfflineError,
-    StorageError."""
+    """`mini`, a folder, a file, the name of a model in `folders`, or a hub id → Checkpoint. Where no prompt is to be encoded, its
+    text encoders need not be there. Raises ModelError, OfflineError, StorageError."""
+    return replace(_resolve(model, variant, revision, folders, reads_text=reads_text), reads_text=reads_text)
+
+
+def _resolve(
+    model: str, variant: str | None, revision: str | None, folders: Sequence[Path], *, reads_text: bool
+) -> Checkpoint:
     if model == "mini":
         folder = Path(__file__).parents[1] / "models" / "mini"
         return Checkpoint(name="mini", folder=folder, variant=None)
@@ -119,7 +140,8 @@ def resolve(
         return Checkpoint(name=model, folder=path.parent, variant=None, file=path)
     if not hub.is_hub_id(model):
         raise ModelError(_not_found(model, folders))
-    return _checkpoint(model, hub.from_hub(model, variant, revision), variant, repository=model)
+    folder = hub.from_hub(model, variant, revision, reads_text=reads_text)
+    return _checkpoint(model, folder, variant, repository=model)
 
 
 def _not_found(model: str, folders: Sequence[Path]) -> str:

@@ -24,17 +24,20 @@ from tiler.weights.places import give_the_hub_a_home, hub_cache
 INDEX = "model_index.json"
 _UNUSED = "feature_extractor", "image_encoder", "safety_checker"
 _WEIGHTLESS = re.compile("Tokenizer|Scheduler|Processor|FeatureExtractor")  # in the name of a part's class
+_TEXT = "text_encoder", "tokenizer"  # how the names begin of what encodes prompts
 _CONFIGS = ".json", ".txt", ".model"
 _SINGLE = "config.json", "diffusion_pytorch_model*.safetensors*", "model*.safetensors*"
 _UNWRITABLE = errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT
 
 
-def parts_of(index: Mapping[str, Any]) -> dict[str, bool]:
-    """From model_index.json: the folders of the parts that a picture needs, and whether each holds weights."""
+def parts_of(index: Mapping[str, Any], *, reads_text: bool = True) -> dict[str, bool]:
+    """From model_index.json: the folders of the parts that a picture needs, and whether each holds weights. Those that encode
+    prompts are left out where none is to be encoded."""
     return {
         name: not _WEIGHTLESS.search(value[1])
         for name, value in index.items()
         if isinstance(value, list) and len(value) == 2 and all(isinstance(v, str) and v for v in value)
+        if reads_text or not name.startswith(_TEXT)
         if name not in _UNUSED and re.fullmatch(r"[A-Za-z]\w*", name)
     }
 
@@ -78,20 +81,20 @@ def fetch_command(repo: str, revision: str | None, files: Iterable[str] = ()) ->
     return f"hf download {repo} {what}" + (f" --revision {revision}" if revision else "")
 
 
-def from_hub(model: str, variant: str | None, revision: str | None) -> Path:
-    """The folder of a repository in diffusers layout: from the cache if it is complete there, else downloaded.
+def from_hub(model: str, variant: str | None, revision: str | None, *, reads_text: bool = True) -> Path:
+    """The folder of a repository in diffusers layout: from the cache if it is complete there, else downloaded. Where no prompt
+    is to be encoded, it is complete without text encoders, and these are not downloaded.
 
     Raises ModelError, OfflineError, StorageError.
     """
     cached = _cached(model, revision, INDEX)
-    if cached is not None and complete(cached, variant, all_alike=variant is not None):
+    if cached is not None and complete(cached, variant, all_alike=variant is not None, reads_text=reads_text):
         return cached
+    state = "is not in the cache" if cached is None else "is in the cache only in part"
     try:
-        return _fetch(
-            model, variant, revision, "is not in the cache" if cached is None else "is in the cache only in part"
-        )
+        return _fetch(model, variant, revision, state, reads_text=reads_text)
     except OfflineError:
-        if cached is not None and complete(cached, variant, all_alike=False):
+        if cached is not None and complete(cached, variant, all_alike=False, reads_text=reads_text):
             return cached  # parts of several flavours: as the repository has them, for all that can be known
         raise
 
@@ -107,10 +110,10 @@ def single_from_hub(model: str) -> Path:
         return _download(model, None, _SINGLE)
 
 
-def complete(folder: Path, variant: str | None, *, all_alike: bool) -> bool:
+def complete(folder: Path, variant: str | None, *, all_alike: bool, reads_text: bool = True) -> bool:
     """Whether a folder has all the files of its parts; `all_alike`: the weights of each in the asked variant."""
     try:
-        parts = parts_of(read_json(folder / INDEX))
+        parts = parts_of(read_json(folder / INDEX), reads_text=reads_text)
     except ModelError:
         return False
     for part, weighted in parts.items():
@@ -149,7 +152,7 @@ def _cached(model: str, revision: str | None, file: str) -> Path | None:
     return folder if (folder / file).exists() else None
 
 
-def _fetch(model: str, variant: str | None, revision: str | None, state: str) -> Path:
+def _fetch(model: str, variant: str | None, revision: str | None, state: str, *, reads_text: bool) -> Path:
     """Download model_index.json, and then what it makes `wanted` of the files of that commit."""
     from huggingface_hub import HfApi
 
@@ -158,17 +161,20 @@ def _fetch(model: str, variant: str | None, revision: str | None, state: str) ->
         if not (folder / INDEX).exists():
             raise ModelError(f"{model}: this repository has no {INDEX}; --model takes one in diffusers layout")
         files = HfApi().list_repo_files(model, revision=folder.name)
-        return _download(model, folder.name, wanted(model, files, read_json(folder / INDEX), variant))
+        needed = wanted(model, files, read_json(folder / INDEX), variant, reads_text=reads_text)
+        return _download(model, folder.name, needed)
 
 
-def wanted(model: str, files: Iterable[str], index: Mapping[str, Any], variant: str | None) -> list[str]:
+def wanted(
+    model: str, files: Iterable[str], index: Mapping[str, Any], variant: str | None, *, reads_text: bool = True
+) -> list[str]:
     """Of a repository's files, those that are needed. Raises ModelError for a part whose weights tiler cannot read."""
     folders: dict[str, list[str]] = {}
     for file in files:
         folder, _, name = file.rpartition("/")
         folders.setdefault(folder, []).append(name)
     needed = [INDEX]
-    for part, weighted in parts_of(index).items():
+    for part, weighted in parts_of(index, reads_text=reads_text).items():
         names = folders.get(part, [])
         flavour = choose_flavour(names, variant) if weighted else None
         if weighted and flavour is None:

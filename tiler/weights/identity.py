@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,15 +22,21 @@ def model_id(checkpoint: Checkpoint, parts: Sequence[str]) -> str:
     digest = hashlib.sha256()
     if checkpoint.file is not None:
         _add(digest, checkpoint.file, "single")
-        return digest.hexdigest()[:32]
-    for part in parts:
+    for part in filter(checkpoint.has_weights, parts):  # text encoders may not be there
+        if part in checkpoint.sources:
+            others = sorted({info.path for info in checkpoint.weights(part).values()} - {checkpoint.file})
+            if others:
+                digest.update(f"{part} {json.dumps(checkpoint.config(part), sort_keys=True)}\n".encode())
+            for path in others:
+                _add(digest, path, part)
+            continue
         files = find_weights(checkpoint.folder / part, checkpoint.variant).files
         if (config := checkpoint.folder / part / "config.json").exists():
             _add(digest, config, f"{part} {len(files)}")
         for path in files:
             _add(digest, path, part)
     scheduler = checkpoint.folder / "scheduler" / "scheduler_config.json"
-    if scheduler.exists():
+    if checkpoint.file is None and scheduler.exists():
         _add(digest, scheduler, "scheduler")
     return digest.hexdigest()[:32]
 

@@ -52,13 +52,13 @@ class Nested:
 
 
 class TensorInfo(NamedTuple):
-    """Where one tensor lies, and how: `dtype` names its codec (codecs.py), `nbytes` is what it takes in files. Its rows, those of
-    the first axis, stand in one place or in several; a tensor without axes is one row. One that is `blocked` lies in the order
-    of blocks.py; its shape is the weight's own once `match_index` has seen it.
+    """Where one tensor lies, and how: `dtype` names its codec (codecs.py), `nbytes` is what it takes in files. Its
+    rows, those of the first axis, stand in one place or in several; a tensor without axes is one row. One that is
+    `blocked` lies in the order of blocks.py; its shape is the weight's own once `match_index` has seen it.
 
-    `scale` multiplies it: one factor, or one for each row. What lies `beside` it has as many rows, without which its own cannot be
-    decoded, and counts in `nbytes`; `nested` is what all of them need (layouts.py). One that is `transposed` lies column by column
-    of its shape, and is read as a whole."""
+    `scale` multiplies it: one factor, or one for each row. What lies `beside` it has as many rows, without which its
+    own cannot be decoded, and counts in `nbytes`; `nested` is what all of them need (layouts.py). One that is
+    `transposed` lies column by column of its shape, and is read as a whole."""
 
     name: str
     dtype: str
@@ -82,7 +82,8 @@ class TensorInfo(NamedTuple):
         return self.sources[0].offset
 
     def bytes_of(self, rows: int) -> int:
-        """What so many rows take. Of rows that are no whole blocks, only numbers that are may be asked for: multiples of 32 are."""
+        """What so many rows take. Of rows that are no whole blocks, only numbers that are may be asked for: multiples
+        of 32 are."""
         return self.nbytes * rows // max(1, self.shape[0] if self.shape else 1)
 
     def alone(self) -> TensorInfo:

@@ -220,12 +220,13 @@ def _of_blocks(index: Index, weight: str, state: TensorInfo) -> TensorInfo:
     rows, width = shape
     if values % 2 or width % values:
         raise ModelError(
-            f"{info.path}: the rows of {weight!r}, {width} values, are no whole blocks of {values}; tiler does not read that"
+            f"{info.path}: the rows of {weight!r}, {width} values, are no whole blocks of {values}; "
+            "tiler does not read that"
         )
     if info.dtype != "U8" or info.nbytes * 2 != rows * width or math.prod(absmax.shape) != rows * width // values:
         raise ModelError(
-            f"{info.path}: tensor {weight!r} says {rows} × {width} values in blocks of {values}, which does not fit its "
-            f"{info.nbytes} bytes and {math.prod(absmax.shape)} factors; the file is damaged"
+            f"{info.path}: tensor {weight!r} says {rows} × {width} values in blocks of {values}, which does not fit "
+            f"its {info.nbytes} bytes and {math.prod(absmax.shape)} factors; the file is damaged"
         )
     table = _values(_need(index, f"{weight}.quant_map", state))
     nested = Nested(table=table, values=values, start=info.offset)

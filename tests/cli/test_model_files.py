@@ -1,0 +1,145 @@
+"""`tiler models`, `tiler cache`, `tiler doctor --model`, and models found by name in folders."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import make_checkpoint
+import pytest
+import torch
+from checkpoints._single import single_tensors
+from safetensors.torch import load_file, save_file
+
+from tiler.weights.packed import VERSION
+
+
+@pytest.fixture(scope="module")
+def webui(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder like AUTOMATIC1111's: a model without its autoencoder, a LoRA, an autoencoder, a folder, a damaged file."""
+    root = tmp_path_factory.mktemp("webui")
+    folder = make_checkpoint.make("tiny-plain", root / "models/diffusers")
+    tensors = single_tensors(folder)
+    places = {name: root / "models" / name for name in ("Stable-diffusion", "VAE", "Lora")}
+    for place in places.values():
+        place.mkdir()
+    parts = {name: tensor for name, tensor in tensors.items() if not name.startswith("first_stage_model.")}
+    save_file(parts, places["Stable-diffusion"] / "dreamy sky.safetensors")
+    save_file({"lora_unet_x.lora_up.weight": torch.ones(2, 2)}, places["Lora"] / "style.safetensors")
+    save_file({k: v for k, v in tensors.items() if k not in parts}, places["VAE"] / "soft.safetensors")
+    (places["Stable-diffusion"] / "cut.safetensors").write_bytes(b"\0" * 20)
+    return root
+
+
+def test_models_are_listed_with_what_they_need(in_process: Any, webui: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TILER_MODEL_DIRS", str(webui))
+    ran = in_process("models", "--json")
+    assert ran.code == 0, ran.err
+    found = {Path(model["path"]).name: model for model in ran.json}
+    assert set(found) == {"dreamy sky.safetensors", "cut.safetensors", "soft.safetensors", "tiny-plain"}
+    sky = found["dreamy sky.safetensors"]
+    assert (sky["family"], sky["fits"], sky["lacks"]) == ("Stable Diffusion 1.x", True, ["--vae"])
+    assert (found["soft.safetensors"]["family"], found["soft.safetensors"]["fits"]) == ("an autoencoder", None)
+    assert found["tiny-plain"]["lacks"] == []
+    assert "cannot be read" in found["cut.safetensors"]["family"]
+    said = in_process("models", webui, "--max-ram", "400MB").out
+    assert "dreamy sky.safetensors: " in said and "needs 432 MB of memory, and --vae beside it" in said
+
+
+def test_models_without_a_folder(in_process: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TILER_MODEL_DIRS", raising=False)
+    ran = in_process("models")
+    assert ran.code == 2 and "TILER_MODEL_DIRS" in ran.err
+
+
+def test_a_model_by_name(in_process: Any, webui: Path) -> None:
+    """Its missing autoencoder is the only one that fits; a near name is told; two of one name are listed."""
+    ran = in_process("plan", "x", "--model", "dreamy sky", "--model-dir", webui, "--size", 512)
+    assert ran.code == 0, ran.err
+    assert "soft.safetensors, the only one in the model folders that fits" in ran.err
+    ran = in_process("plan", "x", "--model", "dreamysky", "--model-dir", webui)
+    assert ran.code == 3 and "did you mean dreamy sky?" in ran.err and "hf download" in ran.err
+    other = webui / "models/Stable-diffusion/old"
+    other.mkdir()
+    shutil.copy(webui / "models/VAE/soft.safetensors", other / "dreamy sky.safetensors")
+    try:
+        ran = in_process("plan", "x", "--model", "dreamy sky", "--model-dir", webui)
+        assert ran.code == 3 and ran.err.count("dreamy sky.safetensors") == 2
+    finally:
+        shutil.rmtree(other)
+
+
+def test_doctor_tells_what_was_decided(in_process: Any, webui: Path) -> None:
+    model = webui / "models/Stable-diffusion/dreamy sky.safetensors"
+    ran = in_process(
+        "doctor", "--model", model, "--vae", webui / "models/VAE/soft.safetensors", "--prediction", "v", "--json"
+    )
+    assert ran.code == 0, ran.err
+    assert ran.json["prediction"] == "v (as --prediction says)"
+    assert ran.json["vae"].endswith("soft.safetensors (--vae)") and "F16" in ran.json["vae"]
+    assert "a UNet (original names" in ran.json["in the file"]
+    ran = in_process("doctor", "--model", model)
+    assert ran.code == 3
+    assert "family              Stable Diffusion 1.x" in ran.out and "missing or wrong    " in ran.out
+    assert "give --vae FILE or FOLDER (run: hf download " in ran.err
+
+
+def test_cache_lists_and_cleans(in_process: Any, tmp_path: Path) -> None:
+    def packed(name: str, version: str) -> Path:
+        words = {"format": "tiler-int8", "version": version}
+        save_file({"a": torch.ones(3)}, tmp_path / "c" / f"{name * 32}.safetensors", metadata=words)
+        return tmp_path / "c" / f"{name * 32}.safetensors"
+
+    (tmp_path / "c/prompts").mkdir(parents=True)
+    current, old = packed("a", VERSION), packed("b", "0")
+    prompt = tmp_path / "c/prompts" / f"{'c' * 32}.safetensors"
+    save_file({"a": torch.ones(3)}, prompt)
+    mine = tmp_path / "c/my model.safetensors"
+    save_file({"a": torch.ones(3)}, mine)
+    leftover = tmp_path / "c" / f".{'d' * 32}.safetensors.x"
+    leftover.write_bytes(b"x")
+    os.utime(leftover, (0, time.time() - 10**6))
+    listed = {Path(file["path"]).name: file for file in in_process("cache", "list", "--cache-dir", "c", "--json").json}
+    assert set(listed) == {current.name, old.name, prompt.name, leftover.name}
+    assert listed[old.name]["stale"] == "of another version of tiler" and not listed[current.name]["stale"]
+    assert in_process("cache", "clean", "--cache-dir", "c", "--dry-run").code == 0 and old.exists()
+    assert in_process("cache", "clean", "--cache-dir", "c").code == 0
+    assert (current.exists(), old.exists(), prompt.exists(), leftover.exists()) == (True, False, True, False)
+    assert in_process("cache", "clean", "--cache-dir", "c", "--all").code == 0
+    assert (current.exists(), prompt.exists(), mine.exists()) == (False, False, True)
+
+
+@pytest.mark.parametrize("half", ["whole", "decoder"])
+def test_a_taesd_file_decodes_as_its_folder(in_process: Any, tiny: Path, tmp_path: Path, half: str) -> None:
+    from diffusers import AutoencoderTiny
+    from PIL import Image
+
+    widths = dict.fromkeys(("encoder_block_out_channels", "decoder_block_out_channels"), (8, 8, 8, 8))
+    AutoencoderTiny(**widths).save_pretrained(tmp_path / "taesd")
+    tensors = load_file(tmp_path / "taesd/diffusion_pytorch_model.safetensors")
+    if half == "decoder":  # as its author publishes it: a clamp before the first layer
+        found = {n.removeprefix("decoder.layers."): t for n, t in tensors.items() if n.startswith("decoder.")}
+        tensors = {f"{int(n.split('.', 1)[0]) + 1}.{n.split('.', 1)[1]}": t for n, t in found.items()}
+    save_file(tensors, tmp_path / "taesd.safetensors")
+    latents = {"latents": torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))}
+    save_file(latents, tmp_path / "l.safetensors")
+    for name, vae in (("a", "taesd"), ("b", "taesd.safetensors")):
+        ran = in_process(
+            "decode", "l.safetensors", "--model", tiny, "--decode", "tiny", "--tiny-vae", vae, "-o", f"{name}.png"
+        )
+        assert ran.code == 0, ran.err
+    assert Image.open(tmp_path / "a.png").tobytes() == Image.open(tmp_path / "b.png").tobytes()
+
+
+def test_looking_into_files_imports_no_torch() -> None:
+    """A hundred headers are read in the time that the import alone would take."""
+    import subprocess
+    import sys
+
+    code = "import sys, tiler.models.listing; print(json.dumps('torch' in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", f"import json; {code}"], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) is False

@@ -1,0 +1,143 @@
+"""Prompts that were encoded before: kept for the next render, or carried in a file to where no text encoder is."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.models.rendering import ask, rendered
+from tiler import Budget, EncodeRequest, encode, plan
+from tiler.memory.process import read_rss
+from tiler.models.embeds import prune
+from tiler.planning.summary import read_bytes
+from tiler.request import Precision
+
+KINDS = "tiny", "tiny-sdxl", "tiny-sd3", "tiny-pixart", "tiny-flux", "tiny-auraflow"
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def model(request: Any, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import make_checkpoint
+
+    return tiny if request.param == "tiny" else make_checkpoint.make(request.param, tmp_path_factory.mktemp("made"))
+
+
+def encoded(model: Path, output: Path, *prompts: str, **values: Any) -> dict[str, Any]:
+    request = EncodeRequest(prompts=prompts, model=str(model), output=output, **values)
+    return encode(request, Budget(read_rss().now + 10**9)).report
+
+
+def bytes_read(report: dict[str, Any]) -> int:
+    """Of what is no denoiser."""
+    return report["weight_bytes_read"] - report["denoiser_bytes_read"]
+
+
+def test_a_machine_without_text_encoders_renders_the_same_picture(model: Path, tmp_path: Path) -> None:
+    """The second render takes its prompts from the cache, the third from a file, and where it runs nothing could encode them."""
+    asked = {"negative_prompt": "fog", "num_inference_steps": 1, "cache_dir": tmp_path / "cache", "size": 64}
+    want, first = rendered(ask(model, tmp_path, **asked))
+    again, second = rendered(ask(model, tmp_path, **asked))
+    assert torch.equal(want, again) and bytes_read(second) < bytes_read(first)
+    words = tmp_path / "words.safetensors"
+    assert encoded(model, words, "a boat", negative_prompts=("fog",))["prompts"] == 3
+    bare = shutil.copytree(model, tmp_path / "bare", ignore=shutil.ignore_patterns("text_encoder*", "tokenizer*"))
+    asked |= {"prompt": None, "negative_prompt": None, "prompt_embeds": words}  # the file says both
+    got, third = rendered(ask(bare, tmp_path, **asked))
+    assert torch.equal(got, want) and bytes_read(third) == bytes_read(second)
+    planned = plan(ask(bare, tmp_path, **asked))
+    denoiser = "unet" if (model / "unet").is_dir() else "transformer"
+    assert list(read_bytes(planned.models, Precision.FP32, encoded=planned.plan.encoded)) == [denoiser]
+    peaks = {phase.name: {term.name for term in phase.terms} for phase in planned.plan.memory.phases}
+    assert peaks["encode prompts"] == {"python + libraries"}
+
+
+@pytest.mark.parametrize("change", ["weights", "tokenizer", "precision", "prompt"])
+def test_what_decides_the_embeddings_decides_whether_they_are_taken(tiny: Path, tmp_path: Path, change: str) -> None:
+    copy = shutil.copytree(tiny, tmp_path / "copy")
+    asked: dict[str, Any] = {"size": 64, "cache_dir": tmp_path / "cache", "precision": Precision.FP32}
+    assert not plan(ask(copy, tmp_path, **asked)).plan.encoded
+    rendered(ask(copy, tmp_path, **asked | {"num_inference_steps": 1}))
+    assert plan(ask(tiny, tmp_path, **asked)).plan.encoded  # the same model elsewhere
+    if change == "weights":
+        path = next((copy / "text_encoder").glob("*.safetensors"))
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)
+    elif change == "tokenizer":
+        settings = copy / "tokenizer/tokenizer_config.json"
+        settings.write_text(settings.read_text() + " ")
+    else:
+        asked |= {"precision": Precision.INT8} if change == "precision" else {"prompt": "a boat "}
+    assert not plan(ask(copy, tmp_path, **asked)).plan.encoded
+
+
+def test_a_prompt_that_was_cut_is_told_of_again(tiny: Path, tmp_path: Path) -> None:
+    from checkpoints import pixart
+
+    pixart.write(tmp_path / "pixart", "tiny")
+    long = 'A Lighthouse, "Fastnet", on a cliff, waves, dramatic light, ' * 30
+    asked = {"prompt": long, "num_inference_steps": 1, "size": 64, "cache_dir": tmp_path / "cache"}
+    for model in (tiny, tmp_path / "pixart"):
+        told: list[list[str]] = [[], []]
+        for said in told:
+            rendered(ask(model, tmp_path, **asked), said)
+        cut = [[note for note in said if "was cut" in note] for said in told]
+        assert len(cut[0]) == 1 and cut[0] == cut[1]
+
+
+def test_a_damaged_file_in_the_cache_is_made_again(tiny: Path, tmp_path: Path) -> None:
+    asked = {"num_inference_steps": 1, "size": 64, "cache_dir": tmp_path / "cache"}
+    want, _ = rendered(ask(tiny, tmp_path, **asked))
+    for path in (tmp_path / "cache/prompts").iterdir():
+        path.write_bytes(path.read_bytes()[:-8])
+    got, _ = rendered(ask(tiny, tmp_path, **asked))
+    assert torch.equal(got, want)
+    assert plan(ask(tiny, tmp_path, **asked)).plan.encoded
+
+
+def test_a_cache_that_cannot_be_written_is_a_note(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("no folder")
+    said: list[str] = []
+    rendered(ask(tiny, tmp_path, num_inference_steps=1, size=64, cache_dir=tmp_path / "cache"), said)
+    assert any("not kept for the next render" in note for note in said)
+
+
+def test_the_files_that_were_not_used_for_longest_go_first(tmp_path: Path) -> None:
+    for age, name in enumerate("abc"):
+        path = tmp_path / f"{name}.safetensors"
+        path.write_bytes(bytes(100))
+        os.utime(path, (1000 - age, 1000 - age))
+    prune(tmp_path, 250)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "b.safetensors"]
+
+
+def test_a_file_that_does_not_go_with_the_render_is_exit_2(in_process: Any, tiny: Path, tmp_path: Path) -> None:
+    import make_checkpoint
+
+    words = tmp_path / "words.safetensors"
+    assert in_process("encode", "a boat", "a pier", "-m", tiny, "-o", words, "-q").code == 0
+    assert "exists" in in_process("encode", "a boat", "-m", tiny, "-o", words).err
+    (tmp_path / "text.safetensors").write_text("no tensors")
+    sdxl = make_checkpoint.make("tiny-sdxl", tmp_path / "made")
+    other = next((tiny / "vae").glob("*.safetensors"))
+    for options, message in (
+        (
+            ("a gull", "-m", tiny, "--prompt-embeds", words),
+            "'a gull' is not in this file, which holds 'a boat', 'a pier'",
+        ),
+        (("a boat", "-n", "fog", "-m", tiny, "--prompt-embeds", words), "'fog' is not in this file"),
+        (
+            ("a boat", "-m", sdxl, "--prompt-embeds", words),
+            "these prompts are for StableDiffusion, 77 tokens of width 32",
+        ),
+        (("a boat", "-m", tiny, "--prompt-embeds", "nowhere"), "no such file; `tiler encode PROMPT -o"),
+        (("a boat", "-m", tiny, "--prompt-embeds", "text.safetensors"), "not a safetensors file"),
+        (("a boat", "-m", tiny, "--prompt-embeds", other), "holds no encoded prompts"),
+    ):
+        ran = in_process("render", *options, "--size", 64)
+        assert ran.code == 2 and message in ran.err and len(ran.err.strip().splitlines()) == 1, ran.err

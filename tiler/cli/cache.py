@@ -1,0 +1,86 @@
+"""`tiler cache list` and `tiler cache clean`: what tiler keeps on disk to be quicker next time."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tiler.cli import options as o
+from tiler.errors import UsageError
+from tiler.memory.budget import format_mb
+from tiler.weights.caches import Cached, list_cached, remove
+
+app = typer.Typer(
+    help="List or remove what tiler keeps to be quicker next time: int8 weights, encoded prompts, hashes.",
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+CacheDir = Annotated[
+    Path | None,
+    typer.Option(
+        "--cache-dir",
+        metavar="PATH",
+        show_default=False,
+        help=r"The folder that renders were given. [dim]\[default: ~/.cache/tiler][/dim]",
+    ),
+]
+
+
+def _listed(folder: Path | None) -> list[Cached]:
+    if folder is not None and not folder.is_dir():
+        raise UsageError(f"{folder}: no such folder")
+    from tiler.weights.packed import VERSION
+
+    return list_cached(folder, VERSION)
+
+
+@app.command("list")
+def show(cache_dir: CacheDir = None, json_output: o.Json = False) -> None:
+    """Show every file that is kept, its size, when it was last used, and what of it is stale."""
+    found = _listed(cache_dir)
+    if json_output:
+        typer.echo(json.dumps([asdict(file) | {"path": str(file.path)} for file in found]))
+        return
+    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else 10_000
+    for file in found:
+        used = "today" if file.used_days < 1 else f"{file.used_days:.0f} days ago"
+        stale = f"  stale: {file.stale}" if file.stale else ""
+        typer.echo(f"{format_mb(file.size_bytes):>10}  {used:12} {file.kind:16} {file.path.name[:12]}{stale}"[:columns])
+    sizes: Counter[Path] = Counter()
+    for file in found:
+        sizes[file.path.parent] += file.size_bytes
+    for folder, size in sizes.items():
+        typer.echo(f"{format_mb(size):>10}  in {folder}")
+    if not found:
+        typer.echo("nothing is kept")
+
+
+@app.command("clean")
+def clean(
+    cache_dir: CacheDir = None,
+    everything: Annotated[bool, typer.Option("--all", help="Remove all of it, not only what is stale.")] = False,
+    older: Annotated[
+        int | None,
+        typer.Option(
+            "--older-than", metavar="DAYS", min=0, show_default=False, help="Also what was not used for so long."
+        ),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+) -> None:
+    """Remove what is stale: int8 weights of another version of tiler, damaged files, and what killed runs left behind."""
+    found = [
+        file
+        for file in _listed(cache_dir)
+        if everything or file.stale or (older is not None and file.used_days >= older)
+    ]
+    for file in found:
+        typer.echo(f"{file.path}: {format_mb(file.size_bytes)}, {file.stale or file.kind}")
+    freed = sum(file.size_bytes for file in found) if dry_run else remove(found)
+    typer.echo(f"{'would free' if dry_run else 'freed'} {format_mb(freed)} ({len(found)} files)")

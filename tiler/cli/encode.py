@@ -1,0 +1,47 @@
+"""`tiler encode`: prompts → a file with their embeddings, for machines without the text encoders."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import typer
+
+from tiler.cli import options as o
+from tiler.memory.budget import Budget, format_mb
+from tiler.request import EncodeRequest
+
+
+def run(
+    request: EncodeRequest,
+    *,
+    max_ram: o.MaxRam = "800MB",
+    threads: o.Threads = None,
+    report: o.Report = None,
+    quiet: o.Quiet = False,
+    json_output: o.Json = False,
+) -> None:
+    """Encode prompts once, for `render --prompt-embeds` on any machine.
+
+    A machine with this file needs neither the text encoders nor the tokenizers of the model: for Flux and Stable Diffusion 3
+    these are 9.5 GB less to download and to read.
+    """
+    o.check_report(report, request.output or Path("words.safetensors"), force=request.force)
+    budget = Budget(max_ram)
+    o.prepare_process(threads)
+    from tiler.cli.progress import ProgressPrinter
+    from tiler.pipeline import encode
+
+    with ProgressPrinter(budget, quiet=quiet) as printer:
+        result = encode(request, budget, printer)
+    o.write_report(report, result.report)
+    if json_output:
+        typer.echo(json.dumps({"output": str(result.output), **result.report}))
+    elif not quiet:
+        typer.echo(
+            f"{result.output}: {len(request.prompts)} prompt{'s' * (len(request.prompts) > 1)}, peak "
+            f"{format_mb(budget.peak_rss_bytes)} of {format_mb(budget.max_bytes)}"
+        )
+
+
+command = o.command_of(EncodeRequest, run)

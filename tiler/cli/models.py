@@ -1,0 +1,55 @@
+"""`tiler models`: what lies in the model folders, and what of it fits."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import textwrap
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tiler.cli import options as o
+from tiler.errors import UsageError
+from tiler.memory.budget import Budget, format_mb
+
+Folders = Annotated[
+    list[Path] | None,
+    typer.Argument(
+        metavar="FOLDER", show_default=False, help=r"Where to look. [dim]\[default: $TILER_MODEL_DIRS][/dim]"
+    ),
+]
+
+
+def command(folders: Folders = None, max_ram: o.MaxRam = "800MB", json_output: o.Json = False) -> None:
+    """List models, autoencoders and text encoders: family, size, and whether 2048² fits the ceiling.
+
+    Headers are read and nothing is planned: `tiler plan` says more of one model. A file that lacks a part names the flag that
+    brings it.
+    """
+    from tiler.models.listing import list_models
+    from tiler.weights.places import model_folders
+
+    ceiling = Budget(max_ram).max_bytes
+    wanted = model_folders(folders or ())
+    if not wanted:
+        raise UsageError("no folder to look in: name one (tiler models ~/models), or set TILER_MODEL_DIRS")
+    for folder in wanted:
+        if not folder.is_dir():
+            raise UsageError(f"{folder}: no such folder")
+    found = list_models(wanted)
+    if json_output:
+        typer.echo(json.dumps([model.facts(ceiling) for model in found]))
+        return
+    if not found:
+        typer.echo(f"no .safetensors or .gguf file and no diffusers folder in {', '.join(map(str, wanted))}")
+        return
+    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else 10_000
+    for model in found:
+        fits = {True: ", fits", False: f", needs {format_mb(model.floor_bytes or 0)} of memory", None: ""}
+        lacks = f", and {' '.join(model.lacks)} beside it" if model.lacks else ""
+        size = f"{model.size_bytes / 1e9:.1f} GB" if model.size_bytes >= 10**9 else format_mb(model.size_bytes)
+        said = f"{size}, {model.family}{fits[model.fits(ceiling)]}{lacks}"
+        typer.echo(textwrap.fill(f"{model.path}: {said}", columns, subsequent_indent="    ", break_on_hyphens=False))

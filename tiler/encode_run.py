@@ -1,0 +1,89 @@
+"""What `tiler encode` does: prompts through a checkpoint's text encoders into a file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from tiler import encoding
+from tiler.encoding import Spoken
+from tiler.events import OnEvent
+from tiler.files import check_writable
+from tiler.memory.budget import Budget
+from tiler.memory.limits import memory_warning
+from tiler.memory.tuning import MARGIN
+from tiler.models import family as families
+from tiler.models.built import Models
+from tiler.models.embeds import Text, Words, kind_of, write_words
+from tiler.models.prompting import notes_on_prompts
+from tiler.planning.peaks import text_phase
+from tiler.planning.resolve import resolve
+from tiler.planning.table import MemoryPlan, PhasePlan
+from tiler.request import MAX_STEPS, EncodeRequest, RenderRequest, ResolvedRequest
+from tiler.request.prompt import Stage
+from tiler.request.wording import Wording, canvas_conditions
+from tiler.run import Run, measure
+
+
+@dataclass(kw_only=True)
+class EncodeRun(Run):
+    """One encoding under way."""
+
+    request: EncodeRequest
+    output: Path
+    spoken: Spoken
+    plan: MemoryPlan
+
+
+def start(request: EncodeRequest, budget: Budget, on_event: OnEvent) -> EncodeRun:
+    """Check that the file can be written, look for prompts that are encoded already, and plan. Raises TilerError."""
+    output = request.output or Path("words.safetensors")
+    check_writable(output, force=request.force)
+    family = families.open_family(request)
+    models, found = Models(family), family.checkpoint
+    settings = [resolve(asked, family) for asked in _renders(request)]
+    texts: list[Text] = list(dict.fromkeys(text for one in settings for text in _texts(one)))
+    if family.traits.chunked:
+        texts.append("")  # whose chunks lengthen others
+    spoken = encoding.find_prompts(settings[0], models, list(dict.fromkeys(texts)), None, int8=False)
+    for part in family.encoders:
+        models.module(part)
+    facts = measure(output.parent)
+    phase = PhasePlan(name="encode prompts", terms=(facts.text_libraries,))
+    if not spoken.all_encoded:
+        phase = text_phase(models, [facts.text_libraries])
+    plan = MemoryPlan(
+        max_bytes=budget.max_bytes, phases=(phase,), smallest_bytes=int(phase.peak_bytes / MARGIN) + 1
+    )  # fmt: skip
+    run = EncodeRun(
+        models=models, budget=budget, on_event=on_event, request=request, output=output, spoken=spoken, plan=plan
+    )
+    on_prompts = dict.fromkeys(note for one in settings for note in notes_on_prompts(one, family, has_guide=True))
+    for note in (*on_prompts, *found.notes, *family.notes, memory_warning(budget.max_bytes)):
+        if note is not None:
+            run.note(note)
+    return run
+
+
+def _renders(request: EncodeRequest) -> list[RenderRequest]:
+    """What may be rendered of the prompts: each under each negative prompt, and under none."""
+    own = {field.name for field in fields(EncodeRequest)} & {field.name for field in fields(RenderRequest)}
+    shared = {name: getattr(request, name) for name in own - {"output", "force"}}
+    negatives = (*request.negative_prompts, None)
+    return [RenderRequest(prompt=p, negative_prompt=n, **shared) for p in request.prompts for n in negatives]
+
+
+def _texts(request: ResolvedRequest) -> list[Text]:
+    """All that a render may say at any step, whatever their number, with and without a negative prompt."""
+    wording = Wording(canvas_conditions(request), Stage(MAX_STEPS))
+    return [*dict.fromkeys(wording.texts()), None]
+
+
+def encode(run: EncodeRun) -> None:
+    """Encode the prompts and write them. Raises TilerError."""
+    request, family = run.request, run.models.family
+    weights = {part.name: (family.checkpoint.weights(part.name), part.aliases) for part in family.encoders}
+    with run.phase("encode prompts", 1):
+        found = encoding.encode_prompts(run, weights, run.spoken)
+        words = Words(run.output, found, kind_of(family), request.prompts, request.negative_prompts)
+        write_words(run.output, words, replace=request.force)

@@ -1,0 +1,127 @@
+"""Prompts → embeddings: out of a file or the cache where they are there, else by the family's text encoders."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from tiler.compute import onednn
+from tiler.errors import StorageError
+from tiler.models.built import Models
+from tiler.models.embeds import Encoded, PromptCache, Text, Words, prompts_folder
+from tiler.models.family import Family, Part
+from tiler.models.prompting import read_options
+from tiler.models.reading import Reading
+from tiler.planning.render import choose_precision
+from tiler.request import Emphasis, Precision, RenderRequest, ResolvedRequest
+from tiler.request.wording import may_be_long
+from tiler.run import Names, Run
+from tiler.weights.index import TensorInfo
+
+Weights = Mapping[str, tuple[dict[str, TensorInfo], Names]]
+"""By part: where its parameters lie, and their names there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spoken:
+    """All texts of a run, how they are read, those that are `encoded` already, and the `cache` that keeps the others once they
+    are."""
+
+    texts: Sequence[Text]
+    reading: Reading
+    encoded: Mapping[Text, Encoded]
+    cache: PromptCache | None
+
+    @property
+    def all_encoded(self) -> bool:
+        return all(text in self.encoded for text in self.texts)
+
+
+def with_words(request: RenderRequest, words: Words | None) -> RenderRequest:
+    """The request with what its file of encoded prompts says where it says nothing itself: what to draw, and what not."""
+    if words is None or request.prompt is not None or request.regions or not words.prompts:
+        return request
+    negative = request.negative_prompt
+    if negative is None and words.negative_prompts:
+        negative = words.negative_prompts[0]
+    return replace(request, prompt=words.prompts[0], negative_prompt=negative)
+
+
+def precision_of(request: ResolvedRequest, family: Family) -> Precision:
+    """Fp32 or int8, as the plan will have it."""
+    return choose_precision(request.precision, family, onednn.int8())[0]
+
+
+def find_prompts(
+    request: ResolvedRequest, models: Models, texts: Sequence[Text], words: Words | None, *, int8: bool | None = None
+) -> Spoken:
+    """What is to be encoded, and what of it is already. Weights are read in int8 where the request's denoiser is, unless `int8`
+    says otherwise. Raises UsageError where `words` were given and have not all of the texts."""
+    family = models.family
+    if words is not None:
+        words.check(family)
+        reading = Reading()
+    else:
+        reading = read_options(request, models, texts)
+    long = any(map(may_be_long, texts)) or reading.embeddings is not None
+    if family.traits.chunked and long and "" not in texts:
+        texts = [*texts, ""]  # whose chunks lengthen others
+    if words is not None:
+        return Spoken(texts=texts, reading=reading, encoded=words.of(texts), cache=None)
+    if int8 is None:
+        int8 = precision_of(request, family) is Precision.INT8
+    cache = PromptCache(prompts_folder(request.cache_dir), family, _options(reading, models), int8=int8)
+    return Spoken(texts=texts, reading=reading, encoded=cache.load(texts), cache=cache)
+
+
+def _options(reading: Reading, models: Models) -> dict[str, object]:
+    """What decides embeddings beside texts, encoders and tokenizers: whatever else a request may change in them belongs here."""
+    loras = [] if models.loras is None else models.loras.marks_of([part.name for part in models.family.encoders])
+    return {
+        **({"loras": loras} if loras else {}),
+        "clip_skip": reading.clip_skip,
+        "emphasis": Emphasis(reading.emphasis).value,
+        "embeddings": None if reading.embeddings is None else sorted(reading.embeddings.used.items()),
+    }
+
+
+def encode_prompts(run: Run, weights: Weights, spoken: Spoken) -> dict[Text, Encoded]:
+    """The embeddings of all texts; those that are not known yet by one read of the text encoders, and kept. The user is told what
+    is to be said of them."""
+    missing = [text for text in spoken.texts if text not in spoken.encoded]
+    found = dict(spoken.encoded) | _encode(run, weights, missing, spoken.reading)
+    if missing and spoken.cache is not None:
+        try:
+            spoken.cache.save({text: found[text] for text in missing})
+        except StorageError as error:
+            run.note(f"the encoded prompts are not kept for the next render: {error}")
+    for note in dict.fromkeys(note for text in spoken.texts for note in found[text].notes):
+        run.note(note)
+    return found
+
+
+def _encode(run: Run, weights: Weights, texts: Sequence[Text], reading: Reading) -> dict[Text, Encoded]:
+    if not texts:
+        return {}
+    told: list[str] = []
+
+    @contextmanager
+    def opened(part: Part) -> Iterator[Any]:
+        module = run.models.module(part)
+        options = dict[str, Any](changes=run.models.changes(part), int8_products=False, arena_bytes=part.arena_bytes)
+        with run.streamed(module, *weights[part.name], **options):
+            yield module
+
+    prompts = run.models.family.encode(texts, opened, told.append, reading)
+    notes: dict[Text, list[str]] = {text: [] for text in texts}
+    for note in told:
+        for text in [text for text in texts if _quotes(note, text)] or texts:
+            notes[text].append(note)
+    return {text: Encoded(prompt, tuple(notes[text])) for text, prompt in zip(texts, prompts, strict=True)}
+
+
+def _quotes(note: str, text: Text) -> bool:
+    """Whether a note is of this text, which it quotes as given or as some families clean it."""
+    return text is not None and any(repr(form[:40]) in note for form in (text, text.lower().strip()))

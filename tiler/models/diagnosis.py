@@ -1,0 +1,73 @@
+"""What a model is, for people: its family and prediction, where each part comes from and how it is stored, what was decided and by
+what, and what is missing."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+from tiler.errors import TilerError
+from tiler.models.contents import DENOISERS
+from tiler.models.family import Family, open_family
+from tiler.models.kinds import family_of
+from tiler.models.part_files import WeightFile
+from tiler.request.model import ModelOptions
+from tiler.weights.index import TensorInfo
+from tiler.weights.places import expand
+
+
+def diagnose(options: ModelOptions) -> tuple[dict[str, str], TilerError | None]:
+    """Facts by their headings, in the order to print them; and what keeps the model from being opened. Raises ModelError for a
+    file of which nothing can be told."""
+    path = expand(options.diffusion_model or options.model)
+    facts = _of_file(WeightFile(path)) if path.is_file() else {}
+    try:
+        family = open_family(options)
+    except TilerError as error:
+        if not facts:
+            raise
+        return facts | {"missing or wrong": str(error)}, error
+    return {"model": family.checkpoint.name} | facts | _of_family(family), None
+
+
+def _of_file(file: WeightFile) -> dict[str, str]:
+    parts = [f"{part.kind} ({part.naming} names, {len(part.shapes)} tensors)" for part in file.contents.parts]
+    facts = {"in the file": ", ".join(parts)}
+    denoisers = file.contents.find(*DENOISERS)
+    if denoisers:
+        facts["family"] = family_of(denoisers[0], str(file.path)).title
+    if file.contents.ignored:
+        facts["left out"] = ", ".join(f"{name} ({count})" for name, count in sorted(file.contents.ignored.items()))
+    if unknown := file.contents.unknown:
+        facts["unknown names"] = f"{len(unknown)}: {', '.join(unknown[:3])}" + ("…" if len(unknown) > 3 else "")
+    if said := file.words.get("modelspec.architecture"):
+        facts["its header says"] = said
+    return facts
+
+
+def _of_family(family: Family) -> dict[str, str]:
+    found, facts = family.checkpoint, {"family": family.traits.title}
+    told = found.sources.get("scheduler")
+    predicts = "flow" if family.traits.flow else str(family.scheduler.get("prediction_type", "epsilon"))
+    by = told.label if told is not None else f"{found.folder / 'scheduler'}/scheduler_config.json"
+    facts["prediction"] = f"{predicts.removesuffix('_prediction')} ({by})"
+    facts["scheduler"] = str(family.scheduler.get("_class_name"))
+    facts["native size"] = f"{8 * family.traits.native} px"
+    for part in family.parts:
+        source = found.sources.get(part.name)
+        where = source.label if source is not None else str(found.folder / part.name)
+        facts[part.name] = f"{_stored(found.weights(part.name))}, from {where}"
+    for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
+        folder: Path = found.tokenizer(name)
+        if folder.is_dir():
+            facts[name] = str(folder)
+    notes = dict.fromkeys((*found.notes, *family.notes))
+    return facts | {f"note {number}": note for number, note in enumerate(notes, 1)}
+
+
+def _stored(tensors: Mapping[str, TensorInfo]) -> str:
+    """How many tensors of which formats, the most first, and their bytes."""
+    counts = Counter(info.dtype for info in tensors.values())
+    formats = ", ".join(f"{count} {dtype}" for dtype, count in counts.most_common())
+    return f"{formats}; {sum(info.nbytes for info in tensors.values()) / 1e6:,.0f} MB"

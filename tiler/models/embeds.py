@@ -1,0 +1,244 @@
+"""Encoded prompts in files: kept in a folder for the next render with the same words, or carried to a machine that has no text
+encoders.
+
+A safetensors file: `tokens.N` and, where the family has one, `pooled.N` of each text, fp32. Its metadata say of what they are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import cached_property
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tiler.compute.cpu import computed_by
+from tiler.errors import ModelError, StorageError, TilerError, UsageError
+from tiler.files import atomic
+from tiler.models.family import Family
+from tiler.models.samples import Prompt
+from tiler.weights import packed
+from tiler.weights.index import open_regular, read_index, read_metadata
+from tiler.weights.places import cache_home
+from tiler.weights.store import WeightStore
+
+CACHE_BYTES = (
+    500_000_000  # of a folder with kept prompts; those that were not used for longest go. T5-XXL's are 8 MB each
+)
+_VERSION = "1"  # of how prompts are encoded: another one where the same words give other embeddings
+_FORMAT = "tiler-prompts"
+_TOKENIZER_BYTES = 50_000_000  # a file of a tokenizer that is larger is not looked at beyond them
+
+Text = str | None
+"""A prompt; None is a negative prompt that was not given."""
+
+
+class Encoded(NamedTuple):
+    """A prompt's embeddings, and what the user was told of it."""
+
+    prompt: Prompt
+    notes: tuple[str, ...] = ()
+
+
+def kind_of(family: Family) -> str:
+    """What a family's prompts are like, for people too: its name, and the sizes of the longest tokens and the pooled vector."""
+    (sample,) = family.example([0], (family.granularity, family.granularity))
+    _, length, width = sample.prompt.tokens.shape
+    pooled = "" if sample.prompt.pooled is None else f" and a vector of {sample.prompt.pooled.shape[1]}"
+    return f"{type(family).__name__}, {length} tokens of width {width}{pooled}"
+
+
+def write_encoded(path: Path, texts: Mapping[Text, Encoded], facts: Mapping[str, str], *, replace: bool = True) -> None:
+    """Write atomically. `facts` are what else the file says. Without `replace`, a file that has meanwhile appeared is kept.
+    Raises StorageError."""
+    from safetensors.torch import save
+
+    tensors: dict[str, Tensor] = {}
+    for number, (prompt, _) in enumerate(texts.values()):
+        for name, tensor in (("tokens", prompt.tokens), ("pooled", prompt.pooled)):
+            if tensor is not None:
+                tensors[f"{name}.{number}"] = tensor.clone(memory_format=torch.contiguous_format)  # none shares memory
+    said = {"format": _FORMAT, "version": _VERSION, "texts": json.dumps(list(texts))}
+    said["notes"] = json.dumps([encoded.notes for encoded in texts.values()])
+    with atomic(path, replace=replace) as file:
+        file.write(save(tensors, metadata=said | dict(facts)))
+
+
+def read_encoded(path: Path) -> tuple[dict[Text, Encoded], dict[str, str]]:
+    """The texts of a file with their embeddings, and all that it says. Raises ModelError for a file of another kind, and for
+    one that is damaged."""
+    index, said = read_index(path), read_metadata(path)
+    other = ModelError(f"{path}: holds no encoded prompts of this version; `tiler encode` writes them")
+    if said.get("format") != _FORMAT or said.get("version") != _VERSION:
+        raise other
+    try:
+        texts, notes = json.loads(said["texts"]), json.loads(said["notes"])
+    except (KeyError, ValueError, RecursionError) as error:
+        raise other from error
+    if not _are_texts(texts) or not isinstance(notes, list) or len(notes) != len(texts):
+        raise other
+    if any(info.dtype != "F32" for info in index.values()):
+        raise other
+    found: dict[Text, Encoded] = {}
+    with WeightStore(index) as store:
+        for number, (text, told) in enumerate(zip(texts, notes, strict=True)):
+            tokens, pooled = f"tokens.{number}", f"pooled.{number}"
+            shape = index[tokens].shape if tokens in index else ()
+            if len(shape) != 3 or shape[0] != 1 or not _are_texts(told):
+                raise other
+            prompt = Prompt(store.load(tokens), store.load(pooled) if pooled in index else None)
+            found[text] = Encoded(prompt, tuple(note for note in told if note))
+    return found, said
+
+
+def _are_texts(values: Any) -> bool:
+    return isinstance(values, list) and all(value is None or isinstance(value, str) for value in values)
+
+
+class Words(NamedTuple):
+    """What `tiler encode` wrote. `prompts` and `negative_prompts` are those that were asked for, in their order."""
+
+    path: Path
+    texts: dict[Text, Encoded]
+    kind: str
+    prompts: tuple[str, ...]
+    negative_prompts: tuple[str, ...]
+
+    def check(self, family: Family) -> None:
+        """Raises UsageError where these prompts were encoded for a family of another kind."""
+        if self.kind != (wanted := kind_of(family)):
+            raise UsageError(
+                f"{self.path}: these prompts are for {self.kind}; {family.checkpoint.name} is {wanted}; encode them anew: "
+                f"tiler encode … --model {family.checkpoint.name}"
+            )
+
+    def of(self, wanted: Sequence[Text]) -> dict[Text, Encoded]:
+        """The embeddings of these texts. Raises UsageError where one is not there."""
+        for text in wanted:
+            if text not in self.texts:
+                known = ", ".join(repr(given[:60]) for given in self.texts if given) or "none"
+                raise UsageError(
+                    f"{self.path}: the prompt {(text or '')[:60]!r} is not in this file, which holds {known}; add it with "
+                    "`tiler encode`"
+                )
+        return {text: self.texts[text] for text in wanted}
+
+
+def write_words(path: Path, words: Words, *, replace: bool) -> None:
+    """Raises StorageError."""
+    asked = {"prompts": json.dumps(words.prompts), "negative_prompts": json.dumps(words.negative_prompts)}
+    write_encoded(path, words.texts, {"kind": words.kind} | asked, replace=replace)
+
+
+def read_words(path: Path) -> Words:
+    """A file of `tiler encode`. Raises UsageError."""
+    if not path.is_file():
+        raise UsageError(f"{path}: no such file; `tiler encode PROMPT -o FILE.safetensors` writes one")
+    try:
+        texts, said = read_encoded(path)
+        prompts, negative_prompts = (json.loads(said[name]) for name in ("prompts", "negative_prompts"))
+        kind = said["kind"]
+    except ModelError as error:
+        raise UsageError(str(error)) from error
+    except (KeyError, ValueError, RecursionError) as error:
+        raise UsageError(f"{path}: does not say which prompts it holds; `tiler encode` writes it anew") from error
+    if not (_are_texts(prompts) and _are_texts(negative_prompts)):
+        raise UsageError(f"{path}: does not say which prompts it holds; `tiler encode` writes it anew")
+    return Words(path, texts, kind, tuple(prompts), tuple(negative_prompts))
+
+
+def prompts_folder(cache: Path | None) -> Path:
+    """Where encoded prompts are kept: in the folder of --cache-dir, or among the user's caches."""
+    return cache_home() / "tiler" / "prompts" if cache is None else cache / "prompts"
+
+
+class PromptCache:
+    """Encoded prompts in `folder`, one file each, none of which says its text.
+
+    A file's name tells everything that decides the embeddings: the text, the encoders' weights and configs, their tokenizers, in
+    what the weights are computed with (`int8`: as packed.py stores them), by whose arithmetic, what the family makes of them, and
+    `options`: whatever of a request changes them.
+    """
+
+    def __init__(self, folder: Path, family: Family, options: Mapping[str, object], *, int8: bool) -> None:
+        self.folder, self._family, self._options, self._int8 = folder, family, options, int8
+
+    @cached_property
+    def _mark(self) -> bytes:
+        """Of everything but the text. Reads 1 MB of each weight file."""
+        family, versions = self._family, [metadata.version(name) for name in ("torch", "transformers")]
+        digest = hashlib.sha256()
+        for fact in (
+            _VERSION,
+            kind_of(family),
+            *family.encoding,
+            computed_by(),
+            *versions,
+            sorted(self._options.items()),
+        ):
+            digest.update(f"{fact}\n".encode())
+        for part in family.encoders:
+            digest.update(json.dumps([part.name, part.config], sort_keys=True, default=str).encode())
+            rules = f"int8 {packed.VERSION}" if self._int8 else "as stored"
+            digest.update(packed.fingerprint(family.checkpoint.weights(part.name), rules).encode())
+            _add_folder(digest, family.checkpoint.tokenizer(part.name.replace("text_encoder", "tokenizer")))
+        return digest.digest()
+
+    def _path(self, text: Text) -> Path:
+        name = hashlib.sha256(self._mark + json.dumps(text).encode()).hexdigest()[:32]
+        return self.folder / f"{name}.safetensors"
+
+    def load(self, texts: Sequence[Text]) -> dict[Text, Encoded]:
+        """Those of the texts that are kept here. A file that is damaged is none."""
+        if not self.folder.is_dir():
+            return {}
+        found = {}
+        for text in texts:
+            path = self._path(text)
+            with suppress(TilerError, OSError):
+                if path.is_file():
+                    found[text] = read_encoded(path)[0][None]
+                    os.utime(path)
+        return found
+
+    def save(self, texts: Mapping[Text, Encoded]) -> None:
+        """Keep these, and let the oldest go where there are too many. Raises StorageError."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(f"{self.folder}: cannot be made ({error.strerror})") from error
+        for text, encoded in texts.items():
+            write_encoded(self._path(text), {None: encoded}, {})
+        prune(self.folder, CACHE_BYTES)
+
+
+def prune(folder: Path, most_bytes: int) -> None:
+    """Remove the files that were not used for longest, until those left take `most_bytes` together."""
+    files: list[tuple[float, int, Path]] = []
+    for path in folder.glob("*.safetensors"):
+        with suppress(OSError):
+            files.append(((seen := path.stat()).st_mtime, seen.st_size, path))
+    total = sum(size for _, size, _ in files)
+    for _, size, path in sorted(files):
+        if total <= most_bytes:
+            break
+        with suppress(OSError):
+            path.unlink()
+        total -= size
+
+
+def _add_folder(digest: Any, folder: Path) -> None:
+    """The names and bytes of the files in a folder, up to a size that no tokenizer has."""
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if not path.is_file():
+            continue
+        digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+        with os.fdopen(open_regular(path), "rb") as file:
+            digest.update(file.read(_TOKENIZER_BYTES))

@@ -1,0 +1,84 @@
+"""What tiler keeps to be quicker next time: int8 weights, encoded prompts, hashes of files, CLIP's vocabulary. All of it can be made
+again. Only files that tiler itself named are looked at, whatever else lies in the folder."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from tiler.errors import ModelError, StorageError
+from tiler.weights.flavours import names_in
+from tiler.weights.index import read_metadata
+from tiler.weights.places import cache_home
+
+_OURS = re.compile(r"[0-9a-f]{32}\.safetensors")
+_LEFT_OVER_SECONDS = 24 * 3600  # a hidden file that is older was left behind by a run that was killed
+DAY = 24 * 3600
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cached:
+    """A file of a cache. `used_days`: since it was last read or written; `stale`: why it is of no use, "" where it may be."""
+
+    kind: str
+    path: Path
+    size_bytes: int
+    used_days: float
+    stale: str = ""
+
+
+def list_cached(folder: Path | None, version: str) -> list[Cached]:
+    """Everything that is kept: in `folder`, that of --cache-dir, or among the user's caches. `version` is that of int8 weights which
+    this tiler reads."""
+    home = cache_home() / "tiler"
+    packed, prompts = (home / "packed", home / "prompts") if folder is None else (folder, folder / "prompts")
+    found = [*_files("int8 weights", packed, version), *_files("encoded prompts", prompts, None)]
+    if folder is None:
+        for kind, name in (("hashes", "hashes"), ("CLIP's vocabulary", "clip")):
+            found += [_cached(kind, path) for path in sorted((home / name).rglob("*")) if path.is_file()]
+    return found
+
+
+def _files(kind: str, folder: Path, version: str | None) -> Iterator[Cached]:
+    for name in names_in(folder):
+        path = folder / name
+        if not path.is_file() or path.is_symlink():
+            continue
+        if _OURS.fullmatch(name):
+            yield _cached(kind, path, "" if version is None else _misfit(path, version))
+        elif name.startswith(".") and _OURS.search(name) and time.time() - path.stat().st_mtime > _LEFT_OVER_SECONDS:
+            yield _cached(kind, path, "left behind by a run that was killed")
+
+
+def _misfit(path: Path, version: str) -> str:
+    try:
+        said = read_metadata(path)
+    except ModelError:
+        return "damaged"
+    if said.get("format") != "tiler-int8":
+        return ""  # by its name of ours, by its words not: it stays
+    return "" if said.get("version") == version else "of another version of tiler"
+
+
+def _cached(kind: str, path: Path, stale: str = "") -> Cached:
+    state = path.stat()
+    days = max(0.0, (time.time() - max(state.st_atime, state.st_mtime)) / DAY)
+    return Cached(kind=kind, path=path, size_bytes=state.st_size, used_days=days, stale=stale)
+
+
+def remove(files: list[Cached]) -> int:
+    """Delete them; how many bytes that frees. Raises StorageError."""
+    freed = 0
+    for file in files:
+        try:
+            os.unlink(file.path)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise StorageError(f"{file.path}: cannot be removed ({error.strerror})") from error
+        freed += file.size_bytes
+    return freed
