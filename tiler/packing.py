@@ -48,7 +48,8 @@ def packed_changes(models: Models) -> Changes:
     part = models.family.part(Role.DENOISER)
     changes = models.changes(part)
     integers = part.int8_weights(models.module(part)) if changes else frozenset[str]()
-    whole = {name: [one for one in changes[name] if one.rank is None] for name in changes if name in integers}
+    packed = [name for name in changes if name in integers and not part.once(name)]
+    whole = {name: [one for one in changes[name] if one.rank is None] for name in packed}
     return {name: some for name, some in whole.items() if some}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,7 @@ from tiler.compute.kernels import (
     read_pieces,
 )
 from tiler.compute.layers import linear, linear_layers, rows_of, stream_layers
+from tiler.compute.onednn import Geometry
 from tiler.compute.stream import Streamer
 from tiler.models.blocks import attention, feed_forward
 from tiler.weights.changes import LowRank
@@ -169,6 +171,26 @@ def test_a_low_rank_path_is_added_to_int8_weights(tmp_path: Path, kernel: str) -
     assert (got - want).norm() < 3e-2 * want.norm()
     added = x.double() @ (up.double() @ down.double()).T
     assert (got - without - added).norm() < 1e-6 * want.norm()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kernel", [pytest.param(name, marks=products) for name in ("int8", "native-int8")])
+@pytest.mark.parametrize(("side", "stride"), [(3, 1), (3, 2), (1, 1)])
+def test_a_low_rank_path_is_added_to_int8_convolutions(tmp_path: Path, kernel: str, side: int, stride: int) -> None:
+    torch.manual_seed(6)
+    x, weight = torch.randn(2, 48, 10, 10), torch.randn(48, 48, side, side)
+    down, up = torch.randn(4, 48, side, side), torch.randn(48, 4)
+    store, plain = stored(tmp_path, kernel, weight)
+    geometry = Geometry((side // 2,) * 2, (stride,) * 2, (1, 1), 1)
+    with store:
+        (one,) = plain.weights
+        groups = [Group(weights=(replace(one, low_rank=path),)) for path in (None, LowRank(4, lambda: (down, up)))]
+        without, got = (
+            apply(store, kernel, Op(kind=Kind.CONVOLUTION, weights=group, geometry=geometry), x)[0] for group in groups
+        )
+    delta = (up.double() @ down.double().flatten(1)).view(weight.shape)
+    added = F.conv2d(x.double(), delta, stride=stride, padding=side // 2)
+    assert (got - without - added).norm() < 1e-6 * got.norm()
 
 
 @torch.no_grad()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,15 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
-from tests.models.loras import as_kohya, fuse, layers_of, random_lora, save
+from tests.models.loras import as_kohya, fuse, kohya, layers_of, random_lora, save
 from tests.models.rendering import ask, rendered
-from tiler.request import Precision, Scheduler
+from tiler import Budget
+from tiler.errors import ModelError, UsageError
+from tiler.memory.process import read_rss
+from tiler.pipeline import encode
+from tiler.planning import fit
+from tiler.planning import render as planner
+from tiler.request import EncodeRequest, Precision, Scheduler
 
 
 class Made:
@@ -84,3 +92,98 @@ def test_strength_0_changes_no_byte(made: Made, tmp_path: Path, precision: Preci
     assert len(list((tmp_path / "packed").glob("*.safetensors"))) == (
         precision is Precision.INT8
     )  # one packed file for all strengths
+
+
+@pytest.mark.parametrize("precision", [Precision.FP32, Precision.INT8])
+def test_same_seed_same_bytes_whatever_the_plan(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: Precision
+) -> None:
+    """Streamed one sample at a time, or sixteen with weights that stay in memory."""
+    values = {"width": 136, "loras": (str(made.file),), "precision": precision, "cache_dir": tmp_path / "packed"}
+    monkeypatch.setattr(planner, "MAX_BATCH", 1)
+    monkeypatch.setattr(fit, "_choose_resident", lambda *args: {})
+    one = boat(made, tmp_path, **values)
+    monkeypatch.undo()
+    assert torch.equal(boat(made, tmp_path, **values), one)
+
+
+def test_beside_int8_weights_a_lora_does_what_it_does_in_fp32(made: Made, tmp_path: Path) -> None:
+    """What it changes is exact there; only the weights themselves are rounded. LoHa and its kin are packed with them."""
+    torch.manual_seed(2)
+    hada = {}
+    for path in layers_of(made.pipe.unet, every=2):
+        weight: Any = made.pipe.unet.get_submodule(path).weight
+        out, row, name = len(weight), weight[0].numel(), kohya("lora_unet", path)
+        hada |= {
+            f"{name}.hada_w1_a": 0.1 * weight.std().item() * torch.randn(out, 2),
+            f"{name}.hada_w1_b": torch.randn(2, row),
+        }
+        hada |= {f"{name}.hada_w2_a": torch.randn(out, 2), f"{name}.hada_w2_b": torch.randn(2, row)}
+    loha = save(tmp_path / "loha.safetensors", hada)
+    got = {}
+    for precision in (Precision.FP32, Precision.INT8):
+        values = {"precision": precision, "cache_dir": tmp_path / "packed", "num_inference_steps": 1}
+        plain = boat(made, tmp_path, **values)
+        got[precision] = boat(made, tmp_path, loras=(str(loha), str(made.file)), **values) - plain
+    assert (got[Precision.INT8] - got[Precision.FP32]).norm() < 0.4 * got[Precision.FP32].norm()
+    assert len(list((tmp_path / "packed").glob("*.safetensors"))) == 2
+
+
+def test_an_lcm_lora_brings_its_few_steps(made: Made, tmp_path: Path) -> None:
+    file = made.file.rename(made.file.with_name("lcm-lora-sdv1-5.safetensors"))
+    said: list[str] = []
+    request = replace(ask(made.model, tmp_path, width=64, height=64, loras=(str(file),)), num_inference_steps=None)
+    rendered(request, said)
+    assert (
+        "lcm-lora-sdv1-5.safetensors is a LCM LoRA: 4 steps, guidance 1, LCM; what is given as an option wins" in said
+    )
+    settings = json.loads(Image.open(tmp_path / "x.png").text["tiler"])  # type: ignore[attr-defined]
+    assert (settings["num_inference_steps"], settings["guidance_scale"], settings["scheduler"]) == (4, 1.0, "LCM")
+    said.clear()
+    rendered(replace(request, guidance_scale=7.5, scheduler=Scheduler.EULER), said)
+    assert any(note.startswith("guidance 7.5 is much for a LCM LoRA") for note in said)
+
+
+def test_the_command_line_takes_loras(tiler: Any, made: Made, tmp_path: Path) -> None:
+    common = ("render", "--model", made.model, "--size", 64, "--steps", 1, "-s", 5, "--no-guide", "--quiet", "-o")
+    given = tiler(*common, "b.png", "a boat ", "--lora", f"{made.file}=0.3", "--lora", f"{made.file}=0.4")
+    assert given.code == 0, given.err
+    request = ask(
+        made.model, tmp_path, prompt="a boat <lora:foo:0.7>", lora_dir=made.file.parent, num_inference_steps=1,
+        width=64, height=64,
+    )  # fmt: skip
+    rendered(request)
+    pictures = [Image.open(tmp_path / name).tobytes() for name in ("x.png", "b.png")]
+    assert pictures[0] == pictures[1]  # a file that is named twice adds up
+    repeated = tiler("render", "--from", tmp_path / "b.png", "--model", made.model, "--quiet", "-o", "c.png")
+    assert repeated.code == 3 and "made with the LoRA foo, which is neither beside it" in repeated.err
+
+
+def test_tags_that_cannot_be_followed(made: Made, tmp_path: Path) -> None:
+    (made.file.parent / "sub").mkdir()
+    shutil.copy(made.file, made.file.parent / "sub" / "twice.safetensors")
+    shutil.copy(made.file, made.file.parent / "twice.safetensors")
+    for tag, kind, says in (
+        ("<lora:fo:1>", ModelError, "no such LoRA in .*; near names are foo"), ("<lora:foo:much>", UsageError, "'much' is no number"),
+        ("<lora:foo:1:lbw=MIDD>", UsageError, "'lbw=MIDD' cannot be applied"), ("<lora:twice:1>", UsageError, "is in two files"),
+        ("<hypernet:foo:1>", UsageError, "no tag of this kind"),
+    ):  # fmt: skip
+        with pytest.raises(kind, match=says):
+            boat(made, tmp_path, prompt=f"a boat {tag}", lora_dir=made.file.parent)
+    with pytest.raises(UsageError, match="--lora-dir"):
+        boat(made, tmp_path, prompt="a boat <lora:foo:1>")
+
+
+def test_encoded_prompts_are_those_of_their_lora(made: Made, tmp_path: Path) -> None:
+    """In the cache, and in the file of `tiler encode`."""
+    lora = f"{made.file}=0:1.5"
+    values = {"cache_dir": tmp_path / "cache", "num_inference_steps": 1}
+    plain, changed = boat(made, tmp_path, **values), boat(made, tmp_path, loras=(lora,), **values)
+    assert not torch.equal(changed, plain)
+    assert torch.equal(boat(made, tmp_path, **values), plain)
+    words = tmp_path / "words.safetensors"
+    encode(
+        EncodeRequest(prompts=("a boat",), model=str(made.model), loras=(lora,), output=words),
+        Budget(read_rss().now + 10**9),
+    )
+    assert torch.equal(boat(made, tmp_path, prompt=None, prompt_embeds=words, num_inference_steps=1), changed)

@@ -55,11 +55,12 @@ NO_LORAS = Applied()
 
 def find_loras(request: RenderRequest) -> tuple[Lora, ...]:
     """The files that a request names, by --lora and by tags, each once. Raises TilerError."""
-    tags = tags_of(request)
+    tags, found = tags_of(request), list(request.loras)
+    if not tags:
+        return summed(found)
     folders = settings.folders(settings.Kind.LORA) if request.lora_dir is None else (request.lora_dir.expanduser(),)
-    if tags and not folders:
+    if not folders:
         raise UsageError(f"{tags[0]}: give the folder of the LoRAs with --lora-dir, or the file itself with --lora")
-    found = list(request.loras)
     for named in map(parse_tag, tags):
         file = find_lora(named.name, folders)
         found.append(Lora(file=file, strength=named.strength, text_strength=named.text_strength))
@@ -80,7 +81,7 @@ def apply_loras(loras: Sequence[Lora], models: Models) -> Applied:
         read = _LoraFile.read(path)
         notes += _match(read, lora, models, targets, changes)
         names[path.stem] = lora_hash(path)
-        marks[path] = f"{names[path.stem]} {lora.strength:g} {lora.text_strength:g}"
+        marks[path] = f"{names[path.stem]} {lora.strength!r} {lora.text_strength!r}"
     return Applied(changes=changes, names=names, marks=marks, notes=tuple(notes))
 
 
@@ -88,7 +89,7 @@ def notes_on_loras(request: ResolvedRequest, loras: Sequence[Lora], models: Mode
     """What a LoRA for few steps means for a render, and what of one has no effect."""
     family = models.family
     if request.prompt_embeds is not None and any(models.changes(part) for part in family.encoders):
-        yield "what LoRAs change of the text encoders has no effect: --prompt-embeds brings prompts that are encoded already"
+        yield "--prompt-embeds brings encoded prompts: LoRAs change them only if `tiler encode` was given the same ones"
     found = few_steps((lora.file for lora in loras), flow=family.traits.flow)
     if found is None:
         return

@@ -57,6 +57,12 @@ def weights_terms(module: nn.Module, stored: Mapping[str, TensorInfo]) -> list[T
     ]
 
 
+def ranks_beside(changes: Changes, int8: frozenset[str]) -> dict[str, int]:
+    """By `int8` weight, the rank of what is computed beside it."""
+    ranks = {name: sum(one.rank or 0 for one in some) for name, some in changes.items() if name in int8}
+    return {name: rank for name, rank in ranks.items() if rank}
+
+
 def changes_terms(changes: Changes) -> list[Term]:
     """What LoRAs keep in memory while the weights of one layer are changed: all their factors for the largest, once more as they
     are stored, and a difference of a few rows."""
@@ -100,10 +106,9 @@ class DenoiserPeaks:
         }
         arena_bytes = arena_bytes or part.arena_bytes
         self._changes = models.changes(part)
-        ranks = {name: sum(one.rank or 0 for one in some) for name, some in self._changes.items() if name in quantised}
         self.streamer = Streamer(
             None, int8_keys=quantised, arena_bytes=arena_bytes, transform=True,
-            ranks={name: rank for name, rank in ranks.items() if rank},
+            ranks=ranks_beside(self._changes, quantised),
         )  # fmt: skip
         self._more_tokens = CLIP_TOKENS * (chunks - 1)
         self._activations: dict[tuple[tuple[int, ...], int, int], int] = {}

@@ -45,6 +45,11 @@ def parse_lora(text: str) -> Lora:
     return Lora(file=Path(file), strength=strength, text_strength=_number(encoders, text) if encoders else strength)
 
 
+def read_loras(said: Iterable[Lora | str]) -> tuple[Lora, ...]:
+    """What a library's caller may write: `Lora(...)`, or the text of --lora. Raises UsageError."""
+    return tuple(parse_lora(lora) if isinstance(lora, str) else lora for lora in said)
+
+
 def parse_tag(tag: Tag) -> NamedLora:
     """`<lora:NAME:0.8>`, `<lora:NAME:TEXT_ENCODER:DENOISER>`, or these named, as in `<lora:NAME:te=0.5:unet=0.8>`. Raises
     UsageError for any other argument."""

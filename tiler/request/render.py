@@ -32,7 +32,7 @@ from tiler.request.choices import (
     parse_scheduler,
     within,
 )
-from tiler.request.loras import Lora, parse_lora
+from tiler.request.loras import Lora, read_loras
 from tiler.request.model import ModelOptions
 from tiler.request.options import Option, Panel, coerce, option
 from tiler.request.paper import parse_length, parse_paper
@@ -126,21 +126,8 @@ class RenderRequest(ModelOptions):
 
     tiny_vae: str | None = option(None, shared.TINY_VAE)
 
-    loras: tuple[Lora, ...] = option(
-        (),
-        Option(
-            "A LoRA, LoCon, LoHa, LoKr or DoRA, as often as there are some; FILE=0.8 adds that much of it, FILE=0.8:0.5 half to "
-            "the text encoders.",
-            Panel.MODEL, ("--lora",), parse=parse_lora, metavar="FILE[=M]", many=True,
-        ),
-    )  # fmt: skip
-    lora_dir: Path | None = option(
-        None,
-        Option(
-            "Folder of LoRAs, which the prompt names, as in A1111: <lora:NAME:0.8>.",
-            Panel.MODEL, ("--lora-dir",), metavar="FOLDER",
-        ),
-    )  # fmt: skip
+    loras: tuple[Lora, ...] = option((), shared.LORA)
+    lora_dir: Path | None = option(None, shared.LORA_DIR)
 
     preset: Preset | None = option(
         None,
@@ -284,8 +271,7 @@ class RenderRequest(ModelOptions):
 
     def __post_init__(self) -> None:
         coerce(self)
-        loras = tuple(parse_lora(lora) if isinstance(lora, str) else lora for lora in self.loras)
-        object.__setattr__(self, "loras", loras)
+        object.__setattr__(self, "loras", read_loras(self.loras))
         if self.seed == -1:  # as on the command line: drawn at random
             object.__setattr__(self, "seed", None)
         for name, side in (("size", self.size), ("width", self.width), ("height", self.height)):

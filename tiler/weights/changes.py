@@ -58,6 +58,12 @@ class Change:
         return self.tensors[Slot.DOWN].shape[0] if self.kind is Kind.LORA and self.magnitude is None else None
 
     @property
+    def flops_of_weight(self) -> int:
+        """What making a number of the difference takes, about: two for each multiply-add."""
+        ranks = [self.tensors[slot].shape[0] for slot in (Slot.DOWN, Slot.W1_B, Slot.W2_B) if slot in self.tensors]
+        return 2 * sum(ranks) + 2
+
+    @property
     def factor_elements(self) -> int:
         """What is in memory while the parameter is changed, in numbers."""
         if self.kind is Kind.FULL:

@@ -161,8 +161,9 @@ class WeightStore:
 
     @property
     def int8(self) -> frozenset[str]:
-        """The names of the tensors stored as int8."""
-        return frozenset(name for name, info in self.index.items() if info.dtype == "I8")
+        """The names of the tensors stored as int8 that are computed with as they are, but for what is of low rank beside them."""
+        stored = (name for name, info in self.index.items() if info.dtype == "I8")
+        return frozenset(name for name in stored if all(one.rank for one in self._merger.changes.get(name, ())))
 
     def scale(self, name: str) -> torch.Tensor:
         """The factors (rows,) fp32 of a scaled tensor; they stay in memory."""
