@@ -320,13 +320,11 @@ def _denoise(
             return prompts.conditions(wording, step - begin)
 
         denoising = canvas.Denoising(latents, tiles, schedule, generator, begin=begin, phase=phase)
-        before, total, earlier = run.counts["denoiser_samples"], tiles.samples, 0
+        total = tiles.samples
         with closing(denoising.run(LocalRunner(predict, conditions, batch), run.job)) as loop:
             for state in loop:
-                called = run.counts["denoiser_samples"] - before
-                earlier = earlier or denoising.samples_done - called
                 detail = f"step {state.step + 1}/{steps}, {state.samples}/{state.total} tile passes"
-                run.on_event(events.Progress(name=phase, done=earlier + called, total=total, detail=detail))
+                run.on_event(events.Progress(name=phase, done=denoising.samples_done, total=total, detail=detail))
         assert streamer.store is not None
         run.counts["denoiser_bytes_read"] += streamer.store.bytes_read
     return denoising.latents

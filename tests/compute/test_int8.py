@@ -356,14 +356,14 @@ def test_planning_counts_int8_weights_as_bytes(tiny: Path) -> None:
 
 
 def test_quantize_says_what_it_wrote(tiler, tiny: Path, tmp_path: Path) -> None:
-    done = tiler("quantize", tiny, "-o", tmp_path / "packed", "--json")
+    done = tiler("quantize", tiny, "--cache-dir", tmp_path / "packed", "--json")
     assert done.code == 0, done.err
     assert Path(done.json["output"]).parent == tmp_path / "packed"
     assert done.json["bytes"] == Path(done.json["output"]).stat().st_size
     again = tiler("render", "x", "-m", tiny, "--size", 64, "--steps", 1, "--precision", "int8", "--cache-dir", "packed")
     assert again.code == 0, again.err
     assert "int8 weights" not in again.err
-    assert len(list((tmp_path / "packed").iterdir())) == 1
+    assert len(list((tmp_path / "packed").glob("*.safetensors"))) == 1
     bad = tiler("quantize", tmp_path)
     assert bad.code == 3
     assert json.dumps(bad.err).count("\\n") == 1

@@ -44,7 +44,7 @@ def test_a_machine_without_text_encoders_renders_the_same_picture(model: Path, t
     again, second = rendered(ask(model, tmp_path, **asked))
     assert torch.equal(want, again) and bytes_read(second) < bytes_read(first)
     words = tmp_path / "words.safetensors"
-    assert encoded(model, words, "a boat", negative_prompts=("fog",))["prompts"] == 3
+    assert encoded(model, words, "a boat", negative_prompts=("fog",))["prompts"] >= 3
     bare = shutil.copytree(model, tmp_path / "bare", ignore=shutil.ignore_patterns("text_encoder*", "tokenizer*"))
     asked |= {"prompt": None, "negative_prompt": None, "prompt_embeds": words}  # the file says both
     got, third = rendered(ask(bare, tmp_path, **asked))

@@ -76,8 +76,8 @@ def test_every_model_is_built_once(tiny: Path, tmp_path: Path, monkeypatch: pyte
     def counting(part: Part) -> Part:
         return replace(part, build=partial(counted, part.name, part.build))
 
-    def reading(checkpoint: Checkpoint) -> Family:
-        family = read(checkpoint)
+    def reading(checkpoint: Checkpoint, *options: Any, **more: Any) -> Family:
+        family = read(checkpoint, *options, **more)
         return replace(family, parts=tuple(map(counting, family.parts)))
 
     monkeypatch.setattr(families, "read_family", reading)

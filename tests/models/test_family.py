@@ -272,7 +272,7 @@ def test_planner_and_time_estimate_take_the_family_as_it_is(dummy: Family) -> No
     encoding = text_phase(Models(dummy), fixed)
     held, states = 4 * 2 * 192 * 384, 4 * LENGTH * 384  # of the wider encoder
     (used,) = (term.nbytes for term in encoding.terms if term.name.startswith("activations"))
-    assert held + states <= used <= held + 6 * states
+    assert held + states <= used <= 2 * held + 6 * states  # a weight may lie there as stored and in the kernels' order
     peaks = DenoiserPeaks(Models(dummy), int8=False)
     one, two = (peaks.activations(tiles, NATIVE, NATIVE) for tiles in ((0,), (0, 1)))
     assert one >= 4 * WIDTH * (NATIVE // PATCH) ** 2

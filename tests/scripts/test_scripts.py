@@ -59,7 +59,7 @@ def test_calibrate_gives_a_row_for_a_lesser_processor(
     times, *rows = capsys.readouterr().out.splitlines()
     assert shape.label in times and "fp32" in times and "GF/s" in times
     assert [line.split(":")[0] for line in rows] == ["Isa.AVX2"] * len(KERNELS_OF[Isa.AVX2])
-    assert sorted(ast.literal_eval(rows[0].split(": ")[2])) == sorted(KERNELS_OF[Isa.AVX2]["linear"])
+    assert set(ast.literal_eval(rows[0].split(": ")[2])) >= set(KERNELS_OF[Isa.AVX2]["linear"])
 
 
 @pytest.mark.parametrize("path", [p for p in FILES if "argparse" in p.read_text()], ids=lambda path: path.stem)

@@ -64,17 +64,17 @@ def test_doctor_and_hub_ids_work_for_a_user_that_nobody_knows() -> None:
 import os
 os.environ.pop("HOME", None)
 os.environ.update(HF_HUB_OFFLINE="1", HF_TOKEN_PATH="/none")
-from tiler.cli import doctor
+from tiler.cli.main import app
 from tiler.errors import OfflineError
 from tiler.weights.checkpoint import resolve
 from tiler.weights.packed import default_cache
 import torch, tiler.compute.cpu, tiler.memory.limits
 from huggingface_hub import HfApi, snapshot_download  # before: this environment's folders may be closed to others
-doctor.command(json_output=True)
+app(["doctor", "--json"], standalone_mode=False)
 os.setgroups([])
 os.setuid(54321)
 print(default_cache())
-doctor.command(json_output=True)
+app(["doctor", "--json"], standalone_mode=False)
 try:
     resolve("org/never-downloaded")
 except OfflineError as error:

@@ -52,9 +52,8 @@ from tiler.weights.blocks import OUTPUTS
 from tiler.weights.store import WeightStore
 
 _PACKED_ELEMENTS = 2**19  # of a weight at a time: 2 MB of fp32 beside the arena. A choice, no measurement
-FEW_ROWS = (
-    8  # of a sample: with fewer, bringing a weight into order takes what the product does. A choice, no measurement
-)
+# Of a sample: with fewer, bringing a weight into order takes what the product does. A choice, no measurement.
+FEW_ROWS = 8
 
 
 class NativeFp32(Kernel):

@@ -110,10 +110,12 @@ class TensorInfo(NamedTuple):
         """Rows [first, last) as a tensor of their own."""
         sources, rows, scale = tuple(self.places(first, last)), last - first, self.scale
         return self._replace(
-            shape=(rows, *self.shape[1:]), sources=sources, nbytes=self.bytes_of(rows),
+            shape=(rows, *self.shape[1:]),
+            sources=sources,
+            nbytes=self.bytes_of(rows),
             scale=scale if scale is None or math.prod(scale.shape) == 1 else scale.cut(first, last),
             beside=tuple(other.cut(first, last) for other in self.beside),
-        )  # fmt: skip
+        )
 
 
 def open_regular(path: Path) -> int:
