@@ -101,6 +101,8 @@ def in_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Ca
         with monkeypatch.context() as patch:
             patch.chdir(tmp_path)
             patch.setenv("COLUMNS", "200")
+            if args[:1] != ("config",):  # which shows the environment
+                patch.setenv("TILER_MAX_RAM", "8GB")  # what earlier tests have left in this process counts as well
             patch.setattr(sys, "argv", ["tiler", *map(str, args)])
             # These change the whole process for a run that ends with it; the tests go on.
             patch.setattr("tiler.memory.lean_imports.lean_torch", lambda: None)

@@ -65,7 +65,5 @@ def start(request: DecodeRequest, budget: Budget, on_event: OnEvent) -> Iterator
             decoding=Decoding(vae, how, resident, plan.peak_bytes, (box.top, box.left)),
             plan=plan,
         )
-        for note in (*found.notes, *family.notes, memory_warning(budget.max_bytes)):
-            if note is not None:
-                run.note(note)
+        run.tell((*found.notes, *family.notes, memory_warning(budget.max_bytes)))
         yield run

@@ -65,9 +65,7 @@ def start(request: EncodeRequest, budget: Budget, on_event: OnEvent) -> EncodeRu
         models=models, budget=budget, on_event=on_event, request=request, output=output, spoken=spoken, plan=plan
     )
     on_prompts = dict.fromkeys(note for one in settings for note in notes_on_prompts(one, family, has_guide=True))
-    for note in (*on_prompts, *models.loras.notes, *found.notes, *family.notes, memory_warning(budget.max_bytes)):
-        if note is not None:
-            run.note(note)
+    run.tell((*on_prompts, *models.loras.notes, *found.notes, *family.notes, memory_warning(budget.max_bytes)))
     return run
 
 

@@ -148,18 +148,8 @@ def start(
         height, width = pixels_of(plan.canvas)
         run.note(f"this model makes no picture as small as that: it is the middle of one of {width}×{height}")
     on_prompts = notes_on_prompts(settings, family, has_guide=plan.guide is not None)
-    on_loras = notes_on_loras(settings, loras, models)
-    for note in (
-        *on_prompts,
-        *on_loras,
-        *models.loras.notes,
-        *found.notes,
-        *family.notes,
-        *plan.notes,
-        memory_warning(budget.max_bytes),
-    ):
-        if note is not None:
-            run.note(note)
+    on_loras = *notes_on_loras(settings, loras, models), *models.loras.notes
+    run.tell((*on_prompts, *on_loras, *found.notes, *family.notes, *plan.notes, memory_warning(budget.max_bytes)))
     return run
 
 
@@ -183,7 +173,6 @@ def make_plan(
         facts = measure(request.scratch_folder, picture)
     if job is None or (begun := job.manifest) is None:
         return plan_render(request, models, tiling, facts, max_bytes, encoded=encoded)
-    facts = replace(facts, scratch_free_bytes=facts.scratch_free_bytes + job.spooled_bytes)
     request = replace(request, precision=Precision(begun.precision))
     methods = {name: Decode(kind) for name, kind in begun.methods.items()}
     plan = plan_render(request, models, tiling, facts, max_bytes, methods, encoded=encoded)

@@ -24,10 +24,10 @@ from tiler.request import QuantizeRequest
 from tiler.request.choices import Weights
 from tiler.weights.checkpoint import QUANTO_MAP, Checkpoint
 from tiler.weights.flavours import WEIGHTS, find_weights, flavour_of, names_in
+from tiler.weights.hub import INDEX
 from tiler.weights.quanto import write_quanto
 from tiler.weights.store import match_index
 
-INDEX = "model_index.json"
 _FILES = {Role.DENOISER: "diffusion_pytorch_model", Role.TEXT_ENCODER: "model"}
 
 
@@ -138,8 +138,8 @@ def _copy(source: Path, target: Path, models: Models, kinds: Mapping[str, Weight
     for part in models.family.parts:
         folder = source / part.name
         (target / part.name).mkdir()
-        weights = () if part.name in kinds else find_weights(folder, variant).files
-        flavour = None if part.name in kinds else find_weights(folder, variant).flavour
+        found = None if part.name in kinds else find_weights(folder, variant)
+        weights, flavour = ((), None) if found is None else (found.files, found.flavour)
         for name in names_in(folder):
             path, of = folder / name, flavour_of(name)
             if path.is_dir() or (name.endswith(WEIGHTS) and path not in weights) or (of is not None and of != flavour):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,6 +39,12 @@ class Run:
 
     def note(self, text: str) -> None:
         self.on_event(events.Note(text=text))
+
+    def tell(self, notes: Iterable[str | None]) -> None:
+        """Those notes that there are."""
+        for note in notes:
+            if note is not None:
+                self.note(note)
 
     @contextmanager
     def phase(self, name: str, total: int) -> Iterator[None]:

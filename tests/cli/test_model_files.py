@@ -56,6 +56,17 @@ def test_models_without_a_folder(in_process: Any, monkeypatch: pytest.MonkeyPatc
     assert ran.code == 2 and "TILER_MODEL_DIRS" in ran.err
 
 
+def test_folders_of_the_environment_are_searched(in_process: Any, webui: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TILER_MODEL_DIRS", str(webui))
+    ran = in_process("plan", "x", "--model", "dreamy sky", "--size", 512)
+    assert ran.code == 0, ran.err
+    ran = in_process("plan", "x", "--model", "nothing")
+    assert ran.code == 3 and f"no model of this name in {webui}; `tiler models` lists what is there." in ran.err
+    monkeypatch.delenv("TILER_MODEL_DIRS")
+    ran = in_process("plan", "x", "--model", "nothing")
+    assert ran.code == 3 and "names folders to look in" in ran.err
+
+
 def test_a_model_by_name(in_process: Any, webui: Path) -> None:
     """Its missing autoencoder is the only one that fits; a near name is told; two of one name are listed."""
     ran = in_process("plan", "x", "--model", "dreamy sky", "--model-dir", webui, "--size", 512)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,25 @@ def made_of(model_id: str = "1", **values: Any) -> manifest.Manifest:
         begun="",
         max_ram_bytes=1,
     )
+
+
+def test_options_hold_for_every_job_that_goes_on(
+    in_process: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("x", "y"):
+        (tmp_path / f"{name}.png.tiler").mkdir()
+        manifest.write(tmp_path / f"{name}.png.tiler/job.json", made_of(output=tmp_path / f"{name}.png"))
+    commands: list[list[str]] = []
+
+    def record(words: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        commands.append(words[words.index("resume") :])
+        return subprocess.CompletedProcess(words, 0)
+
+    monkeypatch.setattr("tiler.cli.resume.subprocess.run", record)
+    ran = in_process("resume", tmp_path, "--scratch", tmp_path, "--threads", 1, "-q")
+    assert ran.code == 0, ran.err
+    options = ["--scratch", str(tmp_path), "--threads", "1", "--quiet"]
+    assert commands == [["resume", str(tmp_path / f"{name}.png.tiler"), *options] for name in ("x", "y")]
 
 
 def test_what_decides_the_picture_is_compared_and_nothing_else(tmp_path: Path) -> None:

@@ -363,5 +363,5 @@ def test_a_sample_of_full_width_stays_under_800_mb(tmp_path: Path) -> None:
     options = "--size", "1024", "--steps", "1", "--no-guide", "--precision", "fp32"
     peak, report = render_peak(tmp_path, "--model", made("wide-sdxl"), *options)
     # At full depth 679 MB of 767 were measured: the slack between live blocks is smaller than SD 1.5's.
-    assert 0.95 * peak < report["predicted_peak_bytes"] < 1.2 * peak
+    assert 0.95 * peak < report["predicted_peak_bytes"] < 1.15 * peak
     assert peak < 800_000_000

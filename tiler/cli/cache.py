@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import sys
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Annotated
 import typer
 
 from tiler.cli import options as o
+from tiler.cli.terminal import columns
 from tiler.errors import UsageError
 from tiler.memory.budget import format_mb
 from tiler.weights.caches import Cached, list_cached, remove
@@ -48,11 +47,11 @@ def show(cache_dir: CacheDir = None, json_output: o.Json = False) -> None:
     if json_output:
         typer.echo(json.dumps([asdict(file) | {"path": str(file.path)} for file in found]))
         return
-    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else 10_000
+    width = columns()
     for file in found:
         used = "today" if file.used_days < 1 else f"{file.used_days:.0f} days ago"
         stale = f"  stale: {file.stale}" if file.stale else ""
-        typer.echo(f"{format_mb(file.size_bytes):>10}  {used:12} {file.kind:16} {file.path.name[:12]}{stale}"[:columns])
+        typer.echo(f"{format_mb(file.size_bytes):>10}  {used:12} {file.kind:16} {file.path.name[:12]}{stale}"[:width])
     sizes: Counter[Path] = Counter()
     for file in found:
         sizes[file.path.parent] += file.size_bytes

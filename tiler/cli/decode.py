@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-
-import typer
 
 from tiler.cli import options as o
 from tiler.memory.budget import Budget, format_mb
@@ -30,15 +27,12 @@ def run(
 
     with ProgressPrinter(budget, quiet=quiet) as printer:
         result = decode(request, budget, printer)
-    o.write_report(report, result.report)
-    if json_output:
-        typer.echo(json.dumps({"output": str(result.output), **result.report}))
-    elif not quiet:
-        facts = result.report
-        typer.echo(
-            f"{result.output}: {facts['width']}×{facts['height']}, peak {format_mb(budget.peak_rss_bytes)} "
-            f"of {format_mb(budget.max_bytes)}"
-        )
+    facts = result.report
+    said = (
+        f"{result.output}: {facts['width']}×{facts['height']}, peak {format_mb(budget.peak_rss_bytes)} "
+        f"of {format_mb(budget.max_bytes)}"
+    )
+    o.finish(result, said, report=report, quiet=quiet, json_output=json_output)
 
 
 command = o.command_of(DecodeRequest, run)

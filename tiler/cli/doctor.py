@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import platform
 import shutil
-import sys
 import textwrap
 from dataclasses import replace
 from importlib import metadata
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tiler.cli import options as o
+from tiler.cli.terminal import columns
 from tiler.memory.budget import format_mb
 from tiler.request import DoctorRequest
 
@@ -99,9 +99,9 @@ def _print(facts: dict[str, str], json_output: bool) -> None:
     if json_output:
         typer.echo(json.dumps(facts))
         return
-    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else 10_000
+    width = columns()
     for name, value in facts.items():
-        typer.echo(textwrap.fill(value, columns, initial_indent=f"{name:20}", subsequent_indent=" " * 20))
+        typer.echo(textwrap.fill(value, width, initial_indent=f"{name:20}", subsequent_indent=" " * 20))
 
 
 def _kernels(library: Library | None, fault: str) -> str:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-
-import typer
 
 from tiler.cli import options as o
 from tiler.memory.budget import Budget, format_mb
@@ -34,14 +31,11 @@ def run(
 
     with ProgressPrinter(budget, quiet=quiet) as printer:
         result = encode(request, budget, printer)
-    o.write_report(report, result.report)
-    if json_output:
-        typer.echo(json.dumps({"output": str(result.output), **result.report}))
-    elif not quiet:
-        typer.echo(
-            f"{result.output}: {len(request.prompts)} prompt{'s' * (len(request.prompts) > 1)}, peak "
-            f"{format_mb(budget.peak_rss_bytes)} of {format_mb(budget.max_bytes)}"
-        )
+    said = (
+        f"{result.output}: {len(request.prompts)} prompt{'s' * (len(request.prompts) > 1)}, peak "
+        f"{format_mb(budget.peak_rss_bytes)} of {format_mb(budget.max_bytes)}"
+    )
+    o.finish(result, said, report=report, quiet=quiet, json_output=json_output)
 
 
 command = o.command_of(EncodeRequest, run)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import sys
 import textwrap
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +10,7 @@ from typing import Annotated
 import typer
 
 from tiler.cli import options as o
+from tiler.cli.terminal import columns
 from tiler.errors import UsageError
 from tiler.memory.budget import Budget, format_mb
 
@@ -46,10 +45,10 @@ def command(folders: Folders = None, max_ram: o.MaxRam = "800MB", json_output: o
     if not found:
         typer.echo(f"no .safetensors or .gguf file and no diffusers folder in {', '.join(map(str, wanted))}")
         return
-    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else 10_000
+    width = columns()
     for model in found:
         fits = {True: ", fits", False: f", needs {format_mb(model.floor_bytes or 0)} of memory", None: ""}
         lacks = f", and {' '.join(model.lacks)} beside it" if model.lacks else ""
         size = f"{model.size_bytes / 1e9:.1f} GB" if model.size_bytes >= 10**9 else format_mb(model.size_bytes)
         said = f"{size}, {model.family}{fits[model.fits(ceiling)]}{lacks}"
-        typer.echo(textwrap.fill(f"{model.path}: {said}", columns, subsequent_indent="    ", break_on_hyphens=False))
+        typer.echo(textwrap.fill(f"{model.path}: {said}", width, subsequent_indent="    ", break_on_hyphens=False))

@@ -142,7 +142,7 @@ def _parameter(field: Field[Any], kind: Any) -> inspect.Parameter:
     elif option.many:
         kind, default = list[str], []
     elif option.parse is not None:
-        kind = str | None
+        kind, default = str | None, None
     elif option.off:
         kind, default = bool, False
     if not option.names:
@@ -194,8 +194,11 @@ def _values(offered: list[Field[Any]], given: Mapping[str, Any]) -> dict[str, An
         elif option.many:
             assert option.parse is not None, field.name
             values[field.name] = tuple(map(option.parse, typed))
-        elif option.parse is not None and typed is not None:
-            values[field.name] = option.parse(typed)
+        elif option.parse is not None:
+            if typed is None:
+                del values[field.name]  # the field's own default holds
+            else:
+                values[field.name] = option.parse(typed)
         elif isinstance(typed, list):
             values[field.name] = tuple(typed)
         elif option.off:
@@ -232,10 +235,15 @@ def check_report(report: Path | None, *outputs: Path | None, force: bool) -> Non
     check_writable(report, force=force, option="--report")
 
 
-def write_report(path: Path | None, report: dict[str, Any]) -> None:
-    """Write --report's JSON file, when one was asked for. Raises StorageError."""
-    if path is not None:
+def finish(result: Any, said: str, *, report: Path | None = None, quiet: bool, json_output: bool) -> None:
+    """Write --report's JSON file, where one was asked for, and print the pipeline's `result` as --json does, or one line that is
+    `said` of it. Raises StorageError."""
+    if report is not None:
         from tiler.files import atomic
 
-        with atomic(path) as file:
-            file.write((json.dumps(report, indent=2) + "\n").encode())
+        with atomic(report) as file:
+            file.write((json.dumps(result.report, indent=2) + "\n").encode())
+    if json_output:
+        typer.echo(json.dumps({"output": str(result.output), **result.report}))
+    elif not quiet:
+        typer.echo(said)

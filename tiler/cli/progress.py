@@ -28,7 +28,6 @@ class ProgressPrinter:
     def __init__(self, budget: Budget, *, quiet: bool) -> None:
         self.budget, self.quiet = budget, quiet
         self._started = self._printed = 0.0
-        self._began = -1  # what was done when this run took up the phase
         self._began = 0  # what was done when the phase went on
         self._saved = ""
         self._bar: Bar | None = None

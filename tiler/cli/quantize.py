@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
-import typer
-
 from tiler.cli import options as o
 from tiler.memory.budget import Budget, format_mb
 from tiler.request import QuantizeRequest
@@ -31,16 +27,13 @@ def run(
 
     with ProgressPrinter(budget, quiet=quiet) as printer:
         result = quantize(request, budget, printer)
-    if json_output:
-        typer.echo(json.dumps({"output": str(result.output), **result.report}))
-    elif request.output is not None and not quiet:
-        parts = ", ".join(f"{name} {format_mb(size)}" for name, size in result.report["part_bytes"].items())
-        typer.echo(f"{result.output}: {parts}, peak {format_mb(budget.peak_rss_bytes)}")
-    elif not quiet:
-        size, share = result.report["bytes"], result.report["int8_share"]
-        typer.echo(
-            f"{result.output}: {format_mb(size)}, {share:.1%} of the weights in int8, peak {format_mb(budget.peak_rss_bytes)}"
-        )
+    facts = result.report
+    if request.output is not None:
+        what = ", ".join(f"{name} {format_mb(size)}" for name, size in facts["part_bytes"].items())
+    else:
+        what = f"{format_mb(facts['bytes'])}, {facts['int8_share']:.1%} of the weights in int8"
+    said = f"{result.output}: {what}, peak {format_mb(budget.peak_rss_bytes)}"
+    o.finish(result, said, quiet=quiet, json_output=json_output)
 
 
 command = o.command_of(QuantizeRequest, run)

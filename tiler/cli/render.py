@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-
-import typer
 
 from tiler.cli import options as o
 from tiler.memory.budget import Budget, format_mb
@@ -31,17 +28,6 @@ def run(
     A low-resolution pass makes a guide; the canvas is then denoised tile by tile under it, and decoded without tiles.
     What is interrupted goes on when the same command is given again.
     """
-    carry_out(
-        request, max_ram=max_ram, threads=threads, report=report, on_done=on_done, quiet=quiet, log_json=log_json,
-        json_output=json_output,
-    )  # fmt: skip
-
-
-def carry_out(
-    request: RenderRequest, *, max_ram: str, threads: int | None, report: Path | None, on_done: str | None, quiet: bool,
-    log_json: bool, json_output: bool,
-) -> None:  # fmt: skip
-    """Render one picture, and say so."""
     output = request.output or Path("tiler.png")
     o.check_report(report, output, request.save_latents, force=request.force)
     code = 1
@@ -53,15 +39,12 @@ def carry_out(
 
         with printer_of(budget, quiet=quiet, log_json=log_json) as printer:
             result = render(request, budget, printer)
-        o.write_report(report, result.report)
-        if json_output:
-            typer.echo(json.dumps({"output": str(result.output), **result.report}))
-        elif not quiet:
-            facts = result.report
-            typer.echo(
-                f"{result.output}: {facts['width']}×{facts['height']}, seed {facts['seed']}, "
-                f"peak {format_mb(budget.peak_rss_bytes)} of {format_mb(budget.max_bytes)}"
-            )
+        facts = result.report
+        said = (
+            f"{result.output}: {facts['width']}×{facts['height']}, seed {facts['seed']}, "
+            f"peak {format_mb(budget.peak_rss_bytes)} of {format_mb(budget.max_bytes)}"
+        )
+        o.finish(result, said, report=report, quiet=quiet, json_output=json_output)
         code = 0
     except BaseException as error:
         code = getattr(error, "exit_code", getattr(error, "code", 1))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,7 +12,7 @@ from typing import Annotated, Any, NamedTuple
 import typer
 
 from tiler.cli import options as o
-from tiler.cli.render import carry_out
+from tiler.cli import render
 from tiler.errors import JobError, UsageError
 from tiler.jobs import manifest as manifests
 from tiler.jobs.folder import LOCK, MANIFEST, SUFFIX, folder_of, newest_facts
@@ -72,11 +71,14 @@ def command(
     if len(jobs) > 1:
         if report is not None:
             raise UsageError("--report takes the figures of one picture; name one of the jobs")
-        raise SystemExit(_one_after_another(jobs))
+        given = {"--scratch": scratch, "--max-ram": max_ram, "--threads": threads, "--on-done": on_done}
+        options = [word for flag, value in given.items() if value is not None for word in (flag, str(value))]
+        flags = {"--quiet": quiet, "--log-json": log_json, "--json": json_output}
+        raise SystemExit(_one_after_another(jobs, [*options, *(flag for flag, is_set in flags.items() if is_set)]))
     (job,) = jobs
     asked = replace(job.manifest.request(), output=job.output, seed=job.manifest.seed)
     request = asked if scratch is None else replace(asked, scratch=scratch)
-    carry_out(
+    render.run(
         request, max_ram=max_ram or str(job.manifest.max_ram_bytes), threads=threads, report=report, on_done=on_done,
         quiet=quiet, log_json=log_json, json_output=json_output,
     )  # fmt: skip
@@ -100,9 +102,8 @@ def _read(folder: Path) -> Found:
     return Found(folder, manifest)
 
 
-def _one_after_another(jobs: list[Found]) -> int:
-    """A process for each picture: one that fails stops no other. The options that were typed hold for all."""
-    options = [word for word in sys.argv[2:] if not os.path.exists(word)]
+def _one_after_another(jobs: list[Found], options: list[str]) -> int:
+    """A process for each picture: one that fails stops no other. The options hold for all."""
     codes = set[int]()
     for job in jobs:
         typer.echo(f"{job.output}:", err=True)

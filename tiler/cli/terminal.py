@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import os
+import shutil
 import signal
 import sys
 from types import FrameType
@@ -38,6 +39,11 @@ def _spelt(error: UnicodeError) -> tuple[str | bytes, int]:
         code = ord(character)
         result += bytes([code - 0xDC00]) if 0xDC80 <= code <= 0xDCFF else _PLAIN.get(character, "?").encode()
     return result, error.end
+
+
+def columns() -> int:
+    """How wide lines may be: as wide as the terminal, and as long as they like elsewhere."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else 10_000
 
 
 def prepare_signals() -> None:

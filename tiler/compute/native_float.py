@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from tiler.compute import shapes
+from tiler.compute import cpu, shapes
 from tiler.compute.kernels import (
     Input,
     Kernel,
@@ -46,6 +46,7 @@ from tiler.compute.native import (
     together,
 )
 from tiler.compute.steps import finished, made_input
+from tiler.compute.tuning import KERNELS_OF
 from tiler.native import library
 from tiler.native.library import Activation, Type
 from tiler.weights.blocks import OUTPUTS
@@ -54,6 +55,11 @@ from tiler.weights.store import WeightStore
 _PACKED_ELEMENTS = 2**19  # of a weight at a time: 2 MB of fp32 beside the arena. A choice, no measurement
 # Of a sample: with fewer, bringing a weight into order takes what the product does. A choice, no measurement.
 FEW_ROWS = 8
+
+
+def packs_layers() -> bool:
+    """Whether fp32 layers are the library's: their weights are brought into its order as they are read."""
+    return library.library() is not None and NativeFp32.name in KERNELS_OF[cpu.isa()][Kind.LINEAR]
 
 
 class NativeFp32(Kernel):

@@ -110,6 +110,9 @@ TIGHT_HEAP_SLACK: Annotated[float, Passport("share", "python scripts/calibrate.p
 # The same where the activations are few blocks of many MB, each a mapping of its own: Flux at full width and 1024² had 607 MB
 # where 632 were planned without any, int8 678 where 724 were.
 MAPPED_HEAP_SLACK: Annotated[float, Passport("share", "python -m pytest -m full tests/full/test_flux.py")] = 0.02
+# The same where fp32 weights are brought into the order of tiler's own kernels as they are read: with none planned here and for
+# resident weights, SD 1.5 at 768² had 725 MB and SDXL's width at 1024² 726 where 760 were planned; with the shares above 668, 636.
+PACKED_HEAP_SLACK: Annotated[float, Passport("share", "python -m pytest -m full tests/full/test_full_size.py")] = 0.1
 # What int8 weights, packed and freed unit by unit, leave of holes (SD 1.5, 1024² under 600 MB: 595 MB, 570 planned without it).
 # Nothing where memory is always short.
 INT8_HOLES_BYTES: Annotated[int, Passport("bytes", "python scripts/calibrate.py memory")] = 27_000_000
@@ -119,3 +122,7 @@ LIBRARIES_BYTES: Annotated[int, Passport("bytes", "python scripts/calibrate.py m
 TEXT_LIBRARIES_BYTES: Annotated[int, Passport("bytes", "python scripts/calibrate.py memory")] = 45_000_000
 # Freed blocks between live ones, as a share of resident weights.
 RESIDENT_SLACK: Annotated[float, Passport("share", "python scripts/calibrate.py memory")] = 0.18
+# The same of fp32 weights in that order.
+PACKED_RESIDENT_SLACK: Annotated[float, Passport("share", "python -m pytest -m full tests/full/test_full_size.py")] = (
+    0.05
+)

@@ -143,15 +143,15 @@ class Attend(Stage):
         top = queries.new_full((heads, n, 1), -math.inf)
         below, mixed = queries.new_zeros(heads, n, 1), queries.new_zeros(heads, n, d)
         for strip in self.memory.strips(KEYS * 4 * self.memory.channels):
-            keys, values = (
-                half.unflatten(0, (heads, -1)) for half in strip[0].flatten(1).chunk(2)
-            )  # (heads, d, tokens)
+            # each (heads, d, tokens)
+            keys, values = (half.unflatten(0, (heads, -1)) for half in strip[0].flatten(1).chunk(2))
             scores = queries @ keys
             higher = torch.maximum(top, scores.amax(-1, keepdim=True))
             weights, fade = scores.sub_(higher).exp_(), (top - higher).exp_()
             below = below * fade + weights.sum(-1, keepdim=True)
             mixed = mixed * fade + weights @ values.transpose(1, 2)
             top = higher
+            del strip, keys, values, scores, weights  # not beside the next ones
         return mixed / below
 
 

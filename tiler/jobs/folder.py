@@ -4,14 +4,12 @@ lock                    flock(2)
 job.json                manifest.py
 state-0, state-1        the newest state of a canvas, written in turn: no moment is without a whole one
 reference.safetensors   what the canvas starts from, once that is made
-spool                   the decoder's passes
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 import time
 from contextlib import suppress
 from dataclasses import replace
@@ -32,7 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SUFFIX = ".tiler"
-MANIFEST, LOCK, REFERENCE, SPOOL = "job.json", "lock", "reference.safetensors", "spool"
+MANIFEST, LOCK, REFERENCE = "job.json", "lock", "reference.safetensors"
 SLOTS = ("state-0.safetensors", "state-1.safetensors")
 _EVERY = 60.0  # seconds between two saves
 _SHARE = 50  # times the last save's duration: at most 2 % of the time is spent saving
@@ -85,7 +83,7 @@ class Job:
             elif (self.folder / MANIFEST).exists():
                 self.manifest = manifests.read(self.folder / MANIFEST)
                 self.resumed = True
-            elif any((self.folder / name).exists() for name in (*SLOTS, REFERENCE, SPOOL)):
+            elif self._holds_work():
                 raise JobError(f"{self.folder}: {MANIFEST} is missing; begin anew with --restart")
         except BaseException:
             self._lock.release()
@@ -231,19 +229,8 @@ class Job:
             with suppress(StorageError):
                 tensors.write(self.folder / REFERENCE, {"reference": reference}, {})
 
-    @property
-    def spool(self) -> Path | None:
-        """The folder for the decoder's passes."""
-        return self.folder / SPOOL if self._begun else None
-
-    @property
-    def spooled_bytes(self) -> int:
-        """What earlier passes take of the disk: theirs to use again."""
-        files = (self.folder / SPOOL).glob("*.rows") if self.resumed else ()
-        return sum(file.stat().st_blocks * 512 for file in files)
-
     def _holds_work(self) -> bool:
-        return any((self.folder / name).exists() for name in (*SLOTS, REFERENCE, SPOOL))
+        return any((self.folder / name).exists() for name in (*SLOTS, REFERENCE))
 
 
 def newest_facts(folder: Path) -> tuple[str, str]:
@@ -274,7 +261,6 @@ def _facts_of(found: os.stat_result) -> dict[str, int]:
 def _remove(folder: Path, keep: tuple[str, ...] = ()) -> None:
     """Only what a job consists of: whatever else someone put there stays, and the folder with it. The manifest goes last but the
     lock, so that a folder half removed is known as what it was."""
-    shutil.rmtree(folder / SPOOL, ignore_errors=True)
     own = (*SLOTS, REFERENCE, MANIFEST)
     for name in (*(f"{each}.new" for each in own), *own, LOCK):
         if name not in keep:

@@ -64,6 +64,11 @@ class Contents(NamedTuple):
     ignored: Mapping[str, int]
     unknown: tuple[str, ...]
 
+    @property
+    def named(self) -> str:
+        """What it holds, in words."""
+        return " and ".join(dict.fromkeys(str(part.kind) for part in self.parts))
+
     def find(self, *kinds: Kind) -> list[Content]:
         return [part for part in self.parts if part.kind in kinds]
 

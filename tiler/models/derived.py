@@ -6,7 +6,6 @@ What shapes do not say stands in kinds.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 from tiler.errors import ModelError
@@ -28,27 +27,15 @@ def denoiser_config(shapes: Shapes, row: FamilyRow, where: str) -> Config:
     return dict(row.denoiser) | derive(_Known(shapes, where), row)
 
 
-class _Known(Mapping[str, tuple[int, ...]]):
+class _Known(dict[str, tuple[int, ...]]):
     """Shapes; a name that is missing is the file's fault."""
 
     def __init__(self, shapes: Shapes, where: str) -> None:
-        self._shapes, self.where = shapes, where
+        super().__init__(shapes)
+        self.where = where
 
-    def __getitem__(self, name: str) -> tuple[int, ...]:
-        if name not in self._shapes:
-            raise ModelError(
-                f"{self.where}: tensor {name!r} (as diffusers calls it) is missing; download the file again"
-            )
-        return self._shapes[name]
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._shapes
-
-    def __iter__(self) -> Any:
-        return iter(self._shapes)
-
-    def __len__(self) -> int:
-        return len(self._shapes)
+    def __missing__(self, name: str) -> tuple[int, ...]:
+        raise ModelError(f"{self.where}: tensor {name!r} (as diffusers calls it) is missing; download the file again")
 
 
 def _unet(shapes: _Known, row: FamilyRow) -> Config:

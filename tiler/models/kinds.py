@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 
 from tiler.errors import ModelError
 from tiler.models.contents import Content, Kind, Naming, Shapes
-
-END = "<|endoftext|>"
+from tiler.models.vocabulary import END
 
 
 class Encoder(NamedTuple):

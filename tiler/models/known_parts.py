@@ -2,56 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from tiler.errors import ModelError
-from tiler.models.contents import Content, Kind, look
+from tiler.models.contents import Kind, look
 from tiler.models.kinds import Encoder, FamilyRow, text_width
+from tiler.request.settings import WEIGHTS
 from tiler.weights.flavours import names_in
-from tiler.weights.folders import WEIGHTS, model_files
+from tiler.weights.folders import model_files
 from tiler.weights.headers import shapes_of
 from tiler.weights.places import hub_cache
 
 _T5_FILES = "spiece.model", "tokenizer.json"
 
 
-def find_vae(folders: Sequence[Path], row: FamilyRow, model: str) -> Path:
-    """The one file in `folders` with an autoencoder for that family. Raises ModelError where there is none, or several.
+class KnownPart(NamedTuple):
+    """A file with a single part; `width` is the channels of an autoencoder's latents, or those of a text encoder's states."""
 
-    SDXL's has the shapes of Stable Diffusion's and another scale: of those the name must tell, as all published ones do.
-    """
-
-    def fits(path: Path, part: Content) -> bool:
-        name = "decoder.conv_in.weight"
-        if part.kind is not Kind.VAE or part.shapes.get(name, (0, 0))[1] != row.channels:
-            return False
-        xl = any(word in path.name.lower() for word in ("xl", "sigma", "aura"))
-        return row.channels != 4 or xl is (row.scaling_factor != 0.18215)
-
-    found = _fitting(folders, fits)
-    if len(found) != 1:
-        raise _missing(model, "autoencoder", "--vae", f"hf download {row.others} --include 'vae/*'", found)
-    return found[0]
+    path: Path
+    kind: Kind
+    width: int | None
 
 
-def find_encoder(folders: Sequence[Path], encoder: Encoder, row: FamilyRow, model: str, part: str) -> Path | None:
-    """The one file in `folders` with that text encoder; None where an optional one is missing. Raises ModelError."""
-
-    def fits(path: Path, content: Content) -> bool:
-        return content.kind is encoder.kind and text_width(content.shapes) == encoder.width
-
-    found = _fitting(folders, fits)
-    if not found and encoder.optional:
-        return None
-    if len(found) != 1:
-        command = f"hf download {row.others} --include '{part}/*'"
-        raise _missing(model, f"text encoder {encoder.title}", encoder.flag, command, found)
-    return found[0]
-
-
-def _fitting(folders: Sequence[Path], fits: Callable[[Path, Content], bool]) -> list[Path]:
-    """Files with a single part, which fits."""
+def known_parts(folders: Sequence[Path]) -> list[KnownPart]:
+    """The files in `folders` that hold an autoencoder or a text encoder and nothing else. Reads every header once."""
     found = []
     for path in model_files(folders):
         if path.suffix not in WEIGHTS:
@@ -60,9 +36,41 @@ def _fitting(folders: Sequence[Path], fits: Callable[[Path, Content], bool]) -> 
             parts = look(shapes_of(path), str(path)).parts
         except ModelError:
             continue
-        if len(parts) == 1 and fits(path, parts[0]):
-            found.append(path)
+        if len(parts) == 1 and parts[0].kind in (Kind.VAE, Kind.CLIP, Kind.T5):
+            part, name = parts[0], "decoder.conv_in.weight"
+            is_vae = part.kind is Kind.VAE
+            width = part.shapes.get(name, (0, 0))[1] if is_vae else text_width(part.shapes)
+            found.append(KnownPart(path, part.kind, width))
     return found
+
+
+def find_vae(known: Sequence[KnownPart], row: FamilyRow, model: str) -> Path:
+    """The one file with an autoencoder for that family. Raises ModelError where there is none, or several.
+
+    SDXL's has the shapes of Stable Diffusion's and another scale: of those the name must tell, as all published ones do.
+    """
+
+    def fits(part: KnownPart) -> bool:
+        if part.kind is not Kind.VAE or part.width != row.channels:
+            return False
+        xl = any(word in part.path.name.lower() for word in ("xl", "sigma", "aura"))
+        return row.channels != 4 or xl is (row.scaling_factor != 0.18215)
+
+    found = [part.path for part in known if fits(part)]
+    if len(found) != 1:
+        raise _missing(model, "autoencoder", "--vae", f"hf download {row.others} --include 'vae/*'", found)
+    return found[0]
+
+
+def find_encoder(known: Sequence[KnownPart], encoder: Encoder, row: FamilyRow, model: str, part: str) -> Path | None:
+    """The one file with that text encoder; None where an optional one is missing. Raises ModelError."""
+    found = [other.path for other in known if (other.kind, other.width) == (encoder.kind, encoder.width)]
+    if not found and encoder.optional:
+        return None
+    if len(found) != 1:
+        command = f"hf download {row.others} --include '{part}/*'"
+        raise _missing(model, f"text encoder {encoder.title}", encoder.flag, command, found)
+    return found[0]
 
 
 def _missing(model: str, what: str, flag: str, command: str, found: Sequence[Path]) -> ModelError:

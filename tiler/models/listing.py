@@ -56,8 +56,7 @@ def _file(path: Path) -> Listed:
     contents, size = look(shapes_of(path), str(path)), path.stat().st_size
     denoisers = contents.find(*DENOISERS)
     if not denoisers:
-        kinds = dict.fromkeys(str(part.kind) for part in contents.parts)
-        return Listed(path=path, family=" and ".join(kinds), size_bytes=size)
+        return Listed(path=path, family=contents.named, size_bytes=size)
     row = family_of(denoisers[0], str(path))
     return Listed(
         path=path, family=row.title, size_bytes=size, floor_bytes=row.floor * MB, lacks=tuple(_lacking(contents, row))

@@ -12,7 +12,7 @@ from tiler.models.contents import Content, Contents, Kind, look
 from tiler.models.conversions import renamed
 from tiler.models.kinds import text_width
 from tiler.weights import hub
-from tiler.weights.flavours import PICKLES, find_weights, read_json
+from tiler.weights.flavours import find_weights, read_json, refuse_pickle
 from tiler.weights.gguf import is_gguf, read_gguf
 from tiler.weights.index import TensorInfo, merge_indexes, read_index, read_metadata, trailing_bytes
 from tiler.weights.layouts import understood
@@ -27,8 +27,7 @@ class WeightFile:
     """A file of weights, looked into: its index, its own words, and what parts it has. Raises ModelError."""
 
     def __init__(self, path: Path) -> None:
-        if path.suffix in PICKLES:
-            raise ModelError(f"{path}: a pickle can run code when it is opened; tiler reads safetensors and GGUF files")
+        refuse_pickle(path)
         self.path, self._gguf = path, path.suffix != ".safetensors" and is_gguf(path)
         self.index: Index = read_gguf(path).tensors if self._gguf else understood(read_index(path))
         self.contents: Contents = look({name: info.shape for name, info in self.index.items()}, str(path))
@@ -68,7 +67,7 @@ class FoundPart(NamedTuple):
         """Of a text encoder's states."""
         if self.config is not None:
             return self.config.get("hidden_size", self.config.get("d_model"))
-        return text_width({name.removeprefix("text_model."): shape for name, shape in self.shapes.items()})
+        return text_width(self.shapes)
 
     @classmethod
     def of_file(cls, file: WeightFile, part: Content) -> FoundPart:
@@ -85,8 +84,7 @@ def find_parts(given: str, flag: str, kinds: Sequence[Kind]) -> list[FoundPart]:
         file = WeightFile(path)
         found = file.parts(*kinds)
         if not found:
-            there = " and ".join(dict.fromkeys(str(part.kind) for part in file.contents.parts))
-            raise ModelError(f"{path}: this file holds {there}; {flag} takes {_or(kinds)}")
+            raise ModelError(f"{path}: this file holds {file.contents.named}; {flag} takes {_or(kinds)}")
     elif hub.is_hub_id(given):
         found = [_in_folder(hub.single_from_hub(given), flag)]
     else:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from tiler.errors import ModelError, UsageError
 from tiler.models.contents import DENOISERS, Kind
 from tiler.models.derived import denoiser_config, text_config, tiny_config, vae_config
 from tiler.models.kinds import SD2, Encoder, FamilyRow, family_of, row_of_pipeline
-from tiler.models.known_parts import find_encoder, find_vae, t5_tokenizer
+from tiler.models.known_parts import KnownPart, find_encoder, find_vae, known_parts, t5_tokenizer
 from tiler.models.part_files import FoundPart, WeightFile, find_parts
 from tiler.models.prediction import Decided, decide
 from tiler.models.vocabulary import clip_tokenizer
@@ -54,9 +56,13 @@ class _Assembly:
         self.notes: list[str] = []
         self.file = WeightFile(path) if path is not None else None
         self.row = self._row()
-        self.folders = model_folders(options.model_dirs)
         whole = base.file is not None and base.file != path
         self.files = [file for file in (self.file, WeightFile(base.file) if whole and base.file else None) if file]
+
+    @cached_property
+    def known(self) -> list[KnownPart]:
+        """What lies in the folders of models, looked into once and only where a part is missing."""
+        return known_parts(model_folders(self.options.model_dirs))
 
     @property
     def name(self) -> str:
@@ -87,9 +93,8 @@ class _Assembly:
             return row
         found = self.file.contents.find(*DENOISERS)
         if not found:
-            there = " and ".join(dict.fromkeys(str(part.kind) for part in self.file.contents.parts))
             raise ModelError(
-                f"{self.file.path}: this file holds {there} and no denoiser; give it with --vae or --text-encoder, and the "
+                f"{self.file.path}: this file holds {self.file.contents.named} and no denoiser; give it with --vae or --text-encoder, and the "
                 "model with --model"
             )
         return family_of(found[0], str(self.file.path))
@@ -137,12 +142,10 @@ class _Assembly:
         if decided.zero_snr:
             own |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
         self.sources["scheduler"] = PartSource(config=own, label=decided.why)
-        unet = self.sources.get("unet")
-        if self.row is SD2 and decided.prediction is Prediction.V and unet is not None and not self.in_folder:
-            self.sources["unet"] = PartSource(
-                config={**unet.config, "sample_size": _native(self.file.words) or 96 if self.file else 96},
-                index=unet.index, label=unet.label,
-            )  # fmt: skip
+        if self.file is not None and self.row is SD2 and decided.prediction is Prediction.V and not self.in_folder:
+            unet = self.sources["unet"]
+            side = _native(self.file.words) or 96
+            self.sources["unet"] = replace(unet, config={**unet.config, "sample_size": side})
 
     def _add_vae(self) -> None:
         given = self.options.vae
@@ -158,7 +161,7 @@ class _Assembly:
         if found:
             self._set_vae(found[0], "in the model's file")
         elif not self.in_folder:
-            path = find_vae(self.folders, self.row, self.name)
+            path = find_vae(self.known, self.row, self.name)
             self.notes.append(f"the autoencoder is {path}, the only one in the model folders that fits")
             self._set_vae(find_parts(str(path), "--vae", (Kind.VAE,))[0], "in the model folders")
 
@@ -197,7 +200,7 @@ class _Assembly:
                     taken[fit[0]] = part, "in the model's file"
         for slot, encoder in slots.items():
             if slot not in taken and not self.in_folder and self.base.reads_text:
-                path = find_encoder(self.folders, encoder, self.row, self.name, slot)
+                path = find_encoder(self.known, encoder, self.row, self.name, slot)
                 if path is None:
                     continue
                 self.notes.append(f"{encoder.title} is {path}, the only one in the model folders that fits")

@@ -29,12 +29,13 @@ class Weight(NamedTuple):
 
 
 class Streamed(NamedTuple):
-    """The streamed weights of a phase, in the order of use, where they are stored, and whether int8 ones are computed with as
-    such."""
+    """The streamed weights of a phase, in the order of use, where they are stored, whether int8 ones are computed with as such,
+    and what keeping some costs."""
 
     weights: Sequence[Weight]
     stored: Mapping[str, TensorInfo]
     int8_products: bool = False
+    slack: float = RESIDENT_SLACK  # freed blocks between those that stay, as a share of them
 
 
 def with_resident(
@@ -43,11 +44,11 @@ def with_resident(
     """`phase` with the weights that stay in what the ceiling leaves; `method` of an autoencoder's phase."""
     # An autoencoder's strips come and go between the plan's figures: with less room 784 and 791 MB of 800 were measured.
     fill = RESIDENT_MARGIN if method is None else NEAR
-    room = int((max_bytes * fill - phase.peak_bytes) / (1 + RESIDENT_SLACK))
+    room = int((max_bytes * fill - phase.peak_bytes) / (1 + streamed.slack))
     # Layer by layer every weight is read once: nothing is gained by keeping any.
     chosen = {} if method is not None and method.by_layers else _choose_resident(streamed, room)
     nbytes = sum(_resident_bytes(streamed.stored[name], dtype) for name, dtype in chosen.items())
-    phase = _with(phase, "resident weights", int((1 + RESIDENT_SLACK) * nbytes))
+    phase = _with(phase, "resident weights", int((1 + streamed.slack) * nbytes))
     return phase if method is None else _with_heap(phase, method, max_bytes), chosen
 
 

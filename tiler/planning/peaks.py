@@ -12,9 +12,19 @@ from torch import nn
 from tiler.compute.layers import StreamedLayer, streamed_layers
 from tiler.compute.lending import lent
 from tiler.compute.native import reads_blocks
+from tiler.compute.native_float import packs_layers
 from tiler.compute.shapes import MetaMeter
 from tiler.compute.stream import Streamer
-from tiler.compute.tuning import ARENA_BYTES, HEAP_SLACK, INT8_HOLES_BYTES, MAPPED_HEAP_SLACK, TIGHT_HEAP_SLACK
+from tiler.compute.tuning import (
+    ARENA_BYTES,
+    HEAP_SLACK,
+    INT8_HOLES_BYTES,
+    MAPPED_HEAP_SLACK,
+    PACKED_HEAP_SLACK,
+    PACKED_RESIDENT_SLACK,
+    RESIDENT_SLACK,
+    TIGHT_HEAP_SLACK,
+)
 from tiler.decoding.method import DecodePlan, ScratchSpace, choose
 from tiler.models import family as families
 from tiler.models.built import Models
@@ -147,6 +157,16 @@ class DenoiserPeaks:
             longer[id(prompt)] = prompt._replace(tokens=empty(1, length + self._more_tokens, wide))
         return [sample._replace(prompt=longer[id(sample.prompt)]) for sample in samples]
 
+    @property
+    def packs_fp32(self) -> bool:
+        """Whether weights are fp32 in the order of tiler's own kernels, made as they are read: nothing is freed unit by unit."""
+        return not self.streamer.int8_keys and packs_layers()
+
+    @property
+    def resident_slack(self) -> float:
+        """What keeping weights costs, as a share of them."""
+        return PACKED_RESIDENT_SLACK if self.packs_fp32 else RESIDENT_SLACK
+
     def phase(self, name: str, fixed: list[Term], tiles: list[int], batch: int, height: int, width: int) -> PhasePlan:
         """Denoising `tiles`, one for each sample, `batch` of them for each read of the weights."""
         groups = [tuple(tiles[i : i + batch]) for i in range(0, len(tiles), batch)]
@@ -155,7 +175,8 @@ class DenoiserPeaks:
         tight = self.streamer.arena_bytes < ARENA_BYTES
         mapped = self.family.traits.large_blocks
         in_place = bool(self.streamer.int8_keys) and reads_blocks()  # then nothing is packed and freed unit by unit
-        slack = MAPPED_HEAP_SLACK if mapped else TIGHT_HEAP_SLACK if tight or in_place else HEAP_SLACK
+        roomy = PACKED_HEAP_SLACK if self.packs_fp32 else HEAP_SLACK
+        slack = MAPPED_HEAP_SLACK if mapped else TIGHT_HEAP_SLACK if tight or in_place else roomy
         work = self.activations(group, height, width) + int(slack * self.activations((0,), height, width))
         if not (tight or mapped or in_place):
             integers = sum(math.prod(self.stored[name].shape) for name in self.streamer.int8_keys & self.stored.keys())

@@ -142,7 +142,7 @@ def plan_render(
     resident: dict[str, dict[str, torch.dtype]] = {phase.name: {} for phase in others}
     once = family.part(Role.DENOISER).once  # of these, none is read at every step
     stored = {name: info for name, info in sampler.stored.items() if not once(name)}
-    streamed = Streamed(sampler.weights, stored, facts.int8.products)
+    streamed = Streamed(sampler.weights, stored, facts.int8.products, sampler.resident_slack)
     filled = [
         with_resident(sampling(sampler, name, n), streamed, None, max_bytes)
         for name, n in (("guide", guide_batch), ("canvas", batch))

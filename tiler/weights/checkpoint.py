@@ -14,13 +14,13 @@ from tiler.errors import ModelError
 from tiler.weights import hub
 from tiler.weights.flavours import (
     MAX_INDEX_BYTES,
-    PICKLES,
     WEIGHTS,
     choose_flavour,
     find_weights,
     flavours,
     names_in,
     read_json,
+    refuse_pickle,
 )
 from tiler.weights.folders import find_model, near_names
 from tiler.weights.index import TensorInfo, merge_indexes
@@ -131,8 +131,7 @@ def _resolve(
             return _checkpoint(cached[0], cached[1], variant, repository=cached[0])
         return _checkpoint(model, path, variant)
     if path.exists():
-        if path.suffix in PICKLES:
-            raise ModelError(f"{path}: a pickle can run code when it is opened; tiler reads safetensors and GGUF files")
+        refuse_pickle(path)
         if variant or revision:
             raise ModelError(
                 f"{path}: --variant and --revision choose among the files of a folder or a repository; leave them out"
@@ -153,7 +152,7 @@ def _not_found(model: str, folders: Sequence[Path]) -> str:
             f"--model-dir, or a hub id like org/name{hint}"
         )
     near, where = near_names(model, folders), ", ".join(map(str, folders))
-    said = f"; did you mean {' or '.join(near)}?" if near else "; `tiler models` lists what is there,"
+    said = f"; did you mean {' or '.join(near)}?" if near else "; `tiler models` lists what is there."
     return (
         f"{model}: no model of this name in {where}{said} To download one: hf download ORG/NAME, then --model ORG/NAME"
     )

@@ -20,6 +20,14 @@ MAX_CONFIG_BYTES = 1_000_000
 MAX_INDEX_BYTES = 20_000_000  # names every tensor of a sharded model
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 WEIGHTS = (".safetensors", *PICKLES)
+
+
+def refuse_pickle(path: Path) -> None:
+    """Raises ModelError for a file whose ending is a pickle's."""
+    if path.suffix in PICKLES:
+        raise ModelError(f"{path}: a pickle can run code when it is opened; tiler reads safetensors and GGUF files")
+
+
 _STEMS = "diffusion_pytorch_model", "model"
 _FILE = re.compile(
     rf"({'|'.join(_STEMS)})(?:\.(?P<flavour>\w+))?(?P<shard>-\d+-of-\d+)?(?:\.(?P<old>\w+))?\.safetensors"

@@ -11,9 +11,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tiler.errors import ModelError
+from tiler.request.settings import WEIGHTS
 from tiler.weights.hub import INDEX
 
-WEIGHTS = (".safetensors", ".gguf")
 _DEPTH, _MOST = 5, 20_000  # levels of folders, and files looked at
 _SUBFOLDERS = "models", "Models"  # of AUTOMATIC1111, Forge, ComfyUI
 # Folders whose files go with a model and are none.
@@ -70,6 +70,8 @@ def find_model(name: str, folders: Sequence[Path]) -> Path | None:
             for path in (base / name, *(base / f"{name}{ending}" for ending in WEIGHTS)):
                 if path.is_file() or (path / INDEX).is_file():
                     return path
+    if "/" in name:  # a path or a hub id: no file is called so
+        return None
     hits = [path for path in model_files(folders) if name in (path.name, _stem(path))]
     if len(hits) > 1:
         raise ModelError(f"{name}: several models have this name; give the path of one:\n" + "\n".join(map(str, hits)))

@@ -22,7 +22,7 @@ def model_id(checkpoint: Checkpoint, parts: Sequence[str]) -> str:
     digest = hashlib.sha256()
     if checkpoint.file is not None:
         _add(digest, checkpoint.file, "single")
-    for part in filter(checkpoint.has_weights, parts):  # text encoders may not be there
+    for part in parts:
         if part in checkpoint.sources:
             others = sorted({info.path for info in checkpoint.weights(part).values()} - {checkpoint.file})
             if others:

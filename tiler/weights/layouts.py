@@ -15,6 +15,7 @@ import json
 import math
 import os
 from array import array
+from bisect import bisect_left
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ def understood(index: Index) -> dict[str, TensorInfo]:
     _refuse(index)
     found, used = dict(index), set[str]()
     promised = _promises(index)
+    names = sorted(index)
     for name, info in index.items():
         if name.endswith("._data._data"):
             weight = name.removesuffix("._data._data")
@@ -59,7 +61,7 @@ def understood(index: Index) -> dict[str, TensorInfo]:
         elif _STATE in name:
             weight = name.partition(_STATE)[0]
             found[weight] = _of_blocks(index, weight, info)
-            used |= {other for other in index if other.startswith(f"{weight}.")}
+            used |= set(names[bisect_left(names, f"{weight}.") : bisect_left(names, f"{weight}/")])  # / comes after .
         elif info.dtype in _EIGHTS:
             scale = _scale(index, info, promised)
             if scale is not None:
