@@ -78,7 +78,7 @@ def find_prompts(
 
 def _options(reading: Reading, models: Models) -> dict[str, object]:
     """What decides embeddings beside texts, encoders and tokenizers: whatever else a request may change in them belongs here."""
-    loras = [] if models.loras is None else models.loras.marks_of([part.name for part in models.family.encoders])
+    loras = models.loras.marks(map(models.changes, models.family.encoders))
     return {
         **({"loras": loras} if loras else {}),
         "clip_skip": reading.clip_skip,

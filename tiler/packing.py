@@ -77,9 +77,8 @@ def packed_weights(models: Models, cache: Path, progress: Callable[[float, str],
     integers = {part.name: part.int8_weights(models.module(part)) for part in parts}
     name = family.part(Role.DENOISER).name
     changes, rules = packed_changes(models), str(cpu.int8().largest)
-    if changes and models.loras is not None:
-        files_of = {info.path for some in changes.values() for one in some for info in one.infos}
-        rules += " " + ", ".join(sorted(models.loras.marks[path] for path in files_of))
+    if changes:
+        rules += " " + ", ".join(models.loras.marks([changes]))
     in_blocks = reads_blocks() and any(can_block(matched[name][weight].shape) for weight in integers[name])
 
     def write(path: Path, mark: str, reason: str) -> None:

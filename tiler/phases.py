@@ -49,7 +49,7 @@ from tiler.planning.tiling import pixels_of, plan_tiling
 from tiler.request import Decode, GuideUpscale, Precision, RenderRequest, ResolvedRequest
 from tiler.run import Names, Run, measure, streamed
 from tiler.weights.changes import Changes
-from tiler.weights.identity import changed_id, model_id
+from tiler.weights.identity import model_id
 from tiler.weights.index import TensorInfo
 from tiler.weights.packed import default_cache
 
@@ -87,9 +87,8 @@ class RenderRun(Run):
 
     @cached_property
     def model_id(self) -> str:
-        """Of the checkpoint's weights and configs, and of the LoRAs that change them."""
-        own = model_id(self.plan.family.checkpoint, [part.name for part in self.plan.family.parts])
-        return own if self.models.loras is None else changed_id(own, self.models.loras.fingerprint)
+        """Of the checkpoint's weights and configs."""
+        return model_id(self.plan.family.checkpoint, [part.name for part in self.plan.family.parts])
 
     def changes(self, part: Part) -> Changes:
         """What LoRAs change of a part's weights where they are read."""

@@ -91,7 +91,7 @@ def texts(run: RenderRun) -> dict[str, str]:
         precision=plan.precision.value, kernels=computed_by(), begin=plan.begin,
         clip_skip=plan.family.traits.clip_skip,
         embeddings={} if run.spoken.reading.embeddings is None else run.spoken.reading.embeddings.used,
-        loras={} if run.models.loras is None else run.models.loras.names,
+        loras=run.models.loras.hashes,
     )  # fmt: skip
     return picture_texts(run.request, facts)
 
@@ -103,7 +103,8 @@ def begin_job(run: RenderRun) -> None:
     job.facts = picture_facts(run)
     job.begin(
         Manifest(
-            said=manifest.said_of(run.said), picture=manifest.picture_of(run.request), model_id=run.model_id,
+            said=manifest.said_of(run.said), model_id=run.model_id,
+            picture=manifest.picture_of(run.request) | {"loras": run.models.loras.said},
             made_by=made_by, methods={name: method.name for name, method in run.plan.methods.items()},
             precision=run.plan.precision.value, seed=run.request.seed, begun=_now(), max_ram_bytes=run.budget.max_bytes,
         )

@@ -21,6 +21,9 @@ from tiler.models.lora_names import names_of_modules
 from tiler.models.loras import Applied, apply_loras
 from tiler.request.loras import Lora, parse_lora
 from tiler.weights import checkpoint
+from tiler.weights.changes import Change
+from tiler.weights.index import read_index
+from tiler.weights.lora_keys import Kind, Slot
 from tiler.weights.store import Piece, WeightStore, match_index
 
 LINEAR = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -219,6 +222,24 @@ def test_several_files_add_up_and_rows_do_not_depend_on_cuts(
     assert close(got, want)
     for rows in (32, 64, 96):
         assert torch.equal(merged(models, some, f"{WIDE}.weight", rows=rows), got)
+
+
+@pytest.mark.parametrize("inputs", [36, 40])
+def test_threads_change_no_bit_of_narrow_weights(tmp_path: Path, inputs: int) -> None:
+    new, before, got = draw(10), torch.get_num_threads(), []
+    index = read_index(save(tmp_path / "w.safetensors", {"w": new(1280, inputs)}))
+    factors = read_index(save(tmp_path / "x.safetensors", {"down": new(16, inputs), "up": new(1280, 16)}))
+    change = Change(
+        kind=Kind.LORA, tensors={Slot.DOWN: factors["down"], Slot.UP: factors["up"]}, scale=1, strength=1, first=0, rows=1280
+    )  # fmt: skip
+    try:
+        for threads in (1, 2, 3, 4):
+            torch.set_num_threads(threads)
+            with WeightStore(index, changes={"w": [change]}) as store:
+                got.append(store.load("w"))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, got[0]) for one in got)
 
 
 SPELLINGS: Mapping[str, Callable[[str, Tensor, Tensor], dict[str, Tensor]]] = {

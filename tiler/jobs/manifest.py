@@ -61,7 +61,9 @@ def said_of(request: RenderRequest) -> dict[str, Any]:
 
 def picture_of(request: ResolvedRequest) -> dict[str, Any]:
     """What decides the picture. Where the model lies does not: its id does."""
-    names = [f.name for f in fields(request) if f.name not in (*OF_THE_MACHINE, "model", "variant", "revision")]
+    names = [
+        f.name for f in fields(request) if f.name not in (*OF_THE_MACHINE, "model", "variant", "revision", "lora_dir")
+    ]
     return {name: _content(getattr(request, name)) for name in names}
 
 

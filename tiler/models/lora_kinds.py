@@ -74,7 +74,8 @@ _STEPS = re.compile(r"(\d+)[ _-]?steps?")
 
 def few_steps(files: Iterable[Path], *, flow: bool) -> tuple[Path, Recipe] | None:
     """The first of `files` whose name says that it is a LoRA for few steps: LCM (Luo et al. 2023, arXiv:2311.05556), Lightning
-    (arXiv:2402.13929), Hyper-SD (arXiv:2404.13686); and how it is to be sampled. Models of a `flow` keep their scheduler."""
+    (arXiv:2402.13929), Hyper-SD (arXiv:2404.13686); and how it is to be sampled. Models of a `flow` keep their scheduler and their guidance,
+    which some of them take as an input."""
     for path in files:
         name = path.stem.lower()
         words = set(_WORD.findall(name))
@@ -92,7 +93,7 @@ def few_steps(files: Iterable[Path], *, flow: bool) -> tuple[Path, Recipe] | Non
         else:
             continue
         if flow:
-            found = Recipe(found.title, {k: v for k, v in found.defaults.items() if not k.startswith("schedule")})
+            found = Recipe(found.title, {"num_inference_steps": found.defaults["num_inference_steps"]})
         return path, found
     return None
 

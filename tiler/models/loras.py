@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tiler.errors import ModelError, UsageError
+from tiler.models.applied import Applied
 from tiler.models.built import Models
 from tiler.models.family import Family, Role
 from tiler.models.lora_kinds import Scaling, family_of_lora, family_of_model, few_steps
@@ -17,49 +18,22 @@ from tiler.models.lora_names import Target, names_of_modules
 from tiler.request import RenderRequest, ResolvedRequest, settings
 from tiler.request.loras import Lora, parse_tag, summed
 from tiler.request.wording import tags_of
-from tiler.weights.changes import Change, Changes, Factors, Magnitude
+from tiler.weights.changes import Change, Factors, Magnitude
 from tiler.weights.index import TensorInfo, read_index, read_metadata
-from tiler.weights.lora_files import find_lora, lora_hash
+from tiler.weights.lora_files import SUFFIX, digests_of, find_lora
 from tiler.weights.lora_keys import Kind, Slot, Tensors, kind_of, read_keys
 
 _SHOWN = 3  # names in a note
 
 
-@dataclass(frozen=True, kw_only=True)
-class Applied:
-    """What a render's LoRAs change, by part and parameter; `names` are those of files, each with its hash (lora_files.py);
-    `marks` tell each file, in its strengths, from others. `notes` are for the user."""
-
-    changes: Mapping[str, Changes] = field(default_factory=dict)
-    names: Mapping[str, str] = field(default_factory=dict)
-    marks: Mapping[Path, str] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-
-    @property
-    def fingerprint(self) -> str:
-        """Tells all of them from others; empty where there are none."""
-        return ", ".join(sorted(self.marks.values()))
-
-    def marks_of(self, parts: Sequence[str]) -> list[str]:
-        """Of the files that change any of `parts`, sorted."""
-        some = [one for part in parts for changes in self.of(part).values() for one in changes]
-        return sorted({self.marks[info.path] for one in some for info in one.infos})
-
-    def of(self, part: str) -> Changes:
-        """By parameter of a part."""
-        return self.changes.get(part, {})
-
-
-NO_LORAS = Applied()
-
-
 def find_loras(request: RenderRequest) -> tuple[Lora, ...]:
     """The files that a request names, by --lora and by tags, each once. Raises TilerError."""
-    tags, found = tags_of(request), list(request.loras)
-    if not tags:
-        return summed(found)
+    tags = tags_of(request)
+    if not tags and not request.loras:
+        return ()
     folders = settings.folders(settings.Kind.LORA) if request.lora_dir is None else (request.lora_dir.expanduser(),)
-    if not folders:
+    found = [replace(lora, file=_file_of(lora.file.expanduser(), folders)) for lora in request.loras]
+    if tags and not folders:
         raise UsageError(f"{tags[0]}: give the folder of the LoRAs with --lora-dir, or the file itself with --lora")
     for named in map(parse_tag, tags):
         file = find_lora(named.name, folders)
@@ -67,22 +41,26 @@ def find_loras(request: RenderRequest) -> tuple[Lora, ...]:
     return summed(found)
 
 
+def _file_of(path: Path, folders: Sequence[Path]) -> Path:
+    """What --lora names: a file, or the name of one in the `folders`. Raises ModelError, UsageError."""
+    if path.exists() or not folders:
+        return path
+    try:
+        return find_lora(path.name.removesuffix(SUFFIX), folders)
+    except ModelError as error:
+        raise ModelError(f"--lora {path}: no such file, and {error}") from error
+
+
 def apply_loras(loras: Sequence[Lora], models: Models) -> Applied:
     """Match every module of the files with the model's. Raises ModelError for files that are none, or another family's."""
     if not loras:
-        return NO_LORAS
+        return Applied()
     targets = names_of_modules(models)
     changes: dict[str, dict[str, list[Change]]] = {}
-    names: dict[str, str] = {}
-    marks: dict[Path, str] = {}
     notes: list[str] = []
     for lora in loras:
-        path = lora.file.expanduser()
-        read = _LoraFile.read(path)
-        notes += _match(read, lora, models, targets, changes)
-        names[path.stem] = lora_hash(path)
-        marks[path] = f"{names[path.stem]} {lora.strength!r} {lora.text_strength!r}"
-    return Applied(changes=changes, names=names, marks=marks, notes=tuple(notes))
+        notes += _match(_LoraFile.read(lora.file), lora, models, targets, changes)
+    return Applied(changes=changes, files=tuple((lora, digests_of(lora.file)) for lora in loras), notes=tuple(notes))
 
 
 def notes_on_loras(request: ResolvedRequest, loras: Sequence[Lora], models: Models) -> Iterator[str]:
@@ -95,11 +73,11 @@ def notes_on_loras(request: ResolvedRequest, loras: Sequence[Lora], models: Mode
         return
     path, recipe = found
     yield (
-        f"{path.name} is a {recipe.title} LoRA: {request.num_inference_steps} steps, guidance {request.guidance_scale:g}, "
+        f"{path.name} is for few steps ({recipe.title}): {request.num_inference_steps} steps, guidance {request.guidance_scale:g}, "
         f"{request.scheduler.value}; what is given as an option wins"
     )
-    if request.guidance_scale > max(2.0, recipe.defaults["guidance_scale"]):
-        yield f"guidance {request.guidance_scale:g} is much for a {recipe.title} LoRA: colours burn; take 1 to 2"
+    if request.guidance_scale > max(2.0, recipe.defaults.get("guidance_scale", math.inf)):
+        yield f"guidance {request.guidance_scale:g} is much for a LoRA of this kind: colours burn; take 1 to 2"
 
 
 class _LoraFile(NamedTuple):
@@ -112,7 +90,7 @@ class _LoraFile(NamedTuple):
 
     @classmethod
     def read(cls, path: Path) -> _LoraFile:
-        if path.suffix.lower() in (".pt", ".bin", ".ckpt"):
+        if path.suffix.lower() in (".pt", ".pth", ".bin", ".ckpt", ".pkl"):
             raise ModelError(f"{path}: a pickle can run code when it is opened; take the LoRA as .safetensors")
         if path.is_dir():
             raise ModelError(f"{path}: this is a folder; --lora takes a .safetensors file")
@@ -178,7 +156,9 @@ def _foreign(file: _LoraFile, family: Family) -> ModelError:
     if own is None or own == model:
         first, what = next(iter(file.modules)), f"a LoRA of {own}" if own else "a LoRA"
         return ModelError(f"{file.path}: this is {what}, but no name in it is one of {model}; the first is {first!r}")
-    return ModelError(f"{file.path}: this is a LoRA of {own}; {family.checkpoint.name} is {model}")
+    return ModelError(
+        f"{file.path}: this is a LoRA of {own}, and {family.checkpoint.name} is {model}; take one that was made for it"
+    )
 
 
 def _alphas(file: _LoraFile) -> dict[str, float]:
@@ -242,7 +222,9 @@ class _Module(NamedTuple):
     def _misshapen(self, outputs: int, row: int, family: Family) -> ModelError:
         file, model = self.file, family_of_model(family)
         if (own := family_of_lora(file.modules, file.header)) not in (None, model):
-            return ModelError(f"{file.path}: this is a LoRA of {own}; {family.checkpoint.name} is {model}")
+            return ModelError(
+                f"{file.path}: this is a LoRA of {own}, and {family.checkpoint.name} is {model}; take one that was made for it"
+            )
         return ModelError(
             f"{file.path}: {self.name!r} changes a weight of {outputs} × {row}, this model's has {self.total} × "
             f"{math.prod(self.layer.weight.shape[1:])}; the LoRA is of another model"

@@ -35,7 +35,7 @@ from tiler.planning.facts import Facts
 from tiler.planning.fit import Weight
 from tiler.planning.table import PhasePlan, Term
 from tiler.request import Decode, Wrap
-from tiler.weights.changes import STEP_ELEMENTS, Changes
+from tiler.weights.changes import STEP_ELEMENTS, Changes, rank_beside
 from tiler.weights.grouped import is_read
 from tiler.weights.index import TensorInfo
 from tiler.weights.store import PIECE_ELEMENTS, READ_AHEAD, match_index
@@ -69,7 +69,7 @@ def weights_terms(module: nn.Module, stored: Mapping[str, TensorInfo]) -> list[T
 
 def ranks_beside(changes: Changes, int8: frozenset[str]) -> dict[str, int]:
     """By `int8` weight, the rank of what is computed beside it."""
-    ranks = {name: sum(one.rank or 0 for one in some) for name, some in changes.items() if name in int8}
+    ranks = {name: rank_beside(some) for name, some in changes.items() if name in int8}
     return {name: rank for name, rank in ranks.items() if rank}
 
 

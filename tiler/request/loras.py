@@ -22,6 +22,7 @@ class Lora:
     text_strength: float = 1.0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "file", Path(self.file))
         for strength in (self.strength, self.text_strength):
             if not math.isfinite(strength):
                 raise UsageError(f"--lora {self.file}: a strength of {strength} is no number; give one like 0.8")
@@ -71,7 +72,7 @@ def parse_tag(tag: Tag) -> NamedLora:
 
 
 def summed(loras: Iterable[Lora]) -> tuple[Lora, ...]:
-    """Each file once: the strengths of one that is named twice add up."""
+    """Each file once: the strengths of one that is named twice add up. Raises UsageError for two files of one name."""
     found: dict[Path, Lora] = {}
     for lora in loras:
         path = Path(os.path.realpath(lora.file.expanduser()))
@@ -82,6 +83,10 @@ def summed(loras: Iterable[Lora]) -> tuple[Lora, ...]:
                 text_strength=before.text_strength + lora.text_strength,
             )
         found[path] = lora
+    names: dict[str, Path] = {}
+    for lora in found.values():
+        if (other := names.setdefault(lora.file.stem, lora.file)) != lora.file:
+            raise UsageError(f"two LoRAs are called {other.stem}, {other} and {lora.file}; rename one of them")
     return tuple(found.values())
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tiler.errors import ModelError, NumericalError, StorageError
@@ -24,6 +25,7 @@ from tiler.weights.lora_keys import Kind, Slot
 
 _INTEGERS = {"I64": torch.int64, "I32": torch.int32}  # an alpha may be one
 STEP_ELEMENTS = 2**18  # of a difference at a time: 1 MB, beside the piece that is changed
+_LANES = 16  # columns of a product: of 36 or 40 MKL computes some in another order with one thread than with several
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -68,15 +70,25 @@ class Change:
         """What is in memory while the parameter is changed, in numbers."""
         if self.kind is Kind.FULL:
             return STEP_ELEMENTS
+        sides = {slot: info.shape for slot, info in self.tensors.items()}
         count = sum(math.prod(info.shape) for info in self.infos)
-        if Slot.MID in self.tensors:  # multiplied out
-            down, mid = self.tensors[Slot.DOWN].shape, self.tensors[Slot.MID].shape
-            count += math.prod(down[:2]) * math.prod(mid[2:])
+        for core, right in ((Slot.MID, Slot.DOWN), (Slot.T1, Slot.W1_B), (Slot.T2, Slot.W2_B)):  # multiplied out
+            if core in sides:
+                count += math.prod(sides[right][:2]) * math.prod(sides[core][2:])
+        if self.kind is Kind.LOKR and Slot.W2 not in sides:
+            taps = math.prod(sides[Slot.T2][2:]) if Slot.T2 in sides else 1
+            count += sides[Slot.W2_A][Slot.T2 in sides] * math.prod(sides[Slot.W2_B][1:]) * taps
         return count
 
 
 Changes = Mapping[str, Sequence[Change]]
 """By parameter."""
+
+
+def rank_beside(changes: Iterable[Change]) -> int:
+    """The rank of the path beside a weight for all `changes` that can be one, with the zeros that fill it up; 0 for none."""
+    rank = sum(change.rank or 0 for change in changes)
+    return rank + -rank % _LANES
 
 
 class LowRank(NamedTuple):
@@ -155,15 +167,14 @@ def _difference(change: Change, read: Factors) -> Rows:
         down = have[Slot.DOWN]
         if Slot.MID in have:
             down = torch.einsum("mn...,nj->mj...", have[Slot.MID], down.flatten(1))
-        down = down.flatten(1)
-        return lambda first, last: up[first:last] @ down
+        return _product(up, down)
     if change.kind is Kind.LOHA:
         one = _factor(have[Slot.W1_A], have[Slot.W1_B], have.get(Slot.T1))
         two = _factor(have[Slot.W2_A], have[Slot.W2_B], have.get(Slot.T2))
         return lambda first, last: (
             one(first + offset, last + offset).mul_(two(first + offset, last + offset)).mul_(scale)
         )
-    w1 = have[Slot.W1] if Slot.W1 in have else have[Slot.W1_A] @ have[Slot.W1_B]
+    w1 = have[Slot.W1] if Slot.W1 in have else _product(have[Slot.W1_A], have[Slot.W1_B])(0, len(have[Slot.W1_A]))
     if Slot.W2 in have:
         w2 = have[Slot.W2].flatten(1)
     else:
@@ -180,10 +191,15 @@ def _difference(change: Change, read: Factors) -> Rows:
 def _factor(a: Tensor, b: Tensor, core: Tensor | None) -> Rows:
     """a (out, rank) · b (rank, in, *taps); with Tucker's `core` (rank, rank, *taps), a is (rank, out)."""
     if core is None:
-        flat = b.flatten(1)
-        return lambda first, last: a[first:last] @ flat
-    middle = torch.einsum("ij...,jr->ir...", core, b).flatten(1)
-    return lambda first, last: a[:, first:last].T @ middle
+        return _product(a, b)
+    return _product(a.T, torch.einsum("ij...,jr->ir...", core, b))
+
+
+def _product(a: Tensor, b: Tensor) -> Rows:
+    """a (out, rank) · b (rank, in, *taps)."""
+    flat, row = b.flatten(1), math.prod(b.shape[1:])
+    wide = F.pad(flat, (0, -row % _LANES)) if row % _LANES else flat
+    return lambda first, last: (a[first:last] @ wide)[:, :row]
 
 
 class Merger:
@@ -207,13 +223,17 @@ class Merger:
         some = [change for change in self.changes.get(name, ()) if change.rank]
         if not some:
             return None
+        rank = rank_beside(some)
 
         def load() -> tuple[Tensor, Tensor]:
             pairs = [low_rank_factors(change, self.factors) for change in some]
-            down = torch.cat([down for down, _ in pairs])
-            return down, torch.cat([up[first : first + outputs] for _, up in pairs], dim=1)
+            down = torch.cat([down.flatten(1) for down, _ in pairs])
+            up = torch.cat([up[first : first + outputs] for _, up in pairs], dim=1)
+            if missing := rank - len(down):
+                down, up = F.pad(down, (0, 0, 0, missing)), F.pad(up, (0, missing))
+            return down.view(rank, *pairs[0][0].shape[1:]), up
 
-        return LowRank(sum(change.rank or 0 for change in some), load)
+        return LowRank(rank, load)
 
     def add(self, name: str, first: int, out: Tensor) -> None:
         """Change `out`, which is the parameter from row `first` on, (rows, *rest) fp32, in place."""
@@ -233,7 +253,7 @@ class Merger:
                 for number, (change, rows) in enumerate(zip(changes, self._rows, strict=True))
             ]
             for one in added:
-                some.add_(one.view(some.shape))
+                some.add_(one.reshape(some.shape))
 
     def _added(
         self, change: Change, number: int, name: str, rows: Rows, first: int, last: int, weight: Tensor
@@ -253,7 +273,7 @@ class Merger:
             if (name, number) not in self._norms:
                 self._norms[name, number] = self._inputs_squared(name, rows).sqrt().float()
             by_input = magnitude / self._norms[name, number].clamp_min(_SMALLEST)
-            changed.view(shape).mul_(by_input.view(-1, *(1,) * (len(shape) - 2)))
+            changed.unflatten(1, shape[1:]).mul_(by_input.view(-1, *(1,) * (len(shape) - 2)))
         return changed.sub_(plain).mul_(change.strength)
 
 

@@ -41,11 +41,6 @@ def model_id(checkpoint: Checkpoint, parts: Sequence[str]) -> str:
     return digest.hexdigest()[:32]
 
 
-def changed_id(model: str, fingerprint: str) -> str:
-    """The id of a model that LoRAs change; that of the model itself where their `fingerprint` is empty."""
-    return hashlib.sha256(f"{model} {fingerprint}".encode()).hexdigest()[:32] if fingerprint else model
-
-
 def _add(digest: hashlib._Hash, path: Path, label: str) -> None:
     """The size of a file, and samples of its bytes: all of them where it is small."""
     fd = open_regular(path)

@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
+from typing import NamedTuple
 
 from tiler.errors import ModelError, UsageError
 from tiler.weights.index import open_regular, read_index, read_metadata
@@ -16,8 +17,8 @@ _CHUNK = 2**20
 
 
 def find_lora(name: str, folders: Sequence[Path]) -> Path:
-    """The file that a tag of the prompt names: by its path in one of `folders`, by its stem there or in any folder below, or by
-    the `ss_output_name` that its trainer wrote into it. Raises ModelError, and UsageError where two files have that name."""
+    """The file of a LoRA that is told by its name: by its path in one of `folders`, by its stem there or in any folder below, or
+    by the `ss_output_name` that its trainer wrote into it. Raises ModelError, and UsageError where two files have that name."""
     for folder in folders:
         if not folder.is_dir():
             raise UsageError(f"--lora-dir {folder}: no such folder; check the path")
@@ -35,7 +36,7 @@ def find_lora(name: str, folders: Sequence[Path]) -> Path:
     if not hits:
         near = get_close_matches(name, [path.stem for path in files], n=3)
         known = f"; near names are {', '.join(near)}" if near else "; check the name"
-        raise ModelError(f"<lora:{name}>: no such LoRA in {', '.join(map(str, folders))}{known}")
+        raise ModelError(f"no LoRA in {', '.join(map(str, folders))} is called {name!r}{known}")
     return hits[0]
 
 
@@ -46,18 +47,27 @@ def _name_inside(path: Path) -> str | None:
         return None
 
 
-def lora_hash(path: Path) -> str:
-    """The first 12 hexadecimal digits of the SHA-256 of a file's tensors, its header left out: what A1111 calls AutoV3. Raises
-    ModelError."""
-    starts = [info.offset for info in read_index(path).values()]
+class Digests(NamedTuple):
+    """SHA-256 of a LoRA file, in hexadecimal digits: `short`, 12 of that of its tensors without the header, is what A1111 calls
+    AutoV3; `whole` is that of all of it."""
+
+    short: str
+    whole: str
+
+
+def digests_of(path: Path) -> Digests:
+    """Raises ModelError."""
+    start = min((info.offset for info in read_index(path).values()), default=0)
     fd = open_regular(path)
     try:
-        digest, at = hashlib.sha256(), min(starts, default=0)
+        header = os.pread(fd, start, 0)
+        tensors, whole, at = hashlib.sha256(), hashlib.sha256(header), start
         while data := os.pread(fd, _CHUNK, at):
-            digest.update(data)
+            tensors.update(data)
+            whole.update(data)
             at += len(data)
     except OSError as error:
         raise ModelError(f"{path}: reading failed ({error.strerror}); check the disk") from error
     finally:
         os.close(fd)
-    return digest.hexdigest()[:12]
+    return Digests(tensors.hexdigest()[:12], whole.hexdigest())

@@ -332,7 +332,7 @@ class WeightStore:
             out = torch.empty(piece.last - piece.first, *info.shape[1:])
             raw = self._read(piece, self._new_buffer(self._bytes(piece)))
             self._decode(piece, raw, out)
-            out += rows(piece.first, piece.last).view(out.shape)
+            out += rows(piece.first, piece.last).reshape(out.shape)
             total += out.flatten(2).double().square_().sum((0, 2)) if out.ndim > 2 else out.double().square_().sum(0)
         return total
 
