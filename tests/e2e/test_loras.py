@@ -24,6 +24,7 @@ from tiler.memory.process import read_rss
 from tiler.models import family as families
 from tiler.models.built import Models
 from tiler.models.loras import notes_on_loras
+from tiler.models.reading import ReadAs
 from tiler.pipeline import encode
 from tiler.planning import fit
 from tiler.planning import render as planner
@@ -158,7 +159,7 @@ def test_an_lcm_lora_brings_its_few_steps(made: Made, tmp_path: Path) -> None:
     assert (settings["num_inference_steps"], settings["guidance_scale"], settings["scheduler"]) == (4, 1.0, "LCM")
     models = Models(families.open_family(request))
     asked = resolve(replace(request, guidance_scale=7.5), models.family)
-    assert list(notes_on_loras(asked, asked.loras, models))[1].startswith(
+    assert list(notes_on_loras(asked, asked.loras, models, ReadAs()))[1].startswith(
         "guidance 7.5 is much for a LoRA of this kind"
     )
 
@@ -236,4 +237,12 @@ def test_encoded_prompts_are_those_of_their_lora(made: Made, tmp_path: Path) -> 
         EncodeRequest(prompts=("a boat",), model=str(made.model), loras=(lora,), output=words),
         Budget(read_rss().now + 10**9),
     )
-    assert torch.equal(boat(made, tmp_path, prompt=None, prompt_embeds=words, num_inference_steps=1), changed)
+    request = ask(
+        made.model, tmp_path, prompt=None, prompt_embeds=words, num_inference_steps=1, width=64, height=64,
+        guidance_scale=6.0, scheduler=Scheduler.DDIM,
+    )  # fmt: skip
+    for strength, is_told in ((1.5, False), (0.5, True)):
+        said: list[str] = []
+        got, _ = rendered(replace(request, loras=(f"{made.file}=0:{strength}",)), said)
+        assert torch.equal(got, changed)
+        assert any("encoded without these LoRAs" in note for note in said) == is_told

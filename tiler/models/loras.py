@@ -15,6 +15,7 @@ from tiler.models.built import Models
 from tiler.models.family import Family, Role
 from tiler.models.lora_kinds import Scaling, family_of_lora, family_of_model, few_steps
 from tiler.models.lora_names import Target, names_of_modules
+from tiler.models.reading import ReadAs
 from tiler.request import RenderRequest, ResolvedRequest, settings
 from tiler.request.loras import Lora, parse_tag, summed
 from tiler.request.wording import tags_of
@@ -63,11 +64,11 @@ def apply_loras(loras: Sequence[Lora], models: Models) -> Applied:
     return Applied(changes=changes, files=tuple((lora, digests_of(lora.file)) for lora in loras), notes=tuple(notes))
 
 
-def notes_on_loras(request: ResolvedRequest, loras: Sequence[Lora], models: Models) -> Iterator[str]:
-    """What a LoRA for few steps means for a render, and what of one has no effect."""
+def notes_on_loras(request: ResolvedRequest, loras: Sequence[Lora], models: Models, read_as: ReadAs) -> Iterator[str]:
+    """What a LoRA for few steps means for a render, and what of one has no effect on prompts that were `read_as`."""
     family = models.family
-    if request.prompt_embeds is not None and any(models.changes(part) for part in family.encoders):
-        yield "--prompt-embeds brings encoded prompts: LoRAs change them only if `tiler encode` was given the same ones"
+    if models.loras.marks(map(models.changes, family.encoders)) not in ([], list(read_as.loras)):
+        yield "the prompts of --prompt-embeds were encoded without these LoRAs; give them to `tiler encode` too"
     found = few_steps((lora.file for lora in loras), flow=family.traits.flow)
     if found is None:
         return
