@@ -35,7 +35,8 @@ from tiler.memory.policy import at_layer, at_rows
 from tiler.models import family as families
 from tiler.models.built import Models
 from tiler.models.embeds import read_words
-from tiler.models.family import Family, Options, Role
+from tiler.models.family import Family, Options, Part, Role
+from tiler.models.loras import apply_loras, find_loras, notes_on_loras
 from tiler.models.prompting import notes_on_prompts
 from tiler.models.samples import Sample
 from tiler.output.latents import save_latents
@@ -50,6 +51,7 @@ from tiler.planning.tiling import pixels_of, plan_tiling
 from tiler.previewing import Preview
 from tiler.request import Decode, GuideUpscale, Precision, RenderRequest, ResolvedRequest
 from tiler.run import Names, Run, measure, streamed
+from tiler.weights.changes import Changes
 from tiler.weights.identity import model_id
 from tiler.weights.index import TensorInfo
 from tiler.weights.packed import default_cache
@@ -92,6 +94,12 @@ class RenderRun(Run):
         """Of the checkpoint's weights and configs."""
         return model_id(self.plan.family.checkpoint, [part.name for part in self.plan.family.parts])
 
+    def changes(self, part: Part) -> Changes:
+        """What LoRAs change of a part's weights where they are read."""
+        if self.plan.precision is Precision.INT8 and part.role is Role.DENOISER:
+            return packing.beside_packed(self.models, part)
+        return self.models.changes(part)
+
     @property
     def decoding(self) -> Decoding:
         plan = self.plan
@@ -120,6 +128,8 @@ def start(
     if settings.save_latents is not None:
         check_writable(settings.save_latents, force=settings.force or job.resumed, option="--save-latents")
     models = open_models(family, settings.tiny_vae)
+    loras = find_loras(settings)
+    models.loras = apply_loras(loras, models)
     begun = settings if job.manifest is None else replace(settings, precision=Precision(job.manifest.precision))
     spoken = encoding.find_prompts(begun, models, plan_tiling(settings, family).texts, words)
     plan = make_plan(
@@ -134,7 +144,8 @@ def start(
         height, width = pixels_of(plan.canvas)
         run.note(f"this model makes no picture as small as that: it is the middle of one of {width}×{height}")
     on_prompts = notes_on_prompts(settings, family, has_guide=plan.guide is not None)
-    run.tell((*on_prompts, *found.notes, *family.notes, *plan.notes, memory_warning(budget.max_bytes)))
+    on_loras = *notes_on_loras(settings, loras, models, spoken.read_as), *models.loras.notes
+    run.tell((*on_prompts, *on_loras, *found.notes, *family.notes, *plan.notes, memory_warning(budget.max_bytes)))
     return run
 
 
@@ -296,8 +307,10 @@ def _denoise(
         previewing.watch(run.preview, schedule, begin, run.note)
     family, part = plan.family, plan.family.part(Role.DENOISER)
     denoiser, short = run.models.module(part), partial(run.budget.short, plan.sample_bytes)
-    halves = bf16_keys(part, denoiser, plan.precision)
-    held = dict[str, Any](bf16_keys=halves, arena_bytes=plan.arena_bytes, transform=True, short=short)
+    held = dict[str, Any](
+        changes=run.changes(part), bf16_keys=bf16_keys(part, denoiser, plan.precision), arena_bytes=plan.arena_bytes,
+        transform=True, short=short,
+    )  # fmt: skip
     with (
         interrupts.deferred(),
         run.streamed(denoiser, *run.weights[part.name], plan.resident[phase], **held) as streamer,

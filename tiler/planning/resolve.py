@@ -12,6 +12,8 @@ from typing import Any
 from tiler.diffusion.guide_picture import size_of
 from tiler.errors import ModelError, UsageError
 from tiler.models.family import Family
+from tiler.models.lora_kinds import few_steps
+from tiler.models.loras import find_loras
 from tiler.request import MAX_SIDE, PRESETS, Layout, RenderRequest, ResolvedRequest, Scheduler, parse_scheduler
 from tiler.request.paper import parse_length, sheet_pixels
 
@@ -30,7 +32,11 @@ _ROW: Mapping[str, Any] = {
 def resolve(request: RenderRequest, family: Family) -> ResolvedRequest:
     """The request without gaps. A seed that was not given is drawn at random. Raises UsageError, ModelError."""
     own = {} if family.checkpoint.file is not None else read_defaults(family.checkpoint.folder)
-    return fill(request, dict(_ROW) | dict(family.traits.defaults) | own)
+    few = few_steps((lora.file for lora in find_loras(request)), flow=family.traits.flow)
+    recipe = {} if few is None else dict(few[1].defaults)
+    if request.scheduler is not None:
+        recipe.pop("schedule_type", None)  # which belongs to the recipe's own
+    return fill(request, dict(_ROW) | dict(family.traits.defaults) | own | recipe)
 
 
 def fill_again(request: RenderRequest, before: ResolvedRequest, family: Family) -> ResolvedRequest:
