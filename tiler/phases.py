@@ -136,6 +136,8 @@ def start(
     if any(plan.crop):
         height, width = pixels_of(plan.canvas)
         run.note(f"this model makes no picture as small as that: it is the middle of one of {width}×{height}")
+    if request.prompt is None and settings.prompt is not None and not request.regions:
+        run.note(f"without a prompt the model's own is drawn: {settings.prompt}")
     on_prompts = notes_on_prompts(settings, family, has_guide=plan.guide is not None)
     run.tell((*on_prompts, *found.notes, *family.notes, *plan.notes, memory_warning(budget.max_bytes)))
     return run
