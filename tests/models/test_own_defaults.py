@@ -93,7 +93,7 @@ def test_it_stands_between_preset_and_family(
 def test_a_render_records_what_it_was_filled_with(in_process: Any, own: Path, tiny: Path, tmp_path: Path) -> None:
     ran = in_process("render", "--model", own, "--size", 64, "--steps", 2, "--seed", 5, "-o", "a.png")
     assert ran.code == 0, ran.err
-    assert "without a prompt the model's own is drawn: a wood" in ran.err
+    assert "no prompt was given; this is the model's own: a wood" in ran.err
     told = in_process("info", "a.png", "--json").json
     assert "a wood" in str(told) and "'guidance_scale': 1" in str(told).replace('"', "'")
     nothing = in_process("render", "--model", tiny, "--size", 64, "-o", "b.png")
