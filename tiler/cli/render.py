@@ -13,6 +13,7 @@ from tiler.cli import queues, several
 from tiler.errors import UsageError
 from tiler.memory.budget import Budget
 from tiler.request import RenderRequest
+from tiler.request.choices import STDOUT
 
 
 def run(
@@ -43,6 +44,7 @@ def run(
         )  # fmt: skip
     request = several.place(replace(request, seed=wanted[0]), output_dir)
     output = request.output or Path("tiler.png")
+    o.check_stdout(output, json_output=json_output)
     o.check_report(report, output, request.save_latents, force=request.force)
     code = 1
     try:
@@ -53,7 +55,7 @@ def run(
 
         with printer_of(budget, quiet=quiet, log_json=log_json) as printer:
             result = render(request, budget, printer)
-        said = several.sentence({"output": str(result.output), **result.report})
+        said = several.sentence({"output": o.name_of(result.output), **result.report})
         o.finish(result, said, report=report, quiet=quiet, json_output=json_output)
         code = 0
     except BaseException as error:
@@ -66,8 +68,12 @@ def run(
 
 def _tell(command: str, output: Path, code: int) -> None:
     """Run the user's command, whose fault is not ours: it is noted, and the exit code stays."""
-    facts = {"TILER_OUTPUT": str(output.absolute()), "TILER_EXIT_CODE": str(code)}
-    done = subprocess.run(command, shell=True, env={**os.environ, **facts}, stdin=subprocess.DEVNULL, check=False)
+    piped = output == STDOUT
+    facts = {"TILER_OUTPUT": "-" if piped else str(output.absolute()), "TILER_EXIT_CODE": str(code)}
+    done = subprocess.run(
+        command, shell=True, env={**os.environ, **facts}, stdin=subprocess.DEVNULL, stdout=2 if piped else None,
+        check=False,
+    )  # fmt: skip
     if done.returncode:
         sys.stderr.write(f"note: --on-done {command!r} ended with {done.returncode}\n")
 

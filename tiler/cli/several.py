@@ -20,6 +20,7 @@ from tiler.jobs.queue import Queue
 from tiler.jobs.rows import Row
 from tiler.memory.budget import format_mb
 from tiler.request import MAX_SEED, RenderRequest
+from tiler.request.choices import STDOUT
 from tiler.request.options import Panel
 
 _words: ContextVar[tuple[str, ...]] = ContextVar("words", default=())
@@ -57,6 +58,8 @@ class Command(TyperCommand):
 
 def place(request: RenderRequest, output_dir: str | None) -> RenderRequest:
     """The request of one picture with its output's placeholders filled in, inside the folder. Raises UsageError."""
+    if request.output == STDOUT:
+        return request
     template = str(request.output or "tiler.png")
     if naming.has_placeholder(template):
         if request.seed is None and naming.has_placeholder(template, "seed"):
@@ -75,6 +78,8 @@ def run(
     UsageError before any work where two have one name, and SystemExit with the exit code."""
     if len(seeds) > 1 and count > 1:
         raise UsageError("--count and a list of seeds exclude each other; give one of them")
+    if request.output == STDOUT:
+        raise UsageError("standard output (-o -) takes one picture; leave out --count, or name files by -o NAME.png")
     if request.save_latents is not None:
         raise UsageError("--save-latents takes the latents of one picture; leave it out with --count and several seeds")
     template = str(request.output or "tiler.png")
