@@ -143,6 +143,8 @@ def start(
     if any(plan.crop):
         height, width = pixels_of(plan.canvas)
         run.note(f"this model makes no picture as small as that: it is the middle of one of {width}×{height}")
+    if request.prompt is None and settings.prompt is not None and not request.regions:
+        run.note(f"no prompt was given; this is the model's own: {settings.prompt}")
     on_prompts = notes_on_prompts(settings, family, has_guide=plan.guide is not None)
     on_loras = *notes_on_loras(settings, loras, models, spoken.read_as), *models.loras.notes
     run.tell((*on_prompts, *on_loras, *found.notes, *family.notes, *plan.notes, memory_warning(budget.max_bytes)))

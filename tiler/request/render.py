@@ -72,7 +72,7 @@ class RenderRequest(ModelOptions):
         None,
         Option(
             "What to draw. As in A1111: (more:1.3), [less], [from:to:0.5], [a|b], BREAK, AND; \\( is a bracket.",
-            Panel.PICTURE, (), metavar="PROMPT",
+            Panel.PICTURE, (), metavar="PROMPT", default="the model's own, if it has any",
         ),
     )  # fmt: skip
     negative_prompt: str | None = option(None, Option("What not to draw.", Panel.PICTURE, ("--negative-prompt", "-n")))
