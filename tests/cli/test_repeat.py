@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -138,3 +139,28 @@ def test_scales_that_make_no_size_are_exit_2(
     ran = in_process("render", "x", *options)
     assert ran.code == 2, ran.err
     assert message in ran.err
+
+
+def test_a_model_is_found_by_its_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its name first; by a hash that is known where nothing is called so; and no other file is hashed."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("TILER_MODEL_DIRS", str(tmp_path))
+    for name in ("a/dream", "b/dream", "night"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.safetensors").write_bytes(name.encode())
+    digest = {name: hashlib.sha256(name.encode()).hexdigest()[:10] for name in ("a/dream", "b/dream", "night")}
+
+    def repeated(model: str, hash: str) -> tuple[str, list[str]]:
+        picture = png(tmp_path / "x.png", parameters=infotext(Model=model, **{"Model hash": hash}))
+        found = repeat(picture, NOTHING, DEFAULTS)
+        return found.values["model"], found.notes[1:]
+
+    assert repeated("dream", digest["b/dream"]) == (str(tmp_path / "b/dream.safetensors"), [])
+    with pytest.raises(ModelError, match="'renamed', which is in none"):
+        repeated("renamed", digest["night"])  # nobody has hashed it yet
+    found, notes = repeated("night", digest["a/dream"])
+    assert found == str(tmp_path / "night.safetensors")
+    assert "another file than the picture's" in notes[0]
+    found, notes = repeated("renamed", digest["night"])
+    assert found == str(tmp_path / "night.safetensors")
+    assert "is called 'night' here" in notes[0]
