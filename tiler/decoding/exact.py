@@ -90,7 +90,7 @@ class Frame(NamedTuple):
     x: int = 0
 
     def inner(self, part: Tensor, row: int) -> Tensor:
-        """What of `part`, whole rows from `row` on, (1, C, n, W) at any scale of the input, does not repeat."""
+        """The pixels of `part`, (1, C, n, W), whole rows from `row` on at any scale of the input, that repeat no other side."""
         scale = Fraction(part.shape[3], self.width)
         y, x, bottom = int(self.y * scale), int(self.x * scale), int((self.height - self.y) * scale)
         return part[:, :, max(0, y - row) : max(0, bottom - row), x : part.shape[3] - x]
@@ -156,19 +156,20 @@ class Attend(Stage):
 
 
 def spacing(height: int, width: int, most: int | None) -> int:
-    """Every how many rows and columns there is a token, so that there are at most `most` of them, but for rounding up; None for all."""
+    """The distance between tokens along rows and columns at which about `most` of them remain; 1 where `most` is None: all."""
     return 1 if most is None else math.ceil(math.sqrt(height * width / most))
 
 
 def attend_strips(height: int, width: int) -> int:
-    """How many strips of rows attend, of latents of that size."""
+    """How many strips of rows the latents (height, width) are cut into for attention."""
     return math.ceil(height / max(1, QUERIES // width))
 
 
 def keys_and_values(
     stage: MidAttention, stored: Rows, frame: Frame, hold: Hold, check: Check, most: int | None = None
 ) -> Rows:
-    """The key and the value of every token, or of at most `most` evenly spaced ones, as a picture of twice the channels."""
+    """Key above value of every token, or of about `most` evenly spaced ones: rows of twice the channels. Raises StorageError,
+    NumericalError."""
     a, row, seen = stage.attention, 0, 0
     height, width = (n * stored.width // frame.width for n in (frame.height - 2 * frame.y, frame.width - 2 * frame.x))
     step = spacing(height, width, most)

@@ -73,7 +73,8 @@ class Band(NamedTuple):
 
 
 def bands(width: int) -> list[Band]:
-    """Bands of at most BAND columns, of equal width but for rounding, each with REACH more than it keeps where others join."""
+    """Cut `width` latent columns into bands of nearly equal width, at most BAND; where bands join, each is pushed REACH columns more
+    than it keeps."""
     if width <= BAND:
         return [Band(0, width, slice(0, width))]
     count = math.ceil((width - 2 * REACH) / (BAND - 2 * REACH))

@@ -58,14 +58,17 @@ class DecodePlan:
 
     @property
     def name(self) -> str:
+        """As --decode spells it."""
         return self.kind.value
 
     @property
     def margin_pixels(self) -> tuple[int, int]:
+        """`margin` in pixels."""
         return FACTOR * self.margin[0], FACTOR * self.margin[1]
 
     @property
     def attention_flops(self) -> int:
+        """Floating-point operations of the attention, beside `flops`."""
         share, _ = self.attention
         return int(self.flops * share / (1 - share))
 
@@ -76,6 +79,7 @@ class DecodePlan:
 
     @property
     def attend_to(self) -> int | None:
+        """How many tokens attention sees at most; None for all."""
         return TOKENS if self.kind is Decode.SAMPLED else None
 
 
@@ -205,7 +209,10 @@ def encode(
     progress: Callable[[float], None],
 ) -> Tensor:
     """pixels: (H, W, 3) uint8, sides multiples of FACTOR, with `method.margin_pixels` of the other side's around → the posterior's
-    mean without the margin, (1, C, h, w) fp32, unscaled."""
+    mean without the margin, (1, C, h, w) fp32, unscaled.
+
+    `progress` gets the share done, 0 to 1. Raises StorageError and NumericalError.
+    """
     y, x = method.margin
     scratch = Scratch(method.folder, DTYPES[method.dtype])
     options: dict[str, Any] = {"hold": streamer.hold_transformed, "margin": method.margin}

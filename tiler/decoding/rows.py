@@ -112,7 +112,7 @@ class Conv(Stage):
 
     @property
     def together(self) -> int:
-        """Rows come in multiples of this, but for the end of the picture: as many as the layer computes at once."""
+        """How many rows the layer computes at once: rows come in multiples of this, except at the end of the picture."""
         return getattr(self.conv, "rows_together", 1)
 
     def push(self, x: Tensor | None, last: bool) -> Tensor | None:

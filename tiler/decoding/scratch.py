@@ -163,7 +163,7 @@ class Rows:
             yield self.read(first, min(first + step, self.count))
 
     def close(self) -> None:
-        """Give the space back. Not before the rows that took its place are closed."""
+        """Give the space back; rows that took its place must be closed before."""
         self.scratch.close(self.fd)
         self.fd = -1
         self.scratch.grow(-self.stored_bytes)

@@ -27,7 +27,8 @@ def guide_size(
 ) -> GuideSize | None:  # fmt: skip
     """The guide of a canvas of (height, width) latents: the native area with the canvas's aspect, sides rounded up to
     what the denoiser takes, and no more than the canvas's own; no side above `longest`, a multiple of `granularity`. None
-    when the canvas is no larger than the native square: it needs no guide. A side that wraps cannot be cut: all of it is shown, stretched by less than half a granule."""
+    when the canvas is no larger than the native square: it needs no guide. A side that wraps cannot be cut: all of it is shown,
+    stretched by less than half a granule."""
     height, width = canvas
     if height <= native and width <= native:
         return None

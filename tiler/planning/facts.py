@@ -27,5 +27,5 @@ class Facts:
 
     @property
     def text_libraries(self) -> Term:
-        """The same while prompts are encoded, which is done first."""
+        """Like `libraries`, but while prompts are encoded, which is done first."""
         return Term(name="python + libraries", nbytes=self.rss_bytes + TEXT_LIBRARIES_BYTES)

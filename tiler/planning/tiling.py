@@ -35,14 +35,17 @@ class Tiling:
 
     @property
     def guide_samples(self) -> int:
+        """Denoiser samples of all steps of the guide."""
         return self.guide_steps.samples
 
     @property
     def canvas_samples(self) -> int:
+        """Denoiser samples of all steps of the canvas."""
         return self.canvas_steps.samples
 
     @property
     def denoiser_samples(self) -> int:
+        """Those of guide and canvas together."""
         return self.guide_samples + self.canvas_samples
 
     @property

@@ -54,7 +54,7 @@ def is_gguf(path: Path) -> bool:
 
 
 def read_gguf(path: Path) -> GgufFile:
-    """The index of one file. Raises ModelError for every way the file can be bad."""
+    """The index and the keys of one file. Raises ModelError for every way the file can be bad."""
     fd = open_regular(path)
     try:
         with os.fdopen(os.dup(fd), "rb", buffering=2**16) as file:
