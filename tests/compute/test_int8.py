@@ -355,15 +355,17 @@ def test_planning_counts_int8_weights_as_bytes(tiny: Path) -> None:
     assert least <= peaks[1] < least + 0.5
 
 
-def test_quantize_says_what_it_wrote(tiler, tiny: Path, tmp_path: Path) -> None:
-    done = tiler("quantize", tiny, "--cache-dir", tmp_path / "packed", "--json")
+def test_quantize_says_what_it_wrote(in_process, tiny: Path, tmp_path: Path) -> None:
+    done = in_process("quantize", tiny, "--cache-dir", tmp_path / "packed", "--json")
     assert done.code == 0, done.err
     assert Path(done.json["output"]).parent == tmp_path / "packed"
     assert done.json["bytes"] == Path(done.json["output"]).stat().st_size
-    again = tiler("render", "x", "-m", tiny, "--size", 64, "--steps", 1, "--precision", "int8", "--cache-dir", "packed")
+    again = in_process(
+        "render", "x", "-m", tiny, "--size", 64, "--steps", 1, "--precision", "int8", "--cache-dir", "packed"
+    )
     assert again.code == 0, again.err
     assert "int8 weights" not in again.err
     assert len(list((tmp_path / "packed").glob("*.safetensors"))) == 1
-    bad = tiler("quantize", tmp_path)
+    bad = in_process("quantize", tmp_path)
     assert bad.code == 3
     assert json.dumps(bad.err).count("\\n") == 1

@@ -145,14 +145,18 @@ def write_words(path: Path, words: Words, *, replace: bool) -> None:
 
 
 def _spell(read_as: ReadAs) -> str:
-    return json.dumps([read_as.emphasis, read_as.clip_skip, dict(sorted(read_as.embeddings.items()))])
+    said = [read_as.emphasis, read_as.clip_skip, dict(sorted(read_as.embeddings.items()))]
+    return json.dumps([*said, read_as.loras] if read_as.loras else said)
 
 
 def _parse(text: str) -> ReadAs:
     """Raises ValueError."""
     match json.loads(text):
-        case [str(emphasis), int(clip_skip), dict(embeddings)] if 0 < clip_skip <= MAX_CLIP_SKIP:
-            return ReadAs(Emphasis(emphasis), clip_skip, {name: str(digest) for name, digest in embeddings.items()})
+        case [str(emphasis), int(clip_skip), dict(embeddings), *loras] if 0 < clip_skip <= MAX_CLIP_SKIP:
+            used = {name: str(digest) for name, digest in embeddings.items()}
+            marks = loras[0] if loras else []
+            if _are_texts(marks):
+                return ReadAs(Emphasis(emphasis), clip_skip, used, tuple(marks))
     raise ValueError(text)
 
 

@@ -35,6 +35,7 @@ from tiler.planning.facts import Facts
 from tiler.planning.fit import Weight
 from tiler.planning.table import PhasePlan, Term
 from tiler.request import Decode, Precision, Wrap
+from tiler.weights.changes import STEP_ELEMENTS, Changes, rank_beside
 from tiler.weights.grouped import is_read
 from tiler.weights.index import TensorInfo
 from tiler.weights.store import PIECE_ELEMENTS, READ_AHEAD, match_index
@@ -72,6 +73,21 @@ def weights_terms(module: nn.Module, stored: Mapping[str, TensorInfo]) -> list[T
     ]
 
 
+def ranks_beside(changes: Changes, int8: frozenset[str]) -> dict[str, int]:
+    """By `int8` weight, the rank of what is computed beside it."""
+    ranks = {name: rank_beside(some) for name, some in changes.items() if name in int8}
+    return {name: rank for name, rank in ranks.items() if rank}
+
+
+def changes_terms(changes: Changes) -> list[Term]:
+    """What LoRAs keep in memory while the weights of one layer are changed: all their factors for the largest, once more as they
+    are stored, and a difference of a few rows."""
+    if not changes:
+        return []
+    most = max(sum(change.factor_elements for change in some) for some in changes.values())
+    return [Term(name="LoRA", nbytes=6 * most + 3 * 4 * STEP_ELEMENTS)]
+
+
 def text_phase(models: Models, fixed: list[Term]) -> PhasePlan:
     """Encoding the prompts; one encoder is in memory at a time, and the largest counts."""
     phases = [_encoder_phase(models, part, fixed) for part in models.family.encoders]
@@ -86,7 +102,8 @@ def _encoder_phase(models: Models, part: Part, fixed: list[Term]) -> PhasePlan:
         assert part.example is not None, part.name
         with MetaMeter() as meter, torch.no_grad():
             part.example(encoder)
-        terms = [*fixed, *weights_terms(encoder, stored), Term(name=ACTIVATIONS, nbytes=meter.peak_bytes)]
+        own = [*weights_terms(encoder, stored), *changes_terms(models.changes(part))]
+        terms = [*fixed, *own, Term(name=ACTIVATIONS, nbytes=meter.peak_bytes)]
     return PhasePlan(name="encode prompts", terms=tuple(terms))
 
 
@@ -106,15 +123,18 @@ class DenoiserPeaks:
             for name in quantised & self.stored.keys()
         }
         arena_bytes = arena_bytes or part.arena_bytes
-        halves = bf16_keys(part, self.module, precision)
-        self.streamer = Streamer(None, int8_keys=quantised, bf16_keys=halves, arena_bytes=arena_bytes, transform=True)
+        self._changes = models.changes(part)
+        self.streamer = Streamer(
+            None, int8_keys=quantised, bf16_keys=bf16_keys(part, self.module, precision), arena_bytes=arena_bytes,
+            transform=True, ranks=ranks_beside(self._changes, quantised),
+        )  # fmt: skip
         self._more_tokens = CLIP_TOKENS * (chunks - 1)
         self._activations: dict[tuple[tuple[int, ...], int, int], int] = {}
 
     @cached_property
     def terms(self) -> list[Term]:
         with lent(self.module, self.streamer):
-            return weights_terms(self.module, self.stored)
+            return [*weights_terms(self.module, self.stored), *changes_terms(self._changes)]
 
     @cached_property
     def weights(self) -> list[Weight]:

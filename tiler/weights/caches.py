@@ -38,7 +38,7 @@ def list_cached(folder: Path | None) -> list[Cached]:
     packed, prompts = (home / "packed", home / "prompts") if folder is None else (folder, folder / "prompts")
     found = [*_files("int8 weights", packed), *_files("encoded prompts", prompts)]
     if folder is None:
-        for kind, name in (("hashes", "hashes"), ("CLIP's vocabulary", "clip")):
+        for kind, name in (("hashes", "hashes"), ("CLIP's vocabulary", "clip"), ("colours of previews", "previews")):
             found += [_cached(kind, path) for path in sorted((home / name).rglob("*")) if path.is_file()]
     return found
 

@@ -21,6 +21,7 @@ from tiler.errors import ModelError, NumericalError, StorageError
 from tiler.files import atomic
 from tiler.weights.blocks import block_sides, blocked, can_block
 from tiler.weights.caches import INT8_VERSION
+from tiler.weights.changes import Changes
 from tiler.weights.codecs import CODECS
 from tiler.weights.index import TensorInfo, header_bytes, open_regular, read_file, read_index
 from tiler.weights.layouts import understood
@@ -108,10 +109,11 @@ def write_packed(
     progress: Callable[[float], None],
     *,
     in_blocks: frozenset[str] = frozenset(),
+    changes: Changes | None = None,
 ) -> None:
     """Write the tensors of `index` in `order`; those in `quantised` as int8, by its function, and of them those `in_blocks` that
-    divide into blocks in the order of blocks.py; others as they are stored, or in fp32 if several tensors make them. `progress` gets the share written. Raises StorageError, ModelError,
-    NumericalError."""
+    divide into blocks in the order of blocks.py; others as they are stored, or in fp32 if several tensors make them. `changes` of
+    quantised ones are made first. `progress` gets the share written. Raises StorageError, ModelError, NumericalError."""
     header: dict[str, Any] = {"__metadata__": _metadata(mark, bool(in_blocks))}
     in_blocks = frozenset(name for name in in_blocks if can_block(index[name].shape))
     end = 0
@@ -138,7 +140,7 @@ def write_packed(
             "choose another --cache-dir, or render with --precision fp32"
         )
     written = 0
-    with WeightStore(index, piece_elements=_PIECE_ELEMENTS) as store, atomic(path) as file:
+    with WeightStore(index, piece_elements=_PIECE_ELEMENTS, changes=changes) as store, atomic(path) as file:
         file.write(header_bytes(header))
         scales: list[torch.Tensor] = []
         for name in order:
