@@ -1,4 +1,5 @@
-"""What planning knows of the process and the machine. It is measured once, before planning, which itself asks neither."""
+"""What planning knows of the process and the machine. It is measured once, before planning, which itself asks
+neither."""
 
 from __future__ import annotations
 

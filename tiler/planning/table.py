@@ -21,7 +21,8 @@ class Term:
 
 @dataclass(frozen=True, kw_only=True)
 class PhasePlan:
-    """A phase and the terms that are in memory together at its peak; `advice` says what to do where that is too much."""
+    """A phase and the terms that are in memory together at its peak; `advice` says what to do where that is too
+    much."""
 
     name: str
     terms: tuple[Term, ...]
