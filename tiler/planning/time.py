@@ -49,7 +49,8 @@ class Speed(NamedTuple):
 
 
 class Counter:
-    """Counts the work of a family's samples; each kind of sample is run once, on shapes alone, by `streamer` if one is given."""
+    """Counts the work of a family's samples; each kind of sample is run once, on shapes alone, by `streamer` if one is
+    given."""
 
     def __init__(self, models: Models, streamer: Streamer | None = None) -> None:
         self.family, self.streamer = models.family, streamer or Streamer(None)
@@ -80,8 +81,9 @@ class Counter:
 
 
 class LoraCounter:
-    """Counts what LoRAs add to the work of a family's samples in `precision`: where int8 weights are computed with, paths beside
-    them for each sample; else differences that are made at each read, of which one serves `batch` samples."""
+    """Counts what LoRAs add to the work of a family's samples in `precision`: where int8 weights are computed with,
+    paths beside them for each sample; else differences that are made at each read, of which one serves `batch`
+    samples."""
 
     def __init__(self, models: Models, precision: Precision, batch: int) -> None:
         part = models.family.part(Role.DENOISER)
@@ -118,8 +120,8 @@ def measure() -> Speed:
 
 
 def seconds(work: Flops, methods: Iterable[DecodePlan], speed: Speed, precision: Precision) -> float:
-    """What a render takes: its UNet samples in `precision`, and the autoencoder's `methods` in fp32, whose attention is plain
-    matrix products."""
+    """What a render takes: its UNet samples in `precision`, and the autoencoder's `methods` in fp32, whose attention is
+    plain matrix products."""
     layers, attention, overhead = speed.fp32, speed.attention, OVERHEAD_FP32
     if precision is Precision.INT8:
         layers, attention, overhead = speed.int8, speed.half_attention, OVERHEAD_INT8

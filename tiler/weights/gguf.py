@@ -1,8 +1,8 @@
 """The index of a GGUF file, read with bounds: nothing of the file is mapped, and no size it states is believed.
 
-Format: magic, version, counts of tensors and of keys; the keys; name, sides (fastest first), type and offset of each tensor; the
-data, aligned (ggml-org/ggml, docs/gguf.md). ComfyUI-GGUF flattens tensors whose rows are no whole blocks and says their true shape
-in `comfy.gguf.orig_shape.NAME` (city96/ComfyUI-GGUF, tools/convert.py).
+Format: magic, version, counts of tensors and of keys; the keys; name, sides (fastest first), type and offset of each
+tensor; the data, aligned (ggml-org/ggml, docs/gguf.md). ComfyUI-GGUF flattens tensors whose rows are no whole blocks
+and says their true shape in `comfy.gguf.orig_shape.NAME` (city96/ComfyUI-GGUF, tools/convert.py).
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def is_gguf(path: Path) -> bool:
 
 
 def read_gguf(path: Path) -> GgufFile:
-    """The index of one file. Raises ModelError for every way the file can be bad."""
+    """The index and the keys of one file. Raises ModelError for every way the file can be bad."""
     fd = open_regular(path)
     try:
         with os.fdopen(os.dup(fd), "rb", buffering=2**16) as file:
