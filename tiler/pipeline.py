@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from tiler import decode_run, encode_run, packing, phases, quantising, reports
+from tiler import decode_run, encode_run, packing, phases, pixels, quantising, reports
 from tiler.events import Event, OnEvent
 from tiler.jobs.folder import Job
 from tiler.memory import lean_imports, process
@@ -46,7 +46,7 @@ def render(request: RenderRequest, budget: Budget | None = None, on_event: OnEve
     """Render `request` into its output file under `budget` (default 800 MB of RSS). Raises TilerError."""
     with budget or Budget() as budget, Job(request, on_event) as job:
         run = phases.start(request, budget, on_event, job)
-        run.plan.memory.check()
+        run.plan.memory.check(advice=phases.advice(run))
         lean_imports.freeze_imports()
         # Holes in the heap count as data though no page of them is resident: 315 MB were seen under a ceiling of 800 MB.
         with process.limit_data(max(0, budget.max_bytes - process.read_rss().now) + budget.max_bytes):
@@ -63,8 +63,9 @@ def render(request: RenderRequest, budget: Budget | None = None, on_event: OnEve
             latents = phases.denoise_canvas(run, prompts, reference)
             phases.save_canvas(run, latents)
             # An error of the writer's must not leave the decoder's scratch files open.
-            unscaled = phases.Unscaled(latents, run.plan.decoder)
-            with closing(phases.decode(run, run.decoding, unscaled)) as rows:
+            unscaled = pixels.Unscaled(latents, run.plan.decoder)
+            spool = phases.remembered(run, latents)
+            with closing(pixels.decode(run, run.decoding, unscaled, spool)) as rows:
                 wanted = run.request
                 write_picture(
                     wanted.output,
@@ -75,6 +76,8 @@ def render(request: RenderRequest, budget: Budget | None = None, on_event: OnEve
                     wanted.dpi,
                     wanted.bleed_mm,
                     force=wanted.force,
+                    format=wanted.format,
+                    quality=wanted.quality,
                     on_whole=job.note_finished,
                 )
         return Result(output=run.request.output, report=reports.of_render(run))
@@ -88,6 +91,11 @@ class Planned:
     request: ResolvedRequest
     plan: RenderPlan
     models: Models
+    advice: str  # on what would need less memory, where the plan does not fit
+
+    def check(self) -> None:
+        """Raises BudgetRefused where it does not fit."""
+        self.plan.memory.check(table=False, advice=self.advice)
 
     def facts(self) -> dict[str, Any]:
         """What `tiler plan --json` prints; measures this machine's speed for a second or two."""
@@ -100,7 +108,7 @@ def plan(request: RenderRequest, budget: Budget | None = None, on_event: OnEvent
     Raises TilerError for what `render` would refuse before its first step."""
     with budget or Budget() as budget:
         run = phases.start(request, budget, on_event, planning=True)
-        return Planned(said=request, request=run.request, plan=run.plan, models=run.models)
+        return Planned(said=request, request=run.request, plan=run.plan, models=run.models, advice=phases.advice(run))
 
 
 @torch.no_grad()
@@ -109,8 +117,11 @@ def decode(request: DecodeRequest, budget: Budget | None = None, on_event: OnEve
     with budget or Budget() as budget, decode_run.start(request, budget, on_event) as run:
         run.plan.check()
         lean_imports.freeze_imports()
-        with closing(phases.decode(run, run.decoding, run.latents)) as rows:
-            write_picture(run.output, rows, run.width, run.height, run.texts, request.dpi, force=request.force)
+        with closing(pixels.decode(run, run.decoding, run.latents)) as rows:
+            write_picture(
+                run.output, rows, run.width, run.height, run.texts, request.dpi,
+                force=request.force, format=request.format, quality=request.quality,
+            )  # fmt: skip
         return Result(output=run.output, report=reports.of_decode(run))
 
 

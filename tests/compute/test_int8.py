@@ -24,9 +24,9 @@ from tiler.native import library
 from tiler.packing import order_of_use, packed_names, packed_weights
 from tiler.phases import streamed
 from tiler.request import Precision
+from tiler.weights.caches import INT8_VERSION
 from tiler.weights.checkpoint import resolve
 from tiler.weights.index import TensorInfo, read_index, read_metadata
-from tiler.weights.packed import VERSION
 from tiler.weights.store import WeightStore, match_index
 
 TEXT = "text_encoder."  # before the names of its parameters in a packed file
@@ -214,7 +214,7 @@ def test_a_packed_file_that_does_not_fit_is_made_again(tiny: Path, tmp_path: Pat
     path.write_bytes(whole[:-100])
     packed_weights(Models(family), tmp_path, tell)
     assert "bytes short" in told[1]
-    path.write_bytes(whole.replace(f'"version": "{VERSION}"'.encode(), b'"version": "2"'))
+    path.write_bytes(whole.replace(f'"version": "{INT8_VERSION}"'.encode(), b'"version": "2"'))
     packed_weights(Models(family), tmp_path, tell)
     assert "another model or version" in told[2]
     assert path.read_bytes() == whole
@@ -327,13 +327,13 @@ def test_what_int8_means_on_a_processor(
     assert cpu.int8()[:3] == (largest, products, dot)
     narrow = family_of(tiny)
     wide = replace(narrow, traits=narrow.traits._replace(width=320))
-    precision, why = choose_precision(Precision.AUTO, wide, cpu.int8())
+    precision, why = choose_precision(Precision.AUTO, wide, cpu.int8(), bf16=False)
     assert precision is (Precision.INT8 if dot else Precision.FP32)
     assert "bit weights" in why
-    precision, why = choose_precision(Precision.AUTO, narrow, cpu.int8())
+    precision, why = choose_precision(Precision.AUTO, narrow, cpu.int8(), bf16=False)
     assert precision is Precision.FP32 and "32 channels" in why
     for family in (narrow, wide):
-        assert choose_precision(Precision.INT8, family, cpu.int8()) == (Precision.INT8, "as asked")
+        assert choose_precision(Precision.INT8, family, cpu.int8(), bf16=False) == (Precision.INT8, "as asked")
 
 
 @needs_int8

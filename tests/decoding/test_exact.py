@@ -17,7 +17,6 @@ from torch import nn
 
 from tiler.compute import cpu, winograd
 from tiler.compute.layers import stream_layers
-from tiler.compute.native_float import NativeFp32
 from tiler.compute.native_winograd import NativeWinograd
 from tiler.compute.stream import Streamer
 from tiler.decoding import exact, frozen, scratch
@@ -25,6 +24,7 @@ from tiler.decoding import method as method
 from tiler.decoding.method import ScratchSpace
 from tiler.decoding.rows import to_tensor
 from tiler.decoding.scratch import Rows, Scratch
+from tiler.decoding.statistics import Pooled
 from tiler.errors import NumericalError, StorageError
 from tiler.models import family as families
 from tiler.phases import streamed
@@ -75,13 +75,13 @@ def test_transformed_convolutions_decode_what_diffusers_does(
     """As in an autoencoder of full size: rows come in fours, and enlarging is a pass of its own."""
     monkeypatch.setattr("tiler.compute.layers.SMALL", 100)
     monkeypatch.setattr("tiler.decoding.exact.ALONE", 100)
-    for kernel in NativeFp32, NativeWinograd:  # torch's own transforms are looked at
-        monkeypatch.setattr(kernel, "suits", lambda *a: False)
     latents = torch.randn(1, 4, *size, generator=torch.Generator().manual_seed(1))
     plain, called = decode(tiny, latents, tmp_path, torch.float32), []
     monkeypatch.setattr(winograd, "CHANNELS", 8)
     inner = winograd.conv2d
     monkeypatch.setattr(winograd, "conv2d", lambda *a: (called.append(a[0].shape), inner(*a)))
+    own = NativeWinograd._convolve
+    monkeypatch.setattr(NativeWinograd, "_convolve", lambda *a: (called.append(a[2]), own(*a)))
     got = decode(tiny, latents, tmp_path, torch.float32)
     assert len(called) >= 16 and not torch.equal(got, plain)
     want = reference.decode(latents).sample[0]
@@ -128,7 +128,7 @@ def test_strips_and_chunks_do_not_show(tiny: Path, tmp_path: Path, monkeypatch: 
 def test_pooled_statistics_are_groupnorms() -> None:
     """A strong gradient: the mean of strips' variances alone would be far off."""
     x = torch.randn(1, 8, 50, 30) + torch.linspace(-100, 100, 50)[:, None]
-    pooled = exact.Pooled(4)
+    pooled = Pooled(4)
     for strip in x.split(7, dim=2):
         pooled.add(strip)
     want = nn.GroupNorm(4, 8, affine=False)(x)

@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from tests.models.rendering import ask, rendered
 from tiler import Budget, EncodeRequest, encode, plan
 from tiler.memory.process import read_rss
 from tiler.models.embeds import prune
+from tiler.output.texts import read_texts
 from tiler.planning.summary import read_bytes
 from tiler.request import Precision
 
@@ -148,3 +150,27 @@ def test_a_file_that_does_not_go_with_the_render_is_exit_2(in_process: Any, tiny
     ):
         ran = in_process("render", *options, "--size", 64)
         assert ran.code == 2 and message in ran.err and len(ran.err.strip().splitlines()) == 1, ran.err
+
+
+def test_prompts_are_read_as_a_render_reads_them(in_process: Any, tiny: Path, tmp_path: Path) -> None:
+    """Every text of a prompt that changes is in the file, which says how they were read."""
+    said = "a [boat|ship] at (sea:1.4) AND [fog:sun:0.5] <knot> " + "and gulls, " * 30
+    folder = tmp_path / "embeddings"
+    folder.mkdir()
+    save_file({"emb_params": torch.ones(3, 32)}, folder / "knot.safetensors")
+    options: dict[str, Any] = {"clip_skip": 2, "emphasis": "no-norm", "embd_dir": folder}
+    asked: dict[str, Any] = {"prompt": said, "negative_prompt": "[fog]", "size": 64, "num_inference_steps": 2}
+    asked |= {"metadata": True, "output": tmp_path / "want.png"}
+    want, _ = rendered(ask(tiny, tmp_path, cache_dir=tmp_path / "a", **asked | options))
+    words = tmp_path / "words.safetensors"
+    encoded(tiny, words, said, negative_prompts=("[fog]",), cache_dir=tmp_path / "b", **options)
+    bare = shutil.copytree(tiny, tmp_path / "bare", ignore=shutil.ignore_patterns("text_encoder*", "tokenizer*"))
+    asked |= {"output": tmp_path / "got.png", "prompt_embeds": words}
+    got, _ = rendered(ask(bare, tmp_path, cache_dir=tmp_path / "c", **asked))
+    assert torch.equal(got, want)
+    told = [read_texts(tmp_path / name)["parameters"] for name in ("want.png", "got.png")]
+    assert "Clip skip: 2" in told[1] and "knot" in told[1] and "No norm" in told[1]
+    assert told[0].replace("Model: tiny", "Model: bare").partition("Version")[0] == told[1].partition("Version")[0]
+    for flag, other, here in (("--clip-skip", "1", "2"), ("--emphasis", "ignore", "no-norm")):
+        ran = in_process("render", said, "-m", bare, "--prompt-embeds", words, flag, other, "--size", 64)
+        assert ran.code == 2 and f"encoded with {flag} {here}; leave out {flag} {other}" in ran.err

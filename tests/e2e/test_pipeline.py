@@ -195,6 +195,20 @@ def test_a_breach_in_mid_run_ends_it(tiny: Path, tmp_path: Path) -> None:
     assert list(tmp_path.glob(".tiler-*")) == []
 
 
+def test_34_memory_close_to_the_ceiling_halves_the_batch(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    common = {"width": 128, "guide": False, "num_inference_steps": 2}
+    render(ask(tiny, tmp_path, "whole", **common), roomy())
+    notes: list[str] = []
+    with monkeypatch.context() as patch:
+        patch.setattr("tiler.memory.budget._SOFT", 0.0)
+        patch.setattr("tiler.memory.budget.ALMOST", 0.0)
+        render(ask(tiny, tmp_path, **common), roomy(), lambda e: notes.append(getattr(e, "text", "")))
+    assert any("from here on the denoiser takes 1 at a time" in note for note in notes)
+    assert (tmp_path / "x.png").read_bytes() == (tmp_path / "whole.png").read_bytes()
+
+
 def test_memory_does_not_grow_over_steps(tiny: Path, tmp_path: Path) -> None:
     """RSS after step 30 within 5 MB of RSS after step 2."""
     after: dict[int, int] = {}

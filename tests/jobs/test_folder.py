@@ -87,7 +87,8 @@ def test_stopped_again_and_again_it_gives_the_same_file(
     last = Stop(stops[-1][0], 0, BudgetExceeded())
     render(ask(tiny, path, **way), roomy(), last)
     assert path.read_bytes() == whole.read_bytes()
-    assert any(note.startswith("continuing at canvas step ") for note in last.notes)
+    begun = "continuing at pass " if stops[-1][0] == "decode" else "continuing at canvas step "
+    assert any(note.startswith(begun) for note in last.notes)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["whole.png", "x.png"]
 
 
@@ -150,7 +151,7 @@ def test_options_hold_for_every_job_that_goes_on(
     assert commands == [["resume", str(tmp_path / f"{name}.png.tiler"), *options] for name in ("x", "y")]
 
 
-def test_what_decides_the_picture_is_compared_and_nothing_else(tmp_path: Path) -> None:
+def test_what_decides_the_picture_is_compared_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     guide = tmp_path / "guide.png"
     guide.write_bytes(b"red")
     first = made_of(guide_image=guide)
@@ -164,6 +165,11 @@ def test_what_decides_the_picture_is_compared_and_nothing_else(tmp_path: Path) -
         ({"negative_prompt": "fog"}, "--negative-prompt"),
     ):
         assert named in next(manifest.differences(first, made_of(**({"guide_image": guide} | values))))
+    (tmp_path / "taesd").mkdir()
+    monkeypatch.chdir(tmp_path)
+    relative, absolute = (made_of(tiny_vae=name, decode="tiny") for name in ("taesd", str(tmp_path / "taesd")))
+    assert list(manifest.differences(relative, absolute)) == []  # as `tiler resume` has it
+    assert relative.said == absolute.said
     guide.write_bytes(b"blu")
     assert next(manifest.differences(first, made_of(guide_image=guide))).startswith("--guide was")
 

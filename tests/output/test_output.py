@@ -143,10 +143,8 @@ with tempfile.TemporaryDirectory() as folder:
     write_picture(Path(folder) / ("x" + sys.argv[1]), (strip for _ in range(0, height, 64)), 13000, height, {}, force=False)
 print(read_rss().peak - base)
 """
-    for suffix, height in ((".png", 3000), (".tif", 3000), (".pdf", 3000)):
-        done = subprocess.run(
-            [sys.executable, "-c", code, suffix, str(height)], capture_output=True, text=True, check=True
-        )
+    for suffix in (".png", ".jpg", ".tif", ".pdf"):
+        done = subprocess.run([sys.executable, "-c", code, suffix, "3000"], capture_output=True, text=True, check=True)
         assert int(done.stdout) < 100_000_000
 
 

@@ -13,18 +13,18 @@ from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
-from tiler.cli import layers
+from tiler.cli import completion, layers
 from tiler.cli.repeat import repeat
 from tiler.errors import UsageError
 from tiler.request import Region, read_regions
-from tiler.request.choices import MAX_SEED
+from tiler.request.choices import MAX_SEED, STDOUT
 from tiler.request.options import Option, Panel
 
 MaxRam = Annotated[
     str,
     typer.Option(
         "--max-ram", "--budget", rich_help_panel=Panel.MEMORY, metavar="SIZE", show_default=False,
-        help=r"Ceiling for the resident memory of the whole process, like 1.5GiB. [dim]\[default: 800MB][/dim]",
+        help=r"Ceiling for the resident memory of the whole process, like 1.5GiB; auto: nine tenths of what is free now. [dim]\[default: 800MB][/dim]",
     ),
 ]  # fmt: skip
 Threads = Annotated[
@@ -90,8 +90,11 @@ def command_of(
             picture = given.pop("from_picture", None)
             values = _values(offered, given)
             if picture is not None:
-                found = repeat(picture, layers.typed(context, given), {f.name: f.default for f in offered})
+                all_fields = {f.name: f.default for f in fields(request) if "option" in f.metadata}
+                found = repeat(picture, layers.typed(context, given), all_fields)
                 values |= found.values
+                if "seeds" in rest and layers.layer_of(context, "seeds") is not layers.Layer.TYPED:
+                    rest["seeds"] = None  # the picture's
                 for note in found.notes:
                     typer.echo(f"note: {note}", err=True)
             run(request(**values), **rest)
@@ -133,12 +136,16 @@ def _parameter(field: Field[Any], kind: Any) -> inspect.Parameter:
     option: Option = field.metadata["option"]
     shown: dict[str, Any] = {"help": _help(field), "rich_help_panel": option.panel.value, "show_default": False}
     shown["metavar"] = option.metavar or _metavar(kind)
+    if field.name == "model":
+        shown["autocompletion"] = completion.model_names
     default = field.default
     if kind == tuple[str, ...]:
         kind = list[str]
         default = MISSING if default is MISSING else []
     elif field.name == "regions":
         kind, default = Path | None, None
+    elif option.many:
+        kind, default = list[str], []
     elif option.parse is not None:
         kind, default = str | None, None
     elif option.off:
@@ -189,6 +196,9 @@ def _values(offered: list[Field[Any]], given: Mapping[str, Any]) -> dict[str, An
             if typed < -1:
                 raise UsageError(f"seed = {typed} is out of range: 0–{MAX_SEED}, or -1 for a random one")
             values["seed"] = None if typed == -1 else typed
+        elif option.many:
+            assert option.parse is not None, field.name
+            values[field.name] = tuple(map(option.parse, typed))
         elif option.parse is not None:
             if typed is None:
                 del values[field.name]  # the field's own default holds
@@ -230,9 +240,28 @@ def check_report(report: Path | None, *outputs: Path | None, force: bool) -> Non
     check_writable(report, force=force, option="--report")
 
 
+def check_stdout(output: Path | None, *, json_output: bool) -> None:
+    """Before any work: where standard output is to be the picture, it is nothing else, nor a terminal. Raises UsageError."""
+    if output != STDOUT:
+        return
+    if json_output:
+        raise UsageError(
+            "--json and -o - both want standard output; take --report FILE, or write the picture to a file"
+        )
+    if os.isatty(1):
+        raise UsageError(
+            "-o - writes a picture's bytes, and standard output is a terminal; add `| PROGRAM` or `> FILE`"
+        )
+
+
+def name_of(output: Path) -> str:
+    """A file by its name, for people."""
+    return "standard output" if output == STDOUT else str(output)
+
+
 def finish(result: Any, said: str, *, report: Path | None = None, quiet: bool, json_output: bool) -> None:
     """Write --report's JSON file, where one was asked for, and print the pipeline's `result` as --json does, or one line that is
-    `said` of it. Raises StorageError."""
+    `said` of it: on standard error where the picture itself went to standard output. Raises StorageError."""
     if report is not None:
         from tiler.files import atomic
 
@@ -241,4 +270,4 @@ def finish(result: Any, said: str, *, report: Path | None = None, quiet: bool, j
     if json_output:
         typer.echo(json.dumps({"output": str(result.output), **result.report}))
     elif not quiet:
-        typer.echo(said)
+        typer.echo(said, err=result.output == STDOUT)

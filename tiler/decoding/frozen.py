@@ -32,6 +32,7 @@ from tiler.decoding.rows import (
     to_tensor,
 )
 from tiler.decoding.scratch import Rows, Scratch
+from tiler.decoding.statistics import Frame
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -93,7 +94,7 @@ def _ignore(where: object) -> None:
 def _measure(stages: list[Stage], part: Tensor, scratch: Scratch, hold: Hold, check: Check, *, scale: int = 1) -> None:
     """Give the stages the statistics of `part`, (1, C, h, w), of `scale` rows and columns to a latent."""
     height, width = part.shape[2:]
-    frame = exact.Frame(height, width)
+    frame = Frame(height, width)
     strips = part.split(scale * strip_rows(width // scale), dim=2)
     for _ in exact.stream(stages, strips, frame, scratch, hold=hold, check=check, hold_tokens=HELD_TOKENS):
         pass

@@ -16,6 +16,7 @@ from tiler.compute.stream import Streamer
 from tiler.decoding import FACTOR, exact, frozen, tiny
 from tiler.decoding.rows import REACH, Check, Latents, Pixels
 from tiler.decoding.scratch import Scratch
+from tiler.decoding.spool import Spool
 from tiler.errors import StorageError
 from tiler.request import Decode, ScratchDtype, Wrap
 
@@ -48,6 +49,7 @@ class DecodePlan:
     dtype: ScratchDtype
     scratch_bytes: int = 0
     written_bytes: int = 0
+    apart_bytes: int = 0  # on disk at once where passes are remembered
     flops: int = 0
     attention: tuple[float, int] = (0.0, 1)  # layer by layer: its share of the work, and in how many strips it is done
     margin: tuple[int, int] = (0, 0)  # latents above and below, left and right, that repeat the other side's
@@ -106,7 +108,8 @@ def choose(
             used = rehearse() or exact.Rehearsal(0, 0, 0)
         return DecodePlan(
             kind=kind, encoding=encoding, why=why, memory_bytes=meter.peak_bytes, folder=folder, dtype=dtype,
-            scratch_bytes=used.peak_bytes, written_bytes=used.written_bytes, flops=used.flops, margin=margin,
+            scratch_bytes=used.peak_bytes, written_bytes=used.written_bytes,
+            apart_bytes=used.apart_bytes, flops=used.flops, margin=margin,
         )  # fmt: skip
 
     if wanted is Decode.TINY:
@@ -166,17 +169,18 @@ def decode(
     *,
     check: Check,
     progress: Callable[[float], None],
+    spool: Spool | None = None,
 ) -> Generator[Tensor]:
     """latents: (1, C, h, w) fp32, already divided by scaling_factor → strips (3, n, 8w) fp32 in about [-1, 1], top first.
 
-    `progress` gets the share done, 0 to 1. Raises StorageError and NumericalError.
+    `progress` gets the share done, 0 to 1. A `spool` is for methods that go by layers. Raises StorageError and NumericalError.
     """
     (y, x), (height, width) = method.margin, latents.shape[2:]
     if y or x:  # columns repeat too: rows of a file become a tensor first
         latents = latents[:, :, :][
             :, :, (torch.arange(-y, height + y) % height)[:, None], torch.arange(-x, width + x) % width
         ]
-    scratch = Scratch(method.folder, DTYPES[method.dtype])
+    scratch = Scratch(method.folder, DTYPES[method.dtype], spool if method.by_layers else None)
     options: dict[str, Any] = {"hold": streamer.hold_transformed, "margin": method.margin}
     if method.by_layers:
         noting = _noting(method, scratch, check, progress)
@@ -203,11 +207,12 @@ def encode(
     *,
     check: Check,
     progress: Callable[[float], None],
+    spool: Spool | None = None,
 ) -> Tensor:
     """pixels: (H, W, 3) uint8, sides multiples of FACTOR, with `method.margin_pixels` of the other side's around → the posterior's
     mean without the margin, (1, C, h, w) fp32, unscaled."""
     y, x = method.margin
-    scratch = Scratch(method.folder, DTYPES[method.dtype])
+    scratch = Scratch(method.folder, DTYPES[method.dtype], spool if method.by_layers else None)
     options: dict[str, Any] = {"hold": streamer.hold_transformed, "margin": method.margin}
     if method.by_layers:
         noting = _noting(method, scratch, check, progress)
@@ -220,13 +225,10 @@ def encode(
 def _noting(method: DecodePlan, scratch: Scratch, check: Check, progress: Callable[[float], None]) -> Check:
     """`check` that also says how much is done: of attention by strips, of the convolutions by what was written."""
     share, strips = method.attention
-    attended = 0
 
     def both(where: str) -> None:
-        nonlocal attended
         check(where)
-        attended += where == "decode.Attend"
         written = min(1.0, scratch.written_bytes / max(1, method.written_bytes))
-        progress((1 - share) * written + share * min(1.0, attended / strips))
+        progress((1 - share) * written + share * min(1.0, scratch.attended / strips))
 
     return both

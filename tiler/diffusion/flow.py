@@ -54,6 +54,10 @@ class FlowSchedule(DiffusersSchedule):
     def model_input(self, latents: Tensor, step: int) -> Tensor:
         return latents
 
+    def _denoised(self, given: tuple[Tensor, ...], noise_pred: Tensor, step: int, latents: Tensor) -> Tensor:
+        """x₀ = x − σ·v."""
+        return latents - float(self.scheduler.sigmas[step]) * noise_pred
+
 
 def build(
     asked: Scheduler,

@@ -7,7 +7,7 @@ any work: fields, timesteps, sigmas, and a rehearsal of all steps on a few made-
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any, NamedTuple, Protocol
 
@@ -61,6 +61,9 @@ class DiffusersSchedule:
 
     def __init__(self, scheduler: Any, name: Scheduler, notes: tuple[str, ...] = ()) -> None:
         self.scheduler, self.name, self.notes = scheduler, name, notes
+        self.on_step: Callable[[int, Callable[[], Tensor]], None] | None = (
+            None  # told of each; the call gives what is denoised
+        )
         self._takes_generator = "generator" in inspect.signature(scheduler.step).parameters
         # Lists are copied: some schedulers shift what they remember in place.
         self._fresh = {k: list(v) if isinstance(v, list) else v for k, v in vars(scheduler).items()}
@@ -87,8 +90,21 @@ class DiffusersSchedule:
 
     def step(self, noise_pred: Tensor, step: int, latents: Tensor, generator: torch.Generator) -> Tensor:
         extra = {"generator": generator} if self._takes_generator else {}
-        after: Tensor = self.scheduler.step(noise_pred, self.timesteps[step], latents, return_dict=False, **extra)[0]
-        return after.float()  # whatever the scheduler returns
+        given = self.scheduler.step(noise_pred, self.timesteps[step], latents, return_dict=False, **extra)
+        if self.on_step is not None:
+            self.on_step(step, lambda: self._denoised(given, noise_pred, step, latents))
+        after: Tensor = given[0].float()  # whatever the scheduler returns
+        return after
+
+    def _denoised(self, given: tuple[Tensor, ...], noise_pred: Tensor, step: int, latents: Tensor) -> Tensor:
+        """The picture that a step was aimed at, (1, C, h, w): what the scheduler gave beside the latents after the step, or what it
+        remembers of it; the latents where it has neither."""
+        if len(given) > 1:
+            return given[1]
+        remembered = [t for t in getattr(self.scheduler, "model_outputs", ()) if t is not None]
+        config = self.scheduler.config
+        aims = config.get("predict_x0") or str(config.get("algorithm_type")).endswith("++")
+        return remembered[-1] if remembered and aims else given[0]
 
     def state(self) -> SchedulerState:
         """Whatever differs from a fresh scheduler with the same timesteps: so no class has to be known here."""

@@ -10,14 +10,14 @@ from tiler.models.clip import load_tokenizer, read_chunks
 from tiler.models.embeddings import Embeddings
 from tiler.models.family import Family, Guidance
 from tiler.models.reading import Reading
-from tiler.request import ResolvedRequest, settings
-from tiler.request.wording import tags_of
+from tiler.request import ResolvedRequest, TileConditioning, settings
 
 
 def read_options(request: ResolvedRequest, models: Models, texts: Sequence[str | None]) -> Reading:
     """How prompts are read. Every embedding that `texts` name is found and read now. Raises TilerError."""
     family = models.family
-    reading = Reading(emphasis=request.emphasis, clip_skip=request.clip_skip or 1)
+    loras = tuple(models.loras.marks(map(models.changes, family.encoders)))
+    reading = Reading(emphasis=request.emphasis, clip_skip=request.clip_skip or 1, loras=loras)
     folders = _folders(request)
     if not folders or not family.traits.embeddings:
         return reading
@@ -35,16 +35,17 @@ def _folders(request: ResolvedRequest) -> tuple[Path, ...]:
 
 
 def notes_on_prompts(request: ResolvedRequest, family: Family, *, has_guide: bool) -> Iterator[str]:
-    """What of the request has no effect with this family. Raises UsageError for tags that cannot be."""
-    for tag in tags_of(request):
-        yield f"{tag} is left out of the prompt: tiler applies no LoRA"
+    """What of the request has no effect with this family."""
     texts = request.prompt, request.canvas_prompt, request.negative_prompt, *(r.prompt for r in request.regions)
-    if not _folders(request) and any("embedding:" in text for text in texts if text):
+    readable = bool(_folders(request)) or request.prompt_embeds is not None
+    if not readable and any("embedding:" in text for text in texts if text):
         yield "embedding:NAME is read as text: give the folder of the embeddings with --embd-dir"
     if request.embd_dir is not None and not family.traits.embeddings:
         yield f"--embd-dir has no effect: {family.traits.title} takes no embeddings"
     if (request.clip_skip or 1) > 1 and not family.traits.clip_skip:
         yield f"--clip-skip has no effect: {family.traits.title} always takes the same layer"
+    if request.tile_conditioning is not TileConditioning.PLACE and not family.traits.told_place:
+        yield f"--tile-conditioning has no effect: {family.traits.title} is told no places"
     if request.canvas_prompt is not None and not has_guide:
         yield "there is no guide to draw PROMPT: --canvas-prompt alone is drawn"
     negative = request.negative_prompt, *(r.negative_prompt for r in request.regions)

@@ -30,10 +30,10 @@ def summarise(
     said: RenderRequest, request: ResolvedRequest, plan: RenderPlan, models: Models, speed: time.Speed
 ) -> dict[str, Any]:
     """The facts of `plan`, which carries out `request`, filled from what was `said`; `speed` is this machine's."""
-    counter = time.Counter(models)
+    counter, loras = time.Counter(models), time.LoraCounter(models, plan.precision, plan.batch)
 
     def work_of(asked: ResolvedRequest, tiling: Tiling) -> dict[str, Any]:
-        work = counter.count(tiling, asked.attention_window)
+        work = counter.count(tiling, asked.attention_window).plus(loras.count(tiling, asked.attention_window))
         return with_old_names(
             {
                 "denoiser_samples": tiling.denoiser_samples,

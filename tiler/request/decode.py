@@ -11,13 +11,16 @@ from tiler.request.choices import (
     MAX_CLIP_SKIP,
     Decode,
     Emphasis,
+    Format,
     ScratchDtype,
     Weights,
     Wrap,
     check_decode,
+    check_format,
     check_text,
     within,
 )
+from tiler.request.loras import Lora, read_loras
 from tiler.request.model import ModelOptions
 from tiler.request.options import Option, Panel, argument, coerce, option
 
@@ -38,6 +41,8 @@ class DecodeRequest(ModelOptions):
         )
     )
     output: Path | None = option(None, shared.OUTPUT)
+    format: Format | None = option(None, shared.FORMAT)
+    quality: int | None = option(None, shared.QUALITY)
     wrap: Wrap = option(Wrap.NONE, shared.WRAP)
     dpi: float | None = option(None, shared.DPI._replace(default=None))
     decode: Decode = option(Decode.AUTO, shared.DECODE)
@@ -49,7 +54,9 @@ class DecodeRequest(ModelOptions):
     def __post_init__(self) -> None:
         coerce(self)
         check_decode(self.decode, self.tiny_vae)
+        check_format(self.output, self.format)
         within("dpi", self.dpi, 1, 10_000)
+        within("quality", self.quality, 1, 100)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +74,8 @@ class EncodeRequest(ModelOptions):
     )
     emphasis: Emphasis = option(Emphasis.ORIGINAL, shared.EMPHASIS)
     embd_dir: Path | None = option(None, shared.EMBD_DIR)
+    loras: tuple[Lora, ...] = option((), shared.LORA)
+    lora_dir: Path | None = option(None, shared.LORA_DIR)
     clip_skip: int | None = option(None, shared.CLIP_SKIP)
     cache_dir: Path | None = option(None, shared.RENDER_CACHE_DIR)
     output: Path | None = option(
@@ -76,6 +85,7 @@ class EncodeRequest(ModelOptions):
 
     def __post_init__(self) -> None:
         coerce(self)
+        object.__setattr__(self, "loras", read_loras(self.loras))
         within("clip-skip", self.clip_skip, 1, MAX_CLIP_SKIP)
         for text in (*self.prompts, *self.negative_prompts):
             check_text(text)

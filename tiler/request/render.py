@@ -9,12 +9,15 @@ from tiler.errors import UsageError
 from tiler.request import shared
 from tiler.request.choices import (
     MAX_CLIP_SKIP,
+    MAX_SCALE,
     MAX_SEED,
     MAX_SIDE,
     MAX_STEPS,
     PIXEL_STEP,
+    STDOUT,
     Decode,
     Emphasis,
+    Format,
     GuideUpscale,
     Layout,
     Mask,
@@ -26,12 +29,14 @@ from tiler.request.choices import (
     TileConditioning,
     Wrap,
     check_decode,
+    check_format,
     check_text,
     parse_interval,
     parse_schedule_type,
     parse_scheduler,
     within,
 )
+from tiler.request.loras import Lora, read_loras
 from tiler.request.model import ModelOptions
 from tiler.request.options import Option, Panel, coerce, option
 from tiler.request.paper import parse_length, parse_paper
@@ -40,8 +45,11 @@ from tiler.request.regions import Region
 # Fields that say where and how a picture is made; all others decide its bytes.
 OF_THE_MACHINE = (
     "output",
+    "format",
     "save_latents",
     "cache_dir",
+    "preview",
+    "preview_interval",
     "prompt_embeds",
     "scratch",
     "force",
@@ -64,7 +72,7 @@ class RenderRequest(ModelOptions):
         None,
         Option(
             "What to draw. As in A1111: (more:1.3), [less], [from:to:0.5], [a|b], BREAK, AND; \\( is a bracket.",
-            Panel.PICTURE, (), metavar="PROMPT",
+            Panel.PICTURE, (), metavar="PROMPT", default="the model's own, if it has any",
         ),
     )  # fmt: skip
     negative_prompt: str | None = option(None, Option("What not to draw.", Panel.PICTURE, ("--negative-prompt", "-n")))
@@ -125,6 +133,9 @@ class RenderRequest(ModelOptions):
 
     tiny_vae: str | None = option(None, shared.TINY_VAE)
 
+    loras: tuple[Lora, ...] = option((), shared.LORA)
+    lora_dir: Path | None = option(None, shared.LORA_DIR)
+
     preset: Preset | None = option(
         None,
         Option(
@@ -183,6 +194,10 @@ class RenderRequest(ModelOptions):
     guide_image: Path | None = option(
         None, Option("A picture to use as the guide instead of a low-resolution pass.", Panel.SAMPLING, ("--guide",))
     )
+    scale: float | None = option(
+        None,
+        Option("Enlarge the picture of --guide so many times; its size decides the size.", Panel.PICTURE, ("--scale",)),
+    )
     guide: bool = option(True, Option("Start the canvas from pure noise.", Panel.SAMPLING, ("--no-guide",), off=True))
     guide_upscale: GuideUpscale = option(
         GuideUpscale.PIXEL,
@@ -237,8 +252,9 @@ class RenderRequest(ModelOptions):
     precision: Precision = option(
         Precision.AUTO,
         Option(
-            "Arithmetic of the denoiser. int8 is faster and reads half the bytes, from a file that is made once in --cache-dir; auto "
-            "takes it on processors with 8-bit dot products, fp32 on others.",
+            "Arithmetic of the denoiser. int8 is the fastest and reads half the bytes, from a file that is made once in --cache-dir; "
+            "bf16 is nearer to fp32 and makes no file, on processors with its instructions; auto takes int8 where there are "
+            "8-bit dot products, fp32 elsewhere.",
             Panel.MEMORY,
             ("--precision",),
         ),
@@ -249,9 +265,13 @@ class RenderRequest(ModelOptions):
     scratch_dtype: ScratchDtype = option(ScratchDtype.FP16, shared.SCRATCH_DTYPE)
 
     output: Path | None = option(None, shared.OUTPUT)
+    format: Format | None = option(None, shared.FORMAT)
+    quality: int | None = option(None, shared.QUALITY)
     save_latents: Path | None = option(
         None, Option("Also write the final latents (safetensors).", Panel.OUTPUT, ("--save-latents",))
     )
+    preview: Path | None = option(None, shared.PREVIEW)
+    preview_interval: int = option(1, shared.PREVIEW_INTERVAL)
     metadata: bool = option(True, shared.METADATA)
     force: bool = option(False, shared.FORCE)
     restart: bool = option(
@@ -267,6 +287,7 @@ class RenderRequest(ModelOptions):
 
     def __post_init__(self) -> None:
         coerce(self)
+        object.__setattr__(self, "loras", read_loras(self.loras))
         if self.seed == -1:  # as on the command line: drawn at random
             object.__setattr__(self, "seed", None)
         for name, side in (("size", self.size), ("width", self.width), ("height", self.height)):
@@ -276,6 +297,9 @@ class RenderRequest(ModelOptions):
         within("strength", self.strength, 0, 1)
         within("seed", self.seed, 0, MAX_SEED)
         within("dpi", self.dpi, 1, 10_000)
+        within("quality", self.quality, 1, 100)
+        within("scale", self.scale, 1, MAX_SCALE)
+        within("preview-interval", self.preview_interval, 1, MAX_STEPS)
         within("clip-skip", self.clip_skip, 1, MAX_CLIP_SKIP)
         within("attention-window", self.attention_window, 4, MAX_SIDE, "latents")
         if self.overlap is not None and (self.overlap < 0 or self.overlap % PIXEL_STEP):
@@ -288,9 +312,11 @@ class RenderRequest(ModelOptions):
                 )
         self._check_combinations()
         taken: dict[Path, str] = {}
-        for flag, path in (("--output", self.output), ("--save-latents", self.save_latents)):
+        outputs = ("--output", self.output), ("--save-latents", self.save_latents), ("--preview", self.preview)
+        for flag, path in outputs:
             if path is not None and taken.setdefault(path.absolute(), flag) != flag:
-                raise UsageError(f"{path}: --output and {flag} name the same file; give another name")
+                first = taken[path.absolute()]
+                raise UsageError(f"{path}: {first} and {flag} name the same file; give another name")
         said = self.prompt, self.negative_prompt, self.canvas_prompt
         texts = (*said, *(t for r in self.regions for t in (r.prompt, r.negative_prompt)))
         for text in texts:
@@ -298,11 +324,13 @@ class RenderRequest(ModelOptions):
 
     def _check_combinations(self) -> None:
         check_decode(self.decode, self.tiny_vae)
-        changed = ("--clip-skip", self.clip_skip), ("--embd-dir", self.embd_dir)
-        given = [flag for flag, value in changed if value is not None]
-        given += ["--emphasis"] if self.emphasis is not Emphasis.ORIGINAL else []
-        if self.prompt_embeds is not None and given:
-            raise UsageError(f"the prompts of --prompt-embeds are encoded already: give {given[0]} to `tiler encode`")
+        check_format(self.output, self.format)
+        if self.output == STDOUT and (self.restart or self.keep_job):
+            raise UsageError(
+                f"a picture on standard output has no job to go on with; leave out --{'restart' if self.restart else 'keep-job'}"
+            )
+        if self.prompt_embeds is not None and self.embd_dir is not None:
+            raise UsageError("the prompts of --prompt-embeds are encoded already: give --embd-dir to `tiler encode`")
         self._check_sheet()
         if self.layout is Layout.SHIFT and (self.overlap is not None or self.regions):
             raise UsageError(
@@ -315,9 +343,17 @@ class RenderRequest(ModelOptions):
             raise UsageError("--guide and --no-guide exclude each other; give one of them")
 
     def _check_sheet(self) -> None:
+        sides = {"size": self.size, "width": self.width, "height": self.height}
+        if self.scale is not None:
+            if (
+                said := next((name for name, v in (*sides.items(), ("paper", self.paper)) if v is not None), None)
+            ) is not None:
+                raise UsageError(f"--scale takes the size from --guide's picture; leave out --{said}, or --scale")
+            if self.guide_image is None:
+                raise UsageError("--scale enlarges a picture of yours; give it with --guide IMG")
         if self.paper is not None:
             parse_paper(self.paper)
-            if any(side is not None for side in (self.size, self.width, self.height)):
+            if any(side is not None for side in sides.values()):
                 raise UsageError("--paper and --size, --width or --height exclude each other; give one of them")
         elif self.landscape or (self.bleed is not None and parse_length(self.bleed)):
             raise UsageError("--landscape and --bleed belong to a --paper; give one, like --paper A2")

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from tiler.request.loras import parse_lora
 from tiler.request.options import Option, Panel
 
 OUTPUT = Option(
-    "The picture to write: .png, .pdf, .tif or .tiff.", Panel.OUTPUT, ("--output", "-o"), default="tiler.png"
-)
+    "The picture to write: .png, .jpg, .pdf, .tif, .webp or .avif; - is standard output, for a pipe. WebP and AVIF need "
+    "memory for the whole picture.",
+    Panel.OUTPUT, ("--output", "-o"), default="tiler.png",
+)  # fmt: skip
+FORMAT = Option(
+    "The picture's format on standard output: png, jpeg, pdf, webp or avif.",
+    Panel.OUTPUT, ("--format",), metavar="NAME", default="png",
+)  # fmt: skip
+QUALITY = Option(
+    "Of a JPEG, WebP or AVIF, 1–100; from 90 on, JPEG and AVIF store colours at full resolution.",
+    Panel.OUTPUT, ("--quality",), metavar="N", default="90",
+)  # fmt: skip
 MODEL = Option(
     "`mini`, a folder in diffusers layout, a single .safetensors or .gguf file, the name of one in --model-dir, or a "
     "hub id like org/name.",
@@ -31,6 +42,15 @@ EMBD_DIR = Option(
     "Folder of embeddings (textual inversion, .safetensors), which prompts name by file name, embedding:NAME or "
     "<NAME>; for SD 1.x, 2.x and SDXL.",
     Panel.MODEL, ("--embd-dir",), metavar="FOLDER",
+)  # fmt: skip
+LORA = Option(
+    "A LoRA, LoCon, LoHa, LoKr or DoRA (.safetensors), or the name of one in the lora_dirs; may be given several times. FILE=0.8 "
+    "adds that much of it, FILE=0.8:0.5 half to the text encoders.",
+    Panel.MODEL, ("--lora",), parse=parse_lora, metavar="FILE[=M]", many=True,
+)  # fmt: skip
+LORA_DIR = Option(
+    "Folder of LoRAs, which the prompt names as in A1111: <lora:NAME:0.8>.",
+    Panel.MODEL, ("--lora-dir",), metavar="FOLDER",
 )  # fmt: skip
 CLIP_SKIP = Option(
     "Take the states of CLIP's last layer (1), of the one before it (2), and so on; for SD 1.x and 2.x.",
@@ -59,5 +79,13 @@ WRAP = Option(
     Panel.PICTURE, ("--wrap",),
 )  # fmt: skip
 DPI = Option("Pixels per inch, stored in the file.", Panel.PICTURE, ("--dpi",), default="300 with --paper")
+PREVIEW = Option(
+    "Rewrite this .png or .jpg while the canvas is denoised: a rough look at what it becomes, 512 pixels across.",
+    Panel.OUTPUT, ("--preview",), metavar="FILE",
+)  # fmt: skip
+PREVIEW_INTERVAL = Option(
+    "Steps from one preview to the next; more where previews would take more than 1 % of the time.",
+    Panel.OUTPUT, ("--preview-interval",), metavar="N",
+)  # fmt: skip
 METADATA = Option("Write no prompt, seed or settings into the file.", Panel.OUTPUT, ("--no-metadata",), off=True)
 FORCE = Option("Replace existing output files.", Panel.OUTPUT, ("--force", "-f"))

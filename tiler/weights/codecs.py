@@ -14,6 +14,8 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
+from tiler.weights.gguf import BLOCKS
+
 CHUNK_ELEMENTS = 2**18  # decoded at a time: what integers and indices take beside the result stays near 4 MB
 
 Blocks = Callable[[Tensor], Tensor]
@@ -190,17 +192,17 @@ CODECS: Mapping[str, Codec] = {
         _block("SCB", 1, 4, _127ths),  # bitsandbytes' largest value of a row in int8
         _block("F8_E4M3", 1, 1, partial(_byte, torch.float8_e4m3fn)),
         _block("F8_E5M2", 1, 1, partial(_byte, torch.float8_e5m2)),
-        _block("Q8_0", 32, 34, _q8_0),
-        _block("Q4_0", 32, 18, _q4_0),
-        _block("Q4_1", 32, 20, _q4_1),
-        _block("Q5_0", 32, 22, _q5_0),
-        _block("Q5_1", 32, 24, _q5_1),
-        _block("Q2_K", 256, 84, _q2_k),
-        _block("Q3_K", 256, 110, _q3_k),
-        _block("Q4_K", 256, 144, _q4_k),
-        _block("Q5_K", 256, 176, _q5_k),
-        _block("Q6_K", 256, 210, _q6_k),
-        _block("IQ4_NL", 32, 18, _iq4_nl),
-        _block("IQ4_XS", 256, 136, _iq4_xs),
+        _block("Q8_0", *BLOCKS["Q8_0"], _q8_0),
+        _block("Q4_0", *BLOCKS["Q4_0"], _q4_0),
+        _block("Q4_1", *BLOCKS["Q4_1"], _q4_1),
+        _block("Q5_0", *BLOCKS["Q5_0"], _q5_0),
+        _block("Q5_1", *BLOCKS["Q5_1"], _q5_1),
+        _block("Q2_K", *BLOCKS["Q2_K"], _q2_k),
+        _block("Q3_K", *BLOCKS["Q3_K"], _q3_k),
+        _block("Q4_K", *BLOCKS["Q4_K"], _q4_k),
+        _block("Q5_K", *BLOCKS["Q5_K"], _q5_k),
+        _block("Q6_K", *BLOCKS["Q6_K"], _q6_k),
+        _block("IQ4_NL", *BLOCKS["IQ4_NL"], _iq4_nl),
+        _block("IQ4_XS", *BLOCKS["IQ4_XS"], _iq4_xs),
     )
 }

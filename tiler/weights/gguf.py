@@ -10,12 +10,11 @@ from __future__ import annotations
 import math
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tiler.errors import ModelError
-from tiler.weights.codecs import CODECS
 from tiler.weights.index import MAX_RANK, Source, TensorInfo, open_regular
 
 MAGIC = b"GGUF"
@@ -27,6 +26,12 @@ _TYPES = {
     12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S",
     20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64",
     29: "IQ1_M", 30: "BF16", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4", 40: "NVFP4",
+}  # fmt: skip
+# Of the types that tiler reads, how many values a block has, and how many bytes (ggml-org/ggml, ggml-common.h).
+BLOCKS: Mapping[str, tuple[int, int]] = {
+    "F32": (1, 4), "F16": (1, 2), "BF16": (1, 2), "Q8_0": (32, 34), "Q4_0": (32, 18), "Q4_1": (32, 20), "Q5_0": (32, 22),
+    "Q5_1": (32, 24), "Q2_K": (256, 84), "Q3_K": (256, 110), "Q4_K": (256, 144), "Q5_K": (256, 176), "Q6_K": (256, 210),
+    "IQ4_NL": (32, 18), "IQ4_XS": (256, 136),
 }  # fmt: skip
 _STRING, _ARRAY = 8, 9
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -67,18 +72,25 @@ class _Reader:
             raise ModelError(f"{self.path}: not a GGUF file; download it again")
         version = self.number("I")
         if version not in (2, 3):
-            raise ModelError(f"{self.path}: GGUF version {version}; tiler reads 2 and 3")
+            what = "big-endian" if version in (2 << 24, 3 << 24) else f"of version {version}"
+            raise ModelError(
+                f"{self.path}: this GGUF file is {what}; tiler reads 2 and 3, little-endian: convert it anew"
+            )
         tensors, keys = self.count("Q", MAX_TENSORS, "tensors"), self.count("Q", MAX_KEYS, "keys")
         values = dict(self.key() for _ in range(keys))
         entries = [self.entry() for _ in range(tensors)]
         alignment = values.get("general.alignment", 32)
         if not isinstance(alignment, int) or not 0 < alignment <= 2**16:
-            raise ModelError(f"{self.path}: general.alignment = {alignment!r} is no alignment; the file is damaged")
+            raise ModelError(
+                f"{self.path}: general.alignment = {alignment!r} is no alignment; the file is damaged, download it again"
+            )
         start = -(-self.at // alignment) * alignment
         found: dict[str, TensorInfo] = {}
         for name, shape, dtype, offset in entries:
             if name in found:
-                raise ModelError(f"{self.path}: the name {name!r} stands twice in the header; the file is damaged")
+                raise ModelError(
+                    f"{self.path}: the name {name!r} stands twice in the header; the file is damaged, download it again"
+                )
             found[name] = self.place(name, self.true_shape(name, shape, values), dtype, start + offset)
         return GgufFile(found, values)
 
@@ -96,7 +108,7 @@ class _Reader:
     def count(self, kind: str, most: int, what: str) -> int:
         number = int(self.number(kind))
         if number > most:
-            raise ModelError(f"{self.path}: {number} {what}, more than {most}; the file is damaged")
+            raise ModelError(f"{self.path}: {number} {what}, more than {most}; the file is damaged, download it again")
         return number
 
     def text(self) -> str:
@@ -115,7 +127,9 @@ class _Reader:
             raw = self.take(length)
             return "" if nested or length > MAX_NAME_BYTES else raw.decode("utf-8", "replace")
         if kind != _ARRAY or nested:
-            raise ModelError(f"{self.path}: a key's value is of unknown type {kind}; the file is damaged")
+            raise ModelError(
+                f"{self.path}: a key's value is of unknown type {kind}; the file is damaged, download it again"
+            )
         of, length = self.number("I"), int(self.number("Q"))
         if of in _SCALARS:
             raw = self.take(length * struct.calcsize(_SCALARS[of]))
@@ -129,8 +143,10 @@ class _Reader:
         sides = [int(self.number("Q")) for _ in range(self.count("I", MAX_RANK, "axes of a tensor"))]
         number, offset = self.number("I"), int(self.number("Q"))
         dtype = _TYPES.get(number, f"type {number}")
-        if dtype not in CODECS or dtype == "I8":
-            raise ModelError(f"{self.path}: tensor {name!r} is stored as {dtype}, which tiler does not read")
+        if dtype not in BLOCKS:
+            raise ModelError(
+                f"{self.path}: tensor {name!r} is stored as {dtype}, which tiler does not read; use Q8_0 or Q4_K"
+            )
         return name, tuple(reversed(sides)), dtype, offset
 
     def true_shape(self, name: str, shape: tuple[int, ...], values: dict[str, Any]) -> tuple[int, ...]:
@@ -139,18 +155,21 @@ class _Reader:
             return shape
         if not isinstance(said, list) or min(said, default=0) < 1 or math.prod(said) != math.prod(shape):
             raise ModelError(
-                f"{self.path}: tensor {name!r} has shape {list(shape)}, {_SHAPES}… says {said}; the file is damaged"
+                f"{self.path}: tensor {name!r} has shape {list(shape)}, {_SHAPES}… says {said}; the file is damaged, download it again"
             )
         return tuple(int(side) for side in said)
 
     def place(self, name: str, shape: tuple[int, ...], dtype: str, offset: int) -> TensorInfo:
-        codec, elements = CODECS[dtype], math.prod(shape)
+        (values, block), elements = BLOCKS[dtype], math.prod(shape)
         if not elements:
-            raise ModelError(f"{self.path}: tensor {name!r} has shape {list(shape)}; the file is damaged")
-        nbytes = codec.row_bytes(elements)
-        if elements % codec.values:
             raise ModelError(
-                f"{self.path}: tensor {name!r} is {list(shape)} of {dtype}, which is no whole number of blocks"
+                f"{self.path}: tensor {name!r} has shape {list(shape)}; the file is damaged, download it again"
+            )
+        nbytes = elements // values * block
+        if elements % values:
+            raise ModelError(
+                f"{self.path}: tensor {name!r} is {list(shape)} of {dtype}, which is no whole number of blocks; the file is damaged, "
+                "download it again"
             )
         if offset + nbytes > self.size:
             raise ModelError(

@@ -22,6 +22,7 @@ from tiler.weights.flavours import (
 from tiler.weights.places import give_the_hub_a_home, hub_cache
 
 INDEX = "model_index.json"
+DEFAULTS = "tiler.toml"  # what a model says of its own renders
 _UNUSED = "feature_extractor", "image_encoder", "safety_checker"
 _WEIGHTLESS = re.compile("Tokenizer|Scheduler|Processor|FeatureExtractor")  # in the name of a part's class
 _TEXT = "text_encoder", "tokenizer"  # how the names begin of what encodes prompts
@@ -75,7 +76,7 @@ def fetch_command(repo: str, revision: str | None, files: Iterable[str] = ()) ->
     if files := list(files):
         what = " ".join(f"'{file}'" for file in files)
     else:
-        patterns = INDEX, "*/*.json", "*/*.txt", "*/*.model", "*/*model*.safetensors"
+        patterns = INDEX, DEFAULTS, "*/*.json", "*/*.txt", "*/*.model", "*/*model*.safetensors"
         left_out = "*.non_ema*", "*.bf16*", *(f"{part}/*" for part in _UNUSED)
         what = " ".join([*(f"--include '{p}'" for p in patterns), *(f"--exclude '{p}'" for p in left_out)])
     return f"hf download {repo} {what}" + (f" --revision {revision}" if revision else "")
@@ -173,7 +174,7 @@ def wanted(
     for file in files:
         folder, _, name = file.rpartition("/")
         folders.setdefault(folder, []).append(name)
-    needed = [INDEX]
+    needed = [INDEX, *(name for name in folders.get("", ()) if name == DEFAULTS)]
     for part, weighted in parts_of(index, reads_text=reads_text).items():
         names = folders.get(part, [])
         flavour = choose_flavour(names, variant) if weighted else None

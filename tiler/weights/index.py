@@ -2,7 +2,7 @@
 
 Format: 8 bytes little-endian header length, JSON header, tensor data (github.com/huggingface/safetensors, "Format").
 The checks are stricter than the library's in one point, duplicate names, and milder in another: bytes behind the last tensor, which
-some published files have, are never read, and `trailing_bytes` counts them.
+some published files have, are never read, and `SafetensorsFile.behind` counts them.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import math
 import os
 import stat
 from array import array
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -142,19 +143,40 @@ def read_into(fd: int, view: memoryview, at: int) -> bool:
 
 def read_index(path: Path) -> dict[str, TensorInfo]:
     """The tensors of one safetensors file by name. Raises ModelError for every way the file can be bad."""
+    return read_file(path).tensors
+
+
+class SafetensorsFile(NamedTuple):
+    """The tensors of a file by name, the texts that it says of itself, and how many bytes `behind` its last tensor are not read."""
+
+    tensors: dict[str, TensorInfo]
+    texts: dict[str, str]
+    behind: int
+
+
+def read_file(path: Path) -> SafetensorsFile:
+    """All that a safetensors file's header tells. Raises ModelError for every way the file can be bad."""
     header, data_start, size = _header(path)
-    return _validate(path, header, data_start=data_start, size=size)
+    tensors = _validate(path, header, data_start=data_start, size=size)
+    end = max((info.offset + info.nbytes for info in tensors.values()), default=data_start)
+    return SafetensorsFile(tensors, _texts(header), size - end)
 
 
-def trailing_bytes(path: Path) -> int:
-    """How many bytes follow the last tensor of a safetensors file. Raises ModelError."""
-    index, size = read_index(path), path.stat().st_size
-    return size - max((info.offset + info.nbytes for info in index.values()), default=size)
+def header_bytes(header: Mapping[str, object]) -> bytes:
+    """What a safetensors file with this header begins with: its length, and the header, so long that the data are aligned to 8
+    bytes."""
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def read_metadata(path: Path) -> dict[str, str]:
     """The texts that a safetensors file says of itself. Raises ModelError."""
-    texts = _header(path)[0].get("__metadata__", {})
+    return _texts(_header(path)[0])
+
+
+def _texts(header: Mapping[str, Any]) -> dict[str, str]:
+    texts = header.get("__metadata__", {})
     return texts if isinstance(texts, dict) else {}
 
 
@@ -205,7 +227,9 @@ def _parse(path: Path, raw: bytes) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         if len(set(names)) != len(names):
             twice = next(n for n in names if names.count(n) > 1)
-            raise ModelError(f"{path}: the name {twice!r} stands twice in the header; the file is damaged")
+            raise ModelError(
+                f"{path}: the name {twice!r} stands twice in the header; the file is damaged, download it again"
+            )
         return dict(pairs)
 
     try:
@@ -223,7 +247,7 @@ def _validate(path: Path, header: dict[str, Any], *, data_start: int, size: int)
     for info in sorted(infos, key=lambda i: (i.offset, i.nbytes)):
         if info.offset != end:
             what = "overlaps the tensor before it" if info.offset < end else "leaves a hole before it"
-            raise ModelError(f"{path}: tensor {info.name!r} {what}; the file is damaged")
+            raise ModelError(f"{path}: tensor {info.name!r} {what}; the file is damaged, download it again")
         end = info.offset + info.nbytes
     if end > size:
         raise ModelError(f"{path}: the file is {end - size} bytes short (a cut download?); download it again")
@@ -231,7 +255,7 @@ def _validate(path: Path, header: dict[str, Any], *, data_start: int, size: int)
 
 
 def _entry(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
-    bad = ModelError(f"{path}: the entry of tensor {name!r} is malformed; the file is damaged")
+    bad = ModelError(f"{path}: the entry of tensor {name!r} is malformed; the file is damaged, download it again")
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise bad
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -252,7 +276,7 @@ def _entry(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
         raise bad
     if dtype in DTYPE_BYTES and math.prod(shape) * DTYPE_BYTES[dtype] != end - begin:
         raise ModelError(
-            f"{path}: tensor {name!r} says {dtype} {shape}, which is not {end - begin} bytes; the file is damaged"
+            f"{path}: tensor {name!r} says {dtype} {shape}, which is not {end - begin} bytes; the file is damaged, download it again"
         )
     source = Source(path, data_start + begin, shape[0] if shape else 1)
     return TensorInfo(name, dtype, tuple(shape), (source,), end - begin)

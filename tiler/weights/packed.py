@@ -8,7 +8,6 @@ what they are for.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import shutil
@@ -18,15 +17,17 @@ from typing import Any
 
 import torch
 
-from tiler.errors import ModelError, StorageError
+from tiler.errors import ModelError, NumericalError, StorageError
 from tiler.files import atomic
 from tiler.weights.blocks import block_sides, blocked, can_block
-from tiler.weights.index import TensorInfo, open_regular, read_index, read_metadata
+from tiler.weights.caches import INT8_VERSION
+from tiler.weights.changes import Changes
+from tiler.weights.codecs import CODECS
+from tiler.weights.index import TensorInfo, header_bytes, open_regular, read_file, read_index
 from tiler.weights.layouts import understood
 from tiler.weights.places import cache_home
-from tiler.weights.store import SCALE, WeightStore
+from tiler.weights.store import SCALE, Piece, WeightStore
 
-VERSION = "5"  # of the rules: which layers, which scales, which order
 _PIECE_ELEMENTS = 2**20  # weights at a time: 4 MB in fp32, and a few copies
 _SAMPLES, _SAMPLE_BYTES = 256, 4096  # of each file, for its fingerprint
 
@@ -85,8 +86,7 @@ def _misfit(path: Path, mark: str, in_blocks: bool) -> str | None:
     if not path.exists():
         return "there are none of this model yet"
     try:
-        read_index(path)
-        said = read_metadata(path)
+        said = read_file(path).texts
     except ModelError as error:
         return str(error)
     if said not in (_metadata(mark, True), _metadata(mark, False)):
@@ -97,7 +97,7 @@ def _misfit(path: Path, mark: str, in_blocks: bool) -> str | None:
 
 
 def _metadata(mark: str, in_blocks: bool) -> dict[str, str]:
-    return {"format": "tiler-int8", "version": VERSION, "source": mark, "order": "blocks" if in_blocks else "rows"}
+    return {"format": "tiler-int8", "version": INT8_VERSION, "source": mark, "order": "blocks" if in_blocks else "rows"}
 
 
 def write_packed(
@@ -109,10 +109,11 @@ def write_packed(
     progress: Callable[[float], None],
     *,
     in_blocks: frozenset[str] = frozenset(),
+    changes: Changes | None = None,
 ) -> None:
     """Write the tensors of `index` in `order`; those in `quantised` as int8, by its function, and of them those `in_blocks` that
-    divide into blocks in the order of blocks.py; others as they are stored, or in fp32 if several tensors make them. `progress` gets the share written. Raises StorageError, ModelError,
-    NumericalError."""
+    divide into blocks in the order of blocks.py; others as they are stored, or in fp32 if several tensors make them. `changes` of
+    quantised ones are made first. `progress` gets the share written. Raises StorageError, ModelError, NumericalError."""
     header: dict[str, Any] = {"__metadata__": _metadata(mark, bool(in_blocks))}
     in_blocks = frozenset(name for name in in_blocks if can_block(index[name].shape))
     end = 0
@@ -133,16 +134,14 @@ def write_packed(
     for name in order:
         if name in quantised:
             place(name + SCALE, "F32", index[name].shape[:1], 4 * index[name].shape[0])
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
     if (free := shutil.disk_usage(path.parent).free) < end:
         raise StorageError(
             f"{path.parent} has {free / 1e6:,.0f} MB free, int8 weights need {end / 1e6:,.0f} MB; "
             "choose another --cache-dir, or render with --precision fp32"
         )
     written = 0
-    with WeightStore(index, piece_elements=_PIECE_ELEMENTS) as store, atomic(path) as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+    with WeightStore(index, piece_elements=_PIECE_ELEMENTS, changes=changes) as store, atomic(path) as file:
+        file.write(header_bytes(header))
         scales: list[torch.Tensor] = []
         for name in order:
             for data in _stored(store, name, quantised.get(name), scales, in_blocks=name in in_blocks):
@@ -157,6 +156,15 @@ def _is_decoded(info: TensorInfo) -> bool:
     return info.scale is not None or bool(info.beside)
 
 
+def _checked(data: bytes, info: TensorInfo, piece: Piece) -> bytes:
+    """The stored bytes of a piece, whose values are numbers: a later message would blame the new file. Raises NumericalError."""
+    values = torch.empty(piece.last - piece.first, *info.shape[1:])
+    CODECS[info.dtype].decode(torch.frombuffer(bytearray(data), dtype=torch.uint8), values)
+    if not torch.isfinite(values.sum()):
+        raise NumericalError(f"{info.path}: tensor {info.name!r} holds NaN or Inf; download the file again")
+    return data
+
+
 def _stored(
     store: WeightStore, name: str, quantise: Quantise | None, scales: list[torch.Tensor], *, in_blocks: bool
 ) -> Iterator[bytes]:
@@ -164,7 +172,7 @@ def _stored(
     info, parts = store.index[name], []
     for piece in store.pieces(name):
         if quantise is None and not _is_decoded(info):
-            yield store.raw(piece)
+            yield _checked(store.raw(piece), info, piece)
             continue
         rows = torch.empty(piece.last - piece.first, *info.shape[1:])
         store.fetch(piece, rows)

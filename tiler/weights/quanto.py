@@ -6,7 +6,6 @@ over the format's largest; of 4 bits each group of up to 128 values lies between
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -18,7 +17,7 @@ from torch import Tensor
 from tiler.errors import ModelError
 from tiler.files import atomic
 from tiler.request.choices import Weights
-from tiler.weights.index import TensorInfo
+from tiler.weights.index import TensorInfo, header_bytes
 from tiler.weights.store import Piece, WeightStore
 
 QTYPES = {Weights.INT8: "qint8", Weights.FP8: "qfloat8_e4m3fn", Weights.INT4: "qint4"}
@@ -73,10 +72,8 @@ def write_quanto(
         for tensor, dtype, shape, nbytes in _places(info, kind if name in chosen else None):
             header[tensor] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + nbytes]}
             end += nbytes
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
     with WeightStore(dict(index), piece_elements=_PIECE_ELEMENTS) as store, atomic(path) as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(header_bytes(header))
         for name in index:
             for data in _written(store, name, kind if name in chosen else None):
                 progress(file.write(data))

@@ -19,6 +19,7 @@ import torch
 
 from tiler.errors import ModelError, NumericalError, StorageError
 from tiler.weights.blocks import OUTPUTS, block_sides, can_block, unblocked
+from tiler.weights.changes import STEP_ELEMENTS, Changes, LowRank, Merger, Rows
 from tiler.weights.codecs import CODECS
 from tiler.weights.grouped import decode_rows, is_read
 from tiler.weights.index import TensorInfo, open_regular, read_into
@@ -58,7 +59,7 @@ def match_index(
 
     Raises ModelError naming the first parameter that is missing, has another shape, or an unusable dtype.
     """
-    where = next(iter(stored.values())).path.parent if stored else "the checkpoint"
+    where = next(iter(stored.values())).path.parent if stored else "a part of the checkpoint without tensors"
     matched = {}
     for name, parameter in module.named_parameters():
         info = next((stored[alias] for alias in rename(name) if alias in stored), None)
@@ -70,7 +71,8 @@ def match_index(
         is_blocked = info.dtype == "I8" and len(info.shape) == 5 and can_block(want) and info.shape == block_sides(want)
         if info.shape != want and not squeezed and not is_blocked:
             raise ModelError(
-                f"{info.path}: tensor {info.name!r} has shape {list(info.shape)}, config.json asks for {list(want)}"
+                f"{info.path}: tensor {info.name!r} has shape {list(info.shape)}, config.json asks for {list(want)}; "
+                "weights and config do not belong together: download both again"
             )
         check_dtype(info, scaled=info.scale is not None)
         matched[name] = info.reshaped(want)._replace(blocked=is_blocked)
@@ -88,17 +90,25 @@ def _missing(where: Path | str, name: str, stored: dict[str, TensorInfo]) -> Mod
             if known.startswith(prefix) and info.name.endswith(f".{tail}") and not info.name.endswith(known):
                 own = info.name[: -len(tail)] + rest
                 return ModelError(f"{info.path}: tensor {own!r} is missing; download the file again")
-    return ModelError(f"{where}: tensor {name!r} is missing; the weights and config.json do not belong together")
+    return ModelError(
+        f"{where}: tensor {name!r} is missing; weights and config.json do not belong together: download both again"
+    )
 
 
 class WeightStore:
     """Tensors of one model, by the model's own parameter names.
 
-    `index` maps parameter names to places in files; `piece_elements` bounds one read.
+    `index` maps parameter names to places in files; `piece_elements` bounds one read. `changes` are added to what is read in
+    fp32; int8 is given out as stored, and `low_rank` beside it.
     """
 
     def __init__(
-        self, index: dict[str, TensorInfo], *, piece_elements: int = PIECE_ELEMENTS, check_finite: bool = True
+        self,
+        index: dict[str, TensorInfo],
+        *,
+        piece_elements: int = PIECE_ELEMENTS,
+        check_finite: bool = True,
+        changes: Changes | None = None,
     ) -> None:
         self.index = index | {name + SCALE: info.scale for name, info in index.items() if info.scale is not None}
         self.piece_elements = piece_elements
@@ -113,6 +123,7 @@ class WeightStore:
         self._ahead: deque[tuple[Piece, Future[torch.Tensor]]] = deque()
         self._buffers: list[torch.Tensor] = []
         self._fds: dict[Path, int] = {}
+        self._merger = Merger(changes or {}, self._inputs_squared)
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tiler-read-ahead")
         try:
             for name, info in self.index.items():
@@ -135,6 +146,7 @@ class WeightStore:
     def close(self) -> None:
         """Stop the reader, close the files, let the buffers go."""
         self._reader.shutdown(wait=True, cancel_futures=True)
+        self._merger.close()
         for fd in self._fds.values():
             os.close(fd)
         self._fds.clear()
@@ -152,14 +164,19 @@ class WeightStore:
 
     @property
     def int8(self) -> frozenset[str]:
-        """The names of the tensors stored as int8."""
-        return frozenset(name for name, info in self.index.items() if info.dtype == "I8")
+        """The names of the tensors stored as int8 that are computed with as they are, but for what is of low rank beside them."""
+        stored = (name for name, info in self.index.items() if info.dtype == "I8")
+        return frozenset(name for name in stored if all(one.rank for one in self._merger.changes.get(name, ())))
 
     def scale(self, name: str) -> torch.Tensor:
         """The factors (rows,) fp32 of a scaled tensor; they stay in memory."""
         if name not in self._scales:
             self._scales[name] = self.load(name + SCALE).flatten().expand(self.index[name].shape[0]).contiguous()
         return self._scales[name]
+
+    def low_rank(self, name: str, first: int, outputs: int) -> LowRank | None:
+        """What changes outputs [first, first + outputs) of an int8 weight, as a path beside it; None where nothing does."""
+        return self._merger.low_rank(name, first, outputs)
 
     def rows(self, name: str, rows: list[int]) -> torch.Tensor:
         """Single rows of a table in fp32: (len(rows), *shape[1:])."""
@@ -193,6 +210,7 @@ class WeightStore:
                 out.copy_(kept[piece.first : piece.last].view_as(out))
             else:
                 self._decode(piece, self._stored(kept, piece).view(torch.uint8), out, in_blocks=in_blocks, kept=True)
+                self._change(piece, out)
             return
         if self._last is not None:
             self._next[self._last] = piece
@@ -229,6 +247,7 @@ class WeightStore:
             raw = self._read(piece, self._take_buffer())
             if dtype == torch.float32:
                 self._decode(piece, raw[: self._bytes(piece)], kept[piece.first : piece.last])
+                self._change(piece, kept[piece.first : piece.last])
             else:
                 rows = raw[: self._bytes(piece)]
                 if info.beside:  # row by row, so that any rows may be asked for
@@ -302,6 +321,23 @@ class WeightStore:
                 path = self.index[piece.name].path
                 raise NumericalError(f"{path}: tensor {piece.name!r} holds NaN or Inf; download the file again")
             self._checked.add(piece)
+        self._change(piece, out)
+
+    def _change(self, piece: Piece, out: torch.Tensor) -> None:
+        if out.dtype == torch.float32:
+            self._merger.add(piece.name, piece.first, out)
+
+    def _inputs_squared(self, name: str, rows: Rows) -> torch.Tensor:
+        """The sum of squares, (inputs,) fp64, of each input over a whole weight, to which `rows` is added."""
+        info = self.index[name]
+        total = torch.zeros(info.shape[1], dtype=torch.float64)
+        for piece in self.pieces(name, STEP_ELEMENTS):
+            out = torch.empty(piece.last - piece.first, *info.shape[1:])
+            raw = self._read(piece, self._new_buffer(self._bytes(piece)))
+            self._decode(piece, raw, out)
+            out += rows(piece.first, piece.last).reshape(out.shape)
+            total += out.flatten(2).double().square_().sum((0, 2)) if out.ndim > 2 else out.double().square_().sum(0)
+        return total
 
     def _columns(self, piece: Piece, raw: torch.Tensor, *, kept: bool) -> list[torch.Tensor]:
         """A piece's own bytes and those beside it, (rows, bytes) each: of rows one behind the other where they are `kept`, else
