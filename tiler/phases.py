@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tiler import encoding, events, interrupts, packing
+from tiler import encoding, events, interrupts, packing, previewing
 from tiler.compute.stream import Streamer
 from tiler.decoding import FACTOR, method
 from tiler.decoding.spool import Spool, bytes_in
@@ -35,7 +35,8 @@ from tiler.memory.policy import at_layer, at_rows
 from tiler.models import family as families
 from tiler.models.built import Models
 from tiler.models.embeds import read_words
-from tiler.models.family import Family, Options, Role
+from tiler.models.family import Family, Options, Part, Role
+from tiler.models.loras import apply_loras, find_loras, notes_on_loras
 from tiler.models.prompting import notes_on_prompts
 from tiler.models.samples import Sample
 from tiler.output.latents import save_latents
@@ -47,8 +48,10 @@ from tiler.planning.render import RenderPlan, build_schedule, plan_render
 from tiler.planning.resolve import resolve
 from tiler.planning.table import MemoryPlan
 from tiler.planning.tiling import pixels_of, plan_tiling
+from tiler.previewing import Preview
 from tiler.request import Decode, GuideUpscale, Precision, RenderRequest, ResolvedRequest
 from tiler.run import Names, Run, measure, streamed
+from tiler.weights.changes import Changes
 from tiler.weights.identity import model_id
 from tiler.weights.index import TensorInfo
 from tiler.weights.packed import default_cache
@@ -66,6 +69,7 @@ class RenderRun(Run):
     spoken: Spoken
     prepared: Any = None  # by the family, for guide and canvas
     texts: dict[str, str] = field(default_factory=dict)  # what the picture will say of itself
+    preview: Preview | None = None
     counts: dict[str, int] = field(
         default_factory=lambda: dict.fromkeys(
             ("denoiser_calls", "denoiser_samples", "denoiser_bytes_read", "weight_bytes_read"), 0
@@ -89,6 +93,12 @@ class RenderRun(Run):
     def model_id(self) -> str:
         """Of the checkpoint's weights and configs."""
         return model_id(self.plan.family.checkpoint, [part.name for part in self.plan.family.parts])
+
+    def changes(self, part: Part) -> Changes:
+        """What LoRAs change of a part's weights where they are read."""
+        if self.plan.precision is Precision.INT8 and part.role is Role.DENOISER:
+            return packing.beside_packed(self.models, part)
+        return self.models.changes(part)
 
     @property
     def decoding(self) -> Decoding:
@@ -118,6 +128,8 @@ def start(
     if settings.save_latents is not None:
         check_writable(settings.save_latents, force=settings.force or job.resumed, option="--save-latents")
     models = open_models(family, settings.tiny_vae)
+    loras = find_loras(settings)
+    models.loras = apply_loras(loras, models)
     begun = settings if job.manifest is None else replace(settings, precision=Precision(job.manifest.precision))
     spoken = encoding.find_prompts(begun, models, plan_tiling(settings, family).texts, words)
     plan = make_plan(
@@ -125,14 +137,17 @@ def start(
     )
     run = RenderRun(
         said=request, request=settings, plan=plan, models=models, budget=budget, on_event=on_event, job=job,
-        spoken=spoken,
+        spoken=spoken, preview=previewing.open_preview(settings, models),
         weights={part.name: (found.weights(part.name), part.aliases) for part in packing.packed_parts(family)},
     )  # fmt: skip
     if any(plan.crop):
         height, width = pixels_of(plan.canvas)
         run.note(f"this model makes no picture as small as that: it is the middle of one of {width}×{height}")
+    if request.prompt is None and settings.prompt is not None and not request.regions:
+        run.note(f"no prompt was given; this is the model's own: {settings.prompt}")
     on_prompts = notes_on_prompts(settings, family, has_guide=plan.guide is not None)
-    run.tell((*on_prompts, *found.notes, *family.notes, *plan.notes, memory_warning(budget.max_bytes)))
+    on_loras = *notes_on_loras(settings, loras, models, spoken.read_as), *models.loras.notes
+    run.tell((*on_prompts, *on_loras, *found.notes, *family.notes, *plan.notes, memory_warning(budget.max_bytes)))
     return run
 
 
@@ -255,6 +270,7 @@ def _reference(run: RenderRun, picture: np.ndarray | None, guide_latents: Tensor
             picture = np.concatenate(
                 list(decode_pixels(plan.methods["guide decoded"], vae, streamer, unscaled, check, tell))
             )
+            previewing.learn(run.preview, spec.scale(unscaled), picture)
             box = (FACTOR * plan.guide.shown_height, FACTOR * plan.guide.shown_width)
         else:
             assert picture is not None
@@ -272,6 +288,7 @@ def denoise_canvas(run: RenderRun, prompts: Prompts, reference: Tensor | None) -
         run.note("no step is left for the canvas: it is the enlarged guide; raise --steps or --strength")
     elif plan.begin:
         run.note(f"the guide takes the place of the first {plan.begin} of {run.request.num_inference_steps} steps")
+    previewing.learn_by_decoding(run, run.preview, run.request, plan.memory.peak_of("decode"))
     with run.phase("canvas", plan.canvas_samples):
         return _denoise(run, "canvas", plan.canvas_steps, prompts, reference, plan.begin, plan.batch)
 
@@ -288,10 +305,14 @@ def _denoise(
     latents = schedule.start(noise, reference, begin)
     if begin == steps:
         return latents
+    if phase == "canvas":
+        previewing.watch(run.preview, schedule, begin, run.note)
     family, part = plan.family, plan.family.part(Role.DENOISER)
     denoiser, short = run.models.module(part), partial(run.budget.short, plan.sample_bytes)
-    halves = bf16_keys(part, denoiser, plan.precision)
-    held = dict[str, Any](bf16_keys=halves, arena_bytes=plan.arena_bytes, transform=True, short=short)
+    held = dict[str, Any](
+        changes=run.changes(part), bf16_keys=bf16_keys(part, denoiser, plan.precision), arena_bytes=plan.arena_bytes,
+        transform=True, short=short,
+    )  # fmt: skip
     with (
         interrupts.deferred(),
         run.streamed(denoiser, *run.weights[part.name], plan.resident[phase], **held) as streamer,

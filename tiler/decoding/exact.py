@@ -1,8 +1,9 @@
 """The whole-image decode (or encode) of an AutoencoderKL, out of core: what diffusers computes, at any size.
 
 Layer by layer over row strips, with the activations in scratch files. GroupNorm's statistics are gathered while the
-layer before it is written, every element once; the mid-block attention sees every token, or as many evenly spaced ones as
-asked, keys and values in chunks with a running softmax (Milakov & Gimelshein 2018, arXiv:1805.02867). Nothing is computed twice.
+layer before it is written, every element once; the mid-block attention sees every token, or as many evenly spaced ones
+as asked, keys and values in chunks with a running softmax (Milakov & Gimelshein 2018, arXiv:1805.02867). Nothing is
+computed twice.
 """
 
 from __future__ import annotations
@@ -111,12 +112,13 @@ class Attend(Stage):
 
 
 def spacing(height: int, width: int, most: int | None) -> int:
-    """Every how many rows and columns there is a token, so that there are at most `most` of them, but for rounding up; None for all."""
+    """The distance between tokens along rows and columns at which about `most` of them remain; 1 where `most` is
+    None."""
     return 1 if most is None else math.ceil(math.sqrt(height * width / most))
 
 
 def attend_strips(height: int, width: int) -> int:
-    """How many strips of rows attend, of latents of that size."""
+    """How many strips of rows latents of (height, width) are cut into for attention."""
     return math.ceil(height / max(1, QUERIES // width))
 
 
@@ -184,7 +186,8 @@ class Passes:
         return out
 
     def keys_and_values(self, stage: MidAttention, stored: Rows, most: int | None = None) -> Rows:
-        """The key and the value of every token, or of at most `most` evenly spaced ones, as a picture of twice the channels."""
+        """The key and the value of every token, or of at most `most` evenly spaced ones, as a picture of twice the
+        channels."""
         number, known = self._next()
         if known is not None:
             return self._recalled(known)
@@ -224,8 +227,8 @@ def stream(
 ) -> Iterator[Tensor]:
     """Push `strips`, (1, C, n, W) fp32 that make up `frame`, through `stages` → (C', n', W') top first.
 
-    Attention sees at most `attend_to` evenly spaced tokens, None for all. Statistics stay with the stages; so do, of the
-    attention's keys and values, up to `hold_tokens` evenly spaced ones.
+    Attention sees at most `attend_to` evenly spaced tokens, None for all. Statistics stay with the stages; so do, of
+    the attention's keys and values, up to `hold_tokens` evenly spaced ones.
     """
     passes = Passes(frame, scratch, hold, check)
     source, chain = _Source(lambda begin: strips, frame.height), list[Stage]()
@@ -320,10 +323,11 @@ def decode(
     margin: tuple[int, int] = (0, 0),
     attend_to: int | None = None,
 ) -> Generator[Tensor]:
-    """latents: (1, C, h, w) fp32, already divided by scaling_factor → strips (3, n, 8w) fp32 in about [-1, 1], top first.
+    """latents: (1, C, h, w) fp32, already divided by scaling_factor → strips (3, n, 8w) fp32 in about [-1, 1], top
+    first.
 
-    `margin` latents above and below, left and right, repeat the other side's. Attention sees at most `attend_to` evenly spaced
-    tokens, None for all. Raises StorageError, and NumericalError for NaN and Inf.
+    `margin` latents above and below, left and right, repeat the other side's. Attention sees at most `attend_to` evenly
+    spaced tokens, None for all. Raises StorageError, and NumericalError for NaN and Inf.
     """
     stages = decoder_stages(vae.decoder, vae.post_quant_conv)
     frame = Frame(latents.shape[2], latents.shape[3], *margin)
@@ -356,8 +360,8 @@ def encode(
 
 
 class Rehearsal(NamedTuple):
-    """`peak_bytes` on disk at once, `written_bytes` in all, `flops` of the convolutions; `apart_bytes` on disk at once where passes
-    are remembered."""
+    """`peak_bytes` on disk at once, `written_bytes` in all, `flops` of the convolutions; `apart_bytes` on disk at once
+    where passes are remembered."""
 
     peak_bytes: int
     written_bytes: int
