@@ -20,9 +20,9 @@ NAME = "{index:03}-{prompt}.png"  # of a picture whose row names no output
 _OTHER_NAMES = {"sampler": "scheduler", "cfg": "cfg-scale"}
 # AUTOMATIC1111's tags (github.com/AUTOMATIC1111/stable-diffusion-webui/wiki/Features#prompts-from-file), by our keys.
 _TAGS = {
-    "prompt": "prompt", "negative_prompt": "negative-prompt", "seed": "seed", "steps": "steps",
-    "cfg_scale": "cfg-scale", "width": "width", "height": "height", "sampler_name": "scheduler", "sd_model": "model", "outpath_samples": "folder",
-    "batch_size": "batch_size", "n_iter": "n_iter", "tiling": "tiling",
+    "prompt": "prompt", "negative_prompt": "negative-prompt", "seed": "seed", "steps": "steps", "width": "width",
+    "height": "height", "cfg_scale": "cfg-scale", "sampler_name": "scheduler", "sd_model": "model",
+    "outpath_samples": "folder", "batch_size": "batch_size", "n_iter": "n_iter", "tiling": "tiling",
 }  # fmt: skip
 _WITHOUT_EFFECT = frozenset(
     ("restore_faces", "outpath_grids", "prompt_for_display", "styles", "subseed", "subseed_strength",
