@@ -8,9 +8,13 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from tiler.diffusion.guide_picture import size_of
+from tiler.errors import UsageError
 from tiler.models.family import Family
+from tiler.models.lora_kinds import few_steps
+from tiler.models.loras import find_loras
 from tiler.models.own_defaults import read_defaults
-from tiler.request import PRESETS, Layout, RenderRequest, ResolvedRequest, Scheduler
+from tiler.request import MAX_SIDE, PRESETS, Layout, RenderRequest, ResolvedRequest, Scheduler
 from tiler.request.paper import parse_length, sheet_pixels
 
 _ROW: Mapping[str, Any] = {
@@ -22,7 +26,11 @@ _ROW: Mapping[str, Any] = {
 def resolve(request: RenderRequest, family: Family) -> ResolvedRequest:
     """The request without gaps. A seed that was not given is drawn at random. Raises UsageError, ModelError."""
     own = {} if family.checkpoint.file is not None else read_defaults(family.checkpoint.folder)
-    return fill(request, dict(_ROW) | dict(family.traits.defaults) | own)
+    few = few_steps((lora.file for lora in find_loras(request)), flow=family.traits.flow)
+    recipe = {} if few is None else dict(few[1].defaults)
+    if request.scheduler is not None:
+        recipe.pop("schedule_type", None)  # which belongs to the recipe's own
+    return fill(request, dict(_ROW) | dict(family.traits.defaults) | own | recipe)
 
 
 def fill_again(request: RenderRequest, before: ResolvedRequest, family: Family) -> ResolvedRequest:
@@ -31,8 +39,8 @@ def fill_again(request: RenderRequest, before: ResolvedRequest, family: Family) 
 
 
 def fill(request: RenderRequest, defaults: Mapping[str, Any] = _ROW) -> ResolvedRequest:
-    """The request with `defaults` where neither it nor its preset says anything. Of a tuple of prompts the seed chooses one.
-    Raises UsageError."""
+    """The request with `defaults` where neither it nor its preset says anything. Of a tuple of prompts the seed chooses
+    one. Raises UsageError."""
     said = {f.name: getattr(request, f.name) for f in fields(request)}
     preset = dict(PRESETS[request.preset]) if request.preset is not None else {}
     if request.regions or request.overlap is not None:
@@ -53,9 +61,19 @@ def fill(request: RenderRequest, defaults: Mapping[str, Any] = _ROW) -> Resolved
 def _sheet(request: RenderRequest) -> tuple[int, int, float | None, float]:
     """Width and height in pixels, dpi, and bleed in mm."""
     bleed_mm = 0.0 if request.bleed is None else parse_length(request.bleed)
+    if request.scale is not None and request.guide_image is not None:
+        return *_scaled(request.guide_image, request.scale), request.dpi, bleed_mm
     if request.paper is None:
         side = 2048 if request.size is None else request.size
         width, height = (side if said is None else said for said in (request.width, request.height))
         return width, height, request.dpi, bleed_mm
     dpi = request.dpi or 300
     return *sheet_pixels(request.paper, dpi, landscape=request.landscape, bleed_mm=bleed_mm), dpi, bleed_mm
+
+
+def _scaled(guide: Path, scale: float) -> tuple[int, int]:
+    """Width and height of a user's picture that is enlarged so many times. Raises UsageError."""
+    width, height = (round(side * scale) for side in size_of(guide))
+    if max(width, height) > MAX_SIDE:
+        raise UsageError(f"--scale {scale:g} makes {width}×{height} of {guide}; a side has at most {MAX_SIDE:,} pixels")
+    return width, height
