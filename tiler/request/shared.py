@@ -5,8 +5,8 @@ from __future__ import annotations
 from tiler.request.options import Option, Panel
 
 OUTPUT = Option(
-    "The picture to write: .png, .jpg, .pdf, .tif, .webp or .avif; - is standard output, for a pipe. WebP and AVIF need "
-    "memory for the whole picture.",
+    "The picture to write: .png, .jpg, .pdf, .tif, .webp or .avif; - is standard output, for a pipe. WebP and AVIF "
+    "need memory for the whole picture.",
     Panel.OUTPUT, ("--output", "-o"), default="tiler.png",
 )  # fmt: skip
 FORMAT = Option(
