@@ -5,12 +5,11 @@ Each phase opens the weights it needs, works under the budget, and lets the weig
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,29 +18,30 @@ from torch import Tensor
 from tiler import encoding, events, interrupts, packing, previewing
 from tiler.compute.stream import Streamer
 from tiler.decoding import FACTOR, method
-from tiler.decoding.method import DecodePlan
-from tiler.decoding.rows import Latents, to_uint8
+from tiler.decoding.spool import Spool, bytes_in
 from tiler.diffusion import canvas, guide
 from tiler.diffusion.guide_picture import GuidePicture
 from tiler.diffusion.prompts import Prompts
 from tiler.diffusion.runner import Conditions, LocalRunner
 from tiler.diffusion.tiles import Steps, region_span
 from tiler.encoding import Spoken
-from tiler.errors import NumericalError
 from tiler.events import OnEvent, percent
 from tiler.files import check_writable
 from tiler.jobs.folder import Job
+from tiler.jobs.passes import remember
 from tiler.memory.budget import Budget
 from tiler.memory.limits import memory_warning
 from tiler.memory.policy import at_layer, at_rows
 from tiler.models import family as families
 from tiler.models.built import Models
 from tiler.models.embeds import read_words
-from tiler.models.family import Family, Options, Role, VaeSpec
+from tiler.models.family import Family, Options, Part, Role
+from tiler.models.loras import apply_loras, find_loras, notes_on_loras
 from tiler.models.prompting import notes_on_prompts
 from tiler.models.samples import Sample
 from tiler.output.latents import save_latents
 from tiler.output.picture import check_picture, check_size
+from tiler.pixels import Decoding, decode_pixels
 from tiler.planning.advice import advise
 from tiler.planning.peaks import bf16_keys
 from tiler.planning.render import RenderPlan, build_schedule, plan_render
@@ -51,6 +51,7 @@ from tiler.planning.tiling import pixels_of, plan_tiling
 from tiler.previewing import Preview
 from tiler.request import Decode, GuideUpscale, Precision, RenderRequest, ResolvedRequest
 from tiler.run import Names, Run, measure, streamed
+from tiler.weights.changes import Changes
 from tiler.weights.identity import model_id
 from tiler.weights.index import TensorInfo
 from tiler.weights.packed import default_cache
@@ -93,22 +94,18 @@ class RenderRun(Run):
         """Of the checkpoint's weights and configs."""
         return model_id(self.plan.family.checkpoint, [part.name for part in self.plan.family.parts])
 
+    def changes(self, part: Part) -> Changes:
+        """What LoRAs change of a part's weights where they are read."""
+        if self.plan.precision is Precision.INT8 and part.role is Role.DENOISER:
+            return packing.beside_packed(self.models, part)
+        return self.models.changes(part)
+
     @property
     def decoding(self) -> Decoding:
         plan = self.plan
         return Decoding(
             plan.decoder, plan.methods["decode"], plan.resident["decode"], plan.memory.peak_of("decode"), plan.crop
         )
-
-
-class Decoding(NamedTuple):
-    """How a run's last phase decodes its latents. `crop`: pixels above and left of the picture."""
-
-    vae: VaeSpec
-    plan: DecodePlan
-    resident: dict[str, torch.dtype]
-    planned_bytes: int
-    crop: tuple[int, int]
 
 
 def start(
@@ -131,6 +128,8 @@ def start(
     if settings.save_latents is not None:
         check_writable(settings.save_latents, force=settings.force or job.resumed, option="--save-latents")
     models = open_models(family, settings.tiny_vae)
+    loras = find_loras(settings)
+    models.loras = apply_loras(loras, models)
     begun = settings if job.manifest is None else replace(settings, precision=Precision(job.manifest.precision))
     spoken = encoding.find_prompts(begun, models, plan_tiling(settings, family).texts, words)
     plan = make_plan(
@@ -144,8 +143,11 @@ def start(
     if any(plan.crop):
         height, width = pixels_of(plan.canvas)
         run.note(f"this model makes no picture as small as that: it is the middle of one of {width}×{height}")
+    if request.prompt is None and settings.prompt is not None and not request.regions:
+        run.note(f"no prompt was given; this is the model's own: {settings.prompt}")
     on_prompts = notes_on_prompts(settings, family, has_guide=plan.guide is not None)
-    run.tell((*on_prompts, *found.notes, *family.notes, *plan.notes, memory_warning(budget.max_bytes)))
+    on_loras = *notes_on_loras(settings, loras, models, spoken.read_as), *models.loras.notes
+    run.tell((*on_prompts, *on_loras, *found.notes, *family.notes, *plan.notes, memory_warning(budget.max_bytes)))
     return run
 
 
@@ -173,6 +175,9 @@ def make_plan(
         path, canvas = request.guide_image, pixels_of(tiling.canvas)
         picture = None if path is None else stack.enter_context(GuidePicture(path, canvas))
         facts = measure(request.scratch_folder, picture)
+    if job is not None:  # what it holds already is room that it has
+        held = bytes_in(job.spool_folder(request.scratch_folder))
+        facts = replace(facts, scratch_free_bytes=facts.scratch_free_bytes + held)
     if job is None or (begun := job.manifest) is None:
         return plan_render(request, models, tiling, facts, max_bytes, encoded=encoded, embeds=embeds)
     request = replace(request, precision=Precision(begun.precision))
@@ -237,6 +242,7 @@ def make_reference(run: RenderRun, picture: np.ndarray | None, guide_latents: Te
         return None
     reference = _reference(run, picture, guide_latents)
     run.job.save_reference(reference)
+    run.job.clear_spool()
     return reference
 
 
@@ -248,6 +254,9 @@ def _reference(run: RenderRun, picture: np.ndarray | None, guide_latents: Tensor
         assert plan.guide is not None
         return guide.upscale(guide_latents, plan.guide, plan.canvas, wraps)
     vae, name = run.models.vae(spec), "guide picture"
+    begin = picture if guide_latents is None else guide_latents
+    assert begin is not None
+    spool = remember(run.job.spool, "the guide's picture", plan.methods[name], begin, run.on_event, run.note)
     with (
         interrupts.deferred(),
         run.phase(name, 100),
@@ -269,7 +278,7 @@ def _reference(run: RenderRun, picture: np.ndarray | None, guide_latents: Tensor
         encoder = plan.methods[name]
         pixels = guide.crop_to_aspect(picture, height, width, box, wraps, encoder.margin_pixels)
         progress = percent(run.on_event, name)
-        return spec.scale(method.encode(encoder, vae, streamer, pixels, check=check, progress=progress))
+        return spec.scale(method.encode(encoder, vae, streamer, pixels, check=check, progress=progress, spool=spool))
 
 
 def denoise_canvas(run: RenderRun, prompts: Prompts, reference: Tensor | None) -> Tensor:
@@ -300,8 +309,10 @@ def _denoise(
         previewing.watch(run.preview, schedule, begin, run.note)
     family, part = plan.family, plan.family.part(Role.DENOISER)
     denoiser, short = run.models.module(part), partial(run.budget.short, plan.sample_bytes)
-    halves = bf16_keys(part, denoiser, plan.precision)
-    held = dict[str, Any](bf16_keys=halves, arena_bytes=plan.arena_bytes, transform=True, short=short)
+    held = dict[str, Any](
+        changes=run.changes(part), bf16_keys=bf16_keys(part, denoiser, plan.precision), arena_bytes=plan.arena_bytes,
+        transform=True, short=short,
+    )  # fmt: skip
     with (
         interrupts.deferred(),
         run.streamed(denoiser, *run.weights[part.name], plan.resident[phase], **held) as streamer,
@@ -327,9 +338,13 @@ def _denoise(
         def conditions(step: int) -> Conditions:
             return prompts.conditions(wording, step - begin)
 
+        def tell_smaller(batch: int) -> None:
+            run.note(f"memory is close to the ceiling: from here on the denoiser takes {batch} at a time")
+
+        runner = LocalRunner(predict, conditions, batch, is_tight=run.budget.take_tight, on_smaller=tell_smaller)
         denoising = canvas.Denoising(latents, tiles, schedule, generator, begin=begin, phase=phase)
         total = tiles.samples
-        with closing(denoising.run(LocalRunner(predict, conditions, batch), run.job)) as loop:
+        with closing(denoising.run(runner, run.job)) as loop:
             for state in loop:
                 detail = f"step {state.step + 1}/{steps}, {state.samples}/{state.total} tile passes"
                 run.on_event(events.Progress(name=phase, done=denoising.samples_done, total=total, detail=detail))
@@ -350,50 +365,6 @@ def picture_facts(run: RenderRun) -> dict[str, str]:
     return {name: str(pixels) for name, pixels in box} | run.texts
 
 
-def decode(run: Run, decoding: Decoding, latents: Latents) -> Generator[np.ndarray]:
-    """The picture's rows, (n, W, 3) uint8, top first; `latents` (1, C, h, w) are unscaled."""
-    spec, plan, resident, planned_bytes, crop = decoding
-    vae = run.models.vae(spec)
-    run.note(f"decoder: {plan}")
-    with (
-        interrupts.deferred(),
-        run.phase("decode", 100),
-        run.streamed(vae, spec.weights, families.vae_names, resident) as streamer,
-    ):
-        check = at_rows(run.budget, planned_bytes)
-        yield from cropped(decode_pixels(plan, vae, streamer, latents, check, percent(run.on_event, "decode")), *crop)
-
-
-class Unscaled:
-    """Scaled latents (1, C, h, w) whose rows are unscaled as they are read: the latents themselves stay as they are."""
-
-    def __init__(self, latents: Tensor, spec: VaeSpec) -> None:
-        self._latents, self._spec, self.shape = latents, spec, latents.shape
-
-    def __getitem__(self, rows: tuple[slice, slice, slice]) -> Tensor:
-        return self._spec.unscale_(self._latents[rows].clone())
-
-
-def decode_pixels(
-    plan: DecodePlan, vae: Any, streamer: Streamer, unscaled: Latents, check: Callable[[str], None],
-    progress: Callable[[float], None],
-) -> Generator[np.ndarray]:  # fmt: skip
-    """Decode (1, C, h, w) fp32 latents into rows (n, FACTOR·w, 3) uint8. Raises NumericalError rather than give a black picture."""
-    row = 0
-    with closing(method.decode(plan, vae, streamer, unscaled, check=check, progress=progress)) as strips:
-        for strip in strips:
-            if not math.isfinite(float(strip.sum())):
-                raise NumericalError(
-                    f"NaN or Inf in the decoder at row {row}; compare the checksum of the VAE's weights with the original's"
-                )
-            yield to_uint8(strip)
-            row += strip.shape[1]
-
-
-def cropped(rows: Generator[np.ndarray], top: int, left: int) -> Generator[np.ndarray]:
-    """`rows` without the first `top` rows and `left` columns."""
-    with closing(rows):
-        for strip in rows:
-            above, top = min(top, len(strip)), max(0, top - len(strip))
-            if above < len(strip):
-                yield strip[above:, left:]
+def remembered(run: RenderRun, latents: Tensor) -> Spool | None:
+    """Where the run's job keeps the passes of decoding `latents`, if it can."""
+    return remember(run.job.spool, "the decoder", run.plan.methods["decode"], latents, run.on_event, run.note)

@@ -96,7 +96,7 @@ def texts(run: RenderRun) -> dict[str, str]:
         scheduler=plan.scheduler.value,
         precision=plan.precision.value, kernels=computed_by(), begin=plan.begin,
         clip_skip=plan.family.traits.clip_skip,
-        embeddings=run.spoken.read_as.embeddings,
+        embeddings=run.spoken.read_as.embeddings, loras=run.models.loras.hashes,
         model_hash=None if found.file is None else auto_v2(found.file, hashing),
     )  # fmt: skip
     return picture_texts(run.request, facts)
@@ -113,9 +113,11 @@ def begin_job(run: RenderRun) -> None:
     job.facts = picture_facts(run)
     job.begin(
         Manifest(
-            said=manifest.said_of(run.said), picture=manifest.picture_of(run.request), model_id=run.model_id,
+            said=manifest.said_of(run.said), model_id=run.model_id,
+            picture=manifest.picture_of(run.request) | {"loras": run.models.loras.said},
             made_by=made_by, methods={name: method.name for name, method in run.plan.methods.items()},
             precision=run.plan.precision.value, seed=run.request.seed, begun=_now(), max_ram_bytes=run.budget.max_bytes,
+            spool=str(job.spool_folder(run.request.scratch_folder)),
         )
     )  # fmt: skip
     if before is None:

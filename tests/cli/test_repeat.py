@@ -39,22 +39,13 @@ def infotext(**changes: str) -> str:
     return "a boat\n" + ", ".join(f"{key}: {value}" for key, value in fields.items())
 
 
-def test_a_picture_is_repeated_to_the_byte_whatever_the_configuration(tiler, tmp_path: Path) -> None:
+def test_a_picture_is_repeated_to_the_byte_whatever_the_configuration(in_process, tmp_path: Path) -> None:
     options = (
         "--width 128 --height 80 --steps 2 --seed 18446744073709551615 --cfg-scale 2 --mask constant --wrap x --dpi 200"
     )
-    assert tiler("render", "a boat", "-n", "", *options.split(), "-o", "a.png").code == 0
-    assert (
-        tiler(
-            "render",
-            "--from",
-            "a.png",
-            "-o",
-            "b.png",
-            env={"TILER_STEPS": "9", "TILER_TINY_VAE": "x", "TILER_SEED": "4"},
-        ).code
-        == 0
-    )
+    assert in_process("render", "a boat", "-n", "", *options.split(), "-o", "a.png").code == 0
+    env = {"TILER_STEPS": "9", "TILER_TINY_VAE": "x", "TILER_SEED": "4"}
+    assert in_process("render", "--from", "a.png", "-o", "b.png", env=env).code == 0
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 

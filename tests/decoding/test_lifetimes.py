@@ -20,7 +20,8 @@ from tiler.decoding.rows import to_tensor
 from tiler.decoding.scratch import Rows, Scratch
 from tiler.errors import NumericalError, StorageError
 from tiler.models import family as families
-from tiler.phases import decode_pixels, streamed
+from tiler.phases import streamed
+from tiler.pixels import decode_pixels
 from tiler.request import Decode, ScratchDtype
 from tiler.weights.checkpoint import resolve
 

@@ -29,6 +29,7 @@ FACTS = Facts(
     precision="fp32",
     kernels="tiler v3, torch avx2",
     embeddings={},
+    loras={},
     clip_skip=True,
     begin=3,
 )

@@ -144,6 +144,8 @@ def _parameter(field: Field[Any], kind: Any) -> inspect.Parameter:
         default = MISSING if default is MISSING else []
     elif field.name == "regions":
         kind, default = Path | None, None
+    elif option.many:
+        kind, default = list[str], []
     elif option.parse is not None:
         kind, default = str | None, None
     elif option.off:
@@ -194,6 +196,9 @@ def _values(offered: list[Field[Any]], given: Mapping[str, Any]) -> dict[str, An
             if typed < -1:
                 raise UsageError(f"seed = {typed} is out of range: 0–{MAX_SEED}, or -1 for a random one")
             values["seed"] = None if typed == -1 else typed
+        elif option.many:
+            assert option.parse is not None, field.name
+            values[field.name] = tuple(map(option.parse, typed))
         elif option.parse is not None:
             if typed is None:
                 del values[field.name]  # the field's own default holds

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,9 +12,11 @@ from tiler.output.recipes import Recipe, read_recipe
 from tiler.output.texts import opened, read_texts
 from tiler.request import Region, Scheduler, ScheduleType, parse_scheduler, settings
 from tiler.request.choices import Mask, parse_schedule_type
+from tiler.request.loras import Lora
 from tiler.request.render import OF_THE_MACHINE
 from tiler.request.settings import Kind
 from tiler.weights.hashes import is_called
+from tiler.weights.lora_files import digests_of
 
 _SAMPLERS = {
     "euler": Scheduler.EULER, "euler_a": Scheduler.EULER_A, "euler_ancestral": Scheduler.EULER_A,
@@ -23,14 +25,14 @@ _SAMPLERS = {
     "uni_pc": Scheduler.UNIPC, "unipc": Scheduler.UNIPC, "lcm": Scheduler.LCM,
 }  # fmt: skip
 _KARRAS_OWN = (None, Scheduler.DPMPP_2M_KARRAS)  # with its schedule type in its name, or not told
-_OF_THE_RUN = (*OF_THE_MACHINE, "metadata", "embd_dir", "model_dirs")  # never the picture's
+_OF_THE_RUN = (*OF_THE_MACHINE, "metadata", "embd_dir", "lora_dir", "model_dirs")  # never the picture's
 _PARTS = {
     "diffusion_model": Kind.MODEL, "vae": Kind.VAE, "text_encoder": Kind.TEXT_ENCODER, "clip_l": Kind.TEXT_ENCODER,
     "clip_g": Kind.TEXT_ENCODER, "t5xxl": Kind.TEXT_ENCODER,
 }  # fmt: skip
 _NEVER = (*_OF_THE_RUN, "size", "preset", "scale")  # resolved in others
 _UNTOLD = re.compile(
-    r"Version|.*[Hh]ash(es)?|VAE|RNG|Schedule type|scheduler|denoise|SDCPP|kernels|model_id|bleed_mm|revision"
+    r"Version|.*[Hh]ash(es)?|VAE|RNG|Schedule type|scheduler|denoise|SDCPP|kernels|model_id|lora_hashes|bleed_mm|revision"
 )
 
 
@@ -62,6 +64,9 @@ def repeat(picture: Path, typed: frozenset[str], defaults: Mapping[str, Any]) ->
             values["guide_image"] = _guide(str(values["guide_image"]), picture)
     except ModelError as error:
         raise ModelError(f"{picture}: {error}") from error
+    if "loras" in values:
+        values["loras"] = tuple(_lora(said, picture) for said in values["loras"])
+    changed = list(_changed_loras(recipe, picture))
     if "regions" in values:
         values["regions"] = tuple(map(_region, values["regions"]))
     if isinstance(interval := values.get("guidance_interval"), list):
@@ -74,7 +79,7 @@ def repeat(picture: Path, typed: frozenset[str], defaults: Mapping[str, Any]) ->
     if recipe.is_whole:
         silent = {name: v for name, v in defaults.items() if name not in typed and name not in _OF_THE_RUN}
         values = silent | values
-    return Repeated(values, [*_notes(recipe, fields), *notes])
+    return Repeated(values, [*_notes(recipe, fields), *notes, *changed])
 
 
 def _notes(recipe: Recipe, fields: frozenset[str]) -> Iterator[str]:
@@ -160,6 +165,36 @@ def _guide(name: str, picture: Path) -> Path:
         if (path := folder / name).is_file():
             return path
     raise ModelError(f"made from the guide {name}, which is not beside it; give --guide")
+
+
+def _lora(said: Mapping[str, Any], picture: Path) -> Lora:
+    """A LoRA's file: beside the picture, here, or in the lora_dirs. Raises ModelError."""
+    try:
+        name, strength, text_strength = str(said["file"]), float(said["strength"]), float(said["text_strength"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelError(f"{picture}: what it says of its LoRAs cannot be read ({error}); give --lora") from error
+    if not (found := _lora_files(name, picture)):
+        raise ModelError(f"made with the LoRA {name}, which is neither beside it nor in the lora_dirs; give --lora")
+    return Lora(file=found[0], strength=strength, text_strength=text_strength)
+
+
+def _lora_files(name: str, picture: Path) -> Sequence[Path]:
+    beside = [path for folder in (picture.parent, Path()) if (path := folder / f"{name}.safetensors").is_file()]
+    return beside or settings.find(Kind.LORA, name)
+
+
+def _changed_loras(recipe: Recipe, picture: Path) -> Iterator[str]:
+    """Of LoRAs that are here, but are not the files that the picture was made with."""
+    ours = recipe.others.get("lora_hashes")
+    pairs = (
+        ours.items()
+        if isinstance(ours, dict)
+        else re.findall(r"([^,:]+): *(\w+)", str(recipe.others.get("Lora hashes", "")))
+    )
+    for name, was in pairs:
+        files = _lora_files(str(name).strip(), picture)
+        if files and (now := digests_of(files[0]).short)[: len(str(was))] != was:
+            yield f"the picture was made with another LoRA {name}: its hash was {was}, that of {files[0]} is {now}"
 
 
 def _region(said: Mapping[str, Any]) -> Region:

@@ -16,7 +16,7 @@ from tiler.request.render import OF_THE_MACHINE
 
 _EMPHASIS = {Emphasis.NO_NORM: "No norm", Emphasis.IGNORE: "Ignore", Emphasis.NONE: "None"}  # as A1111 writes them
 _RESOLVED = ("size", "preset", "scale")  # in the values of others
-_NOT_TOLD = (*OF_THE_MACHINE, *_RESOLVED, "metadata", "embd_dir", "model_dirs")
+_NOT_TOLD = (*OF_THE_MACHINE, *_RESOLVED, "metadata", "embd_dir", "lora_dir", "model_dirs")
 _FILES = "model", "tiny_vae", "guide_image", "diffusion_model", "vae", "text_encoder", "clip_l", "clip_g", "t5xxl"
 
 XMP = "XML:com.adobe.xmp"  # the keyword of PNG (third edition), 11.3.3.4
@@ -35,6 +35,7 @@ class Facts:
     precision: str
     kernels: str  # whose arithmetic, and with which instructions
     embeddings: Mapping[str, str]  # that the prompts name, and their hashes
+    loras: Mapping[str, str]  # by name, and their hashes
     clip_skip: bool  # whether the model has a choice of CLIP's layers
     begin: int  # the step at which the canvas starts; 0 without a guide
 
@@ -60,6 +61,7 @@ def texts(request: ResolvedRequest, facts: Facts) -> dict[str, str]:
         "model_id": facts.model_id,
         **({"model_hash": facts.model_hash} if facts.model_hash is not None else {}),
         "revision": facts.revision,
+        **({"lora_hashes": dict(facts.loras)} if facts.loras else {}),
     }
     prompt = r.prompt if r.prompt is not None else " | ".join(region.prompt for region in r.regions)
     both = {
@@ -80,6 +82,8 @@ def _of_prompts(request: ResolvedRequest, facts: Facts) -> dict[str, object]:
         fields["Hires prompt"] = request.canvas_prompt
     if facts.embeddings:
         fields["TI hashes"] = ", ".join(f"{name}: {digest}" for name, digest in facts.embeddings.items())
+    if facts.loras:
+        fields["Lora hashes"] = ", ".join(f"{name}: {digest}" for name, digest in facts.loras.items())
     if request.emphasis is not Emphasis.ORIGINAL:
         fields["Emphasis"] = _EMPHASIS[request.emphasis]
     return fields

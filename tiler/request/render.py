@@ -36,6 +36,7 @@ from tiler.request.choices import (
     parse_scheduler,
     within,
 )
+from tiler.request.loras import Lora, read_loras
 from tiler.request.model import ModelOptions
 from tiler.request.options import Option, Panel, coerce, option
 from tiler.request.paper import parse_length, parse_paper
@@ -71,7 +72,7 @@ class RenderRequest(ModelOptions):
         None,
         Option(
             "What to draw. As in A1111: (more:1.3), [less], [from:to:0.5], [a|b], BREAK, AND; \\( is a bracket.",
-            Panel.PICTURE, (), metavar="PROMPT",
+            Panel.PICTURE, (), metavar="PROMPT", default="the model's own, if it has any",
         ),
     )  # fmt: skip
     negative_prompt: str | None = option(None, Option("What not to draw.", Panel.PICTURE, ("--negative-prompt", "-n")))
@@ -131,6 +132,9 @@ class RenderRequest(ModelOptions):
     )
 
     tiny_vae: str | None = option(None, shared.TINY_VAE)
+
+    loras: tuple[Lora, ...] = option((), shared.LORA)
+    lora_dir: Path | None = option(None, shared.LORA_DIR)
 
     preset: Preset | None = option(
         None,
@@ -283,6 +287,7 @@ class RenderRequest(ModelOptions):
 
     def __post_init__(self) -> None:
         coerce(self)
+        object.__setattr__(self, "loras", read_loras(self.loras))
         if self.seed == -1:  # as on the command line: drawn at random
             object.__setattr__(self, "seed", None)
         for name, side in (("size", self.size), ("width", self.width), ("height", self.height)):
