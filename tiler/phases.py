@@ -123,7 +123,7 @@ def start(
     found = family.checkpoint
     settings = resolve(request, family)
     if not planning or request.output is not None:
-        check_picture(settings.output, force=settings.force or job.is_finished)
+        check_picture(settings.output, settings.format, force=settings.force or job.is_finished)
     check_size(settings.output, settings.format, settings.width, settings.height)
     if settings.save_latents is not None:
         check_writable(settings.save_latents, force=settings.force or job.resumed, option="--save-latents")

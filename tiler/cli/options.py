@@ -137,8 +137,9 @@ def _parameter(field: Field[Any], kind: Any) -> inspect.Parameter:
     option: Option = field.metadata["option"]
     shown: dict[str, Any] = {"help": _help(field), "rich_help_panel": option.panel.value, "show_default": False}
     shown["metavar"] = option.metavar or _metavar(kind)
-    if field.name == "model":
-        shown["autocompletion"] = completion.model_names
+    names = {"model": completion.model_names, "loras": completion.lora_names}
+    if field.name in names:
+        shown["autocompletion"] = names[field.name]
     default = field.default
     if kind == tuple[str, ...]:
         kind = list[str]

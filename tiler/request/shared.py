@@ -6,8 +6,8 @@ from tiler.request.loras import parse_lora
 from tiler.request.options import Option, Panel
 
 OUTPUT = Option(
-    "The picture to write: .png, .jpg, .pdf, .tif, .webp or .avif; - is standard output, for a pipe. WebP and AVIF need "
-    "memory for the whole picture.",
+    "The picture to write: .png, .jpg, .pdf, .tif, .webp or .avif; - is standard output, for a pipe. WebP and AVIF "
+    "need memory for the whole picture.",
     Panel.OUTPUT, ("--output", "-o"), default="tiler.png",
 )  # fmt: skip
 FORMAT = Option(
@@ -89,3 +89,11 @@ PREVIEW_INTERVAL = Option(
 )  # fmt: skip
 METADATA = Option("Write no prompt, seed or settings into the file.", Panel.OUTPUT, ("--no-metadata",), off=True)
 FORCE = Option("Replace existing output files.", Panel.OUTPUT, ("--force", "-f"))
+RESTART = Option("Begin anew where an interrupted job of this picture was left.", Panel.OUTPUT, ("--restart",))
+KEEP_JOB = Option("Keep the job's folder when the picture is finished.", Panel.OUTPUT, ("--keep-job",))
+JOB_DIR = Option(
+    "Folder for the jobs of interrupted runs.", Panel.OUTPUT, ("--job-dir",), default="beside the output"
+)  # fmt: skip
+SCALE = Option(
+    "Enlarge the picture of --guide so many times; its size decides the size.", Panel.PICTURE, ("--scale",)
+)  # fmt: skip
