@@ -78,7 +78,8 @@ def test_lines_of_prompts_as_automatic1111_reads_them(tmp_path: Path) -> None:
     assert (plain.prompt, plain.words) == ("a plain prompt", ())
     assert one.prompt == "photo of sunset"
     assert one.words == (
-        "--negative-prompt=orange, pink", "--width=1024", "--scheduler=DPM++ 2M Karras", "--steps=10", "--cfg-scale=3", "--seed=9",
+        "--negative-prompt=orange, pink", "--width=1024", "--scheduler=DPM++ 2M Karras", "--steps=10", "--cfg-scale=3",
+        "--seed=9",
     )  # fmt: skip
     assert two.words == (*one.words, "--seed=10")
     assert tiled.words == ("--wrap=xy",) and output_of(tiled, tmp_path).parent == tmp_path / "walls"

@@ -24,7 +24,8 @@ MaxRam = Annotated[
     str,
     typer.Option(
         "--max-ram", "--budget", rich_help_panel=Panel.MEMORY, metavar="SIZE", show_default=False,
-        help=r"Ceiling for the resident memory of the whole process, like 1.5GiB; auto: nine tenths of what is free now. [dim]\[default: 800MB][/dim]",
+        help="Ceiling for the resident memory of the whole process, like 1.5GiB; auto: nine tenths of what is free. "
+        r"[dim]\[default: 800MB][/dim]",
     ),
 ]  # fmt: skip
 Threads = Annotated[

@@ -29,7 +29,8 @@ Seeds = Annotated[
     str | None,
     typer.Option(
         "--seed", "-s", rich_help_panel=Panel.PICTURE, metavar="N[,N…]", show_default=False,
-        help=r"The same seed gives the same picture; -1 draws one at random; 1,2,3 makes three pictures. [dim]\[default: random][/dim]",
+        help="The same seed gives the same picture; -1 draws one at random; 1,2,3 makes three pictures. "
+        r"[dim]\[default: random][/dim]",
     ),
 ]  # fmt: skip
 Count = Annotated[

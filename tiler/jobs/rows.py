@@ -20,13 +20,14 @@ NAME = "{index:03}-{prompt}.png"  # of a picture whose row names no output
 _OTHER_NAMES = {"sampler": "scheduler", "cfg": "cfg-scale"}
 # AUTOMATIC1111's tags (github.com/AUTOMATIC1111/stable-diffusion-webui/wiki/Features#prompts-from-file), by our keys.
 _TAGS = {
-    "prompt": "prompt", "negative_prompt": "negative-prompt", "seed": "seed", "steps": "steps", "cfg_scale": "cfg-scale",
-    "width": "width", "height": "height", "sampler_name": "scheduler", "sd_model": "model", "outpath_samples": "folder",
-    "batch_size": "batch_size", "n_iter": "n_iter", "tiling": "tiling",
+    "prompt": "prompt", "negative_prompt": "negative-prompt", "seed": "seed", "steps": "steps",
+    "cfg_scale": "cfg-scale", "width": "width", "height": "height", "sampler_name": "scheduler",
+    "sd_model": "model", "outpath_samples": "folder", "batch_size": "batch_size",
+    "n_iter": "n_iter", "tiling": "tiling",
 }  # fmt: skip
 _WITHOUT_EFFECT = frozenset(
-    ("restore_faces", "outpath_grids", "prompt_for_display", "styles", "subseed", "subseed_strength", "seed_resize_from_h",
-     "seed_resize_from_w", "sampler_index", "do_not_save_samples", "do_not_save_grid")
+    ("restore_faces", "outpath_grids", "prompt_for_display", "styles", "subseed", "subseed_strength",
+     "seed_resize_from_h", "seed_resize_from_w", "sampler_index", "do_not_save_samples", "do_not_save_grid")
 )  # fmt: skip
 
 
