@@ -44,19 +44,9 @@ from tiler.request.regions import Region
 
 # Fields that say where and how a picture is made; all others decide its bytes.
 OF_THE_MACHINE = (
-    "output",
-    "format",
-    "save_latents",
-    "cache_dir",
-    "preview",
-    "preview_interval",
-    "prompt_embeds",
-    "scratch",
-    "force",
-    "restart",
-    "keep_job",
-    "job_dir",
-)
+    "output", "format", "save_latents", "cache_dir", "preview", "preview_interval", "prompt_embeds", "scratch", "force",
+    "restart", "keep_job", "job_dir",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

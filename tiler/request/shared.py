@@ -44,8 +44,8 @@ EMBD_DIR = Option(
     Panel.MODEL, ("--embd-dir",), metavar="FOLDER",
 )  # fmt: skip
 LORA = Option(
-    "A LoRA, LoCon, LoHa, LoKr or DoRA (.safetensors), or the name of one in the lora_dirs; may be given several times. FILE=0.8 "
-    "adds that much of it, FILE=0.8:0.5 half to the text encoders.",
+    "A LoRA, LoCon, LoHa, LoKr or DoRA (.safetensors), or the name of one in the lora_dirs; may be given several "
+    "times. FILE=0.8 adds that much of it, FILE=0.8:0.5 half to the text encoders.",
     Panel.MODEL, ("--lora",), parse=parse_lora, metavar="FILE[=M]", many=True,
 )  # fmt: skip
 LORA_DIR = Option(
