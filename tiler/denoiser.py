@@ -16,11 +16,12 @@ from tiler.compute.stream import Streamer
 from tiler.diffusion.prompts import Prompts
 from tiler.diffusion.runner import Conditions, LocalRunner
 from tiler.memory.policy import at_layer
-from tiler.models.family import Options, Role
+from tiler.models.family import Family, Options, Role
 from tiler.models.samples import Sample
 from tiler.planning.render import RenderPlan, build_schedule
 from tiler.request import Precision, ResolvedRequest
 from tiler.run import Names, Run, streamed
+from tiler.weights.identity import model_id
 from tiler.weights.index import TensorInfo
 from tiler.weights.packed import default_cache
 
@@ -60,6 +61,11 @@ def prepare_weights(run: DenoiserRun) -> None:
         index = packing.prepare_int8(run.models, cache, run.budget, run.on_event)
         parts = packing.packed_parts(run.plan.family)
         run.weights = {part.name: (index, packing.packed_names(part)) for part in parts}
+
+
+def denoiser_id(family: Family) -> str:
+    """Tells the denoiser's weights and config and the scheduler's: what every process that predicts tiles of one canvas must have alike."""
+    return model_id(family.checkpoint, [family.part(Role.DENOISER).name])
 
 
 @contextmanager

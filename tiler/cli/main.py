@@ -26,6 +26,7 @@ from tiler.cli import (
     quantize,
     render,
     resume,
+    worker,
 )
 from tiler.cli.terminal import prepare_signals, prepare_streams, silence
 from tiler.errors import Interrupted, TilerError
@@ -76,6 +77,7 @@ app.command("plan")(plan.command)
 app.command("encode")(encode.command)
 app.command("decode")(decode.command)
 app.command("quantize")(quantize.command)
+app.command("worker")(worker.command)
 app.command("info")(info.command)
 app.command("doctor")(doctor.command)
 app.command("models")(models.command)
@@ -104,7 +106,7 @@ def _main(
 
 def main() -> None:
     """Entry point. Exit codes: 0 ok, 1 bug, 2 usage, 3 model, 4 refused by the plan, 5 ceiling reached, 6 I/O, 7 NaN,
-    8 locked, 9 offline, 10 job damaged or another picture's, 129, 130 and 143 interrupted."""
+    8 locked, 9 offline, 10 job damaged or another picture's, 11 cluster, 129, 130 and 143 interrupted."""
     prepare_streams()
     prepare_signals()
     code: Any = 0

@@ -201,8 +201,8 @@ def _values(offered: list[Field[Any]], given: Mapping[str, Any]) -> dict[str, An
     return values
 
 
-def prepare_process(threads: int | None) -> None:
-    """What must be set before torch is imported: allocator, threads, quiet libraries. Then torch is."""
+def prepare_process(threads: int | None, *, torch: bool = True) -> None:
+    """What must be set before torch is imported: allocator, threads, quiet libraries. Then `torch` is, if it is wanted now."""
     from tiler.memory.lean_imports import lean_torch
     from tiler.memory.limits import check_user_limits, limited_cpus
     from tiler.memory.process import frugal_allocator
@@ -216,7 +216,8 @@ def prepare_process(threads: int | None) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     if threads is not None:
         os.environ["OMP_NUM_THREADS"] = str(threads)
-    lean_torch()
+    if torch:
+        lean_torch()
 
 
 def check_report(report: Path | None, *outputs: Path | None, force: bool) -> None:

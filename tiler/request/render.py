@@ -32,6 +32,7 @@ from tiler.request.choices import (
     parse_scheduler,
     within,
 )
+from tiler.request.cluster import check_cluster
 from tiler.request.model import ModelOptions
 from tiler.request.options import Option, Panel, coerce, option
 from tiler.request.paper import parse_length, parse_paper
@@ -48,6 +49,9 @@ OF_THE_MACHINE = (
     "restart",
     "keep_job",
     "job_dir",
+    "cluster",
+    "keys",
+    "insecure",
 )
 
 
@@ -248,6 +252,17 @@ class RenderRequest(ModelOptions):
     scratch: Path | None = option(None, shared.SCRATCH)
     scratch_dtype: ScratchDtype = option(ScratchDtype.FP16, shared.SCRATCH_DTYPE)
 
+    cluster: str | None = option(
+        None,
+        Option(
+            "Let others predict the tiles of the canvas; the picture is the same. local:N starts N processes that share "
+            "--max-ram; listen waits for `tiler worker` on port 8786; tls://HOST:8786 joins a `dask scheduler`.",
+            Panel.CLUSTER, ("--cluster",), metavar="WHERE", default="this process alone",
+        ),
+    )  # fmt: skip
+    keys: Path | None = option(None, shared.KEYS)
+    insecure: bool = option(False, shared.INSECURE)
+
     output: Path | None = option(None, shared.OUTPUT)
     save_latents: Path | None = option(
         None, Option("Also write the final latents (safetensors).", Panel.OUTPUT, ("--save-latents",))
@@ -298,6 +313,8 @@ class RenderRequest(ModelOptions):
 
     def _check_combinations(self) -> None:
         check_decode(self.decode, self.tiny_vae)
+        if self.cluster is not None:
+            check_cluster(self.cluster, self.keys, insecure=self.insecure)
         changed = ("--clip-skip", self.clip_skip), ("--embd-dir", self.embd_dir)
         given = [flag for flag, value in changed if value is not None]
         given += ["--emphasis"] if self.emphasis is not Emphasis.ORIGINAL else []

@@ -61,3 +61,11 @@ WRAP = Option(
 DPI = Option("Pixels per inch, stored in the file.", Panel.PICTURE, ("--dpi",), default="300 with --paper")
 METADATA = Option("Write no prompt, seed or settings into the file.", Panel.OUTPUT, ("--no-metadata",), off=True)
 FORCE = Option("Replace existing output files.", Panel.OUTPUT, ("--force", "-f"))
+KEYS = Option(
+    "Folder with the pair of keys that every machine of a cluster has; `tiler cluster keys FOLDER` makes it.",
+    Panel.CLUSTER, ("--keys",), metavar="FOLDER",
+)  # fmt: skip
+INSECURE = Option(
+    "Let a cluster work without keys: whoever reaches its ports can run code on each of its machines.",
+    Panel.CLUSTER, ("--insecure",),
+)  # fmt: skip
