@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 
 from tiler.cli import (
     cache,
+    cluster,
     config,
     decode,
     doctor,
@@ -83,6 +84,7 @@ app.command("doctor")(doctor.command)
 app.command("models")(models.command)
 app.add_typer(cache.app, name="cache")
 app.add_typer(config.app)
+app.add_typer(cluster.app)
 
 
 def _version(asked: bool) -> None:

@@ -16,7 +16,7 @@ import typer
 from tiler.cli import layers
 from tiler.cli.repeat import repeat
 from tiler.errors import UsageError
-from tiler.request import Region, read_regions
+from tiler.request import Region, read_regions, shared
 from tiler.request.choices import MAX_SEED
 from tiler.request.options import Option, Panel
 
@@ -68,6 +68,11 @@ From = Annotated[
         help="Repeat a picture by what its file says; options given beside it win. Reads what `tiler info` reads.",
     ),
 ]  # fmt: skip
+Keys = Annotated[
+    Path | None,
+    typer.Option("--keys", metavar="FOLDER", help=shared.KEYS.help, envvar="TILER_KEYS", show_envvar=False),
+]
+Insecure = Annotated[bool, typer.Option("--insecure", help=shared.INSECURE.help)]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", rich_help_panel=Panel.OUTPUT, help="No progress; errors only.")]
 Json = Annotated[
     bool, typer.Option("--json", rich_help_panel=Panel.OUTPUT, help="Print one JSON object on standard output.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import socket
 from pathlib import Path
 from typing import Annotated
@@ -13,7 +12,7 @@ import typer
 from tiler.cli import options as o
 from tiler.errors import UsageError
 from tiler.memory.budget import Budget
-from tiler.request.cluster import check_address, parse_cluster
+from tiler.request.cluster import check_address, scheduler_of
 from tiler.request.options import Panel
 
 
@@ -21,11 +20,7 @@ def command(
     address: Annotated[
         str, typer.Argument(metavar="ADDRESS", help="Of the render or `dask scheduler` to join: tls://HOST:8786, or file:PATH.")
     ],
-    keys: Annotated[
-        Path | None,
-        typer.Option("--keys", metavar="FOLDER", help="Folder with the keys that `tiler cluster keys` made.",
-                     envvar="TILER_KEYS", show_envvar=False),
-    ] = None,
+    keys: o.Keys = None,
     model: Annotated[
         list[str] | None,
         typer.Option("--model", "-m", metavar="NAME=PATH", help="Where the model lies that renders call NAME; may be repeated. "
@@ -44,9 +39,7 @@ def command(
     ] = None,
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port to listen on; 0 is any.")] = 0,
     once: Annotated[bool, typer.Option("--once", help="End with the connection, instead of joining again.")] = False,
-    insecure: Annotated[
-        bool, typer.Option("--insecure", help="Join without keys: whoever reaches the ports can run code here.")
-    ] = False,
+    insecure: o.Insecure = False,
     quiet: o.Quiet = False,
 ) -> None:  # fmt: skip
     """Predict tiles for the renders of another process or machine, under a memory ceiling of its own.
@@ -59,16 +52,14 @@ def command(
         if not is_named or not known or not place:
             raise UsageError(f"--model {text!r}: write NAME=PATH, like --model org/name=/data/sd15")
         models[known] = str(Path(place).expanduser()) if Path(place).expanduser().exists() else place
-    if not re.fullmatch(r"(tls|tcp)://[^\s/]+:\d{1,5}", address):
-        found = parse_cluster(address)  # file: or env
-        from tiler.cluster.engine import scheduler_address
-
-        address = scheduler_address(found)
-    check_address(address, keys, insecure=insecure)
+    cluster = scheduler_of(address, keys, insecure=insecure)
     budget = Budget(max_ram)
     o.prepare_process(threads, torch=False)
+    from tiler.cluster.engine import scheduler_address
     from tiler.cluster.worker import Joining, work
 
+    address = scheduler_address(cluster)
+    check_address(address, keys, insecure=insecure)
     work(
         Joining(
             address=address, name=name or f"{socket.gethostname()}-{os.getpid()}", keys=keys, models=models, once=once,

@@ -40,14 +40,24 @@ class Bench:
         self._stack = ExitStack()
         self._runner: Runner | None = None
         self._batch = 1
+        self._digest, self._tiles, self._seconds = "", 0, 0.0  # of this job
 
     @property
     def peak_rss_bytes(self) -> int:
         return self._budget.peak_rss_bytes
 
+    def facts(self) -> dict[str, object]:
+        """What `tiler cluster status` shows."""
+        pace = self._seconds / self._tiles if self._tiles else 0.0
+        return {
+            "job": self.job, "digest": self._digest, "tiles": self._tiles, "seconds_per_tile": pace,
+            "peak_rss_bytes": self.peak_rss_bytes,
+        }  # fmt: skip
+
     def close(self) -> None:
         """Let the denoiser go."""
         self.job, self._runner = "", None
+        self._digest, self._tiles, self._seconds = "", 0, 0.0
         self._stack.close()
         process.trim()
 
@@ -92,8 +102,9 @@ class Bench:
         self.predict(step, [window], latents)  # code is read from the disk, kernels are compiled
         start = time.perf_counter()
         prediction = self.predict(step, [window], latents)
+        self._digest = hashlib.sha256(np.ascontiguousarray(prediction).tobytes()).hexdigest()[:16]
         return Greeting(
-            digest=hashlib.sha256(np.ascontiguousarray(prediction).tobytes()).hexdigest()[:16],
+            digest=self._digest,
             seconds=time.perf_counter() - start, batch=self._batch, threads=torch.get_num_threads(),
             max_ram_bytes=self._budget.max_bytes, peak_rss_bytes=self.peak_rss_bytes,
         )  # fmt: skip
@@ -102,9 +113,11 @@ class Bench:
     def predict(self, step: int, windows: Sequence[Window], latents: np.ndarray) -> np.ndarray:
         """(n, C, h, w) fp32 → the guided predictions, (n, C, h, w). Raises TilerError."""
         assert self._runner is not None
+        start = time.perf_counter()
         tiles = [tile_of(window, torch.from_numpy(one)) for window, one in zip(windows, latents, strict=True)]
         predictions = torch.stack(list(self._runner.predict(step, tiles)))
         self._budget.check("cluster")
+        self._tiles, self._seconds = self._tiles + len(tiles), self._seconds + time.perf_counter() - start
         return predictions.numpy()
 
 

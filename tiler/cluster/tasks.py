@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from tiler.cluster.shared import Answer, Greeting, SharedJob, Window
 from tiler.errors import NumericalError, TilerError
 from tiler.memory.limits import is_out_of_memory
+from tiler.memory.process import read_rss
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,12 +25,17 @@ class _Desk:
 
     opener: Callable[[], Bench] | None = None
     bench: Bench | None = None
+    facts: Mapping[str, object] = MappingProxyType({})
     lock = threading.Lock()  # a worker that has joined again may still be in a pass of before
 
 
-def begin(opener: Callable[[], Bench]) -> None:
+def begin(opener: Callable[[], Bench], max_ram_bytes: int) -> None:
     """From now on this process is a worker."""
     _Desk.opener, _Desk.bench = opener, None
+    _Desk.facts = {
+        "job": "", "digest": "", "tiles": 0, "seconds_per_tile": 0.0, "max_ram_bytes": max_ram_bytes,
+        "peak_rss_bytes": read_rss().now,
+    }  # fmt: skip
 
 
 def hello(job: bytes, step: int, window: tuple[float, ...], latents: np.ndarray) -> str:
@@ -57,6 +65,13 @@ def predict(job: str, step: int, windows: Sequence[tuple[float, ...]], latents: 
             is_numerical = isinstance(error, NumericalError)
             return Answer(None, time.perf_counter() - start, bench.peak_rss_bytes, _explained(error), is_numerical)
         return Answer(predictions, time.perf_counter() - start, bench.peak_rss_bytes)
+
+
+def facts() -> str:
+    """What `tiler cluster status` shows, as JSON."""
+    if _Desk.opener is None:
+        return json.dumps({"error": "is no `tiler worker`"})
+    return json.dumps(dict(_Desk.facts) | {"rss_bytes": read_rss().now} | (_Desk.bench.facts() if _Desk.bench else {}))
 
 
 def _explained(error: Exception) -> str:

@@ -60,7 +60,7 @@ def work(joining: Joining, budget: Budget) -> None:
     folder = tempfile.mkdtemp(prefix="tiler-worker-")
     try:
         with budget:
-            tasks.begin(lambda: _open_bench(budget, joining.models))
+            tasks.begin(lambda: _open_bench(budget, joining.models), budget.max_bytes)
             code = asyncio.run(_stay(joining, security, folder))
     finally:
         shutil.rmtree(folder, ignore_errors=True)

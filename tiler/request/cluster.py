@@ -107,3 +107,10 @@ def check_cluster(text: str, keys: Path | None, *, insecure: bool) -> Cluster:
     elif cluster.where is Where.CONNECT:
         check_address(cluster.address, keys, insecure=insecure)
     return cluster
+
+
+def scheduler_of(text: str, keys: Path | None, *, insecure: bool) -> Cluster:
+    """A scheduler that runs already, for those that join it. Raises UsageError."""
+    if not text.startswith(("tls://", "tcp://", "file:")) and text != "env":
+        raise UsageError(f"{text!r} is no address of a scheduler: tls://HOST:PORT, file:PATH or env")
+    return check_cluster(text, keys, insecure=insecure)
