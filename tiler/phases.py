@@ -50,6 +50,16 @@ from tiler.run import Run, measure
 from tiler.weights.identity import model_id
 
 
+class WorkerUse(NamedTuple):
+    """What a worker of a cluster did for a render, under its own ceiling."""
+
+    name: str
+    tiles: int
+    seconds: float
+    peak_rss_bytes: int
+    max_ram_bytes: int
+
+
 @dataclass(kw_only=True)
 class RenderRun(DenoiserRun):
     """One render under way."""
@@ -58,6 +68,7 @@ class RenderRun(DenoiserRun):
     job: Job
     spoken: Spoken
     texts: dict[str, str] = field(default_factory=dict)  # what the picture will say of itself
+    workers: list[WorkerUse] = field(default_factory=list)  # of a cluster, that predicted tiles
 
     @cached_property
     def model_id(self) -> str:

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from tiler.cli import layers
 from tiler.cli import options as o
 from tiler.errors import UsageError
 from tiler.memory.budget import Budget
@@ -17,6 +18,7 @@ from tiler.request.options import Panel
 
 
 def command(
+    context: typer.Context,
     address: Annotated[
         str, typer.Argument(metavar="ADDRESS", help="Of the render or `dask scheduler` to join: tls://HOST:8786, or file:PATH.")
     ],
@@ -47,7 +49,10 @@ def command(
     The weights are read from this machine's disk. Waits for work, and joins again when the connection is lost.
     """
     models = dict[str, str]()
-    for text in model or ():
+    typed = (
+        layers.layer_of(context, "model") is layers.Layer.TYPED
+    )  # what the configuration file says is one model's name
+    for text in (model or ()) if typed else ():
         known, is_named, place = text.partition("=")
         if not is_named or not known or not place:
             raise UsageError(f"--model {text!r}: write NAME=PATH, like --model org/name=/data/sd15")

@@ -39,11 +39,10 @@ def share_of(run: DenoiserRun, workers: int) -> int:
     ).memory.smallest_bytes
     if room // workers < least:
         fitting = max(0, room // least)
-        advice = f"local:{fitting} fits" if fitting else "no worker does"
+        fits = f"local:{fitting} fits" if fitting else "no worker fits beside it"
         raise BudgetRefused(
-            f"--cluster local:{workers}: beside this process's {format_mb(own)} of {format_mb(run.budget.max_bytes)} there is "
-            f"room for {fitting} workers of at least {format_mb(least)} each: {advice}; raise --max-ram to "
-            f"{-(-(own + workers * least) // 10**6)}MB for {workers}"
+            f"--cluster local:{workers}: of {format_mb(run.budget.max_bytes)} this process takes {format_mb(own)}, and a worker needs "
+            f"{format_mb(least)}: {fits}; {workers} need --max-ram {-(-(own + workers * least) // 10**6)}MB"
         )
     return room // workers
 

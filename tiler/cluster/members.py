@@ -13,6 +13,7 @@ from tiler.cluster import tasks
 from tiler.cluster.shared import Greeting, Window
 from tiler.cluster.sharing import Pace
 from tiler.memory.budget import format_mb
+from tiler.phases import WorkerUse
 
 if TYPE_CHECKING:
     from tiler.cluster.engine import Engine
@@ -72,10 +73,13 @@ class Members:
         self._looked = self._first_greeting = 0.0
         self._deserted_since = time.monotonic()
 
-    @property
-    def all(self) -> list[Member]:
-        """Those that predicted something, the ones that have gone included."""
-        return [m for m in (*self._gone, *self._members.values()) if m.tiles]
+    def uses(self) -> list[WorkerUse]:
+        """What each that predicted something did, those that have gone included."""
+        return [
+            WorkerUse(m.name, m.tiles, m.seconds, m.peak_rss_bytes, m.greeting.max_ram_bytes)
+            for m in (*self._gone, *self._members.values())
+            if m.tiles and m.greeting is not None
+        ]
 
     def ready(self) -> list[Member]:
         """Those that may have tasks."""

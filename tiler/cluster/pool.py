@@ -52,14 +52,14 @@ class _Step:
 
 class Pool:
     """A `Runner`, and a context manager. `open_local` opens the runner of this process, for when no worker is left; `check` is
-    called often, and may raise to stop the run."""
+    called often, and may raise to stop the run; samples are added to `counts`."""
 
     def __init__(
         self, members: Members, job: str, open_local: Callable[[], AbstractContextManager[Runner]],
-        check: Callable[[], None], note: Callable[[str], None],
+        check: Callable[[], None], note: Callable[[str], None], counts: dict[str, int],
     ) -> None:  # fmt: skip
         self._members, self._job, self._open_local = members, job, open_local
-        self._check, self._note = check, note
+        self._check, self._note, self._counts = check, note, counts
         self._groups: dict[int, Group] = {}  # by ticket
         self._stack = ExitStack()
         self._local: Runner | None = None
@@ -171,6 +171,7 @@ class Pool:
             if (tile := step.tiles.get(number)) is not None:
                 found = torch.from_numpy(np.ascontiguousarray(prediction))
                 check_finite(found, step.number, tile.region)
+                self._counts["denoiser_samples"] += tile.region.samples
                 self._answer(number, found, step)
 
     def _answer(self, number: int, prediction: Tensor, step: _Step) -> None:

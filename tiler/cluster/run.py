@@ -71,9 +71,20 @@ def _open_pool(cluster: Cluster, share: int, run: RenderRun, prompts: Prompts) -
             run.note(f"waiting for workers at {engine.address}")
         asked = Probe(job.to_bytes(), run.plan.begin, Window.of(probe), probe.latents.numpy(), probe.region.samples)
         members = Members(engine, asked, run.note, _PATIENCE, may_come)
-        yield stack.enter_context(
-            Pool(members, job.name, partial(open_denoiser, run, prompts), partial(run.budget.check, "canvas"), run.note)
+        pool = stack.enter_context(
+            Pool(
+                members,
+                job.name,
+                partial(open_denoiser, run, prompts),
+                partial(run.budget.check, "canvas"),
+                run.note,
+                run.counts,
+            )
         )
+        try:
+            yield pool
+        finally:
+            run.workers = members.uses()
 
 
 def _probe(run: RenderRun) -> Tile:

@@ -6,6 +6,7 @@ import asyncio
 import os
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from tiler.cluster.engine import LOOPBACK, security_of
 from tiler.cluster.missing import explained
 from tiler.errors import ClusterError
 from tiler.memory.budget import Budget
+from tiler.request.cluster import host_of
 
 with explained():
     from distributed import Worker
@@ -94,6 +96,7 @@ async def _stay(joining: Joining, security: Any, folder: str) -> int:
     while not stopped.is_set():
         worker = _Worker(
             joining.address, nthreads=1, name=joining.name, memory_limit=0, security=security, local_directory=folder,
+            host=local_host(joining.address),
             dashboard=False, dashboard_address=LOOPBACK, contact_address=joining.contact_address, port=joining.port or None,
             death_timeout=_SECONDS,
         )  # fmt: skip
@@ -118,6 +121,20 @@ async def _stay(joining: Joining, security: Any, folder: str) -> int:
             break
         await asyncio.wait((stopping,), timeout=_AGAIN)
     return 128 + signals[0] if signals else 0
+
+
+def local_host(address: str) -> str:
+    """The address of this machine by which the scheduler at `address` is reached: the one that a worker listens on."""
+    host = host_of(address).strip("[]")
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(found[0], socket.SOCK_DGRAM) as probe:
+            probe.connect((found[4][0], 80))  # sends nothing
+            return str(probe.getsockname()[0])
+    except OSError as error:
+        raise ClusterError(
+            f"{host}: no such host, or no way to it ({error}); check the name and the network"
+        ) from error
 
 
 def _say(joining: Joining, text: str) -> None:
