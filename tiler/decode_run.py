@@ -13,10 +13,11 @@ from tiler.memory.budget import Budget
 from tiler.memory.limits import memory_warning
 from tiler.models import family as families
 from tiler.output.latents import LatentsFile
-from tiler.output.picture import check_picture
+from tiler.output.picture import check_picture, check_size
 from tiler.phases import Decoding, open_models
 from tiler.planning.render import plan_decode
 from tiler.planning.table import MemoryPlan
+from tiler.planning.whole import whole_picture
 from tiler.request import DecodeRequest
 from tiler.run import Run, measure
 
@@ -49,10 +50,12 @@ def start(request: DecodeRequest, budget: Budget, on_event: OnEvent) -> Iterator
         facts = measure(scratch)
         space = ScratchSpace(scratch, facts.scratch_free_bytes, request.scratch_dtype)
         height, width = latents.shape[2:]
-        how, plan, resident = plan_decode(
-            models, (height, width), facts, budget.max_bytes, decode=request.decode, space=space, wrap=request.wrap
-        )
         box = latents.picture_box
+        check_size(output, request.format, box.width, box.height)
+        how, plan, resident = plan_decode(
+            models, (height, width), facts, budget.max_bytes, decode=request.decode, space=space, wrap=request.wrap,
+            whole=whole_picture(output, request.format, box.width, box.height),
+        )  # fmt: skip
         run = DecodeRun(
             models=models,
             budget=budget,

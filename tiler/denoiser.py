@@ -18,6 +18,7 @@ from tiler.diffusion.runner import Conditions, LocalRunner
 from tiler.memory.policy import at_layer
 from tiler.models.family import Family, Options, Role
 from tiler.models.samples import Sample
+from tiler.planning.peaks import bf16_keys
 from tiler.planning.render import RenderPlan, build_schedule
 from tiler.request import Precision, ResolvedRequest
 from tiler.run import Names, Run, streamed
@@ -74,7 +75,8 @@ def open_denoiser(run: DenoiserRun, prompts: Prompts, phase: str = "canvas") -> 
     request, plan = run.request, run.plan
     family, part = plan.family, plan.family.part(Role.DENOISER)
     denoiser, short = run.models.module(part), partial(run.budget.short, plan.sample_bytes)
-    held = dict[str, Any](arena_bytes=plan.arena_bytes, transform=True, short=short)
+    halves = bf16_keys(part, denoiser, plan.precision)
+    held = dict[str, Any](bf16_keys=halves, arena_bytes=plan.arena_bytes, transform=True, short=short)
     with run.streamed(denoiser, *run.weights[part.name], plan.resident[phase], **held) as streamer:
         check = at_layer(run.budget, plan.memory.peak_bytes)
         scales = {request.guidance_scale, *(r.guidance_scale for r in request.regions if r.guidance_scale is not None)}

@@ -83,5 +83,5 @@ def encode(run: EncodeRun) -> None:
     weights = {part.name: (family.checkpoint.weights(part.name), part.aliases) for part in family.encoders}
     with run.phase("encode prompts", 1):
         found = encoding.encode_prompts(run, weights, run.spoken)
-        words = Words(run.output, found, kind_of(family), request.prompts, request.negative_prompts)
+        words = Words(run.output, found, kind_of(family), run.spoken.read_as, request.prompts, request.negative_prompts)
         write_words(run.output, words, replace=request.force)

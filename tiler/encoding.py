@@ -8,12 +8,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tiler.compute import onednn
-from tiler.errors import StorageError
+from tiler.errors import StorageError, UsageError
 from tiler.models.built import Models
 from tiler.models.embeds import Encoded, PromptCache, Text, Words, prompts_folder
 from tiler.models.family import Family, Part
 from tiler.models.prompting import read_options
-from tiler.models.reading import Reading
+from tiler.models.reading import ReadAs, Reading
+from tiler.native.library import has_bf16
 from tiler.planning.render import choose_precision
 from tiler.request import Emphasis, Precision, RenderRequest, ResolvedRequest
 from tiler.request.wording import may_be_long
@@ -26,11 +27,12 @@ Weights = Mapping[str, tuple[dict[str, TensorInfo], Names]]
 
 @dataclass(frozen=True, kw_only=True)
 class Spoken:
-    """All texts of a run, how they are read, those that are `encoded` already, and the `cache` that keeps the others once they
-    are."""
+    """All texts of a run, how they are read or were `read_as`, those that are `encoded` already, and the `cache` that keeps the
+    others once they are."""
 
     texts: Sequence[Text]
     reading: Reading
+    read_as: ReadAs
     encoded: Mapping[Text, Encoded]
     cache: PromptCache | None
 
@@ -40,8 +42,21 @@ class Spoken:
 
 
 def with_words(request: RenderRequest, words: Words | None) -> RenderRequest:
-    """The request with what its file of encoded prompts says where it says nothing itself: what to draw, and what not."""
-    if words is None or request.prompt is not None or request.regions or not words.prompts:
+    """The request with what its file of encoded prompts says where it says nothing itself: what to draw, what not, and how these
+    were read. Raises UsageError where it asks for another reading."""
+    if words is None:
+        return request
+    was = words.read_as
+    for flag, said, here in (
+        ("--emphasis", None if request.emphasis is Emphasis.ORIGINAL else request.emphasis, was.emphasis),
+        ("--clip-skip", request.clip_skip, was.clip_skip),
+    ):
+        if said not in (None, here):
+            raise UsageError(
+                f"{words.path}: encoded with {flag} {here}; leave out {flag} {said}, or give it to `tiler encode`"
+            )
+    request = replace(request, emphasis=was.emphasis, clip_skip=was.clip_skip if was.clip_skip > 1 else None)
+    if request.prompt is not None or request.regions or not words.prompts:
         return request
     negative = request.negative_prompt
     if negative is None and words.negative_prompts:
@@ -50,8 +65,8 @@ def with_words(request: RenderRequest, words: Words | None) -> RenderRequest:
 
 
 def precision_of(request: ResolvedRequest, family: Family) -> Precision:
-    """Fp32 or int8, as the plan will have it."""
-    return choose_precision(request.precision, family, onednn.int8())[0]
+    """As the plan will have it."""
+    return choose_precision(request.precision, family, onednn.int8(), bf16=has_bf16())[0]
 
 
 def find_prompts(
@@ -62,27 +77,19 @@ def find_prompts(
     family = models.family
     if words is not None:
         words.check(family)
-        reading = Reading()
+        reading, read_as = Reading(), words.read_as
     else:
         reading = read_options(request, models, texts)
-    long = any(map(may_be_long, texts)) or reading.embeddings is not None
+        read_as = reading.read_as
+    long = any(map(may_be_long, texts)) or bool(read_as.embeddings)
     if family.traits.chunked and long and "" not in texts:
         texts = [*texts, ""]  # whose chunks lengthen others
     if words is not None:
-        return Spoken(texts=texts, reading=reading, encoded=words.of(texts), cache=None)
+        return Spoken(texts=texts, reading=reading, read_as=read_as, encoded=words.of(texts), cache=None)
     if int8 is None:
         int8 = precision_of(request, family) is Precision.INT8
-    cache = PromptCache(prompts_folder(request.cache_dir), family, _options(reading), int8=int8)
-    return Spoken(texts=texts, reading=reading, encoded=cache.load(texts), cache=cache)
-
-
-def _options(reading: Reading) -> dict[str, object]:
-    """What decides embeddings beside texts, encoders and tokenizers: whatever else a request may change in them belongs here."""
-    return {
-        "clip_skip": reading.clip_skip,
-        "emphasis": Emphasis(reading.emphasis).value,
-        "embeddings": None if reading.embeddings is None else sorted(reading.embeddings.used.items()),
-    }
+    cache = PromptCache(prompts_folder(request.cache_dir), family, read_as, int8=int8)
+    return Spoken(texts=texts, reading=reading, read_as=read_as, encoded=cache.load(texts), cache=cache)
 
 
 def encode_prompts(run: Run, weights: Weights, spoken: Spoken) -> dict[Text, Encoded]:

@@ -41,9 +41,11 @@ from tiler.models.embeds import read_words
 from tiler.models.family import Family, VaeSpec
 from tiler.models.prompting import notes_on_prompts
 from tiler.output.latents import save_latents
-from tiler.output.picture import check_picture
+from tiler.output.picture import check_picture, check_size
+from tiler.planning.advice import advise
 from tiler.planning.render import RenderPlan, build_schedule, plan_render
 from tiler.planning.resolve import resolve
+from tiler.planning.table import MemoryPlan
 from tiler.planning.tiling import pixels_of, plan_tiling
 from tiler.request import Decode, GuideUpscale, Precision, RenderRequest, ResolvedRequest
 from tiler.run import Run, measure
@@ -109,12 +111,15 @@ def start(
     settings = resolve(request, family)
     if not planning or request.output is not None:
         check_picture(settings.output, force=settings.force or job.is_finished)
+    check_size(settings.output, settings.format, settings.width, settings.height)
     if settings.save_latents is not None:
         check_writable(settings.save_latents, force=settings.force or job.resumed, option="--save-latents")
     models = open_models(family, settings.tiny_vae)
     begun = settings if job.manifest is None else replace(settings, precision=Precision(job.manifest.precision))
     spoken = encoding.find_prompts(begun, models, plan_tiling(settings, family).texts, words)
-    plan = make_plan(settings, models, budget.max_bytes, job, encoded=spoken.all_encoded)
+    plan = make_plan(
+        settings, models, budget.max_bytes, job, encoded=spoken.all_encoded, embeds=bool(spoken.read_as.embeddings)
+    )
     run = RenderRun(
         said=request, request=settings, plan=plan, models=models, budget=budget, on_event=on_event, job=job,
         spoken=spoken,
@@ -135,10 +140,16 @@ def open_models(family: Family, tiny_vae: str | None = None) -> Models:
 
 
 def make_plan(
-    request: ResolvedRequest, models: Models, max_bytes: int, job: Job | None = None, *, encoded: bool = False
+    request: ResolvedRequest,
+    models: Models,
+    max_bytes: int,
+    job: Job | None = None,
+    *,
+    encoded: bool = False,
+    embeds: bool = False,
 ) -> RenderPlan:
-    """Cut the work, build the models, look at the process and plan; no text encoder is needed for prompts that are `encoded`. What
-    a job was begun with holds. Raises TilerError."""
+    """Cut the work, build the models, look at the process and plan; no text encoder is needed for prompts that are `encoded`, and
+    those that name embeddings (`embeds`) may be longer than their words. What a job was begun with holds. Raises TilerError."""
     tiling = plan_tiling(request, models.family)
     # int8 weights are made of all parts
     models.build(encoders=not encoded or encoding.precision_of(request, models.family) is Precision.INT8)
@@ -147,11 +158,23 @@ def make_plan(
         picture = None if path is None else stack.enter_context(GuidePicture(path, canvas))
         facts = measure(request.scratch_folder, picture)
     if job is None or (begun := job.manifest) is None:
-        return plan_render(request, models, tiling, facts, max_bytes, encoded=encoded)
+        return plan_render(request, models, tiling, facts, max_bytes, encoded=encoded, embeds=embeds)
     request = replace(request, precision=Precision(begun.precision))
     methods = {name: Decode(kind) for name, kind in begun.methods.items()}
-    plan = plan_render(request, models, tiling, facts, max_bytes, methods, encoded=encoded)
+    plan = plan_render(request, models, tiling, facts, max_bytes, methods, encoded=encoded, embeds=embeds)
     return replace(plan, precision_why="as the job was begun")
+
+
+def advice(run: RenderRun) -> str:
+    """What would need less memory, where the plan does not fit and nothing of it is fixed by a job; else ""."""
+    if run.plan.memory.fits or run.job.manifest is not None:
+        return ""
+    embeds, encoded = bool(run.spoken.read_as.embeddings), run.plan.encoded
+
+    def replan(request: ResolvedRequest) -> MemoryPlan:
+        return make_plan(request, run.models, run.budget.max_bytes, encoded=encoded, embeds=embeds).memory
+
+    return advise(run.request, run.plan, replan)
 
 
 def prepare_weights(run: RenderRun) -> None:

@@ -48,7 +48,7 @@ def render(request: RenderRequest, budget: Budget | None = None, on_event: OnEve
     with budget or Budget() as budget, Job(request, on_event) as job:
         cluster.prepare(request)
         run = phases.start(request, budget, on_event, job)
-        run.plan.memory.check()
+        run.plan.memory.check(advice=phases.advice(run))
         open_runner = cluster.runner_of(run)
         lean_imports.freeze_imports()
         # Holes in the heap count as data though no page of them is resident: 315 MB were seen under a ceiling of 800 MB.
@@ -78,6 +78,8 @@ def render(request: RenderRequest, budget: Budget | None = None, on_event: OnEve
                     wanted.dpi,
                     wanted.bleed_mm,
                     force=wanted.force,
+                    format=wanted.format,
+                    quality=wanted.quality,
                     on_whole=job.note_finished,
                 )
         return Result(output=run.request.output, report=reports.of_render(run))
@@ -91,6 +93,11 @@ class Planned:
     request: ResolvedRequest
     plan: RenderPlan
     models: Models
+    advice: str  # on what would need less memory, where the plan does not fit
+
+    def check(self) -> None:
+        """Raises BudgetRefused where it does not fit."""
+        self.plan.memory.check(table=False, advice=self.advice)
 
     def facts(self) -> dict[str, Any]:
         """What `tiler plan --json` prints; measures this machine's speed for a second or two."""
@@ -105,7 +112,7 @@ def plan(request: RenderRequest, budget: Budget | None = None, on_event: OnEvent
         cluster.prepare(request)
         run = phases.start(request, budget, on_event, planning=True)
         cluster.runner_of(run)  # refuses what cannot be shared
-        return Planned(said=request, request=run.request, plan=run.plan, models=run.models)
+        return Planned(said=request, request=run.request, plan=run.plan, models=run.models, advice=phases.advice(run))
 
 
 @torch.no_grad()
@@ -115,7 +122,10 @@ def decode(request: DecodeRequest, budget: Budget | None = None, on_event: OnEve
         run.plan.check()
         lean_imports.freeze_imports()
         with closing(phases.decode(run, run.decoding, run.latents)) as rows:
-            write_picture(run.output, rows, run.width, run.height, run.texts, request.dpi, force=request.force)
+            write_picture(
+                run.output, rows, run.width, run.height, run.texts, request.dpi,
+                force=request.force, format=request.format, quality=request.quality,
+            )  # fmt: skip
         return Result(output=run.output, report=reports.of_decode(run))
 
 

@@ -22,6 +22,7 @@ from tiler.output.metadata import Facts
 from tiler.output.metadata import texts as picture_texts
 from tiler.phases import RenderRun, picture_facts
 from tiler.planning.summary import SCHEMA, with_old_names
+from tiler.request.choices import STDOUT
 from tiler.weights.index import TensorInfo
 
 
@@ -90,13 +91,17 @@ def texts(run: RenderRun) -> dict[str, str]:
         scheduler=plan.scheduler.value,
         precision=plan.precision.value, kernels=computed_by(), begin=plan.begin,
         clip_skip=plan.family.traits.clip_skip,
-        embeddings={} if run.spoken.reading.embeddings is None else run.spoken.reading.embeddings.used,
+        embeddings=run.spoken.read_as.embeddings,
     )  # fmt: skip
     return picture_texts(run.request, facts)
 
 
 def begin_job(run: RenderRun) -> None:
-    """Begin the run's job, or go on with it, and say from where. Raises JobError, JobLocked, StorageError."""
+    """Begin the run's job, or go on with it, and say from where; a picture that is to go through a pipe has none. Raises
+    JobError, JobLocked, StorageError."""
+    if run.request.output == STDOUT:
+        run.note("a picture on standard output has no job folder: if this is interrupted, it begins anew")
+        return
     job, made_by = run.job, _made_by(run)
     before = job.manifest
     job.facts = picture_facts(run)

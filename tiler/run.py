@@ -21,6 +21,7 @@ from tiler.events import OnEvent
 from tiler.memory import process
 from tiler.memory.budget import Budget
 from tiler.models.built import Models
+from tiler.native.library import has_bf16
 from tiler.planning.facts import Facts
 from tiler.weights.index import TensorInfo
 from tiler.weights.store import WeightStore, match_index
@@ -86,7 +87,7 @@ def measure(scratch: Path, guide: GuidePicture | None = None) -> Facts:
     files will go, `guide` the user's picture. Raises StorageError where the folder cannot be used."""
     free = free_bytes(scratch)
     process.release_code()
-    facts = Facts(rss_bytes=process.read_rss().now, scratch_free_bytes=free, int8=onednn.int8())
+    facts = Facts(rss_bytes=process.read_rss().now, scratch_free_bytes=free, int8=onednn.int8(), bf16=has_bf16())
     if guide is None:
         return facts
     return replace(facts, guide_pixels=math.prod(guide.shape[:2]), guide_load_bytes=guide.peak_bytes)

@@ -55,7 +55,7 @@ class Fleet:
         raise AssertionError(f"only {self.engine.members()} have joined")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     """With the workers `a` and `b`."""
     keys = tmp_path_factory.mktemp("cluster") / "keys"

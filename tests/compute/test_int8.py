@@ -327,13 +327,13 @@ def test_what_int8_means_on_a_processor(
     assert cpu.int8()[:3] == (largest, products, dot)
     narrow = family_of(tiny)
     wide = replace(narrow, traits=narrow.traits._replace(width=320))
-    precision, why = choose_precision(Precision.AUTO, wide, cpu.int8())
+    precision, why = choose_precision(Precision.AUTO, wide, cpu.int8(), bf16=False)
     assert precision is (Precision.INT8 if dot else Precision.FP32)
     assert "bit weights" in why
-    precision, why = choose_precision(Precision.AUTO, narrow, cpu.int8())
+    precision, why = choose_precision(Precision.AUTO, narrow, cpu.int8(), bf16=False)
     assert precision is Precision.FP32 and "32 channels" in why
     for family in (narrow, wide):
-        assert choose_precision(Precision.INT8, family, cpu.int8()) == (Precision.INT8, "as asked")
+        assert choose_precision(Precision.INT8, family, cpu.int8(), bf16=False) == (Precision.INT8, "as asked")
 
 
 @needs_int8

@@ -17,7 +17,6 @@ from torch import nn
 
 from tiler.compute import cpu, winograd
 from tiler.compute.layers import stream_layers
-from tiler.compute.native_float import NativeFp32
 from tiler.compute.native_winograd import NativeWinograd
 from tiler.compute.stream import Streamer
 from tiler.decoding import exact, frozen, scratch
@@ -75,13 +74,13 @@ def test_transformed_convolutions_decode_what_diffusers_does(
     """As in an autoencoder of full size: rows come in fours, and enlarging is a pass of its own."""
     monkeypatch.setattr("tiler.compute.layers.SMALL", 100)
     monkeypatch.setattr("tiler.decoding.exact.ALONE", 100)
-    for kernel in NativeFp32, NativeWinograd:  # torch's own transforms are looked at
-        monkeypatch.setattr(kernel, "suits", lambda *a: False)
     latents = torch.randn(1, 4, *size, generator=torch.Generator().manual_seed(1))
     plain, called = decode(tiny, latents, tmp_path, torch.float32), []
     monkeypatch.setattr(winograd, "CHANNELS", 8)
     inner = winograd.conv2d
     monkeypatch.setattr(winograd, "conv2d", lambda *a: (called.append(a[0].shape), inner(*a)))
+    own = NativeWinograd._convolve
+    monkeypatch.setattr(NativeWinograd, "_convolve", lambda *a: (called.append(a[2]), own(*a)))
     got = decode(tiny, latents, tmp_path, torch.float32)
     assert len(called) >= 16 and not torch.equal(got, plain)
     want = reference.decode(latents).sample[0]

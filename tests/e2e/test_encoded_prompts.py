@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from tests.models.rendering import ask, rendered
 from tiler import Budget, EncodeRequest, encode, plan
 from tiler.memory.process import read_rss
 from tiler.models.embeds import prune
+from tiler.output.texts import read_texts
 from tiler.planning.summary import read_bytes
 from tiler.request import Precision
 
@@ -38,42 +40,48 @@ def bytes_read(report: dict[str, Any]) -> int:
 
 
 def test_a_machine_without_text_encoders_renders_the_same_picture(model: Path, tmp_path: Path) -> None:
-    """The second render takes its prompts from the cache, the third from a file, and where it runs nothing could encode them."""
-    asked = {"negative_prompt": "fog", "num_inference_steps": 1, "cache_dir": tmp_path / "cache", "size": 64}
-    want, first = rendered(ask(model, tmp_path, **asked))
-    again, second = rendered(ask(model, tmp_path, **asked))
-    assert torch.equal(want, again) and bytes_read(second) < bytes_read(first)
+    """Weights, prompts that change on the way and parts of a prompt included."""
+    prompt = "a (boat:1.3) on a [lake:sea:0.5] AND gulls"
+    asked = {"prompt": prompt, "negative_prompt": "fog", "num_inference_steps": 2, "size": 64}
+    want, first = rendered(ask(model, tmp_path, **asked, cache_dir=tmp_path / "cache"))
     words = tmp_path / "words.safetensors"
-    assert encoded(model, words, "a boat", negative_prompts=("fog",))["prompts"] >= 3
+    encoded(model, words, prompt, negative_prompts=("fog",), cache_dir=tmp_path / "another")
     bare = shutil.copytree(model, tmp_path / "bare", ignore=shutil.ignore_patterns("text_encoder*", "tokenizer*"))
     asked |= {"prompt": None, "negative_prompt": None, "prompt_embeds": words}  # the file says both
-    got, third = rendered(ask(bare, tmp_path, **asked))
-    assert torch.equal(got, want) and bytes_read(third) == bytes_read(second)
-    planned = plan(ask(bare, tmp_path, **asked))
-    denoiser = "unet" if (model / "unet").is_dir() else "transformer"
-    assert list(read_bytes(planned.models, Precision.FP32, encoded=planned.plan.encoded)) == [denoiser]
+    got, second = rendered(ask(bare, tmp_path, **asked))
+    assert torch.equal(got, want) and bytes_read(second) < bytes_read(first)
+
+
+def test_what_decides_the_embeddings_decides_whether_they_are_taken(tiny: Path, tmp_path: Path) -> None:
+    """Where all prompts are known, the plan has no text encoder in it, and the render reads none."""
+    copy = shutil.copytree(tiny, tmp_path / "copy")
+    asked: dict[str, Any] = {"size": 64, "cache_dir": tmp_path / "cache", "num_inference_steps": 1}
+
+    def known(**values: Any) -> bool:
+        return plan(ask(copy, tmp_path, **asked | values)).plan.encoded
+
+    assert not known()
+    want, first = rendered(ask(tiny, tmp_path, **asked))
+    assert known()  # the same model in another folder
+    got, second = rendered(ask(copy, tmp_path, **asked))
+    assert torch.equal(got, want) and bytes_read(second) < bytes_read(first)
+    planned = plan(ask(copy, tmp_path, **asked))
+    assert list(read_bytes(planned.models, Precision.FP32, encoded=planned.plan.encoded)) == ["unet"]
     peaks = {phase.name: {term.name for term in phase.terms} for phase in planned.plan.memory.phases}
     assert peaks["encode prompts"] == {"python + libraries"}
 
-
-@pytest.mark.parametrize("change", ["weights", "tokenizer", "precision", "prompt"])
-def test_what_decides_the_embeddings_decides_whether_they_are_taken(tiny: Path, tmp_path: Path, change: str) -> None:
-    copy = shutil.copytree(tiny, tmp_path / "copy")
-    asked: dict[str, Any] = {"size": 64, "cache_dir": tmp_path / "cache", "precision": Precision.FP32}
-    assert not plan(ask(copy, tmp_path, **asked)).plan.encoded
-    rendered(ask(copy, tmp_path, **asked | {"num_inference_steps": 1}))
-    assert plan(ask(tiny, tmp_path, **asked)).plan.encoded  # the same model elsewhere
-    if change == "weights":
-        path = next((copy / "text_encoder").glob("*.safetensors"))
-        data = bytearray(path.read_bytes())
-        data[-1] ^= 1
-        path.write_bytes(data)
-    elif change == "tokenizer":
-        settings = copy / "tokenizer/tokenizer_config.json"
-        settings.write_text(settings.read_text() + " ")
-    else:
-        asked |= {"precision": Precision.INT8} if change == "precision" else {"prompt": "a boat "}
-    assert not plan(ask(copy, tmp_path, **asked)).plan.encoded
+    others = {"prompt": "a boat "}, {"precision": "int8"}, {"clip_skip": 2}, {"emphasis": "none"}
+    assert [known(**values) for values in others] == [False] * len(others)
+    settings = copy / "tokenizer/tokenizer_config.json"
+    said = settings.read_text()
+    settings.write_text(said + " ")
+    assert not known()
+    settings.write_text(said)
+    path = next((copy / "text_encoder").glob("*.safetensors"))
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    assert not known()
 
 
 def test_a_prompt_that_was_cut_is_told_of_again(tiny: Path, tmp_path: Path) -> None:
@@ -135,9 +143,34 @@ def test_a_file_that_does_not_go_with_the_render_is_exit_2(in_process: Any, tiny
             ("a boat", "-m", sdxl, "--prompt-embeds", words),
             "these prompts are for StableDiffusion, 77 tokens of width 32",
         ),
+        (("a boat", "-m", tiny, "--prompt-embeds", words, "--clip-skip", 2), "give --clip-skip to `tiler encode`"),
         (("a boat", "-m", tiny, "--prompt-embeds", "nowhere"), "no such file; `tiler encode PROMPT -o"),
         (("a boat", "-m", tiny, "--prompt-embeds", "text.safetensors"), "not a safetensors file"),
         (("a boat", "-m", tiny, "--prompt-embeds", other), "holds no encoded prompts"),
     ):
         ran = in_process("render", *options, "--size", 64)
         assert ran.code == 2 and message in ran.err and len(ran.err.strip().splitlines()) == 1, ran.err
+
+
+def test_prompts_are_read_as_a_render_reads_them(in_process: Any, tiny: Path, tmp_path: Path) -> None:
+    """Every text of a prompt that changes is in the file, which says how they were read."""
+    said = "a [boat|ship] at (sea:1.4) AND [fog:sun:0.5] <knot> " + "and gulls, " * 30
+    folder = tmp_path / "embeddings"
+    folder.mkdir()
+    save_file({"emb_params": torch.ones(3, 32)}, folder / "knot.safetensors")
+    options: dict[str, Any] = {"clip_skip": 2, "emphasis": "no-norm", "embd_dir": folder}
+    asked: dict[str, Any] = {"prompt": said, "negative_prompt": "[fog]", "size": 64, "num_inference_steps": 2}
+    asked |= {"metadata": True, "output": tmp_path / "want.png"}
+    want, _ = rendered(ask(tiny, tmp_path, cache_dir=tmp_path / "a", **asked | options))
+    words = tmp_path / "words.safetensors"
+    encoded(tiny, words, said, negative_prompts=("[fog]",), cache_dir=tmp_path / "b", **options)
+    bare = shutil.copytree(tiny, tmp_path / "bare", ignore=shutil.ignore_patterns("text_encoder*", "tokenizer*"))
+    asked |= {"output": tmp_path / "got.png", "prompt_embeds": words}
+    got, _ = rendered(ask(bare, tmp_path, cache_dir=tmp_path / "c", **asked))
+    assert torch.equal(got, want)
+    told = [read_texts(tmp_path / name)["parameters"] for name in ("want.png", "got.png")]
+    assert "Clip skip: 2" in told[1] and "knot" in told[1] and "No norm" in told[1]
+    assert told[0].replace("Model: tiny", "Model: bare").partition("Version")[0] == told[1].partition("Version")[0]
+    for flag, other, here in (("--clip-skip", "1", "2"), ("--emphasis", "ignore", "no-norm")):
+        ran = in_process("render", said, "-m", bare, "--prompt-embeds", words, flag, other, "--size", 64)
+        assert ran.code == 2 and f"encoded with {flag} {here}; leave out {flag} {other}" in ran.err

@@ -150,7 +150,7 @@ def test_options_hold_for_every_job_that_goes_on(
     assert commands == [["resume", str(tmp_path / f"{name}.png.tiler"), *options] for name in ("x", "y")]
 
 
-def test_what_decides_the_picture_is_compared_and_nothing_else(tmp_path: Path) -> None:
+def test_what_decides_the_picture_is_compared_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     guide = tmp_path / "guide.png"
     guide.write_bytes(b"red")
     first = made_of(guide_image=guide)
@@ -164,6 +164,11 @@ def test_what_decides_the_picture_is_compared_and_nothing_else(tmp_path: Path) -
         ({"negative_prompt": "fog"}, "--negative-prompt"),
     ):
         assert named in next(manifest.differences(first, made_of(**({"guide_image": guide} | values))))
+    (tmp_path / "taesd").mkdir()
+    monkeypatch.chdir(tmp_path)
+    relative, absolute = (made_of(tiny_vae=name, decode="tiny") for name in ("taesd", str(tmp_path / "taesd")))
+    assert list(manifest.differences(relative, absolute)) == []  # as `tiler resume` has it
+    assert relative.said == absolute.said
     guide.write_bytes(b"blu")
     assert next(manifest.differences(first, made_of(guide_image=guide))).startswith("--guide was")
 

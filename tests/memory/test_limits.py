@@ -60,6 +60,26 @@ def test_the_least_of_all_groups_around_a_process_holds(tmp_path: Path) -> None:
     assert limits.cgroup_limit(kernel.proc) == 300 * MB
 
 
+def test_auto_is_nine_tenths_of_what_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_process, tiny: Path
+) -> None:
+    """Of the least that groups, user limits and the machine leave, our own use included; the plan states the number."""
+    own = psutil.Process().memory_info().rss
+    machine = SimpleNamespace(available=3000 * MB, total=8000 * MB)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: machine)
+    kernel = Kernel(tmp_path, 2, "/app")
+    assert limits.ceiling_for_us(kernel.proc) == pytest.approx(0.9 * (3000 * MB + own), abs=30 * MB)
+    kernel.write("memory", "/app", memory_max=900 * MB + own, memory_current=300 * MB + own)
+    assert limits.ceiling_for_us(kernel.proc) == pytest.approx(0.9 * (600 * MB + own), abs=30 * MB)
+    monkeypatch.setattr(limits, "_user_limits", lambda: iter([("RLIMIT_AS", 500 * MB)]))
+    assert limits.ceiling_for_us(kernel.proc) == 450 * MB
+    monkeypatch.setattr(limits, "_user_limits", lambda: iter([("RLIMIT_AS", 7001 * MB)]))
+    machine.available = 16000 * MB
+    monkeypatch.setattr(limits, "_memory_groups", lambda proc: iter(()))
+    ran = in_process("plan", "--model", tiny, "--size", 64, "--max-ram", "auto", "--json")
+    assert ran.json["max_ram_bytes"] == 6300 * MB, ran.err
+
+
 def test_groups_of_version_1(tmp_path: Path) -> None:
     kernel = Kernel(tmp_path, 1, "/docker/abc")
     kernel.write("memory", "/docker/abc", memory_limit_in_bytes=2**63 - 4096)

@@ -267,8 +267,3 @@ def test_the_id_of_a_model_knows_its_other_files(tmp_path: Path, whole: Tensors,
         ids.append(model_id(open_family(ModelOptions(model=str(path), vae=str(vae))).checkpoint, names))
     ids.append(model_id(read_family(resolve(str(folder))).checkpoint, names))
     assert len(set(ids)) == len(ids)
-
-
-def test_flags_name_the_same_model() -> None:
-    options = ModelOptions(model="x", vae="y z", prediction=Prediction.V, model_dirs=(Path("/a"), Path("/b")))
-    assert options.flags() == ["--model", "x", "--vae", "y z", "--prediction", "v", "--model-dir", "/a:/b"]

@@ -143,7 +143,7 @@ def test_other_files_are_named(tmp_path: Path, tensors: dict[str, tuple[int, ...
 
 
 @pytest.mark.parametrize(
-    ("channels", "width", "says"), [(9, 768, "inpainting"), (5, 1024, "a depth model"), (4, 1280, "refiner")]
+    ("channels", "width", "says"), [(9, 768, "inpainting"), (5, 1024, "a depth-to-image model"), (4, 1280, "refiner")]
 )
 def test_other_kinds_of_unet_are_named(tmp_path: Path, channels: int, width: int, says: str) -> None:
     shapes = {

@@ -100,6 +100,7 @@ def test_sd_never_goes_by_strips(tiny: Path, monkeypatch: pytest.MonkeyPatch) ->
     from tiler.models.built import Models
     from tiler.models.family import Role, read_family
     from tiler.planning.peaks import DenoiserPeaks
+    from tiler.request import Precision
     from tiler.weights.checkpoint import resolve
 
     def fail(*args: object, **more: object) -> Tensor:
@@ -108,4 +109,4 @@ def test_sd_never_goes_by_strips(tiny: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(strips, "_convolved", fail)
     family = read_family(resolve(str(tiny)))
     assert family.part(Role.DENOISER)
-    assert DenoiserPeaks(Models(family), int8=False).activations((0,), 512, 512) > 10**8
+    assert DenoiserPeaks(Models(family), Precision.FP32).activations((0,), 512, 512) > 10**8

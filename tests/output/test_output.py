@@ -143,7 +143,7 @@ with tempfile.TemporaryDirectory() as folder:
     write_picture(Path(folder) / ("x" + sys.argv[1]), (strip for _ in range(0, height, 64)), 13000, height, {}, force=False)
 print(read_rss().peak - base)
 """
-    for suffix, height in ((".png", 5000), (".tif", 5000), (".pdf", 5000)):
+    for suffix, height in ((".png", 5000), (".jpg", 5000), (".tif", 5000), (".pdf", 5000)):
         done = subprocess.run(
             [sys.executable, "-c", code, suffix, str(height)], capture_output=True, text=True, check=True
         )

@@ -15,7 +15,7 @@ from tiler.planning.peaks import DenoiserPeaks, VaePeaks
 from tiler.planning.resolve import fill
 from tiler.planning.tiling import plan_tiling
 from tiler.planning.time import Counter
-from tiler.request import Decode, RenderRequest, Wrap
+from tiler.request import Decode, Precision, RenderRequest, Wrap
 from tiler.run import measure
 from tiler.weights.checkpoint import resolve
 
@@ -24,8 +24,8 @@ from tiler.weights.checkpoint import resolve
 def predicted(models: Models, folder: Path) -> list[object]:
     """Peaks of the denoiser, in fp32 and int8, held whole and layer by layer, and of the autoencoder; the work of a render."""
     found: list[object] = []
-    for int8, arena in ((False, None), (True, None), (False, 100_000)):
-        peaks = DenoiserPeaks(models, int8=int8, arena_bytes=arena)
+    for precision, arena in ((Precision.FP32, None), (Precision.INT8, None), (Precision.FP32, 100_000)):
+        peaks = DenoiserPeaks(models, precision, arena_bytes=arena)
         found += [peaks.activations(tiles, 16, 8) for tiles in ((0,), (0, 0, 1), (0, 0, 1, 1, 2))]
     space = ScratchSpace(folder, 10**12)
     vae = VaePeaks(models, models.decoder, measure(folder))

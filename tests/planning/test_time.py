@@ -60,7 +60,10 @@ def decoding(kind: Decode, attention: float = 0.25) -> DecodePlan:
     )  # fmt: skip
 
 
-SPEED, WORK = Speed(fp32=1e9, int8=3e9, attention=5e8, int8_attention=1e9), Flops(8_000_000_000, 1_000_000_000)
+SPEED, WORK = (
+    Speed(fp32=1e9, bf16=2e9, int8=3e9, attention=5e8, half_attention=1e9),
+    Flops(8_000_000_000, 1_000_000_000),
+)
 
 
 @pytest.mark.parametrize("precision", list(Precision))

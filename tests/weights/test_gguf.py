@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import struct
+from contextlib import suppress
 from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from tiler.errors import ModelError
 from tiler.weights.gguf import MAX_TENSORS, is_gguf, read_gguf
@@ -93,7 +96,9 @@ def test_cut_anywhere_is_told(file: Path) -> None:
 @pytest.mark.parametrize(
     ("at", "raw", "says"),
     [
-        (4, struct.pack("<I", 9), "version 9"),
+        (4, struct.pack("<I", 9), "of version 9; tiler reads 2 and 3"),
+        (4, struct.pack("<I", 1), "of version 1; tiler reads 2 and 3"),
+        (4, struct.pack(">I", 3), "is big-endian"),
         (8, struct.pack("<Q", 10**9), f"1000000000 tensors, more than {MAX_TENSORS}"),
         (16, struct.pack("<Q", 2**63), "keys, more than"),
         (24, struct.pack("<Q", 2**62), "bytes in a text"),
@@ -109,3 +114,23 @@ def test_types_that_are_not_read_are_named(file: Path) -> None:
     for number, name in ((29, "IQ1_M"), (40, "NVFP4"), (77, "type 77")):
         with pytest.raises(ModelError, match=f"'w.Q8_0' is stored as {name}, which tiler does not read"):
             read_gguf(damaged(file, at, struct.pack("<I", number)))
+
+
+def test_a_tensor_outside_the_file_is_told(file: Path) -> None:
+    at = file.read_bytes().index(b"w.Q8_0") + len("w.Q8_0") + 4 + 2 * 8 + 4
+    for offset in (2**20, 2**63):
+        with pytest.raises(ModelError, match=r"'w\.Q8_0' ends behind the file's end"):
+            read_gguf(damaged(file, at, struct.pack("<Q", offset)))
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(changes=st.lists(st.tuples(st.integers(4, 700), st.binary(min_size=1, max_size=8)), min_size=1, max_size=4))
+def test_no_header_does_more_than_raise_model_error(file: Path, changes: list[tuple[int, bytes]]) -> None:
+    """Whatever stands in it: what is read lies in the file."""
+    whole = file.read_bytes()
+    for at, raw in changes:
+        damaged(file, at, raw)
+    with suppress(ModelError):
+        tensors = read_gguf(file).tensors
+        assert all(info.offset + info.nbytes <= len(whole) for info in tensors.values())
+    file.write_bytes(whole)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -231,6 +234,42 @@ def test_what_is_not_read_is_refused(case: str, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=message) as error:
         stored(tensors, tmp_path, metadata)
     assert "\n" not in str(error.value)
+
+
+MADE: dict[str, Tensors] = {
+    "nf4": NF4,
+    "qint4": INT4,
+    "qint8": {"0.weight._data": torch.ones(96, 256, dtype=torch.int8), "0.weight._scale": torch.ones(96, 1)},
+    "8 bits": {"0.weight": torch.ones(96, 256, dtype=torch.int8), "0.SCB": torch.ones(96)},
+    "fp8": {"0.weight": FP8, "0.weight_scale": torch.ones(())},
+}
+DTYPES = torch.uint8, torch.int8, torch.int64, torch.float16, torch.float32
+
+
+@pytest.mark.parametrize("kind", MADE)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_companions_that_are_lost_or_changed(kind: str, tmp_path: Path, data: st.DataObject) -> None:
+    """Refused where the weight cannot be read with them; else it can be read."""
+    tensors = dict(MADE[kind])
+    name = data.draw(st.sampled_from(sorted(tensors)))
+    match data.draw(st.sampled_from(["lost", "cut", "flat", "dtype", "noise"])):
+        case "lost":
+            del tensors[name]
+        case "cut":
+            tensors[name] = tensors[name].flatten()[: data.draw(st.integers(0, 40))]
+        case "flat":
+            tensors[name] = tensors[name].flatten()[None]
+        case "dtype":
+            tensors[name] = tensors[name].float().to(data.draw(st.sampled_from(DTYPES)))
+        case "noise":
+            raw = data.draw(st.binary(min_size=1, max_size=60))
+            tensors[name] = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
+    module = nn.ModuleDict({"0": nn.Linear(256, 96, bias=False, device="meta")})
+    with suppress(ModelError):
+        index = match_index(module, stored(tensors, tmp_path), lambda parameter: [parameter])
+        with WeightStore(index) as store:
+            assert store.load("0.weight").shape == (96, 256)
 
 
 @pytest.mark.parametrize("rows", [95, 64])

@@ -19,6 +19,7 @@ def run(
     json_output: o.Json = False,
 ) -> None:
     """Decode latents into a picture with a model's autoencoder under the memory ceiling."""
+    o.check_stdout(request.output, json_output=json_output)
     o.check_report(report, request.output or Path("tiler.png"), request.latents, force=request.force)
     budget = Budget(max_ram)
     o.prepare_process(threads)
@@ -29,7 +30,7 @@ def run(
         result = decode(request, budget, printer)
     facts = result.report
     said = (
-        f"{result.output}: {facts['width']}×{facts['height']}, peak {format_mb(budget.peak_rss_bytes)} "
+        f"{o.name_of(result.output)}: {facts['width']}×{facts['height']}, peak {format_mb(budget.peak_rss_bytes)} "
         f"of {format_mb(budget.max_bytes)}"
     )
     o.finish(result, said, report=report, quiet=quiet, json_output=json_output)

@@ -75,6 +75,7 @@ def _show_machine(measure: bool, json_output: bool) -> None:
         "kernels": _kernels(library.library(), library.fault()),
         "compute dtype": _compute_dtype(cpu.flags(), int8_runs=onednn.int8().dot),
         "--precision int8": onednn.int8().why,
+        "--precision bf16": "products of bf16, sums in fp32" if library.has_bf16() else "not here: no kernels for it",
         "--precision auto": f"{'int8' if onednn.int8().dot else 'fp32'}: {onednn.int8().auto}",
         "accumulation dtype": "fp32 canvas, fp64 mask sums",
         "free disk": f"{format_mb(shutil.disk_usage(Path.cwd()).free)} in {Path.cwd()}",
@@ -117,5 +118,5 @@ def _compute_dtype(flags: tuple[str, ...], *, int8_runs: bool) -> str:
     if int8_runs:
         others = f"int8 products in the denoiser where --precision allows it; {others}"
     if "amx_tile" in flags or "avx512_bf16" in flags or "bf16" in flags:
-        return f"{others}; this processor has bf16 instructions, which attention beside int8 weights uses"
+        return f"{others}; this processor has bf16 instructions, which attention beside int8 weights uses, and --precision bf16"
     return f"{others}; this processor has no bf16 instructions, and half precision without them is slower than fp32"

@@ -17,7 +17,7 @@ from tiler.errors import UsageError
 from tiler.request import settings
 
 OF_ONE_RUN = frozenset(
-    ("--output", "--save-latents", "--report", "--json", "--force", "--regions", "--guide", "--no-guide", "--from",
+    ("--output", "--format", "--save-latents", "--report", "--json", "--force", "--regions", "--guide", "--no-guide", "--from",
      "--restart", "--keep-job", "--model-dir", "--log-json", "--help", "--version")
 )  # fmt: skip
 """Options that are said for one picture and no habit: neither the environment nor the configuration file gives them."""

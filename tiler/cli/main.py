@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import traceback
@@ -14,6 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from tiler.cli import (
+    batch,
     cache,
     cluster,
     config,
@@ -27,6 +29,7 @@ from tiler.cli import (
     quantize,
     render,
     resume,
+    several,
     worker,
 )
 from tiler.cli.terminal import prepare_signals, prepare_streams, silence
@@ -72,7 +75,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("render")(render.command)
+app.command("render", cls=several.Command)(render.command)
+app.command("batch", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(batch.command)
 app.command("resume")(resume.command)
 app.command("plan")(plan.command)
 app.command("encode")(encode.command)
@@ -157,6 +161,8 @@ def _fail(message: str, code: int, notes: Sequence[str]) -> None:
         lines = [*([f"tiler: {message}"] if message else []), *notes]
         sys.stderr.write("".join(f"{line}\n" for line in lines))
         sys.stderr.flush()
-    with suppress(OSError):
+    with suppress(OSError, ValueError):
+        if message and code and "--json" in sys.argv:  # programs read of errors where they read of results
+            print(json.dumps({"error": message, "exit_code": code}))
         sys.stdout.flush()
     sys.exit(code)

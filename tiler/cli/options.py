@@ -17,14 +17,14 @@ from tiler.cli import layers
 from tiler.cli.repeat import repeat
 from tiler.errors import UsageError
 from tiler.request import Region, read_regions, shared
-from tiler.request.choices import MAX_SEED
+from tiler.request.choices import MAX_SEED, STDOUT
 from tiler.request.options import Option, Panel
 
 MaxRam = Annotated[
     str,
     typer.Option(
         "--max-ram", "--budget", rich_help_panel=Panel.MEMORY, metavar="SIZE", show_default=False,
-        help=r"Ceiling for the resident memory of the whole process, like 1.5GiB. [dim]\[default: 800MB][/dim]",
+        help=r"Ceiling for the resident memory of the whole process, like 1.5GiB; auto: nine tenths of what is free now. [dim]\[default: 800MB][/dim]",
     ),
 ]  # fmt: skip
 Threads = Annotated[
@@ -95,8 +95,11 @@ def command_of(
             picture = given.pop("from_picture", None)
             values = _values(offered, given)
             if picture is not None:
-                found = repeat(picture, layers.typed(context, given), {f.name: f.default for f in offered})
+                all_fields = {f.name: f.default for f in fields(request) if "option" in f.metadata}
+                found = repeat(picture, layers.typed(context, given), all_fields)
                 values |= found.values
+                if "seeds" in rest and layers.layer_of(context, "seeds") is not layers.Layer.TYPED:
+                    rest["seeds"] = None  # the picture's
                 for note in found.notes:
                     typer.echo(f"note: {note}", err=True)
             run(request(**values), **rest)
@@ -236,9 +239,28 @@ def check_report(report: Path | None, *outputs: Path | None, force: bool) -> Non
     check_writable(report, force=force, option="--report")
 
 
+def check_stdout(output: Path | None, *, json_output: bool) -> None:
+    """Before any work: where standard output is to be the picture, it is nothing else, nor a terminal. Raises UsageError."""
+    if output != STDOUT:
+        return
+    if json_output:
+        raise UsageError(
+            "--json and -o - both want standard output; take --report FILE, or write the picture to a file"
+        )
+    if os.isatty(1):
+        raise UsageError(
+            "-o - writes a picture's bytes, and standard output is a terminal; add `| PROGRAM` or `> FILE`"
+        )
+
+
+def name_of(output: Path) -> str:
+    """A file by its name, for people."""
+    return "standard output" if output == STDOUT else str(output)
+
+
 def finish(result: Any, said: str, *, report: Path | None = None, quiet: bool, json_output: bool) -> None:
     """Write --report's JSON file, where one was asked for, and print the pipeline's `result` as --json does, or one line that is
-    `said` of it. Raises StorageError."""
+    `said` of it: on standard error where the picture itself went to standard output. Raises StorageError."""
     if report is not None:
         from tiler.files import atomic
 
@@ -247,4 +269,4 @@ def finish(result: Any, said: str, *, report: Path | None = None, quiet: bool, j
     if json_output:
         typer.echo(json.dumps({"output": str(result.output), **result.report}))
     elif not quiet:
-        typer.echo(said)
+        typer.echo(said, err=result.output == STDOUT)

@@ -33,7 +33,7 @@ def run(
         typer.echo(json.dumps(planned.facts()))
     else:
         _print(planned.facts(), planned.plan)
-    planned.plan.memory.check(table=False)
+    planned.check()
 
 
 def _print(facts: dict[str, Any], plan: Any) -> None:

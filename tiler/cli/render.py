@@ -5,16 +5,23 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from tiler.cli import options as o
-from tiler.memory.budget import Budget, format_mb
+from tiler.cli import queues, several
+from tiler.errors import UsageError
+from tiler.memory.budget import Budget
 from tiler.request import RenderRequest
+from tiler.request.choices import STDOUT
 
 
 def run(
     request: RenderRequest,
     *,
+    seeds: several.Seeds = None,
+    count: several.Count = 1,
+    output_dir: several.OutputDir = None,
     max_ram: o.MaxRam = "800MB",
     threads: o.Threads = None,
     report: o.Report = None,
@@ -28,7 +35,16 @@ def run(
     A low-resolution pass makes a guide; the canvas is then denoised tile by tile under it, and decoded without tiles.
     What is interrupted goes on when the same command is given again.
     """
+    wanted = [request.seed] if seeds is None else queues.parse_seeds(seeds)
+    if count > 1 or len(wanted) > 1:
+        if report is not None:
+            raise UsageError("--report takes the figures of one picture; leave it out with --count and several seeds")
+        several.run(
+            request, wanted, count, output_dir, max_ram, quiet=quiet, json_output=json_output, own=run
+        )  # fmt: skip
+    request = several.place(replace(request, seed=wanted[0]), output_dir)
     output = request.output or Path("tiler.png")
+    o.check_stdout(output, json_output=json_output)
     o.check_report(report, output, request.save_latents, force=request.force)
     code = 1
     try:
@@ -39,11 +55,7 @@ def run(
 
         with printer_of(budget, quiet=quiet, log_json=log_json) as printer:
             result = render(request, budget, printer)
-        facts = result.report
-        said = (
-            f"{result.output}: {facts['width']}×{facts['height']}, seed {facts['seed']}, "
-            f"peak {format_mb(budget.peak_rss_bytes)} of {format_mb(budget.max_bytes)}"
-        )
+        said = several.sentence({"output": o.name_of(result.output), **result.report})
         o.finish(result, said, report=report, quiet=quiet, json_output=json_output)
         code = 0
     except BaseException as error:
@@ -56,10 +68,14 @@ def run(
 
 def _tell(command: str, output: Path, code: int) -> None:
     """Run the user's command, whose fault is not ours: it is noted, and the exit code stays."""
-    facts = {"TILER_OUTPUT": str(output.absolute()), "TILER_EXIT_CODE": str(code)}
-    done = subprocess.run(command, shell=True, env={**os.environ, **facts}, stdin=subprocess.DEVNULL, check=False)
+    piped = output == STDOUT
+    facts = {"TILER_OUTPUT": "-" if piped else str(output.absolute()), "TILER_EXIT_CODE": str(code)}
+    done = subprocess.run(
+        command, shell=True, env={**os.environ, **facts}, stdin=subprocess.DEVNULL, stdout=2 if piped else None,
+        check=False,
+    )  # fmt: skip
     if done.returncode:
         sys.stderr.write(f"note: --on-done {command!r} ended with {done.returncode}\n")
 
 
-command = o.command_of(RenderRequest, run, repeats=True)
+command = o.command_of(RenderRequest, run, leave_out=("seed",), repeats=True)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from tiler.errors import ModelError, UsageError
 from tiler.output.recipes import Recipe, read_recipe
-from tiler.output.texts import read_texts
+from tiler.output.texts import opened, read_texts
 from tiler.request import Region, Scheduler, ScheduleType, parse_scheduler, settings
 from tiler.request.choices import Mask, parse_schedule_type
 from tiler.request.render import OF_THE_MACHINE
@@ -137,7 +137,5 @@ def _region(said: Mapping[str, Any]) -> Region:
 
 
 def _size(picture: Path) -> dict[str, int]:
-    from PIL import Image
-
-    with Image.open(picture) as image:
+    with opened(picture) as image:
         return {"width": image.width, "height": image.height}

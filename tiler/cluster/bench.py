@@ -80,7 +80,9 @@ class Bench:
         models.module(family.part(Role.DENOISER))
         facts = measure(request.scratch_folder)
         tiling = plan_tiling(request, family)
-        plan = plan_render(request, models, tiling, facts, self._budget.max_bytes, encoded=True, tiles_only=True)
+        plan = plan_render(
+            request, models, tiling, facts, self._budget.max_bytes, encoded=True, tiles_only=True, embeds=job.embeds
+        )
         try:
             plan.memory.check(table=False)
         except BudgetRefused as error:

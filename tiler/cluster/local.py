@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 
 from tiler.cluster.pool import AHEAD
-from tiler.denoiser import DenoiserRun
 from tiler.errors import BudgetRefused
 from tiler.memory.budget import format_mb
+from tiler.phases import RenderRun
 from tiler.planning.render import plan_render
 from tiler.planning.tiling import plan_tiling
 from tiler.run import measure
@@ -24,7 +24,7 @@ _CONNECTIONS_BYTES = 16_000_000  # what dask's scheduler and client take while t
 _GRACE = 3.0  # seconds between SIGTERM and SIGKILL
 
 
-def share_of(run: DenoiserRun, workers: int) -> int:
+def share_of(run: RenderRun, workers: int) -> int:
     """The ceiling of each of so many workers in bytes: the run's own less what this process needs beside them, divided. Raises
     BudgetRefused where that is too little, naming the number of workers that there is room for."""
     request, plan = replace(run.request, precision=run.plan.precision), run.plan
@@ -35,7 +35,14 @@ def share_of(run: DenoiserRun, workers: int) -> int:
     room = run.budget.max_bytes - own
     tiling, facts = plan_tiling(request, plan.family), measure(request.scratch_folder)
     least = plan_render(
-        request, run.models, tiling, facts, max(1, room // workers), encoded=True, tiles_only=True
+        request,
+        run.models,
+        tiling,
+        facts,
+        max(1, room // workers),
+        encoded=True,
+        tiles_only=True,
+        embeds=bool(run.spoken.read_as.embeddings),
     ).memory.smallest_bytes
     if room // workers < least:
         fitting = max(0, room // least)

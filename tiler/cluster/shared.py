@@ -51,12 +51,14 @@ class Window(NamedTuple):
 @dataclass(frozen=True, kw_only=True)
 class SharedJob:
     """All that a worker must know of a render to predict its tiles. `texts` are its encoded prompts; `model_id` tells the
-    denoiser's files; `reads_text` says whether text encoders belong to the model's parts where they are there."""
+    denoiser's files; `reads_text` says whether text encoders belong to the model's parts where they are there, `embeds` whether
+    prompts name embeddings."""
 
     name: str
     request: ResolvedRequest
     model_id: str
     reads_text: bool
+    embeds: bool
     texts: Mapping[str | None, Prompt]
 
     def to_bytes(self) -> bytes:
@@ -69,7 +71,7 @@ class SharedJob:
                 tensors[f"pooled.{number}"] = prompt.pooled.contiguous().clone()
         said = {
             "versions": versions(), "name": self.name, "request": coding.encode(self.request), "model_id": self.model_id,
-            "reads_text": self.reads_text, "texts": list(self.texts),
+            "reads_text": self.reads_text, "embeds": self.embeds, "texts": list(self.texts),
         }  # fmt: skip
         return save(tensors, metadata={"job": json.dumps(said)})
 
@@ -94,7 +96,7 @@ class SharedJob:
         }
         return cls(
             name=said["name"], request=coding.decode(ResolvedRequest, said["request"]), model_id=said["model_id"],
-            reads_text=said["reads_text"], texts=texts,
+            reads_text=said["reads_text"], embeds=said["embeds"], texts=texts,
         )  # fmt: skip
 
 

@@ -169,6 +169,7 @@ class Policy:
     """What decides between kernels beside the operation, its shape and the processor."""
 
     int8: frozenset[str] = frozenset()  # names of the weights whose products are of 8-bit integers
+    bf16: frozenset[str] = frozenset()  # of those whose products may be of values rounded to bf16
     winograd: bool = False  # whether convolutions may be transformed
     one_size: bool = False  # inputs are whole and of one size: preparation may depend on it
     prefer: tuple[Kernel, ...] = ()  # asked before the table's

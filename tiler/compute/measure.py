@@ -26,7 +26,7 @@ from tiler.weights.index import read_index
 from tiler.weights.store import SCALE, WeightStore
 
 _NAME = "weight"
-_INT8 = ("int8", "native-int8")
+_INT8, _BF16 = ("int8", "native-int8"), ("bf16", "native-bf16")
 
 
 class TableShape(NamedTuple):
@@ -56,7 +56,10 @@ TABLE_SHAPES = (
 
 def _policy(kernel: str) -> Policy:
     return Policy(
-        int8=frozenset({_NAME} if kernel in _INT8 and onednn.int8().products else ()), winograd=True, one_size=True
+        int8=frozenset({_NAME} if kernel in _INT8 and onednn.int8().products else ()),
+        bf16=frozenset({_NAME} if kernel in _BF16 else ()),
+        winograd=True,
+        one_size=True,
     )
 
 
@@ -111,7 +114,7 @@ def median_seconds(
 
 
 def chosen_speed(shape: TableShape, precision: str) -> float:
-    """FLOP/s of the kernel that is chosen here for a layer of that shape in `precision`, fp32 or int8."""
+    """FLOP/s of the kernel that is chosen here for a layer of that shape in `precision`, fp32, bf16 or int8."""
     kernel = choose_kernel(shape.op(), shape.x, _policy(precision), isa())
     return shape.op().flops(shape.x) / timings(shape, only=kernel)[kernel.name]
 
@@ -142,8 +145,12 @@ def compare() -> list[str]:
     sentences = []
     for shape in TABLE_SHAPES:
         times = timings(shape)
-        for precision in ("fp32", "int8"):
-            allowed = {name: t for name, t in times.items() if (name in _INT8) <= (precision == "int8")}
+        for precision in ("fp32", "bf16", "int8") if "native-bf16" in times else ("fp32", "int8"):
+            allowed = {
+                name: t
+                for name, t in times.items()
+                if (name in _INT8) <= (precision == "int8") and (name in _BF16) <= (precision == "bf16")
+            }
             chosen = choose_kernel(shape.op(), shape.x, _policy(precision), isa()).name
             fastest = min(allowed, key=lambda name: allowed[name])
             found = ", ".join(f"{name} {1e3 * t:.1f} ms" for name, t in sorted(allowed.items(), key=lambda kv: kv[1]))

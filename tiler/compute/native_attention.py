@@ -59,14 +59,16 @@ class NativeAttention(Kernel):
 
 
 class NativeAttentionBf16(NativeAttention):
-    """Products of values rounded to bf16, sums in fp32: where weights are int8, beside whose error it is not seen."""
+    """Products of values rounded to bf16, sums in fp32: where weights are bf16 too, or int8, beside whose error it is not seen."""
 
     name = "native-attention-bf16"
     kind = library.Kind.BF16
 
     def suits(self, op: Op, shape: Shape | None, policy: Policy) -> bool:
         lib = library.library()
-        return super().suits(op, shape, policy) and bool(policy.int8) and lib is not None and lib.has_bf16
+        return (
+            super().suits(op, shape, policy) and bool(policy.int8 or policy.bf16) and lib is not None and lib.has_bf16
+        )
 
 
 def _steps(x: Tensor) -> ctypes.Array[ctypes.c_int64]:

@@ -1,4 +1,4 @@
-"""Products in fp32 by tiler's own library: the same loop as for int8, over the same rows.
+"""Products in fp32, and of values rounded to bf16, by tiler's own library: the same loop as for int8, over the same rows.
 
 Weights are brought into the library's order as they are read, a few rows at a time. Every output is made by one loop in one
 order: bytes depend on neither threads, nor samples, nor how weights are cut. Knows nothing of files.
@@ -66,19 +66,20 @@ class NativeFp32(Kernel):
     """Within the rounding of torch's products."""
 
     name = "native-fp32"
+    kind, out_type, values_a_lane = library.Kind.FP32, Type.FP32, 1
 
     def suits(self, op: Op, shape: Shape | None, policy: Policy) -> bool:
         if op.weights is None or library.library() is None:
             return False
-        outputs = op.group.shape[0]
-        whole = all(w.outputs % OUTPUTS == 0 for w in op.group.weights)
+        outputs, inputs = op.group.shape[:2]
+        whole = all(w.outputs % OUTPUTS == 0 for w in op.group.weights) and inputs % self.values_a_lane == 0
         if op.geometry is None:
             return whole and (shape is None or math.prod(shape[1:-1]) >= FEW_ROWS)
         is_plain = op.geometry.groups == 1 and op.geometry.dilation == (1, 1) and outputs >= OUTPUTS
         return whole and is_plain and math.prod(op.group.shape[2:]) <= library.MOST_TAPS and _has_frame(op)
 
     def held_bytes(self, op: Op, shape: Shape | None) -> int:
-        return 4 * op.group.numel
+        return 4 * op.group.numel // self.values_a_lane
 
     def prepare(self, store: WeightStore | None, op: Op, shape: Shape, place: Place) -> Iterable[Prepared]:
         pieces = self._planned(op, place) if store is None else self._fetched(store, op, place)
@@ -88,7 +89,7 @@ class NativeFp32(Kernel):
         for number, weights in together(op):
             row, outputs = weights[0].row, weights[0].outputs
             most = 0 if place.stays else len(weights) * min(outputs, step_rows(None, len(weights) * row))
-            planned = weights[0].meta.new_empty(most * row)
+            planned = weights[0].meta.new_empty(most * row // self.values_a_lane)
             beside = weights[0].meta.new_empty(min(_PACKED_ELEMENTS, outputs * row))
             yield Prepared(0, outputs, (), number)
             del planned, beside
@@ -100,12 +101,12 @@ class NativeFp32(Kernel):
             step = outputs if place.stays else step_rows(store, row * len(weights))
             for first in range(0, outputs, step):
                 last = min(first + step, outputs)
-                lanes = place.room(len(weights) * (last - first) * row, torch.float32)
+                lanes = place.room(len(weights) * (last - first) * row // self.values_a_lane, torch.float32)
                 place.keep(lanes.nbytes)
                 parts = lanes.chunk(len(weights))
                 for weight, part in zip(weights, parts, strict=True):
                     some = replace(weight, first=weight.first + first, meta=weight.meta[first:last])
-                    pack(store, some, part)
+                    pack(store, some, part, self.kind)
                 yield Prepared(first, last, parts, number)
 
     def begin(self, op: Op, x: Operands) -> Operands:
@@ -121,12 +122,12 @@ class NativeFp32(Kernel):
         plain = made_of == Input()
         if op.geometry is None or (is_of_pixels(op) and plain):
             tokens = parts[0] if op.geometry is None else parts[0].permute(0, 2, 3, 1)
-            if plain:
+            if plain and self.out_type is Type.FP32:
                 rows = tokens.reshape(-1, tokens.shape[-1])
                 return rows if rows.stride(1) == 1 else rows.contiguous()
-            return quantize_tokens(tokens, made_of.norm, Type.FP32).values
+            return quantize_tokens(tokens, made_of.norm, self.out_type).values
         silu, padding = made_of.activation is not None, max(op.geometry.padding)
-        images = quantize_images(parts, padding, made_of.norm, silu=silu, out_type=Type.FP32).values
+        images = quantize_images(parts, padding, made_of.norm, silu=silu, out_type=self.out_type).values
         if is_of_pixels(op):
             return images.flatten(0, 2)
         return images if op.geometry.padding[0] == padding else images[:, padding:-padding]
@@ -155,14 +156,26 @@ class NativeFp32(Kernel):
         if out.is_meta:
             return
         call = product_call(op, made.input.values, piece, out, activation, residual)
-        call.kind, call.steps = library.Kind.FP32, op.group.shape[1]
+        call.kind, call.steps = self.kind, op.group.shape[1] // self.values_a_lane
         call.weights = piece.tensors[0].data_ptr()
         if len(piece.tensors) > 1:
             call.gate_weights = piece.tensors[1].data_ptr()
         multiply(op, call, made.input.values, out)
 
 
-def pack(store: WeightStore, weight: Weight, out: Tensor, *, point_bytes: int = 0) -> None:
+class NativeBf16(NativeFp32):
+    """Products of values rounded to bf16, sums in fp32: 2e-3 of a layer's result."""
+
+    name = "native-bf16"
+    kind, out_type, values_a_lane = library.Kind.BF16, Type.BF16, 2
+
+    def suits(self, op: Op, shape: Shape | None, policy: Policy) -> bool:
+        if op.weights is None or not policy.bf16.issuperset(op.weights.names):
+            return False
+        return library.has_bf16() and super().suits(op, shape, policy)
+
+
+def pack(store: WeightStore, weight: Weight, out: Tensor, kind: library.Kind, *, point_bytes: int = 0) -> None:
     """Fill `out`, lanes of 32 bits, with a weight in the library's order; transformed where `point_bytes` lie between two points."""
     inputs, *sides = weight.meta.shape[1:]
     taps, at = math.prod(sides), out.data_ptr()
@@ -171,7 +184,7 @@ def pack(store: WeightStore, weight: Weight, out: Tensor, *, point_bytes: int = 
         rows = torch.empty(piece.last - piece.first, *weight.meta.shape[1:])
         store.fetch(piece, rows)
         call = library.Pack(
-            kind=library.Kind.FP32, is_transformed=point_bytes > 0, outputs=len(rows), inputs=inputs, taps=taps,
+            kind=kind, is_transformed=point_bytes > 0, outputs=len(rows), inputs=inputs, taps=taps,
             rows=rows.data_ptr(), out=at + first // OUTPUTS * block, point_bytes=point_bytes,
         )  # fmt: skip
         needed_library().pack(call, torch.get_num_threads())

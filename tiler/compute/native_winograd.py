@@ -66,7 +66,7 @@ class NativeWinograd(NativeFp32):
             points = place.room(WINOGRAD_POINTS * inputs * (last - first), torch.float32).view(WINOGRAD_POINTS, -1)
             place.keep(points.nbytes)
             some = replace(weight, first=weight.first + first, meta=weight.meta[first:last])
-            pack(store, some, points, point_bytes=points[0].nbytes)
+            pack(store, some, points, self.kind, point_bytes=points[0].nbytes)
             yield Prepared(first, last, (points,))
 
     def apply(self, op: Op, x: Operands, prepared: Iterable[Prepared]) -> tuple[Tensor, ...]:
@@ -88,7 +88,7 @@ class NativeWinograd(NativeFp32):
             return
         (points,), (weight,) = piece.tensors, op.group.weights
         call = library.Winograd(
-            kind=library.Kind.FP32, images=count, lines=lines, places=places, channels=channels, height=out.shape[2],
+            kind=self.kind, images=count, lines=lines, places=places, channels=channels, height=out.shape[2],
             width=out.shape[3], outputs=outputs, a=images.data_ptr(), image_step=images.stride(0),
             weights=points.data_ptr(), point_bytes=points[0].nbytes, bias=address(weight.bias, first),
             residual=address(residual, first), out=address(out, first), out_step=out.shape[1],

@@ -45,6 +45,7 @@ class Streamer:
 
     With `store=None` nothing is loaded: for planning on meta tensors; `int8_keys` then names the weights that will be stored
     as int8. Where the processor has the instructions, these are computed with as int8 too, unless `int8_products` is False.
+    Products of the weights in `bf16_keys` may be of values rounded to that, where it has instructions for them.
     `short` says whether memory is short: then what one sample freed goes back to the system before the next one runs, and
     so does what the arena does not need. With `transform`, convolutions that are large enough go by winograd.py. Kernels in
     `prefer` are asked before those of the processor's table.
@@ -56,6 +57,7 @@ class Streamer:
         *,
         int8_keys: frozenset[str] = frozenset(),
         int8_products: bool = True,
+        bf16_keys: frozenset[str] = frozenset(),
         arena_bytes: int | None = None,
         transform: bool = False,
         short: Callable[[], bool] = _never,
@@ -64,7 +66,9 @@ class Streamer:
         self.store = store
         stored = int8_keys if store is None else store.int8
         products = int8_products and onednn.int8().products
-        self.policy = Policy(int8=stored if products else frozenset(), winograd=transform, prefer=tuple(prefer))
+        self.policy = Policy(
+            int8=stored if products else frozenset(), bf16=bf16_keys, winograd=transform, prefer=tuple(prefer)
+        )
         self.isa = cpu.isa()
         self.arena_bytes = arena_bytes or ARENA_BYTES
         self._short = short

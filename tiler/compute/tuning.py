@@ -24,8 +24,17 @@ KERNELS_OF: Annotated[
     # 1.06, which joins, norms and activates its input on the way; linear: native-int8 0.28 and 0.24, int8 0.40 and 0.27,
     # native-fp32 0.88 and 0.90; native-attention 0.82, 0.83, 0.91; 0.63, 0.84; -bf16 0.45, 0.47, 0.51; 0.46, 0.48.
     Isa.AVX512_VNNI: {
-        "linear": ("native-int8", "int8", "native-fp32", "fp32"),
-        "convolution": ("native-int8", "int8", "native-winograd", "native-fp32", "winograd", "onednn", "fp32"),
+        "linear": ("native-int8", "int8", "native-bf16", "native-fp32", "fp32"),
+        "convolution": (
+            "native-int8",
+            "int8",
+            "native-winograd",
+            "native-bf16",
+            "native-fp32",
+            "winograd",
+            "onednn",
+            "fp32",
+        ),
         "attention": ("native-attention-bf16", "native-attention", "fp32"),
     },
     # The library's kernels are those of AVX2: native-winograd 0.42 and 0.38, winograd 0.47 and 0.43, native-int8 0.54 and 0.56,

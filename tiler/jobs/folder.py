@@ -25,6 +25,7 @@ from tiler.jobs import tensors
 from tiler.jobs.lock import Lock
 from tiler.jobs.manifest import Manifest
 from tiler.request import RenderRequest
+from tiler.request.choices import STDOUT
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,7 +75,7 @@ class Job:
 
     def __enter__(self) -> Self:
         """Look for a job to go on with. Raises JobLocked, JobError and StorageError."""
-        if not self.folder.is_dir():
+        if self.output == STDOUT or not self.folder.is_dir():
             return self
         self._lock.take()
         try:

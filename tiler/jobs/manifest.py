@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from tiler.errors import JobError, StorageError
 from tiler.files import replace_durably
 from tiler.jobs.coding import decode, encode
 from tiler.request import RenderRequest, ResolvedRequest
+from tiler.request.options import Panel
 from tiler.request.render import OF_THE_MACHINE
 
 SCHEMA = 1
@@ -53,22 +54,35 @@ class Manifest:
 def said_of(request: RenderRequest) -> dict[str, Any]:
     """A request as JSON. Models that are folders or files here get their absolute path."""
     said: dict[str, Any] = encode(request)
-    for name in ("model", "tiny_vae"):
-        if said.get(name) is not None and os.path.exists(said[name]) and said[name] != "mini":
+    for name in _named_by_text():
+        if isinstance(said[name], str) and said[name] != "mini" and os.path.exists(said[name]):
             said[name] = os.path.abspath(said[name])
     return {key: value for key, value in said.items() if key != "restart"}
 
 
+def _named_by_text() -> list[str]:
+    """Fields whose text may be a path: a model's and its parts'."""
+    return [f.name for f in fields(RenderRequest) if f.metadata["option"].panel is Panel.MODEL]
+
+
 def picture_of(request: ResolvedRequest) -> dict[str, Any]:
     """What decides the picture. Where the model lies does not: its id does."""
-    names = [f.name for f in fields(request) if f.name not in (*OF_THE_MACHINE, "model", "variant", "revision")]
-    return {name: _content(getattr(request, name)) for name in names}
+    names = [
+        f.name for f in fields(request) if f.name not in (*OF_THE_MACHINE, "model", "variant", "revision", "model_dirs")
+    ]
+    said = {name: getattr(request, name) for name in names}
+    for name in set(_named_by_text()) & set(names):
+        if isinstance(said[name], str) and os.path.exists(said[name]):
+            said[name] = Path(said[name])  # by its content, wherever it lies
+    return {name: _content(value) for name, value in said.items()}
 
 
 def _content(value: Any) -> Any:
     """A file by its size and a sample of its bytes, whatever field names it."""
     if isinstance(value, tuple | list):
         return [_content(item) for item in value]
+    if is_dataclass(value):
+        return {f.name: _content(getattr(value, f.name)) for f in fields(value)}
     if not isinstance(value, Path):
         return encode(value)
     try:

@@ -47,7 +47,7 @@ def parse_bytes(text: str | int) -> int:
     """ "800MB", "1.5 GiB", "800000000" → bytes. Raises UsageError."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(text))
     if not match or match[2].upper() not in _UNITS:
-        raise UsageError(f"{text!r} is not an amount of memory; write it like 800MB, 1.5GB or 760MiB")
+        raise UsageError(f"{text!r} is not an amount of memory; write it like 800MB, 1.5GB or 760MiB, or auto")
     if isinstance(text, str) and not match[2] and 0 < float(match[1]) < 10**6:
         raise UsageError(f"{text!r} is an amount of bytes; did you mean {match[1]}MB?")
     return int(float(match[1]) * _UNITS[match[2].upper()])
@@ -55,6 +55,15 @@ def parse_bytes(text: str | int) -> int:
 
 def format_mb(nbytes: float) -> str:
     return f"{nbytes / 1e6:,.0f} MB"
+
+
+def _ceiling(max_ram: str | int) -> int:
+    """Bytes; "auto" takes most of what is free now. Raises UsageError."""
+    if str(max_ram).strip().lower() == "auto":
+        from tiler.memory.limits import ceiling_for_us  # which spells its numbers as this module does
+
+        return ceiling_for_us()
+    return parse_bytes(max_ram)
 
 
 @dataclass(kw_only=True)
@@ -69,7 +78,7 @@ class PhaseUse:
 
 
 class Budget:
-    """The ceiling of this process and its children, in bytes of RSS. A context manager that may be entered again: each run
+    """The ceiling of this process and its children, in bytes of RSS; "auto" is nine tenths of what is free. A context manager that may be entered again: each run
     begins with no phases, and with a peak of its own unless its caller has the budget open.
 
     `check` raises BudgetExceeded at the ceiling; `phase` attributes the peak; `peak_rss_bytes` is the highest RSS while
@@ -79,7 +88,7 @@ class Budget:
     """
 
     def __init__(self, max_ram: str | int = "800MB") -> None:
-        self.max_bytes = parse_bytes(max_ram)
+        self.max_bytes = _ceiling(max_ram)
         if self.max_bytes <= 0:
             raise UsageError(f"the memory ceiling must be positive, not {max_ram!r}")
         self.phases: list[PhaseUse] = []

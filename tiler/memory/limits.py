@@ -20,6 +20,7 @@ _PROC = Path("/proc/self")
 _LEAST = (
     240 * 10**6
 )  # torch alone has 143 MB of data, and mini cannot be rendered with 260; below 170 its libraries abort
+_OURS = 0.9  # of what is free, under `auto`: other programs and the page cache have the rest
 _NONE = 2**60  # version 1 writes "no limit" as a number of about this many bytes
 
 
@@ -36,6 +37,13 @@ def available_ram(proc: Path = _PROC) -> tuple[int, int]:
     for limit, used in _memory_groups(proc):
         available, total = min(available, max(0, limit - used)), min(total, limit)
     return available, total
+
+
+def ceiling_for_us(proc: Path = _PROC) -> int:
+    """The ceiling in bytes that `auto` stands for: a share of what the machine, the control groups and the user's limits leave now,
+    what this process uses already included, in whole MB."""
+    free = available_ram(proc)[0] + psutil.Process().memory_info().rss
+    return int(_OURS * min([free, *(allowed for _, allowed in _user_limits())]) / 1e6) * 10**6
 
 
 def memory_warning(ceiling: int, proc: Path = _PROC) -> str | None:

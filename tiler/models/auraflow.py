@@ -34,7 +34,7 @@ from tiler.models.modulation import Modulations, modulations
 from tiler.models.patches import PATCH
 from tiler.models.positions import table_names
 from tiler.models.reading import READING, Reading
-from tiler.models.required import check_latents, check_parts, fetch_part, text_encoders
+from tiler.models.required import check_latents, check_parts, fetch_part, read_scheduler, text_encoders
 from tiler.models.samples import Prompt, Sample, empty, examples
 from tiler.weights.checkpoint import Checkpoint
 
@@ -120,5 +120,5 @@ def read(checkpoint: Checkpoint, name: str) -> AuraFlow:
     )  # fmt: skip
     return AuraFlow(
         checkpoint=checkpoint, traits=traits, parts=(*texts, denoiser, vae_part(spec)), vae=spec,
-        scheduler=checkpoint.config("scheduler", "scheduler_config.json"),
+        scheduler=read_scheduler(checkpoint, _REPOSITORY),
     )  # fmt: skip

@@ -140,6 +140,9 @@ def check_text(where: str, config: Config) -> None:
     _whole(where, config, hidden_size=(1, 8192), vocab_size=(2, 1_000_000), intermediate_size=(1, 65_536))
     _whole(where, config, num_hidden_layers=(1, 128), num_attention_heads=(1, 128), max_position_embeddings=(2, 4096))
     _whole(where, config, may_be_null=True, projection_dim=(0, 65_536))
+    _whole(
+        where, config, may_be_null=True, bos_token_id=(-1, 10**6), eos_token_id=(-1, 10**6), pad_token_id=(-1, 10**6)
+    )
     _number(where, config, layer_norm_eps=(1e-12, 0.1))
     heads = config.get("num_attention_heads", 8)
     if config["hidden_size"] % heads:

@@ -7,6 +7,7 @@ from typing import Any
 
 from tiler.errors import ModelError
 from tiler.models import bounds
+from tiler.models.kinds import BY_CHANNELS
 from tiler.models.required import check_factor
 from tiler.weights.checkpoint import Checkpoint
 
@@ -25,9 +26,7 @@ def check_channels(checkpoint: Checkpoint, unet: Config, vae: Config) -> None:
     """That UNet and VAE belong together and make pictures of text alone. Raises ModelError."""
     latent, channels = vae.get("latent_channels", 4), unet.get("in_channels", 4)
     if channels != latent:
-        kind = {9: "an inpainting model", 8: "an InstructPix2Pix model", 7: "an upscaler"}.get(
-            channels, "of another kind"
-        )
+        kind = BY_CHANNELS.get(channels, "a model of another kind")
         raise ModelError(
             f"{checkpoint.name}: the UNet takes {channels} channels, the VAE gives {latent}: this is {kind}; tiler needs text-to-image"
         )

@@ -86,8 +86,8 @@ _IGNORED = re.compile(
 _LORA = re.compile(r"(^|[._])lora_|\.lora\.|\.hada_w|\.lokr_w|\.oft_blocks")
 _ADDITIONS = {
     "control_model": "a ControlNet", "controlnet_cond_embedding": "a ControlNet", "controlnet_blocks": "a ControlNet",
-    "input_hint_block": "a ControlNet", "emb_params": "a textual inversion", "conv_first": "an upscaler of pictures",
-    "single_stream_modulation": "FLUX.2", "noise_refiner": "Lumina or Z-Image",
+    "input_hint_block": "a ControlNet", "ip_adapter": "an IP-Adapter", "emb_params": "a textual inversion",
+    "conv_first": "an upscaler of pictures", "single_stream_modulation": "FLUX.2", "noise_refiner": "Lumina or Z-Image",
 }  # fmt: skip
 
 
@@ -123,8 +123,11 @@ def look(shapes: Shapes, where: str) -> Contents:
         what = next((what for head, what in _ADDITIONS.items() if head in heads), None)
         if what is None and heads <= {"clip_l", "clip_g", "string_to_param", "string_to_token"} and heads:
             what = "a textual inversion"
-        some = f": {', '.join(unknown[:3])}…" if unknown else ""
-        raise ModelError(f"{where}: this is {what or f'no model that tiler knows{some}'}; see `tiler models --help`")
+        some = f" ({', '.join(unknown[:3])}…)" if unknown else ""
+        raise ModelError(
+            f"{where}: this is {what or f'no model that tiler knows{some}'}; give a model of Stable Diffusion 1.x to 3.5, SDXL, "
+            "PixArt, Flux.1 or AuraFlow"
+        )
     return Contents(tuple(parts), dict(ignored), tuple(unknown))
 
 

@@ -23,7 +23,10 @@ from tiler.compute.cpu import computed_by
 from tiler.errors import ModelError, StorageError, TilerError, UsageError
 from tiler.files import atomic
 from tiler.models.family import Family
+from tiler.models.reading import ReadAs
 from tiler.models.samples import Prompt
+from tiler.request import Emphasis
+from tiler.request.choices import MAX_CLIP_SKIP
 from tiler.weights import packed
 from tiler.weights.index import open_regular, read_index, read_metadata
 from tiler.weights.places import cache_home
@@ -103,11 +106,13 @@ def _are_texts(values: Any) -> bool:
 
 
 class Words(NamedTuple):
-    """What `tiler encode` wrote. `prompts` and `negative_prompts` are those that were asked for, in their order."""
+    """What `tiler encode` wrote: the texts of all steps, and how they were `read_as`. `prompts` and `negative_prompts` are those that
+    were asked for, in their order."""
 
     path: Path
     texts: dict[Text, Encoded]
     kind: str
+    read_as: ReadAs
     prompts: tuple[str, ...]
     negative_prompts: tuple[str, ...]
 
@@ -134,7 +139,20 @@ class Words(NamedTuple):
 def write_words(path: Path, words: Words, *, replace: bool) -> None:
     """Raises StorageError."""
     asked = {"prompts": json.dumps(words.prompts), "negative_prompts": json.dumps(words.negative_prompts)}
-    write_encoded(path, words.texts, {"kind": words.kind} | asked, replace=replace)
+    facts = {"kind": words.kind, "read_as": _spell(words.read_as)}
+    write_encoded(path, words.texts, facts | asked, replace=replace)
+
+
+def _spell(read_as: ReadAs) -> str:
+    return json.dumps([read_as.emphasis, read_as.clip_skip, dict(sorted(read_as.embeddings.items()))])
+
+
+def _parse(text: str) -> ReadAs:
+    """Raises ValueError."""
+    match json.loads(text):
+        case [str(emphasis), int(clip_skip), dict(embeddings)] if 0 < clip_skip <= MAX_CLIP_SKIP:
+            return ReadAs(Emphasis(emphasis), clip_skip, {name: str(digest) for name, digest in embeddings.items()})
+    raise ValueError(text)
 
 
 def read_words(path: Path) -> Words:
@@ -144,14 +162,14 @@ def read_words(path: Path) -> Words:
     try:
         texts, said = read_encoded(path)
         prompts, negative_prompts = (json.loads(said[name]) for name in ("prompts", "negative_prompts"))
-        kind = said["kind"]
+        kind, read_as = said["kind"], _parse(said["read_as"])
     except ModelError as error:
         raise UsageError(str(error)) from error
     except (KeyError, ValueError, RecursionError) as error:
         raise UsageError(f"{path}: does not say which prompts it holds; `tiler encode` writes it anew") from error
     if not (_are_texts(prompts) and _are_texts(negative_prompts)):
         raise UsageError(f"{path}: does not say which prompts it holds; `tiler encode` writes it anew")
-    return Words(path, texts, kind, tuple(prompts), tuple(negative_prompts))
+    return Words(path, texts, kind, read_as, tuple(prompts), tuple(negative_prompts))
 
 
 def prompts_folder(cache: Path | None) -> Path:
@@ -164,11 +182,11 @@ class PromptCache:
 
     A file's name tells everything that decides the embeddings: the text, the encoders' weights and configs, their tokenizers, in
     what the weights are computed with (`int8`: as packed.py stores them), by whose arithmetic, what the family makes of them, and
-    `options`: whatever of a request changes them.
+    how the text is read (`read_as`).
     """
 
-    def __init__(self, folder: Path, family: Family, options: Mapping[str, object], *, int8: bool) -> None:
-        self.folder, self._family, self._options, self._int8 = folder, family, options, int8
+    def __init__(self, folder: Path, family: Family, read_as: ReadAs, *, int8: bool) -> None:
+        self.folder, self._family, self._read_as, self._int8 = folder, family, read_as, int8
 
     @cached_property
     def _mark(self) -> bytes:
@@ -181,7 +199,7 @@ class PromptCache:
             *family.encoding,
             computed_by(),
             *versions,
-            sorted(self._options.items()),
+            _spell(self._read_as),
         ):
             digest.update(f"{fact}\n".encode())
         for part in family.encoders:

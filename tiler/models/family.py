@@ -45,6 +45,7 @@ REGISTRY: dict[str, str] = {
 that none matches is read as Stable Diffusion, whose checks say what is foreign in it."""
 _OTHERS = {
     "Inpaint": "an inpainting model", "InstructPix2Pix": "an InstructPix2Pix model", "Upscale": "an upscaler",
+    "Depth2Img": "a depth-to-image model", "AnimateDiff": "a video model",
     "Kandinsky": "Kandinsky", "WuerstchenCombined": "Würstchen", "Video": "a video model",
     "Latte": "a video model",
 }  # fmt: skip
@@ -88,6 +89,7 @@ class Traits(NamedTuple):
     )
     embeddings: bool = False  # whether prompts may name embeddings (textual inversion)
     clip_skip: bool = False  # whether the states of another layer of CLIP can be taken
+    told_place: bool = False  # whether a sample is told where on the canvas it lies
     even_sigmas: bool = False  # of a flow: σ falls from 1 to 1/N in equal steps before it is shifted
 
     @property
@@ -113,7 +115,8 @@ def no_parameter(name: str) -> bool:
 @dataclass(frozen=True, kw_only=True)
 class Part:
     """One model of a checkpoint. `name` is its folder; `build` makes it on the meta device; `aliases` gives the names that a
-    parameter may have in files; `quantise` says which parameters become int8 where that is asked for, `once` which ones are
+    parameter may have in files; `quantise` says which parameters become int8 where that is asked for, `half` which
+    are computed with in bf16 where that is asked for (None: the same ones), `once` which ones are
     read before the steps and not in them; `example` runs a text encoder, which must have one, as `Family.encode`
     does for prompts of the greatest length, also where its weights are on the meta device: for the meter."""
 
@@ -123,6 +126,7 @@ class Part:
     build: Callable[[], Any]
     aliases: Callable[[str], list[str]]
     quantise: Callable[[str], bool] = no_parameter
+    half: Callable[[str], bool] | None = None
     once: Callable[[str], bool] = no_parameter
     arena_bytes: int | None = None
     example: Callable[[Any], object] | None = None
@@ -132,6 +136,12 @@ class Part:
         from tiler.models.unet import large_weights
 
         return frozenset(filter(self.quantise, large_weights(module)))
+
+    def bf16_weights(self, module: nn.Module) -> frozenset[str]:
+        """The parameters of the built `module` that may be computed with in bf16."""
+        from tiler.models.unet import large_weights
+
+        return frozenset(filter(self.half or self.quantise, large_weights(module)))
 
 
 OpenPart = Callable[[Part], AbstractContextManager[Any]]

@@ -37,7 +37,7 @@ from tiler.models.meta import on_meta, refusing
 from tiler.models.modulation import Modulations, modulations
 from tiler.models.patches import PATCH
 from tiler.models.reading import READING, Reading
-from tiler.models.required import check_factor, check_parts, fetch_part, text_encoders
+from tiler.models.required import check_factor, check_parts, fetch_part, read_scheduler, text_encoders
 from tiler.models.samples import Prompt, Sample, empty, examples
 from tiler.weights.checkpoint import Checkpoint
 
@@ -167,7 +167,7 @@ def read(checkpoint: Checkpoint, name: str) -> Flux:
         channels=int(vae["latent_channels"]), width=config["num_attention_heads"] * config["attention_head_dim"],
         flow=True, even_sigmas=True, guidance=guidance, defaults=_DEFAULTS[guidance],
     )  # fmt: skip
-    scheduler = checkpoint.config("scheduler", "scheduler_config.json")
+    scheduler = read_scheduler(checkpoint, repository)
     return Flux(checkpoint=checkpoint, traits=traits, parts=parts, vae=spec, scheduler=scheduler)
 
 

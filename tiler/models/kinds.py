@@ -210,7 +210,7 @@ def family_of(part: Content, where: str) -> FamilyRow:
 
 
 _BY_WIDTH = {768: SD1, 1024: SD2, 2048: SDXL}
-_BY_CHANNELS = {9: "an inpainting model", 8: "an InstructPix2Pix model", 7: "an upscaler", 5: "a depth model"}
+BY_CHANNELS = {9: "an inpainting model", 8: "an InstructPix2Pix model", 7: "an upscaler", 5: "a depth-to-image model"}
 
 
 def _family_of_unet(part: Content, where: str) -> FamilyRow:
@@ -224,7 +224,7 @@ def _family_of_unet(part: Content, where: str) -> FamilyRow:
             "model with an LCM LoRA merged into it"
         )
     if first[1] != 4:
-        what = _BY_CHANNELS.get(first[1], "a model of another kind")
+        what = BY_CHANNELS.get(first[1], "a model of another kind")
         raise ModelError(f"{where}: the UNet takes {first[1]} channels: this is {what}; tiler needs text-to-image")
     cross = next((shape for name, shape in shapes.items() if name.endswith("attn2.to_k.weight")), None)
     width = cross[-1] if cross else 0

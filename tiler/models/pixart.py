@@ -38,7 +38,7 @@ from tiler.models.meta import on_meta, refusing
 from tiler.models.patches import PATCH
 from tiler.models.pixart_blocks import Grid, Modulation, modulations, predict_sample
 from tiler.models.reading import READING, Reading
-from tiler.models.required import check_latents, check_parts, fetch_part, text_encoders
+from tiler.models.required import check_latents, check_parts, fetch_part, read_scheduler, text_encoders
 from tiler.models.samples import Prompt, Sample, empty, examples
 from tiler.weights.checkpoint import Checkpoint
 
@@ -182,7 +182,7 @@ def read(checkpoint: Checkpoint, name: str) -> PixArt:
         ),
         vae_part(spec),
     )  # fmt: skip
-    scheduler = checkpoint.config("scheduler", "scheduler_config.json")
+    scheduler = read_scheduler(checkpoint, kind.repository)
     defaults, notes = _DEFAULTS, tuple[str, ...]()
     if (sign := sign_of_few_steps(checkpoint.name, scheduler)) is not None:
         defaults = MappingProxyType(dict(FEW_STEPS) | {"strength": 0.5})  # of four steps the canvas has two

@@ -10,7 +10,7 @@ from tiler.models.clip import load_tokenizer, read_chunks
 from tiler.models.embeddings import Embeddings
 from tiler.models.family import Family, Guidance
 from tiler.models.reading import Reading
-from tiler.request import ResolvedRequest, settings
+from tiler.request import ResolvedRequest, TileConditioning, settings
 from tiler.request.wording import tags_of
 
 
@@ -39,12 +39,15 @@ def notes_on_prompts(request: ResolvedRequest, family: Family, *, has_guide: boo
     for tag in tags_of(request):
         yield f"{tag} is left out of the prompt: tiler applies no LoRA"
     texts = request.prompt, request.canvas_prompt, request.negative_prompt, *(r.prompt for r in request.regions)
-    if not _folders(request) and any("embedding:" in text for text in texts if text):
+    readable = bool(_folders(request)) or request.prompt_embeds is not None
+    if not readable and any("embedding:" in text for text in texts if text):
         yield "embedding:NAME is read as text: give the folder of the embeddings with --embd-dir"
     if request.embd_dir is not None and not family.traits.embeddings:
         yield f"--embd-dir has no effect: {family.traits.title} takes no embeddings"
     if (request.clip_skip or 1) > 1 and not family.traits.clip_skip:
         yield f"--clip-skip has no effect: {family.traits.title} always takes the same layer"
+    if request.tile_conditioning is not TileConditioning.PLACE and not family.traits.told_place:
+        yield f"--tile-conditioning has no effect: {family.traits.title} is told no places"
     if request.canvas_prompt is not None and not has_guide:
         yield "there is no guide to draw PROMPT: --canvas-prompt alone is drawn"
     negative = request.negative_prompt, *(r.negative_prompt for r in request.regions)

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 from tiler.models.embeddings import Embeddings
 from tiler.request import Emphasis
 from tiler.request.prompt import Fragment, Sections, parse_emphasis
+
+
+class ReadAs(NamedTuple):
+    """All of a Reading that decides embeddings, as a file can say it. `embeddings` are those that prompts name: SHA-256 by stem, as
+    `Embeddings.used` gives them."""
+
+    emphasis: Emphasis = Emphasis.ORIGINAL
+    clip_skip: int = 1
+    embeddings: Mapping[str, str] = MappingProxyType({})
 
 
 class Reading(NamedTuple):
@@ -17,6 +27,11 @@ class Reading(NamedTuple):
     emphasis: Emphasis = Emphasis.ORIGINAL
     clip_skip: int = 1
     embeddings: Embeddings | None = None
+
+    @property
+    def read_as(self) -> ReadAs:
+        """With the embeddings that were named so far."""
+        return ReadAs(self.emphasis, self.clip_skip, {} if self.embeddings is None else self.embeddings.used)
 
     def sections(self, text: str, warn: Callable[[str], None]) -> Sections:
         """The fragments of a text and their weights, parted where BREAK stands; `warn` is told of what is no weight."""

@@ -8,6 +8,7 @@ from typing import Any
 from tiler.decoding import FACTOR
 from tiler.errors import ModelError
 from tiler.weights.checkpoint import Checkpoint
+from tiler.weights.flavours import COPY
 
 
 def check_parts(checkpoint: Checkpoint, repository: str, parts: Iterable[str]) -> None:
@@ -20,6 +21,14 @@ def check_parts(checkpoint: Checkpoint, repository: str, parts: Iterable[str]) -
             )
 
 
+def read_scheduler(checkpoint: Checkpoint, repository: str) -> dict[str, Any]:
+    """The scheduler's config. Raises ModelError, with the command that fetches one that is missing."""
+    path = checkpoint.folder / "scheduler" / "scheduler_config.json"
+    if "scheduler" not in checkpoint.sources and not path.is_file():
+        raise ModelError(f"{path} is missing; {fetch_part(checkpoint, repository, 'scheduler')}")
+    return checkpoint.config("scheduler", path.name)
+
+
 def text_encoders(checkpoint: Checkpoint, parts: Sequence[str]) -> Sequence[str]:
     """Of these text encoders those that a run has to do with: all of them; none where they are not needed and not all there."""
     needed = checkpoint.reads_text or all(checkpoint.has_weights(part) for part in parts)
@@ -27,9 +36,11 @@ def text_encoders(checkpoint: Checkpoint, parts: Sequence[str]) -> Sequence[str]
 
 
 def fetch_part(checkpoint: Checkpoint, repository: str, *parts: str) -> str:
-    """What to do so that parts are there."""
+    """What to do so that parts are there; without a `repository` none is known that has the right ones."""
     if checkpoint.file is not None:
         return "give a file or folder with it by its flag (--t5xxl, --clip_l, --clip_g, --text-encoder, --vae)"
+    if not (checkpoint.repository or repository):
+        return COPY
     place = "" if checkpoint.repository else f" --local-dir {checkpoint.folder}"
     revision = f" --revision {checkpoint.revision}" if checkpoint.revision else ""
     patterns = " ".join(f"--include '{part}/*'" for part in parts)

@@ -16,7 +16,15 @@ from tiler.errors import ModelError
 from tiler.models import bounds
 from tiler.models.checks import check_channels, check_unet_kind
 from tiler.models.chunks import CLIP_TOKENS
-from tiler.models.clip import build_clip, clip_names, encode_last, lengthened, load_tokenizer, run_clip
+from tiler.models.clip import (
+    build_clip,
+    check_tokenizer,
+    clip_names,
+    encode_last,
+    lengthened,
+    load_tokenizer,
+    run_clip,
+)
 from tiler.models.corrections import correct_unet
 from tiler.models.family import (
     Family,
@@ -30,10 +38,11 @@ from tiler.models.family import (
     read_config,
     vae_part,
 )
+from tiler.models.kinds import SD1, SD2
 from tiler.models.reading import READING, Reading
-from tiler.models.required import text_encoders
+from tiler.models.required import check_parts, fetch_part, read_scheduler, text_encoders
 from tiler.models.samples import Prompt, Sample, empty, examples
-from tiler.models.unet import build_unet, predict_noise, quantised, windows_of
+from tiler.models.unet import build_unet, halved, predict_noise, quantised, windows_of
 from tiler.weights.checkpoint import Checkpoint
 
 CROSS_WIDTH = 1280  # of a prompt's tokens where a UNet's config does not say it, as diffusers has it
@@ -95,12 +104,15 @@ def read(checkpoint: Checkpoint, name: str) -> StableDiffusion:
             f"{checkpoint.name}: this is a diffusion transformer that tiler does not know ({name}); it knows "
             "Stable Diffusion 3, PixArt, Flux.1 and AuraFlow"
         )
+    check_parts(checkpoint, "", ["unet"])
     unet = read_config(checkpoint, "unet", "UNet2DConditionModel", bounds.check_unet)
+    repository = (SD1 if unet.get("cross_attention_dim") == SD1.encoders[0].width else SD2).others
+    text_parts = text_encoders(checkpoint, ["text_encoder"])
+    check_parts(checkpoint, repository, ("vae", *text_parts))
+    if checkpoint.reads_text:
+        check_tokenizer(checkpoint.tokenizer("tokenizer"), fetch_part(checkpoint, repository, "tokenizer"))
     vae = read_config(checkpoint, "vae", "AutoencoderKL", bounds.check_vae)
-    texts = {
-        part: read_config(checkpoint, part, None, bounds.check_text)
-        for part in text_encoders(checkpoint, ["text_encoder"])
-    }
+    texts = {part: read_config(checkpoint, part, None, bounds.check_text) for part in text_parts}
     if unet.get("addition_embed_type") == "text_time" or unet.get("cross_attention_dim") == 2048:
         raise ModelError(
             f"{checkpoint.folder}/model_index.json: the class is {name!r}, but this UNet is SDXL's; correct the class to "
@@ -117,7 +129,7 @@ def read(checkpoint: Checkpoint, name: str) -> StableDiffusion:
             )
     check_unet_kind(f"{checkpoint.folder / 'unet'}/config.json", unet, "Stable Diffusion 1.x and 2.x")
     unet, notes = correct_unet(unet)
-    scheduler = checkpoint.config("scheduler", "scheduler_config.json")
+    scheduler = read_scheduler(checkpoint, repository)
     spec, levels = VaeSpec(checkpoint=checkpoint, part="vae", config=vae), len(unet["block_out_channels"])
     encoders = [
         Part(
@@ -140,6 +152,7 @@ def read(checkpoint: Checkpoint, name: str) -> StableDiffusion:
             build=partial(build_unet, checkpoint, unet),
             aliases=plain_names,
             quantise=partial(quantised, levels=levels),
+            half=halved,
         ),
         vae_part(spec),
     )

@@ -46,7 +46,7 @@ from tiler.models.modulation import Modulations, modulations
 from tiler.models.patches import PATCH
 from tiler.models.positions import table_names
 from tiler.models.reading import READING, Reading
-from tiler.models.required import check_latents, check_parts, fetch_part, text_encoders
+from tiler.models.required import check_latents, check_parts, fetch_part, read_scheduler, text_encoders
 from tiler.models.samples import Prompt, Sample, empty, examples
 from tiler.models.sd3_blocks import build_mmdit, modulating, predict_sample, quantised, read_once, table_side
 from tiler.models.unet import quantised as quantised_text
@@ -184,7 +184,7 @@ def read(checkpoint: Checkpoint, name: str) -> StableDiffusion3:
     )  # fmt: skip
     return StableDiffusion3(
         checkpoint=checkpoint, traits=traits, parts=(*encoders, denoiser, vae_part(spec)), vae=spec, notes=tuple(notes),
-        scheduler=checkpoint.config("scheduler", "scheduler_config.json"),
+        scheduler=read_scheduler(checkpoint, kind.repository),
     )  # fmt: skip
 
 

@@ -45,9 +45,9 @@ from tiler.models.family import (
 )
 from tiler.models.few_steps import FEW_STEPS, sign_of_few_steps
 from tiler.models.reading import READING, Reading
-from tiler.models.required import check_parts, fetch_part, text_encoders
+from tiler.models.required import check_parts, fetch_part, read_scheduler, text_encoders
 from tiler.models.samples import Place, Prompt, Sample, empty, examples
-from tiler.models.unet import build_unet, predict_noise, quantised, windows_of
+from tiler.models.unet import build_unet, halved, predict_noise, quantised, windows_of
 from tiler.request import TileConditioning
 from tiler.weights.checkpoint import Checkpoint
 
@@ -178,6 +178,7 @@ def read(checkpoint: Checkpoint, name: str) -> StableDiffusionXL:
         if word in name:
             raise ModelError(f"{checkpoint.name}: this is {what} ({name}); tiler needs text-to-image")
     where = f"{checkpoint.folder / 'unet'}/config.json"
+    check_parts(checkpoint, "", ["unet"])
     unet = read_config(checkpoint, "unet", "UNet2DConditionModel", bounds.check_unet)
     _check_base(checkpoint, index, unet)
     encoders = text_encoders(checkpoint, ("text_encoder", "text_encoder_2"))
@@ -192,7 +193,7 @@ def read(checkpoint: Checkpoint, name: str) -> StableDiffusionXL:
         where, unet, "SDXL", addition_embed_type="text_time", time_cond_proj_dim=unet.get("time_cond_proj_dim")
     )
     _check_widths(checkpoint, where, unet, texts)
-    scheduler = checkpoint.config("scheduler", "scheduler_config.json")
+    scheduler = read_scheduler(checkpoint, BASE)
     spec, levels = VaeSpec(checkpoint=checkpoint, part="vae", config=vae), len(unet["block_out_channels"])
     text_parts = [
         Part(
@@ -213,6 +214,7 @@ def read(checkpoint: Checkpoint, name: str) -> StableDiffusionXL:
         build=partial(build_unet, checkpoint, unet),
         aliases=plain_names,
         quantise=partial(quantised, levels=levels),
+        half=halved,
     )
     defaults, notes = {"guidance_scale": 5.0}, []
     if (sign := sign_of_few_steps(checkpoint.name, scheduler)) is not None:
@@ -227,7 +229,7 @@ def read(checkpoint: Checkpoint, name: str) -> StableDiffusionXL:
         title="SDXL", native=int(unet.get("sample_size") or 128), granularity=2 ** (levels - 1),
         channels=int(vae.get("latent_channels", 4)), width=unet["block_out_channels"][0],
         guidance=guidance, defaults=MappingProxyType(defaults), old_schedulers=False,
-        chunked=True, embeddings=True,
+        chunked=True, embeddings=True, told_place=True,
     )  # fmt: skip
     return StableDiffusionXL(
         checkpoint=checkpoint, traits=traits, parts=(*text_parts, denoiser, vae_part(spec)), vae=spec,

@@ -84,9 +84,10 @@ def load_tokenizer(checkpoint: Checkpoint, folder: str) -> PreTrainedTokenizerBa
     try:
         return Tokenizer.from_pretrained(path, local_files_only=True)
     except Exception as error:  # the libraries behind raise plain Exception for damaged files
-        raise ModelError(
-            f"{path}: the tokenizer cannot be read ({(str(error) or type(error).__name__).splitlines()[0]}); download it again"
-        ) from error
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        if "pip install" in reason:  # what transformers would try next with a file that is no sentencepiece model
+            reason = "its files are damaged"
+        raise ModelError(f"{path}: the tokenizer cannot be read ({reason}); download it again") from error
 
 
 def encode_t5(

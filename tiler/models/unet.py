@@ -65,6 +65,11 @@ def quantised(name: str, levels: int) -> bool:
     )
 
 
+def halved(name: str) -> bool:
+    """Whether a weight of a UNet may be computed with in bf16."""
+    return not any(part in name for part in FP32_NAMES)
+
+
 def int8_weights(unet: torch.nn.Module) -> frozenset[str]:
     """The weights of a built UNet that become int8."""
     levels = len(getattr(unet, "up_blocks", ()))

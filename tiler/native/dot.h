@@ -96,4 +96,15 @@ INLINE Register dot(const enum Kind kind, Register sum, Register a, Register b) 
   return vreinterpretq_s32_f32(vfmaq_f32(vreinterpretq_f32_s32(sum), vreinterpretq_f32_s32(a), vreinterpretq_f32_s32(b)));
 #endif
 }
+
+INLINE Register plus(const enum Kind kind, Register a, Register b) {
+#if REGISTERS == 1
+  return kind == INT8 ? _mm512_add_epi32(a, b) : (Register)_mm512_add_ps((__m512)a, (__m512)b);
+#elif REGISTERS == 2
+  return kind == INT8 ? _mm256_add_epi32(a, b) : (Register)_mm256_add_ps((__m256)a, (__m256)b);
+#else
+  if (kind == INT8) return vaddq_s32(a, b);
+  return vreinterpretq_s32_f32(vaddq_f32(vreinterpretq_f32_s32(a), vreinterpretq_f32_s32(b)));
+#endif
+}
 #endif

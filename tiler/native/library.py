@@ -255,6 +255,12 @@ def library() -> Library | None:
     return found if isinstance(found, Library) else None
 
 
+def has_bf16() -> bool:
+    """Whether there is a library whose products may be of bf16."""
+    found = library()
+    return found is not None and found.has_bf16
+
+
 def fault() -> str:
     """Why there is no library; empty where there is."""
     found = _find()

@@ -31,14 +31,15 @@ typedef struct {
   int64_t t0, t1, s0, s1;
 } Span;
 
-// Sums of `rows` × `blocks` · 16 outputs over a span, added to `sums` (GROUP a row) unless it is the first.
+// Sums of `rows` × `blocks` · 16 outputs over a span, added to `sums` (GROUP a row) unless it is the first. Spans are summed by
+// themselves: one sum of thousands would round more.
 INLINE void tile(const enum Kind kind, const int rows, const int blocks, const Product *p, const char *const *row,
                  const char *const *weights, const Span *span, int is_first, int32_t *sums) {
   Register c[TILE_ROWS][BLOCKS * REGISTERS];
 #pragma GCC unroll 6
   for (int i = 0; i < rows; i++)
 #pragma GCC unroll 4
-    for (int j = 0; j < blocks * REGISTERS; j++) c[i][j] = is_first ? (Register){0} : load_register(sums + i * GROUP + j * WIDTH);
+    for (int j = 0; j < blocks * REGISTERS; j++) c[i][j] = (Register){0};
   for (int64_t t = span->t0; t < span->t1; t++) {
     const char *a[TILE_ROWS], *w[BLOCKS];
     int64_t tap = p->tap ? p->tap[t] : 0;
@@ -61,7 +62,10 @@ INLINE void tile(const enum Kind kind, const int rows, const int blocks, const P
 #pragma GCC unroll 6
   for (int i = 0; i < rows; i++)
 #pragma GCC unroll 4
-    for (int j = 0; j < blocks * REGISTERS; j++) store_register(sums + i * GROUP + j * WIDTH, c[i][j]);
+    for (int j = 0; j < blocks * REGISTERS; j++) {
+      int32_t *sum = sums + i * GROUP + j * WIDTH;
+      store_register(sum, is_first ? c[i][j] : plus(kind, load_register(sum), c[i][j]));
+    }
 }
 
 // The group's outputs of one row.

@@ -15,7 +15,14 @@ from tiler.request import Emphasis, ResolvedRequest, ScheduleType
 from tiler.request.render import OF_THE_MACHINE
 
 _EMPHASIS = {Emphasis.NO_NORM: "No norm", Emphasis.IGNORE: "Ignore", Emphasis.NONE: "None"}  # as A1111 writes them
-_NOT_TOLD = (*OF_THE_MACHINE, "metadata", "embd_dir", "model_dirs")
+_NOT_TOLD = (
+    *OF_THE_MACHINE,
+    "metadata",
+    "embd_dir",
+    "model_dirs",
+    "size",
+    "preset",
+)  # the last two: resolved in others
 _FILES = "model", "tiny_vae", "guide_image", "diffusion_model", "vae", "text_encoder", "clip_l", "clip_g", "t5xxl"
 
 XMP = "XML:com.adobe.xmp"  # the keyword of PNG (third edition), 11.3.3.4

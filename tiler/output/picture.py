@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import BinaryIO
@@ -12,22 +13,46 @@ import numpy as np
 
 from tiler.errors import UsageError
 from tiler.files import atomic, check_writable
-from tiler.output.metadata import XMP
+from tiler.output import jpeg
+from tiler.output.exif import xmp_of
+from tiler.output.jpeg import JpegWriter
 from tiler.output.pdf import POINTS, PdfWriter
+from tiler.output.pipe import check_reader, standard_output
 from tiler.output.png import PngWriter, srgb_profile
+from tiler.output.whole import ENCODERS, WholeWriter
+from tiler.request.choices import STDOUT, Format
 
-TIFFS = (".tif", ".tiff")
+QUALITY = 90  # of a JPEG, WebP or AVIF
 TILE = 256  # pixels, of a TIFF
 _XMP_TAG = 700  # of a TIFF
+_FORMATS = {f".{format}": format for format in Format} | {".jpg": Format.JPEG, ".tif": Format.TIFF}
+
+
+def format_of(path: Path, asked: Format | None = None) -> Format:
+    """By a file's ending; on standard output what was `asked` for, else PNG. Raises UsageError."""
+    if path == STDOUT:
+        return asked or Format.PNG
+    if (format := _FORMATS.get(path.suffix.lower())) is None:
+        known = ".png, .jpg, .pdf, .tif, .webp or .avif"
+        raise UsageError(f"{path}: pictures are written as {known}; give --output such a name")
+    return format
+
+
+def check_size(path: Path, asked: Format | None, width: int, height: int) -> None:
+    """Raises UsageError for a picture that readers of its format do not open."""
+    format = format_of(path, asked)
+    longest = jpeg.LONGEST if format is Format.JPEG else ENCODERS[format].longest if format in ENCODERS else None
+    if longest is not None and max(width, height) > longest:
+        raise UsageError(f"{width}×{height}: a side of a {format} has at most {longest:,} pixels; write a .png or .tif")
 
 
 def check_picture(path: Path, *, force: bool) -> None:
     """Before any work: the format is known, its library is there, the file may be written. Raises UsageError, StorageError."""
-    suffix = path.suffix.lower()
+    if path == STDOUT:
+        check_reader()
+        return
     check_writable(path, force=force)
-    if suffix not in (".png", ".pdf", *TIFFS):
-        raise UsageError(f"{path}: pictures are written as .png, .pdf, .tif or .tiff; give --output such a name")
-    if suffix in TIFFS and find_spec("tifffile") is None:
+    if format_of(path) is Format.TIFF and find_spec("tifffile") is None:
         raise UsageError(f"{path}: TIFF needs the extra `tiff`: pip install 'tiler[tiff]', or write a .png")
 
 
@@ -41,26 +66,39 @@ def write_picture(
     bleed_mm: float = 0.0,
     *,
     force: bool,
+    format: Format | None = None,
+    quality: int | None = None,
     on_whole: Callable[[os.stat_result], None] = lambda whole: None,
 ) -> None:
     """Write `rows`, (n, W, 3) uint8 sRGB top first; what lies right of and below the picture is cut off. Atomic; `on_whole` as
-    in `atomic`.
+    in `atomic`. `-` is standard output, which gets the bytes as they are made, of a PNG without `format`. WebP and AVIF are held
+    as a whole.
 
     A PDF says how much of each edge is bleed. Without `force`, a file that has meanwhile appeared is kept.
     Raises StorageError, and whatever `rows` raises.
     """
-    with atomic(path, replace=force, on_whole=on_whole) as file:
+    whole: AbstractContextManager[BinaryIO] = (
+        standard_output() if path == STDOUT else atomic(path, replace=force, on_whole=on_whole)
+    )
+    format, quality = format_of(path, format), quality or QUALITY
+    with whole as file:
         cut = _cut(rows, width, height)
-        if path.suffix.lower() in TIFFS:
+        if format is Format.TIFF:
             _write_tiff(file, cut, width, height, texts, dpi)
             for _ in cut:  # tifffile asks no further than the last tile: what makes the rows comes to its end
                 pass
             return
-        writer: PngWriter | PdfWriter = (
-            PdfWriter(file, width, height, texts, dpi or POINTS, bleed_mm)
-            if path.suffix.lower() == ".pdf"
-            else PngWriter(file, width, height, texts, dpi)
-        )
+        size = width, height
+        writer: PngWriter | PdfWriter | JpegWriter | WholeWriter
+        match format:
+            case Format.PDF:
+                writer = PdfWriter(file, *size, texts, dpi or POINTS, bleed_mm)
+            case Format.JPEG:
+                writer = JpegWriter(file, *size, texts, dpi, quality)
+            case Format.WEBP | Format.AVIF:
+                writer = WholeWriter(file, *size, texts, quality, format)
+            case _:
+                writer = PngWriter(file, *size, texts, dpi)
         for strip in cut:
             writer.write(strip)
         writer.close()
@@ -82,7 +120,7 @@ def _write_tiff(
     offsets of 32 bits might not do: deflate adds little to what it cannot make smaller."""
     import tifffile
 
-    packet = texts.get(XMP, "").encode(errors="replace")
+    packet = xmp_of(texts)
     most = 3 * (width + TILE) * (height + TILE) * 1.01 + 2**24
     with tifffile.TiffWriter(file, bigtiff=most > 2**32) as tiff:
         tiff.write(

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import struct
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from tiler.errors import StorageError, UsageError
+from tiler.output.exif import EXIF_IFD, UNICODE, USER_COMMENT, request_in
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 _MOST = 16_000_000  # bytes of text; a picture that says more is not read further
-_EXIF_IFD, _USER_COMMENT, _DESCRIPTION, _MAKE, _MODEL = 0x8769, 0x9286, 270, 0x010F, 0x0110
+_DESCRIPTION, _MAKE, _MODEL = 270, 0x010F, 0x0110
 
 
 def read_texts(path: Path) -> dict[str, str]:
@@ -71,12 +77,10 @@ def _decoded(data: bytes) -> str:
 
 
 def _of_exif(path: Path) -> dict[str, str]:
-    from PIL import Image
-
     texts: dict[str, str] = {}
-    with Image.open(path) as picture:
+    with opened(path) as picture:
         exif = picture.getexif()
-        comment: Any = exif.get_ifd(_EXIF_IFD).get(_USER_COMMENT)
+        comment: Any = exif.get_ifd(EXIF_IFD).get(USER_COMMENT)
         if isinstance(comment, bytes):
             texts["parameters"] = _user_comment(comment[:_MOST])
         elif isinstance(comment, str):
@@ -87,13 +91,30 @@ def _of_exif(path: Path) -> dict[str, str]:
             key, colon, text = str(exif.get(tag, "")).partition(":")
             if colon and key.lower() in ("prompt", "workflow"):
                 texts[key.lower()] = text[:_MOST]
+        packet: Any = picture.info.get("xmp")
+        if isinstance(packet, bytes) and (request := request_in(packet[:_MOST])) is not None:
+            texts["tiler"] = request
     return texts
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Image.Image]:
+    """A picture whose header alone is read, however large it is: Pillow's guard is for those that are decoded."""
+    from PIL import Image
+
+    most, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        picture = Image.open(path)
+    finally:
+        Image.MAX_IMAGE_PIXELS = most
+    with picture:
+        yield picture
 
 
 def _user_comment(data: bytes) -> str:
     """EXIF 2.3, 4.6.5: eight bytes name the encoding. UTF-16 comes in either order: Latin letters show which."""
     code, text = data[:8], data[8:]
-    if code == b"UNICODE\0":
+    if code == UNICODE:
         little = text[1::2].count(0) > text[0::2].count(0)
         return text.decode("utf-16-le" if little else "utf-16-be", "replace").rstrip("\0")
     return _decoded(text if code in (b"ASCII\0\0\0", bytes(8)) else data).rstrip("\0")

@@ -16,6 +16,7 @@ class Facts:
     rss_bytes: int
     scratch_free_bytes: int  # of the file system that scratch files go to
     int8: Int8  # what int8 means here
+    bf16: bool  # whether products of bf16 are computed here
     guide_pixels: int = 0  # of the user's picture, as it is kept
     guide_load_bytes: int = 0  # that loading it takes
 

@@ -34,12 +34,18 @@ from tiler.models.samples import Sample, empty
 from tiler.planning.facts import Facts
 from tiler.planning.fit import Weight
 from tiler.planning.table import PhasePlan, Term
-from tiler.request import Decode, Wrap
+from tiler.request import Decode, Precision, Wrap
 from tiler.weights.grouped import is_read
 from tiler.weights.index import TensorInfo
 from tiler.weights.store import PIECE_ELEMENTS, READ_AHEAD, match_index
 
 ACTIVATIONS = "activations + weights in use"
+
+
+def bf16_keys(part: Part, module: nn.Module, precision: Precision) -> frozenset[str]:
+    """The denoiser's weights that are computed with in bf16. None beside int8: those that are left would save a fortieth of a
+    pass, and add a thirtieth to its error."""
+    return part.bf16_weights(module) if precision is Precision.BF16 else frozenset()
 
 
 def streamed_weights(module: nn.Module) -> list[Weight]:
@@ -85,20 +91,23 @@ def _encoder_phase(models: Models, part: Part, fixed: list[Term]) -> PhasePlan:
 
 
 class DenoiserPeaks:
-    """The phases that use a family's denoiser, whose weights are held in `arena_bytes`, in int8 or not; its prompts have so many
-    `chunks`."""
+    """The phases that use a family's denoiser, whose weights are held in `arena_bytes` for arithmetic in `precision`; its prompts
+    have so many `chunks`."""
 
-    def __init__(self, models: Models, *, int8: bool, arena_bytes: int | None = None, chunks: int = 1) -> None:
+    def __init__(
+        self, models: Models, precision: Precision, *, arena_bytes: int | None = None, chunks: int = 1
+    ) -> None:
         self.family, part = models.family, models.family.part(Role.DENOISER)
         self.module, self.stored = models.module(part), dict(self.family.checkpoint.weights(part.name))
         match_index(self.module, self.stored, part.aliases)  # what is missing or misshapen is found before any work
-        quantised = part.int8_weights(self.module) if int8 else frozenset[str]()
+        quantised = part.int8_weights(self.module) if precision is Precision.INT8 else frozenset[str]()
         self.stored |= {
             name: self.stored[name]._replace(dtype="I8", nbytes=math.prod(self.stored[name].shape))
             for name in quantised & self.stored.keys()
         }
         arena_bytes = arena_bytes or part.arena_bytes
-        self.streamer = Streamer(None, int8_keys=quantised, arena_bytes=arena_bytes, transform=True)
+        halves = bf16_keys(part, self.module, precision)
+        self.streamer = Streamer(None, int8_keys=quantised, bf16_keys=halves, arena_bytes=arena_bytes, transform=True)
         self._more_tokens = CLIP_TOKENS * (chunks - 1)
         self._activations: dict[tuple[tuple[int, ...], int, int], int] = {}
 
@@ -137,14 +146,15 @@ class DenoiserPeaks:
         return [sample._replace(prompt=longer[id(sample.prompt)]) for sample in samples]
 
     @property
-    def packs_fp32(self) -> bool:
-        """Whether weights are fp32 in the order of tiler's own kernels, made as they are read: nothing is freed unit by unit."""
+    def packs_floats(self) -> bool:
+        """Whether weights are fp32 or bf16 in the order of tiler's own kernels, made as they are read: nothing is freed unit by
+        unit."""
         return not self.streamer.int8_keys and packs_layers()
 
     @property
     def resident_slack(self) -> float:
         """What keeping weights costs, as a share of them."""
-        return PACKED_RESIDENT_SLACK if self.packs_fp32 else RESIDENT_SLACK
+        return PACKED_RESIDENT_SLACK if self.packs_floats else RESIDENT_SLACK
 
     def phase(self, name: str, fixed: list[Term], tiles: list[int], batch: int, height: int, width: int) -> PhasePlan:
         """Denoising `tiles`, one for each sample, `batch` of them for each read of the weights."""
@@ -154,7 +164,7 @@ class DenoiserPeaks:
         tight = self.streamer.arena_bytes < ARENA_BYTES
         mapped = self.family.traits.large_blocks
         in_place = bool(self.streamer.int8_keys) and reads_blocks()  # then nothing is packed and freed unit by unit
-        roomy = PACKED_HEAP_SLACK if self.packs_fp32 else HEAP_SLACK
+        roomy = PACKED_HEAP_SLACK if self.packs_floats else HEAP_SLACK
         slack = MAPPED_HEAP_SLACK if mapped else TIGHT_HEAP_SLACK if tight or in_place else roomy
         work = self.activations(group, height, width) + int(slack * self.activations((0,), height, width))
         if not (tight or mapped or in_place):

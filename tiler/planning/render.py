@@ -30,10 +30,11 @@ from tiler.planning.fit import Streamed, largest_batch, with_resident
 from tiler.planning.peaks import DenoiserPeaks, VaePeaks, text_phase
 from tiler.planning.table import MemoryPlan, PhasePlan, Term
 from tiler.planning.tiling import Tiling, pixels_of
+from tiler.planning.whole import WholePicture, whole_picture
 from tiler.request import Decode, GuideUpscale, Precision, ResolvedRequest, Scheduler, Wrap
 from tiler.request.wording import most_chunks
 
-ORDER = ("load guide", "encode prompts", "guide", "guide picture", "canvas", "decode")  # of the phases
+ORDER = ("load guide", "encode prompts", "guide", "guide picture", "canvas", "decode", "write")  # of the phases
 # Samples that share a read of the weights. A choice, no measurement: SD 1.5's share is then 0.1 GB each, beside seconds of
 # arithmetic.
 MAX_BATCH = 16
@@ -52,7 +53,7 @@ class RenderPlan(Tiling):
     guide_batch: int
     arena_bytes: int  # for the denoiser's weights in use
     sample_bytes: int  # what one sample alone takes in the denoiser, the weights in use included
-    precision: Precision  # fp32 or int8
+    precision: Precision  # fp32, bf16 or int8
     precision_why: str
     scheduler: Scheduler  # never AUTO
     notes: tuple[str, ...]  # on the scheduler, for the user
@@ -79,9 +80,10 @@ def plan_render(
     methods: Mapping[str, Decode] = MappingProxyType({}),
     *,
     encoded: bool = False,
+    embeds: bool = False,
     tiles_only: bool = False,
 ) -> RenderPlan:
-    """How `tiling`, the request's own, fits, its prompts `encoded` already or not. The memory plan may still be over the ceiling:
+    """How `tiling`, the request's own, fits, its prompts `encoded` already or not, and naming embeddings (`embeds`) or not. The memory plan may still be over the ceiling:
     `plan.memory.check()` refuses. `methods`, by the names of RenderPlan's, are the autoencoder's ways that an earlier run has chosen.
     A process that predicts `tiles_only`, for a canvas that is elsewhere, has no other phase.
 
@@ -100,14 +102,13 @@ def plan_render(
     canvas_samples, guide_samples = ([0] if step is None else step.sample_numbers() for step in fullest)
     per_step = len(canvas_samples)
 
-    precision, precision_why = choose_precision(request.precision, family, facts.int8)
-    int8 = precision is Precision.INT8
+    precision, precision_why = choose_precision(request.precision, family, facts.int8, bf16=facts.bf16)
     chunks = most_chunks(tiling.texts, MOST_CHUNKS) if family.traits.chunked else 1
-    chunks += request.embd_dir is not None and family.traits.embeddings  # whose vectors the words do not tell
-    sampler = DenoiserPeaks(models, int8=int8, chunks=chunks)
-    tight = DenoiserPeaks(models, int8=int8, arena_bytes=TIGHT_ARENA_BYTES, chunks=chunks)
+    chunks += embeds  # whose vectors the words do not tell
+    sampler = DenoiserPeaks(models, precision, chunks=chunks)
+    tight = DenoiserPeaks(models, precision, arena_bytes=TIGHT_ARENA_BYTES, chunks=chunks)
     fixed = [facts.libraries]
-    coding = _Coding({}, []) if tiles_only else _plan_coding(request, models, tiling, facts, methods)
+    coding = _Coding({}, [], None) if tiles_only else _plan_coding(request, models, tiling, facts, methods)
     masks = min(MASKS_KEPT, max(map(len, (tiling.regions, *tiling.canvas_steps[-1:]))))
     canvas_bytes = 4 * family.latent_channels * math.prod(tiling.canvas) * 6 + 4 * math.prod(tile) * masks
     if tiles_only:
@@ -143,6 +144,8 @@ def plan_render(
         ]
     else:
         others = [encoding]
+    if coding.whole is not None:
+        others.append(coding.whole.writing(facts.libraries, max_bytes))
     if tiles_only:
         others = []
     resident: dict[str, dict[str, torch.dtype]] = {phase.name: {} for phase in others}
@@ -192,6 +195,7 @@ class _Coding(NamedTuple):
 
     methods: dict[str, DecodePlan]
     phases: list[_CodingPhase]
+    whole: WholePicture | None  # what of the picture is held
 
 
 def _plan_coding(
@@ -204,9 +208,12 @@ def _plan_coding(
     canvas, guide, wrap = tiling.canvas, tiling.guide, request.wrap
     methods = {"decode": decoder.choose(chosen.get("decode", request.decode), canvas, space, wrap=wrap)}
     decoding = decoder.phase("decode", canvas, methods["decode"])
+    whole = whole_picture(request.output, request.format, request.width, request.height)
+    if whole is not None:
+        decoding = whole.while_decoding(decoding)
     phases = [_CodingPhase(decoding, Streamed(decoder.decoder_weights, decoder.spec.weights))]
     if (guide is None and request.guide_image is None) or request.guide_upscale is not GuideUpscale.PIXEL:
-        return _Coding(methods, phases)
+        return _Coding(methods, phases, whole)
     wanted = Decode.AUTO if request.decode is Decode.TINY else request.decode
     encoding = chosen.get("guide picture", wanted)
     methods["guide picture"] = vae.choose(encoding, canvas, space, encoding=True, wrap=wrap)
@@ -216,7 +223,7 @@ def _plan_coding(
         methods["guide decoded"] = vae.choose(chosen.get("guide decoded", wanted), guide[:2], space, wrap=wrap)
         pictures.append(vae.phase("guide picture", guide[:2], methods["guide decoded"]))
     largest = max(pictures, key=lambda phase: phase.peak_bytes)
-    return _Coding(methods, [*phases, _CodingPhase(largest, Streamed(vae.weights, vae.spec.weights))])
+    return _Coding(methods, [*phases, _CodingPhase(largest, Streamed(vae.weights, vae.spec.weights))], whole)
 
 
 def build_schedule(request: ResolvedRequest, family: Family) -> DiffusersSchedule:
@@ -231,8 +238,14 @@ def build_schedule(request: ResolvedRequest, family: Family) -> DiffusersSchedul
     return flow.build(asked, config, steps, tokens=traits.tokens, even_sigmas=traits.even_sigmas)
 
 
-def choose_precision(wanted: Precision, family: Family, int8: Int8) -> tuple[Precision, str]:
-    """Int8 or fp32, and why: AUTO is int8 where processor and model gain by it, whatever the ceiling."""
+def choose_precision(wanted: Precision, family: Family, int8: Int8, *, bf16: bool) -> tuple[Precision, str]:
+    """What the denoiser is computed in, and why: AUTO is int8 where processor and model gain by it, whatever the ceiling. Raises
+    UsageError for bf16 where nothing here computes with it."""
+    if wanted is Precision.BF16 and not bf16:
+        raise UsageError(
+            "--precision bf16: this needs tiler's own kernels and AVX-512 with BF16 instructions (see `tiler doctor`); choose "
+            "int8, fp32 or auto"
+        )
     if wanted is not Precision.AUTO:
         return wanted, "as asked"
     if (width := family.traits.width) < INT8_CHANNELS:
@@ -249,11 +262,14 @@ def plan_decode(
     decode: Decode,
     space: ScratchSpace,
     wrap: Wrap,
+    whole: WholePicture | None = None,
 ) -> tuple[DecodePlan, MemoryPlan, dict[str, torch.dtype]]:
     """How latents of (height, width) are decoded, the memory plan, and the weights that stay. Raises StorageError."""
     vae = VaePeaks(models, models.decoder, facts)
     method = vae.choose(decode, latents, space, wrap=wrap)
     phase = vae.phase("decode", latents, method, held=0)
-    smallest = int(phase.peak_bytes / MARGIN) + 1
+    writing = [] if whole is None else [whole.writing(facts.libraries, max_bytes)]
+    phase = phase if whole is None else whole.while_decoding(phase)
+    smallest = int(max(p.peak_bytes for p in (phase, *writing)) / MARGIN) + 1
     phase, resident = with_resident(phase, Streamed(vae.decoder_weights, vae.spec.weights), method, max_bytes)
-    return method, MemoryPlan(max_bytes=max_bytes, phases=(phase,), smallest_bytes=smallest), resident
+    return method, MemoryPlan(max_bytes=max_bytes, phases=(phase, *writing), smallest_bytes=smallest), resident

@@ -21,10 +21,11 @@ class Term:
 
 @dataclass(frozen=True, kw_only=True)
 class PhasePlan:
-    """A phase and the terms that are in memory together at its peak."""
+    """A phase and the terms that are in memory together at its peak; `advice` says what to do where that is too much."""
 
     name: str
     terms: tuple[Term, ...]
+    advice: str = ""
 
     @property
     def peak_bytes(self) -> int:
@@ -46,14 +47,18 @@ class MemoryPlan:
     def peak_of(self, name: str) -> int:
         return next(phase.peak_bytes for phase in self.phases if phase.name == name)
 
-    def check(self, *, table: bool = True) -> None:
-        """Raises BudgetRefused with the smallest ceiling that would do, and the table."""
-        if self.peak_bytes > self.max_bytes * MARGIN:
+    @property
+    def fits(self) -> bool:
+        return self.peak_bytes <= self.max_bytes * MARGIN
+
+    def check(self, *, table: bool = True, advice: str = "") -> None:
+        """Raises BudgetRefused with the smallest ceiling that would do, `advice` on what else would, and the table."""
+        if not self.fits:
             worst = max(self.phases, key=lambda p: p.peak_bytes)
             raise BudgetRefused(
                 f"the phase {worst.name!r} needs {format_mb(worst.peak_bytes)}, and a plan may fill {MARGIN:.0%} of the "
                 f"ceiling of {format_mb(self.max_bytes)}; the smallest --max-ram that would do is {self.smallest_text}"
-                + (f"\n{self.table()}" if table else "")
+                + (f"; {worst.advice}" if worst.advice else advice + (f"\n{self.table()}" if table else ""))
             )
 
     @property

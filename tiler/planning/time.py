@@ -40,9 +40,10 @@ class Speed(NamedTuple):
     """Operations a second of this machine, measured."""
 
     fp32: float
+    bf16: float
     int8: float
     attention: float
-    int8_attention: float  # beside int8 weights
+    half_attention: float  # beside bf16 and int8 weights
 
 
 class Counter:
@@ -85,10 +86,10 @@ def measure() -> Speed:
         fp32 = conv_flops / median_seconds(lambda: layer(x))
         attention = attention_speed("fp32")
         if not onednn.int8().products:  # then int8 is what weights are stored in, no more
-            return Speed(fp32, fp32, attention, attention)
+            return Speed(fp32, fp32, fp32, attention, attention)
         shape = TableShape(Kind.CONVOLUTION, tuple(layer.weight.shape), tuple(x.shape))
-        fast = chosen_speed(shape, "int8")
-    return Speed(fp32, fast, attention, attention_speed("int8"))
+        half, fast = chosen_speed(shape, "bf16"), chosen_speed(shape, "int8")
+    return Speed(fp32, half, fast, attention, attention_speed("int8"))
 
 
 def seconds(work: Flops, methods: Iterable[DecodePlan], speed: Speed, precision: Precision) -> float:
@@ -96,7 +97,9 @@ def seconds(work: Flops, methods: Iterable[DecodePlan], speed: Speed, precision:
     matrix products."""
     layers, attention, overhead = speed.fp32, speed.attention, OVERHEAD_FP32
     if precision is Precision.INT8:
-        layers, attention, overhead = speed.int8, speed.int8_attention, OVERHEAD_INT8
+        layers, attention, overhead = speed.int8, speed.half_attention, OVERHEAD_INT8
+    elif precision is Precision.BF16:
+        layers, attention = speed.bf16, speed.half_attention
     denoising = overhead * (work.layers / layers + work.attention / attention)
     coding = sum(
         (OVERHEAD_BY_LAYERS if m.by_layers else OVERHEAD_BY_ROWS) * m.flops + m.attention_flops for m in methods

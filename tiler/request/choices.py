@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from enum import StrEnum
+from pathlib import Path
 from typing import Any
 
 from tiler.errors import UsageError
@@ -14,6 +15,7 @@ MAX_SIDE = 65_536  # px
 MAX_STEPS = 1_000
 MAX_CLIP_SKIP = 64  # above the layers of any CLIP
 MAX_SEED = 2**64 - 1
+STDOUT = Path("-")  # an output of that name is standard output
 
 
 class Mask(StrEnum):
@@ -103,7 +105,19 @@ class Precision(StrEnum):
 
     FP32 = "fp32"
     INT8 = "int8"
+    BF16 = "bf16"
     AUTO = "auto"
+
+
+class Format(StrEnum):
+    """Of a picture's file."""
+
+    PNG = "png"
+    JPEG = "jpeg"
+    WEBP = "webp"
+    AVIF = "avif"
+    PDF = "pdf"
+    TIFF = "tiff"
 
 
 class Preset(StrEnum):
@@ -184,6 +198,16 @@ def check_decode(decode: Decode, tiny_vae: str | None) -> None:
     if (decode is Decode.TINY) != (tiny_vae is not None):
         raise UsageError(
             "--decode tiny and --tiny-vae FOLDER go together; give both (taesd is made for SD 1.x and 2.x)"
+        )
+
+
+def check_format(output: Path | None, format: Format | None) -> None:
+    """Raises UsageError for a format beside a file's name, whose ending says it."""
+    if format is not None and output != STDOUT:
+        raise UsageError(f"--format {format} is for standard output (-o -); a file's format is told by its ending")
+    if format is Format.TIFF:
+        raise UsageError(
+            "a TIFF cannot go through a pipe, because its writer turns back; write a .tif, or --format png"
         )
 
 

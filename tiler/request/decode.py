@@ -11,10 +11,12 @@ from tiler.request.choices import (
     MAX_CLIP_SKIP,
     Decode,
     Emphasis,
+    Format,
     ScratchDtype,
     Weights,
     Wrap,
     check_decode,
+    check_format,
     check_text,
     within,
 )
@@ -38,6 +40,8 @@ class DecodeRequest(ModelOptions):
         )
     )
     output: Path | None = option(None, shared.OUTPUT)
+    format: Format | None = option(None, shared.FORMAT)
+    quality: int | None = option(None, shared.QUALITY)
     wrap: Wrap = option(Wrap.NONE, shared.WRAP)
     dpi: float | None = option(None, shared.DPI._replace(default=None))
     decode: Decode = option(Decode.AUTO, shared.DECODE)
@@ -49,7 +53,9 @@ class DecodeRequest(ModelOptions):
     def __post_init__(self) -> None:
         coerce(self)
         check_decode(self.decode, self.tiny_vae)
+        check_format(self.output, self.format)
         within("dpi", self.dpi, 1, 10_000)
+        within("quality", self.quality, 1, 100)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -105,12 +105,3 @@ class ModelOptions:
             "--t5xxl": self.t5xxl,
         }  # fmt: skip
         return {flag: value for flag, value in given.items() if value is not None}
-
-    def flags(self) -> list[str]:
-        """The words of a command line that name the same model."""
-        given = {
-            "--model": self.model, "--variant": self.variant, "--revision": self.revision,
-            "--diffusion-model": self.diffusion_model, **self.replaced(), "--prediction": self.prediction,
-            "--model-dir": os.pathsep.join(map(str, self.model_dirs)) or None,
-        }  # fmt: skip
-        return [word for flag, value in given.items() if value is not None for word in (flag, value)]

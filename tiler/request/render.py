@@ -13,8 +13,10 @@ from tiler.request.choices import (
     MAX_SIDE,
     MAX_STEPS,
     PIXEL_STEP,
+    STDOUT,
     Decode,
     Emphasis,
+    Format,
     GuideUpscale,
     Layout,
     Mask,
@@ -26,6 +28,7 @@ from tiler.request.choices import (
     TileConditioning,
     Wrap,
     check_decode,
+    check_format,
     check_text,
     parse_interval,
     parse_schedule_type,
@@ -41,6 +44,7 @@ from tiler.request.regions import Region
 # Fields that say where and how a picture is made; all others decide its bytes.
 OF_THE_MACHINE = (
     "output",
+    "format",
     "save_latents",
     "cache_dir",
     "prompt_embeds",
@@ -241,8 +245,9 @@ class RenderRequest(ModelOptions):
     precision: Precision = option(
         Precision.AUTO,
         Option(
-            "Arithmetic of the denoiser. int8 is faster and reads half the bytes, from a file that is made once in --cache-dir; auto "
-            "takes it on processors with 8-bit dot products, fp32 on others.",
+            "Arithmetic of the denoiser. int8 is the fastest and reads half the bytes, from a file that is made once in --cache-dir; "
+            "bf16 is nearer to fp32 and makes no file, on processors with its instructions; auto takes int8 where there are "
+            "8-bit dot products, fp32 elsewhere.",
             Panel.MEMORY,
             ("--precision",),
         ),
@@ -264,6 +269,8 @@ class RenderRequest(ModelOptions):
     insecure: bool = option(False, shared.INSECURE)
 
     output: Path | None = option(None, shared.OUTPUT)
+    format: Format | None = option(None, shared.FORMAT)
+    quality: int | None = option(None, shared.QUALITY)
     save_latents: Path | None = option(
         None, Option("Also write the final latents (safetensors).", Panel.OUTPUT, ("--save-latents",))
     )
@@ -291,6 +298,7 @@ class RenderRequest(ModelOptions):
         within("strength", self.strength, 0, 1)
         within("seed", self.seed, 0, MAX_SEED)
         within("dpi", self.dpi, 1, 10_000)
+        within("quality", self.quality, 1, 100)
         within("clip-skip", self.clip_skip, 1, MAX_CLIP_SKIP)
         within("attention-window", self.attention_window, 4, MAX_SIDE, "latents")
         if self.overlap is not None and (self.overlap < 0 or self.overlap % PIXEL_STEP):
@@ -315,11 +323,13 @@ class RenderRequest(ModelOptions):
         check_decode(self.decode, self.tiny_vae)
         if self.cluster is not None:
             check_cluster(self.cluster, self.keys, insecure=self.insecure)
-        changed = ("--clip-skip", self.clip_skip), ("--embd-dir", self.embd_dir)
-        given = [flag for flag, value in changed if value is not None]
-        given += ["--emphasis"] if self.emphasis is not Emphasis.ORIGINAL else []
-        if self.prompt_embeds is not None and given:
-            raise UsageError(f"the prompts of --prompt-embeds are encoded already: give {given[0]} to `tiler encode`")
+        check_format(self.output, self.format)
+        if self.output == STDOUT and (self.restart or self.keep_job):
+            raise UsageError(
+                f"a picture on standard output has no job to go on with; leave out --{'restart' if self.restart else 'keep-job'}"
+            )
+        if self.prompt_embeds is not None and self.embd_dir is not None:
+            raise UsageError("the prompts of --prompt-embeds are encoded already: give --embd-dir to `tiler encode`")
         self._check_sheet()
         if self.layout is Layout.SHIFT and (self.overlap is not None or self.regions):
             raise UsageError(

@@ -5,8 +5,18 @@ from __future__ import annotations
 from tiler.request.options import Option, Panel
 
 OUTPUT = Option(
-    "The picture to write: .png, .pdf, .tif or .tiff.", Panel.OUTPUT, ("--output", "-o"), default="tiler.png"
-)
+    "The picture to write: .png, .jpg, .pdf, .tif, .webp or .avif; - is standard output, for a pipe. WebP and AVIF need "
+    "memory for the whole picture.",
+    Panel.OUTPUT, ("--output", "-o"), default="tiler.png",
+)  # fmt: skip
+FORMAT = Option(
+    "The picture's format on standard output: png, jpeg, pdf, webp or avif.",
+    Panel.OUTPUT, ("--format",), metavar="NAME", default="png",
+)  # fmt: skip
+QUALITY = Option(
+    "Of a JPEG, WebP or AVIF, 1–100; from 90 on, JPEG and AVIF store colours at full resolution.",
+    Panel.OUTPUT, ("--quality",), metavar="N", default="90",
+)  # fmt: skip
 MODEL = Option(
     "`mini`, a folder in diffusers layout, a single .safetensors or .gguf file, the name of one in --model-dir, or a "
     "hub id like org/name.",

@@ -33,6 +33,7 @@ _FILE = re.compile(
     rf"({'|'.join(_STEMS)})(?:\.(?P<flavour>\w+))?(?P<shard>-\d+-of-\d+)?(?:\.(?P<old>\w+))?\.safetensors"
 )
 _INDEX = re.compile(rf"({'|'.join(_STEMS)})(?:\.(?P<old>\w+))?\.safetensors\.index(?:\.(?P<flavour>\w+))?\.json")
+COPY = "copy it there, or download the model again"  # what to do about a missing file that no command fetches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,8 +91,8 @@ def names_in(folder: Path) -> list[str]:
         return []
 
 
-def nothing_to_read(where: str, names: Iterable[str], variant: str | None) -> ModelError:
-    """The error for a part without weights that can be read. `where` is its folder."""
+def nothing_to_read(where: str, names: Iterable[str], variant: str | None, fetch: str = "") -> ModelError:
+    """The error for a part without weights that can be read. `where` is its folder; `fetch` says how they can be had."""
     names, there = list(names), sorted(flavours(names))
     if there:
         return ModelError(f"{where}: the weights are of variant {', '.join(there)}; give --variant {there[0]}")
@@ -101,7 +102,7 @@ def nothing_to_read(where: str, names: Iterable[str], variant: str | None) -> Mo
             "convert it elsewhere (diffusers: pipe.save_pretrained(FOLDER, safe_serialization=True))"
         )
     what = f"variant {variant!r} of the weights" if variant else "*.safetensors"
-    return ModelError(f"{where}: no {what} here; found {', '.join(names[:6]) or 'nothing'}")
+    return ModelError(f"{where}: no {what} here, but {', '.join(names[:6]) or 'nothing'}; {fetch or COPY}")
 
 
 def find_weights(folder: Path, variant: str | None, fetch: str = "") -> PartFiles:
@@ -109,7 +110,7 @@ def find_weights(folder: Path, variant: str | None, fetch: str = "") -> PartFile
     names = names_in(folder)
     flavour = choose_flavour(names, variant)
     if flavour is None:
-        raise nothing_to_read(str(folder), names, variant)
+        raise nothing_to_read(str(folder), names, variant, fetch)
     for stem in _STEMS:
         own = [name for name in names if name.startswith(f"{stem}.") or name.startswith(f"{stem}-")]
         own = [name for name in own if flavour_of(name) == flavour]
@@ -127,10 +128,7 @@ def find_weights(folder: Path, variant: str | None, fetch: str = "") -> PartFile
             )
             return PartFiles(flavour=flavour, files=(folder / whole[0],), note=note)
     shards = [name for name in names if flavour_of(name) == flavour]
-    raise ModelError(f"{folder}: {shards[0]} is one of several shards, and their index is missing; {fetch or _COPY}")
-
-
-_COPY = "copy it there, or download the model again"
+    raise ModelError(f"{folder}: {shards[0]} is one of several shards, and their index is missing; {fetch or COPY}")
 
 
 def _is_shard(name: str) -> bool:
@@ -148,5 +146,5 @@ def _shards(folder: Path, index: str, fetch: str) -> list[Path]:
     missing = [file.name for file in files if not file.exists()]
     if missing:
         more = f" and {len(missing) - 1} more of its shards" if len(missing) > 1 else ""
-        raise ModelError(f"{folder / index}: {missing[0]}{more} cannot be found beside it; {fetch or _COPY}")
+        raise ModelError(f"{folder / index}: {missing[0]}{more} cannot be found beside it; {fetch or COPY}")
     return files

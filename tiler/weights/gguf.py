@@ -67,18 +67,25 @@ class _Reader:
             raise ModelError(f"{self.path}: not a GGUF file; download it again")
         version = self.number("I")
         if version not in (2, 3):
-            raise ModelError(f"{self.path}: GGUF version {version}; tiler reads 2 and 3")
+            what = "big-endian" if version in (2 << 24, 3 << 24) else f"of version {version}"
+            raise ModelError(
+                f"{self.path}: this GGUF file is {what}; tiler reads 2 and 3, little-endian: convert it anew"
+            )
         tensors, keys = self.count("Q", MAX_TENSORS, "tensors"), self.count("Q", MAX_KEYS, "keys")
         values = dict(self.key() for _ in range(keys))
         entries = [self.entry() for _ in range(tensors)]
         alignment = values.get("general.alignment", 32)
         if not isinstance(alignment, int) or not 0 < alignment <= 2**16:
-            raise ModelError(f"{self.path}: general.alignment = {alignment!r} is no alignment; the file is damaged")
+            raise ModelError(
+                f"{self.path}: general.alignment = {alignment!r} is no alignment; the file is damaged, download it again"
+            )
         start = -(-self.at // alignment) * alignment
         found: dict[str, TensorInfo] = {}
         for name, shape, dtype, offset in entries:
             if name in found:
-                raise ModelError(f"{self.path}: the name {name!r} stands twice in the header; the file is damaged")
+                raise ModelError(
+                    f"{self.path}: the name {name!r} stands twice in the header; the file is damaged, download it again"
+                )
             found[name] = self.place(name, self.true_shape(name, shape, values), dtype, start + offset)
         return GgufFile(found, values)
 
@@ -96,7 +103,7 @@ class _Reader:
     def count(self, kind: str, most: int, what: str) -> int:
         number = int(self.number(kind))
         if number > most:
-            raise ModelError(f"{self.path}: {number} {what}, more than {most}; the file is damaged")
+            raise ModelError(f"{self.path}: {number} {what}, more than {most}; the file is damaged, download it again")
         return number
 
     def text(self) -> str:
@@ -115,7 +122,9 @@ class _Reader:
             raw = self.take(length)
             return "" if nested or length > MAX_NAME_BYTES else raw.decode("utf-8", "replace")
         if kind != _ARRAY or nested:
-            raise ModelError(f"{self.path}: a key's value is of unknown type {kind}; the file is damaged")
+            raise ModelError(
+                f"{self.path}: a key's value is of unknown type {kind}; the file is damaged, download it again"
+            )
         of, length = self.number("I"), int(self.number("Q"))
         if of in _SCALARS:
             raw = self.take(length * struct.calcsize(_SCALARS[of]))
@@ -130,7 +139,9 @@ class _Reader:
         number, offset = self.number("I"), int(self.number("Q"))
         dtype = _TYPES.get(number, f"type {number}")
         if dtype not in CODECS or dtype == "I8":
-            raise ModelError(f"{self.path}: tensor {name!r} is stored as {dtype}, which tiler does not read")
+            raise ModelError(
+                f"{self.path}: tensor {name!r} is stored as {dtype}, which tiler does not read; use Q8_0 or Q4_K"
+            )
         return name, tuple(reversed(sides)), dtype, offset
 
     def true_shape(self, name: str, shape: tuple[int, ...], values: dict[str, Any]) -> tuple[int, ...]:
@@ -139,18 +150,21 @@ class _Reader:
             return shape
         if not isinstance(said, list) or min(said, default=0) < 1 or math.prod(said) != math.prod(shape):
             raise ModelError(
-                f"{self.path}: tensor {name!r} has shape {list(shape)}, {_SHAPES}… says {said}; the file is damaged"
+                f"{self.path}: tensor {name!r} has shape {list(shape)}, {_SHAPES}… says {said}; the file is damaged, download it again"
             )
         return tuple(int(side) for side in said)
 
     def place(self, name: str, shape: tuple[int, ...], dtype: str, offset: int) -> TensorInfo:
         codec, elements = CODECS[dtype], math.prod(shape)
         if not elements:
-            raise ModelError(f"{self.path}: tensor {name!r} has shape {list(shape)}; the file is damaged")
+            raise ModelError(
+                f"{self.path}: tensor {name!r} has shape {list(shape)}; the file is damaged, download it again"
+            )
         nbytes = codec.row_bytes(elements)
         if elements % codec.values:
             raise ModelError(
-                f"{self.path}: tensor {name!r} is {list(shape)} of {dtype}, which is no whole number of blocks"
+                f"{self.path}: tensor {name!r} is {list(shape)} of {dtype}, which is no whole number of blocks; the file is damaged, "
+                "download it again"
             )
         if offset + nbytes > self.size:
             raise ModelError(

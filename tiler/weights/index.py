@@ -205,7 +205,9 @@ def _parse(path: Path, raw: bytes) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         if len(set(names)) != len(names):
             twice = next(n for n in names if names.count(n) > 1)
-            raise ModelError(f"{path}: the name {twice!r} stands twice in the header; the file is damaged")
+            raise ModelError(
+                f"{path}: the name {twice!r} stands twice in the header; the file is damaged, download it again"
+            )
         return dict(pairs)
 
     try:
@@ -223,7 +225,7 @@ def _validate(path: Path, header: dict[str, Any], *, data_start: int, size: int)
     for info in sorted(infos, key=lambda i: (i.offset, i.nbytes)):
         if info.offset != end:
             what = "overlaps the tensor before it" if info.offset < end else "leaves a hole before it"
-            raise ModelError(f"{path}: tensor {info.name!r} {what}; the file is damaged")
+            raise ModelError(f"{path}: tensor {info.name!r} {what}; the file is damaged, download it again")
         end = info.offset + info.nbytes
     if end > size:
         raise ModelError(f"{path}: the file is {end - size} bytes short (a cut download?); download it again")
@@ -231,7 +233,7 @@ def _validate(path: Path, header: dict[str, Any], *, data_start: int, size: int)
 
 
 def _entry(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
-    bad = ModelError(f"{path}: the entry of tensor {name!r} is malformed; the file is damaged")
+    bad = ModelError(f"{path}: the entry of tensor {name!r} is malformed; the file is damaged, download it again")
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise bad
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -252,7 +254,7 @@ def _entry(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
         raise bad
     if dtype in DTYPE_BYTES and math.prod(shape) * DTYPE_BYTES[dtype] != end - begin:
         raise ModelError(
-            f"{path}: tensor {name!r} says {dtype} {shape}, which is not {end - begin} bytes; the file is damaged"
+            f"{path}: tensor {name!r} says {dtype} {shape}, which is not {end - begin} bytes; the file is damaged, download it again"
         )
     source = Source(path, data_start + begin, shape[0] if shape else 1)
     return TensorInfo(name, dtype, tuple(shape), (source,), end - begin)

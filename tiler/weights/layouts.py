@@ -133,7 +133,9 @@ def _object(path: Path, text: str) -> dict[str, Any]:
     except (ValueError, RecursionError, TypeError):
         said = None
     if not isinstance(said, dict):
-        raise ModelError(f"{path}: what it says of its quantisation is no JSON object; the file is damaged")
+        raise ModelError(
+            f"{path}: what it says of its quantisation is no JSON object; the file is damaged, download it again"
+        )
     return said
 
 
@@ -162,11 +164,13 @@ def _scale(index: Index, info: TensorInfo, promised: Mapping[str, str]) -> Tenso
     return None
 
 
-def _check_factors(info: TensorInfo, counts: set[int]) -> None:
+def _check_factors(info: TensorInfo, counts: set[int], *, may_be_bytes: bool = False) -> None:
     if math.prod(info.shape) not in counts:
         raise ModelError(
-            f"{info.path}: tensor {info.name!r} has shape {list(info.shape)}, which is not a factor for each row"
+            f"{info.path}: tensor {info.name!r} has shape {list(info.shape)}, which is not a factor for each row; download the file again"
         )
+    if may_be_bytes and info.dtype == "U8":
+        return
     if info.dtype not in CODECS or CODECS[info.dtype].stored is None or info.dtype in ("I8", "QINT8"):
         raise ModelError(f"{info.path}: tensor {info.name!r} holds factors as {info.dtype}; download the file again")
 
@@ -197,8 +201,7 @@ def _quanto_4(index: Index, weight: str, info: TensorInfo) -> TensorInfo:
             "in a byte; optimum-quanto's qint2 is not read"
         )
     _check_factors(scale, {groups})
-    if shift.dtype != "U8":
-        _check_factors(shift, {groups})
+    _check_factors(shift, {groups}, may_be_bytes=True)
     if groups % 2:
         raise ModelError(f"{info.path}: tensor {info.name!r} has an odd number of groups ({groups}); use int8")
     beside, width = (scale.reshaped((groups, 1)), shift.reshaped((groups, 1))), math.prod(info.shape[1:])
@@ -228,7 +231,7 @@ def _of_blocks(index: Index, weight: str, state: TensorInfo) -> TensorInfo:
     if info.dtype != "U8" or info.nbytes * 2 != rows * width or math.prod(absmax.shape) != rows * width // values:
         raise ModelError(
             f"{info.path}: tensor {weight!r} says {rows} × {width} values in blocks of {values}, which does not fit "
-            f"its {info.nbytes} bytes and {math.prod(absmax.shape)} factors; the file is damaged"
+            f"its {info.nbytes} bytes and {math.prod(absmax.shape)} factors; the file is damaged, download it again"
         )
     table = _values(_need(index, f"{weight}.quant_map", state))
     nested = Nested(table=table, values=values, start=info.offset)
@@ -240,7 +243,9 @@ def _of_blocks(index: Index, weight: str, state: TensorInfo) -> TensorInfo:
             type(of) is not int or of < 1 or not isinstance(offset, int | float) or len(kinds) != 256
             or len(factors) != -(-rows * width // values // of)
         ):  # fmt: skip
-            raise ModelError(f"{info.path}: the nested factors of {weight!r} do not fit; the file is damaged")
+            raise ModelError(
+                f"{info.path}: the nested factors of {weight!r} do not fit; the file is damaged, download it again"
+            )
         nested = Nested(
             table=table, values=values, start=info.offset, factors=kinds, factors_of=of, factors_factors=factors,
             offset=float(offset),
@@ -250,7 +255,9 @@ def _of_blocks(index: Index, weight: str, state: TensorInfo) -> TensorInfo:
             f"{info.path}: tensor {absmax.name!r} holds factors as {absmax.dtype}; download the file again"
         )
     if len(table) != 16:
-        raise ModelError(f"{info.path}: the table of {weight!r} has {len(table)} values, not 16; the file is damaged")
+        raise ModelError(
+            f"{info.path}: the table of {weight!r} has {len(table)} values, not 16; the file is damaged, download it again"
+        )
     flat = absmax.reshaped((rows, width // values))
     return TensorInfo(
         weight, FOUR_BITS, (rows, width), (Source(info.path, info.offset, rows),), info.nbytes + absmax.nbytes,
@@ -261,7 +268,9 @@ def _of_blocks(index: Index, weight: str, state: TensorInfo) -> TensorInfo:
 def _bytes(info: TensorInfo) -> bytes:
     """All of a small tensor. Raises ModelError."""
     if info.nbytes > _TINY:
-        raise ModelError(f"{info.path}: tensor {info.name!r} takes {info.nbytes} bytes, too many; the file is damaged")
+        raise ModelError(
+            f"{info.path}: tensor {info.name!r} takes {info.nbytes} bytes, too many; the file is damaged, download it again"
+        )
     fd = open_regular(info.path)
     try:
         return os.pread(fd, info.nbytes, info.offset)

@@ -18,13 +18,14 @@ from typing import Any
 
 import torch
 
-from tiler.errors import ModelError, StorageError
+from tiler.errors import ModelError, NumericalError, StorageError
 from tiler.files import atomic
 from tiler.weights.blocks import block_sides, blocked, can_block
+from tiler.weights.codecs import CODECS
 from tiler.weights.index import TensorInfo, open_regular, read_index, read_metadata
 from tiler.weights.layouts import understood
 from tiler.weights.places import cache_home
-from tiler.weights.store import SCALE, WeightStore
+from tiler.weights.store import SCALE, Piece, WeightStore
 
 VERSION = "5"  # of the rules: which layers, which scales, which order
 _PIECE_ELEMENTS = 2**20  # weights at a time: 4 MB in fp32, and a few copies
@@ -157,6 +158,15 @@ def _is_decoded(info: TensorInfo) -> bool:
     return info.scale is not None or bool(info.beside)
 
 
+def _checked(data: bytes, info: TensorInfo, piece: Piece) -> bytes:
+    """The stored bytes of a piece, whose values are numbers: a later message would blame the new file. Raises NumericalError."""
+    values = torch.empty(piece.last - piece.first, *info.shape[1:])
+    CODECS[info.dtype].decode(torch.frombuffer(bytearray(data), dtype=torch.uint8), values)
+    if not torch.isfinite(values.sum()):
+        raise NumericalError(f"{info.path}: tensor {info.name!r} holds NaN or Inf; download the file again")
+    return data
+
+
 def _stored(
     store: WeightStore, name: str, quantise: Quantise | None, scales: list[torch.Tensor], *, in_blocks: bool
 ) -> Iterator[bytes]:
@@ -164,7 +174,7 @@ def _stored(
     info, parts = store.index[name], []
     for piece in store.pieces(name):
         if quantise is None and not _is_decoded(info):
-            yield store.raw(piece)
+            yield _checked(store.raw(piece), info, piece)
             continue
         rows = torch.empty(piece.last - piece.first, *info.shape[1:])
         store.fetch(piece, rows)

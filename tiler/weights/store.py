@@ -58,7 +58,7 @@ def match_index(
 
     Raises ModelError naming the first parameter that is missing, has another shape, or an unusable dtype.
     """
-    where = next(iter(stored.values())).path.parent if stored else "the checkpoint"
+    where = next(iter(stored.values())).path.parent if stored else "a part of the checkpoint without tensors"
     matched = {}
     for name, parameter in module.named_parameters():
         info = next((stored[alias] for alias in rename(name) if alias in stored), None)
@@ -70,7 +70,8 @@ def match_index(
         is_blocked = info.dtype == "I8" and len(info.shape) == 5 and can_block(want) and info.shape == block_sides(want)
         if info.shape != want and not squeezed and not is_blocked:
             raise ModelError(
-                f"{info.path}: tensor {info.name!r} has shape {list(info.shape)}, config.json asks for {list(want)}"
+                f"{info.path}: tensor {info.name!r} has shape {list(info.shape)}, config.json asks for {list(want)}; "
+                "weights and config do not belong together: download both again"
             )
         check_dtype(info, scaled=info.scale is not None)
         matched[name] = info.reshaped(want)._replace(blocked=is_blocked)
@@ -88,7 +89,9 @@ def _missing(where: Path | str, name: str, stored: dict[str, TensorInfo]) -> Mod
             if known.startswith(prefix) and info.name.endswith(f".{tail}") and not info.name.endswith(known):
                 own = info.name[: -len(tail)] + rest
                 return ModelError(f"{info.path}: tensor {own!r} is missing; download the file again")
-    return ModelError(f"{where}: tensor {name!r} is missing; the weights and config.json do not belong together")
+    return ModelError(
+        f"{where}: tensor {name!r} is missing; weights and config.json do not belong together: download both again"
+    )
 
 
 class WeightStore:

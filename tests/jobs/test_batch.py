@@ -1,0 +1,161 @@
+"""Queues: what their files say, where pictures may go, and that one bad row stops no other."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tiler.cli import render
+from tiler.cli.queues import parser
+from tiler.errors import UsageError
+from tiler.jobs.queue import Queue
+from tiler.jobs.rows import Row, read_rows
+
+parse = parser(render.run)
+
+
+def rows(tmp_path: Path, name: str, text: str) -> list[Row]:
+    (tmp_path / name).write_text(text)
+    return list(read_rows(tmp_path / name))
+
+
+def output_of(row: Row, root: Path) -> Path:
+    queue = Queue(root=root, results=root / "r", defaults=(), max_ram_bytes=1, check=parse)
+    return queue.output_of(row, queue.ask(row))
+
+
+def test_a_toml_queue(tmp_path: Path) -> None:
+    text = """
+        [defaults]
+        steps = 3
+        no-metadata = true
+        [[image]]
+        prompt = "a lighthouse, at night"
+        cfg_scale = 5.5
+        [[image]]
+        prompt = "b"
+        seed = 7
+        count = 2
+        output = "sub/{seed}-{index}.png"
+    """
+    one, two, three = rows(tmp_path, "jobs.toml", text)
+    assert one.words == ("--steps=3", "--no-metadata", "--cfg-scale=5.5")
+    assert output_of(one, tmp_path) == tmp_path / "001-a-lighthouse-at-night.png"
+    assert [output_of(row, tmp_path).name for row in (two, three)] == ["7-2.png", "8-3.png"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("= x", "not valid TOML"), ("[[image]]\ncolour = 1", "unknown key 'colour'"), ("other = 1", "nothing else"),
+        ("[[image]]\nlayout = 'ring'", "ring"), ("[[image]]\nsize = 0", "image 1: size = 0"), ("[[image]]\nprompt = 3", "texts"), ("[[image]]\ncount = 0", "out of range"), ("image = [1]", "no [[image]]"),
+    ],
+)  # fmt: skip
+def test_a_toml_queue_is_right_as_a_whole(in_process, tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "jobs.toml").write_text(text)
+    ran = in_process("batch", "jobs.toml")
+    assert (ran.code, message in ran.err) == (2, True), ran.err
+    assert [path.name for path in tmp_path.iterdir()] == ["jobs.toml"]
+
+
+def test_duplicate_outputs_are_refused(in_process, tmp_path: Path) -> None:
+    (tmp_path / "jobs.toml").write_text('[[image]]\noutput = "x.png"\n[[image]]\noutput = "./x.png"\n')
+    ran = in_process("batch", "jobs.toml")
+    assert ran.code == 2 and "images 1 and 2 have the same output" in ran.err
+
+
+def test_lines_of_prompts_as_automatic1111_reads_them(tmp_path: Path) -> None:
+    text = (
+        "  a plain prompt\n\n"
+        '--prompt "photo of sunset" --negative_prompt orange, pink --width 1024 --sampler_name "DPM++ 2M Karras" --steps 10 '
+        "--batch_size 2 --cfg_scale 3 --seed 9\n"
+        "--tiling true --outpath_samples /home/me/walls --prompt --restore_faces true\n"
+        "--colour red\n"
+    )
+    plain, one, two, tiled, bad = rows(tmp_path, "prompts.txt", text)
+    assert (plain.prompt, plain.words) == ("a plain prompt", ())
+    assert one.prompt == "photo of sunset"
+    assert one.words == (
+        "--negative-prompt=orange, pink", "--width=1024", "--scheduler=DPM++ 2M Karras", "--steps=10", "--cfg-scale=3", "--seed=9",
+    )  # fmt: skip
+    assert two.words == (*one.words, "--seed=10")
+    assert tiled.words == ("--wrap=xy",) and output_of(tiled, tmp_path).parent == tmp_path / "walls"
+    assert any("walls" in note for note in tiled.notes) and any("restore_faces" in note for note in tiled.notes)
+    assert bad.problem == "unknown tag --colour"
+
+
+def test_30_bombs_and_broken_lines_are_their_rows_problem(tmp_path: Path) -> None:
+    text = (
+        '{"prompt": "a"}\n'
+        + "x" * 2_500_000
+        + '\n{"prompt": "b"}\nnot json\n[1]\n{"nonsense": 1}\n'
+        + "[" * 100_000
+        + "\n"
+    )
+    found = rows(tmp_path, "jobs.jsonl", text)
+    assert [row.prompt for row in found] == ["a", None, "b", None, None, None, None]
+    assert [row.problem is None for row in found] == [True, False, True, False, False, False, False]
+    assert [row.index for row in found] == [1, 2, 3, 4, 5, 6, 7]
+
+
+@pytest.mark.parametrize(
+    "output",
+    ["../../x.png", "/etc/x.png", "..\\x.png", "a/../../x.png", "link/x.png", "x\0.png", "CON", "nul.png", "C:x.png", "", "{0}",
+     "{index.real.__class__}.{nothing}", "{index:999999999}.png", "{seed}.png"],
+)  # fmt: skip
+def test_29_no_output_leaves_the_folder(tmp_path: Path, output: str) -> None:
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root/link").symlink_to("..")
+    with pytest.raises(UsageError):
+        output_of(Row(1, "x", (), output or "/"), tmp_path / "root")
+
+
+def test_a_queue_from_the_command_line(in_process, tiny: Path, tmp_path: Path) -> None:
+    """One row is drawn, one is bad; the same command again draws nothing twice, and a row that is appended is drawn."""
+    file = tmp_path / "jobs.jsonl"
+    lines = ['{"prompt": "a", "seed": 3, "output": "{seed}.png"}', '{"prompt": "b", "size": 0}']
+    file.write_text("\n".join(lines) + "\n")
+    command = ["batch", file, "--model", tiny, "--size", 64, "--steps", 1, "--nice", 0, "--max-ram", "1GB"]
+    ran = in_process(*command)
+    assert ran.code == 2 and "1 done, 1 failed (row 2)" in ran.out, ran.err
+    first, second = map(json.loads, (tmp_path / "jobs.jsonl.results.jsonl").read_text().splitlines())
+    assert (first["status"], first["seed"], first["output"]) == ("done", 3, "3.png")
+    assert (second["status"], second["exit_code"]) == ("failed", 2) and second["error"].startswith(
+        "size = 0 is out of range"
+    )
+    assert first["peak_rss_bytes"] > 0 and len(first["sha256"]) == 64
+    file.write_text(lines[0] + "\n")
+    ran = in_process(*command)
+    assert (ran.code, ran.out.splitlines()[0]) == (0, "1 skipped"), ran.err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--count", 2, "--seed", "1,2"], "exclude each other"), (["--count", 2, "--report", "r.json"], "--report"),
+        (["--seed", "1,b"], "1,2,3"), (["--seed", "1,-2"], "seed = -2"), (["--count", 2, "-o", "{seed.real}.png"], "{seed}"),
+        (["--count", 2, "-o", "same-{prompt}.png"], "images 1 and 2 have the same output"),
+        (["--output-dir", "none"], "none does not exist"), (["--output-dir", ".", "-o", "../x.png"], "leaves the folder"),
+        (["--output-dir", ".", "--count", 2, "-o", "../{index}.png"], "leaves the folder"),
+    ],
+)  # fmt: skip
+def test_several_pictures_are_refused_before_any_work(
+    in_process, tmp_path: Path, options: list[object], message: str
+) -> None:
+    ran = in_process("render", "a boat", "--size", 64, *options)
+    assert (ran.code, message in ran.err) == (2, True), ran.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_several_pictures_of_one_command(in_process, tiny: Path, tmp_path: Path) -> None:
+    """Each has the bytes that it has alone; what is done is not drawn again; a single picture takes a template too."""
+    common = ["render", "a boat", "--model", tiny, "--size", 64, "--steps", 1, "--max-ram", "1GB", "--output-dir", "."]
+    ran = in_process(*common, "--count", 2, "--seed", 3, "-o", "{seed}/{index:02}.png", "--json")
+    assert ran.code == 0, ran.err
+    assert [json.loads(line)["seed"] for line in ran.out.splitlines()] == [3, 4]
+    ran = in_process(*common, "--seed", 4, "-o", "{prompt}-{seed}.png")
+    assert ran.code == 0, ran.err
+    assert (tmp_path / "a-boat-4.png").read_bytes() == (tmp_path / "4/02.png").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["3", "4", "a-boat-4.png"]

@@ -1,0 +1,141 @@
+"""Several pictures of one command (`--count 4`, `--seed 1,2,3`), and pictures named by a template (`-o {seed}.png`)."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from typer.core import TyperCommand
+
+from tiler.cli import queues
+from tiler.errors import UsageError
+from tiler.jobs import naming
+from tiler.jobs.queue import Queue
+from tiler.jobs.rows import Row
+from tiler.memory.budget import format_mb
+from tiler.request import MAX_SEED, RenderRequest
+from tiler.request.choices import STDOUT
+from tiler.request.options import Panel
+
+_words: ContextVar[tuple[str, ...]] = ContextVar("words", default=())
+
+Seeds = Annotated[
+    str | None,
+    typer.Option(
+        "--seed", "-s", rich_help_panel=Panel.PICTURE, metavar="N[,N…]", show_default=False,
+        help=r"The same seed gives the same picture; -1 draws one at random; 1,2,3 makes three pictures. [dim]\[default: random][/dim]",
+    ),
+]  # fmt: skip
+Count = Annotated[
+    int,
+    typer.Option(
+        "--count", rich_help_panel=Panel.PICTURE, metavar="N", min=1, max=queues.MOST, show_default=False,
+        help=r"Make N pictures, with seeds that follow one another where --seed is given. [dim]\[default: 1][/dim]",
+    ),
+]  # fmt: skip
+OutputDir = Annotated[
+    str | None,
+    typer.Option(
+        "--output-dir", rich_help_panel=Panel.OUTPUT, metavar="PATH", show_default=False,
+        help="Folder that --output lies in, and cannot leave.",
+    ),
+]  # fmt: skip
+
+
+class Command(TyperCommand):
+    """Remembers the words of the command line, for the processes of its pictures."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        _words.set(tuple(args))
+        return super().parse_args(ctx, args)
+
+
+def place(request: RenderRequest, output_dir: str | None) -> RenderRequest:
+    """The request of one picture with its output's placeholders filled in, inside the folder. Raises UsageError."""
+    if request.output == STDOUT:
+        return request
+    template = str(request.output or "tiler.png")
+    if naming.has_placeholder(template):
+        if request.seed is None and naming.has_placeholder(template, "seed"):
+            request = replace(request, seed=secrets.randbelow(2**32))
+        template = naming.fill(template, index=1, seed=request.seed, prompt=request.prompt)
+    elif not output_dir:
+        return request
+    return replace(request, output=_inside(output_dir, template) if output_dir else Path(template))
+
+
+def run(
+    request: RenderRequest, seeds: Sequence[int | None], count: int, output_dir: str | None, max_ram: str, *,
+    quiet: bool, json_output: bool, own: Callable[..., None],
+) -> NoReturn:  # fmt: skip
+    """Render a picture for each seed, or `count` of them, one process after another; `own` is the function of the command. Raises
+    UsageError before any work where two have one name, and SystemExit with the exit code."""
+    if len(seeds) > 1 and count > 1:
+        raise UsageError("--count and a list of seeds exclude each other; give one of them")
+    if request.output == STDOUT:
+        raise UsageError("standard output (-o -) takes one picture; leave out --count, or name files by -o NAME.png")
+    if request.save_latents is not None:
+        raise UsageError("--save-latents takes the latents of one picture; leave it out with --count and several seeds")
+    template = str(request.output or "tiler.png")
+    if not naming.has_placeholder(template):
+        named = Path(template)
+        template = str(named.with_name(f"{named.stem}-{{index}}{named.suffix}"))
+    root = Path(output_dir or ".")
+    if output_dir:
+        _inside(output_dir, "x")
+    elif Path(template).is_absolute() or ".." in Path(template).parts:
+        root, template = Path(template).parent, Path(template).name
+    if naming.has_placeholder(str(root)):
+        raise UsageError(f"output {template!r}: placeholders stand in the name, not above {root}")
+    queue = Queue(
+        root=root,
+        results=root / f"{Path(template).name}.results.jsonl",
+        defaults=_words.get(),
+        max_ram_bytes=queues.ceiling_of_pictures(max_ram),
+        check=queues.parser(own),
+        say=queues.speaker(quiet=quiet),
+        finished=_printer(quiet=quiet, json_output=json_output),
+    )
+    rows = list(_rows(seeds, count, template))
+    queues.check_outputs(rows, queue)
+    tally = queue.run(rows)
+    if not tally.codes:
+        queue.results.unlink(missing_ok=True)
+    raise SystemExit(tally.exit_code)
+
+
+def sentence(report: dict[str, Any]) -> str:
+    """What is said of a finished picture."""
+    peak, ceiling = format_mb(report["peak_rss_bytes"]), format_mb(report["max_ram_bytes"])
+    return f"{report['output']}: {report['width']}×{report['height']}, seed {report['seed']}, peak {peak} of {ceiling}"
+
+
+def _rows(seeds: Sequence[int | None], count: int, template: str) -> Iterator[Row]:
+    every = seeds if len(seeds) > 1 else [None if seeds[0] is None else seeds[0] + number for number in range(count)]
+    for index, seed in enumerate(every, 1):
+        if seed is None and naming.has_placeholder(template, "seed"):
+            seed = secrets.randbelow(2**32)
+        said = -1 if seed is None else seed % (MAX_SEED + 1)
+        yield Row(index, None, ("--count=1", f"--seed={said}", "--output-dir="), template)
+
+
+def _inside(output_dir: str, name: str) -> Path:
+    root = Path(output_dir)
+    if not root.is_dir():
+        raise UsageError(f"--output-dir {output_dir} does not exist; create it first")
+    path = naming.below(root, name)
+    if path.parent != root:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def _printer(*, quiet: bool, json_output: bool) -> Callable[[dict[str, Any]], None]:
+    if json_output:
+        return lambda report: typer.echo(json.dumps(report))
+    return lambda report: None if quiet else typer.echo(sentence(report))

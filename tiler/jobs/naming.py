@@ -1,0 +1,47 @@
+"""Names of pictures from templates like `{index:03}-{prompt}.png`, which never lead out of their folder."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path, PurePosixPath
+
+from tiler.errors import UsageError
+
+_PLACEHOLDER = re.compile(r"\{(index|seed|prompt)(?::0?(\d))?\}")
+_LONGEST = 60  # bytes of a prompt in a name
+_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
+
+
+def has_placeholder(template: str, *names: str) -> bool:
+    """Whether one of `names`, or any placeholder, is in the template."""
+    return any(not names or match[1] in names for match in _PLACEHOLDER.finditer(template))
+
+
+def fill(template: str, *, index: int, seed: int | None, prompt: str | None) -> str:
+    """Put in the placeholders `{index}`, `{seed}` and `{prompt}`, numbers with leading zeros as in `{index:03}`. Raises UsageError
+    for other braces, and for a seed that is not known."""
+    if seed is None and has_placeholder(template, "seed"):
+        raise UsageError(f"output {template!r} has a {{seed}}; give one with --seed, or name pictures by {{index}}")
+    values = {"index": str(index), "seed": str(seed), "prompt": _slug(prompt)}
+    text = _PLACEHOLDER.sub(lambda found: values[found[1]].rjust(int(found[2] or 0), "0"), template)
+    if "{" in _PLACEHOLDER.sub("", template):
+        raise UsageError(f"output {template!r}: placeholders are {{index}}, {{index:03}}, {{seed}} and {{prompt}}")
+    return text
+
+
+def below(root: Path, name: str) -> Path:
+    """The path of `name`, which must lie in the folder `root` or in one below it. Raises UsageError."""
+    parts = PurePosixPath(name).parts
+    bad = not parts or name.startswith("/") or ".." in parts or "\\" in name or "\0" in name or ":" in parts[0]
+    if bad or any(_RESERVED.fullmatch(part) for part in parts):
+        raise UsageError(f"output {name!r} leaves the folder {root} or is no name; give one below it, like a/b.png")
+    path = root / name
+    if not path.resolve().is_relative_to(root.resolve()):
+        raise UsageError(f"output {name!r} leaves the folder {root} through a link; give one below it")
+    return path
+
+
+def _slug(prompt: str | None) -> str:
+    """A prompt's first words as a part of a file's name."""
+    words = re.sub(r"[^\w]+", "-", prompt or "").strip("-").lower()
+    return words.encode()[:_LONGEST].decode(errors="ignore").rstrip("-") or "picture"

@@ -1,0 +1,182 @@
+"""The pictures of a queue, read from TOML, from JSON lines, or from the lines of AUTOMATIC1111's "Prompts from file or textbox"."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from tiler.errors import StorageError, UsageError
+from tiler.request import RenderRequest
+
+MAX_TOML = 16 * 2**20
+MAX_LINE = 2**20
+NAME = "{index:03}-{prompt}.png"  # of a picture whose row names no output
+_OTHER_NAMES = {"sampler": "scheduler", "cfg": "cfg-scale"}
+# AUTOMATIC1111's tags (github.com/AUTOMATIC1111/stable-diffusion-webui/wiki/Features#prompts-from-file), by our keys.
+_TAGS = {
+    "prompt": "prompt", "negative_prompt": "negative-prompt", "seed": "seed", "steps": "steps", "cfg_scale": "cfg-scale",
+    "width": "width", "height": "height", "sampler_name": "scheduler", "sd_model": "model", "outpath_samples": "folder",
+    "batch_size": "batch_size", "n_iter": "n_iter", "tiling": "tiling",
+}  # fmt: skip
+_WITHOUT_EFFECT = frozenset(
+    ("restore_faces", "outpath_grids", "prompt_for_display", "styles", "subseed", "subseed_strength", "seed_resize_from_h",
+     "seed_resize_from_w", "sampler_index", "do_not_save_samples", "do_not_save_grid")
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Row:
+    """One picture: the words that follow `tiler render`, without the prompt and the output; `problem` where it cannot be one."""
+
+    index: int
+    prompt: str | None
+    words: tuple[str, ...]
+    output: str | None  # as said, with placeholders
+    notes: tuple[str, ...] = ()
+    problem: str | None = None
+
+
+def read_rows(path: Path) -> Iterator[Row]:
+    """The rows of a file, by its ending. What is wrong with a TOML file as a whole is a UsageError, of a line its row's problem."""
+    if path.suffix.lower() == ".toml":
+        return _toml_rows(path)
+    by_line = {".jsonl": _json_line, ".ndjson": _json_line}.get(path.suffix.lower(), _prompt_line)
+    return _line_rows(path, by_line)
+
+
+def _toml_rows(path: Path) -> Iterator[Row]:
+    try:
+        if path.stat().st_size > MAX_TOML:
+            raise UsageError(f"{path}: larger than {MAX_TOML >> 20} MB; write long queues as .jsonl")
+        said = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror})") from error
+    except (UnicodeDecodeError, RecursionError, tomllib.TOMLDecodeError) as error:
+        raise UsageError(f"{path}: not valid TOML ({error})") from error
+    defaults, images = said.pop("defaults", {}), said.pop("image", [])
+    if said or not isinstance(defaults, dict) or not isinstance(images, list):
+        raise UsageError(
+            f"{path}: holds [defaults] and [[image]] tables, and nothing else like {next(iter(said), 'these')!r}"
+        )
+    index = 0
+    for image in images:
+        if not isinstance(image, dict):
+            raise UsageError(f"{path}: image {index + 1} is no [[image]] table")
+        for row in _rows_of({**defaults, **image}, index):
+            if row.problem is not None:
+                raise UsageError(f"{path}: image {row.index}: {row.problem}")
+            index = row.index
+            yield row
+
+
+def _line_rows(path: Path, parse: Callable[[str], tuple[dict[str, Any], list[str]]]) -> Iterator[Row]:
+    """Line by line, also those that are appended while the rows before them are drawn."""
+    index = 0
+    try:
+        with path.open("rb") as file:
+            while line := file.readline(MAX_LINE + 1):
+                if len(line) > MAX_LINE:
+                    while line and not line.endswith(b"\n"):
+                        line = file.readline(MAX_LINE)
+                    index += 1
+                    yield Row(index, None, (), None, problem=f"a line of more than {MAX_LINE >> 20} MB")
+                    continue
+                if not line.strip():
+                    continue
+                try:
+                    said, notes = parse(line.decode("utf-8-sig").strip())
+                except (ValueError, RecursionError, UsageError) as error:
+                    index += 1
+                    yield Row(index, None, (), None, problem=str(error).splitlines()[0])
+                    continue
+                for row in _rows_of(said, index):
+                    index = row.index
+                    yield replace(row, notes=tuple(notes))
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _json_line(line: str) -> tuple[dict[str, Any], list[str]]:
+    said = json.loads(line)
+    if not isinstance(said, dict):
+        raise UsageError('a line is a JSON object, like {"prompt": "a fjord"}')
+    return said, []
+
+
+def _prompt_line(line: str) -> tuple[dict[str, Any], list[str]]:
+    if "--" not in line:
+        return {"prompt": line}, []
+    said, notes, words = dict[str, Any](), list[str](), shlex.split(line)
+    at = 0
+    while at < len(words):
+        if not words[at].startswith("--"):
+            raise UsageError(f"{words[at]!r} belongs to no --tag")
+        tag, at, values = words[at][2:].replace("-", "_"), at + 1, list[str]()
+        while at < len(words) and not words[at].startswith("--") and (not values or "prompt" in tag):
+            values.append(words[at])
+            at += 1
+        if tag in _WITHOUT_EFFECT:
+            notes.append(f"--{tag} has no effect here")
+        elif tag not in _TAGS:
+            raise UsageError(f"unknown tag --{tag}")
+        elif tag == "tiling":
+            said["wrap"] = "xy" if (values or ["true"])[0].lower() in ("true", "1") else "none"
+        elif tag == "outpath_samples":
+            said["folder"] = re.split(r"[/\\]", " ".join(values).rstrip("/\\"))[-1]
+            notes.append(f"the picture goes into the folder {said['folder']!r}")
+        else:
+            said[_TAGS[tag]] = " ".join(values)
+    try:
+        times = int(said.pop("batch_size", 1)) * int(said.pop("n_iter", 1))
+    except ValueError:
+        raise UsageError("--batch_size and --n_iter take whole numbers") from None
+    return said | ({"count": times} if times != 1 else {}), notes
+
+
+def _rows_of(said: Mapping[str, Any], index: int) -> Iterator[Row]:
+    """The rows of one entry: `count` of them, with seeds that follow one another."""
+    values = {_OTHER_NAMES.get(key, key).replace("_", "-"): value for key, value in said.items()}
+    count, prompt, output = values.pop("count", 1), values.pop("prompt", None), values.pop("output", None)
+    folder = values.pop("folder", None)
+    problem = None
+    if not isinstance(count, int) or not 1 <= count <= 10_000:
+        problem = f"count = {count!r} is out of range: 1–10000"
+    elif not isinstance(prompt, str | None) or not isinstance(output, str | None):
+        problem = "prompt and output are texts"
+    elif unknown := next((key for key in values if key not in _KEYS), None):
+        problem = f"unknown key {unknown!r}"
+    if problem is not None:
+        yield Row(index + 1, None, (), None, problem=problem)
+        return
+    words = [word for key, value in values.items() for word in _words(key, value)]
+    for number in range(count):
+        own = list(words)
+        if number and (seed := str(values.get("seed", ""))).isdecimal():
+            own.append(f"--seed={int(seed) + number}")
+        place = output if folder is None else f"{folder}/{output or NAME}"
+        yield Row(index + 1 + number, prompt, tuple(own), place)
+
+
+def _words(key: str, value: Any) -> Iterator[str]:
+    if isinstance(value, list):
+        for item in value:
+            yield from _words(key, item)
+    elif value is True:
+        yield f"--{key}"
+    elif value is not False:
+        yield f"--{key}={value}"
+
+
+def _keys() -> frozenset[str]:
+    """The long options of `tiler render` that say something of one picture."""
+    options = (f.metadata["option"] for f in fields(RenderRequest))
+    return frozenset(name[2:] for option in options for name in option.names if name.startswith("--"))
+
+
+_KEYS = _keys() - {"output", "restart", "keep-job", "job-dir"}

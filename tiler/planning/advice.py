@@ -1,0 +1,39 @@
+"""What would need less memory where a plan does not fit. Every way is planned itself, and one that gains nothing is not told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+from tiler.errors import TilerError
+from tiler.planning.render import RenderPlan
+from tiler.planning.table import MemoryPlan
+from tiler.request import PIXEL_STEP, Decode, Precision, ResolvedRequest
+
+_WORTH = 0.98  # of the smallest ceiling: less of a gain is within what a plan can tell
+
+
+def advise(request: ResolvedRequest, plan: RenderPlan, replan: Callable[[ResolvedRequest], MemoryPlan]) -> str:
+    """Which options make the plan fit, or come nearest, for people; "" where none gains anything. `replan` plans a request."""
+    found: list[tuple[str, MemoryPlan]] = []
+    for option, changed in _lighter(request, plan.precision):
+        try:
+            memory = replan(changed)
+        except TilerError:
+            continue  # what it would need is not there
+        if memory.smallest_bytes < _WORTH * plan.memory.smallest_bytes:
+            found.append((option, memory))
+    if fitting := [option for option, memory in found if memory.fits]:
+        return f"; it would fit with {' or with '.join(fitting)}"
+    return "".join(f"; with {option} {memory.smallest_text} would do" for option, memory in found)
+
+
+def _lighter(request: ResolvedRequest, precision: Precision) -> Iterator[tuple[str, ResolvedRequest]]:
+    """Requests for the same picture otherwise made, then for a smaller one, each with the option that tells it."""
+    other = Precision.FP32 if precision is Precision.INT8 else Precision.INT8
+    yield f"--precision {other}", replace(request, precision=other)
+    if request.decode not in (Decode.FROZEN, Decode.TINY):
+        yield "--decode frozen", replace(request, decode=Decode.FROZEN)
+    width, height = (side // 2 // PIXEL_STEP * PIXEL_STEP for side in (request.width, request.height))
+    if request.paper is None and not request.regions and min(width, height) > 0:
+        yield f"-W {width} -H {height}", replace(request, width=width, height=height)

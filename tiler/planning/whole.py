@@ -1,0 +1,47 @@
+"""What formats that are encoded as a whole take: the picture while it is decoded, and the encoder after that."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+from tiler.memory.budget import format_mb
+from tiler.memory.tuning import MARGIN
+from tiler.output.picture import format_of
+from tiler.output.whole import ENCODERS, PICTURE_BYTES
+from tiler.planning.table import PhasePlan, Term
+from tiler.request.choices import Format
+
+
+class WholePicture(NamedTuple):
+    """A picture of so many pixels that becomes a WebP or an AVIF."""
+
+    format: Format
+    pixels: int
+
+    def while_decoding(self, phase: PhasePlan) -> PhasePlan:
+        return replace(phase, terms=(*phase.terms, Term(name="picture", nbytes=PICTURE_BYTES * self.pixels)))
+
+    def writing(self, libraries: Term, max_bytes: int) -> PhasePlan:
+        """The phase `write`, and what to say where it does not fit under the ceiling."""
+        encoder = ENCODERS[self.format]
+        most = (max_bytes * MARGIN - libraries.nbytes - encoder.other_bytes) / (encoder.pixel_bytes + PICTURE_BYTES)
+        side = math.isqrt(max(0, int(most))) // 8 * 8
+        fits = f"{format_mb(max_bytes)} are enough for {side}×{side} pixels" if side else "even a small one is too much"
+        return PhasePlan(
+            name="write",
+            terms=(
+                libraries,
+                Term(name="picture", nbytes=PICTURE_BYTES * self.pixels),
+                Term(name=f"{encoder.title} encoder", nbytes=encoder.pixel_bytes * self.pixels + encoder.other_bytes),
+            ),
+            advice=f"a {encoder.title} is encoded as a whole, and {fits}: write a .png, .jpg or .tif",
+        )
+
+
+def whole_picture(path: Path, asked: Format | None, width: int, height: int) -> WholePicture | None:
+    """None for a format that is written row by row. Raises UsageError for a name that tells no format."""
+    format = format_of(path, asked)
+    return WholePicture(format, width * height) if format in ENCODERS else None
