@@ -15,6 +15,6 @@ def explained() -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         raise UsageError(
-            f"a cluster needs packages that are not installed ({error.name}): pip install 'tiler[cluster]', or in a copy of "
-            "the repository pip install -e '.[cluster]'"
+            f"--cluster, tiler worker and tiler cluster need packages that are not installed ({error.name}): "
+            "pip install -e '.[cluster]' in tiler's folder"
         ) from error

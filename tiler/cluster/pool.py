@@ -23,6 +23,7 @@ from tiler.errors import NumericalError
 AHEAD = 256  # tiles between the first without an answer and the last that was handed out, at most
 _LOOK = 0.1  # seconds in which a signal or a free worker is noticed
 _LATE, _LATE_SECONDS = 1.5, 30.0  # a task of more than 1.5 times its expected time and 30 s gets a copy
+_HERE = 4  # tiles predicted by this process between two looks at the workers
 _DEATHS = 2  # of workers by one tile; after that this process predicts it itself
 _TOO_OFTEN = 2  # failures of one worker
 
@@ -48,6 +49,10 @@ class _Step:
     answers: dict[int, Tensor] = field(default_factory=dict)
     deaths: dict[int, int] = field(default_factory=dict)
     not_finite: dict[int, set[str]] = field(default_factory=dict)  # by tile: the workers that said so
+
+    def may_have(self, member: Member, number: int) -> bool:
+        """Whether a tile may go to a worker: not where it has ended others, nor where that worker has failed with it."""
+        return self.deaths.get(number, 0) < _DEATHS and member.address not in self.not_finite.get(number, ())
 
 
 class Pool:
@@ -97,26 +102,27 @@ class Pool:
         for gone in self._members.look():
             self._lose(gone, step)
         self._hand_out(step)
-        if step.waiting and self._is_alone(step):
-            self._predict_here(step)
+        if nobodys := self._nobodys(step):
+            self._predict_here(nobodys[:_HERE], step)
             return
         for ticket, value, error in self._members.engine.answers(_LOOK):
             if not self._members.take(ticket, value, error):
                 self._take(ticket, value, error, step)
 
-    def _is_alone(self, step: _Step) -> bool:
-        """Whether this process is to predict the next tiles itself."""
-        return self._members.is_deserted or any(step.deaths.get(n, 0) >= _DEATHS for n in step.waiting)
+    def _nobodys(self, step: _Step) -> list[int]:
+        """Waiting tiles that no worker may have: this process is to predict them."""
+        if self._members.is_deserted:
+            return step.waiting
+        ready = self._members.ready()
+        return [n for n in step.waiting if ready and not any(step.may_have(m, n) for m in ready)]
 
     def _hand_out(self, step: _Step) -> None:
-        free = self._members.free()
-        for member in free:
-            waiting = [n for n in step.waiting if step.deaths.get(n, 0) < _DEATHS]
+        for member in self._members.free():
+            waiting = [n for n in step.waiting if step.may_have(member, n)]
             if not waiting:
                 self._copy_late(member, step)
                 continue
             others = [(m.pace, self._busy(m)) for m in self._members.ready() if m is not member]
-            # Several groups may be under way at a worker that was given a copy: it counts as one.
             if count := share(len(waiting), member.pace, others):
                 self._submit(member, waiting[:count], step)
 
@@ -210,13 +216,12 @@ class Pool:
         back = {n for n in group.numbers if n in step.tiles and n not in elsewhere}
         step.waiting = sorted({*step.waiting, *back})
 
-    def _predict_here(self, step: _Step) -> None:
-        """The next tile, in this process."""
+    def _predict_here(self, numbers: Sequence[int], step: _Step) -> None:
+        """In this process."""
         if self._local is None:
-            self._note("no worker is left: this process predicts alone")
+            if self._members.is_deserted:
+                self._note("no worker is left: this process predicts alone")
             self._local = self._stack.enter_context(self._open_local())
-        risky = [n for n in step.waiting if step.deaths.get(n, 0) >= _DEATHS]
-        numbers = (risky or step.waiting)[: 1 if risky else 4]
         tiles = [step.tiles[n] for n in numbers]
         for number, prediction in zip(numbers, self._local.predict(step.number, tiles), strict=True):
             self._answer(number, prediction, step)
