@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import psutil
@@ -56,3 +60,28 @@ def test_a_worker_that_is_killed_changes_no_byte(fleet: Fleet, tiny: Path, tmp_p
     drawn = draw(tiny, tmp_path, kill, **through(fleet))
     assert torch.equal(drawn.latents, alone.latents)
     assert "worker b is gone" in drawn.notes
+
+
+def test_ctrl_c_ends_all_processes_and_the_job_goes_on_without_a_cluster(
+    tiny: Path, tmp_path: Path, alone: Drawn
+) -> None:
+    words = [
+        "render", "a boat", "--model", tiny, "--size", 160, "--steps", 3, "--seed", 11, "--no-guide", "-f", "-o",
+        tmp_path / "x.png", "--save-latents", tmp_path / "x.safetensors", "--no-metadata", "--cluster", "local:2",
+        "--max-ram", "1.5GB", "--log-json",
+    ]  # fmt: skip
+    command = [sys.executable, "-m", "tiler", *map(str, words)]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        while '"name": "canvas", "done": ' not in (line := process.stderr.readline()):
+            assert line, "the render has ended"
+        workers = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGINT)
+        rest = process.stderr.read()
+        assert process.wait(60) == 130, rest
+    assert len(workers) == 2 and not [worker for worker in workers if worker.is_running()]
+    assert "the job is saved at canvas step" in rest
+    drawn = draw(tiny, tmp_path)
+    assert any(note.startswith("continuing at canvas step") for note in drawn.notes)
+    assert torch.equal(drawn.latents, alone.latents)
