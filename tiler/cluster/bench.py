@@ -100,8 +100,7 @@ class Bench:
 
     @torch.no_grad()
     def greet(self, step: int, window: Window, latents: np.ndarray) -> Greeting:
-        """Ready, with what a probe tile tells of this machine."""
-        self.predict(step, [window], latents)  # code is read from the disk, kernels are compiled
+        """Ready, with what a probe tile tells of this machine. Its first pass is slow; how slow others are is known by theirs."""
         start = time.perf_counter()
         prediction = self.predict(step, [window], latents)
         self._digest = hashlib.sha256(np.ascontiguousarray(prediction).tobytes()).hexdigest()[:16]
