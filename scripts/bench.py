@@ -1,9 +1,10 @@
 """Measure what the README claims, on one full-size checkpoint.
 
-    python scripts/bench.py unet              streamed passes under the ceiling, fp32 and int8, against diffusers' resident
-                                              fp32, alternating; with --peers also against accelerate's disk_offload,
-                                              OpenVINO (--openvino PYTHON, where openvino, nncf, torch and diffusers are)
-                                              and stable-diffusion.cpp (--sdcpp PYTHON, with stable-diffusion-cpp-python)
+    python scripts/bench.py unet              streamed passes under the ceiling, fp32, int8 and (where there are kernels for
+                                              it) bf16, against diffusers' resident fp32, alternating; with --peers also against
+                                              accelerate's disk_offload, OpenVINO (--openvino PYTHON, where openvino, nncf, torch
+                                              and diffusers are) and stable-diffusion.cpp (--sdcpp PYTHON, with
+                                              stable-diffusion-cpp-python)
     python scripts/bench.py memory            predicted against measured peaks of renders at several ceilings and sizes
     python scripts/bench.py large             the same for each phase of 4096×4096 (--sizes), every one stopped after --minutes
     python scripts/bench.py decode            the same, and seconds, for exact and frozen decoding at several sizes
@@ -31,6 +32,8 @@ from typing import Any
 
 import make_checkpoint
 
+from tiler.native.library import has_bf16
+
 ROOT = Path(__file__).parents[1]
 
 # A worker does one pass for each line on its standard input, so that two kinds of worker can alternate.
@@ -50,6 +53,7 @@ from tiler.phases import make_plan
 from tiler.run import streamed
 from tiler.packing import packed_weights
 from tiler.weights.packed import default_cache
+from tiler.planning.peaks import bf16_keys
 from tiler.planning.resolve import fill
 from tiler.request import Precision, RenderRequest
 from tiler.weights.checkpoint import resolve
@@ -64,7 +68,8 @@ process.reset_peak()
 unet, n, budget = models.module(family.part(Role.DENOISER)), family.native, Budget({ceiling})
 peak = plan.memory.peak_of("canvas")
 check = at_layer(budget, peak)
-options = dict(arena_bytes=plan.arena_bytes, transform=True, short=lambda: budget.short(plan.sample_bytes))
+halves = bf16_keys(family.part(Role.DENOISER), unet, precision)
+options = dict(bf16_keys=halves, arena_bytes=plan.arena_bytes, transform=True, short=lambda: budget.short(plan.sample_bytes))
 with streamed(unet, files, plain_names, plan.resident["canvas"], **options) as streamer:
     tiles = [torch.randn(1, family.latent_channels, n, n) for _ in range((plan.batch + 1) // 2)]
     x = [tile for tile in tiles for _ in range(2)][:plan.batch]
@@ -197,7 +202,7 @@ def bench_unet(
     resident = RESIDENT.format(model=model)
     commands = {
         f"tiler {p}": (sys.executable, STREAMED.format(model=model, ceiling=ceiling, size=2048, precision=p))
-        for p in ("fp32", "int8")
+        for p in (("fp32", "bf16", "int8") if has_bf16() else ("fp32", "int8"))
     }
     commands["diffusers fp32, resident"] = sys.executable, resident + PASSES
     if peers and find_spec("accelerate"):
@@ -377,7 +382,7 @@ def main() -> None:
     parser.add_argument("--sdcpp", metavar="PYTHON", help="for unet: one with stable-diffusion-cpp-python")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--precision", choices=["fp32", "int8"], default="fp32", help="for memory and render")
+    parser.add_argument("--precision", choices=["fp32", "bf16", "int8"], default="fp32", help="for memory and render")
     parser.add_argument("--json", type=Path, help="also write all results here")
     args = parser.parse_args()
     model = args.model or str(make_checkpoint.make("sd15"))

@@ -26,8 +26,10 @@ from tiler.memory.policy import at_layer
 from tiler.models.built import Models
 from tiler.models.family import Role, plain_names, read_family
 from tiler.models.unet import predict_noise
+from tiler.native.library import Library
 from tiler.packing import packed_weights
 from tiler.phases import make_plan
+from tiler.planning.peaks import bf16_keys
 from tiler.planning.resolve import fill
 from tiler.request import Precision, RenderRequest
 from tiler.run import streamed
@@ -35,6 +37,15 @@ from tiler.weights import store
 from tiler.weights.checkpoint import resolve
 from tiler.weights.packed import default_cache
 
+# Functions of tiler's own library, which torch's profiler does not see.
+_NATIVE = {
+    "product": "products by tiler's library",
+    "winograd": "convolution, transformed",
+    "attention": "attention",
+    "pack": "packing weights",
+    "rows": "norms and casts before products",
+    "image": "norms and casts before products",
+}
 _OPERATORS = {
     "convolution": ("convolution",),
     "linear": ("addmm", "::mm", "qlinear_pointwise"),
@@ -81,7 +92,7 @@ def main() -> None:
     parser.add_argument("--model", help="a folder or `mini`; default: the generated sd15")
     parser.add_argument("--ceiling", type=int, default=800_000_000, help="bytes")
     parser.add_argument("--size", type=int, default=2048)
-    parser.add_argument("--precision", choices=["fp32", "int8"], default="fp32")
+    parser.add_argument("--precision", choices=["fp32", "bf16", "int8"], default="fp32")
     args = parser.parse_args()
     process.frugal_allocator()
     family = read_family(resolve(args.model or str(make_checkpoint.make("sd15"))))
@@ -101,10 +112,12 @@ def main() -> None:
     named(winograd, "transform", "transforming weights")
     named(winograd, "conv2d", "convolution, transformed")
     named(process, "release_heap", "giving memory back")
-    budget, samples = Unchecked(args.ceiling), plan.batch
-    unet, check = models.module(family.part(Role.DENOISER)), at_layer(budget, plan.memory.peak_of("canvas"))
+    for name, kind in _NATIVE.items():
+        named(Library, name, kind)
+    budget, samples, part = Unchecked(args.ceiling), plan.batch, family.part(Role.DENOISER)
+    unet, check = models.module(part), at_layer(budget, plan.memory.peak_of("canvas"))
     with streamed(
-        unet, weights, plain_names, plan.resident["canvas"],
+        unet, weights, plain_names, plan.resident["canvas"], bf16_keys=bf16_keys(part, unet, precision),
         arena_bytes=plan.arena_bytes, transform=True, short=lambda: budget.short(plan.sample_bytes),
     ) as streamer:  # fmt: skip
         side = family.native

@@ -1,12 +1,13 @@
-"""How much each kind of layer loses as int8: one UNet call with only that kind quantised, against fp32.
+"""How much each kind of layer loses as int8, and as bf16: one UNet call with only that kind rounded, against fp32.
 
     python scripts/sensitivity.py                       SD 1.5's size, random weights
     python scripts/sensitivity.py --model mini --largest 64
 
 Weights and inputs take the values that tiler/weights/int8.py gives them and are multiplied in fp32, so any processor can
-judge for any other. `--largest` is the largest weight: 64 where there are no dot-product instructions, else 127.
-`FP32_NAMES` in tiler/models/unet.py are not in the table: they stay in fp32. So do the outermost blocks but for their
-transformers; the last row tells what they would lose. The whole UNet is in memory: 6 GB for SD 1.5.
+judge for any other; so it is with bf16, but for attention's own products. `--largest` is the largest weight: 64 where there are
+no dot-product instructions, else 127. `FP32_NAMES` in tiler/models/unet.py are not in the table: they stay in fp32. Beside int8 so
+do the outermost blocks but for their transformers, whose row tells what they would lose; the last row is `--precision bf16`,
+which rounds all of the table. The whole UNet is in memory: 6 GB for SD 1.5.
 """
 
 from __future__ import annotations
@@ -32,9 +33,12 @@ def kind(name: str) -> str:
     return re.sub(r"^(down|mid|up)_block\w*\.", r"\1 ", ".".join(words)).replace("transformer_blocks.", "")
 
 
-def fake(module: nn.Module, largest: int) -> tuple[Tensor, torch.utils.hooks.RemovableHandle]:
-    """Quantise a layer's weight and, from now on, its input; returns what undoes it."""
+def fake(module: nn.Module, largest: int | None) -> tuple[Tensor, torch.utils.hooks.RemovableHandle]:
+    """Quantise a layer's weight and, from now on, its input, or round both to bf16 (None); returns what undoes it."""
     kept = module.weight.data
+    if largest is None:
+        module.weight.data = kept.bfloat16().float()
+        return kept, module.register_forward_pre_hook(lambda _, inputs: (inputs[0].bfloat16().float(), *inputs[1:]))
     values, scale = int8.quantize_rows(kept, largest)
     module.weight.data = values.float() * scale.view(-1, *(1,) * (kept.ndim - 1))
 
@@ -75,19 +79,23 @@ def main() -> None:
         )
     everything = [module for modules in groups.values() for module in modules]
     quantised = {id(module) for module in everything}
-    groups["outermost, left in fp32"] = [
+    groups["outermost, fp32 beside int8"] = [
         module
         for name, module in unet.named_modules()
         if isinstance(module, nn.Linear | nn.Conv2d) and module.weight.numel() > SMALL and id(module) not in quantised
         and not any(part in f"{name}.weight" for part in FP32_NAMES)
     ]  # fmt: skip
-    print(f"{'kind':32} layers  share  " + "  ".join(f"weights ±{n:<3}" for n in args.largest), flush=True)
+    columns = [*args.largest, None]
+    print(
+        f"{'kind':32} layers  share  " + "  ".join("       bf16" if n is None else f"weights ±{n:<3}" for n in columns)
+    )
     total = sum(m.weight.numel() for m in everything)
-    for name, modules in [("everything", everything), *groups.items()]:
+    both = [*everything, *groups["outermost, fp32 beside int8"]]
+    for name, modules in [("everything in int8", everything), *groups.items(), ("everything in bf16", both)]:
         if args.only and not re.search(args.only, name):
             continue
         errors = []
-        for largest in args.largest:
+        for largest in columns:
             undo = [(module, *fake(module, largest)) for module in modules]
             errors.append(float((unet(*call).sample - reference).norm() / reference.norm()))
             for module, kept, handle in undo:

@@ -14,7 +14,8 @@ from tiler.memory.limits import memory_warning
 from tiler.models import family as families
 from tiler.output.latents import LatentsFile
 from tiler.output.picture import check_picture, check_size
-from tiler.phases import Decoding, open_models
+from tiler.phases import open_models
+from tiler.pixels import Decoding
 from tiler.planning.render import plan_decode
 from tiler.planning.table import MemoryPlan
 from tiler.planning.whole import whole_picture

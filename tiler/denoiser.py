@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,12 +17,14 @@ from tiler.compute.stream import Streamer
 from tiler.diffusion.prompts import Prompts
 from tiler.diffusion.runner import Conditions, LocalRunner
 from tiler.memory.policy import at_layer
-from tiler.models.family import Family, Options, Role
+from tiler.models.built import Models
+from tiler.models.family import Options, Part, Role
 from tiler.models.samples import Sample
 from tiler.planning.peaks import bf16_keys
 from tiler.planning.render import RenderPlan, build_schedule
 from tiler.request import Precision, ResolvedRequest
 from tiler.run import Names, Run, streamed
+from tiler.weights.changes import Changes
 from tiler.weights.identity import model_id
 from tiler.weights.index import TensorInfo
 from tiler.weights.packed import default_cache
@@ -40,6 +43,12 @@ class DenoiserRun(Run):
             ("denoiser_calls", "denoiser_samples", "denoiser_bytes_read", "weight_bytes_read"), 0
         )
     )
+
+    def changes(self, part: Part) -> Changes:
+        """What LoRAs change of a part's weights where they are read."""
+        if self.plan.precision is Precision.INT8 and part.role is Role.DENOISER:
+            return packing.beside_packed(self.models, part)
+        return self.models.changes(part)
 
     @contextmanager
     def streamed(
@@ -64,9 +73,12 @@ def prepare_weights(run: DenoiserRun) -> None:
         run.weights = {part.name: (index, packing.packed_names(part)) for part in parts}
 
 
-def denoiser_id(family: Family) -> str:
-    """Tells the denoiser's weights and config and the scheduler's: what every process that predicts tiles of one canvas must have alike."""
-    return model_id(family.checkpoint, [family.part(Role.DENOISER).name])
+def denoiser_id(models: Models) -> str:
+    """Tells the denoiser's weights and config, the scheduler's, and the LoRAs: what every process that predicts tiles of one
+    canvas must have alike."""
+    family, loras = models.family, [(lora.strength, digests) for lora, digests in models.loras.files]
+    own = model_id(family.checkpoint, [family.part(Role.DENOISER).name])
+    return own if not loras else f"{own}-{hashlib.sha256(repr(loras).encode()).hexdigest()[:16]}"
 
 
 @contextmanager
@@ -75,8 +87,10 @@ def open_denoiser(run: DenoiserRun, prompts: Prompts, phase: str = "canvas") -> 
     request, plan = run.request, run.plan
     family, part = plan.family, plan.family.part(Role.DENOISER)
     denoiser, short = run.models.module(part), partial(run.budget.short, plan.sample_bytes)
-    halves = bf16_keys(part, denoiser, plan.precision)
-    held = dict[str, Any](bf16_keys=halves, arena_bytes=plan.arena_bytes, transform=True, short=short)
+    held = dict[str, Any](
+        changes=run.changes(part), bf16_keys=bf16_keys(part, denoiser, plan.precision), arena_bytes=plan.arena_bytes,
+        transform=True, short=short,
+    )  # fmt: skip
     with run.streamed(denoiser, *run.weights[part.name], plan.resident[phase], **held) as streamer:
         check = at_layer(run.budget, plan.memory.peak_bytes)
         scales = {request.guidance_scale, *(r.guidance_scale for r in request.regions if r.guidance_scale is not None)}
@@ -102,6 +116,9 @@ def open_denoiser(run: DenoiserRun, prompts: Prompts, phase: str = "canvas") -> 
         def conditions(step: int) -> Conditions:
             return prompts.conditions(wording, step - begin)
 
-        yield LocalRunner(predict, conditions, batch)
+        def tell_smaller(batch: int) -> None:
+            run.note(f"memory is close to the ceiling: from here on the denoiser takes {batch} at a time")
+
+        yield LocalRunner(predict, conditions, batch, is_tight=run.budget.take_tight, on_smaller=tell_smaller)
         assert streamer.store is not None
         run.counts["denoiser_bytes_read"] += streamer.store.bytes_read

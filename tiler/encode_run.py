@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tiler import encoding
 from tiler.encoding import Spoken
+from tiler.errors import UsageError
 from tiler.events import OnEvent
 from tiler.files import check_writable
 from tiler.memory.budget import Budget
@@ -15,6 +16,7 @@ from tiler.memory.tuning import MARGIN
 from tiler.models import family as families
 from tiler.models.built import Models
 from tiler.models.embeds import Text, Words, kind_of, write_words
+from tiler.models.loras import apply_loras, find_loras
 from tiler.models.prompting import notes_on_prompts
 from tiler.planning.peaks import text_phase
 from tiler.planning.resolve import resolve
@@ -42,6 +44,10 @@ def start(request: EncodeRequest, budget: Budget, on_event: OnEvent) -> EncodeRu
     family = families.open_family(request)
     models, found = Models(family), family.checkpoint
     settings = [resolve(asked, family) for asked in _renders(request)]
+    loras, *others = {find_loras(one) for one in settings}
+    if others:
+        raise UsageError("the prompts name different LoRAs; encode them into files of their own")
+    models.loras = apply_loras(loras, models)
     texts: list[Text] = list(dict.fromkeys(text for one in settings for text in _texts(one)))
     if family.traits.chunked:
         texts.append("")  # whose chunks lengthen others
@@ -59,7 +65,7 @@ def start(request: EncodeRequest, budget: Budget, on_event: OnEvent) -> EncodeRu
         models=models, budget=budget, on_event=on_event, request=request, output=output, spoken=spoken, plan=plan
     )
     on_prompts = dict.fromkeys(note for one in settings for note in notes_on_prompts(one, family, has_guide=True))
-    run.tell((*on_prompts, *found.notes, *family.notes, memory_warning(budget.max_bytes)))
+    run.tell((*on_prompts, *models.loras.notes, *found.notes, *family.notes, memory_warning(budget.max_bytes)))
     return run
 
 

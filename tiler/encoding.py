@@ -115,7 +115,8 @@ def _encode(run: Run, weights: Weights, texts: Sequence[Text], reading: Reading)
     @contextmanager
     def opened(part: Part) -> Iterator[Any]:
         module = run.models.module(part)
-        with run.streamed(module, *weights[part.name], int8_products=False, arena_bytes=part.arena_bytes):
+        options = dict[str, Any](changes=run.models.changes(part), int8_products=False, arena_bytes=part.arena_bytes)
+        with run.streamed(module, *weights[part.name], **options):
             yield module
 
     prompts = run.models.family.encode(texts, opened, told.append, reading)

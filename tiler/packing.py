@@ -22,6 +22,7 @@ from tiler.memory.policy import at_layer
 from tiler.models.built import Models
 from tiler.models.family import Family, Options, Part, Role
 from tiler.weights.blocks import can_block
+from tiler.weights.changes import Changes
 from tiler.weights.index import TensorInfo
 from tiler.weights.packed import Quantise, packed_index, write_packed
 from tiler.weights.store import match_index
@@ -42,6 +43,25 @@ def _prefix(part: Part) -> str:
     return "" if part.role is Role.DENOISER else f"{part.name}."
 
 
+def packed_changes(models: Models) -> Changes:
+    """What LoRAs change of the denoiser's int8 weights that can be no path of low rank beside them: it is packed with them."""
+    part = models.family.part(Role.DENOISER)
+    changes = models.changes(part)
+    integers = part.int8_weights(models.module(part)) if changes else frozenset[str]()
+    packed = [name for name in changes if name in integers and not part.once(name)]
+    whole = {name: [one for one in changes[name] if one.rank is None] for name in packed}
+    return {name: some for name, some in whole.items() if some}
+
+
+def beside_packed(models: Models, part: Part) -> Changes:
+    """The rest of the denoiser's, which is added as weights are read, or computed beside them."""
+    inside = packed_changes(models)
+    return {
+        name: [one for one in some if name not in inside or one.rank is not None]
+        for name, some in models.changes(part).items()
+    }
+
+
 def packed_weights(models: Models, cache: Path, progress: Callable[[float, str], None]) -> dict[str, TensorInfo]:
     """The index of the packed file in `cache`, which is made first if it is not there or does not fit: the text encoders'
     parameters and the denoiser's, by `packed_names`. What is read once a run stays in the checkpoint's own files, and stands
@@ -56,6 +76,9 @@ def packed_weights(models: Models, cache: Path, progress: Callable[[float, str],
     matched = {part.name: match_index(models.module(part), stored[part.name], part.aliases) for part in parts}
     integers = {part.name: part.int8_weights(models.module(part)) for part in parts}
     name = family.part(Role.DENOISER).name
+    changes, rules = packed_changes(models), str(cpu.int8().largest)
+    if changes:
+        rules += " " + ", ".join(models.loras.marks([changes]))
     in_blocks = reads_blocks() and any(can_block(matched[name][weight].shape) for weight in integers[name])
 
     def write(path: Path, mark: str, reason: str) -> None:
@@ -75,11 +98,12 @@ def packed_weights(models: Models, cache: Path, progress: Callable[[float, str],
             names = order_of_use(family, module) if denoiser else packed
             order += [prefix + name for name in names if name in packed]
         write_packed(
-            path, mark, order, index, quantised, lambda share: progress(share, reason), in_blocks=frozenset(to_block)
-        )
+            path, mark, order, index, quantised, lambda share: progress(share, reason), in_blocks=frozenset(to_block),
+            changes=changes,
+        )  # fmt: skip
 
     own = {_prefix(part) + name: info for part in parts for name, info in matched[part.name].items() if part.once(name)}
-    return packed_index(cache, files, str(cpu.int8().largest), write, in_blocks=in_blocks) | own
+    return packed_index(cache, files, rules, write, in_blocks=in_blocks) | own
 
 
 def order_of_use(family: Family, denoiser: Any) -> list[str]:

@@ -5,22 +5,18 @@ Each phase opens the weights it needs, works under the budget, and lets the weig
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from tiler import denoiser, encoding, events, interrupts, packing
-from tiler.compute.stream import Streamer
+from tiler import denoiser, encoding, events, interrupts, packing, previewing
 from tiler.decoding import FACTOR, method
-from tiler.decoding.method import DecodePlan
-from tiler.decoding.rows import Latents, to_uint8
+from tiler.decoding.spool import Spool, bytes_in
 from tiler.denoiser import DenoiserRun, open_denoiser
 from tiler.diffusion import canvas, guide
 from tiler.diffusion.guide_picture import GuidePicture
@@ -28,27 +24,30 @@ from tiler.diffusion.prompts import Prompts
 from tiler.diffusion.runner import Runner
 from tiler.diffusion.tiles import Steps, region_span
 from tiler.encoding import Spoken
-from tiler.errors import NumericalError
 from tiler.events import OnEvent, percent
 from tiler.files import check_writable
 from tiler.jobs.folder import Job
+from tiler.jobs.passes import remember
 from tiler.memory.budget import Budget
 from tiler.memory.limits import memory_warning
 from tiler.memory.policy import at_rows
 from tiler.models import family as families
 from tiler.models.built import Models
 from tiler.models.embeds import read_words
-from tiler.models.family import Family, VaeSpec
+from tiler.models.family import Family
+from tiler.models.loras import apply_loras, find_loras, notes_on_loras
 from tiler.models.prompting import notes_on_prompts
 from tiler.output.latents import save_latents
 from tiler.output.picture import check_picture, check_size
+from tiler.pixels import Decoding, decode_pixels
 from tiler.planning.advice import advise
 from tiler.planning.render import RenderPlan, build_schedule, plan_render
 from tiler.planning.resolve import resolve
 from tiler.planning.table import MemoryPlan
 from tiler.planning.tiling import pixels_of, plan_tiling
+from tiler.previewing import Preview
 from tiler.request import Decode, GuideUpscale, Precision, RenderRequest, ResolvedRequest
-from tiler.run import Run, measure
+from tiler.run import measure
 from tiler.weights.identity import model_id
 
 
@@ -71,6 +70,7 @@ class RenderRun(DenoiserRun):
     spoken: Spoken
     texts: dict[str, str] = field(default_factory=dict)  # what the picture will say of itself
     workers: list[WorkerUse] = field(default_factory=list)  # of a cluster, that predicted tiles
+    preview: Preview | None = None
 
     @cached_property
     def model_id(self) -> str:
@@ -83,16 +83,6 @@ class RenderRun(DenoiserRun):
         return Decoding(
             plan.decoder, plan.methods["decode"], plan.resident["decode"], plan.memory.peak_of("decode"), plan.crop
         )
-
-
-class Decoding(NamedTuple):
-    """How a run's last phase decodes its latents. `crop`: pixels above and left of the picture."""
-
-    vae: VaeSpec
-    plan: DecodePlan
-    resident: dict[str, torch.dtype]
-    planned_bytes: int
-    crop: tuple[int, int]
 
 
 def start(
@@ -115,6 +105,8 @@ def start(
     if settings.save_latents is not None:
         check_writable(settings.save_latents, force=settings.force or job.resumed, option="--save-latents")
     models = open_models(family, settings.tiny_vae)
+    loras = find_loras(settings)
+    models.loras = apply_loras(loras, models)
     begun = settings if job.manifest is None else replace(settings, precision=Precision(job.manifest.precision))
     spoken = encoding.find_prompts(begun, models, plan_tiling(settings, family).texts, words)
     plan = make_plan(
@@ -122,14 +114,17 @@ def start(
     )
     run = RenderRun(
         said=request, request=settings, plan=plan, models=models, budget=budget, on_event=on_event, job=job,
-        spoken=spoken,
+        spoken=spoken, preview=previewing.open_preview(settings, models),
         weights={part.name: (found.weights(part.name), part.aliases) for part in packing.packed_parts(family)},
     )  # fmt: skip
     if any(plan.crop):
         height, width = pixels_of(plan.canvas)
         run.note(f"this model makes no picture as small as that: it is the middle of one of {width}×{height}")
+    if request.prompt is None and settings.prompt is not None and not request.regions:
+        run.note(f"no prompt was given; this is the model's own: {settings.prompt}")
     on_prompts = notes_on_prompts(settings, family, has_guide=plan.guide is not None)
-    run.tell((*on_prompts, *found.notes, *family.notes, *plan.notes, memory_warning(budget.max_bytes)))
+    on_loras = *notes_on_loras(settings, loras, models, spoken.read_as), *models.loras.notes
+    run.tell((*on_prompts, *on_loras, *found.notes, *family.notes, *plan.notes, memory_warning(budget.max_bytes)))
     return run
 
 
@@ -157,6 +152,9 @@ def make_plan(
         path, canvas = request.guide_image, pixels_of(tiling.canvas)
         picture = None if path is None else stack.enter_context(GuidePicture(path, canvas))
         facts = measure(request.scratch_folder, picture)
+    if job is not None:  # what it holds already is room that it has
+        held = bytes_in(job.spool_folder(request.scratch_folder))
+        facts = replace(facts, scratch_free_bytes=facts.scratch_free_bytes + held)
     if job is None or (begun := job.manifest) is None:
         return plan_render(request, models, tiling, facts, max_bytes, encoded=encoded, embeds=embeds)
     request = replace(request, precision=Precision(begun.precision))
@@ -217,6 +215,7 @@ def make_reference(run: RenderRun, picture: np.ndarray | None, guide_latents: Te
         return None
     reference = _reference(run, picture, guide_latents)
     run.job.save_reference(reference)
+    run.job.clear_spool()
     return reference
 
 
@@ -228,6 +227,9 @@ def _reference(run: RenderRun, picture: np.ndarray | None, guide_latents: Tensor
         assert plan.guide is not None
         return guide.upscale(guide_latents, plan.guide, plan.canvas, wraps)
     vae, name = run.models.vae(spec), "guide picture"
+    begin = picture if guide_latents is None else guide_latents
+    assert begin is not None
+    spool = remember(run.job.spool, "the guide's picture", plan.methods[name], begin, run.on_event, run.note)
     with (
         interrupts.deferred(),
         run.phase(name, 100),
@@ -241,6 +243,7 @@ def _reference(run: RenderRun, picture: np.ndarray | None, guide_latents: Tensor
             picture = np.concatenate(
                 list(decode_pixels(plan.methods["guide decoded"], vae, streamer, unscaled, check, tell))
             )
+            previewing.learn(run.preview, spec.scale(unscaled), picture)
             box = (FACTOR * plan.guide.shown_height, FACTOR * plan.guide.shown_width)
         else:
             assert picture is not None
@@ -248,7 +251,7 @@ def _reference(run: RenderRun, picture: np.ndarray | None, guide_latents: Tensor
         encoder = plan.methods[name]
         pixels = guide.crop_to_aspect(picture, height, width, box, wraps, encoder.margin_pixels)
         progress = percent(run.on_event, name)
-        return spec.scale(method.encode(encoder, vae, streamer, pixels, check=check, progress=progress))
+        return spec.scale(method.encode(encoder, vae, streamer, pixels, check=check, progress=progress, spool=spool))
 
 
 OpenRunner = Callable[[RenderRun, Prompts], AbstractContextManager[Runner]]
@@ -264,6 +267,7 @@ def denoise_canvas(
         run.note("no step is left for the canvas: it is the enlarged guide; raise --steps or --strength")
     elif plan.begin:
         run.note(f"the guide takes the place of the first {plan.begin} of {run.request.num_inference_steps} steps")
+    previewing.learn_by_decoding(run, run.preview, run.request, plan.memory.peak_of("decode"))
     with run.phase("canvas", plan.canvas_samples):
         return _denoise(run, "canvas", plan.canvas_steps, prompts, reference, plan.begin, open_runner)
 
@@ -280,6 +284,8 @@ def _denoise(
     latents = schedule.start(noise, reference, begin)
     if begin == steps:
         return latents
+    if phase == "canvas":
+        previewing.watch(run.preview, schedule, begin, run.note)
     with interrupts.deferred(), open_runner(run, prompts) as runner:
         denoising = canvas.Denoising(latents, tiles, schedule, generator, begin=begin, phase=phase)
         total = tiles.samples
@@ -302,50 +308,6 @@ def picture_facts(run: RenderRun) -> dict[str, str]:
     return {name: str(pixels) for name, pixels in box} | run.texts
 
 
-def decode(run: Run, decoding: Decoding, latents: Latents) -> Generator[np.ndarray]:
-    """The picture's rows, (n, W, 3) uint8, top first; `latents` (1, C, h, w) are unscaled."""
-    spec, plan, resident, planned_bytes, crop = decoding
-    vae = run.models.vae(spec)
-    run.note(f"decoder: {plan}")
-    with (
-        interrupts.deferred(),
-        run.phase("decode", 100),
-        run.streamed(vae, spec.weights, families.vae_names, resident) as streamer,
-    ):
-        check = at_rows(run.budget, planned_bytes)
-        yield from cropped(decode_pixels(plan, vae, streamer, latents, check, percent(run.on_event, "decode")), *crop)
-
-
-class Unscaled:
-    """Scaled latents (1, C, h, w) whose rows are unscaled as they are read: the latents themselves stay as they are."""
-
-    def __init__(self, latents: Tensor, spec: VaeSpec) -> None:
-        self._latents, self._spec, self.shape = latents, spec, latents.shape
-
-    def __getitem__(self, rows: tuple[slice, slice, slice]) -> Tensor:
-        return self._spec.unscale_(self._latents[rows].clone())
-
-
-def decode_pixels(
-    plan: DecodePlan, vae: Any, streamer: Streamer, unscaled: Latents, check: Callable[[str], None],
-    progress: Callable[[float], None],
-) -> Generator[np.ndarray]:  # fmt: skip
-    """Decode (1, C, h, w) fp32 latents into rows (n, FACTOR·w, 3) uint8. Raises NumericalError rather than give a black picture."""
-    row = 0
-    with closing(method.decode(plan, vae, streamer, unscaled, check=check, progress=progress)) as strips:
-        for strip in strips:
-            if not math.isfinite(float(strip.sum())):
-                raise NumericalError(
-                    f"NaN or Inf in the decoder at row {row}; compare the checksum of the VAE's weights with the original's"
-                )
-            yield to_uint8(strip)
-            row += strip.shape[1]
-
-
-def cropped(rows: Generator[np.ndarray], top: int, left: int) -> Generator[np.ndarray]:
-    """`rows` without the first `top` rows and `left` columns."""
-    with closing(rows):
-        for strip in rows:
-            above, top = min(top, len(strip)), max(0, top - len(strip))
-            if above < len(strip):
-                yield strip[above:, left:]
+def remembered(run: RenderRun, latents: Tensor) -> Spool | None:
+    """Where the run's job keeps the passes of decoding `latents`, if it can."""
+    return remember(run.job.spool, "the decoder", run.plan.methods["decode"], latents, run.on_event, run.note)

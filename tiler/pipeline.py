@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from tiler import decode_run, encode_run, packing, phases, quantising, reports
+from tiler import decode_run, encode_run, packing, phases, pixels, quantising, reports
 from tiler.cluster import run as cluster
 from tiler.events import Event, OnEvent
 from tiler.jobs.folder import Job
@@ -66,8 +66,9 @@ def render(request: RenderRequest, budget: Budget | None = None, on_event: OnEve
             latents = phases.denoise_canvas(run, prompts, reference, open_runner)
             phases.save_canvas(run, latents)
             # An error of the writer's must not leave the decoder's scratch files open.
-            unscaled = phases.Unscaled(latents, run.plan.decoder)
-            with closing(phases.decode(run, run.decoding, unscaled)) as rows:
+            unscaled = pixels.Unscaled(latents, run.plan.decoder)
+            spool = phases.remembered(run, latents)
+            with closing(pixels.decode(run, run.decoding, unscaled, spool)) as rows:
                 wanted = run.request
                 write_picture(
                     wanted.output,
@@ -121,7 +122,7 @@ def decode(request: DecodeRequest, budget: Budget | None = None, on_event: OnEve
     with budget or Budget() as budget, decode_run.start(request, budget, on_event) as run:
         run.plan.check()
         lean_imports.freeze_imports()
-        with closing(phases.decode(run, run.decoding, run.latents)) as rows:
+        with closing(pixels.decode(run, run.decoding, run.latents)) as rows:
             write_picture(
                 run.output, rows, run.width, run.height, run.texts, request.dpi,
                 force=request.force, format=request.format, quality=request.quality,

@@ -24,7 +24,7 @@ from tiler.request import QuantizeRequest
 from tiler.request.choices import Weights
 from tiler.weights.checkpoint import QUANTO_MAP, Checkpoint
 from tiler.weights.flavours import WEIGHTS, find_weights, flavour_of, names_in
-from tiler.weights.hub import INDEX
+from tiler.weights.hub import DEFAULTS, INDEX
 from tiler.weights.quanto import write_quanto
 from tiler.weights.store import match_index
 
@@ -130,7 +130,7 @@ def _whole(output: Path) -> Iterator[Path]:
 def _copy(source: Path, target: Path, models: Models, kinds: Mapping[str, Weights]) -> None:
     """All but the weights of parts that are quantised, and what belongs to no part that tiler reads."""
     for name in names_in(source):
-        if name in (INDEX, "tiler.toml"):
+        if name in (INDEX, DEFAULTS):
             shutil.copyfile(source / name, target / name)
         elif name.startswith(("tokenizer", "scheduler")) and (source / name).is_dir():
             shutil.copytree(source / name, target / name)

@@ -23,6 +23,7 @@ from tiler.output.metadata import texts as picture_texts
 from tiler.phases import RenderRun, picture_facts
 from tiler.planning.summary import SCHEMA, with_old_names
 from tiler.request.choices import STDOUT
+from tiler.weights.hashes import auto_v2
 from tiler.weights.index import TensorInfo
 
 
@@ -86,12 +87,17 @@ def texts(run: RenderRun) -> dict[str, str]:
     found = plan.family.checkpoint
     if not run.request.metadata:
         return {}
+
+    def hashing() -> None:
+        run.note(f"the hash of {found.name} is computed, once, for the picture's parameters")
+
     facts = Facts(
         model=found.name, model_id=run.model_id, revision=found.revision,
         scheduler=plan.scheduler.value,
         precision=plan.precision.value, kernels=computed_by(), begin=plan.begin,
         clip_skip=plan.family.traits.clip_skip,
-        embeddings=run.spoken.read_as.embeddings,
+        embeddings=run.spoken.read_as.embeddings, loras=run.models.loras.hashes,
+        model_hash=None if found.file is None else auto_v2(found.file, hashing),
     )  # fmt: skip
     return picture_texts(run.request, facts)
 
@@ -107,9 +113,11 @@ def begin_job(run: RenderRun) -> None:
     job.facts = picture_facts(run)
     job.begin(
         Manifest(
-            said=manifest.said_of(run.said), picture=manifest.picture_of(run.request), model_id=run.model_id,
+            said=manifest.said_of(run.said), model_id=run.model_id,
+            picture=manifest.picture_of(run.request) | {"loras": run.models.loras.said},
             made_by=made_by, methods={name: method.name for name, method in run.plan.methods.items()},
             precision=run.plan.precision.value, seed=run.request.seed, begun=_now(), max_ram_bytes=run.budget.max_bytes,
+            spool=str(job.spool_folder(run.request.scratch_folder)),
         )
     )  # fmt: skip
     if before is None:

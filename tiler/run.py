@@ -23,6 +23,7 @@ from tiler.memory.budget import Budget
 from tiler.models.built import Models
 from tiler.native.library import has_bf16
 from tiler.planning.facts import Facts
+from tiler.weights.changes import Changes
 from tiler.weights.index import TensorInfo
 from tiler.weights.store import WeightStore, match_index
 
@@ -69,12 +70,13 @@ class Run:
 
 @contextmanager
 def streamed(
-    module: Any, stored: dict[str, TensorInfo], names: Names, resident: dict[str, torch.dtype] | None = None, **options: Any
+    module: Any, stored: dict[str, TensorInfo], names: Names, resident: dict[str, torch.dtype] | None = None,
+    *, changes: Changes | None = None, **options: Any,
 ) -> Iterator[Streamer]:  # fmt: skip
     """The weights of one part of a checkpoint behind a meta-device module, for as long as the block lasts. `resident` ones
-    stay in memory; `options` are the Streamer's."""
+    stay in memory, `changes` are what LoRAs add to them; `options` are the Streamer's."""
     index = match_index(module, stored, names)
-    with WeightStore(index) as store:
+    with WeightStore(index, changes=changes) as store:
         streamer = Streamer(store, **options)
         with lent(module, streamer):
             for name, dtype in (resident or {}).items():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-PIECE = 2**24  # values made at a time
+PIECE = 4_194_301  # values drawn for a tensor; larger ones repeat them, not in step with their rows
 
 
 def write_weights(
@@ -36,7 +36,8 @@ def write_weights(
             if name.endswith("bias"):
                 mean, spread = 0.0, 0.02
             spread = spreads.get(name, spread)
+            values = torch.randn(min(PIECE, shape.numel()), generator=generator)
+            raw = values.mul_(spread).add_(mean).half().numpy()
             for first in range(0, shape.numel(), PIECE):
-                values = torch.randn(min(PIECE, shape.numel() - first), generator=generator)
-                file.write(values.mul_(spread).add_(mean).half().numpy().tobytes())
+                file.write(raw[: shape.numel() - first].data)
         file.truncate(8 + len(text) + end)

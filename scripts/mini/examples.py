@@ -20,8 +20,10 @@ _CROP, _CROP_WHOLE = (1.0, 0.7, 0.5), (1.0, 0.8, 0.6)
 
 @dataclass(frozen=True, kw_only=True)
 class Examples:
-    latents: Tensor  # (n, 8, 32, 32) fp16
-    layout: Tensor  # (n, 16, 16): index in THINGS
+    """Of pictures of one shape, H × W px."""
+
+    latents: Tensor  # (n, 8, H/8, W/8) fp16
+    layout: Tensor  # (n, H/16, W/16): index in THINGS
     ids: Tensor  # (n, 6, 77) tokens of the captions
     labels: dict[str, Tensor]  # of labels()
     whole: Tensor  # (n,): whether it is a whole scene rather than a crop
@@ -29,33 +31,42 @@ class Examples:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    latents: Tensor  # (b, 8, 32, 32)
+    latents: Tensor  # (b, 8, H/8, W/8)
     noise: Tensor  # likewise
     timesteps: Tensor  # (b,)
     ids: Tensor  # (b, 77)
-    layout: Tensor  # (b, 16, 16)
+    layout: Tensor  # (b, H/16, W/16)
     labels: dict[str, Tensor]
     told: Tensor  # (b,): a whole scene with its caption
 
 
-def load_examples(workshop: Workshop, shards: list[int], version: str, tokenizer: CLIPTokenizer, seed: int) -> Examples:
-    """Of encoded shards, with captions drawn anew from `seed`."""
+def load_examples(workshop: Workshop, version: str, tokenizer: CLIPTokenizer, seed: int) -> list[Examples]:
+    """Of all encoded shards for training, by the shape of their pictures, with captions drawn anew from `seed`."""
+    shapes: dict[tuple[int, int], list[int]] = {}
+    for shard in workshop.pool.shards():
+        shapes.setdefault(workshop.pool.shape(shard), []).append(shard)
+    return [examples_of(workshop, shards, version, tokenizer, seed) for shards in shapes.values()]
+
+
+def examples_of(workshop: Workshop, shards: list[int], version: str, tokenizer: CLIPTokenizer, seed: int) -> Examples:
+    """Of encoded shards with pictures of one shape."""
     rng, pool = np.random.default_rng(seed), workshop.pool
-    ids, scenes = [], []
+    ids, scenes, whole = [], [], []
     notes = [pool.notes(shard) for shard in shards]
     for shard, (_, shares) in zip(shards, notes, strict=True):
         for i in range(2 * pool.part):
-            scene = pool.scene(shard, i)
-            if i < pool.part:
+            scene, is_whole = pool.scene(shard, i), i < pool.whole(shard)
+            if is_whole:
                 scene = as_seen(scene, shares[i])
-            ids.append(_tokens(tokenizer, _captions(scene, rng, None if i < pool.part else shares[i])))
+            ids.append(_tokens(tokenizer, _captions(scene, rng, None if is_whole else shares[i])))
             scenes.append(scene)
+            whole.append(is_whole)
     return Examples(
         latents=torch.cat([workshop.latents(shard, version) for shard in shards]),
         layout=torch.from_numpy(np.concatenate([note.layout for note in notes])).long(),
         ids=torch.stack(ids),
         labels=labels(scenes),
-        whole=(torch.arange(2 * pool.part) < pool.part).repeat(len(shards)),
+        whole=torch.tensor(whole),
     )
 
 
@@ -72,21 +83,23 @@ def _tokens(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
 
 
 class Sampler:
-    """Draws batches of examples on the processor, the same from the same seed."""
+    """Draws batches of examples on the processor, the same from the same seed. Pictures of a batch have one shape; `crops` is
+    the share of crops where their shape has any."""
 
-    def __init__(self, examples: Examples, tokenizer: CLIPTokenizer, crops: float, seed: int) -> None:
+    def __init__(self, examples: list[Examples], tokenizer: CLIPTokenizer, crops: float, seed: int) -> None:
         self.examples, self.crops = examples, crops
+        self.sizes = torch.tensor([float(len(e.whole)) for e in examples])
         self.empty = _tokens(tokenizer, [""])[0]
-        self.whole, self.cropped = examples.whole.nonzero()[:, 0], (~examples.whole).nonzero()[:, 0]
         self.generator = torch.Generator().manual_seed(seed)
 
     def batch(self, size: int) -> Batch:
         """Scenes are composed where noise hides everything small, from step 800 upwards: three quarters of theirs are
         logit-normal around that (arXiv:2403.03206, 3.1). Crops are for refinement: three quarters of theirs are below 600.
         One in ten has no caption."""
-        e, g = self.examples, self.generator
-        crop = torch.rand(size, generator=g) < self.crops
-        index = torch.where(crop, self._choose(self.cropped, size), self._choose(self.whole, size))
+        g = self.generator
+        e = self.examples[int(torch.multinomial(self.sizes, 1, generator=g))]
+        crop = torch.rand(size, generator=g) < (0 if e.whole.all() else self.crops)
+        index = torch.where(crop, self._choose(e.whole.logical_not(), size), self._choose(e.whole, size))
         t, often = torch.rand(size, generator=g), torch.rand(size, generator=g) < 0.75
         composing = torch.sigmoid(1.5 + torch.randn(size, generator=g))
         t = torch.where(often, torch.where(crop, t * 0.6, composing), t)
@@ -105,4 +118,8 @@ class Sampler:
         )
 
     def _choose(self, among: Tensor, size: int) -> Tensor:
-        return among[torch.randint(len(among), (size,), generator=self.generator)]
+        """Indices (size,) of places where `among` (n,) is true; zeros where it is nowhere."""
+        if not among.any():
+            return torch.zeros(size, dtype=torch.long)
+        places = among.nonzero()[:, 0]
+        return places[torch.randint(len(places), (size,), generator=self.generator)]

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from art import Thing
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
-from examples import Batch, Sampler, load_examples
+from examples import Batch, Sampler, examples_of, load_examples
 from heads import LayoutHead, WordsHead
 from machine import DEVICE, autocast
 from model import build_scheduler, build_text_encoder, build_unet
@@ -135,9 +135,10 @@ def train_unet(workshop: Workshop, settings: UnetSettings) -> None:
     training = Training(settings, tokenizer)
     if not settings.fresh and (state := workshop.load_state("unet")) is not None:
         training.load_state_dict(state)
-    examples = load_examples(workshop, shards, version, tokenizer, seed=10 + training.steps)
+    examples = load_examples(workshop, version, tokenizer, seed=10 + training.steps)
     held_out = _held_out(workshop, version, tokenizer)
-    log(f"unet step {training.steps}, {len(examples.whole)} pictures, held out {training.held_out_loss(held_out)}")
+    count = sum(len(e.whole) for e in examples)
+    log(f"unet step {training.steps}, {count} pictures, held out {training.held_out_loss(held_out)}")
     sampler = Sampler(examples, tokenizer, settings.crops, seed=11 + training.steps)
     size = settings.batch or (32 if DEVICE.type == "cpu" else 256)
     clock, saved, measured = Clock(settings.minutes), 0.0, 0.0
@@ -174,7 +175,7 @@ def _begin(cold: bool, tokenizer: CLIPTokenizer) -> tuple[UNet2DConditionModel, 
 
 def _held_out(workshop: Workshop, version: str, tokenizer: CLIPTokenizer) -> Batch:
     """24 whole scenes and 8 crops with one caption each and noise that is always the same."""
-    e = load_examples(workshop, [HELD_OUT_SHARD], version, tokenizer, seed=3)
+    e = examples_of(workshop, [HELD_OUT_SHARD], version, tokenizer, seed=3)
     index = torch.cat([e.whole.nonzero()[:24, 0], (~e.whole).nonzero()[:8, 0]])
     latents = e.latents[index].float()
     return Batch(

@@ -88,8 +88,9 @@ def _pieces(workshop: Workshop, batch: int) -> Iterator[Tensor]:
         pieces = []
         for _ in range(batch):
             shard = shards[rng.integers(len(shards))]
-            y, x = rng.integers(0, SIDE - PIECE + 1, 2)
-            piece = shard[rng.integers(len(shard)), y : y + PIECE, x : x + PIECE]
+            count, height, width, _ = shard.shape
+            y, x = rng.integers(0, height - PIECE + 1), rng.integers(0, width - PIECE + 1)
+            piece = shard[rng.integers(count), y : y + PIECE, x : x + PIECE]
             pieces.append(piece[:, ::-1] if rng.random() < 0.5 else piece)
         yield to_tensor(np.stack(pieces)).to(DEVICE)
 

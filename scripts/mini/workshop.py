@@ -54,7 +54,7 @@ class Workshop:
         return CLIPTokenizer.from_pretrained(own if own.exists() else SHIPPED / "tokenizer")
 
     def latents(self, shard: int, version: str) -> Tensor:
-        """(2·part, 8, 32, 32) fp16."""
+        """(2·part, 8, H/8, W/8) fp16."""
         return torch.load(self._latents(shard, version))
 
     @torch.no_grad()

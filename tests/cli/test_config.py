@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -185,3 +186,13 @@ def test_folders_that_are_no_list_are_refused(config: Path) -> None:
     config.write_text("lora_dirs = 3")
     with pytest.raises(UsageError, match="lora_dirs = 3 is no list"):
         settings.folders(Kind.LORA)
+
+
+def test_the_file_is_read_once_and_again_where_it_has_changed(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads = list[str]()
+    loads = tomllib.loads
+    monkeypatch.setattr("tiler.request.settings.tomllib.loads", lambda text: reads.append(text) or loads(text))
+    for text in ("steps = 3", "steps = 30"):
+        config.write_text(text)
+        assert [settings.read_config() for _ in range(3)] == 3 * [loads(text)]
+    assert reads == ["steps = 3", "steps = 30"]

@@ -17,28 +17,30 @@ from safetensors.torch import save_file
 PROGRAM = [sys.executable, "-c", "from tiler.cli.main import main; main()"]
 
 
-def test_decode_exactly_through_a_scratch_folder(tiler, tiny: Path, tmp_path: Path) -> None:
-    common = ("--model", tiny, "--size", 528, "--steps", 1, "--no-guide", "--seed", 1)
-    ran = tiler("render", "x", *common, "-o", "a.png", "--save-latents", "z.safetensors")
+def test_decode_exactly_through_a_scratch_folder(in_process, tiny: Path, tmp_path: Path) -> None:
+    common = ("--model", tiny, "--size", 264, "--steps", 1, "--no-guide", "--seed", 1)
+    ran = in_process("render", "x", *common, "-o", "a.png", "--save-latents", "z.safetensors")
     assert "decoder: exact (there is room" in ran.err
     (tmp_path / "s").mkdir()
     for mode, dtype in (("exact", "fp32"), ("exact", "fp16"), ("frozen", "fp16")):
         options = ("--decode", mode, "--scratch", "s", "--scratch-dtype", dtype)
-        ran = tiler("decode", "z.safetensors", "--model", tiny, *options, "-o", f"{mode}-{dtype}.png", "--json")
+        ran = in_process("decode", "z.safetensors", "--model", tiny, *options, "-o", f"{mode}-{dtype}.png", "--json")
         assert ran.json["decode"] == mode
     a, b, c = (np.asarray(Image.open(tmp_path / f"{n}.png"), int) for n in ("a", "exact-fp32", "frozen-fp16"))
     assert abs(a - b).max() <= 2
-    assert abs(c - b).max() <= 4  # held statistics, of a sample that is nearly all of the picture
+    assert abs(c - b).max() <= 2  # the sample is all of so small a picture
     assert list((tmp_path / "s").iterdir()) == []
-    ran = tiler("decode", "z.safetensors", "--model", tiny, "--decode", "exact", "--scratch", "none", "-o", "n.png")
+    ran = in_process(
+        "decode", "z.safetensors", "--model", tiny, "--decode", "exact", "--scratch", "none", "-o", "n.png"
+    )
     assert ran.code == 6
     assert "--scratch" in ran.err
 
 
 @pytest.mark.skipif(not hasattr(os, "O_TMPFILE"), reason="files without a name are Linux's")
-@pytest.mark.parametrize("mode", ["exact", "frozen"])
-def test_a_kill_in_mid_decode_leaves_nothing(tiny: Path, tmp_path: Path, mode: str) -> None:
-    save_file({"latents": torch.randn(1, 4, 100, 600)}, tmp_path / "z.safetensors")
+@pytest.mark.parametrize(("mode", "width"), [("exact", 300), ("frozen", 520)])  # which is two bands
+def test_a_kill_in_mid_decode_leaves_nothing(tiny: Path, tmp_path: Path, mode: str, width: int) -> None:
+    save_file({"latents": torch.randn(1, 4, 100, width)}, tmp_path / "z.safetensors")
     (tmp_path / "s").mkdir()
     code = f"""
 import os, sys
@@ -47,7 +49,7 @@ import tiler.phases
 real, strips = tiler.phases.to_uint8, []
 def to_uint8(strip):
     strips.append(0)
-    if len(strips) == 3:
+    if len(strips) == 2:
         names = [os.readlink(f"/proc/self/fd/{{n}}") for n in os.listdir("/proc/self/fd") if os.path.lexists(f"/proc/self/fd/{{n}}")]
         print(*(name for name in names if {str(tmp_path)!r} in name), sep="\\n", flush=True)
         os.kill(os.getpid(), 9)
@@ -88,18 +90,18 @@ def test_a_tiny_file_system_is_exit_6(tiny: Path, tmp_path: Path, where: str) ->
     assert not (tmp_path / "x.png").exists()
 
 
-def test_bad_latents(tiler, tiny: Path, tmp_path: Path) -> None:
+def test_bad_latents(in_process, tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "text.safetensors").write_text("no")
     save_file({"other": torch.zeros(1)}, tmp_path / "other.safetensors")
     save_file({"latents": torch.zeros(1, 8, 8, 8)}, tmp_path / "wide.safetensors")
     save_file({"latents": torch.full((1, 4, 8, 8), float("nan"))}, tmp_path / "nan.safetensors")
     for name, code in (("text", 2), ("other", 2), ("wide", 2), ("missing", 2), ("nan", 7)):
-        ran = tiler("decode", f"{name}.safetensors", "--model", tiny)
+        ran = in_process("decode", f"{name}.safetensors", "--model", tiny)
         assert ran.code == code, (name, ran.err)
         assert len(ran.err.strip().splitlines()) == 1
 
 
-def test_a_tiny_autoencoder_makes_the_picture(tiler, tiny: Path, tmp_path: Path) -> None:
+def test_a_tiny_autoencoder_makes_the_picture(tiler, in_process, tiny: Path, tmp_path: Path) -> None:
     from diffusers import AutoencoderTiny
     from safetensors.torch import load_file
 
@@ -115,7 +117,7 @@ def test_a_tiny_autoencoder_makes_the_picture(tiler, tiny: Path, tmp_path: Path)
         want = vae.decode(load_file(tmp_path / "z.safetensors")["latents"]).sample[0]
     want = ((want / 2 + 0.5).clamp(0, 1) * 255).round().permute(1, 2, 0).numpy()
     assert abs(np.asarray(Image.open(tmp_path / "a.png"), float) - want).max() <= 1
-    assert tiler("decode", "z.safetensors", "--model", tiny, *decoder, "-o", "b.png").code == 0
+    assert in_process("decode", "z.safetensors", "--model", tiny, *decoder, "-o", "b.png").code == 0
     assert Image.open(tmp_path / "a.png").tobytes() == Image.open(tmp_path / "b.png").tobytes()
     for options, code, message in (
         (("--decode", "tiny"), 2, "--tiny-vae"),
@@ -123,5 +125,5 @@ def test_a_tiny_autoencoder_makes_the_picture(tiler, tiny: Path, tmp_path: Path)
         (("--decode", "tiny", "--tiny-vae", tiny / "vae"), 3, "AutoencoderTiny"),
         (("--decode", "tiny", "--tiny-vae", "none"), 3, "none"),
     ):
-        ran = tiler("decode", "z.safetensors", "--model", tiny, *options, "-o", "c.png")
+        ran = in_process("decode", "z.safetensors", "--model", tiny, *options, "-o", "c.png")
         assert (ran.code, message in ran.err) == (code, True), ran.err

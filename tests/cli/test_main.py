@@ -97,8 +97,7 @@ def test_closed_streams_do_not_end_a_run(tiny: Path, tmp_path: Path, closed: str
     assert json.loads((tmp_path / "r.json").read_text())["width"] == 64
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
-@pytest.mark.parametrize("name", [b"caf\xe9 \xff.png", "海.png".encode()])
+@pytest.mark.parametrize(("encoding", "name"), [("ascii", b"caf\xe9 \xff.png"), ("latin-1", "海.png".encode())])
 def test_names_and_terminals_of_other_alphabets(tiny: Path, tmp_path: Path, encoding: str, name: bytes) -> None:
     command = [os.fsencode(word) for word in (*PROGRAM, "render", "a bôat", "--model", str(tiny))]
     command += [*b"--size 64 --steps 1 --report r.json -o".split(), name]

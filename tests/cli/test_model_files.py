@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import time
@@ -15,7 +14,7 @@ import torch
 from checkpoints._single import single_tensors
 from safetensors.torch import load_file, save_file
 
-from tiler.weights.packed import VERSION
+from tiler.weights.caches import INT8_VERSION
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +105,7 @@ def test_cache_lists_and_cleans(in_process: Any, tmp_path: Path) -> None:
         return tmp_path / "c" / f"{name * 32}.safetensors"
 
     (tmp_path / "c/prompts").mkdir(parents=True)
-    current, old = packed("a", VERSION), packed("b", "0")
+    current, old = packed("a", INT8_VERSION), packed("b", "0")
     prompt = tmp_path / "c/prompts" / f"{'c' * 32}.safetensors"
     save_file({"a": torch.ones(3)}, prompt)
     mine = tmp_path / "c/my model.safetensors"
@@ -146,11 +145,25 @@ def test_a_taesd_file_decodes_as_its_folder(in_process: Any, tiny: Path, tmp_pat
     assert Image.open(tmp_path / "a.png").tobytes() == Image.open(tmp_path / "b.png").tobytes()
 
 
-def test_looking_into_files_imports_no_torch() -> None:
-    """A hundred headers are read in the time that the import alone would take."""
+@pytest.mark.parametrize("command", [("models", "."), ("cache", "list"), ("cache", "clean", "--dry-run")])
+def test_looking_into_files_imports_no_torch(command: tuple[str, ...], tmp_path: Path) -> None:
+    """A hundred headers are read in the time that the import alone would take, GGUF's among them."""
     import subprocess
     import sys
 
-    code = "import sys, tiler.models.listing; print(json.dumps('torch' in sys.modules))"
-    done = subprocess.run([sys.executable, "-c", f"import json; {code}"], capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout) is False
+    import gguf
+    import numpy as np
+
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "flux")
+    writer.add_tensor("img_in.weight", np.zeros((64, 64), dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    code = (
+        "import atexit, sys; from tiler.cli.main import main; "
+        "atexit.register(lambda: print('torch' in sys.modules, file=sys.stderr)); main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0 and done.stderr.splitlines()[-1] == "False", done.stderr
+    assert "x.gguf" in done.stdout or command[0] == "cache"

@@ -110,7 +110,7 @@ def test_a_hub_cache_is_read_offline(tiler, tiny: Path, tmp_path: Path) -> None:
     assert ran.json["revision"] == sha
 
 
-def test_nan_weights_are_exit_7(tiler, tiny: Path, tmp_path: Path) -> None:
+def test_nan_weights_are_exit_7(in_process, tiny: Path, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(tiny, folder)
 
@@ -120,6 +120,6 @@ def test_nan_weights_are_exit_7(tiler, tiny: Path, tmp_path: Path) -> None:
         path.write_bytes(data)
 
     damage(folder, "unet", poke)
-    ran = tiler("render", "x", "--model", folder, "--size", "64", "--steps", "1", "--quiet")
+    ran = in_process("render", "x", "--model", folder, "--size", "64", "--steps", "1", "--quiet")
     assert ran.code == 7
     assert "NaN" in ran.err

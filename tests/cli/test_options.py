@@ -29,7 +29,7 @@ BAD_OPTIONS = [
     (["--guide", "none.png", "--no-guide"], "exclude"),
     (["-o", "no/such/folder/x.png"], "does not exist"),
     (["-o", "."], "is a folder"),
-    (["-o", "x.jpg"], ".png"),
+    (["-o", "x.gif"], ".png"),
     (["--regions", "none.toml"], "none.toml"),
     (["--nonsense"], "nonsense"),
     (["--wrap", "x", "--width", "130"], "multiples of 8"),
@@ -79,16 +79,16 @@ def test_bad_regions(in_process, tiny: Path, tmp_path: Path, toml: str, message:
     assert message in ran.err
 
 
-def test_regions_without_a_prompt_must_cover_the_canvas(tiler, tiny: Path, tmp_path: Path) -> None:
+def test_regions_without_a_prompt_must_cover_the_canvas(in_process, tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "r.toml").write_text("[[region]]\nprompt = 'x'\nrows = [0, 128]\ncols = [0, 64]")
-    ran = tiler("render", "--model", tiny, "--size", "128", "--regions", "r.toml")
+    ran = in_process("render", "--model", tiny, "--size", "128", "--regions", "r.toml")
     assert ran.code == 2
     assert "no region covers the canvas" in ran.err
 
 
-def test_an_existing_output_is_kept(tiler, tiny: Path, tmp_path: Path) -> None:
+def test_an_existing_output_is_kept(in_process, tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "tiler.png").write_text("precious")
-    ran = tiler("render", "x", "--model", tiny, "--size", "64")
+    ran = in_process("render", "x", "--model", tiny, "--size", "64")
     assert ran.code == 2
     assert "--force" in ran.err
     assert (tmp_path / "tiler.png").read_text() == "precious"

@@ -12,8 +12,8 @@ import torch
 from tiler.compute.measure import TABLE_SHAPES
 
 
-def test_help_names_every_command(tiler) -> None:
-    ran = tiler("--help")
+def test_help_names_every_command(in_process) -> None:
+    ran = in_process("--help")
     assert ran.code == 0
     for command in ("render", "plan", "decode", "quantize", "doctor"):
         assert command in ran.out
@@ -33,27 +33,27 @@ def test_doctor(tiler) -> None:
         assert len(said) == 2 and all(" ms" in text for text in said)  # fp32 and int8
 
 
-def test_presets_are_bundles_that_other_options_change(tiler, tiny: Path) -> None:
+def test_presets_are_bundles_that_other_options_change(in_process, tiny: Path) -> None:
     common = ("--model", tiny, "--size", 256, "--json")
-    quality = tiler("plan", "x", *common).json
-    fast = tiler("plan", "x", *common, "--preset", "fast").json
+    quality = in_process("plan", "x", *common).json
+    fast = in_process("plan", "x", *common, "--preset", "fast").json
     for work in (*quality["presets"].values(), *fast["presets"].values()):
         del work["expected_seconds"]  # measured anew each time
     assert quality["presets"] == fast["presets"]
     assert quality["denoiser_samples"] == quality["presets"]["quality"]["denoiser_samples"]
     assert fast["denoiser_samples"] == fast["presets"]["fast"]["denoiser_samples"]
     bundle = ("--steps", 10, "--strength", 0.4, "--layout", "shift", "--guidance-interval", "0-0.5")
-    assert tiler("plan", "x", *common, *bundle).json["denoiser_samples"] == fast["denoiser_samples"]
+    assert in_process("plan", "x", *common, *bundle).json["denoiser_samples"] == fast["denoiser_samples"]
     assert fast["denoiser_samples"] * 6 < quality["denoiser_samples"]
-    grid = tiler("plan", "x", *common, "--preset", "fast", "--layout", "grid").json
+    grid = in_process("plan", "x", *common, "--preset", "fast", "--layout", "grid").json
     assert grid["denoiser_samples"] > fast["denoiser_samples"]
     # Tiles with an overlap of their own cannot shift: the preset's layout gives way.
-    assert tiler("plan", "x", *common, "--preset", "fast", "--overlap", 16).code == 0
+    assert in_process("plan", "x", *common, "--preset", "fast", "--overlap", 16).code == 0
 
 
-def test_a_ceiling_below_the_floor_is_exit_4(tiler, tiny: Path, tmp_path: Path) -> None:
+def test_a_ceiling_below_the_floor_is_exit_4(in_process, tiny: Path, tmp_path: Path) -> None:
     for command in ("render", "plan"):
-        ran = tiler(command, "x", "--model", tiny, "--size", "128", "--max-ram", "200MB")
+        ran = in_process(command, "x", "--model", tiny, "--size", "128", "--max-ram", "200MB")
         assert ran.code == 4
         assert "smallest --max-ram that would do is" in ran.err
         assert "python + libraries" in ran.err + ran.out
@@ -63,9 +63,9 @@ def test_a_ceiling_below_the_floor_is_exit_4(tiler, tiny: Path, tmp_path: Path) 
 @pytest.mark.parametrize(
     "words", [("render", "--help"), ("plan", "--help"), ("decode", "--help"), ("plan", "x", "--size", "256")]
 )
-def test_eighty_columns_are_enough(tiler, tiny: Path, words: tuple[str, ...]) -> None:
+def test_eighty_columns_are_enough(in_process, tiny: Path, words: tuple[str, ...]) -> None:
     extra = () if "--help" in words else ("--model", tiny)
-    ran = tiler(*words, *extra, env={"COLUMNS": "80"})
+    ran = in_process(*words, *extra, env={"COLUMNS": "80"})
     assert ran.code == 0, ran.err
     assert max(map(len, ran.out.splitlines())) <= 80
 

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 
-def test_render_plan_and_decode(tiler, tiny: Path, tmp_path: Path) -> None:
+def test_render_plan_and_decode(tiler, in_process, tiny: Path, tmp_path: Path) -> None:
     common = ("--model", tiny, "--width", 136, "--height", 72, "--steps", 3, "--seed", 4)
     ran = tiler("render", "a boat", *common, "-o", "a.png", "--report", "r.json", "--save-latents", "z.safetensors")
     assert ran.code == 0, ran.err
@@ -33,21 +33,21 @@ def test_render_plan_and_decode(tiler, tiny: Path, tmp_path: Path) -> None:
     assert {"name", "seconds", "peak_rss_bytes", "anon_bytes", "file_bytes"} <= report["phases"][0].keys()
     assert report["peak_rss_bytes"] < report["max_ram_bytes"] == 800_000_000
     assert report["predicted_peak_bytes"] == pytest.approx(report["peak_rss_bytes"], rel=0.10)
-    planned = tiler("plan", "a boat", *common, "--json").json
+    planned = in_process("plan", "a boat", *common, "--json").json
     assert planned["denoiser_calls"] == report["denoiser_calls"]
     assert planned["denoiser_samples"] == report["denoiser_samples"]
-    assert tiler("decode", "z.safetensors", "--model", tiny, "-o", "b.png").code == 0
+    assert in_process("decode", "z.safetensors", "--model", tiny, "-o", "b.png").code == 0
     assert Image.open(tmp_path / "a.png").tobytes() == Image.open(tmp_path / "b.png").tobytes()
 
 
-def test_a_sheet_of_paper_is_rendered_to_the_pixel(tiler, tiny: Path, tmp_path: Path) -> None:
+def test_a_sheet_of_paper_is_rendered_to_the_pixel(in_process, tiny: Path, tmp_path: Path) -> None:
     sheet = ("--paper", "100x70mm", "--bleed", "2mm", "--dpi", 40)
-    ran = tiler("render", "x", "--model", tiny, *sheet, "--steps", 1, "-o", "x.png")
+    ran = in_process("render", "x", "--model", tiny, *sheet, "--steps", 1, "-o", "x.png")
     assert ran.code == 0, ran.err
     image = Image.open(tmp_path / "x.png")
     assert image.size == (164, 117)
     assert image.info["dpi"] == pytest.approx((40, 40), abs=0.02)
-    assert tiler("plan", "--model", tiny, "--paper", "A5", "--json").json["canvas"] == "1752×2480"
+    assert in_process("plan", "--model", tiny, "--paper", "A5", "--json").json["canvas"] == "1752×2480"
 
 
 def test_json_is_one_object_on_stdout_and_quiet_is_quiet(tiler, tiny: Path) -> None:
@@ -56,22 +56,22 @@ def test_json_is_one_object_on_stdout_and_quiet_is_quiet(tiler, tiny: Path) -> N
     assert ran.err == ""
 
 
-def test_a_random_seed_is_printed_and_stored(tiler, tiny: Path) -> None:
-    ran = tiler("render", "x", "--model", tiny, "--size", 64, "--steps", 1, "--json")
+def test_a_random_seed_is_printed_and_stored(in_process, tiny: Path) -> None:
+    ran = in_process("render", "x", "--model", tiny, "--size", 64, "--steps", 1, "--json")
     assert f"seed {ran.json['seed']}\n" in ran.err
 
 
-def test_regions_file(tiler, tiny: Path, tmp_path: Path) -> None:
+def test_regions_file(in_process, tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "r.toml").write_text(
         'prompt = "sea"\n[[region]]\nprompt = "boat"\nrows = [0, 64]\ncols = [64, 128]\nmask = "quartic"\nseed = 3\n'
     )
-    assert tiler("render", "--model", tiny, "--size", 128, "--steps", 1, "--regions", "r.toml").code == 0
+    assert in_process("render", "--model", tiny, "--size", 128, "--steps", 1, "--regions", "r.toml").code == 0
 
 
 @pytest.mark.skipif(__import__("os").geteuid() == 0, reason="root may write anywhere")
-def test_a_read_only_folder_is_exit_6(tiler, tiny: Path, tmp_path: Path) -> None:
+def test_a_read_only_folder_is_exit_6(in_process, tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "locked").mkdir(mode=0o500)
-    assert tiler("render", "x", "--model", tiny, "--size", "64", "-o", "locked/x.png").code == 6
+    assert in_process("render", "x", "--model", tiny, "--size", "64", "-o", "locked/x.png").code == 6
 
 
 @pytest.mark.parametrize("megabytes", [300, 2000])

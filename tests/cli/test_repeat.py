@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -38,22 +39,13 @@ def infotext(**changes: str) -> str:
     return "a boat\n" + ", ".join(f"{key}: {value}" for key, value in fields.items())
 
 
-def test_a_picture_is_repeated_to_the_byte_whatever_the_configuration(tiler, tmp_path: Path) -> None:
+def test_a_picture_is_repeated_to_the_byte_whatever_the_configuration(in_process, tmp_path: Path) -> None:
     options = (
         "--width 128 --height 80 --steps 2 --seed 18446744073709551615 --cfg-scale 2 --mask constant --wrap x --dpi 200"
     )
-    assert tiler("render", "a boat", "-n", "", *options.split(), "-o", "a.png").code == 0
-    assert (
-        tiler(
-            "render",
-            "--from",
-            "a.png",
-            "-o",
-            "b.png",
-            env={"TILER_STEPS": "9", "TILER_TINY_VAE": "x", "TILER_SEED": "4"},
-        ).code
-        == 0
-    )
+    assert in_process("render", "a boat", "-n", "", *options.split(), "-o", "a.png").code == 0
+    env = {"TILER_STEPS": "9", "TILER_TINY_VAE": "x", "TILER_SEED": "4"}
+    assert in_process("render", "--from", "a.png", "-o", "b.png", env=env).code == 0
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
@@ -106,3 +98,69 @@ def test_a_model_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.Monkey
     assert values["model"] == str(tmp_path / "dream.safetensors")
     with pytest.raises(ModelError, match="Restart"):
         repeat(png(tmp_path / "y.png", parameters=infotext(Sampler="Restart")), NOTHING, DEFAULTS)
+
+
+def test_a_picture_of_ones_own_is_enlarged(in_process, tiny: Path, tmp_path: Path) -> None:
+    """`--scale` takes the size of the picture as it is looked at, and beside --from all but the size of what it says."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    Image.new("RGB", (50, 34)).save(tmp_path / "phone.jpg", exif=exif)
+    ran = in_process("plan", "x", "--model", tiny, "--guide", "phone.jpg", "--scale", "3", "--json")
+    assert ran.json["canvas"] == "104×152"  # 102×150 in whole latents
+    info = PngImagePlugin.PngInfo()
+    info.add_text("parameters", infotext(Model="mini"))
+    Image.new("RGB", (40, 24)).save(tmp_path / "own.png", pnginfo=info)
+    options = "--from", "own.png", "--guide", "own.png", "--scale", "2.5", "--model", tiny, "-o", "x.png"
+    ran = in_process("render", *options, "--steps", "1")
+    assert ran.code == 0, ran.err
+    with Image.open(tmp_path / "x.png") as image:
+        assert image.size == (100, 60)
+        own = json.loads(image.text["tiler"])  # type: ignore[attr-defined]
+    assert (own["width"], own["height"], own["prompt"], own["guide_image"]) == (100, 60, "a boat", "own.png")
+    assert "scale" not in own
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--guide", "g.png", "--scale", "2", "--size", "64"), "leave out --size"),
+        (("--guide", "g.png", "--scale", "2", "-H", "64"), "leave out --height"),
+        (("--guide", "g.png", "--scale", "2", "--paper", "A4"), "leave out --paper"),
+        (("--scale", "2"), "--guide IMG"),
+        (("--guide", "g.png", "--scale", "0.5"), "scale = 0.5 is out of range: 1–64"),
+        (("--guide", "none.png", "--scale", "2"), "none.png: no such file"),
+        (("--guide", "g.png", "--scale", "64"), "a side has at most 65,536 pixels"),
+    ],
+)
+def test_scales_that_make_no_size_are_exit_2(
+    in_process, tmp_path: Path, options: tuple[str, ...], message: str
+) -> None:
+    Image.new("RGB", (1600, 8)).save(tmp_path / "g.png")
+    ran = in_process("render", "x", *options)
+    assert ran.code == 2, ran.err
+    assert message in ran.err
+
+
+def test_a_model_is_found_by_its_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its name first; by a hash that is known where nothing is called so; and no other file is hashed."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("TILER_MODEL_DIRS", str(tmp_path))
+    for name in ("a/dream", "b/dream", "night"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.safetensors").write_bytes(name.encode())
+    digest = {name: hashlib.sha256(name.encode()).hexdigest()[:10] for name in ("a/dream", "b/dream", "night")}
+
+    def repeated(model: str, hash: str) -> tuple[str, list[str]]:
+        picture = png(tmp_path / "x.png", parameters=infotext(Model=model, **{"Model hash": hash}))
+        found = repeat(picture, NOTHING, DEFAULTS)
+        return found.values["model"], found.notes[1:]
+
+    assert repeated("dream", digest["b/dream"]) == (str(tmp_path / "b/dream.safetensors"), [])
+    with pytest.raises(ModelError, match="'renamed', which is in none"):
+        repeated("renamed", digest["night"])  # nobody has hashed it yet
+    found, notes = repeated("night", digest["a/dream"])
+    assert found == str(tmp_path / "night.safetensors")
+    assert "another file than the picture's" in notes[0]
+    found, notes = repeated("renamed", digest["night"])
+    assert found == str(tmp_path / "night.safetensors")
+    assert "is called 'night' here" in notes[0]

@@ -24,6 +24,7 @@ from tiler.diffusion.runner import Tile
 from tiler.errors import BudgetRefused, ClusterError, UsageError
 from tiler.memory.process import read_rss
 from tiler.models import family as families
+from tiler.models.built import Models
 from tiler.models.samples import Prompt
 from tiler.phases import start
 from tiler.planning.resolve import resolve
@@ -108,7 +109,7 @@ def job(tiny: Path) -> SharedJob:
     (sample,) = family.example([0], (8, 8))
     texts = {text: Prompt(torch.zeros(sample.prompt.tokens.shape)) for text in plan_tiling(request, family).texts}
     return SharedJob(
-        name="job", request=request, model_id=denoiser_id(family), reads_text=True, embeds=False, texts=texts
+        name="job", request=request, model_id=denoiser_id(Models(family)), reads_text=True, embeds=False, texts=texts
     )
 
 

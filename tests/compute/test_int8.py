@@ -24,9 +24,9 @@ from tiler.native import library
 from tiler.packing import order_of_use, packed_names, packed_weights
 from tiler.request import Precision
 from tiler.run import streamed
+from tiler.weights.caches import INT8_VERSION
 from tiler.weights.checkpoint import resolve
 from tiler.weights.index import TensorInfo, read_index, read_metadata
-from tiler.weights.packed import VERSION
 from tiler.weights.store import WeightStore, match_index
 
 TEXT = "text_encoder."  # before the names of its parameters in a packed file
@@ -214,7 +214,7 @@ def test_a_packed_file_that_does_not_fit_is_made_again(tiny: Path, tmp_path: Pat
     path.write_bytes(whole[:-100])
     packed_weights(Models(family), tmp_path, tell)
     assert "bytes short" in told[1]
-    path.write_bytes(whole.replace(f'"version": "{VERSION}"'.encode(), b'"version": "2"'))
+    path.write_bytes(whole.replace(f'"version": "{INT8_VERSION}"'.encode(), b'"version": "2"'))
     packed_weights(Models(family), tmp_path, tell)
     assert "another model or version" in told[2]
     assert path.read_bytes() == whole
@@ -355,15 +355,17 @@ def test_planning_counts_int8_weights_as_bytes(tiny: Path) -> None:
     assert least <= peaks[1] < least + 0.5
 
 
-def test_quantize_says_what_it_wrote(tiler, tiny: Path, tmp_path: Path) -> None:
-    done = tiler("quantize", tiny, "--cache-dir", tmp_path / "packed", "--json")
+def test_quantize_says_what_it_wrote(in_process, tiny: Path, tmp_path: Path) -> None:
+    done = in_process("quantize", tiny, "--cache-dir", tmp_path / "packed", "--json")
     assert done.code == 0, done.err
     assert Path(done.json["output"]).parent == tmp_path / "packed"
     assert done.json["bytes"] == Path(done.json["output"]).stat().st_size
-    again = tiler("render", "x", "-m", tiny, "--size", 64, "--steps", 1, "--precision", "int8", "--cache-dir", "packed")
+    again = in_process(
+        "render", "x", "-m", tiny, "--size", 64, "--steps", 1, "--precision", "int8", "--cache-dir", "packed"
+    )
     assert again.code == 0, again.err
     assert "int8 weights" not in again.err
     assert len(list((tmp_path / "packed").glob("*.safetensors"))) == 1
-    bad = tiler("quantize", tmp_path)
+    bad = in_process("quantize", tmp_path)
     assert bad.code == 3
     assert json.dumps(bad.err).count("\\n") == 1

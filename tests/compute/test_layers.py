@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,8 +33,10 @@ from tiler.compute.kernels import (
     read_pieces,
 )
 from tiler.compute.layers import linear, linear_layers, rows_of, stream_layers
+from tiler.compute.onednn import Geometry
 from tiler.compute.stream import Streamer
 from tiler.models.blocks import attention, feed_forward
+from tiler.weights.changes import LowRank
 from tiler.weights.index import read_index
 from tiler.weights.store import SCALE, WeightStore
 
@@ -135,7 +138,7 @@ def stored(folder: Path, kernel: str, *weights: Tensor) -> tuple[WeightStore, Gr
     tensors: dict[str, Tensor] = {}
     for i, weight in enumerate(weights):
         rows, scale = quantize_rows(weight)
-        tensors |= {f"{i}": rows, f"{i}{SCALE}": scale} if kernel == "int8" else {f"{i}": weight}
+        tensors |= {f"{i}": rows, f"{i}{SCALE}": scale} if kernel != "fp32" else {f"{i}": weight}
     save_file(tensors, folder / "w.safetensors")
     group = Group(weights=tuple(Weight(name=f"{i}", meta=weight.to("meta")) for i, weight in enumerate(weights)))
     return WeightStore(read_index(folder / "w.safetensors")), group
@@ -152,22 +155,42 @@ with_kernels = pytest.mark.parametrize("kernel", ["fp32", pytest.param("int8", m
 
 
 @torch.no_grad()
-@with_kernels
-def test_a_low_rank_path_is_added_to_the_weights(tmp_path: Path, kernel: str) -> None:
+@pytest.mark.parametrize("kernel", [pytest.param(name, marks=products) for name in ("int8", "native-int8")])
+def test_a_low_rank_path_is_added_to_int8_weights(tmp_path: Path, kernel: str) -> None:
     """What LoRA adds is exact beside a quantised weight too."""
     torch.manual_seed(4)
-    x, weight, bias = torch.randn(2, 9, 48), torch.randn(40, 48), torch.randn(40)
-    down, up = torch.randn(4, 48), torch.randn(40, 4)
+    x, weight, bias = torch.randn(2, 9, 48), torch.randn(48, 48), torch.randn(48)
+    down, up = torch.randn(4, 48), torch.randn(48, 4)
     store, plain = stored(tmp_path, kernel, weight)
     with store:
         parts = {"name": "0", "meta": plain.weights[0].meta, "bias": bias}
         (without,) = apply(store, kernel, Op(kind=Kind.LINEAR, weights=Group(weights=(Weight(**parts),))), x)  # type: ignore[arg-type]
-        group = Group(weights=(Weight(**parts, low_rank=(down, up)),))  # type: ignore[arg-type]
+        group = Group(weights=(Weight(**parts, low_rank=LowRank(4, lambda: (down, up))),))  # type: ignore[arg-type]
         (got,) = apply(store, kernel, Op(kind=Kind.LINEAR, weights=group), x)
     want = x.double() @ (weight + up @ down).double().T + bias
-    assert (got - want).norm() < (3e-2 if kernel == "int8" else 1e-6) * want.norm()
+    assert (got - want).norm() < 3e-2 * want.norm()
     added = x.double() @ (up.double() @ down.double()).T
     assert (got - without - added).norm() < 1e-6 * want.norm()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kernel", [pytest.param(name, marks=products) for name in ("int8", "native-int8")])
+@pytest.mark.parametrize(("side", "stride"), [(3, 1), (3, 2), (1, 1)])
+def test_a_low_rank_path_is_added_to_int8_convolutions(tmp_path: Path, kernel: str, side: int, stride: int) -> None:
+    torch.manual_seed(6)
+    x, weight = torch.randn(2, 48, 10, 10), torch.randn(48, 48, side, side)
+    down, up = torch.randn(4, 48, side, side), torch.randn(48, 4)
+    store, plain = stored(tmp_path, kernel, weight)
+    geometry = Geometry((side // 2,) * 2, (stride,) * 2, (1, 1), 1)
+    with store:
+        (one,) = plain.weights
+        groups = [Group(weights=(replace(one, low_rank=path),)) for path in (None, LowRank(4, lambda: (down, up)))]
+        without, got = (
+            apply(store, kernel, Op(kind=Kind.CONVOLUTION, weights=group, geometry=geometry), x)[0] for group in groups
+        )
+    delta = (up.double() @ down.double().flatten(1)).view(weight.shape)
+    added = F.conv2d(x.double(), delta, stride=stride, padding=side // 2)
+    assert (got - without - added).norm() < 1e-6 * got.norm()
 
 
 @torch.no_grad()

@@ -30,10 +30,9 @@ def apart(x: Tensor, want: Tensor) -> float:
     return float((x.double() - want).norm() / want.norm())
 
 
-@pytest.mark.parametrize(("queries", "keys", "width"), [(256, 256, 40), (100, 77, 64), (5, 300, 160)])
-def test_it_is_that_of_fp64(queries: int, keys: int, width: int) -> None:
-    torch.manual_seed(width)
-    q, k, v = heads(2, queries, 3, width), heads(2, keys, 3, width), heads(2, keys, 3, width)
+def test_views_of_any_strides_are_taken_as_they_lie() -> None:
+    torch.manual_seed(64)
+    q, k, v = heads(2, 100, 3, 64), heads(2, 77, 3, 64), heads(2, 77, 3, 64)
     want = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
     assert apart(attend(q, k, v), want) < 2e-6
     shared = v[:, :1].expand_as(v)  # one head's values for all
@@ -73,19 +72,6 @@ def test_bf16_rounds_and_no_more() -> None:
     want = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
     (out,) = NativeAttentionBf16().apply(ATTENTION, Operands((q, k, v)), ())
     assert 1e-4 < apart(out, want) < 8e-3
-
-
-@needs_library
-def test_a_sample_is_the_same_in_any_batch() -> None:
-    q, k, v = heads(3, 200, 2, 40), heads(3, 130, 2, 40), heads(3, 130, 2, 40)
-    together, before = attend(q, k, v), torch.get_num_threads()
-    try:
-        for threads in (1, 2, 4):
-            torch.set_num_threads(threads)
-            for i in range(3):
-                assert torch.equal(attend(q[i : i + 1], k[i : i + 1], v[i : i + 1])[0], together[i])
-    finally:
-        torch.set_num_threads(before)
 
 
 @needs_library

@@ -20,7 +20,7 @@ from tiler.decoding.rows import to_tensor
 from tiler.decoding.scratch import Rows, Scratch
 from tiler.errors import NumericalError, StorageError
 from tiler.models import family as families
-from tiler.phases import decode_pixels
+from tiler.pixels import decode_pixels
 from tiler.request import Decode, ScratchDtype
 from tiler.run import streamed
 from tiler.weights.checkpoint import resolve

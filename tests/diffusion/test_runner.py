@@ -166,3 +166,17 @@ def test_joined_prompts_share_a_guidance() -> None:
     assert torch.equal(guide(u, [a, b], [1.0, 0.5], 2.0), torch.full((1, 2, 2), 1 + 2 * (2.0 + 0.5 * 6)))
     assert torch.equal(guide(None, [a, b], [3.0, 1.0], 2.0), torch.full((1, 2, 2), 4.0))
     assert torch.equal(guide(u, [a], [0.5], 2.0), torch.full((1, 2, 2), 3.0))
+
+
+def test_34_near_the_ceiling_calls_get_smaller_and_the_bytes_stay() -> None:
+    sizes, told, warnings = list[int](), list[int](), iter([False, True, False, True, True])
+
+    def watched(samples: Sequence[Sample], step: int) -> Tensor:
+        sizes.append(len(samples))
+        return predict(samples, step)
+
+    runner = LocalRunner(
+        watched, lambda step: CONDITIONS, 5, is_tight=lambda: next(warnings, True), on_smaller=told.append
+    )
+    assert torch.equal(latents_by(runner), latents_by(LocalRunner(predict, lambda step: CONDITIONS)))
+    assert sizes[:5] == [5, 2, 2, 1, 1] and told == [2, 1]

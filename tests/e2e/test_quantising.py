@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import runpy
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -34,10 +36,19 @@ def weights_of(model: Path, role: Role) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("kind", ["int8", "fp8", "int4"])
-def test_optimum_quanto_reads_the_weights_that_tiler_reads(in_process, model: Path, tmp_path: Path, kind: str) -> None:
+def test_optimum_quanto_reads_the_weights_that_tiler_reads(
+    in_process, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
     quanto = pytest.importorskip("optimum.quanto")
     from diffusers import PixArtTransformer2DModel
+    from optimum.quanto.library.extensions.extension import get_extension
 
+    # Its own unpacking in Python, in place of an extension that takes half a minute to compile in a new environment.
+    with monkeypatch.context() as patch:
+        patch.setattr("torch.library.define", lambda *args: None)
+        patch.setattr("torch.library.impl", lambda *args: lambda function: function)
+        own = runpy.run_path(str(Path(quanto.__file__).with_name("library") / "unpack.py"))
+    monkeypatch.setattr(get_extension("quanto_cpp"), "_lib", SimpleNamespace(unpack=own["unpack"]))
     ran = in_process(
         "quantize", model, "--weights", kind, "-o", "q", "--exclude", "*.attn1.to_k,transformer_blocks.1.*"
     )

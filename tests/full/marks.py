@@ -17,11 +17,19 @@ def made(kind: str) -> str:
     return done.stdout.strip().splitlines()[-1]
 
 
+def tiny_decoder(folder: Path, channels: int = 4) -> tuple[str, ...]:
+    """Options for a decoder that costs seconds: where the denoiser decides the peak, and the decoder is the one of other tests."""
+    from diffusers import AutoencoderTiny
+
+    AutoencoderTiny(latent_channels=channels).half().save_pretrained(folder / "taesd")
+    return "--decode", "tiny", "--tiny-vae", str(folder / "taesd")
+
+
 def render_peak(folder: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
     """The peak of `tiler render "a lighthouse" --seed 1` with `arguments`, VmHWM read by the process itself at its end, one mark
     for its whole life; and its report. Files go to `folder`."""
     outputs = "-o", str(folder / "x.png"), "--report", str(folder / "r.json"), "--cache-dir", str(folder / "packed")
-    words = ["tiler", "render", "a lighthouse", "--seed", "1", *outputs, "--quiet", *arguments]
+    words = ["tiler", "render", "a lighthouse", "--seed", "1", "--threads", "2", *outputs, "--quiet", *arguments]
     code = f"""
 import sys
 from tiler.cli import main
@@ -39,9 +47,9 @@ print(process.read_rss().peak)
     return int(done.stdout.split()[-1]), json.loads((folder / "r.json").read_text())
 
 
-def planned(model: str | Path, folder: Path) -> dict[str, Any]:
-    """What `tiler plan` says of a 2048² poster in fp32."""
+def planned(model: str | Path, folder: Path, precision: str = "fp32") -> dict[str, Any]:
+    """What `tiler plan` says of a 2048² poster."""
     command = [sys.executable, "-c", "from tiler.cli.main import main; main()", "plan", "x", "--model", str(model)]
-    command += ["--precision", "fp32", "--json", "-o", str(folder / "x.png")]
+    command += ["--precision", precision, "--json", "-o", str(folder / "x.png")]
     found: dict[str, Any] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     return found

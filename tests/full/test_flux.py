@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.full.marks import made, planned, render_peak
+from tests.full.marks import made, planned, render_peak, tiny_decoder
 
 pytestmark = pytest.mark.full
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.full
 @pytest.mark.parametrize("precision", ["int8"])
 def test_a_native_tile_stays_under_800_mb_by_the_kernels_own_mark(tmp_path: Path, precision: str) -> None:
     """One step at 1024². Depth does not show in the peak."""
-    options = "--size", "1024", "--steps", "1", "--no-guide", "--precision", precision
+    options = "--size", "1024", "--steps", "1", "--no-guide", "--precision", precision, *tiny_decoder(tmp_path, 16)
     peak, report = render_peak(tmp_path, "--model", made("wide-flux"), *options)
     assert peak < 800_000_000
     assert report["predicted_peak_bytes"] == pytest.approx(peak, rel=0.10)

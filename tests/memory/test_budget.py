@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -88,6 +89,21 @@ def test_budget_raises_at_the_ceiling_with_the_place() -> None:
             budget.check("unet.up_blocks.1")
         del block
     assert caught.value.exit_code == 5
+    named = re.search(r"--max-ram (\d+MB) would have held that", str(caught.value))
+    assert (
+        named is not None and budget.peak_rss_bytes <= 0.97 * Budget(named[1]).max_bytes < 1.1 * budget.peak_rss_bytes
+    )
+
+
+def test_34_the_soft_limit_warns_once_and_only_where_nothing_can_be_given_back() -> None:
+    now = read_rss().now
+    with Budget(int(now / 0.99)) as budget:
+        budget.max_bytes = int(budget.rss_bytes / 0.99)
+        budget.check("here")
+        assert budget.take_tight() and not budget.take_tight()
+    with Budget(2 * now) as budget:
+        budget.check("here")
+        assert not budget.take_tight()
 
 
 def test_budget_counts_children() -> None:

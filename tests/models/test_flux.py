@@ -279,14 +279,15 @@ def test_what_it_cannot_take_is_exit_3_and_one_line(
     assert not (tmp_path / "y.png").exists()
 
 
-def test_commands(tiler, folders: dict[str, Path], tmp_path: Path) -> None:
+def test_commands(tiler, in_process, folders: dict[str, Path], tmp_path: Path) -> None:
+    """The render in a process of its own, whose imports are fewer."""
     model = folders["schnell"]
-    assert tiler("plan", "a boat", "-m", model, "--size", 192, "--json").code == 0
-    assert tiler("quantize", model, "--cache-dir", tmp_path / "packed").code == 0
+    assert in_process("plan", "a boat", "-m", model, "--size", 192, "--json").code == 0
+    assert in_process("quantize", model, "--cache-dir", tmp_path / "packed").code == 0
     files = "--save-latents", "x.safetensors", "--cache-dir", tmp_path / "packed"
     done = tiler("render", "a boat", "-m", model, "--size", 192, *files)
     assert done.code == 0, done.err
-    assert tiler("decode", "x.safetensors", "-m", model, "-o", "again.png").code == 0
+    assert in_process("decode", "x.safetensors", "-m", model, "-o", "again.png").code == 0
     assert (tmp_path / "again.png").read_bytes()[:4] == (tmp_path / "tiler.png").read_bytes()[:4]
 
 

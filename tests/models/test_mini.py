@@ -6,8 +6,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import tomllib
-from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +22,8 @@ from tiler import Budget, RenderRequest, render
 from tiler.memory.process import read_rss
 from tiler.models.clip import load_tokenizer
 from tiler.models.family import read_family
+from tiler.models.own_defaults import read_defaults
+from tiler.planning.resolve import resolve as resolve_request
 from tiler.weights.checkpoint import resolve
 
 FOLDER = resolve("mini").folder
@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(tiler.__file__).parents[1] / "scripts/mini"))
 
 import art  # noqa: E402
 import captions  # noqa: E402
-from pool import choose_view, shares_of  # noqa: E402
+from pool import Pool, choose_view, shares_of  # noqa: E402
 
 
 def test_it_is_small_and_stored_in_fp16() -> None:
@@ -65,7 +65,7 @@ def test_diffusers_loads_it_and_draws_the_same_picture(tmp_path: Path) -> None:
     assert np.abs(got - want).max() <= 1.5 / 255
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(text=st.text(max_size=60))
 def test_the_tokenizer_takes_any_text(text: str) -> None:
     ids = _tokenizer()(text).input_ids
@@ -82,25 +82,36 @@ def _tokenizer(cache: list[object] = []):  # noqa: B006
     return cache[0]
 
 
-def test_its_own_defaults_are_fields_of_a_request(tmp_path: Path) -> None:
-    own = tomllib.loads((FOLDER / "tiler.toml").read_text())
-    assert set(own) <= {field.name for field in fields(RenderRequest)} - {"output", "model"}
-    assert RenderRequest(output=tmp_path / "x.png", **own).guidance_scale == 3.0
+def test_without_a_prompt_it_draws_one_of_its_scenes_under_its_ceiling(tmp_path: Path) -> None:
+    """As README's first command does: the seed chooses a prompt; guidance and strength are the model's own."""
+    out, report = tmp_path / "canvas.png", tmp_path / "canvas.json"
+    command = [sys.executable, "-m", "tiler", "render", "--seed", "7", "--size", "288", "--steps", "5", "-q"]
+    subprocess.run([*command, "--max-ram", "420MB", "-o", str(out), "--report", str(report)], check=True)
+    assert json.loads(report.read_text())["peak_rss_bytes"] <= 420_000_000
+    filled = resolve_request(RenderRequest(seed=7), read_family(resolve("mini")))
+    assert (filled.guidance_scale, filled.strength, filled.num_inference_steps) == (3.0, 0.35, 20)
+    assert filled.prompt == "misty mountains in black ink, a small sun on the right, sumi-e"
+    red, _, blue = np.asarray(Image.open(out).resize((36, 36), Image.Resampling.BOX), float).transpose(2, 0, 1)
+    redness = red - blue
+    y, x = np.unravel_index(redness.argmax(), redness.shape)
+    assert redness[y, x] > 80 and y < 18 and x > 20, "a sun at the upper right"
+    assert np.median(redness) < 30, "nothing else has a colour"
 
 
-def test_a_canvas_stays_under_its_ceiling_and_looks_like_its_guide(tmp_path: Path) -> None:
-    own = tomllib.loads((FOLDER / "tiler.toml").read_text())
-    command = [sys.executable, "-c", "from tiler.cli.main import main; main()", "render", own["prompt"]]
-    command += ["--size", "512", "--steps", "8", "--seed", "7", "--guidance-scale", str(own["guidance_scale"]), "-q"]
-    pictures = []
-    for name, strength in (("canvas", own["strength"]), ("guide", 0)):
-        out = tmp_path / f"{name}.png"
-        report = tmp_path / f"{name}.json"
-        told = ["--strength", str(strength), "--max-ram", "420MB", "-o", str(out), "--report", str(report)]
-        subprocess.run([*command, *told], check=True)
-        assert json.loads(report.read_text())["peak_rss_bytes"] <= 420_000_000
-        pictures.append(np.asarray(Image.open(out).resize((64, 64), Image.Resampling.BOX), float))
-    assert np.corrcoef(pictures[0].ravel(), pictures[1].ravel())[0, 1] > 0.95
+def test_its_prompts_are_words_of_its_captions() -> None:
+    """A word that no caption used would be drawn as nothing in particular."""
+    known = {
+        w for words in (captions.PALETTE_WORDS, captions.TERRAIN_WORDS, captions.STYLE_WORDS) for w in words.values()
+    }
+    phrases = [*(phrase for words in known for phrase in words), *captions.NO_BODY_WORDS]
+    phrases += [phrase for words in captions.OBJECT_WORDS.values() for phrase in words]
+    bodies = [phrase for words in captions.BODY_WORDS.values() for phrase in words]
+    phrases += [f"{body} {side}" for body in bodies for sides in captions.SIDE_WORDS.values() for side in sides]
+    for prompt in read_defaults(FOLDER)["prompt"]:
+        rest = prompt
+        for phrase in sorted(phrases, key=len, reverse=True):
+            rest = rest.replace(phrase, "")
+        assert not rest.strip(" ,"), prompt
 
 
 # --- art -------------------------------------------------------------------------------------------------------------
@@ -218,6 +229,25 @@ def test_a_crops_caption_leaves_out_what_it_does_not_show() -> None:
     assert told >= 3
 
 
+def test_crops_often_show_the_edge_of_a_disc_and_pictures_have_other_shapes() -> None:
+    """What a tile of a large canvas must go on with, and what the guide of a banner is."""
+    rng, edges_seen, discs = np.random.default_rng(1), 0, 0
+    for seed in range(60):
+        scene = art.compose(seed)
+        view = choose_view(rng, scene)
+        assert 0 <= view.x0 < view.x1 <= scene.aspect + 1e-9 and 0 <= view.y0 < view.y1 <= 1 + 1e-9
+        assert view.x1 - view.x0 == pytest.approx(view.y1 - view.y0)
+        if scene.discs:
+            discs += 1
+            edges_seen += 0.02 < (art.draw(scene, view, 32, 32).things == art.Thing.BODY.number).mean() < 0.98
+    assert edges_seen >= 0.3 * discs
+    pool = Pool(folder=Path("nowhere"), part=2)
+    shapes = {pool.shape(shard) for shard in range(15)}
+    assert len(shapes) == 6 and all(h % 32 == w % 32 == 0 for h, w in shapes)
+    assert pool.shape(2) != (256, 256) and pool.scene(2, 3).aspect == pool.shape(2)[1] / pool.shape(2)[0]
+    assert (pool.whole(0), pool.whole(2)) == (2, 4)
+
+
 # --- weights ---------------------------------------------------------------------------------------------------------
 
 
@@ -227,7 +257,7 @@ def test_palettes_follow_the_prompt() -> None:
     def bands(picture: np.ndarray) -> np.ndarray:
         return picture.reshape(4, -1, *picture.shape[1:]).mean(axis=(1, 2)) / 255
 
-    drawn = [(s.palette_name, bands(art.draw(s, None, 64, 64).pixels)) for s in map(art.compose, range(400))]
+    drawn = [(s.palette_name, bands(art.draw(s, None, 32, 32).pixels)) for s in map(art.compose, range(400))]
 
     def nearest(picture: np.ndarray) -> str:
         order = sorted(drawn, key=lambda d: float(np.square(d[1] - bands(picture)).sum()))
@@ -235,33 +265,35 @@ def test_palettes_follow_the_prompt() -> None:
         return max(names, key=names.count)
 
     held_out = [art.compose(10_000_000 + k) for k in range(60)]
-    assert sum(nearest(art.draw(s, None, 64, 64).pixels) == s.palette_name for s in held_out) >= 48
+    assert sum(nearest(art.draw(s, None, 32, 32).pixels) == s.palette_name for s in held_out) >= 48
 
     pipe = StableDiffusionPipeline.from_pretrained(FOLDER, torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
-    asked = list(art.PALETTES)
+    asked = list(art.PALETTES)[::3]
     prompts = [f"misty mountains {captions.PALETTE_WORDS[name][0]}" for name in asked]
     generators = [torch.Generator().manual_seed(k) for k in range(len(asked))]
-    made = pipe(prompts, num_inference_steps=8, guidance_scale=3.0, generator=generators, output_type="np").images
+    made = pipe(prompts, num_inference_steps=5, guidance_scale=3.0, generator=generators, output_type="np").images
     right = [nearest((255 * picture).astype(np.uint8)) == name for picture, name in zip(made, asked, strict=True)]
-    assert sum(right) >= 13, list(zip(prompts, right, strict=True))
+    assert sum(right) >= len(asked) - 1, list(zip(prompts, right, strict=True))
 
 
 def test_training_goes_on_from_the_committed_weights_and_exports(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One step of each stage on a pool of a few drawings: nothing is needed beside the repository."""
     import stages
+    import train_unet as training
     from train_unet import UnetSettings, train_unet
     from train_vae import VaeSettings, train_vae
     from workshop import Workshop
 
+    monkeypatch.setattr(training, "HELD_OUT_TIMESTEPS", (500,))
     workshop, out = Workshop(work=tmp_path / "work", part=2), tmp_path / "model"
-    stages.draw(workshop, 1)
+    stages.draw(workshop, 3)  # the last has another shape
     train_vae(workshop, VaeSettings(minutes=0, batch=2))
     for step in range(2):
         train_unet(workshop, UnetSettings(minutes=0, batch=2))
-        assert f"unet step {step}, 4 pictures" in capsys.readouterr().out
+        assert f"unet step {step}, 12 pictures" in capsys.readouterr().out
     stages.export(workshop, out)
     for name in ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model"):
         before, after = (load_file(folder / f"{name}.safetensors") for folder in (FOLDER, out))
@@ -275,9 +307,5 @@ def test_training_goes_on_from_the_committed_weights_and_exports(
         "scheduler/scheduler_config.json",
     ):
         assert json.loads((out / config).read_text()) == json.loads((FOLDER / config).read_text())
-    picture = tmp_path / "x.png"
-    render(
-        RenderRequest(prompt="hills", output=picture, model=str(out), width=256, height=256, num_inference_steps=1),
-        Budget(read_rss().now + 10**9),
-    )
-    assert Image.open(picture).size == (256, 256)
+    assert sum(f.stat().st_size for f in out.rglob("*.safetensors")) <= 20 * 2**20
+    assert read_family(resolve(str(out))).traits == read_family(resolve("mini")).traits

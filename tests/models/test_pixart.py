@@ -302,16 +302,19 @@ def test_windows_of_attention_are_exit_2(in_process: Any, folders: dict[str, Pat
     assert ran.code == 2 and "PixArt-Σ is a transformer" in ran.err
 
 
-def test_the_program_plans_quantizes_renders_and_decodes(tiler: Any, folders: dict[str, Path], tmp_path: Path) -> None:
+def test_the_program_plans_quantizes_renders_and_decodes(
+    tiler: Any, in_process: Any, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """The render in a process of its own, whose imports are fewer."""
     model = "--model", folders["sigma"]
-    planned = tiler("plan", "a boat", *model, "--size", 256, "--json")
+    planned = in_process("plan", "a boat", *model, "--size", 256, "--json")
     assert planned.code == 0 and planned.json["tiles"] == 9 and planned.json["guide"] == "128×128"
-    assert tiler("quantize", folders["sigma"], "--cache-dir", "packed").code == 0
+    assert in_process("quantize", folders["sigma"], "--cache-dir", "packed").code == 0
     asked = "render", "a boat", *model, "--size", 160, "--steps", 2, "--negative-prompt", "fog", "--seed", 1
     options = "--precision", "int8", "--cache-dir", "packed", "--save-latents", "x.safetensors", "-o", "x.png"
     ran = tiler(*asked, *options)
     assert ran.code == 0, ran.err
     assert "int8 weights are made" not in ran.err
-    assert tiler("decode", "x.safetensors", *model, "-o", "y.png").code == 0
+    assert in_process("decode", "x.safetensors", *model, "-o", "y.png").code == 0
     pictures = [Image.open(tmp_path / name) for name in ("x.png", "y.png")]
     assert pictures[0].size == (160, 160) and pictures[0].tobytes() == pictures[1].tobytes()

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from tiler.errors import ModelError, UsageError
-from tiler.planning.resolve import fill, read_defaults, resolve
+from tiler.errors import UsageError
+from tiler.planning.resolve import fill, resolve
 from tiler.request import DecodeRequest, Layout, Preset, QuantizeRequest, Region, RenderRequest, Scheduler
 from tiler.request.options import Option, Panel
 
@@ -101,28 +101,6 @@ def test_an_absent_negative_prompt_differs_from_an_empty_one() -> None:
 
 def test_a_seed_that_was_not_given_is_drawn() -> None:
     assert len({fill(RenderRequest(prompt="x")).seed for _ in range(5)}) > 1
-
-
-def test_a_model_folder_may_state_its_own_defaults(tmp_path: Path) -> None:
-    (tmp_path / "tiler.toml").write_text('guidance_scale = 3\nscheduler = "euler a"\nprompt = "a lake"\n')
-    said = read_defaults(tmp_path)
-    assert said == {"guidance_scale": 3, "scheduler": Scheduler.EULER_A, "prompt": "a lake"}
-    assert read_defaults(tmp_path / "elsewhere") == {}
-
-
-@pytest.mark.parametrize(
-    ("text", "named"),
-    [
-        ("steps = 3", "'steps'"), ("strength = true", "strength"), ("strength = 3", "strength"), ("seed = 1", "'seed'"),
-        ('scheduler = "nonsense"', "nonsense"), ("strength =", "not valid TOML"), ('guidance_scale = "7"', "guidance_scale"),
-    ],
-)  # fmt: skip
-def test_wrong_defaults_are_blamed_on_the_file(tmp_path: Path, text: str, named: str) -> None:
-    (tmp_path / "tiler.toml").write_text(text)
-    with pytest.raises(ModelError) as caught:
-        read_defaults(tmp_path)
-    assert named in str(caught.value)
-    assert "tiler.toml" in str(caught.value)
 
 
 def test_without_a_prompt_there_is_nothing_to_draw(tiny: Path) -> None:

@@ -295,6 +295,7 @@ def test_only_what_is_needed_is_downloaded(listing: list[str], variant: str | No
     assert {"model_index.json", "scheduler/scheduler_config.json", "tokenizer/merges.txt", "vae/config.json"} <= set(
         files
     )
+    assert "tiler.toml" not in files and "tiler.toml" in hub.wanted("a/b", [*listing, "tiler.toml"], PIPELINE, variant)
     assert not any(f.startswith(("safety", "feature", "v1-5", "README")) or f.endswith(".bin") for f in files)
 
 

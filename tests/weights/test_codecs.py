@@ -121,7 +121,7 @@ def test_a_codec_is_one_line(tiny: Path, tmp_path: Path, monkeypatch: pytest.Mon
         for precision in (Precision.FP32, Precision.INT8):
             out = tmp_path / f"{number}-{precision}.safetensors"
             request = RenderRequest(
-                prompt="a boat", model=str(model), width=96, height=64, num_inference_steps=2, seed=1,
+                prompt="a boat", model=str(model), size=64, num_inference_steps=1, guide=False, seed=1,
                 precision=precision,
                 output=out.with_suffix(".png"), save_latents=out, cache_dir=tmp_path / "cache",
             )  # fmt: skip

@@ -12,11 +12,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from tiler.errors import ModelError
 from tiler.memory.process import read_rss
-from tiler.weights.index import open_regular, read_index, trailing_bytes
+from tiler.weights.index import header_bytes, open_regular, read_file, read_index
 
 
 def write(path: Path, header: object, body: bytes = b"", *, raw: bytes | None = None) -> Path:
@@ -43,7 +44,7 @@ def test_reads_what_safetensors_writes(tmp_path: Path) -> None:
 def test_bytes_behind_the_last_tensor_are_counted_and_not_read(tmp_path: Path) -> None:
     path = write(tmp_path / "x.safetensors", {"a": entry()}, b"\0" * 7)
     assert read_index(path)["a"].nbytes == 4
-    assert trailing_bytes(path) == 3
+    assert read_file(path).behind == 3
 
 
 @pytest.mark.parametrize(
@@ -126,3 +127,13 @@ def test_no_bytes_do_more_than_raise_model_error(tmp_path_factory: pytest.TempPa
     path.write_bytes(struct.pack("<Q", max(0, len(data) - 20)) + data)
     with suppress(ModelError):
         read_index(path)
+
+
+def test_a_header_of_ours_is_read_by_safetensors(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    start = header_bytes({"__metadata__": {"said": "é"}, "a": entry()})
+    assert len(start) % 8 == 0
+    path.write_bytes(start + torch.tensor([1.0, 2.0]).half().numpy().tobytes())
+    with safe_open(path, "pt") as file:
+        assert file.get_tensor("a").tolist() == [1, 2] and file.metadata() == {"said": "é"}
+    assert read_file(path).texts == {"said": "é"}

@@ -35,9 +35,7 @@ CacheDir = Annotated[
 def _listed(folder: Path | None) -> list[Cached]:
     if folder is not None and not folder.is_dir():
         raise UsageError(f"{folder}: no such folder")
-    from tiler.weights.packed import VERSION
-
-    return list_cached(folder, VERSION)
+    return list_cached(folder)
 
 
 @app.command("list")

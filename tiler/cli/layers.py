@@ -17,8 +17,8 @@ from tiler.errors import UsageError
 from tiler.request import settings
 
 OF_ONE_RUN = frozenset(
-    ("--output", "--format", "--save-latents", "--report", "--json", "--force", "--regions", "--guide", "--no-guide", "--from",
-     "--restart", "--keep-job", "--model-dir", "--log-json", "--help", "--version")
+    ("--output", "--format", "--save-latents", "--report", "--json", "--force", "--regions", "--guide", "--no-guide", "--from", "--scale",
+     "--restart", "--keep-job", "--model-dir", "--log-json", "--lora", "--help", "--version")
 )  # fmt: skip
 """Options that are said for one picture and no habit: neither the environment nor the configuration file gives them."""
 
@@ -37,8 +37,9 @@ _CLICK_NAMES = {"COMMANDLINE": Layer.TYPED, "ENVIRONMENT": Layer.ENVIRONMENT, "D
 # By the names of parameters: what gives way to what, where the other was said in a higher layer.
 _SIDES = ("size", "width", "height")
 _GIVES_WAY: Mapping[str, tuple[str, ...]] = {
-    "size": ("paper",), "width": ("paper", "size"), "height": ("paper", "size"),
-    "paper": _SIDES, "landscape": _SIDES, "bleed": _SIDES,
+    "size": ("paper", "scale"), "width": ("paper", "size", "scale"), "height": ("paper", "size", "scale"),
+    "paper": (*_SIDES, "scale"), "landscape": (*_SIDES, "scale"), "bleed": (*_SIDES, "scale"),
+    "scale": ("paper", *_SIDES),
     "num_inference_steps": ("preset",), "strength": ("preset",), "guidance_interval": ("preset",),
     "layout": ("preset", "overlap", "regions"), "overlap": ("layout",), "guide_upscale": ("guide_image",),
     "decode": ("tiny_vae",), "tiny_vae": ("decode",),

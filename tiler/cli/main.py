@@ -32,7 +32,7 @@ from tiler.cli import (
     several,
     worker,
 )
-from tiler.cli.terminal import prepare_signals, prepare_streams, silence
+from tiler.cli.terminal import harmless, prepare_signals, prepare_streams, silence
 from tiler.errors import Interrupted, TilerError
 from tiler.files import written
 from tiler.memory.limits import is_out_of_memory
@@ -159,7 +159,7 @@ def _fail(message: str, code: int, notes: Sequence[str]) -> None:
         if os.environ.get("TILER_DEBUG"):
             traceback.print_exc()
         lines = [*([f"tiler: {message}"] if message else []), *notes]
-        sys.stderr.write("".join(f"{line}\n" for line in lines))
+        sys.stderr.write("".join(f"{harmless(line)}\n" for line in lines))
         sys.stderr.flush()
     with suppress(OSError, ValueError):
         if message and code and "--json" in sys.argv:  # programs read of errors where they read of results

@@ -13,7 +13,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
-from tiler.cli import layers
+from tiler.cli import completion, layers
 from tiler.cli.repeat import repeat
 from tiler.errors import UsageError
 from tiler.request import Region, read_regions, shared
@@ -141,12 +141,16 @@ def _parameter(field: Field[Any], kind: Any) -> inspect.Parameter:
     option: Option = field.metadata["option"]
     shown: dict[str, Any] = {"help": _help(field), "rich_help_panel": option.panel.value, "show_default": False}
     shown["metavar"] = option.metavar or _metavar(kind)
+    if field.name == "model":
+        shown["autocompletion"] = completion.model_names
     default = field.default
     if kind == tuple[str, ...]:
         kind = list[str]
         default = MISSING if default is MISSING else []
     elif field.name == "regions":
         kind, default = Path | None, None
+    elif option.many:
+        kind, default = list[str], []
     elif option.parse is not None:
         kind, default = str | None, None
     elif option.off:
@@ -197,6 +201,9 @@ def _values(offered: list[Field[Any]], given: Mapping[str, Any]) -> dict[str, An
             if typed < -1:
                 raise UsageError(f"seed = {typed} is out of range: 0–{MAX_SEED}, or -1 for a random one")
             values["seed"] = None if typed == -1 else typed
+        elif option.many:
+            assert option.parse is not None, field.name
+            values[field.name] = tuple(map(option.parse, typed))
         elif option.parse is not None:
             if typed is None:
                 del values[field.name]  # the field's own default holds

@@ -78,5 +78,8 @@ def _hours(work: dict[str, Any]) -> str:
 
 
 command = o.command_of(
-    RenderRequest, run, repeats=True, leave_out=("save_latents", "metadata", "force", "restart", "keep_job", "job_dir")
+    RenderRequest,
+    run,
+    repeats=True,
+    leave_out=("save_latents", "preview", "preview_interval", "metadata", "force", "restart", "keep_job", "job_dir"),
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,8 +12,11 @@ from tiler.output.recipes import Recipe, read_recipe
 from tiler.output.texts import opened, read_texts
 from tiler.request import Region, Scheduler, ScheduleType, parse_scheduler, settings
 from tiler.request.choices import Mask, parse_schedule_type
+from tiler.request.loras import Lora
 from tiler.request.render import OF_THE_MACHINE
 from tiler.request.settings import Kind
+from tiler.weights.hashes import is_called
+from tiler.weights.lora_files import digests_of
 
 _SAMPLERS = {
     "euler": Scheduler.EULER, "euler_a": Scheduler.EULER_A, "euler_ancestral": Scheduler.EULER_A,
@@ -22,14 +25,14 @@ _SAMPLERS = {
     "uni_pc": Scheduler.UNIPC, "unipc": Scheduler.UNIPC, "lcm": Scheduler.LCM,
 }  # fmt: skip
 _KARRAS_OWN = (None, Scheduler.DPMPP_2M_KARRAS)  # with its schedule type in its name, or not told
-_OF_THE_RUN = (*OF_THE_MACHINE, "metadata", "embd_dir", "model_dirs")  # never the picture's
+_OF_THE_RUN = (*OF_THE_MACHINE, "metadata", "embd_dir", "lora_dir", "model_dirs")  # never the picture's
 _PARTS = {
     "diffusion_model": Kind.MODEL, "vae": Kind.VAE, "text_encoder": Kind.TEXT_ENCODER, "clip_l": Kind.TEXT_ENCODER,
     "clip_g": Kind.TEXT_ENCODER, "t5xxl": Kind.TEXT_ENCODER,
 }  # fmt: skip
-_NEVER = (*_OF_THE_RUN, "size", "preset")  # resolved in others
+_NEVER = (*_OF_THE_RUN, "size", "preset", "scale")  # resolved in others
 _UNTOLD = re.compile(
-    r"Version|.*[Hh]ash(es)?|VAE|RNG|Schedule type|scheduler|denoise|SDCPP|kernels|model_id|bleed_mm|revision"
+    r"Version|.*[Hh]ash(es)?|VAE|RNG|Schedule type|scheduler|denoise|SDCPP|kernels|model_id|lora_hashes|bleed_mm|revision"
 )
 
 
@@ -43,14 +46,15 @@ class Repeated(NamedTuple):
 def repeat(picture: Path, typed: frozenset[str], defaults: Mapping[str, Any]) -> Repeated:
     """What `picture` says for those fields of a request that are not `typed`; one of ours says all of them, by `defaults` where
     it is silent. Raises UsageError, ModelError."""
-    fields = frozenset(defaults)
+    fields, notes = frozenset(defaults), list[str]()
     try:
         recipe = read_recipe(read_texts(picture))
         if recipe.lacks:
             raise ModelError(f"{recipe.lacks}; `tiler info` shows what was found")
         values = {name: v for name, v in recipe.settings.items() if name in fields and name not in (*_NEVER, *typed)}
         if "model" in values:
-            values["model"] = _found(str(values["model"]), Kind.MODEL, "model")
+            values["model"], said = _model(str(values["model"]), recipe)
+            notes += said
         values |= {name: _found(str(values[name]), kind, name) for name, kind in _PARTS.items() if values.get(name)}
         if "scheduler" in values:
             values["scheduler"] = _scheduler(str(values["scheduler"]), recipe)
@@ -60,6 +64,9 @@ def repeat(picture: Path, typed: frozenset[str], defaults: Mapping[str, Any]) ->
             values["guide_image"] = _guide(str(values["guide_image"]), picture)
     except ModelError as error:
         raise ModelError(f"{picture}: {error}") from error
+    if "loras" in values:
+        values["loras"] = tuple(_lora(said, picture) for said in values["loras"])
+    changed = list(_changed_loras(recipe, picture))
     if "regions" in values:
         values["regions"] = tuple(map(_region, values["regions"]))
     if isinstance(interval := values.get("guidance_interval"), list):
@@ -72,7 +79,7 @@ def repeat(picture: Path, typed: frozenset[str], defaults: Mapping[str, Any]) ->
     if recipe.is_whole:
         silent = {name: v for name, v in defaults.items() if name not in typed and name not in _OF_THE_RUN}
         values = silent | values
-    return Repeated(values, list(_notes(recipe, fields)))
+    return Repeated(values, [*_notes(recipe, fields), *notes, *changed])
 
 
 def _notes(recipe: Recipe, fields: frozenset[str]) -> Iterator[str]:
@@ -86,10 +93,30 @@ def _notes(recipe: Recipe, fields: frozenset[str]) -> Iterator[str]:
         yield "InvokeAI's weights like word++ are read as plain words"
 
 
+def _model(name: str, recipe: Recipe) -> tuple[str, list[str]]:
+    """The model by its name and by the hash that is told beside it, and what a user should know. No file is hashed but those of
+    that name. Raises ModelError, UsageError."""
+    told = (str(recipe.others.get(key, "")) for key in ("model_hash", "Model hash", "base_model_hash"))
+    digest = next((text for text in told if re.fullmatch(r"[0-9a-fA-F]{8,64}", text)), None)
+    if digest is None or _is_place(name):
+        return _found(name, Kind.MODEL, "model"), []
+    named = settings.find(Kind.MODEL, _stem(name).rpartition("/")[2])
+    equal = [path for path in named if is_called(path, digest, compute=True)]
+    if not named:
+        known = [path for _, path in settings.listed(Kind.MODEL) if is_called(path, digest, compute=False)]
+        if known:
+            return str(known[0]), [f"the model {_stem(name)!r} is called {known[0].stem!r} here, by its hash {digest}"]
+    if equal:
+        return str(equal[0]), []
+    found = _found(name, Kind.MODEL, "model")
+    other = Path(found).is_file()
+    return found, [f"{found} is another file than the picture's model, whose hash is {digest}"] if other else []
+
+
 def _found(name: str, kind: Kind, field: str) -> str:
     """A file by its name: `mini`, a hub id, or what is called so in the folders. Raises ModelError, UsageError."""
-    stem, flag = re.sub(r"\.(safetensors|ckpt|gguf)$", "", name.replace("\\", "/")), f"--{field.replace('_', '-')}"
-    if name == "mini" or re.fullmatch(r"[\w.-]+/[\w.-]+", name) or Path(name).exists():
+    stem, flag = _stem(name), f"--{field.replace('_', '-')}"
+    if _is_place(name):
         return name
     found = settings.find(kind, stem.rpartition("/")[2])
     if len(found) > 1:
@@ -97,6 +124,15 @@ def _found(name: str, kind: Kind, field: str) -> str:
     if not found:
         raise ModelError(f"made with the {field} {stem!r}, which is in none of the {kind}; give {flag}")
     return str(found[0])
+
+
+def _stem(name: str) -> str:
+    return re.sub(r"\.(safetensors|ckpt|gguf)$", "", name.replace("\\", "/"))
+
+
+def _is_place(name: str) -> bool:
+    """Whether no folder has to be searched: `mini`, a hub id, a path that is there."""
+    return name == "mini" or re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None or Path(name).exists()
 
 
 def _scheduler(name: str, recipe: Recipe) -> Scheduler:
@@ -129,6 +165,36 @@ def _guide(name: str, picture: Path) -> Path:
         if (path := folder / name).is_file():
             return path
     raise ModelError(f"made from the guide {name}, which is not beside it; give --guide")
+
+
+def _lora(said: Mapping[str, Any], picture: Path) -> Lora:
+    """A LoRA's file: beside the picture, here, or in the lora_dirs. Raises ModelError."""
+    try:
+        name, strength, text_strength = str(said["file"]), float(said["strength"]), float(said["text_strength"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelError(f"{picture}: what it says of its LoRAs cannot be read ({error}); give --lora") from error
+    if not (found := _lora_files(name, picture)):
+        raise ModelError(f"made with the LoRA {name}, which is neither beside it nor in the lora_dirs; give --lora")
+    return Lora(file=found[0], strength=strength, text_strength=text_strength)
+
+
+def _lora_files(name: str, picture: Path) -> Sequence[Path]:
+    beside = [path for folder in (picture.parent, Path()) if (path := folder / f"{name}.safetensors").is_file()]
+    return beside or settings.find(Kind.LORA, name)
+
+
+def _changed_loras(recipe: Recipe, picture: Path) -> Iterator[str]:
+    """Of LoRAs that are here, but are not the files that the picture was made with."""
+    ours = recipe.others.get("lora_hashes")
+    pairs = (
+        ours.items()
+        if isinstance(ours, dict)
+        else re.findall(r"([^,:]+): *(\w+)", str(recipe.others.get("Lora hashes", "")))
+    )
+    for name, was in pairs:
+        files = _lora_files(str(name).strip(), picture)
+        if files and (now := digests_of(files[0]).short)[: len(str(was))] != was:
+            yield f"the picture was made with another LoRA {name}: its hash was {was}, that of {files[0]} is {now}"
 
 
 def _region(said: Mapping[str, Any]) -> Region:

@@ -31,7 +31,7 @@ class Found(NamedTuple):
         return Path(self.manifest.said["output"] or self.folder.parent / self.folder.name.removesuffix(SUFFIX))
 
     def facts(self) -> dict[str, Any]:
-        where, age = newest_facts(self.folder)
+        where, age = newest_facts(self.folder, self.manifest)
         return {
             "output": str(self.output), "folder": str(self.folder), "at": where or "the beginning", "saved": age,
             "width": self.manifest.picture["width"], "height": self.manifest.picture["height"],

@@ -23,6 +23,7 @@ from tiler.memory import process
 from tiler.memory.budget import Budget, format_mb
 from tiler.models import family as families
 from tiler.models.family import Family, Role
+from tiler.models.loras import apply_loras, find_loras
 from tiler.packing import packed_parts
 from tiler.planning.render import plan_render
 from tiler.planning.tiling import plan_tiling
@@ -74,9 +75,10 @@ class Bench:
         if request.cache_dir is not None and not request.cache_dir.is_dir():
             request = replace(request, cache_dir=None)
         family = _open_family(job, request)
-        if (found := denoiser_id(family)) != job.model_id:
-            raise ClusterError(f"{request.model} is another model here (its id is {found}, not {job.model_id})")
         models = phases.open_models(family)
+        models.loras = apply_loras(find_loras(request), models)
+        if (found := denoiser_id(models)) != job.model_id:
+            raise ClusterError(f"{request.model} is another model here (its id is {found}, not {job.model_id})")
         models.module(family.part(Role.DENOISER))
         facts = measure(request.scratch_folder)
         tiling = plan_tiling(request, family)

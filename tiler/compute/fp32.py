@@ -23,7 +23,7 @@ from tiler.compute.kernels import (
     step_rows,
     weight_pieces,
 )
-from tiler.compute.steps import add_low_rank, finished, made_input, product
+from tiler.compute.steps import finished, made_input, product
 from tiler.weights.store import WeightStore
 
 
@@ -90,7 +90,6 @@ class Fp32(Kernel):
             queries, keys, values = x.parts
             return (F.scaled_dot_product_attention(queries, keys, values),)
         products = self._products(op, x.made, prepared)
-        add_low_rank(op.group, x.made, products)
         return finished(op.epilogue, products, x.residual)
 
     def _products(self, op: Op, x: Tensor, prepared: Iterable[Prepared]) -> list[Tensor]:

@@ -221,5 +221,5 @@ class Int8(Kernel):
                     linear(sample, packed, part, into)
                 else:
                     conv2d(sample, packed, part, into, taps=op.group.shape[2:], stride=op.geometry.stride)
-        add_low_rank(op.group, whole, outs)
+        add_low_rank(op, whole, outs)
         return finished(op.epilogue, outs, x.residual)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from tiler.compute.onednn import Geometry
+from tiler.weights.changes import LowRank
 from tiler.weights.store import PIECE_ELEMENTS, Piece, WeightStore, piece_rows
 
 Shape = Sequence[int]
@@ -32,14 +33,14 @@ class Kind(StrEnum):
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Weight:
     """A tensor's name in the store and its shape (outputs, inputs, *taps) on the meta device; `first` is its row where these
-    outputs begin, if they are a part of it. With it go its bias (outputs,), and a linear layer's low-rank path, which adds
-    `up · (down · input)`: down (rank, inputs), up (outputs, rank)."""
+    outputs begin, if they are a part of it. With it go its bias (outputs,), and a path of low rank, which adds
+    `up · (down · input)` where the weight is computed with as int8; one that is read in fp32 was changed already."""
 
     name: str
     meta: Tensor
     first: int = 0
     bias: Tensor | None = None
-    low_rank: tuple[Tensor, Tensor] | None = None
+    low_rank: LowRank | None = None
 
     @property
     def outputs(self) -> int:

@@ -156,7 +156,10 @@ def _op(layers: Sequence[StreamedLayer], made_of: Input, after: Epilogue) -> Op:
     """Layers of one input as an operation."""
     layer = layers[0]
     geometry = Geometry.of(layer) if isinstance(layer, nn.Conv2d) else None
-    weights = (Weight(name=one.key, meta=one.weight, first=one.first, bias=one.bias) for one in layers)  # type: ignore[arg-type]
+    weights = (
+        Weight(name=one.key, meta=one.weight, first=one.first, bias=one.bias, low_rank=one.streamer.low_rank(one))  # type: ignore[arg-type]
+        for one in layers
+    )
     return Op(kind=layer.kind, weights=Group(weights=tuple(weights)), geometry=geometry, input=made_of, epilogue=after)
 
 

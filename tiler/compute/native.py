@@ -178,7 +178,7 @@ class NativeInt8(Kernel):
         if fused:
             return outs
         if made.whole is not None:
-            add_low_rank(op.group, made.whole, outs)
+            add_low_rank(op, made.whole, outs)
         return finished(op.epilogue, outs, x.residual)
 
 

@@ -45,7 +45,7 @@ from tiler.compute.native import (
     residual_like,
     together,
 )
-from tiler.compute.steps import add_low_rank, finished, made_input
+from tiler.compute.steps import finished, made_input
 from tiler.compute.tuning import KERNELS_OF
 from tiler.native import library
 from tiler.native.library import Activation, Type
@@ -111,11 +111,10 @@ class NativeFp32(Kernel):
 
     def begin(self, op: Op, x: Operands) -> Operands:
         shape, made_of, parts = input_shape(op, x.parts), op.input, x.parts
-        low_rank = any(weight.low_rank is not None for weight in op.group.weights)
-        if low_rank or not (is_fused(op) or _is_joined(op)):
+        if not (is_fused(op) or _is_joined(op)):
             parts, made_of = (made_input(made_of, parts),), Input()
         values = self._values(op, parts, made_of)
-        return x._replace(parts=(), made=Made(Quantized(values, values, values), shape, parts[0] if low_rank else None))
+        return x._replace(parts=(), made=Made(Quantized(values, values, values), shape, None))
 
     def _values(self, op: Op, parts: tuple[Tensor, ...], made_of: Input) -> Tensor:
         """The input as rows of a matrix, or as images with their frame."""
@@ -137,7 +136,7 @@ class NativeFp32(Kernel):
         halves = gated(op)
         outputs = [halves[0].outputs] if halves is not None else [weight.outputs for weight in op.group.weights]
         outs = tuple(empty_result(op, made, count) for count in outputs)
-        after = None if made.whole is not None else activation_of(op.epilogue.activation)
+        after = activation_of(op.epilogue.activation)
         fused = halves is not None or (after is not None and not op.epilogue.glu)
         residual = residual_like(outs[0], x.residual) if fused else None
         if outs[0].is_meta:
@@ -146,8 +145,6 @@ class NativeFp32(Kernel):
             self._multiply(op, made, piece, outs[piece.weight], after if fused else Activation.NONE, residual)
         if fused:
             return outs
-        if made.whole is not None:
-            add_low_rank(op.group, made.whole, outs)
         return finished(op.epilogue, outs, x.residual)
 
     def _multiply(

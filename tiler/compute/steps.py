@@ -12,12 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tiler.compute.kernels import Epilogue, Group, Input
+from tiler.compute.kernels import Epilogue, Input, Op
+from tiler.compute.onednn import plain_convolution
 from tiler.compute.tuning import NORM_ELEMENTS
 
 _SHARE = 2**16  # values of an activation for each thread at a time: whole vectors, in the cache
 _ALONE = 2**14  # values up to which torch uses one thread, whatever the activation
 _ROWS = 16  # of a matrix product: with as many MKL's order is one, for every number of threads
+_ADDED = 2**18  # values of a low-rank path's result at a time: 1 MB, beside the product that they are added to
 _VECTOR = 64  # values: a multiple of what any processor computes at once
 
 
@@ -42,12 +44,26 @@ def made_input(made_of: Input, parts: tuple[Tensor, ...]) -> Tensor:
     return x
 
 
-def add_low_rank(group: Group, x: Tensor, products: Sequence[Tensor]) -> None:
-    """The low-rank paths' share added to the products; x: the input of the product."""
-    for weight, product in zip(group.weights, products, strict=True):
-        if weight.low_rank is not None:
-            down, up = weight.low_rank
-            product += F.linear(F.linear(x, down), up)
+def add_low_rank(op: Op, x: Tensor, products: Sequence[Tensor]) -> None:
+    """The low-rank paths' share added to the products, sample by sample; x: the input of the product."""
+    for weight, filled in zip(op.group.weights, products, strict=True):
+        if weight.low_rank is None:
+            continue
+        down, up = weight.low_rank.load()
+        for sample, into in zip(x.split(1), filled.split(1), strict=True):
+            if op.geometry is None:
+                _add_product(product(sample, down.flatten(1), None), up, into)
+            else:
+                narrow = plain_convolution(sample, down, None, op.geometry)
+                _add_product(narrow.movedim(1, -1), up, into.movedim(1, -1))
+
+
+def _add_product(x: Tensor, weight: Tensor, out: Tensor) -> None:
+    """x (1, ..., rank) · weight (outputs, rank) added to out (1, ..., outputs), some rows at a time."""
+    step = max(_ROWS, _ADDED // len(weight) // _ROWS * _ROWS)
+    rows, into = x.flatten(0, -2), out.view(-1, len(weight))
+    for some, filled in zip(rows.split(step), into.split(step), strict=True):
+        filled += product(some, weight, None)
 
 
 def finished(after: Epilogue, products: Sequence[Tensor], residual: Tensor | None) -> tuple[Tensor, ...]:

@@ -14,9 +14,10 @@ Diffusion.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from types import MappingProxyType
 from typing import TypeVar, cast
 
 import torch
@@ -31,6 +32,7 @@ from tiler.compute.layers import StreamedLayer, streamed_layers
 from tiler.compute.shapes import Memo
 from tiler.compute.tuning import ARENA_BYTES, GROUP_ELEMENTS
 from tiler.memory import process
+from tiler.weights.changes import LowRank
 from tiler.weights.store import WeightStore
 
 _T = TypeVar("_T")
@@ -47,7 +49,8 @@ class Streamer:
     as int8. Where the processor has the instructions, these are computed with as int8 too, unless `int8_products` is False.
     Products of the weights in `bf16_keys` may be of values rounded to that, where it has instructions for them.
     `short` says whether memory is short: then what one sample freed goes back to the system before the next one runs, and
-    so does what the arena does not need. With `transform`, convolutions that are large enough go by winograd.py. Kernels in
+    so does what the arena does not need. `ranks` are those of the paths beside int8 weights where there is no store. With
+    `transform`, convolutions that are large enough go by winograd.py. Kernels in
     `prefer` are asked before those of the processor's table.
     """
 
@@ -62,6 +65,7 @@ class Streamer:
         transform: bool = False,
         short: Callable[[], bool] = _never,
         prefer: Sequence[Kernel] = (),
+        ranks: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
         self.store = store
         stored = int8_keys if store is None else store.int8
@@ -72,6 +76,7 @@ class Streamer:
         self.isa = cpu.isa()
         self.arena_bytes = arena_bytes or ARENA_BYTES
         self._short = short
+        self._ranks = ranks
         self.used: dict[str, None] = {}  # names in the order of first use
         self._arena = Arena(0 if store is None else self.arena_bytes)
         self._held: Held | None = None  # the weights of the unit that runs now
@@ -82,6 +87,17 @@ class Streamer:
     def int8_keys(self) -> frozenset[str]:
         """The names of the weights whose products are of 8-bit integers."""
         return self.policy.int8
+
+    def low_rank(self, layer: StreamedLayer) -> LowRank | None:
+        """The path beside a layer's weight: only int8 ones have any, others are changed as they are read."""
+        if layer.key not in self.policy.int8:
+            return None
+        if self.store is not None:
+            return self.store.low_rank(layer.key, layer.first, len(layer.weight))
+        rank, weight = self._ranks.get(layer.key), layer.weight
+        if rank is None:
+            return None
+        return LowRank(rank, lambda: (weight.new_empty(rank, *weight.shape[1:]), weight.new_empty(len(weight), rank)))
 
     @contextmanager
     def _under(self, policy: Policy) -> Iterator[None]:
@@ -119,7 +135,7 @@ class Streamer:
         """What `compute` makes of meta tensors, gone through once for all operations that are alike."""
         self.used.update(dict.fromkeys(op.group.names))
         weights = tuple(
-            (tuple(w.meta.shape), w.first, w.bias is not None, w.low_rank is not None) for w in op.group.weights
+            (tuple(w.meta.shape), w.first, w.bias is not None, w.low_rank and w.low_rank.rank) for w in op.group.weights
         )
         around = type(op.input.norm), type(op.input.activation), type(op.epilogue.activation), op.epilogue.glu
         shapes = tuple((tuple(part.shape), part.stride()) for part in parts)

@@ -1,8 +1,9 @@
 """The whole-image decode (or encode) of an AutoencoderKL, out of core: what diffusers computes, at any size.
 
 Layer by layer over row strips, with the activations in scratch files. GroupNorm's statistics are gathered while the
-layer before it is written, every element once; the mid-block attention sees every token, or as many evenly spaced ones as
-asked, keys and values in chunks with a running softmax (Milakov & Gimelshein 2018, arXiv:1805.02867). Nothing is computed twice.
+layer before it is written, every element once; the mid-block attention sees every token, or as many evenly spaced ones
+as asked, keys and values in chunks with a running softmax (Milakov & Gimelshein 2018, arXiv:1805.02867). Nothing is
+computed twice.
 """
 
 from __future__ import annotations
@@ -10,8 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from fractions import Fraction
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,64 +36,19 @@ from tiler.decoding.rows import (
     to_tensor,
 )
 from tiler.decoding.scratch import STRIP_BYTES, Rows, Scratch
+from tiler.decoding.statistics import Frame, Pooled
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     from tiler.decoding.rows import Check
+    from tiler.decoding.spool import Line
 
 Hold = Callable[[nn.Module], AbstractContextManager[None]]
 
 KEYS = 4096  # tokens of keys and values in memory at a time
 QUERIES = 1024
 ALONE = 2**20  # elements of the weight of an Up or Down that gets a pass of its own: it is not held beside another one
-
-
-class Pooled:
-    """Mean and variance of each group over a picture seen strip by strip, pooled in fp64 (Chan, Golub & LeVeque 1979)."""
-
-    def __init__(self, groups: int) -> None:
-        self.groups, self.count = groups, 0
-        self.mean = torch.zeros(groups, dtype=torch.float64)
-        self.m2 = torch.zeros(groups, dtype=torch.float64)
-
-    def add(self, x: Tensor) -> None:
-        """x: (1, C, n, W) fp32."""
-        if not x.shape[2]:
-            return
-        if x.is_meta:
-            x.new_empty(x.shape)  # planning: what is squared
-            return
-        # Two sums down the columns of (pixels, C): an eighth of torch.var_mean's time.
-        values = x[0].permute(1, 2, 0).flatten(0, 1)
-        mean = values.mean(0).view(self.groups, -1).mean(1)
-        each = mean.repeat_interleave(x.shape[1] // self.groups)
-        var = (values - each).square_().mean(0).view(self.groups, -1).mean(1)
-        n = x.numel() // self.groups
-        delta, total = mean.double() - self.mean, self.count + n
-        self.m2 += var.double() * n + delta.square() * (self.count * n / total)
-        self.mean += delta * (n / total)
-        self.count = total
-
-    @property
-    def var(self) -> Tensor:
-        return self.m2 / max(1, self.count)
-
-
-class Frame(NamedTuple):
-    """The input's size, and how much of it on each side (above and below, left and right) repeats the other side. What
-    repeats is for convolutions only: statistics and attention see every pixel once."""
-
-    height: int
-    width: int
-    y: int = 0
-    x: int = 0
-
-    def inner(self, part: Tensor, row: int) -> Tensor:
-        """What of `part`, whole rows from `row` on, (1, C, n, W) at any scale of the input, does not repeat."""
-        scale = Fraction(part.shape[3], self.width)
-        y, x, bottom = int(self.y * scale), int(self.x * scale), int((self.height - self.y) * scale)
-        return part[:, :, max(0, y - row) : max(0, bottom - row), x : part.shape[3] - x]
 
 
 class Add(Stage):
@@ -124,6 +79,7 @@ class Attend(Stage):
     def push(self, x: Tensor | None, last: bool) -> Tensor | None:
         if x is None:
             return None
+        self.memory.scratch.attended += 1
         a = self.stage.attention
         tokens = self.stage.norm.apply(x).flatten(2).transpose(1, 2)
         queries = a.to_q(tokens).unflatten(-1, (a.heads, -1)).transpose(1, 2)[0]  # (heads, rows·W, d)
@@ -156,37 +112,106 @@ class Attend(Stage):
 
 
 def spacing(height: int, width: int, most: int | None) -> int:
-    """Every how many rows and columns there is a token, so that there are at most `most` of them, but for rounding up; None for all."""
+    """The distance between tokens along rows and columns at which about `most` of them remain; 1 where `most` is
+    None."""
     return 1 if most is None else math.ceil(math.sqrt(height * width / most))
 
 
 def attend_strips(height: int, width: int) -> int:
-    """How many strips of rows attend, of latents of that size."""
+    """How many strips of rows latents of (height, width) are cut into for attention."""
     return math.ceil(height / max(1, QUERIES // width))
 
 
-def keys_and_values(
-    stage: MidAttention, stored: Rows, frame: Frame, hold: Hold, check: Check, most: int | None = None
-) -> Rows:
-    """The key and the value of every token, or of at most `most` evenly spaced ones, as a picture of twice the channels."""
-    a, row, seen = stage.attention, 0, 0
-    height, width = (n * stored.width // frame.width for n in (frame.height - 2 * frame.y, frame.width - 2 * frame.x))
-    step = spacing(height, width, most)
-    memory: Rows | None = None
-    with hold(nn.ModuleList([a.to_k, a.to_v])):
-        for strip in stored.strips():
-            check("decode.keys")
-            x = frame.inner(strip, row)
-            row += strip.shape[2]
-            first, seen = (step // 2 - seen) % step, seen + x.shape[2]
-            x = x[:, :, first::step, step // 2 :: step]
-            tokens = stage.norm.apply(x).flatten(2).transpose(1, 2)
-            both = torch.cat([a.to_k(tokens), a.to_v(tokens)], dim=2)
-            memory = memory or Rows(stored.scratch, 2 * stored.channels, x.shape[3])
-            if x.shape[2]:
-                memory.append(both.transpose(1, 2).unflatten(2, tuple(x.shape[2:])))
-    assert memory is not None
-    return memory
+class Passes:
+    """The passes of one picture, each numbered, so that those which a spool remembers are not run again.
+
+    `hold(module)` is entered around the layers of a pass: one read of the weights serves the whole picture.
+    """
+
+    def __init__(self, frame: Frame, scratch: Scratch, hold: Hold, check: Check) -> None:
+        self.frame, self.scratch, self.hold, self.check = frame, scratch, hold, check
+        self._count = 0
+
+    def _next(self) -> tuple[int, Line | None]:
+        number, self._count = self._count, self._count + 1
+        return number, None if self.scratch.spool is None else self.scratch.spool.of(number)
+
+    def _recalled(self, line: Line) -> Rows:
+        return Rows(self.scratch, line.channels, line.width, number=line.number, known=line)
+
+    def _note(self, out: Rows, pooled: Pooled | None, *, whole: bool = True, **facts: Any) -> None:
+        if self.scratch.spool is not None:
+            statistics = None if pooled is None else pooled.told()
+            self.scratch.spool.note(out.line(whole=whole, statistics=statistics, **facts), out.fd)
+
+    def store(self, chain: list[Stage], source: _Source, norm: Norm | None, keep: Rows | None = None) -> Rows:
+        """Run one pass into a new file, and give `norm`, if that comes next, the statistics of what was written."""
+        pooled = None if norm is None else Pooled(norm.norm.num_groups)
+        number, known = self._next()
+        out = None if known is None else self._recalled(known)
+        if known is not None and pooled is not None and known.statistics is not None:
+            pooled.recall(known.statistics)
+        if known is None or not known.whole:
+            attends, before = bool(chain) and isinstance(chain[0], Attend), self.scratch.attended
+
+            def part() -> None:
+                """A strip is through: of rows without neighbours, those that follow do not need it."""
+                if attends and out is not None:
+                    self._note(out, pooled, whole=False, attended=attended())
+
+            def attended() -> int:
+                return self.scratch.attended - before + (0 if known is None else known.attended)
+
+            end = chain[-1] if chain else None
+            # Read row by row, just before it is written; but a pass that is begun again finds its input whole.
+            old = end.stored if isinstance(end, Add) and self.scratch.spool is None else None
+            with self.hold(_layers(chain)):
+                for x in source.through(chain, self.check, 0 if out is None else out.count, part):
+                    if pooled is not None:
+                        pooled.add(self.frame.inner(x, 0 if out is None else out.count))
+                    if out is None:
+                        channels, width = x.shape[1], x.shape[3]
+                        fits = old is not None and channels <= old.channels and width == old.width
+                        out = Rows(self.scratch, channels, width, over=old if fits else None, number=number)
+                    out.append(x)
+                    del x  # not beside the next rows
+            assert out is not None
+            self._note(out, pooled, closes=source.numbers(keep), attended=attended())
+        assert out is not None
+        if norm is not None and pooled is not None:
+            norm.hold(pooled.mean, pooled.var)
+        source.close(keep=out.over if out.over is not None else keep)
+        if out.over is not None:
+            out.over.give_back()
+        return out
+
+    def keys_and_values(self, stage: MidAttention, stored: Rows, most: int | None = None) -> Rows:
+        """The key and the value of every token, or of at most `most` evenly spaced ones, as a picture of twice the
+        channels."""
+        number, known = self._next()
+        if known is not None:
+            return self._recalled(known)
+        a, frame, row, seen = stage.attention, self.frame, 0, 0
+        height, width = (
+            n * stored.width // frame.width for n in (frame.height - 2 * frame.y, frame.width - 2 * frame.x)
+        )
+        step = spacing(height, width, most)
+        memory: Rows | None = None
+        with self.hold(nn.ModuleList([a.to_k, a.to_v])):
+            for strip in stored.strips():
+                self.check("decode.keys")
+                x = frame.inner(strip, row)
+                row += strip.shape[2]
+                first, seen = (step // 2 - seen) % step, seen + x.shape[2]
+                x = x[:, :, first::step, step // 2 :: step]
+                tokens = stage.norm.apply(x).flatten(2).transpose(1, 2)
+                both = torch.cat([a.to_k(tokens), a.to_v(tokens)], dim=2)
+                memory = memory or Rows(stored.scratch, 2 * stored.channels, x.shape[3], number=number)
+                if x.shape[2]:
+                    memory.append(both.transpose(1, 2).unflatten(2, tuple(x.shape[2:])))
+        assert memory is not None
+        self._note(memory, None)
+        return memory
 
 
 def stream(
@@ -202,27 +227,25 @@ def stream(
 ) -> Iterator[Tensor]:
     """Push `strips`, (1, C, n, W) fp32 that make up `frame`, through `stages` → (C', n', W') top first.
 
-    `hold(module)` is entered around the layers of one pass: one read of the weights serves the whole picture. Attention sees
-    at most `attend_to` evenly spaced tokens, None for all. Statistics stay with the stages; so do, of the attention's keys and
-    values, up to `hold_tokens` evenly spaced ones.
+    Attention sees at most `attend_to` evenly spaced tokens, None for all. Statistics stay with the stages; so do, of
+    the attention's keys and values, up to `hold_tokens` evenly spaced ones.
     """
-    source, chain = _Source(strips, frame.height), list[Stage]()
+    passes = Passes(frame, scratch, hold, check)
+    source, chain = _Source(lambda begin: strips, frame.height), list[Stage]()
     for stage in stages:
         norm = _first_norm(stage)
         if norm is None:
             if isinstance(stage, (Up, Down)) and _layers([stage])[0].weight.numel() > ALONE:  # type: ignore[operator]
-                stored = _store(chain, source, None, frame, scratch, hold, check)
+                stored = passes.store(chain, source, None)
                 source, chain = _Source.of(stored, strip_bytes=int(STRIP_BYTES / stage.growth)), []
             chain.append(stage)
             continue
-        stored = _store(chain, source, norm, frame, scratch, hold, check)
+        stored = passes.store(chain, source, norm)
         if isinstance(stage, Resnet):
-            inner = _store(
-                [stage.conv1], _Source.of(stored), stage.conv2.norm, frame, scratch, hold, check, keep=stored
-            )
+            inner = passes.store([stage.conv1], _Source.of(stored), stage.conv2.norm, keep=stored)
             source, chain = _Source.of(inner, stored), [stage.conv2, Add(stage, stored)]
         elif isinstance(stage, MidAttention):
-            memory = keys_and_values(stage, stored, frame, hold, check, attend_to)
+            memory = passes.keys_and_values(stage, stored, attend_to)
             if hold_tokens:
                 step = spacing(memory.count, memory.width, hold_tokens)
                 some = (memory.read(row, row + 1)[..., ::step] for row in range(0, memory.count, step))
@@ -234,63 +257,40 @@ def stream(
     with hold(_layers(chain)):
         for rows in source.through(chain, check):
             yield rows[0]
-    source.close()
+    if scratch.spool is None:  # what is made of the rows may not be whole yet
+        source.close()
 
 
 class _Source:
-    """Where a pass gets its rows, and the stored pictures that nobody needs once it is over."""
+    """Where a pass gets its rows, from any one on, and the stored pictures that nobody needs once it is over."""
 
-    def __init__(self, strips: Iterable[Tensor], height: int, *stored: Rows) -> None:
+    def __init__(self, strips: Callable[[int], Iterable[Tensor]], height: int, *stored: Rows) -> None:
         self.strips, self.height, self.stored = strips, height, stored
 
     @classmethod
     def of(cls, first: Rows, *more: Rows, strip_bytes: int = STRIP_BYTES) -> _Source:
-        return cls(first.strips(strip_bytes), first.count, first, *more)
+        return cls(lambda begin: first.strips(strip_bytes, begin), first.count, first, *more)
 
-    def through(self, chain: list[Stage], check: Check) -> Iterator[Tensor]:
-        row = 0
-        for strip in self.strips:
+    def through(
+        self, chain: list[Stage], check: Check, begin: int = 0, part: Callable[[], None] = lambda: None
+    ) -> Iterator[Tensor]:
+        """`part` is called when all is out that a strip could give."""
+        row = begin
+        for strip in self.strips(begin):
             row += strip.shape[2]
             box = [strip]
             del strip
             yield from flow(chain, box, row >= self.height, check=check)
+            part()
+
+    def numbers(self, keep: Rows | None) -> tuple[int, ...]:
+        """The passes whose rows `close` removes."""
+        return tuple(rows.number for rows in self.stored if rows is not keep)
 
     def close(self, keep: Rows | None = None) -> None:
         for rows in self.stored:
             if rows is not keep:
                 rows.close()
-
-
-def _store(
-    chain: list[Stage],
-    source: _Source,
-    norm: Norm | None,
-    frame: Frame,
-    scratch: Scratch,
-    hold: Hold,
-    check: Check,
-    keep: Rows | None = None,
-) -> Rows:
-    """Run one pass into a new file, and give `norm`, if that comes next, the statistics of what was written."""
-    pooled = None if norm is None else Pooled(norm.norm.num_groups)
-    out: Rows | None = None
-    end = chain[-1] if chain else None
-    old = end.stored if isinstance(end, Add) else None  # read row by row, just before it is written
-    with hold(_layers(chain)):
-        for x in source.through(chain, check):
-            if pooled is not None:
-                pooled.add(frame.inner(x, 0 if out is None else out.count))
-            if out is None:
-                channels, width = x.shape[1], x.shape[3]
-                fits = old is not None and channels <= old.channels and width == old.width
-                out = Rows(scratch, channels, width, over=old if fits else None)
-            out.append(x)
-            del x  # not beside the next rows
-    assert out is not None
-    if norm is not None and pooled is not None:
-        norm.hold(pooled.mean, pooled.var)
-    source.close(keep=out.over if out.over is not None else keep)
-    return out
 
 
 def _first_norm(stage: Stage) -> Norm | None:
@@ -323,10 +323,11 @@ def decode(
     margin: tuple[int, int] = (0, 0),
     attend_to: int | None = None,
 ) -> Generator[Tensor]:
-    """latents: (1, C, h, w) fp32, already divided by scaling_factor → strips (3, n, 8w) fp32 in about [-1, 1], top first.
+    """latents: (1, C, h, w) fp32, already divided by scaling_factor → strips (3, n, 8w) fp32 in about [-1, 1], top
+    first.
 
-    `margin` latents above and below, left and right, repeat the other side's. Attention sees at most `attend_to` evenly spaced
-    tokens, None for all. Raises StorageError, and NumericalError for NaN and Inf.
+    `margin` latents above and below, left and right, repeat the other side's. Attention sees at most `attend_to` evenly
+    spaced tokens, None for all. Raises StorageError, and NumericalError for NaN and Inf.
     """
     stages = decoder_stages(vae.decoder, vae.post_quant_conv)
     frame = Frame(latents.shape[2], latents.shape[3], *margin)
@@ -359,11 +360,13 @@ def encode(
 
 
 class Rehearsal(NamedTuple):
-    """`peak_bytes` on disk at once, `written_bytes` in all, `flops` of the convolutions."""
+    """`peak_bytes` on disk at once, `written_bytes` in all, `flops` of the convolutions; `apart_bytes` on disk at once
+    where passes are remembered."""
 
     peak_bytes: int
     written_bytes: int
     flops: int
+    apart_bytes: int = 0
 
 
 def _flops(stages: list[Stage], pixels: int) -> int:
@@ -397,4 +400,5 @@ def rehearse(
     flops = _flops(stages, x[2] * x[3])
     for _ in stream(stages, picture.split(rows, dim=2), Frame(x[2], x[3]), scratch, hold=hold):
         pass
-    return Rehearsal(*(n * latents[0] // height for n in (scratch.peak_bytes, scratch.written_bytes, flops)))
+    found = scratch.peak_bytes, scratch.written_bytes, flops, scratch.apart_bytes
+    return Rehearsal(*(n * latents[0] // height for n in found))

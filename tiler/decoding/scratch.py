@@ -1,6 +1,8 @@
-"""Activations on disk: tensors of rows in files that have no name, so nothing is left behind however the process ends.
+"""Activations on disk: tensors of rows in files that have no name, so nothing is left behind however the process ends;
+or, where a job remembers its passes, in those of a spool.
 
-fp16 rows that would overflow are scaled by a power of two, so the dtype costs precision (2⁻¹¹) but never range. Knows files and dtypes, not layers. Reads and writes are preadv and pwrite: mapped pages would count as RSS.
+fp16 rows that would overflow are scaled by a power of two, so the dtype costs precision (2⁻¹¹) but never range. Knows
+files and dtypes, not layers. Reads and writes are preadv and pwrite: mapped pages would count as RSS.
 """
 
 from __future__ import annotations
@@ -11,11 +13,12 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
+from tiler.decoding.spool import Line, Spool
 from tiler.errors import NumericalError, StorageError
 from tiler.weights.index import read_into
 
@@ -25,14 +28,17 @@ FP16_ROOM = 2.0**15
 
 class Scratch:
     """A folder for `Rows`, and what they take: a context manager that closes the files which are still open at its end,
-    however that comes. `folder` None keeps nothing: for planning on meta tensors.
+    however that comes. `folder` None keeps nothing: for planning on meta tensors. With a `spool`, files stay there.
 
-    `peak_bytes` is the most that was stored at once, `written_bytes` what was written in all. Raises StorageError where the folder cannot be used.
+    `peak_bytes` is the most that was stored at once, `apart_bytes` the same where no rows take the place of others,
+    `written_bytes` what was written in all, `attended` the strips that attention has done. Raises StorageError where
+    the folder cannot be used.
     """
 
-    def __init__(self, folder: Path | None, dtype: torch.dtype = torch.float16) -> None:
-        self.folder, self.dtype = folder, dtype
-        self.live_bytes = self.peak_bytes = self.written_bytes = 0
+    def __init__(self, folder: Path | None, dtype: torch.dtype = torch.float16, spool: Spool | None = None) -> None:
+        self.folder, self.dtype, self.spool = folder, dtype, spool
+        self.live_bytes = self.peak_bytes = self.written_bytes = self.apart_bytes = self.attended = 0
+        self._apart = 0
         self._open = set[int]()
 
     def __enter__(self) -> Self:
@@ -43,16 +49,17 @@ class Scratch:
             self.close(fd)
         self.live_bytes = 0
 
-    def open(self) -> int:
-        """A new file without a name."""
+    def open(self, number: int = -1) -> int:
+        """A new file without a name; with a spool that of a pass, -1 where it is gone already."""
         assert self.folder is not None
         try:
-            fd = _nameless_file(self.folder)
+            fd = _nameless_file(self.folder) if self.spool is None else self.spool.open(number)
         except OSError as error:
             raise StorageError(
                 f"{self.folder}: cannot write scratch files ({error.strerror}); give another folder with --scratch"
             ) from error
-        self._open.add(fd)
+        if fd >= 0:
+            self._open.add(fd)
         return fd
 
     def close(self, fd: int) -> None:
@@ -64,6 +71,10 @@ class Scratch:
     def grow(self, nbytes: int) -> None:
         self.live_bytes += nbytes
         self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+
+    def grow_apart(self, nbytes: int) -> None:
+        self._apart += nbytes
+        self.apart_bytes = max(self.apart_bytes, self._apart)
 
 
 def _nameless_file(folder: Path) -> int:
@@ -88,24 +99,41 @@ def free_bytes(folder: Path) -> int:
 class Rows:
     """A picture of (channels, width) rows that grows downwards, stored in the scratch's dtype.
 
-    With `over`, its rows take the place of another one's, which must have been read before.
+    With `over`, its rows take the place of another one's, which must have been read before. In a spool they are those
+    of pass `number`, and begin with what is `known` of them.
     """
 
-    def __init__(self, scratch: Scratch, channels: int, width: int, *, over: Rows | None = None) -> None:
-        self.scratch, self.channels, self.width, self.count = scratch, channels, width, 0
+    def __init__(
+        self,
+        scratch: Scratch,
+        channels: int,
+        width: int,
+        *,
+        over: Rows | None = None,
+        number: int = -1,
+        known: Line | None = None,
+    ) -> None:
+        self.scratch, self.channels, self.width, self.count, self.number = scratch, channels, width, 0, number
         self.row_bytes = channels * width * scratch.dtype.itemsize
         assert over is None or self.row_bytes <= over.stride
         self.stride: int = self.row_bytes if over is None else over.stride
-        self.fd: int = over.fd if over is not None else -1 if scratch.folder is None else scratch.open()
+        self.fd: int = over.fd if over is not None else -1 if scratch.folder is None else scratch.open(number)
         self.over = over
         self.stored_bytes: int = 0 if over is None else over.stored_bytes
         self._scales: list[float] = []  # of each row
+        if known is not None:
+            self.count, self._scales = known.count, known.scales or [1.0] * known.count
+            self.stored_bytes = known.count * self.row_bytes if self.fd >= 0 else 0
+            scratch.grow(self.stored_bytes)
+            scratch.written_bytes += known.count * self.row_bytes
+            scratch.attended += known.attended
 
     def append(self, x: Tensor) -> None:
         """x: (1, channels, n, width) fp32. Raises NumericalError for NaN and Inf, StorageError."""
         n = x.shape[2]
         grown = max(0, (self.count + n) * self.stride - self.stored_bytes)
         self.scratch.grow(grown)
+        self.scratch.grow_apart(n * self.row_bytes)
         self.scratch.written_bytes += n * self.row_bytes
         self.stored_bytes += grown
         self.count += n
@@ -156,14 +184,29 @@ class Rows:
             out.mul_(torch.tensor(scales).view(-1, 1, 1))
         return out.permute(0, 3, 1, 2)
 
-    def strips(self, nbytes: int = STRIP_BYTES) -> Iterator[Tensor]:
-        """All rows, a few at a time: about `nbytes` of fp32 each."""
+    def strips(self, nbytes: int = STRIP_BYTES, begin: int = 0) -> Iterator[Tensor]:
+        """All rows from `begin` on, a few at a time: about `nbytes` of fp32 each."""
         step = max(1, nbytes // (4 * self.channels * self.width))
-        for first in range(0, self.count, step):
+        for first in range(begin, self.count, step):
             yield self.read(first, min(first + step, self.count))
 
+    def line(self, *, whole: bool, **facts: Any) -> Line:
+        """What a spool has to know of them."""
+        scales = self._scales if max(self._scales, default=1.0) > 1 else None
+        return Line(
+            number=self.number, channels=self.channels, width=self.width, count=self.count, row_bytes=self.row_bytes,
+            whole=whole, scales=scales, **facts,
+        )  # fmt: skip
+
     def close(self) -> None:
-        """Give the space back. Not before the rows that took its place are closed."""
+        """Give the space back; rows that took its place must be closed before."""
         self.scratch.close(self.fd)
+        if self.scratch.spool is not None:
+            self.scratch.spool.remove(self.number)
         self.fd = -1
         self.scratch.grow(-self.stored_bytes)
+        self.give_back()
+
+    def give_back(self) -> None:
+        """The rows are read; what takes their place may still be there."""
+        self.scratch.grow_apart(-self.count * self.row_bytes)

@@ -1,4 +1,5 @@
-"""A user's picture as the guide: whatever viewers open, as 8-bit sRGB, no larger in memory than the canvas has use for."""
+"""A user's picture as the guide: whatever viewers open, as 8-bit sRGB, no larger in memory than the canvas has use
+for."""
 
 from __future__ import annotations
 
@@ -33,8 +34,8 @@ _Fixed = Callable[[Image.Image], Image.Image]
 class GuidePicture:
     """An opened picture, whose header is read and whose pixels are not. A context manager.
 
-    `load()` returns `shape`; while it runs, it holds `peak_bytes`, and afterwards `kept_bytes`. Whatever is wrong with the
-    picture is a UsageError.
+    `load()` returns `shape`; while it runs, it holds `peak_bytes`, and afterwards `kept_bytes`. Whatever is wrong with
+    the picture is a UsageError.
     """
 
     def __init__(self, path: Path, canvas: tuple[int, int]) -> None:
@@ -53,6 +54,7 @@ class GuidePicture:
                     )
                 self._turn = _orientation(picture)
                 sides = (width, height) if self._turn > 4 else (height, width)
+                self.size = sides[1], sides[0]
                 factor = max(1, int(min(s / c for s, c in zip(sides, canvas, strict=True)) / _GAP))
                 decoder = _BUFFERS.get(picture.format or "", 0) * width * height
                 if picture.format == "TIFF" and 2 <= (picture.getexif().get(0x0112) or 1) <= 8:
@@ -119,6 +121,13 @@ class GuidePicture:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._picture.close()
+
+
+def size_of(path: Path) -> tuple[int, int]:
+    """Width and height in pixels of a picture as it is to be looked at, of which the header alone is read. Raises
+    UsageError."""
+    with GuidePicture(path, (1, 1)) as picture:
+        return picture.size
 
 
 def _open(path: Path) -> Image.Image:

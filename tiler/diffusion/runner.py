@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import reduce
+from itertools import islice
 from operator import add
 from typing import NamedTuple, Protocol
 
@@ -56,21 +57,33 @@ Predict = Callable[[Sequence[Sample], int], Tensor]
 
 
 class LocalRunner:
-    """Predicts in this process, `batch` samples for each call of `predict`.
+    """Predicts in this process, `batch` samples for each call of `predict`; half as many from the next call on whenever `is_tight`
+    says so, of which `on_smaller` is told.
 
     The halves of a guidance are samples of their own, which share their latents tensor; a tile without guidance has no
     unconditional half. `conditions` gives those of a step. The result does not depend on `batch`.
     """
 
-    def __init__(self, predict: Predict, conditions: Callable[[int], Conditions], batch: int = 1) -> None:
+    def __init__(
+        self, predict: Predict, conditions: Callable[[int], Conditions], batch: int = 1, *,
+        is_tight: Callable[[], bool] = lambda: False, on_smaller: Callable[[int], None] = lambda batch: None,
+    ) -> None:  # fmt: skip
         self._predict, self._conditions, self._batch = predict, conditions, batch
+        self._is_tight, self._on_smaller = is_tight, on_smaller
+
+    def _size(self) -> int:
+        """Of the next call."""
+        if self._is_tight() and self._batch > 1:
+            self._batch //= 2
+            self._on_smaller(self._batch)
+        return self._batch
 
     def predict(self, step: int, tiles: Iterable[Tile]) -> Iterator[Tensor]:
         conditions = self._conditions(step)
         # They wait for the tile's last half, which may be of the next group.
         unconditional: Tensor | None = None
         conditional: list[Tensor] = []
-        for group in _groups(self._halves(tiles, conditions), self._batch):
+        for group in _groups(self._halves(tiles, conditions), self._size):
             predictions = self._predict([sample for _, sample, _ in group], step)
             for (tile, _, is_conditional), prediction in zip(group, predictions, strict=True):
                 check_finite(prediction, step, tile.region)
@@ -123,12 +136,10 @@ def check_finite(prediction: Tensor, step: int, region: Text2ImageRegion) -> Non
         )
 
 
-def _groups(samples: Iterable[tuple[Tile, Sample, bool]], size: int) -> Iterator[list[tuple[Tile, Sample, bool]]]:
-    group: list[tuple[Tile, Sample, bool]] = []
-    for sample in samples:
-        group.append(sample)
-        if len(group) == size:
-            yield group
-            group = []
-    if group:
+def _groups(
+    samples: Iterable[tuple[Tile, Sample, bool]], size: Callable[[], int]
+) -> Iterator[list[tuple[Tile, Sample, bool]]]:
+    """`size` is asked before each group."""
+    waiting = iter(samples)
+    while group := list(islice(waiting, size())):
         yield group

@@ -1,13 +1,13 @@
 """diffusers' schedulers by the names people know them under, behind one interface: `Schedule`.
 
-A schedule is built on the checkpoint's own noise levels, and whatever could go wrong with it is found when it is built, before
-any work: fields, timesteps, sigmas, and a rehearsal of all steps on a few made-up latents.
+A schedule is built on the checkpoint's own noise levels, and whatever could go wrong with it is found when it is built,
+before any work: fields, timesteps, sigmas, and a rehearsal of all steps on a few made-up latents.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any, NamedTuple, Protocol
 
@@ -29,7 +29,8 @@ class SchedulerState(NamedTuple):
 
 
 class Schedule(Protocol):
-    """How noise becomes a picture in N steps. Steps are numbered from 0; latents and predictions are (1, C, h, w) fp32."""
+    """How noise becomes a picture in N steps. Steps are numbered from 0; latents and predictions are (1, C, h, w)
+    fp32."""
 
     @property
     def timesteps(self) -> Tensor:
@@ -37,7 +38,8 @@ class Schedule(Protocol):
         ...
 
     def start(self, noise: Tensor, reference: Tensor | None, begin: int) -> Tensor:
-        """The latents before step `begin`: pure noise, or `reference` noised for that step. To be called once, first."""
+        """The latents before step `begin`: pure noise, or `reference` noised for that step. To be called once,
+        first."""
         ...
 
     def model_input(self, latents: Tensor, step: int) -> Tensor:
@@ -56,11 +58,14 @@ class Schedule(Protocol):
 
 
 class DiffusersSchedule:
-    """A `Schedule` around one of diffusers' schedulers for discrete noise levels, its timesteps set. `notes` are what the user
-    should know of how it was chosen."""
+    """A `Schedule` around one of diffusers' schedulers for discrete noise levels, its timesteps set. `notes` are what
+    the user should know of how it was chosen."""
 
     def __init__(self, scheduler: Any, name: Scheduler, notes: tuple[str, ...] = ()) -> None:
         self.scheduler, self.name, self.notes = scheduler, name, notes
+        self.on_step: Callable[[int, Callable[[], Tensor]], None] | None = (
+            None  # told of each; the call gives what is denoised
+        )
         self._takes_generator = "generator" in inspect.signature(scheduler.step).parameters
         # Lists are copied: some schedulers shift what they remember in place.
         self._fresh = {k: list(v) if isinstance(v, list) else v for k, v in vars(scheduler).items()}
@@ -87,8 +92,21 @@ class DiffusersSchedule:
 
     def step(self, noise_pred: Tensor, step: int, latents: Tensor, generator: torch.Generator) -> Tensor:
         extra = {"generator": generator} if self._takes_generator else {}
-        after: Tensor = self.scheduler.step(noise_pred, self.timesteps[step], latents, return_dict=False, **extra)[0]
-        return after.float()  # whatever the scheduler returns
+        given = self.scheduler.step(noise_pred, self.timesteps[step], latents, return_dict=False, **extra)
+        if self.on_step is not None:
+            self.on_step(step, lambda: self._denoised(given, noise_pred, step, latents))
+        after: Tensor = given[0].float()  # whatever the scheduler returns
+        return after
+
+    def _denoised(self, given: tuple[Tensor, ...], noise_pred: Tensor, step: int, latents: Tensor) -> Tensor:
+        """The picture that a step was aimed at, (1, C, h, w): what the scheduler gave beside the latents after the
+        step, or what it remembers of it; the latents where it has neither."""
+        if len(given) > 1:
+            return given[1]
+        remembered = [t for t in getattr(self.scheduler, "model_outputs", ()) if t is not None]
+        config = self.scheduler.config
+        aims = config.get("predict_x0") or str(config.get("algorithm_type")).endswith("++")
+        return remembered[-1] if remembered and aims else given[0]
 
     def state(self) -> SchedulerState:
         """Whatever differs from a fresh scheduler with the same timesteps: so no class has to be known here."""
@@ -184,12 +202,12 @@ def build(
     correct: bool = True,
     schedule_type: ScheduleType | None = None,
 ) -> DiffusersSchedule:
-    """A schedule of `num_inference_steps` on the noise levels of a checkpoint's scheduler_config.json, checked to the end;
-    `correct`ed where it is old, as the pipelines of SD 1.x and 2.x do and SDXL's does not. `schedule_type` spreads the levels
-    otherwise than the config says.
+    """A schedule of `num_inference_steps` on the noise levels of a checkpoint's scheduler_config.json, checked to the
+    end; `correct`ed where it is old, as the pipelines of SD 1.x and 2.x do and SDXL's does not. `schedule_type` spreads
+    the levels otherwise than the config says.
 
-    Raises ModelError for a config that no work should begin with, and UsageError for a number of steps that the algorithm
-    cannot take, with the nearest one that it can.
+    Raises ModelError for a config that no work should begin with, and UsageError for a number of steps that the
+    algorithm cannot take, with the nearest one that it can.
     """
     name, cls = choose(asked, config), config.get("_class_name")
     if schedule_type is not None and name is Scheduler.DPMPP_2M_KARRAS:
@@ -220,8 +238,8 @@ def assemble(
     notes: tuple[str, ...] = (),
     schedule_type: ScheduleType | None = None,
 ) -> DiffusersSchedule:
-    """A schedule from a corrected config, not rehearsed. Raises ModelError where the fields do not work together, UsageError
-    where the scheduler has no such type."""
+    """A schedule from a corrected config, not rehearsed. Raises ModelError where the fields do not work together,
+    UsageError where the scheduler has no such type."""
     recipe = _RECIPES[name]
     with lean_imports():
         cls = getattr(import_module(f"diffusers.schedulers.{recipe.module}"), recipe.cls)

@@ -4,6 +4,7 @@ lock                    flock(2)
 job.json                manifest.py
 state-0, state-1        the newest state of a canvas, written in turn: no moment is without a whole one
 reference.safetensors   what the canvas starts from, once that is made
+spool/                  a decoder's passes; among the scratch files where those lie elsewhere
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple, Self
 
 from tiler import interrupts
+from tiler.decoding import spool as spools
 from tiler.errors import JobError, NameTaken, StorageError
 from tiler.events import Note, OnEvent, Saved, Tensors
 from tiler.jobs import manifest as manifests
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SUFFIX = ".tiler"
-MANIFEST, LOCK, REFERENCE = "job.json", "lock", "reference.safetensors"
+MANIFEST, LOCK, REFERENCE, SPOOL = "job.json", "lock", "reference.safetensors", "spool"
 SLOTS = ("state-0.safetensors", "state-1.safetensors")
 _EVERY = 60.0  # seconds between two saves
 _SHARE = 50  # times the last save's duration: at most 2 % of the time is spent saving
@@ -70,7 +72,7 @@ class Job:
         self.facts: dict[str, str] = {}  # what a state says of its picture
         self._request, self._on_event = request, on_event
         self._lock, self._begun, self._number = Lock(self.folder / LOCK), False, 0
-        self._due, self._where = time.monotonic() + _EVERY, ""
+        self._due = time.monotonic() + _EVERY
         self._full = False  # the disk, as far as is known
 
     def __enter__(self) -> Self:
@@ -80,7 +82,10 @@ class Job:
         self._lock.take()
         try:
             if self._request.restart:
-                _remove(self.folder, keep=(LOCK,))
+                with suppress(JobError, StorageError):
+                    self.manifest = manifests.read(self.folder / MANIFEST)
+                self._remove(keep=(LOCK,))
+                self.manifest = None
             elif (self.folder / MANIFEST).exists():
                 self.manifest = manifests.read(self.folder / MANIFEST)
                 self.resumed = True
@@ -97,12 +102,14 @@ class Job:
         try:
             if not self._begun:
                 if not self.resumed and self.folder.is_dir() and self._lock.held:
-                    _remove(self.folder)
+                    self._remove()
             elif error is None or isinstance(error, NameTaken):
-                if not self._request.keep_job:
-                    _remove(self.folder)
+                if self._request.keep_job:
+                    self.clear_spool()
+                else:
+                    self._remove()
             elif not self._holds_work():
-                _remove(self.folder)
+                self._remove()
             else:
                 error.add_note(self.how_to_continue())
         finally:
@@ -110,7 +117,8 @@ class Job:
 
     def how_to_continue(self) -> str:
         """One line for the user."""
-        at = f" at {self._where}" if self._where else ""
+        where, _ = self.found()
+        at = f" at {where}" if where else ""
         return f"the job is saved{at} in {self.folder}; the same command goes on, or: tiler resume {self.folder}"
 
     def adopt(self, request: RenderRequest) -> RenderRequest:
@@ -139,7 +147,10 @@ class Job:
                     "or begin anew with --restart"
                 )
             self._begun = True
-            manifest = replace(self.manifest, said=manifest.said, max_ram_bytes=manifest.max_ram_bytes)
+            if self.manifest.spool != manifest.spool:
+                self.clear_spool()
+            now = {name: getattr(manifest, name) for name in ("said", "max_ram_bytes", "spool")}
+            manifest = replace(self.manifest, **now)
         else:
             try:
                 self.folder.mkdir(parents=self._request.job_dir is not None, exist_ok=True)
@@ -155,7 +166,23 @@ class Job:
 
     def found(self) -> tuple[str, str]:
         """How far the job is, and how long ago that was saved: "canvas step 12/20", "3 min"."""
-        return newest_facts(self.folder)
+        return newest_facts(self.folder, self.manifest)
+
+    def spool_folder(self, scratch: Path) -> Path:
+        """Where the passes of a decoder are remembered whose scratch files lie in `scratch`."""
+        if os.path.realpath(scratch) == os.path.realpath(self.folder.parent):
+            return self.folder / SPOOL
+        mark = hashlib.sha256(os.fsencode(os.path.abspath(self.folder))).hexdigest()[:8]
+        return scratch.absolute() / f"tiler-{mark}.{SPOOL}"
+
+    @property
+    def spool(self) -> Path | None:
+        """That folder, while there is a job."""
+        return Path(self.manifest.spool) if self._begun and self.manifest is not None else None
+
+    def clear_spool(self) -> None:
+        """What the passes have made is whole, or not wanted."""
+        spools.clear(Path(self.manifest.spool) if self.manifest is not None else self.folder / SPOOL)
 
     def note_finished(self, whole: os.stat_result) -> None:
         """The picture is whole on the disk, and will now get its name."""
@@ -186,7 +213,7 @@ class Job:
                 self._full = True
                 self._on_event(Note(text=f"the state could not be saved: {error}"))
             return
-        self._number, self._full, self._where = number, False, where
+        self._number, self._full = number, False
         now = time.monotonic()
         self._due = now + max(_EVERY, _SHARE * (now - start))
         self._on_event(Saved(where=where))
@@ -208,7 +235,7 @@ class Job:
                 raise JobError(f"{damaged[0]}: the job's state is damaged; begin anew with --restart")
             return None
         newest = max(found, key=lambda slot: slot.number)
-        self._number, self._where = newest.number, newest.stored.facts.get("where", "")
+        self._number = newest.number
         return newest
 
     # What a phase hands to the next.
@@ -230,12 +257,28 @@ class Job:
             with suppress(StorageError):
                 tensors.write(self.folder / REFERENCE, {"reference": reference}, {})
 
+    def _remove(self, keep: tuple[str, ...] = ()) -> None:
+        """Only what a job consists of: whatever else someone put there stays, and the folder with it. The manifest goes last but
+        the lock, so that a folder half removed is known as what it was."""
+        self.clear_spool()
+        own = (*SLOTS, REFERENCE, MANIFEST)
+        for name in (*(f"{each}.new" for each in own), *own, LOCK):
+            if name not in keep:
+                with suppress(OSError):
+                    os.unlink(self.folder / name)
+        if not keep:
+            with suppress(OSError):
+                self.folder.rmdir()
+
     def _holds_work(self) -> bool:
         return any((self.folder / name).exists() for name in (*SLOTS, REFERENCE))
 
 
-def newest_facts(folder: Path) -> tuple[str, str]:
+def newest_facts(folder: Path, manifest: Manifest | None) -> tuple[str, str]:
     """How far a job is, and for how long: "canvas step 12/20", "3 min". Empty where nothing is saved. Checks nothing."""
+    spool = Path(manifest.spool) if manifest is not None and manifest.spool else folder / SPOOL
+    if where := spools.where_in(spool):
+        return where, _age(spool / spools.JOURNAL)
     found = [
         (int(number), facts.get("where", ""), folder / name)
         for name in SLOTS
@@ -244,7 +287,12 @@ def newest_facts(folder: Path) -> tuple[str, str]:
     if not found:
         return "", ""
     _, where, path = max(found)
-    return where, spell_seconds(max(0.0, time.time() - path.stat().st_mtime))
+    return where, _age(path)
+
+
+def _age(path: Path) -> str:
+    """Since a file was written."""
+    return spell_seconds(max(0.0, time.time() - path.stat().st_mtime))
 
 
 def spell_seconds(seconds: float) -> str:
@@ -257,16 +305,3 @@ def spell_seconds(seconds: float) -> str:
 
 def _facts_of(found: os.stat_result) -> dict[str, int]:
     return {"bytes": found.st_size, "inode": found.st_ino, "time": found.st_mtime_ns}
-
-
-def _remove(folder: Path, keep: tuple[str, ...] = ()) -> None:
-    """Only what a job consists of: whatever else someone put there stays, and the folder with it. The manifest goes last but the
-    lock, so that a folder half removed is known as what it was."""
-    own = (*SLOTS, REFERENCE, MANIFEST)
-    for name in (*(f"{each}.new" for each in own), *own, LOCK):
-        if name not in keep:
-            with suppress(OSError):
-                os.unlink(folder / name)
-    if not keep:
-        with suppress(OSError):
-            folder.rmdir()

@@ -38,6 +38,7 @@ class Manifest:
     finished: dict[str, int] = field(
         default_factory=dict
     )  # the picture's size, inode and time, just before it has its name
+    spool: str = ""  # the folder where a decoder's passes are remembered
     schema: int = SCHEMA
 
     def request(self) -> RenderRequest:
@@ -68,7 +69,9 @@ def _named_by_text() -> list[str]:
 def picture_of(request: ResolvedRequest) -> dict[str, Any]:
     """What decides the picture. Where the model lies does not: its id does."""
     names = [
-        f.name for f in fields(request) if f.name not in (*OF_THE_MACHINE, "model", "variant", "revision", "model_dirs")
+        f.name
+        for f in fields(request)
+        if f.name not in (*OF_THE_MACHINE, "model", "variant", "revision", "model_dirs", "lora_dir")
     ]
     said = {name: getattr(request, name) for name in names}
     for name in set(_named_by_text()) & set(names):

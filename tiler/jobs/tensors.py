@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tiler.errors import ModelError, StorageError
 from tiler.files import replace_durably
-from tiler.weights.index import TensorInfo, open_regular, read_index, read_into, read_metadata
+from tiler.weights.index import TensorInfo, header_bytes, open_regular, read_file, read_into, read_metadata
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,11 +41,9 @@ def write(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -
     for part in _parts(held):
         digest.update(part)
     whole = {"__metadata__": {**facts, _DIGEST: digest.hexdigest()}, **header}
-    text = json.dumps(whole).encode()
-    text += b" " * (-len(text) % 8)
 
     def parts() -> Iterator[bytes | memoryview]:
-        yield len(text).to_bytes(8, "little") + text
+        yield header_bytes(whole)
         yield from _parts(held)
 
     replace_durably(path, parts())
@@ -59,7 +57,7 @@ def read(path: Path) -> Stored | None:
     if not path.exists():
         return None
     try:
-        index, facts = read_index(path), read_metadata(path)
+        index, facts, _ = read_file(path)
     except ModelError:
         return None
     said = facts.pop(_DIGEST, "")

@@ -40,6 +40,8 @@ _UNITS = {
     "GIB": 2**30,
 }
 _SAMPLE_SECONDS = 0.05
+_SOFT = (1 + MARGIN) / 2  # of the ceiling
+_ROUND = 10**7  # bytes to which a ceiling is named
 _SWAPPED = 16 * 10**6  # less is what a busy machine may do to any program
 
 
@@ -81,7 +83,7 @@ class Budget:
     """The ceiling of this process and its children, in bytes of RSS; "auto" is nine tenths of what is free. A context manager that may be entered again: each run
     begins with no phases, and with a peak of its own unless its caller has the budget open.
 
-    `check` raises BudgetExceeded at the ceiling; `phase` attributes the peak; `peak_rss_bytes` is the highest RSS while
+    `check` raises BudgetExceeded at the ceiling, of which `take_tight` warns; `phase` attributes the peak; `peak_rss_bytes` is the highest RSS while
     the budget was open: the kernel's own mark (VmHWM), reset on entry and between phases and pooled here. Where the kernel
     keeps no mark, or does not let it be reset, it is the highest that a look every 50 ms saw, and `peak_sampled` is true.
     `swapped_bytes` is the most of this process that was swapped out.
@@ -96,7 +98,7 @@ class Budget:
         self.peak_sampled = False
         self._peak = 0
         self._stale_peak = 0  # a mark from before, which could not be reset
-        self._swap_told = False
+        self._swap_told = self._tight = False
         self._children = 0
         self._depth = 0
         self._process = psutil.Process()
@@ -109,7 +111,7 @@ class Budget:
         if self._depth > 1:  # render() enters a budget that its caller may have entered already
             return self
         self._peak = self.swapped_bytes = self._children = 0
-        self.peak_sampled = self._swap_told = False
+        self.peak_sampled = self._swap_told = self._tight = False
         self._reset_peak()
         self._note_peak()
         self._stop.clear()
@@ -154,12 +156,20 @@ class Budget:
         if self.rss_bytes >= ALMOST * self.max_bytes:
             process.trim()
             self._note_peak()
+            self._tight = self._tight or self.rss_bytes >= _SOFT * self.max_bytes
         # A spike between two checks is a breach as well, though it is over.
         if max(self.rss_bytes, self._peak) >= self.max_bytes:
+            would_do = -(-int(self.peak_rss_bytes / MARGIN) // _ROUND) * _ROUND
             raise BudgetExceeded(
                 f"the ceiling of {format_mb(self.max_bytes)} was reached at {where} (peak {format_mb(self.peak_rss_bytes)}); "
-                "raise --max-ram, or choose a smaller --size"
+                f"--max-ram {would_do // 10**6}MB would have held that, a smaller --size needs less"
             )
+
+    def take_tight(self) -> bool:
+        """Whether memory has come to the soft limit, halfway between what a plan may fill and the ceiling, and could not be given
+        back: work that can be smaller should be. The next call says no."""
+        tight, self._tight = self._tight, False
+        return tight
 
     @contextmanager
     def phase(self, name: str) -> Iterator[PhaseUse]:

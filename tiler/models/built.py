@@ -4,25 +4,32 @@ from __future__ import annotations
 
 from typing import Any
 
+from tiler.models.applied import Applied
 from tiler.models.family import Family, Part, Role, VaeSpec, build_vae
+from tiler.weights.changes import Changes
 
 
 class Models:
     """The modules of a family's parts, built when they are first asked for and kept: shapes without data, a few MB. Planning,
     packing and the phases borrow the very same ones, one after another (compute/lending.py).
 
-    `decoder` makes the picture: the checkpoint's own autoencoder, or a tiny one.
+    `decoder` makes the picture: the checkpoint's own autoencoder, or a tiny one. `loras` is what changes their weights.
     """
 
     def __init__(self, family: Family, tiny: VaeSpec | None = None) -> None:
         self.family, self.decoder = family, tiny or family.autoencoder
         self._built: dict[str, Any] = {}
+        self.loras = Applied()
 
     def module(self, part: Part) -> Any:
         """The module of a part of the family."""
         if part.name not in self._built:
             self._built[part.name] = part.build()
         return self._built[part.name]
+
+    def changes(self, part: Part) -> Changes:
+        """What LoRAs change of a part, by parameter."""
+        return self.loras.of(part.name)
 
     def vae(self, spec: VaeSpec) -> Any:
         """The family's own autoencoder, or the decoder."""

@@ -5,14 +5,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from tiler.errors import TilerError
 from tiler.models.contents import DENOISERS
 from tiler.models.family import Family, open_family
 from tiler.models.kinds import family_of
+from tiler.models.own_defaults import read_defaults
 from tiler.models.part_files import WeightFile
+from tiler.request import RenderRequest
 from tiler.request.model import ModelOptions
+from tiler.weights.hub import DEFAULTS
 from tiler.weights.index import TensorInfo
 from tiler.weights.places import expand
 
@@ -62,8 +67,19 @@ def _of_family(family: Family) -> dict[str, str]:
         folder: Path = found.tokenizer(name)
         if folder.is_dir():
             facts[name] = str(folder)
+    if found.file is None and (own := read_defaults(found.folder)):
+        facts["its own defaults"] = f"{_defaults(own)} ({found.folder / DEFAULTS})"
     notes = dict.fromkeys((*found.notes, *family.notes))
     return facts | {f"note {number}": note for number, note in enumerate(notes, 1)}
+
+
+def _defaults(own: Mapping[str, Any]) -> str:
+    """What is said, by the names of the options."""
+    names = {f.name: next(iter(f.metadata["option"].names), "PROMPT") for f in fields(RenderRequest)}
+    said = {
+        key: f"one of {len(value)}, by the seed" if isinstance(value, tuple) else value for key, value in own.items()
+    }
+    return ", ".join(f"{names[key]} {value}" for key, value in said.items())
 
 
 def _stored(tensors: Mapping[str, TensorInfo]) -> str:

@@ -28,6 +28,7 @@ from tiler.models.samples import Prompt
 from tiler.request import Emphasis
 from tiler.request.choices import MAX_CLIP_SKIP
 from tiler.weights import packed
+from tiler.weights.caches import INT8_VERSION
 from tiler.weights.index import open_regular, read_index, read_metadata
 from tiler.weights.places import cache_home
 from tiler.weights.store import WeightStore
@@ -144,14 +145,18 @@ def write_words(path: Path, words: Words, *, replace: bool) -> None:
 
 
 def _spell(read_as: ReadAs) -> str:
-    return json.dumps([read_as.emphasis, read_as.clip_skip, dict(sorted(read_as.embeddings.items()))])
+    said = [read_as.emphasis, read_as.clip_skip, dict(sorted(read_as.embeddings.items()))]
+    return json.dumps([*said, read_as.loras] if read_as.loras else said)
 
 
 def _parse(text: str) -> ReadAs:
     """Raises ValueError."""
     match json.loads(text):
-        case [str(emphasis), int(clip_skip), dict(embeddings)] if 0 < clip_skip <= MAX_CLIP_SKIP:
-            return ReadAs(Emphasis(emphasis), clip_skip, {name: str(digest) for name, digest in embeddings.items()})
+        case [str(emphasis), int(clip_skip), dict(embeddings), *loras] if 0 < clip_skip <= MAX_CLIP_SKIP:
+            used = {name: str(digest) for name, digest in embeddings.items()}
+            marks = loras[0] if loras else []
+            if _are_texts(marks):
+                return ReadAs(Emphasis(emphasis), clip_skip, used, tuple(marks))
     raise ValueError(text)
 
 
@@ -204,7 +209,7 @@ class PromptCache:
             digest.update(f"{fact}\n".encode())
         for part in family.encoders:
             digest.update(json.dumps([part.name, part.config], sort_keys=True, default=str).encode())
-            rules = f"int8 {packed.VERSION}" if self._int8 else "as stored"
+            rules = f"int8 {INT8_VERSION}" if self._int8 else "as stored"
             digest.update(packed.fingerprint(family.checkpoint.weights(part.name), rules).encode())
             _add_folder(digest, family.checkpoint.tokenizer(part.name.replace("text_encoder", "tokenizer")))
         return digest.digest()

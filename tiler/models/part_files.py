@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +13,7 @@ from tiler.models.kinds import text_width
 from tiler.weights import hub
 from tiler.weights.flavours import find_weights, read_json, refuse_pickle
 from tiler.weights.gguf import is_gguf, read_gguf
-from tiler.weights.index import TensorInfo, merge_indexes, read_index, read_metadata, trailing_bytes
+from tiler.weights.index import TensorInfo, merge_indexes, read_file
 from tiler.weights.layouts import understood
 from tiler.weights.places import expand
 
@@ -29,19 +28,20 @@ class WeightFile:
     def __init__(self, path: Path) -> None:
         refuse_pickle(path)
         self.path, self._gguf = path, path.suffix != ".safetensors" and is_gguf(path)
-        self.index: Index = read_gguf(path).tensors if self._gguf else understood(read_index(path))
+        self.words: Mapping[str, str] = {}  # the texts in its header, of safetensors
+        self._behind = 0
+        if self._gguf:
+            self.index: Index = read_gguf(path).tensors
+        else:
+            tensors, self.words, self._behind = read_file(path)
+            self.index = understood(tensors)
         self.contents: Contents = look({name: info.shape for name, info in self.index.items()}, str(path))
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What a user might not expect of the file."""
-        behind = 0 if self._gguf else trailing_bytes(self.path)
-        return (f"{self.path.name}: {behind} bytes behind its last tensor are not read",) if behind else ()
-
-    @cached_property
-    def words(self) -> Mapping[str, str]:
-        """The texts in its header, of safetensors."""
-        return {} if self._gguf else read_metadata(self.path)
+        behind = f"{self.path.name}: {self._behind} bytes behind its last tensor are not read"
+        return (behind,) if self._behind else ()
 
     def parts(self, *kinds: Kind) -> list[FoundPart]:
         """Its parts of these kinds."""

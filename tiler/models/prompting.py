@@ -11,13 +11,13 @@ from tiler.models.embeddings import Embeddings
 from tiler.models.family import Family, Guidance
 from tiler.models.reading import Reading
 from tiler.request import ResolvedRequest, TileConditioning, settings
-from tiler.request.wording import tags_of
 
 
 def read_options(request: ResolvedRequest, models: Models, texts: Sequence[str | None]) -> Reading:
     """How prompts are read. Every embedding that `texts` name is found and read now. Raises TilerError."""
     family = models.family
-    reading = Reading(emphasis=request.emphasis, clip_skip=request.clip_skip or 1)
+    loras = tuple(models.loras.marks(map(models.changes, family.encoders)))
+    reading = Reading(emphasis=request.emphasis, clip_skip=request.clip_skip or 1, loras=loras)
     folders = _folders(request)
     if not folders or not family.traits.embeddings:
         return reading
@@ -35,9 +35,7 @@ def _folders(request: ResolvedRequest) -> tuple[Path, ...]:
 
 
 def notes_on_prompts(request: ResolvedRequest, family: Family, *, has_guide: bool) -> Iterator[str]:
-    """What of the request has no effect with this family. Raises UsageError for tags that cannot be."""
-    for tag in tags_of(request):
-        yield f"{tag} is left out of the prompt: tiler applies no LoRA"
+    """What of the request has no effect with this family."""
     texts = request.prompt, request.canvas_prompt, request.negative_prompt, *(r.prompt for r in request.regions)
     readable = bool(_folders(request)) or request.prompt_embeds is not None
     if not readable and any("embedding:" in text for text in texts if text):

@@ -13,11 +13,12 @@ from tiler.request.prompt import Fragment, Sections, parse_emphasis
 
 class ReadAs(NamedTuple):
     """All of a Reading that decides embeddings, as a file can say it. `embeddings` are those that prompts name: SHA-256 by stem, as
-    `Embeddings.used` gives them."""
+    `Embeddings.used` gives them; `loras` change the encoders: what tells them and their strengths from others."""
 
     emphasis: Emphasis = Emphasis.ORIGINAL
     clip_skip: int = 1
     embeddings: Mapping[str, str] = MappingProxyType({})
+    loras: tuple[str, ...] = ()
 
 
 class Reading(NamedTuple):
@@ -27,11 +28,13 @@ class Reading(NamedTuple):
     emphasis: Emphasis = Emphasis.ORIGINAL
     clip_skip: int = 1
     embeddings: Embeddings | None = None
+    loras: tuple[str, ...] = ()
 
     @property
     def read_as(self) -> ReadAs:
         """With the embeddings that were named so far."""
-        return ReadAs(self.emphasis, self.clip_skip, {} if self.embeddings is None else self.embeddings.used)
+        used = {} if self.embeddings is None else self.embeddings.used
+        return ReadAs(self.emphasis, self.clip_skip, used, self.loras)
 
     def sections(self, text: str, warn: Callable[[str], None]) -> Sections:
         """The fragments of a text and their weights, parted where BREAK stands; `warn` is told of what is no weight."""

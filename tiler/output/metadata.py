@@ -15,14 +15,8 @@ from tiler.request import Emphasis, ResolvedRequest, ScheduleType
 from tiler.request.render import OF_THE_MACHINE
 
 _EMPHASIS = {Emphasis.NO_NORM: "No norm", Emphasis.IGNORE: "Ignore", Emphasis.NONE: "None"}  # as A1111 writes them
-_NOT_TOLD = (
-    *OF_THE_MACHINE,
-    "metadata",
-    "embd_dir",
-    "model_dirs",
-    "size",
-    "preset",
-)  # the last two: resolved in others
+_RESOLVED = ("size", "preset", "scale")  # in the values of others
+_NOT_TOLD = (*OF_THE_MACHINE, *_RESOLVED, "metadata", "embd_dir", "lora_dir", "model_dirs")
 _FILES = "model", "tiny_vae", "guide_image", "diffusion_model", "vae", "text_encoder", "clip_l", "clip_g", "t5xxl"
 
 XMP = "XML:com.adobe.xmp"  # the keyword of PNG (third edition), 11.3.3.4
@@ -35,11 +29,13 @@ class Facts:
 
     model: str  # a name, a hub id or a folder
     model_id: str  # weights.identity.model_id
+    model_hash: str | None = None  # AutoV2, of a model that is one file
     revision: str | None  # of a hub id
     scheduler: str
     precision: str
     kernels: str  # whose arithmetic, and with which instructions
     embeddings: Mapping[str, str]  # that the prompts name, and their hashes
+    loras: Mapping[str, str]  # by name, and their hashes
     clip_skip: bool  # whether the model has a choice of CLIP's layers
     begin: int  # the step at which the canvas starts; 0 without a guide
 
@@ -50,7 +46,8 @@ def texts(request: ResolvedRequest, facts: Facts) -> dict[str, str]:
     fields: dict[str, object] = {
         "Steps": r.num_inference_steps, "Sampler": facts.scheduler.removesuffix(" Karras"),
         **({"Schedule type": spread} if (spread := _spread(r, facts)) is not None else {}),
-        "CFG scale": r.guidance_scale, "Seed": r.seed, "Size": f"{r.width}x{r.height}", "Model": file_name(facts.model),
+        "CFG scale": r.guidance_scale, "Seed": r.seed, "Size": f"{r.width}x{r.height}",
+        **({"Model hash": facts.model_hash} if facts.model_hash is not None else {}), "Model": file_name(facts.model),
         **({"Denoising strength": r.strength} if facts.begin else {}),
         **_of_prompts(r, facts), "Version": f"tiler {metadata.version('tiler')}",
     }  # fmt: skip
@@ -62,7 +59,9 @@ def texts(request: ResolvedRequest, facts: Facts) -> dict[str, str]:
         "precision": facts.precision,
         "kernels": facts.kernels,
         "model_id": facts.model_id,
+        **({"model_hash": facts.model_hash} if facts.model_hash is not None else {}),
         "revision": facts.revision,
+        **({"lora_hashes": dict(facts.loras)} if facts.loras else {}),
     }
     prompt = r.prompt if r.prompt is not None else " | ".join(region.prompt for region in r.regions)
     both = {
@@ -83,6 +82,8 @@ def _of_prompts(request: ResolvedRequest, facts: Facts) -> dict[str, object]:
         fields["Hires prompt"] = request.canvas_prompt
     if facts.embeddings:
         fields["TI hashes"] = ", ".join(f"{name}: {digest}" for name, digest in facts.embeddings.items())
+    if facts.loras:
+        fields["Lora hashes"] = ", ".join(f"{name}: {digest}" for name, digest in facts.loras.items())
     if request.emphasis is not Emphasis.ORIGINAL:
         fields["Emphasis"] = _EMPHASIS[request.emphasis]
     return fields

@@ -1,4 +1,5 @@
-"""What each part of a checkpoint takes in memory while it works: its own code, run on meta tensors under a `MetaMeter`."""
+"""What each part of a checkpoint takes in memory while it works: its own code, run on meta tensors under a
+`MetaMeter`."""
 
 from __future__ import annotations
 
@@ -35,6 +36,7 @@ from tiler.planning.facts import Facts
 from tiler.planning.fit import Weight
 from tiler.planning.table import PhasePlan, Term
 from tiler.request import Decode, Precision, Wrap
+from tiler.weights.changes import STEP_ELEMENTS, Changes, rank_beside
 from tiler.weights.grouped import is_read
 from tiler.weights.index import TensorInfo
 from tiler.weights.store import PIECE_ELEMENTS, READ_AHEAD, match_index
@@ -43,8 +45,8 @@ ACTIVATIONS = "activations + weights in use"
 
 
 def bf16_keys(part: Part, module: nn.Module, precision: Precision) -> frozenset[str]:
-    """The denoiser's weights that are computed with in bf16. None beside int8: those that are left would save a fortieth of a
-    pass, and add a thirtieth to its error."""
+    """The denoiser's weights that are computed with in bf16. None beside int8: those that are left would save a
+    fortieth of a pass, and add a thirtieth to its error."""
     return part.bf16_weights(module) if precision is Precision.BF16 else frozenset()
 
 
@@ -72,6 +74,21 @@ def weights_terms(module: nn.Module, stored: Mapping[str, TensorInfo]) -> list[T
     ]
 
 
+def ranks_beside(changes: Changes, int8: frozenset[str]) -> dict[str, int]:
+    """By `int8` weight, the rank of what is computed beside it."""
+    ranks = {name: rank_beside(some) for name, some in changes.items() if name in int8}
+    return {name: rank for name, rank in ranks.items() if rank}
+
+
+def changes_terms(changes: Changes) -> list[Term]:
+    """What LoRAs keep in memory while the weights of one layer are changed: all their factors for the largest, once
+    more as they are stored, and a difference of a few rows."""
+    if not changes:
+        return []
+    most = max(sum(change.factor_elements for change in some) for some in changes.values())
+    return [Term(name="LoRA", nbytes=6 * most + 3 * 4 * STEP_ELEMENTS)]
+
+
 def text_phase(models: Models, fixed: list[Term]) -> PhasePlan:
     """Encoding the prompts; one encoder is in memory at a time, and the largest counts."""
     phases = [_encoder_phase(models, part, fixed) for part in models.family.encoders]
@@ -86,13 +103,14 @@ def _encoder_phase(models: Models, part: Part, fixed: list[Term]) -> PhasePlan:
         assert part.example is not None, part.name
         with MetaMeter() as meter, torch.no_grad():
             part.example(encoder)
-        terms = [*fixed, *weights_terms(encoder, stored), Term(name=ACTIVATIONS, nbytes=meter.peak_bytes)]
+        own = [*weights_terms(encoder, stored), *changes_terms(models.changes(part))]
+        terms = [*fixed, *own, Term(name=ACTIVATIONS, nbytes=meter.peak_bytes)]
     return PhasePlan(name="encode prompts", terms=tuple(terms))
 
 
 class DenoiserPeaks:
-    """The phases that use a family's denoiser, whose weights are held in `arena_bytes` for arithmetic in `precision`; its prompts
-    have so many `chunks`."""
+    """The phases that use a family's denoiser, whose weights are held in `arena_bytes` for arithmetic in `precision`;
+    its prompts have so many `chunks`."""
 
     def __init__(
         self, models: Models, precision: Precision, *, arena_bytes: int | None = None, chunks: int = 1
@@ -106,15 +124,18 @@ class DenoiserPeaks:
             for name in quantised & self.stored.keys()
         }
         arena_bytes = arena_bytes or part.arena_bytes
-        halves = bf16_keys(part, self.module, precision)
-        self.streamer = Streamer(None, int8_keys=quantised, bf16_keys=halves, arena_bytes=arena_bytes, transform=True)
+        self._changes = models.changes(part)
+        self.streamer = Streamer(
+            None, int8_keys=quantised, bf16_keys=bf16_keys(part, self.module, precision), arena_bytes=arena_bytes,
+            transform=True, ranks=ranks_beside(self._changes, quantised),
+        )  # fmt: skip
         self._more_tokens = CLIP_TOKENS * (chunks - 1)
         self._activations: dict[tuple[tuple[int, ...], int, int], int] = {}
 
     @cached_property
     def terms(self) -> list[Term]:
         with lent(self.module, self.streamer):
-            return weights_terms(self.module, self.stored)
+            return [*weights_terms(self.module, self.stored), *changes_terms(self._changes)]
 
     @cached_property
     def weights(self) -> list[Weight]:
@@ -122,7 +143,8 @@ class DenoiserPeaks:
             return streamed_weights(self.module)
 
     def activations(self, tiles: tuple[int, ...], height: int, width: int) -> int:
-        """Bytes of one pass over samples of `tiles`, of which neighbours may be the same, each (height, width) latents."""
+        """Bytes of one pass over samples of `tiles`, of which neighbours may be the same, each (height, width)
+        latents."""
         key = tiles, height, width
         if key not in self._activations:
             with lent(self.module, self.streamer), MetaMeter() as meter, torch.no_grad():
@@ -147,8 +169,8 @@ class DenoiserPeaks:
 
     @property
     def packs_floats(self) -> bool:
-        """Whether weights are fp32 or bf16 in the order of tiler's own kernels, made as they are read: nothing is freed unit by
-        unit."""
+        """Whether weights are fp32 or bf16 in the order of tiler's own kernels, made as they are read: nothing is freed
+        unit by unit."""
         return not self.streamer.int8_keys and packs_layers()
 
     @property
@@ -201,9 +223,9 @@ class VaePeaks:
     def phase(
         self, name: str, latents: tuple[int, int], method: DecodePlan, source_pixels: int = 0, *, held: int = 1
     ) -> PhasePlan:
-        """Decoding latents of (height, width), or encoding a picture of `source_pixels` enlarged to their size. Rows of the
-        large picture come and go; the latents are `held` once, or not where a file has them, also with a margin, or being
-        put together of bands and scaled."""
+        """Decoding latents of (height, width), or encoding a picture of `source_pixels` enlarged to their size. Rows of
+        the large picture come and go; the latents are `held` once, or not where a file has them, also with a margin, or
+        being put together of bands and scaled."""
         area = math.prod(n + 2 * m for n, m in zip(latents, method.margin, strict=True))
         copies = 3 if method.encoding else 2 if any(method.margin) else held
         terms = [

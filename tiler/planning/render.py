@@ -67,7 +67,7 @@ class RenderPlan(Tiling):
 
     @property
     def upscale_flops(self) -> int:
-        """What bringing the guide to the canvas's size costs in the autoencoder."""
+        """Floating-point operations of the autoencoder that bring the guide to the canvas's size."""
         return sum(m.flops + m.attention_flops for name, m in self.methods.items() if name != "decode")
 
 
@@ -83,9 +83,10 @@ def plan_render(
     embeds: bool = False,
     tiles_only: bool = False,
 ) -> RenderPlan:
-    """How `tiling`, the request's own, fits, its prompts `encoded` already or not, and naming embeddings (`embeds`) or not. The memory plan may still be over the ceiling:
-    `plan.memory.check()` refuses. `methods`, by the names of RenderPlan's, are the autoencoder's ways that an earlier run has chosen.
-    A process that predicts `tiles_only`, for a canvas that is elsewhere, has no other phase.
+    """Plan a render whose work is cut into `tiling`. The memory plan may still exceed the ceiling, `max_bytes`: its `check()`
+    then refuses. `methods` are those that an earlier run chose for the autoencoder, by the names of `RenderPlan.methods`. Prompts
+    that are `encoded` already need no text encoder; those that name embeddings (`embeds`) may be longer than their words. A
+    process that predicts `tiles_only`, for a canvas that is elsewhere, has no other phase.
 
     Raises UsageError for numbers of steps that do not go with the scheduler, and ModelError for a scheduler config or weights
     that no work should begin with.

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import secrets
-import tomllib
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from tiler.errors import ModelError, UsageError
+from tiler.diffusion.guide_picture import size_of
+from tiler.errors import UsageError
 from tiler.models.family import Family
-from tiler.request import PRESETS, Layout, RenderRequest, ResolvedRequest, Scheduler, parse_scheduler
+from tiler.models.lora_kinds import few_steps
+from tiler.models.loras import find_loras
+from tiler.models.own_defaults import read_defaults
+from tiler.request import MAX_SIDE, PRESETS, Layout, RenderRequest, ResolvedRequest, Scheduler
 from tiler.request.paper import parse_length, sheet_pixels
 
-DEFAULTS_FILE = "tiler.toml"
-_MAX_BYTES = 100_000
-_SAID_BY_MODELS: Mapping[str, tuple[type, ...]] = {
-    "prompt": (str,), "negative_prompt": (str,), "num_inference_steps": (int,), "guidance_scale": (int, float),
-    "strength": (int, float), "scheduler": (str,),
-}  # fmt: skip
 _ROW: Mapping[str, Any] = {
     "num_inference_steps": 20, "guidance_scale": 7.5, "guidance_interval": (0.0, 1.0), "strength": 0.5,
     "scheduler": Scheduler.AUTO, "layout": Layout.GRID,
@@ -29,7 +26,11 @@ _ROW: Mapping[str, Any] = {
 def resolve(request: RenderRequest, family: Family) -> ResolvedRequest:
     """The request without gaps. A seed that was not given is drawn at random. Raises UsageError, ModelError."""
     own = {} if family.checkpoint.file is not None else read_defaults(family.checkpoint.folder)
-    return fill(request, dict(_ROW) | dict(family.traits.defaults) | own)
+    few = few_steps((lora.file for lora in find_loras(request)), flow=family.traits.flow)
+    recipe = {} if few is None else dict(few[1].defaults)
+    if request.scheduler is not None:
+        recipe.pop("schedule_type", None)  # which belongs to the recipe's own
+    return fill(request, dict(_ROW) | dict(family.traits.defaults) | own | recipe)
 
 
 def fill_again(request: RenderRequest, before: ResolvedRequest, family: Family) -> ResolvedRequest:
@@ -38,7 +39,8 @@ def fill_again(request: RenderRequest, before: ResolvedRequest, family: Family) 
 
 
 def fill(request: RenderRequest, defaults: Mapping[str, Any] = _ROW) -> ResolvedRequest:
-    """The request with `defaults` where neither it nor its preset says anything. Raises UsageError."""
+    """The request with `defaults` where neither it nor its preset says anything. Of a tuple of prompts the seed chooses
+    one. Raises UsageError."""
     said = {f.name: getattr(request, f.name) for f in fields(request)}
     preset = dict(PRESETS[request.preset]) if request.preset is not None else {}
     if request.regions or request.overlap is not None:
@@ -50,6 +52,8 @@ def fill(request: RenderRequest, defaults: Mapping[str, Any] = _ROW) -> Resolved
         defaults.pop("prompt", None)  # the regions say what to draw
     filled: dict[str, Any] = {"seed": secrets.randbelow(2**32), "output": Path("tiler.png")} | defaults | preset
     filled |= {name: value for name, value in said.items() if value is not None or name not in filled}
+    if isinstance(prompts := filled["prompt"], tuple):
+        filled["prompt"] = prompts[filled["seed"] % len(prompts)]
     width, height, dpi, bleed_mm = _sheet(request)
     return ResolvedRequest(**filled | {"width": width, "height": height, "dpi": dpi, "bleed_mm": bleed_mm})
 
@@ -57,6 +61,8 @@ def fill(request: RenderRequest, defaults: Mapping[str, Any] = _ROW) -> Resolved
 def _sheet(request: RenderRequest) -> tuple[int, int, float | None, float]:
     """Width and height in pixels, dpi, and bleed in mm."""
     bleed_mm = 0.0 if request.bleed is None else parse_length(request.bleed)
+    if request.scale is not None and request.guide_image is not None:
+        return *_scaled(request.guide_image, request.scale), request.dpi, bleed_mm
     if request.paper is None:
         side = 2048 if request.size is None else request.size
         width, height = (side if said is None else said for said in (request.width, request.height))
@@ -65,29 +71,9 @@ def _sheet(request: RenderRequest) -> tuple[int, int, float | None, float]:
     return *sheet_pixels(request.paper, dpi, landscape=request.landscape, bleed_mm=bleed_mm), dpi, bleed_mm
 
 
-def read_defaults(folder: Path) -> dict[str, Any]:
-    """What the tiler.toml in a model's folder says of its renders, by the names of RenderRequest's fields; nothing where there is
-    none. Raises ModelError."""
-    path = folder / DEFAULTS_FILE
-    if not path.is_file():
-        return {}
-    try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise ModelError(f"{path}: larger than {_MAX_BYTES} bytes; this is no file of defaults")
-        said = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise ModelError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
-    except (UnicodeDecodeError, RecursionError, tomllib.TOMLDecodeError) as error:
-        raise ModelError(f"{path}: not valid TOML ({error})") from error
-    for key, value in said.items():
-        if key not in _SAID_BY_MODELS:
-            raise ModelError(f"{path}: unknown key {key!r}; known are {', '.join(_SAID_BY_MODELS)}")
-        if not isinstance(value, _SAID_BY_MODELS[key]) or isinstance(value, bool):
-            raise ModelError(f"{path}: {key} = {value!r} has the wrong type")
-    try:
-        if "scheduler" in said:
-            said["scheduler"] = parse_scheduler(said["scheduler"])
-        RenderRequest(**said)
-    except UsageError as error:
-        raise ModelError(f"{path}: {error}") from error
-    return said
+def _scaled(guide: Path, scale: float) -> tuple[int, int]:
+    """Width and height of a user's picture that is enlarged so many times. Raises UsageError."""
+    width, height = (round(side * scale) for side in size_of(guide))
+    if max(width, height) > MAX_SIDE:
+        raise UsageError(f"--scale {scale:g} makes {width}×{height} of {guide}; a side has at most {MAX_SIDE:,} pixels")
+    return width, height

@@ -30,10 +30,10 @@ def summarise(
     said: RenderRequest, request: ResolvedRequest, plan: RenderPlan, models: Models, speed: time.Speed
 ) -> dict[str, Any]:
     """The facts of `plan`, which carries out `request`, filled from what was `said`; `speed` is this machine's."""
-    counter = time.Counter(models)
+    counter, loras = time.Counter(models), time.LoraCounter(models, plan.precision, plan.batch)
 
     def work_of(asked: ResolvedRequest, tiling: Tiling) -> dict[str, Any]:
-        work = counter.count(tiling, asked.attention_window)
+        work = counter.count(tiling, asked.attention_window).plus(loras.count(tiling, asked.attention_window))
         return with_old_names(
             {
                 "denoiser_samples": tiling.denoiser_samples,
@@ -74,8 +74,8 @@ def summarise(
 
 
 def read_bytes(models: Models, precision: Precision, *, encoded: bool = False) -> dict[str, int]:
-    """By part, what encoding the prompts reads unless they are `encoded`, and what a pass over the denoiser does where none of it
-    is resident. Tables are left out, of which a few rows are read."""
+    """By part, what encoding the prompts reads unless they are `encoded`, and what a pass over the denoiser does where
+    none of it is resident. Tables are left out, of which a few rows are read."""
     found = {}
     for part in (*(() if encoded else models.family.encoders), models.family.part(Role.DENOISER)):
         module = models.module(part)

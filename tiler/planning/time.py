@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from tiler.compute.tuning import OVERHEAD_BY_LAYERS, OVERHEAD_BY_ROWS, OVERHEAD_
 from tiler.decoding.method import DecodePlan
 from tiler.models.built import Models
 from tiler.models.family import Options, Role
+from tiler.planning.peaks import ranks_beside
 from tiler.planning.tiling import Tiling
 from tiler.request import Precision
 
@@ -47,10 +49,11 @@ class Speed(NamedTuple):
 
 
 class Counter:
-    """Counts the work of a family's samples; each kind of sample is run once, on shapes alone."""
+    """Counts the work of a family's samples; each kind of sample is run once, on shapes alone, by `streamer` if one is
+    given."""
 
-    def __init__(self, models: Models) -> None:
-        self.family, self.streamer = models.family, Streamer(None)
+    def __init__(self, models: Models, streamer: Streamer | None = None) -> None:
+        self.family, self.streamer = models.family, streamer or Streamer(None)
         self.module = models.module(self.family.part(Role.DENOISER))
         self.known: dict[tuple[int, int, int, int | None], Flops] = {}
 
@@ -77,6 +80,30 @@ class Counter:
         return self.known[key]
 
 
+class LoraCounter:
+    """Counts what LoRAs add to the work of a family's samples in `precision`: where int8 weights are computed with,
+    paths beside them for each sample; else differences that are made at each read, of which one serves `batch`
+    samples."""
+
+    def __init__(self, models: Models, precision: Precision, batch: int) -> None:
+        part = models.family.part(Role.DENOISER)
+        module, changes, self._batch = models.module(part), models.changes(part), batch
+        int8 = part.int8_weights(module) if changes and precision is Precision.INT8 else frozenset[str]()
+        ranks = ranks_beside(changes, int8)
+        streamers = [Streamer(None, int8_keys=int8, ranks=some) for some in (ranks, {})] if ranks else []
+        self._counters = [Counter(models, streamer) for streamer in streamers]
+        read = [name for name in changes if name not in int8]
+        self._read_flops = sum(
+            module.get_parameter(name).numel() * sum(one.flops_of_weight for one in changes[name]) for name in read
+        )
+
+    def count(self, cut: Tiling, attention_window: int | None) -> Flops:
+        """What all samples of `cut` come to."""
+        reads = math.ceil(cut.denoiser_samples / self._batch)
+        beside = [counter.count(cut, attention_window).layers for counter in self._counters]
+        return Flops(reads * self._read_flops + (beside[0] - beside[1] if beside else 0), 0)
+
+
 def measure() -> Speed:
     """A second's worth of the layers that matter: 3×3 convolutions of 320 channels, attention of 4,096 tokens."""
     with torch.no_grad():
@@ -93,8 +120,8 @@ def measure() -> Speed:
 
 
 def seconds(work: Flops, methods: Iterable[DecodePlan], speed: Speed, precision: Precision) -> float:
-    """What a render takes: its UNet samples in `precision`, and the autoencoder's `methods` in fp32, whose attention is plain
-    matrix products."""
+    """What a render takes: its UNet samples in `precision`, and the autoencoder's `methods` in fp32, whose attention is
+    plain matrix products."""
     layers, attention, overhead = speed.fp32, speed.attention, OVERHEAD_FP32
     if precision is Precision.INT8:
         layers, attention, overhead = speed.int8, speed.half_attention, OVERHEAD_INT8

@@ -23,6 +23,7 @@ from tiler.request.choices import (
     parse_scheduler,
 )
 from tiler.request.decode import DecodeRequest, DoctorRequest, EncodeRequest, QuantizeRequest
+from tiler.request.loras import Lora
 from tiler.request.model import ModelOptions, Prediction
 from tiler.request.regions import Region, read_regions
 from tiler.request.render import RenderRequest, ResolvedRequest
@@ -40,6 +41,7 @@ __all__ = [
     "EncodeRequest",
     "GuideUpscale",
     "Layout",
+    "Lora",
     "Mask",
     "ModelOptions",
     "Precision",

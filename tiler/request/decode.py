@@ -20,6 +20,7 @@ from tiler.request.choices import (
     check_text,
     within,
 )
+from tiler.request.loras import Lora, read_loras
 from tiler.request.model import ModelOptions
 from tiler.request.options import Option, Panel, argument, coerce, option
 
@@ -73,6 +74,8 @@ class EncodeRequest(ModelOptions):
     )
     emphasis: Emphasis = option(Emphasis.ORIGINAL, shared.EMPHASIS)
     embd_dir: Path | None = option(None, shared.EMBD_DIR)
+    loras: tuple[Lora, ...] = option((), shared.LORA)
+    lora_dir: Path | None = option(None, shared.LORA_DIR)
     clip_skip: int | None = option(None, shared.CLIP_SKIP)
     cache_dir: Path | None = option(None, shared.RENDER_CACHE_DIR)
     output: Path | None = option(
@@ -82,6 +85,7 @@ class EncodeRequest(ModelOptions):
 
     def __post_init__(self) -> None:
         coerce(self)
+        object.__setattr__(self, "loras", read_loras(self.loras))
         within("clip-skip", self.clip_skip, 1, MAX_CLIP_SKIP)
         for text in (*self.prompts, *self.negative_prompts):
             check_text(text)

@@ -26,7 +26,8 @@ class Option(NamedTuple):
     """What `--help` says of a field.
 
     `names` are the option's spellings; none means that it is the command's argument. `parse` makes the field's value of the text
-    that was typed, where the field's type cannot be read from the command line as it is. `default` says in words what holds where
+    that was typed, where the field's type cannot be read from the command line as it is; with `many` it is typed as often as
+    one likes, and the field is a tuple. `default` says in words what holds where
     nothing is said. `off` marks a field that is True and whose option turns it off.
     """
 
@@ -37,6 +38,7 @@ class Option(NamedTuple):
     metavar: str | None = None
     default: str | None = None
     off: bool = False
+    many: bool = False
 
 
 def option(value: Any, option: Option) -> Any:

@@ -9,6 +9,7 @@ from tiler.errors import UsageError
 from tiler.request import shared
 from tiler.request.choices import (
     MAX_CLIP_SKIP,
+    MAX_SCALE,
     MAX_SEED,
     MAX_SIDE,
     MAX_STEPS,
@@ -36,6 +37,7 @@ from tiler.request.choices import (
     within,
 )
 from tiler.request.cluster import check_cluster
+from tiler.request.loras import Lora, read_loras
 from tiler.request.model import ModelOptions
 from tiler.request.options import Option, Panel, coerce, option
 from tiler.request.paper import parse_length, parse_paper
@@ -47,6 +49,8 @@ OF_THE_MACHINE = (
     "format",
     "save_latents",
     "cache_dir",
+    "preview",
+    "preview_interval",
     "prompt_embeds",
     "scratch",
     "force",
@@ -72,7 +76,7 @@ class RenderRequest(ModelOptions):
         None,
         Option(
             "What to draw. As in A1111: (more:1.3), [less], [from:to:0.5], [a|b], BREAK, AND; \\( is a bracket.",
-            Panel.PICTURE, (), metavar="PROMPT",
+            Panel.PICTURE, (), metavar="PROMPT", default="the model's own, if it has any",
         ),
     )  # fmt: skip
     negative_prompt: str | None = option(None, Option("What not to draw.", Panel.PICTURE, ("--negative-prompt", "-n")))
@@ -133,6 +137,9 @@ class RenderRequest(ModelOptions):
 
     tiny_vae: str | None = option(None, shared.TINY_VAE)
 
+    loras: tuple[Lora, ...] = option((), shared.LORA)
+    lora_dir: Path | None = option(None, shared.LORA_DIR)
+
     preset: Preset | None = option(
         None,
         Option(
@@ -190,6 +197,10 @@ class RenderRequest(ModelOptions):
     )  # fmt: skip
     guide_image: Path | None = option(
         None, Option("A picture to use as the guide instead of a low-resolution pass.", Panel.SAMPLING, ("--guide",))
+    )
+    scale: float | None = option(
+        None,
+        Option("Enlarge the picture of --guide so many times; its size decides the size.", Panel.PICTURE, ("--scale",)),
     )
     guide: bool = option(True, Option("Start the canvas from pure noise.", Panel.SAMPLING, ("--no-guide",), off=True))
     guide_upscale: GuideUpscale = option(
@@ -274,6 +285,8 @@ class RenderRequest(ModelOptions):
     save_latents: Path | None = option(
         None, Option("Also write the final latents (safetensors).", Panel.OUTPUT, ("--save-latents",))
     )
+    preview: Path | None = option(None, shared.PREVIEW)
+    preview_interval: int = option(1, shared.PREVIEW_INTERVAL)
     metadata: bool = option(True, shared.METADATA)
     force: bool = option(False, shared.FORCE)
     restart: bool = option(
@@ -289,6 +302,7 @@ class RenderRequest(ModelOptions):
 
     def __post_init__(self) -> None:
         coerce(self)
+        object.__setattr__(self, "loras", read_loras(self.loras))
         if self.seed == -1:  # as on the command line: drawn at random
             object.__setattr__(self, "seed", None)
         for name, side in (("size", self.size), ("width", self.width), ("height", self.height)):
@@ -299,6 +313,8 @@ class RenderRequest(ModelOptions):
         within("seed", self.seed, 0, MAX_SEED)
         within("dpi", self.dpi, 1, 10_000)
         within("quality", self.quality, 1, 100)
+        within("scale", self.scale, 1, MAX_SCALE)
+        within("preview-interval", self.preview_interval, 1, MAX_STEPS)
         within("clip-skip", self.clip_skip, 1, MAX_CLIP_SKIP)
         within("attention-window", self.attention_window, 4, MAX_SIDE, "latents")
         if self.overlap is not None and (self.overlap < 0 or self.overlap % PIXEL_STEP):
@@ -311,9 +327,11 @@ class RenderRequest(ModelOptions):
                 )
         self._check_combinations()
         taken: dict[Path, str] = {}
-        for flag, path in (("--output", self.output), ("--save-latents", self.save_latents)):
+        outputs = ("--output", self.output), ("--save-latents", self.save_latents), ("--preview", self.preview)
+        for flag, path in outputs:
             if path is not None and taken.setdefault(path.absolute(), flag) != flag:
-                raise UsageError(f"{path}: --output and {flag} name the same file; give another name")
+                first = taken[path.absolute()]
+                raise UsageError(f"{path}: {first} and {flag} name the same file; give another name")
         said = self.prompt, self.negative_prompt, self.canvas_prompt
         texts = (*said, *(t for r in self.regions for t in (r.prompt, r.negative_prompt)))
         for text in texts:
@@ -342,9 +360,17 @@ class RenderRequest(ModelOptions):
             raise UsageError("--guide and --no-guide exclude each other; give one of them")
 
     def _check_sheet(self) -> None:
+        sides = {"size": self.size, "width": self.width, "height": self.height}
+        if self.scale is not None:
+            if (
+                said := next((name for name, v in (*sides.items(), ("paper", self.paper)) if v is not None), None)
+            ) is not None:
+                raise UsageError(f"--scale takes the size from --guide's picture; leave out --{said}, or --scale")
+            if self.guide_image is None:
+                raise UsageError("--scale enlarges a picture of yours; give it with --guide IMG")
         if self.paper is not None:
             parse_paper(self.paper)
-            if any(side is not None for side in (self.size, self.width, self.height)):
+            if any(side is not None for side in sides.values()):
                 raise UsageError("--paper and --size, --width or --height exclude each other; give one of them")
         elif self.landscape or (self.bleed is not None and parse_length(self.bleed)):
             raise UsageError("--landscape and --bleed belong to a --paper; give one, like --paper A2")

@@ -9,6 +9,7 @@ import os
 import tomllib
 from collections.abc import Iterator, Mapping
 from enum import StrEnum
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from tiler.errors import UsageError
 
 WEIGHTS = (".safetensors", ".gguf")
 _MAX_BYTES = 1_000_000
+_DEPTH = 8  # levels of folders that are looked into
 
 
 class Kind(StrEnum):
@@ -67,10 +69,24 @@ def config_path() -> Path | None:
 
 
 def read_config() -> dict[str, Any]:
-    """What the configuration file says; nothing where there is none. Raises UsageError for one that cannot be read."""
+    """What the configuration file says; nothing where there is none. It is read once, and again where it has changed. Raises
+    UsageError for one that cannot be read."""
     path = config_path()
     if path is None:
         return {}
+    try:
+        state = path.stat()
+    except OSError:
+        return dict(_read(path))  # which says why
+    return dict(_read_once(path, state.st_ino, state.st_mtime_ns, state.st_size))
+
+
+@lru_cache(maxsize=1)
+def _read_once(path: Path, *state: int) -> Mapping[str, Any]:
+    return _read(path)
+
+
+def _read(path: Path) -> Mapping[str, Any]:
     try:
         with path.open("rb") as file:
             data = file.read(_MAX_BYTES + 1)
@@ -125,8 +141,10 @@ def listed(kind: Kind) -> Iterator[tuple[str, Path]]:
     """The files of a `kind`, and folders in diffusers layout among the models, each with its name: the path below its
     folder, without the ending. Sorted within a folder; links that go in circles are followed once. Raises UsageError."""
     for folder in folders(kind):
-        for path in _walk(folder, kind, set()):
-            name = path.relative_to(folder).as_posix()
+        for path in weight_files(folder, pipelines=kind is Kind.MODEL):
+            if _is_vae_of_model(path, kind):
+                continue
+            name = path.name if path == folder else path.relative_to(folder).as_posix()
             yield next((name.removesuffix(end) for end in WEIGHTS if name.lower().endswith(end)), name), path
 
 
@@ -140,8 +158,16 @@ def find(kind: Kind, name: str) -> tuple[Path, ...]:
     return tuple(found)
 
 
-def _walk(folder: Path, kind: Kind, seen: set[tuple[int, int]]) -> Iterator[Path]:
-    """Weight files in `folder` and below, hidden ones left out; what cannot be read is passed over."""
+def weight_files(folder: Path, *, pipelines: bool, leave_out: frozenset[str] = frozenset()) -> Iterator[Path]:
+    """The weight files in `folder` and some levels below, sorted within each; of `pipelines`, folders in diffusers layout, the
+    folder instead of its files. Hidden folders are left out, and those that are called as `leave_out` says in lower case; links
+    that go in circles are followed once, and what cannot be read is passed over."""
+    return _walk(folder, pipelines, leave_out, _DEPTH, set())
+
+
+def _walk(
+    folder: Path, pipelines: bool, leave_out: frozenset[str], depth: int, seen: set[tuple[int, int]]
+) -> Iterator[Path]:
     try:
         state = folder.stat()
         if (state.st_dev, state.st_ino) in seen:
@@ -150,16 +176,20 @@ def _walk(folder: Path, kind: Kind, seen: set[tuple[int, int]]) -> Iterator[Path
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except OSError:
         return
+    if pipelines and any(entry.name == "model_index.json" for entry in entries):
+        yield folder
+        return
     for entry in entries:
         if entry.name.startswith("."):
             continue
-        path = Path(entry.path)
-        if entry.is_dir():
-            if kind is Kind.MODEL and (path / "model_index.json").is_file():
-                yield path
-            else:
-                yield from _walk(path, kind, seen)
-        elif path.suffix.lower() in WEIGHTS and entry.is_file() and not _is_vae_of_model(path, kind):
+        path = folder / entry.name
+        try:
+            is_folder = entry.is_dir()
+        except OSError:
+            continue
+        if is_folder and depth and entry.name.lower() not in leave_out:
+            yield from _walk(path, pipelines, leave_out, depth - 1, seen)
+        elif not is_folder and path.suffix.lower() in WEIGHTS and path.is_file():
             yield path
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tiler.request.loras import parse_lora
 from tiler.request.options import Option, Panel
 
 OUTPUT = Option(
@@ -42,6 +43,15 @@ EMBD_DIR = Option(
     "<NAME>; for SD 1.x, 2.x and SDXL.",
     Panel.MODEL, ("--embd-dir",), metavar="FOLDER",
 )  # fmt: skip
+LORA = Option(
+    "A LoRA, LoCon, LoHa, LoKr or DoRA (.safetensors), or the name of one in the lora_dirs; may be given several times. FILE=0.8 "
+    "adds that much of it, FILE=0.8:0.5 half to the text encoders.",
+    Panel.MODEL, ("--lora",), parse=parse_lora, metavar="FILE[=M]", many=True,
+)  # fmt: skip
+LORA_DIR = Option(
+    "Folder of LoRAs, which the prompt names as in A1111: <lora:NAME:0.8>.",
+    Panel.MODEL, ("--lora-dir",), metavar="FOLDER",
+)  # fmt: skip
 CLIP_SKIP = Option(
     "Take the states of CLIP's last layer (1), of the one before it (2), and so on; for SD 1.x and 2.x.",
     Panel.SAMPLING, ("--clip-skip",), metavar="N", default="1",
@@ -69,6 +79,14 @@ WRAP = Option(
     Panel.PICTURE, ("--wrap",),
 )  # fmt: skip
 DPI = Option("Pixels per inch, stored in the file.", Panel.PICTURE, ("--dpi",), default="300 with --paper")
+PREVIEW = Option(
+    "Rewrite this .png or .jpg while the canvas is denoised: a rough look at what it becomes, 512 pixels across.",
+    Panel.OUTPUT, ("--preview",), metavar="FILE",
+)  # fmt: skip
+PREVIEW_INTERVAL = Option(
+    "Steps from one preview to the next; more where previews would take more than 1 % of the time.",
+    Panel.OUTPUT, ("--preview-interval",), metavar="N",
+)  # fmt: skip
 METADATA = Option("Write no prompt, seed or settings into the file.", Panel.OUTPUT, ("--no-metadata",), off=True)
 FORCE = Option("Replace existing output files.", Panel.OUTPUT, ("--force", "-f"))
 KEYS = Option(

@@ -84,9 +84,15 @@ def _condition(prompt: str, negative: str | None) -> Condition:
 
 
 def tags_of(request: RenderRequest) -> tuple[Tag, ...]:
-    """The tags of the prompt and of the one for the canvas, each once, in order: <lora:…> and <lyco:…>. Raises UsageError for tags
-    of other kinds, and for those of a region or a negative prompt: weights are the same everywhere."""
-    found = [tag for text in (request.prompt, request.canvas_prompt) if text for tag in parse_prompt(text).tags]
+    """The tags of the prompt, and those that only the one for the canvas has, in order: <lora:…> and <lyco:…>. Raises UsageError
+    for tags of other kinds, and for those of a region or a negative prompt: weights are the same everywhere."""
+    found = list(parse_prompt(request.prompt or "").tags)
+    for tag in parse_prompt(request.canvas_prompt or "").tags:
+        if tag in found:
+            continue
+        if any(tag.arguments[:1] == other.arguments[:1] for other in found):
+            raise UsageError(f"{tag}: a tag counts for the whole picture; give the same strength in both prompts")
+        found.append(tag)
     for tag in found:
         if tag.kind not in LORA_TAGS:
             raise UsageError(f"{tag}: tiler knows no tag of this kind; take it out of the prompt")
@@ -96,7 +102,7 @@ def tags_of(request: RenderRequest) -> tuple[Tag, ...]:
     for place, text in elsewhere:
         for tag in parse_prompt(text or "").tags:
             raise UsageError(f"{tag}: a tag counts for the whole picture; move it from {place} to the prompt")
-    return tuple(dict.fromkeys(found))
+    return tuple(found)
 
 
 def may_be_long(text: str | None) -> bool:

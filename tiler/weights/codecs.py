@@ -1,7 +1,7 @@
 """How a stored value becomes fp32: one codec for each way in which files store rows of a tensor.
 
-The only place that knows what bytes mean. A row is whole blocks, and a block is some values in some bytes; blocks of one
-value are plain numbers. The integer blocks are GGUF's (ggml-org/ggml, ggml-common.h describes each structure).
+The only place that knows what bytes mean. A row is whole blocks, and a block is some values in some bytes; blocks of
+one value are plain numbers. The integer blocks are GGUF's (ggml-org/ggml, ggml-common.h describes each structure).
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
+from tiler.weights.gguf import BLOCKS
+
 CHUNK_ELEMENTS = 2**18  # decoded at a time: what integers and indices take beside the result stays near 4 MB
 
 Blocks = Callable[[Tensor], Tensor]
@@ -22,8 +24,8 @@ Blocks = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Codec:
-    """`name` as files say it; a block is `values` in `nbytes`. `stored` is torch's own dtype, where there is one; `blocks`
-    decodes where there is none."""
+    """`name` as files say it; a block is `values` in `nbytes`. `stored` is torch's own dtype, where there is one;
+    `blocks` decodes where there is none."""
 
     name: str
     values: int = 1
@@ -108,7 +110,8 @@ def _q3_k(b: Tensor) -> Tensor:
 
 
 def _scales_k(b: Tensor) -> tuple[Tensor, Tensor]:
-    """The scales and minima (n, 8, 1) of Q4_K and Q5_K: two fp16 factors, then 6 bits for each of 8 groups in 12 bytes."""
+    """The scales and minima (n, 8, 1) of Q4_K and Q5_K: two fp16 factors, then 6 bits for each of 8 groups in 12
+    bytes."""
     first, second, third = b[:, 4:8], b[:, 8:12], b[:, 12:16]
     scale = torch.cat([first & 63, third & 15 | first >> 6 << 4], dim=1)
     least = torch.cat([second & 63, third >> 4 | second >> 6 << 4], dim=1)
@@ -190,17 +193,17 @@ CODECS: Mapping[str, Codec] = {
         _block("SCB", 1, 4, _127ths),  # bitsandbytes' largest value of a row in int8
         _block("F8_E4M3", 1, 1, partial(_byte, torch.float8_e4m3fn)),
         _block("F8_E5M2", 1, 1, partial(_byte, torch.float8_e5m2)),
-        _block("Q8_0", 32, 34, _q8_0),
-        _block("Q4_0", 32, 18, _q4_0),
-        _block("Q4_1", 32, 20, _q4_1),
-        _block("Q5_0", 32, 22, _q5_0),
-        _block("Q5_1", 32, 24, _q5_1),
-        _block("Q2_K", 256, 84, _q2_k),
-        _block("Q3_K", 256, 110, _q3_k),
-        _block("Q4_K", 256, 144, _q4_k),
-        _block("Q5_K", 256, 176, _q5_k),
-        _block("Q6_K", 256, 210, _q6_k),
-        _block("IQ4_NL", 32, 18, _iq4_nl),
-        _block("IQ4_XS", 256, 136, _iq4_xs),
+        _block("Q8_0", *BLOCKS["Q8_0"], _q8_0),
+        _block("Q4_0", *BLOCKS["Q4_0"], _q4_0),
+        _block("Q4_1", *BLOCKS["Q4_1"], _q4_1),
+        _block("Q5_0", *BLOCKS["Q5_0"], _q5_0),
+        _block("Q5_1", *BLOCKS["Q5_1"], _q5_1),
+        _block("Q2_K", *BLOCKS["Q2_K"], _q2_k),
+        _block("Q3_K", *BLOCKS["Q3_K"], _q3_k),
+        _block("Q4_K", *BLOCKS["Q4_K"], _q4_k),
+        _block("Q5_K", *BLOCKS["Q5_K"], _q5_k),
+        _block("Q6_K", *BLOCKS["Q6_K"], _q6_k),
+        _block("IQ4_NL", *BLOCKS["IQ4_NL"], _iq4_nl),
+        _block("IQ4_XS", *BLOCKS["IQ4_XS"], _iq4_xs),
     )
 }

@@ -1,4 +1,5 @@
-"""Models on the user's disk, found by name in the folders that were named: those of AUTOMATIC1111 and ComfyUI as they are, or any.
+"""Models on the user's disk, found by name in the folders that were named: those of AUTOMATIC1111 and ComfyUI as they
+are, or any.
 
 Only names are looked at; no file is opened.
 """
@@ -6,15 +7,14 @@ Only names are looked at; no file is opened.
 from __future__ import annotations
 
 import difflib
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from tiler.errors import ModelError
-from tiler.request.settings import WEIGHTS
+from tiler.request.settings import WEIGHTS, weight_files
 from tiler.weights.hub import INDEX
 
-_DEPTH, _MOST = 5, 20_000  # levels of folders, and files looked at
+_MOST = 20_000  # files looked at
 _SUBFOLDERS = "models", "Models"  # of AUTOMATIC1111, Forge, ComfyUI
 # Folders whose files go with a model and are none.
 _OTHERS = frozenset({
@@ -29,7 +29,7 @@ def model_files(folders: Sequence[Path]) -> list[Path]:
     found: dict[Path, None] = {}
     left = _MOST
     for folder in folders:
-        for path in _walk(_root(folder), _DEPTH):
+        for path in weight_files(_root(folder), pipelines=True, leave_out=_OTHERS):
             found.setdefault(path.resolve() if path.is_symlink() and path.is_dir() else path)
             left -= 1
             if left <= 0:
@@ -43,28 +43,9 @@ def _root(folder: Path) -> Path:
     return next((path for path in within if path.is_dir()), folder)
 
 
-def _walk(folder: Path, depth: int) -> Iterator[Path]:
-    try:
-        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    except OSError:
-        return
-    if any(entry.name == INDEX for entry in entries):
-        yield folder
-        return
-    for entry in entries:
-        try:
-            is_folder = entry.is_dir()
-        except OSError:
-            continue
-        if is_folder and depth and not entry.name.startswith(".") and entry.name.lower() not in _OTHERS:
-            yield from _walk(folder / entry.name, depth - 1)
-        elif not is_folder and entry.name.endswith(WEIGHTS):
-            yield folder / entry.name
-
-
 def find_model(name: str, folders: Sequence[Path]) -> Path | None:
-    """The model called `name` (a stem, a file's name, or a path below one of the folders); None where there is none. Raises
-    ModelError where several are, listing them."""
+    """The model called `name` (a stem, a file's name, or a path below one of the folders); None where there is none.
+    Raises ModelError where several are, listing them."""
     for folder in folders:
         for base in (folder, _root(folder)):
             for path in (base / name, *(base / f"{name}{ending}" for ending in WEIGHTS)):

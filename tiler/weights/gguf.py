@@ -1,8 +1,8 @@
 """The index of a GGUF file, read with bounds: nothing of the file is mapped, and no size it states is believed.
 
-Format: magic, version, counts of tensors and of keys; the keys; name, sides (fastest first), type and offset of each tensor; the
-data, aligned (ggml-org/ggml, docs/gguf.md). ComfyUI-GGUF flattens tensors whose rows are no whole blocks and says their true shape
-in `comfy.gguf.orig_shape.NAME` (city96/ComfyUI-GGUF, tools/convert.py).
+Format: magic, version, counts of tensors and of keys; the keys; name, sides (fastest first), type and offset of each
+tensor; the data, aligned (ggml-org/ggml, docs/gguf.md). ComfyUI-GGUF flattens tensors whose rows are no whole blocks
+and says their true shape in `comfy.gguf.orig_shape.NAME` (city96/ComfyUI-GGUF, tools/convert.py).
 """
 
 from __future__ import annotations
@@ -10,12 +10,11 @@ from __future__ import annotations
 import math
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tiler.errors import ModelError
-from tiler.weights.codecs import CODECS
 from tiler.weights.index import MAX_RANK, Source, TensorInfo, open_regular
 
 MAGIC = b"GGUF"
@@ -27,6 +26,12 @@ _TYPES = {
     12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S",
     20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64",
     29: "IQ1_M", 30: "BF16", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4", 40: "NVFP4",
+}  # fmt: skip
+# Of the types that tiler reads, how many values a block has, and how many bytes (ggml-org/ggml, ggml-common.h).
+BLOCKS: Mapping[str, tuple[int, int]] = {
+    "F32": (1, 4), "F16": (1, 2), "BF16": (1, 2), "Q8_0": (32, 34), "Q4_0": (32, 18), "Q4_1": (32, 20), "Q5_0": (32, 22),
+    "Q5_1": (32, 24), "Q2_K": (256, 84), "Q3_K": (256, 110), "Q4_K": (256, 144), "Q5_K": (256, 176), "Q6_K": (256, 210),
+    "IQ4_NL": (32, 18), "IQ4_XS": (256, 136),
 }  # fmt: skip
 _STRING, _ARRAY = 8, 9
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -49,7 +54,7 @@ def is_gguf(path: Path) -> bool:
 
 
 def read_gguf(path: Path) -> GgufFile:
-    """The index of one file. Raises ModelError for every way the file can be bad."""
+    """The index and the keys of one file. Raises ModelError for every way the file can be bad."""
     fd = open_regular(path)
     try:
         with os.fdopen(os.dup(fd), "rb", buffering=2**16) as file:
@@ -138,7 +143,7 @@ class _Reader:
         sides = [int(self.number("Q")) for _ in range(self.count("I", MAX_RANK, "axes of a tensor"))]
         number, offset = self.number("I"), int(self.number("Q"))
         dtype = _TYPES.get(number, f"type {number}")
-        if dtype not in CODECS or dtype == "I8":
+        if dtype not in BLOCKS:
             raise ModelError(
                 f"{self.path}: tensor {name!r} is stored as {dtype}, which tiler does not read; use Q8_0 or Q4_K"
             )
@@ -155,13 +160,13 @@ class _Reader:
         return tuple(int(side) for side in said)
 
     def place(self, name: str, shape: tuple[int, ...], dtype: str, offset: int) -> TensorInfo:
-        codec, elements = CODECS[dtype], math.prod(shape)
+        (values, block), elements = BLOCKS[dtype], math.prod(shape)
         if not elements:
             raise ModelError(
                 f"{self.path}: tensor {name!r} has shape {list(shape)}; the file is damaged, download it again"
             )
-        nbytes = codec.row_bytes(elements)
-        if elements % codec.values:
+        nbytes = elements // values * block
+        if elements % values:
             raise ModelError(
                 f"{self.path}: tensor {name!r} is {list(shape)} of {dtype}, which is no whole number of blocks; the file is damaged, "
                 "download it again"

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from tiler.errors import ModelError
+from tiler.weights.gguf import read_gguf
 from tiler.weights.index import MAX_HEADER_BYTES, open_regular
 
 
@@ -17,8 +18,6 @@ def shapes_of(path: Path) -> dict[str, tuple[int, ...]]:
         head, size = os.pread(fd, 8, 0), os.fstat(fd).st_size
         length = int.from_bytes(head, "little")
         if head[:4] == b"GGUF":
-            from tiler.weights.gguf import read_gguf  # which imports torch
-
             return {name: info.shape for name, info in read_gguf(path).tensors.items()}
         if len(head) < 8 or length > min(MAX_HEADER_BYTES, size - 8):
             raise ModelError(f"{path}: no safetensors file, or a cut download")

@@ -22,6 +22,7 @@ from tiler.weights.flavours import (
 from tiler.weights.places import give_the_hub_a_home, hub_cache
 
 INDEX = "model_index.json"
+DEFAULTS = "tiler.toml"  # what a model says of its own renders
 _UNUSED = "feature_extractor", "image_encoder", "safety_checker"
 _WEIGHTLESS = re.compile("Tokenizer|Scheduler|Processor|FeatureExtractor")  # in the name of a part's class
 _TEXT = "text_encoder", "tokenizer"  # how the names begin of what encodes prompts
@@ -31,8 +32,8 @@ _UNWRITABLE = errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT
 
 
 def parts_of(index: Mapping[str, Any], *, reads_text: bool = True) -> dict[str, bool]:
-    """From model_index.json: the folders of the parts that a picture needs, and whether each holds weights. Those that encode
-    prompts are left out where none is to be encoded."""
+    """From model_index.json: the folders of the parts that a picture needs, and whether each holds weights. Those that
+    encode prompts are left out where none is to be encoded."""
     return {
         name: not _WEIGHTLESS.search(value[1])
         for name, value in index.items()
@@ -48,8 +49,8 @@ def is_hub_id(model: str) -> bool:
 
 
 def cached_repository(path: Path, revision: str | None) -> tuple[str, Path] | None:
-    """For a folder in huggingface_hub's cache (`models--org--name`, its `snapshots`, or one of these): the hub id, and the
-    folder of a snapshot. None for every other folder. Raises ModelError."""
+    """For a folder in huggingface_hub's cache (`models--org--name`, its `snapshots`, or one of these): the hub id, and
+    the folder of a snapshot. None for every other folder. Raises ModelError."""
     path = path.resolve()
     base = next((p for p in (path, *path.parents[:2]) if p.name.startswith("models--")), None)
     if base is None or not (base / "snapshots").is_dir():
@@ -70,20 +71,21 @@ def cached_repository(path: Path, revision: str | None) -> tuple[str, Path] | No
 
 
 def fetch_command(repo: str, revision: str | None, files: Iterable[str] = ()) -> str:
-    """The command that downloads `files` of a repository; without any, all that a picture may need: configs, tokenizers,
-    and the weights of every part, fp16 and plain, since nobody can know from here which of them there are."""
+    """The command that downloads `files` of a repository; without any, all that a picture may need: configs,
+    tokenizers, and the weights of every part, fp16 and plain, since nobody can know from here which of them there
+    are."""
     if files := list(files):
         what = " ".join(f"'{file}'" for file in files)
     else:
-        patterns = INDEX, "*/*.json", "*/*.txt", "*/*.model", "*/*model*.safetensors"
+        patterns = INDEX, DEFAULTS, "*/*.json", "*/*.txt", "*/*.model", "*/*model*.safetensors"
         left_out = "*.non_ema*", "*.bf16*", *(f"{part}/*" for part in _UNUSED)
         what = " ".join([*(f"--include '{p}'" for p in patterns), *(f"--exclude '{p}'" for p in left_out)])
     return f"hf download {repo} {what}" + (f" --revision {revision}" if revision else "")
 
 
 def from_hub(model: str, variant: str | None, revision: str | None, *, reads_text: bool = True) -> Path:
-    """The folder of a repository in diffusers layout: from the cache if it is complete there, else downloaded. Where no prompt
-    is to be encoded, it is complete without text encoders, and these are not downloaded.
+    """The folder of a repository in diffusers layout: from the cache if it is complete there, else downloaded. Where no
+    prompt is to be encoded, it is complete without text encoders, and these are not downloaded.
 
     Raises ModelError, OfflineError, StorageError.
     """
@@ -133,8 +135,8 @@ def _readable(folder: Path, variant: str | None) -> bool:
 
 
 def _cached(model: str, revision: str | None, file: str) -> Path | None:
-    """The cache's folder of a repository, if `file` is in it. Of one file, for huggingface_hub takes a folder that lacks a
-    file of the repository's list for no folder at all."""
+    """The cache's folder of a repository, if `file` is in it. Of one file, for huggingface_hub takes a folder that
+    lacks a file of the repository's list for no folder at all."""
     give_the_hub_a_home()
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
@@ -173,7 +175,7 @@ def wanted(
     for file in files:
         folder, _, name = file.rpartition("/")
         folders.setdefault(folder, []).append(name)
-    needed = [INDEX]
+    needed = [INDEX, *(name for name in folders.get("", ()) if name == DEFAULTS)]
     for part, weighted in parts_of(index, reads_text=reads_text).items():
         names = folders.get(part, [])
         flavour = choose_flavour(names, variant) if weighted else None

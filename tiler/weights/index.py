@@ -1,8 +1,8 @@
 """The index of a safetensors file: validated before a byte of weights is read.
 
 Format: 8 bytes little-endian header length, JSON header, tensor data (github.com/huggingface/safetensors, "Format").
-The checks are stricter than the library's in one point, duplicate names, and milder in another: bytes behind the last tensor, which
-some published files have, are never read, and `trailing_bytes` counts them.
+The checks are stricter than the library's in one point, duplicate names, and milder in another: bytes behind the last
+tensor, which some published files have, are never read, and `SafetensorsFile.behind` counts them.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import math
 import os
 import stat
 from array import array
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,8 +28,8 @@ DTYPE_BYTES = {
 
 
 class Source(NamedTuple):
-    """`rows` rows of a tensor, contiguous from byte `offset` of `path`. Of values that share their bytes with those of other rows,
-    theirs are `shift` bits up."""
+    """`rows` rows of a tensor, contiguous from byte `offset` of `path`. Of values that share their bytes with those of
+    other rows, theirs are `shift` bits up."""
 
     path: Path
     offset: int
@@ -38,9 +39,9 @@ class Source(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Nested:
-    """The tables of a tensor whose values, and whose blocks' factors, are numbers of entries (bitsandbytes): a block is `values`
-    of 4 bits each. Its factor is a number itself, or one of `factors` × the factor of `factors_of` blocks + `offset`. `start` is
-    the byte of the file where the tensor begins."""
+    """The tables of a tensor whose values, and whose blocks' factors, are numbers of entries (bitsandbytes): a block is
+    `values` of 4 bits each. Its factor is a number itself, or one of `factors` × the factor of `factors_of` blocks +
+    `offset`. `start` is the byte of the file where the tensor begins."""
 
     table: array[float]
     values: int
@@ -142,19 +143,41 @@ def read_into(fd: int, view: memoryview, at: int) -> bool:
 
 def read_index(path: Path) -> dict[str, TensorInfo]:
     """The tensors of one safetensors file by name. Raises ModelError for every way the file can be bad."""
+    return read_file(path).tensors
+
+
+class SafetensorsFile(NamedTuple):
+    """The tensors of a file by name, the texts that it says of itself, and how many bytes `behind` its last tensor are
+    not read."""
+
+    tensors: dict[str, TensorInfo]
+    texts: dict[str, str]
+    behind: int
+
+
+def read_file(path: Path) -> SafetensorsFile:
+    """All that a safetensors file's header tells. Raises ModelError for every way the file can be bad."""
     header, data_start, size = _header(path)
-    return _validate(path, header, data_start=data_start, size=size)
+    tensors = _validate(path, header, data_start=data_start, size=size)
+    end = max((info.offset + info.nbytes for info in tensors.values()), default=data_start)
+    return SafetensorsFile(tensors, _texts(header), size - end)
 
 
-def trailing_bytes(path: Path) -> int:
-    """How many bytes follow the last tensor of a safetensors file. Raises ModelError."""
-    index, size = read_index(path), path.stat().st_size
-    return size - max((info.offset + info.nbytes for info in index.values()), default=size)
+def header_bytes(header: Mapping[str, object]) -> bytes:
+    """What a safetensors file with this header begins with: its length, and the header, so long that the data are
+    aligned to 8 bytes."""
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def read_metadata(path: Path) -> dict[str, str]:
     """The texts that a safetensors file says of itself. Raises ModelError."""
-    texts = _header(path)[0].get("__metadata__", {})
+    return _texts(_header(path)[0])
+
+
+def _texts(header: Mapping[str, Any]) -> dict[str, str]:
+    texts = header.get("__metadata__", {})
     return texts if isinstance(texts, dict) else {}
 
 

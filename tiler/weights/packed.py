@@ -1,14 +1,13 @@
 """Quantised weights in one file of tiler's own, in the order in which they are used.
 
-A safetensors file: each quantised tensor beside its fp32 scales, all others as they were. Its metadata says of which files,
-by which rules and in which order of values it was made; one that does not fit is made again. Knows names, dtypes and rows, not
-what they are for.
+A safetensors file: each quantised tensor beside its fp32 scales, all others as they were. Its metadata says of which
+files, by which rules and in which order of values it was made; one that does not fit is made again. Knows names, dtypes
+and rows, not what they are for.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import shutil
@@ -21,13 +20,14 @@ import torch
 from tiler.errors import ModelError, NumericalError, StorageError
 from tiler.files import atomic
 from tiler.weights.blocks import block_sides, blocked, can_block
+from tiler.weights.caches import INT8_VERSION
+from tiler.weights.changes import Changes
 from tiler.weights.codecs import CODECS
-from tiler.weights.index import TensorInfo, open_regular, read_index, read_metadata
+from tiler.weights.index import TensorInfo, header_bytes, open_regular, read_file, read_index
 from tiler.weights.layouts import understood
 from tiler.weights.places import cache_home
 from tiler.weights.store import SCALE, Piece, WeightStore
 
-VERSION = "5"  # of the rules: which layers, which scales, which order
 _PIECE_ELEMENTS = 2**20  # weights at a time: 4 MB in fp32, and a few copies
 _SAMPLES, _SAMPLE_BYTES = 256, 4096  # of each file, for its fingerprint
 
@@ -44,8 +44,8 @@ def packed_index(
     cache: Path, files: dict[str, TensorInfo], rules: str, write: Callable[[Path, str, str], None], *, in_blocks: bool
 ) -> dict[str, TensorInfo]:
     """The index of the packed file in `cache` that is made of `files` by `rules`. Where it is missing or does not fit,
-    `write(path, fingerprint, reason)` makes it first. It must have weights `in_blocks` where these are wanted; where they are
-    not, a file that has them will do.
+    `write(path, fingerprint, reason)` makes it first. It must have weights `in_blocks` where these are wanted; where
+    they are not, a file that has them will do.
 
     Raises StorageError, and what `write` raises.
     """
@@ -64,8 +64,8 @@ def packed_index(
 
 
 def fingerprint(files: dict[str, TensorInfo], rules: str) -> str:
-    """Tells two sets of weight files apart by names, shapes, dtypes, sizes and 1 MB from all over each file; `rules` says
-    what else the packed values depend on."""
+    """Tells two sets of weight files apart by names, shapes, dtypes, sizes and 1 MB from all over each file; `rules`
+    says what else the packed values depend on."""
     digest = hashlib.sha256(rules.encode())
     for name, info in sorted(files.items()):
         digest.update(f"{name} {info.dtype} {info.shape}\n".encode())
@@ -86,8 +86,7 @@ def _misfit(path: Path, mark: str, in_blocks: bool) -> str | None:
     if not path.exists():
         return "there are none of this model yet"
     try:
-        read_index(path)
-        said = read_metadata(path)
+        said = read_file(path).texts
     except ModelError as error:
         return str(error)
     if said not in (_metadata(mark, True), _metadata(mark, False)):
@@ -98,7 +97,7 @@ def _misfit(path: Path, mark: str, in_blocks: bool) -> str | None:
 
 
 def _metadata(mark: str, in_blocks: bool) -> dict[str, str]:
-    return {"format": "tiler-int8", "version": VERSION, "source": mark, "order": "blocks" if in_blocks else "rows"}
+    return {"format": "tiler-int8", "version": INT8_VERSION, "source": mark, "order": "blocks" if in_blocks else "rows"}
 
 
 def write_packed(
@@ -110,10 +109,12 @@ def write_packed(
     progress: Callable[[float], None],
     *,
     in_blocks: frozenset[str] = frozenset(),
+    changes: Changes | None = None,
 ) -> None:
-    """Write the tensors of `index` in `order`; those in `quantised` as int8, by its function, and of them those `in_blocks` that
-    divide into blocks in the order of blocks.py; others as they are stored, or in fp32 if several tensors make them. `progress` gets the share written. Raises StorageError, ModelError,
-    NumericalError."""
+    """Write the tensors of `index` in `order`; those in `quantised` as int8, by its function, and of them those
+    `in_blocks` that divide into blocks in the order of blocks.py; others as they are stored, or in fp32 if several
+    tensors make them. `changes` of quantised ones are made first. `progress` gets the share written. Raises
+    StorageError, ModelError, NumericalError."""
     header: dict[str, Any] = {"__metadata__": _metadata(mark, bool(in_blocks))}
     in_blocks = frozenset(name for name in in_blocks if can_block(index[name].shape))
     end = 0
@@ -134,16 +135,14 @@ def write_packed(
     for name in order:
         if name in quantised:
             place(name + SCALE, "F32", index[name].shape[:1], 4 * index[name].shape[0])
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
     if (free := shutil.disk_usage(path.parent).free) < end:
         raise StorageError(
             f"{path.parent} has {free / 1e6:,.0f} MB free, int8 weights need {end / 1e6:,.0f} MB; "
             "choose another --cache-dir, or render with --precision fp32"
         )
     written = 0
-    with WeightStore(index, piece_elements=_PIECE_ELEMENTS) as store, atomic(path) as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+    with WeightStore(index, piece_elements=_PIECE_ELEMENTS, changes=changes) as store, atomic(path) as file:
+        file.write(header_bytes(header))
         scales: list[torch.Tensor] = []
         for name in order:
             for data in _stored(store, name, quantised.get(name), scales, in_blocks=name in in_blocks):
@@ -159,7 +158,8 @@ def _is_decoded(info: TensorInfo) -> bool:
 
 
 def _checked(data: bytes, info: TensorInfo, piece: Piece) -> bytes:
-    """The stored bytes of a piece, whose values are numbers: a later message would blame the new file. Raises NumericalError."""
+    """The stored bytes of a piece, whose values are numbers: a later message would blame the new file. Raises
+    NumericalError."""
     values = torch.empty(piece.last - piece.first, *info.shape[1:])
     CODECS[info.dtype].decode(torch.frombuffer(bytearray(data), dtype=torch.uint8), values)
     if not torch.isfinite(values.sum()):

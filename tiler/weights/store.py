@@ -19,6 +19,7 @@ import torch
 
 from tiler.errors import ModelError, NumericalError, StorageError
 from tiler.weights.blocks import OUTPUTS, block_sides, can_block, unblocked
+from tiler.weights.changes import STEP_ELEMENTS, Changes, LowRank, Merger, Rows
 from tiler.weights.codecs import CODECS
 from tiler.weights.grouped import decode_rows, is_read
 from tiler.weights.index import TensorInfo, open_regular, read_into
@@ -40,7 +41,8 @@ class Piece(NamedTuple):
 
 
 def piece_rows(row_elements: int, piece_elements: int) -> int:
-    """Rows of a piece of about `piece_elements`: multiples of 32, at least 32, so that cuts fall between oneDNN's blocks."""
+    """Rows of a piece of about `piece_elements`: multiples of 32, at least 32, so that cuts fall between oneDNN's
+    blocks."""
     return max(32, piece_elements // max(1, row_elements) // 32 * 32)
 
 
@@ -79,8 +81,8 @@ def match_index(
 
 
 def _missing(where: Path | str, name: str, stored: dict[str, TensorInfo]) -> ModelError:
-    """The error for a parameter that no tensor gives. Where its neighbours bear other names in their file, told is the name that
-    the file should have."""
+    """The error for a parameter that no tensor gives. Where its neighbours bear other names in their file, told is the
+    name that the file should have."""
     words = name.split(".")
     for depth in range(len(words) - 1, 0, -1):
         prefix, rest = ".".join(words[:depth]) + ".", ".".join(words[depth:])
@@ -97,11 +99,17 @@ def _missing(where: Path | str, name: str, stored: dict[str, TensorInfo]) -> Mod
 class WeightStore:
     """Tensors of one model, by the model's own parameter names.
 
-    `index` maps parameter names to places in files; `piece_elements` bounds one read.
+    `index` maps parameter names to places in files; `piece_elements` bounds one read. `changes` are added to what is
+    read in fp32; int8 is given out as stored, and `low_rank` beside it.
     """
 
     def __init__(
-        self, index: dict[str, TensorInfo], *, piece_elements: int = PIECE_ELEMENTS, check_finite: bool = True
+        self,
+        index: dict[str, TensorInfo],
+        *,
+        piece_elements: int = PIECE_ELEMENTS,
+        check_finite: bool = True,
+        changes: Changes | None = None,
     ) -> None:
         self.index = index | {name + SCALE: info.scale for name, info in index.items() if info.scale is not None}
         self.piece_elements = piece_elements
@@ -116,6 +124,7 @@ class WeightStore:
         self._ahead: deque[tuple[Piece, Future[torch.Tensor]]] = deque()
         self._buffers: list[torch.Tensor] = []
         self._fds: dict[Path, int] = {}
+        self._merger = Merger(changes or {}, self._inputs_squared)
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tiler-read-ahead")
         try:
             for name, info in self.index.items():
@@ -138,6 +147,7 @@ class WeightStore:
     def close(self) -> None:
         """Stop the reader, close the files, let the buffers go."""
         self._reader.shutdown(wait=True, cancel_futures=True)
+        self._merger.close()
         for fd in self._fds.values():
             os.close(fd)
         self._fds.clear()
@@ -155,14 +165,21 @@ class WeightStore:
 
     @property
     def int8(self) -> frozenset[str]:
-        """The names of the tensors stored as int8."""
-        return frozenset(name for name, info in self.index.items() if info.dtype == "I8")
+        """The names of the tensors stored as int8 that are computed with as they are, but for what is of low rank
+        beside them."""
+        stored = (name for name, info in self.index.items() if info.dtype == "I8")
+        return frozenset(name for name in stored if all(one.rank for one in self._merger.changes.get(name, ())))
 
     def scale(self, name: str) -> torch.Tensor:
         """The factors (rows,) fp32 of a scaled tensor; they stay in memory."""
         if name not in self._scales:
             self._scales[name] = self.load(name + SCALE).flatten().expand(self.index[name].shape[0]).contiguous()
         return self._scales[name]
+
+    def low_rank(self, name: str, first: int, outputs: int) -> LowRank | None:
+        """What changes outputs [first, first + outputs) of an int8 weight, as a path beside it; None where nothing
+        does."""
+        return self._merger.low_rank(name, first, outputs)
 
     def rows(self, name: str, rows: list[int]) -> torch.Tensor:
         """Single rows of a table in fp32: (len(rows), *shape[1:])."""
@@ -182,8 +199,8 @@ class WeightStore:
         return [Piece(name, first, min(first + step, total)) for first in range(0, total, step)]
 
     def fetch(self, piece: Piece, out: torch.Tensor, *, in_blocks: bool = False) -> None:
-        """Cast a piece into `out` (rows × rest, fp32 or int8), and start reading what followed it last time. A blocked tensor's
-        rows are put in order, unless they are wanted `in_blocks`: as they lie there."""
+        """Cast a piece into `out` (rows × rest, fp32 or int8), and start reading what followed it last time. A blocked
+        tensor's rows are put in order, unless they are wanted `in_blocks`: as they lie there."""
         if self.index[piece.name].blocked and not in_blocks and piece.first % OUTPUTS + piece.last % OUTPUTS:
             last = -(-piece.last // OUTPUTS) * OUTPUTS  # whole blocks, of which some rows are left out
             around = Piece(piece.name, piece.first // OUTPUTS * OUTPUTS, last)
@@ -196,6 +213,7 @@ class WeightStore:
                 out.copy_(kept[piece.first : piece.last].view_as(out))
             else:
                 self._decode(piece, self._stored(kept, piece).view(torch.uint8), out, in_blocks=in_blocks, kept=True)
+                self._change(piece, out)
             return
         if self._last is not None:
             self._next[self._last] = piece
@@ -220,8 +238,8 @@ class WeightStore:
         return stored.numpy().tobytes()
 
     def keep(self, name: str, dtype: torch.dtype) -> None:
-        """Hold a tensor in memory from now on, as fp32 or as stored (uint8 where torch has no such dtype); a convolution's fp32
-        weight channels-last."""
+        """Hold a tensor in memory from now on, as fp32 or as stored (uint8 where torch has no such dtype); a
+        convolution's fp32 weight channels-last."""
         info = self.index[name]
         if dtype == torch.float32:
             kept = torch.empty(info.shape)
@@ -232,6 +250,7 @@ class WeightStore:
             raw = self._read(piece, self._take_buffer())
             if dtype == torch.float32:
                 self._decode(piece, raw[: self._bytes(piece)], kept[piece.first : piece.last])
+                self._change(piece, kept[piece.first : piece.last])
             else:
                 rows = raw[: self._bytes(piece)]
                 if info.beside:  # row by row, so that any rows may be asked for
@@ -305,10 +324,27 @@ class WeightStore:
                 path = self.index[piece.name].path
                 raise NumericalError(f"{path}: tensor {piece.name!r} holds NaN or Inf; download the file again")
             self._checked.add(piece)
+        self._change(piece, out)
+
+    def _change(self, piece: Piece, out: torch.Tensor) -> None:
+        if out.dtype == torch.float32:
+            self._merger.add(piece.name, piece.first, out)
+
+    def _inputs_squared(self, name: str, rows: Rows) -> torch.Tensor:
+        """The sum of squares, (inputs,) fp64, of each input over a whole weight, to which `rows` is added."""
+        info = self.index[name]
+        total = torch.zeros(info.shape[1], dtype=torch.float64)
+        for piece in self.pieces(name, STEP_ELEMENTS):
+            out = torch.empty(piece.last - piece.first, *info.shape[1:])
+            raw = self._read(piece, self._new_buffer(self._bytes(piece)))
+            self._decode(piece, raw, out)
+            out += rows(piece.first, piece.last).reshape(out.shape)
+            total += out.flatten(2).double().square_().sum((0, 2)) if out.ndim > 2 else out.double().square_().sum(0)
+        return total
 
     def _columns(self, piece: Piece, raw: torch.Tensor, *, kept: bool) -> list[torch.Tensor]:
-        """A piece's own bytes and those beside it, (rows, bytes) each: of rows one behind the other where they are `kept`, else
-        of tensors."""
+        """A piece's own bytes and those beside it, (rows, bytes) each: of rows one behind the other where they are
+        `kept`, else of tensors."""
         info, rows = self.index[piece.name], piece.last - piece.first
         widths = [some.bytes_of(1) for some in (info.alone(), *info.beside)]
         if kept:

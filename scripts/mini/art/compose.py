@@ -89,7 +89,7 @@ def _place_disc(
     low, high = {Body.BIG_SUN: (0.11, 0.16), Body.FULL_MOON: (0.06, 0.11)}.get(body, (0.055, 0.08))
     radius = rng.uniform(low, high)
     low, high = {Side.LEFT: (0.2, 0.3), Side.CENTRE: (0.45, 0.55), Side.RIGHT: (0.7, 0.8)}[side]
-    x = rng.uniform(low, high) * aspect
+    x = float(np.clip(rng.uniform(low, high) * aspect, 1.15 * radius, aspect - 1.15 * radius))
     sets = terrain in _LOW and rng.random() < 0.45 and body in _SUNS
     y = horizon - radius * rng.uniform(0.1, 0.9) if sets else rng.uniform(0.16, 0.3)
     return Disc(x=x, y=y, radius=radius)

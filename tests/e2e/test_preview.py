@@ -1,0 +1,123 @@
+"""`--preview`: a likeness of what the canvas becomes, which changes nothing of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, PngImagePlugin
+
+from tiler.diffusion import flow, schedulers
+from tiler.previewing import LONGEST, fit_colours, paint
+from tiler.request import Scheduler
+
+LEVELS = {
+    "num_train_timesteps": 1000,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "prediction_type": "epsilon",
+}
+
+
+@pytest.fixture(autouse=True)
+def fresh_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Colours are learnt in each test."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+def likeness(picture: Path, preview: Path) -> float:
+    """The correlation of the means of their 32×32 pixels."""
+    small = [np.asarray(Image.open(p).convert("RGB").resize((8, 8), Image.Resampling.BOX)) for p in (picture, preview)]
+    return float(np.corrcoef(small[0].ravel(), small[1].ravel())[0, 1])
+
+
+@pytest.mark.parametrize("channels", [4, 16])
+def test_colours_that_are_affine_are_found(channels: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    want = torch.rand(channels + 1, 3, generator=generator) * 20
+    want[-1] = 128
+    latents = torch.randn(1, channels, 24, 20, generator=generator)
+    means = (latents[0].reshape(channels, -1).T @ want[:-1] + want[-1]).reshape(24, 20, 3)
+    pixels = means.numpy().repeat(8, 0).repeat(8, 1).round().clip(0, 255).astype(np.uint8)
+    assert torch.allclose(fit_colours(latents, pixels), want, atol=0.3)  # of 256 levels; pixels are whole numbers
+
+
+def test_a_picture_of_one_colour_is_no_reason_to_fail() -> None:
+    colours = fit_colours(torch.zeros(1, 4, 2, 2), np.full((16, 16, 3), 77, np.uint8))
+    assert (paint(torch.zeros(1, 4, 2, 2), colours) == 77).all()
+
+
+@pytest.mark.parametrize(("height", "width"), [(8, 8), (1, 600), (1030, 20), (2048, 2048)])
+def test_previews_are_about_512_pixels_across(height: int, width: int) -> None:
+    painted = paint(torch.zeros(1, 4, height, width), torch.ones(5, 3))
+    assert LONGEST / 2 < max(painted.shape) <= LONGEST
+    assert (painted == 1).all()
+
+
+@pytest.mark.parametrize("name", [name for name in Scheduler if name is not Scheduler.AUTO])
+def test_what_is_shown_is_the_picture_without_its_noise(name: Scheduler) -> None:
+    """Whatever the scheduler: a prediction that is right leads to the picture itself."""
+    generator = torch.Generator().manual_seed(1)
+    noise, picture = (torch.randn(1, 4, 4, 4, generator=generator) for _ in range(2))
+    schedule = schedulers.build(name, LEVELS, 8)
+    seen: list[torch.Tensor] = []
+    schedule.on_step = lambda step, denoised: seen.append(denoised())
+    latents = schedule.start(noise, picture, 4)
+    schedule.model_input(latents, 4)
+    schedule.step(noise, 4, latents, generator)
+    # A consistency model's own estimate keeps a little of the latents.
+    assert torch.allclose(seen[0], picture, atol=0.02 if name is Scheduler.LCM else 1e-4)
+
+
+@pytest.mark.parametrize("name", [Scheduler.EULER, Scheduler.DPMPP_2M, Scheduler.UNIPC, Scheduler.LCM])
+def test_what_is_shown_of_flow_matching_is_the_picture(name: Scheduler) -> None:
+    generator = torch.Generator().manual_seed(1)
+    noise, picture = (torch.randn(1, 16, 4, 4, generator=generator) for _ in range(2))
+    schedule = flow.build(name, {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}, 8)
+    seen: list[torch.Tensor] = []
+    schedule.on_step = lambda step, denoised: seen.append(denoised())
+    latents = schedule.start(noise, picture, 4)
+    schedule.step(noise - picture, 4, latents, generator)
+    assert torch.allclose(seen[0], picture, atol=1e-4)
+
+
+def test_a_preview_is_like_the_picture_and_changes_nothing_of_it(in_process, tmp_path: Path) -> None:
+    common = "render", "misty mountains in indigo blue", "--size", 256, "--steps", 3, "--seed", 7
+    assert in_process(*common, "-o", "a.png").code == 0
+    assert in_process(*common, "-o", "b.png", "--preview", "p.png").code == 0
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    assert likeness(tmp_path / "a.png", tmp_path / "p.png") > 0.95
+    assert {p.name for p in tmp_path.iterdir()} == {"a.png", "b.png", "p.png"}
+
+
+def test_without_a_guide_a_small_picture_is_decoded_first_and_a_preview_is_replaced(in_process, tmp_path: Path) -> None:
+    common = "render", "a red sun", "--size", 256, "--steps", 3, "--seed", 7, "--no-guide", "--preview", "p.jpg"
+    ran = in_process(*common, "-o", "a.png")
+    assert "preview: done" in ran.err
+    assert likeness(tmp_path / "a.png", tmp_path / "p.jpg") > 0.9
+    ran = in_process(*common, "--preview-interval", 9, "-o", "b.png")
+    assert ran.code == 0, ran.err
+    assert "preview: done" not in ran.err  # its colours are known by now
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--preview", "p.pdf"), "previews are written as .png or .jpg"),
+        (("--preview", "-"), "previews are written as .png or .jpg"),
+        (("--preview", "mine.png"), "mine.png exists; give --force to replace it, or another --preview"),
+        (("--preview", "none/p.png"), "none does not exist"),
+        (("--preview", "x.png", "-o", "x.png"), "--output and --preview name the same file"),
+        (("--preview", "p.png", "--preview-interval", 0), "preview-interval = 0 is out of range"),
+    ],
+)
+def test_previews_that_cannot_be_written_are_exit_2(in_process, tmp_path: Path, options, message: str) -> None:
+    info = PngImagePlugin.PngInfo()
+    info.add_text("parameters", "a boat")
+    Image.new("RGB", (8, 8)).save(tmp_path / "mine.png", pnginfo=info)
+    ran = in_process("render", "x", "--size", 64, *options)
+    assert ran.code == 2, ran.err
+    assert message in ran.err

@@ -1,0 +1,37 @@
+"""Names that a shell completes: models in the user's folders and in the hub's cache. Only names are looked at, and no torch is
+imported: an answer takes a third of a second."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+import typer
+
+from tiler.errors import TilerError
+from tiler.request.model import parse_folders
+from tiler.request.settings import Kind, listed
+from tiler.weights.folders import model_files
+from tiler.weights.places import hub_cache
+
+_HUB = "models--"  # of a repository's folder: models--org--name
+
+
+def model_names(context: typer.Context, incomplete: str) -> list[str]:
+    """What --model may be and begins so: `mini`, files and folders by their stems (by their paths where two are alike), hub ids.
+    Nothing where a configuration cannot be read: a shell has no place for the reason."""
+    try:
+        return sorted(name for name in dict.fromkeys(_models(context)) if name.startswith(incomplete))
+    except (TilerError, OSError):
+        return []
+
+
+def _models(context: typer.Context) -> Iterator[str]:
+    yield "mini"
+    given = context.params.get("model_dirs")
+    paths = model_files(parse_folders(given)) if given else [path for _, path in listed(Kind.MODEL)]
+    stems = [path.name if path.is_dir() else path.stem for path in paths]
+    times = Counter(stems)
+    yield from (stem if times[stem] == 1 else str(path) for stem, path in zip(stems, paths, strict=True))
+    for folder in sorted(hub_cache().glob(f"{_HUB}*")):
+        yield folder.name.removeprefix(_HUB).replace("--", "/", 1)

@@ -1,0 +1,216 @@
+"""Passes that are remembered: a decoder's rows in files with names, and a journal with a line for each pass that is
+whole.
+
+A line tells of the rows, of the statistics that the next norm needs, and of the earlier files that nobody reads any
+more. What a kill leaves is whole: the page cache outlives a process. After a power cut, another boot, only lines count
+that were synced.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tiler.errors import StorageError
+
+JOURNAL = "journal.jsonl"
+_BOOT = Path("/proc/sys/kernel/random/boot_id")
+_SYNC_EVERY = 60.0  # seconds of work that a power cut may take
+_PART_EVERY = 5.0  # seconds of a pass's work that a kill may take, where it can go on in the middle
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """A pass, or its first rows where it is not `whole`. `statistics` are count, means and sums of squares by group,
+    floats as hexadecimal; `scales` of rows that are stored scaled; `closes` are passes whose rows are read by then."""
+
+    number: int
+    channels: int
+    width: int
+    count: int
+    row_bytes: int
+    whole: bool
+    statistics: tuple[int, list[str], list[str]] | None = None
+    scales: list[float] | None = None
+    closes: tuple[int, ...] = ()
+    attended: int = 0  # strips
+    boot: str = ""
+    synced: bool = False
+
+
+class Spool:
+    """A folder of one decode (or encode), told apart by the text `of`: what is there of another one is removed. `what`
+    it does, for people; `on_pass` is told of each pass that is whole, in words. Raises StorageError."""
+
+    def __init__(self, folder: Path, what: str, of: str, on_pass: Callable[[str], None] = lambda where: None) -> None:
+        self.folder, self._what, self._on_pass = folder, what, on_pass
+        self._boot = _boot()
+        self._synced = self._told = time.monotonic()
+        try:
+            folder.mkdir(exist_ok=True)
+            self._known = self._load(of)
+        except OSError as error:
+            raise self._lost(error) from error
+
+    def of(self, number: int) -> Line | None:
+        """What is remembered of a pass."""
+        return self._known.get(number)
+
+    def open(self, number: int) -> int:
+        """The file of a pass's rows; of one that is read already, and gone, -1."""
+        line = self._known.get(number)
+        mode = os.O_RDWR | os.O_CLOEXEC | (0 if line is not None else os.O_CREAT | os.O_TRUNC)
+        with suppress(FileNotFoundError):
+            return os.open(self._path(number), mode, 0o666)
+        return -1
+
+    def remove(self, number: int) -> None:
+        """The rows of a pass, which nobody reads any more."""
+        with suppress(FileNotFoundError):
+            os.unlink(self._path(number))
+
+    def note(self, line: Line, fd: int) -> None:
+        """A pass is whole, or as far as the line says; `fd` is its file. Of parts only some are noted."""
+        now = time.monotonic()
+        if not line.whole and now - self._told < _PART_EVERY:
+            return
+        synced = now - self._synced >= _SYNC_EVERY
+        try:
+            if synced:
+                _sync(fd)
+            self._write(asdict(line) | {"boot": self._boot, "synced": synced}, synced=synced)
+        except OSError as error:
+            raise self._lost(error) from error
+        self._told = now
+        if synced:
+            self._synced = now
+        if line.whole:
+            self._on_pass(_where(line.number, self._what))
+
+    def _write(self, said: dict[str, Any], *, synced: bool) -> None:
+        text = json.dumps(said)
+        data = f"{zlib.crc32(text.encode()):08x} {text}\n".encode()
+        fd = os.open(self.folder / JOURNAL, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        try:
+            if os.write(fd, data) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            if synced:
+                _sync(fd)
+        finally:
+            os.close(fd)
+
+    def _load(self, of: str) -> dict[int, Line]:
+        """The longest beginning of the journal whose files are all there; the rest is forgotten."""
+        lines, ends = list[Line](), list[int]()
+        begun = False
+        for said, end in _read(self.folder / JOURNAL):
+            if not begun:
+                if said.get("of") != of:
+                    break
+                begun = True
+                ends.append(end)
+                continue
+            try:
+                lines.append(Line(**said))
+            except TypeError:
+                break
+            ends.append(end)
+        if not begun:
+            clear(self.folder)
+            self.folder.mkdir(exist_ok=True)
+            self._write({"of": of, "what": self._what}, synced=False)
+            return {}
+        length = next(n for n in range(len(lines), -1, -1) if self._stands(lines[:n]))
+        os.truncate(self.folder / JOURNAL, ends[length])
+        known = {line.number: line for line in lines[:length]}
+        for path in self.folder.glob("*.rows"):
+            if path.name not in {self._path(number).name for number in _live(lines[:length])}:
+                path.unlink()
+        return known
+
+    def _stands(self, lines: list[Line]) -> bool:
+        for line in _live(lines).values():
+            try:
+                size = self._path(line.number).stat().st_size
+            except FileNotFoundError:
+                return False
+            if size < line.count * line.row_bytes or not (line.synced or line.boot == self._boot):
+                return False
+        return True
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"{number:02}.rows"
+
+    def _lost(self, error: OSError) -> StorageError:
+        return StorageError(f"{self.folder}: cannot be used ({error.strerror}); give another folder with --scratch")
+
+
+def where_in(folder: Path) -> str:
+    """How far the passes there are: "pass 12 of the decoder"; empty where none is whole."""
+    said = [each for each, _ in _read(folder / JOURNAL)]
+    whole = [each["number"] for each in said if each.get("whole")]
+    return _where(max(whole), said[0].get("what", "")) if whole else ""
+
+
+def _where(number: int, what: str) -> str:
+    return f"pass {number + 1} of {what}"
+
+
+def bytes_in(folder: Path) -> int:
+    """What the folder's files take."""
+    with suppress(OSError):
+        return sum(path.stat().st_blocks * 512 for path in folder.iterdir())
+    return 0
+
+
+def clear(folder: Path) -> None:
+    """Remove what a spool consists of, and the folder if nothing else is in it."""
+    with suppress(OSError):
+        for path in (*folder.glob("*.rows"), folder / JOURNAL):
+            path.unlink(missing_ok=True)
+        folder.rmdir()
+
+
+def _live(lines: list[Line]) -> dict[int, Line]:
+    """Whose rows are still to be read after these lines."""
+    live: dict[int, Line] = {}
+    for line in lines:
+        live[line.number] = line
+        for closed in line.closes:
+            live.pop(closed, None)
+    return live
+
+
+def _read(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
+    """The journal's lines up to the first that is not as it was written, and where each ends."""
+    at = 0
+    with suppress(OSError, ValueError), open(path, "rb") as file:
+        for line in file:
+            at += len(line)
+            check, _, text = line.partition(b" ")
+            if not line.endswith(b"\n") or int(check, 16) != zlib.crc32(text[:-1]):
+                return
+            yield json.loads(text), at
+
+
+def _sync(fd: int) -> None:
+    """Not every file system can."""
+    try:
+        os.fdatasync(fd)
+    except OSError as error:
+        if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+
+
+def _boot() -> str:
+    with suppress(OSError):
+        return _BOOT.read_text().strip()
+    return ""

@@ -1,0 +1,43 @@
+"""Where a job remembers the passes of its decoder, so that a decode that was killed goes on at one."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tiler.decoding.method import DecodePlan
+from tiler.decoding.scratch import free_bytes
+from tiler.decoding.spool import Spool, bytes_in, clear
+from tiler.events import OnEvent, Saved
+from tiler.memory.budget import format_mb
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+
+def remember(
+    place: Path | None, what: str, plan: DecodePlan, begin: Tensor | np.ndarray, on_event: OnEvent, note: Callable[[str], None]
+) -> Spool | None:  # fmt: skip
+    """The spool at `place` for `plan`, which begins with the tensor or array `begin`; `what` is done, for people. None for a way
+    without passes, without a job, and, with a note, where there is no room. Raises StorageError."""
+    if place is None or not plan.by_layers:
+        return None
+    free = free_bytes(plan.folder) + bytes_in(place)
+    if free < plan.apart_bytes:
+        clear(place)
+        note(
+            f"{plan.folder} has {format_mb(free)} free, {format_mb(plan.apart_bytes)} would keep what {what} has done: if it is "
+            "interrupted it begins anew"
+        )
+        return None
+    of = f"{plan.kind} {plan.dtype} {_digest(begin)}"
+    return Spool(place, what, of, lambda where: on_event(Saved(where=where)))
+
+
+def _digest(begin: Any) -> str:
+    """Of the bytes of a tensor or an array, without a copy where they lie in order."""
+    array = begin if hasattr(begin, "tobytes") else begin.contiguous().numpy()
+    return hashlib.sha256(memoryview(array if array.flags.c_contiguous else array.copy())).hexdigest()

@@ -1,0 +1,54 @@
+"""What a model's folder says of its own renders: tiler.toml beside model_index.json."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tiler.errors import ModelError, UsageError
+from tiler.request import RenderRequest, parse_scheduler
+from tiler.weights.hub import DEFAULTS
+
+_MAX_BYTES = 100_000
+_KEYS: Mapping[str, tuple[type, ...]] = {
+    "prompt": (str, list), "negative_prompt": (str,), "num_inference_steps": (int,), "guidance_scale": (int, float),
+    "strength": (int, float), "scheduler": (str,),
+}  # fmt: skip
+
+
+def read_defaults(folder: Path) -> dict[str, Any]:
+    """By the names of RenderRequest's fields; nothing where there is no such file. `prompt` may be a tuple, of which the seed
+    chooses one. Raises ModelError."""
+    path = folder / DEFAULTS
+    if not path.is_file():
+        return {}
+    said = _read(path)
+    for key, value in said.items():
+        if key not in _KEYS:
+            raise ModelError(f"{path}: unknown key {key!r}; known are {', '.join(_KEYS)}")
+        if not isinstance(value, _KEYS[key]) or isinstance(value, bool):
+            raise ModelError(f"{path}: {key} = {value!r} has the wrong type")
+    if isinstance(prompts := said.get("prompt"), list):
+        if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+            raise ModelError(f"{path}: prompt = {prompts!r} is no list of texts")
+        said["prompt"] = tuple(prompts)
+    try:
+        if "scheduler" in said:
+            said["scheduler"] = parse_scheduler(said["scheduler"])
+        RenderRequest(**{key: value for key, value in said.items() if key != "prompt"})
+    except UsageError as error:
+        raise ModelError(f"{path}: {error}") from error
+    return said
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > _MAX_BYTES:
+            raise ModelError(f"{path}: larger than {_MAX_BYTES} bytes; this is no file of defaults")
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
+    except (UnicodeDecodeError, RecursionError, tomllib.TOMLDecodeError) as error:
+        raise ModelError(f"{path}: not valid TOML ({error})") from error

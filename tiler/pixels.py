@@ -1,0 +1,85 @@
+"""From latents to the picture's rows: the last phase of a render, and the one of a decode."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator
+from contextlib import closing
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tiler import interrupts
+from tiler.compute.stream import Streamer
+from tiler.decoding import method
+from tiler.decoding.method import DecodePlan
+from tiler.decoding.rows import Latents, to_uint8
+from tiler.decoding.spool import Spool
+from tiler.errors import NumericalError
+from tiler.events import percent
+from tiler.memory.policy import at_rows
+from tiler.models import family as families
+from tiler.models.family import VaeSpec
+from tiler.run import Run
+
+
+class Decoding(NamedTuple):
+    """How a run's last phase decodes its latents. `crop`: pixels above and left of the picture."""
+
+    vae: VaeSpec
+    plan: DecodePlan
+    resident: dict[str, torch.dtype]
+    planned_bytes: int
+    crop: tuple[int, int]
+
+
+def decode(run: Run, decoding: Decoding, latents: Latents, spool: Spool | None = None) -> Generator[np.ndarray]:
+    """The picture's rows, (n, W, 3) uint8, top first; `latents` (1, C, h, w) are unscaled."""
+    spec, plan, resident, planned_bytes, crop = decoding
+    vae = run.models.vae(spec)
+    run.note(f"decoder: {plan}")
+    with (
+        interrupts.deferred(),
+        run.phase("decode", 100),
+        run.streamed(vae, spec.weights, families.vae_names, resident) as streamer,
+    ):
+        check = at_rows(run.budget, planned_bytes)
+        tell = percent(run.on_event, "decode")
+        yield from cropped(decode_pixels(plan, vae, streamer, latents, check, tell, spool), *crop)
+
+
+class Unscaled:
+    """Scaled latents (1, C, h, w) whose rows are unscaled as they are read: the latents themselves stay as they are."""
+
+    def __init__(self, latents: Tensor, spec: VaeSpec) -> None:
+        self._latents, self._spec, self.shape = latents, spec, latents.shape
+
+    def __getitem__(self, rows: tuple[slice, slice, slice]) -> Tensor:
+        return self._spec.unscale_(self._latents[rows].clone())
+
+
+def decode_pixels(
+    plan: DecodePlan, vae: Any, streamer: Streamer, unscaled: Latents, check: Callable[[str], None],
+    progress: Callable[[float], None], spool: Spool | None = None,
+) -> Generator[np.ndarray]:  # fmt: skip
+    """Decode (1, C, h, w) fp32 latents into rows (n, FACTOR·w, 3) uint8. Raises NumericalError rather than give a black picture."""
+    row = 0
+    with closing(method.decode(plan, vae, streamer, unscaled, check=check, progress=progress, spool=spool)) as strips:
+        for strip in strips:
+            if not math.isfinite(float(strip.sum())):
+                raise NumericalError(
+                    f"NaN or Inf in the decoder at row {row}; compare the checksum of the VAE's weights with the original's"
+                )
+            yield to_uint8(strip)
+            row += strip.shape[1]
+
+
+def cropped(rows: Generator[np.ndarray], top: int, left: int) -> Generator[np.ndarray]:
+    """`rows` without the first `top` rows and `left` columns."""
+    with closing(rows):
+        for strip in rows:
+            above, top = min(top, len(strip)), max(0, top - len(strip))
+            if above < len(strip):
+                yield strip[above:, left:]
