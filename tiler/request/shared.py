@@ -97,3 +97,11 @@ JOB_DIR = Option(
 SCALE = Option(
     "Enlarge the picture of --guide so many times; its size decides the size.", Panel.PICTURE, ("--scale",)
 )  # fmt: skip
+KEYS = Option(
+    "Folder with the pair of keys that every machine of a cluster has; `tiler cluster keys FOLDER` makes it.",
+    Panel.CLUSTER, ("--keys",), metavar="FOLDER",
+)  # fmt: skip
+INSECURE = Option(
+    "Let a cluster work without keys: whoever reaches its ports can run code on each of its machines.",
+    Panel.CLUSTER, ("--insecure",),
+)  # fmt: skip
