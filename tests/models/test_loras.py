@@ -231,7 +231,8 @@ def test_threads_change_no_bit_of_narrow_weights(tmp_path: Path, inputs: int) ->
     index = read_index(save(tmp_path / "w.safetensors", {"w": new(1280, inputs)}))
     factors = read_index(save(tmp_path / "x.safetensors", {"down": new(16, inputs), "up": new(1280, 16)}))
     change = Change(
-        kind=Kind.LORA, tensors={Slot.DOWN: factors["down"], Slot.UP: factors["up"]}, scale=1, strength=1, first=0, rows=1280
+        kind=Kind.LORA, tensors={Slot.DOWN: factors["down"], Slot.UP: factors["up"]}, scale=1, strength=1, first=0,
+        rows=1280,
     )  # fmt: skip
     try:
         for threads in (1, 2, 3, 4):
