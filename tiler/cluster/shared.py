@@ -51,8 +51,8 @@ class Window(NamedTuple):
 @dataclass(frozen=True, kw_only=True)
 class SharedJob:
     """All that a worker must know of a render to predict its tiles. `texts` are its encoded prompts; `model_id` tells
-    the denoiser's files; `reads_text` says whether text encoders belong to the model's parts where they are there, `embeds`
-    whether prompts name embeddings."""
+    the denoiser's files; `reads_text` says whether text encoders belong to the model's parts where they are there,
+    `embeds` whether prompts name embeddings."""
 
     name: str
     request: ResolvedRequest
