@@ -99,7 +99,7 @@ def test_what_is_done_opens_no_weights(tiny: Path, tmp_path: Path, monkeypatch: 
     read: list[str] = []
     real = tensors.read
     monkeypatch.setattr(tensors, "read", lambda path: read.append(path.name) or real(path))
-    monkeypatch.setattr("tiler.phases.LocalRunner", None)
+    monkeypatch.setattr("tiler.denoiser.LocalRunner", None)
     result = render(ask(tiny, tmp_path / "x.png", guide=False), roomy())
     assert result.report["denoiser_calls"] == 0 and len(read) == 1
 

@@ -2,8 +2,7 @@
 
 Layer by layer over row strips, with the activations in scratch files. GroupNorm's statistics are gathered while the
 layer before it is written, every element once; the mid-block attention sees every token, or as many evenly spaced ones
-as asked, keys and values in chunks with a running softmax (Milakov & Gimelshein 2018, arXiv:1805.02867). Nothing is
-computed twice.
+as asked, keys and values in chunks with a running softmax (Milakov & Gimelshein 2018, arXiv:1805.02867).
 """
 
 from __future__ import annotations
@@ -112,8 +111,7 @@ class Attend(Stage):
 
 
 def spacing(height: int, width: int, most: int | None) -> int:
-    """The distance between tokens along rows and columns at which about `most` of them remain; 1 where `most` is
-    None."""
+    """The distance between tokens along rows and columns at which about `most` remain; 1 where `most` is None."""
     return 1 if most is None else math.ceil(math.sqrt(height * width / most))
 
 
@@ -186,8 +184,7 @@ class Passes:
         return out
 
     def keys_and_values(self, stage: MidAttention, stored: Rows, most: int | None = None) -> Rows:
-        """The key and the value of every token, or of at most `most` evenly spaced ones, as a picture of twice the
-        channels."""
+        """The key and the value of every token, or of at most `most` evenly spaced ones: twice the channels."""
         number, known = self._next()
         if known is not None:
             return self._recalled(known)
@@ -291,8 +288,7 @@ def decode(
     margin: tuple[int, int] = (0, 0),
     attend_to: int | None = None,
 ) -> Generator[Tensor]:
-    """latents: (1, C, h, w) fp32, already divided by scaling_factor → strips (3, n, 8w) fp32 in about [-1, 1], top
-    first.
+    """latents: (1, C, h, w) fp32, divided by scaling_factor → strips (3, n, 8w) fp32 in about [-1, 1], top first.
 
     `margin` latents above and below, left and right, repeat the other side's. Attention sees at most `attend_to` evenly
     spaced tokens, None for all. Raises StorageError, and NumericalError for NaN and Inf.
