@@ -119,7 +119,7 @@ def test_encoding_equals_diffusers(tiny: Path, reference: AutoencoderKL, tmp_pat
 def test_strips_and_chunks_do_not_show(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     latents = torch.randn(1, 4, 41, 38, generator=torch.Generator().manual_seed(2))
     want = decode(tiny, latents, tmp_path, torch.float32)
-    monkeypatch.setattr(Rows.strips, "__defaults__", (2**14,))
+    monkeypatch.setattr(Rows.strips, "__defaults__", (2**14, 0))
     monkeypatch.setattr(exact, "KEYS", 100)
     monkeypatch.setattr(exact, "QUERIES", 70)
     assert (decode(tiny, latents, tmp_path, torch.float32) - want).abs().max() <= 2e-5
