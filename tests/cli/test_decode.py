@@ -45,8 +45,8 @@ def test_a_kill_in_mid_decode_leaves_nothing(tiny: Path, tmp_path: Path, mode: s
     code = f"""
 import os, sys
 from tiler.cli import main
-import tiler.phases
-real, strips = tiler.phases.to_uint8, []
+import tiler.pixels
+real, strips = tiler.pixels.to_uint8, []
 def to_uint8(strip):
     strips.append(0)
     if len(strips) == 2:
@@ -54,7 +54,7 @@ def to_uint8(strip):
         print(*(name for name in names if {str(tmp_path)!r} in name), sep="\\n", flush=True)
         os.kill(os.getpid(), 9)
     return real(strip)
-tiler.phases.to_uint8 = to_uint8
+tiler.pixels.to_uint8 = to_uint8
 sys.argv = ["tiler", "decode", "z.safetensors", "--model", {str(tiny)!r}, "--decode", {mode!r}, "--scratch", "s", "-o", "x.png"]
 main.main()
 """

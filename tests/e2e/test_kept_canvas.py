@@ -14,14 +14,14 @@ PROGRAM = """
 import os, signal, sys
 import tiler.cli.main as main
 from tiler.errors import BudgetExceeded, NumericalError, StorageError
-import tiler.phases
-real, strips = tiler.phases.to_uint8, []
+import tiler.pixels
+real, strips = tiler.pixels.to_uint8, []
 def to_uint8(strip):
     strips.append(1)
     if len(strips) == 1:
         {stop}
     return real(strip)
-tiler.phases.to_uint8 = to_uint8
+tiler.pixels.to_uint8 = to_uint8
 sys.argv = ["tiler", *{args!r}]
 main.main()
 """
@@ -61,7 +61,7 @@ def test_the_same_command_goes_on_with_the_finished_canvas(
     )
     assert done.returncode == code, done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["x.png.tiler"]
-    assert code == -9 or "the job is saved at canvas step 2/2" in done.stderr
+    assert code == -9 or "the job is saved at pass " in done.stderr
     again = in_process(*(["resume", "x.png", "-q"] if code == 130 else arguments(tiny, tmp_path / "x.png")))
     assert again.code == 0, again.err
     assert (tmp_path / "x.png").read_bytes() == wholes[0]
