@@ -23,6 +23,7 @@ from tiler.output.metadata import texts as picture_texts
 from tiler.phases import RenderRun, picture_facts
 from tiler.planning.summary import SCHEMA, with_old_names
 from tiler.request.choices import STDOUT
+from tiler.weights.hashes import auto_v2
 from tiler.weights.index import TensorInfo
 
 
@@ -34,7 +35,7 @@ def of_render(run: RenderRun) -> dict[str, Any]:
         "tiles": len(plan.regions), "tile_batch": plan.batch, "precision": plan.precision.value,
         "tile_conditioning": request.tile_conditioning.value, "decode": plan.methods["decode"].name,
         "seed": request.seed, "width": request.width, "height": request.height,
-        "model": found.name, "revision": found.revision,
+        "model": found.name, "revision": found.revision, "workers": [worker._asdict() for worker in run.workers],
     }  # fmt: skip
 
 
@@ -86,12 +87,17 @@ def texts(run: RenderRun) -> dict[str, str]:
     found = plan.family.checkpoint
     if not run.request.metadata:
         return {}
+
+    def hashing() -> None:
+        run.note(f"the hash of {found.name} is computed, once, for the picture's parameters")
+
     facts = Facts(
         model=found.name, model_id=run.model_id, revision=found.revision,
         scheduler=plan.scheduler.value,
         precision=plan.precision.value, kernels=computed_by(), begin=plan.begin,
         clip_skip=plan.family.traits.clip_skip,
         embeddings=run.spoken.read_as.embeddings, loras=run.models.loras.hashes,
+        model_hash=None if found.file is None else auto_v2(found.file, hashing),
     )  # fmt: skip
     return picture_texts(run.request, facts)
 

@@ -29,7 +29,7 @@ BAD_OPTIONS = [
     (["--guide", "none.png", "--no-guide"], "exclude"),
     (["-o", "no/such/folder/x.png"], "does not exist"),
     (["-o", "."], "is a folder"),
-    (["-o", "x.jpg"], ".png"),
+    (["-o", "x.gif"], ".png"),
     (["--regions", "none.toml"], "none.toml"),
     (["--nonsense"], "nonsense"),
     (["--wrap", "x", "--width", "130"], "multiples of 8"),

@@ -15,7 +15,7 @@ from tiler.models.built import Models
 from tiler.models.family import Role, plain_names, read_family
 from tiler.models.unet import predict_noise
 from tiler.packing import packed_weights
-from tiler.phases import streamed
+from tiler.run import streamed
 from tiler.weights.checkpoint import resolve
 from tiler.weights.packed import default_cache
 
@@ -90,7 +90,7 @@ from tiler.models.built import Models
 from tiler.models.family import Role, plain_names, read_family
 from tiler.models.unet import predict_noise
 from tiler.memory.policy import at_layer
-from tiler.phases import streamed
+from tiler.run import streamed
 from tiler.packing import prepare_int8
 from tiler.weights.checkpoint import resolve
 torch.set_grad_enabled(False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,13 @@ def test_infotext_is_automatic1111s() -> None:
     assert last.startswith(
         "Steps: 20, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 7.5, Seed: 5, Size: 64x64, Model: dream"
     )
+
+
+def test_the_hash_of_a_model_is_told_where_it_is_one_file() -> None:
+    made = texts(request(), replace(FACTS, model_hash="0123456789"))
+    assert "Size: 64x64, Model hash: 0123456789, Model: dream" in made["parameters"]
+    assert json.loads(made["tiler"])["model_hash"] == "0123456789"
+    assert "hash" not in texts(request(), FACTS)["parameters"]
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif", "pdf"])

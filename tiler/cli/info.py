@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from tiler.cli import options as o
+from tiler.cli.terminal import harmless
 from tiler.errors import ModelError
 from tiler.output.recipes import read_recipe
 from tiler.output.texts import read_texts
@@ -32,11 +33,11 @@ def command(picture: Picture, json_output: o.Json = False) -> None:
     typer.echo(f"{'made by':22}{recipe.tool}")
     for name, value in (*recipe.settings.items(), *recipe.others.items()):
         if value is not None and value != []:
-            typer.echo(f"{name:22}{_shown(value)}")
+            typer.echo(f"{harmless(name):22}{_shown(value)}")
     if recipe.lacks:
         typer.echo(f"{'not repeatable':22}{recipe.lacks}")
 
 
 def _shown(value: object) -> str:
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return text.replace("\n", "\n" + " " * 22)
+    return harmless(text).replace("\n", "\n" + " " * 22)

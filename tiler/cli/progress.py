@@ -11,6 +11,7 @@ from dataclasses import asdict
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+from tiler.cli.terminal import harmless
 from tiler.events import Event, Note, PhaseDone, PhaseStarted, Progress, Saved
 from tiler.memory.budget import Budget, format_mb
 
@@ -115,6 +116,7 @@ class ProgressPrinter:
             self._say(f"{event.name}: done in {event.seconds:.1f} s, peak {format_mb(event.peak_rss_bytes)}")
 
     def _say(self, text: str) -> None:
+        text = harmless(text)
         with suppress(OSError, ValueError):  # nobody reads stderr any more (`2>&1 | head`): the picture is still wanted
             if self._bar is not None:
                 self._bar.console.print(text, markup=False, highlight=False)

@@ -12,6 +12,7 @@ from typing import Any
 import typer
 
 from tiler.cli import options as o
+from tiler.cli.terminal import harmless
 from tiler.errors import UsageError
 from tiler.jobs.queue import Queue
 from tiler.jobs.rows import Row
@@ -73,7 +74,7 @@ def ceiling_of_pictures(max_ram: str) -> int:
 
 def speaker(*, quiet: bool) -> Callable[[str], None]:
     """Tells people on stderr."""
-    return (lambda text: None) if quiet else (lambda text: print(text, file=sys.stderr, flush=True))
+    return (lambda text: None) if quiet else (lambda text: print(harmless(text), file=sys.stderr, flush=True))
 
 
 def check_outputs(rows: Iterable[Row], queue: Queue, where: str = "") -> None:

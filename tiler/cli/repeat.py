@@ -15,6 +15,7 @@ from tiler.request.choices import Mask, parse_schedule_type
 from tiler.request.loras import Lora
 from tiler.request.render import OF_THE_MACHINE
 from tiler.request.settings import Kind
+from tiler.weights.hashes import is_called
 from tiler.weights.lora_files import digests_of
 
 _SAMPLERS = {
@@ -45,14 +46,17 @@ class Repeated(NamedTuple):
 def repeat(picture: Path, typed: frozenset[str], defaults: Mapping[str, Any]) -> Repeated:
     """What `picture` says for those fields of a request that are not `typed`; one of ours says all of them, by `defaults` where
     it is silent. Raises UsageError, ModelError."""
-    fields = frozenset(defaults)
+    fields, notes = frozenset(defaults), list[str]()
     try:
         recipe = read_recipe(read_texts(picture))
         if recipe.lacks:
             raise ModelError(f"{recipe.lacks}; `tiler info` shows what was found")
         values = {name: v for name, v in recipe.settings.items() if name in fields and name not in (*_NEVER, *typed)}
+        if "model" in typed:  # which files of a repository, and of which commit, was said of the other one
+            values = {name: value for name, value in values.items() if name not in ("variant", "revision")}
         if "model" in values:
-            values["model"] = _found(str(values["model"]), Kind.MODEL, "model")
+            values["model"], said = _model(str(values["model"]), recipe)
+            notes += said
         values |= {name: _found(str(values[name]), kind, name) for name, kind in _PARTS.items() if values.get(name)}
         if "scheduler" in values:
             values["scheduler"] = _scheduler(str(values["scheduler"]), recipe)
@@ -77,7 +81,7 @@ def repeat(picture: Path, typed: frozenset[str], defaults: Mapping[str, Any]) ->
     if recipe.is_whole:
         silent = {name: v for name, v in defaults.items() if name not in typed and name not in _OF_THE_RUN}
         values = silent | values
-    return Repeated(values, [*_notes(recipe, fields), *changed])
+    return Repeated(values, [*_notes(recipe, fields), *notes, *changed])
 
 
 def _notes(recipe: Recipe, fields: frozenset[str]) -> Iterator[str]:
@@ -91,10 +95,30 @@ def _notes(recipe: Recipe, fields: frozenset[str]) -> Iterator[str]:
         yield "InvokeAI's weights like word++ are read as plain words"
 
 
+def _model(name: str, recipe: Recipe) -> tuple[str, list[str]]:
+    """The model by its name and by the hash that is told beside it, and what a user should know. No file is hashed but those of
+    that name. Raises ModelError, UsageError."""
+    told = (str(recipe.others.get(key, "")) for key in ("model_hash", "Model hash", "base_model_hash"))
+    digest = next((text for text in told if re.fullmatch(r"[0-9a-fA-F]{8,64}", text)), None)
+    if digest is None or _is_place(name):
+        return _found(name, Kind.MODEL, "model"), []
+    named = settings.find(Kind.MODEL, _stem(name).rpartition("/")[2])
+    equal = [path for path in named if is_called(path, digest, compute=True)]
+    if not named:
+        known = [path for _, path in settings.listed(Kind.MODEL) if is_called(path, digest, compute=False)]
+        if known:
+            return str(known[0]), [f"the model {_stem(name)!r} is called {known[0].stem!r} here, by its hash {digest}"]
+    if equal:
+        return str(equal[0]), []
+    found = _found(name, Kind.MODEL, "model")
+    other = Path(found).is_file()
+    return found, [f"{found} is another file than the picture's model, whose hash is {digest}"] if other else []
+
+
 def _found(name: str, kind: Kind, field: str) -> str:
     """A file by its name: `mini`, a hub id, or what is called so in the folders. Raises ModelError, UsageError."""
-    stem, flag = re.sub(r"\.(safetensors|ckpt|gguf)$", "", name.replace("\\", "/")), f"--{field.replace('_', '-')}"
-    if name == "mini" or re.fullmatch(r"[\w.-]+/[\w.-]+", name) or Path(name).exists():
+    stem, flag = _stem(name), f"--{field.replace('_', '-')}"
+    if _is_place(name):
         return name
     found = settings.find(kind, stem.rpartition("/")[2])
     if len(found) > 1:
@@ -102,6 +126,15 @@ def _found(name: str, kind: Kind, field: str) -> str:
     if not found:
         raise ModelError(f"made with the {field} {stem!r}, which is in none of the {kind}; give {flag}")
     return str(found[0])
+
+
+def _stem(name: str) -> str:
+    return re.sub(r"\.(safetensors|ckpt|gguf)$", "", name.replace("\\", "/"))
+
+
+def _is_place(name: str) -> bool:
+    """Whether no folder has to be searched: `mini`, a hub id, a path that is there."""
+    return name == "mini" or re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None or Path(name).exists()
 
 
 def _scheduler(name: str, recipe: Recipe) -> Scheduler:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import os
+import re
 import shutil
 import signal
 import sys
@@ -13,6 +14,8 @@ from typing import TextIO
 from tiler import interrupts
 
 _PLAIN = {"×": "x", "–": "-", "…": "...", "²": "2", "·": "*", "→": "->"}
+
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def prepare_streams() -> None:
@@ -39,6 +42,11 @@ def _spelt(error: UnicodeError) -> tuple[str | bytes, int]:
         code = ord(character)
         result += bytes([code - 0xDC00]) if 0xDC80 <= code <= 0xDCFF else _PLAIN.get(character, "?").encode()
     return result, error.end
+
+
+def harmless(text: str) -> str:
+    """Text of others, whose control characters could move the cursor or rename the window, with these spelt out."""
+    return _CONTROLS.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 def columns() -> int:

@@ -47,8 +47,8 @@ BAND = 512  # latents
 
 
 def sample(height: int, width: int) -> tuple[Tensor, Tensor]:
-    """The rows and the columns of latents that are measured: all of a picture of at most SAMPLE_SIDE², else evenly spaced
-    blocks of BLOCK of them, of the picture's aspect."""
+    """The rows and the columns of latents that are measured: all of a picture of at most SAMPLE_SIDE², else evenly
+    spaced blocks of BLOCK of them, of the picture's aspect."""
     if height * width <= SAMPLE_SIDE**2:
         return torch.arange(height), torch.arange(width)
     short, long = sorted((height, width))
@@ -74,7 +74,8 @@ class Band(NamedTuple):
 
 
 def bands(width: int) -> list[Band]:
-    """Bands of at most BAND columns, of equal width but for rounding, each with REACH more than it keeps where others join."""
+    """Cut `width` latent columns into bands of nearly equal width, at most BAND; where bands join, each is pushed REACH
+    columns more than it keeps."""
     if width <= BAND:
         return [Band(0, width, slice(0, width))]
     count = math.ceil((width - 2 * REACH) / (BAND - 2 * REACH))
@@ -111,7 +112,8 @@ def decode(
     progress: Callable[[float], None] = _ignore,
     margin: tuple[int, int] = (0, 0),
 ) -> Generator[Tensor]:
-    """latents: (1, C, h, w) fp32, already divided by scaling_factor → strips (3, n, 8w) fp32 in about [-1, 1], top first.
+    """latents: (1, C, h, w) fp32, already divided by scaling_factor → strips (3, n, 8w) fp32 in about [-1, 1], top
+    first.
 
     `rows` latent rows are pushed at a time (default `strip_rows`): memory grows with it, the result does not depend on
     it beyond the last bits of fp32. `margin` latents above and below, left and right, repeat the other side's and are
@@ -158,8 +160,8 @@ def encode(
     progress: Callable[[float], None] = _ignore,
     margin: tuple[int, int] = (0, 0),
 ) -> Tensor:
-    """pixels: (H, W, 3) uint8, sides multiples of FACTOR → the posterior's mean (1, C, h, w) fp32, unscaled. `margin` as for
-    `decode`, in latents."""
+    """pixels: (H, W, 3) uint8, sides multiples of FACTOR → the posterior's mean (1, C, h, w) fp32, unscaled. `margin`
+    as for `decode`, in latents."""
     (y, x), height, width = margin, pixels.shape[0] // FACTOR, pixels.shape[1] // FACTOR
     stages = encoder_stages(vae.encoder, vae.quant_conv)
     down, across = sample(height - 2 * y, width - 2 * x)
@@ -183,7 +185,8 @@ def encode(
 def rehearse(
     vae: AutoencoderKL, latents: tuple[int, int], dtype: torch.dtype, hold: Hold, *, encoding: bool
 ) -> exact.Rehearsal:
-    """What `decode` or `encode` does for latents of (height, width), on meta tensors: for planning. Counts no arithmetic."""
+    """What `decode` or `encode` does for latents of (height, width), on meta tensors: for planning. Counts no
+    arithmetic."""
     (height, width), scratch, all_bands = latents, Scratch(None, dtype), bands(latents[1])
     pushed = max(band.last - band.first for band in all_bands)
     if encoding:

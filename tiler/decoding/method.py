@@ -38,8 +38,8 @@ class ScratchSpace(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class DecodePlan:
-    """How one picture is decoded or encoded. Bytes: `memory_bytes` of activations and weights in use, `scratch_bytes` on
-    disk at once, `written_bytes` to disk in all. `flops` of an AutoencoderKL's convolutions."""
+    """How one picture is decoded or encoded. Bytes: `memory_bytes` of activations and weights in use, `scratch_bytes`
+    on disk at once, `written_bytes` to disk in all. `flops` of an AutoencoderKL's convolutions."""
 
     kind: Decode  # never AUTO
     encoding: bool
@@ -60,14 +60,17 @@ class DecodePlan:
 
     @property
     def name(self) -> str:
+        """As --decode spells it."""
         return self.kind.value
 
     @property
     def margin_pixels(self) -> tuple[int, int]:
+        """`margin` in pixels."""
         return FACTOR * self.margin[0], FACTOR * self.margin[1]
 
     @property
     def attention_flops(self) -> int:
+        """Floating-point operations of the attention, beside `flops`."""
         share, _ = self.attention
         return int(self.flops * share / (1 - share))
 
@@ -78,6 +81,7 @@ class DecodePlan:
 
     @property
     def attend_to(self) -> int | None:
+        """How many tokens attention sees at most; None for all."""
         return TOKENS if self.kind is Decode.SAMPLED else None
 
 
@@ -91,12 +95,12 @@ def choose(
     encoding: bool,
     wrap: Wrap = Wrap.NONE,
 ) -> DecodePlan:
-    """The method for latents of (height, width). `vae` is on the meta device, lent to a planning `streamer`; for TINY it is
-    an AutoencoderTiny. Asks nothing of the disk.
+    """The method for latents of (height, width). `vae` is on the meta device, lent to a planning `streamer`; for TINY
+    it is an AutoencoderTiny. Asks nothing of the disk.
 
-    AUTO takes `exact` while attention to all tokens is a small part of the work, then `sampled`; `frozen` for pictures wider
-    than its bands, where rows grow, and where the scratch folder lacks room for the others.
-    Raises StorageError when there is no room for what is wanted, or for anything.
+    AUTO takes `exact` while attention to all tokens is a small part of the work, then `sampled`; `frozen` for pictures
+    wider than its bands, where rows grow, and where the scratch folder lacks room for the others. Raises StorageError
+    when there is no room for what is wanted, or for anything.
     """
 
     (folder, free, dtype), (vertical, horizontal) = space, wrap.axes
@@ -171,9 +175,11 @@ def decode(
     progress: Callable[[float], None],
     spool: Spool | None = None,
 ) -> Generator[Tensor]:
-    """latents: (1, C, h, w) fp32, already divided by scaling_factor → strips (3, n, 8w) fp32 in about [-1, 1], top first.
+    """latents: (1, C, h, w) fp32, already divided by scaling_factor → strips (3, n, 8w) fp32 in about [-1, 1], top
+    first.
 
-    `progress` gets the share done, 0 to 1. A `spool` is for methods that go by layers. Raises StorageError and NumericalError.
+    `progress` gets the share done, 0 to 1. A `spool` is for methods that go by layers. Raises StorageError and
+    NumericalError.
     """
     (y, x), (height, width) = method.margin, latents.shape[2:]
     if y or x:  # columns repeat too: rows of a file become a tensor first
@@ -209,8 +215,11 @@ def encode(
     progress: Callable[[float], None],
     spool: Spool | None = None,
 ) -> Tensor:
-    """pixels: (H, W, 3) uint8, sides multiples of FACTOR, with `method.margin_pixels` of the other side's around → the posterior's
-    mean without the margin, (1, C, h, w) fp32, unscaled."""
+    """pixels: (H, W, 3) uint8, sides multiples of FACTOR, with `method.margin_pixels` of the other side's around → the
+    posterior's mean without the margin, (1, C, h, w) fp32, unscaled.
+
+    `progress` gets the share done, 0 to 1. Raises StorageError and NumericalError.
+    """
     y, x = method.margin
     scratch = Scratch(method.folder, DTYPES[method.dtype], spool if method.by_layers else None)
     options: dict[str, Any] = {"hold": streamer.hold_transformed, "margin": method.margin}

@@ -37,7 +37,8 @@ _STRIP_BYTES = 5 * 2**19  # input of one convolution call; bounds its scratch
 
 
 class Pixels(Protocol):
-    """A picture of `shape` (H, W, 3); a slice of its rows is uint8. An array, or something that makes rows when asked."""
+    """A picture of `shape` (H, W, 3); a slice of its rows is uint8. An array, or something that makes rows when
+    asked."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -46,7 +47,8 @@ class Pixels(Protocol):
 
 
 class Latents(Protocol):
-    """Latents of `shape` (1, C, h, w); `[:, :, first:last]` is their rows, fp32. A tensor, or a file that is read when asked."""
+    """Latents of `shape` (1, C, h, w); `[:, :, first:last]` is their rows, fp32. A tensor, or a file that is read when
+    asked."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -91,8 +93,8 @@ class Norm:
 
 
 def _without_row_padding(conv: nn.Conv2d) -> nn.Conv2d:
-    """The layer itself, with the same parameters, that pads columns alone: rows are padded here. Another module, because
-    that one is its owner's."""
+    """The layer itself, with the same parameters, that pads columns alone: rows are padded here. Another module,
+    because that one is its owner's."""
     padded = copy.copy(conv)
     padded.padding = (0, conv.padding[1])  # type: ignore[assignment]
     return padded
@@ -112,7 +114,8 @@ class Conv(Stage):
 
     @property
     def together(self) -> int:
-        """Rows come in multiples of this, but for the end of the picture: as many as the layer computes at once."""
+        """How many rows the layer computes at once: rows come in multiples of this, except at the end of the
+        picture."""
         return getattr(self.conv, "rows_together", 1)
 
     def push(self, x: Tensor | None, last: bool) -> Tensor | None:
@@ -232,7 +235,8 @@ class Residual:
 
 
 class Resnet(Stage):
-    """diffusers' ResnetBlock2D without time embedding. The shortcut waits for the rows that the convolutions hold back."""
+    """diffusers' ResnetBlock2D without time embedding. The shortcut waits for the rows that the convolutions hold
+    back."""
 
     def __init__(self, block: ResnetBlock2D) -> None:
         self.conv1 = Conv(block.conv1, Norm(block.norm1))
@@ -285,15 +289,16 @@ class MidAttention(Stage):
 
 
 def _empty_like(x: Tensor, rows: int) -> Tensor:
-    """(1, C, `rows`, W) for parts like `x`, channels-last as all of an autoencoder's rows: oneDNN reorders none of them."""
+    """(1, C, `rows`, W) for parts like `x`, channels-last as all of an autoencoder's rows: oneDNN reorders none of
+    them."""
     return x.new_empty(1, rows, x.shape[3], x.shape[1]).permute(0, 3, 1, 2)
 
 
 def flow(stages: list[Stage], box: list[Tensor], last: bool, *, check: Check) -> Iterator[Tensor]:
     """Push the rows in `box` (one tensor or none; it is emptied) through every stage; yields what comes out at the end.
 
-    Rows are passed on a few at a time, so that neither the wide stages nor the end of the picture, when every stage gives
-    what it held back, need more memory than a strip.
+    Rows are passed on a few at a time, so that neither the wide stages nor the end of the picture, when every stage
+    gives what it held back, need more memory than a strip.
     """
     for at, stage in enumerate(stages):
         if box or last:

@@ -1,7 +1,8 @@
-"""Activations on disk: tensors of rows in files that have no name, so nothing is left behind however the process ends; or, where a
-job remembers its passes, in those of a spool.
+"""Activations on disk: tensors of rows in files that have no name, so nothing is left behind however the process ends;
+or, where a job remembers its passes, in those of a spool.
 
-fp16 rows that would overflow are scaled by a power of two, so the dtype costs precision (2⁻¹¹) but never range. Knows files and dtypes, not layers. Reads and writes are preadv and pwrite: mapped pages would count as RSS.
+fp16 rows that would overflow are scaled by a power of two, so the dtype costs precision (2⁻¹¹) but never range. Knows
+files and dtypes, not layers. Reads and writes are preadv and pwrite: mapped pages would count as RSS.
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ class Scratch:
     """A folder for `Rows`, and what they take: a context manager that closes the files which are still open at its end,
     however that comes. `folder` None keeps nothing: for planning on meta tensors. With a `spool`, files stay there.
 
-    `peak_bytes` is the most that was stored at once, `apart_bytes` the same where no rows take the place of others, `written_bytes`
-    what was written in all, `attended` the strips that attention has done. Raises StorageError where the folder cannot be used.
+    `peak_bytes` is the most that was stored at once, `apart_bytes` the same where no rows take the place of others,
+    `written_bytes` what was written in all, `attended` the strips that attention has done. Raises StorageError where
+    the folder cannot be used.
     """
 
     def __init__(self, folder: Path | None, dtype: torch.dtype = torch.float16, spool: Spool | None = None) -> None:
@@ -97,8 +99,8 @@ def free_bytes(folder: Path) -> int:
 class Rows:
     """A picture of (channels, width) rows that grows downwards, stored in the scratch's dtype.
 
-    With `over`, its rows take the place of another one's, which must have been read before. In a spool they are those of pass
-    `number`, and begin with what is `known` of them.
+    With `over`, its rows take the place of another one's, which must have been read before. In a spool they are those
+    of pass `number`, and begin with what is `known` of them.
     """
 
     def __init__(
@@ -197,7 +199,7 @@ class Rows:
         )  # fmt: skip
 
     def close(self) -> None:
-        """Give the space back. Not before the rows that took its place are closed."""
+        """Give the space back; rows that took its place must be closed before."""
         self.scratch.close(self.fd)
         if self.scratch.spool is not None:
             self.scratch.spool.remove(self.number)

@@ -1,7 +1,9 @@
-"""Passes that are remembered: a decoder's rows in files with names, and a journal with a line for each pass that is whole.
+"""Passes that are remembered: a decoder's rows in files with names, and a journal with a line for each pass that is
+whole.
 
-A line tells of the rows, of the statistics that the next norm needs, and of the earlier files that nobody reads any more. What a
-kill leaves is whole: the page cache outlives a process. After a power cut, another boot, only lines count that were synced.
+A line tells of the rows, of the statistics that the next norm needs, and of the earlier files that nobody reads any
+more. What a kill leaves is whole: the page cache outlives a process. After a power cut, another boot, only lines count
+that were synced.
 """
 
 from __future__ import annotations
@@ -27,8 +29,8 @@ _PART_EVERY = 5.0  # seconds of a pass's work that a kill may take, where it can
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """A pass, or its first rows where it is not `whole`. `statistics` are count, means and sums of squares by group, floats as
-    hexadecimal; `scales` of rows that are stored scaled; `closes` are passes whose rows are read by then."""
+    """A pass, or its first rows where it is not `whole`. `statistics` are count, means and sums of squares by group,
+    floats as hexadecimal; `scales` of rows that are stored scaled; `closes` are passes whose rows are read by then."""
 
     number: int
     channels: int
@@ -45,8 +47,8 @@ class Line:
 
 
 class Spool:
-    """A folder of one decode (or encode), told apart by the text `of`: what is there of another one is removed. `what` it does, for
-    people; `on_pass` is told of each pass that is whole, in words. Raises StorageError."""
+    """A folder of one decode (or encode), told apart by the text `of`: what is there of another one is removed. `what`
+    it does, for people; `on_pass` is told of each pass that is whole, in words. Raises StorageError."""
 
     def __init__(self, folder: Path, what: str, of: str, on_pass: Callable[[str], None] = lambda where: None) -> None:
         self.folder, self._what, self._on_pass = folder, what, on_pass

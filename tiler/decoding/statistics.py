@@ -10,7 +10,8 @@ from torch import Tensor
 
 
 class Pooled:
-    """Mean and variance of each group over a picture seen strip by strip, pooled in fp64 (Chan, Golub & LeVeque 1979)."""
+    """Mean and variance of each group over a picture seen strip by strip, pooled in fp64 (Chan, Golub & LeVeque
+    1979)."""
 
     def __init__(self, groups: int) -> None:
         self.groups, self.count = groups, 0

@@ -68,7 +68,8 @@ def decoder_stages(decoder: nn.Module) -> list[Stage]:
 def decode(
     vae: AutoencoderTiny, latents: Latents, *, check: Check, progress: Callable[[float], None] = lambda share: None
 ) -> Generator[Tensor]:
-    """latents: (1, C, h, w) fp32, divided by the tiny model's scaling_factor → strips (3, n, 8w) fp32 in about [-1, 1]."""
+    """latents: (1, C, h, w) fp32, divided by the tiny model's scaling_factor → strips (3, n, 8w) fp32 in about [-1,
+    1]."""
     stages, height, row = decoder_stages(vae.decoder), latents.shape[2], 0
     for strip in latent_strips(latents, strip_rows(latents.shape[3])):
         row += strip.shape[2]

@@ -165,12 +165,12 @@ class Denoising:
 
     @property
     def end(self) -> int:
-        """The step after the last."""
+        """The number of the step after the last one."""
         return self._begin + len(self._steps)
 
     @property
     def samples_done(self) -> int:
-        """Of all steps."""
+        """How many denoiser samples of all steps are in the canvas."""
         done = self.step - self._begin
         now = self._steps[done].samples_of(self._tiles_added) if self._tiles_added else 0
         return sum(tiles.samples for tiles in self._steps[:done]) + now

@@ -1,8 +1,9 @@
-"""Flow matching (Lipman et al. 2023, arXiv:2210.02747): x = (1 − σ)·x₀ + σ·n, the model predicts v = n − x₀, and a step of Euler's
-is x += (σ′ − σ)·v, as diffusers' FlowMatchEulerDiscreteScheduler does it.
+"""Flow matching (Lipman et al. 2023, arXiv:2210.02747): x = (1 − σ)·x₀ + σ·n, the model predicts v = n − x₀, and a step
+of Euler's is x += (σ′ − σ)·v, as diffusers' FlowMatchEulerDiscreteScheduler does it.
 
-That scheduler's list of σ serves all solvers. It is shifted by a constant, or, for models that were trained at several sizes,
-by μ, which grows with the number of tokens that the model sees at once: those of a tile, never those of the canvas.
+That scheduler's list of σ serves all solvers. It is shifted by a constant, or, for models that were trained at several
+sizes, by μ, which grows with the number of tokens that the model sees at once: those of a tile, never those of the
+canvas.
 """
 
 from __future__ import annotations
@@ -67,8 +68,8 @@ def build(
     tokens: int = 4096,
     even_sigmas: bool = False,
 ) -> FlowSchedule:
-    """The flow schedule of a checkpoint's scheduler_config.json, whose model sees `tokens` at once. With `even_sigmas` σ falls
-    from 1 to 1/N in equal steps before it is shifted; else it falls to the scheduler's own smallest.
+    """The flow schedule of a checkpoint's scheduler_config.json, whose model sees `tokens` at once. With `even_sigmas`
+    σ falls from 1 to 1/N in equal steps before it is shifted; else it falls to the scheduler's own smallest.
 
     Raises UsageError for a scheduler that is not for flow matching, ModelError for a config that does not work.
     """
@@ -92,8 +93,8 @@ def build(
 
 
 def shift_of(tokens: int, config: Any) -> float:
-    """μ for a picture of `tokens`: on a line through (base_image_seq_len, base_shift) and (max_image_seq_len, max_shift), as
-    diffusers' pipelines do it (`calculate_shift`)."""
+    """μ for a picture of `tokens`: on a line through (base_image_seq_len, base_shift) and (max_image_seq_len,
+    max_shift), as diffusers' pipelines do it (`calculate_shift`)."""
     slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
     return float(config.base_shift + slope * (tokens - config.base_image_seq_len))
 
@@ -133,8 +134,8 @@ def _check(config: Mapping[str, Any]) -> None:
 
 
 def _euler(config: Mapping[str, Any], *, stochastic: bool) -> Any:
-    """FlowMatchEuler on the config's noise. `stochastic`: each step leads to σ = 0 and is noised again, which is what diffusers'
-    FlowMatchLCMScheduler does."""
+    """FlowMatchEuler on the config's noise. `stochastic`: each step leads to σ = 0 and is noised again, which is what
+    diffusers' FlowMatchLCMScheduler does."""
     with lean_imports():
         from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
     fields = {name: value for name, value in config.items() if not name.startswith("_")}

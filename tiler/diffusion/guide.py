@@ -26,8 +26,9 @@ def guide_size(
     longest: int | None = None,
 ) -> GuideSize | None:  # fmt: skip
     """The guide of a canvas of (height, width) latents: the native area with the canvas's aspect, sides rounded up to
-    what the denoiser takes, and no more than the canvas's own; no side above `longest`, a multiple of `granularity`. None
-    when the canvas is no larger than the native square: it needs no guide. A side that wraps cannot be cut: all of it is shown, stretched by less than half a granule."""
+    what the denoiser takes, and no more than the canvas's own; no side above `longest`, a multiple of `granularity`.
+    None when the canvas is no larger than the native square: it needs no guide. A side that wraps cannot be cut: all of
+    it is shown, stretched by less than half a granule."""
     height, width = canvas
     if height <= native and width <= native:
         return None
@@ -43,8 +44,8 @@ def guide_size(
 
 @dataclass(frozen=True)
 class LazyResize:
-    """Part of a picture at another size, by Lanczos; a slice of it makes those rows. The canvas of a print has hundreds of
-    megabytes of pixels, what they are made from has one."""
+    """Part of a picture at another size, by Lanczos; a slice of it makes those rows. The canvas of a print has hundreds
+    of megabytes of pixels, what they are made from has one."""
 
     source: np.ndarray  # (h, w, 3) uint8
     box: tuple[float, float, float]  # of the source: top, left, right
@@ -84,8 +85,9 @@ def crop_to_aspect(
     wraps: tuple[bool, bool] = (False, False),
     margin: tuple[int, int] = (0, 0),
 ) -> LazyResize:
-    """The centred part of `picture`, (h, w, 3) uint8, with the asked aspect, or of `box` = (height, width), at height × width
-    pixels. `margin` pixels above and below, left and right, are added that repeat the other side's, of sides that wrap."""
+    """The centred part of `picture`, (h, w, 3) uint8, with the asked aspect, or of `box` = (height, width), at height ×
+    width pixels. `margin` pixels above and below, left and right, are added that repeat the other side's, of sides that
+    wrap."""
     sides = picture.shape[:2]
     if box is None:
         factor = min(sides[0] / height, sides[1] / width)
@@ -103,7 +105,8 @@ def crop_to_aspect(
 
 
 def upscale(latents: Tensor, size: GuideSize, canvas: tuple[int, int], wraps: tuple[bool, bool]) -> Tensor:
-    """The shown part of the guide's latents (1, C, h, w), resized to `canvas` (height, width) by bicubic interpolation."""
+    """The shown part of the guide's latents (1, C, h, w), resized to `canvas` (height, width) by bicubic
+    interpolation."""
     import torch
     import torch.nn.functional as F
 

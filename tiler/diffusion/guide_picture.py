@@ -1,4 +1,5 @@
-"""A user's picture as the guide: whatever viewers open, as 8-bit sRGB, no larger in memory than the canvas has use for."""
+"""A user's picture as the guide: whatever viewers open, as 8-bit sRGB, no larger in memory than the canvas has use
+for."""
 
 from __future__ import annotations
 
@@ -33,8 +34,8 @@ _Fixed = Callable[[Image.Image], Image.Image]
 class GuidePicture:
     """An opened picture, whose header is read and whose pixels are not. A context manager.
 
-    `load()` returns `shape`; while it runs, it holds `peak_bytes`, and afterwards `kept_bytes`. Whatever is wrong with the
-    picture is a UsageError.
+    `load()` returns `shape`; while it runs, it holds `peak_bytes`, and afterwards `kept_bytes`. Whatever is wrong with
+    the picture is a UsageError.
     """
 
     def __init__(self, path: Path, canvas: tuple[int, int]) -> None:
@@ -123,7 +124,8 @@ class GuidePicture:
 
 
 def size_of(path: Path) -> tuple[int, int]:
-    """Width and height in pixels of a picture as it is to be looked at, of which the header alone is read. Raises UsageError."""
+    """Width and height in pixels of a picture as it is to be looked at, of which the header alone is read. Raises
+    UsageError."""
     with GuidePicture(path, (1, 1)) as picture:
         return picture.size
 

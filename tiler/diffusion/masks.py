@@ -1,8 +1,8 @@
 """How a tile's prediction is weighted: masks, and what they become once all tiles of a canvas share it.
 
-Mixture of Diffusers (Jiménez 2023, arXiv:2302.02412): the canvas takes ε̂ = Σ m_r ε_r / Σ m_r per latent pixel. A mask is the
-outer product of two profiles, so a canvas needs no table larger than a tile: Σ m_r is summed over a tile alone, from the
-neighbours that reach into it. Tiles with neighbours alike have one mask. All positions are latent pixels.
+Mixture of Diffusers (Jiménez 2023, arXiv:2302.02412): the canvas takes ε̂ = Σ m_r ε_r / Σ m_r per latent pixel. A mask
+is the outer product of two profiles, so a canvas needs no table larger than a tile: Σ m_r is summed over a tile alone,
+from the neighbours that reach into it. Tiles with neighbours alike have one mask. All positions are latent pixels.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ MASKS_KEPT = 64  # normalised masks in memory; a regular grid has fewer kinds of
 
 
 class Neighbours(NamedTuple):
-    """The tiles of one prompt that reach into a tile: their offsets from it along each axis, all combinations, and the kind and
-    weight of their mask. Where `fades`, the mask is multiplied by how far the top-level prompt speaks."""
+    """The tiles of one prompt that reach into a tile: their offsets from it along each axis, all combinations, and the
+    kind and weight of their mask. Where `fades`, the mask is multiplied by how far the top-level prompt speaks."""
 
     downs: tuple[int, ...]
     acrosses: tuple[int, ...]
@@ -57,8 +57,8 @@ def mask_profile(kind: Mask, n: int) -> Tensor:
 
 @lru_cache(maxsize=4096)
 def offsets(starts: tuple[int, ...], start: int, side: int, length: int) -> tuple[int, ...]:
-    """How far tiles of `side` at `starts` lie from the one at `start`, of those that overlap it, in their order. The axis of
-    `length` is a ring, on which a tile may reach another one from both sides."""
+    """How far tiles of `side` at `starts` lie from the one at `start`, of those that overlap it, in their order. The
+    axis of `length` is a ring, on which a tile may reach another one from both sides."""
     ahead = ((other - start) % length for other in starts)
     return tuple(offset for d in ahead for offset in (d, d - length) if -side < offset < side)
 
@@ -66,8 +66,9 @@ def offsets(starts: tuple[int, ...], start: int, side: int, length: int) -> tupl
 def normalised(
     own: tuple[Mask, float, bool], neighbours: tuple[Neighbours, ...], tile: tuple[int, int], rest: Tensor | None
 ) -> Tensor:
-    """m_r / Σ m_r on one tile, (height, width) fp32. `own` are its mask's kind and weight, and whether it fades; the tile is
-    among its neighbours; `rest`, (height, width) fp64, is how far the top-level prompt speaks, None where it does all over."""
+    """m_r / Σ m_r on one tile, (height, width) fp32. `own` are its mask's kind and weight, and whether it fades; the
+    tile is among its neighbours; `rest`, (height, width) fp64, is how far the top-level prompt speaks, None where it
+    does all over."""
     return _normalised(own, neighbours, tile) if rest is None else _divide(own, neighbours, tile, rest)
 
 
@@ -105,8 +106,8 @@ def _overlap(offset: int, side: int) -> tuple[slice, slice]:
 
 
 def rest_of_canvas(borders: Sequence[tuple[Border, Border]], rows: Tensor, cols: Tensor, ramp: int) -> Tensor:
-    """How far the top-level prompt speaks at these rows (h,) and columns (w,) of the canvas: 1 outside all regions, falling to 0
-    over `ramp` latents inside. (h, w) fp64."""
+    """How far the top-level prompt speaks at these rows (h,) and columns (w,) of the canvas: 1 outside all regions,
+    falling to 0 over `ramp` latents inside. (h, w) fp64."""
     rest = torch.ones(len(rows), len(cols), dtype=torch.float64)
     for vertical, horizontal in borders:
         depths, inside = [], []  # distance from the region's border along each axis

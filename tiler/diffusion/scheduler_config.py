@@ -1,5 +1,5 @@
-"""A checkpoint's scheduler_config.json, checked, corrected as diffusers' pipeline corrects it, and cut to what a scheduler may
-take from it. Plain data: no scheduler is built here."""
+"""A checkpoint's scheduler_config.json, checked, corrected as diffusers' pipeline corrects it, and cut to what a
+scheduler may take from it. Plain data: no scheduler is built here."""
 
 from __future__ import annotations
 
@@ -107,10 +107,11 @@ def _check_betas(config: Mapping[str, Any], count: int) -> None:
 
 
 def correct_scheduler(config: Mapping[str, Any]) -> Corrected:
-    """What diffusers' StableDiffusionPipeline corrects in old configs: samples are not clipped, and leading timesteps begin at 1.
+    """What diffusers' StableDiffusionPipeline corrects in old configs: samples are not clipped, and leading timesteps
+    begin at 1.
 
-    diffusers 0.42.1, pipelines/stable_diffusion/pipeline_stable_diffusion.py, `__init__`. An absent `clip_sample` counts as
-    true only for DDIM, whose default that is.
+    diffusers 0.42.1, pipelines/stable_diffusion/pipeline_stable_diffusion.py, `__init__`. An absent `clip_sample`
+    counts as true only for DDIM, whose default that is.
     """
     clips = config.get("clip_sample", config.get("_class_name") == "DDIMScheduler")
     offset, notes = config.get("steps_offset", 0), []
@@ -122,8 +123,8 @@ def correct_scheduler(config: Mapping[str, Any]) -> Corrected:
 
 
 def take_fields(config: Mapping[str, Any], cls: str, accepted: frozenset[str]) -> dict[str, Any]:
-    """The fields of `config` that the constructor of `cls` gets: all that it accepts where the config is its own, else those
-    that describe the noise."""
+    """The fields of `config` that the constructor of `cls` gets: all that it accepts where the config is its own, else
+    those that describe the noise."""
     own = config.get("_class_name") == cls
     wanted = accepted if own else accepted & (_NOISE_FIELDS | {"clip_sample"})
     return {name: value for name, value in config.items() if name in wanted}

@@ -1,7 +1,7 @@
 """diffusers' schedulers by the names people know them under, behind one interface: `Schedule`.
 
-A schedule is built on the checkpoint's own noise levels, and whatever could go wrong with it is found when it is built, before
-any work: fields, timesteps, sigmas, and a rehearsal of all steps on a few made-up latents.
+A schedule is built on the checkpoint's own noise levels, and whatever could go wrong with it is found when it is built,
+before any work: fields, timesteps, sigmas, and a rehearsal of all steps on a few made-up latents.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ class SchedulerState(NamedTuple):
 
 
 class Schedule(Protocol):
-    """How noise becomes a picture in N steps. Steps are numbered from 0; latents and predictions are (1, C, h, w) fp32."""
+    """How noise becomes a picture in N steps. Steps are numbered from 0; latents and predictions are (1, C, h, w)
+    fp32."""
 
     @property
     def timesteps(self) -> Tensor:
@@ -37,7 +38,8 @@ class Schedule(Protocol):
         ...
 
     def start(self, noise: Tensor, reference: Tensor | None, begin: int) -> Tensor:
-        """The latents before step `begin`: pure noise, or `reference` noised for that step. To be called once, first."""
+        """The latents before step `begin`: pure noise, or `reference` noised for that step. To be called once,
+        first."""
         ...
 
     def model_input(self, latents: Tensor, step: int) -> Tensor:
@@ -56,8 +58,8 @@ class Schedule(Protocol):
 
 
 class DiffusersSchedule:
-    """A `Schedule` around one of diffusers' schedulers for discrete noise levels, its timesteps set. `notes` are what the user
-    should know of how it was chosen."""
+    """A `Schedule` around one of diffusers' schedulers for discrete noise levels, its timesteps set. `notes` are what
+    the user should know of how it was chosen."""
 
     def __init__(self, scheduler: Any, name: Scheduler, notes: tuple[str, ...] = ()) -> None:
         self.scheduler, self.name, self.notes = scheduler, name, notes
@@ -97,8 +99,8 @@ class DiffusersSchedule:
         return after
 
     def _denoised(self, given: tuple[Tensor, ...], noise_pred: Tensor, step: int, latents: Tensor) -> Tensor:
-        """The picture that a step was aimed at, (1, C, h, w): what the scheduler gave beside the latents after the step, or what it
-        remembers of it; the latents where it has neither."""
+        """The picture that a step was aimed at, (1, C, h, w): what the scheduler gave beside the latents after the
+        step, or what it remembers of it; the latents where it has neither."""
         if len(given) > 1:
             return given[1]
         remembered = [t for t in getattr(self.scheduler, "model_outputs", ()) if t is not None]
@@ -200,12 +202,12 @@ def build(
     correct: bool = True,
     schedule_type: ScheduleType | None = None,
 ) -> DiffusersSchedule:
-    """A schedule of `num_inference_steps` on the noise levels of a checkpoint's scheduler_config.json, checked to the end;
-    `correct`ed where it is old, as the pipelines of SD 1.x and 2.x do and SDXL's does not. `schedule_type` spreads the levels
-    otherwise than the config says.
+    """A schedule of `num_inference_steps` on the noise levels of a checkpoint's scheduler_config.json, checked to the
+    end; `correct`ed where it is old, as the pipelines of SD 1.x and 2.x do and SDXL's does not. `schedule_type` spreads
+    the levels otherwise than the config says.
 
-    Raises ModelError for a config that no work should begin with, and UsageError for a number of steps that the algorithm
-    cannot take, with the nearest one that it can.
+    Raises ModelError for a config that no work should begin with, and UsageError for a number of steps that the
+    algorithm cannot take, with the nearest one that it can.
     """
     name, cls = choose(asked, config), config.get("_class_name")
     if schedule_type is not None and name is Scheduler.DPMPP_2M_KARRAS:
@@ -236,8 +238,8 @@ def assemble(
     notes: tuple[str, ...] = (),
     schedule_type: ScheduleType | None = None,
 ) -> DiffusersSchedule:
-    """A schedule from a corrected config, not rehearsed. Raises ModelError where the fields do not work together, UsageError
-    where the scheduler has no such type."""
+    """A schedule from a corrected config, not rehearsed. Raises ModelError where the fields do not work together,
+    UsageError where the scheduler has no such type."""
     recipe = _RECIPES[name]
     with lean_imports():
         cls = getattr(import_module(f"diffusers.schedulers.{recipe.module}"), recipe.cls)

@@ -45,8 +45,8 @@ class Text2ImageRegion:
 
     @property
     def samples(self) -> int:
-        """Denoiser samples a step: one for each of the `prompts` that are joined; without guidance, or where a family follows it
-        without one, there is no unconditional half."""
+        """Denoiser samples a step: one for each of the `prompts` that are joined; without guidance, or where a family
+        follows it without one, there is no unconditional half."""
         return _samples(self.guidance_scale, self.unconditional, self.prompts)
 
     @property
@@ -58,8 +58,8 @@ class Text2ImageRegion:
 
 @dataclass(frozen=True, kw_only=True)
 class _Layer:
-    """The tiles of one prompt: at each of `rows`, one at each of `cols`, of which only those numbered in `present` are there
-    (None: all of them)."""
+    """The tiles of one prompt: at each of `rows`, one at each of `cols`, of which only those numbered in `present` are
+    there (None: all of them)."""
 
     rows: tuple[int, ...]
     cols: tuple[int, ...]
@@ -83,9 +83,9 @@ class _Layer:
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Tiles(Sequence[Text2ImageRegion]):
     """Every tile of a canvas at one step, in the order they are computed; each is made when it is asked for. `tile` and
-    `canvas` are (height, width), `shift` moves all tiles down and to the right around the canvas. All positions are multiples
-    of `patch`. `unconditional` says whether guidance takes a second sample: elsewhere the scale is the model's own input, the
-    same at every step."""
+    `canvas` are (height, width), `shift` moves all tiles down and to the right around the canvas. All positions are
+    multiples of `patch`. `unconditional` says whether guidance takes a second sample: elsewhere the scale is the
+    model's own input, the same at every step."""
 
     canvas: tuple[int, int]
     tile: tuple[int, int]
@@ -206,15 +206,15 @@ def latents_of(pixels: int, patch: int = 1) -> int:
 
 
 def region_span(region: Region, patch: int = 1) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Its rows and columns, (first, last + 1) in latents. Edges are rounded as the canvas's sides are: what covered the picture
-    still does."""
+    """Its rows and columns, (first, last + 1) in latents. Edges are rounded as the canvas's sides are: what covered the
+    picture still does."""
     rows, cols = ((latents_of(first, patch), latents_of(last, patch)) for first, last in (region.rows, region.cols))
     return rows, cols
 
 
 def even_starts(length: int, tile: int, overlap: int, wraps: bool = False) -> list[int]:
-    """First positions of the fewest tiles that cover `length` with at least `overlap` between neighbours, evenly spaced.
-    The last neighbour of an axis that `wraps` is the first."""
+    """First positions of the fewest tiles that cover `length` with at least `overlap` between neighbours, evenly
+    spaced. The last neighbour of an axis that `wraps` is the first."""
     if wraps:
         count = math.ceil(length / (tile - overlap))
         return [round(i * length / count) for i in range(count)]
@@ -229,11 +229,11 @@ def plan_tiles(
 ) -> Tiles:
     """Every tile of the canvas with its normalised mask, in the order they are computed.
 
-    `canvas` and `tile` are (height, width), `overlap` the least overlap (of GRID), all in latent pixels and multiples of
-    `patch`, at multiples of which tiles begin: then a transformer's patches are those of all tiles. Condition 0 is the
-    top-level prompt when there is one; the regions follow. Inside a region the top-level prompt only speaks within
-    `overlap` of the region's border, fading inwards: it covers the rest of the canvas.
-    Raises UsageError for regions that are too small or leave a hole.
+    `canvas` and `tile` are (height, width), `overlap` the least overlap (of GRID), all in latent pixels and multiples
+    of `patch`, at multiples of which tiles begin: then a transformer's patches are those of all tiles. Condition 0 is
+    the top-level prompt when there is one; the regions follow. Inside a region the top-level prompt only speaks within
+    `overlap` of the region's border, fading inwards: it covers the rest of the canvas. Raises UsageError for regions
+    that are too small or leave a hole.
     """
     if overlap >= min(tile):
         raise UsageError(f"overlap = {FACTOR * overlap} must be smaller than a tile ({FACTOR * min(tile)} pixels)")
@@ -277,8 +277,9 @@ def plan_tiles(
 
 
 def guide_tiles(size: tuple[int, int], wrap: Wrap, guidance_scale: float, patch: int = 1, prompts: int = 1) -> Tiles:
-    """The guide's canvas of `size` (height, width), under the first prompt, which joins so many `prompts`: one tile as large as
-    itself. Along an axis that wraps there are two, half a picture apart, so that each hides the other's border."""
+    """The guide's canvas of `size` (height, width), under the first prompt, which joins so many `prompts`: one tile as
+    large as itself. Along an axis that wraps there are two, half a picture apart, so that each hides the other's
+    border."""
     kind = Mask.CONSTANT if wrap is Wrap.NONE else Mask.GAUSSIAN
     rows, cols = _grid(size, size, min(size) // 4 // patch * patch, wrap, patch)
     layer = _Layer(rows=rows, cols=cols, condition=0, guidance_scale=guidance_scale, kind=kind, prompts=prompts)
@@ -288,10 +289,9 @@ def guide_tiles(size: tuple[int, int], wrap: Wrap, guidance_scale: float, patch:
 def tiles_of_step(tiles: Tiles, request: ResolvedRequest, number: int) -> Tiles:
     """The tiles of step `number` of the schedule, from 0.
 
-    Outside the request's guidance interval they have no guidance (Kynkäänniemi et al. 2024, arXiv:2404.07724), where that takes
-    an unconditional half. In the layout
-    SHIFT they are moved around the canvas by an offset drawn from seed and number (Frolov et al. 2024, arXiv:2407.15507);
-    an axis of a single tile stays.
+    Outside the request's guidance interval they have no guidance (Kynkäänniemi et al. 2024, arXiv:2404.07724), where
+    that takes an unconditional half. In the layout SHIFT they are moved around the canvas by an offset drawn from seed
+    and number (Frolov et al. 2024, arXiv:2407.15507); an axis of a single tile stays.
     """
     low, high = request.guidance_interval
     down = across = 0

@@ -1,7 +1,7 @@
 """The timesteps of diffusers' schedulers, mended where rounding or an offset spoils them, and checked.
 
-The arithmetic of the spacings goes wrong at single counts: `trailing` gives one timestep more where N · (T/N) is a little more
-than T, an offset leads beyond the last trained timestep, and near T steps two of them round to one.
+The arithmetic of the spacings goes wrong at single counts: `trailing` gives one timestep more where N · (T/N) is a
+little more than T, an offset leads beyond the last trained timestep, and near T steps two of them round to one.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from torch import Tensor
 
 
 def mend(scheduler: Any, count: int) -> None:
-    """Give a diffusers scheduler whose timesteps are set exactly `count` of them, in range, and with falling sigmas, if that
-    is not so already. Schedules of sigmas (Karras and the like) choose their timesteps by these and are left alone."""
+    """Give a diffusers scheduler whose timesteps are set exactly `count` of them, in range, and with falling sigmas, if
+    that is not so already. Schedules of sigmas (Karras and the like) choose their timesteps by these and are left
+    alone."""
     if not fault(scheduler, count) or not hasattr(scheduler.config, "timestep_spacing") or _by_sigmas(scheduler):
         return
     trained = int(scheduler.config.num_train_timesteps)
@@ -43,8 +44,8 @@ def _set(scheduler: Any, timesteps: Tensor) -> None:
 
 
 def set_beta_sigmas(scheduler: Any, count: int) -> None:
-    """Sigmas by the quantiles of a beta distribution with α = β = 0.6 (Lee et al. 2024, arXiv:2407.12173), as diffusers makes
-    them where scipy is installed. The scheduler's timesteps are set."""
+    """Sigmas by the quantiles of a beta distribution with α = β = 0.6 (Lee et al. 2024, arXiv:2407.12173), as diffusers
+    makes them where scipy is installed. The scheduler's timesteps are set."""
     known = trained_sigmas(scheduler)
     # Euler spreads them over the sigmas of its own spacing, the multistep solvers over all that the model was trained on.
     own = np.interp(scheduler.timesteps.numpy(), np.arange(len(known)), known)
@@ -62,8 +63,8 @@ def set_beta_sigmas(scheduler: Any, count: int) -> None:
 def beta_quantiles(shares: np.ndarray, shape: float) -> np.ndarray:
     """The quantiles of the symmetric beta distribution with α = β = `shape` at `shares`, (n,) fp64 from 0 to 1.
 
-    Its density has a pole at each end; with t = u^(1/shape) the lower half's integral, ∫ t^(a−1) (1 − t)^(a−1) dt from 0 to x,
-    becomes 1/a ∫ (1 − u^(1/a))^(a−1) du, which is smooth, and the upper half mirrors it.
+    Its density has a pole at each end; with t = u^(1/shape) the lower half's integral, ∫ t^(a−1) (1 − t)^(a−1) dt from
+    0 to x, becomes 1/a ∫ (1 − u^(1/a))^(a−1) du, which is smooth, and the upper half mirrors it.
     """
     u = np.linspace(0, 0.5**shape, 20_001)
     density = (1 - u ** (1 / shape)) ** (shape - 1)

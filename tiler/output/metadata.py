@@ -15,7 +15,7 @@ from tiler.request import Emphasis, ResolvedRequest, ScheduleType
 from tiler.request.render import OF_THE_MACHINE
 
 _EMPHASIS = {Emphasis.NO_NORM: "No norm", Emphasis.IGNORE: "Ignore", Emphasis.NONE: "None"}  # as A1111 writes them
-_RESOLVED = ("size", "preset", "scale")  # in the values of others
+_RESOLVED = ("size", "preset", "scale", "revision")  # in the values of others; the last in its commit
 _NOT_TOLD = (*OF_THE_MACHINE, *_RESOLVED, "metadata", "embd_dir", "lora_dir", "model_dirs")
 _FILES = "model", "tiny_vae", "guide_image", "diffusion_model", "vae", "text_encoder", "clip_l", "clip_g", "t5xxl"
 
@@ -29,6 +29,7 @@ class Facts:
 
     model: str  # a name, a hub id or a folder
     model_id: str  # weights.identity.model_id
+    model_hash: str | None = None  # AutoV2, of a model that is one file
     revision: str | None  # of a hub id
     scheduler: str
     precision: str
@@ -45,7 +46,8 @@ def texts(request: ResolvedRequest, facts: Facts) -> dict[str, str]:
     fields: dict[str, object] = {
         "Steps": r.num_inference_steps, "Sampler": facts.scheduler.removesuffix(" Karras"),
         **({"Schedule type": spread} if (spread := _spread(r, facts)) is not None else {}),
-        "CFG scale": r.guidance_scale, "Seed": r.seed, "Size": f"{r.width}x{r.height}", "Model": file_name(facts.model),
+        "CFG scale": r.guidance_scale, "Seed": r.seed, "Size": f"{r.width}x{r.height}",
+        **({"Model hash": facts.model_hash} if facts.model_hash is not None else {}), "Model": file_name(facts.model),
         **({"Denoising strength": r.strength} if facts.begin else {}),
         **_of_prompts(r, facts), "Version": f"tiler {metadata.version('tiler')}",
     }  # fmt: skip
@@ -57,6 +59,7 @@ def texts(request: ResolvedRequest, facts: Facts) -> dict[str, str]:
         "precision": facts.precision,
         "kernels": facts.kernels,
         "model_id": facts.model_id,
+        **({"model_hash": facts.model_hash} if facts.model_hash is not None else {}),
         "revision": facts.revision,
         **({"lora_hashes": dict(facts.loras)} if facts.loras else {}),
     }

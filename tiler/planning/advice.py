@@ -1,4 +1,5 @@
-"""What would need less memory where a plan does not fit. Every way is planned itself, and one that gains nothing is not told."""
+"""What would need less memory where a plan does not fit. Every way is planned itself, and one that gains nothing is not
+told."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ _WORTH = 0.98  # of the smallest ceiling: less of a gain is within what a plan c
 
 
 def advise(request: ResolvedRequest, plan: RenderPlan, replan: Callable[[ResolvedRequest], MemoryPlan]) -> str:
-    """Which options make the plan fit, or come nearest, for people; "" where none gains anything. `replan` plans a request."""
+    """Which options make the plan fit, or come nearest, for people; "" where none gains anything. `replan` plans a
+    request."""
     found: list[tuple[str, MemoryPlan]] = []
     for option, changed in _lighter(request, plan.precision):
         try:

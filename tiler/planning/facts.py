@@ -1,4 +1,5 @@
-"""What planning knows of the process and the machine. It is measured once, before planning, which itself asks neither."""
+"""What planning knows of the process and the machine. It is measured once, before planning, which itself asks
+neither."""
 
 from __future__ import annotations
 
@@ -27,5 +28,5 @@ class Facts:
 
     @property
     def text_libraries(self) -> Term:
-        """The same while prompts are encoded, which is done first."""
+        """Like `libraries`, but while prompts are encoded, which is done first."""
         return Term(name="python + libraries", nbytes=self.rss_bytes + TEXT_LIBRARIES_BYTES)

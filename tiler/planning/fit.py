@@ -29,8 +29,8 @@ class Weight(NamedTuple):
 
 
 class Streamed(NamedTuple):
-    """The streamed weights of a phase, in the order of use, where they are stored, whether int8 ones are computed with as such,
-    and what keeping some costs."""
+    """The streamed weights of a phase, in the order of use, where they are stored, whether int8 ones are computed with
+    as such, and what keeping some costs."""
 
     weights: Sequence[Weight]
     stored: Mapping[str, TensorInfo]
@@ -58,8 +58,8 @@ def _resident_bytes(info: TensorInfo, dtype: torch.dtype) -> int:
 
 
 def _with_heap(phase: PhasePlan, method: DecodePlan, max_bytes: int) -> PhasePlan:
-    """What the heap keeps of the memory that an autoencoder's strips free, as far as the ceiling leaves room. The blocks of
-    one strip fit where those of the last one were."""
+    """What the heap keeps of the memory that an autoencoder's strips free, as far as the ceiling leaves room. The
+    blocks of one strip fit where those of the last one were."""
     freed = min(HEAP_KEPT, method.memory_bytes - STRIP_BYTES)
     return _with(phase, "free heap", min(freed, int(max_bytes * NEAR) - phase.peak_bytes))
 
@@ -76,7 +76,8 @@ def largest_batch(peak: Callable[[int], int], room: int, most: int) -> int:
 
 
 def _choose_resident(streamed: Streamed, room: int) -> dict[str, torch.dtype]:
-    """What the ceiling leaves over holds weights: all as they are computed with if they fit, else a fixed subset as stored.
+    """What the ceiling leaves over holds weights: all as they are computed with if they fit, else a fixed subset as
+    stored.
 
     Access is cyclic, so which ones does not matter for the bytes read; the first in the order of use are taken.
     """

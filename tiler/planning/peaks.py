@@ -1,4 +1,5 @@
-"""What each part of a checkpoint takes in memory while it works: its own code, run on meta tensors under a `MetaMeter`."""
+"""What each part of a checkpoint takes in memory while it works: its own code, run on meta tensors under a
+`MetaMeter`."""
 
 from __future__ import annotations
 
@@ -44,8 +45,8 @@ ACTIVATIONS = "activations + weights in use"
 
 
 def bf16_keys(part: Part, module: nn.Module, precision: Precision) -> frozenset[str]:
-    """The denoiser's weights that are computed with in bf16. None beside int8: those that are left would save a fortieth of a
-    pass, and add a thirtieth to its error."""
+    """The denoiser's weights that are computed with in bf16. None beside int8: those that are left would save a
+    fortieth of a pass, and add a thirtieth to its error."""
     return part.bf16_weights(module) if precision is Precision.BF16 else frozenset()
 
 
@@ -80,8 +81,8 @@ def ranks_beside(changes: Changes, int8: frozenset[str]) -> dict[str, int]:
 
 
 def changes_terms(changes: Changes) -> list[Term]:
-    """What LoRAs keep in memory while the weights of one layer are changed: all their factors for the largest, once more as they
-    are stored, and a difference of a few rows."""
+    """What LoRAs keep in memory while the weights of one layer are changed: all their factors for the largest, once
+    more as they are stored, and a difference of a few rows."""
     if not changes:
         return []
     most = max(sum(change.factor_elements for change in some) for some in changes.values())
@@ -108,8 +109,8 @@ def _encoder_phase(models: Models, part: Part, fixed: list[Term]) -> PhasePlan:
 
 
 class DenoiserPeaks:
-    """The phases that use a family's denoiser, whose weights are held in `arena_bytes` for arithmetic in `precision`; its prompts
-    have so many `chunks`."""
+    """The phases that use a family's denoiser, whose weights are held in `arena_bytes` for arithmetic in `precision`;
+    its prompts have so many `chunks`."""
 
     def __init__(
         self, models: Models, precision: Precision, *, arena_bytes: int | None = None, chunks: int = 1
@@ -142,7 +143,8 @@ class DenoiserPeaks:
             return streamed_weights(self.module)
 
     def activations(self, tiles: tuple[int, ...], height: int, width: int) -> int:
-        """Bytes of one pass over samples of `tiles`, of which neighbours may be the same, each (height, width) latents."""
+        """Bytes of one pass over samples of `tiles`, of which neighbours may be the same, each (height, width)
+        latents."""
         key = tiles, height, width
         if key not in self._activations:
             with lent(self.module, self.streamer), MetaMeter() as meter, torch.no_grad():
@@ -167,8 +169,8 @@ class DenoiserPeaks:
 
     @property
     def packs_floats(self) -> bool:
-        """Whether weights are fp32 or bf16 in the order of tiler's own kernels, made as they are read: nothing is freed unit by
-        unit."""
+        """Whether weights are fp32 or bf16 in the order of tiler's own kernels, made as they are read: nothing is freed
+        unit by unit."""
         return not self.streamer.int8_keys and packs_layers()
 
     @property
@@ -221,9 +223,9 @@ class VaePeaks:
     def phase(
         self, name: str, latents: tuple[int, int], method: DecodePlan, source_pixels: int = 0, *, held: int = 1
     ) -> PhasePlan:
-        """Decoding latents of (height, width), or encoding a picture of `source_pixels` enlarged to their size. Rows of the
-        large picture come and go; the latents are `held` once, or not where a file has them, also with a margin, or being
-        put together of bands and scaled."""
+        """Decoding latents of (height, width), or encoding a picture of `source_pixels` enlarged to their size. Rows of
+        the large picture come and go; the latents are `held` once, or not where a file has them, also with a margin, or
+        being put together of bands and scaled."""
         area = math.prod(n + 2 * m for n, m in zip(latents, method.margin, strict=True))
         copies = 3 if method.encoding else 2 if any(method.margin) else held
         terms = [

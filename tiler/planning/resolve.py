@@ -39,8 +39,8 @@ def fill_again(request: RenderRequest, before: ResolvedRequest, family: Family) 
 
 
 def fill(request: RenderRequest, defaults: Mapping[str, Any] = _ROW) -> ResolvedRequest:
-    """The request with `defaults` where neither it nor its preset says anything. Of a tuple of prompts the seed chooses one.
-    Raises UsageError."""
+    """The request with `defaults` where neither it nor its preset says anything. Of a tuple of prompts the seed chooses
+    one. Raises UsageError."""
     said = {f.name: getattr(request, f.name) for f in fields(request)}
     preset = dict(PRESETS[request.preset]) if request.preset is not None else {}
     if request.regions or request.overlap is not None:

@@ -74,8 +74,8 @@ def summarise(
 
 
 def read_bytes(models: Models, precision: Precision, *, encoded: bool = False) -> dict[str, int]:
-    """By part, what encoding the prompts reads unless they are `encoded`, and what a pass over the denoiser does where none of it
-    is resident. Tables are left out, of which a few rows are read."""
+    """By part, what encoding the prompts reads unless they are `encoded`, and what a pass over the denoiser does where
+    none of it is resident. Tables are left out, of which a few rows are read."""
     found = {}
     for part in (*(() if encoded else models.family.encoders), models.family.part(Role.DENOISER)):
         module = models.module(part)

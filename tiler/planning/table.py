@@ -21,7 +21,8 @@ class Term:
 
 @dataclass(frozen=True, kw_only=True)
 class PhasePlan:
-    """A phase and the terms that are in memory together at its peak; `advice` says what to do where that is too much."""
+    """A phase and the terms that are in memory together at its peak; `advice` says what to do where that is too
+    much."""
 
     name: str
     terms: tuple[Term, ...]
@@ -45,10 +46,12 @@ class MemoryPlan:
         return max(phase.peak_bytes for phase in self.phases)
 
     def peak_of(self, name: str) -> int:
+        """Bytes of the phase called `name`."""
         return next(phase.peak_bytes for phase in self.phases if phase.name == name)
 
     @property
     def fits(self) -> bool:
+        """Whether a render may begin: a plan may fill MARGIN of the ceiling."""
         return self.peak_bytes <= self.max_bytes * MARGIN
 
     def check(self, *, table: bool = True, advice: str = "") -> None:
@@ -63,6 +66,7 @@ class MemoryPlan:
 
     @property
     def smallest_text(self) -> str:
+        """`smallest_bytes` as --max-ram takes it, rounded up to MB."""
         return f"{-(-self.smallest_bytes // 10**6)}MB"
 
     def table(self) -> str:

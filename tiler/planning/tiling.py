@@ -1,4 +1,5 @@
-"""From a request and a family: where tiles lie at every step, and which steps the guide replaces. Sizes in latent pixels."""
+"""From a request and a family: where tiles lie at every step, and which steps the guide replaces. Sizes in latent
+pixels."""
 
 from __future__ import annotations
 
@@ -35,14 +36,17 @@ class Tiling:
 
     @property
     def guide_samples(self) -> int:
+        """Denoiser samples of all steps of the guide."""
         return self.guide_steps.samples
 
     @property
     def canvas_samples(self) -> int:
+        """Denoiser samples of all steps of the canvas."""
         return self.canvas_steps.samples
 
     @property
     def denoiser_samples(self) -> int:
+        """Those of guide and canvas together."""
         return self.guide_samples + self.canvas_samples
 
     @property
@@ -101,9 +105,9 @@ def _canvas(
 ) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
     """(height, width) of the canvas and of a tile, and the pixels above and left of the picture.
 
-    A side of the canvas is the asked one, rounded up to a multiple of `patch`. Where it is below `native` one tile is as long,
-    both rounded up to a multiple of `step`, at least SMALLEST of them, and the picture is their middle. Raises UsageError where
-    a larger canvas cannot be cut.
+    A side of the canvas is the asked one, rounded up to a multiple of `patch`. Where it is below `native` one tile is
+    as long, both rounded up to a multiple of `step`, at least SMALLEST of them, and the picture is their middle. Raises
+    UsageError where a larger canvas cannot be cut.
     """
     canvas, tile, crop = [], [], []
     for side, wraps in zip((request.height, request.width), request.wrap.axes, strict=True):

@@ -1,5 +1,5 @@
-"""What tiler keeps to be quicker next time: int8 weights, encoded prompts, hashes of files, CLIP's vocabulary. All of it can be made
-again. Only files that tiler itself named are looked at, whatever else lies in the folder."""
+"""What tiler keeps to be quicker next time: int8 weights, encoded prompts, hashes of files, CLIP's vocabulary. All of
+it can be made again. Only files that tiler itself named are looked at, whatever else lies in the folder."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ DAY = 24 * 3600
 
 @dataclass(frozen=True, kw_only=True)
 class Cached:
-    """A file of a cache. `used_days`: since it was last read or written; `stale`: why it is of no use, "" where it may be."""
+    """A file of a cache. `used_days`: since it was last read or written; `stale`: why it is of no use, "" where it may
+    be."""
 
     kind: str
     path: Path

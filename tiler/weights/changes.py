@@ -1,8 +1,9 @@
-"""What a LoRA and its kin add to a weight, row by row: a piece of a weight is changed where it was read, and no difference is
-ever made whole.
+"""What a LoRA and its kin add to a weight, row by row: a piece of a weight is changed where it was read, and no
+difference is ever made whole.
 
-Formulas: LoRA, Hu et al. 2021 (arXiv:2106.09685); LoHa, LoKr and Tucker, Yeh et al. 2023 (arXiv:2309.14859); DoRA, Liu et al. 2024
-(arXiv:2402.09353). All in fp32; factors are read when they are needed and let go with the weight that they change.
+Formulas: LoRA, Hu et al. 2021 (arXiv:2106.09685); LoHa, LoKr and Tucker, Yeh et al. 2023 (arXiv:2309.14859); DoRA, Liu
+et al. 2024 (arXiv:2402.09353). All in fp32; factors are read when they are needed and let go with the weight that they
+change.
 """
 
 from __future__ import annotations
@@ -86,7 +87,8 @@ Changes = Mapping[str, Sequence[Change]]
 
 
 def rank_beside(changes: Iterable[Change]) -> int:
-    """The rank of the path beside a weight for all `changes` that can be one, with the zeros that fill it up; 0 for none."""
+    """The rank of the path beside a weight for all `changes` that can be one, with the zeros that fill it up; 0 for
+    none."""
     rank = sum(change.rank or 0 for change in changes)
     return rank + -rank % _LANES
 
@@ -203,8 +205,8 @@ def _product(a: Tensor, b: Tensor) -> Rows:
 
 
 class Merger:
-    """Adds changes to pieces of parameters. `inputs_squared(name, rows)` gives the sum of squares, (inputs,) fp64, of each input
-    over the whole parameter plus what `rows` adds to it."""
+    """Adds changes to pieces of parameters. `inputs_squared(name, rows)` gives the sum of squares, (inputs,) fp64, of
+    each input over the whole parameter plus what `rows` adds to it."""
 
     def __init__(self, changes: Changes, inputs_squared: Callable[[str, Rows], Tensor]) -> None:
         self.changes = changes

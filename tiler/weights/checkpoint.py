@@ -1,4 +1,5 @@
-"""Find a checkpoint: the embedded one, a folder in diffusers layout, a single file, or a hub id in huggingface_hub's own cache.
+"""Find a checkpoint: the embedded one, a folder in diffusers layout, a single file, or a hub id in huggingface_hub's
+own cache.
 
 Reads JSON and safetensors only; a pickle is refused. Knows file names, not what the parts do.
 """
@@ -32,8 +33,8 @@ QUANTO_MAP = "quanto_qmap.json"  # which modules optimum-quanto quantised, and h
 
 @dataclass(frozen=True, kw_only=True)
 class PartSource:
-    """A part that is no folder of the checkpoint: its config, and where its parameters lie, in files of any kind. `label` says for
-    people where it comes from, and by what that was decided."""
+    """A part that is no folder of the checkpoint: its config, and where its parameters lie, in files of any kind.
+    `label` says for people where it comes from, and by what that was decided."""
 
     config: Mapping[str, Any]
     index: Mapping[str, TensorInfo] = field(default_factory=dict)
@@ -42,8 +43,8 @@ class PartSource:
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A folder in diffusers layout, or a single `file` in `folder`, whose parts have `sources` once it was looked into. `variant` is
-    the preferred flavour of weight files ("fp16"). `notes` tell of what a user might not expect."""
+    """A folder in diffusers layout, or a single `file` in `folder`, whose parts have `sources` once it was looked into.
+    `variant` is the preferred flavour of weight files ("fp16"). `notes` tell of what a user might not expect."""
 
     name: str
     folder: Path
@@ -87,7 +88,8 @@ class Checkpoint:
         return read_json(self.folder / part / file)
 
     def weights(self, part: str) -> dict[str, TensorInfo]:
-        """The index of one part's weight files, of which a quantised weight is one tensor (layouts.py). Raises ModelError."""
+        """The index of one part's weight files, of which a quantised weight is one tensor (layouts.py). Raises
+        ModelError."""
         if part in self.sources:
             return dict(self.sources[part].index)
         folder = self.folder / part
@@ -112,8 +114,8 @@ def resolve(
     folders: Sequence[Path] = (),
     reads_text: bool = True,
 ) -> Checkpoint:
-    """`mini`, a folder, a file, the name of a model in `folders`, or a hub id → Checkpoint. Where no prompt is to be encoded, its
-    text encoders need not be there. Raises ModelError, OfflineError, StorageError."""
+    """`mini`, a folder, a file, the name of a model in `folders`, or a hub id → Checkpoint. Where no prompt is to be
+    encoded, its text encoders need not be there. Raises ModelError, OfflineError, StorageError."""
     return replace(_resolve(model, variant, revision, folders, reads_text=reads_text), reads_text=reads_text)
 
 

@@ -1,7 +1,7 @@
 """How a stored value becomes fp32: one codec for each way in which files store rows of a tensor.
 
-The only place that knows what bytes mean. A row is whole blocks, and a block is some values in some bytes; blocks of one
-value are plain numbers. The integer blocks are GGUF's (ggml-org/ggml, ggml-common.h describes each structure).
+The only place that knows what bytes mean. A row is whole blocks, and a block is some values in some bytes; blocks of
+one value are plain numbers. The integer blocks are GGUF's (ggml-org/ggml, ggml-common.h describes each structure).
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ Blocks = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Codec:
-    """`name` as files say it; a block is `values` in `nbytes`. `stored` is torch's own dtype, where there is one; `blocks`
-    decodes where there is none."""
+    """`name` as files say it; a block is `values` in `nbytes`. `stored` is torch's own dtype, where there is one;
+    `blocks` decodes where there is none."""
 
     name: str
     values: int = 1
@@ -110,7 +110,8 @@ def _q3_k(b: Tensor) -> Tensor:
 
 
 def _scales_k(b: Tensor) -> tuple[Tensor, Tensor]:
-    """The scales and minima (n, 8, 1) of Q4_K and Q5_K: two fp16 factors, then 6 bits for each of 8 groups in 12 bytes."""
+    """The scales and minima (n, 8, 1) of Q4_K and Q5_K: two fp16 factors, then 6 bits for each of 8 groups in 12
+    bytes."""
     first, second, third = b[:, 4:8], b[:, 8:12], b[:, 12:16]
     scale = torch.cat([first & 63, third & 15 | first >> 6 << 4], dim=1)
     least = torch.cat([second & 63, third >> 4 | second >> 6 << 4], dim=1)

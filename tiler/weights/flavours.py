@@ -1,6 +1,7 @@
 """Which weight files of one part are read. A folder may hold several flavours of them, whole or in shards.
 
-A flavour ("fp16", "bf16", "non_ema"; "" is the plain one) is what diffusers calls a variant, and stands in the file's name.
+A flavour ("fp16", "bf16", "non_ema"; "" is the plain one) is what diffusers calls a variant, and stands in the file's
+name.
 """
 
 from __future__ import annotations
@@ -76,8 +77,8 @@ def flavours(names: Iterable[str]) -> set[str]:
 
 
 def choose_flavour(names: Iterable[str], variant: str | None) -> str | None:
-    """The flavour to read: the asked one, else plain (as diffusers does where a part lacks it), else fp16; where none was
-    asked for, fp16 before plain. None when the folder has neither."""
+    """The flavour to read: the asked one, else plain (as diffusers does where a part lacks it), else fp16; where none
+    was asked for, fp16 before plain. None when the folder has neither."""
     there = flavours(names)
     order = [variant, "", "fp16"] if variant else ["fp16", ""]
     return next((flavour for flavour in order if flavour in there), None)
@@ -92,7 +93,8 @@ def names_in(folder: Path) -> list[str]:
 
 
 def nothing_to_read(where: str, names: Iterable[str], variant: str | None, fetch: str = "") -> ModelError:
-    """The error for a part without weights that can be read. `where` is its folder; `fetch` says how they can be had."""
+    """The error for a part without weights that can be read. `where` is its folder; `fetch` says how they can be
+    had."""
     names, there = list(names), sorted(flavours(names))
     if there:
         return ModelError(f"{where}: the weights are of variant {', '.join(there)}; give --variant {there[0]}")

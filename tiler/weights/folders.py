@@ -1,4 +1,5 @@
-"""Models on the user's disk, found by name in the folders that were named: those of AUTOMATIC1111 and ComfyUI as they are, or any.
+"""Models on the user's disk, found by name in the folders that were named: those of AUTOMATIC1111 and ComfyUI as they
+are, or any.
 
 Only names are looked at; no file is opened.
 """
@@ -43,8 +44,8 @@ def _root(folder: Path) -> Path:
 
 
 def find_model(name: str, folders: Sequence[Path]) -> Path | None:
-    """The model called `name` (a stem, a file's name, or a path below one of the folders); None where there is none. Raises
-    ModelError where several are, listing them."""
+    """The model called `name` (a stem, a file's name, or a path below one of the folders); None where there is none.
+    Raises ModelError where several are, listing them."""
     for folder in folders:
         for base in (folder, _root(folder)):
             for path in (base / name, *(base / f"{name}{ending}" for ending in WEIGHTS)):

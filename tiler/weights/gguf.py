@@ -1,8 +1,8 @@
 """The index of a GGUF file, read with bounds: nothing of the file is mapped, and no size it states is believed.
 
-Format: magic, version, counts of tensors and of keys; the keys; name, sides (fastest first), type and offset of each tensor; the
-data, aligned (ggml-org/ggml, docs/gguf.md). ComfyUI-GGUF flattens tensors whose rows are no whole blocks and says their true shape
-in `comfy.gguf.orig_shape.NAME` (city96/ComfyUI-GGUF, tools/convert.py).
+Format: magic, version, counts of tensors and of keys; the keys; name, sides (fastest first), type and offset of each
+tensor; the data, aligned (ggml-org/ggml, docs/gguf.md). ComfyUI-GGUF flattens tensors whose rows are no whole blocks
+and says their true shape in `comfy.gguf.orig_shape.NAME` (city96/ComfyUI-GGUF, tools/convert.py).
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ _TYPES = {
 }  # fmt: skip
 # Of the types that tiler reads, how many values a block has, and how many bytes (ggml-org/ggml, ggml-common.h).
 BLOCKS: Mapping[str, tuple[int, int]] = {
-    "F32": (1, 4), "F16": (1, 2), "BF16": (1, 2), "Q8_0": (32, 34), "Q4_0": (32, 18), "Q4_1": (32, 20), "Q5_0": (32, 22),
-    "Q5_1": (32, 24), "Q2_K": (256, 84), "Q3_K": (256, 110), "Q4_K": (256, 144), "Q5_K": (256, 176), "Q6_K": (256, 210),
-    "IQ4_NL": (32, 18), "IQ4_XS": (256, 136),
+    "F32": (1, 4), "F16": (1, 2), "BF16": (1, 2), "Q8_0": (32, 34), "Q4_0": (32, 18), "Q4_1": (32, 20),
+    "Q5_0": (32, 22), "Q5_1": (32, 24), "Q2_K": (256, 84), "Q3_K": (256, 110), "Q4_K": (256, 144), "Q5_K": (256, 176),
+    "Q6_K": (256, 210), "IQ4_NL": (32, 18), "IQ4_XS": (256, 136),
 }  # fmt: skip
 _STRING, _ARRAY = 8, 9
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -54,7 +54,7 @@ def is_gguf(path: Path) -> bool:
 
 
 def read_gguf(path: Path) -> GgufFile:
-    """The index of one file. Raises ModelError for every way the file can be bad."""
+    """The index and the keys of one file. Raises ModelError for every way the file can be bad."""
     fd = open_regular(path)
     try:
         with os.fdopen(os.dup(fd), "rb", buffering=2**16) as file:

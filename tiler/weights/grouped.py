@@ -1,6 +1,7 @@
 """How rows become fp32 whose values have 4 bits and whose groups have factors of their own, in tensors beside them.
 
-`columns` are what was read of some rows: their own bytes, then those of each tensor beside them, (rows, bytes) uint8 each.
+`columns` are what was read of some rows: their own bytes, then those of each tensor beside them, (rows, bytes) uint8
+each.
 """
 
 from __future__ import annotations
@@ -52,8 +53,8 @@ def _table(values: array[float]) -> Tensor:
 
 
 def _qint4(info: TensorInfo, place: Source, columns: Sequence[Tensor]) -> Tensor:
-    """optimum-quanto's: w = scale · value − shift, or scale · (value − zero) with whole zeros; the second half of a weight's rows
-    are the high bits of the first half's bytes."""
+    """optimum-quanto's: w = scale · value − shift, or scale · (value − zero) with whole zeros; the second half of a
+    weight's rows are the high bits of the first half's bytes."""
     values, scale = (columns[0] >> place.shift & 15).float(), _factors(columns[1], info.beside[0].dtype)
     groups = values.view(len(values), scale.shape[1], -1)
     shift, kind = columns[2], info.beside[1].dtype

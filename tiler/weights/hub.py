@@ -32,8 +32,8 @@ _UNWRITABLE = errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT
 
 
 def parts_of(index: Mapping[str, Any], *, reads_text: bool = True) -> dict[str, bool]:
-    """From model_index.json: the folders of the parts that a picture needs, and whether each holds weights. Those that encode
-    prompts are left out where none is to be encoded."""
+    """From model_index.json: the folders of the parts that a picture needs, and whether each holds weights. Those that
+    encode prompts are left out where none is to be encoded."""
     return {
         name: not _WEIGHTLESS.search(value[1])
         for name, value in index.items()
@@ -49,8 +49,8 @@ def is_hub_id(model: str) -> bool:
 
 
 def cached_repository(path: Path, revision: str | None) -> tuple[str, Path] | None:
-    """For a folder in huggingface_hub's cache (`models--org--name`, its `snapshots`, or one of these): the hub id, and the
-    folder of a snapshot. None for every other folder. Raises ModelError."""
+    """For a folder in huggingface_hub's cache (`models--org--name`, its `snapshots`, or one of these): the hub id, and
+    the folder of a snapshot. None for every other folder. Raises ModelError."""
     path = path.resolve()
     base = next((p for p in (path, *path.parents[:2]) if p.name.startswith("models--")), None)
     if base is None or not (base / "snapshots").is_dir():
@@ -71,8 +71,9 @@ def cached_repository(path: Path, revision: str | None) -> tuple[str, Path] | No
 
 
 def fetch_command(repo: str, revision: str | None, files: Iterable[str] = ()) -> str:
-    """The command that downloads `files` of a repository; without any, all that a picture may need: configs, tokenizers,
-    and the weights of every part, fp16 and plain, since nobody can know from here which of them there are."""
+    """The command that downloads `files` of a repository; without any, all that a picture may need: configs,
+    tokenizers, and the weights of every part, fp16 and plain, since nobody can know from here which of them there
+    are."""
     if files := list(files):
         what = " ".join(f"'{file}'" for file in files)
     else:
@@ -83,8 +84,8 @@ def fetch_command(repo: str, revision: str | None, files: Iterable[str] = ()) ->
 
 
 def from_hub(model: str, variant: str | None, revision: str | None, *, reads_text: bool = True) -> Path:
-    """The folder of a repository in diffusers layout: from the cache if it is complete there, else downloaded. Where no prompt
-    is to be encoded, it is complete without text encoders, and these are not downloaded.
+    """The folder of a repository in diffusers layout: from the cache if it is complete there, else downloaded. Where no
+    prompt is to be encoded, it is complete without text encoders, and these are not downloaded.
 
     Raises ModelError, OfflineError, StorageError.
     """
@@ -134,8 +135,8 @@ def _readable(folder: Path, variant: str | None) -> bool:
 
 
 def _cached(model: str, revision: str | None, file: str) -> Path | None:
-    """The cache's folder of a repository, if `file` is in it. Of one file, for huggingface_hub takes a folder that lacks a
-    file of the repository's list for no folder at all."""
+    """The cache's folder of a repository, if `file` is in it. Of one file, for huggingface_hub takes a folder that
+    lacks a file of the repository's list for no folder at all."""
     give_the_hub_a_home()
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError

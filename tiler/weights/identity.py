@@ -17,8 +17,8 @@ _SAMPLES, _SAMPLE_BYTES = 256, 4096  # of each file, evenly spaced
 
 
 def model_id(checkpoint: Checkpoint, parts: Sequence[str]) -> str:
-    """32 hexadecimal digits from the parts' configs, the scheduler's, and samples of the weight files. Names of folders and
-    files do not count: a copy elsewhere has the same id. Raises ModelError."""
+    """32 hexadecimal digits from the parts' configs, the scheduler's, and samples of the weight files. Names of folders
+    and files do not count: a copy elsewhere has the same id. Raises ModelError."""
     digest = hashlib.sha256()
     if checkpoint.file is not None:
         _add(digest, checkpoint.file, "single")

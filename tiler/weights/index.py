@@ -1,8 +1,8 @@
 """The index of a safetensors file: validated before a byte of weights is read.
 
 Format: 8 bytes little-endian header length, JSON header, tensor data (github.com/huggingface/safetensors, "Format").
-The checks are stricter than the library's in one point, duplicate names, and milder in another: bytes behind the last tensor, which
-some published files have, are never read, and `SafetensorsFile.behind` counts them.
+The checks are stricter than the library's in one point, duplicate names, and milder in another: bytes behind the last
+tensor, which some published files have, are never read, and `SafetensorsFile.behind` counts them.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ DTYPE_BYTES = {
 
 
 class Source(NamedTuple):
-    """`rows` rows of a tensor, contiguous from byte `offset` of `path`. Of values that share their bytes with those of other rows,
-    theirs are `shift` bits up."""
+    """`rows` rows of a tensor, contiguous from byte `offset` of `path`. Of values that share their bytes with those of
+    other rows, theirs are `shift` bits up."""
 
     path: Path
     offset: int
@@ -39,9 +39,9 @@ class Source(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Nested:
-    """The tables of a tensor whose values, and whose blocks' factors, are numbers of entries (bitsandbytes): a block is `values`
-    of 4 bits each. Its factor is a number itself, or one of `factors` × the factor of `factors_of` blocks + `offset`. `start` is
-    the byte of the file where the tensor begins."""
+    """The tables of a tensor whose values, and whose blocks' factors, are numbers of entries (bitsandbytes): a block is
+    `values` of 4 bits each. Its factor is a number itself, or one of `factors` × the factor of `factors_of` blocks +
+    `offset`. `start` is the byte of the file where the tensor begins."""
 
     table: array[float]
     values: int
@@ -147,7 +147,8 @@ def read_index(path: Path) -> dict[str, TensorInfo]:
 
 
 class SafetensorsFile(NamedTuple):
-    """The tensors of a file by name, the texts that it says of itself, and how many bytes `behind` its last tensor are not read."""
+    """The tensors of a file by name, the texts that it says of itself, and how many bytes `behind` its last tensor are
+    not read."""
 
     tensors: dict[str, TensorInfo]
     texts: dict[str, str]
@@ -163,8 +164,8 @@ def read_file(path: Path) -> SafetensorsFile:
 
 
 def header_bytes(header: Mapping[str, object]) -> bytes:
-    """What a safetensors file with this header begins with: its length, and the header, so long that the data are aligned to 8
-    bytes."""
+    """What a safetensors file with this header begins with: its length, and the header, so long that the data are
+    aligned to 8 bytes."""
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text

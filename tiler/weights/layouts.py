@@ -43,8 +43,8 @@ _READ = "tiler reads fp16, bf16, fp8, GGUF, optimum-quanto and bitsandbytes; use
 
 
 def understood(index: Index) -> dict[str, TensorInfo]:
-    """The index with one tensor for each parameter. Raises ModelError for what is stored in ways that tiler does not read, and
-    where something belongs to a weight that is not there."""
+    """The index with one tensor for each parameter. Raises ModelError for what is stored in ways that tiler does not
+    read, and where something belongs to a weight that is not there."""
     _refuse(index)
     found, used = dict(index), set[str]()
     promised = _promises(index)
@@ -72,7 +72,8 @@ def understood(index: Index) -> dict[str, TensorInfo]:
 
 
 def check_map(folder: Path, index: Index, layers: Mapping[str, Any]) -> None:
-    """That the modules which optimum-quanto's `layers` name have weights in the understood `index`. Raises ModelError."""
+    """That the modules which optimum-quanto's `layers` name have weights in the understood `index`. Raises
+    ModelError."""
     for name, entry in layers.items():
         kind = entry.get("weights", "none") if isinstance(entry, dict) else None
         if not isinstance(kind, str):
@@ -111,8 +112,8 @@ def _refuse(index: Index) -> None:
 
 
 def _promises(index: Index) -> dict[str, str]:
-    """The format that ComfyUI's files state for each module; "" stands for all of them. Raises ModelError for one that is not
-    read."""
+    """The format that ComfyUI's files state for each module; "" stands for all of them. Raises ModelError for one that
+    is not read."""
     found = {"": _MARKER} if any(name.endswith(_MARKER) for name in index) else {}
     eights = {info.path for info in index.values() if info.dtype in ("I8", "U8", "F8_E4M3", "F8_E5M2")}
     for path in eights:
@@ -147,8 +148,8 @@ def _format(path: Path, module: str, entry: Any) -> str:
 
 
 def _scale(index: Index, info: TensorInfo, promised: Mapping[str, str]) -> TensorInfo | None:
-    """What multiplies a tensor of 8 bits: one factor, or one for each of its rows. Raises ModelError where it must be there and is
-    not."""
+    """What multiplies a tensor of 8 bits: one factor, or one for each of its rows. Raises ModelError where it must be
+    there and is not."""
     module = info.name.removesuffix(".weight")
     # tiler's; diffusers' and ComfyUI's newer one; ComfyUI's older one; bitsandbytes'.
     names = f"{info.name}.scale", f"{info.name}_scale", f"{module}.scale_weight", f"{module}.SCB"
@@ -256,7 +257,8 @@ def _of_blocks(index: Index, weight: str, state: TensorInfo) -> TensorInfo:
         )
     if len(table) != 16:
         raise ModelError(
-            f"{info.path}: the table of {weight!r} has {len(table)} values, not 16; the file is damaged, download it again"
+            f"{info.path}: the table of {weight!r} has {len(table)} values, not 16; the file is damaged, download it "
+            "again"
         )
     flat = absmax.reshaped((rows, width // values))
     return TensorInfo(

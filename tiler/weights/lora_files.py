@@ -17,8 +17,9 @@ _CHUNK = 2**20
 
 
 def find_lora(name: str, folders: Sequence[Path]) -> Path:
-    """The file of a LoRA that is told by its name: by its path in one of `folders`, by its stem there or in any folder below, or
-    by the `ss_output_name` that its trainer wrote into it. Raises ModelError, and UsageError where two files have that name."""
+    """The file of a LoRA that is told by its name: by its path in one of `folders`, by its stem there or in any folder
+    below, or by the `ss_output_name` that its trainer wrote into it. Raises ModelError, and UsageError where two files
+    have that name."""
     for folder in folders:
         if not folder.is_dir():
             raise UsageError(f"--lora-dir {folder}: no such folder; check the path")
@@ -48,8 +49,8 @@ def _name_inside(path: Path) -> str | None:
 
 
 class Digests(NamedTuple):
-    """SHA-256 of a LoRA file, in hexadecimal digits: `short`, 12 of that of its tensors without the header, is what A1111 calls
-    AutoV3; `whole` is that of all of it."""
+    """SHA-256 of a LoRA file, in hexadecimal digits: `short`, 12 of that of its tensors without the header, is what
+    A1111 calls AutoV3; `whole` is that of all of it."""
 
     short: str
     whole: str

@@ -1,7 +1,8 @@
 """What the keys of a LoRA file say: which module each tensor belongs to, and what it is there.
 
-Trainers spell keys in four ways: kohya's and LyCORIS' (`lora_unet_mid_block_….lora_down.weight`), PEFT's (`….lora_A.weight`), and
-two older ones of diffusers'. Kinds and their keys: LyCORIS, docs of https://github.com/KohakuBlueleaf/LyCORIS. Knows no module.
+Trainers spell keys in four ways: kohya's and LyCORIS' (`lora_unet_mid_block_….lora_down.weight`), PEFT's
+(`….lora_A.weight`), and two older ones of diffusers'. Kinds and their keys: LyCORIS, docs of
+https://github.com/KohakuBlueleaf/LyCORIS. Knows no module.
 """
 
 from __future__ import annotations
@@ -73,8 +74,9 @@ _SUFFIXES: Mapping[str, Slot] = {
 _LONGEST_FIRST = sorted(_SUFFIXES, key=len, reverse=True)
 _REFUSED: Mapping[str, str] = {
     ".on_input": "IA³", ".a1.weight": "GLoRA", ".b1.weight": "GLoRA", ".oft_blocks": "OFT", ".oft_diag": "OFT",
-    ".oft_R.weight": "OFT", ".boft_R": "BOFT", ".vera_lambda_b": "VeRA", ".qkv_lora1.down.weight": "LoRA in XLabs' layout",
-    ".hada_w1": "ABBA", "ip_adapter": "IP-Adapter", "controlnet_blocks": "ControlNet",
+    ".oft_R.weight": "OFT", ".boft_R": "BOFT", ".vera_lambda_b": "VeRA",
+    ".qkv_lora1.down.weight": "LoRA in XLabs' layout", ".hada_w1": "ABBA", "ip_adapter": "IP-Adapter",
+    "controlnet_blocks": "ControlNet",
 }  # fmt: skip
 _NOT_LORA: Mapping[str, str] = {
     "emb_params": "a textual inversion embedding, which prompts name; put it into --embd-dir",
@@ -85,8 +87,8 @@ _NOT_LORA: Mapping[str, str] = {
 
 
 def read_keys(path: Path, index: Mapping[str, TensorInfo]) -> tuple[dict[str, Tensors], list[str]]:
-    """The tensors of each module by its name in the file, and the keys that are no LoRA's. Raises ModelError for files of other
-    kinds."""
+    """The tensors of each module by its name in the file, and the keys that are no LoRA's. Raises ModelError for files
+    of other kinds."""
     modules: dict[str, Tensors] = {}
     others = []
     for key, info in index.items():
@@ -112,8 +114,8 @@ def read_keys(path: Path, index: Mapping[str, TensorInfo]) -> tuple[dict[str, Te
 
 
 def kind_of(path: Path, name: str, tensors: Tensors) -> Kind | None:
-    """How the module's weight is changed; None where only its bias is, or nothing. Raises ModelError for tensors that do not go
-    together."""
+    """How the module's weight is changed; None where only its bias is, or nothing. Raises ModelError for tensors that
+    do not go together."""
     slots = tensors.by_slot.keys() - {Slot.ALPHA, Slot.DORA, Slot.DIFF_BIAS}
     if not slots:
         return None

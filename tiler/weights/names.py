@@ -1,8 +1,9 @@
-"""Where diffusers' parameters lie in files that name them otherwise: an index converted as diffusers converts the tensors.
+"""Where diffusers' parameters lie in files that name them otherwise: an index converted as diffusers converts the
+tensors.
 
-diffusers' own conversion functions (loaders/single_file_utils.py) run on stand-ins, which know the rows of the files that they
-consist of. So there is no table of names here, and nothing is read. Such a function does not notice what is missing; whoever
-matches the result with a module does.
+diffusers' own conversion functions (loaders/single_file_utils.py) run on stand-ins, which know the rows of the files
+that they consist of. So there is no table of names here, and nothing is read. Such a function does not notice what is
+missing; whoever matches the result with a module does.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from tiler.weights.index import TensorInfo
 
 
 class Rows:
-    """A tensor of which only the place is known. What converters do with tensors works on its first axis: parts, `cat`, `chunk`;
-    and axes of one element may go."""
+    """A tensor of which only the place is known. What converters do with tensors works on its first axis: parts, `cat`,
+    `chunk`; and axes of one element may go."""
 
     def __init__(self, info: TensorInfo) -> None:
         self.info = info

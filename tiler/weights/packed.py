@@ -1,8 +1,8 @@
 """Quantised weights in one file of tiler's own, in the order in which they are used.
 
-A safetensors file: each quantised tensor beside its fp32 scales, all others as they were. Its metadata says of which files,
-by which rules and in which order of values it was made; one that does not fit is made again. Knows names, dtypes and rows, not
-what they are for.
+A safetensors file: each quantised tensor beside its fp32 scales, all others as they were. Its metadata says of which
+files, by which rules and in which order of values it was made; one that does not fit is made again. Knows names, dtypes
+and rows, not what they are for.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def packed_index(
     cache: Path, files: dict[str, TensorInfo], rules: str, write: Callable[[Path, str, str], None], *, in_blocks: bool
 ) -> dict[str, TensorInfo]:
     """The index of the packed file in `cache` that is made of `files` by `rules`. Where it is missing or does not fit,
-    `write(path, fingerprint, reason)` makes it first. It must have weights `in_blocks` where these are wanted; where they are
-    not, a file that has them will do.
+    `write(path, fingerprint, reason)` makes it first. It must have weights `in_blocks` where these are wanted; where
+    they are not, a file that has them will do.
 
     Raises StorageError, and what `write` raises.
     """
@@ -64,8 +64,8 @@ def packed_index(
 
 
 def fingerprint(files: dict[str, TensorInfo], rules: str) -> str:
-    """Tells two sets of weight files apart by names, shapes, dtypes, sizes and 1 MB from all over each file; `rules` says
-    what else the packed values depend on."""
+    """Tells two sets of weight files apart by names, shapes, dtypes, sizes and 1 MB from all over each file; `rules`
+    says what else the packed values depend on."""
     digest = hashlib.sha256(rules.encode())
     for name, info in sorted(files.items()):
         digest.update(f"{name} {info.dtype} {info.shape}\n".encode())
@@ -111,9 +111,10 @@ def write_packed(
     in_blocks: frozenset[str] = frozenset(),
     changes: Changes | None = None,
 ) -> None:
-    """Write the tensors of `index` in `order`; those in `quantised` as int8, by its function, and of them those `in_blocks` that
-    divide into blocks in the order of blocks.py; others as they are stored, or in fp32 if several tensors make them. `changes` of
-    quantised ones are made first. `progress` gets the share written. Raises StorageError, ModelError, NumericalError."""
+    """Write the tensors of `index` in `order`; those in `quantised` as int8, by its function, and of them those
+    `in_blocks` that divide into blocks in the order of blocks.py; others as they are stored, or in fp32 if several
+    tensors make them. `changes` of quantised ones are made first. `progress` gets the share written. Raises
+    StorageError, ModelError, NumericalError."""
     header: dict[str, Any] = {"__metadata__": _metadata(mark, bool(in_blocks))}
     in_blocks = frozenset(name for name in in_blocks if can_block(index[name].shape))
     end = 0
@@ -157,7 +158,8 @@ def _is_decoded(info: TensorInfo) -> bool:
 
 
 def _checked(data: bytes, info: TensorInfo, piece: Piece) -> bytes:
-    """The stored bytes of a piece, whose values are numbers: a later message would blame the new file. Raises NumericalError."""
+    """The stored bytes of a piece, whose values are numbers: a later message would blame the new file. Raises
+    NumericalError."""
     values = torch.empty(piece.last - piece.first, *info.shape[1:])
     CODECS[info.dtype].decode(torch.frombuffer(bytearray(data), dtype=torch.uint8), values)
     if not torch.isfinite(values.sum()):

@@ -12,8 +12,8 @@ from tiler.request.settings import Kind, named_folders
 
 
 def cache_home() -> Path:
-    """Where programs keep what can be made again: $XDG_CACHE_HOME, ~/.cache, or a folder of this user's among the temporary
-    ones where no home is known."""
+    """Where programs keep what can be made again: $XDG_CACHE_HOME, ~/.cache, or a folder of this user's among the
+    temporary ones where no home is known."""
     if given := os.environ.get("XDG_CACHE_HOME"):
         return Path(given)
     try:
@@ -46,8 +46,8 @@ def expand(path: str) -> Path:
 
 
 def model_folders(given: Sequence[Path] = ()) -> tuple[Path, ...]:
-    """The folders in which models and their parts are looked for by name: those `given`, else those that the environment or the
-    configuration file names. Raises UsageError for a configuration that cannot be read."""
+    """The folders in which models and their parts are looked for by name: those `given`, else those that the
+    environment or the configuration file names. Raises UsageError for a configuration that cannot be read."""
     if given:
         return tuple(given)
     kinds = Kind.MODEL, Kind.VAE, Kind.TEXT_ENCODER

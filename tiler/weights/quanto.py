@@ -1,7 +1,8 @@
 """One part's weights written in optimum-quanto's layout, a piece of rows at a time.
 
-Formulas are optimum-quanto's (0.2.7, tensor/optimizers, library/quantize.py): of 8 bits each row is divided by its largest value
-over the format's largest; of 4 bits each group of up to 128 values lies between its least and its largest.
+Formulas are optimum-quanto's (0.2.7, tensor/optimizers, library/quantize.py): of 8 bits each row is divided by its
+largest value over the format's largest; of 4 bits each group of up to 128 values lies between its least and its
+largest.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ def quantise_8(rows: Tensor, kind: Weights) -> tuple[Tensor, Tensor]:
 
 
 def quantise_4(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(n, …) fp32 → numbers from 0 to 15, (groups, values) uint8, and scale and shift of each group, (groups, 1) fp32: a value is
-    number · scale − shift."""
+    """(n, …) fp32 → numbers from 0 to 15, (groups, values) uint8, and scale and shift of each group, (groups, 1) fp32:
+    a value is number · scale − shift."""
     groups = rows.reshape(-1, group_of(math.prod(rows.shape[1:])))
     least, largest = groups.aminmax(dim=1, keepdim=True)
     scale = (largest - least) / 15
@@ -58,8 +59,9 @@ def write_quanto(
     path: Path, index: Mapping[str, TensorInfo], names: frozenset[str], kind: Weights, made: str,
     progress: Callable[[int], None],
 ) -> dict[str, dict[str, str]]:  # fmt: skip
-    """Write the tensors of `index`, by parameter, under the names that they have in files; those in `names` quantised. `made` says
-    how. `progress` gets bytes as they are written. The map of optimum-quanto. Raises ModelError, StorageError, NumericalError."""
+    """Write the tensors of `index`, by parameter, under the names that they have in files; those in `names` quantised.
+    `made` says how. `progress` gets bytes as they are written. The map of optimum-quanto. Raises ModelError,
+    StorageError, NumericalError."""
     for info in index.values():
         if info.dtype not in _PLAIN:
             raise ModelError(

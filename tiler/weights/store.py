@@ -41,7 +41,8 @@ class Piece(NamedTuple):
 
 
 def piece_rows(row_elements: int, piece_elements: int) -> int:
-    """Rows of a piece of about `piece_elements`: multiples of 32, at least 32, so that cuts fall between oneDNN's blocks."""
+    """Rows of a piece of about `piece_elements`: multiples of 32, at least 32, so that cuts fall between oneDNN's
+    blocks."""
     return max(32, piece_elements // max(1, row_elements) // 32 * 32)
 
 
@@ -80,8 +81,8 @@ def match_index(
 
 
 def _missing(where: Path | str, name: str, stored: dict[str, TensorInfo]) -> ModelError:
-    """The error for a parameter that no tensor gives. Where its neighbours bear other names in their file, told is the name that
-    the file should have."""
+    """The error for a parameter that no tensor gives. Where its neighbours bear other names in their file, told is the
+    name that the file should have."""
     words = name.split(".")
     for depth in range(len(words) - 1, 0, -1):
         prefix, rest = ".".join(words[:depth]) + ".", ".".join(words[depth:])
@@ -98,8 +99,8 @@ def _missing(where: Path | str, name: str, stored: dict[str, TensorInfo]) -> Mod
 class WeightStore:
     """Tensors of one model, by the model's own parameter names.
 
-    `index` maps parameter names to places in files; `piece_elements` bounds one read. `changes` are added to what is read in
-    fp32; int8 is given out as stored, and `low_rank` beside it.
+    `index` maps parameter names to places in files; `piece_elements` bounds one read. `changes` are added to what is
+    read in fp32; int8 is given out as stored, and `low_rank` beside it.
     """
 
     def __init__(
@@ -164,7 +165,8 @@ class WeightStore:
 
     @property
     def int8(self) -> frozenset[str]:
-        """The names of the tensors stored as int8 that are computed with as they are, but for what is of low rank beside them."""
+        """The names of the tensors stored as int8 that are computed with as they are, but for what is of low rank
+        beside them."""
         stored = (name for name, info in self.index.items() if info.dtype == "I8")
         return frozenset(name for name in stored if all(one.rank for one in self._merger.changes.get(name, ())))
 
@@ -175,7 +177,8 @@ class WeightStore:
         return self._scales[name]
 
     def low_rank(self, name: str, first: int, outputs: int) -> LowRank | None:
-        """What changes outputs [first, first + outputs) of an int8 weight, as a path beside it; None where nothing does."""
+        """What changes outputs [first, first + outputs) of an int8 weight, as a path beside it; None where nothing
+        does."""
         return self._merger.low_rank(name, first, outputs)
 
     def rows(self, name: str, rows: list[int]) -> torch.Tensor:
@@ -196,8 +199,8 @@ class WeightStore:
         return [Piece(name, first, min(first + step, total)) for first in range(0, total, step)]
 
     def fetch(self, piece: Piece, out: torch.Tensor, *, in_blocks: bool = False) -> None:
-        """Cast a piece into `out` (rows × rest, fp32 or int8), and start reading what followed it last time. A blocked tensor's
-        rows are put in order, unless they are wanted `in_blocks`: as they lie there."""
+        """Cast a piece into `out` (rows × rest, fp32 or int8), and start reading what followed it last time. A blocked
+        tensor's rows are put in order, unless they are wanted `in_blocks`: as they lie there."""
         if self.index[piece.name].blocked and not in_blocks and piece.first % OUTPUTS + piece.last % OUTPUTS:
             last = -(-piece.last // OUTPUTS) * OUTPUTS  # whole blocks, of which some rows are left out
             around = Piece(piece.name, piece.first // OUTPUTS * OUTPUTS, last)
@@ -235,8 +238,8 @@ class WeightStore:
         return stored.numpy().tobytes()
 
     def keep(self, name: str, dtype: torch.dtype) -> None:
-        """Hold a tensor in memory from now on, as fp32 or as stored (uint8 where torch has no such dtype); a convolution's fp32
-        weight channels-last."""
+        """Hold a tensor in memory from now on, as fp32 or as stored (uint8 where torch has no such dtype); a
+        convolution's fp32 weight channels-last."""
         info = self.index[name]
         if dtype == torch.float32:
             kept = torch.empty(info.shape)
@@ -340,8 +343,8 @@ class WeightStore:
         return total
 
     def _columns(self, piece: Piece, raw: torch.Tensor, *, kept: bool) -> list[torch.Tensor]:
-        """A piece's own bytes and those beside it, (rows, bytes) each: of rows one behind the other where they are `kept`, else
-        of tensors."""
+        """A piece's own bytes and those beside it, (rows, bytes) each: of rows one behind the other where they are
+        `kept`, else of tensors."""
         info, rows = self.index[piece.name], piece.last - piece.first
         widths = [some.bytes_of(1) for some in (info.alone(), *info.beside)]
         if kept:
