@@ -102,7 +102,7 @@ def test_the_request_is_found_where_another_program_has_rewritten_the_packet() -
 @pytest.mark.parametrize(("name", "side"), [("x.jpeg", 65_501), ("x.webp", 16_384), ("x.avif", 32_769)])
 def test_sides_that_no_reader_takes(name: str, side: int) -> None:
     check_size(Path(name), None, 8, side - 1)
-    with pytest.raises(UsageError, match=f"{side - 1:,} pixels; write a .png"):
+    with pytest.raises(UsageError, match=f"a side above {side - 1:,} pixels; write a .png"):
         check_size(Path(name), None, 8, side)
 
 

@@ -43,7 +43,9 @@ def check_size(path: Path, asked: Format | None, width: int, height: int) -> Non
     format = format_of(path, asked)
     longest = jpeg.LONGEST if format is Format.JPEG else ENCODERS[format].longest if format in ENCODERS else None
     if longest is not None and max(width, height) > longest:
-        raise UsageError(f"{width}×{height}: a side of a {format} has at most {longest:,} pixels; write a .png or .tif")
+        raise UsageError(
+            f"{width}×{height}: no program opens {format} pictures with a side above {longest:,} pixels; write a .png or .tif"
+        )
 
 
 def check_picture(path: Path, asked: Format | None = None, *, force: bool) -> None:

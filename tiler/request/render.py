@@ -255,8 +255,8 @@ class RenderRequest(ModelOptions):
     cluster: str | None = option(
         None,
         Option(
-            "Let others predict the tiles of the canvas; the picture is the same. local:N starts N processes that share "
-            "--max-ram; listen waits for `tiler worker` on port 8786; tls://HOST:8786 joins a `dask scheduler`.",
+            "Let others predict the tiles of the canvas; the picture is the same. local:N starts N processes that "
+            "share --max-ram; listen waits for `tiler worker` on port 8786; tls://HOST:8786 joins a `dask scheduler`.",
             Panel.CLUSTER, ("--cluster",), metavar="WHERE", default="this process alone",
         ),
     )  # fmt: skip
