@@ -48,6 +48,7 @@ OF_THE_MACHINE = (
     "output", "format", "save_latents", "cache_dir", "preview", "preview_interval", "prompt_embeds", "scratch", "force",
     "restart", "keep_job", "job_dir", "cluster", "keys", "insecure",
 )  # fmt: skip
+OF_THE_RUN = (*OF_THE_MACHINE, "metadata", "embd_dir", "lora_dir", "model_dirs")  # of which a picture never tells
 
 
 @dataclass(frozen=True, kw_only=True)
