@@ -49,7 +49,8 @@ from tiler.models.family import Role, read_family, plain_names
 from tiler.models.unet import predict_noise
 from tiler.memory.budget import Budget
 from tiler.memory.policy import at_layer
-from tiler.phases import make_plan, streamed
+from tiler.phases import make_plan
+from tiler.run import streamed
 from tiler.packing import packed_weights
 from tiler.weights.packed import default_cache
 from tiler.planning.peaks import bf16_keys

@@ -40,10 +40,9 @@ from tiler.diffusion import guide
 from tiler.models import family as families
 from tiler.models.built import Models
 from tiler.models.family import VaeSpec
-from tiler.phases import streamed
 from tiler.planning.peaks import VaePeaks
 from tiler.request import Decode, Wrap
-from tiler.run import measure
+from tiler.run import measure, streamed
 from tiler.weights.checkpoint import resolve
 
 PROMPTS = [

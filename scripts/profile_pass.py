@@ -28,10 +28,11 @@ from tiler.models.family import Role, plain_names, read_family
 from tiler.models.unet import predict_noise
 from tiler.native.library import Library
 from tiler.packing import packed_weights
-from tiler.phases import make_plan, streamed
+from tiler.phases import make_plan
 from tiler.planning.peaks import bf16_keys
 from tiler.planning.resolve import fill
 from tiler.request import Precision, RenderRequest
+from tiler.run import streamed
 from tiler.weights import store
 from tiler.weights.checkpoint import resolve
 from tiler.weights.packed import default_cache

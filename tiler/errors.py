@@ -79,3 +79,9 @@ class JobError(TilerError):
     """A job's folder is damaged, or belongs to another request."""
 
     exit_code = 10
+
+
+class ClusterError(TilerError):
+    """No scheduler or no worker can be reached, or none of them may do this work."""
+
+    exit_code = 11

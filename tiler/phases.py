@@ -5,24 +5,23 @@ Each phase opens the weights it needs, works under the budget, and lets the weig
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from tiler import encoding, events, interrupts, packing, previewing
-from tiler.compute.stream import Streamer
+from tiler import denoiser, encoding, events, interrupts, packing, previewing
 from tiler.decoding import FACTOR, method
 from tiler.decoding.spool import Spool, bytes_in
+from tiler.denoiser import DenoiserRun, open_denoiser
 from tiler.diffusion import canvas, guide
 from tiler.diffusion.guide_picture import GuidePicture
 from tiler.diffusion.prompts import Prompts
-from tiler.diffusion.runner import Conditions, LocalRunner
+from tiler.diffusion.runner import Runner
 from tiler.diffusion.tiles import Steps, region_span
 from tiler.encoding import Spoken
 from tiler.events import OnEvent, percent
@@ -31,74 +30,52 @@ from tiler.jobs.folder import Job
 from tiler.jobs.passes import remember
 from tiler.memory.budget import Budget
 from tiler.memory.limits import memory_warning
-from tiler.memory.policy import at_layer, at_rows
+from tiler.memory.policy import at_rows
 from tiler.models import family as families
 from tiler.models.built import Models
 from tiler.models.embeds import read_words
-from tiler.models.family import Family, Options, Part, Role
+from tiler.models.family import Family
 from tiler.models.loras import apply_loras, find_loras, notes_on_loras
 from tiler.models.prompting import notes_on_prompts
-from tiler.models.samples import Sample
 from tiler.output.latents import save_latents
 from tiler.output.picture import check_picture, check_size
 from tiler.pixels import Decoding, decode_pixels
 from tiler.planning.advice import advise
-from tiler.planning.peaks import bf16_keys
 from tiler.planning.render import RenderPlan, build_schedule, plan_render
 from tiler.planning.resolve import resolve
 from tiler.planning.table import MemoryPlan
 from tiler.planning.tiling import pixels_of, plan_tiling
 from tiler.previewing import Preview
 from tiler.request import Decode, GuideUpscale, Precision, RenderRequest, ResolvedRequest
-from tiler.run import Names, Run, measure, streamed
-from tiler.weights.changes import Changes
+from tiler.run import measure
 from tiler.weights.identity import model_id
-from tiler.weights.index import TensorInfo
-from tiler.weights.packed import default_cache
+
+
+class WorkerUse(NamedTuple):
+    """What a worker of a cluster did for a render, under its own ceiling."""
+
+    name: str
+    tiles: int
+    seconds: float
+    peak_rss_bytes: int
+    max_ram_bytes: int
 
 
 @dataclass(kw_only=True)
-class RenderRun(Run):
-    """One render under way: what was asked, how it is carried out, and what has been counted so far."""
+class RenderRun(DenoiserRun):
+    """One render under way."""
 
     said: RenderRequest
-    request: ResolvedRequest
-    plan: RenderPlan
     job: Job
-    weights: dict[str, tuple[dict[str, TensorInfo], Names]]  # by part: where its parameters lie, and their names there
     spoken: Spoken
-    prepared: Any = None  # by the family, for guide and canvas
     texts: dict[str, str] = field(default_factory=dict)  # what the picture will say of itself
+    workers: list[WorkerUse] = field(default_factory=list)  # of a cluster, that predicted tiles
     preview: Preview | None = None
-    counts: dict[str, int] = field(
-        default_factory=lambda: dict.fromkeys(
-            ("denoiser_calls", "denoiser_samples", "denoiser_bytes_read", "weight_bytes_read"), 0
-        )
-    )
-
-    @contextmanager
-    def streamed(
-        self, module: Any, stored: dict[str, TensorInfo], names: Names,
-        resident: dict[str, torch.dtype] | None = None, **options: Any,
-    ) -> Iterator[Streamer]:  # fmt: skip
-        """With the bytes read added to the counts."""
-        with streamed(module, stored, names, resident, **options) as streamer:
-            try:
-                yield streamer
-            finally:
-                assert streamer.store is not None
-                self.counts["weight_bytes_read"] += streamer.store.bytes_read
 
     @cached_property
     def model_id(self) -> str:
         """Of the checkpoint's weights and configs."""
         return model_id(self.plan.family.checkpoint, [part.name for part in self.plan.family.parts])
-
-    def changes(self, part: Part) -> Changes:
-        """What LoRAs change of a part's weights where they are read."""
-        if self.plan.precision is Precision.INT8 and part.role is Role.DENOISER:
-            return packing.beside_packed(self.models, part)
-        return self.models.changes(part)
 
     @property
     def decoding(self) -> Decoding:
@@ -123,7 +100,7 @@ def start(
     found = family.checkpoint
     settings = resolve(request, family)
     if not planning or request.output is not None:
-        check_picture(settings.output, force=settings.force or job.is_finished)
+        check_picture(settings.output, settings.format, force=settings.force or job.is_finished)
     check_size(settings.output, settings.format, settings.width, settings.height)
     if settings.save_latents is not None:
         check_writable(settings.save_latents, force=settings.force or job.resumed, option="--save-latents")
@@ -202,11 +179,7 @@ def prepare_weights(run: RenderRun) -> None:
     """Say what was decided; quantise the weights where int8 was, unless an earlier run did."""
     run.note(f"seed {run.request.seed}")
     run.note(f"denoiser in {run.plan.precision} ({run.plan.precision_why})")
-    if run.plan.precision is Precision.INT8:
-        cache = run.request.cache_dir or default_cache()
-        index = packing.prepare_int8(run.models, cache, run.budget, run.on_event)
-        parts = packing.packed_parts(run.plan.family)
-        run.weights = {part.name: (index, packing.packed_names(part)) for part in parts}
+    denoiser.prepare_weights(run)
 
 
 def load_guide(run: RenderRun) -> np.ndarray | None:
@@ -231,7 +204,7 @@ def make_guide(run: RenderRun, prompts: Prompts) -> Tensor | None:
     if plan.guide is None or run.job.has_reference:
         return None
     with run.phase("guide", plan.guide_samples):
-        return _denoise(run, "guide", plan.guide_steps, prompts, None, 0, plan.guide_batch)
+        return _denoise(run, "guide", plan.guide_steps, prompts, None, 0, partial(open_denoiser, phase="guide"))
 
 
 def make_reference(run: RenderRun, picture: np.ndarray | None, guide_latents: Tensor | None) -> Tensor | None:
@@ -281,7 +254,13 @@ def _reference(run: RenderRun, picture: np.ndarray | None, guide_latents: Tensor
         return spec.scale(method.encode(encoder, vae, streamer, pixels, check=check, progress=progress, spool=spool))
 
 
-def denoise_canvas(run: RenderRun, prompts: Prompts, reference: Tensor | None) -> Tensor:
+OpenRunner = Callable[[RenderRun, Prompts], AbstractContextManager[Runner]]
+"""What opens the runner of a phase."""
+
+
+def denoise_canvas(
+    run: RenderRun, prompts: Prompts, reference: Tensor | None, open_runner: OpenRunner = open_denoiser
+) -> Tensor:
     """Mixture of Diffusers on the whole canvas: its final latents, (1, C, H, W) fp32 scaled."""
     plan = run.plan
     if plan.begin == run.request.num_inference_steps and run.request.strength > 0:
@@ -290,11 +269,11 @@ def denoise_canvas(run: RenderRun, prompts: Prompts, reference: Tensor | None) -
         run.note(f"the guide takes the place of the first {plan.begin} of {run.request.num_inference_steps} steps")
     previewing.learn_by_decoding(run, run.preview, run.request, plan.memory.peak_of("decode"))
     with run.phase("canvas", plan.canvas_samples):
-        return _denoise(run, "canvas", plan.canvas_steps, prompts, reference, plan.begin, plan.batch)
+        return _denoise(run, "canvas", plan.canvas_steps, prompts, reference, plan.begin, open_runner)
 
 
 def _denoise(
-    run: RenderRun, phase: str, tiles: Steps, prompts: Prompts, reference: Tensor | None, begin: int, batch: int
+    run: RenderRun, phase: str, tiles: Steps, prompts: Prompts, reference: Tensor | None, begin: int, open_runner: OpenRunner
 ) -> Tensor:  # fmt: skip
     request, plan, steps = run.request, run.plan, run.request.num_inference_steps
     height, width = plan.canvas if phase == "canvas" or plan.guide is None else plan.guide[:2]
@@ -307,49 +286,13 @@ def _denoise(
         return latents
     if phase == "canvas":
         previewing.watch(run.preview, schedule, begin, run.note)
-    family, part = plan.family, plan.family.part(Role.DENOISER)
-    denoiser, short = run.models.module(part), partial(run.budget.short, plan.sample_bytes)
-    held = dict[str, Any](
-        changes=run.changes(part), bf16_keys=bf16_keys(part, denoiser, plan.precision), arena_bytes=plan.arena_bytes,
-        transform=True, short=short,
-    )  # fmt: skip
-    with (
-        interrupts.deferred(),
-        run.streamed(denoiser, *run.weights[part.name], plan.resident[phase], **held) as streamer,
-    ):
-        check = at_layer(run.budget, plan.memory.peak_bytes)
-        scales = {request.guidance_scale, *(r.guidance_scale for r in request.regions if r.guidance_scale is not None)}
-        options = Options(
-            attention_window=request.attention_window, seed=request.seed, tile_conditioning=request.tile_conditioning,
-            guidance=tuple(sorted(scales)), scratch=request.scratch_folder,
-        )  # fmt: skip
-        if run.prepared is None:
-            wordings = [w for w in (plan.guide_wording, plan.canvas_wording) if w is not None]
-            said = prompts.all_of(wordings)
-            run.prepared = family.prepare(denoiser, streamer, schedule.timesteps, said, options)
-
-        def predict(samples: Sequence[Sample], step: int) -> Tensor:
-            run.counts["denoiser_calls"] += 1
-            run.counts["denoiser_samples"] += len(samples)
-            return family.predict(denoiser, streamer, samples, step, run.prepared, check)
-
-        wording = plan.canvas_wording if phase == "canvas" or plan.guide_wording is None else plan.guide_wording
-
-        def conditions(step: int) -> Conditions:
-            return prompts.conditions(wording, step - begin)
-
-        def tell_smaller(batch: int) -> None:
-            run.note(f"memory is close to the ceiling: from here on the denoiser takes {batch} at a time")
-
-        runner = LocalRunner(predict, conditions, batch, is_tight=run.budget.take_tight, on_smaller=tell_smaller)
+    with interrupts.deferred(), open_runner(run, prompts) as runner:
         denoising = canvas.Denoising(latents, tiles, schedule, generator, begin=begin, phase=phase)
         total = tiles.samples
         with closing(denoising.run(runner, run.job)) as loop:
             for state in loop:
                 detail = f"step {state.step + 1}/{steps}, {state.samples}/{state.total} tile passes"
                 run.on_event(events.Progress(name=phase, done=denoising.samples_done, total=total, detail=detail))
-        assert streamer.store is not None
-        run.counts["denoiser_bytes_read"] += streamer.store.bytes_read
     return denoising.latents
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from tiler import decode_run, encode_run, packing, phases, pixels, quantising, reports
+from tiler.cluster import run as cluster
 from tiler.events import Event, OnEvent
 from tiler.jobs.folder import Job
 from tiler.memory import lean_imports, process
@@ -45,8 +46,10 @@ def _ignore(event: Event) -> None:
 def render(request: RenderRequest, budget: Budget | None = None, on_event: OnEvent = _ignore) -> Result:
     """Render `request` into its output file under `budget` (default 800 MB of RSS). Raises TilerError."""
     with budget or Budget() as budget, Job(request, on_event) as job:
+        cluster.prepare(request)
         run = phases.start(request, budget, on_event, job)
         run.plan.memory.check(advice=phases.advice(run))
+        open_runner = cluster.runner_of(run)
         lean_imports.freeze_imports()
         # Holes in the heap count as data though no page of them is resident: 315 MB were seen under a ceiling of 800 MB.
         with process.limit_data(max(0, budget.max_bytes - process.read_rss().now) + budget.max_bytes):
@@ -60,7 +63,7 @@ def render(request: RenderRequest, budget: Budget | None = None, on_event: OnEve
             guide = phases.make_guide(run, prompts)
             reference = phases.make_reference(run, picture, guide)
             del picture, guide
-            latents = phases.denoise_canvas(run, prompts, reference)
+            latents = phases.denoise_canvas(run, prompts, reference, open_runner)
             phases.save_canvas(run, latents)
             # An error of the writer's must not leave the decoder's scratch files open.
             unscaled = pixels.Unscaled(latents, run.plan.decoder)
@@ -107,7 +110,9 @@ def plan(request: RenderRequest, budget: Budget | None = None, on_event: OnEvent
     """Plan a render: configs and headers are read, nothing is computed. `.plan.memory.check()` says whether it fits.
     Raises TilerError for what `render` would refuse before its first step."""
     with budget or Budget() as budget:
+        cluster.prepare(request)
         run = phases.start(request, budget, on_event, planning=True)
+        cluster.runner_of(run)  # refuses what cannot be shared
         return Planned(said=request, request=run.request, plan=run.plan, models=run.models, advice=phases.advice(run))
 
 

@@ -35,7 +35,7 @@ def of_render(run: RenderRun) -> dict[str, Any]:
         "tiles": len(plan.regions), "tile_batch": plan.batch, "precision": plan.precision.value,
         "tile_conditioning": request.tile_conditioning.value, "decode": plan.methods["decode"].name,
         "seed": request.seed, "width": request.width, "height": request.height,
-        "model": found.name, "revision": found.revision,
+        "model": found.name, "revision": found.revision, "workers": [worker._asdict() for worker in run.workers],
     }  # fmt: skip
 
 

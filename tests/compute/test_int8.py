@@ -22,8 +22,8 @@ from tiler.models.built import Models
 from tiler.models.unet import int8_weights, predict_noise
 from tiler.native import library
 from tiler.packing import order_of_use, packed_names, packed_weights
-from tiler.phases import streamed
 from tiler.request import Precision
+from tiler.run import streamed
 from tiler.weights.caches import INT8_VERSION
 from tiler.weights.checkpoint import resolve
 from tiler.weights.index import TensorInfo, read_index, read_metadata

@@ -30,7 +30,7 @@ from tiler.models.blocks import Windows
 from tiler.models.clip import encode_last, load_tokenizer
 from tiler.models.unet import predict_noise
 from tiler.native import library
-from tiler.phases import streamed
+from tiler.run import streamed
 from tiler.weights.checkpoint import resolve
 from tiler.weights.index import read_index
 from tiler.weights.store import WeightStore, match_index

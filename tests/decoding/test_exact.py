@@ -27,8 +27,8 @@ from tiler.decoding.scratch import Rows, Scratch
 from tiler.decoding.statistics import Pooled
 from tiler.errors import NumericalError, StorageError
 from tiler.models import family as families
-from tiler.phases import streamed
 from tiler.request import Decode, ScratchDtype
+from tiler.run import streamed
 from tiler.weights.checkpoint import resolve
 
 

@@ -20,8 +20,8 @@ from tiler.decoding.method import ScratchSpace
 from tiler.decoding.rows import REACH, decoder_stages, flow, to_tensor, to_uint8
 from tiler.decoding.scratch import Scratch
 from tiler.models import family as families
-from tiler.phases import streamed
 from tiler.request import Decode, ScratchDtype, Wrap
+from tiler.run import streamed
 from tiler.weights.checkpoint import resolve
 
 

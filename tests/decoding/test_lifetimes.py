@@ -20,9 +20,9 @@ from tiler.decoding.rows import to_tensor
 from tiler.decoding.scratch import Rows, Scratch
 from tiler.errors import NumericalError, StorageError
 from tiler.models import family as families
-from tiler.phases import streamed
 from tiler.pixels import decode_pixels
 from tiler.request import Decode, ScratchDtype
+from tiler.run import streamed
 from tiler.weights.checkpoint import resolve
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="no /proc here")

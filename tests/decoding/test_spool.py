@@ -12,7 +12,7 @@ from tiler.decoding import exact, spool
 from tiler.decoding.scratch import Scratch
 from tiler.decoding.spool import JOURNAL, Spool
 from tiler.models import family as families
-from tiler.phases import streamed
+from tiler.run import streamed
 from tiler.weights.checkpoint import resolve
 
 

@@ -15,7 +15,7 @@ from tiler.models.built import Models
 from tiler.models.family import Role, plain_names, read_family
 from tiler.models.unet import predict_noise
 from tiler.packing import packed_weights
-from tiler.phases import streamed
+from tiler.run import streamed
 from tiler.weights.checkpoint import resolve
 from tiler.weights.packed import default_cache
 
@@ -30,7 +30,7 @@ def sd15() -> Path:
 def test_a_step_of_guide_and_canvas_stays_under_600_mb_by_the_kernels_own_mark(sd15: Path, tmp_path: Path) -> None:
     """One step of the guide, and one of a canvas of three tiles in two calls; in int8 where the processor is fast at it."""
     options = "--width", "1024", "--height", "512", "--steps", "1", "--strength", "1", "--max-ram", "600MB"
-    peak, report = render_peak(tmp_path, "--model", str(sd15), *options, "--precision", "auto")
+    peak, report = render_peak(tmp_path, "--model", str(sd15), *options, "--precision", "auto", "--threads", "2")
     assert peak < 600_000_000
     assert report["peak_rss_bytes"] < 600_000_000
     assert report["predicted_peak_bytes"] == pytest.approx(peak, rel=0.10)
@@ -89,7 +89,7 @@ from tiler.models.built import Models
 from tiler.models.family import Role, plain_names, read_family
 from tiler.models.unet import predict_noise
 from tiler.memory.policy import at_layer
-from tiler.phases import streamed
+from tiler.run import streamed
 from tiler.packing import prepare_int8
 from tiler.weights.checkpoint import resolve
 torch.set_grad_enabled(False)

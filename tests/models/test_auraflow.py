@@ -19,9 +19,9 @@ from tiler.diffusion.guide import guide_size, upscale
 from tiler.diffusion.tiles import plan_tiles
 from tiler.models.auraflow_blocks import quantised, read_once
 from tiler.models.family import Part, Role, read_family
-from tiler.phases import streamed
 from tiler.planning.resolve import resolve
 from tiler.request import GuideUpscale, Precision
+from tiler.run import streamed
 from tiler.weights import checkpoint
 
 

@@ -16,8 +16,8 @@ from tiler.models.chunks import MOST_CHUNKS, Piece, emphasised, split_chunks
 from tiler.models.clip import encode_last, encode_penultimate, load_tokenizer, read_chunks
 from tiler.models.reading import READING, Reading
 from tiler.models.samples import Prompt
-from tiler.phases import streamed
 from tiler.request import Emphasis
+from tiler.run import streamed
 from tiler.weights.checkpoint import resolve
 
 START, END = 4998, 4999  # in the tiny vocabulary, in which nearly every letter is a token

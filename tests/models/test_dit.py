@@ -25,7 +25,7 @@ from tiler.models.family import plain_names
 from tiler.models.flux_blocks import joint_block, single_block
 from tiler.models.meta import on_meta
 from tiler.models.modulation import modulations
-from tiler.phases import streamed
+from tiler.run import streamed
 from tiler.weights.index import read_index
 from tiler.weights.layouts import understood
 

@@ -17,7 +17,7 @@ from tiler.models import family as families
 from tiler.models.clip import encode_last, load_tokenizer
 from tiler.models.embeddings import Embeddings
 from tiler.models.reading import Reading
-from tiler.phases import streamed
+from tiler.run import streamed
 from tiler.weights.checkpoint import resolve
 
 WIDTH = 32  # of the tiny encoder

@@ -40,13 +40,13 @@ from tiler.models.meta import on_meta
 from tiler.models.reading import READING, Reading
 from tiler.models.samples import Place, Prompt, Sample
 from tiler.packing import packed_names, packed_weights
-from tiler.phases import streamed
 from tiler.planning.peaks import DenoiserPeaks, text_phase
 from tiler.planning.resolve import fill
 from tiler.planning.table import Term
 from tiler.planning.tiling import plan_tiling
 from tiler.planning.time import Counter
 from tiler.request import Precision
+from tiler.run import streamed
 from tiler.weights.checkpoint import Checkpoint, resolve
 
 CHANNELS, PATCH, NATIVE, WIDTH, LENGTH = 16, 2, 16, 320, 5

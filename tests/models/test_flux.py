@@ -23,9 +23,9 @@ from tiler.models.family import Guidance, Options, Role, read_family
 from tiler.models.flux import Flux, quantised, read_once
 from tiler.models.patches import pack, unpack
 from tiler.models.samples import Place, Prompt, Sample
-from tiler.phases import streamed
 from tiler.planning.resolve import resolve
 from tiler.request import GuideUpscale, Precision
+from tiler.run import streamed
 from tiler.weights import checkpoint
 from tiler.weights.index import read_index
 

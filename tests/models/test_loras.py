@@ -19,7 +19,8 @@ from tiler.models.built import Models
 from tiler.models.family import Part, Role
 from tiler.models.lora_names import names_of_modules
 from tiler.models.loras import Applied, apply_loras
-from tiler.request.loras import Lora, parse_lora
+from tiler.request.loras import Lora, parse_lora, parse_tag
+from tiler.request.prompt import cut_tags
 from tiler.weights import checkpoint
 from tiler.weights.changes import Change
 from tiler.weights.index import read_index
@@ -387,6 +388,18 @@ def test_nan_names_file_and_key(models: Models, weights: dict[str, Tensor], tmp_
     some = applied(models, save(tmp_path / "x.safetensors", tensors))
     with pytest.raises(NumericalError, match=rf"x\.safetensors: tensor '{key}' holds NaN"):
         merged(models, some, f"{LINEAR}.weight")
+
+
+@pytest.mark.parametrize(
+    ("tag", "strength", "text_strength"),
+    [
+        ("<lora:a>", 1, 1), ("<lora:a:-0.5>", -0.5, -0.5), ("<lyco:a:0.5:0.8>", 0.8, 0.5), ("<lora:a:unet=0.3>", 0.3, 1),
+        ("<lora:a:te=0.5>", 0.5, 0.5), ("<lora:a:unet=0.8:te=0.5>", 0.8, 0.5), ("<lora:a:0.5:unet=0.8>", 0.8, 0.5),
+    ],
+)  # fmt: skip
+def test_tags_say_two_strengths_as_in_a1111(tag: str, strength: float, text_strength: float) -> None:
+    rest, (cut,) = cut_tags(f"a boat{tag}")
+    assert (rest, parse_tag(cut)) == ("a boat", ("a", strength, text_strength))
 
 
 def test_strengths_are_numbers(tmp_path: Path) -> None:

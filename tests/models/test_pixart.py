@@ -26,9 +26,9 @@ from tiler.models.family import Family, Options, Part, Role, read_family
 from tiler.models.pixart import quantised, read_once
 from tiler.models.pixart_blocks import Grid, add_positions
 from tiler.models.samples import Place, Prompt, Sample
-from tiler.phases import streamed
 from tiler.planning.resolve import resolve
 from tiler.request import GuideUpscale
+from tiler.run import streamed
 from tiler.weights import checkpoint
 
 PROMPT = "A boat on a lake at DAWN "  # lower case and no blanks around it, as the pipelines make it

@@ -19,9 +19,9 @@ from tiler.diffusion.guide import guide_size, upscale
 from tiler.diffusion.tiles import plan_tiles
 from tiler.models.family import Part, Role, read_family
 from tiler.models.sd3_blocks import quantised, read_once
-from tiler.phases import streamed
 from tiler.planning.resolve import resolve
 from tiler.request import Decode, GuideUpscale, Precision, ScratchDtype
+from tiler.run import streamed
 from tiler.weights import checkpoint
 
 # SD 3's; 3.5 medium's blocks that attend twice, queries and keys normed, a table of odd sides; 3.5 large's.

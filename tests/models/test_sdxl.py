@@ -24,10 +24,10 @@ from tiler.models.family import Part, Role, read_family
 from tiler.models.few_steps import sign_of_few_steps
 from tiler.models.samples import Place, Prompt
 from tiler.models.sdxl import time_ids
-from tiler.phases import streamed
 from tiler.planning import render as planner
 from tiler.planning.resolve import resolve as resolve_request
 from tiler.request import GuideUpscale, Layout, Mask, Precision, Preset, TileConditioning
+from tiler.run import streamed
 from tiler.weights.checkpoint import resolve
 
 SIDE = 128  # pixels of a tile of the tiny checkpoint

@@ -17,7 +17,7 @@ from tiler.models import strips
 from tiler.models.blocks import Resnet
 from tiler.models.family import plain_names
 from tiler.models.meta import on_meta
-from tiler.phases import streamed
+from tiler.run import streamed
 from tiler.weights.index import read_index
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tiler.errors import ModelError
 from tiler.models import t5
-from tiler.phases import streamed
+from tiler.run import streamed
 from tiler.weights.checkpoint import Checkpoint
 
 TEXTS = ["a boat on a lake at dawn", "", "storm clouds over the harbour, highly detailed, gulls and mist"]

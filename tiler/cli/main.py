@@ -17,6 +17,7 @@ from typer.core import TyperGroup
 from tiler.cli import (
     batch,
     cache,
+    cluster,
     config,
     decode,
     doctor,
@@ -29,6 +30,7 @@ from tiler.cli import (
     render,
     resume,
     several,
+    worker,
 )
 from tiler.cli.terminal import harmless, prepare_signals, prepare_streams, silence
 from tiler.errors import Interrupted, TilerError
@@ -80,11 +82,13 @@ app.command("plan")(plan.command)
 app.command("encode")(encode.command)
 app.command("decode")(decode.command)
 app.command("quantize")(quantize.command)
+app.command("worker")(worker.command)
 app.command("info")(info.command)
 app.command("doctor")(doctor.command)
 app.command("models")(models.command)
 app.add_typer(cache.app, name="cache")
 app.add_typer(config.app)
+app.add_typer(cluster.app)
 
 
 def _version(asked: bool) -> None:
@@ -108,7 +112,7 @@ def _main(
 
 def main() -> None:
     """Entry point. Exit codes: 0 ok, 1 bug, 2 usage, 3 model, 4 refused by the plan, 5 ceiling reached, 6 I/O, 7 NaN,
-    8 locked, 9 offline, 10 job damaged or another picture's, 129, 130 and 143 interrupted."""
+    8 locked, 9 offline, 10 job damaged or another picture's, 11 cluster, 129, 130 and 143 interrupted."""
     prepare_streams()
     prepare_signals()
     code: Any = 0

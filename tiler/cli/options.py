@@ -16,7 +16,7 @@ import typer
 from tiler.cli import completion, layers
 from tiler.cli.repeat import repeat
 from tiler.errors import UsageError
-from tiler.request import Region, read_regions
+from tiler.request import Region, read_regions, shared
 from tiler.request.choices import MAX_SEED, STDOUT
 from tiler.request.options import Option, Panel
 
@@ -24,8 +24,8 @@ MaxRam = Annotated[
     str,
     typer.Option(
         "--max-ram", "--budget", rich_help_panel=Panel.MEMORY, metavar="SIZE", show_default=False,
-        help="Ceiling for the resident memory of the whole process, like 1.5GiB; auto: nine tenths of what is free. "
-        r"[dim]\[default: 800MB][/dim]",
+        help="Ceiling for the resident memory of the whole process, like 1.5GiB; auto: nine tenths of what is free "
+        r"now. [dim]\[default: 800MB][/dim]",
     ),
 ]  # fmt: skip
 Threads = Annotated[
@@ -69,6 +69,11 @@ From = Annotated[
         help="Repeat a picture by what its file says; options given beside it win. Reads what `tiler info` reads.",
     ),
 ]  # fmt: skip
+Keys = Annotated[
+    Path | None,
+    typer.Option("--keys", metavar="FOLDER", help=shared.KEYS.help, envvar="TILER_KEYS", show_envvar=False),
+]
+Insecure = Annotated[bool, typer.Option("--insecure", help=shared.INSECURE.help)]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", rich_help_panel=Panel.OUTPUT, help="No progress; errors only.")]
 Json = Annotated[
     bool, typer.Option("--json", rich_help_panel=Panel.OUTPUT, help="Print one JSON object on standard output.")
@@ -137,8 +142,9 @@ def _parameter(field: Field[Any], kind: Any) -> inspect.Parameter:
     option: Option = field.metadata["option"]
     shown: dict[str, Any] = {"help": _help(field), "rich_help_panel": option.panel.value, "show_default": False}
     shown["metavar"] = option.metavar or _metavar(kind)
-    if field.name == "model":
-        shown["autocompletion"] = completion.model_names
+    names = {"model": completion.model_names, "loras": completion.lora_names}
+    if field.name in names:
+        shown["autocompletion"] = names[field.name]
     default = field.default
     if kind == tuple[str, ...]:
         kind = list[str]
@@ -212,12 +218,16 @@ def _values(offered: list[Field[Any]], given: Mapping[str, Any]) -> dict[str, An
     return values
 
 
-def prepare_process(threads: int | None) -> None:
-    """What must be set before torch is imported: allocator, threads, quiet libraries. Then torch is."""
+def prepare_process(threads: int | None, *, torch: bool = True) -> None:
+    """What must be set before torch is imported: allocator, threads, quiet libraries. Then `torch` is, if it is wanted now."""
     from tiler.memory.lean_imports import lean_torch
     from tiler.memory.limits import check_user_limits, limited_cpus
     from tiler.memory.process import frugal_allocator
 
+    try:
+        os.getcwd()
+    except OSError as error:  # Intel's library would end the process with words of its own
+        raise UsageError("the folder this was started in is gone; cd into another") from error
     if threads is not None and not 1 <= threads <= 1024:
         raise UsageError(f"threads = {threads} is out of range: 1–1024")
     check_user_limits()
@@ -227,7 +237,8 @@ def prepare_process(threads: int | None) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     if threads is not None:
         os.environ["OMP_NUM_THREADS"] = str(threads)
-    lean_torch()
+    if torch:
+        lean_torch()
 
 
 def check_report(report: Path | None, *outputs: Path | None, force: bool) -> None:

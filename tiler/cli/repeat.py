@@ -52,6 +52,8 @@ def repeat(picture: Path, typed: frozenset[str], defaults: Mapping[str, Any]) ->
         if recipe.lacks:
             raise ModelError(f"{recipe.lacks}; `tiler info` shows what was found")
         values = {name: v for name, v in recipe.settings.items() if name in fields and name not in (*_NEVER, *typed)}
+        if "model" in typed:  # which files of a repository, and of which commit, was said of the other one
+            values = {name: value for name, value in values.items() if name not in ("variant", "revision")}
         if "model" in values:
             values["model"], said = _model(str(values["model"]), recipe)
             notes += said

@@ -15,7 +15,7 @@ class Prompts:
     among them."""
 
     def __init__(self, family: Family, encoded: Mapping[str | None, Prompt]) -> None:
-        self._family, self._encoded = family, encoded
+        self._family, self.encoded = family, encoded
         # Equal prompts are one object: families know them by their tensors.
         self._lengthened: dict[tuple[str | None, int], Prompt] = {}
 
@@ -36,12 +36,12 @@ class Prompts:
 
     def _tokens(self, said: Said) -> int:
         """Of the longest of the prompts that share a sample's latents."""
-        return max(self._encoded[text].tokens.shape[1] for text in said.texts)
+        return max(self.encoded[text].tokens.shape[1] for text in said.texts)
 
     def _prompt(self, text: str | None, tokens: int) -> Prompt:
-        prompt = self._encoded[text]
+        prompt = self.encoded[text]
         if not self._family.traits.chunked or prompt.tokens.shape[1] == tokens:
             return prompt
         if (text, tokens) not in self._lengthened:
-            self._lengthened[text, tokens] = self._family.lengthened(prompt, tokens, self._encoded[""])
+            self._lengthened[text, tokens] = self._family.lengthened(prompt, tokens, self.encoded[""])
         return self._lengthened[text, tokens]

@@ -15,7 +15,7 @@ from tiler.request import Emphasis, ResolvedRequest, ScheduleType
 from tiler.request.render import OF_THE_MACHINE
 
 _EMPHASIS = {Emphasis.NO_NORM: "No norm", Emphasis.IGNORE: "Ignore", Emphasis.NONE: "None"}  # as A1111 writes them
-_RESOLVED = ("size", "preset", "scale")  # in the values of others
+_RESOLVED = ("size", "preset", "scale", "revision")  # in the values of others; the last in its commit
 _NOT_TOLD = (*OF_THE_MACHINE, *_RESOLVED, "metadata", "embd_dir", "lora_dir", "model_dirs")
 _FILES = "model", "tiny_vae", "guide_image", "diffusion_model", "vae", "text_encoder", "clip_l", "clip_g", "t5xxl"
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -81,10 +81,12 @@ def plan_render(
     *,
     encoded: bool = False,
     embeds: bool = False,
+    tiles_only: bool = False,
 ) -> RenderPlan:
     """Plan a render whose work is cut into `tiling`. The memory plan may still exceed the ceiling, `max_bytes`: its `check()`
     then refuses. `methods` are those that an earlier run chose for the autoencoder, by the names of `RenderPlan.methods`. Prompts
-    that are `encoded` already need no text encoder; those that name embeddings (`embeds`) may be longer than their words.
+    that are `encoded` already need no text encoder; those that name embeddings (`embeds`) may be longer than their words. A
+    process that predicts `tiles_only`, for a canvas that is elsewhere, has no other phase.
 
     Raises UsageError for numbers of steps that do not go with the scheduler, and ModelError for a scheduler config or weights
     that no work should begin with.
@@ -107,9 +109,11 @@ def plan_render(
     sampler = DenoiserPeaks(models, precision, chunks=chunks)
     tight = DenoiserPeaks(models, precision, arena_bytes=TIGHT_ARENA_BYTES, chunks=chunks)
     fixed = [facts.libraries]
-    coding = _plan_coding(request, models, tiling, facts, methods)
+    coding = _Coding({}, [], None) if tiles_only else _plan_coding(request, models, tiling, facts, methods)
     masks = min(MASKS_KEPT, max(map(len, (tiling.regions, *tiling.canvas_steps[-1:]))))
     canvas_bytes = 4 * family.latent_channels * math.prod(tiling.canvas) * 6 + 4 * math.prod(tile) * masks
+    if tiles_only:
+        tiling, guide, canvas_bytes = replace(tiling, guide=None), None, 0
     denoising = [*fixed, Term(name="canvas", nbytes=canvas_bytes)]
 
     def sampling(by: DenoiserPeaks, name: str, batch: int = 1) -> PhasePlan:
@@ -143,6 +147,8 @@ def plan_render(
         others = [encoding]
     if coding.whole is not None:
         others.append(coding.whole.writing(facts.libraries, max_bytes))
+    if tiles_only:
+        others = []
     resident: dict[str, dict[str, torch.dtype]] = {phase.name: {} for phase in others}
     once = family.part(Role.DENOISER).once  # of these, none is read at every step
     stored = {name: info for name, info in sampler.stored.items() if not once(name)}

@@ -18,6 +18,7 @@ class Panel(StrEnum):
     MODEL = "Model"
     SAMPLING = "Sampling"
     MEMORY = "Memory and speed"
+    CLUSTER = "Several processes or machines"
     OUTPUT = "Output"
 
 

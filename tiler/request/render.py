@@ -36,6 +36,7 @@ from tiler.request.choices import (
     parse_scheduler,
     within,
 )
+from tiler.request.cluster import check_cluster
 from tiler.request.loras import Lora, read_loras
 from tiler.request.model import ModelOptions
 from tiler.request.options import Option, Panel, coerce, option
@@ -45,7 +46,7 @@ from tiler.request.regions import Region
 # Fields that say where and how a picture is made; all others decide its bytes.
 OF_THE_MACHINE = (
     "output", "format", "save_latents", "cache_dir", "preview", "preview_interval", "prompt_embeds", "scratch", "force",
-    "restart", "keep_job", "job_dir",
+    "restart", "keep_job", "job_dir", "cluster", "keys", "insecure",
 )  # fmt: skip
 
 
@@ -184,10 +185,7 @@ class RenderRequest(ModelOptions):
     guide_image: Path | None = option(
         None, Option("A picture to use as the guide instead of a low-resolution pass.", Panel.SAMPLING, ("--guide",))
     )
-    scale: float | None = option(
-        None,
-        Option("Enlarge the picture of --guide so many times; its size decides the size.", Panel.PICTURE, ("--scale",)),
-    )
+    scale: float | None = option(None, shared.SCALE)
     guide: bool = option(True, Option("Start the canvas from pure noise.", Panel.SAMPLING, ("--no-guide",), off=True))
     guide_upscale: GuideUpscale = option(
         GuideUpscale.PIXEL,
@@ -254,6 +252,17 @@ class RenderRequest(ModelOptions):
     scratch: Path | None = option(None, shared.SCRATCH)
     scratch_dtype: ScratchDtype = option(ScratchDtype.FP16, shared.SCRATCH_DTYPE)
 
+    cluster: str | None = option(
+        None,
+        Option(
+            "Let others predict the tiles of the canvas; the picture is the same. local:N starts N processes that "
+            "share --max-ram; listen waits for `tiler worker` on port 8786; tls://HOST:8786 joins a `dask scheduler`.",
+            Panel.CLUSTER, ("--cluster",), metavar="WHERE", default="this process alone",
+        ),
+    )  # fmt: skip
+    keys: Path | None = option(None, shared.KEYS)
+    insecure: bool = option(False, shared.INSECURE)
+
     output: Path | None = option(None, shared.OUTPUT)
     format: Format | None = option(None, shared.FORMAT)
     quality: int | None = option(None, shared.QUALITY)
@@ -264,16 +273,9 @@ class RenderRequest(ModelOptions):
     preview_interval: int = option(1, shared.PREVIEW_INTERVAL)
     metadata: bool = option(True, shared.METADATA)
     force: bool = option(False, shared.FORCE)
-    restart: bool = option(
-        False, Option("Begin anew where an interrupted job of this picture was left.", Panel.OUTPUT, ("--restart",))
-    )  # fmt: skip
-    keep_job: bool = option(
-        False, Option("Keep the job's folder when the picture is finished.", Panel.OUTPUT, ("--keep-job",))
-    )  # fmt: skip
-    job_dir: Path | None = option(
-        None,
-        Option("Folder for the jobs of interrupted runs.", Panel.OUTPUT, ("--job-dir",), default="beside the output"),
-    )
+    restart: bool = option(False, shared.RESTART)
+    keep_job: bool = option(False, shared.KEEP_JOB)
+    job_dir: Path | None = option(None, shared.JOB_DIR)
 
     def __post_init__(self) -> None:
         coerce(self)
@@ -314,6 +316,8 @@ class RenderRequest(ModelOptions):
 
     def _check_combinations(self) -> None:
         check_decode(self.decode, self.tiny_vae)
+        if self.cluster is not None:
+            check_cluster(self.cluster, self.keys, insecure=self.insecure)
         check_format(self.output, self.format)
         if self.output == STDOUT and (self.restart or self.keep_job):
             raise UsageError(

@@ -89,3 +89,19 @@ PREVIEW_INTERVAL = Option(
 )  # fmt: skip
 METADATA = Option("Write no prompt, seed or settings into the file.", Panel.OUTPUT, ("--no-metadata",), off=True)
 FORCE = Option("Replace existing output files.", Panel.OUTPUT, ("--force", "-f"))
+RESTART = Option("Begin anew where an interrupted job of this picture was left.", Panel.OUTPUT, ("--restart",))
+KEEP_JOB = Option("Keep the job's folder when the picture is finished.", Panel.OUTPUT, ("--keep-job",))
+JOB_DIR = Option(
+    "Folder for the jobs of interrupted runs.", Panel.OUTPUT, ("--job-dir",), default="beside the output"
+)  # fmt: skip
+SCALE = Option(
+    "Enlarge the picture of --guide so many times; its size decides the size.", Panel.PICTURE, ("--scale",)
+)  # fmt: skip
+KEYS = Option(
+    "Folder with the pair of keys that every machine of a cluster has; `tiler cluster keys FOLDER` makes it.",
+    Panel.CLUSTER, ("--keys",), metavar="FOLDER",
+)  # fmt: skip
+INSECURE = Option(
+    "Let a cluster work without keys: whoever reaches its ports can run code on each of its machines.",
+    Panel.CLUSTER, ("--insecure",),
+)  # fmt: skip

@@ -1,0 +1,106 @@
+"""Workers in processes of their own on the loopback interface, and renders that use them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tiler import Budget, RenderRequest, events, render
+from tiler.cluster.engine import Engine
+from tiler.cluster.keys import make_keys
+from tiler.memory.process import read_rss
+from tiler.request.cluster import Cluster, Where
+
+CEILING = 700_000_000
+
+
+class Fleet:
+    """A scheduler in this process, and worker processes that join it."""
+
+    def __init__(self, engine: Engine, keys: Path) -> None:
+        self.engine, self.keys = engine, keys
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+
+    def start(self, *names: str, **options: str) -> None:
+        """Workers of these names, as a user would start them; back when all have joined."""
+        for name in names:
+            more = [word for key, value in options.items() for word in (f"--{key.replace('_', '-')}", value)]
+            command = [
+                sys.executable, "-m", "tiler", "worker", self.engine.address, "--keys", str(self.keys), "--name", name,
+                "--threads", "1", "--quiet", *(() if "max_ram" in options else ("--max-ram", str(CEILING))), *more,
+            ]  # fmt: skip
+            environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+            self.processes[name] = subprocess.Popen(command, env=environment)
+        self.wait(lambda joined: set(names) <= joined)
+
+    def end(self, name: str, number: int = signal.SIGKILL) -> None:
+        process = self.processes.pop(name)
+        process.send_signal(number)
+        process.wait(30)
+
+    def wait(self, until: Callable[[set[str]], bool]) -> None:
+        """Until the names of those that have joined are right."""
+        for _ in range(600):
+            if until(set((self.engine.members() or {}).values())):
+                return
+            time.sleep(0.1)
+        raise AssertionError(f"only {self.engine.members()} have joined")
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    """With the workers `a` and `b`."""
+    keys = tmp_path_factory.mktemp("cluster") / "keys"
+    make_keys(keys)
+    with Engine(Cluster(where=Where.LISTEN, host="127.0.0.1", port=0), keys) as engine:
+        found = Fleet(engine, keys)
+        try:
+            found.start("a", "b")
+            yield found
+        finally:
+            for name in list(found.processes):
+                found.end(name, signal.SIGTERM)
+
+
+class Drawn:
+    """A render's latents and picture, its report and what was said."""
+
+    def __init__(self, folder: Path, report: dict[str, Any], notes: list[str]) -> None:
+        from safetensors.torch import load_file
+
+        self.latents = load_file(folder / "x.safetensors")["latents"]
+        self.picture, self.report, self.notes = (folder / "x.png").read_bytes(), report, notes
+
+    @property
+    def workers(self) -> dict[str, dict[str, Any]]:
+        return {worker["name"]: worker for worker in self.report["workers"]}
+
+
+def draw(
+    model: Path, folder: Path, on_progress: Callable[[events.Progress], None] = lambda event: None, **values: Any
+) -> Drawn:
+    """Render a small picture of many tiles in this process."""
+    folder.mkdir(exist_ok=True)
+    notes: list[str] = []
+
+    def on_event(event: events.Event) -> None:
+        if isinstance(event, events.Note):
+            notes.append(event.text)
+        if isinstance(event, events.Progress) and event.name == "canvas":
+            on_progress(event)
+
+    asked: dict[str, Any] = {
+        "prompt": "a boat", "model": str(model), "size": 160, "num_inference_steps": 3, "seed": 11, "guide": False,
+        "output": folder / "x.png", "save_latents": folder / "x.safetensors", "force": True, "metadata": False,
+    }  # fmt: skip
+    budget = Budget(read_rss().now + 2_000_000_000)
+    report = render(RenderRequest(**(asked | values)), budget, on_event).report
+    return Drawn(folder, report, notes)

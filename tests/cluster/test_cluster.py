@@ -1,0 +1,87 @@
+"""Renders over worker processes on the loopback interface: equal bytes, ceilings, closed doors, and what happens when things break."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from tests.cluster.conftest import CEILING, Drawn, Fleet, draw
+from tiler import events
+from tiler.request import Precision
+
+
+@pytest.fixture(scope="module")
+def alone(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Drawn:
+    """What one process draws."""
+    return draw(tiny, tmp_path_factory.mktemp("alone"))
+
+
+def through(fleet: Fleet) -> dict[str, object]:
+    return {"cluster": fleet.engine.address, "keys": fleet.keys}
+
+
+def test_two_workers_make_the_picture_of_one_process(fleet: Fleet, tiny: Path, tmp_path: Path, alone: Drawn) -> None:
+    drawn = draw(tiny, tmp_path, **through(fleet))
+    assert torch.equal(drawn.latents, alone.latents) and drawn.picture == alone.picture
+    assert set(drawn.workers) == {"a", "b"}
+    assert sum(worker["tiles"] for worker in drawn.workers.values()) >= 3 * drawn.report["tiles"]
+    assert all(0 < worker["peak_rss_bytes"] < CEILING for worker in drawn.workers.values())
+
+
+def test_in_int8_too(fleet: Fleet, tiny: Path, tmp_path: Path) -> None:
+    values = {"precision": Precision.INT8, "cache_dir": tmp_path / "packed"}
+    (tmp_path / "packed").mkdir()
+    one, many = draw(tiny, tmp_path / "1", **values), draw(tiny, tmp_path / "2", **values, **through(fleet))
+    assert torch.equal(one.latents, many.latents) and many.workers
+    assert len(list((tmp_path / "packed").glob("*.safetensors"))) == 1, "all take the file that is there"
+
+
+def test_nobody_listens_where_nobody_was_asked_to(fleet: Fleet) -> None:
+    def listening(process: psutil.Process) -> list[str]:
+        return [c.laddr.ip for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN]
+
+    assert listening(psutil.Process()) == ["127.0.0.1"], "the scheduler's port, and no dashboard"
+    for process in fleet.processes.values():
+        assert listening(psutil.Process(process.pid)) == ["127.0.0.1"]
+
+
+def test_a_worker_that_is_killed_changes_no_byte(fleet: Fleet, tiny: Path, tmp_path: Path, alone: Drawn) -> None:
+    def kill(event: events.Progress) -> None:
+        if event.done > event.total // 3 and "b" in fleet.processes:
+            fleet.end("b")
+
+    drawn = draw(tiny, tmp_path, kill, **through(fleet))
+    assert torch.equal(drawn.latents, alone.latents)
+    assert "worker b is gone" in drawn.notes
+
+
+def test_ctrl_c_ends_all_processes_and_the_job_goes_on_without_a_cluster(
+    tiny: Path, tmp_path: Path, alone: Drawn
+) -> None:
+    words = [
+        "render", "a boat", "--model", tiny, "--size", 160, "--steps", 3, "--seed", 11, "--no-guide", "-f", "-o",
+        tmp_path / "x.png", "--save-latents", tmp_path / "x.safetensors", "--no-metadata", "--cluster", "local:2",
+        "--max-ram", "1.5GB", "--log-json",
+    ]  # fmt: skip
+    command = [sys.executable, "-m", "tiler", *map(str, words)]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        while '"name": "canvas", "done": ' not in (line := process.stderr.readline()):
+            assert line, "the render has ended"
+        workers = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGINT)
+        rest = process.stderr.read()
+        assert process.wait(60) == 130, rest
+    assert len(workers) == 2 and not [worker for worker in workers if worker.is_running()]
+    assert "the job is saved at canvas step" in rest
+    drawn = draw(tiny, tmp_path)
+    assert any(note.startswith("continuing at canvas step") for note in drawn.notes)
+    assert torch.equal(drawn.latents, alone.latents)

@@ -1,0 +1,172 @@
+"""Who is let in, and whose work is not taken."""
+
+from __future__ import annotations
+
+import json
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.conftest import Ran
+from tiler import Budget, RenderRequest
+from tiler.cluster import engine as engines
+from tiler.cluster import local, shared, tasks
+from tiler.cluster.bench import Bench
+from tiler.cluster.engine import Engine
+from tiler.cluster.keys import find_keys, make_keys
+from tiler.cluster.shared import Greeting, SharedJob, Window
+from tiler.denoiser import denoiser_id
+from tiler.diffusion.runner import Tile
+from tiler.errors import BudgetRefused, ClusterError, UsageError
+from tiler.memory.process import read_rss
+from tiler.models import family as families
+from tiler.models.built import Models
+from tiler.models.samples import Prompt
+from tiler.phases import start
+from tiler.planning.resolve import resolve
+from tiler.planning.tiling import plan_tiling
+from tiler.request.cluster import Cluster, Where, check_cluster, parse_cluster, scheduler_of
+
+
+@pytest.mark.parametrize(
+    "text", ["local:0", "local:65", "local", "listen:0", "listen:99999", "somewhere", "http://a:1", "tls://a", ""]
+)
+def test_what_is_no_cluster_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="cluster = "):
+        parse_cluster(text)
+
+
+@pytest.mark.parametrize(("text", "host", "port"), [
+    ("listen", "", 8786), ("listen:99", "", 99), ("listen:127.0.0.1:99", "127.0.0.1", 99), ("listen:[::1]:9", "[::1]", 9),
+])  # fmt: skip
+def test_where_to_listen(text: str, host: str, port: int) -> None:
+    found = parse_cluster(text)
+    assert (found.where, found.host, found.port) == (Where.LISTEN, host, port)
+
+
+def test_without_keys_no_other_machine_may_connect(tmp_path: Path) -> None:
+    for text in ("listen", "listen:192.168.1.2:99", "tcp://192.168.1.2:99", "tls://laptop:8786", "tls://127.0.0.1:99"):
+        with pytest.raises(UsageError, match="--keys"):
+            check_cluster(text, None, insecure=False)
+    for text in ("listen:127.0.0.1:99", "tcp://localhost:99", "tcp://[::1]:99", "local:2"):
+        check_cluster(text, None, insecure=False)
+    check_cluster("listen", tmp_path, insecure=False)
+    check_cluster("tcp://192.168.1.2:99", None, insecure=True)
+    for text in ("local:2", "listen", "nonsense"):
+        with pytest.raises(UsageError, match="no address of a scheduler"):
+            scheduler_of(text, tmp_path, insecure=False)
+
+
+def test_keys_are_their_owners_alone_and_never_replaced(tmp_path: Path) -> None:
+    for path in make_keys(tmp_path / "keys"):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    with pytest.raises(UsageError, match="is there already"):
+        make_keys(tmp_path / "keys")
+    (tmp_path / "keys/key.pem").chmod(0o644)
+    with pytest.raises(UsageError, match="chmod 600"):
+        find_keys(tmp_path / "keys")
+    with pytest.raises(UsageError, match="no such file"):
+        find_keys(tmp_path)
+
+
+def test_other_keys_and_none_do_not_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "_SECONDS", 2.0)
+    ours, others = tmp_path / "ours", tmp_path / "others"
+    make_keys(ours)
+    make_keys(others)
+    with Engine(Cluster(where=Where.LISTEN, host="127.0.0.1", port=0), ours) as engine:
+        plain = engine.address.replace("tls://", "tcp://")
+        for address, keys in ((engine.address, others), (plain, None)):
+            with (
+                pytest.raises(ClusterError, match="no answer"),
+                Engine(Cluster(where=Where.CONNECT, address=address), keys),
+            ):
+                pass
+        with Engine(Cluster(where=Where.CONNECT, address=engine.address), ours) as joined:
+            assert joined.members() == {}
+
+
+def ask(model: Path, **values: object) -> RenderRequest:
+    defaults = {
+        "model": str(model),
+        "prompt": "a boat",
+        "size": 160,
+        "num_inference_steps": 3,
+        "guide": False,
+        "seed": 1,
+    }
+    return RenderRequest(**(defaults | values))  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def job(tiny: Path) -> SharedJob:
+    family = families.open_family(ask(tiny))
+    request = resolve(ask(tiny), family)
+    (sample,) = family.example([0], (8, 8))
+    texts = {text: Prompt(torch.zeros(sample.prompt.tokens.shape)) for text in plan_tiling(request, family).texts}
+    return SharedJob(
+        name="job", request=request, model_id=denoiser_id(Models(family)), reads_text=True, embeds=False, texts=texts
+    )
+
+
+def greet(job: SharedJob, max_ram_bytes: int, models: dict[str, str] | None = None) -> Greeting:
+    """How a worker with that ceiling answers, in this process."""
+    family = families.open_family(ask(Path(job.request.model)))
+    tile = Tile(torch.zeros(1, 4, 8, 8), plan_tiling(job.request, family).canvas_steps[0][0])
+    with Budget(max_ram_bytes) as budget:
+        bench = Bench(budget, models or {})
+        tasks.begin(lambda: bench, max_ram_bytes)
+        try:
+            return Greeting.from_json(tasks.hello(job.to_bytes(), 0, tuple(Window.of(tile)), tile.latents.numpy()))
+        finally:
+            bench.close()
+
+
+def test_a_worker_says_why_it_does_not_take_a_job(
+    job: SharedJob, checkpoints: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room = read_rss().now + 2_000_000_000
+    ready = greet(job, room)
+    assert not ready.refusal and ready.digest and ready.batch > 1
+    assert greet(job, room).digest == ready.digest
+    other = greet(job, room, {job.request.model: str(checkpoints / "tiny-sd2")})
+    assert "is another model here" in other.refusal
+    assert "/nowhere/x: no such folder" in greet(job, room, {job.request.model: "/nowhere/x"}).refusal
+    small = greet(job, read_rss().now - 1)
+    assert "the smallest --max-ram that would do is" in small.refusal
+    theirs = job.to_bytes()
+    monkeypatch.setattr(shared, "versions", lambda: {"tiler": "0.0", "torch": "0.0"})
+    refused = Greeting.from_json(tasks.hello(theirs, 0, (), np.zeros(1)))
+    assert refused.refusal.startswith("other versions: tiler 0.0 here, ")
+
+
+def test_a_share_below_the_floor_is_refused_with_the_number_that_fits(tiny: Path, tmp_path: Path) -> None:
+    floor = read_rss().now + 150_000_000  # of one more process like this one
+    run = start(ask(tiny, output=tmp_path / "x.png"), Budget(int(3.5 * floor)), lambda event: None)
+    share = local.share_of(run, 1)
+    with pytest.raises(BudgetRefused, match=r"local:[12] fits; 9 need --max-ram \d+MB") as refused:
+        local.share_of(run, 9)
+    assert refused.value.exit_code == 4
+    fits = int(str(refused.value).split("local:")[2].split()[0])
+    assert local.share_of(run, fits) <= share
+    with pytest.raises(BudgetRefused):
+        local.share_of(run, fits + 1)
+
+
+def test_what_a_user_may_type_wrong(in_process: Callable[..., Ran], tmp_path: Path) -> None:
+    for words, code, said in (
+        (("worker", "tls://a:1"), 2, "needs --keys FOLDER"),
+        (("worker", "local:2"), 2, "is no address of a scheduler"),
+        (("worker", "tcp://127.0.0.1:1", "--model", "x"), 2, "write NAME=PATH"),
+        (("render", "x", "--cluster", "nowhere"), 2, "is none of local:N, listen"),
+        (("render", "x", "--cluster", "listen", "--keys", tmp_path), 2, "no such file; `tiler cluster keys"),
+        (("cluster", "status", f"file:{tmp_path}/none.json"), 11, "no address of a scheduler"),
+    ):
+        ran = in_process(*words)
+        assert ran.code == code and said in ran.err, (words, ran)
+    assert in_process("cluster", "keys", tmp_path / "keys").code == 0
+    assert json.dumps(sorted(p.name for p in (tmp_path / "keys").iterdir())) == '["cert.pem", "key.pem"]'

@@ -1,0 +1,200 @@
+"""Who gets which tiles when workers are slow, fail or go: a scheduler's stand-in, and predictions that are known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tiler.cluster import members, pool, tasks
+from tiler.cluster.engine import Arrived
+from tiler.cluster.members import Members, Probe
+from tiler.cluster.pool import Pool
+from tiler.cluster.shared import Answer, Greeting, Window
+from tiler.diffusion.runner import Tile
+from tiler.diffusion.tiles import Text2ImageRegion
+from tiler.errors import NumericalError
+
+TILES = 40
+Behaviour = Callable[[np.ndarray], Answer | None]
+
+
+def tile(number: int) -> Tile:
+    region = Text2ImageRegion(
+        top=0, left=number, height=2, width=2, condition=0, guidance_scale=7.5, weights=torch.ones(2, 2), canvas=(8, 64)
+    )
+    return Tile(torch.full((1, 4, 2, 2), float(number)), region)
+
+
+def good(latents: np.ndarray) -> Answer:
+    return Answer(2 * latents, 1.0, 10)
+
+
+def silent(latents: np.ndarray) -> None:
+    """Stopped, or on a machine whose lid was closed."""
+    return
+
+
+class Scheduler:
+    """In place of an Engine: each worker answers at once as its behaviour says, last come first served."""
+
+    def __init__(self, **workers: Behaviour) -> None:
+        self.workers, self.digests = workers, dict.fromkeys(workers, "same")
+        self.refusals: dict[str, str] = {}
+        self.done: dict[str, list[int]] = {name: [] for name in workers}
+        self._arrived: list[Arrived] = []
+        self._tickets = 0
+        self.held: dict[int, str] = {}  # tickets of those that do not answer
+
+    def members(self) -> dict[str, str]:
+        return {name: name for name in self.workers}
+
+    def submit(self, address: str, task: object, *arguments: Any) -> int:
+        self._tickets += 1
+        if task is tasks.hello:
+            said = Greeting(refusal=self.refusals.get(address, ""), digest=self.digests[address], seconds=1.0, batch=8)
+            self._arrived.append(Arrived(self._tickets, said.to_json(), None))
+        else:
+            latents = arguments[-1]
+            answer = self.workers[address](latents)
+            if answer is None:
+                self.held[self._tickets] = address
+            else:
+                self.done[address] += [int(one[0, 0, 0]) for one in latents]
+                self._arrived.append(Arrived(self._tickets, answer, None))
+        return self._tickets
+
+    def drop(self, ticket: int) -> None:
+        self.held.pop(ticket, None)
+
+    def answers(self, seconds: float) -> list[Arrived]:
+        found, self._arrived = self._arrived[::-1], []
+        return found
+
+
+class Local:
+    """The runner of this process."""
+
+    def __init__(self) -> None:
+        self.numbers: list[int] = []
+
+    def predict(self, step: int, tiles: Iterable[Tile]) -> Iterator[Tensor]:
+        for one in tiles:
+            self.numbers.append(one.region.left)
+            yield 2 * one.latents[0]
+
+
+class Outcome:
+    def __init__(self) -> None:
+        self.local, self.notes = Local(), list[str]()
+
+
+def run(
+    scheduler: Scheduler, on_prediction: Callable[[int], None] = lambda number: None, patience: float = 0.0
+) -> Outcome:
+    """Predict all tiles, and check each prediction and their order."""
+    found = Outcome()
+    probe = Probe(b"", 0, Window.of(tile(0)), np.zeros((1, 4, 2, 2), np.float32), 2)
+
+    @contextmanager
+    def open_local() -> Iterator[Local]:
+        yield found.local
+
+    who = Members(scheduler, probe, found.notes.append, patience)  # type: ignore[arg-type]
+    with Pool(who, "job", open_local, lambda: None, found.notes.append, {"denoiser_samples": 0}) as runner:
+        for number, prediction in enumerate(runner.predict(0, (tile(n) for n in range(TILES)))):
+            assert torch.equal(prediction, torch.full((4, 2, 2), 2.0 * number))
+            on_prediction(number)
+        assert number == TILES - 1
+    return found
+
+
+@pytest.fixture(autouse=True)
+def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No second is waited for."""
+    monkeypatch.setattr(members, "_LOOK_EVERY", 0.0)
+    monkeypatch.setattr(members, "_SETTLE", 0.0)
+    monkeypatch.setattr(pool, "_LATE", 0.0)
+    monkeypatch.setattr(pool, "_LATE_SECONDS", 0.0)
+
+
+def test_predictions_come_in_the_order_of_the_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "AHEAD", 12)
+    scheduler = Scheduler(a=good, b=good)
+    assert not run(scheduler).local.numbers
+    assert sorted(scheduler.done["a"] + scheduler.done["b"]) == list(range(TILES))
+    assert scheduler.done["a"] and scheduler.done["b"]
+
+
+def test_what_a_stopped_worker_has_is_copied() -> None:
+    scheduler = Scheduler(a=good, b=silent)
+    assert not run(scheduler).local.numbers
+    assert set(scheduler.done["a"]) == set(range(TILES)) and scheduler.held
+
+
+def test_what_a_dead_worker_had_goes_elsewhere() -> None:
+    scheduler = Scheduler(a=good, b=silent)
+
+    def kill(number: int) -> None:
+        scheduler.workers.pop("b", None)
+
+    found = run(scheduler, kill)
+    assert "worker b is gone" in found.notes and not found.local.numbers
+
+
+def test_without_workers_this_process_predicts_until_one_comes() -> None:
+    scheduler = Scheduler()
+    scheduler.digests["a"], scheduler.done["a"] = "same", []
+
+    def come(number: int) -> None:
+        if number == 10:
+            scheduler.workers["a"] = good
+
+    found = run(scheduler, come)
+    assert found.local.numbers[:10] == list(range(10)) and scheduler.done["a"]
+    assert "no worker is left: this process predicts alone" in found.notes
+
+
+def test_other_bits_and_refusals_are_left_out_with_a_reason() -> None:
+    scheduler = Scheduler(a=good, b=good, c=good, d=good)
+    scheduler.digests["c"], scheduler.refusals["d"] = "other", "its ceiling of 100 MB is too low"
+    found = run(scheduler)
+    assert not scheduler.done["c"] and not scheduler.done["d"]
+    assert "worker d is left out: its ceiling of 100 MB is too low" in found.notes
+    assert any(note.startswith("worker c is left out: its processor computes other bits") for note in found.notes)
+
+
+def test_a_worker_that_fails_twice_is_left_out() -> None:
+    failing = Answer(None, 1.0, 10, "the ceiling of 100 MB was reached")
+    scheduler = Scheduler(a=good, b=lambda latents: failing)
+    found = run(scheduler)
+    assert "worker b is left out: the ceiling of 100 MB was reached" in found.notes and not found.local.numbers
+
+
+def test_nan_on_one_worker_is_its_own_fault_and_on_two_the_models() -> None:
+    broken = Answer(None, 1.0, 10, "NaN or Inf in the noise prediction at step 1", is_numerical=True)
+    assert not run(Scheduler(a=good, b=lambda latents: broken)).local.numbers
+    with pytest.raises(NumericalError, match="step 1"):
+        run(Scheduler(a=lambda latents: broken, b=lambda latents: broken))
+
+
+def test_a_single_worker_that_says_nan_is_not_asked_again() -> None:
+    broken = Answer(None, 1.0, 10, "NaN or Inf in the noise prediction at step 1", is_numerical=True)
+    assert run(Scheduler(a=lambda latents: broken)).local.numbers == list(range(TILES))
+
+
+def test_what_kills_workers_is_predicted_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "_DEATHS", 1)
+    monkeypatch.setattr(pool, "_LATE_SECONDS", 1e9)
+    scheduler = Scheduler(a=good, b=silent)
+
+    def die(number: int) -> None:
+        scheduler.workers.pop("b", None)
+
+    found = run(scheduler, die)
+    assert found.local.numbers and set(found.local.numbers) | set(scheduler.done["a"]) == set(range(TILES))

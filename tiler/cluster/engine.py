@@ -1,0 +1,193 @@
+"""dask.distributed as this room uses it: a scheduler in this process or elsewhere, tasks for single workers, their answers.
+
+What of dask is not used: nannies, the dashboard, spilling, stealing, and its own choice of a worker.
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+from collections.abc import Callable
+from contextlib import suppress
+from itertools import count
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+from tiler.cluster import keys as pairs
+from tiler.cluster.missing import explained
+from tiler.errors import ClusterError
+from tiler.request.cluster import Cluster, Where, check_address, listening_address
+
+with explained():
+    import dask
+
+    # Before distributed is imported, which sets up its log then.
+    dask.config.set({
+        "logging": {"distributed": "critical", "distributed.client": "critical", "distributed.worker": "critical",
+                    "tornado": "critical", "bokeh": "critical", "asyncio": "critical"},
+        "distributed.worker.memory.target": False, "distributed.worker.memory.spill": False,
+        "distributed.worker.memory.pause": False, "distributed.worker.memory.terminate": False,
+        "distributed.worker.profile.enabled": False, "distributed.scheduler.work-stealing": False,
+        "distributed.scheduler.active-memory-manager.start": False, "distributed.scheduler.http.routes": [],
+        "distributed.worker.http.routes": [], "distributed.comm.compression": None,
+        "distributed.admin.system-monitor.log-length": 10, "distributed.admin.system-monitor.gil.enabled": False,
+        "distributed.admin.tick.limit": "1h",
+    })  # fmt: skip
+    from distributed import Client, Scheduler, Security
+    from distributed.utils import LoopRunner
+
+LOOPBACK = "127.0.0.1:0"  # of HTTP servers, which dask opens whatever is asked, and which are closed at once
+_SECONDS = 30.0
+
+
+class Arrived(NamedTuple):
+    """The answer to a ticket: what the task gave, or how it failed."""
+
+    ticket: int
+    value: Any
+    error: BaseException | None
+
+
+class Engine:
+    """A context manager: the scheduler of `cluster`, and a client of it. Raises UsageError, ClusterError."""
+
+    def __init__(self, cluster: Cluster, keys: Path | None, *, insecure: bool = False) -> None:
+        self._cluster, self._keys, self._insecure = cluster, keys, insecure
+        self._loop = LoopRunner()
+        self._scheduler: Scheduler | None = None
+        self._client: Client | None = None
+        self._futures: dict[int, Any] = {}
+        self._arrived: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._tickets = count()
+
+    @property
+    def address(self) -> str:
+        """The scheduler's, for workers."""
+        assert self._client is not None
+        return str(self._client.scheduler.address)
+
+    def __enter__(self) -> Self:
+        cluster, security = self._cluster, security_of(self._keys)
+        if cluster.where in (Where.LOCAL, Where.LISTEN):
+            address = listening_address(cluster, self._keys, insecure=self._insecure)
+        else:
+            address = scheduler_address(cluster)
+            check_address(address, self._keys, insecure=self._insecure)
+        self._loop.start()
+        try:
+            if cluster.where in (Where.LOCAL, Where.LISTEN):
+                self._scheduler = self._loop.run_sync(_scheduler, address, security)
+                address = self._scheduler.address
+            self._client = Client(
+                address, loop=self._loop.loop, security=security, set_as_default=False, timeout=_SECONDS,
+                direct_to_workers=False,
+            )  # fmt: skip
+        except OSError as error:
+            self.__exit__(None, None, None)
+            doing = "cannot listen there" if self._scheduler is None and cluster.where is Where.LISTEN else "no answer"
+            raise ClusterError(f"{address}: {doing} ({error}); check address, port, firewall and keys") from error
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for future in self._futures.values():
+            with suppress(Exception):
+                future.cancel()
+        self._futures.clear()
+        if self._client is not None:
+            with suppress(Exception):
+                self._client.close(timeout=2)
+        if self._scheduler is not None:
+            with suppress(Exception):
+                self._loop.run_sync(self._scheduler.close)
+        self._loop.stop()
+
+    def members(self) -> dict[str, str] | None:
+        """The address of each worker → its name; None while the scheduler does not answer."""
+        assert self._client is not None
+        try:
+            info = self._client.sync(self._client.scheduler.identity, n_workers=-1, callback_timeout=_SECONDS)
+        except (OSError, TimeoutError, ValueError):
+            return None
+        return {address: str(facts["name"]) for address, facts in info["workers"].items()}
+
+    def submit(self, address: str, task: Callable[..., Any], *arguments: Any) -> int:
+        """Have one worker run `task`, a function of a module, → the ticket of its answer."""
+        assert self._client is not None
+        ticket = next(self._tickets)
+        future = self._client.submit(
+            task, *arguments, workers=[address], allow_other_workers=False, pure=False,
+            key=f"tiler-{self._client.id}-{ticket}",
+        )  # fmt: skip
+        self._futures[ticket] = future
+        future.add_done_callback(lambda _: self._arrived.put(ticket))
+        return ticket
+
+    def drop(self, ticket: int) -> None:
+        """An answer that nobody waits for any more."""
+        future = self._futures.pop(ticket, None)
+        if future is not None:
+            future.cancel()
+
+    def answers(self, seconds: float) -> list[Arrived]:
+        """What has arrived, or what arrives first within so many seconds."""
+        found: list[Arrived] = []
+        with suppress(queue.Empty):
+            found += self._collect(self._arrived.get(timeout=seconds))
+            while True:
+                found += self._collect(self._arrived.get_nowait())
+        return found
+
+    def _collect(self, ticket: int) -> list[Arrived]:
+        future = self._futures.pop(ticket, None)
+        if future is None:
+            return []
+        try:
+            return [Arrived(ticket, future.result(timeout=_SECONDS), None)]
+        except Exception as error:  # of the task, of the connection, of a worker that died
+            return [Arrived(ticket, None, error)]
+
+
+async def _scheduler(address: str, security: Security) -> Scheduler:
+    """Listening at `address` and nowhere else."""
+    scheme, _, rest = address.partition("://")
+    host, _, port = rest.rpartition(":")
+    scheduler = Scheduler(
+        host=f"{scheme}://{host}", port=int(port), protocol=scheme, security=security, dashboard=False,
+        dashboard_address=LOOPBACK,
+    )  # fmt: skip
+    await scheduler
+    scheduler.http_server.stop()
+    return scheduler
+
+
+def security_of(keys: Path | None) -> Security:
+    """TLS both ways with the pair in the folder `keys`; none without. Raises UsageError."""
+    if keys is None:
+        return Security(require_encryption=False)
+    cert, key = map(str, pairs.find_keys(keys))
+    names = {f"tls_{role}_{kind}": path for role in ("client", "scheduler", "worker")
+             for kind, path in (("cert", cert), ("key", key))}  # fmt: skip
+    return Security(require_encryption=True, tls_ca_file=cert, **names)
+
+
+def scheduler_address(cluster: Cluster) -> str:
+    """That of a scheduler elsewhere. Raises ClusterError."""
+    if cluster.where is Where.ENV:
+        address = dask.config.get("scheduler-address", None)
+        if not address:
+            raise ClusterError("--cluster env: DASK_SCHEDULER_ADDRESS is not set")
+        return str(address)
+    if cluster.where is Where.FILE:
+        try:
+            return str(json.loads(Path(cluster.address).read_text())["address"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ClusterError(
+                f"{cluster.address}: no address of a scheduler ({error}); `dask scheduler --scheduler-file` writes it"
+            ) from error
+    return cluster.address

@@ -1,0 +1,88 @@
+"""--cluster local:N: how --max-ram is divided among N worker processes and this one, and the processes themselves."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from tiler.cluster.pool import AHEAD
+from tiler.errors import BudgetRefused
+from tiler.memory.budget import format_mb
+from tiler.phases import RenderRun
+from tiler.planning.render import plan_render
+from tiler.planning.tiling import plan_tiling
+from tiler.run import measure
+
+_CONNECTIONS_BYTES = 16_000_000  # what dask's scheduler and client take while they work
+_GRACE = 3.0  # seconds between SIGTERM and SIGKILL
+
+
+def share_of(run: RenderRun, workers: int) -> int:
+    """The ceiling of each of so many workers in bytes: the run's own less what this process needs beside them, divided. Raises
+    BudgetRefused where that is too little, naming the number of workers that there is room for."""
+    request, plan = replace(run.request, precision=run.plan.precision), run.plan
+    canvas = next(phase for phase in plan.memory.phases if phase.name == "canvas")
+    tile_bytes = 4 * plan.family.latent_channels * plan.regions.tile[0] * plan.regions.tile[1]
+    own = sum(term.nbytes for term in canvas.terms if term.name in ("python + libraries", "canvas"))
+    own += _CONNECTIONS_BYTES + 2 * tile_bytes * min(AHEAD, len(plan.regions))
+    room = run.budget.max_bytes - own
+    tiling, facts = plan_tiling(request, plan.family), measure(request.scratch_folder)
+    least = plan_render(
+        request,
+        run.models,
+        tiling,
+        facts,
+        max(1, room // workers),
+        encoded=True,
+        tiles_only=True,
+        embeds=bool(run.spoken.read_as.embeddings),
+    ).memory.smallest_bytes
+    if room // workers < least:
+        fitting = max(0, room // least)
+        fits = f"local:{fitting} fits" if fitting else "no worker fits beside it"
+        raise BudgetRefused(
+            f"--cluster local:{workers}: of {format_mb(run.budget.max_bytes)} this process takes {format_mb(own)}, and a worker needs "
+            f"{format_mb(least)}: {fits}; {workers} need --max-ram {-(-(own + workers * least) // 10**6)}MB"
+        )
+    return room // workers
+
+
+@contextmanager
+def processes(address: str, keys: Path, workers: int, share: int) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """So many workers of the scheduler at `address`, each with a ceiling of `share` bytes; none is left when the block ends."""
+    threads = max(1, torch.get_num_threads() // workers)
+    command = [
+        sys.executable, "-m", "tiler", "worker", address, "--keys", str(keys), "--max-ram", str(share), "--threads",
+        str(threads), "--once", "--quiet",
+    ]  # fmt: skip
+    here = str(Path(__file__).parents[2])  # of a copy of the repository that is not installed
+    path = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
+    started: list[subprocess.Popen[bytes]] = []
+    try:
+        for number in range(1, workers + 1):
+            named = [*command, "--name", f"local-{number}"]
+            nowhere, environment = subprocess.DEVNULL, {**os.environ, "PYTHONPATH": path}
+            started.append(
+                subprocess.Popen(named, stdin=nowhere, stdout=nowhere, env=environment, start_new_session=True)
+            )
+        yield started
+    finally:
+        for process in started:
+            process.terminate()
+        for process in started:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(_GRACE)
+            process.kill()
+            process.wait()
+
+
+def running(processes: Sequence[subprocess.Popen[bytes]]) -> int:
+    """How many of them have not ended."""
+    return sum(process.poll() is None for process in processes)

@@ -1,0 +1,228 @@
+"""The runner over workers: hands tiles out, takes predictions in whatever order they come, and answers in the tiles' order."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tiler.cluster import tasks
+from tiler.cluster.members import Member, Members
+from tiler.cluster.shared import Answer, Window
+from tiler.cluster.sharing import share
+from tiler.diffusion.runner import Runner, Tile, check_finite
+from tiler.errors import NumericalError
+
+AHEAD = 256  # tiles between the first without an answer and the last that was handed out, at most
+_LOOK = 0.1  # seconds in which a signal or a free worker is noticed
+_LATE, _LATE_SECONDS = 1.5, 30.0  # a task of more than 1.5 times its expected time and 30 s gets a copy
+_HERE = 4  # tiles predicted by this process between two looks at the workers
+_DEATHS = 2  # of workers by one tile; after that this process predicts it itself
+_TOO_OFTEN = 2  # failures of one worker
+
+
+class Group(NamedTuple):
+    """Tiles in one task of one worker."""
+
+    numbers: tuple[int, ...]
+    step: int
+    member: Member
+    since: float
+    expected: float
+
+
+@dataclass
+class _Step:
+    """A step under way: the tiles without an answer, of which `waiting` are in no task; and the answers of those whose turn has
+    not come."""
+
+    number: int
+    tiles: dict[int, Tile] = field(default_factory=dict)
+    waiting: list[int] = field(default_factory=list)
+    answers: dict[int, Tensor] = field(default_factory=dict)
+    deaths: dict[int, int] = field(default_factory=dict)
+    not_finite: dict[int, set[str]] = field(default_factory=dict)  # by tile: the workers that said so
+
+    def may_have(self, member: Member, number: int) -> bool:
+        """Whether a tile may go to a worker: not where it has ended others, nor where that worker has failed with it."""
+        return self.deaths.get(number, 0) < _DEATHS and member.address not in self.not_finite.get(number, ())
+
+
+class Pool:
+    """A `Runner`, and a context manager. `open_local` opens the runner of this process, for when no worker is left; `check` is
+    called often, and may raise to stop the run; samples are added to `counts`."""
+
+    def __init__(
+        self, members: Members, job: str, open_local: Callable[[], AbstractContextManager[Runner]],
+        check: Callable[[], None], note: Callable[[str], None], counts: dict[str, int],
+    ) -> None:  # fmt: skip
+        self._members, self._job, self._open_local = members, job, open_local
+        self._check, self._note, self._counts = check, note, counts
+        self._groups: dict[int, Group] = {}  # by ticket
+        self._stack = ExitStack()
+        self._local: Runner | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def predict(self, step: int, tiles: Iterable[Tile]) -> Iterator[Tensor]:
+        under_way, source = _Step(step), enumerate(tiles)
+        pulled, turn, last = 0, 0, False
+        while True:
+            while not last and pulled - turn < AHEAD:
+                if (following := next(source, None)) is None:
+                    last = True
+                else:
+                    under_way.tiles[following[0]] = following[1]
+                    under_way.waiting.append(following[0])
+                    pulled += 1
+            while turn in under_way.answers:
+                yield under_way.answers.pop(turn)
+                turn += 1
+            if last and turn == pulled:
+                return
+            if pulled - turn < AHEAD and not last:
+                continue
+            self._one_round(under_way)
+
+    def _one_round(self, step: _Step) -> None:
+        self._check()
+        for gone in self._members.look():
+            self._lose(gone, step)
+        self._hand_out(step)
+        if nobodys := self._nobodys(step):
+            self._predict_here(nobodys[:_HERE], step)
+            return
+        for ticket, value, error in self._members.engine.answers(_LOOK):
+            if not self._members.take(ticket, value, error):
+                self._take(ticket, value, error, step)
+
+    def _nobodys(self, step: _Step) -> list[int]:
+        """Waiting tiles that no worker may have: this process is to predict them."""
+        if self._members.is_deserted:
+            return step.waiting
+        ready = self._members.ready()
+        return [n for n in step.waiting if ready and not any(step.may_have(m, n) for m in ready)]
+
+    def _hand_out(self, step: _Step) -> None:
+        for member in self._members.free():
+            waiting = [n for n in step.waiting if step.may_have(member, n)]
+            if not waiting:
+                self._copy_late(member, step)
+                continue
+            others = [(m.pace, self._busy(m)) for m in self._members.ready() if m is not member]
+            if count := share(len(waiting), member.pace, others):
+                self._submit(member, waiting[:count], step)
+
+    def _busy(self, member: Member) -> float:
+        """Seconds until a worker is expected to be free."""
+        group = self._groups.get(member.ticket) if member.ticket is not None else None
+        if group is None:
+            return 0.0
+        return max(0.25 * group.expected, group.since + group.expected - time.monotonic())
+
+    def _copy_late(self, member: Member, step: _Step) -> None:
+        """A second chance for what takes too long elsewhere."""
+        now = time.monotonic()
+        tried = {
+            n
+            for g in self._groups.values()
+            if g.step == step.number and g.since + _LATE_SECONDS > now
+            for n in g.numbers
+        }
+        for group in list(self._groups.values()):
+            late = now - group.since > _LATE * group.expected + _LATE_SECONDS
+            numbers = [n for n in group.numbers if n in step.tiles and n not in tried]
+            if group.step == step.number and late and numbers and group.member is not member:
+                self._submit(member, numbers[: member.pace.batch], step)
+                return
+
+    def _submit(self, member: Member, numbers: Sequence[int], step: _Step) -> None:
+        tiles = [step.tiles[n] for n in numbers]
+        latents = torch.cat([tile.latents for tile in tiles]).contiguous().numpy()
+        windows = [tuple(Window.of(tile)) for tile in tiles]
+        ticket = self._members.engine.submit(member.address, tasks.predict, self._job, step.number, windows, latents)
+        member.ticket = ticket
+        self._groups[ticket] = Group(
+            tuple(numbers), step.number, member, time.monotonic(), member.pace.seconds(len(numbers))
+        )
+        step.waiting = [n for n in step.waiting if n not in set(numbers)]
+
+    def _take(self, ticket: int, value: Any, error: BaseException | None, step: _Step) -> None:
+        group = self._groups.pop(ticket, None)
+        if group is None:
+            return
+        member = group.member
+        if member.ticket == ticket:
+            member.ticket = None
+        if error is not None or not isinstance(value, Answer) or value.predictions is None:
+            self._fail(group, value if isinstance(value, Answer) else None, error, step)
+            return
+        member.note(len(group.numbers), value.seconds, value.peak_rss_bytes)
+        if group.step != step.number:  # a copy was faster, and the step is over
+            return
+        for number, prediction in zip(group.numbers, value.predictions, strict=True):
+            if (tile := step.tiles.get(number)) is not None:
+                found = torch.from_numpy(np.ascontiguousarray(prediction))
+                check_finite(found, step.number, tile.region)
+                self._counts["denoiser_samples"] += tile.region.samples
+                self._answer(number, found, step)
+
+    def _answer(self, number: int, prediction: Tensor, step: _Step) -> None:
+        del step.tiles[number]
+        step.answers[number] = prediction
+
+    def _fail(self, group: Group, answer: Answer | None, error: BaseException | None, step: _Step) -> None:
+        """A task that ended in an error: its tiles go elsewhere, and a worker that fails too often goes without."""
+        member = group.member
+        said = answer.error if answer is not None else f"{type(error).__name__}: {error}".partition("\n")[0]
+        member.failures += 1
+        if group.step == step.number:
+            if answer is not None and answer.is_numerical:
+                for number in group.numbers:
+                    seen = step.not_finite.setdefault(number, set())
+                    seen.add(member.address)
+                    if len(seen) > 1:
+                        raise NumericalError(answer.error)
+            self._return(group, step)
+        if member.failures >= _TOO_OFTEN:
+            self._members.leave_out(member, said)
+
+    def _lose(self, member: Member, step: _Step) -> None:
+        """A worker is gone: what it had goes elsewhere."""
+        for ticket in [t for t, g in self._groups.items() if g.member is member]:
+            group = self._groups.pop(ticket)
+            self._members.engine.drop(ticket)
+            if group.step == step.number:
+                for number in group.numbers:
+                    step.deaths[number] = step.deaths.get(number, 0) + 1
+                self._return(group, step)
+
+    def _return(self, group: Group, step: _Step) -> None:
+        """Tiles that are in no other task wait again, in their place."""
+        elsewhere = {n for g in self._groups.values() if g.step == step.number for n in g.numbers}
+        back = {n for n in group.numbers if n in step.tiles and n not in elsewhere}
+        step.waiting = sorted({*step.waiting, *back})
+
+    def _predict_here(self, numbers: Sequence[int], step: _Step) -> None:
+        """In this process."""
+        if self._local is None:
+            if self._members.is_deserted:
+                self._note("no worker is left: this process predicts alone")
+            self._local = self._stack.enter_context(self._open_local())
+        tiles = [step.tiles[n] for n in numbers]
+        for number, prediction in zip(numbers, self._local.predict(step.number, tiles), strict=True):
+            self._answer(number, prediction, step)
+        step.waiting = [n for n in step.waiting if n in step.tiles]

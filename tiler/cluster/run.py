@@ -1,0 +1,95 @@
+"""What a render does with --cluster: its canvas's runner, open as long as the canvas is denoised."""
+
+from __future__ import annotations
+
+import secrets
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from tiler.cluster.shared import SharedJob, Window
+from tiler.denoiser import denoiser_id, open_denoiser
+from tiler.diffusion.prompts import Prompts
+from tiler.diffusion.runner import Runner, Tile
+from tiler.phases import OpenRunner, RenderRun
+from tiler.request import RenderRequest
+from tiler.request.cluster import Cluster, Where, parse_cluster
+
+_PATIENCE = 60.0  # seconds without any worker, after which this process goes on alone
+
+
+def prepare(request: RenderRequest) -> None:
+    """Before anything is measured: what a cluster needs is imported. Raises UsageError where it is missing."""
+    if request.cluster is not None:
+        from tiler.cluster import engine
+
+        engine.security_of(request.keys)
+
+
+def runner_of(run: RenderRun) -> OpenRunner:
+    """Who predicts the canvas: this process, or the cluster that was asked for. Raises BudgetRefused where it leaves workers too
+    little."""
+    if run.request.cluster is None:
+        return open_denoiser
+    cluster, share = parse_cluster(run.request.cluster), 0
+    if cluster.where is Where.LOCAL:
+        from tiler.cluster.local import share_of
+
+        share = share_of(run, cluster.workers)
+    return partial(_open_pool, cluster, share)
+
+
+@contextmanager
+def _open_pool(cluster: Cluster, share: int, run: RenderRun, prompts: Prompts) -> Iterator[Runner]:
+    from tiler.cluster.engine import Engine
+    from tiler.cluster.keys import make_keys
+    from tiler.cluster.local import processes, running
+    from tiler.cluster.members import Members, Probe
+    from tiler.cluster.pool import Pool
+
+    may_come: Callable[[], int] | None = None
+    is_local, keys = cluster.where is Where.LOCAL, run.request.keys
+    job = SharedJob(
+        name=secrets.token_hex(8), request=run.request, model_id=denoiser_id(run.models),
+        reads_text=bool(run.plan.family.encoders), embeds=bool(run.spoken.read_as.embeddings),
+        texts=prompts.encoded,
+    )  # fmt: skip
+    probe = _probe(run)
+    with ExitStack() as stack:
+        if is_local:
+            keys = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tiler-keys-"))) / "keys"
+            make_keys(keys)
+        engine = stack.enter_context(Engine(cluster, keys, insecure=run.request.insecure))
+        if is_local:
+            assert keys is not None
+            started = stack.enter_context(processes(engine.address, keys, cluster.workers, share))
+            may_come = partial(running, started)
+        if cluster.where is Where.LISTEN:
+            run.note(f"waiting for workers at {engine.address}")
+        asked = Probe(job.to_bytes(), run.plan.begin, Window.of(probe), probe.latents.numpy(), probe.region.samples)
+        members = Members(engine, asked, run.note, _PATIENCE, may_come)
+        pool = stack.enter_context(
+            Pool(
+                members,
+                job.name,
+                partial(open_denoiser, run, prompts),
+                partial(run.budget.check, "canvas"),
+                run.note,
+                run.counts,
+            )
+        )
+        try:
+            yield pool
+        finally:
+            run.workers = members.uses()
+
+
+def _probe(run: RenderRun) -> Tile:
+    """A tile of noise in the place of the canvas's first."""
+    region = run.plan.canvas_steps[0][0]
+    shape = (1, run.plan.family.latent_channels, region.height, region.width)
+    return Tile(torch.randn(shape, generator=torch.Generator("cpu").manual_seed(0)), region)

@@ -1,0 +1,134 @@
+"""What goes over the wire: the job that all workers share, tiles, and their answers. Plain numbers, texts and arrays."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from tiler.errors import ClusterError
+from tiler.jobs import coding
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from tiler.diffusion.runner import Tile
+    from tiler.models.samples import Prompt
+    from tiler.request import ResolvedRequest
+
+
+def versions() -> dict[str, str]:
+    """What must be equal on all machines: other versions may compute other bits, or know another job."""
+    found = {name: metadata.version(name) for name in ("tiler", "torch", "diffusers")}
+    return found | {"python": ".".join(platform.python_version_tuple()[:2])}
+
+
+class Window(NamedTuple):
+    """A tile's place and what it is made under; the fields of Text2ImageRegion but for its weights."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+    condition: int
+    guidance_scale: float
+    canvas_height: int
+    canvas_width: int
+    unconditional: bool
+    prompts: int
+
+    @classmethod
+    def of(cls, tile: Tile) -> Window:
+        r = tile.region
+        return cls(
+            r.top, r.left, r.height, r.width, r.condition, r.guidance_scale, *r.canvas, r.unconditional, r.prompts
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedJob:
+    """All that a worker must know of a render to predict its tiles. `texts` are its encoded prompts; `model_id` tells
+    the denoiser's files; `reads_text` says whether text encoders belong to the model's parts where they are there,
+    `embeds` whether prompts name embeddings."""
+
+    name: str
+    request: ResolvedRequest
+    model_id: str
+    reads_text: bool
+    embeds: bool
+    texts: Mapping[str | None, Prompt]
+
+    def to_bytes(self) -> bytes:
+        from safetensors.torch import save
+
+        tensors = {}
+        for number, prompt in enumerate(self.texts.values()):
+            tensors[f"tokens.{number}"] = prompt.tokens.contiguous().clone()
+            if prompt.pooled is not None:
+                tensors[f"pooled.{number}"] = prompt.pooled.contiguous().clone()
+        said = {
+            "versions": versions(), "name": self.name, "request": coding.encode(self.request),
+            "model_id": self.model_id,
+            "reads_text": self.reads_text, "embeds": self.embeds, "texts": list(self.texts),
+        }  # fmt: skip
+        return save(tensors, metadata={"job": json.dumps(said)})
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> SharedJob:
+        """Raises ClusterError for a job of other versions."""
+        length = int.from_bytes(data[:8], "little")
+        said = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["job"])
+        theirs, ours = said["versions"], versions()
+        if different := [
+            f"{name} {ours.get(name)} here, {v} there" for name, v in theirs.items() if ours.get(name) != v
+        ]:
+            raise ClusterError(f"other versions: {', '.join(different)}; install the same on each machine")
+        from safetensors.torch import load
+
+        from tiler.models.samples import Prompt
+        from tiler.request import ResolvedRequest
+
+        tensors = load(data)
+        texts = {
+            text: Prompt(tensors[f"tokens.{n}"], tensors.get(f"pooled.{n}")) for n, text in enumerate(said["texts"])
+        }
+        return cls(
+            name=said["name"], request=coding.decode(ResolvedRequest, said["request"]), model_id=said["model_id"],
+            reads_text=said["reads_text"], embeds=said["embeds"], texts=texts,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Greeting:
+    """How a worker answers to a job: ready, or why not. `digest` is of a probe tile's prediction, by which machines that compute
+    equal bits are known; `seconds` is what it took, `batch` the most samples of one pass."""
+
+    refusal: str = ""
+    digest: str = ""
+    seconds: float = 0.0
+    batch: int = 1
+    threads: int = 1
+    max_ram_bytes: int = 0
+    peak_rss_bytes: int = 0
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Greeting:
+        """Of another version's fields those that are known."""
+        said: dict[str, Any] = json.loads(text)
+        return cls(**{name: value for name, value in said.items() if name in cls.__dataclass_fields__})
+
+
+class Answer(NamedTuple):
+    """The guided predictions of a task's tiles, (n, C, h, w) fp32, or what went wrong."""
+
+    predictions: np.ndarray | None
+    seconds: float
+    peak_rss_bytes: int
+    error: str = ""
+    is_numerical: bool = False

@@ -1,0 +1,81 @@
+"""What a worker is asked to do, by reference: these functions run in the worker's process, one at a time."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+from tiler.cluster.shared import Answer, Greeting, SharedJob, Window
+from tiler.errors import NumericalError, TilerError
+from tiler.memory.limits import is_out_of_memory
+from tiler.memory.process import read_rss
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from tiler.cluster.bench import Bench
+
+
+class _Desk:
+    """Of this process, once it has begun as a worker: `bench` is opened by the first job."""
+
+    opener: Callable[[], Bench] | None = None
+    bench: Bench | None = None
+    facts: Mapping[str, object] = MappingProxyType({})
+    lock = threading.Lock()  # a worker that has joined again may still be in a pass of before
+
+
+def begin(opener: Callable[[], Bench], max_ram_bytes: int) -> None:
+    """From now on this process is a worker."""
+    _Desk.opener, _Desk.bench = opener, None
+    _Desk.facts = {
+        "job": "", "digest": "", "tiles": 0, "seconds_per_tile": 0.0, "max_ram_bytes": max_ram_bytes,
+        "peak_rss_bytes": read_rss().now,
+    }  # fmt: skip
+
+
+def hello(job: bytes, step: int, window: tuple[float, ...], latents: np.ndarray) -> str:
+    """Open the job's denoiser and predict a probe tile: a Greeting as JSON."""
+    if _Desk.opener is None:
+        return Greeting(refusal="is no `tiler worker`").to_json()
+    with _Desk.lock:
+        try:
+            _Desk.bench = _Desk.bench or _Desk.opener()
+            _Desk.bench.open(SharedJob.from_bytes(job))
+            return _Desk.bench.greet(step, Window(*window), latents).to_json()  # type: ignore[arg-type]
+        except Exception as error:
+            if _Desk.bench is not None:
+                _Desk.bench.close()
+            return Greeting(refusal=_explained(error)).to_json()
+
+
+def predict(job: str, step: int, windows: Sequence[tuple[float, ...]], latents: np.ndarray) -> Answer:
+    """The predictions of tiles, whose `latents` are (n, C, h, w), at `step` of the job of that name."""
+    with _Desk.lock:
+        start, bench = time.perf_counter(), _Desk.bench
+        if bench is None or bench.job != job:
+            return Answer(None, 0.0, 0, "has not opened this job")
+        try:
+            predictions = bench.predict(step, [Window(*window) for window in windows], latents)  # type: ignore[arg-type]
+        except Exception as error:
+            is_numerical = isinstance(error, NumericalError)
+            return Answer(None, time.perf_counter() - start, bench.peak_rss_bytes, _explained(error), is_numerical)
+        return Answer(predictions, time.perf_counter() - start, bench.peak_rss_bytes)
+
+
+def facts() -> str:
+    """What `tiler cluster status` shows, as JSON."""
+    if _Desk.opener is None:
+        return json.dumps({"error": "is no `tiler worker`"})
+    return json.dumps(dict(_Desk.facts) | {"rss_bytes": read_rss().now} | (_Desk.bench.facts() if _Desk.bench else {}))
+
+
+def _explained(error: Exception) -> str:
+    if is_out_of_memory(error):
+        return "the system refused an allocation"
+    text = str(error).partition("\n")[0]
+    return text if isinstance(error, TilerError) else f"{type(error).__name__}: {text}"

@@ -1,0 +1,145 @@
+"""`tiler worker`: joins a scheduler, works under its own ceiling, and joins again when the connection is lost."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tiler.cluster import tasks
+from tiler.cluster.engine import LOOPBACK, security_of
+from tiler.cluster.missing import explained
+from tiler.errors import ClusterError
+from tiler.memory.budget import Budget
+from tiler.request.cluster import host_of
+
+with explained():
+    from distributed import Worker
+
+if TYPE_CHECKING:
+    from tiler.cluster.bench import Bench
+
+_SECONDS = 30  # for one try to join
+_AGAIN = 5.0  # seconds between two
+
+
+@dataclass(frozen=True, kw_only=True)
+class Joining:
+    """How a worker joins. `models` are the places of models by the names that renders give them; `once` ends with the connection;
+    `contact_address` is where others reach it, if not at its own; `port` 0 is any."""
+
+    address: str
+    name: str
+    keys: Path | None = None
+    models: Mapping[str, str] = field(default_factory=dict)
+    once: bool = False
+    contact_address: str | None = None
+    port: int = 0
+    quiet: bool = False
+
+
+class _Worker(Worker):  # type: ignore[misc]  # dask has no types
+    """dask's, which does not wait for a pass under way when it closes."""
+
+    async def close(self, timeout: float = 2, executor_wait: bool = False, **options: Any) -> str | None:
+        closed: str | None = await super().close(timeout=timeout, executor_wait=False, **options)
+        return closed
+
+
+def work(joining: Joining, budget: Budget) -> None:
+    """Work until a signal ends the process; where it is to join `once`, until the connection is lost. Raises ClusterError where
+    nobody answers then, and UsageError."""
+    security = security_of(joining.keys)
+    folder = tempfile.mkdtemp(prefix="tiler-worker-")
+    try:
+        with budget:
+            tasks.begin(lambda: _open_bench(budget, joining.models), budget.max_bytes)
+            code = asyncio.run(_stay(joining, security, folder))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    sys.stdout.flush()
+    os._exit(code)  # the thread of a pass under way waits for nothing
+
+
+def _open_bench(budget: Budget, models: Mapping[str, str]) -> Bench:
+    """Imports torch: a worker that waits for its first job is small."""
+    from tiler.memory.lean_imports import lean_torch
+
+    lean_torch()
+    from tiler.cluster.bench import Bench
+
+    return Bench(budget, models)
+
+
+async def _stay(joining: Joining, security: Any, folder: str) -> int:
+    """→ the exit code."""
+    loop, stopped = asyncio.get_running_loop(), asyncio.Event()
+    signals: list[int] = []
+
+    def stop(number: int) -> None:
+        signals.append(number)
+        stopped.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            loop.add_signal_handler(number, stop, number)
+    told = False
+    while not stopped.is_set():
+        worker = _Worker(
+            joining.address, nthreads=1, name=joining.name, memory_limit=0, security=security, local_directory=folder,
+            host=local_host(joining.address),
+            dashboard=False, dashboard_address=LOOPBACK, contact_address=joining.contact_address,
+            port=joining.port or None,
+            death_timeout=_SECONDS,
+        )  # fmt: skip
+        starting, stopping = asyncio.ensure_future(worker.start()), asyncio.ensure_future(stopped.wait())
+        await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
+        if starting.done() and starting.exception() is None:
+            worker.http_server.stop()
+            _say(joining, f"{joining.name}: joined {joining.address}")
+            told = False
+            finished = asyncio.ensure_future(worker.finished())
+            await asyncio.wait((finished, stopping), return_when=asyncio.FIRST_COMPLETED)
+            if not stopped.is_set():
+                _say(joining, f"{joining.name}: the connection is lost")
+        elif starting.done():
+            if joining.once:
+                raise ClusterError(f"{joining.address}: no answer; check address, port, firewall and keys")
+            if not told:
+                _say(joining, f"{joining.address}: no answer yet; check address, port, firewall and keys if it should")
+                told = True
+        await worker.close()
+        if joining.once:
+            break
+        await asyncio.wait((stopping,), timeout=_AGAIN)
+    return 128 + signals[0] if signals else 0
+
+
+def local_host(address: str) -> str:
+    """The address of this machine by which the scheduler at `address` is reached: the one that a worker listens on."""
+    host = host_of(address).strip("[]")
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(found[0], socket.SOCK_DGRAM) as probe:
+            probe.connect((found[4][0], 80))  # sends nothing
+            return str(probe.getsockname()[0])
+    except OSError as error:
+        raise ClusterError(
+            f"{host}: no such host, or no way to it ({error}); check the name and the network"
+        ) from error
+
+
+def _say(joining: Joining, text: str) -> None:
+    if not joining.quiet:
+        with suppress(OSError):
+            sys.stderr.write(f"{text}\n")
+            sys.stderr.flush()

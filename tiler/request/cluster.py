@@ -1,0 +1,116 @@
+"""What --cluster says: where the workers are that predict the tiles of a canvas, and whether the way to them is safe."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from tiler.errors import UsageError
+
+PORT = 8786
+MAX_LOCAL = 64
+_FORMS = "local:N, listen, listen:PORT, listen:HOST:PORT, tls://HOST:PORT, file:PATH or env"
+
+
+class Where(StrEnum):
+    """Who runs the scheduler that workers join."""
+
+    LOCAL = "local"  # this process, and it starts the workers
+    LISTEN = "listen"  # this process
+    CONNECT = "connect"  # a `dask scheduler` elsewhere
+    FILE = "file"  # one that wrote its address into a file
+    ENV = "env"  # one that DASK_SCHEDULER_ADDRESS names
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """Where workers are. `address` is a scheduler's, `host` what this process listens on, "" on every address of the machine."""
+
+    where: Where
+    workers: int = 0
+    host: str = ""
+    port: int = PORT
+    address: str = ""
+
+
+def parse_cluster(text: str) -> Cluster:
+    """Raises UsageError."""
+    if match := re.fullmatch(r"local:(\d{1,4})", text):
+        count = int(match[1])
+        if not 1 <= count <= MAX_LOCAL:
+            raise UsageError(f"cluster = {text!r}: the number of workers is out of range: 1–{MAX_LOCAL}")
+        return Cluster(where=Where.LOCAL, workers=count, host="127.0.0.1", port=0)
+    if match := re.fullmatch(r"listen(?::([^\s:/]+|\[[0-9a-fA-F:]+\]))??(?::(\d{1,5}))?", text):
+        port = PORT if match[2] is None else int(match[2])
+        if 0 < port < 2**16:
+            return Cluster(where=Where.LISTEN, host=match[1] or "", port=port)
+    if text.startswith("file:") and len(text) > 5:
+        return Cluster(where=Where.FILE, address=str(Path(text[5:]).expanduser()))
+    if text == "env":
+        return Cluster(where=Where.ENV)
+    if re.fullmatch(r"(tls|tcp)://[^\s/]+:\d{1,5}", text):
+        return Cluster(where=Where.CONNECT, address=text)
+    raise UsageError(f"cluster = {text!r} is none of {_FORMS}")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine is behind a host's name or address."""
+    name = host.strip("[]")
+    if name == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False
+
+
+def host_of(address: str) -> str:
+    """tls://host:8786 → host."""
+    return re.sub(r"^\w+://", "", address).rpartition(":")[0]
+
+
+def check_address(address: str, keys: Path | None, *, insecure: bool) -> None:
+    """Raises UsageError for a connection that anyone in between could use to run code on either machine."""
+    encrypted = address.startswith("tls://")
+    if encrypted and keys is None:
+        raise UsageError(
+            f"{address}: needs --keys FOLDER; `tiler cluster keys FOLDER` makes a pair, copy it to each machine"
+        )
+    if not encrypted and not insecure and not is_loopback(host_of(address)):
+        raise UsageError(
+            f"{address}: whoever reaches this address could run code on every machine; take tls:// with --keys FOLDER "
+            "(`tiler cluster keys FOLDER` makes them), or --insecure on a network that is yours alone"
+        )
+
+
+def listening_address(cluster: Cluster, keys: Path | None, *, insecure: bool) -> str:
+    """The address to listen on. Raises UsageError."""
+    scheme = "tls" if keys is not None else "tcp"
+    host = cluster.host or "0.0.0.0"
+    address = f"{scheme}://{host}:{cluster.port}"
+    if keys is None and not insecure and not is_loopback(host):
+        raise UsageError(
+            "--cluster listen needs --keys FOLDER: `tiler cluster keys FOLDER` makes a pair, copy it to each machine "
+            "(or --insecure on a network that is yours alone)"
+        )
+    return address
+
+
+def check_cluster(text: str, keys: Path | None, *, insecure: bool) -> Cluster:
+    """What --cluster says, and that it is safe as far as that is known before a file or a variable is read. Raises UsageError."""
+    cluster = parse_cluster(text)
+    if cluster.where is Where.LISTEN:
+        listening_address(cluster, keys, insecure=insecure)
+    elif cluster.where is Where.CONNECT:
+        check_address(cluster.address, keys, insecure=insecure)
+    return cluster
+
+
+def scheduler_of(text: str, keys: Path | None, *, insecure: bool) -> Cluster:
+    """A scheduler that runs already, for those that join it. Raises UsageError."""
+    if not text.startswith(("tls://", "tcp://", "file:")) and text != "env":
+        raise UsageError(f"{text!r} is no address of a scheduler: tls://HOST:PORT, file:PATH or env")
+    return check_cluster(text, keys, insecure=insecure)
