@@ -44,3 +44,14 @@ def test_modules_say_what_they_are_for(path: Path) -> None:
     assert ast.get_docstring(ast.parse(source))
     assert len(source.splitlines()) <= 400
     assert not re.search(r"\b(TODO|FIXME|XXX)\b|raise NotImplementedError", source)
+
+
+def test_every_row_of_faults_names_a_test_that_is_there() -> None:
+    tests = Path(__file__).parent
+    rows = re.findall(r"^\| (\d+) \|(.*)$", (tests / "README.md").read_text(), re.MULTILINE)
+    assert [int(number) for number, _ in rows] == list(range(1, 49))
+    for number, row in rows:
+        found = re.findall(r"`([\w/]+\.py)::(test_\w+)`", row)
+        assert found, number
+        for file, name in found:
+            assert f"def {name}(" in (tests / file).read_text(), (number, file, name)

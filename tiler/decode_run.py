@@ -40,7 +40,7 @@ class DecodeRun(Run):
 def start(request: DecodeRequest, budget: Budget, on_event: OnEvent) -> Iterator[DecodeRun]:
     """Open the latents, check that the picture can be written, and plan. Raises TilerError."""
     output = request.output or Path("tiler.png")
-    check_picture(output, force=request.force)
+    check_picture(output, request.format, force=request.force)
     models = open_models(families.open_family(request, reads_text=False), request.tiny_vae)
     family, vae = models.family, models.decoder
     found = family.checkpoint

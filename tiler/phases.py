@@ -44,7 +44,7 @@ from tiler.planning.advice import advise
 from tiler.planning.render import RenderPlan, build_schedule, plan_render
 from tiler.planning.resolve import resolve
 from tiler.planning.table import MemoryPlan
-from tiler.planning.tiling import pixels_of, plan_tiling
+from tiler.planning.tiling import Tiling, pixels_of, plan_tiling
 from tiler.previewing import Preview
 from tiler.request import Decode, GuideUpscale, Precision, RenderRequest, ResolvedRequest
 from tiler.run import measure
@@ -100,7 +100,7 @@ def start(
     found = family.checkpoint
     settings = resolve(request, family)
     if not planning or request.output is not None:
-        check_picture(settings.output, force=settings.force or job.is_finished)
+        check_picture(settings.output, settings.format, force=settings.force or job.is_finished)
     check_size(settings.output, settings.format, settings.width, settings.height)
     if settings.save_latents is not None:
         check_writable(settings.save_latents, force=settings.force or job.resumed, option="--save-latents")
@@ -108,10 +108,10 @@ def start(
     loras = find_loras(settings)
     models.loras = apply_loras(loras, models)
     begun = settings if job.manifest is None else replace(settings, precision=Precision(job.manifest.precision))
-    spoken = encoding.find_prompts(begun, models, plan_tiling(settings, family).texts, words)
-    plan = make_plan(
-        settings, models, budget.max_bytes, job, encoded=spoken.all_encoded, embeds=bool(spoken.read_as.embeddings)
-    )
+    tiling = plan_tiling(settings, family)
+    spoken = encoding.find_prompts(begun, models, tiling.texts, words)
+    embeds = bool(spoken.read_as.embeddings)
+    plan = make_plan(begun, models, budget.max_bytes, job, tiling, encoded=spoken.all_encoded, embeds=embeds)
     run = RenderRun(
         said=request, request=settings, plan=plan, models=models, budget=budget, on_event=on_event, job=job,
         spoken=spoken, preview=previewing.open_preview(settings, models),
@@ -139,13 +139,15 @@ def make_plan(
     models: Models,
     max_bytes: int,
     job: Job | None = None,
+    tiling: Tiling | None = None,
     *,
     encoded: bool = False,
     embeds: bool = False,
 ) -> RenderPlan:
-    """Cut the work, build the models, look at the process and plan; no text encoder is needed for prompts that are `encoded`, and
-    those that name embeddings (`embeds`) may be longer than their words. What a job was begun with holds. Raises TilerError."""
-    tiling = plan_tiling(request, models.family)
+    """Cut the work, unless its `tiling` is known, build the models, look at the process and plan; no text encoder is needed for
+    prompts that are `encoded`, and those that name embeddings (`embeds`) may be longer than their words. The ways that a job was
+    begun with hold. Raises TilerError."""
+    tiling = tiling or plan_tiling(request, models.family)
     # int8 weights are made of all parts
     models.build(encoders=not encoded or encoding.precision_of(request, models.family) is Precision.INT8)
     with ExitStack() as stack:
@@ -157,7 +159,6 @@ def make_plan(
         facts = replace(facts, scratch_free_bytes=facts.scratch_free_bytes + held)
     if job is None or (begun := job.manifest) is None:
         return plan_render(request, models, tiling, facts, max_bytes, encoded=encoded, embeds=embeds)
-    request = replace(request, precision=Precision(begun.precision))
     methods = {name: Decode(kind) for name, kind in begun.methods.items()}
     plan = plan_render(request, models, tiling, facts, max_bytes, methods, encoded=encoded, embeds=embeds)
     return replace(plan, precision_why="as the job was begun")
@@ -286,8 +287,10 @@ def _denoise(
         return latents
     if phase == "canvas":
         previewing.watch(run.preview, schedule, begin, run.note)
+    denoising = canvas.Denoising(latents, tiles, schedule, generator, begin=begin, phase=phase)
+    if not denoising.take_up(run.job):  # a job that has this phase opens no weights for it
+        return denoising.latents
     with interrupts.deferred(), open_runner(run, prompts) as runner:
-        denoising = canvas.Denoising(latents, tiles, schedule, generator, begin=begin, phase=phase)
         total = tiles.samples
         with closing(denoising.run(runner, run.job)) as loop:
             for state in loop:

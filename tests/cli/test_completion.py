@@ -42,6 +42,10 @@ def test_models_are_completed_by_their_names(complete, tmp_path: Path, monkeypat
     assert complete("tiler plan -m m") == ["mini"]
     assert complete("tiler doctor --model org/") == ["org/dr-name"]
     assert complete("tiler render --model /") == [str(tmp_path / f"models/{n}/twin.safetensors") for n in "ab"]
+    (tmp_path / "loras").mkdir()
+    (tmp_path / "loras/paper.safetensors").touch()
+    monkeypatch.setenv("TILER_LORA_DIRS", str(tmp_path / "loras"))
+    assert complete("tiler render --lora pa") == ["paper"]
     (tmp_path / "other").mkdir()
     (tmp_path / "other/drift.safetensors").touch()
     assert complete(f"tiler render --model-dir {tmp_path / 'other'} --model dr") == ["drift"]

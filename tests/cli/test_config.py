@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tomllib
 from enum import StrEnum
+from functools import cache
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -27,10 +28,15 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
+@cache
+def commands() -> Any:
+    """Made once: it takes longer than what is read with it."""
+    return typer.main.get_command(app)
+
+
 def read(*words: str) -> Any:
     """The context in which `tiler WORDS` would run its command."""
-    group: Any = typer.main.get_command(app)
-    seen: list[Any] = []
+    group, seen = commands(), list[Any]()
     group.commands[words[0]].invoke = seen.append
     group.main(list(words), prog_name="tiler", standalone_mode=False)
     return seen[0]
@@ -49,7 +55,7 @@ def samples(parameter: Any) -> list[str]:
 
 
 def test_every_option_has_four_layers(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    group: Any = typer.main.get_command(app)
+    group: Any = commands()
     checked = set()
     for command in ("render", "plan", "decode", "quantize"):
         must = ["latents"] if command == "decode" else ["model"] if command == "quantize" else []

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image, PngImagePlugin
 
-from tiler.cli.repeat import repeat
+from tiler.cli.repeat import _OF_THE_RUN, repeat
 from tiler.errors import ModelError
-from tiler.request import RenderRequest, Scheduler
+from tiler.output.metadata import Facts, texts
+from tiler.planning.resolve import fill
+from tiler.request import Region, RenderRequest, Scheduler
 from tiler.request.settings import Kind
 
 NOTHING: frozenset[str] = frozenset()
@@ -164,3 +167,54 @@ def test_a_model_is_found_by_its_hash(tmp_path: Path, monkeypatch: pytest.Monkey
     found, notes = repeated("renamed", digest["night"])
     assert found == str(tmp_path / "night.safetensors")
     assert "is called 'night' here" in notes[0]
+
+
+VALUES: dict[str, Any] = {
+    "negative_prompt": "fog", "canvas_prompt": "sea", "emphasis": "no-norm", "size": 128, "width": 128, "height": 72,
+    "paper": "A4", "landscape": True, "bleed": "3mm", "dpi": 150.0, "wrap": "xy", "seed": 2**64 - 1,
+    "preset": "balanced", "num_inference_steps": 7, "guidance_scale": 2.5, "guidance_interval": (0.1, 0.7),
+    "strength": 0.3, "clip_skip": 2, "scheduler": "DPM++ 2M SDE", "schedule_type": "karras", "guide": False,
+    "guide_upscale": "latent", "layout": "shift", "overlap": 64, "mask": "quartic", "attention_window": 16,
+    "tile_conditioning": "none", "precision": "fp32", "decode": "frozen", "scratch_dtype": "fp32", "quality": 55,
+    "prediction": "v", "variant": "fp16",
+    "regions": (Region(prompt="boat", rows=(0, 64), cols=(8, 64), mask="gaussian", seed=3, negative_prompt=""),),
+}  # fmt: skip
+ELSEWHERE = {
+    "model", "revision", "prompt", "guide_image", "scale", "loras", "tiny_vae", "diffusion_model", "vae",
+    "text_encoder", "clip_l", "clip_g", "t5xxl",
+}  # fmt: skip
+"""Files, which have tests of their own, and the prompt, which every picture has."""
+FACTS = Facts(
+    model="mini", model_id="0", revision=None, scheduler="Euler", precision="fp32", kernels="torch", embeddings={},
+    loras={}, clip_skip=True, begin=1,
+)  # fmt: skip
+WITH = {"landscape": {"paper": "A4"}, "bleed": {"paper": "A4"}}
+
+
+def test_every_option_of_a_picture_is_in_the_list_above() -> None:
+    offered = {name for name, field in RenderRequest.__dataclass_fields__.items() if "option" in field.metadata}
+    assert offered - VALUES.keys() - ELSEWHERE - set(_OF_THE_RUN) == set()
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_every_option_of_a_picture_comes_back(tmp_path: Path, name: str) -> None:
+    asked = RenderRequest(prompt="a boat", **WITH.get(name, {}), **{name: VALUES[name]})
+    once = fill(asked)
+    picture = png(tmp_path / "x.png", **texts(once, FACTS))
+    again = fill(RenderRequest(**repeat(picture, NOTHING, DEFAULTS).values))
+    for field in RenderRequest.__dataclass_fields__:
+        if field not in (*_OF_THE_RUN, "size", "preset", "scale"):  # the last three: resolved in others
+            wanted = replace(once, precision="fp32")  # what AUTO was
+            assert getattr(again, field) == getattr(wanted, field), field
+
+
+def test_a_model_of_the_hub_is_repeated_at_its_commit(tmp_path: Path) -> None:
+    asked = RenderRequest(prompt="a boat", model="org/name", revision="main", variant="fp16")
+    told = texts(fill(asked), replace(FACTS, model="org/name", revision="0123abc"))
+    picture = png(tmp_path / "x.png", **told)
+    values = repeat(picture, NOTHING, DEFAULTS).values
+    assert (values["model"], values["revision"], values["variant"]) == ("org/name", "0123abc", "fp16")
+    again = texts(fill(RenderRequest(**values)), replace(FACTS, model="org/name", revision="0123abc"))
+    assert list(json.loads(again["tiler"]).items()) == list(json.loads(told["tiler"]).items())  # to the byte
+    other = repeat(picture, frozenset({"model"}), DEFAULTS).values
+    assert "model" not in other and other["revision"] is None and other["variant"] is None

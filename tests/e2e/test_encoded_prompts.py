@@ -143,7 +143,10 @@ def test_a_file_that_does_not_go_with_the_render_is_exit_2(in_process: Any, tiny
             ("a boat", "-m", sdxl, "--prompt-embeds", words),
             "these prompts are for StableDiffusion, 77 tokens of width 32",
         ),
-        (("a boat", "-m", tiny, "--prompt-embeds", words, "--clip-skip", 2), "give --clip-skip to `tiler encode`"),
+        (
+            ("a boat", "-m", tiny, "--prompt-embeds", words, "--clip-skip", 2),
+            "leave out --clip-skip 2, or give it to `tiler encode`",
+        ),
         (("a boat", "-m", tiny, "--prompt-embeds", "nowhere"), "no such file; `tiler encode PROMPT -o"),
         (("a boat", "-m", tiny, "--prompt-embeds", "text.safetensors"), "not a safetensors file"),
         (("a boat", "-m", tiny, "--prompt-embeds", other), "holds no encoded prompts"),

@@ -29,7 +29,7 @@ def render_peak(folder: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
     """The peak of `tiler render "a lighthouse" --seed 1` with `arguments`, VmHWM read by the process itself at its end, one mark
     for its whole life; and its report. Files go to `folder`."""
     outputs = "-o", str(folder / "x.png"), "--report", str(folder / "r.json"), "--cache-dir", str(folder / "packed")
-    words = ["tiler", "render", "a lighthouse", "--seed", "1", "--threads", "2", *outputs, "--quiet", *arguments]
+    words = ["tiler", "render", "a lighthouse", "--seed", "1", *outputs, "--quiet", *arguments]
     code = f"""
 import sys
 from tiler.cli import main

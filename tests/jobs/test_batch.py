@@ -49,10 +49,16 @@ def test_a_toml_queue(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("= x", "not valid TOML"), ("[[image]]\ncolour = 1", "unknown key 'colour'"), ("other = 1", "nothing else"),
-        ("[[image]]\nlayout = 'ring'", "ring"), ("[[image]]\nsize = 0", "image 1: size = 0"), ("[[image]]\nprompt = 3", "texts"), ("[[image]]\ncount = 0", "out of range"), ("image = [1]", "no [[image]]"),
+        ("= x", "not valid TOML"),
+        ("[[image]]\ncolour = 1", "unknown key 'colour'"),
+        ("other = 1", "nothing else"),
+        ("[[image]]\nlayout = 'ring'", "ring"),
+        ("[[image]]\nsize = 0", "image 1: size = 0"),
+        ("[[image]]\nprompt = 3", "texts"),
+        ("[[image]]\ncount = 0", "out of range"),
+        ("image = [1]", "no [[image]]"),
     ],
-)  # fmt: skip
+)
 def test_a_toml_queue_is_right_as_a_whole(in_process, tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "jobs.toml").write_text(text)
     ran = in_process("batch", "jobs.toml")
@@ -78,8 +84,13 @@ def test_lines_of_prompts_as_automatic1111_reads_them(tmp_path: Path) -> None:
     assert (plain.prompt, plain.words) == ("a plain prompt", ())
     assert one.prompt == "photo of sunset"
     assert one.words == (
-        "--negative-prompt=orange, pink", "--width=1024", "--scheduler=DPM++ 2M Karras", "--steps=10", "--cfg-scale=3", "--seed=9",
-    )  # fmt: skip
+        "--negative-prompt=orange, pink",
+        "--width=1024",
+        "--scheduler=DPM++ 2M Karras",
+        "--steps=10",
+        "--cfg-scale=3",
+        "--seed=9",
+    )
     assert two.words == (*one.words, "--seed=10")
     assert tiled.words == ("--wrap=xy",) and output_of(tiled, tmp_path).parent == tmp_path / "walls"
     assert any("walls" in note for note in tiled.notes) and any("restore_faces" in note for note in tiled.notes)
@@ -102,9 +113,23 @@ def test_30_bombs_and_broken_lines_are_their_rows_problem(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     "output",
-    ["../../x.png", "/etc/x.png", "..\\x.png", "a/../../x.png", "link/x.png", "x\0.png", "CON", "nul.png", "C:x.png", "", "{0}",
-     "{index.real.__class__}.{nothing}", "{index:999999999}.png", "{seed}.png"],
-)  # fmt: skip
+    [
+        "../../x.png",
+        "/etc/x.png",
+        "..\\x.png",
+        "a/../../x.png",
+        "link/x.png",
+        "x\0.png",
+        "CON",
+        "nul.png",
+        "C:x.png",
+        "",
+        "{0}",
+        "{index.real.__class__}.{nothing}",
+        "{index:999999999}.png",
+        "{seed}.png",
+    ],
+)
 def test_29_no_output_leaves_the_folder(tmp_path: Path, output: str) -> None:
     (tmp_path / "root").mkdir()
     (tmp_path / "root/link").symlink_to("..")
@@ -134,13 +159,17 @@ def test_a_queue_from_the_command_line(in_process, tiny: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--count", 2, "--seed", "1,2"], "exclude each other"), (["--count", 2, "--report", "r.json"], "--report"),
-        (["--seed", "1,b"], "1,2,3"), (["--seed", "1,-2"], "seed = -2"), (["--count", 2, "-o", "{seed.real}.png"], "{seed}"),
+        (["--count", 2, "--seed", "1,2"], "exclude each other"),
+        (["--count", 2, "--report", "r.json"], "--report"),
+        (["--seed", "1,b"], "1,2,3"),
+        (["--seed", "1,-2"], "seed = -2"),
+        (["--count", 2, "-o", "{seed.real}.png"], "{seed}"),
         (["--count", 2, "-o", "same-{prompt}.png"], "images 1 and 2 have the same output"),
-        (["--output-dir", "none"], "none does not exist"), (["--output-dir", ".", "-o", "../x.png"], "leaves the folder"),
+        (["--output-dir", "none"], "none does not exist"),
+        (["--output-dir", ".", "-o", "../x.png"], "leaves the folder"),
         (["--output-dir", ".", "--count", 2, "-o", "../{index}.png"], "leaves the folder"),
     ],
-)  # fmt: skip
+)
 def test_several_pictures_are_refused_before_any_work(
     in_process, tmp_path: Path, options: list[object], message: str
 ) -> None:

@@ -7,6 +7,8 @@ import json
 import os
 import resource
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -67,6 +69,14 @@ def test_43_a_job_of_another_version_goes_on_and_says_what_may_differ(tiny: Path
     told = Stop("canvas", 0, BudgetExceeded())
     render(ask(tiny, tmp_path / "x.png", guide=False, num_inference_steps=2), roomy(), told)
     assert any("may differ in its last bits" in note and "torch 1.0 is now" in note for note in told.notes)
+
+
+def test_44_a_folder_that_is_gone_is_said(tmp_path: Path) -> None:
+    (tmp_path / "gone").mkdir()
+    command = f"rmdir {tmp_path}/gone; exec {sys.executable} -m tiler render --size 64 -o {tmp_path}/x.png"
+    ran = subprocess.run(command, shell=True, cwd=tmp_path / "gone", capture_output=True, text=True, check=False)
+    assert ran.returncode == 2 and "the folder this was started in is gone" in ran.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_45_few_descriptors_are_enough(tiny: Path, tmp_path: Path) -> None:

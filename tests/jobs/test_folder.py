@@ -92,6 +92,18 @@ def test_stopped_again_and_again_it_gives_the_same_file(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["whole.png", "x.png"]
 
 
+def test_what_is_done_opens_no_weights(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job that was stopped while it decoded reads one state, and no denoiser."""
+    with pytest.raises(BudgetExceeded):
+        render(ask(tiny, tmp_path / "x.png", guide=False), roomy(), Stop("decode", 1, BudgetExceeded("x")))
+    read: list[str] = []
+    real = tensors.read
+    monkeypatch.setattr(tensors, "read", lambda path: read.append(path.name) or real(path))
+    monkeypatch.setattr("tiler.denoiser.LocalRunner", None)
+    result = render(ask(tiny, tmp_path / "x.png", guide=False), roomy())
+    assert result.report["denoiser_calls"] == 0 and len(read) == 1
+
+
 def stopped(model: Path, path: Path, **values: Any) -> Path:
     """The folder of a job that was stopped in its canvas."""
     with pytest.raises(BudgetExceeded):

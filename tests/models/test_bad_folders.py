@@ -105,7 +105,7 @@ def test_a_missing_part_is_named_with_the_command_that_fetches_it(
 
 BAD: dict[str, tuple[str, Damage, str]] = {
     "no UNet": ("tiny", without("unet"), "unet/config.json is missing; copy it there, or download the model again"),
-    "no weights": ("tiny", lambda f: weights(f, "unet").unlink(), "no *.safetensors here, but config.json; copy it there"),
+    "no weights": ("tiny", lambda f: weights(f, "unet").unlink(), "no *.safetensors here, but config.json; copy it"),
     "refiner": ("tiny-sdxl", says("model_index.json", text_encoder=[None, None]), "SDXL's refiner"),
     "inpainting": ("tiny", says("unet/config.json", in_channels=9), "this is an inpainting model"),
     "depth": ("tiny", says("unet/config.json", in_channels=5), "this is a depth-to-image model"),

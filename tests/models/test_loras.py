@@ -19,7 +19,8 @@ from tiler.models.built import Models
 from tiler.models.family import Part, Role
 from tiler.models.lora_names import names_of_modules
 from tiler.models.loras import Applied, apply_loras
-from tiler.request.loras import Lora, parse_lora
+from tiler.request.loras import Lora, parse_lora, parse_tag
+from tiler.request.prompt import cut_tags
 from tiler.weights import checkpoint
 from tiler.weights.changes import Change
 from tiler.weights.index import read_index
@@ -230,7 +231,8 @@ def test_threads_change_no_bit_of_narrow_weights(tmp_path: Path, inputs: int) ->
     index = read_index(save(tmp_path / "w.safetensors", {"w": new(1280, inputs)}))
     factors = read_index(save(tmp_path / "x.safetensors", {"down": new(16, inputs), "up": new(1280, 16)}))
     change = Change(
-        kind=Kind.LORA, tensors={Slot.DOWN: factors["down"], Slot.UP: factors["up"]}, scale=1, strength=1, first=0, rows=1280
+        kind=Kind.LORA, tensors={Slot.DOWN: factors["down"], Slot.UP: factors["up"]}, scale=1, strength=1, first=0,
+        rows=1280,
     )  # fmt: skip
     try:
         for threads in (1, 2, 3, 4):
@@ -326,11 +328,9 @@ def test_alpha_comes_from_the_header_where_no_tensor_has_it(
 
 
 def test_alpha_0_and_rank_0_change_nothing_and_are_told(models: Models, tmp_path: Path) -> None:
-    name = kohya("lora_unet", LINEAR)
-    for tensors in (
-        {f"{name}.lora_down.weight": torch.ones(2, 32), f"{name}.lora_up.weight": torch.ones(32, 2), f"{name}.alpha": torch.tensor(0.0)},
-        {f"{name}.lora_down.weight": torch.ones(0, 32), f"{name}.lora_up.weight": torch.ones(32, 0), f"{name}.alpha": torch.tensor(1.0)},
-    ):  # fmt: skip
+    for rank, alpha in ((2, 0.0), (0, 1.0)):
+        down, up = torch.ones(rank, 32), torch.ones(32, rank)
+        tensors = as_kohya("lora_unet", {LINEAR: (down, up)}, alpha)
         some = applied(models, save(tmp_path / "x.safetensors", tensors))
         assert not some.of("unet")
         assert "change nothing" in some.notes[0]
@@ -386,6 +386,18 @@ def test_nan_names_file_and_key(models: Models, weights: dict[str, Tensor], tmp_
     some = applied(models, save(tmp_path / "x.safetensors", tensors))
     with pytest.raises(NumericalError, match=rf"x\.safetensors: tensor '{key}' holds NaN"):
         merged(models, some, f"{LINEAR}.weight")
+
+
+@pytest.mark.parametrize(
+    ("tag", "strength", "text_strength"),
+    [
+        ("<lora:a>", 1, 1), ("<lora:a:-0.5>", -0.5, -0.5), ("<lyco:a:0.5:0.8>", 0.8, 0.5), ("<lora:a:unet=0.3>", 0.3, 1),
+        ("<lora:a:te=0.5>", 0.5, 0.5), ("<lora:a:unet=0.8:te=0.5>", 0.8, 0.5), ("<lora:a:0.5:unet=0.8>", 0.8, 0.5),
+    ],
+)  # fmt: skip
+def test_tags_say_two_strengths_as_in_a1111(tag: str, strength: float, text_strength: float) -> None:
+    rest, (cut,) = cut_tags(f"a boat{tag}")
+    assert (rest, parse_tag(cut)) == ("a boat", ("a", strength, text_strength))
 
 
 def test_strengths_are_numbers(tmp_path: Path) -> None:

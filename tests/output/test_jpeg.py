@@ -16,8 +16,8 @@ from PIL import Image
 
 from tiler.errors import BudgetRefused, UsageError
 from tiler.output.exif import request_in, xmp_of
-from tiler.output.metadata import XMP, xmp
-from tiler.output.picture import check_size, write_picture
+from tiler.output.metadata import XMP, infotext, xmp
+from tiler.output.picture import check_picture, check_size, write_picture
 from tiler.output.png import srgb_profile
 from tiler.output.recipes import read_recipe
 from tiler.output.texts import read_texts
@@ -102,7 +102,7 @@ def test_the_request_is_found_where_another_program_has_rewritten_the_packet() -
 @pytest.mark.parametrize(("name", "side"), [("x.jpeg", 65_501), ("x.webp", 16_384), ("x.avif", 32_769)])
 def test_sides_that_no_reader_takes(name: str, side: int) -> None:
     check_size(Path(name), None, 8, side - 1)
-    with pytest.raises(UsageError, match=f"{side - 1:,} pixels; write a .png"):
+    with pytest.raises(UsageError, match=f"a side above {side - 1:,} pixels; write a .png"):
         check_size(Path(name), None, 8, side)
 
 
@@ -150,3 +150,34 @@ def test_exiftool_reads_what_we_write(tmp_path: Path, suffix: str) -> None:
     assert found[key] == TEXTS["parameters"]
     assert found["DigitalSourceType"].endswith("trainedAlgorithmicMedia")
     assert "Warning" not in found
+
+
+@pytest.mark.parametrize("format", ["webp", "avif"])
+def test_a_format_that_pillow_lacks_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str
+) -> None:
+    monkeypatch.setattr("PIL.features.check", lambda feature: False)
+    with pytest.raises(UsageError, match=f"lacks {format}"):
+        check_picture(tmp_path / f"x.{format}", force=False)
+
+
+@pytest.mark.skipif(shutil.which("pngcheck") is None, reason="pngcheck is not installed")
+def test_pngcheck_finds_nothing_wrong(tmp_path: Path) -> None:
+    write_picture(tmp_path / "x.png", [pixels(40, 30)], 30, 40, TEXTS, 300, force=False)
+    done = subprocess.run(["pngcheck", "-v", tmp_path / "x.png"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert "No errors detected" in done.stdout and "iCCP" in done.stdout
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
+def test_sd_parsers_reads_what_we_write(tmp_path: Path, suffix: str) -> None:
+    sd_parsers = pytest.importorskip("sd_parsers")
+    fields = {"Steps": 20, "Sampler": "Euler a", "CFG scale": 7.5, "Seed": 2**64 - 1, "Size": "16x16"}
+    said = infotext("a (boat:1.2), harbour", "fog", fields | {"Model hash": "0123456789", "Model": "dream"})
+    write_picture(tmp_path / f"x.{suffix}", [pixels(16, 16)], 16, 16, {"parameters": said}, force=False)
+    found = sd_parsers.ParserManager().parse(tmp_path / f"x.{suffix}")
+    assert [p.value for p in found.prompts] == ["a (boat:1.2), harbour"]
+    assert [p.value for p in found.negative_prompts] == ["fog"]
+    (sampler,), (model,) = found.samplers, found.models
+    assert (sampler.name, sampler.parameters["seed"], sampler.parameters["steps"]) == ("Euler a", str(2**64 - 1), "20")
+    assert (model.name, model.hash) == ("dream", "0123456789")

@@ -1,10 +1,11 @@
-"""Names that a shell completes: models in the user's folders and in the hub's cache. Only names are looked at, and no torch is
+"""Names that a shell completes: models and LoRAs in the user's folders, models in the hub's cache. Only names are looked at, and no torch is
 imported: an answer takes a third of a second."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import typer
 
@@ -26,12 +27,24 @@ def model_names(context: typer.Context, incomplete: str) -> list[str]:
         return []
 
 
+def lora_names(incomplete: str) -> list[str]:
+    """What --lora may be and begins so: LoRAs in the user's folders, by their stems, by their paths where two are alike."""
+    try:
+        return sorted(name for name in _names([path for _, path in listed(Kind.LORA)]) if name.startswith(incomplete))
+    except (TilerError, OSError):
+        return []
+
+
+def _names(paths: Sequence[Path]) -> Iterator[str]:
+    stems = [path.name if path.is_dir() else path.stem for path in paths]
+    times = Counter(stems)
+    return (stem if times[stem] == 1 else str(path) for stem, path in zip(stems, paths, strict=True))
+
+
 def _models(context: typer.Context) -> Iterator[str]:
     yield "mini"
     given = context.params.get("model_dirs")
     paths = model_files(parse_folders(given)) if given else [path for _, path in listed(Kind.MODEL)]
-    stems = [path.name if path.is_dir() else path.stem for path in paths]
-    times = Counter(stems)
-    yield from (stem if times[stem] == 1 else str(path) for stem, path in zip(stems, paths, strict=True))
+    yield from _names(paths)
     for folder in sorted(hub_cache().glob(f"{_HUB}*")):
         yield folder.name.removeprefix(_HUB).replace("--", "/", 1)

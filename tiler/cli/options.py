@@ -24,7 +24,8 @@ MaxRam = Annotated[
     str,
     typer.Option(
         "--max-ram", "--budget", rich_help_panel=Panel.MEMORY, metavar="SIZE", show_default=False,
-        help=r"Ceiling for the resident memory of the whole process, like 1.5GiB; auto: nine tenths of what is free now. [dim]\[default: 800MB][/dim]",
+        help="Ceiling for the resident memory of the whole process, like 1.5GiB; auto: nine tenths of what is free "
+        r"now. [dim]\[default: 800MB][/dim]",
     ),
 ]  # fmt: skip
 Threads = Annotated[
@@ -141,8 +142,9 @@ def _parameter(field: Field[Any], kind: Any) -> inspect.Parameter:
     option: Option = field.metadata["option"]
     shown: dict[str, Any] = {"help": _help(field), "rich_help_panel": option.panel.value, "show_default": False}
     shown["metavar"] = option.metavar or _metavar(kind)
-    if field.name == "model":
-        shown["autocompletion"] = completion.model_names
+    names = {"model": completion.model_names, "loras": completion.lora_names}
+    if field.name in names:
+        shown["autocompletion"] = names[field.name]
     default = field.default
     if kind == tuple[str, ...]:
         kind = list[str]
@@ -222,6 +224,10 @@ def prepare_process(threads: int | None, *, torch: bool = True) -> None:
     from tiler.memory.limits import check_user_limits, limited_cpus
     from tiler.memory.process import frugal_allocator
 
+    try:
+        os.getcwd()
+    except OSError as error:  # Intel's library would end the process with words of its own
+        raise UsageError("the folder this was started in is gone; cd into another") from error
     if threads is not None and not 1 <= threads <= 1024:
         raise UsageError(f"threads = {threads} is out of range: 1–1024")
     check_user_limits()

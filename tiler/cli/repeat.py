@@ -13,7 +13,7 @@ from tiler.output.texts import opened, read_texts
 from tiler.request import Region, Scheduler, ScheduleType, parse_scheduler, settings
 from tiler.request.choices import Mask, parse_schedule_type
 from tiler.request.loras import Lora
-from tiler.request.render import OF_THE_MACHINE
+from tiler.request.render import OF_THE_RUN
 from tiler.request.settings import Kind
 from tiler.weights.hashes import is_called
 from tiler.weights.lora_files import digests_of
@@ -25,12 +25,11 @@ _SAMPLERS = {
     "uni_pc": Scheduler.UNIPC, "unipc": Scheduler.UNIPC, "lcm": Scheduler.LCM,
 }  # fmt: skip
 _KARRAS_OWN = (None, Scheduler.DPMPP_2M_KARRAS)  # with its schedule type in its name, or not told
-_OF_THE_RUN = (*OF_THE_MACHINE, "metadata", "embd_dir", "lora_dir", "model_dirs")  # never the picture's
 _PARTS = {
     "diffusion_model": Kind.MODEL, "vae": Kind.VAE, "text_encoder": Kind.TEXT_ENCODER, "clip_l": Kind.TEXT_ENCODER,
     "clip_g": Kind.TEXT_ENCODER, "t5xxl": Kind.TEXT_ENCODER,
 }  # fmt: skip
-_NEVER = (*_OF_THE_RUN, "size", "preset", "scale")  # resolved in others
+_NEVER = (*OF_THE_RUN, "size", "preset", "scale")  # resolved in others
 _UNTOLD = re.compile(
     r"Version|.*[Hh]ash(es)?|VAE|RNG|Schedule type|scheduler|denoise|SDCPP|kernels|model_id|lora_hashes|bleed_mm|revision"
 )
@@ -52,6 +51,8 @@ def repeat(picture: Path, typed: frozenset[str], defaults: Mapping[str, Any]) ->
         if recipe.lacks:
             raise ModelError(f"{recipe.lacks}; `tiler info` shows what was found")
         values = {name: v for name, v in recipe.settings.items() if name in fields and name not in (*_NEVER, *typed)}
+        if "model" in typed:  # which files of a repository, and of which commit, was said of the other one
+            values = {name: value for name, value in values.items() if name not in ("variant", "revision")}
         if "model" in values:
             values["model"], said = _model(str(values["model"]), recipe)
             notes += said
@@ -77,7 +78,7 @@ def repeat(picture: Path, typed: frozenset[str], defaults: Mapping[str, Any]) ->
         values = {name: value for name, value in values.items() if name not in ("width", "height")}
     values = {name: value for name, value in values.items() if value is not None}
     if recipe.is_whole:
-        silent = {name: v for name, v in defaults.items() if name not in typed and name not in _OF_THE_RUN}
+        silent = {name: v for name, v in defaults.items() if name not in typed and name not in OF_THE_RUN}
         values = silent | values
     return Repeated(values, [*_notes(recipe, fields), *notes, *changed])
 

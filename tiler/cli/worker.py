@@ -20,13 +20,22 @@ from tiler.request.options import Panel
 def command(
     context: typer.Context,
     address: Annotated[
-        str, typer.Argument(metavar="ADDRESS", help="Of the render or `dask scheduler` to join: tls://HOST:8786, or file:PATH.")
+        str,
+        typer.Argument(
+            metavar="ADDRESS", help="Of the render or `dask scheduler` to join: tls://HOST:8786, or file:PATH."
+        ),
     ],
     keys: o.Keys = None,
     model: Annotated[
         list[str] | None,
-        typer.Option("--model", "-m", metavar="NAME=PATH", help="Where the model lies that renders call NAME; may be repeated. "
-                     "Other models are looked for as `tiler render` would.", rich_help_panel=Panel.MODEL),
+        typer.Option(
+            "--model",
+            "-m",
+            metavar="NAME=PATH",
+            help="Where the model lies that renders call NAME; may be repeated. "
+            "Other models are looked for as `tiler render` would.",
+            rich_help_panel=Panel.MODEL,
+        ),
     ] = None,
     max_ram: o.MaxRam = "800MB",
     threads: o.Threads = None,
@@ -36,14 +45,17 @@ def command(
     ] = None,
     contact_address: Annotated[
         str | None,
-        typer.Option("--contact-address", metavar="ADDRESS", help="Where the scheduler reaches this worker, if not directly: "
-                     "tls://HOST:PORT."),
+        typer.Option(
+            "--contact-address",
+            metavar="ADDRESS",
+            help="Where the scheduler reaches this worker, if not directly: tls://HOST:PORT.",
+        ),
     ] = None,
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port to listen on; 0 is any.")] = 0,
     once: Annotated[bool, typer.Option("--once", help="End with the connection, instead of joining again.")] = False,
     insecure: o.Insecure = False,
     quiet: o.Quiet = False,
-) -> None:  # fmt: skip
+) -> None:
     """Predict tiles for the renders of another process or machine, under a memory ceiling of its own.
 
     The weights are read from this machine's disk. Waits for work, and joins again when the connection is lost.
@@ -67,8 +79,14 @@ def command(
     check_address(address, keys, insecure=insecure)
     work(
         Joining(
-            address=address, name=name or f"{socket.gethostname()}-{os.getpid()}", keys=keys, models=models, once=once,
-            contact_address=contact_address, port=port, quiet=quiet,
+            address=address,
+            name=name or f"{socket.gethostname()}-{os.getpid()}",
+            keys=keys,
+            models=models,
+            once=once,
+            contact_address=contact_address,
+            port=port,
+            quiet=quiet,
         ),
         budget,
-    )  # fmt: skip
+    )

@@ -102,7 +102,8 @@ class Bench:
 
     @torch.no_grad()
     def greet(self, step: int, window: Window, latents: np.ndarray) -> Greeting:
-        """Ready, with what a probe tile tells of this machine. Its first pass is slow; how slow others are is known by theirs."""
+        """Ready, with what a probe tile tells of this machine. Its first pass is slow; how slow others
+        are is known by theirs."""
         start = time.perf_counter()
         prediction = self.predict(step, [window], latents)
         self._digest = hashlib.sha256(np.ascontiguousarray(prediction).tobytes()).hexdigest()[:16]
@@ -128,7 +129,8 @@ def tile_of(window: Window, latents: Tensor) -> Tile:
     """`latents` (C, h, w) as a tile of the canvas; it has no weights, which the blend alone needs."""
     region = Text2ImageRegion(
         top=window.top, left=window.left, height=window.height, width=window.width, condition=window.condition,
-        guidance_scale=window.guidance_scale, weights=torch.empty(0), canvas=(window.canvas_height, window.canvas_width),
+        guidance_scale=window.guidance_scale, weights=torch.empty(0),
+        canvas=(window.canvas_height, window.canvas_width),
         unconditional=window.unconditional, prompts=window.prompts,
     )  # fmt: skip
     return Tile(latents[None], region)

@@ -54,7 +54,8 @@ def _open_pool(cluster: Cluster, share: int, run: RenderRun, prompts: Prompts) -
     may_come: Callable[[], int] | None = None
     is_local, keys = cluster.where is Where.LOCAL, run.request.keys
     job = SharedJob(
-        name=secrets.token_hex(8), request=run.request, model_id=denoiser_id(run.models), reads_text=bool(run.plan.family.encoders), embeds=bool(run.spoken.read_as.embeddings),
+        name=secrets.token_hex(8), request=run.request, model_id=denoiser_id(run.models),
+        reads_text=bool(run.plan.family.encoders), embeds=bool(run.spoken.read_as.embeddings),
         texts=prompts.encoded,
     )  # fmt: skip
     probe = _probe(run)

@@ -50,9 +50,9 @@ class Window(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class SharedJob:
-    """All that a worker must know of a render to predict its tiles. `texts` are its encoded prompts; `model_id` tells the
-    denoiser's files; `reads_text` says whether text encoders belong to the model's parts where they are there, `embeds` whether
-    prompts name embeddings."""
+    """All that a worker must know of a render to predict its tiles. `texts` are its encoded prompts; `model_id` tells
+    the denoiser's files; `reads_text` says whether text encoders belong to the model's parts where they are there,
+    `embeds` whether prompts name embeddings."""
 
     name: str
     request: ResolvedRequest
@@ -70,7 +70,8 @@ class SharedJob:
             if prompt.pooled is not None:
                 tensors[f"pooled.{number}"] = prompt.pooled.contiguous().clone()
         said = {
-            "versions": versions(), "name": self.name, "request": coding.encode(self.request), "model_id": self.model_id,
+            "versions": versions(), "name": self.name, "request": coding.encode(self.request),
+            "model_id": self.model_id,
             "reads_text": self.reads_text, "embeds": self.embeds, "texts": list(self.texts),
         }  # fmt: skip
         return save(tensors, metadata={"job": json.dumps(said)})

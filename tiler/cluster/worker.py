@@ -97,7 +97,8 @@ async def _stay(joining: Joining, security: Any, folder: str) -> int:
         worker = _Worker(
             joining.address, nthreads=1, name=joining.name, memory_limit=0, security=security, local_directory=folder,
             host=local_host(joining.address),
-            dashboard=False, dashboard_address=LOOPBACK, contact_address=joining.contact_address, port=joining.port or None,
+            dashboard=False, dashboard_address=LOOPBACK, contact_address=joining.contact_address,
+            port=joining.port or None,
             death_timeout=_SECONDS,
         )  # fmt: skip
         starting, stopping = asyncio.ensure_future(worker.start()), asyncio.ensure_future(stopped.wait())

@@ -2,8 +2,7 @@
 
 Layer by layer over row strips, with the activations in scratch files. GroupNorm's statistics are gathered while the
 layer before it is written, every element once; the mid-block attention sees every token, or as many evenly spaced ones
-as asked, keys and values in chunks with a running softmax (Milakov & Gimelshein 2018, arXiv:1805.02867). Nothing is
-computed twice.
+as asked, keys and values in chunks with a running softmax (Milakov & Gimelshein 2018, arXiv:1805.02867).
 """
 
 from __future__ import annotations
@@ -29,13 +28,13 @@ from tiler.decoding.rows import (
     Up,
     decoder_stages,
     encoder_stages,
-    flow,
     latent_strips,
     means,
     strip_rows,
     to_tensor,
 )
 from tiler.decoding.scratch import STRIP_BYTES, Rows, Scratch
+from tiler.decoding.sources import Source
 from tiler.decoding.statistics import Frame, Pooled
 
 if TYPE_CHECKING:
@@ -112,8 +111,7 @@ class Attend(Stage):
 
 
 def spacing(height: int, width: int, most: int | None) -> int:
-    """The distance between tokens along rows and columns at which about `most` of them remain; 1 where `most` is
-    None."""
+    """The distance between tokens along rows and columns at which about `most` remain; 1 where `most` is None."""
     return 1 if most is None else math.ceil(math.sqrt(height * width / most))
 
 
@@ -144,7 +142,7 @@ class Passes:
             statistics = None if pooled is None else pooled.told()
             self.scratch.spool.note(out.line(whole=whole, statistics=statistics, **facts), out.fd)
 
-    def store(self, chain: list[Stage], source: _Source, norm: Norm | None, keep: Rows | None = None) -> Rows:
+    def store(self, chain: list[Stage], source: Source, norm: Norm | None, keep: Rows | None = None) -> Rows:
         """Run one pass into a new file, and give `norm`, if that comes next, the statistics of what was written."""
         pooled = None if norm is None else Pooled(norm.norm.num_groups)
         number, known = self._next()
@@ -186,8 +184,7 @@ class Passes:
         return out
 
     def keys_and_values(self, stage: MidAttention, stored: Rows, most: int | None = None) -> Rows:
-        """The key and the value of every token, or of at most `most` evenly spaced ones, as a picture of twice the
-        channels."""
+        """The key and the value of every token, or of at most `most` evenly spaced ones: twice the channels."""
         number, known = self._next()
         if known is not None:
             return self._recalled(known)
@@ -231,66 +228,34 @@ def stream(
     the attention's keys and values, up to `hold_tokens` evenly spaced ones.
     """
     passes = Passes(frame, scratch, hold, check)
-    source, chain = _Source(lambda begin: strips, frame.height), list[Stage]()
+    source, chain = Source(lambda begin: strips, frame.height), list[Stage]()
     for stage in stages:
         norm = _first_norm(stage)
         if norm is None:
             if isinstance(stage, (Up, Down)) and _layers([stage])[0].weight.numel() > ALONE:  # type: ignore[operator]
                 stored = passes.store(chain, source, None)
-                source, chain = _Source.of(stored, strip_bytes=int(STRIP_BYTES / stage.growth)), []
+                source, chain = Source.of(stored, strip_bytes=int(STRIP_BYTES / stage.growth)), []
             chain.append(stage)
             continue
         stored = passes.store(chain, source, norm)
         if isinstance(stage, Resnet):
-            inner = passes.store([stage.conv1], _Source.of(stored), stage.conv2.norm, keep=stored)
-            source, chain = _Source.of(inner, stored), [stage.conv2, Add(stage, stored)]
+            inner = passes.store([stage.conv1], Source.of(stored), stage.conv2.norm, keep=stored)
+            source, chain = Source.of(inner, stored), [stage.conv2, Add(stage, stored)]
         elif isinstance(stage, MidAttention):
             memory = passes.keys_and_values(stage, stored, attend_to)
             if hold_tokens:
                 step = spacing(memory.count, memory.width, hold_tokens)
                 some = (memory.read(row, row + 1)[..., ::step] for row in range(0, memory.count, step))
                 stage.hold(torch.cat(list(some), dim=2))
-            source = _Source.of(stored, memory, strip_bytes=QUERIES * 4 * stored.channels)
+            source = Source.of(stored, memory, strip_bytes=QUERIES * 4 * stored.channels)
             chain = [Attend(stage, memory)]
         else:
-            source, chain = _Source.of(stored), [stage]
+            source, chain = Source.of(stored), [stage]
     with hold(_layers(chain)):
         for rows in source.through(chain, check):
             yield rows[0]
     if scratch.spool is None:  # what is made of the rows may not be whole yet
         source.close()
-
-
-class _Source:
-    """Where a pass gets its rows, from any one on, and the stored pictures that nobody needs once it is over."""
-
-    def __init__(self, strips: Callable[[int], Iterable[Tensor]], height: int, *stored: Rows) -> None:
-        self.strips, self.height, self.stored = strips, height, stored
-
-    @classmethod
-    def of(cls, first: Rows, *more: Rows, strip_bytes: int = STRIP_BYTES) -> _Source:
-        return cls(lambda begin: first.strips(strip_bytes, begin), first.count, first, *more)
-
-    def through(
-        self, chain: list[Stage], check: Check, begin: int = 0, part: Callable[[], None] = lambda: None
-    ) -> Iterator[Tensor]:
-        """`part` is called when all is out that a strip could give."""
-        row = begin
-        for strip in self.strips(begin):
-            row += strip.shape[2]
-            box = [strip]
-            del strip
-            yield from flow(chain, box, row >= self.height, check=check)
-            part()
-
-    def numbers(self, keep: Rows | None) -> tuple[int, ...]:
-        """The passes whose rows `close` removes."""
-        return tuple(rows.number for rows in self.stored if rows is not keep)
-
-    def close(self, keep: Rows | None = None) -> None:
-        for rows in self.stored:
-            if rows is not keep:
-                rows.close()
 
 
 def _first_norm(stage: Stage) -> Norm | None:
@@ -323,8 +288,7 @@ def decode(
     margin: tuple[int, int] = (0, 0),
     attend_to: int | None = None,
 ) -> Generator[Tensor]:
-    """latents: (1, C, h, w) fp32, already divided by scaling_factor → strips (3, n, 8w) fp32 in about [-1, 1], top
-    first.
+    """latents: (1, C, h, w) fp32, divided by scaling_factor → strips (3, n, 8w) fp32 in about [-1, 1], top first.
 
     `margin` latents above and below, left and right, repeat the other side's. Attention sees at most `attend_to` evenly
     spaced tokens, None for all. Raises StorageError, and NumericalError for NaN and Inf.

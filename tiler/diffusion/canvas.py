@@ -123,6 +123,7 @@ class Denoising:
         self._tiles_added = 0
         self._blended: Tensor | None = None
         self._torn = False  # in the middle of a sum or of a scheduler's step
+        self._taken_up = False
 
     def state(self) -> SamplingState:
         """A copy that the loop no longer touches: a step makes new latents, tiles add to `blended` in place."""
@@ -140,14 +141,19 @@ class Denoising:
         self._schedule.restore(state.scheduler)
         self._generator.set_state(state.generator)
 
+    def take_up(self, journal: Journal) -> bool:
+        """Go on from what `journal` holds of this phase, once. Whether anything is left to do."""
+        if not self._taken_up and (saved := journal.load(self._phase)) is not None:
+            self.restore(SamplingState.from_tensors(saved))
+        self._taken_up = True
+        return self.step < self.end
+
     def run(self, runner: Runner, journal: Journal | None = None) -> Generator[StepDone]:
         """Denoise to the end, yielding after each tile. What `journal` holds of this phase is where it begins; the state is
         saved there whenever that is due, and at the end, whatever that is. Raises NumericalError when a prediction is not finite.
         """
         journal = journal or NoJournal()
-        if (saved := journal.load(self._phase)) is not None:
-            self.restore(SamplingState.from_tensors(saved))
-        if self.step >= self.end:
+        if not self.take_up(journal):
             return
         try:
             while self.step < self.end:

@@ -53,9 +53,8 @@ def folder_of(output: Path, job_dir: Path | None = None) -> Path:
 
 
 class _Slot(NamedTuple):
-    """What stands in a state file: its number, how far it is, and the tensors."""
+    """What stands in a state file."""
 
-    number: int
     phase: str
     stored: tensors.Stored
 
@@ -219,24 +218,18 @@ class Job:
         self._on_event(Saved(where=where))
 
     def _newest(self) -> _Slot | None:
+        """The older slot is read where the newer one is damaged."""
         if not self._begun:
             return None
-        found, damaged = list[_Slot](), list[Path]()
-        for name in SLOTS:
-            path = self.folder / name
+        numbers = {path: _number_of(path) for path in (self.folder / name for name in SLOTS) if path.exists()}
+        for path in sorted(numbers, key=lambda path: numbers[path], reverse=True):
             stored = tensors.read(path)
-            number = stored.facts.get("number", "") if stored is not None else ""
-            if stored is not None and number.isdecimal():
-                found.append(_Slot(int(number), stored.facts.get("phase", ""), stored))
-            elif path.exists():
-                damaged.append(path)
-        if not found:
-            if damaged:
-                raise JobError(f"{damaged[0]}: the job's state is damaged; begin anew with --restart")
-            return None
-        newest = max(found, key=lambda slot: slot.number)
-        self._number = newest.number
-        return newest
+            if stored is not None and numbers[path] >= 0:
+                self._number = numbers[path]
+                return _Slot(stored.facts.get("phase", ""), stored)
+        if numbers:
+            raise JobError(f"{next(iter(numbers))}: the job's state is damaged; begin anew with --restart")
+        return None
 
     # What a phase hands to the next.
 
@@ -272,6 +265,12 @@ class Job:
 
     def _holds_work(self) -> bool:
         return any((self.folder / name).exists() for name in (*SLOTS, REFERENCE))
+
+
+def _number_of(path: Path) -> int:
+    """Of a state, as its file says; -1 where it says none."""
+    number = tensors.read_facts(path).get("number", "")
+    return int(number) if number.isdecimal() else -1
 
 
 def newest_facts(folder: Path, manifest: Manifest | None) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""The pictures of a queue, read from TOML, from JSON lines, or from the lines of AUTOMATIC1111's "Prompts from file or textbox"."""
+"""The pictures of a queue: TOML, JSON lines, or the lines of AUTOMATIC1111's "Prompts from file or textbox"."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ NAME = "{index:03}-{prompt}.png"  # of a picture whose row names no output
 _OTHER_NAMES = {"sampler": "scheduler", "cfg": "cfg-scale"}
 # AUTOMATIC1111's tags (github.com/AUTOMATIC1111/stable-diffusion-webui/wiki/Features#prompts-from-file), by our keys.
 _TAGS = {
-    "prompt": "prompt", "negative_prompt": "negative-prompt", "seed": "seed", "steps": "steps", "cfg_scale": "cfg-scale",
-    "width": "width", "height": "height", "sampler_name": "scheduler", "sd_model": "model", "outpath_samples": "folder",
-    "batch_size": "batch_size", "n_iter": "n_iter", "tiling": "tiling",
+    "prompt": "prompt", "negative_prompt": "negative-prompt", "seed": "seed", "steps": "steps", "width": "width",
+    "height": "height", "cfg_scale": "cfg-scale", "sampler_name": "scheduler", "sd_model": "model",
+    "outpath_samples": "folder", "batch_size": "batch_size", "n_iter": "n_iter", "tiling": "tiling",
 }  # fmt: skip
 _WITHOUT_EFFECT = frozenset(
-    ("restore_faces", "outpath_grids", "prompt_for_display", "styles", "subseed", "subseed_strength", "seed_resize_from_h",
-     "seed_resize_from_w", "sampler_index", "do_not_save_samples", "do_not_save_grid")
+    ("restore_faces", "outpath_grids", "prompt_for_display", "styles", "subseed", "subseed_strength",
+     "seed_resize_from_h", "seed_resize_from_w", "sampler_index", "do_not_save_samples", "do_not_save_grid")
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Row:
-    """One picture: the words that follow `tiler render`, without the prompt and the output; `problem` where it cannot be one."""
+    """One picture: the words that follow `tiler render`, without prompt and output; `problem` where it cannot be one."""
 
     index: int
     prompt: str | None
@@ -43,7 +43,7 @@ class Row:
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """The rows of a file, by its ending. What is wrong with a TOML file as a whole is a UsageError, of a line its row's problem."""
+    """The rows of a file, by its ending. What is wrong with a TOML file is a UsageError, with a line its row's problem."""
     if path.suffix.lower() == ".toml":
         return _toml_rows(path)
     by_line = {".jsonl": _json_line, ".ndjson": _json_line}.get(path.suffix.lower(), _prompt_line)

@@ -14,7 +14,8 @@ from tiler.models.family import Part, Role
 
 _DENOISER_DOTTED = (
     "", "unet.", "transformer.", "diffusion_model.", "model.diffusion_model.", "base_model.model.",
-    "unet.base_model.model.", "transformer.base_model.model.", "base_model.model.unet.", "base_model.model.transformer.",
+    "unet.base_model.model.", "transformer.base_model.model.", "base_model.model.unet.",
+    "base_model.model.transformer.",
 )  # fmt: skip
 _DENOISER_JOINED = ("lora_unet_", "lora_transformer_", "lycoris_", "lycoris_unet_", "lycoris_transformer_")
 _OLD_CLIP = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from tiler.request import Emphasis, ResolvedRequest, ScheduleType
-from tiler.request.render import OF_THE_MACHINE
+from tiler.request.render import OF_THE_RUN
 
 _EMPHASIS = {Emphasis.NO_NORM: "No norm", Emphasis.IGNORE: "Ignore", Emphasis.NONE: "None"}  # as A1111 writes them
-_RESOLVED = ("size", "preset", "scale")  # in the values of others
-_NOT_TOLD = (*OF_THE_MACHINE, *_RESOLVED, "metadata", "embd_dir", "lora_dir", "model_dirs")
+_RESOLVED = ("size", "preset", "scale", "revision")  # in the values of others; the last in its commit
 _FILES = "model", "tiny_vae", "guide_image", "diffusion_model", "vae", "text_encoder", "clip_l", "clip_g", "t5xxl"
 
 XMP = "XML:com.adobe.xmp"  # the keyword of PNG (third edition), 11.3.3.4
@@ -51,7 +50,9 @@ def texts(request: ResolvedRequest, facts: Facts) -> dict[str, str]:
         **({"Denoising strength": r.strength} if facts.begin else {}),
         **_of_prompts(r, facts), "Version": f"tiler {metadata.version('tiler')}",
     }  # fmt: skip
-    said = {key: value for key, value in asdict(r).items() if key not in _NOT_TOLD and value is not None}
+    said = {
+        key: value for key, value in asdict(r).items() if key not in (*OF_THE_RUN, *_RESOLVED) and value is not None
+    }
     for key in _FILES:
         if said.get(key) is not None:
             said[key] = file_name(said[key])

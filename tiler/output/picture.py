@@ -43,16 +43,22 @@ def check_size(path: Path, asked: Format | None, width: int, height: int) -> Non
     format = format_of(path, asked)
     longest = jpeg.LONGEST if format is Format.JPEG else ENCODERS[format].longest if format in ENCODERS else None
     if longest is not None and max(width, height) > longest:
-        raise UsageError(f"{width}×{height}: a side of a {format} has at most {longest:,} pixels; write a .png or .tif")
+        raise UsageError(
+            f"{width}×{height}: no program opens {format} pictures with a side above {longest:,} pixels; write a .png or .tif"
+        )
 
 
-def check_picture(path: Path, *, force: bool) -> None:
+def check_picture(path: Path, asked: Format | None = None, *, force: bool) -> None:
     """Before any work: the format is known, its library is there, the file may be written. Raises UsageError, StorageError."""
+    from PIL import features
+
     if path == STDOUT:
         check_reader()
-        return
-    check_writable(path, force=force)
-    if format_of(path) is Format.TIFF and find_spec("tifffile") is None:
+    else:
+        check_writable(path, force=force)
+    if (format := format_of(path, asked)) in ENCODERS and not features.check(format):
+        raise UsageError(f"{path}: this Pillow lacks {format}: pip install -U pillow, or write a .png or .jpg")
+    if format is Format.TIFF and find_spec("tifffile") is None:
         raise UsageError(f"{path}: TIFF needs the extra `tiff`: pip install 'tiler[tiff]', or write a .png")
 
 

@@ -64,14 +64,8 @@ def read_recipe(texts: Mapping[str, str]) -> Recipe:
     raise ModelError("no parameters in this picture; its file says nothing of how it was made")
 
 
-_FACTS = (
-    "kernels",
-    "model_id",
-    "model_hash",
-    "revision",
-    "bleed_mm",
-    "lora_hashes",
-)  # that our own JSON tells beside the request
+# What our own JSON tells beside the request.
+_FACTS = ("kernels", "model_id", "model_hash", "bleed_mm", "lora_hashes")
 
 
 def _parameters(text: str) -> Recipe:

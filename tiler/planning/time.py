@@ -15,7 +15,7 @@ from tiler.compute.lending import lent
 from tiler.compute.measure import TableShape, attention_speed, chosen_speed, median_seconds
 from tiler.compute.shapes import MetaMeter
 from tiler.compute.stream import Streamer
-from tiler.compute.tuning import OVERHEAD_BY_LAYERS, OVERHEAD_BY_ROWS, OVERHEAD_FP32, OVERHEAD_INT8
+from tiler.compute.tuning import OVERHEAD_BF16, OVERHEAD_BY_LAYERS, OVERHEAD_BY_ROWS, OVERHEAD_FP32, OVERHEAD_INT8
 from tiler.decoding.method import DecodePlan
 from tiler.models.built import Models
 from tiler.models.family import Options, Role
@@ -39,8 +39,10 @@ class Flops(NamedTuple):
 
 
 class Speed(NamedTuple):
-    """Operations a second of this machine, measured."""
+    """Operations a second of this machine, measured: of torch's own convolution, of the kernels that are chosen here for layers in
+    each precision, and of attention."""
 
+    torch: float
     fp32: float
     bf16: float
     int8: float
@@ -110,13 +112,13 @@ def measure() -> Speed:
         layer = nn.Conv2d(320, 320, 3, padding=1)
         x = torch.randn(1, 320, 32, 32)
         conv_flops = 2 * x.numel() * layer.weight[0].numel()
-        fp32 = conv_flops / median_seconds(lambda: layer(x))
-        attention = attention_speed("fp32")
-        if not onednn.int8().products:  # then int8 is what weights are stored in, no more
-            return Speed(fp32, fp32, fp32, attention, attention)
+        plain = conv_flops / median_seconds(lambda: layer(x))
         shape = TableShape(Kind.CONVOLUTION, tuple(layer.weight.shape), tuple(x.shape))
+        fp32, attention = chosen_speed(shape, "fp32"), attention_speed("fp32")
+        if not onednn.int8().products:  # then int8 is what weights are stored in, no more
+            return Speed(plain, fp32, fp32, fp32, attention, attention)
         half, fast = chosen_speed(shape, "bf16"), chosen_speed(shape, "int8")
-    return Speed(fp32, half, fast, attention, attention_speed("int8"))
+    return Speed(plain, fp32, half, fast, attention, attention_speed("int8"))
 
 
 def seconds(work: Flops, methods: Iterable[DecodePlan], speed: Speed, precision: Precision) -> float:
@@ -126,9 +128,9 @@ def seconds(work: Flops, methods: Iterable[DecodePlan], speed: Speed, precision:
     if precision is Precision.INT8:
         layers, attention, overhead = speed.int8, speed.half_attention, OVERHEAD_INT8
     elif precision is Precision.BF16:
-        layers, attention = speed.bf16, speed.half_attention
+        layers, attention, overhead = speed.bf16, speed.half_attention, OVERHEAD_BF16
     denoising = overhead * (work.layers / layers + work.attention / attention)
     coding = sum(
         (OVERHEAD_BY_LAYERS if m.by_layers else OVERHEAD_BY_ROWS) * m.flops + m.attention_flops for m in methods
     )
-    return denoising + coding / speed.fp32
+    return denoising + coding / speed.torch

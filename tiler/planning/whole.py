@@ -37,7 +37,7 @@ class WholePicture(NamedTuple):
                 Term(name="picture", nbytes=PICTURE_BYTES * self.pixels),
                 Term(name=f"{encoder.title} encoder", nbytes=encoder.pixel_bytes * self.pixels + encoder.other_bytes),
             ),
-            advice=f"a {encoder.title} is encoded as a whole, and {fits}: write a .png, .jpg or .tif",
+            advice=f"{encoder.title} is encoded as a whole, and {fits}: write a .png, .jpg or .tif",
         )
 
 

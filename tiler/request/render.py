@@ -45,9 +45,10 @@ from tiler.request.regions import Region
 
 # Fields that say where and how a picture is made; all others decide its bytes.
 OF_THE_MACHINE = (
-    "output", "format", "save_latents", "cache_dir", "preview", "preview_interval", "prompt_embeds", "scratch",
-    "force", "restart", "keep_job", "job_dir", "cluster", "keys", "insecure",
+    "output", "format", "save_latents", "cache_dir", "preview", "preview_interval", "prompt_embeds", "scratch", "force",
+    "restart", "keep_job", "job_dir", "cluster", "keys", "insecure",
 )  # fmt: skip
+OF_THE_RUN = (*OF_THE_MACHINE, "metadata", "embd_dir", "lora_dir", "model_dirs")  # of which a picture never tells
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,10 +186,7 @@ class RenderRequest(ModelOptions, ClusterOptions):
     guide_image: Path | None = option(
         None, Option("A picture to use as the guide instead of a low-resolution pass.", Panel.SAMPLING, ("--guide",))
     )
-    scale: float | None = option(
-        None,
-        Option("Enlarge the picture of --guide so many times; its size decides the size.", Panel.PICTURE, ("--scale",)),
-    )
+    scale: float | None = option(None, shared.SCALE)
     guide: bool = option(True, Option("Start the canvas from pure noise.", Panel.SAMPLING, ("--no-guide",), off=True))
     guide_upscale: GuideUpscale = option(
         GuideUpscale.PIXEL,
@@ -265,16 +263,9 @@ class RenderRequest(ModelOptions, ClusterOptions):
     preview_interval: int = option(1, shared.PREVIEW_INTERVAL)
     metadata: bool = option(True, shared.METADATA)
     force: bool = option(False, shared.FORCE)
-    restart: bool = option(
-        False, Option("Begin anew where an interrupted job of this picture was left.", Panel.OUTPUT, ("--restart",))
-    )  # fmt: skip
-    keep_job: bool = option(
-        False, Option("Keep the job's folder when the picture is finished.", Panel.OUTPUT, ("--keep-job",))
-    )  # fmt: skip
-    job_dir: Path | None = option(
-        None,
-        Option("Folder for the jobs of interrupted runs.", Panel.OUTPUT, ("--job-dir",), default="beside the output"),
-    )
+    restart: bool = option(False, shared.RESTART)
+    keep_job: bool = option(False, shared.KEEP_JOB)
+    job_dir: Path | None = option(None, shared.JOB_DIR)
 
     def __post_init__(self) -> None:
         coerce(self)

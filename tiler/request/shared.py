@@ -6,8 +6,8 @@ from tiler.request.loras import parse_lora
 from tiler.request.options import Option, Panel
 
 OUTPUT = Option(
-    "The picture to write: .png, .jpg, .pdf, .tif, .webp or .avif; - is standard output, for a pipe. WebP and AVIF need "
-    "memory for the whole picture.",
+    "The picture to write: .png, .jpg, .pdf, .tif, .webp or .avif; - is standard output, for a pipe. WebP and AVIF "
+    "need memory for the whole picture.",
     Panel.OUTPUT, ("--output", "-o"), default="tiler.png",
 )  # fmt: skip
 FORMAT = Option(
@@ -44,8 +44,8 @@ EMBD_DIR = Option(
     Panel.MODEL, ("--embd-dir",), metavar="FOLDER",
 )  # fmt: skip
 LORA = Option(
-    "A LoRA, LoCon, LoHa, LoKr or DoRA (.safetensors), or the name of one in the lora_dirs; may be given several times. FILE=0.8 "
-    "adds that much of it, FILE=0.8:0.5 half to the text encoders.",
+    "A LoRA, LoCon, LoHa, LoKr or DoRA (.safetensors), or the name of one in the lora_dirs; may be given several "
+    "times. FILE=0.8 adds that much of it, FILE=0.8:0.5 half to the text encoders.",
     Panel.MODEL, ("--lora",), parse=parse_lora, metavar="FILE[=M]", many=True,
 )  # fmt: skip
 LORA_DIR = Option(
@@ -89,6 +89,14 @@ PREVIEW_INTERVAL = Option(
 )  # fmt: skip
 METADATA = Option("Write no prompt, seed or settings into the file.", Panel.OUTPUT, ("--no-metadata",), off=True)
 FORCE = Option("Replace existing output files.", Panel.OUTPUT, ("--force", "-f"))
+RESTART = Option("Begin anew where an interrupted job of this picture was left.", Panel.OUTPUT, ("--restart",))
+KEEP_JOB = Option("Keep the job's folder when the picture is finished.", Panel.OUTPUT, ("--keep-job",))
+JOB_DIR = Option(
+    "Folder for the jobs of interrupted runs.", Panel.OUTPUT, ("--job-dir",), default="beside the output"
+)  # fmt: skip
+SCALE = Option(
+    "Enlarge the picture of --guide so many times; its size decides the size.", Panel.PICTURE, ("--scale",)
+)  # fmt: skip
 KEYS = Option(
     "Folder with the pair of keys that every machine of a cluster has; `tiler cluster keys FOLDER` makes it.",
     Panel.CLUSTER, ("--keys",), metavar="FOLDER",

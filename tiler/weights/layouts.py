@@ -257,7 +257,8 @@ def _of_blocks(index: Index, weight: str, state: TensorInfo) -> TensorInfo:
         )
     if len(table) != 16:
         raise ModelError(
-            f"{info.path}: the table of {weight!r} has {len(table)} values, not 16; the file is damaged, download it again"
+            f"{info.path}: the table of {weight!r} has {len(table)} values, not 16; the file is damaged, download it "
+            "again"
         )
     flat = absmax.reshaped((rows, width // values))
     return TensorInfo(

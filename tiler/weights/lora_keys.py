@@ -74,8 +74,9 @@ _SUFFIXES: Mapping[str, Slot] = {
 _LONGEST_FIRST = sorted(_SUFFIXES, key=len, reverse=True)
 _REFUSED: Mapping[str, str] = {
     ".on_input": "IA³", ".a1.weight": "GLoRA", ".b1.weight": "GLoRA", ".oft_blocks": "OFT", ".oft_diag": "OFT",
-    ".oft_R.weight": "OFT", ".boft_R": "BOFT", ".vera_lambda_b": "VeRA", ".qkv_lora1.down.weight": "LoRA in XLabs' layout",
-    ".hada_w1": "ABBA", "ip_adapter": "IP-Adapter", "controlnet_blocks": "ControlNet",
+    ".oft_R.weight": "OFT", ".boft_R": "BOFT", ".vera_lambda_b": "VeRA",
+    ".qkv_lora1.down.weight": "LoRA in XLabs' layout", ".hada_w1": "ABBA", "ip_adapter": "IP-Adapter",
+    "controlnet_blocks": "ControlNet",
 }  # fmt: skip
 _NOT_LORA: Mapping[str, str] = {
     "emb_params": "a textual inversion embedding, which prompts name; put it into --embd-dir",
