@@ -104,7 +104,7 @@ def main() -> None:
     if precision is Precision.INT8:
         weights = packed_weights(models, default_cache(), lambda share, why: None)
     named(store.WeightStore, "_take", "waiting for weights")
-    named(store.WeightStore, "_convert", "casting weights")
+    named(store.WeightStore, "_cast", "casting weights")
     for name in ("quantize_tokens", "quantize_image"):
         named(int8, name, "quantising activations")
     named(int8, "pack", "packing int8 weights")
@@ -145,7 +145,7 @@ def main() -> None:
         f"{samples} samples in {wall:.1f} s, {wall / samples:.2f} s each; peak {process.read_rss().peak / 1e6:.0f} MB"
     )
     for kind, value in seconds.most_common():
-        print(f"{kind:24}{value:8.2f} s {value / wall:6.1%}")
+        print(f"{kind:33}{value:8.2f} s {value / wall:6.1%}")
 
 
 if __name__ == "__main__":

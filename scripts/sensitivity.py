@@ -91,7 +91,7 @@ def main() -> None:
     )
     total = sum(m.weight.numel() for m in everything)
     both = [*everything, *groups["outermost, fp32 beside int8"]]
-    for name, modules in [("everything in int8", everything), *groups.items(), ("everything in bf16", both)]:
+    for name, modules in [("all of --precision int8", everything), *groups.items(), ("all of --precision bf16", both)]:
         if args.only and not re.search(args.only, name):
             continue
         errors = []

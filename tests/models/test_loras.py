@@ -328,11 +328,9 @@ def test_alpha_comes_from_the_header_where_no_tensor_has_it(
 
 
 def test_alpha_0_and_rank_0_change_nothing_and_are_told(models: Models, tmp_path: Path) -> None:
-    name = kohya("lora_unet", LINEAR)
-    for tensors in (
-        {f"{name}.lora_down.weight": torch.ones(2, 32), f"{name}.lora_up.weight": torch.ones(32, 2), f"{name}.alpha": torch.tensor(0.0)},
-        {f"{name}.lora_down.weight": torch.ones(0, 32), f"{name}.lora_up.weight": torch.ones(32, 0), f"{name}.alpha": torch.tensor(1.0)},
-    ):  # fmt: skip
+    for rank, alpha in ((2, 0.0), (0, 1.0)):
+        down, up = torch.ones(rank, 32), torch.ones(32, rank)
+        tensors = as_kohya("lora_unet", {LINEAR: (down, up)}, alpha)
         some = applied(models, save(tmp_path / "x.safetensors", tensors))
         assert not some.of("unet")
         assert "change nothing" in some.notes[0]

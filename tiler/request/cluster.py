@@ -9,6 +9,8 @@ from enum import StrEnum
 from pathlib import Path
 
 from tiler.errors import UsageError
+from tiler.request import shared
+from tiler.request.options import Option, Panel, option
 
 PORT = 8786
 MAX_LOCAL = 64
@@ -114,3 +116,24 @@ def scheduler_of(text: str, keys: Path | None, *, insecure: bool) -> Cluster:
     if not text.startswith(("tls://", "tcp://", "file:")) and text != "env":
         raise UsageError(f"{text!r} is no address of a scheduler: tls://HOST:PORT, file:PATH or env")
     return check_cluster(text, keys, insecure=insecure)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterOptions:
+    """Who predicts the tiles of a canvas."""
+
+    cluster: str | None = option(
+        None,
+        Option(
+            "Let others predict the tiles of the canvas; the picture is the same. local:N starts N processes that share "
+            "--max-ram; listen waits for `tiler worker` on port 8786; tls://HOST:8786 joins a `dask scheduler`.",
+            Panel.CLUSTER, ("--cluster",), metavar="WHERE", default="this process alone",
+        ),
+    )  # fmt: skip
+    keys: Path | None = option(None, shared.KEYS)
+    insecure: bool = option(False, shared.INSECURE)
+
+    def check_cluster(self) -> None:
+        """Raises UsageError."""
+        if self.cluster is not None:
+            check_cluster(self.cluster, self.keys, insecure=self.insecure)

@@ -36,7 +36,7 @@ from tiler.request.choices import (
     parse_scheduler,
     within,
 )
-from tiler.request.cluster import check_cluster
+from tiler.request.cluster import ClusterOptions
 from tiler.request.loras import Lora, read_loras
 from tiler.request.model import ModelOptions
 from tiler.request.options import Option, Panel, coerce, option
@@ -52,7 +52,7 @@ OF_THE_RUN = (*OF_THE_MACHINE, "metadata", "embd_dir", "lora_dir", "model_dirs")
 
 
 @dataclass(frozen=True, kw_only=True)
-class RenderRequest(ModelOptions):
+class RenderRequest(ModelOptions, ClusterOptions):
     """What was said about a picture; None where nothing was said.
 
     `tiler.planning.resolve` fills the gaps, in this order: the preset, the model folder's tiler.toml, the model family. Lengths in
@@ -253,17 +253,6 @@ class RenderRequest(ModelOptions):
     scratch: Path | None = option(None, shared.SCRATCH)
     scratch_dtype: ScratchDtype = option(ScratchDtype.FP16, shared.SCRATCH_DTYPE)
 
-    cluster: str | None = option(
-        None,
-        Option(
-            "Let others predict the tiles of the canvas; the picture is the same. local:N starts N processes that "
-            "share --max-ram; listen waits for `tiler worker` on port 8786; tls://HOST:8786 joins a `dask scheduler`.",
-            Panel.CLUSTER, ("--cluster",), metavar="WHERE", default="this process alone",
-        ),
-    )  # fmt: skip
-    keys: Path | None = option(None, shared.KEYS)
-    insecure: bool = option(False, shared.INSECURE)
-
     output: Path | None = option(None, shared.OUTPUT)
     format: Format | None = option(None, shared.FORMAT)
     quality: int | None = option(None, shared.QUALITY)
@@ -317,8 +306,7 @@ class RenderRequest(ModelOptions):
 
     def _check_combinations(self) -> None:
         check_decode(self.decode, self.tiny_vae)
-        if self.cluster is not None:
-            check_cluster(self.cluster, self.keys, insecure=self.insecure)
+        self.check_cluster()
         check_format(self.output, self.format)
         if self.output == STDOUT and (self.restart or self.keep_job):
             raise UsageError(
