@@ -71,18 +71,9 @@ def render(request: RenderRequest, budget: Budget | None = None, on_event: OnEve
             with closing(pixels.decode(run, run.decoding, unscaled, spool)) as rows:
                 wanted = run.request
                 write_picture(
-                    wanted.output,
-                    rows,
-                    wanted.width,
-                    wanted.height,
-                    run.texts,
-                    wanted.dpi,
-                    wanted.bleed_mm,
-                    force=wanted.force,
-                    format=wanted.format,
-                    quality=wanted.quality,
-                    on_whole=job.note_finished,
-                )
+                    wanted.output, rows, wanted.width, wanted.height, run.texts, wanted.dpi, wanted.bleed_mm,
+                    force=wanted.force, format=wanted.format, quality=wanted.quality, on_whole=job.note_finished,
+                )  # fmt: skip
         return Result(output=run.request.output, report=reports.of_render(run))
 
 
