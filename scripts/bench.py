@@ -1,15 +1,15 @@
 """Measure what the README claims, on one full-size checkpoint.
 
-    python scripts/bench.py unet              streamed passes under the ceiling, fp32, int8 and (where there are kernels for
-                                              it) bf16, against diffusers' resident fp32, alternating; with --peers also against
-                                              accelerate's disk_offload, OpenVINO (--openvino PYTHON, where openvino, nncf, torch
-                                              and diffusers are) and stable-diffusion.cpp (--sdcpp PYTHON, with
-                                              stable-diffusion-cpp-python)
-    python scripts/bench.py memory            predicted against measured peaks of renders at several ceilings and sizes
-    python scripts/bench.py large             the same for each phase of 4096×4096 (--sizes), every one stopped after --minutes
-    python scripts/bench.py decode            the same, and seconds, for exact and frozen decoding at several sizes
-    python scripts/bench.py render            a whole 2048×2048 render with its report
-    python scripts/bench.py start             seconds before the first step of `tiler render` on mini at 512×512
+    python scripts/bench.py unet     streamed passes under the ceiling, fp32, int8 and (where there are kernels for it)
+                                     bf16, against diffusers' resident fp32, alternating; with --peers also against
+                                     accelerate's disk_offload, OpenVINO (--openvino PYTHON, where openvino, nncf, torch
+                                     and diffusers are) and stable-diffusion.cpp (--sdcpp PYTHON, with
+                                     stable-diffusion-cpp-python)
+    python scripts/bench.py memory   predicted against measured peaks of renders at several ceilings and sizes
+    python scripts/bench.py large    the same for each phase of 4096×4096 (--sizes), each stopped after --minutes
+    python scripts/bench.py decode   the same, and seconds, for exact and frozen decoding at several sizes
+    python scripts/bench.py render   a whole 2048×2048 render with its report
+    python scripts/bench.py start    seconds before the first step of `tiler render` on mini at 512×512
     python scripts/bench.py unet render --json FILE
 
 Every measurement runs in a fresh process that reads its own VmHWM. Times on shared machines are noisy: look at the
@@ -98,8 +98,8 @@ folder = tempfile.TemporaryDirectory()
 disk_offload(unet, folder.name, execution_device=torch.device("cpu"))
 open("/proc/self/clear_refs", "w").write("5")
 """
-# OpenVINO's own graphs of the same UNet. int8: weights and activations where NNCF says so, calibrated on one input, which is
-# enough as far as time is concerned.
+# OpenVINO's own graphs of the same UNet. int8: weights and activations where NNCF says so, calibrated on one input,
+# which is enough as far as time is concerned.
 OPENVINO_EXPORT = """
 from pathlib import Path
 import nncf, openvino, torch
@@ -135,8 +135,8 @@ def report(seconds, batch):
     peak = int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1]) * 1024
     print(json.dumps({"seconds_per_sample": seconds / batch, "batch": batch, "peak": peak}), file=out, flush=True)
 """
-# stable-diffusion.cpp has no call for the UNet alone: two steps of a picture without guidance are one sample each, and it
-# says itself how long the second took.
+# stable-diffusion.cpp has no call for the UNet alone: two steps of a picture without guidance are one sample each, and
+# it says itself how long the second took.
 SDCPP = """
 import sys, tempfile
 from pathlib import Path
@@ -198,7 +198,7 @@ class Worker:
 def bench_unet(
     model: str, ceiling: int, rounds: int, *, peers: bool = False, openvino: str | None = None, sdcpp: str | None = None
 ) -> dict[str, dict[str, Any]]:
-    """Alternate passes of tiler and of others over the same checkpoint; the first of each warms up and is not counted."""
+    """Alternate passes of tiler and of others over the same checkpoint; the first of each is not counted."""
     resident = RESIDENT.format(model=model)
     commands = {
         f"tiler {p}": (sys.executable, STREAMED.format(model=model, ceiling=ceiling, size=2048, precision=p))

@@ -1,5 +1,5 @@
-"""Attention by tiler's library against torch's, at the sizes of SD 1.5's UNet and of diffusion transformers: GFLOP/s of one thread's
-CPU time, which a busy machine changes little, and the error against fp64.
+"""Attention by tiler's library against torch's, at the sizes of SD 1.5's UNet and of diffusion transformers: GFLOP/s of
+one thread's CPU time, which a busy machine changes little, and the error against fp64.
 
     python scripts/bench_attention.py [--rounds 6]
     TILER_ISA=v3 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 python scripts/bench_attention.py

@@ -1,13 +1,14 @@
 """Decoders against diffusers' own AutoencoderKL on the same latents, in one run.
 
-    python scripts/bench_decode.py exact             error, time and work of `exact` at 512², 1024² and 1536×640, beside
-                                                     diffusers' enable_tiling; SD 1.5 size with random weights, and mini
-    python scripts/bench_decode.py frozen            error and seams of `frozen` at 2048² on --count rendered pictures (mini)
-    python scripts/bench_decode.py ways              decoding and encoding 2048² by `exact`, `sampled` and `frozen`: seconds, and
-                                                     the error of the others against `exact`; SD 1.5 size with random weights
+    python scripts/bench_decode.py exact   error, time and work of `exact` at 512², 1024² and 1536×640, beside
+                                           diffusers' enable_tiling; SD 1.5 size with random weights, and mini
+    python scripts/bench_decode.py frozen  error and seams of `frozen` at 2048² on --count rendered pictures (mini)
+    python scripts/bench_decode.py ways    decoding and encoding 2048² by `exact`, `sampled` and `frozen`: seconds, and
+                                           the error of the others against `exact`; SD 1.5 size with random weights
     python scripts/bench_decode.py exact frozen --json FILE
 
-Peaks under the ceiling are measured by `bench.py decode`, in processes of their own: diffusers' part needs gigabytes here.
+Peaks under the ceiling are measured by `bench.py decode`, in processes of their own: diffusers' part needs gigabytes
+here.
 """
 
 from __future__ import annotations
@@ -162,7 +163,7 @@ def rendered_latents(model: str, size: int, count: int, folder: Path) -> list[Te
 
 
 def seam_score(picture: Tensor, step: int) -> float:
-    """Mean gradient down the picture across every `step`-th row over that across the other rows of the same phase in 8."""
+    """Mean gradient down the picture across every `step`-th row over that across others of the same phase in 8."""
     gradient = (picture[:, 8::8] - picture[:, 7:-1:8]).abs().mean(dim=(0, 2))
     at = torch.arange(1, len(gradient) + 1) * 8 % step == 0
     return float(gradient[at].mean() / gradient[~at].mean())

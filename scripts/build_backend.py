@@ -1,7 +1,7 @@
 """The PEP 517 backend: setuptools', which first compiles the kernels (build_kernels.py).
 
-A wheel with a library is one of this machine's kind, without it one of any. TILER_KERNELS=0 builds without, and then nothing
-is downloaded for it. A build that fails prints a line and does not fail the install.
+A wheel with a library is one of this machine's kind, without it one of any. TILER_KERNELS=0 builds without, and then
+nothing is downloaded for it. A build that fails prints a line and does not fail the install.
 """
 
 from __future__ import annotations

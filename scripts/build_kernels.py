@@ -1,7 +1,8 @@
-"""Compile tiler/native/*.c into the library that lies beside them: `python scripts/build_kernels.py`, with ziglang installed.
+"""Compile tiler/native/*.c into the library that lies beside them: `python scripts/build_kernels.py`, with ziglang
+installed.
 
-clang, from the `ziglang` wheel: no compiler is needed on the machine, and what it makes runs on any glibc since 2.17. GCC 12
-spills the kernels' sums: its library would be half as fast or less.
+clang, from the `ziglang` wheel: no compiler is needed on the machine, and what it makes runs on any glibc since 2.17.
+GCC 12 spills the kernels' sums: its library would be half as fast or less.
 """
 
 from __future__ import annotations
@@ -92,7 +93,8 @@ def _zig(work: Path, *arguments: str) -> None:
 
 
 def try_build() -> Path | None:
-    """The library, or None after a line that says why there is none: an install goes on without it, and without an old one."""
+    """The library, or None after a line that says why there is none: an install goes on without it, and without an old
+    one."""
     try:
         if os.environ.get("TILER_KERNELS") != "0":
             return build()

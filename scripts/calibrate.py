@@ -1,11 +1,12 @@
 """Measure again what tiler/compute/tuning.py and tiler/memory/tuning.py state.
 
-    python scripts/calibrate.py kernels     # each kernel on fixed shapes: the table's rows that this processor can give
-    python scripts/calibrate.py memory      # what the libraries take, and the plan beside the measured peak of SD 1.5's size
+    python scripts/calibrate.py kernels  # each kernel on fixed shapes: the table's rows that this processor can give
+    python scripts/calibrate.py memory   # what the libraries take, and the plan beside the measured peak (SD 1.5)
 
-`kernels` runs once for each instruction set, in a process whose torch, oneDNN, MKL and library of tiler's are limited to it, and counts the
-processor's time of one thread, so that another program beside it changes little. `memory` renders with the generated checkpoint
-of make_checkpoint.py: the difference between planned and measured is what the slack constants have to cover.
+`kernels` runs once for each instruction set, in a process whose torch, oneDNN, MKL and library of tiler's are limited
+to it, and counts the processor's time of one thread, so that another program beside it changes little. `memory` renders
+with the generated checkpoint of make_checkpoint.py: the difference between planned and measured is what the slack
+constants have to cover.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from tiler.compute.measure import TABLE_SHAPES, table_row, timings
 
 
 class Limit(NamedTuple):
-    """The flags of a processor of that instruction set, and what makes torch, oneDNN, MKL and tiler's library believe in it."""
+    """The flags of a processor of that instruction set, and what makes torch, oneDNN, MKL and tiler's library
+    believe in it."""
 
     flags: tuple[str, ...]
     aten: str

@@ -1,11 +1,12 @@
-"""Kill renders with SIGKILL at random moments, give the same command again until each is finished, and compare the files.
+"""Kill renders with SIGKILL at random moments, give the same command again until each is finished, and compare the
+files.
 
     python scripts/kills.py                    # 50 kills over mini's layouts, wraps, regions and schedulers
     python scripts/kills.py --kills 10 --only "--layout shift"
     python scripts/kills.py --model path/to/sd15 --kills 10 --size 768 --steps 2
 
-Prints a line for each kill, and ends with exit code 1 where a picture differs from the uninterrupted one or anything is left
-beside the pictures.
+Prints a line for each kill, and ends with exit code 1 where a picture differs from the uninterrupted one or anything is
+left beside the pictures.
 """
 
 from __future__ import annotations

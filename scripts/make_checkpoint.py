@@ -5,10 +5,12 @@
     python scripts/make_checkpoint.py tiny-sdxl       # a family of scripts/checkpoints/: tiny-NAME, wide-NAME or NAME
 
 Kinds: sd15, sd21 (v-prediction, 768 px), tiny (SD 1.x shape, 64-px tiles), tiny-sd2 (SD 2.x shape: linear projections,
-v-prediction), tiny-old (as `tiny`, with what old versions of diffusers left in configs: sample_size 32, a DDIM scheduler with
-steps_offset 0 and without clip_sample), tiny-plain (tiny-plain-sd2: of SD 2.x, tiny-plain-sdxl: of SDXL; of which shapes say all that single files do not: heads, groups of norms,
-vocabulary and native size as published), taesd (an AutoencoderTiny alone, of 4 or, taesd8, of 8 latent channels as `mini` has). A family NAME has three
-sizes: tiny-NAME, wide-NAME (full width and few blocks: what the memory depends on) and NAME (full size). Prints the folder. Weights are random but scaled so that activations neither vanish nor overflow.
+v-prediction), tiny-old (as `tiny`, with what old versions of diffusers left in configs: sample_size 32, a DDIM
+scheduler with steps_offset 0 and without clip_sample), tiny-plain (tiny-plain-sd2: of SD 2.x, tiny-plain-sdxl: of SDXL;
+of which shapes say all that single files do not: heads, groups of norms, vocabulary and native size as published),
+taesd (an AutoencoderTiny alone, of 4 or, taesd8, of 8 latent channels as `mini` has). A family NAME has three sizes:
+tiny-NAME, wide-NAME (full width and few blocks: what the memory depends on) and NAME (full size). Prints the folder.
+Weights are random but scaled so that activations neither vanish nor overflow.
 """
 
 from __future__ import annotations

@@ -1,14 +1,15 @@
 """Check that a change of the code changes no bit of what is rendered.
 
-    python scripts/same_bytes.py record            # before the change: hash the latents and pictures of fixed seeds
-    python scripts/same_bytes.py compare           # after it: one line for each case that differs; exit code 1 if any does
+    python scripts/same_bytes.py record           # before the change: hash the latents and pictures of fixed seeds
+    python scripts/same_bytes.py compare          # after it: a line for each case that differs; exit code 1 if any does
     python scripts/same_bytes.py compare --only shift
-    python scripts/same_bytes.py record --full     # also an SD 1.5-size checkpoint: minutes more, 3 GB of disk
+    python scripts/same_bytes.py record --full    # also an SD 1.5-size checkpoint: minutes more, 3 GB of disk
     python scripts/same_bytes.py list
 
-The cases (same_bytes.txt) run `mini` and small random checkpoints (make_checkpoint.py) through the command line alone, so
-the check outlives any move of the modules behind it. Bits depend on the processor's instruction set, on torch and on the
-number of threads: the record holds a table of hashes for each such combination. Threads: OMP_NUM_THREADS, else all cores.
+The cases (same_bytes.txt) run `mini` and small random checkpoints (make_checkpoint.py) through the command line alone,
+so the check outlives any move of the modules behind it. Bits depend on the processor's instruction set, on torch and on
+the number of threads: the record holds a table of hashes for each such combination. Threads: OMP_NUM_THREADS, else all
+cores.
 """
 
 from __future__ import annotations
@@ -90,8 +91,8 @@ def cases(*, full: bool = False, only: str = "") -> list[Case]:
 
 
 def batches(chosen: list[Case]) -> list[list[int]]:
-    """Which cases share a process: those of a model, because starting one takes longer than a small render; never two under a
-    tight ceiling, which counts what earlier renders left in the process."""
+    """Which cases share a process: those of a model, because starting one takes longer than a small render; never two
+    under a tight ceiling, which counts what earlier renders left in the process."""
     together: dict[str, list[int]] = {}
     for number, case in enumerate(chosen):
         key = case.line if TIGHT in case.line else case.model
@@ -142,7 +143,8 @@ def tiler(*arguments: str) -> None:
 
 
 def smallest_ceiling(options: list[str]) -> int:
-    """What `tiler plan` names, in bytes. In a process of its own: planning leaves memory behind, which a later plan counts."""
+    """What `tiler plan` names, in bytes. In a process of its own: planning leaves memory behind, which a later plan
+    counts."""
     program = [sys.executable, "-c", "from tiler.cli.main import main; main()"]
     if "--save-latents" in options:  # an output that a plan does not have
         at = options.index("--save-latents")
@@ -153,7 +155,8 @@ def smallest_ceiling(options: list[str]) -> int:
 
 
 def work() -> None:
-    """The other end of `run`: command lines on stdin, one list a line for each case; on stdout how each went, as JSON."""
+    """The other end of `run`: command lines on stdin, one list a line for each case; on stdout how each went, as
+    JSON."""
     for line in sys.stdin:
         failure = None
         try:
@@ -224,7 +227,9 @@ def main() -> int:
     parser.add_argument("--only", default="", metavar="SUBSTRING", help="only the cases whose line holds this")
     parser.add_argument("--file", type=Path, default=RECORD, help=f"the record (default: {RECORD})")
     args = parser.parse_args()
-    chosen = cases(full=args.full, only=args.only)
+    from tiler.native.library import has_bf16
+
+    chosen = [case for case in cases(full=args.full, only=args.only) if "bf16" not in case.render or has_bf16()]
     if args.what == "work":
         work()
         return 0

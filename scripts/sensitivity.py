@@ -3,11 +3,11 @@
     python scripts/sensitivity.py                       SD 1.5's size, random weights
     python scripts/sensitivity.py --model mini --largest 64
 
-Weights and inputs take the values that tiler/weights/int8.py gives them and are multiplied in fp32, so any processor can
-judge for any other; so it is with bf16, but for attention's own products. `--largest` is the largest weight: 64 where there are
-no dot-product instructions, else 127. `FP32_NAMES` in tiler/models/unet.py are not in the table: they stay in fp32. Beside int8 so
-do the outermost blocks but for their transformers, whose row tells what they would lose; the last row is `--precision bf16`,
-which rounds all of the table. The whole UNet is in memory: 6 GB for SD 1.5.
+Weights and inputs take the values that tiler/weights/int8.py gives them and are multiplied in fp32, so any processor
+can judge for any other; so it is with bf16, but for attention's own products. `--largest` is the largest weight: 64
+where there are no dot-product instructions, else 127. `FP32_NAMES` in tiler/models/unet.py are not in the table: they
+stay in fp32. Beside int8 so do the outermost blocks but for their transformers, whose row tells what they would lose;
+the last row is `--precision bf16`, which rounds all of the table. The whole UNet is in memory: 6 GB for SD 1.5.
 """
 
 from __future__ import annotations

@@ -28,7 +28,8 @@ os.environ["TILER_CONFIG"] = os.devnull  # the habits of whoever runs the tests 
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Tests take no prompts that another version of the code encoded; int8 weights, which tell of their version, they share."""
+    """Tests take no prompts that another version of the code encoded; int8 weights, which tell of their version, they
+    share."""
     from tiler.weights.packed import default_cache
 
     packed, home = default_cache(), tmp_path_factory.mktemp("cache")
@@ -46,8 +47,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A render gives memory back at each phase: two thirds of the time of a tiny one. Here its collections of garbage do not look
-    through what earlier tests left (a program of ours freezes its imports likewise), and code stays mapped."""
+    """A render gives memory back at each phase: two thirds of the time of a tiny one. Here its collections of garbage
+    do not look through what earlier tests left (a program of ours freezes its imports likewise), and code stays
+    mapped."""
     gc.collect()
     gc.freeze()
     monkeypatch.setattr("tiler.memory.process.release_code", lambda: None)
@@ -109,8 +111,8 @@ def tiler(tmp_path: Path):
 
 @pytest.fixture
 def in_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
-    """Run `tiler` in the test's own process, in an empty folder, in a quarter of the time: for all that is not about processes,
-    their memory and signals."""
+    """Run `tiler` in the test's own process, in an empty folder, in a quarter of the time: for all that is not about
+    processes, their memory and signals."""
     from tiler.cli.main import main
 
     def run(*args: object, env: dict[str, str] | None = None) -> Ran:

@@ -1,4 +1,5 @@
-"""The check for equal bytes covers what changes pixels, and notices what differs. The renders themselves are its own job."""
+"""The check for equal bytes covers what changes pixels, and notices what differs. The renders themselves are its own
+job."""
 
 from __future__ import annotations
 

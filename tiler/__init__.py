@@ -3,7 +3,8 @@
     from pathlib import Path
     from tiler import Budget, RenderRequest, render
 
-    render(RenderRequest(prompt="misty mountains in indigo blue", output=Path("poster.png"), size=2048), Budget("800MB"))
+    render(RenderRequest(prompt="misty mountains in indigo blue", output=Path("poster.png"), size=2048),
+    Budget("800MB"))
 
 Importing this package imports no torch; the functions do when they are first used.
 """

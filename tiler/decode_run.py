@@ -25,7 +25,8 @@ from tiler.run import Run, measure
 
 @dataclass(kw_only=True)
 class DecodeRun(Run):
-    """One decoding of saved latents under way. `width` and `height` in pixels; `texts` are what the picture says of itself."""
+    """One decoding of saved latents under way. `width` and `height` in pixels; `texts` are what the picture says of
+    itself."""
 
     output: Path
     width: int

@@ -1,4 +1,5 @@
-"""The denoiser of a run, open: what guide and canvas have their tiles predicted by, in this process or in a worker of a cluster."""
+"""The denoiser of a run, open: what guide and canvas have their tiles predicted by, in this process or in a worker of a
+cluster."""
 
 from __future__ import annotations
 
@@ -74,8 +75,8 @@ def prepare_weights(run: DenoiserRun) -> None:
 
 
 def denoiser_id(models: Models) -> str:
-    """Tells the denoiser's weights and config, the scheduler's, and the LoRAs: what every process that predicts tiles of one
-    canvas must have alike."""
+    """Tells the denoiser's weights and config, the scheduler's, and the LoRAs: what every process that predicts tiles
+    of one canvas must have alike."""
     family, loras = models.family, [(lora.strength, digests) for lora, digests in models.loras.files]
     own = model_id(family.checkpoint, [family.part(Role.DENOISER).name])
     return own if not loras else f"{own}-{hashlib.sha256(repr(loras).encode()).hexdigest()[:16]}"
@@ -83,7 +84,8 @@ def denoiser_id(models: Models) -> str:
 
 @contextmanager
 def open_denoiser(run: DenoiserRun, prompts: Prompts, phase: str = "canvas") -> Iterator[LocalRunner]:
-    """A runner that predicts the tiles of `phase` in this process, for as long as the block lasts. Raises TilerError."""
+    """A runner that predicts the tiles of `phase` in this process, for as long as the block lasts. Raises
+    TilerError."""
     request, plan = run.request, run.plan
     family, part = plan.family, plan.family.part(Role.DENOISER)
     denoiser, short = run.models.module(part), partial(run.budget.short, plan.sample_bytes)

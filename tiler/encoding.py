@@ -27,8 +27,8 @@ Weights = Mapping[str, tuple[dict[str, TensorInfo], Names]]
 
 @dataclass(frozen=True, kw_only=True)
 class Spoken:
-    """All texts of a run, how they are read or were `read_as`, those that are `encoded` already, and the `cache` that keeps the
-    others once they are."""
+    """All texts of a run, how they are read or were `read_as`, those that are `encoded` already, and the `cache` that
+    keeps the others once they are."""
 
     texts: Sequence[Text]
     reading: Reading
@@ -42,8 +42,8 @@ class Spoken:
 
 
 def with_words(request: RenderRequest, words: Words | None) -> RenderRequest:
-    """The request with what its file of encoded prompts says where it says nothing itself: what to draw, what not, and how these
-    were read. Raises UsageError where it asks for another reading."""
+    """The request with what its file of encoded prompts says where it says nothing itself: what to draw, what not, and
+    how these were read. Raises UsageError where it asks for another reading."""
     if words is None:
         return request
     was = words.read_as
@@ -72,8 +72,8 @@ def precision_of(request: ResolvedRequest, family: Family) -> Precision:
 def find_prompts(
     request: ResolvedRequest, models: Models, texts: Sequence[Text], words: Words | None, *, int8: bool | None = None
 ) -> Spoken:
-    """What is to be encoded, and what of it is already. Weights are read in int8 where the request's denoiser is, unless `int8`
-    says otherwise. Raises UsageError where `words` were given and have not all of the texts."""
+    """What is to be encoded, and what of it is already. Weights are read in int8 where the request's denoiser is,
+    unless `int8` says otherwise. Raises UsageError where `words` were given and have not all of the texts."""
     family = models.family
     if words is not None:
         words.check(family)
@@ -93,8 +93,8 @@ def find_prompts(
 
 
 def encode_prompts(run: Run, weights: Weights, spoken: Spoken) -> dict[Text, Encoded]:
-    """The embeddings of all texts; those that are not known yet by one read of the text encoders, and kept. The user is told what
-    is to be said of them."""
+    """The embeddings of all texts; those that are not known yet by one read of the text encoders, and kept. The user is
+    told what is to be said of them."""
     missing = [text for text in spoken.texts if text not in spoken.encoded]
     found = dict(spoken.encoded) | _encode(run, weights, missing, spoken.reading)
     if missing and spoken.cache is not None:

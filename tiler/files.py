@@ -51,8 +51,8 @@ def check_writable(path: Path, *, force: bool, option: str = "--output") -> None
 
 
 def replace_durably(path: Path, parts: Iterable[bytes | memoryview]) -> None:
-    """Write a file of the program's own, which has either its old or its new content whatever happens, power cuts included.
-    Raises StorageError."""
+    """Write a file of the program's own, which has either its old or its new content whatever happens, power cuts
+    included. Raises StorageError."""
     temp = path.with_name(f"{path.name}.new")
     try:
         try:
@@ -84,8 +84,8 @@ def sync_folder(folder: Path) -> None:
 def atomic(
     path: Path, *, replace: bool = True, on_whole: Callable[[os.stat_result], None] = lambda whole: None
 ) -> Iterator[BinaryIO]:
-    """A binary file that takes its name only when the block ends well; a symbolic link stays, its target is written. `on_whole`
-    is told of the file when all of it is on the disk, just before it takes its name.
+    """A binary file that takes its name only when the block ends well; a symbolic link stays, its target is written.
+    `on_whole` is told of the file when all of it is on the disk, just before it takes its name.
 
     Without `replace`, a file that has meanwhile appeared under that name is kept. Whatever keeps the finished file from
     its name, it stays under a similar one: NameTaken says which. Raises StorageError.
@@ -133,8 +133,8 @@ def _beside(target: Path) -> Path:
 
 @contextmanager
 def _hidden(target: Path) -> Iterator[BinaryIO]:
-    """A new file in the folder of `target`. It has no name where the system allows that, so that a killed process leaves
-    nothing; else a hidden one. The hidden name is removed at the end."""
+    """A new file in the folder of `target`. It has no name where the system allows that, so that a killed process
+    leaves nothing; else a hidden one. The hidden name is removed at the end."""
     temp = _beside(target)
     handle = _nameless(target)
     try:

@@ -1,4 +1,5 @@
-"""How a run is stopped from outside: a signal's handler only takes note, and the work under way ends where nothing is torn."""
+"""How a run is stopped from outside: a signal's handler only takes note, and the work under way ends where nothing is
+torn."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ _wishes = _Wishes()
 
 
 def stop(number: int) -> None:
-    """Called by the handler of signal `number`: raises Interrupted at once, or from the next `check` inside `deferred`."""
+    """Called by the handler of signal `number`: raises Interrupted at once, or from the next `check` inside
+    `deferred`."""
     if not _wishes.deferred:
         raise Interrupted(number)
     _wishes.stop = number

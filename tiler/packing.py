@@ -29,7 +29,8 @@ from tiler.weights.store import match_index
 
 
 def packed_parts(family: Family) -> list[Part]:
-    """The parts whose weights a packed file holds, in the order in which they are used; text encoders where they are there."""
+    """The parts whose weights a packed file holds, in the order in which they are used; text encoders where they are
+    there."""
     return [*family.encoders, family.part(Role.DENOISER)]
 
 
@@ -44,7 +45,8 @@ def _prefix(part: Part) -> str:
 
 
 def packed_changes(models: Models) -> Changes:
-    """What LoRAs change of the denoiser's int8 weights that can be no path of low rank beside them: it is packed with them."""
+    """What LoRAs change of the denoiser's int8 weights that can be no path of low rank beside them: it is packed with
+    them."""
     part = models.family.part(Role.DENOISER)
     changes = models.changes(part)
     integers = part.int8_weights(models.module(part)) if changes else frozenset[str]()
@@ -63,9 +65,9 @@ def beside_packed(models: Models, part: Part) -> Changes:
 
 
 def packed_weights(models: Models, cache: Path, progress: Callable[[float, str], None]) -> dict[str, TensorInfo]:
-    """The index of the packed file in `cache`, which is made first if it is not there or does not fit: the text encoders'
-    parameters and the denoiser's, by `packed_names`. What is read once a run stays in the checkpoint's own files, and stands
-    last in the index.
+    """The index of the packed file in `cache`, which is made first if it is not there or does not fit: the text
+    encoders' parameters and the denoiser's, by `packed_names`. What is read once a run stays in the checkpoint's own
+    files, and stands last in the index.
 
     `progress` gets the share written and why. Raises StorageError, ModelError, NumericalError.
     """
@@ -107,7 +109,8 @@ def packed_weights(models: Models, cache: Path, progress: Callable[[float, str],
 
 
 def order_of_use(family: Family, denoiser: Any) -> list[str]:
-    """All parameters of a denoiser on the meta device: what is loaded at once, then what a pass streams, as it comes."""
+    """All parameters of a denoiser on the meta device: what is loaded at once, then what a pass streams, as it
+    comes."""
     streamer = Streamer(None)
     everything = [name for name, _ in denoiser.named_parameters()]
     with lent(denoiser, streamer), MetaMeter(), torch.no_grad():

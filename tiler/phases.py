@@ -88,8 +88,8 @@ class RenderRun(DenoiserRun):
 def start(
     request: RenderRequest, budget: Budget, on_event: OnEvent, job: Job | None = None, *, planning: bool = False
 ) -> RenderRun:
-    """Fill the request, check that its files can be written and its guide read, build the models, and plan; of a `job` to be
-    continued what was left open then is as it was. Raises TilerError.
+    """Fill the request, check that its files can be written and its guide read, build the models, and plan; of a `job`
+    to be continued what was left open then is as it was. Raises TilerError.
 
     `planning` an output that was not named need not be free.
     """
@@ -144,9 +144,9 @@ def make_plan(
     encoded: bool = False,
     embeds: bool = False,
 ) -> RenderPlan:
-    """Cut the work, unless its `tiling` is known, build the models, look at the process and plan; no text encoder is needed for
-    prompts that are `encoded`, and those that name embeddings (`embeds`) may be longer than their words. The ways that a job was
-    begun with hold. Raises TilerError."""
+    """Cut the work, unless its `tiling` is known, build the models, look at the process and plan; no text encoder is
+    needed for prompts that are `encoded`, and those that name embeddings (`embeds`) may be longer than their words. The
+    ways that a job was begun with hold. Raises TilerError."""
     tiling = tiling or plan_tiling(request, models.family)
     # int8 weights are made of all parts
     models.build(encoders=not encoded or encoding.precision_of(request, models.family) is Precision.INT8)
@@ -200,7 +200,8 @@ def encode_prompts(run: RenderRun) -> Prompts:
 
 
 def make_guide(run: RenderRun, prompts: Prompts) -> Tensor | None:
-    """Denoise the guide at the model's native resolution → its latents, (1, C, h, w) fp32 scaled; None where there is none."""
+    """Denoise the guide at the model's native resolution → its latents, (1, C, h, w) fp32 scaled; None where there is
+    none."""
     plan = run.plan
     if plan.guide is None or run.job.has_reference:
         return None
@@ -209,7 +210,8 @@ def make_guide(run: RenderRun, prompts: Prompts) -> Tensor | None:
 
 
 def make_reference(run: RenderRun, picture: np.ndarray | None, guide_latents: Tensor | None) -> Tensor | None:
-    """The user's `picture`, or the guide, as latents of the canvas's size, (1, C, H, W) fp32 scaled; None without either."""
+    """The user's `picture`, or the guide, as latents of the canvas's size, (1, C, H, W) fp32 scaled; None without
+    either."""
     if run.job.has_reference:
         return run.job.load_reference()
     if guide_latents is None and picture is None:

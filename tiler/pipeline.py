@@ -51,7 +51,8 @@ def render(request: RenderRequest, budget: Budget | None = None, on_event: OnEve
         run.plan.memory.check(advice=phases.advice(run))
         open_runner = cluster.runner_of(run)
         lean_imports.freeze_imports()
-        # Holes in the heap count as data though no page of them is resident: 315 MB were seen under a ceiling of 800 MB.
+        # Holes in the heap count as data though no page of them is resident: 315 MB were seen under a ceiling of 800
+        # MB.
         with process.limit_data(max(0, budget.max_bytes - process.read_rss().now) + budget.max_bytes):
             run.texts = reports.texts(run)  # before the first step: whatever cannot be written is found now
             reports.begin_job(run)
@@ -134,8 +135,8 @@ def encode(request: EncodeRequest, budget: Budget | None = None, on_event: OnEve
 
 @torch.no_grad()
 def quantize(request: QuantizeRequest, budget: Budget | None = None, on_event: OnEvent = _ignore) -> Result:
-    """Write a folder of quantised weights, or a checkpoint's int8 weights into its cache folder unless they are there. Raises
-    TilerError."""
+    """Write a folder of quantised weights, or a checkpoint's int8 weights into its cache folder unless they are there.
+    Raises TilerError."""
     with budget or Budget() as budget:
         models = phases.open_models(families.open_family(request))
         if request.output is not None:

@@ -1,7 +1,8 @@
 """`--preview FILE`: what the canvas is becoming, one pixel for each latent or for several.
 
-Colours are an affine function of a latent's channels, fitted to the autoencoder by least squares: the means of 8×8 pixels of a
-decoded picture on its latents. The first guide that is decoded is that picture; without one, a small made-up one is decoded.
+Colours are an affine function of a latent's channels, fitted to the autoencoder by least squares: the means of 8×8
+pixels of a decoded picture on its latents. The first guide that is decoded is that picture; without one, a small
+made-up one is decoded.
 """
 
 from __future__ import annotations
@@ -101,7 +102,8 @@ def open_preview(request: ResolvedRequest, models: Models) -> Preview | None:
 
 
 def learn(preview: Preview | None, latents: Tensor, pixels: np.ndarray) -> None:
-    """The colours from a decoded picture (8h, 8w, 3) uint8 and its scaled latents (1, C, h, w), unless that was done before."""
+    """The colours from a decoded picture (8h, 8w, 3) uint8 and its scaled latents (1, C, h, w), unless that was done
+    before."""
     if preview is not None and preview.colours is None:
         preview.colours = fit_colours(latents, pixels)
         preview.remember()
@@ -151,7 +153,8 @@ def fit_colours(latents: Tensor, pixels: np.ndarray) -> Tensor:
 
 
 def paint(latents: Tensor, colours: Tensor) -> np.ndarray:
-    """latents (1, C, h, w) → (H, W, 3) uint8, about LONGEST pixels on the longer side; a few rows are in memory at a time."""
+    """latents (1, C, h, w) → (H, W, 3) uint8, about LONGEST pixels on the longer side; a few rows are in memory at a
+    time."""
     _, channels, height, width = latents.shape
     many = -(-max(height, width) // LONGEST)  # latents for a pixel
     times = max(1, LONGEST // max(height, width))  # pixels for a latent
@@ -166,8 +169,8 @@ def paint(latents: Tensor, colours: Tensor) -> np.ndarray:
 
 
 def learn_by_decoding(run: Run, preview: Preview | None, request: ResolvedRequest, planned_bytes: int) -> None:
-    """Decode a small picture of smooth, made-up latents, where nothing else has told the colours. It takes less memory than the
-    canvas will when it is decoded, for which `planned_bytes` are planned."""
+    """Decode a small picture of smooth, made-up latents, where nothing else has told the colours. It takes less memory
+    than the canvas will when it is decoded, for which `planned_bytes` are planned."""
     if preview is None or preview.colours is not None:
         return
     spec, folder = preview.spec, request.scratch_folder

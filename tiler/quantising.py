@@ -1,8 +1,8 @@
-"""A model's folder with fewer bits a weight: the denoiser's and, where asked for, the text encoders' in optimum-quanto's layout,
-everything else as it was.
+"""A model's folder with fewer bits a weight: the denoiser's and, where asked for, the text encoders' in
+optimum-quanto's layout, everything else as it was.
 
-What stays as it is stored: what `Part.quantise` leaves out (embedders, norms and what modulates, the last projection, the second
-CLIP encoder of SDXL and Stable Diffusion 3), what the user excludes, and the autoencoder.
+What stays as it is stored: what `Part.quantise` leaves out (embedders, norms and what modulates, the last projection,
+the second CLIP encoder of SDXL and Stable Diffusion 3), what the user excludes, and the autoencoder.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ _FILES = {Role.DENOISER: "diffusion_pytorch_model", Role.TEXT_ENCODER: "model"}
 
 
 def write_folder(request: QuantizeRequest, models: Models, budget: Budget, on_event: OnEvent) -> dict[str, int]:
-    """Write the folder `request.output`, whole or not at all; the bytes of each part's weights there. Raises TilerError."""
+    """Write the folder `request.output`, whole or not at all; the bytes of each part's weights there. Raises
+    TilerError."""
     checkpoint, output = models.family.checkpoint, request.output
     assert output is not None
     if checkpoint.file is not None or checkpoint.sources:
@@ -112,7 +113,8 @@ def _check_room(checkpoint: Checkpoint, models: Models, parent: Path) -> None:
 
 @contextmanager
 def _whole(output: Path) -> Iterator[Path]:
-    """A folder beside `output` that takes its place when the block ends well, and goes otherwise. Raises StorageError."""
+    """A folder beside `output` that takes its place when the block ends well, and goes otherwise. Raises
+    StorageError."""
     temp = output.absolute().with_name(f".{output.name}.tiler")
     try:
         shutil.rmtree(temp, ignore_errors=True)

@@ -103,8 +103,8 @@ def texts(run: RenderRun) -> dict[str, str]:
 
 
 def begin_job(run: RenderRun) -> None:
-    """Begin the run's job, or go on with it, and say from where; a picture that is to go through a pipe has none. Raises
-    JobError, JobLocked, StorageError."""
+    """Begin the run's job, or go on with it, and say from where; a picture that is to go through a pipe has none.
+    Raises JobError, JobLocked, StorageError."""
     if run.request.output == STDOUT:
         run.note("a picture on standard output has no job folder: if this is interrupted, it begins anew")
         return

@@ -73,8 +73,8 @@ def streamed(
     module: Any, stored: dict[str, TensorInfo], names: Names, resident: dict[str, torch.dtype] | None = None,
     *, changes: Changes | None = None, **options: Any,
 ) -> Iterator[Streamer]:  # fmt: skip
-    """The weights of one part of a checkpoint behind a meta-device module, for as long as the block lasts. `resident` ones
-    stay in memory, `changes` are what LoRAs add to them; `options` are the Streamer's."""
+    """The weights of one part of a checkpoint behind a meta-device module, for as long as the block lasts. `resident`
+    ones stay in memory, `changes` are what LoRAs add to them; `options` are the Streamer's."""
     index = match_index(module, stored, names)
     with WeightStore(index, changes=changes) as store:
         streamer = Streamer(store, **options)
@@ -85,8 +85,8 @@ def streamed(
 
 
 def measure(scratch: Path, guide: GuidePicture | None = None) -> Facts:
-    """What planning has to know of this process and machine: to be asked once the models are built. `scratch` is where scratch
-    files will go, `guide` the user's picture. Raises StorageError where the folder cannot be used."""
+    """What planning has to know of this process and machine: to be asked once the models are built. `scratch` is where
+    scratch files will go, `guide` the user's picture. Raises StorageError where the folder cannot be used."""
     free = free_bytes(scratch)
     process.release_code()
     facts = Facts(rss_bytes=process.read_rss().now, scratch_free_bytes=free, int8=onednn.int8(), bf16=has_bf16())

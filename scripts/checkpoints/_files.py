@@ -1,4 +1,5 @@
-"""Weight files written tensor by tensor, so that models of any size can be made: random, or sparse, whose holes read as zeros."""
+"""Weight files written tensor by tensor, so that models of any size can be made: random, or sparse, whose holes read as
+zeros."""
 
 from __future__ import annotations
 
@@ -19,8 +20,8 @@ def write_weights(
     seed: int = 0,
     spreads: Mapping[str, float] = {},
 ) -> None:
-    """A safetensors file of fp16 tensors. Random ones keep the size of activations: matrices of 1/√in, norms near 1, biases near
-    0; `spreads` are the standard deviations of others."""
+    """A safetensors file of fp16 tensors. Random ones keep the size of activations: matrices of 1/√in, norms near 1,
+    biases near 0; `spreads` are the standard deviations of others."""
     header, end = {}, 0
     for name, shape in shapes.items():
         begin, end = end, end + 2 * shape.numel()

@@ -1,4 +1,5 @@
-"""Random weights for a model of any size: tensor by tensor into a safetensors file, so that memory holds one at a time."""
+"""Random weights for a model of any size: tensor by tensor into a safetensors file, so that memory holds one at a
+time."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ def on_meta(build: Callable[[], nn.Module]) -> nn.Module:
 
 
 def random_parameter(name: str, shape: tuple[int, ...]) -> Tensor:
-    """Weights as torch initialises them, biases and norms that differ from 0 and 1: activations neither vanish nor overflow."""
+    """Weights as torch initialises them, biases and norms that differ from 0 and 1: activations neither vanish nor
+    overflow."""
     if name.endswith("bias"):
         return torch.empty(shape).normal_(0, 0.02)
     if len(shape) == 1:

@@ -1,5 +1,5 @@
-"""Transformers of diffusers' folders under the names of their original repositories: what those stack is stacked, what those swap
-is swapped."""
+"""Transformers of diffusers' folders under the names of their original repositories: what those stack is stacked, what
+those swap is swapped."""
 
 from __future__ import annotations
 

@@ -58,8 +58,8 @@ _CHANGES: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def write(folder: Path, size: str, *, sparse: bool = False, **transformer: Any) -> None:
-    """A checkpoint in diffusers layout; `sparse` files are holes, which read as zeros; `transformer`: values of its config
-    that are to be others."""
+    """A checkpoint in diffusers layout; `sparse` files are holes, which read as zeros; `transformer`: values of its
+    config that are to be others."""
     parts = {"transformer": TRANSFORMER, "vae": VAE, "text_encoder": _t5.config(**PILE_T5_XL)}
     parts = {name: config | _CHANGES[size].get(name, {}) for name, config in parts.items()}
     parts["transformer"] |= transformer

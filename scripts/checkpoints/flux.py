@@ -1,4 +1,5 @@
-"""Flux.1 dev, or schnell: transformer, CLIP-L, T5-XXL and a VAE of 16 channels, laid out as the published repositories."""
+"""Flux.1 dev, or schnell: transformer, CLIP-L, T5-XXL and a VAE of 16 channels, laid out as the published
+repositories."""
 
 from __future__ import annotations
 

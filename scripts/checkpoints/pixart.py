@@ -1,5 +1,6 @@
 """PixArt-Σ, or α, of 1024 px: transformer, T5 and the VAE of SDXL (α: of Stable Diffusion), laid out as the published
-repositories. The transformer is whole in size `full`; T5-XXL has two blocks of its 24 there, too: 1 GB instead of 9.5."""
+repositories. The transformer is whole in size `full`; T5-XXL has two blocks of its 24 there, too: 1 GB instead of
+9.5."""
 
 from __future__ import annotations
 
@@ -56,8 +57,8 @@ _SMALL: dict[str, dict[str, Any]] = {
 
 
 def write(folder: Path, size: str, *, alpha: bool = False, sample_size: int | None = None) -> None:
-    """A checkpoint in `folder`: tiny, wide (two blocks) or full. `alpha` has its micro-conditions; `sample_size` is the side of
-    a native tile in latents, where it differs."""
+    """A checkpoint in `folder`: tiny, wide (two blocks) or full. `alpha` has its micro-conditions; `sample_size` is the
+    side of a native tile in latents, where it differs."""
     parts = {"transformer": _TRANSFORMER, "vae": _VAE, "text_encoder": _t5.config()}
     parts = {name: config | _SMALL[size].get(name, {}) for name, config in parts.items()}
     if alpha:

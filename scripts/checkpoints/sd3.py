@@ -1,7 +1,7 @@
 """Stable Diffusion 3's layout: two CLIPs with projections, T5, a transformer of joint blocks, and a VAE of 16 channels.
 
-tiny: 128-px tiles, blocks of 256 channels. wide: 3.5 large's width, two blocks, T5-XXL's width, two layers: 2.7 GB. full: SD 3
-medium's configs, 2.028 B parameters in the transformer, no T5: 5.9 GB.
+tiny: 128-px tiles, blocks of 256 channels. wide: 3.5 large's width, two blocks, T5-XXL's width, two layers: 2.7 GB.
+full: SD 3 medium's configs, 2.028 B parameters in the transformer, no T5: 5.9 GB.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ _CHANGES: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def write(folder: Path, size: str, *, t5: bool = True, sparse: bool = False, **transformer: Any) -> None:
-    """A checkpoint in diffusers layout, with `t5` or without; `sparse` files are holes, which read as zeros; `transformer`:
-    values of its config that are to be others."""
+    """A checkpoint in diffusers layout, with `t5` or without; `sparse` files are holes, which read as zeros;
+    `transformer`: values of its config that are to be others."""
     parts = {"transformer": TRANSFORMER, "vae": VAE, "text_encoder": CLIP_L, "text_encoder_2": BIG_G}
     if t5 and size != "full":
         parts["text_encoder_3"] = _t5.config(**(_t5.XXL | {"num_layers": 2} if size == "wide" else _t5.TINY))

@@ -1,7 +1,8 @@
 """SDXL's layout: two CLIPs with their tokenizers, a UNet with text and size conditioning, and a VAE of factor 8.
 
-tiny: 128-px tiles, a few channels. plain: small, but all that shapes do not say is as published. wide: full width, one transformer block where SDXL has up to ten, two layers in each text
-encoder: 1.8 GB. full: the base model's configs, 2.567 B parameters in the UNet: 7 GB.
+tiny: 128-px tiles, a few channels. plain: small, but all that shapes do not say is as published. wide: full width, one
+transformer block where SDXL has up to ten, two layers in each text encoder: 1.8 GB. full: the base model's configs,
+2.567 B parameters in the UNet: 7 GB.
 """
 
 from __future__ import annotations

@@ -122,8 +122,8 @@ def as_seen(scene: Scene, shares: np.ndarray) -> Scene:
 
 
 def caption(scene: Scene, rng: np.random.Generator, keep: float = 0.8, shares: np.ndarray | None = None) -> str:
-    """Mentions each attribute with probability `keep`. With `shares`, the part of a view that shows each of THINGS, only
-    what the view shows is mentioned, and no side."""
+    """Mentions each attribute with probability `keep`. With `shares`, the part of a view that shows each of THINGS,
+    only what the view shows is mentioned, and no side."""
     things = [*_body(scene, rng, keep, shares), *_objects(scene, rng, keep, shares)]
     rng.shuffle(things)
     land = scene.terrain if shares is None else _visible_terrain(scene.terrain, shares)

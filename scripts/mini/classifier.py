@@ -1,5 +1,5 @@
-"""A small network that reads from pictures what prompts ask for. Trained here, on drawings alone, and judged by drawings that
-it never saw."""
+"""A small network that reads from pictures what prompts ask for. Trained here, on drawings alone, and judged by
+drawings that it never saw."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ _SECOND_DISC = 0.2  # share of drawings with a disc that get another one
 
 
 class Classifier(nn.Module):
-    """(n, 3, 128, 128) in [-1, 1] → FEATURES → logits of each attribute. Its last map keeps places apart: sides are places."""
+    """(n, 3, 128, 128) in [-1, 1] → FEATURES → logits of each attribute. Its last map keeps places apart: sides are
+    places."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -141,7 +142,8 @@ def accuracy(got: dict[str, Tensor], want: dict[str, Tensor]) -> dict[str, float
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """Between two samples of features (n, FEATURES), taken as Gaussians (Heusel et al. 2017, arXiv:1706.08500, equation 6)."""
+    """Between two samples of features (n, FEATURES), taken as Gaussians (Heusel et al. 2017, arXiv:1706.08500, equation
+    6)."""
     a, b = a.double(), b.double()
     cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
     values, vectors = torch.linalg.eigh(cov_a)

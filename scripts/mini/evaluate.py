@@ -1,13 +1,14 @@
 """Judge `mini` by drawings that it never saw:
 
-    evaluate.py sheet         24 prompts at 256 px as one picture: look at it first
-    evaluate.py posters       canvases of --size, with seams, discs and likeness to the guide
-    evaluate.py attributes    a classifier, trained here in --steps of 48 drawings, reads palette, time of day, terrain,
-                              disc (kind, side, count), style and objects from drawings and from generated pictures
-    evaluate.py distance      Fréchet distance of the classifier's features: generated against drawn, drawn against drawn
-    evaluate.py autoencoder   PSNR of 128-px pieces, whole scenes and crops
-    evaluate.py refine        a drawn 256-px scene, refined at --strength, against the scene drawn as large: power spectrum
-                              by octave
+    evaluate.py sheet        24 prompts at 256 px as one picture: look at it first
+    evaluate.py posters      canvases of --size, with seams, discs and likeness to the guide
+    evaluate.py attributes   a classifier, trained here in --steps of 48 drawings, reads palette, time of day, terrain,
+                             disc (kind, side, count), style and objects from drawings and from generated pictures
+    evaluate.py distance     Fréchet distance of the classifier's features: generated against drawn, drawn
+                             against drawn
+    evaluate.py autoencoder  PSNR of 128-px pieces, whole scenes and crops
+    evaluate.py refine       a drawn 256-px scene, refined at --strength, against the scene drawn as large: power
+                             spectrum by octave
 
 All judge the folder --model, by default the embedded one. `tiler.toml` in tiler/models/mini gives guidance.
 """

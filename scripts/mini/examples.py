@@ -71,7 +71,8 @@ def examples_of(workshop: Workshop, shards: list[int], version: str, tokenizer: 
 
 
 def _captions(scene: Scene, rng: np.random.Generator, shares: np.ndarray | None) -> list[str]:
-    """A tile of a poster is refined under the poster's prompt: crops carry the whole scene's words as often as their own."""
+    """A tile of a poster is refined under the poster's prompt: crops carry the whole scene's words as often as their
+    own."""
     if shares is None:
         return [caption(scene, rng, keep) for keep in _WHOLE]
     own = [caption(scene, rng, keep, shares) for keep in _CROP]
@@ -83,8 +84,8 @@ def _tokens(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
 
 
 class Sampler:
-    """Draws batches of examples on the processor, the same from the same seed. Pictures of a batch have one shape; `crops` is
-    the share of crops where their shape has any."""
+    """Draws batches of examples on the processor, the same from the same seed. Pictures of a batch have one shape;
+    `crops` is the share of crops where their shape has any."""
 
     def __init__(self, examples: list[Examples], tokenizer: CLIPTokenizer, crops: float, seed: int) -> None:
         self.examples, self.crops = examples, crops
@@ -94,8 +95,8 @@ class Sampler:
 
     def batch(self, size: int) -> Batch:
         """Scenes are composed where noise hides everything small, from step 800 upwards: three quarters of theirs are
-        logit-normal around that (arXiv:2403.03206, 3.1). Crops are for refinement: three quarters of theirs are below 600.
-        One in ten has no caption."""
+        logit-normal around that (arXiv:2403.03206, 3.1). Crops are for refinement: three quarters of theirs are below
+        600. One in ten has no caption."""
         g = self.generator
         e = self.examples[int(torch.multinomial(self.sizes, 1, generator=g))]
         crop = torch.rand(size, generator=g) < (0 if e.whole.all() else self.crops)

@@ -13,8 +13,8 @@ _RARE = {Thing.CLOUDS: 2.0, Thing.BODY: 4.0, Thing.SNOW: 2.0, Thing.PINES: 2.0, 
 
 
 class LayoutHead(nn.Module):
-    """Reads from the UNet's middle features which thing is at which place. That is learnt from words and from noise more
-    directly than through noise predictions alone (as with the features of arXiv:2410.06940)."""
+    """Reads from the UNet's middle features which thing is at which place. That is learnt from words and from noise
+    more directly than through noise predictions alone (as with the features of arXiv:2410.06940)."""
 
     def __init__(self, unet: UNet2DConditionModel) -> None:
         super().__init__()

@@ -1,4 +1,5 @@
-"""Attributes of scenes as numbers, for the heads that train the UNet and for the classifier that judges its pictures."""
+"""Attributes of scenes as numbers, for the heads that train the UNet and for the classifier that judges its
+pictures."""
 
 from __future__ import annotations
 

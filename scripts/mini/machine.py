@@ -1,4 +1,5 @@
-"""The machine that trains and judges: CUDA where there is one, bf16 where it is fast, and never in another program's way."""
+"""The machine that trains and judges: CUDA where there is one, bf16 where it is fast, and never in another program's
+way."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""How weights are moved: Muon for matrices, an average over steps for what is exported, and a clock for the step size."""
+"""How weights are moved: Muon for matrices, an average over steps for what is exported, and a clock for the step
+size."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """The pool of drawings that training learns from: shards of whole scenes, and of crops of other scenes.
 
-A shard is two files: `i000.npy`, pictures (2·part, H, W, 3) uint8; `m000.npz`, what they show. Its first half are whole scenes, the
-second crops; every third shard has whole scenes of another shape only, since the guide of a banner has the banner's shape.
+A shard is two files: `i000.npy`, pictures (2·part, H, W, 3) uint8; `m000.npz`, what they show. Its first half are whole
+scenes, the second crops; every third shard has whole scenes of another shape only, since the guide of a banner has the
+banner's shape.
 """
 
 from __future__ import annotations
@@ -95,8 +96,8 @@ class Pool:
 
 
 def choose_view(rng: np.random.Generator, scene: Scene) -> View:
-    """A square part of the scene: often a disc's edge, which tiles of a large canvas must go on with, and plain sky as often as
-    tiles are plain, so that they learn to leave it so; else more than one flat colour."""
+    """A square part of the scene: often a disc's edge, which tiles of a large canvas must go on with, and plain sky as
+    often as tiles are plain, so that they learn to leave it so; else more than one flat colour."""
     if scene.discs and rng.random() < _EDGES:
         return _view_of_edge(rng, scene, scene.discs[0])
     plain = rng.random() < _PLAIN

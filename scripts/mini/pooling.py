@@ -9,7 +9,8 @@ from model import LATENT_CHANNELS
 
 @torch.no_grad()
 def start_as_pooling(vae: AutoencoderKL, images: torch.Tensor) -> None:
-    """Initialise the autoencoder as averages and differences of 8×8 blocks, put together again by bilinear interpolation.
+    """Initialise the autoencoder as averages and differences of 8×8 blocks, put together again by bilinear
+    interpolation.
 
     It then begins at about 25 dB and trains steadily; from random weights it takes half an hour to come that far.
     `images` (n, 3, H, W) in [-1, 1] give the latents unit variance. Latents: whitened mean colour (3), then the

@@ -16,8 +16,8 @@ _SEEDS = HELD_OUT + 7_000
 
 
 def compare_refined(model: Path, k: int, size: int, strength: float) -> tuple[str, dict[float, tuple[float, float]]]:
-    """The prompt; and by wavelength in px of `size`, halved at each step, how much more power than the drawing (dB) there
-    is in its 256-px view refined at `strength`, and in the same view enlarged by Lanczos."""
+    """The prompt; and by wavelength in px of `size`, halved at each step, how much more power than the drawing (dB)
+    there is in its 256-px view refined at `strength`, and in the same view enlarged by Lanczos."""
     scene = art.compose(_SEEDS + k)
     prompt = caption(scene, np.random.default_rng(k), keep=1.0)
     small = Image.fromarray(art.draw(scene, None, SIDE, SIDE).pixels)
@@ -36,8 +36,8 @@ def compare_refined(model: Path, k: int, size: int, strength: float) -> tuple[st
 
 
 def power(picture: np.ndarray) -> dict[float, float]:
-    """Mean power of a square picture's brightness by octave: shortest wavelength of the octave in px → power. The edges are
-    faded, or the jump from the right edge to the left would be in every octave."""
+    """Mean power of a square picture's brightness by octave: shortest wavelength of the octave in px → power. The edges
+    are faded, or the jump from the right edge to the left would be in every octave."""
     side = len(picture)
     window = np.hanning(side)
     grey = picture.astype(float).mean(axis=2)

@@ -1,4 +1,5 @@
-"""Where training keeps its things, and what it goes on from: its own state where there is one, else the committed weights."""
+"""Where training keeps its things, and what it goes on from: its own state where there is one, else the committed
+weights."""
 
 from __future__ import annotations
 

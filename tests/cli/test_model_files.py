@@ -19,7 +19,8 @@ from tiler.weights.caches import INT8_VERSION
 
 @pytest.fixture(scope="module")
 def webui(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder like AUTOMATIC1111's: a model without its autoencoder, a LoRA, an autoencoder, a folder, a damaged file."""
+    """A folder like AUTOMATIC1111's: a model without its autoencoder, a LoRA, an autoencoder, a folder, a damaged
+    file."""
     root = tmp_path_factory.mktemp("webui")
     folder = make_checkpoint.make("tiny-plain", root / "models/diffusers")
     tensors = single_tensors(folder)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tiler.compute.measure import TABLE_SHAPES
+from tiler.native.library import has_bf16
 
 
 def test_help_names_every_command(in_process) -> None:
@@ -30,7 +31,7 @@ def test_doctor(tiler) -> None:
         assert facts["--precision auto"].startswith("int8:" if dot else "fp32:")
     for shape in TABLE_SHAPES:
         said = [text for name, text in facts.items() if name.startswith("kernels ") and shape.label in text]
-        assert len(said) == 2 and all(" ms" in text for text in said)  # fp32 and int8
+        assert len(said) == (3 if has_bf16() else 2) and all(" ms" in text for text in said)
 
 
 def test_presets_are_bundles_that_other_options_change(in_process, tiny: Path) -> None:

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 from PIL import Image, PngImagePlugin
 
-from tiler.cli.repeat import _OF_THE_RUN, repeat
+from tiler.cli.repeat import repeat
 from tiler.errors import ModelError
 from tiler.output.metadata import Facts, texts
 from tiler.planning.resolve import fill
 from tiler.request import Region, RenderRequest, Scheduler
+from tiler.request.render import OF_THE_RUN
 from tiler.request.settings import Kind
 
 NOTHING: frozenset[str] = frozenset()
@@ -104,7 +105,8 @@ def test_a_model_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_picture_of_ones_own_is_enlarged(in_process, tiny: Path, tmp_path: Path) -> None:
-    """`--scale` takes the size of the picture as it is looked at, and beside --from all but the size of what it says."""
+    """`--scale` takes the size of the picture as it is looked at, and beside --from all but the size of what it
+    says."""
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by a quarter
     Image.new("RGB", (50, 34)).save(tmp_path / "phone.jpg", exif=exif)
@@ -193,7 +195,7 @@ WITH = {"landscape": {"paper": "A4"}, "bleed": {"paper": "A4"}}
 
 def test_every_option_of_a_picture_is_in_the_list_above() -> None:
     offered = {name for name, field in RenderRequest.__dataclass_fields__.items() if "option" in field.metadata}
-    assert offered - VALUES.keys() - ELSEWHERE - set(_OF_THE_RUN) == set()
+    assert offered - VALUES.keys() - ELSEWHERE - set(OF_THE_RUN) == set()
 
 
 @pytest.mark.parametrize("name", VALUES)
@@ -203,7 +205,7 @@ def test_every_option_of_a_picture_comes_back(tmp_path: Path, name: str) -> None
     picture = png(tmp_path / "x.png", **texts(once, FACTS))
     again = fill(RenderRequest(**repeat(picture, NOTHING, DEFAULTS).values))
     for field in RenderRequest.__dataclass_fields__:
-        if field not in (*_OF_THE_RUN, "size", "preset", "scale"):  # the last three: resolved in others
+        if field not in (*OF_THE_RUN, "size", "preset", "scale"):  # the last three: resolved in others
             wanted = replace(once, precision="fp32")  # what AUTO was
             assert getattr(again, field) == getattr(wanted, field), field
 

@@ -1,4 +1,5 @@
-"""Renders over worker processes on the loopback interface: equal bytes, ceilings, closed doors, and what happens when things break."""
+"""Renders over worker processes on the loopback interface: equal bytes, ceilings, closed doors, and what happens when
+things break."""
 
 from __future__ import annotations
 

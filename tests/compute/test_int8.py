@@ -338,8 +338,8 @@ def test_what_int8_means_on_a_processor(
 
 @needs_int8
 def test_planning_counts_int8_weights_as_bytes(tiny: Path) -> None:
-    """The peak of a pass on shapes: with every layer a unit of its own, fp32 holds four bytes where int8 holds one, or three by
-    oneDNN of a weight that is one piece: as stored, on its way, and as computed with."""
+    """The peak of a pass on shapes: with every layer a unit of its own, fp32 holds four bytes where int8 holds one, or
+    three by oneDNN of a weight that is one piece: as stored, on its way, and as computed with."""
     family = family_of(tiny)
     peaks = []
     for quantised in (False, True):

@@ -1,4 +1,5 @@
-"""A kernel of its own kind takes part through the policy alone; the table names kernels that exist; constants have passports."""
+"""A kernel of its own kind takes part through the policy alone; the table names kernels that exist; constants have
+passports."""
 
 from __future__ import annotations
 
@@ -41,7 +42,8 @@ from tiler.weights.store import WeightStore
 
 
 class FourBits(Kernel):
-    """Convolutions of 3 × 3 with norm, activation and residual in one go; two weights a byte, a scale for each output."""
+    """Convolutions of 3 × 3 with norm, activation and residual in one go; two weights a byte, a scale for each
+    output."""
 
     name = "four-bits"
     in_arena = False

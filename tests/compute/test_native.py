@@ -45,8 +45,8 @@ class Gated(nn.Module):
 
 
 class Convolutions(nn.Module):
-    """Two joined parts: through GroupNorm, SiLU and 3 × 3 with a residual, and through 1 × 1; a stride of 2; a normed 1 × 1; rows
-    that bring their own frame above and below, if `framed`."""
+    """Two joined parts: through GroupNorm, SiLU and 3 × 3 with a residual, and through 1 × 1; a stride of 2; a normed 1
+    × 1; rows that bring their own frame above and below, if `framed`."""
 
     def __init__(self, *, framed: bool = True) -> None:
         super().__init__()
@@ -73,7 +73,8 @@ class One(nn.Module):
 
 
 def stored(module: nn.Module, path: Path, kernel: str, *, in_blocks: bool = True) -> nn.Module:
-    """Write the module's weights: fp16, or int8 as a packed file has them; returns it with what the file's weights are."""
+    """Write the module's weights: fp16, or int8 as a packed file has them; returns it with what the file's weights
+    are."""
     tensors: dict[str, Tensor] = {}
     for name, value in module.state_dict().items():
         if kernel == "native-int8" and value.ndim > 1:
@@ -164,7 +165,8 @@ def test_nan_reaches_the_result(case, kernel: str) -> None:
 def test_an_outlier_costs_half_a_step_of_its_own_token_or_image(
     is_linear: bool, outlier: float, tmp_path: Path
 ) -> None:
-    """Transformers have a few values that are far larger than all others (Dettmers et al., 2022, LLM.int8(), section 3)."""
+    """Transformers have a few values that are far larger than all others (Dettmers et al., 2022, LLM.int8(), section
+    3)."""
     torch.manual_seed(5)
     make, path = partial(One, is_linear=is_linear), tmp_path / "w.safetensors"
     exact = stored(make(), path, "native-int8").double()

@@ -1,4 +1,5 @@
-"""Attention by the library behind `attend`: chosen by width and policy, right for views of any strides, counted on shapes alone."""
+"""Attention by the library behind `attend`: chosen by width and policy, right for views of any strides, counted on
+shapes alone."""
 
 from __future__ import annotations
 

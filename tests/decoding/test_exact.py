@@ -137,7 +137,8 @@ def test_pooled_statistics_are_groupnorms() -> None:
 
 
 class _Spaced:
-    """diffusers' processor of an autoencoder's attention, with keys and values of every `step`-th row and column alone."""
+    """diffusers' processor of an autoencoder's attention, with keys and values of every `step`-th row and column
+    alone."""
 
     def __init__(self, step: int) -> None:
         self.step = step

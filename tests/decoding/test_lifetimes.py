@@ -1,4 +1,5 @@
-"""What a decode leaves behind, however it ends: no open file, no taken disk space, no change in what was handed to it."""
+"""What a decode leaves behind, however it ends: no open file, no taken disk space, no change in what was handed to
+it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""A decode that is stopped anywhere goes on at a pass, with the same bits; what is damaged or of another picture is never taken."""
+"""A decode that is stopped anywhere goes on at a pass, with the same bits; what is damaged or of another picture is
+never taken."""
 
 from __future__ import annotations
 

@@ -59,7 +59,8 @@ def denoise(
 def reference_canvas(
     latents: Tensor, placed: list[tuple[int, int, int, int, float, Tensor]], conditions: Conditions, steps: int
 ) -> Tensor:
-    """Mixture of Diffusers written down: all predictions, all masks, float64, DDIM's formula (Song et al. 2021, eq. 12)."""
+    """Mixture of Diffusers written down: all predictions, all masks, float64, DDIM's formula (Song et al. 2021, eq.
+    12)."""
     scheduler = DDIMScheduler.from_config(CONFIG)
     scheduler.set_timesteps(steps)
     alphas = scheduler.alphas_cumprod.double()
@@ -367,7 +368,8 @@ def test_a_flow_schedule_fits_the_canvas(begin: int) -> None:
 
 
 def test_blending_noise_blends_pictures() -> None:
-    """numerics of the method: for one shared x_t the predicted picture of the blend is the blend of the tiles' pictures."""
+    """numerics of the method: for one shared x_t the predicted picture of the blend is the blend of the tiles'
+    pictures."""
     size = (8, 12)
     tiles = plan_tiles(request(width=96, height=64, guidance_scale=1.0), canvas=size, tile=(8, 8), overlap=4)
     schedule = schedulers.build(Scheduler.DDIM, CONFIG, 1)

@@ -93,7 +93,8 @@ def test_a_picture_after_the_last_step_stays_as_it_is() -> None:
 
 
 def gaussian(x: Tensor, sigma: Tensor) -> Tensor:
-    """E[n − x₀ | x] where every x₀ is normal with mean 0.7 and deviation 0.3: x is normal too, so this is linear in it."""
+    """E[n − x₀ | x] where every x₀ is normal with mean 0.7 and deviation 0.3: x is normal too, so this is linear in
+    it."""
     mean, deviation = 0.7, 0.3
     variance = ((1 - sigma) * deviation) ** 2 + sigma**2
     ahead = x - (1 - sigma) * mean

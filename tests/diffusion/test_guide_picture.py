@@ -1,4 +1,5 @@
-"""Pictures as people have them, against Pillow's own conversions of the whole; what is held, against the kernel's mark."""
+"""Pictures as people have them, against Pillow's own conversions of the whole; what is held, against the kernel's
+mark."""
 
 from __future__ import annotations
 

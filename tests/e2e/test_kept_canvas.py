@@ -1,4 +1,5 @@
-"""Whatever stops a render after its last step, the job keeps the finished canvas, and the same command makes the picture of it."""
+"""Whatever stops a render after its last step, the job keeps the finished canvas, and the same command makes the
+picture of it."""
 
 from __future__ import annotations
 

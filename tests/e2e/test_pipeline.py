@@ -144,7 +144,8 @@ def test_the_guides_latents_can_be_enlarged_without_the_autoencoder(tiny: Path, 
 
 
 def test_copies_of_a_picture_that_wraps_join(tmp_path: Path) -> None:
-    """From the guide to the decoder: across the join, neighbours differ as they do along the decoder's grid elsewhere."""
+    """From the guide to the decoder: across the join, neighbours differ as they do along the decoder's grid
+    elsewhere."""
 
     def at_join(wrap: Wrap) -> list[float]:
         render(ask("mini", tmp_path, width=288, height=320, num_inference_steps=3, wrap=wrap))

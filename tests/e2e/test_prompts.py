@@ -55,7 +55,7 @@ BOAT, FOG = [("a boat", 1.0)], [("fog", 1.0)]
     ("prompt", "by_step"),
     [
         ("[a boat:fog:0.5]", [BOAT, BOAT, FOG, FOG]),
-        ("[a boat|fog]<lora:inks:0.7>", [BOAT, FOG, BOAT, FOG]),
+        ("[a boat|fog]", [BOAT, FOG, BOAT, FOG]),
         ("a boat AND fog :0.5", [[("a boat ", 1.0), (" fog", 0.5)]] * 4),
     ],
 )

@@ -18,7 +18,8 @@ def made(kind: str) -> str:
 
 
 def tiny_decoder(folder: Path, channels: int = 4) -> tuple[str, ...]:
-    """Options for a decoder that costs seconds: where the denoiser decides the peak, and the decoder is the one of other tests."""
+    """Options for a decoder that costs seconds: where the denoiser decides the peak, and the decoder is the one of
+    other tests."""
     from diffusers import AutoencoderTiny
 
     AutoencoderTiny(latent_channels=channels).half().save_pretrained(folder / "taesd")
@@ -26,8 +27,8 @@ def tiny_decoder(folder: Path, channels: int = 4) -> tuple[str, ...]:
 
 
 def render_peak(folder: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
-    """The peak of `tiler render "a lighthouse" --seed 1` with `arguments`, VmHWM read by the process itself at its end, one mark
-    for its whole life; and its report. Files go to `folder`."""
+    """The peak of `tiler render "a lighthouse" --seed 1` with `arguments`, VmHWM read by the process itself at its end,
+    one mark for its whole life; and its report. Files go to `folder`."""
     outputs = "-o", str(folder / "x.png"), "--report", str(folder / "r.json"), "--cache-dir", str(folder / "packed")
     words = ["tiler", "render", "a lighthouse", "--seed", "1", *outputs, "--quiet", *arguments]
     code = f"""

@@ -1,4 +1,5 @@
-"""Flux at full width (two blocks of each kind, random weights, made on first use, 3.5 GB): one native tile under 800 MB."""
+"""Flux at full width (two blocks of each kind, random weights, made on first use, 3.5 GB): one native tile under 800
+MB."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def sd15() -> Path:
 
 
 def test_a_step_of_guide_and_canvas_stays_under_600_mb_by_the_kernels_own_mark(sd15: Path, tmp_path: Path) -> None:
-    """One step of the guide, and one of a canvas of three tiles in two calls; in int8 where the processor is fast at it."""
+    """One step of the guide, and one of a canvas of three tiles in two calls; in int8 where that is fast."""
     options = "--width", "1024", "--height", "512", "--steps", "1", "--strength", "1", "--max-ram", "600MB"
     peak, report = render_peak(tmp_path, "--model", str(sd15), *options, "--precision", "auto", "--threads", "2")
     assert peak < 600_000_000

@@ -1,4 +1,5 @@
-"""Renders that are stopped anywhere go on with the same bytes; jobs of others and damaged ones are never taken for one's own."""
+"""Renders that are stopped anywhere go on with the same bytes; jobs of others and damaged ones are never taken for
+one's own."""
 
 from __future__ import annotations
 

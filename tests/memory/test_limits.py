@@ -90,7 +90,8 @@ def test_groups_of_version_1(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_a_container_that_sees_the_hosts_path_of_its_group(tmp_path: Path, version: int) -> None:
-    """Docker without a namespace of its own: /proc tells the path from the host's root, and that very group is mounted."""
+    """Docker without a namespace of its own: /proc tells the path from the host's root, and that very group is
+    mounted."""
     kernel = Kernel(tmp_path, version, "/docker/abc/inner", root="/docker/abc")
     key = "memory_max" if version == 2 else "memory_limit_in_bytes"
     kernel.write("memory", "/", **{key: 900 * MB})

@@ -1,4 +1,5 @@
-"""LoRA files for tests: random factors for modules of a model, and the weights that they make by closed formulas in float64."""
+"""LoRA files for tests: random factors for modules of a model, and the weights that they make by closed formulas in
+float64."""
 
 from __future__ import annotations
 

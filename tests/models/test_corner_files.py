@@ -1,4 +1,5 @@
-"""Files as they lie about: odd, incomplete, of another kind, or no model at all. Each is read, or refused by what it is."""
+"""Files as they lie about: odd, incomplete, of another kind, or no model at all. Each is read, or refused by what it
+is."""
 
 from __future__ import annotations
 

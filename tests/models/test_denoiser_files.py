@@ -1,4 +1,5 @@
-"""Files with a transformer alone, in the names of the original repositories, and the flags that bring the other parts."""
+"""Files with a transformer alone, in the names of the original repositories, and the flags that bring the other
+parts."""
 
 from __future__ import annotations
 
@@ -147,7 +148,8 @@ HASHES = {"sd1": "f1f44ed08f650295", "sdxl": "7bd3ac86df1f8cf7", "flux": "63ec98
 
 @pytest.mark.parametrize("name", GOLDEN)
 def test_the_map_is_the_one_that_was_checked(name: str) -> None:
-    """Each parameter of a full-size denoiser, the tensor that it lies in, and its rows there: another map is another picture."""
+    """Each parameter of a full-size denoiser, the tensor that it lies in, and its rows there: another map is another
+    picture."""
     build, kind = GOLDEN[name]
     lines = mapped(build, kind)
     assert hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16] == HASHES[name], "\n".join(lines[:20])

@@ -1,4 +1,5 @@
-"""The walk that transformers share, against diffusers' own blocks: chunks, head groups and streaming change no more than rounding."""
+"""The walk that transformers share, against diffusers' own blocks: chunks, head groups and streaming change no more
+than rounding."""
 
 from __future__ import annotations
 
@@ -101,7 +102,8 @@ def test_blocks_are_diffusers_own(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_planning_counts_what_a_block_does(kind: str) -> None:
-    """Shapes alone: the arithmetic of every chunk, though only the first is run, and no more than three states beside the state."""
+    """Shapes alone: the arithmetic of every chunk, though only the first is run, and no more than three states beside
+    the state."""
     with on_meta():
         block = KINDS[kind](dim=WIDTH, num_attention_heads=HEADS, attention_head_dim=WIDTH // HEADS)
         x, row = torch.empty(1, TEXT + IMAGE, WIDTH), torch.empty(6 * WIDTH)

@@ -68,7 +68,8 @@ def test_one_tile_is_what_flux_pipeline_gives(
     scale: float,
     negative: str | None,
 ) -> None:
-    """dev's shift is dynamic. A guidance scale of 1 is an input like others; a negative prompt has no effect, and a note says so."""
+    """dev's shift is dynamic. A guidance scale of 1 is an input like others; a negative prompt has no effect, and a
+    note says so."""
     said: list[str] = []
     request = ask(folders[kind], tmp_path, size=128, guidance_scale=scale, negative_prompt=negative)
     got, report = rendered(request, said)

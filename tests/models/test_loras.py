@@ -1,4 +1,5 @@
-"""Weights that LoRA files change, read row by row, against closed formulas in float64; and files that cannot be applied."""
+"""Weights that LoRA files change, read row by row, against closed formulas in float64; and files that cannot be
+applied."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The embedded model: a real checkpoint in diffusers' layout, with defaults of its own; the art that it was trained on; and
-training that goes on from the committed weights."""
+"""The embedded model: a real checkpoint in diffusers' layout, with defaults of its own; the art that it was trained on;
+and training that goes on from the committed weights."""
 
 from __future__ import annotations
 
@@ -139,8 +139,8 @@ def shrunk(pixels: np.ndarray, by: int) -> np.ndarray:
 
 @pytest.mark.parametrize("scene", SCENES, ids=lambda s: f"{s.terrain} {s.seed}")
 def test_a_scene_has_no_resolution(scene: art.Scene) -> None:
-    """Drawn twice as large, eight times as large, or in parts, it is the picture that it was. Fine waves and clouds move the
-    mean colour a little where a style cuts them into flat tones."""
+    """Drawn twice as large, eight times as large, or in parts, it is the picture that it was. Fine waves and clouds
+    move the mean colour a little where a style cuts them into flat tones."""
     small = art.draw(scene, None, 64, 64).pixels
     for by, most in ((2, 0.02), (8, 0.035)):
         large = art.draw(scene, None, 64 * by, 64 * by).pixels
@@ -252,7 +252,8 @@ def test_crops_often_show_the_edge_of_a_disc_and_pictures_have_other_shapes() ->
 
 
 def test_palettes_follow_the_prompt() -> None:
-    """A smoke test of the weights: the colours of a generated picture, in four bands, are nearest to those of its palette."""
+    """A smoke test of the weights: the colours of a generated picture, in four bands, are nearest to those of its
+    palette."""
 
     def bands(picture: np.ndarray) -> np.ndarray:
         return picture.reshape(4, -1, *picture.shape[1:]).mean(axis=(1, 2)) / 255

@@ -55,8 +55,8 @@ def pipelines(folders: dict[str, Path]) -> dict[str, Any]:
 
 
 def apart(got: Tensor, want: Tensor) -> float:
-    """The largest difference, for latents of unit size: random weights and noise levels that begin near pure noise let them grow
-    to hundreds."""
+    """The largest difference, for latents of unit size: random weights and noise levels that begin near pure noise let
+    them grow to hundreds."""
     return float((got - want).abs().max() / want.std())
 
 
@@ -108,7 +108,8 @@ def predicted(family: Family, latents: Tensor, prompts: list[Prompt], timestep: 
 def test_padding_left_out_is_padding_masked(
     folders: dict[str, Path], pipelines: dict[str, Any], sides: tuple[int, int]
 ) -> None:
-    """The pipeline's own 120 rows and their mask, at 768 × 1360 pixels and as a small tile: both halves of a guidance."""
+    """The pipeline's own 120 rows and their mask, at 768 × 1360 pixels and as a small tile: both halves of a
+    guidance."""
     pipe, family = pipelines["alpha"], read_family(checkpoint.resolve(str(folders["alpha"])))
     with torch.no_grad():
         rows, mask, no_rows, no_mask = pipe.encode_prompt(PROMPT, negative_prompt="fog", clean_caption=True)
@@ -209,7 +210,8 @@ def test_defaults_are_of_the_model(folders: dict[str, Path], tmp_path: Path) -> 
 
 
 def test_the_published_configs_are_read(tmp_path: Path) -> None:
-    """Of diffusers' older class; the larger models, whose native tile is 2048 px, too. A missing field is diffusers' own."""
+    """Of diffusers' older class; the larger models, whose native tile is 2048 px, too. A missing field is diffusers'
+    own."""
     from checkpoints import pixart
 
     pixart.write(tmp_path, "tiny", sample_size=256)

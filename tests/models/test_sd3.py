@@ -193,7 +193,8 @@ def test_four_tiles_with_a_guide_are_a_loop_over_diffusers_transformer(
 def test_a_guide_image_starts_as_diffusers_img2img_does(
     folders: dict[str, Path], pipelines: dict[str, StableDiffusion3Pipeline], tmp_path: Path
 ) -> None:
-    """From a flat picture, whose latents depend on no way of resizing, and from the mean that img2img samples around."""
+    """From a flat picture, whose latents depend on no way of resizing, and from the mean that img2img samples
+    around."""
     from PIL import Image
 
     Image.new("RGB", (128, 128), (90, 120, 200)).save(tmp_path / "flat.png")

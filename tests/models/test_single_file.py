@@ -1,4 +1,5 @@
-"""Single files give what the folders do from which they were made; what is no whole Stable Diffusion is refused by its name."""
+"""Single files give what the folders do from which they were made; what is no whole Stable Diffusion is refused by its
+name."""
 
 from __future__ import annotations
 

@@ -36,7 +36,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize("height", [8, 32, 36])
 @pytest.mark.usefixtures("small")
 def test_a_resnet_of_joined_parts_by_strips_is_diffusers_own(height: int) -> None:
-    """Groups of 6 channels, of which one crosses the seam at 32; the last strip of 36 rows begins inside the one before."""
+    """Groups of 6 channels, of which one crosses the seam at 32; the last strip of 36 rows begins inside the one
+    before."""
     torch.manual_seed(1)
     block = ResnetBlock2D(in_channels=48, out_channels=16, temb_channels=24, groups=8).eval()
     for norm in (block.norm1, block.norm2):

@@ -105,7 +105,8 @@ def activated(x: Tensor, how: Activation, gated: bool) -> Tensor:
 
 
 def weights_of(kind: Kind, *shape: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Whole weights within ±64, or ones that the kind holds exactly; what they are multiplied by; in lanes; their sums."""
+    """Whole weights within ±64, or ones that the kind holds exactly; what they are multiplied by; in lanes; their
+    sums."""
     if kind is Kind.INT8:
         weight, scale = torch.randint(-64, 65, shape, dtype=torch.int8), torch.rand(shape[0]) / 50 + 0.01
     else:

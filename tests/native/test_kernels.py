@@ -1,4 +1,5 @@
-"""Every kernel against fp64 over odd sizes, on each instruction set that runs here; and by the C driver under sanitisers."""
+"""Every kernel against fp64 over odd sizes, on each instruction set that runs here; and by the C driver under
+sanitisers."""
 
 from __future__ import annotations
 
@@ -262,7 +263,8 @@ def test_threads_are_started_anew_after_fork() -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
-# --- the driver ----------------------------------------------------------------------------------------------------------
+# --- the driver
+# ----------------------------------------------------------------------------------------------------------
 
 
 def write(case: Case, path: Path) -> None:

@@ -22,7 +22,8 @@ from tiler.weights.checkpoint import resolve
 
 @torch.no_grad()
 def predicted(models: Models, folder: Path) -> list[object]:
-    """Peaks of the denoiser, in fp32 and int8, held whole and layer by layer, and of the autoencoder; the work of a render."""
+    """Peaks of the denoiser, in fp32 and int8, held whole and layer by layer, and of the autoencoder; the work of a
+    render."""
     found: list[object] = []
     for precision, arena in ((Precision.FP32, None), (Precision.INT8, None), (Precision.FP32, 100_000)):
         peaks = DenoiserPeaks(models, precision, arena_bytes=arena)

@@ -47,7 +47,8 @@ def test_imported_names_exist(path: Path) -> None:
 def test_calibrate_gives_a_row_for_a_lesser_processor(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In a process that pretends to have AVX2 and no more: the row names the kernels that this processor's table may have."""
+    """In a process that pretends to have AVX2 and no more: the row names the kernels that this processor's table may
+    have."""
     monkeypatch.syspath_prepend(str(SCRIPTS))
     calibrate = importlib.import_module("calibrate")
     shape = TableShape(Kind.LINEAR, (64, 64), (1, 16, 64))
@@ -64,8 +65,6 @@ def test_calibrate_gives_a_row_for_a_lesser_processor(
 
 @pytest.mark.parametrize("path", [p for p in FILES if "argparse" in p.read_text()], ids=lambda path: path.stem)
 def test_help(path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    if path.parent.name == "mini":
-        pytest.importorskip("skia")
     monkeypatch.setattr(sys, "argv", [str(path), "--help"])
     monkeypatch.syspath_prepend(str(path.parent))
     with pytest.raises(SystemExit) as stop:

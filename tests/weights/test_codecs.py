@@ -107,7 +107,8 @@ def reversed_bytes(file: Path) -> None:
 
 
 def test_a_codec_is_one_line(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A way to store weights that tiler does not know, registered by a test: quantiser, plan and render take it as it is."""
+    """A way to store weights that tiler does not know, registered by a test: quantiser, plan and render take it as it
+    is."""
 
     def blocks(raw: torch.Tensor) -> torch.Tensor:
         return raw.flip(1).contiguous().view(torch.float16).float()

@@ -28,7 +28,8 @@ Tensors = dict[str, Tensor]
 
 
 def network() -> nn.Sequential:
-    """Rows of 256 values, which quanto groups by 128, of 96, which it groups by 96, and a convolution, which it does not."""
+    """Rows of 256 values, which quanto groups by 128, of 96, which it groups by 96, and a convolution, which it does
+    not."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(256, 96), nn.Linear(96, 64, bias=False), nn.Conv2d(8, 16, 3))
 
@@ -77,8 +78,8 @@ def test_what_optimum_quanto_wrote_is_what_it_reads(kind: str, tmp_path: Path) -
 
 
 def of_bitsandbytes(weight: Tensor, *, nested: bool) -> tuple[Tensors, Tensor]:
-    """A weight in nf4 as diffusers writes it, with random numbers in the place of quantised ones, and what it means in float64
-    (Dettmers et al. 2023, arXiv:2305.14314, section 3: double quantisation)."""
+    """A weight in nf4 as diffusers writes it, with random numbers in the place of quantised ones, and what it means in
+    float64 (Dettmers et al. 2023, arXiv:2305.14314, section 3: double quantisation)."""
     rows, width = weight.shape
     codes = torch.randint(0, 16, (rows * width,), dtype=torch.uint8)
     table, blocks = torch.linspace(-1, 1, 16), rows * width // 64

@@ -40,9 +40,9 @@ def command(
 ) -> None:  # fmt: skip
     """Render all pictures of a file, one process for each, under one memory ceiling.
 
-    Every option of `tiler render` may be given too, and holds for rows that do not say otherwise; a row's keys are their long
-    names. A row that fails stops no other. The same command again goes on: what is done is skipped, what was interrupted
-    continues.
+    Every option of `tiler render` may be given too, and holds for rows that do not say otherwise; a row's keys are
+    their long names. A row that fails stops no other. The same command again goes on: what is done is skipped, what was
+    interrupted continues.
     """
     if not file.is_file():
         raise UsageError(f"{file}: no such file; tiler batch takes one with a picture a row")

@@ -71,7 +71,8 @@ def clean(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
 ) -> None:
-    """Remove what is stale: int8 weights of another version of tiler, damaged files, and what killed runs left behind."""
+    """Remove what is stale: int8 weights of another version of tiler, damaged files, and what killed runs left
+    behind."""
     found = [
         file
         for file in _listed(cache_dir)

@@ -21,7 +21,8 @@ app = typer.Typer(
 def keys_command(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where they are written; made if it is missing.")],
 ) -> None:
-    """Make the pair of keys that every machine of a cluster needs. Whoever has it can run code on all of them: copy it over ssh."""
+    """Make the pair of keys that every machine of a cluster needs. Whoever has it can run code on all of them: copy it
+    over ssh."""
     from tiler.cluster.keys import make_keys
 
     cert, key = make_keys(folder)

@@ -1,5 +1,5 @@
-"""Names that a shell completes: models and LoRAs in the user's folders, models in the hub's cache. Only names are looked at, and no torch is
-imported: an answer takes a third of a second."""
+"""Names that a shell completes: models and LoRAs in the user's folders, models in the hub's cache. Only names are
+looked at, and no torch is imported: an answer takes a third of a second."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _HUB = "models--"  # of a repository's folder: models--org--name
 
 
 def model_names(context: typer.Context, incomplete: str) -> list[str]:
-    """What --model may be and begins so: `mini`, files and folders by their stems (by their paths where two are alike), hub ids.
-    Nothing where a configuration cannot be read: a shell has no place for the reason."""
+    """What --model may be and begins so: `mini`, files and folders by their stems (by their paths where two are alike),
+    hub ids. Nothing where a configuration cannot be read: a shell has no place for the reason."""
     try:
         return sorted(name for name in dict.fromkeys(_models(context)) if name.startswith(incomplete))
     except (TilerError, OSError):
@@ -28,7 +28,8 @@ def model_names(context: typer.Context, incomplete: str) -> list[str]:
 
 
 def lora_names(incomplete: str) -> list[str]:
-    """What --lora may be and begins so: LoRAs in the user's folders, by their stems, by their paths where two are alike."""
+    """What --lora may be and begins so: LoRAs in the user's folders, by their stems, by their paths where two are
+    alike."""
     try:
         return sorted(name for name in _names([path for _, path in listed(Kind.LORA)]) if name.startswith(incomplete))
     except (TilerError, OSError):

@@ -49,7 +49,8 @@ def path_command() -> None:
 
 @app.command("edit")
 def edit_command() -> None:
-    """Open the configuration file in $VISUAL or $EDITOR; the first time it is made, with what may stand in it as comments."""
+    """Open the configuration file in $VISUAL or $EDITOR; the first time it is made, with what may stand in it as
+    comments."""
     path, editor = _path(), os.environ.get("VISUAL") or os.environ.get("EDITOR") or "vi"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -107,7 +108,8 @@ def _found(kind: Kind) -> list[str]:
 
 
 def _options(group: Any, said: dict[str, Any]) -> Iterator[tuple[str, Setting]]:
-    """Every option that may stand in the configuration file, in the order of `tiler render --help`, then the other commands'."""
+    """Every option that may stand in the configuration file, in the order of `tiler render --help`, then the other
+    commands'."""
     shown: set[str] = set()
     for command in group.commands.values():
         for parameter in command.params:

@@ -32,8 +32,8 @@ Measure = Annotated[
 def run(request: DoctorRequest, *, measure: Measure = False, json_output: o.Json = False) -> None:
     """Show memory, limits, cores, CPU flags, dtypes and why, versions, free disk; or with --model what a model is.
 
-    Of a model: its family and prediction, where each part comes from and how it is stored, what was decided and by what, and what
-    is missing.
+    Of a model: its family and prediction, where each part comes from and how it is stored, what was decided and by
+    what, and what is missing.
     """
     if request.model or request.diffusion_model:
         _show_model(request if request.model else replace(request, model="mini"), json_output)

@@ -1,5 +1,5 @@
-"""Where the value of an option comes from: what is typed wins over the environment (TILER_STEPS), that over the configuration
-file (`steps = 30`), that over the default."""
+"""Where the value of an option comes from: what is typed wins over the environment (TILER_STEPS), that over the
+configuration file (`steps = 30`), that over the default."""
 
 from __future__ import annotations
 
@@ -65,7 +65,8 @@ def layer_of(context: typer.Context, name: str) -> Layer:
 
 
 def settle(context: typer.Context, given: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """`given` without what contradicts a value of a higher layer: `size` of the configuration file beside a typed --paper."""
+    """`given` without what contradicts a value of a higher layer: `size` of the configuration file beside a typed
+    --paper."""
     layers = {name: layer_of(context, name) for name in given}
 
     def is_overruled(name: str) -> bool:

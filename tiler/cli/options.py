@@ -83,8 +83,8 @@ Json = Annotated[
 def command_of(
     request: type, run: Callable[..., None], *, leave_out: Iterable[str] = (), repeats: bool = False
 ) -> Callable[..., None]:
-    """`run(request, **rest)` as a typer command: the fields of the dataclass `request` become options, except `leave_out`, and
-    `run`'s own keyword parameters follow. One that `repeats` pictures takes --from."""
+    """`run(request, **rest)` as a typer command: the fields of the dataclass `request` become options, except
+    `leave_out`, and `run`'s own keyword parameters follow. One that `repeats` pictures takes --from."""
     own = [p for p in inspect.signature(run, eval_str=True).parameters.values() if p.kind is p.KEYWORD_ONLY]
     hints = get_type_hints(request)
     offered = [f for f in fields(request) if "option" in f.metadata and f.name not in leave_out]
@@ -219,7 +219,8 @@ def _values(offered: list[Field[Any]], given: Mapping[str, Any]) -> dict[str, An
 
 
 def prepare_process(threads: int | None, *, torch: bool = True) -> None:
-    """What must be set before torch is imported: allocator, threads, quiet libraries. Then `torch` is, if it is wanted now."""
+    """What must be set before torch is imported: allocator, threads, quiet libraries. Then `torch` is, if it is wanted
+    now."""
     from tiler.memory.lean_imports import lean_torch
     from tiler.memory.limits import check_user_limits, limited_cpus
     from tiler.memory.process import frugal_allocator
@@ -242,7 +243,8 @@ def prepare_process(threads: int | None, *, torch: bool = True) -> None:
 
 
 def check_report(report: Path | None, *outputs: Path | None, force: bool) -> None:
-    """Before any work: the report can be written, and takes the name of no other file. Raises UsageError, StorageError."""
+    """Before any work: the report can be written, and takes the name of no other file. Raises UsageError,
+    StorageError."""
     if report is None:
         return
     from tiler.files import check_writable
@@ -253,7 +255,8 @@ def check_report(report: Path | None, *outputs: Path | None, force: bool) -> Non
 
 
 def check_stdout(output: Path | None, *, json_output: bool) -> None:
-    """Before any work: where standard output is to be the picture, it is nothing else, nor a terminal. Raises UsageError."""
+    """Before any work: where standard output is to be the picture, it is nothing else, nor a terminal. Raises
+    UsageError."""
     if output != STDOUT:
         return
     if json_output:
@@ -272,8 +275,9 @@ def name_of(output: Path) -> str:
 
 
 def finish(result: Any, said: str, *, report: Path | None = None, quiet: bool, json_output: bool) -> None:
-    """Write --report's JSON file, where one was asked for, and print the pipeline's `result` as --json does, or one line that is
-    `said` of it: on standard error where the picture itself went to standard output. Raises StorageError."""
+    """Write --report's JSON file, where one was asked for, and print the pipeline's `result` as --json does, or one
+    line that is `said` of it: on standard error where the picture itself went to standard output. Raises
+    StorageError."""
     if report is not None:
         from tiler.files import atomic
 

@@ -41,7 +41,8 @@ def parse_seeds(text: str | None) -> list[int | None]:
 
 
 def parser(run: Callable[..., None]) -> Callable[[Sequence[str]], RenderRequest]:
-    """What makes one picture's request of the words of `tiler render`, whose function is `run`, and raises UsageError."""
+    """What makes one picture's request of the words of `tiler render`, whose function is `run`, and raises
+    UsageError."""
     found: list[RenderRequest] = []
 
     def note(request: RenderRequest, **rest: Any) -> None:

@@ -43,8 +43,8 @@ class Repeated(NamedTuple):
 
 
 def repeat(picture: Path, typed: frozenset[str], defaults: Mapping[str, Any]) -> Repeated:
-    """What `picture` says for those fields of a request that are not `typed`; one of ours says all of them, by `defaults` where
-    it is silent. Raises UsageError, ModelError."""
+    """What `picture` says for those fields of a request that are not `typed`; one of ours says all of them, by
+    `defaults` where it is silent. Raises UsageError, ModelError."""
     fields, notes = frozenset(defaults), list[str]()
     try:
         recipe = read_recipe(read_texts(picture))
@@ -95,8 +95,8 @@ def _notes(recipe: Recipe, fields: frozenset[str]) -> Iterator[str]:
 
 
 def _model(name: str, recipe: Recipe) -> tuple[str, list[str]]:
-    """The model by its name and by the hash that is told beside it, and what a user should know. No file is hashed but those of
-    that name. Raises ModelError, UsageError."""
+    """The model by its name and by the hash that is told beside it, and what a user should know. No file is hashed but
+    those of that name. Raises ModelError, UsageError."""
     told = (str(recipe.others.get(key, "")) for key in ("model_hash", "Model hash", "base_model_hash"))
     digest = next((text for text in told if re.fullmatch(r"[0-9a-fA-F]{8,64}", text)), None)
     if digest is None or _is_place(name):

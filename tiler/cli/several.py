@@ -75,8 +75,8 @@ def run(
     request: RenderRequest, seeds: Sequence[int | None], count: int, output_dir: str | None, max_ram: str, *,
     quiet: bool, json_output: bool, own: Callable[..., None],
 ) -> NoReturn:  # fmt: skip
-    """Render a picture for each seed, or `count` of them, one process after another; `own` is the function of the command.
-    Raises UsageError before any work where two have one name, and SystemExit with the exit code."""
+    """Render a picture for each seed, or `count` of them, one process after another; `own` is the function of the
+    command. Raises UsageError before any work where two have one name, and SystemExit with the exit code."""
     if len(seeds) > 1 and count > 1:
         raise UsageError("--count and a list of seeds exclude each other; give one of them")
     if request.output == STDOUT:

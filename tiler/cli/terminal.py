@@ -55,7 +55,8 @@ def columns() -> int:
 
 
 def prepare_signals() -> None:
-    """SIGINT, SIGTERM and SIGHUP stop the run, unless the process was started to ignore them (nohup); SIGUSR1 saves it."""
+    """SIGINT, SIGTERM and SIGHUP stop the run, unless the process was started to ignore them (nohup); SIGUSR1 saves
+    it."""
     for number in (signal.SIGINT, signal.SIGTERM, *_known("SIGHUP")):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _interrupt)
@@ -69,8 +70,8 @@ def _known(name: str) -> tuple[signal.Signals, ...]:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    """What was begun may be saved in peace; a second Ctrl-C or SIGTERM ends it at once. A terminal that closes may send SIGHUP
-    more than once."""
+    """What was begun may be saved in peace; a second Ctrl-C or SIGTERM ends it at once. A terminal that closes may send
+    SIGHUP more than once."""
     for again in (signal.SIGINT, signal.SIGTERM):
         signal.signal(again, signal.SIG_DFL)
     for hangup in _known("SIGHUP"):

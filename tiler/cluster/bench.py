@@ -1,4 +1,5 @@
-"""Where a worker works: one job's denoiser, open under the worker's own ceiling. Imports torch, which the worker does late."""
+"""Where a worker works: one job's denoiser, open under the worker's own ceiling. Imports torch, which the worker does
+late."""
 
 from __future__ import annotations
 
@@ -64,7 +65,8 @@ class Bench:
 
     @torch.no_grad()
     def open(self, job: SharedJob) -> None:
-        """Find the job's model, plan under the ceiling, and open the denoiser, unless it is open already. Raises TilerError."""
+        """Find the job's model, plan under the ceiling, and open the denoiser, unless it is open already. Raises
+        TilerError."""
         if self.job == job.name:
             return
         self.close()

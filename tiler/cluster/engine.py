@@ -1,4 +1,5 @@
-"""dask.distributed as this room uses it: a scheduler in this process or elsewhere, tasks for single workers, their answers.
+"""dask.distributed as this room uses it: a scheduler in this process or elsewhere, tasks for single workers, their
+answers.
 
 What of dask is not used: nannies, the dashboard, spilling, stealing, and its own choice of a worker.
 """

@@ -14,8 +14,8 @@ _DAYS = 3650
 
 
 def make_keys(folder: Path) -> tuple[Path, Path]:
-    """Write cert.pem and key.pem into `folder`, readable by their owner alone. Raises UsageError where there are some already, and
-    StorageError."""
+    """Write cert.pem and key.pem into `folder`, readable by their owner alone. Raises UsageError where there are some
+    already, and StorageError."""
     with explained():
         from cryptography import x509
         from cryptography.hazmat.primitives import hashes, serialization

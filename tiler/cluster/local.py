@@ -25,8 +25,8 @@ _GRACE = 3.0  # seconds between SIGTERM and SIGKILL
 
 
 def share_of(run: RenderRun, workers: int) -> int:
-    """The ceiling of each of so many workers in bytes: the run's own less what this process needs beside them, divided. Raises
-    BudgetRefused where that is too little, naming the number of workers that there is room for."""
+    """The ceiling of each of so many workers in bytes: the run's own less what this process needs beside them, divided.
+    Raises BudgetRefused where that is too little, naming the number of workers that there is room for."""
     request, plan = replace(run.request, precision=run.plan.precision), run.plan
     canvas = next(phase for phase in plan.memory.phases if phase.name == "canvas")
     tile_bytes = 4 * plan.family.latent_channels * plan.regions.tile[0] * plan.regions.tile[1]
@@ -56,7 +56,8 @@ def share_of(run: RenderRun, workers: int) -> int:
 
 @contextmanager
 def processes(address: str, keys: Path, workers: int, share: int) -> Iterator[list[subprocess.Popen[bytes]]]:
-    """So many workers of the scheduler at `address`, each with a ceiling of `share` bytes; none is left when the block ends."""
+    """So many workers of the scheduler at `address`, each with a ceiling of `share` bytes; none is left when the block
+    ends."""
     threads = max(1, torch.get_num_threads() // workers)
     command = [
         sys.executable, "-m", "tiler", "worker", address, "--keys", str(keys), "--max-ram", str(share), "--threads",

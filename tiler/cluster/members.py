@@ -1,4 +1,5 @@
-"""The workers of a render: who has come, who is ready, who was left out and why, and which of them compute equal bits."""
+"""The workers of a render: who has come, who is ready, who was left out and why, and which of them compute equal
+bits."""
 
 from __future__ import annotations
 
@@ -57,8 +58,8 @@ class Probe:
 
 
 class Members:
-    """`patience` is for how long a render waits for a first or another worker, in seconds; None: for ever. `running` counts the
-    worker processes that are there, where no others can come."""
+    """`patience` is for how long a render waits for a first or another worker, in seconds; None: for ever. `running`
+    counts the worker processes that are there, where no others can come."""
 
     def __init__(
         self, engine: Engine, probe: Probe, note: Callable[[str], None], patience: float | None,
@@ -157,7 +158,8 @@ class Members:
         self._note(f"worker {member.name} is left out: {why}")
 
     def _decide(self, now: float) -> None:
-        """Whose bits count: those of the workers that are fastest together, once all have answered or enough time has gone by."""
+        """Whose bits count: those of the workers that are fastest together, once all have answered or enough time has
+        gone by."""
         answered = [m for m in self._members.values() if m.greeting is not None and not m.is_out]
         if self._digest is not None or not answered or (self._greetings and now - self._first_greeting < _SETTLE):
             return

@@ -1,4 +1,5 @@
-"""The runner over workers: hands tiles out, takes predictions in whatever order they come, and answers in the tiles' order."""
+"""The runner over workers: hands tiles out, takes predictions in whatever order they come, and answers in the tiles'
+order."""
 
 from __future__ import annotations
 
@@ -40,8 +41,8 @@ class Group(NamedTuple):
 
 @dataclass
 class _Step:
-    """A step under way: the tiles without an answer, of which `waiting` are in no task; and the answers of those whose turn has
-    not come."""
+    """A step under way: the tiles without an answer, of which `waiting` are in no task; and the answers of those whose
+    turn has not come."""
 
     number: int
     tiles: dict[int, Tile] = field(default_factory=dict)
@@ -51,13 +52,14 @@ class _Step:
     not_finite: dict[int, set[str]] = field(default_factory=dict)  # by tile: the workers that said so
 
     def may_have(self, member: Member, number: int) -> bool:
-        """Whether a tile may go to a worker: not where it has ended others, nor where that worker has failed with it."""
+        """Whether a tile may go to a worker: not where it has ended others, nor where that worker has failed with
+        it."""
         return self.deaths.get(number, 0) < _DEATHS and member.address not in self.not_finite.get(number, ())
 
 
 class Pool:
-    """A `Runner`, and a context manager. `open_local` opens the runner of this process, for when no worker is left; `check` is
-    called often, and may raise to stop the run; samples are added to `counts`."""
+    """A `Runner`, and a context manager. `open_local` opens the runner of this process, for when no worker is left;
+    `check` is called often, and may raise to stop the run; samples are added to `counts`."""
 
     def __init__(
         self, members: Members, job: str, open_local: Callable[[], AbstractContextManager[Runner]],

@@ -31,8 +31,8 @@ def prepare(request: RenderRequest) -> None:
 
 
 def runner_of(run: RenderRun) -> OpenRunner:
-    """Who predicts the canvas: this process, or the cluster that was asked for. Raises BudgetRefused where it leaves workers too
-    little."""
+    """Who predicts the canvas: this process, or the cluster that was asked for. Raises BudgetRefused where it leaves
+    workers too little."""
     if run.request.cluster is None:
         return open_denoiser
     cluster, share = parse_cluster(run.request.cluster), 0

@@ -1,4 +1,5 @@
-"""What goes over the wire: the job that all workers share, tiles, and their answers. Plain numbers, texts and arrays."""
+"""What goes over the wire: the job that all workers share, tiles, and their answers. Plain numbers, texts and
+arrays."""
 
 from __future__ import annotations
 
@@ -103,8 +104,8 @@ class SharedJob:
 
 @dataclass(frozen=True, kw_only=True)
 class Greeting:
-    """How a worker answers to a job: ready, or why not. `digest` is of a probe tile's prediction, by which machines that compute
-    equal bits are known; `seconds` is what it took, `batch` the most samples of one pass."""
+    """How a worker answers to a job: ready, or why not. `digest` is of a probe tile's prediction, by which machines
+    that compute equal bits are known; `seconds` is what it took, `batch` the most samples of one pass."""
 
     refusal: str = ""
     digest: str = ""

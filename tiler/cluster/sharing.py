@@ -1,4 +1,5 @@
-"""Which worker gets how many tiles: whoever is free takes as many as it can finish by the time at which all could be done."""
+"""Which worker gets how many tiles: whoever is free takes as many as it can finish by the time at which all could be
+done."""
 
 from __future__ import annotations
 
@@ -38,7 +39,8 @@ class Pace:
         return self.fixed + tiles * self.each
 
     def note(self, tiles: int, seconds: float) -> None:
-        """Learn from a pass: a line through the last ones where they differ in size, else the same proportions at another speed."""
+        """Learn from a pass: a line through the last ones where they differ in size, else the same proportions at
+        another speed."""
         self.passes = [*self.passes[-_REMEMBERED + 1 :], Pass(tiles, seconds)]
         n, mean_n = len(self.passes), sum(p.tiles for p in self.passes) / len(self.passes)
         mean_s = sum(p.seconds for p in self.passes) / n
@@ -69,11 +71,11 @@ class Pace:
 
 
 def share(left: int, mine: Pace, others: Sequence[tuple[Pace, float]]) -> int:
-    """How many of the `left` tiles a free worker of pace `mine` takes now; each of the others is busy for so many seconds more, 0
-    if it is free. 0 where they will be done sooner without it.
+    """How many of the `left` tiles a free worker of pace `mine` takes now; each of the others is busy for so many
+    seconds more, 0 if it is free. 0 where they will be done sooner without it.
 
-    T* is the earliest time by which all together could finish; a worker takes what it could do until then, half of that while its
-    pace is uncertain.
+    T* is the earliest time by which all together could finish; a worker takes what it could do until then, half of that
+    while its pace is uncertain.
     """
     fleet = [(mine, 0.0), *others]
     low, high = 0.0, mine.seconds(1)

@@ -16,7 +16,8 @@ _SECONDS = 20.0  # for all workers; one that is in a long pass answers after it
 
 
 def workers(cluster: Cluster, keys: Path | None, *, insecure: bool) -> list[dict[str, Any]]:
-    """Facts of each worker by name; `error` says what is known of one that does not answer. Raises ClusterError, UsageError."""
+    """Facts of each worker by name; `error` says what is known of one that does not answer. Raises ClusterError,
+    UsageError."""
     with Engine(cluster, keys, insecure=insecure) as engine:
         members = engine.members()
         if members is None:

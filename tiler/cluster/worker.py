@@ -34,8 +34,8 @@ _AGAIN = 5.0  # seconds between two
 
 @dataclass(frozen=True, kw_only=True)
 class Joining:
-    """How a worker joins. `models` are the places of models by the names that renders give them; `once` ends with the connection;
-    `contact_address` is where others reach it, if not at its own; `port` 0 is any."""
+    """How a worker joins. `models` are the places of models by the names that renders give them; `once` ends with the
+    connection; `contact_address` is where others reach it, if not at its own; `port` 0 is any."""
 
     address: str
     name: str
@@ -56,8 +56,8 @@ class _Worker(Worker):  # type: ignore[misc]  # dask has no types
 
 
 def work(joining: Joining, budget: Budget) -> None:
-    """Work until a signal ends the process; where it is to join `once`, until the connection is lost. Raises ClusterError where
-    nobody answers then, and UsageError."""
+    """Work until a signal ends the process; where it is to join `once`, until the connection is lost. Raises
+    ClusterError where nobody answers then, and UsageError."""
     security = security_of(joining.keys)
     folder = tempfile.mkdtemp(prefix="tiler-worker-")
     try:

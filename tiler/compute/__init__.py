@@ -1,1 +1,2 @@
-"""Arithmetic over streamed weights: what is held, which samples share a read, one file a kernel. Knows nothing of models."""
+"""Arithmetic over streamed weights: what is held, which samples share a read, one file a kernel. Knows nothing of
+models."""

@@ -1,5 +1,5 @@
-"""Which kernel runs an operation: the first that suits it, in the order of the processor's table (tuning.py). Never a clock,
-and never the ceiling: the bytes of a picture depend on neither."""
+"""Which kernel runs an operation: the first that suits it, in the order of the processor's table (tuning.py). Never a
+clock, and never the ceiling: the bytes of a picture depend on neither."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ KERNELS: Mapping[str, Kernel] = {kernel.name: kernel for kernel in _ALL}
 
 def choose_kernel(op: Op, shape: Shape | None, policy: Policy, isa: Isa) -> Kernel:
     """The kernel for an operation on a joined input of `shape`, None for any shape."""
-    # Elsewhere than where inputs are whole a small one is the end of a larger one. What decides of an attention, how wide its
-    # heads are, is that of all.
+    # Elsewhere than where inputs are whole a small one is the end of a larger one. What decides of an attention, how
+    # wide its heads are, is that of all.
     seen = shape if policy.one_size or op.kind is Kind.ATTENTION else None
     table = (KERNELS[name] for name in KERNELS_OF[isa][op.kind])
     return next(kernel for kernel in (*policy.prefer, *table) if kernel.suits(op, seen, policy))

@@ -30,8 +30,8 @@ _DOT_PRODUCT = ("avx512_vnni", "avx_vnni", "amx_int8")
 
 @cache
 def flags() -> tuple[str, ...]:
-    """The instruction sets that matter here, by Linux's names; none where /proc/cpuinfo is missing. Without those above the set
-    that TILER_ISA names. Raises UsageError where the processor does not have that."""
+    """The instruction sets that matter here, by Linux's names; none where /proc/cpuinfo is missing. Without those above
+    the set that TILER_ISA names. Raises UsageError where the processor does not have that."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -81,8 +81,9 @@ def computed_by() -> str:
 
 
 class Int8(NamedTuple):
-    """How 8-bit products are computed: weights take whole values in ±`largest`, activations 255 steps. Without `products`
-    arithmetic is in fp32, of weights stored as int8. `dot` says whether there are dot-product instructions."""
+    """How 8-bit products are computed: weights take whole values in ±`largest`, activations 255 steps. Without
+    `products` arithmetic is in fp32, of weights stored as int8. `dot` says whether there are dot-product
+    instructions."""
 
     largest: int
     products: bool
@@ -100,8 +101,9 @@ class Int8(NamedTuple):
 def int8() -> Int8:
     """What int8 means on this processor.
 
-    Without dot-product instructions oneDNN adds pairs of products in 16 bits (vpmaddubsw): 2 × 255 × 127 overflows there,
-    2 × 255 × 64 does not. With 127 steps of activations and of weights a UNet call of SD 1.5's size lost half as much again.
+    Without dot-product instructions oneDNN adds pairs of products in 16 bits (vpmaddubsw): 2 × 255 × 127 overflows
+    there, 2 × 255 × 64 does not. With 127 steps of activations and of weights a UNet call of SD 1.5's size lost half as
+    much again.
     """
     if dot := [flag for flag in _DOT_PRODUCT if flag in flags()]:
         return Int8(127, True, True, f"8-bit weights, {dot[0]}")

@@ -121,8 +121,8 @@ class Fp32(Kernel):
 
 
 class Prepacked(Fp32):
-    """Convolutions whose weights oneDNN has in its own order, once for all samples. A plain convolution reorders them at every
-    call (1280 channels, 8 × 8: 46 ms beside 24)."""
+    """Convolutions whose weights oneDNN has in its own order, once for all samples. A plain convolution reorders them
+    at every call (1280 channels, 8 × 8: 46 ms beside 24)."""
 
     name = "onednn"
     holds_alone = False

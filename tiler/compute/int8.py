@@ -1,8 +1,8 @@
 """Products of 8-bit integers by oneDNN: weights with a scale for each output channel, activations scaled as they come.
 
 A token of a linear layer has a scale of its own, a convolution's input one scale and zero point for each sample. A
-convolution is a linear layer of its windows: as fast as oneDNN's own, whose order of a weight takes ten times as long to make.
-The sums are exact in 32 bits, so nothing depends on how weights or tokens are cut. Knows nothing of files.
+convolution is a linear layer of its windows: as fast as oneDNN's own, whose order of a weight takes ten times as long
+to make. The sums are exact in 32 bits, so nothing depends on how weights or tokens are cut. Knows nothing of files.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ MIDDLE = 128
 
 
 class Packed(NamedTuple):
-    """Rows [first, last) of a layer's weight, as oneDNN's plain matrix (taps × in, rows), and their scales (rows,) fp32."""
+    """Rows [first, last) of a layer's weight, as oneDNN's plain matrix (taps × in, rows), and their scales (rows,)
+    fp32."""
 
     first: int
     last: int
@@ -93,8 +94,8 @@ def quantize_pixels(x: Tensor) -> Quantized:
 
 
 def quantize_image(x: Tensor, padding: int = 0, across: int | None = None) -> Quantized:
-    """x: (in, h, w) fp32 → (h + 2·padding, w + 2·across, in), zero around it; one scale and zero point for all of it. Where
-    `across` is not given, it is `padding`."""
+    """x: (in, h, w) fp32 → (h + 2·padding, w + 2·across, in), zero around it; one scale and zero point for all of it.
+    Where `across` is not given, it is `padding`."""
     x = x.permute(1, 2, 0)
     height, width, channels = x.shape
     across = padding if across is None else across
@@ -113,7 +114,8 @@ def quantize_image(x: Tensor, padding: int = 0, across: int | None = None) -> Qu
 
 
 def _quantize(x: Tensor, inverse: Tensor, zero: int, out: Tensor) -> None:
-    # + 0.5: the cast cuts off. In steps that torch vectorises: neither addcmul along a row nor fp32 to uint8 is (2.8 times).
+    # + 0.5: the cast cuts off. In steps that torch vectorises: neither addcmul along a row nor fp32 to uint8 is (2.8
+    # times).
     out.copy_(torch.mul(x, inverse).add_(zero + 0.5).to(torch.int16))
 
 

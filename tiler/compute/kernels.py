@@ -1,8 +1,8 @@
 """An operation as data, and what a kernel has to answer to run it.
 
-An `Op` says all of it: how its input is put together, normalised and activated, which weights it takes, and what follows
-the product. A kernel takes as much of that in one go as it can; steps.py does the rest step by step. Kernels are chosen by
-choose.py; the streamer (stream.py) owns the memory that they prepare weights in.
+An `Op` says all of it: how its input is put together, normalised and activated, which weights it takes, and what
+follows the product. A kernel takes as much of that in one go as it can; steps.py does the rest step by step. Kernels
+are chosen by choose.py; the streamer (stream.py) owns the memory that they prepare weights in.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Weight:
-    """A tensor's name in the store and its shape (outputs, inputs, *taps) on the meta device; `first` is its row where these
-    outputs begin, if they are a part of it. With it go its bias (outputs,), and a path of low rank, which adds
+    """A tensor's name in the store and its shape (outputs, inputs, *taps) on the meta device; `first` is its row where
+    these outputs begin, if they are a part of it. With it go its bias (outputs,), and a path of low rank, which adds
     `up · (down · input)` where the weight is computed with as int8; one that is read in fp32 was changed already."""
 
     name: str
@@ -54,7 +54,8 @@ class Weight:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Group:
-    """The weights of an operation, of one input and of equal taps: several are like one whose outputs are all of theirs."""
+    """The weights of an operation, of one input and of equal taps: several are like one whose outputs are all of
+    theirs."""
 
     weights: tuple[Weight, ...]
 
@@ -91,8 +92,9 @@ class Input:
 
 @dataclass(frozen=True, kw_only=True)
 class Epilogue:
-    """What follows the product and its bias, in this order: `activation`, and the residual that comes with the input. A `glu`
-    halves the outputs (of a group of two weights: those of the one and of the other) to first · activation(second)."""
+    """What follows the product and its bias, in this order: `activation`, and the residual that comes with the input. A
+    `glu` halves the outputs (of a group of two weights: those of the one and of the other) to first ·
+    activation(second)."""
 
     activation: nn.Module | None = None
     glu: bool = False
@@ -101,7 +103,8 @@ class Epilogue:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Op:
-    """One operation. Attention has no weights; its parts are queries, keys and values, (n, heads, tokens, width) each."""
+    """One operation. Attention has no weights; its parts are queries, keys and values, (n, heads, tokens, width)
+    each."""
 
     kind: Kind
     weights: Group | None = None
@@ -115,8 +118,8 @@ class Op:
         return self.weights
 
     def output_shape(self, shape: Shape, outputs: int | None = None) -> tuple[int, ...]:
-        """The product's shape for a joined input (n, in, h, w) of a convolution, (n, ..., in) of a linear layer: all outputs of
-        the group, or so many of them."""
+        """The product's shape for a joined input (n, in, h, w) of a convolution, (n, ..., in) of a linear layer: all
+        outputs of the group, or so many of them."""
         if self.kind is Kind.ATTENTION:
             return tuple(shape)
         channels = self.group.shape[0] if outputs is None else outputs
@@ -152,8 +155,8 @@ class Prepared(NamedTuple):
 
 
 class Place(Protocol):
-    """Where a weight is prepared. What is prepared in a place that `stays` lasts until its unit is done; elsewhere the next
-    piece may overwrite this one."""
+    """Where a weight is prepared. What is prepared in a place that `stays` lasts until its unit is done; elsewhere the
+    next piece may overwrite this one."""
 
     stays: bool
     arena_bytes: int
@@ -179,9 +182,9 @@ class Policy:
 class Kernel(ABC):
     """How an operation runs: `begin` what needs no weights, `prepare` these, `apply`.
 
-    Shapes are those of the joined input; None stands for any. Everything works on meta tensors, with `store` None, and then
-    counts what it would take. Which kernel a weight gets, and what its weights take, is asked of each layer alone (no norm, no
-    epilogue, no group) when memory is planned: the answers must be the same, and a group's the sum.
+    Shapes are those of the joined input; None stands for any. Everything works on meta tensors, with `store` None, and
+    then counts what it would take. Which kernel a weight gets, and what its weights take, is asked of each layer alone
+    (no norm, no epilogue, no group) when memory is planned: the answers must be the same, and a group's the sum.
     """
 
     name: str
@@ -208,13 +211,13 @@ class Kernel(ABC):
 
     @abstractmethod
     def begin(self, op: Op, x: Operands) -> Operands:
-        """The input joined, normalised, activated, quantised: all that is done before weights are fetched, in `made`. It serves
-        every operation with this input, whatever its weights and epilogue."""
+        """The input joined, normalised, activated, quantised: all that is done before weights are fetched, in `made`.
+        It serves every operation with this input, whatever its weights and epilogue."""
 
     @abstractmethod
     def apply(self, op: Op, x: Operands, prepared: Iterable[Prepared]) -> tuple[Tensor, ...]:
-        """The result for each weight of the group, in tensors of its own; one for a `glu`. x: what `begin` returned. Never
-        depends on how many samples there are."""
+        """The result for each weight of the group, in tensors of its own; one for a `glu`. x: what `begin` returned.
+        Never depends on how many samples there are."""
 
 
 def input_shape(op: Op, parts: Sequence[Tensor]) -> tuple[int, ...]:
@@ -225,12 +228,14 @@ def input_shape(op: Op, parts: Sequence[Tensor]) -> tuple[int, ...]:
 
 
 def step_rows(store: WeightStore | None, row: int) -> int:
-    """Outputs of a piece, each made of `row` elements: the same cuts held or streamed, so the arithmetic is the same."""
+    """Outputs of a piece, each made of `row` elements: the same cuts held or streamed, so the arithmetic is the
+    same."""
     return piece_rows(row, PIECE_ELEMENTS if store is None else store.piece_elements)
 
 
 def weight_pieces(store: WeightStore, weight: Weight, elements: int | None = None) -> Iterator[tuple[int, Piece]]:
-    """The weight as it is read, up to `elements` at a time: the first output of each piece, and its rows in the store."""
+    """The weight as it is read, up to `elements` at a time: the first output of each piece, and its rows in the
+    store."""
     step = piece_rows(weight.row, min(elements or store.piece_elements, store.piece_elements))
     for first in range(0, weight.outputs, step):
         last = min(first + step, weight.outputs)

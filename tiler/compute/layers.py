@@ -1,9 +1,9 @@
 """Layers that fetch their weights when they run.
 
-`stream_layers` turns the Linear, Conv2d and Embedding layers of a meta-device module into them; norms and biases, which are
-small, are loaded at once. A layer is an operation (kernels.py): `convolve`, `linear` and `linear_layers` take what is computed
-before and after its product, so that a kernel which can do it all at once gets it whole. They serve plain layers too, step by
-step.
+`stream_layers` turns the Linear, Conv2d and Embedding layers of a meta-device module into them; norms and biases, which
+are small, are loaded at once. A layer is an operation (kernels.py): `convolve`, `linear` and `linear_layers` take what
+is computed before and after its product, so that a kernel which can do it all at once gets it whole. They serve plain
+layers too, step by step.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from tiler.compute.steps import finished, made_input, product
 if TYPE_CHECKING:
     from tiler.compute.stream import Streamer
 
-# Parameters of up to this many elements are loaded at once and stay. A choice, no measurement: SD 1.5's take 2 MB together, and
-# reading them at every pass would be more reads than all its other weights are.
+# Parameters of up to this many elements are loaded at once and stay. A choice, no measurement: SD 1.5's take 2 MB
+# together, and reading them at every pass would be more reads than all its other weights are.
 SMALL = 64 * 1024
 _PLAIN, _NOTHING = Input(), Epilogue()
 
@@ -32,8 +32,8 @@ _T = TypeVar("_T")
 
 
 class StreamedLayer(nn.Module):
-    """What the streamed classes share: a meta weight for its shape, the parameter's name, and where to get it. `first` is the
-    parameter's row where the weight begins."""
+    """What the streamed classes share: a meta weight for its shape, the parameter's name, and where to get it. `first`
+    is the parameter's row where the weight begins."""
 
     weight: Tensor
     key: str
@@ -128,8 +128,8 @@ def linear(
     glu: bool = False,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """A linear layer of x, (n, ..., in) fp32, normed first. `activation` follows the product; with `glu` the result is the
-    product's first half · activation(its second half). Then comes `residual`."""
+    """A linear layer of x, (n, ..., in) fp32, normed first. `activation` follows the product; with `glu` the result is
+    the product's first half · activation(its second half). Then comes `residual`."""
     after = Epilogue(activation=activation, glu=glu, residual=residual is not None)
     (out,) = _compute([layer], (x,), Input(norm=norm), after, residual)
     return out
@@ -141,8 +141,8 @@ def linear_layers(layers: Sequence[nn.Module], x: Tensor, *, norm: nn.Module | N
 
 
 def attend(queries: Tensor, keys: Tensor, values: Tensor, layer: nn.Module | None = None) -> Tensor:
-    """Attention, an operation without weights: (n, heads, tokens, width) each → the queries' shape. `layer` made one of them:
-    attention is computed under the same policy."""
+    """Attention, an operation without weights: (n, heads, tokens, width) each → the queries' shape. `layer` made one of
+    them: attention is computed under the same policy."""
     policy = layer.streamer.policy if isinstance(layer, StreamedLayer) else Policy()
     kernel = choose_kernel(_ATTENTION, tuple(queries.shape), policy, cpu.isa())
     (out,) = kernel.apply(_ATTENTION, kernel.begin(_ATTENTION, Operands((queries, keys, values))), ())
@@ -166,8 +166,8 @@ def _op(layers: Sequence[StreamedLayer], made_of: Input, after: Epilogue) -> Op:
 def _compute(
     layers: Sequence[nn.Module], parts: tuple[Tensor, ...], made_of: Input, after: Epilogue, residual: Tensor | None
 ) -> tuple[Tensor, ...]:
-    """Layers of one input, and what surrounds them, by the kernel that was chosen for them, under one read of the weights for
-    all samples; step by step where one is not streamed."""
+    """Layers of one input, and what surrounds them, by the kernel that was chosen for them, under one read of the
+    weights for all samples; step by step where one is not streamed."""
     streamed = [layer for layer in layers if isinstance(layer, StreamedLayer)]
     if len(streamed) < len(layers):
         made = made_input(made_of, parts)
@@ -187,7 +187,8 @@ def _compute(
 
 
 def as_unit(module: nn.Module, forward: Callable[..., _T], *args: object) -> _T:
-    """`forward(*args)`, which runs all layers of `module`: sample by sample while its weights are held, if they can be."""
+    """`forward(*args)`, which runs all layers of `module`: sample by sample while its weights are held, if they can
+    be."""
     layers = streamed_layers(module)
     return layers[0].streamer.run_unit(module, forward, *args) if layers else forward(*args)
 
@@ -205,8 +206,8 @@ _CLASSES: Sequence[tuple[type[nn.Module], type[StreamedLayer]]] = (
 
 
 def stream_layers(module: nn.Module, streamer: Streamer) -> None:
-    """Turn the large layers of a meta-device `module` into streamed ones, and load the small parameters. No layer computes
-    otherwise with one thread than with several.
+    """Turn the large layers of a meta-device `module` into streamed ones, and load the small parameters. No layer
+    computes otherwise with one thread than with several.
 
     The layers change class in place, so the tree, its names and its hooks stay what they were.
     """

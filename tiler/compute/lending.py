@@ -1,5 +1,5 @@
-"""A module lends its layers to a streamer, and gets them back as they were: one meta-device module serves planning, packing
-and every phase of a run, one after another."""
+"""A module lends its layers to a streamer, and gets them back as they were: one meta-device module serves planning,
+packing and every phase of a run, one after another."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from tiler.compute.stream import Streamer
 
 @contextmanager
 def lent(module: nn.Module, streamer: Streamer) -> Iterator[None]:
-    """`stream_layers` for as long as the block lasts. Whatever changes meanwhile (classes, parameters, submodules, attributes,
-    hooks) is undone at its end, and what was loaded is freed. One block at a time."""
+    """`stream_layers` for as long as the block lasts. Whatever changes meanwhile (classes, parameters, submodules,
+    attributes, hooks) is undone at its end, and what was loaded is freed. One block at a time."""
     modules = list(module.modules())
     assert not any("streamer" in vars(m) for m in modules), "lent already"
     before = [(m, type(m), dict(vars(m)), _tables(m)) for m in modules]

@@ -1,5 +1,5 @@
-"""How long each kernel takes for an operation on this machine: for `tiler doctor --measure` and scripts/calibrate.py. No run
-ever looks at a clock to choose a kernel."""
+"""How long each kernel takes for an operation on this machine: for `tiler doctor --measure` and scripts/calibrate.py.
+No run ever looks at a clock to choose a kernel."""
 
 from __future__ import annotations
 
@@ -121,7 +121,8 @@ def chosen_speed(shape: TableShape, precision: str) -> float:
 
 @torch.no_grad()
 def attention_speed(precision: str) -> float:
-    """FLOP/s of the kernel that is chosen here for self-attention of 2,048 tokens, two heads of 40, beside weights in `precision`."""
+    """FLOP/s of the kernel that is chosen here for self-attention of 2,048 tokens, two heads of 40, beside weights in
+    `precision`."""
     q = torch.randn(1, 2, 2048, 40)
     op, x, shape = Op(kind=Kind.ATTENTION, input=Input(parts=3)), Operands((q, q, q)), tuple(q.shape)
     kernel = choose_kernel(op, shape, _policy(precision), isa())

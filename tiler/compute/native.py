@@ -1,9 +1,9 @@
-"""8-bit products by tiler's own library (tiler/native/): the input is joined, normalised, activated and quantised in two passes,
-and bias, activation, gates and residual follow a product at once.
+"""8-bit products by tiler's own library (tiler/native/): the input is joined, normalised, activated and quantised in
+two passes, and bias, activation, gates and residual follow a product at once.
 
-A token of a linear layer has a scale of its own, and so has a pixel of a 1 × 1 convolution; the input of other convolutions
-has one scale and zero point an image. Every sum is exact and every output is made by
-one loop in one order: bytes depend on neither threads, nor samples, nor how weights are cut. Knows nothing of files.
+A token of a linear layer has a scale of its own, and so has a pixel of a 1 × 1 convolution; the input of other
+convolutions has one scale and zero point an image. Every sum is exact and every output is made by one loop in one
+order: bytes depend on neither threads, nor samples, nor how weights are cut. Knows nothing of files.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ _DTYPES = {Type.UINT8: torch.uint8, Type.BF16: torch.bfloat16, Type.FP32: torch.
 
 
 class Quantized(NamedTuple):
-    """Samples as uint8, real value = scale × (value − zero): a matrix (rows, inputs) whose rows have a scale each and one zero,
-    or images (n, h, w, inputs) with a frame of zeros, each with a scale and a zero."""
+    """Samples as uint8, real value = scale × (value − zero): a matrix (rows, inputs) whose rows have a scale each and
+    one zero, or images (n, h, w, inputs) with a frame of zeros, each with a scale and a zero."""
 
     values: Tensor
     scale: Tensor
@@ -57,7 +57,8 @@ class Quantized(NamedTuple):
 
 
 class Made(NamedTuple):
-    """What `begin` makes: the input quantised, the shape it has, and itself in fp32 where a low-rank path will ask for it."""
+    """What `begin` makes: the input quantised, the shape it has, and itself in fp32 where a low-rank path will ask for
+    it."""
 
     input: Quantized
     shape: tuple[int, ...]
@@ -70,8 +71,8 @@ def reads_blocks() -> bool:
 
 
 def quantize_tokens(x: Tensor, norm: nn.Module | None = None, out_type: Type = Type.UINT8) -> Quantized:
-    """x: (..., inputs) fp32 → a matrix, each row normed and symmetric around MIDDLE by its absmax; of other types than uint8 cast
-    without a scale."""
+    """x: (..., inputs) fp32 → a matrix, each row normed and symmetric around MIDDLE by its absmax; of other types than
+    uint8 cast without a scale."""
     rows = x.reshape(-1, x.shape[-1])
     count, width = rows.shape
     values, scale = rows.new_empty(count, width, dtype=_DTYPES[out_type]), rows.new_empty(count)
@@ -92,8 +93,8 @@ def quantize_images(
     parts: tuple[Tensor, ...], padding: int, norm: nn.Module | None, *, silu: bool, each_place: bool = False,
     out_type: Type = Type.UINT8,
 ) -> Quantized:  # fmt: skip
-    """One or two parts (n, C, h, w) fp32, joined, normed and activated → images with a frame of `padding`, each with one scale
-    and one zero; or, for each place, a row of a matrix as `quantize_tokens` makes it."""
+    """One or two parts (n, C, h, w) fp32, joined, normed and activated → images with a frame of `padding`, each with
+    one scale and one zero; or, for each place, a row of a matrix as `quantize_tokens` makes it."""
     parts = tuple(part.contiguous(memory_format=torch.channels_last) for part in parts)
     count, _, height, width = parts[0].shape
     channels = [part.shape[1] for part in parts]
@@ -248,8 +249,8 @@ def _planned(op: Op, place: Place) -> Iterator[Prepared]:
 
 
 def _fetched(store: WeightStore, op: Op, place: Place) -> Iterator[Prepared]:
-    """Each weight whole where it stays or is resident, else in pieces: values, scales and sums of its outputs, and behind them
-    those of its gates."""
+    """Each weight whole where it stays or is resident, else in pieces: values, scales and sums of its outputs, and
+    behind them those of its gates."""
     for number, weights in together(op):
         outputs, row = weights[0].outputs, weights[0].row
         step = outputs if place.stays else step_rows(store, row * len(weights))
@@ -266,7 +267,8 @@ def _fetched(store: WeightStore, op: Op, place: Place) -> Iterator[Prepared]:
 
 
 def _fetch(store: WeightStore, whole: Piece, weight: Weight, into: Tensor) -> Tensor:
-    """Rows in blocks: `into` filled, or the resident ones. Those of a file that does not have them so are put in order here."""
+    """Rows in blocks: `into` filled, or the resident ones. Those of a file that does not have them so are put in order
+    here."""
     is_blocked, kept = store.index[whole.name].blocked, store.resident.get(whole.name)
     if is_blocked and kept is not None and kept.dtype == torch.int8:
         return kept.view(-1, weight.row)[whole.first : whole.last]
@@ -324,7 +326,8 @@ def _multiply(
 def product_call(
     op: Op, values: Tensor, piece: Prepared, out: Tensor, activation: Activation | None, residual: Tensor | None
 ) -> library.Product:
-    """A piece's product as far as it does not depend on what weights are stored as; `values`: rows of a matrix, or images."""
+    """A piece's product as far as it does not depend on what weights are stored as; `values`: rows of a matrix, or
+    images."""
     first, channels = piece.first, out.shape[1 if op.kind is Kind.CONVOLUTION else -1]
     weights = (gated(op) or op.group.weights)[piece.weight :]
     call = library.Product(

@@ -1,7 +1,8 @@
-"""Attention by tiler's own library (tiler/native/attention.h): the scores never leave a core's cache, and what a thread needs
-besides lies on its stack (0.5 MB at most).
+"""Attention by tiler's own library (tiler/native/attention.h): the scores never leave a core's cache, and what a thread
+needs besides lies on its stack (0.5 MB at most).
 
-Every result is made by one loop in one order: bytes depend on neither threads, nor samples, nor which queries go together.
+Every result is made by one loop in one order: bytes depend on neither threads, nor samples, nor which queries go
+together.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ class NativeAttention(Kernel):
 
 
 class NativeAttentionBf16(NativeAttention):
-    """Products of values rounded to bf16, sums in fp32: where weights are bf16 too, or int8, beside whose error it is not seen."""
+    """Products of values rounded to bf16, sums in fp32: where weights are bf16 too, or int8, beside whose error it is
+    not seen."""
 
     name = "native-attention-bf16"
     kind = library.Kind.BF16

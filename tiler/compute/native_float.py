@@ -1,7 +1,8 @@
-"""Products in fp32, and of values rounded to bf16, by tiler's own library: the same loop as for int8, over the same rows.
+"""Products in fp32, and of values rounded to bf16, by tiler's own library: the same loop as for int8, over the same
+rows.
 
-Weights are brought into the library's order as they are read, a few rows at a time. Every output is made by one loop in one
-order: bytes depend on neither threads, nor samples, nor how weights are cut. Knows nothing of files.
+Weights are brought into the library's order as they are read, a few rows at a time. Every output is made by one loop in
+one order: bytes depend on neither threads, nor samples, nor how weights are cut. Knows nothing of files.
 """
 
 from __future__ import annotations
@@ -173,7 +174,8 @@ class NativeBf16(NativeFp32):
 
 
 def pack(store: WeightStore, weight: Weight, out: Tensor, kind: library.Kind, *, point_bytes: int = 0) -> None:
-    """Fill `out`, lanes of 32 bits, with a weight in the library's order; transformed where `point_bytes` lie between two points."""
+    """Fill `out`, lanes of 32 bits, with a weight in the library's order; transformed where `point_bytes` lie between
+    two points."""
     inputs, *sides = weight.meta.shape[1:]
     taps, at = math.prod(sides), out.data_ptr()
     block = (point_bytes * OUTPUTS // weight.outputs) if point_bytes else out.nbytes * OUTPUTS // weight.outputs

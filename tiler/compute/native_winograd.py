@@ -1,6 +1,8 @@
-"""Large 3 × 3 convolutions in fp32 with a quarter of the multiplications, by tiler's own library (tiler/native/winograd.h).
+"""Large 3 × 3 convolutions in fp32 with a quarter of the multiplications, by tiler's own library
+(tiler/native/winograd.h).
 
-Rounding is 3e-7 of the result, a direct convolution's 2e-7. What a tile of 4 × 4 pixels gives depends on nothing beside it.
+Rounding is 3e-7 of the result, a direct convolution's 2e-7. What a tile of 4 × 4 pixels gives depends on nothing beside
+it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """oneDNN's operators that torch keeps private: convolutions of prepacked weights, products of 8-bit integers.
 
-Nothing else in tiler calls such an operator. torch may leave any of them out of a build or change it, so each is tried once,
-on a small input whose result is known; where that fails, another kernel does the work and `notes` says so.
+Nothing else in tiler calls such an operator. torch may leave any of them out of a build or change it, so each is tried
+once, on a small input whose result is known; where that fails, another kernel does the work and `notes` says so.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ class Geometry(NamedTuple):
 
 
 def reorder(weight: Tensor, geometry: Geometry, sides: Sequence[int]) -> Tensor:
-    """Rows of a convolution's weight (n, in, ...) fp32 in oneDNN's own order for an input of `sides` (height, width)."""
+    """Rows of a convolution's weight (n, in, ...) fp32 in oneDNN's own order for an input of `sides` (height,
+    width)."""
     channels = weight.shape[1] * geometry.groups
     out: Tensor = torch.ops.mkldnn._reorder_convolution_weight(weight, *geometry, (1, channels, *sides))
     return out
@@ -51,8 +52,8 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geomet
 
 
 def plain_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
-    """x: (n, in, h, w) fp32, by a weight as it is. torch's own convolution lets oneDNN compute some of them, small ones and
-    1 × 1, where there are several threads only, and rounds otherwise with one."""
+    """x: (n, in, h, w) fp32, by a weight as it is. torch's own convolution lets oneDNN compute some of them, small ones
+    and 1 × 1, where there are several threads only, and rounds otherwise with one."""
     if prepacks() and not x.is_meta:
         out: Tensor = torch.mkldnn_convolution(x, weight, bias, *geometry)
         return out
@@ -61,14 +62,15 @@ def plain_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: 
 
 
 def matrix(rows: Tensor) -> Tensor:
-    """Rows (n, in, ...) of an int8 weight as oneDNN's plain matrix (taps × in, n). Transposing is what its own code does
-    fastest."""
+    """Rows (n, in, ...) of an int8 weight as oneDNN's plain matrix (taps × in, n). Transposing is what its own code
+    does fastest."""
     n = len(rows)
     return rows.reshape(n, rows.shape[1], -1).to_mkldnn().transpose(0, 2).reshape(-1, n)
 
 
 def product(values: Tensor, zero: int, weight: Tensor, scale: Tensor) -> Tensor:
-    """(values − zero) · weight × scale: values (tokens, k) uint8, weight a `matrix` (k, n), scale (n,) → (tokens, n) fp32."""
+    """(values − zero) · weight × scale: values (tokens, k) uint8, weight a `matrix` (k, n), scale (n,) → (tokens, n)
+    fp32."""
     out: Tensor = torch.ops.onednn.qlinear_pointwise(
         values, 1.0, zero, weight, scale, torch.zeros(len(scale), dtype=torch.int64), None,
         1.0, 0, torch.float32, "none", [], "",

@@ -116,14 +116,15 @@ class _Seen(NamedTuple):
 
 
 class Memo:
-    """What operations on shapes take, so that each is gone through once: layers and samples of one shape are many. Operations
-    with equal keys must do the same."""
+    """What operations on shapes take, so that each is gone through once: layers and samples of one shape are many.
+    Operations with equal keys must do the same."""
 
     def __init__(self) -> None:
         self._seen: dict[Hashable, _Seen] = {}
 
     def run(self, key: Hashable, work: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        """The results of `work`, or tensors like them where the key was seen before; the meter that is entered counts alike."""
+        """The results of `work`, or tensors like them where the key was seen before; the meter that is entered counts
+        alike."""
         if not MetaMeter._entered:
             return work()
         meter = MetaMeter._entered[-1]
@@ -207,8 +208,8 @@ def _repeated(count: int) -> int:
 class _ByShape(TorchFunctionMode):
     """Results of a few functions on meta tensors, made from shapes alone.
 
-    Attention would fall back to the full score matrix, which the CPU never makes; the others have meta kernels written in
-    Python, whose first use imports sympy and torch._dynamo: 92 MB that the process would keep.
+    Attention would fall back to the full score matrix, which the CPU never makes; the others have meta kernels written
+    in Python, whose first use imports sympy and torch._dynamo: 92 MB that the process would keep.
     """
 
     def __init__(self, meter: MetaMeter) -> None:

@@ -1,7 +1,8 @@
 """What surrounds a product, step by step in fp32, for layers that are not streamed and kernels that do not fuse it.
 
-No value depends on how many samples or threads there are. torch's own operators are not all like that: sums of a GroupNorm
-are cut between threads, and the last few values of a thread's share of an activation are computed by another formula.
+No value depends on how many samples or threads there are. torch's own operators are not all like that: sums of a
+GroupNorm are cut between threads, and the last few values of a thread's share of an activation are computed by another
+formula.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ _VECTOR = 64  # values: a multiple of what any processor computes at once
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A linear layer of x, (..., in) fp32. A few rows get zeros below them: of 5, 6, 7 or 9 MKL computes some in another order
-    with one thread than with several."""
+    """A linear layer of x, (..., in) fp32. A few rows get zeros below them: of 5, 6, 7 or 9 MKL computes some in
+    another order with one thread than with several."""
     count = x.numel() // x.shape[-1]
     if x.is_meta or not 1 < count < _ROWS:
         return F.linear(x, weight, bias)
@@ -93,8 +94,9 @@ def normed(norm: nn.Module, x: Tensor) -> Tensor:
 
 
 def group_norm(norm: nn.GroupNorm, x: Tensor) -> Tensor:
-    """torch's GroupNorm of x, (n, C, ...) fp32, in the same layout. A channel's sums go down its pixels, a few at a time; they
-    are those of differences to its first pixel, and are put together in fp64 (Chan, Golub & LeVeque 1979)."""
+    """torch's GroupNorm of x, (n, C, ...) fp32, in the same layout. A channel's sums go down its pixels, a few at a
+    time; they are those of differences to its first pixel, and are put together in fp64 (Chan, Golub & LeVeque
+    1979)."""
     out = torch.empty_like(x)
     if x.is_meta:
         return out

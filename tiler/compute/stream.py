@@ -1,7 +1,7 @@
 """Run any module tree whose weights stay on disk.
 
-`Streamer.run` runs a module whose layers are those of layers.py on a list of samples so that one read of the weights serves
-all of them:
+`Streamer.run` runs a module whose layers are those of layers.py on a list of samples so that one read of the weights
+serves all of them:
 
 - a module whose weights fit the arena (a unit) is held there in fp32 and runs sample by sample: transients are one
   sample's. Each weight is fetched when it is first used, and stays until the unit is done;
@@ -45,12 +45,12 @@ def _never() -> bool:
 class Streamer:
     """The weights of one module tree: what is held in the arena now, what stays, and what is fetched.
 
-    With `store=None` nothing is loaded: for planning on meta tensors; `int8_keys` then names the weights that will be stored
-    as int8. Where the processor has the instructions, these are computed with as int8 too, unless `int8_products` is False.
-    Products of the weights in `bf16_keys` may be of values rounded to that, where it has instructions for them.
-    `short` says whether memory is short: then what one sample freed goes back to the system before the next one runs, and
-    so does what the arena does not need. `ranks` are those of the paths beside int8 weights where there is no store. With
-    `transform`, convolutions that are large enough go by winograd.py. Kernels in
+    With `store=None` nothing is loaded: for planning on meta tensors; `int8_keys` then names the weights that will be
+    stored as int8. Where the processor has the instructions, these are computed with as int8 too, unless
+    `int8_products` is False. Products of the weights in `bf16_keys` may be of values rounded to that, where it has
+    instructions for them. `short` says whether memory is short: then what one sample freed goes back to the system
+    before the next one runs, and so does what the arena does not need. `ranks` are those of the paths beside int8
+    weights where there is no store. With `transform`, convolutions that are large enough go by winograd.py. Kernels in
     `prefer` are asked before those of the processor's table.
     """
 
@@ -107,7 +107,8 @@ class Streamer:
         finally:
             self.policy = before
 
-    # --- kernels ---------------------------------------------------------------------------------------------------------
+    # --- kernels
+    # ---------------------------------------------------------------------------------------------------------
 
     def kernel(self, op: Op, shape: Shape | None) -> Kernel:
         """The kernel for an operation on a joined input of `shape`, None for any; chosen once."""
@@ -142,7 +143,8 @@ class Streamer:
         key = kernel.name, op.geometry, weights, around, op.epilogue.residual, shapes, self._held is None, self.policy
         return self._memo.run(key, compute)
 
-    # --- what is held ----------------------------------------------------------------------------------------------------
+    # --- what is held
+    # ----------------------------------------------------------------------------------------------------
 
     def fits(self, *modules: nn.Module) -> bool:
         """Whether all streamed weights of the modules are held, or can be held at once."""
@@ -164,8 +166,8 @@ class Streamer:
 
     @contextmanager
     def hold(self, *modules: nn.Module) -> Iterator[None]:
-        """Until this ends, every streamed weight of the modules that is prepared stays: in the arena, or beside it. While
-        weights are held already, these are among them."""
+        """Until this ends, every streamed weight of the modules that is prepared stays: in the arena, or beside it.
+        While weights are held already, these are among them."""
         if self._held is not None:
             yield
             return
@@ -190,7 +192,8 @@ class Streamer:
 
     @contextmanager
     def hold_transformed(self, module: nn.Module) -> Iterator[None]:
-        """`hold`, and convolutions that suit it go by winograd.py meanwhile: where many strips share one transformed weight."""
+        """`hold`, and convolutions that suit it go by winograd.py meanwhile: where many strips share one transformed
+        weight."""
         try:
             with self._under(replace(self.policy, winograd=True)), self.hold(module):
                 yield
@@ -202,7 +205,8 @@ class Streamer:
         resident = [None if self.store is None else self.store.resident.get(name) for name in op.group.names]
         return kernel.takes_resident and all(x is not None and x.dtype == torch.float32 for x in resident)
 
-    # --- samples ---------------------------------------------------------------------------------------------------------
+    # --- samples
+    # ---------------------------------------------------------------------------------------------------------
 
     def _between_samples(self) -> None:
         if self._short():
@@ -211,8 +215,8 @@ class Streamer:
     def run(self, module: nn.Module, calls: list[tuple[Tensor, ...]], **shared: object) -> list[Tensor]:
         """`module(*call, **shared)` for each call (tensors of batch 1) under one read of its weights.
 
-        All calls are of one size. `calls` is emptied from the front, so that inputs nobody else holds are freed as they are
-        used. Neighbours with the very same tensors get the very same result.
+        All calls are of one size. `calls` is emptied from the front, so that inputs nobody else holds are freed as they
+        are used. Neighbours with the very same tensors get the very same result.
         """
         with self._under(replace(self.policy, one_size=True)):
             return self._run(module, calls, shared)
@@ -241,8 +245,8 @@ class Streamer:
     def _next_group(
         self, module: nn.Module, calls: list[tuple[Tensor, ...]]
     ) -> tuple[list[tuple[Tensor, ...]], list[int]]:
-        """Take from the front of `calls` those that run together, neighbours with the very same tensors once; and how often
-        each was there."""
+        """Take from the front of `calls` those that run together, neighbours with the very same tensors once; and how
+        often each was there."""
         most = 1
         # A small layer that is not streamed computes all samples in one product, whose bits depend on their number.
         if self.policy.int8 and not any(map(_is_plain, module.modules())):
@@ -260,8 +264,8 @@ class Streamer:
         return group, same
 
     def run_unit(self, module: nn.Module, forward: Callable[..., _T], *args: object, **kwargs: object) -> _T:
-        """The forward of a unit: sample by sample while its weights are held, if they can be. Arguments are cut where their
-        first axis is the batch (that of the first tensor argument)."""
+        """The forward of a unit: sample by sample while its weights are held, if they can be. Arguments are cut where
+        their first axis is the batch (that of the first tensor argument)."""
         if self._held is not None or not self.fits(module):
             return forward(*args, **kwargs)
         batch = next(len(a) for a in (*args, *kwargs.values()) if isinstance(a, Tensor))

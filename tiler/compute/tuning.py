@@ -1,7 +1,7 @@
 """Every measured constant of compute/ and planning/, with its passport; and which kernel runs where. Imports no torch.
 
-A passport is a constant's unit and the command that measured it; the comment says what was seen. Those of memory/ are in
-memory/tuning.py. `scripts/calibrate.py` measures again.
+A passport is a constant's unit and the command that measured it; the comment says what was seen. Those of memory/ are
+in memory/tuning.py. `scripts/calibrate.py` measures again.
 """
 
 from __future__ import annotations
@@ -12,17 +12,19 @@ from typing import Annotated
 from tiler.compute.cpu import Isa
 from tiler.memory.tuning import Passport
 
-# The kernels that may run an operation, best first; the first that suits the operation is taken. Times are of one thread of a
-# Zen 4 server, limited to the row's instructions: 3 × 3 convolutions of 320 channels at 64 × 64 and of 640 at 32 × 32, as shares
-# of oneDNN's 68 and 67 ms (AVX2: 78 and 88); linear layers 4096 × 320 × 320 and 256 × 1280 × 1280, of fp32's 9.4 and 8.8 ms (AVX512:
-# 11.1 and 9.4; AVX2: 11.6 and 11.0). Attention (scripts/bench_attention.py): 4096 tokens of 8 × 40, 1024 of 8 × 80, 256 of
-# 8 × 160; 4096 × 77 of 8 × 40, 4608 of 24 × 128, as shares of torch's time.
+# The kernels that may run an operation, best first; the first that suits the operation is taken. Times are of one
+# thread of a Zen 4 server, limited to the row's instructions: 3 × 3 convolutions of 320 channels at 64 × 64 and of 640
+# at 32 × 32, as shares of oneDNN's 68 and 67 ms (AVX2: 78 and 88); linear layers 4096 × 320 × 320 and 256 × 1280 ×
+# 1280, of fp32's 9.4 and 8.8 ms (AVX512: 11.1 and 9.4; AVX2: 11.6 and 11.0). Attention (scripts/bench_attention.py):
+# 4096 tokens of 8 × 40, 1024 of 8 × 80, 256 of 8 × 160; 4096 × 77 of 8 × 40, 4608 of 24 × 128, as shares of torch's
+# time.
 KERNELS_OF: Annotated[
     Mapping[Isa, Mapping[str, tuple[str, ...]]], Passport("order", "python scripts/calibrate.py kernels")
 ] = {
-    # native-int8 0.27 and 0.27, native-winograd 0.35 and 0.32, int8 0.39 and 0.29, winograd 0.47 and 0.40, native-fp32 1.03 and
-    # 1.06, which joins, norms and activates its input on the way; linear: native-int8 0.28 and 0.24, int8 0.40 and 0.27,
-    # native-fp32 0.88 and 0.90; native-attention 0.82, 0.83, 0.91; 0.63, 0.84; -bf16 0.45, 0.47, 0.51; 0.46, 0.48.
+    # native-int8 0.27 and 0.27, native-winograd 0.35 and 0.32, int8 0.39 and 0.29, winograd 0.47 and 0.40, native-fp32
+    # 1.03 and 1.06, which joins, norms and activates its input on the way; linear: native-int8 0.28 and 0.24, int8 0.40
+    # and 0.27, native-fp32 0.88 and 0.90; native-attention 0.82, 0.83, 0.91; 0.63, 0.84; -bf16 0.45, 0.47, 0.51; 0.46,
+    # 0.48.
     Isa.AVX512_VNNI: {
         "linear": ("native-int8", "int8", "native-bf16", "native-fp32", "fp32"),
         "convolution": (
@@ -37,25 +39,26 @@ KERNELS_OF: Annotated[
         ),
         "attention": ("native-attention-bf16", "native-attention", "fp32"),
     },
-    # The library's kernels are those of AVX2: native-winograd 0.42 and 0.38, winograd 0.47 and 0.43, native-int8 0.54 and 0.56,
-    # int8 0.65 and 0.57, native-fp32 1.08 and 1.25; linear: native-int8 0.44 and 0.45, int8 0.57 and 0.49, native-fp32 0.83 and
-    # 0.93. int8 stands first all the same, for what is stored so: see AVX2. Attention was not measured beside torch's of AVX-512.
+    # The library's kernels are those of AVX2: native-winograd 0.42 and 0.38, winograd 0.47 and 0.43, native-int8 0.54
+    # and 0.56, int8 0.65 and 0.57, native-fp32 1.08 and 1.25; linear: native-int8 0.44 and 0.45, int8 0.57 and 0.49,
+    # native-fp32 0.83 and 0.93. int8 stands first all the same, for what is stored so: see AVX2. Attention was not
+    # measured beside torch's of AVX-512.
     Isa.AVX512: {
         "linear": ("native-int8", "int8", "native-fp32", "fp32"),
         "convolution": ("native-int8", "int8", "native-winograd", "winograd", "onednn", "native-fp32", "fp32"),
         "attention": ("fp32",),
     },
-    # Not measured, no such processor was at hand: like AVX512_VNNI, whose 8-bit products it has at half the width; the rest
-    # is that of AVX2.
+    # Not measured, no such processor was at hand: like AVX512_VNNI, whose 8-bit products it has at half the width; the
+    # rest is that of AVX2.
     Isa.AVX2_VNNI: {
         "linear": ("native-int8", "int8", "fp32"),
         "convolution": ("native-int8", "int8", "native-winograd", "winograd", "onednn", "fp32"),
         "attention": ("native-attention", "fp32"),
     },
-    # native-winograd 0.46 and 0.37, winograd 0.46 and 0.38, native-int8 0.54 and 0.59, int8 0.63 and 0.58, native-fp32 1.29 and
-    # 1.22; linear: native-int8 0.58 and 0.54, int8 0.69 and 0.63, native-fp32 1.01 and 1.14; native-attention 0.86, 0.91, 0.93;
-    # 0.73, 1.01. A whole pass of SD 1.5 in int8, two samples, took 13.1 s with int8 first and 13.0 with winograd first, whose
-    # weights are transformed anew at every pass.
+    # native-winograd 0.46 and 0.37, winograd 0.46 and 0.38, native-int8 0.54 and 0.59, int8 0.63 and 0.58, native-fp32
+    # 1.29 and 1.22; linear: native-int8 0.58 and 0.54, int8 0.69 and 0.63, native-fp32 1.01 and 1.14; native-attention
+    # 0.86, 0.91, 0.93; 0.73, 1.01. A whole pass of SD 1.5 in int8, two samples, took 13.1 s with int8 first and 13.0
+    # with winograd first, whose weights are transformed anew at every pass.
     Isa.AVX2: {
         "linear": ("native-int8", "int8", "fp32"),
         "convolution": ("native-int8", "int8", "native-winograd", "winograd", "onednn", "fp32"),
@@ -70,12 +73,13 @@ WINOGRAD_CHANNELS: Annotated[int, Passport("channels", "python scripts/bench_con
 # At which a product is made at a time, and the fewest for which it pays to transform a weight.
 WINOGRAD_PLACES: Annotated[int, Passport("tiles of 4 × 4 pixels", "python scripts/bench_conv.py")] = 64
 
-# Of the samples that run together where weights are int8, whose sums are exact: those of one sample of SD 1.5's second level.
-# Its inner levels would be many small products.
+# Of the samples that run together where weights are int8, whose sums are exact: those of one sample of SD 1.5's second
+# level. Its inner levels would be many small products.
 GROUP_ELEMENTS: Annotated[int, Passport("elements", "python scripts/profile_pass.py --precision int8")] = 640 * 32 * 32
 # Values quantised at a time, which stay in the cache in fp32 between two steps.
 INT8_CHUNK: Annotated[int, Passport("elements", "python scripts/profile_pass.py --precision int8")] = 2**18
-# Sums of an 8-bit product at a time, but no fewer rows than that: oneDNN copies the weight in its own blocks anew for each.
+# Sums of an 8-bit product at a time, but no fewer rows than that: oneDNN copies the weight in its own blocks anew for
+# each.
 INT8_BAND_SUMS: Annotated[int, Passport("elements", "python scripts/profile_pass.py --precision int8")] = 3 * 2**19
 INT8_BAND_ROWS: Annotated[int, Passport("tokens", "python scripts/profile_pass.py --precision int8")] = 256
 # Of a convolution's windows at a time: just below what the allocator maps anew each time.
@@ -85,26 +89,27 @@ INT8_CHANNELS: Annotated[int, Passport("channels", "python scripts/profile_pass.
     192
 )
 
-# Of a GroupNorm at a time: what is made of them stays in the cache between two steps (320 channels, 64 × 64: 1.35 ms, half and
-# twice as many 1.56 and 1.44).
+# Of a GroupNorm at a time: what is made of them stays in the cache between two steps (320 channels, 64 × 64: 1.35 ms,
+# half and twice as many 1.56 and 1.44).
 NORM_ELEMENTS: Annotated[int, Passport("elements", "python scripts/profile_pass.py")] = 2**18
-# Of a feed-forward's projection at a time: 6.3 MB, which the allocator need not map anew each time; but no fewer tokens than
-# keep the product efficient.
+# Of a feed-forward's projection at a time: 6.3 MB, which the allocator need not map anew each time; but no fewer tokens
+# than keep the product efficient.
 FEED_FORWARD_ELEMENTS: Annotated[int, Passport("elements", "python scripts/profile_pass.py")] = 3 * 2**19
 FEED_FORWARD_TOKENS: Annotated[int, Passport("tokens", "python scripts/profile_pass.py")] = 256
-# Where no arena of the usual size holds its weights, and every further chunk would read them again: just enough to leave
-# SD 1.5's second level (1024 × 5120) whole.
+# Where no arena of the usual size holds its weights, and every further chunk would read them again: just enough to
+# leave SD 1.5's second level (1024 × 5120) whole.
 FEED_FORWARD_ELEMENTS_READ: Annotated[int, Passport("elements", "python scripts/profile_pass.py")] = 5 * 2**20
 
 # The largest unit of SD 1.5 worth holding is its widest feed-forward, 78.7 MB.
 ARENA_BYTES: Annotated[int, Passport("bytes", "python scripts/profile_pass.py")] = 76 * 2**20
 
-# Where a ceiling leaves no room to hold SD 1.5's larger resnets and feed-forwards: their layers one by one, the rest whole.
+# Where a ceiling leaves no room to hold SD 1.5's larger resnets and feed-forwards: their layers one by one, the rest
+# whole.
 TIGHT_ARENA_BYTES: Annotated[int, Passport("bytes", "python scripts/profile_pass.py --ceiling 500000000")] = 12 * 2**20
 
-# What whole passes of a denoiser take over what its layers' arithmetic would at measured speeds: norms, activations, smaller
-# layers, and in fp32 those whose convolutions are not transformed. At SD 1.5's size, processor time of one thread, in four
-# rounds: fp32 1.96–2.21 (2.05 where torch computes), bf16 1.48–1.59, int8 1.36–1.45.
+# What whole passes of a denoiser take over what its layers' arithmetic would at measured speeds: norms, activations,
+# smaller layers, and in fp32 those whose convolutions are not transformed. At SD 1.5's size, processor time of one
+# thread, in four rounds: fp32 1.96–2.21 (2.05 where torch computes), bf16 1.48–1.59, int8 1.36–1.45.
 OVERHEAD_FP32: Annotated[float, Passport("ratio", "python scripts/profile_pass.py")] = 2.1
 OVERHEAD_BF16: Annotated[float, Passport("ratio", "python scripts/profile_pass.py --precision bf16")] = 1.5
 OVERHEAD_INT8: Annotated[float, Passport("ratio", "python scripts/profile_pass.py --precision int8")] = 1.5
@@ -112,20 +117,21 @@ OVERHEAD_INT8: Annotated[float, Passport("ratio", "python scripts/profile_pass.p
 OVERHEAD_BY_LAYERS: Annotated[float, Passport("ratio", "python scripts/bench_decode.py")] = 1.4
 OVERHEAD_BY_ROWS: Annotated[float, Passport("ratio", "python scripts/bench_decode.py")] = 2.3
 
-# Freed blocks between live ones, as a share of one sample's activations: 40–57 MB of 139 for SD 1.5, 65–89 of 230 for SD 2.1,
-# whatever the batch.
+# Freed blocks between live ones, as a share of one sample's activations: 40–57 MB of 139 for SD 1.5, 65–89 of 230 for
+# SD 2.1, whatever the batch.
 HEAP_SLACK: Annotated[float, Passport("share", "python scripts/calibrate.py memory")] = 0.37
-# Where the weights' arena is small, and memory always short: 18 MB of 106. And where int8 weights are read in the order of
-# tiler's own kernels: with the larger share SD 1.5, 1024² under 800 MB, had 688 MB where 760 were planned.
+# Where the weights' arena is small, and memory always short: 18 MB of 106. And where int8 weights are read in the order
+# of tiler's own kernels: with the larger share SD 1.5, 1024² under 800 MB, had 688 MB where 760 were planned.
 TIGHT_HEAP_SLACK: Annotated[float, Passport("share", "python scripts/calibrate.py memory")] = 0.2
-# The same where the activations are few blocks of many MB, each a mapping of its own: Flux at full width and 1024² had 607 MB
-# where 632 were planned without any, int8 678 where 724 were.
+# The same where the activations are few blocks of many MB, each a mapping of its own: Flux at full width and 1024² had
+# 607 MB where 632 were planned without any, int8 678 where 724 were.
 MAPPED_HEAP_SLACK: Annotated[float, Passport("share", "python -m pytest -m full tests/full/test_flux.py")] = 0.02
-# The same where fp32 weights are brought into the order of tiler's own kernels as they are read: with none planned here and for
-# resident weights, SD 1.5 at 768² had 725 MB and SDXL's width at 1024² 726 where 760 were planned; with the shares above 668, 636.
+# The same where fp32 weights are brought into the order of tiler's own kernels as they are read: with none planned here
+# and for resident weights, SD 1.5 at 768² had 725 MB and SDXL's width at 1024² 726 where 760 were planned; with the
+# shares above 668, 636.
 PACKED_HEAP_SLACK: Annotated[float, Passport("share", "python -m pytest -m full tests/full/test_full_size.py")] = 0.1
-# What int8 weights, packed and freed unit by unit, leave of holes (SD 1.5, 1024² under 600 MB: 595 MB, 570 planned without it).
-# Nothing where memory is always short.
+# What int8 weights, packed and freed unit by unit, leave of holes (SD 1.5, 1024² under 600 MB: 595 MB, 570 planned
+# without it). Nothing where memory is always short.
 INT8_HOLES_BYTES: Annotated[int, Passport("bytes", "python scripts/calibrate.py memory")] = 27_000_000
 # Code of torch, oneDNN and MKL that has not run when the models are built, and the kernels these compile at first use.
 LIBRARIES_BYTES: Annotated[int, Passport("bytes", "python scripts/calibrate.py memory")] = 67_000_000

@@ -1,9 +1,10 @@
 """3 × 3 convolutions with a quarter of the multiplications: Winograd's F(4 × 4, 3 × 3).
 
 Lavin and Gray, Fast Algorithms for Convolutional Neural Networks (2015, arXiv:1509.09308): an output of 4 × 4 pixels is
-Aᵀ[(G w Gᵀ) ⊙ (Bᵀ x B)]A of the 6 × 6 pixels x below it, the points of interpolation being 0, ±1, ±2 and infinity. Over all
-channels and places the products in the middle are 36 matrix products. Rounding is 3e-6 of the result, a direct convolution's 1e-6.
-Half oneDNN's time at 320 and at 640 channels with AVX-512, 0.4 of it with AVX2. Knows nothing of files.
+Aᵀ[(G w Gᵀ) ⊙ (Bᵀ x B)]A of the 6 × 6 pixels x below it, the points of interpolation being 0, ±1, ±2 and infinity. Over
+all channels and places the products in the middle are 36 matrix products. Rounding is 3e-6 of the result, a direct
+convolution's 1e-6. Half oneDNN's time at 320 and at 640 channels with AVX-512, 0.4 of it with AVX2. Knows nothing of
+files.
 """
 
 from __future__ import annotations
@@ -47,15 +48,16 @@ def pays(height: int, width: int) -> bool:
 
 
 def transform(taps: Tensor, out: Tensor) -> Tensor:
-    """Fill `out` (36, in, n), the 36 by column, then row of the 6 × 6, from a weight's taps (3, 3, in, n), both fp32."""
+    """Fill `out` (36, in, n), the 36 by column, then row of the 6 × 6, from a weight's taps (3, 3, in, n), both
+    fp32."""
     kernel = torch.einsum("ja,ib->jiba", _G, _G).reshape(TILE**2, 9)
     torch.mm(kernel, taps.view(9, -1), out=out.view(TILE**2, -1))
     return out
 
 
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, padding: int = 1) -> None:
-    """Fill `out` (n, h, w) from x (in, h + 2 − 2·padding, w) and a transformed weight (36, in, n): fp32, fastest channels-last.
-    There are `padding` rows of zeros above and below, and a column left and right."""
+    """Fill `out` (n, h, w) from x (in, h + 2 − 2·padding, w) and a transformed weight (36, in, n): fp32, fastest
+    channels-last. There are `padding` rows of zeros above and below, and a column left and right."""
     pixels, filled = x.permute(1, 2, 0), out.permute(1, 2, 0)
     channels, (tall, wide) = len(x), (-(-n // SIDE) for n in out.shape[1:])
     over = -(-wide // -(-wide // PLACES))
@@ -112,8 +114,8 @@ def _output_transform(m: Sequence[Tensor] | Tensor, out: Tensor) -> None:
 
 
 class Winograd(Kernel):
-    """Transformed weights are held whole where weights are, else as much as the arena has room for. What a column of a matrix
-    product adds up to does not depend on where it is cut (a test compares)."""
+    """Transformed weights are held whole where weights are, else as much as the arena has room for. What a column of a
+    matrix product adds up to does not depend on where it is cut (a test compares)."""
 
     name = "winograd"
     rows_together = SIDE

@@ -39,8 +39,9 @@ if TYPE_CHECKING:
 
     from tiler.decoding.exact import Hold
 
-# Latents. Eight rendered pictures of 2048², mini, against the whole-image decode: 40–60 dB with 128, 33–44 with 64 (the first
-# three), 44–67 with 160. Of drawn scenes at 1024², blocks of 4 kept 46–55 dB where 8 kept 39–56 and 16 kept 33–39.
+# Latents. Eight rendered pictures of 2048², mini, against the whole-image decode: 40–60 dB with 128, 33–44 with 64 (the
+# first three), 44–67 with 160. Of drawn scenes at 1024², blocks of 4 kept 46–55 dB where 8 kept 39–56 and 16 kept
+# 33–39.
 SAMPLE_SIDE, BLOCK = 128, 4
 HELD_TOKENS = 64 * 64
 BAND = 512  # latents
@@ -142,7 +143,8 @@ def decode(
             stored.append(waiting)
         row = 0
         for strip in strips(last, len(others) * share):
-            # Joined in parts of one size, however many bands: they, and what a writer makes of them, do not grow with the width.
+            # Joined in parts of one size, however many bands: they, and what a writer makes of them, do not grow with
+            # the width.
             for part in strip.split(max(1, strip.shape[1] // (1 + len(others))), dim=1):
                 yield (
                     torch.cat([*(b.read(row, row + part.shape[1])[0] for b in stored), part], dim=2) if stored else part

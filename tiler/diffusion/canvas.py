@@ -22,8 +22,8 @@ from tiler.events import Journal, NoJournal
 
 
 class StepDone(NamedTuple):
-    """`samples` of `total` denoiser samples of step `step` (from 0) are in the canvas; `latents` is set when the step is
-    complete."""
+    """`samples` of `total` denoiser samples of step `step` (from 0) are in the canvas; `latents` is set when the step
+    is complete."""
 
     step: int
     samples: int
@@ -33,8 +33,9 @@ class StepDone(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingState:
-    """All that a denoising loop must remember to go on with the same bytes: before step `step`, of which the first `tiles_added`
-    tiles are in `blended`. Latents and blended are (1, C, h, w) fp32, `generator` is its state, (n,) uint8."""
+    """All that a denoising loop must remember to go on with the same bytes: before step `step`, of which the first
+    `tiles_added` tiles are in `blended`. Latents and blended are (1, C, h, w) fp32, `generator` is its state, (n,)
+    uint8."""
 
     phase: str
     step: int
@@ -102,8 +103,8 @@ def first_step(num_inference_steps: int, strength: float) -> int:
 
 
 class Denoising:
-    """One canvas on its way from noise to a picture. Its state can be taken, and restored, at any step and between any two
-    tiles, with equal bytes."""
+    """One canvas on its way from noise to a picture. Its state can be taken, and restored, at any step and between any
+    two tiles, with equal bytes."""
 
     def __init__(
         self,
@@ -115,8 +116,8 @@ class Denoising:
         begin: int = 0,
         phase: str = "canvas",
     ) -> None:
-        """`latents` (1, C, h, w) fp32 are what `schedule.start` gave for step `begin`; `steps` are the tiles of each step from
-        there; `generator` is the one that drew the noise."""
+        """`latents` (1, C, h, w) fp32 are what `schedule.start` gave for step `begin`; `steps` are the tiles of each
+        step from there; `generator` is the one that drew the noise."""
         self.latents, self.step = latents, begin
         self._steps, self._schedule, self._generator = steps, schedule, generator
         self._begin, self._phase = begin, phase
@@ -149,8 +150,9 @@ class Denoising:
         return self.step < self.end
 
     def run(self, runner: Runner, journal: Journal | None = None) -> Generator[StepDone]:
-        """Denoise to the end, yielding after each tile. What `journal` holds of this phase is where it begins; the state is
-        saved there whenever that is due, and at the end, whatever that is. Raises NumericalError when a prediction is not finite.
+        """Denoise to the end, yielding after each tile. What `journal` holds of this phase is where it begins; the
+        state is saved there whenever that is due, and at the end, whatever that is. Raises NumericalError when a
+        prediction is not finite.
         """
         journal = journal or NoJournal()
         if not self.take_up(journal):

@@ -11,8 +11,8 @@ from tiler.request.wording import Said, Wording
 
 
 class Prompts:
-    """Encoded texts of a family; None is a negative prompt that was not given. Where prompts may have several chunks, "" must be
-    among them."""
+    """Encoded texts of a family; None is a negative prompt that was not given. Where prompts may have several chunks,
+    "" must be among them."""
 
     def __init__(self, family: Family, encoded: Mapping[str | None, Prompt]) -> None:
         self._family, self.encoded = family, encoded

@@ -1,4 +1,5 @@
-"""Who predicts: a runner answers the guided noise predictions of a step's tiles, in their order, wherever it computes them.
+"""Who predicts: a runner answers the guided noise predictions of a step's tiles, in their order, wherever it computes
+them.
 
 Blending, and so the order of every sum, stays with the canvas: its bytes do not depend on the runner.
 """
@@ -31,7 +32,8 @@ class Runner(Protocol):
     """Predicts noise for tiles."""
 
     def predict(self, step: int, tiles: Iterable[Tile]) -> Iterator[Tensor]:
-        """The guided predictions u + g · (c − u), (C, h, w) fp32, one for each tile, in their order, checked to be finite.
+        """The guided predictions u + g · (c − u), (C, h, w) fp32, one for each tile, in their order, checked to be
+        finite.
 
         `tiles` is to be taken as needed: a large canvas has gigabytes of crops.
         """
@@ -57,8 +59,8 @@ Predict = Callable[[Sequence[Sample], int], Tensor]
 
 
 class LocalRunner:
-    """Predicts in this process, `batch` samples for each call of `predict`; half as many from the next call on whenever `is_tight`
-    says so, of which `on_smaller` is told.
+    """Predicts in this process, `batch` samples for each call of `predict`; half as many from the next call on whenever
+    `is_tight` says so, of which `on_smaller` is told.
 
     The halves of a guidance are samples of their own, which share their latents tensor; a tile without guidance has no
     unconditional half. `conditions` gives those of a step. The result does not depend on `batch`.
@@ -116,8 +118,8 @@ class LocalRunner:
 def guide(
     unconditional: Tensor | None, conditional: Sequence[Tensor], factors: Sequence[float], scale: float
 ) -> Tensor:
-    """Classifier-free guidance of one prompt or several, u + g · Σ f (c − u) (Liu et al. 2022, arXiv:2206.01714); without an
-    unconditional half Σ f c / Σ f."""
+    """Classifier-free guidance of one prompt or several, u + g · Σ f (c − u) (Liu et al. 2022, arXiv:2206.01714);
+    without an unconditional half Σ f c / Σ f."""
     if len(conditional) == 1 and factors[0] == 1:
         only = conditional[0]
         return only if unconditional is None else unconditional + scale * (only - unconditional)

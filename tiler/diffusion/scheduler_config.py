@@ -13,8 +13,8 @@ MAX_TRAIN_TIMESTEPS = 100_000
 SPACINGS = ("leading", "linspace", "trailing")
 _BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 
-# What describes the noise that the model was trained on: it holds whatever scheduler is asked for. All other fields describe
-# one scheduler's way of solving, and mean something else, or nothing, to another.
+# What describes the noise that the model was trained on: it holds whatever scheduler is asked for. All other fields
+# describe one scheduler's way of solving, and mean something else, or nothing, to another.
 _NOISE_FIELDS = frozenset({
     "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type",
     "timestep_spacing", "steps_offset", "rescale_betas_zero_snr", "set_alpha_to_one", "flow_shift",

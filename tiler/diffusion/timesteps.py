@@ -47,7 +47,8 @@ def set_beta_sigmas(scheduler: Any, count: int) -> None:
     """Sigmas by the quantiles of a beta distribution with α = β = 0.6 (Lee et al. 2024, arXiv:2407.12173), as diffusers
     makes them where scipy is installed. The scheduler's timesteps are set."""
     known = trained_sigmas(scheduler)
-    # Euler spreads them over the sigmas of its own spacing, the multistep solvers over all that the model was trained on.
+    # Euler spreads them over the sigmas of its own spacing, the multistep solvers over all that the model was trained
+    # on.
     own = np.interp(scheduler.timesteps.numpy(), np.arange(len(known)), known)
     spread = own if _is_euler(scheduler) else known[::-1]
     low, high = getattr(scheduler.config, "sigma_min", None), getattr(scheduler.config, "sigma_max", None)

@@ -60,8 +60,9 @@ class _Slot(NamedTuple):
 
 
 class Job:
-    """A context manager. It begins nothing: `begin` does, once it is certain that the render can be done. At its end the folder
-    goes when the picture is whole or nothing was saved; else the error says where it lies. Also the `Journal` of the run."""
+    """A context manager. It begins nothing: `begin` does, once it is certain that the render can be done. At its end
+    the folder goes when the picture is whole or nothing was saved; else the error says where it lies. Also the
+    `Journal` of the run."""
 
     def __init__(self, request: RenderRequest, on_event: OnEvent = lambda event: None) -> None:
         self.output = request.output or Path("tiler.png")
@@ -137,8 +138,8 @@ class Job:
             return False
 
     def begin(self, manifest: Manifest) -> None:
-        """Make the folder, or go on with the one that is there. Raises JobError naming the first difference, JobLocked and
-        StorageError."""
+        """Make the folder, or go on with the one that is there. Raises JobError naming the first difference, JobLocked
+        and StorageError."""
         if self.manifest is not None:
             if (first := next(manifests.differences(self.manifest, manifest), None)) is not None:
                 raise JobError(
@@ -251,8 +252,8 @@ class Job:
                 tensors.write(self.folder / REFERENCE, {"reference": reference}, {})
 
     def _remove(self, keep: tuple[str, ...] = ()) -> None:
-        """Only what a job consists of: whatever else someone put there stays, and the folder with it. The manifest goes last but
-        the lock, so that a folder half removed is known as what it was."""
+        """Only what a job consists of: whatever else someone put there stays, and the folder with it. The manifest goes
+        last but the lock, so that a folder half removed is known as what it was."""
         self.clear_spool()
         own = (*SLOTS, REFERENCE, MANIFEST)
         for name in (*(f"{each}.new" for each in own), *own, LOCK):
@@ -274,7 +275,8 @@ def _number_of(path: Path) -> int:
 
 
 def newest_facts(folder: Path, manifest: Manifest | None) -> tuple[str, str]:
-    """How far a job is, and for how long: "canvas step 12/20", "3 min". Empty where nothing is saved. Checks nothing."""
+    """How far a job is, and for how long: "canvas step 12/20", "3 min". Empty where nothing is saved. Checks
+    nothing."""
     spool = Path(manifest.spool) if manifest is not None and manifest.spool else folder / SPOOL
     if where := spools.where_in(spool):
         return where, _age(spool / spools.JOURNAL)

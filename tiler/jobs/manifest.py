@@ -23,8 +23,9 @@ _SAMPLE = 2**20  # bytes at each end of a file, which tell it from others
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """`said` is the request as it was given, with absolute paths; `picture` is all of the filled one that decides the picture's
-    bytes, files by their content; `made_by` are versions, instruction set and the like, under which bytes are equal."""
+    """`said` is the request as it was given, with absolute paths; `picture` is all of the filled one that decides the
+    picture's bytes, files by their content; `made_by` are versions, instruction set and the like, under which bytes are
+    equal."""
 
     said: dict[str, Any]
     picture: dict[str, Any]

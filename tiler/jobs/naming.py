@@ -18,8 +18,8 @@ def has_placeholder(template: str, *names: str) -> bool:
 
 
 def fill(template: str, *, index: int, seed: int | None, prompt: str | None) -> str:
-    """Put in the placeholders `{index}`, `{seed}` and `{prompt}`, numbers with leading zeros as in `{index:03}`. Raises UsageError
-    for other braces, and for a seed that is not known."""
+    """Put in the placeholders `{index}`, `{seed}` and `{prompt}`, numbers with leading zeros as in `{index:03}`. Raises
+    UsageError for other braces, and for a seed that is not known."""
     if seed is None and has_placeholder(template, "seed"):
         raise UsageError(f"output {template!r} has a {{seed}}; give one with --seed, or name pictures by {{index}}")
     values = {"index": str(index), "seed": str(seed), "prompt": _slug(prompt)}

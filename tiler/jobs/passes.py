@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 def remember(
     place: Path | None, what: str, plan: DecodePlan, begin: Tensor | np.ndarray, on_event: OnEvent, note: Callable[[str], None]
 ) -> Spool | None:  # fmt: skip
-    """The spool at `place` for `plan`, which begins with the tensor or array `begin`; `what` is done, for people. None for a way
-    without passes, without a job, and, with a note, where there is no room. Raises StorageError."""
+    """The spool at `place` for `plan`, which begins with the tensor or array `begin`; `what` is done, for people. None
+    for a way without passes, without a job, and, with a note, where there is no room. Raises StorageError."""
     if place is None or not plan.by_layers:
         return None
     free = free_bytes(plan.folder) + bytes_in(place)

@@ -56,8 +56,9 @@ class Tally:
 
 @dataclass(frozen=True, kw_only=True)
 class Queue:
-    """`defaults` are words of `tiler render` that stand before each row's, `check` parses them together, and raises UsageError.
-    `results` gets a JSON object for each row; `say` a line for people, `finished` a picture's report as `--json` gives it."""
+    """`defaults` are words of `tiler render` that stand before each row's, `check` parses them together, and raises
+    UsageError. `results` gets a JSON object for each row; `say` a line for people, `finished` a picture's report as
+    `--json` gives it."""
 
     root: Path
     results: Path
@@ -107,7 +108,8 @@ class Queue:
         return naming.below(self.root, naming.fill(template, index=row.index, seed=asked.seed, prompt=asked.prompt))
 
     def _words(self, row: Row, *own: str) -> list[str]:
-        """What follows `tiler render`. Of an option that is given twice the last one holds; a prompt comes after `--`."""
+        """What follows `tiler render`. Of an option that is given twice the last one holds; a prompt comes after
+        `--`."""
         words = list(self.defaults)
         at = words.index("--") if "--" in words else len(words)
         prompt = words[at:] if row.prompt is None else ["--", row.prompt]

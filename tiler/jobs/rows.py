@@ -32,7 +32,8 @@ _WITHOUT_EFFECT = frozenset(
 
 @dataclass(frozen=True)
 class Row:
-    """One picture: the words that follow `tiler render`, without prompt and output; `problem` where it cannot be one."""
+    """One picture: the words that follow `tiler render`, without prompt and output; `problem` where it cannot be
+    one."""
 
     index: int
     prompt: str | None
@@ -43,7 +44,8 @@ class Row:
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """The rows of a file, by its ending. What is wrong with a TOML file is a UsageError, with a line its row's problem."""
+    """The rows of a file, by its ending. What is wrong with a TOML file is a UsageError, with a line its row's
+    problem."""
     if path.suffix.lower() == ".toml":
         return _toml_rows(path)
     by_line = {".jsonl": _json_line, ".ndjson": _json_line}.get(path.suffix.lower(), _prompt_line)

@@ -70,7 +70,8 @@ def _ceiling(max_ram: str | int) -> int:
 
 @dataclass(kw_only=True)
 class PhaseUse:
-    """What one phase took: wall seconds and the highest RSS, with its parts as the sampler last saw them near the peak."""
+    """What one phase took: wall seconds and the highest RSS, with its parts as the sampler last saw them near the
+    peak."""
 
     name: str
     seconds: float = 0.0
@@ -80,13 +81,15 @@ class PhaseUse:
 
 
 class Budget:
-    """The ceiling of this process and its children, in bytes of RSS; "auto" is nine tenths of what is free. A context manager that may be entered again: each run
-    begins with no phases, and with a peak of its own unless its caller has the budget open.
+    """The ceiling of this process and its children, in bytes of RSS; "auto" is nine tenths of what is free. A context
+    manager that may be entered again: each run begins with no phases, and with a peak of its own unless its caller has
+    the budget open.
 
-    `check` raises BudgetExceeded at the ceiling, of which `take_tight` warns; `phase` attributes the peak; `peak_rss_bytes` is the highest RSS while
-    the budget was open: the kernel's own mark (VmHWM), reset on entry and between phases and pooled here. Where the kernel
-    keeps no mark, or does not let it be reset, it is the highest that a look every 50 ms saw, and `peak_sampled` is true.
-    `swapped_bytes` is the most of this process that was swapped out.
+    `check` raises BudgetExceeded at the ceiling, of which `take_tight` warns; `phase` attributes the peak;
+    `peak_rss_bytes` is the highest RSS while the budget was open: the kernel's own mark (VmHWM), reset on entry and
+    between phases and pooled here. Where the kernel keeps no mark, or does not let it be reset, it is the highest that
+    a look every 50 ms saw, and `peak_sampled` is true. `swapped_bytes` is the most of this process that was swapped
+    out.
     """
 
     def __init__(self, max_ram: str | int = "800MB") -> None:
@@ -142,7 +145,8 @@ class Budget:
         return int(self._process.memory_info().rss) + self._children
 
     def room(self, planned_bytes: int) -> int:
-        """How much freed memory may stay on top of a plan: ROOMY where twice that lies between it and NEAR, else nothing."""
+        """How much freed memory may stay on top of a plan: ROOMY where twice that lies between it and NEAR, else
+        nothing."""
         return ROOMY if int(NEAR * self.max_bytes) - planned_bytes >= 2 * ROOMY else 0
 
     def short(self, coming_bytes: int) -> bool:
@@ -150,8 +154,8 @@ class Budget:
         return self.rss_bytes + coming_bytes >= MARGIN * self.max_bytes
 
     def check(self, where: str) -> None:
-        """Compare the RSS now (14 µs) with the ceiling. Near it, collect and trim; at it, raise BudgetExceeded. A signal that
-        waits to stop the run is obeyed here."""
+        """Compare the RSS now (14 µs) with the ceiling. Near it, collect and trim; at it, raise BudgetExceeded. A
+        signal that waits to stop the run is obeyed here."""
         interrupts.check()
         if self.rss_bytes >= ALMOST * self.max_bytes:
             process.trim()
@@ -166,15 +170,15 @@ class Budget:
             )
 
     def take_tight(self) -> bool:
-        """Whether memory has come to the soft limit, halfway between what a plan may fill and the ceiling, and could not be given
-        back: work that can be smaller should be. The next call says no."""
+        """Whether memory has come to the soft limit, halfway between what a plan may fill and the ceiling, and could
+        not be given back: work that can be smaller should be. The next call says no."""
         tight, self._tight = self._tight, False
         return tight
 
     @contextmanager
     def phase(self, name: str) -> Iterator[PhaseUse]:
-        """Attribute time and peak to `name`; memory is trimmed before, of what the phase before still had names for, and when
-        it ends."""
+        """Attribute time and peak to `name`; memory is trimmed before, of what the phase before still had names for,
+        and when it ends."""
         use = PhaseUse(name=name)
         process.trim()
         self._note_peak()

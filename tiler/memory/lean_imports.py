@@ -1,4 +1,5 @@
-"""What torch, diffusers and transformers import and this program never runs, kept out of memory and out of the start."""
+"""What torch, diffusers and transformers import and this program never runs, kept out of memory and out of the
+start."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ _program = False  # whether this process is ours, so that nobody else needs what
 
 
 class _FirstOfAll:
-    """A finder of nothing: torch's compiler, should anything want it after all, needs first what `lean_torch` left out."""
+    """A finder of nothing: torch's compiler, should anything want it after all, needs first what `lean_torch` left
+    out."""
 
     @staticmethod
     def find_spec(name: str, path: object = None, target: object = None) -> None:
@@ -29,8 +31,8 @@ class _FirstOfAll:
 
 
 class _StandIn(types.ModuleType):
-    """A module whose every name is a decorator that does nothing, and once the lean imports are over what it stands for:
-    other modules keep what they took from here."""
+    """A module whose every name is a decorator that does nothing, and once the lean imports are over what it stands
+    for: other modules keep what they took from here."""
 
     def __getattr__(self, name: str) -> object:
         if name.startswith("__"):
@@ -64,8 +66,8 @@ def _stand_in(modules: dict[str, types.ModuleType]) -> Iterator[None]:
 
 
 def lean_torch() -> None:
-    """Import torch without its operators written in Python: 20 MB and a quarter of a second less. For a program's start; a
-    library must not do this. They describe shapes to the compiler, which never runs here."""
+    """Import torch without its operators written in Python: 20 MB and a quarter of a second less. For a program's
+    start; a library must not do this. They describe shapes to the compiler, which never runs here."""
     global _program, _depth
     _program = True
     if "torch" in sys.modules:
@@ -86,8 +88,8 @@ def lean_torch() -> None:
 
 
 def freeze_imports() -> None:
-    """In a program of ours, once models were planned: give memory back, and let no later collection look through what was
-    imported, half a million objects (100 → 15 ms)."""
+    """In a program of ours, once models were planned: give memory back, and let no later collection look through what
+    was imported, half a million objects (100 → 15 ms)."""
     process.trim()
     if _program:
         gc.freeze()
@@ -97,10 +99,10 @@ def freeze_imports() -> None:
 def lean_imports() -> Iterator[None]:
     """Import model classes without the compiler and cluster parts of torch: 84 MB of RSS less.
 
-    diffusers and transformers import torch._dynamo for decorators (72 MB), and torch.distributed.tensor (with sympy) for
-    multi-GPU loading, neither of which runs here. Within this context the first is a stand-in, the second reports itself
-    unavailable (torch's own switch), and three packages of diffusers give single modules without importing all their
-    siblings. Afterwards everything is as it was.
+    diffusers and transformers import torch._dynamo for decorators (72 MB), and torch.distributed.tensor (with sympy)
+    for multi-GPU loading, neither of which runs here. Within this context the first is a stand-in, the second reports
+    itself unavailable (torch's own switch), and three packages of diffusers give single modules without importing all
+    their siblings. Afterwards everything is as it was.
 
     May be entered within itself. Does nothing in a process that has torch._dynamo: somebody compiles there.
     """
@@ -138,8 +140,9 @@ def _replacements() -> Iterator[None]:
 
 @contextmanager
 def _lean_transformers() -> Iterator[None]:
-    """transformers without its lists of all models, for which it opens 3,300 files, twice: half a second of a warm disk.
-    diffusers, which wants it for LoRA alone, takes it for missing; and bitsandbytes, whose import costs memory."""
+    """transformers without its lists of all models, for which it opens 3,300 files, twice: half a second of a warm
+    disk. diffusers, which wants it for LoRA alone, takes it for missing; and bitsandbytes, whose import costs
+    memory."""
     folders = _folders("transformers", "transformers.models")
     with _stand_in(folders):
         import diffusers.utils.import_utils as known

@@ -1,4 +1,5 @@
-"""What others allow this process: its control groups (cgroup v2 and v1), its user's limits, and the machine. Imports no torch."""
+"""What others allow this process: its control groups (cgroup v2 and v1), its user's limits, and the machine. Imports no
+torch."""
 
 from __future__ import annotations
 
@@ -25,8 +26,8 @@ _NONE = 2**60  # version 1 writes "no limit" as a number of about this many byte
 
 
 def cgroup_limit(proc: Path = _PROC) -> int | None:
-    """The memory limit in bytes that holds for this process: the least of its control group's and of all groups around it.
-    None where there is none."""
+    """The memory limit in bytes that holds for this process: the least of its control group's and of all groups around
+    it. None where there is none."""
     return min((limit for limit, _ in _memory_groups(proc)), default=None)
 
 
@@ -40,15 +41,15 @@ def available_ram(proc: Path = _PROC) -> tuple[int, int]:
 
 
 def ceiling_for_us(proc: Path = _PROC) -> int:
-    """The ceiling in bytes that `auto` stands for: a share of what the machine, the control groups and the user's limits leave now,
-    what this process uses already included, in whole MB."""
+    """The ceiling in bytes that `auto` stands for: a share of what the machine, the control groups and the user's
+    limits leave now, what this process uses already included, in whole MB."""
     free = available_ram(proc)[0] + psutil.Process().memory_info().rss
     return int(_OURS * min([free, *(allowed for _, allowed in _user_limits())]) / 1e6) * 10**6
 
 
 def memory_warning(ceiling: int, proc: Path = _PROC) -> str | None:
-    """What is likely to end a run under a ceiling of so many bytes before the ceiling does: a limit below it, or too little
-    free memory. None when nothing is."""
+    """What is likely to end a run under a ceiling of so many bytes before the ceiling does: a limit below it, or too
+    little free memory. None when nothing is."""
     named = format_mb(ceiling)
     if (limit := cgroup_limit(proc)) is not None and limit < ceiling:
         return (
@@ -68,7 +69,8 @@ def memory_warning(ceiling: int, proc: Path = _PROC) -> str | None:
 
 
 def check_user_limits() -> None:
-    """Raise BudgetExceeded where torch could not even be imported: its libraries end the process when they get no memory."""
+    """Raise BudgetExceeded where torch could not even be imported: its libraries end the process when they get no
+    memory."""
     for name, allowed in _user_limits():
         if allowed < _LEAST:
             raise BudgetExceeded(
@@ -94,8 +96,8 @@ def usable_cpus(proc: Path = _PROC) -> int:
 
 
 def limited_cpus(proc: Path = _PROC) -> int | None:
-    """`usable_cpus` where a control group's share of processor time makes it fewer than the cores, which torch would count;
-    None elsewhere, where torch knows best."""
+    """`usable_cpus` where a control group's share of processor time makes it fewer than the cores, which torch would
+    count; None elsewhere, where torch knows best."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     usable = usable_cpus(proc)
     return usable if usable < cores else None
@@ -123,8 +125,8 @@ def is_out_of_memory(error: BaseException | None) -> bool:
 
 
 def _folders(controller: str, proc: Path) -> Iterator[tuple[Path, int]]:
-    """The folders of this process's control group and of those around it, as far as they can be seen, innermost first, and
-    the version of each. In a hybrid system both versions may have some."""
+    """The folders of this process's control group and of those around it, as far as they can be seen, innermost first,
+    and the version of each. In a hybrid system both versions may have some."""
     try:
         groups, mounts = (proc / "cgroup").read_text(), (proc / "mountinfo").read_text()
     except OSError:
@@ -136,7 +138,8 @@ def _folders(controller: str, proc: Path) -> Iterator[tuple[Path, int]]:
         if version == 1 and controller not in controllers.split(","):
             continue
         for root, point in _mounts(mounts, controller, version):
-            # Without a namespace of its own, a container sees its group's path from the host's root, but mounts that group.
+            # Without a namespace of its own, a container sees its group's path from the host's root, but mounts that
+            # group.
             inside = path.removeprefix(root) if path == root or path.startswith(root.rstrip("/") + "/") else ""
             folder = point / inside.strip("/") if ".." not in inside.split("/") else point
             while True:

@@ -10,8 +10,8 @@ from tiler.memory.tuning import HEAP_KEPT, HEAP_KEPT_TIGHT, HEAP_WORTH_RELEASING
 
 
 def at_layer(budget: Budget, planned_bytes: int) -> Callable[[str], None]:
-    """What happens between two layers of the UNet: freed memory leaves the process if it is worth the call (5 ms), or if it
-    is more than a roomy ceiling leaves above the plan; then the ceiling is checked."""
+    """What happens between two layers of the UNet: freed memory leaves the process if it is worth the call (5 ms), or
+    if it is more than a roomy ceiling leaves above the plan; then the ceiling is checked."""
     if room := budget.room(planned_bytes):
         process.generous_allocator()
 
@@ -24,9 +24,9 @@ def at_layer(budget: Budget, planned_bytes: int) -> Callable[[str], None]:
 
 
 def at_rows(budget: Budget, planned_bytes: int) -> Callable[[str], None]:
-    """The same for an autoencoder, whose layers run thousands of times: memory leaves when the ceiling is not far, or when it
-    is more than was planned. The heap's part is looked at by itself: holes between live blocks are not counted by the
-    allocator's own threshold."""
+    """The same for an autoencoder, whose layers run thousands of times: memory leaves when the ceiling is not far, or
+    when it is more than was planned. The heap's part is looked at by itself: holes between live blocks are not counted
+    by the allocator's own threshold."""
     room = budget.room(planned_bytes)
     # A plan that reaches NEAR has less room for freed memory than it has use for.
     roomy = planned_bytes < int(NEAR * budget.max_bytes)

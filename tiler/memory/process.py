@@ -24,8 +24,8 @@ _threshold: int | None = None  # which of these holds, if the allocator's thresh
 
 
 class Rss(NamedTuple):
-    """Resident memory in bytes: now, the high-water mark (0 where the kernel keeps none), the anonymous and file-backed parts
-    of now, and what of this process is swapped out."""
+    """Resident memory in bytes: now, the high-water mark (0 where the kernel keeps none), the anonymous and file-backed
+    parts of now, and what of this process is swapped out."""
 
     now: int
     peak: int
@@ -158,13 +158,14 @@ def frugal_allocator() -> None:
 
     glibc raises its mmap threshold as blocks are freed, up to 32 MB, and keeps what is freed below it. A low fixed one
     gives everything back at once, but then every temporary is mapped and faulted in anew: with 128 KiB an SD 1.5 UNet
-    pass took 8.3 s a sample, with 8 MiB and `release_heap` between layers 7.2 s and 20 MB more (`scripts/bench.py unet`).
+    pass took 8.3 s a sample, with 8 MiB and `release_heap` between layers 7.2 s and 20 MB more (`scripts/bench.py
+    unet`).
     """
     global _threshold
     busy = False
-    # OpenMP's threads wait for each other by spinning, 300,000 turns unless told otherwise. On a free machine that is 6 %
-    # faster than sleeping; where other programs share the cores it is waiting for a thread that has none: small layers then
-    # took thirty times as long.
+    # OpenMP's threads wait for each other by spinning, 300,000 turns unless told otherwise. On a free machine that is 6
+    # % faster than sleeping; where other programs share the cores it is waiting for a thread that has none: small
+    # layers then took thirty times as long.
     with suppress(OSError):
         busy = os.getloadavg()[0] > (os.cpu_count() or 1) / 2
     if busy:
@@ -197,8 +198,8 @@ def generous_allocator() -> None:
 
 @contextmanager
 def mapped_blocks() -> Iterator[None]:
-    """Where `frugal_allocator` was called, and freed memory is to leave: blocks from 1 MiB are mapped by themselves, so that
-    none of them leaves a hole between others."""
+    """Where `frugal_allocator` was called, and freed memory is to leave: blocks from 1 MiB are mapped by themselves, so
+    that none of them leaves a hole between others."""
     if _threshold != _HEAP:
         yield
         return

@@ -1,5 +1,5 @@
-"""AuraFlow: Pile-T5 (a UMT5 encoder with LLaMA's tokenizer), and a transformer of few joint and many single blocks, trained
-by flow matching; the arithmetic is that of diffusers' AuraFlowPipeline.
+"""AuraFlow: Pile-T5 (a UMT5 encoder with LLaMA's tokenizer), and a transformer of few joint and many single blocks,
+trained by flow matching; the arithmetic is that of diffusers' AuraFlowPipeline.
 
 Each tile claims the middle of the model's learned grid of positions.
 """
@@ -53,8 +53,8 @@ class AuraFlow(Family):
         warn: Callable[[str], None],
         reading: Reading = READING,
     ) -> list[Prompt]:
-        """The last hidden states of a prompt's own tokens, then zeros: (1, 256, width). The transformer looks at these too.
-        A negative prompt that was not given is an empty one."""
+        """The last hidden states of a prompt's own tokens, then zeros: (1, 256, width). The transformer looks at these
+        too. A negative prompt that was not given is an empty one."""
         part = self.part(Role.TEXT_ENCODER)
         texts = list(dict.fromkeys(prompt or "" for prompt in prompts))
         tokenizer = t5.load_tokenizer(self.checkpoint, "tokenizer")

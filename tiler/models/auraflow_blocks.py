@@ -1,8 +1,8 @@
-"""The forward of diffusers' AuraFlowTransformer2DModel, one sample at a time: joint blocks, then single ones, by the walk of
-dit.py.
+"""The forward of diffusers' AuraFlowTransformer2DModel, one sample at a time: joint blocks, then single ones, by the
+walk of dit.py.
 
-As in Flux text stands before the picture, behind eight learned tokens that belong to no word. Unlike there the feed-forward's
-result is added to the state as it was before attention.
+As in Flux text stands before the picture, behind eight learned tokens that belong to no word. Unlike there the
+feed-forward's result is added to the state as it was before attention.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ def predict_sample(
     side: int,
     check: Callable[[str], None] = lambda where: None,
 ) -> Tensor:
-    """The velocity that AuraFlowTransformer2DModel predicts, (1, C, h, w), for latents of that shape and the prompt's tokens
-    (1, T, W). `modulation`: the values of each of `modulating(model)`; `side`: of the table of positions."""
+    """The velocity that AuraFlowTransformer2DModel predicts, (1, C, h, w), for latents of that shape and the prompt's
+    tokens (1, T, W). `modulation`: the values of each of `modulating(model)`; `side`: of the table of positions."""
     height, width = (n // PATCH for n in latents.shape[2:])
     learned = model.register_tokens.shape[1]
     text = slice(0, learned + tokens.shape[1])
@@ -111,8 +111,8 @@ def joint_block(
     streamer: Streamer, block: AuraFlowJointTransformerBlock, x: Tensor, text: slice, image: slice, of_image: Tensor,
     of_text: Tensor,
 ) -> None:  # fmt: skip
-    """An AuraFlowJointTransformerBlock on the state x (1, tokens, d), in place; `of_image` and `of_text`, (6 d,), are what norm1
-    and norm1_context make of the conditioning."""
+    """An AuraFlowJointTransformerBlock on the state x (1, tokens, d), in place; `of_image` and `of_text`, (6 d,), are
+    what norm1 and norm1_context make of the conditioning."""
     attn: Any = block.attn
     shift, scale, gate, ff_shift, ff_scale, ff_gate = of_image.chunk(6)
     t_shift, t_scale, t_gate, t_ff_shift, t_ff_scale, t_ff_gate = of_text.chunk(6)

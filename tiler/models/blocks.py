@@ -1,7 +1,7 @@
 """What the blocks of a UNet2DConditionModel compute, over diffusers' own modules: one sample, or several of one size.
 
-The same as their forward() does, with fewer copies: nothing leaves channels-last, sums and activations are made in place
-where the tensor is theirs, and a feed-forward sees a few tokens at a time.
+The same as their forward() does, with fewer copies: nothing leaves channels-last, sums and activations are made in
+place where the tensor is theirs, and a feed-forward sees a few tokens at a time.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ _GELU = {approximate: nn.GELU(approximate) for approximate in ("none", "tanh")}
 
 
 class Windows(NamedTuple):
-    """Self-attention of the highest resolution that has any looks only inside windows of size × size latents (HyperTile).
-    `top` and `left`, below `size`, are where the second row and column of them begin, unless they are 0."""
+    """Self-attention of the highest resolution that has any looks only inside windows of size × size latents
+    (HyperTile). `top` and `left`, below `size`, are where the second row and column of them begin, unless they are
+    0."""
 
     size: int
     top: int = 0
@@ -38,8 +39,8 @@ class Windows(NamedTuple):
 
 
 class ResnetFirstHalf(nn.Module):
-    """A ResnetBlock2D up to its first convolution. On the up path its input is the hidden state and one skip, joined along
-    channels."""
+    """A ResnetBlock2D up to its first convolution. On the up path its input is the hidden state and one skip, joined
+    along channels."""
 
     def __init__(self, resnet: Any, whole_elements: int | None = None) -> None:
         """Inputs that have more than `whole_elements` when they are joined go by strips."""
@@ -115,7 +116,8 @@ class Head(nn.Module):
 
 
 class PrePrompt(nn.Module):
-    """A Transformer2DModel as far as it does not see the prompt: its norm, and the self-attention of its first block."""
+    """A Transformer2DModel as far as it does not see the prompt: its norm, and the self-attention of its first
+    block."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -217,8 +219,8 @@ def feed_forward(module: Any, norm: nn.Module, step: int, tokens: Tensor) -> Non
 def prepare(
     model: Any, shape: Sequence[int], would_fit: Callable[[nn.Module], bool], windows: Windows | None, scale: int
 ) -> None:
-    """Say how the blocks of a Transformer2DModel work on (C, height, width): how many tokens a feed-forward takes at a time,
-    and the windows of self-attention; `scale` latents make one token."""
+    """Say how the blocks of a Transformer2DModel work on (C, height, width): how many tokens a feed-forward takes at a
+    time, and the windows of self-attention; `scale` latents make one token."""
     channels, height, width = shape
     for block in model.transformer_blocks:
         most = FEED_FORWARD_ELEMENTS if would_fit(block.ff) else FEED_FORWARD_ELEMENTS_READ
@@ -233,8 +235,8 @@ def prepare(
 
 
 def _feed_forward_chunk(tokens: int, most: int) -> int:
-    """Tokens that go through a feed-forward at a time, a divisor of all, so that every product has one size. For the 4096
-    tokens of SD 1.5's first level its projection would be 42 MB, the largest transient of the whole pass."""
+    """Tokens that go through a feed-forward at a time, a divisor of all, so that every product has one size. For the
+    4096 tokens of SD 1.5's first level its projection would be 42 MB, the largest transient of the whole pass."""
     return next(tokens // n for n in range(1, tokens + 1) if tokens % n == 0 and tokens // n <= most)
 
 

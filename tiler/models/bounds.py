@@ -1,7 +1,7 @@
 """The numbers in a model's configs, checked before anything is built or allocated from them.
 
-A wrong one would otherwise show itself as a picture that is black or wrong, hours later, with the weights under suspicion.
-Fields that are not read here, or by the modules that a config builds, may say what they like.
+A wrong one would otherwise show itself as a picture that is black or wrong, hours later, with the weights under
+suspicion. Fields that are not read here, or by the modules that a config builds, may say what they like.
 """
 
 from __future__ import annotations
@@ -227,8 +227,8 @@ def _flags(where: str, config: Config, *keys: str) -> None:
 
 
 def _widths(where: str, config: Config, default: int, kinds: tuple[str, ...]) -> int:
-    """Check block_out_channels, and that the lists of block types are as long; how many levels there are. `default` is how
-    many types diffusers takes where a list is left out."""
+    """Check block_out_channels, and that the lists of block types are as long; how many levels there are. `default` is
+    how many types diffusers takes where a list is left out."""
     widths = config["block_out_channels"]
     if (
         not isinstance(widths, list)

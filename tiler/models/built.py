@@ -10,8 +10,8 @@ from tiler.weights.changes import Changes
 
 
 class Models:
-    """The modules of a family's parts, built when they are first asked for and kept: shapes without data, a few MB. Planning,
-    packing and the phases borrow the very same ones, one after another (compute/lending.py).
+    """The modules of a family's parts, built when they are first asked for and kept: shapes without data, a few MB.
+    Planning, packing and the phases borrow the very same ones, one after another (compute/lending.py).
 
     `decoder` makes the picture: the checkpoint's own autoencoder, or a tiny one. `loras` is what changes their weights.
     """

@@ -1,4 +1,5 @@
-"""What a checkpoint of a UNet and an AutoencoderKL must be, whatever text encoders go with it: SD's and SDXL's checks."""
+"""What a checkpoint of a UNet and an AutoencoderKL must be, whatever text encoders go with it: SD's and SDXL's
+checks."""
 
 from __future__ import annotations
 
@@ -35,8 +36,8 @@ def check_channels(checkpoint: Checkpoint, unet: Config, vae: Config) -> None:
 
 
 def check_unet_kind(where: str, unet: Config, supported: str, **own: object) -> None:
-    """Refuse what `models/unet.py` would leave out: a picture that is silently wrong helps nobody. `supported` names the models
-    whose UNets are taken, `own` are values of theirs that are foreign elsewhere. Raises ModelError."""
+    """Refuse what `models/unet.py` would leave out: a picture that is silently wrong helps nobody. `supported` names
+    the models whose UNets are taken, `own` are values of theirs that are foreign elsewhere. Raises ModelError."""
     blocks = [*unet.get("down_block_types", []), *unet.get("up_block_types", []), unet.get("mid_block_type")]
     for block in blocks:
         if block not in _BLOCKS:

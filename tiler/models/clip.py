@@ -90,8 +90,8 @@ def encode_last(
     warn: Callable[[str], None],
     reading: Reading = READING,
 ) -> list[Prompt]:
-    """For each prompt the states (1, 77·chunks, width) fp32 of the last layer, as StableDiffusionPipeline uses them; with a
-    `clip_skip` those of an earlier one behind the last norm."""
+    """For each prompt the states (1, 77·chunks, width) fp32 of the last layer, as StableDiffusionPipeline uses them;
+    with a `clip_skip` those of an earlier one behind the last norm."""
     layers = int(encoder.config.num_hidden_layers)
     if reading.clip_skip > layers:
         raise UsageError(f"--clip-skip {reading.clip_skip}: this text encoder has {layers} layers; take 1–{layers}")
@@ -115,8 +115,8 @@ def encode_penultimate(
     warn: Callable[[str], None],
     reading: Reading = READING,
 ) -> list[Prompt]:
-    """For each prompt the states before the last layer, (1, 77·chunks, width) fp32, and the first chunk's pooled vector: projected,
-    (1, projection_dim), where the encoder has that layer, else (1, width)."""
+    """For each prompt the states before the last layer, (1, 77·chunks, width) fp32, and the first chunk's pooled
+    vector: projected, (1, projection_dim), where the encoder has that layer, else (1, width)."""
     found = []
     for prompt in prompts:
         rows, vectors = [], []
@@ -129,16 +129,16 @@ def encode_penultimate(
 
 
 def lengthened(tokens: Tensor, length: int, empty: Tensor, behind: int = 0) -> Tensor:
-    """Encodings (1, n, width) with the chunks of an empty prompt, (1, 77, width), until they are `length`; the last rows, so many,
-    stay `behind` them."""
+    """Encodings (1, n, width) with the chunks of an empty prompt, (1, 77, width), until they are `length`; the last
+    rows, so many, stay `behind` them."""
     missing = (length - tokens.shape[1]) // empty.shape[1]
     end = tokens.shape[1] - behind
     return torch.cat([tokens[:, :end], *[empty] * missing, tokens[:, end:]], dim=1)
 
 
 class EncoderInput(NamedTuple):
-    """A chunk as the encoder takes it: (1, 77) int64, the weight of each token, marks and padding included, and the vectors
-    (n, width) of embeddings, each with the place of its first."""
+    """A chunk as the encoder takes it: (1, 77) int64, the weight of each token, marks and padding included, and the
+    vectors (n, width) of embeddings, each with the place of its first."""
 
     ids: Tensor
     weights: tuple[float, ...]
@@ -148,8 +148,8 @@ class EncoderInput(NamedTuple):
 def read_chunks(
     tokenizer: CLIPTokenizer, config: Any, prompt: str, warn: Callable[[str], None], reading: Reading = READING
 ) -> list[EncoderInput]:
-    """A prompt's chunks, between start and end marks and padded; `warn` is told of what cannot be taken. `config` is the
-    encoder's. Raises ModelError where tokenizer and encoder do not belong together."""
+    """A prompt's chunks, between start and end marks and padded; `warn` is told of what cannot be taken. `config` is
+    the encoder's. Raises ModelError where tokenizer and encoder do not belong together."""
     length = min(int(tokenizer.model_max_length), int(config.max_position_embeddings))
     room = length - 2
     # The tokenizer is not asked to look at megabytes of text just to say that they do not fit.

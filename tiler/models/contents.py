@@ -1,7 +1,8 @@
 """What a weight file holds, told from the names and shapes of its tensors alone: which parts, and in whose naming.
 
-Nothing is read but the header, and torch is not needed: `tiler models` looks into a hundred files this way. Names are those of
-CompVis' and Stability AI's repositories, of Black Forest Labs, of OpenCLIP, of llama.cpp, and diffusers' and transformers' own.
+Nothing is read but the header, and torch is not needed: `tiler models` looks into a hundred files this way. Names are
+those of CompVis' and Stability AI's repositories, of Black Forest Labs, of OpenCLIP, of llama.cpp, and diffusers' and
+transformers' own.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ class Content(NamedTuple):
 
 
 class Contents(NamedTuple):
-    """The parts of a file, how many of its tensors are left out because no picture needs them, and those that nobody knows."""
+    """The parts of a file, how many of its tensors are left out because no picture needs them, and those that nobody
+    knows."""
 
     parts: tuple[Content, ...]
     ignored: Mapping[str, int]
@@ -92,8 +94,8 @@ _ADDITIONS = {
 
 
 def look(shapes: Shapes, where: str) -> Contents:
-    """What is in a file whose tensors have these names and shapes. Raises ModelError, saying what the file is, for a LoRA, a
-    ControlNet and the like; for names of two kinds at once; and for a file of which no part is known."""
+    """What is in a file whose tensors have these names and shapes. Raises ModelError, saying what the file is, for a
+    LoRA, a ControlNet and the like; for names of two kinds at once; and for a file of which no part is known."""
     groups: dict[str, dict[str, Shape]] = {}
     ignored: Counter[str] = Counter()
     for name, shape in shapes.items():

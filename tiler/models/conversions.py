@@ -1,8 +1,8 @@
-"""A part of a file in the names that the module has: by diffusers' own conversion functions, which run on stand-ins for tensors,
-and by tables where diffusers has none.
+"""A part of a file in the names that the module has: by diffusers' own conversion functions, which run on stand-ins for
+tensors, and by tables where diffusers has none.
 
-PixArt's names are those of its repository (PixArt-alpha/PixArt-sigma, diffusion/model/nets); T5's short ones llama.cpp's
-(ggml-org/llama.cpp, gguf-py/gguf/constants.py).
+PixArt's names are those of its repository (PixArt-alpha/PixArt-sigma, diffusion/model/nets); T5's short ones
+llama.cpp's (ggml-org/llama.cpp, gguf-py/gguf/constants.py).
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ _UNET = "model.diffusion_model."
 
 
 def renamed(part: Content, index: Index) -> dict[str, TensorInfo]:
-    """The part of the file's `index` under the names of diffusers or transformers. Raises ModelError for a file in which a
-    conversion does not find its way."""
+    """The part of the file's `index` under the names of diffusers or transformers. Raises ModelError for a file in
+    which a conversion does not find its way."""
     own = {name: index[_stored(part, name, index)] for name in part.shapes}
     if part.naming is Naming.DIFFUSERS:
         return own
@@ -70,7 +70,8 @@ def _stored(part: Content, name: str, index: Index) -> str:
 
 
 def _unet_facts(part: Content) -> dict[str, Any]:
-    """What the conversion asks of a config: how many residual blocks a level has, and whether the UNet is told sizes."""
+    """What the conversion asks of a config: how many residual blocks a level has, and whether the UNet is told
+    sizes."""
     levels = 0
     while f"input_blocks.{levels + 1}.0.in_layers.0.weight" in part.shapes:
         levels += 1

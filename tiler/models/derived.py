@@ -1,4 +1,5 @@
-"""The configs of parts that bring none, from the shapes of their tensors, whose names are diffusers' or transformers' by now.
+"""The configs of parts that bring none, from the shapes of their tensors, whose names are diffusers' or transformers'
+by now.
 
 What shapes do not say stands in kinds.py.
 """

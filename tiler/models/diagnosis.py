@@ -1,5 +1,5 @@
-"""What a model is, for people: its family and prediction, where each part comes from and how it is stored, what was decided and by
-what, and what is missing."""
+"""What a model is, for people: its family and prediction, where each part comes from and how it is stored, what was
+decided and by what, and what is missing."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from tiler.weights.places import expand
 
 
 def diagnose(options: ModelOptions) -> tuple[dict[str, str], TilerError | None]:
-    """Facts by their headings, in the order to print them; and what keeps the model from being opened. Raises ModelError for a
-    file of which nothing can be told."""
+    """Facts by their headings, in the order to print them; and what keeps the model from being opened. Raises
+    ModelError for a file of which nothing can be told."""
     path = expand(options.diffusion_model or options.model)
     facts = _of_file(WeightFile(path)) if path.is_file() else {}
     try:

@@ -1,9 +1,9 @@
 """The walk that diffusion transformers share: attention and feed-forward over thousands of tokens, in little memory.
 
-A sample's state is one tensor (1, tokens, d). All that is as large beside it is the attention's result: queries, keys and
-values are made for a few heads at a time, from tokens that are normalised chunk by chunk, and results are added to the state
-in place. Chunks, head groups and the cuts of weights depend on shapes alone, so the bits do not depend on the ceiling; how
-often a weight is read does. Works on diffusers' own modules, streamed or resident.
+A sample's state is one tensor (1, tokens, d). All that is as large beside it is the attention's result: queries, keys
+and values are made for a few heads at a time, from tokens that are normalised chunk by chunk, and results are added to
+the state in place. Chunks, head groups and the cuts of weights depend on shapes alone, so the bits do not depend on the
+ceiling; how often a weight is read does. Works on diffusers' own modules, streamed or resident.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from tiler.weights.blocks import OUTPUTS
 CHUNK = 256  # tokens of a product
 GROUPS = 6  # of heads, at most
 QUERIES = 1536  # of an attention: its result is put where they were
-# A layer's hidden values take up to this many times the arena; then the tokens are done in turns, each a read of the weights.
+# A layer's hidden values take up to this many times the arena; then the tokens are done in turns, each a read of the
+# weights.
 HIDDEN_SHARE = 1.0
 
 _T = TypeVar("_T")
@@ -36,8 +37,8 @@ Normed = Callable[[slice], Tensor]
 
 
 class Stream(NamedTuple):
-    """Tokens that share the weights of an attention: the layers of their queries, keys and values, and the norms of a head's
-    queries and keys, if there are any."""
+    """Tokens that share the weights of an attention: the layers of their queries, keys and values, and the norms of a
+    head's queries and keys, if there are any."""
 
     tokens: slice
     normed: Normed
@@ -83,8 +84,8 @@ def modulated(norm: nn.Module, x: Tensor, scale: Tensor, shift: Tensor) -> Norme
 def attention(
     streamer: Streamer, x: Tensor, streams: Sequence[Stream], heads: int, rotation: Tensor | None = None
 ) -> Tensor:
-    """Attention between all tokens of the streams, (1, tokens, width), before its last layer. `x` is the state, (1, tokens, d);
-    `rotation`: (tokens, 1, head / 2) complex, by which queries and keys are multiplied."""
+    """Attention between all tokens of the streams, (1, tokens, width), before its last layer. `x` is the state, (1,
+    tokens, d); `rotation`: (tokens, 1, head / 2) complex, by which queries and keys are multiplied."""
     size = streams[0].layers[0].out_features // heads
     length = max(stream.tokens.stop for stream in streams)
     together = OUTPUTS // math.gcd(size, OUTPUTS)  # heads whose rows are whole blocks of packed weights
@@ -130,7 +131,8 @@ def _project(
 def add_products(
     streamer: Streamer, layer: nn.Linear, inputs: Sequence[Tensor], x: Tensor, tokens: Sequence[slice], gate: Tensor
 ) -> None:
-    """x += gate · layer(inputs), in place: x (1, tokens, d), gate (d,); each input (1, n, in) is of `tokens` of its own."""
+    """x += gate · layer(inputs), in place: x (1, tokens, d), gate (d,); each input (1, n, in) is of `tokens` of its
+    own."""
     for number, rows, made in products(streamer, layer, inputs):
         if not made.is_meta:
             x[:, tokens[number], rows].addcmul_(gate[rows], made)
@@ -148,7 +150,8 @@ def add_feed_forward(
     streamer: Streamer, layers: FeedForward, x: Tensor, tokens: slice, normed: Normed, gate: Tensor,
     beside: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """x += gate · feed-forward(normed) at `tokens`, in place. `beside` (1, tokens, k) stands before the hidden values."""
+    """x += gate · feed-forward(normed) at `tokens`, in place. `beside` (1, tokens, k) stands before the hidden
+    values."""
     known = 0 if beside is None else beside.shape[-1]
     modules = [layer for layer in (layers.into, layers.gate, layers.out) if layer is not None]
     whole = streamer.fits(*modules)
@@ -185,8 +188,8 @@ def project(streamer: Streamer, layer: nn.Linear, given: Normed, out: Tensor) ->
 def products(
     streamer: Streamer, layer: nn.Linear, inputs: Sequence[Tensor], activation: nn.Module | None = None
 ) -> Iterator[tuple[int, slice, Tensor]]:
-    """What a layer makes of each input (1, n, in), activated: its number, the outputs and their values (1, n, outputs). Each
-    piece of the weight is read once for all inputs. Take each before asking for the next."""
+    """What a layer makes of each input (1, n, in), activated: its number, the outputs and their values (1, n, outputs).
+    Each piece of the weight is read once for all inputs. Take each before asking for the next."""
     meta, sizes = inputs[0].is_meta, [x.shape[1] for x in inputs]
     if not isinstance(layer, StreamedLinear):
         for number in each(range(len(inputs)), meta, sizes):

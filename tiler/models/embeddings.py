@@ -1,7 +1,8 @@
-"""Textual inversion: embeddings of a folder, which a prompt names by their files' stems, as `embedding:NAME`, or as `<NAME>`.
+"""Textual inversion: embeddings of a folder, which a prompt names by their files' stems, as `embedding:NAME`, or as
+`<NAME>`.
 
-Gal et al. 2022, arXiv:2208.01618. An embedding is one or more vectors that stand in a prompt where tokens would; a file for a
-family of two encoders has vectors for each.
+Gal et al. 2022, arXiv:2208.01618. An embedding is one or more vectors that stand in a prompt where tokens would; a file
+for a family of two encoders has vectors for each.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ _NAMED = re.compile(r"embedding:([^\s,:()\[\]<>]+)|<([^<>:\s]+)>")
 
 
 class Embeddings:
-    """The embeddings in folders and those below them, for text encoders of `widths`. Files are read when they are named."""
+    """The embeddings in folders and those below them, for text encoders of `widths`. Files are read when they are
+    named."""
 
     def __init__(self, folders: Sequence[Path], widths: Sequence[int]) -> None:
         """Raises UsageError."""
@@ -50,8 +52,8 @@ class Embeddings:
         return {self._files[name][0].stem: _digest(self._files[name][0])[:12] for name in sorted(self._read)}
 
     def pieces(self, text: str, weight: float, width: int, tokenise: Callable[[str], list[int]]) -> list[Piece]:
-        """A fragment's tokens, its embeddings among them, for the encoder of `width`. Raises ModelError for one that cannot be
-        used, UsageError for one that two files have."""
+        """A fragment's tokens, its embeddings among them, for the encoder of `width`. Raises ModelError for one that
+        cannot be used, UsageError for one that two files have."""
         found: list[Piece] = []
         end = 0
         for match in _NAMED.finditer(text):

@@ -1,7 +1,8 @@
-"""Encoded prompts in files: kept in a folder for the next render with the same words, or carried to a machine that has no text
-encoders.
+"""Encoded prompts in files: kept in a folder for the next render with the same words, or carried to a machine that has
+no text encoders.
 
-A safetensors file: `tokens.N` and, where the family has one, `pooled.N` of each text, fp32. Its metadata say of what they are.
+A safetensors file: `tokens.N` and, where the family has one, `pooled.N` of each text, fp32. Its metadata say of what
+they are.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ class Encoded(NamedTuple):
 
 
 def kind_of(family: Family) -> str:
-    """What a family's prompts are like, for people too: its name, and the sizes of the longest tokens and the pooled vector."""
+    """What a family's prompts are like, for people too: its name, and the sizes of the longest tokens and the pooled
+    vector."""
     (sample,) = family.example([0], (family.granularity, family.granularity))
     _, length, width = sample.prompt.tokens.shape
     pooled = "" if sample.prompt.pooled is None else f" and a vector of {sample.prompt.pooled.shape[1]}"
@@ -60,8 +62,8 @@ def kind_of(family: Family) -> str:
 
 
 def write_encoded(path: Path, texts: Mapping[Text, Encoded], facts: Mapping[str, str], *, replace: bool = True) -> None:
-    """Write atomically. `facts` are what else the file says. Without `replace`, a file that has meanwhile appeared is kept.
-    Raises StorageError."""
+    """Write atomically. `facts` are what else the file says. Without `replace`, a file that has meanwhile appeared is
+    kept. Raises StorageError."""
     from safetensors.torch import save
 
     tensors: dict[str, Tensor] = {}
@@ -76,8 +78,8 @@ def write_encoded(path: Path, texts: Mapping[Text, Encoded], facts: Mapping[str,
 
 
 def read_encoded(path: Path) -> tuple[dict[Text, Encoded], dict[str, str]]:
-    """The texts of a file with their embeddings, and all that it says. Raises ModelError for a file of another kind, and for
-    one that is damaged."""
+    """The texts of a file with their embeddings, and all that it says. Raises ModelError for a file of another kind,
+    and for one that is damaged."""
     index, said = read_index(path), read_metadata(path)
     other = ModelError(f"{path}: holds no encoded prompts of this version; `tiler encode` writes them")
     if said.get("format") != _FORMAT or said.get("version") != _VERSION:
@@ -107,8 +109,8 @@ def _are_texts(values: Any) -> bool:
 
 
 class Words(NamedTuple):
-    """What `tiler encode` wrote: the texts of all steps, and how they were `read_as`. `prompts` and `negative_prompts` are those that
-    were asked for, in their order."""
+    """What `tiler encode` wrote: the texts of all steps, and how they were `read_as`. `prompts` and `negative_prompts`
+    are those that were asked for, in their order."""
 
     path: Path
     texts: dict[Text, Encoded]
@@ -185,9 +187,9 @@ def prompts_folder(cache: Path | None) -> Path:
 class PromptCache:
     """Encoded prompts in `folder`, one file each, none of which says its text.
 
-    A file's name tells everything that decides the embeddings: the text, the encoders' weights and configs, their tokenizers, in
-    what the weights are computed with (`int8`: as packed.py stores them), by whose arithmetic, what the family makes of them, and
-    how the text is read (`read_as`).
+    A file's name tells everything that decides the embeddings: the text, the encoders' weights and configs, their
+    tokenizers, in what the weights are computed with (`int8`: as packed.py stores them), by whose arithmetic, what the
+    family makes of them, and how the text is read (`read_as`).
     """
 
     def __init__(self, folder: Path, family: Family, read_as: ReadAs, *, int8: bool) -> None:

@@ -41,8 +41,8 @@ REGISTRY: dict[str, str] = {
     "PixArt": "tiler.models.pixart",
     "AuraFlow": "tiler.models.auraflow",
 }
-"""Part of a pipeline's class name → the module whose `read(checkpoint)` gives the Family. The longest match counts; a class
-that none matches is read as Stable Diffusion, whose checks say what is foreign in it."""
+"""Part of a pipeline's class name → the module whose `read(checkpoint)` gives the Family. The longest match counts; a
+class that none matches is read as Stable Diffusion, whose checks say what is foreign in it."""
 _OTHERS = {
     "Inpaint": "an inpainting model", "InstructPix2Pix": "an InstructPix2Pix model", "Upscale": "an upscaler",
     "Depth2Img": "a depth-to-image model", "AnimateDiff": "a video model",
@@ -60,8 +60,8 @@ class Role(StrEnum):
 
 
 class Guidance(StrEnum):
-    """How a family follows its prompt: by a second prediction for the negative prompt, by a scale that is an input of the
-    model, or not at all."""
+    """How a family follows its prompt: by a second prediction for the negative prompt, by a scale that is an input of
+    the model, or not at all."""
 
     CFG = "classifier-free"
     EMBEDDED = "embedded"
@@ -99,7 +99,8 @@ class Traits(NamedTuple):
 
 
 class Options(NamedTuple):
-    """What a user may ask of the denoiser itself; every guidance scale that samples will have; and a folder for scratch files."""
+    """What a user may ask of the denoiser itself; every guidance scale that samples will have; and a folder for scratch
+    files."""
 
     attention_window: int | None = None
     seed: int = 0
@@ -114,11 +115,11 @@ def no_parameter(name: str) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """One model of a checkpoint. `name` is its folder; `build` makes it on the meta device; `aliases` gives the names that a
-    parameter may have in files; `quantise` says which parameters become int8 where that is asked for, `half` which
-    are computed with in bf16 where that is asked for (None: the same ones), `once` which ones are
-    read before the steps and not in them; `example` runs a text encoder, which must have one, as `Family.encode`
-    does for prompts of the greatest length, also where its weights are on the meta device: for the meter."""
+    """One model of a checkpoint. `name` is its folder; `build` makes it on the meta device; `aliases` gives the names
+    that a parameter may have in files; `quantise` says which parameters become int8 where that is asked for, `half`
+    which are computed with in bf16 where that is asked for (None: the same ones), `once` which ones are read before the
+    steps and not in them; `example` runs a text encoder, which must have one, as `Family.encode` does for prompts of
+    the greatest length, also where its weights are on the meta device: for the meter."""
 
     name: str
     role: Role
@@ -172,7 +173,8 @@ class VaeSpec:
 
     @property
     def moments(self) -> tuple[Tensor, Tensor] | None:
-        """Mean and standard deviation of each channel, (1, C, 1, 1), of an autoencoder whose latents are normalised by both."""
+        """Mean and standard deviation of each channel, (1, C, 1, 1), of an autoencoder whose latents are normalised by
+        both."""
         import torch
 
         found = [self.config.get(name) for name in ("latents_mean", "latents_std")]
@@ -233,7 +235,8 @@ class Family(ABC):
 
     @property
     def encoding(self) -> tuple[object, ...]:
-        """What of the checkpoint decides a prompt's embeddings, beside its text encoders and the shape of what they give."""
+        """What of the checkpoint decides a prompt's embeddings, beside its text encoders and the shape of what they
+        give."""
         return ()
 
     @abstractmethod
@@ -244,19 +247,20 @@ class Family(ABC):
         warn: Callable[[str], None],
         reading: Reading = READING,
     ) -> list[Prompt]:
-        """The embeddings of every prompt, read as `reading` says; None is a negative prompt that was not given. Each encoder is
-        opened once."""
+        """The embeddings of every prompt, read as `reading` says; None is a negative prompt that was not given. Each
+        encoder is opened once."""
 
     def lengthened(self, prompt: Prompt, tokens: int, empty: Prompt) -> Prompt:
-        """The prompt with chunks of an `empty` one, until it has so many `tokens`; for families whose prompts are chunked."""
+        """The prompt with chunks of an `empty` one, until it has so many `tokens`; for families whose prompts are
+        chunked."""
         return prompt
 
     @abstractmethod
     def prepare(
         self, model: Any, streamer: Streamer, timesteps: Tensor, prompts: Sequence[Prompt], options: Options
     ) -> Any:
-        """What all steps of a run share, guide and canvas, for `predict`: nothing of `model`, which is another in each phase.
-        timesteps: (steps,), the whole schedule's."""
+        """What all steps of a run share, guide and canvas, for `predict`: nothing of `model`, which is another in each
+        phase. timesteps: (steps,), the whole schedule's."""
 
     @abstractmethod
     def predict(
@@ -268,17 +272,18 @@ class Family(ABC):
         prepared: Any,
         check: Callable[[str], None] = lambda where: None,
     ) -> Tensor:
-        """The denoiser's prediction for each sample, (n, C, h, w) fp32, with one read of its weights. Neighbours with the
-        same latents tensor are halves of one guidance. `check` is called at every unit."""
+        """The denoiser's prediction for each sample, (n, C, h, w) fp32, with one read of its weights. Neighbours with
+        the same latents tensor are halves of one guidance. `check` is called at every unit."""
 
     @abstractmethod
     def example(self, tiles: Sequence[int], sides: tuple[int, int]) -> list[Sample]:
-        """A sample on the meta device for each number in `tiles`; equal numbers share their latents, which are of `sides`."""
+        """A sample on the meta device for each number in `tiles`; equal numbers share their latents, which are of
+        `sides`."""
 
 
 def open_family(options: ModelOptions, *, reads_text: bool = True) -> Family:
-    """The family of the model that was asked for, its files found and its parts replaced. Where no prompt is to be encoded, its
-    text encoders need not be there. Raises ModelError, UsageError, OfflineError, StorageError."""
+    """The family of the model that was asked for, its files found and its parts replaced. Where no prompt is to be
+    encoded, its text encoders need not be there. Raises ModelError, UsageError, OfflineError, StorageError."""
     folders = model_folders(options.model_dirs)
     if options.diffusion_model is None or options.model != "mini":  # whose parts go with no other denoiser
         found = resolve(
@@ -293,8 +298,8 @@ def open_family(options: ModelOptions, *, reads_text: bool = True) -> Family:
 
 
 def read_family(checkpoint: Checkpoint, options: ModelOptions | None = None) -> Family:
-    """Check every config of the checkpoint, of which `options` may replace parts. Raises ModelError, naming the file and what the
-    model is."""
+    """Check every config of the checkpoint, of which `options` may replace parts. Raises ModelError, naming the file
+    and what the model is."""
     from tiler.models.single_file import assemble
 
     checkpoint = assemble(checkpoint, options or ModelOptions())
@@ -343,8 +348,8 @@ def vae_part(vae: VaeSpec) -> Part:
 
 
 def open_tiny(given: str, family: Family) -> VaeSpec:
-    """The AutoencoderTiny at `given`, a file, a folder or a hub id, that goes with `family`. Raises ModelError, OfflineError,
-    StorageError."""
+    """The AutoencoderTiny at `given`, a file, a folder or a hub id, that goes with `family`. Raises ModelError,
+    OfflineError, StorageError."""
     if not expand(given).is_file():
         return read_tiny(resolve_part(given), family)
     from tiler.models.single_file import tiny_of_file

@@ -14,8 +14,8 @@ _WORD = re.compile(r"[A-Z]+(?![a-z])\d*|[A-Z]?[a-z]+\d*|\d+")
 
 
 def sign_of_few_steps(name: str, scheduler: Mapping[str, Any]) -> str | None:
-    """What of a checkpoint's name (a folder or a hub id) or scheduler_config.json says that it is one, for people; None where
-    nothing does."""
+    """What of a checkpoint's name (a folder or a hub id) or scheduler_config.json says that it is one, for people; None
+    where nothing does."""
     said = [word for word in _WORD.findall(re.split(r"[/\\]", name.rstrip("/\\"))[-1]) if word.lower() in _NAMES]
     if said:
         return f"its name says {said[0]}"

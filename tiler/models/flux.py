@@ -1,7 +1,8 @@
-"""Flux.1 dev and schnell: a transformer of joint and single blocks over packed latents, CLIP's pooled vector and T5's tokens.
+"""Flux.1 dev and schnell: a transformer of joint and single blocks over packed latents, CLIP's pooled vector and T5's
+tokens.
 
-dev takes the guidance scale as an input, schnell none; so a tile is one sample. Each tile claims a grid of its own, (0, y, x)
-from 0, for the model knows no larger ones.
+dev takes the guidance scale as an input, schnell none; so a tile is one sample. Each tile claims a grid of its own, (0,
+y, x) from 0, for the model knows no larger ones.
 """
 
 from __future__ import annotations

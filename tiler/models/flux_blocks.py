@@ -1,4 +1,5 @@
-"""The forward of diffusers' FluxTransformer2DModel, one sample at a time: joint blocks, then single ones, by the walk of dit.py."""
+"""The forward of diffusers' FluxTransformer2DModel, one sample at a time: joint blocks, then single ones, by the walk
+of dit.py."""
 
 from __future__ import annotations
 
@@ -38,8 +39,8 @@ def predict_sample(
     modulation: Sequence[Tensor],
     check: Callable[[str], None] = lambda where: None,
 ) -> Tensor:
-    """The velocity that FluxTransformer2DModel predicts, (1, C, h, w), for latents of that shape and the prompt's tokens
-    (1, T, W). `modulation`: the values of each of the model's modulation layers, in its order."""
+    """The velocity that FluxTransformer2DModel predicts, (1, C, h, w), for latents of that shape and the prompt's
+    tokens (1, T, W). `modulation`: the values of each of the model's modulation layers, in its order."""
     height, width = (side // PATCH for side in latents.shape[2:])
     text, image = slice(0, tokens.shape[1]), slice(tokens.shape[1], tokens.shape[1] + height * width)
     x = latents.new_empty(1, image.stop, model.inner_dim)
@@ -64,8 +65,8 @@ def joint_block(
     streamer: Streamer, block: FluxTransformerBlock, x: Tensor, text: slice, image: slice, of_image: Tensor,
     of_text: Tensor, rotation: Tensor | None,
 ) -> None:  # fmt: skip
-    """A FluxTransformerBlock on the state x (1, tokens, d), in place; `of_image` and `of_text`, (6 d,), are what norm1 and
-    norm1_context make of the conditioning."""
+    """A FluxTransformerBlock on the state x (1, tokens, d), in place; `of_image` and `of_text`, (6 d,), are what norm1
+    and norm1_context make of the conditioning."""
     attn = block.attn
     shift, scale, gate, ff_shift, ff_scale, ff_gate = of_image.chunk(6)
     t_shift, t_scale, t_gate, t_ff_shift, t_ff_scale, t_ff_gate = of_text.chunk(6)
@@ -86,8 +87,8 @@ def joint_block(
 def single_block(
     streamer: Streamer, block: FluxSingleTransformerBlock, x: Tensor, modulation: Tensor, rotation: Tensor | None
 ) -> None:
-    """A FluxSingleTransformerBlock on the state x (1, tokens, d), in place; modulation: (3 d,). Attention and feed-forward see
-    the same input, and share their last layer."""
+    """A FluxSingleTransformerBlock on the state x (1, tokens, d), in place; modulation: (3 d,). Attention and
+    feed-forward see the same input, and share their last layer."""
     shift, scale, gate = modulation.chunk(3)
     normed, everything = modulated(block.norm.norm, x, scale, shift), slice(0, x.shape[1])
     attended = attention(streamer, x, [stream_of(everything, block.attn, normed)], block.attn.heads, rotation)
@@ -102,7 +103,8 @@ def modulating(model: FluxTransformer2DModel) -> list[nn.Linear]:
 
 
 def rotations(model: FluxTransformer2DModel, text: int, height: int, width: int) -> Tensor:
-    """(tokens, 1, head / 2) complex: cosine and sine of each pair's angle. The text's ids are 0, the picture's (0, y, x)."""
+    """(tokens, 1, head / 2) complex: cosine and sine of each pair's angle. The text's ids are 0, the picture's (0, y,
+    x)."""
     ids = torch.zeros(text + height * width, 3)
     grid = ids[text:].view(height, width, 3)
     grid[..., 1], grid[..., 2] = torch.arange(height)[:, None], torch.arange(width)

@@ -1,4 +1,5 @@
-"""The model families by what their files hold: which parts belong together, and what the shapes of tensors do not say of them.
+"""The model families by what their files hold: which parts belong together, and what the shapes of tensors do not say
+of them.
 
 The numbers stand in the families' published configurations. Torch is not needed here.
 """
@@ -36,8 +37,8 @@ _PILE = Encoder("Pile-T5-XL", Kind.T5, 2048, "--t5xxl")
 
 
 class FamilyRow(NamedTuple):
-    """A family. `floor`: MB of the smallest ceiling that renders 2048² with a checkpoint of the published size. `others`: a
-    repository with its text encoders, tokenizers and autoencoder."""
+    """A family. `floor`: MB of the smallest ceiling that renders 2048² with a checkpoint of the published size.
+    `others`: a repository with its text encoders, tokenizers and autoencoder."""
 
     title: str
     pipeline: str
@@ -192,8 +193,8 @@ ROWS = (SD1, SD2, SDXL, SD3, FLUX, SCHNELL, PIXART_ALPHA, PIXART_SIGMA, AURAFLOW
 
 
 def family_of(part: Content, where: str) -> FamilyRow:
-    """The family of a denoiser. Raises ModelError, naming what it is, for one that makes no pictures of text alone, or that
-    tiler would compute wrongly."""
+    """The family of a denoiser. Raises ModelError, naming what it is, for one that makes no pictures of text alone, or
+    that tiler would compute wrongly."""
     if part.kind is Kind.UNET:
         return _family_of_unet(part, where)
     shapes = part.shapes
@@ -264,7 +265,8 @@ def text_width(shapes: Shapes) -> int | None:
 
 
 def row_of_pipeline(name: str, unet: Mapping[str, Any]) -> FamilyRow | None:
-    """The family of a folder whose model_index.json names that class; `unet` is the UNet's config, where there is one."""
+    """The family of a folder whose model_index.json names that class; `unet` is the UNet's config, where there is
+    one."""
     if name == "StableDiffusionPipeline" and unet.get("cross_attention_dim") == 1024:
         return SD2
     return next((row for row in ROWS if row.pipeline == name), None)

@@ -19,7 +19,8 @@ _T5_FILES = "spiece.model", "tokenizer.json"
 
 
 class KnownPart(NamedTuple):
-    """A file with a single part; `width` is the channels of an autoencoder's latents, or those of a text encoder's states."""
+    """A file with a single part; `width` is the channels of an autoencoder's latents, or those of a text encoder's
+    states."""
 
     path: Path
     kind: Kind
@@ -47,7 +48,8 @@ def known_parts(folders: Sequence[Path]) -> list[KnownPart]:
 def find_vae(known: Sequence[KnownPart], row: FamilyRow, model: str) -> Path:
     """The one file with an autoencoder for that family. Raises ModelError where there is none, or several.
 
-    SDXL's has the shapes of Stable Diffusion's and another scale: of those the name must tell, as all published ones do.
+    SDXL's has the shapes of Stable Diffusion's and another scale: of those the name must tell, as all published ones
+    do.
     """
 
     def fits(part: KnownPart) -> bool:
@@ -81,8 +83,8 @@ def _missing(model: str, what: str, flag: str, command: str, found: Sequence[Pat
 
 
 def t5_tokenizer(path: Path, row: FamilyRow) -> Path:
-    """A folder with the tokenizer of the T5 encoder in the file `path`, from the hub's cache. Raises ModelError, naming the file
-    that is missing."""
+    """A folder with the tokenizer of the T5 encoder in the file `path`, from the hub's cache. Raises ModelError, naming
+    the file that is missing."""
     own = row.encoders[-1].title.startswith("Pile")
     repositories = (row.others,) if own else (row.others, *_T5_REPOSITORIES)
     for repository in repositories:

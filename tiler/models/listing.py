@@ -1,5 +1,5 @@
-"""What lies in the user's folders, one line a model: its family, its size, and whether it fits a ceiling by the table of floors.
-Headers are read and nothing is planned; torch is not needed."""
+"""What lies in the user's folders, one line a model: its family, its size, and whether it fits a ceiling by the table
+of floors. Headers are read and nothing is planned; torch is not needed."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ MB = 1_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class Listed:
-    """A model, or a part of one. `family`: a title, or what else it is; `floor_bytes`: the smallest ceiling that renders 2048²,
-    None where it makes no picture; `lacks`: what must come from elsewhere."""
+    """A model, or a part of one. `family`: a title, or what else it is; `floor_bytes`: the smallest ceiling that
+    renders 2048², None where it makes no picture; `lacks`: what must come from elsewhere."""
 
     path: Path
     family: str
@@ -39,7 +39,8 @@ class Listed:
 
 
 def list_models(folders: Sequence[Path]) -> list[Listed]:
-    """Every model, autoencoder and text encoder in and below `folders`; what is none of them, or damaged, says so itself."""
+    """Every model, autoencoder and text encoder in and below `folders`; what is none of them, or damaged, says so
+    itself."""
     return [describe(path) for path in model_files(folders)]
 
 

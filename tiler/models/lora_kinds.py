@@ -73,9 +73,9 @@ _STEPS = re.compile(r"(\d+)[ _-]?steps?")
 
 
 def few_steps(files: Iterable[Path], *, flow: bool) -> tuple[Path, Recipe] | None:
-    """The first of `files` whose name says that it is a LoRA for few steps: LCM (Luo et al. 2023, arXiv:2311.05556), Lightning
-    (arXiv:2402.13929), Hyper-SD (arXiv:2404.13686); and how it is to be sampled. Models of a `flow` keep their scheduler and their guidance,
-    which some of them take as an input."""
+    """The first of `files` whose name says that it is a LoRA for few steps: LCM (Luo et al. 2023, arXiv:2311.05556),
+    Lightning (arXiv:2402.13929), Hyper-SD (arXiv:2404.13686); and how it is to be sampled. Models of a `flow` keep
+    their scheduler and their guidance, which some of them take as an input."""
     for path in files:
         name = path.stem.lower()
         words = set(_WORD.findall(name))
@@ -99,7 +99,8 @@ def few_steps(files: Iterable[Path], *, flow: bool) -> tuple[Path, Recipe] | Non
 
 
 class Scaling(NamedTuple):
-    """What a header says of alpha where no tensor does: PEFT's config, as diffusers writes it, or SimpleTuner's own keys."""
+    """What a header says of alpha where no tensor does: PEFT's config, as diffusers writes it, or SimpleTuner's own
+    keys."""
 
     said: Mapping[str, Any]
 

@@ -1,5 +1,5 @@
-"""The names that trainers of LoRAs give to a model's modules, made forward from the modules themselves: names whose dots became
-underscores cannot be read back."""
+"""The names that trainers of LoRAs give to a model's modules, made forward from the modules themselves: names whose
+dots became underscores cannot be read back."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _OLD_CLIP = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "
 
 
 class Target(NamedTuple):
-    """A module that a name stands for. Of a name that stands for several, whose outputs follow one another, this one's begin
-    at row `first`."""
+    """A module that a name stands for. Of a name that stands for several, whose outputs follow one another, this one's
+    begin at row `first`."""
 
     part: str
     module: str
@@ -82,7 +82,8 @@ def _encoder_spellings(path: str, part: Part, number: int, count: int) -> Iterat
 
 
 def _original_names(module: nn.Module, sizes: Mapping[str, int]) -> Iterator[tuple[str, list[str]]]:
-    """The names of the denoiser's modules where its makers first published it, each with diffusers' module or modules."""
+    """The names of the denoiser's modules where its makers first published it, each with diffusers' module or
+    modules."""
     made = {"UNet2DConditionModel": _ldm, "FluxTransformer2DModel": _flux, "SD3Transformer2DModel": _sd3,
             "PixArtTransformer2DModel": _pixart}.get(type(module).__name__)  # fmt: skip
     for name, paths in () if made is None else made(module):
@@ -177,7 +178,8 @@ def _flux(model: nn.Module) -> Names:
 
 
 def _sd3(model: nn.Module) -> Names:
-    """Stability's. The last context's modulation and that of the last layer are left out, whose halves diffusers swapped."""
+    """Stability's. The last context's modulation and that of the last layer are left out, whose halves diffusers
+    swapped."""
     count = len(_blocks(model, "transformer_blocks"))  # type: ignore[arg-type]
     for i in range(count):
         here, there = f"joint_blocks.{i}", f"transformer_blocks.{i}"

@@ -53,7 +53,8 @@ def _file_of(path: Path, folders: Sequence[Path]) -> Path:
 
 
 def apply_loras(loras: Sequence[Lora], models: Models) -> Applied:
-    """Match every module of the files with the model's. Raises ModelError for files that are none, or another family's."""
+    """Match every module of the files with the model's. Raises ModelError for files that are none, or another
+    family's."""
     if not loras:
         return Applied()
     targets = names_of_modules(models)
@@ -255,8 +256,8 @@ _BESIDE = (Slot.ALPHA, Slot.DORA, Slot.DIFF_BIAS)
 
 
 def _shape(path: Path, name: str, kind: Kind, slots: Mapping[Slot, TensorInfo]) -> tuple[int, int, int | None]:
-    """Outputs, elements of a row, and rank of a difference; no rank where alpha has no meaning. Raises ModelError for tensors
-    that cannot be multiplied."""
+    """Outputs, elements of a row, and rank of a difference; no rank where alpha has no meaning. Raises ModelError for
+    tensors that cannot be multiplied."""
     sides = {slot: info.shape for slot, info in slots.items()}
     try:
         if kind is Kind.FULL:

@@ -1,4 +1,5 @@
-"""Building modules on the meta device: shapes without data, and refusals for configs that no model can be built from."""
+"""Building modules on the meta device: shapes without data, and refusals for configs that no model can be built
+from."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """What modulation layers make of timestep, guidance and pooled text: once a run, in a file.
 
-These layers are a quarter to a third of a transformer's weights, and see nothing of the picture. So they are read once, for all
-steps and prompts, and a pass reads its row of the results.
+These layers are a quarter to a third of a transformer's weights, and see nothing of the picture. So they are read once,
+for all steps and prompts, and a pass reads its row of the results.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ ROWS = 64  # of a product
 
 
 class Modulations:
-    """A row of fp32 values for each key, in a file without a name, which goes with this object. On the meta device there is no
-    file."""
+    """A row of fp32 values for each key, in a file without a name, which goes with this object. On the meta device
+    there is no file."""
 
     def __init__(self, keys: Sequence[Hashable], widths: Sequence[int], folder: Path | None, *, meta: bool) -> None:
         self._rows, self._widths, self._file = {key: i for i, key in enumerate(keys)}, list(widths), None
@@ -77,8 +77,8 @@ def _bytes(values: Tensor) -> memoryview:
 def modulations(
     streamer: Streamer, layers: Sequence[nn.Linear], inputs: Tensor, keys: Sequence[Hashable], folder: Path | None
 ) -> Modulations:
-    """What each of the layers makes of each row of `inputs`, (len(keys), in) fp32, under one read of the weights; `folder` is
-    where the file lies."""
+    """What each of the layers makes of each row of `inputs`, (len(keys), in) fp32, under one read of the weights;
+    `folder` is where the file lies."""
     widths = [layer.out_features for layer in layers]
     found = Modulations(keys, widths, folder, meta=inputs.is_meta)
     rows = cut(slice(0, len(inputs)), ROWS)

@@ -19,8 +19,8 @@ _KEYS: Mapping[str, tuple[type, ...]] = {
 
 
 def read_defaults(folder: Path) -> dict[str, Any]:
-    """By the names of RenderRequest's fields; nothing where there is no such file. `prompt` may be a tuple, of which the seed
-    chooses one. Raises ModelError."""
+    """By the names of RenderRequest's fields; nothing where there is no such file. `prompt` may be a tuple, of which
+    the seed chooses one. Raises ModelError."""
     path = folder / DEFAULTS
     if not path.is_file():
         return {}

@@ -49,8 +49,8 @@ class WeightFile:
 
 
 class FoundPart(NamedTuple):
-    """A part: its parameters by diffusers' or transformers' names, the path of its file or folder, its config where a folder says
-    it, and a folder with its tokenizer where there is one beside it."""
+    """A part: its parameters by diffusers' or transformers' names, the path of its file or folder, its config where a
+    folder says it, and a folder with its tokenizer where there is one beside it."""
 
     kind: Kind
     tensors: Index
@@ -75,8 +75,8 @@ class FoundPart(NamedTuple):
 
 
 def find_parts(given: str, flag: str, kinds: Sequence[Kind]) -> list[FoundPart]:
-    """The parts of these `kinds` at the path or hub id `given` with `flag`; at least one. Raises ModelError, OfflineError,
-    StorageError."""
+    """The parts of these `kinds` at the path or hub id `given` with `flag`; at least one. Raises ModelError,
+    OfflineError, StorageError."""
     path = expand(given)
     if path.is_dir():
         found = [_in_folder(path, flag)]

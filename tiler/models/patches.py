@@ -9,7 +9,8 @@ PATCH = 2  # latents along a token's side
 
 
 def patches(latents: Tensor) -> Tensor:
-    """(1, C, h, w) → (1, h/2 · w/2, 4 C): the values of each patch, channel by channel; a view through other strides."""
+    """(1, C, h, w) → (1, h/2 · w/2, 4 C): the values of each patch, channel by channel; a view through other
+    strides."""
     _, channels, height, width = latents.shape
     if latents.is_meta:
         return latents.new_empty(1, height * width // PATCH**2, channels * PATCH**2)

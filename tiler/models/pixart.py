@@ -1,7 +1,8 @@
 """PixArt-α and PixArt-Σ: a transformer to which a T5 encoder's tokens speak by cross attention.
 
-Chen et al. 2023, arXiv:2310.00426; Chen et al. 2024, arXiv:2403.04692; the arithmetic is that of diffusers' PixArtAlphaPipeline
-and PixArtSigmaPipeline. Each tile claims a picture of its own: positions from 0, and for α the tile's own size.
+Chen et al. 2023, arXiv:2310.00426; Chen et al. 2024, arXiv:2403.04692; the arithmetic is that of diffusers'
+PixArtAlphaPipeline and PixArtSigmaPipeline. Each tile claims a picture of its own: positions from 0, and for α the
+tile's own size.
 """
 
 from __future__ import annotations
@@ -67,8 +68,8 @@ _DEFAULTS: Mapping[str, Any] = MappingProxyType({"num_inference_steps": 20, "gui
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """The schedule's timesteps; projected prompts by the identity of their tokens; each step's modulation by the sides of a
-    sample, made when one of that size comes first."""
+    """The schedule's timesteps; projected prompts by the identity of their tokens; each step's modulation by the sides
+    of a sample, made when one of that size comes first."""
 
     timesteps: Tensor
     texts: Mapping[int, Tensor]
@@ -86,7 +87,8 @@ class PixArt(Family):
         warn: Callable[[str], None],
         reading: Reading = READING,
     ) -> list[Prompt]:
-        """T5's last hidden states of each prompt's own tokens, (1, T, width); a prompt that was not given is an empty one."""
+        """T5's last hidden states of each prompt's own tokens, (1, T, width); a prompt that was not given is an empty
+        one."""
         texts = list(dict.fromkeys(_cleaned(prompt) for prompt in prompts))
         tokenizer = t5.load_tokenizer(self.checkpoint, "tokenizer")
         with open_part(self.part(Role.TEXT_ENCODER)) as encoder:
@@ -137,7 +139,8 @@ class PixArt(Family):
 
 
 def _cleaned(prompt: str | None) -> str:
-    """As the pipelines have it without the packages that clean captions further; small letters follow where syntax is read."""
+    """As the pipelines have it without the packages that clean captions further; small letters follow where syntax is
+    read."""
     return (prompt or "").strip()
 
 
@@ -245,8 +248,9 @@ def _read_transformer(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _build(checkpoint: Checkpoint, config: dict[str, Any]) -> PixArtTransformer2DModel:
-    """diffusers' own transformer on the meta device. Its table of positions is that of one token: nobody asks it, and a whole one
-    would be computed here and now, in fp64. For another class in the config diffusers would import that class's package."""
+    """diffusers' own transformer on the meta device. Its table of positions is that of one token: nobody asks it, and a
+    whole one would be computed here and now, in fp64. For another class in the config diffusers would import that
+    class's package."""
     with lean_imports():
         from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
     config = config | {"sample_size": PATCH, "_class_name": _CLASSES[0]}

@@ -1,7 +1,8 @@
 """The forward of diffusers' PixArtTransformer2DModel, one sample at a time, by the walk of dit.py.
 
-Chen et al. 2023, arXiv:2310.00426. All blocks share one modulation, of the timestep and, for PixArt-α, of the picture's size;
-each adds a table of its own. The prompt speaks by cross attention: padding, whose weight there is exp(−10,000) = 0, is left out.
+Chen et al. 2023, arXiv:2310.00426. All blocks share one modulation, of the timestep and, for PixArt-α, of the picture's
+size; each adds a table of its own. The prompt speaks by cross attention: padding, whose weight there is exp(−10,000) =
+0, is left out.
 """
 
 from __future__ import annotations
@@ -71,8 +72,8 @@ def predict_sample(
     grid: Grid,
     check: Callable[[str], None] = lambda where: None,
 ) -> Tensor:
-    """The noise that PixArtTransformer2DModel predicts, (1, C, h, w), for latents of that shape and the projected tokens of a
-    prompt (1, T, d); the variances beside it are not computed to the end."""
+    """The noise that PixArtTransformer2DModel predicts, (1, C, h, w), for latents of that shape and the projected
+    tokens of a prompt (1, T, d); the variances beside it are not computed to the end."""
     channels, rows = latents.shape[1], latents.shape[2] // PATCH
     embedder = model.pos_embed.proj
     x = F.linear(patches(latents), embedder.weight.flatten(1), embedder.bias)
@@ -108,8 +109,8 @@ def add_text(streamer: Streamer, attn: Any, x: Tensor, text: Tensor) -> None:
 
 
 def add_positions(x: Tensor, rows: int, grid: Grid) -> None:
-    """x += the embedding of each token's place, in place; x: (1, rows · columns, d). Half of the values are of its column, half of
-    its row; positions count from 0 in every grid, whichever part of a canvas it is."""
+    """x += the embedding of each token's place, in place; x: (1, rows · columns, d). Half of the values are of its
+    column, half of its row; positions count from 0 in every grid, whichever part of a canvas it is."""
     if x.is_meta:
         return
     places = x.view(rows, -1, x.shape[2])
@@ -119,8 +120,8 @@ def add_positions(x: Tensor, rows: int, grid: Grid) -> None:
 
 
 def waves(count: int, width: int, grid: Grid) -> Tensor:
-    """(count, width) fp32: sines, then cosines, of the positions along one side by falling frequencies. Vaswani et al. 2017,
-    arXiv:1706.03762, section 3.5; positions in fp32 and angles in fp64, as diffusers has them."""
+    """(count, width) fp32: sines, then cosines, of the positions along one side by falling frequencies. Vaswani et al.
+    2017, arXiv:1706.03762, section 3.5; positions in fp32 and angles in fp64, as diffusers has them."""
     positions = torch.arange(count, dtype=torch.float32) / (count / grid.base) / grid.scale
     frequencies = 1.0 / 10_000 ** (torch.arange(width // 2, dtype=torch.float64) / (width / 2))
     angles = torch.outer(positions.double(), frequencies)

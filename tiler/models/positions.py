@@ -1,7 +1,7 @@
 """Tables of position embeddings that a transformer brings in its file, far larger than one tile needs.
 
-The module's own buffer or parameter gives way to an `nn.Embedding`, whose rows are read where they are used; a tile or a guide
-takes those of the table's middle, as diffusers crops it.
+The module's own buffer or parameter gives way to an `nn.Embedding`, whose rows are read where they are used; a tile or
+a guide takes those of the table's middle, as diffusers crops it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ class Grid(NamedTuple):
 
 
 def replace_table(patch_embed: Any, side: int, width: int) -> None:
-    """Give diffusers' patch embedding, on the meta device, a table of side × side positions instead of its `pos_embed`."""
+    """Give diffusers' patch embedding, on the meta device, a table of side × side positions instead of its
+    `pos_embed`."""
     del patch_embed.pos_embed
     patch_embed.add_module(_TABLE, nn.Embedding(side * side, width, device="meta").requires_grad_(False))
 
@@ -45,9 +46,9 @@ def embed(
     streamer: Streamer, patch_embed: Any, latents: Tensor, out: Tensor, grid: Grid,
     project: Callable[[Tensor], Tensor] | None = None,
 ) -> None:  # fmt: skip
-    """out (1, height · width, d) = the embeddings of the patches of latents (1, C, h, w), and of their positions. `project`:
-    from strips of latents to (1, n, d), by a convolution unless something else is given. Strip by strip, for a convolution would
-    hold three times the result."""
+    """out (1, height · width, d) = the embeddings of the patches of latents (1, C, h, w), and of their positions.
+    `project`: from strips of latents to (1, n, d), by a convolution unless something else is given. Strip by strip, for
+    a convolution would hold three times the result."""
     assert max(grid.height, grid.width) <= grid.side, "a picture longer than the table"
     size, table = patch_embed.patch_size, getattr(patch_embed, _TABLE)
     with streamer.hold(patch_embed.proj):

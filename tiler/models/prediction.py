@@ -26,8 +26,8 @@ _V = re.compile(r"parameterization:\s*[\"']?v\b|VScaling")
 
 
 class Decided(NamedTuple):
-    """What a UNet predicts, by what that was told, and whether its last step is pure noise. `known` where the file itself said
-    it."""
+    """What a UNet predicts, by what that was told, and whether its last step is pure noise. `known` where the file
+    itself said it."""
 
     prediction: Prediction
     why: str

@@ -1,4 +1,5 @@
-"""How a request's prompts are read with a checkpoint's models, and what the user should know of it before any work begins."""
+"""How a request's prompts are read with a checkpoint's models, and what the user should know of it before any work
+begins."""
 
 from __future__ import annotations
 

@@ -12,8 +12,9 @@ from tiler.request.prompt import Fragment, Sections, parse_emphasis
 
 
 class ReadAs(NamedTuple):
-    """All of a Reading that decides embeddings, as a file can say it. `embeddings` are those that prompts name: SHA-256 by stem, as
-    `Embeddings.used` gives them; `loras` change the encoders: what tells them and their strengths from others."""
+    """All of a Reading that decides embeddings, as a file can say it. `embeddings` are those that prompts name: SHA-256
+    by stem, as `Embeddings.used` gives them; `loras` change the encoders: what tells them and their strengths from
+    others."""
 
     emphasis: Emphasis = Emphasis.ORIGINAL
     clip_skip: int = 1
@@ -22,8 +23,8 @@ class ReadAs(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """`clip_skip` 1 takes the states of CLIP's last layer, 2 those of the one before, and so on; families that always take one
-    layer ignore it."""
+    """`clip_skip` 1 takes the states of CLIP's last layer, 2 those of the one before, and so on; families that always
+    take one layer ignore it."""
 
     emphasis: Emphasis = Emphasis.ORIGINAL
     clip_skip: int = 1

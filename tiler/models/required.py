@@ -1,4 +1,5 @@
-"""Whether a checkpoint's folder has the parts that its pipeline needs and they belong together, and how missing ones can be had."""
+"""Whether a checkpoint's folder has the parts that its pipeline needs and they belong together, and how missing ones
+can be had."""
 
 from __future__ import annotations
 
@@ -12,8 +13,8 @@ from tiler.weights.flavours import COPY
 
 
 def check_parts(checkpoint: Checkpoint, repository: str, parts: Iterable[str]) -> None:
-    """Raises ModelError for the first of these models without a config.json, with the command that fetches it; `repository`
-    is where it can be had if the checkpoint does not come from the hub."""
+    """Raises ModelError for the first of these models without a config.json, with the command that fetches it;
+    `repository` is where it can be had if the checkpoint does not come from the hub."""
     for part in parts:
         if part not in checkpoint.sources and not (checkpoint.folder / part / "config.json").is_file():
             raise ModelError(
@@ -30,7 +31,8 @@ def read_scheduler(checkpoint: Checkpoint, repository: str) -> dict[str, Any]:
 
 
 def text_encoders(checkpoint: Checkpoint, parts: Sequence[str]) -> Sequence[str]:
-    """Of these text encoders those that a run has to do with: all of them; none where they are not needed and not all there."""
+    """Of these text encoders those that a run has to do with: all of them; none where they are not needed and not all
+    there."""
     needed = checkpoint.reads_text or all(checkpoint.has_weights(part) for part in parts)
     return parts if needed else ()
 

@@ -12,8 +12,8 @@ from tiler.decoding import FACTOR
 
 
 class Prompt(NamedTuple):
-    """A prompt's embeddings, fp32: `tokens` (1, L, W), one row a token; `pooled` (1, P), one vector for all of it, where the
-    family has one."""
+    """A prompt's embeddings, fp32: `tokens` (1, L, W), one row a token; `pooled` (1, P), one vector for all of it,
+    where the family has one."""
 
     tokens: Tensor
     pooled: Tensor | None = None
@@ -31,8 +31,8 @@ class Place(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """One input of the denoiser: `latents` (1, C, h, w) fp32 as the schedule scales them; `guidance` is the guidance scale, for
-    families that take it as an input."""
+    """One input of the denoiser: `latents` (1, C, h, w) fp32 as the schedule scales them; `guidance` is the guidance
+    scale, for families that take it as an input."""
 
     latents: Tensor
     prompt: Prompt
@@ -46,8 +46,8 @@ def empty(*shape: int) -> Tensor:
 
 
 def examples(tiles: Sequence[int], channels: int, sides: tuple[int, int], prompt: Callable[[], Prompt]) -> list[Sample]:
-    """What `Family.example` gives: latents of (channels, *sides) for each number in `tiles`, equal numbers one tensor, each
-    with what `prompt` makes, as whole pictures of their own."""
+    """What `Family.example` gives: latents of (channels, *sides) for each number in `tiles`, equal numbers one tensor,
+    each with what `prompt` makes, as whole pictures of their own."""
     latents = {tile: empty(1, channels, *sides) for tile in tiles}
     height, width = (FACTOR * side for side in sides)
     place = Place(0, 0, height, width, (height, width))

@@ -1,8 +1,8 @@
-"""Stable Diffusion 3 and 3.5, medium, large and turbo: two CLIP text encoders, T5 where it is there, and a transformer of joint
-blocks trained by flow matching.
+"""Stable Diffusion 3 and 3.5, medium, large and turbo: two CLIP text encoders, T5 where it is there, and a transformer
+of joint blocks trained by flow matching.
 
-Esser et al. 2024, arXiv:2403.03206; the arithmetic is that of diffusers' StableDiffusion3Pipeline. Each tile claims the middle of
-the model's grid of positions, for the model knows no larger pictures.
+Esser et al. 2024, arXiv:2403.03206; the arithmetic is that of diffusers' StableDiffusion3Pipeline. Each tile claims the
+middle of the model's grid of positions, for the model knows no larger pictures.
 """
 
 from __future__ import annotations
@@ -71,8 +71,9 @@ class StableDiffusion3(Family):
         warn: Callable[[str], None],
         reading: Reading = READING,
     ) -> list[Prompt]:
-        """The states before the last layer of both CLIPs side by side, and below them T5's last ones: (1, 77·chunks + 256, width), the
-        gaps zeros; and both projected vectors, (1, 2048). A negative prompt that was not given is an empty one."""
+        """The states before the last layer of both CLIPs side by side, and below them T5's last ones: (1, 77·chunks +
+        256, width), the gaps zeros; and both projected vectors, (1, 2048). A negative prompt that was not given is an
+        empty one."""
         texts = list(dict.fromkeys(prompt or "" for prompt in prompts))
         found: list[list[Prompt]] = []
         for part, tell in zip(self.encoders[:2], (warn, _silent), strict=True):

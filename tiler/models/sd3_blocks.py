@@ -1,7 +1,9 @@
-"""The transformer of Stable Diffusion 3 and 3.5 (MMDiT: Esser et al. 2024, arXiv:2403.03206) on one sample, in little memory.
+"""The transformer of Stable Diffusion 3 and 3.5 (MMDiT: Esser et al. 2024, arXiv:2403.03206) on one sample, in little
+memory.
 
-The module is diffusers' own SD3Transformer2DModel, and the arithmetic is that of its forward(); dit.py says how it is walked.
-Every block's norms are scaled and shifted by what one layer makes of timestep and pooled text: those layers are read once.
+The module is diffusers' own SD3Transformer2DModel, and the arithmetic is that of its forward(); dit.py says how it is
+walked. Every block's norms are scaled and shifted by what one layer makes of timestep and pooled text: those layers are
+read once.
 """
 
 from __future__ import annotations
@@ -34,8 +36,8 @@ if TYPE_CHECKING:
 
 
 def build_mmdit(checkpoint: Checkpoint, config: dict[str, Any]) -> SD3Transformer2DModel:
-    """diffusers' own transformer on the meta device. Its positions are those of the file: to compute them would take hundreds
-    of megabytes."""
+    """diffusers' own transformer on the meta device. Its positions are those of the file: to compute them would take
+    hundreds of megabytes."""
     with lean_imports():
         from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
     with on_meta(), refusing("transformer", checkpoint):
@@ -100,8 +102,8 @@ def joint_block(
     streamer: Streamer, block: JointTransformerBlock, x: Tensor, image: slice, text: slice, of_image: Tensor,
     of_text: Tensor,
 ) -> None:  # fmt: skip
-    """A JointTransformerBlock on the state x (1, tokens, d), in place; `of_image` and `of_text`, (k·d,), are what norm1 and
-    norm1_context make of the conditioning. In the last block the text has keys and values, but no output."""
+    """A JointTransformerBlock on the state x (1, tokens, d), in place; `of_image` and `of_text`, (k·d,), are what norm1
+    and norm1_context make of the conditioning. In the last block the text has keys and values, but no output."""
     attn: Any = block.attn
     shift, scale, gate, ff_shift, ff_scale, ff_gate, *second = of_image.split(x.shape[-1])
     if block.context_pre_only:

@@ -1,7 +1,7 @@
 """SDXL: two CLIP text encoders, and a UNet that is told the picture's size and which crop of it a sample is.
 
-Podell et al. 2023, arXiv:2307.01952; the arithmetic is that of diffusers' StableDiffusionXLPipeline. Turbo, Lightning and LCM
-models differ by their configs alone.
+Podell et al. 2023, arXiv:2307.01952; the arithmetic is that of diffusers' StableDiffusionXLPipeline. Turbo, Lightning
+and LCM models differ by their configs alone.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ from tiler.request import TileConditioning
 from tiler.weights.checkpoint import Checkpoint
 
 BASE = "stabilityai/stable-diffusion-xl-base-1.0"
-# Of a hidden state and its skip joined, which is 63 MB where the last level of a 1024-px tile begins. Below this, what a unit
-# holds of weights is the larger part.
+# Of a hidden state and its skip joined, which is 63 MB where the last level of a 1024-px tile begins. Below this, what
+# a unit holds of weights is the larger part.
 WHOLE_ELEMENTS = 3 * 2**20
 EMBEDDED_SCALE = 8.0  # of guidance, in the example of latent-consistency/lcm-sdxl
 NUMBERS = 6  # that the UNet is told of a sample's place
@@ -82,7 +82,8 @@ class StableDiffusionXL(Family):
         warn: Callable[[str], None],
         reading: Reading = READING,
     ) -> list[Prompt]:
-        """The states before the last layer of both encoders, (1, 77·chunks, 2048), and the second one's projected vector (1, 1280)."""
+        """The states before the last layer of both encoders, (1, 77·chunks, 2048), and the second one's projected
+        vector (1, 1280)."""
         given = ["" if prompt is None and not self.zeros_for_absent else prompt for prompt in prompts]
         texts = list(dict.fromkeys(text for text in given if text is not None))
         encoded = []
@@ -147,8 +148,8 @@ class StableDiffusionXL(Family):
 def time_ids(place: Place, conditioning: TileConditioning) -> tuple[int, ...]:
     """(height, width) of the original, (top, left) of the crop, (height, width) of the target, in pixels.
 
-    A tile as what it is: a crop of the canvas at its own place and size; or, as AUTOMATIC1111 says it to every tile, the whole
-    canvas. A guide, whose canvas is its own, is a whole picture in both.
+    A tile as what it is: a crop of the canvas at its own place and size; or, as AUTOMATIC1111 says it to every tile,
+    the whole canvas. A guide, whose canvas is its own, is a whole picture in both.
     """
     if conditioning is TileConditioning.NONE:
         return (*place.canvas, 0, 0, *place.canvas)

@@ -1,5 +1,5 @@
-"""A checkpoint put together of files: a single file, or a denoiser alone, with the parts that flags, the file's neighbours and the
-user's folders bring; or a folder of which parts are replaced.
+"""A checkpoint put together of files: a single file, or a denoiser alone, with the parts that flags, the file's
+neighbours and the user's folders bring; or a folder of which parts are replaced.
 
 Nothing is decided by a file's name alone, and nothing is fetched. Every decision is a note or a part's label.
 """
@@ -31,8 +31,8 @@ _TEXT_KINDS = (Kind.CLIP, Kind.T5)
 
 
 def assemble(checkpoint: Checkpoint, options: ModelOptions) -> Checkpoint:
-    """The checkpoint with a source for every part that is no folder of its own. Raises ModelError, naming what a file is or what
-    is missing, with the flag that brings it; UsageError for flags that do not fit."""
+    """The checkpoint with a source for every part that is no folder of its own. Raises ModelError, naming what a file
+    is or what is missing, with the flag that brings it; UsageError for flags that do not fit."""
     path = checkpoint.file if options.diffusion_model is None else expand(options.diffusion_model)
     if path is None and not options.replaced() and options.prediction is None:
         return checkpoint

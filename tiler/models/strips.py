@@ -1,8 +1,8 @@
 """Convolutions a strip of rows at a time, of an input that is made as it is needed: parts joined along channels and
 normalised, or enlarged.
 
-That input is never whole: the norm's statistics are taken of each part by itself. For the few places where it would be the
-largest tensor of a pass.
+That input is never whole: the norm's statistics are taken of each part by itself. For the few places where it would be
+the largest tensor of a pass.
 """
 
 from __future__ import annotations
@@ -32,13 +32,14 @@ class Strip(NamedTuple):
 
 
 def are_large(parts: Sequence[Tensor], whole_elements: int | None) -> bool:
-    """Whether parts (n, C, h, w) have more than `whole_elements` when they are joined; without a limit they never have."""
+    """Whether parts (n, C, h, w) have more than `whole_elements` when they are joined; without a limit they never
+    have."""
     return whole_elements is not None and len(parts) > 1 and sum(part[0].numel() for part in parts) > whole_elements
 
 
 def strips(channels: int, height: int, width: int) -> Iterator[Strip]:
-    """`height` rows in strips of one size, the last of which may begin in the one before: products of one size have weights of
-    one order."""
+    """`height` rows in strips of one size, the last of which may begin in the one before: products of one size have
+    weights of one order."""
     rows = min(height, max(1, STRIP_ELEMENTS // (channels * width) // ROWS_TOGETHER) * ROWS_TOGETHER)
     for fresh in range(0, height, rows):
         top = min(fresh, height - rows)
@@ -71,8 +72,8 @@ class Enlarged(nn.Module):
 
 
 def _convolved(conv: Any, rows: Callable[[int, int], Tensor], height: int, width: int) -> Tensor:
-    """`conv`, of stride 1 and an odd kernel, of one sample of (height, width), of which `rows` gives those asked for, zeros
-    beyond its ends → (1, C', height, width)."""
+    """`conv`, of stride 1 and an odd kernel, of one sample of (height, width), of which `rows` gives those asked for,
+    zeros beyond its ends → (1, C', height, width)."""
     halo = conv.kernel_size[0] // 2
     assert conv.stride == (1, 1) and conv.padding == (halo, halo)
     by_rows = copy.copy(conv)  # its rows are padded here; the layer itself is its owner's
@@ -139,7 +140,8 @@ def _enlarged_rows(x: Tensor, first: int, last: int) -> Tensor:
 def _normed_rows(
     parts: tuple[Tensor, ...], scale: Tensor, shift: Tensor, activation: nn.Module, first: int, last: int
 ) -> Tensor:
-    """Rows [first, last) of the joined, normed and activated parts, (1, C, last − first, w); zeros beyond their ends."""
+    """Rows [first, last) of the joined, normed and activated parts, (1, C, last − first, w); zeros beyond their
+    ends."""
     height, width = parts[0].shape[2:]
     top, bottom = max(0, first), min(height, last)
     out = _empty(1, len(scale), last - first, width, like=parts[0])

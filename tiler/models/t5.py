@@ -1,8 +1,8 @@
 """Prompts → embeddings with a streamed T5 or UMT5 encoder, whose modules are transformers' own.
 
-All prompts of a run share one read of the weights, and each is computed by itself: a prompt's embeddings do not depend on what
-stands beside it. A token that is masked has no weight in attention (exp of fp32's least number is 0), so padding that a family
-masks is never computed; padding that a family looks at is a token like any other.
+All prompts of a run share one read of the weights, and each is computed by itself: a prompt's embeddings do not depend
+on what stands beside it. A token that is masked has no weight in attention (exp of fp32's least number is 0), so
+padding that a family masks is never computed; padding that a family looks at is a token like any other.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ def read_t5(checkpoint: Checkpoint, name: str, length: int) -> Part:
 
 
 def check_tokenizer(checkpoint: Checkpoint, folder: str, fetch: str) -> Path:
-    """The folder of a tokenizer whose files are there. Raises ModelError, which says how they can be had: by `fetch`."""
+    """The folder of a tokenizer whose files are there. Raises ModelError, which says how they can be had: by
+    `fetch`."""
     path = checkpoint.tokenizer(folder)
     if not any((path / file).is_file() for file in _TOKENIZERS):
         raise ModelError(f"{path}: neither tokenizer.json nor spiece.model is here; {fetch}")
@@ -101,12 +102,13 @@ def encode_t5(
     keep_pads: bool,
     clean: Callable[[str], str] = str,
 ) -> list[Tensor]:
-    """The last hidden state of each text, (1, tokens, d_model) fp32, by a streamed `encoder`, times its tokens' weights.
+    """The last hidden state of each text, (1, tokens, d_model) fp32, by a streamed `encoder`, times its tokens'
+    weights.
 
-    A text is cut to `length` tokens, its end mark included; `warn` tells of it. With `keep_pads` it is padded to `length`, and
-    its padding is looked at, as by a pipeline that gives the encoder no mask; else there is a row for each of its own tokens,
-    the same as a mask would give them. `clean` is what a pipeline makes of a text before it is tokenised. Raises ModelError
-    where tokenizer and encoder do not belong together.
+    A text is cut to `length` tokens, its end mark included; `warn` tells of it. With `keep_pads` it is padded to
+    `length`, and its padding is looked at, as by a pipeline that gives the encoder no mask; else there is a row for
+    each of its own tokens, the same as a mask would give them. `clean` is what a pipeline makes of a text before it is
+    tokenised. Raises ModelError where tokenizer and encoder do not belong together.
     """
     read = [_read(tokenizer, text, length, warn, reading, keep_pads=keep_pads, clean=clean) for text in texts]
     if any(int(tokens.ids.max()) >= encoder.config.vocab_size for tokens in read):
@@ -187,8 +189,8 @@ def _groups(rows: list[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def _encode(encoder: Any, rows: list[Tensor]) -> list[Tensor]:
-    """The states of all prompts are one tensor (1, tokens, d_model), of which each prompt has a part: few large blocks, which go
-    back to the system when they are freed."""
+    """The states of all prompts are one tensor (1, tokens, d_model), of which each prompt has a part: few large blocks,
+    which go back to the system when they are freed."""
     ends = list(accumulate(ids.shape[1] for ids in rows))
     prompts = [slice(end - ids.shape[1], end) for end, ids in zip(ends, rows, strict=True)]
     x: Tensor = encoder.shared(torch.cat(rows, dim=1))
@@ -248,8 +250,8 @@ def _linear(
     act: Callable[[Tensor], Tensor] | None = None,
     times: Tensor | None = None,
 ) -> Tensor:
-    """`layer` of x (1, n, in), activated, by one read of its weight, each prompt's product by itself; multiplied into `times`
-    (1, n, out) where that is given."""
+    """`layer` of x (1, n, in), activated, by one read of its weight, each prompt's product by itself; multiplied into
+    `times` (1, n, out) where that is given."""
     out = x.new_empty(1, x.shape[1], layer.out_features) if times is None else times
     for first, last, product in _products(layer, x):
         for prompt in prompts:
@@ -273,7 +275,8 @@ def _products(layer: Any, x: Tensor) -> Iterator[tuple[int, int, Callable[[Tenso
 
 
 def _bias(attention: Any, length: int) -> Tensor:
-    """(heads, 2·length − 1): what attention adds to the score of a key `n` tokens behind its query, n from 1 − length on."""
+    """(heads, 2·length − 1): what attention adds to the score of a key `n` tokens behind its query, n from 1 − length
+    on."""
     if (table := attention.relative_attention_bias.weight).is_meta:
         return table.new_empty(attention.n_heads, 2 * length - 1)
     before = attention.compute_bias(1, length, past_seen_tokens=length - 1)

@@ -37,9 +37,10 @@ if TYPE_CHECKING:
 
     from tiler.models.family import Options
 
-# Weights that stay as they are where others become int8: the small ones before the blocks and after them, and those of the
-# outermost blocks but for their transformers. These are 2 % of the weights, lost three quarters of all that int8 does (of its
-# square: scripts/sensitivity.py), and are about as fast in fp32, the convolutions transformed (winograd.py).
+# Weights that stay as they are where others become int8: the small ones before the blocks and after them, and those of
+# the outermost blocks but for their transformers. These are 2 % of the weights, lost three quarters of all that int8
+# does (of its square: scripts/sensitivity.py), and are about as fast in fp32, the convolutions transformed
+# (winograd.py).
 FP32_NAMES = ("time_emb", "add_embedding.", "conv_in.", "conv_out.")
 
 
@@ -102,11 +103,12 @@ def predict_noise(
     """The model's prediction (epsilon or v, whichever it was trained for).
 
     latents: one (1, channels, h, w) fp32 for each sample, scaled by the scheduler; timestep: scalar, the same for all;
-    prompt_embeds: one (1, tokens, width) fp32 for each; added: one (1, width) for each, what a UNet with `add_embedding` adds
-    to the time embedding → (batch, channels, h, w) fp32. Neighbours that are the same tensor, the two halves of a guidance,
-    share their work and memory up to the first layer that sees the prompt, or what is added. `check` is called at every unit.
-    Where a hidden state and its skip together, or enlarged, have more than `whole_elements`, convolutions go by strips of rows,
-    with other roundings. guidance: the scale of each sample, where it is an input of the model.
+    prompt_embeds: one (1, tokens, width) fp32 for each; added: one (1, width) for each, what a UNet with
+    `add_embedding` adds to the time embedding → (batch, channels, h, w) fp32. Neighbours that are the same tensor, the
+    two halves of a guidance, share their work and memory up to the first layer that sees the prompt, or what is added.
+    `check` is called at every unit. Where a hidden state and its skip together, or enlarged, have more than
+    `whole_elements`, convolutions go by strips of rows, with other roundings. guidance: the scale of each sample, where
+    it is an input of the model.
     """
     levels = [i for i, block in enumerate(unet.down_blocks) if hasattr(block, "attentions")]
     windowed = (
@@ -187,8 +189,8 @@ def _time_embeddings(
     added: Sequence[Tensor] | None,
     guidance: Sequence[float] | None,
 ) -> list[Tensor]:
-    """The time embedding (1, width) of each sample, of the timestep's sines (1, n); of equal guidance and one tensor that is added
-    it is one tensor."""
+    """The time embedding (1, width) of each sample, of the timestep's sines (1, n); of equal guidance and one tensor
+    that is added it is one tensor."""
     if guidance is None:
         tembs = [unet.time_embedding(embedded)] * batch
     else:
@@ -206,8 +208,8 @@ def _time_embeddings(
 
 
 def guidance_sines(scale: float, width: int, like: Tensor) -> Tensor:
-    """What a UNet distilled with guidance as an input is told of its scale, (1, width) fp32: sines of 1000 · (scale − 1), as
-    diffusers' get_guidance_scale_embedding makes them."""
+    """What a UNet distilled with guidance as an input is told of its scale, (1, width) fp32: sines of 1000 · (scale −
+    1), as diffusers' get_guidance_scale_embedding makes them."""
     if like.is_meta:
         return like.new_empty(1, width)
     half = width // 2

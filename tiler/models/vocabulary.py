@@ -1,4 +1,5 @@
-"""CLIP's vocabulary, for checkpoints that bring no tokenizer: written once into the cache as the files that a tokenizer reads."""
+"""CLIP's vocabulary, for checkpoints that bring no tokenizer: written once into the cache as the files that a tokenizer
+reads."""
 
 from __future__ import annotations
 
@@ -42,7 +43,8 @@ def _vocabulary(merges: str) -> dict[str, int]:
     """Pieces in the order of their ids: single bytes, bytes that end a word, what merges make, and both marks."""
     from tokenizers import pre_tokenizers
 
-    # CLIP's bytes stand in the order of GPT-2's table: those that print, then the others, which have letters from U+0100 on.
+    # CLIP's bytes stand in the order of GPT-2's table: those that print, then the others, which have letters from
+    # U+0100 on.
     letters = sorted(pre_tokenizers.ByteLevel.alphabet(), key=lambda letter: (ord(letter) > 255, ord(letter)))
     made = ["".join(line.split()) for line in merges.splitlines()]
     return {piece: number for number, piece in enumerate([*letters, *(x + "</w>" for x in letters), *made, START, END])}

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 
 class InstructionSet(NamedTuple):
-    """`cpu` is the compiler's name of it; `needs` are Linux's flags that tell it from those before it, `above` those that a
-    processor forced down to it counts as missing."""
+    """`cpu` is the compiler's name of it; `needs` are Linux's flags that tell it from those before it, `above` those
+    that a processor forced down to it counts as missing."""
 
     name: str
     machine: str

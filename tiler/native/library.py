@@ -1,7 +1,7 @@
 """The compiled library: where it is, whether it runs here, and its functions by ctypes.
 
-`TILER_KERNELS=0` turns it off; `TILER_ISA` names a lower instruction set than the best (instructions.py). The handle lasts as
-long as the process; its threads start at the first call that has use for them, and anew in a child of fork.
+`TILER_KERNELS=0` turns it off; `TILER_ISA` names a lower instruction set than the best (instructions.py). The handle
+lasts as long as the process; its threads start at the first call that has use for them, and anew in a child of fork.
 """
 
 from __future__ import annotations
@@ -146,13 +146,14 @@ MOST_TAPS = 9  # of a weight that is packed: as in pack.h
 
 
 def scratch_floats(images: int, places: int, channels: int) -> int:
-    """What `Library.image` needs for images of `places` places: statistics of each panel, two factors of each channel."""
+    """What `Library.image` needs for images of `places` places: statistics of each panel, two factors of each
+    channel."""
     return images * channels * (-(-places // PLACES) * STATISTICS + 2)
 
 
 class Library:
-    """The functions of one instruction set, and its threads. What they compute depends on neither their number nor on who else
-    calls; a second caller's work meanwhile runs in its own thread."""
+    """The functions of one instruction set, and its threads. What they compute depends on neither their number nor on
+    who else calls; a second caller's work meanwhile runs in its own thread."""
 
     def __init__(self, functions: ctypes.CDLL, handle: int) -> None:
         self._functions, self._handle = functions, handle
@@ -249,8 +250,8 @@ def _declare(functions: Any) -> None:
 
 
 def library() -> Library | None:
-    """The library for the instruction set that TILER_ISA names, else for the best one here. Raises UsageError where TILER_ISA
-    asks for what this processor does not have."""
+    """The library for the instruction set that TILER_ISA names, else for the best one here. Raises UsageError where
+    TILER_ISA asks for what this processor does not have."""
     found = _find()
     return found if isinstance(found, Library) else None
 

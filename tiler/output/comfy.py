@@ -10,7 +10,8 @@ _LONGEST = 50  # links that are followed
 
 
 class Graph(NamedTuple):
-    """Values by the names of RenderRequest's fields, what has none, and why the picture cannot be repeated ("" where it can)."""
+    """Values by the names of RenderRequest's fields, what has none, and why the picture cannot be repeated ("" where it
+    can)."""
 
     settings: dict[str, Any]
     others: dict[str, Any]

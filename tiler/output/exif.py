@@ -1,4 +1,5 @@
-"""What a picture says of itself where there are no PNG chunks: AUTOMATIC1111's line in EXIF, all of the request in XMP."""
+"""What a picture says of itself where there are no PNG chunks: AUTOMATIC1111's line in EXIF, all of the request in
+XMP."""
 
 from __future__ import annotations
 
@@ -17,8 +18,8 @@ _REQUEST = re.compile(r"""\btiler:request=(["'])(.*?)\1|<tiler:request>(.*?)</ti
 
 
 def exif_of(texts: Mapping[str, str]) -> bytes:
-    """EXIF data with `texts["parameters"]` as the user's comment, as AUTOMATIC1111 writes it; a text that is too long for a JPEG
-    ends early. Empty without one."""
+    """EXIF data with `texts["parameters"]` as the user's comment, as AUTOMATIC1111 writes it; a text that is too long
+    for a JPEG ends early. Empty without one."""
     from PIL import Image
 
     if not (text := texts.get("parameters", "")):

@@ -1,4 +1,5 @@
-"""AUTOMATIC1111's `parameters` text, read as its many writers have it: fields that make no sense lose only themselves."""
+"""AUTOMATIC1111's `parameters` text, read as its many writers have it: fields that make no sense lose only
+themselves."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ class Infotext(NamedTuple):
 
 
 def parse_infotext(text: str) -> Infotext:
-    """Fields begin at the last line that starts with `Steps: ` and holds three of them or more; all before it is prompt."""
+    """Fields begin at the last line that starts with `Steps: ` and holds three of them or more; all before it is
+    prompt."""
     lines = text.replace("\r\n", "\n").split("\n")
     fields: dict[str, str] = {}
     for first in range(len(lines) - 1, -1, -1):

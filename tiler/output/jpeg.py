@@ -22,8 +22,9 @@ _END = b"\xff\xd9"
 
 
 class JpegWriter:
-    """Written rows first to last, never held; the bytes are those of libjpeg for the whole picture with a restart marker after
-    each row of blocks. Nothing that is coded depends on what is above such a marker, so strips can be joined there."""
+    """Written rows first to last, never held; the bytes are those of libjpeg for the whole picture with a restart
+    marker after each row of blocks. Nothing that is coded depends on what is above such a marker, so strips can be
+    joined there."""
 
     def __init__(
         self,

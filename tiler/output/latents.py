@@ -30,8 +30,8 @@ class Box(NamedTuple):
 
 
 def save_latents(path: Path, latents: Tensor, facts: Mapping[str, str] | None = None, *, force: bool = True) -> None:
-    """Write atomically, as fp32, with what is known of the picture: where it lies, as a `Box` has it, and its texts. Without
-    `force`, a file that has meanwhile appeared is kept. Raises StorageError."""
+    """Write atomically, as fp32, with what is known of the picture: where it lies, as a `Box` has it, and its texts.
+    Without `force`, a file that has meanwhile appeared is kept. Raises StorageError."""
     from safetensors.torch import save
 
     with atomic(path, replace=force) as file:

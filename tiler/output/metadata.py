@@ -1,5 +1,5 @@
-"""The texts that a picture carries: what it was made of, and nothing of where anyone's files lie. Known before the first
-step, so that no text can fail after the last one."""
+"""The texts that a picture carries: what it was made of, and nothing of where anyone's files lie. Known before the
+first step, so that no text can fail after the last one."""
 
 from __future__ import annotations
 
@@ -125,8 +125,8 @@ def infotext(prompt: str, negative_prompt: str, fields: Mapping[str, object]) ->
 
 
 def file_name(place: str | Path) -> str:
-    """A hub id as it is (`org/name`); of any other path its last part, whatever system wrote it, a model file's without its
-    ending."""
+    """A hub id as it is (`org/name`); of any other path its last part, whatever system wrote it, a model file's without
+    its ending."""
     text = str(place)
     parts = [part for part in re.split(r"[/\\]", text) if part not in ("", ".", "..", "~")]
     is_id = isinstance(place, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", text) and not text.startswith(".")

@@ -17,8 +17,8 @@ _CATALOG, _PAGES, _PAGE, _CONTENT, _PROFILE, _INFO, _IMAGE, _LENGTH = range(1, 9
 
 
 class PdfWriter:
-    """Written rows first to last, never held. The page is the picture at `dpi`; its TrimBox, what is left of it on paper,
-    lies `bleed_mm` inside. `texts["parameters"]` becomes the document's subject."""
+    """Written rows first to last, never held. The page is the picture at `dpi`; its TrimBox, what is left of it on
+    paper, lies `bleed_mm` inside. `texts["parameters"]` becomes the document's subject."""
 
     def __init__(
         self, file: BinaryIO, width: int, height: int, texts: Mapping[str, str], dpi: float, bleed_mm: float = 0.0

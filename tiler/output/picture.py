@@ -49,7 +49,8 @@ def check_size(path: Path, asked: Format | None, width: int, height: int) -> Non
 
 
 def check_picture(path: Path, asked: Format | None = None, *, force: bool) -> None:
-    """Before any work: the format is known, its library is there, the file may be written. Raises UsageError, StorageError."""
+    """Before any work: the format is known, its library is there, the file may be written. Raises UsageError,
+    StorageError."""
     from PIL import features
 
     if path == STDOUT:
@@ -76,9 +77,9 @@ def write_picture(
     quality: int | None = None,
     on_whole: Callable[[os.stat_result], None] = lambda whole: None,
 ) -> None:
-    """Write `rows`, (n, W, 3) uint8 sRGB top first; what lies right of and below the picture is cut off. Atomic; `on_whole` as
-    in `atomic`. `-` is standard output, which gets the bytes as they are made, of a PNG without `format`. WebP and AVIF are held
-    as a whole.
+    """Write `rows`, (n, W, 3) uint8 sRGB top first; what lies right of and below the picture is cut off. Atomic;
+    `on_whole` as in `atomic`. `-` is standard output, which gets the bytes as they are made, of a PNG without `format`.
+    WebP and AVIF are held as a whole.
 
     A PDF says how much of each edge is bleed. Without `force`, a file that has meanwhile appeared is kept.
     Raises StorageError, and whatever `rows` raises.
@@ -122,8 +123,8 @@ def _cut(rows: Iterable[np.ndarray], width: int, height: int) -> Iterator[np.nda
 def _write_tiff(
     file: BinaryIO, rows: Iterator[np.ndarray], width: int, height: int, texts: Mapping[str, str], dpi: float | None
 ) -> None:
-    """A tiled TIFF, deflated: the right file above PNG readers' limits. A BigTIFF, which fewer programs read, only where
-    offsets of 32 bits might not do: deflate adds little to what it cannot make smaller."""
+    """A tiled TIFF, deflated: the right file above PNG readers' limits. A BigTIFF, which fewer programs read, only
+    where offsets of 32 bits might not do: deflate adds little to what it cannot make smaller."""
     import tifffile
 
     packet = xmp_of(texts)

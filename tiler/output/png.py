@@ -64,7 +64,8 @@ class PngWriter:
 
 
 def _filtered(rows: np.ndarray, above: np.ndarray) -> np.ndarray:
-    """(n, W, 3) under the row `above` → (n, 1 + 3W) uint8: each row by the filter with the least sum of absolute values."""
+    """(n, W, 3) under the row `above` → (n, 1 + 3W) uint8: each row by the filter with the least sum of absolute
+    values."""
     x = rows.astype(np.int16)
     up = np.concatenate([above.astype(np.int16), x[:-1]])
     left, corner = (np.pad(a[:, :-1], ((0, 0), (1, 0), (0, 0))) for a in (x, up))
@@ -84,8 +85,8 @@ def _filtered(rows: np.ndarray, above: np.ndarray) -> np.ndarray:
 
 
 def srgb_profile() -> bytes:
-    """An ICC profile that says sRGB, always of the same bytes: ICC.1:2022 puts the date into bytes 24–35 of the header and
-    a checksum, which may be left out, into bytes 84–99."""
+    """An ICC profile that says sRGB, always of the same bytes: ICC.1:2022 puts the date into bytes 24–35 of the header
+    and a checksum, which may be left out, into bytes 84–99."""
     from PIL import ImageCms
 
     profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())

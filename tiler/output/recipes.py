@@ -1,5 +1,5 @@
-"""How a picture was made, by the names of RenderRequest's fields, out of what its file says: our own JSON, AUTOMATIC1111 and
-its kin (Forge, sd.cpp), InvokeAI, SwarmUI, Fooocus, and ComfyUI's graph."""
+"""How a picture was made, by the names of RenderRequest's fields, out of what its file says: our own JSON,
+AUTOMATIC1111 and its kin (Forge, sd.cpp), InvokeAI, SwarmUI, Fooocus, and ComfyUI's graph."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from tiler.output.infotext import parse_infotext
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What a picture says of itself. `settings` are values of RenderRequest's fields as they stand there, `others` what it has
-    no field for, `lacks` why it cannot be repeated ("" where it can); one that `is_whole` tells all that was not at its default."""
+    """What a picture says of itself. `settings` are values of RenderRequest's fields as they stand there, `others` what
+    it has no field for, `lacks` why it cannot be repeated ("" where it can); one that `is_whole` tells all that was not
+    at its default."""
 
     tool: str
     settings: Mapping[str, Any] = field(default_factory=dict)

@@ -20,8 +20,8 @@ _DESCRIPTION, _MAKE, _MODEL = 270, 0x010F, 0x0110
 
 
 def read_texts(path: Path) -> dict[str, str]:
-    """Texts by their PNG keyword; EXIF's comment and TIFF's description are `parameters`. Raises UsageError for what is no
-    picture, StorageError."""
+    """Texts by their PNG keyword; EXIF's comment and TIFF's description are `parameters`. Raises UsageError for what is
+    no picture, StorageError."""
     try:
         with path.open("rb") as file:
             if file.read(8) == b"\x89PNG\r\n\x1a\n":

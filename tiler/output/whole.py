@@ -16,8 +16,8 @@ from tiler.request.choices import Format
 
 
 class Encoder(NamedTuple):
-    """`pixel_bytes` for each pixel and `other_bytes` are taken while a picture is encoded, beside the picture: measured with
-    Pillow 13 on noise over gradients, 512² to 2048², quality 80 to 100, and rounded up."""
+    """`pixel_bytes` for each pixel and `other_bytes` are taken while a picture is encoded, beside the picture: measured
+    with Pillow 13 on noise over gradients, 512² to 2048², quality 80 to 100, and rounded up."""
 
     title: str
     module: str  # of Pillow

@@ -42,7 +42,8 @@ def with_resident(
     phase: PhasePlan, streamed: Streamed, method: DecodePlan | None, max_bytes: int
 ) -> tuple[PhasePlan, dict[str, torch.dtype]]:
     """`phase` with the weights that stay in what the ceiling leaves; `method` of an autoencoder's phase."""
-    # An autoencoder's strips come and go between the plan's figures: with less room 784 and 791 MB of 800 were measured.
+    # An autoencoder's strips come and go between the plan's figures: with less room 784 and 791 MB of 800 were
+    # measured.
     fill = RESIDENT_MARGIN if method is None else NEAR
     room = int((max_bytes * fill - phase.peak_bytes) / (1 + streamed.slack))
     # Layer by layer every weight is read once: nothing is gained by keeping any.

@@ -1,7 +1,7 @@
 """From a request, a checkpoint's models and a ceiling: what each phase will need, and what is done so that it fits.
 
-Nothing is read but the weight files' headers, nothing is asked of the process, and nothing is computed: the phases' own code
-runs on meta tensors under a `MetaMeter`.
+Nothing is read but the weight files' headers, nothing is asked of the process, and nothing is computed: the phases' own
+code runs on meta tensors under a `MetaMeter`.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from tiler.request import Decode, GuideUpscale, Precision, ResolvedRequest, Sche
 from tiler.request.wording import most_chunks
 
 ORDER = ("load guide", "encode prompts", "guide", "guide picture", "canvas", "decode", "write")  # of the phases
-# Samples that share a read of the weights. A choice, no measurement: SD 1.5's share is then 0.1 GB each, beside seconds of
-# arithmetic.
+# Samples that share a read of the weights. A choice, no measurement: SD 1.5's share is then 0.1 GB each, beside seconds
+# of arithmetic.
 MAX_BATCH = 16
 
 
@@ -83,13 +83,14 @@ def plan_render(
     embeds: bool = False,
     tiles_only: bool = False,
 ) -> RenderPlan:
-    """Plan a render whose work is cut into `tiling`. The memory plan may still exceed the ceiling, `max_bytes`: its `check()`
-    then refuses. `methods` are those that an earlier run chose for the autoencoder, by the names of `RenderPlan.methods`. Prompts
-    that are `encoded` already need no text encoder; those that name embeddings (`embeds`) may be longer than their words. A
-    process that predicts `tiles_only`, for a canvas that is elsewhere, has no other phase.
+    """Plan a render whose work is cut into `tiling`. The memory plan may still exceed the ceiling, `max_bytes`: its
+    `check()` then refuses. `methods` are those that an earlier run chose for the autoencoder, by the names of
+    `RenderPlan.methods`. Prompts that are `encoded` already need no text encoder; those that name embeddings (`embeds`)
+    may be longer than their words. A process that predicts `tiles_only`, for a canvas that is elsewhere, has no other
+    phase.
 
-    Raises UsageError for numbers of steps that do not go with the scheduler, and ModelError for a scheduler config or weights
-    that no work should begin with.
+    Raises UsageError for numbers of steps that do not go with the scheduler, and ModelError for a scheduler config or
+    weights that no work should begin with.
     """
     family = models.family
     if request.attention_window is not None and family.traits.patch > 1:
@@ -240,8 +241,8 @@ def build_schedule(request: ResolvedRequest, family: Family) -> DiffusersSchedul
 
 
 def choose_precision(wanted: Precision, family: Family, int8: Int8, *, bf16: bool) -> tuple[Precision, str]:
-    """What the denoiser is computed in, and why: AUTO is int8 where processor and model gain by it, whatever the ceiling. Raises
-    UsageError for bf16 where nothing here computes with it."""
+    """What the denoiser is computed in, and why: AUTO is int8 where processor and model gain by it, whatever the
+    ceiling. Raises UsageError for bf16 where nothing here computes with it."""
     if wanted is Precision.BF16 and not bf16:
         raise UsageError(
             "--precision bf16: this needs tiler's own kernels and AVX-512 with BF16 instructions (see `tiler doctor`); choose "

@@ -39,8 +39,8 @@ class Flops(NamedTuple):
 
 
 class Speed(NamedTuple):
-    """Operations a second of this machine, measured: of torch's own convolution, of the kernels that are chosen here for layers in
-    each precision, and of attention."""
+    """Operations a second of this machine, measured: of torch's own convolution, of the kernels that are chosen here
+    for layers in each precision, and of attention."""
 
     torch: float
     fp32: float

@@ -1,4 +1,5 @@
-"""What a user asks for, validated: requests hold only what was said. Knows nothing of models or memory, imports no torch."""
+"""What a user asks for, validated: requests hold only what was said. Knows nothing of models or memory, imports no
+torch."""
 
 from __future__ import annotations
 

@@ -28,7 +28,8 @@ class Mask(StrEnum):
 
 
 class Scheduler(StrEnum):
-    """Samplers by their AUTOMATIC1111 names; AUTO takes the checkpoint's own when it is one of these, else DPM++ 2M Karras."""
+    """Samplers by their AUTOMATIC1111 names; AUTO takes the checkpoint's own when it is one of these, else DPM++ 2M
+    Karras."""
 
     AUTO = "auto"
     DDIM = "DDIM"
@@ -43,8 +44,8 @@ class Scheduler(StrEnum):
 
 
 class ScheduleType(StrEnum):
-    """How noise levels are spread over the steps, by AUTOMATIC1111's names; the last two are one: steps of equal length that end
-    at the last trained timestep."""
+    """How noise levels are spread over the steps, by AUTOMATIC1111's names; the last two are one: steps of equal length
+    that end at the last trained timestep."""
 
     KARRAS = "karras"
     EXPONENTIAL = "exponential"
@@ -75,15 +76,16 @@ class Layout(StrEnum):
 
 
 class GuideUpscale(StrEnum):
-    """How the guide comes to the canvas's size: its latents by bicubic interpolation, or its picture by Lanczos, encoded."""
+    """How the guide comes to the canvas's size: its latents by bicubic interpolation, or its picture by Lanczos,
+    encoded."""
 
     PIXEL = "pixel"
     LATENT = "latent"
 
 
 class Decode(StrEnum):
-    """How latents become a picture: as a whole through scratch files, the same with attention to some tokens, row by row with
-    held statistics, or by a tiny autoencoder trained to give about the same."""
+    """How latents become a picture: as a whole through scratch files, the same with attention to some tokens, row by
+    row with held statistics, or by a tiny autoencoder trained to give about the same."""
 
     AUTO = "auto"
     EXACT = "exact"
@@ -101,8 +103,8 @@ class Weights(StrEnum):
 
 
 class Precision(StrEnum):
-    """What the UNet's layers are computed in; AUTO takes int8 where the processor has dot products of 8-bit integers, and the
-    UNet is not so narrow that they save nothing."""
+    """What the UNet's layers are computed in; AUTO takes int8 where the processor has dot products of 8-bit integers,
+    and the UNet is not so narrow that they save nothing."""
 
     FP32 = "fp32"
     INT8 = "int8"
@@ -130,8 +132,8 @@ class Preset(StrEnum):
 
 
 class Emphasis(StrEnum):
-    """What weights like (word:1.3) do: scale encodings and bring these back to their mean; scale them alone; nothing, the syntax
-    being cut out; or brackets are text."""
+    """What weights like (word:1.3) do: scale encodings and bring these back to their mean; scale them alone; nothing,
+    the syntax being cut out; or brackets are text."""
 
     ORIGINAL = "original"
     NO_NORM = "no-norm"
@@ -140,7 +142,8 @@ class Emphasis(StrEnum):
 
 
 class TileConditioning(StrEnum):
-    """What a model that is told sizes hears of a tile: its own place on the canvas, or the whole canvas, as A1111 says it."""
+    """What a model that is told sizes hears of a tile: its own place on the canvas, or the whole canvas, as A1111 says
+    it."""
 
     PLACE = "place"
     NONE = "none"

@@ -1,4 +1,5 @@
-"""What --cluster says: where the workers are that predict the tiles of a canvas, and whether the way to them is safe."""
+"""What --cluster says: where the workers are that predict the tiles of a canvas, and whether the way to them is
+safe."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ class Where(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """Where workers are. `address` is a scheduler's, `host` what this process listens on, "" on every address of the machine."""
+    """Where workers are. `address` is a scheduler's, `host` what this process listens on, "" on every address of the
+    machine."""
 
     where: Where
     workers: int = 0
@@ -102,7 +104,8 @@ def listening_address(cluster: Cluster, keys: Path | None, *, insecure: bool) ->
 
 
 def check_cluster(text: str, keys: Path | None, *, insecure: bool) -> Cluster:
-    """What --cluster says, and that it is safe as far as that is known before a file or a variable is read. Raises UsageError."""
+    """What --cluster says, and that it is safe as far as that is known before a file or a variable is read. Raises
+    UsageError."""
     cluster = parse_cluster(text)
     if cluster.where is Where.LISTEN:
         listening_address(cluster, keys, insecure=insecure)
@@ -125,8 +128,8 @@ class ClusterOptions:
     cluster: str | None = option(
         None,
         Option(
-            "Let others predict the tiles of the canvas; the picture is the same. local:N starts N processes that share "
-            "--max-ram; listen waits for `tiler worker` on port 8786; tls://HOST:8786 joins a `dask scheduler`.",
+            "Let others predict the tiles of the canvas; the picture is the same. local:N starts N processes that "
+            "share --max-ram; listen waits for `tiler worker` on port 8786; tls://HOST:8786 joins a `dask scheduler`.",
             Panel.CLUSTER, ("--cluster",), metavar="WHERE", default="this process alone",
         ),
     )  # fmt: skip

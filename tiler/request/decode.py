@@ -1,4 +1,5 @@
-"""Requests of the smaller commands: encode prompts, decode saved latents, quantise a model ahead of its first render."""
+"""Requests of the smaller commands: encode prompts, decode saved latents, quantise a model ahead of its first
+render."""
 
 from __future__ import annotations
 
@@ -95,8 +96,8 @@ class EncodeRequest(ModelOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizeRequest(ModelOptions):
-    """Write a model's folder with fewer bits a weight into `output`; or without `weights` its int8 weights into `cache_dir` (None:
-    the user's cache folder) ahead of its first render. Raises UsageError."""
+    """Write a model's folder with fewer bits a weight into `output`; or without `weights` its int8 weights into
+    `cache_dir` (None: the user's cache folder) ahead of its first render. Raises UsageError."""
 
     model: str = argument(shared.MODEL._replace(names=(), metavar="MODEL"))
     weights: Weights | None = option(

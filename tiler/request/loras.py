@@ -37,7 +37,8 @@ class NamedLora(NamedTuple):
 
 
 def parse_lora(text: str) -> Lora:
-    """`FILE`, `FILE=0.8` or `FILE=0.8:0.5`, the last with a strength of its own for the text encoders. Raises UsageError."""
+    """`FILE`, `FILE=0.8` or `FILE=0.8:0.5`, the last with a strength of its own for the text encoders. Raises
+    UsageError."""
     file, said, strengths = text.rpartition("=")
     if not said or os.path.exists(os.path.expanduser(text)):
         return Lora(file=Path(text))
@@ -52,8 +53,8 @@ def read_loras(said: Iterable[Lora | str]) -> tuple[Lora, ...]:
 
 
 def parse_tag(tag: Tag) -> NamedLora:
-    """`<lora:NAME:0.8>`, `<lora:NAME:TEXT_ENCODER:DENOISER>`, or these named, as in `<lora:NAME:te=0.5:unet=0.8>`. Raises
-    UsageError for any other argument."""
+    """`<lora:NAME:0.8>`, `<lora:NAME:TEXT_ENCODER:DENOISER>`, or these named, as in `<lora:NAME:te=0.5:unet=0.8>`.
+    Raises UsageError for any other argument."""
     name, *arguments = tag.arguments
     if not name.strip():
         raise UsageError(f"{tag}: a LoRA has a name; write <lora:NAME:0.8>")

@@ -42,8 +42,8 @@ _TEXT = "A file or folder with {}."
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
-    """A model by name, and the parts that other files bring. `variant` and `revision` choose among the files of a folder or a
-    repository; `model_dirs` are searched for names. Raises UsageError."""
+    """A model by name, and the parts that other files bring. `variant` and `revision` choose among the files of a
+    folder or a repository; `model_dirs` are searched for names. Raises UsageError."""
 
     model: str = option("mini", shared.MODEL)
     variant: str | None = option(None, shared.VARIANT)

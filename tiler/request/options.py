@@ -1,4 +1,5 @@
-"""How a field of a request is offered as an option: its help, its panel, its names. The command line is derived from this."""
+"""How a field of a request is offered as an option: its help, its panel, its names. The command line is derived from
+this."""
 
 from __future__ import annotations
 
@@ -25,10 +26,10 @@ class Panel(StrEnum):
 class Option(NamedTuple):
     """What `--help` says of a field.
 
-    `names` are the option's spellings; none means that it is the command's argument. `parse` makes the field's value of the text
-    that was typed, where the field's type cannot be read from the command line as it is; with `many` it is typed as often as
-    one likes, and the field is a tuple. `default` says in words what holds where
-    nothing is said. `off` marks a field that is True and whose option turns it off.
+    `names` are the option's spellings; none means that it is the command's argument. `parse` makes the field's value of
+    the text that was typed, where the field's type cannot be read from the command line as it is; with `many` it is
+    typed as often as one likes, and the field is a tuple. `default` says in words what holds where nothing is said.
+    `off` marks a field that is True and whose option turns it off.
     """
 
     help: str
@@ -52,8 +53,8 @@ def argument(option: Option) -> Any:
 
 
 def coerce(request: Any) -> None:
-    """Let a library's caller write `layout="shift"` or `output="x.png"`: texts become choices and paths, by the types of the
-    request's fields. Raises UsageError for a word that is no choice, and for a number of another kind."""
+    """Let a library's caller write `layout="shift"` or `output="x.png"`: texts become choices and paths, by the types
+    of the request's fields. Raises UsageError for a word that is no choice, and for a number of another kind."""
     hints = get_type_hints(type(request))
     for item in fields(request):
         value, kinds = getattr(request, item.name), (*get_args(hints[item.name]), hints[item.name])

@@ -1,5 +1,5 @@
-"""The grammar of prompts that users of AUTOMATIC1111 type: tags, AND, schedules, emphasis and BREAK, in the order in which they are
-read. Pure: texts in, values out; nothing here knows a tokenizer or a model.
+"""The grammar of prompts that users of AUTOMATIC1111 type: tags, AND, schedules, emphasis and BREAK, in the order in
+which they are read. Pure: texts in, values out; nothing here knows a tokenizer or a model.
 
     (a), ((a)), (a:1.3), [a]     more or less attention: × 1.1, × 1.21, × 1.3, ÷ 1.1
     \\( \\) \\[ \\] \\\\              these characters themselves
@@ -76,8 +76,8 @@ class SubPrompt(NamedTuple):
 
 
 class Stage(NamedTuple):
-    """What a schedule's `when` counts in: the `steps` of the guide or of the canvas, `before` which `guide_steps` were made of
-    the whole picture; 0 where no guide comes first."""
+    """What a schedule's `when` counts in: the `steps` of the guide or of the canvas, `before` which `guide_steps` were
+    made of the whole picture; 0 where no guide comes first."""
 
     steps: int
     guide_steps: int = 0
@@ -85,7 +85,8 @@ class Stage(NamedTuple):
     def begun(self, switch: Switch) -> int:
         """The step of this stage, from 0 to `steps`, at which `switch` changes.
 
-        Shares above 1 are those of the canvas, after a guide, as are steps beyond the guide's: for 1.5 half of its steps.
+        Shares above 1 are those of the canvas, after a guide, as are steps beyond the guide's: for 1.5 half of its
+        steps.
         """
         if switch.share:
             at = (switch.when - (1 if self.guide_steps else 0)) * self.steps
@@ -102,8 +103,8 @@ class ParsedPrompt(NamedTuple):
 
 
 def parse_prompt(text: str, *, splits: bool = True) -> ParsedPrompt:
-    """A whole prompt. Without `splits`, as for negative prompts, AND is a word. Every text is a prompt: what is no syntax is
-    text."""
+    """A whole prompt. Without `splits`, as for negative prompts, AND is a word. Every text is a prompt: what is no
+    syntax is text."""
     text, tags = cut_tags(text)
     parts = split_prompts(text) if splits else ((text, 1.0),)
     return ParsedPrompt(tuple(SubPrompt(parse_schedule(part), factor) for part, factor in parts), tags)
@@ -116,8 +117,8 @@ def cut_tags(text: str) -> tuple[str, tuple[Tag, ...]]:
 
 
 def split_prompts(text: str) -> tuple[tuple[str, float], ...]:
-    """(text, factor) of each prompt that AND joins. A factor is what stands behind a colon at the end of each, 1 without; in a
-    prompt alone a colon is text."""
+    """(text, factor) of each prompt that AND joins. A factor is what stands behind a colon at the end of each, 1
+    without; in a prompt alone a colon is text."""
     parts = _AND.split(text)
     if len(parts) == 1:
         return ((text, 1.0),)
@@ -165,8 +166,8 @@ class _Open:
 
 
 def parse_schedule(text: str) -> Text:
-    """What of a text changes by step; escapes and emphasis stay as they were written. Brackets without a partner, and those
-    without a number behind their last colon, are no schedules."""
+    """What of a text changes by step; escapes and emphasis stay as they were written. Brackets without a partner, and
+    those without a number behind their last colon, are no schedules."""
     stack, end = [_Open("")], 0
     for match in _MARKS.finditer(text):
         if match.start() > end:
@@ -228,9 +229,9 @@ Sections = tuple[tuple[Fragment, ...], ...]
 
 
 def parse_emphasis(text: str, warn: Callable[[str], None] = lambda note: None) -> Sections:
-    """The fragments of a text and their weights; neighbours of equal weight are one. Weights of brackets in brackets multiply,
-    those of brackets that are never closed count to the end. `warn` is told of a weight that
-    cannot be one."""
+    """The fragments of a text and their weights; neighbours of equal weight are one. Weights of brackets in brackets
+    multiply, those of brackets that are never closed count to the end. `warn` is told of a weight that cannot be
+    one."""
     sections: list[list[Fragment]] = [[]]
     # Where the brackets now open begin: (section, fragment).
     opened: dict[str, list[tuple[int, int]]] = {"(": [], "[": []}

@@ -14,7 +14,8 @@ from tiler.request.choices import MAX_SEED, PIXEL_STEP, Mask, within
 
 @dataclass(frozen=True, kw_only=True)
 class Region:
-    """A rectangle of the canvas with a prompt of its own. `rows` and `cols` are (first, past-the-last) canvas pixels."""
+    """A rectangle of the canvas with a prompt of its own. `rows` and `cols` are (first, past-the-last) canvas
+    pixels."""
 
     prompt: str
     rows: tuple[int, int]

@@ -55,9 +55,10 @@ OF_THE_RUN = (*OF_THE_MACHINE, "metadata", "embd_dir", "lora_dir", "model_dirs")
 class RenderRequest(ModelOptions, ClusterOptions):
     """What was said about a picture; None where nothing was said.
 
-    `tiler.planning.resolve` fills the gaps, in this order: the preset, the model folder's tiler.toml, the model family. Lengths in
-    pixels unless a unit is named. `guidance_interval` holds two shares of the schedule, 0 where it begins with noise and 1 where it
-    ends with the picture; `attention_window` is in latents. Raises UsageError for a value that no model could take.
+    `tiler.planning.resolve` fills the gaps, in this order: the preset, the model folder's tiler.toml, the model family.
+    Lengths in pixels unless a unit is named. `guidance_interval` holds two shares of the schedule, 0 where it begins
+    with noise and 1 where it ends with the picture; `attention_window` is in latents. Raises UsageError for a value
+    that no model could take.
     """
 
     prompt: str | None = option(
@@ -344,8 +345,9 @@ class RenderRequest(ModelOptions, ClusterOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedRequest(RenderRequest):
-    """A request without gaps: everything that decides the picture. `negative_prompt` stays None where none was given, which
-    some model families tell from an empty one; `bleed_mm` is what a PDF says will be cut off each edge. Raises UsageError."""
+    """A request without gaps: everything that decides the picture. `negative_prompt` stays None where none was given,
+    which some model families tell from an empty one; `bleed_mm` is what a PDF says will be cut off each edge. Raises
+    UsageError."""
 
     width: int
     height: int

@@ -69,8 +69,8 @@ def config_path() -> Path | None:
 
 
 def read_config() -> dict[str, Any]:
-    """What the configuration file says; nothing where there is none. It is read once, and again where it has changed. Raises
-    UsageError for one that cannot be read."""
+    """What the configuration file says; nothing where there is none. It is read once, and again where it has changed.
+    Raises UsageError for one that cannot be read."""
     path = config_path()
     if path is None:
         return {}
@@ -105,7 +105,8 @@ def _read(path: Path) -> Mapping[str, Any]:
 
 
 def named_folders(kind: Kind) -> Setting:
-    """The folders that the environment or the configuration file names for `kind`, as they stand there. Raises UsageError."""
+    """The folders that the environment or the configuration file names for `kind`, as they stand there. Raises
+    UsageError."""
     if given := os.environ.get(kind.variable):
         return Setting(tuple(Path(text) for text in given.split(os.pathsep) if text), kind.variable)
     said, path = read_config().get(kind.value), config_path()
@@ -120,8 +121,8 @@ def named_folders(kind: Kind) -> Setting:
 def folders(kind: Kind) -> tuple[Path, ...]:
     """The folders to look for files of a `kind` in, first to last; only those that are there.
 
-    A folder of AUTOMATIC1111, Forge or ComfyUI stands for its own sub-folder of that kind, and one that is named among the
-    model_dirs for those of the other kinds too. Raises UsageError for a configuration that cannot be read.
+    A folder of AUTOMATIC1111, Forge or ComfyUI stands for its own sub-folder of that kind, and one that is named among
+    the model_dirs for those of the other kinds too. Raises UsageError for a configuration that cannot be read.
     """
     named = [(folder, True) for folder in named_folders(kind).value]
     if kind is not Kind.MODEL:
@@ -139,7 +140,8 @@ def folders(kind: Kind) -> tuple[Path, ...]:
 
 def listed(kind: Kind) -> Iterator[tuple[str, Path]]:
     """The files of a `kind`, and folders in diffusers layout among the models, each with its name: the path below its
-    folder, without the ending. Sorted within a folder; links that go in circles are followed once. Raises UsageError."""
+    folder, without the ending. Sorted within a folder; links that go in circles are followed once. Raises
+    UsageError."""
     for folder in folders(kind):
         for path in weight_files(folder, pipelines=kind is Kind.MODEL):
             if _is_vae_of_model(path, kind):
@@ -149,8 +151,8 @@ def listed(kind: Kind) -> Iterator[tuple[str, Path]]:
 
 
 def find(kind: Kind, name: str) -> tuple[Path, ...]:
-    """Every file of a `kind` that is called `name`: its stem or file name, or a part of its path that ends so ("sub/dream").
-    Raises UsageError."""
+    """Every file of a `kind` that is called `name`: its stem or file name, or a part of its path that ends so
+    ("sub/dream"). Raises UsageError."""
     name = name.replace(os.sep, "/")
     found = dict.fromkeys(
         path for known, path in listed(kind) if f"/{known}".endswith(f"/{name}") or f"/{path}".endswith(f"/{name}")
@@ -159,9 +161,9 @@ def find(kind: Kind, name: str) -> tuple[Path, ...]:
 
 
 def weight_files(folder: Path, *, pipelines: bool, leave_out: frozenset[str] = frozenset()) -> Iterator[Path]:
-    """The weight files in `folder` and some levels below, sorted within each; of `pipelines`, folders in diffusers layout, the
-    folder instead of its files. Hidden folders are left out, and those that are called as `leave_out` says in lower case; links
-    that go in circles are followed once, and what cannot be read is passed over."""
+    """The weight files in `folder` and some levels below, sorted within each; of `pipelines`, folders in diffusers
+    layout, the folder instead of its files. Hidden folders are left out, and those that are called as `leave_out` says
+    in lower case; links that go in circles are followed once, and what cannot be read is passed over."""
     return _walk(folder, pipelines, leave_out, _DEPTH, set())
 
 

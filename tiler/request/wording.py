@@ -1,4 +1,5 @@
-"""What a request says at each step: its prompts, parsed, and the texts that are to be encoded. Pure, like the grammar."""
+"""What a request says at each step: its prompts, parsed, and the texts that are to be encoded. Pure, like the
+grammar."""
 
 from __future__ import annotations
 
@@ -15,8 +16,8 @@ LORA_TAGS = frozenset({"lora", "lyco"})
 
 
 class Said(NamedTuple):
-    """The texts of one condition at a step: what AND joins, each with its factor, and the negative prompt, None where none was
-    given."""
+    """The texts of one condition at a step: what AND joins, each with its factor, and the negative prompt, None where
+    none was given."""
 
     prompts: tuple[tuple[str, float], ...]
     negative: str | None
@@ -46,8 +47,8 @@ class Wording(NamedTuple):
     negatives: bool = True
 
     def at(self, step: int) -> tuple[Said, ...]:
-        """Of `step` of the stage, from 0. Where a family takes no negative prompts, the prompt stands for them: nothing more is
-        encoded."""
+        """Of `step` of the stage, from 0. Where a family takes no negative prompts, the prompt stands for them: nothing
+        more is encoded."""
         said = [condition.at(step, self.stage) for condition in self.conditions]
         return tuple(said if self.negatives else (one._replace(negative=one.prompts[0][0]) for one in said))
 
@@ -84,8 +85,9 @@ def _condition(prompt: str, negative: str | None) -> Condition:
 
 
 def tags_of(request: RenderRequest) -> tuple[Tag, ...]:
-    """The tags of the prompt, and those that only the one for the canvas has, in order: <lora:…> and <lyco:…>. Raises UsageError
-    for tags of other kinds, and for those of a region or a negative prompt: weights are the same everywhere."""
+    """The tags of the prompt, and those that only the one for the canvas has, in order: <lora:…> and <lyco:…>. Raises
+    UsageError for tags of other kinds, and for those of a region or a negative prompt: weights are the same
+    everywhere."""
     found = list(parse_prompt(request.prompt or "").tags)
     for tag in parse_prompt(request.canvas_prompt or "").tags:
         if tag in found:
@@ -111,8 +113,8 @@ def may_be_long(text: str | None) -> bool:
 
 
 def most_chunks(texts: Sequence[str | None], most: int) -> int:
-    """At least the chunks of the longest text, but `most`, without a tokenizer: a token has two letters or more of English, and
-    of other scripts a byte or more."""
+    """At least the chunks of the longest text, but `most`, without a tokenizer: a token has two letters or more of
+    English, and of other scripts a byte or more."""
     chunks = 1
     for text in filter(may_be_long, texts):
         assert text is not None

@@ -20,7 +20,8 @@ from tiler.weights.index import MAX_RANK, Source, TensorInfo, open_regular
 MAGIC = b"GGUF"
 MAX_TENSORS, MAX_KEYS, MAX_NAME_BYTES, MAX_HEADER_BYTES = 100_000, 100_000, 65_536, 64_000_000
 _SHAPES = "comfy.gguf.orig_shape."
-# By the number that a tensor's type has in files; those that tiler does not read are named in the message that refuses them.
+# By the number that a tensor's type has in files; those that tiler does not read are named in the message that refuses
+# them.
 _TYPES = {
     0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K",
     12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S",

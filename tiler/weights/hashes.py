@@ -1,5 +1,5 @@
-"""Hashes by which programs and sites name model files: AutoV2, the first ten hexadecimal digits of a file's sha256, and the older
-AutoV1, eight digits of the sha256 over 64 KiB behind the first MiB. A sha256 is computed once and kept."""
+"""Hashes by which programs and sites name model files: AutoV2, the first ten hexadecimal digits of a file's sha256, and
+the older AutoV1, eight digits of the sha256 over 64 KiB behind the first MiB. A sha256 is computed once and kept."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def auto_v2(path: Path, on_hashing: Callable[[], None] = lambda: None) -> str:
 
 
 def is_called(path: Path, digest: str, *, compute: bool) -> bool | None:
-    """Whether a file has an AutoV1 or AutoV2 hash (or a whole sha256); None where that would have to be computed, and `compute` is
-    False. A folder has none. Raises ModelError."""
+    """Whether a file has an AutoV1 or AutoV2 hash (or a whole sha256); None where that would have to be computed, and
+    `compute` is False. A folder has none. Raises ModelError."""
     if path.is_dir():
         return None
     digest = digest.lower()

@@ -2,8 +2,10 @@
 
 `understood` makes one tensor of each, under the parameter's own name:
 
-- optimum-quanto: `X.weight._data` of int8 or fp8 and `X.weight._scale`; of 4 bits `X.weight._data._data`, `._scale`, `._shift`;
-- bitsandbytes: int8 `X.weight` and `X.SCB`; 4 bits with `X.weight.absmax`, its tables, and `X.weight.quant_state.…` in JSON;
+- optimum-quanto: `X.weight._data` of int8 or fp8 and `X.weight._scale`; of 4 bits `X.weight._data._data`, `._scale`,
+  `._shift`;
+- bitsandbytes: int8 `X.weight` and `X.SCB`; 4 bits with `X.weight.absmax`, its tables, and `X.weight.quant_state.…` in
+  JSON;
 - fp8 with factors: ComfyUI's `X.scale_weight` under the marker `scaled_fp8`, or `X.weight_scale` where the header's
   `_quantization_metadata` or a tensor `X.comfy_quant` names the format; diffusers' `X.weight_scale`;
 - tiler's own `X.weight.scale`.

@@ -259,7 +259,8 @@ class WeightStore:
             self._buffers.append(raw)
         self.resident[name] = kept
 
-    # --- reading ---------------------------------------------------------------------------------------------------------
+    # --- reading
+    # ---------------------------------------------------------------------------------------------------------
 
     def _bytes(self, piece: Piece) -> int:
         return self.index[piece.name].bytes_of(piece.last - piece.first)

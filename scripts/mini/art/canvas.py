@@ -16,7 +16,8 @@ EVERYWHERE = 9.0  # below and above any y of a scene
 
 
 class Canvas:
-    """`x` (W,) and `y` (H,) are world coordinates of pixel centres, `pixel` their distances; `image` is (3, H, W) sRGB."""
+    """`x` (W,) and `y` (H,) are world coordinates of pixel centres, `pixel` their distances; `image` is (3, H, W)
+    sRGB."""
 
     def __init__(self, scene: Scene, x: Array, y: Array, pixel: tuple[float, float], mirrored: bool = False) -> None:
         self.scene, self.x, self.y, self.pixel = scene, x, y, pixel

@@ -1,7 +1,7 @@
 """Fractal noise over continuous coordinates: the same field at any zoom, with finer octaves as pixels become smaller.
 
-A lattice of hashed values is interpolated by cubic B-splines. These are separable, so one octave over an axis-aligned view
-is two small matrix products. Octaves finer than the pixels fade out before they would alias.
+A lattice of hashed values is interpolated by cubic B-splines. These are separable, so one octave over an axis-aligned
+view is two small matrix products. Octaves finer than the pixels fade out before they would alias.
 """
 
 from __future__ import annotations
@@ -84,7 +84,8 @@ def noise1(
     octaves: int = 14,
     kind: Fractal = Fractal.SMOOTH,
 ) -> Array:
-    """A profile over the positions `x` (n,), which lie `pixel` apart; `gain` is the amplitude of an octave over the last."""
+    """A profile over the positions `x` (n,), which lie `pixel` apart; `gain` is the amplitude of an octave over the
+    last."""
     total, amplitude = np.zeros(len(x), F), 1.0
     crest = np.ones(len(x), F)
     for octave in range(octaves):
@@ -119,8 +120,8 @@ def noise2(
 ) -> Array:
     """A field (len(y), len(x)) whose first octave has `fx` and `fy` waves a unit.
 
-    `row_weights` gives each row its weight (len(y),) of the octave of a frequency, in place of `gain`: in perspective, waves
-    and clouds become finer towards the horizon.
+    `row_weights` gives each row its weight (len(y),) of the octave of a frequency, in place of `gain`: in perspective,
+    waves and clouds become finer towards the horizon.
     """
     total, amplitude = np.zeros((len(y), len(x)), F), 1.0
     for octave in range(octaves):

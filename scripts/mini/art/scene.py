@@ -1,6 +1,7 @@
 """What a scene is: its attributes, where things stand, and the layers of land from far to near. Pure data.
 
-World units: y runs from 0 (top) to 1 (bottom), x from 0 to `aspect`. Nothing is in pixels, so any view can be drawn at any size.
+World units: y runs from 0 (top) to 1 (bottom), x from 0 to `aspect`. Nothing is in pixels, so any view can be drawn at
+any size.
 """
 
 from __future__ import annotations

@@ -16,7 +16,8 @@ _CLOUD_SOFTNESS = {Style.WOODBLOCK: 0.3, Style.INK: 0.9, Style.WATERCOLOUR: 0.6,
 
 
 def draw_stars(canvas: Canvas) -> None:
-    """A star at most in each cell of a grid, and fainter ones in grids twice as fine, as far as pixels can show them."""
+    """A star at most in each cell of a grid, and fainter ones in grids twice as fine, as far as pixels can show
+    them."""
     limit = canvas.scene.horizon * 0.9
     rows = canvas.below(-EVERYWHERE, limit)
     if rows.stop <= rows.start:
@@ -64,8 +65,8 @@ def draw_aurora(canvas: Canvas) -> None:
 
 
 def draw_clouds(canvas: Canvas) -> None:
-    """Flatter and smaller towards the horizon, as in perspective. Over a disc they are thin veils: a shredded sun in the
-    data would teach shredded suns."""
+    """Flatter and smaller towards the horizon, as in perspective. Over a disc they are thin veils: a shredded sun in
+    the data would teach shredded suns."""
     scene, palette, h = canvas.scene, canvas.palette, canvas.scene.horizon
     rows = canvas.below(-EVERYWHERE, h)
     if rows.stop <= rows.start:
