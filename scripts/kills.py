@@ -91,7 +91,7 @@ def _render(command: list[str], folder: Path, moments: random.Random, seconds: f
         if process.wait() == 0 or (
             process.returncode == 2 and finished
         ):  # killed after all was done: the name is taken
-            return max(kills, 1)
+            return kills
         assert process.returncode == -signal.SIGKILL, process.returncode
 
 

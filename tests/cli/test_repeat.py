@@ -94,6 +94,36 @@ def test_what_cannot_be_repeated_is_exit_3(in_process, tmp_path: Path, texts: di
     assert message in ran.err and "x.png" in ran.err and "Traceback" not in ran.err
 
 
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"loras": 3}, "what it says of its loras cannot be read: 3; give --loras"),
+        ({"regions": [{"prompt": "a"}]}, "what it says of its regions cannot be read"),
+        ({"quality": "a"}, "quality = 'a' cannot be read"),
+        ({"prompt": 3}, "prompt = 3 cannot be read"),
+        ({"guide": 1}, "guide = 1 cannot be read"),
+    ],
+)
+def test_what_a_picture_of_ours_cannot_say_is_one_line(
+    in_process, tmp_path: Path, said: dict[str, Any], message: str
+) -> None:
+    own = {"prompt": "a boat", "width": 64, "height": 96, "seed": 7, "model": "mini"} | said
+    ran = in_process("render", "--from", png(tmp_path / "x.png", tiler=json.dumps(own)))
+    assert ran.code in (2, 3) and message in ran.err and len(ran.err.strip().splitlines()) == 1, ran.err
+
+
+def test_a_prompt_may_be_a_number(tmp_path: Path) -> None:
+    path = png(tmp_path / "x.png", invokeai_metadata=json.dumps({"positive_prompt": "1984", "steps": 3}))
+    values = repeat(path, frozenset(), DEFAULTS).values
+    assert (values["prompt"], values["num_inference_steps"]) == ("1984", 3)
+
+
+def test_damaged_exif_is_none(in_process, tmp_path: Path) -> None:
+    Image.new("RGB", (64, 64)).save(tmp_path / "x.webp", exif=b"Exif\0\0garbagegarbage")
+    ran = in_process("info", tmp_path / "x.webp")
+    assert ran.code == 3 and "no parameters" in ran.err and len(ran.err.strip().splitlines()) == 1
+
+
 def test_a_model_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(Kind.MODEL.variable, str(tmp_path))
     (tmp_path / "dream.safetensors").touch()

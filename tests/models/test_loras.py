@@ -323,6 +323,10 @@ def test_alpha_comes_from_the_header_where_no_tensor_has_it(
         ({"lora_adapter_metadata": '{"unet.lora_alpha": 8, "unet.r": 4, "unet.use_rslora": true}'}, 4.0),
         ({"lora_adapter_metadata": '{"unet.lora_alpha": 8, "unet.alpha_pattern": {"attn1.to_q": 4}}'}, 1.0),
         ({"lora_adapter_metadata": "no json"}, 1.0),
+        ({"lora_adapter_metadata": "[" * 100_000}, 1.0),
+        ({"lora_adapter_metadata": '{"unet.lora_alpha": NaN, "unet.alpha_pattern": {"attn1.to_q": null}}'}, 1.0),
+        ({"lora_adapter_metadata": '{"unet.alpha_pattern": {"attn1.to_q": "much"}}'}, 1.0),
+        ({"unet.lora_alpha": "inf"}, 1.0),
     ):
         some = applied(models, save(tmp_path / "x.safetensors", tensors, **said))
         assert close(merged(models, some, f"{path}.weight"), weights[f"{path}.weight"] + scale * delta)

@@ -66,10 +66,15 @@ def repeat(picture: Path, typed: frozenset[str], defaults: Mapping[str, Any]) ->
     except ModelError as error:
         raise ModelError(f"{picture}: {error}") from error
     if "loras" in values:
-        values["loras"] = tuple(_lora(said, picture) for said in values["loras"])
+        values["loras"] = tuple(_lora(said, picture) for said in _members("loras", values["loras"], picture))
     changed = list(_changed_loras(recipe, picture))
     if "regions" in values:
-        values["regions"] = tuple(map(_region, values["regions"]))
+        try:
+            values["regions"] = tuple(map(_region, _members("regions", values["regions"], picture)))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ModelError(
+                f"{picture}: what it says of its regions cannot be read ({error}); give --regions"
+            ) from error
     if isinstance(interval := values.get("guidance_interval"), list):
         values["guidance_interval"] = tuple(interval)
     if "Hires upscale" in recipe.others:
@@ -196,6 +201,12 @@ def _changed_loras(recipe: Recipe, picture: Path) -> Iterator[str]:
         files = _lora_files(str(name).strip(), picture)
         if files and (now := digests_of(files[0]).short)[: len(str(was))] != was:
             yield f"the picture was made with another LoRA {name}: its hash was {was}, that of {files[0]} is {now}"
+
+
+def _members(name: str, said: Any, picture: Path) -> list[Any]:
+    if not isinstance(said, list):
+        raise ModelError(f"{picture}: what it says of its {name} cannot be read: {said!r}; give --{name}")
+    return said
 
 
 def _region(said: Mapping[str, Any]) -> Region:

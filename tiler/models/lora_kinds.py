@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 
 from tiler.models.family import Family, Role
 from tiler.request import Scheduler, ScheduleType
+from tiler.request.loras import Lora
 from tiler.weights.index import TensorInfo
 from tiler.weights.lora_keys import Slot, Tensors
 
@@ -44,7 +46,7 @@ def family_of_lora(modules: Mapping[str, Tensors], said: Mapping[str, str]) -> s
             return title
     for key in ("modelspec.architecture", "ss_base_model_version"):
         if said.get(key):
-            return said[key][:60]
+            return " ".join(said[key].split())[:60]
     return None
 
 
@@ -72,18 +74,17 @@ _WORD = re.compile(r"[a-z]+|\d+")
 _STEPS = re.compile(r"(\d+)[ _-]?steps?")
 
 
-def few_steps(files: Iterable[Path], *, flow: bool) -> tuple[Path, Recipe] | None:
-    """The first of `files` whose name says that it is a LoRA for few steps: LCM (Luo et al. 2023, arXiv:2311.05556),
-    Lightning (arXiv:2402.13929), Hyper-SD (arXiv:2404.13686); and how it is to be sampled. Models of a `flow` keep
-    their scheduler and their guidance, which some of them take as an input."""
-    for path in files:
+def few_steps(loras: Iterable[Lora], *, flow: bool) -> tuple[Path, Recipe] | None:
+    """The first file of `loras`, those at strength 0 left out, whose name says that it is a LoRA for few steps: LCM
+    (Luo et al. 2023, arXiv:2311.05556), Lightning (arXiv:2402.13929), Hyper-SD (arXiv:2404.13686); and how it is to be
+    sampled. Models of a `flow` keep their scheduler and their guidance, which some of them take as an input."""
+    for path in (lora.file for lora in loras if lora.strength):
         name = path.stem.lower()
         words = set(_WORD.findall(name))
         match = _STEPS.search(name)
         steps = int(match[1]) if match is not None and 1 <= int(match[1]) <= 16 else None
-        is_of_model = steps is not None or bool(
-            words & {"sd", "sdxl", "xl", "flux"}
-        )  # and no style: hyper-realism, lightning bolts
+        # And no style: hyper-realism, lightning bolts.
+        is_of_model = steps is not None or bool(words & {"sd", "sdxl", "xl", "flux"})
         if "lcm" in words:
             found = _recipe("LCM", steps or 4, 1.0, Scheduler.LCM)
         elif "lightning" in words and is_of_model:
@@ -106,26 +107,28 @@ class Scaling(NamedTuple):
 
     @classmethod
     def read(cls, header: Mapping[str, str]) -> Scaling:
-        found: dict[str, Any] = {key: value for key, value in header.items() if key.endswith((".lora_alpha", ".r"))}
+        found: dict[str, Any] = {key: value for key, value in header.items() if key.endswith(".lora_alpha")}
         try:
             config = json.loads(header.get("lora_adapter_metadata", "{}"))
-        except ValueError:
+        except (ValueError, RecursionError):
             config = {}
         return cls(found | (config if isinstance(config, dict) else {}))
 
     def of(self, part: str, module: str, rank: int) -> float:
         """alpha / rank, or alpha / √rank where the trainer took that; 1 where nothing is said."""
-        alpha = self._number(f"{part}.lora_alpha")
+        alpha = _number(self.said.get(f"{part}.lora_alpha"))
         patterns = self.said.get(f"{part}.alpha_pattern")
         for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
             if module == pattern or module.endswith(f".{pattern}"):
-                alpha = float(value)
+                alpha = _number(value)
         if alpha is None:
             return 1.0
         return alpha / (rank**0.5 if self.said.get(f"{part}.use_rslora") is True else rank)
 
-    def _number(self, key: str) -> float | None:
-        try:
-            return float(self.said[key])
-        except (KeyError, TypeError, ValueError):
-            return None
+
+def _number(value: Any) -> float | None:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    return number if math.isfinite(number) else None

@@ -44,8 +44,10 @@ def find_loras(request: RenderRequest) -> tuple[Lora, ...]:
 
 def _file_of(path: Path, folders: Sequence[Path]) -> Path:
     """What --lora names: a file, or the name of one in the `folders`. Raises ModelError, UsageError."""
-    if path.exists() or not folders:
+    if path.is_file():
         return path
+    if not folders:
+        raise ModelError(f"--lora {path}: no such file; to give it by name, say where it lies with --lora-dir")
     try:
         return find_lora(path.name.removesuffix(SUFFIX), folders)
     except ModelError as error:
@@ -70,7 +72,7 @@ def notes_on_loras(request: ResolvedRequest, loras: Sequence[Lora], models: Mode
     family = models.family
     if models.loras.marks(map(models.changes, family.encoders)) not in ([], list(read_as.loras)):
         yield "the prompts of --prompt-embeds were encoded without these LoRAs; give them to `tiler encode` too"
-    found = few_steps((lora.file for lora in loras), flow=family.traits.flow)
+    found = few_steps(loras, flow=family.traits.flow)
     if found is None:
         return
     path, recipe = found

@@ -97,8 +97,12 @@ def _invoke(data: Mapping[str, Any]) -> Recipe:
     return Recipe(tool="InvokeAI", settings=settings, others={k: v for k, v in recipe.others.items() if k != "model"})
 
 
+_TEXTS = frozenset(("prompt", "negative_prompt", "canvas_prompt", "model", "vae", "scheduler"))  # even where digits
+
+
 def _named(tool: str, data: Mapping[str, Any], names: Mapping[str, str]) -> Recipe:
-    settings = {names[key]: _number(value) for key, value in data.items() if key in names and value is not None}
+    told = {names[key]: value for key, value in data.items() if key in names and value is not None}
+    settings = {name: str(value) if name in _TEXTS else _number(value) for name, value in told.items()}
     return Recipe(tool=tool, settings=settings, others={k: v for k, v in data.items() if k not in names})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -79,8 +80,7 @@ def _decoded(data: bytes) -> str:
 def _of_exif(path: Path) -> dict[str, str]:
     texts: dict[str, str] = {}
     with opened(path) as picture:
-        exif = picture.getexif()
-        comment: Any = exif.get_ifd(EXIF_IFD).get(USER_COMMENT)
+        exif, comment = _exif_of(picture)
         if isinstance(comment, bytes):
             texts["parameters"] = _user_comment(comment[:_MOST])
         elif isinstance(comment, str):
@@ -95,6 +95,19 @@ def _of_exif(path: Path) -> dict[str, str]:
         if isinstance(packet, bytes) and (request := request_in(packet[:_MOST])) is not None:
             texts["tiler"] = request
     return texts
+
+
+def _exif_of(picture: Image.Image) -> tuple[Image.Exif, Any]:
+    """The EXIF of a picture and the user's comment in it; what is damaged counts as none, and XMP may still tell."""
+    from PIL import Image
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, of damage
+        try:
+            exif = picture.getexif()
+            return exif, exif.get_ifd(EXIF_IFD).get(USER_COMMENT)
+        except (SyntaxError, ValueError, KeyError, TypeError):
+            return Image.Exif(), None
 
 
 @contextmanager

@@ -26,7 +26,7 @@ _ROW: Mapping[str, Any] = {
 def resolve(request: RenderRequest, family: Family) -> ResolvedRequest:
     """The request without gaps. A seed that was not given is drawn at random. Raises UsageError, ModelError."""
     own = {} if family.checkpoint.file is not None else read_defaults(family.checkpoint.folder)
-    few = few_steps((lora.file for lora in find_loras(request)), flow=family.traits.flow)
+    few = few_steps(find_loras(request), flow=family.traits.flow)
     recipe = {} if few is None else dict(few[1].defaults)
     if request.scheduler is not None:
         recipe.pop("schedule_type", None)  # which belongs to the recipe's own

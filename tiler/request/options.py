@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import field, fields
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, NamedTuple, get_args, get_type_hints
+from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 from tiler.errors import UsageError
 
@@ -69,7 +69,20 @@ def coerce(request: Any) -> None:
             value = str(value)
         elif isinstance(value, float) and int in kinds and float not in kinds:
             raise UsageError(f"{item.name} = {value} is not a whole number")
+        if not _is_one_of(value, kinds):
+            raise UsageError(f"{item.name} = {value!r} cannot be read; leave it out, or look it up in --help")
         object.__setattr__(request, item.name, value)
+
+
+def _is_one_of(value: Any, kinds: tuple[Any, ...]) -> bool:
+    """Whether a value's type is one of a field's; a list passes for a tuple, and what a union names is not looked at in
+    depth."""
+    types = {found for kind in kinds if isinstance(found := get_origin(kind) or kind, type)}
+    types |= {int} if float in types else set()
+    types |= {list} if tuple in types else set()
+    if isinstance(value, bool):
+        return bool in types
+    return value is None or isinstance(value, tuple(types))
 
 
 def _choice(name: str, value: str, choice: type[StrEnum], option: Option | None) -> StrEnum:
