@@ -12,6 +12,7 @@ import torch
 from tiler.decoding import exact, spool
 from tiler.decoding.scratch import Scratch
 from tiler.decoding.spool import JOURNAL, Spool
+from tiler.errors import StorageError
 from tiler.models import family as families
 from tiler.run import streamed
 from tiler.weights.checkpoint import resolve
@@ -141,3 +142,20 @@ def test_the_passes_of_another_picture_are_not_taken(decode: Decoder, tmp_path: 
         decode(Spool(tmp_path / "spool", "the decoder", "another"), stop=whole * 2 // 3)
     assert torch.equal(decode(Spool(tmp_path / "spool", "the decoder", "x")), want)
     assert decode.checks == whole
+
+
+def test_a_spool_that_another_made_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a folder that all may write to, a name that can be guessed may lead elsewhere."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    with pytest.raises(StorageError, match="another user's"):
+        Spool(tmp_path / "link", "the decoder", "x")
+    kept = Spool(tmp_path / "own", "the decoder", "x")
+    (tmp_path / "victim").write_text("mine")
+    (tmp_path / "own/00.rows").symlink_to(tmp_path / "victim")
+    with pytest.raises(OSError, match="symbolic links"):
+        kept.open(0)
+    monkeypatch.setattr("os.geteuid", lambda: 12345)
+    with pytest.raises(StorageError, match="another user's"):
+        Spool(tmp_path / "own", "the decoder", "x")
+    assert (tmp_path / "victim").read_text() == "mine"

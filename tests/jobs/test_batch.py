@@ -128,6 +128,7 @@ def test_30_bombs_and_broken_lines_are_their_rows_problem(tmp_path: Path) -> Non
         "{index.real.__class__}.{nothing}",
         "{index:999999999}.png",
         "{seed}.png",
+        "-",
     ],
 )
 def test_29_no_output_leaves_the_folder(tmp_path: Path, output: str) -> None:
@@ -135,6 +136,14 @@ def test_29_no_output_leaves_the_folder(tmp_path: Path, output: str) -> None:
     (tmp_path / "root/link").symlink_to("..")
     with pytest.raises(UsageError):
         output_of(Row(1, "x", (), output or "/"), tmp_path / "root")
+
+
+@pytest.mark.parametrize(
+    "key", ["cluster", "insecure", "keys", "save-latents", "preview", "force", "scratch", "cache_dir"]
+)
+def test_a_row_says_neither_where_things_are_written_nor_who_draws(tmp_path: Path, key: str) -> None:
+    (row,) = rows(tmp_path, "jobs.jsonl", json.dumps({"prompt": "a", key: "x"}))
+    assert row.problem is not None and "give it to tiler batch" in row.problem
 
 
 def test_a_queue_from_the_command_line(in_process, tiny: Path, tmp_path: Path) -> None:
@@ -188,3 +197,8 @@ def test_several_pictures_of_one_command(in_process, tiny: Path, tmp_path: Path)
     assert ran.code == 0, ran.err
     assert (tmp_path / "a-boat-4.png").read_bytes() == (tmp_path / "4/02.png").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["3", "4", "a-boat-4.png"]
+    taken = 'mkdir -p away; mv "$TILER_OUTPUT" away/; echo finished'
+    ran = in_process(*common, "--seed", "5,6", "-o", "x-{seed}.png", "--json", "--on-done", taken)
+    assert ran.code == 0, ran.err
+    assert [json.loads(line)["seed"] for line in ran.out.splitlines()] == [5, 6]  # whatever the command prints or does
+    assert len(list((tmp_path / "away").iterdir())) == 2

@@ -7,6 +7,7 @@ import errno
 import os
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -239,6 +240,21 @@ def test_a_finished_job_that_was_not_tidied_is(tiny: Path, tmp_path: Path) -> No
     told = Stop("decode", 0, BudgetExceeded())
     render(ask(tiny, tmp_path / "x.png"), roomy(), told)
     assert told.told == 0 and (tmp_path / "x.png").stat() == before and not job.exists()
+
+
+def test_a_job_that_names_no_spool_clears_its_own_folder_alone(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As jobs of earlier versions: what lies in the current folder stays."""
+    mine = [tmp_path / "census.rows", tmp_path / "journal.jsonl"]
+    for path in mine:
+        path.write_text("mine")
+    monkeypatch.chdir(tmp_path)
+    folder = stopped(tiny, tmp_path / "x.png")
+    job = folder / "job.json"
+    manifest.write(job, replace(manifest.read(job), spool=""))
+    render(ask(tiny, tmp_path / "x.png"), roomy())
+    assert (tmp_path / "x.png").exists() and all(path.exists() for path in mine)
 
 
 def test_a_numerical_error_in_the_canvas_saves_nothing_new(

@@ -11,7 +11,7 @@ from tiler.cli import options as o
 from tiler.cli import queues, render
 from tiler.errors import UsageError
 from tiler.jobs.queue import DONE, Queue, lower_priority
-from tiler.jobs.rows import NAME, read_rows
+from tiler.jobs.rows import NAME, Row, read_rows
 
 
 def command(
@@ -60,6 +60,7 @@ def command(
         say=queues.speaker(quiet=quiet),
     )
     queue.check(queue.defaults)
+    queue.ask(Row(0, "x", (), None))
     if file.suffix.lower() == ".toml":
         queues.check_outputs(read_rows(file), queue, f"{file}: ")
     lower_priority(nice)

@@ -16,7 +16,7 @@ from tiler.cli.terminal import harmless
 from tiler.errors import UsageError
 from tiler.jobs.queue import Queue
 from tiler.jobs.rows import Row
-from tiler.memory.budget import Budget
+from tiler.memory.budget import Budget, format_mb
 from tiler.memory.process import read_rss
 from tiler.request import MAX_SEED, RenderRequest
 
@@ -69,8 +69,11 @@ def parser(run: Callable[..., None]) -> Callable[[Sequence[str]], RenderRequest]
 
 
 def ceiling_of_pictures(max_ram: str) -> int:
-    """What is left of the ceiling for the process of a picture, in bytes."""
-    return Budget(max_ram).max_bytes - read_rss().now - _OWN_BYTES
+    """What is left of the ceiling for the process of a picture, in bytes. Raises UsageError where that is nothing."""
+    ceiling, own = Budget(max_ram).max_bytes, read_rss().now + _OWN_BYTES
+    if ceiling <= own:
+        raise UsageError(f"--max-ram {max_ram}: the process that starts the pictures takes {format_mb(own)}; give more")
+    return ceiling - own
 
 
 def speaker(*, quiet: bool) -> Callable[[str], None]:

@@ -40,7 +40,7 @@ def run(
         if report is not None:
             raise UsageError("--report takes the figures of one picture; leave it out with --count and several seeds")
         several.run(
-            request, wanted, count, output_dir, max_ram, quiet=quiet, json_output=json_output, own=run
+            request, wanted, count, output_dir, max_ram, quiet=quiet, log_json=log_json, json_output=json_output, own=run
         )  # fmt: skip
     request = several.place(replace(request, seed=wanted[0]), output_dir)
     output = request.output or Path("tiler.png")
@@ -67,13 +67,12 @@ def run(
 
 
 def _tell(command: str, output: Path, code: int) -> None:
-    """Run the user's command, whose fault is not ours: it is noted, and the exit code stays."""
-    piped = output == STDOUT
-    facts = {"TILER_OUTPUT": "-" if piped else str(output.absolute()), "TILER_EXIT_CODE": str(code)}
+    """Run the user's command, whose fault is not ours: it is noted, and the exit code stays. What it prints goes to
+    standard error, because standard output may be a picture or JSON."""
+    facts = {"TILER_OUTPUT": "-" if output == STDOUT else str(output.absolute()), "TILER_EXIT_CODE": str(code)}
     done = subprocess.run(
-        command, shell=True, env={**os.environ, **facts}, stdin=subprocess.DEVNULL, stdout=2 if piped else None,
-        check=False,
-    )  # fmt: skip
+        command, shell=True, env={**os.environ, **facts}, stdin=subprocess.DEVNULL, stdout=2, check=False
+    )
     if done.returncode:
         sys.stderr.write(f"note: --on-done {command!r} ended with {done.returncode}\n")
 

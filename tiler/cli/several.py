@@ -73,7 +73,7 @@ def place(request: RenderRequest, output_dir: str | None) -> RenderRequest:
 
 def run(
     request: RenderRequest, seeds: Sequence[int | None], count: int, output_dir: str | None, max_ram: str, *,
-    quiet: bool, json_output: bool, own: Callable[..., None],
+    quiet: bool, log_json: bool, json_output: bool, own: Callable[..., None],
 ) -> NoReturn:  # fmt: skip
     """Render a picture for each seed, or `count` of them, one process after another; `own` is the function of the
     command. Raises UsageError before any work where two have one name, and SystemExit with the exit code."""
@@ -100,7 +100,7 @@ def run(
         defaults=_words.get(),
         max_ram_bytes=queues.ceiling_of_pictures(max_ram),
         check=queues.parser(own),
-        say=queues.speaker(quiet=quiet),
+        say=queues.speaker(quiet=quiet or log_json),
         finished=_printer(quiet=quiet, json_output=json_output),
     )
     rows = list(_rows(seeds, count, template))
@@ -123,7 +123,7 @@ def _rows(seeds: Sequence[int | None], count: int, template: str) -> Iterator[Ro
         if seed is None and naming.has_placeholder(template, "seed"):
             seed = secrets.randbelow(2**32)
         said = -1 if seed is None else seed % (MAX_SEED + 1)
-        yield Row(index, None, ("--count=1", f"--seed={said}", "--output-dir="), template)
+        yield Row(index, None, (f"--seed={said}",), template)
 
 
 def _inside(output_dir: str, name: str) -> Path:

@@ -55,7 +55,9 @@ class Spool:
         self._boot = _boot()
         self._synced = self._told = time.monotonic()
         try:
-            folder.mkdir(exist_ok=True)
+            folder.mkdir(mode=0o700, exist_ok=True)
+            if folder.is_symlink() or folder.stat().st_uid != os.geteuid():
+                raise PermissionError(errno.EPERM, "it is another user's")
             self._known = self._load(of)
         except OSError as error:
             raise self._lost(error) from error
@@ -67,7 +69,7 @@ class Spool:
     def open(self, number: int) -> int:
         """The file of a pass's rows; of one that is read already, and gone, -1."""
         line = self._known.get(number)
-        mode = os.O_RDWR | os.O_CLOEXEC | (0 if line is not None else os.O_CREAT | os.O_TRUNC)
+        mode = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | (0 if line is not None else os.O_CREAT | os.O_TRUNC)
         with suppress(FileNotFoundError):
             return os.open(self._path(number), mode, 0o666)
         return -1
@@ -98,7 +100,9 @@ class Spool:
     def _write(self, said: dict[str, Any], *, synced: bool) -> None:
         text = json.dumps(said)
         data = f"{zlib.crc32(text.encode()):08x} {text}\n".encode()
-        fd = os.open(self.folder / JOURNAL, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        fd = os.open(
+            self.folder / JOURNAL, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666
+        )
         try:
             if os.write(fd, data) != len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -125,7 +129,7 @@ class Spool:
             ends.append(end)
         if not begun:
             clear(self.folder)
-            self.folder.mkdir(exist_ok=True)
+            self.folder.mkdir(mode=0o700, exist_ok=True)
             self._write({"of": of, "what": self._what}, synced=False)
             return {}
         length = next(n for n in range(len(lines), -1, -1) if self._stands(lines[:n]))

@@ -178,11 +178,11 @@ class Job:
     @property
     def spool(self) -> Path | None:
         """That folder, while there is a job."""
-        return Path(self.manifest.spool) if self._begun and self.manifest is not None else None
+        return _spool_of(self.folder, self.manifest) if self._begun and self.manifest is not None else None
 
     def clear_spool(self) -> None:
         """What the passes have made is whole, or not wanted."""
-        spools.clear(Path(self.manifest.spool) if self.manifest is not None else self.folder / SPOOL)
+        spools.clear(_spool_of(self.folder, self.manifest))
 
     def note_finished(self, whole: os.stat_result) -> None:
         """The picture is whole on the disk, and will now get its name."""
@@ -274,10 +274,16 @@ def _number_of(path: Path) -> int:
     return int(number) if number.isdecimal() else -1
 
 
+def _spool_of(folder: Path, manifest: Manifest | None) -> Path:
+    """Where the manifest says; of one that says nothing, as earlier versions wrote, and of none, in the job's
+    folder."""
+    return Path(manifest.spool) if manifest is not None and manifest.spool else folder / SPOOL
+
+
 def newest_facts(folder: Path, manifest: Manifest | None) -> tuple[str, str]:
     """How far a job is, and for how long: "canvas step 12/20", "3 min". Empty where nothing is saved. Checks
     nothing."""
-    spool = Path(manifest.spool) if manifest is not None and manifest.spool else folder / SPOOL
+    spool = _spool_of(folder, manifest)
     if where := spools.where_in(spool):
         return where, _age(spool / spools.JOURNAL)
     found = [

@@ -32,7 +32,15 @@ def fill(template: str, *, index: int, seed: int | None, prompt: str | None) -> 
 def below(root: Path, name: str) -> Path:
     """The path of `name`, which must lie in the folder `root` or in one below it. Raises UsageError."""
     parts = PurePosixPath(name).parts
-    bad = not parts or name.startswith("/") or ".." in parts or "\\" in name or "\0" in name or ":" in parts[0]
+    bad = (
+        not parts
+        or name == "-"
+        or name.startswith("/")
+        or ".." in parts
+        or "\\" in name
+        or "\0" in name
+        or ":" in parts[0]
+    )
     if bad or any(_RESERVED.fullmatch(part) for part in parts):
         raise UsageError(f"output {name!r} leaves the folder {root} or is no name; give one below it, like a/b.png")
     path = root / name

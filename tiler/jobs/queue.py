@@ -113,7 +113,7 @@ class Queue:
         words = list(self.defaults)
         at = words.index("--") if "--" in words else len(words)
         prompt = words[at:] if row.prompt is None else ["--", row.prompt]
-        return [*words[:at], *row.words, *own, *prompt]
+        return [*words[:at], *row.words, "--count=1", "--output-dir=", *own, *prompt]
 
     def _draw(self, tally: Tally, row: Row, digest: int, output: Path) -> None:
         try:
@@ -246,9 +246,13 @@ def _hash(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big")
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _sha256(path: Path) -> str | None:
+    """None where the picture is gone by now: --on-done may have taken it elsewhere."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return None
 
 
 def _now() -> str:

@@ -112,7 +112,7 @@ def _json_line(line: str) -> tuple[dict[str, Any], list[str]]:
 
 
 def _prompt_line(line: str) -> tuple[dict[str, Any], list[str]]:
-    if "--" not in line:
+    if not line.lstrip().startswith("--"):
         return {"prompt": line}, []
     said, notes, words = dict[str, Any](), list[str](), shlex.split(line)
     at = 0
@@ -152,7 +152,11 @@ def _rows_of(said: Mapping[str, Any], index: int) -> Iterator[Row]:
     elif not isinstance(prompt, str | None) or not isinstance(output, str | None):
         problem = "prompt and output are texts"
     elif unknown := next((key for key in values if key not in _KEYS), None):
-        problem = f"unknown key {unknown!r}"
+        problem = (
+            f"a row cannot say {unknown!r}; give it to tiler batch"
+            if unknown in _NOT_OF_ROWS
+            else f"unknown key {unknown!r}"
+        )
     if problem is not None:
         yield Row(index + 1, None, (), None, problem=problem)
         return
@@ -175,10 +179,16 @@ def _words(key: str, value: Any) -> Iterator[str]:
         yield f"--{key}={value}"
 
 
+# A file of rows may be another person's: where things are written, and who draws, is said on the command line alone.
+_NOT_OF_ROWS = frozenset(
+    ("cluster", "keys", "insecure", "save-latents", "preview", "force", "scratch", "cache-dir", "job-dir")
+)
+
+
 def _keys() -> frozenset[str]:
     """The long options of `tiler render` that say something of one picture."""
     options = (f.metadata["option"] for f in fields(RenderRequest))
     return frozenset(name[2:] for option in options for name in option.names if name.startswith("--"))
 
 
-_KEYS = _keys() - {"output", "restart", "keep-job", "job-dir"}
+_KEYS = _keys() - {"output", "restart", "keep-job"} - _NOT_OF_ROWS
