@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import socket
 import stat
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -48,12 +50,19 @@ def test_where_to_listen(text: str, host: str, port: int) -> None:
     assert (found.where, found.host, found.port) == (Where.LISTEN, host, port)
 
 
-def test_without_keys_no_other_machine_may_connect(tmp_path: Path) -> None:
-    for text in ("listen", "listen:192.168.1.2:99", "tcp://192.168.1.2:99", "tls://laptop:8786", "tls://127.0.0.1:99"):
+def test_without_keys_nobody_may_connect(tmp_path: Path) -> None:
+    for text in (
+        "listen", "listen:192.168.1.2:99", "tcp://192.168.1.2:99", "tls://laptop:8786", "tls://127.0.0.1:99",
+        "listen:127.0.0.1:99", "listen:localhost", "tcp://localhost:99", "tcp://[::1]:99",
+    ):  # fmt: skip
         with pytest.raises(UsageError, match="--keys"):
             check_cluster(text, None, insecure=False)
-    for text in ("listen:127.0.0.1:99", "tcp://localhost:99", "tcp://[::1]:99", "local:2"):
-        check_cluster(text, None, insecure=False)
+    for text in ("listen:127.0.0.1:99", "tcp://localhost:99"):
+        check_cluster(text, None, insecure=True)
+    check_cluster("local:2", None, insecure=False)
+    for insecure in (False, True):
+        with pytest.raises(UsageError, match="--keys go with tls:// alone"):
+            check_cluster("tcp://127.0.0.1:1", tmp_path, insecure=insecure)
     check_cluster("listen", tmp_path, insecure=False)
     check_cluster("tcp://192.168.1.2:99", None, insecure=True)
     for text in ("local:2", "listen", "nonsense"):
@@ -71,6 +80,31 @@ def test_keys_are_their_owners_alone_and_never_replaced(tmp_path: Path) -> None:
         find_keys(tmp_path / "keys")
     with pytest.raises(UsageError, match="no such file"):
         find_keys(tmp_path)
+    (tmp_path / "keys/key.pem").chmod(0o600)
+    find_keys(tmp_path / "keys")
+    (tmp_path / "keys/cert.pem").write_text("nonsense")
+    with pytest.raises(UsageError, match="are no pair of keys"):
+        find_keys(tmp_path / "keys")
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "nosuch.invalid"])
+def test_where_nobody_can_listen_is_said_in_one_line(host: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        cluster = Cluster(where=Where.LISTEN, host=host, port=taken.getsockname()[1])
+        with pytest.raises(ClusterError, match="cannot listen there"), Engine(cluster, None, insecure=True):
+            pass
+
+
+def test_a_client_that_cannot_start_leaves_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def broken(self: object, timeout: object = None) -> None:
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(engines.Client, "_ensure_connected", broken)
+    before = {thread for thread in threading.enumerate() if thread.name == "IO loop"}
+    cluster = Cluster(where=Where.CONNECT, address="tcp://127.0.0.1:1")
+    with pytest.raises(RuntimeError, match="broken"), Engine(cluster, None, insecure=True):
+        pass
+    assert {thread for thread in threading.enumerate() if thread.name == "IO loop"} <= before
 
 
 def test_other_keys_and_none_do_not_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,7 +117,7 @@ def test_other_keys_and_none_do_not_open(tmp_path: Path, monkeypatch: pytest.Mon
         for address, keys in ((engine.address, others), (plain, None)):
             with (
                 pytest.raises(ClusterError, match="no answer"),
-                Engine(Cluster(where=Where.CONNECT, address=address), keys),
+                Engine(Cluster(where=Where.CONNECT, address=address), keys, insecure=keys is None),
             ):
                 pass
         with Engine(Cluster(where=Where.CONNECT, address=engine.address), ours) as joined:
@@ -121,7 +155,12 @@ def greet(job: SharedJob, max_ram_bytes: int, models: dict[str, str] | None = No
         bench = Bench(budget, models or {})
         tasks.begin(lambda: bench, max_ram_bytes)
         try:
-            return Greeting.from_json(tasks.hello(job.to_bytes(), 0, tuple(Window.of(tile)), tile.latents.numpy()))
+            said = Greeting.from_json(tasks.hello(job.to_bytes(), 0, tuple(Window.of(tile)), tile.latents.numpy()))
+            tasks.close("another")
+            assert bench.job == ("" if said.refusal else job.name)
+            tasks.close(job.name)
+            assert not bench.job
+            return said
         finally:
             bench.close()
 
@@ -162,6 +201,8 @@ def test_what_a_user_may_type_wrong(in_process: Callable[..., Ran], tmp_path: Pa
         (("worker", "tls://a:1"), 2, "needs --keys FOLDER"),
         (("worker", "local:2"), 2, "is no address of a scheduler"),
         (("worker", "tcp://127.0.0.1:1", "--model", "x"), 2, "write NAME=PATH"),
+        (("worker", "tcp://127.0.0.1:1"), 2, "take tls:// with --keys FOLDER"),
+        (("cluster", "status", "tcp://127.0.0.1:1", "--keys", tmp_path), 2, "--keys go with tls:// alone"),
         (("render", "x", "--cluster", "nowhere"), 2, "is none of local:N, listen"),
         (("render", "x", "--cluster", "listen", "--keys", tmp_path), 2, "no such file; `tiler cluster keys"),
         (("cluster", "status", f"file:{tmp_path}/none.json"), 11, "no address of a scheduler"),

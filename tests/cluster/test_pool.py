@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,7 @@ class Scheduler:
     def __init__(self, **workers: Behaviour) -> None:
         self.workers, self.digests = workers, dict.fromkeys(workers, "same")
         self.refusals: dict[str, str] = {}
+        self.seconds = dict.fromkeys(workers, 1.0)  # of a probe
         self.done: dict[str, list[int]] = {name: [] for name in workers}
         self._arrived: list[Arrived] = []
         self._tickets = 0
@@ -57,7 +59,10 @@ class Scheduler:
     def submit(self, address: str, task: object, *arguments: Any) -> int:
         self._tickets += 1
         if task is tasks.hello:
-            said = Greeting(refusal=self.refusals.get(address, ""), digest=self.digests[address], seconds=1.0, batch=8)
+            said = Greeting(
+                refusal=self.refusals.get(address, ""), digest=self.digests[address],
+                seconds=self.seconds.get(address, 1.0), batch=8,
+            )  # fmt: skip
             self._arrived.append(Arrived(self._tickets, said.to_json(), None))
         else:
             latents = arguments[-1]
@@ -135,6 +140,30 @@ def test_what_a_stopped_worker_has_is_copied() -> None:
     scheduler = Scheduler(a=good, b=silent)
     assert not run(scheduler).local.numbers
     assert set(scheduler.done["a"]) == set(range(TILES)) and scheduler.held
+
+
+@pytest.mark.parametrize("others", [{}, {"quick": good}])
+def test_nobody_waits_for_a_stopped_worker_because_it_was_fast(
+    others: dict[str, Behaviour], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+
+    def look(tickets: list[Arrived]) -> list[Arrived]:
+        nonlocal now
+        now += 5.0
+        assert now < 10_000, "it waits for ever"
+        return tickets
+
+    scheduler = Scheduler(fast=silent, slow=lambda latents: Answer(2 * latents, 100.0 * len(latents), 10), **others)
+    scheduler.seconds["slow"] = 100.0
+    answers = scheduler.answers
+    monkeypatch.setattr(scheduler, "answers", lambda seconds: look(answers(seconds)))
+    monkeypatch.setattr(pool, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(pool, "_LATE", 1.5)
+    monkeypatch.setattr(pool, "_LATE_SECONDS", 30.0)
+    assert not run(scheduler).local.numbers
+    assert not scheduler.done["fast"] and scheduler.held
+    assert {n for done in scheduler.done.values() for n in done} == set(range(TILES))
 
 
 def test_what_a_dead_worker_had_goes_elsewhere() -> None:

@@ -40,7 +40,8 @@ def run(
         if report is not None:
             raise UsageError("--report takes the figures of one picture; leave it out with --count and several seeds")
         several.run(
-            request, wanted, count, output_dir, max_ram, quiet=quiet, log_json=log_json, json_output=json_output, own=run
+            request, wanted, count, output_dir, max_ram,
+            quiet=quiet, log_json=log_json, json_output=json_output, own=run,
         )  # fmt: skip
     request = several.place(replace(request, seed=wanted[0]), output_dir)
     output = request.output or Path("tiler.png")

@@ -35,7 +35,7 @@ with explained():
         "distributed.admin.system-monitor.log-length": 10, "distributed.admin.system-monitor.gil.enabled": False,
         "distributed.admin.tick.limit": "1h",
     })  # fmt: skip
-    from distributed import Client, Scheduler, Security
+    from distributed import Client, Scheduler, Security, fire_and_forget
     from distributed.utils import LoopRunner
 
 LOOPBACK = "127.0.0.1:0"  # of HTTP servers, which dask opens whatever is asked, and which are closed at once
@@ -76,17 +76,18 @@ class Engine:
             address = scheduler_address(cluster)
             check_address(address, self._keys, insecure=self._insecure)
         self._loop.start()
+        doing = "cannot listen there"
         try:
             if cluster.where in (Where.LOCAL, Where.LISTEN):
                 self._scheduler = self._loop.run_sync(_scheduler, address, security)
                 address = self._scheduler.address
-            self._client = Client(
+            doing = "no answer"
+            self._client = _Client(
                 address, loop=self._loop.loop, security=security, set_as_default=False, timeout=_SECONDS,
                 direct_to_workers=False,
             )  # fmt: skip
         except OSError as error:
             self.__exit__(None, None, None)
-            doing = "cannot listen there" if self._scheduler is None and cluster.where is Where.LISTEN else "no answer"
             raise ClusterError(f"{address}: {doing} ({error}); check address, port, firewall and keys") from error
         except BaseException:
             self.__exit__(None, None, None)
@@ -129,6 +130,14 @@ class Engine:
         future.add_done_callback(lambda _: self._arrived.put(ticket))
         return ticket
 
+    def tell(self, address: str, task: Callable[..., Any], *arguments: Any) -> None:
+        """Have one worker run `task`, also after this client has gone; nobody hears its answer."""
+        assert self._client is not None
+        with suppress(Exception):
+            fire_and_forget(
+                self._client.submit(task, *arguments, workers=[address], allow_other_workers=False, pure=False)
+            )
+
     def drop(self, ticket: int) -> None:
         """An answer that nobody waits for any more."""
         future = self._futures.pop(ticket, None)
@@ -154,15 +163,34 @@ class Engine:
             return [Arrived(ticket, None, error)]
 
 
+class _Client(Client):  # type: ignore[misc]  # dask has no types
+    """dask's, of which nothing is left where it cannot start: its end would wait for a loop that has stopped."""
+
+    def start(self, **options: Any) -> None:
+        try:
+            super().start(**options)
+        except BaseException:
+            with suppress(Exception):
+                self.close(timeout=2)
+            self.status = "closed"
+            self._loop_runner.stop()
+            raise
+
+
 async def _scheduler(address: str, security: Security) -> Scheduler:
-    """Listening at `address` and nowhere else."""
+    """Listening at `address` and nowhere else. Raises OSError."""
     scheme, _, rest = address.partition("://")
     host, _, port = rest.rpartition(":")
     scheduler = Scheduler(
         host=f"{scheme}://{host}", port=int(port), protocol=scheme, security=security, dashboard=False,
         dashboard_address=LOOPBACK,
     )  # fmt: skip
-    await scheduler
+    try:
+        await scheduler
+    except RuntimeError as error:  # "Scheduler failed to start."
+        if isinstance(error.__cause__, OSError):
+            raise error.__cause__ from None
+        raise
     scheduler.http_server.stop()
     return scheduler
 

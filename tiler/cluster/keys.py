@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import ssl
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -51,7 +52,8 @@ def make_keys(folder: Path) -> tuple[Path, Path]:
 
 
 def find_keys(folder: Path) -> tuple[Path, Path]:
-    """Raises UsageError where a file is missing, and where others may read the private key."""
+    """Raises UsageError where a file is missing, where the two are no pair, and where others may read the private
+    key."""
     folder = folder.expanduser()
     cert, key = folder / CERT, folder / KEY
     for path in (cert, key):
@@ -61,4 +63,13 @@ def find_keys(folder: Path) -> tuple[Path, Path]:
             )
     if key.stat().st_mode & 0o077:
         raise UsageError(f"{key}: others may read it; chmod 600 {key}")
+    try:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.load_cert_chain(cert, key, password="")  # else it asks for one at the terminal
+        context.load_verify_locations(cert)
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"{folder}: {CERT} and {KEY} are no pair of keys ({error}); `tiler cluster keys FOLDER` makes one, copy it "
+            "to each machine"
+        ) from error
     return cert, key

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from tiler.cluster.pool import AHEAD
+from tiler.cluster.shared import WORKER_FOLDER
 from tiler.errors import BudgetRefused
 from tiler.memory.budget import format_mb
 from tiler.phases import RenderRun
@@ -55,13 +56,13 @@ def share_of(run: RenderRun, workers: int) -> int:
 
 
 @contextmanager
-def processes(address: str, keys: Path, workers: int, share: int) -> Iterator[list[subprocess.Popen[bytes]]]:
+def processes(address: str, folder: Path, workers: int, share: int) -> Iterator[list[subprocess.Popen[bytes]]]:
     """So many workers of the scheduler at `address`, each with a ceiling of `share` bytes; none is left when the block
-    ends."""
+    ends. `folder` has their keys, and takes their temporary files."""
     threads = max(1, torch.get_num_threads() // workers)
     command = [
-        sys.executable, "-m", "tiler", "worker", address, "--keys", str(keys), "--max-ram", str(share), "--threads",
-        str(threads), "--once", "--quiet",
+        sys.executable, "-m", "tiler", "worker", address, "--keys", str(folder / "keys"), "--max-ram", str(share),
+        "--threads", str(threads), "--once", "--quiet",
     ]  # fmt: skip
     here = str(Path(__file__).parents[2])  # of a copy of the repository that is not installed
     path = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
@@ -69,7 +70,7 @@ def processes(address: str, keys: Path, workers: int, share: int) -> Iterator[li
     try:
         for number in range(1, workers + 1):
             named = [*command, "--name", f"local-{number}"]
-            nowhere, environment = subprocess.DEVNULL, {**os.environ, "PYTHONPATH": path}
+            nowhere, environment = subprocess.DEVNULL, {**os.environ, "PYTHONPATH": path, WORKER_FOLDER: str(folder)}
             started.append(
                 subprocess.Popen(named, stdin=nowhere, stdout=nowhere, env=environment, start_new_session=True)
             )

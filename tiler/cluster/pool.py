@@ -38,6 +38,9 @@ class Group(NamedTuple):
     since: float
     expected: float
 
+    def is_late(self, now: float) -> bool:
+        return now - self.since > _LATE * self.expected + _LATE_SECONDS
+
 
 @dataclass
 class _Step:
@@ -124,13 +127,26 @@ class Pool:
             if not waiting:
                 self._copy_late(member, step)
                 continue
-            others = [(m.pace, self._busy(m)) for m in self._members.ready() if m is not member]
+            others = [
+                (m.pace, self._busy(m)) for m in self._members.ready() if m is not member and not self._is_late(m)
+            ]
             if count := share(len(waiting), member.pace, others):
                 self._submit(member, waiting[:count], step)
+            else:
+                self._copy_late(member, step)
+
+    def _group_of(self, member: Member) -> Group | None:
+        """What a worker has."""
+        return self._groups.get(member.ticket) if member.ticket is not None else None
+
+    def _is_late(self, member: Member) -> bool:
+        """Whether a worker takes so long that nothing is expected of it any more."""
+        group = self._group_of(member)
+        return group is not None and group.is_late(time.monotonic())
 
     def _busy(self, member: Member) -> float:
         """Seconds until a worker is expected to be free."""
-        group = self._groups.get(member.ticket) if member.ticket is not None else None
+        group = self._group_of(member)
         if group is None:
             return 0.0
         return max(0.25 * group.expected, group.since + group.expected - time.monotonic())
@@ -145,9 +161,8 @@ class Pool:
             for n in g.numbers
         }
         for group in list(self._groups.values()):
-            late = now - group.since > _LATE * group.expected + _LATE_SECONDS
             numbers = [n for n in group.numbers if n in step.tiles and n not in tried]
-            if group.step == step.number and late and numbers and group.member is not member:
+            if group.step == step.number and group.is_late(now) and numbers and group.member is not member:
                 self._submit(member, numbers[: member.pace.batch], step)
                 return
 

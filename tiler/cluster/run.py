@@ -45,6 +45,7 @@ def runner_of(run: RenderRun) -> OpenRunner:
 
 @contextmanager
 def _open_pool(cluster: Cluster, share: int, run: RenderRun, prompts: Prompts) -> Iterator[Runner]:
+    from tiler.cluster import tasks
     from tiler.cluster.engine import Engine
     from tiler.cluster.keys import make_keys
     from tiler.cluster.local import processes, running
@@ -61,12 +62,12 @@ def _open_pool(cluster: Cluster, share: int, run: RenderRun, prompts: Prompts) -
     probe = _probe(run)
     with ExitStack() as stack:
         if is_local:
-            keys = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tiler-keys-"))) / "keys"
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tiler-cluster-")))
+            keys = folder / "keys"
             make_keys(keys)
         engine = stack.enter_context(Engine(cluster, keys, insecure=run.request.insecure))
         if is_local:
-            assert keys is not None
-            started = stack.enter_context(processes(engine.address, keys, cluster.workers, share))
+            started = stack.enter_context(processes(engine.address, folder, cluster.workers, share))
             may_come = partial(running, started)
         if cluster.where is Where.LISTEN:
             run.note(f"waiting for workers at {engine.address}")
@@ -86,6 +87,9 @@ def _open_pool(cluster: Cluster, share: int, run: RenderRun, prompts: Prompts) -
             yield pool
         finally:
             run.workers = members.uses()
+            if cluster.where in (Where.CONNECT, Where.FILE, Where.ENV):  # others' scheduler and workers stay
+                for member in members.ready():
+                    engine.tell(member.address, tasks.close, job.name)
 
 
 def _probe(run: RenderRun) -> Tile:

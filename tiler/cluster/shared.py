@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from tiler.models.samples import Prompt
     from tiler.request import ResolvedRequest
 
+WORKER_FOLDER = "TILER_WORKER_FOLDER"  # the variable that names where workers of local:N have their temporary files
+
 
 def versions() -> dict[str, str]:
     """What must be equal on all machines: other versions may compute other bits, or know another job."""

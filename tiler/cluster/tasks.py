@@ -67,6 +67,13 @@ def predict(job: str, step: int, windows: Sequence[tuple[float, ...]], latents: 
         return Answer(predictions, time.perf_counter() - start, bench.peak_rss_bytes)
 
 
+def close(job: str) -> None:
+    """Let the denoiser of that job go."""
+    with _Desk.lock:
+        if _Desk.bench is not None and _Desk.bench.job == job:
+            _Desk.bench.close()
+
+
 def facts() -> str:
     """What `tiler cluster status` shows, as JSON."""
     if _Desk.opener is None:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from tiler.cluster import tasks
 from tiler.cluster.engine import LOOPBACK, security_of
 from tiler.cluster.missing import explained
+from tiler.cluster.shared import WORKER_FOLDER
 from tiler.errors import ClusterError
 from tiler.memory.budget import Budget
 from tiler.request.cluster import host_of
@@ -59,7 +60,7 @@ def work(joining: Joining, budget: Budget) -> None:
     """Work until a signal ends the process; where it is to join `once`, until the connection is lost. Raises
     ClusterError where nobody answers then, and UsageError."""
     security = security_of(joining.keys)
-    folder = tempfile.mkdtemp(prefix="tiler-worker-")
+    folder = tempfile.mkdtemp(prefix="tiler-worker-", dir=os.environ.get(WORKER_FOLDER))
     try:
         with budget:
             tasks.begin(lambda: _open_bench(budget, joining.models), budget.max_bytes)

@@ -3,7 +3,6 @@ safe."""
 
 from __future__ import annotations
 
-import ipaddress
 import re
 from dataclasses import dataclass
 from enum import StrEnum
@@ -60,33 +59,25 @@ def parse_cluster(text: str) -> Cluster:
     raise UsageError(f"cluster = {text!r} is none of {_FORMS}")
 
 
-def is_loopback(host: str) -> bool:
-    """Whether only this machine is behind a host's name or address."""
-    name = host.strip("[]")
-    if name == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(name).is_loopback
-    except ValueError:
-        return False
-
-
 def host_of(address: str) -> str:
     """tls://host:8786 → host."""
     return re.sub(r"^\w+://", "", address).rpartition(":")[0]
 
 
 def check_address(address: str, keys: Path | None, *, insecure: bool) -> None:
-    """Raises UsageError for a connection that anyone in between could use to run code on either machine."""
+    """Raises UsageError for a connection over which others could run code on either machine: also between the
+    processes of one machine, which may have other users."""
     encrypted = address.startswith("tls://")
     if encrypted and keys is None:
         raise UsageError(
             f"{address}: needs --keys FOLDER; `tiler cluster keys FOLDER` makes a pair, copy it to each machine"
         )
-    if not encrypted and not insecure and not is_loopback(host_of(address)):
+    if not encrypted and keys is not None:
+        raise UsageError(f"{address}: --keys go with tls:// alone; write tls://HOST:PORT, or leave --keys out")
+    if not encrypted and not insecure:
         raise UsageError(
             f"{address}: whoever reaches this address could run code on every machine; take tls:// with --keys FOLDER "
-            "(`tiler cluster keys FOLDER` makes them), or --insecure on a network that is yours alone"
+            "(`tiler cluster keys FOLDER` makes them), or --insecure where network and machines are yours alone"
         )
 
 
@@ -95,10 +86,10 @@ def listening_address(cluster: Cluster, keys: Path | None, *, insecure: bool) ->
     scheme = "tls" if keys is not None else "tcp"
     host = cluster.host or "0.0.0.0"
     address = f"{scheme}://{host}:{cluster.port}"
-    if keys is None and not insecure and not is_loopback(host):
+    if keys is None and not insecure:
         raise UsageError(
             "--cluster listen needs --keys FOLDER: `tiler cluster keys FOLDER` makes a pair, copy it to each machine "
-            "(or --insecure on a network that is yours alone)"
+            "(or --insecure where network and machines are yours alone)"
         )
     return address
 
