@@ -18,6 +18,7 @@ from tiler.jobs import manifest as manifests
 from tiler.jobs.folder import LOCK, MANIFEST, SUFFIX, folder_of, newest_facts
 from tiler.jobs.lock import is_held
 from tiler.jobs.manifest import Manifest
+from tiler.jobs.queue import common_code
 
 
 class Found(NamedTuple):
@@ -113,8 +114,7 @@ def _one_after_another(jobs: list[Found], options: list[str]) -> int:
         if code in (130, 143, -2, -15):
             return 130 if code in (130, -2) else 143
         codes.add(code)
-    codes.discard(0)
-    return 0 if not codes else codes.pop() if len(codes) == 1 else 1
+    return common_code(codes)
 
 
 def _show(found: list[dict[str, Any]], *, json_output: bool) -> None:

@@ -13,7 +13,7 @@ import time
 from array import array
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +34,12 @@ _SHOWN = 10  # failed rows that the summary names
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
+def common_code(codes: Set[int]) -> int:
+    """The exit code of many pictures: 0 where none failed, the one of those that did, or 1 where theirs differ."""
+    failed = codes - {0}
+    return 0 if not failed else next(iter(failed)) if len(failed) == 1 else 1
+
+
 @dataclass(kw_only=True)
 class Tally:
     """How a queue went."""
@@ -44,8 +50,8 @@ class Tally:
 
     @property
     def exit_code(self) -> int:
-        """0, the failed rows' code, or 1 where they differ."""
-        return 0 if not self.codes else next(iter(self.codes)) if len(self.codes) == 1 else 1
+        """Of the failed rows."""
+        return common_code(self.codes)
 
     def __str__(self) -> str:
         """ "3 done, 2 failed (rows 4, 7)"."""

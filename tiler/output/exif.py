@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 
 from tiler.output.metadata import XMP
+from tiler.output.png import srgb_profile
 
 USER_COMMENT, EXIF_IFD = 0x9286, 0x8769  # EXIF 2.3, 4.6.5 and 4.6.3
 UNICODE = b"UNICODE\0"
@@ -15,6 +16,13 @@ _NAMESPACE = "urn:tiler:picture#"
 _MOST = 65_000  # bytes: a segment of a JPEG, which holds either, has 65,533
 _BEGIN = '<rdf:Description rdf:about="" '
 _REQUEST = re.compile(r"""\btiler:request=(["'])(.*?)\1|<tiler:request>(.*?)</tiler:request>""", re.DOTALL)
+
+
+def said_of(texts: Mapping[str, str]) -> dict[str, bytes]:
+    """What Pillow's `save` takes of a picture beside its pixels: the sRGB profile, and EXIF and XMP where `texts` give
+    some."""
+    said = {"icc_profile": srgb_profile(), "exif": exif_of(texts), "xmp": xmp_of(texts)}
+    return {name: data for name, data in said.items() if data}
 
 
 def exif_of(texts: Mapping[str, str]) -> bytes:

@@ -9,8 +9,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from tiler.output.exif import exif_of, xmp_of
-from tiler.output.png import srgb_profile
+from tiler.output.exif import said_of
 
 LONGEST = 65_500  # pixels of a side: libjpeg opens no more
 FULL_COLOUR = 90  # the quality from which colours are stored at full resolution, as ImageMagick does
@@ -44,7 +43,7 @@ class JpegWriter:
         self._options: dict[str, Any] = {
             "quality": quality, "subsampling": "4:4:4" if full else "4:2:0", "restart_marker_rows": 1,
         }  # fmt: skip
-        self._said: dict[str, Any] = {"icc_profile": srgb_profile(), "exif": exif_of(texts), "xmp": xmp_of(texts)}
+        self._said: dict[str, Any] = dict(said_of(texts))
         if dpi is not None:
             self._said["dpi"] = (round(dpi), round(dpi))
         self._strips = self._restarts = 0

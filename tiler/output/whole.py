@@ -9,9 +9,8 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from tiler.output.exif import exif_of, xmp_of
+from tiler.output.exif import said_of
 from tiler.output.jpeg import FULL_COLOUR
-from tiler.output.png import srgb_profile
 from tiler.request.choices import Format
 
 
@@ -49,11 +48,7 @@ class WholeWriter:
     ) -> None:
         self._file, self._format, self._done = file, format, 0
         self._picture = np.empty((height, width, PICTURE_BYTES), np.uint8)
-        self._options = dict(ENCODERS[format].options) | {"quality": quality, "icc_profile": srgb_profile()}
-        if exif := exif_of(texts):
-            self._options["exif"] = exif
-        if xmp := xmp_of(texts):
-            self._options["xmp"] = xmp
+        self._options = dict(ENCODERS[format].options) | said_of(texts) | {"quality": quality}
         if format is Format.AVIF and quality >= FULL_COLOUR:
             self._options["subsampling"] = "4:4:4"
 
