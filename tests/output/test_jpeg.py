@@ -18,7 +18,7 @@ from tiler.errors import BudgetRefused, UsageError
 from tiler.output.exif import request_in, xmp_of
 from tiler.output.metadata import XMP, infotext, xmp
 from tiler.output.picture import check_picture, check_size, write_picture
-from tiler.output.png import srgb_profile
+from tiler.output.profile import srgb_profile
 from tiler.output.recipes import read_recipe
 from tiler.output.texts import read_texts
 from tiler.planning.table import MemoryPlan, Term

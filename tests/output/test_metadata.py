@@ -15,7 +15,7 @@ from PIL import Image, ImageCms
 
 from tiler.output.metadata import Facts, file_name, infotext, texts
 from tiler.output.picture import write_picture
-from tiler.output.png import srgb_profile
+from tiler.output.profile import srgb_profile
 from tiler.planning.resolve import fill
 from tiler.request import RenderRequest, ResolvedRequest
 from tiler.weights.checkpoint import resolve

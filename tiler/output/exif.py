@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 
 from tiler.output.metadata import XMP
-from tiler.output.png import srgb_profile
+from tiler.output.profile import srgb_profile
 
 USER_COMMENT, EXIF_IFD = 0x9286, 0x8769  # EXIF 2.3, 4.6.5 and 4.6.3
 UNICODE = b"UNICODE\0"

@@ -9,7 +9,8 @@ from typing import BinaryIO
 
 import numpy as np
 
-from tiler.output.png import DeflatedRows, srgb_profile
+from tiler.output.png import DeflatedRows
+from tiler.output.profile import srgb_profile
 
 POINTS = 72  # an inch
 _LONGEST = 14_400  # units of a page's side: ISO 32000-1, annex C

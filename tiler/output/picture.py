@@ -18,7 +18,8 @@ from tiler.output.exif import xmp_of
 from tiler.output.jpeg import JpegWriter
 from tiler.output.pdf import POINTS, PdfWriter
 from tiler.output.pipe import check_reader, standard_output
-from tiler.output.png import PngWriter, srgb_profile
+from tiler.output.png import PngWriter
+from tiler.output.profile import srgb_profile
 from tiler.output.whole import ENCODERS, WholeWriter
 from tiler.request.choices import STDOUT, Format
 

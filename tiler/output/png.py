@@ -9,6 +9,8 @@ from typing import BinaryIO
 
 import numpy as np
 
+from tiler.output.profile import srgb_profile
+
 _FILTERED = 2**16  # pixels filtered at a time
 
 
@@ -82,14 +84,3 @@ def _filtered(rows: np.ndarray, above: np.ndarray) -> np.ndarray:
         better = score < least
         best[better, 0], best[better, 1:], least[better] = kind, coded[better], score[better]
     return best
-
-
-def srgb_profile() -> bytes:
-    """An ICC profile that says sRGB, always of the same bytes: ICC.1:2022 puts the date into bytes 24–35 of the header
-    and a checksum, which may be left out, into bytes 84–99."""
-    from PIL import ImageCms
-
-    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
-    profile[24:36] = struct.pack(">6H", 2000, 1, 1, 0, 0, 0)
-    profile[84:100] = bytes(16)
-    return bytes(profile)
