@@ -34,13 +34,15 @@ class Kind(StrEnum):
 class Weight:
     """A tensor's name in the store and its shape (outputs, inputs, *taps) on the meta device; `first` is its row where
     these outputs begin, if they are a part of it. With it go its bias (outputs,), and a path of low rank, which adds
-    `up · (down · input)` where the weight is computed with as int8; one that is read in fp32 was changed already."""
+    `up · (down · input)` where the weight is computed with as int8; one that is read in fp32 was changed already. An
+    int8 weight may be `rotated` (weights/rotation.py): then so is the input of its product."""
 
     name: str
     meta: Tensor
     first: int = 0
     bias: Tensor | None = None
     low_rank: LowRank | None = None
+    rotated: bool = False
 
     @property
     def outputs(self) -> int:
@@ -75,6 +77,12 @@ class Group:
     @property
     def row(self) -> int:
         return self.weights[0].row
+
+    @property
+    def rotated(self) -> bool:
+        """Whether all of them are, or none."""
+        (found,) = {weight.rotated for weight in self.weights}
+        return found
 
     @property
     def numel(self) -> int:

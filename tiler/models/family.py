@@ -118,8 +118,9 @@ class Part:
     """One model of a checkpoint. `name` is its folder; `build` makes it on the meta device; `aliases` gives the names
     that a parameter may have in files; `quantise` says which parameters become int8 where that is asked for, `half`
     which are computed with in bf16 where that is asked for (None: the same ones), `once` which ones are read before the
-    steps and not in them; `example` runs a text encoder, which must have one, as `Family.encode` does for prompts of
-    the greatest length, also where its weights are on the meta device: for the meter."""
+    steps and not in them. With `rotate`, inputs of int8 weights are rotated, because some of them are outliers.
+    `example` runs a text encoder, which must have one, as `Family.encode` does for prompts of the greatest length, also
+    where its weights are on the meta device: for the meter."""
 
     name: str
     role: Role
@@ -130,6 +131,7 @@ class Part:
     half: Callable[[str], bool] | None = None
     once: Callable[[str], bool] = no_parameter
     arena_bytes: int | None = None
+    rotate: bool = False
     example: Callable[[Any], object] | None = None
 
     def int8_weights(self, module: nn.Module) -> frozenset[str]:

@@ -59,7 +59,8 @@ class TensorInfo(NamedTuple):
 
     `scale` multiplies it: one factor, or one for each row. What lies `beside` it has as many rows, without which its
     own cannot be decoded, and counts in `nbytes`; `nested` is what all of them need (layouts.py). One that is
-    `transposed` lies column by column of its shape, and is read as a whole."""
+    `transposed` lies column by column of its shape, and is read as a whole. Of one that is `rotated` the inputs were,
+    before it became int8 (rotation.py)."""
 
     name: str
     dtype: str
@@ -71,6 +72,7 @@ class TensorInfo(NamedTuple):
     beside: tuple[TensorInfo, ...] = ()
     nested: Nested | None = None
     transposed: bool = False
+    rotated: bool = False
 
     @property
     def path(self) -> Path:
