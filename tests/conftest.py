@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import os
 import runpy
 import signal
@@ -25,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for what tests share: test
 from tiler.memory.process import frugal_allocator
 
 frugal_allocator()
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns where it is imported, and diffusers imports it
 os.environ["TILER_CONFIG"] = os.devnull  # the habits of whoever runs the tests are not the tests'
 
 
