@@ -60,7 +60,9 @@ def memory_warning(ceiling: int, proc: Path = _PROC) -> str | None:
     for name, allowed in _user_limits():
         if allowed < ceiling:
             return f"{name} is {format_mb(allowed)}, less than the ceiling of {named}: allocations may be refused; raise it"
-    free = available_ram(proc)[0] + psutil.Process().memory_info().rss  # our own memory counts under the ceiling already
+    free = (
+        available_ram(proc)[0] + psutil.Process().memory_info().rss
+    )  # our own memory counts under the ceiling already
     if free < ceiling:
         return (
             f"{format_mb(free)} of memory are free, less than the ceiling of {named}: the run may swap or be killed; "
