@@ -113,8 +113,9 @@ def write_packed(
     """Write the tensors of `index` in `order`.
 
     Tensors in `quantised` become int8 by the function given there; those that are `in_blocks` and can be divided are
-    stored in the order of blocks.py; the functions of those in `rotated` rotate them. Others stay as stored, or become fp32 if several tensors form one. `changes` are
-    applied before quantising. `progress` gets the share written. Raises StorageError, ModelError, NumericalError.
+    stored in the order of blocks.py; the functions of those in `rotated` rotate them. Others stay as stored, or become
+    fp32 if several tensors form one. `changes` are applied before quantising. `progress` gets the share written. Raises
+    StorageError, ModelError, NumericalError.
     """
     header: dict[str, Any] = {"__metadata__": _metadata(mark, bool(in_blocks))}
     in_blocks = frozenset(name for name in in_blocks if can_block(index[name].shape))
