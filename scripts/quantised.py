@@ -6,6 +6,7 @@
                                                             and of int8 arithmetic, without outliers and with some
     python scripts/quantised.py times FOLDER --rounds 3     processor time of a call in fp32 and in int8, alternated
     python scripts/quantised.py times FOLDER --file x.gguf  and with the denoiser of a file
+    python scripts/quantised.py peaks FOLDER --file x.gguf  memory of a render with each (VmHWM), one step at 512 px
 
 Prompts and latents are random. With outliers, one in a hundred inputs of every int8 layer is thirty times as large, and
 so is one in a hundred tokens where no norm stands before the layer, as trained transformers have them. `--side` is that
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bench import tiler
 from torch import Tensor
 
 from tiler.compute.choose import KERNELS
@@ -198,13 +200,21 @@ def times(model: Opened, file: str | None, side: int, rounds: int, cache: Path) 
     print(f"{model.name:24} {said}: {ratio:.3f}×", flush=True)
 
 
+def peaks(folder: str, file: str | None) -> None:
+    common = "render", "a lighthouse", "--model", folder, "--size", 512, "--steps", 1, "--no-guide", "--seed", 1
+    for name, more in (("as stored", ()), (Path(file or "").name, ("--diffusion-model", file))):
+        if file is not None or not more:
+            peak = tiler(*common, "--precision", "fp32", "--quiet", *more)["peak_rss_bytes"]
+            print(f"{Path(folder).name:24} {name:40} {peak / 1e6:8.1f} MB", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["sizes", "errors", "times"])
+    parser.add_argument("what", choices=["sizes", "errors", "times", "peaks"])
     parser.add_argument("folders", nargs="+", metavar="FOLDER")
     parser.add_argument("--side", type=int, default=64, help="of the latents (default: 64)")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--file", help="a file with the denoiser, for times")
+    parser.add_argument("--file", help="a file with the denoiser, for times and peaks")
     parser.add_argument("--cache", type=Path, default=default_cache(), help="of int8 weights")
     args = parser.parse_args()
     process.frugal_allocator()
@@ -214,6 +224,8 @@ def main() -> None:
             sizes(model)
         elif args.what == "errors":
             errors(model, args.side, args.cache)
+        elif args.what == "peaks":
+            peaks(folder, args.file)
         else:
             times(model, args.file, args.side, args.rounds, args.cache)
 
