@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tiler.errors import ModelError
 from tiler.models import t5
+from tiler.models import together as sharing
 from tiler.run import streamed
 from tiler.weights.checkpoint import Checkpoint
 
@@ -66,7 +67,7 @@ def test_prompts_are_encoded_as_by_transformers(checkpoint: Checkpoint, keep_pad
 def test_a_prompt_does_not_depend_on_those_beside_it(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     together = encode(checkpoint, TEXTS, keep_pads=False)
     alone = [encode(checkpoint, [text], keep_pads=False)[0] for text in TEXTS]
-    monkeypatch.setattr(t5, "GROUP_TOKENS", 20)
+    monkeypatch.setattr(sharing, "GROUP_TOKENS", 20)
     in_groups = encode(checkpoint, TEXTS, keep_pads=False)
     assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(together, alone, in_groups, strict=True))
 

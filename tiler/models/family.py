@@ -40,6 +40,7 @@ REGISTRY: dict[str, str] = {
     "Flux": "tiler.models.flux",
     "PixArt": "tiler.models.pixart",
     "AuraFlow": "tiler.models.auraflow",
+    "HunyuanDiT": "tiler.models.hunyuandit",
 }
 """Part of a pipeline's class name → the module whose `read(checkpoint)` gives the Family. The longest match counts; a
 class that none matches is read as Stable Diffusion, whose checks say what is foreign in it."""
