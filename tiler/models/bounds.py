@@ -120,6 +120,39 @@ def check_hunyuandit(where: str, config: Config) -> None:
         _refuse(where, "activation_fn", config["activation_fn"], "tiler supports 'gelu-approximate'")
 
 
+def check_lumina(where: str, config: Config) -> None:
+    """A LuminaNextDiT2DModel's config. Raises ModelError, naming the field."""
+    _whole(where, config, hidden_size=(8, 16_384), num_layers=(1, 256), num_attention_heads=(1, 256))
+    _whole(where, config, in_channels=(1, 64), patch_size=(2, 2), sample_size=(8, 4096), multiple_of=(1, 65_536))
+    _whole(where, config, cross_attention_dim=(1, 16_384))
+    _whole(where, config, may_be_null=True, num_kv_heads=(1, 256))
+    _number(where, config, norm_eps=(1e-12, 0.1))
+    _number(where, config, may_be_null=True, ffn_dim_multiplier=(0.01, 64))
+    _flags(where, config, "learn_sigma", "qk_norm")
+    width, heads = config.get("hidden_size", 2304), config.get("num_attention_heads", 32)
+    if width % (4 * heads):
+        _refuse(where, "hidden_size", width, f"it must be a multiple of 4 · num_attention_heads, {4 * heads}")
+    if heads % (shared := config.get("num_kv_heads") or heads):
+        _refuse(where, "num_kv_heads", shared, f"num_attention_heads, {heads}, must be a multiple of it")
+    if config.get("qk_norm", True) is not True:
+        _refuse(where, "qk_norm", config["qk_norm"], "tiler supports true")
+
+
+def check_gemma(where: str, config: Config) -> None:
+    """A GemmaModel's config. Raises ModelError, naming the field."""
+    for key in ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "num_key_value_heads"):
+        _need(where, config, key)
+    _whole(where, config, hidden_size=(1, 16_384), vocab_size=(2, 1_000_000), intermediate_size=(1, 131_072))
+    _whole(where, config, num_hidden_layers=(2, 128), num_attention_heads=(1, 128), num_key_value_heads=(1, 128))
+    _whole(where, config, head_dim=(2, 1024), max_position_embeddings=(256, 10**6))
+    _number(where, config, rms_norm_eps=(1e-12, 0.1))
+    if config["num_attention_heads"] % (shared := config["num_key_value_heads"]):
+        _refuse(where, "num_key_value_heads", shared, "num_attention_heads must be a multiple of it")
+    for key in ("attention_bias", "use_bidirectional_attention"):
+        if config.get(key):
+            _refuse(where, key, config[key], "tiler supports false")
+
+
 def check_bert(where: str, config: Config) -> None:
     """A BertModel's config. Raises ModelError, naming the field."""
     _need(where, config, "hidden_size")
