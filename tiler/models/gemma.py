@@ -148,6 +148,8 @@ def _build(checkpoint: Checkpoint, name: str, config: dict[str, Any]) -> GemmaMo
         from transformers.models.gemma.modeling_gemma import GemmaModel
     left_out = "architectures", "torch_dtype", "dtype", "_name_or_path", "model_type"
     known = {k: v for k, v in config.items() if k not in left_out}
+    if known.get("hidden_act") == "gelu":  # so say the published ones, and mean, as transformers notes, this
+        known["hidden_act"] = "gelu_pytorch_tanh"
     with refusing(name, checkpoint), on_meta():
         model: Any = GemmaModel(GemmaConfig(**known)).eval()
         # A plain table, whose rows are read where they are used; they are scaled in `_encode`.

@@ -102,7 +102,7 @@ def read(checkpoint: Checkpoint, name: str) -> StableDiffusion:
     if not checkpoint.has("unet") and checkpoint.has("transformer"):
         raise ModelError(
             f"{checkpoint.name}: this is a diffusion transformer that tiler does not know ({name}); it knows "
-            "Stable Diffusion 3, PixArt, Flux.1 and AuraFlow"
+            "Stable Diffusion 3, PixArt, Flux.1, AuraFlow, HunyuanDiT and Lumina-Next"
         )
     check_parts(checkpoint, "", ["unet"])
     unet = read_config(checkpoint, "unet", "UNet2DConditionModel", bounds.check_unet)
