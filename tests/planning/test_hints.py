@@ -18,8 +18,9 @@ from tiler.weights.disk import disk_speed
 
 
 def plan_of(floor_mb: int, precision: Precision = Precision.FP32) -> Any:
-    traits = SimpleNamespace(guidance=Guidance.CFG, few_steps="Turbo")
-    family = SimpleNamespace(native=128, traits=traits)
+    longest = {"granularity": 8, "patch": 1, "longest": None}
+    traits = SimpleNamespace(guidance=Guidance.CFG, few_steps="Turbo", **longest)
+    family = SimpleNamespace(native=128, traits=traits, granularity=8)
     memory = SimpleNamespace(smallest_bytes=floor_mb * 10**6)
     return SimpleNamespace(family=family, memory=memory, precision=precision)
 
@@ -38,7 +39,7 @@ def told(floors: dict[str, int], seconds: dict[str, float], reads: float = 0, **
             raise ModelError("no such thing")
         return plan_of(floors.get(way(request), 600))
 
-    def judge(request: ResolvedRequest, plan: Any, share: float) -> float:
+    def judge(request: ResolvedRequest, plan: Any, tiling: Any, share: float) -> float:
         return max(seconds.get(way(request), 1000), share * reads)
 
     asked = fill(RenderRequest(prompt="x", **values))

@@ -10,6 +10,7 @@ from tiler.decoding import FACTOR
 from tiler.errors import TilerError
 from tiler.models.family import Family, Guidance
 from tiler.planning.render import RenderPlan
+from tiler.planning.tiling import Tiling, plan_tiling
 from tiler.request import Precision, ResolvedRequest
 
 _LOWER, _FASTER = 0.98, 0.95  # of floor and time: less of a gain is within what a plan can tell
@@ -19,12 +20,13 @@ _BITS = 4.5 / 16  # of a pass whose weights are stored in blocks of 4 bits and a
 
 
 class Way(NamedTuple):
-    """A smaller choice: what to do, what it makes of the request, and which share of the denoiser's bytes is read
-    then."""
+    """A smaller choice: what to do, what it makes of the request, which share of the denoiser's bytes is read then, and
+    whether memory is needed as before."""
 
     words: str
     request: ResolvedRequest
     share: float = 1.0
+    same_memory: bool = False
 
 
 class Hint(NamedTuple):
@@ -35,21 +37,22 @@ class Hint(NamedTuple):
     seconds: float
 
 
-Judge = Callable[[ResolvedRequest, RenderPlan, float], float]
-"""(request, its plan, share of the denoiser's bytes that is read) → seconds."""
+Judge = Callable[[ResolvedRequest, RenderPlan, Tiling, float], float]
+"""(request, a plan with its memory, its tiling, share of the denoiser's bytes that is read) → seconds."""
 
 
 def hints(
     request: ResolvedRequest, plan: RenderPlan, replan: Callable[[ResolvedRequest], RenderPlan], judge: Judge
 ) -> list[Hint]:
     """Those that lower the smallest ceiling of `plan` or its time. `replan` plans a request."""
-    before, found = judge(request, plan, 1.0), list[Hint]()
+    before, found = judge(request, plan, plan, 1.0), list[Hint]()
     for way in _ways(request, plan):
         try:
-            other = plan if way.request is request else replan(way.request)
+            other = plan if way.same_memory else replan(way.request)
+            tiling = plan_tiling(way.request, plan.family) if way.same_memory else other
         except TilerError:
             continue  # what it would need is not there
-        hint = Hint(way.words, other.memory.smallest_bytes, judge(way.request, other, way.share))
+        hint = Hint(way.words, other.memory.smallest_bytes, judge(way.request, other, tiling, way.share))
         if hint.smallest_bytes < _LOWER * plan.memory.smallest_bytes or hint.seconds < _FASTER * before:
             found.append(hint)
     return found
@@ -62,11 +65,9 @@ def _ways(request: ResolvedRequest, plan: RenderPlan) -> Iterator[Way]:
         yield Way(f"--tile-size {_TILE}", replace(request, tile_size=_TILE))
     if plan.precision is not Precision.INT8:
         yield Way("--precision int8", replace(request, precision=Precision.INT8))
-    elif request.precision is not Precision.INT8:
-        yield Way("--precision fp32", replace(request, precision=Precision.FP32))
     if (words := family.traits.few_steps) is not None and request.num_inference_steps > _FEW:
-        yield Way(f"{words}, {_FEW} steps", _in_few_steps(request, family))
-    yield Way("4-bit weights (GGUF, tiler quantize)", request, _BITS)
+        yield Way(f"{words}, {_FEW} steps", _in_few_steps(request, family), same_memory=True)
+    yield Way("4-bit weights (GGUF, tiler quantize)", request, _BITS, same_memory=True)
 
 
 def _in_few_steps(request: ResolvedRequest, family: Family) -> ResolvedRequest:

@@ -55,9 +55,9 @@ def summarise(
             }
         )
 
-    def judge(asked: ResolvedRequest, other: RenderPlan, share: float) -> float:
-        nbytes = share * other.denoiser_calls * pass_bytes(models, other)
-        return time.seconds(count(asked, other), other.methods.values(), speed, other.precision, nbytes)
+    def judge(asked: ResolvedRequest, other: RenderPlan, tiling: Tiling, share: float) -> float:
+        nbytes = share * math.ceil(tiling.denoiser_samples / other.batch) * pass_bytes(models, other)
+        return time.seconds(count(asked, tiling), other.methods.values(), speed, other.precision, nbytes)
 
     presets = {}
     for preset in Preset:
