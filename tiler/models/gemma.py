@@ -23,7 +23,7 @@ from tiler.models.chunks import emphasised
 from tiler.models.family import Part, Role, read_config
 from tiler.models.meta import on_meta, refusing
 from tiler.models.reading import READING, Reading
-from tiler.models.together import GROUP_TOKENS, groups, linear_together, places
+from tiler.models.together import GROUP_TOKENS, groups, linear_together, places, read_ahead
 from tiler.models.words import check_vocabulary, read_tokens
 from tiler.request import Emphasis
 from tiler.weights.checkpoint import Checkpoint
@@ -96,6 +96,7 @@ def encode_gemma(
 def _encode(encoder: Any, rows: list[Tensor]) -> list[Tensor]:
     """The states of all prompts are one tensor (1, tokens, width), of which each prompt has a part."""
     prompts = places(rows)
+    read_ahead([part for layer in encoder.layers for part in _linear_layers(layer)])
     x: Tensor = encoder.embed_tokens(torch.cat(rows, dim=1)) * math.sqrt(encoder.config.hidden_size)
     turns = None if x.is_meta else _turns(encoder.rotary_emb, max(ids.shape[1] for ids in rows))
     for layer in encoder.layers:
@@ -107,6 +108,12 @@ def _encode(encoder: Any, rows: list[Tensor]) -> list[Tensor]:
         x += linear_together(mlp.down_proj, hidden, prompts)
         del hidden
     return [x[:, prompt] for prompt in prompts]
+
+
+def _linear_layers(layer: Any) -> list[Any]:
+    """In the order in which they are used."""
+    attn, mlp = layer.self_attn, layer.mlp
+    return [attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
 
 
 def _attended(attn: Any, normed: Tensor, prompts: list[slice], turns: tuple[Tensor, Tensor] | None) -> Tensor:

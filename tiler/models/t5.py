@@ -23,7 +23,7 @@ from tiler.models.chunks import emphasised
 from tiler.models.family import Part, Role, read_config
 from tiler.models.meta import on_meta, refusing
 from tiler.models.reading import READING, Reading
-from tiler.models.together import GROUP_TOKENS, groups, linear_together, places
+from tiler.models.together import GROUP_TOKENS, groups, linear_together, places, read_ahead
 from tiler.models.words import check_vocabulary, read_tokens
 from tiler.request import Emphasis
 from tiler.weights.checkpoint import Checkpoint
@@ -150,6 +150,7 @@ def _encode(encoder: Any, rows: list[Tensor], owned: Sequence[int] | None = None
     all."""
     prompts = places(rows)
     keys = prompts if owned is None else [slice(p.start, p.start + own) for p, own in zip(prompts, owned, strict=True)]
+    read_ahead([layer for block in encoder.encoder.block for layer in _layers(block)])
     x: Tensor = encoder.shared(torch.cat(rows, dim=1))
     bias: Tensor | None = None
     for block in encoder.encoder.block:
@@ -160,6 +161,13 @@ def _encode(encoder: Any, rows: list[Tensor], owned: Sequence[int] | None = None
         x += _attended(attention, x, prompts, keys, bias)
         x += _fed(feed_forward, x, prompts)
     return [_normed(encoder.encoder.final_layer_norm, x[:, prompt]) for prompt in prompts]
+
+
+def _layers(block: Any) -> list[Any]:
+    """A block's linear layers in the order in which they are used."""
+    attention, dense = block.layer[0].SelfAttention, block.layer[-1].DenseReluDense
+    into = (dense.wi_0, dense.wi_1) if hasattr(dense, "wi_0") else (dense.wi,)
+    return [attention.q, attention.k, attention.v, attention.o, *into, dense.wo]
 
 
 def _normed(norm: Any, x: Tensor) -> Tensor:

@@ -3,7 +3,7 @@ not depend on what stands beside it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tiler.compute.choose import KERNELS
+from tiler.compute.kernels import weight_pieces
 from tiler.compute.layers import StreamedLinear
 
 GROUP_TOKENS = 1024  # of prompts that share one read of the weights, unless one prompt alone has more
@@ -33,6 +34,17 @@ def places(rows: list[Tensor]) -> list[slice]:
     """Where each prompt's tokens lie in all of them, one behind another."""
     ends = list(accumulate(ids.shape[1] for ids in rows))
     return [slice(end - ids.shape[1], end) for end, ids in zip(ends, rows, strict=True)]
+
+
+def read_ahead(layers: Sequence[Any]) -> None:
+    """Tell the store of streamed layers that their weights are wanted in this order: prompts are encoded in one pass,
+    and while a layer is computed the next one is to be read."""
+    streamed = [layer for layer in layers if isinstance(layer, StreamedLinear) and layer.streamer.store is not None]
+    if streamed:
+        store = streamed[0].streamer.store
+        assert store is not None
+        weights = (weight for layer in streamed for weight in layer.op().group.weights)
+        store.expect([piece for weight in weights for _, piece in weight_pieces(store, weight)])
 
 
 def linear_together(

@@ -1,7 +1,7 @@
 """Weights on disk, read in pieces of rows with preadv into reused buffers, cast to fp32 at the point of use.
 
 Files are never mapped: mapped pages count as RSS, the page cache behind pread does not. A thread reads ahead along the
-order of the previous pass. Of layers it knows the names and shapes of their parameters.
+order of the previous pass, or the one that is expected. Of layers it knows the names and shapes of their parameters.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 import os
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -222,6 +223,10 @@ class WeightStore:
         self._read_ahead(piece)
         self._cast(piece, raw, out, in_blocks=in_blocks)
         self._buffers.append(raw)
+
+    def expect(self, pieces: Iterable[Piece]) -> None:
+        """In which order pieces will be asked for, so that a first pass reads ahead too. Resident ones are left out."""
+        self._next.update(pairwise(piece for piece in pieces if piece.name not in self.resident))
 
     def raw(self, piece: Piece) -> bytes:
         """A piece's bytes as they are stored."""
