@@ -19,7 +19,7 @@ GROUP_TOKENS = 1024  # of prompts that share one read of the weights, unless one
 
 
 def groups(rows: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Neighbours, each (1, tokens), that share one read of the weights."""
+    """Consecutive prompts, each (1, tokens), that share one read of the weights."""
     group: list[Tensor] = []
     for ids in rows:
         if group and sum(other.shape[1] for other in group) + ids.shape[1] > GROUP_TOKENS:

@@ -28,9 +28,9 @@ def read_tokens(
     tokenizer: Any, text: str, length: int, encoder: str, warn: Callable[[str], None], reading: Reading,
     clean: Callable[[str], str] = str,
 ) -> Tokens:  # fmt: skip
-    """The tokens of a text, its marks included, cut to `length`; `warn` tells of that, naming the `encoder`. A BREAK is
-    a space. Fragments of other weights are tokenised by themselves. `clean` is what a pipeline makes of a text before
-    it is tokenised."""
+    """Tokenise a text with its marks and cut it to `length`; `warn` reports a cut and names the `encoder`. A BREAK
+    becomes a space. Fragments of different weights are tokenised separately. `clean` is applied to a text before it is
+    tokenised, as the family's pipeline does."""
     # The tokenizer is not asked to look at megabytes of text just to say that they do not fit.
     short = text[: 40 * length]
     fragments = [f for f in _in_a_row(reading.sections(short, warn)) if f.text] or [Fragment("")]
@@ -56,7 +56,7 @@ def check_vocabulary(read: Sequence[Tokens], size: int) -> None:
 
 
 def _in_a_row(sections: Sections) -> Iterator[Fragment]:
-    """All fragments, a space between sections; neighbours of equal weight are one."""
+    """All fragments with a space between sections; adjacent fragments of equal weight are merged."""
     last: Fragment | None = None
     for section in sections:
         for number, (text, weight) in enumerate(section):
@@ -72,7 +72,7 @@ def _in_a_row(sections: Sections) -> Iterator[Fragment]:
 
 
 def _marks(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """The ids that the tokenizer puts before a text, and behind it."""
+    """The ids that the tokenizer adds before and after a text."""
     bare, marked = (tokenizer("a", add_special_tokens=added).input_ids for added in (False, True))
     first = next(i for i in range(len(marked)) if marked[i : i + len(bare)] == bare)
     return marked[:first], marked[first + len(bare) :]
