@@ -40,6 +40,8 @@ REGISTRY: dict[str, str] = {
     "Flux": "tiler.models.flux",
     "PixArt": "tiler.models.pixart",
     "AuraFlow": "tiler.models.auraflow",
+    "HunyuanDiT": "tiler.models.hunyuandit",
+    "Lumina": "tiler.models.lumina",
 }
 """Part of a pipeline's class name → the module whose `read(checkpoint)` gives the Family. The longest match counts; a
 class that none matches is read as Stable Diffusion, whose checks say what is foreign in it."""
@@ -90,6 +92,8 @@ class Traits(NamedTuple):
     embeddings: bool = False  # whether prompts may name embeddings (textual inversion)
     clip_skip: bool = False  # whether the states of another layer of CLIP can be taken
     told_place: bool = False  # whether a sample is told where on the canvas it lies
+    few_steps: str | None = None  # a model of this family that was distilled to few steps, where this one was not
+    guided_channels: int | None = None  # of the latents, if not all: the others follow the prompt alone
     even_sigmas: bool = False  # of a flow: σ falls from 1 to 1/N in equal steps before it is shifted
 
     @property

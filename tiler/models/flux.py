@@ -168,6 +168,7 @@ def read(checkpoint: Checkpoint, name: str) -> Flux:
         native=int(config.get("sample_size") or NATIVE), granularity=PATCH, patch=PATCH, samples=1, large_blocks=True,
         channels=int(vae["latent_channels"]), width=config["num_attention_heads"] * config["attention_head_dim"],
         flow=True, even_sigmas=True, guidance=guidance, defaults=_DEFAULTS[guidance],
+        few_steps="FLUX.1-schnell" if guidance is Guidance.EMBEDDED else None,
     )  # fmt: skip
     scheduler = read_scheduler(checkpoint, repository)
     return Flux(checkpoint=checkpoint, traits=traits, parts=parts, vae=spec, scheduler=scheduler)

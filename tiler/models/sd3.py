@@ -182,6 +182,7 @@ def read(checkpoint: Checkpoint, name: str) -> StableDiffusion3:
         channels=int(vae["latent_channels"]), width=config["num_attention_heads"] * config["attention_head_dim"],
         flow=True, large_blocks=True, chunked=True, longest=PATCH * table_side(config),
         defaults=MappingProxyType(dict(kind.defaults)),
+        few_steps="SD 3.5 large turbo" if kind.title == "SD 3.5 large" else None,
     )  # fmt: skip
     return StableDiffusion3(
         checkpoint=checkpoint, traits=traits, parts=(*encoders, denoiser, vae_part(spec)), vae=spec, notes=tuple(notes),

@@ -58,8 +58,9 @@ class Tiling:
 
 def plan_tiling(request: ResolvedRequest, family: Family) -> Tiling:
     """Plan the tiles of every step. Raises UsageError for sizes, overlaps and regions that do not suit the model."""
-    native, patch = family.native, family.traits.patch
+    patch = family.traits.patch
     step = math.lcm(family.granularity, patch)
+    native = _side(request, family, step)
     canvas, tile, crop = _canvas(request, native, step, patch)
     overlap = min(native, 2 * min(tile)) // 4 if request.overlap is None else latents_of(request.overlap)
     where: dict[str, Any] = {"canvas": canvas, "tile": tile, "overlap": -(-overlap // patch) * patch, "patch": patch}
@@ -98,6 +99,19 @@ def plan_tiling(request: ResolvedRequest, family: Family) -> Tiling:
 def pixels_of(sides: tuple[int, int]) -> tuple[int, int]:
     """(height, width) in latents → in pixels."""
     return FACTOR * sides[0], FACTOR * sides[1]
+
+
+def _side(request: ResolvedRequest, family: Family, step: int) -> int:
+    """Of what the model sees at once: its own, or a smaller one that was asked for. Raises UsageError."""
+    if (asked := request.tile_size) is None:
+        return family.native
+    pixels, least = FACTOR * step, FACTOR * min(family.native, step * SMALLEST)
+    if asked % pixels or not least <= asked <= FACTOR * family.native:
+        raise UsageError(
+            f"--tile-size {asked}: {family.traits.title} takes multiples of {pixels} from {least} to "
+            f"{FACTOR * family.native} pixels"
+        )
+    return asked // FACTOR
 
 
 def _canvas(

@@ -1,7 +1,12 @@
 """Read weights from disk in pieces of rows, with preadv into reused buffers, and cast them to fp32 at the point of use.
 
+<<<<<<< HEAD
+Files are never mapped: mapped pages count as RSS, the page cache behind pread does not. A thread reads ahead along the
+order of the previous pass, or the one that is expected. Of layers it knows the names and shapes of their parameters.
+=======
 Files are never mapped: mapped pages count as RSS, the page cache behind pread does not. A thread reads ahead in the
 order of the previous pass. Of layers, only the names and shapes of their parameters are known here.
+>>>>>>> main
 """
 
 from __future__ import annotations
@@ -9,8 +14,9 @@ from __future__ import annotations
 import math
 import os
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -219,6 +225,10 @@ class WeightStore:
         self._read_ahead(piece)
         self._cast(piece, raw, out, in_blocks=in_blocks)
         self._buffers.append(raw)
+
+    def expect(self, pieces: Iterable[Piece]) -> None:
+        """In which order pieces will be asked for, so that a first pass reads ahead too. Resident ones are left out."""
+        self._next.update(pairwise(piece for piece in pieces if piece.name not in self.resident))
 
     def raw(self, piece: Piece) -> bytes:
         """The bytes of a piece as stored."""
