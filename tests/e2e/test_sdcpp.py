@@ -19,11 +19,11 @@ from tests.e2e.test_quantised_files import assert_alike, picture
 from tests.models.test_denoiser_files import assert_same_weights
 from tiler.models.built import Models
 from tiler.models.family import open_family
-from tiler.packing import packed_weights
+from tiler.packing import packed_names, packed_parts, packed_weights
 from tiler.request.model import ModelOptions
 from tiler.weights.codecs import CODECS
 from tiler.weights.gguf import read_gguf
-from tiler.weights.store import WeightStore
+from tiler.weights.store import WeightStore, match_index
 
 # Of each tensor's name a part, and the type that it gets; of these blocks of 256 channels stable-diffusion.cpp leaves
 # nothing as it is.
@@ -96,5 +96,7 @@ def test_a_whole_checkpoint(sd_cli: Path, kind: str, tmp_path: Path) -> None:
     families = [open_family(ModelOptions(model=str(path))) for path in (made, twin_of(made))]
     assert_same_weights(*families)
     packed = [packed_weights(Models(family), tmp_path / "packed", lambda share, why: None) for family in families]
-    with WeightStore(packed[0]) as one, WeightStore(packed[1]) as other:
-        assert all(torch.equal(one.load(name), other.load(name)) for name in packed[0])
+    for part in packed_parts(families[0]):
+        indexes = [match_index(part.build(), stored, packed_names(part)) for stored in packed]
+        with WeightStore(indexes[0]) as one, WeightStore(indexes[1]) as other:
+            assert all(torch.equal(one.load(name), other.load(name)) for name in indexes[0]), part.name
