@@ -384,7 +384,6 @@ def read_tiny(checkpoint: Checkpoint, family: Family) -> VaeSpec:
     return VaeSpec(checkpoint=checkpoint, part="", config=config, tiny=True)
 
 
-# Names a parameter may have in published files, newest first.
 _OLD_ATTENTION = (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn"))
 
 
