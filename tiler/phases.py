@@ -37,6 +37,7 @@ from tiler.models.embeds import read_words
 from tiler.models.family import Family
 from tiler.models.loras import apply_loras, find_loras, notes_on_loras
 from tiler.models.prompting import notes_on_prompts
+from tiler.models.tiny_vae import open_tiny
 from tiler.output.latents import save_latents
 from tiler.output.picture import check_picture, check_size
 from tiler.pixels import Decoding, decode_pixels
@@ -130,7 +131,7 @@ def start(
 def open_models(family: Family, tiny_vae: str | None = None) -> Models:
     """The family's models, and the tiny decoder in the folder `tiny_vae`, to be built once for all that follows. Raises
     ModelError."""
-    return Models(family, None if tiny_vae is None else families.open_tiny(tiny_vae, family))
+    return Models(family, None if tiny_vae is None else open_tiny(tiny_vae, family))
 
 
 def make_plan(

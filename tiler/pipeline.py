@@ -68,6 +68,8 @@ def render(request: RenderRequest, budget: Budget | None = None, on_event: OnEve
             reference = phases.make_reference(run, picture, guide)
             del picture, guide
             latents = phases.denoise_canvas(run, prompts, reference, open_runner)
+            del prompts, reference
+            run.prepared = None  # nor is what was made of the prompts needed again
             phases.save_canvas(run, latents)
             # An error of the writer's must not leave the decoder's scratch files open.
             unscaled = pixels.Unscaled(latents, run.plan.decoder)

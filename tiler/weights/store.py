@@ -1,12 +1,8 @@
 """Read weights from disk in pieces of rows, with preadv into reused buffers, and cast them to fp32 at the point of use.
 
-<<<<<<< HEAD
-Files are never mapped: mapped pages count as RSS, the page cache behind pread does not. A thread reads ahead along the
-order of the previous pass, or the one that is expected. Of layers it knows the names and shapes of their parameters.
-=======
 Files are never mapped: mapped pages count as RSS, the page cache behind pread does not. A thread reads ahead in the
-order of the previous pass. Of layers, only the names and shapes of their parameters are known here.
->>>>>>> main
+order of the previous pass, or in the one that is expected. Of layers, only the names and shapes of their parameters are
+known here.
 """
 
 from __future__ import annotations
