@@ -1,5 +1,5 @@
-"""What a LoRA costs: user CPU seconds of a denoiser pass, which a busy machine changes little, and peaks, of equal passes
-with a LoRA of random factors and without one.
+"""What a LoRA costs: user CPU seconds of a denoiser pass, which a busy machine changes little, and peaks, of equal
+passes with a LoRA of random factors and without one.
 
     python scripts/bench_loras.py                              rank 32 at SD 1.5's size under 800 MB, fp32 and int8
     python scripts/bench_loras.py --model FOLDER --rank 128 --convs
@@ -7,14 +7,13 @@ with a LoRA of random factors and without one.
                                                                reading the weights, whatever the size of a picture
 
 A pass is that of the plan at 2048²: as many samples as share a read there. Both workers take the batch and the resident
-weights of the plan without the LoRA, so that nothing but the LoRA tells them apart; the last column is what the smallest
+weights of the plan without the LoRA, so that nothing else tells them apart; the last column is what the smallest
 ceiling of the plan grows by.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile

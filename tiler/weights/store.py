@@ -267,7 +267,7 @@ class WeightStore:
         return info.nbytes if info.transposed else info.bytes_of(piece.last - piece.first)
 
     def _stored(self, kept: torch.Tensor, piece: Piece) -> torch.Tensor:
-        """A piece of a tensor that is resident as stored; all of one that lies transposed, whose rows are everywhere."""
+        """A piece of a tensor that is resident as stored; all of one that lies transposed."""
         if self.index[piece.name].transposed:
             return kept
         ends = (self.index[piece.name].bytes_of(row) // kept.itemsize for row in (piece.first, piece.last))
