@@ -41,7 +41,7 @@ _BELOW_ONE = 1 - 1e-6  # of a first σ: multistep solvers take the logarithm of 
 
 
 class FlowSchedule(DiffusersSchedule):
-    """A `Schedule` around one of diffusers' flow-matching schedulers, whose latents are taken as they are."""
+    """A `Schedule` that wraps one of diffusers' flow-matching schedulers, which take latents unscaled."""
 
     def start(self, noise: Tensor, reference: Tensor | None, begin: int) -> Tensor:
         self.scheduler.set_begin_index(begin)
@@ -102,8 +102,8 @@ def shift_of(tokens: int, config: Any) -> float:
 
 
 def choose(asked: Scheduler, config: Mapping[str, Any]) -> Scheduler:
-    """AUTO becomes the checkpoint's own. Raises ModelError, and UsageError for a scheduler that is not for flow
-    matching."""
+    """The solver: AUTO becomes the checkpoint's own. Raises ModelError, and UsageError for a scheduler that is not for
+    flow matching."""
     cls = config.get("_class_name", "FlowMatchEulerDiscreteScheduler")
     if cls not in _OWN:
         known = ", ".join(_OWN)
@@ -150,7 +150,7 @@ def _euler(config: Mapping[str, Any], *, stochastic: bool) -> Any:
 
 
 def _solver(name: Scheduler, euler: Any) -> Any:
-    """A multistep solver that goes through the σ and timesteps of `euler`."""
+    """A multistep solver that uses the σ and timesteps of `euler`."""
     module, cls = _SOLVERS[name]
     with lean_imports():
         solver = getattr(import_module(f"diffusers.schedulers.{module}"), cls)(
