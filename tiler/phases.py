@@ -285,19 +285,21 @@ def _denoise(
     reseeded = [((slice(*rows), slice(*cols)), seed) for (rows, cols), seed in spans if seed is not None]
     noise, generator = canvas.initial_noise((1, plan.family.latent_channels, height, width), request.seed, reseeded)
     schedule = build_schedule(request, plan.family)
-    latents = schedule.start(noise, reference, begin)
+    first = plan.calls.first_of(begin)
+    latents = schedule.start(noise, reference, first)
     if begin == steps:
         return latents
     if phase == "canvas":
         previewing.watch(run.preview, schedule, begin, run.note)
-    denoising = canvas.Denoising(latents, tiles, schedule, generator, begin=begin, phase=phase)
+    denoising = canvas.Denoising(latents, tiles, schedule, generator, begin=first, phase=phase)
     if not denoising.take_up(run.job):  # a job that has this phase opens no weights for it
         return denoising.latents
     with interrupts.deferred(), open_runner(run, prompts) as runner:
         total = tiles.samples
         with closing(denoising.run(runner, run.job)) as loop:
             for state in loop:
-                detail = f"step {state.step + 1}/{steps}, {state.samples}/{state.total} tile passes"
+                step = plan.calls.step_of(state.step)
+                detail = f"step {step + 1}/{steps}, {state.samples}/{state.total} tile passes"
                 run.on_event(events.Progress(name=phase, done=denoising.samples_done, total=total, detail=detail))
     return denoising.latents
 
