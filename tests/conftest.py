@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import os
+import runpy
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
@@ -23,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for what tests share: test
 from tiler.memory.process import frugal_allocator
 
 frugal_allocator()
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns where it is imported, and diffusers imports it
 os.environ["TILER_CONFIG"] = os.devnull  # the habits of whoever runs the tests are not the tests'
 
 
@@ -77,6 +81,21 @@ def reference(tiny: Path) -> AutoencoderKL:
     from diffusers import AutoencoderKL
 
     return AutoencoderKL.from_pretrained(tiny / "vae", variant="fp16", torch_dtype=torch.float32).eval()
+
+
+@pytest.fixture
+def quanto(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """optimum-quanto, with its own unpacking in Python in place of an extension that takes half a minute to compile in
+    a new environment."""
+    found = pytest.importorskip("optimum.quanto")
+    from optimum.quanto.library.extensions.extension import get_extension
+
+    with monkeypatch.context() as patch:
+        patch.setattr("torch.library.define", lambda *args: None)
+        patch.setattr("torch.library.impl", lambda *args: lambda function: function)
+        own = runpy.run_path(str(Path(found.__file__).with_name("library") / "unpack.py"))
+    monkeypatch.setattr(get_extension("quanto_cpp"), "_lib", SimpleNamespace(unpack=own["unpack"]))
+    return found
 
 
 class Ran(NamedTuple):

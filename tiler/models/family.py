@@ -122,9 +122,10 @@ class Part:
 
     `name` is its folder. `build` creates it on the meta device. `aliases` gives the names that a parameter may have in
     files. `quantise` selects the parameters that may become int8, `half` those that may be multiplied in bf16 (None:
-    the same ones), and `once` those that are read before the steps and not during them. A text encoder must have an
-    `example`, which runs it as `Family.encode` does for prompts of the greatest length, also with weights on the meta
-    device, to measure its memory.
+    the same ones), and `once` those that are read before the steps and not during them. With `rotate`, the inputs of
+    int8 weights are rotated because some of them are outliers. A text encoder must have an `example`, which runs it as
+    `Family.encode` does for prompts of the greatest length, also with weights on the meta device, to measure its
+    memory.
     """
 
     name: str
@@ -136,6 +137,7 @@ class Part:
     half: Callable[[str], bool] | None = None
     once: Callable[[str], bool] = no_parameter
     arena_bytes: int | None = None
+    rotate: bool = False
     example: Callable[[Any], object] | None = None
 
     def int8_weights(self, module: nn.Module) -> frozenset[str]:
