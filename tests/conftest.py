@@ -39,6 +39,14 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["XDG_CACHE_HOME"] = str(home)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """scripts/test wants to know which rows of the table of faults were run."""
+    if (told := os.environ.get("TILER_ROWS")) and not hasattr(config, "workerinput"):
+        from tests import faults
+
+        config.pluginmanager.register(faults.Rows(Path(told), faults.read_rows(faults.README.read_text())))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with full-size tests come first: a worker that began one of them last would run on alone for minutes."""
     large = {item.path for item in items if item.get_closest_marker("full")}
