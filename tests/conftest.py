@@ -121,6 +121,7 @@ def tiler(tmp_path: Path):
 def in_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
     """Run `tiler` in the test's own process, in an empty folder, in a quarter of the time: for all that is not about
     processes, their memory and signals."""
+    from tiler.cli import supervise
     from tiler.cli.main import main
 
     def run(*args: object, env: dict[str, str] | None = None) -> Ran:
@@ -135,6 +136,7 @@ def in_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Ca
             patch.setattr(sys, "argv", ["tiler", *map(str, args)])
             # These change the whole process for a run that ends with it; the tests go on.
             patch.setattr("tiler.memory.lean_imports.lean_torch", lambda: None)
+            patch.setattr("tiler.cli.queues.hand_over", lambda spec: sys.exit(supervise.run(spec)))
             ours = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
             before, threads = [signal.getsignal(number) for number in ours], torch.get_num_threads()
             try:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from tiler.cli import options as o
-from tiler.cli import queues, render
+from tiler.cli import queues, render, supervise
 from tiler.errors import UsageError
-from tiler.jobs.queue import DONE, Queue, lower_priority
-from tiler.jobs.rows import NAME, Row, read_rows
+from tiler.jobs.claims import host
+from tiler.jobs.results import file_of
+from tiler.jobs.rows import NAME, Row, grows, read_rows
 
 
 def command(
@@ -35,6 +37,14 @@ def command(
     ] = None,
     max_ram: o.MaxRam = "800MB",
     fail_fast: Annotated[bool, typer.Option("--fail-fast", help="End with the first row that fails.")] = False,
+    share: Annotated[
+        bool,
+        typer.Option(
+            "--share",
+            help="Several machines with this folder draw its rows, each those that no other has begun. One that has not been heard "
+            "of for 15 minutes loses its row to the next.",
+        ),
+    ] = False,
     nice: Annotated[int, typer.Option("--nice", metavar="N", min=0, max=19, help="Let other programs go first.")] = 10,
     quiet: o.Quiet = False,
 ) -> None:  # fmt: skip
@@ -49,24 +59,26 @@ def command(
     root = output_dir or file.parent
     if not root.is_dir():
         raise UsageError(f"{root} does not exist; create it first")
-    queue = Queue(
-        root=root,
-        results=file.with_name(f"{file.name}.results.jsonl"),
-        defaults=(*context.args, *["--quiet"] * quiet),
-        max_ram_bytes=queues.ceiling_of_pictures(max_ram),
-        check=queues.parser(render.run),
-        name=output,
-        fail_fast=fail_fast,
-        say=queues.speaker(quiet=quiet),
+    checker = queues.Checker(
+        root=root, defaults=(*context.args, *["--quiet"] * quiet), name=output, parse=queues.parser(render.run)
     )
-    queue.check(queue.defaults)
-    queue.ask(Row(0, "x", (), None))
-    if file.suffix.lower() == ".toml":
-        queues.check_outputs(read_rows(file), queue, f"{file}: ")
+    common = checker.ask(Row(0, None, (), None))
+    if share and common.force:
+        raise UsageError("--share takes a picture that is there for one that is done; leave out --force")
+    ceiling = queues.ceiling(max_ram)
+    growing = {"file": str(file), "root": str(root), "defaults": list(checker.defaults), "name": output}
+    rows = -1 if grows(file) else queues.check_all(read_rows(file), checker, f"{file}: ")
     lower_priority(nice)
-    tally = queue.run(read_rows(file))
-    if not quiet:
-        typer.echo(str(tally) or f"{file}: no rows")
-        if tally.statuses[DONE]:
-            typer.echo(f"results: {queue.results}")
-    raise SystemExit(tally.exit_code)
+    queues.hand_over(
+        supervise.Spec(
+            root=str(root), results=str(file_of(file, host() if share else "")), file=str(file), max_ram_bytes=ceiling,
+            rows=rows, reader=growing if grows(file) else None, shared=share, fail_fast=fail_fast, silent=quiet,
+            quiet=quiet, is_batch=True,
+        )
+    )  # fmt: skip
+
+
+def lower_priority(nice: int) -> None:
+    """So that other programs come first."""
+    if nice:
+        os.nice(nice)

@@ -15,7 +15,8 @@ from tiler.cli import options as o
 from tiler.cli import render
 from tiler.errors import JobError, UsageError
 from tiler.jobs import manifest as manifests
-from tiler.jobs.folder import LOCK, MANIFEST, SUFFIX, folder_of, newest_facts
+from tiler.jobs.folder import folder_of, newest_facts
+from tiler.jobs.layout import LOCK, MANIFEST, SUFFIX
 from tiler.jobs.lock import is_held
 from tiler.jobs.manifest import Manifest
 from tiler.jobs.queue import common_code
