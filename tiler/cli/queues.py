@@ -106,7 +106,7 @@ class Checker:
             words=self._words(row),
             output=str(output.relative_to(self.root)),
             job=str(folder_of(output, asked.job_dir)),
-            digest=_digest(asked, output),
+            digest=_digest(asked, output.relative_to(self.root)),
             notes=list(row.notes),
             wants_encoder=has_large_encoder(asked),
         )

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from tiler.cli import failure, queues, render
 from tiler.cli.terminal import prepare_signals, prepare_streams
-from tiler.jobs.queue import BATCH
 from tiler.jobs.rows import read_entries
+
+_MOST = 512  # rows that are read at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +51,7 @@ def read(asked: Asked) -> dict[str, int]:
             for row in entry.rows:
                 told.write(json.dumps(checker.take(row)._asdict()).encode() + b"\n")
             at, found = entry.end, found + len(entry.rows)
-            if found >= BATCH:
+            if found >= _MOST:
                 break
     return {"at": at, "index": asked.index + found, "rows": found}
 
