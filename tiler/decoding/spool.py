@@ -1,5 +1,5 @@
 """Passes that are remembered: a decoder's rows in files with names, and a journal with a line for each pass that is
-whole.
+whole; or, of a decoder without passes, the picture's own rows as far as they are made (kept.py).
 
 A line tells of the rows, of the statistics that the next norm needs, and of the earlier files that nobody reads any
 more. What a kill leaves is whole: the page cache outlives a process. After a power cut, another boot, only lines count
@@ -30,7 +30,8 @@ _PART_EVERY = 5.0  # seconds of a pass's work that a kill may take, where it can
 @dataclass(frozen=True, kw_only=True)
 class Line:
     """A pass, or its first rows where it is not `whole`. `statistics` are count, means and sums of squares by group,
-    floats as hexadecimal; `scales` of rows that are stored scaled; `closes` are passes whose rows are read by then."""
+    floats as hexadecimal; `scales` of rows that are stored scaled; `closes` are passes whose rows are read by then;
+    `heights` of the strips that a picture's own rows came in."""
 
     number: int
     channels: int
@@ -42,6 +43,7 @@ class Line:
     scales: list[float] | None = None
     closes: tuple[int, ...] = ()
     attended: int = 0  # strips
+    heights: list[int] | None = None
     boot: str = ""
     synced: bool = False
 
@@ -94,8 +96,8 @@ class Spool:
         self._told = now
         if synced:
             self._synced = now
-        if line.whole:
-            self._on_pass(_where(line.number, self._what))
+        if line.whole or line.heights is not None:
+            self._on_pass(_where(line.number, line.count, self._what, has_rows=line.heights is not None))
 
     def _write(self, said: dict[str, Any], *, synced: bool) -> None:
         text = json.dumps(said)
@@ -158,14 +160,19 @@ class Spool:
 
 
 def where_in(folder: Path) -> str:
-    """How far the passes there are: "pass 12 of the decoder"; empty where none is whole."""
+    """How far the passes there are: "pass 12 of the decoder", or "row 640 of the decoder"; empty where none is
+    whole."""
     said = [each for each, _ in _read(folder / JOURNAL)]
-    whole = [each["number"] for each in said if each.get("whole")]
-    return _where(max(whole), said[0].get("what", "")) if whole else ""
+    of_picture = [each for each in said if each.get("heights") is not None]
+    whole = of_picture or [each for each in said if each.get("whole")]
+    if not whole:
+        return ""
+    last = max(whole, key=lambda each: (each["number"], each["count"]))
+    return _where(last["number"], last["count"], said[0].get("what", ""), has_rows=bool(of_picture))
 
 
-def _where(number: int, what: str) -> str:
-    return f"pass {number + 1} of {what}"
+def _where(number: int, rows: int, what: str, *, has_rows: bool) -> str:
+    return f"row {rows} of {what}" if has_rows else f"pass {number + 1} of {what}"
 
 
 def bytes_in(folder: Path) -> int:
