@@ -21,7 +21,10 @@ from tiler.planning.tiling import plan_tiling
 from tiler.request import ModelOptions, RenderRequest
 from tiler.weights.encoders import LARGE
 
-_READ_ALIKE = (*(f.name for f in fields(ModelOptions)), "loras", "lora_dir", "embd_dir", "emphasis", "clip_skip", "cache_dir", "precision")  # fmt: skip
+_READ_ALIKE = (
+    *(f.name for f in fields(ModelOptions)),
+    "loras", "lora_dir", "embd_dir", "emphasis", "clip_skip", "cache_dir", "precision",
+)  # fmt: skip
 
 
 def encode_ahead(requests: Sequence[RenderRequest], budget: Budget, on_event: OnEvent) -> int:

@@ -48,9 +48,8 @@ def test_the_process_of_a_queue_stays_small(tmp_path: Path) -> None:
         "mark = next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1]\n"
         "print(code, int(mark) * 1024, sorted({'typer', 'torch', 'hashlib', 'psutil'} & set(sys.modules)))"
     )
-    told = subprocess.run(
-        [sys.executable, "-c", program, json.dumps(asdict(spec))], cwd=tmp_path, stdout=subprocess.PIPE, text=True, check=True
-    )  # fmt: skip
+    command = [sys.executable, "-c", program, json.dumps(asdict(spec))]
+    told = subprocess.run(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True, check=True)
     code, peak, imported = told.stdout.split(maxsplit=2)
     assert (code, imported.strip()) == ("2", "[]") and int(peak) < 20_000_000
     assert len((tmp_path / "r.jsonl").read_text().splitlines()) == 600

@@ -22,7 +22,8 @@ def command(
         Path,
         typer.Argument(
             metavar="FILE",
-            help=r"jobs.toml with \[\[image]] tables, jobs.jsonl with an object a line, or a text with a prompt a line.",
+            help=r"jobs.toml with \[\[image]] tables, jobs.jsonl with an object a line, or a text with a prompt a "
+            "line.",
         ),
     ],
     output: Annotated[
@@ -45,8 +46,8 @@ def command(
         bool,
         typer.Option(
             "--share",
-            help="Several machines with this folder draw its rows, each those that no other has begun. One that has not been heard "
-            "of for 15 minutes loses its row to the next.",
+            help="Share the rows with other machines that run this command in the same folder. A row whose machine is "
+            "silent for 15 minutes is drawn by another.",
         ),
     ] = False,
     nice: Annotated[int, typer.Option("--nice", metavar="N", min=0, max=19, help="Let other programs go first.")] = 10,
