@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -14,9 +15,10 @@ from typing import Any
 import pytest
 
 from tests.jobs.test_folder import ask, roomy
-from tiler import render
+from tiler import events, render
 from tiler.cli import queues, supervise
 from tiler.cli import render as cli_render
+from tiler.cli.terminal import prepare_signals
 from tiler.jobs import claims
 from tiler.jobs.queue import BESIDE, Checked, Queue
 from tiler.jobs.results import Results, file_of
@@ -196,4 +198,38 @@ def test_encoding_ahead_fills_the_cache(tiny: Path, tmp_path: Path, monkeypatch:
     monkeypatch.setattr("tiler.encoding._encode", encode)
     render(
         ask(tiny, tmp_path / "x.png", prompt="b [c|d]", cache_dir=tmp_path, guide=False, num_inference_steps=2), roomy()
+    )
+
+
+def test_other_programs_go_first(in_process: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far as --nice says; a batch is that nice by itself."""
+    (tmp_path / "q.txt").write_text("a\n")
+    asked: list[int] = []
+    monkeypatch.setattr(os, "nice", asked.append)
+    monkeypatch.setattr(supervise, "run", lambda spec: 0)
+    for words in (["batch", "q.txt"], ["batch", "q.txt", "--nice", 3], ["render", "x", "--model", "gone", "--nice", 4]):
+        in_process(*words)
+    assert asked == [10, 3, 4]
+
+
+def test_a_signal_saves_a_render_that_goes_on(tiny: Path, tmp_path: Path) -> None:
+    """SIGUSR1: at the next tile, and once."""
+    before, saved = signal.getsignal(signal.SIGUSR1), list[str]()
+    prepare = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    prepare_signals()
+
+    def told(event: events.Event) -> None:
+        if isinstance(event, events.Progress) and event.name == "canvas" and event.done == 2:
+            signal.raise_signal(signal.SIGUSR1)
+        if isinstance(event, events.Saved):
+            saved.append(event.where)
+
+    try:
+        render(ask(tiny, tmp_path / "x.png", guide=False), roomy(), told)
+    finally:
+        for number, handler in zip((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), prepare, strict=True):
+            signal.signal(number, handler)
+        signal.signal(signal.SIGUSR1, before)
+    assert sum(where.startswith("canvas step 1/4") or where.startswith("canvas step 2/4") for where in saved) == 1, (
+        saved
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -50,7 +49,7 @@ def command(
             "silent for 15 minutes is drawn by another.",
         ),
     ] = False,
-    nice: Annotated[int, typer.Option("--nice", metavar="N", min=0, max=19, help="Let other programs go first.")] = 10,
+    nice: o.Nice = 10,
     quiet: o.Quiet = False,
 ) -> None:  # fmt: skip
     """Render all pictures of a file, one process for each, under one memory ceiling.
@@ -73,7 +72,7 @@ def command(
     ceiling = queues.ceiling(max_ram)
     growing = {"file": str(file), "root": str(root), "defaults": list(checker.defaults), "name": output}
     rows = -1 if grows(file) else queues.check_all(read_rows(file), checker, f"{file}: ")
-    lower_priority(nice)
+    o.lower_priority(nice)
     queues.hand_over(
         supervise.Spec(
             root=str(root), results=str(file_of(file, host() if share else "")), file=str(file), max_ram_bytes=ceiling,
@@ -81,9 +80,3 @@ def command(
             quiet=quiet, is_batch=True,
         )
     )  # fmt: skip
-
-
-def lower_priority(nice: int) -> None:
-    """So that other programs come first."""
-    if nice:
-        os.nice(nice)

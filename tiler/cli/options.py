@@ -40,6 +40,13 @@ Threads = Annotated[
         help=r"CPU threads. [dim]\[default: all cores][/dim]",
     ),
 ]
+Nice = Annotated[
+    int,
+    typer.Option(
+        "--nice", rich_help_panel=Panel.MEMORY, metavar="N", min=0, max=19,
+        help="Let other programs go first, the more the higher N is.",
+    ),
+]  # fmt: skip
 Report = Annotated[
     Path | None,
     typer.Option(
@@ -241,6 +248,12 @@ def prepare_process(threads: int | None, *, torch: bool = True) -> None:
         os.environ["OMP_NUM_THREADS"] = str(threads)
     if torch:
         lean_torch()
+
+
+def lower_priority(nice: int) -> None:
+    """Let other programs go first."""
+    if nice:
+        os.nice(nice)
 
 
 def check_report(report: Path | None, *outputs: Path | None, force: bool) -> None:

@@ -24,6 +24,7 @@ def run(
     output_dir: several.OutputDir = None,
     max_ram: o.MaxRam = "800MB",
     threads: o.Threads = None,
+    nice: o.Nice = 0,
     report: o.Report = None,
     on_done: o.OnDone = None,
     quiet: o.Quiet = False,
@@ -44,6 +45,7 @@ def run(
             quiet=quiet, log_json=log_json, json_output=json_output, own=run,
         )  # fmt: skip
     request = several.place(replace(request, seed=wanted[0]), output_dir)
+    o.lower_priority(nice)
     output = request.output or Path("tiler.png")
     o.check_stdout(output, json_output=json_output)
     o.check_report(report, output, request.save_latents, force=request.force)
