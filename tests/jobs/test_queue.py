@@ -233,3 +233,27 @@ def test_a_signal_saves_a_render_that_goes_on(tiny: Path, tmp_path: Path) -> Non
     assert sum(where.startswith("canvas step 1/4") or where.startswith("canvas step 2/4") for where in saved) == 1, (
         saved
     )
+
+
+def test_a_row_for_which_the_disk_has_no_room_waits_for_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is tried once more at the end."""
+    order: list[str] = []
+
+    class Process:
+        returncode = 0
+
+        def __init__(self, command: list[str], **options: object) -> None:
+            (self.output,) = (word[9:] for word in command if word.startswith("--output="))
+            order.append(Path(self.output).name)
+            self.returncode = 6 if order.count("1.png") == 1 and order[-1] == "1.png" else 0
+
+        def communicate(self, timeout: object) -> tuple[bytes, None]:
+            return json.dumps(
+                {"error": "full", "seed": 1, "peak_rss_bytes": 1, "versions": {}, "sha256": ""}
+            ).encode(), None
+
+    monkeypatch.setattr("tiler.jobs.queue.popen", Process)
+    tally = queue_of(tmp_path).run([[row(tmp_path, 1), row(tmp_path, 2)]])
+    assert order == ["1.png", "2.png", "1.png"] and str(tally) == "2 done" and tally.exit_code == 0

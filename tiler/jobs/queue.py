@@ -94,14 +94,14 @@ class Queue:
     def run(self, rows: Iterable[Iterable[Checked]]) -> Tally:
         """Draw all rows that are not done yet, those that are known at a time by those. Raises Interrupted, after the
         picture under way has saved itself, and StorageError."""
-        later: list[Checked] = []  # rows that another machine draws
+        later: list[Checked] = []  # rows that another machine draws, or for which the disk has no room now
         for known in rows:
             for batch in _batches(self._undone(known)):
                 self._draw_batch(batch, later)
                 if self._is_over:
                     return self.tally
         for row in later:
-            if self.results.is_done(row.row, row.digest) or not self._draw(row):
+            if self.results.is_done(row.row, row.digest) or not self._draw(row, is_last=True):
                 self.tally.statuses[ELSEWHERE] += 1
             if self._is_over:
                 break
@@ -144,8 +144,9 @@ class Queue:
             if self._is_over:
                 return
 
-    def _draw(self, row: Checked) -> bool:
-        """False where another machine draws it."""
+    def _draw(self, row: Checked, *, is_last: bool = False) -> bool:
+        """False where another machine draws it, and where it is not the `is_last` try and the disk fails: other rows
+        may need less room."""
         output, job = self.root / row.output, Path(row.job)
         try:
             output.parent.mkdir(parents=True, exist_ok=True)
@@ -154,20 +155,18 @@ class Queue:
             self._note(row, FAILED, StorageError.exit_code, {"error": why})
             return True
         if not self.shared:
-            self._draw_here(row, output)
-            return True
+            return self._draw_here(row, output, is_last=is_last)
         if not claims.claim(job):
             return False
         try:
             if self._is_done(row):  # between the first look and the claim
                 self.tally.statuses[SKIPPED] += 1
                 return True
-            return self._draw_here(row, output)
+            return self._draw_here(row, output, is_last=is_last)
         finally:
             claims.release(job)
 
-    def _draw_here(self, row: Checked, output: Path) -> bool:
-        """False where a process that is none of a queue's draws it, on another machine."""
+    def _draw_here(self, row: Checked, output: Path, *, is_last: bool) -> bool:
         keeps = "--keep-job" in row.words
         own = ["--json", f"--max-ram={self.max_ram_bytes}", f"--output={output}", *["--keep-job"] * (not keeps)]
         at = row.words.index("--") if "--" in row.words else len(row.words)
@@ -187,6 +186,9 @@ class Queue:
         facts: dict[str, Any] = {"started": started, "seconds": round(time.monotonic() - start, 1)}
         code = process.returncode if process.returncode >= 0 else 128 - process.returncode
         if code == JobLocked.exit_code and self.shared:
+            return False
+        if code == StorageError.exit_code and not is_last and not self.fail_fast:
+            self.say(f"row {row.row}: waits until the other rows are drawn")
             return False
         if code == 0:
             report = json.loads(told)
