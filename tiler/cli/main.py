@@ -30,6 +30,7 @@ from tiler.cli import (
     render,
     resume,
     several,
+    view,
     worker,
 )
 from tiler.cli.terminal import harmless, prepare_signals, prepare_streams, silence
@@ -84,6 +85,7 @@ app.command("decode")(decode.command)
 app.command("quantize")(quantize.command)
 app.command("worker")(worker.command)
 app.command("info")(info.command)
+app.command("view")(view.command)
 app.command("doctor")(doctor.command)
 app.command("models")(models.command)
 app.add_typer(cache.app, name="cache")
