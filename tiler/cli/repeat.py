@@ -61,8 +61,9 @@ def repeat(picture: Path, typed: frozenset[str], defaults: Mapping[str, Any]) ->
             values["scheduler"] = _scheduler(str(values["scheduler"]), recipe)
         if not recipe.is_whole and "schedule_type" not in typed and values.get("scheduler") not in _KARRAS_OWN:
             values["schedule_type"] = _levels(recipe)
-        if "guide_image" in values:
-            values["guide_image"] = _guide(str(values["guide_image"]), picture)
+        for name, flag in (("guide_image", "guide"), ("repaint", "repaint")):
+            if name in values:
+                values[name] = _beside(str(values[name]), picture, flag)
     except ModelError as error:
         raise ModelError(f"{picture}: {error}") from error
     if "loras" in values:
@@ -79,7 +80,7 @@ def repeat(picture: Path, typed: frozenset[str], defaults: Mapping[str, Any]) ->
         values["guidance_interval"] = tuple(interval)
     if "Hires upscale" in recipe.others:
         values |= {name: side for name, side in _size(picture).items() if name not in typed}
-    if values.get("paper") is not None:
+    if values.get("paper") is not None or "repaint" in (*values, *typed):
         values = {name: value for name, value in values.items() if name not in ("width", "height")}
     values = {name: value for name, value in values.items() if value is not None}
     if recipe.is_whole:
@@ -165,12 +166,13 @@ def _levels(recipe: Recipe) -> ScheduleType | None:
         raise ModelError(f"made with the schedule type {name!r}, which tiler lacks; give --schedule-type") from error
 
 
-def _guide(name: str, picture: Path) -> Path:
-    """The guide's file, beside the picture or here. Raises ModelError."""
+def _beside(name: str, picture: Path, flag: str) -> Path:
+    """A file of the user's that the picture was made from, beside it or here. Raises ModelError."""
     for folder in (picture.parent, Path()):
         if (path := folder / name).is_file():
             return path
-    raise ModelError(f"made from the guide {name}, which is not beside it; give --guide")
+    what = "guide" if flag == "guide" else "mask"
+    raise ModelError(f"made from the {what} {name}, which is not beside it; give --{flag}")
 
 
 def _lora(said: Mapping[str, Any], picture: Path) -> Lora:

@@ -16,7 +16,18 @@ from tiler.request.render import OF_THE_RUN
 
 _EMPHASIS = {Emphasis.NO_NORM: "No norm", Emphasis.IGNORE: "Ignore", Emphasis.NONE: "None"}  # as A1111 writes them
 _RESOLVED = ("size", "preset", "scale", "revision")  # in the values of others; the last in its commit
-_FILES = "model", "tiny_vae", "guide_image", "diffusion_model", "vae", "text_encoder", "clip_l", "clip_g", "t5xxl"
+_FILES = (
+    "model",
+    "tiny_vae",
+    "guide_image",
+    "repaint",
+    "diffusion_model",
+    "vae",
+    "text_encoder",
+    "clip_l",
+    "clip_g",
+    "t5xxl",
+)
 
 XMP = "XML:com.adobe.xmp"  # the keyword of PNG (third edition), 11.3.3.4
 _TRAINED, _COMPOSITE = "trainedAlgorithmicMedia", "compositeWithTrainedAlgorithmicMedia"  # IPTC's digital source types

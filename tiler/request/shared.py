@@ -97,6 +97,11 @@ JOB_DIR = Option(
 SCALE = Option(
     "Enlarge the picture of --guide so many times; its size decides the size.", Panel.PICTURE, ("--scale",)
 )  # fmt: skip
+REPAINT = Option(
+    "Paint again what is white in MASK, a picture of the same shape as --guide's, and leave every other pixel of that "
+    "picture as it is; only tiles under the mask are denoised.",
+    Panel.PICTURE, ("--repaint",), metavar="MASK",
+)  # fmt: skip
 KEYS = Option(
     "Folder with the pair of keys that every machine of a cluster has; `tiler cluster keys FOLDER` makes it.",
     Panel.CLUSTER, ("--keys",), metavar="FOLDER",
