@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from tiler import denoiser, encoding, events, interrupts, packing, previewing
+from tiler import denoiser, encoding, events, interrupts, packing, previewing, repainting
 from tiler.decoding import FACTOR, method
 from tiler.decoding.rows import Pixels
 from tiler.decoding.spool import Spool, bytes_in
@@ -128,7 +128,8 @@ def start(
         run.note(f"no prompt was given; this is the model's own: {settings.prompt}")
     on_prompts = notes_on_prompts(settings, family, has_guide=plan.guide is not None)
     on_loras = *notes_on_loras(settings, loras, models, spoken.read_as), *models.loras.notes
-    run.tell((*on_prompts, *on_loras, *found.notes, *family.notes, *plan.notes, memory_warning(budget.max_bytes)))
+    others = repainting.note_on_format(settings), memory_warning(budget.max_bytes)
+    run.tell((*on_prompts, *on_loras, *found.notes, *family.notes, *plan.notes, *others))
     return run
 
 

@@ -212,7 +212,7 @@ VALUES: dict[str, Any] = {
     "regions": (Region(prompt="boat", rows=(0, 64), cols=(8, 64), mask="gaussian", seed=3, negative_prompt=""),),
 }  # fmt: skip
 ELSEWHERE = {
-    "model", "revision", "prompt", "guide_image", "scale", "loras", "tiny_vae", "diffusion_model", "vae",
+    "model", "revision", "prompt", "guide_image", "scale", "repaint", "loras", "tiny_vae", "diffusion_model", "vae",
     "text_encoder", "clip_l", "clip_g", "t5xxl",
 }  # fmt: skip
 """Files, which have tests of their own, and the prompt, which every picture has."""
