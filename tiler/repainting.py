@@ -12,15 +12,13 @@ from tiler.diffusion.poster import Poster, mask_rows
 from tiler.diffusion.spot import Spot, put_back
 from tiler.output.picture import format_of
 from tiler.request import ResolvedRequest
-from tiler.request.choices import Format
+from tiler.request.choices import LOSSY
 from tiler.run import Run
-
-_LOSSY = (Format.JPEG, Format.WEBP, Format.AVIF)
 
 
 def note_on_format(request: ResolvedRequest) -> str | None:
     """What a user should know where pixels outside the mask cannot stay as they are."""
-    if request.repaint is None or (format := format_of(request.output, request.format)) not in _LOSSY:
+    if request.repaint is None or (format := format_of(request.output, request.format)) not in LOSSY:
         return None
     return f"all of the picture is encoded anew as {format}, and changes a little; write a .png to keep what is not painted"
 

@@ -33,6 +33,7 @@ from tiler.cli import (
     view,
     worker,
 )
+from tiler.cli import options as o
 from tiler.cli.terminal import harmless, prepare_signals, prepare_streams, silence
 from tiler.errors import Interrupted, TilerError
 from tiler.files import written
@@ -85,9 +86,9 @@ app.command("decode")(decode.command)
 app.command("quantize")(quantize.command)
 app.command("worker")(worker.command)
 app.command("info")(info.command)
-app.command("view")(view.command)
+app.command("view")(o.in_environment(view.command))
 app.command("doctor")(doctor.command)
-app.command("models")(models.command)
+app.command("models")(o.in_environment(models.command))
 app.add_typer(cache.app, name="cache")
 app.add_typer(config.app)
 app.add_typer(cluster.app)
@@ -166,6 +167,6 @@ def _fail(message: str, code: int, notes: Sequence[str]) -> None:
         sys.stderr.flush()
     with suppress(OSError, ValueError):
         if message and code and "--json" in sys.argv:  # programs read of errors where they read of results
-            print(json.dumps({"error": message, "exit_code": code}))
+            print(json.dumps({"schema": 1, "error": message, "exit_code": code}))
         sys.stdout.flush()
     sys.exit(code)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from typing import Any
 
@@ -30,7 +29,7 @@ def run(
     with ProgressPrinter(budget, quiet=False) as printer:
         planned = plan(request, budget, printer)
     if json_output:
-        typer.echo(json.dumps(planned.facts()))
+        o.tell(planned.facts())
     else:
         _print(planned.facts(), planned.plan)
     planned.check()

@@ -17,7 +17,7 @@ NoBrowser = Annotated[bool, typer.Option("--no-browser", help="Only print the pa
 Scratch = Annotated[
     Path | None,
     typer.Option(
-        "--scratch", metavar="PATH", show_default=False, envvar="TILER_SCRATCH", show_envvar=False,
+        "--scratch", metavar="PATH", show_default=False,
         help=r"Folder for the tiles, as long as the page is served. [dim]\[default: $TMPDIR or /tmp][/dim]",
     ),
 ]  # fmt: skip

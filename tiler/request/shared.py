@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tiler.request.choices import parse_format
 from tiler.request.loras import parse_lora
 from tiler.request.options import Option, Panel
 
@@ -12,7 +13,7 @@ OUTPUT = Option(
 )  # fmt: skip
 FORMAT = Option(
     "The picture's format on standard output: png, jpeg, pdf, webp or avif.",
-    Panel.OUTPUT, ("--format",), metavar="NAME", default="png",
+    Panel.OUTPUT, ("--format",), parse=parse_format, metavar="NAME", default="png",
 )  # fmt: skip
 QUALITY = Option(
     "Of a JPEG, WebP or AVIF, 1–100; from 90 on, JPEG and AVIF store colours at full resolution.",
