@@ -70,6 +70,16 @@ def test_pictures_of_others_leave_the_rest_as_it_is(tmp_path: Path) -> None:
     assert "not the same one" in found.notes[0] and "Eta" in found.notes[1]
 
 
+def test_what_automatic1111_says_of_vae_emphasis_and_tiling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(Kind.VAE.variable, str(tmp_path))
+    path = png(tmp_path / "x.png", parameters=infotext(VAE="soft.safetensors", Emphasis="No norm", Tiling="True"))
+    found = repeat(path, NOTHING, DEFAULTS)
+    assert (found.values["emphasis"], found.values["wrap"], "vae" in found.values) == ("no-norm", "xy", False)
+    assert "the vae 'soft', which is in none of the vae_dirs: the model's own takes its place" in found.notes[-1]
+    (tmp_path / "soft.safetensors").touch()
+    assert repeat(path, NOTHING, DEFAULTS).values["vae"] == str(tmp_path / "soft.safetensors")
+
+
 def test_a_picture_of_two_passes_has_its_own_size(tmp_path: Path) -> None:
     values = repeat(png(tmp_path / "x.png", parameters=infotext(**{"Hires upscale": "2"})), NOTHING, DEFAULTS).values
     assert (values["width"], values["height"]) == (40, 24)

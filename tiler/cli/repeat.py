@@ -56,7 +56,15 @@ def repeat(picture: Path, typed: frozenset[str], defaults: Mapping[str, Any]) ->
         if "model" in values:
             values["model"], said = _model(str(values["model"]), recipe)
             notes += said
-        values |= {name: _found(str(values[name]), kind, name) for name, kind in _PARTS.items() if values.get(name)}
+        for name, kind in _PARTS.items():
+            if values.get(name):
+                try:
+                    values[name] = _found(str(values[name]), kind, name)
+                except ModelError as error:
+                    if recipe.is_whole:
+                        raise
+                    notes.append(f"{str(error).partition(';')[0]}: the model's own takes its place")
+                    del values[name]
         if "scheduler" in values:
             values["scheduler"] = _scheduler(str(values["scheduler"]), recipe)
         if not recipe.is_whole and "schedule_type" not in typed and values.get("scheduler") not in _KARRAS_OWN:
@@ -103,7 +111,8 @@ def _notes(recipe: Recipe, fields: frozenset[str]) -> Iterator[str]:
 def _model(name: str, recipe: Recipe) -> tuple[str, list[str]]:
     """The model by its name and by the hash that is told beside it, and what a user should know. No file is hashed but
     those of that name. Raises ModelError, UsageError."""
-    told = (str(recipe.others.get(key, "")) for key in ("model_hash", "Model hash", "base_model_hash"))
+    told = [str(recipe.others.get(key, "")) for key in ("model_hash", "Model hash", "base_model_hash")]
+    told += re.findall(r'"model": *"(\w+)"', str(recipe.others.get("Hashes", "")))
     digest = next((text for text in told if re.fullmatch(r"[0-9a-fA-F]{8,64}", text)), None)
     if digest is None or _is_place(name):
         return _found(name, Kind.MODEL, "model"), []
