@@ -41,13 +41,13 @@ from tiler.models.embeds import read_words
 from tiler.models.family import Family
 from tiler.models.loras import apply_loras, find_loras, notes_on_loras
 from tiler.models.prompting import notes_on_prompts
+from tiler.models.tiny_vae import open_tiny
 from tiler.output.latents import save_latents
 from tiler.output.picture import check_picture, check_size
 from tiler.pixels import Decoding, decode_pixels
 from tiler.planning.advice import advise
 from tiler.planning.render import RenderPlan, build_schedule, plan_render
 from tiler.planning.resolve import resolve
-from tiler.planning.table import MemoryPlan
 from tiler.planning.tiling import Tiling, pixels_of, plan_tiling
 from tiler.previewing import Preview
 from tiler.request import Decode, GuideUpscale, Precision, RenderRequest, ResolvedRequest
@@ -116,6 +116,7 @@ def start(
     spoken = encoding.find_prompts(begun, models, tiling.texts, words)
     embeds = bool(spoken.read_as.embeddings)
     plan = make_plan(begun, models, budget.max_bytes, job, tiling, encoded=spoken.all_encoded, embeds=embeds)
+    plan = replace(plan, memory=replace(plan.memory, beside_bytes=budget.beside_bytes))
     run = RenderRun(
         said=request, request=settings, plan=plan, models=models, budget=budget, on_event=on_event, job=job,
         spoken=spoken, preview=previewing.open_preview(settings, models),
@@ -136,7 +137,7 @@ def start(
 def open_models(family: Family, tiny_vae: str | None = None) -> Models:
     """The family's models, and the tiny decoder in the folder `tiny_vae`, to be built once for all that follows. Raises
     ModelError."""
-    return Models(family, None if tiny_vae is None else families.open_tiny(tiny_vae, family))
+    return Models(family, None if tiny_vae is None else open_tiny(tiny_vae, family))
 
 
 def make_plan(
@@ -176,12 +177,14 @@ def advice(run: RenderRun) -> str:
     """What would need less memory, where the plan does not fit and nothing of it is fixed by a job; else ""."""
     if run.plan.memory.fits or run.job.manifest is not None:
         return ""
+    return advise(run.request, run.plan, lambda request: replan(run, request).memory)
+
+
+def replan(run: RenderRun, request: ResolvedRequest) -> RenderPlan:
+    """How another request would be carried out instead of the run's. Raises TilerError."""
     embeds, encoded = bool(run.spoken.read_as.embeddings), run.plan.encoded
-
-    def replan(request: ResolvedRequest) -> MemoryPlan:
-        return make_plan(request, run.models, run.budget.max_bytes, encoded=encoded, embeds=embeds).memory
-
-    return advise(run.request, run.plan, replan)
+    plan = make_plan(request, run.models, run.budget.max_bytes, encoded=encoded, embeds=embeds)
+    return replace(plan, memory=replace(plan.memory, beside_bytes=run.budget.beside_bytes))
 
 
 def prepare_weights(run: RenderRun) -> None:
@@ -296,7 +299,8 @@ def _denoise(
     reseeded = [((slice(*rows), slice(*cols)), seed) for (rows, cols), seed in spans if seed is not None]
     noise, generator = canvas.initial_noise((1, plan.family.latent_channels, height, width), request.seed, reseeded)
     schedule = build_schedule(request, plan.family)
-    latents = schedule.start(noise, reference, begin)
+    first = plan.calls.first_of(begin)
+    latents = schedule.start(noise, reference, first)
     if begin == steps:
         return latents
     if phase == "canvas":
@@ -304,14 +308,15 @@ def _denoise(
     around: Schedule = schedule
     if plan.spot is not None and reference is not None:
         around = AroundSpot(schedule, plan.spot, reference, noise)
-    denoising = canvas.Denoising(latents, tiles, around, generator, begin=begin, phase=phase)
+    denoising = canvas.Denoising(latents, tiles, around, generator, begin=first, phase=phase)
     if not denoising.take_up(run.job):  # a job that has this phase opens no weights for it
         return denoising.latents
     with interrupts.deferred(), open_runner(run, prompts) as runner:
         total = tiles.samples
         with closing(denoising.run(runner, run.job)) as loop:
             for state in loop:
-                detail = f"step {state.step + 1}/{steps}, {state.samples}/{state.total} tile passes"
+                step = plan.calls.step_of(state.step)
+                detail = f"step {step + 1}/{steps}, {state.samples}/{state.total} tile passes"
                 run.on_event(events.Progress(name=phase, done=denoising.samples_done, total=total, detail=detail))
     return denoising.latents
 

@@ -7,14 +7,16 @@ streamed from disk, and the whole process stays under the budget. Knows the orde
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tiler import decode_run, encode_run, packing, phases, pixels, quantising, repainting, reports
+from tiler import ahead, decode_run, encode_run, packing, phases, pixels, quantising, repainting, reports
 from tiler.cluster import run as cluster
 from tiler.diffusion.poster import Poster
 from tiler.events import Event, OnEvent
@@ -23,6 +25,7 @@ from tiler.memory import lean_imports, process
 from tiler.memory.budget import Budget
 from tiler.models import family as families
 from tiler.models.built import Models
+from tiler.models.family import Role
 from tiler.output.picture import write_picture
 from tiler.planning.render import RenderPlan
 from tiler.planning.summary import summarise
@@ -73,6 +76,8 @@ def _paint(run: phases.RenderRun, poster: Poster | None, open_runner: phases.Ope
     reference = phases.make_reference(run, poster if picture is None else picture, guide)
     del picture, guide
     latents = phases.denoise_canvas(run, prompts, reference, open_runner)
+    del prompts, reference
+    run.prepared = None  # nor is what was made of the prompts needed again
     phases.save_canvas(run, latents)
     # An error of the writer's must not leave the decoder's scratch files open.
     unscaled = pixels.Unscaled(latents, run.plan.decoder)
@@ -94,6 +99,7 @@ class Planned:
     plan: RenderPlan
     models: Models
     advice: str  # on what would need less memory, where the plan does not fit
+    replan: Callable[[ResolvedRequest], RenderPlan]  # how others would be carried out
 
     def check(self) -> None:
         """Raises BudgetRefused where it does not fit."""
@@ -101,7 +107,11 @@ class Planned:
 
     def facts(self) -> dict[str, Any]:
         """What `tiler plan --json` prints; measures this machine's speed for a second or two."""
-        return summarise(self.said, self.request, self.plan, self.models, measure())
+        part = self.models.family.part(Role.DENOISER)
+        stored = self.models.family.checkpoint.weights(part.name).values()
+        speed = measure(max(stored, key=lambda info: info.nbytes).path)
+        with torch.no_grad():
+            return summarise(self.said, self.request, self.plan, self.models, speed, self.replan)
 
 
 @torch.no_grad()
@@ -112,7 +122,10 @@ def plan(request: RenderRequest, budget: Budget | None = None, on_event: OnEvent
         cluster.prepare(request)
         run = phases.start(request, budget, on_event, planning=True)
         cluster.runner_of(run)  # refuses what cannot be shared
-        return Planned(said=request, request=run.request, plan=run.plan, models=run.models, advice=phases.advice(run))
+        return Planned(
+            said=request, request=run.request, plan=run.plan, models=run.models, advice=phases.advice(run),
+            replan=partial(phases.replan, run),
+        )  # fmt: skip
 
 
 @torch.no_grad()
@@ -138,6 +151,15 @@ def encode(request: EncodeRequest, budget: Budget | None = None, on_event: OnEve
         lean_imports.freeze_imports()
         encode_run.encode(run)
         return Result(output=run.output, report=reports.of_encode(run))
+
+
+@torch.no_grad()
+def encode_ahead(requests: Sequence[RenderRequest], budget: Budget, on_event: OnEvent = _ignore) -> int:
+    """Encode the prompts of several renders into the cache, where a large encoder reads them: how many texts. Raises
+    TilerError."""
+    with budget:
+        lean_imports.freeze_imports()
+        return ahead.encode_ahead(requests, budget, on_event)
 
 
 @torch.no_grad()

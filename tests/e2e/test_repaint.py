@@ -191,8 +191,9 @@ def test_outside_the_mask_latents_are_the_picture_s_at_every_step(name: Schedule
     cells = np.zeros((16, 16), bool)
     cells[4:7, 5:8] = True
     around = AroundSpot(schedule(), find_spot(cells, (16, 16), 1), picture, noise)
-    outside, latents = torch.from_numpy(~cells), around.start(noise, picture, 3)
-    for step in range(3, 8):
+    begin = around.calls.first_of(3)
+    outside, latents = torch.from_numpy(~cells), around.start(noise, picture, begin)
+    for step in range(begin, around.calls.count):
         assert torch.allclose(latents[..., outside], schedule().start(noise, picture, step)[..., outside], atol=1e-5)
         prediction = torch.randn(latents.shape, generator=generator)
         around.model_input(latents, step)

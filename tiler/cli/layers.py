@@ -17,8 +17,9 @@ from tiler.errors import UsageError
 from tiler.request import settings
 
 OF_ONE_RUN = frozenset(
-    ("--output", "--format", "--save-latents", "--report", "--json", "--force", "--regions", "--guide", "--no-guide",
-     "--from", "--scale", "--repaint", "--restart", "--keep-job", "--model-dir", "--log-json", "--lora", "--help", "--version")
+    ("--output", "--format", "--save-latents", "--report", "--json", "--force", "--regions", "--guide",
+     "--no-guide", "--from", "--scale", "--repaint", "--restart", "--keep-job", "--model-dir", "--log-json",
+     "--lora", "--help", "--version")
 )  # fmt: skip
 """Options that are said for one picture and no habit: neither the environment nor the configuration file gives them."""
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from tiler.decoding import FACTOR
+from tiler.diffusion.calls import Calls
 from tiler.diffusion.poster import Poster
 from tiler.diffusion.schedulers import DiffusersSchedule, SchedulerState
 
@@ -69,6 +70,10 @@ class AroundSpot:
         """`reference` are the picture's latents in the box, `noise` what they are noised with: (1, C, h, w) fp32."""
         self._schedule, self._reference, self._noise = schedule, reference, noise
         self._cells = torch.from_numpy(spot.cells)
+
+    @property
+    def calls(self) -> Calls:
+        return self._schedule.calls
 
     @property
     def timesteps(self) -> Tensor:
