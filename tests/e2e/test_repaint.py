@@ -177,7 +177,7 @@ LEVELS: dict[str, Any] = {
 FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
 
 
-FOR_FLOW = (Scheduler.EULER, Scheduler.DPMPP_2M, Scheduler.UNIPC, Scheduler.LCM)
+FOR_FLOW = (Scheduler.EULER, Scheduler.HEUN, Scheduler.DPMPP_2M, Scheduler.UNIPC, Scheduler.LCM)
 KINDS = [(name, False) for name in Scheduler if name is not Scheduler.AUTO] + [(name, True) for name in FOR_FLOW]
 
 
