@@ -6,7 +6,7 @@
                                                             and of int8 arithmetic, without outliers and with some
     python scripts/quantised.py times FOLDER --rounds 3     processor time of a call in fp32 and in int8, alternated
     python scripts/quantised.py times FOLDER --file x.gguf  and with the denoiser of a file
-    python scripts/quantised.py peaks FOLDER --file x.gguf  memory of a render with each (VmHWM), one step at 512 px
+    python scripts/quantised.py peaks FOLDER --file x.gguf  memory of a process that makes a call with each (VmHWM)
 
 Prompts and latents are random. With outliers, one in a hundred inputs of every int8 layer is thirty times as large, and
 so is one in a hundred tokens where no norm stands before the layer, as trained transformers have them. `--side` is that
@@ -18,6 +18,8 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench import tiler
 from torch import Tensor
 
 from tiler.compute.choose import KERNELS
@@ -174,7 +175,7 @@ def errors(model: Opened, side: int, cache: Path) -> None:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "w.safetensors"
             write_quanto(path, index, names, kind, "", lambda nbytes: None)
-            tell(f"{kind} weights", call(model, understood(read_index(path)), plain_names, sample)[0], want)
+            tell(f"{kind} weights", call(model, understood(read_index(path)), model.part.aliases, sample)[0], want)
     run = packed(model, cache)
     tell("int8 arithmetic", run(sample)[0], want)
     with outliers(names):
@@ -200,17 +201,19 @@ def times(model: Opened, file: str | None, side: int, rounds: int, cache: Path) 
     print(f"{model.name:24} {said}: {ratio:.3f}×", flush=True)
 
 
-def peaks(folder: str, file: str | None) -> None:
-    common = "render", "a lighthouse", "--model", folder, "--size", 512, "--steps", 1, "--no-guide", "--seed", 1
-    for name, more in (("as stored", ()), (Path(file or "").name, ("--diffusion-model", file))):
-        if file is not None or not more:
-            peak = tiler(*common, "--precision", "fp32", "--quiet", *more)["peak_rss_bytes"]
-            print(f"{Path(folder).name:24} {name:40} {peak / 1e6:8.1f} MB", flush=True)
+def peaks(folder: str, file: str | None, side: int) -> None:
+    """Each in a fresh process, which holds no weights from one call to the next."""
+    for more in ((), ("--file", file)) if file is not None else ((),):
+        command = sys.executable, __file__, "peak", folder, "--side", str(side), *more
+        peak = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+        print(
+            f"{Path(folder).name:24} {Path(more[-1]).name if more else 'as stored':40} {peak / 1e6:8.1f} MB", flush=True
+        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["sizes", "errors", "times", "peaks"])
+    parser.add_argument("what", choices=["sizes", "errors", "times", "peaks", "peak"])
     parser.add_argument("folders", nargs="+", metavar="FOLDER")
     parser.add_argument("--side", type=int, default=64, help="of the latents (default: 64)")
     parser.add_argument("--rounds", type=int, default=3)
@@ -219,13 +222,17 @@ def main() -> None:
     args = parser.parse_args()
     process.frugal_allocator()
     for folder in args.folders:
-        model = opened(folder)
+        if args.what == "peaks":
+            peaks(folder, args.file, args.side)
+            continue
+        model = opened(folder, args.file if args.what == "peak" else None)
         if args.what == "sizes":
             sizes(model)
         elif args.what == "errors":
             errors(model, args.side, args.cache)
-        elif args.what == "peaks":
-            peaks(folder, args.file)
+        elif args.what == "peak":
+            call(model, model.index, plain_names, sample_of(model, args.side))
+            print(process.read_rss().peak)
         else:
             times(model, args.file, args.side, args.rounds, args.cache)
 

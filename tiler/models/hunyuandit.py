@@ -186,7 +186,7 @@ def read(checkpoint: Checkpoint, name: str) -> HunyuanDiT:
     spec = VaeSpec(checkpoint=checkpoint, part="vae", config=vae)
     denoiser = Part(
         name="transformer", role=Role.DENOISER, config=config, aliases=plain_names,
-        build=partial(build_transformer, checkpoint, config), quantise=quantised, once=read_once,
+        build=partial(build_transformer, checkpoint, config), quantise=quantised, once=read_once, rotate=True,
     )  # fmt: skip
     scheduler = read_scheduler(checkpoint, _REPOSITORY)
     defaults, notes = _DEFAULTS, tuple[str, ...]()

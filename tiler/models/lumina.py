@@ -133,7 +133,7 @@ def read(checkpoint: Checkpoint, name: str) -> Lumina:
     spec = VaeSpec(checkpoint=checkpoint, part="vae", config=vae)
     denoiser = Part(
         name="transformer", role=Role.DENOISER, config=config, aliases=plain_names,
-        build=partial(build_transformer, checkpoint, config), quantise=quantised, once=read_once,
+        build=partial(build_transformer, checkpoint, config), quantise=quantised, once=read_once, rotate=True,
     )  # fmt: skip
     traits = Traits(
         title="Lumina-Next", native=int(config.get("sample_size", 128)), granularity=PATCH, patch=PATCH, samples=1,
