@@ -37,6 +37,7 @@ from tiler.models.embeds import read_words
 from tiler.models.family import Family
 from tiler.models.loras import apply_loras, find_loras, notes_on_loras
 from tiler.models.prompting import notes_on_prompts
+from tiler.models.tiny_vae import open_tiny
 from tiler.output.latents import save_latents
 from tiler.output.picture import check_picture, check_size
 from tiler.pixels import Decoding, decode_pixels
@@ -110,6 +111,7 @@ def start(
     spoken = encoding.find_prompts(begun, models, tiling.texts, words)
     embeds = bool(spoken.read_as.embeddings)
     plan = make_plan(begun, models, budget.max_bytes, job, tiling, encoded=spoken.all_encoded, embeds=embeds)
+    plan = replace(plan, memory=replace(plan.memory, beside_bytes=budget.beside_bytes))
     run = RenderRun(
         said=request, request=settings, plan=plan, models=models, budget=budget, on_event=on_event, job=job,
         spoken=spoken, preview=previewing.open_preview(settings, models),
@@ -129,7 +131,7 @@ def start(
 def open_models(family: Family, tiny_vae: str | None = None) -> Models:
     """The family's models, and the tiny decoder in the folder `tiny_vae`, to be built once for all that follows. Raises
     ModelError."""
-    return Models(family, None if tiny_vae is None else families.open_tiny(tiny_vae, family))
+    return Models(family, None if tiny_vae is None else open_tiny(tiny_vae, family))
 
 
 def make_plan(
@@ -172,7 +174,8 @@ def advice(run: RenderRun) -> str:
 def replan(run: RenderRun, request: ResolvedRequest) -> RenderPlan:
     """How another request would be carried out instead of the run's. Raises TilerError."""
     embeds, encoded = bool(run.spoken.read_as.embeddings), run.plan.encoded
-    return make_plan(request, run.models, run.budget.max_bytes, encoded=encoded, embeds=embeds)
+    plan = make_plan(request, run.models, run.budget.max_bytes, encoded=encoded, embeds=embeds)
+    return replace(plan, memory=replace(plan.memory, beside_bytes=run.budget.beside_bytes))
 
 
 def prepare_weights(run: RenderRun) -> None:

@@ -26,6 +26,7 @@ from tiler.weights.codecs import CODECS
 from tiler.weights.grouped import decode_rows, is_read
 from tiler.weights.index import TensorInfo, open_regular, read_into
 from tiler.weights.layouts import in_rows
+from tiler.weights.rotation import rotate_
 
 TORCH_DTYPES = {codec.name: codec.stored for codec in CODECS.values() if codec.stored is not None}
 SCALE = ".scale"  # the fp32 factors of an int8 tensor's rows stand beside it under this ending
@@ -382,3 +383,7 @@ class WeightStore:
             out.copy_(whole[:, piece.first : piece.last].T)
         if piece.name + SCALE in self.index:
             out.mul_(self.scale(piece.name)[piece.first : piece.last].view(-1, *(1,) * (out.ndim - 1)))
+        if info.scale is not None and info.scale.dtype == "SCB":
+            out.mul_(1 / 127)  # last, as bitsandbytes does: the other order differs by a bit
+        if info.rotated:
+            rotate_(out)
