@@ -17,6 +17,7 @@ from checkpoints._single import single_tensors
 from safetensors.torch import load_file, save_file
 
 from tiler.models.listing import list_models
+from tiler.models.single_file import tiny_of_file
 from tiler.weights.caches import INT8_VERSION
 
 
@@ -152,6 +153,18 @@ def test_cache_lists_and_cleans(in_process: Any, tmp_path: Path) -> None:
     assert (current.exists(), old.exists(), prompt.exists(), leftover.exists()) == (True, False, True, False)
     assert in_process("cache", "clean", "--cache-dir", "c", "--all").code == 0
     assert (current.exists(), prompt.exists(), mine.exists()) == (False, False, True)
+
+
+def test_a_taesd_file_of_16_channels(tmp_path: Path) -> None:
+    """As those for SD 3 and Flux."""
+    from diffusers import AutoencoderTiny
+
+    widths = dict.fromkeys(("encoder_block_out_channels", "decoder_block_out_channels"), (8, 8, 8, 8))
+    made = AutoencoderTiny(latent_channels=16, **widths)
+    save_file(made.state_dict(), tmp_path / "taef1.safetensors")
+    found = tiny_of_file(tmp_path / "taef1.safetensors")
+    assert found.config("")["latent_channels"] == 16
+    assert found.weights("").keys() == made.state_dict().keys()
 
 
 @pytest.mark.parametrize("half", ["whole", "decoder"])
