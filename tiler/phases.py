@@ -109,8 +109,7 @@ def start(
     if settings.save_latents is not None:
         check_writable(settings.save_latents, force=settings.force or job.resumed, option="--save-latents")
     models = open_models(family, settings.tiny_vae)
-    loras = find_loras(settings)
-    models.loras = apply_loras(loras, models)
+    models.loras = apply_loras(find_loras(settings), models)
     begun = settings if job.manifest is None else replace(settings, precision=Precision(job.manifest.precision))
     tiling = plan_tiling(settings, family)
     spoken = encoding.find_prompts(begun, models, tiling.texts, words)
@@ -128,7 +127,7 @@ def start(
     if request.prompt is None and settings.prompt is not None and not request.regions:
         run.note(f"no prompt was given; this is the model's own: {settings.prompt}")
     on_prompts = notes_on_prompts(settings, family, has_guide=plan.guide is not None)
-    on_loras = *notes_on_loras(settings, loras, models, spoken.read_as), *models.loras.notes
+    on_loras = *notes_on_loras(settings, models, spoken.read_as), *models.loras.notes
     others = repainting.note_on_format(settings), memory_warning(budget.max_bytes)
     run.tell((*on_prompts, *on_loras, *found.notes, *family.notes, *plan.notes, *others))
     return run

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import shutil
 import time
@@ -14,6 +16,8 @@ import torch
 from checkpoints._single import single_tensors
 from safetensors.torch import load_file, save_file
 
+from tiler.models.listing import list_models
+from tiler.models.single_file import tiny_of_file
 from tiler.weights.caches import INT8_VERSION
 
 
@@ -48,6 +52,33 @@ def test_models_are_listed_with_what_they_need(in_process: Any, webui: Path, mon
     assert "cannot be read" in found["cut.safetensors"]["family"]
     said = in_process("models", webui, "--max-ram", "400MB").out
     assert "dreamy sky.safetensors: " in said and "needs 432 MB of memory, and --vae beside it" in said
+
+
+def test_of_a_hundred_models_only_the_headers_are_read(tmp_path: Path) -> None:
+    """Each of 2 GB, in a sparse file; what is read is counted by the kernel."""
+    shapes = {
+        "model.diffusion_model.input_blocks.0.0.weight": (320, 4, 3, 3),
+        "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": (320, 768),
+        "first_stage_model.decoder.conv_in.weight": (512, 4, 3, 3),
+        "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight": (1_300_000, 768),
+    }
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        header[name] = {"dtype": "F16", "shape": shape, "data_offsets": [end, end := end + 2 * math.prod(shape)]}
+    text = json.dumps(header).encode()
+    for number in range(100):
+        with (tmp_path / f"model{number:02}.safetensors").open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            file.truncate(8 + len(text) + end)
+
+    def read() -> int:
+        return int(Path("/proc/self/io").read_text().split()[1])
+
+    before = read()
+    found = list_models([tmp_path])
+    assert read() - before < 100 * (len(text) + 4096)
+    assert len(found) == 100 and {model.family for model in found} == {"Stable Diffusion 1.x"}
+    assert all(model.fits(800_000_000) and not model.fits(400_000_000) and not model.lacks for model in found)
 
 
 def test_models_without_a_folder(in_process: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,6 +154,18 @@ def test_cache_lists_and_cleans(in_process: Any, tmp_path: Path) -> None:
     assert (current.exists(), old.exists(), prompt.exists(), leftover.exists()) == (True, False, True, False)
     assert in_process("cache", "clean", "--cache-dir", "c", "--all").code == 0
     assert (current.exists(), prompt.exists(), mine.exists()) == (False, False, True)
+
+
+def test_a_taesd_file_of_16_channels(tmp_path: Path) -> None:
+    """As those for SD 3 and Flux."""
+    from diffusers import AutoencoderTiny
+
+    widths = dict.fromkeys(("encoder_block_out_channels", "decoder_block_out_channels"), (8, 8, 8, 8))
+    made = AutoencoderTiny(latent_channels=16, **widths)
+    save_file(made.state_dict(), tmp_path / "taef1.safetensors")
+    found = tiny_of_file(tmp_path / "taef1.safetensors")
+    assert found.config("")["latent_channels"] == 16
+    assert found.weights("").keys() == made.state_dict().keys()
 
 
 @pytest.mark.parametrize("half", ["whole", "decoder"])

@@ -23,7 +23,7 @@ from tiler.errors import BudgetExceeded, JobError, ModelError, UsageError
 from tiler.memory.process import read_rss
 from tiler.models import family as families
 from tiler.models.built import Models
-from tiler.models.loras import notes_on_loras
+from tiler.models.loras import apply_loras, find_loras, notes_on_loras
 from tiler.models.reading import ReadAs
 from tiler.pipeline import encode
 from tiler.planning import fit
@@ -162,10 +162,9 @@ def test_an_lcm_lora_brings_its_few_steps(made: Made, tmp_path: Path) -> None:
     settings = json.loads(Image.open(tmp_path / "x.png").text["tiler"])  # type: ignore[attr-defined]
     assert (settings["num_inference_steps"], settings["guidance_scale"], settings["scheduler"]) == (4, 1.0, "LCM")
     models = Models(families.open_family(request))
+    models.loras = apply_loras(find_loras(request), models)
     asked = resolve(replace(request, guidance_scale=7.5), models.family)
-    assert list(notes_on_loras(asked, asked.loras, models, ReadAs()))[1].startswith(
-        "guidance 7.5 is much for a LoRA of this kind"
-    )
+    assert list(notes_on_loras(asked, models, ReadAs()))[-1].startswith("guidance 7.5 is much for a LoRA of this kind")
 
 
 def test_the_command_line_takes_loras(tiler: Any, made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

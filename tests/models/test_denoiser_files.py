@@ -87,6 +87,20 @@ def test_the_picture_is_the_folders(tmp_path: Path, tmp_path_factory: pytest.Tem
     assert torch.equal(made, expected)
 
 
+def test_t5_without_a_tokenizer_names_the_file(
+    in_process: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "none"))
+    folder = make_checkpoint.make("tiny-pixart", tmp_path)
+    _single_dit.write_transformer(folder, tmp_path / "dit.safetensors", "pixart")
+    (t5,) = (folder / "text_encoder").glob("*.safetensors")
+    t5.rename(tmp_path / "t5.safetensors")
+    flags = "--vae", folder / "vae", "--t5xxl", "t5.safetensors"
+    ran = in_process("plan", "x", "--diffusion-model", "dit.safetensors", *flags)
+    assert ran.code == 3
+    assert "spiece.model is missing; run: hf download google/t5-v1_1-xxl spiece.model --local-dir" in ran.err
+
+
 def test_what_is_missing_is_named_with_its_flag(pair: tuple[Path, Path]) -> None:
     _, file = pair
     with pytest.raises(

@@ -14,14 +14,13 @@ import torch
 from torch import Tensor
 
 from tests.models.loras import as_kohya, kohya, save
-from tiler.errors import ModelError, NumericalError, UsageError
+from tiler.errors import ModelError, NumericalError
 from tiler.models import family as families
 from tiler.models.built import Models
 from tiler.models.family import Part, Role
 from tiler.models.lora_names import names_of_modules
 from tiler.models.loras import Applied, apply_loras
-from tiler.request.loras import Lora, parse_lora, parse_tag
-from tiler.request.prompt import cut_tags
+from tiler.request.loras import Lora
 from tiler.weights import checkpoint
 from tiler.weights.changes import Change
 from tiler.weights.index import read_index
@@ -341,6 +340,21 @@ def test_alpha_0_and_rank_0_change_nothing_and_are_told(models: Models, tmp_path
         assert "change nothing" in some.notes[0]
 
 
+def test_ranks_dtypes_and_sides_may_differ_by_layer(models: Models, weights: dict[str, Tensor], tmp_path: Path) -> None:
+    """fp32 beside bf16, another rank in each layer, a convolution of 1×1 whose factors have two sides, no alpha."""
+    new, tensors, want = draw(11), dict[str, Tensor](), dict[str, Tensor]()
+    for rank, (path, dtype) in enumerate(((LINEAR, torch.float32), (WIDE, torch.bfloat16), (POINT, torch.float16)), 1):
+        out, inputs, taps = sides_of(weights, path)
+        down, up = new(rank, inputs).to(dtype), new(out, rank)
+        name = kohya("lora_unet", path)
+        tensors |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
+        want[path] = weights[f"{path}.weight"] + (up.double() @ down.double()).view(out, inputs, *taps)
+    some = applied(models, save(tmp_path / "x.safetensors", tensors))
+    assert not some.notes
+    for path, weight in want.items():
+        assert close(merged(models, some, f"{path}.weight"), weight), path
+
+
 def test_what_matches_nothing_is_named(models: Models, weights: dict[str, Tensor], tmp_path: Path) -> None:
     tensors = as_kohya("lora_unet", random_lora_of(weights, LINEAR), 1)
     tensors |= {k.replace("down_blocks_0", "down_blocks_9"): v.clone() for k, v in tensors.items()} | {
@@ -391,23 +405,3 @@ def test_nan_names_file_and_key(models: Models, weights: dict[str, Tensor], tmp_
     some = applied(models, save(tmp_path / "x.safetensors", tensors))
     with pytest.raises(NumericalError, match=rf"x\.safetensors: tensor '{key}' holds NaN"):
         merged(models, some, f"{LINEAR}.weight")
-
-
-@pytest.mark.parametrize(
-    ("tag", "strength", "text_strength"),
-    [
-        ("<lora:a>", 1, 1), ("<lora:a:-0.5>", -0.5, -0.5), ("<lyco:a:0.5:0.8>", 0.8, 0.5), ("<lora:a:unet=0.3>", 0.3, 1),
-        ("<lora:a:te=0.5>", 0.5, 0.5), ("<lora:a:unet=0.8:te=0.5>", 0.8, 0.5), ("<lora:a:0.5:unet=0.8>", 0.8, 0.5),
-    ],
-)  # fmt: skip
-def test_tags_say_two_strengths_as_in_a1111(tag: str, strength: float, text_strength: float) -> None:
-    rest, (cut,) = cut_tags(f"a boat{tag}")
-    assert (rest, parse_tag(cut)) == ("a boat", ("a", strength, text_strength))
-
-
-def test_strengths_are_numbers(tmp_path: Path) -> None:
-    assert parse_lora("a=b.safetensors=0.5:-1") == Lora(file=Path("a=b.safetensors"), strength=0.5, text_strength=-1)
-    (tmp_path / "x=1").touch()
-    assert parse_lora(f"{tmp_path}/x=1") == Lora(file=tmp_path / "x=1")
-    with pytest.raises(UsageError, match="a strength of 'much' is no number"):
-        parse_lora("x.safetensors=much")

@@ -132,3 +132,8 @@ def test_plain_words_become_choices_and_paths() -> None:
 def test_what_cannot_be_meant_is_refused(values: dict[str, Any], named: str) -> None:
     with pytest.raises(UsageError, match=named):
         RenderRequest(**({"prompt": "x"} | values))
+
+
+def test_help_names_every_scheduler() -> None:
+    (option,) = (f.metadata["option"] for f in fields(RenderRequest) if f.name == "scheduler")
+    assert all(scheduler.value in option.help for scheduler in Scheduler)

@@ -67,12 +67,12 @@ def apply_loras(loras: Sequence[Lora], models: Models) -> Applied:
     return Applied(changes=changes, files=tuple((lora, digests_of(lora.file)) for lora in loras), notes=tuple(notes))
 
 
-def notes_on_loras(request: ResolvedRequest, loras: Sequence[Lora], models: Models, read_as: ReadAs) -> Iterator[str]:
+def notes_on_loras(request: ResolvedRequest, models: Models, read_as: ReadAs) -> Iterator[str]:
     """What a LoRA for few steps means for a render, and what of one has no effect on prompts that were `read_as`."""
     family = models.family
     if models.loras.marks(map(models.changes, family.encoders)) not in ([], list(read_as.loras)):
         yield "the prompts of --prompt-embeds were encoded without these LoRAs; give them to `tiler encode` too"
-    found = few_steps(loras, flow=family.traits.flow)
+    found = few_steps((lora for lora, _ in models.loras.files), flow=family.traits.flow)
     if found is None:
         return
     path, recipe = found

@@ -10,19 +10,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from tiler.errors import StorageError, UsageError
+from tiler.errors import ModelError, StorageError, UsageError
 from tiler.output.exif import EXIF_IFD, UNICODE, USER_COMMENT, request_in
 
 if TYPE_CHECKING:
     from PIL import Image
 
-_MOST = 16_000_000  # bytes of text; a picture that says more is not read further
+_MOST = 16_000_000  # bytes of text; a picture that says more is refused, and not read further
 _DESCRIPTION, _MAKE, _MODEL = 270, 0x010F, 0x0110
 
 
 def read_texts(path: Path) -> dict[str, str]:
     """Texts by their PNG keyword; EXIF's comment and TIFF's description are `parameters`. Raises UsageError for what is
-    no picture, StorageError."""
+    no picture, ModelError for one with too much text, StorageError."""
     try:
         with path.open("rb") as file:
             if file.read(8) == b"\x89PNG\r\n\x1a\n":
@@ -30,6 +30,8 @@ def read_texts(path: Path) -> dict[str, str]:
         return _of_exif(path)
     except (struct.error, zlib.error) as error:
         raise UsageError(f"{path}: the file is damaged ({error}); take another copy") from error
+    except _TooLong as error:
+        raise ModelError(f"{path}: it holds more than {_MOST // 10**6} MB of text, which is no recipe") from error
     except FileNotFoundError as error:
         raise UsageError(f"{path}: no such picture; check the path") from error
     except OSError as error:
@@ -38,14 +40,20 @@ def read_texts(path: Path) -> dict[str, str]:
         raise StorageError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
 
 
+class _TooLong(Exception):
+    """There are more texts than _MOST."""
+
+
 def _of_png(file: BinaryIO) -> dict[str, str]:
     texts: dict[str, str] = {}
     left = _MOST
     while len(head := file.read(8)) == 8:
         length, kind = struct.unpack(">I4s", head)
-        if kind not in (b"tEXt", b"iTXt", b"zTXt") or length > left:
+        if kind not in (b"tEXt", b"iTXt", b"zTXt"):
             file.seek(length + 4, 1)
             continue
+        if length > left:
+            raise _TooLong
         data = file.read(length)
         file.seek(4, 1)
         left -= length
@@ -67,7 +75,11 @@ def _chunk_text(kind: bytes, data: bytes, most: int) -> tuple[str, str]:
 
 
 def _inflated(data: bytes, most: int) -> bytes:
-    return zlib.decompressobj().decompress(data, max(1, most))
+    stream = zlib.decompressobj()
+    text = stream.decompress(data, max(1, most))
+    if stream.unconsumed_tail:
+        raise _TooLong
+    return text
 
 
 def _decoded(data: bytes) -> str:

@@ -168,8 +168,8 @@ class RenderRequest(ModelOptions, ClusterOptions):
     scheduler: Scheduler | None = option(
         None,
         Option(
-            "DDIM, Euler, Euler a, DPM++ 2M, DPM++ 2M Karras, DPM++ 2M SDE, DPM++ SDE, UniPC, LCM, or auto: the model's own, and "
-            "DPM++ 2M Karras where that is none of these.",
+            "DDIM, Euler, Euler a, Heun (which takes twice the work), DPM++ 2M, DPM++ 2M Karras, DPM++ 2M SDE, "
+            "DPM++ SDE, UniPC, LCM, or auto: the model's own, and DPM++ 2M Karras where that is none of these.",
             Panel.SAMPLING,
             ("--scheduler", "--sampling-method"),
             parse=parse_scheduler,
