@@ -69,10 +69,11 @@ class Wrap(StrEnum):
 
 
 class Layout(StrEnum):
-    """Where tiles lie: overlapping in one place, or side by side and elsewhere at every step (SpotDiffusion)."""
+    """Where tiles lie: overlapping in one place; or elsewhere at every step, side by side (SpotDiffusion) or not."""
 
     GRID = "grid"
     SHIFT = "shift"
+    JITTER = "jitter"
 
 
 class GuideUpscale(StrEnum):
