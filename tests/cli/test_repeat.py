@@ -206,9 +206,9 @@ VALUES: dict[str, Any] = {
     "paper": "A4", "landscape": True, "bleed": "3mm", "dpi": 150.0, "wrap": "xy", "seed": 2**64 - 1,
     "preset": "balanced", "num_inference_steps": 7, "guidance_scale": 2.5, "guidance_interval": (0.1, 0.7),
     "strength": 0.3, "clip_skip": 2, "scheduler": "DPM++ 2M SDE", "schedule_type": "karras", "guide": False,
-    "guide_upscale": "latent", "layout": "shift", "overlap": 64, "mask": "quartic", "attention_window": 16,
-    "tile_conditioning": "none", "precision": "fp32", "decode": "frozen", "scratch_dtype": "fp32", "quality": 55,
-    "prediction": "v", "variant": "fp16",
+    "guide_upscale": "latent", "layout": "shift", "overlap": 64, "tile_size": 512, "mask": "quartic",
+    "attention_window": 16, "tile_conditioning": "none", "precision": "fp32", "decode": "frozen",
+    "scratch_dtype": "fp32", "quality": 55, "prediction": "v", "variant": "fp16",
     "regions": (Region(prompt="boat", rows=(0, 64), cols=(8, 64), mask="gaussian", seed=3, negative_prompt=""),),
 }  # fmt: skip
 ELSEWHERE = {
