@@ -205,7 +205,7 @@ class RenderRequest(ModelOptions, ClusterOptions):
             "25 at 2048²; jitter: overlapping tiles, moved at every step: 36, and their borders show least.",
             Panel.SAMPLING,
             ("--layout",),
-            default="grid",
+            default="the model's, mostly grid",
         ),
     )
     tile_size: int | None = option(
