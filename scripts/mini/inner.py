@@ -10,9 +10,9 @@ from tiler.weights.checkpoint import resolve
 
 
 def tile_borders(model: str, width: int, height: int) -> tuple[set[int], set[int]]:
-    """Rows and columns of pixels at which tiles begin or end, the canvas's own edges left out."""
+    """Rows and columns of pixels at which tiles of the last step begin or end, the canvas's own edges left out."""
     family = read_family(resolve(model))
-    tiles = plan_tiling(fill(RenderRequest(prompt="x", width=width, height=height), family), family).regions
+    tiles = plan_tiling(fill(RenderRequest(prompt="x", width=width, height=height), family), family).canvas_steps[-1]
     rows = {8 * edge for tile in tiles for edge in (tile.top, tile.top + tile.height)}
     columns = {8 * edge for tile in tiles for edge in (tile.left, tile.left + tile.width)}
     return rows - {0, height}, columns - {0, width}

@@ -188,7 +188,7 @@ def test_a_canvas_of_32768_pixels_has_no_table_for_each_tile(layout: Layout) -> 
     assert tensors_alive() == before
     first, last = cut.canvas_steps[0], cut.canvas_steps[-1]
     per_side = math.ceil((4096 - family.native) / (family.native * 3 // 4)) + 1
-    assert len(last) == per_side**2
+    assert len(last) == (per_side + (layout is Layout.JITTER)) ** 2
     guided = sum(n / 50 < 0.6 for n in range(cut.begin, 50))
     assert counted == len(first) * (25 - 1 + guided) + len(last)
     for number in (*range(0, len(first), 97), len(first) - 1):
@@ -248,6 +248,44 @@ def test_regions_that_cannot_be() -> None:
 def steps_of(asked: ResolvedRequest, size: tuple[int, int], patch: int = 1) -> list[Tiles]:
     tiles = plan_tiles(asked, canvas=size, tile=(8, 8), overlap=2, patch=patch)
     return [tiles_of_step(tiles, asked, number) for number in range(asked.num_inference_steps)]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    size=st.tuples(st.integers(2, 15), st.integers(2, 15)), overlap=st.integers(0, 2), patch=st.sampled_from([1, 2]),
+    wrap=st.sampled_from(list(Wrap)),
+)  # fmt: skip
+def test_jittered_tiles_overlap_as_a_grids_and_never_reach_beyond_the_canvas(
+    size: tuple[int, int], overlap: int, patch: int, wrap: Wrap
+) -> None:
+    """Sides in patches; a tile has four. One tile more along an axis than a grid has, at every step."""
+    height, width = (4 * patch * max(1, side // 4) if side < 4 else patch * side for side in size)
+    canvas, tile = (height, width), (4 * patch, 4 * patch)
+    asked = request(width=8 * width, height=8 * height, num_inference_steps=7, layout=Layout.JITTER, wrap=wrap)
+    tiles = plan_tiles(asked, canvas=canvas, tile=tile, overlap=overlap * patch, patch=patch)
+    for number in range(7):
+        step = tiles_of_step(tiles, asked, number)
+        assert len(step) == len(tiles)
+        total = torch.zeros(canvas, dtype=torch.float64)
+        for axis, wraps in enumerate(wrap.axes):
+            starts = sorted({(t.top, t.left)[axis] for t in step})
+            assert all(start % patch == 0 for start in starts)
+            if not wraps:
+                assert starts[0] == 0 and starts[-1] == canvas[axis] - tile[axis]
+                assert all(b - a <= tile[axis] - overlap * patch for a, b in pairwise(starts))
+        for placed in step:
+            total[placed.crop] += placed.weights.double()
+        assert (total - 1).abs().max() <= 1e-6
+
+
+def test_jittered_borders_lie_elsewhere_at_every_step() -> None:
+    asked = request(width=2048, height=2048, num_inference_steps=7, layout=Layout.JITTER)
+    steps = [{t.left for t in tiles_of_step(plan_tiles(asked, canvas=(256, 256), tile=(32, 32), overlap=8), asked, n)}
+             for n in range(7)]  # fmt: skip
+    inner = [start for step in steps for start in step if 0 < start < 224]
+    assert len(inner) == 7 * 10
+    assert max(inner.count(start) for start in inner) <= 2
+    assert max(b - a for a, b in pairwise(sorted({0, *inner, 224}))) <= 8
 
 
 @pytest.mark.parametrize("size", [(32, 24), (8, 40), (20, 16)])

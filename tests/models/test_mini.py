@@ -24,6 +24,7 @@ from tiler.models.clip import load_tokenizer
 from tiler.models.family import read_family
 from tiler.models.own_defaults import read_defaults
 from tiler.planning.resolve import resolve as resolve_request
+from tiler.request import Layout
 from tiler.weights.checkpoint import resolve
 
 FOLDER = resolve("mini").folder
@@ -90,6 +91,7 @@ def test_without_a_prompt_it_draws_one_of_its_scenes_under_its_ceiling(tmp_path:
     assert json.loads(report.read_text())["peak_rss_bytes"] <= 420_000_000
     filled = resolve_request(RenderRequest(seed=7), read_family(resolve("mini")))
     assert (filled.guidance_scale, filled.strength, filled.num_inference_steps) == (3.0, 0.35, 20)
+    assert filled.layout is Layout.JITTER
     assert filled.prompt == "misty mountains in black ink, a small sun on the right, sumi-e"
     red, _, blue = np.asarray(Image.open(out).resize((36, 36), Image.Resampling.BOX), float).transpose(2, 0, 1)
     redness = red - blue

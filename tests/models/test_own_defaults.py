@@ -11,14 +11,19 @@ import pytest
 from tiler.errors import ModelError
 from tiler.models.own_defaults import read_defaults
 from tiler.planning.resolve import fill
-from tiler.request import RenderRequest, Scheduler
+from tiler.request import Layout, RenderRequest, Scheduler
 from tiler.request.regions import Region
 
 
 def test_a_model_folder_may_state_its_own_defaults(tmp_path: Path) -> None:
-    (tmp_path / "tiler.toml").write_text('guidance_scale = 3\nscheduler = "euler a"\nprompt = "a lake"\n')
+    (tmp_path / "tiler.toml").write_text(
+        'guidance_scale = 3\nscheduler = "euler a"\nprompt = "a lake"\nlayout = "jitter"\n'
+    )
     said = read_defaults(tmp_path)
-    assert said == {"guidance_scale": 3, "scheduler": Scheduler.EULER_A, "prompt": "a lake"}
+    assert said == {
+        "guidance_scale": 3, "scheduler": Scheduler.EULER_A, "prompt": "a lake", "layout": Layout.JITTER,
+    }  # fmt: skip
+    assert isinstance(said["layout"], Layout)
     assert read_defaults(tmp_path / "elsewhere") == {}
 
 
@@ -27,7 +32,7 @@ def test_a_model_folder_may_state_its_own_defaults(tmp_path: Path) -> None:
     [
         ("steps = 3", "'steps'"), ("strength = true", "strength"), ("strength = 3", "strength"), ("seed = 1", "'seed'"),
         ('scheduler = "nonsense"', "nonsense"), ("strength =", "not valid TOML"), ('guidance_scale = "7"', "guidance_scale"),
-        ("prompt = []", "no list of texts"), ('prompt = ["a", 1]', "no list of texts"),
+        ("prompt = []", "no list of texts"), ('layout = "rows"', "grid, shift, jitter"), ('prompt = ["a", 1]', "no list of texts"),
     ],
 )  # fmt: skip
 def test_wrong_defaults_are_blamed_on_the_file(tmp_path: Path, text: str, named: str) -> None:
@@ -50,6 +55,16 @@ def test_the_seed_chooses_among_a_models_prompts() -> None:
     # Regions say what to draw.
     regions = (Region(prompt="fog", rows=(0, 512), cols=(0, 512)),)
     assert fill(RenderRequest(regions=regions, size=512), own_with(own)).prompt is None
+
+
+def test_a_models_own_layout_gives_way_to_what_it_cannot_go_with() -> None:
+    regions = (Region(prompt="fog", rows=(0, 512), cols=(0, 512)),)
+    for own, said, layout in (
+        (Layout.JITTER, {}, Layout.JITTER), (Layout.JITTER, {"overlap": 64}, Layout.JITTER),
+        (Layout.SHIFT, {"overlap": 64}, Layout.GRID), (Layout.JITTER, {"regions": regions}, Layout.GRID),
+        (Layout.JITTER, {"layout": "grid"}, Layout.GRID), (Layout.JITTER, {"preset": "fast"}, Layout.SHIFT),
+    ):  # fmt: skip
+        assert fill(RenderRequest(prompt="x", size=512, **said), own_with({"layout": own})).layout is layout
 
 
 def own_with(own: dict[str, Any]) -> dict[str, Any]:

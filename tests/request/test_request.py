@@ -50,6 +50,7 @@ def test_an_unsaid_field_stays_unsaid() -> None:
         ({"dpi": float("inf")}, "dpi"), ({"guidance_interval": (0.5, 0.5)}, "guidance-interval"), ({"paper": "A77"}, "A77"),
         ({"attention_window": 3}, "attention-window"), ({"paper": "A4", "size": 512}, "--paper"), ({"bleed": "3"}, "'3'"),
         ({"landscape": True}, "--paper"), ({"layout": Layout.SHIFT, "overlap": 64}, "--overlap"),
+        ({"layout": Layout.JITTER, "regions": (Region(prompt="r", rows=(0, 512), cols=(0, 512)),)}, "--regions"),
         ({"prompt": "a\0b"}, "NUL"), ({"negative_prompt": "\ud800"}, "surrogate"), ({"tiny_vae": "x"}, "--decode tiny"),
         ({"guide": False, "guide_image": Path("x")}, "--no-guide"),
     ],

@@ -23,6 +23,9 @@ from tiler.errors import UsageError
 from tiler.request import MAX_STEPS, Layout, Mask, Region, ResolvedRequest, Wrap
 from tiler.request.wording import canvas_conditions
 
+# Multiples of them, modulo 1, fill the unit square evenly, however many there are (M. Roberts' R2 sequence, 2018).
+_STRIDES = 0.7548776662466927, 0.5698402909980532
+
 
 class Whole(NamedTuple):
     """Of what a canvas is a part: where it lies there, and how large that is."""
@@ -257,6 +260,13 @@ def even_starts(length: int, tile: int, overlap: int, wraps: bool = False) -> li
     return [round(i * (length - tile) / (count - 1)) for i in range(count)]
 
 
+def jittered_starts(last: int, count: int, share: float, patch: int = 1) -> tuple[int, ...]:
+    """First positions of `count` tiles along an axis that does not wrap: at 0, at `last`, and between them as far apart
+    as those of a grid of one tile less, moved by `share` of that, 0–1. All are multiples of `patch`."""
+    pitch = last / patch / (count - 2)
+    return (0, *(patch * round((share + k) * pitch) for k in range(count - 2)), last)
+
+
 def plan_tiles(
     request: ResolvedRequest, *, canvas: tuple[int, int], tile: tuple[int, int], overlap: int, patch: int = 1
 ) -> Tiles:
@@ -280,6 +290,11 @@ def plan_tiles(
     if request.prompt is not None:
         spacing = (0, Wrap.XY) if request.layout is Layout.SHIFT else (overlap, request.wrap)
         rows, cols = _grid(canvas, tile, *spacing, patch=patch)
+        if request.layout is Layout.JITTER:
+            rows, cols = (
+                starts if wraps or len(starts) == 1 else jittered_starts(starts[-1], len(starts) + 1, 0.5, patch)
+                for starts, wraps in zip((rows, cols), request.wrap.axes, strict=True)
+            )
         base = _Layer(
             rows=rows, cols=cols, condition=0, guidance_scale=request.guidance_scale, kind=request.mask,
             fades=bool(borders), prompts=prompts[0],
@@ -324,7 +339,8 @@ def tiles_of_step(tiles: Tiles, request: ResolvedRequest, number: int) -> Tiles:
 
     Outside the request's guidance interval they have no guidance (Kynkäänniemi et al. 2024, arXiv:2404.07724), where
     that takes an unconditional half. In the layout SHIFT they are moved around the canvas by an offset drawn from seed
-    and number (Frolov et al. 2024, arXiv:2407.15507); an axis of a single tile stays.
+    and number (Frolov et al. 2024, arXiv:2407.15507); an axis of a single tile stays. In the layout JITTER they lie
+    between those of the grid, by shares that differ from step to step as evenly as can be.
     """
     low, high = request.guidance_interval
     down = across = 0
@@ -333,7 +349,21 @@ def tiles_of_step(tiles: Tiles, request: ResolvedRequest, number: int) -> Tiles:
         rng = random.Random(request.seed * MAX_STEPS + number)
         down, across = (tiles.patch * rng.randrange(side // tiles.patch) for side in (height, width))
         down, across = down if tiles.tile[0] < height else 0, across if tiles.tile[1] < width else 0
+    if request.layout is Layout.JITTER:
+        tiles, (down, across) = _jittered(tiles, request.wrap, number)
     return replace(tiles, shift=(down, across), guided=low <= number / request.num_inference_steps < high)
+
+
+def _jittered(tiles: Tiles, wrap: Wrap, number: int) -> tuple[Tiles, tuple[int, int]]:
+    """The tiles of the layout JITTER at step `number`, and how far those of axes that wrap are moved around the
+    canvas."""
+    base, places, shift = tiles.layers[0], [], []
+    for starts, wraps, stride in zip((base.rows, base.cols), wrap.axes, _STRIDES, strict=True):
+        share, count = (0.5 + stride * number) % 1, len(starts)
+        places.append(starts if wraps or count == 1 else jittered_starts(starts[-1], count, share, tiles.patch))
+        shift.append(tiles.patch * round(share * starts[1] / tiles.patch) if wraps and count > 1 else 0)
+    moved = replace(base, rows=places[0], cols=places[1])
+    return replace(tiles, layers=(moved, *tiles.layers[1:])), (shift[0], shift[1])
 
 
 def _samples(guidance_scale: float, unconditional: bool, prompts: int) -> int:

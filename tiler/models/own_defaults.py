@@ -14,7 +14,7 @@ from tiler.weights.hub import DEFAULTS
 _MAX_BYTES = 100_000
 _KEYS: Mapping[str, tuple[type, ...]] = {
     "prompt": (str, list), "negative_prompt": (str,), "num_inference_steps": (int,), "guidance_scale": (int, float),
-    "strength": (int, float), "scheduler": (str,),
+    "strength": (int, float), "scheduler": (str,), "layout": (str,),
 }  # fmt: skip
 
 
@@ -37,6 +37,8 @@ def read_defaults(folder: Path) -> dict[str, Any]:
     try:
         if "scheduler" in said:
             said["scheduler"] = parse_scheduler(said["scheduler"])
+        if "layout" in said:
+            said["layout"] = RenderRequest(layout=said["layout"]).layout
         RenderRequest(**{key: value for key, value in said.items() if key != "prompt"})
     except UsageError as error:
         raise ModelError(f"{path}: {error}") from error

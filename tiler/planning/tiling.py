@@ -79,7 +79,7 @@ def plan_tiling(request: ResolvedRequest, family: Family) -> Tiling:
     where: dict[str, Any] = {"canvas": canvas, "tile": tile, "overlap": -(-overlap // patch) * patch, "patch": patch}
     regions = plan_tiles(request, **where)
     last = None
-    if request.layout is not Layout.GRID:
+    if request.layout is Layout.SHIFT:
         last = plan_tiles(replace(request, layout=Layout.GRID), **where)
     unconditional = family.traits.guidance is Guidance.CFG
     regions = replace(regions, unconditional=unconditional)

@@ -75,11 +75,12 @@ class Wrap(StrEnum):
 
 
 class Layout(StrEnum):
-    """The placement of tiles: overlapping at fixed positions, or side by side at positions that change every step
-    (SpotDiffusion)."""
+    """The placement of tiles: overlapping at fixed positions, side by side at positions that change every step
+    (SpotDiffusion), or overlapping at positions that change."""
 
     GRID = "grid"
     SHIFT = "shift"
+    JITTER = "jitter"
 
 
 class GuideUpscale(StrEnum):

@@ -203,10 +203,10 @@ class RenderRequest(ModelOptions, ClusterOptions):
         None,
         Option(
             "grid: overlapping tiles; shift: tiles side by side, moved at every step except the last: 16 tiles a step instead of "
-            "25 at 2048².",
+            "25 at 2048²; jitter: overlapping tiles, moved at every step: 36, and their borders show least.",
             Panel.SAMPLING,
             ("--layout",),
-            default="grid",
+            default="the model's, mostly grid",
         ),
     )
     tile_size: int | None = option(
@@ -325,6 +325,8 @@ class RenderRequest(ModelOptions, ClusterOptions):
                 "--layout shift lays tiles side by side, for one prompt; leave out "
                 + ("--regions" if self.regions else "--overlap")
             )
+        if self.layout is Layout.JITTER and self.regions:
+            raise UsageError("--layout jitter moves the tiles of one prompt; leave out --regions")
         if self.guide_image is not None and self.guide_upscale is GuideUpscale.LATENT:
             raise UsageError("--guide-upscale latent is for the guide that tiler makes; leave it out with --guide")
         if self.guide_image is not None and not self.guide:
