@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,12 @@ from tests.models.rendering import ask, edit, lose_shard, rendered
 from tiler import RenderRequest
 from tiler.diffusion.guide import guide_size, upscale
 from tiler.diffusion.tiles import plan_tiles
+from tiler.models.built import Models
 from tiler.models.family import Role, read_family
 from tiler.models.lumina_blocks import quantised, read_once, rotation
 from tiler.planning.resolve import resolve
+from tiler.planning.tiling import plan_tiling
+from tiler.planning.time import Counter
 from tiler.request import GuideUpscale
 from tiler.weights import checkpoint
 
@@ -182,6 +186,18 @@ def test_bad_checkpoints_are_exit_3_and_one_line(in_process: Any, folder: Path, 
 def test_what_makes_no_sense_is_exit_2(in_process: Any, folder: Path, option: str, value: object, words: str) -> None:
     ran = in_process("plan", "a boat", "--model", folder, option, value)
     assert ran.code == 2 and words in ran.err and ran.err.count("\n") == 1
+
+
+def test_work_is_counted_whole(folder: Path) -> None:
+    """At 512 px, where tokens are computed in several chunks: the products of two blocks by a closed formula."""
+    family = read_family(checkpoint.resolve(str(folder)))
+    width, keys, text, hidden, tokens = 288, 144, 256, 768, 32 * 32
+    attention = tokens * width * (width + 2 * keys) + tokens * 2 * width**2 + 2 * text * 256 * keys
+    block = attention + 3 * tokens * width * hidden
+    request = RenderRequest(prompt="x", size=512, guide=False, num_inference_steps=1, guidance_scale=1.0)
+    family = replace(family, traits=family.traits._replace(native=64))
+    work = Counter(Models(family)).count(plan_tiling(resolve(request, family), family), None)
+    assert work.layers == pytest.approx(2 * 2 * block, rel=0.02)  # the layers around the blocks are small
 
 
 def test_smaller_tiles_are_of_the_size_that_was_asked_for(in_process: Any, folder: Path) -> None:

@@ -189,7 +189,7 @@ AURAFLOW = FamilyRow(
 
 ROWS = (SD1, SD2, SDXL, SD3, FLUX, SCHNELL, PIXART_ALPHA, PIXART_SIGMA, AURAFLOW)
 
-FOLDERS_ALONE = MappingProxyType({"HunyuanDiTPipeline": ("HunyuanDiT", 428), "LuminaPipeline": ("Lumina-Next", 441)})
+FOLDERS_ALONE = MappingProxyType({"HunyuanDiTPipeline": ("HunyuanDiT", 442), "LuminaPipeline": ("Lumina-Next", 446)})
 """Families of which no single file is read: title and floor by the pipeline that model_index.json names."""
 
 

@@ -8,7 +8,7 @@ into groups of heads.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -140,9 +140,9 @@ def predict_block(
         add_normed(x, tokens, block.ffn_norm2, made[:, tokens], ff_gate)
 
 
-def _chunks(x: Tensor) -> list[slice]:
-    chunks = cut(slice(0, x.shape[1]), CHUNK)
-    return list(each(chunks, x.is_meta))
+def _chunks(x: Tensor) -> Iterator[slice]:
+    """The tokens of x (1, n, d), some at a time."""
+    return each(cut(slice(0, x.shape[1]), CHUNK), x.is_meta)
 
 
 def add_normed(x: Tensor, tokens: slice, norm: nn.Module, made: Tensor, gate: Tensor) -> None:
