@@ -43,6 +43,14 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["XDG_CACHE_HOME"] = str(home)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """scripts/test wants to know which rows of the table of faults were run."""
+    if (told := os.environ.get("TILER_ROWS")) and not hasattr(config, "workerinput"):
+        from tests import faults
+
+        config.pluginmanager.register(faults.Rows(Path(told), faults.read_rows(faults.README.read_text())))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with full-size tests come first: a worker that began one of them last would run on alone for minutes."""
     large = {item.path for item in items if item.get_closest_marker("full")}
@@ -132,6 +140,7 @@ def tiler(tmp_path: Path):
 def in_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
     """Run `tiler` in the test's own process, in an empty folder, in a quarter of the time: for all that is not about
     processes, their memory and signals."""
+    from tiler.cli import supervise
     from tiler.cli.main import main
 
     def run(*args: object, env: dict[str, str] | None = None) -> Ran:
@@ -146,6 +155,7 @@ def in_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Ca
             patch.setattr(sys, "argv", ["tiler", *map(str, args)])
             # These change the whole process for a run that ends with it; the tests go on.
             patch.setattr("tiler.memory.lean_imports.lean_torch", lambda: None)
+            patch.setattr("tiler.cli.queues.hand_over", lambda spec: sys.exit(supervise.run(spec)))
             ours = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
             before, threads = [signal.getsignal(number) for number in ours], torch.get_num_threads()
             try:

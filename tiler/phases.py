@@ -112,6 +112,7 @@ def start(
     spoken = encoding.find_prompts(begun, models, tiling.texts, words)
     embeds = bool(spoken.read_as.embeddings)
     plan = make_plan(begun, models, budget.max_bytes, job, tiling, encoded=spoken.all_encoded, embeds=embeds)
+    plan = replace(plan, memory=replace(plan.memory, beside_bytes=budget.beside_bytes))
     run = RenderRun(
         said=request, request=settings, plan=plan, models=models, budget=budget, on_event=on_event, job=job,
         spoken=spoken, preview=previewing.open_preview(settings, models),
@@ -174,7 +175,8 @@ def advice(run: RenderRun) -> str:
 def replan(run: RenderRun, request: ResolvedRequest) -> RenderPlan:
     """How another request would be carried out instead of the run's. Raises TilerError."""
     embeds, encoded = bool(run.spoken.read_as.embeddings), run.plan.encoded
-    return make_plan(request, run.models, run.budget.max_bytes, encoded=encoded, embeds=embeds)
+    plan = make_plan(request, run.models, run.budget.max_bytes, encoded=encoded, embeds=embeds)
+    return replace(plan, memory=replace(plan.memory, beside_bytes=run.budget.beside_bytes))
 
 
 def prepare_weights(run: RenderRun) -> None:
