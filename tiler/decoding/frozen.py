@@ -161,7 +161,8 @@ def decode(
 
     with scratch:
         if not recall(stages, scratch):
-            _measure(stages, part, Scratch(scratch.folder, scratch.dtype), hold, check)
+            with Scratch(scratch.folder, scratch.dtype) as nameless:
+                _measure(stages, part, nameless, hold, check)
             remember(stages, scratch)
         stored = [waiting(number, band) for number, band in enumerate(others)]
         row = begin
