@@ -245,18 +245,22 @@ def _reference(run: RenderRun, picture: np.ndarray | None, guide_latents: Tensor
         check, tell = at_rows(run.budget, plan.memory.peak_of(name)), percent(run.on_event, name)
         if guide_latents is not None:
             assert plan.guide is not None
-            unscaled = spec.unscale_(guide_latents)
-            picture = np.concatenate(
-                list(decode_pixels(plan.methods["guide decoded"], vae, streamer, unscaled, check, tell))
-            )
+            unscaled, decoder = spec.unscale_(guide_latents), plan.methods["guide decoded"]
+            work = [each.flops + each.attention_flops for each in (decoder, plan.methods[name])]
+            decoded = work[0] / max(1, sum(work))  # of the phase
+            rows = decode_pixels(decoder, vae, streamer, unscaled, check, lambda done: tell(decoded * done))
+            picture = np.concatenate(list(rows))
             previewing.learn(run.preview, spec.scale(unscaled), picture)
             box = (FACTOR * plan.guide.shown_height, FACTOR * plan.guide.shown_width)
         else:
             assert picture is not None
-            box = None
+            box, decoded = None, 0.0
         encoder = plan.methods[name]
         pixels = guide.crop_to_aspect(picture, height, width, box, wraps, encoder.margin_pixels)
-        progress = percent(run.on_event, name)
+
+        def progress(done: float) -> None:
+            tell(decoded + (1 - decoded) * done)
+
         return spec.scale(method.encode(encoder, vae, streamer, pixels, check=check, progress=progress, spool=spool))
 
 
