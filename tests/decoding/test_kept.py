@@ -86,6 +86,7 @@ def test_frozen_goes_on_at_a_row(tiny: Path, tmp_path: Path, width: int, wrap: W
     assert [strip.shape for strip in strips] == [strip.shape for strip in whole]
     assert all(np.array_equal(one, other) for one, other in zip(strips, whole, strict=True))
     assert taken[-1] < len(in_all) // 2  # most was there
+    assert spool.where_in(tmp_path / "spool") == f"row {sum(map(len, whole))} of the decoder"
 
 
 def test_tiny_goes_on_at_a_row(tmp_path: Path) -> None:
