@@ -14,14 +14,18 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from tiler import denoiser, encoding, events, interrupts, packing, previewing
+from tiler import denoiser, encoding, events, interrupts, packing, previewing, repainting
 from tiler.decoding import FACTOR, method
+from tiler.decoding.rows import Pixels
 from tiler.decoding.spool import Spool, bytes_in
 from tiler.denoiser import DenoiserRun, open_denoiser
 from tiler.diffusion import canvas, guide
 from tiler.diffusion.guide_picture import GuidePicture
+from tiler.diffusion.poster import Poster, load_bytes
 from tiler.diffusion.prompts import Prompts
 from tiler.diffusion.runner import Runner
+from tiler.diffusion.schedulers import Schedule
+from tiler.diffusion.spot import AroundSpot, BoxPixels
 from tiler.diffusion.tiles import Steps, region_span
 from tiler.encoding import Spoken
 from tiler.events import OnEvent, percent
@@ -125,7 +129,8 @@ def start(
         run.note(f"no prompt was given; this is the model's own: {settings.prompt}")
     on_prompts = notes_on_prompts(settings, family, has_guide=plan.guide is not None)
     on_loras = *notes_on_loras(settings, loras, models, spoken.read_as), *models.loras.notes
-    run.tell((*on_prompts, *on_loras, *found.notes, *family.notes, *plan.notes, memory_warning(budget.max_bytes)))
+    others = repainting.note_on_format(settings), memory_warning(budget.max_bytes)
+    run.tell((*on_prompts, *on_loras, *found.notes, *family.notes, *plan.notes, *others))
     return run
 
 
@@ -153,8 +158,11 @@ def make_plan(
     models.build(encoders=not encoded or encoding.precision_of(request, models.family) is Precision.INT8)
     with ExitStack() as stack:
         path, canvas = request.guide_image, pixels_of(tiling.canvas)
-        picture = None if path is None else stack.enter_context(GuidePicture(path, canvas))
+        whole = path is not None and tiling.spot is None
+        picture = stack.enter_context(GuidePicture(path, canvas)) if path is not None and whole else None
         facts = measure(request.scratch_folder, picture)
+        if path is not None and not whole:
+            facts = replace(facts, guide_load_bytes=load_bytes(path))
     if job is not None:  # what it holds already is room that it has
         held = bytes_in(job.spool_folder(request.scratch_folder))
         facts = replace(facts, scratch_free_bytes=facts.scratch_free_bytes + held)
@@ -187,9 +195,10 @@ def prepare_weights(run: RenderRun) -> None:
 
 
 def load_guide(run: RenderRun) -> np.ndarray | None:
-    """The user's guide, (h, w, 3) uint8 sRGB, no larger than the canvas has use for; None where none was given."""
+    """The user's guide, (h, w, 3) uint8 sRGB, no larger than the canvas has use for; None where none was given, or a
+    spot of it is to be painted."""
     path = run.request.guide_image
-    if path is None or run.job.has_reference:
+    if path is None or run.plan.spot is not None or run.job.has_reference:
         return None
     with run.phase("load guide", 1), GuidePicture(path, pixels_of(run.plan.canvas)) as picture:
         return picture.load(run.note)
@@ -212,9 +221,9 @@ def make_guide(run: RenderRun, prompts: Prompts) -> Tensor | None:
         return _denoise(run, "guide", plan.guide_steps, prompts, None, 0, partial(open_denoiser, phase="guide"))
 
 
-def make_reference(run: RenderRun, picture: np.ndarray | None, guide_latents: Tensor | None) -> Tensor | None:
+def make_reference(run: RenderRun, picture: np.ndarray | Poster | None, guide_latents: Tensor | None) -> Tensor | None:
     """The user's `picture`, or the guide, as latents of the canvas's size, (1, C, H, W) fp32 scaled; None without
-    either."""
+    either. Of a poster it is the part around its spot."""
     if run.job.has_reference:
         return run.job.load_reference()
     if guide_latents is None and picture is None:
@@ -225,7 +234,7 @@ def make_reference(run: RenderRun, picture: np.ndarray | None, guide_latents: Te
     return reference
 
 
-def _reference(run: RenderRun, picture: np.ndarray | None, guide_latents: Tensor | None) -> Tensor:
+def _reference(run: RenderRun, picture: np.ndarray | Poster | None, guide_latents: Tensor | None) -> Tensor:
     request, plan = run.request, run.plan
     height, width = pixels_of(plan.canvas)
     spec, wraps = plan.family.autoencoder, request.wrap.axes
@@ -233,7 +242,7 @@ def _reference(run: RenderRun, picture: np.ndarray | None, guide_latents: Tensor
         assert plan.guide is not None
         return guide.upscale(guide_latents, plan.guide, plan.canvas, wraps)
     vae, name = run.models.vae(spec), "guide picture"
-    begin = picture if guide_latents is None else guide_latents
+    begin = picture.digest if isinstance(picture, Poster) else picture if guide_latents is None else guide_latents
     assert begin is not None
     spool = remember(run.job.spool, "the guide's picture", plan.methods[name], begin, run.on_event, run.note)
     with (
@@ -241,22 +250,26 @@ def _reference(run: RenderRun, picture: np.ndarray | None, guide_latents: Tensor
         run.phase(name, 100),
         run.streamed(vae, spec.weights, families.vae_names, plan.resident[name]) as streamer,
     ):
-        box: tuple[float, float] | None
+        box: tuple[float, float] | None = None
+        decoded = 0.0  # of the phase's work
         check, tell = at_rows(run.budget, plan.memory.peak_of(name)), percent(run.on_event, name)
         if guide_latents is not None:
             assert plan.guide is not None
             unscaled, decoder = spec.unscale_(guide_latents), plan.methods["guide decoded"]
             work = [each.flops + each.attention_flops for each in (decoder, plan.methods[name])]
-            decoded = work[0] / max(1, sum(work))  # of the phase
+            decoded = work[0] / max(1, sum(work))
             rows = decode_pixels(decoder, vae, streamer, unscaled, check, lambda done: tell(decoded * done))
             picture = np.concatenate(list(rows))
             previewing.learn(run.preview, spec.scale(unscaled), picture)
             box = (FACTOR * plan.guide.shown_height, FACTOR * plan.guide.shown_width)
-        else:
-            assert picture is not None
-            box, decoded = None, 0.0
+        assert picture is not None
         encoder = plan.methods[name]
-        pixels = guide.crop_to_aspect(picture, height, width, box, wraps, encoder.margin_pixels)
+        pixels: Pixels
+        if isinstance(picture, Poster):
+            assert plan.spot is not None
+            pixels = BoxPixels(picture, plan.spot)
+        else:
+            pixels = guide.crop_to_aspect(picture, height, width, box, wraps, encoder.margin_pixels)
 
         def progress(done: float) -> None:
             tell(decoded + (1 - decoded) * done)
@@ -297,7 +310,10 @@ def _denoise(
         return latents
     if phase == "canvas":
         previewing.watch(run.preview, schedule, begin, run.note)
-    denoising = canvas.Denoising(latents, tiles, schedule, generator, begin=first, phase=phase)
+    around: Schedule = schedule
+    if plan.spot is not None and reference is not None:
+        around = AroundSpot(schedule, plan.spot, reference, noise)
+    denoising = canvas.Denoising(latents, tiles, around, generator, begin=first, phase=phase)
     if not denoising.take_up(run.job):  # a job that has this phase opens no weights for it
         return denoising.latents
     with interrupts.deferred(), open_runner(run, prompts) as runner:

@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
-from tiler import ahead, decode_run, encode_run, packing, phases, pixels, quantising, reports
+from tiler import ahead, decode_run, encode_run, packing, phases, pixels, quantising, repainting, reports
 from tiler.cluster import run as cluster
+from tiler.diffusion.poster import Poster
 from tiler.events import Event, OnEvent
 from tiler.jobs.folder import Job
 from tiler.memory import lean_imports, process
@@ -61,26 +62,32 @@ def render(request: RenderRequest, budget: Budget | None = None, on_event: OnEve
             reports.begin_job(run)
             if job.is_finished:
                 return Result(output=run.request.output, report=reports.of_render(run))
-            picture = phases.load_guide(run)
-            phases.prepare_weights(run)
-            prompts = phases.encode_prompts(run)
-            guide = phases.make_guide(run, prompts)
-            reference = phases.make_reference(run, picture, guide)
-            del picture, guide
-            latents = phases.denoise_canvas(run, prompts, reference, open_runner)
-            del prompts, reference
-            run.prepared = None  # nor is what was made of the prompts needed again
-            phases.save_canvas(run, latents)
-            # An error of the writer's must not leave the decoder's scratch files open.
-            unscaled = pixels.Unscaled(latents, run.plan.decoder)
-            spool = phases.remembered(run, latents)
-            with closing(pixels.decode(run, run.decoding, unscaled, spool)) as rows:
-                wanted = run.request
-                write_picture(
-                    wanted.output, rows, wanted.width, wanted.height, run.texts, wanted.dpi, wanted.bleed_mm,
-                    force=wanted.force, format=wanted.format, quality=wanted.quality, on_whole=job.note_finished,
-                )  # fmt: skip
+            with repainting.poster_of(run, run.request) as poster:
+                _paint(run, poster, open_runner)
         return Result(output=run.request.output, report=reports.of_render(run))
+
+
+def _paint(run: phases.RenderRun, poster: Poster | None, open_runner: phases.OpenRunner) -> None:
+    """From the guide to the file."""
+    picture = phases.load_guide(run)
+    phases.prepare_weights(run)
+    prompts = phases.encode_prompts(run)
+    guide = phases.make_guide(run, prompts)
+    reference = phases.make_reference(run, poster if picture is None else picture, guide)
+    del picture, guide
+    latents = phases.denoise_canvas(run, prompts, reference, open_runner)
+    del prompts, reference
+    run.prepared = None  # nor is what was made of the prompts needed again
+    phases.save_canvas(run, latents)
+    # An error of the writer's must not leave the decoder's scratch files open.
+    unscaled = pixels.Unscaled(latents, run.plan.decoder)
+    decoded = pixels.decode(run, run.decoding, unscaled, phases.remembered(run, latents))
+    with closing(repainting.whole_picture(run.request, decoded, poster, run.plan.spot)) as rows:
+        wanted = run.request
+        write_picture(
+            wanted.output, rows, wanted.width, wanted.height, run.texts, wanted.dpi, wanted.bleed_mm,
+            force=wanted.force, format=wanted.format, quality=wanted.quality, on_whole=run.job.note_finished,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

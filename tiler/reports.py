@@ -23,8 +23,9 @@ from tiler.output.metadata import texts as picture_texts
 from tiler.phases import RenderRun, picture_facts
 from tiler.planning.summary import SCHEMA, with_old_names
 from tiler.request.choices import STDOUT
-from tiler.weights.hashes import auto_v2
+from tiler.weights.hashes import V2_DIGITS, auto_v2
 from tiler.weights.index import TensorInfo
+from tiler.weights.places import expand
 
 
 def of_render(run: RenderRun) -> dict[str, Any]:
@@ -88,8 +89,11 @@ def texts(run: RenderRun) -> dict[str, str]:
     if not run.request.metadata:
         return {}
 
-    def hashing() -> None:
-        run.note(f"the hash of {found.name} is computed, once, for the picture's parameters")
+    def hash_of(path: Path | None, name: str) -> str | None:
+        def tell() -> None:
+            run.note(f"the hash of {name} is computed, once, for the picture's parameters")
+
+        return auto_v2(path, tell) if path is not None and path.is_file() else None
 
     facts = Facts(
         model=found.name, model_id=run.model_id, revision=found.revision,
@@ -97,7 +101,9 @@ def texts(run: RenderRun) -> dict[str, str]:
         precision=plan.precision.value, kernels=computed_by(), begin=plan.begin,
         clip_skip=plan.family.traits.clip_skip,
         embeddings=run.spoken.read_as.embeddings, loras=run.models.loras.hashes,
-        model_hash=None if found.file is None else auto_v2(found.file, hashing),
+        model_hash=hash_of(found.file, found.name),
+        vae_hash=None if run.request.vae is None else hash_of(expand(run.request.vae), Path(run.request.vae).name),
+        lora_files={lora.file.stem: digests.whole[:V2_DIGITS] for lora, digests in run.models.loras.files},
     )  # fmt: skip
     return picture_texts(run.request, facts)
 

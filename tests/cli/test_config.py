@@ -12,6 +12,7 @@ from typing import Any, get_args, get_type_hints
 import pytest
 import typer
 
+from tiler.cli import config as show
 from tiler.cli import layers
 from tiler.cli.layers import Layer
 from tiler.cli.main import app
@@ -55,10 +56,12 @@ def samples(parameter: Any) -> list[str]:
 
 
 def test_every_option_has_four_layers(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole table of precedence: default, configuration file, environment, command line; and `config show`."""
     group: Any = commands()
     checked = set()
-    for command in ("render", "plan", "decode", "quantize"):
-        must = ["latents"] if command == "decode" else ["model"] if command == "quantize" else []
+    arguments = {"decode": ["x"], "quantize": ["x"], "encode": ["x"], "view": ["x"]}
+    for command in ("render", "plan", "decode", "encode", "quantize", "doctor", "models", "view"):
+        must = arguments.get(command, [])
         for parameter in group.commands[command].params:
             if parameter.param_type_name != "option" or not (keys := layers.keys(parameter.opts)):
                 continue
@@ -70,16 +73,22 @@ def test_every_option_has_four_layers(config: Path, monkeypatch: pytest.MonkeyPa
                 assert layers.layer_of(context, parameter.name) is expected, parameter.name
                 return context.params[parameter.name]
 
+            def shown(keys: tuple[str, ...] = keys) -> str:
+                return next(s.source for k, s in show._options(group, settings.read_config()) if k in keys)
+
             def meant(text: str, parameter: Any = parameter) -> Any:
                 return parameter.process_value(None, (text,) if parameter.multiple else text)
 
             config.write_text("")
             default = value(Layer.DEFAULT)
             assert default == parameter.process_value(None, parameter.default)
+            assert shown() == "default"
             config.write_text(f"{keys[0]} = {in_file if parameter.is_flag else json.dumps(in_file)}")
             assert value(Layer.CONFIG) == meant(in_file)
+            assert shown() == str(config)
             monkeypatch.setenv(variable, in_environment)
             assert value(Layer.ENVIRONMENT) == meant(in_environment)
+            assert shown() == variable
             assert value(Layer.TYPED, *words) == meant(typed)
             monkeypatch.delenv(variable)
             checked.add(parameter.name)
@@ -141,7 +150,9 @@ def test_show_says_where_each_value_comes_from(in_process, config: Path, monkeyp
     assert options["model"] == {"value": "x", "source": str(config)}
     assert options["max_ram"] == {"value": "800MB", "source": "default"}
     assert folders["model_dirs"]["value"] == [str(config.parent / "m")]
-    assert "steps               9  (from TILER_STEPS)\n" in in_process("config", "show").out
+    lines = in_process("config", "show").out.splitlines()
+    assert "steps               9  (from TILER_STEPS)" in lines and "max_ram             800MB  (default)" in lines
+    assert all(line.endswith(")") or line.strip().startswith("→") for line in lines)
     assert in_process("config", "path").out == f"{config}\n"
 
 

@@ -39,7 +39,7 @@ def test_models_are_listed_with_what_they_need(in_process: Any, webui: Path, mon
     monkeypatch.setenv("TILER_MODEL_DIRS", str(webui))
     ran = in_process("models", "--json")
     assert ran.code == 0, ran.err
-    found = {Path(model["path"]).name: model for model in ran.json}
+    found = {Path(model["path"]).name: model for model in ran.json["models"]}
     assert set(found) == {"dreamy sky.safetensors", "cut.safetensors", "soft.safetensors", "tiny-plain"}
     sky = found["dreamy sky.safetensors"]
     assert (sky["family"], sky["fits"], sky["lacks"]) == ("Stable Diffusion 1.x", True, ["--vae"])
@@ -114,7 +114,8 @@ def test_cache_lists_and_cleans(in_process: Any, tmp_path: Path) -> None:
     leftover = tmp_path / "c" / f".{'d' * 32}.safetensors.x"
     leftover.write_bytes(b"x")
     os.utime(leftover, (0, time.time() - 10**6))
-    listed = {Path(file["path"]).name: file for file in in_process("cache", "list", "--cache-dir", "c", "--json").json}
+    files = in_process("cache", "list", "--cache-dir", "c", "--json").json["files"]
+    listed = {Path(file["path"]).name: file for file in files}
     assert set(listed) == {current.name, old.name, prompt.name, leftover.name}
     assert listed[old.name]["stale"] == "of another version of tiler" and not listed[current.name]["stale"]
     assert in_process("cache", "clean", "--cache-dir", "c", "--dry-run").code == 0 and old.exists()

@@ -70,6 +70,16 @@ def test_pictures_of_others_leave_the_rest_as_it_is(tmp_path: Path) -> None:
     assert "not the same one" in found.notes[0] and "Eta" in found.notes[1]
 
 
+def test_what_automatic1111_says_of_vae_emphasis_and_tiling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(Kind.VAE.variable, str(tmp_path))
+    path = png(tmp_path / "x.png", parameters=infotext(VAE="soft.safetensors", Emphasis="No norm", Tiling="True"))
+    found = repeat(path, NOTHING, DEFAULTS)
+    assert (found.values["emphasis"], found.values["wrap"], "vae" in found.values) == ("no-norm", "xy", False)
+    assert "the vae 'soft', which is in none of the vae_dirs: the model's own takes its place" in found.notes[-1]
+    (tmp_path / "soft.safetensors").touch()
+    assert repeat(path, NOTHING, DEFAULTS).values["vae"] == str(tmp_path / "soft.safetensors")
+
+
 @pytest.mark.parametrize(
     ("said", "scheduler", "spread"),
     [
@@ -232,7 +242,7 @@ VALUES: dict[str, Any] = {
     "regions": (Region(prompt="boat", rows=(0, 64), cols=(8, 64), mask="gaussian", seed=3, negative_prompt=""),),
 }  # fmt: skip
 ELSEWHERE = {
-    "model", "revision", "prompt", "guide_image", "scale", "loras", "tiny_vae", "diffusion_model", "vae",
+    "model", "revision", "prompt", "guide_image", "scale", "repaint", "loras", "tiny_vae", "diffusion_model", "vae",
     "text_encoder", "clip_l", "clip_g", "t5xxl",
 }  # fmt: skip
 """Files, which have tests of their own, and the prompt, which every picture has."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
+from tiler.output.infotext import parse_infotext
 from tiler.output.metadata import Facts, file_name, infotext, texts
 from tiler.output.picture import write_picture
 from tiler.output.profile import srgb_profile
@@ -35,6 +37,7 @@ FACTS = Facts(
 )
 
 
+SD_CLI = Path.home() / ".cache/tiler/sdcpp/sd-cli"
 PARTS = ("unet", "vae", "text_encoder")
 
 
@@ -163,3 +166,33 @@ def test_pictures_say_in_xmp_that_they_are_generated(tmp_path: Path, guide: Path
     assert wanted in Image.open(tmp_path / "x.png").text["XML:com.adobe.xmp"]
     with tifffile.TiffFile(tmp_path / "x.tif") as tiff:
         assert wanted.encode() in tiff.pages[0].tags[700].value
+
+
+def test_hashes_of_all_files_are_told_as_civitai_reads_them() -> None:
+    facts = replace(
+        FACTS, model_hash="0123456789", vae_hash="abcdef0123", loras={"ink, red": "123456789abc"},
+        lora_files={"ink, red": "00112233aa"}, embeddings={"mood": "fedcba987654"},
+    )  # fmt: skip
+    line = texts(request(vae="/home/ann/soft.safetensors", wrap="xy"), facts)["parameters"].splitlines()[-1]
+    told = json.loads(line[line.index("Hashes: {") + len("Hashes: ") :])  # Civitai looks for that, and JSON after it
+    assert told == {
+        "model": "0123456789", "vae": "abcdef0123", "lora:ink, red": "00112233aa", "embed:mood": "fedcba9876",
+    }  # fmt: skip
+    order = (
+        "Steps Sampler Schedule_type CFG_scale Seed Size Model_hash Model VAE_hash VAE Denoising_strength RNG Tiling"
+    )
+    order += " TI_hashes Lora_hashes Version Hashes"
+    places = [line.index(f"{key.replace('_', ' ')}: ") for key in order.split()]
+    assert places == sorted(places)
+    read = parse_infotext(line.join(["a boat\n", ""])).fields
+    assert json.loads(read["Hashes"]) == told and read["VAE"] == "soft"
+    assert "Hashes: " not in texts(request(), FACTS)["parameters"]
+
+
+@pytest.mark.skipif(not SD_CLI.exists(), reason="stable-diffusion.cpp's sd-cli is not in ~/.cache/tiler/sdcpp")
+def test_stable_diffusion_cpp_reads_what_we_write(tmp_path: Path) -> None:
+    made = texts(request(negative_prompt="fog"), replace(FACTS, model_hash="0123456789"))
+    write_picture(tmp_path / "x.png", [np.zeros((64, 64, 3), np.uint8)], 64, 64, made, force=False)
+    command = [SD_CLI, "-M", "metadata", "--image", tmp_path / "x.png", "--metadata-format", "json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.dumps(made["parameters"], ensure_ascii=False)[1:-1] in done.stdout

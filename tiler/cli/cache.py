@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -43,7 +42,7 @@ def show(cache_dir: CacheDir = None, json_output: o.Json = False) -> None:
     """Show every file that is kept, its size, when it was last used, and what of it is stale."""
     found = _listed(cache_dir)
     if json_output:
-        typer.echo(json.dumps([asdict(file) | {"path": str(file.path)} for file in found]))
+        o.tell({"files": [asdict(file) | {"path": str(file.path)} for file in found]})
         return
     width = columns()
     for file in found:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,7 +41,7 @@ def status_command(
 
     found = workers(cluster, keys, insecure=insecure)
     if json_output:
-        typer.echo(json.dumps(found))
+        o.tell({"workers": found})
         return
     if not found:
         typer.echo("no worker has joined")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shlex
@@ -19,7 +18,6 @@ from tiler.errors import StorageError, UsageError
 from tiler.request import settings
 from tiler.request.settings import Kind, Setting
 
-SCHEMA = 1
 _TEMPLATE = """\
 # Settings of tiler. What is typed wins over TILER_* in the environment, that over this file.
 # Every long option of `tiler render --help` may stand here, without its dashes, with _ for -.
@@ -86,9 +84,7 @@ def show_command(context: typer.Context, json_output: o.Json = False) -> None:
             for key, (value, source) in folders.items()
         }
         config = settings.config_path()
-        typer.echo(json.dumps(
-            {"schema": SCHEMA, "path": None if config is None else str(config), "options": shown, "folders": places}
-        ))  # fmt: skip
+        o.tell({"path": None if config is None else str(config), "options": shown, "folders": places})
         return
     for key, (value, source) in values.items():
         _print(key, str(value), source)
@@ -99,8 +95,8 @@ def show_command(context: typer.Context, json_output: o.Json = False) -> None:
 
 
 def _print(key: str, value: str, source: str) -> None:
-    """One value; one that nobody said goes without a source, for most are such."""
-    typer.echo(f"{key:20}{value}{'' if source == 'default' else f'  (from {source})'}")
+    """One value, and who said it."""
+    typer.echo(f"{key:20}{value}  ({source if source == 'default' else f'from {source}'})")
 
 
 def _found(kind: Kind) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import shutil
 import textwrap
@@ -98,7 +97,7 @@ def _show_machine(measure: bool, json_output: bool) -> None:
 
 def _print(facts: dict[str, str], json_output: bool) -> None:
     if json_output:
-        typer.echo(json.dumps(facts))
+        o.tell(facts)
         return
     width = columns()
     for name, value in facts.items():

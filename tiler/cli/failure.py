@@ -56,6 +56,6 @@ def _fail(message: str, code: int, notes: Sequence[str]) -> NoReturn:
         sys.stderr.flush()
     with suppress(OSError, ValueError):
         if message and code and "--json" in sys.argv:  # programs read of errors where they read of results
-            print(json.dumps({"error": message, "exit_code": code}))
+            print(json.dumps({"schema": 1, "error": message, "exit_code": code}))
         sys.stdout.flush()
     sys.exit(code)

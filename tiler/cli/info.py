@@ -14,8 +14,6 @@ from tiler.errors import ModelError
 from tiler.output.recipes import read_recipe
 from tiler.output.texts import read_texts
 
-SCHEMA = 1
-
 Picture = Annotated[Path, typer.Argument(metavar="IMG", help="A PNG, JPEG, WebP, AVIF or TIFF.")]
 
 
@@ -27,8 +25,8 @@ def command(picture: Picture, json_output: o.Json = False) -> None:
     except ModelError as error:
         raise ModelError(f"{picture}: {error}") from error
     if json_output:
-        facts = {"schema": SCHEMA, "tool": recipe.tool, "settings": recipe.settings, "others": recipe.others}
-        typer.echo(json.dumps(facts | {"lacks": recipe.lacks or None}, ensure_ascii=False))
+        facts = {"tool": recipe.tool, "settings": recipe.settings, "others": recipe.others}
+        o.tell(facts | {"lacks": recipe.lacks or None})
         return
     typer.echo(f"{'made by':22}{recipe.tool}")
     for name, value in (*recipe.settings.items(), *recipe.others.items()):

@@ -17,8 +17,9 @@ from tiler.errors import UsageError
 from tiler.request import settings
 
 OF_ONE_RUN = frozenset(
-    ("--output", "--format", "--save-latents", "--report", "--json", "--force", "--regions", "--guide", "--no-guide",
-     "--from", "--scale", "--restart", "--keep-job", "--model-dir", "--log-json", "--lora", "--help", "--version")
+    ("--output", "--format", "--save-latents", "--report", "--json", "--force", "--regions", "--guide",
+     "--no-guide", "--from", "--scale", "--repaint", "--restart", "--keep-job", "--model-dir", "--log-json",
+     "--lora", "--help", "--version")
 )  # fmt: skip
 """Options that are said for one picture and no habit: neither the environment nor the configuration file gives them."""
 
@@ -36,12 +37,15 @@ _CLICK_NAMES = {"COMMANDLINE": Layer.TYPED, "ENVIRONMENT": Layer.ENVIRONMENT, "D
 
 # By the names of parameters: what gives way to what, where the other was said in a higher layer.
 _SIDES = ("size", "width", "height")
+_OF_THE_GUIDE = ("scale", "repaint")  # take the size from its picture
 _GIVES_WAY: Mapping[str, tuple[str, ...]] = {
-    "size": ("paper", "scale"), "width": ("paper", "size", "scale"), "height": ("paper", "size", "scale"),
-    "paper": (*_SIDES, "scale"), "landscape": (*_SIDES, "scale"), "bleed": (*_SIDES, "scale"),
-    "scale": ("paper", *_SIDES),
+    "size": ("paper", *_OF_THE_GUIDE), "width": ("paper", "size", *_OF_THE_GUIDE),
+    "height": ("paper", "size", *_OF_THE_GUIDE),
+    "paper": (*_SIDES, *_OF_THE_GUIDE), "landscape": (*_SIDES, *_OF_THE_GUIDE), "bleed": (*_SIDES, *_OF_THE_GUIDE),
+    "scale": ("paper", *_SIDES, "repaint"), "repaint": ("paper", *_SIDES, "scale", "guide_image"),
+    "wrap": ("repaint",), "regions": ("repaint",), "canvas_prompt": ("repaint",),
     "num_inference_steps": ("preset",), "strength": ("preset",), "guidance_interval": ("preset",),
-    "layout": ("preset", "overlap", "regions"), "overlap": ("layout",), "guide_upscale": ("guide_image",),
+    "layout": ("preset", "overlap", "regions", "repaint"), "overlap": ("layout",), "guide_upscale": ("guide_image",),
     "decode": ("tiny_vae",), "tiny_vae": ("decode",),
 }  # fmt: skip
 

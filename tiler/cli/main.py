@@ -29,8 +29,10 @@ from tiler.cli import (
     render,
     resume,
     several,
+    view,
     worker,
 )
+from tiler.cli import options as o
 from tiler.cli.terminal import prepare_signals, prepare_streams, silence
 
 
@@ -80,8 +82,9 @@ app.command("decode")(decode.command)
 app.command("quantize")(quantize.command)
 app.command("worker")(worker.command)
 app.command("info")(info.command)
+app.command("view")(o.in_environment(view.command))
 app.command("doctor")(doctor.command)
-app.command("models")(models.command)
+app.command("models")(o.in_environment(models.command))
 app.add_typer(cache.app, name="cache")
 app.add_typer(config.app)
 app.add_typer(cluster.app)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import textwrap
 from pathlib import Path
 from typing import Annotated
@@ -40,7 +39,7 @@ def command(folders: Folders = None, max_ram: o.MaxRam = "800MB", json_output: o
             raise UsageError(f"{folder}: no such folder")
     found = list_models(wanted)
     if json_output:
-        typer.echo(json.dumps([model.facts(ceiling) for model in found]))
+        o.tell({"models": [model.facts(ceiling) for model in found]})
         return
     if not found:
         typer.echo(f"no .safetensors or .gguf file and no diffusers folder in {', '.join(map(str, wanted))}")

@@ -18,7 +18,7 @@ from tiler.cli.repeat import repeat
 from tiler.cli.terminal import closed_streams
 from tiler.errors import StorageError, UsageError
 from tiler.request import Region, read_regions, shared
-from tiler.request.choices import MAX_SEED, STDOUT
+from tiler.request.choices import FORMATS, LOSSY, MAX_SEED, STDOUT, Format
 from tiler.request.options import Option, Panel
 
 MaxRam = Annotated[
@@ -111,7 +111,10 @@ def command_of(
                     rest["seeds"] = None  # the picture's
                 for note in found.notes:
                     typer.echo(f"note: {note}", err=True)
-            run(request(**values), **rest)
+            asked = request(**values)
+            if layers.layer_of(context, "quality") is layers.Layer.TYPED and not _has_quality(asked):
+                typer.echo("note: --quality is for JPEG, WebP and AVIF; this format keeps every pixel", err=True)
+            run(asked, **rest)
         except UsageError as error:
             for note in layers.sources(context, str(error)):
                 error.add_note(note)
@@ -131,6 +134,20 @@ def command_of(
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in parameters}
     command.__doc__ = run.__doc__
+    return command
+
+
+def _has_quality(request: Any) -> bool:
+    """Whether the picture's format has one; of a name that tells no format, which is refused later, it is said."""
+    suffix = "" if request.output is None else request.output.suffix.lower()
+    return (request.format or FORMATS.get(suffix, Format.PNG)) in LOSSY
+
+
+def in_environment(command: Callable[..., None]) -> Callable[..., None]:
+    """`command`, whose parameters are written out, with TILER_… variables for its options."""
+    for hint in get_type_hints(command, include_extras=True).values():
+        for info in getattr(hint, "__metadata__", ()):
+            _offer_in_environment(info)
     return command
 
 
@@ -290,6 +307,11 @@ def name_of(output: Path) -> str:
     return "standard output" if output == STDOUT else str(output)
 
 
+def tell(facts: Mapping[str, Any], schema: int = 1) -> None:
+    """Print what --json prints: one object, whose `schema` grows when a key changes its meaning or goes."""
+    typer.echo(json.dumps({"schema": schema, **facts}))
+
+
 def finish(result: Any, said: str, *, report: Path | None = None, quiet: bool, json_output: bool) -> None:
     """Write --report's JSON file, where one was asked for, and print the pipeline's `result` as --json does, or one
     line that is `said` of it: on standard error where the picture itself went to standard output. Raises
@@ -300,6 +322,6 @@ def finish(result: Any, said: str, *, report: Path | None = None, quiet: bool, j
         with atomic(report) as file:
             file.write((json.dumps(result.report, indent=2) + "\n").encode())
     if json_output:
-        typer.echo(json.dumps({"output": str(result.output), **result.report}))
+        tell({"output": str(result.output), **result.report})
     elif not quiet:
         typer.echo(said, err=result.output == STDOUT)

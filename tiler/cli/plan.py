@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from typing import Any
 
@@ -30,7 +29,7 @@ def run(
     with ProgressPrinter(budget, quiet=False) as printer:
         planned = plan(request, budget, printer)
     if json_output:
-        typer.echo(json.dumps(planned.facts()))
+        o.tell(planned.facts())
     else:
         _print(planned.facts(), planned.plan)
     planned.check()
@@ -43,6 +42,8 @@ def _print(facts: dict[str, Any], plan: Any) -> None:
     )
     typer.echo(f"expected time on this machine: {_hours(facts)}\n")
     typer.echo(f"canvas {facts['canvas']}, guide {facts['guide'] or 'none'}, {_count(facts['tiles'], 'tile')}")
+    if (box := facts["repaint"]) is not None:
+        typer.echo(f"repainted: a part of the picture, from row {box['top']}, column {box['left']} on")
     typer.echo(
         f"denoiser: {plan.precision} ({plan.precision_why}),\n  {_count(plan.denoiser_samples, 'sample')}, {_tflop(facts)}, "
         f"{_count(plan.denoiser_calls, 'read')} of the weights for {_count(plan.batch, 'sample')} each"

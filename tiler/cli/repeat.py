@@ -59,13 +59,22 @@ def repeat(picture: Path, typed: frozenset[str], defaults: Mapping[str, Any]) ->
         if "model" in values:
             values["model"], said = _model(str(values["model"]), recipe)
             notes += said
-        values |= {name: _found(str(values[name]), kind, name) for name, kind in _PARTS.items() if values.get(name)}
+        for name, kind in _PARTS.items():
+            if values.get(name):
+                try:
+                    values[name] = _found(str(values[name]), kind, name)
+                except ModelError as error:
+                    if recipe.is_whole:
+                        raise
+                    notes.append(f"{str(error).partition(';')[0]}: the model's own takes its place")
+                    del values[name]
         if "scheduler" in values:
             values["scheduler"], spread = _scheduler(str(values["scheduler"]), recipe)
             if not recipe.is_whole and "schedule_type" not in typed and values["scheduler"] not in _KARRAS_OWN:
                 values["schedule_type"] = _levels(recipe) or spread
-        if "guide_image" in values:
-            values["guide_image"] = _guide(str(values["guide_image"]), picture)
+        for name, flag in (("guide_image", "guide"), ("repaint", "repaint")):
+            if name in values:
+                values[name] = _beside(str(values[name]), picture, flag)
     except ModelError as error:
         raise ModelError(f"{picture}: {error}") from error
     if "loras" in values:
@@ -82,7 +91,7 @@ def repeat(picture: Path, typed: frozenset[str], defaults: Mapping[str, Any]) ->
         values["guidance_interval"] = tuple(interval)
     if "Hires upscale" in recipe.others:
         values |= {name: side for name, side in _size(picture).items() if name not in typed}
-    if values.get("paper") is not None:
+    if values.get("paper") is not None or "repaint" in (*values, *typed):
         values = {name: value for name, value in values.items() if name not in ("width", "height")}
     values = {name: value for name, value in values.items() if value is not None}
     if recipe.is_whole:
@@ -105,7 +114,8 @@ def _notes(recipe: Recipe, fields: frozenset[str]) -> Iterator[str]:
 def _model(name: str, recipe: Recipe) -> tuple[str, list[str]]:
     """The model by its name and by the hash that is told beside it, and what a user should know. No file is hashed but
     those of that name. Raises ModelError, UsageError."""
-    told = (str(recipe.others.get(key, "")) for key in ("model_hash", "Model hash", "base_model_hash"))
+    told = [str(recipe.others.get(key, "")) for key in ("model_hash", "Model hash", "base_model_hash")]
+    told += re.findall(r'"model": *"(\w+)"', str(recipe.others.get("Hashes", "")))
     digest = next((text for text in told if re.fullmatch(r"[0-9a-fA-F]{8,64}", text)), None)
     if digest is None or _is_place(name):
         return _found(name, Kind.MODEL, "model"), []
@@ -176,12 +186,13 @@ def _levels(recipe: Recipe) -> ScheduleType | None:
         raise ModelError(f"made with the schedule type {name!r}, which tiler lacks; give --schedule-type") from error
 
 
-def _guide(name: str, picture: Path) -> Path:
-    """The guide's file, beside the picture or here. Raises ModelError."""
+def _beside(name: str, picture: Path, flag: str) -> Path:
+    """A file of the user's that the picture was made from, beside it or here. Raises ModelError."""
     for folder in (picture.parent, Path()):
         if (path := folder / name).is_file():
             return path
-    raise ModelError(f"made from the guide {name}, which is not beside it; give --guide")
+    what = "guide" if flag == "guide" else "mask"
+    raise ModelError(f"made from the {what} {name}, which is not beside it; give --{flag}")
 
 
 def _lora(said: Mapping[str, Any], picture: Path) -> Lora:

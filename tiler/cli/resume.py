@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -129,7 +128,7 @@ def _one_after_another(jobs: list[Found], options: list[str]) -> int:
 
 def _show(found: list[dict[str, Any]], *, json_output: bool) -> None:
     if json_output:
-        typer.echo(json.dumps(found))
+        o.tell({"jobs": found})
         return
     if not found:
         typer.echo("no jobs here")

@@ -19,10 +19,11 @@ def remember(stages: list[Stage], scratch: Scratch) -> None:
     if spool is None:
         return
     attention = _attention(stages)
-    assert attention.memory is not None
-    channels, width = attention.memory.shape[1], attention.memory.shape[3]
+    memory = None if attention is None else attention.memory
+    channels, width = (0, 0) if memory is None else (memory.shape[1], memory.shape[3])
     tokens = Rows(scratch, channels, width, number=MEASURED)
-    tokens.append(attention.memory)
+    if memory is not None:
+        tokens.append(memory)
     for number, norm in enumerate(_norms(stages), MEASURED + 1):
         assert norm.held is not None
         mean, var = ([x.hex() for x in held.tolist()] for held in norm.held)
@@ -47,7 +48,8 @@ def recall(stages: list[Stage], scratch: Scratch) -> bool:
         return False
     tokens = Rows(scratch, known.channels, known.width, number=MEASURED, known=known)
     # Row by row, as they were gathered: products of the same numbers in another order in memory may differ.
-    _attention(stages).hold(torch.cat([tokens.read(row, row + 1) for row in range(known.count)], dim=2))
+    if (attention := _attention(stages)) is not None:
+        attention.hold(torch.cat([tokens.read(row, row + 1) for row in range(known.count)], dim=2))
     for number, norm in enumerate(_norms(stages), MEASURED + 1):
         line = spool.of(number)
         assert line is not None and line.statistics is not None
@@ -59,8 +61,9 @@ def _tensor(texts: list[str]) -> Tensor:
     return torch.tensor([float.fromhex(text) for text in texts], dtype=torch.float64)
 
 
-def _attention(stages: list[Stage]) -> MidAttention:
-    return next(stage for stage in stages if isinstance(stage, MidAttention))
+def _attention(stages: list[Stage]) -> MidAttention | None:
+    """Some autoencoders have none."""
+    return next((stage for stage in stages if isinstance(stage, MidAttention)), None)
 
 
 def _norms(stages: list[Stage]) -> Iterator[Norm]:

@@ -49,7 +49,12 @@ class FlowSchedule(DiffusersSchedule):
             return noise
         if begin >= len(self.timesteps):
             return reference.clone()
-        sigma = self.scheduler.sigmas[begin]
+        return self.noised(reference, noise, begin)
+
+    def noised(self, reference: Tensor, noise: Tensor, step: int) -> Tensor:
+        if step >= len(self.timesteps):
+            return reference
+        sigma = self.scheduler.sigmas[step]
         noised: Tensor = sigma * noise + (1 - sigma) * reference
         return noised
 

@@ -52,7 +52,7 @@ class GuidePicture:
                     raise UsageError(
                         f"{path}: {width}×{height} pixels is too large for a guide; shrink it to at most 4096×4096"
                     )
-                self._turn = _orientation(picture)
+                self._turn = orientation(picture)
                 sides = (width, height) if self._turn > 4 else (height, width)
                 self.size = sides[1], sides[0]
                 factor = max(1, int(min(s / c for s, c in zip(sides, canvas, strict=True)) / _GAP))
@@ -83,15 +83,15 @@ class GuidePicture:
             picture.load()
             kept = np.empty(self.shape, np.uint8)
             upright = _as_stored(kept, self._turn)
-            levels, colours = _levels(picture, note), _colours(picture, note)
+            levels, in_srgb = _levels(picture, note), colours(picture, note)
             transparent = False
             step = self._factor * max(1, _STRIP_PIXELS // (picture.width * self._factor))
             for top in range(0, picture.height, step):
                 strip = levels(picture.crop((0, top, picture.width, min(top + step, picture.height))))
                 if strip.has_transparency_data:
-                    strip, seen = _on_white(strip)
+                    strip, seen = on_white(strip)
                     transparent |= seen
-                strip = colours(strip)
+                strip = in_srgb(strip)
                 if self._factor > 1:
                     strip = strip.reduce(self._factor)
                 first = top // self._factor
@@ -151,7 +151,7 @@ def _open(path: Path) -> Image.Image:
     return picture
 
 
-def _orientation(picture: Image.Image) -> int:
+def orientation(picture: Image.Image) -> int:
     """The EXIF orientation of the picture, 1–8, read from that tag alone because the other EXIF data may be damaged."""
     if picture.format in ("TIFF", "HEIF", "AVIF"):
         return 1  # their readers turn it
@@ -206,7 +206,7 @@ def _levels(picture: Image.Image, note: Callable[[str], None]) -> _Fixed:
     return scaled
 
 
-def _on_white(strip: Image.Image) -> tuple[Image.Image, bool]:
+def on_white(strip: Image.Image) -> tuple[Image.Image, bool]:
     """Compose a strip over white, and say whether any of it was transparent."""
     strip = strip.convert("RGBA")
     if strip.getchannel("A").getextrema()[0] == 255:
@@ -214,7 +214,7 @@ def _on_white(strip: Image.Image) -> tuple[Image.Image, bool]:
     return Image.alpha_composite(Image.new("RGBA", strip.size, "white"), strip).convert("RGB"), True
 
 
-def _colours(picture: Image.Image, note: Callable[[str], None]) -> _Fixed:
+def colours(picture: Image.Image, note: Callable[[str], None]) -> _Fixed:
     """Return a function that converts a strip to sRGB with the picture's colour profile, if it has one other than
     sRGB."""
     profile: Any = picture.info.get("icc_profile")

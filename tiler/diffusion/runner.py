@@ -105,11 +105,8 @@ class LocalRunner:
         """(tile, sample, whether it is a conditional half)."""
         for tile in tiles:
             region = tile.region
-            place = Place(
-                region.top % region.canvas[0] * FACTOR, region.left % region.canvas[1] * FACTOR,
-                region.height * FACTOR, region.width * FACTOR,
-                (region.canvas[0] * FACTOR, region.canvas[1] * FACTOR),
-            )  # fmt: skip
+            top, left, *whole = (FACTOR * side for side in region.place)
+            place = Place(top, left, region.height * FACTOR, region.width * FACTOR, (whole[0], whole[1]))
             shares = conditions.cond[region.condition]
             assert region.samples - len(shares) in (0, 1), "the planner counts as many prompts"
             prompts = [(conditions.uncond[region.condition], False)] if region.samples > len(shares) else []

@@ -98,6 +98,14 @@ class DiffusersSchedule:
         noised: Tensor = self.scheduler.add_noise(reference, noise, self.timesteps[begin : begin + 1])
         return noised.float()
 
+    def noised(self, reference: Tensor, noise: Tensor, step: int) -> Tensor:
+        """`reference`, (1, C, h, w), with as much of `noise` as the latents have before `step`, which is the one that
+        follows the last step taken; as it is after the last one."""
+        if step >= len(self.timesteps):
+            return reference
+        noised: Tensor = self.scheduler.add_noise(reference, noise, self.timesteps[step : step + 1])
+        return noised.float()
+
     def model_input(self, latents: Tensor, step: int) -> Tensor:
         scaled: Tensor = self.scheduler.scale_model_input(latents, self.timesteps[step])
         return scaled

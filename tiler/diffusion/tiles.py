@@ -11,8 +11,9 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
-from typing import overload
+from typing import NamedTuple, overload
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,6 +24,15 @@ from tiler.request import MAX_STEPS, Layout, Mask, Region, ResolvedRequest, Wrap
 from tiler.request.wording import canvas_conditions
 
 
+class Whole(NamedTuple):
+    """Of what a canvas is a part: where it lies there, and how large that is."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Text2ImageRegion:
     """One tile of the canvas under one prompt.
@@ -30,7 +40,7 @@ class Text2ImageRegion:
     `condition` is the index of the encoded (prompt, negative prompt) pair. `weights` is the normalised mask m_r / Σ
     m_r, (tile height, tile width) fp32; over all tiles the weights sum to 1 at every canvas pixel. Tiles share it, so
     it must not be modified. A tile that extends beyond the border continues at the other side of `canvas`, (height,
-    width).
+    width). The place that the model is told counts from the `whole` of which the canvas is a part.
     """
 
     top: int
@@ -43,6 +53,7 @@ class Text2ImageRegion:
     canvas: tuple[int, int]
     unconditional: bool = True
     prompts: int = 1
+    whole: Whole | None = None
 
     @property
     def samples(self) -> int:
@@ -55,6 +66,12 @@ class Text2ImageRegion:
         """Indexes for the last two dimensions of a canvas."""
         rows, cols = _crop(self.top, self.left, (self.height, self.width), self.canvas)
         return rows[:, None], cols
+
+    @property
+    def place(self) -> Whole:
+        """Its first row and column in the whole picture, and that one's height and width."""
+        top, left, height, width = self.whole or Whole(0, 0, *self.canvas)
+        return Whole(top + self.top % self.canvas[0], left + self.left % self.canvas[1], height, width)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +114,7 @@ class Tiles(Sequence[Text2ImageRegion]):
     patch: int = 1
     guided: bool = True
     unconditional: bool = True
+    whole: Whole | None = None
 
     def __len__(self) -> int:
         return sum(map(len, self.layers))
@@ -124,7 +142,18 @@ class Tiles(Sequence[Text2ImageRegion]):
             weights=self._weights(layer, top, left),
             unconditional=self.unconditional,
             prompts=layer.prompts,
+            whole=self.whole,
         )
+
+    def over(self, cells: np.ndarray, whole: Whole) -> Tiles:
+        """Those tiles under which some of `cells`, (height, width) bool of the canvas, are set; the canvas is a part of
+        `whole`. Masks are normalised as if all were there: they sum to 1 where cells are set."""
+        layers = []
+        for layer in self.layers:
+            tops_and_lefts = (layer.place(number) for number in range(len(layer)))
+            under = [cells[top : top + self.tile[0], left : left + self.tile[1]].any() for top, left in tops_and_lefts]
+            layers.append(replace(layer, present=tuple(n for n, marked in enumerate(under) if marked)))
+        return replace(self, layers=tuple(layers), whole=whole)
 
     @property
     def samples(self) -> int:

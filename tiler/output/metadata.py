@@ -6,17 +6,29 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from tiler.request import Emphasis, ResolvedRequest, ScheduleType
+from tiler.request import Emphasis, ResolvedRequest, ScheduleType, Wrap
 from tiler.request.render import OF_THE_RUN
+from tiler.weights.hashes import V2_DIGITS
 
 _EMPHASIS = {Emphasis.NO_NORM: "No norm", Emphasis.IGNORE: "Ignore", Emphasis.NONE: "None"}  # as A1111 writes them
 _RESOLVED = ("size", "preset", "scale", "revision")  # in the values of others; the last in its commit
-_FILES = "model", "tiny_vae", "guide_image", "diffusion_model", "vae", "text_encoder", "clip_l", "clip_g", "t5xxl"
+_FILES = (
+    "model",
+    "tiny_vae",
+    "guide_image",
+    "repaint",
+    "diffusion_model",
+    "vae",
+    "text_encoder",
+    "clip_l",
+    "clip_g",
+    "t5xxl",
+)
 
 XMP = "XML:com.adobe.xmp"  # the keyword of PNG (third edition), 11.3.3.4
 _TRAINED, _COMPOSITE = "trainedAlgorithmicMedia", "compositeWithTrainedAlgorithmicMedia"  # IPTC's digital source types
@@ -35,6 +47,8 @@ class Facts:
     kernels: str  # whose arithmetic, and with which instructions
     embeddings: Mapping[str, str]  # that the prompts name, and their hashes
     loras: Mapping[str, str]  # by name, and their hashes
+    lora_files: Mapping[str, str] = field(default_factory=dict)  # by name: AutoV2 of the files
+    vae_hash: str | None = None  # AutoV2, of an autoencoder that --vae names and that is one file
     clip_skip: bool  # whether the model has a choice of CLIP's layers
     begin: int  # the step at which the canvas starts; 0 without a guide
 
@@ -47,9 +61,13 @@ def texts(request: ResolvedRequest, facts: Facts) -> dict[str, str]:
         **({"Schedule type": spread} if (spread := _spread(r, facts)) is not None else {}),
         "CFG scale": r.guidance_scale, "Seed": r.seed, "Size": f"{r.width}x{r.height}",
         **({"Model hash": facts.model_hash} if facts.model_hash is not None else {}), "Model": file_name(facts.model),
+        **({"VAE hash": facts.vae_hash} if facts.vae_hash is not None else {}),
+        **({"VAE": file_name(r.vae)} if r.vae is not None else {}),
         **({"Denoising strength": r.strength} if facts.begin else {}),
         **_of_prompts(r, facts), "Version": f"tiler {metadata.version('tiler')}",
     }  # fmt: skip
+    if hashes := _hashes(facts):
+        fields["Hashes"] = hashes
     said = {
         key: value for key, value in asdict(r).items() if key not in (*OF_THE_RUN, *_RESOLVED) and value is not None
     }
@@ -66,8 +84,7 @@ def texts(request: ResolvedRequest, facts: Facts) -> dict[str, str]:
     }
     prompt = r.prompt if r.prompt is not None else " | ".join(region.prompt for region in r.regions)
     both = {
-        # Without RNG, readers take noise for a GPU's.
-        "parameters": infotext(prompt, r.negative_prompt or "", fields | {"RNG": "CPU"}),
+        "parameters": infotext(prompt, r.negative_prompt or "", fields),
         "tiler": json.dumps(said | found, default=_plain, ensure_ascii=False),
         XMP: xmp(_COMPOSITE if r.guide_image is not None else _TRAINED),
     }
@@ -79,6 +96,9 @@ def _of_prompts(request: ResolvedRequest, facts: Facts) -> dict[str, object]:
     fields: dict[str, object] = {}
     if facts.clip_skip and (request.clip_skip or 1) > 1:
         fields["Clip skip"] = request.clip_skip
+    fields["RNG"] = "CPU"  # without it, readers take noise for a GPU's
+    if request.wrap is Wrap.XY:
+        fields["Tiling"] = True
     if request.canvas_prompt is not None:
         fields["Hires prompt"] = request.canvas_prompt
     if facts.embeddings:
@@ -88,6 +108,13 @@ def _of_prompts(request: ResolvedRequest, facts: Facts) -> dict[str, object]:
     if request.emphasis is not Emphasis.ORIGINAL:
         fields["Emphasis"] = _EMPHASIS[request.emphasis]
     return fields
+
+
+def _hashes(facts: Facts) -> dict[str, str]:
+    """AutoV2 of all files by their role, from which Civitai links them: `Hashes: {"model": …, "lora:NAME": …}`."""
+    files = {"model": facts.model_hash, "vae": facts.vae_hash} | {f"lora:{k}": v for k, v in facts.lora_files.items()}
+    files |= {f"embed:{name}": digest[:V2_DIGITS] for name, digest in facts.embeddings.items()}
+    return {name: digest for name, digest in files.items() if digest is not None}
 
 
 def _spread(request: ResolvedRequest, facts: Facts) -> str | None:
@@ -110,10 +137,13 @@ def xmp(source_type: str) -> str:
 def infotext(prompt: str, negative_prompt: str, fields: Mapping[str, object]) -> str:
     """AUTOMATIC1111's `parameters` text: prompt, `Negative prompt: …`, then `Key: value` pairs on one line.
 
-    Values with a comma, a colon or a newline are JSON-quoted, as that format's readers expect.
+    Values with a comma, a colon or a newline are JSON-quoted, as that format's readers expect; an object stands there
+    as JSON without quotes.
     """
 
     def quote(value: object) -> str:
+        if isinstance(value, dict):
+            return json.dumps(value, ensure_ascii=False)
         text = str(value)
         return json.dumps(text, ensure_ascii=False) if re.search(r"[,:\n\"]", text) else text
 

@@ -21,19 +21,18 @@ from tiler.output.pipe import check_reader, standard_output
 from tiler.output.png import PngWriter
 from tiler.output.profile import srgb_profile
 from tiler.output.whole import ENCODERS, WholeWriter
-from tiler.request.choices import STDOUT, Format
+from tiler.request.choices import FORMATS, STDOUT, Format
 
 QUALITY = 90  # of a JPEG, WebP or AVIF
 TILE = 256  # pixels, of a TIFF
 _XMP_TAG = 700  # of a TIFF
-_FORMATS = {f".{format}": format for format in Format} | {".jpg": Format.JPEG, ".tif": Format.TIFF}
 
 
 def format_of(path: Path, asked: Format | None = None) -> Format:
     """By a file's ending; on standard output what was `asked` for, else PNG. Raises UsageError."""
     if path == STDOUT:
         return asked or Format.PNG
-    if (format := _FORMATS.get(path.suffix.lower())) is None:
+    if (format := FORMATS.get(path.suffix.lower())) is None:
         known = ".png, .jpg, .pdf, .tif, .webp or .avif"
         raise UsageError(f"{path}: pictures are written as {known}; give --output such a name")
     return format

@@ -31,6 +31,8 @@ _INFOTEXT = {
     "Steps": "num_inference_steps", "Sampler": "scheduler", "CFG scale": "guidance_scale", "Seed": "seed",
     "Model": "model", "Denoising strength": "strength", "Clip skip": "clip_skip", "Hires prompt": "canvas_prompt",
 }  # fmt: skip
+_EMPHASIS = {"no norm": "no-norm", "ignore": "ignore", "none": "none"}  # A1111's words and tiler's
+_READ = ("Size", "VAE", "Emphasis", "Tiling")  # beside those of _INFOTEXT
 _SWARM = {
     "prompt": "prompt", "negativeprompt": "negative_prompt", "model": "model", "seed": "seed",
     "steps": "num_inference_steps", "cfgscale": "guidance_scale", "width": "width", "height": "height",
@@ -84,9 +86,17 @@ def _parameters(text: str) -> Recipe:
     if recipe.tool == "stable-diffusion.cpp":
         negative = negative or ""  # what it encodes where nothing was said
     settings: dict[str, Any] = {"prompt": prompt, "negative_prompt": negative, **recipe.settings}
+    if fields.get("VAE", "None") not in ("None", "Automatic"):
+        settings["vae"] = fields["VAE"]
+    if (emphasis := fields.get("Emphasis", "").lower()) in _EMPHASIS:
+        settings["emphasis"] = _EMPHASIS[emphasis]
+    if fields.get("Tiling") == "True":
+        settings["wrap"] = "xy"
     if match := re.fullmatch(r"(\d+)x(\d+)", fields.get("Size", "")):
         settings |= {"width": int(match[1]), "height": int(match[2])}
-    return Recipe(tool=recipe.tool, settings=settings, others={k: v for k, v in recipe.others.items() if k != "Size"})
+    return Recipe(
+        tool=recipe.tool, settings=settings, others={k: v for k, v in recipe.others.items() if k not in _READ}
+    )
 
 
 def _invoke(data: Mapping[str, Any]) -> Recipe:

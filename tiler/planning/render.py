@@ -139,7 +139,7 @@ def plan_render(
     encoding = PhasePlan(name="encode prompts", terms=(facts.text_libraries, prompts))
     if not encoded:
         encoding = text_phase(models, [facts.text_libraries, prompts])
-    if facts.guide_pixels:  # the user's picture is loaded first, and waits while prompts are encoded
+    if facts.guide_load_bytes:  # the user's picture is loaded first, and waits while prompts are encoded
         picture = Term(name="picture", nbytes=3 * facts.guide_pixels)
         loading = Term(name="picture", nbytes=facts.guide_load_bytes)
         others = [

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tiler.diffusion.guide_picture import size_of
+from tiler.diffusion.poster import size_of as poster_size
 from tiler.errors import UsageError
 from tiler.models.family import Family
 from tiler.models.lora_kinds import few_steps
@@ -44,7 +45,7 @@ def fill(request: RenderRequest, defaults: Mapping[str, Any] = _ROW) -> Resolved
     chooses one. Raises UsageError."""
     said = {f.name: getattr(request, f.name) for f in fields(request)}
     preset = dict(PRESETS[request.preset]) if request.preset is not None else {}
-    if request.regions or request.overlap is not None:
+    if request.regions or request.overlap is not None or request.repaint is not None:
         preset.pop("layout", None)  # such tiles cannot shift
     defaults = dict(defaults)
     if (few := defaults.get("num_inference_steps")) is not None and "num_inference_steps" in preset:
@@ -61,6 +62,9 @@ def fill(request: RenderRequest, defaults: Mapping[str, Any] = _ROW) -> Resolved
 
 def _sheet(request: RenderRequest) -> tuple[int, int, float | None, float]:
     """Width and height in pixels, dpi, and bleed in mm."""
+    if request.repaint is not None and request.guide_image is not None:
+        height, width = poster_size(request.guide_image)
+        return width, height, request.dpi, 0.0
     bleed_mm = 0.0 if request.bleed is None else parse_length(request.bleed)
     if request.scale is not None and request.guide_image is not None:
         return *_scaled(request.guide_image, request.scale), request.dpi, bleed_mm

@@ -21,6 +21,7 @@ from tiler.request import Precision, Preset, RenderRequest, ResolvedRequest
 from tiler.weights.store import match_index
 
 SCHEMA = 2  # of the JSON of plans and reports
+_BOX = "top", "left", "height", "width"  # in pixels of the picture
 # Names of schema 1, which stay for one release.
 _OLD_NAMES = {
     name: name.replace("denoiser", "unet")
@@ -68,6 +69,7 @@ def summarise(
         "schema": SCHEMA,
         "canvas": f"{FACTOR * plan.canvas[1]}×{FACTOR * plan.canvas[0]}",
         "guide": None if plan.guide is None else f"{FACTOR * plan.guide.width}×{FACTOR * plan.guide.height}",
+        "repaint": None if plan.spot is None else dict(zip(_BOX, plan.spot.box, strict=True)),
         "tiles": len(plan.regions),
         "samples_per_pass": plan.batch,
         "denoiser_calls": plan.denoiser_calls,

@@ -12,7 +12,9 @@ from tiler.diffusion import flow, schedulers
 from tiler.diffusion.calls import Calls
 from tiler.diffusion.canvas import first_step
 from tiler.diffusion.guide import GuideSize, guide_size
-from tiler.diffusion.tiles import Steps, Tiles, guide_tiles, latents_of, plan_tiles
+from tiler.diffusion.poster import mask_cells
+from tiler.diffusion.spot import Spot, find_spot
+from tiler.diffusion.tiles import Steps, Tiles, Whole, guide_tiles, latents_of, plan_tiles
 from tiler.errors import UsageError
 from tiler.models.family import Family, Guidance
 from tiler.request import Layout, ResolvedRequest
@@ -24,7 +26,8 @@ SMALLEST = 4  # granules along a tile's side: below 256 px Stable Diffusion draw
 
 @dataclass(frozen=True, kw_only=True)
 class Tiling:
-    """The tiles and steps of a render. Sizes in latent pixels."""
+    """The tiles and steps of a render. Sizes in latent pixels. Where a `spot` of a finished picture is repainted, the
+    canvas is the part around it."""
 
     canvas: tuple[int, int]
     crop: tuple[int, int]  # pixels: where the picture's first row and column lie on the canvas
@@ -36,6 +39,7 @@ class Tiling:
     canvas_steps: Steps
     guide_wording: Wording | None
     canvas_wording: Wording
+    spot: Spot | None = None
 
     @property
     def guide_samples(self) -> int:
@@ -61,11 +65,16 @@ class Tiling:
 
 def plan_tiling(request: ResolvedRequest, family: Family) -> Tiling:
     """Plan the tiles of every step. Raises UsageError for sizes, overlaps, regions and schedulers that do not suit the
-    model."""
+    model, and for a mask that does not suit the picture."""
     patch = family.traits.patch
     step = math.lcm(family.granularity, patch)
     native = _side(request, family, step)
     canvas, tile, crop = _canvas(request, native, step, patch)
+    spot = None
+    if request.repaint is not None:
+        cells = mask_cells(request.repaint, (request.height, request.width), canvas, crop)
+        spot = find_spot(cells, tile, patch, crop)
+        canvas, crop = (spot.height, spot.width), (0, 0)
     overlap = min(native, 2 * min(tile)) // 4 if request.overlap is None else latents_of(request.overlap)
     where: dict[str, Any] = {"canvas": canvas, "tile": tile, "overlap": -(-overlap // patch) * patch, "patch": patch}
     regions = plan_tiles(request, **where)
@@ -74,6 +83,8 @@ def plan_tiling(request: ResolvedRequest, family: Family) -> Tiling:
         last = plan_tiles(replace(request, layout=Layout.GRID), **where)
     unconditional = family.traits.guidance is Guidance.CFG
     regions = replace(regions, unconditional=unconditional)
+    if spot is not None:
+        regions = regions.over(spot.cells, Whole(spot.top, spot.left, *spot.whole))
     last = None if last is None else replace(last, unconditional=unconditional)
     wanted = request.guide and request.guide_image is None and request.prompt is not None
     guide = guide_size(canvas, native, step, request.wrap.axes, family.traits.longest) if wanted else None
@@ -101,6 +112,7 @@ def plan_tiling(request: ResolvedRequest, family: Family) -> Tiling:
         canvas_wording=Wording(
             canvas_conditions(request), Stage(steps - begin, 0 if guide is None else steps), unconditional
         ),
+        spot=spot,
     )
 
 

@@ -130,6 +130,11 @@ class Format(StrEnum):
     TIFF = "tiff"
 
 
+FORMATS = {f".{format}": format for format in Format} | {".jpg": Format.JPEG, ".tif": Format.TIFF}
+"""By a file's ending."""
+LOSSY = (Format.JPEG, Format.WEBP, Format.AVIF)
+
+
 class Preset(StrEnum):
     """Bundles of settings. An option that is given beside a preset replaces the preset's value."""
 
@@ -211,6 +216,13 @@ def check_decode(decode: Decode, tiny_vae: str | None) -> None:
         raise UsageError(
             "--decode tiny and --tiny-vae FOLDER go together; give both (taesd is made for SD 1.x and 2.x)"
         )
+
+
+def parse_format(name: str) -> Format:
+    """A format's name in any case, or its file ending. Raises UsageError."""
+    if (format := FORMATS.get("." + name.lower().removeprefix("."))) is None:
+        raise UsageError(f"unknown format {name!r}; choose one of {', '.join(Format)}")
+    return format
 
 
 def check_format(output: Path | None, format: Format | None) -> None:

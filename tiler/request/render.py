@@ -40,8 +40,8 @@ from tiler.request.cluster import ClusterOptions
 from tiler.request.loras import Lora, read_loras
 from tiler.request.model import ModelOptions
 from tiler.request.options import Option, Panel, coerce, option
-from tiler.request.paper import parse_length, parse_paper
 from tiler.request.regions import Region
+from tiler.request.sheet import check_repaint, check_sheet
 
 # Fields that say where and how a picture is made; all others decide its bytes.
 OF_THE_MACHINE = (
@@ -188,6 +188,7 @@ class RenderRequest(ModelOptions, ClusterOptions):
         None, Option("A picture to use as the guide instead of a low-resolution pass.", Panel.SAMPLING, ("--guide",))
     )
     scale: float | None = option(None, shared.SCALE)
+    repaint: Path | None = option(None, shared.REPAINT)
     guide: bool = option(True, Option("Start the canvas from pure noise.", Panel.SAMPLING, ("--no-guide",), off=True))
     guide_upscale: GuideUpscale = option(
         GuideUpscale.PIXEL,
@@ -318,6 +319,7 @@ class RenderRequest(ModelOptions, ClusterOptions):
         if self.prompt_embeds is not None and self.embd_dir is not None:
             raise UsageError("the prompts of --prompt-embeds are encoded already: give --embd-dir to `tiler encode`")
         self._check_sheet()
+        check_repaint(self)
         if self.layout is Layout.SHIFT and (self.overlap is not None or self.regions):
             raise UsageError(
                 "--layout shift lays tiles side by side, for one prompt; leave out "
@@ -329,20 +331,7 @@ class RenderRequest(ModelOptions, ClusterOptions):
             raise UsageError("--guide and --no-guide exclude each other; give one of them")
 
     def _check_sheet(self) -> None:
-        sides = {"size": self.size, "width": self.width, "height": self.height}
-        if self.scale is not None:
-            if (
-                said := next((name for name, v in (*sides.items(), ("paper", self.paper)) if v is not None), None)
-            ) is not None:
-                raise UsageError(f"--scale takes the size from --guide's picture; leave out --{said}, or --scale")
-            if self.guide_image is None:
-                raise UsageError("--scale enlarges a picture of yours; give it with --guide IMG")
-        if self.paper is not None:
-            parse_paper(self.paper)
-            if any(side is not None for side in sides.values()):
-                raise UsageError("--paper and --size, --width or --height exclude each other; give one of them")
-        elif self.landscape or (self.bleed is not None and parse_length(self.bleed)):
-            raise UsageError("--landscape and --bleed belong to a --paper; give one, like --paper A2")
+        check_sheet(self)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tiler.request.choices import parse_format
 from tiler.request.loras import parse_lora
 from tiler.request.options import Option, Panel
 
@@ -12,7 +13,7 @@ OUTPUT = Option(
 )  # fmt: skip
 FORMAT = Option(
     "The picture's format on standard output: png, jpeg, pdf, webp or avif.",
-    Panel.OUTPUT, ("--format",), metavar="NAME", default="png",
+    Panel.OUTPUT, ("--format",), parse=parse_format, metavar="NAME", default="png",
 )  # fmt: skip
 QUALITY = Option(
     "Of a JPEG, WebP or AVIF, 1–100; from 90 on, JPEG and AVIF store colours at full resolution.",
@@ -96,6 +97,11 @@ JOB_DIR = Option(
 )  # fmt: skip
 SCALE = Option(
     "Enlarge the picture of --guide so many times; its size decides the size.", Panel.PICTURE, ("--scale",)
+)  # fmt: skip
+REPAINT = Option(
+    "Paint again what is white in MASK, a picture of the same shape as --guide's, and leave every other pixel of that "
+    "picture as it is; only tiles under the mask are denoised.",
+    Panel.PICTURE, ("--repaint",), metavar="MASK",
 )  # fmt: skip
 KEYS = Option(
     "Folder with the pair of keys that every machine of a cluster has; `tiler cluster keys FOLDER` makes it.",

@@ -18,13 +18,13 @@ from tiler.weights.index import open_regular
 from tiler.weights.places import cache_home
 
 _BLOCK = 2**20  # bytes read at a time
-_V1_AT, _V1_BYTES, _V1_DIGITS, _V2_DIGITS = 2**20, 2**16, 8, 10
+_V1_AT, _V1_BYTES, _V1_DIGITS, V2_DIGITS = 2**20, 2**16, 8, 10
 
 
 def auto_v2(path: Path, on_hashing: Callable[[], None] = lambda: None) -> str:
     """The file's AutoV2 hash; `on_hashing` is called before the complete file is read. Raises ModelError."""
     if (known := _known(path)) is not None:
-        return known[:_V2_DIGITS]
+        return known[:V2_DIGITS]
     on_hashing()
     before, digest = _state(path), hashlib.sha256()
     fd = open_regular(path)
@@ -39,7 +39,7 @@ def auto_v2(path: Path, on_hashing: Callable[[], None] = lambda: None) -> str:
         place = _place(path)
         place.parent.mkdir(parents=True, exist_ok=True)
         replace_durably(place, [json.dumps(before | {"sha256": digest.hexdigest()}).encode()])
-    return digest.hexdigest()[:_V2_DIGITS]
+    return digest.hexdigest()[:V2_DIGITS]
 
 
 def is_called(path: Path, digest: str, *, compute: bool) -> bool | None:
@@ -52,7 +52,7 @@ def is_called(path: Path, digest: str, *, compute: bool) -> bool | None:
         return _auto_v1(path) == digest
     if not compute and _known(path) is None:
         return None
-    return auto_v2(path) == digest[:_V2_DIGITS]
+    return auto_v2(path) == digest[:V2_DIGITS]
 
 
 def _auto_v1(path: Path) -> str:

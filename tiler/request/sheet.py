@@ -1,0 +1,47 @@
+"""What may be said beside what of a picture's size: a sheet of paper, sides in pixels, or a picture of the user's that
+is enlarged or repaired."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tiler.errors import UsageError
+from tiler.request.choices import Layout, Wrap
+from tiler.request.paper import parse_length, parse_paper
+
+if TYPE_CHECKING:
+    from tiler.request.render import RenderRequest
+
+
+def check_sheet(request: RenderRequest) -> None:
+    """Raises UsageError where two of them contradict each other."""
+    sides = {"size": request.size, "width": request.width, "height": request.height}
+    said = next((name for name, v in (*sides.items(), ("paper", request.paper)) if v is not None), None)
+    if request.repaint is not None and said is not None:
+        raise UsageError(f"--repaint keeps the size of --guide's picture; leave out --{said}, or --repaint")
+    if request.scale is not None:
+        if said is not None:
+            raise UsageError(f"--scale takes the size from --guide's picture; leave out --{said}, or --scale")
+        if request.guide_image is None:
+            raise UsageError("--scale enlarges a picture of yours; give it with --guide IMG")
+    if request.paper is not None:
+        parse_paper(request.paper)
+        if any(side is not None for side in sides.values()):
+            raise UsageError("--paper and --size, --width or --height exclude each other; give one of them")
+    elif request.landscape or (request.bleed is not None and parse_length(request.bleed)):
+        raise UsageError("--landscape and --bleed belong to a --paper; give one, like --paper A2")
+
+
+def check_repaint(request: RenderRequest) -> None:
+    """Raises UsageError for what a spot of a picture cannot have."""
+    if request.repaint is None:
+        return
+    if request.guide_image is None:
+        raise UsageError("--repaint changes a part of a picture of yours; give it with --guide IMG")
+    excluded = {
+        "--wrap": request.wrap is not Wrap.NONE, "--regions": bool(request.regions),
+        "--scale": request.scale is not None, "--layout shift": request.layout is Layout.SHIFT,
+        "--save-latents": request.save_latents is not None, "--cluster": request.cluster is not None,
+    }  # fmt: skip
+    if (said := next((name for name, given in excluded.items() if given), None)) is not None:
+        raise UsageError(f"--repaint works at one spot of a picture, with one prompt; leave out {said}")

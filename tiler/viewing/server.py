@@ -1,0 +1,116 @@
+"""The page of `tiler view` over HTTP: on loopback alone, under a path that only this user knows, for names that are in
+a short list or are numbers."""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+import threading
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from tiler.viewing.pyramid import OVERLAP, SIDE, Pyramid
+
+HOST = "127.0.0.1"
+_FILES = {
+    "": ("index.html", "text/html; charset=utf-8"),
+    "view.js": ("view.js", "text/javascript; charset=utf-8"),
+    "openseadragon.min.js": ("openseadragon.min.js", "text/javascript; charset=utf-8"),
+}
+_PAGE = Path(__file__).with_name("page")
+_TILE = re.compile(r"tiles/(\d{1,2})/(\d{1,6})_(\d{1,6})\.jpg")
+_HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; style-src 'unsafe-inline'; frame-ancestors 'none'",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
+
+
+class PageServer:
+    """Serves `pyramid` while the block lasts, in threads of its own; `url` is its page."""
+
+    def __init__(self, pyramid: Pyramid) -> None:
+        self._server = _Server((HOST, 0), _Handler)  # the system chooses a free port
+        self._server.pyramid, self._server.secret = pyramid, secrets.token_urlsafe(12)
+        self.port = int(self._server.server_address[1])
+        self.url = f"http://{HOST}:{self.port}/{self._server.secret}/"
+        self._thread = threading.Thread(target=self._server.serve_forever, name="page", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True  # a browser keeps its connections open
+    block_on_close = False
+    pyramid: Pyramid
+    secret: str
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        pass  # a browser that has hung up
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: _Server
+
+    def do_GET(self) -> None:
+        port = self.server.server_address[1]
+        # A page of another site whose name leads here would bring its own name along.
+        if self.headers.get("Host") not in (f"{HOST}:{port}", f"localhost:{port}"):
+            self._answer(HTTPStatus.FORBIDDEN)
+            return
+        secret, _, name = self.path.removeprefix("/").partition("?")[0].partition("/")
+        if not secrets.compare_digest(secret.encode(), self.server.secret.encode()):
+            self._answer(HTTPStatus.NOT_FOUND)
+        elif name in _FILES:
+            file, kind = _FILES[name]
+            self._answer(HTTPStatus.OK, (_PAGE / file).read_bytes(), kind)
+        elif name == "facts.json":
+            self._answer(HTTPStatus.OK, json.dumps(self._facts()).encode(), "application/json")
+        elif (match := _TILE.fullmatch(name)) is not None:
+            self._tile(*map(int, match.groups()))
+        else:
+            self._answer(HTTPStatus.NOT_FOUND)
+
+    def _facts(self) -> dict[str, Any]:
+        """What the page must know."""
+        p = self.server.pyramid
+        return {
+            "name": p.path.name, "width": p.width, "height": p.height, "levels": p.levels, "side": SIDE,
+            "overlap": OVERLAP, "whole": p.is_whole, "fault": p.fault,
+        }  # fmt: skip
+
+    def _tile(self, level: int, column: int, row: int) -> None:
+        pyramid = self.server.pyramid
+        whole = pyramid.is_whole  # before the look, which may be a moment too early
+        if (data := pyramid.tile(level, column, row)) is not None:
+            self._answer(HTTPStatus.OK, data, "image/jpeg", "private, max-age=3600")
+        else:
+            self._answer(HTTPStatus.NOT_FOUND if whole else HTTPStatus.SERVICE_UNAVAILABLE)  # the page asks again
+
+    def _answer(self, status: HTTPStatus, body: bytes = b"", kind: str = "text/plain", keep: str = "no-store") -> None:
+        self.send_response(status)
+        sent = {"Content-Type": kind, "Content-Length": str(len(body)), "Cache-Control": keep, **_HEADERS}
+        for header, value in sent.items():
+            self.send_header(header, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def version_string(self) -> str:
+        return "tiler"
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
