@@ -250,13 +250,15 @@ def _reference(run: RenderRun, picture: np.ndarray | Poster | None, guide_latent
         run.streamed(vae, spec.weights, families.vae_names, plan.resident[name]) as streamer,
     ):
         box: tuple[float, float] | None = None
+        decoded = 0.0  # of the phase's work
         check, tell = at_rows(run.budget, plan.memory.peak_of(name)), percent(run.on_event, name)
         if guide_latents is not None:
             assert plan.guide is not None
-            unscaled = spec.unscale_(guide_latents)
-            picture = np.concatenate(
-                list(decode_pixels(plan.methods["guide decoded"], vae, streamer, unscaled, check, tell))
-            )
+            unscaled, decoder = spec.unscale_(guide_latents), plan.methods["guide decoded"]
+            work = [each.flops + each.attention_flops for each in (decoder, plan.methods[name])]
+            decoded = work[0] / max(1, sum(work))
+            rows = decode_pixels(decoder, vae, streamer, unscaled, check, lambda done: tell(decoded * done))
+            picture = np.concatenate(list(rows))
             previewing.learn(run.preview, spec.scale(unscaled), picture)
             box = (FACTOR * plan.guide.shown_height, FACTOR * plan.guide.shown_width)
         assert picture is not None
@@ -267,7 +269,10 @@ def _reference(run: RenderRun, picture: np.ndarray | Poster | None, guide_latent
             pixels = BoxPixels(picture, plan.spot)
         else:
             pixels = guide.crop_to_aspect(picture, height, width, box, wraps, encoder.margin_pixels)
-        progress = percent(run.on_event, name)
+
+        def progress(done: float) -> None:
+            tell(decoded + (1 - decoded) * done)
+
         return spec.scale(method.encode(encoder, vae, streamer, pixels, check=check, progress=progress, spool=spool))
 
 

@@ -12,8 +12,10 @@ from diffusers import AutoencoderTiny
 
 from tiler.compute.layers import stream_layers
 from tiler.compute.stream import Streamer
-from tiler.decoding import frozen, spool
+from tiler.decoding import frozen, held, spool
 from tiler.decoding.method import ScratchSpace, choose
+from tiler.decoding.rows import Stage, decoder_stages
+from tiler.decoding.scratch import Scratch
 from tiler.decoding.spool import Spool
 from tiler.models import family as families
 from tiler.pixels import decode_pixels
@@ -86,6 +88,7 @@ def test_frozen_goes_on_at_a_row(tiny: Path, tmp_path: Path, width: int, wrap: W
     assert [strip.shape for strip in strips] == [strip.shape for strip in whole]
     assert all(np.array_equal(one, other) for one, other in zip(strips, whole, strict=True))
     assert taken[-1] < len(in_all) // 2  # most was there
+    assert spool.where_in(tmp_path / "spool") == f"row {sum(map(len, whole))} of the decoder"
 
 
 def test_tiny_goes_on_at_a_row(tmp_path: Path) -> None:
@@ -112,3 +115,26 @@ def test_tiny_goes_on_at_a_row(tmp_path: Path) -> None:
     assert [strip.shape for strip in strips] == [strip.shape for strip in whole]
     assert all(np.array_equal(one, other) for one, other in zip(strips, whole, strict=True))
     assert taken[-1] < len(in_all)
+
+
+def test_an_autoencoder_without_attention_remembers_its_norms(tmp_path: Path) -> None:
+    """As that of mini: rows are kept, and the norms' statistics come back to the last bit."""
+    family = families.read_family(resolve("mini"))
+
+    def stages() -> list[Stage]:
+        vae = families.build_vae(family.autoencoder)
+        return decoder_stages(vae.decoder, vae.post_quant_conv)
+
+    def scratch() -> Scratch:
+        return Scratch(tmp_path, torch.float16, Spool(tmp_path / "spool", "the decoder", "this one"))
+
+    first, again = stages(), stages()
+    for norm in held._norms(first):
+        norm.held = torch.rand(norm.norm.num_groups).double(), torch.rand(norm.norm.num_groups).double()
+    with scratch() as disk:
+        assert not held.recall(first, disk)
+        held.remember(first, disk)
+    with scratch() as disk:
+        assert held.recall(again, disk)
+    for norm, other in zip(held._norms(first), held._norms(again), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(norm.held, other.held, strict=True))

@@ -94,6 +94,20 @@ def test_stopped_again_and_again_it_gives_the_same_file(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["whole.png", "x.png"]
 
 
+def test_progress_of_a_phase_goes_one_way(tiny: Path, tmp_path: Path) -> None:
+    """Also where the guide is decoded and encoded in one: else nobody can tell how long it still takes."""
+    told: dict[str, list[float]] = {}
+
+    def note(event: events.Event) -> None:
+        if isinstance(event, events.Progress):
+            told.setdefault(event.name, []).append(event.done / event.total)
+
+    render(ask(tiny, tmp_path / "x.png"), roomy(), note)
+    assert set(told) == {"guide", "guide picture", "canvas", "decode"}
+    for shares in told.values():
+        assert shares == sorted(shares) and len(shares) > 1 and shares[-1] == 1
+
+
 def test_what_is_done_opens_no_weights(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A job that was stopped while it decoded reads one state, and no denoiser."""
     with pytest.raises(BudgetExceeded):

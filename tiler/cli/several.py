@@ -96,7 +96,13 @@ def run(
         raise UsageError(f"output {template!r}: placeholders stand in the name, not above {root}")
     checker = queues.Checker(root=root, defaults=_words.get(), name=template, parse=queues.parser(own))
     ceiling, results = queues.ceiling(max_ram), root / f"{Path(template).name}.results.jsonl"
-    rows = queues.check_all(_rows(_drawn(seeds, count, template, results), template), checker)
+    every, command = _every(seeds, count), _mark_of(_words.get())
+    draws = None in every and naming.has_placeholder(template, "seed")
+    if draws:
+        every = _kept(results, command, len(every)) or [secrets.randbelow(2**32) if s is None else s for s in every]
+    rows = queues.check_all(_rows(every, template), checker)
+    if draws and not _kept(results, command, len(every)):
+        Results(results, results.name, shared=False).note({"command": command, "seeds": every})
     queues.hand_over(
         supervise.Spec(
             root=str(root), results=str(results), file=template, max_ram_bytes=ceiling, rows=rows,
@@ -105,27 +111,24 @@ def run(
     )  # fmt: skip
 
 
-def _drawn(seeds: Sequence[int | None], count: int, template: str, results: Path) -> list[int | None]:
-    """A seed for each picture. Those that are drawn here, because names tell of them, are kept beside the results: the
-    same command finds them again until its pictures are done. Raises StorageError."""
-    every = list(seeds) if len(seeds) > 1 else [None if seeds[0] is None else seeds[0] + n for n in range(count)]
-    if None not in every or not naming.has_placeholder(template, "seed"):
-        return every
-    command = hashlib.sha256(json.dumps(_words.get()).encode("utf-8", "surrogatepass")).hexdigest()
-    for kept in _kept(results, command):
-        if len(kept) == len(every):
-            return list(kept)
-    every = [secrets.randbelow(2**32) if seed is None else seed for seed in every]
-    Results(results, results.name, shared=False).note({"command": command, "seeds": every})
-    return every
+def _every(seeds: Sequence[int | None], count: int) -> list[int | None]:
+    """A seed for each picture, None where it is to be drawn."""
+    return list(seeds) if len(seeds) > 1 else [None if seeds[0] is None else seeds[0] + n for n in range(count)]
 
 
-def _kept(results: Path, command: str) -> Iterator[list[int]]:
+def _mark_of(words: Sequence[str]) -> str:
+    return hashlib.sha256(json.dumps(words).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _kept(results: Path, command: str, count: int) -> list[int | None]:
+    """The seeds that were drawn for the same command, while its pictures were not all done; none where it was not
+    given."""
     with suppress(OSError), results.open("rb") as file:
         for line in file:
             with suppress(ValueError, KeyError, TypeError, RecursionError):
-                if (said := json.loads(line))["command"] == command:
-                    yield [int(seed) % (MAX_SEED + 1) for seed in said["seeds"]]
+                if (said := json.loads(line))["command"] == command and len(said["seeds"]) == count:
+                    return [int(seed) % (MAX_SEED + 1) for seed in said["seeds"]]
+    return []
 
 
 def _rows(seeds: Sequence[int | None], template: str) -> Iterator[Row]:

@@ -36,6 +36,7 @@ from tiler.decoding.rows import (
     to_tensor,
 )
 from tiler.decoding.scratch import Rows, Scratch
+from tiler.decoding.spool import BANDS
 from tiler.decoding.statistics import Frame
 
 if TYPE_CHECKING:
@@ -49,7 +50,6 @@ if TYPE_CHECKING:
 SAMPLE_SIDE, BLOCK = 128, 4
 HELD_TOKENS = 64 * 64
 BAND = 512  # latents
-_BANDS = 500  # the number of the first band's rows in a spool
 
 
 def sample(height: int, width: int) -> tuple[Tensor, Tensor]:
@@ -147,9 +147,9 @@ def decode(
                 yield strip[:, skipped:, FACTOR * band.keep.start : FACTOR * band.keep.stop]
 
     def waiting(number: int, band: Band) -> Rows:
-        known = None if scratch.spool is None else scratch.spool.of(_BANDS + number)
+        known = None if scratch.spool is None else scratch.spool.of(BANDS + number)
         width = FACTOR * (band.keep.stop - band.keep.start)
-        stored = Rows(scratch, 3, width, number=_BANDS + number, known=known)
+        stored = Rows(scratch, 3, width, number=BANDS + number, known=known)
         if known is None or not known.whole:
             for strip in strips(band, number * share, stored.count):
                 stored.append(strip[None])
@@ -161,7 +161,8 @@ def decode(
 
     with scratch:
         if not recall(stages, scratch):
-            _measure(stages, part, Scratch(scratch.folder, scratch.dtype), hold, check)
+            with Scratch(scratch.folder, scratch.dtype) as nameless:
+                _measure(stages, part, nameless, hold, check)
             remember(stages, scratch)
         stored = [waiting(number, band) for number, band in enumerate(others)]
         row = begin

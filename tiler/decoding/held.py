@@ -1,4 +1,5 @@
-"""What a decoder with held statistics has measured, in a spool: it is not measured again when the decode goes on."""
+"""What a decoder with held statistics has measured, in a spool: it is not measured again when the decode goes on. The
+attention's keys and values come first in number, the norms follow."""
 
 from __future__ import annotations
 
@@ -9,9 +10,7 @@ from torch import Tensor
 
 from tiler.decoding.rows import MidAttention, Norm, Resnet, Stage
 from tiler.decoding.scratch import Rows, Scratch
-from tiler.decoding.spool import Line
-
-_TOKENS = 400  # the number of the attention's keys and values; norms follow
+from tiler.decoding.spool import MEASURED, Line
 
 
 def remember(stages: list[Stage], scratch: Scratch) -> None:
@@ -20,11 +19,12 @@ def remember(stages: list[Stage], scratch: Scratch) -> None:
     if spool is None:
         return
     attention = _attention(stages)
-    assert attention.memory is not None
-    channels, width = attention.memory.shape[1], attention.memory.shape[3]
-    tokens = Rows(scratch, channels, width, number=_TOKENS)
-    tokens.append(attention.memory)
-    for number, norm in enumerate(_norms(stages), _TOKENS + 1):
+    memory = None if attention is None else attention.memory
+    channels, width = (0, 0) if memory is None else (memory.shape[1], memory.shape[3])
+    tokens = Rows(scratch, channels, width, number=MEASURED)
+    if memory is not None:
+        tokens.append(memory)
+    for number, norm in enumerate(_norms(stages), MEASURED + 1):
         assert norm.held is not None
         mean, var = ([x.hex() for x in held.tolist()] for held in norm.held)
         line = Line(
@@ -44,12 +44,13 @@ def remember(stages: list[Stage], scratch: Scratch) -> None:
 def recall(stages: list[Stage], scratch: Scratch) -> bool:
     """Let the stages hold what `remember` noted, if it did."""
     spool = scratch.spool
-    if spool is None or (known := spool.of(_TOKENS)) is None:
+    if spool is None or (known := spool.of(MEASURED)) is None:
         return False
-    tokens = Rows(scratch, known.channels, known.width, number=_TOKENS, known=known)
+    tokens = Rows(scratch, known.channels, known.width, number=MEASURED, known=known)
     # Row by row, as they were gathered: products of the same numbers in another order in memory may differ.
-    _attention(stages).hold(torch.cat([tokens.read(row, row + 1) for row in range(known.count)], dim=2))
-    for number, norm in enumerate(_norms(stages), _TOKENS + 1):
+    if (attention := _attention(stages)) is not None:
+        attention.hold(torch.cat([tokens.read(row, row + 1) for row in range(known.count)], dim=2))
+    for number, norm in enumerate(_norms(stages), MEASURED + 1):
         line = spool.of(number)
         assert line is not None and line.statistics is not None
         norm.hold(*(_tensor(texts) for texts in line.statistics[1:]))
@@ -60,8 +61,9 @@ def _tensor(texts: list[str]) -> Tensor:
     return torch.tensor([float.fromhex(text) for text in texts], dtype=torch.float64)
 
 
-def _attention(stages: list[Stage]) -> MidAttention:
-    return next(stage for stage in stages if isinstance(stage, MidAttention))
+def _attention(stages: list[Stage]) -> MidAttention | None:
+    """Some autoencoders have none."""
+    return next((stage for stage in stages if isinstance(stage, MidAttention)), None)
 
 
 def _norms(stages: list[Stage]) -> Iterator[Norm]:

@@ -22,6 +22,10 @@ from typing import Any
 from tiler.errors import StorageError
 
 JOURNAL = "journal.jsonl"
+MEASURED, BANDS = (
+    400,
+    500,
+)  # numbers behind those of passes: what was measured of the whole picture, bands of its columns
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 _SYNC_EVERY = 60.0  # seconds of work that a power cut may take
 _PART_EVERY = 5.0  # seconds of a pass's work that a kill may take, where it can go on in the middle
@@ -173,7 +177,11 @@ def where_in(folder: Path) -> str:
 
 
 def _where(number: int, rows: int, what: str, *, has_rows: bool) -> str:
-    return f"row {rows} of {what}" if has_rows else f"pass {number + 1} of {what}"
+    if has_rows:
+        return f"row {rows} of {what}"
+    if number >= BANDS:
+        return f"band {number - BANDS + 1} of {what}"
+    return f"the beginning of {what}" if number >= MEASURED else f"pass {number + 1} of {what}"
 
 
 def bytes_in(folder: Path) -> int:
