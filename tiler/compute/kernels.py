@@ -81,6 +81,19 @@ class Group:
         return math.prod(self.shape)
 
 
+class HeldNorm(nn.Module):
+    """A GroupNorm whose statistics are known: x · scale + shift, which are the rows of `factors`, (2, C) fp32."""
+
+    def __init__(self, factors: Tensor) -> None:
+        super().__init__()
+        self.factors = factors
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (n, C, h, w) fp32."""
+        scale, shift = self.factors.view(2, 1, -1, 1, 1)
+        return (x * scale).add_(shift)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Input:
     """`parts` tensors are joined along channels, then normalised, then activated."""
@@ -137,11 +150,22 @@ class Op:
 
 
 class Operands(NamedTuple):
-    """What an operation is applied to. `made` is what the kernel's `begin` made of the parts."""
+    """What an operation is applied to. `made` is what the kernel's `begin` made of the parts; `out` is where the result
+    of a convolution goes, if it has a place already."""
 
     parts: tuple[Tensor, ...]
     residual: Tensor | None = None
     made: Any = None
+    out: Tensor | None = None
+
+
+class Some(NamedTuple):
+    """Attention to some of the keys: the result, and for each query the largest score in base 2 and the sum of
+    2^(score − top), (n, heads, tokens, 1) each."""
+
+    out: Tensor
+    top: Tensor
+    total: Tensor
 
 
 class Prepared(NamedTuple):
@@ -213,6 +237,10 @@ class Kernel(ABC):
     def begin(self, op: Op, x: Operands) -> Operands:
         """The input joined, normalised, activated, quantised: all that is done before weights are fetched, in `made`.
         It serves every operation with this input, whatever its weights and epilogue."""
+
+    def some(self, x: Operands) -> Some:
+        """Of attention, which this kernel suits: that to some of the keys."""
+        raise AssertionError(f"{self.name} is none of attention")
 
     @abstractmethod
     def apply(self, op: Op, x: Operands, prepared: Iterable[Prepared]) -> tuple[Tensor, ...]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from tiler.compute import cpu
 from tiler.compute.kernels import (
+    HeldNorm,
     Input,
     Kernel,
     Kind,
@@ -90,16 +91,16 @@ def quantize_tokens(x: Tensor, norm: nn.Module | None = None, out_type: Type = T
 
 
 def quantize_images(
-    parts: tuple[Tensor, ...], padding: int, norm: nn.Module | None, *, silu: bool, each_place: bool = False,
+    parts: tuple[Tensor, ...], padding: tuple[int, ...], norm: nn.Module | None, *, silu: bool, each_place: bool = False,
     out_type: Type = Type.UINT8,
 ) -> Quantized:  # fmt: skip
-    """One or two parts (n, C, h, w) fp32, joined, normed and activated → images with a frame of `padding`, each with
-    one scale and one zero; or, for each place, a row of a matrix as `quantize_tokens` makes it."""
+    """One or two parts (n, C, h, w) fp32, joined, normed and activated → images with a frame of `padding` lines and
+    places, each with one scale and one zero; or, for each place, a row of a matrix as `quantize_tokens` makes it."""
     parts = tuple(part.contiguous(memory_format=torch.channels_last) for part in parts)
     count, _, height, width = parts[0].shape
     channels = [part.shape[1] for part in parts]
-    total = sum(channels)
-    sides = count, height + 2 * padding, width + 2 * padding, total
+    total, (down, across) = sum(channels), padding
+    sides = count, height + 2 * down, width + 2 * across, total
     values = parts[0].new_empty(sides, dtype=_DTYPES[out_type])
     scale = parts[0].new_empty(count * height * width if each_place else count)
     zero = _ZERO if each_place else parts[0].new_empty(count, dtype=torch.int32)
@@ -107,8 +108,8 @@ def quantize_images(
     if not values.is_meta:
         call = library.Image(
             x=(ctypes.c_void_p * 2)(*(part.data_ptr() for part in parts)), channels=(ctypes.c_int64 * 2)(*channels),
-            images=count, height=height, width=width, padding=padding, silu=silu, each_place=each_place,
-            out_type=out_type, out=values.data_ptr(), place_bytes=total * values.element_size(),
+            images=count, height=height, width=width, padding=across, padding_lines=down, silu=silu,
+            each_place=each_place, out_type=out_type, out=values.data_ptr(), place_bytes=total * values.element_size(),
             scale=scale.data_ptr(), zero=zero.data_ptr(), scratch=scratch.data_ptr(),
         )  # fmt: skip
         if isinstance(norm, nn.GroupNorm):
@@ -116,6 +117,48 @@ def quantize_images(
             call.gamma, call.beta = address(norm.weight), address(norm.bias)
         needed_library().image(call, torch.get_num_threads())
     return Quantized(values.view(-1, total) if each_place else values, scale, zero)
+
+
+def write_lines(x: Tensor, lines: Tensor, norm: HeldNorm | None, *, silu: bool) -> None:
+    """Fill `lines` (n, width + frame, C), fp32 or bf16, with the rows of x, (1, C, n, width) fp32, normed and
+    activated, and with zeros left and right of them."""
+    x = x.contiguous(memory_format=torch.channels_last)
+    _, channels, height, width = x.shape
+    if x.is_meta or not height:
+        return
+    factors = None if norm is None else norm.factors
+    scratch = x.new_empty(2 * channels)
+    call = library.Image(
+        x=(ctypes.c_void_p * 2)(x.data_ptr()), channels=(ctypes.c_int64 * 2)(channels), images=1, height=height,
+        width=width, padding=(lines.shape[1] - width) // 2, silu=silu, given=address(factors),
+        out_type=Type.FP32 if lines.dtype == torch.float32 else Type.BF16, out=lines.data_ptr(),
+        place_bytes=channels * lines.element_size(), scratch=scratch.data_ptr(),
+    )  # fmt: skip
+    needed_library().image(call, torch.get_num_threads())
+
+
+class Moments(NamedTuple):
+    """Of groups of channels: mean and sum of squares of the differences from it, (groups,) fp64 each; and the least and
+    the most of all values. NaN or Inf among the values are in the mean."""
+
+    mean: Tensor
+    squares: Tensor
+    least: float
+    most: float
+
+
+def moments(x: Tensor, groups: int) -> Moments:
+    """x: (1, C, n, W) fp32."""
+    x = x.contiguous(memory_format=torch.channels_last)
+    _, channels, height, width = x.shape
+    found = torch.empty(2 * groups + 2, dtype=torch.float64)
+    scratch = x.new_empty(library.scratch_floats(1, height * width, channels))
+    call = library.Moments(
+        x=x.data_ptr(), places=height * width, channels=channels, groups=groups, scratch=scratch.data_ptr(),
+        out=found.data_ptr(),
+    )  # fmt: skip
+    needed_library().moments(call, torch.get_num_threads())
+    return Moments(found[:groups], found[groups:-2], float(found[-2]), float(found[-1]))
 
 
 def address(tensor: Tensor | None, first: int = 0) -> int | None:
@@ -162,7 +205,7 @@ class NativeInt8(Kernel):
             made = quantize_tokens(parts[0].permute(0, 2, 3, 1))
         else:
             silu = made_of.activation is not None
-            made = quantize_images(parts, op.geometry.padding[0], made_of.norm, silu=silu, each_place=is_of_pixels(op))
+            made = quantize_images(parts, op.geometry.padding, made_of.norm, silu=silu, each_place=is_of_pixels(op))
         return x._replace(parts=(), made=Made(made, shape, parts[0] if low_rank else None))
 
     def apply(self, op: Op, x: Operands, prepared: Iterable[Prepared]) -> tuple[Tensor, ...]:
