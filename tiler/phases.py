@@ -41,6 +41,7 @@ from tiler.output.latents import save_latents
 from tiler.output.picture import check_picture, check_size
 from tiler.pixels import Decoding, decode_pixels
 from tiler.planning.advice import advise
+from tiler.planning.peaks import vae_streaming
 from tiler.planning.render import RenderPlan, build_schedule, plan_render
 from tiler.planning.resolve import resolve
 from tiler.planning.table import MemoryPlan
@@ -107,7 +108,7 @@ def start(
     models = open_models(family, settings.tiny_vae)
     loras = find_loras(settings)
     models.loras = apply_loras(loras, models)
-    begun = settings if job.manifest is None else replace(settings, precision=Precision(job.manifest.precision))
+    begun = settings if job.manifest is None else job.manifest.as_begun(settings)
     tiling = plan_tiling(settings, family)
     spoken = encoding.find_prompts(begun, models, tiling.texts, words)
     embeds = bool(spoken.read_as.embeddings)
@@ -230,13 +231,14 @@ def _reference(run: RenderRun, picture: np.ndarray | None, guide_latents: Tensor
         assert plan.guide is not None
         return guide.upscale(guide_latents, plan.guide, plan.canvas, wraps)
     vae, name = run.models.vae(spec), "guide picture"
+    options = vae_streaming(spec, vae, plan.decode_precision)._asdict()
     begin = picture if guide_latents is None else guide_latents
     assert begin is not None
     spool = remember(run.job.spool, "the guide's picture", plan.methods[name], begin, run.on_event, run.note)
     with (
         interrupts.deferred(),
         run.phase(name, 100),
-        run.streamed(vae, spec.weights, families.vae_names, plan.resident[name]) as streamer,
+        run.streamed(vae, spec.weights, families.vae_names, plan.resident[name], **options) as streamer,
     ):
         box: tuple[float, float] | None
         check, tell = at_rows(run.budget, plan.memory.peak_of(name)), percent(run.on_event, name)

@@ -59,6 +59,7 @@ def summarise(
         **work_of(request, plan),
         "presets": presets,
         "decode": decoder.name,
+        "decode_precision": decoder.precision.value,
         "decode_why": decoder.why,
         "guide_upscale_flops": plan.upscale_flops,
         "scratch_bytes": max(m.scratch_bytes for m in plan.methods.values()),
