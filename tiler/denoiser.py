@@ -121,6 +121,9 @@ def open_denoiser(run: DenoiserRun, prompts: Prompts, phase: str = "canvas") -> 
         def tell_smaller(batch: int) -> None:
             run.note(f"memory is close to the ceiling: from here on the denoiser takes {batch} at a time")
 
-        yield LocalRunner(predict, conditions, batch, is_tight=run.budget.take_tight, on_smaller=tell_smaller)
+        yield LocalRunner(
+            predict, conditions, batch, is_tight=run.budget.take_tight, on_smaller=tell_smaller,
+            guided_channels=family.traits.guided_channels,
+        )  # fmt: skip
         assert streamer.store is not None
         run.counts["denoiser_bytes_read"] += streamer.store.bytes_read

@@ -44,7 +44,6 @@ from tiler.planning.advice import advise
 from tiler.planning.peaks import vae_streaming
 from tiler.planning.render import RenderPlan, build_schedule, plan_render
 from tiler.planning.resolve import resolve
-from tiler.planning.table import MemoryPlan
 from tiler.planning.tiling import Tiling, pixels_of, plan_tiling
 from tiler.previewing import Preview
 from tiler.request import Decode, GuideUpscale, Precision, RenderRequest, ResolvedRequest
@@ -169,12 +168,13 @@ def advice(run: RenderRun) -> str:
     """What would need less memory, where the plan does not fit and nothing of it is fixed by a job; else ""."""
     if run.plan.memory.fits or run.job.manifest is not None:
         return ""
+    return advise(run.request, run.plan, lambda request: replan(run, request).memory)
+
+
+def replan(run: RenderRun, request: ResolvedRequest) -> RenderPlan:
+    """How another request would be carried out instead of the run's. Raises TilerError."""
     embeds, encoded = bool(run.spoken.read_as.embeddings), run.plan.encoded
-
-    def replan(request: ResolvedRequest) -> MemoryPlan:
-        return make_plan(request, run.models, run.budget.max_bytes, encoded=encoded, embeds=embeds).memory
-
-    return advise(run.request, run.plan, replan)
+    return make_plan(request, run.models, run.budget.max_bytes, encoded=encoded, embeds=embeds)
 
 
 def prepare_weights(run: RenderRun) -> None:

@@ -7,8 +7,10 @@ streamed from disk, and the whole process stays under the budget. Knows the orde
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from tiler.memory import lean_imports, process
 from tiler.memory.budget import Budget
 from tiler.models import family as families
 from tiler.models.built import Models
+from tiler.models.family import Role
 from tiler.output.picture import write_picture
 from tiler.planning.render import RenderPlan
 from tiler.planning.summary import summarise
@@ -87,6 +90,7 @@ class Planned:
     plan: RenderPlan
     models: Models
     advice: str  # on what would need less memory, where the plan does not fit
+    replan: Callable[[ResolvedRequest], RenderPlan]  # how others would be carried out
 
     def check(self) -> None:
         """Raises BudgetRefused where it does not fit."""
@@ -94,7 +98,11 @@ class Planned:
 
     def facts(self) -> dict[str, Any]:
         """What `tiler plan --json` prints; measures this machine's speed for a second or two."""
-        return summarise(self.said, self.request, self.plan, self.models, measure())
+        part = self.models.family.part(Role.DENOISER)
+        stored = self.models.family.checkpoint.weights(part.name).values()
+        speed = measure(max(stored, key=lambda info: info.nbytes).path)
+        with torch.no_grad():
+            return summarise(self.said, self.request, self.plan, self.models, speed, self.replan)
 
 
 @torch.no_grad()
@@ -105,7 +113,10 @@ def plan(request: RenderRequest, budget: Budget | None = None, on_event: OnEvent
         cluster.prepare(request)
         run = phases.start(request, budget, on_event, planning=True)
         cluster.runner_of(run)  # refuses what cannot be shared
-        return Planned(said=request, request=run.request, plan=run.plan, models=run.models, advice=phases.advice(run))
+        return Planned(
+            said=request, request=run.request, plan=run.plan, models=run.models, advice=phases.advice(run),
+            replan=partial(phases.replan, run),
+        )  # fmt: skip
 
 
 @torch.no_grad()

@@ -152,7 +152,9 @@ def test_bf16_is_near_fp32_and_is_taken_where_the_render_took_it(
     assert 0 < np.square(apart).mean() < 255**2 / 10**5  # 50 dB
 
 
-def test_bf16_is_refused_where_nothing_computes_with_it(in_process, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bf16_is_refused_where_nothing_computes_with_it(
+    in_process, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("tiler.run.has_bf16", lambda: False)
     refused = in_process("plan", "x", "-m", tiny, "--size", 64, "--decode-precision", "bf16")
     assert refused.code == 2

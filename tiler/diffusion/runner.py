@@ -1,8 +1,5 @@
-"""Who predicts: a runner answers the guided noise predictions of a step's tiles, in their order, wherever it computes
-them.
-
-Blending, and so the order of every sum, stays with the canvas: its bytes do not depend on the runner.
-"""
+"""Runners predict the guided noise of a step's tiles, in tile order, wherever they compute it. Blending, and with it
+the order of every sum, stays with the canvas, so the bytes of a picture do not depend on the runner."""
 
 from __future__ import annotations
 
@@ -22,7 +19,7 @@ from tiler.models.samples import Place, Prompt, Sample
 
 
 class Tile(NamedTuple):
-    """A crop of the canvas at one step: (1, C, h, w) fp32, scaled as the denoiser takes it, and where it lies."""
+    """A crop of the canvas at one step, (1, C, h, w) fp32, scaled as the denoiser's input, with its position."""
 
     latents: Tensor
     region: Text2ImageRegion
@@ -41,7 +38,7 @@ class Runner(Protocol):
 
 
 class Share(NamedTuple):
-    """One of the prompts of a condition, and its factor in the guidance: 1 where it is the only one."""
+    """One of the prompts of a condition, and its factor in the guidance (1 for a single prompt)."""
 
     prompt: Prompt
     factor: float = 1.0
@@ -63,15 +60,17 @@ class LocalRunner:
     `is_tight` says so, of which `on_smaller` is told.
 
     The halves of a guidance are samples of their own, which share their latents tensor; a tile without guidance has no
-    unconditional half. `conditions` gives those of a step. The result does not depend on `batch`.
+    unconditional half. `conditions` gives those of a step. Of a prediction the first `guided_channels` are guided, and
+    the others are the conditional half's. The result does not depend on `batch`.
     """
 
     def __init__(
         self, predict: Predict, conditions: Callable[[int], Conditions], batch: int = 1, *,
         is_tight: Callable[[], bool] = lambda: False, on_smaller: Callable[[int], None] = lambda batch: None,
+        guided_channels: int | None = None,
     ) -> None:  # fmt: skip
         self._predict, self._conditions, self._batch = predict, conditions, batch
-        self._is_tight, self._on_smaller = is_tight, on_smaller
+        self._is_tight, self._on_smaller, self._guided = is_tight, on_smaller, guided_channels
 
     def _size(self) -> int:
         """Of the next call."""
@@ -96,7 +95,10 @@ class LocalRunner:
                 shares = conditions.cond[tile.region.condition]
                 if len(conditional) == len(shares):
                     factors = [share.factor for share in shares]
-                    yield guide(unconditional, conditional, factors, tile.region.guidance_scale)
+                    guided = guide(unconditional, conditional, factors, tile.region.guidance_scale)
+                    if self._guided is not None and unconditional is not None:
+                        guided[self._guided :] = guide(None, [c[self._guided :] for c in conditional], factors, 1.0)
+                    yield guided
                     unconditional, conditional = None, []
 
     def _halves(self, tiles: Iterable[Tile], conditions: Conditions) -> Iterator[tuple[Tile, Sample, bool]]:
@@ -130,7 +132,7 @@ def guide(
 
 
 def check_finite(prediction: Tensor, step: int, region: Text2ImageRegion) -> None:
-    """Raises NumericalError, naming the step and the tile."""
+    """Raise NumericalError, naming the step and the tile, if a prediction is not finite."""
     if not bool(torch.isfinite(prediction).all()):
         raise NumericalError(
             f"NaN or Inf in the noise prediction at step {step + 1}, tile at row {FACTOR * region.top}, column "

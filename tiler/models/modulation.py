@@ -1,14 +1,11 @@
-"""What modulation layers make of timestep, guidance and pooled text: once a run, in a file.
+"""The outputs of modulation layers, computed once a run and stored in a file.
 
-These layers are a quarter to a third of a transformer's weights, and see nothing of the picture. So they are read once,
-for all steps and prompts, and a pass reads its row of the results.
+These layers depend on timestep, guidance and pooled text, but not on the picture, and hold a quarter to a third of a
+transformer's weights. They are read once for all steps and prompts, and each pass reads its row of the results.
 """
 
 from __future__ import annotations
 
-import os
-import tempfile
-import weakref
 from collections.abc import Hashable, Sequence
 from pathlib import Path
 
@@ -16,69 +13,42 @@ import torch
 from torch import Tensor, nn
 
 from tiler.compute.stream import Streamer
-from tiler.errors import StorageError
 from tiler.models.dit import cut, products
+from tiler.models.nameless import NamelessFile
 
 ROWS = 64  # of a product
 
 
 class Modulations:
-    """A row of fp32 values for each key, in a file without a name, which goes with this object. On the meta device
-    there is no file."""
+    """A row of fp32 values for each key, in a nameless file that is deleted with this object. On the meta device there
+    is no file."""
 
     def __init__(self, keys: Sequence[Hashable], widths: Sequence[int], folder: Path | None, *, meta: bool) -> None:
-        self._rows, self._widths, self._file = {key: i for i, key in enumerate(keys)}, list(widths), None
-        self._folder = folder or Path(tempfile.gettempdir())
-        if not meta:
-            try:
-                fd, path = tempfile.mkstemp(prefix=".tiler-", suffix=".modulation", dir=self._folder)
-                os.unlink(path)
-            except OSError as error:
-                raise StorageError(
-                    f"{self._folder}: no file can be made here ({error.strerror}); choose another --scratch"
-                ) from error
-            self._file = fd
-            weakref.finalize(self, os.close, fd)
+        self._rows, self._widths = {key: i for i, key in enumerate(keys)}, list(widths)
+        self._file = None if meta else NamelessFile(folder)
 
     @property
     def row_bytes(self) -> int:
         return 4 * sum(self._widths)
 
     def write(self, row: int, first: int, values: Tensor) -> None:
-        """values: (n,) fp32, the row's from place `first` on. Raises StorageError."""
+        """Write values (n,) fp32 into the row of a key, starting at `first`. Raises StorageError."""
         assert self._file is not None
-        view, at = _bytes(values.contiguous()), row * self.row_bytes + 4 * first
-        try:
-            while len(view):
-                done = os.pwrite(self._file, view, at)
-                view, at = view[done:], at + done
-        except OSError as error:
-            raise StorageError(
-                f"{self._folder}: the disk takes no more ({error.strerror}); free some space, or choose another --scratch"
-            ) from error
+        self._file.write(row * self.row_bytes + 4 * first, values)
 
     def read(self, key: Hashable) -> list[Tensor]:
-        """Each layer's values for a key, (outputs,) fp32."""
+        """The output of each layer for a key, (outputs,) fp32."""
         if self._file is None:
             return list(torch.empty(sum(self._widths), device="meta").split(self._widths))
-        row = torch.empty(sum(self._widths))
-        view, at = _bytes(row), self._rows[key] * self.row_bytes
-        while len(view):
-            done = os.preadv(self._file, [view], at)
-            assert done, "a row that was not written"
-            view, at = view[done:], at + done
+        row = self._file.read(self._rows[key] * self.row_bytes, torch.empty(sum(self._widths)))
         return list(row.split(self._widths))
-
-
-def _bytes(values: Tensor) -> memoryview:
-    return memoryview(values.numpy()).cast("B")  # type: ignore[arg-type]
 
 
 def modulations(
     streamer: Streamer, layers: Sequence[nn.Linear], inputs: Tensor, keys: Sequence[Hashable], folder: Path | None
 ) -> Modulations:
-    """What each of the layers makes of each row of `inputs`, (len(keys), in) fp32, under one read of the weights;
-    `folder` is where the file lies."""
+    """Apply each of the layers to each row of `inputs`, (len(keys), in) fp32, with one read of the weights; the file is
+    in `folder`."""
     widths = [layer.out_features for layer in layers]
     found = Modulations(keys, widths, folder, meta=inputs.is_meta)
     rows = cut(slice(0, len(inputs)), ROWS)
