@@ -54,8 +54,8 @@ def start(request: DecodeRequest, budget: Budget, on_event: OnEvent) -> Iterator
         box = latents.picture_box
         check_size(output, request.format, box.width, box.height)
         how, plan, resident = plan_decode(
-            models, (height, width), facts, budget.max_bytes, decode=request.decode, precision=_precision(request, latents, bf16=facts.bf16),
-            space=space, wrap=request.wrap,
+            models, (height, width), facts, budget.max_bytes, decode=request.decode,
+            precision=_precision(request, latents, bf16=facts.bf16), space=space, wrap=request.wrap,
             whole=whole_picture(output, request.format, box.width, box.height),
         )  # fmt: skip
         run = DecodeRun(

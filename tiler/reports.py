@@ -96,7 +96,8 @@ def texts(run: RenderRun) -> dict[str, str]:
     facts = Facts(
         model=found.name, model_id=run.model_id, revision=found.revision,
         scheduler=plan.scheduler.value,
-        precision=plan.precision.value, decode_precision=plan.methods["decode"].precision.value, kernels=computed_by(), begin=plan.begin,
+        precision=plan.precision.value, decode_precision=plan.methods["decode"].precision.value,
+        kernels=computed_by(), begin=plan.begin,
         clip_skip=plan.family.traits.clip_skip,
         embeddings=run.spoken.read_as.embeddings, loras=run.models.loras.hashes,
         model_hash=None if found.file is None else auto_v2(found.file, hashing),
@@ -119,7 +120,8 @@ def begin_job(run: RenderRun) -> None:
             picture=manifest.picture_of(run.request) | {"loras": run.models.loras.said},
             made_by=made_by, methods={name: method.name for name, method in run.plan.methods.items()},
             precision=run.plan.precision.value,
-            decode_precision=run.plan.decode_precision.value, seed=run.request.seed, begun=_now(), max_ram_bytes=run.budget.max_bytes,
+            decode_precision=run.plan.decode_precision.value, seed=run.request.seed, begun=_now(),
+            max_ram_bytes=run.budget.max_bytes,
             spool=str(job.spool_folder(run.request.scratch_folder)),
         )
     )  # fmt: skip

@@ -209,7 +209,7 @@ VALUES: dict[str, Any] = {
     "guide_upscale": "latent", "layout": "shift", "overlap": 64, "tile_size": 512, "mask": "quartic",
     "attention_window": 16,
     "tile_conditioning": "none", "precision": "fp32", "decode": "frozen",
-    "decode_precision": "bf16", "scratch_dtype": "fp32", "quality": 55,
+    "decode_precision": "bf16",     "scratch_dtype": "fp32", "quality": 55,
     "prediction": "v", "variant": "fp16",
     "regions": (Region(prompt="boat", rows=(0, 64), cols=(8, 64), mask="gaussian", seed=3, negative_prompt=""),),
 }  # fmt: skip
@@ -219,8 +219,8 @@ ELSEWHERE = {
 }  # fmt: skip
 """Files, which have tests of their own, and the prompt, which every picture has."""
 FACTS = Facts(
-    model="mini", model_id="0", revision=None, scheduler="Euler", precision="fp32", decode_precision="fp32", kernels="torch", embeddings={},
-    loras={}, clip_skip=True, begin=1,
+    model="mini", model_id="0", revision=None, scheduler="Euler", precision="fp32", decode_precision="fp32", kernels="torch",
+    embeddings={}, loras={}, clip_skip=True, begin=1,
 )  # fmt: skip
 WITH = {"landscape": {"paper": "A4"}, "bleed": {"paper": "A4"}}
 

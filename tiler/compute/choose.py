@@ -17,8 +17,8 @@ from tiler.compute.tuning import KERNELS_OF
 from tiler.compute.winograd import Winograd
 
 _ALL = (
-    Fp32(), Prepacked(), Winograd(), Int8(), NativeInt8(), NativeWinograd(), NativeWinogradBf16(), NativeBf16(), NativeFp32(),
-    NativeAttention(), NativeAttentionBf16(),
+    Fp32(), Prepacked(), Winograd(), Int8(), NativeInt8(), NativeWinograd(), NativeWinogradBf16(),
+    NativeBf16(), NativeFp32(),    NativeAttention(), NativeAttentionBf16(),
 )  # fmt: skip
 KERNELS: Mapping[str, Kernel] = {kernel.name: kernel for kernel in _ALL}
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tiler.compute.kernels import Kernel, Kind, Op, Operands, Place, Policy, Prepared, Shape, Some
-from tiler.compute.native import address
+from tiler.compute.native_inputs import address
 from tiler.native import library
 from tiler.weights.store import WeightStore
 

@@ -32,20 +32,17 @@ from tiler.compute.kernels import (
 )
 from tiler.compute.native import (
     Made,
-    Quantized,
     activation_of,
     empty_result,
     gated,
     is_fused,
     is_of_pixels,
     multiply,
-    needed_library,
     product_call,
-    quantize_images,
-    quantize_tokens,
     residual_like,
     together,
 )
+from tiler.compute.native_inputs import Quantized, needed_library, quantize_images, quantize_tokens
 from tiler.compute.steps import finished, made_input
 from tiler.compute.tuning import KERNELS_OF
 from tiler.native import library

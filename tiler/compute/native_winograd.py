@@ -15,8 +15,9 @@ from torch import Tensor
 
 from tiler.compute import shapes
 from tiler.compute.kernels import Op, Operands, Place, Policy, Prepared, Shape
-from tiler.compute.native import Made, address, empty_result, needed_library, residual_like
+from tiler.compute.native import Made, empty_result, residual_like
 from tiler.compute.native_float import NativeFp32, pack
+from tiler.compute.native_inputs import address, needed_library
 from tiler.compute.steps import finished
 from tiler.compute.tuning import ARENA_BYTES, NATIVE_WINOGRAD_CHANNELS
 from tiler.compute.winograd import pays

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from tiler.compute import layers
 from tiler.compute.kernels import Epilogue, HeldNorm, Input, Op
 from tiler.compute.layers import StreamedConv2d
-from tiler.compute.native import write_lines
 from tiler.compute.native_float import NativeFp32
+from tiler.compute.native_inputs import write_lines
 from tiler.compute.steps import made_input
 from tiler.native import library
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tiler.compute.native import Moments, moments
+from tiler.compute.native_inputs import Moments, moments
 from tiler.native import library
 
 
