@@ -116,7 +116,7 @@ def open_denoiser(run: DenoiserRun, prompts: Prompts, phase: str = "canvas") -> 
             wording, begin, batch = plan.guide_wording, 0, plan.guide_batch
 
         def conditions(step: int) -> Conditions:
-            return prompts.conditions(wording, step - begin)
+            return prompts.conditions(wording, plan.calls.step_of(step) - begin)
 
         def tell_smaller(batch: int) -> None:
             run.note(f"memory is close to the ceiling: from here on the denoiser takes {batch} at a time")

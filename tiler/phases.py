@@ -37,6 +37,7 @@ from tiler.models.embeds import read_words
 from tiler.models.family import Family
 from tiler.models.loras import apply_loras, find_loras, notes_on_loras
 from tiler.models.prompting import notes_on_prompts
+from tiler.models.tiny_vae import open_tiny
 from tiler.output.latents import save_latents
 from tiler.output.picture import check_picture, check_size
 from tiler.pixels import Decoding, decode_pixels
@@ -112,6 +113,7 @@ def start(
     spoken = encoding.find_prompts(begun, models, tiling.texts, words)
     embeds = bool(spoken.read_as.embeddings)
     plan = make_plan(begun, models, budget.max_bytes, job, tiling, encoded=spoken.all_encoded, embeds=embeds)
+    plan = replace(plan, memory=replace(plan.memory, beside_bytes=budget.beside_bytes))
     run = RenderRun(
         said=request, request=settings, plan=plan, models=models, budget=budget, on_event=on_event, job=job,
         spoken=spoken, preview=previewing.open_preview(settings, models),
@@ -131,7 +133,7 @@ def start(
 def open_models(family: Family, tiny_vae: str | None = None) -> Models:
     """The family's models, and the tiny decoder in the folder `tiny_vae`, to be built once for all that follows. Raises
     ModelError."""
-    return Models(family, None if tiny_vae is None else families.open_tiny(tiny_vae, family))
+    return Models(family, None if tiny_vae is None else open_tiny(tiny_vae, family))
 
 
 def make_plan(
@@ -174,7 +176,8 @@ def advice(run: RenderRun) -> str:
 def replan(run: RenderRun, request: ResolvedRequest) -> RenderPlan:
     """How another request would be carried out instead of the run's. Raises TilerError."""
     embeds, encoded = bool(run.spoken.read_as.embeddings), run.plan.encoded
-    return make_plan(request, run.models, run.budget.max_bytes, encoded=encoded, embeds=embeds)
+    plan = make_plan(request, run.models, run.budget.max_bytes, encoded=encoded, embeds=embeds)
+    return replace(plan, memory=replace(plan.memory, beside_bytes=run.budget.beside_bytes))
 
 
 def prepare_weights(run: RenderRun) -> None:
@@ -286,19 +289,21 @@ def _denoise(
     reseeded = [((slice(*rows), slice(*cols)), seed) for (rows, cols), seed in spans if seed is not None]
     noise, generator = canvas.initial_noise((1, plan.family.latent_channels, height, width), request.seed, reseeded)
     schedule = build_schedule(request, plan.family)
-    latents = schedule.start(noise, reference, begin)
+    first = plan.calls.first_of(begin)
+    latents = schedule.start(noise, reference, first)
     if begin == steps:
         return latents
     if phase == "canvas":
         previewing.watch(run.preview, schedule, begin, run.note)
-    denoising = canvas.Denoising(latents, tiles, schedule, generator, begin=begin, phase=phase)
+    denoising = canvas.Denoising(latents, tiles, schedule, generator, begin=first, phase=phase)
     if not denoising.take_up(run.job):  # a job that has this phase opens no weights for it
         return denoising.latents
     with interrupts.deferred(), open_runner(run, prompts) as runner:
         total = tiles.samples
         with closing(denoising.run(runner, run.job)) as loop:
             for state in loop:
-                detail = f"step {state.step + 1}/{steps}, {state.samples}/{state.total} tile passes"
+                step = plan.calls.step_of(state.step)
+                detail = f"step {step + 1}/{steps}, {state.samples}/{state.total} tile passes"
                 run.on_event(events.Progress(name=phase, done=denoising.samples_done, total=total, detail=detail))
     return denoising.latents
 

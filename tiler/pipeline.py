@@ -7,7 +7,7 @@ streamed from disk, and the whole process stays under the budget. Knows the orde
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from tiler import decode_run, encode_run, packing, phases, pixels, quantising, reports
+from tiler import ahead, decode_run, encode_run, packing, phases, pixels, quantising, reports
 from tiler.cluster import run as cluster
 from tiler.events import Event, OnEvent
 from tiler.jobs.folder import Job
@@ -68,6 +68,8 @@ def render(request: RenderRequest, budget: Budget | None = None, on_event: OnEve
             reference = phases.make_reference(run, picture, guide)
             del picture, guide
             latents = phases.denoise_canvas(run, prompts, reference, open_runner)
+            del prompts, reference
+            run.prepared = None  # nor is what was made of the prompts needed again
             phases.save_canvas(run, latents)
             # An error of the writer's must not leave the decoder's scratch files open.
             unscaled = pixels.Unscaled(latents, run.plan.decoder)
@@ -142,6 +144,15 @@ def encode(request: EncodeRequest, budget: Budget | None = None, on_event: OnEve
         lean_imports.freeze_imports()
         encode_run.encode(run)
         return Result(output=run.output, report=reports.of_encode(run))
+
+
+@torch.no_grad()
+def encode_ahead(requests: Sequence[RenderRequest], budget: Budget, on_event: OnEvent = _ignore) -> int:
+    """Encode the prompts of several renders into the cache, where a large encoder reads them: how many texts. Raises
+    TilerError."""
+    with budget:
+        lean_imports.freeze_imports()
+        return ahead.encode_ahead(requests, budget, on_event)
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from tiler.cli.repeat import repeat
 from tiler.errors import ModelError
 from tiler.output.metadata import Facts, texts
 from tiler.planning.resolve import fill
-from tiler.request import Region, RenderRequest, Scheduler
+from tiler.request import Region, RenderRequest, Scheduler, ScheduleType
 from tiler.request.render import OF_THE_RUN
 from tiler.request.settings import Kind
 
@@ -68,6 +68,26 @@ def test_pictures_of_others_leave_the_rest_as_it_is(tmp_path: Path) -> None:
         "width": 64, "height": 96, "model": "mini", "clip_skip": 2,
     }  # fmt: skip
     assert "not the same one" in found.notes[0] and "Eta" in found.notes[1]
+
+
+@pytest.mark.parametrize(
+    ("said", "scheduler", "spread"),
+    [
+        ({"Sampler": "Heun"}, Scheduler.HEUN, None),
+        ({"Sampler": "Heun", "Schedule type": "Karras"}, Scheduler.HEUN, ScheduleType.KARRAS),
+        ({"Sampler": "DPM++ 2M SDE Karras"}, Scheduler.DPMPP_2M_SDE, ScheduleType.KARRAS),
+        ({"Sampler": "DPM++ 2M SDE Exponential"}, Scheduler.DPMPP_2M_SDE, ScheduleType.EXPONENTIAL),
+        ({"Sampler": "DPM++ 2M Karras"}, Scheduler.DPMPP_2M_KARRAS, None),
+        ({"Sampler": "DPM++ 2M", "Schedule type": "Karras"}, Scheduler.DPMPP_2M_KARRAS, None),
+        ({"Sampler": "dpmpp_sde"}, Scheduler.DPMPP_SDE, None),
+        ({"Sampler": "heun_k"}, Scheduler.HEUN, ScheduleType.KARRAS),
+    ],
+)
+def test_samplers_by_the_names_of_other_tools(
+    tmp_path: Path, said: dict[str, str], scheduler: Scheduler, spread: ScheduleType | None
+) -> None:
+    values = repeat(png(tmp_path / "x.png", parameters=infotext(**said)), NOTHING, DEFAULTS).values
+    assert (values["scheduler"], values.get("schedule_type")) == (scheduler, spread)
 
 
 def test_a_picture_of_two_passes_has_its_own_size(tmp_path: Path) -> None:
@@ -219,8 +239,8 @@ ELSEWHERE = {
 }  # fmt: skip
 """Files, which have tests of their own, and the prompt, which every picture has."""
 FACTS = Facts(
-    model="mini", model_id="0", revision=None, scheduler="Euler", precision="fp32", decode_precision="fp32", kernels="torch",
-    embeddings={}, loras={}, clip_skip=True, begin=1,
+    model="mini", model_id="0", revision=None, scheduler="Euler", precision="fp32", decode_precision="fp32",
+    kernels="torch", embeddings={}, loras={}, clip_skip=True, begin=1,
 )  # fmt: skip
 WITH = {"landscape": {"paper": "A4"}, "bleed": {"paper": "A4"}}
 

@@ -184,6 +184,16 @@ def test_what_makes_no_sense_is_exit_2(in_process: Any, folder: Path, option: st
     assert ran.code == 2 and words in ran.err and ran.err.count("\n") == 1
 
 
+def test_smaller_tiles_are_of_the_size_that_was_asked_for(in_process: Any, folder: Path) -> None:
+    """Tiles of 64 of 128 pixels, half of each other's, and a guide no larger; what the model cannot take is exit 2."""
+    asked = "plan", "a boat", "--model", folder, "--size", 128, "--json", "--tile-size"
+    planned = in_process(*asked, 64).json
+    assert (planned["tiles"], planned["guide"]) == (9, "64×64")
+    for wrong in (72, 144, 16):
+        ran = in_process(*asked, wrong)
+        assert ran.code == 2 and f"--tile-size {wrong}: Lumina-Next takes multiples of 16 from 64 to 128" in ran.err
+
+
 def test_the_program_encodes_renders_and_tells_of_the_model(
     tiler: Any, in_process: Any, folder: Path, tmp_path: Path
 ) -> None:

@@ -85,7 +85,7 @@ class NativeInt8(Kernel):
         if low_rank or not is_fused(op):
             parts, made_of = (made_input(made_of, parts),), Input()
         if op.geometry is None:
-            made = quantize_tokens(parts[0], made_of.norm)
+            made = quantize_tokens(parts[0], made_of.norm, rotated=op.group.rotated)
         elif is_of_pixels(op) and made_of == Input():
             made = quantize_tokens(parts[0].permute(0, 2, 3, 1))
         else:

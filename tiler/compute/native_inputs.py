@@ -27,9 +27,11 @@ class Quantized(NamedTuple):
     zero: Tensor
 
 
-def quantize_tokens(x: Tensor, norm: nn.Module | None = None, out_type: Type = Type.UINT8) -> Quantized:
-    """x: (..., inputs) fp32 → a matrix, each row normed and symmetric around MIDDLE by its absmax; of other types than
-    uint8 cast without a scale."""
+def quantize_tokens(
+    x: Tensor, norm: nn.Module | None = None, out_type: Type = Type.UINT8, *, rotated: bool = False
+) -> Quantized:
+    """x: (..., inputs) fp32 → a matrix, each row normed, `rotated`, and symmetric around MIDDLE by its absmax; of other
+    types than uint8 cast without a scale."""
     rows = x.reshape(-1, x.shape[-1])
     count, width = rows.shape
     values, scale = rows.new_empty(count, width, dtype=_DTYPES[out_type]), rows.new_empty(count)
@@ -37,7 +39,7 @@ def quantize_tokens(x: Tensor, norm: nn.Module | None = None, out_type: Type = T
         rows = rows if rows.stride(1) == 1 else rows.contiguous()
         call = library.Rows(
             x=rows.data_ptr(), rows=count, width=width, step=rows.stride(0), out_type=out_type,
-            out=values.data_ptr(), out_bytes=values[:1].nbytes, scale=scale.data_ptr(),
+            out=values.data_ptr(), out_bytes=values[:1].nbytes, scale=scale.data_ptr(), rotated=rotated,
         )  # fmt: skip
         if isinstance(norm, nn.LayerNorm):
             call.norm, call.eps = True, norm.eps

@@ -25,6 +25,7 @@ from tiler.compute.kernels import HeldNorm
 from tiler.compute.layers import attend
 from tiler.compute.steps import activated
 from tiler.compute.windows import Window
+from tiler.decoding import FACTOR
 
 if TYPE_CHECKING:
     from diffusers.models.attention_processor import Attention
@@ -73,20 +74,22 @@ class Norm:
     def __init__(self, norm: nn.Module, *, silu: bool = True) -> None:
         assert isinstance(norm, nn.GroupNorm)
         self.norm, self.silu = norm, silu
-        self.held: HeldNorm | None = None
+        self.held: tuple[Tensor, Tensor] | None = None  # mean and variance
+        self.affine: HeldNorm | None = None  # what they make of the norm
 
     def hold(self, mean: Tensor, var: Tensor) -> None:
         """Set the statistics of each group, (groups,) fp64."""
+        self.held = mean, var
         norm, per = self.norm, self.norm.num_channels // self.norm.num_groups
         if norm.weight.is_meta:
-            self.held = HeldNorm(norm.weight.new_empty(2, norm.num_channels))
+            self.affine = HeldNorm(norm.weight.new_empty(2, norm.num_channels))
             return
         scale = norm.weight * torch.rsqrt(var + norm.eps).repeat_interleave(per)
-        self.held = HeldNorm(torch.stack([scale, norm.bias - mean.repeat_interleave(per) * scale]).float())
+        self.affine = HeldNorm(torch.stack([scale, norm.bias - mean.repeat_interleave(per) * scale]).float())
 
     def apply(self, x: Tensor) -> Tensor:
-        assert self.held is not None
-        y: Tensor = self.held(x)
+        assert self.affine is not None
+        y: Tensor = self.affine(x)
         return activated(_SILU, y) if self.silu else y
 
 
@@ -130,7 +133,7 @@ class Conv(Stage):
         assert like is not None
         if x is not None:
             self.width = x.shape[3]
-        window = Window(self.conv, None if self.norm is None else self.norm.held, silu=self.norm is not None)
+        window = Window(self.conv, None if self.norm is None else self.norm.affine, silu=self.norm is not None)
         rows = 0 if x is None else x.shape[2]
         count, beyond = self.ready(rows, last), 2 * self.halo
         tail = window.lines(like, self.halo, self.width).zero_() if self.tail is None else self.tail
@@ -263,11 +266,13 @@ class MidAttention(Stage):
         assert attention.group_norm is not None and attention.residual_connection
         self.attention = attention
         self.norm = Norm(attention.group_norm, silu=False)
-        self.keys: Tensor | None = None
+        self.memory: Tensor | None = None
+        self.keys: Tensor | None = None  # both are views of the memory
         self.values: Tensor | None = None
 
     def hold(self, memory: Tensor) -> None:
         """Set every token's key and value, (1, 2C, h, w), keys above values, for all following rows."""
+        self.memory = memory
         keys, values = memory.flatten(2).transpose(1, 2).chunk(2, dim=2)
         self.keys, self.values = self._heads(keys), self._heads(values)
 
@@ -354,9 +359,9 @@ def encoder_stages(encoder: Encoder, quant_conv: nn.Module | None) -> list[Stage
     return stages if quant_conv is None else [*stages, Conv(quant_conv)]
 
 
-def latent_strips(latents: Latents, rows: int) -> Iterator[Tensor]:
-    """(1, C, n, w) of at most `rows` rows each, top first, channels-last."""
-    strips = (latents[:, :, top : top + rows] for top in range(0, latents.shape[2], rows))
+def latent_strips(latents: Latents, rows: int, first: int = 0) -> Iterator[Tensor]:
+    """(1, C, n, w) of at most `rows` rows each, from the strip `first` on, channels-last."""
+    strips = (latents[:, :, top : top + rows] for top in range(first * rows, latents.shape[2], rows))
     return (strip.contiguous(memory_format=torch.channels_last) for strip in strips)
 
 
@@ -364,6 +369,13 @@ def strip_rows(width: int) -> int:
     """The number of latent rows that are pushed at a time for `width` latent columns: enough to justify a read of the
     weights. Depends only on the width, so the bytes of the picture depend on nothing else either."""
     return max(1, min(32, 512 // width))
+
+
+def strip_before(begin: int, rows: int) -> int:
+    """The strip, of `rows` latent rows each, to begin with for a decoder's pixels from the row `begin` on, to the last
+    bit: the rows that a decoder's top makes different, and the strip that is cut differently there, are not seen any
+    more."""
+    return max(0, (begin // FACTOR - 2 * REACH) // rows - 1)
 
 
 def means(moments: Iterable[Tensor]) -> Tensor:

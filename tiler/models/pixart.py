@@ -181,7 +181,7 @@ def read(checkpoint: Checkpoint, name: str) -> PixArt:
         *texts,
         Part(
             name="transformer", role=Role.DENOISER, config=config, aliases=plain_names,
-            build=partial(_build, checkpoint, config), quantise=quantised, once=read_once,
+            build=partial(_build, checkpoint, config), quantise=quantised, once=read_once, rotate=True,
         ),
         vae_part(spec),
     )  # fmt: skip

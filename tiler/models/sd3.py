@@ -175,7 +175,7 @@ def read(checkpoint: Checkpoint, name: str) -> StableDiffusion3:
         notes.append(f"{T5} (T5) is not there: the prompt is read by CLIP alone; to add it, {fetch}")
     denoiser = Part(
         name="transformer", role=Role.DENOISER, config=config, aliases=table_names,
-        build=partial(build_mmdit, checkpoint, config), quantise=quantised, once=read_once,
+        build=partial(build_mmdit, checkpoint, config), quantise=quantised, once=read_once, rotate=True,
     )  # fmt: skip
     traits = Traits(
         title=kind.title, native=int(config.get("sample_size", 128)), granularity=PATCH, patch=PATCH, samples=1,
