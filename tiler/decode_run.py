@@ -16,10 +16,10 @@ from tiler.output.latents import LatentsFile
 from tiler.output.picture import check_picture, check_size
 from tiler.phases import open_models
 from tiler.pixels import Decoding
-from tiler.planning.render import plan_decode
+from tiler.planning.render import choose_decode_precision, plan_decode
 from tiler.planning.table import MemoryPlan
 from tiler.planning.whole import whole_picture
-from tiler.request import DecodeRequest
+from tiler.request import DecodePrecision, DecodeRequest, Precision
 from tiler.run import Run, measure
 
 
@@ -54,7 +54,8 @@ def start(request: DecodeRequest, budget: Budget, on_event: OnEvent) -> Iterator
         box = latents.picture_box
         check_size(output, request.format, box.width, box.height)
         how, plan, resident = plan_decode(
-            models, (height, width), facts, budget.max_bytes, decode=request.decode, space=space, wrap=request.wrap,
+            models, (height, width), facts, budget.max_bytes, decode=request.decode,
+            precision=_precision(request, latents, bf16=facts.bf16), space=space, wrap=request.wrap,
             whole=whole_picture(output, request.format, box.width, box.height),
         )  # fmt: skip
         run = DecodeRun(
@@ -71,3 +72,11 @@ def start(request: DecodeRequest, budget: Budget, on_event: OnEvent) -> Iterator
         )
         run.tell((*found.notes, *family.notes, memory_warning(budget.max_bytes)))
         yield run
+
+
+def _precision(request: DecodeRequest, latents: LatentsFile, *, bf16: bool) -> Precision:
+    """What to compute in; where nothing is asked for, as the render did that saved the latents. Raises UsageError."""
+    wanted = request.decode_precision
+    if wanted is DecodePrecision.AUTO and bf16 and latents.decode_precision == DecodePrecision.BF16:
+        wanted = DecodePrecision.BF16
+    return choose_decode_precision(wanted, Precision.FP32, bf16=bf16)

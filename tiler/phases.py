@@ -46,6 +46,7 @@ from tiler.output.latents import save_latents
 from tiler.output.picture import check_picture, check_size
 from tiler.pixels import Decoding, decode_pixels
 from tiler.planning.advice import advise
+from tiler.planning.peaks import vae_streaming
 from tiler.planning.render import RenderPlan, build_schedule, plan_render
 from tiler.planning.resolve import resolve
 from tiler.planning.tiling import Tiling, pixels_of, plan_tiling
@@ -110,7 +111,7 @@ def start(
         check_writable(settings.save_latents, force=settings.force or job.resumed, option="--save-latents")
     models = open_models(family, settings.tiny_vae)
     models.loras = apply_loras(find_loras(settings), models)
-    begun = settings if job.manifest is None else replace(settings, precision=Precision(job.manifest.precision))
+    begun = settings if job.manifest is None else job.manifest.as_begun(settings)
     tiling = plan_tiling(settings, family)
     spoken = encoding.find_prompts(begun, models, tiling.texts, words)
     embeds = bool(spoken.read_as.embeddings)
@@ -242,12 +243,13 @@ def _reference(run: RenderRun, picture: np.ndarray | Poster | None, guide_latent
         return guide.upscale(guide_latents, plan.guide, plan.canvas, wraps)
     vae, name = run.models.vae(spec), "guide picture"
     begin = picture.digest if isinstance(picture, Poster) else picture if guide_latents is None else guide_latents
+    options = vae_streaming(spec, vae, plan.decode_precision)._asdict()
     assert begin is not None
     spool = remember(run.job.spool, "the guide's picture", plan.methods[name], begin, run.on_event, run.note)
     with (
         interrupts.deferred(),
         run.phase(name, 100),
-        run.streamed(vae, spec.weights, families.vae_names, plan.resident[name]) as streamer,
+        run.streamed(vae, spec.weights, families.vae_names, plan.resident[name], **options) as streamer,
     ):
         box: tuple[float, float] | None = None
         decoded = 0.0  # of the phase's work

@@ -23,6 +23,7 @@ from tiler.events import percent
 from tiler.memory.policy import at_rows
 from tiler.models import family as families
 from tiler.models.family import VaeSpec
+from tiler.planning.peaks import vae_streaming
 from tiler.run import Run
 
 
@@ -40,11 +41,12 @@ def decode(run: Run, decoding: Decoding, latents: Latents, spool: Spool | None =
     """The picture's rows, (n, W, 3) uint8, top first; `latents` (1, C, h, w) are unscaled."""
     spec, plan, resident, planned_bytes, crop = decoding
     vae = run.models.vae(spec)
+    options = vae_streaming(spec, vae, plan.precision)._asdict()
     run.note(f"decoder: {plan}")
     with (
         interrupts.deferred(),
         run.phase("decode", 100),
-        run.streamed(vae, spec.weights, families.vae_names, resident) as streamer,
+        run.streamed(vae, spec.weights, families.vae_names, resident, **options) as streamer,
     ):
         check = at_rows(run.budget, planned_bytes)
         tell = percent(run.on_event, "decode")

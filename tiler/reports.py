@@ -35,6 +35,7 @@ def of_render(run: RenderRun) -> dict[str, Any]:
     return _common(run.budget, plan.memory.peak_bytes) | counts | {
         "tiles": len(plan.regions), "tile_batch": plan.batch, "precision": plan.precision.value,
         "tile_conditioning": request.tile_conditioning.value, "decode": plan.methods["decode"].name,
+        "decode_precision": plan.methods["decode"].precision.value,
         "seed": request.seed, "width": request.width, "height": request.height,
         "model": found.name, "revision": found.revision, "workers": [worker._asdict() for worker in run.workers],
     }  # fmt: skip
@@ -42,7 +43,8 @@ def of_render(run: RenderRun) -> dict[str, Any]:
 
 def of_decode(run: DecodeRun) -> dict[str, Any]:
     """The report of a decode."""
-    facts = {"decode": run.decoding.plan.name, "width": run.width, "height": run.height}
+    plan = run.decoding.plan
+    facts = {"decode": plan.name, "decode_precision": plan.precision.value, "width": run.width, "height": run.height}
     return _common(run.budget, run.plan.peak_bytes) | facts
 
 
@@ -98,7 +100,8 @@ def texts(run: RenderRun) -> dict[str, str]:
     facts = Facts(
         model=found.name, model_id=run.model_id, revision=found.revision,
         scheduler=plan.scheduler.value,
-        precision=plan.precision.value, kernels=computed_by(), begin=plan.begin,
+        precision=plan.precision.value, decode_precision=plan.methods["decode"].precision.value,
+        kernels=computed_by(), begin=plan.begin,
         clip_skip=plan.family.traits.clip_skip,
         embeddings=run.spoken.read_as.embeddings, loras=run.models.loras.hashes,
         model_hash=hash_of(found.file, found.name),
@@ -122,7 +125,9 @@ def begin_job(run: RenderRun) -> None:
             said=manifest.said_of(run.said), model_id=run.model_id,
             picture=manifest.picture_of(run.request) | {"loras": run.models.loras.said},
             made_by=made_by, methods={name: method.name for name, method in run.plan.methods.items()},
-            precision=run.plan.precision.value, seed=run.request.seed, begun=_now(), max_ram_bytes=run.budget.max_bytes,
+            precision=run.plan.precision.value,
+            decode_precision=run.plan.decode_precision.value, seed=run.request.seed, begun=_now(),
+            max_ram_bytes=run.budget.max_bytes,
             spool=str(job.spool_folder(run.request.scratch_folder)),
         )
     )  # fmt: skip

@@ -14,13 +14,15 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from tiler.native import library
+
 PROGRAM = [sys.executable, "-c", "from tiler.cli.main import main; main()"]
 
 
 def test_decode_exactly_through_a_scratch_folder(in_process, tiny: Path, tmp_path: Path) -> None:
     common = ("--model", tiny, "--size", 264, "--steps", 1, "--no-guide", "--seed", 1)
     ran = in_process("render", "x", *common, "-o", "a.png", "--save-latents", "z.safetensors")
-    assert "decoder: exact (there is room" in ran.err
+    assert "decoder: exact in fp32 (there is room" in ran.err
     (tmp_path / "s").mkdir()
     for mode, dtype in (("exact", "fp32"), ("exact", "fp16"), ("frozen", "fp16")):
         options = ("--decode", mode, "--scratch", "s", "--scratch-dtype", dtype)
@@ -127,3 +129,35 @@ def test_a_tiny_autoencoder_makes_the_picture(tiler, in_process, tiny: Path, tmp
     ):
         ran = in_process("decode", "z.safetensors", "--model", tiny, *options, "-o", "c.png")
         assert (ran.code, message in ran.err) == (code, True), ran.err
+
+
+@pytest.mark.skipif(not library.has_bf16(), reason="no bf16 here")
+@pytest.mark.parametrize("decode", ["exact", "frozen"])
+def test_bf16_is_near_fp32_and_is_taken_where_the_render_took_it(
+    in_process, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decode: str
+) -> None:
+    monkeypatch.setattr("tiler.compute.layers.SMALL", 100)
+    monkeypatch.setattr("tiler.compute.native_winograd.NATIVE_WINOGRAD_CHANNELS", 16)
+    common = ("--model", tiny, "--decode", decode, "--json")
+    drawing = ("--size", 136, "--steps", 1, "--no-guide", "--seed", 1, "--precision", "bf16")
+    ran = in_process("render", "x", *common, *drawing, "-o", "a.png", "--save-latents", "z.safetensors")
+    assert ran.json["decode_precision"] == "bf16" and f"decoder: {decode} in bf16" in ran.err
+    pictures = {"a": np.asarray(Image.open(tmp_path / "a.png"), int)}
+    for said, taken in (("auto", "bf16"), ("fp32", "fp32")):
+        ran = in_process("decode", "z.safetensors", *common, "--decode-precision", said, "-o", f"{said}.png")
+        assert ran.json["decode_precision"] == taken
+        pictures[said] = np.asarray(Image.open(tmp_path / f"{said}.png"), int)
+    assert np.array_equal(pictures["auto"], pictures["a"])
+    apart = pictures["fp32"] - pictures["a"]
+    assert 0 < np.square(apart).mean() < 255**2 / 10**5  # 50 dB
+
+
+def test_bf16_is_refused_where_nothing_computes_with_it(
+    in_process, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tiler.run.has_bf16", lambda: False)
+    refused = in_process("plan", "x", "-m", tiny, "--size", 64, "--decode-precision", "bf16")
+    assert refused.code == 2
+    assert "--decode-precision bf16: this needs" in refused.err and "fp32 or auto" in refused.err
+    planned = in_process("plan", "x", "-m", tiny, "--size", 64, "--precision", "int8", "--json")
+    assert planned.json["decode_precision"] == "fp32"

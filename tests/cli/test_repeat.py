@@ -237,8 +237,10 @@ VALUES: dict[str, Any] = {
     "preset": "balanced", "num_inference_steps": 7, "guidance_scale": 2.5, "guidance_interval": (0.1, 0.7),
     "strength": 0.3, "clip_skip": 2, "scheduler": "DPM++ 2M SDE", "schedule_type": "karras", "guide": False,
     "guide_upscale": "latent", "layout": "shift", "overlap": 64, "tile_size": 512, "mask": "quartic",
-    "attention_window": 16, "tile_conditioning": "none", "precision": "fp32", "decode": "frozen",
-    "scratch_dtype": "fp32", "quality": 55, "prediction": "v", "variant": "fp16",
+    "attention_window": 16,
+    "tile_conditioning": "none", "precision": "fp32", "decode": "frozen",
+    "decode_precision": "bf16",     "scratch_dtype": "fp32", "quality": 55,
+    "prediction": "v", "variant": "fp16",
     "regions": (Region(prompt="boat", rows=(0, 64), cols=(8, 64), mask="gaussian", seed=3, negative_prompt=""),),
 }  # fmt: skip
 ELSEWHERE = {
@@ -247,8 +249,8 @@ ELSEWHERE = {
 }  # fmt: skip
 """Files, which have tests of their own, and the prompt, which every picture has."""
 FACTS = Facts(
-    model="mini", model_id="0", revision=None, scheduler="Euler", precision="fp32", kernels="torch", embeddings={},
-    loras={}, clip_skip=True, begin=1,
+    model="mini", model_id="0", revision=None, scheduler="Euler", precision="fp32", decode_precision="fp32",
+    kernels="torch", embeddings={}, loras={}, clip_skip=True, begin=1,
 )  # fmt: skip
 WITH = {"landscape": {"paper": "A4"}, "bleed": {"paper": "A4"}}
 
@@ -264,10 +266,10 @@ def test_every_option_of_a_picture_comes_back(tmp_path: Path, name: str) -> None
     once = fill(asked)
     picture = png(tmp_path / "x.png", **texts(once, FACTS))
     again = fill(RenderRequest(**repeat(picture, NOTHING, DEFAULTS).values))
+    chosen = {"precision": "fp32", "decode_precision": FACTS.decode_precision}  # what AUTO was
     for field in RenderRequest.__dataclass_fields__:
         if field not in (*OF_THE_RUN, "size", "preset", "scale"):  # the last three: resolved in others
-            wanted = replace(once, precision="fp32")  # what AUTO was
-            assert getattr(again, field) == getattr(wanted, field), field
+            assert getattr(again, field) == getattr(replace(once, **chosen), field), field
 
 
 def test_a_model_of_the_hub_is_repeated_at_its_commit(tmp_path: Path) -> None:

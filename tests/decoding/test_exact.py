@@ -78,6 +78,7 @@ def test_transformed_convolutions_decode_what_diffusers_does(
     latents = torch.randn(1, 4, *size, generator=torch.Generator().manual_seed(1))
     plain, called = decode(tiny, latents, tmp_path, torch.float32), []
     monkeypatch.setattr(winograd, "CHANNELS", 8)
+    monkeypatch.setattr("tiler.compute.native_winograd.NATIVE_WINOGRAD_CHANNELS", 8)
     inner = winograd.conv2d
     monkeypatch.setattr(winograd, "conv2d", lambda *a: (called.append(a[0].shape), inner(*a)))
     own = NativeWinograd._convolve

@@ -18,6 +18,9 @@ void tiler_sums(Tiler *, const Sums *, int);
 void tiler_attention(Tiler *, const Attention *, int);
 void tiler_pack(Tiler *, const Pack *, int);
 void tiler_winograd(Tiler *, const Winograd *, int);
+void tiler_moments(Tiler *, const Moments *, int);
+
+enum { AS_FP64 = AS_FP32 + 1 };  // of results alone
 
 static void *get(FILE *file, size_t size) {
   void *p = malloc(size ? size : 1);
@@ -34,6 +37,7 @@ static int64_t number(FILE *file) {
 static double value(const void *p, int64_t type, int64_t i) {
   if (type == AS_UINT8) return ((const uint8_t *)p)[i];
   if (type == AS_FP32) return ((const float *)p)[i];
+  if (type == AS_FP64) return ((const double *)p)[i];
   uint32_t bits = (uint32_t)((const uint16_t *)p)[i] << 16;
   float x;
   memcpy(&x, &bits, sizeof x);
@@ -78,6 +82,7 @@ int main(int count, char **arguments) {
     if (operation == 4) tiler_attention(tiler, (const Attention *)fields, threads);
     if (operation == 5) tiler_pack(tiler, (const Pack *)fields, threads);
     if (operation == 6) tiler_winograd(tiler, (const Winograd *)fields, threads);
+    if (operation == 7) tiler_moments(tiler, (const Moments *)fields, threads);
     double error = error_of(array[result], type, want, values);
     if (!(error <= *tolerance)) printf("%s: error %g, %g allowed\n", arguments[n], error, *tolerance), wrong++;
     for (int64_t i = 0; i < arrays; i++) free(array[i]);

@@ -24,6 +24,7 @@ OPERATIONS = {
     Attention: "attention",
     Pack: "pack",
     Winograd: "winograd",
+    library.Moments: "moments",
 }  # as in driver.c
 DTYPES = {Type.UINT8: torch.uint8, Type.BF16: torch.bfloat16, Type.FP32: torch.float32}
 VALUES = {Kind.INT8: 4, Kind.BF16: 2, Kind.FP32: 1}  # of a lane
@@ -210,14 +211,21 @@ def tokens(rows: int, width: int, out_type: Type, *, norm: bool, apart: int = 0,
 
 def image(
     images: int, sides: tuple[int, int], channels: tuple[int, int], out_type: Type, *,
-    groups: int = 2, silu: bool = True, padding: int = 1, shift: float = 0.5, each_place: bool = False,
+    groups: int = 2, silu: bool = True, padding: int = 1, lines: int | None = None, shift: float = 0.5,
+    each_place: bool = False, given: bool = False,
 ) -> Case:  # fmt: skip
+    """`lines` of the frame above and below, as many as left and right where it is None. `given`: gamma and beta are
+    what each channel is multiplied by and what is added."""
     torch.manual_seed(sum(channels) + images)
     parts = [torch.randn(images, *sides, c) * (1 + 2 * i) + shift for i, c in enumerate(channels)]
     total = sum(channels)
     gamma, beta = torch.randn(total), torch.randn(total)
     want = torch.cat(parts, dim=-1).double().movedim(-1, 1)
-    if groups:
+    lines = padding if lines is None else lines
+    factors = torch.stack([gamma, beta])
+    if given:
+        want = want * gamma.double().view(-1, 1, 1) + beta.double().view(-1, 1, 1)
+    elif groups:
         want = F.group_norm(want, groups, gamma.double(), beta.double(), 1e-5)
     want = F.silu(want) if silu else want
     places = sides[0] * sides[1]
@@ -230,10 +238,10 @@ def image(
         low = torch.where(low < -0.27, -0.27846455, low) if silu else low
         step = (high - low) / 254
         want = want / step.view(-1, 1, 1, 1) + (-low / step).round().view(-1, 1, 1, 1)
-    frame = torch.zeros(images, sides[0] + 2 * padding, sides[1] + 2 * padding, total, dtype=torch.float64)
+    frame = torch.zeros(images, sides[0] + 2 * lines, sides[1] + 2 * padding, total, dtype=torch.float64)
     if out_type is Type.UINT8 and not each_place:
         frame += (-low / step).round().view(-1, 1, 1, 1)
-    frame[:, padding : padding + sides[0], padding : padding + sides[1]] = want.movedim(1, -1)
+    frame[:, lines : lines + sides[0], padding : padding + sides[1]] = want.movedim(1, -1)
     frame = frame.round() if out_type is Type.UINT8 else frame
     filled = padded(total, 4)
     out = torch.empty(*frame.shape[:3], filled, dtype=DTYPES[out_type])
@@ -241,15 +249,30 @@ def image(
     scratch = torch.empty(library.scratch_floats(images, places, total))
     call = Image(
         x=(ctypes.c_void_p * 2)(*map(address, parts)), channels=(ctypes.c_int64 * 2)(*channels), images=images,
-        height=sides[0], width=sides[1], padding=padding, groups=groups, silu=silu, out_type=out_type,
-        each_place=each_place, eps=1e-5, gamma=address(gamma), beta=address(beta), out=address(out),
+        height=sides[0], width=sides[1], padding=padding, padding_lines=lines, groups=0 if given else groups, silu=silu,
+        out_type=out_type, each_place=each_place, eps=1e-5, gamma=address(gamma), beta=address(beta),
+        given=address(factors) if given else None, out=address(out),
         place_bytes=filled * out.element_size(), scale=address(scale), zero=address(zero), scratch=address(scratch),
     )  # fmt: skip
     frame = F.pad(frame, (0, filled - total))
     if filled > total:  # what fills the lanes is multiplied by zero: any value
         frame[..., total:] = float("nan")
     tolerance = {Type.UINT8: 1.0, Type.BF16: 4e-3, Type.FP32: 2e-6}[out_type]
-    return Case(call, (*parts, gamma, beta, scale, zero, scratch, out), out, frame, tolerance)
+    return Case(call, (*parts, gamma, beta, scale, zero, scratch, factors, out), out, frame, tolerance)
+
+
+def moments(places: int, channels: int, groups: int, shift: float) -> Case:
+    torch.manual_seed(places + channels)
+    x = torch.randn(places, channels) * torch.logspace(-1, 1, channels) + shift
+    of_groups = x.double().view(places, groups, -1)
+    mean = of_groups.mean((0, 2))
+    squares = (of_groups - mean[:, None]).square().sum((0, 2))
+    want = torch.cat([mean, squares, torch.stack([x.min(), x.max()]).double()])
+    out, scratch = torch.empty_like(want), torch.empty(library.scratch_floats(1, places, channels))
+    call = library.Moments(
+        x=address(x), places=places, channels=channels, groups=groups, scratch=address(scratch), out=address(out)
+    )
+    return Case(call, (x, scratch, out), out, want, 1e-6)
 
 
 def attention(
@@ -304,6 +327,11 @@ def others() -> Iterator[Case]:
         yield image(3, (9, 17), (12, 24), out_type, padding=2)
         yield image(2, (5, 4), (10, 8), out_type, silu=False)
         yield image(2, (13, 11), (20, 0), out_type, groups=0, silu=False, padding=0, shift=-3)
+        if out_type is not Type.UINT8:
+            yield image(1, (3, 600), (20, 0), out_type, padding=1, lines=0, given=True)
+            yield image(2, (4, 5), (12, 7), out_type, padding=0, lines=1, given=True, silu=False)
+    for places, channels, groups, shift in ((1, 1, 1, 0), (130, 12, 3, 5), (700, 48, 2, -20)):
+        yield moments(places, channels, groups, shift)
     yield tokens(37, 128, Type.UINT8, norm=False, apart=3, rotated=True)
     yield tokens(5, 320, Type.UINT8, norm=True, rotated=True)
     yield image(2, (7, 5), (20, 0), Type.UINT8, silu=False, padding=0, each_place=True)
@@ -315,7 +343,7 @@ def attentions(lib: Library) -> Iterator[Case]:
         if kind is not Kind.INT8:
             for samples, heads, queries, keys, dims in (
                 (2, 3, 40, 77, 40), (1, 2, 100, 301, 64), (1, 1, 49, 130, 72), (3, 2, 33, 121, 80),
-                (1, 2, 65, 240, 128), (1, 1, 70, 97, 160), (2, 1, 20, 49, 256), (1, 1, 1, 1, 1), (1, 2, 2, 5, 7),
+                (1, 2, 65, 240, 128), (1, 1, 70, 97, 160), (2, 1, 20, 49, 256), (2, 1, 101, 51, 512), (1, 2, 17, 25, 300), (1, 1, 1, 1, 1), (1, 2, 2, 5, 7),
                 (1, 1, 3, 12, 17), (1, 2, 4, 8, 47), (1, 1, 5, 77, 129), (2, 2, 6, 2, 16), (1, 1, 7, 119, 33),
             ):  # fmt: skip
                 yield attention(kind, samples, heads, queries, keys, dims, apart=queries % 3)

@@ -280,7 +280,7 @@ def write(case: Case, path: Path) -> None:
                     pointers += [getattr(type(case.call), name).offset + 8 * i, array, one - begin]
     result = next(i for i, tensor in enumerate(case.tensors) if tensor is case.out)
     number = list(OPERATIONS).index(type(case.call))
-    out_type = next(i for i, dtype in enumerate(DTYPES.values()) if dtype == case.out.dtype)
+    out_type = next(i for i, dtype in enumerate((*DTYPES.values(), torch.float64)) if dtype == case.out.dtype)
     fields = bytes(case.call)
     with path.open("wb") as file:
         file.write(struct.pack("<5q", number, len(case.tensors), out_type, result, case.want.numel()))

@@ -29,6 +29,7 @@ FACTS = Facts(
     revision=None,
     scheduler="DPM++ 2M Karras",
     precision="fp32",
+    decode_precision="fp32",
     kernels="tiler v3, torch avx2",
     embeddings={},
     loras={},

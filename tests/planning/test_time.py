@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -61,7 +62,7 @@ def decoding(kind: Decode, attention: float = 0.25) -> DecodePlan:
 
 
 SPEED, WORK = (
-    Speed(torch=8e8, fp32=1e9, bf16=2e9, int8=3e9, attention=5e8, half_attention=1e9),
+    Speed(fp32=1e9, bf16=2e9, int8=3e9, attention=5e8, half_attention=1e9),
     Flops(8_000_000_000, 1_000_000_000),
 )
 
@@ -78,7 +79,11 @@ def test_no_time_is_below_what_the_arithmetic_takes(kind: Decode) -> None:
     denoising = WORK.layers / SPEED.fp32 + WORK.attention / SPEED.attention
     method = decoding(kind)
     assert seconds(WORK, [], SPEED, Precision.FP32) > denoising
-    assert seconds(Flops(0, 0), [method], SPEED, Precision.FP32) > (method.flops + method.attention_flops) / SPEED.torch
+    least = method.flops / SPEED.fp32 + method.attention_flops / SPEED.attention
+    taken = seconds(Flops(0, 0), [method], SPEED, Precision.FP32)
+    assert taken > least
+    half = replace(method, precision=Precision.BF16)
+    assert seconds(Flops(0, 0), [half], SPEED, Precision.FP32) < taken
 
 
 def test_each_part_of_a_render_adds_its_time() -> None:

@@ -117,5 +117,5 @@ def _compute_dtype(flags: tuple[str, ...], *, int8_runs: bool) -> str:
     if int8_runs:
         others = f"int8 products in the denoiser where --precision allows it; {others}"
     if "amx_tile" in flags or "avx512_bf16" in flags or "bf16" in flags:
-        return f"{others}; this processor has bf16 instructions, which attention beside int8 weights uses, and --precision bf16"
+        return f"{others}; this processor has bf16 instructions, which attention and the VAE beside int8 weights use, and --precision bf16"
     return f"{others}; this processor has no bf16 instructions, and half precision without them is slower than fp32"

@@ -12,13 +12,13 @@ from tiler.compute.kernels import Kernel, Kind, Op, Policy, Shape
 from tiler.compute.native import NativeInt8
 from tiler.compute.native_attention import NativeAttention, NativeAttentionBf16
 from tiler.compute.native_float import NativeBf16, NativeFp32
-from tiler.compute.native_winograd import NativeWinograd
+from tiler.compute.native_winograd import NativeWinograd, NativeWinogradBf16
 from tiler.compute.tuning import KERNELS_OF
 from tiler.compute.winograd import Winograd
 
 _ALL = (
-    Fp32(), Prepacked(), Winograd(), Int8(), NativeInt8(), NativeWinograd(), NativeBf16(), NativeFp32(),
-    NativeAttention(), NativeAttentionBf16(),
+    Fp32(), Prepacked(), Winograd(), Int8(), NativeInt8(), NativeWinograd(), NativeWinogradBf16(),
+    NativeBf16(), NativeFp32(),    NativeAttention(), NativeAttentionBf16(),
 )  # fmt: skip
 KERNELS: Mapping[str, Kernel] = {kernel.name: kernel for kernel in _ALL}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -18,6 +19,7 @@ from tiler.compute.kernels import (
     Policy,
     Prepared,
     Shape,
+    Some,
     Weight,
     read_pieces,
     step_rows,
@@ -91,6 +93,14 @@ class Fp32(Kernel):
             return (F.scaled_dot_product_attention(queries, keys, values),)
         products = self._products(op, x.made, prepared)
         return finished(op.epilogue, products, x.residual)
+
+    def some(self, x: Operands) -> Some:
+        queries, keys, values = x.parts
+        scores = (queries * (math.log2(math.e) / math.sqrt(queries.shape[-1]))) @ keys.transpose(-1, -2)
+        top = scores.amax(-1, keepdim=True)
+        powers = scores.sub_(top).exp2_()
+        total = powers.sum(-1, keepdim=True)
+        return Some((powers @ values).div_(total), top, total)
 
     def _products(self, op: Op, x: Tensor, prepared: Iterable[Prepared]) -> list[Tensor]:
         axis, outs = (1 if op.kind is Kind.CONVOLUTION else -1), {}

@@ -92,6 +92,19 @@ class Group:
         return math.prod(self.shape)
 
 
+class HeldNorm(nn.Module):
+    """A GroupNorm whose statistics are known: x · scale + shift, which are the rows of `factors`, (2, C) fp32."""
+
+    def __init__(self, factors: Tensor) -> None:
+        super().__init__()
+        self.factors = factors
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (n, C, h, w) fp32."""
+        scale, shift = self.factors.view(2, 1, -1, 1, 1)
+        return (x * scale).add_(shift)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Input:
     """`parts` tensors are joined along channels, then normalised, then activated."""
@@ -148,11 +161,22 @@ class Op:
 
 
 class Operands(NamedTuple):
-    """The inputs of an operation. `made` is the kernel's `begin` result for the parts."""
+    """The inputs of an operation. `made` is the kernel's `begin` result for the parts; `out` is where a convolution's
+    result goes, if its place exists already."""
 
     parts: tuple[Tensor, ...]
     residual: Tensor | None = None
     made: Any = None
+    out: Tensor | None = None
+
+
+class Some(NamedTuple):
+    """Attention to some of the keys: the result, and for each query the largest score in base 2 and the sum of
+    2^(score − top), (n, heads, tokens, 1) each."""
+
+    out: Tensor
+    top: Tensor
+    total: Tensor
 
 
 class Prepared(NamedTuple):
@@ -225,6 +249,10 @@ class Kernel(ABC):
     def begin(self, op: Op, x: Operands) -> Operands:
         """Join, normalise, activate and quantise the input: everything before the weights are needed. The result, in
         `made`, serves every operation with this input, whatever its weights and epilogue."""
+
+    def some(self, x: Operands) -> Some:
+        """Attention to some of the keys, by a kernel of attention."""
+        raise AssertionError(f"{self.name} computes no attention")
 
     @abstractmethod
     def apply(self, op: Op, x: Operands, prepared: Iterable[Prepared]) -> tuple[Tensor, ...]:

@@ -10,14 +10,28 @@ its product, so that a kernel that can fuse them gets everything. They work with
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from tiler.compute import cpu
 from tiler.compute.choose import choose_kernel
-from tiler.compute.kernels import Epilogue, Group, Input, Kind, Op, Operands, Policy, Weight, input_shape
+from tiler.compute.kernels import (
+    Epilogue,
+    Group,
+    Input,
+    Kernel,
+    Kind,
+    Op,
+    Operands,
+    Policy,
+    Shape,
+    Some,
+    Weight,
+    input_shape,
+)
 from tiler.compute.onednn import Geometry, plain_convolution
 from tiler.compute.steps import finished, made_input, product
 
@@ -151,6 +165,27 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, layer: nn.Module | Non
     return out
 
 
+def attend_in_parts(queries: Tensor, parts: Iterable[tuple[Tensor, Tensor]], layer: nn.Module | None = None) -> Tensor:
+    """`attend` to keys and values that come some at a time, put together by a running maximum (Milakov & Gimelshein
+    2018, arXiv:1805.02867)."""
+    policy = layer.streamer.policy if isinstance(layer, StreamedLayer) else Policy()
+    kernel = choose_kernel(_ATTENTION, tuple(queries.shape), policy, cpu.isa())
+    seen: Some | None = None
+    for keys, values in parts:
+        some = kernel.some(kernel.begin(_ATTENTION, Operands((queries, keys, values))))
+        seen = some if seen is None else _together(seen, some)
+        del keys, values, some  # not beside the next ones
+    assert seen is not None
+    return seen.out
+
+
+def _together(a: Some, b: Some) -> Some:
+    top = torch.maximum(a.top, b.top)
+    of_a, of_b = a.total * (a.top - top).exp2_(), b.total * (b.top - top).exp2_()
+    total = of_a + of_b
+    return Some((a.out * (of_a / total)).add_(b.out * (of_b / total)), top, total)
+
+
 _ATTENTION = Op(kind=Kind.ATTENTION, input=Input(parts=3))
 
 
@@ -183,13 +218,18 @@ def _compute(
     kernel = streamer.kernel(op, shape)
 
     def compute() -> tuple[Tensor, ...]:
-        x = kernel.begin(op, Operands(parts, residual))
-        if kernel.holds_alone and streamer.fits(*streamed):
-            with streamer.hold(*streamed):
-                return kernel.apply(op, x, streamer.prepared(op, kernel, shape))
-        return kernel.apply(op, x, streamer.prepared(op, kernel, shape))
+        return computed(streamed, op, kernel, kernel.begin(op, Operands(parts, residual)), shape)
 
     return compute() if streamer.store is not None else streamer.planned(op, kernel, parts, compute)
+
+
+def computed(layers: Sequence[StreamedLayer], op: Op, kernel: Kernel, x: Operands, shape: Shape) -> tuple[Tensor, ...]:
+    """What the kernel makes of what it has begun, under one read of the layers' weights for all samples."""
+    streamer = layers[0].streamer
+    if kernel.holds_alone and streamer.fits(*layers):
+        with streamer.hold(*layers):
+            return kernel.apply(op, x, streamer.prepared(op, kernel, shape))
+    return kernel.apply(op, x, streamer.prepared(op, kernel, shape))
 
 
 def as_unit(module: nn.Module, forward: Callable[..., _T], *args: object) -> _T:

@@ -33,6 +33,7 @@ from tiler.compute.kernels import (
     step_rows,
     weight_pieces,
 )
+from tiler.compute.native_inputs import Quantized, address, needed_library, quantize_images, quantize_tokens
 from tiler.compute.onednn import Geometry
 from tiler.compute.steps import add_low_rank, finished, made_input
 from tiler.compute.tuning import KERNELS_OF
@@ -41,19 +42,7 @@ from tiler.native.library import Activation, Type
 from tiler.weights.blocks import INPUTS, OUTPUTS, blocked, can_block
 from tiler.weights.store import Piece, WeightStore
 
-MIDDLE = 128  # the zero of a token's values
 MOST_INPUTS = 2**31 // (255 * 127)  # a sum of products fits 32 bits
-_ZERO = torch.tensor([MIDDLE], dtype=torch.int32)
-_DTYPES = {Type.UINT8: torch.uint8, Type.BF16: torch.bfloat16, Type.FP32: torch.float32}
-
-
-class Quantized(NamedTuple):
-    """Samples as uint8, real value = scale × (value − zero): a matrix (rows, inputs) whose rows have a scale each and
-    one zero, or images (n, h, w, inputs) with a frame of zeros, each with a scale and a zero."""
-
-    values: Tensor
-    scale: Tensor
-    zero: Tensor
 
 
 class Made(NamedTuple):
@@ -67,68 +56,6 @@ class Made(NamedTuple):
 def reads_blocks() -> bool:
     """Whether packed files should store weights in blocks: if the library multiplies them."""
     return library.library() is not None and NativeInt8.name in KERNELS_OF[cpu.isa()][Kind.LINEAR]
-
-
-def quantize_tokens(
-    x: Tensor, norm: nn.Module | None = None, out_type: Type = Type.UINT8, *, rotated: bool = False
-) -> Quantized:
-    """x: (..., inputs) fp32 → a matrix, each row normed, `rotated`, and symmetric around MIDDLE by its absmax; of other
-    types than uint8 cast without a scale."""
-    rows = x.reshape(-1, x.shape[-1])
-    count, width = rows.shape
-    values, scale = rows.new_empty(count, width, dtype=_DTYPES[out_type]), rows.new_empty(count)
-    if not x.is_meta:
-        rows = rows if rows.stride(1) == 1 else rows.contiguous()
-        call = library.Rows(
-            x=rows.data_ptr(), rows=count, width=width, step=rows.stride(0), out_type=out_type,
-            out=values.data_ptr(), out_bytes=values[:1].nbytes, scale=scale.data_ptr(), rotated=rotated,
-        )  # fmt: skip
-        if isinstance(norm, nn.LayerNorm):
-            call.norm, call.eps = True, norm.eps
-            call.gamma, call.beta = address(norm.weight), address(norm.bias)
-        needed_library().rows(call, torch.get_num_threads())
-    return Quantized(values, scale, _ZERO)
-
-
-def quantize_images(
-    parts: tuple[Tensor, ...], padding: int, norm: nn.Module | None, *, silu: bool, each_place: bool = False,
-    out_type: Type = Type.UINT8,
-) -> Quantized:  # fmt: skip
-    """One or two parts (n, C, h, w) fp32, joined, normed and activated → images with a frame of `padding`, each with
-    one scale and one zero; or, for each place, a row of a matrix as `quantize_tokens` makes it."""
-    parts = tuple(part.contiguous(memory_format=torch.channels_last) for part in parts)
-    count, _, height, width = parts[0].shape
-    channels = [part.shape[1] for part in parts]
-    total = sum(channels)
-    sides = count, height + 2 * padding, width + 2 * padding, total
-    values = parts[0].new_empty(sides, dtype=_DTYPES[out_type])
-    scale = parts[0].new_empty(count * height * width if each_place else count)
-    zero = _ZERO if each_place else parts[0].new_empty(count, dtype=torch.int32)
-    scratch = parts[0].new_empty(library.scratch_floats(count, height * width, total))
-    if not values.is_meta:
-        call = library.Image(
-            x=(ctypes.c_void_p * 2)(*(part.data_ptr() for part in parts)), channels=(ctypes.c_int64 * 2)(*channels),
-            images=count, height=height, width=width, padding=padding, silu=silu, each_place=each_place,
-            out_type=out_type, out=values.data_ptr(), place_bytes=total * values.element_size(),
-            scale=scale.data_ptr(), zero=zero.data_ptr(), scratch=scratch.data_ptr(),
-        )  # fmt: skip
-        if isinstance(norm, nn.GroupNorm):
-            call.groups, call.eps = norm.num_groups, norm.eps
-            call.gamma, call.beta = address(norm.weight), address(norm.bias)
-        needed_library().image(call, torch.get_num_threads())
-    return Quantized(values.view(-1, total) if each_place else values, scale, zero)
-
-
-def address(tensor: Tensor | None, first: int = 0) -> int | None:
-    """The address of element `first` of a contiguous tensor."""
-    return None if tensor is None else tensor.data_ptr() + first * tensor.element_size()
-
-
-def needed_library() -> library.Library:
-    """The library, for a kernel that was chosen because it exists."""
-    found = library.library()
-    assert found is not None
-    return found
 
 
 class NativeInt8(Kernel):
@@ -163,7 +90,7 @@ class NativeInt8(Kernel):
             made = quantize_tokens(parts[0].permute(0, 2, 3, 1))
         else:
             silu = made_of.activation is not None
-            made = quantize_images(parts, op.geometry.padding[0], made_of.norm, silu=silu, each_place=is_of_pixels(op))
+            made = quantize_images(parts, op.geometry.padding, made_of.norm, silu=silu, each_place=is_of_pixels(op))
         return x._replace(parts=(), made=Made(made, shape, parts[0] if low_rank else None))
 
     def apply(self, op: Op, x: Operands, prepared: Iterable[Prepared]) -> tuple[Tensor, ...]:

@@ -1,5 +1,5 @@
 """Attention by tiler's own library (tiler/native/attention.h). The scores never leave a core's cache, and a thread's
-other temporaries are on its stack (0.5 MB at most).
+other temporaries are on its stack (0.6 MB).
 
 Every result is computed by one loop in a fixed order, so the bytes do not depend on threads, samples, or which queries
 are computed together.
@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tiler.compute.kernels import Kernel, Kind, Op, Operands, Place, Policy, Prepared, Shape
+from tiler.compute.kernels import Kernel, Kind, Op, Operands, Place, Policy, Prepared, Shape, Some
+from tiler.compute.native_inputs import address
 from tiler.native import library
 from tiler.weights.store import WeightStore
 
@@ -40,6 +41,15 @@ class NativeAttention(Kernel):
         queries, keys, values = x.parts
         if queries.is_meta:
             return (F.scaled_dot_product_attention(queries, keys, values),)
+        return (self._attend(x, None, None),)
+
+    def some(self, x: Operands) -> Some:
+        queries = x.parts[0]
+        top, total = queries.new_empty(2, *queries.shape[:3], 1)
+        return Some(torch.empty_like(queries) if queries.is_meta else self._attend(x, top, total), top, total)
+
+    def _attend(self, x: Operands, top: Tensor | None, total: Tensor | None) -> Tensor:
+        queries, keys, values = x.parts
         lib = library.library()
         assert lib is not None and all(part.dtype == torch.float32 for part in x.parts)
         samples, heads, tokens, width = queries.shape
@@ -54,9 +64,10 @@ class NativeAttention(Kernel):
             samples=samples, heads=heads, queries=tokens, keys=keys.shape[2], dims=width,
             q=queries.data_ptr(), k=keys.data_ptr(), v=values.data_ptr(), out=out.data_ptr(),
             q_step=_steps(queries), k_step=_steps(keys), v_step=_steps(values), out_step=_steps(out),
+            top=address(top), total=address(total),
         )  # fmt: skip
         lib.attention(call, torch.get_num_threads())
-        return (out,)
+        return out
 
 
 class NativeAttentionBf16(NativeAttention):

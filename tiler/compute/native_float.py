@@ -32,20 +32,17 @@ from tiler.compute.kernels import (
 )
 from tiler.compute.native import (
     Made,
-    Quantized,
     activation_of,
     empty_result,
     gated,
     is_fused,
     is_of_pixels,
     multiply,
-    needed_library,
     product_call,
-    quantize_images,
-    quantize_tokens,
     residual_like,
     together,
 )
+from tiler.compute.native_inputs import Quantized, needed_library, quantize_images, quantize_tokens
 from tiler.compute.steps import finished, made_input
 from tiler.compute.tuning import KERNELS_OF
 from tiler.native import library
@@ -67,7 +64,7 @@ class NativeFp32(Kernel):
     """Products in fp32; equal to torch's within rounding."""
 
     name = "native-fp32"
-    kind, out_type, values_a_lane = library.Kind.FP32, Type.FP32, 1
+    kind, out_type, dtype, values_a_lane = library.Kind.FP32, Type.FP32, torch.float32, 1
 
     def suits(self, op: Op, shape: Shape | None, policy: Policy) -> bool:
         if op.weights is None or library.library() is None:
@@ -77,7 +74,7 @@ class NativeFp32(Kernel):
         if op.geometry is None:
             return whole and (shape is None or math.prod(shape[1:-1]) >= FEW_ROWS)
         is_plain = op.geometry.groups == 1 and op.geometry.dilation == (1, 1) and outputs >= OUTPUTS
-        return whole and is_plain and math.prod(op.group.shape[2:]) <= library.MOST_TAPS and _has_frame(op)
+        return whole and is_plain and math.prod(op.group.shape[2:]) <= library.MOST_TAPS
 
     def held_bytes(self, op: Op, shape: Shape | None) -> int:
         return 4 * op.group.numel // self.values_a_lane
@@ -127,17 +124,23 @@ class NativeFp32(Kernel):
                 rows = tokens.reshape(-1, tokens.shape[-1])
                 return rows if rows.stride(1) == 1 else rows.contiguous()
             return quantize_tokens(tokens, made_of.norm, self.out_type).values
-        silu, padding = made_of.activation is not None, max(op.geometry.padding)
-        images = quantize_images(parts, padding, made_of.norm, silu=silu, out_type=self.out_type).values
-        if is_of_pixels(op):
-            return images.flatten(0, 2)
-        return images if op.geometry.padding[0] == padding else images[:, padding:-padding]
+        silu, frame = made_of.activation is not None, op.geometry.padding
+        images = quantize_images(parts, frame, made_of.norm, silu=silu, out_type=self.out_type).values
+        return images.flatten(0, 2) if is_of_pixels(op) else images
+
+    def begun(self, op: Op, lines: Tensor) -> Operands:
+        """What `begin` would make of an input whose rows are these lines, (n, places, inputs), their frame among
+        them."""
+        assert op.geometry is not None
+        count, places, inputs = lines.shape
+        shape = 1, inputs, count, places - 2 * op.geometry.padding[1]
+        return Operands((), made=Made(Quantized(lines[None], lines, lines), shape, None))
 
     def apply(self, op: Op, x: Operands, prepared: Iterable[Prepared]) -> tuple[Tensor, ...]:
         made: Made = x.made
         halves = gated(op)
         outputs = [halves[0].outputs] if halves is not None else [weight.outputs for weight in op.group.weights]
-        outs = tuple(empty_result(op, made, count) for count in outputs)
+        outs = tuple(empty_result(op, made, count) for count in outputs) if x.out is None else (x.out,)
         after = activation_of(op.epilogue.activation)
         fused = halves is not None or (after is not None and not op.epilogue.glu)
         residual = residual_like(outs[0], x.residual) if fused else None
@@ -166,7 +169,7 @@ class NativeBf16(NativeFp32):
     """Products of values rounded to bf16, sums in fp32; the error is 2e-3 of a layer's result."""
 
     name = "native-bf16"
-    kind, out_type, values_a_lane = library.Kind.BF16, Type.BF16, 2
+    kind, out_type, dtype, values_a_lane = library.Kind.BF16, Type.BF16, torch.bfloat16, 2
 
     def suits(self, op: Op, shape: Shape | None, policy: Policy) -> bool:
         if op.weights is None or not policy.bf16.issuperset(op.weights.names):
@@ -193,10 +196,3 @@ def pack(store: WeightStore, weight: Weight, out: Tensor, kind: library.Kind, *,
 def _is_joined(op: Op) -> bool:
     """Whether a convolution's input is two concatenated parts and nothing else."""
     return op.geometry is not None and op.input == Input(parts=2)
-
-
-def _has_frame(op: Op) -> bool:
-    """Whether a convolution's padding is the same on all sides, or only at left and right."""
-    assert op.geometry is not None
-    down, across = op.geometry.padding
-    return down in (0, across)

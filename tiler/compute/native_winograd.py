@@ -15,10 +15,11 @@ from torch import Tensor
 
 from tiler.compute import shapes
 from tiler.compute.kernels import Op, Operands, Place, Policy, Prepared, Shape
-from tiler.compute.native import Made, address, empty_result, needed_library, residual_like
+from tiler.compute.native import Made, empty_result, residual_like
 from tiler.compute.native_float import NativeFp32, pack
+from tiler.compute.native_inputs import address, needed_library
 from tiler.compute.steps import finished
-from tiler.compute.tuning import ARENA_BYTES
+from tiler.compute.tuning import ARENA_BYTES, NATIVE_WINOGRAD_CHANNELS
 from tiler.compute.winograd import pays
 from tiler.compute.winograd import suits as can_transform
 from tiler.native import library
@@ -40,32 +41,36 @@ class NativeWinograd(NativeFp32):
             and super().suits(op, shape, policy)
             and op.geometry is not None
             and len(op.group.weights) == 1
-            and can_transform(op.group.shape, op.geometry)
+            and can_transform(op.group.shape, op.geometry, NATIVE_WINOGRAD_CHANNELS)
             and self.held_bytes(op, shape) <= ARENA_BYTES
             and (shape is None or pays(*op.output_shape(shape)[2:]))
         )
 
     def held_bytes(self, op: Op, shape: Shape | None) -> int:
-        return _POINT_BYTES * op.group.numel // 9
+        return _POINT_BYTES * op.group.numel // 9 // self.values_a_lane
 
     def _steps(self, store: WeightStore | None, op: Op, place: Place) -> range:
         """The starts of the weight's pieces, which the arena has room for."""
-        total, point_bytes = op.group.shape[0], _POINT_BYTES * op.group.shape[1]
+        total, point_bytes = op.group.shape[0], _POINT_BYTES * op.group.shape[1] // self.values_a_lane
         rows = total if place.stays else min(total, max(OUTPUTS, place.arena_bytes // point_bytes // OUTPUTS * OUTPUTS))
         return range(0, total, rows)
 
     def _planned(self, op: Op, place: Place) -> Iterator[Prepared]:
         (weight,), steps = op.group.weights, self._steps(None, op, place)
         rows = 0 if place.stays else min(steps.step, weight.outputs)
-        planned = weight.meta.new_empty(WINOGRAD_POINTS * op.group.shape[1] * rows)
+        planned = weight.meta.new_empty(WINOGRAD_POINTS * op.group.shape[1] * rows // self.values_a_lane)
         yield Prepared(0, weight.outputs, ())
         del planned
 
     def _fetched(self, store: WeightStore, op: Op, place: Place) -> Iterator[Prepared]:
-        (weight,), steps, inputs = op.group.weights, self._steps(store, op, place), op.group.shape[1]
+        (weight,), steps, lanes = (
+            op.group.weights,
+            self._steps(store, op, place),
+            op.group.shape[1] // self.values_a_lane,
+        )
         for first in steps:
             last = min(first + steps.step, weight.outputs)
-            points = place.room(WINOGRAD_POINTS * inputs * (last - first), torch.float32).view(WINOGRAD_POINTS, -1)
+            points = place.room(WINOGRAD_POINTS * lanes * (last - first), torch.float32).view(WINOGRAD_POINTS, -1)
             place.keep(points.nbytes)
             some = replace(weight, first=weight.first + first, meta=weight.meta[first:last])
             pack(store, some, points, self.kind, point_bytes=points[0].nbytes)
@@ -73,7 +78,7 @@ class NativeWinograd(NativeFp32):
 
     def apply(self, op: Op, x: Operands, prepared: Iterable[Prepared]) -> tuple[Tensor, ...]:
         made: Made = x.made
-        out = empty_result(op, made, op.group.shape[0])
+        out = empty_result(op, made, op.group.shape[0]) if x.out is None else x.out
         residual = residual_like(out, x.residual) if op.epilogue.activation is None else None
         if out.is_meta:
             shapes.count(op.flops(made.shape), linear=False)
@@ -84,7 +89,7 @@ class NativeWinograd(NativeFp32):
     def _convolve(self, op: Op, made: Made, piece: Prepared, out: Tensor, residual: Tensor | None) -> None:
         images, first, outputs = made.input.values, piece.first, piece.last - piece.first
         count, lines, places, channels = images.shape
-        seen = images.new_empty(WINOGRAD_POINTS * WINOGRAD_TILES * channels)
+        seen = images.new_empty(WINOGRAD_POINTS * WINOGRAD_TILES * channels // self.values_a_lane)
         products = images.new_empty(WINOGRAD_POINTS * WINOGRAD_TILES * outputs)
         if out.is_meta:
             return
@@ -97,3 +102,15 @@ class NativeWinograd(NativeFp32):
             residual_step=out.shape[1], seen=seen.data_ptr(), products=products.data_ptr(),
         )  # fmt: skip
         needed_library().winograd(call, torch.get_num_threads())
+
+
+class NativeWinogradBf16(NativeWinograd):
+    """The transformed values are rounded to bf16, sums are fp32."""
+
+    name = "native-winograd-bf16"
+    kind, values_a_lane = library.Kind.BF16, 2
+
+    def suits(self, op: Op, shape: Shape | None, policy: Policy) -> bool:
+        if op.weights is None or not policy.bf16.issuperset(op.weights.names):
+            return False
+        return library.has_bf16() and super().suits(op, shape, policy)

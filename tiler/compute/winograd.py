@@ -31,15 +31,15 @@ _G = torch.tensor([[1 / 4, 0, 0], [-1 / 6, -1 / 6, -1 / 6], [-1 / 6, 1 / 6, -1 /
                    [1 / 24, 1 / 12, 1 / 6], [1 / 24, -1 / 12, 1 / 6], [0, 0, 1]])  # fmt: skip
 
 
-def suits(shape: Sequence[int], geometry: Geometry) -> bool:
-    """Whether a convolution with a weight of `shape` can be computed in this way, and gains by it if its input is large
-    enough."""
+def suits(shape: Sequence[int], geometry: Geometry, channels: int | None = None) -> bool:
+    """Whether a convolution with a weight of `shape`, of at least so many `channels`, can be computed in this way, and
+    gains by it if its input is large enough."""
     return (
         tuple(shape[2:]) == (3, 3)
         and geometry.stride == geometry.dilation == (1, 1)
         and geometry.padding in ((1, 1), (0, 1))
         and geometry.groups == 1
-        and min(shape[:2]) >= CHANNELS
+        and min(shape[:2]) >= (channels or CHANNELS)
     )
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from tiler.compute.layers import attend_in_parts
 from tiler.decoding import FACTOR
 from tiler.decoding.rows import (
     Conv,
@@ -51,21 +52,21 @@ QUERIES = 1024
 ALONE = 2**20  # elements of the weight of an Up or Down that gets a pass of its own: it is not held beside another one
 
 
-class Add(Stage):
-    """The end of a residual branch: adds the rows that the block started from, read again from the scratch."""
+class SecondHalf(Stage):
+    """A resnet from its second convolution on: adds the rows that the block started from, read again from the
+    scratch."""
 
     def __init__(self, block: Resnet, stored: Rows) -> None:
         self.block, self.stored, self.row = block, stored, 0
 
     def push(self, x: Tensor | None, last: bool) -> Tensor | None:
-        if x is None:
-            return None
-        skip = self.stored.read(self.row, self.row + x.shape[2])
-        self.row += x.shape[2]
-        if self.block.shortcut is not None:
-            skip = self.block.shortcut.conv(skip)
-        x += skip
-        return x if self.block.scale == 1 else x.div_(self.block.scale)
+        h = self.block.conv2.push(x, last, self._skipped)
+        return h if h is None or self.block.scale == 1 else h.div_(self.block.scale)
+
+    def _skipped(self, count: int) -> Tensor:
+        skip = self.stored.read(self.row, self.row + count)
+        self.row += count
+        return skip if self.block.shortcut is None else self.block.shortcut.conv(skip)
 
 
 class Attend(Stage):
@@ -82,33 +83,25 @@ class Attend(Stage):
         self.memory.scratch.attended += 1
         a = self.stage.attention
         tokens = self.stage.norm.apply(x).flatten(2).transpose(1, 2)
-        queries = a.to_q(tokens).unflatten(-1, (a.heads, -1)).transpose(1, 2)[0]  # (heads, rows·W, d)
+        queries = a.to_q(tokens).unflatten(-1, (a.heads, -1)).transpose(1, 2)  # (1, heads, rows·W, d)
         del tokens
-        mixed = torch.cat([self._mix(part) for part in queries.split(QUERIES, dim=1)], dim=1)
-        out = a.to_out[0](mixed.transpose(0, 1).flatten(1)[None]).transpose(1, 2).reshape(x.shape)
+        mixed = torch.cat(
+            [attend_in_parts(part, self._parts(), a.to_q) for part in queries.split(QUERIES, dim=2)], dim=2
+        )
+        out = a.to_out[0](mixed.transpose(1, 2).flatten(2)).transpose(1, 2).reshape(x.shape)
         return (out + x).div_(a.rescale_output_factor)
 
-    def _mix(self, queries: Tensor) -> Tensor:
-        """softmax(q kᵀ / √d) v for (heads, n, d) queries over all keys."""
-        heads, n, d = queries.shape
-        if queries.is_meta:  # planning: scores and their exponentials' input, beside one chunk of the memory
-            next(self.memory.strips(KEYS * 4 * self.memory.channels))
-            scores = queries.new_empty(2, heads, n, KEYS)
-            return scores.new_empty(queries.shape)
-        queries = queries * (1 / math.sqrt(d))
-        top = queries.new_full((heads, n, 1), -math.inf)
-        below, mixed = queries.new_zeros(heads, n, 1), queries.new_zeros(heads, n, d)
-        for strip in self.memory.strips(KEYS * 4 * self.memory.channels):
-            # each (heads, d, tokens)
-            keys, values = (half.unflatten(0, (heads, -1)) for half in strip[0].flatten(1).chunk(2))
-            scores = queries @ keys
-            higher = torch.maximum(top, scores.amax(-1, keepdim=True))
-            weights, fade = scores.sub_(higher).exp_(), (top - higher).exp_()
-            below = below * fade + weights.sum(-1, keepdim=True)
-            mixed = mixed * fade + weights @ values.transpose(1, 2)
-            top = higher
-            del strip, keys, values, scores, weights  # not beside the next ones
-        return mixed / below
+    def _parts(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Keys and values of some tokens at a time, (1, heads, n, d) each."""
+        heads, memory = self.stage.attention.heads, self.memory
+        for strip in memory.strips(KEYS * 4 * memory.channels):
+            keys, values = (
+                strip.flatten(2).transpose(1, 2).unflatten(-1, (2 * heads, -1)).transpose(1, 2).chunk(2, dim=1)
+            )
+            yield keys, values
+            if strip.is_meta:  # planning: one chunk of the memory
+                return
+            del strip, keys, values  # not beside the next ones
 
 
 def spacing(height: int, width: int, most: int | None) -> int:
@@ -165,16 +158,19 @@ class Passes:
 
             end = chain[-1] if chain else None
             # Read row by row, just before it is written; but a pass that is begun again finds its input whole.
-            old = end.stored if isinstance(end, Add) and self.scratch.spool is None else None
+            old = end.stored if isinstance(end, SecondHalf) and self.scratch.spool is None else None
             with self.hold(_layers(chain)):
                 for x in source.through(chain, self.check, 0 if out is None else out.count, part):
+                    largest = None
                     if pooled is not None:
-                        pooled.add(self.frame.inner(x, 0 if out is None else out.count))
+                        inner = self.frame.inner(x, 0 if out is None else out.count)
+                        largest = pooled.add(inner)
+                        largest = largest if inner.shape == x.shape else None
                     if out is None:
                         channels, width = x.shape[1], x.shape[3]
                         fits = old is not None and channels <= old.channels and width == old.width
                         out = Rows(self.scratch, channels, width, over=old if fits else None, number=number)
-                    out.append(x)
+                    out.append(x, largest)
                     del x  # not beside the next rows
             assert out is not None
             self._note(out, pooled, closes=source.numbers(keep), attended=attended())
@@ -243,7 +239,7 @@ def stream(
         stored = passes.store(chain, source, norm)
         if isinstance(stage, Resnet):
             inner = passes.store([stage.conv1], Source.of(stored), stage.conv2.norm, keep=stored)
-            source, chain = Source.of(inner, stored), [stage.conv2, Add(stage, stored)]
+            source, chain = Source.of(inner, stored), [SecondHalf(stage, stored)]
         elif isinstance(stage, MidAttention):
             memory = passes.keys_and_values(stage, stored, attend_to)
             if hold_tokens:
@@ -273,8 +269,9 @@ def _layers(chain: list[Stage]) -> nn.ModuleList:
     for stage in chain:
         if isinstance(stage, Attend):
             found += [stage.stage.attention.to_q, stage.stage.attention.to_out[0]]
-        elif isinstance(stage, Add):
-            found += [] if stage.block.shortcut is None else [stage.block.shortcut.conv]
+        elif isinstance(stage, SecondHalf):
+            shortcut = stage.block.shortcut
+            found += [stage.block.conv2.conv, *([] if shortcut is None else [shortcut.conv])]
         else:
             conv = stage.conv  # type: ignore[attr-defined]
             found.append(conv if isinstance(conv, nn.Module) else conv.conv)

@@ -18,7 +18,7 @@ from tiler.decoding.rows import REACH, Check, Latents, Pixels
 from tiler.decoding.scratch import Scratch
 from tiler.decoding.spool import Spool
 from tiler.errors import StorageError
-from tiler.request import Decode, ScratchDtype, Wrap
+from tiler.request import Decode, Precision, ScratchDtype, Wrap
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -43,6 +43,7 @@ class DecodePlan:
 
     kind: Decode  # never AUTO
     encoding: bool
+    precision: Precision = Precision.FP32  # or bf16
     why: str
     memory_bytes: int
     folder: Path
@@ -56,7 +57,7 @@ class DecodePlan:
 
     def __str__(self) -> str:
         disk = f"; {self.scratch_bytes / 1e6:,.0f} MB of scratch in {self.folder}" if self.scratch_bytes else ""
-        return f"{self.name} ({self.why}{disk})"
+        return f"{self.name} in {self.precision} ({self.why}{disk})"
 
     @property
     def name(self) -> str:
@@ -111,7 +112,8 @@ def choose(
         with MetaMeter() as meter, torch.no_grad():
             used = rehearse() or exact.Rehearsal(0, 0, 0)
         return DecodePlan(
-            kind=kind, encoding=encoding, why=why, memory_bytes=meter.peak_bytes, folder=folder, dtype=dtype,
+            kind=kind, encoding=encoding, precision=Precision.BF16 if streamer.policy.bf16 else Precision.FP32, why=why,
+            memory_bytes=meter.peak_bytes, folder=folder, dtype=dtype,
             scratch_bytes=used.peak_bytes, written_bytes=used.written_bytes,
             apart_bytes=used.apart_bytes, flops=used.flops, margin=margin,
         )  # fmt: skip

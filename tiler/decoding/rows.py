@@ -21,8 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tiler.compute.kernels import HeldNorm
 from tiler.compute.layers import attend
 from tiler.compute.steps import activated
+from tiler.compute.windows import Window
 from tiler.decoding import FACTOR
 
 if TYPE_CHECKING:
@@ -72,24 +74,22 @@ class Norm:
     def __init__(self, norm: nn.Module, *, silu: bool = True) -> None:
         assert isinstance(norm, nn.GroupNorm)
         self.norm, self.silu = norm, silu
-        self.scale: Tensor | None = None
-        self.shift: Tensor | None = None
         self.held: tuple[Tensor, Tensor] | None = None  # mean and variance
+        self.affine: HeldNorm | None = None  # what they make of the norm
 
     def hold(self, mean: Tensor, var: Tensor) -> None:
-        """Set the statistics of each group, (groups,)."""
+        """Set the statistics of each group, (groups,) fp64."""
         self.held = mean, var
-        if self.norm.weight.is_meta:
-            self.scale = self.shift = self.norm.weight.new_empty(1, self.norm.num_channels, 1, 1)
+        norm, per = self.norm, self.norm.num_channels // self.norm.num_groups
+        if norm.weight.is_meta:
+            self.affine = HeldNorm(norm.weight.new_empty(2, norm.num_channels))
             return
-        per = self.norm.num_channels // self.norm.num_groups
-        rstd = torch.rsqrt(var + self.norm.eps).float().repeat_interleave(per)
-        self.scale = (self.norm.weight * rstd).view(1, -1, 1, 1)
-        self.shift = (self.norm.bias - mean.float().repeat_interleave(per) * self.norm.weight * rstd).view(1, -1, 1, 1)
+        scale = norm.weight * torch.rsqrt(var + norm.eps).repeat_interleave(per)
+        self.affine = HeldNorm(torch.stack([scale, norm.bias - mean.repeat_interleave(per) * scale]).float())
 
     def apply(self, x: Tensor) -> Tensor:
-        assert self.scale is not None and self.shift is not None
-        y = (x * self.scale).add_(self.shift)
+        assert self.affine is not None
+        y: Tensor = self.affine(x)
         return activated(_SILU, y) if self.silu else y
 
 
@@ -112,7 +112,8 @@ class Conv(Stage):
         assert isinstance(conv, nn.Conv2d)
         self.conv, self.norm = _without_row_padding(conv), norm
         self.halo = conv.kernel_size[0] // 2
-        self.tail: Tensor | None = None  # the rows still to be used, as the convolution sees them
+        self.tail: Tensor | None = None  # lines still to be used, as the convolution reads them
+        self.width = 0  # of the rows
 
     @property
     def together(self) -> int:
@@ -120,53 +121,56 @@ class Conv(Stage):
         picture."""
         return getattr(self.conv, "rows_together", 1)
 
-    def push(self, x: Tensor | None, last: bool) -> Tensor | None:
+    def push(self, x: Tensor | None, last: bool, residual: Callable[[int], Tensor] | None = None) -> Tensor | None:
+        """`residual` gives as many rows as asked for, the next ones of what is added to the result."""
         if x is None and not (last and self.halo):
             return None
+        if not self.halo and self.norm is None:
+            assert x is not None and residual is None
+            done: Tensor = self.conv(x)
+            return done
         like = x if x is not None else self.tail
         assert like is not None
+        if x is not None:
+            self.width = x.shape[3]
+        window = Window(self.conv, None if self.norm is None else self.norm.affine, silu=self.norm is not None)
         rows = 0 if x is None else x.shape[2]
-        tail = self.tail
-        if tail is None and self.halo:  # the top of the picture
-            tail = _empty_like(like, self.halo).zero_()
-        held = 0 if tail is None else tail.shape[2]
-        count = self.ready(rows, last)
-        step = max(1, _STRIP_BYTES // (like.shape[1] * like.shape[3] * 4) // self.together) * self.together
-        out: Tensor | None = None
+        count, beyond = self.ready(rows, last), 2 * self.halo
+        tail = window.lines(like, self.halo, self.width).zero_() if self.tail is None else self.tail
+        step = max(1, _STRIP_BYTES // (self.conv.in_channels * self.width * 4) // self.together) * self.together
+        lines = window.lines(like, min(step, count) + beyond, self.width)
+        out = _empty(like, self.conv.out_channels, count, self.width)
+        taken = 0
         for top in range(0, count, step):
             bottom = min(top + step, count)
-            # Input rows [top, bottom + 2·halo), counted from the first row of the tail.
-            parts = [] if tail is None or top >= held else [tail[:, :, top : bottom + 2 * self.halo]]
-            if x is not None and bottom + 2 * self.halo > held:
-                parts.append(self._normed(x[:, :, max(0, top - held) : bottom + 2 * self.halo - held]))
-            if (missing := bottom + 2 * self.halo - held - rows) > 0:
-                parts.append(_empty_like(like, missing).zero_())
-            part = self.conv(parts[0] if len(parts) == 1 else torch.cat(parts, dim=2))
-            if bottom - top == count:
-                out = part
-                break
-            if out is None:
-                out = _empty_like(part, count)
-            out[:, :, top:bottom] = part
-            del part, parts  # not beside the next ones
-        self.tail = None if last or not self.halo else self._last_rows(tail, x, held + rows - count)
-        return out
+            seen = lines[: bottom - top + beyond]
+            held = len(tail)
+            seen[:held] = tail
+            fresh = min(len(seen) - held, rows - taken)
+            if x is not None:
+                window.write(x[:, :, taken : taken + fresh], seen[held : held + fresh])
+            seen[held + fresh :].zero_()
+            taken += fresh
+            window.compute(seen, out[:, :, top:bottom], None if residual is None else residual(bottom - top))
+            tail = seen[len(seen) - beyond :].clone()
+        self.tail = None if last or not self.halo else self._with(window, tail, x, taken)
+        return out if count else None
 
     def ready(self, rows: int, last: bool) -> int:
         """How many output rows a push of `rows` rows will give."""
-        held = self.halo if self.tail is None else self.tail.shape[2]
+        held = self.halo if self.tail is None else len(self.tail)
         count = max(0, held + rows + (self.halo if last else 0) - 2 * self.halo)
         return count if last else count // self.together * self.together
 
-    def _normed(self, x: Tensor) -> Tensor:
-        return x if self.norm is None else self.norm.apply(x)
-
-    def _last_rows(self, tail: Tensor | None, x: Tensor | None, keep: int) -> Tensor | None:
-        if x is None or tail is None:
+    @staticmethod
+    def _with(window: Window, tail: Tensor, x: Tensor | None, taken: int) -> Tensor:
+        """`tail` and below it the rows of x from `taken` on."""
+        if x is None or taken == x.shape[2]:
             return tail
-        if x.shape[2] >= keep:
-            return self._normed(x[:, :, -keep:]).clone()
-        return torch.cat([tail, self._normed(x)], dim=2)[:, :, -keep:].clone()
+        lines = window.lines(x, len(tail) + x.shape[2] - taken, x.shape[3])
+        lines[: len(tail)] = tail
+        window.write(x[:, :, taken:], lines[len(tail) :])
+        return lines
 
 
 class Down(Stage):
@@ -209,7 +213,7 @@ class Up(Stage):
             if part is None:
                 continue
             if out is None:
-                out = part if part.shape[2] == count else _empty_like(part, count)
+                out = part if part.shape[2] == count else _empty(part, part.shape[1], count, part.shape[3])
             if out is not part:
                 out[:, :, filled : filled + part.shape[2]] = part
             filled += part.shape[2]
@@ -227,13 +231,12 @@ class Residual:
     def keep(self, x: Tensor) -> None:
         self.rows = x if self.rows is None else torch.cat([self.rows, x], dim=2)
 
-    def add_to(self, x: Tensor, last: bool) -> Tensor:
-        """x plus the first stored rows, in place; these rows are then dropped."""
+    def take(self, count: int) -> Tensor:
+        """The first stored rows, which are then dropped."""
         assert self.rows is not None
-        count = x.shape[2]
-        x += self.rows[:, :, :count]
-        self.rows = None if last else self.rows[:, :, count:].clone()
-        return x
+        taken, rest = self.rows[:, :, :count], self.rows[:, :, count:]
+        self.rows = rest.clone() if rest.shape[2] else None
+        return taken
 
 
 class Resnet(Stage):
@@ -252,11 +255,8 @@ class Resnet(Stage):
         if x is not None:
             self.waiting.keep(x if self.shortcut is None else self.shortcut.conv(x))
             del x
-        h = self.conv2.push(h, last)
-        if h is None:
-            return None
-        h = self.waiting.add_to(h, last)
-        return h if self.scale == 1 else h.div_(self.scale)
+        h = self.conv2.push(h, last, self.waiting.take)
+        return h if h is None or self.scale == 1 else h.div_(self.scale)
 
 
 class MidAttention(Stage):
@@ -287,15 +287,15 @@ class MidAttention(Stage):
         tokens = self.norm.apply(x).flatten(2).transpose(1, 2)  # (1, rows·W, C)
 
         assert self.keys is not None and self.values is not None
-        mixed = attend(self._heads(a.to_q(tokens)), self.keys, self.values)
+        mixed = attend(self._heads(a.to_q(tokens)), self.keys, self.values, a.to_q)
         out = a.to_out[0](mixed.transpose(1, 2).flatten(2)).transpose(1, 2).reshape(x.shape)
         return (out + x).div_(a.rescale_output_factor)
 
 
-def _empty_like(x: Tensor, rows: int) -> Tensor:
-    """An uninitialised (1, C, `rows`, W) for parts like `x`, channels-last like all rows of an autoencoder, so that
-    oneDNN reorders none of them."""
-    return x.new_empty(1, rows, x.shape[3], x.shape[1]).permute(0, 3, 1, 2)
+def _empty(like: Tensor, channels: int, rows: int, width: int) -> Tensor:
+    """An uninitialised (1, C, rows, W) fp32 on the device of `like`, channels-last like all rows of an autoencoder, so
+    that oneDNN reorders none of them."""
+    return like.new_empty(1, rows, width, channels, dtype=torch.float32).permute(0, 3, 1, 2)
 
 
 def flow(stages: list[Stage], box: list[Tensor], last: bool, *, check: Check) -> Iterator[Tensor]:

@@ -126,8 +126,9 @@ class Rows:
             scratch.written_bytes += known.count * self.row_bytes
             scratch.attended += known.attended
 
-    def append(self, x: Tensor) -> None:
-        """x: (1, channels, n, width) fp32. Raises NumericalError for NaN and Inf, StorageError."""
+    def append(self, x: Tensor, largest: float | None = None) -> None:
+        """x: (1, channels, n, width) fp32, whose `largest` magnitude may be known. Raises NumericalError for NaN and
+        Inf, StorageError."""
         n = x.shape[2]
         grown = max(0, (self.count + n) * self.stride - self.stored_bytes)
         self.scratch.grow(grown)
@@ -139,8 +140,9 @@ class Rows:
         if x.is_meta:
             return
         rows = x[0].permute(1, 2, 0)
-        low, high = torch.aminmax(rows)
-        largest = float(torch.maximum(-low, high))
+        if largest is None:
+            low, high = torch.aminmax(rows)
+            largest = float(torch.maximum(-low, high))
         if not math.isfinite(largest):
             raise NumericalError(
                 f"NaN or Inf in the autoencoder, row {self.count - n} of {self.channels} channels; compare the checksum of the VAE's weights with the original's"

@@ -36,7 +36,8 @@ class Block(Stage):
     def __init__(self, block: nn.Module) -> None:
         convs = [Conv(layer) for layer in block.conv if isinstance(layer, nn.Conv2d)]  # type: ignore[union-attr]
         relu = Pointwise(F.relu_)
-        self.branch: list[Stage] = [convs[0], relu, convs[1], relu, convs[2]]
+        self.branch: list[Stage] = [convs[0], relu, convs[1], relu]
+        self.end = convs[2]
         self.skip = Conv(block.skip) if isinstance(block.skip, nn.Conv2d) else None
         self.waiting = Residual()
 
@@ -45,7 +46,8 @@ class Block(Stage):
             self.waiting.keep(x if self.skip is None else self.skip.conv(x))
         for stage in self.branch:
             x = stage.push(x, last)
-        return None if x is None else F.relu_(self.waiting.add_to(x, last))
+        x = self.end.push(x, last, self.waiting.take)
+        return None if x is None else F.relu_(x)
 
 
 def decoder_stages(decoder: nn.Module) -> list[Stage]:

@@ -6,14 +6,14 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tiler.errors import JobError, StorageError
 from tiler.files import replace_durably
 from tiler.jobs.coding import decode, encode
-from tiler.request import RenderRequest, ResolvedRequest
+from tiler.request import DecodePrecision, Precision, RenderRequest, ResolvedRequest
 from tiler.request.options import Panel
 from tiler.request.render import OF_THE_MACHINE
 
@@ -33,6 +33,7 @@ class Manifest:
     made_by: dict[str, str]
     methods: dict[str, str]  # of the autoencoder, by phase: what was chosen by the disk's free space stays
     precision: str
+    decode_precision: str = "fp32"
     seed: int
     begun: str  # UTC
     max_ram_bytes: int
@@ -41,6 +42,11 @@ class Manifest:
     )  # the picture's size, inode and time, just before it has its name
     spool: str = ""  # the folder where a decoder's passes are remembered
     schema: int = SCHEMA
+
+    def as_begun(self, request: ResolvedRequest) -> ResolvedRequest:
+        """The request with what was chosen when the job was begun."""
+        decode_precision = DecodePrecision(self.decode_precision)
+        return replace(request, precision=Precision(self.precision), decode_precision=decode_precision)
 
     def request(self) -> RenderRequest:
         """The request to go on with. Raises JobError."""

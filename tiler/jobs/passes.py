@@ -35,7 +35,7 @@ def remember(
             "interrupted it begins anew"
         )
         return None
-    of = f"{plan.kind} {plan.dtype} {_digest(begin)}"
+    of = f"{plan.kind} {plan.precision} {plan.dtype} {_digest(begin)}"
     return Spool(place, what, of, lambda where: on_event(Saved(where=where)))
 
 

@@ -12,8 +12,10 @@ enum { TILE_KEYS = 8, MOST_GROUPS = 3 };
 #else
 enum { TILE_KEYS = 6, MOST_GROUPS = 1 };
 #endif
-// A head's dims at most; keys of a block and groups of 16 queries of a task, fewer for heads above NARROW. All lies on the stack.
-enum { MOST_DIMS = 256, NARROW = 160, KEY_BLOCK = 120, WIDE_KEY_BLOCK = 48, TASK_GROUPS = 12, WIDE_TASK_GROUPS = 6 };
+// A head's dims at most; keys of a block and groups of 16 queries of a task, fewer for heads above NARROW and above WIDE. All lies
+// on the stack.
+enum { MOST_DIMS = 512, NARROW = 160, KEY_BLOCK = 120, TASK_GROUPS = 12 };
+enum { WIDE = 256, WIDE_KEY_BLOCK = 48, WIDEST_KEY_BLOCK = 24, WIDE_TASK_GROUPS = 6 };
 #define PADDED(dims) (((dims) + TILE_KEYS - 1) / TILE_KEYS * TILE_KEYS)
 #define LINE(dims) ((PADDED(dims) + LANES - 1) / LANES * LANES)  // lanes from one key or value to the next
 #define NO_SCORE (-__builtin_inff())
@@ -37,11 +39,13 @@ typedef struct {
   int64_t ahead, key_step, value_step, columns;
   _Alignas(64) float scores[KEY_BLOCK * MOST_GROUPS * LANES];
   _Alignas(64) float keys[KEY_BLOCK * LINE(NARROW)], values[KEY_BLOCK * LINE(NARROW)];
-  _Alignas(64) float queries[TASK_GROUPS * LANES * LINE(NARROW)], sums[TASK_GROUPS * LANES * LINE(NARROW)];
+  _Alignas(64) float queries[WIDE_TASK_GROUPS * LANES * LINE(MOST_DIMS)], sums[WIDE_TASK_GROUPS * LANES * LINE(MOST_DIMS)];
 } Block;
 
-_Static_assert(LINE(MOST_DIMS) <= 2 * LINE(NARROW), "wide heads fit where narrow ones do");
-_Static_assert(KEY_BLOCK % TILE_KEYS == 0 && WIDE_KEY_BLOCK % TILE_KEYS == 0, "a block is whole tiles");
+_Static_assert(TASK_GROUPS * LINE(NARROW) <= WIDE_TASK_GROUPS * LINE(MOST_DIMS), "queries of narrow heads fit too");
+_Static_assert(WIDE_KEY_BLOCK * LINE(WIDE) <= KEY_BLOCK * LINE(NARROW), "keys of wide heads fit");
+_Static_assert(WIDEST_KEY_BLOCK * LINE(MOST_DIMS) <= KEY_BLOCK * LINE(NARROW), "and of the widest");
+_Static_assert(KEY_BLOCK % TILE_KEYS == 0 && WIDE_KEY_BLOCK % TILE_KEYS == 0 && WIDEST_KEY_BLOCK % TILE_KEYS == 0, "whole tiles");
 
 // 2ˣ for x ≤ 0, below −126 as there: relative error below 8e-8 and rounding for fp32, 8e-5 where the result becomes bf16 (fits
 // of 2ᶠ, |f| ≤ ½, with the least largest error). NaN stays NaN.
@@ -271,18 +275,22 @@ INLINE void load_queries(const enum Kind kind, const Attention *p, const float *
     }
 }
 
-INLINE void store_results(const Attention *p, float *out, int64_t first, const Block *b, const Column *column) {
+// `head` counts over all samples.
+INLINE void store_results(const Attention *p, float *out, int64_t head, int64_t first, const Block *b, const Column *column) {
   for (int64_t g = 0; g < column->groups; g++) {
     F16 factor = 1.f / column->total[g];
+    int64_t query = first + g * LANES, at = head * p->queries + query;
+    if (p->top && query < p->queries) {
+      store_some(p->top + at, column->top[g], p->queries - query);
+      store_some(p->total + at, column->total[g], p->queries - query);
+    }
     for (int64_t dim = 0; dim < b->dims; dim += LANES) {
       F16 r[LANES];
       for (int i = 0; i < LANES; i++)
         r[i] = dim + i < b->dims ? load(column->sums + ((dim + i) * column->groups + g) * LANES) * factor : all(0.f);
       transpose(r);
-      for (int i = 0; i < LANES; i++) {
-        int64_t query = first + g * LANES + i;
-        if (query < p->queries) store_some(out + query * p->out_step[TOKEN] + dim, r[i], b->dims - dim);
-      }
+      for (int i = 0; i < LANES && query + i < p->queries; i++)
+        store_some(out + (query + i) * p->out_step[TOKEN] + dim, r[i], b->dims - dim);
     }
   }
 }
@@ -315,7 +323,7 @@ INLINE void attention_task(const enum Kind kind, const AttentionTasks *tasks, in
   }
   const float *k = p->k + sample * p->k_step[SAMPLE] + head * p->k_step[HEAD];
   const float *v = p->v + sample * p->v_step[SAMPLE] + head * p->v_step[HEAD];
-  int64_t most = p->dims > NARROW ? WIDE_KEY_BLOCK : KEY_BLOCK;
+  int64_t most = p->dims > WIDE ? WIDEST_KEY_BLOCK : p->dims > NARROW ? WIDE_KEY_BLOCK : KEY_BLOCK;
   b.columns = count, b.key_step = p->k_step[TOKEN], b.value_step = p->v_step[TOKEN];
   for (int64_t key = 0; key < p->keys; key += most) {
     b.count = p->keys - key < most ? p->keys - key : most, b.is_first = key == 0;
@@ -325,7 +333,7 @@ INLINE void attention_task(const enum Kind kind, const AttentionTasks *tasks, in
     for (int64_t i = 0; i < count; i++) attend_block(kind, &b, columns + i);
   }
   float *out = p->out + sample * p->out_step[SAMPLE] + head * p->out_step[HEAD];
-  for (int64_t i = 0; i < count; first += columns[i++].groups * LANES) store_results(p, out, first, &b, columns + i);
+  for (int64_t i = 0; i < count; first += columns[i++].groups * LANES) store_results(p, out, number / tasks->parts, first, &b, columns + i);
 }
 
 static void attention_fp32(const void *tasks, int64_t number) { attention_task(FP32, tasks, number); }

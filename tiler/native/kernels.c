@@ -13,4 +13,4 @@
 #define TABLE(set) TABLE_OF(set)
 
 extern const Kernels TABLE(SET);
-const Kernels TABLE(SET) = {SET_NAME, product, rows, image, sums, attention, pack, winograd};
+const Kernels TABLE(SET) = {SET_NAME, product, rows, image, moments, sums, attention, pack, winograd};

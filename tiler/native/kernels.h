@@ -4,7 +4,7 @@
 #define TILER_KERNELS_H
 #include <stdint.h>
 
-#define TILER_VERSION 4  // of these structs; library.py refuses a file of another one
+#define TILER_VERSION 5  // of these structs; library.py refuses a file of another one
 
 enum Kind { INT8, BF16, FP32 };  // of a product: what a lane of 32 bits holds: 4, 2 or 1 values
 enum Type { AS_UINT8, AS_BF16, AS_FP32 };
@@ -53,22 +53,33 @@ typedef struct {
   float *scale;       // (rows,), uint8 only
 } Rows;
 
-// Images (h, w, channels) of one or two parts that are joined along channels: GroupNorm (groups > 0), SiLU, then a cast into a
-// frame of `padding` places whose value is zero. As uint8 each image has one scale and one zero point or, with `each_place` (and
-// no frame), each place a scale around 128.
+// Images (h, w, channels) of one or two parts that are joined along channels: GroupNorm (groups > 0), or a factor and a summand
+// that are given for each channel, SiLU, then a cast into a frame whose value is zero, of `padding` places left and right and
+// `padding_lines` above and below. As uint8 each image has one scale and one zero point or, with `each_place` (and no frame), each
+// place a scale around 128.
 typedef struct {
   const float *x[2];
   int64_t channels[2];
-  int64_t images, height, width, padding;
+  int64_t images, height, width, padding, padding_lines;
   int32_t groups, silu, out_type, each_place;
   float eps;
   const float *gamma, *beta;  // (channels,) or NULL
+  const float *given;         // (2, channels): factors, then what is added; NULL: none. Not with uint8 of one scale
   void *out;
   int64_t place_bytes;  // of a place of `out`
   float *scale;         // (images,) or (images · places,), uint8 only
   int32_t *zero;        // (images,), uint8 with one zero point only
   float *scratch;       // image_scratch() floats
 } Image;
+
+// Of (places, channels): each group's mean, then each group's sum of squares of the differences from it, then the least and the
+// most of all values. NaN and Inf make a mean NaN or Inf.
+typedef struct {
+  const float *x;
+  int64_t places, channels, groups;
+  float *scratch;  // image_scratch() floats of one image
+  double *out;     // (2 · groups + 2,)
+} Moments;
 
 // Sums of the int8 values of each output: (blocks · 16,) from [blocks][lanes][16] lanes.
 typedef struct {
@@ -105,8 +116,9 @@ typedef struct {
   float *products;                  // WINOGRAD_POINTS · WINOGRAD_TILES · outputs up to a multiple of 16
 } Winograd;
 
-// out = softmax(scale · q · kᵀ) · v for each sample and head, of `dims` values up to 256; those of a token lie side by side.
-// BF16: products are of values rounded to that, sums are fp32. Steps in elements.
+// out = softmax(scale · q · kᵀ) · v for each sample and head, of `dims` values up to 512; those of a token lie side by side.
+// BF16: products are of values rounded to that, sums are fp32. Steps in elements. Where keys come in several calls, `top` and
+// `total` take what puts their results together: the largest score of each query in base 2, and the sum of 2^(score − top).
 enum Axis { SAMPLE, HEAD, TOKEN, AXES };
 typedef struct {
   int32_t kind;  // FP32, or BF16 where the instruction set has it
@@ -115,6 +127,7 @@ typedef struct {
   const float *q, *k, *v;
   float *out;
   int64_t q_step[AXES], k_step[AXES], v_step[AXES], out_step[AXES];
+  float *top, *total;  // (samples, heads, queries) or NULL
 } Attention;
 
 typedef struct Pool Pool;
@@ -125,6 +138,7 @@ typedef struct {
   void (*product)(Pool *, const Product *, int threads);
   void (*rows)(Pool *, const Rows *, int threads);
   void (*image)(Pool *, const Image *, int threads);
+  void (*moments)(Pool *, const Moments *, int threads);
   void (*sums)(Pool *, const Sums *, int threads);
   void (*attention)(Pool *, const Attention *, int threads);
   void (*pack)(Pool *, const Pack *, int threads);

@@ -109,6 +109,7 @@ EXPORT const char *tiler_isa(const Tiler *tiler) { return tiler->kernels->name; 
 EXPORT void tiler_product(Tiler *tiler, const Product *p, int threads) { tiler->kernels->product(tiler->pool, p, threads); }
 EXPORT void tiler_rows(Tiler *tiler, const Rows *p, int threads) { tiler->kernels->rows(tiler->pool, p, threads); }
 EXPORT void tiler_image(Tiler *tiler, const Image *p, int threads) { tiler->kernels->image(tiler->pool, p, threads); }
+EXPORT void tiler_moments(Tiler *tiler, const Moments *p, int threads) { tiler->kernels->moments(tiler->pool, p, threads); }
 EXPORT void tiler_sums(Tiler *tiler, const Sums *p, int threads) { tiler->kernels->sums(tiler->pool, p, threads); }
 EXPORT void tiler_attention(Tiler *tiler, const Attention *p, int threads) { tiler->kernels->attention(tiler->pool, p, threads); }
 EXPORT void tiler_pack(Tiler *tiler, const Pack *p, int threads) { tiler->kernels->pack(tiler->pool, p, threads); }

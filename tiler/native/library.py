@@ -19,7 +19,7 @@ from typing import Any
 from tiler.errors import UsageError
 from tiler.native.instructions import SETS, InstructionSet, machine_of
 
-VERSION = 4  # of the structs below: that of kernels.h
+VERSION = 5  # of the structs below: that of kernels.h
 
 
 class Kind(IntEnum):
@@ -79,14 +79,23 @@ class Image(Structure):
     _fields_ = (
         ("x", c_void_p * 2),
         ("channels", c_int64 * 2),
-        *((name, c_int64) for name in ("images", "height", "width", "padding")),
+        *((name, c_int64) for name in ("images", "height", "width", "padding", "padding_lines")),
         *((name, c_int32) for name in ("groups", "silu", "out_type", "each_place")),
         ("eps", c_float),
-        ("gamma", c_void_p),
-        ("beta", c_void_p),
-        ("out", c_void_p),
+        *((name, c_void_p) for name in ("gamma", "beta", "given", "out")),
         ("place_bytes", c_int64),
         *((name, c_void_p) for name in ("scale", "zero", "scratch")),
+    )
+
+
+class Moments(Structure):
+    """As in kernels.h."""
+
+    _fields_ = (
+        ("x", c_void_p),
+        *((name, c_int64) for name in ("places", "channels", "groups")),
+        ("scratch", c_void_p),
+        ("out", c_void_p),
     )
 
 
@@ -135,10 +144,12 @@ class Attention(Structure):
         *((name, c_int64) for name in ("samples", "heads", "queries", "keys", "dims")),
         *((name, c_void_p) for name in ("q", "k", "v", "out")),
         *((name, c_int64 * 3) for name in ("q_step", "k_step", "v_step", "out_step")),
+        ("top", c_void_p),
+        ("total", c_void_p),
     )
 
 
-ATTENTION_DIMS = 256  # of a head, at most: as in attention.h
+ATTENTION_DIMS = 512  # of a head, at most: as in attention.h
 PLACES, STATISTICS = 128, 4  # as in image.h
 WINOGRAD_SIDE, WINOGRAD_POINTS, WINOGRAD_TILES = 4, 36, 96  # as in kernels.h
 MOST_TAPS = 9  # of a weight that is packed: as in pack.h
@@ -171,6 +182,9 @@ class Library:
 
     def image(self, image: Image, threads: int) -> None:
         self._functions.tiler_image(self._handle, image, threads)
+
+    def moments(self, moments: Moments, threads: int) -> None:
+        self._functions.tiler_moments(self._handle, moments, threads)
 
     def attention(self, attention: Attention, threads: int) -> None:
         self._functions.tiler_attention(self._handle, attention, threads)
@@ -239,6 +253,7 @@ def _declare(functions: Any) -> None:
         ("product", Product),
         ("rows", Rows),
         ("image", Image),
+        ("moments", Moments),
         ("sums", Sums),
         ("attention", Attention),
         ("pack", Pack),

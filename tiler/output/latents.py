@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -79,6 +80,16 @@ class LatentsFile:
     def texts(self) -> dict[str, str]:
         """What the picture is to say of itself."""
         return {key: text for key, text in self._facts.items() if key in TEXTS}
+
+    @property
+    def decode_precision(self) -> str | None:
+        """What the picture was decoded in, if it says so."""
+        try:
+            said = json.loads(self._facts.get("tiler", ""))
+        except (ValueError, RecursionError):
+            return None
+        found = said.get("decode_precision") if isinstance(said, dict) else None
+        return found if isinstance(found, str) else None
 
     def __getitem__(self, index: tuple[slice, slice, slice]) -> Tensor:
         """[:, :, first:last] → (1, C, n, w) fp32."""

@@ -44,6 +44,7 @@ class Facts:
     revision: str | None  # of a hub id
     scheduler: str
     precision: str
+    decode_precision: str
     kernels: str  # whose arithmetic, and with which instructions
     embeddings: Mapping[str, str]  # that the prompts name, and their hashes
     loras: Mapping[str, str]  # by name, and their hashes
@@ -76,6 +77,7 @@ def texts(request: ResolvedRequest, facts: Facts) -> dict[str, str]:
             said[key] = file_name(said[key])
     found = {
         "precision": facts.precision,
+        "decode_precision": facts.decode_precision,
         "kernels": facts.kernels,
         "model_id": facts.model_id,
         **({"model_hash": facts.model_hash} if facts.model_hash is not None else {}),

@@ -6,14 +6,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from tiler.compute.choose import KERNELS
+from tiler.compute.kernels import Kernel
 from tiler.compute.layers import StreamedLayer, streamed_layers
 from tiler.compute.lending import lent
 from tiler.compute.native import reads_blocks
 from tiler.compute.native_float import packs_layers
+from tiler.compute.native_winograd import NativeWinogradBf16
 from tiler.compute.shapes import MetaMeter
 from tiler.compute.stream import Streamer
 from tiler.compute.tuning import (
@@ -42,6 +46,24 @@ from tiler.weights.index import TensorInfo
 from tiler.weights.store import PIECE_ELEMENTS, READ_AHEAD, match_index
 
 ACTIVATIONS = "activations + weights in use"
+
+
+class VaeStreaming(NamedTuple):
+    """How an autoencoder's weights are computed with: options of the Streamer."""
+
+    bf16_keys: frozenset[str]
+    prefer: tuple[Kernel, ...]
+
+
+def vae_streaming(spec: VaeSpec, vae: Any, precision: Precision) -> VaeStreaming:
+    """In fp32 or bf16. What has the fewest pixels stays in fp32, because all others see its error and its share of the
+    work is a tenth; and so does a tiny autoencoder, which is fast as it is."""
+    if precision is not Precision.BF16 or spec.tiny:
+        return VaeStreaming(frozenset(), ())
+    smallest = ("decoder.up_blocks.0.", f"encoder.down_blocks.{len(vae.encoder.down_blocks) - 1}.")
+    names = (name for name, weight in vae.named_parameters() if weight.ndim > 1)
+    keys = frozenset(name for name in names if ".mid_block." not in name and not name.startswith(smallest))
+    return VaeStreaming(keys, (KERNELS[NativeWinogradBf16.name],))
 
 
 def bf16_keys(part: Part, module: nn.Module, precision: Precision) -> frozenset[str]:
@@ -206,9 +228,9 @@ class DenoiserPeaks:
 class VaePeaks:
     """The phases that use one of a run's autoencoders."""
 
-    def __init__(self, models: Models, spec: VaeSpec, facts: Facts) -> None:
+    def __init__(self, models: Models, spec: VaeSpec, facts: Facts, precision: Precision = Precision.FP32) -> None:
         self.spec, self.module = spec, models.vae(spec)
-        self._streamer = Streamer(None)
+        self._streamer = Streamer(None, **vae_streaming(spec, self.module, precision)._asdict())
         match_index(self.module, spec.weights, families.vae_names)
         with lent(self.module, self._streamer):
             self.weights = streamed_weights(self.module)

@@ -31,7 +31,7 @@ from tiler.planning.peaks import DenoiserPeaks, VaePeaks, text_phase
 from tiler.planning.table import MemoryPlan, PhasePlan, Term
 from tiler.planning.tiling import Tiling, pixels_of
 from tiler.planning.whole import WholePicture, whole_picture
-from tiler.request import Decode, GuideUpscale, Precision, ResolvedRequest, Scheduler, Wrap
+from tiler.request import Decode, DecodePrecision, GuideUpscale, Precision, ResolvedRequest, Scheduler, Wrap
 from tiler.request.wording import most_chunks
 
 ORDER = ("load guide", "encode prompts", "guide", "guide picture", "canvas", "decode", "write")  # of the phases
@@ -55,6 +55,7 @@ class RenderPlan(Tiling):
     sample_bytes: int  # what one sample alone takes in the denoiser, the weights in use included
     precision: Precision  # fp32, bf16 or int8
     precision_why: str
+    decode_precision: Precision  # of the autoencoder: fp32 or bf16
     scheduler: Scheduler  # never AUTO
     notes: tuple[str, ...]  # on the scheduler, for the user
     encoded: bool  # whether all prompts are embedded already, and no text encoder is read
@@ -110,7 +111,10 @@ def plan_render(
     sampler = DenoiserPeaks(models, precision, chunks=chunks)
     tight = DenoiserPeaks(models, precision, arena_bytes=TIGHT_ARENA_BYTES, chunks=chunks)
     fixed = [facts.libraries]
-    coding = _Coding({}, [], None) if tiles_only else _plan_coding(request, models, tiling, facts, methods)
+    decode_precision, coding = Precision.FP32, _Coding({}, [], None)
+    if not tiles_only:
+        decode_precision = choose_decode_precision(request.decode_precision, precision, bf16=facts.bf16)
+        coding = _plan_coding(request, models, tiling, facts, methods, decode_precision)
     masks = min(MASKS_KEPT, max(map(len, (tiling.regions, *tiling.canvas_steps[-1:]))))
     canvas_bytes = 4 * family.latent_channels * math.prod(tiling.canvas) * 6 + 4 * math.prod(tile) * masks
     if tiles_only:
@@ -176,6 +180,7 @@ def plan_render(
         guide_batch=guide_batch,
         precision=precision,
         precision_why=precision_why,
+        decode_precision=decode_precision,
         scheduler=schedule.name,
         notes=schedule.notes,
         sample_bytes=sampler.activations((0,), *tile),
@@ -208,12 +213,13 @@ class _Coding(NamedTuple):
 
 
 def _plan_coding(
-    request: ResolvedRequest, models: Models, tiling: Tiling, facts: Facts, chosen: Mapping[str, Decode]
-) -> _Coding:
+    request: ResolvedRequest, models: Models, tiling: Tiling, facts: Facts, chosen: Mapping[str, Decode],
+    precision: Precision,
+) -> _Coding:  # fmt: skip
     space = ScratchSpace(request.scratch_folder, facts.scratch_free_bytes, request.scratch_dtype)
     own = models.family.autoencoder
-    vae = VaePeaks(models, own, facts)
-    decoder = vae if models.decoder is own else VaePeaks(models, models.decoder, facts)
+    vae = VaePeaks(models, own, facts, precision)
+    decoder = vae if models.decoder is own else VaePeaks(models, models.decoder, facts, precision)
     canvas, guide, wrap = tiling.canvas, tiling.guide, request.wrap
     methods = {"decode": decoder.choose(chosen.get("decode", request.decode), canvas, space, wrap=wrap)}
     decoding = decoder.phase("decode", canvas, methods["decode"])
@@ -247,14 +253,28 @@ def build_schedule(request: ResolvedRequest, family: Family) -> DiffusersSchedul
     return flow.build(asked, config, steps, tokens=traits.tokens, even_sigmas=traits.even_sigmas)
 
 
+def choose_decode_precision(wanted: DecodePrecision, denoiser: Precision, *, bf16: bool) -> Precision:
+    """What the autoencoder is computed in beside a denoiser in that precision. Raises UsageError for bf16 where nothing
+    here computes with it."""
+    if wanted is DecodePrecision.BF16 and not bf16:
+        raise _no_bf16("--decode-precision", "fp32 or auto")
+    if wanted is DecodePrecision.AUTO:
+        return Precision.BF16 if bf16 and denoiser is not Precision.FP32 else Precision.FP32
+    return Precision(wanted)
+
+
+def _no_bf16(option: str, others: str) -> UsageError:
+    return UsageError(
+        f"{option} bf16: this needs tiler's own kernels and AVX-512 with BF16 instructions (see `tiler doctor`); choose "
+        f"{others}"
+    )
+
+
 def choose_precision(wanted: Precision, family: Family, int8: Int8, *, bf16: bool) -> tuple[Precision, str]:
     """What the denoiser is computed in, and why: AUTO is int8 where processor and model gain by it, whatever the
     ceiling. Raises UsageError for bf16 where nothing here computes with it."""
     if wanted is Precision.BF16 and not bf16:
-        raise UsageError(
-            "--precision bf16: this needs tiler's own kernels and AVX-512 with BF16 instructions (see `tiler doctor`); choose "
-            "int8, fp32 or auto"
-        )
+        raise _no_bf16("--precision", "int8, fp32 or auto")
     if wanted is not Precision.AUTO:
         return wanted, "as asked"
     if (width := family.traits.width) < INT8_CHANNELS:
@@ -269,12 +289,13 @@ def plan_decode(
     max_bytes: int,
     *,
     decode: Decode,
+    precision: Precision,
     space: ScratchSpace,
     wrap: Wrap,
     whole: WholePicture | None = None,
 ) -> tuple[DecodePlan, MemoryPlan, dict[str, torch.dtype]]:
     """How latents of (height, width) are decoded, the memory plan, and the weights that stay. Raises StorageError."""
-    vae = VaePeaks(models, models.decoder, facts)
+    vae = VaePeaks(models, models.decoder, facts, precision)
     method = vae.choose(decode, latents, space, wrap=wrap)
     phase = vae.phase("decode", latents, method, held=0)
     writing = [] if whole is None else [whole.writing(facts.libraries, max_bytes)]

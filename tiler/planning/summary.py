@@ -86,6 +86,7 @@ def summarise(
             for hint in hints(request, plan, replan, judge)
         ],
         "decode": decoder.name,
+        "decode_precision": decoder.precision.value,
         "decode_why": decoder.why,
         "guide_upscale_flops": plan.upscale_flops,
         "scratch_bytes": max(m.scratch_bytes for m in plan.methods.values()),

@@ -8,15 +8,22 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import nn
 
 from tiler.compute import onednn
 from tiler.compute.kernels import Kind
 from tiler.compute.lending import lent
-from tiler.compute.measure import TableShape, attention_speed, chosen_speed, median_seconds
+from tiler.compute.measure import TableShape, attention_speed, chosen_speed
 from tiler.compute.shapes import MetaMeter
 from tiler.compute.stream import Streamer
-from tiler.compute.tuning import OVERHEAD_BF16, OVERHEAD_BY_LAYERS, OVERHEAD_BY_ROWS, OVERHEAD_FP32, OVERHEAD_INT8
+from tiler.compute.tuning import (
+    OVERHEAD_BF16,
+    OVERHEAD_BY_LAYERS,
+    OVERHEAD_BY_LAYERS_BF16,
+    OVERHEAD_BY_ROWS,
+    OVERHEAD_BY_ROWS_BF16,
+    OVERHEAD_FP32,
+    OVERHEAD_INT8,
+)
 from tiler.decoding.method import DecodePlan
 from tiler.models.built import Models
 from tiler.models.family import Options, Role
@@ -41,10 +48,9 @@ class Flops(NamedTuple):
 
 
 class Speed(NamedTuple):
-    """Measured operations per second of this machine: of torch's own convolution, of the kernels chosen for layers in
-    each precision, and of attention."""
+    """Measured operations per second of this machine: of the kernels chosen for layers in each precision, and of
+    attention."""
 
-    torch: float
     fp32: float
     bf16: float
     int8: float
@@ -114,27 +120,29 @@ def measure(weights: Path) -> Speed:
     tokens; and how fast the file `weights` is read."""
     disk = disk_speed(weights)
     with torch.no_grad():
-        layer = nn.Conv2d(320, 320, 3, padding=1)
-        x = torch.randn(1, 320, 32, 32)
-        conv_flops = 2 * x.numel() * layer.weight[0].numel()
-        plain = conv_flops / median_seconds(lambda: layer(x))
-        shape = TableShape(Kind.CONVOLUTION, tuple(layer.weight.shape), tuple(x.shape))
+        shape = TableShape(Kind.CONVOLUTION, (320, 320, 3, 3), (1, 320, 32, 32))
         fp32, attention = chosen_speed(shape, "fp32"), attention_speed("fp32")
         if not onednn.int8().products:  # then int8 is what weights are stored in, no more
-            return Speed(plain, fp32, fp32, fp32, attention, attention, disk)
+            return Speed(fp32, fp32, fp32, attention, attention, disk)
         half, fast = chosen_speed(shape, "bf16"), chosen_speed(shape, "int8")
-    return Speed(plain, fp32, half, fast, attention, attention_speed("int8"), disk)
+    return Speed(fp32, half, fast, attention, attention_speed("int8"), disk)
 
 
 def seconds(
     work: Flops, methods: Iterable[DecodePlan], speed: Speed, precision: Precision, read_bytes: float = 0
 ) -> float:
     """What a render takes: its samples in `precision`, or what is read for them, where that takes longer; and the
-    autoencoder's `methods` in fp32, whose attention is plain matrix products."""
-    coding = sum(
-        (OVERHEAD_BY_LAYERS if m.by_layers else OVERHEAD_BY_ROWS) * m.flops + m.attention_flops for m in methods
-    )
-    return max(arithmetic_seconds(work, speed, precision), read_bytes / speed.disk) + coding / speed.torch
+    autoencoder's `methods`."""
+    coding = sum(_coding_seconds(method, speed) for method in methods)
+    return max(arithmetic_seconds(work, speed, precision), read_bytes / speed.disk) + coding
+
+
+def _coding_seconds(method: DecodePlan, speed: Speed) -> float:
+    by_layers, by_rows, attention = OVERHEAD_BY_LAYERS, OVERHEAD_BY_ROWS, speed.attention
+    if method.precision is Precision.BF16:
+        by_layers, by_rows, attention = OVERHEAD_BY_LAYERS_BF16, OVERHEAD_BY_ROWS_BF16, speed.half_attention
+    overhead = by_layers if method.by_layers else by_rows
+    return overhead * method.flops / speed.fp32 + method.attention_flops / attention
 
 
 def arithmetic_seconds(work: Flops, speed: Speed, precision: Precision) -> float:

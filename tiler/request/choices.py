@@ -120,6 +120,15 @@ class Precision(StrEnum):
     AUTO = "auto"
 
 
+class DecodePrecision(StrEnum):
+    """What an autoencoder's layers are computed in; AUTO takes bf16 beside a denoiser in int8 or bf16, where the
+    processor has it."""
+
+    FP32 = "fp32"
+    BF16 = "bf16"
+    AUTO = "auto"
+
+
 class Format(StrEnum):
     """The format of a picture's file."""
 

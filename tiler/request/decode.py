@@ -10,6 +10,7 @@ from tiler.request import shared
 from tiler.request.choices import (
     MAX_CLIP_SKIP,
     Decode,
+    DecodePrecision,
     Emphasis,
     Format,
     ScratchDtype,
@@ -44,6 +45,14 @@ class DecodeRequest(ModelOptions):
     wrap: Wrap = option(Wrap.NONE, shared.WRAP)
     dpi: float | None = option(None, shared.DPI._replace(default=None))
     decode: Decode = option(Decode.AUTO, shared.DECODE)
+    decode_precision: DecodePrecision = option(
+        DecodePrecision.AUTO,
+        shared.DECODE_PRECISION._replace(
+            help=shared.DECODE_PRECISION.help.split("; auto")[0]
+            + "; auto is what the render that saved the latents took, "
+            "fp32 where they do not say."
+        ),
+    )
     scratch: Path | None = option(None, shared.SCRATCH)
     scratch_dtype: ScratchDtype = option(ScratchDtype.FP16, shared.SCRATCH_DTYPE)
     tiny_vae: str | None = option(None, shared.TINY_VAE)

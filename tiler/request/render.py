@@ -16,6 +16,7 @@ from tiler.request.choices import (
     PIXEL_STEP,
     STDOUT,
     Decode,
+    DecodePrecision,
     Emphasis,
     Format,
     GuideUpscale,
@@ -253,6 +254,7 @@ class RenderRequest(ModelOptions, ClusterOptions):
     )
     cache_dir: Path | None = option(None, shared.RENDER_CACHE_DIR)
     decode: Decode = option(Decode.AUTO, shared.DECODE)
+    decode_precision: DecodePrecision = option(DecodePrecision.AUTO, shared.DECODE_PRECISION)
     scratch: Path | None = option(None, shared.SCRATCH)
     scratch_dtype: ScratchDtype = option(ScratchDtype.FP16, shared.SCRATCH_DTYPE)
 
