@@ -10,7 +10,7 @@ from __future__ import annotations
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -25,9 +25,12 @@ from tiler.models.built import Models
 from tiler.output.picture import write_picture
 from tiler.planning.render import RenderPlan
 from tiler.planning.summary import summarise
-from tiler.planning.time import measure
+from tiler.planning.time import Speed, measure
 from tiler.request import DecodeRequest, EncodeRequest, QuantizeRequest, RenderRequest, ResolvedRequest
 from tiler.weights.packed import default_cache
+
+if TYPE_CHECKING:
+    from tiler.cluster.outlook import Outlook
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +90,8 @@ class Planned:
     plan: RenderPlan
     models: Models
     advice: str  # on what would need less memory, where the plan does not fit
+    cluster: Outlook | None = None  # what the workers that were asked for would bring
+    speed: Speed | None = None  # of this machine, where it has been measured
 
     def check(self) -> None:
         """Raises BudgetRefused where it does not fit."""
@@ -94,7 +99,12 @@ class Planned:
 
     def facts(self) -> dict[str, Any]:
         """What `tiler plan --json` prints; measures this machine's speed for a second or two."""
-        return summarise(self.said, self.request, self.plan, self.models, measure())
+        facts = summarise(self.said, self.request, self.plan, self.models, self.speed or measure())
+        if self.cluster is not None:
+            saved = self.cluster.alone_seconds - self.cluster.canvas_seconds
+            whole = max(0, round(facts["expected_seconds"] - saved))
+            facts["cluster"] = self.cluster.facts() | {"expected_seconds": whole}
+        return facts
 
 
 @torch.no_grad()
@@ -105,7 +115,12 @@ def plan(request: RenderRequest, budget: Budget | None = None, on_event: OnEvent
         cluster.prepare(request)
         run = phases.start(request, budget, on_event, planning=True)
         cluster.runner_of(run)  # refuses what cannot be shared
-        return Planned(said=request, request=run.request, plan=run.plan, models=run.models, advice=phases.advice(run))
+        speed = measure() if request.cluster is not None and run.plan.memory.fits else None
+        outlook = None if speed is None else cluster.outlook(run, speed)
+        return Planned(
+            said=request, request=run.request, plan=run.plan, models=run.models, advice=phases.advice(run),
+            cluster=outlook, speed=speed,
+        )  # fmt: skip
 
 
 @torch.no_grad()

@@ -4,9 +4,11 @@ things break."""
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -14,6 +16,7 @@ import pytest
 import torch
 
 from tests.cluster.conftest import CEILING, Drawn, Fleet, draw
+from tests.conftest import Ran
 from tiler import events
 from tiler.request import Precision
 
@@ -86,3 +89,25 @@ def test_ctrl_c_ends_all_processes_and_the_job_goes_on_without_a_cluster(
     drawn = draw(tiny, tmp_path)
     assert any(note.startswith("continuing at canvas step") for note in drawn.notes)
     assert torch.equal(drawn.latents, alone.latents)
+
+
+def test_a_plan_asks_the_workers_how_fast_they_would_be(
+    fleet: Fleet, tiny: Path, in_process: Callable[..., Ran]
+) -> None:
+    words = ("plan", "a boat", "--model", tiny, "--size", 160, "--steps", 3, "--no-guide")
+    facts = in_process(*words, "--cluster", fleet.engine.address, "--keys", fleet.keys, "--json").json
+    found = {worker["name"]: worker for worker in facts["cluster"]["workers"]}
+    assert set(found) == set(fleet.processes) and not any(worker["problem"] for worker in found.values())
+    assert sum(worker["tiles"] for worker in found.values()) == 3 * facts["tiles"]
+    assert all(0 < worker["seconds_per_tile"] < 10 and 0 <= worker["idle"] < 1 for worker in found.values())
+    assert facts["cluster"]["pair_seconds"] <= 2.001 * facts["cluster"]["canvas_seconds"]
+
+
+def test_a_plan_of_local_workers_tells_what_each_would_do(tiny: Path, in_process: Callable[..., Ran]) -> None:
+    ran = in_process(
+        "plan", "a boat", "--model", tiny, "--size", 160, "--no-guide", "--cluster", "local:2", env={"COLUMNS": "80"}
+    )
+    assert ran.code == 0, ran.err
+    lines = ran.out.splitlines()
+    assert re.fullmatch(r" +local-2 +\d+\.\d s a tile, \d+ tiles?, idle \d+%", next(x for x in lines if "local-2" in x))
+    assert "a second canvas at once: " in ran.out and max(map(len, lines)) <= 80

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from tiler import phases
-from tiler.cluster.shared import Greeting, SharedJob, Window
+from tiler.cluster.shared import Estimate, Greeting, SharedJob, Window
+from tiler.compute.cpu import computed_by
 from tiler.denoiser import DenoiserRun, denoiser_id, open_denoiser, prepare_weights
 from tiler.diffusion.prompts import Prompts
 from tiler.diffusion.runner import Runner, Tile
@@ -28,6 +29,8 @@ from tiler.models.loras import apply_loras, find_loras
 from tiler.packing import packed_parts
 from tiler.planning.render import plan_render
 from tiler.planning.tiling import plan_tiling
+from tiler.planning.time import measure as measure_speed
+from tiler.planning.time import seconds_per_tile
 from tiler.request import ResolvedRequest
 from tiler.run import measure
 from tiler.weights.packed import default_cache
@@ -70,6 +73,23 @@ class Bench:
         if self.job == job.name:
             return
         self.close()
+        run = self._plan(job)
+        prepare_weights(run)
+        self._runner = self._stack.enter_context(open_denoiser(run, Prompts(run.plan.family, job.texts)))
+        self.job, self._batch = job.name, run.plan.batch
+
+    @torch.no_grad()
+    def assess(self, job: SharedJob) -> Estimate:
+        """How fast this machine would be with a job; its speed is measured for a second or two. Raises TilerError."""
+        if self.job:
+            raise ClusterError("it works for another render")
+        run = self._plan(job)
+        seconds = seconds_per_tile(run.request, run.plan, run.models, measure_speed())
+        tiles = max(1, run.plan.batch // run.plan.regions[0].samples)
+        return Estimate(seconds=seconds, tiles=tiles, instructions=computed_by())
+
+    def _plan(self, job: SharedJob) -> DenoiserRun:
+        """Raises TilerError."""
         request = replace(job.request, model=self._models.get(job.request.model, job.request.model))
         if not request.scratch_folder.is_dir():  # of the machine that the job comes from
             request = replace(request, scratch=default_cache().parent)
@@ -95,12 +115,9 @@ class Bench:
                 f"{plan.memory.smallest_text}"
             ) from error
         weights = {p.name: (family.checkpoint.weights(p.name), p.aliases) for p in packed_parts(family)}
-        run = DenoiserRun(
+        return DenoiserRun(
             models=models, budget=self._budget, on_event=lambda event: None, request=request, plan=plan, weights=weights
         )
-        prepare_weights(run)
-        self._runner = self._stack.enter_context(open_denoiser(run, Prompts(family, job.texts)))
-        self.job, self._batch = job.name, plan.batch
 
     @torch.no_grad()
     def greet(self, step: int, window: Window, latents: np.ndarray) -> Greeting:

@@ -17,7 +17,7 @@ from torch import Tensor
 from tiler.cluster import tasks
 from tiler.cluster.members import Member, Members
 from tiler.cluster.shared import Answer, Window
-from tiler.cluster.sharing import share
+from tiler.cluster.sharing import Busy, earliest, share
 from tiler.diffusion.runner import Runner, Tile, check_finite
 from tiler.errors import NumericalError
 
@@ -122,16 +122,18 @@ class Pool:
         return [n for n in step.waiting if ready and not any(step.may_have(m, n) for m in ready)]
 
     def _hand_out(self, step: _Step) -> None:
+        time: float | None = None  # by which all could be done; nobody new has come since it was found
         for member in self._members.free():
             waiting = [n for n in step.waiting if step.may_have(member, n)]
             if not waiting:
                 self._copy_late(member, step)
                 continue
-            others = [
-                (m.pace, self._busy(m)) for m in self._members.ready() if m is not member and not self._is_late(m)
-            ]
-            if count := share(len(waiting), member.pace, others):
+            if time is None:
+                fleet = [Busy(m.pace, self._busy(m)) for m in self._members.ready() if not self._is_late(m)]
+                time = earliest(len(waiting), fleet)
+            if count := share(len(waiting), member.pace, time):
                 self._submit(member, waiting[:count], step)
+                time = None
             else:
                 self._copy_late(member, step)
 

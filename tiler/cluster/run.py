@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,8 +17,12 @@ from tiler.denoiser import denoiser_id, open_denoiser
 from tiler.diffusion.prompts import Prompts
 from tiler.diffusion.runner import Runner, Tile
 from tiler.phases import OpenRunner, RenderRun
+from tiler.planning.time import Speed
 from tiler.request import RenderRequest
 from tiler.request.cluster import Cluster, Where, parse_cluster
+
+if TYPE_CHECKING:
+    from tiler.cluster.outlook import Outlook
 
 _PATIENCE = 60.0  # seconds without any worker, after which this process goes on alone
 
@@ -41,6 +46,16 @@ def runner_of(run: RenderRun) -> OpenRunner:
 
         share = share_of(run, cluster.workers)
     return partial(_open_pool, cluster, share)
+
+
+def outlook(run: RenderRun, speed: Speed) -> Outlook | None:
+    """What the cluster that was asked for would bring; `speed` is this machine's. Raises ClusterError, UsageError,
+    BudgetRefused."""
+    if run.request.cluster is None:
+        return None
+    from tiler.cluster.outlook import look
+
+    return look(run, parse_cluster(run.request.cluster), speed)
 
 
 @contextmanager

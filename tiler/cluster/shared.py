@@ -127,6 +127,20 @@ class Greeting:
         return cls(**{name: value for name, value in said.items() if name in cls.__dataclass_fields__})
 
 
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """What a worker expects of a job before it opens its weights: `seconds` for each tile in passes of so many
+    `tiles`, or why it would not take it. `instructions` say who computes; where they differ, so do bits."""
+
+    refusal: str = ""
+    seconds: float = 0.0
+    tiles: int = 1
+    instructions: str = ""
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+
 class Answer(NamedTuple):
     """The guided predictions of a task's tiles, (n, C, h, w) fp32, or what went wrong."""
 

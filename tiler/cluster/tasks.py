@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from tiler.cluster.shared import Answer, Greeting, SharedJob, Window
+from tiler.cluster.shared import Answer, Estimate, Greeting, SharedJob, Window
 from tiler.errors import NumericalError, TilerError
 from tiler.memory.limits import is_out_of_memory
 from tiler.memory.process import read_rss
@@ -51,6 +51,18 @@ def hello(job: bytes, step: int, window: tuple[float, ...], latents: np.ndarray)
             if _Desk.bench is not None:
                 _Desk.bench.close()
             return Greeting(refusal=_explained(error)).to_json()
+
+
+def assess(job: bytes) -> str:
+    """How fast this worker would be with a job, of which nothing is opened: an Estimate as JSON."""
+    if _Desk.opener is None:
+        return Estimate(refusal="is no `tiler worker`").to_json()
+    with _Desk.lock:
+        try:
+            _Desk.bench = _Desk.bench or _Desk.opener()
+            return _Desk.bench.assess(SharedJob.from_bytes(job)).to_json()
+        except Exception as error:
+            return Estimate(refusal=_explained(error)).to_json()
 
 
 def predict(job: str, step: int, windows: Sequence[tuple[float, ...]], latents: np.ndarray) -> Answer:

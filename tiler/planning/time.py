@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -20,8 +21,9 @@ from tiler.decoding.method import DecodePlan
 from tiler.models.built import Models
 from tiler.models.family import Options, Role
 from tiler.planning.peaks import ranks_beside
+from tiler.planning.render import RenderPlan
 from tiler.planning.tiling import Tiling
-from tiler.request import Precision
+from tiler.request import Precision, ResolvedRequest
 
 
 class Flops(NamedTuple):
@@ -104,6 +106,18 @@ class LoraCounter:
         reads = math.ceil(cut.denoiser_samples / self._batch)
         beside = [counter.count(cut, attention_window).layers for counter in self._counters]
         return Flops(reads * self._read_flops + (beside[0] - beside[1] if beside else 0), 0)
+
+
+def seconds_per_tile(request: ResolvedRequest, plan: RenderPlan, models: Models, speed: Speed) -> float:
+    """What each tile of the canvas takes, all of its steps taken together."""
+    canvas = replace(plan, guide_steps=plan.guide_steps[:0])
+    window = request.attention_window
+    work = (
+        Counter(models)
+        .count(canvas, window)
+        .plus(LoraCounter(models, plan.precision, plan.batch).count(canvas, window))
+    )
+    return seconds(work, (), speed, plan.precision) / max(1, sum(map(len, canvas.canvas_steps)))
 
 
 def measure() -> Speed:
