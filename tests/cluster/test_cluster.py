@@ -27,12 +27,8 @@ def alone(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Drawn:
     return draw(tiny, tmp_path_factory.mktemp("alone"))
 
 
-def through(fleet: Fleet) -> dict[str, object]:
-    return {"cluster": fleet.engine.address, "keys": fleet.keys}
-
-
 def test_two_workers_make_the_picture_of_one_process(fleet: Fleet, tiny: Path, tmp_path: Path, alone: Drawn) -> None:
-    drawn = draw(tiny, tmp_path, **through(fleet))
+    drawn = draw(tiny, tmp_path, **fleet.through)
     assert torch.equal(drawn.latents, alone.latents) and drawn.picture == alone.picture
     assert set(drawn.workers) == {"a", "b"}
     assert sum(worker["tiles"] for worker in drawn.workers.values()) >= 3 * drawn.report["tiles"]
@@ -42,7 +38,7 @@ def test_two_workers_make_the_picture_of_one_process(fleet: Fleet, tiny: Path, t
 def test_in_int8_too(fleet: Fleet, tiny: Path, tmp_path: Path) -> None:
     values = {"precision": Precision.INT8, "cache_dir": tmp_path / "packed"}
     (tmp_path / "packed").mkdir()
-    one, many = draw(tiny, tmp_path / "1", **values), draw(tiny, tmp_path / "2", **values, **through(fleet))
+    one, many = draw(tiny, tmp_path / "1", **values), draw(tiny, tmp_path / "2", **values, **fleet.through)
     assert torch.equal(one.latents, many.latents) and many.workers
     assert len(list((tmp_path / "packed").glob("*.safetensors"))) == 1, "all take the file that is there"
 
@@ -61,7 +57,7 @@ def test_a_worker_that_is_killed_changes_no_byte(fleet: Fleet, tiny: Path, tmp_p
         if event.done > event.total // 3 and "b" in fleet.processes:
             fleet.end("b")
 
-    drawn = draw(tiny, tmp_path, kill, **through(fleet))
+    drawn = draw(tiny, tmp_path, kill, **fleet.through)
     assert torch.equal(drawn.latents, alone.latents)
     assert "worker b is gone" in drawn.notes
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tiler.cluster import tasks
 from tiler.cluster.members import Member, Members
-from tiler.cluster.shared import Answer, Window
+from tiler.cluster.shared import Answer, digest_of, window_of
 from tiler.cluster.sharing import Busy, earliest, share
 from tiler.diffusion.runner import Runner, Tile, check_finite
 from tiler.errors import NumericalError
@@ -171,11 +171,11 @@ class Pool:
     def _submit(self, member: Member, numbers: Sequence[int], step: _Step) -> None:
         tiles = [step.tiles[n] for n in numbers]
         latents = torch.cat([tile.latents for tile in tiles]).contiguous().numpy()
-        windows = [tuple(Window.of(tile)) for tile in tiles]
+        windows = [window_of(tile) for tile in tiles]
         ticket = self._members.engine.submit(member.address, tasks.predict, self._job, step.number, windows, latents)
         member.ticket = ticket
         self._groups[ticket] = Group(
-            tuple(numbers), step.number, member, time.monotonic(), member.pace.seconds(len(numbers))
+            tuple(numbers), step.number, member, time.monotonic(), member.pace.seconds(len(numbers)) + member.delay
         )
         step.waiting = [n for n in step.waiting if n not in set(numbers)]
 
@@ -189,7 +189,8 @@ class Pool:
         if error is not None or not isinstance(value, Answer) or value.predictions is None:
             self._fail(group, value if isinstance(value, Answer) else None, error, step)
             return
-        member.note(len(group.numbers), value.seconds, value.peak_rss_bytes)
+        waited = time.monotonic() - group.since - value.seconds
+        member.note(len(group.numbers), value.seconds, value.peak_rss_bytes, waited=waited)
         if group.step != step.number:  # a copy was faster, and the step is over
             return
         for number, prediction in zip(group.numbers, value.predictions, strict=True):
@@ -206,6 +207,11 @@ class Pool:
     def _fail(self, group: Group, answer: Answer | None, error: BaseException | None, step: _Step) -> None:
         """A task that ended in an error: its tiles go elsewhere, and a worker that fails too often goes without."""
         member = group.member
+        if answer is not None and answer.is_closed:
+            if group.step == step.number:
+                self._return(group, step)
+            self._members.ask_again(member)
+            return
         said = answer.error if answer is not None else f"{type(error).__name__}: {error}".partition("\n")[0]
         member.failures += 1
         if group.step == step.number:
@@ -235,12 +241,25 @@ class Pool:
         back = {n for n in group.numbers if n in step.tiles and n not in elsewhere}
         step.waiting = sorted({*step.waiting, *back})
 
+    def _open_here(self) -> Runner:
+        """The runner of this process, whose bits are compared with the workers'."""
+        local, probe = self._stack.enter_context(self._open_local()), self._members.probe
+        own = digest_of(torch.stack(list(local.predict(probe.step, [probe.tile]))).numpy())
+        if self._members.digest is None:
+            self._members.digest = own  # whoever comes later has to compute the same
+        elif own != self._members.digest:
+            self._note(
+                "this processor computes other bits than the workers': the picture is neither quite the one that they would "
+                "make nor the one of this machine alone"
+            )
+        return local
+
     def _predict_here(self, numbers: Sequence[int], step: _Step) -> None:
         """In this process."""
         if self._local is None:
             if self._members.is_deserted:
                 self._note("no worker is left: this process predicts alone")
-            self._local = self._stack.enter_context(self._open_local())
+            self._local = self._open_here()
         tiles = [step.tiles[n] for n in numbers]
         for number, prediction in zip(numbers, self._local.predict(step.number, tiles), strict=True):
             self._answer(number, prediction, step)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tiler.cluster.shared import SharedJob, Window
+from tiler.cluster.shared import SharedJob
 from tiler.denoiser import denoiser_id, open_denoiser
 from tiler.diffusion.prompts import Prompts
 from tiler.diffusion.runner import Runner, Tile
@@ -74,7 +74,6 @@ def _open_pool(cluster: Cluster, share: int, run: RenderRun, prompts: Prompts) -
         reads_text=bool(run.plan.family.encoders), embeds=bool(run.spoken.read_as.embeddings),
         texts=prompts.encoded,
     )  # fmt: skip
-    probe = _probe(run)
     with ExitStack() as stack:
         if is_local:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tiler-cluster-")))
@@ -86,8 +85,9 @@ def _open_pool(cluster: Cluster, share: int, run: RenderRun, prompts: Prompts) -
             may_come = partial(running, started)
         if cluster.where is Where.LISTEN:
             run.note(f"waiting for workers at {engine.address}")
-        asked = Probe(job.to_bytes(), run.plan.begin, Window.of(probe), probe.latents.numpy(), probe.region.samples)
-        members = Members(engine, asked, run.note, _PATIENCE, may_come)
+        asked = Probe(job.to_bytes(), run.plan.begin, _probe(run))
+        patience = None if run.request.cluster_only else _PATIENCE
+        members = Members(engine, asked, run.note, patience, may_come)
         pool = stack.enter_context(
             Pool(
                 members,

@@ -124,6 +124,13 @@ class ClusterOptions:
             Panel.CLUSTER, ("--cluster",), metavar="WHERE", default="this process alone",
         ),
     )  # fmt: skip
+    cluster_only: bool = option(
+        False,
+        Option(
+            "Wait for workers as long as there are none; else this process goes on alone after a minute.",
+            Panel.CLUSTER, ("--cluster-only",),
+        ),
+    )  # fmt: skip
     keys: Path | None = option(None, shared.KEYS)
     insecure: bool = option(False, shared.INSECURE)
 
