@@ -5,25 +5,31 @@ Each phase opens the weights it needs, works under the budget, and lets the weig
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
 from tiler import denoiser, encoding, events, interrupts, packing, previewing
 from tiler.decoding import FACTOR, method
+from tiler.decoding.frozen import Part
 from tiler.decoding.spool import Spool, bytes_in
 from tiler.denoiser import DenoiserRun, open_denoiser
-from tiler.diffusion import canvas, guide
+from tiler.diffusion import canvas, guide, stored, stored_files
 from tiler.diffusion.guide_picture import GuidePicture
 from tiler.diffusion.prompts import Prompts
 from tiler.diffusion.runner import Runner
+from tiler.diffusion.stored import StoredArray
+from tiler.diffusion.stored_canvas import Seeded, StoredDenoising
 from tiler.diffusion.tiles import Steps, region_span
 from tiler.encoding import Spoken
+from tiler.errors import StorageError
 from tiler.events import OnEvent, percent
 from tiler.files import check_writable
 from tiler.jobs.folder import Job
@@ -71,6 +77,20 @@ class RenderRun(DenoiserRun):
     texts: dict[str, str] = field(default_factory=dict)  # what the picture will say of itself
     workers: list[WorkerUse] = field(default_factory=list)  # of a cluster, that predicted tiles
     preview: Preview | None = None
+    files: ExitStack = field(default_factory=ExitStack)  # open until the picture is written
+
+    @cached_property
+    def stored_folder(self) -> Path:
+        """Where a canvas lies that memory does not hold: in the job, or, without one, in a folder that goes."""
+        folder = self.job.canvas_folder
+        if folder is None:
+            folder = Path(tempfile.mkdtemp(prefix="tiler-canvas-", dir=self.request.scratch_folder))
+            self.files.callback(stored_files.clear, folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(f"{folder}: cannot be made ({error.strerror}); choose another --scratch") from error
+        return folder
 
     @cached_property
     def model_id(self) -> str:
@@ -209,26 +229,50 @@ def make_guide(run: RenderRun, prompts: Prompts) -> Tensor | None:
         return _denoise(run, "guide", plan.guide_steps, prompts, None, 0, partial(open_denoiser, phase="guide"))
 
 
-def make_reference(run: RenderRun, picture: np.ndarray | None, guide_latents: Tensor | None) -> Tensor | None:
+def make_reference(
+    run: RenderRun, picture: np.ndarray | None, guide_latents: Tensor | None
+) -> Tensor | StoredArray | None:
     """The user's `picture`, or the guide, as latents of the canvas's size, (1, C, H, W) fp32 scaled; None without
     either."""
+    if run.plan.stored:
+        return _stored_reference(run, picture, guide_latents)
     if run.job.has_reference:
         return run.job.load_reference()
     if guide_latents is None and picture is None:
         return None
-    reference = _reference(run, picture, guide_latents)
+    (_, _, reference), *more = _reference_parts(run, picture, guide_latents)
+    assert not more, "a canvas in memory has one part"
     run.job.save_reference(reference)
     run.job.clear_spool()
     return reference
 
 
-def _reference(run: RenderRun, picture: np.ndarray | None, guide_latents: Tensor | None) -> Tensor:
+def _stored_reference(run: RenderRun, picture: np.ndarray | None, guide_latents: Tensor | None) -> StoredArray | None:
+    place = run.stored_folder / stored_files.REFERENCE
+    if not place.exists():
+        if guide_latents is None and picture is None:
+            return None
+        new = place.with_suffix(".new")
+        with StoredArray(new, run.plan.shape, new=True) as array:
+            for top, left, part in _reference_parts(run, picture, guide_latents):
+                array.put(part, top, left)
+            array.sync()
+        new.replace(place)
+        run.job.clear_spool()
+    return run.files.enter_context(StoredArray(place, run.plan.shape, new=False))
+
+
+def _reference_parts(run: RenderRun, picture: np.ndarray | None, guide_latents: Tensor | None) -> Iterator[Part]:
     request, plan = run.request, run.plan
     height, width = pixels_of(plan.canvas)
     spec, wraps = plan.family.autoencoder, request.wrap.axes
     if guide_latents is not None and request.guide_upscale is GuideUpscale.LATENT:
         assert plan.guide is not None
-        return guide.upscale(guide_latents, plan.guide, plan.canvas, wraps)
+        rows = stored.band_rows(plan.shape) if plan.stored else plan.canvas[0]
+        for top in range(0, plan.canvas[0], rows):
+            seen = slice(top, top + rows)
+            yield Part(top, 0, guide.upscale(guide_latents, plan.guide, plan.canvas, wraps, seen))
+        return
     vae, name = run.models.vae(spec), "guide picture"
     begin = picture if guide_latents is None else guide_latents
     assert begin is not None
@@ -254,7 +298,12 @@ def _reference(run: RenderRun, picture: np.ndarray | None, guide_latents: Tensor
         encoder = plan.methods[name]
         pixels = guide.crop_to_aspect(picture, height, width, box, wraps, encoder.margin_pixels)
         progress = percent(run.on_event, name)
-        return spec.scale(method.encode(encoder, vae, streamer, pixels, check=check, progress=progress, spool=spool))
+        held = dict[str, Any](check=check, progress=progress, spool=spool)
+        if not plan.stored:
+            yield Part(0, 0, spec.scale(method.encode(encoder, vae, streamer, pixels, **held)))
+            return
+        for top, left, part in method.encode_parts(encoder, vae, streamer, pixels, **held):
+            yield Part(top, left, spec.scale(part))
 
 
 OpenRunner = Callable[[RenderRun, Prompts], AbstractContextManager[Runner]]
@@ -262,8 +311,8 @@ OpenRunner = Callable[[RenderRun, Prompts], AbstractContextManager[Runner]]
 
 
 def denoise_canvas(
-    run: RenderRun, prompts: Prompts, reference: Tensor | None, open_runner: OpenRunner = open_denoiser
-) -> Tensor:
+    run: RenderRun, prompts: Prompts, reference: Tensor | StoredArray | None, open_runner: OpenRunner = open_denoiser
+) -> Tensor | StoredArray:
     """Mixture of Diffusers on the whole canvas: its final latents, (1, C, H, W) fp32 scaled."""
     plan = run.plan
     if plan.begin == run.request.num_inference_steps and run.request.strength > 0:
@@ -272,6 +321,10 @@ def denoise_canvas(
         run.note(f"the guide takes the place of the first {plan.begin} of {run.request.num_inference_steps} steps")
     previewing.learn_by_decoding(run, run.preview, run.request, plan.memory.peak_of("decode"))
     with run.phase("canvas", plan.canvas_samples):
+        if plan.stored:
+            assert not isinstance(reference, Tensor)
+            return _denoise_stored(run, prompts, reference, open_runner)
+        assert not isinstance(reference, StoredArray)
         return _denoise(run, "canvas", plan.canvas_steps, prompts, reference, plan.begin, open_runner)
 
 
@@ -280,8 +333,7 @@ def _denoise(
 ) -> Tensor:  # fmt: skip
     request, plan, steps = run.request, run.plan, run.request.num_inference_steps
     height, width = plan.canvas if phase == "canvas" or plan.guide is None else plan.guide[:2]
-    spans = ((region_span(r, plan.family.traits.patch), r.seed) for r in request.regions if phase == "canvas")
-    reseeded = [((slice(*rows), slice(*cols)), seed) for (rows, cols), seed in spans if seed is not None]
+    reseeded = [((part.rows, part.cols), part.seed) for part in _reseeded(run) if phase == "canvas"]
     noise, generator = canvas.initial_noise((1, plan.family.latent_channels, height, width), request.seed, reseeded)
     schedule = build_schedule(request, plan.family)
     latents = schedule.start(noise, reference, begin)
@@ -293,15 +345,45 @@ def _denoise(
     if not denoising.take_up(run.job):  # a job that has this phase opens no weights for it
         return denoising.latents
     with interrupts.deferred(), open_runner(run, prompts) as runner:
-        total = tiles.samples
-        with closing(denoising.run(runner, run.job)) as loop:
-            for state in loop:
-                detail = f"step {state.step + 1}/{steps}, {state.samples}/{state.total} tile passes"
-                run.on_event(events.Progress(name=phase, done=denoising.samples_done, total=total, detail=detail))
+        _advance(run, phase, denoising, runner, tiles.samples)
     return denoising.latents
 
 
-def save_canvas(run: RenderRun, latents: Tensor) -> None:
+def _denoise_stored(
+    run: RenderRun, prompts: Prompts, reference: StoredArray | None, open_runner: OpenRunner
+) -> StoredArray:
+    request, plan = run.request, run.plan
+    if run.preview is not None:
+        run.note("no preview is shown of a canvas that lies in files")
+    denoising = run.files.enter_context(
+        StoredDenoising(
+            run.stored_folder, plan.shape, plan.canvas_steps, build_schedule(request, plan.family), request.seed,
+            reseeded=_reseeded(run), reference=reference, begin=plan.begin,
+        )
+    )  # fmt: skip
+    if denoising.step < denoising.end:
+        with interrupts.deferred(), open_runner(run, prompts) as runner:
+            _advance(run, "canvas", denoising, runner, plan.canvas_samples)
+    return denoising.latents
+
+
+def _reseeded(run: RenderRun) -> list[Seeded]:
+    spans = ((region_span(r, run.plan.family.traits.patch), r.seed) for r in run.request.regions)
+    return [Seeded(slice(*rows), slice(*cols), seed) for (rows, cols), seed in spans if seed is not None]
+
+
+def _advance(
+    run: RenderRun, phase: str, denoising: canvas.Denoising | StoredDenoising, runner: Runner, total: int
+) -> None:
+    """To the end, telling of each tile."""
+    steps = run.request.num_inference_steps
+    with closing(denoising.run(runner, run.job)) as loop:
+        for state in loop:
+            detail = f"step {state.step + 1}/{steps}, {state.samples}/{state.total} tile passes"
+            run.on_event(events.Progress(name=phase, done=denoising.samples_done, total=total, detail=detail))
+
+
+def save_canvas(run: RenderRun, latents: Tensor | StoredArray) -> None:
     """Write --save-latents' file, where one was asked for."""
     if (path := run.request.save_latents) is not None:
         save_latents(path, latents, picture_facts(run), force=run.request.force or run.job.resumed)
@@ -313,6 +395,6 @@ def picture_facts(run: RenderRun) -> dict[str, str]:
     return {name: str(pixels) for name, pixels in box} | run.texts
 
 
-def remembered(run: RenderRun, latents: Tensor) -> Spool | None:
+def remembered(run: RenderRun, latents: Tensor | StoredArray) -> Spool | None:
     """Where the run's job keeps the passes of decoding `latents`, if it can."""
     return remember(run.job.spool, "the decoder", run.plan.methods["decode"], latents, run.on_event, run.note)

@@ -56,7 +56,7 @@ def render(request: RenderRequest, budget: Budget | None = None, on_event: OnEve
         lean_imports.freeze_imports()
         # Holes in the heap count as data though no page of them is resident: 315 MB were seen under a ceiling of 800
         # MB.
-        with process.limit_data(max(0, budget.max_bytes - process.read_rss().now) + budget.max_bytes):
+        with run.files, process.limit_data(max(0, budget.max_bytes - process.read_rss().now) + budget.max_bytes):
             run.texts = reports.texts(run)  # before the first step: whatever cannot be written is found now
             reports.begin_job(run)
             if job.is_finished:
@@ -70,7 +70,7 @@ def render(request: RenderRequest, budget: Budget | None = None, on_event: OnEve
             latents = phases.denoise_canvas(run, prompts, reference, open_runner)
             phases.save_canvas(run, latents)
             # An error of the writer's must not leave the decoder's scratch files open.
-            unscaled = pixels.Unscaled(latents, run.plan.decoder)
+            unscaled = pixels.unscaled(latents, run.plan.decoder)
             spool = phases.remembered(run, latents)
             with closing(pixels.decode(run, run.decoding, unscaled, spool)) as rows:
                 wanted = run.request

@@ -16,7 +16,8 @@ from tiler.diffusion.canvas import Denoising, initial_noise
 from tiler.diffusion.runner import Tile
 from tiler.diffusion.schedulers import DiffusersSchedule
 from tiler.diffusion.stored import StoredArray, TileLog, chunks
-from tiler.diffusion.stored_canvas import Seeded, StoredDenoising, clear, has_begun, tensor_of
+from tiler.diffusion.stored_canvas import Seeded, StoredDenoising, tensor_of
+from tiler.diffusion.stored_files import clear, has_begun
 from tiler.diffusion.tiles import Steps, plan_tiles
 from tiler.errors import JobError
 from tiler.events import NoJournal
@@ -89,7 +90,7 @@ def in_files(
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks and bands that a small canvas has many of."""
     monkeypatch.setattr(stored_canvas, "chunks", lambda count: chunks(count, 16 * 17))
-    monkeypatch.setattr(stored_canvas, "BAND", 4 * SIDES[1] * 5)
+    monkeypatch.setattr(stored, "BAND", 4 * SIDES[1] * 5)
 
 
 @pytest.mark.parametrize("scheduler", [s for s in Scheduler if s is not Scheduler.AUTO])
@@ -174,7 +175,7 @@ def test_predictions_that_are_torn_are_not_counted(tmp_path: Path) -> None:
 
 def test_memory_does_not_grow_with_the_canvas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stored_canvas, "chunks", chunks)
-    monkeypatch.setattr(stored_canvas, "BAND", 2**18)
+    monkeypatch.setattr(stored, "BAND", 2**18)
 
     def grown(side: int) -> int:
         asked = request(height=8 * side, width=8 * side, num_inference_steps=1)

@@ -24,6 +24,7 @@ from tiler.weights.index import read_into
 
 Shape = tuple[int, int, int, int]
 CHUNK = 2**18  # elements at a time; of noise a multiple of 16, which torch draws together
+BAND = 2**21  # elements of the rows that are blended together
 _FLOAT = 4  # bytes
 
 
@@ -43,12 +44,18 @@ def chunks(count: int, size: int = CHUNK) -> Iterator[Span]:
     yield from (Span(first, last) for first, last in pairwise((0, *ends, count)))
 
 
+def band_rows(shape: Shape) -> int:
+    """How many rows of a canvas are worked on together."""
+    return max(1, BAND // (shape[1] * shape[3]))
+
+
 class StoredArray:
     """An array of `shape` (1, C, h, w) fp32 in the file `path`, zeros where it is new. A context manager. Raises
     StorageError."""
 
     def __init__(self, path: Path, shape: Shape, *, new: bool) -> None:
-        self.path, self.shape, self.count = path, shape, math.prod(shape)
+        self.path, self.count = path, math.prod(shape)
+        self.shape: tuple[int, ...] = shape
         try:
             self._fd = os.open(path, os.O_RDWR | (os.O_CREAT | os.O_TRUNC if new else 0) | os.O_CLOEXEC, 0o600)
             if new:
@@ -77,6 +84,10 @@ class StoredArray:
         except OSError as error:
             raise _failed(self.path, error) from error
 
+    def parts(self) -> Iterator[Tensor]:
+        """All elements in the file's order, (1, 1, 1, n) each."""
+        return map(self.flat, chunks(self.count))
+
     def flat(self, span: Span) -> Tensor:
         """Elements in the file's order, (1, 1, 1, n)."""
         found = torch.empty(1, 1, 1, span.last - span.first)
@@ -96,6 +107,10 @@ class StoredArray:
             _read(self._fd, self.path, rows, self._at(channel, first, 0))
         return found
 
+    def widened(self, rows: int, cols: int) -> Widened:
+        """With so many rows and columns more on each side, which are the other side's."""
+        return Widened(self, rows, cols)
+
     def put(self, part: Tensor, top: int, left: int) -> None:
         """Write (1, C, h, w), whose first element belongs at this row and column."""
         width = part.shape[3]
@@ -110,13 +125,13 @@ class StoredArray:
         """(1, C, height, width) from this row and column on, which goes on at the other side beyond the border."""
         found = torch.empty(1, self.shape[1], height, width)
         left %= self.shape[3]
-        here = min(width, self.shape[3] - left)
+        ends = [*range(self.shape[3] - left, width, self.shape[3])]  # where it begins again at column 0
+        pieces = list(pairwise((0, *ends, width)))
         for channel, rows in enumerate(found[0]):
             for number, row in enumerate(rows):
                 line = (top + number) % self.shape[2]
-                _read(self._fd, self.path, row[:here], self._at(channel, line, left))
-                if here < width:
-                    _read(self._fd, self.path, row[here:], self._at(channel, line, 0))
+                for first, last in pieces:
+                    _read(self._fd, self.path, row[first:last], self._at(channel, line, 0 if first else left))
         return found
 
     def scatter(self, first: int, values: Tensor, top: int, left: int, height: int, width: int) -> None:
@@ -133,6 +148,19 @@ class StoredArray:
     def _at(self, channel: int, row: int, column: int) -> int:
         _, _, height, width = self.shape
         return _FLOAT * ((channel * height + row) * width + column)
+
+
+class Widened:
+    """A canvas that goes on beyond its borders, as `Latents` of decoding."""
+
+    def __init__(self, array: StoredArray, rows: int, cols: int) -> None:
+        self._array, self._rows, self._cols = array, rows, cols
+        _, channels, height, width = array.shape
+        self.shape = (1, channels, height + 2 * rows, width + 2 * cols)
+
+    def __getitem__(self, index: tuple[slice, slice, slice]) -> Tensor:
+        first, last, _ = index[2].indices(self.shape[2])
+        return self._array.crop(first - self._rows, -self._cols, max(0, last - first), self.shape[3])
 
 
 class TileLog:

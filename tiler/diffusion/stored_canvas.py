@@ -19,18 +19,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tiler.diffusion import stored
 from tiler.diffusion.canvas import StepDone
 from tiler.diffusion.runner import Runner, Tile
 from tiler.diffusion.schedulers import DiffusersSchedule, SchedulerState
 from tiler.diffusion.stored import Shape, StoredArray, TileLog, chunks
+from tiler.diffusion.stored_files import BLENDED, LATENTS, PREDICTIONS, SCHEDULER, STATE
 from tiler.diffusion.tiles import Tiles
 from tiler.errors import JobError
 from tiler.events import Journal
 from tiler.files import replace_durably
-
-BAND = 2**21  # elements of a band that is blended
-_STATE = "canvas.json"
-_FILES = ("latents.*", "scheduler.*", "blended", "predictions.*", "reference*", f"{_STATE}*")
 
 
 class Seeded(NamedTuple):
@@ -56,10 +54,10 @@ class StoredDenoising:
         self._arrays: dict[str, StoredArray] = {}  # what the scheduler remembers of each latent
         self._single: dict[str, Tensor] = {}  # and of the whole
         self._log: TileLog | None = None
-        if (folder / _STATE).exists():
+        if (folder / STATE).exists():
             self._resume()
         else:
-            self.latents = self._open("latents", begin, new=True)
+            self.latents = self._open(LATENTS, begin, new=True)
             self._draw(reseeded, reference)
             self._numbers = schedule.state().numbers
             self._save()
@@ -97,7 +95,7 @@ class StoredDenoising:
     def _one_step(self, runner: Runner) -> Iterator[StepDone]:
         step, regions = self.step, self._steps[self.step - self._begin]
         shape = self._shape[1], *regions.tile
-        with TileLog(self._folder / f"predictions.{step}", shape, new=False) as log:
+        with TileLog(self._folder / f"{PREDICTIONS}.{step}", shape, new=False) as log:
             self._log, first = log, log.count
             samples, total = regions.samples_of(first), regions.samples
             self._schedule.renew(SchedulerState(self._numbers, {}))
@@ -115,7 +113,7 @@ class StoredDenoising:
                         samples = regions.samples_of(log.count)
                         yield StepDone(step, samples, total, None)
             assert log.count == len(regions), "a runner answers for every tile"
-            with StoredArray(self._folder / "blended", self._shape, new=True) as blended:
+            with StoredArray(self._folder / BLENDED, self._shape, new=True) as blended:
                 self._blend(regions, log, blended)
                 self._move(blended)
         self._log = None
@@ -125,7 +123,7 @@ class StoredDenoising:
     def _blend(self, regions: Tiles, log: TileLog, blended: StoredArray) -> None:
         """Σ m_r ε_r / Σ m_r of all tiles."""
         _, channels, height, width = self._shape
-        rows = max(1, BAND // (channels * width))
+        rows = stored.band_rows(self._shape)
         for first in range(0, height, rows):
             last = min(height, first + rows)
             band = torch.zeros(1, channels, last - first, width)
@@ -144,7 +142,7 @@ class StoredDenoising:
         """The scheduler's step, a chunk at a time, and all that it remembers of each."""
         step, following = self.step, self.step + 1
         with ExitStack() as stack:
-            latents = stack.enter_context(StoredArray(self._path("latents", following), self._shape, new=True))
+            latents = stack.enter_context(StoredArray(self._path(LATENTS, following), self._shape, new=True))
             arrays: dict[str, StoredArray] = {}
             numbers: dict[str, Any] = {}
             single: dict[str, Tensor] = {}
@@ -160,15 +158,15 @@ class StoredDenoising:
                     if name in single:
                         continue
                     if name not in arrays:
-                        new = StoredArray(self._path(f"scheduler.{name}", following), self._shape, new=True)
+                        new = StoredArray(self._path(f"{SCHEDULER}.{name}", following), self._shape, new=True)
                         arrays[name] = stack.enter_context(new)
                     arrays[name].set_flat(span, tensor)
             for array in (latents, *arrays.values()):
                 array.sync()
         self._stack.close()
         self.step, self._numbers, self._single = following, numbers, single
-        self.latents = self._open("latents", following)
-        self._arrays = {name: self._open(f"scheduler.{name}", following) for name in arrays}
+        self.latents = self._open(LATENTS, following)
+        self._arrays = {name: self._open(f"{SCHEDULER}.{name}", following) for name in arrays}
         self._save()
 
     def _draw(self, reseeded: Sequence[Seeded], reference: StoredArray | None) -> None:
@@ -204,11 +202,11 @@ class StoredDenoising:
             "single": {name: [str(t.dtype).removeprefix("torch."), t.tolist()] for name, t in self._single.items()},
             "generator": bytes(self._generator.get_state().tolist()).hex(),
         }  # fmt: skip
-        replace_durably(self._folder / _STATE, [json.dumps(said).encode()])
+        replace_durably(self._folder / STATE, [json.dumps(said).encode()])
 
     def _resume(self) -> None:
         try:
-            said = json.loads((self._folder / _STATE).read_bytes())
+            said = json.loads((self._folder / STATE).read_bytes())
             step, names, numbers = int(said["step"]), list(said["arrays"]), dict(said["numbers"])
             generator = torch.tensor(list(bytes.fromhex(said["generator"])), dtype=torch.uint8)
             single = {
@@ -216,15 +214,15 @@ class StoredDenoising:
             }
             is_ours = tuple(said["shape"]) == self._shape and self._begin <= step <= self.end
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise JobError(f"{self._folder / _STATE}: the job is damaged; begin anew with --restart") from error
+            raise JobError(f"{self._folder / STATE}: the job is damaged; begin anew with --restart") from error
         if not is_ours:
-            raise JobError(f"{self._folder / _STATE} is of another canvas; begin anew with --restart")
+            raise JobError(f"{self._folder / STATE} is of another canvas; begin anew with --restart")
         chunk = torch.zeros(1, 1, 1, 16)
         self._schedule.start(chunk, None if not self._begin else chunk, self._begin)
         self.step, self._numbers, self._single = step, numbers, single
         self._generator.set_state(generator)
-        self.latents = self._open("latents", step)
-        self._arrays = {name: self._open(f"scheduler.{name}", step) for name in names}
+        self.latents = self._open(LATENTS, step)
+        self._arrays = {name: self._open(f"{SCHEDULER}.{name}", step) for name in names}
 
     def _note(self, journal: Journal) -> None:
         """Tell how far this is; only the step's predictions may not be on the disk yet."""
@@ -237,23 +235,9 @@ class StoredDenoising:
 
     def _remove(self, step: int) -> None:
         """What a step before has left."""
-        for path in (*self._folder.glob(f"*.{step}"), self._folder / "blended"):
+        for path in (*self._folder.glob(f"*.{step}"), self._folder / BLENDED):
             with suppress(OSError):
                 os.unlink(path)
-
-
-def has_begun(folder: Path) -> bool:
-    """Whether a canvas lies there."""
-    return (folder / _STATE).exists()
-
-
-def clear(folder: Path) -> None:
-    """Remove a canvas, and the folder if nothing else is in it."""
-    with suppress(OSError):
-        for pattern in _FILES:
-            for path in folder.glob(pattern):
-                path.unlink(missing_ok=True)
-        folder.rmdir()
 
 
 def bytes_of(shape: Shape, tiles: int, tile: tuple[int, int]) -> int:

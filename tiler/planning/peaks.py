@@ -221,13 +221,22 @@ class VaePeaks:
             return choose(wanted, self.module, self._streamer, latents, space, encoding=encoding, wrap=wrap)
 
     def phase(
-        self, name: str, latents: tuple[int, int], method: DecodePlan, source_pixels: int = 0, *, held: int = 1
+        self,
+        name: str,
+        latents: tuple[int, int],
+        method: DecodePlan,
+        source_pixels: int = 0,
+        *,
+        held: int = 1,
+        stored: bool = False,
     ) -> PhasePlan:
         """Decoding latents of (height, width), or encoding a picture of `source_pixels` enlarged to their size. Rows of
         the large picture come and go; the latents are `held` once, or not where a file has them, also with a margin, or
-        being put together of bands and scaled."""
+        being put together of bands and scaled; where they are `stored`, bands are read and written."""
         area = math.prod(n + 2 * m for n, m in zip(latents, method.margin, strict=True))
         copies = 3 if method.encoding else 2 if any(method.margin) else held
+        if stored and not (method.encoding and method.by_layers):
+            copies = 0
         terms = [
             Term(name=ACTIVATIONS, nbytes=method.memory_bytes),
             Term(name="latents", nbytes=4 * copies * self.module.config.latent_channels * area),
