@@ -1,4 +1,4 @@
-"""What `tiler decode` does before its one phase: open saved latents, and plan."""
+"""The preparation of `tiler decode` before its only phase: open saved latents, and plan."""
 
 from __future__ import annotations
 
@@ -25,8 +25,7 @@ from tiler.run import Run, measure
 
 @dataclass(kw_only=True)
 class DecodeRun(Run):
-    """One decoding of saved latents under way. `width` and `height` in pixels; `texts` are what the picture says of
-    itself."""
+    """A decoding of saved latents in progress. `width` and `height` in pixels; `texts` are the picture's metadata."""
 
     output: Path
     width: int

@@ -1,4 +1,4 @@
-"""What `tiler encode` does: prompts through a checkpoint's text encoders into a file."""
+"""The steps of `tiler encode`: run prompts through a checkpoint's text encoders and write the result to a file."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tiler.run import Run, measure
 
 @dataclass(kw_only=True)
 class EncodeRun(Run):
-    """One encoding under way."""
+    """An encoding in progress."""
 
     request: EncodeRequest
     output: Path
@@ -38,7 +38,7 @@ class EncodeRun(Run):
 
 
 def start(request: EncodeRequest, budget: Budget, on_event: OnEvent) -> EncodeRun:
-    """Check that the file can be written, look for prompts that are encoded already, and plan. Raises TilerError."""
+    """Check that the file can be written, look for prompts that are already encoded, and plan. Raises TilerError."""
     output = request.output or Path("words.safetensors")
     check_writable(output, force=request.force)
     family = families.open_family(request)
@@ -70,7 +70,7 @@ def start(request: EncodeRequest, budget: Budget, on_event: OnEvent) -> EncodeRu
 
 
 def _renders(request: EncodeRequest) -> list[RenderRequest]:
-    """What may be rendered of the prompts: each under each negative prompt, and under none."""
+    """The renders that the file should allow: each prompt with each negative prompt, and without one."""
     own = {field.name for field in fields(EncodeRequest)} & {field.name for field in fields(RenderRequest)}
     shared = {name: getattr(request, name) for name in own - {"output", "force"}}
     negatives = (*request.negative_prompts, None)
@@ -78,7 +78,7 @@ def _renders(request: EncodeRequest) -> list[RenderRequest]:
 
 
 def _texts(request: ResolvedRequest) -> list[Text]:
-    """All that a render may say at any step, whatever their number, with and without a negative prompt."""
+    """All texts that such renders may need at any step, for any number of steps, with and without a negative prompt."""
     wording = Wording(canvas_conditions(request), Stage(MAX_STEPS))
     return [*dict.fromkeys(wording.texts()), None]
 

@@ -1,4 +1,4 @@
-"""Prompts → embeddings: out of a file or the cache where they are there, else by the family's text encoders."""
+"""Encoded prompts, from a file, from the cache, or from the family's text encoders."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ Weights = Mapping[str, tuple[dict[str, TensorInfo], Names]]
 
 @dataclass(frozen=True, kw_only=True)
 class Spoken:
-    """All texts of a run, how they are read or were `read_as`, those that are `encoded` already, and the `cache` that
-    keeps the others once they are."""
+    """All texts of a run, how they are `read_as`, the ones that are already `encoded`, and the `cache` that stores the
+    others after encoding."""
 
     texts: Sequence[Text]
     reading: Reading
@@ -42,8 +42,8 @@ class Spoken:
 
 
 def with_words(request: RenderRequest, words: Words | None) -> RenderRequest:
-    """The request with what its file of encoded prompts says where it says nothing itself: what to draw, what not, and
-    how these were read. Raises UsageError where it asks for another reading."""
+    """Fill gaps of the request from its file of encoded prompts: the prompt, the negative prompt, and the way in which
+    they were parsed. Raises UsageError if the request asks for other parsing."""
     if words is None:
         return request
     was = words.read_as
@@ -65,15 +65,16 @@ def with_words(request: RenderRequest, words: Words | None) -> RenderRequest:
 
 
 def precision_of(request: ResolvedRequest, family: Family) -> Precision:
-    """As the plan will have it."""
+    """The precision that the plan will choose."""
     return choose_precision(request.precision, family, onednn.int8(), bf16=has_bf16())[0]
 
 
 def find_prompts(
     request: ResolvedRequest, models: Models, texts: Sequence[Text], words: Words | None, *, int8: bool | None = None
 ) -> Spoken:
-    """What is to be encoded, and what of it is already. Weights are read in int8 where the request's denoiser is,
-    unless `int8` says otherwise. Raises UsageError where `words` were given and have not all of the texts."""
+    """Find the texts to encode, and those that are already encoded. Encoder weights are read in int8 if the request's
+    denoiser is int8, unless `int8` says otherwise. Raises UsageError if `words` are given but lack some of the
+    texts."""
     family = models.family
     if words is not None:
         words.check(family)
@@ -93,8 +94,8 @@ def find_prompts(
 
 
 def encode_prompts(run: Run, weights: Weights, spoken: Spoken) -> dict[Text, Encoded]:
-    """The embeddings of all texts; those that are not known yet by one read of the text encoders, and kept. The user is
-    told what is to be said of them."""
+    """The embeddings of all texts. Missing ones are encoded in one read of the text encoders, and cached. Notes about
+    the prompts go to the user."""
     missing = [text for text in spoken.texts if text not in spoken.encoded]
     found = dict(spoken.encoded) | _encode(run, weights, missing, spoken.reading)
     if missing and spoken.cache is not None:
@@ -128,5 +129,5 @@ def _encode(run: Run, weights: Weights, texts: Sequence[Text], reading: Reading)
 
 
 def _quotes(note: str, text: Text) -> bool:
-    """Whether a note is of this text, which it quotes as given or as some families clean it."""
+    """Whether a note is about this text: it quotes the text as given, or as some families clean it."""
     return text is not None and any(repr(form[:40]) in note for form in (text, text.lower().strip()))

@@ -1,4 +1,5 @@
-"""What a user can act on. Each error says what happened, the value, and what to do next; each has its exit code."""
+"""Errors that a user can act on. Each message says what happened, which value caused it and what to do next; each class
+has its own exit code."""
 
 from __future__ import annotations
 
@@ -42,7 +43,7 @@ class StorageError(TilerError):
 
 
 class NameTaken(StorageError):
-    """A finished file could not take its name and lies at `kept` instead: nothing is lost."""
+    """A finished file could not get its name and was left at `kept` instead, so nothing is lost."""
 
     def __init__(self, message: str, kept: Path) -> None:
         super().__init__(message)
@@ -50,8 +51,8 @@ class NameTaken(StorageError):
 
 
 class Interrupted(SystemExit):
-    """SIGINT, SIGTERM or SIGHUP. Its code is 128 and the signal's number. Libraries that turn a KeyboardInterrupt into
-    silence leave it alone."""
+    """SIGINT, SIGTERM or SIGHUP; the exit code is 128 plus the signal's number. A SystemExit, because some libraries
+    swallow KeyboardInterrupt."""
 
     def __init__(self, number: int) -> None:
         super().__init__(128 + number)
@@ -64,7 +65,7 @@ class NumericalError(TilerError):
 
 
 class JobLocked(TilerError):
-    """Another process works on the same job."""
+    """Another process is working on the same job."""
 
     exit_code = 8
 

@@ -1,5 +1,5 @@
-"""What a long phase tells while it runs, and where it saves what it could not bear to lose. The CLI draws the events; a
-library's caller may ignore them."""
+"""Events that a long phase reports while it runs, and the journal in which it saves its state. The command line draws
+the events; a library's caller may ignore them."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any, Protocol
 @dataclass(frozen=True, kw_only=True)
 class PhaseStarted:
     name: str
-    total: int  # steps of the finest grain that Progress will count
+    total: int  # units that Progress counts
 
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """`done` of `total` grains of a phase: UNet samples, or latent rows."""
+    """`done` of `total` units of a phase: denoiser samples, or latent rows."""
 
     name: str
     done: int
@@ -40,7 +40,7 @@ class Note:
 
 @dataclass(frozen=True, kw_only=True)
 class Saved:
-    """The run could go on from here: `where` is "canvas step 12/20"."""
+    """The state was saved, and the run can continue from here: `where` is like "canvas step 12/20"."""
 
     where: str
 
@@ -51,7 +51,7 @@ OnEvent = Callable[[Event], None]
 
 
 def percent(on_event: OnEvent, phase: str) -> Callable[[float], None]:
-    """Progress in whole percents, each told once."""
+    """Return a function that reports progress in whole percent, each value once."""
     told = -1
 
     def tell(share: float) -> None:
@@ -64,22 +64,22 @@ def percent(on_event: OnEvent, phase: str) -> Callable[[float], None]:
 
 
 Tensors = Mapping[str, Any]
-"""Tensors of torch, which this module does not know, by name."""
+"""torch tensors by name; this module does not import torch."""
 
 
 class Journal(Protocol):
-    """Where a phase saves its state, so that a run that was stopped can go on."""
+    """The place where a phase saves its state, so that an interrupted run can continue."""
 
     def load(self, name: str) -> Tensors | None:
-        """What was saved last under `name`; None if nothing was."""
+        """Return what was last saved under `name`, or None."""
         ...
 
     def save(self, name: str, tensors: Tensors, where: str) -> None:
-        """`where` says to people how far the phase is."""
+        """Save `tensors` under `name`; `where` describes the progress of the phase to people."""
         ...
 
     def due(self) -> bool:
-        """Whether the last save is so long ago that it is time for another."""
+        """Whether enough time has passed since the last save."""
         ...
 
 

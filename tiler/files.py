@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all: written beside their place, flushed, then named."""
+"""Write files atomically: each is written under another name in its folder, flushed, and then renamed."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _written: list[Path] = []
 
 
 def written() -> tuple[Path, ...]:
-    """The files that this process has finished so far, by the names they were asked for."""
+    """The files that this process has finished so far, under the names that were asked for."""
     return tuple(_written)
 
 
 def check_writable(path: Path, *, force: bool, option: str = "--output") -> None:
-    """Before any work: the file may be written there, which is tried under another name beside it. Raises UsageError or
-    StorageError."""
+    """Check before any work that the file can be written, by creating a file of another name in its folder. Raises
+    UsageError or StorageError."""
     try:
         target = _target(path)
         if target.is_dir():
@@ -51,7 +51,7 @@ def check_writable(path: Path, *, force: bool, option: str = "--output") -> None
 
 
 def replace_durably(path: Path, parts: Iterable[bytes | memoryview]) -> None:
-    """Write a file of the program's own, which has either its old or its new content whatever happens, power cuts
+    """Write a file of the program's own that has either its old or its new content whatever happens, power cuts
     included. Raises StorageError."""
     temp = path.with_name(f"{path.name}.new")
     try:
@@ -71,7 +71,7 @@ def replace_durably(path: Path, parts: Iterable[bytes | memoryview]) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Ask the disk to keep the folder's names; not every system can."""
+    """Flush a folder's entries to disk; not every system can."""
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -84,12 +84,10 @@ def sync_folder(folder: Path) -> None:
 def atomic(
     path: Path, *, replace: bool = True, on_whole: Callable[[os.stat_result], None] = lambda whole: None
 ) -> Iterator[BinaryIO]:
-    """A binary file that takes its name only when the block ends well; a symbolic link stays, its target is written.
-    `on_whole` is told of the file when all of it is on the disk, just before it takes its name.
-
-    Without `replace`, a file that has meanwhile appeared under that name is kept. Whatever keeps the finished file from
-    its name, it stays under a similar one: NameTaken says which. Raises StorageError.
-    """
+    """A binary file that gets its name only when the context ends without an error. A symbolic link is kept, and its
+    target is replaced. `on_whole` is called with the complete file on disk, just before it is renamed. Without
+    `replace`, a file that has appeared under the name in the meantime is kept. If anything prevents the rename, the
+    finished file stays under a similar name, which NameTaken reports. Raises StorageError."""
     try:
         target = _target(path)
         with _hidden(target) as file:
@@ -114,7 +112,7 @@ def atomic(
 
 
 def _target(path: Path) -> Path:
-    """Where a file of that name lies in the end: links are followed, the last of them too. Raises OSError."""
+    """The path that a name finally refers to, with all links followed. Raises OSError."""
     target = Path(os.path.realpath(path))
     if target.is_symlink():  # realpath gives up on links that go in circles
         raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
@@ -122,7 +120,7 @@ def _target(path: Path) -> Path:
 
 
 def _try_name(target: Path) -> None:
-    """Raises OSError for a name that the file system does not take: too long, or with letters that it does not know."""
+    """Raise OSError for a name that the file system rejects because of its length or its characters."""
     with suppress(FileNotFoundError):
         os.lstat(target)
 
@@ -133,8 +131,8 @@ def _beside(target: Path) -> Path:
 
 @contextmanager
 def _hidden(target: Path) -> Iterator[BinaryIO]:
-    """A new file in the folder of `target`. It has no name where the system allows that, so that a killed process
-    leaves nothing; else a hidden one. The hidden name is removed at the end."""
+    """A new temporary file in the folder of `target`: without a name if the system supports that, so that a killed
+    process leaves nothing behind, else with a hidden name, which is removed at the end."""
     temp = _beside(target)
     handle = _nameless(target)
     try:
@@ -152,7 +150,8 @@ def _hidden(target: Path) -> Iterator[BinaryIO]:
 
 
 def _nameless(target: Path) -> int:
-    """A new file without a name, -1 where the file system knows none or cannot give it one later."""
+    """The descriptor of a new file without a name, or -1 if the file system cannot create one or cannot name it
+    later."""
     if not hasattr(os, "O_TMPFILE") or not os.path.isdir("/proc/self/fd"):
         return -1
     handles: list[int] = []
@@ -172,7 +171,8 @@ def _nameless(target: Path) -> int:
 
 
 def _linked(file: BinaryIO, target: Path) -> Path:
-    """Flush a file to the disk. Its hidden name: a file without one can be named once only, so that comes first."""
+    """Flush a file to disk and return its hidden name. A file without a name gets one here, because it can be linked
+    only once."""
     _flush(file)
     if not str(file.name).startswith("/proc/self/fd/"):
         return Path(file.name)
@@ -182,7 +182,7 @@ def _linked(file: BinaryIO, target: Path) -> Path:
 
 
 def _flush(file: BinaryIO) -> None:
-    """Raises OSError where the disk has lost what was written."""
+    """Flush a file to disk. Raises OSError if the disk lost data."""
     file.flush()
     try:
         os.fsync(file.fileno())
@@ -192,8 +192,8 @@ def _flush(file: BinaryIO) -> None:
 
 
 def _name(source: Path, target: Path, *, replace: bool) -> None:
-    """Rename a file. Raises FileExistsError when `target` is there and `replace` is false, and OSError; the file then
-    keeps its old name."""
+    """Rename a file. Raises FileExistsError if `target` exists and `replace` is false, and OSError; the file then keeps
+    its old name."""
     if replace:
         os.replace(source, target)
     else:
@@ -210,7 +210,7 @@ def _name(source: Path, target: Path, *, replace: bool) -> None:
 
 
 def _spare_name(source: Path, target: Path) -> Path:
-    """Rename a finished file like `target`, with the first number that is free. Raises OSError."""
+    """Rename a finished file to a name like `target` with the first free number. Raises OSError."""
     for number in range(2, 1000):
         other = target.with_stem(f"{target.stem}-{number}")
         try:

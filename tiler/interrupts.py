@@ -1,5 +1,5 @@
-"""How a run is stopped from outside: a signal's handler only takes note, and the work under way ends where nothing is
-torn."""
+"""How a run is stopped from outside: the signal handler only sets a flag, and the work stops at a point where no data
+is left half-written."""
 
 from __future__ import annotations
 
@@ -10,37 +10,36 @@ from tiler.errors import Interrupted
 
 
 class _Wishes:
-    """What signals have asked of this process."""
+    """Requests that signals have made to this process."""
 
     stop = 0  # the signal's number
     save = False
-    deferred = 0  # blocks that want to end by themselves
+    deferred = 0  # active `deferred` contexts
 
 
 _wishes = _Wishes()
 
 
 def stop(number: int) -> None:
-    """Called by the handler of signal `number`: raises Interrupted at once, or from the next `check` inside
-    `deferred`."""
+    """Handle signal `number`: raise Interrupted at once, or, inside `deferred`, at the next `check`."""
     if not _wishes.deferred:
         raise Interrupted(number)
     _wishes.stop = number
 
 
 def ask_to_save() -> None:
-    """Called by a handler: what can be saved is saved at the next opportunity, and the run goes on."""
+    """Called by a signal handler: the state is saved at the next opportunity, and the run continues."""
     _wishes.save = True
 
 
 def take_save() -> bool:
-    """Whether saving was asked for; the next call says no."""
+    """Whether a save was requested. Reading the flag clears it."""
     asked, _wishes.save = _wishes.save, False
     return asked
 
 
 def check() -> None:
-    """Raise Interrupted where a stop is waiting."""
+    """Raise Interrupted if a stop is pending."""
     if _wishes.stop:
         number, _wishes.stop = _wishes.stop, 0
         raise Interrupted(number)
@@ -48,7 +47,7 @@ def check() -> None:
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """While the block lasts, a stop waits for a call of `check`, or for the block's end."""
+    """Within this context, a stop waits until `check` is called or the context ends."""
     _wishes.deferred += 1
     try:
         yield

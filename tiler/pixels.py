@@ -1,4 +1,4 @@
-"""From latents to the picture's rows: the last phase of a render, and the one of a decode."""
+"""Decode latents into the picture's rows: the last phase of a render, and the only one of `tiler decode`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tiler.run import Run
 
 
 class Decoding(NamedTuple):
-    """How a run's last phase decodes its latents. `crop`: pixels above and left of the picture."""
+    """The settings for a run's last phase. `crop`: pixels to drop at the top and left of the picture."""
 
     vae: VaeSpec
     plan: DecodePlan
@@ -52,7 +52,8 @@ def decode(run: Run, decoding: Decoding, latents: Latents, spool: Spool | None =
 
 
 class Unscaled:
-    """Scaled latents (1, C, h, w) whose rows are unscaled as they are read: the latents themselves stay as they are."""
+    """Scaled latents (1, C, h, w) whose rows are unscaled when they are read; the latents themselves are not
+    changed."""
 
     def __init__(self, latents: Latents, spec: VaeSpec) -> None:
         self._latents, self._spec, self.shape = latents, spec, latents.shape
@@ -82,8 +83,8 @@ def decode_pixels(
     plan: DecodePlan, vae: Any, streamer: Streamer, unscaled: Latents, check: Callable[[str], None],
     progress: Callable[[float], None], spool: Spool | None = None,
 ) -> Generator[np.ndarray]:  # fmt: skip
-    """Decode (1, C, h, w) fp32 latents into rows (n, FACTOR·w, 3) uint8. Raises NumericalError rather than give a black
-    picture."""
+    """Decode (1, C, h, w) fp32 latents into rows (n, FACTOR·w, 3) uint8. Raises NumericalError rather than return a
+    black picture."""
     row = 0
     with closing(method.decode(plan, vae, streamer, unscaled, check=check, progress=progress, spool=spool)) as strips:
         for strip in strips:

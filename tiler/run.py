@@ -1,4 +1,4 @@
-"""What every run has in common: its models, its budget, whom it tells, and how a phase opens and closes."""
+"""What all runs share: models, budget, events, and the start and end of a phase."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Names = Callable[[str], list[str]]
 
 @dataclass(kw_only=True)
 class Run:
-    """A run under way."""
+    """A run in progress."""
 
     models: Models
     budget: Budget
@@ -42,14 +42,14 @@ class Run:
         self.on_event(events.Note(text=text))
 
     def tell(self, notes: Iterable[str | None]) -> None:
-        """Those notes that there are."""
+        """Report the notes that are not None."""
         for note in notes:
             if note is not None:
                 self.note(note)
 
     @contextmanager
     def phase(self, name: str, total: int) -> Iterator[None]:
-        """Attribute time and memory to a phase, and tell of it."""
+        """Attribute time and memory to a phase, and report its start and end."""
         self.on_event(events.PhaseStarted(name=name, total=total))
         with self.budget.phase(name) as use:
             yield

@@ -164,7 +164,7 @@ def test_a_picture_of_ones_own_is_enlarged(in_process, tiny: Path, tmp_path: Pat
         (("--scale", "2"), "--guide IMG"),
         (("--guide", "g.png", "--scale", "0.5"), "scale = 0.5 is out of range: 1–64"),
         (("--guide", "none.png", "--scale", "2"), "none.png: no such file"),
-        (("--guide", "g.png", "--scale", "64"), "a side has at most 65,536 pixels"),
+        (("--guide", "g.png", "--scale", "64"), "a side has at most 131,072 pixels"),
     ],
 )
 def test_scales_that_make_no_size_are_exit_2(

@@ -31,7 +31,11 @@ def command(
         ),
     ] = NAME,
     output_dir: Annotated[
-        Path | None, typer.Option("--output-dir", metavar="PATH", help="Where the pictures go.", show_default="FILE's folder")
+        Path | None,
+        typer.Option(
+            "--output-dir", metavar="PATH", show_default=False,
+            help=r"Where the pictures go. [dim]\[default: FILE's folder][/dim]",
+        ),
     ] = None,
     max_ram: o.MaxRam = "800MB",
     fail_fast: Annotated[bool, typer.Option("--fail-fast", help="End with the first row that fails.")] = False,

@@ -12,7 +12,6 @@ from importlib import metadata
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 from tiler.cli import (
     batch,
@@ -22,6 +21,7 @@ from tiler.cli import (
     decode,
     doctor,
     encode,
+    helps,
     info,
     layers,
     models,
@@ -42,7 +42,7 @@ class _ReaderGone(Exception):
     """Stdout is a pipe that nobody reads any more (`tiler plan | head -1`)."""
 
 
-class _Commands(TyperGroup):
+class _Commands(helps.Group):
     """typer makes an exit code of a broken pipe, and the interpreter complains; this is neither."""
 
     def make_context(self, *args: Any, **options: Any) -> Any:  # prints help texts
@@ -89,6 +89,7 @@ app.command("models")(models.command)
 app.add_typer(cache.app, name="cache")
 app.add_typer(config.app)
 app.add_typer(cluster.app)
+helps.join_lines(app)
 
 
 def _version(asked: bool) -> None:

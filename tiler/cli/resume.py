@@ -45,7 +45,8 @@ def command(
     paths: Annotated[
         list[Path] | None,
         typer.Argument(
-            metavar="[PATH]…", help="A picture, its job's folder, or a folder with several jobs.", show_default="."
+            metavar="PATH", show_default=False,
+            help=r"A picture, its job's folder, or a folder with several jobs. [dim]\[default: this folder][/dim]",
         ),
     ] = None,
     list_jobs: Annotated[bool, typer.Option("--list", help="Show what could go on, and how far it is.")] = False,

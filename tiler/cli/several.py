@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
-from typer.core import TyperCommand
 
-from tiler.cli import queues
+from tiler.cli import helps, queues
 from tiler.errors import UsageError
 from tiler.jobs import naming
 from tiler.jobs.queue import Queue
@@ -49,7 +48,7 @@ OutputDir = Annotated[
 ]  # fmt: skip
 
 
-class Command(TyperCommand):
+class Command(helps.Command):
     """Remembers the words of the command line, for the processes of its pictures."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:

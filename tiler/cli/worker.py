@@ -41,7 +41,12 @@ def command(
     threads: o.Threads = None,
     name: Annotated[
         str | None,
-        typer.Option("--name", help="What others call this worker.", show_default="the host's name"),
+        typer.Option(
+            "--name",
+            metavar="NAME",
+            show_default=False,
+            help=r"What others call this worker. [dim]\[default: the host's name][/dim]",
+        ),
     ] = None,
     contact_address: Annotated[
         str | None,
@@ -51,7 +56,9 @@ def command(
             help="Where the scheduler reaches this worker, if not directly: tls://HOST:PORT.",
         ),
     ] = None,
-    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port to listen on; 0 is any.")] = 0,
+    port: Annotated[
+        int, typer.Option("--port", metavar="N", min=0, max=65535, help="Port to listen on; 0 is any.")
+    ] = 0,
     once: Annotated[bool, typer.Option("--once", help="End with the connection, instead of joining again.")] = False,
     insecure: o.Insecure = False,
     quiet: o.Quiet = False,

@@ -1,2 +1,2 @@
-"""Arithmetic over streamed weights: what is held, which samples share a read, one file a kernel. Knows nothing of
-models."""
+"""Arithmetic with streamed weights: which weights are held, which samples share a read, one file per kernel. Knows
+nothing of models."""

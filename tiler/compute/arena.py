@@ -1,4 +1,5 @@
-"""Memory for the weights in use, outside the allocator's heap, and what a unit holds there. Knows nothing of layers."""
+"""Memory for the weights in use, outside the allocator's heap, and its division within a unit. Knows nothing of
+layers."""
 
 from __future__ import annotations
 
@@ -12,8 +13,9 @@ from tiler.compute.kernels import Prepared
 
 
 class Arena:
-    """Room for weights, used again and again. Where memory is short, what the next use does not need goes back to the
-    system: the units with the largest weights are not those with the largest activations, and need not add up."""
+    """A reusable buffer for weights. If memory is short, the part that the next use does not need is returned to the
+    system: the units with the largest weights are not those with the largest activations, so the two need not add
+    up."""
 
     def __init__(self, nbytes: int) -> None:
         self._map = mmap.mmap(-1, max(nbytes, mmap.PAGESIZE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -24,7 +26,8 @@ class Arena:
         return len(self._bytes)
 
     def take(self, nbytes: int, *, short: bool) -> Tensor:
-        """The first `nbytes`, or all there is; what they hold is undefined. Whatever was taken before is gone."""
+        """The first `nbytes` of the buffer, or all of it; the content is undefined. Invalidates what was taken
+        before."""
         end = min(-(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE, len(self._map))
         if short and end < self._touched and hasattr(mmap, "MADV_DONTNEED"):
             self._map.madvise(mmap.MADV_DONTNEED, end, self._touched - end)
@@ -34,7 +37,7 @@ class Arena:
 
 
 class Held:
-    """A `Place` in the arena. Where it `stays`, `prepared` is all that a unit holds, by weight and kernel."""
+    """A `Place` in the arena. If it `stays`, `prepared` holds all prepared weights of a unit, by weight and kernel."""
 
     def __init__(self, arena: Arena, arena_bytes: int, short: Callable[[], bool], *, stays: bool) -> None:
         self.arena_bytes, self.stays = arena_bytes, stays
@@ -43,7 +46,7 @@ class Held:
         self._filled = 0
 
     def room(self, count: int, dtype: torch.dtype, *, behind: int = 0) -> Tensor:
-        """`count` elements of the arena behind what stays, or of their own if they are more than it has."""
+        """`count` elements of the arena after those that stay, or a separate buffer if the arena is too small."""
         first = self._filled + behind
         end = first + count * dtype.itemsize
         if end > len(self._arena):
@@ -51,5 +54,5 @@ class Held:
         return self._arena.take(end, short=not self.stays and self._short())[first:].view(dtype)
 
     def keep(self, nbytes: int) -> None:
-        """The next `nbytes` stay, where anything does."""
+        """Keep the next `nbytes`, if this place stays."""
         self._filled += nbytes if self.stays else 0

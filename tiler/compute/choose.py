@@ -1,5 +1,5 @@
-"""Which kernel runs an operation: the first that suits it, in the order of the processor's table (tuning.py). Never a
-clock, and never the ceiling: the bytes of a picture depend on neither."""
+"""Choose the kernel for an operation: the first suitable one in the order of the processor's table (tuning.py). The
+choice depends neither on a clock nor on the ceiling, so the bytes of a picture do not either."""
 
 from __future__ import annotations
 

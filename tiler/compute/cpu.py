@@ -1,4 +1,4 @@
-"""What this machine's processor can do. Imports no torch."""
+"""The capabilities of this machine's processor. Imports no torch."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ _DOT_PRODUCT = ("avx512_vnni", "avx_vnni", "amx_int8")
 
 @cache
 def flags() -> tuple[str, ...]:
-    """The instruction sets that matter here, by Linux's names; none where /proc/cpuinfo is missing. Without those above
-    the set that TILER_ISA names. Raises UsageError where the processor does not have that."""
+    """The relevant instruction sets of this processor, by Linux's names; empty without /proc/cpuinfo. Sets above the
+    one that TILER_ISA names are left out. Raises UsageError if the processor does not have that one."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -50,12 +50,12 @@ def flags() -> tuple[str, ...]:
 
 
 def prepacks() -> bool:
-    """Whether oneDNN's own order of a convolution's weight is known to pay: measured on x86 only."""
+    """Whether oneDNN's own weight order is known to speed up convolutions; measured on x86 only."""
     return "avx2" in flags()
 
 
 class Isa(StrEnum):
-    """Instruction sets that kernels are chosen by."""
+    """The instruction sets that the kernel table distinguishes."""
 
     AVX512_VNNI = "avx512-vnni"
     AVX512 = "avx512"
@@ -75,15 +75,14 @@ def isa() -> Isa:
 
 
 def computed_by() -> str:
-    """Who computes, and with which instructions: where this is the same, so are a seed's bytes."""
+    """The library that computes, and its instruction set. A seed's bytes are equal wherever this is equal."""
     found = library()
     return f"torch {isa()}" if found is None else f"tiler {found.isa}, torch {isa()}"
 
 
 class Int8(NamedTuple):
-    """How 8-bit products are computed: weights take whole values in ±`largest`, activations 255 steps. Without
-    `products` arithmetic is in fp32, of weights stored as int8. `dot` says whether there are dot-product
-    instructions."""
+    """How 8-bit products are computed. Weights have integer values in ±`largest`, activations 255 steps. Without
+    `products`, int8 weights are expanded to fp32. `dot` says whether there are dot-product instructions."""
 
     largest: int
     products: bool
@@ -92,19 +91,16 @@ class Int8(NamedTuple):
 
     @property
     def auto(self) -> str:
-        """Why `--precision auto` takes it, which is where there are such instructions, or does not."""
+        """The reason why `--precision auto` chooses int8 (there are such instructions) or does not."""
         if self.dot:
             return self.why
         return f"int8 is {'faster here but coarser' if self.products else 'only smaller here'}: {self.why}"
 
 
 def int8() -> Int8:
-    """What int8 means on this processor.
-
-    Without dot-product instructions oneDNN adds pairs of products in 16 bits (vpmaddubsw): 2 × 255 × 127 overflows
-    there, 2 × 255 × 64 does not. With 127 steps of activations and of weights a UNet call of SD 1.5's size lost half as
-    much again.
-    """
+    """The form of int8 on this processor. Without dot-product instructions, oneDNN adds pairs of products in 16 bits
+    (vpmaddubsw): 2 × 255 × 127 would overflow, 2 × 255 × 64 does not. With 127 steps for both activations and weights,
+    the error of a UNet call at SD 1.5's size was half as large again."""
     if dot := [flag for flag in _DOT_PRODUCT if flag in flags()]:
         return Int8(127, True, True, f"8-bit weights, {dot[0]}")
     if "avx2" in flags():

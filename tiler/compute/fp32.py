@@ -1,4 +1,4 @@
-"""Everything in fp32 by torch's public operators: what every processor can do."""
+"""fp32 arithmetic with torch's public operators, which every processor supports."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tiler.weights.store import WeightStore
 
 
 class Fp32(Kernel):
-    """One sample's product at a time, of pieces cut at the same rows."""
+    """Computes the product of one sample at a time, with pieces of the weight cut at fixed rows."""
 
     name = "fp32"
     takes_resident = True
@@ -47,7 +47,7 @@ class Fp32(Kernel):
     def _pieces(
         self, store: WeightStore, op: Op, weight: Weight, shape: Shape, place: Place
     ) -> Iterable[tuple[int, int, Tensor]]:
-        """First, last + 1 and the rows of each piece of a weight."""
+        """Yield first, last + 1 and the rows of each piece of a weight."""
         whole = store.resident.get(weight.name)
         if whole is None or whole.dtype != torch.float32:
             if not place.stays:
@@ -59,7 +59,7 @@ class Fp32(Kernel):
         return [(i, min(i + step, total), whole[i : i + step]) for i in range(0, total, step)]
 
     def _fetched(self, store: WeightStore, weight: Weight, place: Place) -> Tensor:
-        """The whole weight, which stays; a convolution's channels-last."""
+        """The complete weight, which stays; a convolution's is channels-last."""
         rows, *others = weight.meta.shape
         whole = place.room(weight.meta.numel(), torch.float32).view(rows, *others[1:], others[0]).movedim(-1, 1)
         for first, piece in weight_pieces(store, weight):
@@ -121,8 +121,8 @@ class Fp32(Kernel):
 
 
 class Prepacked(Fp32):
-    """Convolutions whose weights oneDNN has in its own order, once for all samples. A plain convolution reorders them
-    at every call (1280 channels, 8 × 8: 46 ms beside 24)."""
+    """Convolutions whose weights are brought into oneDNN's own order once for all samples. A plain convolution reorders
+    them at every call (1280 channels, 8 × 8: 46 ms instead of 24)."""
 
     name = "onednn"
     holds_alone = False

@@ -1,8 +1,10 @@
-"""Products of 8-bit integers by oneDNN: weights with a scale for each output channel, activations scaled as they come.
+"""8-bit integer products by oneDNN. Weights have a scale for each output channel, activations are scaled as they
+arrive.
 
-A token of a linear layer has a scale of its own, a convolution's input one scale and zero point for each sample. A
-convolution is a linear layer of its windows: as fast as oneDNN's own, whose order of a weight takes ten times as long
-to make. The sums are exact in 32 bits, so nothing depends on how weights or tokens are cut. Knows nothing of files.
+Each token of a linear layer has its own scale; a convolution's input has one scale and zero point per sample. A
+convolution is computed as a linear layer of its windows, which is as fast as oneDNN's own, whose weight order takes ten
+times as long to make. The sums are exact in 32 bits, so the result does not depend on how weights or tokens are cut.
+Knows nothing of files.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ MIDDLE = 128
 
 
 class Packed(NamedTuple):
-    """Rows [first, last) of a layer's weight, as oneDNN's plain matrix (taps × in, rows), and their scales (rows,)
+    """Rows [first, last) of a layer's weight as oneDNN's plain matrix (taps × in, rows), and their scales (rows,)
     fp32."""
 
     first: int
@@ -55,7 +57,7 @@ class Quantized(NamedTuple):
     zero: int
 
     def restored(self) -> Tensor:
-        """The values as fp32 again."""
+        """The values in fp32 again."""
         return (self.values.float() - self.zero) * self.scale
 
 
@@ -68,14 +70,14 @@ def quantize_rows(weight: Tensor, largest: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def pack(first: int, rows: Tensor, scale: Tensor) -> Packed:
-    """Rows (n, in, ...) of an int8 weight as oneDNN computes with them."""
+    """Arrange rows (n, in, ...) of an int8 weight for oneDNN."""
     n = len(rows)
     with process.mapped_blocks():
         return Packed(first, first + n, onednn.matrix(rows), scale)
 
 
 def quantize_tokens(x: Tensor) -> Quantized:
-    """x: (..., in) fp32 → symmetric around MIDDLE, each token by its absmax."""
+    """x: (..., in) fp32 → symmetric around MIDDLE, each token scaled by its largest absolute value."""
     rows = x.reshape(-1, x.shape[-1])
     values, chunk = rows.new_empty(rows.shape, dtype=torch.uint8), max(1, CHUNK // rows.shape[1])
     if x.is_meta:
@@ -148,7 +150,7 @@ def conv2d(
 
 
 def _even(length: int, most: int) -> int:
-    """The size of as few equal parts as `most` allows."""
+    """The size of the equal parts, as few as possible with at most `most` each."""
     return -(-length // -(-length // most))
 
 
@@ -161,7 +163,8 @@ def _product(values: Tensor, zero: int, weight: Packed) -> Tensor:
 
 
 class Int8(Kernel):
-    """Weights stored as int8, packed beside the arena; each sample is quantised once for all pieces of the weight."""
+    """Weights stored as int8 and packed beside the arena; each sample is quantised once for all pieces of the
+    weight."""
 
     name = "int8"
     in_arena = False
@@ -192,7 +195,7 @@ class Int8(Kernel):
                 yield Prepared(first, last, (packed.weight, packed.scale), number)
 
     def begin(self, op: Op, x: Operands) -> Operands:
-        """`made`: the samples quantised, and what they were made of where a low-rank path will ask for it."""
+        """`made`: the quantised samples, and their fp32 input if a low-rank path needs it."""
         whole = made_input(op.input, x.parts)
         if op.kind is Kind.LINEAR:  # a token has a scale of its own: samples are tokens like others
             samples = [quantize_tokens(whole)]

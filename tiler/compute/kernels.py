@@ -1,8 +1,8 @@
-"""An operation as data, and what a kernel has to answer to run it.
+"""Operations as data, and the interface of the kernels that run them.
 
-An `Op` says all of it: how its input is put together, normalised and activated, which weights it takes, and what
-follows the product. A kernel takes as much of that in one go as it can; steps.py does the rest step by step. Kernels
-are chosen by choose.py; the streamer (stream.py) owns the memory that they prepare weights in.
+An `Op` describes the complete operation: how its input is joined, normalised and activated, which weights it uses, and
+what follows the product. A kernel fuses as much of this as it can; steps.py does the rest step by step. choose.py
+chooses kernels; the streamer (stream.py) owns the memory in which they prepare weights.
 """
 
 from __future__ import annotations
@@ -32,9 +32,12 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Weight:
-    """A tensor's name in the store and its shape (outputs, inputs, *taps) on the meta device; `first` is its row where
-    these outputs begin, if they are a part of it. With it go its bias (outputs,), and a path of low rank, which adds
-    `up · (down · input)` where the weight is computed with as int8; one that is read in fp32 was changed already."""
+    """A tensor's name in the store and its shape (outputs, inputs, *taps) on the meta device; `first` is the row where
+    these outputs start, if they are a part of it.
+
+    It comes with its bias (outputs,), and with a low-rank path, which adds `up · (down · input)` if the weight is
+    multiplied as int8; a weight that is read in fp32 already includes the change.
+    """
 
     name: str
     meta: Tensor
@@ -48,14 +51,14 @@ class Weight:
 
     @property
     def row(self) -> int:
-        """Elements of what makes one output."""
+        """The number of elements that make one output."""
         return math.prod(self.meta.shape[1:])
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Group:
-    """The weights of an operation, of one input and of equal taps: several are like one whose outputs are all of
-    theirs."""
+    """The weights of an operation, with one input and equal taps. Several weights act like one that has all their
+    outputs."""
 
     weights: tuple[Weight, ...]
 
@@ -65,7 +68,7 @@ class Group:
 
     @property
     def key(self) -> tuple[tuple[str, int, int], ...]:
-        """What tells it from other groups."""
+        """Identifies the group."""
         return tuple((weight.name, weight.first, weight.outputs) for weight in self.weights)
 
     @property
@@ -92,8 +95,8 @@ class Input:
 
 @dataclass(frozen=True, kw_only=True)
 class Epilogue:
-    """What follows the product and its bias, in this order: `activation`, and the residual that comes with the input. A
-    `glu` halves the outputs (of a group of two weights: those of the one and of the other) to first ·
+    """The operations after the product and its bias, in this order: `activation`, then the residual given with the
+    input. A `glu` halves the outputs (in a group of two weights: those of each weight) to first ·
     activation(second)."""
 
     activation: nn.Module | None = None
@@ -118,8 +121,8 @@ class Op:
         return self.weights
 
     def output_shape(self, shape: Shape, outputs: int | None = None) -> tuple[int, ...]:
-        """The product's shape for a joined input (n, in, h, w) of a convolution, (n, ..., in) of a linear layer: all
-        outputs of the group, or so many of them."""
+        """The product's shape for a joined input (n, in, h, w) of a convolution, or (n, ..., in) of a linear layer,
+        with all outputs of the group or with `outputs` of them."""
         if self.kind is Kind.ATTENTION:
             return tuple(shape)
         channels = self.group.shape[0] if outputs is None else outputs
@@ -130,14 +133,14 @@ class Op:
         return (shape[0], channels, *((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, p, d, k, s in sides))
 
     def flops(self, shape: Shape) -> int:
-        """The product's arithmetic, two for each multiply-add, as if no kernel saved any."""
+        """The product's arithmetic, two operations for each multiply-add, as if no kernel saved any."""
         if self.kind is Kind.ATTENTION:
             return 4 * math.prod(shape) * shape[-2]
         return 2 * math.prod(self.output_shape(shape, 1)) * self.group.numel
 
 
 class Operands(NamedTuple):
-    """What an operation is applied to. `made` is what the kernel's `begin` made of the parts."""
+    """The inputs of an operation. `made` is the kernel's `begin` result for the parts."""
 
     parts: tuple[Tensor, ...]
     residual: Tensor | None = None
@@ -145,8 +148,8 @@ class Operands(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """Outputs [first, last) of the group's weight of that number, as a kernel computes with them. Only the kernel that
-    prepared it looks inside."""
+    """Outputs [first, last) of the group's weight with that index, in the form that a kernel needs. Only the kernel
+    that prepared it looks inside."""
 
     first: int
     last: int
@@ -155,22 +158,22 @@ class Prepared(NamedTuple):
 
 
 class Place(Protocol):
-    """Where a weight is prepared. What is prepared in a place that `stays` lasts until its unit is done; elsewhere the
-    next piece may overwrite this one."""
+    """The memory in which a weight is prepared. In a place that `stays`, prepared weights last until the unit is done;
+    in another, the next piece may overwrite this one."""
 
     stays: bool
     arena_bytes: int
 
     def room(self, count: int, dtype: torch.dtype, *, behind: int = 0) -> Tensor:
-        """`count` undefined elements, `behind` bytes after what stays already."""
+        """`count` undefined elements, `behind` bytes after those that stay already."""
 
     def keep(self, nbytes: int) -> None:
-        """The next `nbytes` stay."""
+        """Keep the next `nbytes`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
-    """What decides between kernels beside the operation, its shape and the processor."""
+    """The settings that influence the choice of a kernel, besides the operation, its shape and the processor."""
 
     int8: frozenset[str] = frozenset()  # names of the weights whose products are of 8-bit integers
     bf16: frozenset[str] = frozenset()  # of those whose products may be of values rounded to bf16
@@ -180,11 +183,12 @@ class Policy:
 
 
 class Kernel(ABC):
-    """How an operation runs: `begin` what needs no weights, `prepare` these, `apply`.
+    """A way to run an operation: `begin` does what needs no weights, `prepare` prepares the weights, `apply` computes.
+    Shapes are those of the joined input; None stands for any shape.
 
-    Shapes are those of the joined input; None stands for any. Everything works on meta tensors, with `store` None, and
-    then counts what it would take. Which kernel a weight gets, and what its weights take, is asked of each layer alone
-    (no norm, no epilogue, no group) when memory is planned: the answers must be the same, and a group's the sum.
+    Everything also works on meta tensors, with `store` None, and then counts the memory it would take. When memory is
+    planned, the kernel and memory of a weight are determined for each layer alone (without norm, epilogue or group);
+    the answers must be the same, and a group's must be their sum.
     """
 
     name: str
@@ -195,29 +199,29 @@ class Kernel(ABC):
 
     @abstractmethod
     def suits(self, op: Op, shape: Shape | None, policy: Policy) -> bool:
-        """Whether it can run the operation, with gain for that shape."""
+        """Whether the kernel can run the operation and is worthwhile for that shape."""
 
     def held_bytes(self, op: Op, shape: Shape | None) -> int:
-        """What the prepared weights take."""
+        """The size of the prepared weights."""
         return 4 * op.group.numel if op.weights else 0
 
     def transient_bytes(self, op: Op, shape: Shape | None) -> int:
-        """What is needed beside them while they are being prepared."""
+        """The memory needed in addition while the weights are being prepared."""
         return 0
 
     @abstractmethod
     def prepare(self, store: WeightStore | None, op: Op, shape: Shape, place: Place) -> Iterable[Prepared]:
-        """The weights in pieces; for a place that stays, all of them at once may be asked for."""
+        """Yield the weights in prepared pieces. For a place that stays, the caller may take all of them at once."""
 
     @abstractmethod
     def begin(self, op: Op, x: Operands) -> Operands:
-        """The input joined, normalised, activated, quantised: all that is done before weights are fetched, in `made`.
-        It serves every operation with this input, whatever its weights and epilogue."""
+        """Join, normalise, activate and quantise the input: everything before the weights are needed. The result, in
+        `made`, serves every operation with this input, whatever its weights and epilogue."""
 
     @abstractmethod
     def apply(self, op: Op, x: Operands, prepared: Iterable[Prepared]) -> tuple[Tensor, ...]:
-        """The result for each weight of the group, in tensors of its own; one for a `glu`. x: what `begin` returned.
-        Never depends on how many samples there are."""
+        """The result for each weight of the group, in new tensors; one for a `glu`. x: the result of `begin`. Must not
+        depend on the number of samples."""
 
 
 def input_shape(op: Op, parts: Sequence[Tensor]) -> tuple[int, ...]:
@@ -228,13 +232,13 @@ def input_shape(op: Op, parts: Sequence[Tensor]) -> tuple[int, ...]:
 
 
 def step_rows(store: WeightStore | None, row: int) -> int:
-    """Outputs of a piece, each made of `row` elements: the same cuts held or streamed, so the arithmetic is the
-    same."""
+    """The number of outputs in a piece, if each output has `row` elements. Cuts are the same for held and streamed
+    weights, so the arithmetic is the same."""
     return piece_rows(row, PIECE_ELEMENTS if store is None else store.piece_elements)
 
 
 def weight_pieces(store: WeightStore, weight: Weight, elements: int | None = None) -> Iterator[tuple[int, Piece]]:
-    """The weight as it is read, up to `elements` at a time: the first output of each piece, and its rows in the
+    """Yield the weight as it is read, up to `elements` at a time: the first output of each piece, and its rows in the
     store."""
     step = piece_rows(weight.row, min(elements or store.piece_elements, store.piece_elements))
     for first in range(0, weight.outputs, step):
@@ -245,7 +249,7 @@ def weight_pieces(store: WeightStore, weight: Weight, elements: int | None = Non
 def read_pieces(
     store: WeightStore, weight: Weight, place: Place, dtype: torch.dtype = torch.float32, *, channels_last: bool = False
 ) -> Iterator[tuple[int, int, Tensor]]:
-    """First, last + 1 and the rows themselves in fp32 or int8, piece by piece in the same room."""
+    """Yield first, last + 1 and the rows in fp32 or int8 of each piece, all in the same buffer."""
     for first, piece in weight_pieces(store, weight):
         shape = piece.last - piece.first, *weight.meta.shape[1:]
         rows = place.room(math.prod(shape), dtype)

@@ -1,9 +1,10 @@
 """Layers that fetch their weights when they run.
 
-`stream_layers` turns the Linear, Conv2d and Embedding layers of a meta-device module into them; norms and biases, which
-are small, are loaded at once. A layer is an operation (kernels.py): `convolve`, `linear` and `linear_layers` take what
-is computed before and after its product, so that a kernel which can do it all at once gets it whole. They serve plain
-layers too, step by step.
+`stream_layers` turns the Linear, Conv2d and Embedding layers of a meta-device module into such layers; norms and
+biases, which are small, are loaded at once.
+
+A layer is an operation (kernels.py). `convolve`, `linear` and `linear_layers` also take the operations before and after
+its product, so that a kernel that can fuse them gets everything. They work with plain layers too, step by step.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ _T = TypeVar("_T")
 
 
 class StreamedLayer(nn.Module):
-    """What the streamed classes share: a meta weight for its shape, the parameter's name, and where to get it. `first`
-    is the parameter's row where the weight begins."""
+    """The base of the streamed layers: a meta weight for its shape, the parameter's name, and the streamer that
+    provides it. `first` is the parameter's row where the weight starts."""
 
     weight: Tensor
     key: str
@@ -68,7 +69,7 @@ class StreamedConv2d(nn.Conv2d, StreamedLayer):
 
 
 class SmallLinear(nn.Linear):
-    """A linear layer whose weight stays."""
+    """A linear layer whose weight stays in memory."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (batch, ..., in) fp32 → (batch, ..., out)."""
@@ -76,7 +77,7 @@ class SmallLinear(nn.Linear):
 
 
 class SmallConv2d(nn.Conv2d):
-    """A convolution whose weight stays."""
+    """A convolution whose weight stays in memory."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (n, in, height, width) fp32 → (n, out, height', width')."""
@@ -113,7 +114,8 @@ def convolve(
     activation: nn.Module | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """A convolution of the parts, (n, C, h, w) fp32 each, joined, normed and activated first, plus `residual`."""
+    """A convolution of the parts, (n, C, h, w) fp32 each, which are joined, normalised and activated first; `residual`
+    is added."""
     made_of = Input(parts=len(parts), norm=norm, activation=activation)
     (out,) = _compute([layer], parts, made_of, Epilogue(residual=residual is not None), residual)
     return out
@@ -128,21 +130,21 @@ def linear(
     glu: bool = False,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """A linear layer of x, (n, ..., in) fp32, normed first. `activation` follows the product; with `glu` the result is
-    the product's first half · activation(its second half). Then comes `residual`."""
+    """A linear layer of x, (n, ..., in) fp32, normalised first. `activation` follows the product; with `glu` the result
+    is the product's first half · activation(its second half). Then `residual` is added."""
     after = Epilogue(activation=activation, glu=glu, residual=residual is not None)
     (out,) = _compute([layer], (x,), Input(norm=norm), after, residual)
     return out
 
 
 def linear_layers(layers: Sequence[nn.Module], x: Tensor, *, norm: nn.Module | None = None) -> tuple[Tensor, ...]:
-    """What several linear layers make of one input, normed first: one operation where all are streamed."""
+    """The results of several linear layers for one input, normalised first: one operation if all are streamed."""
     return _compute(layers, (x,), Input(norm=norm), _NOTHING, None)
 
 
 def attend(queries: Tensor, keys: Tensor, values: Tensor, layer: nn.Module | None = None) -> Tensor:
-    """Attention, an operation without weights: (n, heads, tokens, width) each → the queries' shape. `layer` made one of
-    them: attention is computed under the same policy."""
+    """Attention, an operation without weights: (n, heads, tokens, width) each → the queries' shape. `layer` computed
+    one of them; attention follows the same kernel policy."""
     policy = layer.streamer.policy if isinstance(layer, StreamedLayer) else Policy()
     kernel = choose_kernel(_ATTENTION, tuple(queries.shape), policy, cpu.isa())
     (out,) = kernel.apply(_ATTENTION, kernel.begin(_ATTENTION, Operands((queries, keys, values))), ())
@@ -153,7 +155,7 @@ _ATTENTION = Op(kind=Kind.ATTENTION, input=Input(parts=3))
 
 
 def _op(layers: Sequence[StreamedLayer], made_of: Input, after: Epilogue) -> Op:
-    """Layers of one input as an operation."""
+    """Combine layers with one input into an operation."""
     layer = layers[0]
     geometry = Geometry.of(layer) if isinstance(layer, nn.Conv2d) else None
     weights = (
@@ -166,8 +168,8 @@ def _op(layers: Sequence[StreamedLayer], made_of: Input, after: Epilogue) -> Op:
 def _compute(
     layers: Sequence[nn.Module], parts: tuple[Tensor, ...], made_of: Input, after: Epilogue, residual: Tensor | None
 ) -> tuple[Tensor, ...]:
-    """Layers of one input, and what surrounds them, by the kernel that was chosen for them, under one read of the
-    weights for all samples; step by step where one is not streamed."""
+    """Run layers with one input, and the operations around them, with their chosen kernel under one read of the weights
+    for all samples; step by step if one of them is not streamed."""
     streamed = [layer for layer in layers if isinstance(layer, StreamedLayer)]
     if len(streamed) < len(layers):
         made = made_input(made_of, parts)
@@ -187,14 +189,14 @@ def _compute(
 
 
 def as_unit(module: nn.Module, forward: Callable[..., _T], *args: object) -> _T:
-    """`forward(*args)`, which runs all layers of `module`: sample by sample while its weights are held, if they can
+    """`forward(*args)`, which runs all layers of `module` sample by sample while its weights are held, if they can
     be."""
     layers = streamed_layers(module)
     return layers[0].streamer.run_unit(module, forward, *args) if layers else forward(*args)
 
 
 def streamed_layers(module: nn.Module) -> list[StreamedLayer]:
-    """The layers inside whose weights are held or cut; a table is neither, its rows are read one by one."""
+    """The inner layers whose weights are held or cut. Tables are left out, because their rows are read one by one."""
     return [m for m in module.modules() if isinstance(m, StreamedLayer) and not isinstance(m, nn.Embedding)]
 
 
@@ -206,11 +208,9 @@ _CLASSES: Sequence[tuple[type[nn.Module], type[StreamedLayer]]] = (
 
 
 def stream_layers(module: nn.Module, streamer: Streamer) -> None:
-    """Turn the large layers of a meta-device `module` into streamed ones, and load the small parameters. No layer
-    computes otherwise with one thread than with several.
-
-    The layers change class in place, so the tree, its names and its hooks stay what they were.
-    """
+    """Turn the large layers of a meta-device `module` into streamed ones, and load the small parameters. No layer's
+    result depends on the number of threads. The layers change class in place, so the tree, its names and its hooks stay
+    the same."""
     for path, child in module.named_modules():
         for plain, streamed in _CLASSES:
             if type(child) is plain and child.weight.numel() > SMALL:  # type: ignore[operator]
@@ -231,7 +231,7 @@ def stream_layers(module: nn.Module, streamer: Streamer) -> None:
 
 
 def _mark_units(module: nn.Module, streamer: Streamer) -> None:
-    """Give the largest modules that fit the arena the forward of a unit."""
+    """Make units of the largest modules that fit the arena."""
     if isinstance(module, StreamedLayer) or not streamed_layers(module):
         return
     if streamer.fits(module) and not isinstance(module, nn.ModuleList):

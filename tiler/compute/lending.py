@@ -1,4 +1,4 @@
-"""A module lends its layers to a streamer, and gets them back as they were: one meta-device module serves planning,
+"""Lend a module's layers to a streamer and restore them afterwards, so that one meta-device module serves planning,
 packing and every phase of a run, one after another."""
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from tiler.compute.stream import Streamer
 
 @contextmanager
 def lent(module: nn.Module, streamer: Streamer) -> Iterator[None]:
-    """`stream_layers` for as long as the block lasts. Whatever changes meanwhile (classes, parameters, submodules,
-    attributes, hooks) is undone at its end, and what was loaded is freed. One block at a time."""
+    """Apply `stream_layers` within this context. All changes (classes, parameters, submodules, attributes, hooks) are
+    undone at its end, and loaded data is freed. Not reentrant."""
     modules = list(module.modules())
     assert not any("streamer" in vars(m) for m in modules), "lent already"
     before = [(m, type(m), dict(vars(m)), _tables(m)) for m in modules]
@@ -35,5 +35,5 @@ def lent(module: nn.Module, streamer: Streamer) -> Iterator[None]:
 
 
 def _tables(module: nn.Module) -> dict[str, dict[Any, Any]]:
-    """What its own dictionaries hold: parameters, submodules, hooks."""
+    """The dictionaries of a module: parameters, submodules, hooks."""
     return {name: dict(value) for name, value in vars(module).items() if type(value) in (dict, OrderedDict)}

@@ -1,5 +1,5 @@
-"""How long each kernel takes for an operation on this machine: for `tiler doctor --measure` and scripts/calibrate.py.
-No run ever looks at a clock to choose a kernel."""
+"""Time the kernels on this machine, for `tiler doctor --measure` and scripts/calibrate.py. A run never chooses a kernel
+by a clock."""
 
 from __future__ import annotations
 
@@ -72,7 +72,8 @@ def _candidates(shape: TableShape) -> list[Kernel]:
 def timings(
     shape: TableShape, rounds: int = 5, clock: Callable[[], float] = time.perf_counter, *, only: Kernel | None = None
 ) -> dict[str, float]:
-    """Seconds of each kernel that can run a layer of that shape, or of one, its weight prepared before."""
+    """The seconds of each kernel that can run a layer of that shape, or of one kernel, with the weight prepared
+    beforehand."""
     generator = torch.Generator().manual_seed(0)
     weight, x = (torch.randn(size, generator=generator) for size in (shape.weight, shape.x))
     rows, scale = quantize_rows(weight)
@@ -89,7 +90,7 @@ def timings(
 
 @contextmanager
 def _ready(kernel: Kernel, shape: TableShape, x: Tensor, file: Path) -> Iterator[Callable[[], object]]:
-    """The layer as a function, its weight prepared."""
+    """The layer as a function, with its weight prepared."""
     op = shape.op()
     if x.ndim == 4 and onednn.prepacks():
         x = x.contiguous(memory_format=torch.channels_last)
@@ -103,7 +104,7 @@ def _ready(kernel: Kernel, shape: TableShape, x: Tensor, file: Path) -> Iterator
 def median_seconds(
     work: Callable[[], object], rounds: int = 5, clock: Callable[[], float] = time.perf_counter
 ) -> float:
-    """What `work` takes in the median of `rounds`, after one that does not count."""
+    """The median time of `work` over `rounds`, after one run that does not count."""
     work()
     times = []
     for _ in range(rounds):
@@ -114,15 +115,16 @@ def median_seconds(
 
 
 def chosen_speed(shape: TableShape, precision: str) -> float:
-    """FLOP/s of the kernel that is chosen here for a layer of that shape in `precision`, fp32, bf16 or int8."""
+    """FLOP/s of the kernel that is chosen on this machine for a layer of that shape in `precision`: fp32, bf16 or
+    int8."""
     kernel = choose_kernel(shape.op(), shape.x, _policy(precision), isa())
     return shape.op().flops(shape.x) / timings(shape, only=kernel)[kernel.name]
 
 
 @torch.no_grad()
 def attention_speed(precision: str) -> float:
-    """FLOP/s of the kernel that is chosen here for self-attention of 2,048 tokens, two heads of 40, beside weights in
-    `precision`."""
+    """FLOP/s of the kernel that is chosen on this machine for self-attention of 2,048 tokens with two heads of 40, with
+    weights in `precision`."""
     q = torch.randn(1, 2, 2048, 40)
     op, x, shape = Op(kind=Kind.ATTENTION, input=Input(parts=3)), Operands((q, q, q)), tuple(q.shape)
     kernel = choose_kernel(op, shape, _policy(precision), isa())
@@ -130,7 +132,7 @@ def attention_speed(precision: str) -> float:
 
 
 def table_row(which: Isa, times: Sequence[Mapping[str, float]]) -> dict[str, tuple[str, ...]]:
-    """The table's row for a processor, each kind's kernels in the order of their `times` for TABLE_SHAPES, added up."""
+    """The table's row for a processor: each kind's kernels, ordered by the sum of their `times` for TABLE_SHAPES."""
     row: dict[str, tuple[str, ...]] = {}
     for kind, names in KERNELS_OF[which].items():
         sums = dict.fromkeys(names, 0.0)
@@ -142,7 +144,7 @@ def table_row(which: Isa, times: Sequence[Mapping[str, float]]) -> dict[str, tup
 
 
 def compare() -> list[str]:
-    """For each shape and precision, a sentence that says whether the table's choice is the fastest here."""
+    """For each shape and precision, a sentence saying whether the table's choice is the fastest on this machine."""
     sentences = []
     for shape in TABLE_SHAPES:
         times = timings(shape)

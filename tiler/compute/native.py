@@ -1,9 +1,9 @@
 """8-bit products by tiler's own library (tiler/native/): the input is joined, normalised, activated and quantised in
-two passes, and bias, activation, gates and residual follow a product at once.
+two passes; bias, activation, gates and residual are fused with the product.
 
-A token of a linear layer has a scale of its own, and so has a pixel of a 1 × 1 convolution; the input of other
-convolutions has one scale and zero point an image. Every sum is exact and every output is made by one loop in one
-order: bytes depend on neither threads, nor samples, nor how weights are cut. Knows nothing of files.
+Each token of a linear layer and each pixel of a 1 × 1 convolution has its own scale; the input of other convolutions
+has one scale and zero point per image. Sums are exact, and every output is computed by one loop in a fixed order, so
+the bytes do not depend on threads, samples, or how weights are cut. Knows nothing of files.
 """
 
 from __future__ import annotations
@@ -57,8 +57,7 @@ class Quantized(NamedTuple):
 
 
 class Made(NamedTuple):
-    """What `begin` makes: the input quantised, the shape it has, and itself in fp32 where a low-rank path will ask for
-    it."""
+    """The result of `begin`: the quantised input, its shape, and the fp32 input if a low-rank path needs it."""
 
     input: Quantized
     shape: tuple[int, ...]
@@ -66,7 +65,7 @@ class Made(NamedTuple):
 
 
 def reads_blocks() -> bool:
-    """Whether packed files should have their weights in blocks: where the library computes with them."""
+    """Whether packed files should store weights in blocks: if the library multiplies them."""
     return library.library() is not None and NativeInt8.name in KERNELS_OF[cpu.isa()][Kind.LINEAR]
 
 
@@ -119,19 +118,19 @@ def quantize_images(
 
 
 def address(tensor: Tensor | None, first: int = 0) -> int | None:
-    """Where value `first` of a contiguous tensor lies."""
+    """The address of element `first` of a contiguous tensor."""
     return None if tensor is None else tensor.data_ptr() + first * tensor.element_size()
 
 
 def needed_library() -> library.Library:
-    """The library, where a kernel of it was chosen."""
+    """The library, for a kernel that was chosen because it exists."""
     found = library.library()
     assert found is not None
     return found
 
 
 class NativeInt8(Kernel):
-    """Weights stored as int8, held as they lie in a packed file."""
+    """Weights stored as int8, held as in the packed file."""
 
     name = "native-int8"
 
@@ -184,7 +183,7 @@ class NativeInt8(Kernel):
 
 
 def activation_of(module: nn.Module | None) -> Activation | None:
-    """The library's, None where it has none like it."""
+    """The library's activation for this function; None if it has none."""
     if module is None:
         return Activation.NONE
     if isinstance(module, nn.SiLU):
@@ -195,12 +194,12 @@ def activation_of(module: nn.Module | None) -> Activation | None:
 
 
 def is_of_pixels(op: Op) -> bool:
-    """Whether a convolution is a linear layer of its pixels, each of which has a scale of its own."""
+    """Whether a convolution is a linear layer of its pixels, each with its own scale."""
     return op.geometry is not None and op.geometry.is_pointwise(op.group.shape)
 
 
 def is_fused(op: Op) -> bool:
-    """Whether the library joins, norms and activates what the operation's input is made of."""
+    """Whether the library joins, normalises and activates the parts of the operation's input."""
     parts, norm, activation = op.input.parts, op.input.norm, op.input.activation
     if op.geometry is None:
         return activation is None and (norm is None or isinstance(norm, nn.LayerNorm))
@@ -216,7 +215,7 @@ def is_fused(op: Op) -> bool:
 
 
 def gated(op: Op) -> tuple[Weight, Weight] | None:
-    """The halves of a GLU that is computed at once, which are prepared together; None for any other operation."""
+    """The halves of a GLU that is computed in one step, which are prepared together; None for other operations."""
     weights = op.group.weights
     if not op.epilogue.glu or activation_of(op.epilogue.activation) is None or any(w.low_rank for w in weights):
         return None
@@ -234,7 +233,7 @@ def gated(op: Op) -> tuple[Weight, Weight] | None:
 
 
 def together(op: Op) -> list[tuple[int, tuple[Weight, ...]]]:
-    """The weights of each result, by the result's number: two with gates, else one."""
+    """The weights of each result, by the result's index: two if it has gates, else one."""
     halves = gated(op)
     return [(0, halves)] if halves is not None else [(i, (weight,)) for i, weight in enumerate(op.group.weights)]
 
@@ -249,8 +248,8 @@ def _planned(op: Op, place: Place) -> Iterator[Prepared]:
 
 
 def _fetched(store: WeightStore, op: Op, place: Place) -> Iterator[Prepared]:
-    """Each weight whole where it stays or is resident, else in pieces: values, scales and sums of its outputs, and
-    behind them those of its gates."""
+    """Yield each weight, complete if it stays or is resident, else in pieces: values, scales and sums of its outputs,
+    followed by those of its gates."""
     for number, weights in together(op):
         outputs, row = weights[0].outputs, weights[0].row
         step = outputs if place.stays else step_rows(store, row * len(weights))
@@ -267,8 +266,8 @@ def _fetched(store: WeightStore, op: Op, place: Place) -> Iterator[Prepared]:
 
 
 def _fetch(store: WeightStore, whole: Piece, weight: Weight, into: Tensor) -> Tensor:
-    """Rows in blocks: `into` filled, or the resident ones. Those of a file that does not have them so are put in order
-    here."""
+    """Rows in blocks, read `into` a buffer or taken from resident weights. Rows that the file stores in plain order are
+    rearranged here."""
     is_blocked, kept = store.index[whole.name].blocked, store.resident.get(whole.name)
     if is_blocked and kept is not None and kept.dtype == torch.int8:
         return kept.view(-1, weight.row)[whole.first : whole.last]
@@ -284,7 +283,7 @@ def _fetch(store: WeightStore, whole: Piece, weight: Weight, into: Tensor) -> Te
 
 
 def _sums(store: WeightStore, piece: Piece, rows: Tensor) -> Tensor:
-    """The sum of each output's values, (outputs,) int32: made at the first pass, then remembered."""
+    """The sum of each output's values, (outputs,) int32, computed in the first pass and cached."""
     known = store.sums.get(piece)
     if known is None:
         known = torch.empty(len(rows), dtype=torch.int32)
@@ -296,14 +295,14 @@ def _sums(store: WeightStore, piece: Piece, rows: Tensor) -> Tensor:
 
 
 def empty_result(op: Op, made: Made, outputs: int) -> Tensor:
-    """A result; output channels are its last axis in memory."""
+    """An uninitialised result; output channels are its last axis in memory."""
     layout = torch.channels_last if op.kind is Kind.CONVOLUTION else torch.contiguous_format
     shape = op.output_shape(made.shape, outputs)
     return torch.empty(shape, device=made.input.values.device, memory_format=layout)
 
 
 def residual_like(out: Tensor, residual: Tensor | None) -> Tensor | None:
-    """The residual with the result's order in memory."""
+    """The residual in the result's memory order."""
     layout = torch.channels_last if out.ndim == 4 and not out.is_contiguous() else torch.contiguous_format
     return None if residual is None else residual.contiguous(memory_format=layout)
 
@@ -311,7 +310,7 @@ def residual_like(out: Tensor, residual: Tensor | None) -> Tensor | None:
 def _multiply(
     op: Op, made: Made, piece: Prepared, out: Tensor, activation: Activation | None, residual: Tensor | None
 ) -> None:
-    """Fill the piece's outputs of `out`."""
+    """Compute the piece's outputs of `out`."""
     if out.is_meta:
         return
     call = product_call(op, made.input.values, piece, out, activation, residual)
@@ -326,8 +325,8 @@ def _multiply(
 def product_call(
     op: Op, values: Tensor, piece: Prepared, out: Tensor, activation: Activation | None, residual: Tensor | None
 ) -> library.Product:
-    """A piece's product as far as it does not depend on what weights are stored as; `values`: rows of a matrix, or
-    images."""
+    """The arguments of a piece's product that do not depend on the format of the weights; `values`: rows of a matrix,
+    or images."""
     first, channels = piece.first, out.shape[1 if op.kind is Kind.CONVOLUTION else -1]
     weights = (gated(op) or op.group.weights)[piece.weight :]
     call = library.Product(
@@ -342,7 +341,7 @@ def product_call(
 
 
 def multiply(op: Op, call: library.Product, values: Tensor, out: Tensor) -> None:
-    """Run a product; as a convolution where its input is images."""
+    """Run a product, as a convolution if its input is images."""
     if op.geometry is not None and values.ndim == 4:
         taps = _images(call, op.geometry, op.group.shape[2:], values, out)
         call.tap = ctypes.addressof(taps)
@@ -352,7 +351,8 @@ def multiply(op: Op, call: library.Product, values: Tensor, out: Tensor) -> None
 def _images(
     call: library.Product, geometry: Geometry, sides: tuple[int, ...], values: Tensor, out: Tensor
 ) -> ctypes.Array[ctypes.c_int64]:
-    """Say how a convolution moves over images (n, h, w, inputs); returns the taps, which must outlive the call."""
+    """Describe how a convolution moves over images (n, h, w, inputs). Returns the taps, which must stay alive until the
+    call is done."""
     image, line, place = (step * values.element_size() for step in values.stride()[:3])
     down, across = geometry.stride
     call.per_image = call.scale_rows = out.shape[2] * out.shape[3]

@@ -1,8 +1,8 @@
-"""Attention by tiler's own library (tiler/native/attention.h): the scores never leave a core's cache, and what a thread
-needs besides lies on its stack (0.5 MB at most).
+"""Attention by tiler's own library (tiler/native/attention.h). The scores never leave a core's cache, and a thread's
+other temporaries are on its stack (0.5 MB at most).
 
-Every result is made by one loop in one order: bytes depend on neither threads, nor samples, nor which queries go
-together.
+Every result is computed by one loop in a fixed order, so the bytes do not depend on threads, samples, or which queries
+are computed together.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tiler.weights.store import WeightStore
 
 
 class NativeAttention(Kernel):
-    """Products in fp32: within the rounding of torch's."""
+    """Products in fp32; equal to torch's within rounding."""
 
     name = "native-attention"
     kind = library.Kind.FP32
@@ -60,8 +60,8 @@ class NativeAttention(Kernel):
 
 
 class NativeAttentionBf16(NativeAttention):
-    """Products of values rounded to bf16, sums in fp32: where weights are bf16 too, or int8, beside whose error it is
-    not seen."""
+    """Products of values rounded to bf16, sums in fp32. Used with bf16 weights, and with int8 weights, whose error is
+    far larger."""
 
     name = "native-attention-bf16"
     kind = library.Kind.BF16
@@ -74,5 +74,5 @@ class NativeAttentionBf16(NativeAttention):
 
 
 def _steps(x: Tensor) -> ctypes.Array[ctypes.c_int64]:
-    """Elements from one sample, head and token to the next."""
+    """The distances in elements between samples, heads and tokens."""
     return (ctypes.c_int64 * 3)(*x.stride()[:3])

@@ -1,8 +1,8 @@
-"""Products in fp32, and of values rounded to bf16, by tiler's own library: the same loop as for int8, over the same
-rows.
+"""Products in fp32, and of values rounded to bf16, by tiler's own library, with the same loop and the same rows as for
+int8. Weights are rearranged for the library as they are read, a few rows at a time.
 
-Weights are brought into the library's order as they are read, a few rows at a time. Every output is made by one loop in
-one order: bytes depend on neither threads, nor samples, nor how weights are cut. Knows nothing of files.
+Every output is computed by one loop in a fixed order, so the bytes do not depend on threads, samples, or how weights
+are cut. Knows nothing of files.
 """
 
 from __future__ import annotations
@@ -59,12 +59,12 @@ FEW_ROWS = 8
 
 
 def packs_layers() -> bool:
-    """Whether fp32 layers are the library's: their weights are brought into its order as they are read."""
+    """Whether the library computes fp32 layers, so that their weights are rearranged as they are read."""
     return library.library() is not None and NativeFp32.name in KERNELS_OF[cpu.isa()][Kind.LINEAR]
 
 
 class NativeFp32(Kernel):
-    """Within the rounding of torch's products."""
+    """Products in fp32; equal to torch's within rounding."""
 
     name = "native-fp32"
     kind, out_type, values_a_lane = library.Kind.FP32, Type.FP32, 1
@@ -96,7 +96,8 @@ class NativeFp32(Kernel):
             del planned, beside
 
     def _fetched(self, store: WeightStore, op: Op, place: Place) -> Iterator[Prepared]:
-        """Each weight whole where it stays, else in pieces; behind the lanes of its outputs those of its gates."""
+        """Yield each weight, complete if it stays, else in pieces; the lanes of its outputs are followed by those of
+        its gates."""
         for number, weights in together(op):
             outputs, row = weights[0].outputs, weights[0].row
             step = outputs if place.stays else step_rows(store, row * len(weights))
@@ -162,7 +163,7 @@ class NativeFp32(Kernel):
 
 
 class NativeBf16(NativeFp32):
-    """Products of values rounded to bf16, sums in fp32: 2e-3 of a layer's result."""
+    """Products of values rounded to bf16, sums in fp32; the error is 2e-3 of a layer's result."""
 
     name = "native-bf16"
     kind, out_type, values_a_lane = library.Kind.BF16, Type.BF16, 2
@@ -190,12 +191,12 @@ def pack(store: WeightStore, weight: Weight, out: Tensor, kind: library.Kind, *,
 
 
 def _is_joined(op: Op) -> bool:
-    """Whether a convolution's input is two parts beside each other and nothing more."""
+    """Whether a convolution's input is two concatenated parts and nothing else."""
     return op.geometry is not None and op.input == Input(parts=2)
 
 
 def _has_frame(op: Op) -> bool:
-    """Whether a convolution's padding is one frame, or one left and right alone."""
+    """Whether a convolution's padding is the same on all sides, or only at left and right."""
     assert op.geometry is not None
     down, across = op.geometry.padding
     return down in (0, across)

@@ -1,8 +1,8 @@
 """Large 3 × 3 convolutions in fp32 with a quarter of the multiplications, by tiler's own library
 (tiler/native/winograd.h).
 
-Rounding is 3e-7 of the result, a direct convolution's 2e-7. What a tile of 4 × 4 pixels gives depends on nothing beside
-it.
+The rounding error is 3e-7 of the result; a direct convolution's is 2e-7. The result for a tile of 4 × 4 pixels does not
+depend on other tiles.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class NativeWinograd(NativeFp32):
         return _POINT_BYTES * op.group.numel // 9
 
     def _steps(self, store: WeightStore | None, op: Op, place: Place) -> range:
-        """Where the pieces of the weight begin: what the arena has room for."""
+        """The starts of the weight's pieces, which the arena has room for."""
         total, point_bytes = op.group.shape[0], _POINT_BYTES * op.group.shape[1]
         rows = total if place.stays else min(total, max(OUTPUTS, place.arena_bytes // point_bytes // OUTPUTS * OUTPUTS))
         return range(0, total, rows)

@@ -1,7 +1,8 @@
-"""oneDNN's operators that torch keeps private: convolutions of prepacked weights, products of 8-bit integers.
+"""oneDNN operators that are private in torch: convolutions with prepacked weights, and products of 8-bit integers. No
+other module of tiler calls such operators.
 
-Nothing else in tiler calls such an operator. torch may leave any of them out of a build or change it, so each is tried
-once, on a small input whose result is known; where that fails, another kernel does the work and `notes` says so.
+torch may change them or be built without them, so each is tried once on a small input with a known result. If that
+fails, another kernel does the work, and `notes` says so.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ Pair = tuple[int, ...]
 
 
 class Geometry(NamedTuple):
-    """How a convolution's kernel moves over its input, in the order in which oneDNN's operators take it."""
+    """How a convolution's kernel moves over its input, in the order of oneDNN's arguments."""
 
     padding: Pair
     stride: Pair
@@ -38,22 +39,22 @@ class Geometry(NamedTuple):
 
 
 def reorder(weight: Tensor, geometry: Geometry, sides: Sequence[int]) -> Tensor:
-    """Rows of a convolution's weight (n, in, ...) fp32 in oneDNN's own order for an input of `sides` (height,
-    width)."""
+    """Rearrange rows of a convolution's weight (n, in, ...) fp32 into oneDNN's own order for an input of `sides`
+    (height, width)."""
     channels = weight.shape[1] * geometry.groups
     out: Tensor = torch.ops.mkldnn._reorder_convolution_weight(weight, *geometry, (1, channels, *sides))
     return out
 
 
 def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
-    """x: (1, in, h, w) fp32, by a weight that was reordered for it → (1, n, h', w')."""
+    """x: (1, in, h, w) fp32, with a weight that was reordered for its size → (1, n, h', w')."""
     out: Tensor = torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *geometry, "none", [], "")
     return out
 
 
 def plain_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
-    """x: (n, in, h, w) fp32, by a weight as it is. torch's own convolution lets oneDNN compute some of them, small ones
-    and 1 × 1, where there are several threads only, and rounds otherwise with one."""
+    """x: (n, in, h, w) fp32, with a plain weight. torch uses oneDNN for some convolutions, small ones and 1 × 1, only
+    with several threads, and then rounds differently."""
     if prepacks() and not x.is_meta:
         out: Tensor = torch.mkldnn_convolution(x, weight, bias, *geometry)
         return out
@@ -62,8 +63,8 @@ def plain_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: 
 
 
 def matrix(rows: Tensor) -> Tensor:
-    """Rows (n, in, ...) of an int8 weight as oneDNN's plain matrix (taps × in, n). Transposing is what its own code
-    does fastest."""
+    """Rows (n, in, ...) of an int8 weight as oneDNN's plain matrix (taps × in, n). oneDNN's own transposition is the
+    fastest."""
     n = len(rows)
     return rows.reshape(n, rows.shape[1], -1).to_mkldnn().transpose(0, 2).reshape(-1, n)
 
@@ -94,7 +95,7 @@ def _try_product() -> bool:
 
 
 def _fault(attempt: Callable[[], bool]) -> str:
-    """Why an operator cannot be used; empty where it can."""
+    """The reason why an operator cannot be used, or ""."""
     if not torch.backends.mkldnn.is_available():
         return "this torch was built without oneDNN"
     try:
@@ -106,23 +107,24 @@ def _fault(attempt: Callable[[], bool]) -> str:
 
 @cache
 def convolution_fault() -> str:
-    """Why convolutions of prepacked weights cannot be used here; empty where they can."""
+    """The reason why convolutions with prepacked weights cannot be used here, or ""."""
     return _fault(_try_convolution)
 
 
 @cache
 def product_fault() -> str:
-    """Why 8-bit products cannot be used here; empty where they can."""
+    """The reason why 8-bit products cannot be used here, or ""."""
     return _fault(_try_product)
 
 
 def prepacks() -> bool:
-    """Whether convolutions' weights are brought into oneDNN's order once for all samples."""
+    """Whether convolution weights are rearranged into oneDNN's order once for all samples."""
     return cpu.prepacks() and not convolution_fault()
 
 
 def int8() -> cpu.Int8:
-    """What int8 means on this processor with this torch: weights are quantised alike, whether products work or not."""
+    """The form of int8 on this processor with this torch. Weights are quantised in the same way whether products work
+    or not."""
     means = cpu.int8()
     if not means.products or not (fault := product_fault()):
         return means
@@ -131,7 +133,7 @@ def int8() -> cpu.Int8:
 
 
 def notes() -> list[str]:
-    """One sentence for each operator that this processor would gain by and this torch cannot run."""
+    """A sentence for each operator that would help on this processor but does not work in this torch."""
     found = []
     if cpu.prepacks() and (fault := convolution_fault()):
         found.append(f"convolutions reorder their weights at every call: {fault}")

@@ -1,8 +1,9 @@
-"""Predict the peak of a computation by running it on the meta device and counting the bytes that would be alive.
+"""Predict the peak memory of a computation by running it on the meta device and counting the bytes that would be
+allocated.
 
-The same code that will run for real runs here, without data: shapes only. Each tensor counts from the operation that
-makes it until its last reference goes. oneDNN's convolutions also need blocked copies of input, output and weight
-while they run, which no tensor shows; they are added. Works for any module; nothing here knows of diffusion.
+The code that will run for real runs here without data. Each tensor counts from the operation that creates it until its
+last reference is gone. Blocked copies of input, output and weight that oneDNN's convolutions make are added, since no
+tensor shows them. Works for any module; nothing here knows of diffusion.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ _TIMES: ContextVar[float] = ContextVar("times", default=1.0)
 
 @contextmanager
 def repeated(times: float) -> Iterator[None]:
-    """What is counted here will run so many times: its arithmetic counts as often, its memory once."""
+    """Count the operations in this context as repeated so many times: their arithmetic counts as often, their memory
+    once."""
     token = _TIMES.set(_TIMES.get() * times)
     try:
         yield
@@ -33,8 +35,8 @@ def repeated(times: float) -> Iterator[None]:
 
 
 class MetaMeter(TorchDispatchMode):
-    """A context in which operations on meta tensors are counted. `peak_bytes` is the highest sum of what was alive; the
-    arithmetic, two for each multiply-add: `flops` of convolutions, `linear_flops`, `attention_flops`."""
+    """A context that measures operations on meta tensors. `peak_bytes` is the largest number of live bytes; `flops` (of
+    convolutions), `linear_flops` and `attention_flops` count two operations for each multiply-add."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -108,7 +110,8 @@ def count(flops: int, *, linear: bool) -> None:
 
 
 class _Seen(NamedTuple):
-    """What an operation took: bytes beside what was alive, arithmetic, and (shape, stride) of its results."""
+    """The cost of an operation: bytes beside those that were live, arithmetic, and the (shape, stride) of its
+    results."""
 
     peak_bytes: int
     arithmetic: tuple[int, int, int]
@@ -116,15 +119,14 @@ class _Seen(NamedTuple):
 
 
 class Memo:
-    """What operations on shapes take, so that each is gone through once: layers and samples of one shape are many.
-    Operations with equal keys must do the same."""
+    """Remembers the cost of operations on shapes, since many layers and samples have the same shape. Operations with
+    equal keys must do the same."""
 
     def __init__(self) -> None:
         self._seen: dict[Hashable, _Seen] = {}
 
     def run(self, key: Hashable, work: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        """The results of `work`, or tensors like them where the key was seen before; the meter that is entered counts
-        alike."""
+        """The results of `work`, or tensors like them if the key is known; the active meter counts the same cost."""
         if not MetaMeter._entered:
             return work()
         meter = MetaMeter._entered[-1]
@@ -149,13 +151,13 @@ class Memo:
 
 
 def _tables(index: Any) -> list[Tensor]:
-    """The tensors by which the first axes are indexed; none where the index is of another kind."""
+    """The tensors that index the first axes; empty for other kinds of index."""
     index = index if isinstance(index, tuple) else (index,)
     return list(index) if all(isinstance(i, Tensor) and i.dtype is not torch.bool for i in index) else []
 
 
 def _broadcast(shapes: Sequence[Sequence[int]]) -> list[int]:
-    """The shape of what has these shapes put together; torch's own function imports sympy."""
+    """The broadcast shape of these shapes; torch's own function imports sympy."""
     rank = max(map(len, shapes))
     return [max(sides) for sides in zip(*((1,) * (rank - len(s)) + tuple(s) for s in shapes), strict=True)]
 
@@ -206,10 +208,11 @@ def _repeated(count: int) -> int:
 
 
 class _ByShape(TorchFunctionMode):
-    """Results of a few functions on meta tensors, made from shapes alone.
+    """Compute the results of a few functions on meta tensors from shapes alone.
 
-    Attention would fall back to the full score matrix, which the CPU never makes; the others have meta kernels written
-    in Python, whose first use imports sympy and torch._dynamo: 92 MB that the process would keep.
+    Attention would allocate the full score matrix, which the CPU kernels never make. The meta versions of the other
+    functions are written in Python, and their first use imports sympy and torch._dynamo: 92 MB that the process would
+    keep.
     """
 
     def __init__(self, meter: MetaMeter) -> None:

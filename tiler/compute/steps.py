@@ -1,7 +1,8 @@
-"""What surrounds a product, step by step in fp32, for layers that are not streamed and kernels that do not fuse it.
+"""The operations around a product, one after another in fp32, for layers that are not streamed and kernels that do not
+fuse them.
 
-No value depends on how many samples or threads there are. torch's own operators are not all like that: sums of a
-GroupNorm are cut between threads, and the last few values of a thread's share of an activation are computed by another
+No value depends on the number of samples or threads. torch's own operators do not all guarantee this: a GroupNorm's
+sums are divided among threads, and the last few values of a thread's share of an activation are computed by another
 formula.
 """
 
@@ -25,8 +26,8 @@ _VECTOR = 64  # values: a multiple of what any processor computes at once
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A linear layer of x, (..., in) fp32. A few rows get zeros below them: of 5, 6, 7 or 9 MKL computes some in
-    another order with one thread than with several."""
+    """A linear layer of x, (..., in) fp32. A few rows are padded with zero rows: with 5, 6, 7 or 9 rows, MKL uses
+    another order of operations for one thread than for several."""
     count = x.numel() // x.shape[-1]
     if x.is_meta or not 1 < count < _ROWS:
         return F.linear(x, weight, bias)
@@ -35,7 +36,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def made_input(made_of: Input, parts: tuple[Tensor, ...]) -> Tensor:
-    """The parts joined, normalised and activated."""
+    """Join, normalise and activate the parts."""
     x = joined(parts)
     if made_of.norm is not None:
         x = normed(made_of.norm, x)
@@ -46,7 +47,7 @@ def made_input(made_of: Input, parts: tuple[Tensor, ...]) -> Tensor:
 
 
 def add_low_rank(op: Op, x: Tensor, products: Sequence[Tensor]) -> None:
-    """The low-rank paths' share added to the products, sample by sample; x: the input of the product."""
+    """Add the low-rank paths to the products, sample by sample; x: the input of the product."""
     for weight, filled in zip(op.group.weights, products, strict=True):
         if weight.low_rank is None:
             continue
@@ -60,7 +61,7 @@ def add_low_rank(op: Op, x: Tensor, products: Sequence[Tensor]) -> None:
 
 
 def _add_product(x: Tensor, weight: Tensor, out: Tensor) -> None:
-    """x (1, ..., rank) · weight (outputs, rank) added to out (1, ..., outputs), some rows at a time."""
+    """Add x (1, ..., rank) · weight (outputs, rank) to out (1, ..., outputs), some rows at a time."""
     step = max(_ROWS, _ADDED // len(weight) // _ROWS * _ROWS)
     rows, into = x.flatten(0, -2), out.view(-1, len(weight))
     for some, filled in zip(rows.split(step), into.split(step), strict=True):
@@ -68,7 +69,7 @@ def _add_product(x: Tensor, weight: Tensor, out: Tensor) -> None:
 
 
 def finished(after: Epilogue, products: Sequence[Tensor], residual: Tensor | None) -> tuple[Tensor, ...]:
-    """The products, one for each weight, with all that follows their bias; in place where that is possible."""
+    """Apply the epilogue to the products, one for each weight, after their bias; in place if possible."""
     outs = list(products)
     if after.glu:
         assert after.activation is not None
@@ -94,9 +95,8 @@ def normed(norm: nn.Module, x: Tensor) -> Tensor:
 
 
 def group_norm(norm: nn.GroupNorm, x: Tensor) -> Tensor:
-    """torch's GroupNorm of x, (n, C, ...) fp32, in the same layout. A channel's sums go down its pixels, a few at a
-    time; they are those of differences to its first pixel, and are put together in fp64 (Chan, Golub & LeVeque
-    1979)."""
+    """torch's GroupNorm of x, (n, C, ...) fp32, in the same memory layout. The sums of a channel are taken over a few
+    pixels at a time, of differences to its first pixel, and combined in fp64 (Chan, Golub & LeVeque 1979)."""
     out = torch.empty_like(x)
     if x.is_meta:
         return out
@@ -110,7 +110,7 @@ def group_norm(norm: nn.GroupNorm, x: Tensor) -> Tensor:
 
 
 def _scale_and_shift(norm: nn.GroupNorm, pixels: Tensor, step: int) -> tuple[Tensor, Tensor]:
-    """(C,) fp32 each, of pixels (n, C) fp32: normalised is pixel · scale + shift."""
+    """(C,) fp32 each, for pixels (n, C) fp32: normalised is pixel · scale + shift."""
     first, count = pixels[0], len(pixels)
     sums, squares = torch.zeros(2, len(first), dtype=torch.float64)
     for some in pixels.split(step):
@@ -129,7 +129,7 @@ def _scale_and_shift(norm: nn.GroupNorm, pixels: Tensor, step: int) -> tuple[Ten
 
 
 def activated(act: nn.Module, x: Tensor) -> Tensor:
-    """`x`, dense in memory, activated in place."""
+    """Activate `x`, dense in memory, in place."""
     if x.is_meta:
         return x
     flat = (x if x.is_contiguous() else x.movedim(1, -1)).view(-1)

@@ -85,11 +85,12 @@ class Streamer:
 
     @property
     def int8_keys(self) -> frozenset[str]:
-        """The names of the weights whose products are of 8-bit integers."""
+        """The names of the weights that are multiplied as 8-bit integers."""
         return self.policy.int8
 
     def low_rank(self, layer: StreamedLayer) -> LowRank | None:
-        """The path beside a layer's weight: only int8 ones have any, others are changed as they are read."""
+        """The low-rank path beside a layer's weight. Only int8 weights have one; others are changed as they are
+        read."""
         if layer.key not in self.policy.int8:
             return None
         if self.store is not None:
@@ -111,14 +112,14 @@ class Streamer:
     # ---------------------------------------------------------------------------------------------------------
 
     def kernel(self, op: Op, shape: Shape | None) -> Kernel:
-        """The kernel for an operation on a joined input of `shape`, None for any; chosen once."""
+        """The kernel for an operation on a joined input of `shape`, None for any shape; chosen once."""
         key = (op.group.key, op.geometry, op.input, op.epilogue, shape, self.policy)
         if key not in self._choices:
             self._choices[key] = choose_kernel(op, shape, self.policy, self.isa)
         return self._choices[key]
 
     def prepared(self, op: Op, kernel: Kernel, shape: Shape) -> Iterable[Prepared]:
-        """The operation's weights as the kernel computes with them, piece by piece; held where weights are."""
+        """Yield the operation's weights as its kernel needs them, piece by piece; held if weights are held."""
         if self.store is None:
             self.used.update(dict.fromkeys(op.group.names))
         if self._held is None:
@@ -133,7 +134,7 @@ class Streamer:
     def planned(
         self, op: Op, kernel: Kernel, parts: Sequence[Tensor], compute: Callable[[], tuple[Tensor, ...]]
     ) -> tuple[Tensor, ...]:
-        """What `compute` makes of meta tensors, gone through once for all operations that are alike."""
+        """The result of `compute` for meta tensors, computed once for all identical operations."""
         self.used.update(dict.fromkeys(op.group.names))
         weights = tuple(
             (tuple(w.meta.shape), w.first, w.bias is not None, w.low_rank and w.low_rank.rank) for w in op.group.weights
@@ -151,11 +152,11 @@ class Streamer:
         return self._held is not None or self._held_bytes(modules) <= self.arena_bytes
 
     def would_fit(self, module: nn.Module) -> bool:
-        """Whether an arena of the usual size can hold them: for cuts that must not depend on the ceiling."""
+        """Whether an arena of the usual size can hold them, for cuts that must not depend on the ceiling."""
         return self._held_bytes([module]) <= ARENA_BYTES
 
     def _kernels(self, modules: Iterable[nn.Module]) -> list[tuple[Op, Kernel]]:
-        """What each streamed layer is by itself, and the kernel that its weight is prepared for."""
+        """Each streamed layer as an operation of its own, and the kernel that its weight is prepared for."""
         layers = (layer for module in modules for layer in streamed_layers(module))
         return [(op := layer.op(), self.kernel(op, None)) for layer in layers]
 
@@ -166,8 +167,8 @@ class Streamer:
 
     @contextmanager
     def hold(self, *modules: nn.Module) -> Iterator[None]:
-        """Until this ends, every streamed weight of the modules that is prepared stays: in the arena, or beside it.
-        While weights are held already, these are among them."""
+        """Keep every prepared weight of the modules until this context ends, in the arena or beside it. If weights are
+        held already, these must be among them."""
         if self._held is not None:
             yield
             return
@@ -192,8 +193,8 @@ class Streamer:
 
     @contextmanager
     def hold_transformed(self, module: nn.Module) -> Iterator[None]:
-        """`hold`, and convolutions that suit it go by winograd.py meanwhile: where many strips share one transformed
-        weight."""
+        """`hold`, with suitable convolutions computed by winograd.py meanwhile, because many strips share one
+        transformed weight."""
         try:
             with self._under(replace(self.policy, winograd=True)), self.hold(module):
                 yield
@@ -201,7 +202,7 @@ class Streamer:
             self._arena.take(0, short=True)  # the largest weights are not those beside the largest activations
 
     def _resident(self, op: Op, kernel: Kernel) -> bool:
-        """Whether the weights are resident as they are computed with."""
+        """Whether the weights are resident in compute format."""
         resident = [None if self.store is None else self.store.resident.get(name) for name in op.group.names]
         return kernel.takes_resident and all(x is not None and x.dtype == torch.float32 for x in resident)
 
@@ -213,11 +214,9 @@ class Streamer:
             process.release_heap()
 
     def run(self, module: nn.Module, calls: list[tuple[Tensor, ...]], **shared: object) -> list[Tensor]:
-        """`module(*call, **shared)` for each call (tensors of batch 1) under one read of its weights.
-
-        All calls are of one size. `calls` is emptied from the front, so that inputs nobody else holds are freed as they
-        are used. Neighbours with the very same tensors get the very same result.
-        """
+        """Call `module(*call, **shared)` for each call (tensors of batch 1, all of one size) under one read of its
+        weights. `calls` is emptied from the front, so that inputs without other references are freed as they are used.
+        Consecutive calls with identical tensors share one result."""
         with self._under(replace(self.policy, one_size=True)):
             return self._run(module, calls, shared)
 
@@ -245,8 +244,8 @@ class Streamer:
     def _next_group(
         self, module: nn.Module, calls: list[tuple[Tensor, ...]]
     ) -> tuple[list[tuple[Tensor, ...]], list[int]]:
-        """Take from the front of `calls` those that run together, neighbours with the very same tensors once; and how
-        often each was there."""
+        """Take the calls that run together from the front of `calls`, without consecutive duplicates, and the number of
+        duplicates of each."""
         most = 1
         # A small layer that is not streamed computes all samples in one product, whose bits depend on their number.
         if self.policy.int8 and not any(map(_is_plain, module.modules())):
@@ -264,8 +263,8 @@ class Streamer:
         return group, same
 
     def run_unit(self, module: nn.Module, forward: Callable[..., _T], *args: object, **kwargs: object) -> _T:
-        """The forward of a unit: sample by sample while its weights are held, if they can be. Arguments are cut where
-        their first axis is the batch (that of the first tensor argument)."""
+        """The forward of a unit: sample by sample while its weights are held, if they can be. Arguments whose first
+        axis is the batch (that of the first tensor argument) are cut."""
         if self._held is not None or not self.fits(module):
             return forward(*args, **kwargs)
         batch = next(len(a) for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
@@ -290,12 +289,12 @@ class Streamer:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Whether it is a layer that is not streamed."""
+    """Whether the module is a layer that is not streamed."""
     return isinstance(module, nn.Linear | nn.Conv2d) and not isinstance(module, StreamedLayer)
 
 
 def _first(result: object) -> Tensor:
-    """The tensor of a module's result: itself, or the first of a tuple or of a model output."""
+    """The tensor of a module's result: the result itself, or the first element of a tuple or a model output."""
     while not isinstance(result, Tensor):
         result = result[0]  # type: ignore[index]
     return result

@@ -1,7 +1,7 @@
-"""Every measured constant of compute/ and planning/, with its passport; and which kernel runs where. Imports no torch.
+"""All measured constants of compute/ and planning/ with their passports, and the table of kernels. Imports no torch.
 
-A passport is a constant's unit and the command that measured it; the comment says what was seen. Those of memory/ are
-in memory/tuning.py. `scripts/calibrate.py` measures again.
+A passport states a constant's unit and the command that measured it; a comment says what was observed. The constants of
+memory/ are in memory/tuning.py. `scripts/calibrate.py` measures them again.
 """
 
 from __future__ import annotations

@@ -32,7 +32,8 @@ _G = torch.tensor([[1 / 4, 0, 0], [-1 / 6, -1 / 6, -1 / 6], [-1 / 6, 1 / 6, -1 /
 
 
 def suits(shape: Sequence[int], geometry: Geometry) -> bool:
-    """Whether a convolution with a weight of `shape` can be computed so, with gain where its input is large enough."""
+    """Whether a convolution with a weight of `shape` can be computed in this way, and gains by it if its input is large
+    enough."""
     return (
         tuple(shape[2:]) == (3, 3)
         and geometry.stride == geometry.dilation == (1, 1)
@@ -114,8 +115,8 @@ def _output_transform(m: Sequence[Tensor] | Tensor, out: Tensor) -> None:
 
 
 class Winograd(Kernel):
-    """Transformed weights are held whole where weights are, else as much as the arena has room for. What a column of a
-    matrix product adds up to does not depend on where it is cut (a test compares)."""
+    """Transformed weights are held complete if weights are held, else as far as the arena has room. The sum of a column
+    of a matrix product does not depend on where the matrix is cut."""
 
     name = "winograd"
     rows_together = SIDE

@@ -1,8 +1,9 @@
-"""The whole-image decode (or encode) of an AutoencoderKL, out of core: what diffusers computes, at any size.
+"""The whole-image decode (or encode) of an AutoencoderKL, out of core: the result of diffusers at any size.
 
-Layer by layer over row strips, with the activations in scratch files. GroupNorm's statistics are gathered while the
-layer before it is written, every element once; the mid-block attention sees every token, or as many evenly spaced ones
-as asked, keys and values in chunks with a running softmax (Milakov & Gimelshein 2018, arXiv:1805.02867).
+Works layer by layer over strips of rows, with the activations in scratch files. GroupNorm's statistics are collected
+while the previous layer is written, from every element once; the mid-block attention sees every token, or as many
+evenly spaced ones as requested, with keys and values in chunks and a running softmax (Milakov & Gimelshein 2018,
+arXiv:1805.02867).
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ ALONE = 2**20  # elements of the weight of an Up or Down that gets a pass of its
 
 
 class Add(Stage):
-    """The residual branch's end: adds the rows that the block began with, read again from the scratch."""
+    """The end of a residual branch: adds the rows that the block started from, read again from the scratch."""
 
     def __init__(self, block: Resnet, stored: Rows) -> None:
         self.block, self.stored, self.row = block, stored, 0
@@ -68,7 +69,7 @@ class Add(Stage):
 
 
 class Attend(Stage):
-    """The mid-block attention of some rows to all tokens of the picture, kept as `memory` (keys above values)."""
+    """The mid-block attention of some rows to all tokens of the picture, stored as `memory` (keys above values)."""
 
     growth = 4.0  # scores beside queries
 
@@ -111,19 +112,20 @@ class Attend(Stage):
 
 
 def spacing(height: int, width: int, most: int | None) -> int:
-    """The distance between tokens along rows and columns at which about `most` remain; 1 where `most` is None."""
+    """The distance along rows and columns between the tokens that attention sees, such that about `most` remain; 1 if
+    `most` is None."""
     return 1 if most is None else math.ceil(math.sqrt(height * width / most))
 
 
 def attend_strips(height: int, width: int) -> int:
-    """How many strips of rows latents of (height, width) are cut into for attention."""
+    """The number of strips into which attention cuts latents of (height, width)."""
     return math.ceil(height / max(1, QUERIES // width))
 
 
 class Passes:
-    """The passes of one picture, each numbered, so that those which a spool remembers are not run again.
+    """The numbered passes over one picture. Passes that a spool remembers are not run again.
 
-    `hold(module)` is entered around the layers of a pass: one read of the weights serves the whole picture.
+    `hold(module)` is entered around the layers of a pass, so that one read of the weights serves the whole picture.
     """
 
     def __init__(self, frame: Frame, scratch: Scratch, hold: Hold, check: Check) -> None:
@@ -143,7 +145,8 @@ class Passes:
             self.scratch.spool.note(out.line(whole=whole, statistics=statistics, **facts), out.fd)
 
     def store(self, chain: list[Stage], source: Source, norm: Norm | None, keep: Rows | None = None) -> Rows:
-        """Run one pass into a new file, and give `norm`, if that comes next, the statistics of what was written."""
+        """Run one pass into a new file, and give `norm`, the next norm if there is one, the statistics of what was
+        written."""
         pooled = None if norm is None else Pooled(norm.norm.num_groups)
         number, known = self._next()
         out = None if known is None else self._recalled(known)
@@ -184,7 +187,7 @@ class Passes:
         return out
 
     def keys_and_values(self, stage: MidAttention, stored: Rows, most: int | None = None) -> Rows:
-        """The key and the value of every token, or of at most `most` evenly spaced ones: twice the channels."""
+        """The key and the value of every token, or of at most `most` evenly spaced ones, with twice the channels."""
         number, known = self._next()
         if known is not None:
             return self._recalled(known)
@@ -324,8 +327,8 @@ def encode(
 
 
 class Rehearsal(NamedTuple):
-    """`peak_bytes` on disk at once, `written_bytes` in all, `flops` of the convolutions; `apart_bytes` on disk at once
-    where passes are remembered."""
+    """`peak_bytes`: the most on disk at once; `written_bytes`: in total; `flops` of the convolutions; `apart_bytes`:
+    the most on disk at once if passes are remembered."""
 
     peak_bytes: int
     written_bytes: int
@@ -334,7 +337,8 @@ class Rehearsal(NamedTuple):
 
 
 def _flops(stages: list[Stage], pixels: int) -> int:
-    """Of the convolutions on so many pixels or latents, two for each multiply-add; as if none were transformed."""
+    """The operations of the convolutions on so many pixels or latents, two for each multiply-add, as if none were
+    computed by Winograd."""
     total = 0
     for stage in stages:
         pixels = 4 * pixels if isinstance(stage, Up) else pixels // 4 if isinstance(stage, Down) else pixels
@@ -348,9 +352,10 @@ def _flops(stages: list[Stage], pixels: int) -> int:
 def rehearse(
     vae: AutoencoderKL, latents: tuple[int, int], dtype: torch.dtype, hold: Hold, *, encoding: bool
 ) -> Rehearsal:
-    """What `decode` or `encode` does for latents of (height, width), on meta tensors.
+    """Run `decode` or `encode` for latents of (height, width) on meta tensors.
 
-    A low picture stands for one of any height: what is in memory does not depend on it, the rest is proportional to it.
+    A lower picture stands for one of any height: the memory does not depend on the height, and everything else is
+    proportional to it.
     """
     height, width = min(latents[0], KEYS // latents[1] + 8), latents[1]
     scratch = Scratch(None, dtype)

@@ -1,9 +1,11 @@
-"""The autoencoder with held statistics: pictures of any height at constant memory, in both directions.
+"""The autoencoder with fixed statistics, for pictures of any height at constant memory, in both directions.
 
-Statistics come from a sample of the picture itself: small blocks at full resolution from all over it, laid side by side
-and worked on as one picture of at most 128×128 latents by `exact`. Of its keys and values 64×64 tokens are held for the
-attention; a picture of no more than these is decoded exactly. What rows hold back grows with the width: a wide picture
-is worked on in bands side by side, which overlap by what the convolutions see.
+The statistics come from a sample of the picture itself: small blocks at full resolution from all over it, placed side
+by side and processed by `exact` as one picture of at most 128×128 latents. Of its keys and values, 64×64 tokens are
+kept for the attention; a picture with no more tokens than that is decoded exactly.
+
+The rows that layers hold back grow with the width, so a wide picture is processed in overlapping bands side by side;
+the overlap covers the reach of the convolutions.
 """
 
 from __future__ import annotations
@@ -49,8 +51,8 @@ BAND = 512  # latents
 
 
 def sample(height: int, width: int) -> tuple[Tensor, Tensor]:
-    """The rows and the columns of latents that are measured: all of a picture of at most SAMPLE_SIDE², else evenly
-    spaced blocks of BLOCK of them, of the picture's aspect."""
+    """The rows and columns of latents that are measured: all of a picture of at most SAMPLE_SIDE², else evenly spaced
+    blocks of BLOCK, in the picture's aspect ratio."""
     if height * width <= SAMPLE_SIDE**2:
         return torch.arange(height), torch.arange(width)
     short, long = sorted((height, width))
@@ -76,7 +78,7 @@ class Part(NamedTuple):
 
 
 class Band(NamedTuple):
-    """Columns of latents: those pushed, and those of them that are kept."""
+    """Columns of latents: those that are pushed, and those of them that are kept."""
 
     first: int
     last: int
@@ -84,8 +86,8 @@ class Band(NamedTuple):
 
 
 def bands(width: int) -> list[Band]:
-    """Cut `width` latent columns into bands of nearly equal width, at most BAND; where bands join, each is pushed REACH
-    columns more than it keeps."""
+    """Cut `width` latent columns into bands of nearly equal width, at most BAND; at each joint, both bands are pushed
+    with REACH columns more than they keep."""
     if width <= BAND:
         return [Band(0, width, slice(0, width))]
     count = math.ceil((width - 2 * REACH) / (BAND - 2 * REACH))
@@ -103,7 +105,7 @@ def _ignore(where: object) -> None:
 
 
 def _measure(stages: list[Stage], part: Tensor, scratch: Scratch, hold: Hold, check: Check, *, scale: int = 1) -> None:
-    """Give the stages the statistics of `part`, (1, C, h, w), of `scale` rows and columns to a latent."""
+    """Measure the stages' statistics on `part`, (1, C, h, w), with `scale` rows and columns per latent."""
     height, width = part.shape[2:]
     frame = Frame(height, width)
     strips = part.split(scale * strip_rows(width // scale), dim=2)

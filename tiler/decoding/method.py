@@ -1,4 +1,4 @@
-"""Which way an autoencoder goes through a picture, `exact`, `sampled` or `frozen`, and the one call that goes it."""
+"""Choose the way an autoencoder processes a picture, `exact`, `sampled` or `frozen`, and run it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ DTYPES = {ScratchDtype.FP16: torch.float16, ScratchDtype.FP32: torch.float32}
 
 
 class ScratchSpace(NamedTuple):
-    """Where scratch files go, the bytes its file system has left, and what activations are stored as."""
+    """The folder of scratch files, its free bytes, and the dtype in which activations are stored."""
 
     folder: Path
     free_bytes: int
@@ -40,7 +40,7 @@ class ScratchSpace(NamedTuple):
 @dataclass(frozen=True, kw_only=True)
 class DecodePlan:
     """How one picture is decoded or encoded. Bytes: `memory_bytes` of activations and weights in use, `scratch_bytes`
-    on disk at once, `written_bytes` to disk in all. `flops` of an AutoencoderKL's convolutions."""
+    on disk at once, `written_bytes` to disk in total. `flops` of an AutoencoderKL's convolutions."""
 
     kind: Decode  # never AUTO
     encoding: bool
@@ -61,7 +61,7 @@ class DecodePlan:
 
     @property
     def name(self) -> str:
-        """As --decode spells it."""
+        """The method as --decode spells it."""
         return self.kind.value
 
     @property
@@ -71,18 +71,18 @@ class DecodePlan:
 
     @property
     def attention_flops(self) -> int:
-        """Floating-point operations of the attention, beside `flops`."""
+        """Floating-point operations of the attention, in addition to `flops`."""
         share, _ = self.attention
         return int(self.flops * share / (1 - share))
 
     @property
     def by_layers(self) -> bool:
-        """Whether each layer goes through the whole picture before the next, its weights read once."""
+        """Whether each layer processes the whole picture before the next one, so that its weights are read once."""
         return self.kind in (Decode.EXACT, Decode.SAMPLED)
 
     @property
     def attend_to(self) -> int | None:
-        """How many tokens attention sees at most; None for all."""
+        """The largest number of tokens that attention sees; None for all."""
         return TOKENS if self.kind is Decode.SAMPLED else None
 
 
@@ -97,11 +97,11 @@ def choose(
     wrap: Wrap = Wrap.NONE,
 ) -> DecodePlan:
     """The method for latents of (height, width). `vae` is on the meta device, lent to a planning `streamer`; for TINY
-    it is an AutoencoderTiny. Asks nothing of the disk.
+    it is an AutoencoderTiny. The disk is not queried.
 
-    AUTO takes `exact` while attention to all tokens is a small part of the work, then `sampled`; `frozen` for pictures
-    wider than its bands, where rows grow, and where the scratch folder lacks room for the others. Raises StorageError
-    when there is no room for what is wanted, or for anything.
+    AUTO takes `exact` while attention to all tokens is a small part of the work, then `sampled`; and `frozen` for
+    pictures wider than its bands, or if the scratch folder has too little room for the others. Raises StorageError if
+    there is no room for the requested method, or for any.
     """
 
     (folder, free, dtype), (vertical, horizontal) = space, wrap.axes
@@ -261,7 +261,7 @@ def encode_parts(
 
 
 def _noting(method: DecodePlan, scratch: Scratch, check: Check, progress: Callable[[float], None]) -> Check:
-    """`check` that also says how much is done: of attention by strips, of the convolutions by what was written."""
+    """`check` that also reports progress: strips of the attention, and written bytes of the convolutions."""
     share, strips = method.attention
 
     def both(where: str) -> None:

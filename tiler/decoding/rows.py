@@ -37,8 +37,8 @@ _STRIP_BYTES = 5 * 2**19  # input of one convolution call; bounds its scratch
 
 
 class Pixels(Protocol):
-    """A picture of `shape` (H, W, 3); a slice of its rows is uint8. An array, or something that makes rows when
-    asked."""
+    """A picture of `shape` (H, W, 3); a slice of its rows is uint8. An array, or an object that computes rows on
+    demand."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -47,8 +47,8 @@ class Pixels(Protocol):
 
 
 class Latents(Protocol):
-    """Latents of `shape` (1, C, h, w); `[:, :, first:last]` is their rows, fp32. A tensor, or a file that is read when
-    asked."""
+    """Latents of `shape` (1, C, h, w); `[:, :, first:last]` returns rows, fp32. A tensor, or a file that is read on
+    demand."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -66,10 +66,8 @@ class Around(Latents, Protocol):
 
 
 class Stage(Protocol):
-    """One layer. `push` takes (1, C, rows, W) fp32, top to bottom; `last` marks the end of the picture.
-
-    Returns the rows that are ready, None when there are none yet. `growth` is output over input in bytes.
-    """
+    """One layer. `push` takes (1, C, rows, W) fp32, from top to bottom; `last` marks the end of the picture. Returns
+    the rows that are ready, or None if there are none yet. `growth` is output size over input size in bytes."""
 
     growth: float = 1.0
 
@@ -77,7 +75,7 @@ class Stage(Protocol):
 
 
 class Norm:
-    """GroupNorm with held statistics, then SiLU: y = silu(x·scale + shift), per channel."""
+    """GroupNorm with fixed statistics, then SiLU: y = silu(x·scale + shift), per channel."""
 
     def __init__(self, norm: nn.Module, *, silu: bool = True) -> None:
         assert isinstance(norm, nn.GroupNorm)
@@ -86,7 +84,7 @@ class Norm:
         self.shift: Tensor | None = None
 
     def hold(self, mean: Tensor, var: Tensor) -> None:
-        """Statistics of each group, (groups,)."""
+        """Set the statistics of each group, (groups,)."""
         if self.norm.weight.is_meta:
             self.scale = self.shift = self.norm.weight.new_empty(1, self.norm.num_channels, 1, 1)
             return
@@ -102,17 +100,18 @@ class Norm:
 
 
 def _without_row_padding(conv: nn.Conv2d) -> nn.Conv2d:
-    """The layer itself, with the same parameters, that pads columns alone: rows are padded here. Another module,
-    because that one is its owner's."""
+    """A copy of the layer with the same parameters that pads columns only, because rows are padded here. The layer
+    itself is not changed; it belongs to someone else."""
     padded = copy.copy(conv)
     padded.padding = (0, conv.padding[1])  # type: ignore[assignment]
     return padded
 
 
 class Conv(Stage):
-    """A 3×3 convolution of stride 1, or a 1×1, row by row, after an optional norm. Zero rows stand above and below.
+    """A 3×3 convolution of stride 1, or a 1×1, row by row, after an optional norm, with zero rows above and below.
 
-    Works in strips of a few rows, so that its scratch and the normalised copy stay small beside input and output.
+    Works in strips of a few rows, so that temporary memory and the normalised copy stay small compared to input and
+    output.
     """
 
     def __init__(self, conv: nn.Module, norm: Norm | None = None) -> None:
@@ -123,7 +122,7 @@ class Conv(Stage):
 
     @property
     def together(self) -> int:
-        """How many rows the layer computes at once: rows come in multiples of this, except at the end of the
+        """The number of rows that the layer computes at once: rows come in multiples of it, except at the end of the
         picture."""
         return getattr(self.conv, "rows_together", 1)
 
@@ -226,7 +225,7 @@ class Up(Stage):
 
 
 class Residual:
-    """Rows of a shortcut, kept until the convolutions beside it have held back theirs."""
+    """Rows of a shortcut, kept until the convolutions beside it have produced theirs."""
 
     def __init__(self) -> None:
         self.rows: Tensor | None = None
@@ -235,7 +234,7 @@ class Residual:
         self.rows = x if self.rows is None else torch.cat([self.rows, x], dim=2)
 
     def add_to(self, x: Tensor, last: bool) -> Tensor:
-        """x plus the first rows kept, which are then forgotten. In place."""
+        """x plus the first stored rows, in place; these rows are then dropped."""
         assert self.rows is not None
         count = x.shape[2]
         x += self.rows[:, :, :count]
@@ -244,7 +243,7 @@ class Residual:
 
 
 class Resnet(Stage):
-    """diffusers' ResnetBlock2D without time embedding. The shortcut waits for the rows that the convolutions hold
+    """diffusers' ResnetBlock2D without time embedding. The shortcut is delayed by the rows that the convolutions hold
     back."""
 
     def __init__(self, block: ResnetBlock2D) -> None:
@@ -267,7 +266,7 @@ class Resnet(Stage):
 
 
 class MidAttention(Stage):
-    """diffusers' Attention of an autoencoder's mid block, with held keys and values."""
+    """diffusers' Attention of an autoencoder's mid block, with fixed keys and values."""
 
     def __init__(self, attention: Attention) -> None:
         assert attention.group_norm is not None and attention.residual_connection
@@ -277,7 +276,7 @@ class MidAttention(Stage):
         self.values: Tensor | None = None
 
     def hold(self, memory: Tensor) -> None:
-        """Every token's key above its value, (1, 2C, h, w), for all rows to come."""
+        """Set every token's key and value, (1, 2C, h, w), keys above values, for all following rows."""
         keys, values = memory.flatten(2).transpose(1, 2).chunk(2, dim=2)
         self.keys, self.values = self._heads(keys), self._heads(values)
 
@@ -298,16 +297,17 @@ class MidAttention(Stage):
 
 
 def _empty_like(x: Tensor, rows: int) -> Tensor:
-    """(1, C, `rows`, W) for parts like `x`, channels-last as all of an autoencoder's rows: oneDNN reorders none of
-    them."""
+    """An uninitialised (1, C, `rows`, W) for parts like `x`, channels-last like all rows of an autoencoder, so that
+    oneDNN reorders none of them."""
     return x.new_empty(1, rows, x.shape[3], x.shape[1]).permute(0, 3, 1, 2)
 
 
 def flow(stages: list[Stage], box: list[Tensor], last: bool, *, check: Check) -> Iterator[Tensor]:
-    """Push the rows in `box` (one tensor or none; it is emptied) through every stage; yields what comes out at the end.
+    """Push the rows in `box` (one tensor or none; it is emptied) through every stage, and yield the results of the last
+    one.
 
-    Rows are passed on a few at a time, so that neither the wide stages nor the end of the picture, when every stage
-    gives what it held back, need more memory than a strip.
+    Rows are passed on a few at a time, so that neither the wide stages nor the end of the picture, where every stage
+    releases the rows that it held back, need more memory than a strip.
     """
     for at, stage in enumerate(stages):
         if box or last:
@@ -370,10 +370,8 @@ def latent_strips(latents: Latents, rows: int) -> Iterator[Tensor]:
 
 
 def strip_rows(width: int) -> int:
-    """Latent rows pushed at a time for `width` latent columns: enough to make a read of the weights worth while.
-
-    Depends on nothing else, so the bytes of the picture never do either.
-    """
+    """The number of latent rows that are pushed at a time for `width` latent columns: enough to justify a read of the
+    weights. Depends only on the width, so the bytes of the picture depend on nothing else either."""
     return max(1, min(32, 512 // width))
 
 

@@ -1,5 +1,5 @@
-"""Activations on disk: tensors of rows in files that have no name, so nothing is left behind however the process ends;
-or, where a job remembers its passes, in those of a spool.
+"""Activations on disk: tensors of rows in files without names, so that nothing is left behind however the process ends;
+or in the named files of a spool, if a job remembers its passes.
 
 fp16 rows that would overflow are scaled by a power of two, so the dtype costs precision (2⁻¹¹) but never range. Knows
 files and dtypes, not layers. Reads and writes are preadv and pwrite: mapped pages would count as RSS.
@@ -27,12 +27,12 @@ FP16_ROOM = 2.0**15
 
 
 class Scratch:
-    """A folder for `Rows`, and what they take: a context manager that closes the files which are still open at its end,
-    however that comes. `folder` None keeps nothing: for planning on meta tensors. With a `spool`, files stay there.
+    """A folder for `Rows`, and statistics of its use. A context manager that closes the files that are still open when
+    it ends, for whatever reason.
 
-    `peak_bytes` is the most that was stored at once, `apart_bytes` the same where no rows take the place of others,
-    `written_bytes` what was written in all, `attended` the strips that attention has done. Raises StorageError where
-    the folder cannot be used.
+    With `folder` None nothing is stored: for planning on meta tensors. With a `spool`, files stay there. `peak_bytes`
+    is the most that was stored at once, `apart_bytes` the same if no rows replace others, `written_bytes` the total
+    written, `attended` the number of strips that attention has done. Raises StorageError if the folder cannot be used.
     """
 
     def __init__(self, folder: Path | None, dtype: torch.dtype = torch.float16, spool: Spool | None = None) -> None:
@@ -50,7 +50,7 @@ class Scratch:
         self.live_bytes = 0
 
     def open(self, number: int = -1) -> int:
-        """A new file without a name; with a spool that of a pass, -1 where it is gone already."""
+        """A new file without a name; with a spool, the file of a pass, or -1 if it was already removed."""
         assert self.folder is not None
         try:
             fd = _nameless_file(self.folder) if self.spool is None else self.spool.open(number)
@@ -63,7 +63,7 @@ class Scratch:
         return fd
 
     def close(self, fd: int) -> None:
-        """Give a file's space back."""
+        """Free the space of a file."""
         if fd in self._open:
             self._open.remove(fd)
             os.close(fd)
@@ -78,7 +78,7 @@ class Scratch:
 
 
 def _nameless_file(folder: Path) -> int:
-    """A descriptor of an empty file that nobody else can open, and whose space is free once it is closed."""
+    """The descriptor of an empty file that nobody else can open, and whose space is freed when it is closed."""
     fd, name = tempfile.mkstemp(prefix=".tiler-", dir=folder)
     try:
         os.unlink(name)
@@ -89,7 +89,7 @@ def _nameless_file(folder: Path) -> int:
 
 
 def free_bytes(folder: Path) -> int:
-    """What `folder`'s file system has left for this user. Raises StorageError."""
+    """The free space of `folder`'s file system for this user. Raises StorageError."""
     try:
         return shutil.disk_usage(folder).free
     except OSError as error:
@@ -97,11 +97,9 @@ def free_bytes(folder: Path) -> int:
 
 
 class Rows:
-    """A picture of (channels, width) rows that grows downwards, stored in the scratch's dtype.
-
-    With `over`, its rows take the place of another one's, which must have been read before. In a spool they are those
-    of pass `number`, and begin with what is `known` of them.
-    """
+    """A picture of (channels, width) rows that grows downwards, stored in the scratch's dtype. With `over`, its rows
+    replace those of another picture, which must have been read before. In a spool they belong to pass `number`, and
+    start with the rows that are `known` of it."""
 
     def __init__(
         self,
@@ -191,7 +189,7 @@ class Rows:
             yield self.read(first, min(first + step, self.count))
 
     def line(self, *, whole: bool, **facts: Any) -> Line:
-        """What a spool has to know of them."""
+        """The facts that a spool stores about the rows."""
         scales = self._scales if max(self._scales, default=1.0) > 1 else None
         return Line(
             number=self.number, channels=self.channels, width=self.width, count=self.count, row_bytes=self.row_bytes,
@@ -199,7 +197,7 @@ class Rows:
         )  # fmt: skip
 
     def close(self) -> None:
-        """Give the space back; rows that took its place must be closed before."""
+        """Free the space; rows that replaced these must be closed before."""
         self.scratch.close(self.fd)
         if self.scratch.spool is not None:
             self.scratch.spool.remove(self.number)
@@ -208,5 +206,5 @@ class Rows:
         self.give_back()
 
     def give_back(self) -> None:
-        """The rows are read; what takes their place may still be there."""
+        """Mark the rows as read; the rows that replace them may still exist."""
         self.scratch.grow_apart(-self.count * self.row_bytes)

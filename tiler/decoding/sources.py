@@ -1,4 +1,4 @@
-"""Where a pass gets its rows."""
+"""The sources of a pass's rows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Source:
-    """Strips from any row on, and the stored pictures that nobody needs once the pass is over."""
+    """Strips from any row on, and the stored pictures that are not needed after the pass."""
 
     def __init__(self, strips: Callable[[int], Iterable[Tensor]], height: int, *stored: Rows) -> None:
         self.strips, self.height, self.stored = strips, height, stored
@@ -27,7 +27,8 @@ class Source:
     def through(
         self, chain: list[Stage], check: Check, begin: int = 0, part: Callable[[], None] = lambda: None
     ) -> Iterator[Tensor]:
-        """`part` is called when all is out that a strip could give."""
+        """Push the strips through a chain of stages. `part` is called after everything that follows from a strip was
+        yielded."""
         row = begin
         for strip in self.strips(begin):
             row += strip.shape[2]

@@ -1,9 +1,8 @@
-"""Passes that are remembered: a decoder's rows in files with names, and a journal with a line for each pass that is
-whole.
+"""Remembered passes: a decoder's rows in named files, and a journal with a line for each complete pass.
 
-A line tells of the rows, of the statistics that the next norm needs, and of the earlier files that nobody reads any
-more. What a kill leaves is whole: the page cache outlives a process. After a power cut, another boot, only lines count
-that were synced.
+A line records the rows, the statistics that the next norm needs, and the earlier files that are no longer read. After a
+kill all of this is intact, because the page cache outlives a process. After a power cut, which means another boot, only
+synced lines count.
 """
 
 from __future__ import annotations
@@ -29,8 +28,9 @@ _PART_EVERY = 5.0  # seconds of a pass's work that a kill may take, where it can
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """A pass, or its first rows where it is not `whole`. `statistics` are count, means and sums of squares by group,
-    floats as hexadecimal; `scales` of rows that are stored scaled; `closes` are passes whose rows are read by then."""
+    """A pass, or its first rows if it is not `whole`. `statistics` are count, means and sums of squares by group, with
+    floats in hexadecimal; `scales` belong to rows that are stored scaled; `closes` lists the passes whose rows are no
+    longer needed."""
 
     number: int
     channels: int
@@ -47,8 +47,8 @@ class Line:
 
 
 class Spool:
-    """A folder of one decode (or encode), told apart by the text `of`: what is there of another one is removed. `what`
-    it does, for people; `on_pass` is told of each pass that is whole, in words. Raises StorageError."""
+    """A folder for one decode (or encode), identified by the text `of`: files of another one are removed. `what`
+    describes it to people; `on_pass` is called with a description of each completed pass. Raises StorageError."""
 
     def __init__(self, folder: Path, what: str, of: str, on_pass: Callable[[str], None] = lambda where: None) -> None:
         self.folder, self._what, self._on_pass = folder, what, on_pass
@@ -63,11 +63,11 @@ class Spool:
             raise self._lost(error) from error
 
     def of(self, number: int) -> Line | None:
-        """What is remembered of a pass."""
+        """The remembered state of a pass."""
         return self._known.get(number)
 
     def open(self, number: int) -> int:
-        """The file of a pass's rows; of one that is read already, and gone, -1."""
+        """The file of a pass's rows; -1 if the rows were already read and removed."""
         line = self._known.get(number)
         mode = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | (0 if line is not None else os.O_CREAT | os.O_TRUNC)
         with suppress(FileNotFoundError):
@@ -75,12 +75,13 @@ class Spool:
         return -1
 
     def remove(self, number: int) -> None:
-        """The rows of a pass, which nobody reads any more."""
+        """Delete the rows of a pass, which are no longer read."""
         with suppress(FileNotFoundError):
             os.unlink(self._path(number))
 
     def note(self, line: Line, fd: int) -> None:
-        """A pass is whole, or as far as the line says; `fd` is its file. Of parts only some are noted."""
+        """Record a complete pass, or the part that the line describes; `fd` is its file. Only some parts are
+        recorded."""
         now = time.monotonic()
         if not line.whole and now - self._told < _PART_EVERY:
             return
@@ -112,7 +113,7 @@ class Spool:
             os.close(fd)
 
     def _load(self, of: str) -> dict[int, Line]:
-        """The longest beginning of the journal whose files are all there; the rest is forgotten."""
+        """The longest prefix of the journal whose files all exist; the rest is dropped."""
         lines, ends = list[Line](), list[int]()
         begun = False
         for said, end in _read(self.folder / JOURNAL):
@@ -158,7 +159,7 @@ class Spool:
 
 
 def where_in(folder: Path) -> str:
-    """How far the passes there are: "pass 12 of the decoder"; empty where none is whole."""
+    """A description of the last complete pass, like "pass 12 of the decoder"; empty if there is none."""
     said = [each for each, _ in _read(folder / JOURNAL)]
     whole = [each["number"] for each in said if each.get("whole")]
     return _where(max(whole), said[0].get("what", "")) if whole else ""
@@ -169,14 +170,14 @@ def _where(number: int, what: str) -> str:
 
 
 def bytes_in(folder: Path) -> int:
-    """What the folder's files take."""
+    """The size of the folder's files."""
     with suppress(OSError):
         return sum(path.stat().st_blocks * 512 for path in folder.iterdir())
     return 0
 
 
 def clear(folder: Path) -> None:
-    """Remove what a spool consists of, and the folder if nothing else is in it."""
+    """Delete the files of a spool, and the folder if it contains nothing else."""
     with suppress(OSError):
         for path in (*folder.glob("*.rows"), folder / JOURNAL):
             path.unlink(missing_ok=True)
@@ -184,7 +185,7 @@ def clear(folder: Path) -> None:
 
 
 def _live(lines: list[Line]) -> dict[int, Line]:
-    """Whose rows are still to be read after these lines."""
+    """The passes whose rows are still needed after these lines."""
     live: dict[int, Line] = {}
     for line in lines:
         live[line.number] = line
@@ -194,7 +195,7 @@ def _live(lines: list[Line]) -> dict[int, Line]:
 
 
 def _read(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
-    """The journal's lines up to the first that is not as it was written, and where each ends."""
+    """The journal's lines up to the first damaged one, and the position where each ends."""
     at = 0
     with suppress(OSError, ValueError), open(path, "rb") as file:
         for line in file:
@@ -206,7 +207,7 @@ def _read(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
 
 
 def _sync(fd: int) -> None:
-    """Not every file system can."""
+    """Flush a folder or file; not every file system can."""
     try:
         os.fdatasync(fd)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""What is known of a whole picture that is seen strip by strip: its size, and each group's mean and variance."""
+"""Statistics of a picture that is processed strip by strip: its size, and each group's mean and variance."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Pooled:
         self.count = total
 
     def told(self) -> tuple[int, list[str], list[str]]:
-        """As a spool remembers it, to the last bit."""
+        """The statistics in the form that a spool stores, exact to the last bit."""
         return self.count, [x.hex() for x in self.mean.tolist()], [x.hex() for x in self.m2.tolist()]
 
     def recall(self, told: tuple[int, list[str], list[str]]) -> None:
@@ -52,8 +52,8 @@ class Pooled:
 
 
 class Frame(NamedTuple):
-    """The input's size, and how much of it on each side (above and below, left and right) repeats the other side. What
-    repeats is for convolutions only: statistics and attention see every pixel once."""
+    """The input's size, and the margin on each side (above and below, left and right) that repeats the opposite side.
+    The margin is for convolutions only: statistics and attention see every pixel once."""
 
     height: int
     width: int
@@ -61,7 +61,8 @@ class Frame(NamedTuple):
     x: int = 0
 
     def inner(self, part: Tensor, row: int) -> Tensor:
-        """What of `part`, whole rows from `row` on, (1, C, n, W) at any scale of the input, does not repeat."""
+        """The part of `part` without the margin. `part` contains complete rows from `row` on, (1, C, n, W), at any
+        scale of the input."""
         scale = Fraction(part.shape[3], self.width)
         y, x, bottom = int(self.y * scale), int(self.x * scale), int((self.height - self.y) * scale)
         return part[:, :, max(0, y - row) : max(0, bottom - row), x : part.shape[3] - x]

@@ -31,7 +31,7 @@ class Pointwise(Stage):
 
 
 class Block(Stage):
-    """AutoencoderTinyBlock: three convolutions with ReLU between, and a shortcut that waits for their rows."""
+    """AutoencoderTinyBlock: three convolutions with ReLU in between, and a shortcut that is delayed to match them."""
 
     def __init__(self, block: nn.Module) -> None:
         convs = [Conv(layer) for layer in block.conv if isinstance(layer, nn.Conv2d)]  # type: ignore[union-attr]

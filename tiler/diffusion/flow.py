@@ -40,7 +40,7 @@ _BELOW_ONE = 1 - 1e-6  # of a first σ: multistep solvers take the logarithm of 
 
 
 class FlowSchedule(DiffusersSchedule):
-    """A `Schedule` around one of diffusers' flow-matching schedulers, whose latents are taken as they are."""
+    """A `Schedule` that wraps one of diffusers' flow-matching schedulers, which take latents unscaled."""
 
     def start(self, noise: Tensor, reference: Tensor | None, begin: int) -> Tensor:
         self.scheduler.set_begin_index(begin)
@@ -100,7 +100,7 @@ def shift_of(tokens: int, config: Any) -> float:
 
 
 def _choose(asked: Scheduler, config: Mapping[str, Any]) -> tuple[Scheduler, tuple[str, ...]]:
-    """The solver, and a note where it takes the place of the checkpoint's own."""
+    """The solver, with a note if it replaces the checkpoint's own."""
     cls = config.get("_class_name", "FlowMatchEulerDiscreteScheduler")
     if cls not in _OWN:
         known = ", ".join(_OWN)
@@ -148,7 +148,7 @@ def _euler(config: Mapping[str, Any], *, stochastic: bool) -> Any:
 
 
 def _solver(name: Scheduler, euler: Any) -> Any:
-    """A multistep solver that goes through the σ and timesteps of `euler`."""
+    """A multistep solver that uses the σ and timesteps of `euler`."""
     module, cls = _SOLVERS[name]
     with lean_imports():
         solver = getattr(import_module(f"diffusers.schedulers.{module}"), cls)(

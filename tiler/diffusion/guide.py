@@ -1,4 +1,4 @@
-"""The guide: a picture of the whole at the model's native size, and how it becomes the canvas's reference."""
+"""The guide, a picture of the whole scene at the model's native size, and its enlargement to the canvas's reference."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 
 class GuideSize(NamedTuple):
-    """Latent pixels of the guide pass, and the centred part of it that has the canvas's aspect."""
+    """The size of the guide pass in latent pixels, and the size of its centred part that has the canvas's aspect
+    ratio."""
 
     height: int
     width: int
@@ -44,8 +45,8 @@ def guide_size(
 
 @dataclass(frozen=True)
 class LazyResize:
-    """Part of a picture at another size, by Lanczos; a slice of it makes those rows. The canvas of a print has hundreds
-    of megabytes of pixels, what they are made from has one."""
+    """A part of a picture resized by Lanczos; slicing it computes the requested rows. A canvas for print has hundreds
+    of megabytes of pixels, its source about one."""
 
     source: np.ndarray  # (h, w, 3) uint8
     box: tuple[float, float, float]  # of the source: top, left, right
@@ -73,7 +74,7 @@ class LazyResize:
 
 
 def _reach(step: float) -> int:
-    """How far Lanczos' window of three lobes looks, in source pixels."""
+    """The support of the Lanczos window (three lobes) in source pixels."""
     return math.ceil(3 * max(1.0, step)) + 1
 
 
@@ -85,9 +86,9 @@ def crop_to_aspect(
     wraps: tuple[bool, bool] = (False, False),
     margin: tuple[int, int] = (0, 0),
 ) -> LazyResize:
-    """The centred part of `picture`, (h, w, 3) uint8, with the asked aspect, or of `box` = (height, width), at height ×
-    width pixels. `margin` pixels above and below, left and right, are added that repeat the other side's, of sides that
-    wrap."""
+    """The centred part of `picture`, (h, w, 3) uint8, that has the requested aspect ratio, or that of `box` = (height,
+    width), resized to height × width pixels. `margin` pixels are added at top and bottom, left and right; on sides that
+    wrap they repeat the opposite side."""
     sides = picture.shape[:2]
     if box is None:
         factor = min(sides[0] / height, sides[1] / width)
@@ -107,8 +108,8 @@ def crop_to_aspect(
 def upscale(
     latents: Tensor, size: GuideSize, canvas: tuple[int, int], wraps: tuple[bool, bool], rows: slice = slice(None)
 ) -> Tensor:
-    """The shown part of the guide's latents (1, C, h, w), resized to `canvas` (height, width) by bicubic interpolation;
-    of these its `rows`."""
+    """Resize the visible part of the guide's latents, (1, C, h, w), to `canvas` (height, width) by bicubic
+    interpolation; only these `rows` of the result are computed."""
     import torch
     import torch.nn.functional as F
 

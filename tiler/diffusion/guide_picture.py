@@ -1,5 +1,5 @@
-"""A user's picture as the guide: whatever viewers open, as 8-bit sRGB, no larger in memory than the canvas has use
-for."""
+"""A user's picture as the guide: any common file format, converted to 8-bit sRGB, and no larger in memory than the
+canvas needs."""
 
 from __future__ import annotations
 
@@ -76,7 +76,8 @@ class GuidePicture:
         self.peak_bytes = self.kept_bytes + decoded + decoder + _STRIP_BYTES
 
     def load(self, note: Callable[[str], None]) -> np.ndarray:
-        """(h, w, 3) uint8 sRGB, upright; transparent parts lie on white. `note` is told what had to be changed."""
+        """Load the picture as (h, w, 3) uint8 sRGB, upright, with transparent parts on white. `note` is called with
+        each change that was made to it."""
         with self._blamed():
             picture = self._picture
             picture.load()
@@ -101,7 +102,8 @@ class GuidePicture:
 
     @contextmanager
     def _blamed(self) -> Iterator[None]:
-        """Pillow and its plugins raise anything on a damaged file, and warn of harmless things."""
+        """Turn whatever Pillow and its plugins raise on a damaged file into a UsageError, and silence warnings about
+        harmless defects."""
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -124,14 +126,13 @@ class GuidePicture:
 
 
 def size_of(path: Path) -> tuple[int, int]:
-    """Width and height in pixels of a picture as it is to be looked at, of which the header alone is read. Raises
-    UsageError."""
+    """The width and height in pixels of a picture as displayed, read from its header alone. Raises UsageError."""
     with GuidePicture(path, (1, 1)) as picture:
         return picture.size
 
 
 def _open(path: Path) -> Image.Image:
-    """Only what is decoded in this process: Pillow hands EPS to another program."""
+    """Open a picture with the decoders that run in this process: Pillow would hand EPS to another program."""
     with path.open("rb") as file:
         head = file.read(32)
     if head[4:8] == b"ftyp" and any(
@@ -151,7 +152,7 @@ def _open(path: Path) -> Image.Image:
 
 
 def _orientation(picture: Image.Image) -> int:
-    """How the picture is to be turned, 1–8, by that one tag of its EXIF data, whatever else is wrong with them."""
+    """The EXIF orientation of the picture, 1–8, read from that tag alone because the other EXIF data may be damaged."""
     if picture.format in ("TIFF", "HEIF", "AVIF"):
         return 1  # their readers turn it
     data = picture.info.get("exif", b"")
@@ -173,7 +174,7 @@ def _orientation(picture: Image.Image) -> int:
 
 
 def _as_stored(upright: np.ndarray, turn: int) -> np.ndarray:
-    """A view of an upright picture in the order in which the file stores it (EXIF 2.3, Orientation)."""
+    """A view of an upright picture in the order of the file's rows and columns (EXIF 2.3, Orientation)."""
     if turn > 4:
         upright = upright.transpose(1, 0, 2)
     vertical, horizontal = turn in (3, 4, 6, 7), turn in (2, 3, 7, 8)
@@ -181,7 +182,7 @@ def _as_stored(upright: np.ndarray, turn: int) -> np.ndarray:
 
 
 def _levels(picture: Image.Image, note: Callable[[str], None]) -> _Fixed:
-    """Makes 8 bits of each value of a strip."""
+    """Return a function that converts the values of a strip to 8 bits."""
     mode = picture.mode
     if mode.startswith("I;16"):
         return lambda strip: Image.fromarray((np.asarray(strip) >> 8).astype(np.uint8))
@@ -206,7 +207,7 @@ def _levels(picture: Image.Image, note: Callable[[str], None]) -> _Fixed:
 
 
 def _on_white(strip: Image.Image) -> tuple[Image.Image, bool]:
-    """A strip over white, and whether any of it was transparent."""
+    """Compose a strip over white, and say whether any of it was transparent."""
     strip = strip.convert("RGBA")
     if strip.getchannel("A").getextrema()[0] == 255:
         return strip.convert("RGB"), False
@@ -214,7 +215,8 @@ def _on_white(strip: Image.Image) -> tuple[Image.Image, bool]:
 
 
 def _colours(picture: Image.Image, note: Callable[[str], None]) -> _Fixed:
-    """Makes sRGB of a strip, by the picture's profile where it has one that is not sRGB already."""
+    """Return a function that converts a strip to sRGB with the picture's colour profile, if it has one other than
+    sRGB."""
     profile: Any = picture.info.get("icc_profile")
     if not profile:
         return lambda strip: strip.convert("RGB")

@@ -1,8 +1,9 @@
-"""How a tile's prediction is weighted: masks, and what they become once all tiles of a canvas share it.
+"""Masks that weight a tile's prediction, and their normalisation over all tiles of a canvas.
 
 Mixture of Diffusers (Jiménez 2023, arXiv:2302.02412): the canvas takes ε̂ = Σ m_r ε_r / Σ m_r per latent pixel. A mask
-is the outer product of two profiles, so a canvas needs no table larger than a tile: Σ m_r is summed over a tile alone,
-from the neighbours that reach into it. Tiles with neighbours alike have one mask. All positions are latent pixels.
+is the outer product of two profiles, so no table is larger than a tile: Σ m_r is summed over one tile, from the
+neighbours that overlap it. Tiles with the same arrangement of neighbours share one mask. All positions are latent
+pixels.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ MASKS_KEPT = 64  # normalised masks in memory; a regular grid has fewer kinds of
 
 
 class Neighbours(NamedTuple):
-    """The tiles of one prompt that reach into a tile: their offsets from it along each axis, all combinations, and the
-    kind and weight of their mask. Where `fades`, the mask is multiplied by how far the top-level prompt speaks."""
+    """The tiles of one prompt that overlap a tile: their offsets along each axis, in all combinations, and the kind and
+    weight of their mask. If it `fades`, the mask is multiplied by the share of the top-level prompt."""
 
     downs: tuple[int, ...]
     acrosses: tuple[int, ...]
@@ -33,7 +34,7 @@ class Neighbours(NamedTuple):
 
 
 class Border(NamedTuple):
-    """A region along one axis: [first, last), and whether its ends are borders inside the canvas."""
+    """A region along one axis: [first, last), and whether each end lies inside the canvas."""
 
     first: int
     last: int
@@ -42,7 +43,7 @@ class Border(NamedTuple):
 
 
 def mask_profile(kind: Mask, n: int) -> Tensor:
-    """One axis of a mask: (n,) fp64. The mask of a tile is the outer product of its axes' profiles."""
+    """One axis of a mask, (n,) fp64. The mask of a tile is the outer product of the profiles of its axes."""
     k = torch.arange(n, dtype=torch.float64)
     match kind:
         case Mask.CONSTANT:
@@ -57,8 +58,8 @@ def mask_profile(kind: Mask, n: int) -> Tensor:
 
 @lru_cache(maxsize=4096)
 def offsets(starts: tuple[int, ...], start: int, side: int, length: int) -> tuple[int, ...]:
-    """How far tiles of `side` at `starts` lie from the one at `start`, of those that overlap it, in their order. The
-    axis of `length` is a ring, on which a tile may reach another one from both sides."""
+    """The offsets of those tiles of `side` at `starts` that overlap the tile at `start`, in order. An axis with a
+    `length` is a ring, on which a tile may overlap another on both sides."""
     ahead = ((other - start) % length for other in starts)
     return tuple(offset for d in ahead for offset in (d, d - length) if -side < offset < side)
 
@@ -101,13 +102,13 @@ def _total(neighbours: tuple[Neighbours, ...], tile: tuple[int, int], rest: Tens
 
 
 def _overlap(offset: int, side: int) -> tuple[slice, slice]:
-    """Where a tile and a neighbour `offset` further meet: the rows (or columns) of the one, and of the other."""
+    """The rows (or columns) of a tile and of its neighbour at `offset` that overlap."""
     return slice(max(0, offset), min(side, side + offset)), slice(max(0, -offset), min(side, side - offset))
 
 
 def rest_of_canvas(borders: Sequence[tuple[Border, Border]], rows: Tensor, cols: Tensor, ramp: int) -> Tensor:
-    """How far the top-level prompt speaks at these rows (h,) and columns (w,) of the canvas: 1 outside all regions,
-    falling to 0 over `ramp` latents inside. (h, w) fp64."""
+    """The share of the top-level prompt at rows (h,) and columns (w,) of the canvas, (h, w) fp64: 1 outside all
+    regions, falling to 0 over `ramp` latents inside them."""
     rest = torch.ones(len(rows), len(cols), dtype=torch.float64)
     for vertical, horizontal in borders:
         depths, inside = [], []  # distance from the region's border along each axis

@@ -1,4 +1,4 @@
-"""The encoded prompts of a run, and which of them a step is made under."""
+"""The encoded prompts of a run, and the selection of prompts for each step."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Prompts:
         self._lengthened: dict[tuple[str | None, int], Prompt] = {}
 
     def conditions(self, wording: Wording, step: int) -> Conditions:
-        """Those of `step` of a stage, from 0."""
+        """The conditions at `step` of a stage, from 0."""
         cond, uncond = [], []
         for said in wording.at(step):
             tokens = self._tokens(said)
@@ -29,13 +29,13 @@ class Prompts:
         return Conditions(cond, uncond)
 
     def all_of(self, wordings: Iterable[Wording]) -> list[Prompt]:
-        """Every prompt that a step of these stages is made under, each once."""
+        """Every prompt that occurs at a step of these stages, each once."""
         said = (one for wording in wordings for step in range(wording.stage.steps) for one in wording.at(step))
         needed = dict.fromkeys((text, self._tokens(one)) for one in dict.fromkeys(said) for text in one.texts)
         return [self._prompt(*key) for key in needed]
 
     def _tokens(self, said: Said) -> int:
-        """Of the longest of the prompts that share a sample's latents."""
+        """The number of tokens of the longest among the prompts that share a sample's latents."""
         return max(self.encoded[text].tokens.shape[1] for text in said.texts)
 
     def _prompt(self, text: str | None, tokens: int) -> Prompt:

@@ -1,8 +1,5 @@
-"""Who predicts: a runner answers the guided noise predictions of a step's tiles, in their order, wherever it computes
-them.
-
-Blending, and so the order of every sum, stays with the canvas: its bytes do not depend on the runner.
-"""
+"""Runners predict the guided noise of a step's tiles, in tile order, wherever they compute it. Blending, and with it
+the order of every sum, stays with the canvas, so the bytes of a picture do not depend on the runner."""
 
 from __future__ import annotations
 
@@ -22,7 +19,7 @@ from tiler.models.samples import Place, Prompt, Sample
 
 
 class Tile(NamedTuple):
-    """A crop of the canvas at one step: (1, C, h, w) fp32, scaled as the denoiser takes it, and where it lies."""
+    """A crop of the canvas at one step, (1, C, h, w) fp32, scaled as the denoiser's input, with its position."""
 
     latents: Tensor
     region: Text2ImageRegion
@@ -41,7 +38,7 @@ class Runner(Protocol):
 
 
 class Share(NamedTuple):
-    """One of the prompts of a condition, and its factor in the guidance: 1 where it is the only one."""
+    """One of the prompts of a condition, and its factor in the guidance (1 for a single prompt)."""
 
     prompt: Prompt
     factor: float = 1.0
@@ -130,7 +127,7 @@ def guide(
 
 
 def check_finite(prediction: Tensor, step: int, region: Text2ImageRegion) -> None:
-    """Raises NumericalError, naming the step and the tile."""
+    """Raise NumericalError, naming the step and the tile, if a prediction is not finite."""
     if not bool(torch.isfinite(prediction).all()):
         raise NumericalError(
             f"NaN or Inf in the noise prediction at step {step + 1}, tile at row {FACTOR * region.top}, column "

@@ -1,5 +1,5 @@
-"""A checkpoint's scheduler_config.json, checked, corrected as diffusers' pipeline corrects it, and cut to what a
-scheduler may take from it. Plain data: no scheduler is built here."""
+"""Check a checkpoint's scheduler_config.json, correct it as diffusers' pipeline does, and select the fields that a
+scheduler accepts. Plain data: no scheduler is built here."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ _REPLACEABLE = frozenset(
 
 
 class Corrected(NamedTuple):
-    """A config with its corrections made, and a sentence on each."""
+    """A corrected config, with a sentence about each correction."""
 
     config: dict[str, Any]
     notes: tuple[str, ...]
@@ -56,7 +56,7 @@ def is_replaceable(class_name: str) -> bool:
 
 
 def check_fields(config: Mapping[str, Any]) -> None:
-    """Raises ModelError, naming the field, for values that no scheduler can work with."""
+    """Raise ModelError, naming the field, for values that no scheduler can work with."""
     count = config.get("num_train_timesteps", 1000)
     if not _is_int(count) or not 1 <= count <= MAX_TRAIN_TIMESTEPS:
         raise _bad("num_train_timesteps", count, f"it must be a whole number from 1 to {MAX_TRAIN_TIMESTEPS}")
@@ -107,11 +107,11 @@ def _check_betas(config: Mapping[str, Any], count: int) -> None:
 
 
 def correct_scheduler(config: Mapping[str, Any]) -> Corrected:
-    """What diffusers' StableDiffusionPipeline corrects in old configs: samples are not clipped, and leading timesteps
-    begin at 1.
+    """Apply the corrections that diffusers' StableDiffusionPipeline makes to old configs: samples are not clipped, and
+    leading timesteps start at 1.
 
     diffusers 0.42.1, pipelines/stable_diffusion/pipeline_stable_diffusion.py, `__init__`. An absent `clip_sample`
-    counts as true only for DDIM, whose default that is.
+    counts as true only for DDIM, where true is the default.
     """
     clips = config.get("clip_sample", config.get("_class_name") == "DDIMScheduler")
     offset, notes = config.get("steps_offset", 0), []
@@ -123,15 +123,15 @@ def correct_scheduler(config: Mapping[str, Any]) -> Corrected:
 
 
 def take_fields(config: Mapping[str, Any], cls: str, accepted: frozenset[str]) -> dict[str, Any]:
-    """The fields of `config` that the constructor of `cls` gets: all that it accepts where the config is its own, else
-    those that describe the noise."""
+    """The fields of `config` for the constructor of `cls`: all that it accepts if the config was written for this
+    class, else only those that describe the noise."""
     own = config.get("_class_name") == cls
     wanted = accepted if own else accepted & (_NOISE_FIELDS | {"clip_sample"})
     return {name: value for name, value in config.items() if name in wanted}
 
 
 def _default_spacing(config: Mapping[str, Any]) -> str:
-    """The spacing that the config's own class takes when its file names none."""
+    """The timestep spacing that the config's own class uses if its file names none."""
     by_linspace = ("Euler", "DPMSolver", "UniPC", "DEIS", "LMS", "Heun", "KDPM2")
     return "linspace" if str(config.get("_class_name")).startswith(by_linspace) else "leading"
 

@@ -22,44 +22,44 @@ from tiler.request import MAX_STEPS, Scheduler, ScheduleType
 
 
 class SchedulerState(NamedTuple):
-    """What a schedule remembers between two steps: numbers that JSON can hold, and tensors, by name."""
+    """The state that a schedule keeps between two steps: numbers that JSON can hold, and tensors, by name."""
 
     numbers: dict[str, Any]
     tensors: dict[str, Tensor]
 
 
 class Schedule(Protocol):
-    """How noise becomes a picture in N steps. Steps are numbered from 0; latents and predictions are (1, C, h, w)
+    """The path from noise to a picture in N steps. Steps are numbered from 0; latents and predictions are (1, C, h, w)
     fp32."""
 
     @property
     def timesteps(self) -> Tensor:
-        """(N,): what the denoiser is told at each step."""
+        """(N,): the timestep that the denoiser receives at each step."""
         ...
 
     def start(self, noise: Tensor, reference: Tensor | None, begin: int) -> Tensor:
-        """The latents before step `begin`: pure noise, or `reference` noised for that step. To be called once,
-        first."""
+        """The latents before step `begin`: pure noise, or `reference` with the noise of that step. Must be called
+        first, and once."""
         ...
 
     def model_input(self, latents: Tensor, step: int) -> Tensor:
-        """The latents as the denoiser takes them at `step`."""
+        """The latents as the denoiser's input at `step`."""
         ...
 
     def step(self, noise_pred: Tensor, step: int, latents: Tensor, generator: torch.Generator) -> Tensor:
-        """The latents after `step`. Random noise, where a scheduler adds some, is drawn from `generator`."""
+        """The latents after `step`. A scheduler that adds random noise draws it from `generator`."""
         ...
 
     def state(self) -> SchedulerState:
-        """What must be given to `restore` of a schedule built alike, so that it goes on with the same bits."""
+        """The state to pass to `restore` of an identically built schedule, so that it continues with the same bits."""
         ...
 
     def restore(self, state: SchedulerState) -> None: ...
 
 
 class DiffusersSchedule:
-    """A `Schedule` around one of diffusers' schedulers for discrete noise levels, its timesteps set. `notes` are what
-    the user should know of how it was chosen."""
+    """A `Schedule` that wraps one of diffusers' schedulers for discrete noise levels, with its timesteps set. `notes`
+    tell the user how the scheduler was chosen."""
 
     def __init__(self, scheduler: Any, name: Scheduler, notes: tuple[str, ...] = ()) -> None:
         self.scheduler, self.name, self.notes = scheduler, name, notes
@@ -180,10 +180,8 @@ _LCM_ORIGINAL_STEPS = 50  # diffusers' default: what the consistency models in u
 
 
 def choose(asked: Scheduler, config: Mapping[str, Any]) -> Scheduler:
-    """AUTO becomes the checkpoint's own scheduler when tiler has it, else DPM++ 2M Karras.
-
-    Raises ModelError for a checkpoint whose scheduler belongs to another kind of model, or is none at all.
-    """
+    """Replace AUTO by the checkpoint's own scheduler if tiler supports it, else by DPM++ 2M Karras. Raises ModelError
+    if the checkpoint's scheduler belongs to another kind of model or is not a scheduler."""
     cls = config.get("_class_name")
     if not isinstance(cls, str | None):
         raise ModelError(f"scheduler_config.json: _class_name = {cls!r} is not a name; correct the file")
@@ -236,7 +234,7 @@ def build(
 
 
 class _Unworkable(Exception):
-    """Why a scheduler cannot take a number of steps, for people."""
+    """The reason, for people, why a scheduler cannot run with a number of steps."""
 
 
 def assemble(
@@ -290,7 +288,8 @@ def assemble(
 
 
 def _rehearse(schedule: DiffusersSchedule) -> None:
-    """All steps on 16 made-up latents: what fails or is not finite here would be lost work later."""
+    """Run all steps on 16 made-up latents, because an error or a non-finite value would otherwise show up after hours
+    of work."""
     generator = torch.Generator("cpu").manual_seed(0)
     noise = torch.randn(1, 4, 2, 2, generator=generator)
     latents = schedule.start(noise, None, 0)

@@ -1,6 +1,6 @@
-"""Where tiles lie at each step. All positions are latent pixels.
+"""The positions of tiles at each step, in latent pixels.
 
-Tiles are made when they are asked for: a canvas of 32,768 pixels has 7,225 of them at each step, and no table of any.
+Tiles are created on demand: a canvas of 32,768 pixels has 7,225 of them at each step, and there is no table of them.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ from tiler.request.wording import canvas_conditions
 class Text2ImageRegion:
     """One tile of the canvas under one prompt.
 
-    `condition` indexes the encoded (prompt, negative prompt) pairs. `weights` is the normalised mask m_r / Σ m_r:
-    (tile height, tile width) fp32; over all tiles they sum to 1 at every canvas pixel. It is shared by tiles: not to be
-    changed. A tile that reaches beyond the border goes on at the other side of `canvas`, (height, width).
+    `condition` is the index of the encoded (prompt, negative prompt) pair. `weights` is the normalised mask m_r / Σ
+    m_r, (tile height, tile width) fp32; over all tiles the weights sum to 1 at every canvas pixel. Tiles share it, so
+    it must not be modified. A tile that extends beyond the border continues at the other side of `canvas`, (height,
+    width).
     """
 
     top: int
@@ -45,21 +46,21 @@ class Text2ImageRegion:
 
     @property
     def samples(self) -> int:
-        """Denoiser samples a step: one for each of the `prompts` that are joined; without guidance, or where a family
-        follows it without one, there is no unconditional half."""
+        """Denoiser samples per step: one for each of the joined `prompts`, plus an unconditional one, unless guidance
+        is off or the family embeds it."""
         return _samples(self.guidance_scale, self.unconditional, self.prompts)
 
     @property
     def crop(self) -> tuple[Tensor, Tensor]:
-        """Indexes the last two dimensions of a canvas."""
+        """Indexes for the last two dimensions of a canvas."""
         rows, cols = _crop(self.top, self.left, (self.height, self.width), self.canvas)
         return rows[:, None], cols
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Layer:
-    """The tiles of one prompt: at each of `rows`, one at each of `cols`, of which only those numbered in `present` are
-    there (None: all of them)."""
+    """The tiles of one prompt, at every combination of `rows` and `cols`; with `present`, only the tiles with these
+    numbers exist."""
 
     rows: tuple[int, ...]
     cols: tuple[int, ...]
@@ -141,21 +142,21 @@ class Tiles(Sequence[Text2ImageRegion]):
 
     @property
     def samples(self) -> int:
-        """Denoiser samples of all tiles. Makes none."""
+        """Denoiser samples of all tiles. Creates no tile."""
         return sum(tiles * samples for samples, tiles in self.counts())
 
     def samples_of(self, first: int) -> int:
-        """Denoiser samples of the first so many tiles. Makes none."""
+        """Denoiser samples of the first `count` tiles. Creates no tile."""
         ends = accumulate(map(len, self.layers), initial=0)
         before = (min(len(layer), max(0, first - end)) for layer, end in zip(self.layers, ends, strict=False))
         return sum(n * self._samples(layer) for layer, n in zip(self.layers, before, strict=True))
 
     def counts(self) -> list[tuple[int, int]]:
-        """(samples of a tile, tiles that have as many), for each prompt, in order."""
+        """(samples of a tile, number of tiles with so many samples) for each prompt, in order."""
         return [(self._samples(layer), len(layer)) for layer in self.layers]
 
     def sample_numbers(self) -> list[int]:
-        """The number of each sample's tile, in order."""
+        """For each sample, in order, the number of its tile."""
         per_tile = (samples for samples, tiles in self.counts() for _ in range(tiles))
         return [number for number, samples in enumerate(per_tile) for _ in range(samples)]
 
@@ -181,7 +182,7 @@ class Tiles(Sequence[Text2ImageRegion]):
         return normalised((layer.kind, layer.weight, layer.fades), neighbours, self.tile, rest)
 
     def rest(self, top: int, left: int) -> Tensor:
-        """How far the top-level prompt speaks on a tile."""
+        """The share of the top-level prompt at each latent of a tile."""
         return rest_of_canvas(self.borders, *_crop(top, left, self.tile, self.canvas), self.ramp)
 
 
@@ -215,20 +216,20 @@ class Steps(Sequence[Tiles]):
 
 
 def latents_of(pixels: int, patch: int = 1) -> int:
-    """How many latents hold so many pixels: rounded up to a multiple of `patch`."""
+    """The number of latents that cover so many pixels, rounded up to a multiple of `patch`."""
     return -(-pixels // (FACTOR * patch)) * patch
 
 
 def region_span(region: Region, patch: int = 1) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Its rows and columns, (first, last + 1) in latents. Edges are rounded as the canvas's sides are: what covered the
-    picture still does."""
+    """The region's rows and columns, (first, last + 1) in latents. Edges are rounded like the canvas's sides, so that
+    regions that cover the picture also cover the canvas."""
     rows, cols = ((latents_of(first, patch), latents_of(last, patch)) for first, last in (region.rows, region.cols))
     return rows, cols
 
 
 def even_starts(length: int, tile: int, overlap: int, wraps: bool = False) -> list[int]:
-    """First positions of the fewest tiles that cover `length` with at least `overlap` between neighbours, evenly
-    spaced. The last neighbour of an axis that `wraps` is the first."""
+    """Start positions of the fewest evenly spaced tiles that cover `length` with at least `overlap` between neighbours.
+    On an axis that `wraps`, the last tile and the first are neighbours."""
     if wraps:
         count = math.ceil(length / (tile - overlap))
         return [round(i * length / count) for i in range(count)]
@@ -291,9 +292,9 @@ def plan_tiles(
 
 
 def guide_tiles(size: tuple[int, int], wrap: Wrap, guidance_scale: float, patch: int = 1, prompts: int = 1) -> Tiles:
-    """The guide's canvas of `size` (height, width), under the first prompt, which joins so many `prompts`: one tile as
-    large as itself. Along an axis that wraps there are two, half a picture apart, so that each hides the other's
-    border."""
+    """The tiles of the guide's canvas of `size` (height, width) under the first prompt, which joins `prompts` prompts:
+    one tile of that size. Along an axis that wraps there are two, shifted by half a picture, so that each hides the
+    other's border."""
     kind = Mask.CONSTANT if wrap is Wrap.NONE else Mask.GAUSSIAN
     rows, cols = _grid(size, size, min(size) // 4 // patch * patch, wrap, patch)
     layer = _Layer(rows=rows, cols=cols, condition=0, guidance_scale=guidance_scale, kind=kind, prompts=prompts)
@@ -322,14 +323,14 @@ def _samples(guidance_scale: float, unconditional: bool, prompts: int) -> int:
 
 
 def _crop(top: int, left: int, tile: tuple[int, int], canvas: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """The rows (h,) and columns (w,) of the canvas under a tile."""
+    """The rows (h,) and columns (w,) of the canvas that a tile covers."""
     return torch.arange(top, top + tile[0]) % canvas[0], torch.arange(left, left + tile[1]) % canvas[1]
 
 
 def _grid(
     canvas: tuple[int, int], tile: tuple[int, int], overlap: int, wrap: Wrap = Wrap.NONE, patch: int = 1
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Where tiles begin along both axes."""
+    """The start positions of tiles along both axes."""
     rows, cols = (
         tuple(patch * n for n in even_starts(canvas[i] // patch, tile[i] // patch, overlap // patch, wrap.axes[i]))
         for i in (0, 1)
@@ -338,13 +339,13 @@ def _grid(
 
 
 def _border(first: int, last: int, length: int, wraps: bool) -> Border:
-    """The edge of a canvas that does not wrap is no border."""
+    """Clip a region to the canvas: an edge of the canvas that does not wrap is not a border of the region."""
     parted = wraps and last - first < length
     return Border(first, last, first > 0 or parted, last < length or parted)
 
 
 def _speaking(base: _Layer, tiles: Tiles) -> _Layer:
-    """The top-level prompt's tiles without those that lie deep inside regions."""
+    """The numbers of the top-level prompt's tiles, without those that lie entirely inside regions."""
     if not tiles.borders:
         return base
     speaks = [bool((tiles.rest(*base.place(n)) > 0).any()) for n in range(len(base))]
@@ -352,7 +353,7 @@ def _speaking(base: _Layer, tiles: Tiles) -> _Layer:
 
 
 def _check_cover(spans: Sequence[tuple[tuple[int, int], tuple[int, int]]], canvas: tuple[int, int]) -> None:
-    """Raises UsageError where no region reaches."""
+    """Raise UsageError if some of the canvas is covered by no region."""
     edges = [sorted({0, canvas[axis], *(end for span in spans for end in span[axis])}) for axis in (0, 1)]
     for top, _ in pairwise(edges[0]):
         for left, _ in pairwise(edges[1]):

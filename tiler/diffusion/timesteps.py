@@ -1,7 +1,7 @@
-"""The timesteps of diffusers' schedulers, mended where rounding or an offset spoils them, and checked.
+"""Check the timesteps of diffusers' schedulers, and repair those that rounding or an offset spoils.
 
-The arithmetic of the spacings goes wrong at single counts: `trailing` gives one timestep more where N · (T/N) is a
-little more than T, an offset leads beyond the last trained timestep, and near T steps two of them round to one.
+The formulas of the spacings fail at some step counts: `trailing` yields one timestep too many if N · (T/N) is slightly
+more than T; an offset leads beyond the last trained timestep; and near T steps two of them round to the same timestep.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from torch import Tensor
 
 
 def mend(scheduler: Any, count: int) -> None:
-    """Give a diffusers scheduler whose timesteps are set exactly `count` of them, in range, and with falling sigmas, if
-    that is not so already. Schedules of sigmas (Karras and the like) choose their timesteps by these and are left
-    alone."""
+    """Give a diffusers scheduler whose timesteps are set exactly `count` timesteps within range and falling sigmas,
+    unless it has them already. Schedules defined by sigmas (Karras and the like) derive their timesteps from these and
+    are left alone."""
     if not fault(scheduler, count) or not hasattr(scheduler.config, "timestep_spacing") or _by_sigmas(scheduler):
         return
     trained = int(scheduler.config.num_train_timesteps)
@@ -34,7 +34,7 @@ def mend(scheduler: Any, count: int) -> None:
 
 
 def _set(scheduler: Any, timesteps: Tensor) -> None:
-    """Give the scheduler these timesteps, (N,) fp64, and the sigmas that belong to them."""
+    """Set the scheduler's timesteps, (N,) fp64, and the matching sigmas."""
     scheduler.timesteps = timesteps.to(scheduler.timesteps.dtype)
     scheduler.num_inference_steps = len(timesteps)
     if hasattr(scheduler, "sigmas") and getattr(scheduler.config, "interpolation_type", "linear") == "linear":
@@ -44,8 +44,8 @@ def _set(scheduler: Any, timesteps: Tensor) -> None:
 
 
 def set_beta_sigmas(scheduler: Any, count: int) -> None:
-    """Sigmas by the quantiles of a beta distribution with α = β = 0.6 (Lee et al. 2024, arXiv:2407.12173), as diffusers
-    makes them where scipy is installed. The scheduler's timesteps are set."""
+    """Set sigmas at the quantiles of a beta distribution with α = β = 0.6 (Lee et al. 2024, arXiv:2407.12173), as
+    diffusers does if scipy is installed. The scheduler's timesteps must be set."""
     known = trained_sigmas(scheduler)
     # Euler spreads them over the sigmas of its own spacing, the multistep solvers over all that the model was trained
     # on.
@@ -79,13 +79,13 @@ def beta_quantiles(shares: np.ndarray, shape: float) -> np.ndarray:
 
 
 def trained_sigmas(scheduler: Any) -> np.ndarray:
-    """σ = √((1 − ᾱ)/ᾱ) of every trained timestep, rising, (T,) fp32."""
+    """σ = √((1 − ᾱ)/ᾱ) of every trained timestep, increasing, (T,) fp32."""
     alphas = scheduler.alphas_cumprod
     return np.array(((1 - alphas) / alphas) ** 0.5)
 
 
 def fault(scheduler: Any, count: int) -> str | None:
-    """What is wrong with a scheduler's timesteps and sigmas, for people; None where all is well."""
+    """A description, for people, of the fault in a scheduler's timesteps or sigmas; None if there is none."""
     timesteps, config = scheduler.timesteps, scheduler.config
     if len(timesteps) != count:
         return f"it has {len(timesteps)} timesteps for {count} steps"
@@ -117,7 +117,8 @@ def _is_euler(scheduler: Any) -> bool:
 
 
 def nearest_count(works: Callable[[int], bool], asked: int, most: int) -> int | None:
-    """The number of steps nearest to `asked`, from 1 to `most`, with which `works`; fewer where two are as near."""
+    """The number of steps nearest to `asked`, from 1 to `most`, for which `works` is true; the smaller one of two that
+    are equally near."""
     for distance in range(1, max(asked, most) + 1):
         for count in (asked - distance, asked + distance):
             if 1 <= count <= most and works(count):

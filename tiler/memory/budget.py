@@ -41,8 +41,8 @@ _UNITS = {
 }
 _SAMPLE_SECONDS = 0.05
 _SOFT = (1 + MARGIN) / 2  # of the ceiling
-_ROUND = 10**7  # bytes to which a ceiling is named
-_SWAPPED = 16 * 10**6  # less is what a busy machine may do to any program
+_ROUND = 10**7  # bytes: messages round a ceiling up to a multiple of this
+_SWAPPED = 16 * 10**6  # below this, swapping is normal on a busy machine
 
 
 def parse_bytes(text: str | int) -> int:
@@ -60,9 +60,9 @@ def format_mb(nbytes: float) -> str:
 
 
 def _ceiling(max_ram: str | int) -> int:
-    """Bytes; "auto" takes most of what is free now. Raises UsageError."""
+    """Parse a ceiling into bytes; "auto" takes nine tenths of the memory that is free now. Raises UsageError."""
     if str(max_ram).strip().lower() == "auto":
-        from tiler.memory.limits import ceiling_for_us  # which spells its numbers as this module does
+        from tiler.memory.limits import ceiling_for_us  # which imports format_mb from this module
 
         return ceiling_for_us()
     return parse_bytes(max_ram)
@@ -70,8 +70,8 @@ def _ceiling(max_ram: str | int) -> int:
 
 @dataclass(kw_only=True)
 class PhaseUse:
-    """What one phase took: wall seconds and the highest RSS, with its parts as the sampler last saw them near the
-    peak."""
+    """The resources that one phase used: wall seconds and the highest RSS, with its anonymous and file-backed parts as
+    last sampled near the peak."""
 
     name: str
     seconds: float = 0.0
@@ -81,15 +81,16 @@ class PhaseUse:
 
 
 class Budget:
-    """The ceiling of this process and its children, in bytes of RSS; "auto" is nine tenths of what is free. A context
-    manager that may be entered again: each run begins with no phases, and with a peak of its own unless its caller has
-    the budget open.
+    """A memory ceiling for this process and its children, in bytes of RSS; "auto" is nine tenths of the free memory.
 
-    `check` raises BudgetExceeded at the ceiling, of which `take_tight` warns; `phase` attributes the peak;
-    `peak_rss_bytes` is the highest RSS while the budget was open: the kernel's own mark (VmHWM), reset on entry and
-    between phases and pooled here. Where the kernel keeps no mark, or does not let it be reset, it is the highest that
-    a look every 50 ms saw, and `peak_sampled` is true. `swapped_bytes` is the most of this process that was swapped
-    out.
+    A context manager that may be entered again: each run starts with an empty list of phases, and with its own peak
+    unless the caller has already entered the budget.
+
+    `check` raises BudgetExceeded at the ceiling, and `take_tight` warns before that; `phase` attributes the peak to a
+    phase. `peak_rss_bytes` is the highest RSS while the budget was open: the kernel's high-water mark (VmHWM), reset on
+    entry and between phases and combined here. If the kernel keeps no mark or does not allow a reset, RSS is sampled
+    every 50 ms instead and `peak_sampled` is true. `swapped_bytes` is the largest amount of this process that was
+    swapped out.
     """
 
     def __init__(self, max_ram: str | int = "800MB") -> None:
@@ -100,7 +101,7 @@ class Budget:
         self.swapped_bytes = 0
         self.peak_sampled = False
         self._peak = 0
-        self._stale_peak = 0  # a mark from before, which could not be reset
+        self._stale_peak = 0  # an earlier mark that could not be reset
         self._swap_told = self._tight = False
         self._children = 0
         self._depth = 0
@@ -135,27 +136,27 @@ class Budget:
 
     @property
     def peak_rss_bytes(self) -> int:
-        """The highest RSS so far, children included as sampled."""
+        """The highest RSS so far. Children are included as sampled."""
         self._note_peak()
         return self._peak
 
     @property
     def rss_bytes(self) -> int:
-        """RSS now, children included as last sampled."""
+        """The RSS now. Children are included as last sampled."""
         return int(self._process.memory_info().rss) + self._children
 
     def room(self, planned_bytes: int) -> int:
-        """How much freed memory may stay on top of a plan: ROOMY where twice that lies between it and NEAR, else
-        nothing."""
+        """How many freed bytes the process may keep above a plan: ROOMY if there are at least twice as many between the
+        plan and NEAR, else none."""
         return ROOMY if int(NEAR * self.max_bytes) - planned_bytes >= 2 * ROOMY else 0
 
     def short(self, coming_bytes: int) -> bool:
-        """Whether `coming_bytes` more would be more than a plan may fill."""
+        """Whether `coming_bytes` more would exceed the share of the ceiling that a plan may fill."""
         return self.rss_bytes + coming_bytes >= MARGIN * self.max_bytes
 
     def check(self, where: str) -> None:
-        """Compare the RSS now (14 µs) with the ceiling. Near it, collect and trim; at it, raise BudgetExceeded. A
-        signal that waits to stop the run is obeyed here."""
+        """Compare the current RSS with the ceiling (14 µs). Near the ceiling, collect garbage and trim the heap; at the
+        ceiling, raise BudgetExceeded. A pending stop signal is handled here as well."""
         interrupts.check()
         if self.rss_bytes >= ALMOST * self.max_bytes:
             process.trim()
@@ -170,15 +171,15 @@ class Budget:
             )
 
     def take_tight(self) -> bool:
-        """Whether memory has come to the soft limit, halfway between what a plan may fill and the ceiling, and could
-        not be given back: work that can be smaller should be. The next call says no."""
+        """Whether memory reached the soft limit, halfway between the planned share and the ceiling, and could not be
+        freed, so that the remaining work should take smaller batches. Reading the flag clears it."""
         tight, self._tight = self._tight, False
         return tight
 
     @contextmanager
     def phase(self, name: str) -> Iterator[PhaseUse]:
-        """Attribute time and peak to `name`; memory is trimmed before, of what the phase before still had names for,
-        and when it ends."""
+        """Attribute time and peak memory to the phase `name`. Memory is trimmed when the phase starts, because the
+        previous phase may only now have released its last references, and when it ends."""
         use = PhaseUse(name=name)
         process.trim()
         self._note_peak()
@@ -193,7 +194,7 @@ class Budget:
             process.trim()
 
     def swap_warning(self) -> str | None:
-        """Once, when more than 16 MB of this process were swapped out: what to do about it."""
+        """A warning with advice, returned once, after more than 16 MB of this process were swapped out."""
         self._note_peak()
         if self._swap_told or self.swapped_bytes < _SWAPPED:
             return None

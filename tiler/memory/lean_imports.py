@@ -1,5 +1,5 @@
-"""What torch, diffusers and transformers import and this program never runs, kept out of memory and out of the
-start."""
+"""Keep modules that torch, diffusers and transformers import, and this program never runs, out of memory and out of the
+start-up time."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from importlib.machinery import PathFinder
 
 from tiler.memory import process
 
-_lock = threading.RLock()  # two threads that replace and restore names at once would restore each other's
-_depth = 0  # how many lean_imports are open
-_program = False  # whether this process is ours, so that nobody else needs what is left out
+_lock = threading.RLock()  # two threads that replace and restore names at the same time would restore each other's
+_depth = 0  # nested lean_imports that are active
+_program = False  # whether this process runs our program, so that no other code needs the missing parts
 
 
 class _FirstOfAll:
-    """A finder of nothing: torch's compiler, should anything want it after all, needs first what `lean_torch` left
-    out."""
+    """A module finder that finds nothing. If something imports torch's compiler after all, it first imports the modules
+    that `lean_torch` left out, which the compiler needs."""
 
     @staticmethod
     def find_spec(name: str, path: object = None, target: object = None) -> None:
@@ -31,8 +31,8 @@ class _FirstOfAll:
 
 
 class _StandIn(types.ModuleType):
-    """A module whose every name is a decorator that does nothing, and once the lean imports are over what it stands
-    for: other modules keep what they took from here."""
+    """A module in which every name is a decorator that does nothing. Once the lean imports are over, these names
+    forward to the real module, because other modules may have kept references to them."""
 
     def __getattr__(self, name: str) -> object:
         if name.startswith("__"):
@@ -52,7 +52,7 @@ def _no_op(fn: object = None, *args: object, **kwargs: object) -> object:
 
 @contextmanager
 def _stand_in(modules: dict[str, types.ModuleType]) -> Iterator[None]:
-    """`modules` under their names; afterwards importing one gives the real one."""
+    """Put `modules` into sys.modules under their names; afterwards, importing such a name loads the real module."""
     sys.modules.update(modules)
     try:
         yield
@@ -66,8 +66,9 @@ def _stand_in(modules: dict[str, types.ModuleType]) -> Iterator[None]:
 
 
 def lean_torch() -> None:
-    """Import torch without its operators written in Python: 20 MB and a quarter of a second less. For a program's
-    start; a library must not do this. They describe shapes to the compiler, which never runs here."""
+    """Import torch without its operators written in Python, which saves 20 MB and a quarter of a second. These
+    operators describe shapes to the compiler, which never runs here. Call it only when a program starts; a library must
+    not do this."""
     global _program, _depth
     _program = True
     if "torch" in sys.modules:
@@ -78,18 +79,18 @@ def lean_torch() -> None:
     _depth -= 1
     sys.meta_path.insert(0, _FirstOfAll())
     try:
-        if hasattr(torch._C, "_set_generator_metaclass"):  # torch 2.13: one of those modules would
+        if hasattr(torch._C, "_set_generator_metaclass"):  # torch 2.13: one of the skipped modules would do this
             from torch._opaque_base import OpaqueBaseMeta
 
             torch._C._set_generator_metaclass(OpaqueBaseMeta)
         torch.Generator()
-    except (RuntimeError, ImportError):  # a torch that needs them for more
+    except (RuntimeError, ImportError):  # another version of torch, which needs these modules
         import torch._meta_registrations
 
 
 def freeze_imports() -> None:
-    """In a program of ours, once models were planned: give memory back, and let no later collection look through what
-    was imported, half a million objects (100 → 15 ms)."""
+    """Give memory back, and, in a program of ours, exclude the half a million imported objects from later garbage
+    collections (100 → 15 ms each). Call it after planning."""
     process.trim()
     if _program:
         gc.freeze()
@@ -97,14 +98,15 @@ def freeze_imports() -> None:
 
 @contextmanager
 def lean_imports() -> Iterator[None]:
-    """Import model classes without the compiler and cluster parts of torch: 84 MB of RSS less.
+    """Import model classes without torch's compiler and distributed code, which saves 84 MB of RSS.
 
     diffusers and transformers import torch._dynamo for decorators (72 MB), and torch.distributed.tensor (with sympy)
-    for multi-GPU loading, neither of which runs here. Within this context the first is a stand-in, the second reports
-    itself unavailable (torch's own switch), and three packages of diffusers give single modules without importing all
-    their siblings. Afterwards everything is as it was.
+    for multi-GPU loading; neither runs here. Within this context torch._dynamo is a stand-in, torch.distributed reports
+    itself unavailable (torch's own switch), and three packages of diffusers load single modules without importing their
+    siblings. Everything is restored on exit.
 
-    May be entered within itself. Does nothing in a process that has torch._dynamo: somebody compiles there.
+    Contexts may be nested. Does nothing in a process that has already imported torch._dynamo, because that process may
+    compile.
     """
     global _depth
     with _lock:
@@ -140,9 +142,9 @@ def _replacements() -> Iterator[None]:
 
 @contextmanager
 def _lean_transformers() -> Iterator[None]:
-    """transformers without its lists of all models, for which it opens 3,300 files, twice: half a second of a warm
-    disk. diffusers, which wants it for LoRA alone, takes it for missing; and bitsandbytes, whose import costs
-    memory."""
+    """Import transformers without its lists of all models: to build these it opens 3,300 files, twice, which takes half
+    a second on a warm disk. diffusers is told that transformers is missing, since it would use it for LoRA alone, and
+    that bitsandbytes is missing, since importing it costs memory."""
     folders = _folders("transformers", "transformers.models")
     with _stand_in(folders):
         import diffusers.utils.import_utils as known
@@ -158,7 +160,7 @@ def _lean_transformers() -> Iterator[None]:
 
 @contextmanager
 def _replaced(module: types.ModuleType, name: str, value: object) -> Iterator[None]:
-    if not hasattr(module, name):  # of another version
+    if not hasattr(module, name):  # another version of the library
         yield
         return
     before = getattr(module, name)
@@ -170,7 +172,8 @@ def _replaced(module: types.ModuleType, name: str, value: object) -> Iterator[No
 
 
 class _Folder(types.ModuleType):
-    """A package that finds its modules and runs nothing of its own, unless it is asked for what no module of it is."""
+    """A package that finds its modules but does not run its own `__init__`, unless it is asked for a name that is not
+    one of its modules."""
 
     def __getattr__(self, name: str) -> object:
         if name.startswith("__"):
@@ -184,7 +187,7 @@ class _Folder(types.ModuleType):
 
 
 def _folders(*packages: str) -> dict[str, types.ModuleType]:
-    """Of packages, those that are not imported yet, as folders."""
+    """Return a `_Folder` for each of `packages` that is not imported yet."""
     found: dict[str, types.ModuleType] = {}
     for name in packages:
         if name in sys.modules:

@@ -1,5 +1,5 @@
-"""What others allow this process: its control groups (cgroup v2 and v1), its user's limits, and the machine. Imports no
-torch."""
+"""The limits that others set for this process: its control groups (cgroup v2 and v1), its user's limits, and the
+machine's memory. Imports no torch."""
 
 from __future__ import annotations
 
@@ -21,18 +21,19 @@ _PROC = Path("/proc/self")
 _LEAST = (
     240 * 10**6
 )  # torch alone has 143 MB of data, and mini cannot be rendered with 260; below 170 its libraries abort
-_OURS = 0.9  # of what is free, under `auto`: other programs and the page cache have the rest
-_NONE = 2**60  # version 1 writes "no limit" as a number of about this many bytes
+_OURS = 0.9  # share of the free memory under `auto`; the rest is for other programs and the page cache
+_NONE = 2**60  # bytes; version 1 writes about this number for "no limit"
 
 
 def cgroup_limit(proc: Path = _PROC) -> int | None:
-    """The memory limit in bytes that holds for this process: the least of its control group's and of all groups around
-    it. None where there is none."""
+    """The memory limit of this process in bytes: the smallest limit of its control group and all enclosing groups. None
+    if there is no limit."""
     return min((limit for limit, _ in _memory_groups(proc)), default=None)
 
 
 def available_ram(proc: Path = _PROC) -> tuple[int, int]:
-    """(bytes available now, bytes in all), under the limits of the control groups, less what others in them use."""
+    """(bytes available now, total bytes), within the limits of the control groups and without the memory that other
+    processes in these groups use."""
     memory = psutil.virtual_memory()
     available, total = memory.available, memory.total
     for limit, used in _memory_groups(proc):
@@ -41,15 +42,15 @@ def available_ram(proc: Path = _PROC) -> tuple[int, int]:
 
 
 def ceiling_for_us(proc: Path = _PROC) -> int:
-    """The ceiling in bytes that `auto` stands for: a share of what the machine, the control groups and the user's
-    limits leave now, what this process uses already included, in whole MB."""
+    """The ceiling for `auto` in bytes, rounded down to whole MB: a share of the memory that machine, control groups and
+    user limits leave now, including the memory that this process already uses."""
     free = available_ram(proc)[0] + psutil.Process().memory_info().rss
     return int(_OURS * min([free, *(allowed for _, allowed in _user_limits())]) / 1e6) * 10**6
 
 
 def memory_warning(ceiling: int, proc: Path = _PROC) -> str | None:
-    """What is likely to end a run under a ceiling of so many bytes before the ceiling does: a limit below it, or too
-    little free memory. None when nothing is."""
+    """A warning if something is likely to end the run below a ceiling of `ceiling` bytes: a lower limit, or too little
+    free memory. None otherwise."""
     named = format_mb(ceiling)
     if (limit := cgroup_limit(proc)) is not None and limit < ceiling:
         return (
@@ -59,7 +60,9 @@ def memory_warning(ceiling: int, proc: Path = _PROC) -> str | None:
     for name, allowed in _user_limits():
         if allowed < ceiling:
             return f"{name} is {format_mb(allowed)}, less than the ceiling of {named}: allocations may be refused; raise it"
-    free = available_ram(proc)[0] + psutil.Process().memory_info().rss  # our own part is under the ceiling already
+    free = (
+        available_ram(proc)[0] + psutil.Process().memory_info().rss
+    )  # our own memory counts under the ceiling already
     if free < ceiling:
         return (
             f"{format_mb(free)} of memory are free, less than the ceiling of {named}: the run may swap or be killed; "
@@ -69,8 +72,8 @@ def memory_warning(ceiling: int, proc: Path = _PROC) -> str | None:
 
 
 def check_user_limits() -> None:
-    """Raise BudgetExceeded where torch could not even be imported: its libraries end the process when they get no
-    memory."""
+    """Raise BudgetExceeded if the user's limits are too low even to import torch, whose libraries abort the process
+    when they get no memory."""
     for name, allowed in _user_limits():
         if allowed < _LEAST:
             raise BudgetExceeded(
@@ -88,16 +91,16 @@ def _user_limits() -> Iterator[tuple[str, int]]:
 
 
 def usable_cpus(proc: Path = _PROC) -> int:
-    """How many threads can run at once: the cores that this process may use, at most its control groups' share of them,
-    rounded up."""
+    """The number of threads that can run at once: the cores that this process may use, but no more than its control
+    groups' share of CPU time, rounded up."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     shares = [share for folder, version in _folders("cpu", proc) if (share := _cpu_share(folder, version)) is not None]
     return max(1, min([cores, *(math.ceil(share) for share in shares)]))
 
 
 def limited_cpus(proc: Path = _PROC) -> int | None:
-    """`usable_cpus` where a control group's share of processor time makes it fewer than the cores, which torch would
-    count; None elsewhere, where torch knows best."""
+    """`usable_cpus` if a control group's share of CPU time makes it smaller than the number of cores, which torch would
+    use; None otherwise, so that torch decides."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     usable = usable_cpus(proc)
     return usable if usable < cores else None
@@ -111,8 +114,8 @@ _REFUSED = re.compile(
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether the system, the C library or torch refused an allocation, in whatever shape that came, or as the cause of
-    another error."""
+    """Whether `error`, or an error that caused it, means that the system, the C library or torch refused an
+    allocation."""
     seen = set[int]()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
@@ -125,8 +128,8 @@ def is_out_of_memory(error: BaseException | None) -> bool:
 
 
 def _folders(controller: str, proc: Path) -> Iterator[tuple[Path, int]]:
-    """The folders of this process's control group and of those around it, as far as they can be seen, innermost first,
-    and the version of each. In a hybrid system both versions may have some."""
+    """Yield the folder and the cgroup version of this process's control group and of each enclosing group that is
+    visible, innermost first. A hybrid system may have groups of both versions."""
     try:
         groups, mounts = (proc / "cgroup").read_text(), (proc / "mountinfo").read_text()
     except OSError:
@@ -150,7 +153,7 @@ def _folders(controller: str, proc: Path) -> Iterator[tuple[Path, int]]:
 
 
 def _mounts(mountinfo: str, controller: str, version: int) -> Iterator[tuple[str, Path]]:
-    """Of control group file systems: the group that is mounted, and where (proc(5))."""
+    """Yield each mounted control group file system: the group at its root, and the mount point (proc(5))."""
     for line in mountinfo.splitlines():
         before, _, after = line.partition(" - ")
         fields, kind = before.split(" "), after.split(" ")
@@ -161,8 +164,8 @@ def _mounts(mountinfo: str, controller: str, version: int) -> Iterator[tuple[str
 
 
 def _memory_groups(proc: Path) -> Iterator[tuple[int, int]]:
-    """Of each control group with a limit: the limit, and how much of it is used by what cannot be dropped, page cache
-    being left out."""
+    """Yield the limit of each control group that has one, and the memory used in it without the page cache, which can
+    be dropped."""
     for folder, version in _folders("memory", proc):
         names = ("memory.max", "memory.high") if version == 2 else ("memory.limit_in_bytes",)
         limits = [n for name in names if (n := _number(folder / name)) is not None and n < _NONE]
@@ -182,7 +185,7 @@ def _page_cache(stat: Path, name: str) -> int:
 
 
 def _cpu_share(folder: Path, version: int) -> float | None:
-    """The processors' worth of time that a control group gets, None where that is not limited."""
+    """The number of processors whose time a control group may use; None if there is no limit."""
     with suppress(OSError, ValueError, ZeroDivisionError):
         if version == 2:
             quota, period = (folder / "cpu.max").read_text().split()

@@ -1,4 +1,4 @@
-"""When freed memory leaves the process: what is done between layers, where a ceiling is near and where it is far."""
+"""Decide between layers whether freed memory leaves the process, depending on how near the ceiling is."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from tiler.memory.tuning import HEAP_KEPT, HEAP_KEPT_TIGHT, HEAP_WORTH_RELEASING
 
 
 def at_layer(budget: Budget, planned_bytes: int) -> Callable[[str], None]:
-    """What happens between two layers of the UNet: freed memory leaves the process if it is worth the call (5 ms), or
-    if it is more than a roomy ceiling leaves above the plan; then the ceiling is checked."""
+    """Return the check that runs between two layers of a denoiser. It releases freed memory if there is enough of it to
+    be worth the call (5 ms), or more than a roomy ceiling leaves above the plan, and then checks the ceiling."""
     if room := budget.room(planned_bytes):
         process.generous_allocator()
 
@@ -24,11 +24,11 @@ def at_layer(budget: Budget, planned_bytes: int) -> Callable[[str], None]:
 
 
 def at_rows(budget: Budget, planned_bytes: int) -> Callable[[str], None]:
-    """The same for an autoencoder, whose layers run thousands of times: memory leaves when the ceiling is not far, or
-    when it is more than was planned. The heap's part is looked at by itself: holes between live blocks are not counted
-    by the allocator's own threshold."""
+    """Return the same check for an autoencoder, whose layers run thousands of times. It releases freed memory when the
+    ceiling is near or when more than planned is in use. Freed heap memory is checked separately, because the
+    allocator's own threshold ignores holes between live blocks."""
     room = budget.room(planned_bytes)
-    # A plan that reaches NEAR has less room for freed memory than it has use for.
+    # A plan that reaches NEAR has too little room for the freed memory that it could reuse.
     roomy = planned_bytes < int(NEAR * budget.max_bytes)
     kept = max(room, HEAP_KEPT if roomy else HEAP_KEPT_TIGHT)
 

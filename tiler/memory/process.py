@@ -1,4 +1,5 @@
-"""What the kernel says of this process and this machine, and what keeps the allocator honest. Imports no torch."""
+"""Memory as the kernel reports it for this process, and settings that make the allocator return freed memory. Imports
+no torch."""
 
 from __future__ import annotations
 
@@ -16,16 +17,14 @@ from typing import NamedTuple
 
 import psutil
 
-# Of freed memory, the holes between live blocks included.
-
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h
-_MAPPED, _HEAP, _NEVER = 2**20, 8 * 2**20, 2**31 - 1  # from which size on a block is mapped
-_threshold: int | None = None  # which of these holds, if the allocator's thresholds are ours
+_MAPPED, _HEAP, _NEVER = 2**20, 8 * 2**20, 2**31 - 1  # block size from which malloc maps a block by itself
+_threshold: int | None = None  # the one in effect, if this module set the allocator's thresholds
 
 
 class Rss(NamedTuple):
-    """Resident memory in bytes: now, the high-water mark (0 where the kernel keeps none), the anonymous and file-backed
-    parts of now, and what of this process is swapped out."""
+    """Resident memory in bytes: the current value, the high-water mark (0 if the kernel keeps none), the anonymous and
+    file-backed parts of the current value, and the amount that is swapped out."""
 
     now: int
     peak: int
@@ -35,7 +34,8 @@ class Rss(NamedTuple):
 
 
 def read_rss(proc: Path = Path("/proc/self")) -> Rss:
-    """From /proc/self/status, as far as the kernel reports it (gVisor's says little); elsewhere psutil's figure."""
+    """Read /proc/self/status, as far as the kernel fills it in (gVisor reports little); without it, use psutil's
+    figure."""
     kb: dict[str, int] = {}
     with suppress(OSError, ValueError, IndexError):
         for line in (proc / "status").read_text().splitlines():
@@ -48,7 +48,7 @@ def read_rss(proc: Path = Path("/proc/self")) -> Rss:
 
 
 def reset_peak() -> bool:
-    """Set the high-water mark (VmHWM) to the present use. False where the kernel refuses."""
+    """Reset the high-water mark (VmHWM) to the current use. Returns False if the kernel refuses."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -57,7 +57,7 @@ def reset_peak() -> bool:
 
 
 def children_rss() -> int:
-    """The resident bytes of all child processes: they count under the ceiling."""
+    """The resident bytes of all child processes, which count under the ceiling."""
     total = 0
     with suppress(psutil.Error, OSError):
         for child in psutil.Process().children(recursive=True):
@@ -67,17 +67,18 @@ def children_rss() -> int:
 
 
 def trim() -> None:
-    """Collect garbage, and give back to the system freed memory and the code that may not run again."""
+    """Collect garbage, and return freed memory and the pages of code that may not run again to the system."""
     gc.collect()
     release_heap()
     release_code()
 
 
 def release_code() -> None:
-    """Unmap the resident pages of programs and libraries (10 ms); what is used again returns from the page cache.
+    """Unmap the resident pages of programs and libraries (10 ms). Pages that are used again come back from the page
+    cache.
 
-    Importing torch and building models touches 85 MB of code, computing 40 MB. Only mappings that nothing wrote to are
-    dropped: they can be had from their files at any time.
+    Importing torch and building models touches 85 MB of code, computing touches 40 MB. Only mappings that nothing has
+    written to are dropped, since their files still hold them.
     """
     with suppress(OSError):
         maps = Path("/proc/self/smaps").read_text()
@@ -86,7 +87,7 @@ def release_code() -> None:
 
 
 def _untouched_code(smaps: str) -> Iterator[tuple[int, int]]:
-    """(first address, last + 1) of private executable mappings of files, without a page of the process's own."""
+    """Yield (first address, last + 1) of the private executable file mappings that have no modified page."""
     found: tuple[int, int] | None = None
     for line in smaps.splitlines():
         key, _, rest = line.partition(" ")
@@ -108,7 +109,7 @@ def _madvise() -> Callable[[int, int, int], int]:
 
 @cache
 def _malloc_trim() -> Callable[[int], int]:
-    """glibc's malloc_trim; elsewhere nothing."""
+    """glibc's malloc_trim; with other C libraries, a function that does nothing."""
     return ctypes.CDLL(None).malloc_trim if platform.libc_ver()[0] == "glibc" else lambda pad: 0
 
 
@@ -134,7 +135,7 @@ class _MallInfo(ctypes.Structure):
 
 @cache
 def _mallinfo() -> Callable[[], _MallInfo] | None:
-    """glibc's mallinfo2, None elsewhere."""
+    """glibc's mallinfo2; None with other C libraries."""
     function = getattr(ctypes.CDLL(None), "mallinfo2", None)
     if function is not None:
         function.restype = _MallInfo
@@ -142,30 +143,30 @@ def _mallinfo() -> Callable[[], _MallInfo] | None:
 
 
 def free_heap() -> int:
-    """Bytes that the program freed and the heap keeps, 0 where nobody knows."""
+    """The freed bytes that the heap still holds; 0 if the C library does not report them."""
     info = _mallinfo()
     return int(info().fordblks) if info is not None else 0
 
 
 def release_heap() -> None:
-    """Give freed heap memory back to the system (about 5 ms)."""
+    """Return freed heap memory to the system (about 5 ms)."""
     _malloc_trim()(0)
 
 
 def frugal_allocator() -> None:
-    """Make freed memory leave the process, and waiting threads leave the cores. For a program's start, before torch is
-    imported; a library must not do this.
+    """Make the allocator return freed memory, and idle threads release their cores. Call it when a program starts,
+    before torch is imported; a library must not do this.
 
-    glibc raises its mmap threshold as blocks are freed, up to 32 MB, and keeps what is freed below it. A low fixed one
-    gives everything back at once, but then every temporary is mapped and faulted in anew: with 128 KiB an SD 1.5 UNet
-    pass took 8.3 s a sample, with 8 MiB and `release_heap` between layers 7.2 s and 20 MB more (`scripts/bench.py
-    unet`).
+    glibc raises its mmap threshold as blocks are freed, up to 32 MB, and keeps freed blocks below the threshold. A low
+    fixed threshold returns everything at once, but then every temporary is mapped and faulted in again: with 128 KiB an
+    SD 1.5 UNet pass took 8.3 s a sample; with 8 MiB and `release_heap` between layers it took 7.2 s and 20 MB more
+    (`scripts/bench.py unet`).
     """
     global _threshold
     busy = False
-    # OpenMP's threads wait for each other by spinning, 300,000 turns unless told otherwise. On a free machine that is 6
-    # % faster than sleeping; where other programs share the cores it is waiting for a thread that has none: small
-    # layers then took thirty times as long.
+    # OpenMP's threads wait for each other by spinning, 300,000 turns by default. On an idle machine that is 6 % faster
+    # than sleeping; if other programs use the cores, they spin for a thread that has no core, and small layers took
+    # thirty times as long.
     with suppress(OSError):
         busy = os.getloadavg()[0] > (os.cpu_count() or 1) / 2
     if busy:
@@ -183,10 +184,10 @@ def frugal_allocator() -> None:
 
 
 def generous_allocator() -> None:
-    """Where `frugal_allocator` was called: freed memory stays in the process from now on and is used again.
+    """Let freed memory stay in the process and be reused from now on, if `frugal_allocator` was called.
 
-    Under 6 GB an SD 1.5 UNet pass then has a twentieth of the page faults and takes a tenth less time, with 160 MB more
-    (`scripts/bench.py unet --ceiling 6000000000`).
+    Under 6 GB, an SD 1.5 UNet pass then has a twentieth of the page faults and takes a tenth less time, with 160 MB
+    more (`scripts/bench.py unet --ceiling 6000000000`).
     """
     global _threshold
     if _threshold is not None:
@@ -198,8 +199,8 @@ def generous_allocator() -> None:
 
 @contextmanager
 def mapped_blocks() -> Iterator[None]:
-    """Where `frugal_allocator` was called, and freed memory is to leave: blocks from 1 MiB are mapped by themselves, so
-    that none of them leaves a hole between others."""
+    """Map blocks of 1 MiB and more individually within this context, so that freed ones leave no holes between other
+    blocks. Has an effect only after `frugal_allocator` and before `generous_allocator`."""
     if _threshold != _HEAP:
         yield
         return
@@ -213,7 +214,8 @@ def mapped_blocks() -> Iterator[None]:
 
 @contextmanager
 def limit_data(extra_bytes: int) -> Iterator[None]:
-    """A runaway allocation of more than `extra_bytes` from here on fails as an error of the allocator (RLIMIT_DATA)."""
+    """Make a runaway allocation of more than `extra_bytes` beyond the current data fail as an allocator error
+    (RLIMIT_DATA)."""
     before = resource.getrlimit(resource.RLIMIT_DATA)
     data = 0
     with suppress(OSError):

@@ -1,4 +1,4 @@
-"""What a render's LoRAs change of a model."""
+"""The changes that a render's LoRAs make to a model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from tiler.weights.lora_files import Digests
 
 @dataclass(frozen=True, kw_only=True)
 class Applied:
-    """What a render's LoRAs change, by part and parameter; `files` have their digests. `notes` are for the user."""
+    """The changes of a render's LoRAs, by part and parameter. `files` holds the digests of the LoRA files, and `notes`
+    are for the user."""
 
     changes: Mapping[str, Changes] = field(default_factory=dict)
     files: tuple[tuple[Lora, Digests], ...] = ()
@@ -20,12 +21,12 @@ class Applied:
 
     @property
     def hashes(self) -> dict[str, str]:
-        """By the names of the files, as pictures tell them."""
+        """The files' hashes by name, as they are written into pictures."""
         return {lora.file.stem: digests.short for lora, digests in self.files}
 
     @property
     def said(self) -> list[dict[str, str | float]]:
-        """All that decides what they change, wherever the files lie."""
+        """Everything that determines the changes, independent of where the files are."""
         return [
             {"name": lora.file.stem, "strength": lora.strength, "text_strength": lora.text_strength, "sha256": d.whole}
             for lora, d in self.files
@@ -44,5 +45,5 @@ class Applied:
         return sorted(f"{digests[path]} {strength!r}" for path, strength in strengths)
 
     def of(self, part: str) -> Changes:
-        """By parameter of a part."""
+        """The changes of a part, by parameter."""
         return self.changes.get(part, {})

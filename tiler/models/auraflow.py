@@ -53,8 +53,8 @@ class AuraFlow(Family):
         warn: Callable[[str], None],
         reading: Reading = READING,
     ) -> list[Prompt]:
-        """The last hidden states of a prompt's own tokens, then zeros: (1, 256, width). The transformer looks at these
-        too. A negative prompt that was not given is an empty one."""
+        """The last hidden states of a prompt's own tokens, followed by zeros: (1, 256, width). The transformer attends
+        to the zeros as well. An absent negative prompt is encoded as an empty one."""
         part = self.part(Role.TEXT_ENCODER)
         texts = list(dict.fromkeys(prompt or "" for prompt in prompts))
         tokenizer = t5.load_tokenizer(self.checkpoint, "tokenizer")
@@ -69,7 +69,7 @@ class AuraFlow(Family):
     def prepare(
         self, model: Any, streamer: Streamer, timesteps: Tensor, prompts: Sequence[Prompt], options: Options
     ) -> Modulations:
-        """Read the modulation layers, once for all steps: they see nothing of the prompt."""
+        """Evaluate the modulation layers once for all steps: they do not depend on the prompt."""
         temb = model.time_step_proj(model.time_step_embed(timesteps / 1000))
         return modulations(streamer, modulating(model), F.silu(temb), range(len(timesteps)), options.scratch)
 

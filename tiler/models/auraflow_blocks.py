@@ -1,8 +1,8 @@
-"""The forward of diffusers' AuraFlowTransformer2DModel, one sample at a time: joint blocks, then single ones, by the
-walk of dit.py.
+"""The forward pass of diffusers' AuraFlowTransformer2DModel, one sample at a time, with the functions of dit.py: joint
+blocks, then single ones.
 
-As in Flux text stands before the picture, behind eight learned tokens that belong to no word. Unlike there the
-feed-forward's result is added to the state as it was before attention.
+As in Flux, the text precedes the picture; here, eight learned register tokens precede the text. Unlike in Flux, the
+feed-forward's result is added to the state from before attention.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 def build_transformer(checkpoint: Checkpoint, config: dict[str, Any]) -> AuraFlowTransformer2DModel:
-    """diffusers' own transformer on the meta device, but for its table of positions."""
+    """Build diffusers' own transformer on the meta device, without its table of positions."""
     with lean_imports():
         from diffusers.models.transformers.auraflow_transformer_2d import AuraFlowTransformer2DModel
     with on_meta(), refusing("transformer", checkpoint):
@@ -48,12 +48,12 @@ def build_transformer(checkpoint: Checkpoint, config: dict[str, Any]) -> AuraFlo
 
 
 def table_side(config: dict[str, Any]) -> int:
-    """Patches along a side of the table of positions."""
+    """Patches along each side of the table of positions."""
     return int(config.get("pos_embed_max_size", 1024) ** 0.5)
 
 
 def modulating(model: AuraFlowTransformer2DModel) -> list[nn.Linear]:
-    """The layers that see the timestep alone, in the order in which a pass needs their values."""
+    """The layers whose input is the timestep alone, in the order in which a pass needs their outputs."""
     blocks: list[Any] = list(model.joint_transformer_blocks)
     joint = [norm.linear for block in blocks for norm in (block.norm1, block.norm1_context)]
     singles: list[Any] = list(model.single_transformer_blocks)
@@ -61,12 +61,12 @@ def modulating(model: AuraFlowTransformer2DModel) -> list[nn.Linear]:
 
 
 def read_once(name: str) -> bool:
-    """Whether a parameter is that of a modulation, or of what it sees."""
+    """Whether a parameter belongs to a modulation layer or to the timestep embedding."""
     return name.startswith(("time_step_proj.", "norm_out.")) or ".norm1" in name
 
 
 def quantised(name: str) -> bool:
-    """Whether a weight becomes int8: those of the blocks, but not of what modulates them."""
+    """Whether a weight becomes int8: those of the blocks, except their modulation layers."""
     return name.startswith(("joint_transformer_blocks.", "single_transformer_blocks.")) and not read_once(name)
 
 
@@ -146,7 +146,7 @@ def single_block(streamer: Streamer, block: AuraFlowSingleTransformerBlock, x: T
 
 
 class _Copy(nn.Module):
-    """The last layer's input is modulated without a norm."""
+    """Modulation without a norm, as the input of the last layer needs it."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.clone()

@@ -1,7 +1,7 @@
-"""What the blocks of a UNet2DConditionModel compute, over diffusers' own modules: one sample, or several of one size.
+"""The blocks of a UNet2DConditionModel, computed with diffusers' own modules for one sample, or several of one size.
 
-The same as their forward() does, with fewer copies: nothing leaves channels-last, sums and activations are made in
-place where the tensor is theirs, and a feed-forward sees a few tokens at a time.
+The results equal those of their forward(), with fewer copies: everything stays channels-last, sums and activations are
+in place if the tensor is not shared, and a feed-forward processes a few tokens at a time.
 """
 
 from __future__ import annotations
@@ -23,9 +23,8 @@ _GELU = {approximate: nn.GELU(approximate) for approximate in ("none", "tanh")}
 
 
 class Windows(NamedTuple):
-    """Self-attention of the highest resolution that has any looks only inside windows of size × size latents
-    (HyperTile). `top` and `left`, below `size`, are where the second row and column of them begin, unless they are
-    0."""
+    """Restrict self-attention at the highest resolution to windows of size × size latents (HyperTile). `top` and
+    `left`, below `size`, are the starts of the second row and column of windows, unless they are 0."""
 
     size: int
     top: int = 0
@@ -33,7 +32,7 @@ class Windows(NamedTuple):
 
     @classmethod
     def drawn(cls, size: int, seed: int, timestep: Tensor) -> Windows:
-        """Windows of a step, elsewhere than at the step before."""
+        """The windows of a step, at other positions than in the step before."""
         rng = random.Random(f"{seed} {float(timestep)}")
         return cls(size, rng.randrange(size), rng.randrange(size))
 
@@ -43,7 +42,7 @@ class ResnetFirstHalf(nn.Module):
     along channels."""
 
     def __init__(self, resnet: Any, whole_elements: int | None = None) -> None:
-        """Inputs that have more than `whole_elements` when they are joined go by strips."""
+        """Inputs with more than `whole_elements` elements after joining are processed in strips."""
         super().__init__()
         self.norm, self.act, self.conv = resnet.norm1, resnet.nonlinearity, resnet.conv1
         self.time, self.whole_elements = resnet.time_emb_proj, whole_elements
@@ -63,7 +62,7 @@ class ResnetFirstHalf(nn.Module):
 
 
 class ResnetSecondHalf(nn.Module):
-    """The rest of a ResnetBlock2D, of what `ResnetFirstHalf` made of `parts`."""
+    """The rest of a ResnetBlock2D, applied to the output of `ResnetFirstHalf` for `parts`."""
 
     def __init__(self, resnet: Any, whole_elements: int | None = None) -> None:
         super().__init__()
@@ -87,7 +86,7 @@ class ResnetSecondHalf(nn.Module):
 
 
 class Resnet(nn.Module):
-    """Both halves, where the weights of both can be held at once."""
+    """Both halves of a ResnetBlock2D, if the weights of both can be held at once."""
 
     def __init__(self, resnet: Any, whole_elements: int | None = None) -> None:
         super().__init__()
@@ -116,8 +115,8 @@ class Head(nn.Module):
 
 
 class PrePrompt(nn.Module):
-    """A Transformer2DModel as far as it does not see the prompt: its norm, and the self-attention of its first
-    block."""
+    """The part of a Transformer2DModel that does not depend on the prompt: its norm, and the self-attention of its
+    first block."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -134,15 +133,15 @@ class PrePrompt(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A Transformer2DModel under its prompt's embeddings."""
+    """A Transformer2DModel with a prompt's embeddings."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model, self.up_to_text = model, PrePrompt(model)
 
     def forward(self, hidden: Tensor, text: Tensor, tokens: Tensor | None = None) -> Tensor:
-        """hidden: (n, C, h, w); text: (n, 77, width); `tokens`: what `PrePrompt` made of `hidden`, if that was done →
-        (n, C, h, w)."""
+        """hidden: (n, C, h, w); text: (n, 77, width); `tokens`: the output of `PrePrompt` for `hidden`, if it was
+        computed → (n, C, h, w)."""
         model: Any = self.model
         tokens = self.up_to_text(hidden) if tokens is None else tokens
         for i, block in enumerate(model.transformer_blocks):
@@ -165,7 +164,8 @@ def _planes(tokens: Tensor, sides: Sequence[int]) -> Tensor:
 
 
 class Spans(NamedTuple):
-    """The windows of self-attention over (height, width) tokens: a span of rows by one of columns each."""
+    """The windows of self-attention over (height, width) tokens: every combination of a span of rows and a span of
+    columns."""
 
     shape: tuple[int, int]
     rows: list[slice]
@@ -177,7 +177,7 @@ def _self_attention(block: Any, tokens: Tensor) -> Tensor:
 
 
 def _in_windows(attn: Any, norm: nn.Module, windows: Spans | None, tokens: Tensor) -> Tensor:
-    """`attention` of all tokens to each other, or of those of each window by itself."""
+    """Apply `attention` to all tokens together, or to each window separately."""
     if windows is None:
         return attention(attn, norm, tokens)
     plane = tokens.unflatten(1, windows.shape)
@@ -190,8 +190,8 @@ def _in_windows(attn: Any, norm: nn.Module, windows: Spans | None, tokens: Tenso
 
 
 def attention(attn: Any, norm: nn.Module, tokens: Tensor, text: Tensor | None = None) -> Tensor:
-    """A diffusers Attention without norms of its own: tokens (n, tokens, C), normed, look at themselves or at `text`
-    (n, 77, width) → the tokens plus what they saw."""
+    """A diffusers Attention without norms of its own: tokens (n, tokens, C), normalised, attend to themselves or to
+    `text` (n, 77, width) → the tokens plus the result."""
     if text is None:
         made = linear_layers([attn.to_q, attn.to_k, attn.to_v], tokens, norm=norm)
     else:
@@ -204,7 +204,8 @@ def attention(attn: Any, norm: nn.Module, tokens: Tensor, text: Tensor | None = 
 
 
 def feed_forward(module: Any, norm: nn.Module, step: int, tokens: Tensor) -> None:
-    """Add a diffusers FeedForward of the tokens (n, tokens, C), normed, to them in place, `step` tokens at a time."""
+    """Add the output of a diffusers FeedForward for the tokens (n, tokens, C), normalised, to them in place, `step`
+    tokens at a time."""
     from diffusers.models.activations import GEGLU, GELU
 
     first, last = module.net[0], module.net[2]
@@ -219,8 +220,8 @@ def feed_forward(module: Any, norm: nn.Module, step: int, tokens: Tensor) -> Non
 def prepare(
     model: Any, shape: Sequence[int], would_fit: Callable[[nn.Module], bool], windows: Windows | None, scale: int
 ) -> None:
-    """Say how the blocks of a Transformer2DModel work on (C, height, width): how many tokens a feed-forward takes at a
-    time, and the windows of self-attention; `scale` latents make one token."""
+    """Set how the blocks of a Transformer2DModel process (C, height, width): the number of tokens per step of a
+    feed-forward, and the windows of self-attention; one token covers `scale` latents."""
     channels, height, width = shape
     for block in model.transformer_blocks:
         most = FEED_FORWARD_ELEMENTS if would_fit(block.ff) else FEED_FORWARD_ELEMENTS_READ
@@ -235,13 +236,14 @@ def prepare(
 
 
 def _feed_forward_chunk(tokens: int, most: int) -> int:
-    """Tokens that go through a feed-forward at a time, a divisor of all, so that every product has one size. For the
-    4096 tokens of SD 1.5's first level its projection would be 42 MB, the largest transient of the whole pass."""
+    """The number of tokens per step of a feed-forward, a divisor of their total, so that all products have one size.
+    For the 4096 tokens of SD 1.5's first level, the projection of all tokens would take 42 MB, the largest temporary of
+    a pass."""
     return next(tokens // n for n in range(1, tokens + 1) if tokens % n == 0 and tokens // n <= most)
 
 
 def _spans(length: int, size: int, first: int) -> list[slice]:
-    """`length` in pieces of `size`, of which the first may be cut to `first`; in one when it is no longer than that."""
+    """Cut `length` into pieces of `size`; the first may be shortened to `first`. A shorter length is one piece."""
     if size >= length:
         return [slice(0, length)]
     starts = [0, *range(first or size, length, size)]

@@ -1,7 +1,7 @@
-"""The numbers in a model's configs, checked before anything is built or allocated from them.
+"""Check the numbers in a model's configs before anything is built or allocated from them.
 
-A wrong one would otherwise show itself as a picture that is black or wrong, hours later, with the weights under
-suspicion. Fields that are not read here, or by the modules that a config builds, may say what they like.
+A wrong number would otherwise show up hours later as a black or wrong picture, and the weights would be blamed. Fields
+that neither this program nor the built modules read may hold anything.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ MAX_BLOCKS = 16
 
 
 def check_unet(where: str, config: Config) -> None:
-    """A UNet2DConditionModel's config, read from the file `where`. Raises ModelError, naming the field."""
+    """Check a UNet2DConditionModel's config, read from the file `where`. Raises ModelError, naming the field."""
     _need(where, config, "block_out_channels")
     _whole(where, config, in_channels=(1, 64), out_channels=(1, 64), cross_attention_dim=(1, 8192))
     _whole(
@@ -39,7 +39,7 @@ def check_unet(where: str, config: Config) -> None:
 
 
 def check_prediction(where: str, config: Config) -> None:
-    """That a UNet gives as many channels as it takes. Raises ModelError."""
+    """Check that a UNet has as many output channels as input channels. Raises ModelError."""
     taken = config.get("in_channels", 4)
     if (given := config.get("out_channels", 4)) != taken:
         _refuse(
@@ -51,7 +51,7 @@ def check_prediction(where: str, config: Config) -> None:
 
 
 def check_sd3(where: str, config: Config) -> None:
-    """An SD3Transformer2DModel's config. Raises ModelError, naming the field."""
+    """Check an SD3Transformer2DModel's config. Raises ModelError, naming the field."""
     for key in ("num_layers", "num_attention_heads", "attention_head_dim", "joint_attention_dim"):
         _need(where, config, key)
     _whole(where, config, num_layers=(1, 256), num_attention_heads=(1, 256), attention_head_dim=(2, 1024))
@@ -71,7 +71,7 @@ def check_sd3(where: str, config: Config) -> None:
 
 
 def check_pixart(where: str, config: Config) -> None:
-    """A PixArtTransformer2DModel's config. Raises ModelError, naming the field."""
+    """Check a PixArtTransformer2DModel's config. Raises ModelError, naming the field."""
     for key in ("num_attention_heads", "attention_head_dim", "caption_channels"):
         _need(where, config, key)
     _whole(where, config, num_attention_heads=(1, 256), attention_head_dim=(1, 1024), num_layers=(1, 256))
@@ -83,7 +83,7 @@ def check_pixart(where: str, config: Config) -> None:
 
 
 def check_auraflow(where: str, config: Config) -> None:
-    """An AuraFlowTransformer2DModel's config. Raises ModelError, naming the field."""
+    """Check an AuraFlowTransformer2DModel's config. Raises ModelError, naming the field."""
     for key in ("in_channels", "num_attention_heads", "attention_head_dim", "joint_attention_dim"):
         _need(where, config, key)
     _whole(where, config, num_mmdit_layers=(0, 256), num_single_dit_layers=(0, 256), num_attention_heads=(1, 256))
@@ -100,7 +100,7 @@ def check_auraflow(where: str, config: Config) -> None:
 
 
 def check_vae(where: str, config: Config) -> None:
-    """An AutoencoderKL's config. Raises ModelError, naming the field."""
+    """Check an AutoencoderKL's config. Raises ModelError, naming the field."""
     _need(where, config, "block_out_channels")
     _whole(where, config, latent_channels=(1, 64), layers_per_block=(1, 16), norm_num_groups=(1, 256))
     _whole(where, config, in_channels=(3, 3), out_channels=(3, 3))
@@ -125,7 +125,7 @@ def check_vae(where: str, config: Config) -> None:
 
 
 def check_tiny(where: str, config: Config) -> None:
-    """An AutoencoderTiny's config. Raises ModelError, naming the field."""
+    """Check an AutoencoderTiny's config. Raises ModelError, naming the field."""
     _whole(where, config, latent_channels=(1, 64), in_channels=(3, 3), out_channels=(3, 3))
     _number(where, config, scaling_factor=(1e-3, 1e3))
     for key in ("decoder_block_out_channels", "encoder_block_out_channels", "num_decoder_blocks", "num_encoder_blocks"):
@@ -135,7 +135,7 @@ def check_tiny(where: str, config: Config) -> None:
 
 
 def check_text(where: str, config: Config) -> None:
-    """A CLIPTextModel's config. Raises ModelError, naming the field."""
+    """Check a CLIPTextModel's config. Raises ModelError, naming the field."""
     _need(where, config, "hidden_size")
     _whole(where, config, hidden_size=(1, 8192), vocab_size=(2, 1_000_000), intermediate_size=(1, 65_536))
     _whole(where, config, num_hidden_layers=(1, 128), num_attention_heads=(1, 128), max_position_embeddings=(2, 4096))
@@ -150,7 +150,7 @@ def check_text(where: str, config: Config) -> None:
 
 
 def check_flux(where: str, config: Config) -> None:
-    """A FluxTransformer2DModel's config. Raises ModelError, naming the field."""
+    """Check a FluxTransformer2DModel's config. Raises ModelError, naming the field."""
     for key in ("num_attention_heads", "attention_head_dim", "joint_attention_dim", "pooled_projection_dim"):
         _need(where, config, key)
     _whole(where, config, num_attention_heads=(1, 256), attention_head_dim=(2, 1024), patch_size=(1, 1))
@@ -166,7 +166,7 @@ def check_flux(where: str, config: Config) -> None:
 
 
 def check_t5(where: str, config: Config) -> None:
-    """A T5EncoderModel's or UMT5EncoderModel's config. Raises ModelError, naming the field."""
+    """Check a T5EncoderModel's or UMT5EncoderModel's config. Raises ModelError, naming the field."""
     for key in ("d_model", "d_kv", "d_ff", "num_heads", "num_layers"):
         _need(where, config, key)
     _whole(where, config, d_model=(1, 16_384), d_kv=(1, 1024), d_ff=(1, 131_072), num_heads=(1, 256))
@@ -191,7 +191,8 @@ def _is_whole(value: object, low: float, high: float) -> bool:
 
 
 def _is_number(value: object, low: float, high: float) -> bool:
-    """For numbers only: neither true nor a text is one, nor NaN or Infinity, which Python's reader of JSON takes."""
+    """Whether a value is a finite number: not a bool, a string, or the NaN and Infinity that Python's JSON reader
+    accepts."""
     return isinstance(value, int | float) and type(value) is not bool and low <= value <= high
 
 
@@ -220,15 +221,15 @@ def _within(
 
 
 def _flags(where: str, config: Config, *keys: str) -> None:
-    """diffusers takes whatever Python calls true, the text "false" included."""
+    """Check that fields are booleans: diffusers accepts anything that Python calls true, even the string "false"."""
     for key in keys:
         if key in config and config[key] is not None and type(config[key]) is not bool:
             _refuse(where, key, config[key], "it must be true or false")
 
 
 def _widths(where: str, config: Config, default: int, kinds: tuple[str, ...]) -> int:
-    """Check block_out_channels, and that the lists of block types are as long; how many levels there are. `default` is
-    how many types diffusers takes where a list is left out."""
+    """Check block_out_channels, and that the lists of block types are equally long; return the number of levels.
+    `default` is the number of types that diffusers assumes for a missing list."""
     widths = config["block_out_channels"]
     if (
         not isinstance(widths, list)
@@ -247,7 +248,7 @@ def _widths(where: str, config: Config, default: int, kinds: tuple[str, ...]) ->
 
 
 def _each(where: str, config: Config, levels: int, **bounds: tuple[int, int]) -> None:
-    """Fields that hold one number, or one for each level."""
+    """Check fields that hold one number, or one for each level."""
     for key, (low, high) in bounds.items():
         if key not in config:
             continue

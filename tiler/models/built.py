@@ -1,4 +1,4 @@
-"""The models of a checkpoint on the meta device, each built once for all that a run does with it."""
+"""The models of a checkpoint on the meta device, each built once for the whole run."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from tiler.weights.changes import Changes
 
 
 class Models:
-    """The modules of a family's parts, built when they are first asked for and kept: shapes without data, a few MB.
-    Planning, packing and the phases borrow the very same ones, one after another (compute/lending.py).
+    """The modules of a family's parts, built on first use and kept: shapes without data, a few MB. Planning, packing
+    and the phases use the same modules one after another (compute/lending.py).
 
-    `decoder` makes the picture: the checkpoint's own autoencoder, or a tiny one. `loras` is what changes their weights.
+    `decoder` decodes the picture: the checkpoint's own autoencoder, or a tiny one. `loras` holds the changes to the
+    weights.
     """
 
     def __init__(self, family: Family, tiny: VaeSpec | None = None) -> None:
@@ -28,7 +29,7 @@ class Models:
         return self._built[part.name]
 
     def changes(self, part: Part) -> Changes:
-        """What LoRAs change of a part, by parameter."""
+        """The changes that LoRAs make to a part, by parameter."""
         return self.loras.of(part.name)
 
     def vae(self, spec: VaeSpec) -> Any:
@@ -41,7 +42,7 @@ class Models:
         return self._built[spec.part]
 
     def build(self, *, encoders: bool = True) -> None:
-        """All of them, or all but the text encoders, which also imports all code that they need."""
+        """Build all modules, or all except the text encoders. This also imports all code that they need."""
         for part in self.family.parts:
             if encoders or part.role is not Role.TEXT_ENCODER:
                 self.module(part)

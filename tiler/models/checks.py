@@ -1,5 +1,5 @@
-"""What a checkpoint of a UNet and an AutoencoderKL must be, whatever text encoders go with it: SD's and SDXL's
-checks."""
+"""Requirements on the UNet and AutoencoderKL of a checkpoint that do not depend on its text encoders; SD and SDXL share
+them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _FOREIGN = (
 
 
 def check_channels(checkpoint: Checkpoint, unet: Config, vae: Config) -> None:
-    """That UNet and VAE belong together and make pictures of text alone. Raises ModelError."""
+    """Check that UNet and VAE fit together and generate pictures from text alone. Raises ModelError."""
     latent, channels = vae.get("latent_channels", 4), unet.get("in_channels", 4)
     if channels != latent:
         kind = BY_CHANNELS.get(channels, "a model of another kind")
@@ -36,8 +36,9 @@ def check_channels(checkpoint: Checkpoint, unet: Config, vae: Config) -> None:
 
 
 def check_unet_kind(where: str, unet: Config, supported: str, **own: object) -> None:
-    """Refuse what `models/unet.py` would leave out: a picture that is silently wrong helps nobody. `supported` names
-    the models whose UNets are taken, `own` are values of theirs that are foreign elsewhere. Raises ModelError."""
+    """Refuse options of a UNet that `models/unet.py` does not compute, since a silently wrong picture helps nobody.
+    `supported` names the models whose UNets are supported, `own` holds their config values that are refused in other
+    families. Raises ModelError."""
     blocks = [*unet.get("down_block_types", []), *unet.get("up_block_types", []), unet.get("mid_block_type")]
     for block in blocks:
         if block not in _BLOCKS:

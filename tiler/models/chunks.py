@@ -1,8 +1,8 @@
-"""A prompt's tokens in chunks of the length that CLIP was trained with, each token with its weight; and what weights do
-to encodings. Knows no tokenizer and no encoder.
+"""A prompt's tokens in chunks of the length that CLIP was trained with, each token with its weight, and the effect of
+weights on encodings. Knows no tokenizer and no encoder.
 
-A text of several chunks is encoded chunk by chunk, and the encodings are joined along the tokens, as AUTOMATIC1111 does
-it.
+A text of several chunks is encoded chunk by chunk, and the encodings are joined along the token axis, as in
+AUTOMATIC1111.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ MOST_CHUNKS = 20  # of a prompt; a longer one is cut
 
 
 class Piece(NamedTuple):
-    """Tokens that stay together: one of the text, or all that an embedding takes, whose `vectors` (n, width) replace
-    theirs."""
+    """Tokens that must stay together: one token of the text, or all tokens of an embedding, whose `vectors` (n, width)
+    replace theirs."""
 
     ids: tuple[int, ...]
     weight: float = 1.0
@@ -34,8 +34,8 @@ Chunk = list[Piece]
 
 
 def split_chunks(sections: Sequence[Sequence[Piece]], room: int, comma: int | None) -> list[Chunk]:
-    """The chunks, at least one, of sections that BREAK parts; each holds up to `room` tokens. `comma` is that mark's
-    id."""
+    """Split sections, separated by BREAK, into at least one chunk of up to `room` tokens each. `comma` is the token id
+    of a comma."""
     chunks: list[Chunk] = []
     for section in sections:
         chunks.append([])
@@ -58,7 +58,7 @@ def _size(chunk: Chunk) -> int:
 
 
 def _behind_comma(chunk: Chunk, room: int, comma: int | None) -> Chunk:
-    """What stands behind the last comma of a full chunk, if that is near its end."""
+    """The pieces after the last comma of a full chunk, if that comma is near its end."""
     for number in reversed(range(len(chunk))):
         if chunk[number].ids == (comma,):
             return chunk[number + 1 :] if room - _size(chunk[:number]) <= BACKTRACK else []
@@ -66,9 +66,9 @@ def _behind_comma(chunk: Chunk, room: int, comma: int | None) -> Chunk:
 
 
 def emphasised(states: Tensor, weights: Sequence[float], emphasis: Emphasis) -> Tensor:
-    """The encodings (1, n, width) of n tokens, each times its weight; `emphasis` ORIGINAL then scales all of them so
-    that their mean is as before. Encodings without weights stay as they are. Raises UsageError where no scale can do
-    that."""
+    """Multiply the encodings (1, n, width) of n tokens by their weights; with `emphasis` ORIGINAL, then scale all of
+    them to restore their mean. Encodings without weights are unchanged. Raises UsageError if no scale can restore the
+    mean."""
     if all(weight == 1 for weight in weights):
         return states
     weighed = states * torch.tensor(weights, dtype=states.dtype).view(1, -1, 1)

@@ -1,7 +1,5 @@
-"""Prompts → embeddings with a streamed CLIP text encoder. Only the rows of the token table that occur are read.
-
-The modules are transformers' own, built on the meta device.
-"""
+"""Encode prompts with a streamed CLIP text encoder. Only the rows of the token table that occur are read. The modules
+are transformers' own, built on the meta device."""
 
 from __future__ import annotations
 
@@ -33,8 +31,8 @@ if TYPE_CHECKING:
 def build_clip(
     checkpoint: Checkpoint, part: str, config: dict[str, Any], *, projection: bool = False
 ) -> CLIPTextModel | CLIPTextModelWithProjection:
-    """A CLIP text model on the meta device, its position ids real; with the layer behind its pooled vector or without.
-    Raises ModelError."""
+    """Build a CLIP text model on the meta device, with real position ids, and with or without the projection of its
+    pooled vector. Raises ModelError."""
     with lean_imports():
         from transformers.models.clip.configuration_clip import CLIPTextConfig
         from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPTextModelWithProjection
@@ -55,12 +53,12 @@ def clip_names(name: str) -> list[str]:
 
 
 def run_clip(encoder: Any, **options: Any) -> object:
-    """What is asked of the encoder for one prompt; ids are real, weights need not be."""
+    """Run the encoder as for one prompt; ids are real, weights may be on the meta device."""
     return encoder(torch.zeros(1, CLIP_TOKENS, dtype=torch.int64), **options)
 
 
 def check_tokenizer(folder: Path, fetch: str = "download the tokenizer again") -> None:
-    """Raises ModelError where a CLIP tokenizer's files are not in `folder`; `fetch` says how they can be had."""
+    """Raise ModelError if the files of a CLIP tokenizer are missing in `folder`; `fetch` says how to get them."""
     if not (
         (folder / "tokenizer.json").is_file()
         or ((folder / "vocab.json").is_file() and (folder / "merges.txt").is_file())
@@ -69,7 +67,7 @@ def check_tokenizer(folder: Path, fetch: str = "download the tokenizer again") -
 
 
 def load_tokenizer(family: Family, part: str = "tokenizer") -> CLIPTokenizer:
-    """From tokenizer.json, or vocab.json and merges.txt. Raises ModelError."""
+    """Load tokenizer.json, or vocab.json and merges.txt. Raises ModelError."""
     with lean_imports():
         from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
@@ -90,8 +88,8 @@ def encode_last(
     warn: Callable[[str], None],
     reading: Reading = READING,
 ) -> list[Prompt]:
-    """For each prompt the states (1, 77·chunks, width) fp32 of the last layer, as StableDiffusionPipeline uses them;
-    with a `clip_skip` those of an earlier one behind the last norm."""
+    """For each prompt, the states (1, 77·chunks, width) fp32 of the last layer, as StableDiffusionPipeline uses them;
+    with a `clip_skip`, the states of an earlier layer after the final norm."""
     layers = int(encoder.config.num_hidden_layers)
     if reading.clip_skip > layers:
         raise UsageError(f"--clip-skip {reading.clip_skip}: this text encoder has {layers} layers; take 1–{layers}")
@@ -115,8 +113,8 @@ def encode_penultimate(
     warn: Callable[[str], None],
     reading: Reading = READING,
 ) -> list[Prompt]:
-    """For each prompt the states before the last layer, (1, 77·chunks, width) fp32, and the first chunk's pooled
-    vector: projected, (1, projection_dim), where the encoder has that layer, else (1, width)."""
+    """For each prompt, the states before the last layer, (1, 77·chunks, width) fp32, and the first chunk's pooled
+    vector: projected, (1, projection_dim), if the encoder has that layer, else (1, width)."""
     found = []
     for prompt in prompts:
         rows, vectors = [], []
@@ -129,16 +127,16 @@ def encode_penultimate(
 
 
 def lengthened(tokens: Tensor, length: int, empty: Tensor, behind: int = 0) -> Tensor:
-    """Encodings (1, n, width) with the chunks of an empty prompt, (1, 77, width), until they are `length`; the last
-    rows, so many, stay `behind` them."""
+    """Pad encodings (1, n, width) with chunks of an empty prompt, (1, 77, width), to `length` rows; the last `behind`
+    rows stay at the end."""
     missing = (length - tokens.shape[1]) // empty.shape[1]
     end = tokens.shape[1] - behind
     return torch.cat([tokens[:, :end], *[empty] * missing, tokens[:, end:]], dim=1)
 
 
 class EncoderInput(NamedTuple):
-    """A chunk as the encoder takes it: (1, 77) int64, the weight of each token, marks and padding included, and the
-    vectors (n, width) of embeddings, each with the place of its first."""
+    """A chunk as the encoder's input: ids (1, 77) int64, the weight of each token, including marks and padding, and the
+    vectors (n, width) of embeddings, each with the position of its first row."""
 
     ids: Tensor
     weights: tuple[float, ...]
@@ -148,8 +146,8 @@ class EncoderInput(NamedTuple):
 def read_chunks(
     tokenizer: CLIPTokenizer, config: Any, prompt: str, warn: Callable[[str], None], reading: Reading = READING
 ) -> list[EncoderInput]:
-    """A prompt's chunks, between start and end marks and padded; `warn` is told of what cannot be taken. `config` is
-    the encoder's. Raises ModelError where tokenizer and encoder do not belong together."""
+    """Tokenise a prompt into chunks with start and end marks and padding; `warn` reports anything that cannot be used.
+    `config` is the encoder's. Raises ModelError if tokenizer and encoder do not fit together."""
     length = min(int(tokenizer.model_max_length), int(config.max_position_embeddings))
     room = length - 2
     # The tokenizer is not asked to look at megabytes of text just to say that they do not fit.

@@ -1,8 +1,8 @@
-"""What a weight file holds, told from the names and shapes of its tensors alone: which parts, and in whose naming.
+"""The parts of a weight file and their naming scheme, found from the names and shapes of its tensors alone.
 
-Nothing is read but the header, and torch is not needed: `tiler models` looks into a hundred files this way. Names are
-those of CompVis' and Stability AI's repositories, of Black Forest Labs, of OpenCLIP, of llama.cpp, and diffusers' and
-transformers' own.
+Only the header is read, and torch is not needed, so `tiler models` can look into a hundred files quickly. Known
+schemes: the repositories of CompVis, Stability AI and Black Forest Labs, OpenCLIP, llama.cpp, diffusers and
+transformers.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Shapes = Mapping[str, Shape]
 
 
 class Kind(StrEnum):
-    """What a part of a file is."""
+    """The kind of a part."""
 
     UNET = "a UNet"
     SD3 = "a transformer of Stable Diffusion 3"
@@ -37,7 +37,7 @@ DENOISERS = frozenset({Kind.UNET, Kind.SD3, Kind.FLUX, Kind.PIXART, Kind.AURAFLO
 
 
 class Naming(StrEnum):
-    """Whose names a part's tensors have."""
+    """The naming scheme of a part's tensors."""
 
     DIFFUSERS = "diffusers"  # for text encoders transformers'
     ORIGINAL = "original"
@@ -46,7 +46,7 @@ class Naming(StrEnum):
 
 
 class Content(NamedTuple):
-    """A part of a file: the names of its tensors begin with `prefix`; `shapes` are by the rest of the name."""
+    """A part of a file: the names of its tensors begin with `prefix`; `shapes` are keyed by the rest of the name."""
 
     kind: Kind
     naming: Naming
@@ -59,8 +59,7 @@ class Content(NamedTuple):
 
 
 class Contents(NamedTuple):
-    """The parts of a file, how many of its tensors are left out because no picture needs them, and those that nobody
-    knows."""
+    """The parts of a file, the number of tensors that no picture needs, and the tensors that are unknown."""
 
     parts: tuple[Content, ...]
     ignored: Mapping[str, int]
@@ -68,7 +67,7 @@ class Contents(NamedTuple):
 
     @property
     def named(self) -> str:
-        """What it holds, in words."""
+        """The contents in words."""
         return " and ".join(dict.fromkeys(str(part.kind) for part in self.parts))
 
     def find(self, *kinds: Kind) -> list[Content]:
@@ -94,8 +93,8 @@ _ADDITIONS = {
 
 
 def look(shapes: Shapes, where: str) -> Contents:
-    """What is in a file whose tensors have these names and shapes. Raises ModelError, saying what the file is, for a
-    LoRA, a ControlNet and the like; for names of two kinds at once; and for a file of which no part is known."""
+    """Find the parts of a file with these names and shapes. Raises ModelError, saying what the file is, for a LoRA, a
+    ControlNet and the like; for a mixture of two kinds of names; and for a file without any known part."""
     groups: dict[str, dict[str, Shape]] = {}
     ignored: Counter[str] = Counter()
     for name, shape in shapes.items():
@@ -144,7 +143,7 @@ def _without(group: Mapping[str, Shape], prefix: str) -> dict[str, Shape]:
 
 
 def _kinds(names: Shapes, where: str) -> list[tuple[Kind, Naming]]:
-    """What the tensors of one prefix are; nothing where that cannot be told."""
+    """The possible kinds of the tensors under one prefix; empty if unknown."""
     heads = {name.split(".", 1)[0] for name in names}
     found = [kind for kind, test in _DENOISERS.items() if test <= heads]
     if len({kind for kind, _ in found}) < len(found):

@@ -1,7 +1,7 @@
-"""A part of a file in the names that the module has: by diffusers' own conversion functions, which run on stand-ins for
-tensors, and by tables where diffusers has none.
+"""Rename the tensors of a file to the names of the modules: with diffusers' own conversion functions, run on stand-ins
+for tensors, and with tables for what diffusers does not convert.
 
-PixArt's names are those of its repository (PixArt-alpha/PixArt-sigma, diffusion/model/nets); T5's short ones
+PixArt's names are those of its repository (PixArt-alpha/PixArt-sigma, diffusion/model/nets); the short T5 names are
 llama.cpp's (ggml-org/llama.cpp, gguf-py/gguf/constants.py).
 """
 
@@ -26,8 +26,8 @@ _UNET = "model.diffusion_model."
 
 
 def renamed(part: Content, index: Index) -> dict[str, TensorInfo]:
-    """The part of the file's `index` under the names of diffusers or transformers. Raises ModelError for a file in
-    which a conversion does not find its way."""
+    """The part of the file's `index` under diffusers' or transformers' names. Raises ModelError for a file that a
+    conversion cannot handle."""
     own = {name: index[_stored(part, name, index)] for name in part.shapes}
     if part.naming is Naming.DIFFUSERS:
         return own
@@ -64,14 +64,14 @@ def renamed(part: Content, index: Index) -> dict[str, TensorInfo]:
 
 
 def _stored(part: Content, name: str, index: Index) -> str:
-    """The whole name in the file: some bear `text_model.` behind their prefix."""
+    """The complete name in the file: some names have `text_model.` after their prefix."""
     plain = part.prefix + name
     return plain if plain in index else f"{part.prefix}text_model.{name}"
 
 
 def _unet_facts(part: Content) -> dict[str, Any]:
-    """What the conversion asks of a config: how many residual blocks a level has, and whether the UNet is told
-    sizes."""
+    """The config values that the conversion needs: the number of residual blocks per level, and whether the UNet is
+    conditioned on size."""
     levels = 0
     while f"input_blocks.{levels + 1}.0.in_layers.0.weight" in part.shapes:
         levels += 1

@@ -1,4 +1,4 @@
-"""What diffusers corrects in configs that its old versions wrote."""
+"""Corrections that diffusers makes to configs written by its old versions."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from typing import Any
 
 
 def correct_unet(config: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """What diffusers' StableDiffusionPipeline corrects in UNet configs written before its version 0.9.0: a
-    `sample_size` below 64 is taken as 64.
+    """Apply the correction that diffusers' StableDiffusionPipeline makes to UNet configs from before its version 0.9.0:
+    a `sample_size` below 64 becomes 64. Returns the config, and a sentence about each correction.
 
-    diffusers 0.42.1, pipelines/stable_diffusion/pipeline_stable_diffusion.py, `__init__`. The config, and a sentence on
-    each correction.
+    diffusers 0.42.1, pipelines/stable_diffusion/pipeline_stable_diffusion.py, `__init__`.
     """
     version, size = config.get("_diffusers_version"), config.get("sample_size")
     if not isinstance(version, str) or type(size) is not int or size >= 64 or _numbers(version) >= (0, 9):

@@ -1,8 +1,5 @@
-"""The configs of parts that bring none, from the shapes of their tensors, whose names are diffusers' or transformers'
-by now.
-
-What shapes do not say stands in kinds.py.
-"""
+"""Derive the configs of parts that have none from the shapes of their tensors, under diffusers' or transformers' names.
+Values that shapes do not determine are in kinds.py."""
 
 from __future__ import annotations
 
@@ -17,7 +14,8 @@ Config = dict[str, Any]
 
 
 def denoiser_config(shapes: Shapes, row: FamilyRow, where: str) -> Config:
-    """Of a denoiser of that family. Raises ModelError, also where a tensor is missing that tells a field."""
+    """The config of a denoiser of that family. Raises ModelError, also if a tensor is missing that determines a
+    field."""
     derive = {
         Kind.UNET: _unet,
         Kind.SD3: _sd3,
@@ -29,7 +27,7 @@ def denoiser_config(shapes: Shapes, row: FamilyRow, where: str) -> Config:
 
 
 class _Known(dict[str, tuple[int, ...]]):
-    """Shapes; a name that is missing is the file's fault."""
+    """Shapes by name; a missing name raises ModelError about the file."""
 
     def __init__(self, shapes: Shapes, where: str) -> None:
         super().__init__(shapes)
@@ -73,7 +71,7 @@ def _unet(shapes: _Known, row: FamilyRow) -> Config:
 
 
 def _check_depths(shapes: _Known, depths: list[int], attends: list[bool]) -> None:
-    """Distilled models leave out blocks here and there. Raises ModelError."""
+    """Refuse distilled models that leave out some blocks. Raises ModelError."""
     last = len(depths) - 1
     places = [(f"down_blocks.{i}.", depth) for i, depth in enumerate(depths) if attends[i]]
     places += [(f"up_blocks.{last - i}.", depth) for i, depth in enumerate(depths) if attends[i]]
@@ -163,7 +161,8 @@ def _auraflow(shapes: _Known, row: FamilyRow) -> Config:
 
 
 def vae_config(shapes: Shapes, row: FamilyRow, where: str) -> Config:
-    """Of an AutoencoderKL for that family: an SD 1.x file and one of SDXL have the same shapes. Raises ModelError."""
+    """The config of an AutoencoderKL for that family, which must be given because files of SD 1.x and SDXL have the
+    same shapes. Raises ModelError."""
     known = _Known(shapes, where)
     levels = count(shapes, r"encoder\.down_blocks\.(\d+)\.")
     if not levels:
@@ -191,7 +190,7 @@ def vae_config(shapes: Shapes, row: FamilyRow, where: str) -> Config:
 
 
 def tiny_config(shapes: Shapes, where: str) -> Config:
-    """Of an AutoencoderTiny, told from its decoder. Raises ModelError."""
+    """The config of an AutoencoderTiny, derived from its decoder. Raises ModelError."""
     width, channels = _Known(shapes, where)["decoder.layers.0.weight"][:2]
     widths = [width] * 4
     return {
@@ -203,7 +202,7 @@ def tiny_config(shapes: Shapes, where: str) -> Config:
 
 
 def text_config(shapes: Shapes, encoder: Encoder, where: str) -> Config:
-    """Of a text encoder. Raises ModelError."""
+    """The config of a text encoder. Raises ModelError."""
     return _clip(_Known(shapes, where), encoder) if encoder.kind is Kind.CLIP else _t5(_Known(shapes, where))
 
 

@@ -1,5 +1,5 @@
-"""What a model is, for people: its family and prediction, where each part comes from and how it is stored, what was
-decided and by what, and what is missing."""
+"""Describe a model to people: its family and prediction, the source and storage of each part, the decisions that were
+made and why, and what is missing."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from tiler.weights.places import expand
 
 
 def diagnose(options: ModelOptions) -> tuple[dict[str, str], TilerError | None]:
-    """Facts by their headings, in the order to print them; and what keeps the model from being opened. Raises
-    ModelError for a file of which nothing can be told."""
+    """Facts under headings, in print order, and the reason if the model cannot be opened. Raises ModelError for a file
+    of unknown kind."""
     path = expand(options.diffusion_model or options.model)
     facts = _of_file(WeightFile(path)) if path.is_file() else {}
     try:
@@ -74,7 +74,7 @@ def _of_family(family: Family) -> dict[str, str]:
 
 
 def _defaults(own: Mapping[str, Any]) -> str:
-    """What is said, by the names of the options."""
+    """The model's own defaults, by the names of the options."""
     names = {f.name: next(iter(f.metadata["option"].names), "PROMPT") for f in fields(RenderRequest)}
     said = {
         key: f"one of {len(value)}, by the seed" if isinstance(value, tuple) else value for key, value in own.items()
@@ -83,7 +83,7 @@ def _defaults(own: Mapping[str, Any]) -> str:
 
 
 def _stored(tensors: Mapping[str, TensorInfo]) -> str:
-    """How many tensors of which formats, the most first, and their bytes."""
+    """The number of tensors in each format, most frequent first, and their bytes."""
     counts = Counter(info.dtype for info in tensors.values())
     formats = ", ".join(f"{count} {dtype}" for dtype, count in counts.most_common())
     return f"{formats}; {sum(info.nbytes for info in tensors.values()) / 1e6:,.0f} MB"

@@ -1,9 +1,9 @@
-"""The walk that diffusion transformers share: attention and feed-forward over thousands of tokens, in little memory.
+"""Attention and feed-forward over thousands of tokens in little memory, shared by the diffusion transformers.
 
-A sample's state is one tensor (1, tokens, d). All that is as large beside it is the attention's result: queries, keys
-and values are made for a few heads at a time, from tokens that are normalised chunk by chunk, and results are added to
-the state in place. Chunks, head groups and the cuts of weights depend on shapes alone, so the bits do not depend on the
-ceiling; how often a weight is read does. Works on diffusers' own modules, streamed or resident.
+A sample's state is one tensor (1, tokens, d). The only other tensor of that size is the attention's result: queries,
+keys and values are computed for a few heads at a time from tokens that are normalised chunk by chunk, and results are
+added to the state in place. Chunks, head groups and the cuts of weights depend on shapes alone, so the bits do not
+depend on the ceiling; only the number of reads of a weight does. Works on diffusers' own modules, streamed or resident.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Normed = Callable[[slice], Tensor]
 
 class Stream(NamedTuple):
     """Tokens that share the weights of an attention: the layers of their queries, keys and values, and the norms of a
-    head's queries and keys, if there are any."""
+    head's queries and keys, if any."""
 
     tokens: slice
     normed: Normed
@@ -47,7 +47,7 @@ class Stream(NamedTuple):
 
 
 class FeedForward(NamedTuple):
-    """out(activation(into(x))), the hidden values multiplied by gate(x) where there is such a layer."""
+    """out(activation(into(x))), with the hidden values multiplied by gate(x) if there is a gate."""
 
     into: nn.Linear
     activation: nn.Module
@@ -56,12 +56,12 @@ class FeedForward(NamedTuple):
 
 
 def stream_of(tokens: slice, attn: Any, normed: Normed) -> Stream:
-    """A Stream by the layers that diffusers' attention has of its own."""
+    """The Stream of the layers that diffusers' attention applies to its own tokens."""
     return Stream(tokens, normed, (attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k))
 
 
 def added_stream(tokens: slice, attn: Any, normed: Normed) -> Stream:
-    """A Stream by the layers that diffusers' joint attention has for its other tokens."""
+    """The Stream of the layers that diffusers' joint attention applies to the additional tokens."""
     layers = attn.add_q_proj, attn.add_k_proj, attn.add_v_proj
     return Stream(tokens, normed, layers, (attn.norm_added_q, attn.norm_added_k))
 
@@ -84,8 +84,8 @@ def modulated(norm: nn.Module, x: Tensor, scale: Tensor, shift: Tensor) -> Norme
 def attention(
     streamer: Streamer, x: Tensor, streams: Sequence[Stream], heads: int, rotation: Tensor | None = None
 ) -> Tensor:
-    """Attention between all tokens of the streams, (1, tokens, width), before its last layer. `x` is the state, (1,
-    tokens, d); `rotation`: (tokens, 1, head / 2) complex, by which queries and keys are multiplied."""
+    """Attention among all tokens of the streams, (1, tokens, width), before its output layer. `x` is the state, (1,
+    tokens, d); `rotation`, (tokens, 1, head / 2) complex, is multiplied into queries and keys."""
     size = streams[0].layers[0].out_features // heads
     length = max(stream.tokens.stop for stream in streams)
     together = OUTPUTS // math.gcd(size, OUTPUTS)  # heads whose rows are whole blocks of packed weights
@@ -111,7 +111,7 @@ def _project(
     streamer: Streamer, stream: Stream, layers: list[nn.Linear], places: Sequence[Tensor], size: int,
     rotation: Tensor | None,
 ) -> None:  # fmt: skip
-    """Fill the stream's tokens of `places` (queries, keys, values) by the layers' products."""
+    """Compute the layers' products for the stream's tokens and store them in `places` (queries, keys, values)."""
     numbers = range(len(layers))
     for some in [list(numbers)] if streamer.fits(*layers) else [[i] for i in numbers]:
         with streamer.hold(*(layers[i] for i in some)):
@@ -131,8 +131,8 @@ def _project(
 def add_products(
     streamer: Streamer, layer: nn.Linear, inputs: Sequence[Tensor], x: Tensor, tokens: Sequence[slice], gate: Tensor
 ) -> None:
-    """x += gate · layer(inputs), in place: x (1, tokens, d), gate (d,); each input (1, n, in) is of `tokens` of its
-    own."""
+    """x += gate · layer(inputs), in place: x (1, tokens, d), gate (d,); each input (1, n, in) has its own slice of
+    `tokens`."""
     for number, rows, made in products(streamer, layer, inputs):
         if not made.is_meta:
             x[:, tokens[number], rows].addcmul_(gate[rows], made)
@@ -141,7 +141,7 @@ def add_products(
 def add_attended(
     streamer: Streamer, layer: nn.Linear, attended: Tensor, x: Tensor, tokens: slice, gate: Tensor
 ) -> None:
-    """x += gate · layer(attended) at `tokens`, in place: the last layer of an attention."""
+    """x += gate · layer(attended) at `tokens`, in place, where `layer` is the output layer of an attention."""
     chunks = cut(tokens, CHUNK)
     add_products(streamer, layer, [attended[:, chunk] for chunk in chunks], x, chunks, gate)
 
@@ -150,7 +150,7 @@ def add_feed_forward(
     streamer: Streamer, layers: FeedForward, x: Tensor, tokens: slice, normed: Normed, gate: Tensor,
     beside: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """x += gate · feed-forward(normed) at `tokens`, in place. `beside` (1, tokens, k) stands before the hidden
+    """x += gate · feed-forward(normed) at `tokens`, in place. `beside` (1, tokens, k) is placed before the hidden
     values."""
     known = 0 if beside is None else beside.shape[-1]
     modules = [layer for layer in (layers.into, layers.gate, layers.out) if layer is not None]
@@ -188,8 +188,8 @@ def project(streamer: Streamer, layer: nn.Linear, given: Normed, out: Tensor) ->
 def products(
     streamer: Streamer, layer: nn.Linear, inputs: Sequence[Tensor], activation: nn.Module | None = None
 ) -> Iterator[tuple[int, slice, Tensor]]:
-    """What a layer makes of each input (1, n, in), activated: its number, the outputs and their values (1, n, outputs).
-    Each piece of the weight is read once for all inputs. Take each before asking for the next."""
+    """For each input (1, n, in), yield its number, a slice of the outputs and their activated values (1, n, outputs).
+    Each piece of the weight is read once for all inputs. Use each value before requesting the next."""
     meta, sizes = inputs[0].is_meta, [x.shape[1] for x in inputs]
     if not isinstance(layer, StreamedLinear):
         for number in each(range(len(inputs)), meta, sizes):
@@ -209,19 +209,19 @@ def products(
 
 
 def cut(tokens: slice, size: int) -> list[slice]:
-    """Neighbouring parts of `size`, of which the last may be smaller."""
+    """Consecutive parts of `size`; the last may be smaller."""
     return [slice(first, min(first + size, tokens.stop)) for first in range(tokens.start, tokens.stop, size)]
 
 
 def _turns(tokens: slice, room: int) -> list[slice]:
-    """As few parts as `room` tokens at a time allow, of whole chunks and about equal."""
+    """The smallest number of parts with at most `room` tokens each, made of complete chunks and about equal in size."""
     chunks = math.ceil((tokens.stop - tokens.start) / CHUNK)
     turns = math.ceil(chunks / max(1, room // CHUNK))
     return cut(tokens, CHUNK * math.ceil(chunks / turns))
 
 
 def each(items: Sequence[_T], planning: bool, sizes: Sequence[int] | None = None) -> Iterator[_T]:
-    """The items; in planning the first, which is not smaller than others, stands for all."""
+    """The items; during planning only the first, which is the largest and stands for all."""
     if not planning or len(items) == 1:
         yield from items
         return

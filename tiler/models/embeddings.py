@@ -1,8 +1,8 @@
-"""Textual inversion: embeddings of a folder, which a prompt names by their files' stems, as `embedding:NAME`, or as
-`<NAME>`.
+"""Textual inversion (Gal et al. 2022, arXiv:2208.01618): embeddings in folders, which a prompt names by file stem, as
+`embedding:NAME`, or as `<NAME>`.
 
-Gal et al. 2022, arXiv:2208.01618. An embedding is one or more vectors that stand in a prompt where tokens would; a file
-for a family of two encoders has vectors for each.
+An embedding is one or more vectors that take the place of tokens in a prompt; a file for a family with two encoders has
+vectors for each.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ _NAMED = re.compile(r"embedding:([^\s,:()\[\]<>]+)|<([^<>:\s]+)>")
 
 
 class Embeddings:
-    """The embeddings in folders and those below them, for text encoders of `widths`. Files are read when they are
-    named."""
+    """The embeddings in folders and their subfolders, for text encoders of `widths`. A file is read when a prompt names
+    it."""
 
     def __init__(self, folders: Sequence[Path], widths: Sequence[int]) -> None:
         """Raises UsageError."""
@@ -48,12 +48,12 @@ class Embeddings:
 
     @property
     def used(self) -> dict[str, str]:
-        """The stems of those that were named, and the first 12 digits of their files' SHA-256, as A1111 writes them."""
+        """The stems of the embeddings that were used, with the first 12 digits of their files' SHA-256, as in A1111."""
         return {self._files[name][0].stem: _digest(self._files[name][0])[:12] for name in sorted(self._read)}
 
     def pieces(self, text: str, weight: float, width: int, tokenise: Callable[[str], list[int]]) -> list[Piece]:
-        """A fragment's tokens, its embeddings among them, for the encoder of `width`. Raises ModelError for one that
-        cannot be used, UsageError for one that two files have."""
+        """A fragment's tokens, including its embeddings, for the encoder of `width`. Raises ModelError for an embedding
+        that cannot be used, UsageError for a name that two files share."""
         found: list[Piece] = []
         end = 0
         for match in _NAMED.finditer(text):
@@ -66,7 +66,7 @@ class Embeddings:
         return found + self._matched(tokenise(text[end:]), weight, width, tokenise)
 
     def _matched(self, ids: list[int], weight: float, width: int, tokenise: Callable[[str], list[int]]) -> list[Piece]:
-        """Tokens, of which those that spell a stem are its embedding; the longest stem counts."""
+        """Replace tokens that spell a stem by its embedding; the longest stem wins."""
         for name in self._files.keys() - self._ids.keys():
             self._ids[name] = tokenise(name)
         longest_first = sorted(self._ids.items(), key=lambda item: -len(item[1]))

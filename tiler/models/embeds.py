@@ -1,8 +1,8 @@
-"""Encoded prompts in files: kept in a folder for the next render with the same words, or carried to a machine that has
-no text encoders.
+"""Encoded prompts in files: cached for the next render with the same words, or carried to a machine without text
+encoders.
 
-A safetensors file: `tokens.N` and, where the family has one, `pooled.N` of each text, fp32. Its metadata say of what
-they are.
+A safetensors file holds `tokens.N` and, for families with one, `pooled.N` of each text in fp32, and describes them in
+its metadata.
 """
 
 from __future__ import annotations
@@ -46,15 +46,15 @@ Text = str | None
 
 
 class Encoded(NamedTuple):
-    """A prompt's embeddings, and what the user was told of it."""
+    """A prompt's embeddings, and the notes that the user received about it."""
 
     prompt: Prompt
     notes: tuple[str, ...] = ()
 
 
 def kind_of(family: Family) -> str:
-    """What a family's prompts are like, for people too: its name, and the sizes of the longest tokens and the pooled
-    vector."""
+    """A description of a family's encoded prompts: its name, and the sizes of the longest tokens and of the pooled
+    vector. Also shown to people."""
     (sample,) = family.example([0], (family.granularity, family.granularity))
     _, length, width = sample.prompt.tokens.shape
     pooled = "" if sample.prompt.pooled is None else f" and a vector of {sample.prompt.pooled.shape[1]}"
@@ -62,8 +62,8 @@ def kind_of(family: Family) -> str:
 
 
 def write_encoded(path: Path, texts: Mapping[Text, Encoded], facts: Mapping[str, str], *, replace: bool = True) -> None:
-    """Write atomically. `facts` are what else the file says. Without `replace`, a file that has meanwhile appeared is
-    kept. Raises StorageError."""
+    """Write the file atomically, with `facts` in its metadata. Without `replace`, a file that has appeared in the
+    meantime is kept. Raises StorageError."""
     from safetensors.torch import save
 
     tensors: dict[str, Tensor] = {}
@@ -78,8 +78,8 @@ def write_encoded(path: Path, texts: Mapping[Text, Encoded], facts: Mapping[str,
 
 
 def read_encoded(path: Path) -> tuple[dict[Text, Encoded], dict[str, str]]:
-    """The texts of a file with their embeddings, and all that it says. Raises ModelError for a file of another kind,
-    and for one that is damaged."""
+    """The texts of a file with their embeddings, and its metadata. Raises ModelError for a file of another kind, and
+    for a damaged one."""
     index, said = read_index(path), read_metadata(path)
     other = ModelError(f"{path}: holds no encoded prompts of this version; `tiler encode` writes them")
     if said.get("format") != _FORMAT or said.get("version") != _VERSION:
@@ -109,8 +109,8 @@ def _are_texts(values: Any) -> bool:
 
 
 class Words(NamedTuple):
-    """What `tiler encode` wrote: the texts of all steps, and how they were `read_as`. `prompts` and `negative_prompts`
-    are those that were asked for, in their order."""
+    """The content of a file of `tiler encode`: the texts of all steps, and how they were `read_as`. `prompts` and
+    `negative_prompts` are the ones that were given to the command, in order."""
 
     path: Path
     texts: dict[Text, Encoded]
@@ -120,7 +120,7 @@ class Words(NamedTuple):
     negative_prompts: tuple[str, ...]
 
     def check(self, family: Family) -> None:
-        """Raises UsageError where these prompts were encoded for a family of another kind."""
+        """Raise UsageError if the prompts were encoded for another kind of family."""
         if self.kind != (wanted := kind_of(family)):
             raise UsageError(
                 f"{self.path}: these prompts are for {self.kind}; {family.checkpoint.name} is {wanted}; encode them anew: "
@@ -128,7 +128,7 @@ class Words(NamedTuple):
             )
 
     def of(self, wanted: Sequence[Text]) -> dict[Text, Encoded]:
-        """The embeddings of these texts. Raises UsageError where one is not there."""
+        """The embeddings of these texts. Raises UsageError if one is missing."""
         for text in wanted:
             if text not in self.texts:
                 known = ", ".join(repr(given[:60]) for given in self.texts if given) or "none"
@@ -163,7 +163,7 @@ def _parse(text: str) -> ReadAs:
 
 
 def read_words(path: Path) -> Words:
-    """A file of `tiler encode`. Raises UsageError."""
+    """Read a file of `tiler encode`. Raises UsageError."""
     if not path.is_file():
         raise UsageError(f"{path}: no such file; `tiler encode PROMPT -o FILE.safetensors` writes one")
     try:
@@ -180,16 +180,16 @@ def read_words(path: Path) -> Words:
 
 
 def prompts_folder(cache: Path | None) -> Path:
-    """Where encoded prompts are kept: in the folder of --cache-dir, or among the user's caches."""
+    """The folder of cached prompts: inside --cache-dir, or in the user's cache folder."""
     return cache_home() / "tiler" / "prompts" if cache is None else cache / "prompts"
 
 
 class PromptCache:
-    """Encoded prompts in `folder`, one file each, none of which says its text.
+    """Encoded prompts in `folder`, one file each; no file contains its text.
 
-    A file's name tells everything that decides the embeddings: the text, the encoders' weights and configs, their
-    tokenizers, in what the weights are computed with (`int8`: as packed.py stores them), by whose arithmetic, what the
-    family makes of them, and how the text is read (`read_as`).
+    A file's name is a hash of everything that determines the embeddings: the text, the encoders' weights and configs,
+    their tokenizers, the arithmetic (`int8`: with the weights of packed.py) and who computes it, what the family makes
+    of them, and how the text is parsed (`read_as`).
     """
 
     def __init__(self, folder: Path, family: Family, read_as: ReadAs, *, int8: bool) -> None:
@@ -197,7 +197,7 @@ class PromptCache:
 
     @cached_property
     def _mark(self) -> bytes:
-        """Of everything but the text. Reads 1 MB of each weight file."""
+        """A hash of everything except the text. Reads 1 MB of each weight file."""
         family, versions = self._family, [metadata.version(name) for name in ("torch", "transformers")]
         digest = hashlib.sha256()
         for fact in (
@@ -221,7 +221,7 @@ class PromptCache:
         return self.folder / f"{name}.safetensors"
 
     def load(self, texts: Sequence[Text]) -> dict[Text, Encoded]:
-        """Those of the texts that are kept here. A file that is damaged is none."""
+        """The embeddings of those texts that are in the cache. A damaged file counts as missing."""
         if not self.folder.is_dir():
             return {}
         found = {}
@@ -234,7 +234,8 @@ class PromptCache:
         return found
 
     def save(self, texts: Mapping[Text, Encoded]) -> None:
-        """Keep these, and let the oldest go where there are too many. Raises StorageError."""
+        """Store these embeddings, and delete the least recently used ones if there are too many. Raises
+        StorageError."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -245,7 +246,7 @@ class PromptCache:
 
 
 def prune(folder: Path, most_bytes: int) -> None:
-    """Remove the files that were not used for longest, until those left take `most_bytes` together."""
+    """Delete the least recently used files until the rest take at most `most_bytes`."""
     files: list[tuple[float, int, Path]] = []
     for path in folder.glob("*.safetensors"):
         with suppress(OSError):
@@ -260,7 +261,7 @@ def prune(folder: Path, most_bytes: int) -> None:
 
 
 def _add_folder(digest: Any, folder: Path) -> None:
-    """The names and bytes of the files in a folder, up to a size that no tokenizer has."""
+    """Add the names and contents of the files in a folder to a hash; files larger than any tokenizer are left out."""
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if not path.is_file():
             continue

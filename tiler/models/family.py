@@ -1,6 +1,6 @@
-"""What a model family is to the rest of the program: its parts, what its traits are, and how it encodes and predicts.
+"""The interface of a model family: its parts, its traits, and how it encodes prompts and predicts noise.
 
-A family is one file that registers itself by one line of `REGISTRY`. No class named in a config is ever imported.
+A family is one file, registered by one line of `REGISTRY`. Classes named in a config are never imported.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _OTHERS = {
 
 
 class Role(StrEnum):
-    """What a part of a checkpoint does."""
+    """The role of a part in a checkpoint."""
 
     DENOISER = "denoiser"
     TEXT_ENCODER = "text encoder"
@@ -61,7 +61,7 @@ class Role(StrEnum):
 
 class Guidance(StrEnum):
     """How a family follows its prompt: by a second prediction for the negative prompt, by a scale that is an input of
-    the model, or not at all."""
+    the model, or without guidance."""
 
     CFG = "classifier-free"
     EMBEDDED = "embedded"
@@ -69,7 +69,7 @@ class Guidance(StrEnum):
 
 
 class Traits(NamedTuple):
-    """What the planner asks of a family. Sizes in latent pixels."""
+    """The properties of a family that planning needs. Sizes in latent pixels."""
 
     title: str
     native: int  # the side of the square it was trained on
@@ -94,12 +94,12 @@ class Traits(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """Patches of a native tile: what a transformer sees at once."""
+        """The patches of a native tile: the tokens that a transformer processes at once."""
         return (self.native // self.patch) ** 2
 
 
 class Options(NamedTuple):
-    """What a user may ask of the denoiser itself; every guidance scale that samples will have; and a folder for scratch
+    """The user's options for the denoiser itself, all guidance scales that samples will have, and a folder for scratch
     files."""
 
     attention_window: int | None = None
@@ -115,11 +115,14 @@ def no_parameter(name: str) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """One model of a checkpoint. `name` is its folder; `build` makes it on the meta device; `aliases` gives the names
-    that a parameter may have in files; `quantise` says which parameters become int8 where that is asked for, `half`
-    which are computed with in bf16 where that is asked for (None: the same ones), `once` which ones are read before the
-    steps and not in them; `example` runs a text encoder, which must have one, as `Family.encode` does for prompts of
-    the greatest length, also where its weights are on the meta device: for the meter."""
+    """One model of a checkpoint.
+
+    `name` is its folder. `build` creates it on the meta device. `aliases` gives the names that a parameter may have in
+    files. `quantise` selects the parameters that may become int8, `half` those that may be multiplied in bf16 (None:
+    the same ones), and `once` those that are read before the steps and not during them. A text encoder must have an
+    `example`, which runs it as `Family.encode` does for prompts of the greatest length, also with weights on the meta
+    device, to measure its memory.
+    """
 
     name: str
     role: Role
@@ -151,7 +154,7 @@ OpenPart = Callable[[Part], AbstractContextManager[Any]]
 
 @dataclass(frozen=True, kw_only=True)
 class VaeSpec:
-    """An AutoencoderKL or AutoencoderTiny: where its weights are and how its latents are scaled."""
+    """An AutoencoderKL or AutoencoderTiny: the location of its weights, and the scaling of its latents."""
 
     checkpoint: Checkpoint
     part: str
@@ -173,8 +176,8 @@ class VaeSpec:
 
     @property
     def moments(self) -> tuple[Tensor, Tensor] | None:
-        """Mean and standard deviation of each channel, (1, C, 1, 1), of an autoencoder whose latents are normalised by
-        both."""
+        """The mean and standard deviation of each channel, (1, C, 1, 1), for an autoencoder whose latents are
+        normalised by both."""
         import torch
 
         found = [self.config.get(name) for name in ("latents_mean", "latents_std")]
@@ -184,14 +187,14 @@ class VaeSpec:
         return mean, std
 
     def unscale_(self, latents: Tensor) -> Tensor:
-        """What the diffusion works on → what the decoder takes, fp32 (1, C, h, w), in place."""
+        """Convert the diffusion model's latents to the decoder's input, fp32 (1, C, h, w), in place."""
         if self.moments is not None:
             mean, std = self.moments
             return latents.mul_(std).div_(self.scaling_factor).add_(mean)
         return latents.div_(self.scaling_factor).add_(self.shift_factor)
 
     def scale(self, mean: Tensor) -> Tensor:
-        """What the encoder gives, (1, C, h, w) → what the diffusion works on."""
+        """Convert the encoder's output, (1, C, h, w), to the diffusion model's latents."""
         if self.moments is not None:
             middle, std = self.moments
             return (mean - middle) * self.scaling_factor / std
@@ -200,7 +203,7 @@ class VaeSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Family(ABC):
-    """A checkpoint whose configs were checked, and how its models are used."""
+    """A checkpoint whose configs were checked, and the use of its models."""
 
     checkpoint: Checkpoint
     traits: Traits
@@ -210,7 +213,7 @@ class Family(ABC):
     notes: tuple[str, ...] = ()  # of what was corrected in the configs, for the user
 
     def part(self, role: Role) -> Part:
-        """The first part with that role."""
+        """The first part with this role."""
         return next(part for part in self.parts if part.role is role)
 
     @property
@@ -235,8 +238,8 @@ class Family(ABC):
 
     @property
     def encoding(self) -> tuple[object, ...]:
-        """What of the checkpoint decides a prompt's embeddings, beside its text encoders and the shape of what they
-        give."""
+        """The properties of the checkpoint that determine a prompt's embeddings, besides its text encoders and the
+        shape of their output."""
         return ()
 
     @abstractmethod
@@ -247,20 +250,20 @@ class Family(ABC):
         warn: Callable[[str], None],
         reading: Reading = READING,
     ) -> list[Prompt]:
-        """The embeddings of every prompt, read as `reading` says; None is a negative prompt that was not given. Each
+        """The embeddings of every prompt, parsed according to `reading`; None is an absent negative prompt. Each
         encoder is opened once."""
 
     def lengthened(self, prompt: Prompt, tokens: int, empty: Prompt) -> Prompt:
-        """The prompt with chunks of an `empty` one, until it has so many `tokens`; for families whose prompts are
-        chunked."""
+        """Pad the prompt with chunks of an `empty` prompt to `tokens` tokens; for families whose prompts have
+        chunks."""
         return prompt
 
     @abstractmethod
     def prepare(
         self, model: Any, streamer: Streamer, timesteps: Tensor, prompts: Sequence[Prompt], options: Options
     ) -> Any:
-        """What all steps of a run share, guide and canvas, for `predict`: nothing of `model`, which is another in each
-        phase. timesteps: (steps,), the whole schedule's."""
+        """Compute for `predict` what all steps of a run share, in guide and canvas. The result must not refer to
+        `model`, which differs between phases. timesteps: (steps,), those of the whole schedule."""
 
     @abstractmethod
     def predict(
@@ -272,18 +275,18 @@ class Family(ABC):
         prepared: Any,
         check: Callable[[str], None] = lambda where: None,
     ) -> Tensor:
-        """The denoiser's prediction for each sample, (n, C, h, w) fp32, with one read of its weights. Neighbours with
-        the same latents tensor are halves of one guidance. `check` is called at every unit."""
+        """The denoiser's prediction for each sample, (n, C, h, w) fp32, with one read of its weights. Consecutive
+        samples with the same latents tensor are the two halves of one guidance. `check` is called at every unit."""
 
     @abstractmethod
     def example(self, tiles: Sequence[int], sides: tuple[int, int]) -> list[Sample]:
-        """A sample on the meta device for each number in `tiles`; equal numbers share their latents, which are of
+        """A sample on the meta device for each number in `tiles`; equal numbers share their latents, which have
         `sides`."""
 
 
 def open_family(options: ModelOptions, *, reads_text: bool = True) -> Family:
-    """The family of the model that was asked for, its files found and its parts replaced. Where no prompt is to be
-    encoded, its text encoders need not be there. Raises ModelError, UsageError, OfflineError, StorageError."""
+    """Open the family of the requested model, with its files found and its parts replaced. If no prompt has to be
+    encoded, its text encoders may be missing. Raises ModelError, UsageError, OfflineError, StorageError."""
     folders = model_folders(options.model_dirs)
     if options.diffusion_model is None or options.model != "mini":  # whose parts go with no other denoiser
         found = resolve(
@@ -298,8 +301,8 @@ def open_family(options: ModelOptions, *, reads_text: bool = True) -> Family:
 
 
 def read_family(checkpoint: Checkpoint, options: ModelOptions | None = None) -> Family:
-    """Check every config of the checkpoint, of which `options` may replace parts. Raises ModelError, naming the file
-    and what the model is."""
+    """Check every config of the checkpoint, whose parts `options` may replace. Raises ModelError, naming the file and
+    the kind of model."""
     from tiler.models.single_file import assemble
 
     checkpoint = assemble(checkpoint, options or ModelOptions())
@@ -317,7 +320,7 @@ def read_family(checkpoint: Checkpoint, options: ModelOptions | None = None) -> 
 def read_config(
     checkpoint: Checkpoint, part: str, want: str | None, check: Callable[[str, Mapping[str, Any]], None]
 ) -> dict[str, Any]:
-    """The config of a part whose class must be `want`, its numbers checked by `check`. Raises ModelError."""
+    """The config of a part, whose class must be `want`, with its numbers checked by `check`. Raises ModelError."""
     config = checkpoint.config(part)
     if want and config.get("_class_name", want) != want:
         raise ModelError(f"{checkpoint.folder / part}: the class is {config['_class_name']!r}; tiler supports {want}")
@@ -343,13 +346,13 @@ def build_vae(vae: VaeSpec) -> Any:
 
 
 def vae_part(vae: VaeSpec) -> Part:
-    """The checkpoint's AutoencoderKL, whose weights stay as they are stored."""
+    """The checkpoint's AutoencoderKL, which is never quantised."""
     return Part(name=vae.part, role=Role.VAE, config=vae.config, aliases=vae_names, build=partial(build_vae, vae))
 
 
 def open_tiny(given: str, family: Family) -> VaeSpec:
-    """The AutoencoderTiny at `given`, a file, a folder or a hub id, that goes with `family`. Raises ModelError,
-    OfflineError, StorageError."""
+    """Open an AutoencoderTiny for `family` from a file, a folder or a hub id. Raises ModelError, OfflineError,
+    StorageError."""
     if not expand(given).is_file():
         return read_tiny(resolve_part(given), family)
     from tiler.models.single_file import tiny_of_file
@@ -358,7 +361,7 @@ def open_tiny(given: str, family: Family) -> VaeSpec:
 
 
 def read_tiny(checkpoint: Checkpoint, family: Family) -> VaeSpec:
-    """An AutoencoderTiny in TAESD's layout that goes with `family`. Raises ModelError."""
+    """Read an AutoencoderTiny in TAESD's layout for `family`. Raises ModelError."""
     config, where = checkpoint.config(""), str(checkpoint.file or f"{checkpoint.folder}/config.json")
     if config.get("_class_name") != "AutoencoderTiny":
         raise ModelError(f"{where}: the class is {config.get('_class_name')!r}; --tiny-vae takes an AutoencoderTiny")

@@ -1,4 +1,4 @@
-"""Whether a checkpoint was distilled to few steps without guidance, as Turbo, Lightning and LCM models are."""
+"""Detect checkpoints that were distilled to few steps without guidance, like Turbo, Lightning and LCM models."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _WORD = re.compile(r"[A-Z]+(?![a-z])\d*|[A-Z]?[a-z]+\d*|\d+")
 
 
 def sign_of_few_steps(name: str, scheduler: Mapping[str, Any]) -> str | None:
-    """What of a checkpoint's name (a folder or a hub id) or scheduler_config.json says that it is one, for people; None
-    where nothing does."""
+    """The reason, for people, to believe that a checkpoint is such a model, from its name (folder or hub id) or its
+    scheduler_config.json; None if there is none."""
     said = [word for word in _WORD.findall(re.split(r"[/\\]", name.rstrip("/\\"))[-1]) if word.lower() in _NAMES]
     if said:
         return f"its name says {said[0]}"

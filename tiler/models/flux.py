@@ -1,8 +1,8 @@
-"""Flux.1 dev and schnell: a transformer of joint and single blocks over packed latents, CLIP's pooled vector and T5's
-tokens.
+"""Flux.1 dev and schnell: a transformer of joint and single blocks over packed latents, with CLIP's pooled vector and
+T5's tokens.
 
-dev takes the guidance scale as an input, schnell none; so a tile is one sample. Each tile claims a grid of its own, (0,
-y, x) from 0, for the model knows no larger ones.
+dev has the guidance scale as an input, schnell has no guidance, so a tile is one sample. Each tile uses its own grid of
+positions, (0, y, x) from 0, since the model was not trained on larger ones.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ LENGTHS = {Guidance.EMBEDDED: 512, Guidance.NONE: 256}  # tokens of T5
 
 
 class Prepared(NamedTuple):
-    """The modulations by (step, number of the prompt's pooled vector, guidance), and these numbers by identity."""
+    """The modulations by (step, index of the prompt's pooled vector, guidance), and these indices by tensor
+    identity."""
 
     modulations: Modulations
     prompts: dict[int, int]
@@ -80,13 +81,13 @@ class Flux(Family):
 
     @property
     def length(self) -> int:
-        """Tokens of T5."""
+        """The number of T5 tokens."""
         return LENGTHS[self.traits.guidance]
 
     def prepare(
         self, model: Any, streamer: Streamer, timesteps: Tensor, prompts: Sequence[Prompt], options: Options
     ) -> Prepared:
-        """Read the modulation layers, once for all steps, prompts and guidance scales."""
+        """Evaluate the modulation layers once, for all steps, prompts and guidance scales."""
         pooled = list({id(v): v for prompt in prompts if (v := prompt.pooled) is not None}.values())
         numbers = {id(vector): number for number, vector in enumerate(pooled)}
         scales = (options.guidance or (1.0,)) if self.traits.guidance is Guidance.EMBEDDED else (0.0,)
@@ -124,16 +125,16 @@ class Flux(Family):
 
 
 def _silent(text: str) -> None:
-    """Of a prompt that is too long T5 tells."""
+    """Discard notes: T5 already reports a prompt that is too long."""
 
 
 def quantised(name: str) -> bool:
-    """Whether a weight becomes int8: those of the blocks, but not of what modulates them, which is read once."""
+    """Whether a weight becomes int8: those of the blocks, except their modulation layers, which are read once."""
     return name.startswith(("transformer_blocks.", "single_transformer_blocks.")) and not read_once(name)
 
 
 def read_once(name: str) -> bool:
-    """Whether a parameter is that of a modulation, or of what it sees."""
+    """Whether a parameter belongs to a modulation layer or to the embeddings that feed it."""
     return name.startswith(("time_text_embed.", "norm_out.")) or ".norm1" in name or ".norm.linear" in name
 
 
@@ -203,7 +204,7 @@ _DEFAULTS = {
 
 
 def _check_widths(checkpoint: Checkpoint, config: Config, vae: Config, texts: Mapping[str, Config]) -> None:
-    """That the parts belong together and make pictures of text alone. Raises ModelError."""
+    """Check that the parts fit together and generate pictures from text alone. Raises ModelError."""
     taken, wanted = config.get("in_channels", 64), PATCH**2 * vae.get("latent_channels", 4)
     if taken != wanted or (config.get("out_channels") or taken) != taken:
         what = _KINDS_BY_CHANNELS.get(taken / wanted, "a model of another kind")
@@ -222,7 +223,7 @@ def _check_widths(checkpoint: Checkpoint, config: Config, vae: Config, texts: Ma
 
 
 def _build(checkpoint: Checkpoint, config: dict[str, Any]) -> FluxTransformer2DModel:
-    """diffusers' own transformer on the meta device."""
+    """Build diffusers' own transformer on the meta device."""
     with lean_imports():
         from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
     with on_meta(), refusing("transformer", checkpoint):

@@ -1,5 +1,5 @@
-"""The forward of diffusers' FluxTransformer2DModel, one sample at a time: joint blocks, then single ones, by the walk
-of dit.py."""
+"""The forward pass of diffusers' FluxTransformer2DModel, one sample at a time, with the functions of dit.py: joint
+blocks, then single ones."""
 
 from __future__ import annotations
 
@@ -97,7 +97,8 @@ def single_block(
 
 
 def modulating(model: FluxTransformer2DModel) -> list[nn.Linear]:
-    """The layers that see timestep, guidance and pooled text alone, in the order in which a pass needs their values."""
+    """The layers whose inputs are timestep, guidance and pooled text alone, in the order in which a pass needs their
+    outputs."""
     joint = [norm.linear for block in model.transformer_blocks for norm in (block.norm1, block.norm1_context)]
     return [*joint, *(block.norm.linear for block in model.single_transformer_blocks), model.norm_out.linear]
 

@@ -1,8 +1,5 @@
-"""The model families by what their files hold: which parts belong together, and what the shapes of tensors do not say
-of them.
-
-The numbers stand in the families' published configurations. Torch is not needed here.
-"""
+"""The model families by the contents of their files: which parts belong together, and the config values that tensor
+shapes do not determine, taken from the published configurations. Torch is not needed."""
 
 from __future__ import annotations
 
@@ -16,7 +13,8 @@ from tiler.models.vocabulary import END
 
 
 class Encoder(NamedTuple):
-    """A text encoder of a family. `width` of its states; `pad`: what fills a prompt of CLIP; `flag` names its file."""
+    """A text encoder of a family: the `width` of its states, the `pad` token of CLIP prompts, and the `flag` for its
+    file."""
 
     title: str
     kind: Kind
@@ -37,7 +35,7 @@ _PILE = Encoder("Pile-T5-XL", Kind.T5, 2048, "--t5xxl")
 
 
 class FamilyRow(NamedTuple):
-    """A family. `floor`: MB of the smallest ceiling that renders 2048² with a checkpoint of the published size.
+    """A family. `floor`: the smallest ceiling, in MB, that renders 2048² with a checkpoint of the published size.
     `others`: a repository with its text encoders, tokenizers and autoencoder."""
 
     title: str
@@ -193,8 +191,8 @@ ROWS = (SD1, SD2, SDXL, SD3, FLUX, SCHNELL, PIXART_ALPHA, PIXART_SIGMA, AURAFLOW
 
 
 def family_of(part: Content, where: str) -> FamilyRow:
-    """The family of a denoiser. Raises ModelError, naming what it is, for one that makes no pictures of text alone, or
-    that tiler would compute wrongly."""
+    """The family of a denoiser. Raises ModelError, saying what it is, for a denoiser that does not generate pictures
+    from text alone, or that tiler would compute wrongly."""
     if part.kind is Kind.UNET:
         return _family_of_unet(part, where)
     shapes = part.shapes
@@ -259,14 +257,13 @@ _TABLES = "embeddings.token_embedding", "token_embedding", "shared", "encoder.em
 
 
 def text_width(shapes: Shapes) -> int | None:
-    """Of a text encoder's states; None where its table of tokens is missing."""
+    """The width of a text encoder's states; None if its token table is missing."""
     found = (shapes[f"{name}.weight"] for name in _TABLES if f"{name}.weight" in shapes)
     return next((shape[-1] for shape in found), None)
 
 
 def row_of_pipeline(name: str, unet: Mapping[str, Any]) -> FamilyRow | None:
-    """The family of a folder whose model_index.json names that class; `unet` is the UNet's config, where there is
-    one."""
+    """The family of a folder whose model_index.json names that class; `unet` is the UNet's config, if there is one."""
     if name == "StableDiffusionPipeline" and unet.get("cross_attention_dim") == 1024:
         return SD2
     return next((row for row in ROWS if row.pipeline == name), None)

@@ -1,4 +1,4 @@
-"""Parts that a model lacks, among the files of the user's folders: taken where exactly one fits."""
+"""Find parts that a model lacks in the user's folders. A part is used if exactly one file fits."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _T5_FILES = "spiece.model", "tokenizer.json"
 
 
 class KnownPart(NamedTuple):
-    """A file with a single part; `width` is the channels of an autoencoder's latents, or those of a text encoder's
-    states."""
+    """A file with a single part; `width` is the number of latent channels of an autoencoder, or the width of a text
+    encoder's states."""
 
     path: Path
     kind: Kind
@@ -28,7 +28,7 @@ class KnownPart(NamedTuple):
 
 
 def known_parts(folders: Sequence[Path]) -> list[KnownPart]:
-    """The files in `folders` that hold an autoencoder or a text encoder and nothing else. Reads every header once."""
+    """The files in `folders` that contain only an autoencoder or a text encoder. Reads every header once."""
     found = []
     for path in model_files(folders):
         if path.suffix not in WEIGHTS:
@@ -46,11 +46,9 @@ def known_parts(folders: Sequence[Path]) -> list[KnownPart]:
 
 
 def find_vae(known: Sequence[KnownPart], row: FamilyRow, model: str) -> Path:
-    """The one file with an autoencoder for that family. Raises ModelError where there is none, or several.
-
-    SDXL's has the shapes of Stable Diffusion's and another scale: of those the name must tell, as all published ones
-    do.
-    """
+    """The only file with an autoencoder for that family. Raises ModelError if there are none or several. SDXL's
+    autoencoder has the shapes of Stable Diffusion's but another scale, so its name must identify it, as all published
+    names do."""
 
     def fits(part: KnownPart) -> bool:
         if part.kind is not Kind.VAE or part.width != row.channels:
@@ -65,7 +63,7 @@ def find_vae(known: Sequence[KnownPart], row: FamilyRow, model: str) -> Path:
 
 
 def find_encoder(known: Sequence[KnownPart], encoder: Encoder, row: FamilyRow, model: str, part: str) -> Path | None:
-    """The one file with that text encoder; None where an optional one is missing. Raises ModelError."""
+    """The only file with that text encoder; None if an optional one is missing. Raises ModelError."""
     found = [other.path for other in known if (other.kind, other.width) == (encoder.kind, encoder.width)]
     if not found and encoder.optional:
         return None

@@ -1,5 +1,5 @@
-"""What lies in the user's folders, one line a model: its family, its size, and whether it fits a ceiling by the table
-of floors. Headers are read and nothing is planned; torch is not needed."""
+"""List the models in the user's folders: the family and size of each, and whether it fits a ceiling according to the
+table of floors. Only headers are read, nothing is planned, and torch is not needed."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ MB = 1_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class Listed:
-    """A model, or a part of one. `family`: a title, or what else it is; `floor_bytes`: the smallest ceiling that
-    renders 2048², None where it makes no picture; `lacks`: what must come from elsewhere."""
+    """A model, or a part of one. `family`: its title, or what else it is; `floor_bytes`: the smallest ceiling that
+    renders 2048², None if it cannot render; `lacks`: the parts that must come from elsewhere."""
 
     path: Path
     family: str
@@ -39,13 +39,13 @@ class Listed:
 
 
 def list_models(folders: Sequence[Path]) -> list[Listed]:
-    """Every model, autoencoder and text encoder in and below `folders`; what is none of them, or damaged, says so
-    itself."""
+    """Every model, autoencoder and text encoder in `folders` and below. Files of other kinds and damaged files are
+    listed as such."""
     return [describe(path) for path in model_files(folders)]
 
 
 def describe(path: Path) -> Listed:
-    """One file, or one folder in diffusers layout."""
+    """Describe one file, or one folder in diffusers layout."""
     try:
         return _folder(path) if path.is_dir() else _file(path)
     except ModelError as error:

@@ -1,4 +1,5 @@
-"""Which family a LoRA file was made for, and which few-step recipe it is, told by its names, shapes and header."""
+"""Identify the family that a LoRA file was made for, and the few-step recipe that it implements, from its names, shapes
+and header."""
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ _TRUNKS = (
 
 
 def family_of_model(family: Family) -> str:
-    """What LoRAs of it are called."""
+    """The name of a model's family for LoRAs."""
     if family.traits.title == "Stable Diffusion":
         width = family.part(Role.DENOISER).config.get("cross_attention_dim")
         return _BY_TEXT_WIDTH.get(width, f"Stable Diffusion with prompts of width {width}")  # type: ignore[arg-type]
@@ -37,7 +38,7 @@ def family_of_model(family: Family) -> str:
 
 
 def family_of_lora(modules: Mapping[str, Tensors], said: Mapping[str, str]) -> str | None:
-    """What a file is a LoRA of, None where nothing tells; `said` is what its header says."""
+    """The family of a LoRA file, None if it cannot be identified; `said` is its header."""
     for name, tensors in modules.items():
         if _TEXT_PROJECTION.search(name) and (info := _takes_inputs(tensors)) is not None:
             return _BY_TEXT_WIDTH.get(info.shape[1], f"a model with prompts of width {info.shape[1]}")
@@ -57,7 +58,7 @@ def _takes_inputs(tensors: Tensors) -> TensorInfo | None:
 
 
 class Recipe(NamedTuple):
-    """How a model is sampled that a LoRA distilled: defaults by field of RenderRequest."""
+    """The sampling settings of a model that a LoRA distilled: defaults by field of RenderRequest."""
 
     title: str
     defaults: Mapping[str, Any]
@@ -75,9 +76,9 @@ _STEPS = re.compile(r"(\d+)[ _-]?steps?")
 
 
 def few_steps(loras: Iterable[Lora], *, flow: bool) -> tuple[Path, Recipe] | None:
-    """The first file of `loras`, those at strength 0 left out, whose name says that it is a LoRA for few steps: LCM
-    (Luo et al. 2023, arXiv:2311.05556), Lightning (arXiv:2402.13929), Hyper-SD (arXiv:2404.13686); and how it is to be
-    sampled. Models of a `flow` keep their scheduler and their guidance, which some of them take as an input."""
+    """The first file of `loras` with a strength other than 0 whose name marks it as a few-step LoRA: LCM (Luo et al.
+    2023, arXiv:2311.05556), Lightning (arXiv:2402.13929) or Hyper-SD (arXiv:2404.13686); and its recipe. Models of a
+    `flow` keep their scheduler and their guidance, which is an input of some of them."""
     for path in (lora.file for lora in loras if lora.strength):
         name = path.stem.lower()
         words = set(_WORD.findall(name))
@@ -100,8 +101,8 @@ def few_steps(loras: Iterable[Lora], *, flow: bool) -> tuple[Path, Recipe] | Non
 
 
 class Scaling(NamedTuple):
-    """What a header says of alpha where no tensor does: PEFT's config, as diffusers writes it, or SimpleTuner's own
-    keys."""
+    """The alpha of a header, for files without alpha tensors: PEFT's config as diffusers writes it, or SimpleTuner's
+    own keys."""
 
     said: Mapping[str, Any]
 
@@ -115,7 +116,7 @@ class Scaling(NamedTuple):
         return cls(found | (config if isinstance(config, dict) else {}))
 
     def of(self, part: str, module: str, rank: int) -> float:
-        """alpha / rank, or alpha / √rank where the trainer took that; 1 where nothing is said."""
+        """alpha / rank, or alpha / √rank if the trainer used that; 1 without an alpha."""
         alpha = _number(self.said.get(f"{part}.lora_alpha"))
         patterns = self.said.get(f"{part}.alpha_pattern")
         for pattern, value in patterns.items() if isinstance(patterns, dict) else ():

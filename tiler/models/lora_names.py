@@ -1,5 +1,5 @@
-"""The names that trainers of LoRAs give to a model's modules, made forward from the modules themselves: names whose
-dots became underscores cannot be read back."""
+"""The names that LoRA trainers give to a model's modules. They are generated from the modules, since names whose dots
+became underscores cannot be parsed."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _OLD_CLIP = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "
 
 
 class Target(NamedTuple):
-    """A module that a name stands for. Of a name that stands for several, whose outputs follow one another, this one's
-    begin at row `first`."""
+    """A module that a name refers to. If a name refers to several modules whose outputs are concatenated, this one's
+    start at row `first`."""
 
     part: str
     module: str
@@ -31,7 +31,7 @@ class Target(NamedTuple):
 
 
 def names_of_modules(models: Models) -> dict[str, tuple[Target, ...]]:
-    """The modules that each name stands for, of all text encoders and the denoiser."""
+    """The modules that each name refers to, for all text encoders and the denoiser."""
     found: dict[str, tuple[Target, ...]] = {}
     family = models.family
     for number, part in enumerate(family.encoders):
@@ -82,8 +82,8 @@ def _encoder_spellings(path: str, part: Part, number: int, count: int) -> Iterat
 
 
 def _original_names(module: nn.Module, sizes: Mapping[str, int]) -> Iterator[tuple[str, list[str]]]:
-    """The names of the denoiser's modules where its makers first published it, each with diffusers' module or
-    modules."""
+    """The names of the denoiser's modules in the original repository, each with the corresponding module or modules of
+    diffusers."""
     made = {"UNet2DConditionModel": _ldm, "FluxTransformer2DModel": _flux, "SD3Transformer2DModel": _sd3,
             "PixArtTransformer2DModel": _pixart}.get(type(module).__name__)  # fmt: skip
     for name, paths in () if made is None else made(module):
@@ -95,7 +95,8 @@ Names = Iterator[tuple[str, list[str]]]
 
 
 def _ldm(unet: nn.Module) -> Names:
-    """CompVis' and Stability's UNets: blocks are counted through, samplers among them."""
+    """The names of CompVis' and Stability's UNets, which number all blocks in sequence, including up- and
+    downsamplers."""
     paths = [
         path
         for path, child in unet.named_modules()
@@ -151,7 +152,7 @@ def _blocks(module: nn.Module, attribute: str) -> Iterable[int]:
 
 
 def _flux(model: nn.Module) -> Names:
-    """Black Forest Labs'. The last modulation is left out, whose halves diffusers swapped."""
+    """Black Forest Labs' names, without the last modulation, whose halves diffusers swapped."""
     for i in _blocks(model, "transformer_blocks"):
         here, there = f"double_blocks.{i}", f"transformer_blocks.{i}"
         for stream, norm, ff, out, qkv in (
@@ -178,8 +179,8 @@ def _flux(model: nn.Module) -> Names:
 
 
 def _sd3(model: nn.Module) -> Names:
-    """Stability's. The last context's modulation and that of the last layer are left out, whose halves diffusers
-    swapped."""
+    """Stability's names, without the modulations of the last context block and of the last layer, whose halves
+    diffusers swapped."""
     count = len(_blocks(model, "transformer_blocks"))  # type: ignore[arg-type]
     for i in range(count):
         here, there = f"joint_blocks.{i}", f"transformer_blocks.{i}"

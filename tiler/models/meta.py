@@ -1,5 +1,4 @@
-"""Building modules on the meta device: shapes without data, and refusals for configs that no model can be built
-from."""
+"""Build modules on the meta device, as shapes without data, and refuse configs that no model can be built from."""
 
 from __future__ import annotations
 
@@ -13,8 +12,8 @@ from tiler.weights.checkpoint import Checkpoint
 
 @contextmanager
 def on_meta() -> Iterator[None]:
-    """Modules made here have shapes and no data. Their initialisers do nothing: torch's own, for the meta device, are
-    written in Python and import sympy (40 MB)."""
+    """Create modules without data within this context. Their initialisers do nothing: torch's own, for the meta device,
+    are written in Python and import sympy (40 MB)."""
     import torch
     from torch.overrides import TorchFunctionMode
 
@@ -42,7 +41,7 @@ def on_meta() -> Iterator[None]:
 
 
 class refusing:
-    """Turn what a library says of an impossible config into a ModelError."""
+    """Turn a library's error about an impossible config into a ModelError."""
 
     def __init__(self, part: str, checkpoint: Checkpoint) -> None:
         self.where = f"{checkpoint.folder / part}/config.json"

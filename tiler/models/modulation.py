@@ -1,7 +1,7 @@
-"""What modulation layers make of timestep, guidance and pooled text: once a run, in a file.
+"""The outputs of modulation layers, computed once a run and stored in a file.
 
-These layers are a quarter to a third of a transformer's weights, and see nothing of the picture. So they are read once,
-for all steps and prompts, and a pass reads its row of the results.
+These layers depend on timestep, guidance and pooled text, but not on the picture, and hold a quarter to a third of a
+transformer's weights. They are read once for all steps and prompts, and each pass reads its row of the results.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ ROWS = 64  # of a product
 
 
 class Modulations:
-    """A row of fp32 values for each key, in a file without a name, which goes with this object. On the meta device
-    there is no file."""
+    """A row of fp32 values for each key, in a nameless file that is deleted with this object. On the meta device there
+    is no file."""
 
     def __init__(self, keys: Sequence[Hashable], widths: Sequence[int], folder: Path | None, *, meta: bool) -> None:
         self._rows, self._widths, self._file = {key: i for i, key in enumerate(keys)}, list(widths), None
@@ -45,7 +45,7 @@ class Modulations:
         return 4 * sum(self._widths)
 
     def write(self, row: int, first: int, values: Tensor) -> None:
-        """values: (n,) fp32, the row's from place `first` on. Raises StorageError."""
+        """Write values (n,) fp32 into the row of a key, starting at `first`. Raises StorageError."""
         assert self._file is not None
         view, at = _bytes(values.contiguous()), row * self.row_bytes + 4 * first
         try:
@@ -58,7 +58,7 @@ class Modulations:
             ) from error
 
     def read(self, key: Hashable) -> list[Tensor]:
-        """Each layer's values for a key, (outputs,) fp32."""
+        """The output of each layer for a key, (outputs,) fp32."""
         if self._file is None:
             return list(torch.empty(sum(self._widths), device="meta").split(self._widths))
         row = torch.empty(sum(self._widths))
@@ -77,8 +77,8 @@ def _bytes(values: Tensor) -> memoryview:
 def modulations(
     streamer: Streamer, layers: Sequence[nn.Linear], inputs: Tensor, keys: Sequence[Hashable], folder: Path | None
 ) -> Modulations:
-    """What each of the layers makes of each row of `inputs`, (len(keys), in) fp32, under one read of the weights;
-    `folder` is where the file lies."""
+    """Apply each of the layers to each row of `inputs`, (len(keys), in) fp32, with one read of the weights; the file is
+    in `folder`."""
     widths = [layer.out_features for layer in layers]
     found = Modulations(keys, widths, folder, meta=inputs.is_meta)
     rows = cut(slice(0, len(inputs)), ROWS)

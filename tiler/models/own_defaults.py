@@ -1,4 +1,4 @@
-"""What a model's folder says of its own renders: tiler.toml beside model_index.json."""
+"""A model folder's own defaults for renders: tiler.toml beside model_index.json."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _KEYS: Mapping[str, tuple[type, ...]] = {
 
 
 def read_defaults(folder: Path) -> dict[str, Any]:
-    """By the names of RenderRequest's fields; nothing where there is no such file. `prompt` may be a tuple, of which
-    the seed chooses one. Raises ModelError."""
+    """The defaults by field of RenderRequest; empty without such a file. `prompt` may be a tuple, from which the seed
+    chooses one. Raises ModelError."""
     path = folder / DEFAULTS
     if not path.is_file():
         return {}

@@ -1,4 +1,4 @@
-"""Parts of models as they lie about: in single files of any naming, and in folders with a config.json."""
+"""Parts of models in single files of any naming scheme, and in folders with a config.json."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _TOKENIZERS = "tokenizer.json", "spiece.model", "tokenizer.model", "vocab.json"
 
 
 class WeightFile:
-    """A file of weights, looked into: its index, its own words, and what parts it has. Raises ModelError."""
+    """A weight file: its index, its metadata, and the parts that it contains. Raises ModelError."""
 
     def __init__(self, path: Path) -> None:
         refuse_pickle(path)
@@ -49,8 +49,8 @@ class WeightFile:
 
 
 class FoundPart(NamedTuple):
-    """A part: its parameters by diffusers' or transformers' names, the path of its file or folder, its config where a
-    folder says it, and a folder with its tokenizer where there is one beside it."""
+    """A part: its parameters under diffusers' or transformers' names, the path of its file or folder, its config if it
+    came from a folder, and a folder with its tokenizer if one is beside it."""
 
     kind: Kind
     tensors: Index
@@ -99,7 +99,7 @@ def _or(kinds: Sequence[Kind]) -> str:
 
 
 def _in_folder(folder: Path, flag: str) -> FoundPart:
-    """A single model with its config, or of a whole checkpoint's folder the part that the flag names."""
+    """A single model with its config, or the part of a complete checkpoint's folder that the flag names."""
     if not (folder / _CONFIGS).is_file():
         names = ", ".join(sorted(path.name for path in folder.iterdir())[:6])
         raise ModelError(
@@ -125,5 +125,5 @@ def _kind_of(config: Mapping[str, Any]) -> Kind | None:
 
 
 def _tokenizer_beside(folder: Path) -> Path | None:
-    """The folder itself, if a tokenizer's files lie in it."""
+    """The folder itself, if it contains a tokenizer's files."""
     return folder if any((folder / name).is_file() for name in _TOKENIZERS) else None

@@ -1,8 +1,8 @@
-"""PixArt-α and PixArt-Σ: a transformer to which a T5 encoder's tokens speak by cross attention.
+"""PixArt-α and PixArt-Σ: a transformer with cross-attention to a T5 encoder's tokens.
 
 Chen et al. 2023, arXiv:2310.00426; Chen et al. 2024, arXiv:2403.04692; the arithmetic is that of diffusers'
-PixArtAlphaPipeline and PixArtSigmaPipeline. Each tile claims a picture of its own: positions from 0, and for α the
-tile's own size.
+PixArtAlphaPipeline and PixArtSigmaPipeline. Each tile is treated as a picture of its own: positions start at 0, and α
+receives the tile's own size.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 
 class _Kind(NamedTuple):
-    """A pipeline: how many tokens a prompt has, and which repositories have its transformer and its other parts."""
+    """A pipeline: the number of tokens of a prompt, and the repositories of its transformer and its other parts."""
 
     title: str
     length: int
@@ -68,8 +68,8 @@ _DEFAULTS: Mapping[str, Any] = MappingProxyType({"num_inference_steps": 20, "gui
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """The schedule's timesteps; projected prompts by the identity of their tokens; each step's modulation by the sides
-    of a sample, made when one of that size comes first."""
+    """The schedule's timesteps; projected prompts by the identity of their tokens; and each step's modulation by the
+    sides of a sample, computed for the first sample of a size."""
 
     timesteps: Tensor
     texts: Mapping[int, Tensor]
@@ -87,8 +87,8 @@ class PixArt(Family):
         warn: Callable[[str], None],
         reading: Reading = READING,
     ) -> list[Prompt]:
-        """T5's last hidden states of each prompt's own tokens, (1, T, width); a prompt that was not given is an empty
-        one."""
+        """T5's last hidden states of each prompt's own tokens, (1, T, width); an absent negative prompt is encoded as
+        an empty one."""
         texts = list(dict.fromkeys(_cleaned(prompt) for prompt in prompts))
         tokenizer = t5.load_tokenizer(self.checkpoint, "tokenizer")
         with open_part(self.part(Role.TEXT_ENCODER)) as encoder:
@@ -101,7 +101,7 @@ class PixArt(Family):
     def prepare(
         self, model: Any, streamer: Streamer, timesteps: Tensor, prompts: Sequence[Prompt], options: Options
     ) -> Prepared:
-        """Project the prompts, once for all steps."""
+        """Project the prompts once for all steps."""
         tokens = {id(prompt.tokens): prompt.tokens for prompt in prompts}
         return Prepared(
             timesteps=timesteps, texts={key: model.caption_projection(states) for key, states in tokens.items()}
@@ -139,8 +139,8 @@ class PixArt(Family):
 
 
 def _cleaned(prompt: str | None) -> str:
-    """As the pipelines have it without the packages that clean captions further; small letters follow where syntax is
-    read."""
+    """Clean a caption as the pipelines do if the packages for further cleaning are not installed; text is lower-cased
+    after parsing."""
     return (prompt or "").strip()
 
 
@@ -150,7 +150,7 @@ def quantised(name: str) -> bool:
 
 
 def read_once(name: str) -> bool:
-    """Whether a parameter is of what sees timesteps, sizes and prompts alone."""
+    """Whether a parameter depends only on timesteps, sizes and prompts."""
     return name.startswith(("adaln_single.", "caption_projection."))
 
 
@@ -248,8 +248,8 @@ def _read_transformer(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _build(checkpoint: Checkpoint, config: dict[str, Any]) -> PixArtTransformer2DModel:
-    """diffusers' own transformer on the meta device. Its table of positions is that of one token: nobody asks it, and a
-    whole one would be computed here and now, in fp64. For another class in the config diffusers would import that
+    """Build diffusers' own transformer on the meta device. Its table of positions is reduced to one token, since a full
+    one would be computed in fp64 here and is not used. For another class in the config diffusers would import that
     class's package."""
     with lean_imports():
         from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel

@@ -42,14 +42,15 @@ class Grid(NamedTuple):
 
 
 class Modulation(NamedTuple):
-    """Of one step: what the blocks share, (6, d), and what the output layer sees, (d,)."""
+    """The modulation of one step: the values that all blocks share, (6, d), and the output layer's, (d,)."""
 
     blocks: Tensor
     out: Tensor
 
 
 def modulations(model: PixArtTransformer2DModel, timesteps: Tensor, sides: tuple[int, int]) -> list[Modulation]:
-    """One for each of `timesteps` (n,). `sides`: the sample's height and width in pixels, which PixArt-α is told of."""
+    """One Modulation for each of `timesteps` (n,). `sides`: the sample's height and width in pixels, an input of
+    PixArt-α."""
     layer = model.adaln_single
     emb = layer.emb
     seen = emb.timestep_embedder(emb.time_proj(timesteps))

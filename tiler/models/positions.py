@@ -1,7 +1,7 @@
-"""Tables of position embeddings that a transformer brings in its file, far larger than one tile needs.
+"""Position tables that a transformer stores in its file, and that are far larger than one tile needs.
 
-The module's own buffer or parameter gives way to an `nn.Embedding`, whose rows are read where they are used; a tile or
-a guide takes those of the table's middle, as diffusers crops it.
+The module's own buffer or parameter is replaced by an `nn.Embedding`, whose rows are read when they are used; a tile or
+a guide uses the middle of the table, as diffusers crops it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ _TABLE = "table"  # the name of the module that takes the place of `pos_embed`
 
 
 class Grid(NamedTuple):
-    """The patches of a picture, (height, width), and the place of the first, (top, left), in a table of side × side."""
+    """The patches of a picture, (height, width), and the position of the first, (top, left), in a table of side ×
+    side."""
 
     height: int
     width: int
@@ -38,7 +39,7 @@ def replace_table(patch_embed: Any, side: int, width: int) -> None:
 
 
 def table_names(name: str) -> list[str]:
-    """The names in files of a parameter of a transformer whose `pos_embed` was given a table."""
+    """The names that a parameter may have in the files of a transformer whose `pos_embed` was replaced by a table."""
     return ["pos_embed.pos_embed"] if name == f"pos_embed.{_TABLE}.weight" else [name]
 
 
@@ -46,9 +47,9 @@ def embed(
     streamer: Streamer, patch_embed: Any, latents: Tensor, out: Tensor, grid: Grid,
     project: Callable[[Tensor], Tensor] | None = None,
 ) -> None:  # fmt: skip
-    """out (1, height · width, d) = the embeddings of the patches of latents (1, C, h, w), and of their positions.
-    `project`: from strips of latents to (1, n, d), by a convolution unless something else is given. Strip by strip, for
-    a convolution would hold three times the result."""
+    """out (1, height · width, d) = the embeddings of the patches of latents (1, C, h, w), plus those of their
+    positions. `project` maps strips of latents to (1, n, d), by default with a convolution. Works in strips, since a
+    convolution would hold three times the result."""
     assert max(grid.height, grid.width) <= grid.side, "a picture longer than the table"
     size, table = patch_embed.patch_size, getattr(patch_embed, _TABLE)
     with streamer.hold(patch_embed.proj):

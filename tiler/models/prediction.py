@@ -1,4 +1,4 @@
-"""Whether a UNet predicts noise or velocity, which its shapes do not say: from keys, words, a yaml file, or a bias."""
+"""Whether a UNet predicts noise or velocity. Its shapes do not say so; keys, metadata, a yaml file or a bias do."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ _V = re.compile(r"parameterization:\s*[\"']?v\b|VScaling")
 
 
 class Decided(NamedTuple):
-    """What a UNet predicts, by what that was told, and whether its last step is pure noise. `known` where the file
-    itself said it."""
+    """The prediction of a UNet, the evidence for it, and whether its first step starts from pure noise. `known` if the
+    file itself states it."""
 
     prediction: Prediction
     why: str
@@ -36,7 +36,8 @@ class Decided(NamedTuple):
 
 
 def decide(file: WeightFile, row: FamilyRow, said: Prediction | None) -> Decided:
-    """For the UNet in `file`; `said` by the user. Raises ModelError for models with a noise of their own."""
+    """Decide for the UNet in `file`; `said` is the user's choice. Raises ModelError for models with another definition
+    of noise."""
     names = file.index
     for key, what in _REFUSED.items():
         if key in names:
@@ -65,7 +66,7 @@ def decide(file: WeightFile, row: FamilyRow, said: Prediction | None) -> Decided
 
 
 def _by_words(words: Mapping[str, str]) -> Decided | None:
-    """From the file's own header (Stability-AI/ModelSpec; ComfyUI writes predict_key)."""
+    """Decide by the file's own header (Stability-AI/ModelSpec; ComfyUI writes predict_key)."""
     for key in ("modelspec.prediction_type", "modelspec.predict_key"):
         value = str(words.get(key, "")).lower()
         if value in ("v", "v_prediction", "velocity"):

@@ -1,5 +1,4 @@
-"""How a request's prompts are read with a checkpoint's models, and what the user should know of it before any work
-begins."""
+"""How a request's prompts are parsed for a checkpoint, and notes for the user before any work starts."""
 
 from __future__ import annotations
 
@@ -15,7 +14,7 @@ from tiler.request import ResolvedRequest, TileConditioning, settings
 
 
 def read_options(request: ResolvedRequest, models: Models, texts: Sequence[str | None]) -> Reading:
-    """How prompts are read. Every embedding that `texts` name is found and read now. Raises TilerError."""
+    """The parsing options of the prompts. Finds and reads every embedding that `texts` name. Raises TilerError."""
     family = models.family
     loras = tuple(models.loras.marks(map(models.changes, family.encoders)))
     reading = Reading(emphasis=request.emphasis, clip_skip=request.clip_skip or 1, loras=loras)
@@ -31,12 +30,12 @@ def read_options(request: ResolvedRequest, models: Models, texts: Sequence[str |
 
 
 def _folders(request: ResolvedRequest) -> tuple[Path, ...]:
-    """Of embeddings: the one that was asked for, else those of the configuration."""
+    """The folders of embeddings: the requested one, else those of the configuration."""
     return settings.folders(settings.Kind.EMBEDDING) if request.embd_dir is None else (request.embd_dir.expanduser(),)
 
 
 def notes_on_prompts(request: ResolvedRequest, family: Family, *, has_guide: bool) -> Iterator[str]:
-    """What of the request has no effect with this family."""
+    """Notes on options that have no effect with this family."""
     texts = request.prompt, request.canvas_prompt, request.negative_prompt, *(r.prompt for r in request.regions)
     readable = bool(_folders(request)) or request.prompt_embeds is not None
     if not readable and any("embedding:" in text for text in texts if text):

@@ -1,4 +1,4 @@
-"""How prompts are read: what a user may ask of the text encoders."""
+"""The user's options for parsing and encoding prompts."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from tiler.request.prompt import Fragment, Sections, parse_emphasis
 
 
 class ReadAs(NamedTuple):
-    """All of a Reading that decides embeddings, as a file can say it. `embeddings` are those that prompts name: SHA-256
-    by stem, as `Embeddings.used` gives them; `loras` change the encoders: what tells them and their strengths from
-    others."""
+    """The parts of a Reading that affect embeddings, in a form that a file can store. `embeddings`: SHA-256 by stem of
+    the embeddings that prompts name, as in `Embeddings.used`; `loras`: identifies the LoRAs that change the encoders,
+    and their strengths."""
 
     emphasis: Emphasis = Emphasis.ORIGINAL
     clip_skip: int = 1
@@ -23,8 +23,8 @@ class ReadAs(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """`clip_skip` 1 takes the states of CLIP's last layer, 2 those of the one before, and so on; families that always
-    take one layer ignore it."""
+    """`clip_skip` 1 uses the states of CLIP's last layer, 2 those of the layer before, and so on; families that always
+    use one layer ignore it."""
 
     emphasis: Emphasis = Emphasis.ORIGINAL
     clip_skip: int = 1
@@ -33,12 +33,12 @@ class Reading(NamedTuple):
 
     @property
     def read_as(self) -> ReadAs:
-        """With the embeddings that were named so far."""
+        """The ReadAs with the embeddings that were named so far."""
         used = {} if self.embeddings is None else self.embeddings.used
         return ReadAs(self.emphasis, self.clip_skip, used, self.loras)
 
     def sections(self, text: str, warn: Callable[[str], None]) -> Sections:
-        """The fragments of a text and their weights, parted where BREAK stands; `warn` is told of what is no weight."""
+        """The fragments of a text and their weights, split at BREAK; `warn` reports invalid weights."""
         if self.emphasis is Emphasis.NONE:
             return ((Fragment(text),),)
         sections = parse_emphasis(text, warn)

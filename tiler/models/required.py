@@ -1,5 +1,5 @@
-"""Whether a checkpoint's folder has the parts that its pipeline needs and they belong together, and how missing ones
-can be had."""
+"""Check that a checkpoint's folder has the parts that its pipeline needs and that they fit together; say how to get
+missing ones."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from tiler.weights.flavours import COPY
 
 
 def check_parts(checkpoint: Checkpoint, repository: str, parts: Iterable[str]) -> None:
-    """Raises ModelError for the first of these models without a config.json, with the command that fetches it;
-    `repository` is where it can be had if the checkpoint does not come from the hub."""
+    """Raise ModelError for the first of these models without a config.json, with the command that fetches it;
+    `repository` has it if the checkpoint did not come from the hub."""
     for part in parts:
         if part not in checkpoint.sources and not (checkpoint.folder / part / "config.json").is_file():
             raise ModelError(
@@ -31,14 +31,13 @@ def read_scheduler(checkpoint: Checkpoint, repository: str) -> dict[str, Any]:
 
 
 def text_encoders(checkpoint: Checkpoint, parts: Sequence[str]) -> Sequence[str]:
-    """Of these text encoders those that a run has to do with: all of them; none where they are not needed and not all
-    there."""
+    """The text encoders that a run uses: all of them, or none if they are not needed and not all are present."""
     needed = checkpoint.reads_text or all(checkpoint.has_weights(part) for part in parts)
     return parts if needed else ()
 
 
 def fetch_part(checkpoint: Checkpoint, repository: str, *parts: str) -> str:
-    """What to do so that parts are there; without a `repository` none is known that has the right ones."""
+    """How to get missing parts; without a `repository`, none is known that has the right ones."""
     if checkpoint.file is not None:
         return "give a file or folder with it by its flag (--t5xxl, --clip_l, --clip_g, --text-encoder, --vae)"
     if not (checkpoint.repository or repository):
@@ -50,7 +49,7 @@ def fetch_part(checkpoint: Checkpoint, repository: str, *parts: str) -> str:
 
 
 def check_latents(checkpoint: Checkpoint, transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> None:
-    """That a transformer and a VAE belong together and make pictures of text alone. Raises ModelError."""
+    """Check that transformer and VAE fit together and generate pictures from text alone. Raises ModelError."""
     latent, taken = vae.get("latent_channels", 4), transformer["in_channels"]
     given = taken if (out := transformer.get("out_channels")) is None else out
     if taken != latent or given != latent:
@@ -62,6 +61,6 @@ def check_latents(checkpoint: Checkpoint, transformer: Mapping[str, Any], vae: M
 
 
 def check_factor(checkpoint: Checkpoint, vae: Mapping[str, Any]) -> None:
-    """That each latent is as many pixels wide as tiler decodes. Raises ModelError."""
+    """Check that a latent covers as many pixels as tiler's decoder expects. Raises ModelError."""
     if (factor := 2 ** (len(vae["block_out_channels"]) - 1)) != FACTOR:
         raise ModelError(f"{checkpoint.name}: the VAE's factor is {factor}; tiler supports {FACTOR}")

@@ -1,4 +1,4 @@
-"""What a denoiser is asked: one sample is a crop of the canvas under one prompt."""
+"""The denoiser's inputs: one sample is a crop of the canvas under one prompt."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from tiler.decoding import FACTOR
 
 
 class Prompt(NamedTuple):
-    """A prompt's embeddings, fp32: `tokens` (1, L, W), one row a token; `pooled` (1, P), one vector for all of it,
-    where the family has one."""
+    """A prompt's embeddings, fp32: `tokens` (1, L, W), one row per token; `pooled` (1, P), one vector for the whole
+    prompt, if the family has one."""
 
     tokens: Tensor
     pooled: Tensor | None = None
 
 
 class Place(NamedTuple):
-    """Where a tile lies, in canvas pixels: its top-left corner, taken modulo the canvas, its size, and the canvas's
+    """The position of a tile in canvas pixels: its top-left corner, modulo the canvas, its size, and the canvas's
     (height, width)."""
 
     top: int
@@ -31,8 +31,8 @@ class Place(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """One input of the denoiser: `latents` (1, C, h, w) fp32 as the schedule scales them; `guidance` is the guidance
-    scale, for families that take it as an input."""
+    """One input of the denoiser: `latents` (1, C, h, w) fp32 as scaled by the schedule; `guidance` is the guidance
+    scale for families that have it as an input."""
 
     latents: Tensor
     prompt: Prompt
@@ -46,8 +46,8 @@ def empty(*shape: int) -> Tensor:
 
 
 def examples(tiles: Sequence[int], channels: int, sides: tuple[int, int], prompt: Callable[[], Prompt]) -> list[Sample]:
-    """What `Family.example` gives: latents of (channels, *sides) for each number in `tiles`, equal numbers one tensor,
-    each with what `prompt` makes, as whole pictures of their own."""
+    """Samples for `Family.example`: latents of (channels, *sides) for each number in `tiles`, one tensor for equal
+    numbers, each with the result of `prompt`, placed as whole pictures."""
     latents = {tile: empty(1, channels, *sides) for tile in tiles}
     height, width = (FACTOR * side for side in sides)
     place = Place(0, 0, height, width, (height, width))

@@ -49,7 +49,7 @@ CROSS_WIDTH = 1280  # of a prompt's tokens where a UNet's config does not say it
 
 
 class Prepared(NamedTuple):
-    """The schedule's timesteps (steps,), and what the user asked of the attention."""
+    """The schedule's timesteps (steps,), and the user's options for attention."""
 
     timesteps: Tensor
     options: Options
@@ -63,7 +63,8 @@ class StableDiffusion(Family):
         warn: Callable[[str], None],
         reading: Reading = READING,
     ) -> list[Prompt]:
-        """The last hidden states of CLIP, (1, 77·chunks, width) each; a prompt that was not given is an empty one."""
+        """The last hidden states of CLIP, (1, 77·chunks, width) each; an absent negative prompt is encoded as an empty
+        one."""
         tokenizer = load_tokenizer(self)
         texts = list(dict.fromkeys(prompt or "" for prompt in prompts))
         with open_part(self.part(Role.TEXT_ENCODER)) as encoder:

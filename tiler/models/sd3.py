@@ -1,8 +1,8 @@
-"""Stable Diffusion 3 and 3.5, medium, large and turbo: two CLIP text encoders, T5 where it is there, and a transformer
-of joint blocks trained by flow matching.
+"""Stable Diffusion 3 and 3.5, medium, large and turbo: two CLIP text encoders, an optional T5, and a transformer of
+joint blocks trained by flow matching.
 
-Esser et al. 2024, arXiv:2403.03206; the arithmetic is that of diffusers' StableDiffusion3Pipeline. Each tile claims the
-middle of the model's grid of positions, for the model knows no larger pictures.
+Esser et al. 2024, arXiv:2403.03206; the arithmetic is that of diffusers' StableDiffusion3Pipeline. Each tile uses the
+middle of the model's grid of positions, since the model was not trained on larger pictures.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ _CLIPS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 
 
 class Prepared(NamedTuple):
-    """The modulations by (step, number of the prompt's pooled vector), and these numbers by identity."""
+    """The modulations by (step, index of the prompt's pooled vector), and these indices by tensor identity."""
 
     modulations: Modulations
     prompts: dict[int, int]
@@ -71,9 +71,9 @@ class StableDiffusion3(Family):
         warn: Callable[[str], None],
         reading: Reading = READING,
     ) -> list[Prompt]:
-        """The states before the last layer of both CLIPs side by side, and below them T5's last ones: (1, 77·chunks +
-        256, width), the gaps zeros; and both projected vectors, (1, 2048). A negative prompt that was not given is an
-        empty one."""
+        """The states before the last layer of both CLIPs side by side, followed by T5's last states: (1, 77·chunks +
+        256, width), with zeros in the gaps; and both projected vectors, (1, 2048). An absent negative prompt is encoded
+        as an empty one."""
         texts = list(dict.fromkeys(prompt or "" for prompt in prompts))
         found: list[list[Prompt]] = []
         for part, tell in zip(self.encoders[:2], (warn, _silent), strict=True):
@@ -102,13 +102,13 @@ class StableDiffusion3(Family):
 
     @property
     def _shape(self) -> tuple[int, int]:
-        """Rows of a prompt, and their width."""
+        """The rows of a prompt, and their width."""
         return CLIP_TOKENS + T5_TOKENS, self.part(Role.DENOISER).config["joint_attention_dim"]
 
     def prepare(
         self, model: Any, streamer: Streamer, timesteps: Tensor, prompts: Sequence[Prompt], options: Options
     ) -> Prepared:
-        """Read the modulation layers, once for all steps and prompts."""
+        """Evaluate the modulation layers once for all steps and prompts."""
         pooled = list({id(p.pooled): p.pooled for p in prompts if p.pooled is not None}.values())
         keys = [(step, number) for step in range(len(timesteps)) for number in range(len(pooled))]
         vectors = torch.cat([pooled[number] for _, number in keys])
@@ -206,7 +206,7 @@ _BASE = "stabilityai/stable-diffusion-3-medium-diffusers"
 
 
 class _Kind(NamedTuple):
-    """Which of the published models a checkpoint is like."""
+    """The published model that a checkpoint resembles."""
 
     title: str
     repository: str
@@ -230,7 +230,7 @@ class _Kind(NamedTuple):
 
 
 def _check_widths(checkpoint: Checkpoint, config: Mapping[str, Any], texts: Mapping[str, Mapping[str, Any]]) -> None:
-    """That transformer and text encoders belong together. Raises ModelError."""
+    """Check that transformer and text encoders fit together. Raises ModelError."""
     for part, text in texts.items():
         if not (kind := str(text.get("model_type", "clip_text_model"))).startswith("clip"):
             raise ModelError(
@@ -256,4 +256,4 @@ def _check_widths(checkpoint: Checkpoint, config: Mapping[str, Any], texts: Mapp
 
 
 def _silent(text: str) -> None:
-    """Of a prompt that is too long one encoder tells."""
+    """Discard notes: another encoder already reports a prompt that is too long."""

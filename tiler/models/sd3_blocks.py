@@ -1,9 +1,9 @@
-"""The transformer of Stable Diffusion 3 and 3.5 (MMDiT: Esser et al. 2024, arXiv:2403.03206) on one sample, in little
+"""The transformer of Stable Diffusion 3 and 3.5 (MMDiT: Esser et al. 2024, arXiv:2403.03206) for one sample, in little
 memory.
 
-The module is diffusers' own SD3Transformer2DModel, and the arithmetic is that of its forward(); dit.py says how it is
-walked. Every block's norms are scaled and shifted by what one layer makes of timestep and pooled text: those layers are
-read once.
+The module is diffusers' own SD3Transformer2DModel, and the arithmetic is that of its forward(), computed with the
+functions of dit.py. Every block's norms are scaled and shifted by layers that depend on timestep and pooled text alone;
+these layers are read once.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
 
 def build_mmdit(checkpoint: Checkpoint, config: dict[str, Any]) -> SD3Transformer2DModel:
-    """diffusers' own transformer on the meta device. Its positions are those of the file: to compute them would take
-    hundreds of megabytes."""
+    """Build diffusers' own transformer on the meta device. Its positions come from the file, since computing them would
+    take hundreds of megabytes."""
     with lean_imports():
         from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
     with on_meta(), refusing("transformer", checkpoint):
@@ -47,24 +47,24 @@ def build_mmdit(checkpoint: Checkpoint, config: dict[str, Any]) -> SD3Transforme
 
 
 def table_side(config: dict[str, Any]) -> int:
-    """Patches along a side of the table of positions."""
+    """Patches along each side of the table of positions."""
     return int(config.get("pos_embed_max_size", 96))
 
 
 def modulating(model: SD3Transformer2DModel) -> list[nn.Linear]:
-    """The layers that see timestep and pooled text alone, in the order in which a pass needs their values."""
+    """The layers whose inputs are timestep and pooled text alone, in the order in which a pass needs their outputs."""
     blocks: list[Any] = list(model.transformer_blocks)
     norms = [norm.linear for block in blocks for norm in (block.norm1, block.norm1_context)]
     return [*norms, model.norm_out.linear]
 
 
 def read_once(name: str) -> bool:
-    """Whether a parameter is that of a modulation, or of what it sees."""
+    """Whether a parameter belongs to a modulation layer or to the embeddings that feed it."""
     return name.startswith(("time_text_embed.", "norm_out.")) or ".norm1" in name
 
 
 def quantised(name: str) -> bool:
-    """Whether a weight becomes int8: those of the blocks, but not of what modulates them."""
+    """Whether a weight becomes int8: those of the blocks, except their modulation layers."""
     return name.startswith("transformer_blocks.") and not read_once(name)
 
 

@@ -1,7 +1,7 @@
-"""SDXL: two CLIP text encoders, and a UNet that is told the picture's size and which crop of it a sample is.
+"""SDXL: two CLIP text encoders, and a UNet conditioned on the picture's size and on the crop that a sample shows.
 
 Podell et al. 2023, arXiv:2307.01952; the arithmetic is that of diffusers' StableDiffusionXLPipeline. Turbo, Lightning
-and LCM models differ by their configs alone.
+and LCM models differ in their configs alone.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ _NOT_TEXT_TO_IMAGE = {"Inpaint": "an inpainting model", "InstructPix2Pix": "an I
 
 
 class Prepared(NamedTuple):
-    """The schedule's timesteps (steps,), and what the user asked of the denoiser."""
+    """The schedule's timesteps (steps,), and the user's options for the denoiser."""
 
     timesteps: Tensor
     options: Options
@@ -107,7 +107,7 @@ class StableDiffusionXL(Family):
 
     @property
     def _shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Of a prompt's tokens and of its pooled vector."""
+        """The shapes of a prompt's tokens and of its pooled vector."""
         config = self.part(Role.DENOISER).config
         pooled = config["projection_class_embeddings_input_dim"] - numbers_width(config)
         return (1, CLIP_TOKENS, text_width(config)), (1, pooled)
@@ -148,8 +148,8 @@ class StableDiffusionXL(Family):
 def time_ids(place: Place, conditioning: TileConditioning) -> tuple[int, ...]:
     """(height, width) of the original, (top, left) of the crop, (height, width) of the target, in pixels.
 
-    A tile as what it is: a crop of the canvas at its own place and size; or, as AUTOMATIC1111 says it to every tile,
-    the whole canvas. A guide, whose canvas is its own, is a whole picture in both.
+    A tile is described as a crop of the canvas at its own place and size, or, as AUTOMATIC1111 does for every tile, as
+    the whole canvas. A guide is a canvas of its own and in both cases a whole picture.
     """
     if conditioning is TileConditioning.NONE:
         return (*place.canvas, 0, 0, *place.canvas)
@@ -158,17 +158,17 @@ def time_ids(place: Place, conditioning: TileConditioning) -> tuple[int, ...]:
 
 
 def text_width(unet: Mapping[str, Any]) -> int:
-    """Of a prompt's tokens."""
+    """The width of a prompt's tokens."""
     return int(unet.get("cross_attention_dim", 1280))
 
 
 def numbers_width(unet: Mapping[str, Any]) -> int:
-    """Of what the UNet is told of a sample's place, behind the pooled vector."""
+    """The width of the embedded size and crop numbers, which follow the pooled vector."""
     return NUMBERS * int(unet.get("addition_time_embed_dim") or 0)
 
 
 def projected_width(text: Mapping[str, Any]) -> int:
-    """Of the pooled vector of a CLIP with a projection, whose config is given."""
+    """The width of the pooled vector of a CLIP with a projection, given its config."""
     return int(text.get("projection_dim") or 512)
 
 
@@ -240,7 +240,7 @@ def read(checkpoint: Checkpoint, name: str) -> StableDiffusionXL:
 
 
 def _check_base(checkpoint: Checkpoint, index: Mapping[str, Any], unet: Mapping[str, Any]) -> None:
-    """Raises ModelError for the refiner, and for a UNet that is not SDXL's."""
+    """Raise ModelError for the refiner, and for a UNet that is not SDXL's."""
     absent = index.get("text_encoder", "")
     alone = isinstance(absent, list) and not any(absent)
     if alone or index.get("requires_aesthetics_score") or unet.get("cross_attention_dim") == 1280:
@@ -257,7 +257,7 @@ def _check_base(checkpoint: Checkpoint, index: Mapping[str, Any], unet: Mapping[
 def _check_widths(
     checkpoint: Checkpoint, where: str, unet: Mapping[str, Any], texts: Mapping[str, Mapping[str, Any]]
 ) -> None:
-    """That UNet and text encoders belong together. Raises ModelError."""
+    """Check that UNet and text encoders fit together. Raises ModelError."""
     taken, numbers = unet.get("projection_class_embeddings_input_dim"), numbers_width(unet)
     if not isinstance(taken, int) or taken <= numbers:
         raise ModelError(f"{where}: projection_class_embeddings_input_dim = {taken}; it must be above {numbers}")

@@ -1,7 +1,8 @@
-"""A checkpoint put together of files: a single file, or a denoiser alone, with the parts that flags, the file's
-neighbours and the user's folders bring; or a folder of which parts are replaced.
+"""Assemble a checkpoint from files: a single file, or a denoiser alone, with parts from flags, from neighbouring files
+and from the user's folders; or a folder with some parts replaced.
 
-Nothing is decided by a file's name alone, and nothing is fetched. Every decision is a note or a part's label.
+No decision rests on a file's name alone, and nothing is downloaded. Every decision is reported in a note or in a part's
+label.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ _TEXT_KINDS = (Kind.CLIP, Kind.T5)
 
 
 def assemble(checkpoint: Checkpoint, options: ModelOptions) -> Checkpoint:
-    """The checkpoint with a source for every part that is no folder of its own. Raises ModelError, naming what a file
-    is or what is missing, with the flag that brings it; UsageError for flags that do not fit."""
+    """The checkpoint, with a source for every part that is not a folder of its own. Raises ModelError, naming the kind
+    of a file or a missing part with the flag for it, and UsageError for flags that do not fit."""
     path = checkpoint.file if options.diffusion_model is None else expand(options.diffusion_model)
     if path is None and not options.replaced() and options.prediction is None:
         return checkpoint
@@ -47,7 +48,7 @@ def tiny_of_file(path: Path) -> Checkpoint:
 
 
 class _Assembly:
-    """A checkpoint while it is put together."""
+    """A checkpoint during assembly."""
 
     def __init__(self, base: Checkpoint, options: ModelOptions, path: Path | None) -> None:
         self.base, self.options, self.path = base, options, path
@@ -61,7 +62,7 @@ class _Assembly:
 
     @cached_property
     def known(self) -> list[KnownPart]:
-        """What lies in the folders of models, looked into once and only where a part is missing."""
+        """The parts in the model folders, searched only if a part is missing, and once."""
         return known_parts(model_folders(self.options.model_dirs))
 
     @property
@@ -70,7 +71,7 @@ class _Assembly:
 
     @property
     def in_folder(self) -> bool:
-        """Whether parts that nothing brings are folders of the checkpoint."""
+        """Whether parts without another source are folders of the checkpoint."""
         return self.base.file is None
 
     def made(self) -> Checkpoint:

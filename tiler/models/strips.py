@@ -1,8 +1,8 @@
-"""Convolutions a strip of rows at a time, of an input that is made as it is needed: parts joined along channels and
-normalised, or enlarged.
+"""Convolutions that process a strip of rows at a time, for inputs that are computed on demand: parts joined along
+channels and normalised, or enlarged.
 
-That input is never whole: the norm's statistics are taken of each part by itself. For the few places where it would be
-the largest tensor of a pass.
+The complete input never exists: the statistics of the norm are computed for each part separately. Used in the few
+places where it would be the largest tensor of a pass.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ROWS_TOGETHER = 8  # so that convolutions that compute some rows at once cut a s
 
 
 class Strip(NamedTuple):
-    """Rows [top, last) of a tensor, of which those from `fresh` on belong to no strip before it."""
+    """Rows [top, last) of a tensor; rows from `fresh` on are not in any earlier strip."""
 
     top: int
     fresh: int
@@ -32,14 +32,13 @@ class Strip(NamedTuple):
 
 
 def are_large(parts: Sequence[Tensor], whole_elements: int | None) -> bool:
-    """Whether parts (n, C, h, w) have more than `whole_elements` when they are joined; without a limit they never
-    have."""
+    """Whether parts (n, C, h, w) have more than `whole_elements` elements when joined; always false without a limit."""
     return whole_elements is not None and len(parts) > 1 and sum(part[0].numel() for part in parts) > whole_elements
 
 
 def strips(channels: int, height: int, width: int) -> Iterator[Strip]:
-    """`height` rows in strips of one size, the last of which may begin in the one before: products of one size have
-    weights of one order."""
+    """Cut `height` rows into strips of one size, of which the last may overlap the one before: products of one size use
+    one order of the weights."""
     rows = min(height, max(1, STRIP_ELEMENTS // (channels * width) // ROWS_TOGETHER) * ROWS_TOGETHER)
     for fresh in range(0, height, rows):
         top = min(fresh, height - rows)
@@ -58,7 +57,7 @@ def convolve(conv: Any, *parts: Tensor, norm: Any, activation: nn.Module) -> Ten
 
 
 class Enlarged(nn.Module):
-    """An Upsample2D with a convolution: twice the sides by nearest neighbours."""
+    """An Upsample2D with a convolution: both sides are doubled by nearest neighbours."""
 
     def __init__(self, upsampler: Any) -> None:
         super().__init__()

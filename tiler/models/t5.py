@@ -1,8 +1,8 @@
-"""Prompts → embeddings with a streamed T5 or UMT5 encoder, whose modules are transformers' own.
+"""Encode prompts with a streamed T5 or UMT5 encoder, whose modules are transformers' own.
 
-All prompts of a run share one read of the weights, and each is computed by itself: a prompt's embeddings do not depend
-on what stands beside it. A token that is masked has no weight in attention (exp of fp32's least number is 0), so
-padding that a family masks is never computed; padding that a family looks at is a token like any other.
+All prompts of a run share one read of the weights, and each is computed separately, so its embeddings do not depend on
+the other prompts. A masked token has no weight in attention (exp of fp32's smallest number is 0), so padding that a
+family masks is not computed; padding that a family attends to is treated like any token.
 """
 
 from __future__ import annotations
@@ -61,8 +61,7 @@ def read_t5(checkpoint: Checkpoint, name: str, length: int) -> Part:
 
 
 def check_tokenizer(checkpoint: Checkpoint, folder: str, fetch: str) -> Path:
-    """The folder of a tokenizer whose files are there. Raises ModelError, which says how they can be had: by
-    `fetch`."""
+    """The folder of a tokenizer whose files exist. Raises ModelError, which says with `fetch` how to get them."""
     path = checkpoint.tokenizer(folder)
     if not any((path / file).is_file() for file in _TOKENIZERS):
         raise ModelError(f"{path}: neither tokenizer.json nor spiece.model is here; {fetch}")
@@ -70,7 +69,7 @@ def check_tokenizer(checkpoint: Checkpoint, folder: str, fetch: str) -> Path:
 
 
 def load_tokenizer(checkpoint: Checkpoint, folder: str) -> PreTrainedTokenizerBase:
-    """From tokenizer.json or a sentencepiece model. Raises ModelError."""
+    """Load tokenizer.json or a sentencepiece model. Raises ModelError."""
     fetch = "download the tokenizer again"
     if checkpoint.repository is not None:
         fetch = f"run: hf download {checkpoint.repository} --include '{folder}/*'"
@@ -132,7 +131,8 @@ def _read(
     tokenizer: Any, text: str, length: int, warn: Callable[[str], None], reading: Reading, *, keep_pads: bool,
     clean: Callable[[str], str],
 ) -> _Tokens:  # fmt: skip
-    """A BREAK is a space: T5 knows no chunks. Fragments of other weights are tokenised by themselves."""
+    """Tokenise the sections of a prompt. A BREAK becomes a space, since T5 has no chunks. Fragments of different
+    weights are tokenised separately."""
     # The tokenizer is not asked to look at megabytes of text just to say that they do not fit.
     short = text[: 40 * length]
     fragments = [f for f in _in_a_row(reading.sections(short, warn)) if f.text] or [Fragment("")]
@@ -154,7 +154,7 @@ def _read(
 
 
 def _in_a_row(sections: Sections) -> Iterator[Fragment]:
-    """All fragments, a space between sections; neighbours of equal weight are one."""
+    """All fragments with a space between sections; adjacent fragments of equal weight are merged."""
     last: Fragment | None = None
     for section in sections:
         for number, (text, weight) in enumerate(section):
@@ -170,14 +170,14 @@ def _in_a_row(sections: Sections) -> Iterator[Fragment]:
 
 
 def _marks(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """The ids that the tokenizer puts before a text, and behind it."""
+    """The ids that the tokenizer adds before and after a text."""
     bare, marked = (tokenizer("a", add_special_tokens=added).input_ids for added in (False, True))
     first = next(i for i in range(len(marked)) if marked[i : i + len(bare)] == bare)
     return marked[:first], marked[first + len(bare) :]
 
 
 def _groups(rows: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Neighbours that share one read of the weights."""
+    """Consecutive prompts that share one read of the weights."""
     group: list[Tensor] = []
     for ids in rows:
         if group and sum(other.shape[1] for other in group) + ids.shape[1] > GROUP_TOKENS:
@@ -206,7 +206,7 @@ def _encode(encoder: Any, rows: list[Tensor]) -> list[Tensor]:
 
 
 def _normed(norm: Any, x: Tensor) -> Tensor:
-    """`norm` of (1, n, d_model), some tokens at a time: it makes copies."""
+    """`norm` of (1, n, d_model), applied to some tokens at a time because it makes copies."""
     out = torch.empty_like(x)
     for some, filled in zip(x.split(CHUNK, dim=1), out.split(CHUNK, dim=1), strict=True):
         filled.copy_(norm(some))
@@ -214,7 +214,7 @@ def _normed(norm: Any, x: Tensor) -> Tensor:
 
 
 def _attended(layer: Any, x: Tensor, prompts: list[slice], bias: Tensor) -> Tensor:
-    """What self-attention adds to the states (1, n, d_model)."""
+    """The contribution of self-attention to the states (1, n, d_model)."""
     attention, normed = layer.SelfAttention, _normed(layer.layer_norm, x)
     queries, keys, values = (_linear(part, normed, prompts) for part in (attention.q, attention.k, attention.v))
     del normed
@@ -232,7 +232,7 @@ def _attended(layer: Any, x: Tensor, prompts: list[slice], bias: Tensor) -> Tens
 
 
 def _fed(layer: Any, x: Tensor, prompts: list[slice]) -> Tensor:
-    """What the feed-forward part adds to the states (1, n, d_model)."""
+    """The contribution of the feed-forward part to the states (1, n, d_model)."""
     dense, normed = layer.DenseReluDense, _normed(layer.layer_norm, x)
     if hasattr(dense, "wi_0"):
         hidden = _linear(dense.wi_0, normed, prompts, dense.act)
@@ -295,12 +295,12 @@ def _written_out(bias: Tensor, length: int) -> Tensor:
 
 
 def _run(length: int, encoder: Any) -> object:
-    """What `encode_t5` asks of the encoder for the largest group of prompts; its weights need not be real."""
+    """Run the encoder as `encode_t5` does for the largest group of prompts; its weights may be on the meta device."""
     return _encode(encoder, [torch.zeros(1, length, dtype=torch.int64) for _ in range(max(1, GROUP_TOKENS // length))])
 
 
 def _build(checkpoint: Checkpoint, name: str, config: Mapping[str, Any]) -> nn.Module:
-    """transformers' own encoder on the meta device."""
+    """Build transformers' own encoder on the meta device."""
     with lean_imports():
         if config["model_type"] == "t5":
             from transformers.models.t5.configuration_t5 import T5Config as Config
@@ -316,5 +316,5 @@ def _build(checkpoint: Checkpoint, name: str, config: Mapping[str, Any]) -> nn.M
 
 
 def _names(name: str) -> list[str]:
-    """Some files hold the table under the encoder's name alone."""
+    """The names of a parameter in files: some have the token table only under the encoder's name."""
     return [name, "encoder.embed_tokens.weight"] if name == "shared.weight" else [name]

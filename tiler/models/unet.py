@@ -45,7 +45,7 @@ FP32_NAMES = ("time_emb", "add_embedding.", "conv_in.", "conv_out.")
 
 
 def build_unet(checkpoint: Checkpoint, config: dict[str, Any]) -> UNet2DConditionModel:
-    """diffusers' own UNet on the meta device. Raises ModelError."""
+    """Build diffusers' own UNet on the meta device. Raises ModelError."""
     with lean_imports():
         from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
     with on_meta(), refusing("unet", checkpoint):
@@ -53,7 +53,7 @@ def build_unet(checkpoint: Checkpoint, config: dict[str, Any]) -> UNet2DConditio
 
 
 def large_weights(model: torch.nn.Module) -> list[str]:
-    """The weights of a module's layers that are streamed, those of tables left out."""
+    """The weights of a module's streamed layers, without tables."""
     layers = ((n, m) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d))
     return [f"{name}.weight" for name, layer in layers if layer.weight.numel() > SMALL]
 
@@ -67,7 +67,7 @@ def quantised(name: str, levels: int) -> bool:
 
 
 def halved(name: str) -> bool:
-    """Whether a weight of a UNet may be computed with in bf16."""
+    """Whether a weight of a UNet may be multiplied in bf16."""
     return not any(part in name for part in FP32_NAMES)
 
 
@@ -78,7 +78,7 @@ def int8_weights(unet: torch.nn.Module) -> frozenset[str]:
 
 
 def windows_of(options: Options, timestep: Tensor) -> Windows | None:
-    """The windows of self-attention at a step that the user asked for."""
+    """The windows of self-attention at a step, as requested by the user."""
     if (size := options.attention_window) is None:
         return None
     return Windows(size) if timestep.is_meta else Windows.drawn(size, options.seed, timestep)
@@ -208,8 +208,8 @@ def _time_embeddings(
 
 
 def guidance_sines(scale: float, width: int, like: Tensor) -> Tensor:
-    """What a UNet distilled with guidance as an input is told of its scale, (1, width) fp32: sines of 1000 · (scale −
-    1), as diffusers' get_guidance_scale_embedding makes them."""
+    """The embedding of the guidance scale for a UNet that has it as an input, (1, width) fp32: sines of 1000 · (scale −
+    1), as in diffusers' get_guidance_scale_embedding."""
     if like.is_meta:
         return like.new_empty(1, width)
     half = width // 2

@@ -1,4 +1,4 @@
-"""CLIP's vocabulary, for checkpoints that bring no tokenizer: written once into the cache as the files that a tokenizer
+"""CLIP's vocabulary, for checkpoints without a tokenizer: written once into the cache, as the files that a tokenizer
 reads."""
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ def clip_tokenizer(pad: str = END) -> Path:
 
 
 def _vocabulary(merges: str) -> dict[str, int]:
-    """Pieces in the order of their ids: single bytes, bytes that end a word, what merges make, and both marks."""
+    """The vocabulary in the order of token ids: single bytes, bytes that end a word, results of merges, and both
+    marks."""
     from tokenizers import pre_tokenizers
 
     # CLIP's bytes stand in the order of GPT-2's table: those that print, then the others, which have letters from

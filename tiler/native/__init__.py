@@ -1,5 +1,6 @@
-"""Kernels in C: products of small integers, bf16 and fp32 with all that surrounds them, compiled once for each
+"""Kernels in C for products of small integers, bf16 and fp32 with the operations around them, compiled once for each
 instruction set.
 
-The C sources, how they are built and found, and ctypes. Knows addresses and sizes, not tensors or layers; importing it
-loads nothing. Where the library is missing, torch computes."""
+This package has the C sources, their build, the search for the library, and the ctypes interface. It knows addresses
+and sizes, not tensors or layers, and importing it loads nothing. Without the library, torch computes.
+"""

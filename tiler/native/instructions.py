@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 
 class InstructionSet(NamedTuple):
-    """`cpu` is the compiler's name of it; `needs` are Linux's flags that tell it from those before it, `above` those
-    that a processor forced down to it counts as missing."""
+    """`cpu` is the compiler's name for it; `needs` are the Linux flags that distinguish it from the previous ones,
+    `above` those that count as missing when a better processor is limited to it."""
 
     name: str
     machine: str
@@ -36,5 +36,5 @@ SETS = (
 
 
 def machine_of(name: str) -> str:
-    """The compiler's name of what `platform.machine()` says."""
+    """The compiler's name for `platform.machine()`."""
     return {"amd64": "x86_64", "arm64": "aarch64"}.get(name.lower(), name.lower())

@@ -1,7 +1,7 @@
-"""The compiled library: where it is, whether it runs here, and its functions by ctypes.
+"""The compiled library: its location, whether it runs here, and its functions through ctypes.
 
 `TILER_KERNELS=0` turns it off; `TILER_ISA` names a lower instruction set than the best (instructions.py). The handle
-lasts as long as the process; its threads start at the first call that has use for them, and anew in a child of fork.
+lasts as long as the process; its threads start at the first call that uses them, and start again in a forked child.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ VERSION = 3  # of the structs below: that of kernels.h
 
 
 class Kind(IntEnum):
-    """What a lane of 32 bits holds in a product: 4 int8, 2 bf16 or 1 fp32."""
+    """The content of a 32-bit lane in a product: 4 int8, 2 bf16 or 1 fp32."""
 
     INT8, BF16, FP32 = range(3)
 
 
 class Type(IntEnum):
-    """What values are written as."""
+    """The dtype of written values."""
 
     UINT8, BF16, FP32 = range(3)
 
 
 class Activation(IntEnum):
-    """What follows a product's bias."""
+    """The activation after a product's bias."""
 
     NONE, SILU, GELU, GELU_TANH = range(4)
 
 
 class Product(Structure):
-    """kernels.h says what each field means; pointers are addresses, 0 or None where there is nothing."""
+    """kernels.h documents the fields; pointers are addresses, 0 or None for a missing operand."""
 
     _fields_ = (
         *((name, c_int32) for name in ("kind", "activation", "out_type", "taps")),
@@ -58,7 +58,7 @@ class Product(Structure):
 
 
 class Rows(Structure):
-    """As in kernels.h."""
+    """See kernels.h."""
 
     _fields_ = (
         ("x", c_void_p),
@@ -75,7 +75,7 @@ class Rows(Structure):
 
 
 class Image(Structure):
-    """As in kernels.h."""
+    """See kernels.h."""
 
     _fields_ = (
         ("x", c_void_p * 2),
@@ -92,13 +92,13 @@ class Image(Structure):
 
 
 class Sums(Structure):
-    """As in kernels.h."""
+    """See kernels.h."""
 
     _fields_ = (("weights", c_void_p), ("blocks", c_int64), ("lanes", c_int64), ("sum", c_void_p))
 
 
 class Pack(Structure):
-    """As in kernels.h."""
+    """See kernels.h."""
 
     _fields_ = (
         ("kind", c_int32),
@@ -111,7 +111,7 @@ class Pack(Structure):
 
 
 class Winograd(Structure):
-    """As in kernels.h."""
+    """See kernels.h."""
 
     _fields_ = (
         ("kind", c_int32),
@@ -128,7 +128,7 @@ class Winograd(Structure):
 
 
 class Attention(Structure):
-    """As in kernels.h; steps are those of samples, heads and tokens."""
+    """See kernels.h; the steps are distances between samples, heads and tokens."""
 
     _fields_ = (
         ("kind", c_int32),
@@ -146,14 +146,14 @@ MOST_TAPS = 9  # of a weight that is packed: as in pack.h
 
 
 def scratch_floats(images: int, places: int, channels: int) -> int:
-    """What `Library.image` needs for images of `places` places: statistics of each panel, two factors of each
-    channel."""
+    """The scratch size of `Library.image` for images of `places` pixels: statistics of each panel, and two factors of
+    each channel."""
     return images * channels * (-(-places // PLACES) * STATISTICS + 2)
 
 
 class Library:
-    """The functions of one instruction set, and its threads. What they compute depends on neither their number nor on
-    who else calls; a second caller's work meanwhile runs in its own thread."""
+    """The functions of one instruction set, and its threads. Results depend neither on the number of threads nor on
+    concurrent callers; a second caller's work runs in its own thread meanwhile."""
 
     def __init__(self, functions: ctypes.CDLL, handle: int) -> None:
         self._functions, self._handle = functions, handle
@@ -161,7 +161,7 @@ class Library:
 
     @property
     def has_bf16(self) -> bool:
-        """Whether products may be of bf16."""
+        """Whether products may be of bf16 values."""
         return self.isa.endswith("bf16")
 
     def product(self, product: Product, threads: int) -> None:
@@ -192,7 +192,7 @@ def file_name() -> str:
 
 
 def forced() -> InstructionSet | None:
-    """The instruction set that TILER_ISA names. Raises UsageError for one that this kind of machine cannot have."""
+    """The instruction set that TILER_ISA names. Raises UsageError for one that this type of machine cannot have."""
     if not (name := os.environ.get("TILER_ISA", "")):
         return None
     here = [s for s in SETS if s.machine == machine_of(platform.machine())]
@@ -205,7 +205,7 @@ def forced() -> InstructionSet | None:
 
 
 def missing(isa: InstructionSet) -> UsageError:
-    """What to say of a set that this processor does not have."""
+    """The message about an instruction set that this processor lacks."""
     return UsageError(f"TILER_ISA={isa.name}: this processor does not have it; choose a lower one, or leave it unset")
 
 
@@ -250,8 +250,8 @@ def _declare(functions: Any) -> None:
 
 
 def library() -> Library | None:
-    """The library for the instruction set that TILER_ISA names, else for the best one here. Raises UsageError where
-    TILER_ISA asks for what this processor does not have."""
+    """The library for the instruction set that TILER_ISA names, else for the best one here. Raises UsageError if this
+    processor lacks the named one."""
     found = _find()
     return found if isinstance(found, Library) else None
 
@@ -263,6 +263,6 @@ def has_bf16() -> bool:
 
 
 def fault() -> str:
-    """Why there is no library; empty where there is."""
+    """The reason why there is no library, or ""."""
     found = _find()
     return "" if isinstance(found, Library) else found

@@ -1,1 +1,1 @@
-"""How a request is cut into tiles, what each phase will take, and how long: computed from shapes alone."""
+"""Plan a request: its tiles, the memory and the time of each phase, computed from shapes alone."""

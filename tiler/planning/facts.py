@@ -1,5 +1,4 @@
-"""What planning knows of the process and the machine. It is measured once, before planning, which itself asks
-neither."""
+"""Facts about the process and the machine, measured once before planning, which itself asks neither."""
 
 from __future__ import annotations
 
@@ -12,7 +11,7 @@ from tiler.planning.table import Term
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """Measured after the models are built, which imports nearly all code that a run needs. Sizes in bytes."""
+    """Facts measured after the models are built, when nearly all code that a run needs is imported. Sizes in bytes."""
 
     rss_bytes: int
     scratch_free_bytes: int  # of the file system that scratch files go to
@@ -23,10 +22,10 @@ class Facts:
 
     @property
     def libraries(self) -> Term:
-        """What the process has without data, the code included that has not run yet."""
+        """The memory of the process without data, including code that has not run yet."""
         return Term(name="python + libraries", nbytes=self.rss_bytes + LIBRARIES_BYTES)
 
     @property
     def text_libraries(self) -> Term:
-        """Like `libraries`, but while prompts are encoded, which is done first."""
+        """Like `libraries`, but during prompt encoding, which comes first."""
         return Term(name="python + libraries", nbytes=self.rss_bytes + TEXT_LIBRARIES_BYTES)

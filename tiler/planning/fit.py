@@ -1,4 +1,4 @@
-"""What fits under a ceiling: the largest batch, and which weights stay in memory."""
+"""Find what fits under a ceiling: the largest batch, and the weights that stay in memory."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ def _with(phase: PhasePlan, name: str, nbytes: int) -> PhasePlan:
 
 
 class Weight(NamedTuple):
-    """A weight that is streamed: its parameter's name, and how many elements it has."""
+    """A streamed weight: its parameter's name and number of elements."""
 
     name: str
     elements: int
 
 
 class Streamed(NamedTuple):
-    """The streamed weights of a phase, in the order of use, where they are stored, whether int8 ones are computed with
-    as such, and what keeping some costs."""
+    """The streamed weights of a phase in the order of use, where they are stored, whether int8 weights are multiplied
+    as int8, and the overhead of keeping weights resident."""
 
     weights: Sequence[Weight]
     stored: Mapping[str, TensorInfo]
@@ -41,7 +41,7 @@ class Streamed(NamedTuple):
 def with_resident(
     phase: PhasePlan, streamed: Streamed, method: DecodePlan | None, max_bytes: int
 ) -> tuple[PhasePlan, dict[str, torch.dtype]]:
-    """`phase` with the weights that stay in what the ceiling leaves; `method` of an autoencoder's phase."""
+    """`phase` with the resident weights that the ceiling has room for; `method` is given for an autoencoder's phase."""
     # An autoencoder's strips come and go between the plan's figures: with less room 784 and 791 MB of 800 were
     # measured.
     fill = RESIDENT_MARGIN if method is None else NEAR
@@ -54,19 +54,20 @@ def with_resident(
 
 
 def _resident_bytes(info: TensorInfo, dtype: torch.dtype) -> int:
-    """In fp32, or as stored."""
+    """The bytes of a resident weight, in fp32 or as stored."""
     return 4 * math.prod(info.shape) if dtype == torch.float32 else info.nbytes
 
 
 def _with_heap(phase: PhasePlan, method: DecodePlan, max_bytes: int) -> PhasePlan:
-    """What the heap keeps of the memory that an autoencoder's strips free, as far as the ceiling leaves room. The
-    blocks of one strip fit where those of the last one were."""
+    """Add the freed memory of an autoencoder's strips that the heap may keep, as far as the ceiling has room for it. It
+    can be reused, since the blocks of one strip fit where those of the previous one were."""
     freed = min(HEAP_KEPT, method.memory_bytes - STRIP_BYTES)
     return _with(phase, "free heap", min(freed, int(max_bytes * NEAR) - phase.peak_bytes))
 
 
 def largest_batch(peak: Callable[[int], int], room: int, most: int) -> int:
-    """The largest batch whose predicted peak fits, at least 1. Peaks grow almost linearly: guess, then step down."""
+    """The largest batch whose predicted peak fits, at least 1. Peaks grow almost linearly, so the search starts from a
+    linear estimate and steps down."""
     if most == 1 or peak(most) <= room:
         return most
     slope = (peak(most) - peak(1)) / (most - 1)
@@ -77,10 +78,11 @@ def largest_batch(peak: Callable[[int], int], room: int, most: int) -> int:
 
 
 def _choose_resident(streamed: Streamed, room: int) -> dict[str, torch.dtype]:
-    """What the ceiling leaves over holds weights: all as they are computed with if they fit, else a fixed subset as
-    stored.
+    """Choose the weights that the remaining memory can hold: all of them in compute format if they fit, else a fixed
+    subset as stored.
 
-    Access is cyclic, so which ones does not matter for the bytes read; the first in the order of use are taken.
+    Access is cyclic, so the choice does not affect the number of bytes read; the first weights in the order of use are
+    taken.
     """
     weights, stored, int8 = (
         [w for w in streamed.weights if w.name in streamed.stored],

@@ -1,4 +1,4 @@
-"""What each part of a checkpoint takes in memory while it works: its own code, run on meta tensors under a
+"""The memory that each part of a checkpoint takes while it works, found by running its own code on meta tensors under a
 `MetaMeter`."""
 
 from __future__ import annotations
@@ -45,18 +45,18 @@ ACTIVATIONS = "activations + weights in use"
 
 
 def bf16_keys(part: Part, module: nn.Module, precision: Precision) -> frozenset[str]:
-    """The denoiser's weights that are computed with in bf16. None beside int8: those that are left would save a
+    """The denoiser's weights that are multiplied in bf16. There are none beside int8: the remaining layers would save a
     fortieth of a pass, and add a thirtieth to its error."""
     return part.bf16_weights(module) if precision is Precision.BF16 else frozenset()
 
 
 def streamed_weights(module: nn.Module) -> list[Weight]:
-    """Of a module that is lent, in the order of its tree."""
+    """The streamed weights of a lent module, in the order of its module tree."""
     return [Weight(layer.key, layer.weight.numel()) for layer in streamed_layers(module)]
 
 
 def weights_terms(module: nn.Module, stored: Mapping[str, TensorInfo]) -> list[Term]:
-    """What a module that is lent keeps in memory all the time: read buffers, norms and biases."""
+    """The memory that a lent module keeps all the time: read buffers, norms and biases."""
     pieces = (
         int(info.nbytes * min(1, PIECE_ELEMENTS / math.prod(info.shape)))
         for info in stored.values()
@@ -75,14 +75,14 @@ def weights_terms(module: nn.Module, stored: Mapping[str, TensorInfo]) -> list[T
 
 
 def ranks_beside(changes: Changes, int8: frozenset[str]) -> dict[str, int]:
-    """By `int8` weight, the rank of what is computed beside it."""
+    """For each `int8` weight with a low-rank path beside it, the rank of that path."""
     ranks = {name: rank_beside(some) for name, some in changes.items() if name in int8}
     return {name: rank for name, rank in ranks.items() if rank}
 
 
 def changes_terms(changes: Changes) -> list[Term]:
-    """What LoRAs keep in memory while the weights of one layer are changed: all their factors for the largest, once
-    more as they are stored, and a difference of a few rows."""
+    """The memory that LoRAs need while the weights of one layer are changed: all factors of the largest layer, again as
+    stored, and the difference for a few rows."""
     if not changes:
         return []
     most = max(sum(change.factor_elements for change in some) for some in changes.values())
@@ -90,7 +90,7 @@ def changes_terms(changes: Changes) -> list[Term]:
 
 
 def text_phase(models: Models, fixed: list[Term]) -> PhasePlan:
-    """Encoding the prompts; one encoder is in memory at a time, and the largest counts."""
+    """The phase that encodes the prompts. One encoder is in memory at a time, so the largest one counts."""
     phases = [_encoder_phase(models, part, fixed) for part in models.family.encoders]
     return max(phases, key=lambda phase: phase.peak_bytes)
 
@@ -109,8 +109,8 @@ def _encoder_phase(models: Models, part: Part, fixed: list[Term]) -> PhasePlan:
 
 
 class DenoiserPeaks:
-    """The phases that use a family's denoiser, whose weights are held in `arena_bytes` for arithmetic in `precision`;
-    its prompts have so many `chunks`."""
+    """The phases that use a family's denoiser, with weights held in `arena_bytes` for arithmetic in `precision`, and
+    prompts of up to `chunks` chunks."""
 
     def __init__(
         self, models: Models, precision: Precision, *, arena_bytes: int | None = None, chunks: int = 1
@@ -143,8 +143,8 @@ class DenoiserPeaks:
             return streamed_weights(self.module)
 
     def activations(self, tiles: tuple[int, ...], height: int, width: int) -> int:
-        """Bytes of one pass over samples of `tiles`, of which neighbours may be the same, each (height, width)
-        latents."""
+        """Bytes of one pass over samples of `tiles` (equal neighbours share their first layers), each of (height,
+        width) latents."""
         key = tiles, height, width
         if key not in self._activations:
             with lent(self.module, self.streamer), MetaMeter() as meter, torch.no_grad():
@@ -157,7 +157,7 @@ class DenoiserPeaks:
         return self._activations[key]
 
     def _examples(self, tiles: tuple[int, ...], height: int, width: int) -> list[Sample]:
-        """The family's, with prompts of all chunks."""
+        """The family's example samples, with prompts of the full number of chunks."""
         samples = self.family.example(tiles, (height, width))
         if not self._more_tokens:
             return samples
@@ -169,17 +169,18 @@ class DenoiserPeaks:
 
     @property
     def packs_floats(self) -> bool:
-        """Whether weights are fp32 or bf16 in the order of tiler's own kernels, made as they are read: nothing is freed
-        unit by unit."""
+        """Whether fp32 or bf16 weights are repacked for tiler's own kernels when they are read, so that nothing is
+        freed unit by unit."""
         return not self.streamer.int8_keys and packs_layers()
 
     @property
     def resident_slack(self) -> float:
-        """What keeping weights costs, as a share of them."""
+        """The overhead of resident weights, as a share of their size."""
         return PACKED_RESIDENT_SLACK if self.packs_floats else RESIDENT_SLACK
 
     def phase(self, name: str, fixed: list[Term], tiles: list[int], batch: int, height: int, width: int) -> PhasePlan:
-        """Denoising `tiles`, one for each sample, `batch` of them for each read of the weights."""
+        """The phase that denoises `tiles`, one entry for each sample, with `batch` samples for each read of the
+        weights."""
         groups = [tuple(tiles[i : i + batch]) for i in range(0, len(tiles), batch)]
         group = max(groups, key=lambda g: (len(set(g)), len(g)))  # halves of one tile share their first layers
         group = tuple(sorted(set(group)).index(tile) for tile in group)
@@ -196,7 +197,7 @@ class DenoiserPeaks:
 
 
 class VaePeaks:
-    """The phases that use an autoencoder of a run's models."""
+    """The phases that use one of a run's autoencoders."""
 
     def __init__(self, models: Models, spec: VaeSpec, facts: Facts) -> None:
         self.spec, self.module = spec, models.vae(spec)
@@ -216,7 +217,7 @@ class VaePeaks:
         encoding: bool = False,
         wrap: Wrap,
     ) -> DecodePlan:
-        """How latents of (height, width) are decoded, or made. Raises StorageError."""
+        """The method to decode (or encode) latents of (height, width). Raises StorageError."""
         with lent(self.module, self._streamer):
             return choose(wanted, self.module, self._streamer, latents, space, encoding=encoding, wrap=wrap)
 
@@ -230,9 +231,10 @@ class VaePeaks:
         held: int = 1,
         stored: bool = False,
     ) -> PhasePlan:
-        """Decoding latents of (height, width), or encoding a picture of `source_pixels` enlarged to their size. Rows of
-        the large picture come and go; the latents are `held` once, or not where a file has them, also with a margin, or
-        being put together of bands and scaled; where they are `stored`, bands are read and written."""
+        """The phase that decodes latents of (height, width), or encodes a picture of `source_pixels` enlarged to their
+        size. The large picture exists only as rows. The latents are held `held` times (0 if they are read from a file),
+        and once more if they have a margin or are assembled from bands and scaled; where they are `stored` in files,
+        bands are read and written."""
         area = math.prod(n + 2 * m for n, m in zip(latents, method.margin, strict=True))
         copies = 3 if method.encoding else 2 if any(method.margin) else held
         if stored and not (method.encoding and method.by_layers):

@@ -1,4 +1,5 @@
-"""Fills a request: an option, else the preset, else the model folder's tiler.toml, else the family's row."""
+"""Fill the gaps of a request from, in this order: the option, the preset, the model folder's tiler.toml, the family's
+defaults."""
 
 from __future__ import annotations
 
@@ -34,13 +35,13 @@ def resolve(request: RenderRequest, family: Family) -> ResolvedRequest:
 
 
 def fill_again(request: RenderRequest, before: ResolvedRequest, family: Family) -> ResolvedRequest:
-    """Like `resolve` for a request that differs from the one of `before`; what was drawn at random stays."""
+    """Like `resolve`, for a variation of the request of `before`; random choices stay the same."""
     return resolve(replace(request, seed=before.seed), family)
 
 
 def fill(request: RenderRequest, defaults: Mapping[str, Any] = _ROW) -> ResolvedRequest:
-    """The request with `defaults` where neither it nor its preset says anything. Of a tuple of prompts the seed chooses
-    one. Raises UsageError."""
+    """Fill the request with `defaults` where neither it nor its preset gives a value. From a tuple of prompts, the seed
+    chooses one. Raises UsageError."""
     said = {f.name: getattr(request, f.name) for f in fields(request)}
     preset = dict(PRESETS[request.preset]) if request.preset is not None else {}
     if request.regions or request.overlap is not None:
@@ -72,7 +73,7 @@ def _sheet(request: RenderRequest) -> tuple[int, int, float | None, float]:
 
 
 def _scaled(guide: Path, scale: float) -> tuple[int, int]:
-    """Width and height of a user's picture that is enlarged so many times. Raises UsageError."""
+    """The width and height of a user's picture enlarged by --scale. Raises UsageError."""
     width, height = (round(side * scale) for side in size_of(guide))
     if max(width, height) > MAX_SIDE:
         raise UsageError(f"--scale {scale:g} makes {width}×{height} of {guide}; a side has at most {MAX_SIDE:,} pixels")

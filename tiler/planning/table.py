@@ -1,4 +1,4 @@
-"""The table of what each phase will need, and the refusal when it is too much. Knows sums, not what they are for."""
+"""The table of the memory of each phase, and the refusal if it is too much. Knows sums, not their meaning."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Term:
 
 @dataclass(frozen=True, kw_only=True)
 class PhasePlan:
-    """A phase and the terms that are in memory together at its peak; `advice` says what to do where that is too
-    much."""
+    """A phase, and the terms that are in memory together at its peak; `advice` tells the user what to do if the sum is
+    too large."""
 
     name: str
     terms: tuple[Term, ...]
@@ -51,7 +51,7 @@ class MemoryPlan:
 
     @property
     def fits(self) -> bool:
-        """Whether a render may begin: a plan may fill MARGIN of the ceiling."""
+        """Whether the render may start: a plan may fill MARGIN of the ceiling."""
         return self.peak_bytes <= self.max_bytes * MARGIN
 
     def check(self, *, table: bool = True, advice: str = "") -> None:

@@ -1,5 +1,5 @@
-"""From a request and a family: where tiles lie at every step, and which steps the guide replaces. Sizes in latent
-pixels."""
+"""Cut a request for a family into tiles and steps: tile positions at every step, and the steps that the guide replaces.
+Sizes in latent pixels."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SMALLEST = 4  # granules along a tile's side: below 256 px Stable Diffusion draw
 
 @dataclass(frozen=True, kw_only=True)
 class Tiling:
-    """How the work is cut into tiles and steps. Sizes in latent pixels."""
+    """The tiles and steps of a render. Sizes in latent pixels."""
 
     canvas: tuple[int, int]
     crop: tuple[int, int]  # pixels: where the picture's first row and column lie on the canvas
@@ -51,13 +51,13 @@ class Tiling:
 
     @property
     def texts(self) -> list[str | None]:
-        """All that is said at any step, each text once; None is a negative prompt that was not given."""
+        """All texts of all steps, each once; None is a negative prompt that was not given."""
         both = (wording for wording in (self.guide_wording, self.canvas_wording) if wording is not None)
         return list(dict.fromkeys(text for wording in both for text in wording.texts()))
 
 
 def plan_tiling(request: ResolvedRequest, family: Family) -> Tiling:
-    """The tiles of every step. Raises UsageError for sizes, overlaps and regions that do not go with the model."""
+    """Plan the tiles of every step. Raises UsageError for sizes, overlaps and regions that do not suit the model."""
     native, patch = family.native, family.traits.patch
     step = math.lcm(family.granularity, patch)
     canvas, tile, crop = _canvas(request, native, step, patch)

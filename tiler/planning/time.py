@@ -1,4 +1,4 @@
-"""How much arithmetic a render is, and how long this machine will take for it. Reads no weights."""
+"""Count the arithmetic of a render, and estimate its time on this machine. Reads no weights."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ class Flops(NamedTuple):
 
 
 class Speed(NamedTuple):
-    """Operations a second of this machine, measured: of torch's own convolution, of the kernels that are chosen here
-    for layers in each precision, and of attention."""
+    """Measured operations per second of this machine: of torch's own convolution, of the kernels chosen for layers in
+    each precision, and of attention."""
 
     torch: float
     fp32: float
@@ -53,7 +53,7 @@ class Speed(NamedTuple):
 
 
 class Counter:
-    """Counts the work of a family's samples; each kind of sample is run once, on shapes alone, by `streamer` if one is
+    """Counts the work of a family's samples. Each kind of sample is run once on shapes alone, by `streamer` if
     given."""
 
     def __init__(self, models: Models, streamer: Streamer | None = None) -> None:
@@ -62,7 +62,7 @@ class Counter:
         self.known: dict[tuple[int, int, int, int | None], Flops] = {}
 
     def count(self, cut: Tiling, attention_window: int | None) -> Flops:
-        """What all UNet samples of `cut` come to."""
+        """The work of all denoiser samples of `cut`."""
         total, tile = Flops(0, 0), cut.regions.tile
         guide = tile if cut.guide is None else (cut.guide.height, cut.guide.width)
         for steps, sides in ((cut.guide_steps, guide), (cut.canvas_steps, tile)):
@@ -121,7 +121,8 @@ def seconds_per_tile(request: ResolvedRequest, plan: RenderPlan, models: Models,
 
 
 def measure() -> Speed:
-    """A second's worth of the layers that matter: 3×3 convolutions of 320 channels, attention of 4,096 tokens."""
+    """Measure the important layers for about a second: 3×3 convolutions of 320 channels, and attention of 4,096
+    tokens."""
     with torch.no_grad():
         layer = nn.Conv2d(320, 320, 3, padding=1)
         x = torch.randn(1, 320, 32, 32)

@@ -1,4 +1,5 @@
-"""What formats that are encoded as a whole take: the picture while it is decoded, and the encoder after that."""
+"""The memory for formats that are encoded from the complete picture: the picture while it is decoded, and then the
+encoder."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from tiler.request.choices import Format
 
 
 class WholePicture(NamedTuple):
-    """A picture of so many pixels that becomes a WebP or an AVIF."""
+    """A picture, of a given number of pixels, that is saved as WebP or AVIF."""
 
     format: Format
     pixels: int
@@ -25,7 +26,7 @@ class WholePicture(NamedTuple):
         return replace(phase, terms=(*phase.terms, Term(name="picture", nbytes=PICTURE_BYTES * self.pixels)))
 
     def writing(self, libraries: Term, max_bytes: int) -> PhasePlan:
-        """The phase `write`, and what to say where it does not fit under the ceiling."""
+        """The phase `write`, with advice for the case that it does not fit under the ceiling."""
         encoder = ENCODERS[self.format]
         most = (max_bytes * MARGIN - libraries.nbytes - encoder.other_bytes) / (encoder.pixel_bytes + PICTURE_BYTES)
         side = math.isqrt(max(0, int(most))) // 8 * 8
@@ -42,6 +43,7 @@ class WholePicture(NamedTuple):
 
 
 def whole_picture(path: Path, asked: Format | None, width: int, height: int) -> WholePicture | None:
-    """None for a format that is written row by row. Raises UsageError for a name that tells no format."""
+    """The WholePicture for a format that needs one; None for a format that is written row by row. Raises UsageError for
+    a file name without a known ending."""
     format = format_of(path, asked)
     return WholePicture(format, width * height) if format in ENCODERS else None

@@ -1,4 +1,4 @@
-"""What a user asks for, validated: requests hold only what was said. Knows nothing of models or memory, imports no
+"""Validated requests, which hold only the values that the user gave. Knows nothing of models or memory, and imports no
 torch."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The words an option may take, by the names that people know, and the checks that requests share."""
+"""The values that options accept, under the names that users know, and checks that several requests share."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STDOUT = Path("-")  # an output of that name is standard output
 
 
 class Mask(StrEnum):
-    """How a tile's noise prediction is weighted over its area (Jiménez 2023, arXiv:2302.02412, section 4)."""
+    """The weight of a tile's noise prediction over its area (Jiménez 2023, arXiv:2302.02412, section 4)."""
 
     CONSTANT = "constant"
     GAUSSIAN = "gaussian"
@@ -28,8 +28,8 @@ class Mask(StrEnum):
 
 
 class Scheduler(StrEnum):
-    """Samplers by their AUTOMATIC1111 names; AUTO takes the checkpoint's own when it is one of these, else DPM++ 2M
-    Karras."""
+    """Samplers by their AUTOMATIC1111 names. AUTO uses the checkpoint's own sampler if it is one of these, else DPM++
+    2M Karras."""
 
     AUTO = "auto"
     DDIM = "DDIM"
@@ -44,8 +44,8 @@ class Scheduler(StrEnum):
 
 
 class ScheduleType(StrEnum):
-    """How noise levels are spread over the steps, by AUTOMATIC1111's names; the last two are one: steps of equal length
-    that end at the last trained timestep."""
+    """The spacing of noise levels over the steps, by AUTOMATIC1111's names. The last two mean the same: steps of equal
+    length that end at the last trained timestep."""
 
     KARRAS = "karras"
     EXPONENTIAL = "exponential"
@@ -69,14 +69,15 @@ class Wrap(StrEnum):
 
 
 class Layout(StrEnum):
-    """Where tiles lie: overlapping in one place, or side by side and elsewhere at every step (SpotDiffusion)."""
+    """The placement of tiles: overlapping at fixed positions, or side by side at positions that change every step
+    (SpotDiffusion)."""
 
     GRID = "grid"
     SHIFT = "shift"
 
 
 class GuideUpscale(StrEnum):
-    """How the guide comes to the canvas's size: its latents by bicubic interpolation, or its picture by Lanczos,
+    """How the guide is enlarged to the canvas: its latents by bicubic interpolation, or its picture by Lanczos and then
     encoded."""
 
     PIXEL = "pixel"
@@ -84,8 +85,8 @@ class GuideUpscale(StrEnum):
 
 
 class Decode(StrEnum):
-    """How latents become a picture: as a whole through scratch files, the same with attention to some tokens, row by
-    row with held statistics, or by a tiny autoencoder trained to give about the same."""
+    """How latents are decoded: as a whole through scratch files; the same with attention to a sample of the tokens; row
+    by row with statistics measured beforehand; or by a tiny autoencoder that approximates the full one."""
 
     AUTO = "auto"
     EXACT = "exact"
@@ -95,7 +96,7 @@ class Decode(StrEnum):
 
 
 class Weights(StrEnum):
-    """How `tiler quantize` stores weights: optimum-quanto's qint8, qfloat8 and qint4."""
+    """The formats in which `tiler quantize` stores weights: optimum-quanto's qint8, qfloat8 and qint4."""
 
     INT8 = "int8"
     FP8 = "fp8"
@@ -103,8 +104,8 @@ class Weights(StrEnum):
 
 
 class Precision(StrEnum):
-    """What the UNet's layers are computed in; AUTO takes int8 where the processor has dot products of 8-bit integers,
-    and the UNet is not so narrow that they save nothing."""
+    """The arithmetic of the denoiser's layers. AUTO takes int8 if the processor has 8-bit dot products and the denoiser
+    is wide enough to gain from them."""
 
     FP32 = "fp32"
     INT8 = "int8"
@@ -113,7 +114,7 @@ class Precision(StrEnum):
 
 
 class Format(StrEnum):
-    """Of a picture's file."""
+    """The format of a picture's file."""
 
     PNG = "png"
     JPEG = "jpeg"
@@ -124,7 +125,7 @@ class Format(StrEnum):
 
 
 class Preset(StrEnum):
-    """Bundles of settings; whatever is given beside one replaces its part."""
+    """Bundles of settings. An option that is given beside a preset replaces the preset's value."""
 
     QUALITY = "quality"
     BALANCED = "balanced"
@@ -132,8 +133,8 @@ class Preset(StrEnum):
 
 
 class Emphasis(StrEnum):
-    """What weights like (word:1.3) do: scale encodings and bring these back to their mean; scale them alone; nothing,
-    the syntax being cut out; or brackets are text."""
+    """The effect of weights like (word:1.3): scale the encodings and restore their mean; only scale them; ignore the
+    weights and remove the syntax; or treat brackets as text."""
 
     ORIGINAL = "original"
     NO_NORM = "no-norm"
@@ -142,15 +143,15 @@ class Emphasis(StrEnum):
 
 
 class TileConditioning(StrEnum):
-    """What a model that is told sizes hears of a tile: its own place on the canvas, or the whole canvas, as A1111 says
-    it."""
+    """The sizes that are passed to a model conditioned on size for each tile: the tile's own place on the canvas, or
+    the whole canvas as in A1111."""
 
     PLACE = "place"
     NONE = "none"
 
 
 class ScratchDtype(StrEnum):
-    """How the exact decoder stores activations on disk."""
+    """The dtype in which the exact decoder stores activations on disk."""
 
     FP16 = "fp16"
     FP32 = "fp32"
@@ -176,7 +177,7 @@ _DIFFUSERS_NAMES = {
 
 
 def parse_scheduler(name: str) -> Scheduler:
-    """An AUTOMATIC1111 or diffusers name in any case → Scheduler. Raises UsageError."""
+    """Parse the AUTOMATIC1111 or diffusers name of a sampler, in any case. Raises UsageError."""
     folded = " ".join(name.lower().replace("_", " ").split())
     for scheduler in Scheduler:
         if folded == scheduler.value.lower():
@@ -190,7 +191,7 @@ def parse_scheduler(name: str) -> Scheduler:
 
 
 def parse_schedule_type(name: str) -> ScheduleType:
-    """A name in any case, like `SGM Uniform`. Raises UsageError."""
+    """Parse a name like `SGM Uniform`, in any case. Raises UsageError."""
     folded = "_".join(name.lower().split())
     if folded in tuple(ScheduleType):
         return ScheduleType(folded)
@@ -198,7 +199,7 @@ def parse_schedule_type(name: str) -> ScheduleType:
 
 
 def check_decode(decode: Decode, tiny_vae: str | None) -> None:
-    """Raises UsageError when the two options contradict each other."""
+    """Raise UsageError if --decode and --tiny-vae contradict each other."""
     if (decode is Decode.TINY) != (tiny_vae is not None):
         raise UsageError(
             "--decode tiny and --tiny-vae FOLDER go together; give both (taesd is made for SD 1.x and 2.x)"
@@ -206,7 +207,7 @@ def check_decode(decode: Decode, tiny_vae: str | None) -> None:
 
 
 def check_format(output: Path | None, format: Format | None) -> None:
-    """Raises UsageError for a format beside a file's name, whose ending says it."""
+    """Raise UsageError for --format together with a file name, whose ending already decides the format."""
     if format is not None and output != STDOUT:
         raise UsageError(f"--format {format} is for standard output (-o -); a file's format is told by its ending")
     if format is Format.TIFF:
@@ -216,13 +217,13 @@ def check_format(output: Path | None, format: Format | None) -> None:
 
 
 def check_text(text: str) -> None:
-    """Raises UsageError for a prompt with characters that no tokenizer takes."""
+    """Raise UsageError for a prompt with characters that no tokenizer accepts."""
     if "\0" in text or any(0xD800 <= ord(c) <= 0xDFFF for c in text):
         raise UsageError("a prompt holds a NUL or half a surrogate pair; remove it")
 
 
 def parse_interval(text: str) -> tuple[float, float]:
-    """`0.2-0.8` → (0.2, 0.8), shares of the schedule. Raises UsageError."""
+    """Parse `0.2-0.8` → (0.2, 0.8), shares of the schedule. Raises UsageError."""
     try:
         low, high = (float(part) for part in text.replace("–", "-").split("-"))
     except ValueError:
@@ -233,7 +234,7 @@ def parse_interval(text: str) -> tuple[float, float]:
 
 
 def within(name: str, value: float | None, low: float, high: float, unit: str = "") -> None:
-    """Raises UsageError for a value that was given (is not None) and lies outside [low, high]."""
+    """Raise UsageError if `value` is given (not None) and lies outside [low, high]."""
     if value is None:
         return
     if not (math.isfinite(value) and low <= value <= high):

@@ -1,5 +1,4 @@
-"""Requests of the smaller commands: encode prompts, decode saved latents, quantise a model ahead of its first
-render."""
+"""Requests of the smaller commands: encode prompts, decode saved latents, quantise a model."""
 
 from __future__ import annotations
 
@@ -28,10 +27,8 @@ from tiler.request.options import Option, Panel, argument, coerce, option
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeRequest(ModelOptions):
-    """Decode saved latents into a picture with a model's autoencoder. Raises UsageError.
-
-    `latents` is a safetensors file with a tensor `latents`, (1, C, height/8, width/8), scaled as the scheduler left it.
-    """
+    """Decode saved latents into a picture with a model's autoencoder. `latents` is a safetensors file with a tensor
+    `latents`, (1, C, height/8, width/8), scaled as the scheduler left it. Raises UsageError."""
 
     latents: Path = argument(
         Option(
@@ -62,10 +59,8 @@ class DecodeRequest(ModelOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class EncodeRequest(ModelOptions):
-    """Encode prompts into a file for `render --prompt-embeds`. Raises UsageError.
-
-    The file also holds the negative prompt that was not given, so that any of the prompts can be drawn without one.
-    """
+    """Encode prompts into a file for `render --prompt-embeds`. The file also holds the encoding for an absent negative
+    prompt, so that each prompt can be rendered without one. Raises UsageError."""
 
     prompts: tuple[str, ...] = argument(
         Option("What to draw; several prompts make one file.", Panel.PICTURE, (), metavar="PROMPT")
@@ -96,8 +91,8 @@ class EncodeRequest(ModelOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizeRequest(ModelOptions):
-    """Write a model's folder with fewer bits a weight into `output`; or without `weights` its int8 weights into
-    `cache_dir` (None: the user's cache folder) ahead of its first render. Raises UsageError."""
+    """Write a copy of a model with fewer bits per weight into the folder `output`. Without `weights`, write its int8
+    weights into `cache_dir` (None: the user's cache folder) ahead of its first render. Raises UsageError."""
 
     model: str = argument(shared.MODEL._replace(names=(), metavar="MODEL"))
     weights: Weights | None = option(
@@ -141,7 +136,7 @@ class QuantizeRequest(ModelOptions):
 
     @property
     def encoder_weights(self) -> dict[int, Weights]:
-        """By the number of a text encoder, from 1; 0 stands for all others. Raises UsageError."""
+        """The weight formats by number of the text encoder, from 1; 0 stands for all others. Raises UsageError."""
         found: dict[int, Weights] = {}
         for word in (self.text_encoder_weights or "").split(",") if self.text_encoder_weights else ():
             number, _, kind = word.strip().rpartition("=")
@@ -157,7 +152,7 @@ class QuantizeRequest(ModelOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class DoctorRequest(ModelOptions):
-    """Look into a model; without one, at the machine alone."""
+    """Examine a model, or only the machine if no model is given."""
 
     model: str = option("", shared.MODEL._replace(default="the machine alone is looked at"))
 

@@ -1,4 +1,4 @@
-"""Which model, and which files take the place of its parts: what every command that opens one may be told."""
+"""The options that select a model, and the files that replace its parts. Every command that opens a model has them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tiler.request.options import Option, Panel, option
 
 
 class Prediction(StrEnum):
-    """What a UNet predicts: the noise, or the velocity v (Salimans and Ho 2022, arXiv:2202.00512)."""
+    """The prediction of a UNet: the noise, or the velocity v (Salimans and Ho 2022, arXiv:2202.00512)."""
 
     EPSILON = "epsilon"
     V = "v"
@@ -26,14 +26,14 @@ _PREDICTIONS = {
 
 
 def parse_prediction(text: str) -> Prediction:
-    """`epsilon` or `v`, or the other names that people have for them. Raises UsageError."""
+    """Parse `epsilon`, `v`, or another common name for either. Raises UsageError."""
     if (found := _PREDICTIONS.get(text.strip().lower())) is None:
         raise UsageError(f"prediction = {text!r} is neither epsilon nor v")
     return found
 
 
 def parse_folders(text: str) -> tuple[Path, ...]:
-    """Folders with a colon between them (a semicolon on Windows)."""
+    """Split a list of folders at colons (semicolons on Windows)."""
     return tuple(Path(part).expanduser() for part in text.split(os.pathsep) if part)
 
 
@@ -42,8 +42,8 @@ _TEXT = "A file or folder with {}."
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
-    """A model by name, and the parts that other files bring. `variant` and `revision` choose among the files of a
-    folder or a repository; `model_dirs` are searched for names. Raises UsageError."""
+    """A model by name, and files that replace its parts. `variant` and `revision` choose among the files of a folder or
+    repository; names are looked up in `model_dirs`. Raises UsageError."""
 
     model: str = option("mini", shared.MODEL)
     variant: str | None = option(None, shared.VARIANT)
@@ -99,7 +99,7 @@ class ModelOptions:
     )  # fmt: skip
 
     def replaced(self) -> dict[str, str]:
-        """What was given for single parts, by its flag."""
+        """The files given for single parts, by their flags."""
         given = {
             "--vae": self.vae, "--text-encoder": self.text_encoder, "--clip_l": self.clip_l, "--clip_g": self.clip_g,
             "--t5xxl": self.t5xxl,

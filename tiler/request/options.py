@@ -1,5 +1,4 @@
-"""How a field of a request is offered as an option: its help, its panel, its names. The command line is derived from
-this."""
+"""How a field of a request becomes a command-line option: its help text, panel and names."""
 
 from __future__ import annotations
 
@@ -13,7 +12,7 @@ from tiler.errors import UsageError
 
 
 class Panel(StrEnum):
-    """The headings of `--help`, in their order."""
+    """The headings of `--help`, in order."""
 
     PICTURE = "Picture"
     MODEL = "Model"
@@ -24,13 +23,10 @@ class Panel(StrEnum):
 
 
 class Option(NamedTuple):
-    """What `--help` says of a field.
-
-    `names` are the option's spellings; none means that it is the command's argument. `parse` makes the field's value of
-    the text that was typed, where the field's type cannot be read from the command line as it is; with `many` it is
-    typed as often as one likes, and the field is a tuple. `default` says in words what holds where nothing is said.
-    `off` marks a field that is True and whose option turns it off.
-    """
+    """The command-line option of a field. `names` are the option's spellings; without any, the field is the command's
+    argument. `parse` converts the typed text if the field's type cannot be parsed by itself; with `many`, the option
+    may be repeated and the field is a tuple. `default` describes the default in words. `off` marks a field that is True
+    by default and that the option turns off."""
 
     help: str
     panel: Panel
@@ -43,18 +39,19 @@ class Option(NamedTuple):
 
 
 def option(value: Any, option: Option) -> Any:
-    """A dataclass field with its default `value`, offered as `option`."""
+    """A dataclass field with the default `value`, offered as `option`."""
     return field(default=value, metadata={"option": option})
 
 
 def argument(option: Option) -> Any:
-    """The field that must be given, as a command's argument."""
+    """A required dataclass field, offered as the command's argument."""
     return field(metadata={"option": option})
 
 
 def coerce(request: Any) -> None:
-    """Let a library's caller write `layout="shift"` or `output="x.png"`: texts become choices and paths, by the types
-    of the request's fields. Raises UsageError for a word that is no choice, and for a number of another kind."""
+    """Convert texts to choices and paths according to the types of the request's fields, so that a library's caller may
+    write `layout="shift"` or `output="x.png"`. Raises UsageError for an unknown choice, and for a number of the wrong
+    type."""
     hints = get_type_hints(type(request))
     for item in fields(request):
         value, kinds = getattr(request, item.name), (*get_args(hints[item.name]), hints[item.name])
@@ -75,8 +72,8 @@ def coerce(request: Any) -> None:
 
 
 def _is_one_of(value: Any, kinds: tuple[Any, ...]) -> bool:
-    """Whether a value's type is one of a field's; a list passes for a tuple, and what a union names is not looked at in
-    depth."""
+    """Whether a value's type is one of a field's types. A list is accepted for a tuple, and members of a union are not
+    checked in depth."""
     types = {found for kind in kinds if isinstance(found := get_origin(kind) or kind, type)}
     types |= {int} if float in types else set()
     types |= {list} if tuple in types else set()

@@ -1,4 +1,4 @@
-"""Paper sizes and lengths in millimetres, and how many pixels they are. Imports no torch."""
+"""Paper sizes and lengths in millimetres, and their conversion to pixels. Imports no torch."""
 
 from __future__ import annotations
 
@@ -20,10 +20,8 @@ def parse_length(text: str) -> float:
 
 
 def parse_paper(text: str) -> tuple[float, float]:
-    """ "A2", "B1", "letter" (upright) or "60x40cm" (as it says) → (width, height) in millimetres. Raises UsageError.
-
-    ISO 216: half of a sheet, rounded down to whole millimetres, is the next size.
-    """
+    """Parse "A2", "B1", "letter" (all upright) or "60x40cm" (as written) → (width, height) in millimetres. Raises
+    UsageError. ISO 216: the next size is half of the sheet, rounded down to whole millimetres."""
     name = text.strip().lower()
     if name in _NAMED:
         return _NAMED[name]
@@ -42,7 +40,7 @@ def parse_paper(text: str) -> tuple[float, float]:
 
 
 def sheet_pixels(paper: str, dpi: float, *, landscape: bool = False, bleed_mm: float = 0.0) -> tuple[int, int]:
-    """(width, height) in pixels of a sheet with `bleed_mm` beyond each edge. Raises UsageError."""
+    """(width, height) in pixels of a sheet with `bleed_mm` added at each edge. Raises UsageError."""
     width, height = parse_paper(paper)
     if landscape:
         width, height = max(width, height), min(width, height)

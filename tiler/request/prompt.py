@@ -33,7 +33,7 @@ _PIECE = re.compile(r"\\[()\[\]\\]|[\\()\[\]:]|[^\\()\[\]:]+")
 
 
 class Tag(NamedTuple):
-    """`<kind:first:second…>` of a prompt, like `<lora:NAME:0.8>`: its parts between colons."""
+    """A `<kind:first:second…>` tag of a prompt, like `<lora:NAME:0.8>`, split at its colons."""
 
     kind: str
     arguments: tuple[str, ...]
@@ -43,14 +43,14 @@ class Tag(NamedTuple):
 
 
 class Fragment(NamedTuple):
-    """A run of text of one weight, 1 where nothing was said."""
+    """A run of text with one weight (default 1)."""
 
     text: str
     weight: float = 1.0
 
 
 class Switch(NamedTuple):
-    """`[before:after:when]`; `when` counts steps, or is a share of them."""
+    """`[before:after:when]`; `when` is a number of steps, or a share of them."""
 
     before: Text
     after: Text
@@ -59,7 +59,7 @@ class Switch(NamedTuple):
 
 
 class Turns(NamedTuple):
-    """`[a|b|…]`: one option a step, by turns."""
+    """`[a|b|…]`: the options alternate from step to step."""
 
     options: tuple[Text, ...]
 
@@ -69,25 +69,22 @@ Text = tuple[Union[str, "Switch", "Turns"], ...]
 
 
 class SubPrompt(NamedTuple):
-    """One of the prompts that AND joins, and its share in the guidance."""
+    """One of the prompts that AND joins, and its factor in the guidance."""
 
     text: Text
     factor: float = 1.0
 
 
 class Stage(NamedTuple):
-    """What a schedule's `when` counts in: the `steps` of the guide or of the canvas, `before` which `guide_steps` were
-    made of the whole picture; 0 where no guide comes first."""
+    """The stage whose `steps` a schedule's `when` counts: the guide or the canvas. `guide_steps` is the number of guide
+    steps before this stage, 0 without a guide."""
 
     steps: int
     guide_steps: int = 0
 
     def begun(self, switch: Switch) -> int:
-        """The step of this stage, from 0 to `steps`, at which `switch` changes.
-
-        Shares above 1 are those of the canvas, after a guide, as are steps beyond the guide's: for 1.5 half of its
-        steps.
-        """
+        """The step of this stage, from 0 to `steps`, at which `switch` changes. After a guide, shares above 1 and steps
+        beyond the guide's refer to the canvas: 1.5 means half of the canvas's steps."""
         if switch.share:
             at = (switch.when - (1 if self.guide_steps else 0)) * self.steps
         else:
@@ -96,29 +93,29 @@ class Stage(NamedTuple):
 
 
 class ParsedPrompt(NamedTuple):
-    """A prompt without its tags, split at AND; at least one."""
+    """A prompt without its tags, split at AND into at least one part."""
 
     prompts: tuple[SubPrompt, ...]
     tags: tuple[Tag, ...]
 
 
 def parse_prompt(text: str, *, splits: bool = True) -> ParsedPrompt:
-    """A whole prompt. Without `splits`, as for negative prompts, AND is a word. Every text is a prompt: what is no
-    syntax is text."""
+    """Parse a complete prompt. Without `splits`, as for negative prompts, AND is an ordinary word. Every text is a
+    valid prompt: anything that is not syntax is text."""
     text, tags = cut_tags(text)
     parts = split_prompts(text) if splits else ((text, 1.0),)
     return ParsedPrompt(tuple(SubPrompt(parse_schedule(part), factor) for part, factor in parts), tags)
 
 
 def cut_tags(text: str) -> tuple[str, tuple[Tag, ...]]:
-    """The text without its tags, and these, in order."""
+    """Return the text without its tags, and the tags in order."""
     tags = tuple(Tag(kind, tuple(rest.split(":"))) for kind, rest in _TAG.findall(text))
     return _TAG.sub("", text), tags
 
 
 def split_prompts(text: str) -> tuple[tuple[str, float], ...]:
-    """(text, factor) of each prompt that AND joins. A factor is what stands behind a colon at the end of each, 1
-    without; in a prompt alone a colon is text."""
+    """Return (text, factor) for each prompt that AND joins. The factor follows a colon at the end of a part, and is 1
+    without one; in a prompt without AND, the colon is text."""
     parts = _AND.split(text)
     if len(parts) == 1:
         return ((text, 1.0),)
@@ -132,7 +129,7 @@ def split_prompts(text: str) -> tuple[tuple[str, float], ...]:
 
 
 class _Open:
-    """A bracket that is not closed yet: what stands in it, parted at `|` and at `:`."""
+    """An open bracket and its content so far, split at `|` and at `:`."""
 
     def __init__(self, mark: str) -> None:
         self.mark = mark
@@ -144,14 +141,14 @@ class _Open:
         self.parts[-1].append(item)
 
     def written(self) -> list[str | Switch | Turns]:
-        """What stands in it as it was written, the bracket itself first."""
+        """The bracket and its content as they were typed."""
         items: list[str | Switch | Turns] = [self.mark, *self.parts[0]]
         for separator, part in zip(self.separators, self.parts[1:], strict=True):
             items += [separator, *part]
         return items
 
     def closed(self) -> Switch | Turns | None:
-        """What a square bracket means; None where it is for emphasis."""
+        """The meaning of a square bracket; None if it is emphasis."""
         if self.mark != "[" or not self.paired or not self.separators:
             return None
         texts = [_joined(part) for part in self.parts]
@@ -166,8 +163,8 @@ class _Open:
 
 
 def parse_schedule(text: str) -> Text:
-    """What of a text changes by step; escapes and emphasis stay as they were written. Brackets without a partner, and
-    those without a number behind their last colon, are no schedules."""
+    """Parse the parts of a text that change by step; escapes and emphasis stay as typed. Unmatched brackets, and
+    brackets without a number after their last colon, are not schedules."""
     stack, end = [_Open("")], 0
     for match in _MARKS.finditer(text):
         if match.start() > end:
@@ -196,7 +193,7 @@ def parse_schedule(text: str) -> Text:
 
 
 def _joined(items: Sequence[str | Switch | Turns]) -> Text:
-    """Neighbouring strings become one; empty ones go."""
+    """Join adjacent strings, and drop empty ones."""
     joined: list[str | Switch | Turns] = []
     words: list[str] = []
     for item in (*items, None):
@@ -212,7 +209,7 @@ def _joined(items: Sequence[str | Switch | Turns]) -> Text:
 
 
 def text_at(text: Text, step: int, stage: Stage) -> str:
-    """What a text says at `step` of a stage, from 0."""
+    """The text at `step` of a stage, from 0."""
     said = []
     for item in text:
         if isinstance(item, str):
@@ -229,9 +226,9 @@ Sections = tuple[tuple[Fragment, ...], ...]
 
 
 def parse_emphasis(text: str, warn: Callable[[str], None] = lambda note: None) -> Sections:
-    """The fragments of a text and their weights; neighbours of equal weight are one. Weights of brackets in brackets
-    multiply, those of brackets that are never closed count to the end. `warn` is told of a weight that cannot be
-    one."""
+    """Split a text into fragments with weights; adjacent fragments of equal weight are merged. Weights of nested
+    brackets multiply, and an unclosed bracket extends to the end. `warn` is called with the text of a weight that is
+    not a valid number."""
     sections: list[list[Fragment]] = [[]]
     # Where the brackets now open begin: (section, fragment).
     opened: dict[str, list[tuple[int, int]]] = {"(": [], "[": []}
@@ -283,7 +280,7 @@ def parse_emphasis(text: str, warn: Callable[[str], None] = lambda note: None) -
 
 
 def _number(text: str) -> float | None:
-    """None for what is no number, or too large a one."""
+    """Parse a number; None if the text is not a number or the number is too large."""
     try:
         number = float(text)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Regions: rectangles of the canvas with prompts of their own, from keywords or a TOML file."""
+"""Regions: rectangles of the canvas with their own prompts, given by keywords or a TOML file."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from tiler.request.choices import MAX_SEED, PIXEL_STEP, Mask, within
 
 @dataclass(frozen=True, kw_only=True)
 class Region:
-    """A rectangle of the canvas with a prompt of its own. `rows` and `cols` are (first, past-the-last) canvas
-    pixels."""
+    """A rectangle of the canvas with its own prompt. `rows` and `cols` are (first, last + 1) in canvas pixels."""
 
     prompt: str
     rows: tuple[int, int]
@@ -46,7 +45,7 @@ class Region:
 
 
 def read_regions(path: Path) -> tuple[str | None, tuple[Region, ...]]:
-    """The top-level prompt (None when absent) and the [[region]] tables of a TOML file. Raises UsageError."""
+    """Read the top-level prompt (None if absent) and the [[region]] tables of a TOML file. Raises UsageError."""
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:

@@ -1,5 +1,4 @@
-"""What a request says at each step: its prompts, parsed, and the texts that are to be encoded. Pure, like the
-grammar."""
+"""The prompts of a request at each step, parsed, and the texts that have to be encoded. Pure, like the grammar."""
 
 from __future__ import annotations
 
@@ -16,8 +15,8 @@ LORA_TAGS = frozenset({"lora", "lyco"})
 
 
 class Said(NamedTuple):
-    """The texts of one condition at a step: what AND joins, each with its factor, and the negative prompt, None where
-    none was given."""
+    """The texts of one condition at a step: the prompts that AND joins, each with its factor, and the negative prompt,
+    or None if none was given."""
 
     prompts: tuple[tuple[str, float], ...]
     negative: str | None
@@ -28,45 +27,46 @@ class Said(NamedTuple):
 
 
 class Condition(NamedTuple):
-    """A prompt and its negative prompt, None where none was given."""
+    """A prompt and its negative prompt, or None if none was given."""
 
     prompts: tuple[SubPrompt, ...]
     negative: Text | None
 
     def at(self, step: int, stage: Stage) -> Said:
-        """What it says at `step` of a stage, from 0."""
+        """The texts at `step` of a stage, from 0."""
         negative = None if self.negative is None else text_at(self.negative, step, stage)
         return Said(tuple((text_at(p.text, step, stage), p.factor) for p in self.prompts), negative)
 
 
 class Wording(NamedTuple):
-    """The conditions of a stage, in the order in which tiles number them."""
+    """The conditions of a stage, in the order of the tiles' condition numbers."""
 
     conditions: tuple[Condition, ...]
     stage: Stage
     negatives: bool = True
 
     def at(self, step: int) -> tuple[Said, ...]:
-        """Of `step` of the stage, from 0. Where a family takes no negative prompts, the prompt stands for them: nothing
-        more is encoded."""
+        """The texts of all conditions at `step`, from 0. For a family without negative prompts, the prompt takes their
+        place, so nothing more is encoded."""
         said = [condition.at(step, self.stage) for condition in self.conditions]
         return tuple(said if self.negatives else (one._replace(negative=one.prompts[0][0]) for one in said))
 
     def texts(self) -> Iterator[str | None]:
-        """All that is said at any step, some of it more than once."""
+        """All texts of all steps; some may repeat."""
         for step in range(self.stage.steps):
             for said in self.at(step):
                 yield from said.texts
 
 
 def guide_conditions(request: RenderRequest) -> tuple[Condition, ...]:
-    """Of the guide: the prompt. Raises UsageError, as all of these do, for prompts that cannot be read."""
+    """The conditions of the guide: the prompt alone. Like the functions below, raises UsageError for prompts that
+    cannot be parsed."""
     assert request.prompt is not None
     return (_condition(request.prompt, request.negative_prompt),)
 
 
 def canvas_conditions(request: RenderRequest) -> tuple[Condition, ...]:
-    """Of the canvas: the prompt, or the one for the canvas alone, and those of the regions."""
+    """The conditions of the canvas: the prompt or the canvas prompt, then those of the regions."""
     prompt = request.prompt if request.canvas_prompt is None else request.canvas_prompt
     pairs = [] if prompt is None else [(prompt, request.negative_prompt)]
     for region in request.regions:
@@ -85,8 +85,8 @@ def _condition(prompt: str, negative: str | None) -> Condition:
 
 
 def tags_of(request: RenderRequest) -> tuple[Tag, ...]:
-    """The tags of the prompt, and those that only the one for the canvas has, in order: <lora:…> and <lyco:…>. Raises
-    UsageError for tags of other kinds, and for those of a region or a negative prompt: weights are the same
+    """The <lora:…> and <lyco:…> tags of the prompt, followed by those that only the canvas prompt has. Raises
+    UsageError for tags of other kinds, and for tags in a region or a negative prompt, because LoRAs change the weights
     everywhere."""
     found = list(parse_prompt(request.prompt or "").tags)
     for tag in parse_prompt(request.canvas_prompt or "").tags:
@@ -108,13 +108,13 @@ def tags_of(request: RenderRequest) -> tuple[Tag, ...]:
 
 
 def may_be_long(text: str | None) -> bool:
-    """Whether a text may take more than one chunk of CLIP."""
+    """Whether a text may need more than one CLIP chunk."""
     return text is not None and not (text.isascii() and len(text) <= CHUNK_TOKENS and "BREAK" not in text)
 
 
 def most_chunks(texts: Sequence[str | None], most: int) -> int:
-    """At least the chunks of the longest text, but `most`, without a tokenizer: a token has two letters or more of
-    English, and of other scripts a byte or more."""
+    """An upper bound on the CLIP chunks of the longest text, at most `most`, found without a tokenizer: a token has at
+    least two English letters, or one byte of other scripts."""
     chunks = 1
     for text in filter(may_be_long, texts):
         assert text is not None

@@ -1,1 +1,1 @@
-"""Where tensors come from. Knows nothing of what a layer means."""
+"""Reads tensors from files. Knows nothing of what a layer means."""

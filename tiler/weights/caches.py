@@ -1,5 +1,5 @@
-"""What tiler keeps to be quicker next time: int8 weights, encoded prompts, hashes of files, CLIP's vocabulary. All of
-it can be made again. Only files that tiler itself named are looked at, whatever else lies in the folder."""
+"""The files that tiler keeps to be faster next time: int8 weights, encoded prompts, file hashes, CLIP's vocabulary. All
+of them can be created again. Only files with names of tiler's own are touched, whatever else the folder contains."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ DAY = 24 * 3600
 
 @dataclass(frozen=True, kw_only=True)
 class Cached:
-    """A file of a cache. `used_days`: since it was last read or written; `stale`: why it is of no use, "" where it may
-    be."""
+    """A cached file. `used_days`: days since it was last read or written; `stale`: the reason why it is useless, "" if
+    it is not."""
 
     kind: str
     path: Path
@@ -34,7 +34,7 @@ class Cached:
 
 
 def list_cached(folder: Path | None) -> list[Cached]:
-    """Everything that is kept: in `folder`, that of --cache-dir, or among the user's caches."""
+    """All cached files: in `folder`, that of --cache-dir, or in the user's cache folder."""
     home = cache_home() / "tiler"
     packed, prompts = (home / "packed", home / "prompts") if folder is None else (folder, folder / "prompts")
     found = [*_files("int8 weights", packed), *_files("encoded prompts", prompts)]
@@ -72,7 +72,7 @@ def _cached(kind: str, path: Path, stale: str = "") -> Cached:
 
 
 def remove(files: list[Cached]) -> int:
-    """Delete them; how many bytes that frees. Raises StorageError."""
+    """Delete the files, and return the number of bytes freed. Raises StorageError."""
     freed = 0
     for file in files:
         try:

@@ -1,9 +1,9 @@
-"""What a LoRA and its kin add to a weight, row by row: a piece of a weight is changed where it was read, and no
-difference is ever made whole.
+"""The changes that a LoRA or one of its variants makes to a weight, row by row: each piece of a weight is changed after
+it was read, and the complete difference never exists.
 
 Formulas: LoRA, Hu et al. 2021 (arXiv:2106.09685); LoHa, LoKr and Tucker, Yeh et al. 2023 (arXiv:2309.14859); DoRA, Liu
-et al. 2024 (arXiv:2402.09353). All in fp32; factors are read when they are needed and let go with the weight that they
-change.
+et al. 2024 (arXiv:2402.09353). All in fp32; factors are read when they are needed and released with the weight that
+they change.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _LANES = 16  # columns of a product: of 36 or 40 MKL computes some in another or
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Magnitude:
-    """DoRA's norms: of each row, or of each input over all rows."""
+    """DoRA's norms, of each row or of each input over all rows."""
 
     info: TensorInfo
     of_rows: bool
@@ -39,8 +39,8 @@ class Magnitude:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Change:
-    """The difference that one file makes to one parameter, `strength` times. Rows [first, first + rows) of it are the
-    parameter's rows; `scale` is alpha / rank."""
+    """The difference that one file adds to one parameter, multiplied by `strength`. Rows [first, first + rows) of the
+    difference are the parameter's rows; `scale` is alpha / rank."""
 
     kind: Kind
     tensors: Mapping[Slot, TensorInfo]
@@ -52,23 +52,23 @@ class Change:
 
     @property
     def infos(self) -> list[TensorInfo]:
-        """Everything that is read of it."""
+        """All tensors that the change reads."""
         return [*self.tensors.values(), *([] if self.magnitude is None else [self.magnitude.info])]
 
     @property
     def rank(self) -> int | None:
-        """Of one that can be a path of low rank beside the weight."""
+        """The rank of a change that can be computed as a low-rank path beside the weight."""
         return self.tensors[Slot.DOWN].shape[0] if self.kind is Kind.LORA and self.magnitude is None else None
 
     @property
     def flops_of_weight(self) -> int:
-        """What making a number of the difference takes, about: two for each multiply-add."""
+        """The approximate cost of one element of the difference, two operations for each multiply-add."""
         ranks = [self.tensors[slot].shape[0] for slot in (Slot.DOWN, Slot.W1_B, Slot.W2_B) if slot in self.tensors]
         return 2 * sum(ranks) + 2
 
     @property
     def factor_elements(self) -> int:
-        """What is in memory while the parameter is changed, in numbers."""
+        """The number of elements that are in memory while the parameter is changed."""
         if self.kind is Kind.FULL:
             return STEP_ELEMENTS
         sides = {slot: info.shape for slot, info in self.tensors.items()}
@@ -87,22 +87,21 @@ Changes = Mapping[str, Sequence[Change]]
 
 
 def rank_beside(changes: Iterable[Change]) -> int:
-    """The rank of the path beside a weight for all `changes` that can be one, with the zeros that fill it up; 0 for
-    none."""
+    """The rank of the path beside a weight for all `changes` that can be one, including zero padding; 0 for none."""
     rank = sum(change.rank or 0 for change in changes)
     return rank + -rank % _LANES
 
 
 class LowRank(NamedTuple):
-    """A path of low rank beside a weight (outputs, inputs, *taps): `load` reads `down` (rank, inputs, *taps) and `up`
-    (outputs, rank), fp32, strengths and scales in it."""
+    """A low-rank path beside a weight (outputs, inputs, *taps): `load` reads `down` (rank, inputs, *taps) and `up`
+    (outputs, rank), fp32, with strengths and scales applied."""
 
     rank: int
     load: Callable[[], tuple[Tensor, Tensor]]
 
 
 class Factors:
-    """Reads tensors of LoRA files, whole or by rows. A context: files are open while it lasts."""
+    """Reads tensors of LoRA files, complete or by rows. A context manager that keeps the files open."""
 
     def __init__(self, paths: Iterable[Path]) -> None:
         """Raises ModelError."""
@@ -121,7 +120,7 @@ class Factors:
         self._fds.clear()
 
     def whole(self, info: TensorInfo) -> Tensor:
-        """A tensor in fp32. Raises NumericalError where it holds NaN or Inf."""
+        """A complete tensor in fp32. Raises NumericalError if it contains NaN or Inf."""
         return self.rows(info, 0, info.shape[0] if info.shape else 1)
 
     def rows(self, info: TensorInfo, first: int, last: int) -> Tensor:
@@ -148,7 +147,8 @@ Rows = Callable[[int, int], Tensor]
 
 
 def low_rank_factors(change: Change, read: Factors) -> tuple[Tensor, Tensor]:
-    """`down` (rank, inputs, *taps) and `up` (outputs, rank) of a change that has a rank, strength and scale in `up`."""
+    """`down` (rank, inputs, *taps) and `up` (outputs, rank) of a change that has a rank, with strength and scale in
+    `up`."""
     tensors, rank = change.tensors, change.tensors[Slot.DOWN].shape[0]
     up = read.rows(tensors[Slot.UP], change.first, change.first + change.rows).view(change.rows, rank)
     down = read.whole(tensors[Slot.DOWN])
@@ -158,7 +158,7 @@ def low_rank_factors(change: Change, read: Factors) -> tuple[Tensor, Tensor]:
 
 
 def _difference(change: Change, read: Factors) -> Rows:
-    """The rows of the difference that count for the parameter, `scale` times."""
+    """The rows of the difference that apply to the parameter, multiplied by `scale`."""
     tensors, scale, offset = change.tensors, change.scale, change.first
     if change.kind is Kind.FULL:
         info = tensors[Slot.DIFF]
@@ -206,7 +206,7 @@ def _product(a: Tensor, b: Tensor) -> Rows:
 
 class Merger:
     """Adds changes to pieces of parameters. `inputs_squared(name, rows)` gives the sum of squares, (inputs,) fp64, of
-    each input over the whole parameter plus what `rows` adds to it."""
+    each input over the complete parameter, with `rows` added to it."""
 
     def __init__(self, changes: Changes, inputs_squared: Callable[[str, Rows], Tensor]) -> None:
         self.changes = changes
@@ -221,7 +221,7 @@ class Merger:
         self._rows.clear()
 
     def low_rank(self, name: str, first: int, outputs: int) -> LowRank | None:
-        """The path of low rank beside outputs [first, first + outputs) of a weight, all files' together."""
+        """The combined low-rank path of all files beside outputs [first, first + outputs) of a weight."""
         some = [change for change in self.changes.get(name, ()) if change.rank]
         if not some:
             return None
@@ -238,7 +238,7 @@ class Merger:
         return LowRank(rank, load)
 
     def add(self, name: str, first: int, out: Tensor) -> None:
-        """Change `out`, which is the parameter from row `first` on, (rows, *rest) fp32, in place."""
+        """Add the changes in place to `out`, the parameter's rows from `first` on, (rows, *rest) fp32."""
         changes = self.changes.get(name)
         if not changes:
             return
@@ -260,7 +260,7 @@ class Merger:
     def _added(
         self, change: Change, number: int, name: str, rows: Rows, first: int, last: int, weight: Tensor
     ) -> Tensor:
-        """What is added to the unchanged rows [first, last) of the weight."""
+        """The sum that is added to rows [first, last) of the unchanged weight."""
         difference = rows(first, last)
         if change.magnitude is None:
             return difference.mul_(change.strength)

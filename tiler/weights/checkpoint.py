@@ -1,8 +1,5 @@
-"""Find a checkpoint: the embedded one, a folder in diffusers layout, a single file, or a hub id in huggingface_hub's
-own cache.
-
-Reads JSON and safetensors only; a pickle is refused. Knows file names, not what the parts do.
-"""
+"""Find a checkpoint: the embedded model, a folder in diffusers layout, a single file, or a hub id in huggingface_hub's
+own cache. Reads only JSON and safetensors, and refuses pickles. Knows file names, but not the purpose of the parts."""
 
 from __future__ import annotations
 
@@ -33,8 +30,8 @@ QUANTO_MAP = "quanto_qmap.json"  # which modules optimum-quanto quantised, and h
 
 @dataclass(frozen=True, kw_only=True)
 class PartSource:
-    """A part that is no folder of the checkpoint: its config, and where its parameters lie, in files of any kind.
-    `label` says for people where it comes from, and by what that was decided."""
+    """A part that is not a folder of the checkpoint: its config, and the location of its parameters in files of any
+    kind. `label` tells people where it comes from and why."""
 
     config: Mapping[str, Any]
     index: Mapping[str, TensorInfo] = field(default_factory=dict)
@@ -43,8 +40,8 @@ class PartSource:
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A folder in diffusers layout, or a single `file` in `folder`, whose parts have `sources` once it was looked into.
-    `variant` is the preferred flavour of weight files ("fp16"). `notes` tell of what a user might not expect."""
+    """A folder in diffusers layout, or a single `file` in `folder`; after its parts were found, they have `sources`.
+    `variant` is the preferred flavour of weight files ("fp16"). `notes` report surprises to the user."""
 
     name: str
     folder: Path
@@ -60,16 +57,16 @@ class Checkpoint:
     def with_sources(
         self, sources: Mapping[str, PartSource], tokenizers: Mapping[str, Path], notes: tuple[str, ...]
     ) -> Checkpoint:
-        """This checkpoint, its parts found, and more notes."""
+        """This checkpoint with sources for its parts, and more notes."""
         sources, tokenizers = {**self.sources, **sources}, {**self.tokenizers, **tokenizers}
         return replace(self, sources=sources, tokenizers=tokenizers, notes=(*self.notes, *notes))
 
     def has(self, part: str) -> bool:
-        """Whether there is such a part."""
+        """Whether the part exists."""
         return part in self.sources or (self.file is None and (self.folder / part).is_dir())
 
     def has_weights(self, part: str) -> bool:
-        """Whether a part's config and weights are there."""
+        """Whether the part's config and weights exist."""
         if part in self.sources:
             return True
         try:
@@ -78,7 +75,7 @@ class Checkpoint:
             return False
 
     def tokenizer(self, part: str) -> Path:
-        """The folder of a tokenizer's files."""
+        """The folder with a tokenizer's files."""
         return self.tokenizers.get(part, self.folder / part)
 
     def config(self, part: str, file: str = "config.json") -> dict[str, Any]:
@@ -88,8 +85,7 @@ class Checkpoint:
         return read_json(self.folder / part / file)
 
     def weights(self, part: str) -> dict[str, TensorInfo]:
-        """The index of one part's weight files, of which a quantised weight is one tensor (layouts.py). Raises
-        ModelError."""
+        """The index of one part's weight files; a quantised weight is one tensor (layouts.py). Raises ModelError."""
         if part in self.sources:
             return dict(self.sources[part].index)
         folder = self.folder / part
@@ -114,8 +110,8 @@ def resolve(
     folders: Sequence[Path] = (),
     reads_text: bool = True,
 ) -> Checkpoint:
-    """`mini`, a folder, a file, the name of a model in `folders`, or a hub id → Checkpoint. Where no prompt is to be
-    encoded, its text encoders need not be there. Raises ModelError, OfflineError, StorageError."""
+    """Find the checkpoint for `mini`, a folder, a file, the name of a model in `folders`, or a hub id. If no prompt has
+    to be encoded, its text encoders may be missing. Raises ModelError, OfflineError, StorageError."""
     return replace(_resolve(model, variant, revision, folders, reads_text=reads_text), reads_text=reads_text)
 
 
@@ -146,7 +142,7 @@ def _resolve(
 
 
 def _not_found(model: str, folders: Sequence[Path]) -> str:
-    """What to do about a model that is not there."""
+    """Advice about a model that does not exist."""
     if "/" in model or not folders:
         hint = "" if folders else "; $TILER_MODEL_DIRS or --model-dir names folders to look in"
         return (
@@ -161,7 +157,7 @@ def _not_found(model: str, folders: Sequence[Path]) -> str:
 
 
 def resolve_part(model: str) -> Checkpoint:
-    """A folder or hub id that holds a single model, config.json beside its weights. Raises ModelError, OfflineError,
+    """Find a folder or hub id with a single model, config.json beside its weights. Raises ModelError, OfflineError,
     StorageError."""
     path = expand(model)
     if path.is_dir():
@@ -191,7 +187,7 @@ def _checkpoint(name: str, folder: Path, variant: str | None, repository: str | 
 
 
 def _addition(folder: Path) -> str | None:
-    """What the folder holds if that is no model of pictures but something that changes one."""
+    """The kind of add-on in the folder (LoRA, ControlNet and so on), if it is not a model that makes pictures."""
     names = names_in(folder)
     if "adapter_config.json" in names or any("lora" in name.lower() for name in names if name.endswith(WEIGHTS)):
         return "a LoRA"
@@ -203,7 +199,7 @@ def _addition(folder: Path) -> str | None:
 
 
 def _notes(name: str, folder: Path, variant: str | None) -> list[str]:
-    """Of the parts whose weights are there. Raises ModelError where none of them has the asked variant."""
+    """Notes on the parts with weights. Raises ModelError if none of them has the requested variant."""
     parts = [part for part, weighted in hub.parts_of(read_json(folder / hub.INDEX)).items() if weighted]
     names = {part: here for part in parts if flavours(here := names_in(folder / part))}
     lacking = [part for part, here in names.items() if variant and variant not in flavours(here)]

@@ -1,7 +1,8 @@
-"""How a stored value becomes fp32: one codec for each way in which files store rows of a tensor.
+"""Decode stored values to fp32, with one codec for each way in which files store the rows of a tensor. No other module
+knows what the bytes mean.
 
-The only place that knows what bytes mean. A row is whole blocks, and a block is some values in some bytes; blocks of
-one value are plain numbers. The integer blocks are GGUF's (ggml-org/ggml, ggml-common.h describes each structure).
+A row consists of complete blocks, and a block is some values in some bytes; blocks of one value are plain numbers. The
+integer blocks are GGUF's (ggml-org/ggml, ggml-common.h describes each structure).
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ Blocks = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Codec:
-    """`name` as files say it; a block is `values` in `nbytes`. `stored` is torch's own dtype, where there is one;
-    `blocks` decodes where there is none."""
+    """`name` as in files; a block is `values` values in `nbytes` bytes. `stored` is torch's own dtype, if there is one;
+    otherwise `blocks` decodes."""
 
     name: str
     values: int = 1
@@ -34,7 +35,7 @@ class Codec:
     blocks: Blocks | None = None
 
     def row_bytes(self, elements: int) -> int:
-        """Bytes of a row of so many elements."""
+        """The bytes of a row of so many elements."""
         return -(-elements // self.values) * self.nbytes
 
     def decode(self, raw: Tensor, out: Tensor) -> None:
@@ -140,7 +141,7 @@ def _q6_k(b: Tensor) -> Tensor:
 
 @cache
 def _codebook() -> Tensor:
-    """The 16 values of IQ4, from the format's own library."""
+    """The 16 values of IQ4, from the gguf library."""
     from gguf.quants import IQ4_NL
 
     return torch.tensor(IQ4_NL.kvalues, dtype=torch.float32)
@@ -160,7 +161,7 @@ def _iq4_xs(b: Tensor) -> Tensor:
 
 @cache
 def _table(dtype: torch.dtype) -> Tensor:
-    """What each of 256 bytes means: four times as fast as torch's own cast."""
+    """The value of each of 256 bytes; a lookup is four times as fast as torch's own cast."""
     return torch.arange(256, dtype=torch.uint8).view(dtype).float()
 
 

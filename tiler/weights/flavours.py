@@ -1,6 +1,6 @@
-"""Which weight files of one part are read. A folder may hold several flavours of them, whole or in shards.
+"""Choose the weight files of one part. A folder may hold several flavours, each in one file or in shards.
 
-A flavour ("fp16", "bf16", "non_ema"; "" is the plain one) is what diffusers calls a variant, and stands in the file's
+A flavour ("fp16", "bf16", "non_ema"; "" is the plain one) is what diffusers calls a variant, and is part of the file's
 name.
 """
 
@@ -24,7 +24,7 @@ WEIGHTS = (".safetensors", *PICKLES)
 
 
 def refuse_pickle(path: Path) -> None:
-    """Raises ModelError for a file whose ending is a pickle's."""
+    """Raise ModelError for a file with a pickle's ending."""
     if path.suffix in PICKLES:
         raise ModelError(f"{path}: a pickle can run code when it is opened; tiler reads safetensors and GGUF files")
 
@@ -39,7 +39,7 @@ COPY = "copy it there, or download the model again"  # what to do about a missin
 
 @dataclass(frozen=True, kw_only=True)
 class PartFiles:
-    """The files that one part's weights are read from. `note` says what a user might not expect of the choice."""
+    """The files that one part's weights are read from. `note` reports a surprising choice to the user."""
 
     flavour: str
     files: tuple[Path, ...]
@@ -66,26 +66,26 @@ def read_json(path: Path, most_bytes: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
 
 
 def flavour_of(name: str) -> str | None:
-    """The flavour of a weight file or of an index of shards, None for every other name."""
+    """The flavour of a weight file or of an index of shards; None for any other name."""
     found = _FILE.fullmatch(name) or _INDEX.fullmatch(name)
     return None if found is None else found["flavour"] or found["old"] or ""
 
 
 def flavours(names: Iterable[str]) -> set[str]:
-    """The flavours that a part's folder holds."""
+    """The flavours in a part's folder."""
     return {flavour for name in names if (flavour := flavour_of(name)) is not None}
 
 
 def choose_flavour(names: Iterable[str], variant: str | None) -> str | None:
-    """The flavour to read: the asked one, else plain (as diffusers does where a part lacks it), else fp16; where none
-    was asked for, fp16 before plain. None when the folder has neither."""
+    """The flavour to read: the requested one, else plain (diffusers does this for a part without it), else fp16; if
+    none was requested, fp16 before plain. None if the folder has neither."""
     there = flavours(names)
     order = [variant, "", "fp16"] if variant else ["fp16", ""]
     return next((flavour for flavour in order if flavour in there), None)
 
 
 def names_in(folder: Path) -> list[str]:
-    """The names in a folder, sorted; none where it cannot be listed."""
+    """The names in a folder, sorted; empty if it cannot be listed."""
     try:
         return sorted(os.listdir(folder))
     except OSError:
@@ -93,8 +93,7 @@ def names_in(folder: Path) -> list[str]:
 
 
 def nothing_to_read(where: str, names: Iterable[str], variant: str | None, fetch: str = "") -> ModelError:
-    """The error for a part without weights that can be read. `where` is its folder; `fetch` says how they can be
-    had."""
+    """The error for a part without readable weights. `where` is its folder; `fetch` says how to get them."""
     names, there = list(names), sorted(flavours(names))
     if there:
         return ModelError(f"{where}: the weights are of variant {', '.join(there)}; give --variant {there[0]}")
@@ -108,7 +107,7 @@ def nothing_to_read(where: str, names: Iterable[str], variant: str | None, fetch
 
 
 def find_weights(folder: Path, variant: str | None, fetch: str = "") -> PartFiles:
-    """The weight files of the part in `folder`. `fetch` says how a missing shard can be had. Raises ModelError."""
+    """The weight files of the part in `folder`. `fetch` says how to get a missing shard. Raises ModelError."""
     names = names_in(folder)
     flavour = choose_flavour(names, variant)
     if flavour is None:
@@ -139,7 +138,7 @@ def _is_shard(name: str) -> bool:
 
 
 def _shards(folder: Path, index: str, fetch: str) -> list[Path]:
-    """The files that an index names. Raises ModelError, also where one of them is missing."""
+    """The files that an index names. Raises ModelError, also if one of them is missing."""
     shards = read_json(folder / index, MAX_INDEX_BYTES).get("weight_map", {})
     values = list(shards.values()) if isinstance(shards, dict) else []
     if not values or not all(isinstance(f, str) and f not in ("", "..") and Path(f).name == f for f in values):

@@ -1,8 +1,8 @@
-"""The index of a GGUF file, read with bounds: nothing of the file is mapped, and no size it states is believed.
+"""Read the index of a GGUF file within bounds: nothing of the file is mapped, and the sizes that it states are checked.
 
 Format: magic, version, counts of tensors and of keys; the keys; name, sides (fastest first), type and offset of each
-tensor; the data, aligned (ggml-org/ggml, docs/gguf.md). ComfyUI-GGUF flattens tensors whose rows are no whole blocks
-and says their true shape in `comfy.gguf.orig_shape.NAME` (city96/ComfyUI-GGUF, tools/convert.py).
+tensor; the data, aligned (ggml-org/ggml, docs/gguf.md). ComfyUI-GGUF flattens tensors whose rows are not complete
+blocks, and stores their shape in `comfy.gguf.orig_shape.NAME` (city96/ComfyUI-GGUF, tools/convert.py).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class GgufFile(NamedTuple):
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether the file begins as GGUF files do. Raises ModelError."""
+    """Whether the file starts with GGUF's magic number. Raises ModelError."""
     fd = open_regular(path)
     try:
         return os.pread(fd, 4, 0) == MAGIC

@@ -1,7 +1,6 @@
-"""How rows become fp32 whose values have 4 bits and whose groups have factors of their own, in tensors beside them.
+"""Decode rows of 4-bit values whose groups have factors in separate tensors.
 
-`columns` are what was read of some rows: their own bytes, then those of each tensor beside them, (rows, bytes) uint8
-each.
+`columns` are the bytes of some rows: their own, then those of each tensor beside them, (rows, bytes) uint8 each.
 """
 
 from __future__ import annotations
@@ -20,12 +19,12 @@ QINT4, FOUR_BITS = "QINT4", "4 bits of a table"
 
 
 def is_read(info: TensorInfo) -> bool:
-    """Whether tiler knows how this tensor is stored."""
+    """Whether tiler can read the format of this tensor."""
     return info.dtype in CODECS or info.dtype in _DECODERS
 
 
 def decode_rows(info: TensorInfo, first: int, columns: Sequence[Tensor], out: Tensor) -> None:
-    """Fill `out`, fp32 rows from `first` on."""
+    """Fill `out` with fp32 rows from `first` on."""
     decode, step = _DECODERS[info.dtype], max(1, CHUNK_ELEMENTS // math.prod(out.shape[1:]))
     begin = 0
     for place in info.places(first, first + len(out)):
@@ -53,8 +52,8 @@ def _table(values: array[float]) -> Tensor:
 
 
 def _qint4(info: TensorInfo, place: Source, columns: Sequence[Tensor]) -> Tensor:
-    """optimum-quanto's: w = scale · value − shift, or scale · (value − zero) with whole zeros; the second half of a
-    weight's rows are the high bits of the first half's bytes."""
+    """optimum-quanto's format: w = scale · value − shift, or scale · (value − zero) with integer zeros; the second half
+    of a weight's rows is in the high bits of the first half's bytes."""
     values, scale = (columns[0] >> place.shift & 15).float(), _factors(columns[1], info.beside[0].dtype)
     groups = values.view(len(values), scale.shape[1], -1)
     shift, kind = columns[2], info.beside[1].dtype
@@ -64,7 +63,7 @@ def _qint4(info: TensorInfo, place: Source, columns: Sequence[Tensor]) -> Tensor
 
 
 def _of_table(info: TensorInfo, place: Source, columns: Sequence[Tensor]) -> Tensor:
-    """bitsandbytes': two values a byte, the first one in the high bits; each block is multiplied by its factor."""
+    """bitsandbytes' format: two values per byte, the first in the high bits; each block is multiplied by its factor."""
     packed, kept = columns[0], info.nested
     assert kept is not None
     values = _table(kept.table)[torch.stack([packed >> 4, packed & 15], dim=-1).flatten(1).int()]

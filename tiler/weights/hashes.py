@@ -1,5 +1,6 @@
-"""Hashes by which programs and sites name model files: AutoV2, the first ten hexadecimal digits of a file's sha256, and
-the older AutoV1, eight digits of the sha256 over 64 KiB behind the first MiB. A sha256 is computed once and kept."""
+"""Hashes by which programs and sites identify model files: AutoV2, the first ten hexadecimal digits of a file's sha256,
+and the older AutoV1, eight digits of the sha256 over 64 KiB after the first MiB. A sha256 is computed once and
+cached."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ _V1_AT, _V1_BYTES, _V1_DIGITS, _V2_DIGITS = 2**20, 2**16, 8, 10
 
 
 def auto_v2(path: Path, on_hashing: Callable[[], None] = lambda: None) -> str:
-    """The file's AutoV2 hash; `on_hashing` is called before it is read whole. Raises ModelError."""
+    """The file's AutoV2 hash; `on_hashing` is called before the complete file is read. Raises ModelError."""
     if (known := _known(path)) is not None:
         return known[:_V2_DIGITS]
     on_hashing()
@@ -42,8 +43,8 @@ def auto_v2(path: Path, on_hashing: Callable[[], None] = lambda: None) -> str:
 
 
 def is_called(path: Path, digest: str, *, compute: bool) -> bool | None:
-    """Whether a file has an AutoV1 or AutoV2 hash (or a whole sha256); None where that would have to be computed, and
-    `compute` is False. A folder has none. Raises ModelError."""
+    """Whether a file has this AutoV1 or AutoV2 hash (or complete sha256); None if the hash would have to be computed
+    and `compute` is False. A folder has none. Raises ModelError."""
     if path.is_dir():
         return None
     digest = digest.lower()
@@ -65,7 +66,7 @@ def _auto_v1(path: Path) -> str:
 
 
 def _known(path: Path) -> str | None:
-    """The sha256 that was kept of the file as it is now."""
+    """The cached sha256 of the file in its present state."""
     try:
         kept: dict[str, Any] = json.loads(_place(path).read_text())
         digest = kept.pop("sha256")
@@ -75,7 +76,7 @@ def _known(path: Path) -> str | None:
 
 
 def _state(path: Path) -> dict[str, Any]:
-    """By what a file is known again. Raises ModelError."""
+    """The properties that show whether a file has changed. Raises ModelError."""
     try:
         found = path.stat()
     except OSError as error:

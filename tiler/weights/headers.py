@@ -1,4 +1,4 @@
-"""Names and shapes of the tensors of a file, and no more: for looking into many files at once."""
+"""Names and shapes of the tensors of a file, without further checks, to look into many files quickly."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tiler.weights.index import MAX_HEADER_BYTES, open_regular
 
 
 def shapes_of(path: Path) -> dict[str, tuple[int, ...]]:
-    """Of a safetensors or GGUF file, as it says; nothing else of it is checked. Raises ModelError."""
+    """The shapes in a safetensors or GGUF file as it states them. Raises ModelError."""
     fd = open_regular(path)
     try:
         head, size = os.pread(fd, 8, 0), os.fstat(fd).st_size

@@ -1,4 +1,4 @@
-"""Checkpoints of the Hugging Face hub, in huggingface_hub's own cache; only what is needed of them is downloaded."""
+"""Checkpoints of the Hugging Face hub in huggingface_hub's own cache. Only the files that are needed are downloaded."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ _UNWRITABLE = errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT
 
 
 def parts_of(index: Mapping[str, Any], *, reads_text: bool = True) -> dict[str, bool]:
-    """From model_index.json: the folders of the parts that a picture needs, and whether each holds weights. Those that
-    encode prompts are left out where none is to be encoded."""
+    """From model_index.json: the folders of the parts that a picture needs, and whether each has weights. Text encoders
+    and tokenizers are left out if no prompt has to be encoded."""
     return {
         name: not _WEIGHTLESS.search(value[1])
         for name, value in index.items()
@@ -50,7 +50,7 @@ def is_hub_id(model: str) -> bool:
 
 def cached_repository(path: Path, revision: str | None) -> tuple[str, Path] | None:
     """For a folder in huggingface_hub's cache (`models--org--name`, its `snapshots`, or one of these): the hub id, and
-    the folder of a snapshot. None for every other folder. Raises ModelError."""
+    the folder of a snapshot. None for any other folder. Raises ModelError."""
     path = path.resolve()
     base = next((p for p in (path, *path.parents[:2]) if p.name.startswith("models--")), None)
     if base is None or not (base / "snapshots").is_dir():
@@ -71,9 +71,8 @@ def cached_repository(path: Path, revision: str | None) -> tuple[str, Path] | No
 
 
 def fetch_command(repo: str, revision: str | None, files: Iterable[str] = ()) -> str:
-    """The command that downloads `files` of a repository; without any, all that a picture may need: configs,
-    tokenizers, and the weights of every part, fp16 and plain, since nobody can know from here which of them there
-    are."""
+    """The command that downloads `files` of a repository. Without `files`: everything that a picture may need, that is
+    configs, tokenizers, and the fp16 and plain weights of every part, since it is unknown here which of them exist."""
     if files := list(files):
         what = " ".join(f"'{file}'" for file in files)
     else:
@@ -84,11 +83,9 @@ def fetch_command(repo: str, revision: str | None, files: Iterable[str] = ()) ->
 
 
 def from_hub(model: str, variant: str | None, revision: str | None, *, reads_text: bool = True) -> Path:
-    """The folder of a repository in diffusers layout: from the cache if it is complete there, else downloaded. Where no
-    prompt is to be encoded, it is complete without text encoders, and these are not downloaded.
-
-    Raises ModelError, OfflineError, StorageError.
-    """
+    """The folder of a repository in diffusers layout: from the cache if it is complete there, else downloaded. If no
+    prompt has to be encoded, text encoders are neither required nor downloaded. Raises ModelError, OfflineError,
+    StorageError."""
     cached = _cached(model, revision, INDEX)
     if cached is not None and complete(cached, variant, all_alike=variant is not None, reads_text=reads_text):
         return cached
@@ -102,7 +99,8 @@ def from_hub(model: str, variant: str | None, revision: str | None, *, reads_tex
 
 
 def single_from_hub(model: str) -> Path:
-    """The folder of a repository that holds a single model, config.json beside its weights. Raises as `from_hub`."""
+    """The folder of a repository with a single model, config.json beside its weights. Raises the same errors as
+    `from_hub`."""
     cached = _cached(model, None, "config.json")
     if cached is not None and _readable(cached, None):
         return cached
@@ -113,7 +111,7 @@ def single_from_hub(model: str) -> Path:
 
 
 def complete(folder: Path, variant: str | None, *, all_alike: bool, reads_text: bool = True) -> bool:
-    """Whether a folder has all the files of its parts; `all_alike`: the weights of each in the asked variant."""
+    """Whether a folder has all files of its parts; with `all_alike`, the weights of each in the requested variant."""
     try:
         parts = parts_of(read_json(folder / INDEX), reads_text=reads_text)
     except ModelError:
@@ -135,8 +133,8 @@ def _readable(folder: Path, variant: str | None) -> bool:
 
 
 def _cached(model: str, revision: str | None, file: str) -> Path | None:
-    """The cache's folder of a repository, if `file` is in it. Of one file, for huggingface_hub takes a folder that
-    lacks a file of the repository's list for no folder at all."""
+    """The cache folder of a repository, if `file` is in it. It is looked up by one file, because huggingface_hub does
+    not return a folder that lacks any file of the repository's list."""
     give_the_hub_a_home()
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
@@ -155,7 +153,7 @@ def _cached(model: str, revision: str | None, file: str) -> Path | None:
 
 
 def _fetch(model: str, variant: str | None, revision: str | None, state: str, *, reads_text: bool) -> Path:
-    """Download model_index.json, and then what it makes `wanted` of the files of that commit."""
+    """Download model_index.json, and then the files of the same commit that are `wanted` according to it."""
     from huggingface_hub import HfApi
 
     with _reached(model, fetch_command(model, revision), state):
@@ -196,7 +194,7 @@ def _download(model: str, revision: str | None, patterns: Iterable[str]) -> Path
 
 @contextmanager
 def _reached(model: str, command: str, state: str) -> Iterator[None]:
-    """Turn what huggingface_hub raises into an error of ours. `command` downloads elsewhere what is missing."""
+    """Turn huggingface_hub's exceptions into TilerErrors. `command` downloads the missing files elsewhere."""
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     try:

@@ -1,4 +1,4 @@
-"""Which model a folder holds, told from 1 MB of each weight file: no 2 GB are hashed on a small machine."""
+"""Identify the model in a folder by 1 MB of each weight file, because hashing 2 GB takes long on a small machine."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _SAMPLES, _SAMPLE_BYTES = 256, 4096  # of each file, evenly spaced
 
 
 def model_id(checkpoint: Checkpoint, parts: Sequence[str]) -> str:
-    """32 hexadecimal digits from the parts' configs, the scheduler's, and samples of the weight files. Names of folders
-    and files do not count: a copy elsewhere has the same id. Raises ModelError."""
+    """32 hexadecimal digits computed from the parts' configs, the scheduler's config, and samples of the weight files.
+    Names of folders and files do not count, so a copy has the same id. Raises ModelError."""
     digest = hashlib.sha256()
     if checkpoint.file is not None:
         _add(digest, checkpoint.file, "single")
@@ -42,7 +42,7 @@ def model_id(checkpoint: Checkpoint, parts: Sequence[str]) -> str:
 
 
 def _add(digest: hashlib._Hash, path: Path, label: str) -> None:
-    """The size of a file, and samples of its bytes: all of them where it is small."""
+    """Add the size of a file and samples of its bytes to a hash; small files are added completely."""
     fd = open_regular(path)
     try:
         size = os.fstat(fd).st_size

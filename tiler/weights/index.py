@@ -1,8 +1,8 @@
-"""The index of a safetensors file: validated before a byte of weights is read.
+"""The index of a safetensors file, validated before any weights are read.
 
 Format: 8 bytes little-endian header length, JSON header, tensor data (github.com/huggingface/safetensors, "Format").
-The checks are stricter than the library's in one point, duplicate names, and milder in another: bytes behind the last
-tensor, which some published files have, are never read, and `SafetensorsFile.behind` counts them.
+The checks are stricter than the library's about duplicate names, and more lenient about bytes after the last tensor,
+which some published files have: they are never read, and `SafetensorsFile.behind` counts them.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ DTYPE_BYTES = {
 
 
 class Source(NamedTuple):
-    """`rows` rows of a tensor, contiguous from byte `offset` of `path`. Of values that share their bytes with those of
-    other rows, theirs are `shift` bits up."""
+    """`rows` rows of a tensor, contiguous from byte `offset` of `path`. If their values share bytes with those of other
+    rows, they are the ones `shift` bits up."""
 
     path: Path
     offset: int
@@ -53,13 +53,14 @@ class Nested:
 
 
 class TensorInfo(NamedTuple):
-    """Where one tensor lies, and how: `dtype` names its codec (codecs.py), `nbytes` is what it takes in files. Its
-    rows, those of the first axis, stand in one place or in several; a tensor without axes is one row. One that is
-    `blocked` lies in the order of blocks.py; its shape is the weight's own once `match_index` has seen it.
+    """The location and storage of one tensor: `dtype` names its codec (codecs.py), `nbytes` is its size in files.
 
-    `scale` multiplies it: one factor, or one for each row. What lies `beside` it has as many rows, without which its
-    own cannot be decoded, and counts in `nbytes`; `nested` is what all of them need (layouts.py). One that is
-    `transposed` lies column by column of its shape, and is read as a whole."""
+    Its rows, along the first axis, are in one place or in several; a tensor without axes is one row. A `blocked` tensor
+    is stored in the order of blocks.py; its shape becomes the weight's own in `match_index`. `scale` multiplies it: one
+    factor, or one for each row. Tensors `beside` it have as many rows, are needed to decode it, and count in `nbytes`;
+    `nested` holds data that all rows need (layouts.py). A `transposed` tensor is stored column by column of its shape,
+    and is read as a whole.
+    """
 
     name: str
     dtype: str
@@ -79,20 +80,20 @@ class TensorInfo(NamedTuple):
 
     @property
     def offset(self) -> int:
-        """Where its first row begins there."""
+        """The offset of its first row in that file."""
         return self.sources[0].offset
 
     def bytes_of(self, rows: int) -> int:
-        """What so many rows take. Of rows that are no whole blocks, only numbers that are may be asked for: multiples
-        of 32 are."""
+        """The bytes of so many rows. If rows are not complete blocks, only certain counts are possible; multiples of 32
+        always are."""
         return self.nbytes * rows // max(1, self.shape[0] if self.shape else 1)
 
     def alone(self) -> TensorInfo:
-        """Without what lies beside it."""
+        """The tensor without the tensors beside it."""
         return self._replace(beside=(), nbytes=self.nbytes - sum(other.nbytes for other in self.beside))
 
     def places(self, first: int, last: int) -> list[Source]:
-        """Where rows [first, last) lie, without what is beside them."""
+        """The locations of rows [first, last), without the tensors beside it."""
         alone, found, start = self.alone(), [], 0
         for source in self.sources:
             begin, end = max(first - start, 0), min(last - start, source.rows)
@@ -102,13 +103,13 @@ class TensorInfo(NamedTuple):
         return found
 
     def reshaped(self, shape: tuple[int, ...]) -> TensorInfo:
-        """The same elements as a tensor of `shape`: axes of one element come or go."""
+        """The same elements as a tensor of `shape`, with axes of length one added or removed."""
         rows, now = (sides[0] if sides else 1 for sides in (shape, self.shape))
         sources = tuple(source._replace(rows=source.rows * rows // max(1, now)) for source in self.sources)
         return self._replace(shape=shape, sources=sources)
 
     def cut(self, first: int, last: int) -> TensorInfo:
-        """Rows [first, last) as a tensor of their own."""
+        """Rows [first, last) as a separate tensor."""
         sources, rows, scale = tuple(self.places(first, last)), last - first, self.scale
         return self._replace(
             shape=(rows, *self.shape[1:]),
@@ -132,7 +133,7 @@ def open_regular(path: Path) -> int:
 
 
 def read_into(fd: int, view: memoryview, at: int) -> bool:
-    """Fill `view` from offset `at` of a file; False when the file ends before. Raises OSError."""
+    """Fill `view` from offset `at` of a file. Returns False if the file ends too early. Raises OSError."""
     while len(view):
         done = os.preadv(fd, [view], at)
         if not done:
@@ -142,13 +143,12 @@ def read_into(fd: int, view: memoryview, at: int) -> bool:
 
 
 def read_index(path: Path) -> dict[str, TensorInfo]:
-    """The tensors of one safetensors file by name. Raises ModelError for every way the file can be bad."""
+    """The tensors of one safetensors file by name. Raises ModelError for any defect of the file."""
     return read_file(path).tensors
 
 
 class SafetensorsFile(NamedTuple):
-    """The tensors of a file by name, the texts that it says of itself, and how many bytes `behind` its last tensor are
-    not read."""
+    """The tensors of a file by name, its metadata texts, and the number of unread bytes `behind` its last tensor."""
 
     tensors: dict[str, TensorInfo]
     texts: dict[str, str]
@@ -156,7 +156,7 @@ class SafetensorsFile(NamedTuple):
 
 
 def read_file(path: Path) -> SafetensorsFile:
-    """All that a safetensors file's header tells. Raises ModelError for every way the file can be bad."""
+    """The complete content of a safetensors file's header. Raises ModelError for any defect of the file."""
     header, data_start, size = _header(path)
     tensors = _validate(path, header, data_start=data_start, size=size)
     end = max((info.offset + info.nbytes for info in tensors.values()), default=data_start)
@@ -164,15 +164,15 @@ def read_file(path: Path) -> SafetensorsFile:
 
 
 def header_bytes(header: Mapping[str, object]) -> bytes:
-    """What a safetensors file with this header begins with: its length, and the header, so long that the data are
-    aligned to 8 bytes."""
+    """The start of a safetensors file with this header: its length, and the header, padded so that the data are aligned
+    to 8 bytes."""
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The texts that a safetensors file says of itself. Raises ModelError."""
+    """The metadata texts of a safetensors file. Raises ModelError."""
     return _texts(_header(path)[0])
 
 
@@ -182,7 +182,7 @@ def _texts(header: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _header(path: Path) -> tuple[dict[str, Any], int, int]:
-    """The JSON header, where the data begin, and the file's size."""
+    """The JSON header, the offset of the data, and the file's size."""
     fd = open_regular(path)
     try:
         size = os.fstat(fd).st_size
@@ -198,7 +198,7 @@ def _header(path: Path) -> tuple[dict[str, Any], int, int]:
 
 
 def merge_indexes(paths: list[Path]) -> dict[str, TensorInfo]:
-    """One index over the shards of a checkpoint. Raises ModelError when two shards hold the same name."""
+    """One index over the shards of a checkpoint. Raises ModelError if two shards contain the same name."""
     merged: dict[str, TensorInfo] = {}
     for path in paths:
         for name, info in read_index(path).items():

@@ -45,8 +45,8 @@ _READ = "tiler reads fp16, bf16, fp8, GGUF, optimum-quanto and bitsandbytes; use
 
 
 def understood(index: Index) -> dict[str, TensorInfo]:
-    """The index with one tensor for each parameter. Raises ModelError for what is stored in ways that tiler does not
-    read, and where something belongs to a weight that is not there."""
+    """The index with one tensor for each parameter. Raises ModelError for formats that tiler does not read, and for
+    additional data of a weight that is missing."""
     _refuse(index)
     found, used = dict(index), set[str]()
     promised = _promises(index)
@@ -90,7 +90,7 @@ def check_map(folder: Path, index: Index, layers: Mapping[str, Any]) -> None:
 
 
 def in_rows(info: TensorInfo, shape: tuple[int, ...]) -> TensorInfo:
-    """A weight that is stored in groups as the rows of a parameter of `shape`, if it can be that. Raises ModelError."""
+    """A weight stored in groups, as the rows of a parameter of `shape`. Raises ModelError if it does not fit."""
     if info.dtype != QINT4 or len(info.sources) > 1 or math.prod(info.shape) != math.prod(shape):
         return info
     rows, groups = shape[0], info.shape[0]
@@ -114,8 +114,8 @@ def _refuse(index: Index) -> None:
 
 
 def _promises(index: Index) -> dict[str, str]:
-    """The format that ComfyUI's files state for each module; "" stands for all of them. Raises ModelError for one that
-    is not read."""
+    """The format that ComfyUI's files state for each module; "" stands for all modules. Raises ModelError for an
+    unsupported one."""
     found = {"": _MARKER} if any(name.endswith(_MARKER) for name in index) else {}
     eights = {info.path for info in index.values() if info.dtype in ("I8", "U8", "F8_E4M3", "F8_E5M2")}
     for path in eights:
@@ -150,8 +150,8 @@ def _format(path: Path, module: str, entry: Any) -> str:
 
 
 def _scale(index: Index, info: TensorInfo, promised: Mapping[str, str]) -> TensorInfo | None:
-    """What multiplies a tensor of 8 bits: one factor, or one for each of its rows. Raises ModelError where it must be
-    there and is not."""
+    """The scale of an 8-bit tensor: one factor, or one for each of its rows. Raises ModelError if it is required and
+    missing."""
     module = info.name.removesuffix(".weight")
     # tiler's; diffusers' and ComfyUI's newer one; ComfyUI's older one; bitsandbytes'.
     names = f"{info.name}.scale", f"{info.name}_scale", f"{module}.scale_weight", f"{module}.SCB"
@@ -195,7 +195,7 @@ def _quanto_8(index: Index, weight: str, info: TensorInfo) -> TensorInfo:
 
 
 def _quanto_4(index: Index, weight: str, info: TensorInfo) -> TensorInfo:
-    """In groups: (groups, values of one), until `in_rows` sees the parameter."""
+    """optimum-quanto's 4-bit weight as (groups, values per group), until `in_rows` gets the parameter's shape."""
     scale, shift = _need(index, f"{weight}._scale", info), _need(index, f"{weight}._shift", info)
     groups = math.prod(scale.shape)
     if info.dtype != "U8" or len(info.shape) < 2 or info.shape[0] != -(-groups // 2):
@@ -214,7 +214,7 @@ def _quanto_4(index: Index, weight: str, info: TensorInfo) -> TensorInfo:
 
 
 def _of_blocks(index: Index, weight: str, state: TensorInfo) -> TensorInfo:
-    """bitsandbytes' 4 bits."""
+    """bitsandbytes' 4-bit weight."""
     info, absmax = _need(index, weight, state), _need(index, f"{weight}.absmax", state)
     said = _object(info.path, _bytes(state).decode("utf-8", "replace"))
     shape, values = said.get("shape"), said.get("blocksize")
@@ -270,7 +270,7 @@ def _of_blocks(index: Index, weight: str, state: TensorInfo) -> TensorInfo:
 
 
 def _bytes(info: TensorInfo) -> bytes:
-    """All of a small tensor. Raises ModelError."""
+    """The bytes of a small tensor. Raises ModelError."""
     if info.nbytes > _TINY:
         raise ModelError(
             f"{info.path}: tensor {info.name!r} takes {info.nbytes} bytes, too many; the file is damaged, download it again"
@@ -285,7 +285,7 @@ def _bytes(info: TensorInfo) -> bytes:
 
 
 def _values(info: TensorInfo) -> array[float]:
-    """All of a small fp32 tensor. Raises ModelError."""
+    """The values of a small fp32 tensor. Raises ModelError."""
     raw = _bytes(info)
     if info.dtype != "F32" or len(raw) % 4:
         raise ModelError(f"{info.path}: tensor {info.name!r} is {info.dtype}; a table is F32. Download the file again")

@@ -1,4 +1,4 @@
-"""LoRA files on disk: found by name, and told apart."""
+"""Find LoRA files on disk by name, and identify them by hash."""
 
 from __future__ import annotations
 
@@ -17,9 +17,8 @@ _CHUNK = 2**20
 
 
 def find_lora(name: str, folders: Sequence[Path]) -> Path:
-    """The file of a LoRA that is told by its name: by its path in one of `folders`, by its stem there or in any folder
-    below, or by the `ss_output_name` that its trainer wrote into it. Raises ModelError, and UsageError where two files
-    have that name."""
+    """The file of a LoRA with this name: its path in one of `folders`, its stem there or in any subfolder, or the
+    `ss_output_name` that its trainer wrote into it. Raises ModelError, and UsageError if two files have that name."""
     for folder in folders:
         if not folder.is_dir():
             raise UsageError(f"--lora-dir {folder}: no such folder; check the path")
@@ -49,15 +48,15 @@ def _name_inside(path: Path) -> str | None:
 
 
 class Digests(NamedTuple):
-    """SHA-256 of a LoRA file, in hexadecimal digits: `short`, 12 of that of its tensors without the header, is what
-    A1111 calls AutoV3; `whole` is that of all of it."""
+    """SHA-256 digests of a LoRA file in hexadecimal: `short`, 12 digits of the digest of its tensors without the
+    header, is A1111's AutoV3; `whole` is the digest of the complete file."""
 
     short: str
     whole: str
 
 
 def digests_of(path: Path) -> Digests:
-    """Raises ModelError."""
+    """The digests of a file. Raises ModelError."""
     start = min((info.offset for info in read_index(path).values()), default=0)
     fd = open_regular(path)
     try:

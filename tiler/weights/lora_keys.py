@@ -1,4 +1,4 @@
-"""What the keys of a LoRA file say: which module each tensor belongs to, and what it is there.
+"""Interpret the keys of a LoRA file: the module that each tensor belongs to, and its role there.
 
 Trainers spell keys in four ways: kohya's and LyCORIS' (`lora_unet_mid_block_….lora_down.weight`), PEFT's
 (`….lora_A.weight`), and two older ones of diffusers'. Kinds and their keys: LyCORIS, docs of
@@ -17,7 +17,7 @@ from tiler.weights.index import TensorInfo
 
 
 class Slot(StrEnum):
-    """What a tensor is to its module."""
+    """The role of a tensor in its module's change."""
 
     DOWN = "down"  # LoRA, LoCon: (rank, in, *taps)
     UP = "up"  # (out, rank)
@@ -37,7 +37,7 @@ class Slot(StrEnum):
 
 
 class Kind(StrEnum):
-    """How a module's difference is made of its tensors."""
+    """How a module's difference is computed from its tensors."""
 
     LORA = "LoRA"
     LOHA = "LoHa"
@@ -46,7 +46,7 @@ class Kind(StrEnum):
 
 
 class Tensors(NamedTuple):
-    """Those of a module. `magnitude_of_rows`: its DoRA's norms are known to be those of rows, as PEFT's are."""
+    """The tensors of a module. `magnitude_of_rows`: its DoRA norms are known to be norms of rows, as in PEFT."""
 
     by_slot: dict[Slot, TensorInfo]
     keys: list[str]
@@ -87,8 +87,8 @@ _NOT_LORA: Mapping[str, str] = {
 
 
 def read_keys(path: Path, index: Mapping[str, TensorInfo]) -> tuple[dict[str, Tensors], list[str]]:
-    """The tensors of each module by its name in the file, and the keys that are no LoRA's. Raises ModelError for files
-    of other kinds."""
+    """The tensors of each module by its name in the file, and the keys that do not belong to a LoRA. Raises ModelError
+    for files of other kinds."""
     modules: dict[str, Tensors] = {}
     others = []
     for key, info in index.items():
@@ -114,8 +114,8 @@ def read_keys(path: Path, index: Mapping[str, TensorInfo]) -> tuple[dict[str, Te
 
 
 def kind_of(path: Path, name: str, tensors: Tensors) -> Kind | None:
-    """How the module's weight is changed; None where only its bias is, or nothing. Raises ModelError for tensors that
-    do not go together."""
+    """The kind of change to the module's weight; None if only its bias changes, or nothing. Raises ModelError for
+    tensors that do not fit together."""
     slots = tensors.by_slot.keys() - {Slot.ALPHA, Slot.DORA, Slot.DIFF_BIAS}
     if not slots:
         return None

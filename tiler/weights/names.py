@@ -1,9 +1,9 @@
-"""Where diffusers' parameters lie in files that name them otherwise: an index converted as diffusers converts the
+"""Map diffusers' parameter names to files that use other names, by converting an index as diffusers converts the
 tensors.
 
-diffusers' own conversion functions (loaders/single_file_utils.py) run on stand-ins, which know the rows of the files
-that they consist of. So there is no table of names here, and nothing is read. Such a function does not notice what is
-missing; whoever matches the result with a module does.
+diffusers' own conversion functions (loaders/single_file_utils.py) run on stand-ins that know which rows of the files
+they consist of. So no table of names is needed here, and nothing is read. These functions do not notice missing
+tensors; matching the result with a module does.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from tiler.weights.index import TensorInfo
 
 
 class Rows:
-    """A tensor of which only the place is known. What converters do with tensors works on its first axis: parts, `cat`,
-    `chunk`; and axes of one element may go."""
+    """A tensor of which only the location is known. It supports the operations that converters use, all along the first
+    axis: slices, `cat`, `chunk`; and axes of length one may be dropped."""
 
     def __init__(self, info: TensorInfo) -> None:
         self.info = info
@@ -92,7 +92,7 @@ def _joined(parts: Sequence[Rows], dim: int = 0) -> Rows:
 
 
 def _one_behind_the_other(parts: Sequence[TensorInfo]) -> TensorInfo:
-    """Rows of each, with the factors of each."""
+    """The concatenated rows of several tensors, each with its factors."""
     first, rows = parts[0], sum(part.shape[0] for part in parts)
     sources = tuple(source for part in parts for source in part.sources)
     scales = [part.scale for part in parts if part.scale is not None]
@@ -108,8 +108,8 @@ def _one_behind_the_other(parts: Sequence[TensorInfo]) -> TensorInfo:
 def converted(
     index: Mapping[str, TensorInfo], convert: Callable[[dict[str, Any]], Mapping[str, Any]]
 ) -> dict[str, TensorInfo]:
-    """The index that `convert`, one of diffusers' functions from a state dict to a state dict, makes of `index`. Raises
-    ModelError for a file in which that function does not find its way."""
+    """The result for `index` of `convert`, one of diffusers' functions from state dict to state dict. Raises ModelError
+    for a file that the function cannot handle."""
     try:
         found = convert({name: Rows(info) for name, info in index.items()})
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:

@@ -1,8 +1,8 @@
-"""Quantised weights in one file of tiler's own, in the order in which they are used.
+"""Quantised weights in one file of tiler's own, in the order of use.
 
-A safetensors file: each quantised tensor beside its fp32 scales, all others as they were. Its metadata says of which
-files, by which rules and in which order of values it was made; one that does not fit is made again. Knows names, dtypes
-and rows, not what they are for.
+A safetensors file with each quantised tensor beside its fp32 scales, and all other tensors unchanged. Its metadata
+record the source files, the rules and the order of values; a file that does not match is written again. Knows names,
+dtypes and rows, but not their purpose.
 """
 
 from __future__ import annotations
@@ -36,19 +36,16 @@ Quantise = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 def default_cache() -> Path:
-    """Where packed files lie unless --cache-dir says otherwise."""
+    """The folder of packed files, unless --cache-dir names another."""
     return cache_home() / "tiler" / "packed"
 
 
 def packed_index(
     cache: Path, files: dict[str, TensorInfo], rules: str, write: Callable[[Path, str, str], None], *, in_blocks: bool
 ) -> dict[str, TensorInfo]:
-    """The index of the packed file in `cache` that is made of `files` by `rules`. Where it is missing or does not fit,
-    `write(path, fingerprint, reason)` makes it first. It must have weights `in_blocks` where these are wanted; where
-    they are not, a file that has them will do.
-
-    Raises StorageError, and what `write` raises.
-    """
+    """The index of the packed file in `cache` that was made from `files` by `rules`. If it is missing or does not
+    match, `write(path, fingerprint, reason)` is called first. With `in_blocks` its weights must be in blocks; without
+    it, both orders are accepted. Raises StorageError, and the errors of `write`."""
     mark = fingerprint(files, rules)
     path = cache / f"{mark}.safetensors"
     reason = _misfit(path, mark, in_blocks)
@@ -64,8 +61,8 @@ def packed_index(
 
 
 def fingerprint(files: dict[str, TensorInfo], rules: str) -> str:
-    """Tells two sets of weight files apart by names, shapes, dtypes, sizes and 1 MB from all over each file; `rules`
-    says what else the packed values depend on."""
+    """Distinguish sets of weight files by names, shapes, dtypes, sizes and 1 MB sampled from each file; `rules` are
+    further inputs of the packed values."""
     digest = hashlib.sha256(rules.encode())
     for name, info in sorted(files.items()):
         digest.update(f"{name} {info.dtype} {info.shape}\n".encode())
@@ -82,7 +79,7 @@ def fingerprint(files: dict[str, TensorInfo], rules: str) -> str:
 
 
 def _misfit(path: Path, mark: str, in_blocks: bool) -> str | None:
-    """Why the file at `path` cannot be used, None when it can."""
+    """The reason why the file at `path` cannot be used, or None."""
     if not path.exists():
         return "there are none of this model yet"
     try:
@@ -111,10 +108,12 @@ def write_packed(
     in_blocks: frozenset[str] = frozenset(),
     changes: Changes | None = None,
 ) -> None:
-    """Write the tensors of `index` in `order`; those in `quantised` as int8, by its function, and of them those
-    `in_blocks` that divide into blocks in the order of blocks.py; others as they are stored, or in fp32 if several
-    tensors make them. `changes` of quantised ones are made first. `progress` gets the share written. Raises
-    StorageError, ModelError, NumericalError."""
+    """Write the tensors of `index` in `order`.
+
+    Tensors in `quantised` become int8 by the function given there; those that are `in_blocks` and can be divided are
+    stored in the order of blocks.py. Others stay as stored, or become fp32 if several tensors form one. `changes` are
+    applied before quantising. `progress` gets the share written. Raises StorageError, ModelError, NumericalError.
+    """
     header: dict[str, Any] = {"__metadata__": _metadata(mark, bool(in_blocks))}
     in_blocks = frozenset(name for name in in_blocks if can_block(index[name].shape))
     end = 0
@@ -153,12 +152,12 @@ def write_packed(
 
 
 def _is_decoded(info: TensorInfo) -> bool:
-    """Whether its bytes alone do not say what it is."""
+    """Whether the tensor's own bytes are not enough to decode it."""
     return info.scale is not None or bool(info.beside)
 
 
 def _checked(data: bytes, info: TensorInfo, piece: Piece) -> bytes:
-    """The stored bytes of a piece, whose values are numbers: a later message would blame the new file. Raises
+    """The stored bytes of a piece, checked for NaN and Inf, because a later message would blame the new file. Raises
     NumericalError."""
     values = torch.empty(piece.last - piece.first, *info.shape[1:])
     CODECS[info.dtype].decode(torch.frombuffer(bytearray(data), dtype=torch.uint8), values)
@@ -170,7 +169,7 @@ def _checked(data: bytes, info: TensorInfo, piece: Piece) -> bytes:
 def _stored(
     store: WeightStore, name: str, quantise: Quantise | None, scales: list[torch.Tensor], *, in_blocks: bool
 ) -> Iterator[bytes]:
-    """A tensor's bytes in the new file, in pieces; the scales of a quantised one are appended to `scales`."""
+    """A tensor's bytes for the new file, in pieces; the scales of a quantised one are appended to `scales`."""
     info, parts = store.index[name], []
     for piece in store.pieces(name):
         if quantise is None and not _is_decoded(info):

@@ -1,4 +1,4 @@
-"""Folders of the user's, also where there is no home: in a container, or under a user id that nobody knows."""
+"""The user's folders, also without a home: in a container, or under a user id without an account."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from tiler.request.settings import Kind, named_folders
 
 
 def cache_home() -> Path:
-    """Where programs keep what can be made again: $XDG_CACHE_HOME, ~/.cache, or a folder of this user's among the
-    temporary ones where no home is known."""
+    """The folder for data that can be created again: $XDG_CACHE_HOME, ~/.cache, or, without a home, a folder of this
+    user's in the temporary folder."""
     if given := os.environ.get("XDG_CACHE_HOME"):
         return Path(given)
     try:
@@ -23,14 +23,14 @@ def cache_home() -> Path:
 
 
 def hub_cache() -> Path:
-    """The folder of huggingface_hub's repositories, where that library has it by itself if there is a home."""
+    """The folder of huggingface_hub's repositories: the library's default if there is a home."""
     given = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
     home = os.environ.get("HF_HOME") or str(cache_home() / "huggingface")
     return Path(os.path.expandvars(os.path.expanduser(given or os.path.join(home, "hub"))))
 
 
 def give_the_hub_a_home() -> None:
-    """Before huggingface_hub is imported: where no home is known it would take "~" for the name of a folder."""
+    """Set a home for huggingface_hub before it is imported: without one it would create a folder named "~"."""
     try:
         Path.home()
     except RuntimeError:
@@ -38,7 +38,7 @@ def give_the_hub_a_home() -> None:
 
 
 def expand(path: str) -> Path:
-    """`path` with a leading ~ replaced. Raises UsageError where nobody's home is known by that name."""
+    """`path` with a leading ~ replaced. Raises UsageError if the home is unknown."""
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
@@ -46,8 +46,8 @@ def expand(path: str) -> Path:
 
 
 def model_folders(given: Sequence[Path] = ()) -> tuple[Path, ...]:
-    """The folders in which models and their parts are looked for by name: those `given`, else those that the
-    environment or the configuration file names. Raises UsageError for a configuration that cannot be read."""
+    """The folders in which models and their parts are found by name: those `given`, else those of the environment or
+    the configuration file. Raises UsageError for a configuration that cannot be read."""
     if given:
         return tuple(given)
     kinds = Kind.MODEL, Kind.VAE, Kind.TEXT_ENCODER

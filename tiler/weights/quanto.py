@@ -1,8 +1,8 @@
-"""One part's weights written in optimum-quanto's layout, a piece of rows at a time.
+"""Write one part's weights in optimum-quanto's layout, a few rows at a time.
 
-Formulas are optimum-quanto's (0.2.7, tensor/optimizers, library/quantize.py): of 8 bits each row is divided by its
-largest value over the format's largest; of 4 bits each group of up to 128 values lies between its least and its
-largest.
+Formulas are optimum-quanto's (0.2.7, tensor/optimizers, library/quantize.py): with 8 bits, the scale of a row is its
+largest absolute value over the format's largest; with 4 bits, each group of up to 128 values covers the range from its
+smallest to its largest.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _PIECE_ELEMENTS = 2**20  # weights at a time: 4 MB in fp32, and a few copies
 
 
 def group_of(width: int) -> int:
-    """How many of a row's `width` values of 4 bits share their factors."""
+    """The number of 4-bit values, of a row of `width`, that share their factors."""
     group = next((size for size in (128, 96, 64, 32) if width % size == 0), width)
     return group if width > 128 else width
 
@@ -59,9 +59,9 @@ def write_quanto(
     path: Path, index: Mapping[str, TensorInfo], names: frozenset[str], kind: Weights, made: str,
     progress: Callable[[int], None],
 ) -> dict[str, dict[str, str]]:  # fmt: skip
-    """Write the tensors of `index`, by parameter, under the names that they have in files; those in `names` quantised.
-    `made` says how. `progress` gets bytes as they are written. The map of optimum-quanto. Raises ModelError,
-    StorageError, NumericalError."""
+    """Write the tensors of `index`, by parameter, under the names that they have in files; those in `names` are
+    quantised. `made` is stored as a description of the process. `progress` gets bytes as they are written. Returns
+    optimum-quanto's map. Raises ModelError, StorageError, NumericalError."""
     for info in index.values():
         if info.dtype not in _PLAIN:
             raise ModelError(
@@ -84,7 +84,7 @@ def write_quanto(
 
 
 def _places(info: TensorInfo, kind: Weights | None) -> Iterator[tuple[str, str, tuple[int, ...], int]]:
-    """Name, dtype, shape and bytes of the tensors that stand for one."""
+    """Name, dtype, shape and bytes of the tensors that store one parameter."""
     name, elements = info.name, math.prod(info.shape)
     if kind is None:
         yield name, info.dtype, info.shape, info.nbytes
@@ -106,7 +106,7 @@ def _places(info: TensorInfo, kind: Weights | None) -> Iterator[tuple[str, str, 
 
 
 def _written(store: WeightStore, name: str, kind: Weights | None) -> Iterator[bytes]:
-    """The bytes of those tensors, in their order."""
+    """The bytes of these tensors, in order."""
     info, beside = store.index[name], list[tuple[Tensor, ...]]()
     if kind is None:
         for piece in store.pieces(name):

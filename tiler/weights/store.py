@@ -1,7 +1,7 @@
-"""Weights on disk, read in pieces of rows with preadv into reused buffers, cast to fp32 at the point of use.
+"""Read weights from disk in pieces of rows, with preadv into reused buffers, and cast them to fp32 at the point of use.
 
-Files are never mapped: mapped pages count as RSS, the page cache behind pread does not. A thread reads ahead along the
-order of the previous pass. Of layers it knows the names and shapes of their parameters.
+Files are never mapped: mapped pages count as RSS, the page cache behind pread does not. A thread reads ahead in the
+order of the previous pass. Of layers, only the names and shapes of their parameters are known here.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ READ_AHEAD = 1  # pieces in flight; each has a buffer of its own
 
 
 class Piece(NamedTuple):
-    """Rows [first, last) of a tensor: contiguous in the file."""
+    """Rows [first, last) of a tensor, contiguous in the file."""
 
     name: str
     first: int
@@ -41,13 +41,13 @@ class Piece(NamedTuple):
 
 
 def piece_rows(row_elements: int, piece_elements: int) -> int:
-    """Rows of a piece of about `piece_elements`: multiples of 32, at least 32, so that cuts fall between oneDNN's
-    blocks."""
+    """The number of rows in a piece of about `piece_elements` elements: a multiple of 32, at least 32, so that cuts
+    match oneDNN's blocks."""
     return max(32, piece_elements // max(1, row_elements) // 32 * 32)
 
 
 def check_dtype(info: TensorInfo, *, scaled: bool) -> None:
-    """Raises ModelError for a tensor that cannot be read: of another dtype, or int8 that is not `scaled`."""
+    """Raise ModelError for a tensor that cannot be read: of an unknown dtype, or int8 that is not `scaled`."""
     if not is_read(info) or (info.dtype in ("I8", "QINT8") and not scaled):
         known = ", ".join(name for name in CODECS if name not in ("I8", "QINT8", "SCB"))
         raise ModelError(f"{info.path}: tensor {info.name!r} is stored as {info.dtype}; tiler reads {known}")
@@ -56,10 +56,8 @@ def check_dtype(info: TensorInfo, *, scaled: bool) -> None:
 def match_index(
     module: torch.nn.Module, stored: dict[str, TensorInfo], rename: Callable[[str], list[str]]
 ) -> dict[str, TensorInfo]:
-    """The stored tensor of every parameter of `module`. `rename` gives the names a parameter may have in files.
-
-    Raises ModelError naming the first parameter that is missing, has another shape, or an unusable dtype.
-    """
+    """The stored tensor of every parameter of `module`. `rename` gives the names that a parameter may have in files.
+    Raises ModelError naming the first parameter that is missing, has another shape, or has an unusable dtype."""
     where = next(iter(stored.values())).path.parent if stored else "a part of the checkpoint without tensors"
     matched = {}
     for name, parameter in module.named_parameters():
@@ -81,8 +79,8 @@ def match_index(
 
 
 def _missing(where: Path | str, name: str, stored: dict[str, TensorInfo]) -> ModelError:
-    """The error for a parameter that no tensor gives. Where its neighbours bear other names in their file, told is the
-    name that the file should have."""
+    """The error for a parameter without a tensor. If its neighbours have other names in their file, it gives the name
+    that the file should contain."""
     words = name.split(".")
     for depth in range(len(words) - 1, 0, -1):
         prefix, rest = ".".join(words[:depth]) + ".", ".".join(words[depth:])
@@ -97,11 +95,9 @@ def _missing(where: Path | str, name: str, stored: dict[str, TensorInfo]) -> Mod
 
 
 class WeightStore:
-    """Tensors of one model, by the model's own parameter names.
-
-    `index` maps parameter names to places in files; `piece_elements` bounds one read. `changes` are added to what is
-    read in fp32; int8 is given out as stored, and `low_rank` beside it.
-    """
+    """The tensors of one model, by the model's own parameter names. `index` maps parameter names to places in files;
+    `piece_elements` limits one read. `changes` are added to weights that are read in fp32; int8 weights are returned as
+    stored, with the changes as a `low_rank` path."""
 
     def __init__(
         self,
@@ -145,7 +141,7 @@ class WeightStore:
         self.close()
 
     def close(self) -> None:
-        """Stop the reader, close the files, let the buffers go."""
+        """Stop the reader, close the files and release the buffers."""
         self._reader.shutdown(wait=True, cancel_futures=True)
         self._merger.close()
         for fd in self._fds.values():
@@ -156,7 +152,7 @@ class WeightStore:
         self.resident.clear()
 
     def load(self, name: str) -> torch.Tensor:
-        """A whole tensor in fp32, newly allocated: for norms, biases and other small ones."""
+        """A complete tensor in fp32, newly allocated, for norms, biases and other small tensors."""
         info = self.index[name]
         out = torch.empty(info.shape, dtype=torch.float32)
         rows = info.shape[0] if info.shape else 1
@@ -165,20 +161,19 @@ class WeightStore:
 
     @property
     def int8(self) -> frozenset[str]:
-        """The names of the tensors stored as int8 that are computed with as they are, but for what is of low rank
-        beside them."""
+        """The names of the int8 tensors that are multiplied as stored, apart from low-rank paths."""
         stored = (name for name, info in self.index.items() if info.dtype == "I8")
         return frozenset(name for name in stored if all(one.rank for one in self._merger.changes.get(name, ())))
 
     def scale(self, name: str) -> torch.Tensor:
-        """The factors (rows,) fp32 of a scaled tensor; they stay in memory."""
+        """The scales (rows,) fp32 of a scaled tensor; they stay in memory."""
         if name not in self._scales:
             self._scales[name] = self.load(name + SCALE).flatten().expand(self.index[name].shape[0]).contiguous()
         return self._scales[name]
 
     def low_rank(self, name: str, first: int, outputs: int) -> LowRank | None:
-        """What changes outputs [first, first + outputs) of an int8 weight, as a path beside it; None where nothing
-        does."""
+        """The changes of outputs [first, first + outputs) of an int8 weight as a low-rank path; None without
+        changes."""
         return self._merger.low_rank(name, first, outputs)
 
     def rows(self, name: str, rows: list[int]) -> torch.Tensor:
@@ -191,7 +186,8 @@ class WeightStore:
         return out
 
     def pieces(self, name: str, elements: int | None = None) -> list[Piece]:
-        """The tensor cut along its first axis into pieces of about `elements`, at most and else `piece_elements`."""
+        """Cut the tensor along its first axis into pieces of about `elements` elements, at most and by default
+        `piece_elements`."""
         shape, elements = self.index[name].shape, min(elements or self.piece_elements, self.piece_elements)
         if self.index[name].transposed:
             return [Piece(name, 0, shape[0])]
@@ -199,8 +195,8 @@ class WeightStore:
         return [Piece(name, first, min(first + step, total)) for first in range(0, total, step)]
 
     def fetch(self, piece: Piece, out: torch.Tensor, *, in_blocks: bool = False) -> None:
-        """Cast a piece into `out` (rows × rest, fp32 or int8), and start reading what followed it last time. A blocked
-        tensor's rows are put in order, unless they are wanted `in_blocks`: as they lie there."""
+        """Cast a piece into `out` (rows × rest, fp32 or int8), and start reading the piece that followed it in the
+        previous pass. A blocked tensor's rows are put in order, unless they are wanted `in_blocks`, as stored."""
         if self.index[piece.name].blocked and not in_blocks and piece.first % OUTPUTS + piece.last % OUTPUTS:
             last = -(-piece.last // OUTPUTS) * OUTPUTS  # whole blocks, of which some rows are left out
             around = Piece(piece.name, piece.first // OUTPUTS * OUTPUTS, last)
@@ -224,7 +220,7 @@ class WeightStore:
         self._buffers.append(raw)
 
     def raw(self, piece: Piece) -> bytes:
-        """A piece's bytes as they are stored."""
+        """The bytes of a piece as stored."""
         buffer = self._read(piece, self._take_buffer())
         self._buffers.append(buffer)
         stored, info = buffer[: self._bytes(piece)], self.index[piece.name]
@@ -238,8 +234,8 @@ class WeightStore:
         return stored.numpy().tobytes()
 
     def keep(self, name: str, dtype: torch.dtype) -> None:
-        """Hold a tensor in memory from now on, as fp32 or as stored (uint8 where torch has no such dtype); a
-        convolution's fp32 weight channels-last."""
+        """Keep a tensor in memory from now on, in fp32 or as stored (uint8 for formats without a torch dtype); a
+        convolution's fp32 weight is channels-last."""
         info = self.index[name]
         if dtype == torch.float32:
             kept = torch.empty(info.shape)
@@ -266,7 +262,7 @@ class WeightStore:
         return self.index[piece.name].bytes_of(piece.last - piece.first)
 
     def _stored(self, kept: torch.Tensor, piece: Piece) -> torch.Tensor:
-        """A piece of a tensor that is resident as stored."""
+        """A piece of a tensor that is resident in its stored format."""
         ends = (self.index[piece.name].bytes_of(row) // kept.itemsize for row in (piece.first, piece.last))
         return kept[slice(*ends)]
 
@@ -280,7 +276,7 @@ class WeightStore:
 
     @property
     def buffer_bytes(self) -> int:
-        """The size of one read buffer; READ_AHEAD + 1 of them exist."""
+        """The size of one read buffer. There are READ_AHEAD + 1 of them."""
         return max(self._bytes(self.pieces(name)[0]) for name, info in self.index.items() if info.nbytes)
 
     def _take(self, piece: Piece) -> torch.Tensor:
@@ -332,7 +328,7 @@ class WeightStore:
             self._merger.add(piece.name, piece.first, out)
 
     def _inputs_squared(self, name: str, rows: Rows) -> torch.Tensor:
-        """The sum of squares, (inputs,) fp64, of each input over a whole weight, to which `rows` is added."""
+        """The sum of squares, (inputs,) fp64, of each input over a complete weight, with `rows` added to it."""
         info = self.index[name]
         total = torch.zeros(info.shape[1], dtype=torch.float64)
         for piece in self.pieces(name, STEP_ELEMENTS):
@@ -344,7 +340,7 @@ class WeightStore:
         return total
 
     def _columns(self, piece: Piece, raw: torch.Tensor, *, kept: bool) -> list[torch.Tensor]:
-        """A piece's own bytes and those beside it, (rows, bytes) each: of rows one behind the other where they are
+        """The bytes of a piece and of the tensors beside it, (rows, bytes) each: of consecutive rows if they are
         `kept`, else of tensors."""
         info, rows = self.index[piece.name], piece.last - piece.first
         widths = [some.bytes_of(1) for some in (info.alone(), *info.beside)]
@@ -355,7 +351,7 @@ class WeightStore:
     def _decode(
         self, piece: Piece, raw: torch.Tensor, out: torch.Tensor, *, in_blocks: bool = False, kept: bool = False
     ) -> None:
-        """Rows as stored, (bytes,) uint8 → `out`: scaled fp32, or int8 as stored."""
+        """Decode rows as stored, (bytes,) uint8, into `out`: scaled fp32, or int8 as stored."""
         info = self.index[piece.name]
         if info.beside:
             decode_rows(info, piece.first, self._columns(piece, raw, kept=kept), out)
