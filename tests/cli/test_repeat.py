@@ -170,7 +170,7 @@ def test_a_picture_of_ones_own_is_enlarged(in_process, tiny: Path, tmp_path: Pat
 def test_scales_that_make_no_size_are_exit_2(
     in_process, tmp_path: Path, options: tuple[str, ...], message: str
 ) -> None:
-    Image.new("RGB", (1600, 8)).save(tmp_path / "g.png")
+    Image.new("RGB", (2400, 8)).save(tmp_path / "g.png")
     ran = in_process("render", "x", *options)
     assert ran.code == 2, ran.err
     assert message in ran.err

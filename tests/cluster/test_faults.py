@@ -123,7 +123,10 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def test_a_scheduler_that_is_killed_is_waited_for(stubs: Fleet, tiny: Path, tmp_path: Path, alone: Drawn) -> None:
+def test_a_scheduler_that_is_killed_is_waited_for(
+    stubs: Fleet, tiny: Path, tmp_path: Path, alone: Drawn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "_PATIENCE", 60.0)
     port = free_port()
     stubs.address = f"tls://127.0.0.1:{port}"
     schedulers = [dask_scheduler(stubs.keys, port)]

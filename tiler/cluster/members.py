@@ -121,6 +121,8 @@ class Members:
         present = self.engine.members()
         if present is None and not self._is_lost:
             self._note("the scheduler does not answer: waiting for it")
+        if self._is_lost and present is not None:  # workers come back after it
+            self._deserted_since = now
         self._is_lost, present = present is None, present or {}
         gone = [m for address, m in self._members.items() if address not in present]
         for member in gone:

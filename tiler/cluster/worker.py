@@ -63,7 +63,7 @@ def work(joining: Joining, budget: Budget) -> None:
     folder = tempfile.mkdtemp(prefix="tiler-worker-", dir=os.environ.get(WORKER_FOLDER))
     try:
         with budget:
-            tasks.begin(lambda: _open_bench(budget, joining.models), budget.max_bytes)
+            tasks.begin(lambda: open_bench(budget, joining.models), budget.max_bytes)
             code = asyncio.run(_stay(joining, security, folder))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -74,7 +74,7 @@ def work(joining: Joining, budget: Budget) -> None:
     os._exit(code)  # the thread of a pass under way waits for nothing
 
 
-def _open_bench(budget: Budget, models: Mapping[str, str]) -> Bench:
+def open_bench(budget: Budget, models: Mapping[str, str]) -> Bench:
     """Imports torch: a worker that waits for its first job is small."""
     from tiler.memory.lean_imports import lean_torch
 

@@ -4,6 +4,7 @@ safe."""
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -110,6 +111,18 @@ def scheduler_of(text: str, keys: Path | None, *, insecure: bool) -> Cluster:
     if not text.startswith(("tls://", "tcp://", "file:")) and text != "env":
         raise UsageError(f"{text!r} is no address of a scheduler: tls://HOST:PORT, file:PATH or env")
     return check_cluster(text, keys, insecure=insecure)
+
+
+def models_of(named: Sequence[str]) -> dict[str, str]:
+    """Places by names, of words like org/name=/data/sd15. Raises UsageError."""
+    found = dict[str, str]()
+    for text in named:
+        name, is_named, place = text.partition("=")
+        if not is_named or not name or not place:
+            raise UsageError(f"--model {text!r}: write NAME=PATH, like --model org/name=/data/sd15")
+        path = Path(place).expanduser()
+        found[name] = str(path) if path.exists() else place
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
