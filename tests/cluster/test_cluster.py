@@ -3,22 +3,28 @@ things break."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
+from safetensors.torch import save_file
 
 from tests.cluster.conftest import CEILING, Drawn, Fleet, draw
 from tests.conftest import Ran
 from tiler import events
-from tiler.request import Precision
+from tiler.cluster.status import workers
+from tiler.request import Lora, Precision
+from tiler.request.cluster import Cluster, Where
 
 
 @pytest.fixture(scope="module")
@@ -35,12 +41,51 @@ def test_two_workers_make_the_picture_of_one_process(fleet: Fleet, tiny: Path, t
     assert all(0 < worker["peak_rss_bytes"] < CEILING for worker in drawn.workers.values())
 
 
-def test_in_int8_too(fleet: Fleet, tiny: Path, tmp_path: Path) -> None:
-    values = {"precision": Precision.INT8, "cache_dir": tmp_path / "packed"}
+def test_in_int8_and_with_a_lora_too(fleet: Fleet, tiny: Path, tmp_path: Path) -> None:
+    weight = "unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+    stored = UNet2DConditionModel.from_pretrained(tiny / "unet", variant="fp16", torch_dtype=torch.float32)
+    layer = stored.down_blocks[0].attentions[0].transformer_blocks[0].attn1.to_q.weight
+    generator = torch.Generator().manual_seed(3)
+    lora = {
+        f"lora_{weight}.lora_down.weight": torch.randn(4, layer.shape[1], generator=generator),
+        f"lora_{weight}.lora_up.weight": torch.randn(layer.shape[0], 4, generator=generator),
+    }
+    save_file(lora, tmp_path / "ink.safetensors")
+    loras = (Lora(file=tmp_path / "ink.safetensors", strength=0.5),)
+    values = {"precision": Precision.INT8, "cache_dir": tmp_path / "packed", "loras": loras}
     (tmp_path / "packed").mkdir()
     one, many = draw(tiny, tmp_path / "1", **values), draw(tiny, tmp_path / "2", **values, **fleet.through)
     assert torch.equal(one.latents, many.latents) and many.workers
     assert len(list((tmp_path / "packed").glob("*.safetensors"))) == 1, "all take the file that is there"
+
+
+def test_two_renders_at_once_share_the_workers(fleet: Fleet, tiny: Path, tmp_path: Path, alone: Drawn) -> None:
+    words = [
+        "render", "a boat", "--model", tiny, "--size", 160, "--steps", 3, "--seed", 11, "--no-guide", "--json", "-o",
+        tmp_path / "other.png", "--save-latents", tmp_path / "other.safetensors", "--no-metadata", "--quiet",
+        "--cluster", fleet.address, "--keys", fleet.keys, "--max-ram", "2GB", "--cluster-only",
+    ]  # fmt: skip
+    command = [sys.executable, "-m", "tiler", *map(str, words)]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    other: list[subprocess.Popen[bytes]] = []
+
+    def begin(event: events.Progress) -> None:
+        """The other one joins in while this one is under way, which then waits until it has begun."""
+        if not other:
+            other.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE))
+            for _ in range(600):
+                found = workers(Cluster(where=Where.CONNECT, address=fleet.address), fleet.keys, insecure=False)
+                if any(len(worker["job"].split()) == 2 for worker in found):
+                    return
+                time.sleep(0.1)
+            raise AssertionError("no worker has two jobs")
+
+    drawn = draw(tiny, tmp_path / "one", begin, **fleet.through)
+    told, _ = other[0].communicate(timeout=300)
+    assert torch.equal(drawn.latents, alone.latents) and drawn.picture == alone.picture
+    assert (tmp_path / "other.png").read_bytes() == alone.picture
+    assert drawn.workers and json.loads(told)["workers"]
+    assert not [note for note in drawn.notes if "left out" in note]
 
 
 def test_nobody_listens_where_nobody_was_asked_to(fleet: Fleet) -> None:

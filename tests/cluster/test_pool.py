@@ -146,10 +146,24 @@ def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_predictions_come_in_the_order_of_the_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool, "AHEAD", 12)
+    monkeypatch.setattr(pool, "_ROUNDS", 0)
     scheduler = Scheduler(a=good, b=good)
     assert not run(scheduler).local.numbers
     assert sorted(scheduler.done["a"] + scheduler.done["b"]) == list(range(TILES))
     assert scheduler.done["a"] and scheduler.done["b"]
+
+
+def test_many_workers_have_more_tiles_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "AHEAD", 2)
+    out = 0
+
+    def counted(latents: np.ndarray) -> Answer:
+        nonlocal out
+        out = max(out, len(latents))
+        return good(latents)
+
+    run(Scheduler(**{f"w{n}": counted for n in range(5)}))
+    assert out > 2
 
 
 def test_what_a_stopped_worker_has_is_copied() -> None:

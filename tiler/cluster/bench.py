@@ -159,6 +159,8 @@ class Bench:
             request.scratch_folder.mkdir(parents=True, exist_ok=True)
         if request.cache_dir is not None and not request.cache_dir.is_dir():
             request = replace(request, cache_dir=None)
+        if request.lora_dir is not None and not request.lora_dir.is_dir():  # then LoRAs lie in this machine's lora_dirs
+            request = replace(request, lora_dir=None)
         return request
 
     @torch.no_grad()

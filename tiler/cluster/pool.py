@@ -21,7 +21,9 @@ from tiler.cluster.sharing import Busy, earliest, share
 from tiler.diffusion.runner import Runner, Tile, check_finite
 from tiler.errors import NumericalError
 
-AHEAD = 256  # tiles between the first without an answer and the last that was handed out, at most
+AHEAD = 256  # tiles between the first without an answer and the last that was handed out, at least
+_FARTHEST, _AHEAD_BYTES = 2000, 128_000_000  # at most, and in memory
+_ROUNDS = 4  # passes of every worker that may be waiting or early
 _LOOK = 0.1  # seconds in which a signal or a free worker is noticed
 _LATE, _LATE_SECONDS = 1.5, 30.0  # a task of more than 1.5 times its expected time and 30 s gets a copy
 _HERE = 4  # tiles predicted by this process between two looks at the workers
@@ -62,12 +64,14 @@ class _Step:
 
 class Pool:
     """A `Runner`, and a context manager. `open_local` opens the runner of this process, for when no worker is left;
-    `check` is called often, and may raise to stop the run; samples are added to `counts`."""
+    `check` is called often, and may raise to stop the run; samples are added to `counts`. No more than `farthest` tiles
+    are out or early at a time."""
 
     def __init__(
         self, members: Members, job: str, open_local: Callable[[], AbstractContextManager[Runner]],
-        check: Callable[[], None], note: Callable[[str], None], counts: dict[str, int],
+        check: Callable[[], None], note: Callable[[str], None], counts: dict[str, int], *, farthest: int = _FARTHEST,
     ) -> None:  # fmt: skip
+        self._farthest = farthest
         self._members, self._job, self._open_local = members, job, open_local
         self._check, self._note, self._counts = check, note, counts
         self._groups: dict[int, Group] = {}  # by ticket
@@ -85,8 +89,9 @@ class Pool:
     def predict(self, step: int, tiles: Iterable[Tile]) -> Iterator[Tensor]:
         under_way, source = _Step(step), enumerate(tiles)
         pulled, turn, last = 0, 0, False
+        ahead = AHEAD
         while True:
-            while not last and pulled - turn < AHEAD:
+            while not last and pulled - turn < ahead:
                 if (following := next(source, None)) is None:
                     last = True
                 else:
@@ -98,9 +103,17 @@ class Pool:
                 turn += 1
             if last and turn == pulled:
                 return
-            if pulled - turn < AHEAD and not last:
+            if pulled - turn < ahead and not last:
                 continue
             self._one_round(under_way)
+            ahead = self._ahead(under_way)
+
+    def _ahead(self, step: _Step) -> int:
+        """How many tiles may be out or early: enough for all workers, and no more than memory has room for."""
+        wanted = _ROUNDS * sum(member.pace.batch for member in self._members.ready())
+        tile = next(iter(step.tiles.values()), None)
+        room = self._farthest if tile is None else _AHEAD_BYTES // (2 * tile.latents.nbytes)
+        return max(AHEAD, min(wanted, room, self._farthest))
 
     def _one_round(self, step: _Step) -> None:
         self._check()

@@ -65,7 +65,7 @@ def _open_pool(cluster: Cluster, share: int, run: RenderRun, prompts: Prompts) -
     from tiler.cluster.keys import make_keys
     from tiler.cluster.local import processes, running
     from tiler.cluster.members import Members, Probe
-    from tiler.cluster.pool import Pool
+    from tiler.cluster.pool import AHEAD, Pool
 
     may_come: Callable[[], int] | None = None
     is_local, keys = cluster.where is Where.LOCAL, run.request.keys
@@ -96,6 +96,7 @@ def _open_pool(cluster: Cluster, share: int, run: RenderRun, prompts: Prompts) -
                 partial(run.budget.check, "canvas"),
                 run.note,
                 run.counts,
+                **({"farthest": AHEAD} if is_local else {}),  # which their share of the ceiling was made for
             )
         )
         try:
