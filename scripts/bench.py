@@ -6,6 +6,8 @@
                                      and diffusers are) and stable-diffusion.cpp (--sdcpp PYTHON, with
                                      stable-diffusion-cpp-python)
     python scripts/bench.py memory   predicted against measured peaks of renders at several ceilings and sizes
+    python scripts/bench.py families the same for every model family at full width (--model KIND: for one), and one call
+                                     against diffusers where that fits
     python scripts/bench.py large    the same for each phase of 4096×4096 (--sizes), each stopped after --minutes
     python scripts/bench.py decode   the same, and seconds, for exact and frozen decoding at several sizes
     python scripts/bench.py render   a whole 2048×2048 render with its report
@@ -30,6 +32,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import bench_families
 import make_checkpoint
 
 from tiler.native.library import has_bf16
@@ -366,7 +369,7 @@ def bench_start(rounds: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="+", choices=["unet", "memory", "large", "decode", "render", "start"])
+    parser.add_argument("what", nargs="+", choices=["unet", "memory", "families", "large", "decode", "render", "start"])
     parser.add_argument("--model", help="a folder; default: the generated sd15")
     parser.add_argument("--ceiling", type=int, default=800_000_000, help="bytes")
     parser.add_argument(
@@ -385,7 +388,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=["fp32", "bf16", "int8"], default="fp32", help="for memory and render")
     parser.add_argument("--json", type=Path, help="also write all results here")
     args = parser.parse_args()
-    model = args.model or str(make_checkpoint.make("sd15"))
+    model = args.model or str(make_checkpoint.make("sd15"))  # for families a kind of make_checkpoint.py
     results: dict[str, Any] = {}
     sides = [(int(size.split("x")[0]), int(size.split("x")[-1])) for size in args.sizes or []]
     squares = [width for width, _ in sides]
@@ -400,13 +403,23 @@ def main() -> None:
             )
     if "memory" in args.what:
         results["memory"] = bench_memory(model, args.ceilings, squares or [1024, 2048], args.steps, args.precision)
+    if "families" in args.what:
+        kinds = [args.model] if args.model else bench_families.KINDS
+        results["families"] = [
+            bench_families.peaks(kind, size, args.steps, args.ceiling, args.precision)
+            for kind in kinds
+            for size in squares or [2048]
+        ]
+        results["calls"] = {kind: bench_families.calls(kind) for kind in bench_families.RESIDENT if kind in kinds}
+        for kind, took in results["calls"].items():
+            print(f"{kind:16}{took['tiler']:7.1f} s of user CPU, diffusers {took['diffusers']:.1f} s")
     if "large" in args.what:
         results["large"] = [
             row for size in squares or [4096] for row in bench_large(model, size, args.ceiling, 60 * args.minutes)
         ]
     if "decode" in args.what:
         results["decode"] = bench_decode(model, sides or [(1024, 1024), (2048, 2048)], args.modes, args.ceiling)
-    for row in [row for what in ("memory", "large", "decode") for row in results.get(what, [])]:
+    for row in [row for what in ("memory", "families", "large", "decode") for row in results.get(what, [])]:
         off = row["predicted"] / row["measured"] - 1
         print(
             f"{row['what']:32} predicted {row['predicted'] / 1e6:5.0f} MB  measured {row['measured'] / 1e6:5.0f} MB  {off:+.1%}"

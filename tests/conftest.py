@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import os
+import runpy
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
@@ -23,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for what tests share: test
 from tiler.memory.process import frugal_allocator
 
 frugal_allocator()
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns where it is imported, and diffusers imports it
 os.environ["TILER_CONFIG"] = os.devnull  # the habits of whoever runs the tests are not the tests'
 
 
@@ -37,6 +41,14 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     (home / "tiler").mkdir()
     (home / "tiler/packed").symlink_to(packed)
     os.environ["XDG_CACHE_HOME"] = str(home)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """scripts/test wants to know which rows of the table of faults were run."""
+    if (told := os.environ.get("TILER_ROWS")) and not hasattr(config, "workerinput"):
+        from tests import faults
+
+        config.pluginmanager.register(faults.Rows(Path(told), faults.read_rows(faults.README.read_text())))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -79,6 +91,21 @@ def reference(tiny: Path) -> AutoencoderKL:
     return AutoencoderKL.from_pretrained(tiny / "vae", variant="fp16", torch_dtype=torch.float32).eval()
 
 
+@pytest.fixture
+def quanto(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """optimum-quanto, with its own unpacking in Python in place of an extension that takes half a minute to compile in
+    a new environment."""
+    found = pytest.importorskip("optimum.quanto")
+    from optimum.quanto.library.extensions.extension import get_extension
+
+    with monkeypatch.context() as patch:
+        patch.setattr("torch.library.define", lambda *args: None)
+        patch.setattr("torch.library.impl", lambda *args: lambda function: function)
+        own = runpy.run_path(str(Path(found.__file__).with_name("library") / "unpack.py"))
+    monkeypatch.setattr(get_extension("quanto_cpp"), "_lib", SimpleNamespace(unpack=own["unpack"]))
+    return found
+
+
 class Ran(NamedTuple):
     code: int
     out: str
@@ -113,6 +140,7 @@ def tiler(tmp_path: Path):
 def in_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
     """Run `tiler` in the test's own process, in an empty folder, in a quarter of the time: for all that is not about
     processes, their memory and signals."""
+    from tiler.cli import supervise
     from tiler.cli.main import main
 
     def run(*args: object, env: dict[str, str] | None = None) -> Ran:
@@ -127,6 +155,7 @@ def in_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Ca
             patch.setattr(sys, "argv", ["tiler", *map(str, args)])
             # These change the whole process for a run that ends with it; the tests go on.
             patch.setattr("tiler.memory.lean_imports.lean_torch", lambda: None)
+            patch.setattr("tiler.cli.queues.hand_over", lambda spec: sys.exit(supervise.run(spec)))
             ours = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
             before, threads = [signal.getsignal(number) for number in ours], torch.get_num_threads()
             try:

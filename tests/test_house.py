@@ -7,8 +7,11 @@ import io
 import re
 import tokenize
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+
+from tests import faults
 
 ROOT = Path(__file__).parents[1]
 MODULES = sorted((ROOT / "tiler").rglob("*.py"))
@@ -47,11 +50,29 @@ def test_modules_say_what_they_are_for(path: Path) -> None:
 
 
 def test_every_row_of_faults_names_a_test_that_is_there() -> None:
-    tests = Path(__file__).parent
-    rows = re.findall(r"^\| (\d+) \|(.*)$", (tests / "README.md").read_text(), re.MULTILINE)
-    assert [int(number) for number, _ in rows] == list(range(1, 49))
-    for number, row in rows:
-        found = re.findall(r"`([\w/]+\.py)::(test_\w+)`", row)
-        assert found, number
-        for file, name in found:
-            assert f"def {name}(" in (tests / file).read_text(), (number, file, name)
+    rows = faults.read_rows(faults.README.read_text())
+    assert list(rows) == list(range(1, 49))
+    for number, names in rows.items():
+        assert names, number
+        for file, name in (each.split("::") for each in names):
+            assert f"def {name}(" in (faults.README.parent / file).read_text(), (number, file, name)
+
+
+def test_the_rows_that_were_run_are_counted(tmp_path: Path) -> None:
+    def report(nodeid: str, outcome: str, longrepr: object = None) -> SimpleNamespace:
+        return SimpleNamespace(
+            nodeid=f"tests/{nodeid}", when="call", longrepr=longrepr,
+            **{name: name == outcome for name in ("passed", "failed", "skipped")},
+        )  # fmt: skip
+
+    names = ("a/test_a.py::test_one", "a/test_a.py::test_two")
+    rows = faults.Rows(
+        tmp_path / "told", faults.read_rows("".join(f"| {n} | x | `{t}` |\n" for n, t in enumerate(names, 1)))
+    )
+    rows.pytest_runtest_logreport(report(f"{names[0]}[0]", "passed"))
+    assert str(rows) == "2 rows: 1 run, 1 skipped (2: not selected)"
+    rows.pytest_runtest_logreport(report(names[1], "skipped", ("file", 1, "Skipped: needs root")))
+    rows.pytest_unconfigure()
+    assert (tmp_path / "told").read_text() == "2 rows: 1 run, 1 skipped (2: needs root)\n"
+    rows.pytest_runtest_logreport(report(f"{names[0]}[1]", "failed"))
+    assert str(rows) == "2 rows: 0 run, 2 skipped (1: failed; 2: needs root)"

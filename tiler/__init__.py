@@ -13,12 +13,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tiler.errors import TilerError
-from tiler.memory.budget import Budget
-from tiler.request import DecodeRequest, EncodeRequest, QuantizeRequest, Region, RenderRequest
-
 if TYPE_CHECKING:
+    from tiler.errors import TilerError
+    from tiler.memory.budget import Budget
     from tiler.pipeline import Planned, Result, decode, encode, plan, quantize, render
+    from tiler.request import DecodeRequest, EncodeRequest, QuantizeRequest, Region, RenderRequest
 
 __all__ = [
     "Budget",
@@ -39,8 +38,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    if name in ("Planned", "Result", "decode", "encode", "plan", "quantize", "render"):
-        from tiler import pipeline
+    if name not in __all__:
+        raise AttributeError(f"module 'tiler' has no attribute {name!r}")
+    from importlib import import_module
 
-        return getattr(pipeline, name)
-    raise AttributeError(f"module 'tiler' has no attribute {name!r}")
+    rooms = {"TilerError": "errors", "Budget": "memory.budget"}
+    room = rooms.get(name, "request" if name == "Region" or name.endswith("Request") else "pipeline")
+    return getattr(import_module(f"tiler.{room}"), name)

@@ -130,9 +130,12 @@ def runner_on(streamer: Streamer, run: DenoiserRun, prompts: Prompts, phase: str
         wording, begin, batch = plan.guide_wording, 0, plan.guide_batch
 
     def conditions(step: int) -> Conditions:
-        return prompts.conditions(wording, step - begin)
+        return prompts.conditions(wording, plan.calls.step_of(step) - begin)
 
     def tell_smaller(batch: int) -> None:
         run.note(f"memory is close to the ceiling: from here on the denoiser takes {batch} at a time")
 
-    return LocalRunner(predict, conditions, batch, is_tight=run.budget.take_tight, on_smaller=tell_smaller)
+    return LocalRunner(
+        predict, conditions, batch, is_tight=run.budget.take_tight, on_smaller=tell_smaller,
+        guided_channels=family.traits.guided_channels,
+    )  # fmt: skip

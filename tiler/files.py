@@ -42,8 +42,13 @@ def check_writable(path: Path, *, force: bool, option: str = "--output") -> None
         probe = _beside(target)
         with _hidden(target) as file:
             file.write(b"tiler")
-            _name(_linked(file, target), probe, replace=True)
-        os.unlink(probe)
+            source = _linked(file, target)
+            try:
+                _name(source, probe, replace=True)
+            finally:
+                for path in (source, probe):
+                    with suppress(OSError):
+                        os.unlink(path)
     except OSError as error:
         raise StorageError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
     except ValueError as error:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tiler import events
 from tiler.compute import cpu
@@ -25,6 +26,7 @@ from tiler.weights.blocks import can_block
 from tiler.weights.changes import Changes
 from tiler.weights.index import TensorInfo
 from tiler.weights.packed import Quantise, packed_index, write_packed
+from tiler.weights.rotation import can_rotate, rotate_
 from tiler.weights.store import match_index
 
 
@@ -77,10 +79,14 @@ def packed_weights(models: Models, cache: Path, progress: Callable[[float, str],
     files = {_prefix(part) + name: info for part in parts for name, info in stored[part.name].items()}
     matched = {part.name: match_index(models.module(part), stored[part.name], part.aliases) for part in parts}
     integers = {part.name: part.int8_weights(models.module(part)) for part in parts}
-    name = family.part(Role.DENOISER).name
+    part = family.part(Role.DENOISER)
+    name = part.name
+    rotated = frozenset(weight for weight in integers[name] if part.rotate and can_rotate(matched[name][weight].shape))
     changes, rules = packed_changes(models), str(cpu.int8().largest)
     if changes:
         rules += " " + ", ".join(models.loras.marks([changes]))
+    if rotated:
+        rules += " rotated"
     in_blocks = reads_blocks() and any(can_block(matched[name][weight].shape) for weight in integers[name])
 
     def write(path: Path, mark: str, reason: str) -> None:
@@ -95,17 +101,22 @@ def packed_weights(models: Models, cache: Path, progress: Callable[[float, str],
             # A text encoder is computed in fp32: its weights may take all 8 bits on every processor.
             rule = quantize_rows if denoiser else partial(quantize_rows, largest=127)
             quantised |= {prefix + name: rule for name in integers[part.name]}
+            quantised |= dict.fromkeys(rotated if denoiser else (), _quantize_rotated)
             to_block |= integers[part.name] if denoiser and in_blocks else set()
             index |= {prefix + name: info for name, info in packed.items()}
             names = order_of_use(family, module) if denoiser else packed
             order += [prefix + name for name in names if name in packed]
         write_packed(
             path, mark, order, index, quantised, lambda share: progress(share, reason), in_blocks=frozenset(to_block),
-            changes=changes,
+            rotated=rotated, changes=changes,
         )  # fmt: skip
 
     own = {_prefix(part) + name: info for part in parts for name, info in matched[part.name].items() if part.once(name)}
     return packed_index(cache, files, rules, write, in_blocks=in_blocks) | own
+
+
+def _quantize_rotated(rows: Tensor) -> tuple[Tensor, Tensor]:
+    return quantize_rows(rotate_(rows))
 
 
 def order_of_use(family: Family, denoiser: Any) -> list[str]:

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -43,28 +43,18 @@ from tiler.models.embeds import read_words
 from tiler.models.family import Family
 from tiler.models.loras import apply_loras, find_loras, notes_on_loras
 from tiler.models.prompting import notes_on_prompts
+from tiler.models.tiny_vae import open_tiny
 from tiler.output.latents import save_latents
 from tiler.output.picture import check_picture, check_size
 from tiler.pixels import Decoding, decode_pixels
 from tiler.planning.advice import advise
 from tiler.planning.render import RenderPlan, build_schedule, plan_render
 from tiler.planning.resolve import resolve
-from tiler.planning.table import MemoryPlan
 from tiler.planning.tiling import Tiling, pixels_of, plan_tiling
 from tiler.previewing import Preview
 from tiler.request import Decode, GuideUpscale, Precision, RenderRequest, ResolvedRequest
-from tiler.run import measure
+from tiler.run import WorkerUse, measure
 from tiler.weights.identity import model_id
-
-
-class WorkerUse(NamedTuple):
-    """What a worker of a cluster did for a render, under its own ceiling."""
-
-    name: str
-    tiles: int
-    seconds: float
-    peak_rss_bytes: int
-    max_ram_bytes: int
 
 
 @dataclass(kw_only=True)
@@ -132,6 +122,7 @@ def start(
     spoken = encoding.find_prompts(begun, models, tiling.texts, words)
     embeds = bool(spoken.read_as.embeddings)
     plan = make_plan(begun, models, budget.max_bytes, job, tiling, encoded=spoken.all_encoded, embeds=embeds)
+    plan = replace(plan, memory=replace(plan.memory, beside_bytes=budget.beside_bytes))
     run = RenderRun(
         said=request, request=settings, plan=plan, models=models, budget=budget, on_event=on_event, job=job,
         spoken=spoken, preview=previewing.open_preview(settings, models),
@@ -151,7 +142,7 @@ def start(
 def open_models(family: Family, tiny_vae: str | None = None) -> Models:
     """The family's models, and the tiny decoder in the folder `tiny_vae`, to be built once for all that follows. Raises
     ModelError."""
-    return Models(family, None if tiny_vae is None else families.open_tiny(tiny_vae, family))
+    return Models(family, None if tiny_vae is None else open_tiny(tiny_vae, family))
 
 
 def make_plan(
@@ -188,12 +179,14 @@ def advice(run: RenderRun) -> str:
     """What would need less memory, where the plan does not fit and nothing of it is fixed by a job; else ""."""
     if run.plan.memory.fits or run.job.manifest is not None:
         return ""
+    return advise(run.request, run.plan, lambda request: replan(run, request).memory)
+
+
+def replan(run: RenderRun, request: ResolvedRequest) -> RenderPlan:
+    """How another request would be carried out instead of the run's. Raises TilerError."""
     embeds, encoded = bool(run.spoken.read_as.embeddings), run.plan.encoded
-
-    def replan(request: ResolvedRequest) -> MemoryPlan:
-        return make_plan(request, run.models, run.budget.max_bytes, encoded=encoded, embeds=embeds).memory
-
-    return advise(run.request, run.plan, replan)
+    plan = make_plan(request, run.models, run.budget.max_bytes, encoded=encoded, embeds=embeds)
+    return replace(plan, memory=replace(plan.memory, beside_bytes=run.budget.beside_bytes))
 
 
 def prepare_weights(run: RenderRun) -> None:
@@ -336,12 +329,13 @@ def _denoise(
     reseeded = [((part.rows, part.cols), part.seed) for part in _reseeded(run) if phase == "canvas"]
     noise, generator = canvas.initial_noise((1, plan.family.latent_channels, height, width), request.seed, reseeded)
     schedule = build_schedule(request, plan.family)
-    latents = schedule.start(noise, reference, begin)
+    first = plan.calls.first_of(begin)
+    latents = schedule.start(noise, reference, first)
     if begin == steps:
         return latents
     if phase == "canvas":
         previewing.watch(run.preview, schedule, begin, run.note)
-    denoising = canvas.Denoising(latents, tiles, schedule, generator, begin=begin, phase=phase)
+    denoising = canvas.Denoising(latents, tiles, schedule, generator, begin=first, phase=phase)
     if not denoising.take_up(run.job):  # a job that has this phase opens no weights for it
         return denoising.latents
     with interrupts.deferred(), open_runner(run, prompts) as runner:
@@ -358,7 +352,7 @@ def _denoise_stored(
     denoising = run.files.enter_context(
         StoredDenoising(
             run.stored_folder, plan.shape, plan.canvas_steps, build_schedule(request, plan.family), request.seed,
-            reseeded=_reseeded(run), reference=reference, begin=plan.begin,
+            reseeded=_reseeded(run), reference=reference, begin=plan.calls.first_of(plan.begin),
         )
     )  # fmt: skip
     if denoising.step < denoising.end:
@@ -379,7 +373,8 @@ def _advance(
     steps = run.request.num_inference_steps
     with closing(denoising.run(runner, run.job)) as loop:
         for state in loop:
-            detail = f"step {state.step + 1}/{steps}, {state.samples}/{state.total} tile passes"
+            step = run.plan.calls.step_of(state.step)
+            detail = f"step {step + 1}/{steps}, {state.samples}/{state.total} tile passes"
             run.on_event(events.Progress(name=phase, done=denoising.samples_done, total=total, detail=detail))
 
 

@@ -7,14 +7,16 @@ streamed from disk, and the whole process stays under the budget. Knows the orde
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tiler import decode_run, encode_run, packing, phases, pixels, quantising, reports
+from tiler import ahead, decode_run, encode_run, packing, phases, pixels, quantising, reports
 from tiler.cluster import run as cluster
 from tiler.events import Event, OnEvent
 from tiler.jobs.folder import Job
@@ -22,6 +24,7 @@ from tiler.memory import lean_imports, process
 from tiler.memory.budget import Budget
 from tiler.models import family as families
 from tiler.models.built import Models
+from tiler.models.family import Role
 from tiler.output.picture import write_picture
 from tiler.planning.render import RenderPlan
 from tiler.planning.summary import summarise
@@ -68,6 +71,8 @@ def render(request: RenderRequest, budget: Budget | None = None, on_event: OnEve
             reference = phases.make_reference(run, picture, guide)
             del picture, guide
             latents = phases.denoise_canvas(run, prompts, reference, open_runner)
+            del prompts, reference
+            run.prepared = None  # nor is what was made of the prompts needed again
             phases.save_canvas(run, latents)
             # An error of the writer's must not leave the decoder's scratch files open.
             unscaled = pixels.unscaled(latents, run.plan.decoder)
@@ -90,8 +95,9 @@ class Planned:
     plan: RenderPlan
     models: Models
     advice: str  # on what would need less memory, where the plan does not fit
-    cluster: Outlook | None = None  # what the workers that were asked for would bring
+    replan: Callable[[ResolvedRequest], RenderPlan]  # how others would be carried out
     speed: Speed | None = None  # of this machine, where it has been measured
+    cluster: Outlook | None = None  # what the workers that were asked for would bring
 
     def check(self) -> None:
         """Raises BudgetRefused where it does not fit."""
@@ -99,12 +105,21 @@ class Planned:
 
     def facts(self) -> dict[str, Any]:
         """What `tiler plan --json` prints; measures this machine's speed for a second or two."""
-        facts = summarise(self.said, self.request, self.plan, self.models, self.speed or measure())
+        with torch.no_grad():
+            speed = self.speed or _speed(self.models)
+            facts = summarise(self.said, self.request, self.plan, self.models, speed, self.replan)
         if self.cluster is not None:
             saved = self.cluster.alone_seconds - self.cluster.canvas_seconds
             whole = max(0, round(facts["expected_seconds"] - saved))
             facts["cluster"] = self.cluster.facts() | {"expected_seconds": whole}
         return facts
+
+
+def _speed(models: Models) -> Speed:
+    """Of this machine, and of the disk with the denoiser's weights."""
+    family = models.family
+    stored = family.checkpoint.weights(family.part(Role.DENOISER).name).values()
+    return measure(max(stored, key=lambda info: info.nbytes).path)
 
 
 @torch.no_grad()
@@ -115,11 +130,11 @@ def plan(request: RenderRequest, budget: Budget | None = None, on_event: OnEvent
         cluster.prepare(request)
         run = phases.start(request, budget, on_event, planning=True)
         cluster.runner_of(run)  # refuses what cannot be shared
-        speed = measure() if request.cluster is not None and run.plan.memory.fits else None
+        speed = _speed(run.models) if request.cluster is not None and run.plan.memory.fits else None
         outlook = None if speed is None else cluster.outlook(run, speed)
         return Planned(
             said=request, request=run.request, plan=run.plan, models=run.models, advice=phases.advice(run),
-            cluster=outlook, speed=speed,
+            replan=partial(phases.replan, run), cluster=outlook, speed=speed,
         )  # fmt: skip
 
 
@@ -146,6 +161,15 @@ def encode(request: EncodeRequest, budget: Budget | None = None, on_event: OnEve
         lean_imports.freeze_imports()
         encode_run.encode(run)
         return Result(output=run.output, report=reports.of_encode(run))
+
+
+@torch.no_grad()
+def encode_ahead(requests: Sequence[RenderRequest], budget: Budget, on_event: OnEvent = _ignore) -> int:
+    """Encode the prompts of several renders into the cache, where a large encoder reads them: how many texts. Raises
+    TilerError."""
+    with budget:
+        lean_imports.freeze_imports()
+        return ahead.encode_ahead(requests, budget, on_event)
 
 
 @torch.no_grad()

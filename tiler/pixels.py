@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from tiler import interrupts
 from tiler.compute.stream import Streamer
-from tiler.decoding import method
+from tiler.decoding import FACTOR, method
+from tiler.decoding.kept import KeptRows
 from tiler.decoding.method import DecodePlan
 from tiler.decoding.rows import Latents, to_uint8
 from tiler.decoding.spool import Spool
@@ -85,14 +86,26 @@ def decode_pixels(
 ) -> Generator[np.ndarray]:  # fmt: skip
     """Decode (1, C, h, w) fp32 latents into rows (n, FACTOR·w, 3) uint8. Raises NumericalError rather than return a
     black picture."""
-    row = 0
-    with closing(method.decode(plan, vae, streamer, unscaled, check=check, progress=progress, spool=spool)) as strips:
-        for strip in strips:
+    with ExitStack() as stack:
+        kept = None
+        if spool is not None and not plan.by_layers:
+            kept = stack.enter_context(KeptRows(spool, FACTOR * unscaled.shape[3]))
+            yield from kept.strips()
+        row = 0 if kept is None else kept.count
+        if row and row == FACTOR * unscaled.shape[2]:
+            return
+        decoded = method.decode(
+            plan, vae, streamer, unscaled, check=check, progress=progress, spool=spool, begin=row
+        )  # fmt: skip
+        for strip in stack.enter_context(closing(decoded)):
             if not math.isfinite(float(strip.sum())):
                 raise NumericalError(
                     f"NaN or Inf in the decoder at row {row}; compare the checksum of the VAE's weights with the original's"
                 )
-            yield to_uint8(strip)
+            pixels = to_uint8(strip)
+            if kept is not None:
+                kept.add(pixels)
+            yield pixels
             row += strip.shape[1]
 
 

@@ -115,7 +115,7 @@ def watch(preview: Preview | None, schedule: DiffusersSchedule, begin: int, note
         return
 
     def after(step: int, denoised: Callable[[], Tensor]) -> None:
-        if preview.is_due(step + 1 - begin) or step + 1 == len(schedule.timesteps):
+        if preview.is_due(step + 1 - begin) or step + 1 == schedule.calls.steps:
             preview.show(denoised(), note)
 
     schedule.on_step = after

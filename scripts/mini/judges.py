@@ -51,8 +51,10 @@ def posters(settings: Settings) -> None:
         prompt = caption(art.compose(_POSTER_SEEDS + k), rng, keep=1.0)
         found = judge_poster(settings.model, prompt, settings.width, settings.height, settings.seed + k, classifier)
         pictures.append(found.picture)
+        low, high = found.seams.elsewhere
         print(
-            f"{prompt}\n   seams {found.seams:.2f}, likeness to the guide {found.likeness:.3f}, discs {found.discs}",
+            f"{prompt}\n   seams {found.seams.borders:.2f} (elsewhere {low:.2f}–{high:.2f}), "
+            f"likeness to the guide {found.likeness:.3f}, discs {found.discs}",
             flush=True,
         )
     page(pictures, columns=2, side=512).save(settings.out)

@@ -21,7 +21,7 @@ BAD_OPTIONS = [
     (["--seed", "-2"], "seed"),
     (["--overlap", "64"], "overlap"),
     (["--overlap", "7"], "overlap"),
-    (["--scheduler", "heun"], "unknown scheduler"),
+    (["--scheduler", "dpm fast"], "unknown scheduler"),
     (["--mask", "square"], "mask"),
     (["--max-ram", "lots"], "800MB"),
     (["--threads", "0"], "threads"),

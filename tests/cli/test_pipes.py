@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -102,3 +104,9 @@ def test_a_terminal_gets_no_picture(in_process) -> None:
     os.close(other)
     assert ran.code == 2
     assert "is a terminal" in ran.err
+
+
+def test_a_standard_output_that_is_closed_is_said_before_any_work(tmp_path: Path) -> None:
+    command = f"{sys.executable} -m tiler render x --size 64 -o - >&-"
+    ran = subprocess.run(command, shell=True, cwd=tmp_path, stderr=subprocess.PIPE, text=True, check=False)
+    assert ran.returncode == 6 and ran.stderr.count("\n") == 1 and "which is closed" in ran.stderr

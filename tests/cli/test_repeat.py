@@ -15,7 +15,7 @@ from tiler.cli.repeat import repeat
 from tiler.errors import ModelError
 from tiler.output.metadata import Facts, texts
 from tiler.planning.resolve import fill
-from tiler.request import Region, RenderRequest, Scheduler
+from tiler.request import Region, RenderRequest, Scheduler, ScheduleType
 from tiler.request.render import OF_THE_RUN
 from tiler.request.settings import Kind
 
@@ -68,6 +68,26 @@ def test_pictures_of_others_leave_the_rest_as_it_is(tmp_path: Path) -> None:
         "width": 64, "height": 96, "model": "mini", "clip_skip": 2,
     }  # fmt: skip
     assert "not the same one" in found.notes[0] and "Eta" in found.notes[1]
+
+
+@pytest.mark.parametrize(
+    ("said", "scheduler", "spread"),
+    [
+        ({"Sampler": "Heun"}, Scheduler.HEUN, None),
+        ({"Sampler": "Heun", "Schedule type": "Karras"}, Scheduler.HEUN, ScheduleType.KARRAS),
+        ({"Sampler": "DPM++ 2M SDE Karras"}, Scheduler.DPMPP_2M_SDE, ScheduleType.KARRAS),
+        ({"Sampler": "DPM++ 2M SDE Exponential"}, Scheduler.DPMPP_2M_SDE, ScheduleType.EXPONENTIAL),
+        ({"Sampler": "DPM++ 2M Karras"}, Scheduler.DPMPP_2M_KARRAS, None),
+        ({"Sampler": "DPM++ 2M", "Schedule type": "Karras"}, Scheduler.DPMPP_2M_KARRAS, None),
+        ({"Sampler": "dpmpp_sde"}, Scheduler.DPMPP_SDE, None),
+        ({"Sampler": "heun_k"}, Scheduler.HEUN, ScheduleType.KARRAS),
+    ],
+)
+def test_samplers_by_the_names_of_other_tools(
+    tmp_path: Path, said: dict[str, str], scheduler: Scheduler, spread: ScheduleType | None
+) -> None:
+    values = repeat(png(tmp_path / "x.png", parameters=infotext(**said)), NOTHING, DEFAULTS).values
+    assert (values["scheduler"], values.get("schedule_type")) == (scheduler, spread)
 
 
 def test_a_picture_of_two_passes_has_its_own_size(tmp_path: Path) -> None:
@@ -206,9 +226,9 @@ VALUES: dict[str, Any] = {
     "paper": "A4", "landscape": True, "bleed": "3mm", "dpi": 150.0, "wrap": "xy", "seed": 2**64 - 1,
     "preset": "balanced", "num_inference_steps": 7, "guidance_scale": 2.5, "guidance_interval": (0.1, 0.7),
     "strength": 0.3, "clip_skip": 2, "scheduler": "DPM++ 2M SDE", "schedule_type": "karras", "guide": False,
-    "guide_upscale": "latent", "layout": "shift", "overlap": 64, "mask": "quartic", "attention_window": 16,
-    "tile_conditioning": "none", "precision": "fp32", "decode": "frozen", "scratch_dtype": "fp32", "quality": 55,
-    "prediction": "v", "variant": "fp16",
+    "guide_upscale": "latent", "layout": "shift", "overlap": 64, "tile_size": 512, "mask": "quartic",
+    "attention_window": 16, "tile_conditioning": "none", "precision": "fp32", "decode": "frozen",
+    "scratch_dtype": "fp32", "quality": 55, "prediction": "v", "variant": "fp16",
     "regions": (Region(prompt="boat", rows=(0, 64), cols=(8, 64), mask="gaussian", seed=3, negative_prompt=""),),
 }  # fmt: skip
 ELSEWHERE = {

@@ -12,6 +12,7 @@ from diffusers import DDIMScheduler
 from torch import Tensor
 
 from tiler.diffusion import schedulers
+from tiler.diffusion.calls import Calls
 from tiler.diffusion.canvas import Denoising, SamplingState, StepDone, first_step, initial_noise
 from tiler.diffusion.masks import mask_profile
 from tiler.diffusion.runner import Conditions, LocalRunner, Share
@@ -266,24 +267,26 @@ class Saved:
 def test_interrupted_between_any_two_tiles_it_goes_on_with_the_same_bytes(name: Scheduler, begin: int) -> None:
     """Each loop ends after k more tiles, and the next one, built anew, begins with what the journal holds."""
     asked, size = request(width=96, height=96, guidance_interval=(0.0, 0.6), num_inference_steps=6), (12, 12)
-    steps = steps_of(asked, size)[begin:]
+    calls, tiles = Calls(steps=6, order=name.order), steps_of(asked, size)
+    first = calls.first_of(begin)
+    steps = [tiles[calls.step_of(call)] for call in range(first, calls.count)]
     conditions, noise = prompts(1), initial_noise((1, 4, *size), 3)[0]
 
     def fresh() -> Denoising:
         generator = initial_noise((1, 4, *size), 3)[1]
         schedule = schedulers.build(name, CONFIG, 6)
         return Denoising(
-            schedule.start(noise, noise if begin else None, begin), steps, schedule, generator, begin=begin
+            schedule.start(noise, noise if begin else None, first), steps, schedule, generator, begin=first
         )
 
     whole = fresh()
     assert (
         sum(done.latents is not None for done in whole.run(LocalRunner(fake_predict, lambda step: conditions, 3)))
-        == 6 - begin
+        == calls.count - first
     )
     for every in (1, 3, 5):
         journal = Saved(every)
-        for _ in range(100):
+        for _ in range(200):
             denoising = fresh()
             for told, _ in enumerate(denoising.run(LocalRunner(fake_predict, lambda step: conditions, 2), journal), 1):
                 if told == every:
@@ -293,6 +296,16 @@ def test_interrupted_between_any_two_tiles_it_goes_on_with_the_same_bytes(name: 
         assert torch.equal(denoising.latents, whole.latents)
         # What is finished stays so.
         assert list(fresh().run(LocalRunner(fake_predict, lambda step: conditions), journal)) == []
+
+
+def test_calls_belong_to_steps() -> None:
+    """With Heun's method the last of N steps has one call, the others two."""
+    calls = Calls(steps=3, order=2)
+    assert [calls.step_of(call) for call in range(calls.count)] == [0, 0, 1, 1, 2]
+    assert [calls.first_of(step) for step in range(4)] == [0, 2, 4, 5]
+    assert calls.step_of(calls.count) == 3
+    one = Calls(steps=3)
+    assert all(one.step_of(call) == one.first_of(call) == call for call in range(4))
 
 
 def test_a_state_is_a_copy_and_survives_a_file(tmp_path: Path) -> None:
@@ -323,6 +336,10 @@ class Flow:
 
     def __init__(self, steps: int) -> None:
         self.sigmas = torch.linspace(1, 0, steps + 1)
+
+    @property
+    def calls(self) -> Calls:
+        return Calls(steps=len(self.timesteps))
 
     @property
     def timesteps(self) -> Tensor:

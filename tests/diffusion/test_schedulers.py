@@ -20,7 +20,7 @@ from torch import Tensor
 
 import tiler.diffusion.schedulers as schedulers
 from tiler.diffusion.scheduler_config import SPACINGS, correct_scheduler
-from tiler.diffusion.timesteps import beta_quantiles, fault
+from tiler.diffusion.timesteps import beta_quantiles, fault, levels
 from tiler.errors import ModelError, TilerError, UsageError
 from tiler.models.built import Models
 from tiler.models.corrections import correct_unet
@@ -81,14 +81,18 @@ def test_every_number_of_steps_has_its_timesteps(name: Scheduler, spacing: str) 
         counts = range(1, 1000)
     for count in counts:
         scheduler = schedulers.assemble(name, config, count).scheduler
-        timesteps = scheduler.timesteps.tolist()
+        assert len(scheduler.timesteps) == scheduler.order * (count - 1) + 1
+        timesteps = scheduler.timesteps[:: scheduler.order].tolist()
         assert len(timesteps) == count
         assert timesteps == sorted(timesteps, reverse=True)
         assert timesteps[0] <= 999
         assert timesteps[-1] >= 0
         if (sigmas := getattr(scheduler, "sigmas", None)) is not None:
-            assert bool((sigmas.diff() < 0).all())
-            assert len(sigmas) == count + 1
+            falls = sigmas.diff() < 0
+            if scheduler.order == 2:  # every step but the last ends with a call on the next one's level
+                assert not bool(falls[1::2].any())
+                falls = falls[::2]
+            assert len(falls) == count and bool(falls.all())
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
@@ -103,7 +107,8 @@ def test_runs_to_the_end(name: Scheduler, spacing: str) -> None:
             assert bool(torch.isfinite(run(schedule)).all())
             if count > 100:
                 continue
-            assert bool(torch.isfinite(run(schedulers.build(name, config, count), begin=count // 2)).all())
+            again = schedulers.build(name, config, count)
+            assert bool(torch.isfinite(run(again, begin=again.calls.first_of(count // 2))).all())
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
@@ -122,7 +127,9 @@ def test_steps_are_diffusers_own(name: Scheduler, spacing: str) -> None:
 
 
 @pytest.mark.parametrize("kind", [ScheduleType.KARRAS, ScheduleType.EXPONENTIAL, ScheduleType.SIMPLE])
-@pytest.mark.parametrize("name", [Scheduler.EULER, Scheduler.DPMPP_2M, Scheduler.DPMPP_2M_SDE, Scheduler.UNIPC])
+@pytest.mark.parametrize(
+    "name", [Scheduler.EULER, Scheduler.HEUN, Scheduler.DPMPP_2M, Scheduler.DPMPP_2M_SDE, Scheduler.UNIPC]
+)
 def test_schedule_types_are_diffusers_own(name: Scheduler, kind: ScheduleType) -> None:
     """Apart from the sampler, and whatever the checkpoint's config says of its own."""
     fields = {"timestep_spacing": "trailing"} if kind is ScheduleType.SIMPLE else {f"use_{kind}_sigmas": True}
@@ -133,7 +140,7 @@ def test_schedule_types_are_diffusers_own(name: Scheduler, kind: ScheduleType) -
     own.set_timesteps(20)
     assert schedule.name is name
     assert torch.equal(schedule.timesteps, own.timesteps) and torch.equal(schedule.scheduler.sigmas, own.sigmas)
-    assert bool(torch.isfinite(run(schedule, begin=9)).all())
+    assert bool(torch.isfinite(run(schedule, begin=schedule.calls.first_of(9))).all())
 
 
 def test_schedule_types_that_make_no_sense_are_refused() -> None:
@@ -171,13 +178,16 @@ def test_quantiles_of_the_beta_distribution(shape: float, quantile: Any) -> None
     assert beta_quantiles(shares, shape) == pytest.approx([quantile(p) for p in shares], abs=1e-6)
 
 
-@pytest.mark.parametrize("cls", ["EulerDiscreteScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"])
+@pytest.mark.parametrize(
+    "cls", ["EulerDiscreteScheduler", "HeunDiscreteScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"]
+)
 def test_beta_sigmas_need_no_scipy(cls: str) -> None:
     config = CONFIG | {"_class_name": cls, "use_beta_sigmas": True}
     for count in (1, 2, 20, 300, 1000):
         schedule = schedulers.build(Scheduler.AUTO, config, count)
         assert fault(schedule.scheduler, count) is None
-    sigmas = schedulers.build(Scheduler.AUTO, config | {"timestep_spacing": "trailing"}, 5).scheduler.sigmas
+    sigmas = levels(schedulers.build(Scheduler.AUTO, config | {"timestep_spacing": "trailing"}, 5).scheduler).sigmas
+    assert sigmas is not None
     # The distribution is symmetric: the median is the mean of the ends.
     assert float(sigmas[2]) == pytest.approx(float(sigmas[0] + sigmas[4]) / 2, rel=1e-6)
     euler = CONFIG | {"_class_name": "EulerDiscreteScheduler", "use_beta_sigmas": True, "use_karras_sigmas": True}
@@ -310,13 +320,14 @@ def test_a_schedule_goes_on_with_the_same_bits(name: Scheduler, fields: dict[str
         return schedulers.build(name, CONFIG | fields, 8)
 
     noise, reference = torch.randn(1, 4, 2, 2), torch.randn(1, 4, 2, 2)
-    predictions = torch.randn(8, 1, 4, 2, 2)
-    for stop in range(begin, 8):
+    calls = fresh().calls
+    predictions, first = torch.randn(calls.count, 1, 4, 2, 2), calls.first_of(begin)
+    for stop in range(first, calls.count):
         results = []
         for interrupted in (False, True):
             schedule, generator = fresh(), torch.Generator().manual_seed(4)
-            latents = schedule.start(noise, reference if begin else None, begin)
-            for step in range(begin, 8):
+            latents = schedule.start(noise, reference if begin else None, first)
+            for step in range(first, calls.count):
                 if interrupted and step == stop:
                     state, drawn = schedule.state(), generator.get_state()
                     schedule, generator = fresh(), torch.Generator()
@@ -332,11 +343,12 @@ def test_a_schedule_goes_on_with_the_same_bits(name: Scheduler, fields: dict[str
 def test_starting_from_a_reference_is_its_noise_at_that_step(name: Scheduler) -> None:
     schedule = schedulers.build(name, CONFIG, 10)
     reference, noise = torch.randn(1, 4, 8, 8), torch.randn(1, 4, 8, 8)
-    assert torch.equal(schedulers.build(name, CONFIG, 10).start(noise, reference, 10), reference)
-    got = schedule.start(noise, reference, 6)
+    first = schedule.calls.first_of
+    assert torch.equal(schedulers.build(name, CONFIG, 10).start(noise, reference, first(10)), reference)
+    got = schedule.start(noise, reference, first(6))
     scheduler = schedule.scheduler
-    if name in (Scheduler.EULER, Scheduler.EULER_A):
-        want = reference + scheduler.sigmas[6] * noise
+    if name in (Scheduler.EULER, Scheduler.EULER_A, Scheduler.HEUN):
+        want = reference + levels(scheduler).sigmas[6] * noise  # type: ignore[index]
     elif hasattr(scheduler, "sigmas"):
         alpha = 1 / (scheduler.sigmas[6] ** 2 + 1).sqrt()
         want = alpha * reference + scheduler.sigmas[6] * alpha * noise
@@ -349,12 +361,13 @@ def test_starting_from_a_reference_is_its_noise_at_that_step(name: Scheduler) ->
 @pytest.mark.parametrize(
     ("text", "want"),
     [("ddim", Scheduler.DDIM), ("EULER A", Scheduler.EULER_A), ("dpm++ 2m karras", Scheduler.DPMPP_2M_KARRAS), ("Euler_a", Scheduler.EULER_A),
-     ("DPMSolverMultistepScheduler", Scheduler.DPMPP_2M), ("UniPCMultistepScheduler", Scheduler.UNIPC), ("lcm", Scheduler.LCM), ("Auto", Scheduler.AUTO)],
+     ("DPMSolverMultistepScheduler", Scheduler.DPMPP_2M), ("UniPCMultistepScheduler", Scheduler.UNIPC), ("lcm", Scheduler.LCM), ("heun", Scheduler.HEUN),
+     ("HeunDiscreteScheduler", Scheduler.HEUN), ("Auto", Scheduler.AUTO)],
 )  # fmt: skip
 def test_scheduler_names(text: str, want: Scheduler) -> None:
     assert parse_scheduler(text) is want
     with pytest.raises(UsageError, match="DPM\\+\\+ 2M Karras"):
-        parse_scheduler("heun")
+        parse_scheduler("dpm fast")
 
 
 @pytest.mark.parametrize("cls", [DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler])

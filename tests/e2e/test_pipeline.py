@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler, HeunDiscreteScheduler, StableDiffusionPipeline
 from PIL import Image, ImageCms
 from safetensors.torch import load_file
 
@@ -46,6 +46,7 @@ def roomy() -> Budget:
     [
         ("tiny", Scheduler.DDIM, DDIMScheduler),
         ("tiny", Scheduler.EULER_A, EulerAncestralDiscreteScheduler),
+        ("tiny", Scheduler.HEUN, HeunDiscreteScheduler),
         ("tiny-sd2", Scheduler.DDIM, DDIMScheduler),
     ],
 )

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import runpy
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -37,18 +35,10 @@ def weights_of(model: Path, role: Role) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("kind", ["int8", "fp8", "int4"])
 def test_optimum_quanto_reads_the_weights_that_tiler_reads(
-    in_process, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+    in_process, quanto, model: Path, tmp_path: Path, kind: str
 ) -> None:
-    quanto = pytest.importorskip("optimum.quanto")
     from diffusers import PixArtTransformer2DModel
-    from optimum.quanto.library.extensions.extension import get_extension
 
-    # Its own unpacking in Python, in place of an extension that takes half a minute to compile in a new environment.
-    with monkeypatch.context() as patch:
-        patch.setattr("torch.library.define", lambda *args: None)
-        patch.setattr("torch.library.impl", lambda *args: lambda function: function)
-        own = runpy.run_path(str(Path(quanto.__file__).with_name("library") / "unpack.py"))
-    monkeypatch.setattr(get_extension("quanto_cpp"), "_lib", SimpleNamespace(unpack=own["unpack"]))
     ran = in_process(
         "quantize", model, "--weights", kind, "-o", "q", "--exclude", "*.attn1.to_k,transformer_blocks.1.*"
     )
@@ -77,6 +67,32 @@ def test_the_folder_renders_much_the_same_picture(in_process, model: Path, tmp_p
     assert in_process("quantize", model, "--weights", "fp8", "-o", "q", "-q").code == 0
     got, want = (rendered(ask(m, tmp_path, size=64, num_inference_steps=1))[0] for m in (tmp_path / "q", model))
     assert 0 < (got - want).norm() / want.norm() < 0.2
+
+
+FAMILIES = {"tiny": "int4", "tiny-sdxl": "fp8", "tiny-sd3": "int8", "tiny-flux": "int4", "tiny-auraflow": "int4"}
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_every_family_is_quantised_and_rendered(
+    in_process, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Denoiser and text encoders, except the second one of SDXL and Stable Diffusion 3; small layers, too."""
+    import make_checkpoint
+
+    monkeypatch.setattr("tiler.models.unet.SMALL", 500)
+    model, weights = make_checkpoint.make(kind, tmp_path), FAMILIES[kind]
+    ran = in_process("quantize", model, "--weights", weights, "--text-encoder-weights", "int8", "-o", "q", "--json")
+    assert ran.code == 0, ran.err
+    own, made = (
+        sum(file.stat().st_size for file in folder.rglob("*.safetensors")) for folder in (model, tmp_path / "q")
+    )
+    assert made < own
+    quantised = {file.parent.name for file in (tmp_path / "q").glob("*/quanto_qmap.json")}
+    encoders = {"text_encoder"} | ({"text_encoder_3"} if kind == "tiny-sd3" else set())
+    encoders |= {"text_encoder_2"} if kind == "tiny-flux" else set()
+    assert quantised == encoders | {"unet" if kind in ("tiny", "tiny-sdxl") else "transformer"}
+    got, want = (rendered(ask(m, tmp_path, size=64, num_inference_steps=1))[0] for m in (tmp_path / "q", model))
+    assert 0 < (got - want).norm() / want.norm() < 0.3
 
 
 def test_text_encoders_are_asked_for_apart(in_process, model: Path, tmp_path: Path) -> None:

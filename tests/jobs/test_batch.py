@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 
 from tiler.cli import render
-from tiler.cli.queues import parser
+from tiler.cli.queues import Checker, parser
 from tiler.errors import UsageError
-from tiler.jobs.queue import Queue
-from tiler.jobs.rows import Row, read_rows
+from tiler.jobs.rows import NAME, Row, read_rows
 
 parse = parser(render.run)
 
@@ -22,8 +21,8 @@ def rows(tmp_path: Path, name: str, text: str) -> list[Row]:
 
 
 def output_of(row: Row, root: Path) -> Path:
-    queue = Queue(root=root, results=root / "r", defaults=(), max_ram_bytes=1, check=parse)
-    return queue.output_of(row, queue.ask(row))
+    checker = Checker(root=root, defaults=(), parse=parse, name=NAME)
+    return checker.output_of(row, checker.ask(row))
 
 
 def test_a_toml_queue(tmp_path: Path) -> None:

@@ -3,12 +3,14 @@ numbers are those of the table in tests/README.md."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import resource
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -111,3 +113,24 @@ def test_48_texts_of_others_do_not_steer_the_terminal(in_process: Any, tmp_path:
     assert json.loads(in_process("info", "x.png", "--json").out)["settings"]["seed"] == 7
     ran = in_process("info", "no\x1b[2J.png")
     assert ran.code != 0 and "\x1b" not in ran.err and "no\\x1b[2J.png" in ran.err
+
+
+def test_44_clocks_that_jump_and_other_surroundings(
+    in_process: Any, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A clock that goes backwards by years, another time zone, a strict umask, a home that cannot be written to: the
+    same bytes."""
+    common = "a boat", "--model", tiny, "--size", 64, "--steps", 2, "--no-guide", "--seed", 5
+    assert in_process("render", *common, "-o", "whole.png").code == 0
+    jumps = itertools.cycle((0.0, 2e9, 1.0, 5e9))
+    monkeypatch.setattr(time, "time", lambda: next(jumps))
+    before = os.umask(0o077)
+    try:
+        env = {"HOME": "/proc/none", "TZ": "America/St_Johns", "XDG_CACHE_HOME": "/proc/none/cache"}
+        ran = in_process("render", *common, "-o", "x.png", env=env)
+    finally:
+        os.umask(before)
+    assert ran.code == 0, ran.err
+    assert (tmp_path / "x.png").read_bytes() == (tmp_path / "whole.png").read_bytes()
+    assert (tmp_path / "x.png").stat().st_mode & 0o777 == 0o600
+    assert {path.name for path in tmp_path.iterdir()} == {"whole.png", "x.png"}

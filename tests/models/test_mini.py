@@ -248,6 +248,23 @@ def test_crops_often_show_the_edge_of_a_disc_and_pictures_have_other_shapes() ->
     assert (pool.whole(0), pool.whole(2)) == (2, 4)
 
 
+# --- judges ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_seam_stands_out_from_lines_beside_it() -> None:
+    from posters import find_seams
+
+    rng = np.random.default_rng(0)
+    picture = np.full((512, 512, 3), 100.0) + rng.normal(0, 2, (512, 512, 1))
+    lines = {128, 256, 384}
+    plain = find_seams(picture, lines, lines)
+    assert plain.elsewhere[0] <= plain.borders <= plain.elsewhere[1]
+    picture[:, 128:256] += 4
+    picture[:, 384:] -= 4
+    torn = find_seams(picture, lines, lines)
+    assert torn.borders > torn.elsewhere[1] > torn.elsewhere[0]
+
+
 # --- weights ---------------------------------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ from torch import Tensor
 
 from tiler.errors import ModelError
 from tiler.models import t5
+from tiler.models import together as sharing
 from tiler.run import streamed
 from tiler.weights.checkpoint import Checkpoint
+from tiler.weights.store import Piece, WeightStore
 
 TEXTS = ["a boat on a lake at dawn", "", "storm clouds over the harbour, highly detailed, gulls and mist"]
 LONG = "a lighthouse on a cliff, waves, dramatic light, " * 20
@@ -66,7 +69,7 @@ def test_prompts_are_encoded_as_by_transformers(checkpoint: Checkpoint, keep_pad
 def test_a_prompt_does_not_depend_on_those_beside_it(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     together = encode(checkpoint, TEXTS, keep_pads=False)
     alone = [encode(checkpoint, [text], keep_pads=False)[0] for text in TEXTS]
-    monkeypatch.setattr(t5, "GROUP_TOKENS", 20)
+    monkeypatch.setattr(sharing, "GROUP_TOKENS", 20)
     in_groups = encode(checkpoint, TEXTS, keep_pads=False)
     assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(together, alone, in_groups, strict=True))
 
@@ -85,6 +88,23 @@ def test_all_prompts_share_one_read_and_of_the_table_only_their_rows_are_read(ch
     row = table.nbytes // table.shape[0]
     for nbytes, texts in zip(read, ([TEXTS[0]], TEXTS), strict=True):
         assert blocks < nbytes <= blocks + row * sum(len(text) + 1 for text in texts)
+
+
+def test_the_next_layer_is_read_while_one_is_computed(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the only pass that there is: all pieces of linear layers but the first come from the thread that reads
+    ahead."""
+    readers: dict[str, list[str]] = {}
+    read = WeightStore._read
+
+    def tell(store: WeightStore, piece: Piece, buffer: torch.Tensor) -> torch.Tensor:
+        readers.setdefault(piece.name, []).append(threading.current_thread().name)
+        return read(store, piece, buffer)
+
+    monkeypatch.setattr(WeightStore, "_read", tell)
+    encode(checkpoint, TEXTS, keep_pads=False)
+    streamed_ones = [name for name in readers if ".wi" in name or ".wo" in name]  # the others are small, and stay
+    ahead = [name.startswith("tiler-read-ahead") for layer in streamed_ones for name in readers[layer]]
+    assert len(ahead) >= 6 and ahead.count(False) == 1
 
 
 def test_it_may_be_split_into_shards_and_hold_its_table_under_the_encoders_name(

@@ -178,13 +178,21 @@ def convolution(
     return Case(call, (a, packed, factor, sums, scale, zero, taps, bias, out), out, want, 2e-6)
 
 
-def tokens(rows: int, width: int, out_type: Type, *, norm: bool, apart: int = 0) -> Case:
+def walsh_hadamard(n: int) -> Tensor:
+    """(n, n) fp64: −1 to the number of bits that the numbers of row and column share, over its root."""
+    shared = torch.arange(n)[:, None] & torch.arange(n)
+    return (-1.0) ** torch.tensor([[number.bit_count() for number in row] for row in shared.tolist()]).double() / n**0.5
+
+
+def tokens(rows: int, width: int, out_type: Type, *, norm: bool, apart: int = 0, rotated: bool = False) -> Case:
     torch.manual_seed(rows + width)
     x = torch.randn(rows, width + apart) * torch.logspace(-2, 2, rows)[:, None] + 0.3
     gamma, beta = (torch.randn(width), torch.randn(width)) if norm else (None, None)
     want = x[:, :width].double()
     if gamma is not None and beta is not None:
         want = F.layer_norm(want, (width,), gamma.double(), beta.double(), 1e-5)
+    if rotated:
+        want = (want.view(rows, -1, 64) @ walsh_hadamard(64)).view(rows, width)
     scale = torch.zeros(rows)
     filled = padded(width, {Type.UINT8: 4, Type.BF16: 2, Type.FP32: 1}[out_type])
     out = torch.empty(rows, filled, dtype=DTYPES[out_type])
@@ -193,7 +201,7 @@ def tokens(rows: int, width: int, out_type: Type, *, norm: bool, apart: int = 0)
     want = F.pad(want, (0, filled - width), value=128.0 if out_type is Type.UINT8 else 0.0)
     call = Rows(
         x=address(x), rows=rows, width=width, step=width + apart, gamma=address(gamma), beta=address(beta), eps=1e-5,
-        norm=norm,
+        norm=norm, rotated=rotated,
         out_type=out_type, out=address(out), out_bytes=out.stride(0) * out.element_size(), scale=address(scale),
     )  # fmt: skip
     tensors = [t for t in (x, gamma, beta, scale, out) if t is not None]
@@ -296,6 +304,8 @@ def others() -> Iterator[Case]:
         yield image(3, (9, 17), (12, 24), out_type, padding=2)
         yield image(2, (5, 4), (10, 8), out_type, silu=False)
         yield image(2, (13, 11), (20, 0), out_type, groups=0, silu=False, padding=0, shift=-3)
+    yield tokens(37, 128, Type.UINT8, norm=False, apart=3, rotated=True)
+    yield tokens(5, 320, Type.UINT8, norm=True, rotated=True)
     yield image(2, (7, 5), (20, 0), Type.UINT8, silu=False, padding=0, each_place=True)
     yield image(1, (7, 5), (20, 7), Type.UINT8, groups=3, padding=0, each_place=True)
 
@@ -383,6 +393,7 @@ def cases(lib: Library) -> list[Case]:
         ),
         convolution(Kind.INT8, 3, (13, 9), 40, 80, 3, 1),
         tokens(203, 96, Type.UINT8, norm=True),
+        tokens(67, 192, Type.UINT8, norm=True, rotated=True),
         image(3, (33, 17), (12, 24), Type.UINT8),
         *(winograd(lib, kind, 2, (41, 22), 40, 96) for kind in kinds(lib) if kind is not Kind.INT8),
         *(attention(kind, 2, 3, 300, 200, 40) for kind in kinds(lib) if kind is not Kind.INT8),

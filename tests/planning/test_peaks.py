@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -47,3 +48,20 @@ def test_equal_operations_are_metered_once_and_count_each_time(
     short = predicted(models, tmp_path)
     monkeypatch.setattr(Memo, "run", lambda self, key, work: work())
     assert predicted(models, tmp_path) == short
+
+
+def test_prompts_that_wait_are_counted(in_process: Any, tiny: Path) -> None:
+    """All texts stay in memory from their encoding to the last step, each as long as the longest."""
+    asked = "plan", "--model", tiny, "--size", 128, "--precision", "fp32", "--json"
+
+    def waiting(*words: object) -> dict[str, int]:
+        phases = in_process(*asked, *words).json["phases"]
+        return {phase["name"]: phase["terms"].get("prompts", 0) for phase in phases}
+
+    one = 77 * 32 * 4  # a chunk of this model
+    assert waiting("a boat", "-n", "fog") == {
+        "encode prompts": 2 * one, "guide": one, "guide picture": 2 * one, "canvas": one, "decode": 0,
+    }  # fmt: skip
+    long = waiting("BREAK".join(["a boat"] * 7), "-n", "fog", "--canvas-prompt", "sea")
+    chunks = long["encode prompts"] // (3 * one)
+    assert chunks >= 7 and long["canvas"] == 2 * chunks * one  # one more is among the activations

@@ -66,8 +66,7 @@ def check(index: dict[str, TensorInfo], wanted: Tensors, **close: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", ["qint8", "qfloat8", "qint4"])
-def test_what_optimum_quanto_wrote_is_what_it_reads(kind: str, tmp_path: Path) -> None:
-    quanto = pytest.importorskip("optimum.quanto")
+def test_what_optimum_quanto_wrote_is_what_it_reads(quanto: Any, kind: str, tmp_path: Path) -> None:
     model = network()
     quanto.quantize(model, weights=getattr(quanto, kind))
     quanto.freeze(model)
@@ -122,12 +121,22 @@ def test_eight_bits_of_bitsandbytes_are_what_they_mean(tmp_path: Path) -> None:
     check(index, {"0.weight": wanted}, rtol=1e-6, atol=1e-9)
 
 
-def test_bitsandbytes_reads_the_same(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("nested", [True, False])
+def test_bitsandbytes_reads_the_same_four_bits(kind: str, nested: bool, tmp_path: Path) -> None:
     functional = pytest.importorskip("bitsandbytes.functional")
     weight = torch.randn(96, 256)
-    packed, state = functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+    packed, state = functional.quantize_4bit(weight, quant_type=kind, compress_statistics=nested)
+    packed.copy_(torch.randint(0, 256, packed.shape, dtype=torch.uint8))
     tensors = {"0.weight": packed} | {f"0.weight.{name}": tensor for name, tensor in state.as_dict(packed=True).items()}
     check(stored(tensors, tmp_path), {"0.weight": functional.dequantize_4bit(packed, state)}, rtol=0, atol=0)
+
+
+def test_bitsandbytes_reads_the_same_eight_bits(tmp_path: Path) -> None:
+    functional = pytest.importorskip("bitsandbytes.functional")
+    values, largest = torch.randint(-127, 128, (96, 256), dtype=torch.int8), torch.rand(96)
+    meant = functional.int8_vectorwise_dequant(values, largest)
+    check(stored({"0.weight": values, "0.SCB": largest}, tmp_path), {"0.weight": meant}, rtol=0, atol=0)
 
 
 FP8 = torch.ones(96, 256).to(torch.float8_e4m3fn)
@@ -307,9 +316,8 @@ def test_a_map_must_go_with_the_weights(change: Callable[[Any], Any], message: s
 
 
 @pytest.mark.parametrize("kind", ["qint8", "qint4"])
-def test_what_stays_out_of_the_int8_file_keeps_its_value(kind: str, tmp_path: Path) -> None:
+def test_what_stays_out_of_the_int8_file_keeps_its_value(quanto: Any, kind: str, tmp_path: Path) -> None:
     """A weight that another program quantised and tiler does not: the file of int8 weights holds what it means."""
-    quanto = pytest.importorskip("optimum.quanto")
     model = network()
     quanto.quantize(model, weights=getattr(quanto, kind))
     quanto.freeze(model)

@@ -8,10 +8,11 @@ from typing import Annotated
 import typer
 
 from tiler.cli import options as o
-from tiler.cli import queues, render
+from tiler.cli import queues, render, supervise
 from tiler.errors import UsageError
-from tiler.jobs.queue import DONE, Queue, lower_priority
-from tiler.jobs.rows import NAME, Row, read_rows
+from tiler.jobs.claims import host
+from tiler.jobs.results import file_of
+from tiler.jobs.rows import NAME, Row, grows, read_rows
 
 
 def command(
@@ -20,7 +21,8 @@ def command(
         Path,
         typer.Argument(
             metavar="FILE",
-            help=r"jobs.toml with \[\[image]] tables, jobs.jsonl with an object a line, or a text with a prompt a line.",
+            help=r"jobs.toml with \[\[image]] tables, jobs.jsonl with an object a line, or a text with a prompt a "
+            "line.",
         ),
     ],
     output: Annotated[
@@ -39,7 +41,15 @@ def command(
     ] = None,
     max_ram: o.MaxRam = "800MB",
     fail_fast: Annotated[bool, typer.Option("--fail-fast", help="End with the first row that fails.")] = False,
-    nice: Annotated[int, typer.Option("--nice", metavar="N", min=0, max=19, help="Let other programs go first.")] = 10,
+    share: Annotated[
+        bool,
+        typer.Option(
+            "--share",
+            help="Share the rows with other machines that run this command in the same folder. A row whose machine is "
+            "silent for 15 minutes is drawn by another.",
+        ),
+    ] = False,
+    nice: o.Nice = 10,
     quiet: o.Quiet = False,
 ) -> None:  # fmt: skip
     """Render all pictures of a file, one process for each, under one memory ceiling.
@@ -53,24 +63,20 @@ def command(
     root = output_dir or file.parent
     if not root.is_dir():
         raise UsageError(f"{root} does not exist; create it first")
-    queue = Queue(
-        root=root,
-        results=file.with_name(f"{file.name}.results.jsonl"),
-        defaults=(*context.args, *["--quiet"] * quiet),
-        max_ram_bytes=queues.ceiling_of_pictures(max_ram),
-        check=queues.parser(render.run),
-        name=output,
-        fail_fast=fail_fast,
-        say=queues.speaker(quiet=quiet),
+    checker = queues.Checker(
+        root=root, defaults=(*context.args, *["--quiet"] * quiet), name=output, parse=queues.parser(render.run)
     )
-    queue.check(queue.defaults)
-    queue.ask(Row(0, "x", (), None))
-    if file.suffix.lower() == ".toml":
-        queues.check_outputs(read_rows(file), queue, f"{file}: ")
-    lower_priority(nice)
-    tally = queue.run(read_rows(file))
-    if not quiet:
-        typer.echo(str(tally) or f"{file}: no rows")
-        if tally.statuses[DONE]:
-            typer.echo(f"results: {queue.results}")
-    raise SystemExit(tally.exit_code)
+    common = checker.ask(Row(0, None, (), None))
+    if share and common.force:
+        raise UsageError("--share takes a picture that is there for one that is done; leave out --force")
+    ceiling = queues.ceiling(max_ram)
+    growing = {"file": str(file), "root": str(root), "defaults": list(checker.defaults), "name": output}
+    rows = -1 if grows(file) else queues.check_all(read_rows(file), checker, f"{file}: ")
+    o.lower_priority(nice)
+    queues.hand_over(
+        supervise.Spec(
+            root=str(root), results=str(file_of(file, host() if share else "")), file=str(file), max_ram_bytes=ceiling,
+            rows=rows, reader=growing if grows(file) else None, shared=share, fail_fast=fail_fast, silent=quiet,
+            quiet=quiet, is_batch=True,
+        )
+    )  # fmt: skip

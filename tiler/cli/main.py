@@ -1,13 +1,11 @@
-"""The `tiler` program: its commands, and the one place where errors become exit codes."""
+"""The `tiler` program: its commands."""
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from typing import Annotated, Any
 
@@ -21,6 +19,7 @@ from tiler.cli import (
     decode,
     doctor,
     encode,
+    failure,
     helps,
     info,
     layers,
@@ -32,10 +31,7 @@ from tiler.cli import (
     several,
     worker,
 )
-from tiler.cli.terminal import harmless, prepare_signals, prepare_streams, silence
-from tiler.errors import Interrupted, TilerError
-from tiler.files import written
-from tiler.memory.limits import is_out_of_memory
+from tiler.cli.terminal import prepare_signals, prepare_streams, silence
 
 
 class _ReaderGone(Exception):
@@ -126,44 +122,5 @@ def main() -> None:
         silence(sys.stdout)
         sys.exit(0)
     except BaseException as error:
-        message, code = _explained(error)
-        _fail(message, code, getattr(error, "__notes__", []))
+        failure.end(error)
     sys.exit(code if isinstance(code, int) else 0)
-
-
-def _explained(error: BaseException) -> tuple[str, int]:
-    """What is said of an error, "" where everything was said, and the exit code."""
-    if is_out_of_memory(error):  # also where it is the cause of another error
-        return "the system refused an allocation; raise --max-ram or the limit (ulimit -d, -v), or free some memory", 5
-    match error:
-        case Interrupted():
-            names = ", ".join(map(str, written()))
-            nothing = "" if getattr(error, "__notes__", []) else "; nothing was written"
-            return f"interrupted{f'; written: {names}' if names else nothing}", int(error.code or 1)
-        case SystemExit() if isinstance(error.__context__, BrokenPipeError):
-            return "", 0  # rich, whose reader is gone
-        case SystemExit():
-            return "", error.code if isinstance(error.code, int) else 1
-        case TilerError():
-            return str(error), error.exit_code
-        case OSError():
-            return f"{error.filename or 'standard output'}: {error.strerror}; check the disk and its free space", 6
-    if hasattr(error, "format_message"):  # of an option that does not exist; empty where the help itself was shown
-        said = error.format_message().rstrip(".")
-        return f"{said}; see --help" if said else "", 2
-    line = (str(error).splitlines() or [""])[0]
-    return f"a fault of tiler itself, {type(error).__name__}: {line}; `tiler --debug …` shows where", 1
-
-
-def _fail(message: str, code: int, notes: Sequence[str]) -> None:
-    with suppress(OSError, ValueError):  # stderr may be gone; the code still tells
-        if os.environ.get("TILER_DEBUG"):
-            traceback.print_exc()
-        lines = [*([f"tiler: {message}"] if message else []), *notes]
-        sys.stderr.write("".join(f"{harmless(line)}\n" for line in lines))
-        sys.stderr.flush()
-    with suppress(OSError, ValueError):
-        if message and code and "--json" in sys.argv:  # programs read of errors where they read of results
-            print(json.dumps({"error": message, "exit_code": code}))
-        sys.stdout.flush()
-    sys.exit(code)

@@ -15,7 +15,8 @@ import typer
 
 from tiler.cli import completion, layers
 from tiler.cli.repeat import repeat
-from tiler.errors import UsageError
+from tiler.cli.terminal import closed_streams
+from tiler.errors import StorageError, UsageError
 from tiler.request import Region, read_regions, shared
 from tiler.request.choices import MAX_SEED, STDOUT
 from tiler.request.options import Option, Panel
@@ -39,6 +40,13 @@ Threads = Annotated[
         help=r"CPU threads. [dim]\[default: all cores][/dim]",
     ),
 ]
+Nice = Annotated[
+    int,
+    typer.Option(
+        "--nice", rich_help_panel=Panel.MEMORY, metavar="N", min=0, max=19,
+        help="Let other programs go first, the more the higher N is.",
+    ),
+]  # fmt: skip
 Report = Annotated[
     Path | None,
     typer.Option(
@@ -242,6 +250,12 @@ def prepare_process(threads: int | None, *, torch: bool = True) -> None:
         lean_torch()
 
 
+def lower_priority(nice: int) -> None:
+    """Let other programs go first."""
+    if nice:
+        os.nice(nice)
+
+
 def check_report(report: Path | None, *outputs: Path | None, force: bool) -> None:
     """Before any work: the report can be written, and takes the name of no other file. Raises UsageError,
     StorageError."""
@@ -255,14 +269,16 @@ def check_report(report: Path | None, *outputs: Path | None, force: bool) -> Non
 
 
 def check_stdout(output: Path | None, *, json_output: bool) -> None:
-    """Before any work: where standard output is to be the picture, it is nothing else, nor a terminal. Raises
-    UsageError."""
+    """Before any work: where standard output is to be the picture, it is there and nothing else, nor a terminal. Raises
+    UsageError, StorageError."""
     if output != STDOUT:
         return
     if json_output:
         raise UsageError(
             "--json and -o - both want standard output; take --report FILE, or write the picture to a file"
         )
+    if 1 in closed_streams:
+        raise StorageError("-o - writes to standard output, which is closed; add `| PROGRAM` or `> FILE`")
     if os.isatty(1):
         raise UsageError(
             "-o - writes a picture's bytes, and standard output is a terminal; add `| PROGRAM` or `> FILE`"

@@ -51,6 +51,11 @@ def _print(facts: dict[str, Any], plan: Any) -> None:
     *encoders, denoiser = (f"{name} {nbytes / 1e9:.2g} GB" for name, nbytes in facts["read_bytes"].items())
     read = ", ".join(encoders) or "nothing for the prompts, which are encoded already"
     typer.echo(f"reads: {read};\n  {denoiser} in each read of the weights, less what stays in memory")
+    one = facts["pass"]
+    typer.echo(
+        f"one read: {one['read_bytes'] / 1e9:.2g} GB in {one['read_seconds']:.3g} s, arithmetic meanwhile "
+        f"{one['arithmetic_seconds']:.3g} s:\n  the {one['bound']} bounds it"
+    )
     if plan.upscale_flops:
         encoder = plan.methods["guide picture"]
         typer.echo(f"guide: enlarged as a picture, {plan.upscale_flops / 1e12:.2g} TFLOP; encoder:\n  {encoder}")
@@ -62,6 +67,11 @@ def _print(facts: dict[str, Any], plan: Any) -> None:
         typer.echo(
             f"--preset {name:9}{_count(work['denoiser_samples'], 'sample'):>14}, {_tflop(work):>12}, {_hours(work)}"
         )
+    if facts["hints"]:
+        typer.echo("\nwhat would help:" + " " * 25 + "smallest ceiling")
+    for hint in facts["hints"]:
+        floor = f"{-(-hint['smallest_max_ram_bytes'] // 10**6)} MB"
+        typer.echo(f"  {hint['choice']:40}{floor:>14}, {_hours(hint)}")
     typer.echo("\n" + memory.table())
 
 

@@ -1,27 +1,35 @@
-"""What the commands that draw several pictures share: words made requests, names checked, the ceiling divided."""
+"""What the commands that draw several pictures share: words made requests, names checked, and the process that draws
+them."""
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+import json
+import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import typer
 
 from tiler.cli import options as o
-from tiler.cli.terminal import harmless
+from tiler.cli import supervise
 from tiler.errors import UsageError
-from tiler.jobs.queue import Queue
+from tiler.jobs import naming
+from tiler.jobs.coding import encode
+from tiler.jobs.folder import folder_of
+from tiler.jobs.queue import BESIDE, OWN_BYTES, Checked
 from tiler.jobs.rows import Row
 from tiler.memory.budget import Budget, format_mb
-from tiler.memory.process import read_rss
 from tiler.request import MAX_SEED, RenderRequest
+from tiler.request.render import OF_THE_MACHINE
+from tiler.weights.encoders import has_large_encoder
 
 MOST = 10_000  # pictures of one command
-_OWN_BYTES = 5_000_000  # what this process may grow by
 
 
 def parse_seeds(text: str | None) -> list[int | None]:
@@ -68,26 +76,101 @@ def parser(run: Callable[..., None]) -> Callable[[Sequence[str]], RenderRequest]
     return parse
 
 
-def ceiling_of_pictures(max_ram: str) -> int:
-    """What is left of the ceiling for the process of a picture, in bytes. Raises UsageError where that is nothing."""
-    ceiling, own = Budget(max_ram).max_bytes, read_rss().now + _OWN_BYTES
-    if ceiling <= own:
-        raise UsageError(f"--max-ram {max_ram}: the process that starts the pictures takes {format_mb(own)}; give more")
-    return ceiling - own
+@dataclass(frozen=True, kw_only=True)
+class Checker:
+    """`defaults` are words of `tiler render` that stand before each row's, `parse` makes them a request, `name` names
+    pictures below `root` whose rows do not."""
 
+    root: Path
+    defaults: Sequence[str]
+    parse: Callable[[Sequence[str]], RenderRequest]
+    name: str
 
-def speaker(*, quiet: bool) -> Callable[[str], None]:
-    """Tells people on stderr."""
-    return (lambda text: None) if quiet else (lambda text: print(harmless(text), file=sys.stderr, flush=True))
+    def ask(self, row: Row) -> RenderRequest:
+        """The request of a row. Raises UsageError for one that cannot be drawn."""
+        if row.problem is not None:
+            raise UsageError(row.problem)
+        return self.parse(self._words(row))
 
+    def output_of(self, row: Row, asked: RenderRequest) -> Path:
+        """Where a row's picture goes: below the root, whatever it says. Raises UsageError."""
+        template = self.name if row.output is None else row.output
+        return naming.below(self.root, naming.fill(template, index=row.index, seed=asked.seed, prompt=asked.prompt))
 
-def check_outputs(rows: Iterable[Row], queue: Queue, where: str = "") -> None:
-    """Pictures that are known as a whole are right as a whole before any work begins. Raises UsageError."""
-    taken: dict[Path, int] = {}
-    for row in rows:
+    def check(self, row: Row) -> Checked:
+        """All that a queue has to know of the row. Raises UsageError for one that cannot be drawn."""
+        asked = self.ask(row)
+        output = self.output_of(row, asked)
+        return Checked(
+            row=row.index,
+            words=self._words(row),
+            output=str(output.relative_to(self.root)),
+            job=str(folder_of(output, asked.job_dir)),
+            digest=_digest(asked, output.relative_to(self.root)),
+            notes=list(row.notes),
+            wants_encoder=has_large_encoder(asked),
+        )
+
+    def take(self, row: Row) -> Checked:
+        """The same, with what is wrong with the row as its problem."""
         try:
-            output = queue.output_of(row, queue.ask(row))
+            return self.check(row)
         except UsageError as error:
-            raise UsageError(f"{where}image {row.index}: {error}") from error
-        if taken.setdefault(output, row.index) != row.index:
-            raise UsageError(f"{where}images {taken[output]} and {row.index} have the same output, {output}")
+            return Checked(row=row.index, notes=list(row.notes), problem=str(error))
+
+    def _words(self, row: Row) -> list[str]:
+        """What follows `tiler render`. Of an option that is given twice the last one holds; a prompt comes after
+        `--`."""
+        words = list(self.defaults)
+        at = words.index("--") if "--" in words else len(words)
+        prompt = words[at:] if row.prompt is None else ["--", row.prompt]
+        return [*words[:at], *row.words, "--count=1", "--output-dir=", *prompt]
+
+
+def _digest(asked: RenderRequest, output: Path) -> int:
+    """64 bits of all that decides a picture, and of its place."""
+    said = {name: value for name, value in encode(asked).items() if name not in OF_THE_MACHINE}
+    text = json.dumps([str(output), said], sort_keys=True)
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big")
+
+
+def budget_of(max_ram: str | int) -> Budget:
+    """The budget of a picture's process: of a queue, what its own process leaves."""
+    return Budget(max_ram, beside_bytes=int(os.environ.get(BESIDE, 0)))
+
+
+def ceiling(max_ram: str) -> int:
+    """For all processes of a queue, in bytes. Raises UsageError where nothing would be left for a picture."""
+    most = Budget(max_ram).max_bytes
+    if most <= OWN_BYTES:
+        raise UsageError(
+            f"--max-ram {max_ram}: the process that starts the pictures takes {format_mb(OWN_BYTES)}; give more"
+        )
+    return most
+
+
+def check_all(rows: Iterable[Row], checker: Checker, where: str = "") -> int:
+    """The descriptor of a nameless file with the rows, a JSON object each: pictures that are known as a whole are right
+    as a whole before any work begins. Raises UsageError."""
+    taken: dict[str, int] = {}
+    with tempfile.TemporaryFile() as file:
+        for row in rows:
+            try:
+                checked = checker.check(row)
+            except UsageError as error:
+                raise UsageError(f"{where}image {row.index}: {error}") from error
+            if taken.setdefault(checked.output, row.index) != row.index:
+                first, output = taken[checked.output], checker.root / checked.output
+                raise UsageError(f"{where}images {first} and {row.index} have the same output, {output}")
+            file.write(json.dumps(checked._asdict()).encode() + b"\n")
+        file.flush()
+        return os.dup(file.fileno())
+
+
+def hand_over(spec: supervise.Spec) -> NoReturn:
+    """Become the queue's process: what read the options is no longer needed."""
+    if spec.rows >= 0:
+        os.set_inheritable(spec.rows, True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execv(sys.executable, supervise.command_line(spec))

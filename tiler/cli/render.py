@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -9,9 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from tiler.cli import options as o
-from tiler.cli import queues, several
+from tiler.cli import queues, several, supervise
 from tiler.errors import UsageError
-from tiler.memory.budget import Budget
 from tiler.request import RenderRequest
 from tiler.request.choices import STDOUT
 
@@ -24,6 +24,7 @@ def run(
     output_dir: several.OutputDir = None,
     max_ram: o.MaxRam = "800MB",
     threads: o.Threads = None,
+    nice: o.Nice = 0,
     report: o.Report = None,
     on_done: o.OnDone = None,
     quiet: o.Quiet = False,
@@ -44,19 +45,22 @@ def run(
             quiet=quiet, log_json=log_json, json_output=json_output, own=run,
         )  # fmt: skip
     request = several.place(replace(request, seed=wanted[0]), output_dir)
+    o.lower_priority(nice)
     output = request.output or Path("tiler.png")
     o.check_stdout(output, json_output=json_output)
     o.check_report(report, output, request.save_latents, force=request.force)
     code = 1
     try:
-        budget = Budget(max_ram)
+        budget = queues.budget_of(max_ram)
         o.prepare_process(threads)
         from tiler.cli.progress import printer_of
         from tiler.pipeline import render
 
         with printer_of(budget, quiet=quiet, log_json=log_json) as printer:
             result = render(request, budget, printer)
-        said = several.sentence({"output": o.name_of(result.output), **result.report})
+        said = supervise.sentence({"output": o.name_of(result.output), **result.report})
+        if json_output:
+            result.report["sha256"] = _sha256(result.output)
         o.finish(result, said, report=report, quiet=quiet, json_output=json_output)
         code = 0
     except BaseException as error:
@@ -65,6 +69,11 @@ def run(
     finally:
         if on_done is not None:
             _tell(on_done, output, code)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _tell(command: str, output: Path, code: int) -> None:

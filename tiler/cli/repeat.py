@@ -22,9 +22,12 @@ _SAMPLERS = {
     "euler": Scheduler.EULER, "euler_a": Scheduler.EULER_A, "euler_ancestral": Scheduler.EULER_A,
     "ddim": Scheduler.DDIM, "dpmpp_2m": Scheduler.DPMPP_2M, "dpm++2m": Scheduler.DPMPP_2M,
     "dpmpp_2m_k": Scheduler.DPMPP_2M_KARRAS,
+    "dpmpp_2m_sde": Scheduler.DPMPP_2M_SDE, "dpmpp_sde": Scheduler.DPMPP_SDE, "dpm++2m_sde": Scheduler.DPMPP_2M_SDE,
     "uni_pc": Scheduler.UNIPC, "unipc": Scheduler.UNIPC, "lcm": Scheduler.LCM,
 }  # fmt: skip
-_KARRAS_OWN = (None, Scheduler.DPMPP_2M_KARRAS)  # with its schedule type in its name, or not told
+# How the name of a sampler ends that says its schedule type too: in A1111 before 1.9, and in InvokeAI.
+_ENDINGS = {" karras": ScheduleType.KARRAS, " exponential": ScheduleType.EXPONENTIAL, "_k": ScheduleType.KARRAS}
+_KARRAS_OWN = (Scheduler.DPMPP_2M_KARRAS,)  # with its schedule type in its name
 _PARTS = {
     "diffusion_model": Kind.MODEL, "vae": Kind.VAE, "text_encoder": Kind.TEXT_ENCODER, "clip_l": Kind.TEXT_ENCODER,
     "clip_g": Kind.TEXT_ENCODER, "t5xxl": Kind.TEXT_ENCODER,
@@ -58,9 +61,9 @@ def repeat(picture: Path, typed: frozenset[str], defaults: Mapping[str, Any]) ->
             notes += said
         values |= {name: _found(str(values[name]), kind, name) for name, kind in _PARTS.items() if values.get(name)}
         if "scheduler" in values:
-            values["scheduler"] = _scheduler(str(values["scheduler"]), recipe)
-        if not recipe.is_whole and "schedule_type" not in typed and values.get("scheduler") not in _KARRAS_OWN:
-            values["schedule_type"] = _levels(recipe)
+            values["scheduler"], spread = _scheduler(str(values["scheduler"]), recipe)
+            if not recipe.is_whole and "schedule_type" not in typed and values["scheduler"] not in _KARRAS_OWN:
+                values["schedule_type"] = _levels(recipe) or spread
         if "guide_image" in values:
             values["guide_image"] = _guide(str(values["guide_image"]), picture)
     except ModelError as error:
@@ -141,17 +144,25 @@ def _is_place(name: str) -> bool:
     return name == "mini" or re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None or Path(name).exists()
 
 
-def _scheduler(name: str, recipe: Recipe) -> Scheduler:
-    """A sampler by the names of several tools, and the noise levels told beside it. Raises ModelError."""
-    folded = name.lower().removesuffix("_gpu").strip()
+def _scheduler(name: str, recipe: Recipe) -> tuple[Scheduler, ScheduleType | None]:
+    """A sampler by the names of several tools, and the schedule type that its own name says. Raises ModelError."""
+    folded, spread = name.lower().removesuffix("_gpu").strip(), None
     levels = str(recipe.others.get("Schedule type", recipe.others.get("scheduler", ""))).lower()
+    known = _sampler(folded)
+    if known is None and (ending := next((end for end in _ENDINGS if folded.endswith(end)), None)) is not None:
+        known, spread = _sampler(folded.removesuffix(ending)), _ENDINGS[ending]
+    if known is None:
+        raise ModelError(f"made with the sampler {name!r}, which tiler lacks; give --scheduler")
+    if levels == "karras" and known is Scheduler.DPMPP_2M:
+        return Scheduler.DPMPP_2M_KARRAS, None
+    return known, spread
+
+
+def _sampler(folded: str) -> Scheduler | None:
     try:
-        scheduler = _SAMPLERS.get(folded) or parse_scheduler(name)
-    except UsageError as error:
-        raise ModelError(f"made with the sampler {name!r}, which tiler lacks; give --scheduler") from error
-    if levels == "karras" and scheduler is Scheduler.DPMPP_2M:
-        return Scheduler.DPMPP_2M_KARRAS
-    return scheduler
+        return _SAMPLERS.get(folded) or parse_scheduler(folded)
+    except UsageError:
+        return None
 
 
 def _levels(recipe: Recipe) -> ScheduleType | None:

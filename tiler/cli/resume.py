@@ -15,7 +15,8 @@ from tiler.cli import options as o
 from tiler.cli import render
 from tiler.errors import JobError, UsageError
 from tiler.jobs import manifest as manifests
-from tiler.jobs.folder import LOCK, MANIFEST, SUFFIX, folder_of, newest_facts
+from tiler.jobs.folder import folder_of, newest_facts
+from tiler.jobs.layout import LOCK, MANIFEST, SUFFIX
 from tiler.jobs.lock import is_held
 from tiler.jobs.manifest import Manifest
 from tiler.jobs.queue import common_code
@@ -57,6 +58,7 @@ def command(
         str | None, typer.Option("--max-ram", "--budget", metavar="SIZE", help="Another ceiling than the job's own.")
     ] = None,
     threads: o.Threads = None,
+    nice: o.Nice = 0,
     report: o.Report = None,
     on_done: o.OnDone = None,
     quiet: o.Quiet = False,
@@ -73,7 +75,13 @@ def command(
     if len(jobs) > 1:
         if report is not None:
             raise UsageError("--report takes the figures of one picture; name one of the jobs")
-        given = {"--scratch": scratch, "--max-ram": max_ram, "--threads": threads, "--on-done": on_done}
+        given = {
+            "--scratch": scratch,
+            "--max-ram": max_ram,
+            "--threads": threads,
+            "--nice": nice or None,
+            "--on-done": on_done,
+        }
         options = [word for flag, value in given.items() if value is not None for word in (flag, str(value))]
         flags = {"--quiet": quiet, "--log-json": log_json, "--json": json_output}
         raise SystemExit(_one_after_another(jobs, [*options, *(flag for flag, is_set in flags.items() if is_set)]))
@@ -81,7 +89,7 @@ def command(
     asked = replace(job.manifest.request(), output=job.output, seed=job.manifest.seed)
     request = asked if scratch is None else replace(asked, scratch=scratch)
     render.run(
-        request, max_ram=max_ram or str(job.manifest.max_ram_bytes), threads=threads, report=report, on_done=on_done,
+        request, max_ram=max_ram or str(job.manifest.max_ram_bytes), threads=threads, nice=nice, report=report, on_done=on_done,
         quiet=quiet, log_json=log_json, json_output=json_output,
     )  # fmt: skip
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import secrets
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +14,11 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from tiler.cli import helps, queues
+from tiler.cli import helps, queues, supervise
 from tiler.errors import UsageError
 from tiler.jobs import naming
-from tiler.jobs.queue import Queue
+from tiler.jobs.results import Results
 from tiler.jobs.rows import Row
-from tiler.memory.budget import format_mb
 from tiler.request import MAX_SEED, RenderRequest
 from tiler.request.choices import STDOUT
 from tiler.request.options import Panel
@@ -93,34 +94,42 @@ def run(
         root, template = Path(template).parent, Path(template).name
     if naming.has_placeholder(str(root)):
         raise UsageError(f"output {template!r}: placeholders stand in the name, not above {root}")
-    queue = Queue(
-        root=root,
-        results=root / f"{Path(template).name}.results.jsonl",
-        defaults=_words.get(),
-        max_ram_bytes=queues.ceiling_of_pictures(max_ram),
-        check=queues.parser(own),
-        say=queues.speaker(quiet=quiet or log_json),
-        finished=_printer(quiet=quiet, json_output=json_output),
-    )
-    rows = list(_rows(seeds, count, template))
-    queues.check_outputs(rows, queue)
-    tally = queue.run(rows)
-    if not tally.codes:
-        queue.results.unlink(missing_ok=True)
-    raise SystemExit(tally.exit_code)
+    checker = queues.Checker(root=root, defaults=_words.get(), name=template, parse=queues.parser(own))
+    ceiling, results = queues.ceiling(max_ram), root / f"{Path(template).name}.results.jsonl"
+    rows = queues.check_all(_rows(_drawn(seeds, count, template, results), template), checker)
+    queues.hand_over(
+        supervise.Spec(
+            root=str(root), results=str(results), file=template, max_ram_bytes=ceiling, rows=rows,
+            silent=quiet or log_json, quiet=quiet, json_output=json_output,
+        )
+    )  # fmt: skip
 
 
-def sentence(report: dict[str, Any]) -> str:
-    """What is said of a finished picture."""
-    peak, ceiling = format_mb(report["peak_rss_bytes"]), format_mb(report["max_ram_bytes"])
-    return f"{report['output']}: {report['width']}×{report['height']}, seed {report['seed']}, peak {peak} of {ceiling}"
+def _drawn(seeds: Sequence[int | None], count: int, template: str, results: Path) -> list[int | None]:
+    """A seed for each picture. Those that are drawn here, because names tell of them, are kept beside the results: the
+    same command finds them again until its pictures are done. Raises StorageError."""
+    every = list(seeds) if len(seeds) > 1 else [None if seeds[0] is None else seeds[0] + n for n in range(count)]
+    if None not in every or not naming.has_placeholder(template, "seed"):
+        return every
+    command = hashlib.sha256(json.dumps(_words.get()).encode("utf-8", "surrogatepass")).hexdigest()
+    for kept in _kept(results, command):
+        if len(kept) == len(every):
+            return list(kept)
+    every = [secrets.randbelow(2**32) if seed is None else seed for seed in every]
+    Results(results, results.name, shared=False).note({"command": command, "seeds": every})
+    return every
 
 
-def _rows(seeds: Sequence[int | None], count: int, template: str) -> Iterator[Row]:
-    every = seeds if len(seeds) > 1 else [None if seeds[0] is None else seeds[0] + number for number in range(count)]
-    for index, seed in enumerate(every, 1):
-        if seed is None and naming.has_placeholder(template, "seed"):
-            seed = secrets.randbelow(2**32)
+def _kept(results: Path, command: str) -> Iterator[list[int]]:
+    with suppress(OSError), results.open("rb") as file:
+        for line in file:
+            with suppress(ValueError, KeyError, TypeError, RecursionError):
+                if (said := json.loads(line))["command"] == command:
+                    yield [int(seed) % (MAX_SEED + 1) for seed in said["seeds"]]
+
+
+def _rows(seeds: Sequence[int | None], template: str) -> Iterator[Row]:
+    for index, seed in enumerate(seeds, 1):
         said = -1 if seed is None else seed % (MAX_SEED + 1)
         yield Row(index, None, (f"--seed={said}",), template)
 
@@ -133,9 +142,3 @@ def _inside(output_dir: str, name: str) -> Path:
     if path.parent != root:
         path.parent.mkdir(parents=True, exist_ok=True)
     return path
-
-
-def _printer(*, quiet: bool, json_output: bool) -> Callable[[dict[str, Any]], None]:
-    if json_output:
-        return lambda report: typer.echo(json.dumps(report))
-    return lambda report: None if quiet else typer.echo(sentence(report))

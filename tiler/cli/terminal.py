@@ -15,6 +15,9 @@ from tiler import interrupts
 
 _PLAIN = {"×": "x", "–": "-", "…": "...", "²": "2", "·": "*", "→": "->"}
 
+closed_streams: set[int] = set()
+"""Of 0, 1 and 2 those that this process was started without."""
+
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
@@ -25,6 +28,7 @@ def prepare_streams() -> None:
         try:
             os.fstat(number)
         except OSError:
+            closed_streams.add(number)
             os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free: this one
         if getattr(sys, name) is None:
             setattr(sys, name, open(number, "r" if number == 0 else "w", encoding="utf-8", closefd=False))  # noqa: SIM115

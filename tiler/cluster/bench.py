@@ -28,9 +28,9 @@ from tiler.models.family import Family, Role
 from tiler.models.loras import apply_loras, find_loras
 from tiler.packing import packed_parts
 from tiler.planning.render import plan_render
+from tiler.planning.summary import seconds_per_tile
 from tiler.planning.tiling import Tiling, plan_tiling
 from tiler.planning.time import measure as measure_speed
-from tiler.planning.time import seconds_per_tile
 from tiler.request import ResolvedRequest
 from tiler.run import measure
 from tiler.weights.packed import default_cache
@@ -121,7 +121,9 @@ class Bench:
         if self.jobs:
             raise Taken("it works for another render")
         run = self._plan(job)
-        seconds = seconds_per_tile(run.request, run.plan, run.models, measure_speed())
+        stored, _ = run.weights[run.plan.family.part(Role.DENOISER).name]
+        path = max(stored.values(), key=lambda info: info.nbytes).path
+        seconds = seconds_per_tile(run.request, run.plan, run.models, measure_speed(path))
         tiles = max(1, run.plan.batch // run.plan.regions[0].samples)
         return Estimate(seconds=seconds, tiles=tiles, instructions=computed_by())
 

@@ -13,7 +13,7 @@ from tiler.cluster.shared import Greeting, window_of
 from tiler.cluster.sharing import Pace
 from tiler.diffusion.runner import Tile
 from tiler.memory.budget import format_mb
-from tiler.phases import WorkerUse
+from tiler.run import WorkerUse
 
 if TYPE_CHECKING:
     from tiler.cluster.engine import Engine

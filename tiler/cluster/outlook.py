@@ -18,7 +18,8 @@ from tiler.cluster.simulation import Forecast, simulate
 from tiler.denoiser import denoiser_id
 from tiler.errors import ClusterError
 from tiler.phases import RenderRun
-from tiler.planning.time import Speed, seconds_per_tile
+from tiler.planning.summary import seconds_per_tile
+from tiler.planning.time import Speed
 from tiler.request.cluster import Cluster, Where
 
 _JOINING = 15.0  # seconds for workers that wait for somebody who listens

@@ -33,6 +33,7 @@ from tiler.compute.tuning import INT8_BAND_SUMS as BAND_SUMS
 from tiler.compute.tuning import INT8_CHUNK as CHUNK
 from tiler.compute.tuning import INT8_WINDOWS_BYTES as WINDOWS_BYTES
 from tiler.memory import process
+from tiler.weights.rotation import rotate_
 from tiler.weights.store import PIECE_ELEMENTS, WeightStore, piece_rows
 
 STEPS = 254  # of an activation in 0 to 255, one of them for rounding
@@ -76,14 +77,15 @@ def pack(first: int, rows: Tensor, scale: Tensor) -> Packed:
         return Packed(first, first + n, onednn.matrix(rows), scale)
 
 
-def quantize_tokens(x: Tensor) -> Quantized:
-    """x: (..., in) fp32 → symmetric around MIDDLE, each token scaled by its largest absolute value."""
+def quantize_tokens(x: Tensor, *, rotated: bool = False) -> Quantized:
+    """x: (..., in) fp32 → `rotated`, then symmetric around MIDDLE, each token scaled by its largest absolute value."""
     rows = x.reshape(-1, x.shape[-1])
     values, chunk = rows.new_empty(rows.shape, dtype=torch.uint8), max(1, CHUNK // rows.shape[1])
     if x.is_meta:
         return Quantized(values, rows.new_empty(len(rows), 1), MIDDLE)
     scale = rows.new_empty(len(rows), 1)
     for some, into, its in zip(rows.split(chunk), values.split(chunk), scale.split(chunk), strict=True):
+        some = rotate_(some.clone(memory_format=torch.contiguous_format)) if rotated else some
         torch.maximum(some.amax(1, keepdim=True), some.amin(1, keepdim=True).neg_(), out=its)
         its.div_(MIDDLE - 1).clamp_min_(1e-30)
         _quantize(some, 1 / its, MIDDLE, into)
@@ -198,7 +200,7 @@ class Int8(Kernel):
         """`made`: the quantised samples, and their fp32 input if a low-rank path needs it."""
         whole = made_input(op.input, x.parts)
         if op.kind is Kind.LINEAR:  # a token has a scale of its own: samples are tokens like others
-            samples = [quantize_tokens(whole)]
+            samples = [quantize_tokens(whole, rotated=op.group.rotated)]
         elif op.geometry is not None and op.geometry.is_pointwise(op.group.shape):  # then each pixel is a token
             samples = [quantize_pixels(sample) for sample in whole]
         else:

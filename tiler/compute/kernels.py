@@ -36,7 +36,8 @@ class Weight:
     these outputs start, if they are a part of it.
 
     It comes with its bias (outputs,), and with a low-rank path, which adds `up · (down · input)` if the weight is
-    multiplied as int8; a weight that is read in fp32 already includes the change.
+    multiplied as int8; a weight that is read in fp32 already includes the change. If an int8 weight is `rotated`
+    (weights/rotation.py), so is the input of its product.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Weight:
     first: int = 0
     bias: Tensor | None = None
     low_rank: LowRank | None = None
+    rotated: bool = False
 
     @property
     def outputs(self) -> int:
@@ -78,6 +80,12 @@ class Group:
     @property
     def row(self) -> int:
         return self.weights[0].row
+
+    @property
+    def rotated(self) -> bool:
+        """Whether all of them are, or none."""
+        (found,) = {weight.rotated for weight in self.weights}
+        return found
 
     @property
     def numel(self) -> int:

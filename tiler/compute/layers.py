@@ -159,9 +159,12 @@ def _op(layers: Sequence[StreamedLayer], made_of: Input, after: Epilogue) -> Op:
     layer = layers[0]
     geometry = Geometry.of(layer) if isinstance(layer, nn.Conv2d) else None
     weights = (
-        Weight(name=one.key, meta=one.weight, first=one.first, bias=one.bias, low_rank=one.streamer.low_rank(one))  # type: ignore[arg-type]
+        Weight(
+            name=one.key, meta=one.weight, first=one.first, bias=one.bias, low_rank=one.streamer.low_rank(one),  # type: ignore[arg-type]
+            rotated=one.streamer.is_rotated(one),
+        )
         for one in layers
-    )
+    )  # fmt: skip
     return Op(kind=layer.kind, weights=Group(weights=tuple(weights)), geometry=geometry, input=made_of, epilogue=after)
 
 

@@ -69,9 +69,11 @@ def reads_blocks() -> bool:
     return library.library() is not None and NativeInt8.name in KERNELS_OF[cpu.isa()][Kind.LINEAR]
 
 
-def quantize_tokens(x: Tensor, norm: nn.Module | None = None, out_type: Type = Type.UINT8) -> Quantized:
-    """x: (..., inputs) fp32 → a matrix, each row normed and symmetric around MIDDLE by its absmax; of other types than
-    uint8 cast without a scale."""
+def quantize_tokens(
+    x: Tensor, norm: nn.Module | None = None, out_type: Type = Type.UINT8, *, rotated: bool = False
+) -> Quantized:
+    """x: (..., inputs) fp32 → a matrix, each row normed, `rotated`, and symmetric around MIDDLE by its absmax; of other
+    types than uint8 cast without a scale."""
     rows = x.reshape(-1, x.shape[-1])
     count, width = rows.shape
     values, scale = rows.new_empty(count, width, dtype=_DTYPES[out_type]), rows.new_empty(count)
@@ -79,7 +81,7 @@ def quantize_tokens(x: Tensor, norm: nn.Module | None = None, out_type: Type = T
         rows = rows if rows.stride(1) == 1 else rows.contiguous()
         call = library.Rows(
             x=rows.data_ptr(), rows=count, width=width, step=rows.stride(0), out_type=out_type,
-            out=values.data_ptr(), out_bytes=values[:1].nbytes, scale=scale.data_ptr(),
+            out=values.data_ptr(), out_bytes=values[:1].nbytes, scale=scale.data_ptr(), rotated=rotated,
         )  # fmt: skip
         if isinstance(norm, nn.LayerNorm):
             call.norm, call.eps = True, norm.eps
@@ -156,7 +158,7 @@ class NativeInt8(Kernel):
         if low_rank or not is_fused(op):
             parts, made_of = (made_input(made_of, parts),), Input()
         if op.geometry is None:
-            made = quantize_tokens(parts[0], made_of.norm)
+            made = quantize_tokens(parts[0], made_of.norm, rotated=op.group.rotated)
         elif is_of_pixels(op) and made_of == Input():
             made = quantize_tokens(parts[0].permute(0, 2, 3, 1))
         else:

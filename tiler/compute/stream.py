@@ -100,6 +100,10 @@ class Streamer:
             return None
         return LowRank(rank, lambda: (weight.new_empty(rank, *weight.shape[1:]), weight.new_empty(len(weight), rank)))
 
+    def is_rotated(self, layer: StreamedLayer) -> bool:
+        """Whether a layer's weight is computed with as int8 and its inputs were rotated."""
+        return layer.key in self.policy.int8 and self.store is not None and self.store.index[layer.key].rotated
+
     @contextmanager
     def _under(self, policy: Policy) -> Iterator[None]:
         before, self.policy = self.policy, policy

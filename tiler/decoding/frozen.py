@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from tiler.decoding import FACTOR, exact
+from tiler.decoding.held import recall, remember
 from tiler.decoding.rows import (
     REACH,
     Check,
@@ -31,6 +32,7 @@ from tiler.decoding.rows import (
     flow,
     latent_strips,
     means,
+    strip_before,
     strip_rows,
     to_tensor,
 )
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
 SAMPLE_SIDE, BLOCK = 128, 4
 HELD_TOKENS = 64 * 64
 BAND = 512  # latents
+_BANDS = 500  # the number of the first band's rows in a spool
 
 
 def sample(height: int, width: int) -> tuple[Tensor, Tensor]:
@@ -123,13 +126,15 @@ def decode(
     check: Check = _ignore,
     progress: Callable[[float], None] = _ignore,
     margin: tuple[int, int] = (0, 0),
+    begin: int = 0,
 ) -> Generator[Tensor]:
-    """latents: (1, C, h, w) fp32, already divided by scaling_factor → strips (3, n, 8w) fp32 in about [-1, 1], top
-    first.
+    """latents: (1, C, h, w) fp32, already divided by scaling_factor → strips (3, n, 8w) fp32 in about [-1, 1], from the
+    row `begin` on.
 
     `rows` latent rows are pushed at a time (default `strip_rows`): memory grows with it, the result does not depend on
     it beyond the last bits of fp32. `margin` latents above and below, left and right, repeat the other side's and are
-    not measured. All bands but the last wait in the scratch.
+    not measured. All bands but the last wait in the scratch; in its spool they, and what was measured, are there when
+    the decode is begun again.
     """
     (y, x), (height, width) = margin, latents.shape[2:]
     stages = decoder_stages(vae.decoder, vae.post_quant_conv)
@@ -138,22 +143,38 @@ def decode(
     *others, last = bands(width)
     share = 1 / (1 + len(others))
 
-    def strips(band: Band, begun: float) -> Iterator[Tensor]:
-        whole = latent_strips(latents, rows or strip_rows(band.last - band.first))
-        source = (strip[..., band.first : band.last] for strip in whole)
-        for strip in _stream(stages, source, height, check, lambda done: progress(begun + share * done)):
-            yield strip[:, :, FACTOR * band.keep.start : FACTOR * band.keep.stop]
+    def strips(band: Band, begun: float, begin: int) -> Iterator[Tensor]:
+        each = rows or strip_rows(band.last - band.first)
+        first = strip_before(begin, each)
+        source = (strip[..., band.first : band.last] for strip in latent_strips(latents, each, first))
+        at = FACTOR * first * each
+        for strip in _stream(
+            stages, source, height, check, lambda done: progress(begun + share * done), row=first * each
+        ):
+            skipped, at = max(0, begin - at), at + strip.shape[1]
+            if skipped < strip.shape[1]:
+                yield strip[:, skipped:, FACTOR * band.keep.start : FACTOR * band.keep.stop]
+
+    def waiting(number: int, band: Band) -> Rows:
+        known = None if scratch.spool is None else scratch.spool.of(_BANDS + number)
+        width = FACTOR * (band.keep.stop - band.keep.start)
+        stored = Rows(scratch, 3, width, number=_BANDS + number, known=known)
+        if known is None or not known.whole:
+            for strip in strips(band, number * share, stored.count):
+                stored.append(strip[None])
+                if scratch.spool is not None:
+                    scratch.spool.note(stored.line(whole=False), stored.fd)
+            if scratch.spool is not None:
+                scratch.spool.note(stored.line(whole=True), stored.fd)
+        return stored
 
     with scratch:
-        _measure(stages, part, scratch, hold, check)
-        stored = []
-        for i, band in enumerate(others):
-            waiting = Rows(scratch, 3, FACTOR * (band.keep.stop - band.keep.start))
-            for strip in strips(band, i * share):
-                waiting.append(strip[None])
-            stored.append(waiting)
-        row = 0
-        for strip in strips(last, len(others) * share):
+        if not recall(stages, scratch):
+            _measure(stages, part, Scratch(scratch.folder, scratch.dtype), hold, check)
+            remember(stages, scratch)
+        stored = [waiting(number, band) for number, band in enumerate(others)]
+        row = begin
+        for strip in strips(last, len(others) * share, begin):
             # Joined in parts of one size, however many bands: they, and what a writer makes of them, do not grow with
             # the width.
             for part in strip.split(max(1, strip.shape[1] // (1 + len(others))), dim=1):
@@ -238,10 +259,10 @@ def rehearse(
 
 
 def _stream(
-    stages: list[Stage], strips: Iterator[Tensor], height: int, check: Check, progress: Callable[[float], None]
-) -> Iterator[Tensor]:
-    """Push `strips`, (1, C, n, W), of `height` rows in all → (C', n', W'), top first."""
-    row = 0
+    stages: list[Stage], strips: Iterator[Tensor], height: int, check: Check, progress: Callable[[float], None], row: int = 0
+) -> Iterator[Tensor]:  # fmt: skip
+    """Push `strips`, (1, C, n, W), which are the rows of a picture of `height` from `row` on → (C', n', W'), top
+    first."""
     for strip in strips:
         row += strip.shape[2]
         for ready in flow(stages, [strip], row >= height, check=check):

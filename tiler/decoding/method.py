@@ -175,12 +175,12 @@ def decode(
     check: Check,
     progress: Callable[[float], None],
     spool: Spool | None = None,
+    begin: int = 0,
 ) -> Generator[Tensor]:
     """latents: (1, C, h, w) fp32, already divided by scaling_factor → strips (3, n, 8w) fp32 in about [-1, 1], top
-    first.
+    first; of methods that do not go by layers from the row `begin` on.
 
-    `progress` gets the share done, 0 to 1. A `spool` is for methods that go by layers. Raises StorageError and
-    NumericalError.
+    `progress` gets the share done, 0 to 1. Raises StorageError and NumericalError.
     """
     (y, x), (height, width) = method.margin, latents.shape[2:]
     if (y or x) and isinstance(latents, Around):
@@ -189,16 +189,16 @@ def decode(
         latents = latents[:, :, :][
             :, :, (torch.arange(-y, height + y) % height)[:, None], torch.arange(-x, width + x) % width
         ]
-    scratch = Scratch(method.folder, DTYPES[method.dtype], spool if method.by_layers else None)
+    scratch = Scratch(method.folder, DTYPES[method.dtype], spool)
     options: dict[str, Any] = {"hold": streamer.hold_transformed, "margin": method.margin}
+    row = 0 if method.by_layers or not begin else begin + FACTOR * y
     if method.by_layers:
         noting = _noting(method, scratch, check, progress)
         strips = exact.decode(vae, latents, scratch, check=noting, attend_to=method.attend_to, **options)
     elif method.kind is Decode.FROZEN:
-        strips = frozen.decode(vae, latents, scratch, check=check, progress=progress, **options)
+        strips = frozen.decode(vae, latents, scratch, check=check, progress=progress, begin=row, **options)
     else:
-        strips = tiny.decode(vae, latents, check=check, progress=progress)
-    row = 0
+        strips = tiny.decode(vae, latents, check=check, progress=progress, begin=row)
     with closing(strips):  # and with it the scratch files, also where nobody wants the rest
         for strip in strips:
             first, last = max(0, FACTOR * y - row), min(strip.shape[1], FACTOR * (y + height) - row)

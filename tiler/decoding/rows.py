@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from tiler.compute.layers import attend
 from tiler.compute.steps import activated
+from tiler.decoding import FACTOR
 
 if TYPE_CHECKING:
     from diffusers.models.attention_processor import Attention
@@ -82,9 +83,11 @@ class Norm:
         self.norm, self.silu = norm, silu
         self.scale: Tensor | None = None
         self.shift: Tensor | None = None
+        self.held: tuple[Tensor, Tensor] | None = None  # mean and variance
 
     def hold(self, mean: Tensor, var: Tensor) -> None:
         """Set the statistics of each group, (groups,)."""
+        self.held = mean, var
         if self.norm.weight.is_meta:
             self.scale = self.shift = self.norm.weight.new_empty(1, self.norm.num_channels, 1, 1)
             return
@@ -272,11 +275,13 @@ class MidAttention(Stage):
         assert attention.group_norm is not None and attention.residual_connection
         self.attention = attention
         self.norm = Norm(attention.group_norm, silu=False)
-        self.keys: Tensor | None = None
+        self.memory: Tensor | None = None
+        self.keys: Tensor | None = None  # both are views of the memory
         self.values: Tensor | None = None
 
     def hold(self, memory: Tensor) -> None:
         """Set every token's key and value, (1, 2C, h, w), keys above values, for all following rows."""
+        self.memory = memory
         keys, values = memory.flatten(2).transpose(1, 2).chunk(2, dim=2)
         self.keys, self.values = self._heads(keys), self._heads(values)
 
@@ -363,9 +368,9 @@ def encoder_stages(encoder: Encoder, quant_conv: nn.Module | None) -> list[Stage
     return stages if quant_conv is None else [*stages, Conv(quant_conv)]
 
 
-def latent_strips(latents: Latents, rows: int) -> Iterator[Tensor]:
-    """(1, C, n, w) of at most `rows` rows each, top first, channels-last."""
-    strips = (latents[:, :, top : top + rows] for top in range(0, latents.shape[2], rows))
+def latent_strips(latents: Latents, rows: int, first: int = 0) -> Iterator[Tensor]:
+    """(1, C, n, w) of at most `rows` rows each, from the strip `first` on, channels-last."""
+    strips = (latents[:, :, top : top + rows] for top in range(first * rows, latents.shape[2], rows))
     return (strip.contiguous(memory_format=torch.channels_last) for strip in strips)
 
 
@@ -373,6 +378,13 @@ def strip_rows(width: int) -> int:
     """The number of latent rows that are pushed at a time for `width` latent columns: enough to justify a read of the
     weights. Depends only on the width, so the bytes of the picture depend on nothing else either."""
     return max(1, min(32, 512 // width))
+
+
+def strip_before(begin: int, rows: int) -> int:
+    """The strip, of `rows` latent rows each, to begin with for a decoder's pixels from the row `begin` on, to the last
+    bit: the rows that a decoder's top makes different, and the strip that is cut differently there, are not seen any
+    more."""
+    return max(0, (begin // FACTOR - 2 * REACH) // rows - 1)
 
 
 def means(moments: Iterable[Tensor]) -> Tensor:

@@ -1,4 +1,5 @@
-"""Remembered passes: a decoder's rows in named files, and a journal with a line for each complete pass.
+"""Remembered passes: a decoder's rows in named files, and a journal with a line for each complete pass; or, for a
+decoder without passes, the rows of the picture that are finished (kept.py).
 
 A line records the rows, the statistics that the next norm needs, and the earlier files that are no longer read. After a
 kill all of this is intact, because the page cache outlives a process. After a power cut, which means another boot, only
@@ -30,7 +31,7 @@ _PART_EVERY = 5.0  # seconds of a pass's work that a kill may take, where it can
 class Line:
     """A pass, or its first rows if it is not `whole`. `statistics` are count, means and sums of squares by group, with
     floats in hexadecimal; `scales` belong to rows that are stored scaled; `closes` lists the passes whose rows are no
-    longer needed."""
+    longer needed; `heights` are those of the strips that a picture's own rows came in."""
 
     number: int
     channels: int
@@ -42,6 +43,7 @@ class Line:
     scales: list[float] | None = None
     closes: tuple[int, ...] = ()
     attended: int = 0  # strips
+    heights: list[int] | None = None
     boot: str = ""
     synced: bool = False
 
@@ -95,8 +97,8 @@ class Spool:
         self._told = now
         if synced:
             self._synced = now
-        if line.whole:
-            self._on_pass(_where(line.number, self._what))
+        if line.whole or line.heights is not None:
+            self._on_pass(_where(line.number, line.count, self._what, has_rows=line.heights is not None))
 
     def _write(self, said: dict[str, Any], *, synced: bool) -> None:
         text = json.dumps(said)
@@ -159,14 +161,19 @@ class Spool:
 
 
 def where_in(folder: Path) -> str:
-    """A description of the last complete pass, like "pass 12 of the decoder"; empty if there is none."""
+    """A description of the last complete pass, like "pass 12 of the decoder", or of the last row, like "row 640 of the
+    decoder"; empty if there is none."""
     said = [each for each, _ in _read(folder / JOURNAL)]
-    whole = [each["number"] for each in said if each.get("whole")]
-    return _where(max(whole), said[0].get("what", "")) if whole else ""
+    of_picture = [each for each in said if each.get("heights") is not None]
+    whole = of_picture or [each for each in said if each.get("whole")]
+    if not whole:
+        return ""
+    last = max(whole, key=lambda each: (each["number"], each["count"]))
+    return _where(last["number"], last["count"], said[0].get("what", ""), has_rows=bool(of_picture))
 
 
-def _where(number: int, what: str) -> str:
-    return f"pass {number + 1} of {what}"
+def _where(number: int, rows: int, what: str, *, has_rows: bool) -> str:
+    return f"row {rows} of {what}" if has_rows else f"pass {number + 1} of {what}"
 
 
 def bytes_in(folder: Path) -> int:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tiler.decoding import FACTOR
-from tiler.decoding.rows import Check, Conv, Latents, Residual, Stage, Up, flow, latent_strips, strip_rows
+from tiler.decoding.rows import Check, Conv, Latents, Residual, Stage, Up, flow, latent_strips, strip_before, strip_rows
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
@@ -66,15 +66,24 @@ def decoder_stages(decoder: nn.Module) -> list[Stage]:
 
 
 def decode(
-    vae: AutoencoderTiny, latents: Latents, *, check: Check, progress: Callable[[float], None] = lambda share: None
+    vae: AutoencoderTiny,
+    latents: Latents,
+    *,
+    check: Check,
+    progress: Callable[[float], None] = lambda share: None,
+    begin: int = 0,
 ) -> Generator[Tensor]:
-    """latents: (1, C, h, w) fp32, divided by the tiny model's scaling_factor → strips (3, n, 8w) fp32 in about [-1,
-    1]."""
-    stages, height, row = decoder_stages(vae.decoder), latents.shape[2], 0
-    for strip in latent_strips(latents, strip_rows(latents.shape[3])):
+    """latents: (1, C, h, w) fp32, divided by the tiny model's scaling_factor → strips (3, n, 8w) fp32 in about [-1, 1],
+    from the row `begin` on."""
+    stages, height, rows = decoder_stages(vae.decoder), latents.shape[2], strip_rows(latents.shape[3])
+    first = strip_before(begin, rows)
+    row, at = first * rows, FACTOR * first * rows
+    for strip in latent_strips(latents, rows, first):
         row += strip.shape[2]
         for ready in flow(stages, [strip], row == height, check=check):
-            yield ready[0]
+            skipped, at = max(0, begin - at), at + ready.shape[2]
+            if skipped < ready.shape[2]:
+                yield ready[0, :, skipped:]
         progress(row / height)
 
 

@@ -117,7 +117,8 @@ class Denoising:
         phase: str = "canvas",
     ) -> None:
         """`latents` (1, C, h, w) fp32 are what `schedule.start` gave for step `begin`; `steps` are the tiles of each
-        step from there; `generator` is the one that drew the noise."""
+        step from there, as the schedule counts them: one a denoiser call; `generator` is the one that drew the
+        noise."""
         self.latents, self.step = latents, begin
         self._steps, self._schedule, self._generator = steps, schedule, generator
         self._begin, self._phase = begin, phase
@@ -185,7 +186,8 @@ class Denoising:
 
     def _save(self, journal: Journal) -> None:
         tile = f", tile {self._tiles_added}/{len(self._steps[self.step - self._begin])}" if self._tiles_added else ""
-        where = f"{self._phase} step {min(self.step + bool(tile), self.end)}/{self.end}{tile}"
+        calls = self._schedule.calls
+        where = f"{self._phase} step {min(calls.step_of(self.step) + bool(tile), calls.steps)}/{calls.steps}{tile}"
         journal.save(self._phase, self.state().tensors(), where)
 
     def _one_step(self, runner: Runner) -> Iterator[StepDone]:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from tiler.diffusion.schedulers import DiffusersSchedule
+from tiler.diffusion.timesteps import set_levels
 from tiler.errors import ModelError, UsageError
 from tiler.memory.lean_imports import lean_imports
 from tiler.request import Scheduler
@@ -26,10 +27,10 @@ _SOLVERS = {
     Scheduler.DPMPP_2M: ("scheduling_dpmsolver_multistep", "DPMSolverMultistepScheduler"),
     Scheduler.UNIPC: ("scheduling_unipc_multistep", "UniPCMultistepScheduler"),
 }
-_KNOWN = (Scheduler.EULER, *_SOLVERS, Scheduler.LCM)
+_KNOWN = (Scheduler.EULER, Scheduler.HEUN, *_SOLVERS, Scheduler.LCM)
 _OWN = {
     "FlowMatchEulerDiscreteScheduler": Scheduler.EULER,
-    "FlowMatchHeunDiscreteScheduler": Scheduler.EULER,
+    "FlowMatchHeunDiscreteScheduler": Scheduler.HEUN,
     "FlowMatchLCMScheduler": Scheduler.LCM,
 }
 _NUMBERS = {
@@ -73,7 +74,7 @@ def build(
 
     Raises UsageError for a scheduler that is not for flow matching, ModelError for a config that does not work.
     """
-    name, notes = _choose(asked, config)
+    name = choose(asked, config)
     _check(config)
     euler = _euler(config, stochastic=name is Scheduler.LCM)
     count = num_inference_steps
@@ -88,8 +89,9 @@ def build(
         raise ModelError(
             f"scheduler_config.json: its sigmas do not fall from 1 to 0 in {count} steps; correct the file"
         )
-    scheduler = euler if name not in _SOLVERS else _solver(name, euler)
-    return FlowSchedule(scheduler, name, notes)
+    if name is Scheduler.HEUN:
+        return FlowSchedule(_heun(euler), name)
+    return FlowSchedule(_solver(name, euler) if name in _SOLVERS else euler, name)
 
 
 def shift_of(tokens: int, config: Any) -> float:
@@ -99,8 +101,9 @@ def shift_of(tokens: int, config: Any) -> float:
     return float(config.base_shift + slope * (tokens - config.base_image_seq_len))
 
 
-def _choose(asked: Scheduler, config: Mapping[str, Any]) -> tuple[Scheduler, tuple[str, ...]]:
-    """The solver, with a note if it replaces the checkpoint's own."""
+def choose(asked: Scheduler, config: Mapping[str, Any]) -> Scheduler:
+    """The solver: AUTO becomes the checkpoint's own. Raises ModelError, and UsageError for a scheduler that is not for
+    flow matching."""
     cls = config.get("_class_name", "FlowMatchEulerDiscreteScheduler")
     if cls not in _OWN:
         known = ", ".join(_OWN)
@@ -108,14 +111,13 @@ def _choose(asked: Scheduler, config: Mapping[str, Any]) -> tuple[Scheduler, tup
             f"scheduler_config.json: _class_name = {str(cls)[:60]!r} is not for this flow-matching model; tiler takes {known}"
         )
     if asked is Scheduler.AUTO:
-        replaced = "Heun" in cls
-        return _OWN[cls], ((f"the checkpoint's scheduler is {cls}: Euler takes its place",) if replaced else ())
+        return _OWN[cls]
     if asked not in _KNOWN:
         *others, last = (name.value for name in _KNOWN)
         raise UsageError(
             f"--scheduler {asked.value} is not for flow-matching models; leave it out, or take {', '.join(others)} or {last}"
         )
-    return asked, ()
+    return asked
 
 
 def _check(config: Mapping[str, Any]) -> None:
@@ -160,6 +162,16 @@ def _solver(name: Scheduler, euler: Any) -> Any:
     solver.timesteps = euler.timesteps
     solver.sigmas = torch.cat([euler.sigmas[:1].clamp(max=_BELOW_ONE), euler.sigmas[1:]])
     return solver
+
+
+def _heun(euler: Any) -> Any:
+    """Heun's method through the σ and timesteps of `euler`."""
+    with lean_imports():
+        from diffusers.schedulers.scheduling_flow_match_heun_discrete import FlowMatchHeunDiscreteScheduler
+    heun = FlowMatchHeunDiscreteScheduler(num_train_timesteps=euler.config.num_train_timesteps)
+    heun.set_timesteps(len(euler.timesteps))
+    set_levels(heun, euler.timesteps, euler.sigmas)
+    return heun
 
 
 def _unworkable(error: Exception) -> ModelError:

@@ -60,15 +60,17 @@ class LocalRunner:
     `is_tight` says so, of which `on_smaller` is told.
 
     The halves of a guidance are samples of their own, which share their latents tensor; a tile without guidance has no
-    unconditional half. `conditions` gives those of a step. The result does not depend on `batch`.
+    unconditional half. `conditions` gives those of a step. Of a prediction the first `guided_channels` are guided, and
+    the others are the conditional half's. The result does not depend on `batch`.
     """
 
     def __init__(
         self, predict: Predict, conditions: Callable[[int], Conditions], batch: int = 1, *,
         is_tight: Callable[[], bool] = lambda: False, on_smaller: Callable[[int], None] = lambda batch: None,
+        guided_channels: int | None = None,
     ) -> None:  # fmt: skip
         self._predict, self._conditions, self._batch = predict, conditions, batch
-        self._is_tight, self._on_smaller = is_tight, on_smaller
+        self._is_tight, self._on_smaller, self._guided = is_tight, on_smaller, guided_channels
 
     def _size(self) -> int:
         """Of the next call."""
@@ -93,7 +95,10 @@ class LocalRunner:
                 shares = conditions.cond[tile.region.condition]
                 if len(conditional) == len(shares):
                     factors = [share.factor for share in shares]
-                    yield guide(unconditional, conditional, factors, tile.region.guidance_scale)
+                    guided = guide(unconditional, conditional, factors, tile.region.guidance_scale)
+                    if self._guided is not None and unconditional is not None:
+                        guided[self._guided :] = guide(None, [c[self._guided :] for c in conditional], factors, 1.0)
+                    yield guided
                     unconditional, conditional = None, []
 
     def _halves(self, tiles: Iterable[Tile], conditions: Conditions) -> Iterator[tuple[Tile, Sample, bool]]:

@@ -30,7 +30,6 @@ _REPLACEABLE = frozenset(
         "PNDMScheduler",
         "IPNDMScheduler",
         "LMSDiscreteScheduler",
-        "HeunDiscreteScheduler",
         "DPMSolverSinglestepScheduler",
         "DPMSolverSDEScheduler",
         "DPMSolverMultistepInverseScheduler",

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tiler.diffusion import timesteps as times
+from tiler.diffusion.calls import Calls
 from tiler.diffusion.scheduler_config import Corrected, check_fields, correct_scheduler, is_replaceable, take_fields
 from tiler.errors import ModelError, TilerError, UsageError
 from tiler.memory.lean_imports import lean_imports
@@ -29,12 +30,18 @@ class SchedulerState(NamedTuple):
 
 
 class Schedule(Protocol):
-    """The path from noise to a picture in N steps. Steps are numbered from 0; latents and predictions are (1, C, h, w)
+    """The path from noise to a picture in N steps, each of one denoiser call or, for a solver of second order, of two.
+    Below, a step is what follows a call; calls are numbered from 0. Latents and predictions are (1, C, h, w)
     fp32."""
 
     @property
+    def calls(self) -> Calls:
+        """Which calls belong to which of the N steps."""
+        ...
+
+    @property
     def timesteps(self) -> Tensor:
-        """(N,): the timestep that the denoiser receives at each step."""
+        """(calls.count,): the timestep that the denoiser receives at each call."""
         ...
 
     def start(self, noise: Tensor, reference: Tensor | None, begin: int) -> Tensor:
@@ -64,11 +71,16 @@ class DiffusersSchedule:
     def __init__(self, scheduler: Any, name: Scheduler, notes: tuple[str, ...] = ()) -> None:
         self.scheduler, self.name, self.notes = scheduler, name, notes
         self.on_step: Callable[[int, Callable[[], Tensor]], None] | None = (
-            None  # told of each; the call gives what is denoised
+            None  # told of each of the N, numbered from 0; the call gives what is denoised
         )
         self._takes_generator = "generator" in inspect.signature(scheduler.step).parameters
         # Lists are copied: some schedulers shift what they remember in place.
         self._fresh = {k: list(v) if isinstance(v, list) else v for k, v in vars(scheduler).items()}
+
+    @property
+    def calls(self) -> Calls:
+        order = int(self.scheduler.order)
+        return Calls(steps=len(self.timesteps[::order]), order=order)
 
     @property
     def timesteps(self) -> Tensor:
@@ -93,8 +105,9 @@ class DiffusersSchedule:
     def step(self, noise_pred: Tensor, step: int, latents: Tensor, generator: torch.Generator) -> Tensor:
         extra = {"generator": generator} if self._takes_generator else {}
         given = self.scheduler.step(noise_pred, self.timesteps[step], latents, return_dict=False, **extra)
-        if self.on_step is not None:
-            self.on_step(step, lambda: self._denoised(given, noise_pred, step, latents))
+        calls = self.calls
+        if self.on_step is not None and step + 1 == calls.first_of(done := calls.step_of(step + 1)):
+            self.on_step(done - 1, lambda: self._denoised(given, noise_pred, step, latents))
         after: Tensor = given[0].float()  # whatever the scheduler returns
         return after
 
@@ -159,6 +172,7 @@ _DPM = "scheduling_dpmsolver_multistep", "DPMSolverMultistepScheduler"
 _RECIPES = {
     Scheduler.DDIM: _Recipe("scheduling_ddim", "DDIMScheduler", {}),
     Scheduler.EULER: _Recipe("scheduling_euler_discrete", "EulerDiscreteScheduler", {}),
+    Scheduler.HEUN: _Recipe("scheduling_heun_discrete", "HeunDiscreteScheduler", {}),
     Scheduler.EULER_A: _Recipe("scheduling_euler_ancestral_discrete", "EulerAncestralDiscreteScheduler", {}),
     Scheduler.DPMPP_2M: _Recipe(*_DPM, {"use_karras_sigmas": False}),
     Scheduler.DPMPP_2M_KARRAS: _Recipe(

@@ -228,9 +228,9 @@ class StoredDenoising:
         """Tell how far this is; only the step's predictions may not be on the disk yet."""
         if self._log is not None:
             self._log.sync()
-        done, at = self._tiles_done, min(self.step, self.end - 1) - self._begin
+        done, at, calls = self._tiles_done, min(self.step, self.end - 1) - self._begin, self._schedule.calls
         tile = f", tile {done}/{len(self._steps[at])}" if done else ""
-        where = f"canvas step {min(self.step + bool(tile), self.end)}/{self.end}{tile}"
+        where = f"canvas step {min(calls.step_of(self.step) + bool(tile), calls.steps)}/{calls.steps}{tile}"
         journal.save("canvas", {"stored": torch.tensor([self.step, done])}, where)
 
     def _remove(self, step: int) -> None:

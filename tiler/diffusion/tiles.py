@@ -187,9 +187,12 @@ class Tiles(Sequence[Text2ImageRegion]):
 
 
 class Steps(Sequence[Tiles]):
-    """The tiles of each of `numbers`, steps of a request's schedule; `last`, if given, are those of its last step."""
+    """The tiles of denoiser calls in the steps `numbers` of a request's schedule; `last`, if given, are those of its
+    last step."""
 
-    def __init__(self, tiles: Tiles, request: ResolvedRequest, numbers: range, last: Tiles | None = None) -> None:
+    def __init__(
+        self, tiles: Tiles, request: ResolvedRequest, numbers: Sequence[int], last: Tiles | None = None
+    ) -> None:
         self._tiles, self._request, self._numbers = tiles, request, numbers
         self._last = last
 

@@ -7,11 +7,35 @@ more than T; an offset leads beyond the last trained timestep; and near T steps 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+
+class Levels(NamedTuple):
+    """The timesteps at which the steps of a scheduler begin, (N,), and the sigmas there and at the end, (N + 1,) or
+    more; no sigmas for schedulers that know none."""
+
+    timesteps: Tensor
+    sigmas: Tensor | None
+
+
+def levels(scheduler: Any) -> Levels:
+    """Those of a diffusers scheduler; one of order 2 holds all but the first and the last twice."""
+    order, sigmas = scheduler.order, getattr(scheduler, "sigmas", None)
+    if order == 1 or sigmas is None:
+        return Levels(scheduler.timesteps, sigmas)
+    return Levels(scheduler.timesteps[::order], torch.cat([sigmas[:-1:order], sigmas[-1:]]))
+
+
+def set_levels(scheduler: Any, timesteps: Tensor, sigmas: Tensor | None) -> None:
+    """The inverse of `levels`; without `sigmas` those that the scheduler has stay."""
+    order = scheduler.order
+    scheduler.timesteps = torch.cat([timesteps[:1], timesteps[1:].repeat_interleave(order)])
+    if sigmas is not None:
+        scheduler.sigmas = torch.cat([sigmas[:1], sigmas[1:-1].repeat_interleave(order), sigmas[-1:]])
 
 
 def mend(scheduler: Any, count: int) -> None:
@@ -21,10 +45,11 @@ def mend(scheduler: Any, count: int) -> None:
     if not fault(scheduler, count) or not hasattr(scheduler.config, "timestep_spacing") or _by_sigmas(scheduler):
         return
     trained = int(scheduler.config.num_train_timesteps)
-    timesteps = scheduler.timesteps[:count].to(torch.float64)
+    own = levels(scheduler).timesteps
+    timesteps = own[:count].to(torch.float64)
     timesteps = timesteps - max(0.0, float(timesteps.max()) - (trained - 1))
     if len(timesteps) < count or float(timesteps.min()) < 0 or bool((timesteps.diff() >= 0).any()):
-        first = min(trained - 1.0, float(scheduler.timesteps.max()))
+        first = min(trained - 1.0, float(own.max()))
         if count > first + 1:
             first = trained - 1.0
         if count > first + 1:
@@ -35,12 +60,12 @@ def mend(scheduler: Any, count: int) -> None:
 
 def _set(scheduler: Any, timesteps: Tensor) -> None:
     """Set the scheduler's timesteps, (N,) fp64, and the matching sigmas."""
-    scheduler.timesteps = timesteps.to(scheduler.timesteps.dtype)
-    scheduler.num_inference_steps = len(timesteps)
+    scheduler.num_inference_steps, sigmas = len(timesteps), None
     if hasattr(scheduler, "sigmas") and getattr(scheduler.config, "interpolation_type", "linear") == "linear":
         known = trained_sigmas(scheduler)
-        sigmas = np.interp(timesteps.numpy(), np.arange(len(known)), known)
-        scheduler.sigmas = torch.from_numpy(np.append(sigmas, float(scheduler.sigmas[-1])).astype(np.float32))
+        found = np.interp(timesteps.numpy(), np.arange(len(known)), known)
+        sigmas = torch.from_numpy(np.append(found, float(scheduler.sigmas[-1])).astype(np.float32))
+    set_levels(scheduler, timesteps.to(scheduler.timesteps.dtype), sigmas)
 
 
 def set_beta_sigmas(scheduler: Any, count: int) -> None:
@@ -49,16 +74,19 @@ def set_beta_sigmas(scheduler: Any, count: int) -> None:
     known = trained_sigmas(scheduler)
     # Euler spreads them over the sigmas of its own spacing, the multistep solvers over all that the model was trained
     # on.
-    own = np.interp(scheduler.timesteps.numpy(), np.arange(len(known)), known)
+    own = np.interp(levels(scheduler).timesteps.numpy(), np.arange(len(known)), known)
     spread = own if _is_euler(scheduler) else known[::-1]
     low, high = getattr(scheduler.config, "sigma_min", None), getattr(scheduler.config, "sigma_max", None)
     low, high = float(spread[-1]) if low is None else low, float(spread[0]) if high is None else high
     sigmas = low + beta_quantiles(1 - np.linspace(0, 1, count), 0.6) * (high - low)
     timesteps = np.array([scheduler._sigma_to_t(sigma, np.log(known)) for sigma in sigmas])
-    last = 0.0 if scheduler.config.final_sigmas_type == "zero" else float(sigmas[-1])
-    scheduler.timesteps = torch.from_numpy(timesteps).to(scheduler.timesteps.dtype)
-    scheduler.sigmas = torch.from_numpy(np.append(sigmas, last).astype(np.float32))
+    last = 0.0 if getattr(scheduler.config, "final_sigmas_type", "zero") == "zero" else float(sigmas[-1])
     scheduler.num_inference_steps = count
+    set_levels(
+        scheduler,
+        torch.from_numpy(timesteps).to(scheduler.timesteps.dtype),
+        torch.from_numpy(np.append(sigmas, last).astype(np.float32)),
+    )
 
 
 def beta_quantiles(shares: np.ndarray, shape: float) -> np.ndarray:
@@ -86,7 +114,7 @@ def trained_sigmas(scheduler: Any) -> np.ndarray:
 
 def fault(scheduler: Any, count: int) -> str | None:
     """A description, for people, of the fault in a scheduler's timesteps or sigmas; None if there is none."""
-    timesteps, config = scheduler.timesteps, scheduler.config
+    (timesteps, sigmas), config = levels(scheduler), scheduler.config
     if len(timesteps) != count:
         return f"it has {len(timesteps)} timesteps for {count} steps"
     if not bool(torch.isfinite(timesteps).all()):
@@ -96,7 +124,6 @@ def fault(scheduler: Any, count: int) -> str | None:
     continuous = getattr(config, "timestep_type", "discrete") == "continuous"  # then they are logarithms of sigmas
     if not continuous and not 0 <= float(timesteps.min()) <= float(timesteps.max()) <= config.num_train_timesteps - 1:
         return f"its timesteps leave the trained range, 0–{config.num_train_timesteps - 1}"
-    sigmas = getattr(scheduler, "sigmas", None)
     if sigmas is None:
         return "two timesteps are equal" if bool((timesteps.diff() == 0).any()) else None
     if len(sigmas) <= count or not bool(torch.isfinite(sigmas).all()):
@@ -113,7 +140,7 @@ def _by_sigmas(scheduler: Any) -> bool:
 
 
 def _is_euler(scheduler: Any) -> bool:
-    return type(scheduler).__name__ == "EulerDiscreteScheduler"
+    return type(scheduler).__name__ in ("EulerDiscreteScheduler", "HeunDiscreteScheduler")
 
 
 def nearest_count(works: Callable[[int], bool], asked: int, most: int) -> int | None:

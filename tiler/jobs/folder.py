@@ -23,8 +23,9 @@ from tiler.decoding import spool as spools
 from tiler.diffusion import stored_files
 from tiler.errors import JobError, NameTaken, StorageError
 from tiler.events import Note, OnEvent, Saved, Tensors
+from tiler.jobs import layout, tensors
 from tiler.jobs import manifest as manifests
-from tiler.jobs import tensors
+from tiler.jobs.layout import LOCK, MANIFEST, REFERENCE, SLOTS, SPOOL, SUFFIX
 from tiler.jobs.lock import Lock
 from tiler.jobs.manifest import Manifest
 from tiler.request import RenderRequest
@@ -33,9 +34,6 @@ from tiler.request.choices import STDOUT
 if TYPE_CHECKING:
     from torch import Tensor
 
-SUFFIX = ".tiler"
-MANIFEST, LOCK, REFERENCE, SPOOL = "job.json", "lock", "reference.safetensors", "spool"
-SLOTS = ("state-0.safetensors", "state-1.safetensors")
 _EVERY = 60.0  # seconds between two saves
 _SHARE = 50  # times the last save's duration: at most 2 % of the time is spent saving
 _LONGEST = 240  # bytes of a folder's name
@@ -107,6 +105,7 @@ class Job:
             elif error is None or isinstance(error, NameTaken):
                 if self._request.keep_job:
                     self.clear_spool()
+                    self._clear_canvas()
                 else:
                     self._remove()
             elif not self._holds_work():
@@ -263,18 +262,12 @@ class Job:
                 tensors.write(self.folder / REFERENCE, {"reference": reference}, {})
 
     def _remove(self, keep: tuple[str, ...] = ()) -> None:
-        """Only what a job consists of: whatever else someone put there stays, and the folder with it. The manifest goes
-        last but the lock, so that a folder half removed is known as what it was."""
         self.clear_spool()
+        self._clear_canvas()
+        layout.remove(self.folder, keep)
+
+    def _clear_canvas(self) -> None:
         stored_files.clear(_canvas_beside(_spool_of(self.folder, self.manifest)))
-        own = (*SLOTS, REFERENCE, MANIFEST)
-        for name in (*(f"{each}.new" for each in own), *own, LOCK):
-            if name not in keep:
-                with suppress(OSError):
-                    os.unlink(self.folder / name)
-        if not keep:
-            with suppress(OSError):
-                self.folder.rmdir()
 
     def _holds_work(self) -> bool:
         return any((self.folder / name).exists() for name in (*SLOTS, REFERENCE)) or self.has_reference

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tiler.decoding import FACTOR
 from tiler.decoding.method import DecodePlan
 from tiler.decoding.scratch import free_bytes
 from tiler.decoding.spool import Spool, bytes_in, clear
@@ -23,19 +24,25 @@ def remember(
     place: Path | None, what: str, plan: DecodePlan, begin: Tensor | np.ndarray | InParts, on_event: OnEvent, note: Callable[[str], None]
 ) -> Spool | None:  # fmt: skip
     """The spool at `place` for `plan`, which begins with the tensor or array `begin`; `what` is done, for people. None
-    for a way without passes, without a job, and, with a note, where there is no room. Raises StorageError."""
-    if place is None or not plan.by_layers:
+    for an encoder without passes, without a job, and, with a note, where there is no room. Raises StorageError."""
+    if place is None or (plan.encoding and not plan.by_layers):
         return None
     free = free_bytes(plan.folder) + bytes_in(place)
-    if free < plan.apart_bytes:
+    needed = plan.apart_bytes if plan.by_layers else plan.scratch_bytes + _picture_bytes(begin)
+    if free < needed:
         clear(place)
         note(
-            f"{plan.folder} has {format_mb(free)} free, {format_mb(plan.apart_bytes)} would keep what {what} has done: if it is "
+            f"{plan.folder} has {format_mb(free)} free, {format_mb(needed)} would keep what {what} has done: if it is "
             "interrupted it begins anew"
         )
         return None
     of = f"{plan.kind} {plan.dtype} {_digest(begin)}"
     return Spool(place, what, of, lambda where: on_event(Saved(where=where)))
+
+
+def _picture_bytes(latents: Any) -> int:
+    """Of the pixels that (1, C, h, w) latents become."""
+    return 3 * FACTOR**2 * int(latents.shape[2]) * int(latents.shape[3])
 
 
 def _digest(begin: Any) -> str:

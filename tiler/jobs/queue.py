@@ -1,9 +1,9 @@
-"""A queue of pictures: one process for each, one after another, under one ceiling. Imports no torch."""
+"""A queue of pictures: one process for each, one after another, under one ceiling. This process is there all the time,
+so it imports next to nothing: what a row means others have found out."""
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import json
 import os
 import signal
@@ -18,20 +18,34 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
-from tiler.errors import Interrupted, StorageError, UsageError
-from tiler.jobs import naming
-from tiler.jobs.coding import encode
-from tiler.jobs.rows import NAME, Row
-from tiler.request import RenderRequest
-from tiler.request.render import OF_THE_MACHINE
+from tiler.errors import Interrupted, JobLocked, StorageError, UsageError
+from tiler.jobs import claims, layout
+from tiler.jobs.results import DONE, ELSEWHERE, FAILED, INTERRUPTED, SKIPPED, Results
 
-DONE, FAILED, INTERRUPTED, SKIPPED = "done", "failed", "interrupted", "skipped"
+OWN_BYTES = 20_000_000  # of the ceiling: this process's
+BESIDE = "TILER_BESIDE"  # in the environment of a picture's process: bytes of its ceiling that others use
+BATCH = 64  # rows whose prompts are encoded together
 _PATIENCE = 600.0  # seconds that a picture has to save itself
-_MOST_ROWS = 10**7  # whatever a damaged file of results says
 _SHOWN = 10  # failed rows that the summary names
 _PR_SET_PDEATHSIG = 1  # prctl(2)
+
+
+class Checked(NamedTuple):
+    """A row as far as it can be known before it is drawn: the words that follow `tiler render`, without its output;
+    `output` below the queue's root, and the folder of its `job`; `digest` of all that decides the picture and its
+    place. `problem` where it cannot be one; the rest is empty then. `wants_encoder`: its prompts are worth encoding
+    beside those of other rows."""
+
+    row: int
+    words: Sequence[str] = ()
+    output: str = ""
+    job: str = ""
+    digest: int = 0
+    notes: Sequence[str] = ()
+    problem: str = ""
+    wants_encoder: bool = False
 
 
 def common_code(codes: Set[int]) -> int:
@@ -62,143 +76,183 @@ class Tally:
 
 @dataclass(frozen=True, kw_only=True)
 class Queue:
-    """`defaults` are words of `tiler render` that stand before each row's, `check` parses them together, and raises
-    UsageError. `results` gets a JSON object for each row; `say` a line for people, `finished` a picture's report as
-    `--json` gives it."""
+    """Rows drawn below `root`, under a ceiling for this process and theirs; `results` gets a line for each. `shared`
+    with other machines: a row that one of them draws is left to it. `encode` prompts of several rows ahead, `say` a
+    line for people, `finished` a picture's report as `--json` gives it."""
 
     root: Path
-    results: Path
-    defaults: Sequence[str]
+    results: Results
     max_ram_bytes: int
-    check: Callable[[Sequence[str]], RenderRequest]
-    name: str = NAME
+    shared: bool = False
     fail_fast: bool = False
+    encode: Callable[[list[Checked]], None] = lambda rows: None
     say: Callable[[str], None] = lambda text: None
     finished: Callable[[dict[str, Any]], None] = lambda report: None
+    tally: Tally = field(default_factory=Tally)
+    _outputs: array[int] = field(default_factory=lambda: array("Q"))  # hashes of those so far
 
-    def run(self, rows: Iterable[Row]) -> Tally:
-        """Draw all rows that are not done yet. Raises Interrupted, after the picture under way has saved itself, and
-        StorageError."""
-        tally, done, outputs = Tally(), self._done(), array("Q")
+    def run(self, rows: Iterable[Iterable[Checked]]) -> Tally:
+        """Draw all rows that are not done yet, those that are known at a time by those. Raises Interrupted, after the
+        picture under way has saved itself, and StorageError."""
+        later: list[Checked] = []  # rows that another machine draws, or for which the disk has no room now
+        for known in rows:
+            for batch in _batches(self._undone(known)):
+                self._draw_batch(batch, later)
+                if self._is_over:
+                    return self.tally
+        for row in later:
+            if self.results.is_done(row.row, row.digest) or not self._draw(row, is_last=True):
+                self.tally.statuses[ELSEWHERE] += 1
+            if self._is_over:
+                break
+        return self.tally
+
+    @property
+    def _is_over(self) -> bool:
+        return self.fail_fast and bool(self.tally.codes)
+
+    def _undone(self, rows: Iterable[Checked]) -> Iterator[Checked]:
         for row in rows:
             for note in row.notes:
-                self.say(f"row {row.index}: {note}")
-            try:
-                asked = self.ask(row)
-                output = self.output_of(row, asked)
-                if not _add(outputs, _hash(str(output))):
-                    raise UsageError(f"{output} is the output of another row too")
-            except UsageError as error:
-                self._note(tally, row, 0, None, FAILED, error.exit_code, {"error": str(error)})
+                self.say(f"row {row.row}: {note}")
+            problem = row.problem
+            if not problem and not _add(self._outputs, hash(row.output) & (2**64 - 1)):
+                problem = f"{self.root / row.output} is the output of another row too"
+            if problem:
+                self._note(row, FAILED, UsageError.exit_code, {"error": problem})
                 if self.fail_fast:
-                    break
-                continue
-            digest = _digest(asked, output)
-            if row.index < len(done) and done[row.index] == digest and output.exists():
-                tally.statuses[SKIPPED] += 1
-                continue
-            self._draw(tally, row, digest, output)
-            if self.fail_fast and tally.codes:
-                break
-        return tally
+                    return
+            elif self._is_done(row):
+                self.tally.statuses[SKIPPED] += 1
+            else:
+                yield row
 
-    def ask(self, row: Row) -> RenderRequest:
-        """The request of a row. Raises UsageError for one that cannot be drawn."""
-        if row.problem is not None:
-            raise UsageError(row.problem)
-        return self.check(self._words(row))
+    def _is_done(self, row: Checked) -> bool:
+        if not (self.root / row.output).exists():
+            return False
+        if self.shared and not self.results.is_done(row.row, row.digest):
+            self.results.look()
+        return self.results.is_done(row.row, row.digest)
 
-    def output_of(self, row: Row, asked: RenderRequest) -> Path:
-        """Where a row's picture goes: below the root, whatever it says. Raises UsageError."""
-        template = self.name if row.output is None else row.output
-        return naming.below(self.root, naming.fill(template, index=row.index, seed=asked.seed, prompt=asked.prompt))
+    def _draw_batch(self, batch: list[Checked], later: list[Checked]) -> None:
+        wanting = [row for row in batch if row.wants_encoder]
+        if len(wanting) > 1:
+            self.encode(wanting)
+        for row in batch:
+            if not self._draw(row):
+                later.append(row)
+            if self._is_over:
+                return
 
-    def _words(self, row: Row, *own: str) -> list[str]:
-        """What follows `tiler render`. Of an option that is given twice the last one holds; a prompt comes after
-        `--`."""
-        words = list(self.defaults)
-        at = words.index("--") if "--" in words else len(words)
-        prompt = words[at:] if row.prompt is None else ["--", row.prompt]
-        return [*words[:at], *row.words, "--count=1", "--output-dir=", *own, *prompt]
-
-    def _draw(self, tally: Tally, row: Row, digest: int, output: Path) -> None:
+    def _draw(self, row: Checked, *, is_last: bool = False) -> bool:
+        """False where another machine draws it, and where it is not the `is_last` try and the disk fails: other rows
+        may need less room."""
+        output, job = self.root / row.output, Path(row.job)
         try:
             output.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             why = f"{output.parent}: cannot be made ({error.strerror}); choose another output"
-            self._note(tally, row, digest, output, FAILED, StorageError.exit_code, {"error": why})
-            return
-        words = self._words(row, "--json", f"--max-ram={self.max_ram_bytes}", f"--output={output}")
-        self.say(f"row {row.index}: {output}")
+            self._note(row, FAILED, StorageError.exit_code, {"error": why})
+            return True
+        if not self.shared:
+            return self._draw_here(row, output, is_last=is_last)
+        if not claims.claim(job):
+            return False
+        try:
+            if self._is_done(row):  # between the first look and the claim
+                self.tally.statuses[SKIPPED] += 1
+                return True
+            return self._draw_here(row, output, is_last=is_last)
+        finally:
+            claims.release(job)
+
+    def _draw_here(self, row: Checked, output: Path, *, is_last: bool) -> bool:
+        keeps = "--keep-job" in row.words
+        own = ["--json", f"--max-ram={self.max_ram_bytes}", f"--output={output}", *["--keep-job"] * (not keeps)]
+        at = row.words.index("--") if "--" in row.words else len(row.words)
+        words = [*row.words[:at], *own, *row.words[at:]]
+        self.say(f"row {row.row}: {output}")
         started, start = _now(), time.monotonic()
-        # A group of its own: what the terminal sends arrives here, once, and is handed on.
-        process = subprocess.Popen(
-            [sys.executable, "-m", "tiler", "render", *words], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            process_group=0, preexec_fn=_end_with_parent,
-        )  # fmt: skip
+        process = popen([sys.executable, "-m", "tiler", "render", *words], stdout=subprocess.PIPE)
         try:
             with _pausing(process):
-                told, _ = process.communicate()
+                told = self._told(process, Path(row.job))
         except (Interrupted, KeyboardInterrupt) as stop:
             number = int(stop.code or 0) - 128 if isinstance(stop, Interrupted) else signal.SIGINT
-            process.send_signal(number)
-            try:
-                process.communicate(timeout=_PATIENCE)
-            except BaseException:
-                process.kill()
-                raise
-            self._note(tally, row, digest, output, INTERRUPTED, 128 + number, {"started": started})
-            stop.add_note(f"{tally}; the same command goes on")
+            end(process, number)
+            self._note(row, INTERRUPTED, 128 + number, {"started": started})
+            stop.add_note(f"{self.tally}; the same command goes on")
             raise
         facts: dict[str, Any] = {"started": started, "seconds": round(time.monotonic() - start, 1)}
         code = process.returncode if process.returncode >= 0 else 128 - process.returncode
+        if code == JobLocked.exit_code and self.shared:
+            return False
+        if code == StorageError.exit_code and not is_last and not self.fail_fast:
+            self.say(f"row {row.row}: waits until the other rows are drawn")
+            return False
         if code == 0:
             report = json.loads(told)
-            facts |= {name: report[name] for name in ("seed", "peak_rss_bytes", "versions")}
-            facts["sha256"] = _sha256(output)
+            facts |= {name: report[name] for name in ("seed", "peak_rss_bytes", "versions", "sha256")}
             self.finished(report)
         else:
             facts["error"] = _error_in(told, process.returncode)
-        self._note(tally, row, digest, output, DONE if code == 0 else FAILED, code, facts)
+        self._note(row, DONE if code == 0 else FAILED, code, facts)
+        if code == 0 and not keeps:  # only now: a job whose picture is finished says so where this line is lost
+            layout.remove(Path(row.job))
+        return True
 
-    def _note(
-        self, tally: Tally, row: Row, digest: int, output: Path | None, status: str, code: int, facts: dict[str, Any]
-    ) -> None:
+    def _told(self, process: subprocess.Popen[bytes], job: Path) -> bytes:
+        while True:
+            try:
+                told: bytes = process.communicate(timeout=claims.TOUCH_EVERY if self.shared else None)[0]
+                return told
+            except subprocess.TimeoutExpired:
+                claims.touch(job)
+
+    def _note(self, row: Checked, status: str, code: int, facts: dict[str, Any]) -> None:
+        tally = self.tally
         tally.statuses[status] += 1
         if status == FAILED:
             tally.codes.add(code)
-            tally.failed += [row.index] * (len(tally.failed) < _SHOWN)
+            tally.failed += [row.row] * (len(tally.failed) < _SHOWN)
             why = "" if "started" in facts else f": {facts['error']}"  # else the picture's process has said it
-            self.say(f"row {row.index}: failed with exit code {code}{why}")
-        line = {
-            "row": row.index, "digest": f"{digest:016x}", "status": status, "exit_code": code,
-            "output": None if output is None else str(output.relative_to(self.root)), **facts,
-        }  # fmt: skip
-        try:
-            with self.results.open("ab") as file:
-                file.write(json.dumps(line).encode() + b"\n")
-        except OSError as error:
-            raise StorageError(f"{self.results}: cannot be written ({error.strerror}); free some space") from error
+            self.say(f"row {row.row}: failed with exit code {code}{why}")
+        self.results.note(
+            {
+                "row": row.row, "digest": f"{row.digest:016x}", "status": status, "exit_code": code,
+                "output": row.output or None, **facts,
+            }
+        )  # fmt: skip
 
-    def _done(self) -> array[int]:
-        """By row, the digest of what it said when it was drawn; 0 where it was not."""
-        done = array("Q")
-        if not self.results.exists():
-            return done
-        try:
-            with self.results.open("rb") as file:
-                for line in file:
-                    try:
-                        found = json.loads(line)
-                        row, digest = int(found["row"]), int(found["digest"], 16)
-                        if found["status"] == DONE and 0 <= row <= _MOST_ROWS:
-                            done.extend([0] * (row + 1 - len(done)))
-                            done[row] = digest
-                    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-                        continue  # half a line, of a power cut
-        except OSError as error:
-            raise StorageError(f"{self.results}: cannot be read ({error.strerror}); check its permissions") from error
-        return done
+
+def _batches(rows: Iterable[Checked]) -> Iterator[list[Checked]]:
+    """Rows that want an encoder are gathered, those that do not are drawn as they come."""
+    batch: list[Checked] = []
+    for row in rows:
+        batch.append(row)
+        if len(batch) == BATCH or not row.wants_encoder:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def popen(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
+    """A process of the queue's. It has a group of its own: what the terminal sends arrives here, once, and is handed
+    on."""
+    environment = {**os.environ, BESIDE: str(OWN_BYTES)}
+    options = {"stdin": subprocess.DEVNULL, **options}
+    return subprocess.Popen(command, process_group=0, preexec_fn=_end_with_parent, env=environment, **options)
+
+
+def end(process: subprocess.Popen[bytes], number: int) -> None:
+    """Hand a signal on, and let the process save itself."""
+    process.send_signal(number)
+    try:
+        process.communicate(timeout=_PATIENCE)
+    except BaseException:
+        process.kill()
+        raise
 
 
 @contextmanager
@@ -241,31 +295,5 @@ def _add(found: array[int], value: int) -> bool:
     return True
 
 
-def _digest(asked: RenderRequest, output: Path) -> int:
-    """Of all that decides a picture, and of its place."""
-    said = {name: value for name, value in encode(asked).items() if name not in OF_THE_MACHINE}
-    return _hash(json.dumps([str(output), said], sort_keys=True))
-
-
-def _hash(text: str) -> int:
-    """64 bits of SHA-256."""
-    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big")
-
-
-def _sha256(path: Path) -> str | None:
-    """None where the picture is gone by now: --on-done may have taken it elsewhere."""
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError:
-        return None
-
-
 def _now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-
-
-def lower_priority(nice: int) -> None:
-    """So that other programs come first."""
-    if nice:
-        os.nice(nice)

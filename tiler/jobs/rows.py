@@ -9,7 +9,7 @@ import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tiler.errors import StorageError, UsageError
 from tiler.request import RenderRequest
@@ -43,13 +43,43 @@ class Row:
     problem: str | None = None
 
 
+class Entry(NamedTuple):
+    """The rows that one line of a file makes, and where in the file the next line begins."""
+
+    rows: tuple[Row, ...]
+    end: int
+
+
+def grows(path: Path) -> bool:
+    """Whether a file is read line by line, also lines that are appended while the rows before them are drawn."""
+    return path.suffix.lower() != ".toml"
+
+
+def read_entries(path: Path, at: int = 0, index: int = 0) -> Iterator[Entry]:
+    """The lines of a file from the byte `at` on, before which there are `index` rows. What is wrong with a line is its
+    row's problem. Raises StorageError."""
+    parse = {".jsonl": _json_line, ".ndjson": _json_line}.get(path.suffix.lower(), _prompt_line)
+    try:
+        with path.open("rb") as file:
+            file.seek(at)
+            while line := file.readline(MAX_LINE + 1):
+                too_long = len(line) > MAX_LINE
+                while too_long and line and not line.endswith(b"\n"):
+                    line = file.readline(MAX_LINE)
+                if too_long:
+                    rows = [Row(index + 1, None, (), None, problem=f"a line of more than {MAX_LINE >> 20} MB")]
+                else:
+                    rows = list(_line_rows(line, index, parse)) if line.strip() else []
+                index += len(rows)
+                yield Entry(tuple(rows), file.tell())
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be read ({error.strerror})") from error
+
+
 def read_rows(path: Path) -> Iterator[Row]:
     """The rows of a file, by its ending. What is wrong with a TOML file is a UsageError, with a line its row's
     problem."""
-    if path.suffix.lower() == ".toml":
-        return _toml_rows(path)
-    by_line = {".jsonl": _json_line, ".ndjson": _json_line}.get(path.suffix.lower(), _prompt_line)
-    return _line_rows(path, by_line)
+    return (row for entry in read_entries(path) for row in entry.rows) if grows(path) else _toml_rows(path)
 
 
 def _toml_rows(path: Path) -> Iterator[Row]:
@@ -77,31 +107,14 @@ def _toml_rows(path: Path) -> Iterator[Row]:
             yield row
 
 
-def _line_rows(path: Path, parse: Callable[[str], tuple[dict[str, Any], list[str]]]) -> Iterator[Row]:
-    """Line by line, also those that are appended while the rows before them are drawn."""
-    index = 0
+def _line_rows(line: bytes, index: int, parse: Callable[[str], tuple[dict[str, Any], list[str]]]) -> Iterator[Row]:
     try:
-        with path.open("rb") as file:
-            while line := file.readline(MAX_LINE + 1):
-                if len(line) > MAX_LINE:
-                    while line and not line.endswith(b"\n"):
-                        line = file.readline(MAX_LINE)
-                    index += 1
-                    yield Row(index, None, (), None, problem=f"a line of more than {MAX_LINE >> 20} MB")
-                    continue
-                if not line.strip():
-                    continue
-                try:
-                    said, notes = parse(line.decode("utf-8-sig").strip())
-                except (ValueError, RecursionError, UsageError) as error:
-                    index += 1
-                    yield Row(index, None, (), None, problem=str(error).splitlines()[0])
-                    continue
-                for row in _rows_of(said, index):
-                    index = row.index
-                    yield replace(row, notes=tuple(notes))
-    except OSError as error:
-        raise StorageError(f"{path}: cannot be read ({error.strerror})") from error
+        said, notes = parse(line.decode("utf-8-sig").strip())
+    except (ValueError, RecursionError, UsageError) as error:
+        yield Row(index + 1, None, (), None, problem=str(error).splitlines()[0])
+        return
+    for row in _rows_of(said, index):
+        yield replace(row, notes=tuple(notes))
 
 
 def _json_line(line: str) -> tuple[dict[str, Any], list[str]]:

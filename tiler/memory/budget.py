@@ -90,11 +90,11 @@ class Budget:
     phase. `peak_rss_bytes` is the highest RSS while the budget was open: the kernel's high-water mark (VmHWM), reset on
     entry and between phases and combined here. If the kernel keeps no mark or does not allow a reset, RSS is sampled
     every 50 ms instead and `peak_sampled` is true. `swapped_bytes` is the largest amount of this process that was
-    swapped out.
+    swapped out. `beside_bytes` of the ceiling belong to other processes and are not measured here.
     """
 
-    def __init__(self, max_ram: str | int = "800MB") -> None:
-        self.max_bytes = _ceiling(max_ram)
+    def __init__(self, max_ram: str | int = "800MB", *, beside_bytes: int = 0) -> None:
+        self.max_bytes, self.beside_bytes = _ceiling(max_ram) - beside_bytes, beside_bytes
         if self.max_bytes <= 0:
             raise UsageError(f"the memory ceiling must be positive, not {max_ram!r}")
         self.phases: list[PhaseUse] = []
@@ -164,7 +164,7 @@ class Budget:
             self._tight = self._tight or self.rss_bytes >= _SOFT * self.max_bytes
         # A spike between two checks is a breach as well, though it is over.
         if max(self.rss_bytes, self._peak) >= self.max_bytes:
-            would_do = -(-int(self.peak_rss_bytes / MARGIN) // _ROUND) * _ROUND
+            would_do = -(-int(self.peak_rss_bytes / MARGIN + self.beside_bytes) // _ROUND) * _ROUND
             raise BudgetExceeded(
                 f"the ceiling of {format_mb(self.max_bytes)} was reached at {where} (peak {format_mb(self.peak_rss_bytes)}); "
                 f"--max-ram {would_do // 10**6}MB would have held that, a smaller --size needs less"

@@ -110,7 +110,7 @@ def read(checkpoint: Checkpoint, name: str) -> AuraFlow:
     spec = VaeSpec(checkpoint=checkpoint, part="vae", config=vae)
     denoiser = Part(
         name="transformer", role=Role.DENOISER, config=config, aliases=table_names, arena_bytes=ARENA_BYTES,
-        build=partial(build_transformer, checkpoint, config), quantise=quantised, once=read_once,
+        build=partial(build_transformer, checkpoint, config), quantise=quantised, once=read_once, rotate=True,
     )  # fmt: skip
     traits = Traits(
         # What the config calls its sample size is in patches: 64 of them are the 1024 pixels it was trained on.

@@ -99,6 +99,71 @@ def check_auraflow(where: str, config: Config) -> None:
         _refuse(where, "pos_embed_max_size", positions, "it must be the square of a whole number")
 
 
+def check_hunyuandit(where: str, config: Config) -> None:
+    """A HunyuanDiT2DModel's config. Raises ModelError, naming the field."""
+    for key in ("in_channels", "num_attention_heads", "attention_head_dim", "hidden_size", "num_layers", "patch_size"):
+        _need(where, config, key)
+    _whole(where, config, in_channels=(1, 64), num_attention_heads=(1, 256), attention_head_dim=(4, 1024))
+    _whole(where, config, num_layers=(1, 256), patch_size=(2, 2), sample_size=(8, 4096), text_len=(1, 4096))
+    _whole(where, config, text_len_t5=(1, 4096), cross_attention_dim=(1, 16_384), cross_attention_dim_t5=(8, 16_384))
+    _whole(where, config, pooled_projection_dim=(1, 65_536))
+    _number(where, config, mlp_ratio=(0.1, 64))
+    _flags(where, config, "learn_sigma", "use_style_cond_and_image_meta_size")
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    if config["hidden_size"] != width:
+        _refuse(where, "hidden_size", config["hidden_size"], f"it must be heads times their width, {width}")
+    if config["attention_head_dim"] % 4:
+        _refuse(where, "attention_head_dim", config["attention_head_dim"], "it must be a multiple of 4")
+    if config.get("cross_attention_dim_t5", 2048) % 8:
+        _refuse(where, "cross_attention_dim_t5", config["cross_attention_dim_t5"], "it must be a multiple of 8")
+    if config.get("activation_fn", "gelu-approximate") != "gelu-approximate":
+        _refuse(where, "activation_fn", config["activation_fn"], "tiler supports 'gelu-approximate'")
+
+
+def check_lumina(where: str, config: Config) -> None:
+    """A LuminaNextDiT2DModel's config. Raises ModelError, naming the field."""
+    _whole(where, config, hidden_size=(8, 16_384), num_layers=(1, 256), num_attention_heads=(1, 256))
+    _whole(where, config, in_channels=(1, 64), patch_size=(2, 2), sample_size=(8, 4096), multiple_of=(1, 65_536))
+    _whole(where, config, cross_attention_dim=(1, 16_384))
+    _whole(where, config, may_be_null=True, num_kv_heads=(1, 256))
+    _number(where, config, norm_eps=(1e-12, 0.1))
+    _number(where, config, may_be_null=True, ffn_dim_multiplier=(0.01, 64))
+    _flags(where, config, "learn_sigma", "qk_norm")
+    width, heads = config.get("hidden_size", 2304), config.get("num_attention_heads", 32)
+    if width % (4 * heads):
+        _refuse(where, "hidden_size", width, f"it must be a multiple of 4 · num_attention_heads, {4 * heads}")
+    if heads % (shared := config.get("num_kv_heads") or heads):
+        _refuse(where, "num_kv_heads", shared, f"num_attention_heads, {heads}, must be a multiple of it")
+    if config.get("qk_norm", True) is not True:
+        _refuse(where, "qk_norm", config["qk_norm"], "tiler supports true")
+
+
+def check_gemma(where: str, config: Config) -> None:
+    """A GemmaModel's config. Raises ModelError, naming the field."""
+    for key in ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "num_key_value_heads"):
+        _need(where, config, key)
+    _whole(where, config, hidden_size=(1, 16_384), vocab_size=(2, 1_000_000), intermediate_size=(1, 131_072))
+    _whole(where, config, num_hidden_layers=(2, 128), num_attention_heads=(1, 128), num_key_value_heads=(1, 128))
+    _whole(where, config, head_dim=(2, 1024), max_position_embeddings=(256, 10**6))
+    _number(where, config, rms_norm_eps=(1e-12, 0.1))
+    if config["num_attention_heads"] % (shared := config["num_key_value_heads"]):
+        _refuse(where, "num_key_value_heads", shared, "num_attention_heads must be a multiple of it")
+    for key in ("attention_bias", "use_bidirectional_attention"):
+        if config.get(key):
+            _refuse(where, key, config[key], "tiler supports false")
+
+
+def check_bert(where: str, config: Config) -> None:
+    """A BertModel's config. Raises ModelError, naming the field."""
+    _need(where, config, "hidden_size")
+    _whole(where, config, hidden_size=(1, 8192), vocab_size=(2, 1_000_000), intermediate_size=(1, 65_536))
+    _whole(where, config, num_hidden_layers=(1, 128), num_attention_heads=(1, 128), max_position_embeddings=(2, 4096))
+    _number(where, config, layer_norm_eps=(1e-12, 0.1))
+    heads = config.get("num_attention_heads", 12)
+    if config["hidden_size"] % heads:
+        _refuse(where, "hidden_size", config["hidden_size"], f"a multiple of num_attention_heads, {heads}")
+
+
 def check_vae(where: str, config: Config) -> None:
     """Check an AutoencoderKL's config. Raises ModelError, naming the field."""
     _need(where, config, "block_out_channels")

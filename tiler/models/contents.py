@@ -88,7 +88,10 @@ _LORA = re.compile(r"(^|[._])lora_|\.lora\.|\.hada_w|\.lokr_w|\.oft_blocks")
 _ADDITIONS = {
     "control_model": "a ControlNet", "controlnet_cond_embedding": "a ControlNet", "controlnet_blocks": "a ControlNet",
     "input_hint_block": "a ControlNet", "ip_adapter": "an IP-Adapter", "emb_params": "a textual inversion",
-    "conv_first": "an upscaler of pictures", "single_stream_modulation": "FLUX.2", "noise_refiner": "Lumina or Z-Image",
+    "conv_first": "an upscaler of pictures", "single_stream_modulation": "FLUX.2",
+    "noise_refiner": "Lumina 2 or Z-Image",
+    "time_extra_emb": "a transformer of HunyuanDiT, which tiler reads in the model's folder alone",
+    "time_caption_embed": "a transformer of Lumina-Next, which tiler reads in the model's folder alone",
 }  # fmt: skip
 
 

@@ -35,9 +35,10 @@ from tiler.weights.places import cache_home
 from tiler.weights.store import WeightStore
 
 CACHE_BYTES = (
-    500_000_000  # of a folder with kept prompts; those that were not used for longest go. T5-XXL's are 8 MB each
+    700_000_000  # of a folder with kept prompts; those that were not used for longest go. T5-XXL's are 8 MB each, and
+    # a queue encodes those of 64 pictures ahead
 )
-_VERSION = "1"  # of how prompts are encoded: another one where the same words give other embeddings
+_VERSION = "2"  # of how prompts are encoded: another one where the same words give other embeddings
 _FORMAT = "tiler-prompts"
 _TOKENIZER_BYTES = 50_000_000  # a file of a tokenizer that is larger is not looked at beyond them
 

@@ -18,13 +18,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tiler.errors import ModelError
 from tiler.memory.lean_imports import lean_imports
-from tiler.models import bounds
 from tiler.models.meta import on_meta, refusing
 from tiler.models.reading import READING, Reading
 from tiler.request import TileConditioning
 from tiler.request.model import ModelOptions
-from tiler.weights.checkpoint import Checkpoint, resolve, resolve_part
-from tiler.weights.places import expand, model_folders
+from tiler.weights.checkpoint import Checkpoint, resolve
+from tiler.weights.places import model_folders
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -40,6 +39,8 @@ REGISTRY: dict[str, str] = {
     "Flux": "tiler.models.flux",
     "PixArt": "tiler.models.pixart",
     "AuraFlow": "tiler.models.auraflow",
+    "HunyuanDiT": "tiler.models.hunyuandit",
+    "Lumina": "tiler.models.lumina",
 }
 """Part of a pipeline's class name → the module whose `read(checkpoint)` gives the Family. The longest match counts; a
 class that none matches is read as Stable Diffusion, whose checks say what is foreign in it."""
@@ -90,6 +91,8 @@ class Traits(NamedTuple):
     embeddings: bool = False  # whether prompts may name embeddings (textual inversion)
     clip_skip: bool = False  # whether the states of another layer of CLIP can be taken
     told_place: bool = False  # whether a sample is told where on the canvas it lies
+    few_steps: str | None = None  # a model of this family that was distilled to few steps, where this one was not
+    guided_channels: int | None = None  # of the latents, if not all: the others follow the prompt alone
     even_sigmas: bool = False  # of a flow: σ falls from 1 to 1/N in equal steps before it is shifted
 
     @property
@@ -119,9 +122,10 @@ class Part:
 
     `name` is its folder. `build` creates it on the meta device. `aliases` gives the names that a parameter may have in
     files. `quantise` selects the parameters that may become int8, `half` those that may be multiplied in bf16 (None:
-    the same ones), and `once` those that are read before the steps and not during them. A text encoder must have an
-    `example`, which runs it as `Family.encode` does for prompts of the greatest length, also with weights on the meta
-    device, to measure its memory.
+    the same ones), and `once` those that are read before the steps and not during them. With `rotate`, the inputs of
+    int8 weights are rotated because some of them are outliers. A text encoder must have an `example`, which runs it as
+    `Family.encode` does for prompts of the greatest length, also with weights on the meta device, to measure its
+    memory.
     """
 
     name: str
@@ -133,6 +137,7 @@ class Part:
     half: Callable[[str], bool] | None = None
     once: Callable[[str], bool] = no_parameter
     arena_bytes: int | None = None
+    rotate: bool = False
     example: Callable[[Any], object] | None = None
 
     def int8_weights(self, module: nn.Module) -> frozenset[str]:
@@ -348,36 +353,6 @@ def build_vae(vae: VaeSpec) -> Any:
 def vae_part(vae: VaeSpec) -> Part:
     """The checkpoint's AutoencoderKL, which is never quantised."""
     return Part(name=vae.part, role=Role.VAE, config=vae.config, aliases=vae_names, build=partial(build_vae, vae))
-
-
-def open_tiny(given: str, family: Family) -> VaeSpec:
-    """Open an AutoencoderTiny for `family` from a file, a folder or a hub id. Raises ModelError, OfflineError,
-    StorageError."""
-    if not expand(given).is_file():
-        return read_tiny(resolve_part(given), family)
-    from tiler.models.single_file import tiny_of_file
-
-    return read_tiny(tiny_of_file(expand(given)), family)
-
-
-def read_tiny(checkpoint: Checkpoint, family: Family) -> VaeSpec:
-    """Read an AutoencoderTiny in TAESD's layout for `family`. Raises ModelError."""
-    config, where = checkpoint.config(""), str(checkpoint.file or f"{checkpoint.folder}/config.json")
-    if config.get("_class_name") != "AutoencoderTiny":
-        raise ModelError(f"{where}: the class is {config.get('_class_name')!r}; --tiny-vae takes an AutoencoderTiny")
-    wanted = {
-        "latent_channels": (family.latent_channels, 4),
-        "act_fn": ("relu", "relu"),
-        "upsample_fn": ("nearest", "nearest"),
-        "upsampling_scaling_factor": (2, 2),
-    }
-    for key, (want, default) in wanted.items():
-        if config.get(key, default) != want:
-            raise ModelError(
-                f"{where}: {key} = {config.get(key)!r}, {family.checkpoint.name} needs {want!r}; use another --tiny-vae"
-            )
-    bounds.check_tiny(where, config)
-    return VaeSpec(checkpoint=checkpoint, part="", config=config, tiny=True)
 
 
 # Names a parameter may have in published files, newest first.

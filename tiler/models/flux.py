@@ -159,7 +159,7 @@ def read(checkpoint: Checkpoint, name: str) -> Flux:
         *texts,
         Part(
             name="transformer", role=Role.DENOISER, config=config, aliases=plain_names,
-            build=partial(_build, checkpoint, config), quantise=quantised, once=read_once, arena_bytes=ARENA_BYTES,
+            build=partial(_build, checkpoint, config), quantise=quantised, once=read_once, rotate=True, arena_bytes=ARENA_BYTES,
         ),
         vae_part(spec),
     )  # fmt: skip
@@ -168,6 +168,7 @@ def read(checkpoint: Checkpoint, name: str) -> Flux:
         native=int(config.get("sample_size") or NATIVE), granularity=PATCH, patch=PATCH, samples=1, large_blocks=True,
         channels=int(vae["latent_channels"]), width=config["num_attention_heads"] * config["attention_head_dim"],
         flow=True, even_sigmas=True, guidance=guidance, defaults=_DEFAULTS[guidance],
+        few_steps="FLUX.1-schnell" if guidance is Guidance.EMBEDDED else None,
     )  # fmt: skip
     scheduler = read_scheduler(checkpoint, repository)
     return Flux(checkpoint=checkpoint, traits=traits, parts=parts, vae=spec, scheduler=scheduler)

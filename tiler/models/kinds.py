@@ -189,6 +189,9 @@ AURAFLOW = FamilyRow(
 
 ROWS = (SD1, SD2, SDXL, SD3, FLUX, SCHNELL, PIXART_ALPHA, PIXART_SIGMA, AURAFLOW)
 
+FOLDERS_ALONE = MappingProxyType({"HunyuanDiTPipeline": ("HunyuanDiT", 428), "LuminaPipeline": ("Lumina-Next", 441)})
+"""Families of which no single file is read: title and floor by the pipeline that model_index.json names."""
+
 
 def family_of(part: Content, where: str) -> FamilyRow:
     """The family of a denoiser. Raises ModelError, saying what it is, for a denoiser that does not generate pictures

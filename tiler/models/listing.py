@@ -10,7 +10,7 @@ from typing import Any
 
 from tiler.errors import ModelError
 from tiler.models.contents import DENOISERS, Contents, Kind, look
-from tiler.models.kinds import FamilyRow, family_of, row_of_pipeline
+from tiler.models.kinds import FOLDERS_ALONE, FamilyRow, family_of, row_of_pipeline
 from tiler.weights.flavours import WEIGHTS, find_weights, names_in, read_json
 from tiler.weights.folders import model_files
 from tiler.weights.headers import shapes_of
@@ -87,11 +87,7 @@ def _folder(path: Path) -> Listed:
         except (ModelError, OSError):
             lacks.append(part)
             size += sum((path / part / name).stat().st_size for name in names_in(path / part) if name.endswith(WEIGHTS))
-    title = row.title if row is not None else str(index.get("_class_name") or "a pipeline of an unknown kind")
-    return Listed(
-        path=path,
-        family=title,
-        size_bytes=size,
-        floor_bytes=row.floor * MB if row is not None else None,
-        lacks=tuple(lacks),
-    )
+    name = str(index.get("_class_name") or "a pipeline of an unknown kind")
+    title, floor = (row.title, row.floor) if row is not None else FOLDERS_ALONE.get(name, (name, None))
+    floor_bytes = None if floor is None else floor * MB
+    return Listed(path=path, family=title, size_bytes=size, floor_bytes=floor_bytes, lacks=tuple(lacks))

@@ -6,9 +6,6 @@ transformer's weights. They are read once for all steps and prompts, and each pa
 
 from __future__ import annotations
 
-import os
-import tempfile
-import weakref
 from collections.abc import Hashable, Sequence
 from pathlib import Path
 
@@ -16,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from tiler.compute.stream import Streamer
-from tiler.errors import StorageError
 from tiler.models.dit import cut, products
+from tiler.models.nameless import NamelessFile
 
 ROWS = 64  # of a product
 
@@ -27,18 +24,8 @@ class Modulations:
     is no file."""
 
     def __init__(self, keys: Sequence[Hashable], widths: Sequence[int], folder: Path | None, *, meta: bool) -> None:
-        self._rows, self._widths, self._file = {key: i for i, key in enumerate(keys)}, list(widths), None
-        self._folder = folder or Path(tempfile.gettempdir())
-        if not meta:
-            try:
-                fd, path = tempfile.mkstemp(prefix=".tiler-", suffix=".modulation", dir=self._folder)
-                os.unlink(path)
-            except OSError as error:
-                raise StorageError(
-                    f"{self._folder}: no file can be made here ({error.strerror}); choose another --scratch"
-                ) from error
-            self._file = fd
-            weakref.finalize(self, os.close, fd)
+        self._rows, self._widths = {key: i for i, key in enumerate(keys)}, list(widths)
+        self._file = None if meta else NamelessFile(folder)
 
     @property
     def row_bytes(self) -> int:
@@ -47,31 +34,14 @@ class Modulations:
     def write(self, row: int, first: int, values: Tensor) -> None:
         """Write values (n,) fp32 into the row of a key, starting at `first`. Raises StorageError."""
         assert self._file is not None
-        view, at = _bytes(values.contiguous()), row * self.row_bytes + 4 * first
-        try:
-            while len(view):
-                done = os.pwrite(self._file, view, at)
-                view, at = view[done:], at + done
-        except OSError as error:
-            raise StorageError(
-                f"{self._folder}: the disk takes no more ({error.strerror}); free some space, or choose another --scratch"
-            ) from error
+        self._file.write(row * self.row_bytes + 4 * first, values)
 
     def read(self, key: Hashable) -> list[Tensor]:
         """The output of each layer for a key, (outputs,) fp32."""
         if self._file is None:
             return list(torch.empty(sum(self._widths), device="meta").split(self._widths))
-        row = torch.empty(sum(self._widths))
-        view, at = _bytes(row), self._rows[key] * self.row_bytes
-        while len(view):
-            done = os.preadv(self._file, [view], at)
-            assert done, "a row that was not written"
-            view, at = view[done:], at + done
+        row = self._file.read(self._rows[key] * self.row_bytes, torch.empty(sum(self._widths)))
         return list(row.split(self._widths))
-
-
-def _bytes(values: Tensor) -> memoryview:
-    return memoryview(values.numpy()).cast("B")  # type: ignore[arg-type]
 
 
 def modulations(

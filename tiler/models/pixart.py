@@ -181,7 +181,7 @@ def read(checkpoint: Checkpoint, name: str) -> PixArt:
         *texts,
         Part(
             name="transformer", role=Role.DENOISER, config=config, aliases=plain_names,
-            build=partial(_build, checkpoint, config), quantise=quantised, once=read_once,
+            build=partial(_build, checkpoint, config), quantise=quantised, once=read_once, rotate=True,
         ),
         vae_part(spec),
     )  # fmt: skip
@@ -193,7 +193,7 @@ def read(checkpoint: Checkpoint, name: str) -> PixArt:
     traits = Traits(
         title=kind.title, native=int(config.get("sample_size", 128)), granularity=PATCH, channels=channels,
         width=config["num_attention_heads"] * config["attention_head_dim"], patch=PATCH, samples=1, large_blocks=True,
-        defaults=defaults,
+        defaults=defaults, few_steps=None if notes else "PixArt-LCM",
     )  # fmt: skip
     return PixArt(
         checkpoint=checkpoint,

@@ -103,7 +103,7 @@ def read(checkpoint: Checkpoint, name: str) -> StableDiffusion:
     if not checkpoint.has("unet") and checkpoint.has("transformer"):
         raise ModelError(
             f"{checkpoint.name}: this is a diffusion transformer that tiler does not know ({name}); it knows "
-            "Stable Diffusion 3, PixArt, Flux.1 and AuraFlow"
+            "Stable Diffusion 3, PixArt, Flux.1, AuraFlow, HunyuanDiT and Lumina-Next"
         )
     check_parts(checkpoint, "", ["unet"])
     unet = read_config(checkpoint, "unet", "UNet2DConditionModel", bounds.check_unet)
@@ -160,7 +160,7 @@ def read(checkpoint: Checkpoint, name: str) -> StableDiffusion:
     traits = Traits(
         title="Stable Diffusion", native=int(unet.get("sample_size", 64)), granularity=2 ** (levels - 1),
         channels=int(vae.get("latent_channels", 4)), width=unet["block_out_channels"][0],
-        chunked=True, embeddings=True, clip_skip=True,
+        chunked=True, embeddings=True, clip_skip=True, few_steps="an LCM or Hyper-SD LoRA",
     )  # fmt: skip
     return StableDiffusion(
         checkpoint=checkpoint, traits=traits, parts=parts, vae=spec, scheduler=scheduler, notes=notes

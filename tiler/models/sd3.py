@@ -175,13 +175,14 @@ def read(checkpoint: Checkpoint, name: str) -> StableDiffusion3:
         notes.append(f"{T5} (T5) is not there: the prompt is read by CLIP alone; to add it, {fetch}")
     denoiser = Part(
         name="transformer", role=Role.DENOISER, config=config, aliases=table_names,
-        build=partial(build_mmdit, checkpoint, config), quantise=quantised, once=read_once,
+        build=partial(build_mmdit, checkpoint, config), quantise=quantised, once=read_once, rotate=True,
     )  # fmt: skip
     traits = Traits(
         title=kind.title, native=int(config.get("sample_size", 128)), granularity=PATCH, patch=PATCH, samples=1,
         channels=int(vae["latent_channels"]), width=config["num_attention_heads"] * config["attention_head_dim"],
         flow=True, large_blocks=True, chunked=True, longest=PATCH * table_side(config),
         defaults=MappingProxyType(dict(kind.defaults)),
+        few_steps="SD 3.5 large turbo" if kind.title == "SD 3.5 large" else None,
     )  # fmt: skip
     return StableDiffusion3(
         checkpoint=checkpoint, traits=traits, parts=(*encoders, denoiser, vae_part(spec)), vae=spec, notes=tuple(notes),

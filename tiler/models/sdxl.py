@@ -231,6 +231,7 @@ def read(checkpoint: Checkpoint, name: str) -> StableDiffusionXL:
         channels=int(vae.get("latent_channels", 4)), width=unet["block_out_channels"][0],
         guidance=guidance, defaults=MappingProxyType(defaults), old_schedulers=False,
         chunked=True, embeddings=True, told_place=True,
+        few_steps="SDXL-Lightning or an LCM LoRA" if sign is None else None,
     )  # fmt: skip
     return StableDiffusionXL(
         checkpoint=checkpoint, traits=traits, parts=(*text_parts, denoiser, vae_part(spec)), vae=spec,

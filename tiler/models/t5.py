@@ -7,18 +7,15 @@ family masks is not computed; padding that a family attends to is treated like a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tiler.compute.choose import KERNELS
-from tiler.compute.layers import StreamedLinear
 from tiler.errors import ModelError
 from tiler.memory.lean_imports import lean_imports
 from tiler.models import bounds
@@ -26,8 +23,9 @@ from tiler.models.chunks import emphasised
 from tiler.models.family import Part, Role, read_config
 from tiler.models.meta import on_meta, refusing
 from tiler.models.reading import READING, Reading
+from tiler.models.together import GROUP_TOKENS, groups, linear_together, places, read_ahead
+from tiler.models.words import check_vocabulary, read_tokens
 from tiler.request import Emphasis
-from tiler.request.prompt import Fragment, Sections
 from tiler.weights.checkpoint import Checkpoint
 from tiler.weights.flavours import read_json
 from tiler.weights.store import PIECE_ELEMENTS
@@ -35,11 +33,10 @@ from tiler.weights.store import PIECE_ELEMENTS
 if TYPE_CHECKING:
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-GROUP_TOKENS = 1024  # of prompts that share one read of the weights, unless one prompt alone has more
 CHUNK = 256  # tokens normalised at a time
 GROUP_HEADS = 16  # whose position bias is written out at once: 17 MB for 512 tokens
 _TOKENIZERS = ("tokenizer.json", "spiece.model", "tokenizer.model")
-_KINDS = "t5", "umt5"
+_KINDS = "t5", "mt5", "umt5"  # multilingual T5 (mT5) is T5 of another vocabulary
 
 
 def read_t5(checkpoint: Checkpoint, name: str, length: int) -> Part:
@@ -109,90 +106,50 @@ def encode_t5(
     each of its own tokens, the same as a mask would give them. `clean` is what a pipeline makes of a text before it is
     tokenised. Raises ModelError where tokenizer and encoder do not belong together.
     """
-    read = [_read(tokenizer, text, length, warn, reading, keep_pads=keep_pads, clean=clean) for text in texts]
-    if any(int(tokens.ids.max()) >= encoder.config.vocab_size for tokens in read):
-        raise ModelError("the tokenizer knows more words than the text encoder; they do not belong together")
+    read = [read_tokens(tokenizer, text, length, "T5", warn, reading, clean) for text in texts]
+    check_vocabulary(read, encoder.config.vocab_size)
+    if keep_pads:
+        read = [tokens.padded(length, tokenizer.pad_token_id) for tokens in read]
     encoded: list[Tensor] = []
     with torch.no_grad():
-        for group in _groups([tokens.ids for tokens in read]):
+        for group in groups([tokens.ids for tokens in read]):
             encoded += _encode(encoder, group)
     # T5's encodings are not brought back to their mean, which is next to 0.
     return [emphasised(states, tokens.weights, Emphasis.NO_NORM) for states, tokens in zip(encoded, read, strict=True)]
 
 
-class _Tokens(NamedTuple):
-    """(1, n) ids and n weights."""
-
-    ids: Tensor
-    weights: tuple[float, ...]
-
-
-def _read(
-    tokenizer: Any, text: str, length: int, warn: Callable[[str], None], reading: Reading, *, keep_pads: bool,
-    clean: Callable[[str], str],
-) -> _Tokens:  # fmt: skip
-    """Tokenise the sections of a prompt. A BREAK becomes a space, since T5 has no chunks. Fragments of different
-    weights are tokenised separately."""
-    # The tokenizer is not asked to look at megabytes of text just to say that they do not fit.
-    short = text[: 40 * length]
-    fragments = [f for f in _in_a_row(reading.sections(short, warn)) if f.text] or [Fragment("")]
-    before, after = _marks(tokenizer)
-    if len(fragments) == 1:  # marks and all by the tokenizer itself
-        marked = tokenizer(clean(fragments[0].text), verbose=False).input_ids
-        weights = [1.0] * len(before) + [fragments[0].weight] * (len(marked) - len(before) - len(after))
-    else:
-        rows = [tokenizer(clean(f.text), add_special_tokens=False, verbose=False).input_ids for f in fragments]
-        marked = [*before, *(i for row in rows for i in row), *after]
-        weights = [1.0] * len(before) + [f.weight for f, row in zip(fragments, rows, strict=True) for _ in row]
-    if len(marked) > length or len(text) > len(short):
-        warn(f"the prompt is longer than {length} tokens and was cut for T5: {text[:40]!r}…")
-    ids = [*marked[: length - len(after)], *after] if len(marked) > length else marked
-    if keep_pads:
-        ids = [*ids, *[tokenizer.pad_token_id] * (length - len(ids))]
-    weights = weights[: len(ids)]
-    return _Tokens(torch.tensor([ids]), (*weights, *[1.0] * (len(ids) - len(weights))))
+def encode_masked(
+    tokenizer: PreTrainedTokenizerBase,
+    encoder: Any,
+    texts: Sequence[str],
+    length: int,
+    warn: Callable[[str], None],
+    reading: Reading = READING,
+) -> list[tuple[Tensor, int]]:
+    """As `encode_t5`, padded to `length`; padding has states of its own, at which no token looks. And how many tokens
+    are the text's own."""
+    read = [read_tokens(tokenizer, text, length, "T5", warn, reading) for text in texts]
+    check_vocabulary(read, encoder.config.vocab_size)
+    found = []
+    padded = [tokens.padded(length, tokenizer.pad_token_id) for tokens in read]
+    owned = [tokens.ids.shape[1] for tokens in read]
+    with torch.no_grad():
+        for first in range(0, len(texts), most := max(1, GROUP_TOKENS // length)):
+            some = slice(first, first + most)
+            found += _encode(encoder, [tokens.ids for tokens in padded[some]], owned[some])
+    return [
+        (emphasised(states, tokens.weights, Emphasis.NO_NORM), own)
+        for states, tokens, own in zip(found, padded, owned, strict=True)
+    ]
 
 
-def _in_a_row(sections: Sections) -> Iterator[Fragment]:
-    """All fragments with a space between sections; adjacent fragments of equal weight are merged."""
-    last: Fragment | None = None
-    for section in sections:
-        for number, (text, weight) in enumerate(section):
-            joint = "" if number or last is None else " "
-            if last is None or last.weight != weight:
-                if last is not None:
-                    yield last
-                last = Fragment(text, weight)
-            else:
-                last = Fragment(last.text + joint + text, weight)
-    if last is not None:
-        yield last
-
-
-def _marks(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """The ids that the tokenizer adds before and after a text."""
-    bare, marked = (tokenizer("a", add_special_tokens=added).input_ids for added in (False, True))
-    first = next(i for i in range(len(marked)) if marked[i : i + len(bare)] == bare)
-    return marked[:first], marked[first + len(bare) :]
-
-
-def _groups(rows: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Consecutive prompts that share one read of the weights."""
-    group: list[Tensor] = []
-    for ids in rows:
-        if group and sum(other.shape[1] for other in group) + ids.shape[1] > GROUP_TOKENS:
-            yield group
-            group = []
-        group.append(ids)
-    if group:
-        yield group
-
-
-def _encode(encoder: Any, rows: list[Tensor]) -> list[Tensor]:
+def _encode(encoder: Any, rows: list[Tensor], owned: Sequence[int] | None = None) -> list[Tensor]:
     """The states of all prompts are one tensor (1, tokens, d_model), of which each prompt has a part: few large blocks,
-    which go back to the system when they are freed."""
-    ends = list(accumulate(ids.shape[1] for ids in rows))
-    prompts = [slice(end - ids.shape[1], end) for end, ids in zip(ends, rows, strict=True)]
+    which go back to the system when they are freed. `owned`: how many of each prompt's tokens are looked at, if not
+    all."""
+    prompts = places(rows)
+    keys = prompts if owned is None else [slice(p.start, p.start + own) for p, own in zip(prompts, owned, strict=True)]
+    read_ahead([layer for block in encoder.encoder.block for layer in _layers(block)])
     x: Tensor = encoder.shared(torch.cat(rows, dim=1))
     bias: Tensor | None = None
     for block in encoder.encoder.block:
@@ -200,9 +157,16 @@ def _encode(encoder: Any, rows: list[Tensor]) -> list[Tensor]:
         if attention.SelfAttention.has_relative_attention_bias:  # T5's first block for all, each of UMT5's for itself
             bias = _bias(attention.SelfAttention, max(ids.shape[1] for ids in rows))
         assert bias is not None
-        x += _attended(attention, x, prompts, bias)
+        x += _attended(attention, x, prompts, keys, bias)
         x += _fed(feed_forward, x, prompts)
     return [_normed(encoder.encoder.final_layer_norm, x[:, prompt]) for prompt in prompts]
+
+
+def _layers(block: Any) -> list[Any]:
+    """A block's linear layers in the order in which they are used."""
+    attention, dense = block.layer[0].SelfAttention, block.layer[-1].DenseReluDense
+    into = (dense.wi_0, dense.wi_1) if hasattr(dense, "wi_0") else (dense.wi,)
+    return [attention.q, attention.k, attention.v, attention.o, *into, dense.wo]
 
 
 def _normed(norm: Any, x: Tensor) -> Tensor:
@@ -213,65 +177,34 @@ def _normed(norm: Any, x: Tensor) -> Tensor:
     return out
 
 
-def _attended(layer: Any, x: Tensor, prompts: list[slice], bias: Tensor) -> Tensor:
+def _attended(layer: Any, x: Tensor, prompts: list[slice], looked_at: list[slice], bias: Tensor) -> Tensor:
     """The contribution of self-attention to the states (1, n, d_model)."""
     attention, normed = layer.SelfAttention, _normed(layer.layer_norm, x)
-    queries, keys, values = (_linear(part, normed, prompts) for part in (attention.q, attention.k, attention.v))
+    queries, keys, values = (linear_together(part, normed, prompts) for part in (attention.q, attention.k, attention.v))
     del normed
-    for prompt in prompts:
-        own = (t[:, prompt].unflatten(-1, (attention.n_heads, -1)).transpose(1, 2) for t in (queries, keys, values))
-        q, k, v = own
+    for prompt, own in zip(prompts, looked_at, strict=True):
+        parts = (queries[:, prompt], keys[:, own], values[:, own])
+        q, k, v = (part.unflatten(-1, (attention.n_heads, -1)).transpose(1, 2) for part in parts)
         for first in range(0, attention.n_heads, GROUP_HEADS):
             heads = slice(first, first + GROUP_HEADS)
-            mask = _written_out(bias[heads], q.shape[2])
+            mask = _written_out(bias[heads], q.shape[2])[..., : k.shape[2]]
             # In place: no other head looks at these queries. T5 does not scale its scores.
             q[:, heads] = F.scaled_dot_product_attention(q[:, heads], k[:, heads], v[:, heads], mask, scale=1.0)
             del mask
     del q, k, v, keys, values
-    return _linear(attention.o, queries, prompts)
+    return linear_together(attention.o, queries, prompts)
 
 
 def _fed(layer: Any, x: Tensor, prompts: list[slice]) -> Tensor:
     """The contribution of the feed-forward part to the states (1, n, d_model)."""
     dense, normed = layer.DenseReluDense, _normed(layer.layer_norm, x)
     if hasattr(dense, "wi_0"):
-        hidden = _linear(dense.wi_0, normed, prompts, dense.act)
-        _linear(dense.wi_1, normed, prompts, times=hidden)
+        hidden = linear_together(dense.wi_0, normed, prompts, dense.act)
+        linear_together(dense.wi_1, normed, prompts, times=hidden)
     else:
-        hidden = _linear(dense.wi, normed, prompts, dense.act)
+        hidden = linear_together(dense.wi, normed, prompts, dense.act)
     del normed
-    return _linear(dense.wo, hidden, prompts)
-
-
-def _linear(
-    layer: Any,
-    x: Tensor,
-    prompts: list[slice],
-    act: Callable[[Tensor], Tensor] | None = None,
-    times: Tensor | None = None,
-) -> Tensor:
-    """`layer` of x (1, n, in), activated, by one read of its weight, each prompt's product by itself; multiplied into
-    `times` (1, n, out) where that is given."""
-    out = x.new_empty(1, x.shape[1], layer.out_features) if times is None else times
-    for first, last, product in _products(layer, x):
-        for prompt in prompts:
-            made = product(x[:, prompt])
-            part = out[:, prompt, first:last]
-            if times is None:
-                part.copy_(made if act is None else act(made))
-            else:
-                part.mul_(made)
-    return out
-
-
-def _products(layer: Any, x: Tensor) -> Iterator[tuple[int, int, Callable[[Tensor], Tensor]]]:
-    """The outputs [first, last) of each piece of a layer's weight, and what makes them of an input."""
-    if not isinstance(layer, StreamedLinear):
-        yield 0, layer.out_features, layer
-        return
-    # Pieces of rows as they are: each prompt's product is made by itself, for all prompts at one read.
-    for piece in layer.streamer.prepared(layer.op(), KERNELS["fp32"], tuple(x.shape)):
-        yield piece.first, piece.last, partial(F.linear, weight=piece.tensors[0])
+    return linear_together(dense.wo, hidden, prompts)
 
 
 def _bias(attention: Any, length: int) -> Tensor:
@@ -302,13 +235,14 @@ def _run(length: int, encoder: Any) -> object:
 def _build(checkpoint: Checkpoint, name: str, config: Mapping[str, Any]) -> nn.Module:
     """Build transformers' own encoder on the meta device."""
     with lean_imports():
-        if config["model_type"] == "t5":
+        if config["model_type"] != "umt5":
             from transformers.models.t5.configuration_t5 import T5Config as Config
             from transformers.models.t5.modeling_t5 import T5EncoderModel as Encoder
         else:
             from transformers.models.umt5.configuration_umt5 import UMT5Config as Config
             from transformers.models.umt5.modeling_umt5 import UMT5EncoderModel as Encoder
-    known = {k: v for k, v in config.items() if k not in ("architectures", "torch_dtype", "dtype", "_name_or_path")}
+    left_out = "architectures", "torch_dtype", "dtype", "_name_or_path", "model_type"
+    known = {k: v for k, v in config.items() if k not in left_out}
     with refusing(name, checkpoint), on_meta():
         model = Encoder(Config(**known)).eval().requires_grad_(False)
         model.set_input_embeddings(model.shared)  # the encoder's own table is the same parameter

@@ -4,7 +4,7 @@
 #define TILER_KERNELS_H
 #include <stdint.h>
 
-#define TILER_VERSION 3  // of these structs; library.py refuses a file of another one
+#define TILER_VERSION 4  // of these structs; library.py refuses a file of another one
 
 enum Kind { INT8, BF16, FP32 };  // of a product: what a lane of 32 bits holds: 4, 2 or 1 values
 enum Type { AS_UINT8, AS_BF16, AS_FP32 };
@@ -40,13 +40,14 @@ typedef struct {
 } Product;
 
 // Rows of `width` values, normalised where `norm` is set (LayerNorm; gamma and beta may be NULL), then cast; as uint8 each
-// symmetric around 128 with a scale of its own. Bytes of a row beyond its values are written up to a multiple of 4.
+// symmetric around 128 with a scale of its own. Bytes of a row beyond its values are written up to a multiple of 4. With `rotated`,
+// as uint8, groups of 64 values are rotated before they are cast (tiler/weights/rotation.py); `width` is a multiple of 64.
 typedef struct {
   const float *x;
   int64_t rows, width, step;  // elements
   const float *gamma, *beta;
   float eps;
-  int32_t norm, out_type;
+  int32_t norm, out_type, rotated;
   void *out;
   int64_t out_bytes;  // from one row to the next
   float *scale;       // (rows,), uint8 only

@@ -19,7 +19,7 @@ from typing import Any
 from tiler.errors import UsageError
 from tiler.native.instructions import SETS, InstructionSet, machine_of
 
-VERSION = 3  # of the structs below: that of kernels.h
+VERSION = 4  # of the structs below: that of kernels.h
 
 
 class Kind(IntEnum):
@@ -66,8 +66,7 @@ class Rows(Structure):
         ("gamma", c_void_p),
         ("beta", c_void_p),
         ("eps", c_float),
-        ("norm", c_int32),
-        ("out_type", c_int32),
+        *((name, c_int32) for name in ("norm", "out_type", "rotated")),
         ("out", c_void_p),
         ("out_bytes", c_int64),
         ("scale", c_void_p),

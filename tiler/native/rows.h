@@ -27,6 +27,34 @@ INLINE F16 row_values(const Row *row, int64_t j) {
   return p->gamma ? fma16(x, load_some(p->gamma + j, count), p->beta ? load_some(p->beta + j, count) : all(0.f)) : x;
 }
 
+// Values j to j + 64, rotated.
+INLINE void rotated_values(const Row *row, int64_t j, F16 x[4]) {
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) x[i] = row_values(row, j + i * LANES);
+  rotate(x);
+}
+
+// A row of whole groups of 64.
+static float rotated_bytes(const Row *row, uint8_t *out) {
+  const int64_t width = row->rows->width;
+  F16 top = {0}, total = {0}, x[4];
+  for (int64_t j = 0; j < width; j += 4 * LANES) {
+    rotated_values(row, j, x);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+      top = most(magnitude(x[i]), top);
+      total += magnitude(x[i]);
+    }
+  }
+  float scale = scale_of(top, total);
+  for (int64_t j = 0; j < width; j += 4 * LANES) {
+    rotated_values(row, j, x);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) store_bytes(out + j + i * LANES, bytes(nearest(x[i] * (1.f / scale)) + MIDDLE), LANES);
+  }
+  return scale;
+}
+
 static void rows_task(const void *context, int64_t number) {
   const Rows *p = context;
   int64_t last = (number + 1) * ROWS_A_TASK < p->rows ? (number + 1) * ROWS_A_TASK : p->rows;
@@ -43,7 +71,9 @@ static void rows_task(const void *context, int64_t number) {
       }
       row.factor = 1.f / __builtin_sqrtf(sum_of(squares) / (float)p->width + p->eps);
     }
-    if (p->out_type == AS_UINT8) {
+    if (p->out_type == AS_UINT8 && p->rotated) {
+      p->scale[r] = rotated_bytes(&row, (uint8_t *)out);
+    } else if (p->out_type == AS_UINT8) {
       F16 top = {0}, total = {0};
       for (int64_t j = 0; j < p->width; j += LANES) {
         F16 x = magnitude(row_values(&row, j));

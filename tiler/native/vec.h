@@ -172,6 +172,30 @@ INLINE void transpose(F16 r[LANES]) {
   EXCHANGE(8, LOW8, HIGH8)
 }
 
+// Lanes a distance d apart as (a, b) → (a + b, a − b); d is 1, 2, 4 or 8.
+#define SWAPPED1 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14
+#define SWAPPED2 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13
+#define SWAPPED4 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11
+#define SWAPPED8 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7
+#define SUMS_AND_DIFFERENCES(d, x) \
+  (__builtin_shufflevector(x, x, SWAPPED##d) + (F16)((I16)x ^ (((NUMBERS & d) == d) & (int32_t)0x80000000)))
+#define NUMBERS ((I16){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15})
+// 64 values by the matrix of Walsh and Hadamard over 8, its root.
+INLINE void rotate(F16 x[4]) {
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) {
+    x[i] = SUMS_AND_DIFFERENCES(1, x[i]);
+    x[i] = SUMS_AND_DIFFERENCES(2, x[i]);
+    x[i] = SUMS_AND_DIFFERENCES(4, x[i]);
+    x[i] = SUMS_AND_DIFFERENCES(8, x[i]);
+  }
+  F16 a = x[0] + x[1], b = x[0] - x[1], c = x[2] + x[3], d = x[2] - x[3];
+  x[0] = (a + c) * 0.125f;
+  x[1] = (b + d) * 0.125f;
+  x[2] = (a - c) * 0.125f;
+  x[3] = (b - d) * 0.125f;
+}
+
 // Two rows as pairs of bf16: `a` in the lower halves.
 INLINE F16 pairs(F16 a, F16 b) {
   U16 low = __builtin_convertvector(bf16(a), U16), high = __builtin_convertvector(bf16(b), U16);

@@ -167,6 +167,13 @@ class DenoiserPeaks:
             longer[id(prompt)] = prompt._replace(tokens=empty(1, length + self._more_tokens, wide))
         return [sample._replace(prompt=longer[id(sample.prompt)]) for sample in samples]
 
+    @cached_property
+    def prompt_bytes(self) -> int:
+        """The embeddings of one prompt of the greatest length."""
+        side = self.family.granularity
+        (sample,) = self._examples((0,), side, side)
+        return sum(part.nbytes for part in sample.prompt if part is not None)
+
     @property
     def packs_floats(self) -> bool:
         """Whether fp32 or bf16 weights are repacked for tiler's own kernels when they are read, so that nothing is

@@ -142,7 +142,9 @@ def plan_render(
     coding = (
         _Coding({}, [], None) if tiles_only else _plan_coding(request, models, tiling, facts, methods, stored=on_disk)
     )
-    denoising = [*fixed, Term(name="canvas", nbytes=canvas_bytes)]
+    prompts = Term(name="prompts", nbytes=len(tiling.texts) * sampler.prompt_bytes)
+    others_bytes = prompts.nbytes - sampler.prompt_bytes  # of one the denoiser's own figure has
+    denoising = [*fixed, Term(name="canvas", nbytes=canvas_bytes), Term(name="prompts", nbytes=others_bytes)]
 
     def sampling(by: DenoiserPeaks, name: str, batch: int = 1) -> PhasePlan:
         if name == "canvas" or guide is None:
@@ -161,9 +163,9 @@ def plan_render(
     batch = batch_of("canvas", min(most, per_step))
     batch = math.ceil(per_step / math.ceil(per_step / batch))  # passes of equal size
     guide_batch = 1 if guide is None else batch_of("guide", min(most, len(guide_samples)))
-    encoding = PhasePlan(name="encode prompts", terms=(facts.text_libraries,))
+    encoding = PhasePlan(name="encode prompts", terms=(facts.text_libraries, prompts))
     if not encoded:
-        encoding = text_phase(models, [facts.text_libraries])
+        encoding = text_phase(models, [facts.text_libraries, prompts])
     if facts.guide_pixels:  # the user's picture is loaded first, and waits while prompts are encoded
         picture = Term(name="picture", nbytes=3 * facts.guide_pixels)
         loading = Term(name="picture", nbytes=facts.guide_load_bytes)
@@ -186,9 +188,10 @@ def plan_render(
         for name, n in (("guide", guide_batch), ("canvas", batch))
         if name in names
     ]
-    filled += [with_resident(c.phase, c.streamed, coding.methods[c.phase.name], max_bytes) for c in coding.phases]
+    coding_phases = [c.holding(prompts) if c.phase.name == "guide picture" else c for c in coding.phases]
+    filled += [with_resident(c.phase, c.streamed, coding.methods[c.phase.name], max_bytes) for c in coding_phases]
     resident |= {phase.name: chosen for phase, chosen in filled}
-    least = [phase.peak_bytes for phase in (*others, *(c.phase for c in coding.phases))]
+    least = [phase.peak_bytes for phase in (*others, *(c.phase for c in coding_phases))]
     return RenderPlan(
         **vars(tiling),
         family=family,
@@ -218,6 +221,10 @@ class _CodingPhase(NamedTuple):
 
     phase: PhasePlan
     streamed: Streamed
+
+    def holding(self, term: Term) -> _CodingPhase:
+        """While something else waits."""
+        return self._replace(phase=PhasePlan(name=self.phase.name, terms=(*self.phase.terms, term)))
 
 
 class _Coding(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from tiler.decoding import FACTOR
 from tiler.models.built import Models
 from tiler.models.family import Role
 from tiler.planning import time
+from tiler.planning.hints import hints
 from tiler.planning.render import RenderPlan
 from tiler.planning.resolve import fill_again
 from tiler.planning.tiling import Tiling, plan_tiling
@@ -27,21 +29,35 @@ _OLD_NAMES = {
 
 
 def summarise(
-    said: RenderRequest, request: ResolvedRequest, plan: RenderPlan, models: Models, speed: time.Speed
+    said: RenderRequest,
+    request: ResolvedRequest,
+    plan: RenderPlan,
+    models: Models,
+    speed: time.Speed,
+    replan: Callable[[ResolvedRequest], RenderPlan],
 ) -> dict[str, Any]:
-    """The facts of `plan`, which carries out `request`, filled from what was `said`; `speed` is this machine's."""
+    """The facts of `plan`, which carries out `request`, filled from what was `said`; `speed` is this machine's, and
+    `replan` plans other requests."""
     counter, loras = time.Counter(models), time.LoraCounter(models, plan.precision, plan.batch)
 
+    def count(asked: ResolvedRequest, tiling: Tiling) -> time.Flops:
+        return counter.count(tiling, asked.attention_window).plus(loras.count(tiling, asked.attention_window))
+
     def work_of(asked: ResolvedRequest, tiling: Tiling) -> dict[str, Any]:
-        work = counter.count(tiling, asked.attention_window).plus(loras.count(tiling, asked.attention_window))
+        work, nbytes = count(asked, tiling), math.ceil(tiling.denoiser_samples / plan.batch) * pass_bytes(models, plan)
+        took = time.seconds(work, plan.methods.values(), speed, plan.precision, nbytes)
         return with_old_names(
             {
                 "denoiser_samples": tiling.denoiser_samples,
                 "precision": plan.precision.value,
                 "denoiser_tflop": round(work.tflop, 3),
-                "expected_seconds": round(time.seconds(work, plan.methods.values(), speed, plan.precision)),
+                "expected_seconds": round(took),
             }
         )
+
+    def judge(asked: ResolvedRequest, other: RenderPlan, tiling: Tiling, share: float) -> float:
+        nbytes = share * math.ceil(tiling.denoiser_samples / other.batch) * pass_bytes(models, other)
+        return time.seconds(count(asked, tiling), other.methods.values(), speed, other.precision, nbytes)
 
     presets = {}
     for preset in Preset:
@@ -57,7 +73,16 @@ def summarise(
         "denoiser_calls": plan.denoiser_calls,
         "read_bytes": read_bytes(models, plan.precision, encoded=plan.encoded),
         **work_of(request, plan),
+        "pass": _pass(count(request, plan), plan, pass_bytes(models, plan), speed),
         "presets": presets,
+        "hints": [
+            {
+                "choice": hint.words,
+                "smallest_max_ram_bytes": hint.smallest_bytes,
+                "expected_seconds": round(hint.seconds),
+            }
+            for hint in hints(request, plan, replan, judge)
+        ],
         "decode": decoder.name,
         "decode_why": decoder.why,
         "guide_upscale_flops": plan.upscale_flops,
@@ -71,6 +96,38 @@ def summarise(
         ],
     }
     return with_old_names(facts)
+
+
+def _pass(work: time.Flops, plan: RenderPlan, nbytes: int, speed: time.Speed) -> dict[str, Any]:
+    """What one read of the denoiser's weights takes, and for how long its samples are computed meanwhile."""
+    arithmetic = time.arithmetic_seconds(work, speed, plan.precision) / max(1, plan.denoiser_calls)
+    reading = nbytes / speed.disk
+    return {
+        "arithmetic_seconds": round(arithmetic, 2),
+        "read_bytes": nbytes,
+        "read_seconds": round(reading, 2),
+        "bound": "disk" if reading > arithmetic else "arithmetic",
+    }
+
+
+def pass_bytes(models: Models, plan: RenderPlan) -> int:
+    """What a pass over the denoiser reads, less what stays in memory while the canvas is denoised."""
+    part = plan.family.part(Role.DENOISER)
+    index = match_index(models.module(part), models.family.checkpoint.weights(part.name), part.aliases)
+    int8 = part.int8_weights(models.module(part)) if plan.precision is Precision.INT8 else frozenset[str]()
+    stays = plan.resident.get("canvas", {}).keys() & index.keys()
+    kept = sum(math.prod(index[name].shape) if name in int8 else index[name].nbytes for name in stays)
+    return max(0, read_bytes(models, plan.precision, encoded=True)[part.name] - kept)
+
+
+def seconds_per_tile(request: ResolvedRequest, plan: RenderPlan, models: Models, speed: time.Speed) -> float:
+    """What each tile of the canvas takes, all of its steps taken together."""
+    canvas, window = replace(plan, guide_steps=plan.guide_steps[:0]), request.attention_window
+    counters = time.Counter(models), time.LoraCounter(models, plan.precision, plan.batch)
+    work, more = (counter.count(canvas, window) for counter in counters)
+    nbytes = math.ceil(plan.canvas_samples / plan.batch) * pass_bytes(models, plan)
+    took = time.seconds(work.plus(more), (), speed, plan.precision, nbytes)
+    return took / max(1, sum(map(len, plan.canvas_steps)))
 
 
 def read_bytes(models: Models, precision: Precision, *, encoded: bool = False) -> dict[str, int]:

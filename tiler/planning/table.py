@@ -35,11 +35,13 @@ class PhasePlan:
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryPlan:
-    """All phases under one ceiling. `smallest_bytes` is the lowest ceiling with which the same picture can be made."""
+    """All phases under one ceiling. `smallest_bytes` is the lowest ceiling with which the same picture can be made;
+    `beside_bytes` of the one that was asked for are other processes'."""
 
     max_bytes: int
     phases: tuple[PhasePlan, ...]
     smallest_bytes: int
+    beside_bytes: int = 0
 
     @property
     def peak_bytes(self) -> int:
@@ -66,8 +68,8 @@ class MemoryPlan:
 
     @property
     def smallest_text(self) -> str:
-        """`smallest_bytes` as --max-ram takes it, rounded up to MB."""
-        return f"{-(-self.smallest_bytes // 10**6)}MB"
+        """`smallest_bytes`, and what else is under the ceiling, as --max-ram takes it, rounded up to MB."""
+        return f"{-(-(self.smallest_bytes + self.beside_bytes) // 10**6)}MB"
 
     def table(self) -> str:
         """One row a phase: its peak and its terms, the largest first, within 80 columns; MB of 10^6 bytes."""

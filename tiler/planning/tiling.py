@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tiler.decoding import FACTOR
+from tiler.diffusion import flow, schedulers
+from tiler.diffusion.calls import Calls
 from tiler.diffusion.canvas import first_step
 from tiler.diffusion.guide import GuideSize, guide_size
 from tiler.diffusion.tiles import Steps, Tiles, guide_tiles, latents_of, plan_tiles
@@ -29,7 +31,8 @@ class Tiling:
     guide: GuideSize | None
     regions: Tiles
     begin: int
-    guide_steps: Steps
+    calls: Calls  # of the denoiser, in the whole schedule
+    guide_steps: Steps  # an item a call
     canvas_steps: Steps
     guide_wording: Wording | None
     canvas_wording: Wording
@@ -57,9 +60,11 @@ class Tiling:
 
 
 def plan_tiling(request: ResolvedRequest, family: Family) -> Tiling:
-    """Plan the tiles of every step. Raises UsageError for sizes, overlaps and regions that do not suit the model."""
-    native, patch = family.native, family.traits.patch
+    """Plan the tiles of every step. Raises UsageError for sizes, overlaps, regions and schedulers that do not suit the
+    model."""
+    patch = family.traits.patch
     step = math.lcm(family.granularity, patch)
+    native = _side(request, family, step)
     canvas, tile, crop = _canvas(request, native, step, patch)
     overlap = min(native, 2 * min(tile)) // 4 if request.overlap is None else latents_of(request.overlap)
     where: dict[str, Any] = {"canvas": canvas, "tile": tile, "overlap": -(-overlap // patch) * patch, "patch": patch}
@@ -75,19 +80,23 @@ def plan_tiling(request: ResolvedRequest, family: Family) -> Tiling:
     guided = guide is not None or request.guide_image is not None
     steps = request.num_inference_steps
     begin = first_step(steps, request.strength) if guided else 0
-    guide_steps = Steps(regions, request, range(0))
+    choose = flow.choose if family.traits.flow else schedulers.choose
+    calls = Calls(steps=steps, order=choose(request.scheduler, family.scheduler).order)
+    numbers = [calls.step_of(call) for call in range(calls.count)]
+    guide_steps = Steps(regions, request, ())
     if guide is not None:
         prompts = len(guide_conditions(request)[0].prompts)
         tiles = guide_tiles(guide[:2], request.wrap, request.guidance_scale, patch, prompts)
-        guide_steps = Steps(replace(tiles, unconditional=unconditional), request, range(steps))
+        guide_steps = Steps(replace(tiles, unconditional=unconditional), request, numbers)
     return Tiling(
         canvas=canvas,
         crop=crop,
         guide=guide,
         regions=regions,
         begin=begin,
+        calls=calls,
         guide_steps=guide_steps,
-        canvas_steps=Steps(regions, request, range(begin, steps), last),
+        canvas_steps=Steps(regions, request, numbers[calls.first_of(begin) :], last),
         guide_wording=None if guide is None else Wording(guide_conditions(request), Stage(steps), unconditional),
         canvas_wording=Wording(
             canvas_conditions(request), Stage(steps - begin, 0 if guide is None else steps), unconditional
@@ -98,6 +107,19 @@ def plan_tiling(request: ResolvedRequest, family: Family) -> Tiling:
 def pixels_of(sides: tuple[int, int]) -> tuple[int, int]:
     """(height, width) in latents → in pixels."""
     return FACTOR * sides[0], FACTOR * sides[1]
+
+
+def _side(request: ResolvedRequest, family: Family, step: int) -> int:
+    """Of what the model sees at once: its own, or a smaller one that was asked for. Raises UsageError."""
+    if (asked := request.tile_size) is None:
+        return family.native
+    pixels, least = FACTOR * step, FACTOR * min(family.native, step * SMALLEST)
+    if asked % pixels or not least <= asked <= FACTOR * family.native:
+        raise UsageError(
+            f"--tile-size {asked}: {family.traits.title} takes multiples of {pixels} from {least} to "
+            f"{FACTOR * family.native} pixels"
+        )
+    return asked // FACTOR
 
 
 def _canvas(

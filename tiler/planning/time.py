@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -21,9 +21,9 @@ from tiler.decoding.method import DecodePlan
 from tiler.models.built import Models
 from tiler.models.family import Options, Role
 from tiler.planning.peaks import ranks_beside
-from tiler.planning.render import RenderPlan
 from tiler.planning.tiling import Tiling
-from tiler.request import Precision, ResolvedRequest
+from tiler.request import Precision
+from tiler.weights.disk import disk_speed
 
 
 class Flops(NamedTuple):
@@ -50,6 +50,7 @@ class Speed(NamedTuple):
     int8: float
     attention: float
     half_attention: float  # beside bf16 and int8 weights
+    disk: float = math.inf  # bytes of weights that it reads
 
 
 class Counter:
@@ -108,21 +109,10 @@ class LoraCounter:
         return Flops(reads * self._read_flops + (beside[0] - beside[1] if beside else 0), 0)
 
 
-def seconds_per_tile(request: ResolvedRequest, plan: RenderPlan, models: Models, speed: Speed) -> float:
-    """What each tile of the canvas takes, all of its steps taken together."""
-    canvas = replace(plan, guide_steps=plan.guide_steps[:0])
-    window = request.attention_window
-    work = (
-        Counter(models)
-        .count(canvas, window)
-        .plus(LoraCounter(models, plan.precision, plan.batch).count(canvas, window))
-    )
-    return seconds(work, (), speed, plan.precision) / max(1, sum(map(len, canvas.canvas_steps)))
-
-
-def measure() -> Speed:
+def measure(weights: Path) -> Speed:
     """Measure the important layers for about a second: 3×3 convolutions of 320 channels, and attention of 4,096
-    tokens."""
+    tokens; and how fast the file `weights` is read."""
+    disk = disk_speed(weights)
     with torch.no_grad():
         layer = nn.Conv2d(320, 320, 3, padding=1)
         x = torch.randn(1, 320, 32, 32)
@@ -131,21 +121,27 @@ def measure() -> Speed:
         shape = TableShape(Kind.CONVOLUTION, tuple(layer.weight.shape), tuple(x.shape))
         fp32, attention = chosen_speed(shape, "fp32"), attention_speed("fp32")
         if not onednn.int8().products:  # then int8 is what weights are stored in, no more
-            return Speed(plain, fp32, fp32, fp32, attention, attention)
+            return Speed(plain, fp32, fp32, fp32, attention, attention, disk)
         half, fast = chosen_speed(shape, "bf16"), chosen_speed(shape, "int8")
-    return Speed(plain, fp32, half, fast, attention, attention_speed("int8"))
+    return Speed(plain, fp32, half, fast, attention, attention_speed("int8"), disk)
 
 
-def seconds(work: Flops, methods: Iterable[DecodePlan], speed: Speed, precision: Precision) -> float:
-    """What a render takes: its UNet samples in `precision`, and the autoencoder's `methods` in fp32, whose attention is
-    plain matrix products."""
+def seconds(
+    work: Flops, methods: Iterable[DecodePlan], speed: Speed, precision: Precision, read_bytes: float = 0
+) -> float:
+    """What a render takes: its samples in `precision`, or what is read for them, where that takes longer; and the
+    autoencoder's `methods` in fp32, whose attention is plain matrix products."""
+    coding = sum(
+        (OVERHEAD_BY_LAYERS if m.by_layers else OVERHEAD_BY_ROWS) * m.flops + m.attention_flops for m in methods
+    )
+    return max(arithmetic_seconds(work, speed, precision), read_bytes / speed.disk) + coding / speed.torch
+
+
+def arithmetic_seconds(work: Flops, speed: Speed, precision: Precision) -> float:
+    """What samples take in `precision`."""
     layers, attention, overhead = speed.fp32, speed.attention, OVERHEAD_FP32
     if precision is Precision.INT8:
         layers, attention, overhead = speed.int8, speed.half_attention, OVERHEAD_INT8
     elif precision is Precision.BF16:
         layers, attention, overhead = speed.bf16, speed.half_attention, OVERHEAD_BF16
-    denoising = overhead * (work.layers / layers + work.attention / attention)
-    coding = sum(
-        (OVERHEAD_BY_LAYERS if m.by_layers else OVERHEAD_BY_ROWS) * m.flops + m.attention_flops for m in methods
-    )
-    return denoising + coding / speed.torch
+    return overhead * (work.layers / layers + work.attention / attention)

@@ -35,12 +35,18 @@ class Scheduler(StrEnum):
     DDIM = "DDIM"
     EULER = "Euler"
     EULER_A = "Euler a"
+    HEUN = "Heun"
     DPMPP_2M = "DPM++ 2M"
     DPMPP_2M_KARRAS = "DPM++ 2M Karras"
     DPMPP_2M_SDE = "DPM++ 2M SDE"
     DPMPP_SDE = "DPM++ SDE"
     UNIPC = "UniPC"
     LCM = "LCM"
+
+    @property
+    def order(self) -> int:
+        """Denoiser calls a step."""
+        return 2 if self is Scheduler.HEUN else 1
 
 
 class ScheduleType(StrEnum):
@@ -170,6 +176,7 @@ _DIFFUSERS_NAMES = {
     "ddimscheduler": Scheduler.DDIM,
     "eulerdiscretescheduler": Scheduler.EULER,
     "eulerancestraldiscretescheduler": Scheduler.EULER_A,
+    "heundiscretescheduler": Scheduler.HEUN,
     "dpmsolvermultistepscheduler": Scheduler.DPMPP_2M,
     "unipcmultistepscheduler": Scheduler.UNIPC,
     "lcmscheduler": Scheduler.LCM,

@@ -208,15 +208,16 @@ class RenderRequest(ModelOptions, ClusterOptions):
             default="grid",
         ),
     )
+    tile_size: int | None = option(
+        None,
+        Option("Side of a tile, and of a square guide, in pixels: smaller ones take less memory.", Panel.SAMPLING,
+               ("--tile-size",), metavar="PX", default="the model's own"),
+    )  # fmt: skip
     overlap: int | None = option(
         None,
-        Option(
-            "Least overlap of neighbouring tiles in pixels.",
-            Panel.SAMPLING,
-            ("--overlap",),
-            default="a quarter of a tile",
-        ),
-    )
+        Option("Least overlap of neighbouring tiles in pixels.", Panel.SAMPLING, ("--overlap",),
+               default="a quarter of a tile"),
+    )  # fmt: skip
     mask: Mask = option(
         Mask.GAUSSIAN,
         Option(
@@ -284,6 +285,7 @@ class RenderRequest(ModelOptions, ClusterOptions):
         within("scale", self.scale, 1, MAX_SCALE)
         within("preview-interval", self.preview_interval, 1, MAX_STEPS)
         within("clip-skip", self.clip_skip, 1, MAX_CLIP_SKIP)
+        within("tile-size", self.tile_size, PIXEL_STEP, MAX_SIDE, "pixels")
         within("attention-window", self.attention_window, 4, MAX_SIDE, "latents")
         if self.overlap is not None and (self.overlap < 0 or self.overlap % PIXEL_STEP):
             raise UsageError(f"overlap = {self.overlap} must be a multiple of {PIXEL_STEP} pixels, 0 or more")

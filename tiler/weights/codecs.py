@@ -169,10 +169,6 @@ def _byte(dtype: torch.dtype, block: Tensor) -> Tensor:
     return _table(dtype).index_select(0, block.flatten().int())
 
 
-def _127ths(block: Tensor) -> Tensor:
-    return block.contiguous().view(torch.float32) * (1 / 127)
-
-
 def _plain(name: str, dtype: torch.dtype) -> Codec:
     return Codec(name=name, nbytes=dtype.itemsize, stored=dtype)
 
@@ -191,7 +187,7 @@ CODECS: Mapping[str, Codec] = {
             "I8", torch.int8
         ),  # of rows that have scales beside them, quantised as tiler's integer products want them
         _plain("QINT8", torch.int8),  # the same by others, computed with in fp32
-        _block("SCB", 1, 4, _127ths),  # bitsandbytes' largest value of a row in int8
+        _plain("SCB", torch.float32),  # bitsandbytes' largest value of a row, 127 times the factor of its int8
         _block("F8_E4M3", 1, 1, partial(_byte, torch.float8_e4m3fn)),
         _block("F8_E5M2", 1, 1, partial(_byte, torch.float8_e5m2)),
         _block("Q8_0", *BLOCKS["Q8_0"], _q8_0),

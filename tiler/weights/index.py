@@ -59,7 +59,7 @@ class TensorInfo(NamedTuple):
     is stored in the order of blocks.py; its shape becomes the weight's own in `match_index`. `scale` multiplies it: one
     factor, or one for each row. Tensors `beside` it have as many rows, are needed to decode it, and count in `nbytes`;
     `nested` holds data that all rows need (layouts.py). A `transposed` tensor is stored column by column of its shape,
-    and is read as a whole.
+    and is read as a whole. The inputs of a `rotated` one were rotated before it became int8 (rotation.py).
     """
 
     name: str
@@ -72,6 +72,7 @@ class TensorInfo(NamedTuple):
     beside: tuple[TensorInfo, ...] = ()
     nested: Nested | None = None
     transposed: bool = False
+    rotated: bool = False
 
     @property
     def path(self) -> Path:

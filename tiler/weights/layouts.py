@@ -8,7 +8,7 @@
   JSON;
 - fp8 with factors: ComfyUI's `X.scale_weight` under the marker `scaled_fp8`, or `X.weight_scale` where the header's
   `_quantization_metadata` or a tensor `X.comfy_quant` names the format; diffusers' `X.weight_scale`;
-- tiler's own `X.weight.scale`.
+- tiler's own `X.weight.scale`, or `X.weight.rotated_scale` (rotation.py).
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from tiler.weights.blocks import OUTPUTS
 from tiler.weights.codecs import CODECS
 from tiler.weights.grouped import FOUR_BITS, QINT4
 from tiler.weights.index import Nested, Source, TensorInfo, open_regular, read_metadata
+from tiler.weights.rotation import ROTATED_SCALE
 
 Index = Mapping[str, TensorInfo]
 
@@ -67,8 +68,10 @@ def understood(index: Index) -> dict[str, TensorInfo]:
         elif info.dtype in _EIGHTS:
             scale = _scale(index, info, promised)
             if scale is not None:
-                own = scale.name == f"{name}.scale"
-                found[name] = info._replace(dtype=info.dtype if own else _EIGHTS[info.dtype], scale=scale)
+                rotated = scale.name == name + ROTATED_SCALE
+                own = rotated or scale.name == f"{name}.scale"
+                dtype = info.dtype if own else _EIGHTS[info.dtype]
+                found[name] = info._replace(dtype=dtype, scale=scale, rotated=rotated)
                 used.add(scale.name)
     return {name: info for name, info in found.items() if name not in used and not name.endswith(_DROPPED)}
 
@@ -154,12 +157,13 @@ def _scale(index: Index, info: TensorInfo, promised: Mapping[str, str]) -> Tenso
     missing."""
     module = info.name.removesuffix(".weight")
     # tiler's; diffusers' and ComfyUI's newer one; ComfyUI's older one; bitsandbytes'.
-    names = f"{info.name}.scale", f"{info.name}_scale", f"{module}.scale_weight", f"{module}.SCB"
+    own = f"{info.name}.scale", info.name + ROTATED_SCALE
+    names = *own, f"{info.name}_scale", f"{module}.scale_weight", f"{module}.SCB"
     found = next((index[name] for name in names if name in index), None)
     if found is not None:
         rows = info.shape[0] if info.shape else 1
         _check_factors(found, {1, OUTPUTS * rows if len(info.shape) == 5 else rows})  # five sides: blocked
-        return found._replace(dtype="SCB") if found.name == names[3] and found.dtype == "F32" else found
+        return found._replace(dtype="SCB") if found.name == names[-1] and found.dtype == "F32" else found
     if info.dtype != "I8" and len(info.shape) > 1 and (module in promised or "" in promised):
         raise ModelError(
             f"{info.path}: the file says that its fp8 weights are scaled, but {info.name!r} has no scale; download it again"

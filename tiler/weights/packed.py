@@ -26,6 +26,7 @@ from tiler.weights.codecs import CODECS
 from tiler.weights.index import TensorInfo, header_bytes, open_regular, read_file, read_index
 from tiler.weights.layouts import understood
 from tiler.weights.places import cache_home
+from tiler.weights.rotation import ROTATED_SCALE
 from tiler.weights.store import SCALE, Piece, WeightStore
 
 _PIECE_ELEMENTS = 2**20  # weights at a time: 4 MB in fp32, and a few copies
@@ -106,13 +107,15 @@ def write_packed(
     progress: Callable[[float], None],
     *,
     in_blocks: frozenset[str] = frozenset(),
+    rotated: frozenset[str] = frozenset(),
     changes: Changes | None = None,
 ) -> None:
     """Write the tensors of `index` in `order`.
 
     Tensors in `quantised` become int8 by the function given there; those that are `in_blocks` and can be divided are
-    stored in the order of blocks.py. Others stay as stored, or become fp32 if several tensors form one. `changes` are
-    applied before quantising. `progress` gets the share written. Raises StorageError, ModelError, NumericalError.
+    stored in the order of blocks.py; the functions of those in `rotated` rotate them. Others stay as stored, or become
+    fp32 if several tensors form one. `changes` are applied before quantising. `progress` gets the share written. Raises
+    StorageError, ModelError, NumericalError.
     """
     header: dict[str, Any] = {"__metadata__": _metadata(mark, bool(in_blocks))}
     in_blocks = frozenset(name for name in in_blocks if can_block(index[name].shape))
@@ -133,7 +136,12 @@ def write_packed(
             place(name, info.dtype, info.shape, info.nbytes)
     for name in order:
         if name in quantised:
-            place(name + SCALE, "F32", index[name].shape[:1], 4 * index[name].shape[0])
+            place(
+                name + (ROTATED_SCALE if name in rotated else SCALE),
+                "F32",
+                index[name].shape[:1],
+                4 * index[name].shape[0],
+            )
     if (free := shutil.disk_usage(path.parent).free) < end:
         raise StorageError(
             f"{path.parent} has {free / 1e6:,.0f} MB free, int8 weights need {end / 1e6:,.0f} MB; "
@@ -152,8 +160,10 @@ def write_packed(
 
 
 def _is_decoded(info: TensorInfo) -> bool:
-    """Whether the tensor's own bytes are not enough to decode it."""
-    return info.scale is not None or bool(info.beside)
+    """Whether the tensor's own bytes are not enough to decode it, or cannot be put in order undecoded."""
+    if info.scale is not None or info.beside:
+        return True
+    return info.transposed and CODECS[info.dtype].stored is None
 
 
 def _checked(data: bytes, info: TensorInfo, piece: Piece) -> bytes:

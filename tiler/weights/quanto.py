@@ -83,6 +83,12 @@ def write_quanto(
     return {module: {"weights": QTYPES[kind], "activations": "none"} for module in modules}
 
 
+def written_bytes(info: TensorInfo, kind: Weights | None) -> int:
+    """What a tensor takes in such a file, quantised or, with None, as it is stored."""
+    rows = info.shape[0] if info.shape else 1
+    return sum(nbytes for *_, nbytes in _places(info, None if kind is Weights.INT4 and rows % 2 else kind))
+
+
 def _places(info: TensorInfo, kind: Weights | None) -> Iterator[tuple[str, str, tuple[int, ...], int]]:
     """Name, dtype, shape and bytes of the tensors that store one parameter."""
     name, elements = info.name, math.prod(info.shape)

@@ -1,7 +1,8 @@
 """Read weights from disk in pieces of rows, with preadv into reused buffers, and cast them to fp32 at the point of use.
 
 Files are never mapped: mapped pages count as RSS, the page cache behind pread does not. A thread reads ahead in the
-order of the previous pass. Of layers, only the names and shapes of their parameters are known here.
+order of the previous pass, or in the one that is expected. Of layers, only the names and shapes of their parameters are
+known here.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ from __future__ import annotations
 import math
 import os
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -24,6 +26,7 @@ from tiler.weights.codecs import CODECS
 from tiler.weights.grouped import decode_rows, is_read
 from tiler.weights.index import TensorInfo, open_regular, read_into
 from tiler.weights.layouts import in_rows
+from tiler.weights.rotation import rotate_
 
 TORCH_DTYPES = {codec.name: codec.stored for codec in CODECS.values() if codec.stored is not None}
 SCALE = ".scale"  # the fp32 factors of an int8 tensor's rows stand beside it under this ending
@@ -219,6 +222,10 @@ class WeightStore:
         self._cast(piece, raw, out, in_blocks=in_blocks)
         self._buffers.append(raw)
 
+    def expect(self, pieces: Iterable[Piece]) -> None:
+        """In which order pieces will be asked for, so that a first pass reads ahead too. Resident ones are left out."""
+        self._next.update(pairwise(piece for piece in pieces if piece.name not in self.resident))
+
     def raw(self, piece: Piece) -> bytes:
         """The bytes of a piece as stored."""
         buffer = self._read(piece, self._take_buffer())
@@ -259,10 +266,13 @@ class WeightStore:
     # ---------------------------------------------------------------------------------------------------------
 
     def _bytes(self, piece: Piece) -> int:
-        return self.index[piece.name].bytes_of(piece.last - piece.first)
+        info = self.index[piece.name]
+        return info.nbytes if info.transposed else info.bytes_of(piece.last - piece.first)
 
     def _stored(self, kept: torch.Tensor, piece: Piece) -> torch.Tensor:
-        """A piece of a tensor that is resident in its stored format."""
+        """A piece of a tensor that is resident in its stored format; all of one that lies transposed."""
+        if self.index[piece.name].transposed:
+            return kept
         ends = (self.index[piece.name].bytes_of(row) // kept.itemsize for row in (piece.first, piece.last))
         return kept[slice(*ends)]
 
@@ -299,7 +309,8 @@ class WeightStore:
         view = memoryview(buffer.numpy())[: self._bytes(piece)]  # type: ignore[arg-type]
         self.bytes_read += len(view)
         for some_of in (info.alone(), *info.beside):
-            for path, at, rows, _ in some_of.places(piece.first, piece.last):
+            ends = (0, info.shape[0]) if info.transposed else (piece.first, piece.last)
+            for path, at, rows, _ in some_of.places(*ends):
                 some, view = view[: some_of.bytes_of(rows)], view[some_of.bytes_of(rows) :]
                 self._fill(path, at, some)
         assert not view, "every row has its place"
@@ -363,6 +374,16 @@ class WeightStore:
         if out.dtype == torch.int8:
             out.copy_(raw.view(torch.int8).view_as(out))
             return
-        CODECS[info.dtype].decode(raw, out.T if info.transposed else out)
+        if not info.transposed:
+            CODECS[info.dtype].decode(raw, out)
+        elif len(out) == info.shape[0]:
+            CODECS[info.dtype].decode(raw, out.T)
+        else:
+            CODECS[info.dtype].decode(raw, whole := torch.empty(info.shape[::-1]))
+            out.copy_(whole[:, piece.first : piece.last].T)
         if piece.name + SCALE in self.index:
             out.mul_(self.scale(piece.name)[piece.first : piece.last].view(-1, *(1,) * (out.ndim - 1)))
+        if info.scale is not None and info.scale.dtype == "SCB":
+            out.mul_(1 / 127)  # last, as bitsandbytes does: the other order differs by a bit
+        if info.rotated:
+            rotate_(out)

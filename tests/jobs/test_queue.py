@@ -1,0 +1,259 @@
+"""The process of a queue: what it weighs, what it leaves to other machines, what it takes for done."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.jobs.test_folder import ask, roomy
+from tiler import events, render
+from tiler.cli import queues, supervise
+from tiler.cli import render as cli_render
+from tiler.cli.terminal import prepare_signals
+from tiler.jobs import claims
+from tiler.jobs.queue import BESIDE, Checked, Queue
+from tiler.jobs.results import Results, file_of
+from tiler.jobs.rows import Row
+from tiler.pipeline import encode_ahead
+from tiler.weights.encoders import has_large_encoder
+
+COMMON = ("--size", 64, "--steps", 1, "--nice", 0, "--max-ram", "1GB")
+
+
+def queue_of(folder: Path, **values: Any) -> Queue:
+    results = Results(folder / "q.jsonl.results.jsonl", "q.jsonl", shared=bool(values.get("shared")))
+    return Queue(root=folder, results=results, max_ram_bytes=1, **values)
+
+
+def row(folder: Path, number: int, **values: Any) -> Checked:
+    name = f"{number}.png"
+    return Checked(row=number, words=(), output=name, job=str(folder / f"{name}.tiler"), digest=number, **values)
+
+
+def test_the_process_of_a_queue_stays_small(tmp_path: Path) -> None:
+    """20 MB at most, whatever the rows: it imports neither what reads options nor what draws."""
+    (tmp_path / "q.jsonl").write_text('{"prompt": "a", "size": 0}\n' * 600)
+    reader = {"file": "q.jsonl", "root": ".", "defaults": [], "name": "{index}.png"}
+    spec = supervise.Spec(root=".", results="r.jsonl", file="q.jsonl", max_ram_bytes=10**9, reader=reader, silent=True)
+    program = (
+        "import sys, json; from tiler.cli import supervise\n"
+        "code = supervise.run(supervise.Spec(**json.loads(sys.argv[1])))\n"
+        "mark = next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1]\n"
+        "print(code, int(mark) * 1024, sorted({'typer', 'torch', 'hashlib', 'psutil'} & set(sys.modules)))"
+    )
+    command = [sys.executable, "-c", program, json.dumps(asdict(spec))]
+    told = subprocess.run(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True, check=True)
+    code, peak, imported = told.stdout.split(maxsplit=2)
+    assert (code, imported.strip()) == ("2", "[]") and int(peak) < 20_000_000
+    assert len((tmp_path / "r.jsonl").read_text().splitlines()) == 600
+
+
+def test_a_picture_that_has_its_name_but_no_line_is_done(in_process: Any, tiny: Path, tmp_path: Path) -> None:
+    """As a kill leaves it that comes between the two; the queue's own process starts as a user starts it."""
+    (tmp_path / "q.txt").write_text("a boat\n")
+    common = ["--model", tiny, *COMMON]
+    drawn = in_process("render", "a boat", "-o", "001-a-boat.png", "--seed", 3, "--keep-job", *common[:6])
+    assert drawn.code == 0, drawn.err
+    made = (tmp_path / "001-a-boat.png").stat().st_mtime_ns
+    ran = subprocess.run(
+        [sys.executable, "-m", "tiler", "batch", "q.txt", "--seed", "3", *map(str, common)],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (ran.returncode, ran.stdout.splitlines()[0]) == (0, "1 done"), ran.stderr
+    assert (tmp_path / "001-a-boat.png").stat().st_mtime_ns == made
+    assert {path.name for path in tmp_path.iterdir()} == {"q.txt", "q.txt.results.jsonl", "001-a-boat.png"}
+    assert json.loads((tmp_path / "q.txt.results.jsonl").read_text())["seed"] == 3
+
+
+def test_a_row_that_is_appended_while_others_are_drawn_is_drawn_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, drawn = tmp_path / "q.txt", list[int]()
+    file.write_text("a\n")
+
+    def draw(queue: Queue, checked: Checked) -> bool:
+        drawn.append(checked.row)
+        if len(drawn) < 3:
+            with file.open("a") as more:
+                more.write("b\n")
+        return True
+
+    monkeypatch.setattr(Queue, "_draw", draw)
+    reader = {"file": str(file), "root": str(tmp_path), "defaults": [], "name": "{index}.png"}
+    spec = supervise.Spec(
+        root=str(tmp_path), results=str(file_of(file)), file="q.txt", max_ram_bytes=10**9, reader=reader
+    )
+    assert supervise.run(spec) == 0 and drawn == [1, 2, 3]
+
+
+def test_seeds_that_were_drawn_are_found_again(
+    in_process: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same command goes on with the same pictures; another one draws others."""
+    outputs: list[list[str]] = []
+
+    def stopped(spec: supervise.Spec) -> int:
+        with os.fdopen(spec.rows, "rb") as file:
+            file.seek(0)
+            outputs.append([json.loads(line)["output"] for line in file])
+        return 130
+
+    monkeypatch.setattr(supervise, "run", stopped)
+    command = ["render", "a boat", "--size", 64, "-o", "x-{seed}.png"]
+    for count in (3, 3, 2):
+        assert in_process(*command, "--count", count).code == 130
+    assert outputs[0] == outputs[1] and len(set(outputs[0])) == 3
+    assert not set(outputs[2]) & set(outputs[0])
+
+
+def test_advice_on_the_ceiling_counts_the_process_of_the_queue(in_process: Any, tiny: Path, tmp_path: Path) -> None:
+    def smallest(env: dict[str, str]) -> int:
+        ran = in_process("render", "x", "--model", tiny, "--size", 64, "--max-ram", "30MB", env=env)
+        assert ran.code == 4, ran.err
+        return int(ran.err.split("smallest --max-ram that would do is ")[1].split("MB")[0])
+
+    alone = smallest({})
+    assert abs(smallest({BESIDE: "20000000"}) - alone - 20) <= 8  # what the tests' process takes meanwhile
+
+
+def test_a_row_belongs_to_one_machine(tmp_path: Path) -> None:
+    job = tmp_path / "x.png.tiler"
+    assert claims.claim(job) and not claims.claim(job)
+    old = time.time() - 16 * 60
+    os.utime(job / claims.OWNER, (old, old))
+    claims.touch(job)
+    assert not claims.claim(job)  # its owner is at work
+    os.utime(job / claims.OWNER, (old, old))
+    assert claims.claim(job) and not claims.claim(job)
+    (job / "state-0.safetensors").write_text("x")
+    claims.release(job)
+    assert [path.name for path in job.iterdir()] == ["state-0.safetensors"]
+    assert claims.claim(job)  # what another machine has saved goes on here
+
+
+def test_a_shared_queue_leaves_to_others_what_they_draw(
+    in_process: Any, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Row 1 is another machine's, row 2 it has drawn, row 3 is ours."""
+    (tmp_path / "q.txt").write_text("a\nb\nc\n")
+    command = ["batch", "q.txt", "--share", "--model", tiny, *COMMON, "-o", "{index}.png"]
+    assert claims.claim(tmp_path / "1.png.tiler")
+    monkeypatch.chdir(tmp_path)
+    checker = queues.Checker(
+        root=Path(), name="{index}.png", parse=queues.parser(cli_render.run),
+        defaults=("--model", str(tiny), "--size", "64", "--steps", "1"),
+    )  # fmt: skip
+    other = Results(file_of(tmp_path / "q.txt", "other"), "q.txt", shared=False)
+    digest = checker.check(Row(2, "b", (), None)).digest
+    other.note({"row": 2, "digest": f"{digest:016x}", "status": "done"})
+    (tmp_path / "2.png").write_text("drawn there")
+    ran = in_process(*command)
+    assert ran.code == 0 and ran.out.startswith("1 skipped, 1 done, 1 left to other machines"), ran.out + ran.err
+    assert (tmp_path / "2.png").read_text() == "drawn there" and (tmp_path / "3.png").exists()
+    assert not (tmp_path / "1.png").exists() and not (tmp_path / "3.png.tiler").exists()
+    assert in_process(*command, "--force").code == 2
+
+
+def test_prompts_of_rows_with_a_large_encoder_are_encoded_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """64 at a time; others do not wait for each other."""
+    order: list[str] = []
+    monkeypatch.setattr(Queue, "_draw", lambda queue, checked: order.append(f"draw {checked.row}") or True)
+    queue = queue_of(tmp_path, encode=lambda rows: order.append(f"encode {len(rows)}"))
+    rows = [row(tmp_path, number, wants_encoder=number <= 70) for number in range(1, 72)]
+    queue.run([rows])
+    assert order[0] == "encode 64" and order[64:66] == ["draw 64", "encode 6"] and order[-1] == "draw 71"
+
+
+def test_a_large_encoder_is_told_by_its_size(tmp_path: Path, tiny: Path) -> None:
+    (tmp_path / "big/text_encoder_2").mkdir(parents=True)
+    with (tmp_path / "big/text_encoder_2/model.safetensors").open("wb") as file:
+        file.truncate(2 * 10**9)
+    output = tmp_path / "x.png"
+    assert has_large_encoder(ask(tmp_path / "big", output))
+    assert not has_large_encoder(ask(tiny, output)) and not has_large_encoder(ask(tmp_path / "none", output))
+
+
+def test_encoding_ahead_fills_the_cache(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = [ask(tiny, tmp_path / "x.png", prompt=prompt, cache_dir=tmp_path) for prompt in ("a", "b [c|d]", "a")]
+    assert encode_ahead(requests, roomy()) == 0  # by their size, not worth it
+    monkeypatch.setattr("tiler.ahead.LARGE", 0)
+    assert encode_ahead(requests, roomy()) == 4  # a, b c, b d, and no negative prompt
+    assert encode_ahead(requests, roomy()) == 0
+
+    def encode(run: object, weights: object, texts: list[str], reading: object) -> dict[str, object]:
+        assert not texts
+        return {}
+
+    monkeypatch.setattr("tiler.encoding._encode", encode)
+    render(
+        ask(tiny, tmp_path / "x.png", prompt="b [c|d]", cache_dir=tmp_path, guide=False, num_inference_steps=2), roomy()
+    )
+
+
+def test_other_programs_go_first(in_process: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far as --nice says; a batch is that nice by itself."""
+    (tmp_path / "q.txt").write_text("a\n")
+    asked: list[int] = []
+    monkeypatch.setattr(os, "nice", asked.append)
+    monkeypatch.setattr(supervise, "run", lambda spec: 0)
+    for words in (["batch", "q.txt"], ["batch", "q.txt", "--nice", 3], ["render", "x", "--model", "gone", "--nice", 4]):
+        in_process(*words)
+    assert asked == [10, 3, 4]
+
+
+def test_a_signal_saves_a_render_that_goes_on(tiny: Path, tmp_path: Path) -> None:
+    """SIGUSR1: at the next tile, and once."""
+    before, saved = signal.getsignal(signal.SIGUSR1), list[str]()
+    prepare = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    prepare_signals()
+
+    def told(event: events.Event) -> None:
+        if isinstance(event, events.Progress) and event.name == "canvas" and event.done == 2:
+            signal.raise_signal(signal.SIGUSR1)
+        if isinstance(event, events.Saved):
+            saved.append(event.where)
+
+    try:
+        render(ask(tiny, tmp_path / "x.png", guide=False), roomy(), told)
+    finally:
+        for number, handler in zip((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), prepare, strict=True):
+            signal.signal(number, handler)
+        signal.signal(signal.SIGUSR1, before)
+    assert sum(where.startswith("canvas step 1/4") or where.startswith("canvas step 2/4") for where in saved) == 1, (
+        saved
+    )
+
+
+def test_a_row_for_which_the_disk_has_no_room_waits_for_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is tried once more at the end."""
+    order: list[str] = []
+
+    class Process:
+        returncode = 0
+
+        def __init__(self, command: list[str], **options: object) -> None:
+            (self.output,) = (word[9:] for word in command if word.startswith("--output="))
+            order.append(Path(self.output).name)
+            self.returncode = 6 if order.count("1.png") == 1 and order[-1] == "1.png" else 0
+
+        def communicate(self, timeout: object) -> tuple[bytes, None]:
+            return json.dumps(
+                {"error": "full", "seed": 1, "peak_rss_bytes": 1, "versions": {}, "sha256": ""}
+            ).encode(), None
+
+    monkeypatch.setattr("tiler.jobs.queue.popen", Process)
+    tally = queue_of(tmp_path).run([[row(tmp_path, 1), row(tmp_path, 2)]])
+    assert order == ["1.png", "2.png", "1.png"] and str(tally) == "2 done" and tally.exit_code == 0

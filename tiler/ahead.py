@@ -1,0 +1,73 @@
+"""Prompts of several pictures of a queue encoded at once, into the cache where their renders look for them: a large
+encoder is opened and read once for them all."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
+
+from tiler import encoding, phases
+from tiler.events import Event, Note, OnEvent
+from tiler.jobs.coding import encode
+from tiler.memory.budget import Budget
+from tiler.memory.tuning import MARGIN
+from tiler.models import family as families
+from tiler.models.embeds import Text
+from tiler.phases import RenderRun
+from tiler.planning.resolve import resolve
+from tiler.planning.tiling import plan_tiling
+from tiler.request import ModelOptions, RenderRequest
+from tiler.weights.encoders import LARGE
+
+_READ_ALIKE = (
+    *(f.name for f in fields(ModelOptions)),
+    "loras", "lora_dir", "embd_dir", "emphasis", "clip_skip", "cache_dir", "precision",
+)  # fmt: skip
+
+
+def encode_ahead(requests: Sequence[RenderRequest], budget: Budget, on_event: OnEvent) -> int:
+    """How many texts were encoded: those of several requests that one large encoder reads in one way, and that are not
+    in the cache. Raises TilerError."""
+    alike = defaultdict[str, list[RenderRequest]](list)
+    for request in requests:
+        alike[json.dumps([encode(getattr(request, name)) for name in _READ_ALIKE])].append(request)
+    return sum(_encode(group, budget, on_event) for group in alike.values() if len(group) > 1)
+
+
+def _encode(requests: list[RenderRequest], budget: Budget, on_event: OnEvent) -> int:
+    family = families.open_family(requests[0])
+    sizes = (info.nbytes for part in family.encoders for info in family.checkpoint.weights(part.name).values())
+    if sum(sizes) <= LARGE:
+        return 0
+
+    def without_notes(event: Event) -> None:  # each render has its own
+        if not isinstance(event, Note):
+            on_event(event)
+
+    settings = [resolve(request, family) for request in requests]
+    texts: list[Text] = list(dict.fromkeys(text for each in settings for text in plan_tiling(each, family).texts))
+    run = phases.start(requests[0], budget, without_notes, planning=True)
+    missing = [
+        text for text in texts if text not in encoding.find_prompts(run.request, run.models, [text], None).encoded
+    ]
+    if not missing:
+        return 0
+    run.plan.memory.check()
+    phases.prepare_weights(run)
+    with run.phase(f"prompts of {len(requests)} pictures", 1):
+        for some in _shares(run, missing):
+            spoken = encoding.find_prompts(run.request, run.models, some, None)
+            encoding.encode_prompts(run, run.weights, spoken)
+    return len(missing)
+
+
+def _shares(run: RenderRun, texts: list[Text]) -> Iterator[list[Text]]:
+    """As many texts at a time as the ceiling has room for embeddings."""
+    family = run.models.family
+    (sample,) = family.example([0], (family.granularity, family.granularity))
+    free = int(MARGIN * run.budget.max_bytes) - run.plan.memory.peak_of("encode prompts")
+    most = max(1, free // (4 * sample.prompt.tokens.numel()))
+    for first in range(0, len(texts), most):
+        yield texts[first : first + most]

@@ -1,0 +1,39 @@
+"""Encodes the prompts of several rows of a queue into the cache of prompts, so that a large encoder is loaded once for
+them all."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+from tiler.cli import failure, queues, render
+from tiler.cli import options as o
+from tiler.cli.terminal import prepare_signals, prepare_streams
+from tiler.errors import UsageError
+
+
+def main() -> None:
+    """Entry point; standard input holds the queue's ceiling and the rows' words, as JSON."""
+    prepare_streams()
+    prepare_signals()
+    try:
+        asked = json.loads(sys.stdin.buffer.read())
+        parse, requests = queues.parser(render.run), []
+        for words in asked["rows"]:
+            try:
+                requests.append(parse(words))
+            except UsageError:
+                continue  # the row will say so
+        budget = queues.budget_of(asked["max_ram_bytes"])
+        o.prepare_process(None)
+        from tiler.cli.progress import ProgressPrinter
+        from tiler.pipeline import encode_ahead
+
+        with ProgressPrinter(budget, quiet="--quiet" in asked["rows"][0]) as printer:
+            encode_ahead(requests, budget, printer)
+    except BaseException as error:
+        failure.end(error)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""Reads and checks the next rows of a file that may grow, for a queue, and ends: what reads options is gone from memory
+before a picture is drawn."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from tiler.cli import failure, queues, render
+from tiler.cli.terminal import prepare_signals, prepare_streams
+from tiler.jobs.rows import read_entries
+
+_MOST = 512  # rows that are read at a time
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """Rows of `file` from the byte `at` on, before which there are `index` rows, go to the descriptor `rows_fd`."""
+
+    file: str
+    root: str
+    defaults: list[str]
+    name: str
+    at: int = 0
+    index: int = 0
+    rows: int = 0
+    rows_fd: int = -1
+
+
+def main() -> None:
+    """Entry point; standard input holds an Asked as JSON. Prints how many rows there are, and where the next begin."""
+    prepare_streams()
+    prepare_signals()
+    try:
+        print(json.dumps(read(Asked(**json.loads(sys.stdin.buffer.read())))), flush=True)
+    except BaseException as error:
+        failure.end(error)
+
+
+def read(asked: Asked) -> dict[str, int]:
+    """Raises StorageError."""
+    checker = queues.Checker(
+        root=Path(asked.root), defaults=asked.defaults, name=asked.name, parse=queues.parser(render.run)
+    )
+    at, found = asked.at, 0
+    with os.fdopen(os.dup(asked.rows_fd), "wb") as told:
+        for entry in read_entries(Path(asked.file), asked.at, asked.index):
+            for row in entry.rows:
+                told.write(json.dumps(checker.take(row)._asdict()).encode() + b"\n")
+            at, found = entry.end, found + len(entry.rows)
+            if found >= _MOST:
+                break
+    return {"at": at, "index": asked.index + found, "rows": found}
+
+
+if __name__ == "__main__":
+    main()

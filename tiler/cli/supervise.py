@@ -1,0 +1,152 @@
+"""The process of a queue, which `tiler batch` and `tiler render --count` become once all is checked: it stays while
+pictures are drawn, so it knows no options and imports none of what reads them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from tiler.cli import failure
+from tiler.cli.terminal import harmless, prepare_signals, prepare_streams
+from tiler.errors import Interrupted
+from tiler.jobs.queue import Checked, Queue, end, popen
+from tiler.jobs.results import DONE, Results
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spec:
+    """A queue for a process of its own. Its rows are read from the descriptor `rows`, a JSON object each; or, -1, from
+    the file of a `reader`, whose arguments these are."""
+
+    root: str
+    results: str
+    file: str
+    max_ram_bytes: int
+    rows: int = -1
+    reader: dict[str, Any] | None = None
+    shared: bool = False
+    fail_fast: bool = False
+    silent: bool = False  # nothing for people on stderr
+    quiet: bool = False
+    json_output: bool = False
+    is_batch: bool = False  # ends with a summary, and its results stay
+
+
+def main() -> None:
+    """Entry point; the argument is a Spec as JSON."""
+    prepare_streams()
+    prepare_signals()
+    try:
+        code = run(Spec(**json.loads(sys.argv[1])))
+        sys.stdout.flush()
+    except BaseException as error:
+        failure.end(error)
+    sys.exit(code)
+
+
+def run(spec: Spec) -> int:
+    """The exit code. Raises TilerError and Interrupted."""
+    path = Path(spec.results)
+    queue = Queue(
+        root=Path(spec.root),
+        results=Results(path, spec.file, shared=spec.shared),
+        max_ram_bytes=spec.max_ram_bytes,
+        shared=spec.shared,
+        fail_fast=spec.fail_fast,
+        encode=_encoder(spec),
+        say=_speaker(silent=spec.silent),
+        finished=_printer(quiet=spec.quiet or spec.is_batch, json_output=spec.json_output),
+    )
+    tally = queue.run(_rows(spec))
+    if spec.is_batch and not spec.quiet:
+        print(str(tally) or f"{spec.file}: no rows")
+        if tally.statuses[DONE]:
+            print(f"results: {path}")
+    if not spec.is_batch and not tally.codes:
+        path.unlink(missing_ok=True)
+    return tally.exit_code
+
+
+def sentence(report: dict[str, Any]) -> str:
+    """What is said of a finished picture."""
+    peak, ceiling = (f"{report[name] / 1e6:,.0f} MB" for name in ("peak_rss_bytes", "max_ram_bytes"))
+    return f"{report['output']}: {report['width']}×{report['height']}, seed {report['seed']}, peak {peak} of {ceiling}"
+
+
+def _rows(spec: Spec) -> Iterator[Iterator[Checked]]:
+    if spec.reader is None:
+        with os.fdopen(spec.rows, "rb") as file:
+            file.seek(0)
+            yield (_checked(line) for line in file)
+        return
+    place: dict[str, int] = {"at": 0, "index": 0}
+    while True:
+        with tempfile.TemporaryFile() as file:
+            place = _read(spec.reader | place, file)
+            if not place["rows"]:
+                return
+            yield (_checked(file.readline()) for _ in range(place["rows"]))
+
+
+def _checked(line: bytes) -> Checked:
+    return Checked(**json.loads(line))
+
+
+def _read(asked: dict[str, Any], file: IO[bytes]) -> dict[str, int]:
+    """Have the next rows read and checked by a process that ends before the first of them is drawn: they lie in `file`,
+    and this says how many there are and where the next begin."""
+    told = _run("tiler.cli.reader", asked, file)
+    file.seek(0)
+    place: dict[str, int] = json.loads(told)
+    return place
+
+
+def _run(module: str, asked: Any, rows: IO[bytes] | None = None) -> bytes:
+    """What the module prints. Raises SystemExit with its exit code where it fails, of which it has spoken."""
+    given = {} if rows is None else {"pass_fds": (rows.fileno(),)}
+    said = asked if rows is None else asked | {"rows_fd": rows.fileno()}
+    process = popen([sys.executable, "-m", module], stdin=subprocess.PIPE, stdout=subprocess.PIPE, **given)
+    try:
+        told, _ = process.communicate(json.dumps(said).encode())
+    except (Interrupted, KeyboardInterrupt) as stop:
+        end(process, int(stop.code or 0) - 128 if isinstance(stop, Interrupted) else 2)
+        raise
+    if process.returncode:
+        raise SystemExit(process.returncode if process.returncode > 0 else 128 - process.returncode)
+    return told
+
+
+def _encoder(spec: Spec) -> Callable[[list[Checked]], None]:
+    def encode(rows: list[Checked]) -> None:
+        with suppress(SystemExit):  # every row can still do it by itself
+            _run("tiler.cli.ahead", {"max_ram_bytes": spec.max_ram_bytes, "rows": [row.words for row in rows]})
+
+    return encode
+
+
+def _speaker(*, silent: bool) -> Callable[[str], None]:
+    """Tells people on stderr."""
+    return (lambda text: None) if silent else (lambda text: print(harmless(text), file=sys.stderr, flush=True))
+
+
+def _printer(*, quiet: bool, json_output: bool) -> Callable[[dict[str, Any]], None]:
+    if json_output:
+        return lambda report: print(json.dumps(report), flush=True)
+    return lambda report: None if quiet else print(sentence(report), flush=True)
+
+
+def command_line(spec: Spec) -> list[str]:
+    """What starts the process of a queue."""
+    return [sys.executable, "-m", "tiler.cli.supervise", json.dumps(asdict(spec))]
+
+
+if __name__ == "__main__":
+    main()

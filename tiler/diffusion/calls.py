@@ -1,0 +1,26 @@
+"""Which calls of the denoiser belong to which step: most solvers make one a step; Heun's makes a second one at the end
+of every step except the last, which ends without noise."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calls:
+    """The denoiser calls of a schedule of `steps`, numbered from 0; a solver of `order` 2 makes two a step."""
+
+    steps: int
+    order: int = 1
+
+    @property
+    def count(self) -> int:
+        return self.order * (self.steps - 1) + 1
+
+    def first_of(self, step: int) -> int:
+        """The first call of a step; `count` behind the last one."""
+        return min(self.order * step, self.count)
+
+    def step_of(self, call: int) -> int:
+        """The step that a call belongs to; `steps` behind the last one."""
+        return self.steps if call >= self.count else call // self.order

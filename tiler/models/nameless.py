@@ -1,0 +1,53 @@
+"""Scratch files of a model: tensors that wait on disk, in a file without a name, which goes with its process."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import weakref
+from pathlib import Path
+
+from torch import Tensor
+
+from tiler.errors import StorageError
+
+
+class NamelessFile:
+    """fp32 values by their place in a file that only this object knows. Raises StorageError."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder or Path(tempfile.gettempdir())
+        try:
+            fd, path = tempfile.mkstemp(prefix=".tiler-", suffix=".scratch", dir=self._folder)
+            os.unlink(path)
+        except OSError as error:
+            raise StorageError(
+                f"{self._folder}: no file can be made here ({error.strerror}); choose another --scratch"
+            ) from error
+        self._file = fd
+        weakref.finalize(self, os.close, fd)
+
+    def write(self, at: int, values: Tensor) -> None:
+        """values: fp32 of any shape, from byte `at` on. Raises StorageError."""
+        view = _bytes(values.contiguous())
+        try:
+            while len(view):
+                done = os.pwrite(self._file, view, at)
+                view, at = view[done:], at + done
+        except OSError as error:
+            raise StorageError(
+                f"{self._folder}: the disk takes no more ({error.strerror}); free some space, or choose another --scratch"
+            ) from error
+
+    def read(self, at: int, into: Tensor) -> Tensor:
+        """Fill the contiguous fp32 tensor with what was written from byte `at` on; it."""
+        view = _bytes(into)
+        while len(view):
+            done = os.preadv(self._file, [view], at)
+            assert done, "values that were not written"
+            view, at = view[done:], at + done
+        return into
+
+
+def _bytes(values: Tensor) -> memoryview:
+    return memoryview(values.numpy()).cast("B")  # type: ignore[arg-type]

@@ -1,0 +1,75 @@
+"""Which smaller choices would help a render: each is planned itself, and one that gains nothing is not told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+from tiler.decoding import FACTOR
+from tiler.errors import TilerError
+from tiler.models.family import Family, Guidance
+from tiler.planning.render import RenderPlan
+from tiler.planning.tiling import Tiling, plan_tiling
+from tiler.request import Precision, ResolvedRequest
+
+_LOWER, _FASTER = 0.98, 0.95  # of floor and time: less of a gain is within what a plan can tell
+_TILE = 768  # pixels
+_FEW = 4  # steps of a model distilled to few
+_BITS = 4.5 / 16  # of a pass whose weights are stored in blocks of 4 bits and a scale, not in 16
+
+
+class Way(NamedTuple):
+    """A smaller choice: what to do, what it makes of the request, which share of the denoiser's bytes is read then, and
+    whether memory is needed as before."""
+
+    words: str
+    request: ResolvedRequest
+    share: float = 1.0
+    same_memory: bool = False
+
+
+class Hint(NamedTuple):
+    """What a way would come to."""
+
+    words: str
+    smallest_bytes: int
+    seconds: float
+
+
+Judge = Callable[[ResolvedRequest, RenderPlan, Tiling, float], float]
+"""(request, a plan with its memory, its tiling, share of the denoiser's bytes that is read) → seconds."""
+
+
+def hints(
+    request: ResolvedRequest, plan: RenderPlan, replan: Callable[[ResolvedRequest], RenderPlan], judge: Judge
+) -> list[Hint]:
+    """Those that lower the smallest ceiling of `plan` or its time. `replan` plans a request."""
+    before, found = judge(request, plan, plan, 1.0), list[Hint]()
+    for way in _ways(request, plan):
+        try:
+            other = plan if way.same_memory else replan(way.request)
+            tiling = plan_tiling(way.request, plan.family) if way.same_memory else other
+        except TilerError:
+            continue  # what it would need is not there
+        hint = Hint(way.words, other.memory.smallest_bytes, judge(way.request, other, tiling, way.share))
+        if hint.smallest_bytes < _LOWER * plan.memory.smallest_bytes or hint.seconds < _FASTER * before:
+            found.append(hint)
+    return found
+
+
+def _ways(request: ResolvedRequest, plan: RenderPlan) -> Iterator[Way]:
+    family = plan.family
+    pixels = FACTOR * family.native
+    if request.tile_size is None and pixels > _TILE and min(request.width, request.height) > _TILE:
+        yield Way(f"--tile-size {_TILE}", replace(request, tile_size=_TILE))
+    if plan.precision is not Precision.INT8:
+        yield Way("--precision int8", replace(request, precision=Precision.INT8))
+    if (words := family.traits.few_steps) is not None and request.num_inference_steps > _FEW:
+        yield Way(f"{words}, {_FEW} steps", _in_few_steps(request, family), same_memory=True)
+    yield Way("4-bit weights (GGUF, tiler quantize)", request, _BITS, same_memory=True)
+
+
+def _in_few_steps(request: ResolvedRequest, family: Family) -> ResolvedRequest:
+    scale = request.guidance_scale if family.traits.guidance is Guidance.EMBEDDED else 1.0
+    return replace(request, num_inference_steps=_FEW, guidance_scale=scale, preset=None)
