@@ -44,8 +44,8 @@ class Timed:
         self.picture, self._report = folder / f"{name}.png", folder / f"{name}.json"
         words = [
             "render", "a lighthouse on a cliff", "--model", told.model, "--size", told.size, "--steps", told.steps,
-            "--seed", 7, "--precision", told.precision, "--max-ram", told.max_ram, "--no-metadata", "--quiet", "--report",
-            self._report, "-o", self.picture, *more,
+            "--seed", 7, "--precision", told.precision, "--max-ram", told.max_ram, "--no-metadata", "--quiet",
+            "--report", self._report, "-o", self.picture, *more,
         ]  # fmt: skip
         self._start = time.monotonic()
         self._process = subprocess.Popen(tiler(*words), env=ENVIRONMENT)
@@ -65,8 +65,8 @@ def scheduler_command(keys: Path, file: Path) -> list[str]:
     """Of a `dask scheduler` that writes its address into `file`."""
     pair = [f"--tls-{what}={keys / name}.pem" for what, name in (("ca-file", "cert"), ("cert", "cert"), ("key", "key"))]
     return [
-        sys.executable, "-m", "distributed.cli.dask_scheduler", "--host", "tls://127.0.0.1", "--port", "0", "--no-dashboard",
-        "--dashboard-address", "127.0.0.1:0", "--scheduler-file", str(file), *pair,
+        sys.executable, "-m", "distributed.cli.dask_scheduler", "--host", "tls://127.0.0.1", "--port", "0",
+        "--no-dashboard", "--dashboard-address", "127.0.0.1:0", "--scheduler-file", str(file), *pair,
     ]  # fmt: skip
 
 
