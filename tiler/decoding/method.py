@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from tiler.compute.shapes import MetaMeter
 from tiler.compute.stream import Streamer
 from tiler.decoding import FACTOR, exact, frozen, tiny
 from tiler.decoding.frozen import Part
-from tiler.decoding.rows import REACH, Around, Check, Latents, Pixels
+from tiler.decoding.rows import REACH, Check, Latents, Pixels
 from tiler.decoding.scratch import Scratch
 from tiler.decoding.spool import Spool
 from tiler.errors import StorageError
@@ -164,6 +164,15 @@ def choose(
     if wanted is Decode.AUTO and free < method.scratch_bytes:
         return take_frozen(lacking(method))
     return affordable(method)
+
+
+@runtime_checkable
+class Around(Latents, Protocol):
+    """Latents that can be read beyond their borders, on the other side."""
+
+    def widened(self, rows: int, cols: int) -> Latents:
+        """With so many rows and columns more on each side."""
+        ...
 
 
 def decode(

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -55,15 +55,6 @@ class Latents(Protocol):
     def shape(self) -> tuple[int, ...]: ...
 
     def __getitem__(self, rows: tuple[slice, slice, slice], /) -> Tensor: ...
-
-
-@runtime_checkable
-class Around(Latents, Protocol):
-    """Latents that can be read beyond their borders, on the other side."""
-
-    def widened(self, rows: int, cols: int) -> Latents:
-        """With so many rows and columns more on each side."""
-        ...
 
 
 class Stage(Protocol):
