@@ -89,7 +89,8 @@ def command(
     asked = replace(job.manifest.request(), output=job.output, seed=job.manifest.seed)
     request = asked if scratch is None else replace(asked, scratch=scratch)
     render.run(
-        request, max_ram=max_ram or str(job.manifest.max_ram_bytes), threads=threads, nice=nice, report=report, on_done=on_done,
+        request, max_ram=max_ram or str(job.manifest.max_ram_bytes), threads=threads, nice=nice, report=report,
+        on_done=on_done,
         quiet=quiet, log_json=log_json, json_output=json_output,
     )  # fmt: skip
 

@@ -160,7 +160,8 @@ def _op(layers: Sequence[StreamedLayer], made_of: Input, after: Epilogue) -> Op:
     geometry = Geometry.of(layer) if isinstance(layer, nn.Conv2d) else None
     weights = (
         Weight(
-            name=one.key, meta=one.weight, first=one.first, bias=one.bias, low_rank=one.streamer.low_rank(one),  # type: ignore[arg-type]
+            name=one.key, meta=one.weight, first=one.first,
+            bias=one.bias, low_rank=one.streamer.low_rank(one),  # type: ignore[arg-type]
             rotated=one.streamer.is_rotated(one),
         )
         for one in layers

@@ -159,7 +159,8 @@ def read(checkpoint: Checkpoint, name: str) -> Flux:
         *texts,
         Part(
             name="transformer", role=Role.DENOISER, config=config, aliases=plain_names,
-            build=partial(_build, checkpoint, config), quantise=quantised, once=read_once, rotate=True, arena_bytes=ARENA_BYTES,
+            build=partial(_build, checkpoint, config), quantise=quantised, once=read_once, rotate=True,
+            arena_bytes=ARENA_BYTES,
         ),
         vae_part(spec),
     )  # fmt: skip
