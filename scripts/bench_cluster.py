@@ -179,7 +179,8 @@ def scale(told: argparse.Namespace) -> None:
         keys = Path(place) / "keys"
         make_keys(keys)
         file = Path(place) / "scheduler.json"
-        started = [subprocess.Popen(scheduler_command(keys, file), stderr=subprocess.DEVNULL)]
+        frugal = ENVIRONMENT | {"DASK_DISTRIBUTED__ADMIN__LOW_LEVEL_LOG_LENGTH": "1"}  # as `listen` sets it
+        started = [subprocess.Popen(scheduler_command(keys, file), env=frugal, stderr=subprocess.DEVNULL)]
         while not file.exists():
             time.sleep(0.1)
         with Engine(Cluster(where=Where.FILE, address=str(file)), keys) as engine:

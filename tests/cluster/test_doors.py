@@ -211,3 +211,10 @@ def test_what_a_user_may_type_wrong(in_process: Callable[..., Ran], tmp_path: Pa
         assert ran.code == code and said in ran.err, (words, ran)
     assert in_process("cluster", "keys", tmp_path / "keys").code == 0
     assert json.dumps(sorted(p.name for p in (tmp_path / "keys").iterdir())) == '["cert.pem", "key.pem"]'
+
+
+def test_connections_remember_no_tiles() -> None:
+    """dask's keep their last 1,000 messages each by default: of a worker with five tiles a task 320 MB."""
+    from distributed.batched import BatchedSend
+
+    assert BatchedSend(interval=1).recent_message_log.maxlen == 1
