@@ -15,9 +15,9 @@ from tiler.memory.budget import Budget
 from tiler.memory.tuning import MARGIN
 from tiler.models import family as families
 from tiler.models.embeds import Text
-from tiler.phases import RenderRun
 from tiler.planning.resolve import resolve
 from tiler.planning.tiling import plan_tiling
+from tiler.render_run import RenderRun
 from tiler.request import ModelOptions, RenderRequest
 from tiler.weights.encoders import LARGE
 

@@ -86,44 +86,56 @@ def denoiser_id(models: Models) -> str:
 def open_denoiser(run: DenoiserRun, prompts: Prompts, phase: str = "canvas") -> Iterator[LocalRunner]:
     """A runner that predicts the tiles of `phase` in this process, for as long as the block lasts. Raises
     TilerError."""
-    request, plan = run.request, run.plan
-    family, part = plan.family, plan.family.part(Role.DENOISER)
+    with open_weights(run, phase) as streamer:
+        yield runner_on(streamer, run, prompts, phase)
+        assert streamer.store is not None
+        run.counts["denoiser_bytes_read"] += streamer.store.bytes_read
+
+
+@contextmanager
+def open_weights(run: DenoiserRun, phase: str = "canvas") -> Iterator[Streamer]:
+    """The denoiser's weights, for as long as the block lasts. Raises TilerError."""
+    plan, part = run.plan, run.plan.family.part(Role.DENOISER)
     denoiser, short = run.models.module(part), partial(run.budget.short, plan.sample_bytes)
     held = dict[str, Any](
         changes=run.changes(part), bf16_keys=bf16_keys(part, denoiser, plan.precision), arena_bytes=plan.arena_bytes,
         transform=True, short=short,
     )  # fmt: skip
     with run.streamed(denoiser, *run.weights[part.name], plan.resident[phase], **held) as streamer:
-        check = at_layer(run.budget, plan.memory.peak_bytes)
-        scales = {request.guidance_scale, *(r.guidance_scale for r in request.regions if r.guidance_scale is not None)}
-        options = Options(
-            attention_window=request.attention_window, seed=request.seed, tile_conditioning=request.tile_conditioning,
-            guidance=tuple(sorted(scales)), scratch=request.scratch_folder,
-        )  # fmt: skip
-        if run.prepared is None:
-            wordings = [w for w in (plan.guide_wording, plan.canvas_wording) if w is not None]
-            timesteps = build_schedule(request, family).timesteps
-            run.prepared = family.prepare(denoiser, streamer, timesteps, prompts.all_of(wordings), options)
+        yield streamer
 
-        def predict(samples: Sequence[Sample], step: int) -> Tensor:
-            run.counts["denoiser_calls"] += 1
-            run.counts["denoiser_samples"] += len(samples)
-            return family.predict(denoiser, streamer, samples, step, run.prepared, check)
 
-        wording, begin, batch = plan.canvas_wording, plan.begin, plan.batch
-        if phase == "guide":
-            assert plan.guide_wording is not None
-            wording, begin, batch = plan.guide_wording, 0, plan.guide_batch
+def runner_on(streamer: Streamer, run: DenoiserRun, prompts: Prompts, phase: str = "canvas") -> LocalRunner:
+    """A runner by weights that are open; runs that plan alike may share them. Raises TilerError."""
+    request, plan, family = run.request, run.plan, run.plan.family
+    denoiser, check = run.models.module(family.part(Role.DENOISER)), at_layer(run.budget, plan.memory.peak_bytes)
+    scales = {request.guidance_scale, *(r.guidance_scale for r in request.regions if r.guidance_scale is not None)}
+    options = Options(
+        attention_window=request.attention_window, seed=request.seed, tile_conditioning=request.tile_conditioning,
+        guidance=tuple(sorted(scales)), scratch=request.scratch_folder,
+    )  # fmt: skip
+    if run.prepared is None:
+        wordings = [w for w in (plan.guide_wording, plan.canvas_wording) if w is not None]
+        timesteps = build_schedule(request, family).timesteps
+        run.prepared = family.prepare(denoiser, streamer, timesteps, prompts.all_of(wordings), options)
 
-        def conditions(step: int) -> Conditions:
-            return prompts.conditions(wording, plan.calls.step_of(step) - begin)
+    def predict(samples: Sequence[Sample], step: int) -> Tensor:
+        run.counts["denoiser_calls"] += 1
+        run.counts["denoiser_samples"] += len(samples)
+        return family.predict(denoiser, streamer, samples, step, run.prepared, check)
 
-        def tell_smaller(batch: int) -> None:
-            run.note(f"memory is close to the ceiling: from here on the denoiser takes {batch} at a time")
+    wording, begin, batch = plan.canvas_wording, plan.begin, plan.batch
+    if phase == "guide":
+        assert plan.guide_wording is not None
+        wording, begin, batch = plan.guide_wording, 0, plan.guide_batch
 
-        yield LocalRunner(
-            predict, conditions, batch, is_tight=run.budget.take_tight, on_smaller=tell_smaller,
-            guided_channels=family.traits.guided_channels,
-        )  # fmt: skip
-        assert streamer.store is not None
-        run.counts["denoiser_bytes_read"] += streamer.store.bytes_read
+    def conditions(step: int) -> Conditions:
+        return prompts.conditions(wording, plan.calls.step_of(step) - begin)
+
+    def tell_smaller(batch: int) -> None:
+        run.note(f"memory is close to the ceiling: from here on the denoiser takes {batch} at a time")
+
+    return LocalRunner(
+        predict, conditions, batch, is_tight=run.budget.take_tight, on_smaller=tell_smaller,
+        guided_channels=family.traits.guided_channels,
+    )  # fmt: skip

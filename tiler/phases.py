@@ -7,34 +7,31 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, closing
-from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
-from typing import NamedTuple
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 from torch import Tensor
 
 from tiler import denoiser, encoding, events, interrupts, packing, previewing, repainting
-from tiler.decoding import FACTOR, method
-from tiler.decoding.rows import Pixels
 from tiler.decoding.spool import Spool, bytes_in
-from tiler.denoiser import DenoiserRun, open_denoiser
-from tiler.diffusion import canvas, guide
+from tiler.denoiser import open_denoiser
+from tiler.diffusion import canvas
 from tiler.diffusion.guide_picture import GuidePicture
-from tiler.diffusion.poster import Poster, load_bytes
+from tiler.diffusion.poster import load_bytes
 from tiler.diffusion.prompts import Prompts
 from tiler.diffusion.runner import Runner
 from tiler.diffusion.schedulers import Schedule
-from tiler.diffusion.spot import AroundSpot, BoxPixels
+from tiler.diffusion.spot import AroundSpot
+from tiler.diffusion.stored import StoredArray
+from tiler.diffusion.stored_canvas import Seeded, StoredDenoising
 from tiler.diffusion.tiles import Steps, region_span
-from tiler.encoding import Spoken
-from tiler.events import OnEvent, percent
+from tiler.events import OnEvent
 from tiler.files import check_writable
 from tiler.jobs.folder import Job
 from tiler.jobs.passes import remember
 from tiler.memory.budget import Budget
 from tiler.memory.limits import memory_warning
-from tiler.memory.policy import at_rows
 from tiler.models import family as families
 from tiler.models.built import Models
 from tiler.models.embeds import read_words
@@ -44,50 +41,13 @@ from tiler.models.prompting import notes_on_prompts
 from tiler.models.tiny_vae import open_tiny
 from tiler.output.latents import save_latents
 from tiler.output.picture import check_picture, check_size
-from tiler.pixels import Decoding, decode_pixels
 from tiler.planning.advice import advise
-from tiler.planning.peaks import vae_streaming
 from tiler.planning.render import RenderPlan, build_schedule, plan_render
 from tiler.planning.resolve import resolve
 from tiler.planning.tiling import Tiling, pixels_of, plan_tiling
-from tiler.previewing import Preview
-from tiler.request import Decode, GuideUpscale, Precision, RenderRequest, ResolvedRequest
+from tiler.render_run import RenderRun
+from tiler.request import Decode, Precision, RenderRequest, ResolvedRequest
 from tiler.run import measure
-from tiler.weights.identity import model_id
-
-
-class WorkerUse(NamedTuple):
-    """What a worker of a cluster did for a render, under its own ceiling."""
-
-    name: str
-    tiles: int
-    seconds: float
-    peak_rss_bytes: int
-    max_ram_bytes: int
-
-
-@dataclass(kw_only=True)
-class RenderRun(DenoiserRun):
-    """One render under way."""
-
-    said: RenderRequest
-    job: Job
-    spoken: Spoken
-    texts: dict[str, str] = field(default_factory=dict)  # what the picture will say of itself
-    workers: list[WorkerUse] = field(default_factory=list)  # of a cluster, that predicted tiles
-    preview: Preview | None = None
-
-    @cached_property
-    def model_id(self) -> str:
-        """Of the checkpoint's weights and configs."""
-        return model_id(self.plan.family.checkpoint, [part.name for part in self.plan.family.parts])
-
-    @property
-    def decoding(self) -> Decoding:
-        plan = self.plan
-        return Decoding(
-            plan.decoder, plan.methods["decode"], plan.resident["decode"], plan.memory.peak_of("decode"), plan.crop
-        )
 
 
 def start(
@@ -221,70 +181,13 @@ def make_guide(run: RenderRun, prompts: Prompts) -> Tensor | None:
         return _denoise(run, "guide", plan.guide_steps, prompts, None, 0, partial(open_denoiser, phase="guide"))
 
 
-def make_reference(run: RenderRun, picture: np.ndarray | Poster | None, guide_latents: Tensor | None) -> Tensor | None:
-    """The user's `picture`, or the guide, as latents of the canvas's size, (1, C, H, W) fp32 scaled; None without
-    either. Of a poster it is the part around its spot."""
-    if run.job.has_reference:
-        return run.job.load_reference()
-    if guide_latents is None and picture is None:
-        return None
-    reference = _reference(run, picture, guide_latents)
-    run.job.save_reference(reference)
-    run.job.clear_spool()
-    return reference
-
-
-def _reference(run: RenderRun, picture: np.ndarray | Poster | None, guide_latents: Tensor | None) -> Tensor:
-    request, plan = run.request, run.plan
-    height, width = pixels_of(plan.canvas)
-    spec, wraps = plan.family.autoencoder, request.wrap.axes
-    if guide_latents is not None and request.guide_upscale is GuideUpscale.LATENT:
-        assert plan.guide is not None
-        return guide.upscale(guide_latents, plan.guide, plan.canvas, wraps)
-    vae, name = run.models.vae(spec), "guide picture"
-    begin = picture.digest if isinstance(picture, Poster) else picture if guide_latents is None else guide_latents
-    options = vae_streaming(spec, vae, plan.decode_precision)._asdict()
-    assert begin is not None
-    spool = remember(run.job.spool, "the guide's picture", plan.methods[name], begin, run.on_event, run.note)
-    with (
-        interrupts.deferred(),
-        run.phase(name, 100),
-        run.streamed(vae, spec.weights, families.vae_names, plan.resident[name], **options) as streamer,
-    ):
-        box: tuple[float, float] | None = None
-        decoded = 0.0  # of the phase's work
-        check, tell = at_rows(run.budget, plan.memory.peak_of(name)), percent(run.on_event, name)
-        if guide_latents is not None:
-            assert plan.guide is not None
-            unscaled, decoder = spec.unscale_(guide_latents), plan.methods["guide decoded"]
-            work = [each.flops + each.attention_flops for each in (decoder, plan.methods[name])]
-            decoded = work[0] / max(1, sum(work))
-            rows = decode_pixels(decoder, vae, streamer, unscaled, check, lambda done: tell(decoded * done))
-            picture = np.concatenate(list(rows))
-            previewing.learn(run.preview, spec.scale(unscaled), picture)
-            box = (FACTOR * plan.guide.shown_height, FACTOR * plan.guide.shown_width)
-        assert picture is not None
-        encoder = plan.methods[name]
-        pixels: Pixels
-        if isinstance(picture, Poster):
-            assert plan.spot is not None
-            pixels = BoxPixels(picture, plan.spot)
-        else:
-            pixels = guide.crop_to_aspect(picture, height, width, box, wraps, encoder.margin_pixels)
-
-        def progress(done: float) -> None:
-            tell(decoded + (1 - decoded) * done)
-
-        return spec.scale(method.encode(encoder, vae, streamer, pixels, check=check, progress=progress, spool=spool))
-
-
 OpenRunner = Callable[[RenderRun, Prompts], AbstractContextManager[Runner]]
 """What opens the runner of a phase."""
 
 
 def denoise_canvas(
-    run: RenderRun, prompts: Prompts, reference: Tensor | None, open_runner: OpenRunner = open_denoiser
-) -> Tensor:
+    run: RenderRun, prompts: Prompts, reference: Tensor | StoredArray | None, open_runner: OpenRunner = open_denoiser
+) -> Tensor | StoredArray:
     """Mixture of Diffusers on the whole canvas: its final latents, (1, C, H, W) fp32 scaled."""
     plan = run.plan
     if plan.begin == run.request.num_inference_steps and run.request.strength > 0:
@@ -293,6 +196,10 @@ def denoise_canvas(
         run.note(f"the guide takes the place of the first {plan.begin} of {run.request.num_inference_steps} steps")
     previewing.learn_by_decoding(run, run.preview, run.request, plan.memory.peak_of("decode"))
     with run.phase("canvas", plan.canvas_samples):
+        if plan.stored:
+            assert not isinstance(reference, Tensor)
+            return _denoise_stored(run, prompts, reference, open_runner)
+        assert not isinstance(reference, StoredArray)
         return _denoise(run, "canvas", plan.canvas_steps, prompts, reference, plan.begin, open_runner)
 
 
@@ -301,8 +208,7 @@ def _denoise(
 ) -> Tensor:  # fmt: skip
     request, plan, steps = run.request, run.plan, run.request.num_inference_steps
     height, width = plan.canvas if phase == "canvas" or plan.guide is None else plan.guide[:2]
-    spans = ((region_span(r, plan.family.traits.patch), r.seed) for r in request.regions if phase == "canvas")
-    reseeded = [((slice(*rows), slice(*cols)), seed) for (rows, cols), seed in spans if seed is not None]
+    reseeded = [((part.rows, part.cols), part.seed) for part in _reseeded(run) if phase == "canvas"]
     noise, generator = canvas.initial_noise((1, plan.family.latent_channels, height, width), request.seed, reseeded)
     schedule = build_schedule(request, plan.family)
     first = plan.calls.first_of(begin)
@@ -318,16 +224,46 @@ def _denoise(
     if not denoising.take_up(run.job):  # a job that has this phase opens no weights for it
         return denoising.latents
     with interrupts.deferred(), open_runner(run, prompts) as runner:
-        total = tiles.samples
-        with closing(denoising.run(runner, run.job)) as loop:
-            for state in loop:
-                step = plan.calls.step_of(state.step)
-                detail = f"step {step + 1}/{steps}, {state.samples}/{state.total} tile passes"
-                run.on_event(events.Progress(name=phase, done=denoising.samples_done, total=total, detail=detail))
+        _advance(run, phase, denoising, runner, tiles.samples)
     return denoising.latents
 
 
-def save_canvas(run: RenderRun, latents: Tensor) -> None:
+def _denoise_stored(
+    run: RenderRun, prompts: Prompts, reference: StoredArray | None, open_runner: OpenRunner
+) -> StoredArray:
+    request, plan = run.request, run.plan
+    if run.preview is not None:
+        run.note("no preview is shown of a canvas that lies in files")
+    denoising = run.files.enter_context(
+        StoredDenoising(
+            run.stored_folder, plan.shape, plan.canvas_steps, build_schedule(request, plan.family), request.seed,
+            reseeded=_reseeded(run), reference=reference, begin=plan.calls.first_of(plan.begin),
+        )
+    )  # fmt: skip
+    if denoising.step < denoising.end:
+        with interrupts.deferred(), open_runner(run, prompts) as runner:
+            _advance(run, "canvas", denoising, runner, plan.canvas_samples)
+    return denoising.latents
+
+
+def _reseeded(run: RenderRun) -> list[Seeded]:
+    spans = ((region_span(r, run.plan.family.traits.patch), r.seed) for r in run.request.regions)
+    return [Seeded(slice(*rows), slice(*cols), seed) for (rows, cols), seed in spans if seed is not None]
+
+
+def _advance(
+    run: RenderRun, phase: str, denoising: canvas.Denoising | StoredDenoising, runner: Runner, total: int
+) -> None:
+    """To the end, telling of each tile."""
+    steps = run.request.num_inference_steps
+    with closing(denoising.run(runner, run.job)) as loop:
+        for state in loop:
+            step = run.plan.calls.step_of(state.step)
+            detail = f"step {step + 1}/{steps}, {state.samples}/{state.total} tile passes"
+            run.on_event(events.Progress(name=phase, done=denoising.samples_done, total=total, detail=detail))
+
+
+def save_canvas(run: RenderRun, latents: Tensor | StoredArray) -> None:
     """Write --save-latents' file, where one was asked for."""
     if (path := run.request.save_latents) is not None:
         save_latents(path, latents, picture_facts(run), force=run.request.force or run.job.resumed)
@@ -339,6 +275,6 @@ def picture_facts(run: RenderRun) -> dict[str, str]:
     return {name: str(pixels) for name, pixels in box} | run.texts
 
 
-def remembered(run: RenderRun, latents: Tensor) -> Spool | None:
+def remembered(run: RenderRun, latents: Tensor | StoredArray) -> Spool | None:
     """Where the run's job keeps the passes of decoding `latents`, if it can."""
     return remember(run.job.spool, "the decoder", run.plan.methods["decode"], latents, run.on_event, run.note)

@@ -12,7 +12,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -29,9 +29,14 @@ from tiler.models.family import Role
 from tiler.output.picture import write_picture
 from tiler.planning.render import RenderPlan
 from tiler.planning.summary import summarise
-from tiler.planning.time import measure
+from tiler.planning.time import Speed, measure
+from tiler.reference import make_reference
+from tiler.render_run import RenderRun
 from tiler.request import DecodeRequest, EncodeRequest, QuantizeRequest, RenderRequest, ResolvedRequest
 from tiler.weights.packed import default_cache
+
+if TYPE_CHECKING:
+    from tiler.cluster.outlook import Outlook
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +62,7 @@ def render(request: RenderRequest, budget: Budget | None = None, on_event: OnEve
         lean_imports.freeze_imports()
         # Holes in the heap count as data though no page of them is resident: 315 MB were seen under a ceiling of 800
         # MB.
-        with process.limit_data(max(0, budget.max_bytes - process.read_rss().now) + budget.max_bytes):
+        with run.files, process.limit_data(max(0, budget.max_bytes - process.read_rss().now) + budget.max_bytes):
             run.texts = reports.texts(run)  # before the first step: whatever cannot be written is found now
             reports.begin_job(run)
             if job.is_finished:
@@ -67,20 +72,20 @@ def render(request: RenderRequest, budget: Budget | None = None, on_event: OnEve
         return Result(output=run.request.output, report=reports.of_render(run))
 
 
-def _paint(run: phases.RenderRun, poster: Poster | None, open_runner: phases.OpenRunner) -> None:
+def _paint(run: RenderRun, poster: Poster | None, open_runner: phases.OpenRunner) -> None:
     """From the guide to the file."""
     picture = phases.load_guide(run)
     phases.prepare_weights(run)
     prompts = phases.encode_prompts(run)
     guide = phases.make_guide(run, prompts)
-    reference = phases.make_reference(run, poster if picture is None else picture, guide)
+    reference = make_reference(run, poster if picture is None else picture, guide)
     del picture, guide
     latents = phases.denoise_canvas(run, prompts, reference, open_runner)
     del prompts, reference
     run.prepared = None  # nor is what was made of the prompts needed again
     phases.save_canvas(run, latents)
     # An error of the writer's must not leave the decoder's scratch files open.
-    unscaled = pixels.Unscaled(latents, run.plan.decoder)
+    unscaled = pixels.unscaled(latents, run.plan.decoder)
     decoded = pixels.decode(run, run.decoding, unscaled, phases.remembered(run, latents))
     with closing(repainting.whole_picture(run.request, decoded, poster, run.plan.spot)) as rows:
         wanted = run.request
@@ -100,6 +105,8 @@ class Planned:
     models: Models
     advice: str  # on what would need less memory, where the plan does not fit
     replan: Callable[[ResolvedRequest], RenderPlan]  # how others would be carried out
+    speed: Speed | None = None  # of this machine, where it has been measured
+    cluster: Outlook | None = None  # what the workers that were asked for would bring
 
     def check(self) -> None:
         """Raises BudgetRefused where it does not fit."""
@@ -107,11 +114,21 @@ class Planned:
 
     def facts(self) -> dict[str, Any]:
         """What `tiler plan --json` prints; measures this machine's speed for a second or two."""
-        part = self.models.family.part(Role.DENOISER)
-        stored = self.models.family.checkpoint.weights(part.name).values()
-        speed = measure(max(stored, key=lambda info: info.nbytes).path)
         with torch.no_grad():
-            return summarise(self.said, self.request, self.plan, self.models, speed, self.replan)
+            speed = self.speed or _speed(self.models)
+            facts = summarise(self.said, self.request, self.plan, self.models, speed, self.replan)
+        if self.cluster is not None:
+            saved = self.cluster.alone_seconds - self.cluster.canvas_seconds
+            whole = max(0, round(facts["expected_seconds"] - saved))
+            facts["cluster"] = self.cluster.facts() | {"expected_seconds": whole}
+        return facts
+
+
+def _speed(models: Models) -> Speed:
+    """Of this machine, and of the disk with the denoiser's weights."""
+    family = models.family
+    stored = family.checkpoint.weights(family.part(Role.DENOISER).name).values()
+    return measure(max(stored, key=lambda info: info.nbytes).path)
 
 
 @torch.no_grad()
@@ -122,9 +139,11 @@ def plan(request: RenderRequest, budget: Budget | None = None, on_event: OnEvent
         cluster.prepare(request)
         run = phases.start(request, budget, on_event, planning=True)
         cluster.runner_of(run)  # refuses what cannot be shared
+        speed = _speed(run.models) if request.cluster is not None and run.plan.memory.fits else None
+        outlook = None if speed is None else cluster.outlook(run, speed)
         return Planned(
             said=request, request=run.request, plan=run.plan, models=run.models, advice=phases.advice(run),
-            replan=partial(phases.replan, run),
+            replan=partial(phases.replan, run), cluster=outlook, speed=speed,
         )  # fmt: skip
 
 

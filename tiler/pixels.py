@@ -18,6 +18,7 @@ from tiler.decoding.kept import KeptRows
 from tiler.decoding.method import DecodePlan
 from tiler.decoding.rows import Latents, to_uint8
 from tiler.decoding.spool import Spool
+from tiler.diffusion.stored import StoredArray
 from tiler.errors import NumericalError
 from tiler.events import percent
 from tiler.memory.policy import at_rows
@@ -57,11 +58,28 @@ class Unscaled:
     """Scaled latents (1, C, h, w) whose rows are unscaled when they are read; the latents themselves are not
     changed."""
 
-    def __init__(self, latents: Tensor, spec: VaeSpec) -> None:
+    def __init__(self, latents: Latents, spec: VaeSpec) -> None:
         self._latents, self._spec, self.shape = latents, spec, latents.shape
 
     def __getitem__(self, rows: tuple[slice, slice, slice]) -> Tensor:
         return self._spec.unscale_(self._latents[rows].clone())
+
+
+class UnscaledFile(Unscaled):
+    """Of a canvas that lies in files."""
+
+    def __init__(self, array: StoredArray, spec: VaeSpec) -> None:
+        super().__init__(array, spec)
+        self._array = array
+
+    def widened(self, rows: int, cols: int) -> Latents:
+        """With so many rows and columns more on each side, which are the other side's."""
+        return Unscaled(self._array.widened(rows, cols), self._spec)
+
+
+def unscaled(latents: Tensor | StoredArray, spec: VaeSpec) -> Latents:
+    """Final latents of a canvas as the decoder reads them."""
+    return UnscaledFile(latents, spec) if isinstance(latents, StoredArray) else Unscaled(latents, spec)
 
 
 def decode_pixels(

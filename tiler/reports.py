@@ -20,8 +20,9 @@ from tiler.jobs.manifest import Manifest
 from tiler.memory.budget import Budget
 from tiler.output.metadata import Facts
 from tiler.output.metadata import texts as picture_texts
-from tiler.phases import RenderRun, picture_facts
+from tiler.phases import picture_facts
 from tiler.planning.summary import SCHEMA, with_old_names
+from tiler.render_run import RenderRun
 from tiler.request.choices import STDOUT
 from tiler.weights.hashes import V2_DIGITS, auto_v2
 from tiler.weights.index import TensorInfo

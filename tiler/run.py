@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -28,6 +28,16 @@ from tiler.weights.index import TensorInfo
 from tiler.weights.store import WeightStore, match_index
 
 Names = Callable[[str], list[str]]
+
+
+class WorkerUse(NamedTuple):
+    """What a worker of a cluster did for a render, under its own ceiling."""
+
+    name: str
+    tiles: int
+    seconds: float
+    peak_rss_bytes: int
+    max_ram_bytes: int
 
 
 @dataclass(kw_only=True)

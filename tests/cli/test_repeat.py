@@ -194,13 +194,13 @@ def test_a_picture_of_ones_own_is_enlarged(in_process, tiny: Path, tmp_path: Pat
         (("--scale", "2"), "--guide IMG"),
         (("--guide", "g.png", "--scale", "0.5"), "scale = 0.5 is out of range: 1–64"),
         (("--guide", "none.png", "--scale", "2"), "none.png: no such file"),
-        (("--guide", "g.png", "--scale", "64"), "a side has at most 65,536 pixels"),
+        (("--guide", "g.png", "--scale", "64"), "a side has at most 131,072 pixels"),
     ],
 )
 def test_scales_that_make_no_size_are_exit_2(
     in_process, tmp_path: Path, options: tuple[str, ...], message: str
 ) -> None:
-    Image.new("RGB", (1600, 8)).save(tmp_path / "g.png")
+    Image.new("RGB", (2400, 8)).save(tmp_path / "g.png")
     ran = in_process("render", "x", *options)
     assert ran.code == 2, ran.err
     assert message in ran.err

@@ -7,7 +7,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +27,35 @@ class Fleet:
     """A scheduler in this process, and worker processes that join it."""
 
     def __init__(self, engine: Engine, keys: Path) -> None:
-        self.engine, self.keys = engine, keys
+        self.engine, self.keys, self.address = engine, keys, engine.address
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
 
-    def start(self, *names: str, **options: str) -> None:
+    def start(self, *names: str, environment: Mapping[str, str] | None = None, **options: str) -> None:
         """Workers of these names, as a user would start them; back when all have joined."""
         for name in names:
-            more = [word for key, value in options.items() for word in (f"--{key.replace('_', '-')}", value)]
-            command = [
-                sys.executable, "-m", "tiler", "worker", self.engine.address, "--keys", str(self.keys), "--name", name,
-                "--threads", "1", "--quiet", *(() if "max_ram" in options else ("--max-ram", str(CEILING))), *more,
-            ]  # fmt: skip
-            environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-            self.processes[name] = subprocess.Popen(command, env=environment)
+            own = () if "max_ram" in options else ("--max-ram", str(CEILING))
+            self._start(("-m", "tiler", "worker"), name, {"threads": "1"} | options, environment, "--quiet", *own)
         self.wait(lambda joined: set(names) <= joined)
+
+    def start_stubs(self, *names: str, environment: Mapping[str, str] | None = None, **options: str) -> None:
+        """Workers whose predictions are made up."""
+        for name in names:
+            self._start(("-m", "tests.cluster.stub"), name, options, environment)
+        self.wait(lambda joined: set(names) <= joined)
+
+    def _start(
+        self, program: Sequence[str], name: str, options: Mapping[str, str], environment: Mapping[str, str] | None,
+        *more: str,
+    ) -> None:  # fmt: skip
+        told = [word for key, value in options.items() for word in (f"--{key.replace('_', '-')}", value)]
+        command = [sys.executable, *program, self.address, "--keys", str(self.keys), "--name", name, *told, *more]
+        variables = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])} | dict(environment or {})
+        self.processes[name] = subprocess.Popen(command, env=variables)
+
+    @property
+    def through(self) -> dict[str, Any]:
+        """What a render needs to use it."""
+        return {"cluster": self.address, "keys": self.keys}
 
     def end(self, name: str, number: int = signal.SIGKILL) -> None:
         process = self.processes.pop(name)
@@ -55,19 +71,26 @@ class Fleet:
         raise AssertionError(f"only {self.engine.members()} have joined")
 
 
-@pytest.fixture(scope="module")
-def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
-    """With the workers `a` and `b`."""
-    keys = tmp_path_factory.mktemp("cluster") / "keys"
+@contextmanager
+def open_fleet(folder: Path) -> Iterator[Fleet]:
+    """Without workers; those that were started are ended."""
+    keys = folder / "keys"
     make_keys(keys)
     with Engine(Cluster(where=Where.LISTEN, host="127.0.0.1", port=0), keys) as engine:
         found = Fleet(engine, keys)
         try:
-            found.start("a", "b")
             yield found
         finally:
             for name in list(found.processes):
-                found.end(name, signal.SIGTERM)
+                found.end(name, signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    """With the workers `a` and `b`."""
+    with open_fleet(tmp_path_factory.mktemp("cluster")) as found:
+        found.start("a", "b")
+        yield found
 
 
 class Drawn:

@@ -16,7 +16,7 @@ from tiler.cluster import members, pool, tasks
 from tiler.cluster.engine import Arrived
 from tiler.cluster.members import Members, Probe
 from tiler.cluster.pool import Pool
-from tiler.cluster.shared import Answer, Greeting, Window
+from tiler.cluster.shared import Answer, Greeting, digest_of
 from tiler.diffusion.runner import Tile
 from tiler.diffusion.tiles import Text2ImageRegion
 from tiler.errors import NumericalError
@@ -32,6 +32,10 @@ def tile(number: int) -> Tile:
     return Tile(torch.full((1, 4, 2, 2), float(number)), region)
 
 
+PROBE = 99  # a tile of no canvas
+SAME = digest_of(2 * tile(PROBE).latents.numpy())  # of what all predict for it
+
+
 def good(latents: np.ndarray) -> Answer:
     return Answer(2 * latents, 1.0, 10)
 
@@ -45,12 +49,15 @@ class Scheduler:
     """In place of an Engine: each worker answers at once as its behaviour says, last come first served."""
 
     def __init__(self, **workers: Behaviour) -> None:
-        self.workers, self.digests = workers, dict.fromkeys(workers, "same")
+        self.workers, self.digests = workers, dict.fromkeys(workers, SAME)
         self.refusals: dict[str, str] = {}
+        self.taken = 0  # greetings that find another render
+        self.closed: set[str] = set()  # behind a firewall
         self.seconds = dict.fromkeys(workers, 1.0)  # of a probe
         self.done: dict[str, list[int]] = {name: [] for name in workers}
         self._arrived: list[Arrived] = []
         self._tickets = 0
+        self.on_held: Callable[[int], None] = lambda ticket: None
         self.held: dict[int, str] = {}  # tickets of those that do not answer
 
     def members(self) -> dict[str, str]:
@@ -59,8 +66,9 @@ class Scheduler:
     def submit(self, address: str, task: object, *arguments: Any) -> int:
         self._tickets += 1
         if task is tasks.hello:
+            self.taken -= 1
             said = Greeting(
-                refusal=self.refusals.get(address, ""), digest=self.digests[address],
+                refusal=self.refusals.get(address, ""), is_taken=self.taken >= 0, digest=self.digests[address],
                 seconds=self.seconds.get(address, 1.0), batch=8,
             )  # fmt: skip
             self._arrived.append(Arrived(self._tickets, said.to_json(), None))
@@ -68,10 +76,17 @@ class Scheduler:
             latents = arguments[-1]
             answer = self.workers[address](latents)
             if answer is None:
+                self.on_held(self._tickets)
                 self.held[self._tickets] = address
             else:
                 self.done[address] += [int(one[0, 0, 0]) for one in latents]
                 self._arrived.append(Arrived(self._tickets, answer, None))
+        return self._tickets
+
+    def reach(self, address: str) -> int:
+        self._tickets += 1
+        error = ConnectionError() if address in self.closed else None
+        self._arrived.append(Arrived(self._tickets, None, error))
         return self._tickets
 
     def drop(self, ticket: int) -> None:
@@ -90,7 +105,8 @@ class Local:
 
     def predict(self, step: int, tiles: Iterable[Tile]) -> Iterator[Tensor]:
         for one in tiles:
-            self.numbers.append(one.region.left)
+            if one.region.left != PROBE:
+                self.numbers.append(one.region.left)
             yield 2 * one.latents[0]
 
 
@@ -104,7 +120,7 @@ def run(
 ) -> Outcome:
     """Predict all tiles, and check each prediction and their order."""
     found = Outcome()
-    probe = Probe(b"", 0, Window.of(tile(0)), np.zeros((1, 4, 2, 2), np.float32), 2)
+    probe = Probe(b"", 0, tile(PROBE))
 
     @contextmanager
     def open_local() -> Iterator[Local]:
@@ -130,10 +146,24 @@ def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_predictions_come_in_the_order_of_the_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool, "AHEAD", 12)
+    monkeypatch.setattr(pool, "_ROUNDS", 0)
     scheduler = Scheduler(a=good, b=good)
     assert not run(scheduler).local.numbers
     assert sorted(scheduler.done["a"] + scheduler.done["b"]) == list(range(TILES))
     assert scheduler.done["a"] and scheduler.done["b"]
+
+
+def test_many_workers_have_more_tiles_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "AHEAD", 2)
+    out = 0
+
+    def counted(latents: np.ndarray) -> Answer:
+        nonlocal out
+        out = max(out, len(latents))
+        return good(latents)
+
+    run(Scheduler(**{f"w{n}": counted for n in range(5)}))
+    assert out > 2
 
 
 def test_what_a_stopped_worker_has_is_copied() -> None:
@@ -178,7 +208,7 @@ def test_what_a_dead_worker_had_goes_elsewhere() -> None:
 
 def test_without_workers_this_process_predicts_until_one_comes() -> None:
     scheduler = Scheduler()
-    scheduler.digests["a"], scheduler.done["a"] = "same", []
+    scheduler.digests["a"], scheduler.done["a"] = SAME, []
 
     def come(number: int) -> None:
         if number == 10:
@@ -196,6 +226,48 @@ def test_other_bits_and_refusals_are_left_out_with_a_reason() -> None:
     assert not scheduler.done["c"] and not scheduler.done["d"]
     assert "worker d is left out: its ceiling of 100 MB is too low" in found.notes
     assert any(note.startswith("worker c is left out: its processor computes other bits") for note in found.notes)
+
+
+def test_a_worker_behind_a_firewall_is_told_its_port() -> None:
+    scheduler = Scheduler(**{"tls://10.0.0.1:44": good, "b": good})
+    scheduler.closed.add("tls://10.0.0.1:44")
+    found = run(scheduler)
+    assert not scheduler.done["tls://10.0.0.1:44"] and not found.local.numbers
+    assert any("left out: the scheduler cannot connect" in note and "open port 44" in note for note in found.notes)
+
+
+def test_a_worker_that_another_render_took_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(members, "_AGAIN", 0.0)
+    closed = [Answer(None, 0.0, 0, "works for another render now", is_closed=True)] * 3
+    scheduler = Scheduler(a=lambda latents: closed.pop() if closed else good(latents))
+    scheduler.taken = 2
+    found = run(scheduler)
+    assert not found.local.numbers and set(scheduler.done["a"]) == set(range(TILES))
+    assert found.notes.count("worker a works for another render: it is asked again") == 1
+    assert not [note for note in found.notes if "left out" in note]
+
+
+def test_bits_of_this_process_are_compared_with_the_workers() -> None:
+    scheduler = Scheduler(a=silent)
+    scheduler.digests["a"] = "other"
+
+    def die(number: int) -> None:
+        scheduler.workers.pop("a", None)
+
+    scheduler.on_held = die
+    assert any(note.startswith("this processor computes other bits") for note in run(scheduler).notes)
+
+
+def test_who_comes_after_this_process_has_begun_must_compute_its_bits() -> None:
+    scheduler = Scheduler()
+    scheduler.digests["a"], scheduler.done["a"] = "other", []
+
+    def come(number: int) -> None:
+        scheduler.workers["a"] = good
+
+    found = run(scheduler, come)
+    assert found.local.numbers == list(range(TILES)) and not scheduler.done["a"]
+    assert any(note.startswith("worker a is left out: its processor computes other bits") for note in found.notes)
 
 
 def test_a_worker_that_fails_twice_is_left_out() -> None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import heapq
-
 import pytest
 
-from tiler.cluster.sharing import Pace, share
+from tiler.cluster.sharing import Busy, Pace, earliest, share
+from tiler.cluster.simulation import simulate
 
 
 def steady(batch: int, fixed: float, each: float) -> Pace:
@@ -14,21 +13,6 @@ def steady(batch: int, fixed: float, each: float) -> Pace:
     for _ in range(3):
         pace.note(batch, pace.seconds(batch))
     return pace
-
-
-def simulate(fleet: list[Pace], tiles: int) -> float:
-    """Seconds until all tiles are done, each worker asking when it is free."""
-    busy, left, now = [0.0] * len(fleet), tiles, 0.0
-    events = [(0.0, i) for i in range(len(fleet))]
-    while left:
-        now = heapq.heappop(events)[0] if events else now
-        for i in sorted((i for i in range(len(fleet)) if busy[i] <= now), key=lambda i: fleet[i].seconds(1)):
-            others = [(pace, max(0.0, busy[k] - now)) for k, pace in enumerate(fleet) if k != i]
-            if left and (count := share(left, fleet[i], others)):
-                left -= count
-                busy[i] = now + fleet[i].seconds(count)
-                heapq.heappush(events, (busy[i], i))
-    return max(busy)
 
 
 @pytest.mark.parametrize(
@@ -45,19 +29,40 @@ def test_a_fleet_is_done_nearly_as_soon_as_it_could_be(
 ) -> None:
     paces = [steady(*numbers) for numbers in fleet]
     rate = sum(pace.batch / pace.seconds(pace.batch) for pace in paces)
-    assert tiles / rate / simulate(paces, tiles) > efficiency
+    found = simulate(paces, tiles, 3)
+    assert sum(found.tiles) == 3 * tiles
+    assert 3 * tiles / rate / found.seconds > efficiency
+    assert max(found.busy) <= found.seconds + 1e-6
+
+
+def test_a_second_canvas_fills_the_time_that_workers_wait_at_the_end_of_a_step() -> None:
+    fleet = [steady(1, 0.0, 1.0)] * 4
+    one, two = simulate(fleet, 5, 10), simulate(fleet, 5, 10, canvases=2)
+    assert one.seconds == pytest.approx(20)  # four tiles in the first second, and three wait in the next
+    assert two.seconds <= 1.5 * one.seconds
+    assert sum(two.tiles) == 100
 
 
 def test_a_slow_worker_gets_nothing_that_the_fast_one_finishes_first() -> None:
     fast, slow = steady(4, 0.1, 1.0), steady(4, 0.1, 100.0)
-    assert share(8, slow, [(fast, 2.0)]) == 0
-    assert share(8, fast, [(slow, 0.0)]) == 4
+    assert share(8, slow, earliest(8, [Busy(slow, 0.0), Busy(fast, 2.0)])) == 0
+    assert share(8, fast, earliest(8, [Busy(slow, 0.0), Busy(fast, 0.0)])) == 4
+    assert simulate([slow, fast], 8, 2).tiles == (0, 16)
 
 
 def test_an_uncertain_worker_gets_half() -> None:
-    assert share(100, Pace.from_probe(1.0, batch=8), []) == 8
-    assert share(6, Pace.from_probe(1.0, batch=8), []) == 3
-    assert share(6, steady(8, 0.1, 1.0), []) == 6
+    def of(left: int, pace: Pace) -> int:
+        return share(left, pace, earliest(left, [Busy(pace, 0.0)]))
+
+    assert of(100, Pace.from_probe(1.0, batch=8)) == 8
+    assert of(6, Pace.from_probe(1.0, batch=8)) == 3
+    assert of(6, steady(8, 0.1, 1.0)) == 6
+    assert of(6, Pace.expected(1.0, batch=8)) == 6
+
+
+def test_a_pace_that_is_expected_takes_so_long_for_its_batch() -> None:
+    pace = Pace.expected(3.0, batch=4)
+    assert pace.seconds(4) == pytest.approx(12.0) and pace.fixed == pytest.approx(pace.seconds(1) / 4)
 
 
 def test_a_pace_is_learnt_from_passes_of_two_sizes() -> None:

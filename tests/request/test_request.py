@@ -43,7 +43,7 @@ def test_an_unsaid_field_stays_unsaid() -> None:
 @pytest.mark.parametrize(
     ("values", "named"),
     [
-        ({"size": 7}, "size"), ({"width": 70_000}, "width"), ({"height": 0}, "height"), ({"num_inference_steps": 0}, "steps"),
+        ({"size": 7}, "size"), ({"width": 140_000}, "width"), ({"height": 0}, "height"), ({"num_inference_steps": 0}, "steps"),
         ({"num_inference_steps": 1001}, "steps"), ({"guidance_scale": float("nan")}, "guidance-scale"),
         ({"guidance_scale": -0.1}, "guidance-scale"), ({"strength": 1.01}, "strength"), ({"seed": -2}, "seed"),
         ({"seed": 2**64}, "seed"), ({"overlap": 12}, "overlap"), ({"overlap": -8}, "overlap"), ({"dpi": 0.0}, "dpi"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -60,6 +61,9 @@ def _print(facts: dict[str, Any], plan: Any) -> None:
         encoder = plan.methods["guide picture"]
         typer.echo(f"guide: enlarged as a picture, {plan.upscale_flops / 1e12:.2g} TFLOP; encoder:\n  {encoder}")
     typer.echo(f"decoder: {plan.methods['decode']}\n")
+    if "cluster" in facts:
+        for line in _cluster(facts["cluster"]):
+            typer.echo(line)
     for name, work in facts["presets"].items():
         typer.echo(
             f"--preset {name:9}{_count(work['denoiser_samples'], 'sample'):>14}, {_tflop(work):>12}, {_hours(work)}"
@@ -72,6 +76,24 @@ def _print(facts: dict[str, Any], plan: Any) -> None:
     typer.echo("\n" + memory.table())
 
 
+def _cluster(facts: dict[str, Any]) -> Iterator[str]:
+    """What each worker would do, and what a second canvas would bring."""
+    able = [worker for worker in facts["workers"] if not worker["problem"]]
+    if able:
+        took = f"the canvas takes {_span(facts['canvas_seconds'])}, {_span(facts['alone_seconds'])} here alone"
+        yield f"cluster: {_hours(facts)} in all; {took}"
+    else:
+        yield "cluster: no worker could take this; after a minute this process would go on alone"
+    for worker in facts["workers"]:
+        did = f"{worker['seconds_per_tile']:.1f} s a tile, {_count(worker['tiles'], 'tile')}, idle {worker['idle']:.0%}"
+        yield f"  {worker['name'][:24]:24}  {'left out: ' + worker['problem'] if worker['problem'] else did}"
+    if able:
+        less = 1 - facts["pair_seconds"] / (2 * facts["canvas_seconds"])
+        bring = f"{less:.0%} less than one after the other" if less >= 0.005 else "no less than one after the other"
+        yield f"  a second canvas at once: {_span(facts['pair_seconds'])} for both, {bring}"
+    yield ""
+
+
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
@@ -82,10 +104,13 @@ def _tflop(work: dict[str, Any]) -> str:
 
 def _hours(work: dict[str, Any]) -> str:
     """About how long, in the unit a person would use."""
-    seconds = work["expected_seconds"]
+    return f"about {_span(work['expected_seconds'])}"
+
+
+def _span(seconds: float) -> str:
     if seconds < 90:
-        return f"about {seconds} s"
-    return f"about {seconds / 60:.0f} min" if seconds < 5400 else f"about {seconds / 3600:.1f} h"
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 command = o.command_of(

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import os
 import socket
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from tiler.cli import layers
 from tiler.cli import options as o
-from tiler.errors import UsageError
 from tiler.memory.budget import Budget
-from tiler.request.cluster import check_address, scheduler_of
+from tiler.request.cluster import check_address, models_of, scheduler_of
 from tiler.request.options import Panel
 
 
@@ -67,15 +65,8 @@ def command(
 
     The weights are read from this machine's disk. Waits for work, and joins again when the connection is lost.
     """
-    models = dict[str, str]()
-    typed = (
-        layers.layer_of(context, "model") is layers.Layer.TYPED
-    )  # what the configuration file says is one model's name
-    for text in (model or ()) if typed else ():
-        known, is_named, place = text.partition("=")
-        if not is_named or not known or not place:
-            raise UsageError(f"--model {text!r}: write NAME=PATH, like --model org/name=/data/sd15")
-        models[known] = str(Path(place).expanduser()) if Path(place).expanduser().exists() else place
+    # What the configuration file says is one model's name.
+    models = models_of(tuple(model or ()) if layers.layer_of(context, "model") is layers.Layer.TYPED else ())
     cluster = scheduler_of(address, keys, insecure=insecure)
     budget = Budget(max_ram)
     o.prepare_process(threads, torch=False)

@@ -3,19 +3,20 @@ late."""
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from tiler import phases
-from tiler.cluster.shared import Greeting, SharedJob, Window
-from tiler.denoiser import DenoiserRun, denoiser_id, open_denoiser, prepare_weights
+from tiler.cluster.shared import Estimate, Greeting, SharedJob, Taken, Window, digest_of
+from tiler.compute.cpu import computed_by
+from tiler.compute.stream import Streamer
+from tiler.denoiser import DenoiserRun, denoiser_id, open_weights, prepare_weights, runner_on
 from tiler.diffusion.prompts import Prompts
 from tiler.diffusion.runner import Runner, Tile
 from tiler.diffusion.tiles import Text2ImageRegion
@@ -27,22 +28,41 @@ from tiler.models.family import Family, Role
 from tiler.models.loras import apply_loras, find_loras
 from tiler.packing import packed_parts
 from tiler.planning.render import plan_render
-from tiler.planning.tiling import plan_tiling
+from tiler.planning.summary import seconds_per_tile
+from tiler.planning.tiling import Tiling, plan_tiling
+from tiler.planning.time import measure as measure_speed
 from tiler.request import ResolvedRequest
 from tiler.run import measure
 from tiler.weights.packed import default_cache
 
+_JOBS = 3  # at once
+_FORGOTTEN = 120.0  # seconds without a task after which another render may take the worker
+_OF_THE_DENOISER = ("model", "precision", "cache_dir", "attention_window", "tile_conditioning")
+
+
+@dataclass
+class _Open:
+    """A job that is open: who predicts its tiles, and what has been done for it."""
+
+    run: DenoiserRun
+    runner: Runner
+    digest: str = ""
+    tiles: int = 0
+    seconds: float = 0.0
+    used: float = field(default_factory=time.monotonic)
+
 
 class Bench:
-    """`models` are the folders or files of models by the names that jobs have for them. `budget` is entered already."""
+    """`models` are the folders or files of models by the names that jobs have for them. `budget` is entered already.
+
+    Jobs that differ in what is drawn alone share one denoiser: renders of a queue take turns at a worker.
+    """
 
     def __init__(self, budget: Budget, models: Mapping[str, str]) -> None:
-        self.job = ""
+        self.jobs: dict[str, _Open] = {}
         self._budget, self._models = budget, models
         self._stack = ExitStack()
-        self._runner: Runner | None = None
-        self._batch = 1
-        self._digest, self._tiles, self._seconds = "", 0, 0.0  # of this job
+        self._streamer: Streamer | None = None
 
     @property
     def peak_rss_bytes(self) -> int:
@@ -50,16 +70,19 @@ class Bench:
 
     def facts(self) -> dict[str, object]:
         """What `tiler cluster status` shows."""
-        pace = self._seconds / self._tiles if self._tiles else 0.0
+        tiles, seconds = (sum(getattr(job, name) for job in self.jobs.values()) for name in ("tiles", "seconds"))
         return {
-            "job": self.job, "digest": self._digest, "tiles": self._tiles, "seconds_per_tile": pace,
-            "peak_rss_bytes": self.peak_rss_bytes,
+            "job": " ".join(self.jobs), "digest": next((job.digest for job in self.jobs.values()), ""), "tiles": tiles,
+            "seconds_per_tile": seconds / tiles if tiles else 0.0, "peak_rss_bytes": self.peak_rss_bytes,
         }  # fmt: skip
 
-    def close(self) -> None:
-        """Let the denoiser go."""
-        self.job, self._runner = "", None
-        self._digest, self._tiles, self._seconds = "", 0, 0.0
+    def close(self, name: str | None = None) -> None:
+        """Let a job go, or all of them; with the last one its denoiser."""
+        if name is not None:
+            self.jobs.pop(name, None)
+            if self.jobs:
+                return
+        self.jobs, self._streamer = {}, None
         self._stack.close()
         process.trim()
 
@@ -67,15 +90,46 @@ class Bench:
     def open(self, job: SharedJob) -> None:
         """Find the job's model, plan under the ceiling, and open the denoiser, unless it is open already. Raises
         TilerError."""
-        if self.job == job.name:
+        if job.name in self.jobs:
             return
-        self.close()
-        request = replace(job.request, model=self._models.get(job.request.model, job.request.model))
-        if not request.scratch_folder.is_dir():  # of the machine that the job comes from
-            request = replace(request, scratch=default_cache().parent)
-            request.scratch_folder.mkdir(parents=True, exist_ok=True)
-        if request.cache_dir is not None and not request.cache_dir.is_dir():
-            request = replace(request, cache_dir=None)
+        if all(time.monotonic() - opened.used > _FORGOTTEN for opened in self.jobs.values()):
+            self.close()
+        begun = next((opened.run for opened in self.jobs.values()), None)
+        if begun is not None and (len(self.jobs) >= _JOBS or not _is_alike(begun.request, self._of_here(job))):
+            raise Taken("it works for another render")
+        run = self._plan(job) if begun is None else self._beside(begun, job)
+        if self._streamer is None:
+            prepare_weights(run)
+            self._streamer = self._stack.enter_context(open_weights(run))
+        runner = runner_on(self._streamer, run, Prompts(run.plan.family, job.texts))
+        self.jobs[job.name] = _Open(run, runner)
+
+    def _beside(self, begun: DenoiserRun, job: SharedJob) -> DenoiserRun:
+        """A run that works with the weights of one that is open. Raises Taken where it cannot."""
+        if denoiser_id(begun.models) != job.model_id:
+            raise Taken("it works for another render")
+        request, plan = self._of_here(job), begun.plan
+        tiling = plan_tiling(request, plan.family)
+        if tiling.regions.tile != plan.regions.tile:
+            raise Taken("it works for another render")
+        canvas = {one.name: getattr(tiling, one.name) for one in fields(Tiling)} | {"guide": None}
+        return replace(begun, request=request, plan=replace(plan, **canvas), prepared=None)
+
+    @torch.no_grad()
+    def assess(self, job: SharedJob) -> Estimate:
+        """How fast this machine would be with a job; its speed is measured for a second or two. Raises TilerError."""
+        if self.jobs:
+            raise Taken("it works for another render")
+        run = self._plan(job)
+        stored, _ = run.weights[run.plan.family.part(Role.DENOISER).name]
+        path = max(stored.values(), key=lambda info: info.nbytes).path
+        seconds = seconds_per_tile(run.request, run.plan, run.models, measure_speed(path))
+        tiles = max(1, run.plan.batch // run.plan.regions[0].samples)
+        return Estimate(seconds=seconds, tiles=tiles, instructions=computed_by())
+
+    def _plan(self, job: SharedJob) -> DenoiserRun:
+        """Raises TilerError."""
+        request = self._of_here(job)
         family = _open_family(job, request)
         models = phases.open_models(family)
         models.loras = apply_loras(find_loras(request), models)
@@ -95,47 +149,56 @@ class Bench:
                 f"{plan.memory.smallest_text}"
             ) from error
         weights = {p.name: (family.checkpoint.weights(p.name), p.aliases) for p in packed_parts(family)}
-        run = DenoiserRun(
+        return DenoiserRun(
             models=models, budget=self._budget, on_event=lambda event: None, request=request, plan=plan, weights=weights
         )
-        prepare_weights(run)
-        self._runner = self._stack.enter_context(open_denoiser(run, Prompts(family, job.texts)))
-        self.job, self._batch = job.name, plan.batch
+
+    def _of_here(self, job: SharedJob) -> ResolvedRequest:
+        """The job's request with this machine's places."""
+        request = replace(job.request, model=self._models.get(job.request.model, job.request.model))
+        if not request.scratch_folder.is_dir():  # of the machine that the job comes from
+            request = replace(request, scratch=default_cache().parent)
+            request.scratch_folder.mkdir(parents=True, exist_ok=True)
+        if request.cache_dir is not None and not request.cache_dir.is_dir():
+            request = replace(request, cache_dir=None)
+        if request.lora_dir is not None and not request.lora_dir.is_dir():  # then LoRAs lie in this machine's lora_dirs
+            request = replace(request, lora_dir=None)
+        return request
 
     @torch.no_grad()
-    def greet(self, step: int, window: Window, latents: np.ndarray) -> Greeting:
+    def greet(self, job: str, step: int, window: Window, latents: np.ndarray) -> Greeting:
         """Ready, with what a probe tile tells of this machine. Its first pass is slow; how slow others
         are is known by theirs."""
         start = time.perf_counter()
-        prediction = self.predict(step, [window], latents)
-        self._digest = hashlib.sha256(np.ascontiguousarray(prediction).tobytes()).hexdigest()[:16]
+        prediction = self.predict(job, step, [window], latents)
+        self.jobs[job].digest = digest_of(prediction)
         return Greeting(
-            digest=self._digest,
-            seconds=time.perf_counter() - start, batch=self._batch, threads=torch.get_num_threads(),
-            max_ram_bytes=self._budget.max_bytes, peak_rss_bytes=self.peak_rss_bytes,
+            digest=self.jobs[job].digest, seconds=time.perf_counter() - start, batch=self.jobs[job].run.plan.batch,
+            threads=torch.get_num_threads(), max_ram_bytes=self._budget.max_bytes, peak_rss_bytes=self.peak_rss_bytes,
         )  # fmt: skip
 
     @torch.no_grad()
-    def predict(self, step: int, windows: Sequence[Window], latents: np.ndarray) -> np.ndarray:
+    def predict(self, job: str, step: int, windows: Sequence[Window], latents: np.ndarray) -> np.ndarray:
         """(n, C, h, w) fp32 → the guided predictions, (n, C, h, w). Raises TilerError."""
-        assert self._runner is not None
-        start = time.perf_counter()
+        start, opened = time.perf_counter(), self.jobs[job]
         tiles = [tile_of(window, torch.from_numpy(one)) for window, one in zip(windows, latents, strict=True)]
-        predictions = torch.stack(list(self._runner.predict(step, tiles)))
+        predictions = torch.stack(list(opened.runner.predict(step, tiles)))
         self._budget.check("cluster")
-        self._tiles, self._seconds = self._tiles + len(tiles), self._seconds + time.perf_counter() - start
+        opened.tiles, opened.seconds = opened.tiles + len(tiles), opened.seconds + time.perf_counter() - start
+        opened.used = time.monotonic()
         return predictions.numpy()
 
 
 def tile_of(window: Window, latents: Tensor) -> Tile:
     """`latents` (C, h, w) as a tile of the canvas; it has no weights, which the blend alone needs."""
-    region = Text2ImageRegion(
-        top=window.top, left=window.left, height=window.height, width=window.width, condition=window.condition,
-        guidance_scale=window.guidance_scale, weights=torch.empty(0),
-        canvas=(window.canvas_height, window.canvas_width),
-        unconditional=window.unconditional, prompts=window.prompts,
-    )  # fmt: skip
+    names = [field.name for field in fields(Text2ImageRegion) if field.name != "weights"]
+    region = Text2ImageRegion(**dict(zip(names, window, strict=True)), weights=torch.empty(0))
     return Tile(latents[None], region)
+
+
+def _is_alike(one: ResolvedRequest, other: ResolvedRequest) -> bool:
+    """Whether two renders differ in what is drawn alone, so that one denoiser serves both."""
+    return all(getattr(one, name) == getattr(other, name) for name in _OF_THE_DENOISER)
 
 
 def _open_family(job: SharedJob, request: ResolvedRequest) -> Family:

@@ -6,6 +6,7 @@ What of dask is not used: nannies, the dashboard, spilling, stealing, and its ow
 
 from __future__ import annotations
 
+import asyncio
 import json
 import queue
 from collections.abc import Callable
@@ -32,6 +33,7 @@ with explained():
         "distributed.worker.profile.enabled": False, "distributed.scheduler.work-stealing": False,
         "distributed.scheduler.active-memory-manager.start": False, "distributed.scheduler.http.routes": [],
         "distributed.worker.http.routes": [], "distributed.comm.compression": None,
+        "distributed.admin.low-level-log-length": 1,  # else each connection keeps its last 1,000 messages, tiles and all
         "distributed.admin.system-monitor.log-length": 10, "distributed.admin.system-monitor.gil.enabled": False,
         "distributed.admin.tick.limit": "1h",
     })  # fmt: skip
@@ -40,6 +42,8 @@ with explained():
 
 LOOPBACK = "127.0.0.1:0"  # of HTTP servers, which dask opens whatever is asked, and which are closed at once
 _SECONDS = 30.0
+_REACHED_SECONDS = 10.0
+_LOST_SECONDS = 600.0  # in which a scheduler elsewhere may be started again
 
 
 class Arrived(NamedTuple):
@@ -86,6 +90,7 @@ class Engine:
                 address, loop=self._loop.loop, security=security, set_as_default=False, timeout=_SECONDS,
                 direct_to_workers=False,
             )  # fmt: skip
+            self._client.patience = _LOST_SECONDS
         except OSError as error:
             self.__exit__(None, None, None)
             raise ClusterError(f"{address}: {doing} ({error}); check address, port, firewall and keys") from error
@@ -112,11 +117,29 @@ class Engine:
     def members(self) -> dict[str, str] | None:
         """The address of each worker → its name; None while the scheduler does not answer."""
         assert self._client is not None
+        if self._client.status != "running":  # it tries to come back, and asking would wait for that
+            return None
         try:
             info = self._client.sync(self._client.scheduler.identity, n_workers=-1, callback_timeout=_SECONDS)
         except (OSError, TimeoutError, ValueError):
             return None
         return {address: str(facts["name"]) for address, facts in info["workers"].items()}
+
+    def reach(self, address: str) -> int:
+        """Have the scheduler connect to a worker, as it does to fetch results, → the ticket of the answer: an error
+        where it cannot."""
+        assert self._client is not None
+        client, ticket = self._client, next(self._tickets)
+
+        async def ask() -> None:
+            asked = client.scheduler.broadcast(msg={"op": "identity"}, workers=[address], on_error="ignore")
+            if not await asyncio.wait_for(asked, _REACHED_SECONDS):
+                raise ConnectionError
+
+        future = asyncio.run_coroutine_threadsafe(ask(), self._loop.loop.asyncio_loop)
+        self._futures[ticket] = future
+        future.add_done_callback(lambda _: self._arrived.put(ticket))
+        return ticket
 
     def submit(self, address: str, task: Callable[..., Any], *arguments: Any) -> int:
         """Have one worker run `task`, a function of a module, → the ticket of its answer."""
@@ -164,7 +187,10 @@ class Engine:
 
 
 class _Client(Client):  # type: ignore[misc]  # dask has no types
-    """dask's, of which nothing is left where it cannot start: its end would wait for a loop that has stopped."""
+    """dask's, of which nothing is left where it cannot start: its end would wait for a loop that has stopped. A
+    scheduler that has gone is looked for as long as `patience` says, in seconds."""
+
+    patience = _SECONDS
 
     def start(self, **options: Any) -> None:
         try:
@@ -175,6 +201,10 @@ class _Client(Client):  # type: ignore[misc]  # dask has no types
             self.status = "closed"
             self._loop_runner.stop()
             raise
+
+    async def _reconnect(self) -> None:
+        self._timeout = self.patience
+        await super()._reconnect()
 
 
 async def _scheduler(address: str, security: Security) -> Scheduler:

@@ -16,9 +16,9 @@ from tiler.cluster.pool import AHEAD
 from tiler.cluster.shared import WORKER_FOLDER
 from tiler.errors import BudgetRefused
 from tiler.memory.budget import format_mb
-from tiler.phases import RenderRun
-from tiler.planning.render import plan_render
+from tiler.planning.render import RenderPlan, plan_render
 from tiler.planning.tiling import plan_tiling
+from tiler.render_run import RenderRun
 from tiler.run import measure
 
 _CONNECTIONS_BYTES = 16_000_000  # what dask's scheduler and client take while they work
@@ -28,23 +28,13 @@ _GRACE = 3.0  # seconds between SIGTERM and SIGKILL
 def share_of(run: RenderRun, workers: int) -> int:
     """The ceiling of each of so many workers in bytes: the run's own less what this process needs beside them, divided.
     Raises BudgetRefused where that is too little, naming the number of workers that there is room for."""
-    request, plan = replace(run.request, precision=run.plan.precision), run.plan
+    plan = run.plan
     canvas = next(phase for phase in plan.memory.phases if phase.name == "canvas")
     tile_bytes = 4 * plan.family.latent_channels * plan.regions.tile[0] * plan.regions.tile[1]
     own = sum(term.nbytes for term in canvas.terms if term.name in ("python + libraries", "canvas"))
     own += _CONNECTIONS_BYTES + 2 * tile_bytes * min(AHEAD, len(plan.regions))
     room = run.budget.max_bytes - own
-    tiling, facts = plan_tiling(request, plan.family), measure(request.scratch_folder)
-    least = plan_render(
-        request,
-        run.models,
-        tiling,
-        facts,
-        max(1, room // workers),
-        encoded=True,
-        tiles_only=True,
-        embeds=bool(run.spoken.read_as.embeddings),
-    ).memory.smallest_bytes
+    least = plan_of_worker(run, max(1, room // workers)).memory.smallest_bytes
     if room // workers < least:
         fitting = max(0, room // least)
         fits = f"local:{fitting} fits" if fitting else "no worker fits beside it"
@@ -53,6 +43,14 @@ def share_of(run: RenderRun, workers: int) -> int:
             f"{format_mb(least)}: {fits}; {workers} need --max-ram {-(-(own + workers * least) // 10**6)}MB"
         )
     return room // workers
+
+
+def plan_of_worker(run: RenderRun, max_bytes: int) -> RenderPlan:
+    """How a worker here would predict the tiles under its own ceiling."""
+    request = replace(run.request, precision=run.plan.precision)
+    tiling, facts = plan_tiling(request, run.plan.family), measure(request.scratch_folder)
+    embeds = bool(run.spoken.read_as.embeddings)
+    return plan_render(request, run.models, tiling, facts, max_bytes, encoded=True, tiles_only=True, embeds=embeds)
 
 
 @contextmanager

@@ -16,12 +16,14 @@ from torch import Tensor
 
 from tiler.cluster import tasks
 from tiler.cluster.members import Member, Members
-from tiler.cluster.shared import Answer, Window
-from tiler.cluster.sharing import share
+from tiler.cluster.shared import Answer, digest_of, window_of
+from tiler.cluster.sharing import Busy, earliest, share
 from tiler.diffusion.runner import Runner, Tile, check_finite
 from tiler.errors import NumericalError
 
-AHEAD = 256  # tiles between the first without an answer and the last that was handed out, at most
+AHEAD = 256  # tiles between the first without an answer and the last that was handed out, at least
+_FARTHEST, _AHEAD_BYTES = 2000, 128_000_000  # at most, and in memory
+_ROUNDS = 4  # passes of every worker that may be waiting or early
 _LOOK = 0.1  # seconds in which a signal or a free worker is noticed
 _LATE, _LATE_SECONDS = 1.5, 30.0  # a task of more than 1.5 times its expected time and 30 s gets a copy
 _HERE = 4  # tiles predicted by this process between two looks at the workers
@@ -62,12 +64,14 @@ class _Step:
 
 class Pool:
     """A `Runner`, and a context manager. `open_local` opens the runner of this process, for when no worker is left;
-    `check` is called often, and may raise to stop the run; samples are added to `counts`."""
+    `check` is called often, and may raise to stop the run; samples are added to `counts`. No more than `farthest` tiles
+    are out or early at a time."""
 
     def __init__(
         self, members: Members, job: str, open_local: Callable[[], AbstractContextManager[Runner]],
-        check: Callable[[], None], note: Callable[[str], None], counts: dict[str, int],
+        check: Callable[[], None], note: Callable[[str], None], counts: dict[str, int], *, farthest: int = _FARTHEST,
     ) -> None:  # fmt: skip
+        self._farthest = farthest
         self._members, self._job, self._open_local = members, job, open_local
         self._check, self._note, self._counts = check, note, counts
         self._groups: dict[int, Group] = {}  # by ticket
@@ -85,8 +89,9 @@ class Pool:
     def predict(self, step: int, tiles: Iterable[Tile]) -> Iterator[Tensor]:
         under_way, source = _Step(step), enumerate(tiles)
         pulled, turn, last = 0, 0, False
+        ahead = AHEAD
         while True:
-            while not last and pulled - turn < AHEAD:
+            while not last and pulled - turn < ahead:
                 if (following := next(source, None)) is None:
                     last = True
                 else:
@@ -98,9 +103,17 @@ class Pool:
                 turn += 1
             if last and turn == pulled:
                 return
-            if pulled - turn < AHEAD and not last:
+            if pulled - turn < ahead and not last:
                 continue
             self._one_round(under_way)
+            ahead = self._ahead(under_way)
+
+    def _ahead(self, step: _Step) -> int:
+        """How many tiles may be out or early: enough for all workers, and no more than memory has room for."""
+        wanted = _ROUNDS * sum(member.pace.batch for member in self._members.ready())
+        tile = next(iter(step.tiles.values()), None)
+        room = self._farthest if tile is None else _AHEAD_BYTES // (2 * tile.latents.nbytes)
+        return max(AHEAD, min(wanted, room, self._farthest))
 
     def _one_round(self, step: _Step) -> None:
         self._check()
@@ -122,16 +135,18 @@ class Pool:
         return [n for n in step.waiting if ready and not any(step.may_have(m, n) for m in ready)]
 
     def _hand_out(self, step: _Step) -> None:
+        time: float | None = None  # by which all could be done; nobody new has come since it was found
         for member in self._members.free():
             waiting = [n for n in step.waiting if step.may_have(member, n)]
             if not waiting:
                 self._copy_late(member, step)
                 continue
-            others = [
-                (m.pace, self._busy(m)) for m in self._members.ready() if m is not member and not self._is_late(m)
-            ]
-            if count := share(len(waiting), member.pace, others):
+            if time is None:
+                fleet = [Busy(m.pace, self._busy(m)) for m in self._members.ready() if not self._is_late(m)]
+                time = earliest(len(waiting), fleet)
+            if count := share(len(waiting), member.pace, time):
                 self._submit(member, waiting[:count], step)
+                time = None
             else:
                 self._copy_late(member, step)
 
@@ -169,11 +184,11 @@ class Pool:
     def _submit(self, member: Member, numbers: Sequence[int], step: _Step) -> None:
         tiles = [step.tiles[n] for n in numbers]
         latents = torch.cat([tile.latents for tile in tiles]).contiguous().numpy()
-        windows = [tuple(Window.of(tile)) for tile in tiles]
+        windows = [window_of(tile) for tile in tiles]
         ticket = self._members.engine.submit(member.address, tasks.predict, self._job, step.number, windows, latents)
         member.ticket = ticket
         self._groups[ticket] = Group(
-            tuple(numbers), step.number, member, time.monotonic(), member.pace.seconds(len(numbers))
+            tuple(numbers), step.number, member, time.monotonic(), member.pace.seconds(len(numbers)) + member.delay
         )
         step.waiting = [n for n in step.waiting if n not in set(numbers)]
 
@@ -187,7 +202,8 @@ class Pool:
         if error is not None or not isinstance(value, Answer) or value.predictions is None:
             self._fail(group, value if isinstance(value, Answer) else None, error, step)
             return
-        member.note(len(group.numbers), value.seconds, value.peak_rss_bytes)
+        waited = time.monotonic() - group.since - value.seconds
+        member.note(len(group.numbers), value.seconds, value.peak_rss_bytes, waited=waited)
         if group.step != step.number:  # a copy was faster, and the step is over
             return
         for number, prediction in zip(group.numbers, value.predictions, strict=True):
@@ -204,6 +220,11 @@ class Pool:
     def _fail(self, group: Group, answer: Answer | None, error: BaseException | None, step: _Step) -> None:
         """A task that ended in an error: its tiles go elsewhere, and a worker that fails too often goes without."""
         member = group.member
+        if answer is not None and answer.is_closed:
+            if group.step == step.number:
+                self._return(group, step)
+            self._members.ask_again(member)
+            return
         said = answer.error if answer is not None else f"{type(error).__name__}: {error}".partition("\n")[0]
         member.failures += 1
         if group.step == step.number:
@@ -233,12 +254,25 @@ class Pool:
         back = {n for n in group.numbers if n in step.tiles and n not in elsewhere}
         step.waiting = sorted({*step.waiting, *back})
 
+    def _open_here(self) -> Runner:
+        """The runner of this process, whose bits are compared with the workers'."""
+        local, probe = self._stack.enter_context(self._open_local()), self._members.probe
+        own = digest_of(torch.stack(list(local.predict(probe.step, [probe.tile]))).numpy())
+        if self._members.digest is None:
+            self._members.digest = own  # whoever comes later has to compute the same
+        elif own != self._members.digest:
+            self._note(
+                "this processor computes other bits than the workers': the picture is neither quite the one that they would "
+                "make nor the one of this machine alone"
+            )
+        return local
+
     def _predict_here(self, numbers: Sequence[int], step: _Step) -> None:
         """In this process."""
         if self._local is None:
             if self._members.is_deserted:
                 self._note("no worker is left: this process predicts alone")
-            self._local = self._stack.enter_context(self._open_local())
+            self._local = self._open_here()
         tiles = [step.tiles[n] for n in numbers]
         for number, prediction in zip(numbers, self._local.predict(step.number, tiles), strict=True):
             self._answer(number, prediction, step)

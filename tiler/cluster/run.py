@@ -8,16 +8,22 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
-from tiler.cluster.shared import SharedJob, Window
+from tiler.cluster.shared import SharedJob
 from tiler.denoiser import denoiser_id, open_denoiser
 from tiler.diffusion.prompts import Prompts
 from tiler.diffusion.runner import Runner, Tile
-from tiler.phases import OpenRunner, RenderRun
+from tiler.phases import OpenRunner
+from tiler.planning.time import Speed
+from tiler.render_run import RenderRun
 from tiler.request import RenderRequest
 from tiler.request.cluster import Cluster, Where, parse_cluster
+
+if TYPE_CHECKING:
+    from tiler.cluster.outlook import Outlook
 
 _PATIENCE = 60.0  # seconds without any worker, after which this process goes on alone
 
@@ -43,6 +49,16 @@ def runner_of(run: RenderRun) -> OpenRunner:
     return partial(_open_pool, cluster, share)
 
 
+def outlook(run: RenderRun, speed: Speed) -> Outlook | None:
+    """What the cluster that was asked for would bring; `speed` is this machine's. Raises ClusterError, UsageError,
+    BudgetRefused."""
+    if run.request.cluster is None:
+        return None
+    from tiler.cluster.outlook import look
+
+    return look(run, parse_cluster(run.request.cluster), speed)
+
+
 @contextmanager
 def _open_pool(cluster: Cluster, share: int, run: RenderRun, prompts: Prompts) -> Iterator[Runner]:
     from tiler.cluster import tasks
@@ -50,7 +66,7 @@ def _open_pool(cluster: Cluster, share: int, run: RenderRun, prompts: Prompts) -
     from tiler.cluster.keys import make_keys
     from tiler.cluster.local import processes, running
     from tiler.cluster.members import Members, Probe
-    from tiler.cluster.pool import Pool
+    from tiler.cluster.pool import AHEAD, Pool
 
     may_come: Callable[[], int] | None = None
     is_local, keys = cluster.where is Where.LOCAL, run.request.keys
@@ -59,7 +75,6 @@ def _open_pool(cluster: Cluster, share: int, run: RenderRun, prompts: Prompts) -
         reads_text=bool(run.plan.family.encoders), embeds=bool(run.spoken.read_as.embeddings),
         texts=prompts.encoded,
     )  # fmt: skip
-    probe = _probe(run)
     with ExitStack() as stack:
         if is_local:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tiler-cluster-")))
@@ -71,8 +86,9 @@ def _open_pool(cluster: Cluster, share: int, run: RenderRun, prompts: Prompts) -
             may_come = partial(running, started)
         if cluster.where is Where.LISTEN:
             run.note(f"waiting for workers at {engine.address}")
-        asked = Probe(job.to_bytes(), run.plan.begin, Window.of(probe), probe.latents.numpy(), probe.region.samples)
-        members = Members(engine, asked, run.note, _PATIENCE, may_come)
+        asked = Probe(job.to_bytes(), run.plan.begin, _probe(run))
+        patience = None if run.request.cluster_only else _PATIENCE
+        members = Members(engine, asked, run.note, patience, may_come)
         pool = stack.enter_context(
             Pool(
                 members,
@@ -81,6 +97,7 @@ def _open_pool(cluster: Cluster, share: int, run: RenderRun, prompts: Prompts) -
                 partial(run.budget.check, "canvas"),
                 run.note,
                 run.counts,
+                **({"farthest": AHEAD} if is_local else {}),  # which their share of the ceiling was made for
             )
         )
         try:

@@ -3,10 +3,11 @@ arrays."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -29,26 +30,23 @@ def versions() -> dict[str, str]:
     return found | {"python": ".".join(platform.python_version_tuple()[:2])}
 
 
-class Window(NamedTuple):
-    """A tile's place and what it is made under; the fields of Text2ImageRegion but for its weights."""
+Window = Sequence[Any]
+"""A tile's place and what it is made under: the fields of its Text2ImageRegion, in order, without its weights."""
 
-    top: int
-    left: int
-    height: int
-    width: int
-    condition: int
-    guidance_scale: float
-    canvas_height: int
-    canvas_width: int
-    unconditional: bool
-    prompts: int
 
-    @classmethod
-    def of(cls, tile: Tile) -> Window:
-        r = tile.region
-        return cls(
-            r.top, r.left, r.height, r.width, r.condition, r.guidance_scale, *r.canvas, r.unconditional, r.prompts
-        )
+def window_of(tile: Tile) -> Window:
+    """As plain numbers; the weights stay with the blend, which alone needs them."""
+    region = tile.region
+    return tuple(getattr(region, field.name) for field in fields(region) if field.name != "weights")
+
+
+class Taken(ClusterError):
+    """A worker has another render's denoiser open."""
+
+
+def digest_of(prediction: np.ndarray) -> str:
+    """Tells machines that compute equal bits by what they predict for a probe tile, (1, C, h, w) fp32."""
+    return hashlib.sha256(prediction.tobytes()).hexdigest()[:16]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,10 +104,12 @@ class SharedJob:
 
 @dataclass(frozen=True, kw_only=True)
 class Greeting:
-    """How a worker answers to a job: ready, or why not. `digest` is of a probe tile's prediction, by which machines
-    that compute equal bits are known; `seconds` is what it took, `batch` the most samples of one pass."""
+    """How a worker answers to a job: ready, or why not; one that another render has may be asked again. `digest` is
+    of a probe tile's prediction, by which machines that compute equal bits are known; `seconds` is what it took,
+    `batch` the most samples of one pass."""
 
     refusal: str = ""
+    is_taken: bool = False
     digest: str = ""
     seconds: float = 0.0
     batch: int = 1
@@ -127,6 +127,20 @@ class Greeting:
         return cls(**{name: value for name, value in said.items() if name in cls.__dataclass_fields__})
 
 
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """What a worker expects of a job before it opens its weights: `seconds` for each tile in passes of so many
+    `tiles`, or why it would not take it. `instructions` say who computes; where they differ, so do bits."""
+
+    refusal: str = ""
+    seconds: float = 0.0
+    tiles: int = 1
+    instructions: str = ""
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+
 class Answer(NamedTuple):
     """The guided predictions of a task's tiles, (n, C, h, w) fp32, or what went wrong."""
 
@@ -135,3 +149,4 @@ class Answer(NamedTuple):
     peak_rss_bytes: int
     error: str = ""
     is_numerical: bool = False
+    is_closed: bool = False  # the job is not open there (any more)

@@ -8,8 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
+
 _FIXED = 0.25  # of a pass over one tile, as long as nothing else is known: reading the weights (SD 1.5 in int8: 2.3 of 8.9 s)
 _REMEMBERED = 6  # passes
+_ROUNDING = 1e-9  # of a tile that a time falls short of by arithmetic alone
+_HALVINGS = 24  # of an interval of time: to a ten-millionth
 _STEADY = 0.1  # how far a worker's last passes may be from what was expected of them
 
 
@@ -33,6 +37,14 @@ class Pace:
     def from_probe(cls, seconds: float, batch: int) -> Pace:
         """From a pass over one tile."""
         return cls(batch=batch, fixed=_FIXED * seconds, each=(1 - _FIXED) * seconds)
+
+    @classmethod
+    def expected(cls, seconds: float, batch: int) -> Pace:
+        """From `seconds` a tile in passes of `batch`, taken for sure."""
+        each = batch * seconds / (batch + _FIXED / (1 - _FIXED))
+        found = cls(batch=batch, fixed=batch * (seconds - each), each=each)
+        found.passes = 3 * [Pass(batch, found.seconds(batch))]
+        return found
 
     def seconds(self, tiles: int) -> float:
         """Expected of one pass."""
@@ -67,27 +79,42 @@ class Pace:
         whole = self.seconds(self.batch)
         passes = math.floor(seconds / whole)
         rest = seconds - passes * whole - self.fixed
-        return passes * self.batch + max(0, min(self.batch, math.floor(rest / self.each + 1e-9)))
+        return passes * self.batch + max(0, min(self.batch, math.floor(rest / self.each + _ROUNDING)))
 
 
-def share(left: int, mine: Pace, others: Sequence[tuple[Pace, float]]) -> int:
-    """How many of the `left` tiles a free worker of pace `mine` takes now; each of the others is busy for so many
-    seconds more, 0 if it is free. 0 where they will be done sooner without it.
+class Busy(NamedTuple):
+    """A worker of a fleet: its pace, and the seconds until it is free."""
 
-    T* is the earliest time by which all together could finish; a worker takes what it could do until then, half of that
-    while its pace is uncertain.
-    """
-    fleet = [(mine, 0.0), *others]
-    low, high = 0.0, mine.seconds(1)
-    while sum(pace.tiles_in(high - busy) for pace, busy in fleet) < left:
+    pace: Pace
+    seconds: float
+
+
+def earliest(left: int, fleet: Sequence[Busy]) -> float:
+    """T*, the earliest time in seconds by which all together could finish `left` tiles."""
+    batch, fixed, each, busy = np.array(
+        [(pace.batch, pace.fixed, pace.each, seconds) for pace, seconds in fleet], dtype=np.float64
+    ).T
+    whole = fixed + batch * each
+
+    def done_by(time: float) -> float:
+        rest = np.maximum(time - busy, 0.0)
+        passes = np.floor(rest / whole)
+        partial = np.floor((rest - passes * whole - fixed) / each + _ROUNDING)
+        return float((passes * batch + np.clip(partial, 0, batch)).sum())
+
+    low, high = 0.0, float((busy + fixed + each).min())
+    while done_by(high) < left:
         low, high = high, 2 * high
-    for _ in range(40):
+    for _ in range(_HALVINGS):
         middle = (low + high) / 2
-        if sum(pace.tiles_in(middle - busy) for pace, busy in fleet) < left:
-            low = middle
-        else:
-            high = middle
-    could = mine.tiles_in(high)
-    if not mine.is_steady:
+        low, high = (middle, high) if done_by(middle) < left else (low, middle)
+    return high
+
+
+def share(left: int, pace: Pace, time: float) -> int:
+    """How many of the `left` tiles a free worker takes now: what it could do by T*, the `time` of `earliest`, half of
+    that while its pace is uncertain. 0 where the others will be done sooner without it."""
+    could = pace.tiles_in(time)
+    if not pace.is_steady:
         could = math.ceil(could / 2)
-    return min(left, mine.batch, could)
+    return min(left, pace.batch, could)

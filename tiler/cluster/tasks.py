@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from tiler.cluster.shared import Answer, Greeting, SharedJob, Window
+from tiler.cluster.shared import Answer, Estimate, Greeting, SharedJob, Taken, Window
 from tiler.errors import NumericalError, TilerError
 from tiler.memory.limits import is_out_of_memory
 from tiler.memory.process import read_rss
@@ -38,29 +38,49 @@ def begin(opener: Callable[[], Bench], max_ram_bytes: int) -> None:
     }  # fmt: skip
 
 
-def hello(job: bytes, step: int, window: tuple[float, ...], latents: np.ndarray) -> str:
+def has_worked() -> bool:
+    """Whether this process has opened a job, or tried to, since it began."""
+    return _Desk.bench is not None
+
+
+def hello(job: bytes, step: int, window: Window, latents: np.ndarray) -> str:
     """Open the job's denoiser and predict a probe tile: a Greeting as JSON."""
     if _Desk.opener is None:
         return Greeting(refusal="is no `tiler worker`").to_json()
+    name = ""
     with _Desk.lock:
         try:
             _Desk.bench = _Desk.bench or _Desk.opener()
-            _Desk.bench.open(SharedJob.from_bytes(job))
-            return _Desk.bench.greet(step, Window(*window), latents).to_json()  # type: ignore[arg-type]
+            shared = SharedJob.from_bytes(job)
+            name = shared.name
+            _Desk.bench.open(shared)
+            return _Desk.bench.greet(name, step, window, latents).to_json()
         except Exception as error:
-            if _Desk.bench is not None:
-                _Desk.bench.close()
-            return Greeting(refusal=_explained(error)).to_json()
+            if _Desk.bench is not None and name:
+                _Desk.bench.close(name)
+            return Greeting(refusal=_explained(error), is_taken=isinstance(error, Taken)).to_json()
 
 
-def predict(job: str, step: int, windows: Sequence[tuple[float, ...]], latents: np.ndarray) -> Answer:
+def assess(job: bytes) -> str:
+    """How fast this worker would be with a job, of which nothing is opened: an Estimate as JSON."""
+    if _Desk.opener is None:
+        return Estimate(refusal="is no `tiler worker`").to_json()
+    with _Desk.lock:
+        try:
+            _Desk.bench = _Desk.bench or _Desk.opener()
+            return _Desk.bench.assess(SharedJob.from_bytes(job)).to_json()
+        except Exception as error:
+            return Estimate(refusal=_explained(error)).to_json()
+
+
+def predict(job: str, step: int, windows: Sequence[Window], latents: np.ndarray) -> Answer:
     """The predictions of tiles, whose `latents` are (n, C, h, w), at `step` of the job of that name."""
     with _Desk.lock:
         start, bench = time.perf_counter(), _Desk.bench
-        if bench is None or bench.job != job:
-            return Answer(None, 0.0, 0, "has not opened this job")
+        if bench is None or job not in bench.jobs:
+            return Answer(None, 0.0, 0, "works for another render now", is_closed=True)
         try:
-            predictions = bench.predict(step, [Window(*window) for window in windows], latents)  # type: ignore[arg-type]
+            predictions = bench.predict(job, step, windows, latents)
         except Exception as error:
             is_numerical = isinstance(error, NumericalError)
             return Answer(None, time.perf_counter() - start, bench.peak_rss_bytes, _explained(error), is_numerical)
@@ -70,8 +90,8 @@ def predict(job: str, step: int, windows: Sequence[tuple[float, ...]], latents: 
 def close(job: str) -> None:
     """Let the denoiser of that job go."""
     with _Desk.lock:
-        if _Desk.bench is not None and _Desk.bench.job == job:
-            _Desk.bench.close()
+        if _Desk.bench is not None and job in _Desk.bench.jobs:
+            _Desk.bench.close(job)
 
 
 def facts() -> str:

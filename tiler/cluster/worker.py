@@ -63,15 +63,18 @@ def work(joining: Joining, budget: Budget) -> None:
     folder = tempfile.mkdtemp(prefix="tiler-worker-", dir=os.environ.get(WORKER_FOLDER))
     try:
         with budget:
-            tasks.begin(lambda: _open_bench(budget, joining.models), budget.max_bytes)
+            tasks.begin(lambda: open_bench(budget, joining.models), budget.max_bytes)
             code = asyncio.run(_stay(joining, security, folder))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     sys.stdout.flush()
+    if code is None:
+        sys.stderr.flush()
+        os.execv(sys.executable, sys.orig_argv)  # torch and what it left in the heap would stay
     os._exit(code)  # the thread of a pass under way waits for nothing
 
 
-def _open_bench(budget: Budget, models: Mapping[str, str]) -> Bench:
+def open_bench(budget: Budget, models: Mapping[str, str]) -> Bench:
     """Imports torch: a worker that waits for its first job is small."""
     from tiler.memory.lean_imports import lean_torch
 
@@ -81,8 +84,8 @@ def _open_bench(budget: Budget, models: Mapping[str, str]) -> Bench:
     return Bench(budget, models)
 
 
-async def _stay(joining: Joining, security: Any, folder: str) -> int:
-    """→ the exit code."""
+async def _stay(joining: Joining, security: Any, folder: str) -> int | None:
+    """→ the exit code, or None to begin anew, as small as at first: the connection is lost, and a job has been open."""
     loop, stopped = asyncio.get_running_loop(), asyncio.Event()
     signals: list[int] = []
 
@@ -112,6 +115,8 @@ async def _stay(joining: Joining, security: Any, folder: str) -> int:
             await asyncio.wait((finished, stopping), return_when=asyncio.FIRST_COMPLETED)
             if not stopped.is_set():
                 _say(joining, f"{joining.name}: the connection is lost")
+                if tasks.has_worked() and not joining.once:
+                    return None
         elif starting.done():
             if joining.once:
                 raise ClusterError(f"{joining.address}: no answer; check address, port, firewall and keys")

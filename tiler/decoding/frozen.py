@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Iterator
+from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -69,6 +70,14 @@ def _blocks(length: int, taken: int) -> Tensor:
     count = taken // BLOCK
     starts = torch.linspace(0, length - BLOCK, count) if count > 1 else torch.tensor([(length - BLOCK) / 2])
     return starts.round().long()[:, None].add(torch.arange(BLOCK)).flatten()
+
+
+class Part(NamedTuple):
+    """Of latents, (1, C, h, w), whose first element belongs at this row and column."""
+
+    top: int
+    left: int
+    latents: Tensor
 
 
 class Band(NamedTuple):
@@ -186,8 +195,24 @@ def encode(
     progress: Callable[[float], None] = _ignore,
     margin: tuple[int, int] = (0, 0),
 ) -> Tensor:
-    """pixels: (H, W, 3) uint8, sides multiples of FACTOR → the posterior's mean (1, C, h, w) fp32, unscaled. `margin`
-    as for `decode`, in latents."""
+    """What `encode_parts` makes, as a whole: (1, C, h, w)."""
+    parts = list(encode_parts(vae, pixels, scratch, hold=hold, check=check, progress=progress, margin=margin))
+    bands = [[part.latents for part in band] for _, band in groupby(parts, key=lambda part: part.left)]
+    return torch.cat([torch.cat(band, dim=2) for band in bands], dim=3)
+
+
+def encode_parts(
+    vae: AutoencoderKL,
+    pixels: Pixels,
+    scratch: Scratch,
+    *,
+    hold: Hold,
+    check: Check = _ignore,
+    progress: Callable[[float], None] = _ignore,
+    margin: tuple[int, int] = (0, 0),
+) -> Iterator[Part]:
+    """pixels: (H, W, 3) uint8, sides multiples of FACTOR → the posterior's mean in parts, fp32, unscaled. `margin` as
+    for `decode`, in latents."""
     (y, x), height, width = margin, pixels.shape[0] // FACTOR, pixels.shape[1] // FACTOR
     stages = encoder_stages(vae.encoder, vae.quant_conv)
     down, across = sample(height - 2 * y, width - 2 * x)
@@ -197,15 +222,16 @@ def encode(
         _measure(stages, to_tensor(np.concatenate(blocks)), scratch, hold, check, scale=FACTOR)
     all_bands = bands(width)
 
-    def mean(number: int, band: Band) -> Tensor:
+    def shared(number: int) -> Callable[[float], None]:
+        return lambda done: progress((number + done) / len(all_bands))
+
+    for number, band in enumerate(all_bands):
         rows, seen = FACTOR * strip_rows(band.last - band.first), slice(FACTOR * band.first, FACTOR * band.last)
         strips = (to_tensor(pixels[top : top + rows][:, seen]) for top in range(0, FACTOR * height, rows))
-        moments = _stream(
-            stages, strips, FACTOR * height, check, lambda done: progress((number + done) / len(all_bands))
-        )
-        return means(moments)[:, :, :, band.keep]
-
-    return torch.cat([mean(number, band) for number, band in enumerate(all_bands)], dim=3)
+        row = 0
+        for moments in _stream(stages, strips, FACTOR * height, check, shared(number)):
+            yield Part(row, band.first + band.keep.start, means([moments])[:, :, :, band.keep])
+            row += moments.shape[1]
 
 
 def rehearse(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch import Tensor
 from tiler.compute.shapes import MetaMeter
 from tiler.compute.stream import Streamer
 from tiler.decoding import FACTOR, exact, frozen, tiny
+from tiler.decoding.frozen import Part
 from tiler.decoding.rows import REACH, Check, Latents, Pixels
 from tiler.decoding.scratch import Scratch
 from tiler.decoding.spool import Spool
@@ -167,6 +168,15 @@ def choose(
     return affordable(method)
 
 
+@runtime_checkable
+class Around(Latents, Protocol):
+    """Latents that can be read beyond their borders, on the other side."""
+
+    def widened(self, rows: int, cols: int) -> Latents:
+        """With so many rows and columns more on each side."""
+        ...
+
+
 def decode(
     method: DecodePlan,
     vae: Any,
@@ -184,7 +194,9 @@ def decode(
     `progress` gets the share done, 0 to 1. Raises StorageError and NumericalError.
     """
     (y, x), (height, width) = method.margin, latents.shape[2:]
-    if y or x:  # columns repeat too: rows of a file become a tensor first
+    if (y or x) and isinstance(latents, Around):
+        latents = latents.widened(y, x)
+    elif y or x:  # columns repeat too: rows of a file become a tensor first
         latents = latents[:, :, :][
             :, :, (torch.arange(-y, height + y) % height)[:, None], torch.arange(-x, width + x) % width
         ]
@@ -231,6 +243,32 @@ def encode(
     else:
         mean = frozen.encode(vae, pixels, scratch, check=check, progress=progress, **options)
     return mean[:, :, y : mean.shape[2] - y, x : mean.shape[3] - x]
+
+
+def encode_parts(
+    method: DecodePlan,
+    vae: AutoencoderKL,
+    streamer: Streamer,
+    pixels: Pixels,
+    *,
+    check: Check,
+    progress: Callable[[float], None],
+    spool: Spool | None = None,
+) -> Iterator[Part]:
+    """What `encode` makes, a part at a time where it goes by bands."""
+    if method.by_layers:
+        mean = encode(method, vae, streamer, pixels, check=check, progress=progress, spool=spool)
+        yield Part(0, 0, mean)
+        return
+    y, x = method.margin
+    height, width = pixels.shape[0] // FACTOR - 2 * y, pixels.shape[1] // FACTOR - 2 * x
+    scratch = Scratch(method.folder, DTYPES[method.dtype])
+    options: dict[str, Any] = {"hold": streamer.hold_transformed, "margin": method.margin}
+    for top, left, part in frozen.encode_parts(vae, pixels, scratch, check=check, progress=progress, **options):
+        above, before = max(0, y - top), max(0, x - left)
+        part = part[:, :, above : max(above, y + height - top), before : max(before, x + width - left)]
+        if part.numel():
+            yield Part(max(0, top - y), max(0, left - x), part)
 
 
 def _noting(method: DecodePlan, scratch: Scratch, check: Check, progress: Callable[[float], None]) -> Check:

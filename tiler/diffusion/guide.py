@@ -105,9 +105,11 @@ def crop_to_aspect(
     return LazyResize(picture, within, steps[0], shape, wraps[0])
 
 
-def upscale(latents: Tensor, size: GuideSize, canvas: tuple[int, int], wraps: tuple[bool, bool]) -> Tensor:
+def upscale(
+    latents: Tensor, size: GuideSize, canvas: tuple[int, int], wraps: tuple[bool, bool], rows: slice = slice(None)
+) -> Tensor:
     """Resize the visible part of the guide's latents, (1, C, h, w), to `canvas` (height, width) by bicubic
-    interpolation."""
+    interpolation; only these `rows` of the result are computed."""
     import torch
     import torch.nn.functional as F
 
@@ -117,5 +119,7 @@ def upscale(latents: Tensor, size: GuideSize, canvas: tuple[int, int], wraps: tu
         at = (side - shown) / 2 + (torch.arange(length, dtype=torch.float64) + 0.5) * shown / length + pad
         axes.append((2 * at / (side + 2 * pad) - 1).float())
         latents = latents.index_select(1 + len(axes), torch.arange(-pad, side + pad) % side)
-    grid = torch.stack([axes[1].expand(canvas), axes[0][:, None].expand(canvas)], dim=-1)[None]
+    down, across = axes[0][rows], axes[1]
+    sides = len(down), len(across)
+    grid = torch.stack([across.expand(sides), down[:, None].expand(sides)], dim=-1)[None]
     return F.grid_sample(latents, grid, mode="bicubic", padding_mode="border", align_corners=False)

@@ -145,6 +145,14 @@ class DiffusersSchedule:
                 numbers[name] = value
         return SchedulerState(numbers, tensors)
 
+    def renew(self, state: SchedulerState) -> None:
+        """`restore` for a schedule that may have gone on since."""
+        for name in [name for name in vars(self.scheduler) if name not in self._fresh]:
+            delattr(self.scheduler, name)
+        for name, value in self._fresh.items():
+            setattr(self.scheduler, name, list(value) if isinstance(value, list) else value)
+        self.restore(state)
+
     def restore(self, state: SchedulerState) -> None:
         for name, value in state.numbers.items():
             setattr(self.scheduler, name, list(value) if isinstance(value, list) else value)

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 import random
-from bisect import bisect_right
-from collections.abc import Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import NamedTuple, overload
@@ -157,6 +157,20 @@ class Tiles(Sequence[Text2ImageRegion]):
             under = [cells[top : top + self.tile[0], left : left + self.tile[1]].any() for top, left in tops_and_lefts]
             layers.append(replace(layer, present=tuple(n for n, marked in enumerate(under) if marked)))
         return replace(self, layers=tuple(layers), whole=whole)
+
+    def reaching(self, first: int, last: int) -> Iterator[int]:
+        """The numbers of the tiles that reach into the rows [first, last) of the canvas, in order. Makes none."""
+        before, (height, side) = 0, (self.canvas[0], self.tile[0])
+        for layer in self.layers:
+            across, numbers = len(layer.cols), layer.present
+            for row, start in enumerate(layer.rows):
+                top = start + self.shift[0]
+                if (first - top) % height < side or (top - first) % height < last - first:
+                    low, high = row * across, (row + 1) * across
+                    if numbers is not None:
+                        low, high = bisect_left(numbers, low), bisect_left(numbers, high)
+                    yield from range(before + low, before + high)
+            before += len(layer)
 
     @property
     def samples(self) -> int:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple, Self
 
 from tiler import interrupts
 from tiler.decoding import spool as spools
+from tiler.diffusion import stored_files
 from tiler.errors import JobError, NameTaken, StorageError
 from tiler.events import Note, OnEvent, Saved, Tensors
 from tiler.jobs import layout, tensors
@@ -104,6 +105,7 @@ class Job:
             elif error is None or isinstance(error, NameTaken):
                 if self._request.keep_job:
                     self.clear_spool()
+                    self._clear_canvas()
                 else:
                     self._remove()
             elif not self._holds_work():
@@ -174,6 +176,12 @@ class Job:
         return scratch.absolute() / f"tiler-{mark}.{SPOOL}"
 
     @property
+    def canvas_folder(self) -> Path | None:
+        """Where a canvas lies that memory does not hold, while there is a job."""
+        spool = self.spool
+        return None if spool is None else _canvas_beside(spool)
+
+    @property
     def spool(self) -> Path | None:
         """That folder, while there is a job."""
         return _spool_of(self.folder, self.manifest) if self._begun and self.manifest is not None else None
@@ -234,7 +242,11 @@ class Job:
 
     @property
     def has_reference(self) -> bool:
-        return self._begun and (self.folder / REFERENCE).exists()
+        places = (
+            self.folder / REFERENCE,
+            _canvas_beside(_spool_of(self.folder, self.manifest)) / stored_files.REFERENCE,
+        )
+        return self._begun and any(place.exists() for place in places)
 
     def load_reference(self) -> Tensor:
         """(1, C, H, W) fp32. Raises JobError."""
@@ -251,10 +263,14 @@ class Job:
 
     def _remove(self, keep: tuple[str, ...] = ()) -> None:
         self.clear_spool()
+        self._clear_canvas()
         layout.remove(self.folder, keep)
 
+    def _clear_canvas(self) -> None:
+        stored_files.clear(_canvas_beside(_spool_of(self.folder, self.manifest)))
+
     def _holds_work(self) -> bool:
-        return any((self.folder / name).exists() for name in (*SLOTS, REFERENCE))
+        return any((self.folder / name).exists() for name in (*SLOTS, REFERENCE)) or self.has_reference
 
 
 def _number_of(path: Path) -> int:
@@ -267,6 +283,10 @@ def _spool_of(folder: Path, manifest: Manifest | None) -> Path:
     """Where the manifest says; of one that says nothing, as earlier versions wrote, and of none, in the job's
     folder."""
     return Path(manifest.spool) if manifest is not None and manifest.spool else folder / SPOOL
+
+
+def _canvas_beside(spool: Path) -> Path:
+    return spool.with_name(spool.name.removesuffix(SPOOL) + "canvas")
 
 
 def newest_facts(folder: Path, manifest: Manifest | None) -> tuple[str, str]:

@@ -13,6 +13,7 @@ from tiler.decoding.scratch import free_bytes
 from tiler.decoding.spool import Spool, bytes_in, clear
 from tiler.events import OnEvent, Saved
 from tiler.memory.budget import format_mb
+from tiler.output.latents import InParts
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def remember(
-    place: Path | None, what: str, plan: DecodePlan, begin: Tensor | np.ndarray, on_event: OnEvent, note: Callable[[str], None]
+    place: Path | None, what: str, plan: DecodePlan, begin: Tensor | np.ndarray | InParts, on_event: OnEvent, note: Callable[[str], None]
 ) -> Spool | None:  # fmt: skip
     """The spool at `place` for `plan`, which begins with the tensor or array `begin`; `what` is done, for people. None
     for an encoder without passes, without a job, and, with a note, where there is no room. Raises StorageError."""
@@ -46,5 +47,10 @@ def _picture_bytes(latents: Any) -> int:
 
 def _digest(begin: Any) -> str:
     """Of the bytes of a tensor or an array, without a copy where they lie in order."""
+    if isinstance(begin, InParts):
+        found = hashlib.sha256()
+        for part in begin.parts():
+            found.update(part.numpy().tobytes())
+        return found.hexdigest()
     array = begin if hasattr(begin, "tobytes") else begin.contiguous().numpy()
     return hashlib.sha256(memoryview(array if array.flags.c_contiguous else array.copy())).hexdigest()

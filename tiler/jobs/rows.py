@@ -194,7 +194,18 @@ def _words(key: str, value: Any) -> Iterator[str]:
 
 # A file of rows may be another person's: where things are written, and who draws, is said on the command line alone.
 _NOT_OF_ROWS = frozenset(
-    ("cluster", "keys", "insecure", "save-latents", "preview", "force", "scratch", "cache-dir", "job-dir")
+    (
+        "cluster",
+        "cluster-only",
+        "keys",
+        "insecure",
+        "save-latents",
+        "preview",
+        "force",
+        "scratch",
+        "cache-dir",
+        "job-dir",
+    )
 )
 
 

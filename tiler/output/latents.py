@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 from tiler.decoding import FACTOR
 from tiler.errors import ModelError, NumericalError, StorageError, UsageError
 from tiler.files import atomic
 from tiler.output.metadata import XMP
-from tiler.weights.index import open_regular, read_index, read_into, read_metadata
+from tiler.weights.index import header_bytes, open_regular, read_index, read_into, read_metadata
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,13 +31,31 @@ class Box(NamedTuple):
     left: int
 
 
-def save_latents(path: Path, latents: Tensor, facts: Mapping[str, str] | None = None, *, force: bool = True) -> None:
+@runtime_checkable
+class InParts(Protocol):
+    """Latents of `shape` (1, C, h, w) that lie in a file: fp32, in order."""
+
+    shape: tuple[int, ...]
+
+    def parts(self) -> Iterator[Tensor]: ...
+
+
+def save_latents(
+    path: Path, latents: Tensor | InParts, facts: Mapping[str, str] | None = None, *, force: bool = True
+) -> None:
     """Write atomically, as fp32, with what is known of the picture: where it lies, as a `Box` has it, and its texts.
     Without `force`, a file that has meanwhile appeared is kept. Raises StorageError."""
     from safetensors.torch import save
 
     with atomic(path, replace=force) as file:
-        file.write(save({NAME: latents.contiguous()}, metadata=dict(facts or {})))
+        if not isinstance(latents, InParts):
+            file.write(save({NAME: latents.contiguous()}, metadata=dict(facts or {})))
+            return
+        size = 4 * math.prod(latents.shape)
+        entry = {"dtype": "F32", "shape": latents.shape, "data_offsets": [0, size]}
+        file.write(header_bytes({"__metadata__": dict(facts or {}), NAME: entry}))
+        for part in latents.parts():
+            file.write(part.numpy().tobytes())
 
 
 class LatentsFile:

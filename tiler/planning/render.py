@@ -20,7 +20,10 @@ from tiler.decoding.method import DecodePlan, ScratchSpace
 from tiler.diffusion import flow, schedulers
 from tiler.diffusion.masks import MASKS_KEPT
 from tiler.diffusion.schedulers import DiffusersSchedule
-from tiler.errors import UsageError
+from tiler.diffusion.stored import Shape
+from tiler.diffusion.stored_canvas import bytes_of
+from tiler.errors import StorageError, UsageError
+from tiler.memory.budget import format_mb
 from tiler.memory.tuning import MARGIN
 from tiler.models.built import Models
 from tiler.models.chunks import MOST_CHUNKS
@@ -38,6 +41,10 @@ ORDER = ("load guide", "encode prompts", "guide", "guide picture", "canvas", "de
 # Samples that share a read of the weights. A choice, no measurement: SD 1.5's share is then 0.1 GB each, beside seconds
 # of arithmetic.
 MAX_BATCH = 16
+_ARRAYS = 6  # of a canvas's size: latents before and after, their sum, what a scheduler remembers, a reference
+# From here on a canvas lies in files. It depends on nothing but the size: the last bits of one scheduler tell which.
+IN_MEMORY_BYTES = 128_000_000
+_STORED_BYTES = 24_000_000  # the parts of it that are in memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +66,12 @@ class RenderPlan(Tiling):
     scheduler: Scheduler  # never AUTO
     notes: tuple[str, ...]  # on the scheduler, for the user
     encoded: bool  # whether all prompts are embedded already, and no text encoder is read
+    stored: bool  # whether the canvas lies in files
+
+    @property
+    def shape(self) -> Shape:
+        """Of the canvas, (1, C, h, w)."""
+        return 1, self.family.latent_channels, *self.canvas
 
     @property
     def denoiser_calls(self) -> int:
@@ -111,14 +124,26 @@ def plan_render(
     sampler = DenoiserPeaks(models, precision, chunks=chunks)
     tight = DenoiserPeaks(models, precision, arena_bytes=TIGHT_ARENA_BYTES, chunks=chunks)
     fixed = [facts.libraries]
+    masks = min(MASKS_KEPT, max(map(len, (tiling.regions, *tiling.canvas_steps[-1:]))))
+    canvas_bytes = _ARRAYS * 4 * family.latent_channels * math.prod(tiling.canvas) + 4 * math.prod(tile) * masks
+    on_disk = canvas_bytes > IN_MEMORY_BYTES and not tiles_only
+    if on_disk:
+        needed, place = (
+            bytes_of((1, family.latent_channels, *tiling.canvas), len(tiling.regions), tile),
+            request.scratch_folder,
+        )
+        if facts.scratch_free_bytes < needed:
+            raise StorageError(
+                f"{place} has {format_mb(facts.scratch_free_bytes)} free, and the canvas takes {format_mb(needed)}; free some, or "
+                "give another folder with --scratch"
+            )
+        canvas_bytes = _STORED_BYTES + 4 * math.prod(tile) * masks
+    if tiles_only:
+        tiling, guide, canvas_bytes = replace(tiling, guide=None), None, 0
     decode_precision, coding = Precision.FP32, _Coding({}, [], None)
     if not tiles_only:
         decode_precision = choose_decode_precision(request.decode_precision, precision, bf16=facts.bf16)
-        coding = _plan_coding(request, models, tiling, facts, methods, decode_precision)
-    masks = min(MASKS_KEPT, max(map(len, (tiling.regions, *tiling.canvas_steps[-1:]))))
-    canvas_bytes = 4 * family.latent_channels * math.prod(tiling.canvas) * 6 + 4 * math.prod(tile) * masks
-    if tiles_only:
-        tiling, guide, canvas_bytes = replace(tiling, guide=None), None, 0
+        coding = _plan_coding(request, models, tiling, facts, methods, decode_precision, stored=on_disk)
     prompts = Term(name="prompts", nbytes=len(tiling.texts) * sampler.prompt_bytes)
     others_bytes = prompts.nbytes - sampler.prompt_bytes  # of one the denoiser's own figure has
     denoising = [*fixed, Term(name="canvas", nbytes=canvas_bytes), Term(name="prompts", nbytes=others_bytes)]
@@ -173,6 +198,7 @@ def plan_render(
         **vars(tiling),
         family=family,
         encoded=encoded,
+        stored=on_disk,
         batch=batch,
         resident=resident,
         decoder=models.decoder,
@@ -182,7 +208,7 @@ def plan_render(
         precision_why=precision_why,
         decode_precision=decode_precision,
         scheduler=schedule.name,
-        notes=schedule.notes,
+        notes=(*schedule.notes, *([f"the canvas lies in files, in {request.scratch_folder}"] if on_disk else [])),
         sample_bytes=sampler.activations((0,), *tile),
         arena_bytes=sampler.streamer.arena_bytes,
         memory=MemoryPlan(
@@ -214,7 +240,7 @@ class _Coding(NamedTuple):
 
 def _plan_coding(
     request: ResolvedRequest, models: Models, tiling: Tiling, facts: Facts, chosen: Mapping[str, Decode],
-    precision: Precision,
+    precision: Precision, *, stored: bool,
 ) -> _Coding:  # fmt: skip
     space = ScratchSpace(request.scratch_folder, facts.scratch_free_bytes, request.scratch_dtype)
     own = models.family.autoencoder
@@ -222,7 +248,7 @@ def _plan_coding(
     decoder = vae if models.decoder is own else VaePeaks(models, models.decoder, facts, precision)
     canvas, guide, wrap = tiling.canvas, tiling.guide, request.wrap
     methods = {"decode": decoder.choose(chosen.get("decode", request.decode), canvas, space, wrap=wrap)}
-    decoding = decoder.phase("decode", canvas, methods["decode"])
+    decoding = decoder.phase("decode", canvas, methods["decode"], held=0 if stored else 1, stored=stored)
     whole = whole_picture(request.output, request.format, request.width, request.height)
     if whole is not None:
         decoding = whole.while_decoding(decoding)
@@ -233,7 +259,7 @@ def _plan_coding(
     encoding = chosen.get("guide picture", wanted)
     methods["guide picture"] = vae.choose(encoding, canvas, space, encoding=True, wrap=wrap)
     pixels = facts.guide_pixels if guide is None else math.prod(pixels_of(guide[:2]))
-    pictures = [vae.phase("guide picture", canvas, methods["guide picture"], pixels)]
+    pictures = [vae.phase("guide picture", canvas, methods["guide picture"], pixels, stored=stored)]
     if guide is not None:  # the same phase decodes the guide first
         methods["guide decoded"] = vae.choose(chosen.get("guide decoded", wanted), guide[:2], space, wrap=wrap)
         pictures.append(vae.phase("guide picture", guide[:2], methods["guide decoded"]))

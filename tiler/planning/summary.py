@@ -123,6 +123,16 @@ def pass_bytes(models: Models, plan: RenderPlan) -> int:
     return max(0, read_bytes(models, plan.precision, encoded=True)[part.name] - kept)
 
 
+def seconds_per_tile(request: ResolvedRequest, plan: RenderPlan, models: Models, speed: time.Speed) -> float:
+    """What each tile of the canvas takes, all of its steps taken together."""
+    canvas, window = replace(plan, guide_steps=plan.guide_steps[:0]), request.attention_window
+    counters = time.Counter(models), time.LoraCounter(models, plan.precision, plan.batch)
+    work, more = (counter.count(canvas, window) for counter in counters)
+    nbytes = math.ceil(plan.canvas_samples / plan.batch) * pass_bytes(models, plan)
+    took = time.seconds(work.plus(more), (), speed, plan.precision, nbytes)
+    return took / max(1, sum(map(len, plan.canvas_steps)))
+
+
 def read_bytes(models: Models, precision: Precision, *, encoded: bool = False) -> dict[str, int]:
     """By part, what encoding the prompts reads unless they are `encoded`, and what a pass over the denoiser does where
     none of it is resident. Tables are left out, of which a few rows are read."""

@@ -11,7 +11,7 @@ from typing import Any
 from tiler.errors import UsageError
 
 PIXEL_STEP = 8  # px: sides of a canvas and of its regions are multiples of this
-MAX_SIDE = 65_536  # px
+MAX_SIDE = 131_072  # px
 MAX_STEPS = 1_000
 MAX_SCALE = 64
 MAX_CLIP_SKIP = 64  # above the layers of any CLIP

@@ -4,6 +4,7 @@ safe."""
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -112,6 +113,18 @@ def scheduler_of(text: str, keys: Path | None, *, insecure: bool) -> Cluster:
     return check_cluster(text, keys, insecure=insecure)
 
 
+def models_of(named: Sequence[str]) -> dict[str, str]:
+    """Places by names, of words like org/name=/data/sd15. Raises UsageError."""
+    found = dict[str, str]()
+    for text in named:
+        name, is_named, place = text.partition("=")
+        if not is_named or not name or not place:
+            raise UsageError(f"--model {text!r}: write NAME=PATH, like --model org/name=/data/sd15")
+        path = Path(place).expanduser()
+        found[name] = str(path) if path.exists() else place
+    return found
+
+
 @dataclass(frozen=True, kw_only=True)
 class ClusterOptions:
     """Who predicts the tiles of a canvas."""
@@ -122,6 +135,13 @@ class ClusterOptions:
             "Let others predict the tiles of the canvas; the picture is the same. local:N starts N processes that "
             "share --max-ram; listen waits for `tiler worker` on port 8786; tls://HOST:8786 joins a `dask scheduler`.",
             Panel.CLUSTER, ("--cluster",), metavar="WHERE", default="this process alone",
+        ),
+    )  # fmt: skip
+    cluster_only: bool = option(
+        False,
+        Option(
+            "Wait for workers as long as there are none; else this process goes on alone after a minute.",
+            Panel.CLUSTER, ("--cluster-only",),
         ),
     )  # fmt: skip
     keys: Path | None = option(None, shared.KEYS)

@@ -47,7 +47,7 @@ from tiler.request.sheet import check_repaint, check_sheet
 # Fields that say where and how a picture is made; all others decide its bytes.
 OF_THE_MACHINE = (
     "output", "format", "save_latents", "cache_dir", "preview", "preview_interval", "prompt_embeds", "scratch", "force",
-    "restart", "keep_job", "job_dir", "cluster", "keys", "insecure",
+    "restart", "keep_job", "job_dir", "cluster", "cluster_only", "keys", "insecure",
 )  # fmt: skip
 OF_THE_RUN = (*OF_THE_MACHINE, "metadata", "embd_dir", "lora_dir", "model_dirs")  # of which a picture never tells
 

@@ -1,0 +1,248 @@
+"""Measure what a cluster brings, and what it costs its coordinator.
+
+python scripts/bench_cluster.py speedup --model FOLDER --size 2048 [--steps 4] [--precision int8] [--max-ram 1.6GB]
+    seconds of the canvas and of the whole render: one process with one thread; two workers with one thread each;
+    then two renders at once on these workers against one after the other; the bytes of all are compared. Wants a
+    quiet machine with two free cores.
+python scripts/bench_cluster.py scale [--workers 100] [--tasks 10000] [--side 100000]
+    CPU time of a `dask scheduler` and of the coordinator for each task, less what both take while nothing happens, and
+    their memory, in windows of a tenth of the tasks: growth would be seen. So many workers are in another process, and
+    their predictions are made up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+ROOT = Path(__file__).parents[1]
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+BATCH = 5  # tiles a task, as workers with SD 1.5 under 700 MB take
+
+
+def tiler(*words: object) -> list[str]:
+    return [sys.executable, "-m", "tiler", *map(str, words)]
+
+
+class Timed:
+    """A render that has been told to go: its seconds, and the bytes of its picture."""
+
+    def __init__(self, told: argparse.Namespace, folder: Path, name: str, *more: object) -> None:
+        self.picture, self._report = folder / f"{name}.png", folder / f"{name}.json"
+        words = [
+            "render", "a lighthouse on a cliff", "--model", told.model, "--size", told.size, "--steps", told.steps,
+            "--seed", 7, "--precision", told.precision, "--max-ram", told.max_ram, "--no-metadata", "--quiet",
+            "--report", self._report, "-o", self.picture, *more,
+        ]  # fmt: skip
+        self._start = time.monotonic()
+        self._process = subprocess.Popen(tiler(*words), env=ENVIRONMENT)
+
+    def wait(self) -> dict[str, float]:
+        if self._process.wait():
+            raise SystemExit("a render failed")
+        whole = time.monotonic() - self._start
+        phases = {phase["name"]: phase["seconds"] for phase in json.loads(self._report.read_text())["phases"]}
+        return {"canvas": phases["canvas"], "whole": whole}
+
+    def digest(self) -> str:
+        return hashlib.sha256(self.picture.read_bytes()).hexdigest()[:16]
+
+
+def scheduler_command(keys: Path, file: Path) -> list[str]:
+    """Of a `dask scheduler` that writes its address into `file`."""
+    pair = [f"--tls-{what}={keys / name}.pem" for what, name in (("ca-file", "cert"), ("cert", "cert"), ("key", "key"))]
+    return [
+        sys.executable, "-m", "distributed.cli.dask_scheduler", "--host", "tls://127.0.0.1", "--port", "0",
+        "--no-dashboard", "--dashboard-address", "127.0.0.1:0", "--scheduler-file", str(file), *pair,
+    ]  # fmt: skip
+
+
+@contextmanager
+def fleet(told: argparse.Namespace, folder: Path) -> Iterator[tuple[object, ...]]:
+    """A scheduler and two workers of one thread each, and how a render names them."""
+    keys, file = folder / "keys", folder / "scheduler.json"
+    subprocess.run(tiler("cluster", "keys", keys), env=ENVIRONMENT, check=True, stdout=subprocess.DEVNULL)
+    started = [subprocess.Popen(scheduler_command(keys, file), stderr=subprocess.DEVNULL)]
+    try:
+        while not file.exists():
+            time.sleep(0.1)
+        for name in ("a", "b"):
+            own = ["--name", name, "--threads", 1, "--max-ram", told.worker_ram, "--quiet"]
+            started.append(subprocess.Popen(tiler("worker", f"file:{file}", "--keys", keys, *own), env=ENVIRONMENT))
+        yield "--cluster", f"file:{file}", "--keys", keys, "--cluster-only"
+    finally:
+        for process in started:
+            process.terminate()
+        for process in started:
+            process.wait()
+
+
+def speedup(told: argparse.Namespace) -> None:
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        first = Timed(told, folder, "warm-up")  # packs int8 weights
+        first.wait()
+        alone = Timed(told, folder, "alone")
+        one = alone.wait()
+        with fleet(told, folder) as through:
+            Timed(told, folder, "warm-up-2", *through).wait()
+            both = Timed(told, folder, "both", *through)
+            two = both.wait()
+            start = time.monotonic()
+            pair = [Timed(told, folder, f"pair-{n}", *through) for n in (1, 2)]
+            for each in pair:
+                each.wait()
+            together = time.monotonic() - start
+        digests = {each.digest() for each in (first, alone, both, *pair)}
+    print(f"one process × 1 thread: canvas {one['canvas']:.1f} s, whole {one['whole']:.1f} s")
+    print(f"two workers × 1 thread: canvas {two['canvas']:.1f} s, whole {two['whole']:.1f} s")
+    print(f"speed-up: canvas {one['canvas'] / two['canvas']:.2f}×, whole {one['whole'] / two['whole']:.2f}×")
+    print(
+        f"two renders at once: {together:.1f} s, {2 * one['whole'] / together:.2f}× of two alone, one after the other"
+    )
+    print(f"bytes: {'equal' if len(digests) == 1 else f'DIFFERENT {digests}'}")
+
+
+def members(address: str, keys: str, count: str) -> None:
+    """Workers in this process, whose predictions are their latents."""
+    import numpy as np
+    from distributed import Worker
+
+    from tiler.cluster import tasks
+    from tiler.cluster.engine import security_of
+    from tiler.cluster.shared import Answer, Greeting
+
+    def hello(job: bytes, step: int, window: Sequence[Any], latents: np.ndarray) -> str:
+        return Greeting(digest="same", seconds=1.0, batch=2 * BATCH, max_ram_bytes=10**9).to_json()
+
+    def predict(job: str, step: int, windows: Sequence[Any], latents: np.ndarray) -> Answer:
+        return Answer(latents, 1.0 * len(windows), 0)
+
+    tasks.hello, tasks.predict = hello, predict
+    tasks.begin(lambda: None, 10**9)  # type: ignore[arg-type, return-value]
+
+    async def stay() -> None:
+        security = security_of(Path(keys))
+        workers = [
+            Worker(
+                address, nthreads=1, name=f"w{n}", memory_limit=0, security=security, dashboard=False, host="127.0.0.1",
+                dashboard_address="127.0.0.1:0",
+            )
+            for n in range(int(count))
+        ]  # fmt: skip
+        await asyncio.gather(*(worker.start() for worker in workers))
+        await asyncio.gather(*(worker.finished() for worker in workers))
+
+    asyncio.run(stay())
+
+
+def spent_by(processes: Sequence[psutil.Process]) -> list[float]:
+    """CPU seconds of each so far."""
+    return [sum(process.cpu_times()[:2]) for process in processes]
+
+
+def scale(told: argparse.Namespace) -> None:
+    from contextlib import nullcontext
+
+    import torch
+
+    from tiler.cluster.engine import Engine
+    from tiler.cluster.keys import make_keys
+    from tiler.cluster.members import Members, Probe
+    from tiler.cluster.pool import Pool
+    from tiler.diffusion.runner import Tile
+    from tiler.diffusion.tiles import plan_tiles
+    from tiler.memory.process import frugal_allocator
+    from tiler.planning.resolve import fill
+    from tiler.request import RenderRequest
+    from tiler.request.cluster import Cluster, Where
+
+    frugal_allocator()
+    asked = fill(RenderRequest(prompt="x", size=told.side))
+    tiles = plan_tiles(asked, canvas=(told.side // 8,) * 2, tile=(64, 64), overlap=16)
+    latents = torch.randn(1, 4, 64, 64)
+    print(f"{told.side:,} px: {len(tiles):,} tiles a step, {told.workers} workers, {BATCH} tiles a task")
+    with tempfile.TemporaryDirectory() as place:
+        keys = Path(place) / "keys"
+        make_keys(keys)
+        file = Path(place) / "scheduler.json"
+        frugal = ENVIRONMENT | {"DASK_DISTRIBUTED__ADMIN__LOW_LEVEL_LOG_LENGTH": "1"}  # as `listen` sets it
+        started = [subprocess.Popen(scheduler_command(keys, file), env=frugal, stderr=subprocess.DEVNULL)]
+        while not file.exists():
+            time.sleep(0.1)
+        with Engine(Cluster(where=Where.FILE, address=str(file)), keys) as engine:
+            command = [sys.executable, __file__, "members", engine.address, str(keys), str(told.workers)]
+            started.append(subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.DEVNULL))
+            both = psutil.Process(started[0].pid), psutil.Process()
+            try:
+                while len(engine.members() or {}) < told.workers:
+                    time.sleep(1)
+                before = spent_by(both)
+                time.sleep(told.idle)
+                idle = [(now - then) / told.idle for now, then in zip(spent_by(both), before, strict=True)]
+                print(f"while nothing happens: {idle[0]:.3f} and {idle[1]:.3f} s CPU a second")
+                probe = Probe(b"", 0, Tile(latents, tiles[0]))
+                who = Members(engine, probe, lambda text: None, None)
+                counts = {"denoiser_samples": 0}
+                done, window = 0, told.tasks * BATCH // 10
+                with Pool(who, "job", nullcontext, lambda: None, lambda text: None, counts) as pool:  # type: ignore[arg-type]
+                    mark, since, step = spent_by(both), time.monotonic(), 0
+                    while done < told.tasks * BATCH:
+                        for _ in pool.predict(step, (Tile(latents, tiles[n]) for n in range(len(tiles)))):
+                            done += 1
+                            if done % window == 0:
+                                now, lasted = spent_by(both), time.monotonic() - since
+                                words = []
+                                for n, name in enumerate(("scheduler", "coordinator")):
+                                    spent = 1000 * (now[n] - mark[n] - lasted * idle[n]) / (window / BATCH)
+                                    words.append(f"{name} {spent:.2f} ms, {both[n].memory_info().rss / 1e6:.0f} MB")
+                                print(f"{done // BATCH:7,} tasks: {'; '.join(words)}", flush=True)
+                                mark, since = spent_by(both), time.monotonic()
+                            if done >= told.tasks * BATCH:
+                                break
+                        step += 1
+            finally:
+                for process in started:
+                    process.kill()
+                    process.wait()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    one = commands.add_parser("speedup")
+    one.add_argument("--model", default="mini")
+    one.add_argument("--size", type=int, default=2048)
+    one.add_argument("--steps", type=int, default=4)
+    one.add_argument("--precision", default="fp32")
+    one.add_argument("--max-ram", default="800MB")
+    one.add_argument("--worker-ram", default="800MB")
+    one.set_defaults(run=speedup)
+    two = commands.add_parser("scale")
+    two.add_argument("--workers", type=int, default=100)
+    two.add_argument("--tasks", type=int, default=10_000)
+    two.add_argument("--side", type=int, default=100_000)
+    two.add_argument("--idle", type=float, default=20.0, metavar="SECONDS", help="for which nothing happens")
+    two.set_defaults(run=scale)
+    told = parser.parse_args()
+    told.run(told)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["members"]:  # the other process of `scale`
+        members(*sys.argv[2:])
+    else:
+        main()

@@ -1,0 +1,65 @@
+"""Canvases that memory does not hold, through the whole program: the bytes of those that it holds, and plans of huge
+ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.conftest import Ran
+from tiler import Budget, RenderRequest, events, render
+from tiler.memory.process import read_rss
+from tiler.planning import render as planning
+from tiler.request import Decode, GuideUpscale, Region, Wrap
+
+
+def draw(model: Path, folder: Path, stop_at: int = -1, **values: object) -> tuple[bytes, bytes]:
+    """The picture, and its latents."""
+    folder.mkdir(exist_ok=True)
+
+    def on_event(event: events.Event) -> None:
+        if isinstance(event, events.Progress) and event.name == "canvas" and event.done == stop_at:
+            raise KeyboardInterrupt
+
+    asked = {
+        "prompt": "a boat", "model": str(model), "size": 160, "num_inference_steps": 3, "seed": 11,
+        "output": folder / "x.png", "save_latents": folder / "x.safetensors", "force": True, "metadata": False,
+    }  # fmt: skip
+    render(RenderRequest(**(asked | values)), Budget(read_rss().now + 2_000_000_000), on_event)  # type: ignore[arg-type]
+    return (folder / "x.png").read_bytes(), load_file(folder / "x.safetensors")["latents"].numpy().tobytes()
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"decode": Decode.FROZEN},
+        {"decode": Decode.FROZEN, "wrap": Wrap.XY, "guide_upscale": GuideUpscale.LATENT},
+        {"decode": Decode.EXACT, "regions": (Region(prompt="x", rows=(0, 96), cols=(0, 96), seed=2),)},
+    ],
+)
+def test_it_makes_the_bytes_of_a_canvas_in_memory(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: dict[str, object]
+) -> None:
+    whole = draw(tiny, tmp_path / "memory", **values)
+    monkeypatch.setattr(planning, "IN_MEMORY_BYTES", 0)
+    with pytest.raises(KeyboardInterrupt):
+        draw(tiny, tmp_path / "files", stop_at=20, **values)
+    job = tmp_path / "files/x.png.tiler"
+    assert (job / "canvas/reference").exists() and (job / "canvas/canvas.json").exists()
+    assert draw(tiny, tmp_path / "files", **values) == whole
+    assert sorted(path.name for path in (tmp_path / "files").iterdir()) == ["x.png", "x.safetensors"]
+
+
+@pytest.mark.parametrize("side", [32_768, 100_000])
+def test_huge_canvases_are_planned_under_800_mb(
+    tiny: Path, side: int, in_process: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tiler.run.free_bytes", lambda folder: 10**14)
+    words = ("plan", "a boat", "--model", tiny, "--size", side, "--steps", 2, "--json")
+    facts = in_process(*words).json
+    terms = {phase["name"]: phase["terms"] for phase in facts["phases"]}
+    assert terms["canvas"]["canvas"] < 30_000_000 and "latents" not in terms["decode"]
+    assert max(sum(t for name, t in phase.items() if "libraries" not in name) for phase in terms.values()) < 450_000_000

@@ -1,0 +1,142 @@
+"""What a cluster would bring for a render, before it begins: each worker says how fast it would be, nobody reads any
+weights, and the sharing of the tiles is simulated."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from tiler.cluster import tasks
+from tiler.cluster.engine import Engine
+from tiler.cluster.local import plan_of_worker, share_of
+from tiler.cluster.shared import Estimate, SharedJob
+from tiler.cluster.sharing import Pace
+from tiler.cluster.simulation import Forecast, simulate
+from tiler.denoiser import denoiser_id
+from tiler.errors import ClusterError
+from tiler.planning.summary import seconds_per_tile
+from tiler.planning.time import Speed
+from tiler.render_run import RenderRun
+from tiler.request.cluster import Cluster, Where
+
+_JOINING = 15.0  # seconds for workers that wait for somebody who listens
+_LAST = 7.0  # seconds after the last one: each tries again every 5
+_ANSWER = 60.0  # seconds for what they say
+_TASKS = 20_000  # of a simulation: more steps are as those before
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expected:
+    """What a worker would do. `problem` says why it would do nothing; `idle` is the share of the canvas's time that it
+    waits."""
+
+    name: str
+    problem: str = ""
+    seconds_per_tile: float = 0.0
+    tiles: int = 0
+    idle: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outlook:
+    """Seconds of the canvas by these workers, of two such canvases at once, and by this process alone."""
+
+    workers: tuple[Expected, ...]
+    canvas_seconds: float
+    pair_seconds: float
+    alone_seconds: float
+
+    def facts(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def look(run: RenderRun, cluster: Cluster, speed: Speed) -> Outlook:
+    """Ask the workers of `cluster`; those that it would start here share this machine's `speed`. Raises ClusterError,
+    UsageError, BudgetRefused."""
+    plan = run.plan
+    here = seconds_per_tile(run.request, plan, run.models, speed)
+    found = _local(run, cluster, here) if cluster.where is Where.LOCAL else _asked(run, cluster)
+    _leave_out_other_bits(found)
+    able = [name for name, estimate in found.items() if not estimate.refusal]
+    tiles, steps = len(plan.regions), len(plan.canvas_steps)
+    alone = here * sum(map(len, plan.canvas_steps))
+    if not able or not steps:
+        return Outlook(
+            workers=tuple(Expected(name=name, problem=found[name].refusal) for name in found),
+            canvas_seconds=alone, pair_seconds=2 * alone, alone_seconds=alone,
+        )  # fmt: skip
+    fleet = [Pace.expected(found[name].seconds, found[name].tiles) for name in able]
+    simulated = max(1, min(steps, _TASKS // max(1, tiles)))
+    one, two = (simulate(fleet, tiles, simulated, canvases) for canvases in (1, 2))
+    scale = steps / simulated
+    return Outlook(
+        workers=tuple(_expected(name, found[name], able, one, scale) for name in found),
+        canvas_seconds=one.seconds * scale, pair_seconds=two.seconds * scale, alone_seconds=alone,
+    )  # fmt: skip
+
+
+def _expected(name: str, estimate: Estimate, able: list[str], forecast: Forecast, scale: float) -> Expected:
+    if estimate.refusal:
+        return Expected(name=name, problem=estimate.refusal)
+    at = able.index(name)
+    return Expected(
+        name=name, seconds_per_tile=estimate.seconds, tiles=round(forecast.tiles[at] * scale),
+        idle=1 - forecast.busy[at] / forecast.seconds,
+    )  # fmt: skip
+
+
+def _local(run: RenderRun, cluster: Cluster, seconds: float) -> dict[str, Estimate]:
+    """Processes that share this machine's cores: so many take as many times as long."""
+    plan = plan_of_worker(run, share_of(run, cluster.workers))
+    one = Estimate(seconds=cluster.workers * seconds, tiles=max(1, plan.batch // plan.regions[0].samples))
+    return {f"local-{number}": one for number in range(1, cluster.workers + 1)}
+
+
+def _asked(run: RenderRun, cluster: Cluster) -> dict[str, Estimate]:
+    """What each worker says, by name."""
+    job = SharedJob(
+        name=secrets.token_hex(8), request=run.request, model_id=denoiser_id(run.models),
+        reads_text=bool(run.plan.family.encoders), embeds=bool(run.spoken.read_as.embeddings), texts={},
+    ).to_bytes()  # fmt: skip
+    with Engine(cluster, run.request.keys, insecure=run.request.insecure) as engine:
+        members = _joined(engine, cluster, run)
+        asked = {engine.submit(address, tasks.assess, job): name for address, name in members.items()}
+        found = {name: Estimate(refusal="busy with a long pass") for name in members.values()}
+        begin, left = time.monotonic(), len(asked)
+        while left and time.monotonic() - begin < _ANSWER:
+            for ticket, value, error in engine.answers(0.2):
+                left -= 1
+                said = f"{type(error).__name__}: {error}".partition("\n")[0]
+                found[asked[ticket]] = Estimate(**json.loads(value)) if error is None else Estimate(refusal=said)
+    return found
+
+
+def _joined(engine: Engine, cluster: Cluster, run: RenderRun) -> dict[str, str]:
+    """The address of each worker → its name; where this process listens, once no more seem to come."""
+    members = engine.members()
+    if members is None:
+        raise ClusterError(f"{engine.address}: no answer; check address, port, firewall and keys")
+    if cluster.where is Where.LISTEN:
+        run.note(f"waiting for workers at {engine.address}")
+        begin = last = time.monotonic()
+        while (now := time.monotonic()) - begin < _JOINING and not (members and now - last > _LAST):
+            time.sleep(0.5)
+            present = engine.members() or {}
+            members, last = present, now if len(present) > len(members) else last
+    return members
+
+
+def _leave_out_other_bits(found: dict[str, Estimate]) -> None:
+    """Of workers that compute with other instructions than the rest, those that are slower together."""
+    speeds: dict[str, float] = {}
+    able = {name: estimate for name, estimate in found.items() if not estimate.refusal}
+    for estimate in able.values():
+        speeds[estimate.instructions] = speeds.get(estimate.instructions, 0.0) + 1 / estimate.seconds
+    best = max(speeds, key=lambda name: speeds[name], default="")
+    for name, estimate in able.items():
+        if estimate.instructions != best:
+            found[name] = Estimate(refusal=f"computes other bits than the others ({estimate.instructions})")

@@ -1,0 +1,58 @@
+"""What a render holds while it is under way."""
+
+from __future__ import annotations
+
+import tempfile
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from tiler.denoiser import DenoiserRun
+from tiler.diffusion import stored_files
+from tiler.encoding import Spoken
+from tiler.errors import StorageError
+from tiler.jobs.folder import Job
+from tiler.pixels import Decoding
+from tiler.previewing import Preview
+from tiler.request import RenderRequest
+from tiler.run import WorkerUse
+from tiler.weights.identity import model_id
+
+
+@dataclass(kw_only=True)
+class RenderRun(DenoiserRun):
+    """One render under way."""
+
+    said: RenderRequest
+    job: Job
+    spoken: Spoken
+    texts: dict[str, str] = field(default_factory=dict)  # what the picture will say of itself
+    workers: list[WorkerUse] = field(default_factory=list)  # of a cluster, that predicted tiles
+    preview: Preview | None = None
+    files: ExitStack = field(default_factory=ExitStack)  # open until the picture is written
+
+    @cached_property
+    def stored_folder(self) -> Path:
+        """Where a canvas lies that memory does not hold: in the job, or, without one, in a folder that goes."""
+        folder = self.job.canvas_folder
+        if folder is None:
+            folder = Path(tempfile.mkdtemp(prefix="tiler-canvas-", dir=self.request.scratch_folder))
+            self.files.callback(stored_files.clear, folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(f"{folder}: cannot be made ({error.strerror}); choose another --scratch") from error
+        return folder
+
+    @cached_property
+    def model_id(self) -> str:
+        """Of the checkpoint's weights and configs."""
+        return model_id(self.plan.family.checkpoint, [part.name for part in self.plan.family.parts])
+
+    @property
+    def decoding(self) -> Decoding:
+        plan = self.plan
+        return Decoding(
+            plan.decoder, plan.methods["decode"], plan.resident["decode"], plan.memory.peak_of("decode"), plan.crop
+        )
