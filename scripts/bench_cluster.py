@@ -163,8 +163,8 @@ def scale(told: argparse.Namespace) -> None:
     from tiler.cluster.keys import make_keys
     from tiler.cluster.members import Members, Probe
     from tiler.cluster.pool import Pool
+    from tiler.diffusion.layouts import plan_tiles
     from tiler.diffusion.runner import Tile
-    from tiler.diffusion.tiles import plan_tiles
     from tiler.memory.process import frugal_allocator
     from tiler.planning.resolve import fill
     from tiler.request import RenderRequest

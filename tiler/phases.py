@@ -18,6 +18,7 @@ from tiler.decoding.spool import Spool, bytes_in
 from tiler.denoiser import open_denoiser
 from tiler.diffusion import canvas
 from tiler.diffusion.guide_picture import GuidePicture
+from tiler.diffusion.layouts import Steps, region_span
 from tiler.diffusion.poster import load_bytes
 from tiler.diffusion.prompts import Prompts
 from tiler.diffusion.runner import Runner
@@ -25,7 +26,6 @@ from tiler.diffusion.schedulers import Schedule
 from tiler.diffusion.spot import AroundSpot
 from tiler.diffusion.stored import StoredArray
 from tiler.diffusion.stored_canvas import Seeded, StoredDenoising
-from tiler.diffusion.tiles import Steps, region_span
 from tiler.events import OnEvent
 from tiler.files import check_writable
 from tiler.jobs.folder import Job

@@ -14,9 +14,10 @@ from torch import Tensor
 from tiler.diffusion import schedulers
 from tiler.diffusion.calls import Calls
 from tiler.diffusion.canvas import Denoising, SamplingState, StepDone, first_step, initial_noise
+from tiler.diffusion.layouts import guide_tiles, plan_tiles, tiles_of_step
 from tiler.diffusion.masks import mask_profile
 from tiler.diffusion.runner import Conditions, LocalRunner, Share
-from tiler.diffusion.tiles import Tiles, guide_tiles, plan_tiles, tiles_of_step
+from tiler.diffusion.tiles import Tiles
 from tiler.errors import NumericalError
 from tiler.models.samples import Prompt, Sample
 from tiler.planning.resolve import fill

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from tiler.diffusion import schedulers
 from tiler.diffusion.canvas import Denoising, initial_noise
+from tiler.diffusion.layouts import plan_tiles, tiles_of_step
 from tiler.diffusion.runner import Conditions, LocalRunner, Runner, Share, Tile, check_finite, guide
-from tiler.diffusion.tiles import plan_tiles, tiles_of_step
 from tiler.errors import NumericalError
 from tiler.models.samples import Prompt, Sample
 from tiler.planning.resolve import fill

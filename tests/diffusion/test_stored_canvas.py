@@ -13,12 +13,12 @@ from torch import Tensor
 from tests.diffusion.test_canvas import CONFIG, request
 from tiler.diffusion import flow, schedulers, stored, stored_canvas
 from tiler.diffusion.canvas import Denoising, initial_noise
+from tiler.diffusion.layouts import Steps, plan_tiles
 from tiler.diffusion.runner import Tile
 from tiler.diffusion.schedulers import DiffusersSchedule
 from tiler.diffusion.stored import StoredArray, TileLog, chunks
 from tiler.diffusion.stored_canvas import Seeded, StoredDenoising, tensor_of
 from tiler.diffusion.stored_files import clear, has_begun
-from tiler.diffusion.tiles import Steps, plan_tiles
 from tiler.errors import JobError
 from tiler.events import NoJournal
 from tiler.memory.process import read_rss

@@ -16,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tiler.diffusion.layouts import even_starts, plan_tiles, tiles_of_step
 from tiler.diffusion.masks import MASKS_KEPT, mask_profile
-from tiler.diffusion.tiles import Tiles, even_starts, plan_tiles, tiles_of_step
+from tiler.diffusion.tiles import Tiles
 from tiler.errors import UsageError
 from tiler.models.family import read_family
 from tiler.planning.resolve import fill

@@ -18,7 +18,7 @@ from tests.models.rendering import ask, edit, lose_shard, rendered
 from tiler import Region, RenderRequest, plan
 from tiler.compute.layers import SMALL
 from tiler.diffusion.guide import guide_size, upscale
-from tiler.diffusion.tiles import plan_tiles
+from tiler.diffusion.layouts import plan_tiles
 from tiler.models.family import Guidance, Options, Role, read_family
 from tiler.models.flux import Flux, quantised, read_once
 from tiler.models.patches import pack, unpack

@@ -18,7 +18,7 @@ from torch import Tensor
 from tests.models.rendering import ask, edit, lose_shard, rendered
 from tiler import RenderRequest
 from tiler.diffusion.guide import guide_size, upscale
-from tiler.diffusion.tiles import plan_tiles
+from tiler.diffusion.layouts import plan_tiles
 from tiler.models.family import read_family
 from tiler.models.hunyuandit_blocks import quantised, read_once, rotation
 from tiler.planning.resolve import resolve

@@ -20,7 +20,7 @@ from torch import Tensor
 from tests.models.rendering import ask, edit, lose_shard, rendered
 from tiler import RenderRequest
 from tiler.diffusion.guide import guide_size, upscale
-from tiler.diffusion.tiles import plan_tiles
+from tiler.diffusion.layouts import plan_tiles
 from tiler.errors import ModelError
 from tiler.models.family import Family, Options, Part, Role, read_family
 from tiler.models.pixart import quantised, read_once

@@ -16,7 +16,7 @@ from torch import Tensor
 from tests.models.rendering import ask, edit, lose_shard, rendered
 from tiler import RenderRequest, plan
 from tiler.diffusion.guide import guide_size, upscale
-from tiler.diffusion.tiles import plan_tiles
+from tiler.diffusion.layouts import plan_tiles
 from tiler.models.family import Part, Role, read_family
 from tiler.models.sd3_blocks import quantised, read_once
 from tiler.planning.resolve import resolve

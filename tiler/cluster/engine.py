@@ -33,7 +33,8 @@ with explained():
         "distributed.worker.profile.enabled": False, "distributed.scheduler.work-stealing": False,
         "distributed.scheduler.active-memory-manager.start": False, "distributed.scheduler.http.routes": [],
         "distributed.worker.http.routes": [], "distributed.comm.compression": None,
-        "distributed.admin.low-level-log-length": 1,  # else each connection keeps its last 1,000 messages, tiles and all
+        # Else each connection keeps its last 1,000 messages, tiles and all.
+        "distributed.admin.low-level-log-length": 1,
         "distributed.admin.system-monitor.log-length": 10, "distributed.admin.system-monitor.gil.enabled": False,
         "distributed.admin.tick.limit": "1h",
     })  # fmt: skip

@@ -12,9 +12,10 @@ from tiler.diffusion import flow, schedulers
 from tiler.diffusion.calls import Calls
 from tiler.diffusion.canvas import first_step
 from tiler.diffusion.guide import GuideSize, guide_size
+from tiler.diffusion.layouts import Steps, guide_tiles, latents_of, plan_tiles
 from tiler.diffusion.poster import mask_cells
 from tiler.diffusion.spot import Spot, find_spot
-from tiler.diffusion.tiles import Steps, Tiles, Whole, guide_tiles, latents_of, plan_tiles
+from tiler.diffusion.tiles import Tiles, Whole
 from tiler.errors import UsageError
 from tiler.models.family import Family, Guidance
 from tiler.request import Layout, ResolvedRequest
