@@ -68,7 +68,7 @@ def test_what_decides_the_embeddings_decides_whether_they_are_taken(tiny: Path, 
     planned = plan(ask(copy, tmp_path, **asked))
     assert list(read_bytes(planned.models, Precision.FP32, encoded=planned.plan.encoded)) == ["unet"]
     peaks = {phase.name: {term.name for term in phase.terms} for phase in planned.plan.memory.phases}
-    assert peaks["encode prompts"] == {"python + libraries"}
+    assert peaks["encode prompts"] == {"python + libraries", "prompts"}
 
     others = {"prompt": "a boat "}, {"precision": "int8"}, {"clip_skip": 2}, {"emphasis": "none"}
     assert [known(**values) for values in others] == [False] * len(others)

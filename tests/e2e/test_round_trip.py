@@ -21,7 +21,7 @@ GROUPS = {
     "--attention-window 4 --guide-upscale latent --precision fp32 --scratch-dtype fp32 --steps 3 --variant fp16 --seed 18446744073709551615",
     "sheet": "--paper A10 --landscape --bleed 1mm --dpi 60 --preset fast --no-guide --decode frozen --tile-conditioning none --seed 4",
     "regions": "--size 80 --regions regions.toml --scheduler DPM++2M --schedule-type karras --layout grid --steps 3 --vae soft "
-    "--text-encoder words --prediction epsilon -n fog",
+    "--text-encoder words --prediction epsilon -n fog --tile-size 64 --decode-precision fp32",
     "upscaled": "--guide guide.png --scale 2 --steps 3 --strength 0.5 --lora ink.safetensors=0.5:0.25 --clip_l words --quality 70",
     "tiny decoder": "--size 72 --steps 2 --layout shift --decode tiny --tiny-vae taesd",
     "spot": "--guide guide.png --repaint mask.png --steps 3 --strength 0.8",
