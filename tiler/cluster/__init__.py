@@ -1,6 +1,6 @@
-"""One canvas on several processes or machines, each under a ceiling of its own, on dask.distributed.
+"""Share one canvas among several processes or machines, each under its own memory ceiling, with dask.distributed.
 
-This process keeps the canvas, the schedule and the job; workers (`tiler worker`) have the weights on their own disks,
-get tiles and give back guided predictions. They hold nothing that cannot be lost. Nothing outside this room imports
+This process keeps the canvas, the schedule and the job. Workers (`tiler worker`) have the weights on their own disks,
+receive tiles and return guided predictions; they hold nothing that cannot be lost. No other package of tiler imports
 dask.
 """

@@ -1,5 +1,5 @@
-"""Where a worker works: one job's denoiser, open under the worker's own ceiling. Imports torch, which the worker does
-late."""
+"""The worker's side of a job: the denoiser, opened under the worker's own ceiling. This module imports torch, so a
+worker imports it late."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ from tiler.request import ResolvedRequest
 from tiler.run import measure
 from tiler.weights.packed import default_cache
 
-_JOBS = 3  # at once
+_JOBS = 3  # open at once
 _FORGOTTEN = 120.0  # seconds without a task after which another render may take the worker
 _OF_THE_DENOISER = ("model", "precision", "cache_dir", "attention_window", "tile_conditioning")
 
 
 @dataclass
 class _Open:
-    """A job that is open: who predicts its tiles, and what has been done for it."""
+    """An open job: its run, the runner that predicts its tiles, and the work done so far."""
 
     run: DenoiserRun
     runner: Runner
@@ -53,9 +53,11 @@ class _Open:
 
 
 class Bench:
-    """`models` are the folders or files of models by the names that jobs have for them. `budget` is entered already.
+    """The jobs that a worker has open. `models` maps the names of models in jobs to files or folders here; `budget` is
+    already entered.
 
-    Jobs that differ in what is drawn alone share one denoiser: renders of a queue take turns at a worker.
+    Jobs that differ only in what they draw share one denoiser, so that the renders of a queue can take turns at a
+    worker.
     """
 
     def __init__(self, budget: Budget, models: Mapping[str, str]) -> None:
@@ -69,7 +71,7 @@ class Bench:
         return self._budget.peak_rss_bytes
 
     def facts(self) -> dict[str, object]:
-        """What `tiler cluster status` shows."""
+        """Return the facts that `tiler cluster status` shows."""
         tiles, seconds = (sum(getattr(job, name) for job in self.jobs.values()) for name in ("tiles", "seconds"))
         return {
             "job": " ".join(self.jobs), "digest": next((job.digest for job in self.jobs.values()), ""), "tiles": tiles,
@@ -77,7 +79,7 @@ class Bench:
         }  # fmt: skip
 
     def close(self, name: str | None = None) -> None:
-        """Let a job go, or all of them; with the last one its denoiser."""
+        """Close one job, or all if `name` is None; closing the last job also closes the denoiser."""
         if name is not None:
             self.jobs.pop(name, None)
             if self.jobs:
@@ -88,7 +90,7 @@ class Bench:
 
     @torch.no_grad()
     def open(self, job: SharedJob) -> None:
-        """Find the job's model, plan under the ceiling, and open the denoiser, unless it is open already. Raises
+        """Find the job's model, plan under the ceiling, and open the denoiser if it is not open yet. Raises
         TilerError."""
         if job.name in self.jobs:
             return
@@ -105,7 +107,8 @@ class Bench:
         self.jobs[job.name] = _Open(run, runner)
 
     def _beside(self, begun: DenoiserRun, job: SharedJob) -> DenoiserRun:
-        """A run that works with the weights of one that is open. Raises Taken where it cannot."""
+        """Return a run of `job` that uses the weights of `begun`, a run that is already open. Raises Taken if it
+        cannot."""
         if denoiser_id(begun.models) != job.model_id:
             raise Taken("it works for another render")
         request, plan = self._of_here(job), begun.plan
@@ -117,7 +120,8 @@ class Bench:
 
     @torch.no_grad()
     def assess(self, job: SharedJob) -> Estimate:
-        """How fast this machine would be with a job; its speed is measured for a second or two. Raises TilerError."""
+        """Estimate how fast this machine would work on a job, from a speed measurement of a second or two. Raises
+        TilerError."""
         if self.jobs:
             raise Taken("it works for another render")
         run = self._plan(job)
@@ -128,7 +132,7 @@ class Bench:
         return Estimate(seconds=seconds, tiles=tiles, instructions=computed_by())
 
     def _plan(self, job: SharedJob) -> DenoiserRun:
-        """Raises TilerError."""
+        """Plan the job under this machine's ceiling. Raises TilerError."""
         request = self._of_here(job)
         family = _open_family(job, request)
         models = phases.open_models(family)
@@ -154,21 +158,21 @@ class Bench:
         )
 
     def _of_here(self, job: SharedJob) -> ResolvedRequest:
-        """The job's request with this machine's places."""
+        """Return the job's request with the paths of this machine."""
         request = replace(job.request, model=self._models.get(job.request.model, job.request.model))
-        if not request.scratch_folder.is_dir():  # of the machine that the job comes from
+        if not request.scratch_folder.is_dir():  # the path is from the machine that sent the job
             request = replace(request, scratch=default_cache().parent)
             request.scratch_folder.mkdir(parents=True, exist_ok=True)
         if request.cache_dir is not None and not request.cache_dir.is_dir():
             request = replace(request, cache_dir=None)
-        if request.lora_dir is not None and not request.lora_dir.is_dir():  # then LoRAs lie in this machine's lora_dirs
+        if request.lora_dir is not None and not request.lora_dir.is_dir():  # this machine's lora_dirs then apply
             request = replace(request, lora_dir=None)
         return request
 
     @torch.no_grad()
     def greet(self, job: str, step: int, window: Window, latents: np.ndarray) -> Greeting:
-        """Ready, with what a probe tile tells of this machine. Its first pass is slow; how slow others
-        are is known by theirs."""
+        """Predict a probe tile, and return a greeting with its digest, its time and the limits of this machine. The
+        first pass is slow; later passes correct the speed that is expected."""
         start = time.perf_counter()
         prediction = self.predict(job, step, [window], latents)
         self.jobs[job].digest = digest_of(prediction)
@@ -179,7 +183,7 @@ class Bench:
 
     @torch.no_grad()
     def predict(self, job: str, step: int, windows: Sequence[Window], latents: np.ndarray) -> np.ndarray:
-        """(n, C, h, w) fp32 → the guided predictions, (n, C, h, w). Raises TilerError."""
+        """Return the guided predictions, (n, C, h, w) fp32, for `latents`, (n, C, h, w) fp32. Raises TilerError."""
         start, opened = time.perf_counter(), self.jobs[job]
         tiles = [tile_of(window, torch.from_numpy(one)) for window, one in zip(windows, latents, strict=True)]
         predictions = torch.stack(list(opened.runner.predict(step, tiles)))
@@ -190,19 +194,20 @@ class Bench:
 
 
 def tile_of(window: Window, latents: Tensor) -> Tile:
-    """`latents` (C, h, w) as a tile of the canvas; it has no weights, which the blend alone needs."""
+    """Return `latents` (C, h, w) as a tile of the canvas. It has no weights, since only the blend needs them."""
     names = [field.name for field in fields(Text2ImageRegion) if field.name != "weights"]
     region = Text2ImageRegion(**dict(zip(names, window, strict=True)), weights=torch.empty(0))
     return Tile(latents[None], region)
 
 
 def _is_alike(one: ResolvedRequest, other: ResolvedRequest) -> bool:
-    """Whether two renders differ in what is drawn alone, so that one denoiser serves both."""
+    """Whether two renders differ only in what they draw, so that one denoiser serves both."""
     return all(getattr(one, name) == getattr(other, name) for name in _OF_THE_DENOISER)
 
 
 def _open_family(job: SharedJob, request: ResolvedRequest) -> Family:
-    """With text encoders where they are there: int8 weights are then packed together, in a file that renders share."""
+    """Open the model, with its text encoders if their files are here: int8 weights are then packed into the same file
+    that renders use."""
     if job.reads_text:
         try:
             return families.open_family(request)

@@ -1,7 +1,6 @@
-"""dask.distributed as this room uses it: a scheduler in this process or elsewhere, tasks for single workers, their
-answers.
+"""The use of dask.distributed: a scheduler in this process or elsewhere, tasks for chosen workers, and their answers.
 
-What of dask is not used: nannies, the dashboard, spilling, stealing, and its own choice of a worker.
+Unused parts of dask: nannies, the dashboard, spilling, stealing, and its own choice of a worker.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from tiler.request.cluster import Cluster, Where, check_address, listening_addre
 with explained():
     import dask
 
-    # Before distributed is imported, which sets up its log then.
+    # This must come before the import of distributed, which sets up its logging.
     dask.config.set({
         "logging": {"distributed": "critical", "distributed.client": "critical", "distributed.worker": "critical",
                     "tornado": "critical", "bokeh": "critical", "asyncio": "critical"},
@@ -33,7 +32,7 @@ with explained():
         "distributed.worker.profile.enabled": False, "distributed.scheduler.work-stealing": False,
         "distributed.scheduler.active-memory-manager.start": False, "distributed.scheduler.http.routes": [],
         "distributed.worker.http.routes": [], "distributed.comm.compression": None,
-        # Else each connection keeps its last 1,000 messages, tiles and all.
+        # Otherwise each connection keeps its last 1,000 messages, including tiles.
         "distributed.admin.low-level-log-length": 1,
         "distributed.admin.system-monitor.log-length": 10, "distributed.admin.system-monitor.gil.enabled": False,
         "distributed.admin.tick.limit": "1h",
@@ -41,14 +40,14 @@ with explained():
     from distributed import Client, Scheduler, Security, fire_and_forget
     from distributed.utils import LoopRunner
 
-LOOPBACK = "127.0.0.1:0"  # of HTTP servers, which dask opens whatever is asked, and which are closed at once
+LOOPBACK = "127.0.0.1:0"  # for HTTP servers that dask always opens; they are closed immediately
 _SECONDS = 30.0
 _REACHED_SECONDS = 10.0
-_LOST_SECONDS = 600.0  # in which a scheduler elsewhere may be started again
+_LOST_SECONDS = 600.0  # the time for a restart of a scheduler elsewhere
 
 
 class Arrived(NamedTuple):
-    """The answer to a ticket: what the task gave, or how it failed."""
+    """The answer to a ticket: the task's result, or the error with which it failed."""
 
     ticket: int
     value: Any
@@ -56,7 +55,8 @@ class Arrived(NamedTuple):
 
 
 class Engine:
-    """A context manager: the scheduler of `cluster`, and a client of it. Raises UsageError, ClusterError."""
+    """A context manager that provides the scheduler of `cluster` and a client connected to it. Raises UsageError,
+    ClusterError."""
 
     def __init__(self, cluster: Cluster, keys: Path | None, *, insecure: bool = False) -> None:
         self._cluster, self._keys, self._insecure = cluster, keys, insecure
@@ -69,7 +69,7 @@ class Engine:
 
     @property
     def address(self) -> str:
-        """The scheduler's, for workers."""
+        """The address of the scheduler, for workers."""
         assert self._client is not None
         return str(self._client.scheduler.address)
 
@@ -116,9 +116,9 @@ class Engine:
         self._loop.stop()
 
     def members(self) -> dict[str, str] | None:
-        """The address of each worker → its name; None while the scheduler does not answer."""
+        """Return the name of each worker by its address, or None while the scheduler does not answer."""
         assert self._client is not None
-        if self._client.status != "running":  # it tries to come back, and asking would wait for that
+        if self._client.status != "running":  # it is reconnecting, and a request would wait for that
             return None
         try:
             info = self._client.sync(self._client.scheduler.identity, n_workers=-1, callback_timeout=_SECONDS)
@@ -127,8 +127,8 @@ class Engine:
         return {address: str(facts["name"]) for address, facts in info["workers"].items()}
 
     def reach(self, address: str) -> int:
-        """Have the scheduler connect to a worker, as it does to fetch results, → the ticket of the answer: an error
-        where it cannot."""
+        """Have the scheduler connect to a worker, as it does to fetch results. Returns the ticket of the answer, which
+        is an error if the scheduler cannot connect."""
         assert self._client is not None
         client, ticket = self._client, next(self._tickets)
 
@@ -143,7 +143,7 @@ class Engine:
         return ticket
 
     def submit(self, address: str, task: Callable[..., Any], *arguments: Any) -> int:
-        """Have one worker run `task`, a function of a module, → the ticket of its answer."""
+        """Have one worker run `task`, a module-level function. Returns the ticket of its answer."""
         assert self._client is not None
         ticket = next(self._tickets)
         future = self._client.submit(
@@ -155,7 +155,7 @@ class Engine:
         return ticket
 
     def tell(self, address: str, task: Callable[..., Any], *arguments: Any) -> None:
-        """Have one worker run `task`, also after this client has gone; nobody hears its answer."""
+        """Have one worker run `task`, even after this client has gone; its answer is discarded."""
         assert self._client is not None
         with suppress(Exception):
             fire_and_forget(
@@ -163,13 +163,13 @@ class Engine:
             )
 
     def drop(self, ticket: int) -> None:
-        """An answer that nobody waits for any more."""
+        """Cancel a task whose answer is no longer needed."""
         future = self._futures.pop(ticket, None)
         if future is not None:
             future.cancel()
 
     def answers(self, seconds: float) -> list[Arrived]:
-        """What has arrived, or what arrives first within so many seconds."""
+        """Return the answers that have arrived, waiting at most `seconds` for the first."""
         found: list[Arrived] = []
         with suppress(queue.Empty):
             found += self._collect(self._arrived.get(timeout=seconds))
@@ -183,13 +183,13 @@ class Engine:
             return []
         try:
             return [Arrived(ticket, future.result(timeout=_SECONDS), None)]
-        except Exception as error:  # of the task, of the connection, of a worker that died
+        except Exception as error:  # from the task, the connection or a dead worker
             return [Arrived(ticket, None, error)]
 
 
 class _Client(Client):  # type: ignore[misc]  # dask has no types
-    """dask's, of which nothing is left where it cannot start: its end would wait for a loop that has stopped. A
-    scheduler that has gone is looked for as long as `patience` says, in seconds."""
+    """A dask client that leaves nothing behind if it cannot start: closing it later would wait for a loop that has
+    stopped. If the scheduler is lost, the client tries to reconnect for `patience` seconds."""
 
     patience = _SECONDS
 
@@ -209,7 +209,7 @@ class _Client(Client):  # type: ignore[misc]  # dask has no types
 
 
 async def _scheduler(address: str, security: Security) -> Scheduler:
-    """Listening at `address` and nowhere else. Raises OSError."""
+    """Start a scheduler that listens at `address` and nowhere else. Raises OSError."""
     scheme, _, rest = address.partition("://")
     host, _, port = rest.rpartition(":")
     scheduler = Scheduler(
@@ -227,7 +227,7 @@ async def _scheduler(address: str, security: Security) -> Scheduler:
 
 
 def security_of(keys: Path | None) -> Security:
-    """TLS both ways with the pair in the folder `keys`; none without. Raises UsageError."""
+    """Return mutual TLS with the key pair in the folder `keys`, or no encryption if it is None. Raises UsageError."""
     if keys is None:
         return Security(require_encryption=False)
     cert, key = map(str, pairs.find_keys(keys))
@@ -237,7 +237,7 @@ def security_of(keys: Path | None) -> Security:
 
 
 def scheduler_address(cluster: Cluster) -> str:
-    """That of a scheduler elsewhere. Raises ClusterError."""
+    """Return the address of a scheduler elsewhere. Raises ClusterError."""
     if cluster.where is Where.ENV:
         address = dask.config.get("scheduler-address", None)
         if not address:

@@ -1,4 +1,4 @@
-"""The pair of keys that every machine of a cluster has: whoever has it is in, nobody else can connect."""
+"""The key pair that every machine of a cluster holds: only a machine that has it can connect."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ _DAYS = 3650
 
 
 def make_keys(folder: Path) -> tuple[Path, Path]:
-    """Write cert.pem and key.pem into `folder`, readable by their owner alone. Raises UsageError where there are some
-    already, and StorageError."""
+    """Write cert.pem and key.pem into `folder`, readable only by their owner. Raises UsageError if either exists, and
+    StorageError."""
     with explained():
         from cryptography import x509
         from cryptography.hazmat.primitives import hashes, serialization
@@ -27,7 +27,7 @@ def make_keys(folder: Path) -> tuple[Path, Path]:
             raise UsageError(f"{path}: is there already; give another folder, or remove it on every machine")
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "tiler cluster")])
-    begin = datetime.now(UTC) - timedelta(days=400)  # clocks of old machines may be a year off
+    begin = datetime.now(UTC) - timedelta(days=400)  # clocks of old machines may be a year behind
     certificate = (
         x509.CertificateBuilder()
         .subject_name(name)
@@ -52,8 +52,8 @@ def make_keys(folder: Path) -> tuple[Path, Path]:
 
 
 def find_keys(folder: Path) -> tuple[Path, Path]:
-    """Raises UsageError where a file is missing, where the two are no pair, and where others may read the private
-    key."""
+    """Return the paths of the certificate and the private key in `folder`. Raises UsageError if a file is missing, if
+    the two are no pair, or if others may read the private key."""
     folder = folder.expanduser()
     cert, key = folder / CERT, folder / KEY
     for path in (cert, key):
@@ -65,7 +65,7 @@ def find_keys(folder: Path) -> tuple[Path, Path]:
         raise UsageError(f"{key}: others may read it; chmod 600 {key}")
     try:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        context.load_cert_chain(cert, key, password="")  # else it asks for one at the terminal
+        context.load_cert_chain(cert, key, password="")  # otherwise it asks for a password at the terminal
         context.load_verify_locations(cert)
     except (OSError, ValueError) as error:
         raise UsageError(

@@ -1,4 +1,4 @@
-"""--cluster local:N: how --max-ram is divided among N worker processes and this one, and the processes themselves."""
+"""--cluster local:N: divide --max-ram among N worker processes and this one, and start the workers."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from tiler.planning.tiling import plan_tiling
 from tiler.render_run import RenderRun
 from tiler.run import measure
 
-_CONNECTIONS_BYTES = 16_000_000  # what dask's scheduler and client take while they work
+_CONNECTIONS_BYTES = 16_000_000  # memory of dask's scheduler and client while they work
 _GRACE = 3.0  # seconds between SIGTERM and SIGKILL
 
 
 def share_of(run: RenderRun, workers: int) -> int:
-    """The ceiling of each of so many workers in bytes: the run's own less what this process needs beside them, divided.
-    Raises BudgetRefused where that is too little, naming the number of workers that there is room for."""
+    """Return the ceiling of each of `workers` workers in bytes: the run's ceiling less the needs of this process,
+    divided by their number. Raises BudgetRefused if that is too little, naming the number of workers that fits."""
     plan = run.plan
     canvas = next(phase for phase in plan.memory.phases if phase.name == "canvas")
     tile_bytes = 4 * plan.family.latent_channels * plan.regions.tile[0] * plan.regions.tile[1]
@@ -46,7 +46,7 @@ def share_of(run: RenderRun, workers: int) -> int:
 
 
 def plan_of_worker(run: RenderRun, max_bytes: int) -> RenderPlan:
-    """How a worker here would predict the tiles under its own ceiling."""
+    """Plan how a worker on this machine predicts tiles under its own ceiling."""
     request = replace(run.request, precision=run.plan.precision)
     tiling, facts = plan_tiling(request, run.plan.family), measure(request.scratch_folder)
     embeds = bool(run.spoken.read_as.embeddings)
@@ -55,14 +55,14 @@ def plan_of_worker(run: RenderRun, max_bytes: int) -> RenderPlan:
 
 @contextmanager
 def processes(address: str, folder: Path, workers: int, share: int) -> Iterator[list[subprocess.Popen[bytes]]]:
-    """So many workers of the scheduler at `address`, each with a ceiling of `share` bytes; none is left when the block
-    ends. `folder` has their keys, and takes their temporary files."""
+    """Run `workers` workers of the scheduler at `address`, each with a ceiling of `share` bytes, and end them all with
+    the block. `folder` contains their keys and receives their temporary files."""
     threads = max(1, torch.get_num_threads() // workers)
     command = [
         sys.executable, "-m", "tiler", "worker", address, "--keys", str(folder / "keys"), "--max-ram", str(share),
         "--threads", str(threads), "--once", "--quiet",
     ]  # fmt: skip
-    here = str(Path(__file__).parents[2])  # of a copy of the repository that is not installed
+    here = str(Path(__file__).parents[2])  # for a checkout of the repository that is not installed
     path = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
     started: list[subprocess.Popen[bytes]] = []
     try:
@@ -84,5 +84,5 @@ def processes(address: str, folder: Path, workers: int, share: int) -> Iterator[
 
 
 def running(processes: Sequence[subprocess.Popen[bytes]]) -> int:
-    """How many of them have not ended."""
+    """The number of processes that have not ended."""
     return sum(process.poll() is None for process in processes)

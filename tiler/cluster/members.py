@@ -1,4 +1,4 @@
-"""The workers of a render: who has come, who is ready, who was left out and why, and which of them compute equal
+"""The workers of a render: which have come, which are ready, which were left out and why, and which compute equal
 bits."""
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from tiler.run import WorkerUse
 if TYPE_CHECKING:
     from tiler.cluster.engine import Engine
 
-_LOOK_EVERY = 1.0  # seconds between two questions to the scheduler
-_AGAIN = 10.0  # seconds until a worker that is taken is asked again
-_LOST = 600.0  # seconds for which a scheduler that does not answer is waited for
-_SETTLE = 10.0  # seconds for more workers to answer before it is decided whose bits count
+_LOOK_EVERY = 1.0  # seconds between two requests to the scheduler
+_AGAIN = 10.0  # seconds until a worker that another render has is asked again
+_LOST = 600.0  # seconds to wait for a scheduler that does not answer
+_SETTLE = 10.0  # seconds that other workers have to answer before the choice of bits
 
 
 @dataclass
 class Member:
-    """A worker. `ticket` is of the task that it has."""
+    """A worker. `ticket` is that of its current task."""
 
     address: str
     name: str
     greeting: Greeting | None = None
     pace: Pace = field(default_factory=lambda: Pace(1, 0.0, 1.0))
     ticket: int | None = None
-    delay: float = 0.0  # seconds that its tasks wait for those of other renders
+    delay: float = 0.0  # seconds that its tasks wait for tasks of other renders
     failures: int = 0
     is_out: bool = False
     tiles: int = 0
@@ -41,7 +41,7 @@ class Member:
     peak_rss_bytes: int = 0
 
     def note(self, tiles: int, seconds: float, peak_rss_bytes: int, *, waited: float = 0.0) -> None:
-        """A task is done, `waited` seconds later than it took."""
+        """Record a finished task, which waited `waited` seconds in addition to the `seconds` that it took."""
         self.delay += (max(0.0, waited) - self.delay) / 3
         self.pace.note(tiles, seconds)
         self.tiles, self.seconds = self.tiles + tiles, self.seconds + seconds
@@ -51,7 +51,7 @@ class Member:
 
 @dataclass(frozen=True)
 class Probe:
-    """What each worker is asked first: the job, and a tile of noise in the place of one of its first step."""
+    """The first request to each worker: the job, and a tile of noise in the place of a tile of its first step."""
 
     job: bytes
     step: int
@@ -59,9 +59,9 @@ class Probe:
 
 
 class Members:
-    """`patience` is for how long a render waits for a first or another worker, in seconds; None: for ever. A scheduler
-    that does not answer is waited for longer. `running` counts the worker processes that are there, where no others can
-    come."""
+    """The workers known to a render. `patience` is the time in seconds to wait for a first or another worker; None
+    waits forever. If the scheduler does not answer, the wait is longer. `running` counts the worker processes that are
+    alive, if no others can join."""
 
     def __init__(
         self, engine: Engine, probe: Probe, note: Callable[[str], None], patience: float | None,
@@ -71,17 +71,17 @@ class Members:
         self.probe, self._note, self._patience, self._running = probe, note, patience, running
         self._members: dict[str, Member] = {}
         self._gone: list[Member] = []
-        self._greetings: dict[int, Member] = {}  # by ticket: those that are asked
-        self._reaching: dict[int, Member] = {}  # by ticket: those to which the scheduler connects
-        self._taken: set[str] = set()  # addresses of those of which that has been told
-        self._again: dict[str, float] = {}  # by address: when one that works for another render is asked again
+        self._greetings: dict[int, Member] = {}  # by ticket: workers that were sent a greeting
+        self._reaching: dict[int, Member] = {}  # by ticket: workers that the scheduler is connecting to
+        self._taken: set[str] = set()  # addresses of taken workers that were already reported
+        self._again: dict[str, float] = {}  # by address: the time at which a taken worker is asked again
         self.digest: str | None = None  # of the bits that count
         self._is_lost = False  # the scheduler does not answer
         self._looked = self._first_greeting = 0.0
         self._deserted_since = time.monotonic()
 
     def uses(self) -> list[WorkerUse]:
-        """What each that predicted something did, those that have gone included."""
+        """Return the work of each worker that predicted something, including workers that have gone."""
         return [
             WorkerUse(m.name, m.tiles, m.seconds, m.peak_rss_bytes, m.greeting.max_ram_bytes)
             for m in (*self._gone, *self._members.values())
@@ -89,18 +89,18 @@ class Members:
         ]
 
     def ready(self) -> list[Member]:
-        """Those that may have tasks."""
+        """Return the workers that may receive tasks."""
         if self.digest is None:
             return []
         return [m for m in self._members.values() if m.greeting is not None and not m.is_out]
 
     def free(self) -> list[Member]:
-        """Those that are ready and have none, the fastest first."""
+        """Return the ready workers that have no task, fastest first."""
         return sorted((m for m in self.ready() if m.ticket is None), key=lambda m: m.pace.seconds(1))
 
     @property
     def is_deserted(self) -> bool:
-        """Whether there has been no worker for so long that nobody waits for one."""
+        """Whether there has been no ready worker for so long that the render stops waiting for one."""
         if self.ready():
             self._deserted_since = time.monotonic()
             return False
@@ -112,7 +112,7 @@ class Members:
         return time.monotonic() - self._deserted_since >= patience
 
     def look(self) -> list[Member]:
-        """Greet who has come, → who has gone. Asks the scheduler once a second."""
+        """Greet new workers, and return those that have gone. Asks the scheduler once a second."""
         now = time.monotonic()
         self._decide(now)
         if now - self._looked < _LOOK_EVERY:
@@ -121,7 +121,7 @@ class Members:
         present = self.engine.members()
         if present is None and not self._is_lost:
             self._note("the scheduler does not answer: waiting for it")
-        if self._is_lost and present is not None:  # workers come back after it
+        if self._is_lost and present is not None:  # workers reconnect after the scheduler does
             self._deserted_since = now
         self._is_lost, present = present is None, present or {}
         gone = [m for address, m in self._members.items() if address not in present]
@@ -152,12 +152,12 @@ class Members:
         self._greetings[ticket] = member
 
     def ask_again(self, member: Member) -> None:
-        """Of a worker that has closed the job: another render has taken it."""
+        """Schedule another greeting for a worker that has closed the job because another render has taken it."""
         member.greeting = None
         self._again[member.address] = time.monotonic() + _AGAIN
 
     def take(self, ticket: int, value: Any, error: BaseException | None) -> bool:
-        """Whether an answer was a greeting."""
+        """Process an answer if it belongs to a greeting or a connection check, and return whether it does."""
         if (member := self._reaching.pop(ticket, None)) is not None:
             if error is None:
                 self._greet(member)
@@ -193,13 +193,13 @@ class Members:
         return True
 
     def leave_out(self, member: Member, why: str) -> None:
-        """Give a worker nothing to do from now on, and say why."""
+        """Give a worker no more tasks, and say why."""
         member.is_out = True
         self._note(f"worker {member.name} is left out: {why}")
 
     def _decide(self, now: float) -> None:
-        """Whose bits count: those of the workers that are fastest together, once all have answered or enough time has
-        gone by."""
+        """Decide whose bits count: those of the workers that are fastest together, once all have answered or enough
+        time has passed."""
         answered = [m for m in self._members.values() if m.greeting is not None and not m.is_out]
         if self.digest is not None or not answered or (self._greetings and now - self._first_greeting < _SETTLE):
             return
@@ -218,7 +218,7 @@ class Members:
                 member, "its processor computes other bits than the others', and the picture would not be the same"
             )
             return
-        if member.tiles:  # it was away for another render
+        if member.tiles:  # it comes back from another render
             return
         ceiling = format_mb(member.greeting.max_ram_bytes)
         self._note(f"worker {member.name} has joined: {member.pace.seconds(1):.1f} s a tile, ceiling {ceiling}")

@@ -1,4 +1,4 @@
-"""What a user is told where the packages of the extra `cluster` are missing."""
+"""The message for users who lack the packages of the extra `cluster`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tiler.errors import UsageError
 
 @contextmanager
 def explained() -> Iterator[None]:
-    """Imports that the extra brings. Raises UsageError where it is not installed."""
+    """Wrap imports of packages that the extra installs. Raises UsageError if it is not installed."""
     try:
         yield
     except ModuleNotFoundError as error:

@@ -1,5 +1,5 @@
-"""What a cluster would bring for a render, before it begins: each worker says how fast it would be, nobody reads any
-weights, and the sharing of the tiles is simulated."""
+"""A forecast of what a cluster brings for a render, before the render starts: each worker estimates its speed without
+reading any weights, and the sharing of the tiles is simulated."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from tiler.planning.time import Speed
 from tiler.render_run import RenderRun
 from tiler.request.cluster import Cluster, Where
 
-_JOINING = 15.0  # seconds for workers that wait for somebody who listens
-_LAST = 7.0  # seconds after the last one: each tries again every 5
-_ANSWER = 60.0  # seconds for what they say
-_TASKS = 20_000  # of a simulation: more steps are as those before
+_JOINING = 15.0  # seconds in which workers that look for a scheduler may join
+_LAST = 7.0  # seconds after the last worker joined: each retries every 5
+_ANSWER = 60.0  # seconds for their estimates
+_TASKS = 20_000  # in a simulation: further steps take as long as the simulated ones
 
 
 @dataclass(frozen=True, kw_only=True)
 class Expected:
-    """What a worker would do. `problem` says why it would do nothing; `idle` is the share of the canvas's time that it
-    waits."""
+    """The expected work of one worker. `problem` says why it would do nothing; `idle` is the fraction of the canvas's
+    time that it waits."""
 
     name: str
     problem: str = ""
@@ -42,7 +42,8 @@ class Expected:
 
 @dataclass(frozen=True, kw_only=True)
 class Outlook:
-    """Seconds of the canvas by these workers, of two such canvases at once, and by this process alone."""
+    """The time of the canvas in seconds with these workers, of two such canvases at once, and with this process
+    alone."""
 
     workers: tuple[Expected, ...]
     canvas_seconds: float
@@ -50,13 +51,13 @@ class Outlook:
     alone_seconds: float
 
     def facts(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the outlook for JSON."""
         return asdict(self)
 
 
 def look(run: RenderRun, cluster: Cluster, speed: Speed) -> Outlook:
-    """Ask the workers of `cluster`; those that it would start here share this machine's `speed`. Raises ClusterError,
-    UsageError, BudgetRefused."""
+    """Ask the workers of `cluster` for estimates; workers that would be started on this machine share its `speed`.
+    Raises ClusterError, UsageError, BudgetRefused."""
     plan = run.plan
     here = seconds_per_tile(run.request, plan, run.models, speed)
     found = _local(run, cluster, here) if cluster.where is Where.LOCAL else _asked(run, cluster)
@@ -90,14 +91,14 @@ def _expected(name: str, estimate: Estimate, able: list[str], forecast: Forecast
 
 
 def _local(run: RenderRun, cluster: Cluster, seconds: float) -> dict[str, Estimate]:
-    """Processes that share this machine's cores: so many take as many times as long."""
+    """Estimate the processes that share this machine's cores: N processes each take N times as long."""
     plan = plan_of_worker(run, share_of(run, cluster.workers))
     one = Estimate(seconds=cluster.workers * seconds, tiles=max(1, plan.batch // plan.regions[0].samples))
     return {f"local-{number}": one for number in range(1, cluster.workers + 1)}
 
 
 def _asked(run: RenderRun, cluster: Cluster) -> dict[str, Estimate]:
-    """What each worker says, by name."""
+    """Return each worker's own estimate, by name."""
     job = SharedJob(
         name=secrets.token_hex(8), request=run.request, model_id=denoiser_id(run.models),
         reads_text=bool(run.plan.family.encoders), embeds=bool(run.spoken.read_as.embeddings), texts={},
@@ -116,7 +117,8 @@ def _asked(run: RenderRun, cluster: Cluster) -> dict[str, Estimate]:
 
 
 def _joined(engine: Engine, cluster: Cluster, run: RenderRun) -> dict[str, str]:
-    """The address of each worker → its name; where this process listens, once no more seem to come."""
+    """Return the name of each worker by its address. If this process listens, wait until no more workers seem to
+    come."""
     members = engine.members()
     if members is None:
         raise ClusterError(f"{engine.address}: no answer; check address, port, firewall and keys")
@@ -131,7 +133,7 @@ def _joined(engine: Engine, cluster: Cluster, run: RenderRun) -> dict[str, str]:
 
 
 def _leave_out_other_bits(found: dict[str, Estimate]) -> None:
-    """Of workers that compute with other instructions than the rest, those that are slower together."""
+    """If workers compute with different instructions, refuse all but the group that is fastest together."""
     speeds: dict[str, float] = {}
     able = {name: estimate for name, estimate in found.items() if not estimate.refusal}
     for estimate in able.values():

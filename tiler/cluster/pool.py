@@ -1,5 +1,5 @@
-"""The runner over workers: hands tiles out, takes predictions in whatever order they come, and answers in the tiles'
-order."""
+"""The runner that distributes tiles over workers: it accepts predictions in any order and yields them in the order of
+the tiles."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from tiler.cluster.sharing import Busy, earliest, share
 from tiler.diffusion.runner import Runner, Tile, check_finite
 from tiler.errors import NumericalError
 
-AHEAD = 256  # tiles between the first without an answer and the last that was handed out, at least
-_FARTHEST, _AHEAD_BYTES = 2000, 128_000_000  # at most, and in memory
-_ROUNDS = 4  # passes of every worker that may be waiting or early
-_LOOK = 0.1  # seconds in which a signal or a free worker is noticed
+AHEAD = 256  # least window, in tiles, from the first without an answer to the last handed out
+_FARTHEST, _AHEAD_BYTES = 2000, 128_000_000  # upper limits of that window: tiles, and bytes in memory
+_ROUNDS = 4  # passes per worker that may be handed out or answered early
+_LOOK = 0.1  # seconds until a signal or a free worker is noticed
 _LATE, _LATE_SECONDS = 1.5, 30.0  # a task of more than 1.5 times its expected time and 30 s gets a copy
-_HERE = 4  # tiles predicted by this process between two looks at the workers
-_DEATHS = 2  # of workers by one tile; after that this process predicts it itself
-_TOO_OFTEN = 2  # failures of one worker
+_HERE = 4  # tiles that this process predicts between two checks of the workers
+_DEATHS = 2  # workers that one tile may end; after that this process predicts it
+_TOO_OFTEN = 2  # failures in a row after which a worker is left out
 
 
 class Group(NamedTuple):
-    """Tiles in one task of one worker."""
+    """The tiles in one task of one worker."""
 
     numbers: tuple[int, ...]
     step: int
@@ -46,26 +46,25 @@ class Group(NamedTuple):
 
 @dataclass
 class _Step:
-    """A step under way: the tiles without an answer, of which `waiting` are in no task; and the answers of those whose
-    turn has not come."""
+    """A step in progress: the tiles without an answer, of which those in `waiting` are in no task, and the answers
+    whose turn has not come."""
 
     number: int
     tiles: dict[int, Tile] = field(default_factory=dict)
     waiting: list[int] = field(default_factory=list)
     answers: dict[int, Tensor] = field(default_factory=dict)
     deaths: dict[int, int] = field(default_factory=dict)
-    not_finite: dict[int, set[str]] = field(default_factory=dict)  # by tile: the workers that said so
+    not_finite: dict[int, set[str]] = field(default_factory=dict)  # by tile: the workers that reported it
 
     def may_have(self, member: Member, number: int) -> bool:
-        """Whether a tile may go to a worker: not where it has ended others, nor where that worker has failed with
-        it."""
+        """Whether a tile may go to a worker: not if it has ended two workers, nor if this worker has failed on it."""
         return self.deaths.get(number, 0) < _DEATHS and member.address not in self.not_finite.get(number, ())
 
 
 class Pool:
-    """A `Runner`, and a context manager. `open_local` opens the runner of this process, for when no worker is left;
-    `check` is called often, and may raise to stop the run; samples are added to `counts`. No more than `farthest` tiles
-    are out or early at a time."""
+    """A `Runner` and a context manager. `open_local` opens the runner of this process, for tiles that no worker can
+    predict; `check` is called often and may raise to stop the run; samples are added to `counts`. At most `farthest`
+    tiles are handed out or answered early at a time."""
 
     def __init__(
         self, members: Members, job: str, open_local: Callable[[], AbstractContextManager[Runner]],
@@ -109,7 +108,8 @@ class Pool:
             ahead = self._ahead(under_way)
 
     def _ahead(self, step: _Step) -> int:
-        """How many tiles may be out or early: enough for all workers, and no more than memory has room for."""
+        """The number of tiles that may be handed out or answered early: enough for all workers, within the memory for
+        them."""
         wanted = _ROUNDS * sum(member.pace.batch for member in self._members.ready())
         tile = next(iter(step.tiles.values()), None)
         room = self._farthest if tile is None else _AHEAD_BYTES // (2 * tile.latents.nbytes)
@@ -128,14 +128,14 @@ class Pool:
                 self._take(ticket, value, error, step)
 
     def _nobodys(self, step: _Step) -> list[int]:
-        """Waiting tiles that no worker may have: this process is to predict them."""
+        """Return the waiting tiles that no worker may have, which this process must predict."""
         if self._members.is_deserted:
             return step.waiting
         ready = self._members.ready()
         return [n for n in step.waiting if ready and not any(step.may_have(m, n) for m in ready)]
 
     def _hand_out(self, step: _Step) -> None:
-        time: float | None = None  # by which all could be done; nobody new has come since it was found
+        time: float | None = None  # when all could be done; reset whenever a task is handed out
         for member in self._members.free():
             waiting = [n for n in step.waiting if step.may_have(member, n)]
             if not waiting:
@@ -151,23 +151,23 @@ class Pool:
                 self._copy_late(member, step)
 
     def _group_of(self, member: Member) -> Group | None:
-        """What a worker has."""
+        """Return the current task of a worker, or None."""
         return self._groups.get(member.ticket) if member.ticket is not None else None
 
     def _is_late(self, member: Member) -> bool:
-        """Whether a worker takes so long that nothing is expected of it any more."""
+        """Whether a worker takes so long that its answer is no longer expected."""
         group = self._group_of(member)
         return group is not None and group.is_late(time.monotonic())
 
     def _busy(self, member: Member) -> float:
-        """Seconds until a worker is expected to be free."""
+        """The expected seconds until a worker is free."""
         group = self._group_of(member)
         if group is None:
             return 0.0
         return max(0.25 * group.expected, group.since + group.expected - time.monotonic())
 
     def _copy_late(self, member: Member, step: _Step) -> None:
-        """A second chance for what takes too long elsewhere."""
+        """Give a worker a copy of the tiles of a task that takes too long elsewhere."""
         now = time.monotonic()
         tried = {
             n
@@ -218,7 +218,8 @@ class Pool:
         step.answers[number] = prediction
 
     def _fail(self, group: Group, answer: Answer | None, error: BaseException | None, step: _Step) -> None:
-        """A task that ended in an error: its tiles go elsewhere, and a worker that fails too often goes without."""
+        """Handle a task that ended in an error: its tiles go elsewhere, and a worker that fails too often is left
+        out."""
         member = group.member
         if answer is not None and answer.is_closed:
             if group.step == step.number:
@@ -239,7 +240,7 @@ class Pool:
             self._members.leave_out(member, said)
 
     def _lose(self, member: Member, step: _Step) -> None:
-        """A worker is gone: what it had goes elsewhere."""
+        """Handle a lost worker: its tiles go elsewhere."""
         for ticket in [t for t, g in self._groups.items() if g.member is member]:
             group = self._groups.pop(ticket)
             self._members.engine.drop(ticket)
@@ -249,17 +250,17 @@ class Pool:
                 self._return(group, step)
 
     def _return(self, group: Group, step: _Step) -> None:
-        """Tiles that are in no other task wait again, in their place."""
+        """Put the tiles that are in no other task back into the waiting list, in order."""
         elsewhere = {n for g in self._groups.values() if g.step == step.number for n in g.numbers}
         back = {n for n in group.numbers if n in step.tiles and n not in elsewhere}
         step.waiting = sorted({*step.waiting, *back})
 
     def _open_here(self) -> Runner:
-        """The runner of this process, whose bits are compared with the workers'."""
+        """Open the runner of this process, and compare its bits with those of the workers."""
         local, probe = self._stack.enter_context(self._open_local()), self._members.probe
         own = digest_of(torch.stack(list(local.predict(probe.step, [probe.tile]))).numpy())
         if self._members.digest is None:
-            self._members.digest = own  # whoever comes later has to compute the same
+            self._members.digest = own  # workers that join later must compute the same
         elif own != self._members.digest:
             self._note(
                 "this processor computes other bits than the workers': the picture is neither quite the one that they would "
@@ -268,7 +269,7 @@ class Pool:
         return local
 
     def _predict_here(self, numbers: Sequence[int], step: _Step) -> None:
-        """In this process."""
+        """Predict tiles in this process."""
         if self._local is None:
             if self._members.is_deserted:
                 self._note("no worker is left: this process predicts alone")

@@ -1,11 +1,11 @@
-"""What makes a plain dask worker one that predicts tiles, however it is started:
+r"""The preload module that turns a plain dask worker into one that predicts tiles, however it is started:
 
     dask worker tls://laptop:8786 --no-nanny --nthreads 1 --memory-limit 0 --tls-ca-file … \
         --preload tiler.cluster.preload --max-ram 700MB --model org/name=/data/sd15
 
-and on several hosts over ssh by `SSHCluster(hosts, worker_class="distributed.Worker", worker_options={"nthreads": 1,
-"memory_limit": 0, "preload": ["tiler.cluster.preload"], "preload_argv": [["--max-ram", "700MB"]]})`. `tiler worker`
-joins again when its connection is lost, and is small between two renders; this one is what dask makes of it.
+and on several hosts over ssh with `SSHCluster(hosts, worker_class="distributed.Worker", worker_options={"nthreads": 1,
+"memory_limit": 0, "preload": ["tiler.cluster.preload"], "preload_argv": [["--max-ram", "700MB"]]})`. Unlike this
+worker, `tiler worker` joins again when its connection is lost and is small between two renders.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tiler.request.cluster import models_of
 with explained():
     import click
 
-_budgets: list[Budget] = []  # of this process, which is entered once
+_budgets: list[Budget] = []  # the entered budget of this process
 
 
 @click.command()
@@ -32,7 +32,7 @@ _budgets: list[Budget] = []  # of this process, which is entered once
 @click.option("--model", multiple=True, help="NAME=PATH: where the model lies that renders call NAME.")
 @click.option("--threads", type=click.IntRange(1, 1024), help="Of torch.")
 def dask_setup(worker: Any, max_ram: str, model: tuple[str, ...], threads: int | None) -> None:
-    """Called by dask, with the worker that begins."""
+    """Called by dask with the worker that starts."""
     frugal_allocator()
     if threads is not None:
         os.environ["OMP_NUM_THREADS"] = str(threads)

@@ -1,4 +1,4 @@
-"""What a render does with --cluster: its canvas's runner, open as long as the canvas is denoised."""
+"""The part of a render that --cluster adds: the runner of the canvas, open while the canvas is denoised."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from tiler.request.cluster import Cluster, Where, parse_cluster
 if TYPE_CHECKING:
     from tiler.cluster.outlook import Outlook
 
-_PATIENCE = 60.0  # seconds without any worker, after which this process goes on alone
+_PATIENCE = 60.0  # seconds without any worker after which this process continues alone
 
 
 def prepare(request: RenderRequest) -> None:
-    """Before anything is measured: what a cluster needs is imported. Raises UsageError where it is missing."""
+    """Import what a cluster needs, before anything is measured. Raises UsageError if it is missing."""
     if request.cluster is not None:
         from tiler.cluster import engine
 
@@ -37,8 +37,8 @@ def prepare(request: RenderRequest) -> None:
 
 
 def runner_of(run: RenderRun) -> OpenRunner:
-    """Who predicts the canvas: this process, or the cluster that was asked for. Raises BudgetRefused where it leaves
-    workers too little."""
+    """Return the opener of the runner that predicts the canvas: this process, or the requested cluster. Raises
+    BudgetRefused if too little memory is left for the workers."""
     if run.request.cluster is None:
         return open_denoiser
     cluster, share = parse_cluster(run.request.cluster), 0
@@ -50,8 +50,8 @@ def runner_of(run: RenderRun) -> OpenRunner:
 
 
 def outlook(run: RenderRun, speed: Speed) -> Outlook | None:
-    """What the cluster that was asked for would bring; `speed` is this machine's. Raises ClusterError, UsageError,
-    BudgetRefused."""
+    """Return a forecast for the requested cluster, None without one; `speed` is this machine's. Raises ClusterError,
+    UsageError, BudgetRefused."""
     if run.request.cluster is None:
         return None
     from tiler.cluster.outlook import look
@@ -97,20 +97,20 @@ def _open_pool(cluster: Cluster, share: int, run: RenderRun, prompts: Prompts) -
                 partial(run.budget.check, "canvas"),
                 run.note,
                 run.counts,
-                **({"farthest": AHEAD} if is_local else {}),  # which their share of the ceiling was made for
+                **({"farthest": AHEAD} if is_local else {}),  # the window that share_of counts
             )
         )
         try:
             yield pool
         finally:
             run.workers = members.uses()
-            if cluster.where in (Where.CONNECT, Where.FILE, Where.ENV):  # others' scheduler and workers stay
+            if cluster.where in (Where.CONNECT, Where.FILE, Where.ENV):  # scheduler and workers outlive this run
                 for member in members.ready():
                     engine.tell(member.address, tasks.close, job.name)
 
 
 def _probe(run: RenderRun) -> Tile:
-    """A tile of noise in the place of the canvas's first."""
+    """Return a tile of noise in the place of the canvas's first tile."""
     region = run.plan.canvas_steps[0][0]
     shape = (1, run.plan.family.latent_channels, region.height, region.width)
     return Tile(torch.randn(shape, generator=torch.Generator("cpu").manual_seed(0)), region)

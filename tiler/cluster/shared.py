@@ -1,5 +1,5 @@
-"""What goes over the wire: the job that all workers share, tiles, and their answers. Plain numbers, texts and
-arrays."""
+"""The messages between machines: the job that all workers share, tiles, and answers. They consist of plain numbers,
+texts and arrays."""
 
 from __future__ import annotations
 
@@ -21,39 +21,41 @@ if TYPE_CHECKING:
     from tiler.models.samples import Prompt
     from tiler.request import ResolvedRequest
 
-WORKER_FOLDER = "TILER_WORKER_FOLDER"  # the variable that names where workers of local:N have their temporary files
+WORKER_FOLDER = "TILER_WORKER_FOLDER"  # the variable that names the folder for temporary files of local:N workers
 
 
 def versions() -> dict[str, str]:
-    """What must be equal on all machines: other versions may compute other bits, or know another job."""
+    """Return the versions that must be equal on all machines: other versions may compute other bits or not understand
+    the job."""
     found = {name: metadata.version(name) for name in ("tiler", "torch", "diffusers")}
     return found | {"python": ".".join(platform.python_version_tuple()[:2])}
 
 
 Window = Sequence[Any]
-"""A tile's place and what it is made under: the fields of its Text2ImageRegion, in order, without its weights."""
+"""The place of a tile and its conditions: the fields of its Text2ImageRegion, in order, without its weights."""
 
 
 def window_of(tile: Tile) -> Window:
-    """As plain numbers; the weights stay with the blend, which alone needs them."""
+    """Return the window of a tile as plain numbers. The weights stay here, since only the blend needs them."""
     region = tile.region
     return tuple(getattr(region, field.name) for field in fields(region) if field.name != "weights")
 
 
 class Taken(ClusterError):
-    """A worker has another render's denoiser open."""
+    """The worker has the denoiser of another render open."""
 
 
 def digest_of(prediction: np.ndarray) -> str:
-    """Tells machines that compute equal bits by what they predict for a probe tile, (1, C, h, w) fp32."""
+    """Return a digest of the prediction for a probe tile, (1, C, h, w) fp32. Machines with equal digests compute equal
+    bits."""
     return hashlib.sha256(prediction.tobytes()).hexdigest()[:16]
 
 
 @dataclass(frozen=True, kw_only=True)
 class SharedJob:
-    """All that a worker must know of a render to predict its tiles. `texts` are its encoded prompts; `model_id` tells
-    the denoiser's files; `reads_text` says whether text encoders belong to the model's parts where they are there,
-    `embeds` whether prompts name embeddings."""
+    """All facts of a render that a worker needs to predict its tiles. `texts` are the encoded prompts; `model_id`
+    identifies the denoiser's files; `reads_text` says whether the model's parts include text encoders, if they are
+    present; `embeds` whether prompts name embeddings."""
 
     name: str
     request: ResolvedRequest
@@ -79,7 +81,7 @@ class SharedJob:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> SharedJob:
-        """Raises ClusterError for a job of other versions."""
+        """Return the job in `data`. Raises ClusterError for a job of other versions."""
         length = int.from_bytes(data[:8], "little")
         said = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["job"])
         theirs, ours = said["versions"], versions()
@@ -104,9 +106,9 @@ class SharedJob:
 
 @dataclass(frozen=True, kw_only=True)
 class Greeting:
-    """How a worker answers to a job: ready, or why not; one that another render has may be asked again. `digest` is
-    of a probe tile's prediction, by which machines that compute equal bits are known; `seconds` is what it took,
-    `batch` the most samples of one pass."""
+    """A worker's answer to a job: ready, or the reason why not. If `is_taken`, another render has the worker, and it
+    may be asked again. `digest` is that of a probe tile's prediction, which is the same on machines that compute equal
+    bits; `seconds` is the time that it took, `batch` the largest number of samples in one pass."""
 
     refusal: str = ""
     is_taken: bool = False
@@ -122,15 +124,16 @@ class Greeting:
 
     @classmethod
     def from_json(cls, text: str) -> Greeting:
-        """Of another version's fields those that are known."""
+        """Return the greeting in `text`, without the fields of other versions that are not known here."""
         said: dict[str, Any] = json.loads(text)
         return cls(**{name: value for name, value in said.items() if name in cls.__dataclass_fields__})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """What a worker expects of a job before it opens its weights: `seconds` for each tile in passes of so many
-    `tiles`, or why it would not take it. `instructions` say who computes; where they differ, so do bits."""
+    """A worker's expectation of a job before it opens the weights: `seconds` for each tile in passes of `tiles` tiles,
+    or the reason why it would refuse the job. `instructions` are those of its arithmetic; workers that differ in them
+    compute different bits."""
 
     refusal: str = ""
     seconds: float = 0.0
@@ -142,11 +145,11 @@ class Estimate:
 
 
 class Answer(NamedTuple):
-    """The guided predictions of a task's tiles, (n, C, h, w) fp32, or what went wrong."""
+    """The guided predictions of a task's tiles, (n, C, h, w) fp32, or the error that occurred."""
 
     predictions: np.ndarray | None
     seconds: float
     peak_rss_bytes: int
     error: str = ""
     is_numerical: bool = False
-    is_closed: bool = False  # the job is not open there (any more)
+    is_closed: bool = False  # the job is not open there, or no longer

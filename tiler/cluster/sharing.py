@@ -1,4 +1,4 @@
-"""Which worker gets how many tiles: whoever is free takes as many as it can finish by the time at which all could be
+"""How tiles are divided among workers: a free worker takes as many as it can finish by the time at which all could be
 done."""
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-_FIXED = 0.25  # of a pass over one tile, as long as nothing else is known: reading the weights (SD 1.5 in int8: 2.3 of 8.9 s)
+_FIXED = 0.25  # of a pass over one tile, until measured: reading the weights (SD 1.5 in int8: 2.3 of 8.9 s)
 _REMEMBERED = 6  # passes
-_ROUNDING = 1e-9  # of a tile that a time falls short of by arithmetic alone
-_HALVINGS = 24  # of an interval of time: to a ten-millionth
-_STEADY = 0.1  # how far a worker's last passes may be from what was expected of them
+_ROUNDING = 1e-9  # of a tile: the tolerance for rounding errors
+_HALVINGS = 24  # of a time interval: down to a ten-millionth
+_STEADY = 0.1  # the relative deviation of the last passes from the expected time
 
 
 class Pass(NamedTuple):
-    """What a worker has done: so many tiles in so many seconds."""
+    """A finished pass of a worker: the number of tiles and the seconds that they took."""
 
     tiles: int
     seconds: float
@@ -26,7 +26,7 @@ class Pass(NamedTuple):
 
 @dataclass
 class Pace:
-    """How fast a worker is: a pass takes `fixed` + n · `each` seconds, n at most `batch`."""
+    """The speed of a worker: a pass over n tiles takes `fixed` + n · `each` seconds, where n is at most `batch`."""
 
     batch: int
     fixed: float
@@ -35,24 +35,24 @@ class Pace:
 
     @classmethod
     def from_probe(cls, seconds: float, batch: int) -> Pace:
-        """From a pass over one tile."""
+        """Return the pace that a pass over one tile suggests."""
         return cls(batch=batch, fixed=_FIXED * seconds, each=(1 - _FIXED) * seconds)
 
     @classmethod
     def expected(cls, seconds: float, batch: int) -> Pace:
-        """From `seconds` a tile in passes of `batch`, taken for sure."""
+        """Return a pace of `seconds` a tile in passes of `batch`, which counts as steady."""
         each = batch * seconds / (batch + _FIXED / (1 - _FIXED))
         found = cls(batch=batch, fixed=batch * (seconds - each), each=each)
         found.passes = 3 * [Pass(batch, found.seconds(batch))]
         return found
 
     def seconds(self, tiles: int) -> float:
-        """Expected of one pass."""
+        """The expected seconds of one pass over `tiles` tiles."""
         return self.fixed + tiles * self.each
 
     def note(self, tiles: int, seconds: float) -> None:
-        """Learn from a pass: a line through the last ones where they differ in size, else the same proportions at
-        another speed."""
+        """Learn from a pass: fit a line through the last passes if they differ in size, else scale the present pace to
+        their speed."""
         self.passes = [*self.passes[-_REMEMBERED + 1 :], Pass(tiles, seconds)]
         n, mean_n = len(self.passes), sum(p.tiles for p in self.passes) / len(self.passes)
         mean_s = sum(p.seconds for p in self.passes) / n
@@ -68,12 +68,12 @@ class Pace:
 
     @property
     def is_steady(self) -> bool:
-        """Whether its last three passes were what this pace says, within a tenth."""
+        """Whether the last three passes took the time that this pace predicts, within a tenth."""
         last = self.passes[-3:]
         return len(last) == 3 and all(abs(p.seconds / self.seconds(p.tiles) - 1) <= _STEADY for p in last)
 
     def tiles_in(self, seconds: float) -> int:
-        """How many it could finish in so many seconds."""
+        """The number of tiles that the worker can finish in `seconds`."""
         if seconds <= 0:
             return 0
         whole = self.seconds(self.batch)
@@ -90,7 +90,7 @@ class Busy(NamedTuple):
 
 
 def earliest(left: int, fleet: Sequence[Busy]) -> float:
-    """T*, the earliest time in seconds by which all together could finish `left` tiles."""
+    """Return T*, the earliest time in seconds by which the fleet together can finish `left` tiles."""
     batch, fixed, each, busy = np.array(
         [(pace.batch, pace.fixed, pace.each, seconds) for pace, seconds in fleet], dtype=np.float64
     ).T
@@ -112,8 +112,8 @@ def earliest(left: int, fleet: Sequence[Busy]) -> float:
 
 
 def share(left: int, pace: Pace, time: float) -> int:
-    """How many of the `left` tiles a free worker takes now: what it could do by T*, the `time` of `earliest`, half of
-    that while its pace is uncertain. 0 where the others will be done sooner without it."""
+    """The number of the `left` tiles that a free worker takes now: those that it can finish by T*, the `time` that
+    `earliest` returns, or half of them while its pace is uncertain. 0 if the others finish sooner without it."""
     could = pace.tiles_in(time)
     if not pace.is_steady:
         could = math.ceil(could / 2)

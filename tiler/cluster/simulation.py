@@ -1,4 +1,5 @@
-"""How long a fleet takes for canvases, and who of it waits: tiles are shared as they are, on a clock of its own."""
+"""Simulate how long a fleet takes for canvases and which workers wait: the tiles are shared as in a render, on a
+simulated clock."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ from tiler.cluster.sharing import Busy, Pace, earliest, share
 
 
 class Forecast(NamedTuple):
-    """`seconds` until all is done; by worker, the `tiles` it had and the seconds it was `busy`."""
+    """`seconds` until everything is done; for each worker, the `tiles` that it predicted and the seconds that it was
+    `busy`."""
 
     seconds: float
     tiles: tuple[int, ...]
@@ -20,7 +22,8 @@ class Forecast(NamedTuple):
 
 @dataclass
 class _Canvas:
-    """One under way: its steps to come, and of the one it is at the tiles that wait, and those that workers have."""
+    """A canvas in progress: the number of steps left, including the present one, and that step's tiles that wait and
+    that are out at workers."""
 
     steps: int
     waiting: int
@@ -28,14 +31,14 @@ class _Canvas:
 
 
 def simulate(fleet: Sequence[Pace], tiles: int, steps: int, canvases: int = 1) -> Forecast:
-    """`canvases` at once, each of so many `steps`, which begin when the one before has all its `tiles`; every tile may
-    go to every worker of `fleet`, whose paces are known."""
+    """Simulate `canvases` canvases at once, each of `steps` steps. A step starts when all `tiles` of the previous step
+    are done; every tile may go to every worker of `fleet`, whose paces are known."""
     if not fleet:
         raise ValueError("a fleet of nobody is never done")
     under_way = [_Canvas(steps, tiles) for _ in range(canvases)]
     until, done, busy = [0.0] * len(fleet), [0] * len(fleet), [0.0] * len(fleet)
     fastest_first = sorted(range(len(fleet)), key=lambda i: fleet[i].seconds(1))
-    answers: list[tuple[float, int, int, int]] = []  # when, of which worker, for which canvas, so many tiles
+    answers: list[tuple[float, int, int, int]] = []  # (time, worker, canvas, tiles)
     free, now = set(fastest_first), 0.0
     while True:
         waiting = sum(canvas.waiting for canvas in under_way)
@@ -45,7 +48,7 @@ def simulate(fleet: Sequence[Pace], tiles: int, steps: int, canvases: int = 1) -
             time = earliest(waiting, [Busy(pace, max(0.0, until[k] - now)) for k, pace in enumerate(fleet)])
             count = share(waiting, fleet[i], time)
             if not count:
-                break  # nor has a slower one anything to do
+                break  # slower workers have nothing to do either
             which = next(n for n, canvas in enumerate(under_way) if canvas.waiting)
             count = min(count, under_way[which].waiting)
             under_way[which].waiting -= count

@@ -1,4 +1,4 @@
-"""Who is in a cluster, as the workers themselves say."""
+"""The workers in a cluster, as they report themselves."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from tiler.cluster.engine import Engine
 from tiler.errors import ClusterError
 from tiler.request.cluster import Cluster
 
-_SECONDS = 20.0  # for all workers; one that is in a long pass answers after it
+_SECONDS = 20.0  # for all workers together; a worker in a long pass answers only after it
 
 
 def workers(cluster: Cluster, keys: Path | None, *, insecure: bool) -> list[dict[str, Any]]:
-    """Facts of each worker by name; `error` says what is known of one that does not answer. Raises ClusterError,
-    UsageError."""
+    """Return the facts of each worker, sorted by name; `error` says what is known of a worker that does not answer.
+    Raises ClusterError, UsageError."""
     with Engine(cluster, keys, insecure=insecure) as engine:
         members = engine.members()
         if members is None:

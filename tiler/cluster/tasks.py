@@ -1,4 +1,4 @@
-"""What a worker is asked to do, by reference: these functions run in the worker's process, one at a time."""
+"""The tasks of a worker. They are sent by reference: these functions run in the worker's process, one at a time."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ if TYPE_CHECKING:
 
 
 class _Desk:
-    """Of this process, once it has begun as a worker: `bench` is opened by the first job."""
+    """The state of this process, once it has started as a worker. The first job opens `bench`."""
 
     opener: Callable[[], Bench] | None = None
     bench: Bench | None = None
     facts: Mapping[str, object] = MappingProxyType({})
-    lock = threading.Lock()  # a worker that has joined again may still be in a pass of before
+    lock = threading.Lock()  # a worker that has joined again may still run an earlier pass
 
 
 def begin(opener: Callable[[], Bench], max_ram_bytes: int) -> None:
-    """From now on this process is a worker."""
+    """Make this process a worker."""
     _Desk.opener, _Desk.bench = opener, None
     _Desk.facts = {
         "job": "", "digest": "", "tiles": 0, "seconds_per_tile": 0.0, "max_ram_bytes": max_ram_bytes,
@@ -39,12 +39,12 @@ def begin(opener: Callable[[], Bench], max_ram_bytes: int) -> None:
 
 
 def has_worked() -> bool:
-    """Whether this process has opened a job, or tried to, since it began."""
+    """Whether this process has opened a job, or tried to, since it started as a worker."""
     return _Desk.bench is not None
 
 
 def hello(job: bytes, step: int, window: Window, latents: np.ndarray) -> str:
-    """Open the job's denoiser and predict a probe tile: a Greeting as JSON."""
+    """Open the job's denoiser and predict a probe tile. Returns a Greeting as JSON."""
     if _Desk.opener is None:
         return Greeting(refusal="is no `tiler worker`").to_json()
     name = ""
@@ -62,7 +62,7 @@ def hello(job: bytes, step: int, window: Window, latents: np.ndarray) -> str:
 
 
 def assess(job: bytes) -> str:
-    """How fast this worker would be with a job, of which nothing is opened: an Estimate as JSON."""
+    """Estimate how fast this worker would work on a job, without opening it. Returns an Estimate as JSON."""
     if _Desk.opener is None:
         return Estimate(refusal="is no `tiler worker`").to_json()
     with _Desk.lock:
@@ -74,7 +74,7 @@ def assess(job: bytes) -> str:
 
 
 def predict(job: str, step: int, windows: Sequence[Window], latents: np.ndarray) -> Answer:
-    """The predictions of tiles, whose `latents` are (n, C, h, w), at `step` of the job of that name."""
+    """Return the predictions of tiles at `step` of the job named `job`; `latents` are (n, C, h, w)."""
     with _Desk.lock:
         start, bench = time.perf_counter(), _Desk.bench
         if bench is None or job not in bench.jobs:
@@ -88,14 +88,14 @@ def predict(job: str, step: int, windows: Sequence[Window], latents: np.ndarray)
 
 
 def close(job: str) -> None:
-    """Let the denoiser of that job go."""
+    """Close the job named `job`, and the denoiser if no other job uses it."""
     with _Desk.lock:
         if _Desk.bench is not None and job in _Desk.bench.jobs:
             _Desk.bench.close(job)
 
 
 def facts() -> str:
-    """What `tiler cluster status` shows, as JSON."""
+    """Return the facts that `tiler cluster status` shows, as JSON."""
     if _Desk.opener is None:
         return json.dumps({"error": "is no `tiler worker`"})
     return json.dumps(dict(_Desk.facts) | {"rss_bytes": read_rss().now} | (_Desk.bench.facts() if _Desk.bench else {}))

@@ -1,4 +1,5 @@
-"""`tiler worker`: joins a scheduler, works under its own ceiling, and joins again when the connection is lost."""
+"""`tiler worker`: join a scheduler, work under this process's own ceiling, and join again when the connection is
+lost."""
 
 from __future__ import annotations
 
@@ -29,14 +30,15 @@ with explained():
 if TYPE_CHECKING:
     from tiler.cluster.bench import Bench
 
-_SECONDS = 30  # for one try to join
-_AGAIN = 5.0  # seconds between two
+_SECONDS = 30  # for one attempt to join
+_AGAIN = 5.0  # seconds between two attempts
 
 
 @dataclass(frozen=True, kw_only=True)
 class Joining:
-    """How a worker joins. `models` are the places of models by the names that renders give them; `once` ends with the
-    connection; `contact_address` is where others reach it, if not at its own; `port` 0 is any."""
+    """How a worker joins. `models` maps the names that renders give models to their places here; with `once` the worker
+    ends with the connection; `contact_address` is the address at which others reach it, if it is not its own; `port` 0
+    means any."""
 
     address: str
     name: str
@@ -49,7 +51,7 @@ class Joining:
 
 
 class _Worker(Worker):  # type: ignore[misc]  # dask has no types
-    """dask's, which does not wait for a pass under way when it closes."""
+    """A dask worker that does not wait for a pass in progress when it closes."""
 
     async def close(self, timeout: float = 2, executor_wait: bool = False, **options: Any) -> str | None:
         closed: str | None = await super().close(timeout=timeout, executor_wait=False, **options)
@@ -57,8 +59,8 @@ class _Worker(Worker):  # type: ignore[misc]  # dask has no types
 
 
 def work(joining: Joining, budget: Budget) -> None:
-    """Work until a signal ends the process; where it is to join `once`, until the connection is lost. Raises
-    ClusterError where nobody answers then, and UsageError."""
+    """Work until a signal ends the process, or with `once` until the connection is lost. Raises UsageError, and with
+    `once` ClusterError if nobody answers."""
     security = security_of(joining.keys)
     folder = tempfile.mkdtemp(prefix="tiler-worker-", dir=os.environ.get(WORKER_FOLDER))
     try:
@@ -70,12 +72,12 @@ def work(joining: Joining, budget: Budget) -> None:
     sys.stdout.flush()
     if code is None:
         sys.stderr.flush()
-        os.execv(sys.executable, sys.orig_argv)  # torch and what it left in the heap would stay
-    os._exit(code)  # the thread of a pass under way waits for nothing
+        os.execv(sys.executable, sys.orig_argv)  # frees torch and the memory that it left in the heap
+    os._exit(code)  # does not wait for the thread of a pass in progress
 
 
 def open_bench(budget: Budget, models: Mapping[str, str]) -> Bench:
-    """Imports torch: a worker that waits for its first job is small."""
+    """Import torch, and return a bench. Until its first job a worker is small, without torch."""
     from tiler.memory.lean_imports import lean_torch
 
     lean_torch()
@@ -85,7 +87,8 @@ def open_bench(budget: Budget, models: Mapping[str, str]) -> Bench:
 
 
 async def _stay(joining: Joining, security: Any, folder: str) -> int | None:
-    """→ the exit code, or None to begin anew, as small as at first: the connection is lost, and a job has been open."""
+    """Return the exit code, or None to start the process again as small as at first: the connection is lost, and a job
+    has been open."""
     loop, stopped = asyncio.get_running_loop(), asyncio.Event()
     signals: list[int] = []
 
@@ -131,7 +134,7 @@ async def _stay(joining: Joining, security: Any, folder: str) -> int | None:
 
 
 def local_host(address: str) -> str:
-    """The address of this machine by which the scheduler at `address` is reached: the one that a worker listens on."""
+    """Return this machine's address on the route to the scheduler at `address`; the worker listens there."""
     host = host_of(address).strip("[]")
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_DGRAM)[0]

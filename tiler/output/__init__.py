@@ -1,1 +1,1 @@
-"""Files at the end of the way: pictures with their parameters, latents. Knows nothing of how they were made."""
+"""The output files: pictures with their parameters, and latents. Knows nothing of how they were made."""

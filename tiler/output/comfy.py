@@ -1,4 +1,4 @@
-"""ComfyUI's graph of nodes: the one sampler in it, and what its inputs lead to."""
+"""Read ComfyUI's graph of nodes: its only sampler, and the nodes that the sampler's inputs lead to."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 _SAMPLERS = ("KSampler", "KSamplerAdvanced")
-_LONGEST = 50  # links that are followed
+_LONGEST = 50  # links to follow
 
 
 class Graph(NamedTuple):
-    """Values by the names of RenderRequest's fields, what has none, and why the picture cannot be repeated ("" where it
-    can)."""
+    """`settings` are values by the names of RenderRequest's fields, `others` values without such a field, and `lacks`
+    says why the picture cannot be repeated ("" if it can)."""
 
     settings: dict[str, Any]
     others: dict[str, Any]
@@ -19,7 +19,7 @@ class Graph(NamedTuple):
 
 
 def read_graph(nodes: Mapping[str, Any]) -> Graph:
-    """`nodes`: the graph as ComfyUI runs it, {number: {class_type, inputs}}."""
+    """Read `nodes`, the graph as ComfyUI runs it: {number: {class_type, inputs}}."""
     known = {number: node for number, node in nodes.items() if isinstance(node, dict) and "inputs" in node}
     samplers = [node for node in known.values() if node.get("class_type") in _SAMPLERS]
     custom = sorted({str(n.get("class_type")) for n in known.values() if "Sampler" in str(n.get("class_type"))})
@@ -33,7 +33,7 @@ def read_graph(nodes: Mapping[str, Any]) -> Graph:
     settings: dict[str, Any] = {
         names[key]: value for key, value in inputs.items() if key in names and isinstance(value, int | float | str)
     }
-    settings["negative_prompt"] = ""  # what it encodes where nothing leads to a text
+    settings["negative_prompt"] = ""  # ComfyUI encodes this if no link leads to a text
     for name, key in (("positive", "prompt"), ("negative", "negative_prompt")):
         if isinstance(text := _follow(known, inputs.get(name), ("text", "string", "value")), str):
             settings[key] = text
@@ -47,7 +47,8 @@ def read_graph(nodes: Mapping[str, Any]) -> Graph:
 
 
 def _follow(nodes: Mapping[str, Any], value: Any, wanted: tuple[str, ...]) -> Any:
-    """The first input of a name in `wanted` that a link [number, output] leads to, through nodes that pass it on."""
+    """Return the first input with a name in `wanted` that a link [number, output] leads to, through nodes that pass it
+    on."""
     waiting, seen = [value], set[str]()
     while waiting and len(seen) < _LONGEST:
         link = waiting.pop(0)

@@ -1,5 +1,4 @@
-"""What a picture says of itself where there are no PNG chunks: AUTOMATIC1111's line in EXIF, all of the request in
-XMP."""
+"""A picture's metadata in formats without PNG chunks: AUTOMATIC1111's line in EXIF, the complete request in XMP."""
 
 from __future__ import annotations
 
@@ -13,21 +12,20 @@ from tiler.output.profile import srgb_profile
 USER_COMMENT, EXIF_IFD = 0x9286, 0x8769  # EXIF 2.3, 4.6.5 and 4.6.3
 UNICODE = b"UNICODE\0"
 _NAMESPACE = "urn:tiler:picture#"
-_MOST = 65_000  # bytes: a segment of a JPEG, which holds either, has 65,533
+_MOST = 65_000  # bytes: EXIF and XMP each lie in one segment of a JPEG, which has 65,533
 _BEGIN = '<rdf:Description rdf:about="" '
 _REQUEST = re.compile(r"""\btiler:request=(["'])(.*?)\1|<tiler:request>(.*?)</tiler:request>""", re.DOTALL)
 
 
 def said_of(texts: Mapping[str, str]) -> dict[str, bytes]:
-    """What Pillow's `save` takes of a picture beside its pixels: the sRGB profile, and EXIF and XMP where `texts` give
-    some."""
+    """Return the metadata arguments of Pillow's `save`: the sRGB profile, and EXIF and XMP if `texts` provide them."""
     said = {"icc_profile": srgb_profile(), "exif": exif_of(texts), "xmp": xmp_of(texts)}
     return {name: data for name, data in said.items() if data}
 
 
 def exif_of(texts: Mapping[str, str]) -> bytes:
-    """EXIF data with `texts["parameters"]` as the user's comment, as AUTOMATIC1111 writes it; a text that is too long
-    for a JPEG ends early. Empty without one."""
+    """Return EXIF data with `texts["parameters"]` as the user's comment, as AUTOMATIC1111 writes it, or b"" without
+    that text. A text too long for a JPEG is cut."""
     from PIL import Image
 
     if not (text := texts.get("parameters", "")):
@@ -38,7 +36,8 @@ def exif_of(texts: Mapping[str, str]) -> bytes:
 
 
 def xmp_of(texts: Mapping[str, str]) -> bytes:
-    """The XMP packet in `texts`, with `texts["tiler"]` inside unless that is too long for a JPEG. Empty without one."""
+    """Return the XMP packet in `texts`, or b"" without one. `texts["tiler"]` is put inside unless that is too long for
+    a JPEG."""
     packet = texts.get(XMP, "")
     said = html.escape(texts.get("tiler", ""))
     whole = packet.replace(_BEGIN, f'{_BEGIN}xmlns:tiler="{_NAMESPACE}" tiler:request="{said}" ', 1) if said else packet
@@ -47,6 +46,7 @@ def xmp_of(texts: Mapping[str, str]) -> bytes:
 
 
 def request_in(packet: bytes) -> str | None:
-    """`texts["tiler"]` as `xmp_of` wrote it, also where another program has made an element of the attribute."""
+    """Return `texts["tiler"]` as `xmp_of` wrote it, even if another program has turned the attribute into an
+    element."""
     match = _REQUEST.search(packet.decode(errors="replace"))
     return None if match is None else html.unescape(match[2] if match[2] is not None else match[3])

@@ -1,5 +1,4 @@
-"""AUTOMATIC1111's `parameters` text, read as its many writers have it: fields that make no sense lose only
-themselves."""
+"""Read AUTOMATIC1111's `parameters` text in the variants of its many writers. A malformed field affects only itself."""
 
 from __future__ import annotations
 
@@ -11,7 +10,7 @@ _KEY = re.compile(r"\s*([^:,\n\"{}\[\]]{1,60}?):[ \t]*")
 
 
 class Infotext(NamedTuple):
-    """A picture's prompts and the fields behind them; `negative_prompt` is None where the text has none."""
+    """A picture's prompts and the fields that follow them; `negative_prompt` is None if the text has none."""
 
     prompt: str
     negative_prompt: str | None
@@ -19,8 +18,8 @@ class Infotext(NamedTuple):
 
 
 def parse_infotext(text: str) -> Infotext:
-    """Fields begin at the last line that starts with `Steps: ` and holds three of them or more; all before it is
-    prompt."""
+    """Split a text into prompts and fields. The fields start at the last line that begins with `Steps: ` and contains
+    at least three of them; everything before it is prompt."""
     lines = text.replace("\r\n", "\n").split("\n")
     fields: dict[str, str] = {}
     for first in range(len(lines) - 1, -1, -1):
@@ -35,7 +34,7 @@ def parse_infotext(text: str) -> Infotext:
 
 
 def _fields(text: str) -> dict[str, str]:
-    """`Key: value` pairs with commas between them; a value may be a JSON text, list or object with commas inside."""
+    """Parse comma-separated `Key: value` pairs. A value may be a JSON string, list or object that contains commas."""
     found: dict[str, str] = {}
     at, decoder = 0, json.JSONDecoder(strict=False)
     while (match := _KEY.match(text, at)) is not None:

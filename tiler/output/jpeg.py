@@ -1,4 +1,5 @@
-"""A JPEG, row by row: strips that libjpeg encodes one by one, joined into one scan (ITU-T T.81, B.2.1 and E.1.4)."""
+"""Write a JPEG row by row: libjpeg encodes strips one by one, and they are joined into one scan (ITU-T T.81, B.2.1 and
+E.1.4)."""
 
 from __future__ import annotations
 
@@ -11,19 +12,19 @@ import numpy as np
 
 from tiler.output.exif import said_of
 
-LONGEST = 65_500  # pixels of a side: libjpeg opens no more
+LONGEST = 65_500  # pixels of a side: the limit of libjpeg
 FULL_COLOUR = 90  # the quality from which colours are stored at full resolution, as ImageMagick does
 _ENCODED = 2**18  # pixels encoded at a time
 _RESTARTS = re.compile(rb"\xff[\xd0-\xd7]")  # in a scan, another byte 255 is always followed by 0
-_FRAMES = (0xC0, 0xC1, 0xC2)  # SOF markers, whose segments hold the picture's size
+_FRAMES = (0xC0, 0xC1, 0xC2)  # SOF markers, whose segments contain the picture's size
 _SCAN = 0xDA
 _END = b"\xff\xd9"
 
 
 class JpegWriter:
-    """Written rows first to last, never held; the bytes are those of libjpeg for the whole picture with a restart
-    marker after each row of blocks. Nothing that is coded depends on what is above such a marker, so strips can be
-    joined there."""
+    """Writes rows from first to last without holding the picture. The bytes are those that libjpeg writes for the
+    complete picture with a restart marker after each row of blocks. Nothing that is coded depends on anything above
+    such a marker, so strips can be joined there."""
 
     def __init__(
         self,
@@ -78,13 +79,13 @@ class JpegWriter:
         self._strips += 1
 
     def _restart(self) -> bytes:
-        """The next restart marker: they count modulo 8."""
+        """Return the next restart marker. The markers count modulo 8."""
         self._restarts += 1
         return bytes((0xFF, 0xD0 + (self._restarts - 1) % 8))
 
 
 def _places(data: bytes) -> tuple[int, int]:
-    """Where a JPEG's frame header begins, and its coded pixels."""
+    """Return the offsets of a JPEG's frame header and of its coded pixels."""
     at, frame = 2, 0
     while True:
         marker, end = data[at + 1], at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")

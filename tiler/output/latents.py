@@ -1,4 +1,4 @@
-"""Latents in a safetensors file: tensor `latents`, (1, C, h, w), scaled as the scheduler left them."""
+"""Latents in a safetensors file: tensor `latents`, (1, C, h, w), in the scale in which the scheduler left them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 NAME = "latents"
-TEXTS = ("parameters", "tiler", XMP)  # of a picture: AUTOMATIC1111's line, the whole request as JSON, who made it
+TEXTS = ("parameters", "tiler", XMP)  # AUTOMATIC1111's line, the complete request as JSON, the source type
 
 
 class Box(NamedTuple):
@@ -33,7 +33,7 @@ class Box(NamedTuple):
 
 @runtime_checkable
 class InParts(Protocol):
-    """Latents of `shape` (1, C, h, w) that lie in a file: fp32, in order."""
+    """Latents of `shape` (1, C, h, w) stored in a file, which `parts` yields as fp32, in order."""
 
     shape: tuple[int, ...]
 
@@ -43,8 +43,8 @@ class InParts(Protocol):
 def save_latents(
     path: Path, latents: Tensor | InParts, facts: Mapping[str, str] | None = None, *, force: bool = True
 ) -> None:
-    """Write atomically, as fp32, with what is known of the picture: where it lies, as a `Box` has it, and its texts.
-    Without `force`, a file that has meanwhile appeared is kept. Raises StorageError."""
+    """Write latents atomically, as fp32. `facts` describe the picture: its place in the decoded latents, by the fields
+    of `Box`, and its texts. Without `force`, a file that has appeared in the meantime is kept. Raises StorageError."""
     from safetensors.torch import save
 
     with atomic(path, replace=force) as file:
@@ -61,8 +61,8 @@ def save_latents(
 class LatentsFile:
     """Latents that stay in their file: `shape` is (1, C, h, w), and `[:, :, first:last]` reads those rows as fp32.
 
-    Rows go through `unscale` on their way. Raises UsageError when the file holds no such tensor, or is no safetensors
-    file. Mapped pages would count as RSS, so rows are read with pread.
+    `unscale` is applied to the rows that are read. Raises UsageError if the file is no safetensors file or contains no
+    such tensor. Rows are read with pread because mapped pages would count as RSS.
     """
 
     def __init__(self, path: Path, unscale: Callable[[Tensor], Tensor] = lambda rows: rows) -> None:
@@ -86,7 +86,8 @@ class LatentsFile:
 
     @property
     def picture_box(self) -> Box:
-        """What of the decoded latents is the picture: as the file says, where that is possible, else all of them."""
+        """The part of the decoded latents that is the picture: the part that the file names if that is possible, else
+        all of it."""
         height, width = FACTOR * self.shape[2], FACTOR * self.shape[3]
         said = [self._facts.get(name, "") for name in Box._fields]
         if all(text.isascii() and text.isdecimal() and len(text) < 8 for text in said):
@@ -97,12 +98,12 @@ class LatentsFile:
 
     @property
     def texts(self) -> dict[str, str]:
-        """What the picture is to say of itself."""
+        """The texts to embed in the picture."""
         return {key: text for key, text in self._facts.items() if key in TEXTS}
 
     @property
     def decode_precision(self) -> str | None:
-        """What the picture was decoded in, if it says so."""
+        """The precision in which the picture was decoded, or None if the file does not say."""
         try:
             said = json.loads(self._facts.get("tiler", ""))
         except (ValueError, RecursionError):
@@ -130,7 +131,7 @@ class LatentsFile:
         return self.unscale(stored.float())
 
     def check(self, channels: int, model: str) -> None:
-        """Raises UsageError or NumericalError for latents that `model`, of so many channels, cannot decode."""
+        """Raise UsageError or NumericalError if `model`, which has `channels` channels, cannot decode the latents."""
         import torch
 
         if len(self.shape) != 4 or self.shape[:2] != (1, channels) or min(self.shape) < 1:

@@ -1,5 +1,5 @@
-"""The texts that a picture carries: what it was made of, and nothing of where anyone's files lie. Known before the
-first step, so that no text can fail after the last one."""
+"""The texts embedded in a picture: how it was made, without the paths of any files. They are complete before the first
+step, so that no text can fail after the last one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tiler.request.render import OF_THE_RUN
 from tiler.weights.hashes import V2_DIGITS
 
 _EMPHASIS = {Emphasis.NO_NORM: "No norm", Emphasis.IGNORE: "Ignore", Emphasis.NONE: "None"}  # as A1111 writes them
-_RESOLVED = ("size", "preset", "scale", "revision")  # in the values of others; the last in its commit
+_RESOLVED = ("size", "preset", "scale", "revision")  # given by other values; `revision` by its commit
 _FILES = (
     "model",
     "tiny_vae",
@@ -36,26 +36,27 @@ _TRAINED, _COMPOSITE = "trainedAlgorithmicMedia", "compositeWithTrainedAlgorithm
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What a request does not say of its picture."""
+    """The facts about a picture that its request does not contain."""
 
     model: str  # a name, a hub id or a folder
     model_id: str  # weights.identity.model_id
-    model_hash: str | None = None  # AutoV2, of a model that is one file
+    model_hash: str | None = None  # AutoV2, if the model is one file
     revision: str | None  # of a hub id
     scheduler: str
     precision: str
     decode_precision: str
-    kernels: str  # whose arithmetic, and with which instructions
-    embeddings: Mapping[str, str]  # that the prompts name, and their hashes
-    loras: Mapping[str, str]  # by name, and their hashes
-    lora_files: Mapping[str, str] = field(default_factory=dict)  # by name: AutoV2 of the files
-    vae_hash: str | None = None  # AutoV2, of an autoencoder that --vae names and that is one file
+    kernels: str  # the library of the arithmetic, and its instructions
+    embeddings: Mapping[str, str]  # hashes by name, of those in the prompts
+    loras: Mapping[str, str]  # hashes by name
+    lora_files: Mapping[str, str] = field(default_factory=dict)  # AutoV2 of the files by name
+    vae_hash: str | None = None  # AutoV2, if --vae names an autoencoder that is one file
     clip_skip: bool  # whether the model has a choice of CLIP's layers
     begin: int  # the step at which the canvas starts; 0 without a guide
 
 
 def texts(request: ResolvedRequest, facts: Facts) -> dict[str, str]:
-    """AUTOMATIC1111's `parameters`, and the whole request as JSON under `tiler`. Every text can be encoded as UTF-8."""
+    """Return AUTOMATIC1111's `parameters`, and the complete request as JSON under `tiler`. Every text can be encoded as
+    UTF-8."""
     r = request
     fields: dict[str, object] = {
         "Steps": r.num_inference_steps, "Sampler": facts.scheduler.removesuffix(" Karras"),
@@ -94,11 +95,11 @@ def texts(request: ResolvedRequest, facts: Facts) -> dict[str, str]:
 
 
 def _of_prompts(request: ResolvedRequest, facts: Facts) -> dict[str, object]:
-    """How the prompts were read, where that is not as usual."""
+    """Return the fields that say how the prompts were read, if it differs from the default."""
     fields: dict[str, object] = {}
     if facts.clip_skip and (request.clip_skip or 1) > 1:
         fields["Clip skip"] = request.clip_skip
-    fields["RNG"] = "CPU"  # without it, readers take noise for a GPU's
+    fields["RNG"] = "CPU"  # without this, readers assume that a GPU made the noise
     if request.wrap is Wrap.XY:
         fields["Tiling"] = True
     if request.canvas_prompt is not None:
@@ -113,21 +114,22 @@ def _of_prompts(request: ResolvedRequest, facts: Facts) -> dict[str, object]:
 
 
 def _hashes(facts: Facts) -> dict[str, str]:
-    """AutoV2 of all files by their role, from which Civitai links them: `Hashes: {"model": …, "lora:NAME": …}`."""
+    """Return the AutoV2 hash of each file by its role, from which Civitai links the files: `Hashes: {"model": …,
+    "lora:NAME": …}`."""
     files = {"model": facts.model_hash, "vae": facts.vae_hash} | {f"lora:{k}": v for k, v in facts.lora_files.items()}
     files |= {f"embed:{name}": digest[:V2_DIGITS] for name, digest in facts.embeddings.items()}
     return {name: digest for name, digest in files.items() if digest is not None}
 
 
 def _spread(request: ResolvedRequest, facts: Facts) -> str | None:
-    """The schedule type by its name in A1111; None for that of the scheduler itself."""
+    """Return A1111's name of the schedule type, or None for the scheduler's default."""
     if (asked := request.schedule_type) is not None:
         return "SGM Uniform" if asked is ScheduleType.SGM_UNIFORM else asked.value.capitalize()
     return "Karras" if facts.scheduler.endswith("Karras") else None
 
 
 def xmp(source_type: str) -> str:
-    """An XMP packet (ISO 16684-1) that says which part an algorithm has in the picture, by IPTC's NewsCodes."""
+    """Return an XMP packet (ISO 16684-1) that says which part an algorithm has in the picture, in IPTC's NewsCodes."""
     return (
         '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?><x:xmpmeta xmlns:x="adobe:ns:meta/">'
         '<rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><rdf:Description rdf:about="" '
@@ -137,10 +139,10 @@ def xmp(source_type: str) -> str:
 
 
 def infotext(prompt: str, negative_prompt: str, fields: Mapping[str, object]) -> str:
-    """AUTOMATIC1111's `parameters` text: prompt, `Negative prompt: …`, then `Key: value` pairs on one line.
+    """Return AUTOMATIC1111's `parameters` text: prompt, `Negative prompt: …`, then `Key: value` pairs on one line.
 
-    Values with a comma, a colon or a newline are JSON-quoted, as that format's readers expect; an object stands there
-    as JSON without quotes.
+    Values with a comma, a colon or a newline are JSON-quoted, as readers of the format expect; an object is written as
+    JSON without quotes.
     """
 
     def quote(value: object) -> str:
@@ -157,8 +159,8 @@ def infotext(prompt: str, negative_prompt: str, fields: Mapping[str, object]) ->
 
 
 def file_name(place: str | Path) -> str:
-    """A hub id as it is (`org/name`); of any other path its last part, whatever system wrote it, a model file's without
-    its ending."""
+    """Return a hub id unchanged (`org/name`), and of any other path the last part, whichever system wrote it. The
+    extension of a model file is dropped."""
     text = str(place)
     parts = [part for part in re.split(r"[/\\]", text) if part not in ("", ".", "..", "~")]
     is_id = isinstance(place, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", text) and not text.startswith(".")
@@ -169,10 +171,10 @@ def file_name(place: str | Path) -> str:
 
 
 def _plain(value: Any) -> str:
-    """A path anywhere else in a request is told by its name."""
+    """Return the name of a path anywhere else in a request, and any other value as text."""
     return file_name(value) if isinstance(value, Path) else str(value)
 
 
 def _encodable(text: str) -> str:
-    """Bytes of a file's name that were no UTF-8, and halves of surrogate pairs, become question marks."""
+    """Replace bytes of a file name that were not UTF-8, and halves of surrogate pairs, by question marks."""
     return text.encode("utf-8", "replace").decode()

@@ -1,4 +1,4 @@
-"""A PDF of one page that is one picture, row by row: ISO 32000-1, an image whose pixels are coded as in a PNG."""
+"""Write a PDF of one page with one picture, row by row: ISO 32000-1, an image whose pixels are coded as in a PNG."""
 
 from __future__ import annotations
 
@@ -12,23 +12,24 @@ import numpy as np
 from tiler.output.png import DeflatedRows
 from tiler.output.profile import srgb_profile
 
-POINTS = 72  # an inch
+POINTS = 72  # per inch
 _LONGEST = 14_400  # units of a page's side: ISO 32000-1, annex C
 _CATALOG, _PAGES, _PAGE, _CONTENT, _PROFILE, _INFO, _IMAGE, _LENGTH = range(1, 9)
 
 
 class PdfWriter:
-    """Written rows first to last, never held. The page is the picture at `dpi`; its TrimBox, what is left of it on
-    paper, lies `bleed_mm` inside. `texts["parameters"]` becomes the document's subject."""
+    """Writes rows from first to last without holding the picture. The page is the picture at `dpi`; its TrimBox, the
+    part that remains after cutting the paper, lies `bleed_mm` inside. `texts["parameters"]` becomes the document's
+    subject."""
 
     def __init__(
         self, file: BinaryIO, width: int, height: int, texts: Mapping[str, str], dpi: float, bleed_mm: float = 0.0
     ) -> None:
         self._file, self._pixels, self._at, self._starts = file, DeflatedRows(width), 0, dict[int, int]()
-        unit = max(1, math.ceil(max(width, height) / dpi * POINTS / _LONGEST))  # of so many points, for pages above 5 m
+        unit = max(1, math.ceil(max(width, height) / dpi * POINTS / _LONGEST))  # points, more than 1 for pages over 5 m
         x, y, bleed = (inches * POINTS / unit for inches in (width / dpi, height / dpi, bleed_mm / 25.4))
         media, trim = f"[0 0 {x:.4f} {y:.4f}]", f"[{bleed:.4f} {bleed:.4f} {x - bleed:.4f} {y - bleed:.4f}]"
-        self._write(b"%PDF-1.6\n%\xe2\xe3\xcf\xd3\n")  # bytes above 127 say that the file is binary
+        self._write(b"%PDF-1.6\n%\xe2\xe3\xcf\xd3\n")  # bytes above 127 mark the file as binary
         self._object(_CATALOG, f"<< /Type /Catalog /Pages {_PAGES} 0 R >>")
         self._object(_PAGES, f"<< /Type /Pages /Kids [{_PAGE} 0 R] /Count 1 >>")
         self._object(

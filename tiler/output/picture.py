@@ -1,4 +1,4 @@
-"""Pictures from rows, never held as a whole: the format follows the file's name."""
+"""Write pictures from rows, usually without holding the complete picture. The file's name selects the format."""
 
 from __future__ import annotations
 
@@ -23,13 +23,14 @@ from tiler.output.profile import srgb_profile
 from tiler.output.whole import ENCODERS, WholeWriter
 from tiler.request.choices import FORMATS, STDOUT, Format
 
-QUALITY = 90  # of a JPEG, WebP or AVIF
-TILE = 256  # pixels, of a TIFF
-_XMP_TAG = 700  # of a TIFF
+QUALITY = 90  # the default of JPEG, WebP and AVIF
+TILE = 256  # pixels of a TIFF's tile
+_XMP_TAG = 700  # in a TIFF
 
 
 def format_of(path: Path, asked: Format | None = None) -> Format:
-    """By a file's ending; on standard output what was `asked` for, else PNG. Raises UsageError."""
+    """Return the format that a file's extension names; on standard output, the one in `asked`, else PNG. Raises
+    UsageError."""
     if path == STDOUT:
         return asked or Format.PNG
     if (format := FORMATS.get(path.suffix.lower())) is None:
@@ -39,7 +40,7 @@ def format_of(path: Path, asked: Format | None = None) -> Format:
 
 
 def check_size(path: Path, asked: Format | None, width: int, height: int) -> None:
-    """Raises UsageError for a picture that readers of its format do not open."""
+    """Raise UsageError if the picture is too large for readers of its format."""
     format = format_of(path, asked)
     longest = jpeg.LONGEST if format is Format.JPEG else ENCODERS[format].longest if format in ENCODERS else None
     if longest is not None and max(width, height) > longest:
@@ -49,8 +50,8 @@ def check_size(path: Path, asked: Format | None, width: int, height: int) -> Non
 
 
 def check_picture(path: Path, asked: Format | None = None, *, force: bool) -> None:
-    """Before any work: the format is known, its library is there, the file may be written. Raises UsageError,
-    StorageError."""
+    """Check, before any work, that the format is known, its library is installed, and the file may be written. Raises
+    UsageError, StorageError."""
     from PIL import features
 
     if path == STDOUT:
@@ -77,12 +78,12 @@ def write_picture(
     quality: int | None = None,
     on_whole: Callable[[os.stat_result], None] = lambda whole: None,
 ) -> None:
-    """Write `rows`, (n, W, 3) uint8 sRGB top first; what lies right of and below the picture is cut off. Atomic;
-    `on_whole` as in `atomic`. `-` is standard output, which gets the bytes as they are made, of a PNG without `format`.
-    WebP and AVIF are held as a whole.
+    """Write `rows`, (n, W, 3) uint8 sRGB from top to bottom, and cut off everything to the right of and below the
+    picture. The write is atomic; `on_whole` as in `atomic`. `-` is standard output, which receives the bytes as they
+    are made, as a PNG unless `format` names another. WebP and AVIF pictures are held completely in memory.
 
-    A PDF says how much of each edge is bleed. Without `force`, a file that has meanwhile appeared is kept.
-    Raises StorageError, and whatever `rows` raises.
+    A PDF records how much of each edge is bleed. Without `force`, a file that has appeared in the meantime is kept.
+    Raises StorageError, and any error that `rows` raises.
     """
     whole: AbstractContextManager[BinaryIO] = (
         standard_output() if path == STDOUT else atomic(path, replace=force, on_whole=on_whole)
@@ -92,7 +93,7 @@ def write_picture(
         cut = _cut(rows, width, height)
         if format is Format.TIFF:
             _write_tiff(file, cut, width, height, texts, dpi)
-            for _ in cut:  # tifffile asks no further than the last tile: what makes the rows comes to its end
+            for _ in cut:  # tifffile stops at the last tile: let the iterator of the rows finish
                 pass
             return
         size = width, height
@@ -123,8 +124,9 @@ def _cut(rows: Iterable[np.ndarray], width: int, height: int) -> Iterator[np.nda
 def _write_tiff(
     file: BinaryIO, rows: Iterator[np.ndarray], width: int, height: int, texts: Mapping[str, str], dpi: float | None
 ) -> None:
-    """A tiled TIFF, deflated: the right file above PNG readers' limits. A BigTIFF, which fewer programs read, only
-    where offsets of 32 bits might not do: deflate adds little to what it cannot make smaller."""
+    """Write a tiled, deflated TIFF, the format for pictures above the limits of PNG readers. It is a BigTIFF, which
+    fewer programs read, only if 32-bit offsets might not suffice: deflate adds little to data that it cannot
+    compress."""
     import tifffile
 
     packet = xmp_of(texts)
@@ -149,7 +151,7 @@ def _write_tiff(
 
 
 def _tiles(rows: Iterator[np.ndarray], width: int) -> Iterator[np.ndarray]:
-    """Rows gathered to bands of a tile's height, cut from left to right and padded with black."""
+    """Collect rows into bands of a tile's height, and yield the band's tiles from left to right, padded with black."""
     band = np.zeros((TILE, -(-width // TILE) * TILE, 3), np.uint8)
     filled = 0
 

@@ -15,7 +15,7 @@ _GONE = "standard output: the program behind the pipe has ended; start it again,
 
 
 def check_reader() -> None:
-    """Before any work: somebody still reads standard output, where it is a pipe. Raises StorageError."""
+    """Check, before any work, that a program still reads standard output if it is a pipe. Raises StorageError."""
     waiting = select.poll()
     waiting.register(_STDOUT, select.POLLOUT)
     if any(event & select.POLLERR for _, event in waiting.poll(0)):
@@ -24,7 +24,7 @@ def check_reader() -> None:
 
 @contextmanager
 def standard_output() -> Iterator[BinaryIO]:
-    """Standard output for bytes; it stays open. Raises StorageError where it takes no more of them."""
+    """Open standard output for bytes, and leave it open afterwards. Raises StorageError if a write fails."""
     try:
         with open(os.dup(_STDOUT), "wb") as file:
             yield file

@@ -1,4 +1,4 @@
-"""A PNG, row by row, with its parameters in it as AUTOMATIC1111 writes and many tools read them, and sRGB."""
+"""Write a PNG row by row, in sRGB, with its parameters in the form that AUTOMATIC1111 writes and many tools read."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ _FILTERED = 2**16  # pixels filtered at a time
 
 
 class DeflatedRows:
-    """The pixels of a PNG as its IDAT chunks hold them (and a PDF's image with /Predictor 15): each row filtered, then
-    deflated. Rows come first to last and are not held."""
+    """The pixels of a PNG as its IDAT chunks contain them (also those of a PDF's image with /Predictor 15): each row is
+    filtered, then deflated. Rows come from first to last and are not held."""
 
     def __init__(self, width: int) -> None:
         self._deflate, self._above = zlib.compressobj(6), np.zeros((1, width, 3), np.uint8)
@@ -35,9 +35,9 @@ class DeflatedRows:
 
 
 class PngWriter:
-    """A PNG written rows first to last, never held: W3C PNG (third edition), 8-bit RGB, not interlaced.
+    """Writes rows from first to last without holding the picture: W3C PNG (third edition), 8-bit RGB, not interlaced.
 
-    `texts` become iTXt chunks before the pixels; sRGB is declared by its ICC profile.
+    `texts` become iTXt chunks before the pixels; an ICC profile declares sRGB.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class PngWriter:
         self._chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
         self._chunk(b"iCCP", b"sRGB\0\0" + zlib.compress(srgb_profile()))
         if dpi is not None:
-            self._chunk(b"pHYs", struct.pack(">IIB", round(dpi / 0.0254), round(dpi / 0.0254), 1))  # pixels a metre
+            self._chunk(b"pHYs", struct.pack(">IIB", round(dpi / 0.0254), round(dpi / 0.0254), 1))  # pixels per metre
         for key, text in texts.items():
             self._chunk(b"iTXt", key.encode("latin-1") + b"\0\0\0\0\0" + text.encode(errors="replace"))
 
@@ -66,8 +66,8 @@ class PngWriter:
 
 
 def _filtered(rows: np.ndarray, above: np.ndarray) -> np.ndarray:
-    """(n, W, 3) under the row `above` → (n, 1 + 3W) uint8: each row by the filter with the least sum of absolute
-    values."""
+    """Filter rows (n, W, 3) below the row `above`, and return (n, 1 + 3W) uint8. Each row gets the filter with the
+    least sum of absolute values."""
     x = rows.astype(np.int16)
     up = np.concatenate([above.astype(np.int16), x[:-1]])
     left, corner = (np.pad(a[:, :-1], ((0, 0), (1, 0), (0, 0))) for a in (x, up))

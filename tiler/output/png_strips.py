@@ -1,5 +1,5 @@
-"""A PNG, read row by row: what `PngWriter` is to writing. Pillow decodes it whole; here each strip of rows becomes a
-small PNG of its own, which Pillow decodes."""
+"""Read a PNG row by row, the counterpart of `PngWriter`. Pillow decodes only complete files, so each strip of rows
+becomes a small PNG of its own, which Pillow decodes."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from PIL import Image
 _STRIP_PIXELS = 2**18
 _MOST_CHUNK = 2**31  # bytes, W3C PNG (third edition), 5.3
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by colour type
-_KEPT = (b"PLTE", b"tRNS")  # what a strip needs of the whole file
+_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by PNG's colour type
+_KEPT = (b"PLTE", b"tRNS")  # chunks that each strip needs
 
 
 def is_streamed(path: Path) -> bool:
-    """Whether a file is a PNG of 8 bits a channel whose rows come first to last. Raises OSError."""
+    """Whether a file is a PNG with 8 bits per channel and rows from first to last (not interlaced). Raises OSError."""
     with path.open("rb") as file:
         head = file.read(29)
     if head[:8] != _SIGNATURE or head[12:16] != b"IHDR":
@@ -30,8 +30,8 @@ def is_streamed(path: Path) -> bool:
 
 
 def read_strips(path: Path) -> Iterator[Image.Image]:
-    """The rows of such a PNG, a strip at a time, in the file's own mode; a few of them are in memory. Raises OSError,
-    and ValueError for a damaged file."""
+    """Yield the rows of a PNG for which `is_streamed` is true, strip by strip, in the file's own mode. Only a few rows
+    are in memory. Raises OSError, and ValueError for a damaged file."""
     with path.open("rb") as file:
         chunks = _chunks(file)
         kind, header = next(chunks)
@@ -58,7 +58,7 @@ def read_strips(path: Path) -> Iterator[Image.Image]:
 
 
 def _strip(header: bytes, kept: bytes, above: bytes, filtered: bytes, rows: int) -> Image.Image:
-    """Filtered rows under an unfiltered one, `above`, on which the first may rest."""
+    """Decode filtered rows below an unfiltered row, `above`, which the filter of the first may refer to."""
     head = struct.pack(">II", struct.unpack(">I", header[:4])[0], rows + 1) + header[8:]
     data = _chunk(b"IHDR", head) + kept + _chunk(b"IDAT", zlib.compress(above + filtered, 0)) + _chunk(b"IEND", b"")
     with Image.open(BytesIO(_SIGNATURE + data)) as picture:
@@ -66,7 +66,7 @@ def _strip(header: bytes, kept: bytes, above: bytes, filtered: bytes, rows: int)
 
 
 def _chunks(file: BinaryIO) -> Iterator[tuple[bytes, bytes]]:
-    """(kind, data) of each up to the end; a long one in parts."""
+    """Yield (kind, data) of each chunk up to the end; a long chunk comes in parts."""
     file.seek(len(_SIGNATURE))
     while len(head := file.read(8)) == 8:
         length, kind = struct.unpack(">I4s", head)

@@ -1,4 +1,4 @@
-"""The colour profile that every picture of ours carries."""
+"""The colour profile embedded in every picture that tiler writes."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import struct
 
 
 def srgb_profile() -> bytes:
-    """An ICC profile that says sRGB, always of the same bytes: ICC.1:2022 puts the date into bytes 24–35 of the header
-    and a checksum, which may be left out, into bytes 84–99."""
+    """Return an ICC profile of sRGB that always has the same bytes: the date (bytes 24–35 of the header, ICC.1:2022) is
+    fixed, and the optional checksum (bytes 84–99) is left out."""
     from PIL import ImageCms
 
     profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())

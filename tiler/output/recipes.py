@@ -1,5 +1,5 @@
-"""How a picture was made, by the names of RenderRequest's fields, out of what its file says: our own JSON,
-AUTOMATIC1111 and its kin (Forge, sd.cpp), InvokeAI, SwarmUI, Fooocus, and ComfyUI's graph."""
+"""Read how a picture was made from its file's texts, as values of RenderRequest's fields. The sources are tiler's own
+JSON, AUTOMATIC1111 and its kin (Forge, sd.cpp), InvokeAI, SwarmUI, Fooocus, and ComfyUI's graph."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from tiler.output.infotext import parse_infotext
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What a picture says of itself. `settings` are values of RenderRequest's fields as they stand there, `others` what
-    it has no field for, `lacks` why it cannot be repeated ("" where it can); one that `is_whole` tells all that was not
-    at its default."""
+    """The metadata of a picture. `settings` are values of RenderRequest's fields as the file gives them, `others` the
+    values without such a field; `lacks` says why the picture cannot be repeated ("" if it can). If `is_whole`, the
+    recipe names everything that was not at its default."""
 
     tool: str
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -31,8 +31,8 @@ _INFOTEXT = {
     "Steps": "num_inference_steps", "Sampler": "scheduler", "CFG scale": "guidance_scale", "Seed": "seed",
     "Model": "model", "Denoising strength": "strength", "Clip skip": "clip_skip", "Hires prompt": "canvas_prompt",
 }  # fmt: skip
-_EMPHASIS = {"no norm": "no-norm", "ignore": "ignore", "none": "none"}  # A1111's words and tiler's
-_READ = ("Size", "VAE", "Emphasis", "Tiling")  # beside those of _INFOTEXT
+_EMPHASIS = {"no norm": "no-norm", "ignore": "ignore", "none": "none"}  # A1111's words to tiler's
+_READ = ("Size", "VAE", "Emphasis", "Tiling")  # fields that are read in addition to _INFOTEXT
 _SWARM = {
     "prompt": "prompt", "negativeprompt": "negative_prompt", "model": "model", "seed": "seed",
     "steps": "num_inference_steps", "cfgscale": "guidance_scale", "width": "width", "height": "height",
@@ -50,7 +50,7 @@ _INVOKE = {
 
 
 def read_recipe(texts: Mapping[str, str]) -> Recipe:
-    """The recipe in a picture's texts. Raises ModelError where there is none that tiler knows."""
+    """Return the recipe in a picture's texts. Raises ModelError if they contain none that tiler knows."""
     if (own := _json(texts.get("tiler"))) is not None:
         settings = {k: v for k, v in own.items() if k not in _FACTS}
         return Recipe(tool="tiler", settings=settings, others=_of(own, _FACTS), is_whole=True)
@@ -67,7 +67,7 @@ def read_recipe(texts: Mapping[str, str]) -> Recipe:
     raise ModelError("no parameters in this picture; its file says nothing of how it was made")
 
 
-# What our own JSON tells beside the request.
+# Facts in tiler's own JSON that are not part of the request.
 _FACTS = ("kernels", "model_id", "model_hash", "bleed_mm", "lora_hashes")
 
 
@@ -84,7 +84,7 @@ def _parameters(text: str) -> Recipe:
     tool = "stable-diffusion.cpp" if "SDCPP" in fields or "stable-diffusion.cpp" in version else "AUTOMATIC1111"
     recipe = _named(tool if not version.startswith("tiler") else "tiler", fields, _INFOTEXT)
     if recipe.tool == "stable-diffusion.cpp":
-        negative = negative or ""  # what it encodes where nothing was said
+        negative = negative or ""  # stable-diffusion.cpp encodes this if none was given
     settings: dict[str, Any] = {"prompt": prompt, "negative_prompt": negative, **recipe.settings}
     if fields.get("VAE", "None") not in ("None", "Automatic"):
         settings["vae"] = fields["VAE"]
@@ -107,7 +107,7 @@ def _invoke(data: Mapping[str, Any]) -> Recipe:
     return Recipe(tool="InvokeAI", settings=settings, others={k: v for k, v in recipe.others.items() if k != "model"})
 
 
-_TEXTS = frozenset(("prompt", "negative_prompt", "canvas_prompt", "model", "vae", "scheduler"))  # even where digits
+_TEXTS = frozenset(("prompt", "negative_prompt", "canvas_prompt", "model", "vae", "scheduler"))  # never numbers
 
 
 def _named(tool: str, data: Mapping[str, Any], names: Mapping[str, str]) -> Recipe:
@@ -117,7 +117,7 @@ def _named(tool: str, data: Mapping[str, Any], names: Mapping[str, str]) -> Reci
 
 
 def _number(value: Any) -> Any:
-    """A whole number or another one, where a text is one and nothing else."""
+    """Convert a text that is an integer or a decimal number and nothing else; return any other value unchanged."""
     if isinstance(value, str) and re.fullmatch(r"-?\d{1,20}", value):
         return int(value)
     if isinstance(value, str) and re.fullmatch(r"-?\d{1,20}\.\d{1,20}", value):
@@ -130,7 +130,7 @@ def _of(data: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _json(text: str | None) -> dict[str, Any] | None:
-    """A JSON object, which may hold a bare NaN; None for everything else."""
+    """Return a JSON object, which may contain a bare NaN, or None for anything else."""
     if text is None or not text.lstrip().startswith("{"):
         return None
     try:

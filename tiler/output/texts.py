@@ -1,4 +1,5 @@
-"""The texts in a picture's file, whoever wrote it: PNG chunks, EXIF of JPEG, WebP and AVIF, tags of TIFF."""
+"""Read the texts in a picture's file, whichever program wrote it: PNG chunks, EXIF of JPEG, WebP and AVIF, tags of
+TIFF."""
 
 from __future__ import annotations
 
@@ -16,13 +17,13 @@ from tiler.output.exif import EXIF_IFD, UNICODE, USER_COMMENT, request_in
 if TYPE_CHECKING:
     from PIL import Image
 
-_MOST = 16_000_000  # bytes of text; a picture that says more is refused, and not read further
+_MOST = 16_000_000  # bytes of text; a picture with more is refused without reading on
 _DESCRIPTION, _MAKE, _MODEL = 270, 0x010F, 0x0110
 
 
 def read_texts(path: Path) -> dict[str, str]:
-    """Texts by their PNG keyword; EXIF's comment and TIFF's description are `parameters`. Raises UsageError for what is
-    no picture, ModelError for one with too much text, StorageError."""
+    """Return the texts by their PNG keyword; EXIF's comment and TIFF's description become `parameters`. Raises
+    UsageError if the file is no picture, ModelError if it has too much text, and StorageError."""
     try:
         with path.open("rb") as file:
             if file.read(8) == b"\x89PNG\r\n\x1a\n":
@@ -35,13 +36,13 @@ def read_texts(path: Path) -> dict[str, str]:
     except FileNotFoundError as error:
         raise UsageError(f"{path}: no such picture; check the path") from error
     except OSError as error:
-        if error.errno is None:  # Pillow's
+        if error.errno is None:  # raised by Pillow
             raise UsageError(f"{path}: no picture that can be read; give a PNG, JPEG, WebP, AVIF or TIFF") from error
         raise StorageError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
 
 
 class _TooLong(Exception):
-    """There are more texts than _MOST."""
+    """The file has more text than _MOST."""
 
 
 def _of_png(file: BinaryIO) -> dict[str, str]:
@@ -64,7 +65,8 @@ def _of_png(file: BinaryIO) -> dict[str, str]:
 
 
 def _chunk_text(kind: bytes, data: bytes, most: int) -> tuple[str, str]:
-    """W3C PNG (third edition), 11.3.3. Many tools write UTF-8 where Latin-1 is due."""
+    """Return a text chunk's keyword and text: W3C PNG (third edition), 11.3.3. Many tools write UTF-8 instead of
+    Latin-1."""
     name, _, rest = data.partition(b"\0")
     if kind == b"zTXt":
         rest = _inflated(rest[1:], most)
@@ -110,11 +112,12 @@ def _of_exif(path: Path) -> dict[str, str]:
 
 
 def _exif_of(picture: Image.Image) -> tuple[Image.Exif, Any]:
-    """The EXIF of a picture and the user's comment in it; what is damaged counts as none, and XMP may still tell."""
+    """Return a picture's EXIF and the user's comment in it. Damaged EXIF counts as none, since XMP may still hold the
+    request."""
     from PIL import Image
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's, of damage
+        warnings.simplefilter("ignore")  # Pillow's warnings of damage
         try:
             exif = picture.getexif()
             return exif, exif.get_ifd(EXIF_IFD).get(USER_COMMENT)
@@ -124,7 +127,8 @@ def _exif_of(picture: Image.Image) -> tuple[Image.Exif, Any]:
 
 @contextmanager
 def opened(path: Path) -> Iterator[Image.Image]:
-    """A picture whose header alone is read, however large it is: Pillow's guard is for those that are decoded."""
+    """Open a picture of any size, reading only its header. Pillow's size limit is meant for pictures that are
+    decoded."""
     from PIL import Image
 
     most, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
@@ -137,7 +141,8 @@ def opened(path: Path) -> Iterator[Image.Image]:
 
 
 def _user_comment(data: bytes) -> str:
-    """EXIF 2.3, 4.6.5: eight bytes name the encoding. UTF-16 comes in either order: Latin letters show which."""
+    """Decode a user's comment: EXIF 2.3, 4.6.5. Eight bytes name the encoding. UTF-16 occurs in either byte order,
+    which Latin letters reveal."""
     code, text = data[:8], data[8:]
     if code == UNICODE:
         little = text[1::2].count(0) > text[0::2].count(0)

@@ -1,4 +1,4 @@
-"""WebP and AVIF, whose encoders want the whole picture: for pictures that memory holds."""
+"""Write WebP and AVIF, whose encoders need the complete picture: for pictures that fit in memory."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from tiler.request.choices import Format
 
 
 class Encoder(NamedTuple):
-    """`pixel_bytes` for each pixel and `other_bytes` are taken while a picture is encoded, beside the picture: measured
-    with Pillow 13 on noise over gradients, 512² to 2048², quality 80 to 100, and rounded up."""
+    """An encoder and its limits. Encoding takes `pixel_bytes` for each pixel and `other_bytes` in addition to the
+    picture: measured with Pillow 13 on noise over gradients, 512² to 2048², quality 80 to 100, and rounded up."""
 
     title: str
-    module: str  # of Pillow
-    longest: int  # pixels of a side that its readers take
+    module: str  # Pillow's
+    longest: int  # pixels of a side that its readers accept
     pixel_bytes: int
     other_bytes: int
     options: Mapping[str, Any]
@@ -28,14 +28,14 @@ class Encoder(NamedTuple):
 
 ENCODERS: Mapping[Format, Encoder] = {
     Format.WEBP: Encoder("WebP", "WebPImagePlugin", 16_383, 28, 3_000_000, {"method": 4}),
-    # With threads of its own, libaom takes more memory the more processors there are.
+    # With its own threads, libaom takes more memory on machines with more processors.
     Format.AVIF: Encoder("AVIF", "AvifImagePlugin", 32_768, 44, 24_000_000, {"max_threads": 1, "speed": 6}),
 }
-PICTURE_BYTES = 3  # a pixel
+PICTURE_BYTES = 3  # per pixel
 
 
 class WholeWriter:
-    """Holds the rows it is given; `close` encodes them."""
+    """Holds all rows until `close` encodes them."""
 
     def __init__(
         self,

@@ -1,1 +1,2 @@
-"""`tiler view`: a picture cut into tiles of many sizes, and a page on loopback that shows them. Knows no models."""
+"""`tiler view`: cut a picture into tiles of many sizes, and show them on a page on loopback. Knows nothing of
+models."""

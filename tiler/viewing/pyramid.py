@@ -1,8 +1,8 @@
-"""A picture as a pyramid of small tiles (Deep Zoom), made by libvips in a thread: rows are read once, first to last,
-and the picture is never held. What is written already can be looked at meanwhile.
+"""A picture as a pyramid of small tiles (Deep Zoom). libvips makes it in a thread, which reads the rows once, from
+first to last, and never holds the picture. Tiles that are already written can be viewed in the meantime.
 
-Level n is the picture at 1/2^(levels − n) of its size; its tiles are JPEG files, with a pixel of their neighbours
-around.
+Level n is the picture at 1/2^(levels − n) of its size; its tiles are JPEG files with a border of one pixel from their
+neighbours.
 """
 
 from __future__ import annotations
@@ -17,17 +17,19 @@ from typing import Any, Self
 from tiler.errors import StorageError, UsageError
 from tiler.output.profile import srgb_profile
 
-SIDE, OVERLAP = 254, 1  # pixels of a tile without and beyond its border
-_QUALITY = 92  # from 90 on libvips stores colours at full resolution
-_END = b"\xff\xd9"  # of a JPEG: a file without it is still being written
+SIDE, OVERLAP = 254, 1  # pixels: a tile's side without its border, and the border
+_QUALITY = 92  # from 90, libvips stores colours at full resolution
+_END = b"\xff\xd9"  # of a JPEG: a file without this is still being written
 
 
 class Pyramid:
-    """A context manager; its files go with it. `fault` says why no more tiles come, `is_whole` that all are there."""
+    """A context manager, which deletes its files on exit. `fault` says why no more tiles will come; `is_whole` whether
+    all are written."""
 
     def __init__(self, path: Path, scratch: Path | None = None) -> None:
-        """`scratch` is where tiles are kept meanwhile, about a third as many bytes as the picture has pixels, None the
-        system's folder for such files. Raises UsageError for what is no picture, StorageError."""
+        """Open the picture. `scratch` is the folder for the tiles, about a third as many bytes as the picture has
+        pixels; None is the system's folder for temporary files. Raises UsageError if the file is no picture,
+        StorageError."""
         self._vips = _pyvips()
         self.path, self.fault, self.is_whole = path, "", False
         if not path.is_file():
@@ -62,7 +64,7 @@ class Pyramid:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def tile(self, level: int, column: int, row: int) -> bytes | None:
-        """A tile's JPEG; None while it is not made, and where there is none."""
+        """Return a tile's JPEG, or None if it is not finished or does not exist."""
         try:
             data = (self._folder / "picture_files" / str(level) / f"{column}_{row}.jpg").read_bytes()
         except OSError:
@@ -85,22 +87,22 @@ class Pyramid:
 
 
 def _pyvips() -> Any:
-    """Raises UsageError where the extra is not installed."""
+    """Import pyvips. Raises UsageError if the extra is not installed."""
     try:
         import pyvips
-    except (ImportError, OSError) as error:  # the latter without libvips itself
+    except (ImportError, OSError) as error:  # OSError if libvips itself is missing
         raise UsageError(
             "tiler view needs the extra `view`: pip install pyvips pyvips-binary, or pip install -e '.[view]' in tiler's folder"
         ) from error
-    pyvips.cache_set_max(0)  # of operations, each of which holds buffers
+    pyvips.cache_set_max(0)  # the cache of operations, each of which holds buffers
     return pyvips
 
 
 def _as_srgb(vips: Any, path: Path) -> Any:
-    """The picture as it is to be looked at: upright, over white, in 8-bit sRGB; its pixels are not read yet."""
+    """Return the picture as displayed: upright, over white, in 8-bit sRGB. Its pixels are not read yet."""
     image = vips.Image.new_from_file(str(path), access="sequential", fail_on="truncated")
     if image.get_typeof("orientation") and image.get("orientation") > 1:
-        # Its rows are wanted in another order: libvips keeps them in a file meanwhile.
+        # The rows are needed in another order: libvips stores them in a file in the meantime.
         image = vips.Image.new_from_file(str(path), fail_on="truncated").autorot()
     if image.get_typeof("icc-profile-data") and image.get("icc-profile-data") != srgb_profile():
         image = image.icc_transform("srgb", embedded=True)

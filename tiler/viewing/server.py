@@ -1,5 +1,5 @@
-"""The page of `tiler view` over HTTP: on loopback alone, under a path that only this user knows, for names that are in
-a short list or are numbers."""
+"""Serve the page of `tiler view` over HTTP: on loopback only, under a path known only to this user, and only names that
+are on a short list or consist of numbers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _HEADERS = {
 
 
 class PageServer:
-    """Serves `pyramid` while the block lasts, in threads of its own; `url` is its page."""
+    """Serves `pyramid` inside the `with` block, in threads of its own; `url` is its page."""
 
     def __init__(self, pyramid: Pyramid) -> None:
         self._server = _Server((HOST, 0), _Handler)  # the system chooses a free port
@@ -59,7 +59,7 @@ class _Server(ThreadingHTTPServer):
     secret: str
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        pass  # a browser that has hung up
+        pass  # the browser has closed the connection
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -68,7 +68,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         port = self.server.server_address[1]
-        # A page of another site whose name leads here would bring its own name along.
+        # If another site's name is made to resolve to this machine, its pages send that name as Host.
         if self.headers.get("Host") not in (f"{HOST}:{port}", f"localhost:{port}"):
             self._answer(HTTPStatus.FORBIDDEN)
             return
@@ -86,7 +86,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(HTTPStatus.NOT_FOUND)
 
     def _facts(self) -> dict[str, Any]:
-        """What the page must know."""
+        """Return the facts that the page needs."""
         p = self.server.pyramid
         return {
             "name": p.path.name, "width": p.width, "height": p.height, "levels": p.levels, "side": SIDE,
@@ -95,11 +95,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _tile(self, level: int, column: int, row: int) -> None:
         pyramid = self.server.pyramid
-        whole = pyramid.is_whole  # before the look, which may be a moment too early
+        whole = pyramid.is_whole  # read before the tile, which may appear in between
         if (data := pyramid.tile(level, column, row)) is not None:
             self._answer(HTTPStatus.OK, data, "image/jpeg", "private, max-age=3600")
         else:
-            self._answer(HTTPStatus.NOT_FOUND if whole else HTTPStatus.SERVICE_UNAVAILABLE)  # the page asks again
+            self._answer(HTTPStatus.NOT_FOUND if whole else HTTPStatus.SERVICE_UNAVAILABLE)  # the page retries on 503
 
     def _answer(self, status: HTTPStatus, body: bytes = b"", kind: str = "text/plain", keep: str = "no-store") -> None:
         self.send_response(status)
