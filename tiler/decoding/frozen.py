@@ -45,9 +45,9 @@ if TYPE_CHECKING:
 
     from tiler.decoding.exact import Hold
 
-# Latents. Eight rendered pictures of 2048², mini, against the whole-image decode: 40–60 dB with 128, 33–44 with 64 (the
-# first three), 44–67 with 160. Of drawn scenes at 1024², blocks of 4 kept 46–55 dB where 8 kept 39–56 and 16 kept
-# 33–39.
+# Latents. Of eight rendered pictures of 2048², mini, compared with the whole-image decode: 40–60 dB with 128, 33–44
+# with 64 (the first three), 44–67 with 160. Of drawn scenes at 1024², blocks of 4 kept 46–55 dB, blocks of 8 39–56 and
+# blocks of 16 33–39.
 SAMPLE_SIDE, BLOCK = 128, 4
 HELD_TOKENS = 64 * 64
 BAND = 512  # latents

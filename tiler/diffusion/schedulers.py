@@ -196,7 +196,7 @@ _RECIPES = {
     Scheduler.UNIPC: _Recipe("scheduling_unipc_multistep", "UniPCMultistepScheduler", {}),
     Scheduler.LCM: _Recipe("scheduling_lcm", "LCMScheduler", {}),
 }
-_DERIVED = (Scheduler.DPMPP_2M_KARRAS, Scheduler.DPMPP_2M_SDE, Scheduler.DPMPP_SDE)  # from a scheduler of another class
+_DERIVED = (Scheduler.DPMPP_2M_KARRAS, Scheduler.DPMPP_2M_SDE, Scheduler.DPMPP_SDE)  # variants of another's class
 _OWN = {recipe.cls: name for name, recipe in _RECIPES.items() if name not in _DERIVED}
 _TYPE_FIELDS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
 _LCM_ORIGINAL_STEPS = 50  # diffusers' default, used to distil common consistency models
