@@ -35,8 +35,8 @@ class NativeWinograd(NativeFp32):
     rows_together = WINOGRAD_SIDE
 
     def suits(self, op: Op, shape: Shape | None, policy: Policy) -> bool:
-        """Whether an arena of the usual size has room for the transformed weight; the memory ceiling does not
-        matter."""
+        """Whether the kernel can run the operation. An arena of the usual size must have room for the transformed
+        weight, whatever the memory ceiling."""
         return (
             policy.winograd
             and super().suits(op, shape, policy)

@@ -42,7 +42,7 @@ class KeptRows:
         return sum(self._heights)
 
     def strips(self) -> Iterator[np.ndarray]:
-        """The strips that existed when the object was created, cut as they were added: a writer's bytes may depend on
+        """Yield the strips that exist when the iteration starts, cut as they were added: a writer's bytes may depend on
         how its rows are cut into strips."""
         at = 0
         for height in tuple(self._heights):

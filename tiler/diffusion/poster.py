@@ -91,9 +91,9 @@ def load_bytes(path: Path) -> int:
 
 
 def mask_rows(path: Path, size: tuple[int, int]) -> Iterator[np.ndarray]:
-    """Yield a mask at the picture's `size` (height, width), some rows at a time: (n, W) uint8, greater than 0 where the
-    picture is repainted and 0 where it stays. A mask of another size is enlarged or reduced to the nearest pixel.
-    Raises UsageError."""
+    """Yield a mask at the picture's `size` (height, width), some rows at a time: (n, W) uint8, 255 where the picture is
+    repainted, 0 where it stays, and values between for a blend. A mask of another size is enlarged or reduced to the
+    nearest pixel. Raises UsageError."""
     (height, width), (own_height, own_width) = size, mask_size(path, size)
     across = (2 * np.arange(width) + 1) * own_width // (2 * width)
     waiting, begin, row = np.empty((0, own_width), np.uint8), 0, 0  # the mask's rows from `begin` on
