@@ -38,8 +38,8 @@ from tiler.compute.steps import finished, made_input, product
 if TYPE_CHECKING:
     from tiler.compute.stream import Streamer
 
-# Parameters of up to this many elements are loaded at once and stay. A choice, no measurement: SD 1.5's take 2 MB
-# together, and reading them at every pass would be more reads than all its other weights are.
+# Parameters of up to this many elements are loaded at once and stay. A choice, no measurement: together, those of SD
+# 1.5 take 2 MB, and loading them in every pass would take more reads than all its other weights.
 SMALL = 64 * 1024
 _PLAIN, _NOTHING = Input(), Epilogue()
 
@@ -47,8 +47,8 @@ _T = TypeVar("_T")
 
 
 class StreamedLayer(nn.Module):
-    """The base of the streamed layers: a meta weight for its shape, the parameter's name, and the streamer that
-    provides it. `first` is the parameter's row where the weight starts."""
+    """The base of the streamed layers: a meta weight that gives the shape, the parameter's name, and the streamer that
+    provides its values. `first` is the row of the parameter at which the weight starts."""
 
     weight: Tensor
     key: str
@@ -78,7 +78,7 @@ class StreamedConv2d(nn.Conv2d, StreamedLayer):
 
     @property
     def rows_together(self) -> int:
-        """How many rows of the result are computed at once: inputs should be cut at multiples of them."""
+        """The number of rows of the result that are computed at once: inputs should be cut at multiples of it."""
         return self.streamer.kernel(self.op(), None).rows_together
 
 
@@ -108,7 +108,7 @@ class StreamedEmbedding(nn.Embedding, StreamedLayer):
 
 
 def rows_of(layer: nn.Linear, first: int, last: int) -> nn.Linear:
-    """Outputs [first, last) of a linear layer as a layer of their own, streamed if it is."""
+    """Outputs [first, last) of a linear layer as a separate layer, streamed if the layer is."""
     cls = StreamedLinear if isinstance(layer, StreamedLinear) else nn.Linear
     part: nn.Linear = cls.__new__(cls)
     nn.Module.__init__(part)
@@ -128,8 +128,8 @@ def convolve(
     activation: nn.Module | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """A convolution of the parts, (n, C, h, w) fp32 each, which are joined, normalised and activated first; `residual`
-    is added."""
+    """Convolve the parts, (n, C, h, w) fp32 each, after they are joined, normalised and activated; then add
+    `residual`."""
     made_of = Input(parts=len(parts), norm=norm, activation=activation)
     (out,) = _compute([layer], parts, made_of, Epilogue(residual=residual is not None), residual)
     return out
@@ -144,21 +144,21 @@ def linear(
     glu: bool = False,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """A linear layer of x, (n, ..., in) fp32, normalised first. `activation` follows the product; with `glu` the result
-    is the product's first half · activation(its second half). Then `residual` is added."""
+    """Apply a linear layer to x, (n, ..., in) fp32, normalised first. `activation` follows the product; with `glu` the
+    result is the product's first half · activation(its second half). Then `residual` is added."""
     after = Epilogue(activation=activation, glu=glu, residual=residual is not None)
     (out,) = _compute([layer], (x,), Input(norm=norm), after, residual)
     return out
 
 
 def linear_layers(layers: Sequence[nn.Module], x: Tensor, *, norm: nn.Module | None = None) -> tuple[Tensor, ...]:
-    """The results of several linear layers for one input, normalised first: one operation if all are streamed."""
+    """Apply several linear layers to one input, normalised first: one operation if all are streamed."""
     return _compute(layers, (x,), Input(norm=norm), _NOTHING, None)
 
 
 def attend(queries: Tensor, keys: Tensor, values: Tensor, layer: nn.Module | None = None) -> Tensor:
-    """Attention, an operation without weights: (n, heads, tokens, width) each → the queries' shape. `layer` computed
-    one of them; attention follows the same kernel policy."""
+    """Compute attention, an operation without weights: (n, heads, tokens, width) each → the queries' shape. `layer` is
+    a layer that computed one of them; attention follows its kernel policy."""
     policy = layer.streamer.policy if isinstance(layer, StreamedLayer) else Policy()
     kernel = choose_kernel(_ATTENTION, tuple(queries.shape), policy, cpu.isa())
     (out,) = kernel.apply(_ATTENTION, kernel.begin(_ATTENTION, Operands((queries, keys, values))), ())
@@ -166,15 +166,15 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, layer: nn.Module | Non
 
 
 def attend_in_parts(queries: Tensor, parts: Iterable[tuple[Tensor, Tensor]], layer: nn.Module | None = None) -> Tensor:
-    """`attend` to keys and values that come some at a time, put together by a running maximum (Milakov & Gimelshein
-    2018, arXiv:1805.02867)."""
+    """`attend` for keys and values that arrive a part at a time; partial results are combined by a running maximum
+    (Milakov & Gimelshein 2018, arXiv:1805.02867)."""
     policy = layer.streamer.policy if isinstance(layer, StreamedLayer) else Policy()
     kernel = choose_kernel(_ATTENTION, tuple(queries.shape), policy, cpu.isa())
     seen: Some | None = None
     for keys, values in parts:
         some = kernel.some(kernel.begin(_ATTENTION, Operands((queries, keys, values))))
         seen = some if seen is None else _together(seen, some)
-        del keys, values, some  # not beside the next ones
+        del keys, values, some  # freed before the next ones
     assert seen is not None
     return seen.out
 
@@ -207,8 +207,8 @@ def _op(layers: Sequence[StreamedLayer], made_of: Input, after: Epilogue) -> Op:
 def _compute(
     layers: Sequence[nn.Module], parts: tuple[Tensor, ...], made_of: Input, after: Epilogue, residual: Tensor | None
 ) -> tuple[Tensor, ...]:
-    """Run layers with one input, and the operations around them, with their chosen kernel under one read of the weights
-    for all samples; step by step if one of them is not streamed."""
+    """Run layers that share one input, and the operations around them, with the chosen kernel and one read of the
+    weights for all samples; step by step if one of the layers is not streamed."""
     streamed = [layer for layer in layers if isinstance(layer, StreamedLayer)]
     if len(streamed) < len(layers):
         made = made_input(made_of, parts)
@@ -224,7 +224,7 @@ def _compute(
 
 
 def computed(layers: Sequence[StreamedLayer], op: Op, kernel: Kernel, x: Operands, shape: Shape) -> tuple[Tensor, ...]:
-    """What the kernel makes of what it has begun, under one read of the layers' weights for all samples."""
+    """Finish an operation that the kernel has begun, with one read of the layers' weights for all samples."""
     streamer = layers[0].streamer
     if kernel.holds_alone and streamer.fits(*layers):
         with streamer.hold(*layers):
@@ -233,14 +233,15 @@ def computed(layers: Sequence[StreamedLayer], op: Op, kernel: Kernel, x: Operand
 
 
 def as_unit(module: nn.Module, forward: Callable[..., _T], *args: object) -> _T:
-    """`forward(*args)`, which runs all layers of `module` sample by sample while its weights are held, if they can
+    """Return `forward(*args)`, running all layers of `module` sample by sample while its weights are held, if they can
     be."""
     layers = streamed_layers(module)
     return layers[0].streamer.run_unit(module, forward, *args) if layers else forward(*args)
 
 
 def streamed_layers(module: nn.Module) -> list[StreamedLayer]:
-    """The inner layers whose weights are held or cut. Tables are left out, because their rows are read one by one."""
+    """The inner layers whose weights are held or cut into pieces. Tables are left out, because their rows are read one
+    by one."""
     return [m for m in module.modules() if isinstance(m, StreamedLayer) and not isinstance(m, nn.Embedding)]
 
 
@@ -275,7 +276,7 @@ def stream_layers(module: nn.Module, streamer: Streamer) -> None:
 
 
 def _mark_units(module: nn.Module, streamer: Streamer) -> None:
-    """Make units of the largest modules that fit the arena."""
+    """Mark the largest modules that fit the arena as units."""
     if isinstance(module, StreamedLayer) or not streamed_layers(module):
         return
     if streamer.fits(module) and not isinstance(module, nn.ModuleList):

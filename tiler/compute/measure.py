@@ -72,8 +72,8 @@ def _candidates(shape: TableShape) -> list[Kernel]:
 def timings(
     shape: TableShape, rounds: int = 5, clock: Callable[[], float] = time.perf_counter, *, only: Kernel | None = None
 ) -> dict[str, float]:
-    """The seconds of each kernel that can run a layer of that shape, or of one kernel, with the weight prepared
-    beforehand."""
+    """The time in seconds of each kernel that can run a layer of that shape, or of a single kernel, with the weight
+    prepared beforehand."""
     generator = torch.Generator().manual_seed(0)
     weight, x = (torch.randn(size, generator=generator) for size in (shape.weight, shape.x))
     rows, scale = quantize_rows(weight)
@@ -104,7 +104,7 @@ def _ready(kernel: Kernel, shape: TableShape, x: Tensor, file: Path) -> Iterator
 def median_seconds(
     work: Callable[[], object], rounds: int = 5, clock: Callable[[], float] = time.perf_counter
 ) -> float:
-    """The median time of `work` over `rounds`, after one run that does not count."""
+    """The median time of `work` over `rounds`, after one warm-up run."""
     work()
     times = []
     for _ in range(rounds):
@@ -115,15 +115,14 @@ def median_seconds(
 
 
 def chosen_speed(shape: TableShape, precision: str) -> float:
-    """FLOP/s of the kernel that is chosen on this machine for a layer of that shape in `precision`: fp32, bf16 or
-    int8."""
+    """The FLOP/s of the kernel chosen on this machine for a layer of that shape in `precision`: fp32, bf16 or int8."""
     kernel = choose_kernel(shape.op(), shape.x, _policy(precision), isa())
     return shape.op().flops(shape.x) / timings(shape, only=kernel)[kernel.name]
 
 
 @torch.no_grad()
 def attention_speed(precision: str) -> float:
-    """FLOP/s of the kernel that is chosen on this machine for self-attention of 2,048 tokens with two heads of 40, with
+    """The FLOP/s of the kernel chosen on this machine for self-attention of 2,048 tokens with two heads of 40, with
     weights in `precision`."""
     q = torch.randn(1, 2, 2048, 40)
     op, x, shape = Op(kind=Kind.ATTENTION, input=Input(parts=3)), Operands((q, q, q)), tuple(q.shape)
@@ -144,7 +143,7 @@ def table_row(which: Isa, times: Sequence[Mapping[str, float]]) -> dict[str, tup
 
 
 def compare() -> list[str]:
-    """For each shape and precision, a sentence saying whether the table's choice is the fastest on this machine."""
+    """For each shape and precision, a sentence that says whether the table's choice is the fastest on this machine."""
     sentences = []
     for shape in TABLE_SHAPES:
         times = timings(shape)

@@ -57,7 +57,7 @@ class NativeAttention(Kernel):
         queries, keys, values = (
             part if part.stride(-1) == 1 else part.contiguous() for part in (queries, keys, values)
         )
-        # A token's heads side by side, as the layer that follows takes them.
+        # A token's heads are side by side, as the next layer takes them.
         out = queries.new_empty(samples, tokens, heads, width).transpose(1, 2)
         call = library.Attention(
             kind=self.kind, scale=width**-0.5,
@@ -71,8 +71,8 @@ class NativeAttention(Kernel):
 
 
 class NativeAttentionBf16(NativeAttention):
-    """Products of values rounded to bf16, sums in fp32. Used with bf16 weights, and with int8 weights, whose error is
-    far larger."""
+    """Products of values rounded to bf16, with sums in fp32. Used with bf16 weights, and with int8 weights, whose error
+    is far larger."""
 
     name = "native-attention-bf16"
     kind = library.Kind.BF16
@@ -85,5 +85,5 @@ class NativeAttentionBf16(NativeAttention):
 
 
 def _steps(x: Tensor) -> ctypes.Array[ctypes.c_int64]:
-    """The distances in elements between samples, heads and tokens."""
+    """The distances, in elements, between samples, heads and tokens."""
     return (ctypes.c_int64 * 3)(*x.stride()[:3])

@@ -50,8 +50,8 @@ from tiler.native.library import Activation, Type
 from tiler.weights.blocks import OUTPUTS
 from tiler.weights.store import WeightStore
 
-_PACKED_ELEMENTS = 2**19  # of a weight at a time: 2 MB of fp32 beside the arena. A choice, no measurement
-# Of a sample: with fewer, bringing a weight into order takes what the product does. A choice, no measurement.
+_PACKED_ELEMENTS = 2**19  # weight elements packed at a time: 2 MB of fp32 beside the arena. A choice, no measurement
+# Rows of a sample: with fewer, packing a weight takes as long as the product. A choice, no measurement.
 FEW_ROWS = 8
 
 
@@ -129,8 +129,8 @@ class NativeFp32(Kernel):
         return images.flatten(0, 2) if is_of_pixels(op) else images
 
     def begun(self, op: Op, lines: Tensor) -> Operands:
-        """What `begin` would make of an input whose rows are these lines, (n, places, inputs), their frame among
-        them."""
+        """The operands that `begin` would return for an input whose rows are `lines`, (n, places, inputs), frame
+        included."""
         assert op.geometry is not None
         count, places, inputs = lines.shape
         shape = 1, inputs, count, places - 2 * op.geometry.padding[1]
@@ -166,7 +166,7 @@ class NativeFp32(Kernel):
 
 
 class NativeBf16(NativeFp32):
-    """Products of values rounded to bf16, sums in fp32; the error is 2e-3 of a layer's result."""
+    """Products of values rounded to bf16, with sums in fp32; the error is 2e-3 of a layer's result."""
 
     name = "native-bf16"
     kind, out_type, dtype, values_a_lane = library.Kind.BF16, Type.BF16, torch.bfloat16, 2
@@ -178,8 +178,8 @@ class NativeBf16(NativeFp32):
 
 
 def pack(store: WeightStore, weight: Weight, out: Tensor, kind: library.Kind, *, point_bytes: int = 0) -> None:
-    """Fill `out`, lanes of 32 bits, with a weight in the library's order; transformed where `point_bytes` lie between
-    two points."""
+    """Fill `out`, 32-bit lanes, with a weight in the library's order; the weight is transformed if `point_bytes`, the
+    distance between two points, is given."""
     inputs, *sides = weight.meta.shape[1:]
     taps, at = math.prod(sides), out.data_ptr()
     block = (point_bytes * OUTPUTS // weight.outputs) if point_bytes else out.nbytes * OUTPUTS // weight.outputs

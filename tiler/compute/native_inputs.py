@@ -1,5 +1,5 @@
-"""The input of products by tiler's own library: joined, normalised, activated, and quantised or cast in two passes; and
-the statistics of rows."""
+"""Prepare the inputs of products for tiler's own library: join, normalise, activate, and quantise or cast them in two
+passes; and compute the statistics of rows."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from tiler.compute.kernels import HeldNorm
 from tiler.native import library
 from tiler.native.library import Type
 
-MIDDLE = 128  # the zero of a token's values
+MIDDLE = 128  # the quantised zero of a token's values
 _ZERO = torch.tensor([MIDDLE], dtype=torch.int32)
 _DTYPES = {Type.UINT8: torch.uint8, Type.BF16: torch.bfloat16, Type.FP32: torch.float32}
 
 
 class Quantized(NamedTuple):
-    """Samples as uint8, real value = scale × (value − zero): a matrix (rows, inputs) whose rows have a scale each and
-    one zero, or images (n, h, w, inputs) with a frame of zeros, each with a scale and a zero."""
+    """Samples as uint8, real value = scale × (value − zero). Either a matrix (rows, inputs) with one scale per row and
+    one zero, or images (n, h, w, inputs) with a frame of zeros and one scale and one zero per image."""
 
     values: Tensor
     scale: Tensor
@@ -30,8 +30,8 @@ class Quantized(NamedTuple):
 def quantize_tokens(
     x: Tensor, norm: nn.Module | None = None, out_type: Type = Type.UINT8, *, rotated: bool = False
 ) -> Quantized:
-    """x: (..., inputs) fp32 → a matrix, each row normed, `rotated`, and symmetric around MIDDLE by its absmax; of other
-    types than uint8 cast without a scale."""
+    """x: (..., inputs) fp32 → a matrix. Each row is normalised, `rotated` if requested, and quantised symmetrically
+    around MIDDLE by its absmax. Types other than uint8 are cast without a scale."""
     rows = x.reshape(-1, x.shape[-1])
     count, width = rows.shape
     values, scale = rows.new_empty(count, width, dtype=_DTYPES[out_type]), rows.new_empty(count)
@@ -52,8 +52,8 @@ def quantize_images(
     parts: tuple[Tensor, ...], padding: tuple[int, ...], norm: nn.Module | None, *, silu: bool, each_place: bool = False,
     out_type: Type = Type.UINT8,
 ) -> Quantized:  # fmt: skip
-    """One or two parts (n, C, h, w) fp32, joined, normed and activated → images with a frame of `padding` lines and
-    places, each with one scale and one zero; or, for each place, a row of a matrix as `quantize_tokens` makes it."""
+    """Join, normalise and activate one or two parts (n, C, h, w) fp32 → images with a frame of `padding` rows and
+    columns and one scale each. With `each_place`, each pixel becomes a row of a matrix, as in `quantize_tokens`."""
     parts = tuple(part.contiguous(memory_format=torch.channels_last) for part in parts)
     count, _, height, width = parts[0].shape
     channels = [part.shape[1] for part in parts]
@@ -78,8 +78,8 @@ def quantize_images(
 
 
 def write_lines(x: Tensor, lines: Tensor, norm: HeldNorm | None, *, silu: bool) -> None:
-    """Fill `lines` (n, width + frame, C), fp32 or bf16, with the rows of x, (1, C, n, width) fp32, normed and
-    activated, and with zeros left and right of them."""
+    """Fill `lines` (n, width + frame, C), fp32 or bf16, with the normalised and activated rows of x, (1, C, n, width)
+    fp32, and with zeros to their left and right."""
     x = x.contiguous(memory_format=torch.channels_last)
     _, channels, height, width = x.shape
     if x.is_meta or not height:
@@ -96,8 +96,8 @@ def write_lines(x: Tensor, lines: Tensor, norm: HeldNorm | None, *, silu: bool) 
 
 
 class Moments(NamedTuple):
-    """Of groups of channels: mean and sum of squares of the differences from it, (groups,) fp64 each; and the least and
-    the most of all values. NaN or Inf among the values are in the mean."""
+    """The mean and the sum of squared differences from it for each group of channels, (groups,) fp64 each; and the
+    smallest and largest of all values. NaN or Inf among the values shows up in the mean."""
 
     mean: Tensor
     squares: Tensor
@@ -106,7 +106,7 @@ class Moments(NamedTuple):
 
 
 def moments(x: Tensor, groups: int) -> Moments:
-    """x: (1, C, n, W) fp32."""
+    """The moments of x, (1, C, n, W) fp32."""
     x = x.contiguous(memory_format=torch.channels_last)
     _, channels, height, width = x.shape
     found = torch.empty(2 * groups + 2, dtype=torch.float64)
@@ -120,12 +120,12 @@ def moments(x: Tensor, groups: int) -> Moments:
 
 
 def address(tensor: Tensor | None, first: int = 0) -> int | None:
-    """The address of element `first` of a contiguous tensor."""
+    """The address of element `first` of a contiguous tensor; None without a tensor."""
     return None if tensor is None else tensor.data_ptr() + first * tensor.element_size()
 
 
 def needed_library() -> library.Library:
-    """The library, for a kernel that was chosen because it exists."""
+    """The library, for a kernel that is chosen only if the library exists."""
     found = library.library()
     assert found is not None
     return found

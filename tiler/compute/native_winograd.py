@@ -27,7 +27,7 @@ from tiler.native.library import WINOGRAD_POINTS, WINOGRAD_SIDE, WINOGRAD_TILES
 from tiler.weights.blocks import OUTPUTS
 from tiler.weights.store import WeightStore
 
-_POINT_BYTES = 4 * WINOGRAD_POINTS  # of the nine values of a weight
+_POINT_BYTES = 4 * WINOGRAD_POINTS  # bytes of a transformed 3 × 3 weight
 
 
 class NativeWinograd(NativeFp32):
@@ -35,7 +35,8 @@ class NativeWinograd(NativeFp32):
     rows_together = WINOGRAD_SIDE
 
     def suits(self, op: Op, shape: Shape | None, policy: Policy) -> bool:
-        """If an arena of the usual size has room for the transformed weight, at any ceiling."""
+        """Whether the kernel can run the operation. An arena of the usual size must have room for the transformed
+        weight, whatever the memory ceiling."""
         return (
             policy.winograd
             and super().suits(op, shape, policy)
@@ -50,7 +51,7 @@ class NativeWinograd(NativeFp32):
         return _POINT_BYTES * op.group.numel // 9 // self.values_a_lane
 
     def _steps(self, store: WeightStore | None, op: Op, place: Place) -> range:
-        """The starts of the weight's pieces, which the arena has room for."""
+        """The first outputs of the weight's pieces, whose size fits the arena."""
         total, point_bytes = op.group.shape[0], _POINT_BYTES * op.group.shape[1] // self.values_a_lane
         rows = total if place.stays else min(total, max(OUTPUTS, place.arena_bytes // point_bytes // OUTPUTS * OUTPUTS))
         return range(0, total, rows)
@@ -105,7 +106,7 @@ class NativeWinograd(NativeFp32):
 
 
 class NativeWinogradBf16(NativeWinograd):
-    """The transformed values are rounded to bf16, sums are fp32."""
+    """The same convolutions with the transformed values rounded to bf16 and sums in fp32."""
 
     name = "native-winograd-bf16"
     kind, values_a_lane = library.Kind.BF16, 2

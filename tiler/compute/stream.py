@@ -43,15 +43,15 @@ def _never() -> bool:
 
 
 class Streamer:
-    """The weights of one module tree: what is held in the arena now, what stays, and what is fetched.
+    """The weights of one module tree: those in the arena, those that stay in memory, and those that are fetched.
 
-    With `store=None` nothing is loaded: for planning on meta tensors; `int8_keys` then names the weights that will be
-    stored as int8. Where the processor has the instructions, these are computed with as int8 too, unless
-    `int8_products` is False. Products of the weights in `bf16_keys` may be of values rounded to that, where it has
-    instructions for them. `short` says whether memory is short: then what one sample freed goes back to the system
-    before the next one runs, and so does what the arena does not need. `ranks` are those of the paths beside int8
-    weights where there is no store. With `transform`, convolutions that are large enough go by winograd.py. Kernels in
-    `prefer` are asked before those of the processor's table.
+    With `store=None` nothing is loaded: this is for planning on meta tensors, and `int8_keys` then names the weights
+    that will be stored as int8. If the processor has the instructions, products with int8 weights are computed in int8
+    too, unless `int8_products` is False. If it has bf16 instructions, products with the weights in `bf16_keys` may
+    round values to bf16. `short` says whether memory is short: then the memory freed by one sample returns to the
+    system before the next sample runs, and so does unused space of the arena. `ranks` are the ranks of the low-rank
+    paths beside int8 weights if there is no store. With `transform`, sufficiently large convolutions are computed by
+    winograd.py. Kernels in `prefer` take precedence over the processor's table.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Streamer:
         self._arena = Arena(0 if store is None else self.arena_bytes)
         self._held: Held | None = None  # the weights of the unit that runs now
         self._choices: dict[tuple[object, ...], Kernel] = {}
-        self._memo = Memo()  # of planning
+        self._memo = Memo()  # for planning
 
     @property
     def int8_keys(self) -> frozenset[str]:
@@ -101,7 +101,7 @@ class Streamer:
         return LowRank(rank, lambda: (weight.new_empty(rank, *weight.shape[1:]), weight.new_empty(len(weight), rank)))
 
     def is_rotated(self, layer: StreamedLayer) -> bool:
-        """Whether a layer's weight is computed with as int8 and its inputs were rotated."""
+        """Whether a layer is computed in int8 with a weight that was quantised for rotated inputs."""
         return layer.key in self.policy.int8 and self.store is not None and self.store.index[layer.key].rotated
 
     @contextmanager
@@ -123,7 +123,8 @@ class Streamer:
         return self._choices[key]
 
     def prepared(self, op: Op, kernel: Kernel, shape: Shape) -> Iterable[Prepared]:
-        """Yield the operation's weights as its kernel needs them, piece by piece; held if weights are held."""
+        """Yield the operation's weights in the form that its kernel needs, piece by piece; they are held if weights are
+        held."""
         if self.store is None:
             self.used.update(dict.fromkeys(op.group.names))
         if self._held is None:
@@ -156,11 +157,12 @@ class Streamer:
         return self._held is not None or self._held_bytes(modules) <= self.arena_bytes
 
     def would_fit(self, module: nn.Module) -> bool:
-        """Whether an arena of the usual size can hold them, for cuts that must not depend on the ceiling."""
+        """Whether an arena of the usual size can hold the modules' weights; for cuts that must not depend on the memory
+        ceiling."""
         return self._held_bytes([module]) <= ARENA_BYTES
 
     def _kernels(self, modules: Iterable[nn.Module]) -> list[tuple[Op, Kernel]]:
-        """Each streamed layer as an operation of its own, and the kernel that its weight is prepared for."""
+        """Each streamed layer as an operation of its own, with the kernel that its weight is prepared for."""
         layers = (layer for module in modules for layer in streamed_layers(module))
         return [(op := layer.op(), self.kernel(op, None)) for layer in layers]
 
@@ -184,7 +186,7 @@ class Streamer:
         )
         room = sum(kernel.held_bytes(op, None) for op, kernel in kernels) - packed
         room += max((kernel.transient_bytes(op, None) for op, kernel in kernels), default=0)
-        # On meta the weights are counted by whoever plans; what lies beside the arena is copied once on its way there.
+        # On meta tensors, the planner counts the weights; those beside the arena are copied once on their way there.
         planned = torch.empty(room + packed + piece, device="meta", dtype=torch.uint8) if self.store is None else None
         if planned is None:
             self._arena.take(room, short=self._short())
@@ -197,8 +199,8 @@ class Streamer:
 
     @contextmanager
     def hold_transformed(self, module: nn.Module) -> Iterator[None]:
-        """`hold`, with suitable convolutions computed by winograd.py meanwhile, because many strips share one
-        transformed weight."""
+        """`hold`, while suitable convolutions are computed by winograd.py, because many strips share one transformed
+        weight."""
         try:
             with self._under(replace(self.policy, winograd=True)), self.hold(module):
                 yield
@@ -206,7 +208,7 @@ class Streamer:
             self._arena.take(0, short=True)  # the largest weights are not those beside the largest activations
 
     def _resident(self, op: Op, kernel: Kernel) -> bool:
-        """Whether the weights are resident in compute format."""
+        """Whether the operation's weights are resident in compute format."""
         resident = [None if self.store is None else self.store.resident.get(name) for name in op.group.names]
         return kernel.takes_resident and all(x is not None and x.dtype == torch.float32 for x in resident)
 
@@ -234,7 +236,7 @@ class Streamer:
             while calls:
                 group, same = self._next_group(module, calls)
                 if results and calls and group[0][0].is_meta:
-                    # Planning: the last ones' transients are the peak.
+                    # Planning: the transients of the last samples are the peak.
                     made = [torch.empty_like(results[0]) for _ in group]
                 else:
                     inputs = group[0] if len(group) == 1 else map(torch.cat, zip(*group, strict=True))
@@ -267,8 +269,8 @@ class Streamer:
         return group, same
 
     def run_unit(self, module: nn.Module, forward: Callable[..., _T], *args: object, **kwargs: object) -> _T:
-        """The forward of a unit: sample by sample while its weights are held, if they can be. Arguments whose first
-        axis is the batch (that of the first tensor argument) are cut."""
+        """Run the forward of a unit, sample by sample while its weights are held, if they can be. Arguments whose first
+        axis is the batch (that of the first tensor argument) are split."""
         if self._held is not None or not self.fits(module):
             return forward(*args, **kwargs)
         batch = next(len(a) for a in (*args, *kwargs.values()) if isinstance(a, Tensor))

@@ -41,15 +41,15 @@ KERNELS_OF: Annotated[
     },
     # The library's kernels are those of AVX2: native-winograd 0.42 and 0.38, winograd 0.47 and 0.43, native-int8 0.54
     # and 0.56, int8 0.65 and 0.57, native-fp32 1.08 and 1.25; linear: native-int8 0.44 and 0.45, int8 0.57 and 0.49,
-    # native-fp32 0.83 and 0.93. int8 stands first all the same, for what is stored so: see AVX2. Attention was not
-    # measured beside torch's of AVX-512.
+    # native-fp32 0.83 and 0.93. int8 still comes first for weights stored as int8: see AVX2. Attention was not measured
+    # against torch's of AVX-512.
     Isa.AVX512: {
         "linear": ("native-int8", "int8", "native-fp32", "fp32"),
         "convolution": ("native-int8", "int8", "native-winograd", "winograd", "onednn", "native-fp32", "fp32"),
         "attention": ("fp32",),
     },
-    # Not measured, no such processor was at hand: like AVX512_VNNI, whose 8-bit products it has at half the width; the
-    # rest is that of AVX2.
+    # Not measured, because no such processor was available: the 8-bit products are those of AVX512_VNNI at half the
+    # width, everything else is as in AVX2.
     Isa.AVX2_VNNI: {
         "linear": ("native-int8", "int8", "fp32"),
         "convolution": ("native-int8", "int8", "native-winograd", "winograd", "onednn", "fp32"),
@@ -57,8 +57,8 @@ KERNELS_OF: Annotated[
     },
     # native-winograd 0.46 and 0.37, winograd 0.46 and 0.38, native-int8 0.54 and 0.59, int8 0.63 and 0.58, native-fp32
     # 1.29 and 1.22; linear: native-int8 0.58 and 0.54, int8 0.69 and 0.63, native-fp32 1.01 and 1.14; native-attention
-    # 0.86, 0.91, 0.93; 0.73, 1.01. A whole pass of SD 1.5 in int8, two samples, took 13.1 s with int8 first and 13.0
-    # with winograd first, whose weights are transformed anew at every pass.
+    # 0.86, 0.91, 0.93; 0.73, 1.01. A complete pass of SD 1.5 in int8, two samples, took 13.1 s with int8 first and 13.0
+    # with winograd first, whose weights are transformed again at every pass.
     Isa.AVX2: {
         "linear": ("native-int8", "int8", "fp32"),
         "convolution": ("native-int8", "int8", "native-winograd", "winograd", "onednn", "fp32"),
@@ -68,57 +68,57 @@ KERNELS_OF: Annotated[
     Isa.BASE: {"linear": ("fp32",), "convolution": ("fp32",), "attention": ("fp32",)},
 }
 
-# Of a convolution's inputs and outputs: with fewer, going back and forth takes what the products save.
+# Least inputs and outputs of a convolution: with fewer, the transforms take the time that the products save.
 WINOGRAD_CHANNELS: Annotated[int, Passport("channels", "python scripts/bench_conv.py")] = 256
-# The same by tiler's own library, beside its plain convolutions: with 128 channels 2.3 times as fast in fp32 (Zen 4,
-# rows of 1,024), with 64 and 96 1.4 times.
+# The same for tiler's own library, compared to its plain convolutions: with 128 channels 2.3 times as fast in fp32 (Zen
+# 4, rows of 1,024), with 64 and 96 1.4 times.
 NATIVE_WINOGRAD_CHANNELS: Annotated[int, Passport("channels", "python scripts/bench_conv.py")] = 128
-# At which a product is made at a time, and the fewest for which it pays to transform a weight.
+# The tiles of one product, and the fewest tiles for which transforming a weight pays.
 WINOGRAD_PLACES: Annotated[int, Passport("tiles of 4 × 4 pixels", "python scripts/bench_conv.py")] = 64
 
-# Of the samples that run together where weights are int8, whose sums are exact: those of one sample of SD 1.5's second
-# level. Its inner levels would be many small products.
+# Elements of the samples that run together with int8 weights, whose sums are exact: one sample of SD 1.5's second
+# level. Its inner levels would otherwise be many small products.
 GROUP_ELEMENTS: Annotated[int, Passport("elements", "python scripts/profile_pass.py --precision int8")] = 640 * 32 * 32
-# Values quantised at a time, which stay in the cache in fp32 between two steps.
+# Values quantised at a time: they stay in the cache in fp32 between two steps.
 INT8_CHUNK: Annotated[int, Passport("elements", "python scripts/profile_pass.py --precision int8")] = 2**18
-# Sums of an 8-bit product at a time, but no fewer rows than that: oneDNN copies the weight in its own blocks anew for
-# each.
+# Sums of an 8-bit product at a time, and the fewest rows: oneDNN copies the weight into its own blocks for each part.
 INT8_BAND_SUMS: Annotated[int, Passport("elements", "python scripts/profile_pass.py --precision int8")] = 3 * 2**19
 INT8_BAND_ROWS: Annotated[int, Passport("tokens", "python scripts/profile_pass.py --precision int8")] = 256
-# Of a convolution's windows at a time: just below what the allocator maps anew each time.
+# Bytes of a convolution's windows at a time: just below the size that the allocator maps again each time.
 INT8_WINDOWS_BYTES: Annotated[int, Passport("bytes", "python scripts/profile_pass.py --precision int8")] = 7 * 2**20
-# Of a denoiser's highest resolution: with fewer, as `mini` has, quantising takes about what 8-bit products save.
+# Channels at a denoiser's highest resolution: with fewer, as in `mini`, quantising takes about the time that 8-bit
+# products save.
 INT8_CHANNELS: Annotated[int, Passport("channels", "python scripts/profile_pass.py --model mini --precision int8")] = (
     192
 )
 
-# Of a GroupNorm at a time: what is made of them stays in the cache between two steps (320 channels, 64 × 64: 1.35 ms,
-# half and twice as many 1.56 and 1.44).
+# Elements of a GroupNorm at a time: its intermediate values stay in the cache between two steps (320 channels, 64 × 64:
+# 1.35 ms; 1.56 with half as many and 1.44 with twice as many).
 NORM_ELEMENTS: Annotated[int, Passport("elements", "python scripts/profile_pass.py")] = 2**18
-# Of a feed-forward's projection at a time: 6.3 MB, which the allocator need not map anew each time; but no fewer tokens
-# than keep the product efficient.
+# Elements of a feed-forward's projection at a time: 6.3 MB, which the allocator need not map again each time; but no
+# fewer tokens than keep the product efficient.
 FEED_FORWARD_ELEMENTS: Annotated[int, Passport("elements", "python scripts/profile_pass.py")] = 3 * 2**19
 FEED_FORWARD_TOKENS: Annotated[int, Passport("tokens", "python scripts/profile_pass.py")] = 256
-# Where no arena of the usual size holds its weights, and every further chunk would read them again: just enough to
-# leave SD 1.5's second level (1024 × 5120) whole.
+# The same if an arena of the usual size cannot hold its weights, so that every further chunk would read them again:
+# just enough to leave SD 1.5's second level (1024 × 5120) in one piece.
 FEED_FORWARD_ELEMENTS_READ: Annotated[int, Passport("elements", "python scripts/profile_pass.py")] = 5 * 2**20
 
 # The largest unit of SD 1.5 worth holding is its widest feed-forward, 78.7 MB.
 ARENA_BYTES: Annotated[int, Passport("bytes", "python scripts/profile_pass.py")] = 76 * 2**20
 
-# Where a ceiling leaves no room to hold SD 1.5's larger resnets and feed-forwards: their layers one by one, the rest
-# whole.
+# If a ceiling leaves no room to hold SD 1.5's larger resnets and feed-forwards: their layers run one by one, everything
+# else as units.
 TIGHT_ARENA_BYTES: Annotated[int, Passport("bytes", "python scripts/profile_pass.py --ceiling 500000000")] = 12 * 2**20
 
-# What whole passes of a denoiser take over what its layers' arithmetic would at measured speeds: norms, activations,
-# smaller layers, and in fp32 those whose convolutions are not transformed. At SD 1.5's size, processor time of one
-# thread, in four rounds: fp32 1.96–2.21 (2.05 where torch computes), bf16 1.48–1.59, int8 1.36–1.45.
+# The time of complete passes of a denoiser over that of its layers' arithmetic at measured speeds. The rest is norms,
+# activations, smaller layers, and in fp32 layers whose convolutions are not transformed. At SD 1.5's size, processor
+# time of one thread, in four rounds: fp32 1.96–2.21 (2.05 if torch computes), bf16 1.48–1.59, int8 1.36–1.45.
 OVERHEAD_FP32: Annotated[float, Passport("ratio", "python scripts/profile_pass.py")] = 2.1
 OVERHEAD_BF16: Annotated[float, Passport("ratio", "python scripts/profile_pass.py --precision bf16")] = 1.5
 OVERHEAD_INT8: Annotated[float, Passport("ratio", "python scripts/profile_pass.py --precision int8")] = 1.5
-# The same of an autoencoder, in fp32 and in bf16, over what its convolutions would take at the speed of a transformed
-# one in fp32 (Zen 4, processor time of one thread, 256²: `exact` 3.3 and 2.2 s, 0.4 of them packing weights; `frozen`,
-# which transforms no convolution and packs weights anew for each strip, 7.1 and 4.5).
+# The same for an autoencoder, in fp32 and in bf16, over the time that its convolutions would take at the speed of a
+# transformed one in fp32 (Zen 4, processor time of one thread, 256²: `exact` 3.3 and 2.2 s, 0.4 of them packing
+# weights; `frozen`, which transforms no convolution and packs weights again for each strip, 7.1 and 4.5).
 OVERHEAD_BY_LAYERS: Annotated[float, Passport("ratio", "python scripts/bench_decode.py")] = 1.25
 OVERHEAD_BY_LAYERS_BF16: Annotated[float, Passport("ratio", "python scripts/bench_decode.py")] = 0.8
 OVERHEAD_BY_ROWS: Annotated[float, Passport("ratio", "python scripts/bench_decode.py")] = 3.1
@@ -127,26 +127,27 @@ OVERHEAD_BY_ROWS_BF16: Annotated[float, Passport("ratio", "python scripts/bench_
 # Freed blocks between live ones, as a share of one sample's activations: 40–57 MB of 139 for SD 1.5, 65–89 of 230 for
 # SD 2.1, whatever the batch.
 HEAP_SLACK: Annotated[float, Passport("share", "python scripts/calibrate.py memory")] = 0.37
-# Where the weights' arena is small, and memory always short: 18 MB of 106. And where int8 weights are read in the order
-# of tiler's own kernels: with the larger share SD 1.5, 1024² under 800 MB, had 688 MB where 760 were planned.
+# The same if the weights' arena is small and memory always short: 18 MB of 106. Also if int8 weights are read in the
+# order of tiler's own kernels: with the larger share, SD 1.5, 1024² under 800 MB, had 688 MB while 760 were planned.
 TIGHT_HEAP_SLACK: Annotated[float, Passport("share", "python scripts/calibrate.py memory")] = 0.2
-# The same where the activations are few blocks of many MB, each a mapping of its own: Flux at full width and 1024² had
-# 607 MB where 632 were planned without any, int8 678 where 724 were.
+# The same if the activations are few blocks of many MB, each a mapping of its own: without any slack, Flux at full
+# width and 1024² had 607 MB while 632 were planned, int8 678 while 724 were planned.
 MAPPED_HEAP_SLACK: Annotated[float, Passport("share", "python -m pytest -m full tests/full/test_flux.py")] = 0.02
-# The same where fp32 weights are brought into the order of tiler's own kernels as they are read: with none planned here
-# and for resident weights, SD 1.5 at 768² had 725 MB and SDXL's width at 1024² 726 where 760 were planned; with the
-# shares above 668, 636.
+# The same if fp32 weights are packed into the order of tiler's own kernels as they are read: with no slack here and for
+# resident weights, SD 1.5 at 768² had 725 MB and SDXL's width at 1024² 726 while 760 were planned; with the shares
+# above, 668 and 636.
 PACKED_HEAP_SLACK: Annotated[float, Passport("share", "python -m pytest -m full tests/full/test_full_size.py")] = 0.1
-# What int8 weights, packed and freed unit by unit, leave of holes (SD 1.5, 1024² under 600 MB: 595 MB, 570 planned
-# without it). Nothing where memory is always short.
+# Holes left by int8 weights that are packed and freed unit by unit (SD 1.5, 1024² under 600 MB: 595 MB, 570 planned
+# without them). There are none if memory is always short.
 INT8_HOLES_BYTES: Annotated[int, Passport("bytes", "python scripts/calibrate.py memory")] = 27_000_000
-# Code of torch, oneDNN and MKL that has not run when the models are built, and the kernels these compile at first use.
+# Code of torch, oneDNN and MKL that has not run when the models are built, and the kernels that these libraries compile
+# at first use.
 LIBRARIES_BYTES: Annotated[int, Passport("bytes", "python scripts/calibrate.py memory")] = 67_000_000
 # The same while prompts are encoded, which comes before any convolution; the tokenizer included.
 TEXT_LIBRARIES_BYTES: Annotated[int, Passport("bytes", "python scripts/calibrate.py memory")] = 45_000_000
 # Freed blocks between live ones, as a share of resident weights.
 RESIDENT_SLACK: Annotated[float, Passport("share", "python scripts/calibrate.py memory")] = 0.18
-# The same of fp32 weights in that order.
+# The same for fp32 weights in the order of tiler's own kernels.
 PACKED_RESIDENT_SLACK: Annotated[float, Passport("share", "python -m pytest -m full tests/full/test_full_size.py")] = (
     0.05
 )

@@ -1,5 +1,5 @@
-"""Convolutions of a picture that comes row by row: what they see of it lies in lines of the kernel's own type, into
-which rows are normed, activated and cast at once, and of which the last ones serve the rows to come."""
+"""Convolutions of a picture that arrives row by row. Their input is kept in lines of the kernel's own type: rows are
+normalised, activated and cast into them in one go, and the last lines are reused for the next rows."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _SILU = nn.SiLU()
 
 
 class Window:
-    """A convolution that pads columns alone, and what its input goes through before: `norm`, then SiLU where that is
-    asked for. Which kernel runs must not change while its lines are in use."""
+    """A convolution that pads columns only, and the operations on its input: `norm`, then SiLU if `silu`. The choice of
+    kernel must not change while its lines are in use."""
 
     def __init__(self, conv: nn.Conv2d, norm: HeldNorm | None, *, silu: bool) -> None:
         self.conv, self.norm, self.silu = conv, norm, silu
@@ -31,14 +31,14 @@ class Window:
             self._native = kernel if isinstance(kernel, NativeFp32) else None
 
     def lines(self, like: Tensor, count: int, width: int) -> Tensor:
-        """Undefined lines (count, places, inputs) for rows of that width, where `like` is."""
+        """Allocate uninitialised lines (count, places, inputs) for rows of `width` pixels on the device of `like`."""
         frame, dtype = 0, torch.float32
         if self._native is not None:
             frame, dtype = int(self.conv.padding[1]), self._native.dtype
         return like.new_empty(count, width + 2 * frame, self.conv.in_channels, dtype=dtype)
 
     def write(self, x: Tensor, lines: Tensor) -> None:
-        """Fill as many lines with the rows of x, (1, C, n, width) fp32."""
+        """Fill `lines`, one for each row, with the rows of x, (1, C, n, width) fp32."""
         if library.library() is not None:
             write_lines(x, lines, self.norm, silu=self.silu)
         elif not x.is_meta:
@@ -46,7 +46,7 @@ class Window:
             lines.copy_(made_input(made_of, (x,))[0].permute(1, 2, 0))
 
     def compute(self, lines: Tensor, out: Tensor, residual: Tensor | None) -> None:
-        """Fill `out`, (1, outputs, n, width) fp32 channels-last, with what the lines give, plus `residual`."""
+        """Fill `out`, (1, outputs, n, width) fp32 channels-last, with the convolution of the lines, plus `residual`."""
         if self._native is None or self._op is None:
             result = self.conv(lines.permute(2, 0, 1)[None])
             out.copy_(result if residual is None else result.add_(residual))

@@ -49,11 +49,11 @@ Hold = Callable[[nn.Module], AbstractContextManager[None]]
 
 KEYS = 4096  # tokens of keys and values in memory at a time
 QUERIES = 1024
-ALONE = 2**20  # elements of the weight of an Up or Down that gets a pass of its own: it is not held beside another one
+ALONE = 2**20  # weight elements of an Up or Down that gets its own pass, to be held alone
 
 
 class SecondHalf(Stage):
-    """A resnet from its second convolution on: adds the rows that the block started from, read again from the
+    """A resnet from its second convolution on. It adds the block's input rows, which it reads again from the
     scratch."""
 
     def __init__(self, block: Resnet, stored: Rows) -> None:
@@ -72,7 +72,7 @@ class SecondHalf(Stage):
 class Attend(Stage):
     """The mid-block attention of some rows to all tokens of the picture, stored as `memory` (keys above values)."""
 
-    growth = 4.0  # scores beside queries
+    growth = 4.0  # the scores exist beside the queries
 
     def __init__(self, stage: MidAttention, memory: Rows) -> None:
         self.stage, self.memory = stage, memory
@@ -92,16 +92,16 @@ class Attend(Stage):
         return (out + x).div_(a.rescale_output_factor)
 
     def _parts(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Keys and values of some tokens at a time, (1, heads, n, d) each."""
+        """Yield the keys and values of some tokens at a time, (1, heads, n, d) each."""
         heads, memory = self.stage.attention.heads, self.memory
         for strip in memory.strips(KEYS * 4 * memory.channels):
             keys, values = (
                 strip.flatten(2).transpose(1, 2).unflatten(-1, (2 * heads, -1)).transpose(1, 2).chunk(2, dim=1)
             )
             yield keys, values
-            if strip.is_meta:  # planning: one chunk of the memory
+            if strip.is_meta:  # planning: one chunk of the memory suffices
                 return
-            del strip, keys, values  # not beside the next ones
+            del strip, keys, values  # freed before the next ones
 
 
 def spacing(height: int, width: int, most: int | None) -> int:
@@ -138,7 +138,7 @@ class Passes:
             self.scratch.spool.note(out.line(whole=whole, statistics=statistics, **facts), out.fd)
 
     def store(self, chain: list[Stage], source: Source, norm: Norm | None, keep: Rows | None = None) -> Rows:
-        """Run one pass into a new file, and give `norm`, the next norm if there is one, the statistics of what was
+        """Run one pass into a new file. If `norm`, the next norm, is given, set its statistics from the values
         written."""
         pooled = None if norm is None else Pooled(norm.norm.num_groups)
         number, known = self._next()
@@ -149,7 +149,7 @@ class Passes:
             attends, before = bool(chain) and isinstance(chain[0], Attend), self.scratch.attended
 
             def part() -> None:
-                """A strip is through: of rows without neighbours, those that follow do not need it."""
+                """Record a finished strip of attention: its rows have no neighbours, so later rows do not need it."""
                 if attends and out is not None:
                     self._note(out, pooled, whole=False, attended=attended())
 
@@ -157,7 +157,7 @@ class Passes:
                 return self.scratch.attended - before + (0 if known is None else known.attended)
 
             end = chain[-1] if chain else None
-            # Read row by row, just before it is written; but a pass that is begun again finds its input whole.
+            # It is read row by row just before it is overwritten; but a pass that is resumed needs its complete input.
             old = end.stored if isinstance(end, SecondHalf) and self.scratch.spool is None else None
             with self.hold(_layers(chain)):
                 for x in source.through(chain, self.check, 0 if out is None else out.count, part):
@@ -171,7 +171,7 @@ class Passes:
                         fits = old is not None and channels <= old.channels and width == old.width
                         out = Rows(self.scratch, channels, width, over=old if fits else None, number=number)
                     out.append(x, largest)
-                    del x  # not beside the next rows
+                    del x  # freed before the next rows
             assert out is not None
             self._note(out, pooled, closes=source.numbers(keep), attended=attended())
         assert out is not None
@@ -183,7 +183,8 @@ class Passes:
         return out
 
     def keys_and_values(self, stage: MidAttention, stored: Rows, most: int | None = None) -> Rows:
-        """The key and the value of every token, or of at most `most` evenly spaced ones, with twice the channels."""
+        """Store the key and the value of every token, or of at most `most` evenly spaced ones, with twice the
+        channels."""
         number, known = self._next()
         if known is not None:
             return self._recalled(known)
@@ -223,8 +224,8 @@ def stream(
 ) -> Iterator[Tensor]:
     """Push `strips`, (1, C, n, W) fp32 that make up `frame`, through `stages` → (C', n', W') top first.
 
-    Attention sees at most `attend_to` evenly spaced tokens, None for all. Statistics stay with the stages; so do, of
-    the attention's keys and values, up to `hold_tokens` evenly spaced ones.
+    Attention sees at most `attend_to` evenly spaced tokens, None for all. The stages keep their statistics, and the
+    keys and values of up to `hold_tokens` evenly spaced tokens of the attention.
     """
     passes = Passes(frame, scratch, hold, check)
     source, chain = Source(lambda begin: strips, frame.height), list[Stage]()
@@ -253,7 +254,7 @@ def stream(
     with hold(_layers(chain)):
         for rows in source.through(chain, check):
             yield rows[0]
-    if scratch.spool is None:  # what is made of the rows may not be whole yet
+    if scratch.spool is None:  # the results for these rows may still be incomplete
         source.close()
 
 
@@ -290,8 +291,8 @@ def decode(
 ) -> Generator[Tensor]:
     """latents: (1, C, h, w) fp32, divided by scaling_factor → strips (3, n, 8w) fp32 in about [-1, 1], top first.
 
-    `margin` latents above and below, left and right, repeat the other side's. Attention sees at most `attend_to` evenly
-    spaced tokens, None for all. Raises StorageError, and NumericalError for NaN and Inf.
+    `margin` is the number of latents above and below, and left and right, that repeat the opposite side. Attention sees
+    at most `attend_to` evenly spaced tokens. Raises StorageError, and NumericalError for NaN and Inf.
     """
     stages = decoder_stages(vae.decoder, vae.post_quant_conv)
     frame = Frame(latents.shape[2], latents.shape[3], *margin)
@@ -312,7 +313,7 @@ def encode(
 ) -> Tensor:
     """pixels: (H, W, 3) uint8, sides multiples of FACTOR → the posterior's mean (1, C, h, w) fp32, unscaled.
 
-    FACTOR × `margin` pixels above and below, left and right, repeat the other side's. `attend_to` as for `decode`.
+    FACTOR × `margin` pixels above and below, and left and right, repeat the opposite side. `attend_to` as for `decode`.
     """
     stages = encoder_stages(vae.encoder, vae.quant_conv)
     rows = FACTOR * strip_rows(pixels.shape[1] // FACTOR)
@@ -324,8 +325,8 @@ def encode(
 
 
 class Rehearsal(NamedTuple):
-    """`peak_bytes`: the most on disk at once; `written_bytes`: in total; `flops` of the convolutions; `apart_bytes`:
-    the most on disk at once if passes are remembered."""
+    """The resources of a run. `peak_bytes`: the most on disk at once; `written_bytes`: in total; `flops` of the
+    convolutions; `apart_bytes`: the most on disk at once if passes are remembered."""
 
     peak_bytes: int
     written_bytes: int
@@ -334,8 +335,8 @@ class Rehearsal(NamedTuple):
 
 
 def _flops(stages: list[Stage], pixels: int) -> int:
-    """The operations of the convolutions on so many pixels or latents, two for each multiply-add, as if none were
-    computed by Winograd."""
+    """The floating-point operations of the convolutions on that many pixels or latents, two for each multiply-add, as
+    if none were computed by Winograd."""
     total = 0
     for stage in stages:
         pixels = 4 * pixels if isinstance(stage, Up) else pixels // 4 if isinstance(stage, Down) else pixels

@@ -45,17 +45,17 @@ if TYPE_CHECKING:
 
     from tiler.decoding.exact import Hold
 
-# Latents. Eight rendered pictures of 2048², mini, against the whole-image decode: 40–60 dB with 128, 33–44 with 64 (the
-# first three), 44–67 with 160. Of drawn scenes at 1024², blocks of 4 kept 46–55 dB where 8 kept 39–56 and 16 kept
-# 33–39.
+# Latents. Of eight rendered pictures of 2048², mini, compared with the whole-image decode: 40–60 dB with 128, 33–44
+# with 64 (the first three), 44–67 with 160. Of drawn scenes at 1024², blocks of 4 kept 46–55 dB, blocks of 8 39–56 and
+# blocks of 16 33–39.
 SAMPLE_SIDE, BLOCK = 128, 4
 HELD_TOKENS = 64 * 64
 BAND = 512  # latents
 
 
 def sample(height: int, width: int) -> tuple[Tensor, Tensor]:
-    """The rows and columns of latents that are measured: all of a picture of at most SAMPLE_SIDE², else evenly spaced
-    blocks of BLOCK, in the picture's aspect ratio."""
+    """The rows and columns of the latents that are measured: all of a picture of at most SAMPLE_SIDE², else evenly
+    spaced blocks of BLOCK, in the picture's aspect ratio."""
     if height * width <= SAMPLE_SIDE**2:
         return torch.arange(height), torch.arange(width)
     short, long = sorted((height, width))
@@ -73,7 +73,7 @@ def _blocks(length: int, taken: int) -> Tensor:
 
 
 class Part(NamedTuple):
-    """Of latents, (1, C, h, w), whose first element belongs at this row and column."""
+    """A part of the latents, (1, C, h, w), whose first element belongs at this row and column."""
 
     top: int
     left: int
@@ -131,10 +131,10 @@ def decode(
     """latents: (1, C, h, w) fp32, already divided by scaling_factor → strips (3, n, 8w) fp32 in about [-1, 1], from the
     row `begin` on.
 
-    `rows` latent rows are pushed at a time (default `strip_rows`): memory grows with it, the result does not depend on
-    it beyond the last bits of fp32. `margin` latents above and below, left and right, repeat the other side's and are
-    not measured. All bands but the last wait in the scratch; in its spool they, and what was measured, are there when
-    the decode is begun again.
+    `rows` latent rows are pushed at a time (default `strip_rows`): memory grows with it, and the result depends on it
+    only in the last bits of fp32. `margin` latents above and below, and left and right, repeat the opposite side and
+    are not measured. All bands but the last wait in the scratch; with a spool, the bands and the measured statistics
+    are reused when the decode is resumed.
     """
     (y, x), (height, width) = margin, latents.shape[2:]
     stages = decoder_stages(vae.decoder, vae.post_quant_conv)
@@ -178,8 +178,8 @@ def decode(
         stored = [waiting(number, band) for number, band in enumerate(others)]
         row = begin
         for strip in strips(last, len(others) * share, begin):
-            # Joined in parts of one size, however many bands: they, and what a writer makes of them, do not grow with
-            # the width.
+            # Joined in parts of one size, however many bands there are: neither they nor what a writer makes of them
+            # grow with the width.
             for part in strip.split(max(1, strip.shape[1] // (1 + len(others))), dim=1):
                 yield (
                     torch.cat([*(b.read(row, row + part.shape[1])[0] for b in stored), part], dim=2) if stored else part
@@ -197,7 +197,7 @@ def encode(
     progress: Callable[[float], None] = _ignore,
     margin: tuple[int, int] = (0, 0),
 ) -> Tensor:
-    """What `encode_parts` makes, as a whole: (1, C, h, w)."""
+    """Return the parts of `encode_parts` as one tensor: (1, C, h, w)."""
     parts = list(encode_parts(vae, pixels, scratch, hold=hold, check=check, progress=progress, margin=margin))
     bands = [[part.latents for part in band] for _, band in groupby(parts, key=lambda part: part.left)]
     return torch.cat([torch.cat(band, dim=2) for band in bands], dim=3)
@@ -213,7 +213,7 @@ def encode_parts(
     progress: Callable[[float], None] = _ignore,
     margin: tuple[int, int] = (0, 0),
 ) -> Iterator[Part]:
-    """pixels: (H, W, 3) uint8, sides multiples of FACTOR → the posterior's mean in parts, fp32, unscaled. `margin` as
+    """pixels: (H, W, 3) uint8, sides multiples of FACTOR → parts of the posterior's mean, fp32, unscaled. `margin` as
     for `decode`, in latents."""
     (y, x), height, width = margin, pixels.shape[0] // FACTOR, pixels.shape[1] // FACTOR
     stages = encoder_stages(vae.encoder, vae.quant_conv)
@@ -239,8 +239,7 @@ def encode_parts(
 def rehearse(
     vae: AutoencoderKL, latents: tuple[int, int], dtype: torch.dtype, hold: Hold, *, encoding: bool
 ) -> exact.Rehearsal:
-    """What `decode` or `encode` does for latents of (height, width), on meta tensors: for planning. Counts no
-    arithmetic."""
+    """Run `decode` or `encode` for latents of (height, width) on meta tensors, for planning. Counts no arithmetic."""
     (height, width), scratch, all_bands = latents, Scratch(None, dtype), bands(latents[1])
     pushed = max(band.last - band.first for band in all_bands)
     if encoding:
@@ -264,8 +263,7 @@ def rehearse(
 def _stream(
     stages: list[Stage], strips: Iterator[Tensor], height: int, check: Check, progress: Callable[[float], None], row: int = 0
 ) -> Iterator[Tensor]:  # fmt: skip
-    """Push `strips`, (1, C, n, W), which are the rows of a picture of `height` from `row` on → (C', n', W'), top
-    first."""
+    """Push `strips`, (1, C, n, W), the rows of a picture of `height` from `row` on → (C', n', W'), top first."""
     for strip in strips:
         row += strip.shape[2]
         for ready in flow(stages, [strip], row >= height, check=check):

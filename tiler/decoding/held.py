@@ -1,5 +1,5 @@
-"""What a decoder with held statistics has measured, in a spool: it is not measured again when the decode goes on. The
-attention's keys and values come first in number, the norms follow."""
+"""Store the held statistics of a decoder in a spool, so that a resumed decode does not measure them again. The
+attention's keys and values have the first number, the norms follow."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tiler.decoding.spool import MEASURED, Line
 
 
 def remember(stages: list[Stage], scratch: Scratch) -> None:
-    """Note all that the stages hold, where the scratch has a spool. Raises StorageError."""
+    """Write all statistics that the stages hold to the scratch's spool, if it has one. Raises StorageError."""
     spool = scratch.spool
     if spool is None:
         return
@@ -38,16 +38,16 @@ def remember(stages: list[Stage], scratch: Scratch) -> None:
             closes=(number,),
         )
         spool.note(line, tokens.fd)
-    spool.note(tokens.line(whole=True), tokens.fd)  # the last one: with it all are there
+    spool.note(tokens.line(whole=True), tokens.fd)  # noted last: if it exists, all others do
 
 
 def recall(stages: list[Stage], scratch: Scratch) -> bool:
-    """Let the stages hold what `remember` noted, if it did."""
+    """Set the stages' statistics to those stored by `remember`; return whether they exist."""
     spool = scratch.spool
     if spool is None or (known := spool.of(MEASURED)) is None:
         return False
     tokens = Rows(scratch, known.channels, known.width, number=MEASURED, known=known)
-    # Row by row, as they were gathered: products of the same numbers in another order in memory may differ.
+    # Row by row, as they were gathered: products of the same numbers may differ if their order in memory does.
     if (attention := _attention(stages)) is not None:
         attention.hold(torch.cat([tokens.read(row, row + 1) for row in range(known.count)], dim=2))
     for number, norm in enumerate(_norms(stages), MEASURED + 1):
@@ -62,7 +62,7 @@ def _tensor(texts: list[str]) -> Tensor:
 
 
 def _attention(stages: list[Stage]) -> MidAttention | None:
-    """Some autoencoders have none."""
+    """The attention stage; some autoencoders have none."""
     return next((stage for stage in stages if isinstance(stage, MidAttention)), None)
 
 

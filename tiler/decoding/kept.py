@@ -1,4 +1,5 @@
-"""A picture's own rows, kept while they are made: what goes on with a decoder that has no passes to remember."""
+"""Keep the rows of the finished picture while they are made, for resuming with a decoder that has no passes to
+remember."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from tiler.decoding.spool import Line, Spool
 from tiler.errors import StorageError
 from tiler.weights.index import read_into
 
-_NUMBER = 1000  # behind all that a decoder itself remembers
+_NUMBER = 1000  # after all numbers that a decoder itself uses
 
 
 class KeptRows:
@@ -41,7 +42,8 @@ class KeptRows:
         return sum(self._heights)
 
     def strips(self) -> Iterator[np.ndarray]:
-        """Those that were there at first, as they were added: a writer's bytes may depend on how rows come to it."""
+        """Yield the strips that exist when the iteration starts, cut as they were added: a writer's bytes may depend on
+        how its rows are cut into strips."""
         at = 0
         for height in tuple(self._heights):
             rows = np.empty((height, self._width, 3), np.uint8)
@@ -54,7 +56,7 @@ class KeptRows:
             yield rows
 
     def add(self, rows: np.ndarray) -> None:
-        """(n, width, 3)."""
+        """Append rows, (n, width, 3)."""
         at, left = 3 * self._width * self.count, np.ascontiguousarray(rows).data.cast("B")
         try:
             while len(left):

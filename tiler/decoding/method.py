@@ -24,8 +24,8 @@ from tiler.request import Decode, Precision, ScratchDtype, Wrap
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-ATTENTION_SHARE = 0.25  # of the convolutions' work: what `auto` accepts for attention to every token
-TOKENS = 128 * 128  # the most that `sampled` attends to: as many as a picture of 1024² has
+ATTENTION_SHARE = 0.25  # relative to the convolutions' work: the limit for attention to every token under `auto`
+TOKENS = 128 * 128  # the most tokens that `sampled` attends to: as many as a picture of 1024² has
 DTYPES = {ScratchDtype.FP16: torch.float16, ScratchDtype.FP32: torch.float32}
 
 
@@ -51,10 +51,10 @@ class DecodePlan:
     dtype: ScratchDtype
     scratch_bytes: int = 0
     written_bytes: int = 0
-    apart_bytes: int = 0  # on disk at once where passes are remembered
+    apart_bytes: int = 0  # on disk at once if passes are remembered
     flops: int = 0
-    attention: tuple[float, int] = (0.0, 1)  # layer by layer: its share of the work, and in how many strips it is done
-    margin: tuple[int, int] = (0, 0)  # latents above and below, left and right, that repeat the other side's
+    attention: tuple[float, int] = (0.0, 1)  # layer by layer: its share of the work, and its number of strips
+    margin: tuple[int, int] = (0, 0)  # latents above and below, left and right, that repeat the opposite side
 
     def __str__(self) -> str:
         disk = f"; {self.scratch_bytes / 1e6:,.0f} MB of scratch in {self.folder}" if self.scratch_bytes else ""
@@ -97,10 +97,10 @@ def choose(
     encoding: bool,
     wrap: Wrap = Wrap.NONE,
 ) -> DecodePlan:
-    """The method for latents of (height, width). `vae` is on the meta device, lent to a planning `streamer`; for TINY
-    it is an AutoencoderTiny. The disk is not queried.
+    """Choose the method for latents of (height, width). `vae` is on the meta device, lent to a planning `streamer`; for
+    TINY it is an AutoencoderTiny. The disk is not queried.
 
-    AUTO takes `exact` while attention to all tokens is a small part of the work, then `sampled`; and `frozen` for
+    AUTO becomes `exact` while attention to all tokens is a small part of the work, else `sampled`; and `frozen` for
     pictures wider than its bands, or if the scratch folder has too little room for the others. Raises StorageError if
     there is no room for the requested method, or for any.
     """
@@ -149,7 +149,7 @@ def choose(
     width, tokens = sum(a.to_q.in_features for a in mid.attentions if a is not None), latents[0] * latents[1]
 
     def work(seen: int) -> float:
-        """Of attention to so many tokens, over that of the convolutions."""
+        """The work of attention to that many tokens, relative to that of the convolutions."""
         return 4 * width * tokens * seen / method.flops
 
     kind, why, seen = Decode.EXACT, method.why, tokens
@@ -170,10 +170,10 @@ def choose(
 
 @runtime_checkable
 class Around(Latents, Protocol):
-    """Latents that can be read beyond their borders, on the other side."""
+    """Latents that can be read beyond their borders, where the opposite side continues."""
 
     def widened(self, rows: int, cols: int) -> Latents:
-        """With so many rows and columns more on each side."""
+        """The latents with this many more rows and columns on each side."""
         ...
 
 
@@ -189,7 +189,7 @@ def decode(
     begin: int = 0,
 ) -> Generator[Tensor]:
     """latents: (1, C, h, w) fp32, already divided by scaling_factor → strips (3, n, 8w) fp32 in about [-1, 1], top
-    first; of methods that do not go by layers from the row `begin` on.
+    first. Methods that do not work layer by layer start at the row `begin`.
 
     `progress` gets the share done, 0 to 1. Raises StorageError and NumericalError.
     """
@@ -210,7 +210,7 @@ def decode(
         strips = frozen.decode(vae, latents, scratch, check=check, progress=progress, begin=row, **options)
     else:
         strips = tiny.decode(vae, latents, check=check, progress=progress, begin=row)
-    with closing(strips):  # and with it the scratch files, also where nobody wants the rest
+    with closing(strips):  # removes the scratch files, also if the caller stops early
         for strip in strips:
             first, last = max(0, FACTOR * y - row), min(strip.shape[1], FACTOR * (y + height) - row)
             row += strip.shape[1]
@@ -229,8 +229,8 @@ def encode(
     progress: Callable[[float], None],
     spool: Spool | None = None,
 ) -> Tensor:
-    """pixels: (H, W, 3) uint8, sides multiples of FACTOR, with `method.margin_pixels` of the other side's around → the
-    posterior's mean without the margin, (1, C, h, w) fp32, unscaled.
+    """pixels: (H, W, 3) uint8, sides multiples of FACTOR, surrounded by `method.margin_pixels` of the opposite side →
+    the posterior's mean without the margin, (1, C, h, w) fp32, unscaled.
 
     `progress` gets the share done, 0 to 1. Raises StorageError and NumericalError.
     """
@@ -255,7 +255,7 @@ def encode_parts(
     progress: Callable[[float], None],
     spool: Spool | None = None,
 ) -> Iterator[Part]:
-    """What `encode` makes, a part at a time where it goes by bands."""
+    """Yield the result of `encode`, a part at a time if the method works in bands."""
     if method.by_layers:
         mean = encode(method, vae, streamer, pixels, check=check, progress=progress, spool=spool)
         yield Part(0, 0, mean)
@@ -272,7 +272,7 @@ def encode_parts(
 
 
 def _noting(method: DecodePlan, scratch: Scratch, check: Check, progress: Callable[[float], None]) -> Check:
-    """`check` that also reports progress: strips of the attention, and written bytes of the convolutions."""
+    """Wrap `check` so that it also reports progress: strips of the attention, and written bytes of the convolutions."""
     share, strips = method.attention
 
     def both(where: str) -> None:

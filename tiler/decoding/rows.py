@@ -36,7 +36,7 @@ Check = Callable[[str], None]
 
 REACH = 18  # latents: the decoder's convolutions reach 17.25 latents, the encoder's less
 _SILU = nn.SiLU()
-_STRIP_BYTES = 5 * 2**19  # input of one convolution call; bounds its scratch
+_STRIP_BYTES = 5 * 2**19  # elements in the input of one convolution call; bounds its scratch
 
 
 class Pixels(Protocol):
@@ -75,7 +75,7 @@ class Norm:
         assert isinstance(norm, nn.GroupNorm)
         self.norm, self.silu = norm, silu
         self.held: tuple[Tensor, Tensor] | None = None  # mean and variance
-        self.affine: HeldNorm | None = None  # what they make of the norm
+        self.affine: HeldNorm | None = None  # the scale and shift that they give
 
     def hold(self, mean: Tensor, var: Tensor) -> None:
         """Set the statistics of each group, (groups,) fp64."""
@@ -112,7 +112,7 @@ class Conv(Stage):
         assert isinstance(conv, nn.Conv2d)
         self.conv, self.norm = _without_row_padding(conv), norm
         self.halo = conv.kernel_size[0] // 2
-        self.tail: Tensor | None = None  # lines still to be used, as the convolution reads them
+        self.tail: Tensor | None = None  # lines still needed, as the convolution reads them
         self.width = 0  # of the rows
 
     @property
@@ -122,7 +122,7 @@ class Conv(Stage):
         return getattr(self.conv, "rows_together", 1)
 
     def push(self, x: Tensor | None, last: bool, residual: Callable[[int], Tensor] | None = None) -> Tensor | None:
-        """`residual` gives as many rows as asked for, the next ones of what is added to the result."""
+        """Push rows; `residual(n)` returns the next n rows to add to the result."""
         if x is None and not (last and self.halo):
             return None
         if not self.halo and self.norm is None:
@@ -157,14 +157,14 @@ class Conv(Stage):
         return out if count else None
 
     def ready(self, rows: int, last: bool) -> int:
-        """How many output rows a push of `rows` rows will give."""
+        """The number of output rows that a push of `rows` rows returns."""
         held = self.halo if self.tail is None else len(self.tail)
         count = max(0, held + rows + (self.halo if last else 0) - 2 * self.halo)
         return count if last else count // self.together * self.together
 
     @staticmethod
     def _with(window: Window, tail: Tensor, x: Tensor | None, taken: int) -> Tensor:
-        """`tail` and below it the rows of x from `taken` on."""
+        """The rows of `tail`, followed by those of x from row `taken` on."""
         if x is None or taken == x.shape[2]:
             return tail
         lines = window.lines(x, len(tail) + x.shape[2] - taken, x.shape[3])
@@ -174,7 +174,8 @@ class Conv(Stage):
 
 
 class Down(Stage):
-    """diffusers' Downsample2D of an encoder: a zero row below and column right, then a 3×3 convolution of stride 2."""
+    """diffusers' Downsample2D of an encoder: a zero row below and a zero column to the right, then a 3×3 convolution of
+    stride 2."""
 
     def __init__(self, sampler: nn.Module) -> None:
         self.conv = sampler.conv
@@ -232,7 +233,7 @@ class Residual:
         self.rows = x if self.rows is None else torch.cat([self.rows, x], dim=2)
 
     def take(self, count: int) -> Tensor:
-        """The first stored rows, which are then dropped."""
+        """Remove and return the first stored rows."""
         assert self.rows is not None
         taken, rest = self.rows[:, :, :count], self.rows[:, :, count:]
         self.rows = rest.clone() if rest.shape[2] else None
@@ -240,8 +241,8 @@ class Residual:
 
 
 class Resnet(Stage):
-    """diffusers' ResnetBlock2D without time embedding. The shortcut is delayed by the rows that the convolutions hold
-    back."""
+    """diffusers' ResnetBlock2D without time embedding. The shortcut is delayed by the number of rows that the
+    convolutions hold back."""
 
     def __init__(self, block: ResnetBlock2D) -> None:
         self.conv1 = Conv(block.conv1, Norm(block.norm1))
@@ -277,7 +278,7 @@ class MidAttention(Stage):
         self.keys, self.values = self._heads(keys), self._heads(values)
 
     def _heads(self, tokens: Tensor) -> Tensor:
-        """(1, n, C) → (1, heads, n, C / heads)."""
+        """Split x into heads: (1, n, C) → (1, heads, n, C / heads)."""
         return tokens.unflatten(-1, (self.attention.heads, -1)).transpose(1, 2)
 
     def push(self, x: Tensor | None, last: bool) -> Tensor | None:
@@ -303,7 +304,7 @@ def flow(stages: list[Stage], box: list[Tensor], last: bool, *, check: Check) ->
     one.
 
     Rows are passed on a few at a time, so that neither the wide stages nor the end of the picture, where every stage
-    releases the rows that it held back, need more memory than a strip.
+    releases the rows that it held back, needs more memory than a strip.
     """
     for at, stage in enumerate(stages):
         if box or last:
@@ -360,7 +361,8 @@ def encoder_stages(encoder: Encoder, quant_conv: nn.Module | None) -> list[Stage
 
 
 def latent_strips(latents: Latents, rows: int, first: int = 0) -> Iterator[Tensor]:
-    """(1, C, n, w) of at most `rows` rows each, from the strip `first` on, channels-last."""
+    """Cut the latents into strips (1, C, n, w) of at most `rows` rows each, from the strip `first` on,
+    channels-last."""
     strips = (latents[:, :, top : top + rows] for top in range(first * rows, latents.shape[2], rows))
     return (strip.contiguous(memory_format=torch.channels_last) for strip in strips)
 
@@ -372,14 +374,14 @@ def strip_rows(width: int) -> int:
 
 
 def strip_before(begin: int, rows: int) -> int:
-    """The strip, of `rows` latent rows each, to begin with for a decoder's pixels from the row `begin` on, to the last
-    bit: the rows that a decoder's top makes different, and the strip that is cut differently there, are not seen any
-    more."""
+    """The number of the strip, of `rows` latent rows each, at which a decoder must start so that its pixels from the
+    row `begin` on are right to the last bit: by then the effects of an artificial top and of strips cut differently
+    have passed."""
     return max(0, (begin // FACTOR - 2 * REACH) // rows - 1)
 
 
 def means(moments: Iterable[Tensor]) -> Tensor:
-    """Strips of a posterior's moments, (2C, n, w) → its mean, (1, C, h, w)."""
+    """Join strips of a posterior's moments, (2C, n, w) → its mean, (1, C, h, w)."""
     return torch.cat([strip[None, : len(strip) // 2].clone() for strip in moments], dim=2)
 
 

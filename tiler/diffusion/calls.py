@@ -1,5 +1,5 @@
-"""Which calls of the denoiser belong to which step: most solvers make one a step; Heun's makes a second one at the end
-of every step except the last, which ends without noise."""
+"""The denoiser calls of each step: most solvers make one per step. Heun's makes a second one at the end of every step
+except the last, which ends without noise."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Calls:
         return self.order * (self.steps - 1) + 1
 
     def first_of(self, step: int) -> int:
-        """The first call of a step; `count` behind the last one."""
+        """The first call of a step; `count` for the step after the last one."""
         return min(self.order * step, self.count)
 
     def step_of(self, call: int) -> int:
-        """The step that a call belongs to; `steps` behind the last one."""
+        """The step that a call belongs to; `steps` for the call after the last one."""
         return self.steps if call >= self.count else call // self.order

@@ -33,9 +33,9 @@ class StepDone(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingState:
-    """All that a denoising loop must remember to go on with the same bytes: before step `step`, of which the first
-    `tiles_added` tiles are in `blended`. Latents and blended are (1, C, h, w) fp32, `generator` is its state, (n,)
-    uint8."""
+    """Everything that a denoising loop needs to resume with the same bytes: its state before step `step`, of which the
+    first `tiles_added` tiles are in `blended`. Latents and blended are (1, C, h, w) fp32, `generator` is its state,
+    (n,) uint8."""
 
     phase: str
     step: int
@@ -46,7 +46,7 @@ class SamplingState:
     generator: Tensor
 
     def tensors(self) -> dict[str, Tensor]:
-        """As tensors alone, for a `Journal`; the numbers are JSON in a tensor of bytes."""
+        """The state as a dict of tensors, for a `Journal`; the numbers are JSON in a tensor of bytes."""
         numbers = {
             "phase": self.phase,
             "step": self.step,
@@ -85,9 +85,10 @@ class SamplingState:
 def initial_noise(
     shape: tuple[int, int, int, int], seed: int, reseeded: Sequence[tuple[tuple[slice, slice], int]] = ()
 ) -> tuple[Tensor, torch.Generator]:
-    """Noise for the whole canvas from one CPU generator, and that generator (ancestral samplers go on with it).
+    """Draw noise for the complete canvas from one CPU generator; return it with that generator, from which ancestral
+    samplers continue to draw.
 
-    A region's own seed replaces its crop: `reseeded` holds (crop, seed).
+    A region with its own seed replaces its crop: `reseeded` holds (crop, seed).
     """
     generator = torch.Generator("cpu").manual_seed(seed)
     noise = torch.randn(shape, generator=generator, dtype=torch.float32)
@@ -98,13 +99,14 @@ def initial_noise(
 
 
 def first_step(num_inference_steps: int, strength: float) -> int:
-    """The schedule's steps that the guide rules: t_start = N − round(N·d)."""
+    """The first step that the canvas computes itself; the guide determines those before it: t_start = N −
+    round(N·d)."""
     return num_inference_steps - round(num_inference_steps * strength)
 
 
 class Denoising:
-    """One canvas on its way from noise to a picture. Its state can be taken, and restored, at any step and between any
-    two tiles, with equal bytes."""
+    """The denoising of one canvas, from noise to a picture. Its state can be taken and restored at any step and between
+    any two tiles, with equal bytes."""
 
     def __init__(
         self,
@@ -116,9 +118,9 @@ class Denoising:
         begin: int = 0,
         phase: str = "canvas",
     ) -> None:
-        """`latents` (1, C, h, w) fp32 are what `schedule.start` gave for step `begin`; `steps` are the tiles of each
-        step from there, as the schedule counts them: one a denoiser call; `generator` is the one that drew the
-        noise."""
+        """`latents` (1, C, h, w) fp32 is the result of `schedule.start` for step `begin`; `steps` holds the tiles of
+        each step from there on, with one step per denoiser call, as in the schedule; `generator` is the one that drew
+        the noise."""
         self.latents, self.step = latents, begin
         self._steps, self._schedule, self._generator = steps, schedule, generator
         self._begin, self._phase = begin, phase
@@ -128,7 +130,8 @@ class Denoising:
         self._taken_up = False
 
     def state(self) -> SamplingState:
-        """A copy that the loop no longer touches: a step makes new latents, tiles add to `blended` in place."""
+        """A copy of the state that the loop does not modify: a step creates new latents, but tiles add to `blended` in
+        place."""
         return SamplingState(
             phase=self._phase, step=self.step, tiles_added=self._tiles_added, latents=self.latents,
             blended=None if self._blended is None else self._blended.clone(), scheduler=self._schedule.state(),
@@ -136,7 +139,7 @@ class Denoising:
         )  # fmt: skip
 
     def restore(self, state: SamplingState) -> None:
-        """Go on from `state`, taken from a loop that was built alike."""
+        """Continue from `state`, taken from a loop that was built in the same way."""
         assert state.phase == self._phase
         self.latents, self.step, self._tiles_added = state.latents, state.step, state.tiles_added
         self._blended = None if state.blended is None else state.blended.clone()
@@ -144,17 +147,17 @@ class Denoising:
         self._generator.set_state(state.generator)
 
     def take_up(self, journal: Journal) -> bool:
-        """Go on from what `journal` holds of this phase, once. Whether anything is left to do."""
+        """Continue from the state that `journal` holds for this phase; done only once. Return whether anything is left
+        to do."""
         if not self._taken_up and (saved := journal.load(self._phase)) is not None:
             self.restore(SamplingState.from_tensors(saved))
         self._taken_up = True
         return self.step < self.end
 
     def run(self, runner: Runner, journal: Journal | None = None) -> Generator[StepDone]:
-        """Denoise to the end, yielding after each tile. What `journal` holds of this phase is where it begins; the
-        state is saved there whenever that is due, and at the end, whatever that is. Raises NumericalError when a
-        prediction is not finite.
-        """
+        """Denoise to the end, yielding after each tile. Start from the state that `journal` holds for this phase, if
+        any; save the state there whenever that is due, and when the loop ends for any reason. Raises NumericalError if
+        a prediction is not finite."""
         journal = journal or NoJournal()
         if not self.take_up(journal):
             return
@@ -165,7 +168,7 @@ class Denoising:
                         self._save(journal)
                     yield done
         except NumericalError:
-            raise  # it would happen again
+            raise  # resuming would fail again
         except BaseException:
             if not self._torn:
                 self._save(journal)
@@ -179,7 +182,7 @@ class Denoising:
 
     @property
     def samples_done(self) -> int:
-        """How many denoiser samples of all steps are in the canvas."""
+        """The number of denoiser samples in the canvas, over all steps."""
         done = self.step - self._begin
         now = self._steps[done].samples_of(self._tiles_added) if self._tiles_added else 0
         return sum(tiles.samples for tiles in self._steps[:done]) + now
@@ -217,6 +220,6 @@ class Denoising:
         assert self._tiles_added == len(regions), "a runner answers for every tile"
         self._torn = True
         self.latents = self._schedule.step(blended, step, self.latents, self._generator)
-        # The next step blends in a tensor of its own: some schedulers remember this one.
+        # The next step blends in a new tensor, because some schedulers keep this one.
         self.step, self._tiles_added, self._blended, self._torn = step + 1, 0, None, False
         yield StepDone(step, total, total, self.latents)

@@ -1,9 +1,8 @@
-"""Flow matching (Lipman et al. 2023, arXiv:2210.02747): x = (1 − σ)·x₀ + σ·n, the model predicts v = n − x₀, and a step
-of Euler's is x += (σ′ − σ)·v, as diffusers' FlowMatchEulerDiscreteScheduler does it.
+"""Flow matching (Lipman et al. 2023, arXiv:2210.02747): x = (1 − σ)·x₀ + σ·n, the model predicts v = n − x₀, and an
+Euler step is x += (σ′ − σ)·v, as in diffusers' FlowMatchEulerDiscreteScheduler.
 
-That scheduler's list of σ serves all solvers. It is shifted by a constant, or, for models that were trained at several
-sizes, by μ, which grows with the number of tokens that the model sees at once: those of a tile, never those of the
-canvas.
+All solvers use that scheduler's list of σ. It is shifted by a constant or, for models trained at several sizes, by μ,
+which grows with the number of tokens that the model sees at once: those of a tile, never those of the canvas.
 """
 
 from __future__ import annotations
@@ -37,11 +36,11 @@ _NUMBERS = {
     "num_train_timesteps": (1, 100_000), "shift": (1e-3, 1e3), "base_shift": (-20, 20), "max_shift": (-20, 20),
     "base_image_seq_len": (1, 1e6), "max_image_seq_len": (1, 1e6),
 }  # fmt: skip
-_BELOW_ONE = 1 - 1e-6  # of a first σ: multistep solvers take the logarithm of 1 − σ
+_BELOW_ONE = 1 - 1e-6  # largest first σ: multistep solvers take the logarithm of 1 − σ
 
 
 class FlowSchedule(DiffusersSchedule):
-    """A `Schedule` that wraps one of diffusers' flow-matching schedulers, which take latents unscaled."""
+    """A `Schedule` that wraps one of diffusers' flow-matching schedulers, which take unscaled latents."""
 
     def start(self, noise: Tensor, reference: Tensor | None, begin: int) -> Tensor:
         self.scheduler.set_begin_index(begin)
@@ -74,8 +73,9 @@ def build(
     tokens: int = 4096,
     even_sigmas: bool = False,
 ) -> FlowSchedule:
-    """The flow schedule of a checkpoint's scheduler_config.json, whose model sees `tokens` at once. With `even_sigmas`
-    σ falls from 1 to 1/N in equal steps before it is shifted; else it falls to the scheduler's own smallest.
+    """Build the flow schedule of a checkpoint's scheduler_config.json for a model that sees `tokens` at once. With
+    `even_sigmas`, σ falls from 1 to 1/N in equal steps before it is shifted; otherwise it falls to the scheduler's own
+    smallest σ.
 
     Raises UsageError for a scheduler that is not for flow matching, ModelError for a config that does not work.
     """
@@ -89,7 +89,7 @@ def build(
     except (TypeError, ValueError, ImportError) as error:
         raise _unworkable(error) from error
     sigmas = euler.sigmas
-    # Two shifts lead to equal σ only where nothing is left between them.
+    # Two shifts give equal σ only if nothing is left between them.
     if not bool(sigmas.isfinite().all()) or sigmas[0] > 1 or bool((sigmas.diff() >= 0).any()):
         raise ModelError(
             f"scheduler_config.json: its sigmas do not fall from 1 to 0 in {count} steps; correct the file"
@@ -100,15 +100,15 @@ def build(
 
 
 def shift_of(tokens: int, config: Any) -> float:
-    """μ for a picture of `tokens`: on a line through (base_image_seq_len, base_shift) and (max_image_seq_len,
-    max_shift), as diffusers' pipelines do it (`calculate_shift`)."""
+    """The μ for a picture of `tokens`, on the line through (base_image_seq_len, base_shift) and (max_image_seq_len,
+    max_shift), as in diffusers' pipelines (`calculate_shift`)."""
     slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
     return float(config.base_shift + slope * (tokens - config.base_image_seq_len))
 
 
 def choose(asked: Scheduler, config: Mapping[str, Any]) -> Scheduler:
-    """The solver: AUTO becomes the checkpoint's own. Raises ModelError, and UsageError for a scheduler that is not for
-    flow matching."""
+    """Choose the solver: AUTO becomes the checkpoint's own. Raises ModelError, and UsageError for a scheduler that is
+    not for flow matching."""
     cls = config.get("_class_name", "FlowMatchEulerDiscreteScheduler")
     if cls not in _OWN:
         known = ", ".join(_OWN)
@@ -141,7 +141,7 @@ def _check(config: Mapping[str, Any]) -> None:
 
 
 def _euler(config: Mapping[str, Any], *, stochastic: bool) -> Any:
-    """FlowMatchEuler on the config's noise. `stochastic`: each step leads to σ = 0 and is noised again, which is what
+    """FlowMatchEuler with the config's noise. With `stochastic`, each step leads to σ = 0 and then adds noise again, as
     diffusers' FlowMatchLCMScheduler does."""
     with lean_imports():
         from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
@@ -170,7 +170,7 @@ def _solver(name: Scheduler, euler: Any) -> Any:
 
 
 def _heun(euler: Any) -> Any:
-    """Heun's method through the σ and timesteps of `euler`."""
+    """Heun's method with the σ and timesteps of `euler`."""
     with lean_imports():
         from diffusers.schedulers.scheduling_flow_match_heun_discrete import FlowMatchHeunDiscreteScheduler
     heun = FlowMatchHeunDiscreteScheduler(num_train_timesteps=euler.config.num_train_timesteps)

@@ -1,4 +1,5 @@
-"""Where tiles lie: the layouts of a canvas and a guide, and the tiles of each step. All positions are latent pixels."""
+"""The positions of tiles: the layouts of a canvas and a guide, and the tiles of each step. All positions are latent
+pixels."""
 
 from __future__ import annotations
 
@@ -16,24 +17,24 @@ from tiler.errors import UsageError
 from tiler.request import MAX_STEPS, Layout, Mask, Region, ResolvedRequest, Wrap
 from tiler.request.wording import canvas_conditions
 
-# Multiples of them, modulo 1, fill the unit square evenly, however many there are (M. Roberts' R2 sequence, 2018).
+# Any number of their multiples, modulo 1, fill the unit square evenly (M. Roberts' R2 sequence, 2018).
 _STRIDES = 0.7548776662466927, 0.5698402909980532
 
 
 def latents_of(pixels: int, patch: int = 1) -> int:
-    """The number of latents that cover so many pixels, rounded up to a multiple of `patch`."""
+    """The number of latents that cover this many pixels, rounded up to a multiple of `patch`."""
     return -(-pixels // (FACTOR * patch)) * patch
 
 
 def region_span(region: Region, patch: int = 1) -> tuple[tuple[int, int], tuple[int, int]]:
-    """The region's rows and columns, (first, last + 1) in latents. Edges are rounded like the canvas's sides, so that
-    regions that cover the picture also cover the canvas."""
+    """The region's rows and columns, (first, last + 1) in latents. Edges are rounded like the sides of the canvas, so
+    that regions that cover the picture also cover the canvas."""
     rows, cols = ((latents_of(first, patch), latents_of(last, patch)) for first, last in (region.rows, region.cols))
     return rows, cols
 
 
 class Steps(Sequence[Tiles]):
-    """The tiles of denoiser calls in the steps `numbers` of a request's schedule; `last`, if given, are those of its
+    """The tiles of denoiser calls in the steps `numbers` of a request's schedule; `last`, if given, holds those of its
     last step."""
 
     def __init__(
@@ -54,19 +55,19 @@ class Steps(Sequence[Tiles]):
             return Steps(self._tiles, self._request, self._numbers[index], self._last)
         number = self._numbers[index]
         if self._last is not None and number == self._request.num_inference_steps - 1:
-            # Nothing comes after the last step to hide the borders of its tiles: there they overlap in every layout.
+            # No later step hides the tile borders of the last one: there tiles overlap in every layout.
             return tiles_of_step(self._last, replace(self._request, layout=Layout.GRID), number)
         return tiles_of_step(self._tiles, self._request, number)
 
     @property
     def samples(self) -> int:
-        """Denoiser samples of all steps."""
+        """The number of denoiser samples in all steps."""
         return sum(step.samples for step in self)
 
 
 def even_starts(length: int, tile: int, overlap: int, wraps: bool = False) -> list[int]:
-    """Start positions of the fewest evenly spaced tiles that cover `length` with at least `overlap` between neighbours.
-    On an axis that `wraps`, the last tile and the first are neighbours."""
+    """The start positions of the fewest evenly spaced tiles that cover `length` with at least `overlap` between
+    neighbours. On an axis that `wraps`, the last tile and the first are neighbours."""
     if wraps:
         count = math.ceil(length / (tile - overlap))
         return [round(i * length / count) for i in range(count)]
@@ -77,8 +78,9 @@ def even_starts(length: int, tile: int, overlap: int, wraps: bool = False) -> li
 
 
 def jittered_starts(last: int, count: int, share: float, patch: int = 1) -> tuple[int, ...]:
-    """First positions of `count` tiles along an axis that does not wrap: at 0, at `last`, and between them as far apart
-    as those of a grid of one tile less, moved by `share` of that, 0–1. All are multiples of `patch`."""
+    """The start positions of `count` tiles along an axis that does not wrap: one at 0, one at `last`, and the others
+    between them, spaced as in a grid with one tile less and moved by `share` of that spacing, 0–1. All are multiples of
+    `patch`."""
     pitch = last / patch / (count - 2)
     return (0, *(patch * round((share + k) * pitch) for k in range(count - 2)), last)
 
@@ -86,13 +88,13 @@ def jittered_starts(last: int, count: int, share: float, patch: int = 1) -> tupl
 def plan_tiles(
     request: ResolvedRequest, *, canvas: tuple[int, int], tile: tuple[int, int], overlap: int, patch: int = 1
 ) -> Tiles:
-    """Every tile of the canvas with its normalised mask, in the order they are computed.
+    """Plan every tile of the canvas with its normalised mask, in the order in which they are computed.
 
-    `canvas` and `tile` are (height, width), `overlap` the least overlap (of GRID), all in latent pixels and multiples
-    of `patch`, at multiples of which tiles begin: then a transformer's patches are those of all tiles. Condition 0 is
-    the top-level prompt when there is one; the regions follow. Inside a region the top-level prompt only speaks within
-    `overlap` of the region's border, fading inwards: it covers the rest of the canvas. Raises UsageError for regions
-    that are too small or leave a hole.
+    `canvas` and `tile` are (height, width), `overlap` is the least overlap (of GRID), all in latent pixels and
+    multiples of `patch`. Tiles also start at multiples of `patch`, so that all tiles share a transformer's patches.
+    Condition 0 is the top-level prompt if there is one; the regions follow. Inside a region, the top-level prompt acts
+    only within `overlap` of the region's border, fading inwards: it covers the rest of the canvas. Raises UsageError
+    for regions that are too small or leave a hole.
     """
     if overlap >= min(tile):
         raise UsageError(f"overlap = {FACTOR * overlap} must be smaller than a tile ({FACTOR * min(tile)} pixels)")
@@ -153,10 +155,10 @@ def guide_tiles(size: tuple[int, int], wrap: Wrap, guidance_scale: float, patch:
 def tiles_of_step(tiles: Tiles, request: ResolvedRequest, number: int) -> Tiles:
     """The tiles of step `number` of the schedule, from 0.
 
-    Outside the request's guidance interval they have no guidance (Kynkäänniemi et al. 2024, arXiv:2404.07724), where
-    that takes an unconditional half. In the layout SHIFT they are moved around the canvas by an offset drawn from seed
-    and number (Frolov et al. 2024, arXiv:2407.15507); an axis of a single tile stays. In the layout JITTER they lie
-    between those of the grid, by shares that differ from step to step as evenly as can be.
+    Outside the request's guidance interval the tiles have no guidance (Kynkäänniemi et al. 2024, arXiv:2404.07724), if
+    guidance takes an unconditional half. In the layout SHIFT they are moved around the canvas by an offset drawn from
+    seed and number (Frolov et al. 2024, arXiv:2407.15507); an axis with a single tile does not move. In the layout
+    JITTER they lie between the tiles of the grid, by shares that are spread evenly over the steps.
     """
     low, high = request.guidance_interval
     down = across = 0
@@ -171,7 +173,7 @@ def tiles_of_step(tiles: Tiles, request: ResolvedRequest, number: int) -> Tiles:
 
 
 def _jittered(tiles: Tiles, wrap: Wrap, number: int) -> tuple[Tiles, tuple[int, int]]:
-    """The tiles of the layout JITTER at step `number`, and how far those of axes that wrap are moved around the
+    """The tiles of the layout JITTER at step `number`, and the distances by which axes that wrap are moved around the
     canvas."""
     base, places, shift = tiles.layers[0], [], []
     for starts, wraps, stride in zip((base.rows, base.cols), wrap.axes, _STRIDES, strict=True):
@@ -208,7 +210,7 @@ def _speaking(base: Layer, tiles: Tiles) -> Layer:
 
 
 def _check_cover(spans: Sequence[tuple[tuple[int, int], tuple[int, int]]], canvas: tuple[int, int]) -> None:
-    """Raise UsageError if some of the canvas is covered by no region."""
+    """Raise UsageError if no region covers some part of the canvas."""
     edges = [sorted({0, canvas[axis], *(end for span in spans for end in span[axis])}) for axis in (0, 1)]
     for top, _ in pairwise(edges[0]):
         for left, _ in pairwise(edges[1]):

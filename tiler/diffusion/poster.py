@@ -1,5 +1,5 @@
-"""A finished picture of which a spot is to be painted again, and the mask that says where: read a strip at a time, so
-that neither is ever held, whatever its size."""
+"""Read a finished picture of which a spot is repainted, and the mask that marks the spot. Both are read a strip at a
+time, so neither is ever held in memory, whatever its size."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from tiler.errors import StorageError, UsageError
 from tiler.output.png_strips import is_streamed, read_strips
 from tiler.output.texts import opened
 
-_BLACK = 15  # of 255: what a JPEG makes of black
-_STREAM_BYTES = 16 * 2**20  # what a strip takes on its way, at most
-_WHOLE = 2**20, 2**20  # a canvas for which no picture is reduced
+_BLACK = 15  # of 255: the most that a JPEG makes of black
+_STREAM_BYTES = 16 * 2**20  # bytes that a strip takes on its way, at most
+_WHOLE = 2**20, 2**20  # a canvas so large that no picture is reduced
 
 
 class Poster:
     """The pixels of a picture as rows in a nameless scratch file: `poster[first:last]` is (n, W, 3) uint8 sRGB. A
-    context manager; `digest` is (32,) uint8, of all pixels."""
+    context manager; `digest` is (32,) uint8, over all pixels."""
 
     def __init__(self, path: Path, folder: Path, note: Callable[[str], None]) -> None:
-        """Raises UsageError for what is no picture, StorageError."""
+        """Raises UsageError if the file is not a picture, and StorageError."""
         height, width = size_of(path)
         self.shape = height, width, 3
         self._row_bytes, digest = 3 * width, hashlib.sha256()
@@ -77,13 +77,13 @@ class Poster:
 
 
 def size_of(path: Path) -> tuple[int, int]:
-    """Height and width of a picture, whose header alone is read. Raises UsageError."""
+    """The height and width of a picture, of which only the header is read. Raises UsageError."""
     width, height = _png_size(path) or guide_picture.size_of(path)
     return height, width
 
 
 def load_bytes(path: Path) -> int:
-    """What a `Poster` takes while it is made. Raises UsageError."""
+    """The memory that a `Poster` takes while it is created. Raises UsageError."""
     if _png_size(path) is not None:
         return _STREAM_BYTES
     with GuidePicture(path, _WHOLE) as picture:
@@ -91,8 +91,9 @@ def load_bytes(path: Path) -> int:
 
 
 def mask_rows(path: Path, size: tuple[int, int]) -> Iterator[np.ndarray]:
-    """A mask at a picture's `size` (height, width), some rows at a time: (n, W) uint8, 255 where the picture is painted
-    again and 0 where it stays. Of another size it is enlarged or reduced to the nearest pixel. Raises UsageError."""
+    """Yield a mask at the picture's `size` (height, width), some rows at a time: (n, W) uint8, 255 where the picture is
+    repainted, 0 where it stays, and values between for a blend. A mask of another size is enlarged or reduced to the
+    nearest pixel. Raises UsageError."""
     (height, width), (own_height, own_width) = size, mask_size(path, size)
     across = (2 * np.arange(width) + 1) * own_width // (2 * width)
     waiting, begin, row = np.empty((0, own_width), np.uint8), 0, 0  # the mask's rows from `begin` on
@@ -110,13 +111,13 @@ def mask_rows(path: Path, size: tuple[int, int]) -> Iterator[np.ndarray]:
 
 
 def mask_size(path: Path, size: tuple[int, int]) -> tuple[int, int]:
-    """Height and width of a mask for a picture of `size`. Raises UsageError for a mask of another shape."""
+    """The height and width of a mask for a picture of `size`. Raises UsageError for a mask of another shape."""
     if not path.is_file():
         raise UsageError(
             f"{path}: no such file; --repaint takes a picture that is white where another is painted again"
         )
     own = size_of(path)
-    if abs(own[0] * size[1] - own[1] * size[0]) > max(*own, *size):  # a pixel of either is a matter of rounding
+    if abs(own[0] * size[1] - own[1] * size[0]) > max(*own, *size):  # within the rounding of a pixel on either side
         raise UsageError(
             f"{path}: a mask of {own[1]}×{own[0]} pixels does not go with a picture of {size[1]}×{size[0]}; give it the "
             "picture's size, or a smaller one of the same shape"
@@ -125,8 +126,8 @@ def mask_size(path: Path, size: tuple[int, int]) -> tuple[int, int]:
 
 
 def mask_cells(path: Path, size: tuple[int, int], canvas: tuple[int, int], crop: tuple[int, int]) -> np.ndarray:
-    """Which latents of `canvas` (height, width) lie under a mask of a picture of `size`, which begins `crop` pixels
-    below and right of the canvas's corner: (h, w) bool. Raises UsageError where none does."""
+    """The latents of `canvas` (height, width) that lie under a mask of a picture of `size`: (h, w) bool. The picture
+    starts `crop` pixels below and to the right of the canvas's corner. Raises UsageError if there are none."""
     state = path.stat() if path.is_file() else None
     return _cells(path, size, canvas, crop, state and (state.st_mtime_ns, state.st_size))
 
@@ -158,7 +159,7 @@ def _png_size(path: Path) -> tuple[int, int] | None:
 
 
 def _pixels(path: Path, note: Callable[[str], None]) -> Iterator[np.ndarray]:
-    """Strips of a picture, (n, W, 3) uint8 sRGB."""
+    """Yield the strips of a picture, (n, W, 3) uint8 sRGB."""
     if _png_size(path) is None:
         with GuidePicture(path, _WHOLE) as whole:
             yield whole.load(note)
@@ -175,11 +176,11 @@ def _pixels(path: Path, note: Callable[[str], None]) -> Iterator[np.ndarray]:
 
 
 def _levels(path: Path) -> Iterator[np.ndarray]:
-    """Strips of a mask, (n, W) uint8. What is transparent is black, whatever colour lies there."""
+    """Yield the strips of a mask, (n, W) uint8. Transparent pixels are black, whatever their colour."""
     if _png_size(path) is not None:
         strips = _strips(path)
     else:
-        with GuidePicture(path, _WHOLE), Image.open(path) as picture:  # the former says what is wrong with it
+        with GuidePicture(path, _WHOLE), Image.open(path) as picture:  # GuidePicture reports what is wrong with it
             strips = iter([ImageOps.exif_transpose(picture)])
     for strip in strips:
         if strip.has_transparency_data:

@@ -1,5 +1,5 @@
-"""Runners predict the guided noise of a step's tiles, in tile order, wherever they compute it. Blending, and with it
-the order of every sum, stays with the canvas, so the bytes of a picture do not depend on the runner."""
+"""Runners predict the guided noise of a step's tiles, in tile order, in this process or elsewhere. The canvas does the
+blending, and with it determines the order of every sum, so the bytes of a picture do not depend on the runner."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class Runner(Protocol):
     """Predicts noise for tiles."""
 
     def predict(self, step: int, tiles: Iterable[Tile]) -> Iterator[Tensor]:
-        """The guided predictions u + g · (c − u), (C, h, w) fp32, one for each tile, in their order, checked to be
-        finite.
+        """Yield the guided predictions u + g · (c − u), (C, h, w) fp32, one for each tile, in their order, checked to
+        be finite.
 
-        `tiles` is to be taken as needed: a large canvas has gigabytes of crops.
+        Take `tiles` from the iterable only as needed: a large canvas has gigabytes of crops.
         """
         ...
 
@@ -45,7 +45,8 @@ class Share(NamedTuple):
 
 
 class Conditions(NamedTuple):
-    """The encoded prompts of a step: number i of `cond`, one or more, and of `uncond` belong together."""
+    """The encoded prompts of a step: entry i of `cond`, which has one prompt or more, belongs to entry i of
+    `uncond`."""
 
     cond: Sequence[Sequence[Share]]
     uncond: Sequence[Prompt]
@@ -56,12 +57,12 @@ Predict = Callable[[Sequence[Sample], int], Tensor]
 
 
 class LocalRunner:
-    """Predicts in this process, `batch` samples for each call of `predict`; half as many from the next call on whenever
-    `is_tight` says so, of which `on_smaller` is told.
+    """Predicts in this process, with `batch` samples in each call of `predict`; half as many from the next call on
+    whenever `is_tight` returns True, which is reported to `on_smaller`.
 
-    The halves of a guidance are samples of their own, which share their latents tensor; a tile without guidance has no
-    unconditional half. `conditions` gives those of a step. Of a prediction the first `guided_channels` are guided, and
-    the others are the conditional half's. The result does not depend on `batch`.
+    The halves of a guidance are separate samples that share their latents tensor; a tile without guidance has no
+    unconditional half. `conditions` returns the conditions of a step. Only the first `guided_channels` of a prediction
+    are guided; the others are those of the conditional half. The result does not depend on `batch`.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class LocalRunner:
         self._is_tight, self._on_smaller, self._guided = is_tight, on_smaller, guided_channels
 
     def _size(self) -> int:
-        """Of the next call."""
+        """The number of samples in the next call."""
         if self._is_tight() and self._batch > 1:
             self._batch //= 2
             self._on_smaller(self._batch)
@@ -81,7 +82,7 @@ class LocalRunner:
 
     def predict(self, step: int, tiles: Iterable[Tile]) -> Iterator[Tensor]:
         conditions = self._conditions(step)
-        # They wait for the tile's last half, which may be of the next group.
+        # They wait for the tile's last half, which may be in the next group.
         unconditional: Tensor | None = None
         conditional: list[Tensor] = []
         for group in _groups(self._halves(tiles, conditions), self._size):
@@ -102,7 +103,7 @@ class LocalRunner:
                     unconditional, conditional = None, []
 
     def _halves(self, tiles: Iterable[Tile], conditions: Conditions) -> Iterator[tuple[Tile, Sample, bool]]:
-        """(tile, sample, whether it is a conditional half)."""
+        """Yield (tile, sample, whether it is a conditional half)."""
         for tile in tiles:
             region = tile.region
             top, left, *whole = (FACTOR * side for side in region.place)
@@ -117,8 +118,8 @@ class LocalRunner:
 def guide(
     unconditional: Tensor | None, conditional: Sequence[Tensor], factors: Sequence[float], scale: float
 ) -> Tensor:
-    """Classifier-free guidance of one prompt or several, u + g · Σ f (c − u) (Liu et al. 2022, arXiv:2206.01714);
-    without an unconditional half Σ f c / Σ f."""
+    """Classifier-free guidance for one prompt or several, u + g · Σ f (c − u) (Liu et al. 2022, arXiv:2206.01714);
+    without an unconditional half, Σ f c / Σ f."""
     if len(conditional) == 1 and factors[0] == 1:
         only = conditional[0]
         return only if unconditional is None else unconditional + scale * (only - unconditional)
@@ -140,7 +141,7 @@ def check_finite(prediction: Tensor, step: int, region: Text2ImageRegion) -> Non
 def _groups(
     samples: Iterable[tuple[Tile, Sample, bool]], size: Callable[[], int]
 ) -> Iterator[list[tuple[Tile, Sample, bool]]]:
-    """`size` is asked before each group."""
+    """Split into groups; `size` is called before each group."""
     waiting = iter(samples)
     while group := list(islice(waiting, size())):
         yield group

@@ -1,7 +1,7 @@
-"""diffusers' schedulers by the names people know them under, behind one interface: `Schedule`.
+"""diffusers' schedulers by their common names, behind one interface: `Schedule`.
 
-A schedule is built on the checkpoint's own noise levels, and whatever could go wrong with it is found when it is built,
-before any work: fields, timesteps, sigmas, and a rehearsal of all steps on a few made-up latents.
+A schedule is built on the checkpoint's own noise levels. Everything that could go wrong with it is detected when it is
+built, before any work: fields, timesteps, sigmas, and a rehearsal of all steps on a few made-up latents.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ class SchedulerState(NamedTuple):
 
 class Schedule(Protocol):
     """The path from noise to a picture in N steps, each of one denoiser call or, for a solver of second order, of two.
-    Below, a step is what follows a call; calls are numbered from 0. Latents and predictions are (1, C, h, w)
+    In the methods, a step is what follows a call; calls are numbered from 0. Latents and predictions are (1, C, h, w)
     fp32."""
 
     @property
     def calls(self) -> Calls:
-        """Which calls belong to which of the N steps."""
+        """The denoiser calls of each of the N steps."""
         ...
 
     @property
@@ -66,15 +66,15 @@ class Schedule(Protocol):
 
 class DiffusersSchedule:
     """A `Schedule` that wraps one of diffusers' schedulers for discrete noise levels, with its timesteps set. `notes`
-    tell the user how the scheduler was chosen."""
+    explain to the user how the scheduler was chosen."""
 
     def __init__(self, scheduler: Any, name: Scheduler, notes: tuple[str, ...] = ()) -> None:
         self.scheduler, self.name, self.notes = scheduler, name, notes
         self.on_step: Callable[[int, Callable[[], Tensor]], None] | None = (
-            None  # told of each of the N, numbered from 0; the call gives what is denoised
+            None  # called with each step's number, from 0, and a function that returns the denoised picture
         )
         self._takes_generator = "generator" in inspect.signature(scheduler.step).parameters
-        # Lists are copied: some schedulers shift what they remember in place.
+        # Lists are copied, because some schedulers shift their history in place.
         self._fresh = {k: list(v) if isinstance(v, list) else v for k, v in vars(scheduler).items()}
 
     @property
@@ -89,7 +89,7 @@ class DiffusersSchedule:
 
     def start(self, noise: Tensor, reference: Tensor | None, begin: int) -> Tensor:
         if hasattr(self.scheduler, "set_begin_index"):
-            # Also at 0: looked up by its timestep, a step is ambiguous where two timesteps are equal.
+            # Also at 0: looking up a step by its timestep is ambiguous if two timesteps are equal.
             self.scheduler.set_begin_index(begin)
         if reference is None:
             return noise * float(self.scheduler.init_noise_sigma)
@@ -99,8 +99,8 @@ class DiffusersSchedule:
         return noised.float()
 
     def noised(self, reference: Tensor, noise: Tensor, step: int) -> Tensor:
-        """`reference`, (1, C, h, w), with as much of `noise` as the latents have before `step`, which is the one that
-        follows the last step taken; as it is after the last one."""
+        """`reference`, (1, C, h, w), with as much of `noise` as the latents contain before `step`, the step after the
+        last one taken; without noise after the last step."""
         if step >= len(self.timesteps):
             return reference
         noised: Tensor = self.scheduler.add_noise(reference, noise, self.timesteps[step : step + 1])
@@ -116,12 +116,12 @@ class DiffusersSchedule:
         calls = self.calls
         if self.on_step is not None and step + 1 == calls.first_of(done := calls.step_of(step + 1)):
             self.on_step(done - 1, lambda: self._denoised(given, noise_pred, step, latents))
-        after: Tensor = given[0].float()  # whatever the scheduler returns
+        after: Tensor = given[0].float()  # whatever dtype the scheduler returns
         return after
 
     def _denoised(self, given: tuple[Tensor, ...], noise_pred: Tensor, step: int, latents: Tensor) -> Tensor:
-        """The picture that a step was aimed at, (1, C, h, w): what the scheduler gave beside the latents after the
-        step, or what it remembers of it; the latents where it has neither."""
+        """The picture that a step aimed at, (1, C, h, w): taken from the scheduler's output or from its memory; the
+        latents if it has neither."""
         if len(given) > 1:
             return given[1]
         remembered = [t for t in getattr(self.scheduler, "model_outputs", ()) if t is not None]
@@ -130,7 +130,8 @@ class DiffusersSchedule:
         return remembered[-1] if remembered and aims else given[0]
 
     def state(self) -> SchedulerState:
-        """Whatever differs from a fresh scheduler with the same timesteps: so no class has to be known here."""
+        """Everything that differs from a fresh scheduler with the same timesteps, so that no scheduler class has to be
+        known here."""
         numbers: dict[str, Any] = {}
         tensors: dict[str, Tensor] = {}
         for name, value in vars(self.scheduler).items():
@@ -146,7 +147,7 @@ class DiffusersSchedule:
         return SchedulerState(numbers, tensors)
 
     def renew(self, state: SchedulerState) -> None:
-        """`restore` for a schedule that may have gone on since."""
+        """`restore` for a schedule that may have advanced since."""
         for name in [name for name in vars(self.scheduler) if name not in self._fresh]:
             delattr(self.scheduler, name)
         for name, value in self._fresh.items():
@@ -195,10 +196,10 @@ _RECIPES = {
     Scheduler.UNIPC: _Recipe("scheduling_unipc_multistep", "UniPCMultistepScheduler", {}),
     Scheduler.LCM: _Recipe("scheduling_lcm", "LCMScheduler", {}),
 }
-_DERIVED = (Scheduler.DPMPP_2M_KARRAS, Scheduler.DPMPP_2M_SDE, Scheduler.DPMPP_SDE)  # from another's class
+_DERIVED = (Scheduler.DPMPP_2M_KARRAS, Scheduler.DPMPP_2M_SDE, Scheduler.DPMPP_SDE)  # variants of another's class
 _OWN = {recipe.cls: name for name, recipe in _RECIPES.items() if name not in _DERIVED}
 _TYPE_FIELDS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
-_LCM_ORIGINAL_STEPS = 50  # diffusers' default: what the consistency models in use were distilled with
+_LCM_ORIGINAL_STEPS = 50  # diffusers' default, used to distil common consistency models
 
 
 def choose(asked: Scheduler, config: Mapping[str, Any]) -> Scheduler:
@@ -230,11 +231,11 @@ def build(
     correct: bool = True,
     schedule_type: ScheduleType | None = None,
 ) -> DiffusersSchedule:
-    """A schedule of `num_inference_steps` on the noise levels of a checkpoint's scheduler_config.json, checked to the
-    end; `correct`ed where it is old, as the pipelines of SD 1.x and 2.x do and SDXL's does not. `schedule_type` spreads
-    the levels otherwise than the config says.
+    """Build a schedule of `num_inference_steps` on the noise levels of a checkpoint's scheduler_config.json, checked to
+    the end. With `correct`, the fields of old configs are corrected, as the pipelines of SD 1.x and 2.x do and SDXL's
+    does not. `schedule_type` overrides the config's spacing of the levels.
 
-    Raises ModelError for a config that no work should begin with, and UsageError for a number of steps that the
+    Raises ModelError for a config that no work should start with, and UsageError for a number of steps that the
     algorithm cannot take, with the nearest one that it can.
     """
     name, cls = choose(asked, config), config.get("_class_name")
@@ -256,7 +257,7 @@ def build(
 
 
 class _Unworkable(Exception):
-    """The reason, for people, why a scheduler cannot run with a number of steps."""
+    """The reason, in words for the user, why a scheduler cannot run with a number of steps."""
 
 
 def assemble(
@@ -266,8 +267,8 @@ def assemble(
     notes: tuple[str, ...] = (),
     schedule_type: ScheduleType | None = None,
 ) -> DiffusersSchedule:
-    """A schedule from a corrected config, not rehearsed. Raises ModelError where the fields do not work together,
-    UsageError where the scheduler has no such type."""
+    """Create a schedule from a corrected config, without a rehearsal. Raises ModelError if the fields do not work
+    together, UsageError if the scheduler has no such type."""
     recipe = _RECIPES[name]
     with lean_imports():
         cls = getattr(import_module(f"diffusers.schedulers.{recipe.module}"), recipe.cls)
@@ -281,7 +282,7 @@ def assemble(
         if field not in accepted:
             raise UsageError(f"{name.value} has no --schedule-type {schedule_type}; leave it out, or take DPM++ 2M")
         fields[field] = "trailing" if spaced else True
-    by_beta = bool(fields.pop("use_beta_sigmas", False))  # diffusers would ask for scipy
+    by_beta = bool(fields.pop("use_beta_sigmas", False))  # diffusers would require scipy
     if by_beta and (fields.get("use_karras_sigmas") or fields.get("use_exponential_sigmas")):
         raise ModelError("scheduler_config.json asks for beta sigmas and others at once; leave one of them")
     if name is Scheduler.LCM:

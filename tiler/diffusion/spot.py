@@ -1,9 +1,9 @@
-"""A spot of a picture that is painted again: the part of the canvas that takes part, what of it changes, and how it
-comes back into the picture.
+"""Repaint a spot of a picture: the part of the canvas that takes part, the cells in it that change, and the way in
+which the result is put back into the picture.
 
-Outside the mask the latents of every step are those of the picture, noised as that step has them (Lugmayr et al. 2022,
-arXiv:2201.09865, equation 8): what is painted goes with what is around it. In pixels the mask fades inwards, so that no
-pixel outside it changes.
+Outside the mask, the latents of every step are those of the picture with that step's noise (Lugmayr et al. 2022,
+arXiv:2201.09865, equation 8), so that the painted part fits its surroundings. In pixels the mask fades inwards, so that
+no pixel outside it changes.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ from tiler.diffusion.calls import Calls
 from tiler.diffusion.poster import Poster
 from tiler.diffusion.schedulers import DiffusersSchedule, SchedulerState
 
-_FADE = 2.5  # latents, over which what is painted appears inside the mask
-_DEEP = 3  # latents inside which the distance to the mask's border is told
+_FADE = 2.5  # latents, over which the repainted part fades in inside the mask
+_DEEP = 3  # latents up to which the distance to the mask's border is measured
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Spot:
-    """The box of the canvas with every tile under the mask, in latents; `cells` (height, width) bool are those under
-    the mask. `whole` is the whole canvas, (height, width); `crop` are pixels above and left of the picture there."""
+    """The box of the canvas that contains every tile under the mask, in latents; `cells` (height, width) bool are the
+    latents under the mask. `whole` is the size of the complete canvas, (height, width); `crop` is the number of its
+    pixels above and left of the picture."""
 
     top: int
     left: int
@@ -40,14 +41,16 @@ class Spot:
 
     @property
     def box(self) -> tuple[int, int, int, int]:
-        """First row, first column, height and width, in pixels of the picture; it may reach beyond."""
+        """The first row, first column, height and width of the box, in pixels of the picture; it may extend beyond the
+        picture."""
         down, across = self.crop
         return FACTOR * self.top - down, FACTOR * self.left - across, FACTOR * self.height, FACTOR * self.width
 
 
 def find_spot(cells: np.ndarray, tile: tuple[int, int], patch: int, crop: tuple[int, int] = (0, 0)) -> Spot:
-    """The box around `cells`, (h, w) bool of the whole canvas, that tiles of (height, width) latents fill: with some of
-    the picture around the mask, and along an axis on which it is short no larger than one tile."""
+    """The box around `cells`, (h, w) bool of the complete canvas, that tiles of (height, width) latents fill. It
+    includes some of the picture around the mask, and along an axis on which the mask is short it is as long as one
+    tile."""
     begins, sides = [], []
     for axis in (0, 1):
         marked = np.flatnonzero(cells.any(axis=1 - axis))
@@ -64,10 +67,11 @@ def find_spot(cells: np.ndarray, tile: tuple[int, int], patch: int, crop: tuple[
 
 
 class AroundSpot:
-    """A `Schedule` under which latents outside a spot's cells are the picture's at every step."""
+    """A `Schedule` that resets the latents outside a spot's cells to those of the picture at every step."""
 
     def __init__(self, schedule: DiffusersSchedule, spot: Spot, reference: Tensor, noise: Tensor) -> None:
-        """`reference` are the picture's latents in the box, `noise` what they are noised with: (1, C, h, w) fp32."""
+        """`reference` holds the picture's latents in the box, `noise` the noise that is added to them: (1, C, h, w)
+        fp32."""
         self._schedule, self._reference, self._noise = schedule, reference, noise
         self._cells = torch.from_numpy(spot.cells)
 
@@ -97,7 +101,8 @@ class AroundSpot:
 
 
 class BoxPixels:
-    """The picture's pixels in a spot's box, as the autoencoder asks for them; beyond the picture its border goes on."""
+    """The picture's pixels in a spot's box, as the autoencoder reads them; beyond the picture its border pixels are
+    repeated."""
 
     def __init__(self, poster: Poster, spot: Spot) -> None:
         top, left, height, width = spot.box
@@ -105,15 +110,15 @@ class BoxPixels:
         self._columns = np.clip(np.arange(left, left + width), 0, poster.shape[1] - 1)
 
     def __getitem__(self, rows: slice) -> np.ndarray:
-        """(n, W, 3) uint8."""
+        """The rows as (n, W, 3) uint8."""
         first, last, _ = rows.indices(self.shape[0])
         wanted = np.clip(np.arange(first, last) + self._top, 0, self._poster.shape[0] - 1)
         return self._poster[wanted[0] : wanted[-1] + 1][wanted - wanted[0]][:, self._columns]
 
 
 def opacity(cells: np.ndarray) -> np.ndarray:
-    """How much of a latent's pixels is new: (h, w) fp32, rising from the mask's border inwards; where a spot is thin,
-    faster."""
+    """The share of the new picture in each latent's pixels: (h, w) fp32, rising from the mask's border inwards; it
+    rises faster if a spot is thin."""
     depth, inside = np.zeros(cells.shape, np.float32), cells
     for _ in range(_DEEP):
         depth += inside
@@ -126,7 +131,7 @@ def opacity(cells: np.ndarray) -> np.ndarray:
 
 
 def _grown(values: np.ndarray) -> np.ndarray:
-    """Of each place the largest of itself and its eight neighbours. (h, w)"""
+    """The largest of each value and its eight neighbours, (h, w)."""
     around = np.pad(values, 1, mode="edge")
     height, width = values.shape
     parts = [around[i : i + height, j : j + width] for i in range(3) for j in range(3)]
@@ -134,7 +139,8 @@ def _grown(values: np.ndarray) -> np.ndarray:
 
 
 def _between(field: np.ndarray, first: int, last: int) -> np.ndarray:
-    """Rows of pixels of a field that stands for FACTOR × FACTOR pixels each, (h, w) → (n, FACTOR·w), bilinear."""
+    """Yield rows of pixels of a field (h, w), each value of which stands for FACTOR × FACTOR pixels → (n, FACTOR·w),
+    bilinear."""
 
     def places(pixels: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         at = np.clip((pixels + 0.5) / FACTOR - 0.5, 0, length - 1)
@@ -151,7 +157,8 @@ def _between(field: np.ndarray, first: int, last: int) -> np.ndarray:
 def put_back(
     rows: Generator[np.ndarray], mask: Iterator[np.ndarray], poster: Poster, spot: Spot
 ) -> Generator[np.ndarray]:
-    """The whole picture, strips (n, W, 3) uint8, top first: `poster` with `rows`, the decoded box, under the `mask`."""
+    """Yield the complete picture in strips (n, W, 3) uint8, top first: `poster` with `rows`, the decoded box, under the
+    `mask`."""
     top, left, box_height, box_width = spot.box
     height, width = poster.shape[:2]
     shown, seen = opacity(spot.cells), _Rows(mask)
@@ -181,7 +188,7 @@ def _as_they_are(poster: Poster, first: int, last: int) -> Iterator[np.ndarray]:
 
 
 class _Rows:
-    """Rows that come in strips, taken as many at a time as are wanted."""
+    """Rows that arrive in strips and are taken in any number."""
 
     def __init__(self, strips: Iterator[np.ndarray]) -> None:
         self._strips, self._rest = strips, next(strips)
@@ -193,7 +200,7 @@ class _Rows:
         self._rest = self._rest[count:]
 
     def take(self, count: int) -> np.ndarray:
-        """(count, W)."""
+        """The next `count` rows, (count, W)."""
         while len(self._rest) < count:
             self._rest = np.concatenate([self._rest, next(self._strips)])
         taken, self._rest = self._rest[:count], self._rest[count:]

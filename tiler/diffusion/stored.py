@@ -1,8 +1,8 @@
 """Canvases in files: arrays that are read and written in parts, and a step's predictions in the order in which they
-came.
+arrive.
 
-A canvas of 100,000 pixels has 2.5 GB of latents. Reads and writes are preadv and pwrite: mapped pages would count as
-RSS.
+A canvas of 100,000 pixels has 2.5 GB of latents. Reads and writes use preadv and pwrite, because mapped pages would
+count as RSS.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tiler.errors import StorageError
 from tiler.weights.index import read_into
 
 Shape = tuple[int, int, int, int]
-CHUNK = 2**18  # elements at a time; of noise a multiple of 16, which torch draws together
+CHUNK = 2**18  # elements at a time; for noise a multiple of 16, which torch draws together
 BAND = 2**21  # elements of the rows that are blended together
 _FLOAT = 4  # bytes
 
@@ -36,8 +36,8 @@ class Span(NamedTuple):
 
 
 def chunks(count: int, size: int = CHUNK) -> Iterator[Span]:
-    """[0, count) in spans of `size`, the last of 16 at least: then drawing each of them draws the numbers of a single
-    draw."""
+    """Split [0, count) into spans of `size`, the last of at least 16: then drawing each of them yields the numbers of a
+    single draw."""
     ends = [*range(size, count, size)]
     if ends and count - ends[-1] < 16:
         ends.pop()
@@ -45,12 +45,12 @@ def chunks(count: int, size: int = CHUNK) -> Iterator[Span]:
 
 
 def band_rows(shape: Shape) -> int:
-    """How many rows of a canvas are worked on together."""
+    """The number of canvas rows that are processed together."""
     return max(1, BAND // (shape[1] * shape[3]))
 
 
 class StoredArray:
-    """An array of `shape` (1, C, h, w) fp32 in the file `path`, zeros where it is new. A context manager. Raises
+    """An array of `shape` (1, C, h, w) fp32 in the file `path`; a new file is all zeros. A context manager. Raises
     StorageError."""
 
     def __init__(self, path: Path, shape: Shape, *, new: bool) -> None:
@@ -72,30 +72,30 @@ class StoredArray:
         self.close()
 
     def close(self) -> None:
-        """The file stays."""
+        """Close the file without removing it."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
 
     def sync(self) -> None:
-        """Have the disk hold it."""
+        """Flush the file to the disk."""
         try:
             os.fsync(self._fd)
         except OSError as error:
             raise _failed(self.path, error) from error
 
     def parts(self) -> Iterator[Tensor]:
-        """All elements in the file's order, (1, 1, 1, n) each."""
+        """Yield all elements in the file's order, (1, 1, 1, n) each."""
         return map(self.flat, chunks(self.count))
 
     def flat(self, span: Span) -> Tensor:
-        """Elements in the file's order, (1, 1, 1, n)."""
+        """The elements of a span, in the file's order, (1, 1, 1, n)."""
         found = torch.empty(1, 1, 1, span.last - span.first)
         _read(self._fd, self.path, found, _FLOAT * span.first)
         return found
 
     def set_flat(self, span: Span, values: Tensor) -> None:
-        """The inverse of `flat`."""
+        """Write elements in the file's order; the inverse of `flat`."""
         _write(self._fd, self.path, values, _FLOAT * span.first)
 
     def __getitem__(self, index: tuple[slice, slice, slice]) -> Tensor:
@@ -108,7 +108,7 @@ class StoredArray:
         return found
 
     def widened(self, rows: int, cols: int) -> Widened:
-        """With so many rows and columns more on each side, which are the other side's."""
+        """The array with this many more rows and columns on each side, which repeat the opposite side."""
         return Widened(self, rows, cols)
 
     def put(self, part: Tensor, top: int, left: int) -> None:
@@ -122,10 +122,11 @@ class StoredArray:
                 _write(self._fd, self.path, row, self._at(channel, top + number, left))
 
     def crop(self, top: int, left: int, height: int, width: int) -> Tensor:
-        """(1, C, height, width) from this row and column on, which goes on at the other side beyond the border."""
+        """Read (1, C, height, width) from this row and column on; beyond the border it continues at the opposite
+        side."""
         found = torch.empty(1, self.shape[1], height, width)
         left %= self.shape[3]
-        ends = [*range(self.shape[3] - left, width, self.shape[3])]  # where it begins again at column 0
+        ends = [*range(self.shape[3] - left, width, self.shape[3])]  # where it starts again at column 0
         pieces = list(pairwise((0, *ends, width)))
         for channel, rows in enumerate(found[0]):
             for number, row in enumerate(rows):
@@ -135,7 +136,7 @@ class StoredArray:
         return found
 
     def scatter(self, first: int, values: Tensor, top: int, left: int, height: int, width: int) -> None:
-        """Write (n,) values, element number `first` and those that follow of a (C, height, width) part at this row and
+        """Write (n,) values, which are the elements from number `first` on of a (C, height, width) part at this row and
         column."""
         at, end = first, first + values.numel()
         while at < end:
@@ -151,7 +152,7 @@ class StoredArray:
 
 
 class Widened:
-    """A canvas that goes on beyond its borders, as `Latents` of decoding."""
+    """A canvas that continues beyond its borders, for use as `Latents` in decoding."""
 
     def __init__(self, array: StoredArray, rows: int, cols: int) -> None:
         self._array, self._rows, self._cols = array, rows, cols
@@ -164,8 +165,8 @@ class Widened:
 
 
 class TileLog:
-    """Predictions of `shape` (C, h, w) fp32 in a file, one after another, each with a checksum: what a kill or a power
-    cut has torn is not counted. A context manager. Raises StorageError."""
+    """Predictions of `shape` (C, h, w) fp32 in a file, one after another, each with a checksum: predictions damaged by
+    a kill or a power cut are not counted. A context manager. Raises StorageError."""
 
     def __init__(self, path: Path, shape: tuple[int, int, int], *, new: bool) -> None:
         self.path, self.shape = path, shape
@@ -186,7 +187,7 @@ class TileLog:
         self._fd = -1
 
     def append(self, prediction: Tensor) -> None:
-        """The next tile's, (C, h, w)."""
+        """Add the next tile's prediction, (C, h, w)."""
         held = prediction.contiguous()
         check = torch.tensor([zlib.crc32(_view(held))], dtype=torch.int64).to(torch.int32)
         at = self.count * (self._bytes + _FLOAT)
@@ -195,7 +196,7 @@ class TileLog:
         self.count += 1
 
     def rows(self, number: int, first: int, last: int) -> Tensor:
-        """Of a tile's prediction these rows, (C, last − first, w)."""
+        """The rows [first, last) of a tile's prediction, (C, last − first, w)."""
         channels, height, width = self.shape
         found = torch.empty(channels, last - first, width)
         at = number * (self._bytes + _FLOAT)
@@ -204,7 +205,7 @@ class TileLog:
         return found
 
     def sync(self) -> None:
-        """Have the disk hold it."""
+        """Flush the file to the disk."""
         try:
             if self._fd >= 0:
                 os.fsync(self._fd)
@@ -212,7 +213,7 @@ class TileLog:
             raise _failed(self.path, error) from error
 
     def _whole(self) -> int:
-        """How many are as they were written."""
+        """The number of predictions from the first on that are intact."""
         held, check = torch.empty(self.shape), torch.empty(1, dtype=torch.int32)
         size = os.fstat(self._fd).st_size // (self._bytes + _FLOAT)
         for number in range(size):

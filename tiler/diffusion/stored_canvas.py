@@ -1,9 +1,9 @@
-"""The denoising loop of a canvas that memory does not hold: its arrays lie in files, and its bytes are those of
+"""The denoising loop of a canvas that does not fit in memory: its arrays lie in files, and its bytes are those of
 `canvas.Denoising`.
 
-All schedulers are elementwise, so a step takes a chunk at a time, in the order in which noise is drawn. Predictions are
-kept as they come and blended at the end of the step, band by band, each pixel in the order of its tiles: whatever stops
-the loop, it goes on at the tile.
+All schedulers are elementwise, so a step processes a chunk at a time, in the order in which noise is drawn. Predictions
+are stored as they arrive and blended at the end of the step, band by band, each pixel in the order of its tiles.
+Whatever stops the loop, it resumes at the next tile.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Seeded(NamedTuple):
 
 
 class StoredDenoising:
-    """One canvas on its way from noise to a picture, in `folder`, where it goes on if it has begun there. A context
+    """The denoising of one canvas, from noise to a picture, in `folder`; a canvas started there is resumed. A context
     manager. Raises StorageError and JobError."""
 
     def __init__(
@@ -51,8 +51,8 @@ class StoredDenoising:
         self._folder, self._shape, self._steps, self._schedule, self._begin = folder, shape, steps, schedule, begin
         self._generator = torch.Generator("cpu").manual_seed(seed)
         self._stack = ExitStack()
-        self._arrays: dict[str, StoredArray] = {}  # what the scheduler remembers of each latent
-        self._single: dict[str, Tensor] = {}  # and of the whole
+        self._arrays: dict[str, StoredArray] = {}  # the scheduler's state of each latent
+        self._single: dict[str, Tensor] = {}  # and its state as a whole
         self._log: TileLog | None = None
         if (folder / STATE).exists():
             self._resume()
@@ -66,7 +66,7 @@ class StoredDenoising:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """The files stay."""
+        """Close the files without removing them."""
         self._stack.close()
 
     @property
@@ -76,7 +76,7 @@ class StoredDenoising:
 
     @property
     def samples_done(self) -> int:
-        """How many denoiser samples of all steps have been predicted."""
+        """The number of denoiser samples that have been predicted, over all steps."""
         done = self.step - self._begin
         now = self._steps[done].samples_of(self._tiles_done) if self._tiles_done else 0
         return sum(tiles.samples for tiles in self._steps[:done]) + now
@@ -121,7 +121,7 @@ class StoredDenoising:
         yield StepDone(step, total, total, None)
 
     def _blend(self, regions: Tiles, log: TileLog, blended: StoredArray) -> None:
-        """Σ m_r ε_r / Σ m_r of all tiles."""
+        """Blend the predictions of all tiles: Σ m_r ε_r / Σ m_r."""
         _, channels, height, width = self._shape
         rows = stored.band_rows(self._shape)
         for first in range(0, height, rows):
@@ -131,7 +131,7 @@ class StoredDenoising:
                 region = regions[number]
                 lines = torch.arange(region.top, region.top + region.height) % height
                 seen = ((lines >= first) & (lines < last)).nonzero()[:, 0]
-                top, bottom = int(seen[0]), int(seen[-1]) + 1  # also what lies between, of a tile that goes around
+                top, bottom = int(seen[0]), int(seen[-1]) + 1  # including the rows between, if a tile wraps around
                 prediction = region.weights[top:bottom] * log.rows(number, top, bottom)
                 cols = torch.arange(region.left, region.left + region.width) % width
                 crop = (lines[seen] - first)[:, None], cols
@@ -139,7 +139,7 @@ class StoredDenoising:
             blended.put(band, first, 0)
 
     def _move(self, blended: StoredArray) -> None:
-        """The scheduler's step, a chunk at a time, and all that it remembers of each."""
+        """Take the scheduler's step, a chunk at a time, and store the scheduler's state of each chunk."""
         step, following = self.step, self.step + 1
         with ExitStack() as stack:
             latents = stack.enter_context(StoredArray(self._path(LATENTS, following), self._shape, new=True))
@@ -150,7 +150,7 @@ class StoredDenoising:
                 remembered = self._single | {name: array.flat(span) for name, array in self._arrays.items()}
                 self._schedule.renew(SchedulerState(self._numbers, remembered))
                 now = self.latents.flat(span)
-                self._schedule.model_input(now, step)  # which some schedulers want to be called
+                self._schedule.model_input(now, step)  # some schedulers require this call
                 latents.set_flat(span, self._schedule.step(blended.flat(span), step, now, self._generator))
                 numbers, tensors = self._schedule.state()
                 single = {name: tensor for name, tensor in tensors.items() if tensor.shape != now.shape}
@@ -170,8 +170,8 @@ class StoredDenoising:
         self._save()
 
     def _draw(self, reseeded: Sequence[Seeded], reference: StoredArray | None) -> None:
-        """Noise for the whole canvas from one generator, as `canvas.initial_noise` draws it, as the schedule
-        begins."""
+        """Draw noise for the complete canvas from one generator, as `canvas.initial_noise` does, and start the schedule
+        with it."""
         for span in chunks(self.latents.count):
             self.latents.set_flat(span, torch.randn(span.last - span.first, generator=self._generator))
         for rows, cols, seed in reseeded:
@@ -225,7 +225,7 @@ class StoredDenoising:
         self._arrays = {name: self._open(f"{SCHEDULER}.{name}", step) for name in names}
 
     def _note(self, journal: Journal) -> None:
-        """Tell how far this is; only the step's predictions may not be on the disk yet."""
+        """Save the progress to the journal. Only the step's predictions may still have to be flushed to the disk."""
         if self._log is not None:
             self._log.sync()
         done, at, calls = self._tiles_done, min(self.step, self.end - 1) - self._begin, self._schedule.calls
@@ -234,18 +234,18 @@ class StoredDenoising:
         journal.save("canvas", {"stored": torch.tensor([self.step, done])}, where)
 
     def _remove(self, step: int) -> None:
-        """What a step before has left."""
+        """Remove the files of an earlier step."""
         for path in (*self._folder.glob(f"*.{step}"), self._folder / BLENDED):
             with suppress(OSError):
                 os.unlink(path)
 
 
 def bytes_of(shape: Shape, tiles: int, tile: tuple[int, int]) -> int:
-    """What a canvas takes on the disk at most: latents before and after a step, two tensors of a scheduler likewise,
-    what is blended, the reference, and the predictions."""
+    """The most disk space that a canvas takes: latents before and after a step, two scheduler tensors before and after
+    it, the blended prediction, the reference, and the predictions."""
     return 4 * (8 * math.prod(shape) + tiles * (shape[1] * math.prod(tile) + 1))
 
 
 def tensor_of(array: StoredArray) -> Tensor:
-    """All of it, for canvases that memory holds."""
+    """The complete array as a tensor, for canvases that fit in memory."""
     return array[:, :, : array.shape[2]]

@@ -1,22 +1,22 @@
-"""The files of a canvas that memory does not hold, by name. Imports no torch."""
+"""The files of a canvas that does not fit in memory, by name. Imports no torch."""
 
 from __future__ import annotations
 
 from contextlib import suppress
 from pathlib import Path
 
-STATE = "canvas.json"  # how far it is
-REFERENCE = "reference"  # what it begins from
+STATE = "canvas.json"  # the progress
+REFERENCE = "reference"  # the latents it starts from
 BLENDED, LATENTS, SCHEDULER, PREDICTIONS = "blended", "latents", "scheduler", "predictions"
 
 
 def has_begun(folder: Path) -> bool:
-    """Whether a canvas lies there."""
+    """Whether the folder contains a started canvas."""
     return (folder / STATE).exists()
 
 
 def clear(folder: Path) -> None:
-    """Remove a canvas, and the folder if nothing else is in it."""
+    """Remove a canvas, and its folder if nothing else is in it."""
     with suppress(OSError):
         for name in (STATE, REFERENCE, BLENDED, LATENTS, SCHEDULER, PREDICTIONS):
             for path in (folder / name, *folder.glob(f"{name}.*")):

@@ -1,6 +1,6 @@
-"""Tiles, the layers of tiles on a canvas, and the guidance of each, in latent pixels.
+"""Tiles, the layers of tiles on a canvas, and the guidance of each tile, in latent pixels.
 
-Tiles are created on demand: a canvas of 32,768 pixels has 7,225 of them at each step, and there is no table of them.
+Tiles are created on demand, without a table: a canvas of 32,768 pixels has 7,225 of them at each step.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tiler.request import Mask
 
 
 class Whole(NamedTuple):
-    """Of what a canvas is a part: where it lies there, and how large that is."""
+    """The larger canvas that a canvas is a part of: the part's position in it, and its height and width."""
 
     top: int
     left: int
@@ -34,8 +34,8 @@ class Text2ImageRegion:
 
     `condition` is the index of the encoded (prompt, negative prompt) pair. `weights` is the normalised mask m_r / Σ
     m_r, (tile height, tile width) fp32; over all tiles the weights sum to 1 at every canvas pixel. Tiles share it, so
-    it must not be modified. A tile that extends beyond the border continues at the other side of `canvas`, (height,
-    width). The place that the model is told counts from the `whole` of which the canvas is a part.
+    it must not be modified. A tile that extends beyond the border continues at the opposite side of `canvas`, (height,
+    width). If the canvas is a part of a `whole`, the model receives the tile's position in the whole.
     """
 
     top: int
@@ -64,7 +64,7 @@ class Text2ImageRegion:
 
     @property
     def place(self) -> Whole:
-        """Its first row and column in the whole picture, and that one's height and width."""
+        """The tile's first row and column in the complete picture, and that picture's height and width."""
         top, left, height, width = self.whole or Whole(0, 0, *self.canvas)
         return Whole(top + self.top % self.canvas[0], left + self.left % self.canvas[1], height, width)
 
@@ -88,17 +88,17 @@ class Layer:
         return len(self.rows) * len(self.cols) if self.present is None else len(self.present)
 
     def place(self, number: int) -> tuple[int, int]:
-        """(top, left) of a tile."""
+        """The (top, left) of a tile."""
         row, col = divmod(number if self.present is None else self.present[number], len(self.cols))
         return self.rows[row], self.cols[col]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Tiles(Sequence[Text2ImageRegion]):
-    """Every tile of a canvas at one step, in the order they are computed; each is made when it is asked for. `tile` and
-    `canvas` are (height, width), `shift` moves all tiles down and to the right around the canvas. All positions are
-    multiples of `patch`. `unconditional` says whether guidance takes a second sample: elsewhere the scale is the
-    model's own input, the same at every step."""
+    """Every tile of a canvas at one step, in the order in which they are computed; each is created when it is accessed.
+    `tile` and `canvas` are (height, width); `shift` moves all tiles down and to the right around the canvas. All
+    positions are multiples of `patch`. `unconditional` says whether guidance takes a second sample: otherwise the scale
+    is an input of the model, the same at every step."""
 
     canvas: tuple[int, int]
     tile: tuple[int, int]
@@ -141,8 +141,8 @@ class Tiles(Sequence[Text2ImageRegion]):
         )
 
     def over(self, cells: np.ndarray, whole: Whole) -> Tiles:
-        """Those tiles under which some of `cells`, (height, width) bool of the canvas, are set; the canvas is a part of
-        `whole`. Masks are normalised as if all were there: they sum to 1 where cells are set."""
+        """Select the tiles that cover at least one of the set `cells`, (height, width) bool of the canvas; the canvas
+        is a part of `whole`. Masks are normalised over all tiles, so they sum to 1 wherever cells are set."""
         layers = []
         for layer in self.layers:
             tops_and_lefts = (layer.place(number) for number in range(len(layer)))
@@ -151,7 +151,7 @@ class Tiles(Sequence[Text2ImageRegion]):
         return replace(self, layers=tuple(layers), whole=whole)
 
     def reaching(self, first: int, last: int) -> Iterator[int]:
-        """The numbers of the tiles that reach into the rows [first, last) of the canvas, in order. Makes none."""
+        """The numbers of the tiles that reach into the rows [first, last) of the canvas, in order. Creates no tile."""
         before, (height, side) = 0, (self.canvas[0], self.tile[0])
         for layer in self.layers:
             across, numbers = len(layer.cols), layer.present
@@ -166,21 +166,21 @@ class Tiles(Sequence[Text2ImageRegion]):
 
     @property
     def samples(self) -> int:
-        """Denoiser samples of all tiles. Creates no tile."""
+        """The number of denoiser samples of all tiles. Creates no tile."""
         return sum(tiles * samples for samples, tiles in self.counts())
 
     def samples_of(self, first: int) -> int:
-        """Denoiser samples of the first `count` tiles. Creates no tile."""
+        """The number of denoiser samples of the first `count` tiles. Creates no tile."""
         ends = accumulate(map(len, self.layers), initial=0)
         before = (min(len(layer), max(0, first - end)) for layer, end in zip(self.layers, ends, strict=False))
         return sum(n * self._samples(layer) for layer, n in zip(self.layers, before, strict=True))
 
     def counts(self) -> list[tuple[int, int]]:
-        """(samples of a tile, number of tiles with so many samples) for each prompt, in order."""
+        """(samples per tile, number of such tiles) for each prompt, in order."""
         return [(self._samples(layer), len(layer)) for layer in self.layers]
 
     def sample_numbers(self) -> list[int]:
-        """For each sample, in order, the number of its tile."""
+        """The number of the tile of each sample, in order."""
         per_tile = (samples for samples, tiles in self.counts() for _ in range(tiles))
         return [number for number, samples in enumerate(per_tile) for _ in range(samples)]
 

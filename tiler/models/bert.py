@@ -1,4 +1,4 @@
-"""Prompts → embeddings with a streamed BERT encoder, whose modules are transformers' own."""
+"""Encode prompts with a streamed BERT encoder, whose modules are transformers' own."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _TOKENIZERS = ("tokenizer.json", "vocab.txt")
 
 
 def read_bert(checkpoint: Checkpoint, name: str, length: int) -> Part:
-    """The encoder in the folder `name`, for prompts of up to `length` tokens. Raises ModelError."""
+    """Read the encoder in the folder `name`, for prompts of up to `length` tokens. Raises ModelError."""
     config = read_config(checkpoint, name, None, bounds.check_bert)
     if (kind := config.get("model_type")) != "bert":
         raise ModelError(f"{checkpoint.name}: {name} is {kind!r}; this model needs a BERT encoder")
@@ -45,8 +45,7 @@ def read_bert(checkpoint: Checkpoint, name: str, length: int) -> Part:
 
 
 def check_tokenizer(checkpoint: Checkpoint, folder: str, fetch: str) -> Path:
-    """The folder of a tokenizer whose files are there. Raises ModelError, which says how they can be had: by
-    `fetch`."""
+    """The folder of a tokenizer whose files exist. Raises ModelError, which says with `fetch` how to get them."""
     path = checkpoint.tokenizer(folder)
     if not any((path / file).is_file() for file in _TOKENIZERS):
         raise ModelError(f"{path}: neither tokenizer.json nor vocab.txt is here; {fetch}")
@@ -54,7 +53,7 @@ def check_tokenizer(checkpoint: Checkpoint, folder: str, fetch: str) -> Path:
 
 
 def load_tokenizer(checkpoint: Checkpoint, folder: str) -> BertTokenizer:
-    """From tokenizer.json or vocab.txt. Raises ModelError."""
+    """Load tokenizer.json or vocab.txt. Raises ModelError."""
     path = check_tokenizer(checkpoint, folder, "download the tokenizer again")
     with lean_imports():
         from transformers.models.bert.tokenization_bert import BertTokenizer
@@ -73,9 +72,9 @@ def encode_bert(
     warn: Callable[[str], None],
     reading: Reading = READING,
 ) -> list[Tensor]:
-    """The last hidden states of each text's own tokens, (1, tokens, width) fp32, times their weights: padding, at which
-    no token looks, is left out. A text is cut to `length` tokens; `warn` tells of it. Raises ModelError where tokenizer
-    and encoder do not belong together."""
+    """The last hidden states of each text's own tokens, (1, tokens, width) fp32, times their weights. Padding, which no
+    token attends to, is left out. A text is cut to `length` tokens, which `warn` reports. Raises ModelError if
+    tokenizer and encoder do not belong together."""
     read = [read_tokens(tokenizer, text, length, "BERT", warn, reading) for text in texts]
     check_vocabulary(read, encoder.config.vocab_size)
     with torch.no_grad():
@@ -83,12 +82,12 @@ def encode_bert(
 
 
 def _run(length: int, encoder: Any) -> object:
-    """What is asked of the encoder for one prompt; ids are real, weights need not be."""
+    """Run the encoder as for one prompt; ids are real, weights may be on the meta device."""
     return encoder(torch.zeros(1, length, dtype=torch.int64))
 
 
 def _build(checkpoint: Checkpoint, name: str, config: dict[str, Any]) -> BertModel:
-    """transformers' own encoder on the meta device, its position and type ids real; without what pools its states."""
+    """Build transformers' own encoder on the meta device, with real position and type ids, without the pooler."""
     with lean_imports():
         from transformers.models.bert.configuration_bert import BertConfig
         from transformers.models.bert.modeling_bert import BertModel
@@ -104,7 +103,8 @@ def _build(checkpoint: Checkpoint, name: str, config: dict[str, Any]) -> BertMod
 
 
 def _names(name: str) -> list[str]:
-    """Files of whole BERT models have a prefix; the oldest ones call a norm's weight gamma."""
+    """The names of a parameter in files: files of complete BERT models have a prefix, and the oldest ones call a norm's
+    weight gamma."""
     return [name, f"bert.{name}", *(
         f"{prefix}{name}".replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
         for prefix in ("", "bert.")

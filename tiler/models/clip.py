@@ -46,7 +46,8 @@ def build_clip(
 
 
 def clip_names(name: str) -> list[str]:
-    """Published files carry the prefix text_model., which transformers 5 dropped from its modules."""
+    """The names of a parameter in files, where they may carry the prefix text_model., which transformers 5 dropped from
+    its modules."""
     return (
         [f"text_model.{name}", name] if not name.startswith("text_model.") else [name, name.removeprefix("text_model.")]
     )
@@ -150,7 +151,7 @@ def read_chunks(
     `config` is the encoder's. Raises ModelError if tokenizer and encoder do not fit together."""
     length = min(int(tokenizer.model_max_length), int(config.max_position_embeddings))
     room = length - 2
-    # The tokenizer is not asked to look at megabytes of text just to say that they do not fit.
+    # The tokenizer does not process megabytes of text just to report that they do not fit.
     short = prompt[: 40 * room * MOST_CHUNKS]
     sections = reading.sections(short, warn)
     tokenise = partial(_ids, tokenizer)

@@ -1,7 +1,7 @@
-"""Prompts → embeddings with a streamed Gemma, a language model whose modules are transformers' own.
+"""Encode prompts with a streamed Gemma, a language model whose modules are transformers' own.
 
-The states before its last layer are taken, so that this layer is neither built nor read. All prompts of a run share one
-read of the weights. A token looks at those before it alone: padding is never computed.
+The states before its last layer are used, so that layer is neither built nor read. All prompts of a run share one read
+of the weights. A token attends only to those before it, so padding is never computed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 
 
 def read_gemma(checkpoint: Checkpoint, name: str, length: int) -> Part:
-    """The encoder in the folder `name`, for prompts of up to `length` tokens. Raises ModelError."""
+    """Read the encoder in the folder `name`, for prompts of up to `length` tokens. Raises ModelError."""
     config = read_config(checkpoint, name, None, bounds.check_gemma)
     if (kind := config.get("model_type")) != "gemma":
         raise ModelError(f"{checkpoint.name}: {name} is {kind!r}; this model needs a Gemma text encoder")
@@ -51,8 +51,7 @@ def read_gemma(checkpoint: Checkpoint, name: str, length: int) -> Part:
 
 
 def check_tokenizer(checkpoint: Checkpoint, folder: str, fetch: str) -> Path:
-    """The folder of a tokenizer whose files are there. Raises ModelError, which says how they can be had: by
-    `fetch`."""
+    """The folder of a tokenizer whose files exist. Raises ModelError, which says with `fetch` how to get them."""
     path = checkpoint.tokenizer(folder)
     if not any((path / file).is_file() for file in _TOKENIZERS):
         raise ModelError(f"{path}: neither tokenizer.json nor tokenizer.model is here; {fetch}")
@@ -60,7 +59,7 @@ def check_tokenizer(checkpoint: Checkpoint, folder: str, fetch: str) -> Path:
 
 
 def load_tokenizer(checkpoint: Checkpoint, folder: str) -> GemmaTokenizer:
-    """From tokenizer.json or a sentencepiece model. Raises ModelError."""
+    """Load tokenizer.json or a sentencepiece model. Raises ModelError."""
     path = check_tokenizer(checkpoint, folder, "download the tokenizer again")
     with lean_imports():
         from transformers.models.gemma.tokenization_gemma import GemmaTokenizer
@@ -82,8 +81,8 @@ def encode_gemma(
     clean: Callable[[str], str] = str,
 ) -> list[Tensor]:
     """The states of each text's own tokens before the last layer, (1, tokens, width) fp32, times their weights. A text
-    is cut to `length` tokens; `warn` tells of it. `clean` is what a pipeline makes of a text before it is tokenised.
-    Raises ModelError where tokenizer and encoder do not belong together."""
+    is cut to `length` tokens, which `warn` reports. `clean` is applied to a text before it is tokenised, as the
+    family's pipeline does. Raises ModelError if tokenizer and encoder do not belong together."""
     read = [read_tokens(tokenizer, text, length, "Gemma", warn, reading, clean) for text in texts]
     check_vocabulary(read, encoder.config.vocab_size)
     encoded: list[Tensor] = []
@@ -94,7 +93,7 @@ def encode_gemma(
 
 
 def _encode(encoder: Any, rows: list[Tensor]) -> list[Tensor]:
-    """The states of all prompts are one tensor (1, tokens, width), of which each prompt has a part."""
+    """Encode all prompts. Their states are one tensor (1, tokens, width), of which each prompt has a part."""
     prompts = places(rows)
     read_ahead([part for layer in encoder.layers for part in _linear_layers(layer)])
     x: Tensor = encoder.embed_tokens(torch.cat(rows, dim=1)) * math.sqrt(encoder.config.hidden_size)
@@ -111,13 +110,13 @@ def _encode(encoder: Any, rows: list[Tensor]) -> list[Tensor]:
 
 
 def _linear_layers(layer: Any) -> list[Any]:
-    """In the order in which they are used."""
+    """The linear layers in the order in which they are used."""
     attn, mlp = layer.self_attn, layer.mlp
     return [attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
 
 
 def _attended(attn: Any, normed: Tensor, prompts: list[slice], turns: tuple[Tensor, Tensor] | None) -> Tensor:
-    """What self-attention makes of normalised states (1, n, width)."""
+    """Self-attention on normalised states (1, n, width)."""
     queries, keys, values = (linear_together(part, normed, prompts) for part in (attn.q_proj, attn.k_proj, attn.v_proj))
     for prompt in prompts:
         q, k, v = (t[:, prompt].unflatten(-1, (-1, attn.head_dim)).transpose(1, 2) for t in (queries, keys, values))
@@ -131,35 +130,36 @@ def _attended(attn: Any, normed: Tensor, prompts: list[slice], turns: tuple[Tens
 
 
 def _turns(rotary: Any, length: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of positions, (length, head) each: those of a head's second half repeat its first's."""
+    """The cosines and sines of positions, (length, head) each: those of a head's second half repeat its first's."""
     angles = torch.outer(torch.arange(length).float(), rotary.inv_freq.float()).repeat(1, 2)
     return angles.cos(), angles.sin()
 
 
 def _turned(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    """x (1, heads, n, head), turned by the places of its tokens: value i together with value i + head / 2."""
+    """Rotate x (1, heads, n, head) by the positions of its tokens: value i together with value i + head / 2."""
     first, second = x.chunk(2, dim=-1)
     count = x.shape[2]
     return x * cosines[:count] + torch.cat([-second, first], dim=-1) * sines[:count]
 
 
 def _run(length: int, encoder: Any) -> object:
-    """What `encode_gemma` asks of the encoder for the largest group of prompts; its weights need not be real."""
+    """Run the encoder as `encode_gemma` does for the largest group of prompts; its weights may be on the meta
+    device."""
     return _encode(encoder, [torch.zeros(1, length, dtype=torch.int64) for _ in range(max(1, GROUP_TOKENS // length))])
 
 
 def _build(checkpoint: Checkpoint, name: str, config: dict[str, Any]) -> GemmaModel:
-    """transformers' own model on the meta device, without its last layer and norm."""
+    """Build transformers' own model on the meta device, without its last layer and norm."""
     with lean_imports():
         from transformers.models.gemma.configuration_gemma import GemmaConfig
         from transformers.models.gemma.modeling_gemma import GemmaModel
     left_out = "architectures", "torch_dtype", "dtype", "_name_or_path", "model_type"
     known = {k: v for k, v in config.items() if k not in left_out}
-    if known.get("hidden_act") == "gelu":  # so say the published ones, and mean, as transformers notes, this
+    if known.get("hidden_act") == "gelu":  # in published configs, which mean the tanh form (noted by transformers)
         known["hidden_act"] = "gelu_pytorch_tanh"
     with refusing(name, checkpoint), on_meta():
         model: Any = GemmaModel(GemmaConfig(**known)).eval()
-        # A plain table, whose rows are read where they are used; they are scaled in `_encode`.
+        # A plain table, whose rows are read when they are used; they are scaled in `_encode`.
         model.embed_tokens = nn.Embedding(model.config.vocab_size, model.config.hidden_size)
         model.layers, model.norm = model.layers[:-1], nn.Identity()
     return model.requires_grad_(False)

@@ -1,8 +1,8 @@
-"""HunyuanDiT 1.0 to 1.2: a bilingual BERT, multilingual T5, and a transformer with skips from its first half to its
+"""HunyuanDiT 1.0 to 1.2: a bilingual BERT, a multilingual T5, and a transformer with skips from its first half to its
 second.
 
-Li et al. 2024, arXiv:2405.08748; the arithmetic is that of diffusers' HunyuanDiTPipeline. Each tile claims a picture of
-its own, whose positions are stretched over the grid that the model knows.
+Li et al. 2024, arXiv:2405.08748; the arithmetic is that of diffusers' HunyuanDiTPipeline. Each tile is treated as a
+picture of its own, whose positions are stretched over the grid that the model was trained on.
 """
 
 from __future__ import annotations
@@ -56,15 +56,16 @@ from tiler.weights.checkpoint import Checkpoint
 
 _REPOSITORY = "Tencent-Hunyuan/HunyuanDiT-v1.2-Diffusers"
 _ENCODERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
-# 0.38 of its schedule adds the noise that 0.5 of Stable Diffusion 1.x does.
+# A strength of 0.38 adds the noise that 0.5 of Stable Diffusion 1.x does.
 _DEFAULTS = MappingProxyType({"num_inference_steps": 50, "guidance_scale": 5.0, "strength": 0.38})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """The schedule's timesteps; by the identity of a prompt's tokens, its number and its projected tokens; the pooled
-    vectors; each layer's values by (step, number), for every size of a sample that the model is told of, made when one
-    of that size comes first; where states wait."""
+    """Values that are computed once for all steps. `timesteps` are the schedule's; `prompts` maps the identity of a
+    prompt's tokens to its number and its projected tokens; `pools` holds the pooled vectors. `modulations` holds each
+    layer's values by (step, number), for every sample size that is an input of the model; they are computed when a size
+    first occurs. Waiting states are kept in `scratch`."""
 
     timesteps: Tensor
     prompts: dict[int, tuple[int, Tensor]]
@@ -94,8 +95,8 @@ class HunyuanDiT(Family):
         warn: Callable[[str], None],
         reading: Reading = READING,
     ) -> list[Prompt]:
-        """BERT's last hidden states, and below them T5's: (1, 77 + 256, width + 1). The last column is 1 for a prompt's
-        own tokens and 0 for padding, of which T5 has states too. A negative prompt that was not given is an empty
+        """BERT's last hidden states, with T5's below them: (1, 77 + 256, width + 1). The last column is 1 for a
+        prompt's own tokens and 0 for padding, for which T5 also has states. A missing negative prompt is an empty
         one."""
         texts = list(dict.fromkeys(prompt or "" for prompt in prompts))
         first, second = self.encoders
@@ -117,7 +118,7 @@ class HunyuanDiT(Family):
 
     @property
     def _widths(self) -> tuple[int, int]:
-        """Of BERT's states and of T5's."""
+        """The widths of BERT's states and of T5's."""
         config = self.part(Role.DENOISER).config
         return config.get("cross_attention_dim", 1024), config.get("cross_attention_dim_t5", 2048)
 
@@ -162,7 +163,7 @@ class HunyuanDiT(Family):
 
 
 def read(checkpoint: Checkpoint, name: str) -> HunyuanDiT:
-    """Check the configs of a pipeline of class `name`. Raises ModelError, saying what the model is."""
+    """Check the configs of a pipeline of class `name`. Raises ModelError, which says what the model is."""
     if name != "HunyuanDiTPipeline":
         what = "a ControlNet pipeline" if "ControlNet" in name else "a HunyuanDiT pipeline of another kind"
         raise ModelError(f"{checkpoint.name}: this is {what} ({name}); tiler supports HunyuanDiTPipeline")
@@ -175,7 +176,7 @@ def read(checkpoint: Checkpoint, name: str) -> HunyuanDiT:
     lengths = config.get("text_len", 77), config.get("text_len_t5", 256)
     vae = read_config(checkpoint, "vae", "AutoencoderKL", bounds.check_vae)
     channels = config["in_channels"]
-    check_latents(checkpoint, {"in_channels": channels}, vae)  # of the outputs those that count are as many
+    check_latents(checkpoint, {"in_channels": channels}, vae)  # as many of the outputs are used
     texts: tuple[Part, ...] = ()
     if encoders:
         texts = (
@@ -205,7 +206,7 @@ def read(checkpoint: Checkpoint, name: str) -> HunyuanDiT:
 
 
 def _check_widths(checkpoint: Checkpoint, config: dict[str, Any], texts: Sequence[Part]) -> None:
-    """That transformer and text encoders belong together. Raises ModelError."""
+    """Raise ModelError if the transformer and the text encoders do not belong together."""
     wanted = ("cross_attention_dim", 1024, "hidden_size"), ("cross_attention_dim_t5", 2048, "d_model")
     for part, (key, default, width) in zip(texts, wanted, strict=True):
         if (given := part.config[width]) != (expected := config.get(key, default)):

@@ -1,8 +1,8 @@
 """The forward of diffusers' HunyuanDiT2DModel, one sample at a time, by the walk of dit.py.
 
-Li et al. 2024, arXiv:2405.08748. Blocks of the second half take the states of the first half's beside their own, which
-meanwhile wait in a scratch file: at 1024² they would be 440 MB. The prompt speaks by cross attention; in the place of
-padding stand learned tokens.
+Li et al. 2024, arXiv:2405.08748. Blocks of the second half also take the states of the first half's blocks, which wait
+in a scratch file: at 1024² they would take 440 MB. The prompt enters through cross attention, with learned tokens in
+the place of padding.
 """
 
 from __future__ import annotations
@@ -38,18 +38,19 @@ from tiler.weights.checkpoint import Checkpoint
 if TYPE_CHECKING:
     from diffusers.models.transformers.hunyuan_transformer_2d import HunyuanDiT2DModel, HunyuanDiTBlock
 
-BASE = 32  # patches along the side of the grid over which positions of any picture are stretched
+BASE = 32  # patches along the side of the grid over which the positions of any picture are stretched
 
 
 class Told(NamedTuple):
-    """What a sample's blocks are told: the prompt's tokens, (1, T, width), and each modulation layer's values."""
+    """The inputs of a sample's blocks besides the state: the prompt's tokens, (1, T, width), and each modulation
+    layer's values."""
 
     text: Tensor
     modulation: list[Tensor]
 
 
 def build_transformer(checkpoint: Checkpoint, config: dict[str, Any]) -> HunyuanDiT2DModel:
-    """diffusers' own transformer on the meta device."""
+    """Build diffusers' own transformer on the meta device."""
     with lean_imports():
         from diffusers.models.transformers.hunyuan_transformer_2d import HunyuanDiT2DModel
     with on_meta(), refusing("transformer", checkpoint):
@@ -58,30 +59,31 @@ def build_transformer(checkpoint: Checkpoint, config: dict[str, Any]) -> Hunyuan
 
 
 def modulating(model: HunyuanDiT2DModel) -> list[nn.Linear]:
-    """The layers that see timestep and prompt alone, in the order in which a pass needs their values."""
+    """The layers whose only inputs are timestep and prompt, in the order in which a pass needs their values."""
     blocks: list[Any] = list(model.blocks)
     return [*(block.norm1.linear for block in blocks), model.norm_out.linear]
 
 
 def read_once(name: str) -> bool:
-    """Whether a parameter is that of a modulation, or of what it or the prompt's tokens are made by."""
+    """Whether a parameter belongs to a modulation layer, or to a layer that computes its input or the prompt's
+    tokens."""
     return name.startswith(("time_extra_emb.", "text_embedder.", "norm_out.")) or ".norm1.linear." in name
 
 
 def quantised(name: str) -> bool:
-    """Whether a weight becomes int8: those of the blocks, but not of what modulates them."""
+    """Whether a weight becomes int8: those of the blocks do, except the modulation layers."""
     return name.startswith("blocks.") and not read_once(name)
 
 
 def projected(model: HunyuanDiT2DModel, bert: Tensor, t5: Tensor, own: Tensor) -> Tensor:
-    """(1, n + m, width) of BERT's states (1, n, width) and T5's (1, m, wider): learned tokens where `own` (1, n + m, 1)
-    is false."""
+    """Project BERT's states (1, n, width) and T5's (1, m, wider) to (1, n + m, width), with learned tokens where `own`
+    (1, n + m, 1) is false."""
     tokens = torch.cat([bert, model.text_embedder(t5[0])[None]], dim=1)
     return tokens if tokens.is_meta else torch.where(own, tokens, model.text_embedding_padding)
 
 
 def pooled(pooler: Any, states: Tensor) -> Tensor:
-    """(1, P): what diffusers' HunyuanDiTAttentionPool makes of states (1, n, d), by its layers."""
+    """Pool the states (1, n, d) as diffusers' HunyuanDiTAttentionPool does, with its layers → (1, P)."""
     x = torch.cat([states.mean(dim=1, keepdim=True), states], dim=1) + pooler.positional_embedding
     parts = pooler.q_proj(x[:, :1]), pooler.k_proj(x), pooler.v_proj(x)
     q, k, v = (part.unflatten(-1, (pooler.num_heads, -1)).transpose(1, 2) for part in parts)
@@ -90,21 +92,21 @@ def pooled(pooler: Any, states: Tensor) -> Tensor:
 
 
 def conditioning(model: HunyuanDiT2DModel, timesteps: Tensor, pool: Tensor, sides: tuple[int, int] | None) -> Tensor:
-    """(n, d): what modulation layers see of `timesteps` (n,), a prompt's pooled vector (1, P) and, up to version 1.1,
-    of the sample's height and width in pixels, which are those of a whole picture that was not cropped."""
+    """The input (n, d) of the modulation layers, from `timesteps` (n,), a prompt's pooled vector (1, P) and, up to
+    version 1.1, the sample's height and width in pixels, as for a complete picture that was not cropped."""
     layer = model.time_extra_emb
     extra = pool
     if sides is not None:
         numbers = torch.tensor([1024.0, 1024.0, *sides, 0.0, 0.0])
         sizes = layer.size_proj(numbers).flatten()[None].to(pool.device)
-        style = layer.style_embedder.weight  # of the one style there is
+        style = layer.style_embedder.weight  # of the only style
         extra = torch.cat([pool, sizes, style], dim=1)
     seen: Tensor = layer.timestep_embedder(layer.time_proj(timesteps)) + layer.extra_embedder(extra)
     return seen
 
 
 class Skips:
-    """States (1, tokens, d) that wait in a file, the last first; on the meta device nothing waits."""
+    """States (1, tokens, d) that wait in a file; the last one is read first. On the meta device nothing is stored."""
 
     def __init__(self, file: NamelessFile | None, x: Tensor) -> None:
         self._file, self._like, self._count = file, x, 0
@@ -115,7 +117,7 @@ class Skips:
         self._count += 1
 
     def pop(self) -> Normed:
-        """What reads the last one's tokens."""
+        """Return a function that reads the last state's tokens."""
         self._count -= 1
         begin = self._count * self._like.nbytes
 
@@ -136,7 +138,7 @@ def predict_sample(
     scratch: NamelessFile | None,
     check: Callable[[str], None] = lambda where: None,
 ) -> Tensor:
-    """What HunyuanDiT2DModel predicts, (1, C, h, w), for latents of that shape; the variances beside it are not
+    """The prediction of HunyuanDiT2DModel, (1, C, h, w), for latents of that shape; the variances beside it are not
     computed to the end."""
     channels, (height, width) = latents.shape[1], (n // PATCH for n in latents.shape[2:])
     embedder: Any = model.pos_embed.proj
@@ -159,7 +161,7 @@ def predict_sample(
 
 
 def join(streamer: Streamer, block: HunyuanDiTBlock, x: Tensor, skip: Normed) -> None:
-    """x = the block's projection of x and of the state that waited, in place."""
+    """x = the block's projection of x and the waiting state, in place."""
     layers: Any = block
 
     def both(tokens: slice) -> Tensor:
@@ -172,8 +174,8 @@ def join(streamer: Streamer, block: HunyuanDiTBlock, x: Tensor, skip: Normed) ->
 def predict_block(
     streamer: Streamer, block: HunyuanDiTBlock, x: Tensor, text: Tensor, shift: Tensor, turns: Tensor
 ) -> None:
-    """A HunyuanDiTBlock on the state x (1, n, d) behind its skip, in place. `shift`, (d,), is what norm1's layer makes
-    of the conditioning; `turns` as `rotation` gives them."""
+    """Apply a HunyuanDiTBlock to the state x (1, n, d) behind its skip, in place. `shift`, (d,), is the output of
+    norm1's layer for the conditioning; `turns` as returned by `rotation`."""
     everything, attn = slice(0, x.shape[1]), block.attn1
     attended = attention(
         streamer, x, [stream_of(everything, attn, shifted(block.norm1.norm, x, shift))], attn.heads, turns
@@ -198,7 +200,7 @@ def shifted(norm: nn.Module, x: Tensor, shift: Tensor) -> Normed:
 
 
 def add_text(streamer: Streamer, block: HunyuanDiTBlock, x: Tensor, text: Tensor, turns: Tensor) -> None:
-    """x += cross attention of x (1, n, d) to text (1, T, width), in place. Queries are turned by their places; keys
+    """x += cross attention of x (1, n, d) to text (1, T, width), in place. Queries are rotated by their positions; keys
     have none."""
     attn: Any = block.attn2
 
@@ -218,9 +220,9 @@ def add_text(streamer: Streamer, block: HunyuanDiTBlock, x: Tensor, text: Tensor
 
 
 def rotation(height: int, width: int, size: int) -> Tensor:
-    """(height · width, 1, size / 2) complex: e^iθ of each token's column by half of the frequencies, and of its row. A
-    picture's longer side has positions from 0 to 32, and its middle is that of a square one, whatever its size, as by
-    diffusers' get_resize_crop_region_for_grid and get_2d_rotary_pos_embed."""
+    """(height · width, 1, size / 2) complex: e^iθ of each token, half of the frequencies for its column and half for
+    its row. The longer side of a picture has positions from 0 to 32 whatever its size, and the shorter side is centred
+    in that range, as in diffusers' get_resize_crop_region_for_grid and get_2d_rotary_pos_embed."""
     longer = max(height, width)
     sides = []
     for count in (height, width):

@@ -30,7 +30,7 @@ _TRUNKS = (
 
 
 def family_of_model(family: Family) -> str:
-    """The name of a model's family for LoRAs."""
+    """The name of the model's family as LoRAs use it."""
     if family.traits.title == "Stable Diffusion":
         width = family.part(Role.DENOISER).config.get("cross_attention_dim")
         return _BY_TEXT_WIDTH.get(width, f"Stable Diffusion with prompts of width {width}")  # type: ignore[arg-type]
@@ -52,13 +52,13 @@ def family_of_lora(modules: Mapping[str, Tensors], said: Mapping[str, str]) -> s
 
 
 def _takes_inputs(tensors: Tensors) -> TensorInfo | None:
-    """The tensor whose second side is the module's inputs."""
+    """The tensor whose second dimension is the module's inputs."""
     found = (tensors.by_slot.get(slot) for slot in (Slot.DOWN, Slot.W1_B, Slot.DIFF))
     return next((info for info in found if info is not None and len(info.shape) > 1), None)
 
 
 class Recipe(NamedTuple):
-    """The sampling settings of a model that a LoRA distilled: defaults by field of RenderRequest."""
+    """The sampling settings of the model that a LoRA distilled: defaults by field of RenderRequest."""
 
     title: str
     defaults: Mapping[str, Any]
@@ -76,15 +76,15 @@ _STEPS = re.compile(r"(\d+)[ _-]?steps?")
 
 
 def few_steps(loras: Iterable[Lora], *, flow: bool) -> tuple[Path, Recipe] | None:
-    """The first file of `loras` with a strength other than 0 whose name marks it as a few-step LoRA: LCM (Luo et al.
-    2023, arXiv:2311.05556), Lightning (arXiv:2402.13929) or Hyper-SD (arXiv:2404.13686); and its recipe. Models of a
-    `flow` keep their scheduler and their guidance, which is an input of some of them."""
+    """The first file of `loras` with a strength other than 0 whose name marks it as a few-step LoRA (LCM, Luo et al.
+    2023, arXiv:2311.05556; Lightning, arXiv:2402.13929; or Hyper-SD, arXiv:2404.13686), and its recipe. Models trained
+    by `flow` matching keep their scheduler and their guidance, which is an input of some of them."""
     for path in (lora.file for lora in loras if lora.strength):
         name = path.stem.lower()
         words = set(_WORD.findall(name))
         match = _STEPS.search(name)
         steps = int(match[1]) if match is not None and 1 <= int(match[1]) <= 16 else None
-        # And no style: hyper-realism, lightning bolts.
+        # Not a style, such as hyper-realism or lightning bolts.
         is_of_model = steps is not None or bool(words & {"sd", "sdxl", "xl", "flux"})
         if "lcm" in words:
             found = _recipe("LCM", steps or 4, 1.0, Scheduler.LCM)

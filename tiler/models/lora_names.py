@@ -123,7 +123,7 @@ def _ldm(unet: nn.Module) -> Names:
 
 
 def _ldm_blocks(unet: nn.Module) -> Iterator[tuple[str, str]]:
-    """Resnets, attentions and samplers, by diffusers' path."""
+    """The names of resnets, attentions and samplers, by their path in diffusers."""
     down, up, number = unet.down_blocks, unet.up_blocks, 1
     for i, block in enumerate(down):  # type: ignore[arg-type]
         for j in range(len(block.resnets)):
@@ -204,7 +204,7 @@ def _sd3(model: nn.Module) -> Names:
 
 
 def _pixart(model: nn.Module) -> Names:
-    """PixArt's own."""
+    """The names of PixArt's own repository."""
     for i in _blocks(model, "transformer_blocks"):
         here, there = f"blocks.{i}", f"transformer_blocks.{i}"
         yield f"{here}.attn.qkv", [f"{there}.attn1.to_{name}" for name in "qkv"]

@@ -1,4 +1,5 @@
-"""A render's LoRAs: found, read, and matched with a model's modules, so that each parameter knows what changes it."""
+"""The LoRAs of a render: find them, read them, and match them with a model's modules, which gives the changes of each
+parameter."""
 
 from __future__ import annotations
 
@@ -24,11 +25,11 @@ from tiler.weights.index import TensorInfo, read_index, read_metadata
 from tiler.weights.lora_files import SUFFIX, digests_of, find_lora
 from tiler.weights.lora_keys import Kind, Slot, Tensors, kind_of, read_keys
 
-_SHOWN = 3  # names in a note
+_SHOWN = 3  # the most names in a note
 
 
 def find_loras(request: RenderRequest) -> tuple[Lora, ...]:
-    """The files that a request names, by --lora and by tags, each once. Raises TilerError."""
+    """The files that a request names, with --lora and with tags, each once. Raises TilerError."""
     tags = tags_of(request)
     if not tags and not request.loras:
         return ()
@@ -43,7 +44,7 @@ def find_loras(request: RenderRequest) -> tuple[Lora, ...]:
 
 
 def _file_of(path: Path, folders: Sequence[Path]) -> Path:
-    """What --lora names: a file, or the name of one in the `folders`. Raises ModelError, UsageError."""
+    """The file of --lora, given as a path or as the name of a file in the `folders`. Raises ModelError, UsageError."""
     if path.is_file():
         return path
     if not folders:
@@ -55,8 +56,8 @@ def _file_of(path: Path, folders: Sequence[Path]) -> Path:
 
 
 def apply_loras(loras: Sequence[Lora], models: Models) -> Applied:
-    """Match every module of the files with the model's. Raises ModelError for files that are none, or another
-    family's."""
+    """Match every module of the files with the model's. Raises ModelError for files that are no LoRAs or are of another
+    family."""
     if not loras:
         return Applied()
     targets = names_of_modules(models)
@@ -68,7 +69,8 @@ def apply_loras(loras: Sequence[Lora], models: Models) -> Applied:
 
 
 def notes_on_loras(request: ResolvedRequest, models: Models, read_as: ReadAs) -> Iterator[str]:
-    """What a LoRA for few steps means for a render, and what of one has no effect on prompts that were `read_as`."""
+    """Yield notes for the user: the effect of a few-step LoRA on a render, and LoRAs that have no effect on prompts
+    that were encoded with `read_as`."""
     family = models.family
     if models.loras.marks(map(models.changes, family.encoders)) not in ([], list(read_as.loras)):
         yield "the prompts of --prompt-embeds were encoded without these LoRAs; give them to `tiler encode` too"
@@ -85,11 +87,11 @@ def notes_on_loras(request: ResolvedRequest, models: Models, read_as: ReadAs) ->
 
 
 class _LoraFile(NamedTuple):
-    """A file as its header says."""
+    """A LoRA file as described by its header."""
 
     path: Path
     modules: dict[str, Tensors]
-    others: list[str]  # keys that are no LoRA's
+    others: list[str]  # keys that do not belong to a LoRA
     header: dict[str, str]
 
     @classmethod
@@ -115,7 +117,7 @@ def _match(
     file: _LoraFile, lora: Lora, models: Models, targets: Mapping[str, Sequence[Target]],
     changes: dict[str, dict[str, list[Change]]],
 ) -> list[str]:  # fmt: skip
-    """Add the file's changes to `changes`; returns what the user should know. Raises ModelError."""
+    """Add the file's changes to `changes`, and return notes for the user. Raises ModelError."""
     family = models.family
     unknown = [name for name in file.modules if name not in targets]
     if len(unknown) == len(file.modules):
@@ -175,7 +177,7 @@ def _alphas(file: _LoraFile) -> dict[str, float]:
 
 
 class _Module(NamedTuple):
-    """A module of a file, and a layer that it changes: all outputs of those that it changes are `total`."""
+    """A module of a file, and one layer that it changes; `total` counts the outputs of all layers that it changes."""
 
     file: _LoraFile
     name: str
@@ -185,7 +187,7 @@ class _Module(NamedTuple):
     total: int
 
     def weight(self, strength: float, alpha: float | None, scaling: Scaling, family: Family) -> Change | None:
-        """The change of the weight, None where there is none. Raises ModelError where shapes do not fit."""
+        """The change of the weight, None if there is none. Raises ModelError if shapes do not fit."""
         path, slots = self.file.path, self.tensors.by_slot
         kind = kind_of(path, self.name, self.tensors)
         if kind is None:
@@ -206,7 +208,7 @@ class _Module(NamedTuple):
         )  # fmt: skip
 
     def bias(self, strength: float) -> Change | None:
-        """The change of the bias, None where there is none. Raises ModelError."""
+        """The change of the bias, None if there is none. Raises ModelError."""
         info, bias = self.tensors.by_slot.get(Slot.DIFF_BIAS), getattr(self.layer, "bias", None)
         if info is None:
             return None
@@ -235,7 +237,8 @@ class _Module(NamedTuple):
         )
 
     def _magnitude(self) -> Magnitude | None:
-        """DoRA's norms: of rows where their first side is the outputs, of inputs where their second is these."""
+        """DoRA's norms: of rows if the first dimension is the outputs, of inputs if the second dimension is the
+        inputs."""
         info = self.tensors.by_slot.get(Slot.DORA)
         if info is None:
             return None
@@ -258,7 +261,7 @@ _BESIDE = (Slot.ALPHA, Slot.DORA, Slot.DIFF_BIAS)
 
 
 def _shape(path: Path, name: str, kind: Kind, slots: Mapping[Slot, TensorInfo]) -> tuple[int, int, int | None]:
-    """Outputs, elements of a row, and rank of a difference; no rank where alpha has no meaning. Raises ModelError for
+    """The outputs, elements per row, and rank of a difference; no rank if alpha has no meaning. Raises ModelError for
     tensors that cannot be multiplied."""
     sides = {slot: info.shape for slot, info in slots.items()}
     try:
@@ -297,7 +300,7 @@ def _shape(path: Path, name: str, kind: Kind, slots: Mapping[Slot, TensorInfo]) 
 
 
 def _product_sides(sides: Mapping[Slot, Sequence[int]], a: Slot, b: Slot, core: Slot) -> tuple[int, int, int]:
-    """Outputs, elements of a row and rank of a · b."""
+    """The outputs, elements per row, and rank of a · b."""
     (first, second), (rank, *rest) = sides[a], sides[b]
     if core not in sides:
         _must(second == rank)

@@ -1,8 +1,7 @@
-"""Lumina-Next: the states of a Gemma, and a transformer trained by flow matching that knows pictures by the distances
-in them.
+"""Lumina-Next: the states of a Gemma, and a transformer trained by flow matching whose positions are relative.
 
-Zhuo et al. 2024, arXiv:2406.18583; the arithmetic is that of diffusers' LuminaPipeline. Each tile claims a picture of
-its own, from position 0.
+Zhuo et al. 2024, arXiv:2406.18583; the arithmetic is that of diffusers' LuminaPipeline. Each tile is treated as a
+picture of its own, from position 0.
 """
 
 from __future__ import annotations
@@ -39,16 +38,17 @@ from tiler.models.required import check_latents, check_parts, fetch_part, read_s
 from tiler.models.samples import Prompt, Sample, empty, examples
 from tiler.weights.checkpoint import Checkpoint
 
-TOKENS = 256  # of a prompt, at most
+TOKENS = 256  # the most tokens of a prompt
 GUIDED = 3  # channels
 _PIPELINES = "LuminaPipeline", "LuminaText2ImgPipeline"
 _REPOSITORY = "Alpha-VLLM/Lumina-Next-SFT-diffusers"
-# 0.62 of a flow without shift adds the noise that 0.5 of Stable Diffusion 1.x does: σ/(1 − σ) is the same.
+# A strength of 0.62 in a flow without shift adds the noise that 0.5 of Stable Diffusion 1.x does: σ/(1 − σ) is the
+# same.
 _DEFAULTS = MappingProxyType({"num_inference_steps": 30, "guidance_scale": 4.0, "strength": 0.62})
 
 
 class Prepared(NamedTuple):
-    """The modulations by (step, number of the prompt), and these numbers by identity of its tokens."""
+    """The modulations by (step, number of the prompt), and the number of each prompt by the identity of its tokens."""
 
     modulations: Modulations
     prompts: dict[int, int]
@@ -62,8 +62,8 @@ class Lumina(Family):
         warn: Callable[[str], None],
         reading: Reading = READING,
     ) -> list[Prompt]:
-        """Gemma's states of each prompt's own tokens before its last layer, (1, T, width); a prompt that was not given
-        is an empty one. The pipeline cuts a negative prompt to the length of the other; here it is whole."""
+        """Gemma's states of each prompt's own tokens before its last layer, (1, T, width); a missing prompt is an empty
+        one. The pipeline cuts a negative prompt to the length of the positive one; here it is complete."""
         texts = list(dict.fromkeys(_cleaned(prompt) for prompt in prompts))
         tokenizer = gemma.load_tokenizer(self.checkpoint, "tokenizer")
         with open_part(self.part(Role.TEXT_ENCODER)) as encoder:
@@ -74,7 +74,7 @@ class Lumina(Family):
     def prepare(
         self, model: Any, streamer: Streamer, timesteps: Tensor, prompts: Sequence[Prompt], options: Options
     ) -> Prepared:
-        """Read the modulation layers, once for all steps and prompts. The model's time runs from noise, 0, to the
+        """Read the modulation layers once for all steps and prompts. The model's time runs from noise, 0, to the
         picture, 1."""
         texts = list({id(prompt.tokens): prompt.tokens for prompt in prompts}.values())
         times = 1 - timesteps / self.scheduler.get("num_train_timesteps", 1000)
@@ -92,7 +92,7 @@ class Lumina(Family):
         prepared: Prepared,
         check: Callable[[str], None] = lambda where: None,
     ) -> Tensor:
-        """The model predicts the way from noise to the picture: the velocity is its opposite."""
+        """Predict the velocity. The model predicts the direction from noise to the picture, its opposite."""
         made, native = [], self.traits.native // PATCH
         for latents, prompt, _, _ in samples:
             rows = prepared.modulations.read((step, prepared.prompts[id(prompt.tokens)]))
@@ -105,13 +105,13 @@ class Lumina(Family):
 
 
 def _cleaned(prompt: str | None) -> str:
-    """As the pipeline has it without the packages that clean captions further; small letters follow where syntax is
-    read."""
+    """Strip a text, as the pipeline does without the packages that clean captions further; lower-casing happens when
+    the prompt syntax is read."""
     return (prompt or "").strip()
 
 
 def read(checkpoint: Checkpoint, name: str) -> Lumina:
-    """Check the configs of a pipeline of class `name`. Raises ModelError, saying what the model is."""
+    """Check the configs of a pipeline of class `name`. Raises ModelError, which says what the model is."""
     if name not in _PIPELINES:
         what = "Lumina-Image 2" if "Lumina2" in name else "a Lumina pipeline of another kind"
         raise ModelError(f"{checkpoint.name}: this is {what} ({name}); tiler supports Lumina-Next (LuminaPipeline)")
@@ -123,7 +123,7 @@ def read(checkpoint: Checkpoint, name: str) -> Lumina:
     vae = read_config(checkpoint, "vae", "AutoencoderKL", bounds.check_vae)
     texts = [gemma.read_gemma(checkpoint, part, TOKENS) for part in encoders]
     channels, width = config.get("in_channels", 4), config.get("hidden_size", 2304)
-    check_latents(checkpoint, {"in_channels": channels}, vae)  # of the outputs those that count are as many
+    check_latents(checkpoint, {"in_channels": channels}, vae)  # as many of the outputs are used
     for text in texts:
         if (given := text.config["hidden_size"]) != (wanted := config.get("cross_attention_dim", 2048)):
             raise ModelError(

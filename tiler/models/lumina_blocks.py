@@ -1,8 +1,8 @@
 """The forward of diffusers' LuminaNextDiT2DModel, one sample at a time, by the walk of dit.py.
 
 Zhuo et al. 2024, arXiv:2406.18583. Queries and keys are normalised over all heads at once, several heads share a key,
-and what attention and feed-forward give is normalised before it is added: whole rows are needed, so these are not cut
-into groups of heads.
+and the results of attention and feed-forward are normalised before they are added. This needs complete rows, so the
+layers are not cut into groups of heads.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ if TYPE_CHECKING:
 
 
 class Turns(NamedTuple):
-    """(tokens, 1, head / 2) complex, by which queries and keys are multiplied, and how much sharper the attention
-    between them is than usual."""
+    """The factors (tokens, 1, head / 2) complex of queries and keys, and how much sharper than usual the attention
+    between them is."""
 
     values: Tensor
     sharpness: float
 
 
 def build_transformer(checkpoint: Checkpoint, config: dict[str, Any]) -> LuminaNextDiT2DModel:
-    """diffusers' own transformer on the meta device, without what it never looks at."""
+    """Build diffusers' own transformer on the meta device, without the parameter that it never uses."""
     with lean_imports():
         from diffusers.models.transformers.lumina_nextdit2d import LuminaNextDiT2DModel
     with on_meta(), refusing("transformer", checkpoint):
@@ -45,34 +45,34 @@ def build_transformer(checkpoint: Checkpoint, config: dict[str, Any]) -> LuminaN
 
 
 def modulating(model: LuminaNextDiT2DModel) -> list[nn.Linear]:
-    """The layers that see timestep and prompt alone, in the order in which a pass needs their values."""
+    """The layers whose only inputs are timestep and prompt, in the order in which a pass needs their values."""
     layers: list[Any] = list(model.layers)
     return [*(layer.norm1.linear for layer in layers), model.norm_out.linear_1]
 
 
 def read_once(name: str) -> bool:
-    """Whether a parameter is that of a modulation, or of what it sees."""
+    """Whether a parameter belongs to a modulation layer, or to a layer that computes its input."""
     return name.startswith(("time_caption_embed.", "norm_out.linear_1.")) or ".norm1.linear." in name
 
 
 def quantised(name: str) -> bool:
-    """Whether a weight becomes int8: those of the blocks, but not of what modulates them."""
+    """Whether a weight becomes int8: those of the blocks do, except the modulation layers."""
     return name.startswith("layers.") and not read_once(name)
 
 
 def conditioning(model: LuminaNextDiT2DModel, times: Tensor, text: Tensor) -> Tensor:
-    """(n, d): what modulation layers see of `times` (n,), 0 where all is noise and 1 where nothing is, and of a
-    prompt's tokens (1, T, width)."""
+    """The input (n, d) of the modulation layers, from `times` (n,), 0 for pure noise and 1 for none, and a prompt's
+    tokens (1, T, width)."""
     layer = model.time_caption_embed
     seen: Tensor = layer.timestep_embedder(layer.time_proj(times)) + layer.caption_embedder(text.mean(dim=1))
     return seen
 
 
 def rotation(height: int, width: int, size: int, native: int) -> Turns:
-    """For height × width patches of a model of native × native: e^iθ of rows and columns by turns. A larger picture's
-    positions are brought as near to each other as those of a native one, and attention between more tokens is sharper:
-    the pipeline's linear factor, which holds at all times with its scaling_watershed of 1, and its proportional
-    attention."""
+    """e^iθ of alternating rows and columns, for height × width patches and a model trained on native × native.
+    Positions in a larger picture are as close to each other as those of a native one, and attention between more tokens
+    is sharper: the pipeline's linear factor, which applies at all times with its scaling_watershed of 1, and its
+    proportional attention."""
     nearer = math.sqrt(height * width / native**2)
     frequencies = 1.0 / 10_000.0 ** (torch.arange(0, size // 2, 2, dtype=torch.float32) / (size // 2)) / nearer
     down, across = (torch.outer(torch.arange(count), frequencies) for count in (height, width))
@@ -91,9 +91,9 @@ def predict_sample(
     native: int,
     check: Callable[[str], None] = lambda where: None,
 ) -> Tensor:
-    """What LuminaNextDiT2DModel predicts, (1, C, h, w), for latents of that shape and a prompt's tokens (1, T, width);
-    the variances beside it are not computed to the end. `modulation`: the values of each of `modulating(model)`;
-    `native`: patches along the side of the pictures it was trained on."""
+    """The prediction of LuminaNextDiT2DModel, (1, C, h, w), for latents of that shape and a prompt's tokens (1, T,
+    width); the variances beside it are not computed to the end. `modulation`: the values of each of
+    `modulating(model)`; `native`: the number of patches along a side of the pictures it was trained on."""
     channels, (height, width) = latents.shape[1], (n // PATCH for n in latents.shape[2:])
     into: Any = model.patch_embedder.proj
     x: Tensor = into(patches(latents))
@@ -122,7 +122,7 @@ def scaled(norm: nn.Module, x: Tensor, scale: Tensor) -> Normed:
 def predict_block(
     streamer: Streamer, block: LuminaNextDiTBlock, x: Tensor, text: Tensor, modulation: Tensor, turns: Turns
 ) -> None:
-    """A LuminaNextDiTBlock on the state x (1, tokens, d), in place; modulation: (4 d,)."""
+    """Apply a LuminaNextDiTBlock to the state x (1, tokens, d), in place; modulation: (4 d,)."""
     scale, gate, ff_scale, ff_gate = modulation.chunk(4)
     normed, attn = scaled(block.norm1.norm, x, scale), block.attn2
     attended = self_attention(streamer, block.attn1, x, normed, turns)
@@ -141,7 +141,7 @@ def predict_block(
 
 
 def _chunks(x: Tensor) -> Iterator[slice]:
-    """The tokens of x (1, n, d), some at a time."""
+    """Yield slices of the tokens of x (1, n, d), some at a time."""
     return each(cut(slice(0, x.shape[1]), CHUNK), x.is_meta)
 
 
@@ -167,7 +167,7 @@ def self_attention(streamer: Streamer, attn: Any, x: Tensor, normed: Normed, tur
                         (out, keys, values)[i][:, tokens] = made
     size = out.shape[2] // attn.heads
     queries, keys, values = (part.unflatten(-1, (-1, size)).transpose(1, 2) for part in (out, keys, values))
-    together = attn.heads // keys.shape[1]  # heads of one key
+    together = attn.heads // keys.shape[1]  # heads that share a key
     for head in each(range(keys.shape[1]), x.is_meta, [1] * keys.shape[1]):
         mine, shared = slice(head * together, (head + 1) * together), slice(head, head + 1)
         k, v = (part[:, shared].expand(-1, together, -1, -1) for part in (keys, values))
@@ -179,8 +179,8 @@ def self_attention(streamer: Streamer, attn: Any, x: Tensor, normed: Normed, tur
 def add_text(
     streamer: Streamer, block: LuminaNextDiTBlock, attended: Tensor, normed: Normed, text: Tensor, turns: Turns
 ) -> None:
-    """attended += cross attention to text (1, T, width), each head by its own gate, in place. Queries are turned by
-    their places; keys have none."""
+    """attended += cross attention to text (1, T, width), each head with its own gate, in place. Queries are rotated by
+    their positions; keys have none."""
     attn: Any = block.attn2
     gate = block.gate.tanh()[:, None]
     with streamer.hold(attn.to_q, attn.to_k, attn.to_v):
@@ -198,7 +198,7 @@ def add_text(
 
 
 def _turned(x: Tensor, by: Tensor) -> Tensor:
-    """x (1, n, width), whose heads' pairs of neighbours are multiplied in place by (n, 1, head / 2) complex."""
+    """Multiply the pairs of neighbours in each head of x (1, n, width) by (n, 1, head / 2) complex, in place."""
     if not x.is_meta:
         torch.view_as_complex(x.view(*x.shape[:2], -1, by.shape[2], 2)).mul_(by)
     return x

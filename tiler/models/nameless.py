@@ -1,4 +1,4 @@
-"""Scratch files of a model: tensors that wait on disk, in a file without a name, which goes with its process."""
+"""Scratch files of a model: tensors that wait on disk, in a nameless file that disappears with its process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tiler.errors import StorageError
 
 
 class NamelessFile:
-    """fp32 values by their place in a file that only this object knows. Raises StorageError."""
+    """fp32 values by their position in a nameless file. Raises StorageError."""
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder or Path(tempfile.gettempdir())
@@ -28,7 +28,7 @@ class NamelessFile:
         weakref.finalize(self, os.close, fd)
 
     def write(self, at: int, values: Tensor) -> None:
-        """values: fp32 of any shape, from byte `at` on. Raises StorageError."""
+        """Write fp32 values of any shape from byte `at` on. Raises StorageError."""
         view = _bytes(values.contiguous())
         try:
             while len(view):
@@ -40,7 +40,7 @@ class NamelessFile:
             ) from error
 
     def read(self, at: int, into: Tensor) -> Tensor:
-        """Fill the contiguous fp32 tensor with what was written from byte `at` on; it."""
+        """Fill the contiguous fp32 tensor with the values written from byte `at` on, and return it."""
         view = _bytes(into)
         while len(view):
             done = os.preadv(self._file, [view], at)

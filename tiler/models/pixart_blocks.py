@@ -1,8 +1,8 @@
 """The forward of diffusers' PixArtTransformer2DModel, one sample at a time, by the walk of dit.py.
 
 Chen et al. 2023, arXiv:2310.00426. All blocks share one modulation, of the timestep and, for PixArt-α, of the picture's
-size; each adds a table of its own. The prompt speaks by cross attention: padding, whose weight there is exp(−10,000) =
-0, is left out.
+size; each adds a table of its own. The prompt enters through cross attention; padding, whose weight there is
+exp(−10,000) = 0, is left out.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def modulations(model: PixArtTransformer2DModel, timesteps: Tensor, sides: tuple
     emb = layer.emb
     seen = emb.timestep_embedder(emb.time_proj(timesteps))
     if emb.use_additional_conditions:
-        # As the pipeline has them: each number is embedded, and the three thirds are put side by side.
+        # As in the pipeline: each number is embedded, and the three thirds are put side by side.
         told = [torch.tensor([float(v) for v in values]) for values in (sides, (sides[0] / sides[1],))]
         resolution, ratio = (emb.additional_condition_proj(values.to(seen.device)) for values in told)
         sizes = emb.resolution_embedder(resolution).flatten(), emb.aspect_ratio_embedder(ratio).flatten()
@@ -110,8 +110,8 @@ def add_text(streamer: Streamer, attn: Any, x: Tensor, text: Tensor) -> None:
 
 
 def add_positions(x: Tensor, rows: int, grid: Grid) -> None:
-    """x += the embedding of each token's place, in place; x: (1, rows · columns, d). Half of the values are of its
-    column, half of its row; positions count from 0 in every grid, whichever part of a canvas it is."""
+    """x += the embedding of each token's position, in place; x: (1, rows · columns, d). Half of the values describe its
+    column, half its row; positions count from 0 in every grid, whichever part of a canvas it is."""
     if x.is_meta:
         return
     places = x.view(rows, -1, x.shape[2])
@@ -121,8 +121,8 @@ def add_positions(x: Tensor, rows: int, grid: Grid) -> None:
 
 
 def waves(count: int, width: int, grid: Grid) -> Tensor:
-    """(count, width) fp32: sines, then cosines, of the positions along one side by falling frequencies. Vaswani et al.
-    2017, arXiv:1706.03762, section 3.5; positions in fp32 and angles in fp64, as diffusers has them."""
+    """(count, width) fp32: sines, then cosines, of the positions along one side with falling frequencies. Vaswani et
+    al. 2017, arXiv:1706.03762, section 3.5; positions in fp32 and angles in fp64, as in diffusers."""
     positions = torch.arange(count, dtype=torch.float32) / (count / grid.base) / grid.scale
     frequencies = 1.0 / 10_000 ** (torch.arange(width // 2, dtype=torch.float64) / (width / 2))
     angles = torch.outer(positions.double(), frequencies)

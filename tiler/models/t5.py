@@ -34,13 +34,13 @@ if TYPE_CHECKING:
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 CHUNK = 256  # tokens normalised at a time
-GROUP_HEADS = 16  # whose position bias is written out at once: 17 MB for 512 tokens
+GROUP_HEADS = 16  # heads whose position bias is written out at once: 17 MB for 512 tokens
 _TOKENIZERS = ("tokenizer.json", "spiece.model", "tokenizer.model")
-_KINDS = "t5", "mt5", "umt5"  # multilingual T5 (mT5) is T5 of another vocabulary
+_KINDS = "t5", "mt5", "umt5"  # multilingual T5 (mT5) is T5 with another vocabulary
 
 
 def read_t5(checkpoint: Checkpoint, name: str, length: int) -> Part:
-    """The encoder in the folder `name`, for prompts of up to `length` tokens. Raises ModelError."""
+    """Read the encoder in the folder `name`, for prompts of up to `length` tokens. Raises ModelError."""
     config = read_config(checkpoint, name, None, bounds.check_t5)
     if config.get("model_type") not in _KINDS:
         raise ModelError(f"{checkpoint.name}: {name} is {config.get('model_type')!r}; this model needs a T5 encoder")
@@ -80,9 +80,9 @@ def load_tokenizer(checkpoint: Checkpoint, folder: str) -> PreTrainedTokenizerBa
             from transformers.models.llama.tokenization_llama import LlamaTokenizer as Tokenizer
     try:
         return Tokenizer.from_pretrained(path, local_files_only=True)
-    except Exception as error:  # the libraries behind raise plain Exception for damaged files
+    except Exception as error:  # the underlying libraries raise plain Exception for damaged files
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        if "pip install" in reason:  # what transformers would try next with a file that is no sentencepiece model
+        if "pip install" in reason:  # transformers would try this next for a file that is no sentencepiece model
             reason = "its files are damaged"
         raise ModelError(f"{path}: the tokenizer cannot be read ({reason}); download it again") from error
 
@@ -98,13 +98,13 @@ def encode_t5(
     keep_pads: bool,
     clean: Callable[[str], str] = str,
 ) -> list[Tensor]:
-    """The last hidden state of each text, (1, tokens, d_model) fp32, by a streamed `encoder`, times its tokens'
-    weights.
+    """The last hidden state of each text, (1, tokens, d_model) fp32, computed by a streamed `encoder`, times its
+    tokens' weights.
 
-    A text is cut to `length` tokens, its end mark included; `warn` tells of it. With `keep_pads` it is padded to
-    `length`, and its padding is looked at, as by a pipeline that gives the encoder no mask; else there is a row for
-    each of its own tokens, the same as a mask would give them. `clean` is what a pipeline makes of a text before it is
-    tokenised. Raises ModelError where tokenizer and encoder do not belong together.
+    A text is cut to `length` tokens, its end mark included, which `warn` reports. With `keep_pads` it is padded to
+    `length`, and the padding is attended to, as in a pipeline that gives the encoder no mask. Otherwise there is one
+    row for each of its own tokens, with the values that a mask would give. `clean` is applied to a text before it is
+    tokenised, as the family's pipeline does. Raises ModelError if tokenizer and encoder do not belong together.
     """
     read = [read_tokens(tokenizer, text, length, "T5", warn, reading, clean) for text in texts]
     check_vocabulary(read, encoder.config.vocab_size)
@@ -114,7 +114,7 @@ def encode_t5(
     with torch.no_grad():
         for group in groups([tokens.ids for tokens in read]):
             encoded += _encode(encoder, group)
-    # T5's encodings are not brought back to their mean, which is next to 0.
+    # The mean of T5's encodings is close to 0, so it is not restored.
     return [emphasised(states, tokens.weights, Emphasis.NO_NORM) for states, tokens in zip(encoded, read, strict=True)]
 
 
@@ -126,8 +126,8 @@ def encode_masked(
     warn: Callable[[str], None],
     reading: Reading = READING,
 ) -> list[tuple[Tensor, int]]:
-    """As `encode_t5`, padded to `length`; padding has states of its own, at which no token looks. And how many tokens
-    are the text's own."""
+    """Encode as `encode_t5`, padded to `length`, and return each encoding with the number of the text's own tokens.
+    Padding has states of its own, but no token attends to it."""
     read = [read_tokens(tokenizer, text, length, "T5", warn, reading) for text in texts]
     check_vocabulary(read, encoder.config.vocab_size)
     found = []
@@ -144,9 +144,9 @@ def encode_masked(
 
 
 def _encode(encoder: Any, rows: list[Tensor], owned: Sequence[int] | None = None) -> list[Tensor]:
-    """The states of all prompts are one tensor (1, tokens, d_model), of which each prompt has a part: few large blocks,
-    which go back to the system when they are freed. `owned`: how many of each prompt's tokens are looked at, if not
-    all."""
+    """Encode all prompts. Their states are one tensor (1, tokens, d_model), of which each prompt has a part: a few
+    large blocks, which return to the system when they are freed. `owned`: the number of tokens of each prompt that are
+    attended to, if not all."""
     prompts = places(rows)
     keys = prompts if owned is None else [slice(p.start, p.start + own) for p, own in zip(prompts, owned, strict=True)]
     read_ahead([layer for block in encoder.encoder.block for layer in _layers(block)])
@@ -154,7 +154,7 @@ def _encode(encoder: Any, rows: list[Tensor], owned: Sequence[int] | None = None
     bias: Tensor | None = None
     for block in encoder.encoder.block:
         attention, feed_forward = block.layer[0], block.layer[-1]
-        if attention.SelfAttention.has_relative_attention_bias:  # T5's first block for all, each of UMT5's for itself
+        if attention.SelfAttention.has_relative_attention_bias:  # T5's first block for all; in UMT5 each its own
             bias = _bias(attention.SelfAttention, max(ids.shape[1] for ids in rows))
         assert bias is not None
         x += _attended(attention, x, prompts, keys, bias)
@@ -188,7 +188,7 @@ def _attended(layer: Any, x: Tensor, prompts: list[slice], looked_at: list[slice
         for first in range(0, attention.n_heads, GROUP_HEADS):
             heads = slice(first, first + GROUP_HEADS)
             mask = _written_out(bias[heads], q.shape[2])[..., : k.shape[2]]
-            # In place: no other head looks at these queries. T5 does not scale its scores.
+            # In place, because no other head reads these queries. T5 does not scale its scores.
             q[:, heads] = F.scaled_dot_product_attention(q[:, heads], k[:, heads], v[:, heads], mask, scale=1.0)
             del mask
     del q, k, v, keys, values
@@ -208,8 +208,8 @@ def _fed(layer: Any, x: Tensor, prompts: list[slice]) -> Tensor:
 
 
 def _bias(attention: Any, length: int) -> Tensor:
-    """(heads, 2·length − 1): what attention adds to the score of a key `n` tokens behind its query, n from 1 − length
-    on."""
+    """(heads, 2·length − 1): the bias that attention adds to the score of a key `n` tokens behind its query, for n from
+    1 − length on."""
     if (table := attention.relative_attention_bias.weight).is_meta:
         return table.new_empty(attention.n_heads, 2 * length - 1)
     before = attention.compute_bias(1, length, past_seen_tokens=length - 1)
@@ -219,7 +219,7 @@ def _bias(attention: Any, length: int) -> Tensor:
 
 
 def _written_out(bias: Tensor, length: int) -> Tensor:
-    """(1, heads, length, length) for queries and keys, of `_bias` for as many tokens or more."""
+    """Expand a `_bias` for at least `length` tokens to (1, heads, length, length), one value for each query and key."""
     middle = bias.shape[-1] // 2
     if bias.is_meta:  # flipped: a copy
         return bias.new_empty(1, len(bias), length, length)

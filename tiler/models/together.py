@@ -1,5 +1,5 @@
-"""Several prompts under one read of an encoder's weights. Each prompt's product is made by itself: its embeddings do
-not depend on what stands beside it."""
+"""Encode several prompts under one read of an encoder's weights. Each prompt has its own product, so its embeddings do
+not depend on the prompts beside it."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from tiler.compute.choose import KERNELS
 from tiler.compute.kernels import weight_pieces
 from tiler.compute.layers import StreamedLinear
 
-GROUP_TOKENS = 1024  # of prompts that share one read of the weights, unless one prompt alone has more
+GROUP_TOKENS = 1024  # tokens of prompts that share one read of the weights, unless one prompt alone has more
 
 
 def groups(rows: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Consecutive prompts, each (1, tokens), that share one read of the weights."""
+    """Split the prompts, each (1, tokens), into groups of consecutive ones that share one read of the weights."""
     group: list[Tensor] = []
     for ids in rows:
         if group and sum(other.shape[1] for other in group) + ids.shape[1] > GROUP_TOKENS:
@@ -31,14 +31,14 @@ def groups(rows: list[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def places(rows: list[Tensor]) -> list[slice]:
-    """Where each prompt's tokens lie in all of them, one behind another."""
+    """The slice of each prompt's tokens, when all of them are concatenated."""
     ends = list(accumulate(ids.shape[1] for ids in rows))
     return [slice(end - ids.shape[1], end) for end, ids in zip(ends, rows, strict=True)]
 
 
 def read_ahead(layers: Sequence[Any]) -> None:
-    """Tell the store of streamed layers that their weights are wanted in this order: prompts are encoded in one pass,
-    and while a layer is computed the next one is to be read."""
+    """Announce the order in which the weights of streamed layers will be used to their store. Prompts are encoded in
+    one pass, so the next layer is read while one is computed."""
     streamed = [layer for layer in layers if isinstance(layer, StreamedLinear) and layer.streamer.store is not None]
     if streamed:
         store = streamed[0].streamer.store
@@ -54,8 +54,8 @@ def linear_together(
     act: Callable[[Tensor], Tensor] | None = None,
     times: Tensor | None = None,
 ) -> Tensor:
-    """`layer` of x (1, n, in), activated, by one read of its weight, each prompt's product by itself; multiplied into
-    `times` (1, n, out) where that is given."""
+    """Apply `layer`, then `act`, to x (1, n, in) with one read of its weight and a separate product for each prompt. If
+    `times` (1, n, out) is given, it is multiplied by the result in place."""
     out = x.new_empty(1, x.shape[1], layer.out_features) if times is None else times
     for first, last, product in _products(layer, x):
         for prompt in prompts:
@@ -69,10 +69,11 @@ def linear_together(
 
 
 def _products(layer: Any, x: Tensor) -> Iterator[tuple[int, int, Callable[[Tensor], Tensor]]]:
-    """The outputs [first, last) of each piece of a layer's weight, and what makes them of an input."""
+    """Yield the outputs [first, last) of each piece of a layer's weight, and the function that computes them from an
+    input."""
     if not isinstance(layer, StreamedLinear):
         yield 0, layer.out_features, layer
         return
-    # Pieces of rows as they are: each prompt's product is made by itself, for all prompts at one read.
+    # Pieces of unpacked rows: each prompt has its own product, for all prompts at one read.
     for piece in layer.streamer.prepared(layer.op(), KERNELS["fp32"], tuple(x.shape)):
         yield piece.first, piece.last, partial(F.linear, weight=piece.tensors[0])

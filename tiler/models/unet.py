@@ -1,7 +1,7 @@
 """One pass of a UNet2DConditionModel over many samples with one read of its weights.
 
-Walks the blocks of diffusers' own module in the order of its forward() and keeps, between two units, only each
-sample's hidden state and the skips still to be used. Skips are concatenated when a sample needs them, not before.
+Visits the blocks of diffusers' own module in the order of its forward(). Between two units it keeps only each sample's
+hidden state and the skips still to be used. Skips are concatenated when a sample needs them, not before.
 """
 
 from __future__ import annotations
@@ -37,10 +37,9 @@ if TYPE_CHECKING:
 
     from tiler.models.family import Options
 
-# Weights that stay as they are where others become int8: the small ones before the blocks and after them, and those of
-# the outermost blocks but for their transformers. These are 2 % of the weights, lost three quarters of all that int8
-# does (of its square: scripts/sensitivity.py), and are about as fast in fp32, the convolutions transformed
-# (winograd.py).
+# Weights that keep their type where others become int8: the small ones before and after the blocks, and those of the
+# outermost blocks except their transformers. These are 2 % of the weights, cause three quarters of int8's total error
+# (squared: scripts/sensitivity.py), and are about as fast in fp32, with the convolutions transformed (winograd.py).
 FP32_NAMES = ("time_emb", "add_embedding.", "conv_in.", "conv_out.")
 
 
@@ -59,7 +58,7 @@ def large_weights(model: torch.nn.Module) -> list[str]:
 
 
 def quantised(name: str, levels: int) -> bool:
-    """Whether a weight of a UNet of so many levels becomes int8; with `levels` 0, a text encoder's."""
+    """Whether a weight of a UNet with this many levels becomes int8; with `levels` 0, a text encoder's."""
     outermost = ("down_blocks.0.", f"up_blocks.{levels - 1}.")
     return not any(part in name for part in FP32_NAMES) and (
         ".transformer_blocks." in name or not name.startswith(outermost)
@@ -103,12 +102,12 @@ def predict_noise(
     """The model's prediction (epsilon or v, whichever it was trained for).
 
     latents: one (1, channels, h, w) fp32 for each sample, scaled by the scheduler; timestep: scalar, the same for all;
-    prompt_embeds: one (1, tokens, width) fp32 for each; added: one (1, width) for each, what a UNet with
-    `add_embedding` adds to the time embedding → (batch, channels, h, w) fp32. Neighbours that are the same tensor, the
-    two halves of a guidance, share their work and memory up to the first layer that sees the prompt, or what is added.
-    `check` is called at every unit. Where a hidden state and its skip together, or enlarged, have more than
-    `whole_elements`, convolutions go by strips of rows, with other roundings. guidance: the scale of each sample, where
-    it is an input of the model.
+    prompt_embeds: one (1, tokens, width) fp32 for each; added: one (1, width) for each, which a UNet with
+    `add_embedding` adds to the time embedding → (batch, channels, h, w) fp32. Consecutive samples that are the same
+    tensor, like the two halves of a guidance, share their work and memory up to the first layer that depends on the
+    prompt or on `added`. `check` is called at every unit. If a hidden state together with its skip, or enlarged, has
+    more than `whole_elements`, convolutions work on strips of rows, with different rounding. guidance: the scale of
+    each sample, if it is an input of the model.
     """
     levels = [i for i, block in enumerate(unet.down_blocks) if hasattr(block, "attentions")]
     windowed = (
@@ -122,7 +121,7 @@ def predict_noise(
     def each(where: str, module: torch.nn.Module, inputs: list[Tensor], *more: list[Tensor]) -> list[Tensor]:
         check(where)
         calls: list[tuple[Tensor, ...]] = list(zip(inputs, *more, strict=True))
-        for column in (inputs, *more):  # each input goes when its sample is done
+        for column in (inputs, *more):  # each input is freed when its sample is done
             column.clear()
         return streamer.run(module, calls)
 
@@ -138,7 +137,7 @@ def predict_noise(
         seen = windows if where.rpartition(".attentions")[0] in windowed else None
         prepare(module, inputs[0].shape[1:], streamer.would_fit, seen, 2 ** (levels[0] if levels else 0))
         tokens: list[Tensor | None] = [None] * batch
-        if any(a is b for a, b in pairwise(inputs)):  # what comes before the prompt is the same for both halves
+        if any(a is b for a, b in pairwise(inputs)):  # everything before the prompt is the same for both halves
             tokens[:] = streamer.run(PrePrompt(module), [(x,) for x in inputs])
         calls = [tuple(t for t in call if t is not None) for call in zip(inputs, texts, tokens, strict=True)]
         inputs.clear()
@@ -189,8 +188,8 @@ def _time_embeddings(
     added: Sequence[Tensor] | None,
     guidance: Sequence[float] | None,
 ) -> list[Tensor]:
-    """The time embedding (1, width) of each sample, of the timestep's sines (1, n); of equal guidance and one tensor
-    that is added it is one tensor."""
+    """The time embedding (1, width) of each sample, from the timestep's sines (1, n); samples with equal guidance and
+    the same `added` tensor share one."""
     if guidance is None:
         tembs = [unet.time_embedding(embedded)] * batch
     else:

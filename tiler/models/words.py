@@ -31,11 +31,11 @@ def read_tokens(
     """Tokenise a text with its marks and cut it to `length`; `warn` reports a cut and names the `encoder`. A BREAK
     becomes a space. Fragments of different weights are tokenised separately. `clean` is applied to a text before it is
     tokenised, as the family's pipeline does."""
-    # The tokenizer is not asked to look at megabytes of text just to say that they do not fit.
+    # The tokenizer does not process megabytes of text just to report that they do not fit.
     short = text[: 40 * length]
     fragments = [f for f in _in_a_row(reading.sections(short, warn)) if f.text] or [Fragment("")]
     before, after = _marks(tokenizer)
-    if len(fragments) == 1:  # marks and all by the tokenizer itself
+    if len(fragments) == 1:  # the tokenizer itself adds the marks
         marked = tokenizer(clean(fragments[0].text), verbose=False).input_ids
         weights = [1.0] * len(before) + [fragments[0].weight] * (len(marked) - len(before) - len(after))
     else:
@@ -50,13 +50,13 @@ def read_tokens(
 
 
 def check_vocabulary(read: Sequence[Tokens], size: int) -> None:
-    """Raises ModelError where tokenizer and encoder do not belong together."""
+    """Raise ModelError if tokenizer and encoder do not belong together."""
     if any(int(tokens.ids.max()) >= size for tokens in read):
         raise ModelError("the tokenizer knows more words than the text encoder; they do not belong together")
 
 
 def _in_a_row(sections: Sections) -> Iterator[Fragment]:
-    """All fragments with a space between sections; adjacent fragments of equal weight are merged."""
+    """Put a space between sections and merge adjacent fragments of equal weight."""
     last: Fragment | None = None
     for section in sections:
         for number, (text, weight) in enumerate(section):

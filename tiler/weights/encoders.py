@@ -1,5 +1,4 @@
-"""Whether a model's prompts are read by an encoder of gigabytes, as far as names and sizes of files tell: no file is
-opened."""
+"""Find out whether a model has a text encoder of gigabytes, from the names and sizes of files: no file is opened."""
 
 from __future__ import annotations
 
@@ -14,12 +13,12 @@ from tiler.weights.hub import is_hub_id
 from tiler.weights.places import expand, hub_cache, model_folders
 
 LARGE = 10**9  # bytes: T5-XXL has 9.5 GB in fp16, an encoder of Stable Diffusion 0.2, SDXL's second one 1.4
-_SINGLE = 8 * 10**9  # bytes: a file with all parts that is larger than SDXL's holds a large encoder
+_SINGLE = 8 * 10**9  # bytes: a single file larger than SDXL's holds a large encoder
 
 
 def has_large_encoder(request: RenderRequest) -> bool:
-    """Whether encoding the prompts of several pictures in one go is worth a process of its own: one more read of a file
-    that is not large costs less. False where the model cannot be found, which is for others to say."""
+    """Whether encoding the prompts of several pictures together justifies a process of its own. It does not for a small
+    encoder, whose file costs less to read once more. False if the model cannot be found: other code reports that."""
     if request.prompt_embeds is not None:
         return False
     try:
@@ -47,7 +46,7 @@ def _is_large(model: str, folders: tuple[Path, ...]) -> bool:
 
 
 def _folders(path: Path, model: str) -> Iterator[Path]:
-    """A model's own folder, or its snapshots in the hub's cache."""
+    """The model's own folder, or its snapshots in the hub's cache."""
     if path.is_dir():
         yield path
     elif is_hub_id(model):

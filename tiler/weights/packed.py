@@ -30,7 +30,7 @@ from tiler.weights.rotation import ROTATED_SCALE
 from tiler.weights.store import SCALE, Piece, WeightStore
 
 _PIECE_ELEMENTS = 2**20  # weights at a time: 4 MB in fp32, and a few copies
-_SAMPLES, _SAMPLE_BYTES = 256, 4096  # of each file, for its fingerprint
+_SAMPLES, _SAMPLE_BYTES = 256, 4096  # samples of each file, for its fingerprint
 
 Quantise = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 """(rows, ...) fp32 → the rows in int8 and a scale for each, (rows,) fp32."""

@@ -1,8 +1,8 @@
 """Read weights from disk in pieces of rows, with preadv into reused buffers, and cast them to fp32 at the point of use.
 
 Files are never mapped: mapped pages count as RSS, the page cache behind pread does not. A thread reads ahead in the
-order of the previous pass, or in the one that is expected. Of layers, only the names and shapes of their parameters are
-known here.
+order of the previous pass, or in the announced order. This module knows only the names and shapes of parameters,
+nothing about layers.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from tiler.weights.layouts import in_rows
 from tiler.weights.rotation import rotate_
 
 TORCH_DTYPES = {codec.name: codec.stored for codec in CODECS.values() if codec.stored is not None}
-SCALE = ".scale"  # the fp32 factors of an int8 tensor's rows stand beside it under this ending
+SCALE = ".scale"  # suffix of the fp32 factors of an int8 tensor's rows
 # 8 MiB of fp16, 16 MiB once cast. A choice, no measurement: large enough for disks, small beside the arena.
 PIECE_ELEMENTS = 4 * 2**20
-READ_AHEAD = 1  # pieces in flight; each has a buffer of its own
+READ_AHEAD = 1  # pieces in flight; each has its own buffer
 
 
 class Piece(NamedTuple):
@@ -114,11 +114,11 @@ class WeightStore:
         self.piece_elements = piece_elements
         self.bytes_read = 0
         self.resident: dict[str, torch.Tensor] = {}
-        self.sums: dict[Piece, torch.Tensor] = {}  # of an int8 piece's rows, for kernels that ask again at every pass
+        self.sums: dict[Piece, torch.Tensor] = {}  # sums of an int8 piece's rows, for kernels that need them again
         self._scales: dict[str, torch.Tensor] = {}
         self._check_finite = check_finite
         self._checked: set[Piece] = set()
-        self._next: dict[Piece, Piece] = {}  # which piece was asked for after which
+        self._next: dict[Piece, Piece] = {}  # the piece that was requested after each piece
         self._last: Piece | None = None
         self._ahead: deque[tuple[Piece, Future[torch.Tensor]]] = deque()
         self._buffers: list[torch.Tensor] = []
@@ -201,7 +201,7 @@ class WeightStore:
         """Cast a piece into `out` (rows × rest, fp32 or int8), and start reading the piece that followed it in the
         previous pass. A blocked tensor's rows are put in order, unless they are wanted `in_blocks`, as stored."""
         if self.index[piece.name].blocked and not in_blocks and piece.first % OUTPUTS + piece.last % OUTPUTS:
-            last = -(-piece.last // OUTPUTS) * OUTPUTS  # whole blocks, of which some rows are left out
+            last = -(-piece.last // OUTPUTS) * OUTPUTS  # complete blocks, some rows of which are left out
             around = Piece(piece.name, piece.first // OUTPUTS * OUTPUTS, last)
             rows = out.new_empty(last - around.first, *out.shape[1:])
             self.fetch(around, rows)
@@ -223,7 +223,8 @@ class WeightStore:
         self._buffers.append(raw)
 
     def expect(self, pieces: Iterable[Piece]) -> None:
-        """In which order pieces will be asked for, so that a first pass reads ahead too. Resident ones are left out."""
+        """Announce the order in which pieces will be requested, so that a first pass reads ahead too. Resident ones are
+        left out."""
         self._next.update(pairwise(piece for piece in pieces if piece.name not in self.resident))
 
     def raw(self, piece: Piece) -> bytes:
@@ -256,7 +257,7 @@ class WeightStore:
                 self._change(piece, kept[piece.first : piece.last])
             else:
                 rows = raw[: self._bytes(piece)]
-                if info.beside:  # row by row, so that any rows may be asked for
+                if info.beside:  # stored row by row, so that any rows may be requested
                     rows = torch.cat(self._columns(piece, rows, kept=False), dim=1).flatten()
                 self._stored(kept, piece).copy_(rows.view(dtype))
             self._buffers.append(raw)
@@ -270,7 +271,7 @@ class WeightStore:
         return info.nbytes if info.transposed else info.bytes_of(piece.last - piece.first)
 
     def _stored(self, kept: torch.Tensor, piece: Piece) -> torch.Tensor:
-        """A piece of a tensor that is resident in its stored format; all of one that lies transposed."""
+        """A piece of a tensor that is resident in its stored format; the complete tensor if it is stored transposed."""
         if self.index[piece.name].transposed:
             return kept
         ends = (self.index[piece.name].bytes_of(row) // kept.itemsize for row in (piece.first, piece.last))
@@ -281,7 +282,7 @@ class WeightStore:
         return torch.empty(max(1, nbytes), dtype=torch.uint8)
 
     def _take_buffer(self) -> torch.Tensor:
-        # A piece of 32 wide rows may be larger than piece_elements: buffers fit the largest piece there is.
+        # A piece of 32 wide rows may be larger than piece_elements: buffers fit the largest piece that exists.
         return self._buffers.pop() if self._buffers else self._new_buffer(self.buffer_bytes)
 
     @property
@@ -295,7 +296,7 @@ class WeightStore:
             raw = future.result()
             if ahead == piece:
                 return raw
-            self._buffers.append(raw)  # the order changed: drop what was read ahead
+            self._buffers.append(raw)  # the order changed: drop the pieces that were read ahead
         return self._read(piece, self._take_buffer())
 
     def _read_ahead(self, piece: Piece) -> None:
@@ -327,7 +328,7 @@ class WeightStore:
     def _cast(self, piece: Piece, raw: torch.Tensor, out: torch.Tensor, *, in_blocks: bool = False) -> None:
         self._decode(piece, raw[: self._bytes(piece)], out, in_blocks=in_blocks)
         if self._check_finite and out.dtype == torch.float32 and piece not in self._checked:
-            # Once for each piece: the sum of finite fp32 weights of this size is finite.
+            # Checked once for each piece: the sum of finite fp32 weights of this size is finite.
             if not torch.isfinite(out.sum()):
                 path = self.index[piece.name].path
                 raise NumericalError(f"{path}: tensor {piece.name!r} holds NaN or Inf; download the file again")
@@ -351,8 +352,8 @@ class WeightStore:
         return total
 
     def _columns(self, piece: Piece, raw: torch.Tensor, *, kept: bool) -> list[torch.Tensor]:
-        """The bytes of a piece and of the tensors beside it, (rows, bytes) each: of consecutive rows if they are
-        `kept`, else of tensors."""
+        """The bytes of a piece and of the tensors beside it, (rows, bytes) each. In `kept` bytes they alternate row by
+        row, otherwise tensor by tensor."""
         info, rows = self.index[piece.name], piece.last - piece.first
         widths = [some.bytes_of(1) for some in (info.alone(), *info.beside)]
         if kept:
@@ -384,6 +385,6 @@ class WeightStore:
         if piece.name + SCALE in self.index:
             out.mul_(self.scale(piece.name)[piece.first : piece.last].view(-1, *(1,) * (out.ndim - 1)))
         if info.scale is not None and info.scale.dtype == "SCB":
-            out.mul_(1 / 127)  # last, as bitsandbytes does: the other order differs by a bit
+            out.mul_(1 / 127)  # last, as in bitsandbytes: the other order differs in the last bit
         if info.rotated:
             rotate_(out)
