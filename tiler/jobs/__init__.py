@@ -1,1 +1,1 @@
-"""What a render leaves beside its picture until that is finished, so that nothing stops it for good."""
+"""The files that a render keeps beside its unfinished picture, so that an interrupted render can continue."""

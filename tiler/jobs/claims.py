@@ -1,5 +1,5 @@
-"""Which of several machines with one folder draws a picture: the one that made the picture's job folder. No clocks are
-compared: the file system that all of them see says how old a claim is."""
+"""Decide which of several machines that share a folder draws a picture: the one that created the picture's job folder.
+No clocks are compared: the age of a claim is read from the file system that all machines share."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from tiler.errors import StorageError
 
 OWNER = "owner.json"
 TOUCH_EVERY = 60.0  # seconds
-_STALE = 15 * 60.0  # seconds for which nobody has touched a claim that others may take over
+_STALE = 15 * 60.0  # seconds without a touch, after which others may take over a claim
 
 
 def host() -> str:
-    """This machine's name, as a part of a file's."""
+    """This machine's name, in letters, digits and dashes, for use in file names."""
     return "".join(letter if letter.isalnum() else "-" for letter in socket.gethostname()) or "unknown"
 
 
 def claim(folder: Path) -> bool:
-    """Whether the job folder is this process's now: nobody else's, or nobody's for a quarter of an hour. Raises
-    StorageError."""
+    """Claim a job folder, and return whether this process owns it now. A claim that its owner has not touched for a
+    quarter of an hour can be taken over. Raises StorageError."""
     try:
         try:
             folder.mkdir()
@@ -37,13 +37,13 @@ def claim(folder: Path) -> bool:
 
 
 def touch(folder: Path) -> None:
-    """Say that the owner is at work."""
+    """Record that the owner is still at work."""
     with suppress(OSError):
         os.utime(folder / OWNER)
 
 
 def release(folder: Path) -> None:
-    """What is saved in the folder stays, for whoever goes on with it."""
+    """Give up the claim. Files saved in the folder stay for the process that continues the job."""
     with suppress(OSError):
         os.unlink(folder / OWNER)
     with suppress(OSError):
@@ -59,14 +59,14 @@ def _sign(folder: Path) -> bool:
     try:
         with open(folder / OWNER, "x", encoding="utf-8") as file:
             file.write(json.dumps(words))
-    except (FileExistsError, FileNotFoundError):  # another machine was faster, or has just tidied up
+    except (FileExistsError, FileNotFoundError):  # another machine was faster, or has just removed the folder
         return False
     return True
 
 
 def _age(folder: Path, claim: str = OWNER) -> float:
-    """Seconds since the claim was touched, by the clock of the file system. A folder without an owner is free: its
-    owner has let it go, or a render that was interrupted left it."""
+    """Seconds since the claim was touched, by the clock of the file system. A folder without an owner counts as stale:
+    its owner has released it, or an interrupted render left it."""
     probe = folder / f".{host()}-{os.getpid()}"
     try:
         touched = os.stat(folder / claim).st_mtime
@@ -79,13 +79,13 @@ def _age(folder: Path, claim: str = OWNER) -> float:
 
 
 def _take_over(folder: Path) -> bool:
-    """Of several that want it, one can rename the old claim."""
+    """Take over a stale claim. If several processes try, only one of them can rename the old claim."""
     old = folder / f"{OWNER}.{host()}-{os.getpid()}"
     try:
         os.rename(folder / OWNER, old)
     except FileNotFoundError:
         return True  # there was none: `_sign` decides
-    if _age(folder, old.name) < _STALE:  # another one has taken it over meanwhile
+    if _age(folder, old.name) < _STALE:  # another process has taken it over meanwhile
         os.rename(old, folder / OWNER)
         return False
     os.unlink(old)

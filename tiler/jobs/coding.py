@@ -1,4 +1,4 @@
-"""Requests as JSON and back, by the types of their fields: no field is known here by name."""
+"""Convert requests to JSON and back, according to the types of their fields. No field is mentioned by name."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 
 def encode(value: Any) -> Any:
-    """What JSON can hold. Paths become absolute: a job may be continued from another folder."""
+    """Convert a value to one that JSON can hold. Paths become absolute, since a job may be continued from another
+    folder."""
     if isinstance(value, StrEnum):
         return value.value
     if isinstance(value, Path):
@@ -26,7 +27,8 @@ def encode(value: Any) -> Any:
 
 
 def decode(kind: Any, value: Any) -> Any:
-    """The inverse of `encode` for a value of type `kind`. Raises TypeError or ValueError for what cannot be one."""
+    """The inverse of `encode` for a value of type `kind`. Raises TypeError or ValueError if the value does not fit the
+    type."""
     origin, args = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
         if value is None and type(None) in args:

@@ -1,10 +1,10 @@
-"""A job: the folder `NAME.png.tiler` beside a picture, from the run's first second until the picture has its name.
+"""A job: the folder `NAME.png.tiler` beside a picture, from the start of the run until the picture is finished.
 
 lock                    flock(2)
 job.json                manifest.py
-state-0, state-1        the newest state of a canvas, written in turn: no moment is without a whole one
-reference.safetensors   what the canvas starts from, once that is made
-spool/                  a decoder's passes; among the scratch files where those lie elsewhere
+state-0, state-1        the newest states of a canvas, written in turn, so that one is always complete
+reference.safetensors   the latents from which the canvas starts, once they exist
+spool/                  a decoder's saved passes; beside the scratch files if these are in another folder
 """
 
 from __future__ import annotations
@@ -35,47 +35,47 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _EVERY = 60.0  # seconds between two saves
-_SHARE = 50  # times the last save's duration: at most 2 % of the time is spent saving
-_LONGEST = 240  # bytes of a folder's name
+_SHARE = 50  # times the duration of the last save: saving takes at most 2 % of the time
+_LONGEST = 240  # bytes in a folder's name
 
 
 def folder_of(output: Path, job_dir: Path | None = None) -> Path:
-    """Where the job of a picture lies."""
+    """The job folder of a picture."""
     absolute = Path(os.path.abspath(output))
     mark = hashlib.sha256(os.fsencode(absolute)).hexdigest()[:8]
     name = absolute.name
     if len(os.fsencode(name)) > _LONGEST - len(SUFFIX):
         name = f"{name[:40]}-{mark}"
-    if job_dir is not None:  # where pictures of several folders may meet
+    if job_dir is not None:  # pictures from several folders may share job_dir
         return job_dir / f"{name.removesuffix(f'-{mark}')}-{mark}{SUFFIX}"
     return absolute.parent / f"{name}{SUFFIX}"
 
 
 class _Slot(NamedTuple):
-    """What stands in a state file."""
+    """The content of a state file."""
 
     phase: str
     stored: tensors.Stored
 
 
 class Job:
-    """A context manager. It begins nothing: `begin` does, once it is certain that the render can be done. At its end
-    the folder goes when the picture is whole or nothing was saved; else the error says where it lies. Also the
-    `Journal` of the run."""
+    """The job of a run, as a context manager, and the `Journal` of the run. Entering it creates nothing: `begin` does
+    that once it is certain that the render can run. On exit, the folder is removed if the picture is complete or
+    nothing was saved; otherwise a note on the error says where the folder is."""
 
     def __init__(self, request: RenderRequest, on_event: OnEvent = lambda event: None) -> None:
         self.output = request.output or Path("tiler.png")
         self.folder = folder_of(self.output, request.job_dir)
-        self.manifest: Manifest | None = None  # of the job that was found, then of this one
+        self.manifest: Manifest | None = None  # of the existing job, then of this one
         self.resumed = False
-        self.facts: dict[str, str] = {}  # what a state says of its picture
+        self.facts: dict[str, str] = {}  # stored with each state
         self._request, self._on_event = request, on_event
         self._lock, self._begun, self._number = Lock(self.folder / LOCK), False, 0
         self._due = time.monotonic() + _EVERY
-        self._full = False  # the disk, as far as is known
+        self._full = False  # whether the last save failed
 
     def __enter__(self) -> Self:
-        """Look for a job to go on with. Raises JobLocked, JobError and StorageError."""
+        """Look for a job to continue. Raises JobLocked, JobError and StorageError."""
         if self.output == STDOUT or not self.folder.is_dir():
             return self
         self._lock.take()
@@ -116,20 +116,20 @@ class Job:
             self._lock.release()
 
     def how_to_continue(self) -> str:
-        """One line for the user."""
+        """One line that tells the user how to continue the job."""
         where, _ = self.found()
         at = f" at {where}" if where else ""
         return f"the job is saved{at} in {self.folder}; the same command goes on, or: tiler resume {self.folder}"
 
     def adopt(self, request: RenderRequest) -> RenderRequest:
-        """The request with the job's seed, where none was given."""
+        """The request, with the job's seed if it has none."""
         if self.manifest is None or request.seed is not None:
             return request
         return replace(request, seed=self.manifest.seed)
 
     @property
     def is_finished(self) -> bool:
-        """Whether the picture has its name already, and only the folder was left."""
+        """Whether the picture already has its final name, and only the job folder is left."""
         if self.manifest is None or not self.manifest.finished:
             return False
         try:
@@ -138,8 +138,8 @@ class Job:
             return False
 
     def begin(self, manifest: Manifest) -> None:
-        """Make the folder, or go on with the one that is there. Raises JobError naming the first difference, JobLocked
-        and StorageError."""
+        """Create the job folder, or continue with the existing one. Raises JobError naming the first difference between
+        the two, JobLocked and StorageError."""
         if self.manifest is not None:
             if (first := next(manifests.differences(self.manifest, manifest), None)) is not None:
                 raise JobError(
@@ -165,11 +165,11 @@ class Job:
         manifests.write(self.folder / MANIFEST, manifest)
 
     def found(self) -> tuple[str, str]:
-        """How far the job is, and how long ago that was saved: "canvas step 12/20", "3 min"."""
+        """The progress of the job, and the time since it was saved: "canvas step 12/20", "3 min"."""
         return newest_facts(self.folder, self.manifest)
 
     def spool_folder(self, scratch: Path) -> Path:
-        """Where the passes of a decoder are remembered whose scratch files lie in `scratch`."""
+        """The folder for the saved passes of a decoder whose scratch files are in `scratch`."""
         if os.path.realpath(scratch) == os.path.realpath(self.folder.parent):
             return self.folder / SPOOL
         mark = hashlib.sha256(os.fsencode(os.path.abspath(self.folder))).hexdigest()[:8]
@@ -177,21 +177,21 @@ class Job:
 
     @property
     def canvas_folder(self) -> Path | None:
-        """Where a canvas lies that memory does not hold, while there is a job."""
+        """The folder for a canvas too large for memory; None without a started job."""
         spool = self.spool
         return None if spool is None else _canvas_beside(spool)
 
     @property
     def spool(self) -> Path | None:
-        """That folder, while there is a job."""
+        """The folder with the decoder's saved passes; None without a started job."""
         return _spool_of(self.folder, self.manifest) if self._begun and self.manifest is not None else None
 
     def clear_spool(self) -> None:
-        """What the passes have made is whole, or not wanted."""
+        """Delete the decoder's saved passes, which are no longer needed."""
         spools.clear(_spool_of(self.folder, self.manifest))
 
     def note_finished(self, whole: os.stat_result) -> None:
-        """The picture is whole on the disk, and will now get its name."""
+        """Record that the picture is complete on disk, just before it gets its final name."""
         if self._begun and self.manifest is not None:
             with suppress(StorageError):
                 manifests.write(self.folder / MANIFEST, replace(self.manifest, finished=_facts_of(whole)))
@@ -199,7 +199,8 @@ class Job:
     # The journal of the canvas.
 
     def load(self, name: str) -> Tensors | None:
-        """The newest whole state of the phase `name`. Raises JobError where the files that are there are damaged."""
+        """The newest complete state, if it belongs to phase `name`. Raises JobError if the existing state files are
+        damaged."""
         slot = self._newest()
         return slot.stored.tensors if slot is not None and slot.phase == name else None
 
@@ -213,7 +214,7 @@ class Job:
         facts = {"phase": name, "where": where, "number": str(number), **self.facts}
         try:
             tensors.write(self.folder / SLOTS[number % 2], state, facts)
-        except StorageError as error:  # the older state is still there
+        except StorageError as error:  # the older state still exists
             self._due = time.monotonic() + _EVERY
             if not self._full:
                 self._full = True
@@ -225,7 +226,7 @@ class Job:
         self._on_event(Saved(where=where))
 
     def _newest(self) -> _Slot | None:
-        """The older slot is read where the newer one is damaged."""
+        """Read the newest state, or the older one if the newer one is damaged."""
         if not self._begun:
             return None
         numbers = {path: _number_of(path) for path in (self.folder / name for name in SLOTS) if path.exists()}
@@ -238,7 +239,7 @@ class Job:
             raise JobError(f"{next(iter(numbers))}: the job's state is damaged; begin anew with --restart")
         return None
 
-    # What a phase hands to the next.
+    # The reference, which one phase passes to the next.
 
     @property
     def has_reference(self) -> bool:
@@ -249,14 +250,14 @@ class Job:
         return self._begun and any(place.exists() for place in places)
 
     def load_reference(self) -> Tensor:
-        """(1, C, H, W) fp32. Raises JobError."""
+        """The saved reference, (1, C, H, W) in fp32. Raises JobError."""
         stored = tensors.read(self.folder / REFERENCE)
         if stored is None:
             raise JobError(f"{self.folder / REFERENCE}: the job is damaged; begin anew with --restart")
         return stored.tensors["reference"]
 
     def save_reference(self, reference: Tensor) -> None:
-        """A disk without room for it is no reason to stop."""
+        """Save the reference. A full disk is not an error here."""
         if self._begun:
             with suppress(StorageError):
                 tensors.write(self.folder / REFERENCE, {"reference": reference}, {})
@@ -274,14 +275,14 @@ class Job:
 
 
 def _number_of(path: Path) -> int:
-    """Of a state, as its file says; -1 where it says none."""
+    """The number of a state, as recorded in its file; -1 if there is none."""
     number = tensors.read_facts(path).get("number", "")
     return int(number) if number.isdecimal() else -1
 
 
 def _spool_of(folder: Path, manifest: Manifest | None) -> Path:
-    """Where the manifest says; of one that says nothing, as earlier versions wrote, and of none, in the job's
-    folder."""
+    """The spool folder that the manifest names. Without a manifest, or with one from an earlier version that names
+    none, it is in the job folder."""
     return Path(manifest.spool) if manifest is not None and manifest.spool else folder / SPOOL
 
 
@@ -290,8 +291,8 @@ def _canvas_beside(spool: Path) -> Path:
 
 
 def newest_facts(folder: Path, manifest: Manifest | None) -> tuple[str, str]:
-    """How far a job is, and for how long: "canvas step 12/20", "3 min". Empty where nothing is saved. Checks
-    nothing."""
+    """The progress of a job, and the time since it was saved: "canvas step 12/20", "3 min". Both are empty if nothing
+    is saved. The state files are not verified."""
     spool = _spool_of(folder, manifest)
     if where := spools.where_in(spool):
         return where, _age(spool / spools.JOURNAL)
@@ -307,12 +308,12 @@ def newest_facts(folder: Path, manifest: Manifest | None) -> tuple[str, str]:
 
 
 def _age(path: Path) -> str:
-    """Since a file was written."""
+    """The time since a file was written, in words."""
     return spell_seconds(max(0.0, time.time() - path.stat().st_mtime))
 
 
 def spell_seconds(seconds: float) -> str:
-    """ "40 s", "3 min", "5 h", "2 days"."""
+    """A duration in words: "40 s", "3 min", "5 h", "2 days"."""
     for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
         if seconds >= (2 if unit == "days" else 1) * length:
             return f"{seconds / length:.0f} {unit}"

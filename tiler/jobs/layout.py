@@ -1,4 +1,4 @@
-"""The names of what lies in a job's folder, for those that do not open it. Imports next to nothing."""
+"""The names of the files in a job folder, for code that does not open jobs. Imports next to nothing."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ SLOTS = ("state-0.safetensors", "state-1.safetensors")
 
 
 def remove(folder: Path, keep: tuple[str, ...] = ()) -> None:
-    """Only what a job consists of: whatever else someone put there stays, and the folder with it. The manifest goes
-    last but the lock, so that a folder half removed is known as what it was."""
+    """Remove a job's files, except those in `keep`, and then the folder. Files of other origin stay, and the folder
+    with them. The manifest is removed after all files except the lock, so that a partly removed folder can still be
+    identified."""
     own = (*SLOTS, REFERENCE, MANIFEST)
     for name in (*(f"{each}.new" for each in own), *own, LOCK):
         if name not in keep:

@@ -1,4 +1,5 @@
-"""A lock that dies with its process, however that ends: flock(2). No clock decides anything, so a laptop may sleep."""
+"""A lock that ends with its process, however the process ends: flock(2). It depends on no clock, so a laptop may
+sleep."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from tiler.errors import JobLocked, StorageError
 
 
 class Lock:
-    """Held from `take` to `release`. What stands in the file is for people only."""
+    """A lock that is held from `take` to `release`. The content of the lock file is only for people."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -26,7 +27,7 @@ class Lock:
         return self._fd >= 0
 
     def take(self) -> None:
-        """Raises JobLocked with the holder's process, and StorageError."""
+        """Acquire the lock. Raises JobLocked naming the process that holds it, and StorageError."""
         try:
             while self._fd < 0:
                 fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -39,7 +40,7 @@ class Lock:
                         f"{self.path.parent}: {self._holder()} works on this picture already; wait for it"
                     ) from None
                 except FileNotFoundError:
-                    same = False  # its last holder has just tidied up
+                    same = False  # the last holder has just removed it
                 except OSError:
                     os.close(fd)
                     raise
@@ -68,7 +69,7 @@ class Lock:
 
 
 def is_held(path: Path) -> bool:
-    """Whether some process holds the lock now."""
+    """Whether any process holds the lock now."""
     try:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except OSError:

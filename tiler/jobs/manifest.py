@@ -1,4 +1,5 @@
-"""job.json: what a job draws, with what it was begun, and how far it is."""
+"""The manifest job.json: the picture that a job draws, the choices made when the job started, and whether it is
+finished."""
 
 from __future__ import annotations
 
@@ -18,20 +19,20 @@ from tiler.request.options import Panel
 from tiler.request.render import OF_THE_MACHINE
 
 SCHEMA = 1
-_SAMPLE = 2**20  # bytes at each end of a file, which tell it from others
+_SAMPLE = 2**20  # bytes at each end of a file that identify it
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """`said` is the request as it was given, with absolute paths; `picture` is all of the filled one that decides the
-    picture's bytes, files by their content; `made_by` are versions, instruction set and the like, under which bytes are
-    equal."""
+    """The content of job.json. `said` is the request as given, with absolute paths. `picture` holds the values of the
+    resolved request that determine the picture's bytes; files are identified by their content. `made_by` holds
+    versions, the instruction set and other facts: bytes are equal only if these are."""
 
     said: dict[str, Any]
     picture: dict[str, Any]
     model_id: str
     made_by: dict[str, str]
-    methods: dict[str, str]  # of the autoencoder, by phase: what was chosen by the disk's free space stays
+    methods: dict[str, str]  # of the autoencoder, by phase: they depended on free disk space, and stay as chosen
     precision: str
     decode_precision: str = "fp32"
     seed: int
@@ -39,17 +40,17 @@ class Manifest:
     max_ram_bytes: int
     finished: dict[str, int] = field(
         default_factory=dict
-    )  # the picture's size, inode and time, just before it has its name
-    spool: str = ""  # the folder where a decoder's passes are remembered
+    )  # the picture's size, inode and time, just before it gets its final name
+    spool: str = ""  # the folder with the decoder's saved passes
     schema: int = SCHEMA
 
     def as_begun(self, request: ResolvedRequest) -> ResolvedRequest:
-        """The request with what was chosen when the job was begun."""
+        """The request with the choices that were made when the job started."""
         decode_precision = DecodePrecision(self.decode_precision)
         return replace(request, precision=Precision(self.precision), decode_precision=decode_precision)
 
     def request(self) -> RenderRequest:
-        """The request to go on with. Raises JobError."""
+        """The request of the job, to continue it. Raises JobError."""
         try:
             request: RenderRequest = decode(RenderRequest, self.said)
         except (TypeError, ValueError, KeyError) as error:
@@ -60,7 +61,7 @@ class Manifest:
 
 
 def said_of(request: RenderRequest) -> dict[str, Any]:
-    """A request as JSON. Models that are folders or files here get their absolute path."""
+    """Convert a request to JSON. Models given as existing folders or files get absolute paths."""
     said: dict[str, Any] = encode(request)
     for name in _named_by_text():
         if isinstance(said[name], str) and said[name] != "mini" and os.path.exists(said[name]):
@@ -69,12 +70,13 @@ def said_of(request: RenderRequest) -> dict[str, Any]:
 
 
 def _named_by_text() -> list[str]:
-    """Fields whose text may be a path: a model's and its parts'."""
+    """The fields whose text may be a path: the model and its parts."""
     return [f.name for f in fields(RenderRequest) if f.metadata["option"].panel is Panel.MODEL]
 
 
 def picture_of(request: ResolvedRequest) -> dict[str, Any]:
-    """What decides the picture. Where the model lies does not: its id does."""
+    """The values of a request that determine the picture. The model's location is left out, since its id is
+    compared."""
     names = [
         f.name
         for f in fields(request)
@@ -83,12 +85,12 @@ def picture_of(request: ResolvedRequest) -> dict[str, Any]:
     said = {name: getattr(request, name) for name in names}
     for name in set(_named_by_text()) & set(names):
         if isinstance(said[name], str) and os.path.exists(said[name]):
-            said[name] = Path(said[name])  # by its content, wherever it lies
+            said[name] = Path(said[name])  # identified by content, independent of its location
     return {name: _content(value) for name, value in said.items()}
 
 
 def _content(value: Any) -> Any:
-    """A file by its size and a sample of its bytes, whatever field names it."""
+    """Convert a value to JSON. Each file is identified by its name, its size and a hash of a sample of its bytes."""
     if isinstance(value, tuple | list):
         return [_content(item) for item in value]
     if is_dataclass(value):
@@ -107,7 +109,7 @@ def _content(value: Any) -> Any:
 
 
 def differences(old: Manifest, new: Manifest) -> Iterator[str]:
-    """What keeps `new` from going on where `old` ended, most telling first."""
+    """The reasons why `new` cannot continue the job of `old`, the most informative first."""
     if old.model_id != new.model_id:
         yield f"the model is another one (its id was {old.model_id}, it is {new.model_id})"
     for key in dict.fromkeys([*old.picture, *new.picture]):
@@ -127,14 +129,14 @@ def _short(value: Any) -> str:
 
 
 def write(path: Path, manifest: Manifest) -> None:
-    """Raises StorageError."""
+    """Write a manifest durably, with a checksum. Raises StorageError."""
     body = asdict(manifest)
     text = json.dumps({"sha256": _digest(body), **body}, indent=1, ensure_ascii=False)
     replace_durably(path, [text.encode("utf-8", "surrogateescape")])
 
 
 def read(path: Path) -> Manifest:
-    """Raises JobError for a file that is not as it was written, and StorageError."""
+    """Read a manifest. Raises JobError for a file that differs from what was written, and StorageError."""
     try:
         body = json.loads(path.read_text(encoding="utf-8", errors="surrogateescape"))
         if body["schema"] != SCHEMA:

@@ -1,4 +1,4 @@
-"""Names of pictures from templates like `{index:03}-{prompt}.png`, which never lead out of their folder."""
+"""Picture names from templates like `{index:03}-{prompt}.png`. Such names cannot lead out of their folder."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from pathlib import Path, PurePosixPath
 from tiler.errors import UsageError
 
 _PLACEHOLDER = re.compile(r"\{(index|seed|prompt)(?::0?(\d))?\}")
-_LONGEST = 60  # bytes of a prompt in a name
+_LONGEST = 60  # bytes from a prompt in a name
 _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 
 
 def has_placeholder(template: str, *names: str) -> bool:
-    """Whether one of `names`, or any placeholder, is in the template."""
+    """Whether the template contains a placeholder: one of `names` if any are given."""
     return any(not names or match[1] in names for match in _PLACEHOLDER.finditer(template))
 
 
 def fill(template: str, *, index: int, seed: int | None, prompt: str | None) -> str:
-    """Put in the placeholders `{index}`, `{seed}` and `{prompt}`, numbers with leading zeros as in `{index:03}`. Raises
-    UsageError for other braces, and for a seed that is not known."""
+    """Replace the placeholders `{index}`, `{seed}` and `{prompt}`; numbers may have leading zeros, as in `{index:03}`.
+    Raises UsageError for other braces, and for `{seed}` if the seed is unknown."""
     if seed is None and has_placeholder(template, "seed"):
         raise UsageError(f"output {template!r} has a {{seed}}; give one with --seed, or name pictures by {{index}}")
     values = {"index": str(index), "seed": str(seed), "prompt": _slug(prompt)}
@@ -50,6 +50,6 @@ def below(root: Path, name: str) -> Path:
 
 
 def _slug(prompt: str | None) -> str:
-    """A prompt's first words as a part of a file's name."""
+    """The first words of a prompt, for use in a file name."""
     words = re.sub(r"[^\w]+", "-", prompt or "").strip("-").lower()
     return words.encode()[:_LONGEST].decode(errors="ignore").rstrip("-") or "picture"

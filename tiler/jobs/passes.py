@@ -1,4 +1,4 @@
-"""Where a job remembers the passes of its decoder, so that a decode that was killed goes on at one."""
+"""Where a job saves the passes of its decoder, so that an interrupted decode continues at a pass."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 def remember(
     place: Path | None, what: str, plan: DecodePlan, begin: Tensor | np.ndarray | InParts, on_event: OnEvent, note: Callable[[str], None]
 ) -> Spool | None:  # fmt: skip
-    """The spool at `place` for `plan`, which begins with the tensor or array `begin`; `what` is done, for people. None
-    for an encoder without passes, without a job, and, with a note, where there is no room. Raises StorageError."""
+    """The spool at `place` for `plan`, whose input is the tensor or array `begin`; `what` names the work in messages.
+    None for an encoder without passes, without a job, and (with a note) if the disk has too little space. Raises
+    StorageError."""
     if place is None or (plan.encoding and not plan.by_layers):
         return None
     free = free_bytes(plan.folder) + bytes_in(place)
@@ -41,12 +42,12 @@ def remember(
 
 
 def _picture_bytes(latents: Any) -> int:
-    """Of the pixels that (1, C, h, w) latents become."""
+    """The size in bytes of the picture that (1, C, h, w) latents become."""
     return 3 * FACTOR**2 * int(latents.shape[2]) * int(latents.shape[3])
 
 
 def _digest(begin: Any) -> str:
-    """Of the bytes of a tensor or an array, without a copy where they lie in order."""
+    """A hash of the bytes of a tensor or an array, without a copy if they are contiguous."""
     if isinstance(begin, InParts):
         found = hashlib.sha256()
         for part in begin.parts():

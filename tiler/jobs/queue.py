@@ -1,5 +1,5 @@
-"""A queue of pictures: one process for each, one after another, under one ceiling. This process is there all the time,
-so it imports next to nothing: what a row means others have found out."""
+"""A queue of pictures: each is drawn by a process of its own, one after another, under one ceiling. The queue's own
+process stays in memory all the time, so it imports next to nothing; its rows have been interpreted elsewhere."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from tiler.errors import Interrupted, JobLocked, StorageError, UsageError
 from tiler.jobs import claims, layout
 from tiler.jobs.results import DONE, ELSEWHERE, FAILED, INTERRUPTED, SKIPPED, Results
 
-OWN_BYTES = 20_000_000  # of the ceiling: this process's
-BESIDE = "TILER_BESIDE"  # in the environment of a picture's process: bytes of its ceiling that others use
+OWN_BYTES = 20_000_000  # the share of the ceiling for this process
+BESIDE = "TILER_BESIDE"  # environment variable for a picture's process: bytes of its ceiling that other processes use
 BATCH = 64  # rows whose prompts are encoded together
-_PATIENCE = 600.0  # seconds that a picture has to save itself
-_SHOWN = 10  # failed rows that the summary names
+_PATIENCE = 600.0  # seconds in which a picture can save its state
+_SHOWN = 10  # failed rows named in the summary
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 class Checked(NamedTuple):
-    """A row as far as it can be known before it is drawn: the words that follow `tiler render`, without its output;
-    `output` below the queue's root, and the folder of its `job`; `digest` of all that decides the picture and its
-    place. `problem` where it cannot be one; the rest is empty then. `wants_encoder`: its prompts are worth encoding
-    beside those of other rows."""
+    """A row with everything that can be known before it is drawn. `words` follow `tiler render`, without the output.
+    `output` is relative to the queue's root, and `job` is the job folder. `digest` identifies everything that
+    determines the picture and its place. `problem` says why the row cannot be drawn; the other fields are then empty.
+    `wants_encoder` says that it pays to encode its prompts together with those of other rows."""
 
     row: int
     words: Sequence[str] = ()
@@ -49,26 +49,27 @@ class Checked(NamedTuple):
 
 
 def common_code(codes: Set[int]) -> int:
-    """The exit code of many pictures: 0 where none failed, the one of those that did, or 1 where theirs differ."""
+    """The exit code for many pictures: 0 if none failed, the common code of the failures, or 1 if their codes
+    differ."""
     failed = codes - {0}
     return 0 if not failed else next(iter(failed)) if len(failed) == 1 else 1
 
 
 @dataclass(kw_only=True)
 class Tally:
-    """How a queue went."""
+    """The outcome of a queue."""
 
     statuses: Counter[str] = field(default_factory=Counter)
     codes: set[int] = field(default_factory=set)
-    failed: list[int] = field(default_factory=list)  # the first rows that did
+    failed: list[int] = field(default_factory=list)  # the first failed rows
 
     @property
     def exit_code(self) -> int:
-        """Of the failed rows."""
+        """The common exit code of the failed rows."""
         return common_code(self.codes)
 
     def __str__(self) -> str:
-        """ "3 done, 2 failed (rows 4, 7)"."""
+        """A summary like "3 done, 2 failed (rows 4, 7)"."""
         number, rows = self.statuses[FAILED], ", ".join(map(str, self.failed))
         which = f" (row{'s' * (number > 1)} {rows}{', …' * (number > len(self.failed))})"
         return ", ".join(f"{n} {status}{which if status == FAILED else ''}" for status, n in self.statuses.items())
@@ -76,9 +77,9 @@ class Tally:
 
 @dataclass(frozen=True, kw_only=True)
 class Queue:
-    """Rows drawn below `root`, under a ceiling for this process and theirs; `results` gets a line for each. `shared`
-    with other machines: a row that one of them draws is left to it. `encode` prompts of several rows ahead, `say` a
-    line for people, `finished` a picture's report as `--json` gives it."""
+    """Draws rows below `root`, under one ceiling for this process and theirs. `results` gets a line for each row. With
+    `shared`, rows that other machines draw are left to them. `encode` encodes the prompts of several rows ahead, `say`
+    shows a line to the user, and `finished` receives a picture's report as `--json` prints it."""
 
     root: Path
     results: Results
@@ -89,12 +90,12 @@ class Queue:
     say: Callable[[str], None] = lambda text: None
     finished: Callable[[dict[str, Any]], None] = lambda report: None
     tally: Tally = field(default_factory=Tally)
-    _outputs: array[int] = field(default_factory=lambda: array("Q"))  # hashes of those so far
+    _outputs: array[int] = field(default_factory=lambda: array("Q"))  # hashes of the outputs so far
 
     def run(self, rows: Iterable[Iterable[Checked]]) -> Tally:
-        """Draw all rows that are not done yet, those that are known at a time by those. Raises Interrupted, after the
-        picture under way has saved itself, and StorageError."""
-        later: list[Checked] = []  # rows that another machine draws, or for which the disk has no room now
+        """Draw all rows that are not done yet, group by group as they become known. Raises Interrupted, after the
+        current picture has saved its state, and StorageError."""
+        later: list[Checked] = []  # rows that another machine draws, or for which the disk is too full now
         for known in rows:
             for batch in _batches(self._undone(known)):
                 self._draw_batch(batch, later)
@@ -145,8 +146,8 @@ class Queue:
                 return
 
     def _draw(self, row: Checked, *, is_last: bool = False) -> bool:
-        """False where another machine draws it, and where it is not the `is_last` try and the disk fails: other rows
-        may need less room."""
+        """Draw a row. Return False if another machine draws it, or if the disk is full and this is not the `is_last`
+        attempt: other rows may need less space."""
         output, job = self.root / row.output, Path(row.job)
         try:
             output.parent.mkdir(parents=True, exist_ok=True)
@@ -159,7 +160,7 @@ class Queue:
         if not claims.claim(job):
             return False
         try:
-            if self._is_done(row):  # between the first look and the claim
+            if self._is_done(row):  # finished between the first check and the claim
                 self.tally.statuses[SKIPPED] += 1
                 return True
             return self._draw_here(row, output, is_last=is_last)
@@ -197,7 +198,7 @@ class Queue:
         else:
             facts["error"] = _error_in(told, process.returncode)
         self._note(row, DONE if code == 0 else FAILED, code, facts)
-        if code == 0 and not keeps:  # only now: a job whose picture is finished says so where this line is lost
+        if code == 0 and not keeps:  # last: if the note is lost, the job still says that it is finished
             layout.remove(Path(row.job))
         return True
 
@@ -215,7 +216,7 @@ class Queue:
         if status == FAILED:
             tally.codes.add(code)
             tally.failed += [row.row] * (len(tally.failed) < _SHOWN)
-            why = "" if "started" in facts else f": {facts['error']}"  # else the picture's process has said it
+            why = "" if "started" in facts else f": {facts['error']}"  # else the picture's process has printed it
             self.say(f"row {row.row}: failed with exit code {code}{why}")
         self.results.note(
             {
@@ -226,7 +227,7 @@ class Queue:
 
 
 def _batches(rows: Iterable[Checked]) -> Iterator[list[Checked]]:
-    """Rows that want an encoder are gathered, those that do not are drawn as they come."""
+    """Group rows that want an encoder; each other row ends its batch, so that it is drawn at once."""
     batch: list[Checked] = []
     for row in rows:
         batch.append(row)
@@ -238,15 +239,15 @@ def _batches(rows: Iterable[Checked]) -> Iterator[list[Checked]]:
 
 
 def popen(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
-    """A process of the queue's. It has a group of its own: what the terminal sends arrives here, once, and is handed
-    on."""
+    """Start a process of the queue in a process group of its own. Signals from the terminal thus reach only this
+    process, which forwards them once."""
     environment = {**os.environ, BESIDE: str(OWN_BYTES)}
     options = {"stdin": subprocess.DEVNULL, **options}
     return subprocess.Popen(command, process_group=0, preexec_fn=_end_with_parent, env=environment, **options)
 
 
 def end(process: subprocess.Popen[bytes], number: int) -> None:
-    """Hand a signal on, and let the process save itself."""
+    """Forward a signal, and wait while the process saves its state."""
     process.send_signal(number)
     try:
         process.communicate(timeout=_PATIENCE)
@@ -257,7 +258,7 @@ def end(process: subprocess.Popen[bytes], number: int) -> None:
 
 @contextmanager
 def _pausing(process: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Let Ctrl-Z stop the picture's process as well, and `fg` go on with both."""
+    """Let Ctrl-Z also stop the picture's process, and `fg` continue both."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         process.send_signal(signal.SIGSTOP)
@@ -272,12 +273,12 @@ def _pausing(process: subprocess.Popen[bytes]) -> Iterator[None]:
 
 
 def _end_with_parent() -> None:
-    """In the new process: when this one ends, however that comes, the picture is saved and its process ends too."""
+    """Called in the new process: when its parent ends for any reason, SIGTERM makes it save the picture and end too."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _error_in(told: bytes, returncode: int) -> str:
-    """What `--json` printed of an error."""
+    """The error in a process's `--json` output."""
     try:
         return str(json.loads(told)["error"])
     except (ValueError, KeyError, TypeError):
@@ -287,7 +288,7 @@ def _error_in(told: bytes, returncode: int) -> str:
 
 
 def _add(found: array[int], value: int) -> bool:
-    """Put `value` into a rising array, unless it is there: 8 bytes a row, where a set takes 80."""
+    """Insert `value` into a sorted array, and return whether it was new. An array takes 8 bytes a row, a set 80."""
     at = bisect_left(found, value)
     if at < len(found) and found[at] == value:
         return False

@@ -1,5 +1,5 @@
-"""FILE.results.jsonl: a line for each row of a queue that was drawn or failed, appended; and which rows are done by
-it."""
+"""The file FILE.results.jsonl, which gets a line for each row of a queue that was drawn or failed, and from which the
+queue learns which rows are done."""
 
 from __future__ import annotations
 
@@ -11,39 +11,39 @@ from typing import Any
 from tiler.errors import StorageError
 
 DONE, FAILED, INTERRUPTED, SKIPPED, ELSEWHERE = "done", "failed", "interrupted", "skipped", "left to other machines"
-_MOST_ROWS = 10**7  # whatever a damaged file says
+_MOST_ROWS = 10**7  # a limit for damaged files
 _SUFFIX = ".results.jsonl"
 
 
 def file_of(queue: Path, host: str = "") -> Path:
-    """Where the results of a queue's file go; each of several machines has a file of its own."""
+    """The results file of a queue's file. With several machines, each has a results file of its own."""
     return queue.with_name(f"{queue.name}{f'.{host}' if host else ''}{_SUFFIX}")
 
 
 class Results:
-    """`path` is written, and read once; with `shared`, so are those of other machines beside it, and `look` reads what
-    they have appended."""
+    """The results in the file `path`, read once and then appended to. With `shared`, the results files of other
+    machines beside it are read too; `look` reads what was appended to them since."""
 
     def __init__(self, path: Path, queue: str, *, shared: bool) -> None:
         self.path = path
         self._queue, self._shared = queue, shared
-        self._done = array("Q")  # by row, the digest of what it said when it was drawn; 0 where it was not
-        self._read = dict[Path, int]()  # how far
-        self._torn = False  # the file's last line
+        self._done = array("Q")  # by row: its digest when it was drawn, or 0
+        self._read = dict[Path, int]()  # bytes read, by file
+        self._torn = False  # whether the last line of `path` is incomplete
         self.look()
 
     def is_done(self, row: int, digest: int) -> bool:
         return row < len(self._done) and self._done[row] == digest
 
     def look(self) -> None:
-        """Raises StorageError."""
+        """Read the lines that were appended since the last call. Raises StorageError."""
         others = self.path.parent.glob(f"{_quoted(self._queue)}*{_SUFFIX}") if self._shared else ()
         for path in {self.path, *others}:
             if path.exists():
                 self._take(path)
 
     def note(self, line: dict[str, Any]) -> None:
-        """Raises StorageError."""
+        """Append a line. Raises StorageError."""
         try:
             with self.path.open("ab") as file:
                 file.write(b"\n" * self._torn + json.dumps(line).encode() + b"\n")
@@ -56,7 +56,7 @@ class Results:
             with path.open("rb") as file:
                 file.seek(self._read.get(path, 0))
                 while line := file.readline():
-                    if line.endswith(b"\n"):  # else half a line, of a power cut, or of a machine that is writing it
+                    if line.endswith(b"\n"):  # else incomplete, after a power cut or while another machine writes it
                         self._read[path] = file.tell()
                         self._learn(line)
                     elif path == self.path:
@@ -76,5 +76,5 @@ class Results:
 
 
 def _quoted(name: str) -> str:
-    """For a glob."""
+    """Escape a name for a glob pattern."""
     return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)

@@ -1,4 +1,4 @@
-"""The pictures of a queue: TOML, JSON lines, or the lines of AUTOMATIC1111's "Prompts from file or textbox"."""
+"""Read the rows of a queue from TOML, JSON lines, or the lines of AUTOMATIC1111's "Prompts from file or textbox"."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from tiler.request import RenderRequest
 
 MAX_TOML = 16 * 2**20
 MAX_LINE = 2**20
-NAME = "{index:03}-{prompt}.png"  # of a picture whose row names no output
+NAME = "{index:03}-{prompt}.png"  # the output of a row that names none
 _OTHER_NAMES = {"sampler": "scheduler", "cfg": "cfg-scale"}
-# AUTOMATIC1111's tags (github.com/AUTOMATIC1111/stable-diffusion-webui/wiki/Features#prompts-from-file), by our keys.
+# Keys of rows by AUTOMATIC1111's tags
+# (github.com/AUTOMATIC1111/stable-diffusion-webui/wiki/Features#prompts-from-file).
 _TAGS = {
     "prompt": "prompt", "negative_prompt": "negative-prompt", "seed": "seed", "steps": "steps", "width": "width",
     "height": "height", "cfg_scale": "cfg-scale", "sampler_name": "scheduler", "sd_model": "model",
@@ -32,32 +33,32 @@ _WITHOUT_EFFECT = frozenset(
 
 @dataclass(frozen=True)
 class Row:
-    """One picture: the words that follow `tiler render`, without prompt and output; `problem` where it cannot be
-    one."""
+    """One picture: the words that follow `tiler render`, without prompt and output. `problem` says why it cannot be
+    drawn."""
 
     index: int
     prompt: str | None
     words: tuple[str, ...]
-    output: str | None  # as said, with placeholders
+    output: str | None  # as given, with placeholders
     notes: tuple[str, ...] = ()
     problem: str | None = None
 
 
 class Entry(NamedTuple):
-    """The rows that one line of a file makes, and where in the file the next line begins."""
+    """The rows of one line of a file, and the offset at which the next line starts."""
 
     rows: tuple[Row, ...]
     end: int
 
 
 def grows(path: Path) -> bool:
-    """Whether a file is read line by line, also lines that are appended while the rows before them are drawn."""
+    """Whether a file is read line by line, including lines that are appended while earlier rows are drawn."""
     return path.suffix.lower() != ".toml"
 
 
 def read_entries(path: Path, at: int = 0, index: int = 0) -> Iterator[Entry]:
-    """The lines of a file from the byte `at` on, before which there are `index` rows. What is wrong with a line is its
-    row's problem. Raises StorageError."""
+    """Read the lines of a file from byte `at` on; `index` rows precede it. An error in a line becomes its row's
+    problem. Raises StorageError."""
     parse = {".jsonl": _json_line, ".ndjson": _json_line}.get(path.suffix.lower(), _prompt_line)
     try:
         with path.open("rb") as file:
@@ -77,8 +78,8 @@ def read_entries(path: Path, at: int = 0, index: int = 0) -> Iterator[Entry]:
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """The rows of a file, by its ending. What is wrong with a TOML file is a UsageError, with a line its row's
-    problem."""
+    """The rows of a file, read according to its ending. Raises UsageError for an invalid TOML file; an error in a line
+    of another file becomes its row's problem."""
     return (row for entry in read_entries(path) for row in entry.rows) if grows(path) else _toml_rows(path)
 
 
@@ -155,7 +156,7 @@ def _prompt_line(line: str) -> tuple[dict[str, Any], list[str]]:
 
 
 def _rows_of(said: Mapping[str, Any], index: int) -> Iterator[Row]:
-    """The rows of one entry: `count` of them, with seeds that follow one another."""
+    """The rows of one entry: `count` of them, with consecutive seeds."""
     values = {_OTHER_NAMES.get(key, key).replace("_", "-"): value for key, value in said.items()}
     count, prompt, output = values.pop("count", 1), values.pop("prompt", None), values.pop("output", None)
     folder = values.pop("folder", None)
@@ -192,7 +193,7 @@ def _words(key: str, value: Any) -> Iterator[str]:
         yield f"--{key}={value}"
 
 
-# A file of rows may be another person's: where things are written, and who draws, is said on the command line alone.
+# A file of rows may come from another person, so only the command line decides where files are written and who draws.
 _NOT_OF_ROWS = frozenset(
     (
         "cluster",
@@ -210,7 +211,7 @@ _NOT_OF_ROWS = frozenset(
 
 
 def _keys() -> frozenset[str]:
-    """The long options of `tiler render` that say something of one picture."""
+    """The long options of `tiler render`."""
     options = (f.metadata["option"] for f in fields(RenderRequest))
     return frozenset(name[2:] for option in options for name in option.names if name.startswith("--"))
 

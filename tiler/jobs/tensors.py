@@ -1,4 +1,4 @@
-"""Tensors of the program's own in safetensors files that say themselves whether they are whole."""
+"""Store the program's own tensors in safetensors files with a checksum that shows whether a file is complete."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _DIGEST = "sha256"
 
 
 class Stored(NamedTuple):
-    """What a file holds: tensors by name, and texts by name."""
+    """The content of a file: tensors by name, and texts by name."""
 
     tensors: dict[str, Tensor]
     facts: dict[str, str]
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> None:
-    """Replace `path` as a whole. Nothing is copied that is contiguous. Raises StorageError."""
+    """Replace `path` atomically. Contiguous tensors are not copied. Raises StorageError."""
     names = {dtype: name for name, dtype in _dtypes().items()}
     held = {name: tensor.contiguous() for name, tensor in tensors.items()}
     header, at = dict[str, object](), 0
@@ -50,7 +50,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -
 
 
 def read(path: Path) -> Stored | None:
-    """What `write` wrote; None where the file is not there, or not as it was written. Raises StorageError."""
+    """Read a file that `write` wrote; None if it does not exist or its checksum is wrong. Raises StorageError."""
     import torch
 
     dtypes = _dtypes()
@@ -82,7 +82,7 @@ def read(path: Path) -> Stored | None:
 
 
 def read_facts(path: Path) -> dict[str, str]:
-    """The texts alone; nothing where they cannot be read. The tensors are not checked."""
+    """The texts of a file; empty if they cannot be read. The tensors are not checked."""
     try:
         return read_metadata(path) if path.exists() else {}
     except (ModelError, OSError):
@@ -90,7 +90,7 @@ def read_facts(path: Path) -> dict[str, str]:
 
 
 def _dtypes() -> dict[str, Any]:
-    """Those of a state, by their names in the format."""
+    """The dtypes of a state, by their names in the safetensors format."""
     import torch
 
     return {

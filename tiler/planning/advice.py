@@ -1,5 +1,5 @@
-"""What would need less memory where a plan does not fit. Every way is planned itself, and one that gains nothing is not
-told."""
+"""Advice on options that need less memory, for a plan that does not fit. Each option is planned itself, and reported
+only if it gains something."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from tiler.planning.render import RenderPlan
 from tiler.planning.table import MemoryPlan
 from tiler.request import PIXEL_STEP, Decode, Precision, ResolvedRequest
 
-_WORTH = 0.98  # of the smallest ceiling: less of a gain is within what a plan can tell
+_WORTH = 0.98  # of the smallest ceiling: a smaller gain is within a plan's error
 
 
 def advise(request: ResolvedRequest, plan: RenderPlan, replan: Callable[[ResolvedRequest], MemoryPlan]) -> str:
-    """Which options make the plan fit, or come nearest, for people; "" where none gains anything. `replan` plans a
-    request."""
+    """The options that make the plan fit, or that come nearest to it, as text for the user; "" if none gains anything.
+    `replan` plans a request."""
     found: list[tuple[str, MemoryPlan]] = []
     for option, changed in _lighter(request, plan.precision):
         try:
             memory = replan(changed)
         except TilerError:
-            continue  # what it would need is not there
+            continue  # e.g. a file that it needs does not exist
         if memory.smallest_bytes < _WORTH * plan.memory.smallest_bytes:
             found.append((option, memory))
     if fitting := [option for option, memory in found if memory.fits]:
@@ -31,7 +31,8 @@ def advise(request: ResolvedRequest, plan: RenderPlan, replan: Callable[[Resolve
 
 
 def _lighter(request: ResolvedRequest, precision: Precision) -> Iterator[tuple[str, ResolvedRequest]]:
-    """Requests for the same picture otherwise made, then for a smaller one, each with the option that tells it."""
+    """Requests for the same picture made in another way, then for a smaller picture, each with the option to give for
+    it."""
     other = Precision.FP32 if precision is Precision.INT8 else Precision.INT8
     yield f"--precision {other}", replace(request, precision=other)
     if request.decode not in (Decode.FROZEN, Decode.TINY):

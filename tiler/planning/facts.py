@@ -14,11 +14,11 @@ class Facts:
     """Facts measured after the models are built, when nearly all code that a run needs is imported. Sizes in bytes."""
 
     rss_bytes: int
-    scratch_free_bytes: int  # of the file system that scratch files go to
-    int8: Int8  # what int8 means here
-    bf16: bool  # whether products of bf16 are computed here
-    guide_pixels: int = 0  # of the user's picture, as it is kept
-    guide_load_bytes: int = 0  # that loading it takes
+    scratch_free_bytes: int  # on the file system of the scratch files
+    int8: Int8  # this machine's support for int8
+    bf16: bool  # whether this machine can multiply in bf16
+    guide_pixels: int = 0  # of the user's picture as kept in memory
+    guide_load_bytes: int = 0  # memory for loading it
 
     @property
     def libraries(self) -> Term:

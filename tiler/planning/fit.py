@@ -35,18 +35,18 @@ class Streamed(NamedTuple):
     weights: Sequence[Weight]
     stored: Mapping[str, TensorInfo]
     int8_products: bool = False
-    slack: float = RESIDENT_SLACK  # freed blocks between those that stay, as a share of them
+    slack: float = RESIDENT_SLACK  # freed blocks between resident ones, as a share of their size
 
 
 def with_resident(
     phase: PhasePlan, streamed: Streamed, method: DecodePlan | None, max_bytes: int
 ) -> tuple[PhasePlan, dict[str, torch.dtype]]:
     """`phase` with the resident weights that the ceiling has room for; `method` is given for an autoencoder's phase."""
-    # An autoencoder's strips come and go between the plan's figures: with less room 784 and 791 MB of 800 were
+    # An autoencoder's strips come and go between the figures of the plan: with less room, 784 and 791 MB of 800 were
     # measured.
     fill = RESIDENT_MARGIN if method is None else NEAR
     room = int((max_bytes * fill - phase.peak_bytes) / (1 + streamed.slack))
-    # Layer by layer every weight is read once: nothing is gained by keeping any.
+    # Layer by layer, every weight is read once, so nothing is gained by keeping it.
     chosen = {} if method is not None and method.by_layers else _choose_resident(streamed, room)
     nbytes = sum(_resident_bytes(streamed.stored[name], dtype) for name, dtype in chosen.items())
     phase = _with(phase, "resident weights", int((1 + streamed.slack) * nbytes))

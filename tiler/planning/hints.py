@@ -1,4 +1,5 @@
-"""Which smaller choices would help a render: each is planned itself, and one that gains nothing is not told."""
+"""Hints on smaller choices that would help a render. Each choice is planned itself, and reported only if it gains
+something."""
 
 from __future__ import annotations
 
@@ -13,15 +14,15 @@ from tiler.planning.render import RenderPlan
 from tiler.planning.tiling import Tiling, plan_tiling
 from tiler.request import Precision, ResolvedRequest
 
-_LOWER, _FASTER = 0.98, 0.95  # of floor and time: less of a gain is within what a plan can tell
+_LOWER, _FASTER = 0.98, 0.95  # of the smallest ceiling and the time: a smaller gain is within a plan's error
 _TILE = 768  # pixels
-_FEW = 4  # steps of a model distilled to few
-_BITS = 4.5 / 16  # of a pass whose weights are stored in blocks of 4 bits and a scale, not in 16
+_FEW = 4  # steps of a model distilled for few steps
+_BITS = 4.5 / 16  # bytes of a pass: blocks of 4-bit weights with a scale, relative to 16-bit weights
 
 
 class Way(NamedTuple):
-    """A smaller choice: what to do, what it makes of the request, which share of the denoiser's bytes is read then, and
-    whether memory is needed as before."""
+    """A smaller choice: its description, the changed request, the share of the denoiser's bytes that it reads, and
+    whether it needs the same memory as before."""
 
     words: str
     request: ResolvedRequest
@@ -30,7 +31,7 @@ class Way(NamedTuple):
 
 
 class Hint(NamedTuple):
-    """What a way would come to."""
+    """The predicted effect of a way."""
 
     words: str
     smallest_bytes: int
@@ -38,20 +39,20 @@ class Hint(NamedTuple):
 
 
 Judge = Callable[[ResolvedRequest, RenderPlan, Tiling, float], float]
-"""(request, a plan with its memory, its tiling, share of the denoiser's bytes that is read) → seconds."""
+"""(request, the plan with its memory, its tiling, the share of the denoiser's bytes that is read) → seconds."""
 
 
 def hints(
     request: ResolvedRequest, plan: RenderPlan, replan: Callable[[ResolvedRequest], RenderPlan], judge: Judge
 ) -> list[Hint]:
-    """Those that lower the smallest ceiling of `plan` or its time. `replan` plans a request."""
+    """The hints that lower the smallest ceiling of `plan` or its time. `replan` plans a request."""
     before, found = judge(request, plan, plan, 1.0), list[Hint]()
     for way in _ways(request, plan):
         try:
             other = plan if way.same_memory else replan(way.request)
             tiling = plan_tiling(way.request, plan.family) if way.same_memory else other
         except TilerError:
-            continue  # what it would need is not there
+            continue  # e.g. a file that it needs does not exist
         hint = Hint(way.words, other.memory.smallest_bytes, judge(way.request, other, tiling, way.share))
         if hint.smallest_bytes < _LOWER * plan.memory.smallest_bytes or hint.seconds < _FASTER * before:
             found.append(hint)

@@ -139,7 +139,7 @@ class DenoiserPeaks:
     ) -> None:
         self.family, part = models.family, models.family.part(Role.DENOISER)
         self.module, self.stored = models.module(part), dict(self.family.checkpoint.weights(part.name))
-        match_index(self.module, self.stored, part.aliases)  # what is missing or misshapen is found before any work
+        match_index(self.module, self.stored, part.aliases)  # missing or misshapen weights are found before any work
         quantised = part.int8_weights(self.module) if precision is Precision.INT8 else frozenset[str]()
         self.stored |= {
             name: self.stored[name]._replace(dtype="I8", nbytes=math.prod(self.stored[name].shape))
@@ -211,11 +211,11 @@ class DenoiserPeaks:
         """The phase that denoises `tiles`, one entry for each sample, with `batch` samples for each read of the
         weights."""
         groups = [tuple(tiles[i : i + batch]) for i in range(0, len(tiles), batch)]
-        group = max(groups, key=lambda g: (len(set(g)), len(g)))  # halves of one tile share their first layers
+        group = max(groups, key=lambda g: (len(set(g)), len(g)))  # both samples of one tile share their first layers
         group = tuple(sorted(set(group)).index(tile) for tile in group)
         tight = self.streamer.arena_bytes < ARENA_BYTES
         mapped = self.family.traits.large_blocks
-        in_place = bool(self.streamer.int8_keys) and reads_blocks()  # then nothing is packed and freed unit by unit
+        in_place = bool(self.streamer.int8_keys) and reads_blocks()  # nothing is then packed and freed unit by unit
         roomy = PACKED_HEAP_SLACK if self.packs_floats else HEAP_SLACK
         slack = MAPPED_HEAP_SLACK if mapped else TIGHT_HEAP_SLACK if tight or in_place else roomy
         work = self.activations(group, height, width) + int(slack * self.activations((0,), height, width))

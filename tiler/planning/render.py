@@ -1,7 +1,8 @@
-"""From a request, a checkpoint's models and a ceiling: what each phase will need, and what is done so that it fits.
+"""Plan a render from a request, a checkpoint's models and a ceiling: the needs of each phase, and the choices that make
+it fit.
 
-Nothing is read but the weight files' headers, nothing is asked of the process, and nothing is computed: the phases' own
-code runs on meta tensors under a `MetaMeter`.
+Only the headers of weight files are read, the process is not measured, and nothing is computed: the phases' own code
+runs on meta tensors under a `MetaMeter`.
 """
 
 from __future__ import annotations
@@ -38,50 +39,50 @@ from tiler.request import Decode, DecodePrecision, GuideUpscale, Precision, Reso
 from tiler.request.wording import most_chunks
 
 ORDER = ("load guide", "encode prompts", "guide", "guide picture", "canvas", "decode", "write")  # of the phases
-# Samples that share a read of the weights. A choice, no measurement: SD 1.5's share is then 0.1 GB each, beside seconds
-# of arithmetic.
+# Samples that share a read of the weights. Chosen, not measured: for SD 1.5, each sample's share of a read is then
+# 0.1 GB, compared with seconds of arithmetic.
 MAX_BATCH = 16
-_ARRAYS = 6  # of a canvas's size: latents before and after, their sum, what a scheduler remembers, a reference
-# From here on a canvas lies in files. It depends on nothing but the size: the last bits of one scheduler tell which.
+_ARRAYS = 6  # of the canvas's size: latents before and after, their sum, the scheduler's memory, a reference
+# A larger canvas is stored in files. This depends on the size alone, since it affects the last bits of one scheduler.
 IN_MEMORY_BYTES = 128_000_000
-_STORED_BYTES = 24_000_000  # the parts of it that are in memory
+_STORED_BYTES = 24_000_000  # the parts of a stored canvas that are in memory
 
 
 @dataclass(frozen=True, kw_only=True)
 class RenderPlan(Tiling):
-    """How a request is carried out. Sizes in latent pixels."""
+    """The choices for carrying out a request. Sizes are in latent pixels."""
 
     family: Family
     batch: int
-    resident: dict[str, dict[str, torch.dtype]]  # by phase: weights that stay in memory, by parameter name
-    decoder: VaeSpec  # what makes the picture: the checkpoint's own, or a tiny one
-    methods: dict[str, DecodePlan]  # how the autoencoder works for "guide decoded", "guide picture" and "decode"
+    resident: dict[str, dict[str, torch.dtype]]  # by phase: the weights that stay in memory, by parameter name
+    decoder: VaeSpec  # the decoder of the picture: the checkpoint's own, or a tiny one
+    methods: dict[str, DecodePlan]  # of the autoencoder, for "guide decoded", "guide picture" and "decode"
     memory: MemoryPlan
     guide_batch: int
     arena_bytes: int  # for the denoiser's weights in use
-    sample_bytes: int  # what one sample alone takes in the denoiser, the weights in use included
+    sample_bytes: int  # for one sample alone in the denoiser, including the weights in use
     precision: Precision  # fp32, bf16 or int8
     precision_why: str
     decode_precision: Precision  # of the autoencoder: fp32 or bf16
     scheduler: Scheduler  # never AUTO
-    notes: tuple[str, ...]  # on the scheduler, for the user
-    encoded: bool  # whether all prompts are embedded already, and no text encoder is read
-    stored: bool  # whether the canvas lies in files
+    notes: tuple[str, ...]  # for the user, on the scheduler and on where the canvas is stored
+    encoded: bool  # whether all prompts are already encoded, and no text encoder is read
+    stored: bool  # whether the canvas is stored in files
 
     @property
     def shape(self) -> Shape:
-        """Of the canvas, (1, C, h, w)."""
+        """The shape of the canvas, (1, C, h, w)."""
         return 1, self.family.latent_channels, *self.canvas
 
     @property
     def denoiser_calls(self) -> int:
-        """Passes over the denoiser's weights."""
+        """The number of passes over the denoiser's weights."""
         both = (self.guide_steps, self.guide_batch), (self.canvas_steps, self.batch)
         return sum(math.ceil(step.samples / batch) for steps, batch in both for step in steps)
 
     @property
     def upscale_flops(self) -> int:
-        """Floating-point operations of the autoencoder that bring the guide to the canvas's size."""
+        """The floating-point operations of the autoencoder for enlarging the guide to the canvas's size."""
         return sum(m.flops + m.attention_flops for name, m in self.methods.items() if name != "decode")
 
 
@@ -97,21 +98,21 @@ def plan_render(
     embeds: bool = False,
     tiles_only: bool = False,
 ) -> RenderPlan:
-    """Plan a render whose work is cut into `tiling`. The memory plan may still exceed the ceiling, `max_bytes`: its
-    `check()` then refuses. `methods` are those that an earlier run chose for the autoencoder, by the names of
-    `RenderPlan.methods`. Prompts that are `encoded` already need no text encoder; those that name embeddings (`embeds`)
-    may be longer than their words. A process that predicts `tiles_only`, for a canvas that is elsewhere, has no other
-    phase.
+    """Plan a render whose work is cut into `tiling`. The memory plan may exceed the ceiling `max_bytes`; its `check()`
+    then refuses. `methods` are the autoencoder's methods chosen by an earlier run, by the names in
+    `RenderPlan.methods`. Prompts that are already `encoded` need no text encoder. Prompts that name embeddings
+    (`embeds`) may be longer than their words suggest. With `tiles_only`, the process predicts tiles for a canvas held
+    elsewhere and has no other phase.
 
-    Raises UsageError for numbers of steps that do not go with the scheduler, and ModelError for a scheduler config or
-    weights that no work should begin with.
+    Raises UsageError for step counts that do not suit the scheduler, and ModelError for a scheduler config or weights
+    that are unusable.
     """
     family = models.family
     if request.attention_window is not None and family.traits.patch > 1:
         raise UsageError(f"--attention-window is for UNets, and {family.traits.title} is a transformer; leave it out")
     schedule = build_schedule(request, family)
     guide, tile = tiling.guide, tiling.regions.tile
-    # Of the step with most: the tile of each sample.
+    # For the step with the most samples: the tile of each sample.
     fullest = (
         max(steps, key=lambda step: step.samples, default=None) for steps in (tiling.canvas_steps, tiling.guide_steps)
     )
@@ -120,7 +121,7 @@ def plan_render(
 
     precision, precision_why = choose_precision(request.precision, family, facts.int8, bf16=facts.bf16)
     chunks = most_chunks(tiling.texts, MOST_CHUNKS) if family.traits.chunked else 1
-    chunks += embeds  # whose vectors the words do not tell
+    chunks += embeds  # the words do not show the embeddings' length
     sampler = DenoiserPeaks(models, precision, chunks=chunks)
     tight = DenoiserPeaks(models, precision, arena_bytes=TIGHT_ARENA_BYTES, chunks=chunks)
     fixed = [facts.libraries]
@@ -145,7 +146,7 @@ def plan_render(
         decode_precision = choose_decode_precision(request.decode_precision, precision, bf16=facts.bf16)
         coding = _plan_coding(request, models, tiling, facts, methods, decode_precision, stored=on_disk)
     prompts = Term(name="prompts", nbytes=len(tiling.texts) * sampler.prompt_bytes)
-    others_bytes = prompts.nbytes - sampler.prompt_bytes  # of one the denoiser's own figure has
+    others_bytes = prompts.nbytes - sampler.prompt_bytes  # the denoiser's own figure includes one prompt
     denoising = [*fixed, Term(name="canvas", nbytes=canvas_bytes), Term(name="prompts", nbytes=others_bytes)]
 
     def sampling(by: DenoiserPeaks, name: str, batch: int = 1) -> PhasePlan:
@@ -168,7 +169,7 @@ def plan_render(
     encoding = PhasePlan(name="encode prompts", terms=(facts.text_libraries, prompts))
     if not encoded:
         encoding = text_phase(models, [facts.text_libraries, prompts])
-    if facts.guide_load_bytes:  # the user's picture is loaded first, and waits while prompts are encoded
+    if facts.guide_load_bytes:  # the user's picture is loaded first, and stays in memory while prompts are encoded
         picture = Term(name="picture", nbytes=3 * facts.guide_pixels)
         loading = Term(name="picture", nbytes=facts.guide_load_bytes)
         others = [
@@ -182,7 +183,7 @@ def plan_render(
     if tiles_only:
         others = []
     resident: dict[str, dict[str, torch.dtype]] = {phase.name: {} for phase in others}
-    once = family.part(Role.DENOISER).once  # of these, none is read at every step
+    once = family.part(Role.DENOISER).once  # these weights are not read at every step
     stored = {name: info for name, info in sampler.stored.items() if not once(name)}
     streamed = Streamed(sampler.weights, stored, facts.int8.products, sampler.resident_slack)
     filled = [
@@ -226,16 +227,16 @@ class _CodingPhase(NamedTuple):
     streamed: Streamed
 
     def holding(self, term: Term) -> _CodingPhase:
-        """While something else waits."""
+        """The phase with another term that stays in memory meanwhile."""
         return self._replace(phase=PhasePlan(name=self.phase.name, terms=(*self.phase.terms, term)))
 
 
 class _Coding(NamedTuple):
-    """What the autoencoder does in a render: how, by the names of RenderPlan.methods, and its phases."""
+    """The autoencoder's work in a render: its methods, by the names of RenderPlan.methods, and its phases."""
 
     methods: dict[str, DecodePlan]
     phases: list[_CodingPhase]
-    whole: WholePicture | None  # what of the picture is held
+    whole: WholePicture | None  # the complete picture, for formats that need it
 
 
 def _plan_coding(
@@ -268,7 +269,7 @@ def _plan_coding(
 
 
 def build_schedule(request: ResolvedRequest, family: Family) -> DiffusersSchedule:
-    """The schedule of a render, checked to the end. Raises UsageError, ModelError."""
+    """The complete, validated schedule of a render. Raises UsageError and ModelError."""
     asked, config, steps, traits = request.scheduler, family.scheduler, request.num_inference_steps, family.traits
     if not traits.flow:
         return schedulers.build(
@@ -280,8 +281,8 @@ def build_schedule(request: ResolvedRequest, family: Family) -> DiffusersSchedul
 
 
 def choose_decode_precision(wanted: DecodePrecision, denoiser: Precision, *, bf16: bool) -> Precision:
-    """What the autoencoder is computed in beside a denoiser in that precision. Raises UsageError for bf16 where nothing
-    here computes with it."""
+    """The precision of the autoencoder beside a denoiser of the given precision. Raises UsageError for bf16 if this
+    machine cannot compute in it."""
     if wanted is DecodePrecision.BF16 and not bf16:
         raise _no_bf16("--decode-precision", "fp32 or auto")
     if wanted is DecodePrecision.AUTO:
@@ -297,8 +298,8 @@ def _no_bf16(option: str, others: str) -> UsageError:
 
 
 def choose_precision(wanted: Precision, family: Family, int8: Int8, *, bf16: bool) -> tuple[Precision, str]:
-    """What the denoiser is computed in, and why: AUTO is int8 where processor and model gain by it, whatever the
-    ceiling. Raises UsageError for bf16 where nothing here computes with it."""
+    """The precision of the denoiser, and the reason. AUTO is int8 if processor and model gain from it, whatever the
+    ceiling. Raises UsageError for bf16 if this machine cannot compute in it."""
     if wanted is Precision.BF16 and not bf16:
         raise _no_bf16("--precision", "int8, fp32 or auto")
     if wanted is not Precision.AUTO:
@@ -320,7 +321,8 @@ def plan_decode(
     wrap: Wrap,
     whole: WholePicture | None = None,
 ) -> tuple[DecodePlan, MemoryPlan, dict[str, torch.dtype]]:
-    """How latents of (height, width) are decoded, the memory plan, and the weights that stay. Raises StorageError."""
+    """Plan to decode latents of (height, width): the method, the memory plan, and the resident weights. Raises
+    StorageError."""
     vae = VaePeaks(models, models.decoder, facts, precision)
     method = vae.choose(decode, latents, space, wrap=wrap)
     phase = vae.phase("decode", latents, method, held=0)

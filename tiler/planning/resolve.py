@@ -26,36 +26,36 @@ _ROW: Mapping[str, Any] = {
 
 
 def resolve(request: RenderRequest, family: Family) -> ResolvedRequest:
-    """The request without gaps. A seed that was not given is drawn at random. Raises UsageError, ModelError."""
+    """The request without gaps. A missing seed is drawn at random. Raises UsageError and ModelError."""
     own = {} if family.checkpoint.file is not None else read_defaults(family.checkpoint.folder)
     few = few_steps(find_loras(request), flow=family.traits.flow)
     recipe = {} if few is None else dict(few[1].defaults)
     if request.scheduler is not None:
-        recipe.pop("schedule_type", None)  # which belongs to the recipe's own
+        recipe.pop("schedule_type", None)  # it belongs to the recipe's own scheduler
     return fill(request, dict(_ROW) | dict(family.traits.defaults) | own | recipe)
 
 
 def fill_again(request: RenderRequest, before: ResolvedRequest, family: Family) -> ResolvedRequest:
-    """Like `resolve`, for a variation of the request of `before`; random choices stay the same."""
+    """Like `resolve`, for a variation of the request that became `before`. Random choices stay the same."""
     return resolve(replace(request, seed=before.seed), family)
 
 
 def fill(request: RenderRequest, defaults: Mapping[str, Any] = _ROW) -> ResolvedRequest:
-    """Fill the request with `defaults` where neither it nor its preset gives a value. From a tuple of prompts, the seed
-    chooses one. Raises UsageError."""
+    """Fill the request with `defaults` where neither the request nor its preset gives a value. If the default prompt is
+    a tuple, the seed chooses one of its prompts. Raises UsageError."""
     said = {f.name: getattr(request, f.name) for f in fields(request)}
     preset = dict(PRESETS[request.preset]) if request.preset is not None else {}
     if request.regions or request.overlap is not None or request.repaint is not None:
-        preset.pop("layout", None)  # such tiles cannot shift
+        preset.pop("layout", None)  # these options exclude shifted tiles
     defaults = dict(defaults)
     if (few := defaults.get("num_inference_steps")) is not None and "num_inference_steps" in preset:
-        preset["num_inference_steps"] = min(preset["num_inference_steps"], few)  # a model of few steps takes no more
+        preset["num_inference_steps"] = min(preset["num_inference_steps"], few)  # few-step models take no more
     if request.regions:
         defaults.pop("prompt", None)  # the regions say what to draw
     if "layout" in defaults and (
         request.regions or (request.overlap is not None and defaults["layout"] is Layout.SHIFT)
     ):
-        defaults["layout"] = Layout.GRID  # of a model's own; what was said for this picture goes first
+        defaults["layout"] = Layout.GRID  # the model's layout is only a default; the options of this picture win
     filled: dict[str, Any] = {"seed": secrets.randbelow(2**32), "output": Path("tiler.png")} | defaults | preset
     filled |= {name: value for name, value in said.items() if value is not None or name not in filled}
     if isinstance(prompts := filled["prompt"], tuple):
@@ -81,7 +81,7 @@ def _sheet(request: RenderRequest) -> tuple[int, int, float | None, float]:
 
 
 def _scaled(guide: Path, scale: float) -> tuple[int, int]:
-    """The width and height of a user's picture enlarged by --scale. Raises UsageError."""
+    """The width and height of the user's picture after enlargement by --scale. Raises UsageError."""
     width, height = (round(side * scale) for side in size_of(guide))
     if max(width, height) > MAX_SIDE:
         raise UsageError(f"--scale {scale:g} makes {width}×{height} of {guide}; a side has at most {MAX_SIDE:,} pixels")

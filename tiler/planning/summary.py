@@ -1,4 +1,5 @@
-"""What `tiler plan` says of a render: the work of it and of its presets, memory by phase, expected time."""
+"""The output of `tiler plan` for a render: the work of the request and of each preset, the memory of each phase, and
+the expected time."""
 
 from __future__ import annotations
 
@@ -20,9 +21,9 @@ from tiler.planning.tiling import Tiling, plan_tiling
 from tiler.request import Precision, Preset, RenderRequest, ResolvedRequest
 from tiler.weights.store import match_index
 
-SCHEMA = 2  # of the JSON of plans and reports
+SCHEMA = 2  # of the JSON in plans and reports
 _BOX = "top", "left", "height", "width"  # in pixels of the picture
-# Names of schema 1, which stay for one release.
+# The names of schema 1, kept for one release.
 _OLD_NAMES = {
     name: name.replace("denoiser", "unet")
     for name in ("denoiser_calls", "denoiser_samples", "denoiser_tflop", "denoiser_bytes_read")
@@ -37,8 +38,8 @@ def summarise(
     speed: time.Speed,
     replan: Callable[[ResolvedRequest], RenderPlan],
 ) -> dict[str, Any]:
-    """The facts of `plan`, which carries out `request`, filled from what was `said`; `speed` is this machine's, and
-    `replan` plans other requests."""
+    """The facts of `plan`, which is the plan of `request`; `said` is the request before its gaps were filled. `speed`
+    is this machine's, and `replan` plans other requests."""
     counter, loras = time.Counter(models), time.LoraCounter(models, plan.precision, plan.batch)
 
     def count(asked: ResolvedRequest, tiling: Tiling) -> time.Flops:
@@ -102,7 +103,7 @@ def summarise(
 
 
 def _pass(work: time.Flops, plan: RenderPlan, nbytes: int, speed: time.Speed) -> dict[str, Any]:
-    """What one read of the denoiser's weights takes, and for how long its samples are computed meanwhile."""
+    """The time that one read of the denoiser's weights takes, and the time of the arithmetic that accompanies it."""
     arithmetic = time.arithmetic_seconds(work, speed, plan.precision) / max(1, plan.denoiser_calls)
     reading = nbytes / speed.disk
     return {
@@ -114,7 +115,8 @@ def _pass(work: time.Flops, plan: RenderPlan, nbytes: int, speed: time.Speed) ->
 
 
 def pass_bytes(models: Models, plan: RenderPlan) -> int:
-    """What a pass over the denoiser reads, less what stays in memory while the canvas is denoised."""
+    """The bytes that a pass over the denoiser reads, without the weights that stay in memory while the canvas is
+    denoised."""
     part = plan.family.part(Role.DENOISER)
     index = match_index(models.module(part), models.family.checkpoint.weights(part.name), part.aliases)
     int8 = part.int8_weights(models.module(part)) if plan.precision is Precision.INT8 else frozenset[str]()
@@ -124,7 +126,7 @@ def pass_bytes(models: Models, plan: RenderPlan) -> int:
 
 
 def seconds_per_tile(request: ResolvedRequest, plan: RenderPlan, models: Models, speed: time.Speed) -> float:
-    """What each tile of the canvas takes, all of its steps taken together."""
+    """The time for each tile of the canvas, over all of its steps."""
     canvas, window = replace(plan, guide_steps=plan.guide_steps[:0]), request.attention_window
     counters = time.Counter(models), time.LoraCounter(models, plan.precision, plan.batch)
     work, more = (counter.count(canvas, window) for counter in counters)
@@ -134,8 +136,8 @@ def seconds_per_tile(request: ResolvedRequest, plan: RenderPlan, models: Models,
 
 
 def read_bytes(models: Models, precision: Precision, *, encoded: bool = False) -> dict[str, int]:
-    """By part, what encoding the prompts reads unless they are `encoded`, and what a pass over the denoiser does where
-    none of it is resident. Tables are left out, of which a few rows are read."""
+    """The bytes read for each part: by encoding the prompts (unless `encoded`), and by a pass over the denoiser without
+    resident weights. Embedding tables are left out, since only a few of their rows are read."""
     found = {}
     for part in (*(() if encoded else models.family.encoders), models.family.part(Role.DENOISER)):
         module = models.module(part)
@@ -153,5 +155,5 @@ def read_bytes(models: Models, precision: Precision, *, encoded: bool = False) -
 
 
 def with_old_names(facts: dict[str, Any]) -> dict[str, Any]:
-    """`facts`, which schema 1 also knows by other names, under both."""
+    """`facts`, with the entries that had other names in schema 1 under both names."""
     return facts | {old: facts[new] for new, old in _OLD_NAMES.items() if new in facts}

@@ -1,5 +1,5 @@
-"""Cut a request for a family into tiles and steps: tile positions at every step, and the steps that the guide replaces.
-Sizes in latent pixels."""
+"""Cut a request into tiles and steps for a model family: the tile positions at every step, and the steps that the guide
+replaces. Sizes are in latent pixels."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ SMALLEST = 4  # granules along a tile's side: below 256 px Stable Diffusion draw
 
 @dataclass(frozen=True, kw_only=True)
 class Tiling:
-    """The tiles and steps of a render. Sizes in latent pixels. Where a `spot` of a finished picture is repainted, the
-    canvas is the part around it."""
+    """The tiles and steps of a render. Sizes are in latent pixels. If a `spot` of a finished picture is repainted, the
+    canvas is the part of the picture around it."""
 
     canvas: tuple[int, int]
-    crop: tuple[int, int]  # pixels: where the picture's first row and column lie on the canvas
+    crop: tuple[int, int]  # pixels: the picture's first row and column on the canvas
     guide: GuideSize | None
     regions: Tiles
     begin: int
-    calls: Calls  # of the denoiser, in the whole schedule
-    guide_steps: Steps  # an item a call
+    calls: Calls  # of the denoiser, in the complete schedule
+    guide_steps: Steps  # one item for each call
     canvas_steps: Steps
     guide_wording: Wording | None
     canvas_wording: Wording
@@ -54,12 +54,12 @@ class Tiling:
 
     @property
     def denoiser_samples(self) -> int:
-        """Those of guide and canvas together."""
+        """Denoiser samples of guide and canvas together."""
         return self.guide_samples + self.canvas_samples
 
     @property
     def texts(self) -> list[str | None]:
-        """All texts of all steps, each once; None is a negative prompt that was not given."""
+        """The distinct texts of all steps. None stands for a negative prompt that was not given."""
         both = (wording for wording in (self.guide_wording, self.canvas_wording) if wording is not None)
         return list(dict.fromkeys(text for wording in both for text in wording.texts()))
 
@@ -123,7 +123,8 @@ def pixels_of(sides: tuple[int, int]) -> tuple[int, int]:
 
 
 def _side(request: ResolvedRequest, family: Family, step: int) -> int:
-    """Of what the model sees at once: its own, or a smaller one that was asked for. Raises UsageError."""
+    """The side of the area that the model processes at once: the model's own, or a smaller one that was asked for.
+    Raises UsageError."""
     if (asked := request.tile_size) is None:
         return family.native
     pixels, least = FACTOR * step, FACTOR * min(family.native, step * SMALLEST)
@@ -138,11 +139,11 @@ def _side(request: ResolvedRequest, family: Family, step: int) -> int:
 def _canvas(
     request: ResolvedRequest, native: int, step: int, patch: int
 ) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
-    """(height, width) of the canvas and of a tile, and the pixels above and left of the picture.
+    """(height, width) of the canvas and of a tile, and the number of pixels above and left of the picture.
 
-    A side of the canvas is the asked one, rounded up to a multiple of `patch`. Where it is below `native` one tile is
-    as long, both rounded up to a multiple of `step`, at least SMALLEST of them, and the picture is their middle. Raises
-    UsageError where a larger canvas cannot be cut.
+    Each side of the canvas is the requested side, rounded up to a multiple of `patch`. If that is less than `native`,
+    one tile covers it: both are rounded up to a multiple of `step`, of at least SMALLEST steps, and the picture is
+    their middle. Raises UsageError if a larger canvas cannot be cropped.
     """
     canvas, tile, crop = [], [], []
     for side, wraps in zip((request.height, request.width), request.wrap.axes, strict=True):

@@ -55,8 +55,8 @@ class Speed(NamedTuple):
     bf16: float
     int8: float
     attention: float
-    half_attention: float  # beside bf16 and int8 weights
-    disk: float = math.inf  # bytes of weights that it reads
+    half_attention: float  # with bf16 and int8 weights
+    disk: float = math.inf  # bytes of weights read per second
 
 
 class Counter:
@@ -122,7 +122,7 @@ def measure(weights: Path) -> Speed:
     with torch.no_grad():
         shape = TableShape(Kind.CONVOLUTION, (320, 320, 3, 3), (1, 320, 32, 32))
         fp32, attention = chosen_speed(shape, "fp32"), attention_speed("fp32")
-        if not onednn.int8().products:  # then int8 is what weights are stored in, no more
+        if not onednn.int8().products:  # int8 is then only the storage format of weights
             return Speed(fp32, fp32, fp32, attention, attention, disk)
         half, fast = chosen_speed(shape, "bf16"), chosen_speed(shape, "int8")
     return Speed(fp32, half, fast, attention, attention_speed("int8"), disk)

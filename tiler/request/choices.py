@@ -16,7 +16,7 @@ MAX_STEPS = 1_000
 MAX_SCALE = 64
 MAX_CLIP_SKIP = 64  # above the layers of any CLIP
 MAX_SEED = 2**64 - 1
-STDOUT = Path("-")  # an output of that name is standard output
+STDOUT = Path("-")  # as an output, standard output
 
 
 class Mask(StrEnum):
@@ -178,7 +178,7 @@ class ScratchDtype(StrEnum):
     FP32 = "fp32"
 
 
-# What a preset says of a RenderRequest; `quality` says nothing.
+# The values that each preset sets in a RenderRequest; `quality` sets none.
 PRESETS: Mapping[Preset, Mapping[str, Any]] = {
     Preset.QUALITY: {},
     Preset.BALANCED: {"guidance_interval": (0.0, 0.6), "layout": Layout.SHIFT},

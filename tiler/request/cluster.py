@@ -1,5 +1,5 @@
-"""What --cluster says: where the workers are that predict the tiles of a canvas, and whether the way to them is
-safe."""
+"""The value of --cluster: where the workers are that predict the tiles of a canvas, and whether the connection to them
+is safe."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ _FORMS = "local:N, listen, listen:PORT, listen:HOST:PORT, tls://HOST:PORT, file:
 
 
 class Where(StrEnum):
-    """Who runs the scheduler that workers join."""
+    """The location of the scheduler that workers join."""
 
-    LOCAL = "local"  # this process, and it starts the workers
+    LOCAL = "local"  # this process, which also starts the workers
     LISTEN = "listen"  # this process
-    CONNECT = "connect"  # a `dask scheduler` elsewhere
-    FILE = "file"  # one that wrote its address into a file
-    ENV = "env"  # one that DASK_SCHEDULER_ADDRESS names
+    CONNECT = "connect"  # a running `dask scheduler`
+    FILE = "file"  # a scheduler that wrote its address into a file
+    ENV = "env"  # the scheduler that DASK_SCHEDULER_ADDRESS names
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """Where workers are. `address` is a scheduler's, `host` what this process listens on, "" on every address of the
-    machine."""
+    """The location of the workers. `address` is the scheduler's address. `host` is the address that this process
+    listens on; "" means all addresses of the machine."""
 
     where: Where
     workers: int = 0
@@ -41,7 +41,7 @@ class Cluster:
 
 
 def parse_cluster(text: str) -> Cluster:
-    """Raises UsageError."""
+    """Parse the value of --cluster. Raises UsageError."""
     if match := re.fullmatch(r"local:(\d{1,4})", text):
         count = int(match[1])
         if not 1 <= count <= MAX_LOCAL:
@@ -61,13 +61,13 @@ def parse_cluster(text: str) -> Cluster:
 
 
 def host_of(address: str) -> str:
-    """tls://host:8786 → host."""
+    """The host in an address: tls://host:8786 → host."""
     return re.sub(r"^\w+://", "", address).rpartition(":")[0]
 
 
 def check_address(address: str, keys: Path | None, *, insecure: bool) -> None:
-    """Raises UsageError for a connection over which others could run code on either machine: also between the
-    processes of one machine, which may have other users."""
+    """Raise UsageError for a connection over which others could run code on either machine. Connections between the
+    processes of one machine are checked too, since it may have other users."""
     encrypted = address.startswith("tls://")
     if encrypted and keys is None:
         raise UsageError(
@@ -96,8 +96,8 @@ def listening_address(cluster: Cluster, keys: Path | None, *, insecure: bool) ->
 
 
 def check_cluster(text: str, keys: Path | None, *, insecure: bool) -> Cluster:
-    """What --cluster says, and that it is safe as far as that is known before a file or a variable is read. Raises
-    UsageError."""
+    """Parse the value of --cluster, and check its safety as far as possible before a file or an environment variable is
+    read. Raises UsageError."""
     cluster = parse_cluster(text)
     if cluster.where is Where.LISTEN:
         listening_address(cluster, keys, insecure=insecure)
@@ -107,14 +107,14 @@ def check_cluster(text: str, keys: Path | None, *, insecure: bool) -> Cluster:
 
 
 def scheduler_of(text: str, keys: Path | None, *, insecure: bool) -> Cluster:
-    """A scheduler that runs already, for those that join it. Raises UsageError."""
+    """Parse the address of a running scheduler that a process will join. Raises UsageError."""
     if not text.startswith(("tls://", "tcp://", "file:")) and text != "env":
         raise UsageError(f"{text!r} is no address of a scheduler: tls://HOST:PORT, file:PATH or env")
     return check_cluster(text, keys, insecure=insecure)
 
 
 def models_of(named: Sequence[str]) -> dict[str, str]:
-    """Places by names, of words like org/name=/data/sd15. Raises UsageError."""
+    """Parse words like org/name=/data/sd15 into places by model name. Raises UsageError."""
     found = dict[str, str]()
     for text in named:
         name, is_named, place = text.partition("=")
@@ -127,7 +127,7 @@ def models_of(named: Sequence[str]) -> dict[str, str]:
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterOptions:
-    """Who predicts the tiles of a canvas."""
+    """The options that select the processes or machines that predict the tiles of a canvas."""
 
     cluster: str | None = option(
         None,
@@ -148,6 +148,6 @@ class ClusterOptions:
     insecure: bool = option(False, shared.INSECURE)
 
     def check_cluster(self) -> None:
-        """Raises UsageError."""
+        """Raise UsageError if --cluster is invalid or unsafe."""
         if self.cluster is not None:
             check_cluster(self.cluster, self.keys, insecure=self.insecure)

@@ -1,4 +1,4 @@
-"""LoRAs that a request names: by file with --lora, by name with a tag of the prompt."""
+"""The LoRAs that a request names: files with --lora, names with tags in the prompt."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tiler.request.prompt import Tag
 
 @dataclass(frozen=True, kw_only=True)
 class Lora:
-    """A LoRA file, and how much of it is added: to the denoiser's weights, and to those of the text encoders."""
+    """A LoRA file, with its strength for the denoiser's weights and its strength for those of the text encoders."""
 
     file: Path
     strength: float = 1.0
@@ -29,7 +29,7 @@ class Lora:
 
 
 class NamedLora(NamedTuple):
-    """What a tag says; the file is looked for in the folders of LoRAs."""
+    """The content of a LoRA tag. The file is looked up in the LoRA folders."""
 
     name: str
     strength: float
@@ -37,7 +37,7 @@ class NamedLora(NamedTuple):
 
 
 def parse_lora(text: str) -> Lora:
-    """`FILE`, `FILE=0.8` or `FILE=0.8:0.5`, the last with a strength of its own for the text encoders. Raises
+    """Parse `FILE`, `FILE=0.8` or `FILE=0.8:0.5`; the last form has a separate strength for the text encoders. Raises
     UsageError."""
     file, said, strengths = text.rpartition("=")
     if not said or os.path.exists(os.path.expanduser(text)):
@@ -48,13 +48,13 @@ def parse_lora(text: str) -> Lora:
 
 
 def read_loras(said: Iterable[Lora | str]) -> tuple[Lora, ...]:
-    """What a library's caller may write: `Lora(...)`, or the text of --lora. Raises UsageError."""
+    """Convert the values that a library's caller may give: `Lora(...)`, or text as for --lora. Raises UsageError."""
     return tuple(parse_lora(lora) if isinstance(lora, str) else lora for lora in said)
 
 
 def parse_tag(tag: Tag) -> NamedLora:
-    """`<lora:NAME:0.8>`, `<lora:NAME:TEXT_ENCODER:DENOISER>`, or these named, as in `<lora:NAME:te=0.5:unet=0.8>`.
-    Raises UsageError for any other argument."""
+    """Parse `<lora:NAME:0.8>`, `<lora:NAME:TEXT_ENCODER:DENOISER>`, or the same with named arguments, as in
+    `<lora:NAME:te=0.5:unet=0.8>`. Raises UsageError for any other argument."""
     name, *arguments = tag.arguments
     if not name.strip():
         raise UsageError(f"{tag}: a LoRA has a name; write <lora:NAME:0.8>")
@@ -73,7 +73,8 @@ def parse_tag(tag: Tag) -> NamedLora:
 
 
 def summed(loras: Iterable[Lora]) -> tuple[Lora, ...]:
-    """Each file once: the strengths of one that is named twice add up. Raises UsageError for two files of one name."""
+    """Each file once: if a file is named several times, its strengths are added. Raises UsageError if two different
+    files have the same name."""
     found: dict[Path, Lora] = {}
     for lora in loras:
         path = Path(os.path.realpath(lora.file.expanduser()))

@@ -18,15 +18,15 @@ import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Union
 
-MORE = 1.1  # what a pair of round brackets multiplies attention by; square ones divide
-MAX_DEPTH = 64  # of brackets in brackets: deeper ones are text
-MAX_WEIGHT = 1000.0  # of one bracket, or of a prompt behind AND
+MORE = 1.1  # the weight of a pair of round brackets; square ones divide by it
+MAX_DEPTH = 64  # of nested brackets; deeper ones are text
+MAX_WEIGHT = 1000.0  # of one bracket, or of a prompt that AND joins
 
 _TAG = re.compile(r"<(\w+):([^<>]*)>")
 _AND = re.compile(r"\bAND\b")
 _BREAK = re.compile(r"\s*\bBREAK\b\s*")
-_FACTOR = re.compile(r"(.*?)(?::\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*)?", re.DOTALL)  # of a whole sub-prompt
-_MARKS = re.compile(r"\\.|[\[\]():|]", re.DOTALL)  # that schedules are made of, or escaped
+_FACTOR = re.compile(r"(.*?)(?::\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*)?", re.DOTALL)  # of a complete sub-prompt
+_MARKS = re.compile(r"\\.|[\[\]():|]", re.DOTALL)  # of schedules; or any escaped character
 _WHEN = re.compile(r"\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*")
 _WEIGHT = re.compile(r":\s*([+-]?[.\d]+)\s*\)")
 _PIECE = re.compile(r"\\[()\[\]\\]|[\\()\[\]:]|[^\\()\[\]:]+")
@@ -230,7 +230,7 @@ def parse_emphasis(text: str, warn: Callable[[str], None] = lambda note: None) -
     brackets multiply, and an unclosed bracket extends to the end. `warn` is called with the text of a weight that is
     not a valid number."""
     sections: list[list[Fragment]] = [[]]
-    # Where the brackets now open begin: (section, fragment).
+    # The starts of the open brackets: (section, fragment).
     opened: dict[str, list[tuple[int, int]]] = {"(": [], "[": []}
 
     def here() -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""The request of a render: what the user said, and the same with every gap filled."""
+"""The request of a render: the options that the user gave, and the same request with all gaps filled."""
 
 from __future__ import annotations
 
@@ -44,22 +44,22 @@ from tiler.request.options import Option, Panel, coerce, option
 from tiler.request.regions import Region
 from tiler.request.sheet import check_repaint, check_sheet
 
-# Fields that say where and how a picture is made; all others decide its bytes.
+# Fields that say where and how a picture is made. All others determine its bytes.
 OF_THE_MACHINE = (
     "output", "format", "save_latents", "cache_dir", "preview", "preview_interval", "prompt_embeds", "scratch", "force",
     "restart", "keep_job", "job_dir", "cluster", "cluster_only", "keys", "insecure",
 )  # fmt: skip
-OF_THE_RUN = (*OF_THE_MACHINE, "metadata", "embd_dir", "lora_dir", "model_dirs")  # of which a picture never tells
+OF_THE_RUN = (*OF_THE_MACHINE, "metadata", "embd_dir", "lora_dir", "model_dirs")  # never written into a picture
 
 
 @dataclass(frozen=True, kw_only=True)
 class RenderRequest(ModelOptions, ClusterOptions):
-    """What was said about a picture; None where nothing was said.
+    """The options given for a picture; None where an option was not given.
 
-    `tiler.planning.resolve` fills the gaps, in this order: the preset, the model folder's tiler.toml, the model family.
-    Lengths in pixels unless a unit is named. `guidance_interval` holds two shares of the schedule, 0 where it begins
-    with noise and 1 where it ends with the picture; `attention_window` is in latents. Raises UsageError for a value
-    that no model could take.
+    `tiler.planning.resolve` fills the gaps from, in this order: the preset, the model folder's tiler.toml, the model
+    family. Lengths are in pixels unless another unit is named. `guidance_interval` holds two shares of the schedule,
+    from 0 (pure noise) to 1 (the finished picture); `attention_window` is in latents. Raises UsageError for a value
+    that no model accepts.
     """
 
     prompt: str | None = option(
@@ -275,7 +275,7 @@ class RenderRequest(ModelOptions, ClusterOptions):
     def __post_init__(self) -> None:
         coerce(self)
         object.__setattr__(self, "loras", read_loras(self.loras))
-        if self.seed == -1:  # as on the command line: drawn at random
+        if self.seed == -1:  # as on the command line: a random seed
             object.__setattr__(self, "seed", None)
         for name, side in (("size", self.size), ("width", self.width), ("height", self.height)):
             within(name, side, PIXEL_STEP, MAX_SIDE, "pixels")
@@ -340,9 +340,9 @@ class RenderRequest(ModelOptions, ClusterOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedRequest(RenderRequest):
-    """A request without gaps: everything that decides the picture. `negative_prompt` stays None where none was given,
-    which some model families tell from an empty one; `bleed_mm` is what a PDF says will be cut off each edge. Raises
-    UsageError."""
+    """A request without gaps: all values that determine the picture. `negative_prompt` stays None if none was given,
+    since some model families distinguish that from an empty one. `bleed_mm` is the width that a PDF marks to be cut off
+    at each edge. Raises UsageError."""
 
     width: int
     height: int
@@ -378,7 +378,7 @@ class ResolvedRequest(RenderRequest):
                 )
 
     def _check_sheet(self) -> None:
-        pass  # width and height are the sheet's by now
+        pass  # width and height are already those of the sheet
 
     @property
     def scratch_folder(self) -> Path:

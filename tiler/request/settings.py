@@ -1,6 +1,8 @@
-"""What a user says once: the configuration file and the folders with models, LoRAs, embeddings and autoencoders.
+"""Settings that a user gives once: the configuration file, and the folders of models, LoRAs, embeddings and
+autoencoders.
 
-The command line puts the file's options under what is typed; the folders are for whoever looks for a file by its name.
+On the command line, typed options override those of the file. The folders are searched when a file is given by its
+name.
 """
 
 from __future__ import annotations
@@ -17,11 +19,11 @@ from tiler.errors import UsageError
 
 WEIGHTS = (".safetensors", ".gguf")
 _MAX_BYTES = 1_000_000
-_DEPTH = 8  # levels of folders that are looked into
+_DEPTH = 8  # levels of folders to search
 
 
 class Kind(StrEnum):
-    """What lies in a folder, by the folder's key in the configuration."""
+    """The kind of files in a folder; its value is the key of such folders in the configuration file."""
 
     MODEL = "model_dirs"
     LORA = "lora_dirs"
@@ -31,11 +33,11 @@ class Kind(StrEnum):
 
     @property
     def variable(self) -> str:
-        """The environment variable that names such folders: TILER_MODEL_DIRS and the like."""
+        """The environment variable that lists folders of this kind, such as TILER_MODEL_DIRS."""
         return f"TILER_{self.upper()}"
 
 
-# Where AUTOMATIC1111 (and Forge) and ComfyUI keep their files; any folder of models tells which program's root it is.
+# The file locations of AUTOMATIC1111 (and Forge), and of ComfyUI. A folder of models identifies a program's root.
 _ROOTS: tuple[Mapping[Kind, tuple[str, ...]], ...] = (
     {
         Kind.MODEL: ("models/Stable-diffusion",), Kind.LORA: ("models/Lora",), Kind.EMBEDDING: ("embeddings",),
@@ -50,14 +52,14 @@ _ROOTS: tuple[Mapping[Kind, tuple[str, ...]], ...] = (
 
 
 class Setting(NamedTuple):
-    """A value, and who said it: a variable of the environment, the configuration file, or nobody ("default")."""
+    """A value and its source: the name of an environment variable, the path of the configuration file, or "default"."""
 
     value: Any
     source: str
 
 
 def config_path() -> Path | None:
-    """$TILER_CONFIG, else tiler/config.toml in $XDG_CONFIG_HOME or ~/.config; None where no home is known."""
+    """$TILER_CONFIG, else tiler/config.toml in $XDG_CONFIG_HOME or ~/.config; None if there is no home folder."""
     if given := os.environ.get("TILER_CONFIG"):
         return Path(given)
     if given := os.environ.get("XDG_CONFIG_HOME"):
@@ -69,15 +71,15 @@ def config_path() -> Path | None:
 
 
 def read_config() -> dict[str, Any]:
-    """What the configuration file says; nothing where there is none. It is read once, and again where it has changed.
-    Raises UsageError for one that cannot be read."""
+    """The content of the configuration file; empty if there is none. It is cached until the file changes. Raises
+    UsageError if the file cannot be read."""
     path = config_path()
     if path is None:
         return {}
     try:
         state = path.stat()
     except OSError:
-        return dict(_read(path))  # which says why
+        return dict(_read(path))  # raises the error that applies
     return dict(_read_once(path, state.st_ino, state.st_mtime_ns, state.st_size))
 
 
@@ -105,7 +107,7 @@ def _read(path: Path) -> Mapping[str, Any]:
 
 
 def named_folders(kind: Kind) -> Setting:
-    """The folders that the environment or the configuration file names for `kind`, as they stand there. Raises
+    """The folders that the environment variable or the configuration file lists for `kind`, as written there. Raises
     UsageError."""
     if given := os.environ.get(kind.variable):
         return Setting(tuple(Path(text) for text in given.split(os.pathsep) if text), kind.variable)
@@ -119,10 +121,10 @@ def named_folders(kind: Kind) -> Setting:
 
 
 def folders(kind: Kind) -> tuple[Path, ...]:
-    """The folders to look for files of a `kind` in, first to last; only those that are there.
+    """The existing folders in which to look for files of a `kind`, in order of search.
 
-    A folder of AUTOMATIC1111, Forge or ComfyUI stands for its own sub-folder of that kind, and one that is named among
-    the model_dirs for those of the other kinds too. Raises UsageError for a configuration that cannot be read.
+    A folder of AUTOMATIC1111, Forge or ComfyUI stands for its sub-folder of that kind. If it is listed in model_dirs,
+    it also provides its sub-folders of the other kinds. Raises UsageError if the configuration cannot be read.
     """
     named = [(folder, True) for folder in named_folders(kind).value]
     if kind is not Kind.MODEL:
@@ -139,8 +141,8 @@ def folders(kind: Kind) -> tuple[Path, ...]:
 
 
 def listed(kind: Kind) -> Iterator[tuple[str, Path]]:
-    """The files of a `kind`, and folders in diffusers layout among the models, each with its name: the path below its
-    folder, without the ending. Sorted within a folder; links that go in circles are followed once. Raises
+    """The files of a `kind` (and, for models, folders in diffusers layout), each with its name: its path relative to
+    the searched folder, without the ending. Sorted within each folder; circular links are followed once. Raises
     UsageError."""
     for folder in folders(kind):
         for path in weight_files(folder, pipelines=kind is Kind.MODEL):
@@ -151,8 +153,8 @@ def listed(kind: Kind) -> Iterator[tuple[str, Path]]:
 
 
 def find(kind: Kind, name: str) -> tuple[Path, ...]:
-    """Every file of a `kind` that is called `name`: its stem or file name, or a part of its path that ends so
-    ("sub/dream"). Raises UsageError."""
+    """All files of a `kind` that match `name`: the stem, the file name, or the last parts of the path ("sub/dream").
+    Raises UsageError."""
     name = name.replace(os.sep, "/")
     found = dict.fromkeys(
         path for known, path in listed(kind) if f"/{known}".endswith(f"/{name}") or f"/{path}".endswith(f"/{name}")
@@ -161,9 +163,9 @@ def find(kind: Kind, name: str) -> tuple[Path, ...]:
 
 
 def weight_files(folder: Path, *, pipelines: bool, leave_out: frozenset[str] = frozenset()) -> Iterator[Path]:
-    """The weight files in `folder` and some levels below, sorted within each; of `pipelines`, folders in diffusers
-    layout, the folder instead of its files. Hidden folders are left out, and those that are called as `leave_out` says
-    in lower case; links that go in circles are followed once, and what cannot be read is passed over."""
+    """The weight files in `folder` and several levels of sub-folders, sorted within each. With `pipelines`, a folder in
+    diffusers layout is returned itself, instead of its files. Hidden folders are skipped, and so are those whose
+    lower-case name is in `leave_out`. Circular links are followed once, and unreadable entries are skipped."""
     return _walk(folder, pipelines, leave_out, _DEPTH, set())
 
 
@@ -196,5 +198,5 @@ def _walk(
 
 
 def _is_vae_of_model(path: Path, kind: Kind) -> bool:
-    """NAME.vae.safetensors beside NAME.safetensors is no model."""
+    """Whether a file is NAME.vae.safetensors in a model folder, and thus not a model."""
     return kind is Kind.MODEL and path.stem.lower().endswith(".vae")

@@ -1,5 +1,5 @@
-"""What may be said beside what of a picture's size: a sheet of paper, sides in pixels, or a picture of the user's that
-is enlarged or repaired."""
+"""Checks on the ways to give a picture's size, which exclude each other: a sheet of paper, sides in pixels, or a
+picture of the user's to enlarge or repaint."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def check_sheet(request: RenderRequest) -> None:
-    """Raises UsageError where two of them contradict each other."""
+    """Raise UsageError if two of these ways contradict each other."""
     sides = {"size": request.size, "width": request.width, "height": request.height}
     said = next((name for name, v in (*sides.items(), ("paper", request.paper)) if v is not None), None)
     if request.repaint is not None and said is not None:
@@ -33,7 +33,7 @@ def check_sheet(request: RenderRequest) -> None:
 
 
 def check_repaint(request: RenderRequest) -> None:
-    """Raises UsageError for what a spot of a picture cannot have."""
+    """Raise UsageError for options that cannot be combined with --repaint."""
     if request.repaint is None:
         return
     if request.guide_image is None:

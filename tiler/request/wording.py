@@ -10,7 +10,7 @@ from tiler.errors import UsageError
 from tiler.request.prompt import Stage, SubPrompt, Tag, Text, parse_prompt, text_at
 from tiler.request.render import RenderRequest
 
-CHUNK_TOKENS = 75  # of CLIP, its marks left out
+CHUNK_TOKENS = 75  # of CLIP, without its start and end tokens
 LORA_TAGS = frozenset({"lora", "lyco"})
 
 
