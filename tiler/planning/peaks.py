@@ -49,15 +49,15 @@ ACTIVATIONS = "activations + weights in use"
 
 
 class VaeStreaming(NamedTuple):
-    """How an autoencoder's weights are computed with: options of the Streamer."""
+    """Options of the Streamer for an autoencoder's weights."""
 
     bf16_keys: frozenset[str]
     prefer: tuple[Kernel, ...]
 
 
 def vae_streaming(spec: VaeSpec, vae: Any, precision: Precision) -> VaeStreaming:
-    """In fp32 or bf16. What has the fewest pixels stays in fp32, because all others see its error and its share of the
-    work is a tenth; and so does a tiny autoencoder, which is fast as it is."""
+    """Options for fp32 or bf16. In bf16, the layers with the fewest pixels stay in fp32: all later layers inherit their
+    error, and they are a tenth of the work. A tiny autoencoder stays in fp32 as well, because it is fast anyway."""
     if precision is not Precision.BF16 or spec.tiny:
         return VaeStreaming(frozenset(), ())
     smallest = ("decoder.up_blocks.0.", f"encoder.down_blocks.{len(vae.encoder.down_blocks) - 1}.")

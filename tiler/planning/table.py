@@ -35,8 +35,8 @@ class PhasePlan:
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryPlan:
-    """All phases under one ceiling. `smallest_bytes` is the lowest ceiling with which the same picture can be made;
-    `beside_bytes` of the one that was asked for are other processes'."""
+    """All phases under one ceiling. `smallest_bytes` is the lowest ceiling that can make the same picture;
+    `beside_bytes` of the requested ceiling are used by other processes."""
 
     max_bytes: int
     phases: tuple[PhasePlan, ...]
@@ -48,7 +48,7 @@ class MemoryPlan:
         return max(phase.peak_bytes for phase in self.phases)
 
     def peak_of(self, name: str) -> int:
-        """Bytes of the phase called `name`."""
+        """The peak of the phase with this name, in bytes."""
         return next(phase.peak_bytes for phase in self.phases if phase.name == name)
 
     @property
@@ -57,7 +57,8 @@ class MemoryPlan:
         return self.peak_bytes <= self.max_bytes * MARGIN
 
     def check(self, *, table: bool = True, advice: str = "") -> None:
-        """Raises BudgetRefused with the smallest ceiling that would do, `advice` on what else would, and the table."""
+        """Raise BudgetRefused if the plan does not fit, with the smallest ceiling that would, `advice` on other
+        options, and the table."""
         if not self.fits:
             worst = max(self.phases, key=lambda p: p.peak_bytes)
             raise BudgetRefused(
@@ -68,11 +69,12 @@ class MemoryPlan:
 
     @property
     def smallest_text(self) -> str:
-        """`smallest_bytes`, and what else is under the ceiling, as --max-ram takes it, rounded up to MB."""
+        """`smallest_bytes` plus the memory of other processes under the ceiling, as a value for --max-ram, rounded up
+        to MB."""
         return f"{-(-(self.smallest_bytes + self.beside_bytes) // 10**6)}MB"
 
     def table(self) -> str:
-        """One row a phase: its peak and its terms, the largest first, within 80 columns; MB of 10^6 bytes."""
+        """One row per phase with its peak and its terms, largest first, within 80 columns; MB of 10^6 bytes."""
         first = max(len("phase"), *(len(phase.name) for phase in self.phases))
         lines = [f"{'phase':{first}}  {'peak':>8}  of which (MB)"]
         for phase in self.phases:

@@ -92,9 +92,8 @@ class Counter:
 
 
 class LoraCounter:
-    """Counts what LoRAs add to the work of a family's samples in `precision`: where int8 weights are computed with,
-    paths beside them for each sample; else differences that are made at each read, of which one serves `batch`
-    samples."""
+    """Counts the work that LoRAs add to a family's samples in `precision`: with int8 products, a low-rank path for each
+    sample; otherwise a difference for each read of a weight, which serves `batch` samples."""
 
     def __init__(self, models: Models, precision: Precision, batch: int) -> None:
         part = models.family.part(Role.DENOISER)
@@ -109,7 +108,7 @@ class LoraCounter:
         )
 
     def count(self, cut: Tiling, attention_window: int | None) -> Flops:
-        """What all samples of `cut` come to."""
+        """The additional work of all samples of `cut`."""
         reads = math.ceil(cut.denoiser_samples / self._batch)
         beside = [counter.count(cut, attention_window).layers for counter in self._counters]
         return Flops(reads * self._read_flops + (beside[0] - beside[1] if beside else 0), 0)
@@ -131,8 +130,8 @@ def measure(weights: Path) -> Speed:
 def seconds(
     work: Flops, methods: Iterable[DecodePlan], speed: Speed, precision: Precision, read_bytes: float = 0
 ) -> float:
-    """What a render takes: its samples in `precision`, or what is read for them, where that takes longer; and the
-    autoencoder's `methods`."""
+    """The expected time of a render: that of its samples in `precision` or of the reads for them, whichever is longer,
+    plus that of the autoencoder's `methods`."""
     coding = sum(_coding_seconds(method, speed) for method in methods)
     return max(arithmetic_seconds(work, speed, precision), read_bytes / speed.disk) + coding
 
@@ -146,7 +145,7 @@ def _coding_seconds(method: DecodePlan, speed: Speed) -> float:
 
 
 def arithmetic_seconds(work: Flops, speed: Speed, precision: Precision) -> float:
-    """What samples take in `precision`."""
+    """The expected time of samples in `precision`."""
     layers, attention, overhead = speed.fp32, speed.attention, OVERHEAD_FP32
     if precision is Precision.INT8:
         layers, attention, overhead = speed.int8, speed.half_attention, OVERHEAD_INT8

@@ -121,8 +121,8 @@ class Precision(StrEnum):
 
 
 class DecodePrecision(StrEnum):
-    """What an autoencoder's layers are computed in; AUTO takes bf16 beside a denoiser in int8 or bf16, where the
-    processor has it."""
+    """The arithmetic of an autoencoder's layers. AUTO takes bf16 beside a denoiser in int8 or bf16, if the processor
+    has it."""
 
     FP32 = "fp32"
     BF16 = "bf16"
@@ -141,7 +141,7 @@ class Format(StrEnum):
 
 
 FORMATS = {f".{format}": format for format in Format} | {".jpg": Format.JPEG, ".tif": Format.TIFF}
-"""By a file's ending."""
+"""The format by a file name's ending."""
 LOSSY = (Format.JPEG, Format.WEBP, Format.AVIF)
 
 
