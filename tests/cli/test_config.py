@@ -151,7 +151,7 @@ def test_show_says_where_each_value_comes_from(in_process, config: Path, monkeyp
     assert options["max_ram"] == {"value": "800MB", "source": "default"}
     assert folders["model_dirs"]["value"] == [str(config.parent / "m")]
     lines = in_process("config", "show").out.splitlines()
-    assert "steps               9  (from TILER_STEPS)" in lines and "max_ram             800MB  (default)" in lines
+    assert f"{'steps':22}9  (from TILER_STEPS)" in lines and f"{'max_ram':22}800MB  (default)" in lines
     assert all(line.endswith(")") or line.strip().startswith("→") for line in lines)
     assert in_process("config", "path").out == f"{config}\n"
 

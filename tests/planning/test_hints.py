@@ -17,9 +17,9 @@ from tiler.request import Precision, RenderRequest, ResolvedRequest
 from tiler.weights.disk import disk_speed
 
 
-def plan_of(floor_mb: int, precision: Precision = Precision.FP32) -> Any:
+def plan_of(floor_mb: int, precision: Precision = Precision.FP32, width: int = 320) -> Any:
     longest = {"granularity": 8, "patch": 1, "longest": None}
-    traits = SimpleNamespace(guidance=Guidance.CFG, few_steps="Turbo", **longest)
+    traits = SimpleNamespace(guidance=Guidance.CFG, few_steps="Turbo", width=width, **longest)
     family = SimpleNamespace(native=128, traits=traits, granularity=8)
     memory = SimpleNamespace(smallest_bytes=floor_mb * 10**6)
     return SimpleNamespace(family=family, memory=memory, precision=precision)
@@ -55,6 +55,7 @@ def told(floors: dict[str, int], seconds: dict[str, float], reads: float = 0, **
         ({"tile": 599}, {"int8": 990}, 0, []),
         ({"tile": 500}, {}, 0, ["--tile-size 768"]),
         ({}, {"int8": 300, "few": 100}, 0, ["--precision int8", "Turbo, 4 steps"]),
+        ({"int8": 700}, {"int8": 300}, 0, []),  # faster, but under a higher ceiling alone
         ({}, {}, 5000, ["4-bit weights (GGUF, tiler quantize)"]),
     ],
 )

@@ -91,12 +91,12 @@ def show_command(context: typer.Context, json_output: o.Json = False) -> None:
     for key, (value, source) in folders.items():
         _print(key, ", ".join(map(str, value)) or "none", source)
         for folder in _found(Kind(key)):
-            typer.echo(f"{'':20}→ {folder}")
+            typer.echo(f"{'':22}→ {folder}")
 
 
 def _print(key: str, value: str, source: str) -> None:
     """One value, and who said it."""
-    typer.echo(f"{key:20}{value}  ({source if source == 'default' else f'from {source}'})")
+    typer.echo(f"{key:21} {value}  ({source if source == 'default' else f'from {source}'})")
 
 
 def _found(kind: Kind) -> list[str]:

@@ -41,7 +41,7 @@ def _explained(error: BaseException) -> tuple[str, int]:
         case OSError():
             return f"{error.filename or 'standard output'}: {error.strerror}; check the disk and its free space", 6
     if hasattr(error, "format_message"):  # of an option that does not exist; empty where the help itself was shown
-        said = error.format_message().rstrip(".")
+        said = error.format_message().rstrip(".").replace("Value error, ", "")  # pydantic's words
         return f"{said}; see --help" if said else "", 2
     line = (str(error).splitlines() or [""])[0]
     return f"a fault of tiler itself, {type(error).__name__}: {line}; `tiler --debug …` shows where", 1

@@ -158,7 +158,6 @@ def _check(context: typer.Context, parameter: Any, value: Any, source: str) -> N
     except Exception as error:
         if not hasattr(error, "format_message"):
             raise
-        said = (
-            error.format_message().rpartition("Invalid value")[2].removeprefix(": ").removeprefix(" for ").rstrip(".")
-        )
+        _, _, said = error.format_message().rstrip(".").replace("Value error, ", "").rpartition("Invalid value")
+        said = said.removeprefix(": ").removeprefix(" for ")
         raise UsageError(f"{source} = {value!r}: {said}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -60,7 +61,7 @@ def _print(facts: dict[str, Any], plan: Any) -> None:
     if plan.upscale_flops:
         encoder = plan.methods["guide picture"]
         typer.echo(f"guide: enlarged as a picture, {plan.upscale_flops / 1e12:.2g} TFLOP; encoder:\n  {encoder}")
-    typer.echo(f"decoder: {plan.methods['decode']}\n")
+    typer.echo("\n".join(textwrap.wrap(f"decoder: {plan.methods['decode']}", 80, subsequent_indent="  ")) + "\n")
     if "cluster" in facts:
         for line in _cluster(facts["cluster"]):
             typer.echo(line)

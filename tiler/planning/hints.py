@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
+from tiler.compute.tuning import INT8_CHANNELS
 from tiler.decoding import FACTOR
 from tiler.errors import TilerError
 from tiler.models.family import Family, Guidance
@@ -54,7 +55,9 @@ def hints(
         except TilerError:
             continue  # e.g. a file that it needs does not exist
         hint = Hint(way.words, other.memory.smallest_bytes, judge(way.request, other, tiling, way.share))
-        if hint.smallest_bytes < _LOWER * plan.memory.smallest_bytes or hint.seconds < _FASTER * before:
+        higher = hint.smallest_bytes * _LOWER > plan.memory.smallest_bytes
+        lower, faster = hint.smallest_bytes < _LOWER * plan.memory.smallest_bytes, hint.seconds < _FASTER * before
+        if (lower or faster) and not higher:
             found.append(hint)
     return found
 
@@ -64,7 +67,7 @@ def _ways(request: ResolvedRequest, plan: RenderPlan) -> Iterator[Way]:
     pixels = FACTOR * family.native
     if request.tile_size is None and pixels > _TILE and min(request.width, request.height) > _TILE:
         yield Way(f"--tile-size {_TILE}", replace(request, tile_size=_TILE))
-    if plan.precision is not Precision.INT8:
+    if plan.precision is not Precision.INT8 and family.traits.width >= INT8_CHANNELS:
         yield Way("--precision int8", replace(request, precision=Precision.INT8))
     if (words := family.traits.few_steps) is not None and request.num_inference_steps > _FEW:
         yield Way(f"{words}, {_FEW} steps", _in_few_steps(request, family), same_memory=True)
