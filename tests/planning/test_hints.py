@@ -20,7 +20,9 @@ from tiler.weights.disk import disk_speed
 def plan_of(floor_mb: int, precision: Precision = Precision.FP32, width: int = 320) -> Any:
     longest = {"granularity": 8, "patch": 1, "longest": None}
     traits = SimpleNamespace(guidance=Guidance.CFG, few_steps="Turbo", width=width, flow=False, **longest)
-    family = SimpleNamespace(native=128, traits=traits, granularity=8)
+    family = SimpleNamespace(
+        native=128, traits=traits, granularity=8, scheduler={"_class_name": "EulerDiscreteScheduler"}
+    )
     memory = SimpleNamespace(smallest_bytes=floor_mb * 10**6)
     return SimpleNamespace(family=family, memory=memory, precision=precision)
 
