@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tiler.errors import TilerError
     from tiler.memory.budget import Budget
-    from tiler.pipeline import Planned, Result, decode, encode, plan, quantize, render
+    from tiler.pipeline import Result, decode, encode, plan, quantize, render
+    from tiler.planned import Planned
     from tiler.request import DecodeRequest, EncodeRequest, QuantizeRequest, Region, RenderRequest
 
 __all__ = [
@@ -42,6 +43,6 @@ def __getattr__(name: str) -> object:
         raise AttributeError(f"module 'tiler' has no attribute {name!r}")
     from importlib import import_module
 
-    rooms = {"TilerError": "errors", "Budget": "memory.budget"}
+    rooms = {"TilerError": "errors", "Budget": "memory.budget", "Planned": "planned"}
     room = rooms.get(name, "request" if name == "Region" or name.endswith("Request") else "pipeline")
     return getattr(import_module(f"tiler.{room}"), name)

@@ -7,12 +7,12 @@ streamed from disk, and the whole process stays under the budget. Knows the orde
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -24,19 +24,12 @@ from tiler.jobs.folder import Job
 from tiler.memory import lean_imports, process
 from tiler.memory.budget import Budget
 from tiler.models import family as families
-from tiler.models.built import Models
-from tiler.models.family import Role
 from tiler.output.picture import write_picture
-from tiler.planning.render import RenderPlan
-from tiler.planning.summary import summarise
-from tiler.planning.time import Speed, measure
+from tiler.planned import Planned, speed_of
 from tiler.reference import make_reference
 from tiler.render_run import RenderRun
-from tiler.request import DecodeRequest, EncodeRequest, QuantizeRequest, RenderRequest, ResolvedRequest
+from tiler.request import DecodeRequest, EncodeRequest, QuantizeRequest, RenderRequest
 from tiler.weights.packed import default_cache
-
-if TYPE_CHECKING:
-    from tiler.cluster.outlook import Outlook
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,42 +88,6 @@ def _paint(run: RenderRun, poster: Poster | None, open_runner: phases.OpenRunner
         )  # fmt: skip
 
 
-@dataclass(frozen=True, kw_only=True)
-class Planned:
-    """How a render would be carried out, and the request it was planned for, without gaps."""
-
-    said: RenderRequest
-    request: ResolvedRequest
-    plan: RenderPlan
-    models: Models
-    advice: str  # on what would need less memory, where the plan does not fit
-    replan: Callable[[ResolvedRequest], RenderPlan]  # how others would be carried out
-    speed: Speed | None = None  # of this machine, where it has been measured
-    cluster: Outlook | None = None  # what the workers that were asked for would bring
-
-    def check(self) -> None:
-        """Raises BudgetRefused where it does not fit."""
-        self.plan.memory.check(table=False, advice=self.advice)
-
-    def facts(self) -> dict[str, Any]:
-        """What `tiler plan --json` prints; measures this machine's speed for a second or two."""
-        with torch.no_grad():
-            speed = self.speed or _speed(self.models)
-            facts = summarise(self.said, self.request, self.plan, self.models, speed, self.replan)
-        if self.cluster is not None:
-            saved = self.cluster.alone_seconds - self.cluster.canvas_seconds
-            whole = max(0, round(facts["expected_seconds"] - saved))
-            facts["cluster"] = self.cluster.facts() | {"expected_seconds": whole}
-        return facts
-
-
-def _speed(models: Models) -> Speed:
-    """Of this machine, and of the disk with the denoiser's weights."""
-    family = models.family
-    stored = family.checkpoint.weights(family.part(Role.DENOISER).name).values()
-    return measure(max(stored, key=lambda info: info.nbytes).path)
-
-
 @torch.no_grad()
 def plan(request: RenderRequest, budget: Budget | None = None, on_event: OnEvent = _ignore) -> Planned:
     """Plan a render: configs and headers are read, nothing is computed. `.plan.memory.check()` says whether it fits.
@@ -139,7 +96,7 @@ def plan(request: RenderRequest, budget: Budget | None = None, on_event: OnEvent
         cluster.prepare(request)
         run = phases.start(request, budget, on_event, planning=True)
         cluster.runner_of(run)  # refuses what cannot be shared
-        speed = _speed(run.models) if request.cluster is not None and run.plan.memory.fits else None
+        speed = speed_of(run.models) if request.cluster is not None and run.plan.memory.fits else None
         outlook = None if speed is None else cluster.outlook(run, speed)
         return Planned(
             said=request, request=run.request, plan=run.plan, models=run.models, advice=phases.advice(run),
