@@ -253,5 +253,6 @@ def _write(fd: int, path: Path, values: Tensor, at: int) -> None:
 
 def _failed(path: Path, error: OSError) -> StorageError:
     return StorageError(
-        f"{path}: the canvas cannot be kept there ({error.strerror}); give another place with --scratch"
+        f"{path}: the canvas cannot be kept there ({error.strerror}); free some space, or begin anew with another "
+        "--scratch, for which a job takes --restart"
     )

@@ -15,8 +15,15 @@ def has_begun(folder: Path) -> bool:
     return (folder / STATE).exists()
 
 
+def holds_work(folder: Path) -> bool:
+    """Whether something lies there that took long to make."""
+    return has_begun(folder) or (folder / REFERENCE).exists()
+
+
 def clear(folder: Path) -> None:
     """Remove a canvas, and the folder if nothing else is in it."""
+    if folder.is_symlink():  # of whoever may write there: the files are theirs
+        return
     with suppress(OSError):
         for name in (STATE, REFERENCE, BLENDED, LATENTS, SCHEDULER, PREDICTIONS):
             for path in (folder / name, *folder.glob(f"{name}.*")):

@@ -84,6 +84,9 @@ class Job:
                 with suppress(JobError, StorageError):
                     self.manifest = manifests.read(self.folder / MANIFEST)
                 self._remove(keep=(LOCK,))
+                spool = self.spool_folder(self._request.scratch or self.output.parent)  # where job.json is damaged
+                spools.clear(spool)
+                stored_files.clear(_canvas_beside(spool))
                 self.manifest = None
             elif (self.folder / MANIFEST).exists():
                 self.manifest = manifests.read(self.folder / MANIFEST)
@@ -147,10 +150,16 @@ class Job:
                     "or begin anew with --restart"
                 )
             self._begun = True
-            if self.manifest.spool != manifest.spool:
+            spool, canvas = _spool_of(self.folder, manifest), _canvas_of(self.folder, self.manifest)
+            if _spool_of(self.folder, self.manifest) != spool:
                 self.clear_spool()
+            if canvas != _canvas_beside(spool) and stored_files.holds_work(canvas):
+                self._on_event(Note(text=f"the canvas stays in {canvas.parent}, where it was begun"))
+            else:
+                canvas = _canvas_beside(spool)
+                self._clear_canvas(but=canvas)
             now = {name: getattr(manifest, name) for name in ("said", "max_ram_bytes", "spool")}
-            manifest = replace(self.manifest, **now)
+            manifest = replace(self.manifest, **now, canvas=str(canvas))
         else:
             try:
                 self.folder.mkdir(parents=self._request.job_dir is not None, exist_ok=True)
@@ -172,14 +181,17 @@ class Job:
         """Where the passes of a decoder are remembered whose scratch files lie in `scratch`."""
         if os.path.realpath(scratch) == os.path.realpath(self.folder.parent):
             return self.folder / SPOOL
-        mark = hashlib.sha256(os.fsencode(os.path.abspath(self.folder))).hexdigest()[:8]
-        return scratch.absolute() / f"tiler-{mark}.{SPOOL}"
+        return scratch.absolute() / _name_elsewhere(self.folder)
+
+    def held_bytes(self, scratch: Path) -> int:
+        """What the job holds of the disk already for passes and a canvas."""
+        places = self.spool_folder(scratch), _canvas_of(self.folder, self.manifest)
+        return sum(map(spools.bytes_in, places))
 
     @property
     def canvas_folder(self) -> Path | None:
         """Where a canvas lies that memory does not hold, while there is a job."""
-        spool = self.spool
-        return None if spool is None else _canvas_beside(spool)
+        return None if self.spool is None else _canvas_of(self.folder, self.manifest)
 
     @property
     def spool(self) -> Path | None:
@@ -242,10 +254,7 @@ class Job:
 
     @property
     def has_reference(self) -> bool:
-        places = (
-            self.folder / REFERENCE,
-            _canvas_beside(_spool_of(self.folder, self.manifest)) / stored_files.REFERENCE,
-        )
+        places = self.folder / REFERENCE, _canvas_of(self.folder, self.manifest) / stored_files.REFERENCE
         return self._begun and any(place.exists() for place in places)
 
     def load_reference(self) -> Tensor:
@@ -266,8 +275,9 @@ class Job:
         self._clear_canvas()
         layout.remove(self.folder, keep)
 
-    def _clear_canvas(self) -> None:
-        stored_files.clear(_canvas_beside(_spool_of(self.folder, self.manifest)))
+    def _clear_canvas(self, but: Path | None = None) -> None:
+        if (canvas := _canvas_of(self.folder, self.manifest)) != but:
+            stored_files.clear(canvas)
 
     def _holds_work(self) -> bool:
         return any((self.folder / name).exists() for name in (*SLOTS, REFERENCE)) or self.has_reference
@@ -281,8 +291,24 @@ def _number_of(path: Path) -> int:
 
 def _spool_of(folder: Path, manifest: Manifest | None) -> Path:
     """Where the manifest says; of one that says nothing, as earlier versions wrote, and of none, in the job's
-    folder."""
-    return Path(manifest.spool) if manifest is not None and manifest.spool else folder / SPOOL
+    folder. What it names is emptied, so a name that is no job's own, which others may have written, is not taken."""
+    said = Path(manifest.spool) if manifest is not None and manifest.spool else folder / SPOOL
+    return said if said.name == _name_elsewhere(folder) else folder / SPOOL
+
+
+def _canvas_of(folder: Path, manifest: Manifest | None) -> Path:
+    """Where the manifest says, likewise; beside the spool where it says nothing, as before a job begins again."""
+    beside = _canvas_beside(_spool_of(folder, manifest))
+    if manifest is None or not manifest.canvas:
+        return beside
+    said = Path(manifest.canvas)
+    return said if said.name == _canvas_beside(Path(_name_elsewhere(folder))).name else _canvas_beside(folder / SPOOL)
+
+
+def _name_elsewhere(folder: Path) -> str:
+    """Of a job's spool that does not lie in its `folder`."""
+    mark = hashlib.sha256(os.fsencode(os.path.abspath(folder))).hexdigest()[:8]
+    return f"tiler-{mark}.{SPOOL}"
 
 
 def _canvas_beside(spool: Path) -> Path:

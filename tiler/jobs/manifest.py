@@ -41,6 +41,9 @@ class Manifest:
         default_factory=dict
     )  # the picture's size, inode and time, just before it has its name
     spool: str = ""  # the folder where a decoder's passes are remembered
+    canvas: str = (
+        ""  # that of a canvas that memory does not hold, which stays where it was begun; else beside the former
+    )
     schema: int = SCHEMA
 
     def as_begun(self, request: ResolvedRequest) -> ResolvedRequest:
