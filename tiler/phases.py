@@ -194,7 +194,8 @@ def denoise_canvas(
         run.note("no step is left for the canvas: it is the enlarged guide; raise --steps or --strength")
     elif plan.begin:
         run.note(f"the guide takes the place of the first {plan.begin} of {run.request.num_inference_steps} steps")
-    previewing.learn_by_decoding(run, run.preview, run.request, plan.memory.peak_of("decode"))
+    if not plan.stored:  # of which no preview is shown
+        previewing.learn_by_decoding(run, run.preview, run.request, plan.memory.peak_of("decode"))
     with run.phase("canvas", plan.canvas_samples):
         if plan.stored:
             assert not isinstance(reference, Tensor)

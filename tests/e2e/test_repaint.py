@@ -17,7 +17,7 @@ from tiler.diffusion import flow, schedulers
 from tiler.diffusion.poster import Poster, mask_rows
 from tiler.diffusion.spot import AroundSpot, find_spot, opacity
 from tiler.diffusion.tiles import Whole
-from tiler.errors import BudgetExceeded
+from tiler.errors import BudgetExceeded, UsageError
 from tiler.memory.process import read_rss
 from tiler.output.png_strips import read_strips
 from tiler.planning.resolve import fill
@@ -156,6 +156,13 @@ def test_a_spot_that_memory_does_not_hold_is_one_line(
     options = ("--guide", folder / "poster.png", "--repaint", folder / "spot.png")
     ran = in_process("plan", "a boat", "--model", tiny, *options)
     assert ran.code == 2 and "spot.png: its spot takes" in ran.err and len(ran.err.strip().splitlines()) == 1, ran.err
+
+
+def test_a_mask_that_ends_early_is_one_line(folder: Path, tmp_path: Path) -> None:
+    whole = (folder / "poster.jpg").read_bytes()
+    (tmp_path / "mask.jpg").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UsageError, match=r"mask.jpg: the picture is damaged .*; take another copy"):
+        list(mask_rows(tmp_path / "mask.jpg", (HEIGHT, WIDTH)))
 
 
 def test_a_poster_above_the_limit_of_guides_is_read_by_strips(

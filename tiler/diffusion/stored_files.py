@@ -22,7 +22,7 @@ def holds_work(folder: Path) -> bool:
 
 def clear(folder: Path) -> None:
     """Remove a canvas, and the folder if nothing else is in it."""
-    if folder.is_symlink():  # of whoever may write there: the files are theirs
+    if folder.is_symlink():  # of whoever may write there: the files are others'
         return
     with suppress(OSError):
         for name in (STATE, REFERENCE, BLENDED, LATENTS, SCHEDULER, PREDICTIONS):
