@@ -24,6 +24,14 @@ def written() -> tuple[Path, ...]:
     return tuple(_written)
 
 
+def make_own_folder(folder: Path, *, parents: bool = False) -> None:
+    """Make a folder that nobody else may look into, or take the one that is there. Raises OSError, also for a link and
+    for another user's folder, whose owner could exchange what is written there."""
+    folder.mkdir(mode=0o700, parents=parents, exist_ok=True)
+    if folder.is_symlink() or folder.stat().st_uid != os.geteuid():
+        raise PermissionError(errno.EPERM, "it is another user's")
+
+
 def check_writable(path: Path, *, force: bool, option: str = "--output") -> None:
     """Check before any work that the file can be written, by creating a file of another name in its folder. Raises
     UsageError or StorageError."""

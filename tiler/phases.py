@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from tiler import denoiser, encoding, events, interrupts, packing, previewing, repainting
-from tiler.decoding.spool import Spool, bytes_in
+from tiler.decoding.spool import Spool
 from tiler.denoiser import open_denoiser
 from tiler.diffusion import canvas
 from tiler.diffusion.guide_picture import GuidePicture
@@ -124,7 +124,7 @@ def make_plan(
         if path is not None and not whole:
             facts = replace(facts, guide_load_bytes=load_bytes(path))
     if job is not None:  # what it holds already is room that it has
-        held = bytes_in(job.spool_folder(request.scratch_folder))
+        held = job.held_bytes(request.scratch_folder)
         facts = replace(facts, scratch_free_bytes=facts.scratch_free_bytes + held)
     if job is None or (begun := job.manifest) is None:
         return plan_render(request, models, tiling, facts, max_bytes, encoded=encoded, embeds=embeds)
@@ -194,7 +194,8 @@ def denoise_canvas(
         run.note("no step is left for the canvas: it is the enlarged guide; raise --steps or --strength")
     elif plan.begin:
         run.note(f"the guide takes the place of the first {plan.begin} of {run.request.num_inference_steps} steps")
-    previewing.learn_by_decoding(run, run.preview, run.request, plan.memory.peak_of("decode"))
+    if not plan.stored:  # of which no preview is shown
+        previewing.learn_by_decoding(run, run.preview, run.request, plan.memory.peak_of("decode"))
     with run.phase("canvas", plan.canvas_samples):
         if plan.stored:
             assert not isinstance(reference, Tensor)

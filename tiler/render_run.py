@@ -12,6 +12,7 @@ from tiler.denoiser import DenoiserRun
 from tiler.diffusion import stored_files
 from tiler.encoding import Spoken
 from tiler.errors import StorageError
+from tiler.files import make_own_folder
 from tiler.jobs.folder import Job
 from tiler.pixels import Decoding
 from tiler.previewing import Preview
@@ -35,14 +36,17 @@ class RenderRun(DenoiserRun):
     @cached_property
     def stored_folder(self) -> Path:
         """Where a canvas lies that memory does not hold: in the job, or, without one, in a folder that goes."""
-        folder = self.job.canvas_folder
-        if folder is None:
-            folder = Path(tempfile.mkdtemp(prefix="tiler-canvas-", dir=self.request.scratch_folder))
-            self.files.callback(stored_files.clear, folder)
+        folder, scratch = self.job.canvas_folder, self.request.scratch_folder
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            if folder is None:
+                folder = Path(tempfile.mkdtemp(prefix="tiler-canvas-", dir=scratch))
+                self.files.callback(stored_files.clear, folder)
+            make_own_folder(folder, parents=True)
         except OSError as error:
-            raise StorageError(f"{folder}: cannot be made ({error.strerror}); choose another --scratch") from error
+            place = folder or scratch
+            raise StorageError(
+                f"{place}: cannot keep the canvas ({error.strerror}); choose another --scratch"
+            ) from error
         return folder
 
     @cached_property

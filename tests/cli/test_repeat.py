@@ -61,6 +61,13 @@ def test_what_is_typed_wins(tmp_path: Path) -> None:
     assert (values["prompt"], values["num_inference_steps"], values["tiny_vae"]) == ("a boat", 3, None)
 
 
+def test_a_spot_drops_the_layout_of_its_picture(tmp_path: Path) -> None:
+    (tmp_path / "mask.png").touch()
+    said = {"prompt": "a boat", "repaint": "mask.png", "layout": "jitter", "model": "mini"}
+    values = repeat(png(tmp_path / "x.png", tiler=json.dumps(said)), NOTHING, DEFAULTS).values
+    assert values["layout"] is None and values["repaint"] == tmp_path / "mask.png"
+
+
 def test_pictures_of_others_leave_the_rest_as_it_is(tmp_path: Path) -> None:
     found = repeat(png(tmp_path / "x.png", parameters=infotext(Eta="0.5", **{"Clip skip": "2"})), NOTHING, DEFAULTS)
     assert found.values == {

@@ -19,8 +19,9 @@ from tiler.diffusion.schedulers import DiffusersSchedule
 from tiler.diffusion.stored import StoredArray, TileLog, chunks
 from tiler.diffusion.stored_canvas import Seeded, StoredDenoising, tensor_of
 from tiler.diffusion.stored_files import clear, has_begun
-from tiler.errors import JobError
+from tiler.errors import JobError, StorageError
 from tiler.events import NoJournal
+from tiler.files import make_own_folder
 from tiler.memory.process import read_rss
 from tiler.request import Layout, Region, Scheduler, Wrap
 
@@ -191,3 +192,22 @@ def test_memory_does_not_grow_with_the_canvas(tmp_path: Path, monkeypatch: pytes
         assert stored.CHUNK * 4 * 4 > 0
         tile_bytes = 4 * 4 * side * side // 4
         assert grown(side) < 6 * tile_bytes + 30_000_000
+
+
+def test_links_are_no_part_of_a_canvas(tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "latents.0").write_bytes(bytes(4 * 16))
+    (tmp_path / "latents.0").symlink_to(mine / "latents.0")
+    for new in (False, True):
+        with pytest.raises(StorageError, match="cannot be kept there"):
+            StoredArray(tmp_path / "latents.0", (1, 1, 4, 4), new=new)
+        with pytest.raises(StorageError, match="cannot be kept there"):
+            TileLog(tmp_path / "latents.0", (1, 4, 4), new=new)
+    (tmp_path / "canvas").symlink_to(mine)
+    clear(tmp_path / "canvas")
+    assert (mine / "latents.0").stat().st_size == 64
+    with pytest.raises(OSError, match="another user's"):
+        make_own_folder(tmp_path / "canvas")
+    make_own_folder(tmp_path / "own")
+    assert (tmp_path / "own").stat().st_mode & 0o777 == 0o700

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ from tiler.diffusion import flow, schedulers
 from tiler.diffusion.poster import Poster, mask_rows
 from tiler.diffusion.spot import AroundSpot, find_spot, opacity
 from tiler.diffusion.tiles import Whole
-from tiler.errors import BudgetExceeded
+from tiler.errors import BudgetExceeded, UsageError
 from tiler.memory.process import read_rss
 from tiler.output.png_strips import read_strips
-from tiler.request import Scheduler
+from tiler.planning.resolve import fill
+from tiler.request import Layout, Preset, Scheduler
 
 HEIGHT, WIDTH = 203, 300
 COMMON = ("a boat", "--steps", 3, "--seed", 5, "--precision", "fp32")
@@ -125,6 +127,7 @@ def test_a_job_of_a_spot_goes_on(tiny: Path, folder: Path, tmp_path: Path) -> No
         (("--guide", "poster.png", "--repaint", "spot.png", "--scale", 2), "leave out --scale"),
         (("--guide", "poster.png", "--repaint", "spot.png", "--wrap", "x"), "leave out --wrap"),
         (("--guide", "poster.png", "--repaint", "spot.png", "--layout", "shift"), "leave out --layout shift"),
+        (("--guide", "poster.png", "--repaint", "spot.png", "--layout", "jitter"), "leave out --layout jitter"),
         (("--guide", "poster.png", "--repaint", "spot.png", "--save-latents", "z.safetensors"), "--save-latents"),
     ],
 )
@@ -134,6 +137,32 @@ def test_what_does_not_go_with_a_spot_is_one_line(in_process, folder: Path, opti
     if "--save-latents" in options:
         ran = in_process("render", "a boat", *here)
     assert ran.code == 2 and message in ran.err and len(ran.err.strip().splitlines()) == 1, ran.err
+
+
+def test_tiles_of_a_spot_never_move_whatever_the_model_says(folder: Path) -> None:
+    asked = RenderRequest(prompt="a boat", guide_image=folder / "poster.png", repaint=folder / "spot.png")
+    own: dict[str, Any] = {
+        "num_inference_steps": 3, "guidance_scale": 1.0, "guidance_interval": (0.0, 1.0), "strength": 0.5,
+        "scheduler": Scheduler.AUTO, "layout": Layout.JITTER,
+    }  # fmt: skip
+    assert fill(asked, own).layout is Layout.GRID
+    assert fill(replace(asked, preset=Preset.FAST), own).layout is Layout.GRID
+
+
+def test_a_spot_that_memory_does_not_hold_is_one_line(
+    in_process, tiny: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tiler.planning.render.IN_MEMORY_BYTES", 0)
+    options = ("--guide", folder / "poster.png", "--repaint", folder / "spot.png")
+    ran = in_process("plan", "a boat", "--model", tiny, *options)
+    assert ran.code == 2 and "spot.png: its spot takes" in ran.err and len(ran.err.strip().splitlines()) == 1, ran.err
+
+
+def test_a_mask_that_ends_early_is_one_line(folder: Path, tmp_path: Path) -> None:
+    whole = (folder / "poster.jpg").read_bytes()
+    (tmp_path / "mask.jpg").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UsageError, match=r"mask.jpg: the picture is damaged .*; take another copy"):
+        list(mask_rows(tmp_path / "mask.jpg", (HEIGHT, WIDTH)))
 
 
 def test_a_poster_above_the_limit_of_guides_is_read_by_strips(

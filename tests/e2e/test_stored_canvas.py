@@ -4,15 +4,20 @@ ones."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from safetensors.torch import load_file
 
 from tests.conftest import Ran
-from tiler import Budget, RenderRequest, events, render
+from tiler import Budget, RenderRequest, events, phases, render
+from tiler.errors import StorageError
 from tiler.memory.process import read_rss
 from tiler.planning import render as planning
+from tiler.render_run import RenderRun
 from tiler.request import Decode, GuideUpscale, Region, Wrap
 
 
@@ -51,6 +56,26 @@ def test_it_makes_the_bytes_of_a_canvas_in_memory(
     assert (job / "canvas/reference").exists() and (job / "canvas/canvas.json").exists()
     assert draw(tiny, tmp_path / "files", **values) == whole
     assert sorted(path.name for path in (tmp_path / "files").iterdir()) == ["x.png", "x.safetensors"]
+
+
+def test_an_unwritable_place_of_a_canvas_without_a_job_is_one_line(tmp_path: Path) -> None:
+    run: Any = SimpleNamespace(
+        job=SimpleNamespace(canvas_folder=None), request=SimpleNamespace(scratch_folder=tmp_path / "none")
+    )
+    with pytest.raises(StorageError, match=r"none: cannot keep the canvas .*; choose another --scratch"):
+        RenderRun.stored_folder.func(run)
+
+
+def test_no_colours_are_learnt_for_a_canvas_that_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = list[str]()
+    monkeypatch.setattr("tiler.previewing.learn_by_decoding", lambda *args: told.append("decoded"))
+    monkeypatch.setattr(phases, "_denoise_stored", lambda *args: told.append("stored"))
+    run: Any = SimpleNamespace(
+        plan=SimpleNamespace(begin=0, stored=True, canvas_samples=1), request=SimpleNamespace(num_inference_steps=3),
+        phase=lambda *args: nullcontext(),
+    )  # fmt: skip
+    phases.denoise_canvas(run, cast(Any, None), None)
+    assert told == ["stored"]
 
 
 @pytest.mark.parametrize("side", [32_768, 100_000])

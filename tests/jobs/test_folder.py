@@ -7,6 +7,7 @@ import errno
 import os
 import subprocess
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 from tiler import Budget, RenderRequest, events, render
+from tiler.diffusion.stored_files import REFERENCE
 from tiler.errors import BudgetExceeded, JobError, JobLocked, NumericalError, TilerError
 from tiler.jobs import folder, manifest, tensors
 from tiler.jobs.coding import decode, encode
@@ -269,6 +271,54 @@ def test_a_job_that_names_no_spool_clears_its_own_folder_alone(
     manifest.write(job, replace(manifest.read(job), spool=""))
     render(ask(tiny, tmp_path / "x.png"), roomy())
     assert (tmp_path / "x.png").exists() and all(path.exists() for path in mine)
+
+
+def test_a_canvas_in_files_stays_where_it_was_begun(tmp_path: Path) -> None:
+    """Also where the spool goes with another --scratch."""
+    one, two, notes = tmp_path / "one", tmp_path / "two", list[events.Event]()
+    held = None
+    for scratch in (one, two, two):
+        scratch.mkdir(exist_ok=True)
+        job = folder.Job(RenderRequest(prompt="x", output=tmp_path / "x.png", scratch=scratch), notes.append)
+        with suppress(BudgetExceeded), job:
+            if held is not None:
+                assert job.held_bytes(scratch) >= held.stat().st_size
+            job.begin(replace(made_of(), spool=str(job.spool_folder(scratch))))
+            assert job.spool is not None and job.spool.parent == scratch
+            assert job.canvas_folder is not None and job.canvas_folder.parent == one
+            if held is None:
+                job.canvas_folder.mkdir()
+                held = job.canvas_folder / REFERENCE
+                held.write_bytes(bytes(8192))
+            raise BudgetExceeded("enough")
+    assert held is not None and held.exists() and str(one) in str(notes[0])
+    with folder.Job(RenderRequest(prompt="x", output=tmp_path / "x.png", scratch=two, restart=True)):
+        assert not held.parent.exists()
+
+
+def test_a_job_of_others_empties_no_folder_but_its_own(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.spool"
+    for name in ("mine.spool/journal.jsonl", "mine.spool/01.rows", "mine.canvas/canvas.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("mine")
+    job = folder.folder_of(tmp_path / "x.png")
+    job.mkdir()
+    manifest.write(job / "job.json", replace(made_of(), spool=str(mine), canvas=str(tmp_path / "mine.canvas")))
+    with folder.Job(RenderRequest(prompt="x", output=tmp_path / "x.png", restart=True)):
+        pass
+    assert not job.exists() and len(list(mine.iterdir())) == 2 and (tmp_path / "mine.canvas/canvas.json").exists()
+
+
+def test_restarting_a_damaged_job_clears_its_scratch_files(tmp_path: Path) -> None:
+    job = folder.Job(RenderRequest(prompt="x", output=tmp_path / "x.png", scratch=tmp_path / "fast", restart=True))
+    job.folder.mkdir()
+    (job.folder / "job.json").write_text("{")
+    spool = job.spool_folder(tmp_path / "fast")
+    for path in (spool / "01.rows", spool.with_name(spool.name.replace(".spool", ".canvas")) / "latents.3"):
+        path.parent.mkdir(parents=True)
+        path.touch()
+    with job:
+        assert list((tmp_path / "fast").iterdir()) == []
 
 
 def test_a_numerical_error_in_the_canvas_saves_nothing_new(

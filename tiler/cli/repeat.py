@@ -93,6 +93,8 @@ def repeat(picture: Path, typed: frozenset[str], defaults: Mapping[str, Any]) ->
         values |= {name: side for name, side in _size(picture).items() if name not in typed}
     if values.get("paper") is not None or "repaint" in (*values, *typed):
         values = {name: value for name, value in values.items() if name not in ("width", "height")}
+    if "repaint" in (*values, *typed):
+        values.pop("layout", None)  # the tiles of a spot never move
     values = {name: value for name, value in values.items() if value is not None}
     if recipe.is_whole:
         silent = {name: v for name, v in defaults.items() if name not in typed and name not in OF_THE_RUN}

@@ -180,8 +180,8 @@ def _levels(path: Path) -> Iterator[np.ndarray]:
     if _png_size(path) is not None:
         strips = _strips(path)
     else:
-        with GuidePicture(path, _WHOLE), Image.open(path) as picture:  # GuidePicture reports what is wrong with it
-            strips = iter([ImageOps.exif_transpose(picture)])
+        with GuidePicture(path, _WHOLE), Image.open(path) as picture:  # GuidePicture reports a bad header
+            strips = iter([_upright(path, picture)])
     for strip in strips:
         if strip.has_transparency_data:
             strip = Image.alpha_composite(Image.new("RGBA", strip.size, "black"), strip.convert("RGBA"))
@@ -189,8 +189,19 @@ def _levels(path: Path) -> Iterator[np.ndarray]:
         yield np.where(levels > _BLACK, levels, 0).astype(np.uint8)
 
 
+def _upright(path: Path, picture: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(picture)
+    except (OSError, ValueError, SyntaxError) as error:
+        raise _damaged(path, error) from error
+
+
 def _strips(path: Path) -> Iterator[Image.Image]:
     try:
         yield from read_strips(path)
     except (OSError, ValueError, SyntaxError) as error:
-        raise UsageError(f"{path}: the picture is damaged ({error}); take another copy") from error
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> UsageError:
+    return UsageError(f"{path}: the picture is damaged ({error}); take another copy")

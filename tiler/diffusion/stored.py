@@ -26,6 +26,7 @@ Shape = tuple[int, int, int, int]
 CHUNK = 2**18  # elements at a time; for noise a multiple of 16, which torch draws together
 BAND = 2**21  # elements of the rows that are blended together
 _FLOAT = 4  # bytes
+_FLAGS = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW  # a link would lead to a file that is no part of the canvas
 
 
 class Span(NamedTuple):
@@ -57,7 +58,7 @@ class StoredArray:
         self.path, self.count = path, math.prod(shape)
         self.shape: tuple[int, ...] = shape
         try:
-            self._fd = os.open(path, os.O_RDWR | (os.O_CREAT | os.O_TRUNC if new else 0) | os.O_CLOEXEC, 0o600)
+            self._fd = os.open(path, _FLAGS | (os.O_CREAT | os.O_TRUNC if new else 0), 0o600)
             if new:
                 os.ftruncate(self._fd, _FLOAT * self.count)
             elif os.fstat(self._fd).st_size != _FLOAT * self.count:
@@ -172,7 +173,7 @@ class TileLog:
         self.path, self.shape = path, shape
         self._bytes = _FLOAT * math.prod(shape)
         try:
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | (os.O_TRUNC if new else 0) | os.O_CLOEXEC, 0o600)
+            self._fd = os.open(path, _FLAGS | os.O_CREAT | (os.O_TRUNC if new else 0), 0o600)
         except OSError as error:
             raise _failed(path, error) from error
         self.count = 0 if new else self._whole()
@@ -254,5 +255,6 @@ def _write(fd: int, path: Path, values: Tensor, at: int) -> None:
 
 def _failed(path: Path, error: OSError) -> StorageError:
     return StorageError(
-        f"{path}: the canvas cannot be kept there ({error.strerror}); give another place with --scratch"
+        f"{path}: the canvas cannot be kept there ({error.strerror}); free some space, or begin anew with another "
+        "--scratch, for which a job takes --restart"
     )

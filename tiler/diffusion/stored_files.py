@@ -15,8 +15,15 @@ def has_begun(folder: Path) -> bool:
     return (folder / STATE).exists()
 
 
+def holds_work(folder: Path) -> bool:
+    """Whether the folder holds work that took long."""
+    return has_begun(folder) or (folder / REFERENCE).exists()
+
+
 def clear(folder: Path) -> None:
-    """Remove a canvas, and its folder if nothing else is in it."""
+    """Remove a canvas, and the folder if nothing else is in it."""
+    if folder.is_symlink():  # someone else made it, and the files are theirs
+        return
     with suppress(OSError):
         for name in (STATE, REFERENCE, BLENDED, LATENTS, SCHEDULER, PREDICTIONS):
             for path in (folder / name, *folder.glob(f"{name}.*")):

@@ -84,6 +84,9 @@ class Job:
                 with suppress(JobError, StorageError):
                     self.manifest = manifests.read(self.folder / MANIFEST)
                 self._remove(keep=(LOCK,))
+                spool = self.spool_folder(self._request.scratch or self.output.parent)  # where job.json is damaged
+                spools.clear(spool)
+                stored_files.clear(_canvas_beside(spool))
                 self.manifest = None
             elif (self.folder / MANIFEST).exists():
                 self.manifest = manifests.read(self.folder / MANIFEST)
@@ -147,10 +150,16 @@ class Job:
                     "or begin anew with --restart"
                 )
             self._begun = True
-            if self.manifest.spool != manifest.spool:
+            spool, canvas = _spool_of(self.folder, manifest), _canvas_of(self.folder, self.manifest)
+            if _spool_of(self.folder, self.manifest) != spool:
                 self.clear_spool()
+            if canvas != _canvas_beside(spool) and stored_files.holds_work(canvas):
+                self._on_event(Note(text=f"the canvas stays in {canvas.parent}, where it was begun"))
+            else:
+                canvas = _canvas_beside(spool)
+                self._clear_canvas(but=canvas)
             now = {name: getattr(manifest, name) for name in ("said", "max_ram_bytes", "spool")}
-            manifest = replace(self.manifest, **now)
+            manifest = replace(self.manifest, **now, canvas=str(canvas))
         else:
             try:
                 self.folder.mkdir(parents=self._request.job_dir is not None, exist_ok=True)
@@ -172,14 +181,17 @@ class Job:
         """The folder for the saved passes of a decoder whose scratch files are in `scratch`."""
         if os.path.realpath(scratch) == os.path.realpath(self.folder.parent):
             return self.folder / SPOOL
-        mark = hashlib.sha256(os.fsencode(os.path.abspath(self.folder))).hexdigest()[:8]
-        return scratch.absolute() / f"tiler-{mark}.{SPOOL}"
+        return scratch.absolute() / _name_elsewhere(self.folder)
+
+    def held_bytes(self, scratch: Path) -> int:
+        """The disk space that the job's passes and canvas already use."""
+        places = self.spool_folder(scratch), _canvas_of(self.folder, self.manifest)
+        return sum(map(spools.bytes_in, places))
 
     @property
     def canvas_folder(self) -> Path | None:
         """The folder for a canvas too large for memory; None without a started job."""
-        spool = self.spool
-        return None if spool is None else _canvas_beside(spool)
+        return None if self.spool is None else _canvas_of(self.folder, self.manifest)
 
     @property
     def spool(self) -> Path | None:
@@ -243,10 +255,7 @@ class Job:
 
     @property
     def has_reference(self) -> bool:
-        places = (
-            self.folder / REFERENCE,
-            _canvas_beside(_spool_of(self.folder, self.manifest)) / stored_files.REFERENCE,
-        )
+        places = self.folder / REFERENCE, _canvas_of(self.folder, self.manifest) / stored_files.REFERENCE
         return self._begun and any(place.exists() for place in places)
 
     def load_reference(self) -> Tensor:
@@ -267,8 +276,9 @@ class Job:
         self._clear_canvas()
         layout.remove(self.folder, keep)
 
-    def _clear_canvas(self) -> None:
-        stored_files.clear(_canvas_beside(_spool_of(self.folder, self.manifest)))
+    def _clear_canvas(self, but: Path | None = None) -> None:
+        if (canvas := _canvas_of(self.folder, self.manifest)) != but:
+            stored_files.clear(canvas)
 
     def _holds_work(self) -> bool:
         return any((self.folder / name).exists() for name in (*SLOTS, REFERENCE)) or self.has_reference
@@ -282,8 +292,25 @@ def _number_of(path: Path) -> int:
 
 def _spool_of(folder: Path, manifest: Manifest | None) -> Path:
     """The spool folder that the manifest names. Without a manifest, or with one from an earlier version that names
-    none, it is in the job folder."""
-    return Path(manifest.spool) if manifest is not None and manifest.spool else folder / SPOOL
+    none, it is in the job folder. Since the folder gets emptied, a name that no job of ours would have is ignored:
+    others may have written it."""
+    said = Path(manifest.spool) if manifest is not None and manifest.spool else folder / SPOOL
+    return said if said.name == _name_elsewhere(folder) else folder / SPOOL
+
+
+def _canvas_of(folder: Path, manifest: Manifest | None) -> Path:
+    """The canvas folder that the manifest names, with the same check; beside the spool if it names none."""
+    beside = _canvas_beside(_spool_of(folder, manifest))
+    if manifest is None or not manifest.canvas:
+        return beside
+    said = Path(manifest.canvas)
+    return said if said.name == _canvas_beside(Path(_name_elsewhere(folder))).name else _canvas_beside(folder / SPOOL)
+
+
+def _name_elsewhere(folder: Path) -> str:
+    """The name of a job's spool outside its `folder`."""
+    mark = hashlib.sha256(os.fsencode(os.path.abspath(folder))).hexdigest()[:8]
+    return f"tiler-{mark}.{SPOOL}"
 
 
 def _canvas_beside(spool: Path) -> Path:

@@ -42,6 +42,7 @@ class Manifest:
         default_factory=dict
     )  # the picture's size, inode and time, just before it gets its final name
     spool: str = ""  # the folder with the decoder's saved passes
+    canvas: str = ""  # the folder of a canvas too large for memory, which stays there; "" for one beside the spool
     schema: int = SCHEMA
 
     def as_begun(self, request: ResolvedRequest) -> ResolvedRequest:

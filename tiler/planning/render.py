@@ -128,6 +128,9 @@ def plan_render(
     masks = min(MASKS_KEPT, max(map(len, (tiling.regions, *tiling.canvas_steps[-1:]))))
     canvas_bytes = _ARRAYS * 4 * family.latent_channels * math.prod(tiling.canvas) + 4 * math.prod(tile) * masks
     on_disk = canvas_bytes > IN_MEMORY_BYTES and not tiles_only
+    if on_disk and tiling.spot is not None:
+        height, width = pixels_of(tiling.canvas)
+        raise UsageError(f"{request.repaint}: its spot takes {width}×{height} pixels, which is too large; mask less")
     if on_disk:
         needed, place = (
             bytes_of((1, family.latent_channels, *tiling.canvas), len(tiling.regions), tile),

@@ -52,9 +52,8 @@ def fill(request: RenderRequest, defaults: Mapping[str, Any] = _ROW) -> Resolved
         preset["num_inference_steps"] = min(preset["num_inference_steps"], few)  # few-step models take no more
     if request.regions:
         defaults.pop("prompt", None)  # the regions say what to draw
-    if "layout" in defaults and (
-        request.regions or (request.overlap is not None and defaults["layout"] is Layout.SHIFT)
-    ):
+    stays = request.regions or request.repaint is not None  # the tiles under a mask are chosen once for all steps
+    if "layout" in defaults and (stays or (request.overlap is not None and defaults["layout"] is Layout.SHIFT)):
         defaults["layout"] = Layout.GRID  # the model's layout is only a default; the options of this picture win
     filled: dict[str, Any] = {"seed": secrets.randbelow(2**32), "output": Path("tiler.png")} | defaults | preset
     filled |= {name: value for name, value in said.items() if value is not None or name not in filled}

@@ -40,7 +40,7 @@ def check_repaint(request: RenderRequest) -> None:
         raise UsageError("--repaint changes a part of a picture of yours; give it with --guide IMG")
     excluded = {
         "--wrap": request.wrap is not Wrap.NONE, "--regions": bool(request.regions),
-        "--scale": request.scale is not None, "--layout shift": request.layout is Layout.SHIFT,
+        "--scale": request.scale is not None, f"--layout {request.layout}": request.layout not in (None, Layout.GRID),
         "--save-latents": request.save_latents is not None, "--cluster": request.cluster is not None,
     }  # fmt: skip
     if (said := next((name for name, given in excluded.items() if given), None)) is not None:
