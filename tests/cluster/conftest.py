@@ -39,9 +39,13 @@ class Fleet:
 
     def start_stubs(self, *names: str, environment: Mapping[str, str] | None = None, **options: str) -> None:
         """Workers whose predictions are made up."""
+        self.begin_stubs(*names, environment=environment, **options)
+        self.wait(lambda joined: set(names) <= joined)
+
+    def begin_stubs(self, *names: str, environment: Mapping[str, str] | None = None, **options: str) -> None:
+        """As much, but nobody waits until they have joined."""
         for name in names:
             self._start(("-m", "tests.cluster.stub"), name, options, environment)
-        self.wait(lambda joined: set(names) <= joined)
 
     def _start(
         self, program: Sequence[str], name: str, options: Mapping[str, str], environment: Mapping[str, str] | None,
@@ -64,10 +68,10 @@ class Fleet:
 
     def wait(self, until: Callable[[set[str]], bool]) -> None:
         """Until the names of those that have joined are right."""
-        for _ in range(600):
+        for _ in range(2400):
             if until(set((self.engine.members() or {}).values())):
                 return
-            time.sleep(0.1)
+            time.sleep(0.025)
         raise AssertionError(f"only {self.engine.members()} have joined")
 
 
@@ -81,8 +85,16 @@ def open_fleet(folder: Path) -> Iterator[Fleet]:
         try:
             yield found
         finally:
-            for name in list(found.processes):
-                found.end(name, signal.SIGKILL)
+            for process in found.processes.values():
+                process.kill()
+            for process in found.processes.values():
+                process.wait(30)
+
+
+@pytest.fixture(autouse=True)
+def no_trimming(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What this process gives back between phases takes longer than the phases of so small a picture."""
+    monkeypatch.setattr("tiler.memory.process.trim", lambda: None)
 
 
 @pytest.fixture(scope="module")

@@ -53,8 +53,12 @@ def open_local(*run: Any) -> Iterator[Local]:
 
 
 def main() -> None:
+    import dask
+
     from tiler.cluster import worker
     from tiler.memory.budget import Budget
+
+    dask.config.set({"distributed.comm.timeouts.connect": "3s"})  # also the longest pause until it tries again
 
     parser = argparse.ArgumentParser()
     parser.add_argument("address")

@@ -100,10 +100,15 @@ def test_with_cluster_only_it_waits_for_workers(
     stubs: Fleet, tiny: Path, tmp_path: Path, alone: Drawn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run, "_PATIENCE", 0.0)
-    coming = threading.Timer(1.0, stubs.start_stubs, ("late",))
-    coming.start()
+    look = members.Members.look
+
+    def come(self: members.Members) -> list[members.Member]:
+        if "late" not in stubs.processes:
+            stubs.begin_stubs("late")
+        return look(self)
+
+    monkeypatch.setattr(members.Members, "look", come)
     drawn = draw(tiny, tmp_path, cluster_only=True, **stubs.through)
-    coming.join()
     assert same(drawn, alone) and set(drawn.workers) == {"late"}
     assert not [note for note in drawn.notes if "predicts alone" in note]
 
@@ -167,12 +172,10 @@ def test_a_coordinator_that_is_killed_finds_its_workers_again_and_they_are_small
         worker = psutil.Process(stubs.processes["a"].pid)
         assert worker.memory_info().rss > stub.BALLAST
         process.kill()
-    for _ in range(100):
-        if worker.memory_info().rss < 70_000_000:
-            break
-        time.sleep(0.1)
-    time.sleep(1)  # until it has begun anew
-    assert worker.memory_info().rss < 70_000_000
+    with socket.create_server(("127.0.0.1", port)) as nobody:
+        nobody.settimeout(60)
+        nobody.accept()[0].close()  # it has begun anew
+        assert worker.memory_info().rss < 70_000_000
     drawn = draw(tiny, tmp_path, cluster=f"listen:127.0.0.1:{port}", keys=stubs.keys, cluster_only=True)
     assert same(drawn, alone) and set(drawn.workers) == {"a"}
 
@@ -188,9 +191,10 @@ def test_a_tile_that_ends_every_worker_is_predicted_here(
 
 
 def test_nan_on_one_worker_and_on_two_and_a_ceiling(stubs: Fleet, tiny: Path, tmp_path: Path, alone: Drawn) -> None:
-    stubs.start_stubs("a", seconds="0.05")
-    stubs.start_stubs("full", says="the ceiling of 700 MB was reached at cluster", seconds="0.05")
+    stubs.begin_stubs("a", seconds="0.05")
+    stubs.begin_stubs("full", says="the ceiling of 700 MB was reached at cluster", seconds="0.05")
     stubs.start_stubs("broken", says="NaN or Inf in the noise prediction", seconds="0.05")
+    stubs.wait(lambda joined: joined == {"a", "full", "broken"})
     drawn = draw(tiny, tmp_path / "1", **stubs.through)
     assert same(drawn, alone) and set(drawn.workers) == {"a"}
     assert "worker full is left out: the ceiling of 700 MB was reached at cluster" in drawn.notes
@@ -295,8 +299,9 @@ def test_a_worker_that_the_scheduler_cannot_reach_is_left_out_with_its_port(
 ) -> None:
     monkeypatch.setattr(engine, "_REACHED_SECONDS", 1.0)
     port = free_port()
-    stubs.start_stubs("a")
+    stubs.begin_stubs("a")
     stubs.start_stubs("walled", contact_address=f"tls://127.0.0.1:{port}")
+    stubs.wait(lambda joined: joined == {"a", "walled"})
     drawn = draw(tiny, tmp_path, **stubs.through)
     assert same(drawn, alone) and set(drawn.workers) == {"a"}
     assert any("worker walled is left out" in note and f"open port {port}" in note for note in drawn.notes)

@@ -18,13 +18,13 @@ from tiler.request.render import OF_THE_RUN
 GROUPS = {
     "wallpaper": "--negative-prompt= --canvas-prompt sea --emphasis no-norm -W 80 -H 72 --wrap xy --dpi 150 --guidance-scale 2 "
     "--guidance-interval 0.1-0.7 --strength 0.6 --clip-skip 2 --scheduler euler-a --mask quartic --overlap 16 "
-    "--attention-window 4 --guide-upscale latent --precision fp32 --scratch-dtype fp32 --steps 3 --variant fp16 --seed 18446744073709551615",
-    "sheet": "--paper A10 --landscape --bleed 1mm --dpi 60 --preset fast --no-guide --decode frozen --tile-conditioning none --seed 4",
-    "regions": "--size 80 --regions regions.toml --scheduler DPM++2M --schedule-type karras --layout grid --steps 3 --vae soft "
+    "--attention-window 4 --guide-upscale latent --precision fp32 --scratch-dtype fp32 --steps 2 --variant fp16 --seed 18446744073709551615",
+    "sheet": "--paper A10 --landscape --bleed 1mm --dpi 60 --preset fast --steps 2 --no-guide --decode frozen --tile-conditioning none --seed 4",
+    "regions": "--size 80 --regions regions.toml --scheduler DPM++2M --schedule-type karras --layout grid --steps 2 --vae soft "
     "--text-encoder words --prediction epsilon -n fog --tile-size 64 --decode-precision fp32",
-    "upscaled": "--guide guide.png --scale 2 --steps 3 --strength 0.5 --lora ink.safetensors=0.5:0.25 --clip_l words --quality 70",
+    "upscaled": "--guide guide.png --scale 2 --steps 2 --strength 0.5 --lora ink.safetensors=0.5:0.25 --clip_l words --quality 70",
     "tiny decoder": "--size 72 --steps 2 --layout shift --decode tiny --tiny-vae taesd",
-    "spot": "--guide guide.png --repaint mask.png --steps 3 --strength 0.8",
+    "spot": "--guide guide.png --repaint mask.png --steps 2 --strength 0.8",
 }
 ELSEWHERE = {"prompt", "model", "revision", "diffusion_model", "clip_g", "t5xxl"}
 """Every picture's own; and parts of other families, of which test_repeat.py has the fields."""
