@@ -299,7 +299,7 @@ def test_a_worker_that_the_scheduler_cannot_reach_is_left_out_with_its_port(
 ) -> None:
     monkeypatch.setattr(engine, "_REACHED_SECONDS", 1.0)
     port = free_port()
-    stubs.begin_stubs("a")
+    stubs.begin_stubs("a", seconds="0.1")  # slower than the other is found out
     stubs.start_stubs("walled", contact_address=f"tls://127.0.0.1:{port}")
     stubs.wait(lambda joined: joined == {"a", "walled"})
     drawn = draw(tiny, tmp_path, **stubs.through)
