@@ -145,7 +145,7 @@ def test_a_shared_queue_leaves_to_others_what_they_draw(
 ) -> None:
     """Row 1 is another machine's, row 2 it has drawn, row 3 is ours."""
     (tmp_path / "q.txt").write_text("a\nb\nc\n")
-    command = ["batch", "q.txt", "--share", "--model", tiny, *COMMON, "-o", "{index}.png"]
+    command = ["batch", tmp_path / "q.txt", "--share", "--model", tiny, *COMMON, "-o", "{index}.png"]
     assert claims.claim(tmp_path / "1.png.tiler")
     monkeypatch.chdir(tmp_path)
     checker = queues.Checker(

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from tiler.errors import StorageError, UsageError
 from tiler.output.latents import LatentsFile
 from tiler.output.picture import write_picture
+from tiler.output.png import PngWriter
 from tiler.request.paper import parse_length, sheet_pixels
 
 
@@ -163,3 +164,18 @@ def test_latents_are_read_from_their_file_by_rows(tmp_path: Path, dtype: torch.d
             latents[:, :, 30:]
     with pytest.raises(UsageError, match="short"):
         LatentsFile(path)
+
+
+def test_a_png_does_not_depend_on_how_many_rows_come_at_a_time(tmp_path: Path) -> None:
+    """Where a decode that was interrupted goes on in the middle of a strip, the file is still the same."""
+    pixels = np.random.default_rng(0).integers(0, 255, (40, 3000, 3), np.uint8)
+    files = []
+    for cuts in ([40], [4] * 10, [3, 1, 6, 2, 2, 26]):
+        with (tmp_path / "x.png").open("wb") as file:
+            writer = PngWriter(file, 3000, 40, {})
+            for part in np.split(pixels, np.cumsum(cuts)[:-1]):
+                writer.write(part)
+            writer.close()
+        files.append((tmp_path / "x.png").read_bytes())
+    assert files[0] == files[1] == files[2] and files[0].count(b"IDAT") > 3
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "x.png")), pixels)

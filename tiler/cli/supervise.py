@@ -57,7 +57,7 @@ def run(spec: Spec) -> int:
     path = Path(spec.results)
     queue = Queue(
         root=Path(spec.root),
-        results=Results(path, spec.file, shared=spec.shared),
+        results=Results(path, os.path.basename(spec.file), shared=spec.shared),
         max_ram_bytes=spec.max_ram_bytes,
         shared=spec.shared,
         fail_fast=spec.fail_fast,

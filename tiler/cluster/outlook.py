@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from tiler.cluster import tasks
@@ -100,7 +100,8 @@ def _local(run: RenderRun, cluster: Cluster, seconds: float) -> dict[str, Estima
 def _asked(run: RenderRun, cluster: Cluster) -> dict[str, Estimate]:
     """Return each worker's own estimate, by name."""
     job = SharedJob(
-        name=secrets.token_hex(8), request=run.request, model_id=denoiser_id(run.models),
+        name=secrets.token_hex(8), request=replace(run.request, precision=run.plan.precision),
+        model_id=denoiser_id(run.models),
         reads_text=bool(run.plan.family.encoders), embeds=bool(run.spoken.read_as.embeddings), texts={},
     ).to_bytes()  # fmt: skip
     with Engine(cluster, run.request.keys, insecure=run.request.insecure) as engine:

@@ -6,6 +6,7 @@ import secrets
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -71,7 +72,8 @@ def _open_pool(cluster: Cluster, share: int, run: RenderRun, prompts: Prompts) -
     may_come: Callable[[], int] | None = None
     is_local, keys = cluster.where is Where.LOCAL, run.request.keys
     job = SharedJob(
-        name=secrets.token_hex(8), request=run.request, model_id=denoiser_id(run.models),
+        name=secrets.token_hex(8), request=replace(run.request, precision=run.plan.precision),
+        model_id=denoiser_id(run.models),
         reads_text=bool(run.plan.family.encoders), embeds=bool(run.spoken.read_as.embeddings),
         texts=prompts.encoded,
     )  # fmt: skip

@@ -27,6 +27,7 @@ def claim(folder: Path) -> bool:
     quarter of an hour can be taken over. Raises StorageError."""
     try:
         try:
+            folder.parent.mkdir(parents=True, exist_ok=True)  # of --job-dir
             folder.mkdir()
         except FileExistsError:
             if _age(folder) < _STALE or not _take_over(folder):
@@ -36,14 +37,26 @@ def claim(folder: Path) -> bool:
         raise StorageError(f"{folder}: cannot be claimed ({error.strerror}); check its permissions") from error
 
 
+def is_ours(folder: Path) -> bool:
+    """Whether this process owns the folder still: while it was suspended, another may have taken over its claim."""
+    try:
+        words = json.loads((folder / OWNER).read_text(encoding="utf-8"))
+        return (words["host"], words["pid"]) == (socket.gethostname(), os.getpid())
+    except (OSError, ValueError, TypeError, KeyError):
+        return False
+
+
 def touch(folder: Path) -> None:
     """Record that the owner is still at work."""
     with suppress(OSError):
-        os.utime(folder / OWNER)
+        if is_ours(folder):
+            os.utime(folder / OWNER)
 
 
 def release(folder: Path) -> None:
-    """Give up the claim. Files saved in the folder stay for the process that continues the job."""
+    """Give up the claim, if it is still ours. Files saved in the folder stay for the process that continues the job."""
+    if not is_ours(folder):
+        return
     with suppress(OSError):
         os.unlink(folder / OWNER)
     with suppress(OSError):

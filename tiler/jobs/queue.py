@@ -198,7 +198,8 @@ class Queue:
         else:
             facts["error"] = _error_in(told, process.returncode)
         self._note(row, DONE if code == 0 else FAILED, code, facts)
-        if code == 0 and not keeps:  # last: if the note is lost, the job still says that it is finished
+        # Last: if the note is lost, the job still says that it is finished.
+        if code == 0 and not keeps and not (self.shared and not claims.is_ours(Path(row.job))):
             layout.remove(Path(row.job))
         return True
 

@@ -12,6 +12,7 @@ import numpy as np
 from tiler.output.profile import srgb_profile
 
 _FILTERED = 2**16  # pixels filtered at a time
+_CHUNK = 2**16  # bytes of an IDAT chunk
 
 
 class DeflatedRows:
@@ -43,7 +44,7 @@ class PngWriter:
     def __init__(
         self, file: BinaryIO, width: int, height: int, texts: Mapping[str, str], dpi: float | None = None
     ) -> None:
-        self._file, self._pixels = file, DeflatedRows(width)
+        self._file, self._pixels, self._deflated = file, DeflatedRows(width), bytearray()
         file.write(b"\x89PNG\r\n\x1a\n")
         self._chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
         self._chunk(b"iCCP", b"sRGB\0\0" + zlib.compress(srgb_profile()))
@@ -55,10 +56,14 @@ class PngWriter:
     def write(self, rows: np.ndarray) -> None:
         """rows: (n, width, 3) uint8 sRGB."""
         for data in self._pixels.add(rows):
-            self._chunk(b"IDAT", data)
+            self._deflated += data
+            # Chunks of one size: the file's bytes do not depend on how many rows came at a time.
+            while len(self._deflated) >= _CHUNK:
+                self._chunk(b"IDAT", bytes(self._deflated[:_CHUNK]))
+                del self._deflated[:_CHUNK]
 
     def close(self) -> None:
-        self._chunk(b"IDAT", self._pixels.end())
+        self._chunk(b"IDAT", bytes(self._deflated) + self._pixels.end())
         self._chunk(b"IEND", b"")
 
     def _chunk(self, kind: bytes, data: bytes) -> None:
