@@ -3,13 +3,19 @@ native tile under its ceiling, the plan near the kernel's own mark; and what a p
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from tests.full.marks import made, planned, render_peak, tiny_decoder
 
-pytestmark = pytest.mark.full
+pytestmark = [
+    pytest.mark.full,
+    pytest.mark.skipif(
+        "TILER_TEST_WIDE" not in os.environ, reason="minutes, and 2 GB for each family; TILER_TEST_WIDE=1 runs them"
+    ),
+]
 
 
 @pytest.mark.parametrize(
