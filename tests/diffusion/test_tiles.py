@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -252,6 +252,7 @@ def steps_of(asked: ResolvedRequest, size: tuple[int, int], patch: int = 1) -> l
 
 
 @settings(max_examples=40, deadline=None)
+@example(size=(2, 13), overlap=1, patch=1, wrap=Wrap.NONE)  # positions between two latents
 @given(
     size=st.tuples(st.integers(2, 15), st.integers(2, 15)), overlap=st.integers(0, 2), patch=st.sampled_from([1, 2]),
     wrap=st.sampled_from(list(Wrap)),

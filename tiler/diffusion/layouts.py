@@ -82,7 +82,8 @@ def jittered_starts(last: int, count: int, share: float, patch: int = 1) -> tupl
     between them, spaced as in a grid with one tile less and moved by `share` of that spacing, 0–1. All are multiples of
     `patch`."""
     pitch = last / patch / (count - 2)
-    return (0, *(patch * round((share + k) * pitch) for k in range(count - 2)), last)
+    # Halves always go up: Python's round would send neighbours to the even side, one up and the next one down.
+    return (0, *(patch * math.floor((share + k) * pitch + 0.5) for k in range(count - 2)), last)
 
 
 def plan_tiles(
