@@ -285,6 +285,6 @@ def test_rehearsal_knows_the_bytes_on_disk(
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
 def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scratch, "_nameless_file", lambda folder: os.open("/dev/full", os.O_RDWR))
+    monkeypatch.setattr(scratch, "nameless_file", lambda folder: os.open("/dev/full", os.O_RDWR))
     with Scratch(tmp_path) as disk, pytest.raises(StorageError, match="No space left"):
         Rows(disk, 3, 5).append(torch.zeros(1, 3, 1, 5))

@@ -4,9 +4,8 @@ reading any weights, and the sharing of the tiles is simulated."""
 from __future__ import annotations
 
 import json
-import secrets
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from tiler.cluster import tasks
@@ -15,7 +14,6 @@ from tiler.cluster.local import plan_of_worker, share_of
 from tiler.cluster.shared import Estimate, SharedJob
 from tiler.cluster.sharing import Pace
 from tiler.cluster.simulation import Forecast, simulate
-from tiler.denoiser import denoiser_id
 from tiler.errors import ClusterError
 from tiler.planning.summary import seconds_per_tile
 from tiler.planning.time import Speed
@@ -99,11 +97,7 @@ def _local(run: RenderRun, cluster: Cluster, seconds: float) -> dict[str, Estima
 
 def _asked(run: RenderRun, cluster: Cluster) -> dict[str, Estimate]:
     """Return each worker's own estimate, by name."""
-    job = SharedJob(
-        name=secrets.token_hex(8), request=replace(run.request, precision=run.plan.precision),
-        model_id=denoiser_id(run.models),
-        reads_text=bool(run.plan.family.encoders), embeds=bool(run.spoken.read_as.embeddings), texts={},
-    ).to_bytes()  # fmt: skip
+    job = SharedJob.of(run, {}).to_bytes()
     with Engine(cluster, run.request.keys, insecure=run.request.insecure) as engine:
         members = _joined(engine, cluster, run)
         asked = {engine.submit(address, tasks.assess, job): name for address, name in members.items()}

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import secrets
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from tiler.cluster.shared import SharedJob
-from tiler.denoiser import denoiser_id, open_denoiser
+from tiler.denoiser import open_denoiser
 from tiler.diffusion.prompts import Prompts
 from tiler.diffusion.runner import Runner, Tile
 from tiler.phases import OpenRunner
@@ -71,12 +69,7 @@ def _open_pool(cluster: Cluster, share: int, run: RenderRun, prompts: Prompts) -
 
     may_come: Callable[[], int] | None = None
     is_local, keys = cluster.where is Where.LOCAL, run.request.keys
-    job = SharedJob(
-        name=secrets.token_hex(8), request=replace(run.request, precision=run.plan.precision),
-        model_id=denoiser_id(run.models),
-        reads_text=bool(run.plan.family.encoders), embeds=bool(run.spoken.read_as.embeddings),
-        texts=prompts.encoded,
-    )  # fmt: skip
+    job = SharedJob.of(run, prompts.encoded)
     with ExitStack() as stack:
         if is_local:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tiler-cluster-")))

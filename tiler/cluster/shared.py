@@ -6,8 +6,9 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
     from tiler.diffusion.runner import Tile
     from tiler.models.samples import Prompt
+    from tiler.render_run import RenderRun
     from tiler.request import ResolvedRequest
 
 WORKER_FOLDER = "TILER_WORKER_FOLDER"  # the variable that names the folder for temporary files of local:N workers
@@ -63,6 +65,17 @@ class SharedJob:
     reads_text: bool
     embeds: bool
     texts: Mapping[str | None, Prompt]
+
+    @classmethod
+    def of(cls, run: RenderRun, texts: Mapping[str | None, Prompt]) -> SharedJob:
+        """The job of a render, in the precision that its plan chose, whatever each worker would choose."""
+        from tiler.denoiser import denoiser_id
+
+        return cls(
+            name=secrets.token_hex(8), request=replace(run.request, precision=run.plan.precision),
+            model_id=denoiser_id(run.models), reads_text=bool(run.plan.family.encoders),
+            embeds=bool(run.spoken.read_as.embeddings), texts=texts,
+        )  # fmt: skip
 
     def to_bytes(self) -> bytes:
         from safetensors.torch import save

@@ -172,8 +172,7 @@ def decode(
         if not recall(stages, scratch):
             with Scratch(scratch.folder, scratch.dtype) as nameless:
                 _measure(stages, part, nameless, hold, check)
-            scratch.peak_bytes = max(scratch.peak_bytes, nameless.peak_bytes)
-            scratch.written_bytes += nameless.written_bytes
+            scratch.count(nameless)
             remember(stages, scratch)
         stored = [waiting(number, band) for number, band in enumerate(others)]
         row = begin

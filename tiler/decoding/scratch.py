@@ -53,7 +53,7 @@ class Scratch:
         """A new file without a name; with a spool, the file of a pass, or -1 if it was already removed."""
         assert self.folder is not None
         try:
-            fd = _nameless_file(self.folder) if self.spool is None else self.spool.open(number)
+            fd = nameless_file(self.folder) if self.spool is None else self.spool.open(number)
         except OSError as error:
             raise StorageError(
                 f"{self.folder}: cannot write scratch files ({error.strerror}); give another folder with --scratch"
@@ -61,6 +61,11 @@ class Scratch:
         if fd >= 0:
             self._open.add(fd)
         return fd
+
+    def count(self, earlier: Scratch) -> None:
+        """Count what another one, closed by now, stored and wrote."""
+        self.peak_bytes = max(self.peak_bytes, earlier.peak_bytes)
+        self.written_bytes += earlier.written_bytes
 
     def close(self, fd: int) -> None:
         """Free the space of a file."""
@@ -77,7 +82,7 @@ class Scratch:
         self.apart_bytes = max(self.apart_bytes, self._apart)
 
 
-def _nameless_file(folder: Path) -> int:
+def nameless_file(folder: Path) -> int:
     """The descriptor of an empty file that nobody else can open, and whose space is freed when it is closed."""
     fd, name = tempfile.mkstemp(prefix=".tiler-", dir=folder)
     try:

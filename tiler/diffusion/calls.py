@@ -21,6 +21,11 @@ class Calls:
         """The first call of a step; `count` for the step after the last one."""
         return min(self.order * step, self.count)
 
+    def where(self, phase: str, call: int, tiles_done: int, tiles: int) -> str:
+        """A saved state in words: "canvas step 12/20, tile 7/25"."""
+        step = min(self.step_of(call) + bool(tiles_done), self.steps)
+        return f"{phase} step {step}/{self.steps}" + (f", tile {tiles_done}/{tiles}" if tiles_done else "")
+
     def step_of(self, call: int) -> int:
         """The step that a call belongs to; `steps` for the call after the last one."""
         return self.steps if call >= self.count else call // self.order

@@ -188,9 +188,8 @@ class Denoising:
         return sum(tiles.samples for tiles in self._steps[:done]) + now
 
     def _save(self, journal: Journal) -> None:
-        tile = f", tile {self._tiles_added}/{len(self._steps[self.step - self._begin])}" if self._tiles_added else ""
-        calls = self._schedule.calls
-        where = f"{self._phase} step {min(calls.step_of(self.step) + bool(tile), calls.steps)}/{calls.steps}{tile}"
+        tiles = len(self._steps[self.step - self._begin]) if self._tiles_added else 0
+        where = self._schedule.calls.where(self._phase, self.step, self._tiles_added, tiles)
         journal.save(self._phase, self.state().tensors(), where)
 
     def _one_step(self, runner: Runner) -> Iterator[StepDone]:

@@ -139,8 +139,8 @@ def _grown(values: np.ndarray) -> np.ndarray:
 
 
 def _between(field: np.ndarray, first: int, last: int) -> np.ndarray:
-    """Yield rows of pixels of a field (h, w), each value of which stands for FACTOR × FACTOR pixels → (n, FACTOR·w),
-    bilinear."""
+    """Rows [first, last) of pixels of a field (h, w), each value of which stands for FACTOR × FACTOR pixels, by
+    bilinear interpolation: (n, FACTOR·w)."""
 
     def places(pixels: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         at = np.clip((pixels + 0.5) / FACTOR - 0.5, 0, length - 1)

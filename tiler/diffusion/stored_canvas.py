@@ -228,9 +228,9 @@ class StoredDenoising:
         """Save the progress to the journal. Only the step's predictions may still have to be flushed to the disk."""
         if self._log is not None:
             self._log.sync()
-        done, at, calls = self._tiles_done, min(self.step, self.end - 1) - self._begin, self._schedule.calls
-        tile = f", tile {done}/{len(self._steps[at])}" if done else ""
-        where = f"canvas step {min(calls.step_of(self.step) + bool(tile), calls.steps)}/{calls.steps}{tile}"
+        done = self._tiles_done
+        tiles = len(self._steps[self.step - self._begin]) if done else 0
+        where = self._schedule.calls.where("canvas", self.step, done, tiles)
         journal.save("canvas", {"stored": torch.tensor([self.step, done])}, where)
 
     def _remove(self, step: int) -> None:
@@ -244,8 +244,3 @@ def bytes_of(shape: Shape, tiles: int, tile: tuple[int, int]) -> int:
     """The most disk space that a canvas takes: latents before and after a step, two scheduler tensors before and after
     it, the blended prediction, the reference, and the predictions."""
     return 4 * (8 * math.prod(shape) + tiles * (shape[1] * math.prod(tile) + 1))
-
-
-def tensor_of(array: StoredArray) -> Tensor:
-    """The complete array as a tensor, for canvases that fit in memory."""
-    return array[:, :, : array.shape[2]]

@@ -17,6 +17,7 @@ from tiler.models.chunks import emphasised
 from tiler.models.family import Part, Role, read_config
 from tiler.models.meta import on_meta, refusing
 from tiler.models.reading import READING, Reading
+from tiler.models.tokenizers import find_tokenizer, open_tokenizer
 from tiler.models.words import check_vocabulary, read_tokens
 from tiler.request import Emphasis
 from tiler.weights.checkpoint import Checkpoint
@@ -46,10 +47,7 @@ def read_bert(checkpoint: Checkpoint, name: str, length: int) -> Part:
 
 def check_tokenizer(checkpoint: Checkpoint, folder: str, fetch: str) -> Path:
     """The folder of a tokenizer whose files exist. Raises ModelError, which says with `fetch` how to get them."""
-    path = checkpoint.tokenizer(folder)
-    if not any((path / file).is_file() for file in _TOKENIZERS):
-        raise ModelError(f"{path}: neither tokenizer.json nor vocab.txt is here; {fetch}")
-    return path
+    return find_tokenizer(checkpoint, folder, _TOKENIZERS, fetch)
 
 
 def load_tokenizer(checkpoint: Checkpoint, folder: str) -> BertTokenizer:
@@ -57,11 +55,8 @@ def load_tokenizer(checkpoint: Checkpoint, folder: str) -> BertTokenizer:
     path = check_tokenizer(checkpoint, folder, "download the tokenizer again")
     with lean_imports():
         from transformers.models.bert.tokenization_bert import BertTokenizer
-    try:
-        return BertTokenizer.from_pretrained(path, local_files_only=True)
-    except Exception as error:  # the tokenizers library raises plain Exception for damaged files
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ModelError(f"{path}: the tokenizer cannot be read ({reason}); download it again") from error
+    tokenizer: BertTokenizer = open_tokenizer(BertTokenizer, path)
+    return tokenizer
 
 
 def encode_bert(

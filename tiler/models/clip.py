@@ -18,6 +18,7 @@ from tiler.models.chunks import CLIP_TOKENS, MOST_CHUNKS, Piece, emphasised, spl
 from tiler.models.meta import on_meta, refusing
 from tiler.models.reading import READING, Reading
 from tiler.models.samples import Prompt
+from tiler.models.tokenizers import open_tokenizer
 from tiler.request.prompt import Fragment
 from tiler.weights.checkpoint import Checkpoint
 
@@ -74,12 +75,8 @@ def load_tokenizer(family: Family, part: str = "tokenizer") -> CLIPTokenizer:
 
     folder: Path = family.checkpoint.tokenizer(part)
     check_tokenizer(folder)
-    try:
-        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # the tokenizers library raises plain Exception for damaged files
-        raise ModelError(
-            f"{folder}: the tokenizer cannot be read ({str(error).splitlines()[0]}); download it again"
-        ) from error
+    tokenizer: CLIPTokenizer = open_tokenizer(CLIPTokenizer, folder)
+    return tokenizer
 
 
 def encode_last(

@@ -25,3 +25,8 @@ def sign_of_few_steps(name: str, scheduler: Mapping[str, Any]) -> str | None:
     if cls == "EulerAncestralDiscreteScheduler" and scheduler.get("timestep_spacing") == "trailing":
         return "its scheduler is Euler a with trailing timesteps"
     return None
+
+
+def note_of(sign: str, guidance: str = "no guidance") -> str:
+    """The note on the defaults of such a model, which `sign` gave away."""
+    return f"a few-step model ({sign}): by default {FEW_STEPS['num_inference_steps']} steps, {guidance}"

@@ -24,6 +24,7 @@ from tiler.models.family import Part, Role, read_config
 from tiler.models.meta import on_meta, refusing
 from tiler.models.reading import READING, Reading
 from tiler.models.together import GROUP_TOKENS, groups, linear_together, places, read_ahead
+from tiler.models.tokenizers import find_tokenizer, open_tokenizer
 from tiler.models.words import check_vocabulary, read_tokens
 from tiler.request import Emphasis
 from tiler.weights.checkpoint import Checkpoint
@@ -52,10 +53,7 @@ def read_gemma(checkpoint: Checkpoint, name: str, length: int) -> Part:
 
 def check_tokenizer(checkpoint: Checkpoint, folder: str, fetch: str) -> Path:
     """The folder of a tokenizer whose files exist. Raises ModelError, which says with `fetch` how to get them."""
-    path = checkpoint.tokenizer(folder)
-    if not any((path / file).is_file() for file in _TOKENIZERS):
-        raise ModelError(f"{path}: neither tokenizer.json nor tokenizer.model is here; {fetch}")
-    return path
+    return find_tokenizer(checkpoint, folder, _TOKENIZERS, fetch)
 
 
 def load_tokenizer(checkpoint: Checkpoint, folder: str) -> GemmaTokenizer:
@@ -63,11 +61,8 @@ def load_tokenizer(checkpoint: Checkpoint, folder: str) -> GemmaTokenizer:
     path = check_tokenizer(checkpoint, folder, "download the tokenizer again")
     with lean_imports():
         from transformers.models.gemma.tokenization_gemma import GemmaTokenizer
-    try:
-        return GemmaTokenizer.from_pretrained(path, local_files_only=True)
-    except Exception as error:  # the tokenizers library raises plain Exception for damaged files
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ModelError(f"{path}: the tokenizer cannot be read ({reason}); download it again") from error
+    tokenizer: GemmaTokenizer = open_tokenizer(GemmaTokenizer, path)
+    return tokenizer
 
 
 def encode_gemma(

@@ -34,7 +34,7 @@ from tiler.models.family import (
     read_config,
     vae_part,
 )
-from tiler.models.few_steps import FEW_STEPS, sign_of_few_steps
+from tiler.models.few_steps import FEW_STEPS, note_of, sign_of_few_steps
 from tiler.models.hunyuandit_blocks import (
     Told,
     build_transformer,
@@ -193,7 +193,7 @@ def read(checkpoint: Checkpoint, name: str) -> HunyuanDiT:
     defaults, notes = _DEFAULTS, tuple[str, ...]()
     if (sign := sign_of_few_steps(checkpoint.name, scheduler)) is not None:
         defaults = MappingProxyType(dict(FEW_STEPS))
-        notes = (f"a few-step model ({sign}): by default {defaults['num_inference_steps']} steps, no guidance",)
+        notes = (note_of(sign),)
     traits = Traits(
         title="HunyuanDiT", native=int(config.get("sample_size", 128)), granularity=PATCH, channels=channels,
         width=config["num_attention_heads"] * config["attention_head_dim"], patch=PATCH, samples=1, large_blocks=True,

@@ -36,6 +36,7 @@ from tiler.models.patches import PATCH
 from tiler.models.reading import READING, Reading
 from tiler.models.required import check_latents, check_parts, fetch_part, read_scheduler, text_encoders
 from tiler.models.samples import Prompt, Sample, empty, examples
+from tiler.models.words import stripped
 from tiler.weights.checkpoint import Checkpoint
 
 TOKENS = 256  # the most tokens of a prompt
@@ -64,12 +65,12 @@ class Lumina(Family):
     ) -> list[Prompt]:
         """Gemma's states of each prompt's own tokens before its last layer, (1, T, width); a missing prompt is an empty
         one. The pipeline cuts a negative prompt to the length of the positive one; here it is complete."""
-        texts = list(dict.fromkeys(_cleaned(prompt) for prompt in prompts))
+        texts = list(dict.fromkeys(stripped(prompt) for prompt in prompts))
         tokenizer = gemma.load_tokenizer(self.checkpoint, "tokenizer")
         with open_part(self.part(Role.TEXT_ENCODER)) as encoder:
             encoded = gemma.encode_gemma(tokenizer, encoder, texts, TOKENS, warn, reading, clean=str.lower)
         found = {text: Prompt(tokens) for text, tokens in zip(texts, encoded, strict=True)}
-        return [found[_cleaned(prompt)] for prompt in prompts]
+        return [found[stripped(prompt)] for prompt in prompts]
 
     def prepare(
         self, model: Any, streamer: Streamer, timesteps: Tensor, prompts: Sequence[Prompt], options: Options
@@ -102,12 +103,6 @@ class Lumina(Family):
     def example(self, tiles: Sequence[int], sides: tuple[int, int]) -> list[Sample]:
         prompt = Prompt(empty(1, TOKENS, self.part(Role.DENOISER).config.get("cross_attention_dim", 2048)))
         return examples(tiles, self.latent_channels, sides, lambda: prompt)
-
-
-def _cleaned(prompt: str | None) -> str:
-    """Strip a text, as the pipeline does without the packages that clean captions further; lower-casing happens when
-    the prompt syntax is read."""
-    return (prompt or "").strip()
 
 
 def read(checkpoint: Checkpoint, name: str) -> Lumina:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from tiler.decoding.scratch import nameless_file
 from tiler.errors import StorageError
 
 
@@ -18,8 +19,7 @@ class NamelessFile:
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder or Path(tempfile.gettempdir())
         try:
-            fd, path = tempfile.mkstemp(prefix=".tiler-", suffix=".scratch", dir=self._folder)
-            os.unlink(path)
+            fd = nameless_file(self._folder)
         except OSError as error:
             raise StorageError(
                 f"{self._folder}: no file can be made here ({error.strerror}); choose another --scratch"

@@ -34,13 +34,14 @@ from tiler.models.family import (
     read_config,
     vae_part,
 )
-from tiler.models.few_steps import FEW_STEPS, sign_of_few_steps
+from tiler.models.few_steps import FEW_STEPS, note_of, sign_of_few_steps
 from tiler.models.meta import on_meta, refusing
 from tiler.models.patches import PATCH
 from tiler.models.pixart_blocks import Grid, Modulation, modulations, predict_sample
 from tiler.models.reading import READING, Reading
 from tiler.models.required import check_latents, check_parts, fetch_part, read_scheduler, text_encoders
 from tiler.models.samples import Prompt, Sample, empty, examples
+from tiler.models.words import stripped
 from tiler.weights.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
@@ -89,14 +90,14 @@ class PixArt(Family):
     ) -> list[Prompt]:
         """T5's last hidden states of each prompt's own tokens, (1, T, width); an absent negative prompt is encoded as
         an empty one."""
-        texts = list(dict.fromkeys(_cleaned(prompt) for prompt in prompts))
+        texts = list(dict.fromkeys(stripped(prompt) for prompt in prompts))
         tokenizer = t5.load_tokenizer(self.checkpoint, "tokenizer")
         with open_part(self.part(Role.TEXT_ENCODER)) as encoder:
             encoded = t5.encode_t5(
                 tokenizer, encoder, texts, self.length, warn, reading, keep_pads=False, clean=str.lower
             )
         found = {text: Prompt(tokens) for text, tokens in zip(texts, encoded, strict=True)}
-        return [found[_cleaned(prompt)] for prompt in prompts]
+        return [found[stripped(prompt)] for prompt in prompts]
 
     def prepare(
         self, model: Any, streamer: Streamer, timesteps: Tensor, prompts: Sequence[Prompt], options: Options
@@ -136,12 +137,6 @@ class PixArt(Family):
     def example(self, tiles: Sequence[int], sides: tuple[int, int]) -> list[Sample]:
         prompt = Prompt(empty(1, self.length, self.part(Role.DENOISER).config["caption_channels"]))
         return examples(tiles, self.latent_channels, sides, lambda: prompt)
-
-
-def _cleaned(prompt: str | None) -> str:
-    """Clean a caption as the pipelines do if the packages for further cleaning are not installed; text is lower-cased
-    after parsing."""
-    return (prompt or "").strip()
 
 
 def quantised(name: str) -> bool:
@@ -189,7 +184,7 @@ def read(checkpoint: Checkpoint, name: str) -> PixArt:
     defaults, notes = _DEFAULTS, tuple[str, ...]()
     if (sign := sign_of_few_steps(checkpoint.name, scheduler)) is not None:
         defaults = MappingProxyType(dict(FEW_STEPS) | {"strength": 0.5})  # of four steps the canvas has two
-        notes = (f"a few-step model ({sign}): by default {defaults['num_inference_steps']} steps, no guidance",)
+        notes = (note_of(sign),)
     traits = Traits(
         title=kind.title, native=int(config.get("sample_size", 128)), granularity=PATCH, channels=channels,
         width=config["num_attention_heads"] * config["attention_head_dim"], patch=PATCH, samples=1, large_blocks=True,

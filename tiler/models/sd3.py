@@ -41,7 +41,7 @@ from tiler.models.family import (
     read_config,
     vae_part,
 )
-from tiler.models.few_steps import FEW_STEPS, sign_of_few_steps
+from tiler.models.few_steps import FEW_STEPS, note_of, sign_of_few_steps
 from tiler.models.modulation import Modulations, modulations
 from tiler.models.patches import PATCH
 from tiler.models.positions import table_names
@@ -221,8 +221,7 @@ class _Kind(NamedTuple):
             return cls("SD 3", _BASE, {"num_inference_steps": 28, "guidance_scale": 7.0, "strength": 0.35})
         large = "stabilityai/stable-diffusion-3.5-large"
         if (sign := sign_of_few_steps(name, {})) is not None:
-            note = f"a few-step model ({sign}): by default {FEW_STEPS['num_inference_steps']} steps, no guidance"
-            return cls("SD 3.5 turbo", f"{large}-turbo", FEW_STEPS, note)
+            return cls("SD 3.5 turbo", f"{large}-turbo", FEW_STEPS, note_of(sign))
         medium = bool(config.get("dual_attention_layers"))
         defaults = {"num_inference_steps": 40 if medium else 28, "guidance_scale": 4.5, "strength": 0.35}
         if medium:

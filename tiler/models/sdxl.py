@@ -43,7 +43,7 @@ from tiler.models.family import (
     read_config,
     vae_part,
 )
-from tiler.models.few_steps import FEW_STEPS, sign_of_few_steps
+from tiler.models.few_steps import FEW_STEPS, note_of, sign_of_few_steps
 from tiler.models.reading import READING, Reading
 from tiler.models.required import check_parts, fetch_part, read_scheduler, text_encoders
 from tiler.models.samples import Place, Prompt, Sample, empty, examples
@@ -225,7 +225,7 @@ def read(checkpoint: Checkpoint, name: str) -> StableDiffusionXL:
                 EMBEDDED_SCALE,
                 f"a guidance of {EMBEDDED_SCALE:g} as an input of the model",
             )
-        notes.append(f"a few-step model ({sign}): by default {FEW_STEPS['num_inference_steps']} steps, {told}")
+        notes.append(note_of(sign, told))
     traits = Traits(
         title="SDXL", native=int(unet.get("sample_size") or 128), granularity=2 ** (levels - 1),
         channels=int(vae.get("latent_channels", 4)), width=unet["block_out_channels"][0],

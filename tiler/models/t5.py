@@ -24,6 +24,7 @@ from tiler.models.family import Part, Role, read_config
 from tiler.models.meta import on_meta, refusing
 from tiler.models.reading import READING, Reading
 from tiler.models.together import GROUP_TOKENS, groups, linear_together, places, read_ahead
+from tiler.models.tokenizers import find_tokenizer, open_tokenizer
 from tiler.models.words import check_vocabulary, read_tokens
 from tiler.request import Emphasis
 from tiler.weights.checkpoint import Checkpoint
@@ -59,10 +60,7 @@ def read_t5(checkpoint: Checkpoint, name: str, length: int) -> Part:
 
 def check_tokenizer(checkpoint: Checkpoint, folder: str, fetch: str) -> Path:
     """The folder of a tokenizer whose files exist. Raises ModelError, which says with `fetch` how to get them."""
-    path = checkpoint.tokenizer(folder)
-    if not any((path / file).is_file() for file in _TOKENIZERS):
-        raise ModelError(f"{path}: neither tokenizer.json nor spiece.model is here; {fetch}")
-    return path
+    return find_tokenizer(checkpoint, folder, _TOKENIZERS, fetch)
 
 
 def load_tokenizer(checkpoint: Checkpoint, folder: str) -> PreTrainedTokenizerBase:
@@ -78,13 +76,8 @@ def load_tokenizer(checkpoint: Checkpoint, folder: str) -> PreTrainedTokenizerBa
             from transformers.models.t5.tokenization_t5 import T5Tokenizer as Tokenizer
         else:
             from transformers.models.llama.tokenization_llama import LlamaTokenizer as Tokenizer
-    try:
-        return Tokenizer.from_pretrained(path, local_files_only=True)
-    except Exception as error:  # the underlying libraries raise plain Exception for damaged files
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        if "pip install" in reason:  # transformers would try this next for a file that is no sentencepiece model
-            reason = "its files are damaged"
-        raise ModelError(f"{path}: the tokenizer cannot be read ({reason}); download it again") from error
+    tokenizer: PreTrainedTokenizerBase = open_tokenizer(Tokenizer, path)
+    return tokenizer
 
 
 def encode_t5(

@@ -49,6 +49,12 @@ def read_tokens(
     return Tokens(torch.tensor([ids]), (*weights, *[1.0] * (len(ids) - len(weights))))
 
 
+def stripped(prompt: str | None) -> str:
+    """A caption, "" for an absent one, as the pipelines of PixArt and Lumina clean it if the packages for further
+    cleaning are not installed; it is lower-cased after the prompt syntax was read."""
+    return (prompt or "").strip()
+
+
 def check_vocabulary(read: Sequence[Tokens], size: int) -> None:
     """Raise ModelError if tokenizer and encoder do not belong together."""
     if any(int(tokens.ids.max()) >= size for tokens in read):
