@@ -7,7 +7,7 @@ memory/ are in memory/tuning.py. `scripts/calibrate.py` measures them again.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 from tiler.compute.cpu import Isa
 from tiler.memory.tuning import Passport
@@ -68,6 +68,38 @@ KERNELS_OF: Annotated[
     Isa.BASE: {"linear": ("fp32",), "convolution": ("fp32",), "attention": ("fp32",)},
 }
 
+# Channels at a denoiser's highest resolution: with fewer, as in `mini`, quantising takes about the time that 8-bit
+# products save.
+INT8_CHANNELS: Annotated[int, Passport("channels", "python scripts/calibrate.py precisions")] = 192
+# The same for transformers, whose layers are all linear, apart from attention.
+TRANSFORMER_CHANNELS: Annotated[int, Passport("channels", "python scripts/calibrate.py precisions")] = 1024
+
+
+class Speedup(NamedTuple):
+    """How many times as fast as in fp32 a denoiser's pass is in int8 and in bf16."""
+
+    int8: float
+    bf16: float
+
+
+_NO_GAIN = Speedup(1, 1)
+# By the least channels at a denoiser's highest resolution. Processor time of one thread of a Zen 4 server, limited to
+# the row's instructions: passes of `mini`, of SD 1.5's size, and of SD 3.5 large's width.
+SPEEDUPS_OF: Annotated[
+    Mapping[Isa, Mapping[int, Speedup]], Passport("ratio", "python scripts/calibrate.py precisions")
+] = {
+    Isa.AVX512_VNNI: {0: _NO_GAIN, INT8_CHANNELS: Speedup(2.5, 1.4), TRANSFORMER_CHANNELS: Speedup(2.5, 1.7)},
+    Isa.AVX512: {0: _NO_GAIN, INT8_CHANNELS: _NO_GAIN, TRANSFORMER_CHANNELS: _NO_GAIN},
+    # Not measured, because no such processor was available.
+    Isa.AVX2_VNNI: {0: _NO_GAIN, INT8_CHANNELS: Speedup(1.5, 1)},
+    Isa.AVX2: {0: _NO_GAIN, INT8_CHANNELS: _NO_GAIN, TRANSFORMER_CHANNELS: _NO_GAIN},
+    # Not measured: int8 weights are computed with in fp32.
+    Isa.BASE: {0: _NO_GAIN},
+}
+# `--precision auto` takes int8, or else bf16, if it is so many times as fast as fp32. A choice: a smaller gain is not
+# worth the error.
+LEAST_SPEEDUP = 1.3
+
 # Least inputs and outputs of a convolution: with fewer, the transforms take the time that the products save.
 WINOGRAD_CHANNELS: Annotated[int, Passport("channels", "python scripts/bench_conv.py")] = 256
 # The same for tiler's own library, compared to its plain convolutions: with 128 channels 2.3 times as fast in fp32 (Zen
@@ -86,12 +118,6 @@ INT8_BAND_SUMS: Annotated[int, Passport("elements", "python scripts/profile_pass
 INT8_BAND_ROWS: Annotated[int, Passport("tokens", "python scripts/profile_pass.py --precision int8")] = 256
 # Bytes of a convolution's windows at a time: just below the size that the allocator maps again each time.
 INT8_WINDOWS_BYTES: Annotated[int, Passport("bytes", "python scripts/profile_pass.py --precision int8")] = 7 * 2**20
-# Channels at a denoiser's highest resolution: with fewer, as in `mini`, quantising takes about the time that 8-bit
-# products save.
-INT8_CHANNELS: Annotated[int, Passport("channels", "python scripts/profile_pass.py --model mini --precision int8")] = (
-    192
-)
-
 # Elements of a GroupNorm at a time: its intermediate values stay in the cache between two steps (320 channels, 64 × 64:
 # 1.35 ms; 1.56 with half as many and 1.44 with twice as many).
 NORM_ELEMENTS: Annotated[int, Passport("elements", "python scripts/profile_pass.py")] = 2**18

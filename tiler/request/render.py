@@ -246,8 +246,8 @@ class RenderRequest(ModelOptions, ClusterOptions):
         Precision.AUTO,
         Option(
             "Arithmetic of the denoiser. int8 is the fastest and reads half the bytes, from a file that is made once in --cache-dir; "
-            "bf16 is nearer to fp32 and makes no file, on processors with its instructions; auto takes int8 where there are "
-            "8-bit dot products, fp32 elsewhere.",
+            "bf16 is nearer to fp32 and makes no file, on processors with its instructions; auto takes int8, or else bf16, where "
+            "models of that width gain 1.3 times fp32's speed by it on such a processor (tiler doctor).",
             Panel.MEMORY,
             ("--precision",),
         ),
