@@ -6,7 +6,6 @@ import platform
 import shutil
 import textwrap
 from dataclasses import replace
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,6 +15,7 @@ from tiler.cli import options as o
 from tiler.cli.terminal import columns
 from tiler.memory.budget import format_mb
 from tiler.request import DoctorRequest
+from tiler.version import versions
 
 if TYPE_CHECKING:
     from tiler.native.library import Library
@@ -82,7 +82,7 @@ def _show_machine(measure: bool, json_output: bool) -> None:
         "versions": ", ".join(
             [
                 f"python {platform.python_version()}",
-                *(f"{n} {metadata.version(n)}" for n in ("tiler", "torch", "diffusers", "transformers", "safetensors")),
+                *(" ".join(of) for of in versions("torch", "diffusers", "transformers", "safetensors").items()),
             ]
         ),
     }
