@@ -20,6 +20,7 @@ QEMU = shutil.which("qemu-aarch64")
 ARM = [s for s in SETS if s.machine == "aarch64"]
 pytestmark = [
     needs_library,
+    pytest.mark.skipif("TILER_TEST_ARM" not in os.environ, reason="set TILER_TEST_ARM=1: compiling takes a minute"),
     pytest.mark.skipif(QEMU is None, reason="qemu-aarch64 is not installed (apt-get install qemu-user)"),
     pytest.mark.skipif(find_spec("ziglang") is None, reason="ziglang is not installed"),
 ]

@@ -96,9 +96,9 @@ SPEEDUPS_OF: Annotated[
     # Not measured: int8 weights are computed with in fp32.
     Isa.BASE: {0: _NO_GAIN},
 }
-# `--precision auto` takes int8, or else bf16, if it is so many times as fast as fp32. A choice: a smaller gain is not
-# worth the error.
-LEAST_SPEEDUP = 1.3
+# `--precision auto` takes int8, or else bf16, if it is so many times as fast as fp32. A choice, no measurement: a
+# smaller gain is not worth the error.
+LEAST_SPEEDUP: Annotated[float, Passport("ratio", "python scripts/calibrate.py precisions")] = 1.3
 
 # Least inputs and outputs of a convolution: with fewer, the transforms take the time that the products save.
 WINOGRAD_CHANNELS: Annotated[int, Passport("channels", "python scripts/bench_conv.py")] = 256
