@@ -13,7 +13,15 @@ import build_kernels
 import pytest
 
 from tests.native.driving import DRIVER, NATIVE, write
-from tests.native.kernel_cases import LIBRARIES, attentions, needs_library, others, products, transforms, weights
+from tests.native.kernel_cases import (
+    LIBRARIES,
+    attentions,
+    needs_library,
+    others,
+    products,
+    transforms,
+    weights,
+)  # fmt: skip
 from tiler.native.instructions import SETS
 
 QEMU = shutil.which("qemu-aarch64")
@@ -41,13 +49,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     commands.append([*zig, "-static", "-s", *(job[-1] for job in jobs), "-o", "driver", "-lpthread", "-lm"])
     for command in commands:
         subprocess.run(command, cwd=work, env=os.environ | caches, check=True)
-    made = (
-        *products(LIBRARIES[0]),
-        *others(),
-        *attentions(LIBRARIES[0]),
-        *weights(LIBRARIES[0]),
-        *transforms(LIBRARIES[0]),
-    )
+    lib = LIBRARIES[0]
+    made = (*products(lib), *others(), *attentions(lib), *weights(lib), *transforms(lib))
     for number, case in enumerate(made):
         write(case, work / f"case-{number}")
     return work

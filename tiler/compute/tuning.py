@@ -22,12 +22,14 @@ KERNELS_OF: Annotated[
     Mapping[Isa, Mapping[str, tuple[str, ...]]], Passport("order", "python scripts/calibrate.py kernels")
 ] = {
     # native-int8 0.27 and 0.27, native-winograd 0.35 and 0.32, int8 0.39 and 0.29, winograd 0.47 and 0.40, native-fp32
-    # 1.03 and 1.06, which joins, norms and activates its input on the way; linear: native-int8 0.28 and 0.24, int8 0.40
+    # 1.03 and 1.06, which joins, norms and activates its input on the way; native-enlarged-bf16 is for upsamplers alone
+    # (a pass of SD 1.5 in bf16: 8.20 s instead of 8.40); linear: native-int8 0.28 and 0.24, int8 0.40
     # and 0.27, native-fp32 0.88 and 0.90; native-attention 0.82, 0.83, 0.91; 0.63, 0.84; -bf16 0.45, 0.47, 0.51; 0.46,
     # 0.48.
     Isa.AVX512_VNNI: {
         "linear": ("native-int8", "int8", "native-bf16", "native-fp32", "fp32"),
         "convolution": (
+            "native-enlarged-bf16",
             "native-int8",
             "int8",
             "native-winograd",
@@ -45,7 +47,15 @@ KERNELS_OF: Annotated[
     # against torch's of AVX-512.
     Isa.AVX512: {
         "linear": ("native-int8", "int8", "native-fp32", "fp32"),
-        "convolution": ("native-int8", "int8", "native-winograd", "winograd", "onednn", "native-fp32", "fp32"),
+        "convolution": (
+            "native-int8",
+            "int8",
+            "native-winograd",
+            "winograd",
+            "onednn",
+            "native-fp32",
+            "fp32",
+        ),
         "attention": ("fp32",),
     },
     # Not measured, because no such processor was available: the 8-bit products are those of AVX512_VNNI at half the
@@ -68,7 +78,7 @@ KERNELS_OF: Annotated[
     Isa.BASE: {"linear": ("fp32",), "convolution": ("fp32",), "attention": ("fp32",)},
 }
 
-# Channels at a denoiser's highest resolution: with fewer, as in `mini`, quantising takes about the time that 8-bit
+# Channels at a denoiser's highest resolution: with fewer, as in `mini`, quantising takes much of the time that 8-bit
 # products save.
 INT8_CHANNELS: Annotated[int, Passport("channels", "python scripts/calibrate.py precisions")] = 192
 # The same for transformers, whose layers are all linear, apart from attention.
@@ -84,15 +94,17 @@ class Speedup(NamedTuple):
 
 _NO_GAIN = Speedup(1, 1)
 # By the least channels at a denoiser's highest resolution. Processor time of one thread of a Zen 4 server, limited to
-# the row's instructions: passes of `mini`, of SD 1.5's size, and of SD 3.5 large's width.
+# the row's instructions: passes of `mini`, of SD 1.5's size, and of SD 3.5 large's width, two samples each;
+# the lower of two runs where there were two (int8 of `mini`: 1.25 and 1.33).
 SPEEDUPS_OF: Annotated[
     Mapping[Isa, Mapping[int, Speedup]], Passport("ratio", "python scripts/calibrate.py precisions")
 ] = {
-    Isa.AVX512_VNNI: {0: _NO_GAIN, INT8_CHANNELS: Speedup(2.5, 1.4), TRANSFORMER_CHANNELS: Speedup(2.5, 1.7)},
-    Isa.AVX512: {0: _NO_GAIN, INT8_CHANNELS: _NO_GAIN, TRANSFORMER_CHANNELS: _NO_GAIN},
-    # Not measured, because no such processor was available.
-    Isa.AVX2_VNNI: {0: _NO_GAIN, INT8_CHANNELS: Speedup(1.5, 1)},
-    Isa.AVX2: {0: _NO_GAIN, INT8_CHANNELS: _NO_GAIN, TRANSFORMER_CHANNELS: _NO_GAIN},
+    Isa.AVX512_VNNI: {0: Speedup(1.2, 1.1), INT8_CHANNELS: Speedup(2.4, 1.7), TRANSFORMER_CHANNELS: Speedup(2.8, 1.9)},
+    Isa.AVX512: {0: Speedup(1.2, 1), INT8_CHANNELS: Speedup(1.5, 1), TRANSFORMER_CHANNELS: Speedup(1.6, 1)},
+    # Not measured, because no such processor was available: at least what AVX2 gains, whose products of int8 take
+    # twice the instructions.
+    Isa.AVX2_VNNI: {0: Speedup(1.2, 1), INT8_CHANNELS: Speedup(1.6, 1), TRANSFORMER_CHANNELS: Speedup(1.7, 1)},
+    Isa.AVX2: {0: Speedup(1.2, 1), INT8_CHANNELS: Speedup(1.6, 1), TRANSFORMER_CHANNELS: Speedup(1.7, 1)},
     # Not measured: int8 weights are computed with in fp32.
     Isa.BASE: {0: _NO_GAIN},
 }
