@@ -112,7 +112,7 @@ def test_a_cache_that_cannot_be_written_is_a_note(tiny: Path, tmp_path: Path) ->
     (tmp_path / "cache").write_text("no folder")
     said: list[str] = []
     rendered(ask(tiny, tmp_path, num_inference_steps=1, size=64, cache_dir=tmp_path / "cache"), said)
-    assert any("not kept for the next render" in note for note in said)
+    assert any("not stored for the next render" in note for note in said)
 
 
 def test_the_files_that_were_not_used_for_longest_go_first(tmp_path: Path) -> None:

@@ -113,7 +113,7 @@ def test_text_encoders_are_asked_for_apart(in_process, model: Path, tmp_path: Pa
         (("--weights", "int8"), 2, "name it by --output"),
         (("-o", "q"), 2, "belong to --weights"),
         (("--weights", "int5", "-o", "q"), 2, "int5"),
-        (("--weights", "int8", "--text-encoder-weights", "2=int8", "-o", "q"), 2, "speaks of encoder 2"),
+        (("--weights", "int8", "--text-encoder-weights", "2=int8", "-o", "q"), 2, "names encoder 2, but"),
         (("--weights", "int8", "--text-encoder-weights", "int9", "-o", "q"), 2, "neither int8, fp8, int4"),
         (("--weights", "int8", "-o", "full"), 2, "full is not empty"),
         (("--weights", "int8", "-o", "full/x"), 2, "is a file"),

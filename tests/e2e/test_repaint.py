@@ -183,7 +183,7 @@ def test_a_poster_above_the_limit_of_guides_is_read_by_strips(
     assert (np.concatenate(rows) == np.asarray(Image.open(folder / "spots.png"))).all()
     options = (*COMMON, "--model", tiny, "--repaint", folder / "spot.png", "-o", "x.jpg")
     ran = in_process("render", *options, "--guide", folder / "poster.png")
-    assert ran.code == 0 and "encoded anew as jpeg" in ran.err
+    assert ran.code == 0 and "encoded again as jpeg" in ran.err
     ran = in_process("render", *options, "--guide", folder / "poster.jpg")
     assert ran.code == 2 and "too large" in ran.err
 

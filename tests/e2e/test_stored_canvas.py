@@ -68,7 +68,7 @@ def test_an_unwritable_place_of_a_canvas_without_a_job_is_one_line(tmp_path: Pat
     run: Any = SimpleNamespace(
         job=SimpleNamespace(canvas_folder=None), request=SimpleNamespace(scratch_folder=tmp_path / "none")
     )
-    with pytest.raises(StorageError, match=r"none: cannot keep the canvas .*; choose another --scratch"):
+    with pytest.raises(StorageError, match=r"none: the canvas cannot be stored there .*; choose another --scratch"):
         RenderRun.stored_folder.func(run)
 
 
