@@ -134,9 +134,9 @@ def test_what_cannot_be_repeated_is_exit_3(in_process, tmp_path: Path, texts: di
 @pytest.mark.parametrize(
     ("said", "message"),
     [
-        ({"loras": 3}, "what it says of its loras cannot be read: 3; give --loras"),
-        ({"regions": [{"prompt": "a"}]}, "what it says of its regions cannot be read"),
-        ({"quality": "a"}, "quality = 'a' cannot be read"),
+        ({"loras": 3}, "its metadata about loras cannot be read: 3; give --lora"),
+        ({"regions": [{"prompt": "a"}]}, "its metadata about regions cannot be read"),
+        ({"quality": "a"}, "--quality 'a' cannot be read"),
         ({"prompt": 3}, "prompt = 3 cannot be read"),
         ({"guide": 1}, "guide = 1 cannot be read"),
     ],
@@ -199,7 +199,7 @@ def test_a_picture_of_ones_own_is_enlarged(in_process, tiny: Path, tmp_path: Pat
         (("--guide", "g.png", "--scale", "2", "-H", "64"), "leave out --height"),
         (("--guide", "g.png", "--scale", "2", "--paper", "A4"), "leave out --paper"),
         (("--scale", "2"), "--guide IMG"),
-        (("--guide", "g.png", "--scale", "0.5"), "scale = 0.5 is out of range: 1–64"),
+        (("--guide", "g.png", "--scale", "0.5"), "--scale 0.5 is out of range: 1–64"),
         (("--guide", "none.png", "--scale", "2"), "none.png: no such file"),
         (("--guide", "g.png", "--scale", "64"), "a side has at most 131,072 pixels"),
     ],
@@ -232,7 +232,7 @@ def test_a_model_is_found_by_its_hash(tmp_path: Path, monkeypatch: pytest.Monkey
         repeated("renamed", digest["night"])  # nobody has hashed it yet
     found, notes = repeated("night", digest["a/dream"])
     assert found == str(tmp_path / "night.safetensors")
-    assert "another file than the picture's" in notes[0]
+    assert "is not the file that the picture was made with" in notes[0]
     found, notes = repeated("renamed", digest["night"])
     assert found == str(tmp_path / "night.safetensors")
     assert "is called 'night' here" in notes[0]
@@ -275,7 +275,12 @@ def test_every_option_of_a_picture_comes_back(tmp_path: Path, name: str) -> None
     again = fill(RenderRequest(**repeat(picture, NOTHING, DEFAULTS).values))
     chosen = {"precision": "fp32", "decode_precision": FACTS.decode_precision}  # what AUTO was
     for field in RenderRequest.__dataclass_fields__:
-        if field not in (*OF_THE_RUN, "size", "preset", "scale"):  # the last three: resolved in others
+        if field not in (
+            *OF_THE_RUN,
+            "size",
+            "preset",
+            "scale",
+        ):  # the last three: other fields hold what these resolved to
             assert getattr(again, field) == getattr(replace(once, **chosen), field), field
 
 

@@ -151,4 +151,4 @@ def test_a_plan_of_local_workers_tells_what_each_would_do(tiny: Path, in_process
     assert ran.code == 0, ran.err
     lines = ran.out.splitlines()
     assert re.fullmatch(r" +local-2 +\d+\.\d s a tile, \d+ tiles?, idle \d+%", next(x for x in lines if "local-2" in x))
-    assert "a second canvas at once: " in ran.out and max(map(len, lines)) <= 80
+    assert "two canvases at the same time: " in ran.out and max(map(len, lines)) <= 80

@@ -38,7 +38,7 @@ from tiler.request.cluster import Cluster, Where, check_cluster, parse_cluster, 
     "text", ["local:0", "local:65", "local", "listen:0", "listen:99999", "somewhere", "http://a:1", "tls://a", ""]
 )
 def test_what_is_no_cluster_is_refused(text: str) -> None:
-    with pytest.raises(UsageError, match="cluster = "):
+    with pytest.raises(UsageError, match="--cluster "):
         parse_cluster(text)
 
 

@@ -187,7 +187,10 @@ def test_the_command_line_takes_loras(tiler: Any, made: Made, tmp_path: Path, mo
     assert again().values["loras"] == tuple(found)
     assert not any("LoRA" in note for note in again().notes)
     save(made.file, as_kohya("lora_unet", random_lora(made.pipe.unet, layers_of(made.pipe.unet)), 1.0))
-    assert any(note.startswith("the picture was made with another LoRA foo: its hash was ") for note in again().notes)
+    assert any(
+        note.startswith("the picture was made with another file of the LoRA foo: its hash was ")
+        for note in again().notes
+    )
 
 
 def test_a_job_goes_on_with_the_same_lora_only(made: Made, tmp_path: Path) -> None:

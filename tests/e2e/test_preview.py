@@ -114,7 +114,7 @@ def test_without_a_guide_a_small_picture_is_decoded_first_and_a_preview_is_repla
         (("--preview", "mine.png"), "mine.png exists; give --force to replace it, or another --preview"),
         (("--preview", "none/p.png"), "none does not exist"),
         (("--preview", "x.png", "-o", "x.png"), "--output and --preview name the same file"),
-        (("--preview", "p.png", "--preview-interval", 0), "preview-interval = 0 is out of range"),
+        (("--preview", "p.png", "--preview-interval", 0), "--preview-interval 0 is out of range"),
     ],
 )
 def test_previews_that_cannot_be_written_are_exit_2(in_process, tmp_path: Path, options, message: str) -> None:

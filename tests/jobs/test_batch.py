@@ -156,7 +156,7 @@ def test_a_queue_from_the_command_line(in_process, tiny: Path, tmp_path: Path) -
     first, second = map(json.loads, (tmp_path / "jobs.jsonl.results.jsonl").read_text().splitlines())
     assert (first["status"], first["seed"], first["output"]) == ("done", 3, "3.png")
     assert (second["status"], second["exit_code"]) == ("failed", 2) and second["error"].startswith(
-        "size = 0 is out of range"
+        "--size 0 is out of range"
     )
     assert first["peak_rss_bytes"] > 0 and len(first["sha256"]) == 64
     file.write_text(lines[0] + "\n")
@@ -167,10 +167,10 @@ def test_a_queue_from_the_command_line(in_process, tiny: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--count", 2, "--seed", "1,2"], "exclude each other"),
+        (["--count", 2, "--seed", "1,2"], "does not go with a list of seeds"),
         (["--count", 2, "--report", "r.json"], "--report"),
         (["--seed", "1,b"], "1,2,3"),
-        (["--seed", "1,-2"], "seed = -2"),
+        (["--seed", "1,-2"], "--seed -2"),
         (["--count", 2, "-o", "{seed.real}.png"], "{seed}"),
         (["--count", 2, "-o", "same-{prompt}.png"], "images 1 and 2 have the same output"),
         (["--output-dir", "none"], "none does not exist"),

@@ -77,7 +77,7 @@ def test_44_a_folder_that_is_gone_is_said(tmp_path: Path) -> None:
     (tmp_path / "gone").mkdir()
     command = f"rmdir {tmp_path}/gone; exec {sys.executable} -m tiler render --size 64 -o {tmp_path}/x.png"
     ran = subprocess.run(command, shell=True, cwd=tmp_path / "gone", capture_output=True, text=True, check=False)
-    assert ran.returncode == 2 and "the folder this was started in is gone" in ran.stderr
+    assert ran.returncode == 2 and "the current folder does not exist any more" in ran.stderr
     assert not list(tmp_path.iterdir())
 
 

@@ -1,4 +1,4 @@
-"""`tiler models`: what lies in the model folders, and what of it fits."""
+"""`tiler models`: list what the model folders hold, and say what fits the ceiling."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tiler.memory.budget import Budget, format_mb
 Folders = Annotated[
     list[Path] | None,
     typer.Argument(
-        metavar="FOLDER", show_default=False, help=r"Where to look. [dim]\[default: $TILER_MODEL_DIRS][/dim]"
+        metavar="FOLDER", show_default=False, help=r"Folders to search. [dim]\[default: $TILER_MODEL_DIRS][/dim]"
     ),
 ]
 
@@ -33,7 +33,7 @@ def command(folders: Folders = None, max_ram: o.MaxRam = "800MB", json_output: o
     ceiling = Budget(max_ram).max_bytes
     wanted = model_folders(folders or ())
     if not wanted:
-        raise UsageError("no folder to look in: name one (tiler models ~/models), or set TILER_MODEL_DIRS")
+        raise UsageError("no folder to search: name one (tiler models ~/models), or set TILER_MODEL_DIRS")
     for folder in wanted:
         if not folder.is_dir():
             raise UsageError(f"{folder}: no such folder")

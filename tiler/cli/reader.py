@@ -1,5 +1,5 @@
-"""Reads and checks the next rows of a file that may grow, for a queue, and ends: what reads options is gone from memory
-before a picture is drawn."""
+"""Reads and checks the next rows of a file that may grow, for a queue, in a process that ends before a picture is
+drawn: its memory is then free."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from tiler.cli import failure, queues, render
 from tiler.cli.terminal import prepare_signals, prepare_streams
 from tiler.jobs.rows import read_entries
 
-_MOST = 512  # rows that are read at a time
+_MOST = 512  # rows read at a time
 
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """Rows of `file` from the byte `at` on, before which there are `index` rows, go to the descriptor `rows_fd`."""
+    """Which rows to read: those of `file` from byte `at` on, after `index` earlier rows. They go to the descriptor
+    `rows_fd`."""
 
     file: str
     root: str
@@ -31,7 +32,8 @@ class Asked:
 
 
 def main() -> None:
-    """Entry point; standard input holds an Asked as JSON. Prints how many rows there are, and where the next begin."""
+    """Entry point. Standard input holds an Asked as JSON. Prints how many rows were read, and where the next ones
+    start."""
     prepare_streams()
     prepare_signals()
     try:
@@ -41,7 +43,7 @@ def main() -> None:
 
 
 def read(asked: Asked) -> dict[str, int]:
-    """Raises StorageError."""
+    """Read and check the next rows. Raises StorageError."""
     checker = queues.Checker(
         root=Path(asked.root), defaults=asked.defaults, name=asked.name, parse=queues.parser(render.run)
     )

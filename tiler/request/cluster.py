@@ -45,7 +45,7 @@ def parse_cluster(text: str) -> Cluster:
     if match := re.fullmatch(r"local:(\d{1,4})", text):
         count = int(match[1])
         if not 1 <= count <= MAX_LOCAL:
-            raise UsageError(f"cluster = {text!r}: the number of workers is out of range: 1–{MAX_LOCAL}")
+            raise UsageError(f"--cluster {text}: the number of workers is out of range: 1–{MAX_LOCAL}")
         return Cluster(where=Where.LOCAL, workers=count, host="127.0.0.1", port=0)
     if match := re.fullmatch(r"listen(?::([^\s:/]+|\[[0-9a-fA-F:]+\]))??(?::(\d{1,5}))?", text):
         port = PORT if match[2] is None else int(match[2])
@@ -57,7 +57,7 @@ def parse_cluster(text: str) -> Cluster:
         return Cluster(where=Where.ENV)
     if re.fullmatch(r"(tls|tcp)://[^\s/]+:\d{1,5}", text):
         return Cluster(where=Where.CONNECT, address=text)
-    raise UsageError(f"cluster = {text!r} is none of {_FORMS}")
+    raise UsageError(f"--cluster {text!r} is none of {_FORMS}")
 
 
 def host_of(address: str) -> str:

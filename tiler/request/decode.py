@@ -62,8 +62,8 @@ class DecodeRequest(ModelOptions):
         coerce(self)
         check_decode(self.decode, self.tiny_vae)
         check_format(self.output, self.format)
-        within("dpi", self.dpi, 1, 10_000)
-        within("quality", self.quality, 1, 100)
+        within("--dpi", self.dpi, 1, 10_000)
+        within("--quality", self.quality, 1, 100)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +91,7 @@ class EncodeRequest(ModelOptions):
     def __post_init__(self) -> None:
         coerce(self)
         object.__setattr__(self, "loras", read_loras(self.loras))
-        within("clip-skip", self.clip_skip, 1, MAX_CLIP_SKIP)
+        within("--clip-skip", self.clip_skip, 1, MAX_CLIP_SKIP)
         for text in (*self.prompts, *self.negative_prompts):
             check_text(text)
         if not self.prompts:

@@ -28,7 +28,7 @@ _PREDICTIONS = {
 def parse_prediction(text: str) -> Prediction:
     """Parse `epsilon`, `v`, or another common name for either. Raises UsageError."""
     if (found := _PREDICTIONS.get(text.strip().lower())) is None:
-        raise UsageError(f"prediction = {text!r} is neither epsilon nor v")
+        raise UsageError(f"--prediction {text!r} is neither epsilon nor v")
     return found
 
 

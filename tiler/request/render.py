@@ -277,26 +277,26 @@ class RenderRequest(ModelOptions, ClusterOptions):
         object.__setattr__(self, "loras", read_loras(self.loras))
         if self.seed == -1:  # as on the command line: a random seed
             object.__setattr__(self, "seed", None)
-        for name, side in (("size", self.size), ("width", self.width), ("height", self.height)):
-            within(name, side, PIXEL_STEP, MAX_SIDE, "pixels")
-        within("steps", self.num_inference_steps, 1, MAX_STEPS)
-        within("guidance-scale", self.guidance_scale, 0, 100)
-        within("strength", self.strength, 0, 1)
-        within("seed", self.seed, 0, MAX_SEED)
-        within("dpi", self.dpi, 1, 10_000)
-        within("quality", self.quality, 1, 100)
-        within("scale", self.scale, 1, MAX_SCALE)
-        within("preview-interval", self.preview_interval, 1, MAX_STEPS)
-        within("clip-skip", self.clip_skip, 1, MAX_CLIP_SKIP)
-        within("tile-size", self.tile_size, PIXEL_STEP, MAX_SIDE, "pixels")
-        within("attention-window", self.attention_window, 4, MAX_SIDE, "latents")
+        for flag, side in (("--size", self.size), ("--width", self.width), ("--height", self.height)):
+            within(flag, side, PIXEL_STEP, MAX_SIDE, "pixels")
+        within("--steps", self.num_inference_steps, 1, MAX_STEPS)
+        within("--guidance-scale", self.guidance_scale, 0, 100)
+        within("--strength", self.strength, 0, 1)
+        within("--seed", self.seed, 0, MAX_SEED)
+        within("--dpi", self.dpi, 1, 10_000)
+        within("--quality", self.quality, 1, 100)
+        within("--scale", self.scale, 1, MAX_SCALE)
+        within("--preview-interval", self.preview_interval, 1, MAX_STEPS)
+        within("--clip-skip", self.clip_skip, 1, MAX_CLIP_SKIP)
+        within("--tile-size", self.tile_size, PIXEL_STEP, MAX_SIDE, "pixels")
+        within("--attention-window", self.attention_window, 4, MAX_SIDE, "latents")
         if self.overlap is not None and (self.overlap < 0 or self.overlap % PIXEL_STEP):
-            raise UsageError(f"overlap = {self.overlap} must be a multiple of {PIXEL_STEP} pixels, 0 or more")
+            raise UsageError(f"--overlap {self.overlap} must be a multiple of {PIXEL_STEP} pixels, 0 or more")
         if self.guidance_interval is not None:
             low, high = self.guidance_interval
             if not 0 <= low < high <= 1:
                 raise UsageError(
-                    f"guidance-interval = {low}-{high} must be two rising shares of the schedule, 0–1; like 0.2-0.8"
+                    f"--guidance-interval {low}-{high} must be two rising shares of the schedule between 0 and 1, like 0.2-0.8"
                 )
         self._check_combinations()
         taken: dict[Path, str] = {}
@@ -316,7 +316,7 @@ class RenderRequest(ModelOptions, ClusterOptions):
         check_format(self.output, self.format)
         if self.output == STDOUT and (self.restart or self.keep_job):
             raise UsageError(
-                f"a picture on standard output has no job to go on with; leave out --{'restart' if self.restart else 'keep-job'}"
+                f"a picture on standard output has no job that could continue; leave out --{'restart' if self.restart else 'keep-job'}"
             )
         if self.prompt_embeds is not None and self.embd_dir is not None:
             raise UsageError("the prompts of --prompt-embeds are encoded already: give --embd-dir to `tiler encode`")
@@ -332,7 +332,7 @@ class RenderRequest(ModelOptions, ClusterOptions):
         if self.guide_image is not None and self.guide_upscale is GuideUpscale.LATENT:
             raise UsageError("--guide-upscale latent is for the guide that tiler makes; leave it out with --guide")
         if self.guide_image is not None and not self.guide:
-            raise UsageError("--guide and --no-guide exclude each other; give one of them")
+            raise UsageError("--guide does not go with --no-guide; give one of them")
 
     def _check_sheet(self) -> None:
         check_sheet(self)
@@ -358,8 +358,8 @@ class ResolvedRequest(RenderRequest):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, side in (("width", self.width), ("height", self.height)):
-            within(name, side, PIXEL_STEP, MAX_SIDE, "pixels")
+        for flag, side in (("--width", self.width), ("--height", self.height)):
+            within(flag, side, PIXEL_STEP, MAX_SIDE, "pixels")
         for side, wraps in zip((self.height, self.width), self.wrap.axes, strict=True):
             if wraps and side % PIXEL_STEP:
                 raise UsageError(

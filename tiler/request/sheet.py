@@ -27,7 +27,7 @@ def check_sheet(request: RenderRequest) -> None:
     if request.paper is not None:
         parse_paper(request.paper)
         if any(side is not None for side in sides.values()):
-            raise UsageError("--paper and --size, --width or --height exclude each other; give one of them")
+            raise UsageError("--paper sets the size; leave out --size, --width and --height, or --paper")
     elif request.landscape or (request.bleed is not None and parse_length(request.bleed)):
         raise UsageError("--landscape and --bleed belong to a --paper; give one, like --paper A2")
 
