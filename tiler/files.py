@@ -29,7 +29,7 @@ def make_own_folder(folder: Path, *, parents: bool = False) -> None:
     another user's folder, whose owner could replace the files in it."""
     folder.mkdir(mode=0o700, parents=parents, exist_ok=True)
     if folder.is_symlink() or folder.stat().st_uid != os.geteuid():
-        raise PermissionError(errno.EPERM, "it is another user's")
+        raise PermissionError(errno.EPERM, "it belongs to another user")
 
 
 def check_writable(path: Path, *, force: bool, option: str = "--output") -> None:
@@ -60,7 +60,7 @@ def check_writable(path: Path, *, force: bool, option: str = "--output") -> None
     except OSError as error:
         raise StorageError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
     except ValueError as error:
-        raise UsageError(f"{str(path)!r} is no file name ({error}); give another {option}") from error
+        raise UsageError(f"{str(path)!r} is not a file name ({error}); give another {option}") from error
 
 
 def replace_durably(path: Path, parts: Iterable[bytes | memoryview]) -> None:

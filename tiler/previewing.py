@@ -126,7 +126,7 @@ def check(path: Path, request: ResolvedRequest) -> None:
     """Check that the preview can be written. An older preview is replaced; any other file only with --force. Raises
     UsageError, StorageError."""
     if path == STDOUT or format_of(path) not in (Format.PNG, Format.JPEG):
-        raise UsageError(f"{path}: previews are written as .png or .jpg; give --preview such a name")
+        raise UsageError(f"{path}: previews are written as .png or .jpg; give --preview a name that ends so")
     ours = False
     if path.is_file():
         with suppress(UsageError):

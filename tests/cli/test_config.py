@@ -122,7 +122,7 @@ def test_what_is_typed_overrules_what_contradicts_it(
         ("steps = 3.5", "steps = '3.5'"),
         ("steps = [3]", "wrong type"),
         ("mask = 'round'", "mask = 'round'"),
-        ("guidance_scale = 3\ncfg_scale = 4", "one option"),
+        ("guidance_scale = 3\ncfg_scale = 4", "the same option"),
         ("force = true", "unknown key 'force'"),
         ("= broken", "not valid TOML"),
         ("strength = 1.5", "--strength comes from"),
@@ -201,7 +201,7 @@ def test_folders_of_other_programs_are_understood(tmp_path: Path, monkeypatch: p
 
 def test_folders_that_are_no_list_are_refused(config: Path) -> None:
     config.write_text("lora_dirs = 3")
-    with pytest.raises(UsageError, match="lora_dirs = 3 is no list"):
+    with pytest.raises(UsageError, match="lora_dirs = 3 is not a list"):
         settings.folders(Kind.LORA)
 
 

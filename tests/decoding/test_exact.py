@@ -248,7 +248,7 @@ def test_auto_takes_exact_while_there_is_room_and_attention_is_cheap(
     for kind in (Decode.AUTO, Decode.EXACT, Decode.FROZEN):
         with pytest.raises(StorageError, match="--scratch"):
             chosen(tiny, kind, 400, tmp_path, 1000)
-    with pytest.raises(StorageError, match="no scratch folder"):
+    with pytest.raises(StorageError, match="cannot be used for scratch files"):
         scratch.free_bytes(tmp_path / "missing")
 
 

@@ -191,7 +191,7 @@ def test_beta_sigmas_need_no_scipy(cls: str) -> None:
     # The distribution is symmetric: the median is the mean of the ends.
     assert float(sigmas[2]) == pytest.approx(float(sigmas[0] + sigmas[4]) / 2, rel=1e-6)
     euler = CONFIG | {"_class_name": "EulerDiscreteScheduler", "use_beta_sigmas": True, "use_karras_sigmas": True}
-    with pytest.raises(ModelError, match="beta sigmas and others"):
+    with pytest.raises(ModelError, match="beta sigmas and for another kind"):
         schedulers.build(Scheduler.AUTO, euler, 5)
 
 

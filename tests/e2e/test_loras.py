@@ -164,7 +164,9 @@ def test_an_lcm_lora_brings_its_few_steps(made: Made, tmp_path: Path) -> None:
     models = Models(families.open_family(request))
     models.loras = apply_loras(find_loras(request), models)
     asked = resolve(replace(request, guidance_scale=7.5), models.family)
-    assert list(notes_on_loras(asked, models, ReadAs()))[-1].startswith("guidance 7.5 is much for a LoRA of this kind")
+    assert list(notes_on_loras(asked, models, ReadAs()))[-1].startswith(
+        "guidance 7.5 is too high for this kind of LoRA"
+    )
 
 
 def test_the_command_line_takes_loras(tiler: Any, made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,7 +223,7 @@ def test_tags_that_cannot_be_followed(made: Made, tmp_path: Path) -> None:
         ("<lora:foo:much>", UsageError, "'much' is no number"),
         ("<lora:foo:1:lbw=MIDD>", UsageError, "'lbw=MIDD' cannot be applied"),
         ("<lora:twice:1>", UsageError, "is in two files"),
-        ("<hypernet:foo:1>", UsageError, "no tag of this kind"),
+        ("<hypernet:foo:1>", UsageError, "does not know this kind of tag"),
     ):  # fmt: skip
         with pytest.raises(kind, match=says):
             boat(made, tmp_path, prompt=f"a boat {tag}", lora_dir=made.file.parent)

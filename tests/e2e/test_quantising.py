@@ -110,7 +110,7 @@ def test_text_encoders_are_asked_for_apart(in_process, model: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [
-        (("--weights", "int8"), 2, "name it by --output"),
+        (("--weights", "int8"), 2, "name it with --output"),
         (("-o", "q"), 2, "belong to --weights"),
         (("--weights", "int5", "-o", "q"), 2, "int5"),
         (("--weights", "int8", "--text-encoder-weights", "2=int8", "-o", "q"), 2, "names encoder 2, but"),

@@ -125,10 +125,10 @@ def test_a_job_of_a_spot_goes_on(tiny: Path, folder: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--repaint", "spot.png"), "give it with --guide IMG"),
+        (("--repaint", "spot.png"), "give that with --guide IMG"),
         (("--guide", "poster.png", "--repaint", "none.png"), "none.png: no such file"),
-        (("--guide", "poster.png", "--repaint", "black.png"), "nothing of this mask is white"),
-        (("--guide", "poster.png", "--repaint", "turned.png"), "a mask of 203×300 pixels does not go with"),
+        (("--guide", "poster.png", "--repaint", "black.png"), "no part of this mask is white"),
+        (("--guide", "poster.png", "--repaint", "turned.png"), "a mask of 203×300 pixels does not fit"),
         (("--guide", "poster.png", "--repaint", "spot.png", "--size", 64), "leave out --size"),
         (("--guide", "poster.png", "--repaint", "spot.png", "--scale", 2), "leave out --scale"),
         (("--guide", "poster.png", "--repaint", "spot.png", "--wrap", "x"), "leave out --wrap"),
@@ -161,7 +161,9 @@ def test_a_spot_that_memory_does_not_hold_is_one_line(
     monkeypatch.setattr("tiler.planning.render.IN_MEMORY_BYTES", 0)
     options = ("--guide", folder / "poster.png", "--repaint", folder / "spot.png")
     ran = in_process("plan", "a boat", "--model", tiny, *options)
-    assert ran.code == 2 and "spot.png: its spot takes" in ran.err and len(ran.err.strip().splitlines()) == 1, ran.err
+    assert ran.code == 2 and "spot.png: the masked spot takes" in ran.err and len(ran.err.strip().splitlines()) == 1, (
+        ran.err
+    )
 
 
 def test_a_mask_that_ends_early_is_one_line(folder: Path, tmp_path: Path) -> None:

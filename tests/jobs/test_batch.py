@@ -55,7 +55,7 @@ def test_a_toml_queue(tmp_path: Path) -> None:
         ("[[image]]\nsize = 0", "image 1: size = 0"),
         ("[[image]]\nprompt = 3", "texts"),
         ("[[image]]\ncount = 0", "out of range"),
-        ("image = [1]", "no [[image]]"),
+        ("image = [1]", "not an [[image]]"),
     ],
 )
 def test_a_toml_queue_is_right_as_a_whole(in_process, tmp_path: Path, text: str, message: str) -> None:
@@ -174,8 +174,8 @@ def test_a_queue_from_the_command_line(in_process, tiny: Path, tmp_path: Path) -
         (["--count", 2, "-o", "{seed.real}.png"], "{seed}"),
         (["--count", 2, "-o", "same-{prompt}.png"], "images 1 and 2 have the same output"),
         (["--output-dir", "none"], "none does not exist"),
-        (["--output-dir", ".", "-o", "../x.png"], "leaves the folder"),
-        (["--output-dir", ".", "--count", 2, "-o", "../{index}.png"], "leaves the folder"),
+        (["--output-dir", ".", "-o", "../x.png"], "is outside the folder"),
+        (["--output-dir", ".", "--count", 2, "-o", "../{index}.png"], "is outside the folder"),
     ],
 )
 def test_several_pictures_are_refused_before_any_work(

@@ -53,7 +53,7 @@ def test_16_a_run_reads_on_in_the_file_that_it_opened_and_a_job_knows_its_model(
     stopped(model, tmp_path / "y.png", **values)
     render(ask(model, tmp_path / "x.png", **values), roomy(), replaced)
     assert (tmp_path / "x.png").read_bytes() == (tmp_path / "whole.png").read_bytes()
-    with pytest.raises(JobError, match="the model is another one") as caught:
+    with pytest.raises(JobError, match="the model has changed") as caught:
         render(ask(model, tmp_path / "y.png", **values), roomy())
     assert caught.value.exit_code == 10
 

@@ -191,7 +191,7 @@ def test_what_decides_the_picture_is_compared_and_nothing_else(tmp_path: Path, m
         ({"seed": 6}, "--seed was 5, it is 6"),
         ({"width": 112}, "--width"),
         ({"mask": Mask.CONSTANT}, "--mask"),
-        ({"model_id": "2"}, "the model is another one"),
+        ({"model_id": "2"}, "the model has changed"),
         ({"negative_prompt": "fog"}, "--negative-prompt"),
     ):
         assert named in next(manifest.differences(first, made_of(**({"guide_image": guide} | values))))

@@ -119,7 +119,7 @@ def test_advice_on_the_ceiling_counts_the_process_of_the_queue(in_process: Any, 
     def smallest(env: dict[str, str]) -> int:
         ran = in_process("render", "x", "--model", tiny, "--size", 64, "--max-ram", "30MB", env=env)
         assert ran.code == 4, ran.err
-        return int(ran.err.split("smallest --max-ram that would do is ")[1].split("MB")[0])
+        return int(ran.err.split("smallest --max-ram that works is ")[1].split("MB")[0])
 
     alone = smallest({})
     assert abs(smallest({BESIDE: "20000000"}) - alone - 20) <= 8  # what the tests' process takes meanwhile

@@ -89,7 +89,7 @@ def test_budget_raises_at_the_ceiling_with_the_place() -> None:
             budget.check("unet.up_blocks.1")
         del block
     assert caught.value.exit_code == 5
-    named = re.search(r"--max-ram (\d+MB) would have held that", str(caught.value))
+    named = re.search(r"--max-ram (\d+MB) would have been enough", str(caught.value))
     assert (
         named is not None and budget.peak_rss_bytes <= 0.97 * Budget(named[1]).max_bytes < 1.1 * budget.peak_rss_bytes
     )

@@ -103,9 +103,7 @@ def test_t5_without_a_tokenizer_names_the_file(
 
 def test_what_is_missing_is_named_with_its_flag(pair: tuple[Path, Path]) -> None:
     _, file = pair
-    with pytest.raises(
-        ModelError, match=r"no autoencoder is in this file; give --vae FILE or FOLDER \(run: hf download"
-    ):
+    with pytest.raises(ModelError, match=r"this file has no autoencoder; give --vae FILE or FOLDER \(run: hf download"):
         open_family(ModelOptions(model=str(file)))
 
 

@@ -233,7 +233,7 @@ def test_defaults_are_of_the_model(folders: dict[str, Path], tmp_path: Path) -> 
         family = read_family(checkpoint.resolve(str(folder)))
         filled = resolve(RenderRequest(prompt="x", model=str(folder)), family)
         assert (filled.num_inference_steps, filled.guidance_scale, filled.strength) == want
-        assert any("text_encoder_3 (T5) is not there" in note for note in family.notes) == (folder != folders["t5"])
+        assert any("text_encoder_3 (T5) is missing" in note for note in family.notes) == (folder != folders["t5"])
     assert any("few-step model" in note for note in family.notes)
 
 

@@ -214,9 +214,9 @@ class StoredDenoising:
             }
             is_ours = tuple(said["shape"]) == self._shape and self._begin <= step <= self.end
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise JobError(f"{self._folder / STATE}: the job is damaged; begin anew with --restart") from error
+            raise JobError(f"{self._folder / STATE}: the job is damaged; start over with --restart") from error
         if not is_ours:
-            raise JobError(f"{self._folder / STATE} is of another canvas; begin anew with --restart")
+            raise JobError(f"{self._folder / STATE} belongs to another canvas; start over with --restart")
         chunk = torch.zeros(1, 1, 1, 16)
         self._schedule.start(chunk, None if not self._begin else chunk, self._begin)
         self.step, self._numbers, self._single = step, numbers, single

@@ -189,7 +189,7 @@ class Queue:
         if code == JobLocked.exit_code and self.shared:
             return False
         if code == StorageError.exit_code and not is_last and not self.fail_fast:
-            self.say(f"row {row.row}: waits until the other rows are drawn")
+            self.say(f"row {row.row}: another process works on it; waiting until the other rows are drawn")
             return False
         if code == 0:
             report = json.loads(told)

@@ -74,7 +74,7 @@ def check_address(address: str, keys: Path | None, *, insecure: bool) -> None:
             f"{address}: needs --keys FOLDER; `tiler cluster keys FOLDER` makes a pair, copy it to each machine"
         )
     if not encrypted and keys is not None:
-        raise UsageError(f"{address}: --keys go with tls:// alone; write tls://HOST:PORT, or leave --keys out")
+        raise UsageError(f"{address}: --keys works only with tls://; write tls://HOST:PORT, or leave out --keys")
     if not encrypted and not insecure:
         raise UsageError(
             f"{address}: whoever reaches this address could run code on every machine; take tls:// with --keys FOLDER "
@@ -109,7 +109,7 @@ def check_cluster(text: str, keys: Path | None, *, insecure: bool) -> Cluster:
 def scheduler_of(text: str, keys: Path | None, *, insecure: bool) -> Cluster:
     """Parse the address of a running scheduler that a process will join. Raises UsageError."""
     if not text.startswith(("tls://", "tcp://", "file:")) and text != "env":
-        raise UsageError(f"{text!r} is no address of a scheduler: tls://HOST:PORT, file:PATH or env")
+        raise UsageError(f"{text!r} is not a scheduler's address; write tls://HOST:PORT, file:PATH or env")
     return check_cluster(text, keys, insecure=insecure)
 
 

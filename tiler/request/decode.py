@@ -107,7 +107,7 @@ class QuantizeRequest(ModelOptions):
     weights: Weights | None = option(
         None,
         Option(
-            "Write a folder for --model whose denoiser has weights of so few bits, in optimum-quanto's layout; the "
+            "Write a folder for --model with the denoiser's weights in this format, in optimum-quanto's layout; the "
             "autoencoder stays as it is, and so do embedders, norms and the last projection.",
             Panel.MODEL, ("--weights",), metavar="int8|fp8|int4", default="fill the cache of int8 weights",
         ),
@@ -115,7 +115,7 @@ class QuantizeRequest(ModelOptions):
     text_encoder_weights: str | None = option(
         None,
         Option(
-            "The text encoders' as well: int8, fp8 or int4 for all that bear it, or by number, like 1=int8,3=int4.",
+            "Also the text encoders': int8, fp8 or int4 for all that tolerate it, or by number, like 1=int8,3=int4.",
             Panel.MODEL, ("--text-encoder-weights",), default="as they are stored",
         ),
     )  # fmt: skip
@@ -140,7 +140,7 @@ class QuantizeRequest(ModelOptions):
                 "weights for renders is --cache-dir"
             )
         if self.weights is not None and self.output is None:
-            raise UsageError("--weights writes a folder: name it by --output")
+            raise UsageError("--weights writes a folder; name it with --output")
         _ = self.encoder_weights
 
     @property
