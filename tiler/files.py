@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import secrets
 import stat
@@ -22,6 +23,12 @@ _written: list[Path] = []
 def written() -> tuple[Path, ...]:
     """The files that this process has finished so far, under the names that were asked for."""
     return tuple(_written)
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file's content in hexadecimal. Raises OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def make_own_folder(folder: Path, *, parents: bool = False) -> None:

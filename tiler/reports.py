@@ -15,6 +15,7 @@ import torch
 from tiler.compute.cpu import computed_by
 from tiler.decode_run import DecodeRun
 from tiler.encode_run import EncodeRun
+from tiler.files import sha256_of
 from tiler.jobs import manifest
 from tiler.jobs.manifest import Manifest
 from tiler.memory.budget import Budget
@@ -108,8 +109,19 @@ def texts(run: RenderRun) -> dict[str, str]:
         model_hash=hash_of(found.file, found.name),
         vae_hash=None if run.request.vae is None else hash_of(expand(run.request.vae), Path(run.request.vae).name),
         lora_files={lora.file.stem: digests.whole[:V2_DIGITS] for lora, digests in run.models.loras.files},
+        guide_sha256=_sha256_of(run.request.guide_image), mask_sha256=_sha256_of(run.request.repaint),
     )  # fmt: skip
     return picture_texts(run.request, facts)
+
+
+def _sha256_of(picture: Path | None) -> str | None:
+    """The sha256 of a picture of the user's; None without one, or if it has gone since the job that used it started."""
+    if picture is None:
+        return None
+    try:
+        return sha256_of(picture)
+    except OSError:
+        return None
 
 
 def begin_job(run: RenderRun) -> None:

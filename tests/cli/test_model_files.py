@@ -54,6 +54,27 @@ def test_models_are_listed_with_what_they_need(in_process: Any, webui: Path, mon
     assert "dreamy sky.safetensors: " in said and "needs 432 MB of memory, and --vae beside it" in said
 
 
+@pytest.mark.parametrize(("layers", "needed"), [(24, 444_000_000), (38, 478_000_000)])
+def test_the_smallest_ceiling_is_the_models_not_its_familys(
+    in_process: Any, tmp_path: Path, layers: int, needed: int
+) -> None:
+    """Stable Diffusion 3 medium and 3.5 large, as a folder and as a single file."""
+    (tmp_path / "folder/transformer").mkdir(parents=True)
+    index = {"_class_name": "StableDiffusion3Pipeline", "transformer": ["diffusers", "SD3Transformer2DModel"]}
+    (tmp_path / "folder/model_index.json").write_text(json.dumps(index))
+    (tmp_path / "folder/transformer/config.json").write_text(json.dumps({"num_layers": layers}))
+    blocks = {f"joint_blocks.{n}.context_block.attn.qkv.weight": torch.ones(2, 2) for n in range(layers)}
+    save_file(
+        {
+            "model.diffusion_model." + name: tensor
+            for name, tensor in (blocks | {"x_embedder.proj.weight": torch.ones(2, 16, 2, 2)}).items()
+        },
+        tmp_path / "file.safetensors",
+    )
+    found = in_process("models", ".", "--json").json["models"]
+    assert [model["floor_bytes"] for model in found] == [needed, needed], found
+
+
 def test_of_a_hundred_models_only_the_headers_are_read(tmp_path: Path) -> None:
     """Each of 2 GB, in a sparse file; what is read is counted by the kernel."""
     shapes = {

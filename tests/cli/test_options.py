@@ -26,7 +26,7 @@ BAD_OPTIONS = [
     (["--max-ram", "lots"], "800MB"),
     (["--threads", "0"], "threads"),
     (["--guide", "none.png"], "none.png"),
-    (["--guide", "none.png", "--no-guide"], "exclude"),
+    (["--guide", "none.png", "--no-guide"], "does not go with"),
     (["-o", "no/such/folder/x.png"], "does not exist"),
     (["-o", "."], "is a folder"),
     (["-o", "x.gif"], ".png"),
@@ -61,7 +61,7 @@ def test_bad_options_are_exit_2_and_one_line(
     ("toml", "message"),
     [
         ("prompt = 'x'", "no [[region]]"),
-        ("[[region]]\nprompt = 'x'", "lacks"),
+        ("[[region]]\nprompt = 'x'", "has no"),
         ("[[region]]\nprompt = 'x'\nrows = [0, 64]\ncols = [0, 64]\ncolour = 1", "colour"),
         ("[[region]]\nprompt = 'x'\nrows = [0, 64]\ncols = [0, 'a']", "cols"),
         ("[[region]]\nprompt = 'x'\nrows = [0, 256]\ncols = [0, 64]", "outside"),

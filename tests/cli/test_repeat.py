@@ -238,6 +238,32 @@ def test_a_model_is_found_by_its_hash(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "is called 'night' here" in notes[0]
 
 
+def test_a_model_is_found_in_a_model_dir_and_if_that_is_the_model(in_process, tiny: Path, tmp_path: Path) -> None:
+    said = {"prompt": "a boat", "width": 64, "height": 64, "seed": 7, "model": tiny.name, "num_inference_steps": 1}
+    picture = png(tmp_path / "x.png", tiler=json.dumps(said))
+    for folder in (tiny, tiny.parent):
+        assert repeat(picture, NOTHING, DEFAULTS, (folder,)).values["model"] == str(tiny.resolve())
+    ran = in_process("plan", "--from", picture, "--model-dir", tiny)
+    assert ran.code == 0, ran.err
+    ran = in_process("plan", "--from", picture, "--model-dir", tmp_path)
+    assert ran.code == 3 and f"{tiny.name!r}, which is in none of the model_dirs" in ran.err
+
+
+def test_a_guide_or_a_mask_that_has_changed_is_said(in_process, tmp_path: Path) -> None:
+    guide, changed = tmp_path / "g.png", "the file has changed"
+    Image.new("RGB", (64, 64), "white").save(guide)
+    ran = in_process(
+        "render", "a boat", "--guide", guide, "--repaint", guide, "--steps", 2, "--strength", 0.5, "-o", "x.png"
+    )
+    assert ran.code == 0, ran.err
+    assert not any(changed in note for note in repeat(tmp_path / "x.png", NOTHING, DEFAULTS).notes)
+    Image.new("RGB", (64, 64), "red").save(guide)
+    notes = [note for note in repeat(tmp_path / "x.png", NOTHING, DEFAULTS).notes if changed in note]
+    assert notes == [
+        f"{guide} is not the {what} that the picture was made from: {changed}" for what in ("guide", "mask")
+    ]
+
+
 VALUES: dict[str, Any] = {
     "negative_prompt": "fog", "canvas_prompt": "sea", "emphasis": "no-norm", "size": 128, "width": 128, "height": 72,
     "paper": "A4", "landscape": True, "bleed": "3mm", "dpi": 150.0, "wrap": "xy", "seed": 2**64 - 1,

@@ -13,6 +13,7 @@ from diffusers import AutoencoderTiny
 from tiler.compute.layers import stream_layers
 from tiler.compute.stream import Streamer
 from tiler.decoding import frozen, held, spool
+from tiler.decoding.kept import KeptRows
 from tiler.decoding.method import ScratchSpace, choose
 from tiler.decoding.rows import Stage, decoder_stages
 from tiler.decoding.scratch import Scratch
@@ -89,6 +90,20 @@ def test_frozen_goes_on_at_a_row(tiny: Path, tmp_path: Path, width: int, wrap: W
     assert all(np.array_equal(one, other) for one, other in zip(strips, whole, strict=True))
     assert taken[-1] < len(in_all) // 2  # most was there
     assert spool.where_in(tmp_path / "spool") == f"row {sum(map(len, whole))} of the decoder"
+
+
+def test_a_line_of_the_journal_does_not_grow_with_the_picture(tmp_path: Path) -> None:
+    """Thousands of strips, as those of 100,000 px: their heights come back, and the last line is short."""
+    heights = [5, *[8] * 3000, 3]
+    made = Spool(tmp_path, "the decoder", "this one")
+    with KeptRows(made, 2) as kept:
+        for number, height in enumerate(heights):
+            kept.add(np.full((height, 2, 3), number % 251, np.uint8))
+    assert len((tmp_path / spool.JOURNAL).read_bytes().splitlines()[-1]) < 500
+    with KeptRows(Spool(tmp_path, "the decoder", "this one"), 2) as kept:
+        strips = list(kept.strips())
+    assert [len(strip) for strip in strips] == heights and kept.count == sum(heights)
+    assert all((strip == number % 251).all() for number, strip in enumerate(strips))
 
 
 def test_tiny_goes_on_at_a_row(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 from tiler.cli import render
 from tiler.cli.queues import Checker, parser
 from tiler.errors import UsageError
+from tiler.jobs.queue import Queue
 from tiler.jobs.rows import NAME, Row, read_rows
 
 parse = parser(render.run)
@@ -52,7 +53,7 @@ def test_a_toml_queue(tmp_path: Path) -> None:
         ("[[image]]\ncolour = 1", "unknown key 'colour'"),
         ("other = 1", "nothing else"),
         ("[[image]]\nlayout = 'ring'", "ring"),
-        ("[[image]]\nsize = 0", "image 1: size = 0"),
+        ("[[image]]\nsize = 0", "image 1: --size 0"),
         ("[[image]]\nprompt = 3", "texts"),
         ("[[image]]\ncount = 0", "out of range"),
         ("image = [1]", "not an [[image]]"),
@@ -153,7 +154,8 @@ def test_a_queue_from_the_command_line(in_process, tiny: Path, tmp_path: Path) -
     command = ["batch", file, "--model", tiny, "--size", 64, "--steps", 1, "--nice", 0, "--max-ram", "1GB"]
     ran = in_process(*command)
     assert ran.code == 2 and "1 done, 1 failed (row 2)" in ran.out, ran.err
-    first, second = map(json.loads, (tmp_path / "jobs.jsonl.results.jsonl").read_text().splitlines())
+    told = map(json.loads, (tmp_path / "jobs.jsonl.results.jsonl").read_text().splitlines())
+    second, first = told  # the bad row is reported before any work
     assert (first["status"], first["seed"], first["output"]) == ("done", 3, "3.png")
     assert (second["status"], second["exit_code"]) == ("failed", 2) and second["error"].startswith(
         "--size 0 is out of range"
@@ -186,12 +188,16 @@ def test_several_pictures_are_refused_before_any_work(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_several_pictures_of_one_command(in_process, tiny: Path, tmp_path: Path) -> None:
+def test_several_pictures_of_one_command(
+    in_process, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each has the bytes that it has alone; what is done is not drawn again; a single picture takes a template too."""
     common = ["render", "a boat", "--model", tiny, "--size", 64, "--steps", 1, "--max-ram", "1GB", "--output-dir", "."]
     ran = in_process(*common, "--count", 2, "--seed", 3, "-o", "{seed}/{index:02}.png", "--json")
     assert ran.code == 0, ran.err
     assert [json.loads(line)["seed"] for line in ran.out.splitlines()] == [3, 4]
+    ran = in_process(*common, "--count", 2, "--seed", 3, "-o", "{seed}/{index:02}.png")
+    assert (ran.code, ran.err.splitlines()[-1]) == (0, "2 pictures were finished already: skipped"), ran.err
     ran = in_process(*common, "--seed", 4, "-o", "{prompt}-{seed}.png")
     assert ran.code == 0, ran.err
     assert (tmp_path / "a-boat-4.png").read_bytes() == (tmp_path / "4/02.png").read_bytes()
@@ -201,3 +207,9 @@ def test_several_pictures_of_one_command(in_process, tiny: Path, tmp_path: Path)
     assert ran.code == 0, ran.err
     assert [json.loads(line)["seed"] for line in ran.out.splitlines()] == [5, 6]  # whatever the command prints or does
     assert len(list((tmp_path / "away").iterdir())) == 2
+    drawn = list[int]()
+    monkeypatch.setattr(Queue, "_draw", lambda queue, row, **rest: not drawn.append(row.row))
+    (tmp_path / "4/02.png").write_bytes(b"another picture")
+    assert in_process(*common, "--count", 2, "--seed", 3, "-o", "{seed}/{index:02}.png").code == 0
+    assert in_process(*common, "--count", 2, "--seed", 3, "-o", "{seed}/{index:02}.png", "--force").code == 0
+    assert drawn == [2, 1, 2]  # the one that was replaced; with --force, all

@@ -86,7 +86,7 @@ def test_stopped_again_and_again_it_gives_the_same_file(
     for phase, number in stops:
         with pytest.raises(BudgetExceeded) as caught:
             render(ask(tiny, path, **way), roomy(), Stop(phase, number, BudgetExceeded("the ceiling was reached")))
-        assert "the same command goes on" in caught.value.__notes__[0]
+        assert "continue with the same command" in caught.value.__notes__[0]
         assert not path.exists()
     last = Stop(stops[-1][0], 0, BudgetExceeded())
     render(ask(tiny, path, **way), roomy(), last)
@@ -138,7 +138,7 @@ def test_a_seed_that_was_drawn_is_the_jobs(tiny: Path, tmp_path: Path) -> None:
 def test_another_request_is_refused_by_its_first_difference(tiny: Path, tmp_path: Path) -> None:
     job = stopped(tiny, tmp_path / "x.png")
     before = {path.name: path.read_bytes() for path in job.iterdir() if path.name != "lock"}
-    with pytest.raises(JobError, match=r'prompt was "a boat", it is "a ship".*--restart') as caught:
+    with pytest.raises(JobError, match=r'prompt was "a boat" and is now "a ship".*--restart') as caught:
         render(ask(tiny, tmp_path / "x.png", prompt="a ship"), roomy())
     assert caught.value.exit_code == 10
     assert {path.name: path.read_bytes() for path in job.iterdir() if path.name != "lock"} == before
@@ -188,7 +188,7 @@ def test_what_decides_the_picture_is_compared_and_nothing_else(tmp_path: Path, m
     same = made_of(guide_image=guide, cache_dir=tmp_path, scratch=tmp_path, output=tmp_path / "y.png", keep_job=True)
     assert list(manifest.differences(first, same)) == []
     for values, named in (
-        ({"seed": 6}, "--seed was 5, it is 6"),
+        ({"seed": 6}, "--seed was 5 and is now 6"),
         ({"width": 112}, "--width"),
         ({"mask": Mask.CONSTANT}, "--mask"),
         ({"model_id": "2"}, "the model has changed"),

@@ -77,10 +77,12 @@ def test_a_picture_that_has_its_name_but_no_line_is_done(in_process: Any, tiny: 
 def test_a_row_that_is_appended_while_others_are_drawn_is_drawn_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A row that cannot be drawn is reported before any other is drawn."""
     file, drawn = tmp_path / "q.txt", list[int]()
-    file.write_text("a\n")
+    file.write_text("a\n--nonsense\n")
 
     def draw(queue: Queue, checked: Checked) -> bool:
+        assert queue.tally.failed == [2]
         drawn.append(checked.row)
         if len(drawn) < 3:
             with file.open("a") as more:
@@ -92,7 +94,7 @@ def test_a_row_that_is_appended_while_others_are_drawn_is_drawn_too(
     spec = supervise.Spec(
         root=str(tmp_path), results=str(file_of(file)), file="q.txt", max_ram_bytes=10**9, reader=reader
     )
-    assert supervise.run(spec) == 0 and drawn == [1, 2, 3]
+    assert supervise.run(spec) == 2 and drawn == [1, 3, 4]
 
 
 def test_seeds_that_were_drawn_are_found_again(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,17 +15,15 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from torch import Tensor
 
-from tests.models.rendering import ask, edit, lose_shard, rendered
+from tests.models.rendering import FOUR_TILES, ask, edit, four_tiles, lose_shard, rendered
 from tiler import Region, RenderRequest, plan
 from tiler.compute.layers import SMALL
-from tiler.diffusion.guide import guide_size, upscale
-from tiler.diffusion.layouts import plan_tiles
 from tiler.models.family import Guidance, Options, Role, read_family
 from tiler.models.flux import Flux, quantised, read_once
 from tiler.models.patches import pack, unpack
 from tiler.models.samples import Place, Prompt, Sample
 from tiler.planning.resolve import resolve
-from tiler.request import GuideUpscale, Precision
+from tiler.request import Precision
 from tiler.run import streamed
 from tiler.weights import checkpoint
 from tiler.weights.index import read_index
@@ -116,28 +115,9 @@ def test_four_tiles_with_a_guide_are_a_loop_over_diffusers_transformer(
     folders: dict[str, Path], pipelines: dict[str, FluxPipeline], tmp_path: Path
 ) -> None:
     """A canvas of 24 × 20 latents, a guide that is not square; each tile has a grid of its own."""
-    steps, canvas = 4, (24, 20)
-    request = ask(
-        folders["dev"], tmp_path, height=192, width=160, num_inference_steps=steps, guide=True, strength=0.5,
-        guide_upscale=GuideUpscale.LATENT,
-    )  # fmt: skip
-    got, report = rendered(request)
-    size = guide_size(canvas, 16, 2)
-    assert size is not None and size.height != size.width
-    everything = [((slice(None), slice(None), slice(None), slice(None)), torch.ones(()))]
-    pipe = pipelines["dev"]
-
-    def noise(height: int, width: int) -> Tensor:
-        return torch.randn(1, 16, height, width, generator=torch.Generator().manual_seed(5))
-
-    guide = looped(pipe, noise(size.height, size.width), everything, 0, None, steps)
-    resolved = resolve(request, read_family(checkpoint.resolve(str(folders["dev"]))))
-    tiles = plan_tiles(resolved, canvas=canvas, tile=(16, 16), overlap=4)
-    assert len(tiles) == 4 and all(tile.top % 2 == tile.left % 2 == 0 for tile in tiles)
-    crops = [((slice(None), slice(None), *tile.crop), tile.weights) for tile in tiles]
-    want = looped(pipe, noise(*canvas), crops, 2, upscale(guide, size, canvas, (False, False)), steps)
+    got, want, report = four_tiles(ask(folders["dev"], tmp_path, **FOUR_TILES), partial(looped, pipelines["dev"]))
     assert (got - want).abs().max() < 1e-4
-    assert report["denoiser_samples"] == 4 * 2 + steps
+    assert report["denoiser_samples"] == 4 * 2 + 4
 
 
 def test_defaults_are_of_the_model(folders: dict[str, Path], tmp_path: Path) -> None:

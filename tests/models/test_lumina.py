@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,14 @@ from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
 from PIL import Image
 from torch import Tensor
 
-from tests.models.rendering import ask, edit, lose_shard, rendered
+from tests.models.rendering import FOUR_TILES, ask, edit, four_tiles, lose_shard, rendered
 from tiler import RenderRequest
-from tiler.diffusion.guide import guide_size, upscale
-from tiler.diffusion.layouts import plan_tiles
 from tiler.models.built import Models
 from tiler.models.family import Role, read_family
 from tiler.models.lumina_blocks import quantised, read_once, rotation
 from tiler.planning.resolve import resolve
 from tiler.planning.tiling import plan_tiling
 from tiler.planning.time import Counter
-from tiler.request import GuideUpscale
 from tiler.weights import checkpoint
 
 PROMPT = "A boat on a lake at DAWN "  # lower case and no blanks around it, as the pipeline makes it
@@ -114,27 +112,9 @@ def looped(
 
 def test_four_tiles_with_a_guide_are_a_loop_over_diffusers_transformer(folder: Path, pipe: Any, tmp_path: Path) -> None:
     """A canvas of 24 × 20 latents, a guide that is not square; each tile has positions of its own."""
-    steps, canvas = 4, (24, 20)
-    request = ask(
-        folder, tmp_path, prompt=PROMPT, height=192, width=160, num_inference_steps=steps, guide=True, strength=0.5,
-        guide_upscale=GuideUpscale.LATENT,
-    )  # fmt: skip
-    got, report = rendered(request)
-    size = guide_size(canvas, 16, 2)
-    assert size is not None and size.height != size.width
-    everything = [((slice(None), slice(None), slice(None), slice(None)), torch.ones(()))]
-
-    def noise(height: int, width: int) -> Tensor:
-        return torch.randn(1, 4, height, width, generator=torch.Generator().manual_seed(5))
-
-    guide = looped(pipe, noise(size.height, size.width), everything, 0, None, steps)
-    resolved = resolve(request, read_family(checkpoint.resolve(str(folder))))
-    tiles = plan_tiles(resolved, canvas=canvas, tile=(16, 16), overlap=4)
-    assert len(tiles) == 4
-    crops = [((slice(None), slice(None), *tile.crop), tile.weights) for tile in tiles]
-    want = looped(pipe, noise(*canvas), crops, 2, upscale(guide, size, canvas, (False, False)), steps)
+    got, want, report = four_tiles(ask(folder, tmp_path, prompt=PROMPT, **FOUR_TILES), partial(looped, pipe))
     assert (got - want).abs().max() < 1e-4
-    assert report["denoiser_samples"] == 2 * (4 * 2 + steps)
+    assert report["denoiser_samples"] == 2 * (4 * 2 + 4)
 
 
 def test_defaults_are_of_the_model_and_the_last_layer_of_its_encoder_is_not_read(folder: Path) -> None:

@@ -17,17 +17,14 @@ from diffusers.models.embeddings import PatchEmbed
 from PIL import Image
 from torch import Tensor
 
-from tests.models.rendering import ask, edit, lose_shard, rendered
+from tests.models.rendering import FOUR_TILES, ask, edit, four_tiles, lose_shard, rendered
 from tiler import RenderRequest
-from tiler.diffusion.guide import guide_size, upscale
-from tiler.diffusion.layouts import plan_tiles
 from tiler.errors import ModelError
 from tiler.models.family import Family, Options, Part, Role, read_family
 from tiler.models.pixart import quantised, read_once
 from tiler.models.pixart_blocks import Grid, add_positions
 from tiler.models.samples import Place, Prompt, Sample
 from tiler.planning.resolve import resolve
-from tiler.request import GuideUpscale
 from tiler.run import streamed
 from tiler.weights import checkpoint
 
@@ -170,29 +167,11 @@ def test_four_tiles_with_a_guide_are_a_loop_over_diffusers_transformer(
     folders: dict[str, Path], pipelines: dict[str, Any], tmp_path: Path
 ) -> None:
     """A canvas of 24 × 20 latents, a guide that is not square; each tile has a grid of its own."""
-    steps, canvas = 4, (24, 20)
-    request = ask(
-        folders["sigma"], tmp_path, prompt=PROMPT, height=192, width=160, num_inference_steps=steps, guide=True,
-        strength=0.5,
-        guide_upscale=GuideUpscale.LATENT,
-    )  # fmt: skip
-    got, report = rendered(request)
-    size = guide_size(canvas, 16, 2)
-    assert size is not None and size.height != size.width
-    everything = [((slice(None), slice(None), slice(None), slice(None)), torch.ones(()))]
-    pipe = pipelines["sigma"]
-
-    def noise(height: int, width: int) -> Tensor:
-        return torch.randn(1, 4, height, width, generator=torch.Generator().manual_seed(5))
-
-    guide = looped(pipe, noise(size.height, size.width), everything, 0, None, steps)
-    resolved = resolve(request, read_family(checkpoint.resolve(str(folders["sigma"]))))
-    tiles = plan_tiles(resolved, canvas=canvas, tile=(16, 16), overlap=4)
-    assert len(tiles) == 4 and all(tile.top % 2 == tile.left % 2 == 0 for tile in tiles)
-    crops = [((slice(None), slice(None), *tile.crop), tile.weights) for tile in tiles]
-    want = looped(pipe, noise(*canvas), crops, 2, upscale(guide, size, canvas, (False, False)), steps)
+    got, want, report = four_tiles(
+        ask(folders["sigma"], tmp_path, prompt=PROMPT, **FOUR_TILES), partial(looped, pipelines["sigma"])
+    )
     assert apart(got, want) < 1e-4
-    assert report["denoiser_samples"] == 2 * (4 * 2 + steps)
+    assert report["denoiser_samples"] == 2 * (4 * 2 + 4)
 
 
 def test_defaults_are_of_the_model(folders: dict[str, Path], tmp_path: Path) -> None:

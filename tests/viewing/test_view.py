@@ -128,6 +128,46 @@ def served(picture: Path) -> Iterator[PageServer]:
         yield server
 
 
+def test_the_browser_is_started_without_the_secret(
+    in_process, picture: Path, served: PageServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its command line has an address that leads to the page once."""
+    opened: list[str] = []
+
+    def browse(url: str) -> bool:
+        opened.append(url)
+        os.kill(os.getpid(), signal.SIGINT)
+        return True
+
+    monkeypatch.setattr("webbrowser.open", browse)
+    ran = in_process("view", picture)
+    assert ran.code == 0 and len(opened) == 1, ran.err
+    shown = re.search(r"http://\S+:\d+/([\w-]+)/", ran.out)
+    assert shown is not None and shown[1] not in opened[0]
+
+    def follow(url: str) -> tuple[int, str | None]:
+        connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=20)
+        connection.request("GET", url.partition(f":{served.port}")[2])
+        answer = connection.getresponse()
+        connection.close()
+        return answer.status, answer.getheader("Location")
+
+    ticket = served.ticket()
+    assert follow(ticket) == (303, served.url.partition(f":{served.port}")[2])
+    assert follow(ticket) == (404, None)
+
+
+def test_transparent_parts_are_white_in_16_bits_too(tmp_path: Path) -> None:
+    import pyvips
+
+    clear = pyvips.Image.black(64, 64, bands=4).cast("ushort").copy(interpretation="rgb16")
+    clear.pngsave(str(tmp_path / "clear.png"))
+    with Pyramid(tmp_path / "clear.png", tmp_path) as pyramid:
+        wait_for(pyramid)
+        data = pyramid.tile(pyramid.levels, 0, 0)
+    assert data is not None and np.asarray(Image.open(BytesIO(data))).min() > 250
+
+
 def test_only_loopback_listens_and_ctrl_c_ends_it(picture: Path, tmp_path: Path) -> None:
     with program(picture, "--scratch", tmp_path) as (process, url):
         listening = [c for c in psutil.Process(process.pid).net_connections() if c.status == psutil.CONN_LISTEN]

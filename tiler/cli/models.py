@@ -24,8 +24,8 @@ Folders = Annotated[
 def command(folders: Folders = None, max_ram: o.MaxRam = "800MB", json_output: o.Json = False) -> None:
     """List models, autoencoders and text encoders: family, size, and whether 2048² fits the ceiling.
 
-    Headers are read and nothing is planned: `tiler plan` says more of one model. A file that lacks a part names the
-    flag that brings it.
+    Only headers and configs are read; `tiler plan` says more about one model. If a file lacks a part, the option that
+    supplies it is named.
     """
     from tiler.models.listing import list_models
     from tiler.weights.places import model_folders

@@ -109,7 +109,7 @@ def command_of(
             values = _values(offered, given)
             if picture is not None:
                 all_fields = {f.name: f.default for f in fields(request) if "option" in f.metadata}
-                found = repeat(picture, layers.typed(context, given), all_fields)
+                found = repeat(picture, layers.typed(context, given), all_fields, values.get("model_dirs", ()))
                 values |= found.values
                 if "seeds" in rest and layers.layer_of(context, "seeds") is not layers.Layer.TYPED:
                     rest["seeds"] = None  # the picture's own seed is used

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from tiler.cli import failure, queues, render
 from tiler.cli.terminal import prepare_signals, prepare_streams
+from tiler.jobs.queue import Checked
 from tiler.jobs.rows import read_entries
 
 _MOST = 512  # rows read at a time
@@ -43,19 +44,21 @@ def main() -> None:
 
 
 def read(asked: Asked) -> dict[str, int]:
-    """Read and check the next rows. Raises StorageError."""
+    """Read and check the next rows. Rows that cannot be drawn come first, so that they are reported before any work.
+    Raises StorageError."""
     checker = queues.Checker(
         root=Path(asked.root), defaults=asked.defaults, name=asked.name, parse=queues.parser(render.run)
     )
-    at, found = asked.at, 0
+    at, found = asked.at, list[Checked]()
+    for entry in read_entries(Path(asked.file), asked.at, asked.index):
+        at = entry.end
+        found += map(checker.take, entry.rows)
+        if len(found) >= _MOST:
+            break
+    found.sort(key=lambda checked: not checked.problem)
     with os.fdopen(os.dup(asked.rows_fd), "wb") as told:
-        for entry in read_entries(Path(asked.file), asked.at, asked.index):
-            for row in entry.rows:
-                told.write(json.dumps(checker.take(row)._asdict()).encode() + b"\n")
-            at, found = entry.end, found + len(entry.rows)
-            if found >= _MOST:
-                break
-    return {"at": at, "index": asked.index + found, "rows": found}
+        told.writelines(json.dumps(checked._asdict()).encode() + b"\n" for checked in found)
+    return {"at": at, "index": asked.index + len(found), "rows": len(found)}
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 from tiler.cli import options as o
 from tiler.cli import queues, several, supervise
 from tiler.errors import UsageError
+from tiler.files import sha256_of
 from tiler.request import RenderRequest
 from tiler.request.choices import STDOUT
 
@@ -60,7 +60,7 @@ def run(
             result = render(request, budget, printer)
         said = supervise.sentence({"output": o.name_of(result.output), **result.report})
         if json_output:
-            result.report["sha256"] = _sha256(result.output)
+            result.report["sha256"] = sha256_of(result.output)
         o.finish(result, said, report=report, quiet=quiet, json_output=json_output)
         code = 0
     except BaseException as error:
@@ -69,11 +69,6 @@ def run(
     finally:
         if on_done is not None:
             _tell(on_done, output, code)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _tell(command: str, output: Path, code: int) -> None:

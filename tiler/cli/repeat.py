@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tiler.errors import ModelError, UsageError
+from tiler.files import sha256_of
 from tiler.output.recipes import Recipe, read_recipe
 from tiler.output.texts import opened, read_texts
 from tiler.request import Region, Scheduler, ScheduleType, parse_scheduler, settings
@@ -15,6 +16,7 @@ from tiler.request.choices import Mask, parse_schedule_type
 from tiler.request.loras import Lora
 from tiler.request.render import OF_THE_RUN
 from tiler.request.settings import Kind
+from tiler.weights.folders import model_files
 from tiler.weights.hashes import is_called
 from tiler.weights.lora_files import digests_of
 
@@ -34,7 +36,7 @@ _PARTS = {
 }  # fmt: skip
 _NEVER = (*OF_THE_RUN, "size", "preset", "scale")  # other fields hold what these resolved to
 _UNTOLD = re.compile(
-    r"Version|.*[Hh]ash(es)?|VAE|RNG|Schedule type|scheduler|denoise|SDCPP|kernels|model_id|lora_hashes|bleed_mm|revision"
+    r"Version|.*[Hh]ash(es)?|VAE|RNG|Schedule type|scheduler|denoise|SDCPP|kernels|model_id|bleed_mm|revision|.*_sha256"
 )
 
 
@@ -45,9 +47,12 @@ class Repeated(NamedTuple):
     notes: list[str]
 
 
-def repeat(picture: Path, typed: frozenset[str], defaults: Mapping[str, Any]) -> Repeated:
+def repeat(
+    picture: Path, typed: frozenset[str], defaults: Mapping[str, Any], model_dirs: Sequence[Path] = ()
+) -> Repeated:
     """The values that `picture` gives for the fields of a request that are not `typed`. A picture by tiler gives all of
-    them: those that it does not mention have their `defaults`. Raises UsageError, ModelError."""
+    them: those that it does not mention have their `defaults`. Models are searched in `model_dirs` (--model-dir) and in
+    the folders of the configuration. Raises UsageError, ModelError."""
     fields, notes = frozenset(defaults), list[str]()
     try:
         recipe = read_recipe(read_texts(picture))
@@ -57,12 +62,12 @@ def repeat(picture: Path, typed: frozenset[str], defaults: Mapping[str, Any]) ->
         if "model" in typed:  # variant and revision belong to the picture's model
             values = {name: value for name, value in values.items() if name not in ("variant", "revision")}
         if "model" in values:
-            values["model"], said = _model(str(values["model"]), recipe)
+            values["model"], said = _model(str(values["model"]), recipe, model_dirs)
             notes += said
         for name, kind in _PARTS.items():
             if values.get(name):
                 try:
-                    values[name] = _found(str(values[name]), kind, name)
+                    values[name] = _found(str(values[name]), kind, name, model_dirs)
                 except ModelError as error:
                     if recipe.is_whole:
                         raise
@@ -75,6 +80,7 @@ def repeat(picture: Path, typed: frozenset[str], defaults: Mapping[str, Any]) ->
         for name, flag in (("guide_image", "guide"), ("repaint", "repaint")):
             if name in values:
                 values[name] = _beside(str(values[name]), picture, flag)
+                notes += _changed(values[name], flag, recipe)
     except ModelError as error:
         raise ModelError(f"{picture}: {error}") from error
     if "loras" in values:
@@ -113,15 +119,15 @@ def _notes(recipe: Recipe, fields: frozenset[str]) -> Iterator[str]:
         yield "InvokeAI's weights like word++ are read as plain text"
 
 
-def _model(name: str, recipe: Recipe) -> tuple[str, list[str]]:
+def _model(name: str, recipe: Recipe, model_dirs: Sequence[Path]) -> tuple[str, list[str]]:
     """Find the model by its name and by the hash in the metadata, and return notes for the user. Only files of that
     name are hashed. Raises ModelError, UsageError."""
     told = [str(recipe.others.get(key, "")) for key in ("model_hash", "Model hash", "base_model_hash")]
     told += re.findall(r'"model": *"(\w+)"', str(recipe.others.get("Hashes", "")))
     digest = next((text for text in told if re.fullmatch(r"[0-9a-fA-F]{8,64}", text)), None)
     if digest is None or _is_place(name):
-        return _found(name, Kind.MODEL, "model"), []
-    named = settings.find(Kind.MODEL, _stem(name).rpartition("/")[2])
+        return _found(name, Kind.MODEL, "model", model_dirs), []
+    named = _called(_stem(name).rpartition("/")[2], Kind.MODEL, model_dirs)
     equal = [path for path in named if is_called(path, digest, compute=True)]
     if not named:
         known = [path for _, path in settings.listed(Kind.MODEL) if is_called(path, digest, compute=False)]
@@ -129,23 +135,29 @@ def _model(name: str, recipe: Recipe) -> tuple[str, list[str]]:
             return str(known[0]), [f"the model {_stem(name)!r} is called {known[0].stem!r} here; its hash is {digest}"]
     if equal:
         return str(equal[0]), []
-    found = _found(name, Kind.MODEL, "model")
+    found = _found(name, Kind.MODEL, "model", model_dirs)
     other = Path(found).is_file()
     return found, [f"{found} is not the file that the picture was made with, whose hash is {digest}"] if other else []
 
 
-def _found(name: str, kind: Kind, field: str) -> str:
+def _found(name: str, kind: Kind, field: str, model_dirs: Sequence[Path]) -> str:
     """The place of a model or a part of one: `mini`, a hub id, an existing path, or the file of that name in the
     folders. Raises ModelError, UsageError."""
     stem, flag = _stem(name), f"--{field.replace('_', '-')}"
     if _is_place(name):
         return name
-    found = settings.find(kind, stem.rpartition("/")[2])
+    found = _called(stem.rpartition("/")[2], kind, model_dirs)
     if len(found) > 1:
         raise UsageError(f"several files are called {stem!r}: {', '.join(map(str, found))}; give {flag}")
     if not found:
         raise ModelError(f"made with the {field} {stem!r}, which is in none of the {kind}; give {flag} with its path")
     return str(found[0])
+
+
+def _called(stem: str, kind: Kind, model_dirs: Sequence[Path]) -> Sequence[Path]:
+    """The files and folders of this name in --model-dir, or else in the configured folders. Raises UsageError."""
+    named = [path for path in model_files([folder.resolve() for folder in model_dirs]) if stem == _stem(path.name)]
+    return named or settings.find(kind, stem)
 
 
 def _stem(name: str) -> str:
@@ -197,6 +209,17 @@ def _beside(name: str, picture: Path, flag: str) -> Path:
             return path
     what = "guide" if flag == "guide" else "mask"
     raise ModelError(f"made from the {what} {name}, which is neither beside it nor here; give --{flag} with its path")
+
+
+def _changed(path: Path, flag: str, recipe: Recipe) -> Iterator[str]:
+    """A note if a guide or a mask is not the file that the picture was made from."""
+    what = "guide" if flag == "guide" else "mask"
+    was = recipe.others.get(f"{what}_sha256")
+    try:
+        if was is not None and was != sha256_of(path):
+            yield f"{path} is not the {what} that the picture was made from: the file has changed"
+    except OSError:
+        return  # the render says why it cannot be read
 
 
 def _lora(said: Mapping[str, Any], picture: Path) -> Lora:

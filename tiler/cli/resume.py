@@ -54,7 +54,7 @@ def command(
         Path | None, typer.Option("--scratch", metavar="PATH", help="Another folder for the decoder's scratch files.")
     ] = None,
     max_ram: Annotated[
-        str | None, typer.Option("--max-ram", "--budget", metavar="SIZE", help="Another ceiling than the job started with.")
+        str | None, typer.Option("--max-ram", "--budget", metavar="SIZE", help="Another ceiling than the job's.")
     ] = None,
     threads: o.Threads = None,
     nice: o.Nice = 0,

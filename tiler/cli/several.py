@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -17,12 +18,14 @@ import typer
 
 from tiler.cli import helps, queues, supervise
 from tiler.errors import UsageError
+from tiler.files import make_own_folder, replace_durably, sha256_of
 from tiler.jobs import naming
 from tiler.jobs.results import Results
 from tiler.jobs.rows import Row
 from tiler.request import MAX_SEED, RenderRequest
 from tiler.request.choices import STDOUT
 from tiler.request.options import Panel
+from tiler.weights.places import cache_home
 
 _words: ContextVar[tuple[str, ...]] = ContextVar("words", default=())
 
@@ -96,18 +99,19 @@ def run(
     if naming.has_placeholder(str(root)):
         raise UsageError(f"--output {template!r}: placeholders work in the file's name, not in its folders ({root})")
     checker = queues.Checker(root=root, defaults=_words.get(), name=template, parse=queues.parser(own))
-    ceiling, results = queues.ceiling(max_ram), root / f"{Path(template).name}.results.jsonl"
+    ceiling, results = queues.ceiling(max_ram), _results_of(root, template, force=request.force)
     every, command = _every(seeds, count), _mark_of(_words.get())
     draws = None in every and naming.has_placeholder(template, "seed")
     if draws:
         every = _kept(results, command, len(every)) or [secrets.randbelow(2**32) if s is None else s for s in every]
     rows = queues.check_all(_rows(every, template), checker)
+    _forget_changed(results, root)
     if draws and not _kept(results, command, len(every)):
         Results(results, results.name, shared=False).note({"command": command, "seeds": every})
     queues.hand_over(
         supervise.Spec(
             root=str(root), results=str(results), file=template, max_ram_bytes=ceiling, rows=rows,
-            silent=quiet or log_json, quiet=quiet, json_output=json_output,
+            silent=quiet or log_json, quiet=quiet, json_output=json_output, forgets=draws or request.force,
         )
     )  # fmt: skip
 
@@ -115,6 +119,38 @@ def run(
 def _every(seeds: Sequence[int | None], count: int) -> list[int | None]:
     """A seed for each picture; None stands for one to be drawn at random."""
     return list(seeds) if len(seeds) > 1 else [None if seeds[0] is None else seeds[0] + n for n in range(count)]
+
+
+def _results_of(root: Path, template: str, *, force: bool) -> Path:
+    """The file that remembers which of these pictures are finished: in the cache, or, if that cannot be used, beside
+    them. With --force, only while some of them are not."""
+    mark = hashlib.sha256(json.dumps([os.path.abspath(root), template, force]).encode("utf-8", "surrogatepass"))
+    folder = cache_home() / "tiler" / "counts"
+    try:
+        make_own_folder(folder, parents=True)
+    except OSError:
+        return root / f".tiler-{mark.hexdigest()[:8]}.results.jsonl"
+    return folder / f"{mark.hexdigest()[:32]}.jsonl"
+
+
+def _forget_changed(results: Path, root: Path) -> None:
+    """Remove the lines of pictures that are gone, or whose files have been replaced since."""
+    try:
+        lines = results.read_bytes().splitlines(keepends=True)
+    except OSError:
+        return
+    kept = [line for line in lines if _is_true(line, root)]
+    if kept != lines:
+        replace_durably(results, kept)
+
+
+def _is_true(line: bytes, root: Path) -> bool:
+    """Whether a line of results says nothing of a picture, or of one that still is as it was."""
+    try:
+        said = json.loads(line)
+        return "sha256" not in said or sha256_of(root / said["output"]) == said["sha256"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
 
 
 def _mark_of(words: Sequence[str]) -> str:

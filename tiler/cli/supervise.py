@@ -18,7 +18,7 @@ from tiler.cli import failure
 from tiler.cli.terminal import harmless, prepare_signals, prepare_streams
 from tiler.errors import Interrupted
 from tiler.jobs.queue import Checked, Queue, end, popen
-from tiler.jobs.results import DONE, Results
+from tiler.jobs.results import DONE, SKIPPED, Results
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,8 @@ class Spec:
     silent: bool = False  # print nothing for people on stderr
     quiet: bool = False
     json_output: bool = False
-    is_batch: bool = False  # end with a summary, and keep the results file
+    is_batch: bool = False  # end with a summary
+    forgets: bool = False  # remove the results file once all pictures are finished
 
 
 def main() -> None:
@@ -70,8 +71,11 @@ def run(spec: Spec) -> int:
         print(str(tally) or f"{spec.file}: no rows")
         if tally.statuses[DONE]:
             print(f"results: {path}")
-    if not spec.is_batch and not tally.codes:
+    if spec.forgets and not tally.codes:
         path.unlink(missing_ok=True)
+    if not spec.is_batch and not spec.silent and (skipped := tally.statuses[SKIPPED]):
+        was = "picture was" if skipped == 1 else "pictures were"
+        print(f"{skipped} {was} finished already: skipped", file=sys.stderr)
     return tally.exit_code
 
 

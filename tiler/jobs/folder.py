@@ -122,7 +122,7 @@ class Job:
         """One line that tells the user how to continue the job."""
         where, _ = self.found()
         at = f" at {where}" if where else ""
-        return f"the job is saved{at} in {self.folder}; the same command goes on, or: tiler resume {self.folder}"
+        return f"the job is saved{at} in {self.folder}; continue with the same command, or: tiler resume {self.folder}"
 
     def adopt(self, request: RenderRequest) -> RenderRequest:
         """The request, with the job's seed if it has none."""

@@ -187,6 +187,7 @@ AURAFLOW = FamilyRow(
     denoiser={"sample_size": 64},
 )
 
+_SD3_LARGE_FLOOR = 478  # MB, of Stable Diffusion 3.5 large at 2048²
 ROWS = (SD1, SD2, SDXL, SD3, FLUX, SCHNELL, PIXART_ALPHA, PIXART_SIGMA, AURAFLOW)
 
 FOLDERS_ALONE = MappingProxyType({"HunyuanDiTPipeline": ("HunyuanDiT", 442), "LuminaPipeline": ("Lumina-Next", 446)})
@@ -207,8 +208,13 @@ def family_of(part: Content, where: str) -> FamilyRow:
         return PIXART_ALPHA if alpha or length == 120 else PIXART_SIGMA
     if part.kind is Kind.AURAFLOW:
         return AURAFLOW
-    large = part.count(r"(?:joint_blocks|transformer_blocks)\.(\d+)\.") > 30
-    return SD3._replace(floor=478) if large else SD3
+    return of_depth(SD3, part.count(r"(?:joint_blocks|transformer_blocks)\.(\d+)\."))
+
+
+def of_depth(row: FamilyRow, blocks: int) -> FamilyRow:
+    """The family with the floor of a denoiser of so many blocks: Stable Diffusion 3.5 large has 38 wider ones, the
+    other sizes have 24."""
+    return row._replace(floor=_SD3_LARGE_FLOOR) if row.kind is Kind.SD3 and blocks > 30 else row
 
 
 _BY_WIDTH = {768: SD1, 1024: SD2, 2048: SDXL}

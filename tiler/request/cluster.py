@@ -140,7 +140,7 @@ class ClusterOptions:
     cluster_only: bool = option(
         False,
         Option(
-            "Wait for workers as long as there are none; else this process goes on alone after a minute.",
+            "Wait for workers as long as there are none; otherwise this process continues alone after a minute.",
             Panel.CLUSTER, ("--cluster-only",),
         ),
     )  # fmt: skip

@@ -81,7 +81,7 @@ class RenderRequest(ModelOptions, ClusterOptions):
     canvas_prompt: str | None = option(
         None,
         Option(
-            "What to draw in the tiles, after a guide drawn from PROMPT; leave out the subject, so that no tile repeats it.",
+            "What to draw in the tiles, after a guide of PROMPT; leave out the subject, so that no tile repeats it.",
             Panel.PICTURE, ("--canvas-prompt",), metavar="TEXT",
         ),
     )  # fmt: skip
@@ -237,8 +237,8 @@ class RenderRequest(ModelOptions, ClusterOptions):
     tile_conditioning: TileConditioning = option(
         TileConditioning.PLACE,
         Option(
-            "What SDXL learns about a tile. place: which crop of the canvas it is; none: the whole picture's size and no "
-            "crop, as in A1111.",
+            "What SDXL learns about a tile. place: which crop of the canvas it is; none: the whole picture's size and "
+            "no crop, as in A1111.",
             Panel.SAMPLING, ("--tile-conditioning",),
         ),
     )  # fmt: skip
