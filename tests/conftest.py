@@ -1,4 +1,4 @@
-"""Checkpoints the tests share: small ones made once a session, and tools to run the program in a process of its own."""
+"""What the tests share: small checkpoints made once per session, and fixtures that run the program."""
 
 from __future__ import annotations
 

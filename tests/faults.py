@@ -1,4 +1,4 @@
-"""Which rows of the table of faults in tests/README.md a run of the tests has covered."""
+"""Reports which rows of the fault table in tests/README.md a test run has covered."""
 
 from __future__ import annotations
 

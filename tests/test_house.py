@@ -1,4 +1,5 @@
-"""House rules that no linter checks: length of files and of unformatted lines, docstrings, nothing left half done."""
+"""House rules that no linter checks: the length of files and of unformatted lines, docstrings, and nothing half
+done."""
 
 from __future__ import annotations
 

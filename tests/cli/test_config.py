@@ -1,4 +1,4 @@
-"""Configuration: what is typed wins over the environment, that over the file, that over the default."""
+"""Configuration: the command line wins over the environment, which wins over the file, which wins over the default."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""--json: one object with a versioned schema on standard output, whatever the command, errors included."""
+"""--json prints one object with a versioned schema on standard output, for every command and for errors."""
 
 from __future__ import annotations
 

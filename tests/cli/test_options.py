@@ -1,4 +1,4 @@
-"""Bad options and regions: exit code 2, one line, and nothing written."""
+"""Bad options and regions end with exit code 2 and one line, and write nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`-o -`: a picture on standard output, whatever that is."""
+"""`-o -` writes a picture to standard output, whatever that is."""
 
 from __future__ import annotations
 

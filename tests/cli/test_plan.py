@@ -1,4 +1,4 @@
-"""`tiler plan`, `tiler doctor` and the help: what they tell, and when a plan is refused."""
+"""What `tiler plan`, `tiler doctor` and the help print, and when a plan is refused."""
 
 from __future__ import annotations
 

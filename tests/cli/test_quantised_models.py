@@ -1,5 +1,5 @@
-"""Quantised models that are damaged, of another kind, or promise what is not there: one line, the right exit code,
-nothing written."""
+"""Quantised models that are damaged, of another kind, or lack tensors that they promise: one line, the right exit code,
+and nothing written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`tiler render` in a process of its own: pictures, reports, and what stops a run."""
+"""`tiler render` in a process of its own: pictures, reports, and errors that stop a run."""
 
 from __future__ import annotations
 

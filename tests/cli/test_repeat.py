@@ -1,4 +1,4 @@
-"""`--from IMG`: a picture is repeated to the byte, and what is typed wins over what it says."""
+"""`--from IMG` repeats a picture to the byte, and typed options win over its metadata."""
 
 from __future__ import annotations
 

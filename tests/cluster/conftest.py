@@ -1,4 +1,4 @@
-"""Workers in processes of their own on the loopback interface, and renders that use them."""
+"""Worker processes on the loopback interface, and renders that use them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A worker whose predictions are made up, by numpy alone: it joins at once, needs no model, and fails as it is told.
+"""A worker with made-up predictions, computed by numpy alone: it joins at once, needs no model, and fails on request.
 
 python -m tests.cluster.stub ADDRESS --keys FOLDER --name a --seconds 0.1 --dies-at 0,16
 """

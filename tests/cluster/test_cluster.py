@@ -1,5 +1,5 @@
-"""Renders over worker processes on the loopback interface: equal bytes, ceilings, closed doors, and what happens when
-things break."""
+"""Renders with worker processes on the loopback interface: equal bytes, ceilings, refused connections, and recovery
+when something breaks."""
 
 from __future__ import annotations
 

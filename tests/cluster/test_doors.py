@@ -1,4 +1,4 @@
-"""Who is let in, and whose work is not taken."""
+"""Who may connect, and whose work is refused."""
 
 from __future__ import annotations
 

@@ -1,6 +1,5 @@
-"""When things break, on loopback with processes of their own: whatever happens to workers, scheduler and network, the
-picture has the bytes that one process makes. Predictions are made up, but for those of tests/cluster/test_cluster.py.
-"""
+"""Faults of workers, scheduler and network, on loopback with real processes: the picture always has the bytes that one
+process makes. Predictions are made up; those of a model are tested in tests/cluster/test_cluster.py."""
 
 from __future__ import annotations
 

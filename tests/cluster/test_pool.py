@@ -1,4 +1,5 @@
-"""Who gets which tiles when workers are slow, fail or go: a scheduler's stand-in, and predictions that are known."""
+"""How tiles are distributed if workers are slow, fail or leave, with a stand-in for the scheduler and known
+predictions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Products in 8-bit integers against 64-bit ones, and the files of packed weights."""
+"""Products of 8-bit integers against 64-bit ones, and files of packed weights."""
 
 from __future__ import annotations
 

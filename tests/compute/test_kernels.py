@@ -1,5 +1,5 @@
-"""A kernel of its own kind takes part through the policy alone; the table names kernels that exist; constants have
-passports."""
+"""A new kernel takes part through the policy alone; the table names only existing kernels; constants state their
+origin."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What surrounds a product goes with it: a transformer's block is a few operations, whoever computes them."""
+"""A transformer's block consists of a few operations, each a product with what surrounds it, whichever kernel computes
+them."""
 
 from __future__ import annotations
 

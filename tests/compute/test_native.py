@@ -1,4 +1,4 @@
-"""Layers by tiler's own kernels against fp64 arithmetic of their weights, and their bytes however weights are cut."""
+"""Layers computed by tiler's own kernels against fp64 arithmetic; their bytes do not depend on how weights are cut."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attention by the library behind `attend`: chosen by width and policy, right for views of any strides, counted on
+"""Attention by tiler's own kernels: chosen by width and policy, correct for views with any strides, and counted from
 shapes alone."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""torch builds that lack an operator of oneDNN's: other kernels do the work, and a note says so."""
+"""torch builds that lack a oneDNN operator: other kernels do the work, and a note says so."""
 
 from __future__ import annotations
 

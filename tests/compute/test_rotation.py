@@ -1,4 +1,4 @@
-"""Outliers among the inputs of int8 layers whose weights were rotated."""
+"""Outliers among the inputs of int8 layers with rotated weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The meter, which tells what a computation on meta tensors would take."""
+"""The meter, which measures what a computation on meta tensors would take."""
 
 from __future__ import annotations
 

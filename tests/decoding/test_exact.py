@@ -1,4 +1,4 @@
-"""The exact decoder against diffusers' whole-image AutoencoderKL, and what it leaves on the disk: nothing."""
+"""The exact decoder against diffusers' AutoencoderKL on the whole image; it leaves nothing on the disk."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The row pipeline against diffusers' AutoencoderKL: exact where the statistics are, seamless everywhere."""
+"""The decoder that works row by row against diffusers' AutoencoderKL: exact if its statistics are, and never with
+seams."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Decodes without passes, `frozen` and `tiny`, go on at a row, with the same bits in the same strips."""
+"""Decodes without passes, `frozen` and `tiny`, continue at a row, with the same bits in the same strips."""
 
 from __future__ import annotations
 

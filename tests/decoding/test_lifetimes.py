@@ -1,5 +1,4 @@
-"""What a decode leaves behind, however it ends: no open file, no taken disk space, no change in what was handed to
-it."""
+"""However a decode ends, it leaves no open file and no used disk space, and its inputs are unchanged."""
 
 from __future__ import annotations
 

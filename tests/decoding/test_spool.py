@@ -1,5 +1,5 @@
-"""A decode that is stopped anywhere goes on at a pass, with the same bits; what is damaged or of another picture is
-never taken."""
+"""A decode that is stopped anywhere continues at a pass with the same bits. Saved passes that are damaged or belong to
+another picture are never used."""
 
 from __future__ import annotations
 

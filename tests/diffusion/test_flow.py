@@ -1,4 +1,4 @@
-"""Flow schedules against diffusers' own scheduler as its pipelines drive it, and against a flow whose end is known."""
+"""Flow schedules against diffusers' scheduler, driven as its pipelines do, and against a flow with a known end."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Pictures as people have them, against Pillow's own conversions of the whole; what is held, against the kernel's
-mark."""
+"""Pictures of all common kinds against Pillow's conversion of the whole image; memory against the kernel's mark."""
 
 from __future__ import annotations
 

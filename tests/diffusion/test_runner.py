@@ -1,4 +1,4 @@
-"""Runners: this process, and another one that answers out of order and is killed."""
+"""Runners: in this process, and in another one that answers out of order and is killed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A canvas in files against the one in memory: equal bits, whatever stops it, and memory that does not grow."""
+"""A canvas in files against one in memory: equal bits, also after interruptions, and memory that does not grow."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prompts that were encoded before: kept for the next render, or carried in a file to where no text encoder is."""
+"""Encoded prompts: cached for the next render, or carried in a file to machines without text encoders."""
 
 from __future__ import annotations
 

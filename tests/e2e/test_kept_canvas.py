@@ -1,5 +1,5 @@
 """Whatever stops a render after its last step, the job keeps the finished canvas, and the same command makes the
-picture of it."""
+picture from it."""
 
 from __future__ import annotations
 

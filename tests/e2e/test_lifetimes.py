@@ -1,4 +1,4 @@
-"""What a whole render leaves behind when it is ended in any of its phases: no open file, no thread, no output."""
+"""A render that is stopped in any phase leaves no open file, no thread and no output."""
 
 from __future__ import annotations
 

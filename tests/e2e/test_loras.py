@@ -1,4 +1,4 @@
-"""Whole renders with LoRAs, against diffusers' pipeline whose weights were changed by a closed formula."""
+"""Complete renders with LoRAs, against diffusers' pipeline with weights changed by a closed formula."""
 
 from __future__ import annotations
 

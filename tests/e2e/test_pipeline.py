@@ -1,4 +1,4 @@
-"""Whole renders in this process, against StableDiffusionPipeline and against themselves."""
+"""Complete renders in this process, against StableDiffusionPipeline and against each other."""
 
 from __future__ import annotations
 

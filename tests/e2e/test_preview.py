@@ -1,4 +1,4 @@
-"""`--preview`: a likeness of what the canvas becomes, which changes nothing of it."""
+"""`--preview` shows a likeness of the finished picture and does not change it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the grammar of prompts does to a picture, against a loop over diffusers' own UNet."""
+"""The effect of the prompt grammar on a picture, against a loop over diffusers' UNet."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Denoisers that other programs quantised, beside fp32 twins of what these programs say that the values mean: the
-pictures are alike, bit for bit."""
+"""Denoisers quantised by other programs, beside fp32 twins made from the values that these programs document: the
+pictures are equal bit for bit."""
 
 from __future__ import annotations
 

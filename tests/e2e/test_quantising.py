@@ -1,4 +1,5 @@
-"""`tiler quantize --weights`: a folder that optimum-quanto and tiler read alike, whole or not at all."""
+"""`tiler quantize --weights` writes a folder that optimum-quanto and tiler read the same way, complete or not at
+all."""
 
 from __future__ import annotations
 

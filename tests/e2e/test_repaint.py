@@ -1,4 +1,4 @@
-"""`--repaint`: what lies outside the mask keeps its bytes, and only tiles under the mask are denoised."""
+"""`--repaint`: pixels outside the mask keep their bytes, and only tiles under the mask are denoised."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""GGUF files that stable-diffusion.cpp wrote: each renders as its fp32 twin, whose values GGUF's own library made."""
+"""GGUF files written by stable-diffusion.cpp: each renders like its fp32 twin, whose values come from GGUF's own
+library."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Canvases that memory does not hold, through the whole program: the bytes of those that it holds, and plans of huge
-ones."""
+"""Canvases too large for memory, through the whole program: the same bytes as in memory, and plans for huge ones."""
 
 from __future__ import annotations
 

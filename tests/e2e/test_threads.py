@@ -1,4 +1,4 @@
-"""The number of threads changes no bit: neither of a step's result, whatever its size, nor of a render."""
+"""The number of threads changes no bit, neither of a single step nor of a render."""
 
 from __future__ import annotations
 

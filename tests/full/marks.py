@@ -1,4 +1,4 @@
-"""What the tests of full-size checkpoints share: checkpoints, and what the program says of memory."""
+"""What the tests of full-size checkpoints share: the checkpoints, and the memory that the program reports."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The contract at full size: an SD 1.5 checkpoint (random weights, made on first use, 2.1 GB) in fresh processes."""
+"""The memory contract at full size: an SD 1.5 checkpoint (random weights, made on first use, 2.1 GB) in fresh
+processes."""
 
 from __future__ import annotations
 

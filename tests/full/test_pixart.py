@@ -1,5 +1,5 @@
-"""PixArt-Σ at full width and depth (random weights, made on first use, 2.4 GB; of T5-XXL two blocks): one native tile
-under 440 MB, and what a poster needs at least."""
+"""PixArt-Σ at full width and depth (random weights, made on first use, 2.4 GB; T5-XXL with two blocks): one native tile
+under 440 MB, and the smallest ceiling of a poster."""
 
 from __future__ import annotations
 

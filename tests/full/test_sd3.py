@@ -1,5 +1,5 @@
-"""SD 3.5 large at full width (two blocks, T5-XXL of two layers, random weights, made on first use, 2.4 GB): one native
-tile under 800 MB; and what a poster needs at least."""
+"""SD 3.5 large at full width (two blocks, T5-XXL with two layers, random weights, made on first use, 2.4 GB): one
+native tile under 800 MB, and the smallest ceiling of a poster."""
 
 from __future__ import annotations
 

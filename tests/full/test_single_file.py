@@ -1,4 +1,4 @@
-"""A single file of SD 1.5's size, 2 GB, draws what the folder draws from which it was made."""
+"""A single file of the size of SD 1.5, 2 GB, draws the same picture as the folder it was made from."""
 
 from __future__ import annotations
 

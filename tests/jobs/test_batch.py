@@ -1,4 +1,4 @@
-"""Queues: what their files say, where pictures may go, and that one bad row stops no other."""
+"""Queues: what their files may contain, where pictures may go, and that a bad row does not stop the others."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""A disk that fails or fills up at any call, and a control group that kills: what was drawn before is not lost, and
-goes on with the same bytes."""
+"""A disk that fails or fills up at any call, and a control group that kills: finished work is not lost, and the render
+continues with the same bytes."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Faults that meet a whole run: files that change under it, other versions, few descriptors, hostile texts. Their
-numbers are those of the table in tests/README.md."""
+"""Faults during a complete run: files that change, other versions, few descriptors, hostile texts. The numbers are
+those of the table in tests/README.md."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Renders that are stopped anywhere go on with the same bytes; jobs of others and damaged ones are never taken for
-one's own."""
+"""Renders that are stopped anywhere continue with the same bytes; damaged jobs and jobs of other pictures are never
+used."""
 
 from __future__ import annotations
 

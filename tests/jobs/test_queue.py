@@ -1,4 +1,4 @@
-"""The process of a queue: what it weighs, what it leaves to other machines, what it takes for done."""
+"""The process of a queue: its memory, the rows that it leaves to other machines, and the rows that count as done."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ceiling: units, what a budget measures and says, and when freed memory leaves the process."""
+"""The ceiling: units, what a budget measures and reports, and when freed memory leaves the process."""
 
 from __future__ import annotations
 

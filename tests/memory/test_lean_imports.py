@@ -1,4 +1,5 @@
-"""What is kept out of memory, what comes when it is wanted after all, and a library's caller who compiles."""
+"""Modules that are kept out of memory, modules that are loaded after all when needed, and a library's caller who
+compiles."""
 
 from __future__ import annotations
 

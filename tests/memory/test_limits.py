@@ -1,4 +1,4 @@
-"""The limits of control groups and users, in trees of files as the kernel shows them; and memory that is refused."""
+"""Limits of control groups and users, in trees of files as the kernel shows them; refused allocations."""
 
 from __future__ import annotations
 

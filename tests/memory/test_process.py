@@ -1,4 +1,4 @@
-"""What the kernel says of this process, and the memory and code that leave it."""
+"""What the kernel reports about this process, and the release of memory and code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LoRA files for tests: random factors for modules of a model, and the weights that they make by closed formulas in
+"""LoRA files for tests: random factors for modules of a model, and the resulting weights by closed formulas in
 float64."""
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""What the tests of families share: requests, their latents, and checkpoints that are damaged in one place."""
+"""What the tests of families share: requests, their latents, a canvas of four tiles, and checkpoints that are damaged
+in one place."""
 
 from __future__ import annotations
 

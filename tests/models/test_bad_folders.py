@@ -1,5 +1,5 @@
-"""Folders that are incomplete, damaged or of another kind of model: each is refused before any work in one line that
-says what is wrong and what to do, with the exit code of a model."""
+"""Folders that are incomplete, damaged or of another kind of model: each is refused before any work, in one line that
+says what is wrong and what to do, with the exit code for models."""
 
 from __future__ import annotations
 

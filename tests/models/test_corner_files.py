@@ -1,5 +1,4 @@
-"""Files as they lie about: odd, incomplete, of another kind, or no model at all. Each is read, or refused by what it
-is."""
+"""Odd files: incomplete, of another kind, or not a model at all. Each is read, or refused by name."""
 
 from __future__ import annotations
 

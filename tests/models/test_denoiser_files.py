@@ -1,4 +1,4 @@
-"""Files with a transformer alone, in the names of the original repositories, and the flags that bring the other
+"""Files with only a transformer, with the names of the original repositories, and the flags that supply the other
 parts."""
 
 from __future__ import annotations

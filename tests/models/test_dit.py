@@ -1,5 +1,5 @@
-"""The walk that transformers share, against diffusers' own blocks: chunks, head groups and streaming change no more
-than rounding."""
+"""The walk that transformers share, against diffusers' blocks: chunks, head groups and streaming change only
+rounding."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A family that tiler does not know, registered by a test: everything outside of models/ takes it as it is."""
+"""A family that tiler does not know, registered by a test: everything outside models/ accepts it unchanged."""
 
 from __future__ import annotations
 

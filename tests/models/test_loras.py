@@ -1,5 +1,4 @@
-"""Weights that LoRA files change, read row by row, against closed formulas in float64; and files that cannot be
-applied."""
+"""Weights changed by LoRA files, read row by row, against closed formulas in float64; files that cannot be applied."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files as LyCORIS writes them, against the weights that LyCORIS itself merges."""
+"""Files as LyCORIS writes them, against the weights that LyCORIS merges."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The embedded model: a real checkpoint in diffusers' layout, with defaults of its own; the art that it was trained on;
-and training that goes on from the committed weights."""
+"""The embedded model: a real checkpoint in diffusers layout with its own defaults, the art it was trained on, and
+training that continues from the committed weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`tiler.toml` in a model's folder: what it may say, where it stands among the layers, and who shows it."""
+"""`tiler.toml` in a model's folder: what it may set, what wins over it, and which commands show it."""
 
 from __future__ import annotations
 

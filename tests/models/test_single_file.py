@@ -1,5 +1,5 @@
-"""Single files give what the folders do from which they were made; what is no whole Stable Diffusion is refused by its
-name."""
+"""Single files give the same results as the folders they were made from; files that are not a complete Stable Diffusion
+are refused by name."""
 
 from __future__ import annotations
 

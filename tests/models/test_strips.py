@@ -1,4 +1,4 @@
-"""Convolutions by strips against the same layers on the whole input."""
+"""Convolutions in strips against the same layers on the whole input."""
 
 from __future__ import annotations
 

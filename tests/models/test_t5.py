@@ -1,4 +1,4 @@
-"""T5 and UMT5 encoders against transformers' own, resident."""
+"""Streamed T5 and UMT5 encoders against transformers' resident ones."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""LoRAs of Flux and AuraFlow in kohya's spelling and in PEFT's: what diffusers reads in them, and the pictures of a
-model whose weights were changed so."""
+"""LoRAs of Flux and AuraFlow with kohya's and PEFT's names: against what diffusers reads in them, and against pictures
+of a model with weights changed accordingly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Calls of the library's functions over odd sizes, each with its result in fp64: for the tests beside this file."""
+"""Calls of the library's functions with odd sizes, each with its result in fp64, for the tests beside this file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every kernel against fp64 over odd sizes, on each instruction set that runs here; and by the C driver under
+"""Every kernel against fp64 with odd sizes, on each instruction set of this machine; also by the C driver under
 sanitisers."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The library is there when it was built, says why when it is not, and is made for the machine it is on."""
+"""The library exists if it was built, says why if it does not, and fits the machine."""
 
 from __future__ import annotations
 

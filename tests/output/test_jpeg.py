@@ -1,4 +1,4 @@
-"""JPEG by strips, WebP and AVIF as a whole: pixels by Pillow, texts by exiftool where it is installed."""
+"""JPEG in strips, WebP and AVIF in one piece: pixels checked by Pillow, texts by exiftool if it is installed."""
 
 from __future__ import annotations
 

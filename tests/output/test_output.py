@@ -1,4 +1,4 @@
-"""The writers, read back by Pillow; latents, written by safetensors."""
+"""Writers, checked by Pillow; latents, written by safetensors."""
 
 from __future__ import annotations
 

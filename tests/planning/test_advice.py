@@ -1,4 +1,4 @@
-"""What would need less memory where a plan does not fit: only what gains something is told."""
+"""Advice for plans that do not fit: only options that gain something are named."""
 
 from __future__ import annotations
 

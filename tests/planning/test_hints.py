@@ -1,4 +1,4 @@
-"""Smaller choices that `tiler plan` names: each is planned, and one that gains nothing is not shown."""
+"""The smaller choices that `tiler plan` names: each is planned, and those that gain nothing are not shown."""
 
 from __future__ import annotations
 

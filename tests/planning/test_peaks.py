@@ -1,4 +1,4 @@
-"""The meter's short cut: operations of one shape are gone through once, and nothing is predicted differently."""
+"""The meter's shortcut: operations of one shape are run once, and the predictions stay the same."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The memory plan: what it refuses, what more memory buys, and what importing costs."""
+"""The memory plan: what it refuses, what more memory gains, and what imports cost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What tags of a prompt and --lora say."""
+"""LoRA tags in prompts, and --lora."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scripts measure with inner parts of tiler: each still starts, and every name that it imports is still there."""
+"""Scripts use inner parts of tiler: each one starts, and all names that it imports exist."""
 
 from __future__ import annotations
 

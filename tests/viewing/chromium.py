@@ -1,4 +1,4 @@
-"""A headless Chromium that is driven through a pipe (Chrome DevTools Protocol): no library, no port."""
+"""A headless Chromium, driven through a pipe (Chrome DevTools Protocol) without a library or a port."""
 
 from __future__ import annotations
 

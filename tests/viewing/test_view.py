@@ -1,4 +1,4 @@
-"""`tiler view`: the picture's own pixels in a real browser, on loopback alone."""
+"""`tiler view` shows the picture's pixels in a real browser, and serves only the loopback interface."""
 
 from __future__ import annotations
 

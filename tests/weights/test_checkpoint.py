@@ -1,4 +1,4 @@
-"""Which files a checkpoint is read from: flavours, shards, the hub's cache, and what is downloaded."""
+"""The files that a checkpoint is read from: flavours, shards, the hub's cache, and downloads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Codecs against the libraries that write the formats, and rows that lie in several places."""
+"""Codecs against the libraries that write the formats, and rows stored in several places."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GGUF files written by the format's own library, whole and damaged."""
+"""GGUF files written by the format's own library, intact and damaged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights that other programs quantised: read as those programs read them, and refused where something is missing."""
+"""Weights quantised by other programs: read as those programs read them, and refused if something is missing."""
 
 from __future__ import annotations
 

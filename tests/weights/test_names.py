@@ -1,4 +1,4 @@
-"""Places in files, against the values that diffusers' conversion functions make of the tensors themselves."""
+"""Places in files, against the values that diffusers' conversion functions make from the tensors."""
 
 from __future__ import annotations
 

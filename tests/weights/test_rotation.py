@@ -1,4 +1,4 @@
-"""The rotation against its matrix, and int8 weights that were rotated before they were quantised."""
+"""The rotation against its matrix, and int8 weights that were rotated before quantisation."""
 
 from __future__ import annotations
 

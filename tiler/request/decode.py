@@ -49,8 +49,7 @@ class DecodeRequest(ModelOptions):
         DecodePrecision.AUTO,
         shared.DECODE_PRECISION._replace(
             help=shared.DECODE_PRECISION.help.split("; auto")[0]
-            + "; auto is what the render that saved the latents took, "
-            "fp32 where they do not say."
+            + "; auto is the precision of the render that saved the latents, or fp32 if they do not name one."
         ),
     )
     scratch: Path | None = option(None, shared.SCRATCH)
@@ -122,7 +121,7 @@ class QuantizeRequest(ModelOptions):
     exclude: str | None = option(
         None,
         Option(
-            "Layers that stay as they are stored: patterns between commas, like 'transformer_blocks.0.*,*.to_v'.",
+            "Layers that stay as they are stored: patterns separated by commas, like '*.to_k,*.to_v'.",
             Panel.MODEL, ("--exclude",), metavar="PATTERNS",
         ),
     )  # fmt: skip

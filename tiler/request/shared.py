@@ -31,7 +31,7 @@ VARIANT = Option(
 REVISION = Option("Branch, tag or commit of a hub id.", Panel.MODEL, ("--revision",))
 CACHE_DIR = Option("Folder for int8 weights.", Panel.MEMORY, ("--cache-dir",), default="~/.cache/tiler/packed")
 RENDER_CACHE_DIR = CACHE_DIR._replace(
-    help="Folder for int8 weights, and for encoded prompts, which the next render with the same words takes from there.",
+    help="Folder for int8 weights and encoded prompts, which later renders use again.",
     default="~/.cache/tiler",
 )
 EMPHASIS = Option(
