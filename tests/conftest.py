@@ -32,8 +32,8 @@ os.environ["TILER_CONFIG"] = os.devnull  # the habits of whoever runs the tests 
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Tests take no prompts that another version of the code encoded; int8 weights, which tell of their version, they
-    share."""
+    """Tests use no prompts encoded by another version of the code. They share int8 weights, which record their
+    version."""
     from tiler.weights.packed import default_cache
 
     packed, home = default_cache(), tmp_path_factory.mktemp("cache")
@@ -44,7 +44,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """scripts/test wants to know which rows of the table of faults were run."""
+    """Record for scripts/test which rows of the fault table were run."""
     if (told := os.environ.get("TILER_ROWS")) and not hasattr(config, "workerinput"):
         from tests import faults
 
@@ -52,16 +52,15 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with full-size tests come first: a worker that began one of them last would run on alone for minutes."""
+    """Put files with full-size tests first: a worker that started one of them last would run alone for minutes."""
     large = {item.path for item in items if item.get_closest_marker("full")}
     items.sort(key=lambda item: item.path not in large)
 
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A render gives memory back at each phase: two thirds of the time of a tiny one. Here its collections of garbage
-    do not look through what earlier tests left (a program of ours freezes its imports likewise), and code stays
-    mapped."""
+    """A render releases memory at each phase, which takes two thirds of a tiny render's time. Here garbage collection
+    skips what earlier tests left (a tiler process freezes its imports in the same way), and code stays mapped."""
     gc.collect()
     gc.freeze()
     monkeypatch.setattr("tiler.memory.process.release_code", lambda: None)
@@ -93,8 +92,8 @@ def reference(tiny: Path) -> AutoencoderKL:
 
 @pytest.fixture
 def quanto(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """optimum-quanto, with its own unpacking in Python in place of an extension that takes half a minute to compile in
-    a new environment."""
+    """optimum-quanto, with its unpacking in Python instead of an extension that takes half a minute to compile in a new
+    environment."""
     found = pytest.importorskip("optimum.quanto")
     from optimum.quanto.library.extensions.extension import get_extension
 
@@ -138,8 +137,8 @@ def tiler(tmp_path: Path):
 
 @pytest.fixture
 def in_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
-    """Run `tiler` in the test's own process, in an empty folder, in a quarter of the time: for all that is not about
-    processes, their memory and signals."""
+    """Run `tiler` in the test's own process, in an empty folder, which takes a quarter of the time. Not for tests of
+    processes, memory and signals."""
     from tiler.cli import supervise
     from tiler.cli.main import main
 

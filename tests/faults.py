@@ -17,8 +17,8 @@ def read_rows(text: str) -> dict[int, list[str]]:
 
 
 class Rows:
-    """A plugin of pytest that writes a line into the file `told` when the tests end: "48 rows: 47 run, 1 skipped (35:
-    needs root)". A row was run when all its tests were."""
+    """A pytest plugin that writes a line into the file `told` at the end: "48 rows: 47 run, 1 skipped (35: needs
+    root)". A row counts as run if all its tests were run."""
 
     def __init__(self, told: Path, rows: dict[int, list[str]]) -> None:
         self._told, self._rows = told, rows

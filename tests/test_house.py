@@ -20,7 +20,7 @@ FILES = sorted([*MODULES, *(ROOT / "tests").rglob("*.py"), *(ROOT / "scripts").r
 
 
 def unformatted_lines(source: str) -> set[int]:
-    """The numbers of all lines of a statement that ends in `# fmt: skip`."""
+    """The numbers of all lines of statements that end in `# fmt: skip`."""
     comments = tokenize.generate_tokens(io.StringIO(source).readline)
     marked = {t.start[0] for t in comments if t.type == tokenize.COMMENT and t.string.startswith("# fmt: skip")}
     lines = set(marked)

@@ -31,12 +31,12 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @cache
 def commands() -> Any:
-    """Made once: it takes longer than what is read with it."""
+    """Made once, because making it takes longer than the tests that use it."""
     return typer.main.get_command(app)
 
 
 def read(*words: str) -> Any:
-    """The context in which `tiler WORDS` would run its command."""
+    """The context in which `tiler WORDS` would run."""
     group, seen = commands(), list[Any]()
     group.commands[words[0]].invoke = seen.append
     group.main(list(words), prog_name="tiler", standalone_mode=False)
@@ -44,7 +44,7 @@ def read(*words: str) -> Any:
 
 
 def samples(parameter: Any) -> list[str]:
-    """Values of an option: of the file, the environment and the command line."""
+    """Three values of an option: for the file, the environment and the command line."""
     if parameter.is_flag:
         return ["true", "false", "true"]
     hint = {**get_type_hints(QuantizeRequest), **get_type_hints(RenderRequest)}.get(parameter.name, str)
@@ -56,7 +56,7 @@ def samples(parameter: Any) -> list[str]:
 
 
 def test_every_option_has_four_layers(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The whole table of precedence: default, configuration file, environment, command line; and `config show`."""
+    """The complete table of precedence (default, configuration file, environment, command line), and `config show`."""
     group: Any = commands()
     checked = set()
     arguments = {"decode": ["x"], "quantize": ["x"], "encode": ["x"], "view": ["x"]}

@@ -172,8 +172,8 @@ def test_a_model_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_picture_of_ones_own_is_enlarged(in_process, tiny: Path, tmp_path: Path) -> None:
-    """`--scale` takes the size of the picture as it is looked at, and beside --from all but the size of what it
-    says."""
+    """`--scale` uses the size of the picture as displayed; with --from, everything but the size comes from the
+    picture."""
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by a quarter
     Image.new("RGB", (50, 34)).save(tmp_path / "phone.jpg", exif=exif)
@@ -214,7 +214,7 @@ def test_scales_that_make_no_size_are_exit_2(
 
 
 def test_a_model_is_found_by_its_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By its name first; by a hash that is known where nothing is called so; and no other file is hashed."""
+    """First by its name, then by a hash that is already known; no other file is hashed."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("TILER_MODEL_DIRS", str(tmp_path))
     for name in ("a/dream", "b/dream", "night"):

@@ -29,7 +29,7 @@ from tiler.request.cluster import Cluster, Where
 
 @pytest.fixture(scope="module")
 def alone(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Drawn:
-    """What one process draws."""
+    """The render of a single process."""
     return draw(tiny, tmp_path_factory.mktemp("alone"))
 
 
@@ -70,7 +70,7 @@ def test_two_renders_at_once_share_the_workers(fleet: Fleet, tiny: Path, tmp_pat
     other: list[subprocess.Popen[bytes]] = []
 
     def begin(event: events.Progress) -> None:
-        """The other one joins in while this one is under way, which then waits until it has begun."""
+        """Start the other render while this one runs, and wait until it has started."""
         if not other:
             other.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE))
             for _ in range(600):

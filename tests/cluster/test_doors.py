@@ -148,7 +148,7 @@ def job(tiny: Path) -> SharedJob:
 
 
 def greet(job: SharedJob, max_ram_bytes: int, models: dict[str, str] | None = None) -> Greeting:
-    """How a worker with that ceiling answers, in this process."""
+    """The answer of a worker with that ceiling, in this process."""
     family = families.open_family(ask(Path(job.request.model)))
     tile = Tile(torch.zeros(1, 4, 8, 8), plan_tiling(job.request, family).canvas_steps[0][0])
     with Budget(max_ram_bytes) as budget:
@@ -214,7 +214,8 @@ def test_what_a_user_may_type_wrong(in_process: Callable[..., Ran], tmp_path: Pa
 
 
 def test_connections_remember_no_tiles() -> None:
-    """dask's keep their last 1,000 messages each by default: of a worker with five tiles a task 320 MB."""
+    """By default each of dask's connections remembers its last 1,000 messages: 320 MB for a worker with five tiles per
+    task."""
     from distributed.batched import BatchedSend
 
     assert BatchedSend(interval=1).recent_message_log.maxlen == 1

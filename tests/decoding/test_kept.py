@@ -46,8 +46,8 @@ def latents(height: int, width: int) -> torch.Tensor:
 def stopped_again_and_again(
     make: object, whole: list[np.ndarray], folder: Path, stops: range
 ) -> tuple[list[np.ndarray], list[int]]:
-    """The strips of a decode that is stopped at the checks `stops`, each run from the start; and how many checks each
-    took."""
+    """The strips of a decode that is stopped at the checks `stops`, each run from the start, and the number of checks
+    in each run."""
     checks, taken = 0, []
     for stop in (*stops, -1):
         checks = 0
@@ -68,7 +68,7 @@ def stopped_again_and_again(
 
 @pytest.mark.parametrize(("width", "wrap"), [(100, Wrap.NONE), (20, Wrap.XY)])
 def test_frozen_goes_on_at_a_row(tiny: Path, tmp_path: Path, width: int, wrap: Wrap) -> None:
-    """Bands that lie side by side, and margins."""
+    """With bands side by side, and with margins."""
     family = families.read_family(resolve(str(tiny)))
     z, streamer = latents(150, width), Streamer(None)
     vae = families.build_vae(family.autoencoder)
@@ -93,7 +93,7 @@ def test_frozen_goes_on_at_a_row(tiny: Path, tmp_path: Path, width: int, wrap: W
 
 
 def test_a_line_of_the_journal_does_not_grow_with_the_picture(tmp_path: Path) -> None:
-    """Thousands of strips, as those of 100,000 px: their heights come back, and the last line is short."""
+    """Thousands of strips, as in a picture of 100,000 px: their heights are restored, and the last line is short."""
     heights = [5, *[8] * 3000, 3]
     made = Spool(tmp_path, "the decoder", "this one")
     with KeptRows(made, 2) as kept:
@@ -133,7 +133,7 @@ def test_tiny_goes_on_at_a_row(tmp_path: Path) -> None:
 
 
 def test_an_autoencoder_without_attention_remembers_its_norms(tmp_path: Path) -> None:
-    """As that of mini: rows are kept, and the norms' statistics come back to the last bit."""
+    """Like mini's: rows are kept, and the norms' statistics are restored to the last bit."""
     family = families.read_family(resolve("mini"))
 
     def stages() -> list[Stage]:

@@ -30,7 +30,7 @@ STEPS = 4
 
 
 class MadeUp:
-    """A runner that may be stopped before its n-th tile."""
+    """A runner that can be stopped before its n-th tile."""
 
     def __init__(self, stop_at: int = -1) -> None:
         self.stop_at, self.tiles = stop_at, 0
@@ -89,7 +89,7 @@ def in_files(
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunks and bands that a small canvas has many of."""
+    """Chunks and bands so small that a small canvas has many of them."""
     monkeypatch.setattr(stored_canvas, "chunks", lambda count: chunks(count, 16 * 17))
     monkeypatch.setattr(stored, "BAND", 4 * SIDES[1] * 5)
 

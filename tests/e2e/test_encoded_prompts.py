@@ -35,12 +35,12 @@ def encoded(model: Path, output: Path, *prompts: str, **values: Any) -> dict[str
 
 
 def bytes_read(report: dict[str, Any]) -> int:
-    """Of what is no denoiser."""
+    """The bytes read that do not belong to the denoiser."""
     return report["weight_bytes_read"] - report["denoiser_bytes_read"]
 
 
 def test_a_machine_without_text_encoders_renders_the_same_picture(model: Path, tmp_path: Path) -> None:
-    """Weights, prompts that change on the way and parts of a prompt included."""
+    """Also with weights, prompts that change between steps, and joined prompts."""
     prompt = "a (boat:1.3) on a [lake:sea:0.5] AND gulls"
     asked = {"prompt": prompt, "negative_prompt": "fog", "num_inference_steps": 2, "size": 64}
     want, first = rendered(ask(model, tmp_path, **asked, cache_dir=tmp_path / "cache"))
@@ -53,7 +53,7 @@ def test_a_machine_without_text_encoders_renders_the_same_picture(model: Path, t
 
 
 def test_what_decides_the_embeddings_decides_whether_they_are_taken(tiny: Path, tmp_path: Path) -> None:
-    """Where all prompts are known, the plan has no text encoder in it, and the render reads none."""
+    """If all prompts are cached, the plan has no text encoder and the render reads none."""
     copy = shutil.copytree(tiny, tmp_path / "copy")
     asked: dict[str, Any] = {"size": 64, "cache_dir": tmp_path / "cache", "num_inference_steps": 1}
 
@@ -156,7 +156,7 @@ def test_a_file_that_does_not_go_with_the_render_is_exit_2(in_process: Any, tiny
 
 
 def test_prompts_are_read_as_a_render_reads_them(in_process: Any, tiny: Path, tmp_path: Path) -> None:
-    """Every text of a prompt that changes is in the file, which says how they were read."""
+    """The file holds every text of a prompt that changes, and says how the texts were read."""
     said = "a [boat|ship] at (sea:1.4) AND [fog:sun:0.5] <knot> " + "and gulls, " * 30
     folder = tmp_path / "embeddings"
     folder.mkdir()

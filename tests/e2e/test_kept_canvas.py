@@ -43,7 +43,7 @@ def arguments(model: Path, output: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def wholes() -> list[bytes]:
-    """The picture of an undisturbed render, once there is one."""
+    """The picture of an undisturbed render, made once."""
     return []
 
 

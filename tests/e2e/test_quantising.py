@@ -77,7 +77,7 @@ FAMILIES = {"tiny": "int4", "tiny-sdxl": "fp8", "tiny-sd3": "int8", "tiny-flux":
 def test_every_family_is_quantised_and_rendered(
     in_process, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Denoiser and text encoders, except the second one of SDXL and Stable Diffusion 3; small layers, too."""
+    """The denoiser and the text encoders, except the second one of SDXL and Stable Diffusion 3; small layers too."""
     import make_checkpoint
 
     monkeypatch.setattr("tiler.models.unet.SMALL", 500)

@@ -35,7 +35,7 @@ def no_trimming(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """poster.png and poster.jpg, a mask with two spots, and one of half its size."""
+    """A folder with poster.png and poster.jpg, a mask with two spots, and one of half its size."""
     path = tmp_path_factory.mktemp("repaint")
     y, x = np.mgrid[:HEIGHT, :WIDTH]
     pixels = np.stack([x * 255 // WIDTH, y * 255 // HEIGHT, (x * y) % 256], -1).astype(np.uint8)
@@ -57,7 +57,7 @@ def pixels_of(path: Path) -> np.ndarray:
 
 
 def starts(length: int, tile: int, overlap: int) -> list[int]:
-    """Of the fewest tiles that cover a length."""
+    """The starts of the fewest tiles that cover a length."""
     count = 1 if length <= tile else math.ceil((length - tile) / (tile - overlap)) + 1
     return [0] if count == 1 else [round(i * (length - tile) / (count - 1)) for i in range(count)]
 

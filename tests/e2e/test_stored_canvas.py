@@ -21,7 +21,7 @@ from tiler.request import Decode, GuideUpscale, Region, Wrap
 
 
 def draw(model: Path, folder: Path, *, is_stopped: bool = False, **values: object) -> tuple[bytes, bytes]:
-    """The picture, and its latents; or nothing of them, where it is stopped in the midst of its canvas."""
+    """The picture and its latents, or None if the render is stopped in the middle of its canvas."""
     folder.mkdir(exist_ok=True)
 
     def on_event(event: events.Event) -> None:

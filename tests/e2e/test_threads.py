@@ -76,7 +76,7 @@ def test_a_render(tiler, tmp_path: Path, tiny: Path, options: tuple[object, ...]
 @pytest.mark.parametrize("shape", [(2, 96, 13, 7), (1, 320, 64, 64), (1, 64, 1, 1)])
 @pytest.mark.parametrize("affine", [True, False])
 def test_group_norm_is_torchs(shape: tuple[int, ...], affine: bool) -> None:
-    """Also where the mean is far from zero, in both layouts, which are kept."""
+    """Also with a mean far from zero, and in both memory layouts, which are kept."""
     torch.manual_seed(1)
     norm = nn.GroupNorm(32, shape[1], affine=affine)
     for parameter in norm.parameters():

@@ -29,7 +29,7 @@ def sd15() -> Path:
 
 
 def test_a_step_of_guide_and_canvas_stays_under_600_mb_by_the_kernels_own_mark(sd15: Path, tmp_path: Path) -> None:
-    """One step of the guide, and one of a canvas of three tiles in two calls; in int8 where that is fast."""
+    """One step of the guide, and one of a canvas with three tiles in two calls; in int8 if that is fast here."""
     options = "--width", "1024", "--height", "512", "--steps", "1", "--strength", "1", "--max-ram", "600MB"
     peak, report = render_peak(tmp_path, "--model", str(sd15), *options, "--precision", "auto", "--threads", "2")
     assert peak < 600_000_000
@@ -79,7 +79,7 @@ def test_neither_a_small_arena_nor_company_changes_a_bit(sd15: Path, precision: 
 
 
 def test_int8_is_smaller_than_fp32_and_near_it(sd15: Path, tmp_path: Path) -> None:
-    """One sample through the whole UNet, each precision in a process of its own that reads its VmHWM."""
+    """One sample through the complete UNet, each precision in a process that reads its own VmHWM."""
     code = f"""
 import sys
 from pathlib import Path

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.full
 
 @pytest.mark.parametrize("precision", ["int8"])
 def test_a_native_tile_stays_under_440_mb_by_the_kernels_own_mark(tmp_path: Path, precision: str) -> None:
-    """One sample at 1024². There is room for few weights only, so nearly all are streamed."""
+    """One sample at 1024². Few weights fit in memory, so nearly all are streamed."""
     options = "--size", "1024", "--steps", "1", "--no-guide", "--cfg-scale", "1", "--max-ram", "440MB"
     options = *options, "--precision", precision
     peak, report = render_peak(tmp_path, "--model", made("pixart"), *options)
@@ -24,5 +24,5 @@ def test_a_native_tile_stays_under_440_mb_by_the_kernels_own_mark(tmp_path: Path
 
 
 def test_a_poster_of_2048_needs_no_more_than_440_mb(tmp_path: Path) -> None:
-    """The autoencoder's phases need most."""
+    """The autoencoder's phases need the most."""
     assert planned(made("pixart"), tmp_path)["smallest_max_ram_bytes"] <= 440_000_000

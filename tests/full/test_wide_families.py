@@ -24,7 +24,7 @@ pytestmark = [
 def test_a_native_tile_stays_under_its_ceiling_by_the_kernels_own_mark(
     tmp_path: Path, kind: str, ceiling_mb: int
 ) -> None:
-    """One sample at 1024². Measured, MB: 434 of 444 planned, 409 of 454, 695 of 760."""
+    """One sample at 1024². Measured (planned), in MB: 434 (444), 409 (454), 695 (760)."""
     options = "--size", "1024", "--steps", "1", "--no-guide", "--cfg-scale", "1", "--max-ram", f"{ceiling_mb}MB"
     options = *options, "--precision", "fp32", *tiny_decoder(tmp_path)
     peak, report = render_peak(tmp_path, "--model", made(kind), *options)

@@ -147,7 +147,7 @@ def test_a_row_says_neither_where_things_are_written_nor_who_draws(tmp_path: Pat
 
 
 def test_a_queue_from_the_command_line(in_process, tiny: Path, tmp_path: Path) -> None:
-    """One row is drawn, one is bad; the same command again draws nothing twice, and a row that is appended is drawn."""
+    """One row is drawn, one is bad; the same command again draws nothing twice, and draws a row that was appended."""
     file = tmp_path / "jobs.jsonl"
     lines = ['{"prompt": "a", "seed": 3, "output": "{seed}.png"}', '{"prompt": "b", "size": 0}']
     file.write_text("\n".join(lines) + "\n")
@@ -191,7 +191,8 @@ def test_several_pictures_are_refused_before_any_work(
 def test_several_pictures_of_one_command(
     in_process, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each has the bytes that it has alone; what is done is not drawn again; a single picture takes a template too."""
+    """Each picture has the same bytes as alone; finished ones are not drawn again; a single picture can have a template
+    too."""
     common = ["render", "a boat", "--model", tiny, "--size", 64, "--steps", 1, "--max-ram", "1GB", "--output-dir", "."]
     ran = in_process(*common, "--count", 2, "--seed", 3, "-o", "{seed}/{index:02}.png", "--json")
     assert ran.code == 0, ran.err

@@ -82,7 +82,7 @@ def edit(folder: Path, part: str, **values: object) -> None:
 
 
 def lose_shard(folder: Path, part: str) -> None:
-    """Of a part's weights two shards are named, and one is there."""
+    """Let a part's weights have two shards in the index, of which one file is missing."""
     path = next((folder / part).glob("*.safetensors"))
     stem = path.name.split(".")[0]
     names = [f"{stem}-0000{i}-of-00002.safetensors" for i in (1, 2)]

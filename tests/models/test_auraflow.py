@@ -41,7 +41,7 @@ def pipe(folder: Path) -> AuraFlowPipeline:
 
 
 def test_prompts_are_diffusers_own(folder: Path, pipe: AuraFlowPipeline) -> None:
-    """256 rows, of which those behind the prompt are zeros; a negative prompt that is absent is an empty one."""
+    """256 rows, zero after the prompt; an absent negative prompt is the empty one."""
     family, said = read_family(checkpoint.resolve(str(folder))), []
     texts = ["a boat on a lake", "", None, "fog over the harbour " * 100]
 
@@ -74,7 +74,7 @@ def test_one_tile_is_what_diffusers_pipeline_gives(
 
 
 def test_positions_are_those_of_the_middle(folder: Path, pipe: AuraFlowPipeline) -> None:
-    """Sides whose half is even and odd, on which classes of diffusers round differently; and that positions matter."""
+    """Sides whose halves are even and odd, which classes of diffusers round differently; and positions matter."""
     from tiler.models.family import Options
     from tiler.models.samples import Place, Prompt, Sample
 
@@ -100,7 +100,8 @@ def looped(
     pipe: AuraFlowPipeline, latents: Tensor, crops: list[tuple[Any, Tensor]], begin: int, reference: Tensor | None,
     steps: int,
 ) -> Tensor:  # fmt: skip
-    """Mixture of Diffusers by diffusers' own transformer and scheduler: `crops` are (index, weights) of each tile."""
+    """Mixture of Diffusers with diffusers' own transformer and scheduler; `crops` holds (index, weights) of each
+    tile."""
     with torch.no_grad():
         tokens, _, negative, _ = pipe.encode_prompt("a boat", "fog")
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config)
@@ -130,7 +131,7 @@ def test_four_tiles_with_a_guide_are_a_loop_over_diffusers_transformer(
 
 
 def test_traits_are_of_the_model(folder: Path, tmp_path: Path) -> None:
-    """Its sample_size counts patches; a panorama's guide is no longer than the positions it learned."""
+    """Its sample_size counts patches; a panorama's guide is no longer than the learned positions."""
     request = RenderRequest(prompt="x", model=str(folder), width=2560, height=128, output=tmp_path / "x.png")
     planned = plan(request).plan
     assert planned.family.native == 16

@@ -61,7 +61,7 @@ def test_bytes_behind_the_last_tensor(tmp_path: Path, whole: Tensors, clean: Fam
 
 
 def test_text_names_of_old_files(tmp_path: Path, whole: Tensors, clean: Family) -> None:
-    """Without text_model., and with positions that became fractions in a merge."""
+    """Names without text_model., and positions that became fractions in a merge."""
     tensors = {name.replace("text_model.", ""): tensor for name, tensor in whole.items()}
     tensors[f"{TEXT}embeddings.position_ids"] = torch.arange(77).half()[None]
     assert_same_weights(clean, read_family(resolve(str(save(tensors, tmp_path / "x.safetensors")))))
@@ -104,7 +104,7 @@ def test_an_autoencoder_beside_the_model(tmp_path: Path, whole: Tensors, clean: 
 
 
 def test_parts_from_known_folders(tmp_path: Path, whole: Tensors, clean: Family) -> None:
-    """One that fits is taken, with a note; of two the user must choose."""
+    """The only part that fits is used, with a note; of two, the user must choose one."""
     path = save(without(whole, VAE), tmp_path / "x.safetensors")
     own = {name.removeprefix(VAE): tensor for name, tensor in whole.items() if name.startswith(VAE)}
     (tmp_path / "webui/models/VAE").mkdir(parents=True)

@@ -67,8 +67,8 @@ def test_one_tile_is_what_flux_pipeline_gives(
     scale: float,
     negative: str | None,
 ) -> None:
-    """dev's shift is dynamic. A guidance scale of 1 is an input like others; a negative prompt has no effect, and a
-    note says so."""
+    """dev's shift is dynamic. A guidance scale of 1 is an ordinary input; a negative prompt has no effect, and a note
+    says so."""
     said: list[str] = []
     request = ask(folders[kind], tmp_path, size=128, guidance_scale=scale, negative_prompt=negative)
     got, report = rendered(request, said)
@@ -85,7 +85,8 @@ def looped(
     reference: Tensor | None,
     steps: int,
 ) -> Tensor:
-    """Mixture of Diffusers by diffusers' own transformer and scheduler: `crops` are (index, weights) of each tile."""
+    """Mixture of Diffusers with diffusers' own transformer and scheduler; `crops` holds (index, weights) of each
+    tile."""
     with torch.no_grad():
         tokens, pooled, text_ids = pipe.encode_prompt("a boat", max_sequence_length=512)
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config)
@@ -181,7 +182,7 @@ def test_modulations_are_read_once_and_not_in_a_pass(folders: dict[str, Path], t
 
 @torch.no_grad()
 def test_diffusers_own_forward_gives_the_same_from_the_same_files(folders: dict[str, Path]) -> None:
-    """Their module, unchanged, with its layers streamed; a grid that is not square."""
+    """diffusers' module, unchanged, with its layers streamed; a grid that is not square."""
     family = read_family(checkpoint.resolve(str(folders["schnell"])))
     part, generator = family.part(Role.DENOISER), torch.Generator().manual_seed(1)
     tokens, pooled, latents = (torch.randn(1, *n, generator=generator) for n in ((256, 64), (32,), (16, 12, 20)))
@@ -261,7 +262,7 @@ def test_what_it_cannot_take_is_exit_3_and_one_line(
 
 
 def test_commands(tiler, in_process, folders: dict[str, Path], tmp_path: Path) -> None:
-    """The render in a process of its own, whose imports are fewer."""
+    """The render runs in a process of its own, which imports less."""
     model = folders["schnell"]
     assert in_process("plan", "a boat", "-m", model, "--size", 192, "--json").code == 0
     assert in_process("quantize", model, "--cache-dir", tmp_path / "packed").code == 0

@@ -39,7 +39,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def pipelines(folders: dict[str, Path]) -> dict[str, Any]:
-    """With a scheduler that draws no noise of its own."""
+    """Pipelines with a scheduler that draws no noise."""
     found = {kind: HunyuanDiTPipeline.from_pretrained(at, torch_dtype=torch.float32) for kind, at in folders.items()}
     for pipe in found.values():
         pipe.set_progress_bar_config(disable=True)
@@ -79,7 +79,7 @@ def test_one_tile_is_what_the_pipeline_gives(
 
 
 def turns(size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """What the pipeline tells of the positions of height × width patches."""
+    """The rotary embedding that the pipeline passes for height × width patches."""
     found: tuple[Tensor, Tensor] = get_2d_rotary_pos_embed(88, get_resize_crop_region_for_grid(size, 32), size)
     return found
 
@@ -94,7 +94,8 @@ def test_positions_are_diffusers_own(size: tuple[int, int]) -> None:
 def looped(
     pipe: Any, latents: Tensor, crops: list[tuple[Any, Tensor]], begin: int, reference: Tensor | None, steps: int
 ) -> Tensor:
-    """Mixture of Diffusers by diffusers' own transformer and scheduler: `crops` are (index, weights) of each tile."""
+    """Mixture of Diffusers with diffusers' own transformer and scheduler; `crops` holds (index, weights) of each
+    tile."""
     with torch.no_grad():
         words = [pipe.encode_prompt(PROMPT, text_encoder_index=i) for i in (0, 1)]
         (states, _, mask, _), (wide, _, wide_mask, _) = words
@@ -180,7 +181,7 @@ def test_windows_of_attention_are_exit_2(in_process: Any, folders: dict[str, Pat
 def test_the_program_encodes_renders_and_tells_of_the_model(
     tiler: Any, in_process: Any, folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    """The render in a process of its own, whose imports are fewer, from prompts that were encoded by another."""
+    """The render runs in a process of its own, which imports less, from prompts that another process encoded."""
     model = "--model", folders["1.1"]
     assert in_process("encode", PROMPT, "-n", "fog", *model, "-o", "words.safetensors").code == 0
     asked = "render", *model, "--size", 160, "--steps", 2, "--seed", 1, "--scheduler", "DDIM"

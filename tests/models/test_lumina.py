@@ -60,7 +60,7 @@ def wanted(pipe: Any, height: int, width: int, negative: str | None, scale: floa
 def test_one_tile_is_what_the_pipeline_gives(
     folder: Path, pipe: Any, tmp_path: Path, height: int, width: int, negative: str | None, scale: float
 ) -> None:
-    """Of four channels three are guided."""
+    """Three of the four channels are guided."""
     request = ask(
         folder, tmp_path, prompt=PROMPT, height=height, width=width, negative_prompt=negative, guidance_scale=scale
     )
@@ -73,7 +73,7 @@ def test_one_tile_is_what_the_pipeline_gives(
 
 @pytest.mark.parametrize("sides", [(8, 8), (48, 85), (9, 4), (128, 128)])
 def test_positions_are_diffusers_own(sides: tuple[int, int]) -> None:
-    """Also of pictures larger than those it was trained on."""
+    """Also for pictures larger than those of the training."""
     turns = rotation(*sides, 72, 64)
     nearer = (sides[0] * sides[1] / 64**2) ** 0.5
     want = get_2d_rotary_pos_embed_lumina(72, 384, 384, linear_factor=nearer)[: sides[0], : sides[1]].flatten(0, 1)
@@ -83,7 +83,8 @@ def test_positions_are_diffusers_own(sides: tuple[int, int]) -> None:
 def looped(
     pipe: Any, latents: Tensor, crops: list[tuple[Any, Tensor]], begin: int, reference: Tensor | None, steps: int
 ) -> Tensor:
-    """Mixture of Diffusers by diffusers' own transformer and scheduler: `crops` are (index, weights) of each tile."""
+    """Mixture of Diffusers with diffusers' own transformer and scheduler; `crops` holds (index, weights) of each
+    tile."""
     with torch.no_grad():
         states, mask, no_states, no_mask = pipe.encode_prompt(PROMPT)
         given = {"encoder_hidden_states": torch.cat([states, no_states]), "encoder_mask": torch.cat([mask, no_mask])}
@@ -169,7 +170,7 @@ def test_what_makes_no_sense_is_exit_2(in_process: Any, folder: Path, option: st
 
 
 def test_work_is_counted_whole(folder: Path) -> None:
-    """At 512 px, where tokens are computed in several chunks: the products of two blocks by a closed formula."""
+    """At 512 px, where tokens are computed in several chunks: the work of two blocks by a closed formula."""
     family = read_family(checkpoint.resolve(str(folder)))
     width, keys, text, hidden, tokens = 288, 144, 256, 768, 32 * 32
     attention = tokens * width * (width + 2 * keys) + tokens * 2 * width**2 + 2 * text * 256 * keys
@@ -181,7 +182,8 @@ def test_work_is_counted_whole(folder: Path) -> None:
 
 
 def test_smaller_tiles_are_of_the_size_that_was_asked_for(in_process: Any, folder: Path) -> None:
-    """Tiles of 64 of 128 pixels, half of each other's, and a guide no larger; what the model cannot take is exit 2."""
+    """Tiles of 64 pixels instead of 128, overlapping by half, and a guide no larger; sizes that the model cannot take
+    are exit 2."""
     asked = "plan", "a boat", "--model", folder, "--size", 128, "--json", "--tile-size"
     planned = in_process(*asked, 64).json
     assert (planned["tiles"], planned["guide"]) == (9, "64×64")
@@ -193,7 +195,7 @@ def test_smaller_tiles_are_of_the_size_that_was_asked_for(in_process: Any, folde
 def test_the_program_encodes_renders_and_tells_of_the_model(
     tiler: Any, in_process: Any, folder: Path, tmp_path: Path
 ) -> None:
-    """The render in a process of its own, whose imports are fewer, from prompts that were encoded by another."""
+    """The render runs in a process of its own, which imports less, from prompts that another process encoded."""
     model = "--model", folder
     assert in_process("encode", PROMPT, "-n", "fog", *model, "-o", "words.safetensors").code == 0
     asked = "render", *model, "--size", 160, "--steps", 2, "--seed", 1

@@ -75,7 +75,7 @@ def own_with(own: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture
 def own(tiny: Path, tmp_path: Path) -> Path:
-    """A model that states 30 steps and no guidance: 30 samples of one tile without a guide."""
+    """A model with 30 steps and no guidance as its defaults: 30 samples for one tile without a guide."""
     folder = tmp_path / "own"
     shutil.copytree(tiny, folder)
     (folder / "tiler.toml").write_text('num_inference_steps = 30\nguidance_scale = 1\nprompt = ["a lake", "a wood"]\n')

@@ -61,7 +61,7 @@ def pipelines(folders: dict[str, Path]) -> dict[str, StableDiffusion3Pipeline]:
 def test_prompts_are_diffusers_own(
     folders: dict[str, Path], pipelines: dict[str, StableDiffusion3Pipeline], kind: str
 ) -> None:
-    """A negative prompt that is absent is an empty one; one that is too long for a chunk of CLIP has another."""
+    """An absent negative prompt is the empty one; a prompt too long for one chunk of CLIP gets another chunk."""
     family, said = read_family(checkpoint.resolve(str(folders[kind]))), []
     texts = ["a boat", "", None, "fog " * 40]
 
@@ -97,7 +97,7 @@ def test_one_tile_is_what_diffusers_pipeline_gives(
     folders: dict[str, Path], pipelines: dict[str, StableDiffusion3Pipeline], tmp_path: Path, kind: str,
     negative: str | None, scale: float, size: tuple[int, int],
 ) -> None:  # fmt: skip
-    """With T5 and without; a picture that is smaller than a tile is one of its own size."""
+    """With and without T5; a picture smaller than a tile is a tile of its own size."""
     height, width = size
     want = pipelines[kind](
         "a boat", negative_prompt=negative, height=height, width=width, num_inference_steps=3, guidance_scale=scale,
@@ -143,7 +143,8 @@ def looped(
     pipe: StableDiffusion3Pipeline, latents: Tensor, crops: list[tuple[Any, Tensor]], begin: int,
     reference: Tensor | None, steps: int,
 ) -> Tensor:  # fmt: skip
-    """Mixture of Diffusers by diffusers' own transformer and scheduler: `crops` are (index, weights) of each tile."""
+    """Mixture of Diffusers with diffusers' own transformer and scheduler; `crops` holds (index, weights) of each
+    tile."""
     with torch.no_grad():
         tokens, negative, pooled, negative_pooled = pipe.encode_prompt("a boat", None, None, negative_prompt="fog")
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config)
@@ -177,8 +178,8 @@ def test_four_tiles_with_a_guide_are_a_loop_over_diffusers_transformer(
 def test_a_guide_image_starts_as_diffusers_img2img_does(
     folders: dict[str, Path], pipelines: dict[str, StableDiffusion3Pipeline], tmp_path: Path
 ) -> None:
-    """From a flat picture, whose latents depend on no way of resizing, and from the mean that img2img samples
-    around."""
+    """With a flat picture, whose latents do not depend on the resizing, and with the mean around which img2img
+    samples."""
     from PIL import Image
 
     Image.new("RGB", (128, 128), (90, 120, 200)).save(tmp_path / "flat.png")
@@ -242,7 +243,7 @@ def test_the_table_of_positions_is_not_computed(folders: dict[str, Path]) -> Non
 
 
 def test_a_guide_is_no_longer_than_the_table_of_positions(folders: dict[str, Path], tmp_path: Path) -> None:
-    """24 patches; of the native area it would be 72 latents long."""
+    """24 patches; with the native area it would be 72 latents long."""
     planned = plan(
         RenderRequest(prompt="x", model=str(folders["sd3"]), width=2560, height=128, output=tmp_path / "x.png")
     )
@@ -306,7 +307,7 @@ def test_options_for_other_models_are_exit_2(in_process, folders: dict[str, Path
 
 
 def test_commands(tiler, in_process, folders: dict[str, Path], tmp_path: Path) -> None:
-    """The render in a process of its own, whose imports are fewer."""
+    """The render runs in a process of its own, which imports less."""
     model = folders["t5"]
     assert in_process("plan", "a boat", "-m", model, "--size", 192, "--json").code == 0
     assert in_process("quantize", model, "--cache-dir", tmp_path / "packed").code == 0

@@ -142,7 +142,7 @@ def test_an_absent_negative_prompt_is_an_empty_one_where_the_checkpoint_says_so(
 
 @torch.no_grad()
 def test_an_encoder_that_was_lent_before_gives_the_same_states(sdxl: Path) -> None:
-    """transformers hooks a module that is asked for its hidden states; planning asks first."""
+    """transformers adds hooks to a module whose hidden states are requested; planning requests them first."""
     family = read_family(resolve(str(sdxl)))
     for part in family.encoders:
         module, found = part.build(), []
@@ -154,7 +154,7 @@ def test_an_encoder_that_was_lent_before_gives_the_same_states(sdxl: Path) -> No
 
 
 def test_a_long_prompt_goes_on_in_chunks(sdxl: Path) -> None:
-    """The first is what a cut leaves; both encoders have as many."""
+    """The first chunk is what truncation would leave; both encoders have the same number of chunks."""
     long, short = encoded(sdxl, ["a " * 75 + "boat", "a " * 75], pytest.fail)
     assert long.tokens.shape[1] == 2 * 77 and torch.equal(long.tokens[:, :77], short.tokens)
     assert long.pooled is not None and short.pooled is not None and torch.equal(long.pooled, short.pooled)
@@ -359,7 +359,7 @@ def test_quantize_and_decode_know_it(sdxl: Path, in_process: Any, tmp_path: Path
 
 @pytest.mark.full
 def test_a_sample_of_full_width_stays_under_800_mb(tmp_path: Path) -> None:
-    """Few blocks: the peak is where the widest skips are joined, and does not depend on depth."""
+    """With few blocks: the peak is where the widest skips are joined, and does not depend on the depth."""
     options = "--size", "1024", "--steps", "1", "--no-guide", "--precision", "fp32", *tiny_decoder(tmp_path)
     peak, report = render_peak(tmp_path, "--model", made("wide-sdxl"), *options)
     # At full depth 679 MB of 767 were measured: the slack between live blocks is smaller than SD 1.5's.

@@ -16,7 +16,7 @@ from tiler.native.instructions import SETS, machine_of
 
 
 def said(code: str, **env: str) -> str:
-    """What a fresh process prints."""
+    """The output of a new process."""
     done = subprocess.run(
         [sys.executable, "-c", code], env=os.environ | env, capture_output=True, text=True, check=False, timeout=60
     )

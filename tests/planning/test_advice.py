@@ -21,7 +21,7 @@ def memory(peak_mb: int) -> MemoryPlan:
 
 
 def told(peaks: dict[str, int], **values: Any) -> str:
-    """Advice on a plan of 900 MB, where other ways take so many MB, and those that are not named as many."""
+    """Advice for a plan of 900 MB, when the named options take so many MB and all others take 900."""
 
     def replan(request: ResolvedRequest) -> MemoryPlan:
         if request.precision is Precision.INT8:

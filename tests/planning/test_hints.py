@@ -28,8 +28,8 @@ def plan_of(floor_mb: int, precision: Precision = Precision.FP32, width: int = 3
 
 
 def told(floors: dict[str, int], seconds: dict[str, float], reads: float = 0, **values: Any) -> list[str]:
-    """Hints on a plan of 600 MB and 1000 s: other ways have other floors and times; `reads`: the seconds that a disk
-    takes for all that is read."""
+    """Hints for a plan of 600 MB and 1000 s, when options have other floors and times; `reads`: the seconds that a disk
+    takes for all reads."""
 
     def way(request: ResolvedRequest) -> str:
         if request.tile_size is not None:

@@ -31,7 +31,7 @@ SEEN = 800, 600  # width and height of the browser's page
 
 @pytest.fixture(scope="module")
 def pixels() -> np.ndarray:
-    """(HEIGHT, WIDTH, 3) uint8: no two places are alike, and neighbours differ little."""
+    """(HEIGHT, WIDTH, 3) uint8: all places differ, and neighbours differ little."""
     y, x = np.mgrid[:HEIGHT, :WIDTH].astype(np.float32)
     waves = [np.sin(x / 23) + np.cos(y / 31), np.sin((x + y) / 19) + y / HEIGHT, np.cos(x / 47) * 2 * x / WIDTH]
     return np.stack([127 + 60 * wave for wave in waves], axis=-1).clip(0, 255).astype(np.uint8)
@@ -131,7 +131,7 @@ def served(picture: Path) -> Iterator[PageServer]:
 def test_the_browser_is_started_without_the_secret(
     in_process, picture: Path, served: PageServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its command line has an address that leads to the page once."""
+    """Its command line holds an address that leads to the page once."""
     opened: list[str] = []
 
     def browse(url: str) -> bool:
@@ -225,7 +225,7 @@ def test_panned_and_zoomed_in_a_browser_it_is_the_picture(
     image = Image.fromarray(pixels)
 
     def check(page: Chromium) -> list[float]:
-        """What is seen are the picture's pixels there."""
+        """Compare the visible part of the page with the picture's pixels."""
         x, y, width, height = at = page.evaluate(SETTLED)
         seen = page.screenshot()
         rows, cols = np.mgrid[: SEEN[1], : SEEN[0]]
