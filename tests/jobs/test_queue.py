@@ -159,7 +159,7 @@ def test_a_shared_queue_leaves_to_others_what_they_draw(
     other.note({"row": 2, "digest": f"{digest:016x}", "status": "done"})
     (tmp_path / "2.png").write_text("drawn there")
     ran = in_process(*command)
-    assert ran.code == 0 and ran.out.startswith("1 skipped, 1 done, 1 left to other machines"), ran.out + ran.err
+    assert ran.code == 0 and ran.out.startswith("1 done, 1 skipped, 1 left to other machines"), ran.out + ran.err
     assert (tmp_path / "2.png").read_text() == "drawn there" and (tmp_path / "3.png").exists()
     assert not (tmp_path / "1.png").exists() and not (tmp_path / "3.png.tiler").exists()
     assert in_process(*command, "--force").code == 2

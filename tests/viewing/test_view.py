@@ -20,6 +20,7 @@ import pytest
 from PIL import Image
 
 from tests.viewing.chromium import PROGRAM, Chromium
+from tiler.errors import Interrupted
 from tiler.viewing.pyramid import OVERLAP, SIDE, Pyramid
 from tiler.viewing.server import PageServer
 
@@ -136,8 +137,7 @@ def test_the_browser_is_started_without_the_secret(
 
     def browse(url: str) -> bool:
         opened.append(url)
-        os.kill(os.getpid(), signal.SIGINT)
-        return True
+        raise Interrupted(signal.SIGINT)  # as Ctrl-C does
 
     monkeypatch.setattr("webbrowser.open", browse)
     ran = in_process("view", picture)

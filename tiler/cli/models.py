@@ -47,7 +47,7 @@ def command(folders: Folders = None, max_ram: o.MaxRam = "800MB", json_output: o
     width = columns()
     for model in found:
         fits = {True: ", fits", False: f", needs {format_mb(model.floor_bytes or 0)} of memory", None: ""}
-        lacks = f", and {' '.join(model.lacks)} beside it" if model.lacks else ""
+        lacks = f"; add {' '.join(model.lacks)}" if model.lacks else ""
         size = f"{model.size_bytes / 1e9:.1f} GB" if model.size_bytes >= 10**9 else format_mb(model.size_bytes)
         said = f"{size}, {model.family}{fits[model.fits(ceiling)]}{lacks}"
         typer.echo(textwrap.fill(f"{model.path}: {said}", width, subsequent_indent="    ", break_on_hyphens=False))

@@ -71,7 +71,7 @@ def command(
         return
     if not jobs:
         raise UsageError(
-            f"nothing to resume in {Path.cwd()}; `tiler resume PATH` takes a picture, its job's folder, or a folder of jobs"
+            f"nothing to resume in {Path.cwd()}; give a PATH: a picture, its job's folder, or a folder of jobs"
         )
     if len(jobs) > 1:
         if report is not None:
