@@ -115,7 +115,7 @@ def texts(run: RenderRun) -> dict[str, str]:
 
 
 def _sha256_of(picture: Path | None) -> str | None:
-    """The sha256 of a picture of the user's; None without one, or if it has gone since the job that used it started."""
+    """The sha256 of a file of the user's; None without one, or if it has been removed since the job started."""
     if picture is None:
         return None
     try:

@@ -145,7 +145,7 @@ def _forget_changed(results: Path, root: Path) -> None:
 
 
 def _is_true(line: bytes, root: Path) -> bool:
-    """Whether a line of results says nothing of a picture, or of one that still is as it was."""
+    """Whether a line of results is not about a picture, or about one whose file is unchanged."""
     try:
         said = json.loads(line)
         return "sha256" not in said or sha256_of(root / said["output"]) == said["sha256"]
