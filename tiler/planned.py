@@ -12,7 +12,7 @@ from tiler.models.built import Models
 from tiler.models.family import Role
 from tiler.planning.render import RenderPlan
 from tiler.planning.summary import summarise
-from tiler.planning.time import Speed, measure
+from tiler.planning.time import Speed
 from tiler.request import RenderRequest, ResolvedRequest
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class Planned:
     models: Models
     advice: str  # on what would need less memory, where the plan does not fit
     replan: Callable[[ResolvedRequest], RenderPlan]  # how others would be carried out
-    speed: Speed | None = None  # of this machine, where it has been measured
+    speed: Speed | None = None  # of this machine, where it is known already
     cluster: Outlook | None = None  # what the workers that were asked for would bring
 
     def check(self) -> None:
@@ -37,7 +37,7 @@ class Planned:
         self.plan.memory.check(table=False, advice=self.advice)
 
     def facts(self) -> dict[str, Any]:
-        """What `tiler plan --json` prints; measures this machine's speed for a second or two."""
+        """What `tiler plan --json` prints; measures this machine's speed for half a second."""
         with torch.no_grad():
             speed = self.speed or speed_of(self.models)
             facts = summarise(self.said, self.request, self.plan, self.models, speed, self.replan)
@@ -52,4 +52,4 @@ def speed_of(models: Models) -> Speed:
     """Of this machine, and of the disk with the denoiser's weights."""
     family = models.family
     stored = family.checkpoint.weights(family.part(Role.DENOISER).name).values()
-    return measure(max(stored, key=lambda info: info.nbytes).path)
+    return Speed(max(stored, key=lambda info: info.nbytes).path)

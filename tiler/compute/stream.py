@@ -82,6 +82,7 @@ class Streamer:
         self._held: Held | None = None  # the weights of the unit that runs now
         self._choices: dict[tuple[object, ...], Kernel] = {}
         self._memo = Memo()  # for planning
+        self.units: dict[nn.Module, list[nn.Module]] = {}  # of each module that it was lent to: what it holds at once
 
     @property
     def int8_keys(self) -> frozenset[str]:
