@@ -10,6 +10,8 @@ import runpy
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -28,6 +30,17 @@ from tiler.memory.process import frugal_allocator
 frugal_allocator()
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns where it is imported, and diffusers imports it
 os.environ["TILER_CONFIG"] = os.devnull  # the habits of whoever runs the tests are not the tests'
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_measurement() -> Iterator[None]:
+    """Every plan tells of this machine's speed: it is measured once a session, and not for each of a hundred plans."""
+    from tiler.planning import time
+
+    with pytest.MonkeyPatch.context() as patch:
+        for measure in (time.chosen_speed, time.attention_speed):
+            patch.setattr(time, measure.__name__, cache(measure))
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -51,10 +64,14 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(faults.Rows(Path(told), faults.read_rows(faults.README.read_text())))
 
 
+LONG = ("full", "cluster", "e2e", "jobs", "models", "cli")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put files with full-size tests first: a worker that started one of them last would run alone for minutes."""
-    large = {item.path for item in items if item.get_closest_marker("full")}
-    items.sort(key=lambda item: item.path not in large)
+    """Put the folders with slow files first: workers take a file at a time, and one that started such a file last
+    would run on alone."""
+    places = {Path(__file__).parent / name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.parent, len(LONG)))
 
 
 @pytest.fixture(autouse=True)

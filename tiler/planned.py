@@ -12,7 +12,7 @@ from tiler.models.built import Models
 from tiler.models.family import Role
 from tiler.planning.render import RenderPlan
 from tiler.planning.summary import summarise
-from tiler.planning.time import Speed, measure
+from tiler.planning.time import Speed
 from tiler.request import RenderRequest, ResolvedRequest
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class Planned:
     models: Models
     advice: str  # what would need less memory, if the plan does not fit
     replan: Callable[[ResolvedRequest], RenderPlan]  # plans another request
-    speed: Speed | None = None  # of this machine, if it has been measured
+    speed: Speed | None = None  # of this machine, if it is known already
     cluster: Outlook | None = None  # the expected gain from the workers, if a cluster was asked for
 
     def check(self) -> None:
@@ -37,7 +37,7 @@ class Planned:
         self.plan.memory.check(table=False, advice=self.advice)
 
     def facts(self) -> dict[str, Any]:
-        """The facts that `tiler plan --json` prints. Measures this machine's speed for a second or two."""
+        """The facts that `tiler plan --json` prints. Measures this machine's speed for half a second."""
         with torch.no_grad():
             speed = self.speed or speed_of(self.models)
             facts = summarise(self.said, self.request, self.plan, self.models, speed, self.replan)
@@ -52,4 +52,4 @@ def speed_of(models: Models) -> Speed:
     """The speed of this machine and of the disk that holds the denoiser's weights."""
     family = models.family
     stored = family.checkpoint.weights(family.part(Role.DENOISER).name).values()
-    return measure(max(stored, key=lambda info: info.nbytes).path)
+    return Speed(max(stored, key=lambda info: info.nbytes).path)

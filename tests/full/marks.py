@@ -13,6 +13,8 @@ def made(kind: str) -> str:
     """The folder of a checkpoint made by make_checkpoint.py, in its cache."""
     import make_checkpoint
 
+    if (folder := make_checkpoint.CACHE / kind).exists():
+        return str(folder)
     done = subprocess.run([sys.executable, make_checkpoint.__file__, kind], capture_output=True, text=True, check=True)
     return done.stdout.strip().splitlines()[-1]
 
@@ -25,11 +27,18 @@ def tiny_decoder(folder: Path, channels: int = 4) -> tuple[str, ...]:
     return "--decode", "tiny", "--tiny-vae", str(folder / "taesd")
 
 
-def render_peak(folder: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
-    """Run `tiler render "a lighthouse" --seed 1` with `arguments`, and return its peak and its report. The process
-    reads its own VmHWM at the end, one mark for its whole life. Files go to `folder`."""
-    outputs = "-o", str(folder / "x.png"), "--report", str(folder / "r.json"), "--cache-dir", str(folder / "packed")
-    words = ["tiler", "render", "a lighthouse", "--seed", "1", *outputs, "--quiet", *arguments]
+def render_peak(folder: Path, *arguments: str, packed: Path | None = None) -> tuple[int, dict[str, Any]]:
+    """The peak of `tiler render "a lighthouse" --seed 1` with `arguments`, and its report. Files go to `folder`, int8
+    weights to `packed` if they may be there already."""
+    cache = "--cache-dir", str(packed or folder / "packed")
+    return peak_of(folder, "render", "a lighthouse", "--seed", "1", *cache, *arguments)
+
+
+def peak_of(folder: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
+    """The peak of a command of `tiler` that draws, VmHWM read by the process itself at its end, one mark for its whole
+    life; and its report. Files go to `folder`."""
+    outputs = "-o", str(folder / "x.png"), "--report", str(folder / "r.json")
+    words = ["tiler", *arguments, *outputs, "--quiet"]
     code = f"""
 import sys
 from tiler.cli import main

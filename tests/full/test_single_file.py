@@ -29,7 +29,7 @@ def test_latents_and_pixels_are_the_folders(tmp_path: Path) -> None:
     for path in clip_tokenizer(END).iterdir():  # the words of published checkpoints
         shutil.copy(path, folder / "tokenizer")
     file = write_single(folder, tmp_path / "single.safetensors")
-    options = "--size", "256", "--steps", "1", "--no-guide", "--precision", "fp32", "--force"
+    options = "--size", "256", "--steps", "1", "--no-guide", "--cfg-scale", "1", "--precision", "fp32", "--force"
     latents, pixels, peaks = [], [], []
     for model in (folder, file):
         save = "--save-latents", str(tmp_path / "x.safetensors")
