@@ -359,8 +359,9 @@ def test_quantize_and_decode_know_it(sdxl: Path, in_process: Any, tmp_path: Path
 
 @pytest.mark.full
 def test_a_sample_of_full_width_stays_under_800_mb(tmp_path: Path) -> None:
-    """Few blocks: the peak is where the widest skips are joined, and does not depend on depth."""
-    options = "--size", "1024", "--steps", "1", "--no-guide", "--precision", "fp32", *tiny_decoder(tmp_path)
+    """One sample of few blocks: the peak is where the widest skips are joined, and does not depend on depth."""
+    options = "--size", "1024", "--steps", "1", "--no-guide", "--cfg-scale", "1", "--precision", "fp32"
+    options = *options, *tiny_decoder(tmp_path)
     peak, report = render_peak(tmp_path, "--model", made("wide-sdxl"), *options)
     # At full depth 679 MB of 767 were measured: the slack between live blocks is smaller than SD 1.5's.
     assert 0.95 * peak < report["predicted_peak_bytes"] < 1.15 * peak
