@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoints import _single_dit
 from diffusers import DDIMScheduler, HunyuanDiTPipeline
 from diffusers.models.embeddings import get_2d_rotary_pos_embed
 from diffusers.pipelines.hunyuandit.pipeline_hunyuandit import get_resize_crop_region_for_grid
@@ -17,11 +18,13 @@ from PIL import Image
 from torch import Tensor
 
 from tests.models.rendering import FOUR_TILES, ask, edit, four_tiles, lose_shard, rendered
+from tests.models.test_denoiser_files import assert_same_weights
 from tiler import RenderRequest
-from tiler.models.family import read_family
+from tiler.models.family import open_family, read_family
 from tiler.models.hunyuandit_blocks import quantised, read_once, rotation
 from tiler.planning.resolve import resolve
 from tiler.request import Scheduler
+from tiler.request.model import ModelOptions
 from tiler.weights import checkpoint
 
 PROMPT = "a boat on a lake, 船"
@@ -171,6 +174,33 @@ def test_bad_checkpoints_are_exit_3_and_one_line(
     damage(folder)
     ran = in_process("plan", "a boat", "--model", folder, "--size", 128)
     assert ran.code == 3 and words in ran.err and ran.err.count("\n") == 1, ran
+
+
+@pytest.mark.parametrize(("kind", "named"), [("1.2", "original"), ("1.1", "original"), ("1.1", "diffusers")])
+def test_a_file_takes_the_place_of_a_folders_transformer(
+    in_process: Any, folders: dict[str, Path], tmp_path: Path, kind: str, named: str
+) -> None:
+    """Also in a folder of another version: what the file holds counts."""
+    (own_file,) = (folders[kind] / "transformer").glob("*.safetensors")
+    file = Path(shutil.copy(own_file, tmp_path / "dit.safetensors"))
+    if named == "original":
+        _single_dit.write_transformer(folders[kind], file, "hunyuandit")
+    own = read_family(checkpoint.resolve(str(folders[kind])))
+    found = open_family(ModelOptions(model=str(folders["1.2"]), diffusion_model=str(file)))
+    assert {info.path for info in found.checkpoint.weights("transformer").values()} == {file}
+    assert_same_weights(own, found)
+    alone = in_process("plan", "a boat", "--diffusion-model", file)
+    assert alone.code == 3 and "a transformer of HunyuanDiT alone; give --model FOLDER as well" in alone.err
+    listed = in_process("models", tmp_path)
+    assert listed.code == 0 and "HunyuanDiT" in listed.out and "--model" in listed.out
+
+
+def test_flags_for_parts(in_process: Any, folders: dict[str, Path]) -> None:
+    folder = folders["1.2"]
+    asked = "plan", "a boat", "--size", 128, "--model", folder
+    assert in_process(*asked, "--vae", folders["1.1"] / "vae").code == 0
+    ran = in_process(*asked, "--t5xxl", folder / "text_encoder_2")
+    assert ran.code == 2 and "--t5xxl: HunyuanDiT's text encoders are read in its folder" in ran.err
 
 
 def test_windows_of_attention_are_exit_2(in_process: Any, folders: dict[str, Path]) -> None:

@@ -14,16 +14,19 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, LuminaPipeline
 from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.models.rendering import FOUR_TILES, ask, edit, four_tiles, lose_shard, rendered
+from tests.models.test_denoiser_files import assert_same_weights
 from tiler import RenderRequest
 from tiler.models.built import Models
-from tiler.models.family import Role, read_family
+from tiler.models.family import Role, open_family, read_family
 from tiler.models.lumina_blocks import quantised, read_once, rotation
 from tiler.planning.resolve import resolve
 from tiler.planning.tiling import plan_tiling
 from tiler.planning.time import Counter
+from tiler.request.model import ModelOptions
 from tiler.weights import checkpoint
 
 PROMPT = "A boat on a lake at DAWN "  # lower case and no blanks around it, as the pipeline makes it
@@ -154,6 +157,21 @@ def test_bad_checkpoints_are_exit_3_and_one_line(in_process: Any, folder: Path, 
     damage(copy)
     ran = in_process("plan", "a boat", "--model", copy, "--size", 128)
     assert ran.code == 3 and words in ran.err and ran.err.count("\n") == 1, ran
+
+
+def test_a_file_takes_the_place_of_a_folders_transformer(in_process: Any, folder: Path, tmp_path: Path) -> None:
+    """Under diffusers' names; a file of the original repository is refused by its name."""
+    (file,) = (folder / "transformer").glob("*.safetensors")
+    lone = shutil.copy(file, tmp_path / "dit.safetensors")
+    found = open_family(ModelOptions(model=str(folder), diffusion_model=str(lone)))
+    assert {info.path for info in found.checkpoint.weights("transformer").values()} == {lone}
+    assert_same_weights(read_family(checkpoint.resolve(str(folder))), found)
+    alone = in_process("plan", "a boat", "--model", lone)
+    assert alone.code == 3 and "a transformer of Lumina-Next alone; give --model FOLDER as well" in alone.err
+    names = "pad_token", "cap_embedder.0.weight", "layers.0.attention.wq.weight", "x_embedder.weight"
+    save_file({name: torch.zeros(1) for name in names}, tmp_path / "original.safetensors")
+    ran = in_process("plan", "a boat", "--model", folder, "--diffusion-model", "original.safetensors")
+    assert ran.code == 3 and "Lumina-Next under its repository's own names" in ran.err and ran.err.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -131,6 +131,8 @@ def test_v_is_told_from_epsilon_by_a_bias(tmp_path: Path, pair: tuple[Path, Path
         ({"joint_blocks.0.x": (2,)}, "tensor 'context_embedder.weight' is missing"),
         ({"lora_unet_down.lora_up.weight": (2, 2)}, "a LoRA"),
         ({"control_model.x": (2, 2)}, "a ControlNet"),
+        ({"down_blocks.x": (2,), "conv_in.bias": (2,), "controlnet_cond_embedding.x": (2,)}, "a ControlNet"),
+        ({"transformer_blocks.x": (2,), "adaln_single.x": (2,), "controlnet_blocks.x": (2,)}, "a ControlNet"),
         ({"emb_params": (2, 2)}, "a textual inversion"),
         ({"decoder.conv_in.weight": (2, 4, 3, 3)}, "no denoiser"),
     ],
