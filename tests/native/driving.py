@@ -15,7 +15,7 @@ NATIVE = Path(__file__).resolve().parents[2] / "tiler" / "native"
 
 
 def write(case: Case, path: Path) -> None:
-    """The call for driver.c: its struct, whose addresses become numbers of arrays, and the arrays."""
+    """Write the call for driver.c: its struct, with addresses replaced by numbers of arrays, and the arrays."""
     begins = [(tensor.data_ptr(), tensor.nbytes) for tensor in case.tensors]
     pointers: list[int] = []
     for name, kind in case.call._fields_:
