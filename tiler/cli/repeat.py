@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 from tiler.errors import ModelError, UsageError
 from tiler.output.recipes import Recipe, read_recipe
 from tiler.output.texts import opened, read_texts
-from tiler.request import Region, Scheduler, ScheduleType, parse_scheduler, settings
+from tiler.request import Region, Scheduler, ScheduleType, parse_scheduler
 from tiler.request.choices import Mask, parse_schedule_type
 from tiler.request.loras import Lora
 from tiler.request.render import OF_THE_RUN
 from tiler.request.settings import Kind
+from tiler.weights.folders import files, find
 from tiler.weights.hashes import is_called
 from tiler.weights.lora_files import digests_of
 
@@ -121,10 +122,10 @@ def _model(name: str, recipe: Recipe) -> tuple[str, list[str]]:
     digest = next((text for text in told if re.fullmatch(r"[0-9a-fA-F]{8,64}", text)), None)
     if digest is None or _is_place(name):
         return _found(name, Kind.MODEL, "model"), []
-    named = settings.find(Kind.MODEL, _stem(name).rpartition("/")[2])
+    named = find(Kind.MODEL, _stem(name).rpartition("/")[2])
     equal = [path for path in named if is_called(path, digest, compute=True)]
     if not named:
-        known = [path for _, path in settings.listed(Kind.MODEL) if is_called(path, digest, compute=False)]
+        known = [path for path in files(Kind.MODEL) if is_called(path, digest, compute=False)]
         if known:
             return str(known[0]), [f"the model {_stem(name)!r} is called {known[0].stem!r} here, by its hash {digest}"]
     if equal:
@@ -139,7 +140,7 @@ def _found(name: str, kind: Kind, field: str) -> str:
     stem, flag = _stem(name), f"--{field.replace('_', '-')}"
     if _is_place(name):
         return name
-    found = settings.find(kind, stem.rpartition("/")[2])
+    found = find(kind, stem.rpartition("/")[2])
     if len(found) > 1:
         raise UsageError(f"several files are called {stem!r}: {', '.join(map(str, found))}; give {flag}")
     if not found:
@@ -210,7 +211,7 @@ def _lora(said: Mapping[str, Any], picture: Path) -> Lora:
 
 def _lora_files(name: str, picture: Path) -> Sequence[Path]:
     beside = [path for folder in (picture.parent, Path()) if (path := folder / f"{name}.safetensors").is_file()]
-    return beside or settings.find(Kind.LORA, name)
+    return beside or find(Kind.LORA, name)
 
 
 def _changed_loras(recipe: Recipe, picture: Path) -> Iterator[str]:
