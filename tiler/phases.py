@@ -63,14 +63,15 @@ def start(
     request = encoding.with_words(job.adopt(request), words)
     family = families.open_family(request, reads_text=words is None)
     found = family.checkpoint
-    settings = resolve(request, family)
+    loras = find_loras(request)
+    settings = resolve(request, family, loras)
     if not planning or request.output is not None:
         check_picture(settings.output, settings.format, force=settings.force or job.is_finished)
     check_size(settings.output, settings.format, settings.width, settings.height)
     if settings.save_latents is not None:
         check_writable(settings.save_latents, force=settings.force or job.resumed, option="--save-latents")
     models = open_models(family, settings.tiny_vae)
-    models.loras = apply_loras(find_loras(settings), models)
+    models.loras = apply_loras(loras, models)
     begun = settings if job.manifest is None else job.manifest.as_begun(settings)
     tiling = plan_tiling(settings, family)
     spoken = encoding.find_prompts(begun, models, tiling.texts, words)

@@ -11,12 +11,12 @@ from tiler.errors import ModelError, UsageError
 from tiler.files import sha256_of
 from tiler.output.recipes import Recipe, read_recipe
 from tiler.output.texts import opened, read_texts
-from tiler.request import Region, Scheduler, ScheduleType, parse_scheduler, settings
+from tiler.request import Region, Scheduler, ScheduleType, parse_scheduler
 from tiler.request.choices import Mask, parse_schedule_type
 from tiler.request.loras import Lora
 from tiler.request.render import OF_THE_RUN
 from tiler.request.settings import Kind
-from tiler.weights.folders import model_files
+from tiler.weights.folders import files, find
 from tiler.weights.hashes import is_called
 from tiler.weights.lora_files import digests_of
 
@@ -130,7 +130,7 @@ def _model(name: str, recipe: Recipe, model_dirs: Sequence[Path]) -> tuple[str, 
     named = _called(_stem(name).rpartition("/")[2], Kind.MODEL, model_dirs)
     equal = [path for path in named if is_called(path, digest, compute=True)]
     if not named:
-        known = [path for _, path in settings.listed(Kind.MODEL) if is_called(path, digest, compute=False)]
+        known = [path for path in files(Kind.MODEL) if is_called(path, digest, compute=False)]
         if known:
             return str(known[0]), [f"the model {_stem(name)!r} is called {known[0].stem!r} here; its hash is {digest}"]
     if equal:
@@ -156,8 +156,8 @@ def _found(name: str, kind: Kind, field: str, model_dirs: Sequence[Path]) -> str
 
 def _called(stem: str, kind: Kind, model_dirs: Sequence[Path]) -> Sequence[Path]:
     """The files and folders of this name in --model-dir, or else in the configured folders. Raises UsageError."""
-    named = [path for path in model_files([folder.resolve() for folder in model_dirs]) if stem == _stem(path.name)]
-    return named or settings.find(kind, stem)
+    named = find(kind, stem, [folder.resolve() for folder in model_dirs]) if model_dirs else ()
+    return named or find(kind, stem)
 
 
 def _stem(name: str) -> str:
@@ -235,7 +235,7 @@ def _lora(said: Mapping[str, Any], picture: Path) -> Lora:
 
 def _lora_files(name: str, picture: Path) -> Sequence[Path]:
     beside = [path for folder in (picture.parent, Path()) if (path := folder / f"{name}.safetensors").is_file()]
-    return beside or settings.find(Kind.LORA, name)
+    return beside or find(Kind.LORA, name)
 
 
 def _changed_loras(recipe: Recipe, picture: Path) -> Iterator[str]:
