@@ -30,6 +30,7 @@ class RenderRun(DenoiserRun):
     spoken: Spoken
     texts: dict[str, str] = field(default_factory=dict)  # what the picture will say of itself
     workers: list[WorkerUse] = field(default_factory=list)  # of a cluster, that predicted tiles
+    decoders: list[WorkerUse] = field(default_factory=list)  # of a cluster, that decoded bands: `tiles` are rows
     preview: Preview | None = None
     files: ExitStack = field(default_factory=ExitStack)  # open until the picture is written
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -53,8 +54,12 @@ class Fleet:
     ) -> None:  # fmt: skip
         told = [word for key, value in options.items() for word in (f"--{key.replace('_', '-')}", value)]
         command = [sys.executable, *program, self.address, "--keys", str(self.keys), "--name", name, *told, *more]
+        self.run(name, command, environment)
+
+    def run(self, name: str, command: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
+        """Any process, which ends with the fleet."""
         variables = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])} | dict(environment or {})
-        self.processes[name] = subprocess.Popen(command, env=variables)
+        self.processes[name] = subprocess.Popen(command, env=variables, stderr=subprocess.DEVNULL)
 
     @property
     def through(self) -> dict[str, Any]:
@@ -73,6 +78,11 @@ class Fleet:
                 return
             time.sleep(0.025)
         raise AssertionError(f"only {self.engine.members()} have joined")
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        return int(found.getsockname()[1])
 
 
 @contextmanager

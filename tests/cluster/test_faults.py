@@ -20,7 +20,7 @@ import psutil
 import pytest
 
 from tests.cluster import stub
-from tests.cluster.conftest import Drawn, Fleet, draw, open_fleet
+from tests.cluster.conftest import Drawn, Fleet, draw, free_port, open_fleet
 from tiler import events
 from tiler.cluster import engine, members, pool, run
 from tiler.errors import NumericalError
@@ -121,11 +121,6 @@ def dask_scheduler(keys: Path, port: int) -> subprocess.Popen[bytes]:
         "--no-dashboard", "--dashboard-address", "127.0.0.1:0", *pair,
     ]  # fmt: skip
     return subprocess.Popen(command, stderr=subprocess.DEVNULL)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as found:
-        return int(found.getsockname()[1])
 
 
 def test_a_scheduler_that_is_killed_is_waited_for(

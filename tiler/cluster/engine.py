@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import queue
+import socket
 from collections.abc import Callable
 from contextlib import suppress
 from itertools import count
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple, Self
 from tiler.cluster import keys as pairs
 from tiler.cluster.missing import explained
 from tiler.errors import ClusterError
-from tiler.request.cluster import Cluster, Where, check_address, listening_address
+from tiler.request.cluster import Cluster, Where, check_address, host_of, listening_address
 
 with explained():
     import dask
@@ -84,12 +85,12 @@ class Engine:
         doing = "cannot listen there"
         try:
             if cluster.where in (Where.LOCAL, Where.LISTEN):
-                self._scheduler = self._loop.run_sync(_scheduler, address, security)
+                self._scheduler = self._loop.run_sync(start_scheduler, address, security)
                 address = self._scheduler.address
             doing = "no answer"
             self._client = _Client(
                 address, loop=self._loop.loop, security=security, set_as_default=False, timeout=_SECONDS,
-                direct_to_workers=False,
+                direct_to_workers=_is_here(address),  # answers then pass through it only where they must
             )  # fmt: skip
             self._client.patience = _LOST_SECONDS
         except OSError as error:
@@ -208,7 +209,7 @@ class _Client(Client):  # type: ignore[misc]  # dask has no types
         await super()._reconnect()
 
 
-async def _scheduler(address: str, security: Security) -> Scheduler:
+async def start_scheduler(address: str, security: Security) -> Scheduler:
     """Start a scheduler that listens at `address` and nowhere else. Raises OSError."""
     scheme, _, rest = address.partition("://")
     host, _, port = rest.rpartition(":")
@@ -224,6 +225,25 @@ async def _scheduler(address: str, security: Security) -> Scheduler:
         raise
     scheduler.http_server.stop()
     return scheduler
+
+
+def local_host(address: str) -> str:
+    """Return this machine's address on the route to the scheduler at `address`. Raises ClusterError."""
+    host = host_of(address).strip("[]")
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(found[0], socket.SOCK_DGRAM) as probe:
+            probe.connect((found[4][0], 80))  # sends nothing
+            return str(probe.getsockname()[0])
+    except OSError as error:
+        raise ClusterError(
+            f"{host}: no such host, or no way to it ({error}); check the name and the network"
+        ) from error
+
+
+def _is_here(address: str) -> bool:
+    """Whether a scheduler runs on this machine: workers that it reaches are then reached from here as well."""
+    return host_of(address).strip("[]") == local_host(address)
 
 
 def security_of(keys: Path | None) -> Security:

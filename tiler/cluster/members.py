@@ -6,7 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from tiler.cluster import tasks
 from tiler.cluster.shared import Greeting, window_of
@@ -49,13 +49,39 @@ class Member:
         self.failures = 0
 
 
+class Asked(Protocol):
+    """The first request to each worker: a task that answers with a Greeting, and its arguments; `samples` of a pass are
+    one unit of work."""
+
+    @property
+    def task(self) -> Callable[..., str]: ...
+
+    @property
+    def arguments(self) -> tuple[Any, ...]: ...
+
+    @property
+    def samples(self) -> int: ...
+
+
 @dataclass(frozen=True)
 class Probe:
-    """The first request to each worker: the job, and a tile of noise in the place of a tile of its first step."""
+    """The first request of a canvas: the job, and a tile of noise in the place of a tile of its first step."""
 
     job: bytes
     step: int
     tile: Tile
+
+    @property
+    def task(self) -> Callable[..., str]:
+        return tasks.hello
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        return self.job, self.step, window_of(self.tile), self.tile.latents.numpy()
+
+    @property
+    def samples(self) -> int:
+        return self.tile.region.samples
 
 
 class Members:
@@ -64,7 +90,7 @@ class Members:
     alive, if no others can join."""
 
     def __init__(
-        self, engine: Engine, probe: Probe, note: Callable[[str], None], patience: float | None,
+        self, engine: Engine, probe: Asked, note: Callable[[str], None], patience: float | None,
         running: Callable[[], int] | None = None,
     ) -> None:  # fmt: skip
         self.engine = engine
@@ -111,6 +137,11 @@ class Members:
         patience = max(_LOST, self._patience) if self._is_lost else self._patience
         return time.monotonic() - self._deserted_since >= patience
 
+    @property
+    def are_taken(self) -> bool:
+        """Whether every worker that has come works for another render, or was left out."""
+        return bool(self._members) and not (self._greetings or self._reaching or self.ready())
+
     def look(self) -> list[Member]:
         """Greet new workers, and return those that have gone. Asks the scheduler once a second."""
         now = time.monotonic()
@@ -145,10 +176,7 @@ class Members:
         return gone
 
     def _greet(self, member: Member) -> None:
-        probe, tile = self.probe, self.probe.tile
-        ticket = self.engine.submit(
-            member.address, tasks.hello, probe.job, probe.step, window_of(tile), tile.latents.numpy()
-        )
+        ticket = self.engine.submit(member.address, self.probe.task, *self.probe.arguments)
         self._greetings[ticket] = member
 
     def ask_again(self, member: Member) -> None:
@@ -186,7 +214,7 @@ class Members:
             self.leave_out(member, greeting.refusal)
             return True
         member.greeting, member.peak_rss_bytes = greeting, greeting.peak_rss_bytes
-        member.pace = Pace.from_probe(greeting.seconds, max(1, greeting.batch // self.probe.tile.region.samples))
+        member.pace = Pace.from_probe(greeting.seconds, max(1, greeting.batch // self.probe.samples))
         self._first_greeting = self._first_greeting or time.monotonic()
         if self.digest is not None:
             self._admit(member)

@@ -15,14 +15,15 @@ import torch
 from torch import Tensor
 
 from tiler.cluster import tasks
-from tiler.cluster.members import Member, Members
+from tiler.cluster.members import Member, Members, Probe
 from tiler.cluster.shared import Answer, digest_of, window_of
 from tiler.cluster.sharing import Busy, earliest, share
 from tiler.diffusion.runner import Runner, Tile, check_finite
 from tiler.errors import NumericalError
+from tiler.planning.render import TILES_AHEAD
 
-AHEAD = 256  # least window, in tiles, from the first without an answer to the last handed out
-_FARTHEST, _AHEAD_BYTES = 2000, 128_000_000  # upper limits of that window: tiles, and bytes in memory
+AHEAD = TILES_AHEAD  # the least window, in tiles
+FARTHEST, _AHEAD_BYTES = 2000, 128_000_000  # upper limits of that window: tiles, and bytes in memory
 _ROUNDS = 4  # passes per worker that may be handed out or answered early
 _LOOK = 0.1  # seconds until a signal or a free worker is noticed
 _LATE, _LATE_SECONDS = 1.5, 30.0  # a task of more than 1.5 times its expected time and 30 s gets a copy
@@ -64,11 +65,11 @@ class _Step:
 class Pool:
     """A `Runner` and a context manager. `open_local` opens the runner of this process, for tiles that no worker can
     predict; `check` is called often and may raise to stop the run; samples are added to `counts`. At most `farthest`
-    tiles are handed out or answered early at a time."""
+    tiles are handed out or answered early at a time, and at most AHEAD once that runner needs the memory for more."""
 
     def __init__(
         self, members: Members, job: str, open_local: Callable[[], AbstractContextManager[Runner]],
-        check: Callable[[], None], note: Callable[[str], None], counts: dict[str, int], *, farthest: int = _FARTHEST,
+        check: Callable[[], None], note: Callable[[str], None], counts: dict[str, int], *, farthest: int = FARTHEST,
     ) -> None:  # fmt: skip
         self._farthest = farthest
         self._members, self._job, self._open_local = members, job, open_local
@@ -113,7 +114,8 @@ class Pool:
         wanted = _ROUNDS * sum(member.pace.batch for member in self._members.ready())
         tile = next(iter(step.tiles.values()), None)
         room = self._farthest if tile is None else _AHEAD_BYTES // (2 * tile.latents.nbytes)
-        return max(AHEAD, min(wanted, room, self._farthest))
+        farthest = self._farthest if self._local is None else AHEAD
+        return max(AHEAD, min(wanted, room, farthest))
 
     def _one_round(self, step: _Step) -> None:
         self._check()
@@ -258,6 +260,7 @@ class Pool:
     def _open_here(self) -> Runner:
         """Open the runner of this process, and compare its bits with those of the workers."""
         local, probe = self._stack.enter_context(self._open_local()), self._members.probe
+        assert isinstance(probe, Probe)
         own = digest_of(torch.stack(list(local.predict(probe.step, [probe.tile]))).numpy())
         if self._members.digest is None:
             self._members.digest = own  # workers that join later must compute the same

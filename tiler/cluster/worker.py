@@ -7,7 +7,6 @@ import asyncio
 import os
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -17,12 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tiler.cluster import tasks
-from tiler.cluster.engine import LOOPBACK, security_of
+from tiler.cluster.engine import LOOPBACK, local_host, security_of
 from tiler.cluster.missing import explained
 from tiler.cluster.shared import WORKER_FOLDER
 from tiler.errors import ClusterError
 from tiler.memory.budget import Budget
-from tiler.request.cluster import host_of
 
 with explained():
     from distributed import Worker
@@ -131,20 +129,6 @@ async def _stay(joining: Joining, security: Any, folder: str) -> int | None:
             break
         await asyncio.wait((stopping,), timeout=_AGAIN)
     return 128 + signals[0] if signals else 0
-
-
-def local_host(address: str) -> str:
-    """Return this machine's address on the route to the scheduler at `address`; the worker listens there."""
-    host = host_of(address).strip("[]")
-    try:
-        found = socket.getaddrinfo(host, None, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(found[0], socket.SOCK_DGRAM) as probe:
-            probe.connect((found[4][0], 80))  # sends nothing
-            return str(probe.getsockname()[0])
-    except OSError as error:
-        raise ClusterError(
-            f"{host}: no such host, or no way to it ({error}); check the name and the network"
-        ) from error
 
 
 def _say(joining: Joining, text: str) -> None:

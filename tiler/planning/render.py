@@ -46,6 +46,10 @@ _ARRAYS = 6  # of the canvas's size: latents before and after, their sum, the sc
 # A larger canvas is stored in files. This depends on the size alone, since it affects the last bits of one scheduler.
 IN_MEMORY_BYTES = 128_000_000
 _STORED_BYTES = 24_000_000  # the parts of a stored canvas that are in memory
+TILES_AHEAD = 256  # with a cluster: from the first tile without a prediction to the last handed out, at least
+CONNECTIONS_BYTES = (
+    16_000_000  # memory of dask's scheduler and client while they work (`scripts/bench_cluster.py scale`)
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,10 +155,14 @@ def plan_render(
     prompts = Term(name="prompts", nbytes=len(tiling.texts) * sampler.prompt_bytes)
     others_bytes = prompts.nbytes - sampler.prompt_bytes  # the denoiser's own figure includes one prompt
     denoising = [*fixed, Term(name="canvas", nbytes=canvas_bytes), Term(name="prompts", nbytes=others_bytes)]
+    clustered = []
+    if request.cluster is not None and not tiles_only:
+        waiting = 2 * tile_bytes(family, tile) * min(TILES_AHEAD, len(tiling.regions))  # tiles, and their predictions
+        clustered = [Term(name="cluster", nbytes=CONNECTIONS_BYTES + waiting)]
 
     def sampling(by: DenoiserPeaks, name: str, batch: int = 1) -> PhasePlan:
         if name == "canvas" or guide is None:
-            return by.phase(name, denoising, canvas_samples, batch, *tile)
+            return by.phase(name, [*denoising, *clustered], canvas_samples, batch, *tile)
         return by.phase(name, denoising, guide_samples, batch, guide.height, guide.width)
 
     most = family.traits.samples or MAX_BATCH
@@ -221,6 +229,11 @@ def plan_render(
             smallest_bytes=int(max(least + smallest) / MARGIN) + 1,
         ),
     )
+
+
+def tile_bytes(family: Family, tile: tuple[int, int]) -> int:
+    """The bytes of the latents of a tile of (height, width), fp32."""
+    return 4 * family.latent_channels * math.prod(tile)
 
 
 class _CodingPhase(NamedTuple):
