@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +85,14 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
+def wait_for_port(port: int) -> None:
+    for _ in range(400):
+        with suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"nobody listens at port {port}")
+
+
 @contextmanager
 def open_fleet(folder: Path) -> Iterator[Fleet]:
     """Without workers; those that were started are ended."""
@@ -101,6 +109,16 @@ def open_fleet(folder: Path) -> Iterator[Fleet]:
                 process.wait(30)
 
 
+def dask_worker(fleet: Fleet, name: str, *more: str) -> list[str]:
+    """The command line of a plain dask worker that joins a fleet."""
+    cert, key = str(fleet.keys / "cert.pem"), str(fleet.keys / "key.pem")
+    return [
+        sys.executable, "-m", "distributed.cli.dask_worker", fleet.address, "--no-nanny", "--nthreads", "1",
+        "--memory-limit", "0", "--no-dashboard", "--name", name, "--tls-ca-file", cert, "--tls-cert", cert,
+        "--tls-key", key, "--preload", "tiler.cluster.preload", *more,
+    ]  # fmt: skip
+
+
 @pytest.fixture(autouse=True)
 def no_trimming(monkeypatch: pytest.MonkeyPatch) -> None:
     """What this process gives back between phases takes longer than the phases of so small a picture."""
@@ -109,9 +127,11 @@ def no_trimming(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
-    """With the workers `a` and `b`."""
+    """With the workers `a`, as `tiler worker` starts it, and `b`, as a plain dask worker."""
     with open_fleet(tmp_path_factory.mktemp("cluster")) as found:
-        found.start("a", "b")
+        found.run("b", dask_worker(found, "b", "--max-ram", str(CEILING), "--threads", "1"))
+        found.start("a")
+        found.wait(lambda joined: joined == {"a", "b"})
         yield found
 
 

@@ -7,6 +7,7 @@ import socket
 import stat
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,7 @@ from tiler.models.samples import Prompt
 from tiler.phases import start
 from tiler.planning.resolve import resolve
 from tiler.planning.tiling import plan_tiling
+from tiler.request import Precision
 from tiler.request.cluster import Cluster, Where, check_cluster, parse_cluster, scheduler_of
 
 
@@ -166,7 +168,7 @@ def greet(job: SharedJob, max_ram_bytes: int, models: dict[str, str] | None = No
 
 
 def test_a_worker_says_why_it_does_not_take_a_job(
-    job: SharedJob, checkpoints: Path, monkeypatch: pytest.MonkeyPatch
+    job: SharedJob, checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     room = read_rss().now + 2_000_000_000
     ready = greet(job, room)
@@ -177,6 +179,10 @@ def test_a_worker_says_why_it_does_not_take_a_job(
     assert "/nowhere/x: no such folder" in greet(job, room, {job.request.model: "/nowhere/x"}).refusal
     small = greet(job, read_rss().now - 1)
     assert "the smallest --max-ram that would do is" in small.refusal
+    (tmp_path / "full").write_text("no folder, so nothing can be written there")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "full"))
+    packed = replace(job, request=replace(job.request, precision=Precision.INT8, scratch=tmp_path))
+    assert "full" in greet(packed, room).refusal, "int8 weights have no place there"
     theirs = job.to_bytes()
     monkeypatch.setattr(shared, "versions", lambda: {"tiler": "0.0", "torch": "0.0"})
     refused = Greeting.from_json(tasks.hello(theirs, 0, (), np.zeros(1)))

@@ -22,8 +22,9 @@ from tiler.cli.listening import Listener
 from tiler.cli.terminal import prepare_signals
 from tiler.errors import BudgetRefused
 from tiler.jobs import claims
+from tiler.jobs.checked import Checked
 from tiler.jobs.drawing import BESIDE, Drawings, Ended
-from tiler.jobs.queue import Checked, Queue, Together
+from tiler.jobs.queue import Queue, Together
 from tiler.jobs.results import Results, file_of
 from tiler.jobs.rows import Row
 from tiler.pipeline import encode_ahead
@@ -270,7 +271,7 @@ class Played(Drawings):
             yield Ended(row, 128 + number, b"")
 
 
-CEILING = 1_000
+CEILING = 10**9
 
 
 def play(played: Played, folder: Path, rows: list[Checked], monkeypatch: pytest.MonkeyPatch, **values: Any) -> Any:
@@ -341,7 +342,7 @@ def test_processes_are_heard_line_by_line_and_end_with_their_words() -> None:
 
 
 def test_a_queue_translates_what_its_pictures_tell() -> None:
-    said: list[str] = []
+    said, told = list[str](), list[str]()
     listener = Listener(said.append, silent=False)
     quiet = Listener(said.append, silent=True)
     note, done = (
@@ -352,5 +353,7 @@ def test_a_queue_translates_what_its_pictures_tell() -> None:
         listener.hear(4, line)
         quiet.hear(4, line)
     quiet.hear(5, b"tiler: no such model")
+    Listener(told.append, silent=False, as_json=True).hear(6, note)
+    assert json.loads(told[0]) == {"row": 6, "event": "note", "text": "seed 3"}
     assert said[0] == "row 4: note: seed 3" and said[1] == "row 4: canvas: done in 1.2 s, peak 300 MB"
     assert said[-1] == "row 5: tiler: no such model" and said.count("row 4: note: seed 3") == 1

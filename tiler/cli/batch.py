@@ -72,7 +72,7 @@ def command(
     common = checker.ask(Row(0, None, (), None))
     if share and common.force:
         raise UsageError("--share takes a picture that is there for one that is done; leave out --force")
-    ceiling, threads = queues.ceiling(max_ram), rest["threads"]
+    ceiling, threads, log_json = queues.ceiling(max_ram), rest["threads"], rest["log_json"]
     growing = {"file": str(file), "root": str(root), "defaults": list(checker.defaults), "name": output}
     rows = -1 if grows(file) else queues.check_all(read_rows(file), checker, f"{file}: ")
     o.lower_priority(nice)
@@ -81,6 +81,6 @@ def command(
             root=str(root), results=str(file_of(file, host() if share else "")), file=str(file), max_ram_bytes=ceiling,
             rows=rows, reader=growing if grows(file) else None, shared=share, fail_fast=fail_fast, silent=quiet,
             quiet=quiet, is_batch=True, cluster=common.cluster or "", keys=str(common.keys or ""),
-            insecure=common.insecure, threads=threads or 0,
+            insecure=common.insecure, threads=threads or 0, log_json=log_json,
         )
     )  # fmt: skip

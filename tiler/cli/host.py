@@ -11,7 +11,7 @@ from pathlib import Path
 from tiler.cli import failure
 from tiler.cli.terminal import prepare_signals, prepare_streams
 from tiler.memory.limits import limited_cpus
-from tiler.memory.process import frugal_allocator
+from tiler.memory.process import frugal_allocator, trim
 
 
 def main() -> None:
@@ -29,6 +29,7 @@ def main() -> None:
         with hosted(
             asked["cluster"], keys, Path(asked["folder"]), asked["worker_bytes"], threads, insecure=asked["insecure"]
         ) as (address, found):
+            trim()
             print(json.dumps({"address": address, "keys": str(found or "")}), flush=True)
             sys.stdin.buffer.read()
     except BaseException as error:

@@ -13,10 +13,10 @@ _LINE_EVERY = 30.0  # seconds between two lines on the progress of a row
 
 class Listener:
     """Translates the lines of `tiler render --log-json`, and lets those that are none through; `silent` takes the
-    events for read."""
+    events for read, and `as_json` passes them on, with the row."""
 
-    def __init__(self, say: Callable[[str], None], *, silent: bool) -> None:
-        self._say, self._silent = say, silent
+    def __init__(self, say: Callable[[str], None], *, silent: bool, as_json: bool = False) -> None:
+        self._say, self._silent, self._as_json = say, silent, as_json
         self._told = dict[int, float]()  # by row: when its progress was last told
 
     def hear(self, row: int, line: bytes) -> None:
@@ -25,6 +25,9 @@ class Listener:
         try:
             event = json.loads(text)
             said = self._of_event(row, event) if event["event"] else ""
+            if self._as_json:
+                self._say(json.dumps({"row": row, **event}))
+                return
         except (ValueError, KeyError, TypeError):
             said = text.strip()
         if said:

@@ -20,10 +20,10 @@ from tiler.cli import options as o
 from tiler.cli import supervise
 from tiler.errors import UsageError
 from tiler.jobs import naming
+from tiler.jobs.checked import Checked
 from tiler.jobs.coding import encode
 from tiler.jobs.drawing import BESIDE, OWN_BYTES
 from tiler.jobs.folder import folder_of
-from tiler.jobs.queue import Checked
 from tiler.jobs.rows import Row
 from tiler.memory.budget import Budget, format_mb
 from tiler.request import MAX_SEED, RenderRequest

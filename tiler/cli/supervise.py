@@ -19,8 +19,9 @@ from tiler.cli import failure
 from tiler.cli.listening import Listener
 from tiler.cli.terminal import harmless, prepare_signals, prepare_streams
 from tiler.errors import Interrupted, TilerError
+from tiler.jobs.checked import Checked
 from tiler.jobs.drawing import end, popen
-from tiler.jobs.queue import Checked, Queue, Together
+from tiler.jobs.queue import Queue, Together
 from tiler.jobs.results import DONE, Results
 
 _LEAVING = 30.0  # seconds in which the workers of a queue end
@@ -47,6 +48,7 @@ class Spec:
     keys: str = ""
     insecure: bool = False
     threads: int = 0  # of each process; 0: not said
+    log_json: bool = False
 
 
 def main() -> None:
@@ -75,7 +77,9 @@ def run(spec: Spec) -> int:
             say=say,
             finished=_printer(quiet=spec.quiet or spec.is_batch, json_output=spec.json_output),
             together=partial(_together, spec, stack, say) if spec.cluster else None,
-            hear=Listener(_speaker(silent=False), silent=spec.silent).hear if spec.cluster else None,
+            hear=Listener(_speaker(silent=False), silent=spec.silent, as_json=spec.log_json).hear
+            if spec.cluster
+            else None,
         )
         tally = queue.run(_rows(spec))
     if spec.is_batch and not spec.quiet:

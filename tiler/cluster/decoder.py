@@ -16,7 +16,7 @@ from tiler.cluster.shared import BandPlace, SharedJob
 from tiler.decoding import frozen, held
 from tiler.decoding.apart import Band
 from tiler.decoding.method import ScratchSpace
-from tiler.decoding.rows import decoder_stages
+from tiler.decoding.rows import Stage, decoder_stages
 from tiler.denoiser import decoder_id
 from tiler.errors import BudgetRefused, ClusterError
 from tiler.memory.budget import Budget, format_mb
@@ -81,7 +81,7 @@ class Decoder:
     def close(self) -> None:
         self._stack.close()
 
-    def _stages(self) -> list[frozen.Stage]:
+    def _stages(self) -> list[Stage]:
         stages = decoder_stages(self._vae.decoder, self._vae.post_quant_conv)
         held.from_bytes(stages, self._statistics)
         return stages

@@ -12,6 +12,7 @@ from tiler.cluster import tasks
 from tiler.cluster.shared import Greeting, window_of
 from tiler.cluster.sharing import Pace
 from tiler.diffusion.runner import Tile
+from tiler.events import WorkerState
 from tiler.memory.budget import format_mb
 from tiler.run import WorkerUse
 
@@ -87,13 +88,13 @@ class Probe:
 class Members:
     """The workers known to a render. `patience` is the time in seconds to wait for a first or another worker; None
     waits forever. If the scheduler does not answer, the wait is longer. `running` counts the worker processes that are
-    alive, if no others can join."""
+    alive, if no others can join. At most `most` of those that are not left out are greeted."""
 
     def __init__(
         self, engine: Engine, probe: Asked, note: Callable[[str], None], patience: float | None,
-        running: Callable[[], int] | None = None,
+        running: Callable[[], int] | None = None, most: int | None = None,
     ) -> None:  # fmt: skip
-        self.engine = engine
+        self.engine, self._most = engine, most
         self.probe, self._note, self._patience, self._running = probe, note, patience, running
         self._members: dict[str, Member] = {}
         self._gone: list[Member] = []
@@ -113,6 +114,17 @@ class Members:
             for m in (*self._gone, *self._members.values())
             if m.tiles and m.greeting is not None
         ]
+
+    def states(self, is_late: Callable[[Member], bool]) -> tuple[WorkerState, ...]:
+        """Return what there is to show of the ready workers."""
+        return tuple(
+            WorkerState(
+                name=m.name, tiles=m.tiles, seconds_per_tile=m.seconds / m.tiles if m.tiles else m.pace.seconds(1),
+                peak_rss_bytes=m.peak_rss_bytes, max_ram_bytes=m.greeting.max_ram_bytes, is_late=is_late(m),
+            )
+            for m in self.ready()
+            if m.greeting is not None
+        )  # fmt: skip
 
     def ready(self) -> list[Member]:
         """Return the workers that may receive tasks."""
@@ -167,13 +179,17 @@ class Members:
             if not member.is_out:
                 self._note(f"worker {member.name} is gone")
         for address, name in present.items():
-            if address not in self._members:
+            if address not in self._members and not self._are_enough:
                 member = self._members[address] = Member(address, name)
                 self._reaching[self.engine.reach(address)] = member
         for address in [address for address, when in self._again.items() if when <= now]:
             del self._again[address]
             self._greet(self._members[address])
         return gone
+
+    @property
+    def _are_enough(self) -> bool:
+        return self._most is not None and sum(not m.is_out for m in self._members.values()) >= self._most
 
     def _greet(self, member: Member) -> None:
         ticket = self.engine.submit(member.address, self.probe.task, *self.probe.arguments)

@@ -20,6 +20,7 @@ from tiler.cluster.shared import Answer, digest_of, window_of
 from tiler.cluster.sharing import Busy, earliest, share
 from tiler.diffusion.runner import Runner, Tile, check_finite
 from tiler.errors import NumericalError
+from tiler.events import WorkerState
 from tiler.planning.render import TILES_AHEAD
 
 AHEAD = TILES_AHEAD  # the least window, in tiles
@@ -27,6 +28,7 @@ FARTHEST, _AHEAD_BYTES = 2000, 128_000_000  # upper limits of that window: tiles
 _ROUNDS = 4  # passes per worker that may be handed out or answered early
 _LOOK = 0.1  # seconds until a signal or a free worker is noticed
 _LATE, _LATE_SECONDS = 1.5, 30.0  # a task of more than 1.5 times its expected time and 30 s gets a copy
+_SHOW_EVERY = 2.0  # seconds between two looks at the workers for the user
 _HERE = 4  # tiles that this process predicts between two checks of the workers
 _DEATHS = 2  # workers that one tile may end; after that this process predicts it
 _TOO_OFTEN = 2  # failures in a row after which a worker is left out
@@ -65,12 +67,15 @@ class _Step:
 class Pool:
     """A `Runner` and a context manager. `open_local` opens the runner of this process, for tiles that no worker can
     predict; `check` is called often and may raise to stop the run; samples are added to `counts`. At most `farthest`
-    tiles are handed out or answered early at a time, and at most AHEAD once that runner needs the memory for more."""
+    tiles are handed out or answered early at a time, and at most AHEAD once that runner needs the memory for more.
+    `show` gets the state of the workers every two seconds."""
 
     def __init__(
         self, members: Members, job: str, open_local: Callable[[], AbstractContextManager[Runner]],
         check: Callable[[], None], note: Callable[[str], None], counts: dict[str, int], *, farthest: int = FARTHEST,
+        show: Callable[[tuple[WorkerState, ...]], None] = lambda workers: None,
     ) -> None:  # fmt: skip
+        self._show, self._shown = show, 0.0
         self._farthest = farthest
         self._members, self._job, self._open_local = members, job, open_local
         self._check, self._note, self._counts = check, note, counts
@@ -122,6 +127,9 @@ class Pool:
         for gone in self._members.look():
             self._lose(gone, step)
         self._hand_out(step)
+        if (now := time.monotonic()) - self._shown >= _SHOW_EVERY:
+            self._shown = now
+            self._show(self._members.states(self._is_late))
         if nobodys := self._nobodys(step):
             self._predict_here(nobodys[:_HERE], step)
             return

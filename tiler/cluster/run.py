@@ -17,6 +17,7 @@ from tiler.denoiser import open_denoiser
 from tiler.diffusion.prompts import Prompts
 from tiler.diffusion.runner import Runner, Tile
 from tiler.errors import ClusterError
+from tiler.events import Workers
 from tiler.phases import OpenRunner
 from tiler.planning.render import TILES_AHEAD, tile_bytes
 from tiler.planning.time import Speed
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from tiler.cluster.outlook import Outlook
 
 _PATIENCE = 60.0  # seconds without any worker after which this process continues alone
+_DECODERS = 8  # workers at a time that decode: each is sent the statistics, up to 17 MB
 _DECODING_PATIENCE = 15.0  # the same for decoding; workers look for a scheduler that is gone every 5 seconds
 
 
@@ -107,6 +109,7 @@ def _open_pool(cluster: Cluster, share: int, run: RenderRun, prompts: Prompts) -
                 partial(run.budget.check, "canvas"),
                 run.note,
                 run.counts,
+                show=lambda workers: run.on_event(Workers(workers=workers)),
                 farthest=TILES_AHEAD if is_local else _farthest(run),  # workers here have the rest of the ceiling
             )
         )
@@ -143,7 +146,7 @@ def _open_bands(cluster: Cluster, run: RenderRun, work: Work) -> Iterator[Apart 
             run.note(f"{error}; this process decodes alone")
             yield None
             return
-        members = Members(engine, BandProbe(job.to_bytes(), work), run.note, _DECODING_PATIENCE)
+        members = Members(engine, BandProbe(job.to_bytes(), work), run.note, _DECODING_PATIENCE, most=_DECODERS)
         members.digest = digest_of(work.probe.numpy())
         try:
             yield Bands(members, job.name, work, partial(run.budget.check, "decode"))

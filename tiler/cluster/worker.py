@@ -20,6 +20,7 @@ from tiler.cluster.engine import LOOPBACK, local_host, security_of
 from tiler.cluster.missing import explained
 from tiler.cluster.shared import WORKER_FOLDER
 from tiler.errors import ClusterError
+from tiler.memory import process
 from tiler.memory.budget import Budget
 
 with explained():
@@ -112,6 +113,7 @@ async def _stay(joining: Joining, security: Any, folder: str) -> int | None:
             worker.http_server.stop()
             _say(joining, f"{joining.name}: joined {joining.address}")
             told = False
+            process.trim()
             finished = asyncio.ensure_future(worker.finished())
             await asyncio.wait((finished, stopping), return_when=asyncio.FIRST_COMPLETED)
             if not stopped.is_set():

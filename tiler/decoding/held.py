@@ -62,7 +62,11 @@ def to_bytes(stages: list[Stage]) -> bytes:
     """All statistics that the stages hold, for another process."""
     attention = _attention(stages)
     memory = None if attention is None else attention.memory
-    tensors = {} if memory is None else {"memory": memory[0].permute(1, 2, 0).contiguous()}
+    tensors = {}
+    if memory is not None:
+        rows = memory[0].permute(1, 2, 0).contiguous()
+        half = rows.half()  # what was stored so is sent so
+        tensors["memory"] = half if torch.equal(half.float(), rows) else rows
     for number, norm in enumerate(_norms(stages)):
         assert norm.held is not None
         tensors |= {f"mean.{number}": norm.held[0].contiguous(), f"var.{number}": norm.held[1].contiguous()}
@@ -73,7 +77,7 @@ def from_bytes(stages: list[Stage], data: bytes) -> None:
     """Set the stages' statistics to those in `data`."""
     tensors = load(data)
     if (attention := _attention(stages)) is not None:
-        rows = tensors["memory"].split(1)  # row by row, like `recall`
+        rows = tensors["memory"].float().split(1)  # row by row, like `recall`
         attention.hold(torch.cat([row[None].permute(0, 3, 1, 2) for row in rows], dim=2))
     for number, norm in enumerate(_norms(stages)):
         norm.hold(tensors[f"mean.{number}"], tensors[f"var.{number}"])

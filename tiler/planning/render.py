@@ -17,6 +17,7 @@ import torch
 
 from tiler.compute.cpu import Int8
 from tiler.compute.tuning import INT8_CHANNELS, TIGHT_ARENA_BYTES
+from tiler.decoding.frozen import BAND
 from tiler.decoding.method import DecodePlan, ScratchSpace
 from tiler.diffusion import flow, schedulers
 from tiler.diffusion.masks import MASKS_KEPT
@@ -269,6 +270,10 @@ def _plan_coding(
     whole = whole_picture(request.output, request.format, request.width, request.height)
     if whole is not None:
         decoding = whole.while_decoding(decoding)
+    if request.cluster is not None and methods["decode"].kind is Decode.FROZEN:  # workers decode bands
+        band = 4 * models.family.latent_channels * canvas[0] * min(BAND, canvas[1])
+        term = Term(name="cluster", nbytes=CONNECTIONS_BYTES + band)
+        decoding = PhasePlan(name=decoding.name, terms=(*decoding.terms, term))
     phases = [_CodingPhase(decoding, Streamed(decoder.decoder_weights, decoder.spec.weights))]
     if (guide is None and request.guide_image is None) or request.guide_upscale is not GuideUpscale.PIXEL:
         return _Coding(methods, phases, whole)
