@@ -53,8 +53,8 @@ def test_each_worker_has_a_row_while_it_is_there(capsys: pytest.CaptureFixture[s
         plain(Workers(workers=(one, two)))
     said = capsys.readouterr().err.splitlines()
     assert said == [
-        "worker raspberry-pi-4-in-the-attic: 68.4 s a tile, 1,250, late, 654 of 700 MB",
-        "worker laptop: 4.1 s a tile, 0, 0 of 800 MB",
+        "worker raspberry-pi-4-in-the-attic: 68.4 s each, 1,250, late, 654 of 700 MB",
+        "worker laptop: 4.1 s each, 0, 0 of 800 MB",
     ]
     out = io.StringIO()
     printer = ProgressPrinter(Budget("800MB"), quiet=False)
@@ -74,7 +74,7 @@ def test_each_worker_has_a_row_while_it_is_there(capsys: pytest.CaptureFixture[s
         rows.append(len(lines))
         assert max(map(len, lines)) <= 80
         if len(lines) == 3:
-            assert "68.4 s a tile, 1,250, lat" in lines[1] and "654 of 700 MB" in lines[1]
+            assert "68.4 s each, 1,250, late" in lines[1] and "654 of 700 MB" in lines[1]
     assert rows[-3:] == [3, 2, 1]
 
 

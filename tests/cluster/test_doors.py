@@ -209,8 +209,8 @@ def test_a_queue_divides_its_ceiling(tiny: Path, tmp_path: Path) -> None:
     worker = ceilings.plan_of_worker(run, 10**9).memory.smallest_bytes
     for text, workers, hosted in (
         ("tls://a:1", 0, 0),
-        ("listen", 0, ceilings.HOST_BYTES),
-        ("local:2", 2, ceilings.HOST_BYTES),
+        ("listen", 0, ceilings.HOST_BYTES + 100 * ceilings.EACH_BYTES),
+        ("local:2", 2, ceilings.HOST_BYTES + 2 * ceilings.EACH_BYTES),
     ):
         least = each + workers * worker + hosted
         for ceiling, most in ((least + 1000, 1), (least + each + 1000, 2), (least + 9 * each, 3)):

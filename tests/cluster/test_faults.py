@@ -110,6 +110,9 @@ def test_with_cluster_only_it_waits_for_workers(
     monkeypatch.setattr(members.Members, "look", come)
     drawn = draw(tiny, tmp_path, cluster_only=True, **stubs.through)
     assert same(drawn, alone) and set(drawn.workers) == {"late"}
+    scheduler = stubs.engine._scheduler
+    assert not scheduler.tasks and not scheduler.task_groups, "it keeps nothing of what is done"
+    assert all(isinstance(extension, engine._Nothing) for extension in scheduler.extensions.values())
     assert not [note for note in drawn.notes if "predicts alone" in note]
 
 

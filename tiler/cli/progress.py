@@ -158,9 +158,9 @@ def _short(detail: str) -> str:
 
 
 def _doing(worker: WorkerState) -> str:
-    """Its speed and its tiles, in 25 columns: "4.1 s a tile, 25, late"."""
+    """Its speed and its tiles, in 25 columns: "4.1 s each, 25, late"."""
     late = ", late" if worker.is_late else ""
-    return f"{worker.seconds_per_tile:.1f} s a tile, {worker.tiles:,}{late}"
+    return f"{worker.seconds_per_tile:.1f} s each, {worker.tiles:,}{late}"
 
 
 def _memory_of(worker: WorkerState) -> str:

@@ -13,7 +13,9 @@ from tiler.request.cluster import Cluster, Where
 from tiler.run import measure
 
 MOST = 3  # canvases that are open at a time: as many jobs as a worker takes
-HOST_BYTES = 90_000_000  # of the process with a queue's scheduler
+# Of the process with a queue's scheduler, alone and for each worker (`scripts/bench_cluster.py scale`).
+HOST_BYTES, EACH_BYTES = 80_000_000, 500_000
+_LISTENING = 100  # workers that may come
 
 
 def share_of(run: RenderRun, workers: int) -> int:
@@ -58,13 +60,14 @@ def shares_of_queue(run: RenderRun, cluster: Cluster, max_bytes: int) -> Shares:
     canvases as fit, up to MOST, then equal parts of what is over. Raises BudgetRefused if not even one fits."""
     is_hosted = cluster.where in (Where.LOCAL, Where.LISTEN)
     each, worker = run.plan.memory.smallest_bytes, 0
-    room = max_bytes - is_hosted * HOST_BYTES
+    host = HOST_BYTES + EACH_BYTES * (cluster.workers or _LISTENING) if is_hosted else 0
+    room = max_bytes - host
     if cluster.workers:
         worker = plan_of_worker(run, max_bytes).memory.smallest_bytes
     needed = each + cluster.workers * worker
     if room < needed:
         which = f"--cluster local:{cluster.workers}: " if cluster.workers else ""
-        smallest = needed + max_bytes - room + run.budget.beside_bytes
+        smallest = needed + host + run.budget.beside_bytes
         raise BudgetRefused(
             f"{which}a picture needs {format_mb(each)}"
             + (f", and each worker {format_mb(worker)}" if worker else "")

@@ -24,10 +24,7 @@ from tiler.request.cluster import Cluster, Where, check_address, host_of, listen
 with explained():
     import dask
 
-    # This must come before the import of distributed, which sets up its logging.
     dask.config.set({
-        "logging": {"distributed": "critical", "distributed.client": "critical", "distributed.worker": "critical",
-                    "tornado": "critical", "bokeh": "critical", "asyncio": "critical"},
         "distributed.worker.memory.target": False, "distributed.worker.memory.spill": False,
         "distributed.worker.memory.pause": False, "distributed.worker.memory.terminate": False,
         "distributed.worker.profile.enabled": False, "distributed.scheduler.work-stealing": False,
@@ -38,8 +35,11 @@ with explained():
         "distributed.admin.system-monitor.log-length": 10, "distributed.admin.system-monitor.gil.enabled": False,
         "distributed.admin.tick.limit": "1h",
     })  # fmt: skip
-    from distributed import Client, Scheduler, Security, fire_and_forget
-    from distributed.utils import LoopRunner
+    # Read when distributed is imported, and by nobody who inherits this process's settings.
+    names = "distributed", "distributed.client", "distributed.worker", "tornado", "bokeh", "asyncio"
+    with dask.config.set({"logging": dict.fromkeys(names, "critical")}):
+        from distributed import Client, Scheduler, Security, fire_and_forget
+        from distributed.utils import LoopRunner
 
 LOOPBACK = "127.0.0.1:0"  # for HTTP servers that dask always opens; they are closed immediately
 _SECONDS = 30.0
@@ -209,13 +209,27 @@ class _Client(Client):  # type: ignore[misc]  # dask has no types
         await super()._reconnect()
 
 
+class _Nothing:
+    """In place of a scheduler's extension that plain dask workers report to. dask's `spans` keep figures of every burst
+    of tasks for ever."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        pass
+
+    def heartbeat(self, worker: Any, data: Any) -> None:
+        pass
+
+    def observe_tasks(self, *told: Any, **more: Any) -> dict[Any, Any]:
+        return {}
+
+
 async def start_scheduler(address: str, security: Security) -> Scheduler:
     """Start a scheduler that listens at `address` and nowhere else. Raises OSError."""
     scheme, _, rest = address.partition("://")
     host, _, port = rest.rpartition(":")
     scheduler = Scheduler(
         host=f"{scheme}://{host}", port=int(port), protocol=scheme, security=security, dashboard=False,
-        dashboard_address=LOOPBACK,
+        dashboard_address=LOOPBACK, extensions={"spans": _Nothing, "shuffle": _Nothing},
     )  # fmt: skip
     try:
         await scheduler

@@ -6,9 +6,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from distributed.utils import LoopRunner
-
-from tiler.cluster.engine import security_of, start_scheduler
+from tiler.cluster.engine import LoopRunner, security_of, start_scheduler
 from tiler.cluster.keys import make_keys
 from tiler.cluster.local import processes
 from tiler.errors import ClusterError

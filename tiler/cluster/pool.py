@@ -82,6 +82,7 @@ class Pool:
         self._groups: dict[int, Group] = {}  # by ticket
         self._stack = ExitStack()
         self._local: Runner | None = None
+        self._without_numbers = False  # whether a worker was left out for NaN or Inf
 
     def __enter__(self) -> Self:
         return self
@@ -248,6 +249,10 @@ class Pool:
             self._return(group, step)
         if member.failures >= _TOO_OFTEN:
             self._members.leave_out(member, said)
+            if answer is not None and answer.is_numerical:
+                if self._without_numbers:  # two of them, though of different tiles
+                    raise NumericalError(answer.error)
+                self._without_numbers = True
 
     def _lose(self, member: Member, step: _Step) -> None:
         """Handle a lost worker: its tiles go elsewhere."""

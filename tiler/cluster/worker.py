@@ -104,7 +104,7 @@ async def _stay(joining: Joining, security: Any, folder: str) -> int | None:
             joining.address, nthreads=1, name=joining.name, memory_limit=0, security=security, local_directory=folder,
             host=local_host(joining.address),
             dashboard=False, dashboard_address=LOOPBACK, contact_address=joining.contact_address,
-            port=joining.port or None,
+            port=joining.port or None, extensions={},
             death_timeout=_SECONDS,
         )  # fmt: skip
         starting, stopping = asyncio.ensure_future(worker.start()), asyncio.ensure_future(stopped.wait())
