@@ -1,9 +1,9 @@
 """Measure what a cluster brings, and what it costs its coordinator.
 
-python scripts/bench_cluster.py speedup --model FOLDER --size 2048 [--steps 4] [--precision int8] [--max-ram 1.6GB]
+python scripts/bench_cluster.py speedup --model FOLDER --size 2048 [--steps 4] [--precision int8] [--brief] [OPTION …]
     seconds of the canvas and of the whole render: one process with one thread; two workers with one thread each; then
     `tiler batch` with two pictures at once on these workers against one process after the other; the bytes of all are
-    compared. Wants a quiet machine with two free cores.
+    compared. Wants a quiet machine with two free cores. Other options are those of `tiler render`.
 python scripts/bench_cluster.py scale [--workers 100] [--tasks 10000] [--side 100000]
     CPU time of a queue's scheduler and of the coordinator for each task, less what both take while nothing happens,
     and their memory, in windows of a tenth of the tasks: growth would be seen. So many workers are in another process,
@@ -47,7 +47,7 @@ def common(told: argparse.Namespace) -> list[object]:
     """Options of all renders."""
     return [
         "--model", told.model, "--size", told.size, "--steps", told.steps, "--seed", 7, "--precision", told.precision,
-        "--no-metadata", "--quiet",
+        "--no-metadata", "--quiet", *told.more,
     ]  # fmt: skip
 
 
@@ -101,17 +101,29 @@ def fleet(told: argparse.Namespace, folder: Path) -> Iterator[tuple[object, ...]
             process.wait()
 
 
+def tell(one: dict[str, float], two: dict[str, float], digests: set[str]) -> None:
+    print(f"one process × 1 thread: canvas {one['canvas']:.1f} s, whole {one['whole']:.1f} s")
+    print(f"two workers × 1 thread: canvas {two['canvas']:.1f} s, whole {two['whole']:.1f} s")
+    print(f"speed-up: canvas {one['canvas'] / two['canvas']:.2f}×, whole {one['whole'] / two['whole']:.2f}×")
+    print(f"bytes: {'equal' if len(digests) == 1 else f'DIFFERENT {digests}'}", flush=True)
+
+
 def speedup(told: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         small = ("--size", 256, "--steps", 1)
-        Timed(told, folder, "warm-up", *small).wait()  # packs int8 weights
+        if not told.brief:
+            Timed(told, folder, "warm-up", *small).wait()  # packs int8 weights
         alone = Timed(told, folder, "alone")
         one = alone.wait()
         with fleet(told, folder) as through:
-            Timed(told, folder, "warm-up-2", *small, *through).wait()
+            if not told.brief:
+                Timed(told, folder, "warm-up-2", *small, *through).wait()
             both = Timed(told, folder, "both", *through)
             two = both.wait()
+            tell(one, two, {alone.digest(), both.digest()})
+            if told.brief:
+                return
             queue = folder / "q.toml"
             queue.write_text("".join(f'[[image]]\nprompt = "{PROMPT}"\noutput = "pair-{n}.png"\n' for n in (1, 2)))
             ceiling = f"{2 * parse_bytes(told.max_ram) + 20_000_000}"
@@ -121,9 +133,6 @@ def speedup(told: argparse.Namespace) -> None:
             together = time.monotonic() - start
         pair = {hashlib.sha256((folder / f"pair-{n}.png").read_bytes()).hexdigest()[:16] for n in (1, 2)}
         digests = {alone.digest(), both.digest(), *pair}
-    print(f"one process × 1 thread: canvas {one['canvas']:.1f} s, whole {one['whole']:.1f} s")
-    print(f"two workers × 1 thread: canvas {two['canvas']:.1f} s, whole {two['whole']:.1f} s")
-    print(f"speed-up: canvas {one['canvas'] / two['canvas']:.2f}×, whole {one['whole'] / two['whole']:.2f}×")
     print(
         f"two pictures of a queue at once: {together:.1f} s, {2 * one['whole'] / together:.2f}× of two alone, one after the other"
     )
@@ -268,6 +277,7 @@ def main() -> None:
     one.add_argument("--precision", default="fp32")
     one.add_argument("--max-ram", default="800MB")
     one.add_argument("--worker-ram", default="800MB")
+    one.add_argument("--brief", action="store_true", help="neither runs to warm up nor a queue")
     one.set_defaults(run=speedup)
     two = commands.add_parser("scale")
     two.add_argument("--workers", type=int, default=100)
@@ -276,7 +286,8 @@ def main() -> None:
     two.add_argument("--idle", type=float, default=20.0, metavar="SECONDS", help="for which nothing happens")
     two.add_argument("--plain", action="store_true", help="a `dask scheduler`")
     two.set_defaults(run=scale)
-    told = parser.parse_args()
+    told, more = parser.parse_known_args()
+    told.more = more  # options of `tiler render`
     told.run(told)
 
 

@@ -68,6 +68,7 @@ def test_each_worker_has_a_row_while_it_is_there(capsys: pytest.CaptureFixture[s
     ):
         printer(event)
         assert printer._bar is not None
+        out.seek(0)
         out.truncate(0)
         printer._bar.console.print(printer._bar.get_renderable())
         lines = [line for line in out.getvalue().splitlines() if line.strip()]

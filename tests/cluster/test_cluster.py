@@ -77,7 +77,8 @@ def test_a_queue_draws_several_pictures_at_a_time(
     (tmp_path / "q.jsonl").write_text("".join(json.dumps({"prompt": "a boat"} | row) + "\n" for row in rows))
     words = [
         "batch", tmp_path / "q.jsonl", "--model", tiny, "--size", 160, "--steps", 3, "--no-guide", "--no-metadata",
-        "--cluster", fleet.address, "--keys", fleet.keys, "--cluster-only", "--max-ram", "2GB", "--nice", 0, "--threads", 1,
+        "--cluster", fleet.address, "--keys", fleet.keys, "--cluster-only", "--max-ram", "2GB", "--nice", 0,
+        "--threads", 1,
     ]  # fmt: skip
     ran = in_process(*words)
     assert (ran.code, ran.out.splitlines()[0]) == (2, "1 failed (row 2), 2 done"), ran.err

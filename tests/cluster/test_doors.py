@@ -205,8 +205,8 @@ def test_a_share_below_the_floor_is_refused_with_the_number_that_fits(tiny: Path
 def test_a_queue_divides_its_ceiling(tiny: Path, tmp_path: Path) -> None:
     """As many canvases as fit, up to three; what is over goes to all alike, and nothing is promised twice."""
     run = start(ask(tiny, output=tmp_path / "x.png"), Budget("8GB"), lambda event: None)
-    each = run.plan.memory.smallest_bytes
-    worker = ceilings.plan_of_worker(run, 10**9).memory.smallest_bytes
+    each = run.plan.memory.smallest_bytes + ceilings._SLACK
+    worker = ceilings.plan_of_worker(run, 10**9).memory.smallest_bytes + ceilings._SLACK
     for text, workers, hosted in (
         ("tls://a:1", 0, 0),
         ("listen", 0, ceilings.HOST_BYTES + 100 * ceilings.EACH_BYTES),

@@ -182,6 +182,9 @@ def _asking(module: str, asked: dict[str, Any]) -> Iterator[subprocess.Popen[byt
             process.stdin.write(json.dumps(asked).encode() + b"\n")
             process.stdin.flush()
         yield process
+    except BaseException:
+        process.terminate()
+        raise
     finally:
         with suppress(OSError):
             process.stdin.close()

@@ -15,6 +15,7 @@ from tiler.run import measure
 MOST = 3  # canvases that are open at a time: as many jobs as a worker takes
 # Of the process with a queue's scheduler, alone and for each worker (`scripts/bench_cluster.py scale`).
 HOST_BYTES, EACH_BYTES = 80_000_000, 500_000
+_SLACK = 10_000_000  # for each process, whose libraries take a little more or less than here
 _LISTENING = 100  # workers that may come
 
 
@@ -59,11 +60,11 @@ def shares_of_queue(run: RenderRun, cluster: Cluster, max_bytes: int) -> Shares:
     """Divide `max_bytes`, which the queue's own process has left, for pictures that need as much as this run: as many
     canvases as fit, up to MOST, then equal parts of what is over. Raises BudgetRefused if not even one fits."""
     is_hosted = cluster.where in (Where.LOCAL, Where.LISTEN)
-    each, worker = run.plan.memory.smallest_bytes, 0
+    each, worker = run.plan.memory.smallest_bytes + _SLACK, 0
     host = HOST_BYTES + EACH_BYTES * (cluster.workers or _LISTENING) if is_hosted else 0
     room = max_bytes - host
     if cluster.workers:
-        worker = plan_of_worker(run, max_bytes).memory.smallest_bytes
+        worker = plan_of_worker(run, max_bytes).memory.smallest_bytes + _SLACK
     needed = each + cluster.workers * worker
     if room < needed:
         which = f"--cluster local:{cluster.workers}: " if cluster.workers else ""

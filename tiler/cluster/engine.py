@@ -39,7 +39,7 @@ with explained():
     names = "distributed", "distributed.client", "distributed.worker", "tornado", "bokeh", "asyncio"
     with dask.config.set({"logging": dict.fromkeys(names, "critical")}):
         from distributed import Client, Scheduler, Security, fire_and_forget
-        from distributed.utils import LoopRunner
+        from distributed.utils import LoopRunner as LoopRunner
 
 LOOPBACK = "127.0.0.1:0"  # for HTTP servers that dask always opens; they are closed immediately
 _SECONDS = 30.0
