@@ -45,7 +45,27 @@ class Saved:
     where: str
 
 
-Event = PhaseStarted | Progress | PhaseDone | Saved | Note
+@dataclass(frozen=True, kw_only=True)
+class WorkerState:
+    """A worker of a cluster: the tiles that it has predicted and the time of each, its highest memory and its ceiling,
+    and whether it takes so long with its present tiles that others predict them too."""
+
+    name: str
+    tiles: int
+    seconds_per_tile: float
+    peak_rss_bytes: int
+    max_ram_bytes: int
+    is_late: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workers:
+    """The workers that predict the tiles of the canvas now."""
+
+    workers: tuple[WorkerState, ...]
+
+
+Event = PhaseStarted | Progress | PhaseDone | Saved | Note | Workers
 
 OnEvent = Callable[[Event], None]
 

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from tiler.cli.progress import ProgressPrinter
-from tiler.events import Event, Note, PhaseDone, PhaseStarted, Progress
+from tiler.events import Event, Note, PhaseDone, PhaseStarted, Progress, Workers, WorkerState
 from tiler.memory.budget import Budget
 from tiler.planning.table import MemoryPlan, PhasePlan, Term
 
@@ -39,6 +39,44 @@ def test_a_row_is_whole_in_80_columns(columns: int, ceiling: str) -> None:
     assert canvas.count("━") + canvas.count("╸") + canvas.count("╺") >= 5  # half of ten
     assert "-:--:--" in canvas or "0:00" in canvas  # the remaining time
     assert "…" not in guide + canvas and "12345.6 s" in guide
+
+
+def test_each_worker_has_a_row_while_it_is_there(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its speed, tiles and memory, and whether it is late."""
+    one = WorkerState(
+        name="raspberry-pi-4-in-the-attic", tiles=1250, seconds_per_tile=68.4, peak_rss_bytes=654_000_000,
+        max_ram_bytes=700_000_000, is_late=True,
+    )  # fmt: skip
+    two = WorkerState(name="laptop", tiles=0, seconds_per_tile=4.1, peak_rss_bytes=0, max_ram_bytes=800_000_000)
+    plain = ProgressPrinter(Budget("1GB"), quiet=False)
+    for _ in range(3):
+        plain(Workers(workers=(one, two)))
+    said = capsys.readouterr().err.splitlines()
+    assert said == [
+        "worker raspberry-pi-4-in-the-attic: 68.4 s each, 1,250, late, 654 of 700 MB",
+        "worker laptop: 4.1 s each, 0, 0 of 800 MB",
+    ]
+    out = io.StringIO()
+    printer = ProgressPrinter(Budget("800MB"), quiet=False)
+    printer._show(Console(file=out, width=80, force_terminal=False, color_system=None))
+    rows: list[int] = []
+    for event in (
+        *LONG[2:],
+        Workers(workers=(one, two)),
+        Workers(workers=(two,)),
+        PhaseDone(name="canvas", seconds=1, peak_rss_bytes=1),
+    ):
+        printer(event)
+        assert printer._bar is not None
+        out.seek(0)
+        out.truncate(0)
+        printer._bar.console.print(printer._bar.get_renderable())
+        lines = [line for line in out.getvalue().splitlines() if line.strip()]
+        rows.append(len(lines))
+        assert max(map(len, lines)) <= 80
+        if len(lines) == 3:
+            assert "68.4 s each, 1,250, late" in lines[1] and "654 of 700 MB" in lines[1]
+    assert rows[-3:] == [3, 2, 1]
 
 
 def test_a_stderr_that_nobody_reads_ends_no_run(monkeypatch: pytest.MonkeyPatch) -> None:

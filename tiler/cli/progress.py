@@ -6,13 +6,14 @@ import json
 import re
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from tiler.cli.terminal import harmless
-from tiler.events import Event, Note, PhaseDone, PhaseStarted, Progress, Saved
+from tiler.events import Event, Note, PhaseDone, PhaseStarted, Progress, Saved, Workers, WorkerState
 from tiler.memory.budget import Budget, format_mb
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ class ProgressPrinter:
         self._saved = ""
         self._bar: Bar | None = None
         self._task: TaskID | None = None
+        self._workers: dict[str, TaskID] = {}  # their rows below the bar
+        self._told_workers = 0.0
         if not quiet and sys.stderr.isatty():
             from rich.console import Console
 
@@ -77,6 +80,8 @@ class ProgressPrinter:
             self._say(f"note: {event.text}")
         elif isinstance(event, Saved):
             self._saved = f", saved at {event.where}"
+        elif isinstance(event, Workers):
+            self._show_workers(event.workers)
         elif self._bar is not None:
             self._draw(event)
         else:
@@ -97,9 +102,31 @@ class ProgressPrinter:
                 self._task, completed=event.done, total=event.total, detail=_short(event.detail), memory=self._of()
             )
         elif isinstance(event, PhaseDone) and self._task is not None:
+            self._show_workers(())
             detail = f"{event.seconds:.1f} s, peak {format_mb(event.peak_rss_bytes)}"
             task = next(t for t in self._bar.tasks if t.id == self._task)
             self._bar.update(self._task, completed=task.total, detail=detail, memory="")
+
+    def _show_workers(self, workers: Sequence[WorkerState]) -> None:
+        """A row for each worker below the bar, for as long as it is there; elsewhere a line for each from time to
+        time."""
+        if self._bar is None:
+            now = time.monotonic()
+            if workers and now - self._told_workers > _LINE_EVERY:
+                self._told_workers = now
+                for worker in workers:
+                    self._say(f"worker {worker.name}: {_doing(worker)}, {_memory_of(worker)}")
+            return
+        most = max((worker.tiles for worker in workers), default=0)
+        for name in self._workers.keys() - {worker.name for worker in workers}:
+            self._bar.remove_task(self._workers.pop(name))
+        for worker in workers:
+            if worker.name not in self._workers:
+                self._workers[worker.name] = self._bar.add_task(f" {worker.name}", total=None, detail="", memory="")
+            self._bar.update(
+                self._workers[worker.name], completed=worker.tiles, total=max(1, most), detail=_doing(worker),
+                memory=_memory_of(worker),
+            )  # fmt: skip
 
     def _print(self, event: Event) -> None:
         now = time.monotonic()
@@ -129,6 +156,16 @@ class ProgressPrinter:
 def _short(detail: str) -> str:
     """ "step 3/20, 7/25 tile passes" → "step 3/20, tile 7/25"."""
     return re.sub(r", (\d+/\d+) tile passes$", r", tile \1", detail)
+
+
+def _doing(worker: WorkerState) -> str:
+    """Its speed and its tiles, in 25 columns: "4.1 s each, 25, late"."""
+    late = ", late" if worker.is_late else ""
+    return f"{worker.seconds_per_tile:.1f} s each, {worker.tiles:,}{late}"
+
+
+def _memory_of(worker: WorkerState) -> str:
+    return f"{worker.peak_rss_bytes / 1e6:,.0f} of {format_mb(worker.max_ram_bytes)}"
 
 
 def _duration(seconds: float) -> str:

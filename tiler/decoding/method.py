@@ -14,6 +14,7 @@ from torch import Tensor
 from tiler.compute.shapes import MetaMeter
 from tiler.compute.stream import Streamer
 from tiler.decoding import FACTOR, exact, frozen, tiny
+from tiler.decoding.apart import Elsewhere
 from tiler.decoding.frozen import Part
 from tiler.decoding.rows import REACH, Check, Latents, Pixels
 from tiler.decoding.scratch import Scratch
@@ -187,9 +188,10 @@ def decode(
     progress: Callable[[float], None],
     spool: Spool | None = None,
     begin: int = 0,
+    elsewhere: Elsewhere | None = None,
 ) -> Generator[Tensor]:
     """latents: (1, C, h, w) fp32, already divided by scaling_factor → strips (3, n, 8w) fp32 in about [-1, 1], top
-    first. Methods that do not work layer by layer start at the row `begin`.
+    first. Methods that do not work layer by layer start at the row `begin`; `frozen` has bands decoded `elsewhere`.
 
     `progress` gets the share done, 0 to 1. Raises StorageError and NumericalError.
     """
@@ -207,7 +209,9 @@ def decode(
         noting = _noting(method, scratch, check, progress)
         strips = exact.decode(vae, latents, scratch, check=noting, attend_to=method.attend_to, **options)
     elif method.kind is Decode.FROZEN:
-        strips = frozen.decode(vae, latents, scratch, check=check, progress=progress, begin=row, **options)
+        strips = frozen.decode(
+            vae, latents, scratch, check=check, progress=progress, begin=row, elsewhere=elsewhere, **options
+        )
     else:
         strips = tiny.decode(vae, latents, check=check, progress=progress, begin=row)
     with closing(strips):  # removes the scratch files, also if the caller stops early

@@ -49,6 +49,8 @@ OF_THE_MACHINE = (
     "output", "format", "save_latents", "cache_dir", "preview", "preview_interval", "prompt_embeds", "scratch", "force",
     "restart", "keep_job", "job_dir", "cluster", "cluster_only", "keys", "insecure",
 )  # fmt: skip
+# Fields that renders must have alike for a worker of a cluster to serve them with one open denoiser.
+OF_THE_DENOISER = ("model", "precision", "cache_dir", "attention_window", "tile_conditioning", "loras")
 OF_THE_RUN = (*OF_THE_MACHINE, "metadata", "embd_dir", "lora_dir", "model_dirs")  # never written into a picture
 
 
