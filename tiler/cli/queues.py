@@ -133,8 +133,8 @@ class Checker:
 
 
 def _digest(asked: RenderRequest, output: Path | None) -> int:
-    """64 bits that identify a picture: everything that decides it, and its place; without a place, of the model and what else decides how
-    a cluster's workers open it."""
+    """64 bits that identify a picture: everything that decides it, and its place. Without a place, they identify the
+    model and everything else that decides how a cluster's workers open it."""
     said = encode(asked)
     names = OF_THE_DENOISER if output is None else [name for name in said if name not in OF_THE_MACHINE]
     text = json.dumps([str(output), {name: said.get(name) for name in names}], sort_keys=True)
