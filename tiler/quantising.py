@@ -1,6 +1,6 @@
-"""A model as a folder with fewer bits per weight: the denoiser's and, if asked for, the text encoders' weights are
-stored in optimum-quanto's layout, everything else as it was. The folder of a model in single files has every part,
-under the names of diffusers and transformers.
+"""Write a model as a folder with fewer bits per weight: the denoiser's weights, and the text encoders' if asked for, in
+optimum-quanto's layout, everything else as it was. The folder of a model in single files has every part, under the
+names of diffusers and transformers.
 
 These weights stay as they are stored: the ones that `Part.quantise` leaves out (embedders, norms, modulation layers,
 the last projection, the second CLIP encoder of SDXL and Stable Diffusion 3), the ones the user excludes, and the

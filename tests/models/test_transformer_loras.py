@@ -55,8 +55,8 @@ def original_names(models: Models) -> dict[str, tuple[Target, ...]]:
 
 
 def kohyas(models: Models, plain: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A LoRA of Flux in kohya's spelling, in which queries, keys and values are one module. diffusers' conversion knows
-    one size of a single block's first layer, which is left out."""
+    """A LoRA of Flux in kohya's spelling, in which queries, keys and values are one module. The first layer of a single
+    block is left out, because diffusers' conversion knows only one size of it."""
     tensors, generator = dict[str, Tensor](), torch.Generator().manual_seed(0)
     for name, targets in original_names(models).items():
         if name.endswith("_linear1"):

@@ -156,8 +156,8 @@ def _found(name: str, kind: Kind, field: str, model_dirs: Sequence[Path]) -> str
 
 def _called(stem: str, kind: Kind, model_dirs: Sequence[Path]) -> Sequence[Path]:
     """The files and folders of this name in --model-dir, or else in the configured folders. Raises UsageError."""
-    named = find(kind, stem, [folder.resolve() for folder in model_dirs]) if model_dirs else ()
-    return named or find(kind, stem)
+    given = [folder.resolve() for folder in model_dirs]
+    return find(kind, stem, given) or find(kind, stem)
 
 
 def _stem(name: str) -> str:
