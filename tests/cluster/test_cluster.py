@@ -1,5 +1,5 @@
-"""Renders over worker processes on the loopback interface: equal bytes, ceilings, closed doors, and what happens when
-things break."""
+"""Renders with worker processes on the loopback interface: equal bytes, ceilings, refused connections, and recovery
+when something breaks."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from tiler.request.cluster import Cluster, Where
 
 @pytest.fixture(scope="module")
 def alone(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Drawn:
-    """What one process draws."""
+    """The render of a single process."""
     return draw(tiny, tmp_path_factory.mktemp("alone"))
 
 
@@ -81,7 +81,7 @@ def test_a_queue_draws_several_pictures_at_a_time(
         "--threads", 1,
     ]  # fmt: skip
     ran = in_process(*words)
-    assert (ran.code, ran.out.splitlines()[0]) == (2, "1 failed (row 2), 2 done"), ran.err
+    assert (ran.code, ran.out.splitlines()[0]) == (2, "2 done, 1 failed (row 2)"), ran.err
     assert all((tmp_path / name).read_bytes() == alone.picture for name in ("one.png", "two.png"))
     assert "row 1: note: seed 11" in ran.err and "left out" not in ran.err
     results = [json.loads(line) for line in (tmp_path / "q.jsonl.results.jsonl").read_text().splitlines()]
@@ -234,4 +234,4 @@ def test_a_plan_of_local_workers_tells_what_each_would_do(tiny: Path, in_process
     assert ran.code == 0, ran.err
     lines = ran.out.splitlines()
     assert re.fullmatch(r" +local-2 +\d+\.\d s a tile, \d+ tiles?, idle \d+%", next(x for x in lines if "local-2" in x))
-    assert "a second canvas at once: " in ran.out and max(map(len, lines)) <= 80
+    assert "two canvases at the same time: " in ran.out and max(map(len, lines)) <= 80

@@ -72,7 +72,7 @@ def shares_of_queue(run: RenderRun, cluster: Cluster, max_bytes: int) -> Shares:
         raise BudgetRefused(
             f"{which}a picture needs {format_mb(each)}"
             + (f", and each worker {format_mb(worker)}" if worker else "")
-            + f"; the smallest --max-ram that would do is {-(-smallest // 10**6)}MB"
+            + f"; the smallest --max-ram that works is {-(-smallest // 10**6)}MB"
         )
     most = min(MOST, 1 + (room - needed) // each)
     over = (room - needed - (most - 1) * each) // (most + cluster.workers)

@@ -68,7 +68,7 @@ class Decoder:
         )  # fmt: skip
         if not plan.fits:
             raise BudgetRefused(
-                f"its ceiling of {format_mb(budget.max_bytes)} is too low to decode; the smallest --max-ram that would do is "
+                f"its ceiling of {format_mb(budget.max_bytes)} is too low to decode; the smallest --max-ram that works is "
                 f"{replace(plan, smallest_bytes=plan.smallest_bytes + own).smallest_text}"
             )
         self._check = at_rows(budget, plan.peak_bytes + own)

@@ -7,9 +7,10 @@ from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from tiler.jobs.results import FAILED
+from tiler.jobs.results import DONE, ELSEWHERE, FAILED, INTERRUPTED, SKIPPED
 
 SHOWN = 10  # failed rows named in the summary
+_ORDER = (DONE, SKIPPED, ELSEWHERE, INTERRUPTED, FAILED)  # of the summary
 
 
 class Checked(NamedTuple):
@@ -54,4 +55,7 @@ class Tally:
         """A summary like "3 done, 2 failed (rows 4, 7)"."""
         number, rows = self.statuses[FAILED], ", ".join(map(str, self.failed))
         which = f" (row{'s' * (number > 1)} {rows}{', …' * (number > len(self.failed))})"
-        return ", ".join(f"{n} {status}{which if status == FAILED else ''}" for status, n in self.statuses.items())
+        return ", ".join(f"{n} {status}{which if status == FAILED else ''}" for status, n in self._ordered())
+
+    def _ordered(self) -> list[tuple[str, int]]:
+        return sorted(self.statuses.items(), key=lambda item: _ORDER.index(item[0]))

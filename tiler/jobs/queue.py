@@ -88,7 +88,7 @@ class Queue:
                 self._draw_all(rows)
             except (Interrupted, KeyboardInterrupt) as stop:
                 self._interrupt(int(stop.code or 0) - 128 if isinstance(stop, Interrupted) else signal.SIGINT)
-                stop.add_note(f"{self.tally}; the same command goes on")
+                stop.add_note(f"{self.tally}; the same command continues")
                 raise
             except BaseException:
                 self._interrupt(signal.SIGTERM)
@@ -233,7 +233,7 @@ class Queue:
             self._postpone(turn)
             return
         if code == StorageError.exit_code and not turn.is_last and not self.fail_fast:
-            self.say(f"row {row.row}: waits until the other rows are drawn")
+            self.say(f"row {row.row}: a file could not be written; trying again after the other rows")
             self._later.append(row)
             return
         if code == BudgetRefused.exit_code and self._retries(turn, under_way.share_bytes, told):
