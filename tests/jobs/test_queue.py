@@ -328,7 +328,7 @@ def test_a_row_that_cannot_be_planned_leaves_the_cluster_to_the_next(
 
     played = Played()
     tally = play(played, tmp_path, [row(tmp_path, n) for n in (1, 2, 3)], monkeypatch, together=limits)
-    assert (tally.exit_code, str(tally), played.order) == (4, "1 failed (row 1), 2 done", [2, 3])
+    assert (tally.exit_code, str(tally), played.order) == (4, "2 done, 1 failed (row 1)", [2, 3])
 
 
 def test_processes_are_heard_line_by_line_and_end_with_their_words() -> None:

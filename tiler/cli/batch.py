@@ -56,8 +56,8 @@ def command(
 
     All options of `tiler render` are accepted and apply to rows that do not set them; a row's keys are the options'
     long names. A row that fails does not stop the others. If you give the same command again, finished rows are skipped
-    and interrupted ones continue. With --cluster, up to three pictures are drawn at a time, as many as the ceiling
-    holds: no worker waits for the end of a picture's step, and one picture is decoded while the next is denoised.
+    and interrupted ones continue. With --cluster up to three pictures are drawn at a time, as many as the ceiling
+    holds: no worker waits for the end of one picture's step, and one is decoded while the next is denoised.
     """
     if not file.is_file():
         raise UsageError(f"{file}: no such file; `tiler batch` takes a file with a picture per row")

@@ -53,7 +53,7 @@ def parser(
     run: Callable[..., None], on_rest: Callable[[dict[str, Any]], object] = lambda rest: None
 ) -> Callable[[Sequence[str]], RenderRequest]:
     """A function that turns the words of `tiler render`, whose function is `run`, into the request of one picture. It
-    raises UsageError. `on_rest` receives the options that belong to no request."""
+    raises UsageError. `on_rest` gets the options that belong to no request."""
     found: list[RenderRequest] = []
 
     def note(request: RenderRequest, **rest: Any) -> None:

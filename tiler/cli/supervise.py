@@ -45,10 +45,10 @@ class Spec:
     json_output: bool = False
     is_batch: bool = False  # end with a summary
     forgets: bool = False  # remove the results file once all pictures are finished
-    cluster: str = ""  # that predicts the tiles of several pictures at a time
+    cluster: str = ""  # where the tiles of several pictures at a time are predicted
     keys: str = ""
     insecure: bool = False
-    threads: int = 0  # of each process; 0: not said
+    threads: int = 0  # of each process; 0 if none were given
     log_json: bool = False
 
 

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 
 _PATIENCE = 60.0  # seconds without any worker after which this process continues alone
 _DECODERS = 8  # workers at a time that decode: each is sent the statistics, up to 17 MB
-_DECODING_PATIENCE = 15.0  # the same for decoding; workers look for a scheduler that is gone every 5 seconds
+_DECODING_PATIENCE = 15.0  # the same for decoding
+_RETURNING = 45.0  # the same for workers that have lost the canvas's scheduler, and look for it less and less often
 
 
 def prepare(request: RenderRequest) -> None:
@@ -146,7 +147,8 @@ def _open_bands(cluster: Cluster, run: RenderRun, work: Work) -> Iterator[Apart 
             run.note(f"{error}; this process decodes alone")
             yield None
             return
-        members = Members(engine, BandProbe(job.to_bytes(), work), run.note, _DECODING_PATIENCE, most=_DECODERS)
+        patience = _RETURNING if cluster.where is Where.LISTEN and run.workers else _DECODING_PATIENCE
+        members = Members(engine, BandProbe(job.to_bytes(), work), run.note, patience, most=_DECODERS)
         members.digest = digest_of(work.probe.numpy())
         try:
             yield Bands(members, job.name, work, partial(run.budget.check, "decode"))
