@@ -1,4 +1,4 @@
-"""What surrounds a run: signals, closed and broken streams, terminals of other alphabets."""
+"""The surroundings of a run: signals, closed and broken streams, terminals that lack characters."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """Whatever stops a render after its last step, the job keeps the finished canvas, and the same command makes the
-picture of it."""
+picture from it."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def arguments(model: Path, output: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def wholes() -> list[bytes]:
-    """The picture of an undisturbed render, once there is one."""
+    """The picture of an undisturbed render, made once."""
     return []
 
 

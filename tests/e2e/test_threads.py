@@ -1,4 +1,4 @@
-"""The number of threads changes no bit: neither of a step's result, whatever its size, nor of a render."""
+"""The number of threads changes no bit, neither of a single step nor of a render."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_a_render(in_process: Any, tmp_path: Path, tiny: Path, options: tuple[ob
 @pytest.mark.parametrize("shape", [(2, 96, 13, 7), (1, 320, 64, 64), (1, 64, 1, 1)])
 @pytest.mark.parametrize("affine", [True, False])
 def test_group_norm_is_torchs(shape: tuple[int, ...], affine: bool) -> None:
-    """Also where the mean is far from zero, in both layouts, which are kept."""
+    """Also with a mean far from zero, and in both memory layouts, which are kept."""
     torch.manual_seed(1)
     norm = nn.GroupNorm(32, shape[1], affine=affine)
     for parameter in norm.parameters():

@@ -1,4 +1,4 @@
-"""What the tests of full-size checkpoints share: checkpoints, and what the program says of memory."""
+"""What the tests of full-size checkpoints share: the checkpoints, and the memory that the program reports."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def made(kind: str) -> str:
-    """The folder of a checkpoint of make_checkpoint.py, in its cache."""
+    """The folder of a checkpoint made by make_checkpoint.py, in its cache."""
     import make_checkpoint
 
     if (folder := make_checkpoint.CACHE / kind).exists():
@@ -20,8 +20,7 @@ def made(kind: str) -> str:
 
 
 def tiny_decoder(folder: Path, channels: int = 4) -> tuple[str, ...]:
-    """Options for a decoder that costs seconds: where the denoiser decides the peak, and the decoder is the one of
-    other tests."""
+    """Options for a decoder that takes seconds, for tests in which the denoiser decides the peak."""
     from diffusers import AutoencoderTiny
 
     AutoencoderTiny(latent_channels=channels).half().save_pretrained(folder / "taesd")
@@ -58,7 +57,7 @@ print(process.read_rss().peak)
 
 
 def planned(model: str | Path, folder: Path, precision: str = "fp32") -> dict[str, Any]:
-    """What `tiler plan` says of a 2048² poster."""
+    """The facts that `tiler plan` gives for a 2048² poster."""
     command = [sys.executable, "-c", "from tiler.cli.main import main; main()", "plan", "x", "--model", str(model)]
     command += ["--precision", precision, "--json", "-o", str(folder / "x.png")]
     found: dict[str, Any] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)

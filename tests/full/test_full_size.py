@@ -1,4 +1,5 @@
-"""The contract at full size: an SD 1.5 checkpoint (random weights, made on first use, 2.1 GB) in fresh processes."""
+"""The memory contract at full size: an SD 1.5 checkpoint (random weights, made on first use, 2.1 GB) in fresh
+processes."""
 
 from __future__ import annotations
 
@@ -74,7 +75,7 @@ torch.save((noise, process.read_rss().peak, streamer.store.bytes_read), sys.argv
 def test_a_step_of_guide_and_canvas_stays_under_600_mb_by_the_kernels_own_mark(
     sd15: Path, packed: Path, tmp_path: Path
 ) -> None:
-    """One step of the guide, and one of a canvas of two tiles; in int8 where that is fast."""
+    """One step of the guide, and one of a canvas with two tiles; in int8 if that is fast here."""
     options = "--width", "768", "--height", "512", "--steps", "1", "--strength", "1", "--max-ram", "600MB"
     options = *options, "--precision", "auto", "--threads", "2"
     peak, report = render_peak(tmp_path, "--model", str(sd15), *options, packed=packed)

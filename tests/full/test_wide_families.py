@@ -1,5 +1,5 @@
-"""HunyuanDiT and Lumina-Next at full width and few blocks (random weights, made on first use, 2 GB each): one
-native tile under its ceiling, the plan near the kernel's own mark; and what a poster needs at least."""
+"""HunyuanDiT and Lumina-Next at full width with few blocks (random weights, made on first use, 2 GB each): one
+native tile under its ceiling, a plan close to the kernel's mark, and the smallest ceiling of a poster."""
 
 from __future__ import annotations
 

@@ -141,7 +141,7 @@ def test_an_absent_negative_prompt_is_an_empty_one_where_the_checkpoint_says_so(
 
 @torch.no_grad()
 def test_an_encoder_that_was_lent_before_gives_the_same_states(sdxl: Path) -> None:
-    """transformers hooks a module that is asked for its hidden states; planning asks first."""
+    """transformers adds hooks to a module whose hidden states are requested; planning requests them first."""
     family = read_family(resolve(str(sdxl)))
     for part in family.encoders:
         module, found = part.build(), []
@@ -153,7 +153,7 @@ def test_an_encoder_that_was_lent_before_gives_the_same_states(sdxl: Path) -> No
 
 
 def test_a_long_prompt_goes_on_in_chunks(sdxl: Path) -> None:
-    """The first is what a cut leaves; both encoders have as many."""
+    """The first chunk is what truncation would leave; both encoders have the same number of chunks."""
     long, short = encoded(sdxl, ["a " * 75 + "boat", "a " * 75], pytest.fail)
     assert long.tokens.shape[1] == 2 * 77 and torch.equal(long.tokens[:, :77], short.tokens)
     assert long.pooled is not None and short.pooled is not None and torch.equal(long.pooled, short.pooled)

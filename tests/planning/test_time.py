@@ -1,4 +1,4 @@
-"""The work that `tiler plan` tells, against torch's own counter on diffusers' own module."""
+"""The work that `tiler plan` reports, against torch's counter on diffusers' module."""
 
 from __future__ import annotations
 

@@ -149,7 +149,7 @@ class Bench:
             plan.memory.check(table=False)
         except BudgetRefused as error:
             raise BudgetRefused(
-                f"its ceiling of {format_mb(self._budget.max_bytes)} is too low; the smallest --max-ram that would do is "
+                f"its ceiling of {format_mb(self._budget.max_bytes)} is too low; the smallest --max-ram that works is "
                 f"{plan.memory.smallest_text}"
             ) from error
         weights = {p.name: (family.checkpoint.weights(p.name), p.aliases) for p in packed_parts(family)}
