@@ -1,4 +1,4 @@
-"""Smaller choices that `tiler plan` names: each is planned, and one that gains nothing is not shown."""
+"""The smaller choices that `tiler plan` names: each is planned, and those that gain nothing are not shown."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def plan_of(floor_mb: int, precision: Precision = Precision.FP32, width: int = 3
 
 
 def told(floors: dict[str, int], seconds: dict[str, float], reads: float = 0, **values: Any) -> list[str]:
-    """Hints on a plan of 600 MB and 1000 s: other ways have other floors and times; `reads`: the seconds that a disk
-    takes for all that is read."""
+    """Hints for a plan of 600 MB and 1000 s, when options have other floors and times; `reads`: the seconds that a disk
+    takes for all reads."""
 
     def way(request: ResolvedRequest) -> str:
         if request.tile_size is not None:

@@ -123,7 +123,7 @@ def look(shapes: Shapes, where: str) -> Contents:
     denoisers = [part for part in parts if part.kind in DENOISERS]
     if len(denoisers) > 1:
         names = " and ".join(f"{part.kind} ({part.prefix or 'without a prefix'})" for part in denoisers)
-        raise ModelError(f"{where}: two denoisers are in this file, {names}; it cannot be told which one is meant")
+        raise ModelError(f"{where}: this file holds two denoisers, {names}; give a file with one")
     if not parts:
         heads = {name.split(".", 1)[0] for name in unknown}
         what = next((what for head, what in _ADDITIONS.items() if head in heads), None)
@@ -131,7 +131,7 @@ def look(shapes: Shapes, where: str) -> Contents:
             what = "a textual inversion"
         some = f" ({', '.join(unknown[:3])}…)" if unknown else ""
         raise ModelError(
-            f"{where}: this is {what or f'no model that tiler knows{some}'}; give a model of Stable Diffusion 1.x to 3.5, SDXL, "
+            f"{where}: this is {what or f'not a model that tiler knows{some}'}; give a model of Stable Diffusion 1.x to 3.5, SDXL, "
             "PixArt, Flux.1 or AuraFlow"
         )
     return Contents(tuple(parts), dict(ignored), tuple(unknown))
@@ -155,8 +155,7 @@ def _kinds(names: Shapes, where: str) -> list[tuple[Kind, Naming]]:
     found = [kind for kind, test in _DENOISERS.items() if test <= heads]
     if len({kind for kind, _ in found}) < len(found):
         raise ModelError(
-            f"{where}: this file names its tensors in two ways, those of the original and those of diffusers; "
-            "it cannot be told which ones are meant"
+            f"{where}: this file has both the original's and diffusers' names of tensors; give a file with one of them"
         )
     for test, kind in _TRANSFORMERS:
         if not found and "transformer_blocks" in heads and test <= heads:

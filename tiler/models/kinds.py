@@ -196,6 +196,7 @@ LUMINA = FamilyRow(
     "Lumina-Next", "LuminaPipeline", Kind.LUMINA, (), 4, 0.13025, MappingProxyType({}), 446,
     "Alpha-VLLM/Lumina-Next-SFT-diffusers",
 )  # fmt: skip
+_SD3_LARGE_FLOOR = 478  # MB, of Stable Diffusion 3.5 large at 2048²
 
 ROWS = (SD1, SD2, SDXL, SD3, FLUX, SCHNELL, PIXART_ALPHA, PIXART_SIGMA, AURAFLOW, HUNYUANDIT, LUMINA)
 _OTHER_NAMES = MappingProxyType({"LuminaText2ImgPipeline": LUMINA.pipeline})
@@ -215,8 +216,13 @@ def family_of(part: Content, where: str) -> FamilyRow:
         return PIXART_ALPHA if alpha or length == 120 else PIXART_SIGMA
     if (row := {Kind.AURAFLOW: AURAFLOW, Kind.HUNYUANDIT: HUNYUANDIT, Kind.LUMINA: LUMINA}.get(part.kind)) is not None:
         return row
-    large = part.count(r"(?:joint_blocks|transformer_blocks)\.(\d+)\.") > 30
-    return SD3._replace(floor=478) if large else SD3
+    return of_depth(SD3, part.count(r"(?:joint_blocks|transformer_blocks)\.(\d+)\."))
+
+
+def of_depth(row: FamilyRow, blocks: int) -> FamilyRow:
+    """The family with the floor of a denoiser of so many blocks: Stable Diffusion 3.5 large has 38 wider ones, the
+    other sizes have 24."""
+    return row._replace(floor=_SD3_LARGE_FLOOR) if row.kind is Kind.SD3 and blocks > 30 else row
 
 
 _BY_WIDTH = {768: SD1, 1024: SD2, 2048: SDXL}

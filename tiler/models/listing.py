@@ -10,7 +10,7 @@ from typing import Any
 
 from tiler.errors import ModelError
 from tiler.models.contents import DENOISERS, Contents, Kind, look
-from tiler.models.kinds import FamilyRow, family_of, row_of_pipeline
+from tiler.models.kinds import FamilyRow, family_of, of_depth, row_of_pipeline
 from tiler.weights.flavours import WEIGHTS, find_weights, names_in, read_json
 from tiler.weights.folders import model_files
 from tiler.weights.headers import shapes_of
@@ -81,6 +81,9 @@ def _folder(path: Path) -> Listed:
     index = read_json(path / INDEX)
     unet = read_json(path / "unet/config.json") if (path / "unet/config.json").is_file() else {}
     row = row_of_pipeline(str(index.get("_class_name")), unet)
+    if row is not None and (path / "transformer/config.json").is_file():
+        layers = read_json(path / "transformer/config.json").get("num_layers")
+        row = of_depth(row, layers if isinstance(layers, int) else 0)
     weighted = [part for part, has_weights in parts_of(index).items() if has_weights]
     size, lacks = 0, []
     for part in weighted:

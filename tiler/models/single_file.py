@@ -89,7 +89,7 @@ class _Assembly:
             row = row_of_pipeline(str(self.base.config("", "model_index.json").get("_class_name")), unet)
             if row is None:
                 raise ModelError(
-                    f"{self.base.name}: of a model of this kind no part can be replaced; leave out the flag"
+                    f"{self.base.name}: tiler cannot replace parts of this kind of model; leave out --vae, --text-encoder and their like"
                 )
             return row
         found = self.file.contents.find(*DENOISERS)
