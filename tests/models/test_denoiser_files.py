@@ -29,7 +29,7 @@ from tiler.weights.checkpoint import resolve
 from tiler.weights.index import Source, TensorInfo
 from tiler.weights.store import WeightStore, match_index
 
-PREFIXES = {"sd3": "model.diffusion_model.", "auraflow": "model.", "pixart": "3a6b11480ff055d9"}
+PREFIXES = {"sd3": "model.diffusion_model.", "auraflow": "model.", "pixart": ""}
 
 
 @pytest.fixture(scope="module", params=["sd3", "auraflow", "pixart"])
