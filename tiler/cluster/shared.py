@@ -9,11 +9,11 @@ import platform
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from importlib import metadata
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tiler.errors import ClusterError
 from tiler.jobs import coding
+from tiler.version import versions as installed
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,7 +29,7 @@ WORKER_FOLDER = "TILER_WORKER_FOLDER"  # the variable that names the folder for 
 def versions() -> dict[str, str]:
     """Return the versions that must be equal on all machines: other versions may compute other bits or not understand
     the job."""
-    found = {name: metadata.version(name) for name in ("tiler", "torch", "diffusers")}
+    found = installed("torch", "diffusers")
     return found | {"python": ".".join(platform.python_version_tuple()[:2])}
 
 
