@@ -45,7 +45,14 @@ class Saved:
     where: str
 
 
-Event = PhaseStarted | Progress | PhaseDone | Saved | Note
+@dataclass(frozen=True, kw_only=True)
+class Shown:
+    """A preview for which `--preview -` asked: `pixels` is an array (h, w, 3) uint8."""
+
+    pixels: Any
+
+
+Event = PhaseStarted | Progress | PhaseDone | Saved | Shown | Note
 
 OnEvent = Callable[[Event], None]
 

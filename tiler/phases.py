@@ -69,7 +69,7 @@ def start(
     check_size(settings.output, settings.format, settings.width, settings.height)
     if settings.save_latents is not None:
         check_writable(settings.save_latents, force=settings.force or job.resumed, option="--save-latents")
-    models = open_models(family, settings.tiny_vae)
+    models = open_models(family, settings.tiny_vae, settings.preview_vae)
     models.loras = apply_loras(find_loras(settings), models)
     begun = settings if job.manifest is None else job.manifest.as_begun(settings)
     tiling = plan_tiling(settings, family)
@@ -94,10 +94,11 @@ def start(
     return run
 
 
-def open_models(family: Family, tiny_vae: str | None = None) -> Models:
-    """The family's models, and the tiny decoder in the folder `tiny_vae`, to be built once for all that follows. Raises
-    ModelError."""
-    return Models(family, None if tiny_vae is None else open_tiny(tiny_vae, family))
+def open_models(family: Family, tiny_vae: str | None = None, preview_vae: str | None = None) -> Models:
+    """The family's models, and a tiny decoder for the picture, for previews or for both, to be built once for all that
+    follows. Raises ModelError."""
+    given = tiny_vae or preview_vae
+    return Models(family, None if given is None else open_tiny(given, family), previews_only=tiny_vae is None)
 
 
 def make_plan(
@@ -217,7 +218,7 @@ def _denoise(
     if begin == steps:
         return latents
     if phase == "canvas":
-        previewing.watch(run.preview, schedule, begin, run.note)
+        previewing.watch(run, run.preview, schedule, begin)
     around: Schedule = schedule
     if plan.spot is not None and reference is not None:
         around = AroundSpot(schedule, plan.spot, reference, noise)

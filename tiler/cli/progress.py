@@ -12,13 +12,15 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from tiler.cli.terminal import harmless
-from tiler.events import Event, Note, PhaseDone, PhaseStarted, Progress, Saved
+from tiler.events import Event, Note, PhaseDone, PhaseStarted, Progress, Saved, Shown
 from tiler.memory.budget import Budget, format_mb
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress as Bar
     from rich.progress import TaskID
+
+    from tiler.cli.graphics import Drawn, Screen
 
 _LINE_EVERY = 30.0  # seconds between plain lines
 
@@ -33,6 +35,7 @@ class ProgressPrinter:
         self._saved = ""
         self._bar: Bar | None = None
         self._task: TaskID | None = None
+        self._screen: Screen | None = None
         if not quiet and sys.stderr.isatty():
             from rich.console import Console
 
@@ -70,9 +73,11 @@ class ProgressPrinter:
             self._bar.stop()
 
     def __call__(self, event: Event) -> None:
-        if self.quiet:
+        if isinstance(event, Shown):
+            self._show_picture(event)
+        elif self.quiet:
             return
-        if isinstance(event, Note):
+        elif isinstance(event, Note):
             self._say(f"note: {event.text}")
         elif isinstance(event, Saved):
             self._saved = f", saved at {event.where}"
@@ -115,13 +120,25 @@ class ProgressPrinter:
         elif isinstance(event, PhaseDone):
             self._say(f"{event.name}: done in {event.seconds:.1f} s, peak {format_mb(event.peak_rss_bytes)}")
 
+    def _show_picture(self, event: Shown) -> None:
+        """Above the bar, where it stays when the next one comes."""
+        if not sys.stderr.isatty():  # of a job that goes on elsewhere
+            return
+        if self._screen is None:
+            from tiler.cli.graphics import screen_of
+
+            self._screen = screen_of(sys.stderr.fileno())
+        self._write(self._screen.draw(event.pixels))
+
     def _say(self, text: str) -> None:
-        text = harmless(text)
+        self._write(harmless(text))
+
+    def _write(self, what: str | Drawn) -> None:
         with suppress(OSError, ValueError):  # nobody reads stderr any more (`2>&1 | head`): the picture is still wanted
             if self._bar is not None:
-                self._bar.console.print(text, markup=False, highlight=False)
+                self._bar.console.print(what, markup=False, highlight=False)
             else:
-                sys.stderr.write(text + "\n")
+                sys.stderr.write(f"{what}\n" if isinstance(what, str) else what.plain())
                 sys.stderr.flush()
 
 
@@ -149,6 +166,8 @@ class JsonPrinter:
         return None
 
     def __call__(self, event: Event) -> None:
+        if isinstance(event, Shown):  # in a terminal alone
+            return
         kind = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(event).__name__).lower()
         facts = {
             "event": kind, "time": round(time.monotonic() - self._start, 3), **asdict(event),

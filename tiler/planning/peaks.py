@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +32,8 @@ from tiler.compute.tuning import (
     RESIDENT_SLACK,
     TIGHT_HEAP_SLACK,
 )
+from tiler.decoding import FACTOR
+from tiler.decoding.colours import LONGEST
 from tiler.decoding.method import DecodePlan, ScratchSpace, choose
 from tiler.models import family as families
 from tiler.models.built import Models
@@ -274,3 +278,16 @@ class VaePeaks:
             Term(name="picture", nbytes=3 * source_pixels),
         ]
         return PhasePlan(name=name, terms=(*self.terms, *(term for term in terms if term.nbytes)))
+
+
+def tiny_preview_bytes(models: Models, spec: VaeSpec, facts: Facts, folder: Path) -> int:
+    """The memory that a tiny autoencoder takes to decode a preview of the largest size."""
+    peaks, side = VaePeaks(models, spec, facts), LONGEST // FACTOR
+    method = peaks.choose(Decode.TINY, (side, side), ScratchSpace(folder, 0), wrap=Wrap.NONE)
+    return peaks.phase("preview", (side, side), method).peak_bytes - facts.libraries.nbytes
+
+
+def with_preview(phase: PhasePlan, nbytes: int) -> PhasePlan:
+    """A denoiser's phase with previews between its passes, when the memory for a pass's activations is free."""
+    free = sum(term.nbytes for term in phase.terms if term.name == ACTIVATIONS)
+    return phase if nbytes <= free else replace(phase, terms=(*phase.terms, Term(name="preview", nbytes=nbytes - free)))

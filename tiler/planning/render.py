@@ -31,7 +31,7 @@ from tiler.models.chunks import MOST_CHUNKS
 from tiler.models.family import Family, Role, VaeSpec
 from tiler.planning.facts import Facts
 from tiler.planning.fit import Streamed, largest_batch, with_resident
-from tiler.planning.peaks import DenoiserPeaks, VaePeaks, text_phase
+from tiler.planning.peaks import DenoiserPeaks, VaePeaks, text_phase, tiny_preview_bytes, with_preview
 from tiler.planning.table import MemoryPlan, PhasePlan, Term
 from tiler.planning.tiling import Tiling, pixels_of
 from tiler.planning.whole import WholePicture, whole_picture
@@ -151,10 +151,13 @@ def plan_render(
     prompts = Term(name="prompts", nbytes=len(tiling.texts) * sampler.prompt_bytes)
     others_bytes = prompts.nbytes - sampler.prompt_bytes  # the denoiser's own figure includes one prompt
     denoising = [*fixed, Term(name="canvas", nbytes=canvas_bytes), Term(name="prompts", nbytes=others_bytes)]
+    preview_bytes = 0
+    if request.preview_vae is not None and models.tiny is not None:
+        preview_bytes = tiny_preview_bytes(models, models.tiny, facts, request.scratch_folder)
 
     def sampling(by: DenoiserPeaks, name: str, batch: int = 1) -> PhasePlan:
         if name == "canvas" or guide is None:
-            return by.phase(name, denoising, canvas_samples, batch, *tile)
+            return with_preview(by.phase(name, denoising, canvas_samples, batch, *tile), preview_bytes)
         return by.phase(name, denoising, guide_samples, batch, guide.height, guide.width)
 
     most = family.traits.samples or MAX_BATCH

@@ -76,7 +76,7 @@ SCRATCH_DTYPE = Option(
     Panel.MEMORY, ("--scratch-dtype",),
 )  # fmt: skip
 TINY_VAE = Option(
-    "An AutoencoderTiny for --decode tiny: a folder, a TAESD file, or a hub id like madebyollin/taesd.",
+    "An AutoencoderTiny for --decode tiny or --preview: a folder, a TAESD file, or a hub id like madebyollin/taesd.",
     Panel.MODEL,
     ("--tiny-vae",),
 )
@@ -86,7 +86,8 @@ WRAP = Option(
 )  # fmt: skip
 DPI = Option("Pixels per inch, stored in the file.", Panel.PICTURE, ("--dpi",), default="300 with --paper")
 PREVIEW = Option(
-    "Rewrite this .png or .jpg while the canvas is denoised: a rough look at what it becomes, 512 pixels across.",
+    "Rewrite this .png or .jpg while the canvas is denoised: a rough look at what it becomes, 512 pixels across. - shows it in "
+    "the terminal. With --tiny-vae that autoencoder makes it.",
     Panel.OUTPUT, ("--preview",), metavar="FILE",
 )  # fmt: skip
 PREVIEW_INTERVAL = Option(
