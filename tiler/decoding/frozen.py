@@ -39,6 +39,7 @@ from tiler.decoding.rows import (
 from tiler.decoding.scratch import Rows, Scratch
 from tiler.decoding.spool import BANDS
 from tiler.decoding.statistics import Frame
+from tiler.decoding.work import BY_ROWS, of_picture, telling
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -103,14 +104,26 @@ def bands(width: int) -> list[Band]:
     ]
 
 
+Progress = Callable[[float], None]
+
+
 def _ignore(where: object) -> None:
     pass
 
 
-def _measure(stages: list[Stage], part: Tensor, scratch: Scratch, hold: Hold, check: Check, *, scale: int = 1) -> None:
+def _begun(stages: list[Stage], part: Tensor, height: int, width: int) -> float:
+    """The share that measuring `part` has of the work on a picture of (height, width)."""
+    measuring = of_picture(stages, *part.shape[2:])
+    return measuring / (measuring + BY_ROWS * of_picture(stages, height, width, HELD_TOKENS))
+
+
+def _measure(
+    stages: list[Stage], part: Tensor, scratch: Scratch, hold: Hold, check: Check, progress: Progress, *, scale: int = 1
+) -> None:
     """Measure the stages' statistics on `part`, (1, C, h, w), with `scale` rows and columns per latent."""
     height, width = part.shape[2:]
     frame = Frame(height, width)
+    check = telling(check, scratch, of_picture(stages, height, width), progress)
     strips = part.split(scale * strip_rows(width // scale), dim=2)
     for _ in exact.stream(stages, strips, frame, scratch, hold=hold, check=check, hold_tokens=HELD_TOKENS):
         pass
@@ -124,7 +137,7 @@ def decode(
     hold: Hold,
     rows: int | None = None,
     check: Check = _ignore,
-    progress: Callable[[float], None] = _ignore,
+    progress: Progress = _ignore,
     margin: tuple[int, int] = (0, 0),
     begin: int = 0,
 ) -> Generator[Tensor]:
@@ -142,15 +155,18 @@ def decode(
     part = torch.cat([latents[:, :, row : row + 1][..., across + x] for row in (down + y).tolist()], dim=2)
     *others, last = bands(width)
     share = 1 / (1 + len(others))
+    pushed = sum(band.last - band.first for band in (*others, last))
+    measured = _begun(stages, part, height, pushed)
+
+    def tell(done: float) -> None:
+        progress(measured + (1 - measured) * done)
 
     def strips(band: Band, begun: float, begin: int) -> Iterator[Tensor]:
         each = rows or strip_rows(band.last - band.first)
         first = strip_before(begin, each)
         source = (strip[..., band.first : band.last] for strip in latent_strips(latents, each, first))
         at = FACTOR * first * each
-        for strip in _stream(
-            stages, source, height, check, lambda done: progress(begun + share * done), row=first * each
-        ):
+        for strip in _stream(stages, source, height, check, lambda done: tell(begun + share * done), row=first * each):
             skipped, at = max(0, begin - at), at + strip.shape[1]
             if skipped < strip.shape[1]:
                 yield strip[:, skipped:, FACTOR * band.keep.start : FACTOR * band.keep.stop]
@@ -171,7 +187,7 @@ def decode(
     with scratch:
         if not recall(stages, scratch):
             with Scratch(scratch.folder, scratch.dtype) as nameless:
-                _measure(stages, part, nameless, hold, check)
+                _measure(stages, part, nameless, hold, check, lambda done: progress(measured * done))
             scratch.count(nameless)
             remember(stages, scratch)
         stored = [waiting(number, band) for number, band in enumerate(others)]
@@ -193,7 +209,7 @@ def encode(
     *,
     hold: Hold,
     check: Check = _ignore,
-    progress: Callable[[float], None] = _ignore,
+    progress: Progress = _ignore,
     margin: tuple[int, int] = (0, 0),
 ) -> Tensor:
     """Return the parts of `encode_parts` as one tensor: (1, C, h, w)."""
@@ -209,7 +225,7 @@ def encode_parts(
     *,
     hold: Hold,
     check: Check = _ignore,
-    progress: Callable[[float], None] = _ignore,
+    progress: Progress = _ignore,
     margin: tuple[int, int] = (0, 0),
 ) -> Iterator[Part]:
     """pixels: (H, W, 3) uint8, sides multiples of FACTOR → parts of the posterior's mean, fp32, unscaled. `margin` as
@@ -219,12 +235,15 @@ def encode_parts(
     down, across = sample(height - 2 * y, width - 2 * x)
     columns = (FACTOR * (across + x)[:, None] + torch.arange(FACTOR)).flatten().numpy()
     blocks = [pixels[top : top + FACTOR][:, columns] for top in (FACTOR * (down + y)).tolist()]
+    part, all_bands = to_tensor(np.concatenate(blocks)), bands(width)
+    pushed = sum(band.last - band.first for band in all_bands)
+    measured = _begun(stages, part, FACTOR * height, FACTOR * pushed)
     with scratch:
-        _measure(stages, to_tensor(np.concatenate(blocks)), scratch, hold, check, scale=FACTOR)
-    all_bands = bands(width)
+        _measure(stages, part, scratch, hold, check, lambda done: progress(measured * done), scale=FACTOR)
+    del part
 
-    def shared(number: int) -> Callable[[float], None]:
-        return lambda done: progress((number + done) / len(all_bands))
+    def shared(number: int) -> Progress:
+        return lambda done: progress(measured + (1 - measured) * (number + done) / len(all_bands))
 
     for number, band in enumerate(all_bands):
         rows, seen = FACTOR * strip_rows(band.last - band.first), slice(FACTOR * band.first, FACTOR * band.last)
@@ -247,7 +266,7 @@ def rehearse(
         stages, channels, scale = decoder_stages(vae.decoder, vae.post_quant_conv), vae.config.latent_channels, 1
     down, across = sample(height, width)
     part = torch.empty(1, channels, scale * len(down), scale * len(across), device="meta")
-    _measure(stages, part, scratch, hold, _ignore, scale=scale)
+    _measure(stages, part, scratch, hold, _ignore, _ignore, scale=scale)
     rows = scale * strip_rows(pushed)
     strips = (torch.empty(1, channels, rows, scale * pushed, device="meta") for _ in range(8))
     for _ in _stream(stages, strips, 8 * rows, _ignore, _ignore):
@@ -260,7 +279,7 @@ def rehearse(
 
 
 def _stream(
-    stages: list[Stage], strips: Iterator[Tensor], height: int, check: Check, progress: Callable[[float], None], row: int = 0
+    stages: list[Stage], strips: Iterator[Tensor], height: int, check: Check, progress: Progress, row: int = 0
 ) -> Iterator[Tensor]:  # fmt: skip
     """Push `strips`, (1, C, n, W), the rows of a picture of `height` from `row` on → (C', n', W'), top first."""
     for strip in strips:

@@ -47,7 +47,6 @@ class Line:
     statistics: tuple[int, list[str], list[str]] | None = None
     scales: list[float] | None = None
     closes: tuple[int, ...] = ()
-    attended: int = 0  # strips
     heights: list[int] | None = None
     boot: str = ""
     synced: bool = False

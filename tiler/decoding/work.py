@@ -1,0 +1,83 @@
+"""The work of an autoencoder's layers, so that progress is proportional to time: floating-point operations, and for
+everything else as many as a convolution does in the same time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Annotated
+
+from torch import nn
+
+from tiler.compute.tuning import Passport
+from tiler.decoding.rows import Conv, Down, MidAttention, Resnet, Stage, Up
+
+if TYPE_CHECKING:
+    from tiler.decoding.rows import Check
+    from tiler.decoding.scratch import Scratch
+
+_MEASURED = "python scripts/remaining.py"
+# One value that goes into or comes out of a convolution: norm, SiLU, rounding, the scratch file.
+VALUE: Annotated[float, Passport("operations", _MEASURED)] = 150.0
+# One operation of attention, and one pixel of the picture: rounding, filter and deflate.
+ATTENTION: Annotated[float, Passport("operations", _MEASURED)] = 1.5
+PIXEL: Annotated[float, Passport("operations", _MEASURED)] = 5000.0
+# The work of all layers on a few rows at a time, over that layer by layer: weights are packed again for each strip.
+BY_ROWS: Annotated[float, Passport("ratio", _MEASURED)] = 1.3
+
+
+def of_conv(layer: nn.Module) -> float:
+    """For each pixel of a convolution's output, or each token of a linear layer's."""
+    weight = layer.weight
+    assert not isinstance(weight, nn.Module)
+    pixel = PIXEL if weight.shape[0] == 3 else 0.0
+    return 2 * weight.numel() + VALUE * (weight.shape[0] + weight.shape[1]) + pixel
+
+
+def of_attention(width: int, tokens: int) -> float:
+    """For each token that attends to so many."""
+    return ATTENTION * 4 * width * tokens
+
+
+def of_stage(stage: Stage, tokens: int) -> float:
+    """For each pixel of a stage's output. `tokens` are seen by attention."""
+    if isinstance(stage, Resnet):
+        convs = (stage.conv1, stage.conv2, stage.shortcut)
+        return sum(of_conv(conv.conv) for conv in convs if conv is not None)
+    if isinstance(stage, MidAttention):
+        a = stage.attention
+        layers = sum(of_conv(layer) for layer in (a.to_q, a.to_k, a.to_v, a.to_out[0]))
+        return layers + of_attention(a.to_q.in_features, tokens)
+    assert isinstance(stage, Conv | Up | Down)
+    return of_conv(stage.conv.conv if isinstance(stage.conv, Conv) else stage.conv)
+
+
+def through(stages: Sequence[Stage], one: Callable[[Stage], float]) -> float:
+    """For each pixel that comes out of a chain of stages, of which `one` gives the work for its own output."""
+    total, pixels = 0.0, 1.0
+    for stage in reversed(stages):
+        total += pixels * one(stage)
+        pixels *= 0.25 if isinstance(stage, Up) else 4.0 if isinstance(stage, Down) else 1.0
+    return total
+
+
+def of_picture(stages: Sequence[Stage], height: int, width: int, most: int | None = None) -> float:
+    """For a picture of (height, width) at the stages' input, whose attention sees at most `most` tokens."""
+    scale = 1.0  # output pixels for each at the input, and tokens for each
+    tokens = 0
+    for stage in stages:
+        scale *= 4.0 if isinstance(stage, Up) else 0.25 if isinstance(stage, Down) else 1.0
+        if isinstance(stage, MidAttention):
+            tokens = int(height * width * scale)
+    seen = tokens if most is None else tokens // max(1, math.ceil(math.sqrt(tokens / most))) ** 2
+    return scale * height * width * through(stages, lambda stage: of_stage(stage, seen))
+
+
+def telling(check: Check, scratch: Scratch, total: float, progress: Callable[[float], None]) -> Check:
+    """Wrap `check` so that it also reports the share of the `total` that `scratch` counts as done."""
+
+    def both(where: str) -> None:
+        check(where)
+        progress(min(1.0, scratch.worked / total))
+
+    return both
