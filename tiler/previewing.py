@@ -1,8 +1,8 @@
 """`--preview`: the canvas as it will look, one pixel for each latent or for several, in a file or in the terminal.
 
-Colours are an affine function of a latent's channels (decoding/colours.py). The first guide that is decoded tells it;
-without one, a small made-up picture is decoded. With --tiny-vae, that autoencoder decodes the canvas at reduced size
-instead.
+Colours are an affine function of a latent's channels (decoding/colours.py). If the model brings none, the first guide
+that is decoded tells it; without a guide, a small made-up picture is decoded. With --tiny-vae, that autoencoder decodes
+the canvas at reduced size instead.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ from tiler.request.choices import STDOUT, Format
 from tiler.run import Run, measure
 from tiler.weights.identity import model_id
 
+SHIPPED = "preview.json"  # colours in an autoencoder's folder
 _SHARE = 100  # times a preview's duration have to pass before the next: 1 % of the time
 _SIDE = 16  # latents of the made-up picture
 _SAYS = {"parameters": "a preview by tiler"}  # what tells such a file from a picture of the user's
@@ -57,7 +58,7 @@ class Preview:
         check(self.path, request)
         folder = prompts_folder(request.cache_dir).with_name("previews")
         self._cache = folder / f"{model_id(spec.checkpoint, [spec.part])}.json"
-        self.colours = _read(self._cache, int(spec.config.get("latent_channels", 4)))
+        self.colours = _known(spec, self._cache)
         self._next, self._failed = 0.0, False
 
     @property
@@ -182,8 +183,16 @@ def learn_by_decoding(run: Run, preview: Preview | None, request: ResolvedReques
     learn(preview, latents, pixels)
 
 
+def _known(spec: VaeSpec, cache: Path) -> Tensor | None:
+    """The colours that lie beside an autoencoder's weights, as `mini`'s do, or that an earlier run learnt."""
+    channels = int(spec.config.get("latent_channels", 4))
+    beside = None if spec.checkpoint.file is not None else spec.checkpoint.folder / spec.part / SHIPPED
+    found = None if beside is None else _read(beside, channels)
+    return _read(cache, channels) if found is None else found
+
+
 def _read(path: Path, channels: int) -> Tensor | None:
-    """Colours that an earlier run learnt; None where there are none."""
+    """Colours in a file; None where there are none."""
     try:
         colours = torch.tensor(json.loads(path.read_text()), dtype=torch.float32)
     except (OSError, ValueError, TypeError, RuntimeError, RecursionError):

@@ -160,7 +160,9 @@ def test_the_progress_bar_stays_whole_below_pictures(
     assert len(bars) == 1, lines  # only the last state is left, below all pictures
     assert "step 4/4, tile 1/1" in lines[bars[0]]
     above = lines[: bars[0]]
-    assert all(set(line) <= set(" ▀") for line in above) and len(above) == 3 * 12
+    assert all(set(line) <= set(" ▀") for line in above) and len(above) == 3 * (
+        12 if protocol is Protocol.BLOCKS else 8
+    )
     assert not any(line.strip() for line in lines[bars[0] + 1 :])
 
 

@@ -38,7 +38,7 @@ from tiler.decoding.rows import (
 from tiler.decoding.scratch import STRIP_BYTES, Rows, Scratch
 from tiler.decoding.sources import Source
 from tiler.decoding.statistics import Frame, Pooled
-from tiler.decoding.work import of_attention, of_conv, of_picture, of_stage, telling, through
+from tiler.decoding.work import of_attention, of_conv, of_picture, of_stage, of_weights, telling, through
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -149,9 +149,8 @@ class Passes:
         pooled = None if norm is None else Pooled(norm.norm.num_groups)
         number, known = self._next()
         out = None if known is None else self._recalled(known)
-        each = through(chain, _work)
-        if out is not None:
-            self.scratch.worked += out.count * out.width * each
+        each, layers = through(chain, _work), _layers(chain)
+        self.scratch.worked += of_weights(layers) + (0 if out is None else out.count * out.width * each)
         if known is not None and pooled is not None and known.statistics is not None:
             pooled.recall(known.statistics)
         if known is None or not known.whole:
@@ -165,7 +164,7 @@ class Passes:
             end = chain[-1] if chain else None
             # It is read row by row just before it is overwritten; but a pass that is resumed needs its complete input.
             old = end.stored if isinstance(end, SecondHalf) and self.scratch.spool is None else None
-            with self.hold(_layers(chain)):
+            with self.hold(layers):
                 for x in source.through(chain, self.check, 0 if out is None else out.count, part):
                     largest = None
                     if pooled is not None:
@@ -194,7 +193,9 @@ class Passes:
         channels."""
         number, known = self._next()
         a, frame, row, seen = stage.attention, self.frame, 0, 0
-        each = of_conv(a.to_k) + of_conv(a.to_v)
+        layers = nn.ModuleList([a.to_k, a.to_v])
+        each = sum(map(of_conv, layers))
+        self.scratch.worked += of_weights(layers)
         if known is not None:
             memory = self._recalled(known)
             self.scratch.worked += memory.count * memory.width * each
@@ -204,7 +205,7 @@ class Passes:
         )
         step = spacing(height, width, most)
         made: Rows | None = None
-        with self.hold(nn.ModuleList([a.to_k, a.to_v])):
+        with self.hold(layers):
             for strip in stored.strips():
                 self.check("decode.keys")
                 x = frame.inner(strip, row)
@@ -262,8 +263,9 @@ def stream(
             chain = [Attend(stage, memory)]
         else:
             source, chain = Source.of(stored), [stage]
-    each = through(chain, _work)
-    with hold(_layers(chain)):
+    each, layers = through(chain, _work), _layers(chain)
+    scratch.worked += of_weights(layers)
+    with hold(layers):
         for rows in source.through(chain, check):
             yield rows[0]
             scratch.worked += rows.shape[2] * rows.shape[3] * each
