@@ -15,8 +15,10 @@ import time
 from pathlib import Path
 
 from tiler import Budget, RenderRequest, render
-from tiler.events import Event, PhaseDone, PhaseStarted, Progress
+from tiler.events import Event, PhaseDone, PhaseStarted, Progress, Working
 from tiler.request import Decode
+
+AT_ONCE = 0.002  # seconds: tiles of one call
 
 
 class Phase:
@@ -45,14 +47,19 @@ def main() -> None:
     parser.add_argument("--no-guide", action="store_true")
     parser.add_argument("--max-ram", default="800MB")
     asked = parser.parse_args()
-    phase = Phase("")
+    phase, total = Phase(""), 1
 
     def note(event: Event) -> None:
-        nonlocal phase
+        nonlocal phase, total
         now = time.process_time()
         if isinstance(event, PhaseStarted):
             phase = Phase(event.name)
+            total = event.total
+        elif isinstance(event, Working):
+            phase.told = [(event.done / total, now)]
         elif isinstance(event, Progress):
+            if len(phase.told) > 1 and now - phase.told[-1][1] < AT_ONCE:
+                phase.told.pop()
             phase.told.append((event.done / event.total, now))
         elif isinstance(event, PhaseDone) and len(phase.told) > 2 and (errors := phase.errors(now)):
             seconds, worst = now - phase.told[0][1], max(errors, key=abs)

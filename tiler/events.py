@@ -15,6 +15,14 @@ class PhaseStarted:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Working:
+    """The weights of a phase are open, and its work begins or goes on after `done` of its units."""
+
+    name: str
+    done: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Progress:
     """`done` of `total` units of a phase: denoiser samples, or latent rows."""
 
@@ -52,7 +60,7 @@ class Shown:
     pixels: Any
 
 
-Event = PhaseStarted | Progress | PhaseDone | Saved | Shown | Note
+Event = PhaseStarted | Working | Progress | PhaseDone | Saved | Shown | Note
 
 OnEvent = Callable[[Event], None]
 

@@ -258,6 +258,7 @@ def _advance(
 ) -> None:
     """To the end, telling of each tile."""
     steps = run.request.num_inference_steps
+    run.on_event(events.Working(name=phase, done=denoising.samples_done))
     with closing(denoising.run(runner, run.job)) as loop:
         for state in loop:
             step = run.plan.calls.step_of(state.step)

@@ -98,6 +98,7 @@ def texts(run: RenderRun) -> dict[str, str]:
 
         return auto_v2(path, tell) if path is not None and path.is_file() else None
 
+    given = {"guide_image": run.request.guide_image, "repaint": run.request.repaint}
     facts = Facts(
         model=found.name, model_id=run.model_id, revision=found.revision,
         scheduler=plan.scheduler.value,
@@ -107,6 +108,7 @@ def texts(run: RenderRun) -> dict[str, str]:
         embeddings=run.spoken.read_as.embeddings, loras=run.models.loras.hashes,
         model_hash=hash_of(found.file, found.name),
         vae_hash=None if run.request.vae is None else hash_of(expand(run.request.vae), Path(run.request.vae).name),
+        files={name: auto_v2(path) for name, path in given.items() if path is not None},
         lora_files={lora.file.stem: digests.whole[:V2_DIGITS] for lora, digests in run.models.loras.files},
     )  # fmt: skip
     return picture_texts(run.request, facts)

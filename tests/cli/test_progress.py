@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import io
 import sys
+import time
 
 import pytest
 from rich.console import Console
 
-from tiler.cli.progress import ProgressPrinter
+from tiler.cli.progress import ProgressPrinter, Remaining
 from tiler.events import Event, Note, PhaseDone, PhaseStarted, Progress
 from tiler.memory.budget import Budget
 from tiler.planning.table import MemoryPlan, PhasePlan, Term
@@ -39,6 +40,23 @@ def test_a_row_is_whole_in_80_columns(columns: int, ceiling: str) -> None:
     assert canvas.count("━") + canvas.count("╸") + canvas.count("╺") >= 5  # half of ten
     assert "-:--:--" in canvas or "0:00" in canvas  # the remaining time
     assert "…" not in guide + canvas and "12345.6 s" in guide
+
+
+@pytest.mark.parametrize("before", [0, 120])
+def test_remaining_time_is_known_after_a_tenth(before: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 400 tiles, 8 of which come every 10 seconds; some were done by an earlier run."""
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    remaining = Remaining()
+    remaining.begin(before)
+    assert remaining.seconds is None
+    for done in range(before + 1, 401):
+        now += 10 * ((done - before) % 8 == 1)
+        remaining.note(done, 400)
+        if (done - before) % 8 == 0:
+            assert remaining.seconds == pytest.approx((400 - done) / 8 * 10)
+    now += 5
+    assert remaining.seconds == 0
 
 
 def test_a_stderr_that_nobody_reads_ends_no_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from tiler.planning.resolve import fill
 from tiler.request import Region, RenderRequest, Scheduler, ScheduleType
 from tiler.request.render import OF_THE_RUN
 from tiler.request.settings import Kind
+from tiler.weights.hashes import auto_v2
 
 NOTHING: frozenset[str] = frozenset()
 DEFAULTS = {name: getattr(RenderRequest(), name) for name in RenderRequest.__dataclass_fields__}
@@ -211,6 +212,21 @@ def test_scales_that_make_no_size_are_exit_2(
     ran = in_process("render", "x", *options)
     assert ran.code == 2, ran.err
     assert message in ran.err
+
+
+def test_a_changed_guide_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    guide = tmp_path / "g.png"
+    Image.new("RGB", (8, 8)).save(guide)
+    told = texts(
+        fill(RenderRequest(prompt="a boat", size=64, guide_image=guide)),
+        replace(FACTS, files={"guide_image": auto_v2(guide)}),
+    )
+    picture = png(tmp_path / "x.png", **told)
+    assert repeat(picture, NOTHING, DEFAULTS).notes == []
+    Image.new("RGB", (9, 8)).save(guide)
+    (note,) = repeat(picture, NOTHING, DEFAULTS).notes
+    assert note.startswith("the picture was made from another g.png: its hash was ")
 
 
 def test_a_model_is_found_by_its_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

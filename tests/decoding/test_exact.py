@@ -262,7 +262,7 @@ def test_progress_rises_with_the_work(tiny: Path, tmp_path: Path, monkeypatch: p
     assert shares == sorted(shares)
     assert shares[-1] == 1
     assert wheres.count("decode.Attend") > 1
-    assert shares[-2] > 0.98  # the last strip is pushed, and not yet counted
+    assert shares[-2] > 0.9  # the last strip is pushed, and not yet counted
     # Checks and shares come in pairs: attention moves the bar by its share of the work.
     at = [shares[1 + i] for i, where in enumerate(wheres) if where == "decode.Attend"]
     monkeypatch.setattr(work, "ATTENTION", 0.0)

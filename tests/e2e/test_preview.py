@@ -124,7 +124,7 @@ def test_latents_are_reduced_by_means(height: int, width: int) -> None:
 def test_a_tiny_autoencoder_decodes_previews_and_changes_nothing_of_the_picture(in_process, tmp_path: Path) -> None:
     """What is shown last is what diffusers decodes of the final latents."""
     torch.manual_seed(0)
-    vae = AutoencoderTiny().eval()
+    vae = AutoencoderTiny(latent_channels=8).eval()
     vae.save_pretrained(tmp_path / "taesd")
     common = "render", "misty mountains", "--size", 256, "--steps", 2, "--seed", 7, "--no-guide"
     assert in_process(*common, "-o", "a.png", "--save-latents", "a.safetensors").code == 0

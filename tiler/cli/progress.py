@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from tiler.cli.terminal import harmless
-from tiler.events import Event, Note, PhaseDone, PhaseStarted, Progress, Saved, Shown
+from tiler.events import Event, Note, PhaseDone, PhaseStarted, Progress, Saved, Shown, Working
 from tiler.memory.budget import Budget, format_mb
 
 if TYPE_CHECKING:
@@ -25,13 +25,40 @@ if TYPE_CHECKING:
 _LINE_EVERY = 30.0  # seconds between plain lines
 
 
+class Remaining:
+    """The remaining time of a phase, from its share of the work that was done since the work began: calls of a denoiser
+    finish many tiles at once, so that the last few events say little."""
+
+    def __init__(self) -> None:
+        self._began: tuple[float, int] | None = None
+        self._end: float | None = None
+
+    def begin(self, done: int) -> None:
+        """The work goes on after so many units."""
+        self._began, self._end = (time.monotonic(), done), None
+
+    def note(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if self._began is None:
+            self.begin(done)
+            return
+        start, before = self._began
+        if done > before:
+            self._end = now + (now - start) * (total - done) / (done - before)
+
+    @property
+    def seconds(self) -> float | None:
+        """None until something is known."""
+        return None if self._end is None else max(0.0, self._end - time.monotonic())
+
+
 class ProgressPrinter:
     """Call it with events. A context manager, because a terminal has to be tidied up."""
 
     def __init__(self, budget: Budget, *, quiet: bool) -> None:
         self.budget, self.quiet = budget, quiet
-        self._started = self._printed = 0.0
-        self._began = 0  # what was done when the phase went on
+        self._printed = 0.0
+        self._remaining = Remaining()
         self._saved = ""
         self._bar: Bar | None = None
         self._task: TaskID | None = None
@@ -43,7 +70,7 @@ class ProgressPrinter:
 
     def _show(self, console: Console) -> None:
         """Name, bar, step, remaining time, memory: 80 columns hold them all, and a wider terminal gets a longer bar."""
-        from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, TextColumn
         from rich.progress import Progress as Bar
         from rich.table import Column
 
@@ -55,7 +82,7 @@ class ProgressPrinter:
             text("{task.description}", 14),
             BarColumn(bar_width=bar_width),
             text("{task.fields[detail]}", 25),
-            TimeRemainingColumn(table_column=Column(width=8, no_wrap=True)),
+            text("{task.fields[left]}", 8),
             text("{task.fields[memory]}", 19),
             console=console,
             expand=False,
@@ -79,6 +106,8 @@ class ProgressPrinter:
             return
         elif isinstance(event, Note):
             self._say(f"note: {event.text}")
+        elif isinstance(event, Working):
+            self._remaining.begin(event.done)
         elif isinstance(event, Saved):
             self._saved = f", saved at {event.where}"
         elif self._bar is not None:
@@ -95,28 +124,28 @@ class ProgressPrinter:
     def _draw(self, event: Event) -> None:
         assert self._bar is not None
         if isinstance(event, PhaseStarted):
-            self._task = self._bar.add_task(event.name, total=event.total, detail="", memory=self._of())
+            self._remaining = Remaining()
+            left = _Left(self._remaining)
+            self._task = self._bar.add_task(event.name, total=event.total, detail="", left=left, memory=self._of())
         elif isinstance(event, Progress) and self._task is not None:
+            self._remaining.note(event.done, event.total)
             self._bar.update(
                 self._task, completed=event.done, total=event.total, detail=_short(event.detail), memory=self._of()
             )
         elif isinstance(event, PhaseDone) and self._task is not None:
             detail = f"{event.seconds:.1f} s, peak {format_mb(event.peak_rss_bytes)}"
             task = next(t for t in self._bar.tasks if t.id == self._task)
-            self._bar.update(self._task, completed=task.total, detail=detail, memory="")
+            self._bar.update(self._task, completed=task.total, detail=detail, left="", memory="")
 
     def _print(self, event: Event) -> None:
         now = time.monotonic()
         if isinstance(event, PhaseStarted):
-            self._started = self._printed = now
-            self._began = -1
-        elif isinstance(event, Progress) and (self._began < 0 or now - self._printed > _LINE_EVERY):
-            if self._began < 0:  # a phase that goes on has done some before
-                self._began, self._started = event.done, now
-                return
-            self._printed = now
-            left = (now - self._started) * (event.total - event.done) / max(1, event.done - self._began)
-            self._say(f"{event.name}: {event.detail}, about {_duration(left)} left, {self._memory()}{self._saved}")
+            self._printed, self._remaining = now, Remaining()
+        elif isinstance(event, Progress):
+            self._remaining.note(event.done, event.total)
+            if now - self._printed > _LINE_EVERY and (left := self._remaining.seconds) is not None:
+                self._printed = now
+                self._say(f"{event.name}: {event.detail}, about {_duration(left)} left, {self._memory()}{self._saved}")
         elif isinstance(event, PhaseDone):
             self._say(f"{event.name}: done in {event.seconds:.1f} s, peak {format_mb(event.peak_rss_bytes)}")
 
@@ -140,6 +169,22 @@ class ProgressPrinter:
             else:
                 sys.stderr.write(f"{what}\n" if isinstance(what, str) else what.plain())
                 sys.stderr.flush()
+
+
+class _Left:
+    """What a bar shows of the remaining time, whenever it is drawn."""
+
+    def __init__(self, remaining: Remaining) -> None:
+        self.remaining = remaining
+
+    def __str__(self) -> str:
+        if (seconds := self.remaining.seconds) is None:
+            return "-:--:--"
+        minutes, rest = divmod(round(seconds), 60)
+        return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
+
+    def __format__(self, spec: str) -> str:
+        return str(self)
 
 
 def _short(detail: str) -> str:

@@ -15,7 +15,7 @@ from tiler.request.choices import Mask, parse_schedule_type
 from tiler.request.loras import Lora
 from tiler.request.render import OF_THE_RUN
 from tiler.request.settings import Kind
-from tiler.weights.hashes import is_called
+from tiler.weights.hashes import auto_v2, is_called
 from tiler.weights.lora_files import digests_of
 
 _SAMPLERS = {
@@ -36,6 +36,7 @@ _NEVER = (*OF_THE_RUN, "size", "preset", "scale")  # resolved in others
 _UNTOLD = re.compile(
     r"Version|.*[Hh]ash(es)?|VAE|RNG|Schedule type|scheduler|denoise|SDCPP|kernels|model_id|lora_hashes|bleed_mm|revision"
 )
+_INVOKE_WEIGHT = re.compile(r"[\w)][+-]+(?=[\s,.]|$)|\)\d")
 
 
 class Repeated(NamedTuple):
@@ -75,6 +76,7 @@ def repeat(picture: Path, typed: frozenset[str], defaults: Mapping[str, Any]) ->
         for name, flag in (("guide_image", "guide"), ("repaint", "repaint")):
             if name in values:
                 values[name] = _beside(str(values[name]), picture, flag)
+                notes += _changed_file(name, values[name], recipe)
     except ModelError as error:
         raise ModelError(f"{picture}: {error}") from error
     if "loras" in values:
@@ -109,8 +111,8 @@ def _notes(recipe: Recipe, fields: frozenset[str]) -> Iterator[str]:
     others = [name for name in recipe.others if not _UNTOLD.fullmatch(name)]
     if unknown + others:
         yield f"not taken from the picture: {', '.join(unknown + others)}"
-    if recipe.tool == "InvokeAI" and re.search(r"[\w)][+-]+(?=[\s,.]|$)", str(recipe.settings.get("prompt", ""))):
-        yield "InvokeAI's weights like word++ are read as plain words"
+    if recipe.tool == "InvokeAI" and _INVOKE_WEIGHT.search(str(recipe.settings.get("prompt", ""))):
+        yield "InvokeAI's weights like word++ and (words)1.3 are read as plain text"
 
 
 def _model(name: str, recipe: Recipe) -> tuple[str, list[str]]:
@@ -195,6 +197,14 @@ def _beside(name: str, picture: Path, flag: str) -> Path:
             return path
     what = "guide" if flag == "guide" else "mask"
     raise ModelError(f"made from the {what} {name}, which is not beside it; give --{flag}")
+
+
+def _changed_file(name: str, path: Path, recipe: Recipe) -> Iterator[str]:
+    """Of a file of the user's that is there, but is not the one that the picture was made from."""
+    hashes = recipe.others.get("file_hashes")
+    was = hashes.get(name) if isinstance(hashes, dict) else None
+    if was is not None and (now := auto_v2(path)) != was:
+        yield f"the picture was made from another {path.name}: its hash was {was}, that of {path} is {now}"
 
 
 def _lora(said: Mapping[str, Any], picture: Path) -> Lora:

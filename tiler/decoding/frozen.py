@@ -118,7 +118,14 @@ def _begun(stages: list[Stage], part: Tensor, height: int, width: int) -> float:
 
 
 def _measure(
-    stages: list[Stage], part: Tensor, scratch: Scratch, hold: Hold, check: Check, progress: Progress, *, scale: int = 1
+    stages: list[Stage],
+    part: Tensor,
+    scratch: Scratch,
+    hold: Hold,
+    check: Check,
+    progress: Progress = _ignore,
+    *,
+    scale: int = 1,
 ) -> None:
     """Measure the stages' statistics on `part`, (1, C, h, w), with `scale` rows and columns per latent."""
     height, width = part.shape[2:]
@@ -266,7 +273,7 @@ def rehearse(
         stages, channels, scale = decoder_stages(vae.decoder, vae.post_quant_conv), vae.config.latent_channels, 1
     down, across = sample(height, width)
     part = torch.empty(1, channels, scale * len(down), scale * len(across), device="meta")
-    _measure(stages, part, scratch, hold, _ignore, _ignore, scale=scale)
+    _measure(stages, part, scratch, hold, _ignore, scale=scale)
     rows = scale * strip_rows(pushed)
     strips = (torch.empty(1, channels, rows, scale * pushed, device="meta") for _ in range(8))
     for _ in _stream(stages, strips, 8 * rows, _ignore, _ignore):

@@ -240,6 +240,7 @@ def encode(
         mean = exact.encode(vae, pixels, scratch, check=check, progress=progress, attend_to=attend_to, **options)
     else:
         mean = frozen.encode(vae, pixels, scratch, check=check, progress=progress, **options)
+    progress(1.0)
     return mean[:, :, y : mean.shape[2] - y, x : mean.shape[3] - x]
 
 

@@ -68,7 +68,7 @@ def read_recipe(texts: Mapping[str, str]) -> Recipe:
 
 
 # Facts in tiler's own JSON that are not part of the request.
-_FACTS = ("kernels", "model_id", "model_hash", "bleed_mm", "lora_hashes")
+_FACTS = ("kernels", "model_id", "model_hash", "bleed_mm", "lora_hashes", "file_hashes")
 
 
 def _parameters(text: str) -> Recipe:
