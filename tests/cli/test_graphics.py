@@ -163,7 +163,8 @@ def test_the_progress_bar_stays_whole_below_pictures(
     assert all(set(line) <= set(" ▀") for line in above) and len(above) == 3 * (
         12 if protocol is Protocol.BLOCKS else 8
     )
-    assert not any(line.strip() for line in lines[bars[0] + 1 :])
+    assert re.match(r"peak [\d,]+ MB", lines[bars[0] + 1])
+    assert not any(line.strip() for line in lines[bars[0] + 2 :])
 
 
 def test_a_silent_terminal_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
 import time
 
@@ -10,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from tiler.cli.progress import ProgressPrinter, Remaining
-from tiler.events import Event, Note, PhaseDone, PhaseStarted, Progress
+from tiler.events import Event, Note, PhaseDone, PhaseStarted, Progress, Saved
 from tiler.memory.budget import Budget
 from tiler.planning.table import MemoryPlan, PhasePlan, Term
 
@@ -19,6 +20,7 @@ LONG = [
     PhaseDone(name="guide picture", seconds=12345.6, peak_rss_bytes=1_799_000_000),
     PhaseStarted(name="canvas", total=1000),
     Progress(name="canvas", done=500, total=1000, detail="step 11/20, 16/25 tile passes"),
+    Saved(where="canvas step 11/20"),
 ]
 
 
@@ -33,8 +35,9 @@ def test_a_row_is_whole_in_80_columns(columns: int, ceiling: str) -> None:
     assert printer._bar is not None
     out.truncate(0)
     printer._bar.console.print(printer._bar.get_renderable())
-    guide, canvas = (line for line in out.getvalue().splitlines() if line.strip())
-    assert max(len(guide), len(canvas)) <= columns
+    guide, canvas, status = (line for line in out.getvalue().splitlines() if line.strip())
+    assert max(map(len, (guide, canvas, status))) <= columns
+    assert re.fullmatch(r"peak [\d,]+ MB, saved at canvas step 11/20 *", status)
     for part in ("canvas", "step 11/20, tile", "16/25", " of ", f"{Budget(ceiling).max_bytes // 10**6:,} MB"):
         assert part in canvas
     assert canvas.count("━") + canvas.count("╸") + canvas.count("╺") >= 5  # half of ten

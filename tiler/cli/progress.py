@@ -6,6 +6,7 @@ import json
 import re
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict
 from types import TracebackType
@@ -16,7 +17,7 @@ from tiler.events import Event, Note, PhaseDone, PhaseStarted, Progress, Saved, 
 from tiler.memory.budget import Budget, format_mb
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, RenderableType
     from rich.progress import Progress as Bar
     from rich.progress import TaskID
 
@@ -69,16 +70,26 @@ class ProgressPrinter:
             self._show(Console(stderr=True))
 
     def _show(self, console: Console) -> None:
-        """Name, bar, step, remaining time, memory: 80 columns hold them all, and a wider terminal gets a longer bar."""
+        """Name, bar, step, remaining time, memory: 80 columns hold them all, and a wider terminal gets a longer bar.
+        Below them is a line with the peak, and with what is saved."""
         from rich.progress import BarColumn, TextColumn
         from rich.progress import Progress as Bar
         from rich.table import Column
+        from rich.text import Text
+
+        printer = self
+
+        class Bars(Bar):
+            def get_renderables(self) -> Iterator[RenderableType]:
+                yield from super().get_renderables()
+                if self.tasks:
+                    yield Text(printer._status(), no_wrap=True, overflow="ellipsis")
 
         def text(field: str, width: int) -> TextColumn:
             return TextColumn(field, markup=False, table_column=Column(width=width, no_wrap=True, overflow="ellipsis"))
 
         bar_width = max(10, min(40, console.width - 70))
-        self._bar = Bar(
+        self._bar = Bars(
             text("{task.description}", 14),
             BarColumn(bar_width=bar_width),
             text("{task.fields[detail]}", 25),
@@ -117,6 +128,9 @@ class ProgressPrinter:
 
     def _memory(self) -> str:
         return f"{format_mb(self.budget.rss_bytes)} now, {format_mb(self.budget.peak_rss_bytes)} peak of {format_mb(self.budget.max_bytes)}"
+
+    def _status(self) -> str:
+        return f"peak {format_mb(self.budget.peak_rss_bytes)}{self._saved}"
 
     def _of(self) -> str:
         return f"{self.budget.rss_bytes / 1e6:,.0f} of {format_mb(self.budget.max_bytes)}"
@@ -182,9 +196,6 @@ class _Left:
             return "-:--:--"
         minutes, rest = divmod(round(seconds), 60)
         return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
-
-    def __format__(self, spec: str) -> str:
-        return str(self)
 
 
 def _short(detail: str) -> str:
