@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tiler.decoding import FACTOR, method, tiny
-from tiler.decoding.colours import LONGEST, fit_colours, paint, reduced
+from tiler.decoding import method, tiny
+from tiler.decoding.colours import fit_colours, paint, reduced
 from tiler.decoding.method import ScratchSpace
 from tiler.decoding.rows import to_uint8
 from tiler.diffusion.schedulers import DiffusersSchedule
@@ -154,10 +154,10 @@ def check(path: Path, request: ResolvedRequest) -> None:
 
 
 def _decode(run: Run, spec: VaeSpec, latents: Tensor) -> np.ndarray:
-    """Scaled latents (1, C, h, w) → (H, W, 3) uint8 by a tiny autoencoder, at most LONGEST pixels on a side."""
-    vae, small = run.models.vae(spec), spec.unscale_(reduced(latents, LONGEST // FACTOR))
+    """Scaled latents (1, C, h, w) → (H, W, 3) uint8 by a tiny autoencoder, at most 256 pixels on a side."""
+    vae, small = run.models.vae(spec), spec.unscale_(reduced(latents, tiny.PREVIEW_SIDE))
     with run.streamed(vae, spec.weights, families.vae_names):
-        strips = tiny.decode(vae, small, check=run.budget.check)
+        strips = tiny.decode(vae, small, check=run.budget.check, rows=tiny.PREVIEW_ROWS)
         return np.concatenate([to_uint8(strip.nan_to_num()) for strip in strips])
 
 

@@ -7,10 +7,10 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Annotated
 
-from torch import nn
+from torch import Tensor, nn
 
-from tiler.compute.tuning import Passport
 from tiler.decoding.rows import Conv, Down, MidAttention, Resnet, Stage, Up
+from tiler.memory.tuning import Passport
 
 if TYPE_CHECKING:
     from tiler.decoding.rows import Check
@@ -29,17 +29,21 @@ PIXEL: Annotated[float, Passport("operations", _MEASURED)] = 60_000.0
 BY_ROWS: Annotated[float, Passport("ratio", _MEASURED)] = 1.3
 
 
+def _weight(layer: nn.Module) -> Tensor:
+    assert isinstance(layer.weight, Tensor)
+    return layer.weight
+
+
 def of_conv(layer: nn.Module) -> float:
     """For each pixel of a convolution's output, or each token of a linear layer's."""
-    weight = layer.weight
-    assert not isinstance(weight, nn.Module)
+    weight = _weight(layer)
     pixel = PIXEL if weight.shape[0] == 3 else 0.0
     return 2 * weight.numel() + VALUE * (weight.shape[0] + weight.shape[1]) + pixel
 
 
 def of_weights(layers: Iterable[nn.Module]) -> float:
     """For a pass, however large the picture."""
-    return WEIGHT * sum(layer.weight.numel() for layer in layers)  # type: ignore[operator, union-attr]
+    return WEIGHT * sum(_weight(layer).numel() for layer in layers)
 
 
 def layers_of(stage: Stage) -> list[nn.Module]:
@@ -50,7 +54,9 @@ def layers_of(stage: Stage) -> list[nn.Module]:
         a = stage.attention
         return [a.to_q, a.to_k, a.to_v, a.to_out[0]]
     assert isinstance(stage, Conv | Up | Down)
-    return [stage.conv.conv if isinstance(stage.conv, Conv) else stage.conv]
+    conv = stage.conv.conv if isinstance(stage.conv, Conv) else stage.conv
+    assert isinstance(conv, nn.Module)
+    return [conv]
 
 
 def of_attention(width: int, tokens: int) -> float:

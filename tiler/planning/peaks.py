@@ -7,7 +7,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -32,8 +31,7 @@ from tiler.compute.tuning import (
     RESIDENT_SLACK,
     TIGHT_HEAP_SLACK,
 )
-from tiler.decoding import FACTOR
-from tiler.decoding.colours import LONGEST
+from tiler.decoding import tiny
 from tiler.decoding.method import DecodePlan, ScratchSpace, choose
 from tiler.models import family as families
 from tiler.models.built import Models
@@ -280,11 +278,12 @@ class VaePeaks:
         return PhasePlan(name=name, terms=(*self.terms, *(term for term in terms if term.nbytes)))
 
 
-def tiny_preview_bytes(models: Models, spec: VaeSpec, facts: Facts, folder: Path) -> int:
+def tiny_preview_bytes(models: Models, spec: VaeSpec, facts: Facts) -> int:
     """The memory that a tiny autoencoder takes to decode a preview of the largest size."""
-    peaks, side = VaePeaks(models, spec, facts), LONGEST // FACTOR
-    method = peaks.choose(Decode.TINY, (side, side), ScratchSpace(folder, 0), wrap=Wrap.NONE)
-    return peaks.phase("preview", (side, side), method).peak_bytes - facts.libraries.nbytes
+    peaks, side = VaePeaks(models, spec, facts), (tiny.PREVIEW_SIDE, tiny.PREVIEW_SIDE)
+    with lent(peaks.module, Streamer(None)), MetaMeter() as meter, torch.no_grad():
+        tiny.rehearse(peaks.module, side, tiny.PREVIEW_ROWS)
+    return meter.peak_bytes + sum(term.nbytes for term in peaks.terms) - facts.libraries.nbytes
 
 
 def with_preview(phase: PhasePlan, nbytes: int) -> PhasePlan:

@@ -153,7 +153,7 @@ def plan_render(
     denoising = [*fixed, Term(name="canvas", nbytes=canvas_bytes), Term(name="prompts", nbytes=others_bytes)]
     preview_bytes = 0
     if request.preview_vae is not None and models.tiny is not None:
-        preview_bytes = tiny_preview_bytes(models, models.tiny, facts, request.scratch_folder)
+        preview_bytes = tiny_preview_bytes(models, models.tiny, facts)
 
     def sampling(by: DenoiserPeaks, name: str, batch: int = 1) -> PhasePlan:
         if name == "canvas" or guide is None:

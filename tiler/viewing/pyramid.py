@@ -40,13 +40,13 @@ class Pyramid:
             raise UsageError(f"{path}: no such picture; check the path")
         try:
             self._image = _as_srgb(self._vips, path)
+            self.width, self.height = int(self._image.width), int(self._image.height)
+            self.levels = (max(self.width, self.height) - 1).bit_length()
+            self._overview = _overview(self._vips, path, self._image, self.levels)
         except self._vips.Error as error:
             raise UsageError(
                 f"{path}: cannot be read as a picture ({_reason(error)}); give a PNG, JPEG, TIFF, WebP or AVIF"
             ) from error
-        self.width, self.height = int(self._image.width), int(self._image.height)
-        self.levels = (max(self.width, self.height) - 1).bit_length()
-        self._overview = _overview(self._vips, path, self._image, self.levels)
         try:
             self._folder = Path(tempfile.mkdtemp(prefix="tiler-view-", dir=scratch))
         except OSError as error:
