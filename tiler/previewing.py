@@ -27,6 +27,7 @@ from tiler.diffusion.schedulers import DiffusersSchedule
 from tiler.errors import StorageError, UsageError
 from tiler.events import Shown
 from tiler.files import check_writable, replace_durably
+from tiler.memory import process
 from tiler.memory.policy import at_rows
 from tiler.models import family as families
 from tiler.models.built import Models
@@ -44,6 +45,7 @@ from tiler.weights.identity import model_id
 
 SHIPPED = "preview.json"  # colours in an autoencoder's folder
 _SHARE = 100  # times a preview's duration have to pass before the next: 1 % of the time
+_HEAP = 4_000_000  # freed bytes that stay while a tiny autoencoder decodes
 _SIDE = 16  # latents of the made-up picture
 _SAYS = {"parameters": "a preview by tiler"}  # what tells such a file from a picture of the user's
 
@@ -156,9 +158,18 @@ def check(path: Path, request: ResolvedRequest) -> None:
 def _decode(run: Run, spec: VaeSpec, latents: Tensor) -> np.ndarray:
     """Scaled latents (1, C, h, w) → (H, W, 3) uint8 by a tiny autoencoder, at most 256 pixels on a side."""
     vae, small = run.models.vae(spec), spec.unscale_(reduced(latents, tiny.PREVIEW_SIDE))
+
+    def check(where: str) -> None:
+        if process.free_heap() > _HEAP:
+            process.release_heap()
+        run.budget.check(where)
+
     with run.streamed(vae, spec.weights, families.vae_names):
-        strips = tiny.decode(vae, small, check=run.budget.check, rows=tiny.PREVIEW_ROWS)
-        return np.concatenate([to_uint8(strip.nan_to_num()) for strip in strips])
+        strips = tiny.decode(vae, small, check=check, rows=tiny.PREVIEW_ROWS)
+        pixels = np.concatenate([to_uint8(strip.nan_to_num()) for strip in strips])
+    process.release_heap()  # the next pass finds the memory as the last one left it
+    process.release_code()
+    return pixels
 
 
 def learn_by_decoding(run: Run, preview: Preview | None, request: ResolvedRequest, planned_bytes: int) -> None:

@@ -86,8 +86,8 @@ WRAP = Option(
 )  # fmt: skip
 DPI = Option("Pixels per inch, stored in the file.", Panel.PICTURE, ("--dpi",), default="300 with --paper")
 PREVIEW = Option(
-    "A rough look at the canvas while it is denoised, up to 512 pixels across: this .png or .jpg is rewritten after each step, or, "
-    "if FILE is -, it is shown in the terminal. --tiny-vae gives a better one.",
+    "A rough look at the canvas while it is denoised, up to 512 pixels across: this .png or .jpg is rewritten after "
+    "each step, or, if FILE is -, it is shown in the terminal. --tiny-vae gives a better one.",
     Panel.OUTPUT, ("--preview",), metavar="FILE",
 )  # fmt: skip
 PREVIEW_INTERVAL = Option(
