@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from tiler.decoding.colours import LONGEST, fit_colours, paint, reduced
 from tiler.diffusion import flow, schedulers
+from tiler.jobs.coding import encode
 from tiler.jobs.manifest import picture_of
 from tiler.planning.resolve import fill
 from tiler.request import Decode, RenderRequest, Scheduler
@@ -145,6 +146,7 @@ def test_a_job_goes_on_with_or_without_a_tiny_autoencoder_for_previews() -> None
     assert picture_of(plain) == picture_of(with_preview)
     both = fill(RenderRequest(**said, preview=Path("p.png"), tiny_vae="taesd", decode=Decode.TINY))
     assert both.preview_vae == both.tiny_vae == "taesd"
+    assert encode(RenderRequest(**said, preview=Path("-")))["preview"] == "-"  # no file's name, wherever it goes on
 
 
 @pytest.mark.parametrize(
