@@ -44,17 +44,18 @@ from tiler.run import Run, measure
 from tiler.weights.identity import model_id
 
 SHIPPED = "preview.json"  # colours in an autoencoder's folder
-_SHARE = 100  # times a preview's duration have to pass before the next: 1 % of the time
-_HEAP = 4_000_000  # freed bytes that stay while a tiny autoencoder decodes
-_SIDE = 16  # latents of the made-up picture
-_SAYS = {"parameters": "a preview by tiler"}  # what tells such a file from a picture of the user's
+_SHARE = 100  # between two previews, this many times a preview's own duration passes: 1 % of the time
+_HEAP = 4_000_000  # freed bytes that stay in the process while a tiny autoencoder decodes
+_SIDE = 16  # latents per side of the made-up picture
+_SAYS = {"parameters": "a preview by tiler"}  # distinguishes a preview from the user's pictures
 
 
 class Preview:
-    """A preview under way. `colours` is (C + 1, 3), the last row for 1: latents → 0–255; None until it is known."""
+    """An open preview. `colours` (C + 1, 3) maps latents to 0–255, its last row is the constant; None until it is
+    known."""
 
     def __init__(self, request: ResolvedRequest, spec: VaeSpec, tiny_vae: VaeSpec | None) -> None:
-        """Raises UsageError, StorageError where the file cannot be written."""
+        """Raises UsageError, and StorageError if the file cannot be written."""
         assert request.preview is not None
         self.path, self.interval, self.spec, self.tiny_vae = request.preview, request.preview_interval, spec, tiny_vae
         check(self.path, request)
@@ -69,14 +70,14 @@ class Preview:
         return self.tiny_vae is None and self.colours is None
 
     def remember(self) -> None:
-        """For the next run with this autoencoder."""
+        """Store the colours for later runs with this autoencoder."""
         assert self.colours is not None
-        with suppress(OSError, StorageError):  # it learns them again then
+        with suppress(OSError, StorageError):  # if this fails, the next run learns them again
             self._cache.parent.mkdir(parents=True, exist_ok=True)
             replace_durably(self._cache, [json.dumps(self.colours.tolist()).encode()])
 
     def is_due(self, steps: int) -> bool:
-        """After so many steps of the canvas."""
+        """Whether to show the canvas after `steps` of its steps."""
         return steps % self.interval == 0 and time.monotonic() >= self._next
 
     def show(self, run: Run, latents: Tensor) -> None:
@@ -114,22 +115,22 @@ class Preview:
 
 
 def open_preview(request: ResolvedRequest, models: Models) -> Preview | None:
-    """The preview that was asked for. Raises UsageError, StorageError."""
+    """The preview that the request asks for, or None. Raises UsageError, StorageError."""
     if request.preview is None:
         return None
     return Preview(request, models.family.autoencoder, models.tiny)
 
 
 def learn(preview: Preview | None, latents: Tensor, pixels: np.ndarray) -> None:
-    """The colours from a decoded picture (8h, 8w, 3) uint8 and its scaled latents (1, C, h, w), unless that was done
-    before."""
+    """Learn the colours from a decoded picture (8h, 8w, 3) uint8 and its scaled latents (1, C, h, w), unless they are
+    known."""
     if preview is not None and preview.needs_colours:
         preview.colours = fit_colours(latents, pixels)
         preview.remember()
 
 
 def watch(run: Run, preview: Preview | None, schedule: DiffusersSchedule, begin: int) -> None:
-    """Show the canvas from step `begin` of its schedule on, and at the end in any case."""
+    """Show the canvas from step `begin` of its schedule on; the last step is always shown."""
     if preview is None:
         return
 
@@ -141,12 +142,13 @@ def watch(run: Run, preview: Preview | None, schedule: DiffusersSchedule, begin:
 
 
 def check(path: Path, request: ResolvedRequest) -> None:
-    """An older preview is replaced, and any other file with --force alone. Raises UsageError, StorageError."""
+    """Check that the preview can be written. An older preview is replaced; any other file only with --force. Raises
+    UsageError, StorageError."""
     if path == STDOUT:
         return
     if format_of(path) not in (Format.PNG, Format.JPEG):
         raise UsageError(
-            f"{path}: previews are written as .png or .jpg; give --preview such a name, or - for the terminal"
+            f"{path}: previews are written as .png or .jpg; give --preview a name that ends so, or - for the terminal"
         )
     ours = False
     if path.is_file():
@@ -173,8 +175,8 @@ def _decode(run: Run, spec: VaeSpec, latents: Tensor) -> np.ndarray:
 
 
 def learn_by_decoding(run: Run, preview: Preview | None, request: ResolvedRequest, planned_bytes: int) -> None:
-    """Decode a small picture of smooth, made-up latents, where nothing else has told the colours. It takes less memory
-    than the canvas will when it is decoded, for which `planned_bytes` are planned."""
+    """Decode a small picture of smooth, made-up latents to learn the colours, if they are still unknown. This takes
+    less memory than decoding the canvas, for which `planned_bytes` are planned."""
     if preview is None or not preview.needs_colours:
         return
     spec, folder = preview.spec, request.scratch_folder
@@ -203,7 +205,7 @@ def _known(spec: VaeSpec, cache: Path) -> Tensor | None:
 
 
 def _read(path: Path, channels: int) -> Tensor | None:
-    """Colours in a file; None where there are none."""
+    """The colours in a file, or None."""
     try:
         colours = torch.tensor(json.loads(path.read_text()), dtype=torch.float32)
     except (OSError, ValueError, TypeError, RuntimeError, RecursionError):

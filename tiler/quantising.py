@@ -1,8 +1,9 @@
-"""A model's folder with fewer bits a weight: the denoiser's and, where asked for, the text encoders' in
+"""Write a model's folder with fewer bits per weight: the denoiser's weights, and the text encoders' if asked for, in
 optimum-quanto's layout, everything else as it was.
 
-What stays as it is stored: what `Part.quantise` leaves out (embedders, norms and what modulates, the last projection,
-the second CLIP encoder of SDXL and Stable Diffusion 3), what the user excludes, and the autoencoder.
+These weights stay as they are stored: the ones that `Part.quantise` leaves out (embedders, norms, modulation layers,
+the last projection, the second CLIP encoder of SDXL and Stable Diffusion 3), the ones the user excludes, and the
+autoencoder's.
 """
 
 from __future__ import annotations
@@ -32,13 +33,13 @@ _FILES = {Role.DENOISER: "diffusion_pytorch_model", Role.TEXT_ENCODER: "model"}
 
 
 def write_folder(request: QuantizeRequest, models: Models, budget: Budget, on_event: OnEvent) -> dict[str, int]:
-    """Write the folder `request.output`, whole or not at all; the bytes of each part's weights there. Raises
+    """Write the folder `request.output`, complete or not at all. Return the bytes of each part's weights in it. Raises
     TilerError."""
     checkpoint, output = models.family.checkpoint, request.output
     assert output is not None
     if checkpoint.file is not None or checkpoint.sources:
         raise ModelError(
-            f"{checkpoint.name}: a single file cannot be made into a folder; give the model's own folder or hub id"
+            f"{checkpoint.name}: a single file cannot be quantised into a folder; give the model's folder or hub id"
         )
     kinds = _kinds(request, models)
     _check_place(checkpoint, output, force=request.force)
@@ -69,12 +70,12 @@ def write_folder(request: QuantizeRequest, models: Models, budget: Budget, on_ev
 
 
 def _kinds(request: QuantizeRequest, models: Models) -> dict[str, Weights]:
-    """How each part's weights are stored, of those that are quantised. Raises UsageError."""
+    """How the weights of each quantised part are stored. Raises UsageError."""
     assert request.weights is not None
     encoders, asked = models.family.encoders, request.encoder_weights
     if asked.keys() - {0} and max(asked) > len(encoders):
         raise UsageError(
-            f"--text-encoder-weights speaks of encoder {max(asked)}; {models.family.traits.title} has {len(encoders)}"
+            f"--text-encoder-weights names encoder {max(asked)}, but {models.family.traits.title} has {len(encoders)}"
         )
     kinds = {models.family.part(Role.DENOISER).name: request.weights}
     for number, part in enumerate(encoders, 1):
@@ -85,7 +86,7 @@ def _kinds(request: QuantizeRequest, models: Models) -> dict[str, Weights]:
             kinds[part.name] = kind
         elif number in asked:
             raise UsageError(
-                f"--text-encoder-weights: encoder {number} ({part.name}) loses too much; leave {number}= out"
+                f"--text-encoder-weights: encoder {number} ({part.name}) would lose too much quality; leave {number}= out"
             )
     return kinds
 
@@ -93,7 +94,7 @@ def _kinds(request: QuantizeRequest, models: Models) -> dict[str, Weights]:
 def _check_place(checkpoint: Checkpoint, output: Path, *, force: bool) -> None:
     own, target = checkpoint.folder.resolve(), output.resolve()
     if target == own or own in target.parents or target in own.parents:
-        raise UsageError(f"{output}: this is the model's own folder, or one within or around it; give another --output")
+        raise UsageError(f"{output} is the model's own folder, or lies within or around it; give another --output")
     if output.exists() and not output.is_dir():
         raise UsageError(f"{output} is a file; --output takes the name of a folder")
     if output.is_dir() and any(output.iterdir()) and not (force and (output / INDEX).is_file()):
@@ -113,7 +114,7 @@ def _check_room(checkpoint: Checkpoint, models: Models, parent: Path) -> None:
 
 @contextmanager
 def _whole(output: Path) -> Iterator[Path]:
-    """A folder beside `output` that takes its place when the block ends well, and goes otherwise. Raises
+    """A temporary folder beside `output` that replaces it if the block succeeds and is removed otherwise. Raises
     StorageError."""
     temp = output.absolute().with_name(f".{output.name}.tiler")
     try:
@@ -130,7 +131,7 @@ def _whole(output: Path) -> Iterator[Path]:
 
 
 def _copy(source: Path, target: Path, models: Models, kinds: Mapping[str, Weights]) -> None:
-    """All but the weights of parts that are quantised, and what belongs to no part that tiler reads."""
+    """Copy everything except weights that will be quantised and files of parts that tiler does not read."""
     for name in names_in(source):
         if name in (INDEX, DEFAULTS):
             shutil.copyfile(source / name, target / name)

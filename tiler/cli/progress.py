@@ -1,4 +1,4 @@
-"""Draws events on stderr: a rich bar on a terminal, plain lines elsewhere, or JSON for programs."""
+"""Shows events on stderr: a rich bar on a terminal, plain lines elsewhere, or JSON for programs."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Remaining:
 
 
 class ProgressPrinter:
-    """Call it with events. A context manager, because a terminal has to be tidied up."""
+    """Prints the events that it is called with. A context manager, because a terminal must be restored at the end."""
 
     def __init__(self, budget: Budget, *, quiet: bool) -> None:
         self.budget, self.quiet = budget, quiet
@@ -70,8 +70,8 @@ class ProgressPrinter:
             self._show(Console(stderr=True))
 
     def _show(self, console: Console) -> None:
-        """Name, bar, step, remaining time, memory: 80 columns hold them all, and a wider terminal gets a longer bar.
-        Below them is a line with the peak, and with what is saved."""
+        """Lay out name, bar, step, remaining time and memory: they fit in 80 columns, and a wider terminal gets a
+        longer bar. Below them is a line with the peak, and with what is saved."""
         from rich.progress import BarColumn, TextColumn
         from rich.progress import Progress as Bar
         from rich.table import Column
@@ -177,7 +177,7 @@ class ProgressPrinter:
         self._write(harmless(text))
 
     def _write(self, what: str | Drawn) -> None:
-        with suppress(OSError, ValueError):  # nobody reads stderr any more (`2>&1 | head`): the picture is still wanted
+        with suppress(OSError, ValueError):  # stderr may have no reader (`2>&1 | head`); the picture is still wanted
             if self._bar is not None:
                 self._bar.console.print(what, markup=False, highlight=False)
             else:
@@ -210,7 +210,7 @@ def _duration(seconds: float) -> str:
 
 
 class JsonPrinter:
-    """Each event as a JSON object on a line, with the time in seconds since the run began and the memory."""
+    """Prints each event as a JSON object on a line, with the seconds since the start and the memory in use."""
 
     def __init__(self, budget: Budget) -> None:
         self.budget, self._start = budget, time.monotonic()
@@ -235,5 +235,5 @@ class JsonPrinter:
 
 
 def printer_of(budget: Budget, *, quiet: bool, log_json: bool) -> ProgressPrinter | JsonPrinter:
-    """What draws the events of a run."""
+    """The printer for the events of a run."""
     return JsonPrinter(budget) if log_json else ProgressPrinter(budget, quiet=quiet)
