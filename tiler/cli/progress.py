@@ -108,6 +108,8 @@ class ProgressPrinter:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._bar is not None:
+            if kind is None:
+                self._saved = ""  # the picture is there
             self._bar.stop()
 
     def __call__(self, event: Event) -> None:
