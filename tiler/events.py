@@ -15,6 +15,14 @@ class PhaseStarted:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Working:
+    """The weights of a phase are open, and its work begins or goes on after `done` of its units."""
+
+    name: str
+    done: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Progress:
     """`done` of `total` units of a phase: denoiser samples, or latent rows."""
 
@@ -65,7 +73,14 @@ class Workers:
     workers: tuple[WorkerState, ...]
 
 
-Event = PhaseStarted | Progress | PhaseDone | Saved | Note | Workers
+@dataclass(frozen=True, kw_only=True)
+class Shown:
+    """A preview for which `--preview -` asked: `pixels` is an array (h, w, 3) uint8."""
+
+    pixels: Any
+
+
+Event = PhaseStarted | Working | Progress | PhaseDone | Saved | Shown | Note | Workers
 
 OnEvent = Callable[[Event], None]
 

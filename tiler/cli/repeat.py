@@ -38,6 +38,7 @@ _NEVER = (*OF_THE_RUN, "size", "preset", "scale")  # other fields hold what thes
 _UNTOLD = re.compile(
     r"Version|.*[Hh]ash(es)?|VAE|RNG|Schedule type|scheduler|denoise|SDCPP|kernels|model_id|bleed_mm|revision|.*_sha256"
 )
+_INVOKE_WEIGHT = re.compile(r"[\w)][+-]+(?=[\s,.]|$)|\)\d")
 
 
 class Repeated(NamedTuple):
@@ -115,8 +116,8 @@ def _notes(recipe: Recipe, fields: frozenset[str]) -> Iterator[str]:
     others = [name for name in recipe.others if not _UNTOLD.fullmatch(name)]
     if unknown + others:
         yield f"not taken from the picture: {', '.join(unknown + others)}"
-    if recipe.tool == "InvokeAI" and re.search(r"[\w)][+-]+(?=[\s,.]|$)", str(recipe.settings.get("prompt", ""))):
-        yield "InvokeAI's weights like word++ are read as plain text"
+    if recipe.tool == "InvokeAI" and _INVOKE_WEIGHT.search(str(recipe.settings.get("prompt", ""))):
+        yield "InvokeAI's weights like word++ and (words)1.3 are read as plain text"
 
 
 def _model(name: str, recipe: Recipe, model_dirs: Sequence[Path]) -> tuple[str, list[str]]:

@@ -41,6 +41,7 @@ from tiler.decoding.rows import (
 from tiler.decoding.scratch import Scratch
 from tiler.decoding.spool import BANDS
 from tiler.decoding.statistics import Frame
+from tiler.decoding.work import BY_ROWS, of_picture, telling
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -98,14 +99,33 @@ def bands(width: int) -> list[Band]:
     ]
 
 
+Progress = Callable[[float], None]
+
+
 def _ignore(where: object) -> None:
     pass
 
 
-def _measure(stages: list[Stage], part: Tensor, scratch: Scratch, hold: Hold, check: Check, *, scale: int = 1) -> None:
+def _begun(stages: list[Stage], part: Tensor, height: int, width: int) -> float:
+    """The share that measuring `part` has of the work on a picture of (height, width)."""
+    measuring = of_picture(stages, *part.shape[2:])
+    return measuring / (measuring + BY_ROWS * of_picture(stages, height, width, HELD_TOKENS))
+
+
+def _measure(
+    stages: list[Stage],
+    part: Tensor,
+    scratch: Scratch,
+    hold: Hold,
+    check: Check,
+    progress: Progress = _ignore,
+    *,
+    scale: int = 1,
+) -> None:
     """Measure the stages' statistics on `part`, (1, C, h, w), with `scale` rows and columns per latent."""
     height, width = part.shape[2:]
     frame = Frame(height, width)
+    check = telling(check, scratch, of_picture(stages, height, width), progress)
     strips = part.split(scale * strip_rows(width // scale), dim=2)
     for _ in exact.stream(stages, strips, frame, scratch, hold=hold, check=check, hold_tokens=HELD_TOKENS):
         pass
@@ -141,7 +161,7 @@ def decode(
     hold: Hold,
     rows: int | None = None,
     check: Check = _ignore,
-    progress: Callable[[float], None] = _ignore,
+    progress: Progress = _ignore,
     margin: tuple[int, int] = (0, 0),
     begin: int = 0,
     elsewhere: Elsewhere | None = None,
@@ -160,17 +180,18 @@ def decode(
     part = torch.cat([latents[:, :, row : row + 1][..., across + x] for row in (down + y).tolist()], dim=2)
     all_bands = bands(width)
     last, total = len(all_bands) - 1, FACTOR * height
+    measured = _begun(stages, part, height, sum(band.last - band.first for band in all_bands))
 
     def here(number: int, row: int) -> Iterator[Tensor]:
         return band_strips(stages, latents, all_bands[number], row, rows, check)
 
     def tell(done: int) -> None:
-        progress(done / (total * len(all_bands)))
+        progress(measured + (1 - measured) * done / (total * len(all_bands)))
 
     with scratch, ExitStack() as stack:
         if not recall(stages, scratch):
             with Scratch(scratch.folder, scratch.dtype) as nameless:
-                _measure(stages, part, nameless, hold, check)
+                _measure(stages, part, nameless, hold, check, lambda done: progress(measured * done))
             scratch.count(nameless)
             remember(stages, scratch)
         waiting = [Waiting(scratch, BANDS + n, _pixels(band), total) for n, band in enumerate(all_bands[:-1])]
@@ -203,7 +224,7 @@ def encode(
     *,
     hold: Hold,
     check: Check = _ignore,
-    progress: Callable[[float], None] = _ignore,
+    progress: Progress = _ignore,
     margin: tuple[int, int] = (0, 0),
 ) -> Tensor:
     """Return the parts of `encode_parts` as one tensor: (1, C, h, w)."""
@@ -219,7 +240,7 @@ def encode_parts(
     *,
     hold: Hold,
     check: Check = _ignore,
-    progress: Callable[[float], None] = _ignore,
+    progress: Progress = _ignore,
     margin: tuple[int, int] = (0, 0),
 ) -> Iterator[Part]:
     """pixels: (H, W, 3) uint8, sides multiples of FACTOR → parts of the posterior's mean, fp32, unscaled. `margin` as
@@ -229,12 +250,15 @@ def encode_parts(
     down, across = sample(height - 2 * y, width - 2 * x)
     columns = (FACTOR * (across + x)[:, None] + torch.arange(FACTOR)).flatten().numpy()
     blocks = [pixels[top : top + FACTOR][:, columns] for top in (FACTOR * (down + y)).tolist()]
+    part, all_bands = to_tensor(np.concatenate(blocks)), bands(width)
+    pushed = sum(band.last - band.first for band in all_bands)
+    measured = _begun(stages, part, FACTOR * height, FACTOR * pushed)
     with scratch:
-        _measure(stages, to_tensor(np.concatenate(blocks)), scratch, hold, check, scale=FACTOR)
-    all_bands = bands(width)
+        _measure(stages, part, scratch, hold, check, lambda done: progress(measured * done), scale=FACTOR)
+    del part
 
-    def shared(number: int) -> Callable[[float], None]:
-        return lambda done: progress((number + done) / len(all_bands))
+    def shared(number: int) -> Progress:
+        return lambda done: progress(measured + (1 - measured) * (number + done) / len(all_bands))
 
     for number, band in enumerate(all_bands):
         rows, seen = FACTOR * strip_rows(band.last - band.first), slice(FACTOR * band.first, FACTOR * band.last)
@@ -270,7 +294,7 @@ def rehearse(
 
 
 def _stream(
-    stages: list[Stage], strips: Iterator[Tensor], height: int, check: Check, progress: Callable[[float], None], row: int = 0
+    stages: list[Stage], strips: Iterator[Tensor], height: int, check: Check, progress: Progress, row: int = 0
 ) -> Iterator[Tensor]:  # fmt: skip
     """Push `strips`, (1, C, n, W), the rows of a picture of `height` from `row` on → (C', n', W'), top first."""
     for strip in strips:

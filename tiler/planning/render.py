@@ -31,7 +31,7 @@ from tiler.models.chunks import MOST_CHUNKS
 from tiler.models.family import Family, Role, VaeSpec
 from tiler.planning.facts import Facts
 from tiler.planning.fit import Streamed, largest_batch, with_resident
-from tiler.planning.peaks import DenoiserPeaks, VaePeaks, text_phase
+from tiler.planning.peaks import DenoiserPeaks, VaePeaks, text_phase, tiny_preview_bytes, with_preview
 from tiler.planning.precision import choose_decode_precision, choose_precision
 from tiler.planning.table import MemoryPlan, PhasePlan, Term
 from tiler.planning.tiling import Tiling, pixels_of
@@ -162,10 +162,13 @@ def plan_render(
     if request.cluster is not None and not tiles_only:
         waiting = 2 * tile_bytes(family, tile) * min(TILES_AHEAD, len(tiling.regions))  # tiles, and their predictions
         clustered = [Term(name="cluster", nbytes=CONNECTIONS_BYTES + waiting)]
+    preview_bytes = 0
+    if request.preview_vae is not None and models.tiny is not None:
+        preview_bytes = tiny_preview_bytes(models, models.tiny, facts)
 
     def sampling(by: DenoiserPeaks, name: str, batch: int = 1) -> PhasePlan:
         if name == "canvas" or guide is None:
-            return by.phase(name, [*denoising, *clustered], canvas_samples, batch, *tile)
+            return with_preview(by.phase(name, [*denoising, *clustered], canvas_samples, batch, *tile), preview_bytes)
         return by.phase(name, denoising, guide_samples, batch, guide.height, guide.width)
 
     most = family.traits.samples or MAX_BATCH

@@ -15,7 +15,7 @@ from tiler.errors import UsageError
 from tiler.models.family import Family
 from tiler.models.lora_kinds import few_steps
 from tiler.models.own_defaults import read_defaults
-from tiler.request import MAX_SIDE, PRESETS, Layout, RenderRequest, ResolvedRequest, Scheduler
+from tiler.request import MAX_SIDE, PRESETS, Decode, Layout, RenderRequest, ResolvedRequest, Scheduler
 from tiler.request.loras import Lora
 from tiler.request.paper import parse_length, sheet_pixels
 
@@ -62,6 +62,10 @@ def fill(request: RenderRequest, defaults: Mapping[str, Any] = _ROW) -> Resolved
     filled |= {name: value for name, value in said.items() if value is not None or name not in filled}
     if isinstance(prompts := filled["prompt"], tuple):
         filled["prompt"] = prompts[filled["seed"] % len(prompts)]
+    if request.preview is not None:
+        filled["preview_vae"] = request.tiny_vae
+        if request.decode is not Decode.TINY:  # nothing of the picture depends on it
+            filled["tiny_vae"] = None
     width, height, dpi, bleed_mm = _sheet(request)
     return ResolvedRequest(**filled | {"width": width, "height": height, "dpi": dpi, "bleed_mm": bleed_mm})
 
