@@ -23,7 +23,8 @@ from tiler.memory.budget import Budget, format_mb
 from tiler.memory.policy import at_rows
 from tiler.models import family as families
 from tiler.planning.peaks import vae_streaming
-from tiler.planning.render import choose_decode_precision, plan_decode
+from tiler.planning.precision import choose_decode_precision
+from tiler.planning.render import plan_decode
 from tiler.request import Decode, Precision, ResolvedRequest, Wrap
 from tiler.run import measure, streamed
 
@@ -59,7 +60,7 @@ class Decoder:
             raise ClusterError(f"{request.model} has another decoder here (its id is {found}, not {job.model_id})")
         self._vae = models.vae(spec)
         facts = measure(request.scratch_folder)
-        precision = choose_decode_precision(request.decode_precision, Precision.FP32, bf16=facts.bf16)
+        precision = choose_decode_precision(request.decode_precision, Precision.FP32, bf16=facts.arithmetic.bf16)
         own = 4 * spec.config["latent_channels"] * size[0] * size[1] + 3 * PIECE_BYTES
         space = ScratchSpace(request.scratch_folder, facts.scratch_free_bytes, request.scratch_dtype)
         _, plan, resident = plan_decode(
