@@ -40,6 +40,7 @@ def of_render(run: RenderRun) -> dict[str, Any]:
         "decode_precision": plan.methods["decode"].precision.value,
         "seed": request.seed, "width": request.width, "height": request.height,
         "model": found.name, "revision": found.revision, "workers": [worker._asdict() for worker in run.workers],
+        "decoders": [{"name": d.name, "rows": d.tiles, **d._asdict()} for d in run.decoders],
     }  # fmt: skip
 
 

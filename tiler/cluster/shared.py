@@ -77,6 +77,17 @@ class SharedJob:
             embeds=bool(run.spoken.read_as.embeddings), texts=texts,
         )  # fmt: skip
 
+    @classmethod
+    def of_decoder(cls, run: RenderRun) -> SharedJob:
+        """The job of a render's decoding, in the precision that its plan chose."""
+        from tiler.denoiser import decoder_id
+        from tiler.request import DecodePrecision
+
+        precision = DecodePrecision(run.plan.decode_precision)
+        return replace(
+            cls.of(run, {}), request=replace(run.request, decode_precision=precision), model_id=decoder_id(run.models)
+        )
+
     def to_bytes(self) -> bytes:
         from safetensors.torch import save
 
@@ -155,6 +166,17 @@ class Estimate:
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
+
+
+class BandPlace(NamedTuple):
+    """A band of a picture: its number, its first and last column of latents that are pushed, the part of them that is
+    kept, and the width of all latents."""
+
+    number: int
+    first: int
+    last: int
+    keep: tuple[int, int]
+    width: int
 
 
 class Answer(NamedTuple):

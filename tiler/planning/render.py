@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 
 from tiler.compute.tuning import TIGHT_ARENA_BYTES
+from tiler.decoding.frozen import BAND
 from tiler.decoding.method import DecodePlan, ScratchSpace
 from tiler.diffusion import flow, schedulers
 from tiler.diffusion.masks import MASKS_KEPT
@@ -30,7 +31,7 @@ from tiler.models.chunks import MOST_CHUNKS
 from tiler.models.family import Family, Role, VaeSpec
 from tiler.planning.facts import Facts
 from tiler.planning.fit import Streamed, largest_batch, with_resident
-from tiler.planning.peaks import DenoiserPeaks, VaePeaks, text_phase
+from tiler.planning.peaks import DenoiserPeaks, VaePeaks, text_phase, tiny_preview_bytes, with_preview
 from tiler.planning.precision import choose_decode_precision, choose_precision
 from tiler.planning.table import MemoryPlan, PhasePlan, Term
 from tiler.planning.tiling import Tiling, pixels_of
@@ -46,6 +47,10 @@ _ARRAYS = 6  # of the canvas's size: latents before and after, their sum, the sc
 # A larger canvas is stored in files. This depends on the size alone, since it affects the last bits of one scheduler.
 IN_MEMORY_BYTES = 128_000_000
 _STORED_BYTES = 24_000_000  # the parts of a stored canvas that are in memory
+TILES_AHEAD = 256  # with a cluster: from the first tile without a prediction to the last handed out, at least
+CONNECTIONS_BYTES = (
+    16_000_000  # memory of dask's scheduler and client while they work (`scripts/bench_cluster.py scale`)
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,10 +158,17 @@ def plan_render(
     prompts = Term(name="prompts", nbytes=len(tiling.texts) * sampler.prompt_bytes)
     others_bytes = prompts.nbytes - sampler.prompt_bytes  # the denoiser's own figure includes one prompt
     denoising = [*fixed, Term(name="canvas", nbytes=canvas_bytes), Term(name="prompts", nbytes=others_bytes)]
+    clustered = []
+    if request.cluster is not None and not tiles_only:
+        waiting = 2 * tile_bytes(family, tile) * min(TILES_AHEAD, len(tiling.regions))  # tiles, and their predictions
+        clustered = [Term(name="cluster", nbytes=CONNECTIONS_BYTES + waiting)]
+    preview_bytes = 0
+    if request.preview_vae is not None and models.tiny is not None:
+        preview_bytes = tiny_preview_bytes(models, models.tiny, facts)
 
     def sampling(by: DenoiserPeaks, name: str, batch: int = 1) -> PhasePlan:
         if name == "canvas" or guide is None:
-            return by.phase(name, denoising, canvas_samples, batch, *tile)
+            return with_preview(by.phase(name, [*denoising, *clustered], canvas_samples, batch, *tile), preview_bytes)
         return by.phase(name, denoising, guide_samples, batch, guide.height, guide.width)
 
     most = family.traits.samples or MAX_BATCH
@@ -225,6 +237,11 @@ def plan_render(
     )
 
 
+def tile_bytes(family: Family, tile: tuple[int, int]) -> int:
+    """The bytes of the latents of a tile of (height, width), fp32."""
+    return 4 * family.latent_channels * math.prod(tile)
+
+
 class _CodingPhase(NamedTuple):
     """A phase of the autoencoder, and the weights that it reads."""
 
@@ -258,6 +275,10 @@ def _plan_coding(
     whole = whole_picture(request.output, request.format, request.width, request.height)
     if whole is not None:
         decoding = whole.while_decoding(decoding)
+    if request.cluster is not None and methods["decode"].kind is Decode.FROZEN:  # workers decode bands
+        band = 4 * models.family.latent_channels * canvas[0] * min(BAND, canvas[1])
+        term = Term(name="cluster", nbytes=CONNECTIONS_BYTES + band)
+        decoding = PhasePlan(name=decoding.name, terms=(*decoding.terms, term))
     phases = [_CodingPhase(decoding, Streamed(decoder.decoder_weights, decoder.spec.weights))]
     if (guide is None and request.guide_image is None) or request.guide_upscale is not GuideUpscale.PIXEL:
         return _Coding(methods, phases, whole)

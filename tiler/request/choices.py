@@ -220,9 +220,10 @@ def parse_schedule_type(name: str) -> ScheduleType:
     raise UsageError(f"unknown schedule type {name!r}; choose one of {', '.join(ScheduleType)}")
 
 
-def check_decode(decode: Decode, tiny_vae: str | None) -> None:
-    """Raise UsageError if --decode and --tiny-vae contradict each other."""
-    if (decode is Decode.TINY) != (tiny_vae is not None):
+def check_decode(decode: Decode, tiny_vae: str | None, *, previews: bool = False) -> None:
+    """Raise UsageError if --decode and --tiny-vae contradict each other. With `previews`, --tiny-vae may be meant for
+    them alone."""
+    if (decode is Decode.TINY) != (tiny_vae is not None) and not (previews and tiny_vae is not None):
         raise UsageError(
             "--decode tiny and --tiny-vae FOLDER go together; give both (taesd is made for SD 1.x and 2.x)"
         )
