@@ -122,8 +122,14 @@ def _auto() -> str:
 
     here = arithmetic()
     chosen = {least: choose_precision(Precision.AUTO, least, here)[0] for least in SPEEDUPS_OF[here.isa]}
-    parts = [f"{precision} for models with {least} channels and more" for least, precision in chosen.items() if least]
-    return ", ".join([f"{chosen[0]}", *parts])
+    steps = [(least, precision) for least, precision in chosen.items() if least]
+    before = [chosen[0], *(precision for _, precision in steps)]
+    changes = [
+        f"{precision} for models with {least} channels and more"
+        for (least, precision), last in zip(steps, before, strict=False)
+        if precision is not last
+    ]
+    return ", ".join([str(chosen[0]), *changes])
 
 
 def _compute_dtype(flags: tuple[str, ...], *, int8_runs: bool) -> str:

@@ -95,7 +95,9 @@ class Speedup(NamedTuple):
 _NO_GAIN = Speedup(1, 1)
 # By the least channels at a denoiser's highest resolution. Processor time of one thread of a Zen 4 server, limited to
 # the row's instructions: passes of `mini`, of SD 1.5's size, and of SD 3.5 large's width, two samples each;
-# the lower of two runs where there were two (int8 of `mini`: 1.25 and 1.33).
+# the lower of two runs where there were two. `mini` in int8 is at the edge of what `auto` asks for: 1.25 and 1.33 with
+# VNNI, 1.30 and 1.32 on AVX2. A render's reads serve more samples, which favours fp32, whose weights take longer to
+# prepare: it counts as 1.2.
 SPEEDUPS_OF: Annotated[
     Mapping[Isa, Mapping[int, Speedup]], Passport("ratio", "python scripts/calibrate.py precisions")
 ] = {
