@@ -167,7 +167,7 @@ SCHNELL = FLUX._replace(
     others="black-forest-labs/FLUX.1-schnell",
 )
 PIXART_ALPHA = FamilyRow(
-    "PixArt-α", "PixArtAlphaPipeline", Kind.PIXART, (_T5,), 4, 0.18215, _LINEAR, 432, "PixArt-alpha/PixArt-XL-2-1024-MS"
+    "PixArt-α", "PixArtAlphaPipeline", Kind.PIXART, (_T5,), 4, 0.18215, _LINEAR, 412, "PixArt-alpha/PixArt-XL-2-1024-MS"
 )
 PIXART_SIGMA = PIXART_ALPHA._replace(
     title="PixArt-Σ",
