@@ -1,13 +1,13 @@
 """Measure what a cluster brings, and what it costs its coordinator.
 
-python scripts/bench_cluster.py speedup --model FOLDER --size 2048 [--steps 4] [--precision int8] [--max-ram 1.6GB]
-    seconds of the canvas and of the whole render: one process with one thread; two workers with one thread each;
-    then two renders at once on these workers against one after the other; the bytes of all are compared. Wants a
-    quiet machine with two free cores.
+python scripts/bench_cluster.py speedup --model FOLDER --size 2048 [--steps 4] [--precision int8] [--brief] [OPTION …]
+    seconds of the canvas and of the whole render: one process with one thread; two workers with one thread each; then
+    `tiler batch` with two pictures at once on these workers against one process after the other; the bytes of all are
+    compared. Wants a quiet machine with two free cores. Other options are those of `tiler render`.
 python scripts/bench_cluster.py scale [--workers 100] [--tasks 10000] [--side 100000]
-    CPU time of a `dask scheduler` and of the coordinator for each task, less what both take while nothing happens, and
-    their memory, in windows of a tenth of the tasks: growth would be seen. So many workers are in another process, and
-    their predictions are made up.
+    CPU time of a queue's scheduler and of the coordinator for each task, less what both take while nothing happens,
+    and their memory, in windows of a tenth of the tasks: growth would be seen. So many workers are in another process,
+    and their predictions are made up. --plain measures a `dask scheduler` instead.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import asyncio
 import hashlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -28,6 +29,8 @@ from typing import Any
 
 import psutil
 
+from tiler.memory.budget import parse_bytes
+
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 BATCH = 5  # tiles a task, as workers with SD 1.5 under 700 MB take
@@ -37,16 +40,24 @@ def tiler(*words: object) -> list[str]:
     return [sys.executable, "-m", "tiler", *map(str, words)]
 
 
+PROMPT = "a lighthouse on a cliff"
+
+
+def common(told: argparse.Namespace) -> list[object]:
+    """Options of all renders."""
+    return [
+        "--model", told.model, "--size", told.size, "--steps", told.steps, "--seed", 7, "--precision", told.precision,
+        "--no-metadata", "--quiet", *told.more,
+    ]  # fmt: skip
+
+
 class Timed:
     """A render that has been told to go: its seconds, and the bytes of its picture."""
 
     def __init__(self, told: argparse.Namespace, folder: Path, name: str, *more: object) -> None:
         self.picture, self._report = folder / f"{name}.png", folder / f"{name}.json"
-        words = [
-            "render", "a lighthouse on a cliff", "--model", told.model, "--size", told.size, "--steps", told.steps,
-            "--seed", 7, "--precision", told.precision, "--max-ram", told.max_ram, "--no-metadata", "--quiet",
-            "--report", self._report, "-o", self.picture, *more,
-        ]  # fmt: skip
+        own = ["--max-ram", told.max_ram, "--report", self._report, "-o", self.picture, *more]
+        words = ["render", PROMPT, *common(told), *own]
         self._start = time.monotonic()
         self._process = subprocess.Popen(tiler(*words), env=ENVIRONMENT)
 
@@ -90,30 +101,58 @@ def fleet(told: argparse.Namespace, folder: Path) -> Iterator[tuple[object, ...]
             process.wait()
 
 
-def speedup(told: argparse.Namespace) -> None:
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
-        first = Timed(told, folder, "warm-up")  # packs int8 weights
-        first.wait()
-        alone = Timed(told, folder, "alone")
-        one = alone.wait()
-        with fleet(told, folder) as through:
-            Timed(told, folder, "warm-up-2", *through).wait()
-            both = Timed(told, folder, "both", *through)
-            two = both.wait()
-            start = time.monotonic()
-            pair = [Timed(told, folder, f"pair-{n}", *through) for n in (1, 2)]
-            for each in pair:
-                each.wait()
-            together = time.monotonic() - start
-        digests = {each.digest() for each in (first, alone, both, *pair)}
+def tell(one: dict[str, float], two: dict[str, float], digests: set[str]) -> None:
     print(f"one process × 1 thread: canvas {one['canvas']:.1f} s, whole {one['whole']:.1f} s")
     print(f"two workers × 1 thread: canvas {two['canvas']:.1f} s, whole {two['whole']:.1f} s")
     print(f"speed-up: canvas {one['canvas'] / two['canvas']:.2f}×, whole {one['whole'] / two['whole']:.2f}×")
+    print(f"bytes: {'equal' if len(digests) == 1 else f'DIFFERENT {digests}'}", flush=True)
+
+
+def speedup(told: argparse.Namespace) -> None:
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        small = ("--size", 256, "--steps", 1)
+        if not told.brief:
+            Timed(told, folder, "warm-up", *small).wait()  # packs int8 weights
+        alone = Timed(told, folder, "alone")
+        one = alone.wait()
+        with fleet(told, folder) as through:
+            if not told.brief:
+                Timed(told, folder, "warm-up-2", *small, *through).wait()
+            both = Timed(told, folder, "both", *through)
+            two = both.wait()
+            tell(one, two, {alone.digest(), both.digest()})
+            if told.brief:
+                return
+            queue = folder / "q.toml"
+            queue.write_text("".join(f'[[image]]\nprompt = "{PROMPT}"\noutput = "pair-{n}.png"\n' for n in (1, 2)))
+            ceiling = f"{2 * parse_bytes(told.max_ram) + 20_000_000}"
+            start = time.monotonic()
+            words = ["batch", queue, *common(told), "--nice", 0, "--max-ram", ceiling, *through]
+            subprocess.run(tiler(*words), env=ENVIRONMENT, check=True)
+            together = time.monotonic() - start
+        pair = {hashlib.sha256((folder / f"pair-{n}.png").read_bytes()).hexdigest()[:16] for n in (1, 2)}
+        digests = {alone.digest(), both.digest(), *pair}
     print(
-        f"two renders at once: {together:.1f} s, {2 * one['whole'] / together:.2f}× of two alone, one after the other"
+        f"two pictures of a queue at once: {together:.1f} s, {2 * one['whole'] / together:.2f}× of two alone, one after the other"
     )
     print(f"bytes: {'equal' if len(digests) == 1 else f'DIFFERENT {digests}'}")
+
+
+def host(keys: Path, folder: Path) -> subprocess.Popen[bytes]:
+    """The process with the scheduler of a queue, which prints its address."""
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        port = found.getsockname()[1]
+    asked = {
+        "cluster": f"listen:127.0.0.1:{port}", "keys": str(keys), "insecure": False, "folder": str(folder),
+        "worker_bytes": 0, "threads": 1,
+    }  # fmt: skip
+    command = [sys.executable, "-m", "tiler.cli.host"]
+    process = subprocess.Popen(command, env=ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdin is not None
+    process.stdin.write(json.dumps(asked).encode() + b"\n")
+    process.stdin.flush()
+    return process
 
 
 def members(address: str, keys: str, count: str) -> None:
@@ -165,7 +204,7 @@ def scale(told: argparse.Namespace) -> None:
     from tiler.cluster.pool import Pool
     from tiler.diffusion.layouts import plan_tiles
     from tiler.diffusion.runner import Tile
-    from tiler.memory.process import frugal_allocator
+    from tiler.memory.process import frugal_allocator, read_rss
     from tiler.planning.resolve import fill
     from tiler.request import RenderRequest
     from tiler.request.cluster import Cluster, Where
@@ -179,11 +218,16 @@ def scale(told: argparse.Namespace) -> None:
         keys = Path(place) / "keys"
         make_keys(keys)
         file = Path(place) / "scheduler.json"
-        frugal = ENVIRONMENT | {"DASK_DISTRIBUTED__ADMIN__LOW_LEVEL_LOG_LENGTH": "1"}  # as `listen` sets it
-        started = [subprocess.Popen(scheduler_command(keys, file), env=frugal, stderr=subprocess.DEVNULL)]
-        while not file.exists():
-            time.sleep(0.1)
-        with Engine(Cluster(where=Where.FILE, address=str(file)), keys) as engine:
+        if told.plain:
+            started = [subprocess.Popen(scheduler_command(keys, file), env=ENVIRONMENT, stderr=subprocess.DEVNULL)]
+            while not file.exists():
+                time.sleep(0.1)
+            cluster = Cluster(where=Where.FILE, address=str(file))
+        else:
+            started = [host(keys, Path(place))]
+            assert started[0].stdout is not None
+            cluster = Cluster(where=Where.CONNECT, address=json.loads(started[0].stdout.readline())["address"])
+        with Engine(cluster, keys) as engine:
             command = [sys.executable, __file__, "members", engine.address, str(keys), str(told.workers)]
             started.append(subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.DEVNULL))
             both = psutil.Process(started[0].pid), psutil.Process()
@@ -208,7 +252,10 @@ def scale(told: argparse.Namespace) -> None:
                                 words = []
                                 for n, name in enumerate(("scheduler", "coordinator")):
                                     spent = 1000 * (now[n] - mark[n] - lasted * idle[n]) / (window / BATCH)
-                                    words.append(f"{name} {spent:.2f} ms, {both[n].memory_info().rss / 1e6:.0f} MB")
+                                    rss = read_rss(Path(f"/proc/{both[n].pid}"))
+                                    words.append(
+                                        f"{name} {spent:.2f} ms, {rss.now / 1e6:.0f} MB (peak {rss.peak / 1e6:.0f})"
+                                    )
                                 print(f"{done // BATCH:7,} tasks: {'; '.join(words)}", flush=True)
                                 mark, since = spent_by(both), time.monotonic()
                             if done >= told.tasks * BATCH:
@@ -230,14 +277,17 @@ def main() -> None:
     one.add_argument("--precision", default="fp32")
     one.add_argument("--max-ram", default="800MB")
     one.add_argument("--worker-ram", default="800MB")
+    one.add_argument("--brief", action="store_true", help="neither runs to warm up nor a queue")
     one.set_defaults(run=speedup)
     two = commands.add_parser("scale")
     two.add_argument("--workers", type=int, default=100)
     two.add_argument("--tasks", type=int, default=10_000)
     two.add_argument("--side", type=int, default=100_000)
     two.add_argument("--idle", type=float, default=20.0, metavar="SECONDS", help="for which nothing happens")
+    two.add_argument("--plain", action="store_true", help="a `dask scheduler`")
     two.set_defaults(run=scale)
-    told = parser.parse_args()
+    told, more = parser.parse_known_args()
+    told.more = more  # options of `tiler render`
     told.run(told)
 
 

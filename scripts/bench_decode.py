@@ -6,6 +6,7 @@
     python scripts/bench_decode.py ways    decoding and encoding 2048² by `exact`, `sampled` and `frozen`: seconds, and
                                            the error of the others against `exact`; SD 1.5 size with random weights
     python scripts/bench_decode.py exact frozen --json FILE
+    python scripts/bench_decode.py exact --decode-precision bf16   in bf16, as beside a denoiser in int8 or bf16
 
 Peaks under the ceiling are measured by `bench.py decode`, in processes of their own: diffusers' part needs gigabytes
 here.
@@ -41,8 +42,8 @@ from tiler.diffusion import guide
 from tiler.models import family as families
 from tiler.models.built import Models
 from tiler.models.family import VaeSpec
-from tiler.planning.peaks import VaePeaks
-from tiler.request import Decode, Wrap
+from tiler.planning.peaks import VaePeaks, vae_streaming
+from tiler.request import Decode, Precision, Wrap
 from tiler.run import measure, streamed
 from tiler.weights.checkpoint import resolve
 
@@ -82,10 +83,14 @@ def reference(model: str) -> AutoencoderKL:
     return AutoencoderKL.from_pretrained(folder, variant=variant, torch_dtype=torch.float32).eval()
 
 
-def decode(kind: VaeSpec, latents: Tensor, dtype: torch.dtype | None) -> Tensor:
+def decode(kind: VaeSpec, latents: Tensor, dtype: torch.dtype | None, precision: Precision) -> Tensor:
     """By `exact` with scratch of `dtype`, or by `frozen` when there is none."""
     vae = families.build_vae(kind)
-    with streamed(vae, kind.weights, families.vae_names) as streamer, tempfile.TemporaryDirectory() as folder:
+    options = vae_streaming(kind, vae, precision)._asdict()
+    with (
+        streamed(vae, kind.weights, families.vae_names, **options) as streamer,
+        tempfile.TemporaryDirectory() as folder,
+    ):
         scratch = Scratch(Path(folder), dtype or torch.float16)
         by_rows = frozen.decode if dtype is None else exact.decode
         strips = by_rows(vae, latents, scratch, hold=streamer.hold_transformed, check=lambda where: None)
@@ -108,7 +113,7 @@ def work_factor(kind: VaeSpec, height: int, width: int) -> float:
     return meter.flops / whole
 
 
-def bench_exact(model: str, sizes: list[tuple[int, int]]) -> list[dict[str, Any]]:
+def bench_exact(model: str, sizes: list[tuple[int, int]], precision: Precision) -> list[dict[str, Any]]:
     """Latents are noise of unit variance around a slope, so that tiles differ in tone."""
     theirs, family = reference(model), families.read_family(resolve(model))
     kind, rows = family.autoencoder, []
@@ -117,8 +122,8 @@ def bench_exact(model: str, sizes: list[tuple[int, int]]) -> list[dict[str, Any]
         scaled = torch.randn(1, family.latent_channels, height // 8, width // 8, generator=generator)
         latents = kind.unscale_(scaled + torch.linspace(-1, 1, width // 8))
         want, their_seconds = timed(lambda latents=latents: theirs.decode(latents).sample[0])
-        fp16, our_seconds = timed(lambda latents=latents: decode(kind, latents, torch.float16))
-        fp32 = decode(kind, latents, torch.float32)
+        fp16, our_seconds = timed(lambda latents=latents: decode(kind, latents, torch.float16, precision))
+        fp32 = decode(kind, latents, torch.float32, precision)
         theirs.enable_tiling()
         cut = max(latents.shape[2:]) > theirs.tile_latent_min_size  # else diffusers decodes in one tile
         tiled = psnr(theirs.decode(latents).sample[0], want) if cut else None
@@ -127,6 +132,7 @@ def bench_exact(model: str, sizes: list[tuple[int, int]]) -> list[dict[str, Any]
             {
                 "model": family.checkpoint.name,
                 "size": f"{width}×{height}",
+                "precision": precision.value,
                 "fp32_max_of_255": 127.5 * float((fp32.clamp(-1, 1) - want.clamp(-1, 1)).abs().max()),
                 "fp32_psnr": psnr(fp32, want),
                 "fp16_psnr": psnr(fp16, want),
@@ -138,7 +144,7 @@ def bench_exact(model: str, sizes: list[tuple[int, int]]) -> list[dict[str, Any]
         )
         r = rows[-1]
         print(
-            f"exact {Path(r['model']).name} {r['size']}: fp32 {r['fp32_psnr']:.0f} dB (max {r['fp32_max_of_255']:.3f}/255), fp16 {r['fp16_psnr']:.0f} dB, "
+            f"exact {Path(r['model']).name} {r['size']} in {precision}: scratch of fp32 {r['fp32_psnr']:.1f} dB (max {r['fp32_max_of_255']:.3f}/255), fp16 {r['fp16_psnr']:.1f} dB, "
             f"enable_tiling {'one tile' if tiled is None else f'{tiled:.0f} dB'}; {our_seconds:.1f} s, diffusers {their_seconds:.1f} s "
             f"({our_seconds / their_seconds:.2f}×), work factor {r['work_factor']:.3f}",
             flush=True,
@@ -169,12 +175,12 @@ def seam_score(picture: Tensor, step: int) -> float:
     return float(gradient[at].mean() / gradient[~at].mean())
 
 
-def bench_frozen(model: str, size: int, count: int, folder: Path) -> list[dict[str, Any]]:
+def bench_frozen(model: str, size: int, count: int, folder: Path, precision: Precision) -> list[dict[str, Any]]:
     kind, theirs = families.read_family(resolve(model)).autoencoder, reference(model)
     rows = []
     for i, scaled in enumerate(rendered_latents(model, size, count, folder)):
         latents = kind.unscale_(scaled)
-        got, want = decode(kind, latents, None), theirs.decode(latents).sample[0]
+        got, want = decode(kind, latents, None, precision), theirs.decode(latents).sample[0]
         step = 8 * strip_rows(latents.shape[3])
         rows.append({"picture": i, "psnr": psnr(got, want), "seams": seam_score(got, step) / seam_score(want, step)})
         print(
@@ -184,12 +190,12 @@ def bench_frozen(model: str, size: int, count: int, folder: Path) -> list[dict[s
     return rows
 
 
-def bench_ways(model: str, sizes: list[tuple[int, int]]) -> list[dict[str, Any]]:
+def bench_ways(model: str, sizes: list[tuple[int, int]], precision: Precision) -> list[dict[str, Any]]:
     """Latents as in `bench_exact`; pixels are noise of 32×32, enlarged, as a guide is."""
     models, rows = Models(families.read_family(resolve(model))), []
     kind = models.decoder
     models.vae(kind)
-    planning = VaePeaks(models, kind, measure(Path(tempfile.gettempdir())))
+    planning = VaePeaks(models, kind, measure(Path(tempfile.gettempdir())), precision)
     generator = torch.Generator().manual_seed(1)
     noise = torch.randint(256, (32, 32, 3), generator=generator, dtype=torch.uint8).numpy()
     for width, height in sizes:
@@ -227,7 +233,8 @@ def bench_ways(model: str, sizes: list[tuple[int, int]]) -> list[dict[str, Any]]
 def go(how: method.DecodePlan, kind: VaeSpec, latents: Tensor, pixels: Pixels) -> Tensor:
     """The picture of `latents`, or the latents of `pixels`."""
     vae, quiet = families.build_vae(kind), {"check": lambda where: None, "progress": lambda share: None}
-    with streamed(vae, kind.weights, families.vae_names) as streamer:
+    options = vae_streaming(kind, vae, how.precision)._asdict()
+    with streamed(vae, kind.weights, families.vae_names, **options) as streamer:
         if how.encoding:
             return method.encode(how, vae, streamer, pixels, **quiet)
         return torch.cat(list(method.decode(how, vae, streamer, latents, **quiet)), dim=1)
@@ -245,21 +252,25 @@ def main() -> None:
     )
     parser.add_argument("--count", type=int, default=8, help="pictures, for frozen")
     parser.add_argument("--folder", type=Path, default=Path.home() / ".cache/tiler/latents", help="where they are kept")
+    parser.add_argument(
+        "--decode-precision", type=Precision, choices=[Precision.FP32, Precision.BF16], default=Precision.FP32
+    )
     parser.add_argument("--json", type=Path, help="also write all results here")
     args = parser.parse_args()
     results: dict[str, Any] = {}
+    precision: Precision = args.decode_precision
     if "exact" in args.what:
         sizes = numbers(args.sizes or ["512x512", "1024x1024", "1536x640"])
         models = args.models or [str(make_checkpoint.make("sd15")), "mini"]
-        results["exact"] = [row for model in models for row in bench_exact(model, sizes)]
+        results["exact"] = [row for model in models for row in bench_exact(model, sizes, precision)]
     if "frozen" in args.what:
         results["frozen"] = [
-            row for m in args.models or ["mini"] for row in bench_frozen(m, 2048, args.count, args.folder)
+            row for m in args.models or ["mini"] for row in bench_frozen(m, 2048, args.count, args.folder, precision)
         ]
     if "ways" in args.what:
         sizes = numbers(args.sizes or ["2048x2048"])
         results["ways"] = [
-            row for m in args.models or [str(make_checkpoint.make("sd15"))] for row in bench_ways(m, sizes)
+            row for m in args.models or [str(make_checkpoint.make("sd15"))] for row in bench_ways(m, sizes, precision)
         ]
     if args.json:
         args.json.write_text(json.dumps(results, indent=2) + "\n")

@@ -185,9 +185,8 @@ def main() -> None:
         print((call if args.what == "call" else text)(*args.kinds))
     elif args.what in ("calls", "text"):
         for kind in args.kinds or (RESIDENT if args.what == "calls" else ("wide-flux",)):
-            took = alternated("call", kind, "diffusers", args.rounds)
-            if args.what == "text":
-                took = alternated("encode", kind, "products", args.rounds)
+            what, other = ("call", "diffusers") if args.what == "calls" else ("encode", "products")
+            took = alternated(what, kind, other, args.rounds)
             (own, ours), (other, theirs) = took.items()
             print(f"{kind:16}{own} {ours:.1f} s, {other} {theirs:.1f} s of user CPU: {ours / theirs:.2f}×")
     else:

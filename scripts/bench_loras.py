@@ -6,7 +6,8 @@ passes with a LoRA of random factors and without one.
     python scripts/bench_loras.py --precision fp32 --side 8    the seconds of the LoRA alone: in fp32 they are those of
                                                                reading the weights, whatever the size of a picture
 
-A pass is that of the plan at 2048²: as many samples as share a read there. Both workers take the batch and the resident
+A pass is that of the plan at 2048²: as many samples as share a read there, or fewer with --samples, which makes the
+LoRA's share larger than it is in a render. Both workers take the batch and the resident
 weights of the plan without the LoRA, so that nothing else tells them apart; the last column is what the smallest
 ceiling of the plan grows by.
 """
@@ -75,7 +76,7 @@ def real(tensor):
     return made[id(tensor)][1]
 samples = []
 side = {side} or family.native
-for one in family.example([i // 2 for i in range(plan.batch)], (side, side)):
+for one in family.example([i // 2 for i in range({samples} or plan.batch)], (side, side)):
     prompt = one.prompt._replace(tokens=real(one.prompt.tokens), pooled=None if one.prompt.pooled is None else real(one.prompt.pooled))
     samples.append(one._replace(latents=real(one.latents), prompt=prompt))
 check = at_layer(Budget({ceiling} * 2), plan.memory.peak_of("canvas"))
@@ -112,9 +113,9 @@ def lora_file(model: str, rank: int, folder: Path, *, convs: bool) -> Path:
     return path
 
 
-def bench(model: str, lora: Path, ceiling: int, precision: str, rounds: int, side: int) -> dict[str, Any]:
+def bench(model: str, lora: Path, ceiling: int, precision: str, rounds: int, side: int, samples: int) -> dict[str, Any]:
     """Passes with and without the LoRA by turns; the first of each is not counted."""
-    told = {"model": model, "ceiling": ceiling, "precision": precision, "side": side}
+    told = {"model": model, "ceiling": ceiling, "precision": precision, "side": side, "samples": samples}
     codes = {name: PASS.format(**told, lora=file) for name, file in (("plain", ""), ("lora", str(lora)))}
     workers = {}
     for name, code in codes.items():
@@ -144,13 +145,14 @@ def main() -> None:
     parser.add_argument(
         "--side", type=int, default=0, help="latents of a sample's side; default: the model's native size"
     )
+    parser.add_argument("--samples", type=int, default=0, help="of a pass; default: the plan's")
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     model = args.model or str(make_checkpoint.make("sd15"))
     with tempfile.TemporaryDirectory() as folder:
         lora = lora_file(model, args.rank, Path(folder), convs=args.convs)
         for precision in args.precision:
-            row = bench(model, lora, args.ceiling, precision, args.rounds, args.side)
+            row = bench(model, lora, args.ceiling, precision, args.rounds, args.side, args.samples)
             print(
                 f"{precision}: a pass of {row['samples']} samples takes {row['seconds']:.1f} s, with the LoRA "
                 f"{row['longer']:+.2f} s ({row['longer'] / row['seconds']:+.1%}); peak {row['peak'] / 1e6:.0f} MB, with it {row['more'] / 1e6:+.1f} MB; smallest "

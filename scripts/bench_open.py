@@ -12,6 +12,7 @@ import os
 import statistics
 import subprocess
 import tempfile
+from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,7 +46,10 @@ def main() -> None:
     folder = args.model or make_checkpoint.make("sd15")
     file = args.file or folder.with_suffix(".safetensors")
     if not file.is_file():
-        write_single(folder, file)
+        # In a process of its own: a child's peak is at least what its parent holds.
+        writer = get_context("spawn").Process(target=write_single, args=(folder, file))
+        writer.start()
+        writer.join()
     for command in ("plan", "encode"):
         runs: dict[Path, list[Cost]] = {folder: [], file: []}
         for number in range(args.rounds + 1):  # the first round fills caches

@@ -3,7 +3,7 @@ files.
 
     python scripts/kills.py                    # 50 kills over mini's layouts, wraps, regions and schedulers
     python scripts/kills.py --kills 10 --only "--layout shift"
-    python scripts/kills.py --model path/to/sd15 --kills 10 --size 768 --steps 2
+    python scripts/kills.py --model path/to/sd15 --kills 10 --size 512 --steps 2 --way="--no-guide --guidance-scale 1"
 
 Prints a line for each kill, and ends with exit code 1 where a picture differs from the uninterrupted one or anything is
 left beside the pictures.
@@ -45,10 +45,11 @@ def main() -> None:
     parser.add_argument("--model", default="mini")
     parser.add_argument("--size", type=int, default=576)
     parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--only", default="", help="a part of the options of the ways to take")
+    parser.add_argument("--only", default="", help="a part of the options of the ways to take, like --only=--decode")
+    parser.add_argument("--way", help="other options, in place of all ways")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     asked = parser.parse_args()
-    ways = [way for way in WAYS if asked.only in way]
+    ways = [asked.way] if asked.way else [way for way in WAYS if asked.only in way]
     moments = random.Random(asked.seed)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -9,8 +9,9 @@
     python scripts/quantised.py peaks FOLDER --file x.gguf  memory of a process that makes a call with each (VmHWM)
 
 Prompts and latents are random. With outliers, one in a hundred inputs of every int8 layer is thirty times as large, and
-so is one in a hundred tokens where no norm stands before the layer, as trained transformers have them. `--side` is that
-of the latents: 64 are 512 pixels for most families, 128 are 1024.
+so is one in a hundred tokens where no norm stands before the layer, as trained transformers have them. The error of
+weights alone, computed with in fp32, says how sensitive the model is to any change then. `--kinds` are the weights to
+try, none for int8 arithmetic alone. `--side` is that of the latents: 64 are 512 pixels for most families, 128 are 1024.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -163,23 +164,30 @@ def packed(model: Opened, cache: Path) -> Callable[[Sample], tuple[Tensor, float
     return lambda sample: call(model, stored, plain_names, sample)
 
 
-def errors(model: Opened, side: int, cache: Path) -> None:
+def errors(model: Opened, side: int, cache: Path, kinds: Sequence[Weights]) -> None:
     index, sample = model.index, sample_of(model, side)
     names = model.part.int8_weights(model.module)
     want, _ = call(model, index, plain_names, sample)
+    with outliers(names):
+        with_outliers, _ = call(model, index, plain_names, sample)
 
     def tell(what: str, got: Tensor, than: Tensor) -> None:
         print(f"{model.name:24} {what:40} {float((got - than).norm() / than.norm()):8.3%}", flush=True)
 
-    for kind in Weights:
+    for kind in kinds:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "w.safetensors"
             write_quanto(path, index, names, kind, "", lambda nbytes: None)
-            tell(f"{kind} weights", call(model, understood(read_index(path)), model.part.aliases, sample)[0], want)
+            stored = understood(read_index(path))
+            tell(f"{kind} weights", call(model, stored, model.part.aliases, sample)[0], want)
+            with outliers(names):
+                got, _ = call(model, stored, model.part.aliases, sample)
+            tell(f"{kind} weights with outliers", got, with_outliers)
     run = packed(model, cache)
     tell("int8 arithmetic", run(sample)[0], want)
     with outliers(names):
-        tell("int8 arithmetic with outliers", run(sample)[0], call(model, index, plain_names, sample)[0])
+        got, _ = run(sample)
+    tell("int8 arithmetic with outliers", got, with_outliers)
 
 
 def times(model: Opened, file: str | None, side: int, rounds: int, cache: Path) -> None:
@@ -216,6 +224,7 @@ def main() -> None:
     parser.add_argument("what", choices=["sizes", "errors", "times", "peaks", "peak"])
     parser.add_argument("folders", nargs="+", metavar="FOLDER")
     parser.add_argument("--side", type=int, default=64, help="of the latents (default: 64)")
+    parser.add_argument("--kinds", nargs="*", type=Weights, default=list(Weights), metavar="int8|fp8|int4")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--file", help="a file with the denoiser, for times and peaks")
     parser.add_argument("--cache", type=Path, default=default_cache(), help="of int8 weights")
@@ -229,7 +238,7 @@ def main() -> None:
         if args.what == "sizes":
             sizes(model)
         elif args.what == "errors":
-            errors(model, args.side, args.cache)
+            errors(model, args.side, args.cache, args.kinds)
         elif args.what == "peak":
             call(model, model.index, plain_names, sample_of(model, args.side))
             print(process.read_rss().peak)

@@ -15,10 +15,12 @@ from tiler.memory.budget import Budget
 from tiler.memory.tuning import MARGIN
 from tiler.models import family as families
 from tiler.models.embeds import Text
+from tiler.models.loras import find_loras
 from tiler.planning.resolve import resolve
 from tiler.planning.tiling import plan_tiling
 from tiler.render_run import RenderRun
 from tiler.request import ModelOptions, RenderRequest
+from tiler.request.wording import tags_of
 from tiler.weights.encoders import LARGE
 
 _READ_ALIKE = (
@@ -32,7 +34,8 @@ def encode_ahead(requests: Sequence[RenderRequest], budget: Budget, on_event: On
     Return the number of texts encoded. Raises TilerError."""
     alike = defaultdict[str, list[RenderRequest]](list)
     for request in requests:
-        alike[json.dumps([encode(getattr(request, name)) for name in _READ_ALIKE])].append(request)
+        read_as = [encode(getattr(request, name)) for name in _READ_ALIKE]
+        alike[json.dumps([*read_as, *map(str, tags_of(request))])].append(request)
     return sum(_encode(group, budget, on_event) for group in alike.values() if len(group) > 1)
 
 
@@ -46,7 +49,8 @@ def _encode(requests: list[RenderRequest], budget: Budget, on_event: OnEvent) ->
         if not isinstance(event, Note):
             on_event(event)
 
-    settings = [resolve(request, family) for request in requests]
+    loras = find_loras(requests[0])
+    settings = [resolve(request, family, loras) for request in requests]
     texts: list[Text] = list(dict.fromkeys(text for each in settings for text in plan_tiling(each, family).texts))
     run = phases.start(requests[0], budget, without_notes, planning=True)
     missing = [

@@ -16,7 +16,8 @@ from tiler.output.latents import LatentsFile
 from tiler.output.picture import check_picture, check_size
 from tiler.phases import open_models
 from tiler.pixels import Decoding
-from tiler.planning.render import choose_decode_precision, plan_decode
+from tiler.planning.precision import choose_decode_precision
+from tiler.planning.render import plan_decode
 from tiler.planning.table import MemoryPlan
 from tiler.planning.whole import whole_picture
 from tiler.request import DecodePrecision, DecodeRequest, Precision
@@ -55,7 +56,7 @@ def start(request: DecodeRequest, budget: Budget, on_event: OnEvent) -> Iterator
         check_size(output, request.format, box.width, box.height)
         how, plan, resident = plan_decode(
             models, (height, width), facts, budget.max_bytes, decode=request.decode,
-            precision=_precision(request, latents, bf16=facts.bf16), space=space, wrap=request.wrap,
+            precision=_precision(request, latents, bf16=facts.arithmetic.bf16), space=space, wrap=request.wrap,
             whole=whole_picture(output, request.format, box.width, box.height),
         )  # fmt: skip
         run = DecodeRun(

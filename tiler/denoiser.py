@@ -82,6 +82,12 @@ def denoiser_id(models: Models) -> str:
     return own if not loras else f"{own}-{hashlib.sha256(repr(loras).encode()).hexdigest()[:16]}"
 
 
+def decoder_id(models: Models) -> str:
+    """Tells the weights and the config of what decodes the picture."""
+    spec = models.decoder
+    return model_id(spec.checkpoint, [spec.part])
+
+
 @contextmanager
 def open_denoiser(run: DenoiserRun, prompts: Prompts, phase: str = "canvas") -> Iterator[LocalRunner]:
     """Open a runner that predicts the tiles of `phase` in this process until the block ends. Raises TilerError."""

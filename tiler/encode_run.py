@@ -23,7 +23,7 @@ from tiler.planning.resolve import resolve
 from tiler.planning.table import MemoryPlan, PhasePlan
 from tiler.request import MAX_STEPS, EncodeRequest, RenderRequest, ResolvedRequest
 from tiler.request.prompt import Stage
-from tiler.request.wording import Wording, canvas_conditions
+from tiler.request.wording import Wording, canvas_conditions, tags_of
 from tiler.run import Run, measure
 
 
@@ -43,10 +43,11 @@ def start(request: EncodeRequest, budget: Budget, on_event: OnEvent) -> EncodeRu
     check_writable(output, force=request.force)
     family = families.open_family(request)
     models, found = Models(family), family.checkpoint
-    settings = [resolve(asked, family) for asked in _renders(request)]
-    loras, *others = {find_loras(one) for one in settings}
+    renders = _renders(request)
+    loras, *others = {find_loras(one) for one in {tags_of(one): one for one in renders}.values()}
     if others:
         raise UsageError("the prompts name different LoRAs; encode the prompts of each LoRA into a file of their own")
+    settings = [resolve(asked, family, loras) for asked in renders]
     models.loras = apply_loras(loras, models)
     texts: list[Text] = list(dict.fromkeys(text for one in settings for text in _texts(one)))
     if family.traits.chunked:

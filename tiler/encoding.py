@@ -7,15 +7,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tiler.compute import onednn
+from tiler.compute.precisions import arithmetic
 from tiler.errors import StorageError, UsageError
 from tiler.models.built import Models
 from tiler.models.embeds import Encoded, PromptCache, Text, Words, prompts_folder
 from tiler.models.family import Family, Part
 from tiler.models.prompting import read_options
 from tiler.models.reading import ReadAs, Reading
-from tiler.native.library import has_bf16
-from tiler.planning.render import choose_precision
+from tiler.planning.precision import choose_precision
 from tiler.request import Emphasis, Precision, RenderRequest, ResolvedRequest
 from tiler.request.wording import may_be_long
 from tiler.run import Names, Run
@@ -66,7 +65,7 @@ def with_words(request: RenderRequest, words: Words | None) -> RenderRequest:
 
 def precision_of(request: ResolvedRequest, family: Family) -> Precision:
     """The denoiser's precision, as the plan will choose it."""
-    return choose_precision(request.precision, family, onednn.int8(), bf16=has_bf16())[0]
+    return choose_precision(request.precision, family.traits.width, arithmetic())[0]
 
 
 def find_prompts(

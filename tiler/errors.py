@@ -25,9 +25,14 @@ class ModelError(TilerError):
 
 
 class BudgetRefused(TilerError):
-    """The plan needs more memory than the ceiling; nothing was started."""
+    """The plan needs more memory than the ceiling; nothing was started. With `smallest_bytes`, if known, it would
+    fit."""
 
     exit_code = 4
+
+    def __init__(self, message: str, smallest_bytes: int | None = None) -> None:
+        super().__init__(message)
+        self.smallest_bytes = smallest_bytes
 
 
 class BudgetExceeded(TilerError):

@@ -15,6 +15,14 @@ class PhaseStarted:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Working:
+    """The weights of a phase are open, and its work begins or goes on after `done` of its units."""
+
+    name: str
+    done: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Progress:
     """`done` of `total` units of a phase: denoiser samples, or latent rows."""
 
@@ -45,7 +53,34 @@ class Saved:
     where: str
 
 
-Event = PhaseStarted | Progress | PhaseDone | Saved | Note
+@dataclass(frozen=True, kw_only=True)
+class WorkerState:
+    """A worker of a cluster: the tiles that it has predicted and the time of each, its highest memory and its ceiling,
+    and whether it takes so long with its present tiles that others predict them too."""
+
+    name: str
+    tiles: int
+    seconds_per_tile: float
+    peak_rss_bytes: int
+    max_ram_bytes: int
+    is_late: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workers:
+    """The workers that predict the tiles of the canvas now."""
+
+    workers: tuple[WorkerState, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shown:
+    """A preview for which `--preview -` asked: `pixels` is an array (h, w, 3) uint8."""
+
+    pixels: Any
+
+
+Event = PhaseStarted | Working | Progress | PhaseDone | Saved | Shown | Note | Workers
 
 OnEvent = Callable[[Event], None]
 

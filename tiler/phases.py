@@ -63,14 +63,15 @@ def start(
     request = encoding.with_words(job.adopt(request), words)
     family = families.open_family(request, reads_text=words is None)
     found = family.checkpoint
-    settings = resolve(request, family)
+    loras = find_loras(request)
+    settings = resolve(request, family, loras)
     if not planning or request.output is not None:
         check_picture(settings.output, settings.format, force=settings.force or job.is_finished)
     check_size(settings.output, settings.format, settings.width, settings.height)
     if settings.save_latents is not None:
         check_writable(settings.save_latents, force=settings.force or job.resumed, option="--save-latents")
-    models = open_models(family, settings.tiny_vae)
-    models.loras = apply_loras(find_loras(settings), models)
+    models = open_models(family, settings.tiny_vae, settings.preview_vae)
+    models.loras = apply_loras(loras, models)
     begun = settings if job.manifest is None else job.manifest.as_begun(settings)
     tiling = plan_tiling(settings, family)
     spoken = encoding.find_prompts(begun, models, tiling.texts, words)
@@ -94,10 +95,11 @@ def start(
     return run
 
 
-def open_models(family: Family, tiny_vae: str | None = None) -> Models:
-    """The family's models, with the tiny decoder in the folder `tiny_vae` if one is given. Everything that follows uses
-    this one set. Raises ModelError."""
-    return Models(family, None if tiny_vae is None else open_tiny(tiny_vae, family))
+def open_models(family: Family, tiny_vae: str | None = None, preview_vae: str | None = None) -> Models:
+    """The family's models, with a tiny decoder for the picture, for previews or for both if one is given. Everything
+    that follows uses this one set. Raises ModelError."""
+    given = tiny_vae or preview_vae
+    return Models(family, None if given is None else open_tiny(given, family), previews_only=tiny_vae is None)
 
 
 def make_plan(
@@ -217,7 +219,7 @@ def _denoise(
     if begin == steps:
         return latents
     if phase == "canvas":
-        previewing.watch(run.preview, schedule, begin, run.note)
+        previewing.watch(run, run.preview, schedule, begin)
     around: Schedule = schedule
     if plan.spot is not None and reference is not None:
         around = AroundSpot(schedule, plan.spot, reference, noise)
@@ -257,6 +259,7 @@ def _advance(
 ) -> None:
     """Denoise to the end, reporting each tile."""
     steps = run.request.num_inference_steps
+    run.on_event(events.Working(name=phase, done=denoising.samples_done))
     with closing(denoising.run(runner, run.job)) as loop:
         for state in loop:
             step = run.plan.calls.step_of(state.step)

@@ -13,7 +13,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -31,6 +31,9 @@ from tiler.reference import make_reference
 from tiler.render_run import RenderRun
 from tiler.request import DecodeRequest, EncodeRequest, QuantizeRequest, RenderRequest
 from tiler.weights.packed import default_cache
+
+if TYPE_CHECKING:
+    from tiler.cluster.ceilings import Shares
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +83,7 @@ def _paint(run: RenderRun, poster: Poster | None, open_runner: phases.OpenRunner
     phases.save_canvas(run, latents)
     # If the writer fails, the decoder's scratch files must still be closed.
     unscaled = pixels.unscaled(latents, run.plan.decoder)
-    decoded = pixels.decode(run, run.decoding, unscaled, phases.remembered(run, latents))
+    decoded = pixels.decode(run, run.decoding, unscaled, phases.remembered(run, latents), cluster.bands_of(run))
     with closing(repainting.whole_picture(run.request, decoded, poster, run.plan.spot)) as rows:
         wanted = run.request
         write_picture(
@@ -103,6 +106,17 @@ def plan(request: RenderRequest, budget: Budget | None = None, on_event: OnEvent
             said=request, request=run.request, plan=run.plan, models=run.models, advice=phases.advice(run),
             replan=partial(phases.replan, run), cluster=outlook, speed=speed,
         )  # fmt: skip
+
+
+@torch.no_grad()
+def divide(request: RenderRequest, budget: Budget, on_event: OnEvent = _ignore) -> Shares:
+    """Divide `budget` among the pictures of a queue that are like `request` and drawn at the same time, and the workers
+    of `request.cluster` that are here. Raises TilerError."""
+    assert request.cluster is not None
+    with budget:
+        cluster.prepare(request)
+        run = phases.start(request, budget, on_event, planning=True)
+        return cluster.shares_of_queue(run, request.cluster, budget.max_bytes)
 
 
 @torch.no_grad()

@@ -1,8 +1,8 @@
-"""`--preview FILE`: a small picture of the canvas while it is denoised, one pixel for each latent or for several.
+"""`--preview`: the canvas as it will look, one pixel for each latent or for several, in a file or in the terminal.
 
-Colours are an affine function of a latent's channels, fitted to the autoencoder by least squares: the mean colours of
-8×8 pixels of a decoded picture against its latents. That picture is the first guide that is decoded, or, without a
-guide, a small one made up for the purpose.
+Colours are an affine function of a latent's channels (decoding/colours.py). If the model brings none, the first guide
+that is decoded tells it; without a guide, a small made-up picture is decoded. With --tiny-vae, that autoencoder decodes
+the canvas at reduced size instead.
 """
 
 from __future__ import annotations
@@ -19,12 +19,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tiler.decoding import FACTOR, method
+from tiler.decoding import method, tiny
+from tiler.decoding.colours import fit_colours, paint, reduced
 from tiler.decoding.method import ScratchSpace
 from tiler.decoding.rows import to_uint8
 from tiler.diffusion.schedulers import DiffusersSchedule
 from tiler.errors import StorageError, UsageError
+from tiler.events import Shown
 from tiler.files import check_writable, replace_durably
+from tiler.memory import process
 from tiler.memory.policy import at_rows
 from tiler.models import family as families
 from tiler.models.built import Models
@@ -40,8 +43,9 @@ from tiler.request.choices import STDOUT, Format
 from tiler.run import Run, measure
 from tiler.weights.identity import model_id
 
-LONGEST = 512  # the longer side of a preview in pixels; at least about half of that
+SHIPPED = "preview.json"  # colours in an autoencoder's folder
 _SHARE = 100  # between two previews, this many times a preview's own duration passes: 1 % of the time
+_HEAP = 4_000_000  # freed bytes that stay in the process while a tiny autoencoder decodes
 _SIDE = 16  # latents per side of the made-up picture
 _SAYS = {"parameters": "a preview by tiler"}  # distinguishes a preview from the user's pictures
 
@@ -50,16 +54,20 @@ class Preview:
     """An open preview. `colours` (C + 1, 3) maps latents to 0–255, its last row is the constant; None until it is
     known."""
 
-    def __init__(self, request: ResolvedRequest, spec: VaeSpec) -> None:
+    def __init__(self, request: ResolvedRequest, spec: VaeSpec, tiny_vae: VaeSpec | None) -> None:
         """Raises UsageError, and StorageError if the file cannot be written."""
         assert request.preview is not None
-        self.path, self.interval, self.spec = request.preview, request.preview_interval, spec
+        self.path, self.interval, self.spec, self.tiny_vae = request.preview, request.preview_interval, spec, tiny_vae
         check(self.path, request)
-        self._is_png = format_of(self.path) is Format.PNG
         folder = prompts_folder(request.cache_dir).with_name("previews")
         self._cache = folder / f"{model_id(spec.checkpoint, [spec.part])}.json"
-        self.colours = _read(self._cache, int(spec.config.get("latent_channels", 4)))
+        self.colours = _known(spec, self._cache)
         self._next, self._failed = 0.0, False
+
+    @property
+    def needs_colours(self) -> bool:
+        """Whether they must still be learnt."""
+        return self.tiny_vae is None and self.colours is None
 
     def remember(self) -> None:
         """Store the colours for later runs with this autoencoder."""
@@ -72,14 +80,24 @@ class Preview:
         """Whether to show the canvas after `steps` of its steps."""
         return steps % self.interval == 0 and time.monotonic() >= self._next
 
-    def show(self, latents: Tensor, note: Callable[[str], None]) -> None:
-        assert self.colours is not None
+    def show(self, run: Run, latents: Tensor) -> None:
         start = time.monotonic()
-        pixels, buffer = paint(latents, self.colours), BytesIO()
-        height, width = pixels.shape[:2]
+        if self.tiny_vae is not None:
+            pixels = _decode(run, self.tiny_vae, latents)
+        else:
+            assert self.colours is not None
+            pixels = paint(latents, self.colours)
+        if self.path == STDOUT:
+            run.on_event(Shown(pixels=pixels))
+        else:
+            self._write(pixels, run.note)
+        self._next = time.monotonic() + _SHARE * (time.monotonic() - start)
+
+    def _write(self, pixels: np.ndarray, note: Callable[[str], None]) -> None:
+        buffer, (height, width) = BytesIO(), pixels.shape[:2]
         writer = (
             PngWriter(buffer, width, height, _SAYS)
-            if self._is_png
+            if format_of(self.path) is Format.PNG
             else JpegWriter(buffer, width, height, _SAYS, None, QUALITY)
         )
         writer.write(pixels)
@@ -94,30 +112,31 @@ class Preview:
             self._failed = True
             with suppress(OSError):
                 temp.unlink()
-        self._next = time.monotonic() + _SHARE * (time.monotonic() - start)
 
 
 def open_preview(request: ResolvedRequest, models: Models) -> Preview | None:
     """The preview that the request asks for, or None. Raises UsageError, StorageError."""
-    return None if request.preview is None else Preview(request, models.family.autoencoder)
+    if request.preview is None:
+        return None
+    return Preview(request, models.family.autoencoder, models.tiny)
 
 
 def learn(preview: Preview | None, latents: Tensor, pixels: np.ndarray) -> None:
     """Learn the colours from a decoded picture (8h, 8w, 3) uint8 and its scaled latents (1, C, h, w), unless they are
     known."""
-    if preview is not None and preview.colours is None:
+    if preview is not None and preview.needs_colours:
         preview.colours = fit_colours(latents, pixels)
         preview.remember()
 
 
-def watch(preview: Preview | None, schedule: DiffusersSchedule, begin: int, note: Callable[[str], None]) -> None:
+def watch(run: Run, preview: Preview | None, schedule: DiffusersSchedule, begin: int) -> None:
     """Show the canvas from step `begin` of its schedule on; the last step is always shown."""
     if preview is None:
         return
 
     def after(step: int, denoised: Callable[[], Tensor]) -> None:
         if preview.is_due(step + 1 - begin) or step + 1 == schedule.calls.steps:
-            preview.show(denoised(), note)
+            preview.show(run, denoised())
 
     schedule.on_step = after
 
@@ -125,8 +144,12 @@ def watch(preview: Preview | None, schedule: DiffusersSchedule, begin: int, note
 def check(path: Path, request: ResolvedRequest) -> None:
     """Check that the preview can be written. An older preview is replaced; any other file only with --force. Raises
     UsageError, StorageError."""
-    if path == STDOUT or format_of(path) not in (Format.PNG, Format.JPEG):
-        raise UsageError(f"{path}: previews are written as .png or .jpg; give --preview a name that ends so")
+    if path == STDOUT:
+        return
+    if format_of(path) not in (Format.PNG, Format.JPEG):
+        raise UsageError(
+            f"{path}: previews are written as .png or .jpg; give --preview a name that ends so, or - for the terminal"
+        )
     ours = False
     if path.is_file():
         with suppress(UsageError):
@@ -134,47 +157,27 @@ def check(path: Path, request: ResolvedRequest) -> None:
     check_writable(path, force=request.force or ours, option="--preview")
 
 
-def fit_colours(latents: Tensor, pixels: np.ndarray) -> Tensor:
-    """Fit colours to latents (1, C, h, w) and their picture (8h, 8w, 3) uint8. Return (C + 1, 3) fp32, from the normal
-    equations in fp64."""
-    _, channels, height, width = latents.shape
-    blocks = pixels[: FACTOR * height, : FACTOR * width].reshape(height, FACTOR, width, FACTOR, 3)
-    means = blocks.mean(axis=(1, 3), dtype=np.float32).reshape(-1, 3)
-    known = torch.cat([latents[0].reshape(channels, -1), torch.ones(1, height * width)]).numpy().astype(np.float64)
-    # Without BLAS and LAPACK: their code and buffers would take 20 MB.
-    gram, right = np.einsum("in,jn->ij", known, known), np.einsum("in,nk->ik", known, means)
-    gram += np.eye(channels + 1) * gram.diagonal().mean() * 1e-6  # keeps it regular for a picture of one colour
-    for row in range(channels + 1):  # Gauss and Jordan; the matrix is positive definite
-        right[row] /= gram[row, row]
-        gram[row] /= gram[row, row]
-        for other in range(channels + 1):
-            if other != row:
-                factor = gram[other, row]
-                gram[other] -= factor * gram[row]
-                right[other] -= factor * right[row]
-    return torch.from_numpy(right).float()
+def _decode(run: Run, spec: VaeSpec, latents: Tensor) -> np.ndarray:
+    """Scaled latents (1, C, h, w) → (H, W, 3) uint8 by a tiny autoencoder, at most 256 pixels on a side."""
+    vae, small = run.models.vae(spec), spec.unscale_(reduced(latents, tiny.PREVIEW_SIDE))
 
+    def check(where: str) -> None:
+        if process.free_heap() > _HEAP:
+            process.release_heap()
+        run.budget.check(where)
 
-def paint(latents: Tensor, colours: Tensor) -> np.ndarray:
-    """Turn latents (1, C, h, w) into a picture (H, W, 3) uint8 with about LONGEST pixels on its longer side. Only a few
-    rows are in memory at a time."""
-    _, channels, height, width = latents.shape
-    many = -(-max(height, width) // LONGEST)  # latents per pixel
-    times = max(1, LONGEST // max(height, width))  # pixels per latent
-    rows, columns = max(1, height // many), max(1, width // many)
-    painted = np.empty((rows, columns, 3), np.uint8)
-    for row in range(rows):
-        band = latents[0, :, row * many : (row + 1) * many, : columns * many]
-        mean = band.reshape(channels, -1, columns, band.shape[2] // columns).mean(dim=(1, 3))
-        colour = mean.T @ colours[:-1] + colours[-1]
-        painted[row] = colour.nan_to_num().clamp(0, 255).round().to(torch.uint8).numpy()
-    return painted.repeat(times, 0).repeat(times, 1)
+    with run.streamed(vae, spec.weights, families.vae_names):
+        strips = tiny.decode(vae, small, check=check, rows=tiny.PREVIEW_ROWS)
+        pixels = np.concatenate([to_uint8(strip.nan_to_num()) for strip in strips])
+    process.release_heap()  # the next pass finds the memory as the last one left it
+    process.release_code()
+    return pixels
 
 
 def learn_by_decoding(run: Run, preview: Preview | None, request: ResolvedRequest, planned_bytes: int) -> None:
     """Decode a small picture of smooth, made-up latents to learn the colours, if they are still unknown. This takes
     less memory than decoding the canvas, for which `planned_bytes` are planned."""
-    if preview is None or preview.colours is not None:
+    if preview is None or not preview.needs_colours:
         return
     spec, folder = preview.spec, request.scratch_folder
     vae = run.models.vae(spec)
@@ -193,8 +196,16 @@ def learn_by_decoding(run: Run, preview: Preview | None, request: ResolvedReques
     learn(preview, latents, pixels)
 
 
+def _known(spec: VaeSpec, cache: Path) -> Tensor | None:
+    """The colours that lie beside an autoencoder's weights, as `mini`'s do, or that an earlier run learnt."""
+    channels = int(spec.config.get("latent_channels", 4))
+    beside = None if spec.checkpoint.file is not None else spec.checkpoint.folder / spec.part / SHIPPED
+    found = None if beside is None else _read(beside, channels)
+    return _read(cache, channels) if found is None else found
+
+
 def _read(path: Path, channels: int) -> Tensor | None:
-    """The colours that an earlier run stored, or None."""
+    """The colours in a file, or None."""
     try:
         colours = torch.tensor(json.loads(path.read_text()), dtype=torch.float32)
     except (OSError, ValueError, TypeError, RuntimeError, RecursionError):

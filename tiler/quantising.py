@@ -1,5 +1,6 @@
-"""Write a model's folder with fewer bits per weight: the denoiser's weights, and the text encoders' if asked for, in
-optimum-quanto's layout, everything else as it was.
+"""Write a model as a folder with fewer bits per weight: the denoiser's weights, and the text encoders' if asked for, in
+optimum-quanto's layout, everything else as it was. The folder of a model in single files has every part, under the
+names of diffusers and transformers.
 
 These weights stay as they are stored: the ones that `Part.quantise` leaves out (embedders, norms, modulation layers,
 the last projection, the second CLIP encoder of SDXL and Stable Diffusion 3), the ones the user excludes, and the
@@ -14,8 +15,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
-from tiler.errors import ModelError, StorageError, UsageError
+from tiler.errors import StorageError, UsageError
 from tiler.events import OnEvent, PhaseDone, PhaseStarted, percent
 from tiler.memory.budget import Budget
 from tiler.memory.policy import at_layer
@@ -24,12 +26,18 @@ from tiler.models.family import Part, Role
 from tiler.request import QuantizeRequest
 from tiler.request.choices import Weights
 from tiler.weights.checkpoint import QUANTO_MAP, Checkpoint
-from tiler.weights.flavours import WEIGHTS, find_weights, flavour_of, names_in
+from tiler.weights.flavours import WEIGHTS, find_weights, flavour_of, names_in, read_json
 from tiler.weights.hub import DEFAULTS, INDEX
 from tiler.weights.quanto import write_quanto
 from tiler.weights.store import match_index
 
-_FILES = {Role.DENOISER: "diffusion_pytorch_model", Role.TEXT_ENCODER: "model"}
+_DIFFUSERS = "diffusion_pytorch_model"
+_FILES = {Role.DENOISER: _DIFFUSERS, Role.TEXT_ENCODER: "model", Role.VAE: _DIFFUSERS}
+_TOKENIZER_CONFIG = "tokenizer_config.json"
+_TOKENIZER_FILES = (
+    _TOKENIZER_CONFIG, "vocab.json", "merges.txt", "tokenizer.json", "spiece.model", "tokenizer.model",
+    "special_tokens_map.json", "added_tokens.json",
+)  # fmt: skip
 
 
 def write_folder(request: QuantizeRequest, models: Models, budget: Budget, on_event: OnEvent) -> dict[str, int]:
@@ -37,17 +45,14 @@ def write_folder(request: QuantizeRequest, models: Models, budget: Budget, on_ev
     TilerError."""
     checkpoint, output = models.family.checkpoint, request.output
     assert output is not None
-    if checkpoint.file is not None or checkpoint.sources:
-        raise ModelError(
-            f"{checkpoint.name}: a single file cannot be quantised into a folder; give the model's folder or hub id"
-        )
     kinds = _kinds(request, models)
-    _check_place(checkpoint, output, force=request.force)
+    _check_place(models, output, force=request.force)
     _check_room(checkpoint, models, output.absolute().parent)
     with budget.phase("quantize") as use:
         on_event(PhaseStarted(name="quantize", total=100))
         tell, check = percent(on_event, "quantize"), at_layer(budget, planned_bytes=budget.max_bytes)
-        total = sum(info.nbytes for name in kinds for info in checkpoint.weights(name).values())
+        rewritten = [part for part in models.family.parts if part.name in kinds or part.name in checkpoint.sources]
+        total = sum(info.nbytes for part in rewritten for info in checkpoint.weights(part.name).values())
         read = 0
 
         def progress(nbytes: int) -> None:
@@ -57,10 +62,15 @@ def write_folder(request: QuantizeRequest, models: Models, budget: Budget, on_ev
             check("quantize")
 
         with _whole(output) as folder:
-            _copy(checkpoint.folder, folder, models, kinds)
+            _describe(checkpoint, folder)
             for part in models.family.parts:
-                if part.name in kinds:
-                    _quantise(request, models, part, kinds[part.name], folder / part.name, progress)
+                (folder / part.name).mkdir()
+                if part.name in checkpoint.sources:
+                    (folder / part.name / "config.json").write_text(_json(checkpoint.config(part.name)))
+                else:
+                    _copy(checkpoint, part, folder / part.name, weights=part not in rewritten)
+                if part in rewritten:
+                    _rewrite(request, models, part, kinds.get(part.name), folder / part.name, progress)
             sizes = {
                 part.name: sum(file.stat().st_size for file in (folder / part.name).glob("*.safetensors"))
                 for part in models.family.parts
@@ -91,9 +101,13 @@ def _kinds(request: QuantizeRequest, models: Models) -> dict[str, Weights]:
     return kinds
 
 
-def _check_place(checkpoint: Checkpoint, output: Path, *, force: bool) -> None:
-    own, target = checkpoint.folder.resolve(), output.resolve()
-    if target == own or own in target.parents or target in own.parents:
+def _check_place(models: Models, output: Path, *, force: bool) -> None:
+    checkpoint, target = models.family.checkpoint, output.resolve()
+    own = checkpoint.folder.resolve()
+    weights = (checkpoint.weights(part.name).values() for part in models.family.parts)
+    read = {info.path.resolve() for index in weights for info in index}
+    within = checkpoint.file is None and (target == own or own in target.parents)
+    if within or any(target in path.parents for path in read):
         raise UsageError(f"{output} is the model's own folder, or lies within or around it; give another --output")
     if output.exists() and not output.is_dir():
         raise UsageError(f"{output} is a file; --output takes the name of a folder")
@@ -130,36 +144,70 @@ def _whole(output: Path) -> Iterator[Path]:
         shutil.rmtree(temp, ignore_errors=True)
 
 
-def _copy(source: Path, target: Path, models: Models, kinds: Mapping[str, Weights]) -> None:
-    """Copy everything except weights that will be quantised and files of parts that tiler does not read."""
-    for name in names_in(source):
-        if name in (INDEX, DEFAULTS):
-            shutil.copyfile(source / name, target / name)
+def _describe(checkpoint: Checkpoint, folder: Path) -> None:
+    """Write what belongs to no part with weights: the pipeline's index, its scheduler, its tokenizers, and a folder's
+    own defaults."""
+    source, index = checkpoint.folder, checkpoint.config("", INDEX)
+    for name in names_in(source) if checkpoint.file is None else ():
+        if name == DEFAULTS:
+            shutil.copyfile(source / name, folder / name)
         elif name.startswith(("tokenizer", "scheduler")) and (source / name).is_dir():
-            shutil.copytree(source / name, target / name)
-    variant = models.family.checkpoint.variant
-    for part in models.family.parts:
-        folder = source / part.name
-        (target / part.name).mkdir()
-        found = None if part.name in kinds else find_weights(folder, variant)
-        weights, flavour = ((), None) if found is None else (found.files, found.flavour)
-        for name in names_in(folder):
-            path, of = folder / name, flavour_of(name)
-            if path.is_dir() or (name.endswith(WEIGHTS) and path not in weights) or (of is not None and of != flavour):
-                continue
-            shutil.copyfile(path, target / part.name / name)
+            shutil.copytree(source / name, folder / name)
+    for name, part in checkpoint.sources.items():
+        if name:
+            index[name] = _class_of(part.config)
+    for name, path in checkpoint.tokenizers.items():
+        (folder / name).mkdir(exist_ok=True)
+        for file in _TOKENIZER_FILES:
+            if (path / file).is_file():
+                shutil.copyfile(path / file, folder / name / file)
+        own = read_json(path / _TOKENIZER_CONFIG) if (path / _TOKENIZER_CONFIG).is_file() else {}
+        index[name] = ["transformers", own.get("tokenizer_class", "T5Tokenizer")]
+    if (scheduler := checkpoint.sources.get("scheduler")) is not None:
+        (folder / "scheduler").mkdir(exist_ok=True)
+        (folder / "scheduler/scheduler_config.json").write_text(_json(scheduler.config))
+    (folder / INDEX).write_text(_json(index))
 
 
-def _quantise(
-    request: QuantizeRequest, models: Models, part: Part, kind: Weights, folder: Path,
+def _class_of(config: Mapping[str, Any]) -> list[str]:
+    """A part's library and class, as model_index.json names them."""
+    if "_class_name" in config:
+        return ["diffusers", config["_class_name"]]
+    encoder = f"{str(config.get('model_type', '')).upper()}EncoderModel"  # T5's, whose configs name no class
+    return ["transformers", *config.get("architectures", [encoder])[:1]]
+
+
+def _json(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, indent=2) + "\n"
+
+
+def _copy(checkpoint: Checkpoint, part: Part, target: Path, *, weights: bool) -> None:
+    """Copy the files of a part's folder, of its weights only those that tiler reads, or none."""
+    folder = checkpoint.folder / part.name
+    found = find_weights(folder, checkpoint.variant) if weights else None
+    files, flavour = ((), None) if found is None else (found.files, found.flavour)
+    for name in names_in(folder):
+        path, of = folder / name, flavour_of(name)
+        if path.is_dir() or (name.endswith(WEIGHTS) and path not in files) or (of is not None and of != flavour):
+            continue
+        shutil.copyfile(path, target / name)
+
+
+def _rewrite(
+    request: QuantizeRequest, models: Models, part: Part, kind: Weights | None, folder: Path,
     progress: Callable[[int], None],
 ) -> None:  # fmt: skip
+    """Write a part's weights, quantised unless `kind` is None."""
     module, checkpoint = models.module(part), models.family.checkpoint
     index = match_index(module, checkpoint.weights(part.name), part.aliases)
-    names = part.int8_weights(module)
+    if part.name in checkpoint.sources:
+        index = {name: info._replace(name=part.aliases(name)[0]) for name, info in index.items()}
+    names = part.int8_weights(module) if kind is not None else frozenset()
     for pattern in request.exclusions:
         names = frozenset(name for name in names if not fnmatch(name.removesuffix(".weight"), pattern))
-    made = f"tiler quantize {checkpoint.name}: {part.name} {kind}"
-    made += "".join(f", without {pattern}" for pattern in request.exclusions)
+    made = f"tiler quantize {checkpoint.name}: {part.name}"
+    if kind is not None:
+        made = " ".join((made, kind)) + "".join(f", without {pattern}" for pattern in request.exclusions)
     layers = write_quanto(folder / f"{_FILES[part.role]}.safetensors", index, names, kind, made, progress)
-    (folder / QUANTO_MAP).write_text(json.dumps(layers, indent=4) + "\n")
+    if kind is not None:
+        (folder / QUANTO_MAP).write_text(json.dumps(layers, indent=4) + "\n")

@@ -6,7 +6,6 @@ import math
 import platform
 import time
 from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from tiler.phases import picture_facts
 from tiler.planning.summary import SCHEMA, with_old_names
 from tiler.render_run import RenderRun
 from tiler.request.choices import STDOUT
+from tiler.version import versions
 from tiler.weights.hashes import V2_DIGITS, auto_v2
 from tiler.weights.index import TensorInfo
 from tiler.weights.places import expand
@@ -40,6 +40,7 @@ def of_render(run: RenderRun) -> dict[str, Any]:
         "decode_precision": plan.methods["decode"].precision.value,
         "seed": request.seed, "width": request.width, "height": request.height,
         "model": found.name, "revision": found.revision, "workers": [worker._asdict() for worker in run.workers],
+        "decoders": [{"name": d.name, "rows": d.tiles, **d._asdict()} for d in run.decoders],
     }  # fmt: skip
 
 
@@ -71,13 +72,12 @@ def of_folder(sizes: dict[str, int], budget: Budget) -> dict[str, Any]:
 
 
 def _common(budget: Budget, predicted: int) -> dict[str, Any]:
-    names = ("tiler", "torch", "diffusers", "transformers")
-    versions = {"python": platform.python_version()} | {name: metadata.version(name) for name in names}
+    found = {"python": platform.python_version()} | versions("torch", "diffusers", "transformers")
     return {
         "schema": SCHEMA, "peak_rss_bytes": budget.peak_rss_bytes, "peak_sampled": budget.peak_sampled,
         "swapped_bytes": budget.swapped_bytes, "predicted_peak_bytes": predicted,
         "max_ram_bytes": budget.max_bytes, "phases": [asdict(phase) for phase in budget.phases],
-        "threads": torch.get_num_threads(), "kernels": computed_by(), "versions": versions,
+        "threads": torch.get_num_threads(), "kernels": computed_by(), "versions": found,
         "time": _now(),
     }  # fmt: skip
 
@@ -155,5 +155,4 @@ def begin_job(run: RenderRun) -> None:
 
 
 def _made_by(run: RenderRun) -> dict[str, str]:
-    versions = {name: metadata.version(name) for name in ("tiler", "torch", "diffusers")}
-    return versions | {"arithmetic": computed_by()}
+    return versions("torch", "diffusers") | {"arithmetic": computed_by()}

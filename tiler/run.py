@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 
 from tiler import events
-from tiler.compute import onednn
 from tiler.compute.lending import lent
+from tiler.compute.precisions import arithmetic
 from tiler.compute.stream import Streamer
 from tiler.decoding.scratch import free_bytes
 from tiler.diffusion.guide_picture import GuidePicture
@@ -21,7 +21,6 @@ from tiler.events import OnEvent
 from tiler.memory import process
 from tiler.memory.budget import Budget
 from tiler.models.built import Models
-from tiler.native.library import has_bf16
 from tiler.planning.facts import Facts
 from tiler.weights.changes import Changes
 from tiler.weights.index import TensorInfo
@@ -99,7 +98,7 @@ def measure(scratch: Path, guide: GuidePicture | None = None) -> Facts:
     folder for scratch files, `guide` the user's picture. Raises StorageError if the folder cannot be used."""
     free = free_bytes(scratch)
     process.release_code()
-    facts = Facts(rss_bytes=process.read_rss().now, scratch_free_bytes=free, int8=onednn.int8(), bf16=has_bf16())
+    facts = Facts(rss_bytes=process.read_rss().now, scratch_free_bytes=free, arithmetic=arithmetic())
     if guide is None:
         return facts
     return replace(facts, guide_pixels=math.prod(guide.shape[:2]), guide_load_bytes=guide.peak_bytes)

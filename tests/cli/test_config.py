@@ -19,6 +19,7 @@ from tiler.cli.main import app
 from tiler.errors import UsageError
 from tiler.request import QuantizeRequest, RenderRequest, settings
 from tiler.request.settings import Kind
+from tiler.weights.folders import files, find, model_files
 
 
 @pytest.fixture
@@ -188,14 +189,15 @@ def test_folders_of_other_programs_are_understood(tmp_path: Path, monkeypatch: p
     (own / "loop").symlink_to(own)
     monkeypatch.setenv("TILER_MODEL_DIRS", f"{forge}:{comfy}:{own}:{tmp_path / 'none'}")
     monkeypatch.setenv("TILER_LORA_DIRS", str(own))
-    assert settings.find(Kind.MODEL, "dream.v2") == (dream,)
-    assert settings.find(Kind.MODEL, "sub/dream.v2") == settings.find(Kind.MODEL, "dream.v2.safetensors") == (dream,)
-    assert settings.find(Kind.MODEL, "eam.v2") == ()
-    assert dict(settings.listed(Kind.MODEL)) == {
-        "sub/dream.v2": dream, "flux": flux, "style": other, "diffusers": own / "diffusers",
-    }  # fmt: skip
-    assert settings.find(Kind.LORA, "style") == (other, style)
-    assert settings.find(Kind.TEXT_ENCODER, "t5") == (t5,)
+    assert find(Kind.MODEL, "dream.v2") == (dream,)
+    assert find(Kind.MODEL, "sub/dream.v2") == find(Kind.MODEL, "dream.v2.safetensors") == (dream,)
+    assert find(Kind.MODEL, "eam.v2") == ()
+    assert files(Kind.MODEL) == [dream, flux, own / "diffusers", other]
+    assert files(Kind.MODEL, [own / "diffusers", comfy]) == [own / "diffusers", flux]
+    assert model_files([comfy]) == [flux, t5]
+    assert find(Kind.LORA, "style") == (other, style)
+    assert find(Kind.LORA, "style", [forge]) == (style,)
+    assert find(Kind.TEXT_ENCODER, "t5") == (t5,)
     assert settings.folders(Kind.EMBEDDING) == ()
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +54,12 @@ class Fleet:
     ) -> None:  # fmt: skip
         told = [word for key, value in options.items() for word in (f"--{key.replace('_', '-')}", value)]
         command = [sys.executable, *program, self.address, "--keys", str(self.keys), "--name", name, *told, *more]
+        self.run(name, command, environment)
+
+    def run(self, name: str, command: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
+        """Any process, which ends with the fleet."""
         variables = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])} | dict(environment or {})
-        self.processes[name] = subprocess.Popen(command, env=variables)
+        self.processes[name] = subprocess.Popen(command, env=variables, stderr=subprocess.DEVNULL)
 
     @property
     def through(self) -> dict[str, Any]:
@@ -75,6 +80,19 @@ class Fleet:
         raise AssertionError(f"only {self.engine.members()} have joined")
 
 
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        return int(found.getsockname()[1])
+
+
+def wait_for_port(port: int) -> None:
+    for _ in range(400):
+        with suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"nobody listens at port {port}")
+
+
 @contextmanager
 def open_fleet(folder: Path) -> Iterator[Fleet]:
     """A fleet without workers; all that are started end with it."""
@@ -91,6 +109,16 @@ def open_fleet(folder: Path) -> Iterator[Fleet]:
                 process.wait(30)
 
 
+def dask_worker(fleet: Fleet, name: str, *more: str) -> list[str]:
+    """The command line of a plain dask worker that joins a fleet."""
+    cert, key = str(fleet.keys / "cert.pem"), str(fleet.keys / "key.pem")
+    return [
+        sys.executable, "-m", "distributed.cli.dask_worker", fleet.address, "--no-nanny", "--nthreads", "1",
+        "--memory-limit", "0", "--no-dashboard", "--name", name, "--tls-ca-file", cert, "--tls-cert", cert,
+        "--tls-key", key, "--preload", "tiler.cluster.preload", *more,
+    ]  # fmt: skip
+
+
 @pytest.fixture(autouse=True)
 def no_trimming(monkeypatch: pytest.MonkeyPatch) -> None:
     """Do not release memory between phases: it takes longer than the phases of so small a picture."""
@@ -99,9 +127,11 @@ def no_trimming(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
-    """A fleet with the workers `a` and `b`."""
+    """A fleet with the workers `a`, as `tiler worker` starts it, and `b`, as a plain dask worker."""
     with open_fleet(tmp_path_factory.mktemp("cluster")) as found:
-        found.start("a", "b")
+        found.run("b", dask_worker(found, "b", "--max-ram", str(CEILING), "--threads", "1"))
+        found.start("a")
+        found.wait(lambda joined: joined == {"a", "b"})
         yield found
 
 

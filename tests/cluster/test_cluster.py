@@ -6,24 +6,33 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
+import dask
 import psutil
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from distributed.utils import LoopRunner
 from safetensors.torch import save_file
 
-from tests.cluster.conftest import CEILING, Drawn, Fleet, draw
+from tests.cluster.conftest import CEILING, Drawn, Fleet, draw, free_port, open_fleet, wait_for_port
 from tests.conftest import Ran
 from tiler import events
+from tiler.cli import supervise
+from tiler.cluster import ceilings
+from tiler.cluster.engine import Engine
 from tiler.cluster.status import workers
-from tiler.request import Lora, Precision
+from tiler.decoding import frozen
+from tiler.errors import TilerError
+from tiler.request import Decode, Lora, Precision
 from tiler.request.cluster import Cluster, Where
 
 
@@ -34,6 +43,7 @@ def alone(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Drawn:
 
 
 def test_two_workers_make_the_picture_of_one_process(fleet: Fleet, tiny: Path, tmp_path: Path, alone: Drawn) -> None:
+    """One of them is a plain dask worker with the preload module."""
     drawn = draw(tiny, tmp_path, **fleet.through)
     assert torch.equal(drawn.latents, alone.latents) and drawn.picture == alone.picture
     assert set(drawn.workers) == {"a", "b"}
@@ -59,33 +69,107 @@ def test_in_int8_and_with_a_lora_too(fleet: Fleet, tiny: Path, tmp_path: Path) -
     assert len(list((tmp_path / "packed").glob("*.safetensors"))) == 1, "all take the file that is there"
 
 
-def test_two_renders_at_once_share_the_workers(fleet: Fleet, tiny: Path, tmp_path: Path, alone: Drawn) -> None:
+def test_a_queue_draws_several_pictures_at_a_time(
+    fleet: Fleet, tiny: Path, tmp_path: Path, alone: Drawn, in_process: Callable[..., Ran]
+) -> None:
+    """From one pool of tiles; a bad row stops none, and what is done is not drawn again."""
+    rows = [{"seed": 11, "output": "one.png"}, {"size": 0}, {"seed": 11, "output": "two.png"}]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps({"prompt": "a boat"} | row) + "\n" for row in rows))
     words = [
-        "render", "a boat", "--model", tiny, "--size", 160, "--steps", 3, "--seed", 11, "--no-guide", "--json", "-o",
-        tmp_path / "other.png", "--save-latents", tmp_path / "other.safetensors", "--no-metadata", "--quiet",
-        "--cluster", fleet.address, "--keys", fleet.keys, "--max-ram", "2GB", "--cluster-only",
+        "batch", tmp_path / "q.jsonl", "--model", tiny, "--size", 160, "--steps", 3, "--no-guide", "--no-metadata",
+        "--cluster", fleet.address, "--keys", fleet.keys, "--cluster-only", "--max-ram", "2GB", "--nice", 0,
+        "--threads", 1,
     ]  # fmt: skip
-    command = [sys.executable, "-m", "tiler", *map(str, words)]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    other: list[subprocess.Popen[bytes]] = []
+    ran = in_process(*words)
+    assert (ran.code, ran.out.splitlines()[0]) == (2, "2 done, 1 failed (row 2)"), ran.err
+    assert all((tmp_path / name).read_bytes() == alone.picture for name in ("one.png", "two.png"))
+    assert "row 1: note: seed 11" in ran.err and "left out" not in ran.err
+    results = [json.loads(line) for line in (tmp_path / "q.jsonl.results.jsonl").read_text().splitlines()]
+    drawn = [line for line in results if line["status"] == "done"]
+    assert drawn[0]["seconds"] + drawn[1]["seconds"] > 1.5 * max(line["seconds"] for line in drawn)
+    assert abs(int(drawn[0]["started"][-3:-1]) - int(drawn[1]["started"][-3:-1])) % 60 in (0, 1, 59), (
+        "one after another"
+    )
+    again = in_process(*words)
+    assert (again.code, again.out.splitlines()[0]) == (2, "2 skipped, 1 failed (row 2)"), again.err
 
-    def begin(event: events.Progress) -> None:
-        """Start the other render while this one runs, and wait until it has started."""
-        if not other:
-            other.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE))
-            for _ in range(600):
-                found = workers(Cluster(where=Where.CONNECT, address=fleet.address), fleet.keys, insecure=False)
-                if any(len(worker["job"].split()) == 2 for worker in found):
-                    return
-                time.sleep(0.1)
-            raise AssertionError("no worker has two jobs")
 
-    drawn = draw(tiny, tmp_path / "one", begin, **fleet.through)
-    told, _ = other[0].communicate(timeout=300)
-    assert torch.equal(drawn.latents, alone.latents) and drawn.picture == alone.picture
-    assert (tmp_path / "other.png").read_bytes() == alone.picture
-    assert drawn.workers and json.loads(told)["workers"]
-    assert not [note for note in drawn.notes if "left out" in note]
+def test_a_queue_has_a_scheduler_and_workers_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For local:N and listen; they end with it, and an idle worker is small."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    asked = {"cluster": "local:1", "keys": "", "insecure": False, "folder": str(tmp_path), "worker_bytes": CEILING}
+    with supervise._asking("tiler.cli.host", asked | {"threads": 1}) as process:
+        host = supervise._answer(process)
+        with Engine(Cluster(where=Where.CONNECT, address=host["address"]), Path(host["keys"])) as engine:
+            while "local-1" not in (engine.members() or {}).values():
+                time.sleep(0.05)
+            (worker,) = psutil.Process(process.pid).children()
+            assert psutil.Process(process.pid).memory_info().rss < ceilings.HOST_BYTES
+            assert worker.memory_info().rss < 70_000_000, "before its first job"
+    assert process.returncode == 0 and not worker.is_running()
+    taken = asked | {"cluster": "listen:127.0.0.1:1", "threads": 1}
+    with supervise._asking("tiler.cli.host", taken) as process, pytest.raises(TilerError, match="--keys"):
+        supervise._answer(process)
+
+
+def test_workers_over_ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SSHCluster starts them with the options of a plain dask worker."""
+    asyncssh = pytest.importorskip("asyncssh")
+    server = shutil.which("sshd") or "/usr/sbin/sshd"
+    if not Path(server).exists():
+        pytest.skip("no sshd to start workers with")
+    from distributed.deploy.ssh import Worker
+
+    for name in ("host", "user"):
+        key = asyncssh.generate_private_key("ssh-ed25519")
+        key.write_private_key(str(tmp_path / name))
+        key.write_public_key(str(tmp_path / f"{name}.pub"))
+        (tmp_path / name).chmod(0o600)
+    port = free_port()
+    settings = {
+        "Port": port, "ListenAddress": "127.0.0.1", "HostKey": tmp_path / "host", "StrictModes": "no", "UsePAM": "no",
+        "AuthorizedKeysFile": tmp_path / "user.pub", "PidFile": "none", "PasswordAuthentication": "no",
+    }  # fmt: skip
+    (tmp_path / "sshd_config").write_text("".join(f"{name} {value}\n" for name, value in settings.items()))
+    with suppress(OSError):  # a server that root starts wants it
+        Path("/run/sshd").mkdir(exist_ok=True)
+    with open_fleet(tmp_path) as fleet:
+        fleet.run("sshd", [server, "-D", "-e", "-f", str(tmp_path / "sshd_config")])
+        pair = {"cert": str(fleet.keys / "cert.pem"), "key": str(fleet.keys / "key.pem")}
+        with dask.config.set({
+            "distributed.comm.require-encryption": True, "distributed.comm.tls.ca-file": pair["cert"],
+            "distributed.comm.tls.worker": pair,
+        }):  # fmt: skip
+            worker = Worker(
+                fleet.address, "127.0.0.1",
+                {"port": port, "known_hosts": None, "client_keys": [str(tmp_path / "user")]},
+                {"nthreads": 1, "memory_limit": 0, "name": "far", "preload": ["tiler.cluster.preload"],
+                 "preload_argv": [["--max-ram", "700MB", "--threads", "1"]], "dashboard": False},
+                worker_class="distributed.Worker",
+                remote_python=f"env PYTHONPATH={Path(__file__).parents[2]} {sys.executable}",
+            )  # fmt: skip
+            wait_for_port(port)
+            loop = LoopRunner()
+            loop.start()
+            try:
+                loop.run_sync(worker.start)
+                fleet.wait(lambda joined: "far" in joined)
+                (facts,) = workers(Cluster(where=Where.CONNECT, address=fleet.address), fleet.keys, insecure=False)
+                assert (facts["name"], facts["max_ram_bytes"], facts["error"]) == ("far", 700_000_000, "")
+                loop.run_sync(worker.close)
+            finally:
+                loop.stop()
+
+
+def test_idle_workers_decode_bands(fleet: Fleet, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a picture that is wider than one; the coordinator writes them in order."""
+    monkeypatch.setattr(frozen, "BAND", 50)  # latents
+    values = {"decode": Decode.FROZEN, "size": None, "width": 640, "height": 96, "num_inference_steps": 1}
+    one, many = draw(tiny, tmp_path / "1", **values), draw(tiny, tmp_path / "2", **values, **fleet.through)
+    assert many.picture == one.picture and not one.report["decoders"]
+    decoded = many.report["decoders"]
+    assert sum(worker["rows"] for worker in decoded) == 96 * len(frozen.bands(80)) == 96 * 4
+    assert all(0 < worker["peak_rss_bytes"] < CEILING for worker in decoded)
 
 
 def test_nobody_listens_where_nobody_was_asked_to(fleet: Fleet) -> None:
@@ -93,8 +177,7 @@ def test_nobody_listens_where_nobody_was_asked_to(fleet: Fleet) -> None:
         return [c.laddr.ip for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN]
 
     assert listening(psutil.Process()) == ["127.0.0.1"], "the scheduler's port, and no dashboard"
-    for process in fleet.processes.values():
-        assert listening(psutil.Process(process.pid)) == ["127.0.0.1"]
+    assert listening(psutil.Process(fleet.processes["a"].pid)) == ["127.0.0.1"]
 
 
 def test_a_worker_that_is_killed_changes_no_byte(fleet: Fleet, tiny: Path, tmp_path: Path, alone: Drawn) -> None:
@@ -112,7 +195,7 @@ def test_ctrl_c_ends_all_processes_and_the_job_goes_on_without_a_cluster(
 ) -> None:
     words = [
         "render", "a boat", "--model", tiny, "--size", 160, "--steps", 3, "--seed", 11, "--no-guide", "-f", "-o",
-        tmp_path / "x.png", "--save-latents", tmp_path / "x.safetensors", "--no-metadata", "--cluster", "local:2",
+        tmp_path / "x.png", "--save-latents", tmp_path / "x.safetensors", "--no-metadata", "--cluster", "local:1",
         "--max-ram", "1.5GB", "--log-json",
     ]  # fmt: skip
     command = [sys.executable, "-m", "tiler", *map(str, words)]
@@ -125,7 +208,7 @@ def test_ctrl_c_ends_all_processes_and_the_job_goes_on_without_a_cluster(
         process.send_signal(signal.SIGINT)
         rest = process.stderr.read()
         assert process.wait(60) == 130, rest
-    assert len(workers) == 2 and not [worker for worker in workers if worker.is_running()]
+    assert len(workers) == 1 and not [worker for worker in workers if worker.is_running()]
     assert "the job is saved at canvas step" in rest
     drawn = draw(tiny, tmp_path)
     assert any(note.startswith("continuing at canvas step") for note in drawn.notes)

@@ -7,6 +7,7 @@ import socket
 import stat
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,8 @@ import torch
 
 from tests.conftest import Ran
 from tiler import Budget, RenderRequest
+from tiler.cluster import ceilings, shared, tasks
 from tiler.cluster import engine as engines
-from tiler.cluster import local, shared, tasks
 from tiler.cluster.bench import Bench
 from tiler.cluster.engine import Engine
 from tiler.cluster.keys import find_keys, make_keys
@@ -31,6 +32,7 @@ from tiler.models.samples import Prompt
 from tiler.phases import start
 from tiler.planning.resolve import resolve
 from tiler.planning.tiling import plan_tiling
+from tiler.request import Precision
 from tiler.request.cluster import Cluster, Where, check_cluster, parse_cluster, scheduler_of
 
 
@@ -166,7 +168,7 @@ def greet(job: SharedJob, max_ram_bytes: int, models: dict[str, str] | None = No
 
 
 def test_a_worker_says_why_it_does_not_take_a_job(
-    job: SharedJob, checkpoints: Path, monkeypatch: pytest.MonkeyPatch
+    job: SharedJob, checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     room = read_rss().now + 2_000_000_000
     ready = greet(job, room)
@@ -177,6 +179,10 @@ def test_a_worker_says_why_it_does_not_take_a_job(
     assert "/nowhere/x: no such folder" in greet(job, room, {job.request.model: "/nowhere/x"}).refusal
     small = greet(job, read_rss().now - 1)
     assert "the smallest --max-ram that works is" in small.refusal
+    (tmp_path / "full").write_text("no folder, so nothing can be written there")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "full"))
+    packed = replace(job, request=replace(job.request, precision=Precision.INT8, scratch=tmp_path))
+    assert "full" in greet(packed, room).refusal, "int8 weights have no place there"
     theirs = job.to_bytes()
     monkeypatch.setattr(shared, "versions", lambda: {"tiler": "0.0", "torch": "0.0"})
     refused = Greeting.from_json(tasks.hello(theirs, 0, (), np.zeros(1)))
@@ -186,14 +192,36 @@ def test_a_worker_says_why_it_does_not_take_a_job(
 def test_a_share_below_the_floor_is_refused_with_the_number_that_fits(tiny: Path, tmp_path: Path) -> None:
     floor = read_rss().now + 150_000_000  # of one more process like this one
     run = start(ask(tiny, output=tmp_path / "x.png"), Budget(int(3.5 * floor)), lambda event: None)
-    share = local.share_of(run, 1)
+    share = ceilings.share_of(run, 1)
     with pytest.raises(BudgetRefused, match=r"local:[12] fits; 9 need --max-ram \d+MB") as refused:
-        local.share_of(run, 9)
+        ceilings.share_of(run, 9)
     assert refused.value.exit_code == 4
     fits = int(str(refused.value).split("local:")[2].split()[0])
-    assert local.share_of(run, fits) <= share
+    assert ceilings.share_of(run, fits) <= share
     with pytest.raises(BudgetRefused):
-        local.share_of(run, fits + 1)
+        ceilings.share_of(run, fits + 1)
+
+
+def test_a_queue_divides_its_ceiling(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many canvases as fit, up to three; what is over goes to all alike, and nothing is promised twice."""
+    run = start(ask(tiny, output=tmp_path / "x.png"), Budget("8GB"), lambda event: None)
+    each = run.plan.memory.smallest_bytes + ceilings._SLACK
+    plan = ceilings.plan_of_worker(run, 10**9)
+    monkeypatch.setattr(ceilings, "plan_of_worker", lambda run, most: plan)  # it measures this process, which changes
+    worker = plan.memory.smallest_bytes + ceilings._SLACK
+    for text, workers, hosted in (
+        ("tls://a:1", 0, 0),
+        ("listen", 0, ceilings.HOST_BYTES + 100 * ceilings.EACH_BYTES),
+        ("local:2", 2, ceilings.HOST_BYTES + 2 * ceilings.EACH_BYTES),
+    ):
+        least = each + workers * worker + hosted
+        for ceiling, most in ((least + 1000, 1), (least + each + 1000, 2), (least + 9 * each, 3)):
+            shares = ceilings.shares_of_queue(run, parse_cluster(text), ceiling)
+            assert shares.most == most and shares.is_hosted == bool(hosted)
+            assert shares.room_bytes >= most * each and shares.worker_bytes >= (worker if workers else 0)
+            assert shares.room_bytes + workers * shares.worker_bytes + hosted <= ceiling
+        with pytest.raises(BudgetRefused, match="the smallest --max-ram that works is"):
+            ceilings.shares_of_queue(run, parse_cluster(text), least - 1000)
 
 
 def test_what_a_user_may_type_wrong(in_process: Callable[..., Ran], tmp_path: Path) -> None:

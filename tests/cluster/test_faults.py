@@ -19,7 +19,7 @@ import psutil
 import pytest
 
 from tests.cluster import stub
-from tests.cluster.conftest import Drawn, Fleet, draw, open_fleet
+from tests.cluster.conftest import Drawn, Fleet, draw, free_port, open_fleet
 from tiler import events
 from tiler.cluster import engine, members, pool, run
 from tiler.errors import NumericalError
@@ -109,6 +109,9 @@ def test_with_cluster_only_it_waits_for_workers(
     monkeypatch.setattr(members.Members, "look", come)
     drawn = draw(tiny, tmp_path, cluster_only=True, **stubs.through)
     assert same(drawn, alone) and set(drawn.workers) == {"late"}
+    scheduler = stubs.engine._scheduler
+    assert not scheduler.tasks and not scheduler.task_groups, "it keeps nothing of what is done"
+    assert all(isinstance(extension, engine._Nothing) for extension in scheduler.extensions.values())
     assert not [note for note in drawn.notes if "predicts alone" in note]
 
 
@@ -120,11 +123,6 @@ def dask_scheduler(keys: Path, port: int) -> subprocess.Popen[bytes]:
         "--no-dashboard", "--dashboard-address", "127.0.0.1:0", *pair,
     ]  # fmt: skip
     return subprocess.Popen(command, stderr=subprocess.DEVNULL)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as found:
-        return int(found.getsockname()[1])
 
 
 def test_a_scheduler_that_is_killed_is_waited_for(

@@ -220,6 +220,15 @@ def test_without_workers_this_process_predicts_until_one_comes() -> None:
     assert "no worker is left: this process predicts alone" in found.notes
 
 
+def test_a_scheduler_that_stays_away_is_not_waited_for_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(members, "_LOST", 0.0)
+    scheduler = Scheduler(a=good)
+    monkeypatch.setattr(scheduler, "members", lambda: None)
+    found = run(scheduler)
+    assert found.local.numbers == list(range(TILES))
+    assert found.notes[0] == "the scheduler does not answer: waiting for it"
+
+
 def test_other_bits_and_refusals_are_left_out_with_a_reason() -> None:
     scheduler = Scheduler(a=good, b=good, c=good, d=good)
     scheduler.digests["c"], scheduler.refusals["d"] = "other", "its ceiling of 100 MB is too low"

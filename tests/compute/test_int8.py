@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +21,6 @@ from tiler.models.built import Models
 from tiler.models.unet import int8_weights, predict_noise
 from tiler.native import library
 from tiler.packing import order_of_use, packed_names, packed_weights
-from tiler.request import Precision
 from tiler.run import streamed
 from tiler.weights.caches import INT8_VERSION
 from tiler.weights.checkpoint import resolve
@@ -310,30 +308,19 @@ def test_without_8_bit_products_the_arithmetic_is_fp32(
 
 
 @pytest.mark.parametrize(
-    ("flags", "largest", "products", "dot"),
+    ("flags", "largest", "products"),
     [
-        (("avx2",), 64, True, False),
-        (("avx2", "avx_vnni"), 127, True, True),
-        (("avx2", "avx512_vnni"), 127, True, True),
-        (("sve",), 127, False, False),
+        (("avx2",), 64, True),
+        (("avx2", "avx_vnni"), 127, True),
+        (("avx2", "avx512_vnni"), 127, True),
+        (("sve",), 127, False),
     ],
 )
 def test_what_int8_means_on_a_processor(
-    flags: tuple[str, ...], largest: int, products: bool, dot: bool, tiny: Path, monkeypatch: pytest.MonkeyPatch
+    flags: tuple[str, ...], largest: int, products: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tiler.planning.render import choose_precision
-
     monkeypatch.setattr(cpu, "flags", lambda: flags)
-    assert cpu.int8()[:3] == (largest, products, dot)
-    narrow = family_of(tiny)
-    wide = replace(narrow, traits=narrow.traits._replace(width=320))
-    precision, why = choose_precision(Precision.AUTO, wide, cpu.int8(), bf16=False)
-    assert precision is (Precision.INT8 if dot else Precision.FP32)
-    assert "bit weights" in why
-    precision, why = choose_precision(Precision.AUTO, narrow, cpu.int8(), bf16=False)
-    assert precision is Precision.FP32 and "32 channels" in why
-    for family in (narrow, wide):
-        assert choose_precision(Precision.INT8, family, cpu.int8(), bf16=False) == (Precision.INT8, "as asked")
+    assert cpu.int8()[:2] == (largest, products)
 
 
 @needs_int8

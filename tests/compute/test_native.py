@@ -145,7 +145,7 @@ def test_bytes_do_not_depend_on_how_weights_are_cut_stored_or_shared(
     streamed = run(kernel, make, path, inputs, arena_bytes=2**12)
     cut = run(kernel, make, path, inputs, arena_bytes=2**12, piece_elements=2**11)
     alone = [run(kernel, make, path, [parts])[0] for parts in inputs]
-    monkeypatch.setattr("tiler.compute.native_float._PACKED_ELEMENTS", 2**10)
+    monkeypatch.setattr("tiler.compute.native_float.PACKED_ELEMENTS", 2**10)
     stored(module, tmp_path / "rows.safetensors", kernel, in_blocks=False)
     in_rows = run(kernel, make, tmp_path / "rows.safetensors", inputs)
     for others in (streamed, cut, alone, in_rows):

@@ -364,11 +364,14 @@ def test_tiles_of_a_transformer_begin_at_whole_patches(
         (512, 512, (64, 64), (64, 64), (0, 0)),
         (800, 480, (64, 100), (64, 64), (16, 0)),
         (800, 320, (40, 100), (40, 64), (0, 0)),
+        (640, 384, (48, 80), (48, 80), (0, 0)),  # as 1360×768 is to a model of 1024 px
+        (630, 380, (48, 80), (48, 80), (0, 5)),
+        (704, 384, (48, 88), (48, 64), (0, 0)),
         (300, 800, (100, 40), (64, 40), (0, 10)),
         (100, 2048, (256, 32), (64, 32), (0, 78)),
     ],
 )
-def test_a_side_below_the_native_one_is_one_tile(
+def test_a_side_or_a_picture_below_the_native_one_is_one_tile(
     width: int, height: int, canvas: tuple[int, int], tile: tuple[int, int], crop: tuple[int, int]
 ) -> None:
     mini = read_family(resolve("mini"))

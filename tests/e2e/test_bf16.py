@@ -13,7 +13,7 @@ from tiler.request import Precision
 
 
 def test_it_is_refused_where_nothing_computes_with_it(in_process, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tiler.run.has_bf16", lambda: False)
+    monkeypatch.setattr("tiler.compute.precisions.has_bf16", lambda: False)
     refused = in_process("plan", "x", "-m", tiny, "--size", 64, "--precision", "bf16")
     assert refused.code == 2
     assert "BF16 instructions" in refused.err and "int8, fp32 or auto" in refused.err

@@ -30,6 +30,7 @@ from tiler.planning import fit
 from tiler.planning import render as planner
 from tiler.planning.resolve import resolve
 from tiler.request import EncodeRequest, Lora, Precision, Scheduler
+from tiler.weights.lora_files import find_lora
 
 
 @pytest.fixture(autouse=True)
@@ -161,8 +162,9 @@ def test_an_lcm_lora_brings_its_few_steps(made: Made, tmp_path: Path) -> None:
     settings = json.loads(Image.open(tmp_path / "x.png").text["tiler"])  # type: ignore[attr-defined]
     assert (settings["num_inference_steps"], settings["guidance_scale"], settings["scheduler"]) == (4, 1.0, "LCM")
     models = Models(families.open_family(request))
-    models.loras = apply_loras(find_loras(request), models)
-    asked = resolve(replace(request, guidance_scale=7.5), models.family)
+    found = find_loras(request)
+    models.loras = apply_loras(found, models)
+    asked = resolve(replace(request, guidance_scale=7.5), models.family, found)
     assert list(notes_on_loras(asked, models, ReadAs()))[-1].startswith(
         "guidance 7.5 is too high for this kind of LoRA"
     )
@@ -177,7 +179,10 @@ def test_the_command_line_takes_loras(tiler: Any, made: Made, tmp_path: Path, mo
         made.model, tmp_path, prompt="a boat <lora:foo:0.7>", lora_dir=made.file.parent, num_inference_steps=1,
         width=64, height=64,
     )  # fmt: skip
+    looked = list[tuple[Any, ...]]()
+    monkeypatch.setattr("tiler.models.loras.find_lora", lambda *given: looked.append(given) or find_lora(*given))
     rendered(request)
+    assert len(looked) == 1  # a render looks its LoRAs up once
     pictures = [Image.open(tmp_path / name).tobytes() for name in ("x.png", "b.png")]
     assert pictures[0] == pictures[1]  # a file that is named twice adds up
     again = partial(repeat, tmp_path / "b.png", frozenset({"model"}), {"loras": (), "prompt": None})

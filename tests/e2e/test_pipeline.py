@@ -207,7 +207,7 @@ def test_34_memory_close_to_the_ceiling_halves_the_batch(
         patch.setattr("tiler.memory.budget._SOFT", 0.0)
         patch.setattr("tiler.memory.budget.ALMOST", 0.0)
         render(ask(tiny, tmp_path, **common), roomy(), lambda e: notes.append(getattr(e, "text", "")))
-    assert any("from here on the denoiser takes 1 at a time" in note for note in notes)
+    assert any("from here on the denoiser takes at most 1 sample" in note for note in notes)
     assert (tmp_path / "x.png").read_bytes() == (tmp_path / "whole.png").read_bytes()
 
 

@@ -7,11 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderTiny
 from PIL import Image, PngImagePlugin
+from safetensors.torch import load_file
 
+from tiler.decoding.colours import LONGEST, fit_colours, paint, reduced
 from tiler.diffusion import flow, schedulers
-from tiler.previewing import LONGEST, fit_colours, paint
-from tiler.request import Scheduler
+from tiler.jobs.coding import encode
+from tiler.jobs.manifest import picture_of
+from tiler.planning.resolve import fill
+from tiler.request import Decode, RenderRequest, Scheduler
 
 LEVELS = {
     "num_train_timesteps": 1000,
@@ -90,13 +95,17 @@ def test_what_is_shown_of_flow_matching_is_the_picture(name: Scheduler) -> None:
 def test_a_preview_is_like_the_picture_and_changes_nothing_of_it(in_process, tmp_path: Path) -> None:
     common = "render", "misty mountains in indigo blue", "--size", 256, "--steps", 3, "--seed", 7
     assert in_process(*common, "-o", "a.png").code == 0
-    assert in_process(*common, "-o", "b.png", "--preview", "p.png").code == 0
+    ran = in_process(*common, "-o", "b.png", "--preview", "p.png")
+    assert ran.code == 0, ran.err
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     assert likeness(tmp_path / "a.png", tmp_path / "p.png") > 0.95
     assert {p.name for p in tmp_path.iterdir()} == {"a.png", "b.png", "p.png"}
 
 
-def test_without_a_guide_a_small_picture_is_decoded_first_and_a_preview_is_replaced(in_process, tmp_path: Path) -> None:
+def test_without_a_guide_a_small_picture_is_decoded_first_and_a_preview_is_replaced(
+    in_process, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tiler.previewing.SHIPPED", "none.json")
     common = "render", "a red sun", "--size", 256, "--steps", 3, "--seed", 7, "--no-guide", "--preview", "p.jpg"
     ran = in_process(*common, "-o", "a.png")
     assert "preview: done" in ran.err
@@ -106,11 +115,47 @@ def test_without_a_guide_a_small_picture_is_decoded_first_and_a_preview_is_repla
     assert "preview: done" not in ran.err  # its colours are known by now
 
 
+@pytest.mark.parametrize(("height", "width"), [(64, 48), (130, 100), (300, 7)])
+def test_latents_are_reduced_by_means(height: int, width: int) -> None:
+    latents = torch.randn(1, 4, height, width, generator=torch.Generator().manual_seed(3))
+    want = torch.nn.functional.avg_pool2d(latents, -(-max(height, width) // 64))
+    assert torch.allclose(reduced(latents, 64), want, atol=1e-6)
+
+
+def test_a_tiny_autoencoder_decodes_previews_and_changes_nothing_of_the_picture(in_process, tmp_path: Path) -> None:
+    """What is shown last is what diffusers decodes of the final latents."""
+    torch.manual_seed(0)
+    vae = AutoencoderTiny(latent_channels=8).eval()
+    vae.save_pretrained(tmp_path / "taesd")
+    common = "render", "misty mountains", "--size", 256, "--steps", 2, "--seed", 7, "--no-guide"
+    assert in_process(*common, "-o", "a.png", "--save-latents", "a.safetensors").code == 0
+    ran = in_process(*common, "-o", "b.png", "--preview", "p.png", "--tiny-vae", "taesd")
+    assert ran.code == 0, ran.err
+    assert "preview: done" not in ran.err  # no colours are learnt
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    with torch.no_grad():
+        decoded = vae.decode(load_file(tmp_path / "a.safetensors")["latents"]).sample
+    want = (decoded[0] / 2 + 0.5).clamp(0, 1).mul(255).round().permute(1, 2, 0).numpy()
+    assert abs(np.asarray(Image.open(tmp_path / "p.png")) - want).max() <= 1
+
+
+def test_a_job_goes_on_with_or_without_a_tiny_autoencoder_for_previews() -> None:
+    said = {"prompt": "x", "model": "mini", "size": 64, "seed": 1, "output": Path("x.png")}
+    plain = fill(RenderRequest(**said))
+    with_preview = fill(RenderRequest(**said, preview=Path("p.png"), tiny_vae="taesd"))
+    assert picture_of(plain) == picture_of(with_preview)
+    both = fill(RenderRequest(**said, preview=Path("p.png"), tiny_vae="taesd", decode=Decode.TINY))
+    assert both.preview_vae == both.tiny_vae == "taesd"
+    assert encode(RenderRequest(**said, preview=Path("-")))["preview"] == "-"  # no file's name, wherever it goes on
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (("--preview", "p.pdf"), "previews are written as .png or .jpg"),
-        (("--preview", "-"), "previews are written as .png or .jpg"),
+        (("--preview", "-"), "--preview - shows pictures in a terminal, and standard error is none"),
+        (("--preview", "-", "--count", 2, "-o", "{seed}.png"), "--preview - shows one picture"),
+        (("--tiny-vae", "taesd"), "--decode tiny and --tiny-vae FOLDER go together"),
         (("--preview", "mine.png"), "mine.png exists; give --force to replace it, or another --preview"),
         (("--preview", "none/p.png"), "none does not exist"),
         (("--preview", "x.png", "-o", "x.png"), "--output and --preview name the same file"),

@@ -130,13 +130,15 @@ def test_what_cannot_be_written_is_refused(
     (tmp_path / "model").symlink_to(model)
     ran = in_process("quantize", model, *options)
     assert ran.code == code and message in ran.err, ran.err
+    assert len(ran.err.strip().splitlines()) == 1, ran.err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["full", "model"]
 
 
 def test_what_is_quantised_is_not_quantised_again(in_process, model: Path, tmp_path: Path) -> None:
     assert in_process("quantize", model, "--weights", "int8", "-o", "q", "-q").code == 0
-    ran = in_process("quantize", "q", "--weights", "int4", "-o", "r")
+    ran = in_process("quantize", "q", "--weights", "int4", "-o", "r", "-q")
     assert ran.code == 3 and "is quantised already" in ran.err
+    assert len(ran.err.strip().splitlines()) == 1, ran.err
     assert not (tmp_path / "r").exists() and not list(tmp_path.glob(".*"))
 
 

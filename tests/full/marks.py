@@ -56,9 +56,9 @@ print(process.read_rss().peak)
     return int(done.stdout.split()[-1]), json.loads((folder / "r.json").read_text())
 
 
-def planned(model: str | Path, folder: Path, precision: str = "fp32") -> dict[str, Any]:
-    """The facts that `tiler plan` gives for a 2048² poster."""
+def planned(model: str | Path, folder: Path, precision: str = "fp32", *more: str) -> dict[str, Any]:
+    """The facts that `tiler plan` gives for a 2048² poster, or for what `more` options say."""
     command = [sys.executable, "-c", "from tiler.cli.main import main; main()", "plan", "x", "--model", str(model)]
-    command += ["--precision", precision, "--json", "-o", str(folder / "x.png")]
+    command += ["--precision", precision, "--json", "-o", str(folder / "x.png"), *more]
     found: dict[str, Any] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     return found

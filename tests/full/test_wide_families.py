@@ -1,5 +1,5 @@
-"""HunyuanDiT and Lumina-Next at full width with few blocks (random weights, made on first use, 2 GB each): one
-native tile under its ceiling, a plan close to the kernel's mark, and the smallest ceiling of a poster."""
+"""HunyuanDiT, Lumina-Next and AuraFlow at full width with few blocks (random weights, made on first use, 2 GB each):
+one native tile under its ceiling, a plan close to the kernel's mark, and the smallest ceiling of a poster."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "ceiling_mb"), [("wide-hunyuandit", 470), ("wide-lumina", 480)], ids=str)
+@pytest.mark.parametrize(
+    ("kind", "ceiling_mb"), [("wide-hunyuandit", 470), ("wide-lumina", 480), ("wide-auraflow", 800)], ids=str
+)
 def test_a_native_tile_stays_under_its_ceiling_by_the_kernels_own_mark(
     tmp_path: Path, kind: str, ceiling_mb: int
 ) -> None:

@@ -209,7 +209,7 @@ def test_several_pictures_of_one_command(
     assert [json.loads(line)["seed"] for line in ran.out.splitlines()] == [5, 6]  # whatever the command prints or does
     assert len(list((tmp_path / "away").iterdir())) == 2
     drawn = list[int]()
-    monkeypatch.setattr(Queue, "_draw", lambda queue, row, **rest: not drawn.append(row.row))
+    monkeypatch.setattr(Queue, "_draw", lambda queue, turn: drawn.append(turn.row.row))
     (tmp_path / "4/02.png").write_bytes(b"another picture")
     assert in_process(*common, "--count", 2, "--seed", 3, "-o", "{seed}/{index:02}.png").code == 0
     assert in_process(*common, "--count", 2, "--seed", 3, "-o", "{seed}/{index:02}.png", "--force").code == 0

@@ -148,7 +148,7 @@ def memory_group(nbytes: int) -> Iterator[Path]:
         group.rmdir()
 
 
-@pytest.mark.parametrize("share", [1.0, 0.5])
+@pytest.mark.parametrize("share", [1.0, 0.9, 0.5])
 def test_35_killed_by_a_control_group(tiny: Path, tmp_path: Path, share: float) -> None:
     """With the requested ceiling as the limit, the render ends well; with less it is killed, and continues with the
     same bytes."""
@@ -160,7 +160,9 @@ def test_35_killed_by_a_control_group(tiny: Path, tmp_path: Path, share: float) 
             command, cwd=tmp_path, check=False, stderr=subprocess.PIPE, text=True,
             preexec_fn=lambda: join.write_text(str(os.getpid())),
         )  # fmt: skip
-    assert ran.returncode in ((0,) if share == 1 else (-signal.SIGKILL, 5)), ran.stderr
+    # At 0.9 it depends on which pages of libraries count for this group.
+    codes = {1.0: (0,), 0.9: (0, -signal.SIGKILL, 5), 0.5: (-signal.SIGKILL, 5)}
+    assert ran.returncode in codes[share], ran.stderr
     values = VALUES | {"num_inference_steps": 1}
     render(ask(tiny, tmp_path / "whole.png", **values), roomy())
     if ran.returncode:

@@ -18,9 +18,13 @@ from tests.jobs.test_folder import ask, roomy
 from tiler import events, render
 from tiler.cli import queues, supervise
 from tiler.cli import render as cli_render
+from tiler.cli.listening import Listener
 from tiler.cli.terminal import prepare_signals
+from tiler.errors import BudgetRefused
 from tiler.jobs import claims
-from tiler.jobs.queue import BESIDE, Checked, Queue
+from tiler.jobs.checked import Checked
+from tiler.jobs.drawing import BESIDE, Drawings, Ended
+from tiler.jobs.queue import Queue, Together
 from tiler.jobs.results import Results, file_of
 from tiler.jobs.rows import Row
 from tiler.pipeline import encode_ahead
@@ -81,13 +85,12 @@ def test_a_row_that_is_appended_while_others_are_drawn_is_drawn_too(
     file, drawn = tmp_path / "q.txt", list[int]()
     file.write_text("a\n--nonsense\n")
 
-    def draw(queue: Queue, checked: Checked) -> bool:
+    def draw(queue: Queue, turn: Any) -> None:
         assert queue.tally.failed == [2]
-        drawn.append(checked.row)
+        drawn.append(turn.row.row)
         if len(drawn) < 3:
             with file.open("a") as more:
                 more.write("b\n")
-        return True
 
     monkeypatch.setattr(Queue, "_draw", draw)
     reader = {"file": str(file), "root": str(tmp_path), "defaults": [], "name": "{index}.png"}
@@ -170,7 +173,7 @@ def test_prompts_of_rows_with_a_large_encoder_are_encoded_together(
 ) -> None:
     """64 rows at a time; rows without a large encoder do not wait for each other."""
     order: list[str] = []
-    monkeypatch.setattr(Queue, "_draw", lambda queue, checked: order.append(f"draw {checked.row}") or True)
+    monkeypatch.setattr(Queue, "_draw", lambda queue, turn: order.append(f"draw {turn.row.row}"))
     queue = queue_of(tmp_path, encode=lambda rows: order.append(f"encode {len(rows)}"))
     rows = [row(tmp_path, number, wants_encoder=number <= 70) for number in range(1, 72)]
     queue.run([rows])
@@ -237,25 +240,122 @@ def test_a_signal_saves_a_render_that_goes_on(tiny: Path, tmp_path: Path) -> Non
     )
 
 
+class Played(Drawings):
+    """In place of processes: each row ends as `codes` says, in the order in which they began; `smallest` is the ceiling
+    that each needs."""
+
+    def __init__(self, codes: dict[int, list[int]] | None = None, smallest: dict[int, int] | None = None) -> None:
+        super().__init__()
+        self.codes, self.smallest = codes or {}, smallest or {}
+        self.order: list[int] = []
+        self.shares: list[int] = []
+        self.under_way: dict[int, int] = {}
+        self.most: list[set[int]] = []
+
+    def begin(self, row: int, command: list[str], beside_bytes: int) -> None:
+        self.order.append(row)
+        self.shares.append(CEILING - beside_bytes)
+        self.under_way[row] = CEILING - beside_bytes
+        self.most.append(set(self.under_way))
+
+    def next_ended(self, seconds: float | None = None) -> Ended:
+        row, share = next(iter(self.under_way.items()))
+        del self.under_way[row]
+        code = self.codes.get(row, [0]).pop(0) if self.codes.get(row) else 0
+        facts: dict[str, object] = {"error": "full", "seed": 1, "peak_rss_bytes": 1, "versions": {}, "sha256": ""}
+        if share < self.smallest.get(row, 0):
+            code, facts = 4, {"error": "too little", "smallest_bytes": self.smallest[row]}
+        return Ended(row, code, json.dumps(facts).encode())
+
+    def end(self, number: int) -> Any:
+        while self.under_way:
+            row, _ = self.under_way.popitem()
+            yield Ended(row, 128 + number, b"")
+
+
+CEILING = 10**9
+
+
+def play(played: Played, folder: Path, rows: list[Checked], monkeypatch: pytest.MonkeyPatch, **values: Any) -> Any:
+    monkeypatch.setattr("tiler.jobs.queue.Drawings", lambda hear: played)
+    results = Results(folder / "q.jsonl.results.jsonl", "q.jsonl", shared=False)
+    queue = Queue(root=folder, results=results, max_ram_bytes=CEILING, **values)
+    return queue.run([rows])
+
+
 def test_a_row_for_which_the_disk_has_no_room_waits_for_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is tried again at the end."""
-    order: list[str] = []
+    played = Played({1: [6, 0]})
+    tally = play(played, tmp_path, [row(tmp_path, 1), row(tmp_path, 2)], monkeypatch)
+    assert played.order == [1, 2, 1] and str(tally) == "2 done" and tally.exit_code == 0
+    assert all(len(together) == 1 for together in played.most)
 
-    class Process:
-        returncode = 0
 
-        def __init__(self, command: list[str], **options: object) -> None:
-            (self.output,) = (word[9:] for word in command if word.startswith("--output="))
-            order.append(Path(self.output).name)
-            self.returncode = 6 if order.count("1.png") == 1 and order[-1] == "1.png" else 0
+def test_with_a_cluster_several_rows_are_drawn_at_a_time_under_one_ceiling(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row that needs more than its share waits until so much is free; rows of another model wait for all others."""
+    played = Played(smallest={2: 500})
+    rows = [row(tmp_path, number, denoiser=number // 6) for number in range(1, 8)]
+    limits = lambda first: Together(3, 900, ["--cluster=tls://here:1"])  # noqa: E731
+    assert str(play(played, tmp_path, rows, monkeypatch, together=limits)) == "7 done"
+    assert played.order[:3] == [1, 2, 3] and played.shares[:3] == [300] * 3
+    assert played.shares[played.order.index(2, 3)] == 500 == max(played.shares)
+    assert not any(together & {6, 7} and together - {6, 7} for together in played.most)
+    assert {6, 7} not in played.most, "from now on every row gets what the second needed"
 
-        def communicate(self, timeout: object) -> tuple[bytes, None]:
-            return json.dumps(
-                {"error": "full", "seed": 1, "peak_rss_bytes": 1, "versions": {}, "sha256": ""}
-            ).encode(), None
 
-    monkeypatch.setattr("tiler.jobs.queue.popen", Process)
-    tally = queue_of(tmp_path).run([[row(tmp_path, 1), row(tmp_path, 2)]])
-    assert order == ["1.png", "2.png", "1.png"] and str(tally) == "2 done" and tally.exit_code == 0
+def test_what_ends_a_queue_saves_all_that_is_under_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [row(tmp_path, number) for number in range(1, 6)]
+    limits = lambda first: Together(3, 900)  # noqa: E731
+    tally = play(Played({1: [7]}), tmp_path, rows, monkeypatch, together=limits, fail_fast=True)
+    assert tally.exit_code == 7 and dict(tally.statuses) == {"failed": 1, "interrupted": 2}
+    lines = [json.loads(line) for line in (tmp_path / "q.jsonl.results.jsonl").read_text().splitlines()]
+    assert [(line["row"], line["status"], line["exit_code"]) for line in lines[1:]] == [
+        (3, "interrupted", 143), (2, "interrupted", 143),
+    ]  # fmt: skip
+
+
+def test_a_row_that_cannot_be_planned_leaves_the_cluster_to_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def limits(first: Checked) -> Together:
+        if first.row == 1:
+            raise BudgetRefused("too little")
+        return Together(2, 900)
+
+    played = Played()
+    tally = play(played, tmp_path, [row(tmp_path, n) for n in (1, 2, 3)], monkeypatch, together=limits)
+    assert (tally.exit_code, str(tally), played.order) == (4, "2 done, 1 failed (row 1)", [2, 3])
+
+
+def test_processes_are_heard_line_by_line_and_end_with_their_words() -> None:
+    heard: list[tuple[int, bytes]] = []
+    drawings = Drawings(lambda row, line: heard.append((row, line)))
+    drawings.begin(1, ["sh", "-c", "printf 'a\\nb' >&2; sleep 0.2; printf done"], 5)
+    drawings.begin(2, ["sh", "-c", f"printf ${BESIDE}; exit 3"], 7)
+    assert drawings.next_ended() == Ended(2, 3, b"7")
+    assert drawings.next_ended() == Ended(1, 0, b"done") and heard == [(1, b"a"), (1, b"b")]
+    drawings.begin(3, ["sleep", "60"], 0)
+    assert drawings.next_ended(0.01) is None
+    assert list(drawings.end(signal.SIGTERM)) == [Ended(3, -signal.SIGTERM, b"")]
+
+
+def test_a_queue_translates_what_its_pictures_tell() -> None:
+    said, told = list[str](), list[str]()
+    listener = Listener(said.append, silent=False)
+    quiet = Listener(said.append, silent=True)
+    note, done = (
+        json.dumps({"event": "note", "text": "seed 3"}).encode(),
+        json.dumps({"event": "phase_done", "name": "canvas", "seconds": 1.25, "peak_rss_bytes": 3 * 10**8}).encode(),
+    )
+    for line in (note, done, b"", b'{"event": "saved"}', b"[1]"):
+        listener.hear(4, line)
+        quiet.hear(4, line)
+    quiet.hear(5, b"tiler: no such model")
+    Listener(told.append, silent=False, as_json=True).hear(6, note)
+    assert json.loads(told[0]) == {"row": 6, "event": "note", "text": "seed 3"}
+    assert said[0] == "row 4: note: seed 3" and said[1] == "row 4: canvas: done in 1.2 s, peak 300 MB"
+    assert said[-1] == "row 5: tiler: no such model" and said.count("row 4: note: seed 3") == 1

@@ -56,7 +56,8 @@ from tiler.weights.checkpoint import resolve
 family = read_family(resolve({str(tiny)!r}))
 family.part(Role.DENOISER).build(), load_tokenizer(family)
 encoder = family.part(Role.TEXT_ENCODER).build()
-print([m for m in ("torch._meta_registrations", "torch._decomp", "torch._dynamo", "transformers") if m in sys.modules])
+left_out = "torch._meta_registrations", "torch._decomp", "torch._dynamo", "transformers", "accelerate", "bitsandbytes", "peft"
+print([m for m in left_out if m in sys.modules])
 import torch, torch._meta_registrations as meta, transformers
 from diffusers.utils import is_transformers_available
 print(hasattr(meta, "register_meta"), transformers.CLIPTextModel is type(encoder), is_transformers_available())

@@ -143,6 +143,10 @@ def sd15_unet() -> dict[str, torch.Tensor]:
     return meta("UNet2DConditionModel", make_checkpoint.configs("sd15")["unet"])
 
 
+def sd21_unet() -> dict[str, torch.Tensor]:
+    return meta("UNet2DConditionModel", make_checkpoint.configs("sd21")["unet"])
+
+
 def flux() -> dict[str, torch.Tensor]:
     from checkpoints.flux import _TRANSFORMER
 
@@ -156,10 +160,26 @@ def sd3() -> dict[str, torch.Tensor]:
     return state | {"pos_embed.pos_embed": torch.empty(1, 192 * 192, 2432, device="meta")}
 
 
+def pixart() -> dict[str, torch.Tensor]:
+    from checkpoints.pixart import _TRANSFORMER
+
+    return meta("PixArtTransformer2DModel", _TRANSFORMER)
+
+
+def auraflow() -> dict[str, torch.Tensor]:
+    from checkpoints.auraflow import TRANSFORMER
+
+    return meta("AuraFlowTransformer2DModel", TRANSFORMER)
+
+
 GOLDEN = {
-    "sd1": (sd15_unet, "sd"), "sdxl": (sdxl_unet, "sd"), "flux": (flux, "flux"), "sd3": (sd3, "sd3"),
+    "sd1": (sd15_unet, "sd"), "sd2": (sd21_unet, "sd"), "sdxl": (sdxl_unet, "sd"), "flux": (flux, "flux"),
+    "sd3": (sd3, "sd3"), "pixart": (pixart, "pixart"), "auraflow": (auraflow, "auraflow"),
 }  # fmt: skip
-HASHES = {"sd1": "f1f44ed08f650295", "sdxl": "7bd3ac86df1f8cf7", "flux": "63ec982b3e6c3c72", "sd3": "09d3cefe983df546"}
+HASHES = {
+    "sd1": "f1f44ed08f650295", "sd2": "f1f44ed08f650295", "sdxl": "7bd3ac86df1f8cf7", "flux": "63ec982b3e6c3c72",
+    "sd3": "09d3cefe983df546", "pixart": "3a6b11480ff055d9", "auraflow": "7552b7c81b2dfc18",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", GOLDEN)
@@ -190,12 +210,27 @@ def mapped(build: Callable[[], dict[str, torch.Tensor]], kind: str) -> list[str]
     }
     found = renamed(part, index)
     assert {key: tuple(info.shape) for key, info in found.items()} == {key: tuple(t.shape) for key, t in state.items()}
-    lines = []
+    places = dict[str, tuple[str, list[tuple[int, int]]]]()
     for key, info in sorted(found.items()):
         row = info.nbytes // max(1, info.shape[0])
-        places = [(source.offset // row, source.offset // row + source.rows) for source in info.sources]
-        lines.append(f"{key} {info.name} {places}")
-    return lines
+        spans = [(source.offset // row, source.offset // row + source.rows) for source in info.sources]
+        places[key] = info.name, spans
+    if kind != "sd":  # what the other program, which writes such files, stacks and swaps
+        assert places == written(kind, state, prefix)
+    return [f"{key} {name} {spans}" for key, (name, spans) in places.items()]
+
+
+def written(kind: str, state: dict[str, torch.Tensor], prefix: str) -> dict[str, tuple[str, list[tuple[int, int]]]]:
+    """The tensor of each parameter, and its rows there."""
+    places = {}
+    for name, original in _single_dit.originals(kind, state).items():
+        first = 0
+        for parameter in original.parameters:
+            last = first + len(state[parameter])
+            half = (first + last) // 2
+            spans = [(half, last), (first, half)] if original.swapped else [(first, last)]
+            places[parameter], first = (prefix + name, spans), last
+    return places
 
 
 def test_opening_a_file_of_flux_takes_less_than_20_mb(tmp_path: Path) -> None:

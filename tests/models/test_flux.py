@@ -49,13 +49,13 @@ def pipelines(folders: dict[str, Path]) -> dict[str, FluxPipeline]:
     return found
 
 
-def by_pipeline(pipe: FluxPipeline, kind: str, scale: float) -> Tensor:
+def by_pipeline(pipe: FluxPipeline, kind: str, scale: float, height: int = 128, width: int = 128) -> Tensor:
     """The latents of one native tile, three steps."""
     packed = pipe(
-        "a boat", height=128, width=128, num_inference_steps=3, guidance_scale=scale, output_type="latent",
+        "a boat", height=height, width=width, num_inference_steps=3, guidance_scale=scale, output_type="latent",
         max_sequence_length=LENGTHS[kind], generator=torch.Generator().manual_seed(5),
     ).images  # fmt: skip
-    return unpack(packed, 8)
+    return unpack(packed, height // 16)
 
 
 @pytest.mark.parametrize(("kind", "scale", "negative"), [("dev", 3.5, "fog"), ("dev", 1.0, None), ("schnell", 1.0, "")])
@@ -75,6 +75,15 @@ def test_one_tile_is_what_flux_pipeline_gives(
     assert (got - by_pipeline(pipelines[kind], kind, scale)).abs().max() < 1e-4
     assert report["denoiser_samples"] == 3  # no unconditional half
     assert any("negative prompt has no effect on Flux.1 dev" in text for text in said) is bool(negative)
+
+
+def test_a_long_picture_of_the_native_area_is_one_tile(
+    folders: dict[str, Path], pipelines: dict[str, FluxPipeline], tmp_path: Path
+) -> None:
+    """As 768 × 1360 pixels are for the published model: no guide, and nothing is cut."""
+    got, report = rendered(ask(folders["schnell"], tmp_path, height=96, width=160, guidance_scale=1.0, guide=True))
+    assert (got - by_pipeline(pipelines["schnell"], "schnell", 1.0, 96, 160)).abs().max() < 1e-4
+    assert (report["tiles"], report["guide"], report["denoiser_samples"]) == (1, None, 3)
 
 
 def looped(

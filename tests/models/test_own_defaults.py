@@ -32,7 +32,7 @@ def test_a_model_folder_may_state_its_own_defaults(tmp_path: Path) -> None:
     [
         ("steps = 3", "'steps'"), ("strength = true", "strength"), ("strength = 3", "strength"), ("seed = 1", "'seed'"),
         ('scheduler = "nonsense"', "nonsense"), ("strength =", "not valid TOML"), ('guidance_scale = "7"', "guidance_scale"),
-        ("prompt = []", "nor a list of texts"), ('layout = "rows"', "grid, shift, jitter"), ('prompt = ["a", 1]', "nor a list of texts"),
+        ("prompt = []", "nor a list of texts"), ('prompt = ["a", "b <lora:x:1>"]', "<lora:x:1>"), ('layout = "rows"', "grid, shift, jitter"), ('prompt = ["a", 1]', "nor a list of texts"),
     ],
 )  # fmt: skip
 def test_wrong_defaults_are_blamed_on_the_file(tmp_path: Path, text: str, named: str) -> None:

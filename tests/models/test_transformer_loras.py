@@ -34,11 +34,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {kind: make_checkpoint.make(f"tiny-{kind}", cache) for kind in ("flux", "auraflow")}
 
 
-def weights(models: Models, *files: Path) -> dict[str, Tensor]:
+def weights(models: Models, *files: Path, strength: float = 1.0) -> dict[str, Tensor]:
     """All of the transformer's weights, changed by the files."""
     part = models.family.part(Role.DENOISER)
     index = match_index(models.module(part), models.family.checkpoint.weights(part.name), part.aliases)
-    applied = apply_loras([Lora(file=file) for file in files], models)
+    applied = apply_loras([Lora(file=file, strength=strength) for file in files], models)
     assert not applied.notes
     with WeightStore(index, changes=applied.of(part.name)) as store:
         return {name: store.load(name) for name in index}
@@ -54,12 +54,10 @@ def original_names(models: Models) -> dict[str, tuple[Target, ...]]:
     }
 
 
-def test_flux_in_kohyas_spelling_is_what_diffusers_reads(folders: dict[str, Path], tmp_path: Path) -> None:
-    """Queries, keys and values are one module there. The first layer of a single block is left out, because diffusers'
-    conversion knows only one size of it."""
-    models = Models(families.read_family(checkpoint.resolve(str(folders["flux"]))))
-    plain, generator = weights(models), torch.Generator().manual_seed(0)
-    tensors: dict[str, Tensor] = {}
+def kohyas(models: Models, plain: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A LoRA of Flux in kohya's spelling, in which queries, keys and values are one module. The first layer of a single
+    block is left out, because diffusers' conversion knows only one size of it."""
+    tensors, generator = dict[str, Tensor](), torch.Generator().manual_seed(0)
     for name, targets in original_names(models).items():
         if name.endswith("_linear1"):
             continue
@@ -69,6 +67,13 @@ def test_flux_in_kohyas_spelling_is_what_diffusers_reads(folders: dict[str, Path
         tensors[f"{name}.lora_down.weight"] = torch.randn(RANK, sides[0][1], generator=generator)
         tensors[f"{name}.lora_up.weight"] = 0.1 * torch.randn(sum(out for out, _ in sides), RANK, generator=generator)
         tensors[f"{name}.alpha"] = torch.tensor(ALPHA)
+    return tensors
+
+
+def test_flux_in_kohyas_spelling_is_what_diffusers_reads(folders: dict[str, Path], tmp_path: Path) -> None:
+    models = Models(families.read_family(checkpoint.resolve(str(folders["flux"]))))
+    plain = weights(models)
+    tensors = kohyas(models, plain)
     file = save(tmp_path / "x.safetensors", tensors)
     read: dict[str, Tensor] = FluxPipeline.lora_state_dict(str(file))  # type: ignore[assignment]
     want = dict(plain)
@@ -82,6 +87,28 @@ def test_flux_in_kohyas_spelling_is_what_diffusers_reads(folders: dict[str, Path
         assert (tensor - want[name]).norm() <= 1e-6 * want[name].norm(), name
 
 
+@pytest.mark.parametrize("spelling", ["kohya", "peft"])
+def test_flux_is_changed_as_peft_changes_it(folders: dict[str, Path], tmp_path: Path, spelling: str) -> None:
+    """By diffusers' `load_lora_weights`, whose layers are PEFT's and merged with the weights by PEFT."""
+    pytest.importorskip("accelerate")
+    pytest.importorskip("peft")
+    models = Models(families.read_family(checkpoint.resolve(str(folders["flux"]))))
+    plain = weights(models)
+    module = opened(folders["flux"], FluxTransformer2DModel)
+    random = random_lora(module, layers_of(module, every=2), rank=RANK)
+    file = save(tmp_path / "x.safetensors", kohyas(models, plain) if spelling == "kohya" else peft(random))
+    others = ("scheduler", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+    pipe: Any = FluxPipeline(transformer=module, **dict.fromkeys(others))
+    pipe.load_lora_weights(str(file))
+    pipe.fuse_lora(components=["transformer"], lora_scale=STRENGTH)
+    want = {name.replace(".base_layer.", "."): value.detach() for name, value in module.named_parameters()}
+    got = weights(models, file, strength=STRENGTH)
+    changed = [name for name in got if not torch.equal(got[name], plain[name])]
+    assert len(changed) >= 15
+    for name, tensor in got.items():
+        assert (tensor - want[name]).norm() <= 1e-6 * want[name].norm(), name
+
+
 def test_a_single_blocks_first_layer_is_four_of_diffusers(folders: dict[str, Path], tmp_path: Path) -> None:
     models = Models(families.read_family(checkpoint.resolve(str(folders["flux"]))))
     plain, name = weights(models), "lora_unet_single_blocks_0_linear1"
@@ -92,6 +119,14 @@ def test_a_single_blocks_first_layer_is_four_of_diffusers(folders: dict[str, Pat
     got = torch.cat([weights(models, file)[path] for path in paths])
     want = torch.cat([plain[path] for path in paths]) + up @ down
     assert (got - want).norm() <= 1e-6 * want.norm()
+
+
+def opened(folder: Path, cls: Any) -> Any:
+    """The checkpoint's transformer, as diffusers has it, in fp32."""
+    (file,) = (folder / "transformer").glob("*.safetensors")
+    module = cls.from_config(cls.load_config(folder / "transformer"))
+    module.load_state_dict({name: tensor.float() for name, tensor in load_file(file).items()})
+    return module
 
 
 def peft(lora: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
@@ -108,8 +143,7 @@ def test_the_picture_is_that_of_a_model_with_changed_weights(
 ) -> None:
     folder, common = folders[kind], {"size": 64, "num_inference_steps": 1}
     (file,) = (folder / "transformer").glob("*.safetensors")
-    module = cls.from_config(cls.load_config(folder / "transformer"))
-    module.load_state_dict({name: tensor.float() for name, tensor in load_file(file).items()})
+    module = opened(folder, cls)
     lora = random_lora(module, layers_of(module, every=2), rank=RANK)
     spellings = {"kohya": as_kohya("lora_unet", lora, ALPHA), "peft": peft(lora)}
     plain, _ = rendered(ask(folder, tmp_path, **common))

@@ -317,6 +317,18 @@ def products(lib: Library) -> Iterator[Case]:
         yield convolution(kind, 3, (8, 5), 5, 64, 3, 2)
         yield convolution(kind, 2, (11, 10), 140, 33, 3, 1)
         yield convolution(kind, 2, (5, 5), 24, 16, 1, 1)
+        yield scattered(kind)
+
+
+def scattered(kind: Kind) -> Case:
+    """A product of 12 rows whose results are every other place of every other line."""
+    case = linear(kind, 12, 40, 33, more=False)
+    out = torch.full((6, 8, 33), -7.0)
+    want = out.double()
+    want[::2, ::2] = case.want.view(3, 4, 33)
+    call = case.call
+    call.out, call.out_step, call.out_width, call.out_line = address(out), 2 * 33, 4, 2 * 8 * 33
+    return case._replace(tensors=(*(t for t in case.tensors if t is not case.out), out), out=out, want=want)
 
 
 def others() -> Iterator[Case]:

@@ -3,10 +3,8 @@ sanitisers."""
 
 from __future__ import annotations
 
-import ctypes
 import os
 import shutil
-import struct
 import subprocess
 import threading
 from pathlib import Path
@@ -15,10 +13,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.native.driving import DRIVER, NATIVE, write
 from tests.native.kernel_cases import (
-    DTYPES,
     LIBRARIES,
-    OPERATIONS,
     Case,
     address,
     attention,
@@ -42,8 +39,6 @@ from tiler.native import library
 from tiler.native.instructions import SETS, machine_of
 from tiler.native.library import Activation, Kind, Library, Type
 
-ROOT = Path(__file__).resolve().parents[2]
-NATIVE = ROOT / "tiler" / "native"
 pytestmark = needs_library
 
 
@@ -267,30 +262,6 @@ def test_threads_are_started_anew_after_fork() -> None:
 # ----------------------------------------------------------------------------------------------------------
 
 
-def write(case: Case, path: Path) -> None:
-    """Write the call for driver.c: its struct, with addresses replaced by numbers of arrays, and the arrays."""
-    begins = [(tensor.data_ptr(), tensor.nbytes) for tensor in case.tensors]
-    pointers: list[int] = []
-    for name, kind in case.call._fields_:
-        count = {ctypes.c_void_p: 1, ctypes.c_void_p * 2: 2}.get(kind, 0)
-        value = getattr(case.call, name)
-        for i, one in enumerate(value if count == 2 else [value] * count):
-            for array, (begin, nbytes) in enumerate(begins):
-                if one and 0 <= one - begin < nbytes:
-                    pointers += [getattr(type(case.call), name).offset + 8 * i, array, one - begin]
-    result = next(i for i, tensor in enumerate(case.tensors) if tensor is case.out)
-    number = list(OPERATIONS).index(type(case.call))
-    out_type = next(i for i, dtype in enumerate((*DTYPES.values(), torch.float64)) if dtype == case.out.dtype)
-    fields = bytes(case.call)
-    with path.open("wb") as file:
-        file.write(struct.pack("<5q", number, len(case.tensors), out_type, result, case.want.numel()))
-        file.write(struct.pack("<d", case.tolerance) + case.want.contiguous().numpy().tobytes())
-        for tensor in case.tensors:
-            file.write(struct.pack("<q", tensor.nbytes) + tensor.contiguous().view(torch.uint8).numpy().tobytes())
-        file.write(struct.pack(f"<q{len(pointers)}q", len(pointers) // 3, *pointers))
-        file.write(struct.pack("<q", len(fields)) + fields)
-
-
 GCC = {
     "v3": ["-march=x86-64-v3"],
     "v3-vnni": ["-march=x86-64-v3", "-mavxvnni"],
@@ -323,7 +294,7 @@ def test_sanitisers_find_nothing(tmp_path: Path) -> None:
         if s.machine == machine_of(os.uname().machine)
     ]
     jobs += [[str(NATIVE / name), "-o", f"{name}.o"] for name in ("library.c", "pool.c")]
-    jobs += [[str(Path(__file__).with_name("driver.c")), "-o", "driver.o"]]
+    jobs += [[str(DRIVER), "-o", "driver.o"]]
     running = [subprocess.Popen(["gcc", *flags, "-c", *job], cwd=tmp_path) for job in jobs]
     assert [process.wait() for process in running] == [0] * len(jobs)
     link = ["gcc", *flags, *(job[-1] for job in jobs), "-lpthread", "-lm", "-o", "driver"]

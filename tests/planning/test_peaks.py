@@ -12,8 +12,9 @@ from tiler.compute.shapes import Memo
 from tiler.decoding.method import ScratchSpace
 from tiler.models.built import Models
 from tiler.models.family import read_family
-from tiler.planning.peaks import DenoiserPeaks, VaePeaks
+from tiler.planning.peaks import ACTIVATIONS, DenoiserPeaks, VaePeaks, with_preview
 from tiler.planning.resolve import fill
+from tiler.planning.table import PhasePlan, Term
 from tiler.planning.tiling import plan_tiling
 from tiler.planning.time import Counter
 from tiler.request import Decode, Precision, RenderRequest, Wrap
@@ -65,3 +66,9 @@ def test_prompts_that_wait_are_counted(in_process: Any, tiny: Path) -> None:
     long = waiting("BREAK".join(["a boat"] * 7), "-n", "fog", "--canvas-prompt", "sea")
     chunks = long["encode prompts"] // (3 * one)
     assert chunks >= 7 and long["canvas"] == 2 * chunks * one  # one more is among the activations
+
+
+def test_a_preview_takes_the_memory_of_a_pass_that_is_over() -> None:
+    phase = PhasePlan(name="canvas", terms=(Term(name="canvas", nbytes=5), Term(name=ACTIVATIONS, nbytes=100)))
+    assert with_preview(phase, 90) == phase
+    assert with_preview(phase, 130).peak_bytes == phase.peak_bytes + 30

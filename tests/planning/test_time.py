@@ -59,7 +59,7 @@ def test_work_is_what_torch_counts(checkpoints: Path, kind: str) -> None:
 def decoding(kind: Decode, attention: float = 0.25) -> DecodePlan:
     return DecodePlan(
         kind=kind, encoding=False, why="", memory_bytes=0, folder=Path("."), dtype=ScratchDtype.FP16,
-        flops=3_000_000_000, attention=(attention, 1),
+        flops=3_000_000_000, attention=attention,
     )  # fmt: skip
 
 

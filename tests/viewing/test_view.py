@@ -90,6 +90,35 @@ def test_tiles_are_the_picture(picture: Path, pixels: np.ndarray, tmp_path: Path
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_overview_of_a_jpeg_comes_from_its_eighth(tmp_path: Path) -> None:
+    """Its tiles lie where those of the whole picture would."""
+    x = np.arange(20000, dtype=np.float32)
+    row = np.stack([127 + 100 * np.sin(x / n) for n in (500, 900, 1700)], axis=-1)
+    picture = np.broadcast_to(row.clip(0, 255).astype(np.uint8), (40, *row.shape))
+    Image.fromarray(picture).save(tmp_path / "wide.jpg", quality=95)
+    with Pyramid(tmp_path / "wide.jpg", tmp_path) as pyramid:
+        wait_for(pyramid)
+        assert pyramid.levels == 15
+        data = pyramid.tile(11, 4, 0)  # of 1,250 × 3 pixels, the last
+        assert data is not None
+        tile = np.asarray(Image.open(BytesIO(data)), dtype=float)
+    means = row.reshape(1250, 16, 3).mean(axis=1)[4 * SIDE - OVERLAP :]
+    assert tile.shape == (3, *means.shape)
+    assert abs(tile[1] - means).mean() < 2
+
+
+def test_what_is_transparent_lies_on_white(tmp_path: Path) -> None:
+    pyvips = pytest.importorskip("pyvips")
+    for name, kind in (("uchar", "srgb"), ("ushort", "rgb16")):
+        clear = pyvips.Image.black(32, 32, bands=4).cast(name).copy(interpretation=kind)
+        clear.write_to_file(str(tmp_path / f"{name}.png"))
+        with Pyramid(tmp_path / f"{name}.png", tmp_path) as pyramid:
+            wait_for(pyramid)
+            data = pyramid.tile(pyramid.levels, 0, 0)
+        assert data is not None
+        assert np.asarray(Image.open(BytesIO(data))).min() >= 254
+
+
 @pytest.mark.parametrize(
     ("path", "host", "status"),
     [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -56,20 +56,23 @@ def command(
 
     All options of `tiler render` are accepted and apply to rows that do not set them; a row's keys are the options'
     long names. A row that fails does not stop the others. If you give the same command again, finished rows are skipped
-    and interrupted ones continue.
+    and interrupted ones continue. With --cluster up to three pictures are drawn at a time, as many as the ceiling
+    holds: no worker waits for the end of one picture's step, and one is decoded while the next is denoised.
     """
     if not file.is_file():
         raise UsageError(f"{file}: no such file; `tiler batch` takes a file with a picture per row")
     root = output_dir or file.parent
     if not root.is_dir():
         raise UsageError(f"{root} does not exist; create it first")
+    rest = dict[str, Any]()
     checker = queues.Checker(
-        root=root, defaults=(*context.args, *["--quiet"] * quiet), name=output, parse=queues.parser(render.run)
-    )
+        root=root, defaults=(*context.args, *["--quiet"] * quiet), name=output,
+        parse=queues.parser(render.run, rest.update),
+    )  # fmt: skip
     common = checker.ask(Row(0, None, (), None))
     if share and common.force:
         raise UsageError("--share takes an existing picture for a finished one; leave out --force")
-    ceiling = queues.ceiling(max_ram)
+    ceiling, threads, log_json = queues.ceiling(max_ram), rest["threads"], rest["log_json"]
     growing = {"file": str(file), "root": str(root), "defaults": list(checker.defaults), "name": output}
     rows = -1 if grows(file) else queues.check_all(read_rows(file), checker, f"{file}: ")
     o.lower_priority(nice)
@@ -77,6 +80,7 @@ def command(
         supervise.Spec(
             root=str(root), results=str(file_of(file, host() if share else "")), file=str(file), max_ram_bytes=ceiling,
             rows=rows, reader=growing if grows(file) else None, shared=share, fail_fast=fail_fast, silent=quiet,
-            quiet=quiet, is_batch=True,
+            quiet=quiet, is_batch=True, cluster=common.cluster or "", keys=str(common.keys or ""),
+            insecure=common.insecure, threads=threads or 0, log_json=log_json,
         )
     )  # fmt: skip

@@ -11,8 +11,8 @@ import typer
 
 from tiler.errors import TilerError
 from tiler.request.model import parse_folders
-from tiler.request.settings import Kind, listed
-from tiler.weights.folders import model_files
+from tiler.request.settings import Kind
+from tiler.weights.folders import files, stem
 from tiler.weights.places import hub_cache
 
 _HUB = "models--"  # the folder of org/name in the hub's cache is models--org--name
@@ -31,21 +31,19 @@ def lora_names(incomplete: str) -> list[str]:
     """The values of --lora that start with `incomplete`: the stems of LoRAs in the user's folders (paths if two have
     the same stem)."""
     try:
-        return sorted(name for name in _names([path for _, path in listed(Kind.LORA)]) if name.startswith(incomplete))
+        return sorted(name for name in _names(files(Kind.LORA)) if name.startswith(incomplete))
     except (TilerError, OSError):
         return []
 
 
 def _names(paths: Sequence[Path]) -> Iterator[str]:
-    stems = [path.name if path.is_dir() else path.stem for path in paths]
+    stems = [stem(path) for path in paths]
     times = Counter(stems)
     return (stem if times[stem] == 1 else str(path) for stem, path in zip(stems, paths, strict=True))
 
 
 def _models(context: typer.Context) -> Iterator[str]:
     yield "mini"
-    given = context.params.get("model_dirs")
-    paths = model_files(parse_folders(given)) if given else [path for _, path in listed(Kind.MODEL)]
-    yield from _names(paths)
+    yield from _names(files(Kind.MODEL, parse_folders(context.params.get("model_dirs") or "")))
     for folder in sorted(hub_cache().glob(f"{_HUB}*")):
         yield folder.name.removeprefix(_HUB).replace("--", "/", 1)

@@ -6,7 +6,6 @@ import platform
 import shutil
 import textwrap
 from dataclasses import replace
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,6 +15,7 @@ from tiler.cli import options as o
 from tiler.cli.terminal import columns
 from tiler.memory.budget import format_mb
 from tiler.request import DoctorRequest
+from tiler.version import versions
 
 if TYPE_CHECKING:
     from tiler.native.library import Library
@@ -72,19 +72,19 @@ def _show_machine(measure: bool, json_output: bool) -> None:
         "storage dtype": "as in the checkpoint (fp16, bf16 or fp32); weights are cast when they are used",
         "instruction set": f"{cpu.isa()}, which decides the kernels",
         "kernels": _kernels(library.library(), library.fault()),
-        "compute dtype": _compute_dtype(cpu.flags(), int8_runs=onednn.int8().dot),
+        "compute dtype": _compute_dtype(cpu.flags(), int8_runs=onednn.int8().products),
         "--precision int8": onednn.int8().why,
         "--precision bf16": "bf16 products, fp32 sums"
         if library.has_bf16()
         else "not on this machine: it has no kernels for bf16",
-        "--precision auto": f"{'int8' if onednn.int8().dot else 'fp32'}: {onednn.int8().auto}",
+        "--precision auto": _auto(),
         "accumulation dtype": "fp32 canvas, fp64 mask sums",
         "free disk": f"{format_mb(shutil.disk_usage(Path.cwd()).free)} in {Path.cwd()}",
         "hub cache": str(hub_cache()),
         "versions": ", ".join(
             [
                 f"python {platform.python_version()}",
-                *(f"{n} {metadata.version(n)}" for n in ("tiler", "torch", "diffusers", "transformers", "safetensors")),
+                *(" ".join(of) for of in versions("torch", "diffusers", "transformers", "safetensors").items()),
             ]
         ),
     }
@@ -111,6 +111,19 @@ def _kernels(library: Library | None, fault: str) -> str:
     if library is None:
         return f"torch's; tiler's own library: {fault}"
     return f"tiler's own library for {library.isa}; torch's for the rest"
+
+
+def _auto() -> str:
+    """What `--precision auto` takes, by the number of a denoiser's channels."""
+    from tiler.compute.precisions import arithmetic
+    from tiler.compute.tuning import SPEEDUPS_OF
+    from tiler.planning.precision import choose_precision
+    from tiler.request import Precision
+
+    here = arithmetic()
+    chosen = {least: choose_precision(Precision.AUTO, least, here)[0] for least in SPEEDUPS_OF[here.isa]}
+    parts = [f"{precision} for models with {least} channels and more" for least, precision in chosen.items() if least]
+    return ", ".join([f"{chosen[0]}", *parts])
 
 
 def _compute_dtype(flags: tuple[str, ...], *, int8_runs: bool) -> str:

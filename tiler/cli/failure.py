@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import NoReturn
 
@@ -17,7 +17,8 @@ from tiler.errors import Interrupted, TilerError
 def end(error: BaseException) -> NoReturn:
     """Print what happened, and exit with the error's code."""
     message, code = _explained(error)
-    _fail(message, code, getattr(error, "__notes__", []))
+    smallest = getattr(error, "smallest_bytes", None)
+    _fail(message, code, getattr(error, "__notes__", []), {} if smallest is None else {"smallest_bytes": smallest})
 
 
 def _explained(error: BaseException) -> tuple[str, int]:
@@ -47,7 +48,7 @@ def _explained(error: BaseException) -> tuple[str, int]:
     return f"this is a bug in tiler: {type(error).__name__}: {line}; `tiler --debug …` shows where it happened", 1
 
 
-def _fail(message: str, code: int, notes: Sequence[str]) -> NoReturn:
+def _fail(message: str, code: int, notes: Sequence[str], facts: Mapping[str, int]) -> NoReturn:
     with suppress(OSError, ValueError):  # stderr may be closed; the exit code remains
         if os.environ.get("TILER_DEBUG"):
             traceback.print_exc()
@@ -56,6 +57,6 @@ def _fail(message: str, code: int, notes: Sequence[str]) -> NoReturn:
         sys.stderr.flush()
     with suppress(OSError, ValueError):
         if message and code and "--json" in sys.argv:  # programs read errors from where they read results
-            print(json.dumps({"schema": 1, "error": message, "exit_code": code}))
+            print(json.dumps({"schema": 1, "error": message, "exit_code": code, **facts}))
         sys.stdout.flush()
     sys.exit(code)

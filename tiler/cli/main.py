@@ -6,7 +6,6 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import metadata
 from typing import Annotated, Any
 
 import typer
@@ -34,6 +33,7 @@ from tiler.cli import (
 )
 from tiler.cli import options as o
 from tiler.cli.terminal import prepare_signals, prepare_streams, silence
+from tiler.version import VERSION
 
 
 class _ReaderGone(Exception):
@@ -94,7 +94,7 @@ helps.join_lines(app)
 
 def _version(asked: bool) -> None:
     if asked:
-        typer.echo(f"tiler {metadata.version('tiler')}")
+        typer.echo(f"tiler {VERSION}")
         raise typer.Exit
 
 

@@ -12,6 +12,8 @@ from tiler.cli import options as o
 from tiler.cli.terminal import columns
 from tiler.errors import UsageError
 from tiler.memory.budget import Budget, format_mb
+from tiler.request import settings
+from tiler.request.settings import Kind
 
 Folders = Annotated[
     list[Path] | None,
@@ -28,16 +30,15 @@ def command(folders: Folders = None, max_ram: o.MaxRam = "800MB", json_output: o
     supplies it is named.
     """
     from tiler.models.listing import list_models
-    from tiler.weights.places import model_folders
 
     ceiling = Budget(max_ram).max_bytes
-    wanted = model_folders(folders or ())
+    wanted = settings.named((Kind.MODEL, Kind.VAE, Kind.TEXT_ENCODER), folders or ())
     if not wanted:
         raise UsageError("no folder to search: name one (tiler models ~/models), or set TILER_MODEL_DIRS")
     for folder in wanted:
         if not folder.is_dir():
             raise UsageError(f"{folder}: no such folder")
-    found = list_models(wanted)
+    found = list_models(folders or ())
     if json_output:
         o.tell({"models": [model.facts(ceiling) for model in found]})
         return

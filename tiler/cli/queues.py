@@ -20,13 +20,14 @@ from tiler.cli import options as o
 from tiler.cli import supervise
 from tiler.errors import UsageError
 from tiler.jobs import naming
+from tiler.jobs.checked import Checked
 from tiler.jobs.coding import encode
+from tiler.jobs.drawing import BESIDE, OWN_BYTES
 from tiler.jobs.folder import folder_of
-from tiler.jobs.queue import BESIDE, OWN_BYTES, Checked
 from tiler.jobs.rows import Row
 from tiler.memory.budget import Budget, format_mb
 from tiler.request import MAX_SEED, RenderRequest
-from tiler.request.render import OF_THE_MACHINE
+from tiler.request.render import OF_THE_DENOISER, OF_THE_MACHINE
 from tiler.weights.encoders import has_large_encoder
 
 MOST = 10_000  # pictures of one command
@@ -48,9 +49,11 @@ def parse_seeds(text: str | None) -> list[int | None]:
     return seeds
 
 
-def parser(run: Callable[..., None]) -> Callable[[Sequence[str]], RenderRequest]:
+def parser(
+    run: Callable[..., None], on_rest: Callable[[dict[str, Any]], object] = lambda rest: None
+) -> Callable[[Sequence[str]], RenderRequest]:
     """A function that turns the words of `tiler render`, whose function is `run`, into the request of one picture. It
-    raises UsageError."""
+    raises UsageError. `on_rest` gets the options that belong to no request."""
     found: list[RenderRequest] = []
 
     def note(request: RenderRequest, **rest: Any) -> None:
@@ -58,6 +61,7 @@ def parser(run: Callable[..., None]) -> Callable[[Sequence[str]], RenderRequest]
         if rest["count"] != 1 or len(seeds) != 1:
             raise UsageError("a row takes one seed; for several pictures, give the row a count and no list of seeds")
         found.append(replace(request, seed=seeds[0]))
+        on_rest(rest)
 
     note.__signature__ = inspect.signature(run, eval_str=True)  # type: ignore[attr-defined]
     app = typer.Typer(add_completion=False)
@@ -107,6 +111,7 @@ class Checker:
             output=str(output.relative_to(self.root)),
             job=str(folder_of(output, asked.job_dir)),
             digest=_digest(asked, output.relative_to(self.root)),
+            denoiser=_digest(asked, None),
             notes=list(row.notes),
             wants_encoder=has_large_encoder(asked),
         )
@@ -127,10 +132,12 @@ class Checker:
         return [*words[:at], *row.words, "--count=1", "--output-dir=", *prompt]
 
 
-def _digest(asked: RenderRequest, output: Path) -> int:
-    """64 bits that identify a picture: everything that decides it, and its place."""
-    said = {name: value for name, value in encode(asked).items() if name not in OF_THE_MACHINE}
-    text = json.dumps([str(output), said], sort_keys=True)
+def _digest(asked: RenderRequest, output: Path | None) -> int:
+    """64 bits that identify a picture: everything that decides it, and its place. Without a place, they identify the
+    model and everything else that decides how a cluster's workers open it."""
+    said = encode(asked)
+    names = OF_THE_DENOISER if output is None else [name for name in said if name not in OF_THE_MACHINE]
+    text = json.dumps([str(output), {name: said.get(name) for name in names}], sort_keys=True)
     return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big")
 
 

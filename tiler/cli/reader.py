@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tiler.cli import failure, queues, render
 from tiler.cli.terminal import prepare_signals, prepare_streams
-from tiler.jobs.queue import Checked
+from tiler.jobs.checked import Checked
 from tiler.jobs.rows import read_entries
 
 _MOST = 512  # rows read at a time

@@ -40,6 +40,8 @@ def run(
     if count > 1 or len(wanted) > 1:
         if report is not None:
             raise UsageError("--report covers one picture; leave it out with --count or several seeds")
+        if request.preview == STDOUT:
+            raise UsageError("--preview - shows one picture; leave it out with --count or several seeds")
         several.run(
             request, wanted, count, output_dir, max_ram,
             quiet=quiet, log_json=log_json, json_output=json_output, own=run,
@@ -48,6 +50,8 @@ def run(
     o.lower_priority(nice)
     output = request.output or Path("tiler.png")
     o.check_stdout(output, json_output=json_output)
+    if request.preview == STDOUT and (log_json or not sys.stderr.isatty()):
+        raise UsageError("--preview - shows pictures in a terminal, and standard error is none; give --preview a file")
     o.check_report(report, output, request.save_latents, force=request.force)
     code = 1
     try:

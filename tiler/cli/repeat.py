@@ -11,12 +11,12 @@ from tiler.errors import ModelError, UsageError
 from tiler.files import sha256_of
 from tiler.output.recipes import Recipe, read_recipe
 from tiler.output.texts import opened, read_texts
-from tiler.request import Region, Scheduler, ScheduleType, parse_scheduler, settings
+from tiler.request import Region, Scheduler, ScheduleType, parse_scheduler
 from tiler.request.choices import Mask, parse_schedule_type
 from tiler.request.loras import Lora
 from tiler.request.render import OF_THE_RUN
 from tiler.request.settings import Kind
-from tiler.weights.folders import model_files
+from tiler.weights.folders import files, find
 from tiler.weights.hashes import is_called
 from tiler.weights.lora_files import digests_of
 
@@ -38,6 +38,7 @@ _NEVER = (*OF_THE_RUN, "size", "preset", "scale")  # other fields hold what thes
 _UNTOLD = re.compile(
     r"Version|.*[Hh]ash(es)?|VAE|RNG|Schedule type|scheduler|denoise|SDCPP|kernels|model_id|bleed_mm|revision|.*_sha256"
 )
+_INVOKE_WEIGHT = re.compile(r"[\w)][+-]+(?=[\s,.]|$)|\)\d")
 
 
 class Repeated(NamedTuple):
@@ -115,8 +116,8 @@ def _notes(recipe: Recipe, fields: frozenset[str]) -> Iterator[str]:
     others = [name for name in recipe.others if not _UNTOLD.fullmatch(name)]
     if unknown + others:
         yield f"not taken from the picture: {', '.join(unknown + others)}"
-    if recipe.tool == "InvokeAI" and re.search(r"[\w)][+-]+(?=[\s,.]|$)", str(recipe.settings.get("prompt", ""))):
-        yield "InvokeAI's weights like word++ are read as plain text"
+    if recipe.tool == "InvokeAI" and _INVOKE_WEIGHT.search(str(recipe.settings.get("prompt", ""))):
+        yield "InvokeAI's weights like word++ and (words)1.3 are read as plain text"
 
 
 def _model(name: str, recipe: Recipe, model_dirs: Sequence[Path]) -> tuple[str, list[str]]:
@@ -130,7 +131,7 @@ def _model(name: str, recipe: Recipe, model_dirs: Sequence[Path]) -> tuple[str, 
     named = _called(_stem(name).rpartition("/")[2], Kind.MODEL, model_dirs)
     equal = [path for path in named if is_called(path, digest, compute=True)]
     if not named:
-        known = [path for _, path in settings.listed(Kind.MODEL) if is_called(path, digest, compute=False)]
+        known = [path for path in files(Kind.MODEL) if is_called(path, digest, compute=False)]
         if known:
             return str(known[0]), [f"the model {_stem(name)!r} is called {known[0].stem!r} here; its hash is {digest}"]
     if equal:
@@ -156,8 +157,8 @@ def _found(name: str, kind: Kind, field: str, model_dirs: Sequence[Path]) -> str
 
 def _called(stem: str, kind: Kind, model_dirs: Sequence[Path]) -> Sequence[Path]:
     """The files and folders of this name in --model-dir, or else in the configured folders. Raises UsageError."""
-    named = [path for path in model_files([folder.resolve() for folder in model_dirs]) if stem == _stem(path.name)]
-    return named or settings.find(kind, stem)
+    given = [folder.resolve() for folder in model_dirs]
+    return find(kind, stem, given) or find(kind, stem)
 
 
 def _stem(name: str) -> str:
@@ -235,7 +236,7 @@ def _lora(said: Mapping[str, Any], picture: Path) -> Lora:
 
 def _lora_files(name: str, picture: Path) -> Sequence[Path]:
     beside = [path for folder in (picture.parent, Path()) if (path := folder / f"{name}.safetensors").is_file()]
-    return beside or settings.find(Kind.LORA, name)
+    return beside or find(Kind.LORA, name)
 
 
 def _changed_loras(recipe: Recipe, picture: Path) -> Iterator[str]:

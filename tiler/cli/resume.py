@@ -14,11 +14,11 @@ from tiler.cli import options as o
 from tiler.cli import render
 from tiler.errors import JobError, UsageError
 from tiler.jobs import manifest as manifests
+from tiler.jobs.checked import common_code
 from tiler.jobs.folder import folder_of, newest_facts
 from tiler.jobs.layout import LOCK, MANIFEST, SUFFIX
 from tiler.jobs.lock import is_held
 from tiler.jobs.manifest import Manifest
-from tiler.jobs.queue import common_code
 
 
 class Found(NamedTuple):

@@ -9,16 +9,22 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
 from tiler.cli import failure
+from tiler.cli.listening import Listener
 from tiler.cli.terminal import harmless, prepare_signals, prepare_streams
-from tiler.errors import Interrupted
-from tiler.jobs.queue import Checked, Queue, end, popen
+from tiler.errors import Interrupted, TilerError
+from tiler.jobs.checked import Checked
+from tiler.jobs.drawing import end, popen
+from tiler.jobs.queue import Queue, Together
 from tiler.jobs.results import DONE, SKIPPED, Results
+
+_LEAVING = 30.0  # seconds in which the workers of a queue end
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +45,11 @@ class Spec:
     json_output: bool = False
     is_batch: bool = False  # end with a summary
     forgets: bool = False  # remove the results file once all pictures are finished
+    cluster: str = ""  # where the tiles of several pictures at a time are predicted
+    keys: str = ""
+    insecure: bool = False
+    threads: int = 0  # of each process; 0 if none were given
+    log_json: bool = False
 
 
 def main() -> None:
@@ -55,18 +66,23 @@ def main() -> None:
 
 def run(spec: Spec) -> int:
     """Draw all rows. Return the exit code. Raises TilerError and Interrupted."""
-    path = Path(spec.results)
-    queue = Queue(
-        root=Path(spec.root),
-        results=Results(path, os.path.basename(spec.file), shared=spec.shared),
-        max_ram_bytes=spec.max_ram_bytes,
-        shared=spec.shared,
-        fail_fast=spec.fail_fast,
-        encode=_encoder(spec),
-        say=_speaker(silent=spec.silent),
-        finished=_printer(quiet=spec.quiet or spec.is_batch, json_output=spec.json_output),
-    )
-    tally = queue.run(_rows(spec))
+    path, say = Path(spec.results), _speaker(silent=spec.silent)
+    with ExitStack() as stack:
+        queue = Queue(
+            root=Path(spec.root),
+            results=Results(path, os.path.basename(spec.file), shared=spec.shared),
+            max_ram_bytes=spec.max_ram_bytes,
+            shared=spec.shared,
+            fail_fast=spec.fail_fast,
+            encode=_encoder(spec),
+            say=say,
+            finished=_printer(quiet=spec.quiet or spec.is_batch, json_output=spec.json_output),
+            together=partial(_together, spec, stack, say) if spec.cluster else None,
+            hear=Listener(_speaker(silent=False), silent=spec.silent, as_json=spec.log_json).hear
+            if spec.cluster
+            else None,
+        )
+        tally = queue.run(_rows(spec))
     if spec.is_batch and not spec.quiet:
         print(str(tally) or f"{spec.file}: no rows")
         if tally.statuses[DONE]:
@@ -115,7 +131,7 @@ def _read(asked: dict[str, Any], file: IO[bytes]) -> dict[str, int]:
 
 def _run(module: str, asked: Any, rows: IO[bytes] | None = None) -> bytes:
     """Run a module and return what it prints. If it fails, it has printed why; raises SystemExit with its exit code."""
-    given = {} if rows is None else {"pass_fds": (rows.fileno(),)}
+    given: dict[str, Any] = {} if rows is None else {"pass_fds": (rows.fileno(),)}
     said = asked if rows is None else asked | {"rows_fd": rows.fileno()}
     process = popen([sys.executable, "-m", module], stdin=subprocess.PIPE, stdout=subprocess.PIPE, **given)
     try:
@@ -126,6 +142,74 @@ def _run(module: str, asked: Any, rows: IO[bytes] | None = None) -> bytes:
     if process.returncode:
         raise SystemExit(process.returncode if process.returncode > 0 else 128 - process.returncode)
     return told
+
+
+def _together(spec: Spec, stack: ExitStack, say: Callable[[str], None], row: Checked) -> Together:
+    """Divide the ceiling by what the plan of a row says, and start what belongs to this queue of its cluster: it ends
+    with `stack`. Raises TilerError."""
+    asked = {
+        "max_ram_bytes": spec.max_ram_bytes, "words": list(row.words), "cluster": spec.cluster, "keys": spec.keys,
+        "insecure": spec.insecure, "threads": spec.threads,
+    }  # fmt: skip
+    with _asking("tiler.cli.shares", asked) as planner:
+        shares = _answer(planner)
+    words = ["--log-json"]
+    if shares["is_hosted"]:
+        asked |= {"folder": stack.enter_context(tempfile.TemporaryDirectory(prefix="tiler-cluster-"))}
+        asked |= {"worker_bytes": shares["worker_bytes"]}
+        host = _answer(stack.enter_context(_asking("tiler.cli.host", asked)))
+        words += [f"--cluster={host['address']}", *([f"--keys={host['keys']}"] if host["keys"] else [])]
+        if not shares["worker_bytes"]:
+            say(f"waiting for workers at {host['address']}")
+    return Together(int(shares["most"]), int(shares["room_bytes"]), words)
+
+
+class _Refused(TilerError):
+    """An error that another process has told of."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+@contextmanager
+def _asking(module: str, asked: dict[str, Any]) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a module that is asked a JSON object on a line of its standard input, and ends with its standard input at the
+    latest."""
+    process = popen(
+        [sys.executable, "-m", module, "--json"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert process.stdin is not None and process.stdout is not None
+    try:
+        with suppress(BrokenPipeError):
+            process.stdin.write(json.dumps(asked).encode() + b"\n")
+            process.stdin.flush()
+        yield process
+    except BaseException:
+        process.terminate()
+        raise
+    finally:
+        with suppress(OSError):
+            process.stdin.close()
+        try:
+            process.wait(_LEAVING)
+        except BaseException:
+            process.kill()
+            raise
+        process.stdout.close()
+
+
+def _answer(process: subprocess.Popen[bytes]) -> dict[str, Any]:
+    """The JSON object with which a process answers. Raises TilerError with its error."""
+    assert process.stdout is not None
+    try:
+        said: dict[str, Any] = json.loads(process.stdout.readline())
+    except ValueError:
+        said = {"error": "a process of the queue ended without a word", "exit_code": TilerError.exit_code}
+    if "error" in said:
+        raise _Refused(str(said["error"]), int(said["exit_code"]))
+    return said
 
 
 def _encoder(spec: Spec) -> Callable[[list[Checked]], None]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from typing import Annotated
 
 import typer
 
-from tiler.cli import layers
+from tiler.cli import layers, working
 from tiler.cli import options as o
 from tiler.memory.budget import Budget
 from tiler.request.cluster import check_address, models_of, scheduler_of
@@ -72,21 +73,15 @@ def command(
     cluster = scheduler_of(address, keys, insecure=insecure)
     budget = Budget(max_ram)
     o.prepare_process(threads, torch=False)
-    from tiler.cluster.engine import scheduler_address
-    from tiler.cluster.worker import Joining, work
+    from tiler.cluster.engine import scheduler_address, security_of
 
     address = scheduler_address(cluster)
     check_address(address, keys, insecure=insecure)
-    work(
-        Joining(
-            address=address,
-            name=name or f"{socket.gethostname()}-{os.getpid()}",
-            keys=keys,
-            models=models,
-            once=once,
-            contact_address=contact_address,
-            port=port,
-            quiet=quiet,
-        ),
-        budget,
-    )
+    security_of(keys)
+    sys.stderr.flush()
+    own = working.command_line(
+        budget.max_bytes, address=address, name=name or f"{socket.gethostname()}-{os.getpid()}",
+        keys=None if keys is None else str(keys), models=models, once=once, contact_address=contact_address, port=port,
+        quiet=quiet,
+    )  # fmt: skip
+    os.execv(sys.executable, own)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from tiler import phases
-from tiler.cluster.shared import Estimate, Greeting, SharedJob, Taken, Window, digest_of
+from tiler.cluster.decoder import Decoder
+from tiler.cluster.shared import BandPlace, Estimate, Greeting, SharedJob, Taken, Window, digest_of
 from tiler.compute.cpu import computed_by
 from tiler.compute.stream import Streamer
 from tiler.denoiser import DenoiserRun, denoiser_id, open_weights, prepare_weights, runner_on
@@ -32,12 +33,12 @@ from tiler.planning.summary import seconds_per_tile
 from tiler.planning.tiling import Tiling, plan_tiling
 from tiler.planning.time import Speed
 from tiler.request import ResolvedRequest
+from tiler.request.render import OF_THE_DENOISER
 from tiler.run import measure
 from tiler.weights.packed import default_cache
 
 _JOBS = 3  # open at once
 _FORGOTTEN = 120.0  # seconds without a task after which another render may take the worker
-_OF_THE_DENOISER = ("model", "precision", "cache_dir", "attention_window", "tile_conditioning")
 
 
 @dataclass
@@ -65,6 +66,8 @@ class Bench:
         self._budget, self._models = budget, models
         self._stack = ExitStack()
         self._streamer: Streamer | None = None
+        self._decoder: Decoder | None = None
+        self._decoded = 0.0  # when it was used last
 
     @property
     def peak_rss_bytes(self) -> int:
@@ -80,13 +83,16 @@ class Bench:
 
     def close(self, name: str | None = None) -> None:
         """Close one job, or all if `name` is None; closing the last job also closes the denoiser."""
-        if name is not None:
-            self.jobs.pop(name, None)
-            if self.jobs:
-                return
-        self.jobs, self._streamer = {}, None
-        self._stack.close()
-        process.trim()
+        if self._decoder is not None and name in (None, self._decoder.job):
+            self._decoder.close()
+            self._decoder = None
+        elif name is not None and name not in self.jobs:
+            return
+        self.jobs = {} if name is None else {other: job for other, job in self.jobs.items() if other != name}
+        if not self.jobs:
+            self._streamer = None
+            self._stack.close()
+            process.trim()
 
     @torch.no_grad()
     def open(self, job: SharedJob) -> None:
@@ -94,8 +100,9 @@ class Bench:
         TilerError."""
         if job.name in self.jobs:
             return
-        if all(time.monotonic() - opened.used > _FORGOTTEN for opened in self.jobs.values()):
-            self.close()
+        self._forget()
+        if self._decoder is not None:
+            raise Taken("it decodes another picture")
         begun = next((opened.run for opened in self.jobs.values()), None)
         if begun is not None and (len(self.jobs) >= _JOBS or not _is_alike(begun.request, self._of_here(job))):
             raise Taken("it works for another render")
@@ -105,6 +112,41 @@ class Bench:
             self._streamer = self._stack.enter_context(open_weights(run))
         runner = runner_on(self._streamer, run, Prompts(run.plan.family, job.texts))
         self.jobs[job.name] = _Open(run, runner)
+
+    def _forget(self) -> None:
+        """Close what nobody has used for long."""
+        used = [self._decoded] * (self._decoder is not None) + [opened.used for opened in self.jobs.values()]
+        if all(time.monotonic() - when > _FORGOTTEN for when in used):
+            self.close()
+
+    @torch.no_grad()
+    def greet_decoder(self, job: SharedJob, statistics: bytes, size: tuple[int, int], latents: np.ndarray) -> Greeting:
+        """Open the decoder of a job if this machine has nothing else to do, and return a greeting with the digest of
+        the pixels of a few latents. Raises TilerError."""
+        self._forget()
+        if self.jobs or self._decoder is not None:
+            raise Taken("it works for another render")
+        self._decoder, self._decoded = (
+            Decoder(job, self._of_here(job), statistics, size, self._budget),
+            time.monotonic(),
+        )
+        start = time.perf_counter()
+        digest = digest_of(self._decoder.probe(latents))
+        return Greeting(
+            digest=digest, seconds=time.perf_counter() - start, threads=torch.get_num_threads(),
+            max_ram_bytes=self._budget.max_bytes, peak_rss_bytes=self.peak_rss_bytes,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def decode(self, job: str, place: BandPlace, row: int, columns: np.ndarray | None) -> np.ndarray | None:
+        """The next rows of a band, (3, n, w) fp32. None if its latents must be sent, or the job is not open. Raises
+        TilerError."""
+        if self._decoder is None or self._decoder.job != job:
+            return None
+        rows = self._decoder.decode(place, row, columns)
+        self._budget.check("decode")
+        self._decoded = time.monotonic()
+        return rows
 
     def _beside(self, begun: DenoiserRun, job: SharedJob) -> DenoiserRun:
         """Return a run of `job` that uses the weights of `begun`, a run that is already open. Raises Taken if it
@@ -122,7 +164,7 @@ class Bench:
     def assess(self, job: SharedJob) -> Estimate:
         """Estimate how fast this machine would work on a job, from a speed measurement of half a second. Raises
         TilerError."""
-        if self.jobs:
+        if self.jobs or self._decoder is not None:
             raise Taken("it works for another render")
         run = self._plan(job)
         stored, _ = run.weights[run.plan.family.part(Role.DENOISER).name]
@@ -202,7 +244,7 @@ def tile_of(window: Window, latents: Tensor) -> Tile:
 
 def _is_alike(one: ResolvedRequest, other: ResolvedRequest) -> bool:
     """Whether two renders differ only in what they draw, so that one denoiser serves both."""
-    return all(getattr(one, name) == getattr(other, name) for name in _OF_THE_DENOISER)
+    return all(getattr(one, name) == getattr(other, name) for name in OF_THE_DENOISER)
 
 
 def _open_family(job: SharedJob, request: ResolvedRequest) -> Family:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import queue
+import socket
 from collections.abc import Callable
 from contextlib import suppress
 from itertools import count
@@ -18,15 +19,12 @@ from typing import Any, NamedTuple, Self
 from tiler.cluster import keys as pairs
 from tiler.cluster.missing import explained
 from tiler.errors import ClusterError
-from tiler.request.cluster import Cluster, Where, check_address, listening_address
+from tiler.request.cluster import Cluster, Where, check_address, host_of, listening_address
 
 with explained():
     import dask
 
-    # This must come before the import of distributed, which sets up its logging.
     dask.config.set({
-        "logging": {"distributed": "critical", "distributed.client": "critical", "distributed.worker": "critical",
-                    "tornado": "critical", "bokeh": "critical", "asyncio": "critical"},
         "distributed.worker.memory.target": False, "distributed.worker.memory.spill": False,
         "distributed.worker.memory.pause": False, "distributed.worker.memory.terminate": False,
         "distributed.worker.profile.enabled": False, "distributed.scheduler.work-stealing": False,
@@ -37,8 +35,11 @@ with explained():
         "distributed.admin.system-monitor.log-length": 10, "distributed.admin.system-monitor.gil.enabled": False,
         "distributed.admin.tick.limit": "1h",
     })  # fmt: skip
-    from distributed import Client, Scheduler, Security, fire_and_forget
-    from distributed.utils import LoopRunner
+    # Read when distributed is imported, and by nobody who inherits this process's settings.
+    names = "distributed", "distributed.client", "distributed.worker", "tornado", "bokeh", "asyncio"
+    with dask.config.set({"logging": dict.fromkeys(names, "critical")}):
+        from distributed import Client, Scheduler, Security, fire_and_forget
+        from distributed.utils import LoopRunner as LoopRunner
 
 LOOPBACK = "127.0.0.1:0"  # for HTTP servers that dask always opens; they are closed immediately
 _SECONDS = 30.0
@@ -84,12 +85,12 @@ class Engine:
         doing = "cannot listen there"
         try:
             if cluster.where in (Where.LOCAL, Where.LISTEN):
-                self._scheduler = self._loop.run_sync(_scheduler, address, security)
+                self._scheduler = self._loop.run_sync(start_scheduler, address, security)
                 address = self._scheduler.address
             doing = "no answer"
             self._client = _Client(
                 address, loop=self._loop.loop, security=security, set_as_default=False, timeout=_SECONDS,
-                direct_to_workers=False,
+                direct_to_workers=_is_here(address),  # answers then pass through it only where they must
             )  # fmt: skip
             self._client.patience = _LOST_SECONDS
         except OSError as error:
@@ -208,13 +209,27 @@ class _Client(Client):  # type: ignore[misc]  # dask has no types
         await super()._reconnect()
 
 
-async def _scheduler(address: str, security: Security) -> Scheduler:
+class _Nothing:
+    """In place of a scheduler's extension that plain dask workers report to. dask's `spans` keep figures of every burst
+    of tasks for ever."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        pass
+
+    def heartbeat(self, worker: Any, data: Any) -> None:
+        pass
+
+    def observe_tasks(self, *told: Any, **more: Any) -> dict[Any, Any]:
+        return {}
+
+
+async def start_scheduler(address: str, security: Security) -> Scheduler:
     """Start a scheduler that listens at `address` and nowhere else. Raises OSError."""
     scheme, _, rest = address.partition("://")
     host, _, port = rest.rpartition(":")
     scheduler = Scheduler(
         host=f"{scheme}://{host}", port=int(port), protocol=scheme, security=security, dashboard=False,
-        dashboard_address=LOOPBACK,
+        dashboard_address=LOOPBACK, extensions={"spans": _Nothing, "shuffle": _Nothing},
     )  # fmt: skip
     try:
         await scheduler
@@ -224,6 +239,25 @@ async def _scheduler(address: str, security: Security) -> Scheduler:
         raise
     scheduler.http_server.stop()
     return scheduler
+
+
+def local_host(address: str) -> str:
+    """Return this machine's address on the route to the scheduler at `address`. Raises ClusterError."""
+    host = host_of(address).strip("[]")
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(found[0], socket.SOCK_DGRAM) as probe:
+            probe.connect((found[4][0], 80))  # sends nothing
+            return str(probe.getsockname()[0])
+    except OSError as error:
+        raise ClusterError(
+            f"{host}: no such host, or no way to it ({error}); check the name and the network"
+        ) from error
+
+
+def _is_here(address: str) -> bool:
+    """Whether a scheduler runs on this machine: workers that it reaches are then reached from here as well."""
+    return host_of(address).strip("[]") == local_host(address)
 
 
 def security_of(keys: Path | None) -> Security:

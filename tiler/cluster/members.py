@@ -6,12 +6,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from tiler.cluster import tasks
 from tiler.cluster.shared import Greeting, window_of
 from tiler.cluster.sharing import Pace
 from tiler.diffusion.runner import Tile
+from tiler.events import WorkerState
 from tiler.memory.budget import format_mb
 from tiler.run import WorkerUse
 
@@ -49,25 +50,51 @@ class Member:
         self.failures = 0
 
 
+class Asked(Protocol):
+    """The first request to each worker: a task that answers with a Greeting, and its arguments; `samples` of a pass are
+    one unit of work."""
+
+    @property
+    def task(self) -> Callable[..., str]: ...
+
+    @property
+    def arguments(self) -> tuple[Any, ...]: ...
+
+    @property
+    def samples(self) -> int: ...
+
+
 @dataclass(frozen=True)
 class Probe:
-    """The first request to each worker: the job, and a tile of noise in the place of a tile of its first step."""
+    """The first request of a canvas: the job, and a tile of noise in the place of a tile of its first step."""
 
     job: bytes
     step: int
     tile: Tile
 
+    @property
+    def task(self) -> Callable[..., str]:
+        return tasks.hello
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        return self.job, self.step, window_of(self.tile), self.tile.latents.numpy()
+
+    @property
+    def samples(self) -> int:
+        return self.tile.region.samples
+
 
 class Members:
     """The workers known to a render. `patience` is the time in seconds to wait for a first or another worker; None
     waits forever. If the scheduler does not answer, the wait is longer. `running` counts the worker processes that are
-    alive, if no others can join."""
+    alive, if no others can join. At most `most` of those that are not left out are greeted."""
 
     def __init__(
-        self, engine: Engine, probe: Probe, note: Callable[[str], None], patience: float | None,
-        running: Callable[[], int] | None = None,
+        self, engine: Engine, probe: Asked, note: Callable[[str], None], patience: float | None,
+        running: Callable[[], int] | None = None, most: int | None = None,
     ) -> None:  # fmt: skip
-        self.engine = engine
+        self.engine, self._most = engine, most
         self.probe, self._note, self._patience, self._running = probe, note, patience, running
         self._members: dict[str, Member] = {}
         self._gone: list[Member] = []
@@ -87,6 +114,17 @@ class Members:
             for m in (*self._gone, *self._members.values())
             if m.tiles and m.greeting is not None
         ]
+
+    def states(self, is_late: Callable[[Member], bool]) -> tuple[WorkerState, ...]:
+        """Return what there is to show of the ready workers."""
+        return tuple(
+            WorkerState(
+                name=m.name, tiles=m.tiles, seconds_per_tile=m.seconds / m.tiles if m.tiles else m.pace.seconds(1),
+                peak_rss_bytes=m.peak_rss_bytes, max_ram_bytes=m.greeting.max_ram_bytes, is_late=is_late(m),
+            )
+            for m in self.ready()
+            if m.greeting is not None
+        )  # fmt: skip
 
     def ready(self) -> list[Member]:
         """Return the workers that may receive tasks."""
@@ -110,6 +148,11 @@ class Members:
             return False
         patience = max(_LOST, self._patience) if self._is_lost else self._patience
         return time.monotonic() - self._deserted_since >= patience
+
+    @property
+    def are_taken(self) -> bool:
+        """Whether every worker that has come works for another render, or was left out."""
+        return bool(self._members) and not (self._greetings or self._reaching or self.ready())
 
     def look(self) -> list[Member]:
         """Greet new workers, and return those that have gone. Asks the scheduler once a second."""
@@ -136,7 +179,7 @@ class Members:
             if not member.is_out:
                 self._note(f"worker {member.name} is gone")
         for address, name in present.items():
-            if address not in self._members:
+            if address not in self._members and not self._are_enough:
                 member = self._members[address] = Member(address, name)
                 self._reaching[self.engine.reach(address)] = member
         for address in [address for address, when in self._again.items() if when <= now]:
@@ -144,11 +187,12 @@ class Members:
             self._greet(self._members[address])
         return gone
 
+    @property
+    def _are_enough(self) -> bool:
+        return self._most is not None and sum(not m.is_out for m in self._members.values()) >= self._most
+
     def _greet(self, member: Member) -> None:
-        probe, tile = self.probe, self.probe.tile
-        ticket = self.engine.submit(
-            member.address, tasks.hello, probe.job, probe.step, window_of(tile), tile.latents.numpy()
-        )
+        ticket = self.engine.submit(member.address, self.probe.task, *self.probe.arguments)
         self._greetings[ticket] = member
 
     def ask_again(self, member: Member) -> None:
@@ -186,7 +230,7 @@ class Members:
             self.leave_out(member, greeting.refusal)
             return True
         member.greeting, member.peak_rss_bytes = greeting, greeting.peak_rss_bytes
-        member.pace = Pace.from_probe(greeting.seconds, max(1, greeting.batch // self.probe.tile.region.samples))
+        member.pace = Pace.from_probe(greeting.seconds, max(1, greeting.batch // self.probe.samples))
         self._first_greeting = self._first_greeting or time.monotonic()
         if self.digest is not None:
             self._admit(member)

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from tiler.cluster import tasks
+from tiler.cluster.ceilings import plan_of_worker, share_of
 from tiler.cluster.engine import Engine
-from tiler.cluster.local import plan_of_worker, share_of
 from tiler.cluster.shared import Estimate, SharedJob
 from tiler.cluster.sharing import Pace
 from tiler.cluster.simulation import Forecast, simulate

@@ -15,17 +15,20 @@ import torch
 from torch import Tensor
 
 from tiler.cluster import tasks
-from tiler.cluster.members import Member, Members
+from tiler.cluster.members import Member, Members, Probe
 from tiler.cluster.shared import Answer, digest_of, window_of
 from tiler.cluster.sharing import Busy, earliest, share
 from tiler.diffusion.runner import Runner, Tile, check_finite
 from tiler.errors import NumericalError
+from tiler.events import WorkerState
+from tiler.planning.render import TILES_AHEAD
 
-AHEAD = 256  # least window, in tiles, from the first without an answer to the last handed out
-_FARTHEST, _AHEAD_BYTES = 2000, 128_000_000  # upper limits of that window: tiles, and bytes in memory
+AHEAD = TILES_AHEAD  # the least window, in tiles
+FARTHEST, _AHEAD_BYTES = 2000, 128_000_000  # upper limits of that window: tiles, and bytes in memory
 _ROUNDS = 4  # passes per worker that may be handed out or answered early
 _LOOK = 0.1  # seconds until a signal or a free worker is noticed
 _LATE, _LATE_SECONDS = 1.5, 30.0  # a task of more than 1.5 times its expected time and 30 s gets a copy
+_SHOW_EVERY = 2.0  # seconds between two looks at the workers for the user
 _HERE = 4  # tiles that this process predicts between two checks of the workers
 _DEATHS = 2  # workers that one tile may end; after that this process predicts it
 _TOO_OFTEN = 2  # failures in a row after which a worker is left out
@@ -64,18 +67,22 @@ class _Step:
 class Pool:
     """A `Runner` and a context manager. `open_local` opens the runner of this process, for tiles that no worker can
     predict; `check` is called often and may raise to stop the run; samples are added to `counts`. At most `farthest`
-    tiles are handed out or answered early at a time."""
+    tiles are handed out or answered early at a time, and at most AHEAD once that runner needs the memory for more.
+    `show` gets the state of the workers every two seconds."""
 
     def __init__(
         self, members: Members, job: str, open_local: Callable[[], AbstractContextManager[Runner]],
-        check: Callable[[], None], note: Callable[[str], None], counts: dict[str, int], *, farthest: int = _FARTHEST,
+        check: Callable[[], None], note: Callable[[str], None], counts: dict[str, int], *, farthest: int = FARTHEST,
+        show: Callable[[tuple[WorkerState, ...]], None] = lambda workers: None,
     ) -> None:  # fmt: skip
+        self._show, self._shown = show, 0.0
         self._farthest = farthest
         self._members, self._job, self._open_local = members, job, open_local
         self._check, self._note, self._counts = check, note, counts
         self._groups: dict[int, Group] = {}  # by ticket
         self._stack = ExitStack()
         self._local: Runner | None = None
+        self._without_numbers = False  # whether a worker was left out for NaN or Inf
 
     def __enter__(self) -> Self:
         return self
@@ -113,13 +120,17 @@ class Pool:
         wanted = _ROUNDS * sum(member.pace.batch for member in self._members.ready())
         tile = next(iter(step.tiles.values()), None)
         room = self._farthest if tile is None else _AHEAD_BYTES // (2 * tile.latents.nbytes)
-        return max(AHEAD, min(wanted, room, self._farthest))
+        farthest = self._farthest if self._local is None else AHEAD
+        return max(AHEAD, min(wanted, room, farthest))
 
     def _one_round(self, step: _Step) -> None:
         self._check()
         for gone in self._members.look():
             self._lose(gone, step)
         self._hand_out(step)
+        if (now := time.monotonic()) - self._shown >= _SHOW_EVERY:
+            self._shown = now
+            self._show(self._members.states(self._is_late))
         if nobodys := self._nobodys(step):
             self._predict_here(nobodys[:_HERE], step)
             return
@@ -238,6 +249,10 @@ class Pool:
             self._return(group, step)
         if member.failures >= _TOO_OFTEN:
             self._members.leave_out(member, said)
+            if answer is not None and answer.is_numerical:
+                if self._without_numbers:  # two of them, though of different tiles
+                    raise NumericalError(answer.error)
+                self._without_numbers = True
 
     def _lose(self, member: Member, step: _Step) -> None:
         """Handle a lost worker: its tiles go elsewhere."""
@@ -258,6 +273,7 @@ class Pool:
     def _open_here(self) -> Runner:
         """Open the runner of this process, and compare its bits with those of the workers."""
         local, probe = self._stack.enter_context(self._open_local()), self._members.probe
+        assert isinstance(probe, Probe)
         own = digest_of(torch.stack(list(local.predict(probe.step, [probe.tile]))).numpy())
         if self._members.digest is None:
             self._members.digest = own  # workers that join later must compute the same

@@ -3,9 +3,18 @@ r"""The preload module that turns a plain dask worker into one that predicts til
     dask worker tls://laptop:8786 --no-nanny --nthreads 1 --memory-limit 0 --tls-ca-file … \
         --preload tiler.cluster.preload --max-ram 700MB --model org/name=/data/sd15
 
-and on several hosts over ssh with `SSHCluster(hosts, worker_class="distributed.Worker", worker_options={"nthreads": 1,
-"memory_limit": 0, "preload": ["tiler.cluster.preload"], "preload_argv": [["--max-ram", "700MB"]]})`. Unlike this
-worker, `tiler worker` joins again when its connection is lost and is small between two renders.
+and on several hosts over ssh, with the keys in a folder of the same name on each:
+
+    pair = {"cert": "keys/cert.pem", "key": "keys/key.pem"}
+    tls = {"ca-file": "keys/cert.pem", "client": pair, "scheduler": pair, "worker": pair}
+    dask.config.set({"distributed.comm.require-encryption": True, "distributed.comm.tls": tls})
+    preload = {"preload": ["tiler.cluster.preload"], "preload_argv": [["--max-ram", "700MB"]]}
+    SSHCluster(
+        hosts, worker_class="distributed.Worker", worker_options={"nthreads": 1, "memory_limit": 0, **preload},
+        scheduler_options={"protocol": "tls://", "dashboard": False},
+    )
+
+Unlike this worker, `tiler worker` joins again when its connection is lost and is small between two renders.
 """
 
 from __future__ import annotations

@@ -11,20 +11,28 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tiler.cluster.shared import SharedJob
+from tiler.cluster.shared import SharedJob, digest_of
+from tiler.decoding.apart import Apart, Elsewhere, Work
 from tiler.denoiser import open_denoiser
 from tiler.diffusion.prompts import Prompts
 from tiler.diffusion.runner import Runner, Tile
+from tiler.errors import ClusterError
+from tiler.events import Workers
 from tiler.phases import OpenRunner
+from tiler.planning.render import TILES_AHEAD, tile_bytes
 from tiler.planning.time import Speed
 from tiler.render_run import RenderRun
-from tiler.request import RenderRequest
+from tiler.request import Decode, RenderRequest
 from tiler.request.cluster import Cluster, Where, parse_cluster
 
 if TYPE_CHECKING:
+    from tiler.cluster.ceilings import Shares
     from tiler.cluster.outlook import Outlook
 
 _PATIENCE = 60.0  # seconds without any worker after which this process continues alone
+_DECODERS = 8  # workers at a time that decode: each is sent the statistics, up to 17 MB
+_DECODING_PATIENCE = 15.0  # the same for decoding
+_RETURNING = 45.0  # the same for workers that have lost the canvas's scheduler, and look for it less and less often
 
 
 def prepare(request: RenderRequest) -> None:
@@ -42,7 +50,7 @@ def runner_of(run: RenderRun) -> OpenRunner:
         return open_denoiser
     cluster, share = parse_cluster(run.request.cluster), 0
     if cluster.where is Where.LOCAL:
-        from tiler.cluster.local import share_of
+        from tiler.cluster.ceilings import share_of
 
         share = share_of(run, cluster.workers)
     return partial(_open_pool, cluster, share)
@@ -58,6 +66,14 @@ def outlook(run: RenderRun, speed: Speed) -> Outlook | None:
     return look(run, parse_cluster(run.request.cluster), speed)
 
 
+def shares_of_queue(run: RenderRun, where: str, max_bytes: int) -> Shares:
+    """Divide the bytes that a queue has for pictures like this run's, drawn by the cluster `where`. Raises UsageError,
+    BudgetRefused."""
+    from tiler.cluster.ceilings import shares_of_queue
+
+    return shares_of_queue(run, parse_cluster(where), max_bytes)
+
+
 @contextmanager
 def _open_pool(cluster: Cluster, share: int, run: RenderRun, prompts: Prompts) -> Iterator[Runner]:
     from tiler.cluster import tasks
@@ -65,7 +81,7 @@ def _open_pool(cluster: Cluster, share: int, run: RenderRun, prompts: Prompts) -
     from tiler.cluster.keys import make_keys
     from tiler.cluster.local import processes, running
     from tiler.cluster.members import Members, Probe
-    from tiler.cluster.pool import AHEAD, Pool
+    from tiler.cluster.pool import Pool
 
     may_come: Callable[[], int] | None = None
     is_local, keys = cluster.where is Where.LOCAL, run.request.keys
@@ -77,7 +93,9 @@ def _open_pool(cluster: Cluster, share: int, run: RenderRun, prompts: Prompts) -
             make_keys(keys)
         engine = stack.enter_context(Engine(cluster, keys, insecure=run.request.insecure))
         if is_local:
-            started = stack.enter_context(processes(engine.address, folder, cluster.workers, share))
+            started = stack.enter_context(
+                processes(engine.address, folder, cluster.workers, share, torch.get_num_threads())
+            )
             may_come = partial(running, started)
         if cluster.where is Where.LISTEN:
             run.note(f"waiting for workers at {engine.address}")
@@ -92,7 +110,8 @@ def _open_pool(cluster: Cluster, share: int, run: RenderRun, prompts: Prompts) -
                 partial(run.budget.check, "canvas"),
                 run.note,
                 run.counts,
-                **({"farthest": AHEAD} if is_local else {}),  # the window that share_of counts
+                show=lambda workers: run.on_event(Workers(workers=workers)),
+                farthest=TILES_AHEAD if is_local else _farthest(run),  # workers here have the rest of the ceiling
             )
         )
         try:
@@ -102,6 +121,49 @@ def _open_pool(cluster: Cluster, share: int, run: RenderRun, prompts: Prompts) -
             if cluster.where in (Where.CONNECT, Where.FILE, Where.ENV):  # scheduler and workers outlive this run
                 for member in members.ready():
                     engine.tell(member.address, tasks.close, job.name)
+
+
+def bands_of(run: RenderRun) -> Elsewhere | None:
+    """Return what opens the workers that decode bands of the picture; None if its method has none, or if all workers
+    share this machine with this process alone."""
+    if run.request.cluster is None or run.plan.methods["decode"].kind is not Decode.FROZEN:
+        return None
+    cluster = parse_cluster(run.request.cluster)
+    return None if cluster.where is Where.LOCAL else partial(_open_bands, cluster, run)
+
+
+@contextmanager
+def _open_bands(cluster: Cluster, run: RenderRun, work: Work) -> Iterator[Apart | None]:
+    from tiler.cluster import tasks
+    from tiler.cluster.bands import BandProbe, Bands
+    from tiler.cluster.engine import Engine
+    from tiler.cluster.members import Members
+
+    job = SharedJob.of_decoder(run)
+    with ExitStack() as stack:
+        try:
+            engine = stack.enter_context(Engine(cluster, run.request.keys, insecure=run.request.insecure))
+        except ClusterError as error:
+            run.note(f"{error}; this process decodes alone")
+            yield None
+            return
+        patience = _RETURNING if cluster.where is Where.LISTEN and run.workers else _DECODING_PATIENCE
+        members = Members(engine, BandProbe(job.to_bytes(), work), run.note, patience, most=_DECODERS)
+        members.digest = digest_of(work.probe.numpy())
+        try:
+            yield Bands(members, job.name, work, partial(run.budget.check, "decode"))
+        finally:
+            run.decoders = members.uses()
+            for member in members.ready():
+                engine.tell(member.address, tasks.close, job.name)
+
+
+def _farthest(run: RenderRun) -> int:
+    """The number of tiles for which there is room while this process predicts none itself."""
+    plan, held = run.plan, ("python + libraries", "canvas", "prompts", "cluster")
+    canvas = next(phase for phase in plan.memory.phases if phase.name == "canvas")
+    unused = sum(term.nbytes for term in canvas.terms if term.name not in held)
+    return TILES_AHEAD + unused // (2 * tile_bytes(plan.family, plan.regions.tile))
 
 
 def _probe(run: RenderRun) -> Tile:

@@ -9,11 +9,11 @@ import platform
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from importlib import metadata
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tiler.errors import ClusterError
 from tiler.jobs import coding
+from tiler.version import versions as installed
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,7 +29,7 @@ WORKER_FOLDER = "TILER_WORKER_FOLDER"  # the variable that names the folder for 
 def versions() -> dict[str, str]:
     """Return the versions that must be equal on all machines: other versions may compute other bits or not understand
     the job."""
-    found = {name: metadata.version(name) for name in ("tiler", "torch", "diffusers")}
+    found = installed("torch", "diffusers")
     return found | {"python": ".".join(platform.python_version_tuple()[:2])}
 
 
@@ -76,6 +76,17 @@ class SharedJob:
             model_id=denoiser_id(run.models), reads_text=bool(run.plan.family.encoders),
             embeds=bool(run.spoken.read_as.embeddings), texts=texts,
         )  # fmt: skip
+
+    @classmethod
+    def of_decoder(cls, run: RenderRun) -> SharedJob:
+        """The job of a render's decoding, in the precision that its plan chose."""
+        from tiler.denoiser import decoder_id
+        from tiler.request import DecodePrecision
+
+        precision = DecodePrecision(run.plan.decode_precision)
+        return replace(
+            cls.of(run, {}), request=replace(run.request, decode_precision=precision), model_id=decoder_id(run.models)
+        )
 
     def to_bytes(self) -> bytes:
         from safetensors.torch import save
@@ -155,6 +166,17 @@ class Estimate:
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
+
+
+class BandPlace(NamedTuple):
+    """A band of a picture: its number, its first and last column of latents that are pushed, the part of them that is
+    kept, and the width of all latents."""
+
+    number: int
+    first: int
+    last: int
+    keep: tuple[int, int]
+    width: int
 
 
 class Answer(NamedTuple):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from tiler.cluster.shared import Answer, Estimate, Greeting, SharedJob, Taken, Window
+from tiler.cluster.shared import Answer, BandPlace, Estimate, Greeting, SharedJob, Taken, Window
 from tiler.errors import NumericalError, TilerError
 from tiler.memory.limits import is_out_of_memory
 from tiler.memory.process import read_rss
@@ -61,6 +61,19 @@ def hello(job: bytes, step: int, window: Window, latents: np.ndarray) -> str:
             return Greeting(refusal=_explained(error), is_taken=isinstance(error, Taken)).to_json()
 
 
+def hello_decoder(job: bytes, statistics: bytes, size: tuple[int, int], latents: np.ndarray) -> str:
+    """Open the job's decoder for bands of at most `size` latents, and decode a few latents. Returns a Greeting as
+    JSON."""
+    if _Desk.opener is None:
+        return Greeting(refusal="is no `tiler worker`").to_json()
+    with _Desk.lock:
+        try:
+            _Desk.bench = _Desk.bench or _Desk.opener()
+            return _Desk.bench.greet_decoder(SharedJob.from_bytes(job), statistics, size, latents).to_json()
+        except Exception as error:
+            return Greeting(refusal=_explained(error), is_taken=isinstance(error, Taken)).to_json()
+
+
 def assess(job: bytes) -> str:
     """Estimate how fast this worker would work on a job, without opening it. Returns an Estimate as JSON."""
     if _Desk.opener is None:
@@ -87,10 +100,25 @@ def predict(job: str, step: int, windows: Sequence[Window], latents: np.ndarray)
         return Answer(predictions, time.perf_counter() - start, bench.peak_rss_bytes)
 
 
-def close(job: str) -> None:
-    """Close the job named `job`, and the denoiser if no other job uses it."""
+def decode(job: str, place: BandPlace, row: int, columns: np.ndarray | None) -> Answer:
+    """Return the next rows of pixels, (3, n, w), of a band of the job named `job`, from `row` on; its latents,
+    (1, C, h, w), come with the first request."""
     with _Desk.lock:
-        if _Desk.bench is not None and job in _Desk.bench.jobs:
+        start, bench = time.perf_counter(), _Desk.bench
+        try:
+            rows = None if bench is None else bench.decode(job, place, row, columns)
+        except Exception as error:
+            is_numerical = isinstance(error, NumericalError)
+            return Answer(None, time.perf_counter() - start, 0, _explained(error), is_numerical)
+        if bench is None or rows is None:
+            return Answer(None, 0.0, 0, "works for another render now", is_closed=True)
+        return Answer(rows, time.perf_counter() - start, bench.peak_rss_bytes)
+
+
+def close(job: str) -> None:
+    """Close the job named `job`, and the models that no other job uses."""
+    with _Desk.lock:
+        if _Desk.bench is not None:
             _Desk.bench.close(job)
 
 

@@ -7,7 +7,6 @@ import asyncio
 import os
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -17,12 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tiler.cluster import tasks
-from tiler.cluster.engine import LOOPBACK, security_of
+from tiler.cluster.engine import LOOPBACK, local_host, security_of
 from tiler.cluster.missing import explained
 from tiler.cluster.shared import WORKER_FOLDER
 from tiler.errors import ClusterError
+from tiler.memory import process
 from tiler.memory.budget import Budget
-from tiler.request.cluster import host_of
 
 with explained():
     from distributed import Worker
@@ -105,7 +104,7 @@ async def _stay(joining: Joining, security: Any, folder: str) -> int | None:
             joining.address, nthreads=1, name=joining.name, memory_limit=0, security=security, local_directory=folder,
             host=local_host(joining.address),
             dashboard=False, dashboard_address=LOOPBACK, contact_address=joining.contact_address,
-            port=joining.port or None,
+            port=joining.port or None, extensions={},
             death_timeout=_SECONDS,
         )  # fmt: skip
         starting, stopping = asyncio.ensure_future(worker.start()), asyncio.ensure_future(stopped.wait())
@@ -114,6 +113,7 @@ async def _stay(joining: Joining, security: Any, folder: str) -> int | None:
             worker.http_server.stop()
             _say(joining, f"{joining.name}: joined {joining.address}")
             told = False
+            process.trim()
             finished = asyncio.ensure_future(worker.finished())
             await asyncio.wait((finished, stopping), return_when=asyncio.FIRST_COMPLETED)
             if not stopped.is_set():
@@ -131,20 +131,6 @@ async def _stay(joining: Joining, security: Any, folder: str) -> int | None:
             break
         await asyncio.wait((stopping,), timeout=_AGAIN)
     return 128 + signals[0] if signals else 0
-
-
-def local_host(address: str) -> str:
-    """Return this machine's address on the route to the scheduler at `address`; the worker listens there."""
-    host = host_of(address).strip("[]")
-    try:
-        found = socket.getaddrinfo(host, None, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(found[0], socket.SOCK_DGRAM) as probe:
-            probe.connect((found[4][0], 80))  # sends nothing
-            return str(probe.getsockname()[0])
-    except OSError as error:
-        raise ClusterError(
-            f"{host}: no such host, or no way to it ({error}); check the name and the network"
-        ) from error
 
 
 def _say(joining: Joining, text: str) -> None:

@@ -11,6 +11,7 @@ from tiler.compute.int8 import Int8
 from tiler.compute.kernels import Kernel, Kind, Op, Policy, Shape
 from tiler.compute.native import NativeInt8
 from tiler.compute.native_attention import NativeAttention, NativeAttentionBf16
+from tiler.compute.native_enlarged import EnlargedBf16
 from tiler.compute.native_float import NativeBf16, NativeFp32
 from tiler.compute.native_winograd import NativeWinograd, NativeWinogradBf16
 from tiler.compute.tuning import KERNELS_OF
@@ -18,7 +19,7 @@ from tiler.compute.winograd import Winograd
 
 _ALL = (
     Fp32(), Prepacked(), Winograd(), Int8(), NativeInt8(), NativeWinograd(), NativeWinogradBf16(),
-    NativeBf16(), NativeFp32(),    NativeAttention(), NativeAttentionBf16(),
+    NativeBf16(), NativeFp32(), EnlargedBf16(), NativeAttention(), NativeAttentionBf16(),
 )  # fmt: skip
 KERNELS: Mapping[str, Kernel] = {kernel.name: kernel for kernel in _ALL}
 

@@ -82,19 +82,11 @@ def computed_by() -> str:
 
 class Int8(NamedTuple):
     """How 8-bit products are computed. Weights have integer values in ±`largest`, activations 255 steps. Without
-    `products`, int8 weights are expanded to fp32. `dot` says whether there are dot-product instructions."""
+    `products`, int8 weights are expanded to fp32."""
 
     largest: int
     products: bool
-    dot: bool
     why: str
-
-    @property
-    def auto(self) -> str:
-        """The reason why `--precision auto` chooses int8 (there are such instructions) or does not."""
-        if self.dot:
-            return self.why
-        return f"int8 is {'faster here but coarser' if self.products else 'only smaller here'}: {self.why}"
 
 
 def int8() -> Int8:
@@ -102,7 +94,7 @@ def int8() -> Int8:
     (vpmaddubsw): 2 × 255 × 127 would overflow, 2 × 255 × 64 does not. With 127 steps for both activations and weights,
     the error of a UNet call at SD 1.5's size was half as large again."""
     if dot := [flag for flag in _DOT_PRODUCT if flag in flags()]:
-        return Int8(127, True, True, f"8-bit weights, {dot[0]}")
+        return Int8(127, True, f"8-bit weights, {dot[0]}")
     if "avx2" in flags():
-        return Int8(64, True, False, "7-bit weights, AVX2 without VNNI adds products in 16 bits")
-    return Int8(127, False, False, f"8-bit weights, fp32 arithmetic, {platform.machine()} without AVX2")
+        return Int8(64, True, "7-bit weights, AVX2 without VNNI adds products in 16 bits")
+    return Int8(127, False, f"8-bit weights, fp32 arithmetic, {platform.machine()} without AVX2")

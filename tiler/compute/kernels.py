@@ -109,9 +109,11 @@ class HeldNorm(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class Input:
-    """`parts` tensors are joined along channels, then normalised, then activated."""
+    """`parts` tensors are joined along channels, then enlarged (both sides doubled, nearest neighbour), normalised and
+    activated."""
 
     parts: int = 1
+    enlarged: bool = False
     norm: nn.Module | None = None
     activation: nn.Module | None = None
 
@@ -264,6 +266,8 @@ class Kernel(ABC):
 
 def input_shape(op: Op, parts: Sequence[Tensor]) -> tuple[int, ...]:
     """The joined input's shape."""
+    if op.input.enlarged:
+        return (*parts[0].shape[:2], *(2 * side for side in parts[0].shape[2:]))
     if len(parts) == 1 or op.kind is Kind.ATTENTION:
         return tuple(parts[0].shape)
     return (len(parts[0]), sum(part.shape[1] for part in parts), *parts[0].shape[2:])

@@ -9,6 +9,7 @@ its product, so that a kernel that can fuse them gets everything. They work with
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, TypeVar
@@ -70,7 +71,13 @@ class StreamedLinear(nn.Linear, StreamedLayer):
 
 
 class StreamedConv2d(nn.Conv2d, StreamedLayer):
+    """Its input is an image of half the size if it `enlarges`."""
+
     kind = Kind.CONVOLUTION
+    enlarges = False
+
+    def op(self, made_of: Input = _PLAIN, after: Epilogue = _NOTHING) -> Op:
+        return super().op(Input(enlarged=True) if self.enlarges else made_of, after)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (batch, in, height, width) fp32 → (batch, out, height', width')."""
@@ -121,16 +128,26 @@ def rows_of(layer: nn.Linear, first: int, last: int) -> nn.Linear:
     return part
 
 
+def enlarging(layer: nn.Conv2d) -> nn.Conv2d:
+    """The layer as one whose input is enlarged first, both sides doubled by nearest neighbours: for
+    `convolve(enlarged=True)`."""
+    layer = copy.copy(layer)
+    if isinstance(layer, StreamedConv2d):
+        layer.enlarges = True
+    return layer
+
+
 def convolve(
     layer: nn.Module,
     *parts: Tensor,
+    enlarged: bool = False,
     norm: nn.Module | None = None,
     activation: nn.Module | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """Convolve the parts, (n, C, h, w) fp32 each, after they are joined, normalised and activated; then add
-    `residual`."""
-    made_of = Input(parts=len(parts), norm=norm, activation=activation)
+    """Convolve the parts, (n, C, h, w) fp32 each, after they are joined, enlarged if requested, normalised and
+    activated; then add `residual`."""
+    made_of = Input(parts=len(parts), enlarged=enlarged, norm=norm, activation=activation)
     (out,) = _compute([layer], parts, made_of, Epilogue(residual=residual is not None), residual)
     return out
 

@@ -130,12 +130,12 @@ def is_of_pixels(op: Op) -> bool:
 def is_fused(op: Op) -> bool:
     """Whether the library joins, normalises and activates the parts of the operation's input."""
     parts, norm, activation = op.input.parts, op.input.norm, op.input.activation
+    if op.input.enlarged:
+        return False
     if op.geometry is None:
         return activation is None and (norm is None or isinstance(norm, nn.LayerNorm))
-    if (
-        is_of_pixels(op) and norm is None
-    ):  # a scale for each pixel: joined parts differ in size by an order of magnitude
-        return parts == 1 and activation is None
+    if is_of_pixels(op) and norm is None:  # a scale for each pixel
+        return parts <= 2 and activation is None
     return (
         parts <= 2
         and (norm is None or isinstance(norm, nn.GroupNorm))
@@ -188,7 +188,10 @@ def _fetched(store: WeightStore, op: Op, place: Place) -> Iterator[Prepared]:
             room = place.room(len(weights) * (last - first) * row, torch.int8).view(len(weights), last - first, row)
             for weight, rows in zip(weights, room, strict=True):
                 piece = Piece(weight.name, weight.first + first, weight.first + last)
-                tensors += [_fetch(store, piece, weight, rows), store.scale(weight.name)[piece.first : piece.last]]
+                tensors += [
+                    _fetch(store, piece, weight, rows),
+                    store.scale(weight.name)[piece.first : piece.last],
+                ]
                 tensors.append(_sums(store, piece, tensors[-2]))
             place.keep(room.nbytes)
             yield Prepared(first, last, tuple(tensors), number)

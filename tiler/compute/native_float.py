@@ -50,7 +50,7 @@ from tiler.native.library import Activation, Type
 from tiler.weights.blocks import OUTPUTS
 from tiler.weights.store import WeightStore
 
-_PACKED_ELEMENTS = 2**19  # weight elements packed at a time: 2 MB of fp32 beside the arena. A choice, no measurement
+PACKED_ELEMENTS = 2**19  # weight elements packed at a time: 2 MB of fp32 beside the arena. A choice, no measurement
 # Rows of a sample: with fewer, packing a weight takes as long as the product. A choice, no measurement.
 FEW_ROWS = 8
 
@@ -88,7 +88,7 @@ class NativeFp32(Kernel):
             row, outputs = weights[0].row, weights[0].outputs
             most = 0 if place.stays else len(weights) * min(outputs, step_rows(None, len(weights) * row))
             planned = weights[0].meta.new_empty(most * row // self.values_a_lane)
-            beside = weights[0].meta.new_empty(min(_PACKED_ELEMENTS, outputs * row))
+            beside = weights[0].meta.new_empty(min(PACKED_ELEMENTS, outputs * row))
             yield Prepared(0, outputs, (), number)
             del planned, beside
 
@@ -183,7 +183,7 @@ def pack(store: WeightStore, weight: Weight, out: Tensor, kind: library.Kind, *,
     inputs, *sides = weight.meta.shape[1:]
     taps, at = math.prod(sides), out.data_ptr()
     block = (point_bytes * OUTPUTS // weight.outputs) if point_bytes else out.nbytes * OUTPUTS // weight.outputs
-    for first, piece in weight_pieces(store, weight, _PACKED_ELEMENTS):
+    for first, piece in weight_pieces(store, weight, PACKED_ELEMENTS):
         rows = torch.empty(piece.last - piece.first, *weight.meta.shape[1:])
         store.fetch(piece, rows)
         call = library.Pack(

@@ -129,7 +129,7 @@ def int8() -> cpu.Int8:
     if not means.products or not (fault := product_fault()):
         return means
     why = f"{means.largest.bit_length()}-bit weights, fp32 arithmetic, oneDNN's 8-bit products fail: {fault}"
-    return cpu.Int8(means.largest, False, False, why)
+    return cpu.Int8(means.largest, False, why)
 
 
 def notes() -> list[str]:

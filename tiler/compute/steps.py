@@ -36,8 +36,10 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def made_input(made_of: Input, parts: tuple[Tensor, ...]) -> Tensor:
-    """Join, normalise and activate the parts."""
+    """Join, enlarge, normalise and activate the parts."""
     x = joined(parts)
+    if made_of.enlarged:
+        x = F.interpolate(x, scale_factor=2.0, mode="nearest")
     if made_of.norm is not None:
         x = normed(made_of.norm, x)
     if made_of.activation is not None:

@@ -146,7 +146,8 @@ class Streamer:
         weights = tuple(
             (tuple(w.meta.shape), w.first, w.bias is not None, w.low_rank and w.low_rank.rank) for w in op.group.weights
         )
-        around = type(op.input.norm), type(op.input.activation), type(op.epilogue.activation), op.epilogue.glu
+        made_of = op.input.enlarged, type(op.input.norm), type(op.input.activation)
+        around = *made_of, type(op.epilogue.activation), op.epilogue.glu
         shapes = tuple((tuple(part.shape), part.stride()) for part in parts)
         key = kernel.name, op.geometry, weights, around, op.epilogue.residual, shapes, self._held is None, self.policy
         return self._memo.run(key, compute)

@@ -7,7 +7,7 @@ memory/ are in memory/tuning.py. `scripts/calibrate.py` measures them again.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 from tiler.compute.cpu import Isa
 from tiler.memory.tuning import Passport
@@ -22,12 +22,14 @@ KERNELS_OF: Annotated[
     Mapping[Isa, Mapping[str, tuple[str, ...]]], Passport("order", "python scripts/calibrate.py kernels")
 ] = {
     # native-int8 0.27 and 0.27, native-winograd 0.35 and 0.32, int8 0.39 and 0.29, winograd 0.47 and 0.40, native-fp32
-    # 1.03 and 1.06, which joins, norms and activates its input on the way; linear: native-int8 0.28 and 0.24, int8 0.40
+    # 1.03 and 1.06, which joins, norms and activates its input on the way; native-enlarged-bf16 is for upsamplers alone
+    # (a pass of SD 1.5 in bf16: 8.20 s instead of 8.40); linear: native-int8 0.28 and 0.24, int8 0.40
     # and 0.27, native-fp32 0.88 and 0.90; native-attention 0.82, 0.83, 0.91; 0.63, 0.84; -bf16 0.45, 0.47, 0.51; 0.46,
     # 0.48.
     Isa.AVX512_VNNI: {
         "linear": ("native-int8", "int8", "native-bf16", "native-fp32", "fp32"),
         "convolution": (
+            "native-enlarged-bf16",
             "native-int8",
             "int8",
             "native-winograd",
@@ -45,7 +47,15 @@ KERNELS_OF: Annotated[
     # against torch's of AVX-512.
     Isa.AVX512: {
         "linear": ("native-int8", "int8", "native-fp32", "fp32"),
-        "convolution": ("native-int8", "int8", "native-winograd", "winograd", "onednn", "native-fp32", "fp32"),
+        "convolution": (
+            "native-int8",
+            "int8",
+            "native-winograd",
+            "winograd",
+            "onednn",
+            "native-fp32",
+            "fp32",
+        ),
         "attention": ("fp32",),
     },
     # Not measured, because no such processor was available: the 8-bit products are those of AVX512_VNNI at half the
@@ -68,6 +78,40 @@ KERNELS_OF: Annotated[
     Isa.BASE: {"linear": ("fp32",), "convolution": ("fp32",), "attention": ("fp32",)},
 }
 
+# Channels at a denoiser's highest resolution: with fewer, as in `mini`, quantising takes much of the time that 8-bit
+# products save.
+INT8_CHANNELS: Annotated[int, Passport("channels", "python scripts/calibrate.py precisions")] = 192
+# The same for transformers, whose layers are all linear, apart from attention.
+TRANSFORMER_CHANNELS: Annotated[int, Passport("channels", "python scripts/calibrate.py precisions")] = 1024
+
+
+class Speedup(NamedTuple):
+    """How many times as fast as in fp32 a denoiser's pass is in int8 and in bf16."""
+
+    int8: float
+    bf16: float
+
+
+_NO_GAIN = Speedup(1, 1)
+# By the least channels at a denoiser's highest resolution. Processor time of one thread of a Zen 4 server, limited to
+# the row's instructions: passes of `mini`, of SD 1.5's size, and of SD 3.5 large's width, two samples each;
+# the lower of two runs where there were two (int8 of `mini`: 1.25 and 1.33).
+SPEEDUPS_OF: Annotated[
+    Mapping[Isa, Mapping[int, Speedup]], Passport("ratio", "python scripts/calibrate.py precisions")
+] = {
+    Isa.AVX512_VNNI: {0: Speedup(1.2, 1.1), INT8_CHANNELS: Speedup(2.4, 1.7), TRANSFORMER_CHANNELS: Speedup(2.8, 1.9)},
+    Isa.AVX512: {0: Speedup(1.2, 1), INT8_CHANNELS: Speedup(1.5, 1), TRANSFORMER_CHANNELS: Speedup(1.6, 1)},
+    # Not measured, because no such processor was available: at least what AVX2 gains, whose products of int8 take
+    # twice the instructions.
+    Isa.AVX2_VNNI: {0: Speedup(1.2, 1), INT8_CHANNELS: Speedup(1.6, 1), TRANSFORMER_CHANNELS: Speedup(1.7, 1)},
+    Isa.AVX2: {0: Speedup(1.2, 1), INT8_CHANNELS: Speedup(1.6, 1), TRANSFORMER_CHANNELS: Speedup(1.7, 1)},
+    # Not measured: int8 weights are computed with in fp32.
+    Isa.BASE: {0: _NO_GAIN},
+}
+# `--precision auto` takes int8, or else bf16, if it is so many times as fast as fp32. A choice, no measurement: a
+# smaller gain is not worth the error.
+LEAST_SPEEDUP: Annotated[float, Passport("ratio", "python scripts/calibrate.py precisions")] = 1.3
+
 # Least inputs and outputs of a convolution: with fewer, the transforms take the time that the products save.
 WINOGRAD_CHANNELS: Annotated[int, Passport("channels", "python scripts/bench_conv.py")] = 256
 # The same for tiler's own library, compared to its plain convolutions: with 128 channels 2.3 times as fast in fp32 (Zen
@@ -86,12 +130,6 @@ INT8_BAND_SUMS: Annotated[int, Passport("elements", "python scripts/profile_pass
 INT8_BAND_ROWS: Annotated[int, Passport("tokens", "python scripts/profile_pass.py --precision int8")] = 256
 # Bytes of a convolution's windows at a time: just below the size that the allocator maps again each time.
 INT8_WINDOWS_BYTES: Annotated[int, Passport("bytes", "python scripts/profile_pass.py --precision int8")] = 7 * 2**20
-# Channels at a denoiser's highest resolution: with fewer, as in `mini`, quantising takes about the time that 8-bit
-# products save.
-INT8_CHANNELS: Annotated[int, Passport("channels", "python scripts/profile_pass.py --model mini --precision int8")] = (
-    192
-)
-
 # Elements of a GroupNorm at a time: its intermediate values stay in the cache between two steps (320 channels, 64 × 64:
 # 1.35 ms; 1.56 with half as many and 1.44 with twice as many).
 NORM_ELEMENTS: Annotated[int, Passport("elements", "python scripts/profile_pass.py")] = 2**18

@@ -38,6 +38,7 @@ from tiler.decoding.rows import (
 from tiler.decoding.scratch import STRIP_BYTES, Rows, Scratch
 from tiler.decoding.sources import Source
 from tiler.decoding.statistics import Frame, Pooled
+from tiler.decoding.work import of_attention, of_conv, of_picture, of_stage, of_weights, telling, through
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -80,7 +81,6 @@ class Attend(Stage):
     def push(self, x: Tensor | None, last: bool) -> Tensor | None:
         if x is None:
             return None
-        self.memory.scratch.attended += 1
         a = self.stage.attention
         tokens = self.stage.norm.apply(x).flatten(2).transpose(1, 2)
         queries = a.to_q(tokens).unflatten(-1, (a.heads, -1)).transpose(1, 2)  # (1, heads, rows·W, d)
@@ -110,9 +110,15 @@ def spacing(height: int, width: int, most: int | None) -> int:
     return 1 if most is None else math.ceil(math.sqrt(height * width / most))
 
 
-def attend_strips(height: int, width: int) -> int:
-    """The number of strips into which attention cuts latents of (height, width)."""
-    return math.ceil(height / max(1, QUERIES // width))
+def _work(stage: Stage) -> float:
+    """The work for each pixel that comes out of a pass's stage."""
+    if isinstance(stage, SecondHalf):
+        shortcut = stage.block.shortcut
+        return of_conv(stage.block.conv2.conv) + (0.0 if shortcut is None else of_conv(shortcut.conv))
+    if isinstance(stage, Attend):
+        a, tokens = stage.stage.attention, stage.memory.count * stage.memory.width
+        return of_conv(a.to_q) + of_conv(a.to_out[0]) + of_attention(a.to_q.in_features, tokens)
+    return of_stage(stage, 0)
 
 
 class Passes:
@@ -143,23 +149,22 @@ class Passes:
         pooled = None if norm is None else Pooled(norm.norm.num_groups)
         number, known = self._next()
         out = None if known is None else self._recalled(known)
+        each, layers = through(chain, _work), _layers(chain)
+        self.scratch.worked += of_weights(layers) + (0 if out is None else out.count * out.width * each)
         if known is not None and pooled is not None and known.statistics is not None:
             pooled.recall(known.statistics)
         if known is None or not known.whole:
-            attends, before = bool(chain) and isinstance(chain[0], Attend), self.scratch.attended
+            attends = bool(chain) and isinstance(chain[0], Attend)
 
             def part() -> None:
                 """Record a finished strip of attention: its rows have no neighbours, so later rows do not need it."""
                 if attends and out is not None:
-                    self._note(out, pooled, whole=False, attended=attended())
-
-            def attended() -> int:
-                return self.scratch.attended - before + (0 if known is None else known.attended)
+                    self._note(out, pooled, whole=False)
 
             end = chain[-1] if chain else None
             # It is read row by row just before it is overwritten; but a pass that is resumed needs its complete input.
             old = end.stored if isinstance(end, SecondHalf) and self.scratch.spool is None else None
-            with self.hold(_layers(chain)):
+            with self.hold(layers):
                 for x in source.through(chain, self.check, 0 if out is None else out.count, part):
                     largest = None if pooled is None else self._pool(pooled, x, 0 if out is None else out.count)
                     if out is None:
@@ -167,9 +172,10 @@ class Passes:
                         fits = old is not None and channels <= old.channels and width == old.width
                         out = Rows(self.scratch, channels, width, over=old if fits else None, number=number)
                     out.append(x, largest)
+                    self.scratch.worked += x.shape[2] * x.shape[3] * each
                     del x  # freed before the next rows
             assert out is not None
-            self._note(out, pooled, closes=source.numbers(keep), attended=attended())
+            self._note(out, pooled, closes=source.numbers(keep))
         assert out is not None
         if norm is not None and pooled is not None:
             norm.hold(pooled.mean, pooled.var)
@@ -189,15 +195,20 @@ class Passes:
         """Store the key and the value of every token, or of at most `most` evenly spaced ones, with twice the
         channels."""
         number, known = self._next()
-        if known is not None:
-            return self._recalled(known)
         a, frame, row, seen = stage.attention, self.frame, 0, 0
+        layers = nn.ModuleList([a.to_k, a.to_v])
+        each = sum(map(of_conv, layers))
+        self.scratch.worked += of_weights(layers)
+        if known is not None:
+            memory = self._recalled(known)
+            self.scratch.worked += memory.count * memory.width * each
+            return memory
         height, width = (
             n * stored.width // frame.width for n in (frame.height - 2 * frame.y, frame.width - 2 * frame.x)
         )
         step = spacing(height, width, most)
-        memory: Rows | None = None
-        with self.hold(nn.ModuleList([a.to_k, a.to_v])):
+        made: Rows | None = None
+        with self.hold(layers):
             for strip in stored.strips():
                 self.check("decode.keys")
                 x = frame.inner(strip, row)
@@ -206,12 +217,13 @@ class Passes:
                 x = x[:, :, first::step, step // 2 :: step]
                 tokens = stage.norm.apply(x).flatten(2).transpose(1, 2)
                 both = torch.cat([a.to_k(tokens), a.to_v(tokens)], dim=2)
-                memory = memory or Rows(stored.scratch, 2 * stored.channels, x.shape[3], number=number)
+                made = made or Rows(stored.scratch, 2 * stored.channels, x.shape[3], number=number)
                 if x.shape[2]:
-                    memory.append(both.transpose(1, 2).unflatten(2, tuple(x.shape[2:])))
-        assert memory is not None
-        self._note(memory, None)
-        return memory
+                    made.append(both.transpose(1, 2).unflatten(2, tuple(x.shape[2:])))
+                    self.scratch.worked += x.shape[2] * x.shape[3] * each
+        assert made is not None
+        self._note(made, None)
+        return made
 
 
 def stream(
@@ -254,9 +266,12 @@ def stream(
             chain = [Attend(stage, memory)]
         else:
             source, chain = Source.of(stored), [stage]
-    with hold(_layers(chain)):
+    each, layers = through(chain, _work), _layers(chain)
+    scratch.worked += of_weights(layers)
+    with hold(layers):
         for rows in source.through(chain, check):
             yield rows[0]
+            scratch.worked += rows.shape[2] * rows.shape[3] * each
     if scratch.spool is None:  # the results for these rows may still be incomplete
         source.close()
 
@@ -289,6 +304,7 @@ def decode(
     *,
     hold: Hold,
     check: Check,
+    progress: Callable[[float], None] = lambda share: None,
     margin: tuple[int, int] = (0, 0),
     attend_to: int | None = None,
 ) -> Generator[Tensor]:
@@ -300,6 +316,7 @@ def decode(
     stages = decoder_stages(vae.decoder, vae.post_quant_conv)
     frame = Frame(latents.shape[2], latents.shape[3], *margin)
     strips = latent_strips(latents, strip_rows(frame.width))
+    check = telling(check, scratch, of_picture(stages, frame.height, frame.width, attend_to), progress)
     with scratch:
         yield from stream(stages, strips, frame, scratch, hold=hold, check=check, attend_to=attend_to)
 
@@ -311,6 +328,7 @@ def encode(
     *,
     hold: Hold,
     check: Check,
+    progress: Callable[[float], None] = lambda share: None,
     margin: tuple[int, int] = (0, 0),
     attend_to: int | None = None,
 ) -> Tensor:
@@ -323,6 +341,7 @@ def encode(
     height, width = pixels.shape[:2]
     strips = (to_tensor(pixels[top : top + rows]) for top in range(0, height, rows))
     frame = Frame(height, width, *(FACTOR * n for n in margin))
+    check = telling(check, scratch, of_picture(stages, height, width, attend_to), progress)
     with scratch:
         return means(stream(stages, strips, frame, scratch, hold=hold, check=check, attend_to=attend_to))
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, closing
 from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -20,7 +21,8 @@ import torch
 from torch import Tensor
 
 from tiler.decoding import FACTOR, exact
-from tiler.decoding.held import recall, remember
+from tiler.decoding.apart import Band, Early, Elsewhere, Waiting, Work, rows_of_all
+from tiler.decoding.held import recall, remember, to_bytes
 from tiler.decoding.rows import (
     REACH,
     Check,
@@ -36,9 +38,10 @@ from tiler.decoding.rows import (
     strip_rows,
     to_tensor,
 )
-from tiler.decoding.scratch import Rows, Scratch
+from tiler.decoding.scratch import Scratch
 from tiler.decoding.spool import BANDS
 from tiler.decoding.statistics import Frame
+from tiler.decoding.work import BY_ROWS, of_picture, telling
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -51,6 +54,7 @@ if TYPE_CHECKING:
 SAMPLE_SIDE, BLOCK = 128, 4
 HELD_TOKENS = 64 * 64
 BAND = 512  # latents
+PROBE = 16  # latents: rows and columns of what processes decode to compare their bits
 
 
 def sample(height: int, width: int) -> tuple[Tensor, Tensor]:
@@ -80,14 +84,6 @@ class Part(NamedTuple):
     latents: Tensor
 
 
-class Band(NamedTuple):
-    """Columns of latents: those that are pushed, and those of them that are kept."""
-
-    first: int
-    last: int
-    keep: slice
-
-
 def bands(width: int) -> list[Band]:
     """Cut `width` latent columns into bands of nearly equal width, at most BAND; at each joint, both bands are pushed
     with REACH columns more than they keep."""
@@ -103,17 +99,58 @@ def bands(width: int) -> list[Band]:
     ]
 
 
+Progress = Callable[[float], None]
+
+
 def _ignore(where: object) -> None:
     pass
 
 
-def _measure(stages: list[Stage], part: Tensor, scratch: Scratch, hold: Hold, check: Check, *, scale: int = 1) -> None:
+def _begun(stages: list[Stage], part: Tensor, height: int, width: int) -> float:
+    """The share that measuring `part` has of the work on a picture of (height, width)."""
+    measuring = of_picture(stages, *part.shape[2:])
+    return measuring / (measuring + BY_ROWS * of_picture(stages, height, width, HELD_TOKENS))
+
+
+def _measure(
+    stages: list[Stage],
+    part: Tensor,
+    scratch: Scratch,
+    hold: Hold,
+    check: Check,
+    progress: Progress = _ignore,
+    *,
+    scale: int = 1,
+) -> None:
     """Measure the stages' statistics on `part`, (1, C, h, w), with `scale` rows and columns per latent."""
     height, width = part.shape[2:]
     frame = Frame(height, width)
+    check = telling(check, scratch, of_picture(stages, height, width), progress)
     strips = part.split(scale * strip_rows(width // scale), dim=2)
     for _ in exact.stream(stages, strips, frame, scratch, hold=hold, check=check, hold_tokens=HELD_TOKENS):
         pass
+
+
+def band_strips(
+    stages: list[Stage], latents: Latents, band: Band, begin: int, rows: int | None = None, check: Check = _ignore
+) -> Iterator[Tensor]:
+    """Decode the columns of a band, from the row of pixels `begin` on → (3, n, w) fp32. The stages hold statistics, and
+    have been used up to the end of a picture or not at all."""
+    each = rows or strip_rows(band.last - band.first)
+    first = strip_before(begin, each)
+    source = (strip[..., band.first : band.last] for strip in latent_strips(latents, each, first))
+    at = FACTOR * first * each
+    for strip in _stream(stages, source, latents.shape[2], check, _ignore, row=first * each):
+        skipped, at = max(0, begin - at), at + strip.shape[1]
+        if skipped < strip.shape[1]:
+            yield strip[:, skipped:, FACTOR * band.keep.start : FACTOR * band.keep.stop]
+
+
+def probe(stages: list[Stage], latents: Tensor) -> Tensor:
+    """Decode a few latents, (1, C, h, w), as a picture of their own → (3, 8h, 8w): equal on processes that compute
+    equal bits."""
+    band = Band(0, latents.shape[3], slice(0, latents.shape[3]))
+    return torch.cat(list(band_strips(stages, latents, band, 0)), dim=1)
 
 
 def decode(
@@ -124,9 +161,10 @@ def decode(
     hold: Hold,
     rows: int | None = None,
     check: Check = _ignore,
-    progress: Callable[[float], None] = _ignore,
+    progress: Progress = _ignore,
     margin: tuple[int, int] = (0, 0),
     begin: int = 0,
+    elsewhere: Elsewhere | None = None,
 ) -> Generator[Tensor]:
     """latents: (1, C, h, w) fp32, already divided by scaling_factor → strips (3, n, 8w) fp32 in about [-1, 1], from the
     row `begin` on.
@@ -134,56 +172,49 @@ def decode(
     `rows` latent rows are pushed at a time (default `strip_rows`): memory grows with it, and the result depends on it
     only in the last bits of fp32. `margin` latents above and below, and left and right, repeat the opposite side and
     are not measured. All bands but the last wait in the scratch; with a spool, the bands and the measured statistics
-    are reused when the decode is resumed.
+    are reused when the decode is resumed. Bands are decoded `elsewhere` as long as anybody is there, and the rest here.
     """
     (y, x), (height, width) = margin, latents.shape[2:]
     stages = decoder_stages(vae.decoder, vae.post_quant_conv)
     down, across = sample(height - 2 * y, width - 2 * x)
     part = torch.cat([latents[:, :, row : row + 1][..., across + x] for row in (down + y).tolist()], dim=2)
-    *others, last = bands(width)
-    share = 1 / (1 + len(others))
+    all_bands = bands(width)
+    last, total = len(all_bands) - 1, FACTOR * height
+    measured = _begun(stages, part, height, sum(band.last - band.first for band in all_bands))
 
-    def strips(band: Band, begun: float, begin: int) -> Iterator[Tensor]:
-        each = rows or strip_rows(band.last - band.first)
-        first = strip_before(begin, each)
-        source = (strip[..., band.first : band.last] for strip in latent_strips(latents, each, first))
-        at = FACTOR * first * each
-        for strip in _stream(
-            stages, source, height, check, lambda done: progress(begun + share * done), row=first * each
-        ):
-            skipped, at = max(0, begin - at), at + strip.shape[1]
-            if skipped < strip.shape[1]:
-                yield strip[:, skipped:, FACTOR * band.keep.start : FACTOR * band.keep.stop]
+    def here(number: int, row: int) -> Iterator[Tensor]:
+        return band_strips(stages, latents, all_bands[number], row, rows, check)
 
-    def waiting(number: int, band: Band) -> Rows:
-        known = None if scratch.spool is None else scratch.spool.of(BANDS + number)
-        width = FACTOR * (band.keep.stop - band.keep.start)
-        stored = Rows(scratch, 3, width, number=BANDS + number, known=known)
-        if known is None or not known.whole:
-            for strip in strips(band, number * share, stored.count):
-                stored.append(strip[None])
-                if scratch.spool is not None:
-                    scratch.spool.note(stored.line(whole=False), stored.fd)
-            if scratch.spool is not None:
-                scratch.spool.note(stored.line(whole=True), stored.fd)
-        return stored
+    def tell(done: int) -> None:
+        progress(measured + (1 - measured) * done / (total * len(all_bands)))
 
-    with scratch:
+    with scratch, ExitStack() as stack:
         if not recall(stages, scratch):
             with Scratch(scratch.folder, scratch.dtype) as nameless:
-                _measure(stages, part, nameless, hold, check)
+                _measure(stages, part, nameless, hold, check, lambda done: progress(measured * done))
             scratch.count(nameless)
             remember(stages, scratch)
-        stored = [waiting(number, band) for number, band in enumerate(others)]
+        waiting = [Waiting(scratch, BANDS + n, _pixels(band), total) for n, band in enumerate(all_bands[:-1])]
+        apart, early = None, None
+        if elsewhere is not None:
+            assert scratch.folder is not None
+            early = stack.enter_context(closing(Early(scratch.folder, _pixels(all_bands[last]), total - begin)))
+            small = latents[:, :, :PROBE][..., :PROBE]
+            work = Work(to_bytes(stages), latents, all_bands, small, probe(stages, small))
+            apart = stack.enter_context(elsewhere(work))
         row = begin
-        for strip in strips(last, len(others) * share, begin):
+        for strip in rows_of_all(waiting, begin, total, here, apart, early, tell):
             # Joined in parts of one size, however many bands there are: neither they nor what a writer makes of them
             # grow with the width.
-            for part in strip.split(max(1, strip.shape[1] // (1 + len(others))), dim=1):
-                yield (
-                    torch.cat([*(b.read(row, row + part.shape[1])[0] for b in stored), part], dim=2) if stored else part
-                )
+            for part in strip.split(max(1, strip.shape[1] // len(all_bands)), dim=1):
+                stored = [band.read(row, row + part.shape[1]) for band in waiting]
+                yield torch.cat([*stored, part], dim=2) if stored else part
                 row += part.shape[1]
+
+
+def _pixels(band: Band) -> int:
+    """The columns of pixels that a band is kept for."""
+    return FACTOR * (band.keep.stop - band.keep.start)
 
 
 def encode(
@@ -193,7 +224,7 @@ def encode(
     *,
     hold: Hold,
     check: Check = _ignore,
-    progress: Callable[[float], None] = _ignore,
+    progress: Progress = _ignore,
     margin: tuple[int, int] = (0, 0),
 ) -> Tensor:
     """Return the parts of `encode_parts` as one tensor: (1, C, h, w)."""
@@ -209,7 +240,7 @@ def encode_parts(
     *,
     hold: Hold,
     check: Check = _ignore,
-    progress: Callable[[float], None] = _ignore,
+    progress: Progress = _ignore,
     margin: tuple[int, int] = (0, 0),
 ) -> Iterator[Part]:
     """pixels: (H, W, 3) uint8, sides multiples of FACTOR → parts of the posterior's mean, fp32, unscaled. `margin` as
@@ -219,12 +250,15 @@ def encode_parts(
     down, across = sample(height - 2 * y, width - 2 * x)
     columns = (FACTOR * (across + x)[:, None] + torch.arange(FACTOR)).flatten().numpy()
     blocks = [pixels[top : top + FACTOR][:, columns] for top in (FACTOR * (down + y)).tolist()]
+    part, all_bands = to_tensor(np.concatenate(blocks)), bands(width)
+    pushed = sum(band.last - band.first for band in all_bands)
+    measured = _begun(stages, part, FACTOR * height, FACTOR * pushed)
     with scratch:
-        _measure(stages, to_tensor(np.concatenate(blocks)), scratch, hold, check, scale=FACTOR)
-    all_bands = bands(width)
+        _measure(stages, part, scratch, hold, check, lambda done: progress(measured * done), scale=FACTOR)
+    del part
 
-    def shared(number: int) -> Callable[[float], None]:
-        return lambda done: progress((number + done) / len(all_bands))
+    def shared(number: int) -> Progress:
+        return lambda done: progress(measured + (1 - measured) * (number + done) / len(all_bands))
 
     for number, band in enumerate(all_bands):
         rows, seen = FACTOR * strip_rows(band.last - band.first), slice(FACTOR * band.first, FACTOR * band.last)
@@ -260,7 +294,7 @@ def rehearse(
 
 
 def _stream(
-    stages: list[Stage], strips: Iterator[Tensor], height: int, check: Check, progress: Callable[[float], None], row: int = 0
+    stages: list[Stage], strips: Iterator[Tensor], height: int, check: Check, progress: Progress, row: int = 0
 ) -> Iterator[Tensor]:  # fmt: skip
     """Push `strips`, (1, C, n, W), the rows of a picture of `height` from `row` on → (C', n', W'), top first."""
     for strip in strips:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from safetensors.torch import load, save
 from torch import Tensor
 
 from tiler.decoding.rows import MidAttention, Norm, Resnet, Stage
@@ -55,6 +56,31 @@ def recall(stages: list[Stage], scratch: Scratch) -> bool:
         assert line is not None and line.statistics is not None
         norm.hold(*(_tensor(texts) for texts in line.statistics[1:]))
     return True
+
+
+def to_bytes(stages: list[Stage]) -> bytes:
+    """All statistics that the stages hold, for another process."""
+    attention = _attention(stages)
+    memory = None if attention is None else attention.memory
+    tensors = {}
+    if memory is not None:
+        rows = memory[0].permute(1, 2, 0).contiguous()
+        half = rows.half()  # what was stored so is sent so
+        tensors["memory"] = half if torch.equal(half.float(), rows) else rows
+    for number, norm in enumerate(_norms(stages)):
+        assert norm.held is not None
+        tensors |= {f"mean.{number}": norm.held[0].contiguous(), f"var.{number}": norm.held[1].contiguous()}
+    return save(tensors)
+
+
+def from_bytes(stages: list[Stage], data: bytes) -> None:
+    """Set the stages' statistics to those in `data`."""
+    tensors = load(data)
+    if (attention := _attention(stages)) is not None:
+        rows = tensors["memory"].float().split(1)  # row by row, like `recall`
+        attention.hold(torch.cat([row[None].permute(0, 3, 1, 2) for row in rows], dim=2))
+    for number, norm in enumerate(_norms(stages)):
+        norm.hold(tensors[f"mean.{number}"], tensors[f"var.{number}"])
 
 
 def _tensor(texts: list[str]) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 from tiler.compute.shapes import MetaMeter
 from tiler.compute.stream import Streamer
 from tiler.decoding import FACTOR, exact, frozen, tiny
+from tiler.decoding.apart import Elsewhere
 from tiler.decoding.frozen import Part
 from tiler.decoding.rows import REACH, Check, Latents, Pixels
 from tiler.decoding.scratch import Scratch
@@ -53,7 +54,7 @@ class DecodePlan:
     written_bytes: int = 0
     apart_bytes: int = 0  # on disk at once if passes are remembered
     flops: int = 0
-    attention: tuple[float, int] = (0.0, 1)  # layer by layer: its share of the work, and its number of strips
+    attention: float = 0.0  # layer by layer: its share of the operations
     margin: tuple[int, int] = (0, 0)  # latents above and below, left and right, that repeat the opposite side
 
     def __str__(self) -> str:
@@ -73,8 +74,7 @@ class DecodePlan:
     @property
     def attention_flops(self) -> int:
         """Floating-point operations of the attention, in addition to `flops`."""
-        share, _ = self.attention
-        return int(self.flops * share / (1 - share))
+        return int(self.flops * self.attention / (1 - self.attention))
 
     @property
     def by_layers(self) -> bool:
@@ -161,8 +161,7 @@ def choose(
         kind = wanted
     if kind is Decode.SAMPLED:
         seen = tokens // exact.spacing(*latents, TOKENS) ** 2
-    attention = work(seen) / (1 + work(seen)), exact.attend_strips(*latents)
-    method = replace(method, kind=kind, why=why, attention=attention)
+    method = replace(method, kind=kind, why=why, attention=work(seen) / (1 + work(seen)))
     if wanted is Decode.AUTO and free < method.scratch_bytes:
         return take_frozen(lacking(method))
     return affordable(method)
@@ -187,9 +186,10 @@ def decode(
     progress: Callable[[float], None],
     spool: Spool | None = None,
     begin: int = 0,
+    elsewhere: Elsewhere | None = None,
 ) -> Generator[Tensor]:
     """latents: (1, C, h, w) fp32, already divided by scaling_factor → strips (3, n, 8w) fp32 in about [-1, 1], top
-    first. Methods that do not work layer by layer start at the row `begin`.
+    first. Methods that do not work layer by layer start at the row `begin`; `frozen` has bands decoded `elsewhere`.
 
     `progress` gets the share done, 0 to 1. Raises StorageError and NumericalError.
     """
@@ -204,10 +204,12 @@ def decode(
     options: dict[str, Any] = {"hold": streamer.hold_transformed, "margin": method.margin}
     row = 0 if method.by_layers or not begin else begin + FACTOR * y
     if method.by_layers:
-        noting = _noting(method, scratch, check, progress)
-        strips = exact.decode(vae, latents, scratch, check=noting, attend_to=method.attend_to, **options)
+        attend_to = method.attend_to
+        strips = exact.decode(vae, latents, scratch, check=check, progress=progress, attend_to=attend_to, **options)
     elif method.kind is Decode.FROZEN:
-        strips = frozen.decode(vae, latents, scratch, check=check, progress=progress, begin=row, **options)
+        strips = frozen.decode(
+            vae, latents, scratch, check=check, progress=progress, begin=row, elsewhere=elsewhere, **options
+        )
     else:
         strips = tiny.decode(vae, latents, check=check, progress=progress, begin=row)
     with closing(strips):  # removes the scratch files, also if the caller stops early
@@ -238,10 +240,11 @@ def encode(
     scratch = Scratch(method.folder, DTYPES[method.dtype], spool if method.by_layers else None)
     options: dict[str, Any] = {"hold": streamer.hold_transformed, "margin": method.margin}
     if method.by_layers:
-        noting = _noting(method, scratch, check, progress)
-        mean = exact.encode(vae, pixels, scratch, check=noting, attend_to=method.attend_to, **options)
+        attend_to = method.attend_to
+        mean = exact.encode(vae, pixels, scratch, check=check, progress=progress, attend_to=attend_to, **options)
     else:
         mean = frozen.encode(vae, pixels, scratch, check=check, progress=progress, **options)
+    progress(1.0)
     return mean[:, :, y : mean.shape[2] - y, x : mean.shape[3] - x]
 
 
@@ -269,15 +272,3 @@ def encode_parts(
         part = part[:, :, above : max(above, y + height - top), before : max(before, x + width - left)]
         if part.numel():
             yield Part(max(0, top - y), max(0, left - x), part)
-
-
-def _noting(method: DecodePlan, scratch: Scratch, check: Check, progress: Callable[[float], None]) -> Check:
-    """Wrap `check` so that it also reports progress: strips of the attention, and written bytes of the convolutions."""
-    share, strips = method.attention
-
-    def both(where: str) -> None:
-        check(where)
-        written = min(1.0, scratch.written_bytes / max(1, method.written_bytes))
-        progress((1 - share) * written + share * min(1.0, scratch.attended / strips))
-
-    return both

@@ -32,12 +32,13 @@ class Scratch:
 
     With `folder` None nothing is stored: for planning on meta tensors. With a `spool`, files stay there. `peak_bytes`
     is the most that was stored at once, `apart_bytes` the same if no rows replace others, `written_bytes` the total
-    written, `attended` the number of strips that attention has done. Raises StorageError if the folder cannot be used.
+    written, `worked` how much work (work.py) is done. Raises StorageError if the folder cannot be used.
     """
 
     def __init__(self, folder: Path | None, dtype: torch.dtype = torch.float16, spool: Spool | None = None) -> None:
         self.folder, self.dtype, self.spool = folder, dtype, spool
-        self.live_bytes = self.peak_bytes = self.written_bytes = self.apart_bytes = self.attended = 0
+        self.live_bytes = self.peak_bytes = self.written_bytes = self.apart_bytes = 0
+        self.worked = 0.0
         self._apart = 0
         self._open = set[int]()
 
@@ -131,7 +132,6 @@ class Rows:
             self.stored_bytes = known.count * self.row_bytes if self.fd >= 0 else 0
             scratch.grow(self.stored_bytes)
             scratch.written_bytes += known.count * self.row_bytes
-            scratch.attended += known.attended
 
     def append(self, x: Tensor, largest: float | None = None) -> None:
         """x: (1, channels, n, width) fp32, whose `largest` magnitude may be known. Raises NumericalError for NaN and

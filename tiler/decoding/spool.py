@@ -48,7 +48,6 @@ class Line:
     statistics: tuple[int, list[str], list[str]] | None = None
     scales: list[float] | None = None
     closes: tuple[int, ...] = ()
-    attended: int = 0  # strips
     strips: list[tuple[int, int]] | None = None
     boot: str = ""
     synced: bool = False

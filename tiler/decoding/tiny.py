@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 
 
+PREVIEW_SIDE, PREVIEW_ROWS = 32, 1  # latents of a preview, and its rows pushed at a time: 256 pixels in a few megabytes
+
+
 class Pointwise(Stage):
     """A function of single values."""
 
@@ -74,10 +77,11 @@ def decode(
     check: Check,
     progress: Callable[[float], None] = lambda share: None,
     begin: int = 0,
+    rows: int | None = None,
 ) -> Generator[Tensor]:
     """latents: (1, C, h, w) fp32, divided by the tiny model's scaling_factor → strips (3, n, 8w) fp32 in about [-1, 1],
-    from the row `begin` on."""
-    stages, height, rows = decoder_stages(vae.decoder), latents.shape[2], strip_rows(latents.shape[3])
+    from the row `begin` on. `rows` latent rows are pushed at a time: the fewer, the less memory."""
+    stages, height, rows = decoder_stages(vae.decoder), latents.shape[2], rows or strip_rows(latents.shape[3])
     first = strip_before(begin, rows)
     row, at = first * rows, FACTOR * first * rows
     for strip in latent_strips(latents, rows, first):
@@ -89,10 +93,9 @@ def decode(
         progress(row / height)
 
 
-def rehearse(vae: AutoencoderTiny, latents: tuple[int, int]) -> None:
+def rehearse(vae: AutoencoderTiny, latents: tuple[int, int], rows: int | None = None) -> None:
     """What `decode` does for latents of (height, width), on meta tensors: for planning."""
-    rows = FACTOR * strip_rows(latents[1])
-    for _ in decode(
-        vae, torch.empty(1, vae.config.latent_channels, rows, latents[1], device="meta"), check=lambda where: None
-    ):
+    height = FACTOR * (rows or strip_rows(latents[1]))
+    some = torch.empty(1, vae.config.latent_channels, height, latents[1], device="meta")
+    for _ in decode(vae, some, check=lambda where: None, rows=rows):
         pass

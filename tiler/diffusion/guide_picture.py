@@ -142,7 +142,7 @@ def _open(path: Path) -> Image.Image:
             importlib.import_module("pillow_heif").register_heif_opener()
         elif b"avif" not in head[8:]:
             raise UsageError(
-                f"{path}: HEIC pictures need the extra `heic`: pip install 'tiler[heic]', or save it as JPEG"
+                f"{path}: HEIC pictures need the extra `heic`: pip install 'tiler-render[heic]', or save it as JPEG"
             )
     picture = Image.open(path)
     if picture.format == "EPS":

@@ -9,12 +9,16 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+from tiler.request.choices import STDOUT
+
 
 def encode(value: Any) -> Any:
     """Convert a value to one that JSON can hold. Paths become absolute, since a job may be continued from another
     folder."""
     if isinstance(value, StrEnum):
         return value.value
+    if value == STDOUT:
+        return str(value)
     if isinstance(value, Path):
         return str(value.expanduser().absolute())
     if is_dataclass(value) and not isinstance(value, type):

@@ -1,89 +1,64 @@
-"""A queue of pictures: each is drawn by a process of its own, one after another, under one ceiling. The queue's own
-process stays in memory all the time, so it imports next to nothing; its rows have been interpreted elsewhere."""
+"""A queue of pictures: each is drawn by a process of its own, all under one ceiling, one after another or, if a cluster
+predicts their tiles, several at a time. The queue's own process stays in memory all the time, so it imports next to
+nothing; its rows have been interpreted elsewhere."""
 
 from __future__ import annotations
 
-import ctypes
 import json
-import os
 import signal
-import subprocess
 import sys
 import time
 from array import array
 from bisect import bisect_left
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any, NamedTuple
 
-from tiler.errors import Interrupted, JobLocked, StorageError, UsageError
+from tiler.errors import BudgetRefused, Interrupted, JobLocked, StorageError, TilerError, UsageError
 from tiler.jobs import claims, layout
+from tiler.jobs.checked import SHOWN, Checked, Tally
+from tiler.jobs.drawing import OWN_BYTES, Drawings, Ended
 from tiler.jobs.results import DONE, ELSEWHERE, FAILED, INTERRUPTED, SKIPPED, Results
 
-OWN_BYTES = 20_000_000  # the share of the ceiling for this process
-BESIDE = "TILER_BESIDE"  # environment variable for a picture's process: bytes of its ceiling that other processes use
 BATCH = 64  # rows whose prompts are encoded together
-_PATIENCE = 600.0  # seconds in which a picture can save its state
-_SHOWN = 10  # failed rows named in the summary
-_ORDER = (DONE, SKIPPED, ELSEWHERE, INTERRUPTED, FAILED)  # of the summary
-_PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
-class Checked(NamedTuple):
-    """A row with everything that can be known before it is drawn. `words` follow `tiler render`, without the output.
-    `output` is relative to the queue's root, and `job` is the job folder. `digest` identifies everything that
-    determines the picture and its place. `problem` says why the row cannot be drawn; the other fields are then empty.
-    `wants_encoder` says that it pays to encode its prompts together with those of other rows."""
+class Together(NamedTuple):
+    """How many pictures may be under way at a time, the bytes of the ceiling that they share, and the words that each
+    process gets in addition."""
 
-    row: int
+    most: int
+    room_bytes: int
     words: Sequence[str] = ()
-    output: str = ""
-    job: str = ""
-    digest: int = 0
-    notes: Sequence[str] = ()
-    problem: str = ""
-    wants_encoder: bool = False
 
 
-def common_code(codes: Set[int]) -> int:
-    """The exit code for many pictures: 0 if none failed, the common code of the failures, or 1 if their codes
-    differ."""
-    failed = codes - {0}
-    return 0 if not failed else next(iter(failed)) if len(failed) == 1 else 1
+class _Turn(NamedTuple):
+    """A row whose turn it is. `is_last`: it is not postponed any more; `needs_bytes`: the smallest ceiling that it
+    needs, once that is known."""
+
+    row: Checked
+    is_last: bool = False
+    needs_bytes: int = 0
+
+
+class _Open(NamedTuple):
+    """A row that is being drawn, since `start`, under `share_bytes` of the ceiling."""
+
+    turn: _Turn
+    share_bytes: int
+    started: str
+    start: float
 
 
 @dataclass(kw_only=True)
-class Tally:
-    """The outcome of a queue."""
-
-    statuses: Counter[str] = field(default_factory=Counter)
-    codes: set[int] = field(default_factory=set)
-    failed: list[int] = field(default_factory=list)  # the first failed rows
-
-    @property
-    def exit_code(self) -> int:
-        """The common exit code of the failed rows."""
-        return common_code(self.codes)
-
-    def __str__(self) -> str:
-        """A summary like "3 done, 2 failed (rows 4, 7)"."""
-        number, rows = self.statuses[FAILED], ", ".join(map(str, self.failed))
-        which = f" (row{'s' * (number > 1)} {rows}{', …' * (number > len(self.failed))})"
-        return ", ".join(f"{n} {status}{which if status == FAILED else ''}" for status, n in self._ordered())
-
-    def _ordered(self) -> list[tuple[str, int]]:
-        return sorted(self.statuses.items(), key=lambda item: _ORDER.index(item[0]))
-
-
-@dataclass(frozen=True, kw_only=True)
 class Queue:
     """Draws rows below `root`, under one ceiling for this process and theirs. `results` gets a line for each row. With
     `shared`, rows that other machines draw are left to them. `encode` encodes the prompts of several rows ahead, `say`
-    shows a line to the user, and `finished` receives a picture's report as `--json` prints it."""
+    shows a line to the user, `hear` gets the lines that the processes of rows write to standard error, and `finished`
+    receives a picture's report as `--json` prints it. `together`, called with the first row to be drawn, says how many
+    may be drawn at a time; it may raise TilerError if that row cannot be drawn."""
 
     root: Path
     results: Results
@@ -92,25 +67,57 @@ class Queue:
     fail_fast: bool = False
     encode: Callable[[list[Checked]], None] = lambda rows: None
     say: Callable[[str], None] = lambda text: None
+    hear: Callable[[int, bytes], None] | None = None
     finished: Callable[[dict[str, Any]], None] = lambda report: None
+    together: Callable[[Checked], Together] | None = None
     tally: Tally = field(default_factory=Tally)
     _outputs: array[int] = field(default_factory=lambda: array("Q"))  # hashes of the outputs so far
+    _turns: deque[_Turn] = field(default_factory=deque)
+    _later: list[Checked] = field(default_factory=list)  # drawn elsewhere, or the disk is too full now
+    _open: dict[int, _Open] = field(default_factory=dict)  # by row
+    _needs_bytes: int = 0  # the smallest ceiling of the rows so far, as far as it is known
+    _limits: Together | None = None
+    _drawings: Drawings = field(init=False)
 
     def run(self, rows: Iterable[Iterable[Checked]]) -> Tally:
         """Draw all rows that are not done yet, group by group as they become known. Raises Interrupted, after the
-        current picture has saved its state, and StorageError."""
-        later: list[Checked] = []  # rows that another machine draws, or for which the disk is too full now
+        pictures under way have saved their states, and StorageError."""
+        self._drawings = Drawings(self.hear)
+        with self._drawings.pausing():
+            try:
+                self._draw_all(rows)
+            except (Interrupted, KeyboardInterrupt) as stop:
+                self._interrupt(int(stop.code or 0) - 128 if isinstance(stop, Interrupted) else signal.SIGINT)
+                stop.add_note(f"{self.tally}; the same command continues")
+                raise
+            except BaseException:
+                self._interrupt(signal.SIGTERM)
+                raise
+            self._interrupt(signal.SIGTERM)  # what is still under way after a failure that ends the queue
+        return self.tally
+
+    def _draw_all(self, rows: Iterable[Iterable[Checked]]) -> None:
         for known in rows:
             for batch in _batches(self._undone(known)):
-                self._draw_batch(batch, later)
-                if self._is_over:
-                    return self.tally
-        for row in later:
-            if self.results.is_done(row.row, row.digest) or not self._draw(row, is_last=True):
-                self.tally.statuses[ELSEWHERE] += 1
+                wanting = [row for row in batch if row.wants_encoder]
+                if len(wanting) > 1:
+                    self._advance(until_all_are_done=True)  # an encoder takes the whole ceiling
+                    self.encode(wanting)
+                for row in batch:
+                    self._draw(_Turn(row))
+                    if self._is_over:
+                        return
+            self._advance(until_all_are_done=True)  # so does what reads the next rows
             if self._is_over:
-                break
-        return self.tally
+                return
+        for row in self._later:
+            if self.results.is_done(row.row, row.digest):
+                self.tally.statuses[ELSEWHERE] += 1
+            else:
+                self._draw(_Turn(row, is_last=True))
+            if self._is_over:
+                return
+        self._advance(until_all_are_done=True)
 
     @property
     def _is_over(self) -> bool:
@@ -139,88 +146,145 @@ class Queue:
             self.results.look()
         return self.results.is_done(row.row, row.digest)
 
-    def _draw_batch(self, batch: list[Checked], later: list[Checked]) -> None:
-        wanting = [row for row in batch if row.wants_encoder]
-        if len(wanting) > 1:
-            self.encode(wanting)
-        for row in batch:
-            if not self._draw(row):
-                later.append(row)
-            if self._is_over:
+    def _draw(self, turn: _Turn) -> None:
+        """Begin a row as soon as there is room for it, and return when another may begin."""
+        self._turns.append(turn)
+        self._advance()
+
+    def _advance(self, *, until_all_are_done: bool = False) -> None:
+        """Begin the rows whose turn it is, and wait until another may begin."""
+        while not self._is_over:
+            most = 1 if self._limits is None else self._limits.most
+            if self._turns and (share := self._share_of(self._turns[0])):
+                self._begin(self._turns.popleft(), share)
+            elif self._open and (self._turns or until_all_are_done or len(self._open) >= most):
+                self._wait()
+            elif not self._turns:
                 return
 
-    def _draw(self, row: Checked, *, is_last: bool = False) -> bool:
-        """Draw a row. Return False if another machine draws it, or if the disk is full and this is not the `is_last`
-        attempt: other rows may need less space."""
-        output, job = self.root / row.output, Path(row.job)
+    def _share_of(self, turn: _Turn) -> int:
+        """The bytes of the ceiling that a row may have now; 0 while it has to wait."""
+        if self._limits is None:
+            if self.together is None:
+                self._limits = Together(1, self.max_ram_bytes - OWN_BYTES)
+            else:
+                try:
+                    self._limits = self.together(turn.row)
+                except TilerError as error:
+                    self._turns.popleft()
+                    self._note(turn.row, FAILED, error.exit_code, {"error": str(error)})
+                    return 0
+        most, room, _ = self._limits
+        share = min(room, max(room // most, self._needs_bytes, turn.needs_bytes))
+        under_way = self._open.values()
+        if (
+            len(under_way) >= most
+            or share > room - sum(other.share_bytes for other in under_way)
+            or any(other.turn.row.denoiser != turn.row.denoiser for other in under_way)
+        ):
+            return 0
+        return share
+
+    def _begin(self, turn: _Turn, share: int) -> None:
+        row, output = turn.row, self.root / turn.row.output
         try:
             output.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             why = f"{output.parent}: cannot be made ({error.strerror}); choose another output"
             self._note(row, FAILED, StorageError.exit_code, {"error": why})
-            return True
-        if not self.shared:
-            return self._draw_here(row, output, is_last=is_last)
-        if not claims.claim(job):
-            return False
-        try:
+            return
+        if self.shared:
+            if not claims.claim(Path(row.job)):
+                self._postpone(turn)
+                return
             if self._is_done(row):  # finished between the first check and the claim
                 self.tally.statuses[SKIPPED] += 1
-                return True
-            return self._draw_here(row, output, is_last=is_last)
-        finally:
-            claims.release(job)
-
-    def _draw_here(self, row: Checked, output: Path, *, is_last: bool) -> bool:
-        keeps = "--keep-job" in row.words
-        own = ["--json", f"--max-ram={self.max_ram_bytes}", f"--output={output}", *["--keep-job"] * (not keeps)]
+                claims.release(Path(row.job))
+                return
+        assert self._limits is not None
+        own = ["--json", f"--max-ram={self.max_ram_bytes}", f"--output={output}", *self._limits.words]
+        own += ["--keep-job"] * ("--keep-job" not in row.words)
         at = row.words.index("--") if "--" in row.words else len(row.words)
         words = [*row.words[:at], *own, *row.words[at:]]
         self.say(f"row {row.row}: {output}")
-        started, start = _now(), time.monotonic()
-        process = popen([sys.executable, "-m", "tiler", "render", *words], stdout=subprocess.PIPE)
+        self._open[row.row] = _Open(turn, share, _now(), time.monotonic())
+        command = [sys.executable, "-m", "tiler", "render", *words]
+        self._drawings.begin(row.row, command, self.max_ram_bytes - share)
+
+    def _wait(self) -> None:
+        """Wait until a row has been drawn."""
+        while (ended := self._drawings.next_ended(claims.TOUCH_EVERY if self.shared else None)) is None:
+            for under_way in self._open.values():
+                claims.touch(Path(under_way.turn.row.job))
+        under_way = self._open.pop(ended.row)
         try:
-            with _pausing(process):
-                told = self._told(process, Path(row.job))
-        except (Interrupted, KeyboardInterrupt) as stop:
-            number = int(stop.code or 0) - 128 if isinstance(stop, Interrupted) else signal.SIGINT
-            end(process, number)
-            self._note(row, INTERRUPTED, 128 + number, {"started": started})
-            stop.add_note(f"{self.tally}; the same command continues")
-            raise
-        facts: dict[str, Any] = {"started": started, "seconds": round(time.monotonic() - start, 1)}
-        code = process.returncode if process.returncode >= 0 else 128 - process.returncode
+            self._finish(under_way, ended)
+        finally:
+            if self.shared:
+                claims.release(Path(under_way.turn.row.job))
+
+    def _finish(self, under_way: _Open, ended: Ended) -> None:
+        turn, row, told = under_way.turn, under_way.turn.row, ended.told
+        facts: dict[str, Any] = {
+            "started": under_way.started, "seconds": round(time.monotonic() - under_way.start, 1),
+        }  # fmt: skip
+        code = ended.returncode if ended.returncode >= 0 else 128 - ended.returncode
         if code == JobLocked.exit_code and self.shared:
-            return False
-        if code == StorageError.exit_code and not is_last and not self.fail_fast:
+            self._postpone(turn)
+            return
+        if code == StorageError.exit_code and not turn.is_last and not self.fail_fast:
             self.say(f"row {row.row}: a file could not be written; trying again after the other rows")
-            return False
+            self._later.append(row)
+            return
+        if code == BudgetRefused.exit_code and self._retries(turn, under_way.share_bytes, told):
+            return
         if code == 0:
             report = json.loads(told)
             facts |= {name: report[name] for name in ("seed", "peak_rss_bytes", "versions", "sha256")}
             self.finished(report)
         else:
-            facts["error"] = _error_in(told, process.returncode)
+            facts["error"] = _error_in(told, ended.returncode)
         self._note(row, DONE if code == 0 else FAILED, code, facts)
         # Last: if the note is lost, the job still says that it is finished.
-        if code == 0 and not keeps and not (self.shared and not claims.is_ours(Path(row.job))):
+        if code == 0 and "--keep-job" not in row.words and not (self.shared and not claims.is_ours(Path(row.job))):
             layout.remove(Path(row.job))
+
+    def _retries(self, turn: _Turn, share: int, told: bytes) -> bool:
+        """Whether a row that needs more than its share has its turn again as soon as so much is free."""
+        assert self._limits is not None
+        room = self._limits.room_bytes
+        needs = _smallest_in(told) or room
+        if share >= room or not share < needs <= room:
+            return False
+        self.say(f"row {turn.row.row}: waits until more of the ceiling is free")
+        self._needs_bytes = max(self._needs_bytes, needs)
+        self._turns.appendleft(turn._replace(needs_bytes=needs))
         return True
 
-    def _told(self, process: subprocess.Popen[bytes], job: Path) -> bytes:
-        while True:
-            try:
-                told: bytes = process.communicate(timeout=claims.TOUCH_EVERY if self.shared else None)[0]
-                return told
-            except subprocess.TimeoutExpired:
-                claims.touch(job)
+    def _postpone(self, turn: _Turn) -> None:
+        """Leave a row to another machine for now, or, if it is the last attempt, for good."""
+        if turn.is_last:
+            self.tally.statuses[ELSEWHERE] += 1
+        else:
+            self._later.append(turn.row)
+
+    def _interrupt(self, number: int) -> None:
+        """End the rows under way, which save their states."""
+        for ended in self._drawings.end(number):
+            under_way = self._open.pop(ended.row)
+            if ended.returncode == 0:
+                self._finish(under_way, ended)
+            else:
+                self._note(under_way.turn.row, INTERRUPTED, 128 + number, {"started": under_way.started})
+            if self.shared:
+                claims.release(Path(under_way.turn.row.job))
 
     def _note(self, row: Checked, status: str, code: int, facts: dict[str, Any]) -> None:
         tally = self.tally
         tally.statuses[status] += 1
         if status == FAILED:
             tally.codes.add(code)
-            tally.failed += [row.row] * (len(tally.failed) < _SHOWN)
+            tally.failed += [row.row] * (len(tally.failed) < SHOWN)
             why = "" if "started" in facts else f": {facts['error']}"  # else the picture's process has printed it
             self.say(f"row {row.row}: failed with exit code {code}{why}")
         self.results.note(
@@ -243,45 +307,6 @@ def _batches(rows: Iterable[Checked]) -> Iterator[list[Checked]]:
         yield batch
 
 
-def popen(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
-    """Start a process of the queue in a process group of its own. Signals from the terminal thus reach only this
-    process, which forwards them once."""
-    environment = {**os.environ, BESIDE: str(OWN_BYTES)}
-    options = {"stdin": subprocess.DEVNULL, **options}
-    return subprocess.Popen(command, process_group=0, preexec_fn=_end_with_parent, env=environment, **options)
-
-
-def end(process: subprocess.Popen[bytes], number: int) -> None:
-    """Forward a signal, and wait while the process saves its state."""
-    process.send_signal(number)
-    try:
-        process.communicate(timeout=_PATIENCE)
-    except BaseException:
-        process.kill()
-        raise
-
-
-@contextmanager
-def _pausing(process: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Let Ctrl-Z also stop the picture's process, and `fg` continue both."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        process.send_signal(signal.SIGSTOP)
-        os.kill(os.getpid(), signal.SIGSTOP)
-        process.send_signal(signal.SIGCONT)
-
-    before = signal.signal(signal.SIGTSTP, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTSTP, before)
-
-
-def _end_with_parent() -> None:
-    """Called in the new process: when its parent ends for any reason, SIGTERM makes it save the picture and end too."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
 def _error_in(told: bytes, returncode: int) -> str:
     """The error in a process's `--json` output."""
     try:
@@ -290,6 +315,14 @@ def _error_in(told: bytes, returncode: int) -> str:
         if returncode == -signal.SIGKILL:
             return "killed, perhaps by the system for want of memory; lower --max-ram"
         return "its process ended without a word"
+
+
+def _smallest_in(told: bytes) -> int | None:
+    """The ceiling in bytes that would do, of a process that was refused, as far as its `--json` output says it."""
+    try:
+        return int(json.loads(told)["smallest_bytes"])
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def _add(found: array[int], value: int) -> bool:

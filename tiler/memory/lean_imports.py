@@ -9,7 +9,7 @@ import sys
 import threading
 import types
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from importlib import import_module, metadata
 from importlib.machinery import PathFinder
 
@@ -143,18 +143,19 @@ def _replacements() -> Iterator[None]:
 @contextmanager
 def _lean_transformers() -> Iterator[None]:
     """Import transformers without its lists of all models: to build these it opens 3,300 files, twice, which takes half
-    a second on a warm disk. diffusers is told that transformers is missing, since it would use it for LoRA alone, and
-    that bitsandbytes is missing, since importing it costs memory."""
+    a second on a warm disk. diffusers is told that transformers is missing, since it would use it for LoRA alone. Both
+    are told that accelerate, bitsandbytes and PEFT are missing, since importing them costs 18 MB."""
     folders = _folders("transformers", "transformers.models")
     with _stand_in(folders):
         import diffusers.utils.import_utils as known
 
         utils, package = import_module("transformers.utils"), sys.modules["transformers"]
-        with (
-            _replaced(known, "_transformers_available", False),
-            _replaced(known, "_bitsandbytes_available", False),
-            _replaced(utils, "direct_transformers_import", lambda *args: package),
-        ):
+        with ExitStack() as stack:
+            for name in ("transformers", "accelerate", "bitsandbytes", "peft"):
+                stack.enter_context(_replaced(known, f"_{name}_available", False))
+            for name in ("accelerate", "peft"):
+                stack.enter_context(_replaced(utils, f"is_{name}_available", lambda *args: False))
+            stack.enter_context(_replaced(utils, "direct_transformers_import", lambda *args: package))
             yield
 
 

@@ -20,6 +20,11 @@ class Applied:
     notes: tuple[str, ...] = ()
 
     @property
+    def found(self) -> tuple[Lora, ...]:
+        """The files and their strengths."""
+        return tuple(lora for lora, _ in self.files)
+
+    @property
     def hashes(self) -> dict[str, str]:
         """The files' hashes by name, as they are written into pictures."""
         return {lora.file.stem: digests.short for lora, digests in self.files}

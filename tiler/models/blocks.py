@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tiler.compute.layers import StreamedLayer, as_unit, attend, convolve, linear, linear_layers
+from tiler.compute.layers import StreamedLayer, as_unit, attend, convolve, enlarging, linear, linear_layers
 from tiler.compute.steps import activated, joined, normed
 from tiler.compute.tuning import FEED_FORWARD_ELEMENTS, FEED_FORWARD_ELEMENTS_READ, FEED_FORWARD_TOKENS
 from tiler.models import strips
@@ -91,15 +91,24 @@ class Resnet(nn.Module):
     def __init__(self, resnet: Any, whole_elements: int | None = None) -> None:
         super().__init__()
         self.halves = nn.ModuleList([half(resnet, whole_elements) for half in (ResnetFirstHalf, ResnetSecondHalf)])
-        self.whole_elements = whole_elements
 
     def forward(self, hidden: Tensor, temb: Tensor, *skip: Tensor) -> Tensor:
         """hidden, skip: (n, C, h, w) each; temb: (n, width) → (n, C', h, w)."""
-        parts = (hidden, *skip)
-        parts = parts if strips.are_large(parts, self.whole_elements) else (joined(parts),)
-        h = self.halves[0](parts[0], temb, *parts[1:])
-        out: Tensor = self.halves[1](h, *parts)
+        h = self.halves[0](hidden, temb, *skip)
+        out: Tensor = self.halves[1](h, hidden, *skip)
         return out
+
+
+class Upsampler(nn.Module):
+    """An Upsample2D with a convolution."""
+
+    def __init__(self, upsampler: Any) -> None:
+        super().__init__()
+        self.conv = enlarging(upsampler.conv)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """hidden: (n, C, h, w) → (n, C', 2h, 2w)."""
+        return convolve(self.conv, hidden, enlarged=True)
 
 
 class Head(nn.Module):

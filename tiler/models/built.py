@@ -13,12 +13,13 @@ class Models:
     """The modules of a family's parts, built on first use and kept: shapes without data, a few MB. Planning, packing
     and the phases use the same modules one after another (compute/lending.py).
 
-    `decoder` decodes the picture: the checkpoint's own autoencoder, or a tiny one. `loras` holds the changes to the
-    weights.
+    `decoder` decodes the picture: the checkpoint's own autoencoder, or the `tiny` one, which may also be there for
+    previews alone. `loras` holds the changes to the weights.
     """
 
-    def __init__(self, family: Family, tiny: VaeSpec | None = None) -> None:
-        self.family, self.decoder = family, tiny or family.autoencoder
+    def __init__(self, family: Family, tiny: VaeSpec | None = None, *, previews_only: bool = False) -> None:
+        self.family, self.tiny = family, tiny
+        self.decoder = family.autoencoder if tiny is None or previews_only else tiny
         self._built: dict[str, Any] = {}
         self.loras = Applied()
 
@@ -33,10 +34,10 @@ class Models:
         return self.loras.of(part.name)
 
     def vae(self, spec: VaeSpec) -> Any:
-        """The family's own autoencoder, or the decoder."""
+        """The family's own autoencoder, or the tiny one."""
         if spec is self.family.autoencoder:
             return self.module(self.family.part(Role.VAE))
-        assert spec is self.decoder
+        assert spec is self.tiny
         if spec.part not in self._built:
             self._built[spec.part] = build_vae(spec)
         return self._built[spec.part]
@@ -46,4 +47,6 @@ class Models:
         for part in self.family.parts:
             if encoders or part.role is not Role.TEXT_ENCODER:
                 self.module(part)
-        self.vae(self.decoder)
+        for spec in (self.decoder, self.tiny):
+            if spec is not None:
+                self.vae(spec)

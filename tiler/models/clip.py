@@ -49,9 +49,9 @@ def build_clip(
 def clip_names(name: str) -> list[str]:
     """The names of a parameter in files, where they may carry the prefix text_model., which transformers 5 dropped from
     its modules."""
-    return (
-        [f"text_model.{name}", name] if not name.startswith("text_model.") else [name, name.removeprefix("text_model.")]
-    )
+    bare = name.removeprefix("text_model.")
+    names = [f"text_model.{bare}", bare]
+    return names[::-1] if bare.startswith("text_projection.") else names  # that never carried it
 
 
 def run_clip(encoder: Any, **options: Any) -> object:

@@ -23,7 +23,6 @@ from tiler.models.reading import READING, Reading
 from tiler.request import TileConditioning
 from tiler.request.model import ModelOptions
 from tiler.weights.checkpoint import Checkpoint, resolve
-from tiler.weights.places import model_folders
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -292,13 +291,13 @@ class Family(ABC):
 def open_family(options: ModelOptions, *, reads_text: bool = True) -> Family:
     """Open the family of the requested model, with its files found and its parts replaced. If no prompt has to be
     encoded, its text encoders may be missing. Raises ModelError, UsageError, OfflineError, StorageError."""
-    folders = model_folders(options.model_dirs)
     if options.diffusion_model is None or options.model != "mini":  # whose parts go with no other denoiser
         found = resolve(
-            options.model, variant=options.variant, revision=options.revision, folders=folders, reads_text=reads_text
-        )
+            options.model, variant=options.variant, revision=options.revision, model_dirs=options.model_dirs,
+            reads_text=reads_text,
+        )  # fmt: skip
     else:
-        found = resolve(options.diffusion_model, folders=folders, reads_text=reads_text)
+        found = resolve(options.diffusion_model, model_dirs=options.model_dirs, reads_text=reads_text)
         if found.file is None:
             raise ModelError(f"{options.diffusion_model}: this is a folder; give it with --model")
         options = replace(options, diffusion_model=str(found.file))

@@ -9,9 +9,8 @@ from typing import NamedTuple
 from tiler.errors import ModelError
 from tiler.models.contents import Kind, look
 from tiler.models.kinds import Encoder, FamilyRow, text_width
-from tiler.request.settings import WEIGHTS
 from tiler.weights.flavours import names_in
-from tiler.weights.folders import model_files
+from tiler.weights.folders import WEIGHTS, model_files
 from tiler.weights.headers import shapes_of
 from tiler.weights.places import hub_cache
 
@@ -27,10 +26,11 @@ class KnownPart(NamedTuple):
     width: int | None
 
 
-def known_parts(folders: Sequence[Path]) -> list[KnownPart]:
-    """The files in `folders` that contain only an autoencoder or a text encoder. Reads every header once."""
+def known_parts(given: Sequence[Path] = ()) -> list[KnownPart]:
+    """The files in the user's folders, or in those `given`, that contain only an autoencoder or a text encoder. Reads
+    every header once."""
     found = []
-    for path in model_files(folders):
+    for path in model_files(given):
         if path.suffix not in WEIGHTS:
             continue
         try:

@@ -38,10 +38,10 @@ class Listed:
         return asdict(self) | {"path": str(self.path), "fits": self.fits(max_bytes)}
 
 
-def list_models(folders: Sequence[Path]) -> list[Listed]:
-    """Every model, autoencoder and text encoder in `folders` and below. Files of other kinds and damaged files are
-    listed as such."""
-    return [describe(path) for path in model_files(folders)]
+def list_models(given: Sequence[Path] = ()) -> list[Listed]:
+    """Every model, autoencoder and text encoder in the user's folders, or in those `given`, and below. Files of other
+    kinds and damaged files are listed as such."""
+    return [describe(path) for path in model_files(given)]
 
 
 def describe(path: Path) -> Listed:

@@ -33,24 +33,25 @@ def find_loras(request: RenderRequest) -> tuple[Lora, ...]:
     tags = tags_of(request)
     if not tags and not request.loras:
         return ()
-    folders = settings.folders(settings.Kind.LORA) if request.lora_dir is None else (request.lora_dir.expanduser(),)
-    found = [replace(lora, file=_file_of(lora.file.expanduser(), folders)) for lora in request.loras]
-    if tags and not folders:
+    given = () if request.lora_dir is None else (request.lora_dir.expanduser(),)
+    found = [replace(lora, file=_file_of(lora.file.expanduser(), given)) for lora in request.loras]
+    if tags and not given and not settings.folders(settings.Kind.LORA):
         raise UsageError(f"{tags[0]}: give the folder of your LoRAs with --lora-dir, or the file itself with --lora")
     for named in map(parse_tag, tags):
-        file = find_lora(named.name, folders)
+        file = find_lora(named.name, given)
         found.append(Lora(file=file, strength=named.strength, text_strength=named.text_strength))
     return summed(found)
 
 
-def _file_of(path: Path, folders: Sequence[Path]) -> Path:
-    """The file of --lora, given as a path or as the name of a file in the `folders`. Raises ModelError, UsageError."""
+def _file_of(path: Path, given: Sequence[Path]) -> Path:
+    """The file of --lora, given as a path or by its name in the folders `given`, else in the user's. Raises ModelError,
+    UsageError."""
     if path.is_file():
         return path
-    if not folders:
+    if not given and not settings.folders(settings.Kind.LORA):
         raise ModelError(f"--lora {path}: no such file; to give it by name, name its folder with --lora-dir")
     try:
-        return find_lora(path.name.removesuffix(SUFFIX), folders)
+        return find_lora(path.name.removesuffix(SUFFIX), given)
     except ModelError as error:
         raise ModelError(f"--lora {path}: no such file, and {error}") from error
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from tiler.errors import ModelError, UsageError
 from tiler.request import RenderRequest, parse_scheduler
+from tiler.request.prompt import parse_prompt
 from tiler.weights.hub import DEFAULTS
 
 _MAX_BYTES = 100_000
@@ -35,6 +36,9 @@ def read_defaults(folder: Path) -> dict[str, Any]:
             raise ModelError(f"{path}: prompt = {prompts!r} is neither a text nor a list of texts; correct the file")
         said["prompt"] = tuple(prompts)
     try:
+        for prompt in (prompts,) if isinstance(prompts, str) else said.get("prompt", ()):
+            for tag in parse_prompt(prompt).tags:
+                raise ModelError(f"{path}: {tag}: a model's own prompt names no LoRA; give it with --lora")
         if "scheduler" in said:
             said["scheduler"] = parse_scheduler(said["scheduler"])
         if "layout" in said:

@@ -25,7 +25,7 @@ from tiler.models.prediction import Decided, decide
 from tiler.models.vocabulary import clip_tokenizer
 from tiler.request.model import ModelOptions, Prediction
 from tiler.weights.checkpoint import Checkpoint, PartSource
-from tiler.weights.places import expand, model_folders
+from tiler.weights.places import expand
 
 Config = dict[str, Any]
 _TEXT_KINDS = (Kind.CLIP, Kind.T5)
@@ -63,7 +63,7 @@ class _Assembly:
     @cached_property
     def known(self) -> list[KnownPart]:
         """The parts in the model folders, searched only if a part is missing, and once."""
-        return known_parts(model_folders(self.options.model_dirs))
+        return known_parts(self.options.model_dirs)
 
     @property
     def name(self) -> str:

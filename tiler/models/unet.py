@@ -26,6 +26,7 @@ from tiler.models.blocks import (
     ResnetFirstHalf,
     ResnetSecondHalf,
     Transformer,
+    Upsampler,
     Windows,
     prepare,
 )
@@ -173,7 +174,7 @@ def predict_noise(
                 hidden = transform(f"unet.up_blocks.{i}.attentions.{j}", attention, hidden)
         for sampler in block.upsamplers or []:
             large = whole_elements is not None and 4 * hidden[0].numel() > whole_elements
-            upsampler = strips.Enlarged(sampler) if large else sampler
+            upsampler = strips.Enlarged(sampler) if large else Upsampler(sampler)
             hidden = each(f"unet.up_blocks.{i}.upsamplers", upsampler, hidden)
     hidden = each("unet.conv_out", Head(unet), hidden)
     assert len(hidden) == batch and not skips

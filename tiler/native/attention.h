@@ -47,22 +47,26 @@ _Static_assert(WIDE_KEY_BLOCK * LINE(WIDE) <= KEY_BLOCK * LINE(NARROW), "keys of
 _Static_assert(WIDEST_KEY_BLOCK * LINE(MOST_DIMS) <= KEY_BLOCK * LINE(NARROW), "and of the widest");
 _Static_assert(KEY_BLOCK % TILE_KEYS == 0 && WIDE_KEY_BLOCK % TILE_KEYS == 0 && WIDEST_KEY_BLOCK % TILE_KEYS == 0, "whole tiles");
 
-// 2ˣ for x ≤ 0, below −126 as there: relative error below 8e-8 and rounding for fp32, 8e-5 where the result becomes bf16 (fits
-// of 2ᶠ, |f| ≤ ½, with the least largest error). NaN stays NaN.
+// 2ˣ for x ≤ 0, in fp32 below −126 as there: relative error below 8e-8 and rounding for fp32, 8e-5 where the result becomes bf16
+// (fits of 2ᶠ, |f| ≤ ½ or 0 ≤ f < 1, with the least largest error). NaN stays NaN.
 INLINE F16 power(const enum Kind kind, F16 x) {
+#if defined(__AVX512BF16__)
+  if (kind == BF16) {  // in half the instructions: f = x − ⌊x⌋, and scalef multiplies by 2 to the power of ⌊x⌋
+    F16 f = (F16)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC), p;
+    p = fma16(all(0.07802452147006989f), f, all(0.2260671705007553f));
+    p = fma16(p, f, all(0.6958335041999817f));
+    p = fma16(p, f, all(0.9999251961708069f));
+    return (F16)_mm512_scalef_ps((__m512)p, (__m512)x);
+  }
+#endif
   x = choose(x < all(-126.f), all(-126.f), x);
   F16 sum = x + (12582912.f + 127.f), f = x - (sum - (12582912.f + 127.f)), p;  // as in exp2_16
-  if (kind == BF16) {
-    p = fma16(all(0.0551716685295105f), f, all(0.2426111400127411f));
-    p = fma16(p, f, all(0.6932609677314758f));
-    p = fma16(p, f, all(0.9999280571937561f));
-  } else {
-    p = fma16(all(0.001327647129073739f), f, all(0.009675541892647743f));
-    p = fma16(p, f, all(0.05550713092088699f));
-    p = fma16(p, f, all(0.24022120237350464f));
-    p = fma16(p, f, all(0.6931469440460205f));
-    p = fma16(p, f, all(1.f));
-  }
+  (void)kind;
+  p = fma16(all(0.001327647129073739f), f, all(0.009675541892647743f));
+  p = fma16(p, f, all(0.05550713092088699f));
+  p = fma16(p, f, all(0.24022120237350464f));
+  p = fma16(p, f, all(0.6931469440460205f));
+  p = fma16(p, f, all(1.f));
   return p * (F16)((I16)sum << 23);
 }
 

@@ -4,7 +4,7 @@
 #define TILER_KERNELS_H
 #include <stdint.h>
 
-#define TILER_VERSION 5  // of these structs; library.py refuses a file of another one
+#define TILER_VERSION 6  // of these structs; library.py refuses a file of another one
 
 enum Kind { INT8, BF16, FP32 };  // of a product: what a lane of 32 bits holds: 4, 2 or 1 values
 enum Type { AS_UINT8, AS_BF16, AS_FP32 };
@@ -37,6 +37,7 @@ typedef struct {
   const float *residual;  // like out, or NULL
   void *out;
   int64_t out_step, residual_step;  // elements from one row to the next
+  int64_t out_width, out_line;      // out_width > 0: `out` has lines of that many rows, and these elements from one to the next
 } Product;
 
 // Rows of `width` values, normalised where `norm` is set (LayerNorm; gamma and beta may be NULL), then cast; as uint8 each

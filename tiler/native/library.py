@@ -19,7 +19,7 @@ from typing import Any
 from tiler.errors import UsageError
 from tiler.native.instructions import SETS, InstructionSet, machine_of
 
-VERSION = 5  # of the structs below: that of kernels.h
+VERSION = 6  # of the structs below: that of kernels.h
 
 
 class Kind(IntEnum):
@@ -53,7 +53,7 @@ class Product(Structure):
         *((name, c_void_p) for name in ("gate_weights", "gate_scale", "gate_bias", "gate_sum", "scale", "zero")),
         *((name, c_int64) for name in ("scale_rows", "zero_step")),
         *((name, c_void_p) for name in ("bias", "residual", "out")),
-        *((name, c_int64) for name in ("out_step", "residual_step")),
+        *((name, c_int64) for name in ("out_step", "residual_step", "out_width", "out_line")),
     )
 
 

@@ -13,7 +13,7 @@ typedef struct {
 
 typedef struct {
   const char *row[PANEL_ROWS];
-  int64_t scale_at[PANEL_ROWS];
+  int64_t scale_at[PANEL_ROWS], out_at[PANEL_ROWS];
   _Alignas(64) int32_t sums[PANEL_ROWS * GROUP];
 } Panel;
 
@@ -70,7 +70,7 @@ INLINE void tile(const enum Kind kind, const int rows, const int blocks, const P
 
 // The group's outputs of one row.
 INLINE void finish(const enum Kind kind, const int blocks, const int is_whole, const Product *p, int64_t r, int64_t scale_at,
-                   const Group *g, const int32_t *sums) {
+                   int64_t out_at, const Group *g, const int32_t *sums) {
   F16 f[GROUP_BLOCKS];
   float scale = kind == INT8 ? p->scale[scale_at] : 1.f;
   int32_t zero = kind == INT8 ? p->zero[scale_at * p->zero_step] - OFFSET : 0;
@@ -102,9 +102,9 @@ INLINE void finish(const enum Kind kind, const int blocks, const int is_whole, c
     int64_t at = g->output[j], count = is_whole ? LANES : p->outputs - at;
     if (p->residual) f[j] += load_some(p->residual + r * p->residual_step + at, count);
     if (p->out_type == AS_FP32)
-      store_some((float *)p->out + r * p->out_step + at, f[j], count);
+      store_some((float *)p->out + out_at + at, f[j], count);
     else
-      store_half((uint16_t *)p->out + r * p->out_step + at, bf16(f[j]), count);
+      store_half((uint16_t *)p->out + out_at + at, bf16(f[j]), count);
   }
 }
 
@@ -176,6 +176,7 @@ INLINE void panel_of(const enum Kind kind, const ProductTasks *tasks, int64_t nu
   for (int64_t i = 0; i < rows; i++) {
     int64_t r = first + i;
     panel.scale_at[i] = kind == INT8 ? r / p->scale_rows : 0;
+    panel.out_at[i] = p->out_width ? r / p->out_width * p->out_line + r % p->out_width * p->out_step : r * p->out_step;
     if (p->per_image) {
       int64_t place = r % p->per_image;
       panel.row[i] = (const char *)p->a + r / p->per_image * p->image_bytes + place / p->width * p->line_bytes + place % p->width * p->place_bytes;
@@ -201,9 +202,9 @@ INLINE void panel_of(const enum Kind kind, const ProductTasks *tasks, int64_t nu
           rows_of_group(kind, 1, p, &panel, r, &g, &span, is_first);
         for (int64_t i = r; is_last && i < r + many; i++) {
           if (g.count == GROUP_BLOCKS && g.is_whole)
-            finish(kind, GROUP_BLOCKS, 1, p, first + i, panel.scale_at[i], &g, panel.sums + i * GROUP);
+            finish(kind, GROUP_BLOCKS, 1, p, first + i, panel.scale_at[i], panel.out_at[i], &g, panel.sums + i * GROUP);
           else
-            finish(kind, g.count, 0, p, first + i, panel.scale_at[i], &g, panel.sums + i * GROUP);
+            finish(kind, g.count, 0, p, first + i, panel.scale_at[i], panel.out_at[i], &g, panel.sums + i * GROUP);
         }
         r += many;
       }

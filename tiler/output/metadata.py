@@ -7,12 +7,12 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from tiler.request import Emphasis, ResolvedRequest, ScheduleType, Wrap
 from tiler.request.render import OF_THE_RUN
+from tiler.version import VERSION
 from tiler.weights.hashes import V2_DIGITS
 
 _EMPHASIS = {Emphasis.NO_NORM: "No norm", Emphasis.IGNORE: "Ignore", Emphasis.NONE: "None"}  # as A1111 writes them
@@ -68,7 +68,7 @@ def texts(request: ResolvedRequest, facts: Facts) -> dict[str, str]:
         **({"VAE hash": facts.vae_hash} if facts.vae_hash is not None else {}),
         **({"VAE": file_name(r.vae)} if r.vae is not None else {}),
         **({"Denoising strength": r.strength} if facts.begin else {}),
-        **_of_prompts(r, facts), "Version": f"tiler {metadata.version('tiler')}",
+        **_of_prompts(r, facts), "Version": f"tiler {VERSION}",
     }  # fmt: skip
     if hashes := _hashes(facts):
         fields["Hashes"] = hashes

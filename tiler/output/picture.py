@@ -61,7 +61,7 @@ def check_picture(path: Path, asked: Format | None = None, *, force: bool) -> No
     if (format := format_of(path, asked)) in ENCODERS and not features.check(format):
         raise UsageError(f"{path}: this Pillow lacks {format}: pip install -U pillow, or write a .png or .jpg")
     if format is Format.TIFF and find_spec("tifffile") is None:
-        raise UsageError(f"{path}: TIFF needs the extra `tiff`: pip install 'tiler[tiff]', or write a .png")
+        raise UsageError(f"{path}: TIFF needs the extra `tiff`: pip install 'tiler-render[tiff]', or write a .png")
 
 
 def write_picture(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tiler.compute.cpu import Int8
+from tiler.compute.precisions import Arithmetic
 from tiler.compute.tuning import LIBRARIES_BYTES, TEXT_LIBRARIES_BYTES
 from tiler.planning.table import Term
 
@@ -15,8 +15,7 @@ class Facts:
 
     rss_bytes: int
     scratch_free_bytes: int  # on the file system of the scratch files
-    int8: Int8  # this machine's support for int8
-    bf16: bool  # whether this machine can multiply in bf16
+    arithmetic: Arithmetic
     guide_pixels: int = 0  # of the user's picture as kept in memory
     guide_load_bytes: int = 0  # memory for loading it
 

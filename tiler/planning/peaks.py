@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -30,6 +31,7 @@ from tiler.compute.tuning import (
     RESIDENT_SLACK,
     TIGHT_HEAP_SLACK,
 )
+from tiler.decoding import tiny
 from tiler.decoding.method import DecodePlan, ScratchSpace, choose
 from tiler.models import family as families
 from tiler.models.built import Models
@@ -274,3 +276,17 @@ class VaePeaks:
             Term(name="picture", nbytes=3 * source_pixels),
         ]
         return PhasePlan(name=name, terms=(*self.terms, *(term for term in terms if term.nbytes)))
+
+
+def tiny_preview_bytes(models: Models, spec: VaeSpec, facts: Facts) -> int:
+    """The memory that a tiny autoencoder takes to decode a preview of the largest size."""
+    peaks, side = VaePeaks(models, spec, facts), (tiny.PREVIEW_SIDE, tiny.PREVIEW_SIDE)
+    with lent(peaks.module, Streamer(None)), MetaMeter() as meter, torch.no_grad():
+        tiny.rehearse(peaks.module, side, tiny.PREVIEW_ROWS)
+    return meter.peak_bytes + sum(term.nbytes for term in peaks.terms) - facts.libraries.nbytes
+
+
+def with_preview(phase: PhasePlan, nbytes: int) -> PhasePlan:
+    """A denoiser's phase with previews between its passes, when the memory for a pass's activations is free."""
+    free = sum(term.nbytes for term in phase.terms if term.name == ACTIVATIONS)
+    return phase if nbytes <= free else replace(phase, terms=(*phase.terms, Term(name="preview", nbytes=nbytes - free)))

@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import torch
 
-from tiler.compute.cpu import Int8
-from tiler.compute.tuning import INT8_CHANNELS, TIGHT_ARENA_BYTES
+from tiler.compute.tuning import TIGHT_ARENA_BYTES
+from tiler.decoding.frozen import BAND
 from tiler.decoding.method import DecodePlan, ScratchSpace
 from tiler.diffusion import flow, schedulers
 from tiler.diffusion.masks import MASKS_KEPT
@@ -31,11 +31,12 @@ from tiler.models.chunks import MOST_CHUNKS
 from tiler.models.family import Family, Role, VaeSpec
 from tiler.planning.facts import Facts
 from tiler.planning.fit import Streamed, largest_batch, with_resident
-from tiler.planning.peaks import DenoiserPeaks, VaePeaks, text_phase
+from tiler.planning.peaks import DenoiserPeaks, VaePeaks, text_phase, tiny_preview_bytes, with_preview
+from tiler.planning.precision import choose_decode_precision, choose_precision
 from tiler.planning.table import MemoryPlan, PhasePlan, Term
 from tiler.planning.tiling import Tiling, pixels_of
 from tiler.planning.whole import WholePicture, whole_picture
-from tiler.request import Decode, DecodePrecision, GuideUpscale, Precision, ResolvedRequest, Scheduler, Wrap
+from tiler.request import Decode, GuideUpscale, Precision, ResolvedRequest, Scheduler, Wrap
 from tiler.request.wording import most_chunks
 
 ORDER = ("load guide", "encode prompts", "guide", "guide picture", "canvas", "decode", "write")  # of the phases
@@ -46,6 +47,10 @@ _ARRAYS = 6  # of the canvas's size: latents before and after, their sum, the sc
 # A larger canvas is stored in files. This depends on the size alone, since it affects the last bits of one scheduler.
 IN_MEMORY_BYTES = 128_000_000
 _STORED_BYTES = 24_000_000  # the parts of a stored canvas that are in memory
+TILES_AHEAD = 256  # with a cluster: from the first tile without a prediction to the last handed out, at least
+CONNECTIONS_BYTES = (
+    16_000_000  # memory of dask's scheduler and client while they work (`scripts/bench_cluster.py scale`)
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +124,7 @@ def plan_render(
     canvas_samples, guide_samples = ([0] if step is None else step.sample_numbers() for step in fullest)
     per_step = len(canvas_samples)
 
-    precision, precision_why = choose_precision(request.precision, family, facts.int8, bf16=facts.bf16)
+    precision, precision_why = choose_precision(request.precision, family.traits.width, facts.arithmetic)
     chunks = most_chunks(tiling.texts, MOST_CHUNKS) if family.traits.chunked else 1
     chunks += embeds  # the words do not show the embeddings' length
     sampler = DenoiserPeaks(models, precision, chunks=chunks)
@@ -148,15 +153,22 @@ def plan_render(
         tiling, guide, canvas_bytes = replace(tiling, guide=None), None, 0
     decode_precision, coding = Precision.FP32, _Coding({}, [], None)
     if not tiles_only:
-        decode_precision = choose_decode_precision(request.decode_precision, precision, bf16=facts.bf16)
+        decode_precision = choose_decode_precision(request.decode_precision, precision, bf16=facts.arithmetic.bf16)
         coding = _plan_coding(request, models, tiling, facts, methods, decode_precision, stored=on_disk)
     prompts = Term(name="prompts", nbytes=len(tiling.texts) * sampler.prompt_bytes)
     others_bytes = prompts.nbytes - sampler.prompt_bytes  # the denoiser's own figure includes one prompt
     denoising = [*fixed, Term(name="canvas", nbytes=canvas_bytes), Term(name="prompts", nbytes=others_bytes)]
+    clustered = []
+    if request.cluster is not None and not tiles_only:
+        waiting = 2 * tile_bytes(family, tile) * min(TILES_AHEAD, len(tiling.regions))  # tiles, and their predictions
+        clustered = [Term(name="cluster", nbytes=CONNECTIONS_BYTES + waiting)]
+    preview_bytes = 0
+    if request.preview_vae is not None and models.tiny is not None:
+        preview_bytes = tiny_preview_bytes(models, models.tiny, facts)
 
     def sampling(by: DenoiserPeaks, name: str, batch: int = 1) -> PhasePlan:
         if name == "canvas" or guide is None:
-            return by.phase(name, denoising, canvas_samples, batch, *tile)
+            return with_preview(by.phase(name, [*denoising, *clustered], canvas_samples, batch, *tile), preview_bytes)
         return by.phase(name, denoising, guide_samples, batch, guide.height, guide.width)
 
     most = family.traits.samples or MAX_BATCH
@@ -190,7 +202,7 @@ def plan_render(
     resident: dict[str, dict[str, torch.dtype]] = {phase.name: {} for phase in others}
     once = family.part(Role.DENOISER).once  # these weights are not read at every step
     stored = {name: info for name, info in sampler.stored.items() if not once(name)}
-    streamed = Streamed(sampler.weights, stored, facts.int8.products, sampler.resident_slack)
+    streamed = Streamed(sampler.weights, stored, facts.arithmetic.int8.products, sampler.resident_slack)
     filled = [
         with_resident(sampling(sampler, name, n), streamed, None, max_bytes)
         for name, n in (("guide", guide_batch), ("canvas", batch))
@@ -223,6 +235,11 @@ def plan_render(
             smallest_bytes=int(max(least + smallest) / MARGIN) + 1,
         ),
     )
+
+
+def tile_bytes(family: Family, tile: tuple[int, int]) -> int:
+    """The bytes of the latents of a tile of (height, width), fp32."""
+    return 4 * family.latent_channels * math.prod(tile)
 
 
 class _CodingPhase(NamedTuple):
@@ -258,6 +275,10 @@ def _plan_coding(
     whole = whole_picture(request.output, request.format, request.width, request.height)
     if whole is not None:
         decoding = whole.while_decoding(decoding)
+    if request.cluster is not None and methods["decode"].kind is Decode.FROZEN:  # workers decode bands
+        band = 4 * models.family.latent_channels * canvas[0] * min(BAND, canvas[1])
+        term = Term(name="cluster", nbytes=CONNECTIONS_BYTES + band)
+        decoding = PhasePlan(name=decoding.name, terms=(*decoding.terms, term))
     phases = [_CodingPhase(decoding, Streamed(decoder.decoder_weights, decoder.spec.weights))]
     if (guide is None and request.guide_image is None) or request.guide_upscale is not GuideUpscale.PIXEL:
         return _Coding(methods, phases, whole)
@@ -283,35 +304,6 @@ def build_schedule(request: ResolvedRequest, family: Family) -> DiffusersSchedul
     if request.schedule_type is not None:
         raise UsageError(f"--schedule-type {request.schedule_type} is not for flow-matching models; leave it out")
     return flow.build(asked, config, steps, tokens=traits.tokens, even_sigmas=traits.even_sigmas)
-
-
-def choose_decode_precision(wanted: DecodePrecision, denoiser: Precision, *, bf16: bool) -> Precision:
-    """The precision of the autoencoder beside a denoiser of the given precision. Raises UsageError for bf16 if this
-    machine cannot compute in it."""
-    if wanted is DecodePrecision.BF16 and not bf16:
-        raise _no_bf16("--decode-precision", "fp32 or auto")
-    if wanted is DecodePrecision.AUTO:
-        return Precision.BF16 if bf16 and denoiser is not Precision.FP32 else Precision.FP32
-    return Precision(wanted)
-
-
-def _no_bf16(option: str, others: str) -> UsageError:
-    return UsageError(
-        f"{option} bf16: this needs tiler's own kernels and AVX-512 with BF16 instructions (see `tiler doctor`); choose "
-        f"{others}"
-    )
-
-
-def choose_precision(wanted: Precision, family: Family, int8: Int8, *, bf16: bool) -> tuple[Precision, str]:
-    """The precision of the denoiser, and the reason. AUTO is int8 if processor and model gain from it, whatever the
-    ceiling. Raises UsageError for bf16 if this machine cannot compute in it."""
-    if wanted is Precision.BF16 and not bf16:
-        raise _no_bf16("--precision", "int8, fp32 or auto")
-    if wanted is not Precision.AUTO:
-        return wanted, "as asked"
-    if (width := family.traits.width) < INT8_CHANNELS:
-        return Precision.FP32, f"int8 is no faster with {width} channels at the first level"
-    return Precision.INT8 if int8.dot else Precision.FP32, int8.auto
 
 
 def plan_decode(

@@ -4,7 +4,7 @@ defaults."""
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,9 @@ from tiler.diffusion.poster import size_of as poster_size
 from tiler.errors import UsageError
 from tiler.models.family import Family
 from tiler.models.lora_kinds import few_steps
-from tiler.models.loras import find_loras
 from tiler.models.own_defaults import read_defaults
-from tiler.request import MAX_SIDE, PRESETS, Layout, RenderRequest, ResolvedRequest, Scheduler
+from tiler.request import MAX_SIDE, PRESETS, Decode, Layout, RenderRequest, ResolvedRequest, Scheduler
+from tiler.request.loras import Lora
 from tiler.request.paper import parse_length, sheet_pixels
 
 _ROW: Mapping[str, Any] = {
@@ -25,19 +25,22 @@ _ROW: Mapping[str, Any] = {
 }  # fmt: skip
 
 
-def resolve(request: RenderRequest, family: Family) -> ResolvedRequest:
-    """The request without gaps. A missing seed is drawn at random. Raises UsageError and ModelError."""
+def resolve(request: RenderRequest, family: Family, loras: Sequence[Lora] = ()) -> ResolvedRequest:
+    """The request without gaps; `loras` are the files that it names (`find_loras`), of which one may be for few steps.
+    A missing seed is drawn at random. Raises UsageError and ModelError."""
     own = {} if family.checkpoint.file is not None else read_defaults(family.checkpoint.folder)
-    few = few_steps(find_loras(request), flow=family.traits.flow)
+    few = few_steps(loras, flow=family.traits.flow)
     recipe = {} if few is None else dict(few[1].defaults)
     if request.scheduler is not None:
         recipe.pop("schedule_type", None)  # it belongs to the recipe's own scheduler
     return fill(request, dict(_ROW) | dict(family.traits.defaults) | own | recipe)
 
 
-def fill_again(request: RenderRequest, before: ResolvedRequest, family: Family) -> ResolvedRequest:
+def fill_again(
+    request: RenderRequest, before: ResolvedRequest, family: Family, loras: Sequence[Lora] = ()
+) -> ResolvedRequest:
     """Like `resolve`, for a variation of the request that became `before`. Random choices stay the same."""
-    return resolve(replace(request, seed=before.seed), family)
+    return resolve(replace(request, seed=before.seed), family, loras)
 
 
 def fill(request: RenderRequest, defaults: Mapping[str, Any] = _ROW) -> ResolvedRequest:
@@ -59,6 +62,10 @@ def fill(request: RenderRequest, defaults: Mapping[str, Any] = _ROW) -> Resolved
     filled |= {name: value for name, value in said.items() if value is not None or name not in filled}
     if isinstance(prompts := filled["prompt"], tuple):
         filled["prompt"] = prompts[filled["seed"] % len(prompts)]
+    if request.preview is not None:
+        filled["preview_vae"] = request.tiny_vae
+        if request.decode is not Decode.TINY:  # nothing of the picture depends on it
+            filled["tiny_vae"] = None
     width, height, dpi, bleed_mm = _sheet(request)
     return ResolvedRequest(**filled | {"width": width, "height": height, "dpi": dpi, "bleed_mm": bleed_mm})
 

@@ -65,7 +65,7 @@ def summarise(
 
     presets = {}
     for preset in Preset:
-        asked = fill_again(replace(said, preset=preset), request, plan.family)
+        asked = fill_again(replace(said, preset=preset), request, plan.family, models.loras.found)
         presets[preset.value] = work_of(asked, plan_tiling(asked, plan.family))
     memory, decoder = plan.memory, plan.methods["decode"]
     facts = {

@@ -64,7 +64,8 @@ class MemoryPlan:
             raise BudgetRefused(
                 f"the phase {worst.name!r} needs {format_mb(worst.peak_bytes)}, and a plan may fill {MARGIN:.0%} of the "
                 f"ceiling of {format_mb(self.max_bytes)}; the smallest --max-ram that works is {self.smallest_text}"
-                + (f"; {worst.advice}" if worst.advice else advice + (f"\n{self.table()}" if table else ""))
+                + (f"; {worst.advice}" if worst.advice else advice + (f"\n{self.table()}" if table else "")),
+                self.smallest_bytes,
             )
 
     @property

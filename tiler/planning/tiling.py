@@ -70,7 +70,7 @@ def plan_tiling(request: ResolvedRequest, family: Family) -> Tiling:
     patch = family.traits.patch
     step = math.lcm(family.granularity, patch)
     native = _side(request, family, step)
-    canvas, tile, crop = _canvas(request, native, step, patch)
+    canvas, tile, crop = _canvas(request, native, step, patch, family.traits.longest)
     spot = None
     if request.repaint is not None:
         cells = mask_cells(request.repaint, (request.height, request.width), canvas, crop)
@@ -88,7 +88,9 @@ def plan_tiling(request: ResolvedRequest, family: Family) -> Tiling:
         regions = regions.over(spot.cells, Whole(spot.top, spot.left, *spot.whole))
     last = None if last is None else replace(last, unconditional=unconditional)
     wanted = request.guide and request.guide_image is None and request.prompt is not None
-    guide = guide_size(canvas, native, step, request.wrap.axes, family.traits.longest) if wanted else None
+    guide = None
+    if wanted and tile != canvas:
+        guide = guide_size(canvas, native, step, request.wrap.axes, family.traits.longest)
     guided = guide is not None or request.guide_image is not None
     steps = request.num_inference_steps
     begin = first_step(steps, request.strength) if guided else 0
@@ -137,18 +139,22 @@ def _side(request: ResolvedRequest, family: Family, step: int) -> int:
 
 
 def _canvas(
-    request: ResolvedRequest, native: int, step: int, patch: int
+    request: ResolvedRequest, native: int, step: int, patch: int, longest: int | None
 ) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
     """(height, width) of the canvas and of a tile, and the number of pixels above and left of the picture.
 
     Each side of the canvas is the requested side, rounded up to a multiple of `patch`. If that is less than `native`,
     one tile covers it: both are rounded up to a multiple of `step`, of at least SMALLEST steps, and the picture is
-    their middle. Raises UsageError if a larger canvas cannot be cropped.
+    their middle. So it is with both sides of a picture with no more pixels than a native one, if it is no longer than
+    twice its other side nor than `longest`. Raises UsageError if a larger canvas cannot be cropped.
     """
     canvas, tile, crop = [], [], []
-    for side, wraps in zip((request.height, request.width), request.wrap.axes, strict=True):
-        asked = latents_of(side, patch)
-        own = native if asked >= native else min(native, step * max(SMALLEST, -(-asked // step)))
+    sides = request.height, request.width
+    rounded = [step * max(SMALLEST, -(-latents_of(side, patch) // step)) for side in sides]
+    cut = request.tile_size is not None or request.repaint is not None or request.regions or any(request.wrap.axes)
+    whole = not cut and math.prod(rounded) <= native**2 and max(rounded) <= min(longest or math.inf, 2 * min(rounded))
+    for side, up, wraps in zip(sides, rounded, request.wrap.axes, strict=True):
+        asked, own = latents_of(side, patch), up if whole else min(native, up)
         length = max(asked, own)
         cannot = f"--wrap {request.wrap}" if wraps and FACTOR * length != side else None
         if request.regions and length > asked:

@@ -47,8 +47,10 @@ from tiler.request.sheet import check_repaint, check_sheet
 # Fields that say where and how a picture is made. All others determine its bytes.
 OF_THE_MACHINE = (
     "output", "format", "save_latents", "cache_dir", "preview", "preview_interval", "prompt_embeds", "scratch", "force",
-    "restart", "keep_job", "job_dir", "cluster", "cluster_only", "keys", "insecure",
+    "restart", "keep_job", "job_dir", "preview_vae", "cluster", "cluster_only", "keys", "insecure",
 )  # fmt: skip
+# Fields that renders must have alike for a worker of a cluster to serve them with one open denoiser.
+OF_THE_DENOISER = ("model", "precision", "cache_dir", "attention_window", "tile_conditioning", "loras")
 OF_THE_RUN = (*OF_THE_MACHINE, "metadata", "embd_dir", "lora_dir", "model_dirs")  # never written into a picture
 
 
@@ -247,8 +249,8 @@ class RenderRequest(ModelOptions, ClusterOptions):
         Precision.AUTO,
         Option(
             "Arithmetic of the denoiser. int8 is fastest and reads half the bytes, from a file that is made once in --cache-dir; "
-            "bf16 is closer to fp32 and makes no file, but needs a processor with bf16 instructions; auto is int8 on processors "
-            "with 8-bit dot products, else fp32.",
+            "bf16 is closer to fp32 and makes no file, but needs a processor with bf16 instructions; auto is int8, else bf16, if "
+            "models of that width are at least 1.3 times as fast in it as in fp32 on such a processor, else fp32.",
             Panel.MEMORY,
             ("--precision",),
         ),
@@ -301,7 +303,8 @@ class RenderRequest(ModelOptions, ClusterOptions):
                 )
         self._check_combinations()
         taken: dict[Path, str] = {}
-        outputs = ("--output", self.output), ("--save-latents", self.save_latents), ("--preview", self.preview)
+        preview = None if self.preview == STDOUT else self.preview
+        outputs = ("--output", self.output), ("--save-latents", self.save_latents), ("--preview", preview)
         for flag, path in outputs:
             if path is not None and taken.setdefault(path.absolute(), flag) != flag:
                 first = taken[path.absolute()]
@@ -312,7 +315,7 @@ class RenderRequest(ModelOptions, ClusterOptions):
             check_text(text or "")
 
     def _check_combinations(self) -> None:
-        check_decode(self.decode, self.tiny_vae)
+        check_decode(self.decode, self.tiny_vae, previews=self.preview is not None)
         self.check_cluster()
         check_format(self.output, self.format)
         if self.output == STDOUT and (self.restart or self.keep_job):
@@ -343,7 +346,8 @@ class RenderRequest(ModelOptions, ClusterOptions):
 class ResolvedRequest(RenderRequest):
     """A request without gaps: all values that determine the picture. `negative_prompt` stays None if none was given,
     since some model families distinguish that from an empty one. `bleed_mm` is the width that a PDF marks to be cut off
-    at each edge. Raises UsageError."""
+    at each edge. `preview_vae` is the tiny autoencoder for previews; `tiny_vae` remains only if it decodes the picture.
+    Raises UsageError."""
 
     width: int
     height: int
@@ -356,6 +360,7 @@ class ResolvedRequest(RenderRequest):
     scheduler: Scheduler
     layout: Layout
     output: Path
+    preview_vae: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

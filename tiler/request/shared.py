@@ -76,7 +76,7 @@ SCRATCH_DTYPE = Option(
     Panel.MEMORY, ("--scratch-dtype",),
 )  # fmt: skip
 TINY_VAE = Option(
-    "An AutoencoderTiny for --decode tiny: a folder, a TAESD file, or a hub id like madebyollin/taesd.",
+    "An AutoencoderTiny for --decode tiny or --preview: a folder, a TAESD file, or a hub id like madebyollin/taesd.",
     Panel.MODEL,
     ("--tiny-vae",),
 )
@@ -86,7 +86,8 @@ WRAP = Option(
 )  # fmt: skip
 DPI = Option("Pixels per inch, stored in the file.", Panel.PICTURE, ("--dpi",), default="300 with --paper")
 PREVIEW = Option(
-    "Keep this .png or .jpg up to date while the canvas is denoised: a rough preview, 512 pixels across.",
+    "A rough look at the canvas while it is denoised, up to 512 pixels across: this .png or .jpg is rewritten after "
+    "each step, or, if FILE is -, it is shown in the terminal. --tiny-vae gives a better one.",
     Panel.OUTPUT, ("--preview",), metavar="FILE",
 )  # fmt: skip
 PREVIEW_INTERVAL = Option(

@@ -1,5 +1,7 @@
-"""A picture as a pyramid of small tiles (Deep Zoom). libvips makes it in a thread, which reads the rows once, from
-first to last, and never holds the picture. Tiles that are already written can be viewed in the meantime.
+"""A picture as a pyramid of small tiles (Deep Zoom). libvips makes it in a thread, which reads the rows from first to
+last and never holds the picture. Tiles that are already written can be viewed in the meantime.
+
+A large picture is read twice: first for an overview, which takes the time of decoding alone, then for all tiles.
 
 Level n is the picture at 1/2^(levels − n) of its size; its tiles are JPEG files with a border of one pixel from their
 neighbours.
@@ -18,6 +20,8 @@ from tiler.errors import StorageError, UsageError
 from tiler.output.profile import srgb_profile
 
 SIDE, OVERLAP = 254, 1  # pixels: a tile's side without its border, and the border
+_OVERVIEW = 11  # levels: 2,048 pixels, which fill a page
+_STREAMED = ("pngload", "jpegload", "tiffload")  # formats whose rows can be read twice without holding the picture
 _QUALITY = 92  # from 90, libvips stores colours at full resolution
 _END = b"\xff\xd9"  # of a JPEG: a file without this is still being written
 
@@ -36,12 +40,13 @@ class Pyramid:
             raise UsageError(f"{path}: no such picture; check the path")
         try:
             self._image = _as_srgb(self._vips, path)
+            self.width, self.height = int(self._image.width), int(self._image.height)
+            self.levels = (max(self.width, self.height) - 1).bit_length()
+            self._overview = _overview(self._vips, path, self._image, self.levels)
         except self._vips.Error as error:
             raise UsageError(
                 f"{path}: cannot be read as a picture ({_reason(error)}); give a PNG, JPEG, TIFF, WebP or AVIF"
             ) from error
-        self.width, self.height = int(self._image.width), int(self._image.height)
-        self.levels = (max(self.width, self.height) - 1).bit_length()
         try:
             self._folder = Path(tempfile.mkdtemp(prefix="tiler-view-", dir=scratch))
         except OSError as error:
@@ -59,27 +64,30 @@ class Pyramid:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._ended = True
-        self._image.set_kill(True)
+        for image in self._images():
+            image.set_kill(True)
         self._thread.join()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def tile(self, level: int, column: int, row: int) -> bytes | None:
         """Return a tile's JPEG, or None if it is not finished or does not exist."""
+        made = "overview" if self._overview is not None and level <= _OVERVIEW else "picture"
         try:
-            data = (self._folder / "picture_files" / str(level) / f"{column}_{row}.jpg").read_bytes()
+            data = (self._folder / f"{made}_files" / str(level) / f"{column}_{row}.jpg").read_bytes()
         except OSError:
             return None
         return data if data.endswith(_END) else None
 
+    def _images(self) -> list[Any]:
+        return [image for image in (self._overview, self._image) if image is not None]
+
     def _make(self) -> None:
         try:
-            self._image.dzsave(
-                str(self._folder / "picture"),
-                tile_size=SIDE,
-                overlap=OVERLAP,
-                suffix=f".jpg[Q={_QUALITY}]",
-                keep="none",
-            )
+            for image in self._images():
+                name = "picture" if image is self._image else "overview"
+                image.dzsave(
+                    str(self._folder / name), tile_size=SIDE, overlap=OVERLAP, suffix=f".jpg[Q={_QUALITY}]", keep="none"
+                )
             self.is_whole = True
         except self._vips.Error as error:
             if not self._ended:
@@ -98,9 +106,22 @@ def _pyvips() -> Any:
     return pyvips
 
 
-def _as_srgb(vips: Any, path: Path) -> Any:
+def _overview(vips: Any, path: Path, image: Any, levels: int) -> Any:
+    """Return the picture reduced to its level _OVERVIEW, or None if it is no larger, or cannot be read row by row."""
+    loader, times = image.get("vips-loader"), 2 ** max(0, levels - _OVERVIEW)
+    rotated = image.get_typeof("orientation") and image.get("orientation") > 1
+    if times == 1 or rotated or not loader.startswith(_STREAMED):
+        return None
+    if loader.startswith("jpegload") and times >= 8:  # its decoder makes an eighth in a fraction of the time
+        eighth = _as_srgb(vips, path, shrink=8)
+        if (eighth.width, eighth.height) == (-(-image.width // 8), -(-image.height // 8)):
+            return eighth.shrink(times // 8, times // 8, ceil=True)
+    return _as_srgb(vips, path).shrink(times, times, ceil=True)
+
+
+def _as_srgb(vips: Any, path: Path, **options: Any) -> Any:
     """Return the picture as displayed: upright, over white, in 8-bit sRGB. Its pixels are not read yet."""
-    image = vips.Image.new_from_file(str(path), access="sequential", fail_on="truncated")
+    image = vips.Image.new_from_file(str(path), access="sequential", fail_on="truncated", **options)
     if image.get_typeof("orientation") and image.get("orientation") > 1:
         # The rows are needed in another order: libvips stores them in a file in the meantime.
         image = vips.Image.new_from_file(str(path), fail_on="truncated").autorot()

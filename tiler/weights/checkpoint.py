@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tiler.errors import ModelError
+from tiler.request.settings import Kind, named
 from tiler.weights import hub
 from tiler.weights.flavours import (
     MAX_INDEX_BYTES,
@@ -107,22 +108,23 @@ def resolve(
     *,
     variant: str | None = None,
     revision: str | None = None,
-    folders: Sequence[Path] = (),
+    model_dirs: Sequence[Path] = (),
     reads_text: bool = True,
 ) -> Checkpoint:
-    """Find the checkpoint for `mini`, a folder, a file, the name of a model in `folders`, or a hub id. If no prompt has
-    to be encoded, its text encoders may be missing. Raises ModelError, OfflineError, StorageError."""
-    return replace(_resolve(model, variant, revision, folders, reads_text=reads_text), reads_text=reads_text)
+    """Find the checkpoint for `mini`, a folder, a file, the name of a model in `model_dirs` or else in the user's
+    folders, or a hub id. If no prompt has to be encoded, its text encoders may be missing. Raises ModelError,
+    UsageError, OfflineError, StorageError."""
+    return replace(_resolve(model, variant, revision, model_dirs, reads_text=reads_text), reads_text=reads_text)
 
 
 def _resolve(
-    model: str, variant: str | None, revision: str | None, folders: Sequence[Path], *, reads_text: bool
+    model: str, variant: str | None, revision: str | None, model_dirs: Sequence[Path], *, reads_text: bool
 ) -> Checkpoint:
     if model == "mini":
         folder = Path(__file__).parents[1] / "models" / "mini"
         return Checkpoint(name="mini", folder=folder, variant=None)
     path = expand(model)
-    if not path.exists() and (known := find_model(model, folders)) is not None:
+    if not path.exists() and (known := find_model(model, model_dirs)) is not None:
         path = known
     if path.is_dir():
         if (cached := hub.cached_repository(path, revision)) is not None:
@@ -136,20 +138,21 @@ def _resolve(
             )
         return Checkpoint(name=model, folder=path.parent, variant=None, file=path)
     if not hub.is_hub_id(model):
-        raise ModelError(_not_found(model, folders))
+        raise ModelError(_not_found(model, model_dirs))
     folder = hub.from_hub(model, variant, revision, reads_text=reads_text)
     return _checkpoint(model, folder, variant, repository=model)
 
 
-def _not_found(model: str, folders: Sequence[Path]) -> str:
+def _not_found(model: str, model_dirs: Sequence[Path]) -> str:
     """Advice about a model that does not exist."""
+    folders = named((Kind.MODEL,), model_dirs)
     if "/" in model or not folders:
         hint = "" if folders else "; $TILER_MODEL_DIRS or --model-dir names folders to look in"
         return (
             f"{model}: no such folder or file; --model takes `mini`, a folder in diffusers layout, a file, the name of one in "
             f"--model-dir, or a hub id like org/name{hint}"
         )
-    near, where = near_names(model, folders), ", ".join(map(str, folders))
+    near, where = near_names(model, model_dirs), ", ".join(map(str, folders))
     said = f"; did you mean {' or '.join(near)}?" if near else "; `tiler models` lists what is there."
     return (
         f"{model}: no model of this name in {where}{said} To download one: hf download ORG/NAME, then --model ORG/NAME"

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from tiler.errors import TilerError
 from tiler.request import RenderRequest
-from tiler.weights.folders import find_model
+from tiler.weights.folders import find_model, model_files
 from tiler.weights.hub import is_hub_id
-from tiler.weights.places import expand, hub_cache, model_folders
+from tiler.weights.places import expand, hub_cache
 
 LARGE = 10**9  # bytes: T5-XXL has 9.5 GB in fp16, an encoder of Stable Diffusion 0.2, SDXL's second one 1.4
 _SINGLE = 8 * 10**9  # bytes: a single file larger than SDXL's holds a large encoder
@@ -22,12 +22,11 @@ def has_large_encoder(request: RenderRequest) -> bool:
     if request.prompt_embeds is not None:
         return False
     try:
-        folders = model_folders(request.model_dirs)
         given = [text for text in (request.t5xxl, request.text_encoder, request.clip_g) if text is not None]
         if any(_bytes_of(expand(text)) > LARGE for text in given):
             return True
-        return _is_large(request.model, folders) or (
-            request.diffusion_model is not None and request.t5xxl is None and any(map(Path.is_dir, folders))
+        return _is_large(request.model, request.model_dirs) or (
+            request.diffusion_model is not None and request.t5xxl is None and bool(model_files(request.model_dirs))
         )
     except (TilerError, OSError):
         return False

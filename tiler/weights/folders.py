@@ -1,5 +1,5 @@
-"""Models on the user's disk, found by name in the folders that were named: those of AUTOMATIC1111 and ComfyUI as they
-are, or any.
+"""Find weight files in the user's folders by kind and by name: in those of AUTOMATIC1111 and ComfyUI as they are, or in
+any.
 
 Only names are looked at; no file is opened.
 """
@@ -7,16 +7,19 @@ Only names are looked at; no file is opened.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 from tiler.errors import ModelError
-from tiler.request.settings import WEIGHTS, weight_files
+from tiler.request.settings import Kind, folders
 from tiler.weights.hub import INDEX
 
+WEIGHTS = (".safetensors", ".gguf")
+_DEPTH = 8  # levels of sub-folders to search
 _MOST = 20_000  # files looked at
-_SUBFOLDERS = "models", "Models"  # of AUTOMATIC1111, Forge, ComfyUI
-# Folders whose files go with a model and are none.
+# Sub-folders of model folders whose files go with a model and are none.
 _OTHERS = frozenset({
     "lora", "loras", "lycoris", "embeddings", "hypernetworks", "controlnet", "esrgan", "realesrgan", "swinir", "gfpgan",
     "codeformer", "upscale_models", "clip_vision", "style_models", "gligen", "ipadapter", "animatediff", "blip",
@@ -24,48 +27,91 @@ _OTHERS = frozenset({
 })  # fmt: skip
 
 
-def model_files(folders: Sequence[Path]) -> list[Path]:
-    """Weight files, and folders in diffusers layout, in and below `folders`; each once, sorted by folder."""
-    found: dict[Path, None] = {}
-    left = _MOST
-    for folder in folders:
-        for path in weight_files(_root(folder), pipelines=True, leave_out=_OTHERS):
-            found.setdefault(path.resolve() if path.is_symlink() and path.is_dir() else path)
-            left -= 1
-            if left <= 0:
-                return list(found)
-    return list(found)
+def find(kind: Kind, name: str, given: Sequence[Path] = ()) -> tuple[Path, ...]:
+    """All files of a `kind` that are called `name`, in the folders `given`, else in those of the environment or the
+    configuration file. Raises UsageError if the configuration cannot be read."""
+    return called(name, files(kind, given))
 
 
-def _root(folder: Path) -> Path:
-    """Of a program's root the folder of its models."""
-    within = (folder / name for name in _SUBFOLDERS)
-    return next((path for path in within if path.is_dir()), folder)
+def called(name: str, paths: Iterable[Path]) -> tuple[Path, ...]:
+    """Those of `paths` whose stem, file name, or last parts with or without the ending ("sub/dream") are `name`."""
+    end = "/" + name.replace(os.sep, "/")
+    return tuple(
+        path
+        for path in paths
+        if f"/{path.as_posix()}".endswith(end) or f"/{path.with_name(stem(path)).as_posix()}".endswith(end)
+    )
 
 
-def find_model(name: str, folders: Sequence[Path]) -> Path | None:
-    """The model called `name` (a stem, a file's name, or a path below one of the folders); None where there is none.
-    Raises ModelError where several are, listing them."""
-    for folder in folders:
-        for base in (folder, _root(folder)):
-            for path in (base / name, *(base / f"{name}{ending}" for ending in WEIGHTS)):
-                if path.is_file() or (path / INDEX).is_file():
-                    return path
-    if "/" in name:  # a path or a hub id: no file is called so
-        return None
-    hits = [path for path in model_files(folders) if name in (path.name, _stem(path))]
+def find_model(name: str, given: Sequence[Path] = ()) -> Path | None:
+    """The only model that `find` finds; None if there is none. Raises ModelError if there are several, and
+    UsageError."""
+    hits = find(Kind.MODEL, name, given)
     if len(hits) > 1:
         raise ModelError(f"{name}: several models have this name; give the path of one:\n" + "\n".join(map(str, hits)))
     return hits[0] if hits else None
 
 
-def near_names(name: str, folders: Sequence[Path]) -> list[str]:
-    """Up to three names of models in `folders` that look like `name`."""
-    stems = {_stem(path).lower(): _stem(path) for path in model_files(folders)}
+def near_names(name: str, given: Sequence[Path] = ()) -> list[str]:
+    """Up to three names of models that look like `name`. Raises UsageError."""
+    stems = {stem(path).lower(): stem(path) for path in files(Kind.MODEL, given)}
     near = difflib.get_close_matches(name.lower(), stems, n=3, cutoff=0.5)
-    near += [stem for stem in stems if name.lower() in stem and stem not in near]
-    return [stems[stem] for stem in near[:3]]
+    near += [known for known in stems if name.lower() in known and known not in near]
+    return [stems[known] for known in near[:3]]
 
 
-def _stem(path: Path) -> str:
-    return path.stem if path.name.endswith(WEIGHTS) else path.name
+def files(kind: Kind, given: Sequence[Path] = ()) -> list[Path]:
+    """The files of a `kind` (of models also the folders in diffusers layout, and no NAME.vae.safetensors, which belongs
+    to another model), sorted within each folder. Raises UsageError."""
+    found = _walk_all((kind,), given)
+    return [path for path in found if kind is not Kind.MODEL or not path.stem.lower().endswith(".vae")]
+
+
+def model_files(given: Sequence[Path] = ()) -> list[Path]:
+    """Models, autoencoders and text encoders: weight files, and folders in diffusers layout. Raises UsageError."""
+    return _walk_all((Kind.MODEL, Kind.VAE, Kind.TEXT_ENCODER), given)
+
+
+def stem(path: Path) -> str:
+    """The name of a file without the ending of weight files, or of a folder."""
+    return path.stem if path.suffix.lower() in WEIGHTS else path.name
+
+
+def _walk_all(kinds: Sequence[Kind], given: Sequence[Path]) -> list[Path]:
+    """Each file once, in the order of the folders. Folders that do not exist are skipped."""
+    seen = set[tuple[int, int]]()
+    leave_out = _OTHERS if Kind.MODEL in kinds else frozenset()
+    roots = dict.fromkeys(folder for kind in kinds for folder in folders(kind, given))
+    found = (path for root in roots for path in _walk(root, leave_out, _DEPTH, seen, pipelines=Kind.MODEL in kinds))
+    return list(islice(found, _MOST))
+
+
+def _walk(
+    folder: Path, leave_out: frozenset[str], depth: int, seen: set[tuple[int, int]], *, pipelines: bool
+) -> Iterator[Path]:
+    """The weight files in `folder` and `depth` levels of sub-folders, sorted within each. With `pipelines`, a folder in
+    diffusers layout is returned itself, instead of its files. Hidden folders are skipped, and so are those whose
+    lower-case name is in `leave_out`. Circular links are followed once, and unreadable entries are skipped."""
+    try:
+        state = folder.stat()
+        if (state.st_dev, state.st_ino) in seen:
+            return
+        seen.add((state.st_dev, state.st_ino))
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError:
+        return
+    if pipelines and any(entry.name == INDEX for entry in entries):
+        yield folder
+        return
+    for entry in entries:
+        if entry.name.startswith("."):
+            continue
+        path = folder / entry.name
+        try:
+            is_folder = entry.is_dir()
+        except OSError:
+            continue
+        if is_folder and depth and entry.name.lower() not in leave_out:
+            yield from _walk(path, leave_out, depth - 1, seen, pipelines=pipelines)
+        elif not is_folder and path.suffix.lower() in WEIGHTS and path.is_file():
+            yield path

@@ -10,33 +10,31 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tiler.errors import ModelError, UsageError
+from tiler.request.settings import Kind, folders
+from tiler.weights.folders import called, files, stem
 from tiler.weights.index import open_regular, read_index, read_metadata
 
 SUFFIX = ".safetensors"
 _CHUNK = 2**20
 
 
-def find_lora(name: str, folders: Sequence[Path]) -> Path:
-    """The file of a LoRA with this name: its path in one of `folders`, its stem there or in any subfolder, or the
-    `ss_output_name` that its trainer wrote into it. Raises ModelError, and UsageError if two files have that name."""
-    for folder in folders:
+def find_lora(name: str, given: Sequence[Path] = ()) -> Path:
+    """The file of a LoRA with this name in the folders `given`, else in the user's: its stem or the end of its path,
+    exactly or but for upper case, or the `ss_output_name` that its trainer wrote into it. Raises ModelError, and
+    UsageError if two files have that name."""
+    for folder in given:
         if not folder.is_dir():
             raise UsageError(f"--lora-dir {folder}: no such folder; check the path")
-        for path in (folder / name, folder / f"{name}{SUFFIX}"):
-            if "/" in name and path.is_file():
-                return path
-    files = sorted(path for folder in folders for path in folder.rglob(f"*{SUFFIX}") if path.is_file())
-    hits = [path for path in files if path.stem == name] or [
-        path for path in files if path.stem.lower() == name.lower()
-    ]
-    if not hits:
-        hits = [path for path in files if _name_inside(path) == name]
+    known = files(Kind.LORA, given)
+    hits = list(called(name, known)) or [path for path in known if stem(path).lower() == name.lower()]
+    hits = hits or [path for path in known if _name_inside(path) == name]
     if len(hits) > 1:
         raise UsageError(f"the LoRA {name} is in two files, {hits[0]} and {hits[1]}; rename one of them")
     if not hits:
-        near = get_close_matches(name, [path.stem for path in files], n=3)
-        known = f"; near names are {', '.join(near)}" if near else "; check the name"
-        raise ModelError(f"no LoRA in {', '.join(map(str, folders))} is called {name!r}{known}")
+        near = get_close_matches(name, map(stem, known), n=3)
+        hint = f"; near names are {', '.join(near)}" if near else "; check the name"
+        where = ", ".join(map(str, folders(Kind.LORA, given)))
+        raise ModelError(f"no LoRA in {where} is called {name!r}{hint}")
     return hits[0]
 
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
 from tiler.errors import UsageError
-from tiler.request.settings import Kind, named_folders
 
 
 def cache_home() -> Path:
@@ -43,13 +41,3 @@ def expand(path: str) -> Path:
         return Path(path).expanduser()
     except RuntimeError as error:
         raise UsageError(f"{path}: the home folder of this user is not known; write the whole path") from error
-
-
-def model_folders(given: Sequence[Path] = ()) -> tuple[Path, ...]:
-    """The folders in which models and their parts are found by name: those `given`, else those of the environment or
-    the configuration file. Raises UsageError for a configuration that cannot be read."""
-    if given:
-        return tuple(given)
-    kinds = Kind.MODEL, Kind.VAE, Kind.TEXT_ENCODER
-    named = [expand(str(folder)) for kind in kinds for folder in named_folders(kind).value]
-    return tuple(dict.fromkeys(named))

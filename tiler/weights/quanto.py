@@ -27,6 +27,7 @@ _EIGHTS = {
     Weights.FP8: ("F8_E4M3", torch.float8_e4m3fn, 448.0, -448.0, 448.0),
 }
 _PLAIN = ("F32", "F16", "BF16")
+_AS_STORED = (*_PLAIN, "F8_E4M3", "F8_E5M2")  # what needs nothing beside it
 _PIECE_ELEMENTS = 2**20  # weights at a time: 4 MB in fp32, and a few copies
 
 
@@ -56,14 +57,14 @@ def quantise_4(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def write_quanto(
-    path: Path, index: Mapping[str, TensorInfo], names: frozenset[str], kind: Weights, made: str,
+    path: Path, index: Mapping[str, TensorInfo], names: frozenset[str], kind: Weights | None, made: str,
     progress: Callable[[int], None],
 ) -> dict[str, dict[str, str]]:  # fmt: skip
     """Write the tensors of `index`, by parameter, under the names that they have in files; those in `names` are
-    quantised. `made` is stored as a description of the process. `progress` gets bytes as they are written. Returns
-    optimum-quanto's map. Raises ModelError, StorageError, NumericalError."""
-    for info in index.values():
-        if info.dtype not in _PLAIN:
+    quantised as `kind`. `made` is stored as a description of the process. `progress` gets bytes as they are written.
+    Returns optimum-quanto's map. Raises ModelError, StorageError, NumericalError."""
+    for name, info in index.items():
+        if info.dtype not in (_PLAIN if name in names else _AS_STORED) or info.scale is not None:
             raise ModelError(
                 f"{info.path}: {info.name!r} is quantised already ({info.dtype}); quantise the model it was made of"
             )
@@ -79,6 +80,8 @@ def write_quanto(
         for name in index:
             for data in _written(store, name, kind if name in chosen else None):
                 progress(file.write(data))
+    if kind is None:
+        return {}
     modules = (index[name].name.removesuffix(".weight") for name in index if name in chosen)
     return {module: {"weights": QTYPES[kind], "activations": "none"} for module in modules}
 

@@ -1,0 +1,152 @@
+"""Bands of a picture at workers that fail, go or are busy: a scheduler's stand-in, and pixels that are known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tiler.cluster import bands, members, tasks
+from tiler.cluster.bands import BandProbe, Bands
+from tiler.cluster.engine import Arrived
+from tiler.cluster.members import Members
+from tiler.cluster.shared import Answer, BandPlace, Greeting
+from tiler.decoding.apart import Band, Work
+
+HEIGHT, ROWS, PIECE = 10, 80, 30  # latents, pixels, and pixels in an answer
+Behaviour = Callable[[int, int], Answer | None]
+
+
+def pixels(number: int, first: int, last: int) -> np.ndarray:
+    rows = np.arange(first, last, dtype=np.float32) + 1000 * number
+    return np.broadcast_to(rows[None, :, None], (3, last - first, 4)).copy()
+
+
+def good(number: int, row: int) -> Answer:
+    return Answer(pixels(number, row, min(row + PIECE, ROWS)), 1.0, 10)
+
+
+class Scheduler:
+    """In place of an Engine: each worker answers at once as its behaviour says."""
+
+    def __init__(self, **workers: Behaviour) -> None:
+        self.workers, self.taken, self.digests = workers, set[str](), dict[str, str]()
+        self.sent: list[tuple[str, int, int, bool]] = []
+        self._arrived: list[Arrived] = []
+        self._tickets = 0
+
+    def members(self) -> dict[str, str]:
+        return {name: name for name in self.workers}
+
+    def submit(self, address: str, task: object, *arguments: Any) -> int:
+        self._tickets += 1
+        if task is tasks.hello_decoder:
+            said = Greeting(is_taken=address in self.taken, digest=self.digests.get(address, "same"), seconds=1.0)
+            self._arrived.append(Arrived(self._tickets, said.to_json(), None))
+        else:
+            assert task is tasks.decode
+            _, place, row, columns = arguments
+            assert isinstance(place, BandPlace)
+            self.sent.append((address, place.number, row, columns is not None))
+            answer = self.workers[address](place.number, row)
+            if answer is not None:
+                self._arrived.append(Arrived(self._tickets, answer, None))
+        return self._tickets
+
+    def reach(self, address: str) -> int:
+        self._tickets += 1
+        self._arrived.append(Arrived(self._tickets, None, None))
+        return self._tickets
+
+    def drop(self, ticket: int) -> None:
+        pass
+
+    def answers(self, seconds: float) -> list[Arrived]:
+        found, self._arrived = self._arrived, []
+        return found
+
+
+@pytest.fixture(autouse=True)
+def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(members, "_LOOK_EVERY", 0.0)
+    monkeypatch.setattr(members, "_SETTLE", 0.0)
+
+
+def gather(scheduler: Scheduler, notes: list[str], starts: dict[int, int]) -> dict[int, list[np.ndarray]]:
+    """What comes of the bands, which begin at these rows."""
+    cuts = [Band(n, n + 4, slice(1, 3)) for n in range(3)]
+    work = Work(b"", torch.zeros(1, 4, HEIGHT, 8), cuts, torch.zeros(1, 4, 2, 2), torch.zeros(3, 16, 16))
+    who = Members(scheduler, BandProbe(b"", work), notes.append, 0.0)
+    who.digest = "same"
+    found = Bands(who, "job", work, lambda: None)
+    for number, row in starts.items():
+        found.begin(number, row)
+    rows: dict[int, list[np.ndarray]] = {}
+    while (arrived := found.next()) is not None:
+        rows.setdefault(arrived[0], []).append(arrived[1].numpy())
+    return rows
+
+
+def is_whole(rows: dict[int, list[np.ndarray]], number: int, begin: int = 0) -> bool:
+    return np.array_equal(np.concatenate(rows[number], axis=1), pixels(number, begin, ROWS))
+
+
+def test_each_band_comes_in_order_and_its_latents_are_sent_once() -> None:
+    scheduler = Scheduler(a=good, b=good)
+    rows = gather(scheduler, [], {0: 0, 1: 25, 2: 80 - PIECE})
+    assert is_whole(rows, 0) and is_whole(rows, 1, 25) and is_whole(rows, 2, 50)
+    assert {address for address, *_ in scheduler.sent} == {"a", "b"}
+    assert [row for _, number, row, _ in scheduler.sent if number == 0] == [0, 30, 60]
+    assert [with_latents for _, number, _, with_latents in scheduler.sent if number == 0] == [True, False, False]
+
+
+def test_what_a_lost_worker_has_not_sent_goes_elsewhere_with_its_latents() -> None:
+    scheduler = Scheduler(a=good)
+
+    def dying(number: int, row: int) -> Answer | None:
+        if row < PIECE:
+            return good(number, row)
+        del scheduler.workers["b"]
+        return None
+
+    scheduler.workers["b"] = dying
+    notes: list[str] = []
+    rows = gather(scheduler, notes, {0: 0, 1: 0})
+    assert is_whole(rows, 0) and is_whole(rows, 1) and "worker b is gone" in notes
+    (lost,) = {number for address, number, _, _ in scheduler.sent if address == "b"}
+    assert ("a", lost, PIECE, True) in scheduler.sent
+
+
+def test_a_worker_that_fails_or_says_nan_is_left_out() -> None:
+    broken = pixels(0, 0, PIECE)
+    broken[0, 0, 0] = np.nan
+    scheduler = Scheduler(
+        a=good, full=lambda number, row: Answer(None, 1.0, 0, "the ceiling of 700 MB was reached"),
+        nan=lambda number, row: Answer(broken, 1.0, 0),
+    )  # fmt: skip
+    notes: list[str] = []
+    rows = gather(scheduler, notes, {0: 0, 1: 0, 2: 0})
+    assert all(is_whole(rows, number) for number in range(3))
+    assert "worker full is left out: the ceiling of 700 MB was reached" in notes
+    assert "worker nan is left out: NaN or Inf in the decoder" in notes
+
+
+def test_nobody_is_waited_for_who_is_busy_or_computes_other_bits() -> None:
+    scheduler = Scheduler(busy=good, other=good)
+    scheduler.taken.add("busy")
+    scheduler.digests["other"] = "another"
+    notes: list[str] = []
+    assert gather(scheduler, notes, {0: 0}) == {} and not scheduler.sent
+    assert any(note.startswith("worker other is left out: its processor computes other bits") for note in notes)
+
+
+def test_a_worker_that_does_not_answer_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bands, "_LATE", 0.0)
+    monkeypatch.setattr(bands, "_LATE_SECONDS", 0.0)
+    scheduler = Scheduler(a=lambda number, row: good(number, row) if row < PIECE else None)
+    notes: list[str] = []
+    rows = gather(scheduler, notes, {0: 0})
+    assert len(rows[0]) == 1 and any("does not answer (band 1 of the picture)" in note for note in notes)
