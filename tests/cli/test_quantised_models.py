@@ -88,7 +88,7 @@ def test_a_gguf_file_of_another_model(in_process: Any, tiny: Path, whole: bytear
     refused(in_process("render", "x", "--model", tiny, "--diffusion-model", "x.gguf", "-o", "x.png"), 3, says)
     names = "token_embd.weight", "blk.0.attn_q.weight", "blk.0.ffn_gate.weight", "output.weight"
     as_gguf({name: torch.zeros(32, 32) for name in names}, tmp_path / "x.gguf")
-    says = "this is no model that tiler knows (token_embd.weight"
+    says = "this is not a model that tiler knows (token_embd.weight"
     refused(in_process("render", "x", "--model", tiny, "--diffusion-model", "x.gguf", "-o", "x.png"), 3, says)
     assert [file.name for file in tmp_path.iterdir()] == ["x.gguf"]
 

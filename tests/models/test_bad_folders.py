@@ -183,7 +183,7 @@ def test_a_damaged_tokenizer_is_said_without_another_programs_advice(folders: di
         ("ip_adapter.1.to_k_ip.weight", "an IP-Adapter"),
         ("emb_params", "a textual inversion"),
         ("lora_unet_mid_block.lora_down.weight", "a LoRA"),
-        ("x", "no model that tiler knows (x…)"),
+        ("x", "not a model that tiler knows (x…)"),
     ],
 )
 def test_files_that_are_no_model(in_process: Any, tmp_path: Path, name: str, what: str) -> None:
