@@ -406,11 +406,15 @@ def main() -> None:
     if "families" in args.what:
         kinds = [args.model] if args.model else bench_families.KINDS
         results["families"] = [
-            bench_families.peaks(kind, size, args.steps, args.ceiling, args.precision)
+            bench_families.peaks(kind, size, args.ceiling, args.precision, reads=2)
             for kind in kinds
             for size in squares or [2048]
         ]
-        results["calls"] = {kind: bench_families.calls(kind) for kind in bench_families.RESIDENT if kind in kinds}
+        results["calls"] = {
+            kind: bench_families.alternated("call", kind, "diffusers", args.rounds)
+            for kind in bench_families.RESIDENT
+            if kind in kinds
+        }
         for kind, took in results["calls"].items():
             print(f"{kind:16}{took['tiler']:7.1f} s of user CPU, diffusers {took['diffusers']:.1f} s")
     if "large" in args.what:

@@ -1,19 +1,25 @@
 """Every model family at full width: predicted against measured peak of a 2048² poster, and one call of the denoiser
 against diffusers' own, resident in fp32, in CPU seconds of the user.
 
-    python scripts/bench.py families                                   # of all: hours on two cores
-    python scripts/bench_families.py calls wide-sd3 wide-pixart        # one call on a native tile, by both
-    python scripts/bench_families.py peaks wide-lumina --size 1024 --precision int8
+    python scripts/bench.py families                                   # of all: minutes for each on two cores
+    python scripts/bench_families.py peaks wide-lumina --precision int8
+    python scripts/bench_families.py calls wide-sd3 pixart --rounds 3  # one call on a native tile, by both
+    python scripts/bench_families.py text                              # two prompts by T5-XXL, against its products
 
-Checkpoints are those of make_checkpoint.py: wide ones have few blocks, and depth does not show in a peak.
+Checkpoints are those of make_checkpoint.py: wide ones have few blocks, and depth does not show in a peak. Nor does the
+number of passes: `peaks` plans the whole poster, and stops the canvas after `--reads` reads of the denoiser's weights,
+each of which serves one group of tiles. The autoencoder's phases are those of `bench.py decode` and `bench.py large`.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import statistics
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -21,34 +27,62 @@ import make_checkpoint
 
 KINDS = ("wide-sdxl", "pixart", "wide-sd3", "wide-flux", "wide-auraflow", "wide-hunyuandit", "wide-lumina")
 RESIDENT = ("wide-sdxl", "pixart", "wide-sd3")  # whose fp32 weights fit this machine's memory
+WARM = 32  # latents along a side of a first call, which is not counted
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def peaks(kind: str, size: int, steps: int, ceiling: int, precision: str) -> dict[str, Any]:
-    """A render of `size`² in few steps without guidance: what was planned, and what it took."""
-    from bench import tiler
+def peaks(kind: str, size: int, ceiling: int, precision: str, reads: int) -> dict[str, Any]:
+    """The canvas of `size`² without guidance, stopped after so many reads of the weights: what was planned for it, and
+    the kernel's own mark (VmHWM) of a process that encoded the prompt and did this."""
+    from bench import program
 
     model = make_checkpoint.make(kind)
-    report = tiler(
-        "render", "a lighthouse", "--model", model, "--size", size, "--steps", steps, "--guidance-scale", 1,
+    asked = (
+        "a lighthouse", "--model", model, "--size", size, "--steps", 1, "--no-guide", "--guidance-scale", 1,
         "--seed", 1, "--max-ram", ceiling, "--precision", precision,
     )  # fmt: skip
+    said = subprocess.run(program("plan", *asked, "--json"), cwd=ROOT, check=True, capture_output=True).stdout
+    planned = json.loads(said)
+    predicted = max(p["peak_bytes"] for p in planned["phases"] if p["name"] in ("encode prompts", "canvas"))
+    with tempfile.TemporaryDirectory() as folder:
+        command = program("render", *asked, "--log-json", "-o", Path(folder) / "x.png")
+        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        assert process.stderr is not None
+        measured, last = 0, ""
+        for last in process.stderr:
+            event = json.loads(last) if last.startswith("{") else {}
+            if event.get("event") in ("phase_done", "progress"):  # the mark begins anew with each phase
+                measured = max(measured, mark_of(process.pid))
+            if event.get("name") == "canvas" and event.get("done", 0) >= reads * planned["samples_per_pass"]:
+                break
+        else:
+            raise SystemExit(f"{' '.join(command[3:])} ended early: {last}")
+        process.terminate()
+        process.communicate()
     what = f"{kind} {precision} {size}² under {ceiling // 10**6} MB"
-    return {"what": what, "predicted": report["predicted_peak_bytes"], "measured": report["peak_rss_bytes"]}
+    return {"what": what, "predicted": predicted, "measured": measured}
 
 
-def calls(kind: str) -> dict[str, float]:
-    """User CPU seconds of one call on a native tile by tiler, streamed in fp32, and by diffusers."""
-    model = str(make_checkpoint.make(kind))
-    command = [sys.executable, __file__, "call", model]
-    return {
-        by: float(subprocess.run([*command, by], cwd=ROOT, check=True, capture_output=True, text=True).stdout)
-        for by in ("tiler", "diffusers")
-    }
+def mark_of(pid: int) -> int:
+    """VmHWM of a process, in bytes."""
+    line = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return 1024 * int(line.split()[1])
+
+
+def alternated(what: str, kind: str, other: str, rounds: int = 1) -> dict[str, float]:
+    """User CPU seconds of `what`, a call on a native tile or encoding prompts, by tiler and by the `other`: medians of
+    alternating processes."""
+    command = [sys.executable, __file__, what, str(make_checkpoint.make(kind))]
+    took: dict[str, list[float]] = {"tiler": [], other: []}
+    for _ in range(rounds):
+        for by, seconds in took.items():
+            done = subprocess.run([*command, by], cwd=ROOT, check=True, capture_output=True, text=True)
+            seconds.append(float(done.stdout))
+    return {by: statistics.median(seconds) for by, seconds in took.items()}
 
 
 def call(model: str, by: str) -> float:
-    """One call in this process."""
+    """User CPU seconds of one call in this process, after a small one."""
     import torch
 
     from tiler.models.family import Options, Role, read_family
@@ -63,9 +97,9 @@ def call(model: str, by: str) -> float:
     made = [None if shape is None else torch.randn(shape.shape) for shape in example.prompt]
     assert made[0] is not None
     prompt = Prompt(made[0], made[1])
-    latents = torch.randn(example.latents.shape)
+    inputs = [torch.randn(1, family.latent_channels, n, n) for n in (WARM, side)]
     if by == "diffusers":
-        return _call_diffusers(model, part.name, latents, prompt)
+        return _call_diffusers(model, part.name, inputs, prompt)
     module, timesteps = part.build(), torch.tensor([500.0])
     weights = family.checkpoint.weights(part.name)
     with (
@@ -73,12 +107,13 @@ def call(model: str, by: str) -> float:
         streamed(module, weights, part.aliases, arena_bytes=part.arena_bytes, transform=True) as streamer,
     ):
         prepared = family.prepare(module, streamer, timesteps, [prompt], Options(guidance=(1.0,)))
-        begin = os.times().user
-        family.predict(module, streamer, [example._replace(latents=latents, prompt=prompt)], 0, prepared)
+        for latents in inputs:
+            begin = os.times().user
+            family.predict(module, streamer, [example._replace(latents=latents, prompt=prompt)], 0, prepared)
         return os.times().user - begin
 
 
-def _call_diffusers(model: str, part: str, latents: Any, prompt: Any) -> float:
+def _call_diffusers(model: str, part: str, inputs: Any, prompt: Any) -> float:
     import diffusers
     import torch
 
@@ -98,31 +133,66 @@ def _call_diffusers(model: str, part: str, latents: Any, prompt: Any) -> float:
         given["pooled_projections"] = prompt.pooled
     else:
         given["added_cond_kwargs"] = {"resolution": None, "aspect_ratio": None}
-    begin = os.times().user
     with torch.no_grad():
-        module(latents, **given)
+        for latents in inputs:
+            begin = os.times().user
+            module(latents, **given)
     return os.times().user - begin
+
+
+def text(model: str, by: str) -> float:
+    """User CPU seconds in this process of T5-XXL's layers on the longest prompts that share a pass, which for Flux are
+    two: by tiler, from the file; or those of the same products with weights in memory."""
+    import torch
+    import torch.nn.functional as F
+
+    from tiler.compute.layers import streamed_layers
+    from tiler.models.family import read_family
+    from tiler.models.together import GROUP_TOKENS
+    from tiler.run import streamed
+    from tiler.weights.checkpoint import resolve
+
+    family = read_family(resolve(model))
+    part = family.encoders[-1]
+    assert part.example is not None
+    module, weights = part.build(), family.checkpoint.weights(part.name)
+    with torch.no_grad(), streamed(module, weights, part.aliases, arena_bytes=part.arena_bytes):
+        shapes = [layer.weight.shape for layer in streamed_layers(module) if isinstance(layer, torch.nn.Linear)]
+        if by == "tiler":
+            begin = os.times().user
+            part.example(module)
+            return os.times().user - begin
+        took = 0.0
+        for outputs, inputs in shapes:
+            x, weight = torch.randn(GROUP_TOKENS, inputs), torch.randn(outputs, inputs)
+            begin = os.times().user
+            F.linear(x, weight)
+            took += os.times().user - begin
+        return took
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["peaks", "calls", "call"])
-    parser.add_argument("kinds", nargs="*", help="default: all; for `call` a folder, and tiler or diffusers")
+    parser.add_argument("what", choices=["peaks", "calls", "text", "call", "encode"])
+    parser.add_argument("kinds", nargs="*", help="default: all; for `call` a folder, and tiler or another")
     parser.add_argument("--size", type=int, default=2048)
-    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--reads", type=int, default=2, help="of the denoiser's weights, for peaks")
+    parser.add_argument("--rounds", type=int, default=1, help="for calls and text")
     parser.add_argument("--ceiling", type=int, default=800_000_000, help="bytes")
     parser.add_argument("--precision", choices=["fp32", "bf16", "int8"], default="fp32")
     args = parser.parse_args()
-    if args.what == "call":
-        print(call(*args.kinds))
-    elif args.what == "calls":
-        for kind in args.kinds or RESIDENT:
-            took = calls(kind)
-            ratio = took["tiler"] / took["diffusers"]
-            print(f"{kind:16}{took['tiler']:7.1f} s, diffusers {took['diffusers']:.1f} s of user CPU: {ratio:.2f}×")
+    if args.what in ("call", "encode"):
+        print((call if args.what == "call" else text)(*args.kinds))
+    elif args.what in ("calls", "text"):
+        for kind in args.kinds or (RESIDENT if args.what == "calls" else ("wide-flux",)):
+            took = alternated("call", kind, "diffusers", args.rounds)
+            if args.what == "text":
+                took = alternated("encode", kind, "products", args.rounds)
+            (own, ours), (other, theirs) = took.items()
+            print(f"{kind:16}{own} {ours:.1f} s, {other} {theirs:.1f} s of user CPU: {ours / theirs:.2f}×")
     else:
         for kind in args.kinds or KINDS:
-            row = peaks(kind, args.size, args.steps, args.ceiling, args.precision)
+            row = peaks(kind, args.size, args.ceiling, args.precision, args.reads)
             off = row["predicted"] / row["measured"] - 1
             print(
                 f"{row['what']:44} predicted {row['predicted'] / 1e6:.0f}, measured {row['measured'] / 1e6:.0f} MB, {off:+.1%}"

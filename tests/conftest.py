@@ -1,4 +1,4 @@
-"""Checkpoints the tests share: small ones made once a session, and tools to run the program in a process of its own."""
+"""What the tests share: small checkpoints made once per session, and fixtures that run the program."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import runpy
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -31,9 +33,20 @@ os.environ["TILER_CONFIG"] = os.devnull  # the habits of whoever runs the tests 
 
 
 @pytest.fixture(scope="session", autouse=True)
+def one_measurement() -> Iterator[None]:
+    """Every plan tells of this machine's speed: it is measured once a session, and not for each of a hundred plans."""
+    from tiler.planning import time
+
+    with pytest.MonkeyPatch.context() as patch:
+        for measure in (time.chosen_speed, time.attention_speed):
+            patch.setattr(time, measure.__name__, cache(measure))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Tests take no prompts that another version of the code encoded; int8 weights, which tell of their version, they
-    share."""
+    """Tests use no prompts encoded by another version of the code. They share int8 weights, which record their
+    version."""
     from tiler.weights.packed import default_cache
 
     packed, home = default_cache(), tmp_path_factory.mktemp("cache")
@@ -44,24 +57,27 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """scripts/test wants to know which rows of the table of faults were run."""
+    """Record for scripts/test which rows of the fault table were run."""
     if (told := os.environ.get("TILER_ROWS")) and not hasattr(config, "workerinput"):
         from tests import faults
 
         config.pluginmanager.register(faults.Rows(Path(told), faults.read_rows(faults.README.read_text())))
 
 
+LONG = ("full", "cluster", "e2e", "jobs", "models", "cli")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with full-size tests come first: a worker that began one of them last would run on alone for minutes."""
-    large = {item.path for item in items if item.get_closest_marker("full")}
-    items.sort(key=lambda item: item.path not in large)
+    """Put the folders with slow files first: workers take a file at a time, and one that started such a file last
+    would run on alone."""
+    places = {Path(__file__).parent / name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.parent, len(LONG)))
 
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A render gives memory back at each phase: two thirds of the time of a tiny one. Here its collections of garbage
-    do not look through what earlier tests left (a program of ours freezes its imports likewise), and code stays
-    mapped."""
+    """A render releases memory at each phase, which takes two thirds of a tiny render's time. Here garbage collection
+    skips what earlier tests left (a tiler process freezes its imports in the same way), and code stays mapped."""
     gc.collect()
     gc.freeze()
     monkeypatch.setattr("tiler.memory.process.release_code", lambda: None)
@@ -93,8 +109,8 @@ def reference(tiny: Path) -> AutoencoderKL:
 
 @pytest.fixture
 def quanto(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """optimum-quanto, with its own unpacking in Python in place of an extension that takes half a minute to compile in
-    a new environment."""
+    """optimum-quanto, with its unpacking in Python instead of an extension that takes half a minute to compile in a new
+    environment."""
     found = pytest.importorskip("optimum.quanto")
     from optimum.quanto.library.extensions.extension import get_extension
 
@@ -138,8 +154,8 @@ def tiler(tmp_path: Path):
 
 @pytest.fixture
 def in_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
-    """Run `tiler` in the test's own process, in an empty folder, in a quarter of the time: for all that is not about
-    processes, their memory and signals."""
+    """Run `tiler` in the test's own process, in an empty folder, which takes a quarter of the time. Not for tests of
+    processes, memory and signals."""
     from tiler.cli import supervise
     from tiler.cli.main import main
 

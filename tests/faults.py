@@ -1,4 +1,4 @@
-"""Which rows of the table of faults in tests/README.md a run of the tests has covered."""
+"""Reports which rows of the fault table in tests/README.md a test run has covered."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def read_rows(text: str) -> dict[int, list[str]]:
 
 
 class Rows:
-    """A plugin of pytest that writes a line into the file `told` when the tests end: "48 rows: 47 run, 1 skipped (35:
-    needs root)". A row was run when all its tests were."""
+    """A pytest plugin that writes a line into the file `told` at the end: "48 rows: 47 run, 1 skipped (35: needs
+    root)". A row counts as run if all its tests were run."""
 
     def __init__(self, told: Path, rows: dict[int, list[str]]) -> None:
         self._told, self._rows = told, rows

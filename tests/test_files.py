@@ -1,4 +1,4 @@
-"""Files on disks that refuse one thing or another, behind links, and under names that others take meanwhile."""
+"""Writing files: on disks that fail at some call, behind links, and under names that others take meanwhile."""
 
 from __future__ import annotations
 

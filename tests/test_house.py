@@ -1,4 +1,5 @@
-"""House rules that no linter checks: length of files and of unformatted lines, docstrings, nothing left half done."""
+"""House rules that no linter checks: the length of files and of unformatted lines, docstrings, and nothing half
+done."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ FILES = sorted([*MODULES, *(ROOT / "tests").rglob("*.py"), *(ROOT / "scripts").r
 
 
 def unformatted_lines(source: str) -> set[int]:
-    """The numbers of all lines of a statement that ends in `# fmt: skip`."""
+    """The numbers of all lines of statements that end in `# fmt: skip`."""
     comments = tokenize.generate_tokens(io.StringIO(source).readline)
     marked = {t.start[0] for t in comments if t.type == tokenize.COMMENT and t.string.startswith("# fmt: skip")}
     lines = set(marked)

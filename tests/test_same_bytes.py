@@ -1,5 +1,4 @@
-"""The check for equal bytes covers what changes pixels, and notices what differs. The renders themselves are its own
-job."""
+"""The check for equal bytes covers everything that changes pixels, and notices differences. It is run separately."""
 
 from __future__ import annotations
 

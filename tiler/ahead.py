@@ -1,5 +1,5 @@
-"""Prompts of several pictures of a queue encoded at once, into the cache where their renders look for them: a large
-encoder is opened and read once for them all."""
+"""Encode the prompts of several renders of a queue at once, into the cache in which the renders will look for them: a
+large encoder is then opened and read once instead of once per picture."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ _READ_ALIKE = (
 
 
 def encode_ahead(requests: Sequence[RenderRequest], budget: Budget, on_event: OnEvent) -> int:
-    """How many texts were encoded: those of several requests that one large encoder reads in one way, and that are not
-    in the cache. Raises TilerError."""
+    """Encode the prompts that the cache lacks, of requests that share a large encoder and read prompts the same way.
+    Return the number of texts encoded. Raises TilerError."""
     alike = defaultdict[str, list[RenderRequest]](list)
     for request in requests:
         read_as = [encode(getattr(request, name)) for name in _READ_ALIKE]
@@ -45,7 +45,7 @@ def _encode(requests: list[RenderRequest], budget: Budget, on_event: OnEvent) ->
     if sum(sizes) <= LARGE:
         return 0
 
-    def without_notes(event: Event) -> None:  # each render has its own
+    def without_notes(event: Event) -> None:  # each render reports its own
         if not isinstance(event, Note):
             on_event(event)
 
@@ -68,7 +68,7 @@ def _encode(requests: list[RenderRequest], budget: Budget, on_event: OnEvent) ->
 
 
 def _shares(run: RenderRun, texts: list[Text]) -> Iterator[list[Text]]:
-    """As many texts at a time as the ceiling has room for embeddings."""
+    """Cut the texts into groups whose embeddings fit under the ceiling together."""
     family = run.models.family
     (sample,) = family.example([0], (family.granularity, family.granularity))
     free = int(MARGIN * run.budget.max_bytes) - run.plan.memory.peak_of("encode prompts")

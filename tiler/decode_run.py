@@ -25,7 +25,7 @@ from tiler.run import Run, measure
 
 @dataclass(kw_only=True)
 class DecodeRun(Run):
-    """A decoding of saved latents in progress. `width` and `height` in pixels; `texts` are the picture's metadata."""
+    """A run of `tiler decode`. `width` and `height` are in pixels; `texts` are the picture's metadata."""
 
     output: Path
     width: int
@@ -75,7 +75,8 @@ def start(request: DecodeRequest, budget: Budget, on_event: OnEvent) -> Iterator
 
 
 def _precision(request: DecodeRequest, latents: LatentsFile, *, bf16: bool) -> Precision:
-    """What to compute in; where nothing is asked for, as the render did that saved the latents. Raises UsageError."""
+    """The precision to compute in. With `auto`, bf16 if the render that saved the latents used it. Raises
+    UsageError."""
     wanted = request.decode_precision
     if wanted is DecodePrecision.AUTO and bf16 and latents.decode_precision == DecodePrecision.BF16:
         wanted = DecodePrecision.BF16

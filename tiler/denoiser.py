@@ -1,4 +1,4 @@
-"""The denoiser of a run, open: what guide and canvas have their tiles predicted by, in this process or in a worker of a
+"""The open denoiser of a run, which predicts the tiles of guide and canvas in this process or in a worker of a
 cluster."""
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from tiler.weights.packed import default_cache
 
 @dataclass(kw_only=True)
 class DenoiserRun(Run):
-    """A run that uses a denoiser: what was asked, how it is carried out, and what has been counted so far."""
+    """A run that uses a denoiser: the request, the plan, and the counts so far."""
 
     request: ResolvedRequest
     plan: RenderPlan
-    weights: dict[str, tuple[dict[str, TensorInfo], Names]]  # by part: where its parameters lie, and their names there
-    prepared: Any = None  # by the family, for guide and canvas
+    weights: dict[str, tuple[dict[str, TensorInfo], Names]]  # by part: its parameters' places in files and names there
+    prepared: Any = None  # what `Family.prepare` returned, for guide and canvas
     counts: dict[str, int] = field(
         default_factory=lambda: dict.fromkeys(
             ("denoiser_calls", "denoiser_samples", "denoiser_bytes_read", "weight_bytes_read"), 0
@@ -46,7 +46,7 @@ class DenoiserRun(Run):
     )
 
     def changes(self, part: Part) -> Changes:
-        """What LoRAs change of a part's weights where they are read."""
+        """What LoRAs change in a part's weights when they are read."""
         if self.plan.precision is Precision.INT8 and part.role is Role.DENOISER:
             return packing.beside_packed(self.models, part)
         return self.models.changes(part)
@@ -56,7 +56,7 @@ class DenoiserRun(Run):
         self, module: Any, stored: dict[str, TensorInfo], names: Names,
         resident: dict[str, torch.dtype] | None = None, **options: Any,
     ) -> Iterator[Streamer]:  # fmt: skip
-        """With the bytes read added to the counts."""
+        """`run.streamed`, with the bytes read added to the counts."""
         with streamed(module, stored, names, resident, **options) as streamer:
             try:
                 yield streamer
@@ -66,7 +66,7 @@ class DenoiserRun(Run):
 
 
 def prepare_weights(run: DenoiserRun) -> None:
-    """Quantise the weights where the plan has them in int8, unless an earlier run did."""
+    """Quantise the weights if the plan uses int8 and no earlier run has done so."""
     if run.plan.precision is Precision.INT8:
         cache = run.request.cache_dir or default_cache()
         index = packing.prepare_int8(run.models, cache, run.budget, run.on_event)
@@ -75,8 +75,8 @@ def prepare_weights(run: DenoiserRun) -> None:
 
 
 def denoiser_id(models: Models) -> str:
-    """Tells the denoiser's weights and config, the scheduler's, and the LoRAs: what every process that predicts tiles
-    of one canvas must have alike."""
+    """A string that identifies the denoiser's weights and config, the scheduler's config, and the LoRAs. All processes
+    that predict tiles of one canvas must agree on it."""
     family, loras = models.family, [(lora.strength, digests) for lora, digests in models.loras.files]
     own = model_id(family.checkpoint, [family.part(Role.DENOISER).name])
     return own if not loras else f"{own}-{hashlib.sha256(repr(loras).encode()).hexdigest()[:16]}"
@@ -84,8 +84,7 @@ def denoiser_id(models: Models) -> str:
 
 @contextmanager
 def open_denoiser(run: DenoiserRun, prompts: Prompts, phase: str = "canvas") -> Iterator[LocalRunner]:
-    """A runner that predicts the tiles of `phase` in this process, for as long as the block lasts. Raises
-    TilerError."""
+    """Open a runner that predicts the tiles of `phase` in this process until the block ends. Raises TilerError."""
     with open_weights(run, phase) as streamer:
         yield runner_on(streamer, run, prompts, phase)
         assert streamer.store is not None
@@ -94,7 +93,7 @@ def open_denoiser(run: DenoiserRun, prompts: Prompts, phase: str = "canvas") -> 
 
 @contextmanager
 def open_weights(run: DenoiserRun, phase: str = "canvas") -> Iterator[Streamer]:
-    """The denoiser's weights, for as long as the block lasts. Raises TilerError."""
+    """Open the denoiser's weights until the block ends. Raises TilerError."""
     plan, part = run.plan, run.plan.family.part(Role.DENOISER)
     denoiser, short = run.models.module(part), partial(run.budget.short, plan.sample_bytes)
     held = dict[str, Any](
@@ -106,7 +105,7 @@ def open_weights(run: DenoiserRun, phase: str = "canvas") -> Iterator[Streamer]:
 
 
 def runner_on(streamer: Streamer, run: DenoiserRun, prompts: Prompts, phase: str = "canvas") -> LocalRunner:
-    """A runner by weights that are open; runs that plan alike may share them. Raises TilerError."""
+    """A runner on weights that are already open; runs with the same plan may share them. Raises TilerError."""
     request, plan, family = run.request, run.plan, run.plan.family
     denoiser, check = run.models.module(family.part(Role.DENOISER)), at_layer(run.budget, plan.memory.peak_bytes)
     scales = {request.guidance_scale, *(r.guidance_scale for r in request.regions if r.guidance_scale is not None)}
@@ -133,7 +132,7 @@ def runner_on(streamer: Streamer, run: DenoiserRun, prompts: Prompts, phase: str
         return prompts.conditions(wording, plan.calls.step_of(step) - begin)
 
     def tell_smaller(batch: int) -> None:
-        run.note(f"memory is close to the ceiling: from here on the denoiser takes {batch} at a time")
+        run.note(f"memory is close to the ceiling: from here on the denoiser takes at most {batch} samples at a time")
 
     return LocalRunner(
         predict, conditions, batch, is_tight=run.budget.take_tight, on_smaller=tell_smaller,

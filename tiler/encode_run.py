@@ -29,7 +29,7 @@ from tiler.run import Run, measure
 
 @dataclass(kw_only=True)
 class EncodeRun(Run):
-    """An encoding in progress."""
+    """A run of `tiler encode`."""
 
     request: EncodeRequest
     output: Path
@@ -46,12 +46,12 @@ def start(request: EncodeRequest, budget: Budget, on_event: OnEvent) -> EncodeRu
     renders = _renders(request)
     loras, *others = {find_loras(one) for one in {tags_of(one): one for one in renders}.values()}
     if others:
-        raise UsageError("the prompts name different LoRAs; encode them into files of their own")
+        raise UsageError("the prompts name different LoRAs; encode the prompts of each LoRA into a file of their own")
     settings = [resolve(asked, family, loras) for asked in renders]
     models.loras = apply_loras(loras, models)
     texts: list[Text] = list(dict.fromkeys(text for one in settings for text in _texts(one)))
     if family.traits.chunked:
-        texts.append("")  # whose chunks lengthen others
+        texts.append("")  # its chunks pad shorter prompts
     spoken = encoding.find_prompts(settings[0], models, list(dict.fromkeys(texts)), None, int8=False)
     for part in family.encoders:
         models.module(part)
@@ -71,7 +71,7 @@ def start(request: EncodeRequest, budget: Budget, on_event: OnEvent) -> EncodeRu
 
 
 def _renders(request: EncodeRequest) -> list[RenderRequest]:
-    """The renders that the file should allow: each prompt with each negative prompt, and without one."""
+    """The renders that the file should allow: each prompt with each negative prompt and with none."""
     own = {field.name for field in fields(EncodeRequest)} & {field.name for field in fields(RenderRequest)}
     shared = {name: getattr(request, name) for name in own - {"output", "force"}}
     negatives = (*request.negative_prompts, None)
@@ -79,7 +79,8 @@ def _renders(request: EncodeRequest) -> list[RenderRequest]:
 
 
 def _texts(request: ResolvedRequest) -> list[Text]:
-    """All texts that such renders may need at any step, for any number of steps, with and without a negative prompt."""
+    """All texts that these renders may need at any step, for any number of steps, with and without a negative
+    prompt."""
     wording = Wording(canvas_conditions(request), Stage(MAX_STEPS))
     return [*dict.fromkeys(wording.texts()), None]
 

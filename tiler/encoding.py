@@ -22,7 +22,7 @@ from tiler.run import Names, Run
 from tiler.weights.index import TensorInfo
 
 Weights = Mapping[str, tuple[dict[str, TensorInfo], Names]]
-"""By part: where its parameters lie, and their names there."""
+"""By part: its parameters' places in files, and their names there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,7 @@ def with_words(request: RenderRequest, words: Words | None) -> RenderRequest:
 
 
 def precision_of(request: ResolvedRequest, family: Family) -> Precision:
-    """The precision that the plan will choose."""
+    """The denoiser's precision, as the plan will choose it."""
     return choose_precision(request.precision, family, onednn.int8(), bf16=has_bf16())[0]
 
 
@@ -84,7 +84,7 @@ def find_prompts(
         read_as = reading.read_as
     long = any(map(may_be_long, texts)) or bool(read_as.embeddings)
     if family.traits.chunked and long and "" not in texts:
-        texts = [*texts, ""]  # whose chunks lengthen others
+        texts = [*texts, ""]  # its chunks pad shorter prompts
     if words is not None:
         return Spoken(texts=texts, reading=reading, read_as=read_as, encoded=words.of(texts), cache=None)
     if int8 is None:
@@ -102,7 +102,7 @@ def encode_prompts(run: Run, weights: Weights, spoken: Spoken) -> dict[Text, Enc
         try:
             spoken.cache.save({text: found[text] for text in missing})
         except StorageError as error:
-            run.note(f"the encoded prompts are not kept for the next render: {error}")
+            run.note(f"the encoded prompts are not stored for the next render: {error}")
     for note in dict.fromkeys(note for text in spoken.texts for note in found[text].notes):
         run.note(note)
     return found

@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 class TilerError(Exception):
-    """Base of every error that is not a bug of ours."""
+    """Base of every error that is not a bug in tiler."""
 
     exit_code = 1
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import secrets
 import stat
@@ -24,12 +25,18 @@ def written() -> tuple[Path, ...]:
     return tuple(_written)
 
 
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file's content in hexadecimal. Raises OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def make_own_folder(folder: Path, *, parents: bool = False) -> None:
-    """Make a folder that nobody else may look into, or take the one that is there. Raises OSError, also for a link and
-    for another user's folder, whose owner could exchange what is written there."""
+    """Make a folder that only this user can read, or use an existing one. Raises OSError, also if the path is a link or
+    another user's folder, whose owner could replace the files in it."""
     folder.mkdir(mode=0o700, parents=parents, exist_ok=True)
     if folder.is_symlink() or folder.stat().st_uid != os.geteuid():
-        raise PermissionError(errno.EPERM, "it is another user's")
+        raise PermissionError(errno.EPERM, "it belongs to another user")
 
 
 def check_writable(path: Path, *, force: bool, option: str = "--output") -> None:
@@ -60,12 +67,12 @@ def check_writable(path: Path, *, force: bool, option: str = "--output") -> None
     except OSError as error:
         raise StorageError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
     except ValueError as error:
-        raise UsageError(f"{str(path)!r} is no file name ({error}); give another {option}") from error
+        raise UsageError(f"{str(path)!r} is not a file name ({error}); give another {option}") from error
 
 
 def replace_durably(path: Path, parts: Iterable[bytes | memoryview]) -> None:
-    """Write a file of the program's own that has either its old or its new content whatever happens, power cuts
-    included. Raises StorageError."""
+    """Write a file of the program's own. Whatever happens, power cuts included, it has either its old or its new
+    content. Raises StorageError."""
     temp = path.with_name(f"{path.name}.new")
     try:
         try:

@@ -1,4 +1,4 @@
-"""A checkpoint's weights in int8: which of them are quantised, and the phase that packs them into one file."""
+"""A checkpoint's weights in int8: which weights are quantised, and the phase that packs them into one file."""
 
 from __future__ import annotations
 
@@ -31,13 +31,14 @@ from tiler.weights.store import match_index
 
 
 def packed_parts(family: Family) -> list[Part]:
-    """The parts whose weights a packed file holds, in the order in which they are used; text encoders where they are
-    there."""
+    """The parts whose weights a packed file holds, in order of use. Text encoders are included if the checkpoint has
+    them."""
     return [*family.encoders, family.part(Role.DENOISER)]
 
 
 def packed_names(part: Part) -> Callable[[str], list[str]]:
-    """Where a packed file has the parameters of a part: the denoiser's by their own names, others behind the part's."""
+    """A function from a parameter's name to its names in a packed file: the denoiser's parameters keep their names, the
+    others' are prefixed with their part's."""
     prefix = _prefix(part)
     return lambda name: [prefix + name]
 
@@ -47,8 +48,8 @@ def _prefix(part: Part) -> str:
 
 
 def packed_changes(models: Models) -> Changes:
-    """What LoRAs change of the denoiser's int8 weights that can be no path of low rank beside them: it is packed with
-    them."""
+    """The changes by LoRAs to the denoiser's int8 weights that have no low-rank form and so cannot be computed beside
+    them: they are packed with the weights."""
     part = models.family.part(Role.DENOISER)
     changes = models.changes(part)
     integers = part.int8_weights(models.module(part)) if changes else frozenset[str]()
@@ -58,7 +59,7 @@ def packed_changes(models: Models) -> Changes:
 
 
 def beside_packed(models: Models, part: Part) -> Changes:
-    """The rest of the denoiser's, which is added as weights are read, or computed beside them."""
+    """The other changes to the denoiser's weights, which are added when weights are read, or computed beside them."""
     inside = packed_changes(models)
     return {
         name: [one for one in some if name not in inside or one.rank is not None]
@@ -67,11 +68,11 @@ def beside_packed(models: Models, part: Part) -> Changes:
 
 
 def packed_weights(models: Models, cache: Path, progress: Callable[[float, str], None]) -> dict[str, TensorInfo]:
-    """The index of the packed file in `cache`, which is made first if it is not there or does not fit: the text
-    encoders' parameters and the denoiser's, by `packed_names`. What is read once a run stays in the checkpoint's own
-    files, and stands last in the index.
+    """The index of the packed file in `cache`: the parameters of text encoders and denoiser, named by `packed_names`.
+    The file is made first if it is missing or does not fit. Parameters that a run reads only once stay in the
+    checkpoint's own files, and come last in the index.
 
-    `progress` gets the share written and why. Raises StorageError, ModelError, NumericalError.
+    `progress` receives the share written and the reason. Raises StorageError, ModelError, NumericalError.
     """
     family = models.family
     parts = packed_parts(family)
@@ -120,8 +121,8 @@ def _quantize_rotated(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def order_of_use(family: Family, denoiser: Any) -> list[str]:
-    """All parameters of a denoiser on the meta device: what is loaded at once, then what a pass streams, as it
-    comes."""
+    """All parameter names of a denoiser on the meta device: first those loaded once at the start, then those that a
+    pass streams, in order of use."""
     streamer = Streamer(None)
     everything = [name for name, _ in denoiser.named_parameters()]
     with lent(denoiser, streamer), MetaMeter(), torch.no_grad():
@@ -133,7 +134,7 @@ def order_of_use(family: Family, denoiser: Any) -> list[str]:
 
 
 def prepare_int8(models: Models, cache: Path, budget: Budget, on_event: OnEvent) -> dict[str, TensorInfo]:
-    """The index of the checkpoint's int8 weights in `cache`, made first where they are missing. Raises TilerError."""
+    """The index of the checkpoint's int8 weights in `cache`; missing ones are made first. Raises TilerError."""
     with budget.phase("quantize") as use:
         tell, check = percent(on_event, "quantize"), at_layer(budget, planned_bytes=budget.max_bytes)
         started = False

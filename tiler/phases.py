@@ -53,10 +53,10 @@ from tiler.run import measure
 def start(
     request: RenderRequest, budget: Budget, on_event: OnEvent, job: Job | None = None, *, planning: bool = False
 ) -> RenderRun:
-    """Fill the request, check that its files can be written and its guide read, build the models, and plan; of a `job`
-    to be continued what was left open then is as it was. Raises TilerError.
+    """Fill the request's gaps, check that its files can be written and its guide read, build the models, and plan. If
+    `job` continues an earlier run, choices left open then are taken as that run made them. Raises TilerError.
 
-    `planning` an output that was not named need not be free.
+    With `planning`, the default output may already exist.
     """
     job = job or Job(request)
     words = None if request.prompt_embeds is None else read_words(request.prompt_embeds)
@@ -85,7 +85,7 @@ def start(
     )  # fmt: skip
     if any(plan.crop):
         height, width = pixels_of(plan.canvas)
-        run.note(f"this model makes no picture as small as that: it is the middle of one of {width}×{height}")
+        run.note(f"this model makes no picture that small: {width}×{height} is rendered, and its middle kept")
     if request.prompt is None and settings.prompt is not None and not request.regions:
         run.note(f"no prompt was given; this is the model's own: {settings.prompt}")
     on_prompts = notes_on_prompts(settings, family, has_guide=plan.guide is not None)
@@ -96,8 +96,8 @@ def start(
 
 
 def open_models(family: Family, tiny_vae: str | None = None) -> Models:
-    """The family's models, and the tiny decoder in the folder `tiny_vae`, to be built once for all that follows. Raises
-    ModelError."""
+    """The family's models, with the tiny decoder in the folder `tiny_vae` if one is given. Everything that follows uses
+    this one set. Raises ModelError."""
     return Models(family, None if tiny_vae is None else open_tiny(tiny_vae, family))
 
 
@@ -111,11 +111,11 @@ def make_plan(
     encoded: bool = False,
     embeds: bool = False,
 ) -> RenderPlan:
-    """Cut the work, unless its `tiling` is known, build the models, look at the process and plan; no text encoder is
-    needed for prompts that are `encoded`, and those that name embeddings (`embeds`) may be longer than their words. The
-    ways that a job was begun with hold. Raises TilerError."""
+    """Cut the canvas into tiles unless `tiling` is given, build the models, measure the process, and plan. Prompts that
+    are already `encoded` need no text encoder; prompts that name embeddings (`embeds`) may be longer than their words.
+    The decoding methods that a job started with are kept. Raises TilerError."""
     tiling = tiling or plan_tiling(request, models.family)
-    # int8 weights are made of all parts
+    # packing int8 weights reads all parts
     models.build(encoders=not encoded or encoding.precision_of(request, models.family) is Precision.INT8)
     with ExitStack() as stack:
         path, canvas = request.guide_image, pixels_of(tiling.canvas)
@@ -124,40 +124,40 @@ def make_plan(
         facts = measure(request.scratch_folder, picture)
         if path is not None and not whole:
             facts = replace(facts, guide_load_bytes=load_bytes(path))
-    if job is not None:  # what it holds already is room that it has
+    if job is not None:  # the job's own files count as free space: they are replaced or reused
         held = job.held_bytes(request.scratch_folder)
         facts = replace(facts, scratch_free_bytes=facts.scratch_free_bytes + held)
     if job is None or (begun := job.manifest) is None:
         return plan_render(request, models, tiling, facts, max_bytes, encoded=encoded, embeds=embeds)
     methods = {name: Decode(kind) for name, kind in begun.methods.items()}
     plan = plan_render(request, models, tiling, facts, max_bytes, methods, encoded=encoded, embeds=embeds)
-    return replace(plan, precision_why="as the job was begun")
+    return replace(plan, precision_why="as the job started")
 
 
 def advice(run: RenderRun) -> str:
-    """What would need less memory, where the plan does not fit and nothing of it is fixed by a job; else ""."""
+    """What would need less memory, if the plan does not fit and no job has fixed the choices; else ""."""
     if run.plan.memory.fits or run.job.manifest is not None:
         return ""
     return advise(run.request, run.plan, lambda request: replan(run, request).memory)
 
 
 def replan(run: RenderRun, request: ResolvedRequest) -> RenderPlan:
-    """How another request would be carried out instead of the run's. Raises TilerError."""
+    """The plan for another request with the run's models and budget. Raises TilerError."""
     embeds, encoded = bool(run.spoken.read_as.embeddings), run.plan.encoded
     plan = make_plan(request, run.models, run.budget.max_bytes, encoded=encoded, embeds=embeds)
     return replace(plan, memory=replace(plan.memory, beside_bytes=run.budget.beside_bytes))
 
 
 def prepare_weights(run: RenderRun) -> None:
-    """Say what was decided; quantise the weights where int8 was, unless an earlier run did."""
+    """Report the seed and the precision; quantise the weights if the plan uses int8 and no earlier run has done so."""
     run.note(f"seed {run.request.seed}")
     run.note(f"denoiser in {run.plan.precision} ({run.plan.precision_why})")
     denoiser.prepare_weights(run)
 
 
 def load_guide(run: RenderRun) -> np.ndarray | None:
-    """The user's guide, (h, w, 3) uint8 sRGB, no larger than the canvas has use for; None where none was given, or a
-    spot of it is to be painted."""
+    """The user's guide, (h, w, 3) uint8 sRGB, no larger than the canvas can use; None if there is none, or if a spot of
+    it is to be repainted."""
     path = run.request.guide_image
     if path is None or run.plan.spot is not None or run.job.has_reference:
         return None
@@ -166,15 +166,15 @@ def load_guide(run: RenderRun) -> np.ndarray | None:
 
 
 def encode_prompts(run: RenderRun) -> Prompts:
-    """Every text that is said at any step, once."""
+    """Encode every text that any step uses, each once."""
     with run.phase("encode prompts", 1):
         encoded = encoding.encode_prompts(run, run.weights, run.spoken)
         return Prompts(run.plan.family, {text: found.prompt for text, found in encoded.items()})
 
 
 def make_guide(run: RenderRun, prompts: Prompts) -> Tensor | None:
-    """Denoise the guide at the model's native resolution → its latents, (1, C, h, w) fp32 scaled; None where there is
-    none."""
+    """Denoise the guide at the model's native resolution. Return its latents, (1, C, h, w) fp32 scaled; None if the
+    plan has no guide."""
     plan = run.plan
     if plan.guide is None or run.job.has_reference:
         return None
@@ -183,19 +183,19 @@ def make_guide(run: RenderRun, prompts: Prompts) -> Tensor | None:
 
 
 OpenRunner = Callable[[RenderRun, Prompts], AbstractContextManager[Runner]]
-"""What opens the runner of a phase."""
+"""Opens the runner of a phase."""
 
 
 def denoise_canvas(
     run: RenderRun, prompts: Prompts, reference: Tensor | StoredArray | None, open_runner: OpenRunner = open_denoiser
 ) -> Tensor | StoredArray:
-    """Mixture of Diffusers on the whole canvas: its final latents, (1, C, H, W) fp32 scaled."""
+    """Denoise the whole canvas with Mixture of Diffusers. Return its final latents, (1, C, H, W) fp32 scaled."""
     plan = run.plan
     if plan.begin == run.request.num_inference_steps and run.request.strength > 0:
         run.note("no step is left for the canvas: it is the enlarged guide; raise --steps or --strength")
     elif plan.begin:
         run.note(f"the guide takes the place of the first {plan.begin} of {run.request.num_inference_steps} steps")
-    if not plan.stored:  # of which no preview is shown
+    if not plan.stored:  # a stored canvas has no preview
         previewing.learn_by_decoding(run, run.preview, run.request, plan.memory.peak_of("decode"))
     with run.phase("canvas", plan.canvas_samples):
         if plan.stored:
@@ -223,7 +223,7 @@ def _denoise(
     if plan.spot is not None and reference is not None:
         around = AroundSpot(schedule, plan.spot, reference, noise)
     denoising = canvas.Denoising(latents, tiles, around, generator, begin=first, phase=phase)
-    if not denoising.take_up(run.job):  # a job that has this phase opens no weights for it
+    if not denoising.take_up(run.job):  # the job has already finished this phase: no weights are needed
         return denoising.latents
     with interrupts.deferred(), open_runner(run, prompts) as runner:
         _advance(run, phase, denoising, runner, tiles.samples)
@@ -235,7 +235,7 @@ def _denoise_stored(
 ) -> StoredArray:
     request, plan = run.request, run.plan
     if run.preview is not None:
-        run.note("no preview is shown of a canvas that lies in files")
+        run.note("a canvas that is stored in files has no preview")
     denoising = run.files.enter_context(
         StoredDenoising(
             run.stored_folder, plan.shape, plan.canvas_steps, build_schedule(request, plan.family), request.seed,
@@ -256,7 +256,7 @@ def _reseeded(run: RenderRun) -> list[Seeded]:
 def _advance(
     run: RenderRun, phase: str, denoising: canvas.Denoising | StoredDenoising, runner: Runner, total: int
 ) -> None:
-    """To the end, telling of each tile."""
+    """Denoise to the end, reporting each tile."""
     steps = run.request.num_inference_steps
     with closing(denoising.run(runner, run.job)) as loop:
         for state in loop:
@@ -266,17 +266,18 @@ def _advance(
 
 
 def save_canvas(run: RenderRun, latents: Tensor | StoredArray) -> None:
-    """Write --save-latents' file, where one was asked for."""
+    """Write the file of --save-latents, if asked for."""
     if (path := run.request.save_latents) is not None:
         save_latents(path, latents, picture_facts(run), force=run.request.force or run.job.resumed)
 
 
 def picture_facts(run: RenderRun) -> dict[str, str]:
-    """What a latents file says of its picture: the asked size in pixels, and the picture's own texts."""
+    """The facts that a latents file carries about its picture: the requested size in pixels, and the picture's own
+    texts."""
     box = zip(("width", "height", "top", "left"), (run.request.width, run.request.height, *run.plan.crop), strict=True)
     return {name: str(pixels) for name, pixels in box} | run.texts
 
 
 def remembered(run: RenderRun, latents: Tensor | StoredArray) -> Spool | None:
-    """Where the run's job keeps the passes of decoding `latents`, if it can."""
+    """The spool in which the run's job keeps the passes of decoding `latents`; None if it cannot."""
     return remember(run.job.spool, "the decoder", run.plan.methods["decode"], latents, run.on_event, run.note)

@@ -1,8 +1,9 @@
-"""The one way through the house: plan → encode prompts → guide → canvas → decode → write.
+"""The order of the phases: plan → encode prompts → guide → canvas → decode → write.
 
-A low-resolution pass makes a guide image; the canvas pipeline denoises overlapping regions whose noise predictions are
-blended on one latent canvas (Mixture of Diffusers); a decoder that works row by row makes the picture. Weights are
-streamed from disk, and the whole process stays under the budget. Knows the order of the phases, not how they work.
+A low-resolution pass makes a guide image. The canvas is denoised in overlapping regions whose noise predictions are
+blended on one latent canvas (Mixture of Diffusers). A decoder that works row by row makes the picture. Weights are
+streamed from disk, and the whole process stays under the budget. This module knows the order of the phases, not how
+they work.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from tiler.weights.packed import default_cache
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """The file that was written, and the report as --report writes it."""
+    """The file that was written, and the report in the form that --report writes."""
 
     output: Path
     report: dict[str, Any]
@@ -53,10 +54,10 @@ def render(request: RenderRequest, budget: Budget | None = None, on_event: OnEve
         run.plan.memory.check(advice=phases.advice(run))
         open_runner = cluster.runner_of(run)
         lean_imports.freeze_imports()
-        # Holes in the heap count as data though no page of them is resident: 315 MB were seen under a ceiling of 800
-        # MB.
+        # Holes in the heap count as data although none of their pages is resident: 315 MB were seen under a ceiling of
+        # 800 MB.
         with run.files, process.limit_data(max(0, budget.max_bytes - process.read_rss().now) + budget.max_bytes):
-            run.texts = reports.texts(run)  # before the first step: whatever cannot be written is found now
+            run.texts = reports.texts(run)  # before the first step, so that errors come early
             reports.begin_job(run)
             if job.is_finished:
                 return Result(output=run.request.output, report=reports.of_render(run))
@@ -66,7 +67,7 @@ def render(request: RenderRequest, budget: Budget | None = None, on_event: OnEve
 
 
 def _paint(run: RenderRun, poster: Poster | None, open_runner: phases.OpenRunner) -> None:
-    """From the guide to the file."""
+    """Run all phases from the guide to the finished file."""
     picture = phases.load_guide(run)
     phases.prepare_weights(run)
     prompts = phases.encode_prompts(run)
@@ -75,9 +76,9 @@ def _paint(run: RenderRun, poster: Poster | None, open_runner: phases.OpenRunner
     del picture, guide
     latents = phases.denoise_canvas(run, prompts, reference, open_runner)
     del prompts, reference
-    run.prepared = None  # nor is what was made of the prompts needed again
+    run.prepared = None  # frees what the family made of the prompts
     phases.save_canvas(run, latents)
-    # An error of the writer's must not leave the decoder's scratch files open.
+    # If the writer fails, the decoder's scratch files must still be closed.
     unscaled = pixels.unscaled(latents, run.plan.decoder)
     decoded = pixels.decode(run, run.decoding, unscaled, phases.remembered(run, latents))
     with closing(repainting.whole_picture(run.request, decoded, poster, run.plan.spot)) as rows:
@@ -90,12 +91,12 @@ def _paint(run: RenderRun, poster: Poster | None, open_runner: phases.OpenRunner
 
 @torch.no_grad()
 def plan(request: RenderRequest, budget: Budget | None = None, on_event: OnEvent = _ignore) -> Planned:
-    """Plan a render: configs and headers are read, nothing is computed. `.plan.memory.check()` says whether it fits.
-    Raises TilerError for what `render` would refuse before its first step."""
+    """Plan a render from configs and headers, without computing anything. `.plan.memory.check()` raises if it does not
+    fit. Raises TilerError for anything that `render` would refuse before its first step."""
     with budget or Budget() as budget:
         cluster.prepare(request)
         run = phases.start(request, budget, on_event, planning=True)
-        cluster.runner_of(run)  # refuses what cannot be shared
+        cluster.runner_of(run)  # refuses a render that a cluster cannot share
         speed = speed_of(run.models) if request.cluster is not None and run.plan.memory.fits else None
         outlook = None if speed is None else cluster.outlook(run, speed)
         return Planned(
@@ -131,8 +132,8 @@ def encode(request: EncodeRequest, budget: Budget | None = None, on_event: OnEve
 
 @torch.no_grad()
 def encode_ahead(requests: Sequence[RenderRequest], budget: Budget, on_event: OnEvent = _ignore) -> int:
-    """Encode the prompts of several renders into the cache, where a large encoder reads them: how many texts. Raises
-    TilerError."""
+    """Encode the prompts of several renders into the cache if a large encoder reads them. Return the number of texts
+    encoded. Raises TilerError."""
     with budget:
         lean_imports.freeze_imports()
         return ahead.encode_ahead(requests, budget, on_event)
@@ -140,7 +141,7 @@ def encode_ahead(requests: Sequence[RenderRequest], budget: Budget, on_event: On
 
 @torch.no_grad()
 def quantize(request: QuantizeRequest, budget: Budget | None = None, on_event: OnEvent = _ignore) -> Result:
-    """Write a folder of quantised weights, or a checkpoint's int8 weights into its cache folder unless they are there.
+    """Write a folder of quantised weights, or add a checkpoint's int8 weights to its cache folder if they are missing.
     Raises TilerError."""
     with budget or Budget() as budget:
         models = phases.open_models(families.open_family(request))

@@ -29,7 +29,7 @@ from tiler.run import Run
 
 
 class Decoding(NamedTuple):
-    """The settings for a run's last phase. `crop`: pixels to drop at the top and left of the picture."""
+    """The settings of a run's last phase. `crop`: pixels to drop at the top and left of the picture."""
 
     vae: VaeSpec
     plan: DecodePlan
@@ -66,19 +66,19 @@ class Unscaled:
 
 
 class UnscaledFile(Unscaled):
-    """Of a canvas that lies in files."""
+    """`Unscaled`, for a canvas that is stored in files."""
 
     def __init__(self, array: StoredArray, spec: VaeSpec) -> None:
         super().__init__(array, spec)
         self._array = array
 
     def widened(self, rows: int, cols: int) -> Latents:
-        """With so many rows and columns more on each side, which are the other side's."""
+        """The same latents with `rows` and `cols` more on each side, taken from the opposite side."""
         return Unscaled(self._array.widened(rows, cols), self._spec)
 
 
 def unscaled(latents: Tensor | StoredArray, spec: VaeSpec) -> Latents:
-    """Final latents of a canvas as the decoder reads them."""
+    """The final latents of a canvas in the form that the decoder reads."""
     return UnscaledFile(latents, spec) if isinstance(latents, StoredArray) else Unscaled(latents, spec)
 
 

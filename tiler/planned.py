@@ -1,4 +1,4 @@
-"""A planned render, and the facts that `tiler plan` prints of it."""
+"""A planned render, and the facts that `tiler plan` prints about it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tiler.models.built import Models
 from tiler.models.family import Role
 from tiler.planning.render import RenderPlan
 from tiler.planning.summary import summarise
-from tiler.planning.time import Speed, measure
+from tiler.planning.time import Speed
 from tiler.request import RenderRequest, ResolvedRequest
 
 if TYPE_CHECKING:
@@ -21,23 +21,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Planned:
-    """How a render would be carried out, and the request it was planned for, without gaps."""
+    """A render's plan, and the request it was made for with all gaps filled."""
 
     said: RenderRequest
     request: ResolvedRequest
     plan: RenderPlan
     models: Models
-    advice: str  # on what would need less memory, where the plan does not fit
-    replan: Callable[[ResolvedRequest], RenderPlan]  # how others would be carried out
-    speed: Speed | None = None  # of this machine, where it has been measured
-    cluster: Outlook | None = None  # what the workers that were asked for would bring
+    advice: str  # what would need less memory, if the plan does not fit
+    replan: Callable[[ResolvedRequest], RenderPlan]  # plans another request
+    speed: Speed | None = None  # of this machine, if it is known already
+    cluster: Outlook | None = None  # the expected gain from the workers, if a cluster was asked for
 
     def check(self) -> None:
-        """Raises BudgetRefused where it does not fit."""
+        """Raises BudgetRefused if the plan does not fit."""
         self.plan.memory.check(table=False, advice=self.advice)
 
     def facts(self) -> dict[str, Any]:
-        """What `tiler plan --json` prints; measures this machine's speed for a second or two."""
+        """The facts that `tiler plan --json` prints. Measures this machine's speed for half a second."""
         with torch.no_grad():
             speed = self.speed or speed_of(self.models)
             facts = summarise(self.said, self.request, self.plan, self.models, speed, self.replan)
@@ -49,7 +49,7 @@ class Planned:
 
 
 def speed_of(models: Models) -> Speed:
-    """Of this machine, and of the disk with the denoiser's weights."""
+    """The speed of this machine and of the disk that holds the denoiser's weights."""
     family = models.family
     stored = family.checkpoint.weights(family.part(Role.DENOISER).name).values()
-    return measure(max(stored, key=lambda info: info.nbytes).path)
+    return Speed(max(stored, key=lambda info: info.nbytes).path)

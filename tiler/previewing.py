@@ -1,8 +1,8 @@
-"""`--preview FILE`: what the canvas is becoming, one pixel for each latent or for several.
+"""`--preview FILE`: a small picture of the canvas while it is denoised, one pixel for each latent or for several.
 
-Colours are an affine function of a latent's channels, fitted to the autoencoder by least squares: the means of 8×8
-pixels of a decoded picture on its latents. The first guide that is decoded is that picture; without one, a small
-made-up one is decoded.
+Colours are an affine function of a latent's channels, fitted to the autoencoder by least squares: the mean colours of
+8×8 pixels of a decoded picture against its latents. That picture is the first guide that is decoded, or, without a
+guide, a small one made up for the purpose.
 """
 
 from __future__ import annotations
@@ -40,17 +40,18 @@ from tiler.request.choices import STDOUT, Format
 from tiler.run import Run, measure
 from tiler.weights.identity import model_id
 
-LONGEST = 512  # pixels of a side, at least about half of them
-_SHARE = 100  # times a preview's duration have to pass before the next: 1 % of the time
-_SIDE = 16  # latents of the made-up picture
-_SAYS = {"parameters": "a preview by tiler"}  # what tells such a file from a picture of the user's
+LONGEST = 512  # the longer side of a preview in pixels; at least about half of that
+_SHARE = 100  # between two previews, this many times a preview's own duration passes: 1 % of the time
+_SIDE = 16  # latents per side of the made-up picture
+_SAYS = {"parameters": "a preview by tiler"}  # distinguishes a preview from the user's pictures
 
 
 class Preview:
-    """A preview under way. `colours` is (C + 1, 3), the last row for 1: latents → 0–255; None until it is known."""
+    """An open preview. `colours` (C + 1, 3) maps latents to 0–255, its last row is the constant; None until it is
+    known."""
 
     def __init__(self, request: ResolvedRequest, spec: VaeSpec) -> None:
-        """Raises UsageError, StorageError where the file cannot be written."""
+        """Raises UsageError, and StorageError if the file cannot be written."""
         assert request.preview is not None
         self.path, self.interval, self.spec = request.preview, request.preview_interval, spec
         check(self.path, request)
@@ -61,14 +62,14 @@ class Preview:
         self._next, self._failed = 0.0, False
 
     def remember(self) -> None:
-        """For the next run with this autoencoder."""
+        """Store the colours for later runs with this autoencoder."""
         assert self.colours is not None
-        with suppress(OSError, StorageError):  # it learns them again then
+        with suppress(OSError, StorageError):  # if this fails, the next run learns them again
             self._cache.parent.mkdir(parents=True, exist_ok=True)
             replace_durably(self._cache, [json.dumps(self.colours.tolist()).encode()])
 
     def is_due(self, steps: int) -> bool:
-        """After so many steps of the canvas."""
+        """Whether to show the canvas after `steps` of its steps."""
         return steps % self.interval == 0 and time.monotonic() >= self._next
 
     def show(self, latents: Tensor, note: Callable[[str], None]) -> None:
@@ -97,20 +98,20 @@ class Preview:
 
 
 def open_preview(request: ResolvedRequest, models: Models) -> Preview | None:
-    """The preview that was asked for. Raises UsageError, StorageError."""
+    """The preview that the request asks for, or None. Raises UsageError, StorageError."""
     return None if request.preview is None else Preview(request, models.family.autoencoder)
 
 
 def learn(preview: Preview | None, latents: Tensor, pixels: np.ndarray) -> None:
-    """The colours from a decoded picture (8h, 8w, 3) uint8 and its scaled latents (1, C, h, w), unless that was done
-    before."""
+    """Learn the colours from a decoded picture (8h, 8w, 3) uint8 and its scaled latents (1, C, h, w), unless they are
+    known."""
     if preview is not None and preview.colours is None:
         preview.colours = fit_colours(latents, pixels)
         preview.remember()
 
 
 def watch(preview: Preview | None, schedule: DiffusersSchedule, begin: int, note: Callable[[str], None]) -> None:
-    """Show the canvas from step `begin` of its schedule on, and at the end in any case."""
+    """Show the canvas from step `begin` of its schedule on; the last step is always shown."""
     if preview is None:
         return
 
@@ -122,9 +123,10 @@ def watch(preview: Preview | None, schedule: DiffusersSchedule, begin: int, note
 
 
 def check(path: Path, request: ResolvedRequest) -> None:
-    """An older preview is replaced, and any other file with --force alone. Raises UsageError, StorageError."""
+    """Check that the preview can be written. An older preview is replaced; any other file only with --force. Raises
+    UsageError, StorageError."""
     if path == STDOUT or format_of(path) not in (Format.PNG, Format.JPEG):
-        raise UsageError(f"{path}: previews are written as .png or .jpg; give --preview such a name")
+        raise UsageError(f"{path}: previews are written as .png or .jpg; give --preview a name that ends so")
     ours = False
     if path.is_file():
         with suppress(UsageError):
@@ -133,14 +135,15 @@ def check(path: Path, request: ResolvedRequest) -> None:
 
 
 def fit_colours(latents: Tensor, pixels: np.ndarray) -> Tensor:
-    """latents (1, C, h, w), their picture (8h, 8w, 3) uint8 → (C + 1, 3) fp32, by the normal equations in fp64."""
+    """Fit colours to latents (1, C, h, w) and their picture (8h, 8w, 3) uint8. Return (C + 1, 3) fp32, from the normal
+    equations in fp64."""
     _, channels, height, width = latents.shape
     blocks = pixels[: FACTOR * height, : FACTOR * width].reshape(height, FACTOR, width, FACTOR, 3)
     means = blocks.mean(axis=(1, 3), dtype=np.float32).reshape(-1, 3)
     known = torch.cat([latents[0].reshape(channels, -1), torch.ones(1, height * width)]).numpy().astype(np.float64)
-    # Without BLAS and LAPACK, whose code and buffers would take 20 MB.
+    # Without BLAS and LAPACK: their code and buffers would take 20 MB.
     gram, right = np.einsum("in,jn->ij", known, known), np.einsum("in,nk->ik", known, means)
-    gram += np.eye(channels + 1) * gram.diagonal().mean() * 1e-6  # a picture of one colour tells little
+    gram += np.eye(channels + 1) * gram.diagonal().mean() * 1e-6  # keeps it regular for a picture of one colour
     for row in range(channels + 1):  # Gauss and Jordan; the matrix is positive definite
         right[row] /= gram[row, row]
         gram[row] /= gram[row, row]
@@ -153,11 +156,11 @@ def fit_colours(latents: Tensor, pixels: np.ndarray) -> Tensor:
 
 
 def paint(latents: Tensor, colours: Tensor) -> np.ndarray:
-    """latents (1, C, h, w) → (H, W, 3) uint8, about LONGEST pixels on the longer side; a few rows are in memory at a
-    time."""
+    """Turn latents (1, C, h, w) into a picture (H, W, 3) uint8 with about LONGEST pixels on its longer side. Only a few
+    rows are in memory at a time."""
     _, channels, height, width = latents.shape
-    many = -(-max(height, width) // LONGEST)  # latents for a pixel
-    times = max(1, LONGEST // max(height, width))  # pixels for a latent
+    many = -(-max(height, width) // LONGEST)  # latents per pixel
+    times = max(1, LONGEST // max(height, width))  # pixels per latent
     rows, columns = max(1, height // many), max(1, width // many)
     painted = np.empty((rows, columns, 3), np.uint8)
     for row in range(rows):
@@ -169,8 +172,8 @@ def paint(latents: Tensor, colours: Tensor) -> np.ndarray:
 
 
 def learn_by_decoding(run: Run, preview: Preview | None, request: ResolvedRequest, planned_bytes: int) -> None:
-    """Decode a small picture of smooth, made-up latents, where nothing else has told the colours. It takes less memory
-    than the canvas will when it is decoded, for which `planned_bytes` are planned."""
+    """Decode a small picture of smooth, made-up latents to learn the colours, if they are still unknown. This takes
+    less memory than decoding the canvas, for which `planned_bytes` are planned."""
     if preview is None or preview.colours is not None:
         return
     spec, folder = preview.spec, request.scratch_folder
@@ -191,7 +194,7 @@ def learn_by_decoding(run: Run, preview: Preview | None, request: ResolvedReques
 
 
 def _read(path: Path, channels: int) -> Tensor | None:
-    """Colours that an earlier run learnt; None where there are none."""
+    """The colours that an earlier run stored, or None."""
     try:
         colours = torch.tensor(json.loads(path.read_text()), dtype=torch.float32)
     except (OSError, ValueError, TypeError, RuntimeError, RecursionError):

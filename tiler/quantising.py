@@ -1,9 +1,10 @@
-"""A model as a folder with fewer bits per weight: the denoiser's and, where asked for, the text encoders' weights are
-stored in optimum-quanto's layout, everything else as it was. The folder of a model in single files has every part,
-under the names of diffusers and transformers.
+"""Write a model as a folder with fewer bits per weight: the denoiser's weights, and the text encoders' if asked for, in
+optimum-quanto's layout, everything else as it was. The folder of a model in single files has every part, under the
+names of diffusers and transformers.
 
-What stays as it is stored: what `Part.quantise` leaves out (embedders, norms and what modulates, the last projection,
-the second CLIP encoder of SDXL and Stable Diffusion 3), what the user excludes, and the autoencoder.
+These weights stay as they are stored: the ones that `Part.quantise` leaves out (embedders, norms, modulation layers,
+the last projection, the second CLIP encoder of SDXL and Stable Diffusion 3), the ones the user excludes, and the
+autoencoder's.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ _TOKENIZER_FILES = (
 
 
 def write_folder(request: QuantizeRequest, models: Models, budget: Budget, on_event: OnEvent) -> dict[str, int]:
-    """Write the folder `request.output`, whole or not at all; the bytes of each part's weights there. Raises
+    """Write the folder `request.output`, complete or not at all. Return the bytes of each part's weights in it. Raises
     TilerError."""
     checkpoint, output = models.family.checkpoint, request.output
     assert output is not None
@@ -79,12 +80,12 @@ def write_folder(request: QuantizeRequest, models: Models, budget: Budget, on_ev
 
 
 def _kinds(request: QuantizeRequest, models: Models) -> dict[str, Weights]:
-    """How each part's weights are stored, of those that are quantised. Raises UsageError."""
+    """How the weights of each quantised part are stored. Raises UsageError."""
     assert request.weights is not None
     encoders, asked = models.family.encoders, request.encoder_weights
     if asked.keys() - {0} and max(asked) > len(encoders):
         raise UsageError(
-            f"--text-encoder-weights speaks of encoder {max(asked)}; {models.family.traits.title} has {len(encoders)}"
+            f"--text-encoder-weights names encoder {max(asked)}, but {models.family.traits.title} has {len(encoders)}"
         )
     kinds = {models.family.part(Role.DENOISER).name: request.weights}
     for number, part in enumerate(encoders, 1):
@@ -95,7 +96,7 @@ def _kinds(request: QuantizeRequest, models: Models) -> dict[str, Weights]:
             kinds[part.name] = kind
         elif number in asked:
             raise UsageError(
-                f"--text-encoder-weights: encoder {number} ({part.name}) loses too much; leave {number}= out"
+                f"--text-encoder-weights: encoder {number} ({part.name}) would lose too much quality; leave {number}= out"
             )
     return kinds
 
@@ -107,7 +108,7 @@ def _check_place(models: Models, output: Path, *, force: bool) -> None:
     read = {info.path.resolve() for index in weights for info in index}
     within = checkpoint.file is None and (target == own or own in target.parents)
     if within or any(target in path.parents for path in read):
-        raise UsageError(f"{output}: this is the model's own folder, or one within or around it; give another --output")
+        raise UsageError(f"{output} is the model's own folder, or lies within or around it; give another --output")
     if output.exists() and not output.is_dir():
         raise UsageError(f"{output} is a file; --output takes the name of a folder")
     if output.is_dir() and any(output.iterdir()) and not (force and (output / INDEX).is_file()):
@@ -127,7 +128,7 @@ def _check_room(checkpoint: Checkpoint, models: Models, parent: Path) -> None:
 
 @contextmanager
 def _whole(output: Path) -> Iterator[Path]:
-    """A folder beside `output` that takes its place when the block ends well, and goes otherwise. Raises
+    """A temporary folder beside `output` that replaces it if the block succeeds and is removed otherwise. Raises
     StorageError."""
     temp = output.absolute().with_name(f".{output.name}.tiler")
     try:

@@ -1,4 +1,5 @@
-"""The phase between guide and canvas: the picture that the canvas starts from, as latents of its size."""
+"""The phase between guide and canvas: turn the picture that the canvas starts from into latents of the canvas's
+size."""
 
 from __future__ import annotations
 
@@ -30,8 +31,8 @@ from tiler.request import GuideUpscale
 def make_reference(
     run: RenderRun, picture: np.ndarray | Poster | None, guide_latents: Tensor | None
 ) -> Tensor | StoredArray | None:
-    """The user's `picture`, or the guide, as latents of the canvas's size, (1, C, H, W) fp32 scaled; None without
-    either. Of a poster it is the part around its spot."""
+    """The user's `picture`, or else the guide, as latents of the canvas's size, (1, C, H, W) fp32 scaled; None without
+    either. Only the part around the spot of a poster is encoded."""
     if run.plan.stored:
         assert not isinstance(picture, Poster)
         return _stored_reference(run, picture, guide_latents)
@@ -85,7 +86,7 @@ def _reference_parts(
         run.streamed(vae, spec.weights, families.vae_names, plan.resident[name], **options) as streamer,
     ):
         box: tuple[float, float] | None = None
-        decoded = 0.0  # of the phase's work
+        decoded = 0.0  # share of the phase's work that is decoding
         check, tell = at_rows(run.budget, plan.memory.peak_of(name)), percent(run.on_event, name)
         if guide_latents is not None:
             assert plan.guide is not None

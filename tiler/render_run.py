@@ -1,4 +1,4 @@
-"""What a render holds while it is under way."""
+"""The state of one render."""
 
 from __future__ import annotations
 
@@ -23,19 +23,20 @@ from tiler.weights.identity import model_id
 
 @dataclass(kw_only=True)
 class RenderRun(DenoiserRun):
-    """One render under way."""
+    """One render in progress."""
 
     said: RenderRequest
     job: Job
     spoken: Spoken
-    texts: dict[str, str] = field(default_factory=dict)  # what the picture will say of itself
-    workers: list[WorkerUse] = field(default_factory=list)  # of a cluster, that predicted tiles
+    texts: dict[str, str] = field(default_factory=dict)  # the picture's metadata
+    workers: list[WorkerUse] = field(default_factory=list)  # the cluster's workers that predicted tiles
     preview: Preview | None = None
     files: ExitStack = field(default_factory=ExitStack)  # open until the picture is written
 
     @cached_property
     def stored_folder(self) -> Path:
-        """Where a canvas lies that memory does not hold: in the job, or, without one, in a folder that goes."""
+        """The folder for a canvas too large for memory: in the job, or, without a job, a temporary one. Raises
+        StorageError."""
         folder, scratch = self.job.canvas_folder, self.request.scratch_folder
         try:
             if folder is None:
@@ -45,13 +46,13 @@ class RenderRun(DenoiserRun):
         except OSError as error:
             place = folder or scratch
             raise StorageError(
-                f"{place}: cannot keep the canvas ({error.strerror}); choose another --scratch"
+                f"{place}: the canvas cannot be stored there ({error.strerror}); choose another --scratch"
             ) from error
         return folder
 
     @cached_property
     def model_id(self) -> str:
-        """Of the checkpoint's weights and configs."""
+        """A string that identifies the checkpoint's weights and configs."""
         return model_id(self.plan.family.checkpoint, [part.name for part in self.plan.family.parts])
 
     @property

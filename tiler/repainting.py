@@ -1,5 +1,5 @@
-"""`--repaint MASK`: what a render of a spot has beside any other's. The finished picture lies in a scratch file while
-the spot is painted, and comes back around it when rows are written."""
+"""`--repaint MASK`: the steps that only a render of one spot has. The finished picture waits in a scratch file while
+the spot is painted, and is put back around it when rows are written."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from tiler.run import Run
 
 
 def note_on_format(request: ResolvedRequest) -> str | None:
-    """What a user should know where pixels outside the mask cannot stay as they are."""
+    """A note for the user if the file format will change pixels outside the mask; else None."""
     if request.repaint is None or (format := format_of(request.output, request.format)) not in LOSSY:
         return None
-    return f"all of the picture is encoded anew as {format}, and changes a little; write a .png to keep what is not painted"
+    return f"the whole picture is encoded again as {format}, which changes it a little; write a .png to keep the other pixels"
 
 
 @contextmanager
 def poster_of(run: Run, request: ResolvedRequest) -> Iterator[Poster | None]:
-    """The user's picture, readable while the block lasts; None where no spot of one is to be painted. Raises
-    UsageError, StorageError."""
+    """The user's picture, readable until the block ends; None if no spot is repainted. Raises UsageError,
+    StorageError."""
     if request.repaint is None or request.guide_image is None:
         yield None
         return
@@ -39,7 +39,8 @@ def poster_of(run: Run, request: ResolvedRequest) -> Iterator[Poster | None]:
 def whole_picture(
     request: ResolvedRequest, rows: Generator[np.ndarray], poster: Poster | None, spot: Spot | None
 ) -> Generator[np.ndarray]:
-    """`rows` of a spot's box with the picture around it, (n, W, 3) uint8; `rows` themselves without a spot."""
+    """Return `rows`, which cover a spot's box, with the picture around them: (n, W, 3) uint8. Without a spot, return
+    `rows`."""
     if poster is None or spot is None or request.repaint is None:
         return rows
     return put_back(rows, mask_rows(request.repaint, poster.shape[:2]), poster, spot)

@@ -1,4 +1,4 @@
-"""What a run says of itself: the report of --report and --json, and the texts inside the picture."""
+"""The report of a run, for --report and --json, and the texts inside its picture."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import torch
 from tiler.compute.cpu import computed_by
 from tiler.decode_run import DecodeRun
 from tiler.encode_run import EncodeRun
+from tiler.files import sha256_of
 from tiler.jobs import manifest
 from tiler.jobs.manifest import Manifest
 from tiler.memory.budget import Budget
@@ -58,14 +59,14 @@ def of_encode(run: EncodeRun) -> dict[str, Any]:
 
 
 def of_packed(path: Path, index: dict[str, TensorInfo], budget: Budget) -> dict[str, Any]:
-    """The report of a quantisation: the file's bytes, and the share of its weights in int8."""
+    """The report of a quantisation: the file's size in bytes, and the share of its weights that are in int8."""
     infos = [info for info in index.values() if info.path == path]
     weights = {kind: sum(math.prod(i.shape) for i in infos if (i.dtype == "I8") is kind) for kind in (True, False)}
     return _common(budget, 0) | {"bytes": path.stat().st_size, "int8_share": weights[True] / sum(weights.values())}
 
 
 def of_folder(sizes: dict[str, int], budget: Budget) -> dict[str, Any]:
-    """The report of a folder of quantised weights: the bytes of each part's."""
+    """The report of a folder of quantised weights: its size in bytes, in total and for each part."""
     return _common(budget, 0) | {"bytes": sum(sizes.values()), "part_bytes": sizes}
 
 
@@ -86,7 +87,7 @@ def _now() -> str:
 
 
 def texts(run: RenderRun) -> dict[str, str]:
-    """The picture's texts; none where metadata are not wanted."""
+    """The picture's texts; empty if metadata are turned off."""
     plan = run.plan
     found = plan.family.checkpoint
     if not run.request.metadata:
@@ -94,7 +95,7 @@ def texts(run: RenderRun) -> dict[str, str]:
 
     def hash_of(path: Path | None, name: str) -> str | None:
         def tell() -> None:
-            run.note(f"the hash of {name} is computed, once, for the picture's parameters")
+            run.note(f"computing the hash of {name} once, for the picture's metadata")
 
         return auto_v2(path, tell) if path is not None and path.is_file() else None
 
@@ -108,15 +109,26 @@ def texts(run: RenderRun) -> dict[str, str]:
         model_hash=hash_of(found.file, found.name),
         vae_hash=None if run.request.vae is None else hash_of(expand(run.request.vae), Path(run.request.vae).name),
         lora_files={lora.file.stem: digests.whole[:V2_DIGITS] for lora, digests in run.models.loras.files},
+        guide_sha256=_sha256_of(run.request.guide_image), mask_sha256=_sha256_of(run.request.repaint),
     )  # fmt: skip
     return picture_texts(run.request, facts)
 
 
+def _sha256_of(picture: Path | None) -> str | None:
+    """The sha256 of a file of the user's; None without one, or if it has been removed since the job started."""
+    if picture is None:
+        return None
+    try:
+        return sha256_of(picture)
+    except OSError:
+        return None
+
+
 def begin_job(run: RenderRun) -> None:
-    """Begin the run's job, or go on with it, and say from where; a picture that is to go through a pipe has none.
-    Raises JobError, JobLocked, StorageError."""
+    """Start the run's job, or continue it and report where. A picture for a pipe has no job. Raises JobError,
+    JobLocked, StorageError."""
     if run.request.output == STDOUT:
-        run.note("a picture on standard output has no job folder: if this is interrupted, it begins anew")
+        run.note("a picture on standard output has no job folder: if interrupted, it starts from the beginning")
         return
     job, made_by = run.job, _made_by(run)
     before = job.manifest
@@ -135,11 +147,11 @@ def begin_job(run: RenderRun) -> None:
     if before is None:
         return
     where, age = job.found()
-    run.note(f"continuing {f'at {where}, saved {age} ago' if where else 'a job of which nothing was saved yet'}")
+    run.note(f"continuing {f'at {where}, saved {age} ago' if where else 'a job that had saved nothing yet'}")
     if changed := [
         f"{k} {before.made_by.get(k)} is now {now}" for k, now in made_by.items() if before.made_by.get(k) != now
     ]:
-        run.note(f"the picture may differ in its last bits from one made at once: {'; '.join(changed)}")
+        run.note(f"the picture may differ in its last bits from one made without a break: {'; '.join(changed)}")
 
 
 def _made_by(run: RenderRun) -> dict[str, str]:

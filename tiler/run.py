@@ -1,4 +1,4 @@
-"""What all runs share: models, budget, events, and the start and end of a phase."""
+"""What every run has: models, a budget, events, and phases with a start and an end."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class Run:
         self, module: Any, stored: dict[str, TensorInfo], names: Names,
         resident: dict[str, torch.dtype] | None = None, **options: Any,
     ) -> Iterator[Streamer]:  # fmt: skip
-        """`streamed`, of which a run may keep count."""
+        """`run.streamed`; subclasses may count the bytes read."""
         with streamed(module, stored, names, resident, **options) as streamer:
             yield streamer
 
@@ -83,8 +83,8 @@ def streamed(
     module: Any, stored: dict[str, TensorInfo], names: Names, resident: dict[str, torch.dtype] | None = None,
     *, changes: Changes | None = None, **options: Any,
 ) -> Iterator[Streamer]:  # fmt: skip
-    """The weights of one part of a checkpoint behind a meta-device module, for as long as the block lasts. `resident`
-    ones stay in memory, `changes` are what LoRAs add to them; `options` are the Streamer's."""
+    """Stream the weights of one part of a checkpoint into a meta-device module until the block ends. Weights named in
+    `resident` stay in memory; `changes` are what LoRAs add to them; `options` are the Streamer's."""
     index = match_index(module, stored, names)
     with WeightStore(index, changes=changes) as store:
         streamer = Streamer(store, **options)
@@ -95,8 +95,8 @@ def streamed(
 
 
 def measure(scratch: Path, guide: GuidePicture | None = None) -> Facts:
-    """What planning has to know of this process and machine: to be asked once the models are built. `scratch` is where
-    scratch files will go, `guide` the user's picture. Raises StorageError where the folder cannot be used."""
+    """Measure what planning must know of this process and machine. Call it after the models are built. `scratch` is the
+    folder for scratch files, `guide` the user's picture. Raises StorageError if the folder cannot be used."""
     free = free_bytes(scratch)
     process.release_code()
     facts = Facts(rss_bytes=process.read_rss().now, scratch_free_bytes=free, int8=onednn.int8(), bf16=has_bf16())

@@ -35,7 +35,8 @@ def write_transformer(folder: Path, path: Path, kind: str, prefix: str = "") -> 
 
 
 def originals(kind: str, parameters: Iterable[str]) -> dict[str, Original]:
-    """The original's tensors, of a transformer of `kind` (sd3, flux, auraflow, pixart) with these parameters."""
+    """The tensors of the original of a transformer with these parameters; kinds: sd3, flux, auraflow, pixart,
+    hunyuandit."""
     stacked: dict[str, list[tuple[int, str]]] = {}
     for parameter in parameters:
         name, place = _KINDS[kind](parameter)
@@ -174,4 +175,32 @@ def _pixart(name: str) -> tuple[str, int]:
     return _replace(name, table), _place(name)  # type: ignore[arg-type]
 
 
-_KINDS = {"sd3": _sd3, "flux": _flux, "auraflow": _auraflow, "pixart": _pixart}
+def _hunyuandit(name: str) -> tuple[str, int]:
+    block, emb = r"^blocks\.(\d+)\.", r"^time_extra_emb\."
+
+    def numbered(stem: str) -> Callable[[re.Match[str]], str]:
+        return lambda m: f"{stem}.{2 * int(m[1]) - 2}"
+
+    table = {
+        r"^pos_embed\.proj": "x_embedder.proj",
+        r"^text_embedder\.linear_(\d)": numbered("mlp_t5"),
+        emb + r"timestep_embedder\.linear_(\d)": numbered("t_embedder.mlp"),
+        emb + r"extra_embedder\.linear_(\d)": numbered("extra_embedder"),
+        emb + r"(pooler|style_embedder)\.": r"\1.",
+        r"^norm_out\.linear": "final_layer.adaLN_modulation.1",
+        "^proj_out": "final_layer.linear",
+        block + r"norm([23])\.": lambda m: f"blocks.{m[1]}.norm{5 - int(m[2])}.",
+        block + r"norm1\.norm\.": r"blocks.\1.norm1.",
+        block + r"norm1\.linear\.": r"blocks.\1.default_modulation.1.",
+        block + r"attn1\.to_[qkv]\.": r"blocks.\1.attn1.Wqkv.",
+        block + r"attn2\.to_[kv]\.": r"blocks.\1.attn2.kv_proj.",
+        block + r"attn2\.to_q\.": r"blocks.\1.attn2.q_proj.",
+        block + r"attn([12])\.to_out\.0": r"blocks.\1.attn\2.out_proj",
+        block + r"attn([12])\.norm_([qk])": r"blocks.\1.attn\2.\3_norm",
+        block + r"ff\.net\.0\.proj": r"blocks.\1.mlp.fc1",
+        block + r"ff\.net\.2": r"blocks.\1.mlp.fc2",
+    }
+    return _replace(name, table), _place(name)  # type: ignore[arg-type]
+
+
+_KINDS = {"sd3": _sd3, "flux": _flux, "auraflow": _auraflow, "pixart": _pixart, "hunyuandit": _hunyuandit}

@@ -1,4 +1,4 @@
-"""What a shell is told when Tab is pressed, by the shell's own protocol."""
+"""Shell completion, driven by the shell's own protocol."""
 
 from __future__ import annotations
 

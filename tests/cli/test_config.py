@@ -1,4 +1,4 @@
-"""Configuration: what is typed wins over the environment, that over the file, that over the default."""
+"""Configuration: the command line wins over the environment, which wins over the file, which wins over the default."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @cache
 def commands() -> Any:
-    """Made once: it takes longer than what is read with it."""
+    """Made once, because making it takes longer than the tests that use it."""
     return typer.main.get_command(app)
 
 
 def read(*words: str) -> Any:
-    """The context in which `tiler WORDS` would run its command."""
+    """The context in which `tiler WORDS` would run."""
     group, seen = commands(), list[Any]()
     group.commands[words[0]].invoke = seen.append
     group.main(list(words), prog_name="tiler", standalone_mode=False)
@@ -45,7 +45,7 @@ def read(*words: str) -> Any:
 
 
 def samples(parameter: Any) -> list[str]:
-    """Values of an option: of the file, the environment and the command line."""
+    """Three values of an option: for the file, the environment and the command line."""
     if parameter.is_flag:
         return ["true", "false", "true"]
     hint = {**get_type_hints(QuantizeRequest), **get_type_hints(RenderRequest)}.get(parameter.name, str)
@@ -57,7 +57,7 @@ def samples(parameter: Any) -> list[str]:
 
 
 def test_every_option_has_four_layers(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The whole table of precedence: default, configuration file, environment, command line; and `config show`."""
+    """The complete table of precedence (default, configuration file, environment, command line), and `config show`."""
     group: Any = commands()
     checked = set()
     arguments = {"decode": ["x"], "quantize": ["x"], "encode": ["x"], "view": ["x"]}
@@ -123,7 +123,7 @@ def test_what_is_typed_overrules_what_contradicts_it(
         ("steps = 3.5", "steps = '3.5'"),
         ("steps = [3]", "wrong type"),
         ("mask = 'round'", "mask = 'round'"),
-        ("guidance_scale = 3\ncfg_scale = 4", "one option"),
+        ("guidance_scale = 3\ncfg_scale = 4", "the same option"),
         ("force = true", "unknown key 'force'"),
         ("= broken", "not valid TOML"),
         ("strength = 1.5", "--strength comes from"),
@@ -203,7 +203,7 @@ def test_folders_of_other_programs_are_understood(tmp_path: Path, monkeypatch: p
 
 def test_folders_that_are_no_list_are_refused(config: Path) -> None:
     config.write_text("lora_dirs = 3")
-    with pytest.raises(UsageError, match="lora_dirs = 3 is no list"):
+    with pytest.raises(UsageError, match="lora_dirs = 3 is not a list"):
         settings.folders(Kind.LORA)
 
 

@@ -1,4 +1,4 @@
-"""`tiler decode`: its ways, its scratch files, and what is left after a kill or on a full disk."""
+"""`tiler decode`: its methods, its scratch files, and what remains after a kill or on a full disk."""
 
 from __future__ import annotations
 

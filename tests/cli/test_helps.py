@@ -1,4 +1,4 @@
-"""The help in a terminal of 80 columns."""
+"""The help texts in a terminal of 80 columns."""
 
 from __future__ import annotations
 

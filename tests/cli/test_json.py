@@ -1,4 +1,4 @@
-"""--json: one object with a versioned schema on standard output, whatever the command, errors included."""
+"""--json prints one object with a versioned schema on standard output, for every command and for errors."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_a_format_may_be_called_by_its_file_ending(in_process, name: str) -> Non
     ran = in_process("plan", "x", "--size", 64, "-o", "-", "--format", name)
     assert ran.code == 0, ran.err
     ran = in_process("plan", "x", "--size", 64, "-o", "-", "--format", "tif")
-    assert ran.code == 2 and "a TIFF cannot go through a pipe" in ran.err
+    assert ran.code == 2 and "a TIFF cannot be written to a pipe" in ran.err
     assert "unknown format 'bmp'" in in_process("plan", "x", "-o", "-", "--format", "bmp").err
 
 

@@ -1,4 +1,4 @@
-"""What surrounds a run: signals, closed and broken streams, terminals of other alphabets."""
+"""The surroundings of a run: signals, closed and broken streams, terminals that lack characters."""
 
 from __future__ import annotations
 
@@ -35,8 +35,12 @@ main.main()
 """
 
 
-@pytest.mark.parametrize("names", [[], ["z.safetensors"], ["a.json", "b.png"]])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    ("number", "names"),
+    [
+        (signal.SIGINT, []), (signal.SIGINT, ["z.safetensors"]), (signal.SIGTERM, ["a.json", "b.png"]), (signal.SIGHUP, []),
+    ],
+)  # fmt: skip
 def test_an_interruption_says_what_was_written(tmp_path: Path, number: int, names: list[str]) -> None:
     ran = run([sys.executable, "-c", INTERRUPTED.format(names=names, number=int(number))], tmp_path)
     assert ran.returncode == 128 + number, ran.stderr

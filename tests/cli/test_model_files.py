@@ -51,11 +51,32 @@ def test_models_are_listed_with_what_they_need(in_process: Any, webui: Path, mon
     assert found["tiny-plain"]["lacks"] == []
     assert "cannot be read" in found["cut.safetensors"]["family"]
     said = in_process("models", webui, "--max-ram", "400MB").out
-    assert "dreamy sky.safetensors: " in said and "needs 432 MB of memory, and --vae beside it" in said
+    assert "dreamy sky.safetensors: " in said and "needs 432 MB of memory; add --vae" in said
+
+
+@pytest.mark.parametrize(("layers", "needed"), [(24, 444_000_000), (38, 478_000_000)])
+def test_the_smallest_ceiling_is_the_models_not_its_familys(
+    in_process: Any, tmp_path: Path, layers: int, needed: int
+) -> None:
+    """Stable Diffusion 3 medium and 3.5 large, as a folder and as a single file."""
+    (tmp_path / "folder/transformer").mkdir(parents=True)
+    index = {"_class_name": "StableDiffusion3Pipeline", "transformer": ["diffusers", "SD3Transformer2DModel"]}
+    (tmp_path / "folder/model_index.json").write_text(json.dumps(index))
+    (tmp_path / "folder/transformer/config.json").write_text(json.dumps({"num_layers": layers}))
+    blocks = {f"joint_blocks.{n}.context_block.attn.qkv.weight": torch.ones(2, 2) for n in range(layers)}
+    save_file(
+        {
+            "model.diffusion_model." + name: tensor
+            for name, tensor in (blocks | {"x_embedder.proj.weight": torch.ones(2, 16, 2, 2)}).items()
+        },
+        tmp_path / "file.safetensors",
+    )
+    found = in_process("models", ".", "--json").json["models"]
+    assert [model["floor_bytes"] for model in found] == [needed, needed], found
 
 
 def test_of_a_hundred_models_only_the_headers_are_read(tmp_path: Path) -> None:
-    """Each of 2 GB, in a sparse file; what is read is counted by the kernel."""
+    """Each is a sparse file of 2 GB; the kernel counts what is read."""
     shapes = {
         "model.diffusion_model.input_blocks.0.0.weight": (320, 4, 3, 3),
         "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": (320, 768),
@@ -99,7 +120,7 @@ def test_folders_of_the_environment_are_searched(in_process: Any, webui: Path, m
 
 
 def test_a_model_by_name(in_process: Any, webui: Path) -> None:
-    """Its missing autoencoder is the only one that fits; a near name is told; two of one name are listed."""
+    """The only autoencoder that fits is used; a similar name is suggested; two models of one name are listed."""
     ran = in_process("plan", "x", "--model", "dreamy sky", "--model-dir", webui, "--size", 512)
     assert ran.code == 0, ran.err
     assert "soft.safetensors, the only one in the model folders that fits" in ran.err
@@ -157,7 +178,7 @@ def test_cache_lists_and_cleans(in_process: Any, tmp_path: Path) -> None:
 
 
 def test_a_taesd_file_of_16_channels(tmp_path: Path) -> None:
-    """As those for SD 3 and Flux."""
+    """Like those for SD 3 and Flux."""
     from diffusers import AutoencoderTiny
 
     widths = dict.fromkeys(("encoder_block_out_channels", "decoder_block_out_channels"), (8, 8, 8, 8))
@@ -192,7 +213,7 @@ def test_a_taesd_file_decodes_as_its_folder(in_process: Any, tiny: Path, tmp_pat
 
 @pytest.mark.parametrize("command", [("models", "."), ("cache", "list"), ("cache", "clean", "--dry-run")])
 def test_looking_into_files_imports_no_torch(command: tuple[str, ...], tmp_path: Path) -> None:
-    """A hundred headers are read in the time that the import alone would take, GGUF's among them."""
+    """A hundred headers, GGUF's included, are read in the time that importing torch would take."""
     import subprocess
     import sys
 

@@ -1,4 +1,4 @@
-"""Model folders that are damaged, foreign, missing or in the cache: one line and the right exit code."""
+"""Model folders that are damaged, of another kind, missing or in the cache: one line and the right exit code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`-o -`: a picture on standard output, whatever that is."""
+"""`-o -` writes a picture to standard output, whatever that is."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COMMON = ("a boat", "--size", 64, "--steps", 1, "--seed", 1)
 
 @contextmanager
 def stdout_is(handle: int) -> Iterator[None]:
-    """`handle`, which is closed, as this process's standard output."""
+    """Make `handle`, which is closed afterwards, this process's standard output."""
     before = os.dup(1)
     os.dup2(handle, 1)
     os.close(handle)
@@ -32,7 +32,7 @@ def stdout_is(handle: int) -> Iterator[None]:
 
 
 def unread() -> int:
-    """The end to write to of a pipe that nobody reads."""
+    """The writing end of a pipe without a reader."""
     read, write = os.pipe()
     os.close(read)
     return write

@@ -1,4 +1,4 @@
-"""`tiler plan`, `tiler doctor` and the help: what they tell, and when a plan is refused."""
+"""What `tiler plan`, `tiler doctor` and the help print, and when a plan is refused."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_a_ceiling_below_the_floor_is_exit_4(in_process, tiny: Path, tmp_path: P
     for command in ("render", "plan"):
         ran = in_process(command, "x", "--model", tiny, "--size", "128", "--max-ram", "200MB")
         assert ran.code == 4
-        assert "smallest --max-ram that would do is" in ran.err
+        assert "smallest --max-ram that works is" in ran.err
         assert "python + libraries" in ran.err + ran.out
     assert list(tmp_path.iterdir()) == []
 

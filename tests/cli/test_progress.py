@@ -1,4 +1,4 @@
-"""The progress bar as a terminal of 80 columns shows it, and plain lines to a stream that breaks."""
+"""The progress bar in a terminal of 80 columns, and plain lines on a stream that breaks."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Quantised models that are damaged, of another kind, or promise what is not there: one line, the right exit code,
-nothing written."""
+"""Quantised models that are damaged, of another kind, or lack tensors that they promise: one line, the right exit code,
+and nothing written."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def as_gguf(tensors: Tensors, path: Path) -> bytearray:
-    """A file with matrices in 8-bit blocks and the rest in fp32."""
+    """Write a file with matrices in 8-bit blocks and the other tensors in fp32."""
     writer = gguf.GGUFWriter(path, "pixart")
     for name, tensor in tensors.items():
         fits = tensor.ndim == 2 and tensor.shape[1] % 32 == 0
@@ -49,7 +49,7 @@ def whole(model: Path) -> bytearray:
 
 
 def typed(data: bytearray, number: int) -> bytearray:
-    """The first matrix is of another type."""
+    """Give the first matrix another type."""
     name = b"blocks.0.attn.proj.weight"
     struct.pack_into("<I", data, data.index(name) + len(name) + 4 + 2 * 8, number)
     return data
@@ -102,7 +102,7 @@ def without_scales(tensors: Tensors) -> Tensors:
 
 
 def odd_blocks(tensors: Tensors) -> Tensors:
-    """288 values a row, in blocks of 64 as bitsandbytes makes them, and of 63."""
+    """288 values per row, in blocks of 64 as bitsandbytes makes them, and of 63."""
     count = tensors[f"{NAME}.weight"].numel()
     state = {"quant_type": "nf4", "blocksize": 63, "dtype": "float16", "shape": list(tensors[f"{NAME}.weight"].shape)}
     return tensors | {

@@ -1,4 +1,4 @@
-"""`tiler render` in a process of its own: pictures, reports, and what stops a run."""
+"""`tiler render` in a process of its own: pictures, reports, and errors that stop a run."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_a_read_only_folder_is_exit_6(in_process, tiny: Path, tmp_path: Path) ->
 
 @pytest.mark.parametrize("megabytes", [300, 2000])
 def test_a_runaway_allocation_in_mid_run_is_exit_5(tiny: Path, tmp_path: Path, megabytes: int) -> None:
-    """300 MB too much are seen at the next layer; 2 GB are refused by the allocator."""
+    """300 MB too much are noticed at the next layer; the allocator refuses 2 GB."""
     code = f"""
 import sys, numpy
 from tiler.cli import main

@@ -1,4 +1,4 @@
-"""`--from IMG`: a picture is repeated to the byte, and what is typed wins over what it says."""
+"""`--from IMG` repeats a picture to the byte, and typed options win over its metadata."""
 
 from __future__ import annotations
 
@@ -134,9 +134,9 @@ def test_what_cannot_be_repeated_is_exit_3(in_process, tmp_path: Path, texts: di
 @pytest.mark.parametrize(
     ("said", "message"),
     [
-        ({"loras": 3}, "what it says of its loras cannot be read: 3; give --loras"),
-        ({"regions": [{"prompt": "a"}]}, "what it says of its regions cannot be read"),
-        ({"quality": "a"}, "quality = 'a' cannot be read"),
+        ({"loras": 3}, "its metadata about loras cannot be read: 3; give --lora"),
+        ({"regions": [{"prompt": "a"}]}, "its metadata about regions cannot be read"),
+        ({"quality": "a"}, "--quality 'a' cannot be read"),
         ({"prompt": 3}, "prompt = 3 cannot be read"),
         ({"guide": 1}, "guide = 1 cannot be read"),
     ],
@@ -172,8 +172,8 @@ def test_a_model_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_picture_of_ones_own_is_enlarged(in_process, tiny: Path, tmp_path: Path) -> None:
-    """`--scale` takes the size of the picture as it is looked at, and beside --from all but the size of what it
-    says."""
+    """`--scale` uses the size of the picture as displayed; with --from, everything but the size comes from the
+    picture."""
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by a quarter
     Image.new("RGB", (50, 34)).save(tmp_path / "phone.jpg", exif=exif)
@@ -199,7 +199,7 @@ def test_a_picture_of_ones_own_is_enlarged(in_process, tiny: Path, tmp_path: Pat
         (("--guide", "g.png", "--scale", "2", "-H", "64"), "leave out --height"),
         (("--guide", "g.png", "--scale", "2", "--paper", "A4"), "leave out --paper"),
         (("--scale", "2"), "--guide IMG"),
-        (("--guide", "g.png", "--scale", "0.5"), "scale = 0.5 is out of range: 1–64"),
+        (("--guide", "g.png", "--scale", "0.5"), "--scale 0.5 is out of range: 1–64"),
         (("--guide", "none.png", "--scale", "2"), "none.png: no such file"),
         (("--guide", "g.png", "--scale", "64"), "a side has at most 131,072 pixels"),
     ],
@@ -214,7 +214,7 @@ def test_scales_that_make_no_size_are_exit_2(
 
 
 def test_a_model_is_found_by_its_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By its name first; by a hash that is known where nothing is called so; and no other file is hashed."""
+    """First by its name, then by a hash that is already known; no other file is hashed."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("TILER_MODEL_DIRS", str(tmp_path))
     for name in ("a/dream", "b/dream", "night"):
@@ -232,10 +232,36 @@ def test_a_model_is_found_by_its_hash(tmp_path: Path, monkeypatch: pytest.Monkey
         repeated("renamed", digest["night"])  # nobody has hashed it yet
     found, notes = repeated("night", digest["a/dream"])
     assert found == str(tmp_path / "night.safetensors")
-    assert "another file than the picture's" in notes[0]
+    assert "is not the file that the picture was made with" in notes[0]
     found, notes = repeated("renamed", digest["night"])
     assert found == str(tmp_path / "night.safetensors")
     assert "is called 'night' here" in notes[0]
+
+
+def test_a_model_is_found_in_a_model_dir_and_if_that_is_the_model(in_process, tiny: Path, tmp_path: Path) -> None:
+    said = {"prompt": "a boat", "width": 64, "height": 64, "seed": 7, "model": tiny.name, "num_inference_steps": 1}
+    picture = png(tmp_path / "x.png", tiler=json.dumps(said))
+    for folder in (tiny, tiny.parent):
+        assert repeat(picture, NOTHING, DEFAULTS, (folder,)).values["model"] == str(tiny.resolve())
+    ran = in_process("plan", "--from", picture, "--model-dir", tiny)
+    assert ran.code == 0, ran.err
+    ran = in_process("plan", "--from", picture, "--model-dir", tmp_path)
+    assert ran.code == 3 and f"{tiny.name!r}, which is in none of the model_dirs" in ran.err
+
+
+def test_a_guide_or_a_mask_that_has_changed_is_said(in_process, tmp_path: Path) -> None:
+    guide, changed = tmp_path / "g.png", "the file has changed"
+    Image.new("RGB", (64, 64), "white").save(guide)
+    ran = in_process(
+        "render", "a boat", "--guide", guide, "--repaint", guide, "--steps", 2, "--strength", 0.5, "-o", "x.png"
+    )
+    assert ran.code == 0, ran.err
+    assert not any(changed in note for note in repeat(tmp_path / "x.png", NOTHING, DEFAULTS).notes)
+    Image.new("RGB", (64, 64), "red").save(guide)
+    notes = [note for note in repeat(tmp_path / "x.png", NOTHING, DEFAULTS).notes if changed in note]
+    assert notes == [
+        f"{guide} is not the {what} that the picture was made from: {changed}" for what in ("guide", "mask")
+    ]
 
 
 VALUES: dict[str, Any] = {
@@ -275,7 +301,12 @@ def test_every_option_of_a_picture_comes_back(tmp_path: Path, name: str) -> None
     again = fill(RenderRequest(**repeat(picture, NOTHING, DEFAULTS).values))
     chosen = {"precision": "fp32", "decode_precision": FACTS.decode_precision}  # what AUTO was
     for field in RenderRequest.__dataclass_fields__:
-        if field not in (*OF_THE_RUN, "size", "preset", "scale"):  # the last three: resolved in others
+        if field not in (
+            *OF_THE_RUN,
+            "size",
+            "preset",
+            "scale",
+        ):  # the last three: other fields hold what these resolved to
             assert getattr(again, field) == getattr(replace(once, **chosen), field), field
 
 

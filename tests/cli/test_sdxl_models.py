@@ -1,4 +1,4 @@
-"""Folders that are no SDXL model, or lack a part of one: one line and exit code 3."""
+"""Folders that are not an SDXL model, or lack a part of one: one line and exit code 3."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Workers in processes of their own on the loopback interface, and renders that use them."""
+"""Worker processes on the loopback interface, and renders that use them."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ class Fleet:
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(self, *names: str, environment: Mapping[str, str] | None = None, **options: str) -> None:
-        """Workers of these names, as a user would start them; back when all have joined."""
+        """Start workers of these names as a user would, and wait until all have joined."""
         for name in names:
             own = () if "max_ram" in options else ("--max-ram", str(CEILING))
             self._start(("-m", "tiler", "worker"), name, {"threads": "1"} | options, environment, "--quiet", *own)
         self.wait(lambda joined: set(names) <= joined)
 
     def start_stubs(self, *names: str, environment: Mapping[str, str] | None = None, **options: str) -> None:
-        """Workers whose predictions are made up."""
+        """Start workers with made-up predictions, and wait until all have joined."""
         self.begin_stubs(*names, environment=environment, **options)
         self.wait(lambda joined: set(names) <= joined)
 
     def begin_stubs(self, *names: str, environment: Mapping[str, str] | None = None, **options: str) -> None:
-        """As much, but nobody waits until they have joined."""
+        """Start workers with made-up predictions without waiting."""
         for name in names:
             self._start(("-m", "tests.cluster.stub"), name, options, environment)
 
@@ -58,7 +58,7 @@ class Fleet:
 
     @property
     def through(self) -> dict[str, Any]:
-        """What a render needs to use it."""
+        """The options with which a render uses the fleet."""
         return {"cluster": self.address, "keys": self.keys}
 
     def end(self, name: str, number: int = signal.SIGKILL) -> None:
@@ -67,7 +67,7 @@ class Fleet:
         process.wait(30)
 
     def wait(self, until: Callable[[set[str]], bool]) -> None:
-        """Until the names of those that have joined are right."""
+        """Wait until exactly these names have joined."""
         for _ in range(2400):
             if until(set((self.engine.members() or {}).values())):
                 return
@@ -77,7 +77,7 @@ class Fleet:
 
 @contextmanager
 def open_fleet(folder: Path) -> Iterator[Fleet]:
-    """Without workers; those that were started are ended."""
+    """A fleet without workers; all that are started end with it."""
     keys = folder / "keys"
     make_keys(keys)
     with Engine(Cluster(where=Where.LISTEN, host="127.0.0.1", port=0), keys) as engine:
@@ -93,20 +93,20 @@ def open_fleet(folder: Path) -> Iterator[Fleet]:
 
 @pytest.fixture(autouse=True)
 def no_trimming(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What this process gives back between phases takes longer than the phases of so small a picture."""
+    """Do not release memory between phases: it takes longer than the phases of so small a picture."""
     monkeypatch.setattr("tiler.memory.process.trim", lambda: None)
 
 
 @pytest.fixture(scope="module")
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
-    """With the workers `a` and `b`."""
+    """A fleet with the workers `a` and `b`."""
     with open_fleet(tmp_path_factory.mktemp("cluster")) as found:
         found.start("a", "b")
         yield found
 
 
 class Drawn:
-    """A render's latents and picture, its report and what was said."""
+    """A render's latents, picture, report and notes."""
 
     def __init__(self, folder: Path, report: dict[str, Any], notes: list[str]) -> None:
         from safetensors.torch import load_file

@@ -1,4 +1,4 @@
-"""A worker whose predictions are made up, by numpy alone: it joins at once, needs no model, and fails as it is told.
+"""A worker with made-up predictions, computed by numpy alone: it joins at once, needs no model, and fails on request.
 
 python -m tests.cluster.stub ADDRESS --keys FOLDER --name a --seconds 0.1 --dies-at 0,16
 """
@@ -28,14 +28,15 @@ BALLAST = 100_000_000  # bytes that an open job takes
 
 
 def made_up(step: int, windows: Sequence[Window], latents: np.ndarray) -> np.ndarray:
-    """(n, C, h, w) fp32 → as much; each of a few numbers, so that every machine rounds them alike."""
+    """Predictions for (n, C, h, w) fp32, of the same shape. Each is made from a few numbers, so that every machine
+    rounds them the same way."""
     places = np.array([[w[0] + 3 * w[1] + 5 * step] for w in windows], np.float32).reshape(-1, 1, 1, 1)
     found: np.ndarray = latents * np.float32(0.5) + places * np.float32(2**-10)
     return found
 
 
 class Local:
-    """A runner of the coordinator that makes up the same."""
+    """A runner for the coordinator with the same made-up predictions."""
 
     def predict(self, step: int, tiles: Iterable[Tile]) -> Iterator[Tensor]:
         import torch
@@ -48,7 +49,7 @@ class Local:
 
 @contextmanager
 def open_local(*run: Any) -> Iterator[Local]:
-    """In place of `open_denoiser`."""
+    """Replaces `open_denoiser`."""
     yield Local()
 
 

@@ -1,5 +1,5 @@
-"""Renders over worker processes on the loopback interface: equal bytes, ceilings, closed doors, and what happens when
-things break."""
+"""Renders with worker processes on the loopback interface: equal bytes, ceilings, refused connections, and recovery
+when something breaks."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tiler.request.cluster import Cluster, Where
 
 @pytest.fixture(scope="module")
 def alone(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Drawn:
-    """What one process draws."""
+    """The render of a single process."""
     return draw(tiny, tmp_path_factory.mktemp("alone"))
 
 
@@ -70,7 +70,7 @@ def test_two_renders_at_once_share_the_workers(fleet: Fleet, tiny: Path, tmp_pat
     other: list[subprocess.Popen[bytes]] = []
 
     def begin(event: events.Progress) -> None:
-        """The other one joins in while this one is under way, which then waits until it has begun."""
+        """Start the other render while this one runs, and wait until it has started."""
         if not other:
             other.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE))
             for _ in range(600):
@@ -151,4 +151,4 @@ def test_a_plan_of_local_workers_tells_what_each_would_do(tiny: Path, in_process
     assert ran.code == 0, ran.err
     lines = ran.out.splitlines()
     assert re.fullmatch(r" +local-2 +\d+\.\d s a tile, \d+ tiles?, idle \d+%", next(x for x in lines if "local-2" in x))
-    assert "a second canvas at once: " in ran.out and max(map(len, lines)) <= 80
+    assert "two canvases at the same time: " in ran.out and max(map(len, lines)) <= 80

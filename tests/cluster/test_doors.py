@@ -1,4 +1,4 @@
-"""Who is let in, and whose work is not taken."""
+"""Who may connect, and whose work is refused."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from tiler.request.cluster import Cluster, Where, check_cluster, parse_cluster, 
     "text", ["local:0", "local:65", "local", "listen:0", "listen:99999", "somewhere", "http://a:1", "tls://a", ""]
 )
 def test_what_is_no_cluster_is_refused(text: str) -> None:
-    with pytest.raises(UsageError, match="cluster = "):
+    with pytest.raises(UsageError, match="--cluster "):
         parse_cluster(text)
 
 
@@ -61,19 +61,19 @@ def test_without_keys_nobody_may_connect(tmp_path: Path) -> None:
         check_cluster(text, None, insecure=True)
     check_cluster("local:2", None, insecure=False)
     for insecure in (False, True):
-        with pytest.raises(UsageError, match="--keys go with tls:// alone"):
+        with pytest.raises(UsageError, match="--keys works only with tls://"):
             check_cluster("tcp://127.0.0.1:1", tmp_path, insecure=insecure)
     check_cluster("listen", tmp_path, insecure=False)
     check_cluster("tcp://192.168.1.2:99", None, insecure=True)
     for text in ("local:2", "listen", "nonsense"):
-        with pytest.raises(UsageError, match="no address of a scheduler"):
+        with pytest.raises(UsageError, match="is not a scheduler's address"):
             scheduler_of(text, tmp_path, insecure=False)
 
 
 def test_keys_are_their_owners_alone_and_never_replaced(tmp_path: Path) -> None:
     for path in make_keys(tmp_path / "keys"):
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    with pytest.raises(UsageError, match="is there already"):
+    with pytest.raises(UsageError, match="exists already"):
         make_keys(tmp_path / "keys")
     (tmp_path / "keys/key.pem").chmod(0o644)
     with pytest.raises(UsageError, match="chmod 600"):
@@ -83,7 +83,7 @@ def test_keys_are_their_owners_alone_and_never_replaced(tmp_path: Path) -> None:
     (tmp_path / "keys/key.pem").chmod(0o600)
     find_keys(tmp_path / "keys")
     (tmp_path / "keys/cert.pem").write_text("nonsense")
-    with pytest.raises(UsageError, match="are no pair of keys"):
+    with pytest.raises(UsageError, match="are not a pair of keys"):
         find_keys(tmp_path / "keys")
 
 
@@ -148,7 +148,7 @@ def job(tiny: Path) -> SharedJob:
 
 
 def greet(job: SharedJob, max_ram_bytes: int, models: dict[str, str] | None = None) -> Greeting:
-    """How a worker with that ceiling answers, in this process."""
+    """The answer of a worker with that ceiling, in this process."""
     family = families.open_family(ask(Path(job.request.model)))
     tile = Tile(torch.zeros(1, 4, 8, 8), plan_tiling(job.request, family).canvas_steps[0][0])
     with Budget(max_ram_bytes) as budget:
@@ -176,7 +176,7 @@ def test_a_worker_says_why_it_does_not_take_a_job(
     assert "is another model here" in other.refusal
     assert "/nowhere/x: no such folder" in greet(job, room, {job.request.model: "/nowhere/x"}).refusal
     small = greet(job, read_rss().now - 1)
-    assert "the smallest --max-ram that would do is" in small.refusal
+    assert "the smallest --max-ram that works is" in small.refusal
     theirs = job.to_bytes()
     monkeypatch.setattr(shared, "versions", lambda: {"tiler": "0.0", "torch": "0.0"})
     refused = Greeting.from_json(tasks.hello(theirs, 0, (), np.zeros(1)))
@@ -199,13 +199,13 @@ def test_a_share_below_the_floor_is_refused_with_the_number_that_fits(tiny: Path
 def test_what_a_user_may_type_wrong(in_process: Callable[..., Ran], tmp_path: Path) -> None:
     for words, code, said in (
         (("worker", "tls://a:1"), 2, "needs --keys FOLDER"),
-        (("worker", "local:2"), 2, "is no address of a scheduler"),
+        (("worker", "local:2"), 2, "is not a scheduler's address"),
         (("worker", "tcp://127.0.0.1:1", "--model", "x"), 2, "write NAME=PATH"),
         (("worker", "tcp://127.0.0.1:1"), 2, "take tls:// with --keys FOLDER"),
-        (("cluster", "status", "tcp://127.0.0.1:1", "--keys", tmp_path), 2, "--keys go with tls:// alone"),
+        (("cluster", "status", "tcp://127.0.0.1:1", "--keys", tmp_path), 2, "--keys works only with tls://"),
         (("render", "x", "--cluster", "nowhere"), 2, "is none of local:N, listen"),
         (("render", "x", "--cluster", "listen", "--keys", tmp_path), 2, "no such file; `tiler cluster keys"),
-        (("cluster", "status", f"file:{tmp_path}/none.json"), 11, "no address of a scheduler"),
+        (("cluster", "status", f"file:{tmp_path}/none.json"), 11, "holds no scheduler's address"),
     ):
         ran = in_process(*words)
         assert ran.code == code and said in ran.err, (words, ran)
@@ -214,7 +214,8 @@ def test_what_a_user_may_type_wrong(in_process: Callable[..., Ran], tmp_path: Pa
 
 
 def test_connections_remember_no_tiles() -> None:
-    """dask's keep their last 1,000 messages each by default: of a worker with five tiles a task 320 MB."""
+    """By default each of dask's connections remembers its last 1,000 messages: 320 MB for a worker with five tiles per
+    task."""
     from distributed.batched import BatchedSend
 
     assert BatchedSend(interval=1).recent_message_log.maxlen == 1

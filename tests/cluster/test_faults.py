@@ -1,6 +1,5 @@
-"""When things break, on loopback with processes of their own: whatever happens to workers, scheduler and network, the
-picture has the bytes that one process makes. Predictions are made up, but for those of tests/cluster/test_cluster.py.
-"""
+"""Faults of workers, scheduler and network, on loopback with real processes: the picture always has the bytes that one
+process makes. Predictions are made up; those of a model are tested in tests/cluster/test_cluster.py."""
 
 from __future__ import annotations
 
@@ -30,7 +29,7 @@ ROOT = str(Path(__file__).parents[2])
 
 @pytest.fixture(autouse=True)
 def made_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who predicts here makes up what the workers make up, and waits no longer than it has to."""
+    """Use the workers' made-up predictions in this process too, and wait no longer than necessary."""
     monkeypatch.setattr(run, "open_denoiser", stub.open_local)
     monkeypatch.setattr(members, "_LOOK_EVERY", 0.1)
     monkeypatch.setattr(members, "_SETTLE", 1.0)
@@ -51,7 +50,7 @@ def stubs(tmp_path: Path) -> Iterator[Fleet]:
 
 
 def at_a_third(do: Callable[[], None]) -> Callable[[events.Progress], None]:
-    """Once, when a third of the canvas is done."""
+    """Call a function once, when a third of the canvas is done."""
     done: list[int] = []
 
     def on_progress(event: events.Progress) -> None:
@@ -114,7 +113,7 @@ def test_with_cluster_only_it_waits_for_workers(
 
 
 def dask_scheduler(keys: Path, port: int) -> subprocess.Popen[bytes]:
-    """As a user would start one."""
+    """A scheduler, started as a user would."""
     pair = [f"--tls-{what}={keys / name}.pem" for what, name in (("ca-file", "cert"), ("cert", "cert"), ("key", "key"))]
     command = [
         sys.executable, "-m", "distributed.cli.dask_scheduler", "--host", "tls://127.0.0.1", "--port", str(port),
@@ -206,8 +205,8 @@ def test_nan_on_one_worker_and_on_two_and_a_ceiling(stubs: Fleet, tiny: Path, tm
 
 
 class SlowWire:
-    """Between workers and a scheduler: everything arrives 50 ms later, and one piece of fifty, which was lost, after
-    a quarter of a second."""
+    """A proxy between workers and scheduler: everything arrives 50 ms later, and one piece in fifty is lost first and
+    arrives after a quarter of a second."""
 
     def __init__(self, port: int) -> None:
         self._server = socket.create_server(("127.0.0.1", 0))

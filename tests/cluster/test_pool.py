@@ -1,4 +1,5 @@
-"""Who gets which tiles when workers are slow, fail or go: a scheduler's stand-in, and predictions that are known."""
+"""How tiles are distributed if workers are slow, fail or leave, with a stand-in for the scheduler and known
+predictions."""
 
 from __future__ import annotations
 
@@ -41,12 +42,12 @@ def good(latents: np.ndarray) -> Answer:
 
 
 def silent(latents: np.ndarray) -> None:
-    """Stopped, or on a machine whose lid was closed."""
+    """A worker that is stopped, or on a machine whose lid is closed."""
     return
 
 
 class Scheduler:
-    """In place of an Engine: each worker answers at once as its behaviour says, last come first served."""
+    """Replaces an Engine: each worker answers at once according to its behaviour; the last task is served first."""
 
     def __init__(self, **workers: Behaviour) -> None:
         self.workers, self.digests = workers, dict.fromkeys(workers, SAME)
@@ -137,7 +138,7 @@ def run(
 
 @pytest.fixture(autouse=True)
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No second is waited for."""
+    """Skip all waiting."""
     monkeypatch.setattr(members, "_LOOK_EVERY", 0.0)
     monkeypatch.setattr(members, "_SETTLE", 0.0)
     monkeypatch.setattr(pool, "_LATE", 0.0)

@@ -1,4 +1,4 @@
-"""Which worker gets how many tiles: a fleet is simulated, and compared with what no plan could beat."""
+"""How many tiles each worker gets: simulated fleets, compared with a bound that no plan can beat."""
 
 from __future__ import annotations
 

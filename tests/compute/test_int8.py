@@ -1,4 +1,4 @@
-"""Products in 8-bit integers against 64-bit ones, and the files of packed weights."""
+"""Products of 8-bit integers against 64-bit ones, and files of packed weights."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ needs_int8 = pytest.mark.skipif(not cpu.int8().products, reason="this processor 
 
 @pytest.fixture(autouse=True)
 def no_layer_is_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tiny checkpoints' layers would mostly be loaded at once."""
+    """Otherwise most layers of the tiny checkpoints would be loaded at the start."""
     for module in ("tiler.compute.layers", "tiler.models.unet"):
         monkeypatch.setattr(f"{module}.SMALL", 500)
 
@@ -84,7 +84,7 @@ def test_a_linear_layer_is_the_sum_of_integer_products(bias: bool) -> None:
 def test_a_convolution_is_the_sum_of_integer_products(
     stride: int, kernel: int, shift: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Zero, the padding, is exact also where no value is near it. Windows are taken in several bands of rows."""
+    """The zeros of the padding stay exact even if no value is near zero. Windows are taken in several bands of rows."""
     torch.manual_seed(2)
     monkeypatch.setattr(int8, "WINDOWS_BYTES", 3000)
     monkeypatch.setattr(int8, "CHUNK", 2000)
@@ -338,8 +338,8 @@ def test_what_int8_means_on_a_processor(
 
 @needs_int8
 def test_planning_counts_int8_weights_as_bytes(tiny: Path) -> None:
-    """The peak of a pass on shapes: with every layer a unit of its own, fp32 holds four bytes where int8 holds one, or
-    three by oneDNN of a weight that is one piece: as stored, on its way, and as computed with."""
+    """The peak of a pass on shapes, with every layer a unit of its own: where fp32 holds four bytes, int8 holds one;
+    with oneDNN, three for a weight in one piece: as stored, in transit, and reordered for computing."""
     family = family_of(tiny)
     peaks = []
     for quantised in (False, True):

@@ -1,5 +1,5 @@
-"""A kernel of its own kind takes part through the policy alone; the table names kernels that exist; constants have
-passports."""
+"""A new kernel takes part through the policy alone; the table names only existing kernels; constants state their
+origin."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from tiler.weights.store import WeightStore
 
 
 class FourBits(Kernel):
-    """Convolutions of 3 × 3 with norm, activation and residual in one go; two weights a byte, a scale for each
+    """Convolutions of 3 × 3 with norm, activation and residual in one pass; two weights per byte, a scale for each
     output."""
 
     name = "four-bits"
@@ -92,7 +92,7 @@ class FourBits(Kernel):
 
 
 class Block(nn.Module):
-    """A norm, SiLU, a 3 × 3 convolution, and what came in added."""
+    """A norm, SiLU, a 3 × 3 convolution, and a residual."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ class Block(nn.Module):
 
 
 def four_bit(weight: Tensor) -> Tensor:
-    """The weight rounded to 15 steps an output, in fp64."""
+    """The weight rounded to 15 steps per output, in fp64."""
     scale = (weight.flatten(1).abs().amax(1) / 7).view(-1, 1, 1, 1).double()
     return (weight.double() / scale).round() * scale
 

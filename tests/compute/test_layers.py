@@ -1,4 +1,5 @@
-"""What surrounds a product goes with it: a transformer's block is a few operations, whoever computes them."""
+"""A transformer's block consists of a few operations, each a product with what surrounds it, whichever kernel computes
+them."""
 
 from __future__ import annotations
 
@@ -93,7 +94,7 @@ def block(activation: str = "geglu") -> BasicTransformerBlock:
 
 @contextmanager
 def streamed(module: nn.Module, meta: nn.Module, folder: Path, *prefer: Kernel) -> Iterator[nn.Module]:
-    """`meta` with the weights of `module`, streamed."""
+    """`meta` with the weights of `module` streamed."""
     save_file(dict(module.state_dict()), folder / "w.safetensors")
     with WeightStore(read_index(folder / "w.safetensors")) as store:
         stream_layers(meta, Streamer(store, prefer=prefer))
@@ -134,7 +135,7 @@ def test_a_transformer_block_is_seven_operations(tmp_path: Path, activation: str
 
 
 def stored(folder: Path, kernel: str, *weights: Tensor) -> tuple[WeightStore, Group]:
-    """The weights as `kernel` takes them."""
+    """The weights in the form that `kernel` takes."""
     tensors: dict[str, Tensor] = {}
     for i, weight in enumerate(weights):
         rows, scale = quantize_rows(weight)
@@ -157,7 +158,7 @@ with_kernels = pytest.mark.parametrize("kernel", ["fp32", pytest.param("int8", m
 @torch.no_grad()
 @pytest.mark.parametrize("kernel", [pytest.param(name, marks=products) for name in ("int8", "native-int8")])
 def test_a_low_rank_path_is_added_to_int8_weights(tmp_path: Path, kernel: str) -> None:
-    """What LoRA adds is exact beside a quantised weight too."""
+    """LoRA's addition stays exact beside quantised weights."""
     torch.manual_seed(4)
     x, weight, bias = torch.randn(2, 9, 48), torch.randn(48, 48), torch.randn(48)
     down, up = torch.randn(4, 48), torch.randn(48, 4)

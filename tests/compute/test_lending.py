@@ -1,4 +1,4 @@
-"""A module comes back from a streamer as it was."""
+"""A module is unchanged after a streamer has used it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Layers by tiler's own kernels against fp64 arithmetic of their weights, and their bytes however weights are cut."""
+"""Layers computed by tiler's own kernels against fp64 arithmetic; their bytes do not depend on how weights are cut."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ERRORS = {"native-int8": 3e-2, "native-bf16": 1e-2, "native-fp32": 2e-6}  # of s
 
 
 class Gated(nn.Module):
-    """LayerNorm, GEGLU, a layer back, what came in added; and three layers of one input."""
+    """LayerNorm, GEGLU, a layer back and a residual; then three layers with one input."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,8 +45,9 @@ class Gated(nn.Module):
 
 
 class Convolutions(nn.Module):
-    """Two joined parts: through GroupNorm, SiLU and 3 × 3 with a residual, and through 1 × 1; a stride of 2; a normed 1
-    × 1; rows that bring their own frame above and below, if `framed`."""
+    """Two joined parts, through GroupNorm, SiLU and a 3 × 3 convolution with a residual, and through a 1 × 1
+    convolution; a stride of 2; a normed 1 × 1 convolution; with `framed`, rows that bring their own frame above and
+    below."""
 
     def __init__(self, *, framed: bool = True) -> None:
         super().__init__()
@@ -62,7 +63,7 @@ class Convolutions(nn.Module):
 
 
 class One(nn.Module):
-    """A layer alone."""
+    """A single layer."""
 
     def __init__(self, *, is_linear: bool) -> None:
         super().__init__()
@@ -73,8 +74,8 @@ class One(nn.Module):
 
 
 def stored(module: nn.Module, path: Path, kernel: str, *, in_blocks: bool = True) -> nn.Module:
-    """Write the module's weights: fp16, or int8 as a packed file has them; returns it with what the file's weights
-    are."""
+    """Write the module's weights as fp16, or as int8 like a packed file. Return the module with the weights of that
+    file."""
     tensors: dict[str, Tensor] = {}
     for name, value in module.state_dict().items():
         if kernel == "native-int8" and value.ndim > 1:
@@ -110,7 +111,7 @@ def kernel(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(params=[Gated, Convolutions])
 def case(request: pytest.FixtureRequest, kernel: str, tmp_path: Path):
-    """What makes a module, itself with the weights of its file, the file, and three samples."""
+    """A factory of modules, a module with the weights of its file, the file, and three samples."""
     generator = torch.Generator().manual_seed(3)
     make = Gated if request.param is Gated else partial(Convolutions, framed=kernel != "native-int8")
     module = make().requires_grad_(False)
@@ -165,8 +166,7 @@ def test_nan_reaches_the_result(case, kernel: str) -> None:
 def test_an_outlier_costs_half_a_step_of_its_own_token_or_image(
     is_linear: bool, outlier: float, tmp_path: Path
 ) -> None:
-    """Transformers have a few values that are far larger than all others (Dettmers et al., 2022, LLM.int8(), section
-    3)."""
+    """Transformers have a few values far larger than all others (Dettmers et al., 2022, LLM.int8(), section 3)."""
     torch.manual_seed(5)
     make, path = partial(One, is_linear=is_linear), tmp_path / "w.safetensors"
     exact = stored(make(), path, "native-int8").double()

@@ -1,4 +1,4 @@
-"""Attention by the library behind `attend`: chosen by width and policy, right for views of any strides, counted on
+"""Attention by tiler's own kernels: chosen by width and policy, correct for views with any strides, and counted from
 shapes alone."""
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ INT8 = Policy(int8=frozenset({"w"}))
 
 
 def heads(samples: int, tokens: int, count: int, width: int, device: str = "cpu") -> Tensor:
-    """(n, heads, tokens, width) as layers make it: a view of (n, tokens, heads · width)."""
+    """(n, heads, tokens, width) as layers produce it: a view of (n, tokens, heads · width)."""
     return torch.randn(samples, tokens, count * width, device=device).unflatten(-1, (count, -1)).transpose(1, 2)
 
 
@@ -45,7 +45,7 @@ def test_views_of_any_strides_are_taken_as_they_lie() -> None:
 
 @pytest.mark.parametrize("by_torch", [False, True])
 def test_keys_may_come_some_at_a_time(monkeypatch: pytest.MonkeyPatch, by_torch: bool) -> None:
-    """As in an autoencoder: one head of 512, and a part whose scores are far above the others'."""
+    """As in an autoencoder: one head of 512, and one part with scores far above the others'."""
     if by_torch:
         monkeypatch.setattr("tiler.compute.native_attention.library.library", lambda: None)
     torch.manual_seed(1)

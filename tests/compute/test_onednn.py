@@ -1,4 +1,4 @@
-"""torch builds that lack an operator of oneDNN's: other kernels do the work, and a note says so."""
+"""torch builds that lack a oneDNN operator: other kernels do the work, and a note says so."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tiler.compute.stream import Streamer
 
 @pytest.fixture
 def unsupported(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A processor with all instructions under a torch whose private operators are gone."""
+    """A processor with all instructions, under a torch without the private operators."""
 
     def missing(*args: object) -> Tensor:
         raise AttributeError("'_OpNamespace' 'onednn' object has no attribute 'qlinear_pointwise'")

@@ -1,4 +1,4 @@
-"""The meter, which tells what a computation on meta tensors would take."""
+"""The meter, which measures what a computation on meta tensors would take."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_meter_looks_up_rows_without_data() -> None:
 
 
 def test_meter_counts_attention_whose_arguments_are_named() -> None:
-    """Scores are never whole: the result alone is counted."""
+    """Attention scores are never in memory as a whole: only the result is counted."""
     queries, keys = torch.empty(1, 2, 100, 16, device="meta"), torch.empty(1, 2, 300, 16, device="meta")
     with MetaMeter() as meter:
         out = nn.functional.scaled_dot_product_attention(query=queries, key=keys, value=keys)

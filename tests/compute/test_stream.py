@@ -91,7 +91,7 @@ def test_unet_equals_diffusers(checkpoints: Path, kind: str) -> None:
 
 
 class Masked:
-    """Attention over all tokens whose scores between different windows are −∞."""
+    """Attention over all tokens, with scores of −∞ between different windows."""
 
     def __init__(self, side: int, windows: Windows) -> None:
         place = torch.arange(side)
@@ -111,7 +111,7 @@ class Masked:
 @pytest.mark.parametrize("windows", [Windows(4), Windows(4, 1, 3), Windows(3, 2, 0), Windows(8, 5, 5)])
 @torch.no_grad()
 def test_attention_in_windows_is_attention_masked_between_them(tiny: Path, windows: Windows) -> None:
-    """`tiny` has 8×8 latents. Its first level alone is masked; a window as large as the tile is plain attention."""
+    """`tiny` has 8×8 latents. Only its first level is masked; a window as large as the tile is plain attention."""
     family = families.read_family(resolve(str(tiny)))
     x = inputs(family, 2)
     reference = UNet2DConditionModel.from_pretrained(tiny / "unet", variant="fp16", torch_dtype=torch.float32)
@@ -127,7 +127,7 @@ def test_attention_in_windows_is_attention_masked_between_them(tiny: Path, windo
 
 @torch.no_grad()
 def test_a_plain_call_of_the_streamed_module_works_too(tiny: Path) -> None:
-    """stream_layers serves any module tree: here diffusers' own forward, with units run inside it."""
+    """stream_layers works with any module tree: here with diffusers' own forward, which runs units inside it."""
     family = families.read_family(resolve(str(tiny)))
     x = inputs(family, 2)
     unet = family.part(families.Role.DENOISER).build()
@@ -278,7 +278,7 @@ def test_text_encoder_equals_transformers(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_shards_and_old_attention_names_are_found(tiny: Path, tmp_path: Path) -> None:
-    """VAEs written by old diffusers call to_q, to_k, to_v, to_out.0 query, key, value, proj_attn."""
+    """VAEs written by old diffusers call to_q, to_k, to_v and to_out.0 query, key, value and proj_attn."""
     weights = load_file(tiny / "vae/diffusion_pytorch_model.fp16.safetensors")
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     renamed = {}

@@ -1,4 +1,4 @@
-"""The exact decoder against diffusers' whole-image AutoencoderKL, and what it leaves on the disk: nothing."""
+"""The exact decoder against diffusers' AutoencoderKL on the whole image; it leaves nothing on the disk."""
 
 from __future__ import annotations
 
@@ -51,13 +51,14 @@ def decode(
 
 
 def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Of pictures in [-1, 1]."""
+    """The PSNR of pictures in [-1, 1]."""
     return -10 * math.log10(float((a - b).square().mean()) / 4)
 
 
 @pytest.mark.parametrize("size", [(70, 50), (33, 129), (1, 3), (64, 9)])
 def test_decoding_equals_diffusers(tiny: Path, reference: AutoencoderKL, tmp_path: Path, size: tuple[int, int]) -> None:
-    """Without a common scale or statistic: bright at the top, dark at the bottom, more contrast to the right."""
+    """The picture has no common scale or statistic: bright at the top, dark at the bottom, more contrast to the
+    right."""
     latents = torch.randn(1, 4, *size, generator=torch.Generator().manual_seed(1))
     latents = latents * torch.linspace(0.2, 3, size[1]) + torch.linspace(-3, 3, size[0])[:, None]
     want = reference.decode(latents).sample[0]
@@ -72,7 +73,7 @@ def test_decoding_equals_diffusers(tiny: Path, reference: AutoencoderKL, tmp_pat
 def test_transformed_convolutions_decode_what_diffusers_does(
     tiny: Path, reference: AutoencoderKL, tmp_path: Path, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As in an autoencoder of full size: rows come in fours, and enlarging is a pass of its own."""
+    """As in a full-size autoencoder: rows come in fours, and upsampling is a pass of its own."""
     monkeypatch.setattr("tiler.compute.layers.SMALL", 100)
     monkeypatch.setattr("tiler.decoding.exact.ALONE", 100)
     latents = torch.randn(1, 4, *size, generator=torch.Generator().manual_seed(1))
@@ -127,7 +128,7 @@ def test_strips_and_chunks_do_not_show(tiny: Path, tmp_path: Path, monkeypatch: 
 
 
 def test_pooled_statistics_are_groupnorms() -> None:
-    """A strong gradient: the mean of strips' variances alone would be far off."""
+    """With a strong gradient, the mean of the strips' variances would be far off."""
     x = torch.randn(1, 8, 50, 30) + torch.linspace(-100, 100, 50)[:, None]
     pooled = Pooled(4)
     for strip in x.split(7, dim=2):
@@ -138,8 +139,8 @@ def test_pooled_statistics_are_groupnorms() -> None:
 
 
 class _Spaced:
-    """diffusers' processor of an autoencoder's attention, with keys and values of every `step`-th row and column
-    alone."""
+    """diffusers' processor of an autoencoder's attention, with keys and values of only every `step`-th row and
+    column."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -203,7 +204,7 @@ def test_weights_are_read_once(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_nothing_is_ever_seen_in_the_scratch_folder(tiny: Path, tmp_path: Path) -> None:
-    """The files have no name while they are used, so a killed process leaves none."""
+    """The files have no name while they are in use, so a killed process leaves none."""
     seen: list[str] = []
     decode(
         tiny, torch.randn(1, 4, 40, 40), tmp_path, torch.float16, check=lambda where: seen.extend(os.listdir(tmp_path))
@@ -248,7 +249,7 @@ def test_auto_takes_exact_while_there_is_room_and_attention_is_cheap(
     for kind in (Decode.AUTO, Decode.EXACT, Decode.FROZEN):
         with pytest.raises(StorageError, match="--scratch"):
             chosen(tiny, kind, 400, tmp_path, 1000)
-    with pytest.raises(StorageError, match="no scratch folder"):
+    with pytest.raises(StorageError, match="cannot be used for scratch files"):
         scratch.free_bytes(tmp_path / "missing")
 
 

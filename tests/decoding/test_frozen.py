@@ -1,4 +1,5 @@
-"""The row pipeline against diffusers' AutoencoderKL: exact where the statistics are, seamless everywhere."""
+"""The decoder that works row by row against diffusers' AutoencoderKL: exact if its statistics are, and never with
+seams."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ def smooth_latents(height: int, width: int) -> torch.Tensor:
 def test_small_pictures_decode_as_diffusers_does(
     tiny: Path, reference: AutoencoderKL, tmp_path: Path, size: tuple[int, int]
 ) -> None:
-    """Up to 64×64 latents the held statistics are the picture's own: the streamed decode is the whole-image decode."""
+    """Up to 64×64 latents, the held statistics are the picture's own, and the streamed decode is the whole-image
+    decode."""
     latents = smooth_latents(*size)
     family = families.read_family(resolve(str(tiny)))
     vae = families.build_vae(family.autoencoder)
@@ -49,7 +51,8 @@ def test_small_pictures_decode_as_diffusers_does(
 
 @torch.no_grad()
 def test_given_true_statistics_a_large_picture_is_exact(tiny: Path, reference: AutoencoderKL, tmp_path: Path) -> None:
-    """Measured on the whole picture instead of a sample, the row pipeline is diffusers' decoder: no seam, no halo."""
+    """With statistics of the whole picture instead of a sample, the row pipeline equals diffusers' decoder: no seam, no
+    halo."""
     latents = smooth_latents(70, 50)
     family = families.read_family(resolve(str(tiny)))
     vae = families.build_vae(family.autoencoder)
@@ -69,7 +72,7 @@ def test_given_true_statistics_a_large_picture_is_exact(tiny: Path, reference: A
 def test_a_picture_that_wraps_joins_itself(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Decode
 ) -> None:
-    """Where copies join, the picture is what it would be if the join lay elsewhere."""
+    """At the join of two copies, the picture is what it would be if the join were elsewhere."""
     monkeypatch.setattr(method, "TOKENS", 1000)  # sampled attends to every third token each way
     monkeypatch.setattr(frozen, "SAMPLE_SIDE", 96)  # frozen measures less than the whole
     height, width = (96, 120) if kind is Decode.FROZEN else (72, 84)
@@ -111,7 +114,7 @@ def test_a_picture_that_wraps_joins_itself(
 
 @torch.no_grad()
 def test_strips_do_not_show(tiny: Path, tmp_path: Path) -> None:
-    """The picture does not depend on how many rows are pushed at a time, beyond fp32's last bits."""
+    """Except for fp32's last bits, the picture does not depend on the number of rows pushed at a time."""
     latents = smooth_latents(48, 40)
     family = families.read_family(resolve(str(tiny)))
     vae = families.build_vae(family.autoencoder)
@@ -134,7 +137,7 @@ def test_bands_keep_every_column_once_and_see_what_a_convolution_sees(width: int
 
 @torch.no_grad()
 def test_bands_do_not_show(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A wide picture is what it would be in one piece, in both directions, beyond fp32's last bits."""
+    """Except for fp32's last bits, a wide picture equals one made in one piece, in both directions."""
     latents = smooth_latents(30, 150)
     pixels = np.random.default_rng(0).integers(0, 256, (240, 1200, 3), dtype=np.uint8)
     family = families.read_family(resolve(str(tiny)))
@@ -218,7 +221,7 @@ def test_a_picture_that_wraps_is_resized_as_its_copies_side_by_side() -> None:
 
 
 def test_a_print_is_never_whole_in_memory() -> None:
-    """The pixels of a canvas of 8192×16384 are 400 MB; its rows are made when they are asked for."""
+    """The pixels of a canvas of 8192×16384 take 400 MB; rows are made on demand."""
     from tiler.diffusion.guide import crop_to_aspect
 
     tracemalloc.start()

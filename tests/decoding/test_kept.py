@@ -1,4 +1,4 @@
-"""Decodes without passes, `frozen` and `tiny`, go on at a row, with the same bits in the same strips."""
+"""Decodes without passes, `frozen` and `tiny`, continue at a row, with the same bits in the same strips."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from diffusers import AutoencoderTiny
 from tiler.compute.layers import stream_layers
 from tiler.compute.stream import Streamer
 from tiler.decoding import frozen, held, spool
+from tiler.decoding.kept import KeptRows
 from tiler.decoding.method import ScratchSpace, choose
 from tiler.decoding.rows import Stage, decoder_stages
 from tiler.decoding.scratch import Scratch
@@ -45,8 +46,8 @@ def latents(height: int, width: int) -> torch.Tensor:
 def stopped_again_and_again(
     make: object, whole: list[np.ndarray], folder: Path, stops: range
 ) -> tuple[list[np.ndarray], list[int]]:
-    """The strips of a decode that is stopped at the checks `stops`, each run from the start; and how many checks each
-    took."""
+    """The strips of a decode that is stopped at the checks `stops`, each run from the start, and the number of checks
+    in each run."""
     checks, taken = 0, []
     for stop in (*stops, -1):
         checks = 0
@@ -67,7 +68,7 @@ def stopped_again_and_again(
 
 @pytest.mark.parametrize(("width", "wrap"), [(100, Wrap.NONE), (20, Wrap.XY)])
 def test_frozen_goes_on_at_a_row(tiny: Path, tmp_path: Path, width: int, wrap: Wrap) -> None:
-    """Bands that lie side by side, and margins."""
+    """With bands side by side, and with margins."""
     family = families.read_family(resolve(str(tiny)))
     z, streamer = latents(150, width), Streamer(None)
     vae = families.build_vae(family.autoencoder)
@@ -89,6 +90,20 @@ def test_frozen_goes_on_at_a_row(tiny: Path, tmp_path: Path, width: int, wrap: W
     assert all(np.array_equal(one, other) for one, other in zip(strips, whole, strict=True))
     assert taken[-1] < len(in_all) // 2  # most was there
     assert spool.where_in(tmp_path / "spool") == f"row {sum(map(len, whole))} of the decoder"
+
+
+def test_a_line_of_the_journal_does_not_grow_with_the_picture(tmp_path: Path) -> None:
+    """Thousands of strips, as in a picture of 100,000 px: their heights are restored, and the last line is short."""
+    heights = [5, *[8] * 3000, 3]
+    made = Spool(tmp_path, "the decoder", "this one")
+    with KeptRows(made, 2) as kept:
+        for number, height in enumerate(heights):
+            kept.add(np.full((height, 2, 3), number % 251, np.uint8))
+    assert len((tmp_path / spool.JOURNAL).read_bytes().splitlines()[-1]) < 500
+    with KeptRows(Spool(tmp_path, "the decoder", "this one"), 2) as kept:
+        strips = list(kept.strips())
+    assert [len(strip) for strip in strips] == heights and kept.count == sum(heights)
+    assert all((strip == number % 251).all() for number, strip in enumerate(strips))
 
 
 def test_tiny_goes_on_at_a_row(tmp_path: Path) -> None:
@@ -118,7 +133,7 @@ def test_tiny_goes_on_at_a_row(tmp_path: Path) -> None:
 
 
 def test_an_autoencoder_without_attention_remembers_its_norms(tmp_path: Path) -> None:
-    """As that of mini: rows are kept, and the norms' statistics come back to the last bit."""
+    """Like mini's: rows are kept, and the norms' statistics are restored to the last bit."""
     family = families.read_family(resolve("mini"))
 
     def stages() -> list[Stage]:

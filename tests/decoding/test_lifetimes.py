@@ -1,5 +1,4 @@
-"""What a decode leaves behind, however it ends: no open file, no taken disk space, no change in what was handed to
-it."""
+"""However a decode ends, it leaves no open file and no used disk space, and its inputs are unchanged."""
 
 from __future__ import annotations
 
@@ -30,7 +29,7 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="no /
 
 
 def files_in(folder: Path) -> list[int]:
-    """The bytes on disk of each file of `folder` that this process has open, with a name or without."""
+    """The bytes on disk of each file of `folder` that this process has open, named or nameless."""
     sizes = []
     for fd in os.listdir("/proc/self/fd"):
         try:
@@ -46,7 +45,7 @@ def files_in(folder: Path) -> list[int]:
 def decoding(
     request: pytest.FixtureRequest, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[..., Any]]:
-    """Begin to decode 90 × 90 latents: a function of what is called at every layer."""
+    """A function that starts to decode 90 × 90 latents; its argument is called at every layer."""
     monkeypatch.setattr(frozen, "BAND", 60)  # or no band waits in the scratch
     kind = families.read_family(resolve(str(tiny))).autoencoder
     vae = families.build_vae(kind)
@@ -148,7 +147,7 @@ def test_a_folder_that_cannot_unlink_leaves_no_file_open(tmp_path: Path, monkeyp
 
 
 def states(model: nn.Module) -> dict[str, dict[str, object]]:
-    """All that the modules of a model say of themselves, beside parameters."""
+    """All attributes of a model's modules except the parameters."""
     simple = int | float | str | bool | tuple | type(None)
     return {
         name: {"class": type(module), **{k: v for k, v in vars(module).items() if isinstance(v, simple)}}
@@ -158,7 +157,7 @@ def states(model: nn.Module) -> dict[str, dict[str, object]]:
 
 @pytest.mark.parametrize("by_rows", [exact, frozen])
 def test_an_autoencoder_of_the_callers_still_works(reference: AutoencoderKL, tmp_path: Path, by_rows: Any) -> None:
-    """diffusers decodes and encodes with a module as it did before we used it, and we do the same twice."""
+    """After tiler has used a module, diffusers decodes and encodes with it as before, and tiler can use it again."""
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(1, 4, 24, 20, generator=generator)
     pixels = np.random.default_rng(0).integers(0, 256, (192, 160, 3), dtype=np.uint8)

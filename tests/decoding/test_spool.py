@@ -1,5 +1,5 @@
-"""A decode that is stopped anywhere goes on at a pass, with the same bits; what is damaged or of another picture is
-never taken."""
+"""A decode that is stopped anywhere continues at a pass with the same bits. Saved passes that are damaged or belong to
+another picture are never used."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class _Stopped(Exception):
 
 
 class Decoder:
-    """Decodes `latents` of the tiny model; each call builds everything anew, as another process would."""
+    """Decodes `latents` of the tiny model; each call builds everything from scratch, as another process would."""
 
     def __init__(self, model: Path, folder: Path) -> None:
         self.family, self.folder = families.read_family(resolve(str(model))), folder
@@ -38,7 +38,7 @@ class Decoder:
         self.checks = self.attended = 0
 
     def __call__(self, kept: Spool | None, stop: int = -1, *, attending: int = -1) -> torch.Tensor:
-        """Raises _Stopped at the check of that number, or at that of attention."""
+        """Raises _Stopped at the check with that number, or at the check of attention."""
         self.checks = self.attended = 0
 
         def check(where: str) -> None:
@@ -62,7 +62,7 @@ def decode(tiny: Path, tmp_path: Path) -> Decoder:
 def test_stopped_again_and_again_it_gives_the_same_bits(
     decode: Decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each run gets a little further, attention strip by strip, and no pass that is whole is run again."""
+    """Each run gets a little further, attention strip by strip, and no complete pass is run again."""
     monkeypatch.setattr(spool, "_PART_EVERY", 0.0)
     monkeypatch.setattr(exact, "QUERIES", 120)  # ten strips
     want = decode(None)
@@ -123,7 +123,7 @@ def test_a_damaged_spool_costs_work_and_never_the_picture(
 def test_after_a_power_cut_only_what_was_synced_counts(
     decode: Decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of another boot are lines whose files the disk may have lost."""
+    """The disk may have lost the files of lines from another boot."""
     want, whole = decode(None), decode.checks
     for synced in (False, True):
         monkeypatch.setattr(spool, "_SYNC_EVERY", 0.0 if synced else 1e9)
@@ -145,10 +145,10 @@ def test_the_passes_of_another_picture_are_not_taken(decode: Decoder, tmp_path: 
 
 
 def test_a_spool_that_another_made_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a folder that all may write to, a name that can be guessed may lead elsewhere."""
+    """In a folder that everyone may write to, a predictable name may lead elsewhere."""
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")
-    with pytest.raises(StorageError, match="another user's"):
+    with pytest.raises(StorageError, match="belongs to another user"):
         Spool(tmp_path / "link", "the decoder", "x")
     kept = Spool(tmp_path / "own", "the decoder", "x")
     (tmp_path / "victim").write_text("mine")
@@ -156,6 +156,6 @@ def test_a_spool_that_another_made_is_refused(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(OSError, match="symbolic links"):
         kept.open(0)
     monkeypatch.setattr("os.geteuid", lambda: 12345)
-    with pytest.raises(StorageError, match="another user's"):
+    with pytest.raises(StorageError, match="belongs to another user"):
         Spool(tmp_path / "own", "the decoder", "x")
     assert (tmp_path / "victim").read_text() == "mine"

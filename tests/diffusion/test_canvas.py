@@ -38,7 +38,7 @@ def request(**values: Any) -> ResolvedRequest:
 
 
 def model(x: Tensor, embeds: Tensor) -> Tensor:
-    """A made-up model: nonlinear in x and in the prompt, and it sees its tile's surroundings."""
+    """A made-up model, nonlinear in x and in the prompt, that sees its tile's surroundings."""
     return torch.tanh(x + embeds.mean(dim=(1, 2)).view(-1, 1, 1, 1)) * 0.7 + 0.1 * x.roll(1, dims=3)
 
 
@@ -61,7 +61,7 @@ def denoise(
 def reference_canvas(
     latents: Tensor, placed: list[tuple[int, int, int, int, float, Tensor]], conditions: Conditions, steps: int
 ) -> Tensor:
-    """Mixture of Diffusers written down: all predictions, all masks, float64, DDIM's formula (Song et al. 2021, eq.
+    """Mixture of Diffusers written out: all predictions, all masks, float64, DDIM's formula (Song et al. 2021, eq.
     12)."""
     scheduler = DDIMScheduler.from_config(CONFIG)
     scheduler.set_timesteps(steps)
@@ -129,7 +129,7 @@ def test_batch_does_not_change_a_bit() -> None:
 
 @pytest.mark.parametrize("of", ["canvas", "guide"])
 def test_a_canvas_that_wraps_has_no_beginning(of: str) -> None:
-    """Rolled by the tiles' stride, noise becomes the rolled picture: no pixel is nearer to a border than another."""
+    """Noise rolled by the tiles' stride becomes the rolled picture: all pixels are equally far from a border."""
     conditions = prompts(1)
 
     def predict(samples: Sequence[Sample], step: int) -> Tensor:
@@ -186,7 +186,7 @@ def canvas_of(steps: list[Tiles], size: tuple[int, int], predict: Any = fake_pre
 
 
 def test_guidance_works_in_its_interval_alone() -> None:
-    """Kynkäänniemi et al. 2024: outside, the conditional prediction is taken as it is."""
+    """Kynkäänniemi et al. 2024: outside the interval, the conditional prediction is used unchanged."""
     size, counts = (16, 16), {}
     for interval in ((0.0, 1.0), (0.2, 0.6), (0.9, 1.0)):
         asked = request(num_inference_steps=10, guidance_interval=interval)
@@ -246,7 +246,7 @@ def test_a_prediction_that_is_not_finite_stops_the_run() -> None:
 
 
 class Saved:
-    """A journal in memory that is due at every `every`th question."""
+    """A journal in memory that is due every `every`th time it is asked."""
 
     def __init__(self, every: int) -> None:
         self.every, self.asked = every, 0
@@ -266,7 +266,7 @@ class Saved:
 @pytest.mark.parametrize("begin", [0, 2])
 @pytest.mark.parametrize("name", [n for n in Scheduler if n is not Scheduler.AUTO])
 def test_interrupted_between_any_two_tiles_it_goes_on_with_the_same_bytes(name: Scheduler, begin: int) -> None:
-    """Each loop ends after k more tiles, and the next one, built anew, begins with what the journal holds."""
+    """Each loop ends after k more tiles; the next one, built from scratch, starts from the journal."""
     asked, size = request(width=96, height=96, guidance_interval=(0.0, 0.6), num_inference_steps=6), (12, 12)
     calls, tiles = Calls(steps=6, order=name.order), steps_of(asked, size)
     first = calls.first_of(begin)
@@ -300,7 +300,7 @@ def test_interrupted_between_any_two_tiles_it_goes_on_with_the_same_bytes(name: 
 
 
 def test_calls_belong_to_steps() -> None:
-    """With Heun's method the last of N steps has one call, the others two."""
+    """With Heun's method, the last of N steps has one call, all others have two."""
     calls = Calls(steps=3, order=2)
     assert [calls.step_of(call) for call in range(calls.count)] == [0, 0, 1, 1, 2]
     assert [calls.first_of(step) for step in range(4)] == [0, 2, 4, 5]
@@ -333,7 +333,7 @@ def test_a_state_is_a_copy_and_survives_a_file(tmp_path: Path) -> None:
 
 
 class Flow:
-    """Rectified flow by Euler steps: x_σ = (1 − σ) x₀ + σ n, v = n − x₀."""
+    """Rectified flow with Euler steps: x_σ = (1 − σ) x₀ + σ n, v = n − x₀."""
 
     def __init__(self, steps: int) -> None:
         self.sigmas = torch.linspace(1, 0, steps + 1)
@@ -365,7 +365,7 @@ class Flow:
 
 @pytest.mark.parametrize("begin", [0, 4])
 def test_a_flow_schedule_fits_the_canvas(begin: int) -> None:
-    """A model that knows the picture, v = (x − x₀)/σ, arrives there from any start."""
+    """A model that knows the picture, v = (x − x₀)/σ, reaches it from any start."""
     size, target = (12, 12), torch.randn(1, 4, 12, 12)
     steps = steps_of(request(width=96, height=96, num_inference_steps=10, guidance_scale=1.0), size)[begin:]
     schedule = Flow(10)
@@ -386,8 +386,8 @@ def test_a_flow_schedule_fits_the_canvas(begin: int) -> None:
 
 
 def test_blending_noise_blends_pictures() -> None:
-    """numerics of the method: for one shared x_t the predicted picture of the blend is the blend of the tiles'
-    pictures."""
+    """For one shared x_t, the picture predicted from the blend is the blend of the pictures predicted from the
+    tiles."""
     size = (8, 12)
     tiles = plan_tiles(request(width=96, height=64, guidance_scale=1.0), canvas=size, tile=(8, 8), overlap=4)
     schedule = schedulers.build(Scheduler.DDIM, CONFIG, 1)

@@ -1,4 +1,4 @@
-"""Flow schedules against diffusers' own scheduler as its pipelines drive it, and against a flow whose end is known."""
+"""Flow schedules against diffusers' scheduler, driven as its pipelines do, and against a flow with a known end."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def walk(schedule: flow.FlowSchedule, latents: Tensor, velocity: Any, begin: int
 
 @pytest.mark.parametrize("steps", [1, 2, 4, 28])
 def test_a_constant_shift_has_diffusers_own_sigmas(steps: int) -> None:
-    """Which shift their smallest σ twice: 3 · 0.003 / (1 + 2 · 0.003) = 0.0089, not 0.003."""
+    """diffusers shifts the smallest σ twice: 3 · 0.003 / (1 + 2 · 0.003) = 0.0089, not 0.003."""
     want = FlowMatchEulerDiscreteScheduler.from_config(STATIC)
     want.set_timesteps(steps)
     got = flow.build(Scheduler.AUTO, STATIC, steps)
@@ -95,7 +95,7 @@ def test_a_picture_after_the_last_step_stays_as_it_is() -> None:
 
 
 def gaussian(x: Tensor, sigma: Tensor) -> Tensor:
-    """E[n − x₀ | x] where every x₀ is normal with mean 0.7 and deviation 0.3: x is normal too, so this is linear in
+    """E[n − x₀ | x] if every x₀ is normal with mean 0.7 and deviation 0.3: then x is normal too, and this is linear in
     it."""
     mean, deviation = 0.7, 0.3
     variance = ((1 - sigma) * deviation) ** 2 + sigma**2

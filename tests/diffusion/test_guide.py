@@ -1,4 +1,4 @@
-"""The guide's size, and how its latents are enlarged."""
+"""The size of the guide, and the enlargement of its latents."""
 
 from __future__ import annotations
 

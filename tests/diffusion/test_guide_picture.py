@@ -1,5 +1,4 @@
-"""Pictures as people have them, against Pillow's own conversions of the whole; what is held, against the kernel's
-mark."""
+"""Pictures of all common kinds against Pillow's conversion of the whole image; memory against the kernel's mark."""
 
 from __future__ import annotations
 
@@ -96,7 +95,7 @@ def test_transparent_parts_lie_on_white(tmp_path: Path, mode: str) -> None:
 
 
 def wide_profile() -> bytes:
-    """sRGB with its red and green primaries exchanged: a profile that nobody can mistake."""
+    """sRGB with its red and green primaries exchanged: a profile with an unmistakable effect."""
     data = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
     for at in range(132, 132 + 12 * struct.unpack_from(">I", data, 128)[0], 12):
         data[at : at + 4] = {b"rXYZ": b"gXYZ", b"gXYZ": b"rXYZ"}.get(bytes(data[at : at + 4]), data[at : at + 4])

@@ -1,4 +1,4 @@
-"""Runners: this process, and another one that answers out of order and is killed."""
+"""Runners: in this process, and in another one that answers out of order and is killed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ STEPS = 3
 
 
 def model(x: np.ndarray, prompt: float) -> np.ndarray:
-    """A made-up model in numpy: a forked process must not meet torch's threads."""
+    """A made-up model in numpy, because a forked process must not use torch's threads."""
     return np.tanh(x + np.float32(prompt)) * np.float32(0.7)
 
 
@@ -37,7 +37,7 @@ def predict(samples: Sequence[Sample], step: int) -> Tensor:
 
 
 def work(pipe: Connection, dies: bool) -> None:
-    """Answers a window's tiles from the last to the first; one that `dies` does so after its first answer."""
+    """Answer the tiles of a window from the last to the first; with `dies`, end after the first answer."""
     while True:
         for number, x, prompts in reversed(pipe.recv()):
             pipe.send((number, [model(x, prompt) for prompt in prompts]))
@@ -46,7 +46,7 @@ def work(pipe: Connection, dies: bool) -> None:
 
 
 class ElsewhereRunner:
-    """Predicts in another process, a window of tiles at a time, and starts it again when it is gone."""
+    """Predicts in another process, a window of tiles at a time, and restarts that process if it ends."""
 
     def __init__(self, window: int) -> None:
         self.window, self.deaths, self.swapped = window, 0, 0
@@ -161,7 +161,7 @@ def test_a_prediction_that_is_not_finite_names_its_step_and_tile() -> None:
 
 
 def test_joined_prompts_share_a_guidance() -> None:
-    """u + g · Σ f (c − u); without an unconditional half their mean."""
+    """u + g · Σ f (c − u), or without an unconditional half, their mean."""
     u, a, b = (torch.full((1, 2, 2), value) for value in (1.0, 3.0, 7.0))
     assert torch.equal(guide(u, [a, b], [1.0, 0.5], 2.0), torch.full((1, 2, 2), 1 + 2 * (2.0 + 0.5 * 6)))
     assert torch.equal(guide(None, [a, b], [3.0, 1.0], 2.0), torch.full((1, 2, 2), 4.0))

@@ -59,7 +59,7 @@ def run(schedule: schedulers.Schedule, begin: int = 0, seed: int = 0) -> Tensor:
 
 
 def by_diffusers(scheduler: Any, steps: int, seed: int = 0) -> Tensor:
-    """The same, as diffusers' pipelines drive their schedulers."""
+    """The same steps, as diffusers' pipelines drive their schedulers."""
     generator = torch.Generator().manual_seed(seed)
     scheduler.set_timesteps(steps)
     latents = torch.randn(1, 4, 2, 2, generator=generator) * scheduler.init_noise_sigma
@@ -114,7 +114,7 @@ def test_runs_to_the_end(name: Scheduler, spacing: str) -> None:
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("name", NAMES)
 def test_steps_are_diffusers_own(name: Scheduler, spacing: str) -> None:
-    """Where diffusers works, its bits are ours."""
+    """Wherever diffusers works, the bits are equal."""
     for count in (1, 2, 7, 20, 50):
         schedule = schedulers.build(name, CONFIG | {"timestep_spacing": spacing}, count)
         config = OWN_FIELDS.get(name, {})
@@ -131,7 +131,7 @@ def test_steps_are_diffusers_own(name: Scheduler, spacing: str) -> None:
     "name", [Scheduler.EULER, Scheduler.HEUN, Scheduler.DPMPP_2M, Scheduler.DPMPP_2M_SDE, Scheduler.UNIPC]
 )
 def test_schedule_types_are_diffusers_own(name: Scheduler, kind: ScheduleType) -> None:
-    """Apart from the sampler, and whatever the checkpoint's config says of its own."""
+    """For every sampler, and whatever the checkpoint's config says."""
     fields = {"timestep_spacing": "trailing"} if kind is ScheduleType.SIMPLE else {f"use_{kind}_sigmas": True}
     schedule = schedulers.build(name, CONFIG | {"timestep_spacing": "leading"}, 20, schedule_type=kind)
     own = type(schedule.scheduler).from_config(
@@ -191,12 +191,12 @@ def test_beta_sigmas_need_no_scipy(cls: str) -> None:
     # The distribution is symmetric: the median is the mean of the ends.
     assert float(sigmas[2]) == pytest.approx(float(sigmas[0] + sigmas[4]) / 2, rel=1e-6)
     euler = CONFIG | {"_class_name": "EulerDiscreteScheduler", "use_beta_sigmas": True, "use_karras_sigmas": True}
-    with pytest.raises(ModelError, match="beta sigmas and others"):
+    with pytest.raises(ModelError, match="beta sigmas and for another kind"):
         schedulers.build(Scheduler.AUTO, euler, 5)
 
 
 def test_a_recipe_takes_the_noise_and_leaves_the_solver() -> None:
-    """A checkpoint saved with DEIS: its solver's fields mean nothing to others, its noise levels do."""
+    """A checkpoint saved with DEIS: its noise levels are used, its solver's fields mean nothing to other solvers."""
     deis = CONFIG | {
         "_class_name": "DEISMultistepScheduler", "algorithm_type": "deis", "solver_type": "logrho", "solver_order": 3,
         "thresholding": True, "use_exponential_sigmas": True, "beta_end": 0.02, "timestep_spacing": "trailing",
@@ -372,7 +372,7 @@ def test_scheduler_names(text: str, want: Scheduler) -> None:
 
 @pytest.mark.parametrize("cls", [DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler])
 def test_final_sigmas_may_stay(cls: Any) -> None:
-    """final_sigmas_type "sigma_min" ends at the last trained level, with every spacing."""
+    """With final_sigmas_type "sigma_min", every spacing ends at the last trained level."""
     for spacing in SPACINGS:
         for count in (1, 20, 999):
             config = CONFIG | {

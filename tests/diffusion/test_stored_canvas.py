@@ -1,4 +1,4 @@
-"""A canvas in files against the one in memory: equal bits, whatever stops it, and memory that does not grow."""
+"""A canvas in files against one in memory: equal bits, also after interruptions, and memory that does not grow."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ STEPS = 4
 
 
 class MadeUp:
-    """A runner that may be stopped before its n-th tile."""
+    """A runner that can be stopped before its n-th tile."""
 
     def __init__(self, stop_at: int = -1) -> None:
         self.stop_at, self.tiles = stop_at, 0
@@ -89,7 +89,7 @@ def in_files(
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunks and bands that a small canvas has many of."""
+    """Chunks and bands so small that a small canvas has many of them."""
     monkeypatch.setattr(stored_canvas, "chunks", lambda count: chunks(count, 16 * 17))
     monkeypatch.setattr(stored, "BAND", 4 * SIDES[1] * 5)
 
@@ -200,14 +200,14 @@ def test_links_are_no_part_of_a_canvas(tmp_path: Path) -> None:
     (mine / "latents.0").write_bytes(bytes(4 * 16))
     (tmp_path / "latents.0").symlink_to(mine / "latents.0")
     for new in (False, True):
-        with pytest.raises(StorageError, match="cannot be kept there"):
+        with pytest.raises(StorageError, match="cannot be stored there"):
             StoredArray(tmp_path / "latents.0", (1, 1, 4, 4), new=new)
-        with pytest.raises(StorageError, match="cannot be kept there"):
+        with pytest.raises(StorageError, match="cannot be stored there"):
             TileLog(tmp_path / "latents.0", (1, 4, 4), new=new)
     (tmp_path / "canvas").symlink_to(mine)
     clear(tmp_path / "canvas")
     assert (mine / "latents.0").stat().st_size == 64
-    with pytest.raises(OSError, match="another user's"):
+    with pytest.raises(OSError, match="belongs to another user"):
         make_own_folder(tmp_path / "canvas")
     make_own_folder(tmp_path / "own")
     assert (tmp_path / "own").stat().st_mode & 0o777 == 0o700

@@ -105,7 +105,7 @@ def test_weights_sum_to_one(
 
 
 def test_without_an_unconditional_half_the_scale_is_the_same_at_every_step() -> None:
-    """An embedded scale is an input: outside the guidance interval too, and whatever it is, a tile is one sample."""
+    """An embedded guidance scale is an input: a tile is one sample, inside and outside the guidance interval."""
     asked = request(guidance_scale=3.5, guidance_interval=(0.0, 0.5), num_inference_steps=4)
     tiles = plan_tiles(asked, canvas=(16, 16), tile=(8, 8), overlap=2)
     for unconditional, samples, scales in ((True, [2, 2, 1, 1], [3.5, 3.5, 1, 1]), (False, [1] * 4, [3.5] * 4)):
@@ -118,7 +118,7 @@ def test_without_an_unconditional_half_the_scale_is_the_same_at_every_step() -> 
 
 
 def whole_canvas(asked: ResolvedRequest, canvas: tuple[int, int], tile: tuple[int, int], tiles: Tiles) -> list[Tensor]:
-    """Every tile's normalised mask from one table as large as the canvas, in float64."""
+    """Every tile's normalised mask, computed from one table as large as the canvas, in float64."""
     total, masks = torch.zeros(canvas, dtype=torch.float64), []
     rest = torch.ones(canvas, dtype=torch.float64)
     rows, cols = torch.arange(canvas[0]), torch.arange(canvas[1])
@@ -177,7 +177,8 @@ def tensors_alive() -> int:
 
 @pytest.mark.parametrize("layout", list(Layout))
 def test_a_canvas_of_32768_pixels_has_no_table_for_each_tile(layout: Layout) -> None:
-    """7,225 tiles a step: planned and counted without a tensor, denoised with some for each kind of neighbourhood."""
+    """7,225 tiles per step are planned and counted without a tensor, and denoised with a few for each kind of
+    neighbourhood."""
     family = read_family(resolve("mini"))
     asked = request(width=32768, height=32768, num_inference_steps=50, layout=layout, guidance_interval=(0.0, 0.6))
     before = tensors_alive()
@@ -215,7 +216,7 @@ def test_samples_are_counted_without_making_tiles() -> None:
 
 
 def test_the_top_level_prompt_leaves_a_region_to_itself() -> None:
-    """Deep inside a region only the region speaks; at its border the base fades in."""
+    """Deep inside a region only its own prompt acts; the top-level prompt fades in at its border."""
     region = Region(prompt="r", rows=(0, 256), cols=(0, 256))
     placed = plan_tiles(request(width=384, height=384, regions=(region,)), canvas=(48, 48), tile=(8, 8), overlap=2)
     share = torch.zeros(48, 48)
@@ -260,7 +261,7 @@ def steps_of(asked: ResolvedRequest, size: tuple[int, int], patch: int = 1) -> l
 def test_jittered_tiles_overlap_as_a_grids_and_never_reach_beyond_the_canvas(
     size: tuple[int, int], overlap: int, patch: int, wrap: Wrap
 ) -> None:
-    """Sides in patches; a tile has four. One tile more along an axis than a grid has, at every step."""
+    """Sides are in patches; a tile has four. At every step there is one tile more along an axis than in a grid."""
     height, width = (4 * patch * max(1, side // 4) if side < 4 else patch * side for side in size)
     canvas, tile = (height, width), (4 * patch, 4 * patch)
     asked = request(width=8 * width, height=8 * height, num_inference_steps=7, layout=Layout.JITTER, wrap=wrap)
@@ -310,7 +311,7 @@ def test_shifted_tiles_cover_the_canvas_once_at_every_step(size: tuple[int, int]
 
 
 def test_the_last_step_of_a_shifted_schedule_overlaps() -> None:
-    """The borders of its tiles would stay in the picture."""
+    """Otherwise the borders of its tiles would stay in the picture."""
     family, size = read_family(resolve("mini")), {"width": 512, "height": 512}
     shifted, grid = (
         plan_tiling(request(layout=each, **size), family).canvas_steps for each in (Layout.SHIFT, Layout.GRID)
@@ -331,7 +332,7 @@ def test_the_last_step_of_a_shifted_schedule_overlaps() -> None:
 def test_tiles_of_a_transformer_begin_at_whole_patches(
     sides: tuple[int, int], layout: Layout, region: tuple[int, int] | None, guide: bool, overlap: int | None, wrap: Wrap
 ) -> None:
-    """Latents in patches of 2 × 2: the patches of all tiles coincide, and every canvas is covered once."""
+    """With patches of 2 × 2 latents, the patches of all tiles coincide, and every canvas is covered once."""
     mini = read_family(resolve("mini"))
     family = replace(mini, traits=mini.traits._replace(native=16, granularity=2, patch=2))
     height, width = (side // 16 * 16 if wraps else side for side, wraps in zip(sides, wrap.axes, strict=True))

@@ -1,4 +1,4 @@
-"""`--precision bf16` from the command line and the library: a picture near the one in fp32, or one clear line."""
+"""`--precision bf16` from the command line and the library: a picture close to the one in fp32, or one clear line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prompts that were encoded before: kept for the next render, or carried in a file to where no text encoder is."""
+"""Encoded prompts: cached for the next render, or carried in a file to machines without text encoders."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def encoded(model: Path, output: Path, *prompts: str, **values: Any) -> dict[str
 
 
 def bytes_read(report: dict[str, Any]) -> int:
-    """Of what is no denoiser."""
+    """The bytes read that do not belong to the denoiser."""
     return report["weight_bytes_read"] - report["denoiser_bytes_read"]
 
 
 def test_a_machine_without_text_encoders_renders_the_same_picture(model: Path, tmp_path: Path) -> None:
-    """Weights, prompts that change on the way and parts of a prompt included."""
+    """Also with weights, prompts that change between steps, and joined prompts."""
     prompt = "a (boat:1.3) on a [lake:sea:0.5] AND gulls"
     asked = {"prompt": prompt, "negative_prompt": "fog", "num_inference_steps": 2, "size": 64}
     want, first = rendered(ask(model, tmp_path, **asked, cache_dir=tmp_path / "cache"))
@@ -53,7 +53,7 @@ def test_a_machine_without_text_encoders_renders_the_same_picture(model: Path, t
 
 
 def test_what_decides_the_embeddings_decides_whether_they_are_taken(tiny: Path, tmp_path: Path) -> None:
-    """Where all prompts are known, the plan has no text encoder in it, and the render reads none."""
+    """If all prompts are cached, the plan has no text encoder and the render reads none."""
     copy = shutil.copytree(tiny, tmp_path / "copy")
     asked: dict[str, Any] = {"size": 64, "cache_dir": tmp_path / "cache", "num_inference_steps": 1}
 
@@ -112,7 +112,7 @@ def test_a_cache_that_cannot_be_written_is_a_note(tiny: Path, tmp_path: Path) ->
     (tmp_path / "cache").write_text("no folder")
     said: list[str] = []
     rendered(ask(tiny, tmp_path, num_inference_steps=1, size=64, cache_dir=tmp_path / "cache"), said)
-    assert any("not kept for the next render" in note for note in said)
+    assert any("not stored for the next render" in note for note in said)
 
 
 def test_the_files_that_were_not_used_for_longest_go_first(tmp_path: Path) -> None:
@@ -156,7 +156,7 @@ def test_a_file_that_does_not_go_with_the_render_is_exit_2(in_process: Any, tiny
 
 
 def test_prompts_are_read_as_a_render_reads_them(in_process: Any, tiny: Path, tmp_path: Path) -> None:
-    """Every text of a prompt that changes is in the file, which says how they were read."""
+    """The file holds every text of a prompt that changes, and says how the texts were read."""
     said = "a [boat|ship] at (sea:1.4) AND [fog:sun:0.5] <knot> " + "and gulls, " * 30
     folder = tmp_path / "embeddings"
     folder.mkdir()

@@ -1,4 +1,4 @@
-"""What a whole render leaves behind when it is ended in any of its phases: no open file, no thread, no output."""
+"""A render that is stopped in any phase leaves no open file, no thread and no output."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="no /
 
 
 def open_files() -> set[str]:
-    """What this process has open, by what /proc says of each descriptor."""
+    """This process's open files, as /proc describes them."""
     found = set()
     for fd in os.listdir("/proc/self/fd"):
         try:
@@ -62,7 +62,7 @@ def test_an_end_in_any_phase_leaves_nothing_open(tiny: Path, tmp_path: Path, pha
 
 @pytest.mark.parametrize("tiny_vae", [False, True])
 def test_every_model_is_built_once(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_vae: bool) -> None:
-    """For planning, packing, the guide, the canvas and both ways through the autoencoder."""
+    """One build serves planning, packing, the guide, the canvas, and encoding and decoding."""
     from diffusers import AutoencoderTiny
 
     from tiler.models import built

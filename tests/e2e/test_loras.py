@@ -1,4 +1,4 @@
-"""Whole renders with LoRAs, against diffusers' pipeline whose weights were changed by a closed formula."""
+"""Complete renders with LoRAs, against diffusers' pipeline with weights changed by a closed formula."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ from tiler.weights.lora_files import find_lora
 
 @pytest.fixture(autouse=True)
 def _untrimmed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Collecting garbage of the tests' own process takes most of their time."""
+    """Skip garbage collection, which takes most of these tests' time."""
     monkeypatch.setattr("tiler.memory.process.trim", lambda: None)
 
 
 class Made:
-    """A pipeline, and a LoRA file in kohya's spelling for its UNet and its text encoder."""
+    """A pipeline, and a LoRA file with kohya's names for its UNet and its text encoder."""
 
     def __init__(self, model: Path, folder: Path) -> None:
         self.model = model
@@ -57,7 +57,7 @@ class Made:
         )
 
     def latents(self, unet: float, text: float) -> Tensor:
-        """What the pipeline gives at these strengths; alpha is 2, the rank 3."""
+        """The pipeline's latents at these strengths; alpha is 2, the rank 3."""
         fuse(self.pipe.unet, self.unet, unet * 2 / 3)
         fuse(self.pipe.text_encoder, self.text, text * 2 / 3)
         settings = {"num_inference_steps": 2, "guidance_scale": 6.0, "width": 64, "height": 64}
@@ -116,7 +116,7 @@ def test_strength_0_changes_no_byte(made: Made, tmp_path: Path, precision: Preci
 def test_same_seed_same_bytes_whatever_the_plan(
     made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: Precision
 ) -> None:
-    """Streamed one sample at a time, or sixteen with weights that stay in memory."""
+    """One sample at a time with streamed weights, or sixteen with weights that stay in memory."""
     values = {
         "width": 72, "loras": (str(made.file),), "precision": precision, "cache_dir": tmp_path / "packed",
         "num_inference_steps": 1,
@@ -129,8 +129,7 @@ def test_same_seed_same_bytes_whatever_the_plan(
 
 
 def test_beside_int8_weights_a_lora_does_what_it_does_in_fp32(made: Made, tmp_path: Path) -> None:
-    """What it changes is exact there; only the weights themselves are rounded. LoHa and its kin are packed with
-    them."""
+    """Its change is exact; only the weights are rounded. LoHa and its kin are packed with the weights."""
     torch.manual_seed(2)
     hada = {}
     for path in layers_of(made.pipe.unet, every=2):
@@ -166,7 +165,9 @@ def test_an_lcm_lora_brings_its_few_steps(made: Made, tmp_path: Path) -> None:
     found = find_loras(request)
     models.loras = apply_loras(found, models)
     asked = resolve(replace(request, guidance_scale=7.5), models.family, found)
-    assert list(notes_on_loras(asked, models, ReadAs()))[-1].startswith("guidance 7.5 is much for a LoRA of this kind")
+    assert list(notes_on_loras(asked, models, ReadAs()))[-1].startswith(
+        "guidance 7.5 is too high for this kind of LoRA"
+    )
 
 
 def test_the_command_line_takes_loras(tiler: Any, made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,7 +193,10 @@ def test_the_command_line_takes_loras(tiler: Any, made: Made, tmp_path: Path, mo
     assert again().values["loras"] == tuple(found)
     assert not any("LoRA" in note for note in again().notes)
     save(made.file, as_kohya("lora_unet", random_lora(made.pipe.unet, layers_of(made.pipe.unet)), 1.0))
-    assert any(note.startswith("the picture was made with another LoRA foo: its hash was ") for note in again().notes)
+    assert any(
+        note.startswith("the picture was made with another file of the LoRA foo: its hash was ")
+        for note in again().notes
+    )
 
 
 def test_a_job_goes_on_with_the_same_lora_only(made: Made, tmp_path: Path) -> None:
@@ -223,7 +227,7 @@ def test_tags_that_cannot_be_followed(made: Made, tmp_path: Path) -> None:
         ("<lora:foo:much>", UsageError, "'much' is no number"),
         ("<lora:foo:1:lbw=MIDD>", UsageError, "'lbw=MIDD' cannot be applied"),
         ("<lora:twice:1>", UsageError, "is in two files"),
-        ("<hypernet:foo:1>", UsageError, "no tag of this kind"),
+        ("<hypernet:foo:1>", UsageError, "does not know this kind of tag"),
     ):  # fmt: skip
         with pytest.raises(kind, match=says):
             boat(made, tmp_path, prompt=f"a boat {tag}", lora_dir=made.file.parent)
@@ -236,7 +240,7 @@ def test_tags_that_cannot_be_followed(made: Made, tmp_path: Path) -> None:
 
 
 def test_encoded_prompts_are_those_of_their_lora(made: Made, tmp_path: Path) -> None:
-    """In the cache, and in the file of `tiler encode`."""
+    """In the cache and in the file of `tiler encode`."""
     lora = f"{made.file}=0:1.5"
     values = {"cache_dir": tmp_path / "cache", "num_inference_steps": 1}
     plain, changed = boat(made, tmp_path, **values), boat(made, tmp_path, loras=(lora,), **values)

@@ -1,4 +1,4 @@
-"""Whole renders in this process, against StableDiffusionPipeline and against themselves."""
+"""Complete renders in this process, against StableDiffusionPipeline and against each other."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_the_picture_carries_its_parameters(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_a_users_picture_rules_at_strength_zero(tiny: Path, tmp_path: Path) -> None:
-    """Nothing is denoised: what comes out is the picture through the autoencoder, and the UNet never runs."""
+    """Nothing is denoised: the result is the picture after encoding and decoding, and the UNet never runs."""
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)).save(tmp_path / "guide.png")
     result = render(ask(tiny, tmp_path, guide_image=tmp_path / "guide.png", strength=0.0, width=96), roomy())
     assert result.report["denoiser_calls"] == 0
@@ -145,8 +145,8 @@ def test_the_guides_latents_can_be_enlarged_without_the_autoencoder(tiny: Path, 
 
 
 def test_copies_of_a_picture_that_wraps_join(tmp_path: Path) -> None:
-    """From the guide to the decoder: across the join, neighbours differ as they do along the decoder's grid
-    elsewhere."""
+    """From the guide to the decoder: neighbours differ as much across the join as elsewhere along the decoder's
+    grid."""
 
     def at_join(wrap: Wrap) -> list[float]:
         render(ask("mini", tmp_path, width=288, height=320, num_inference_steps=3, wrap=wrap))

@@ -1,4 +1,4 @@
-"""`--preview`: a likeness of what the canvas becomes, which changes nothing of it."""
+"""`--preview` shows a likeness of the finished picture and does not change it."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ LEVELS = {
 
 @pytest.fixture(autouse=True)
 def fresh_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Colours are learnt in each test."""
+    """Each test learns the colours itself."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
 
 
 def likeness(picture: Path, preview: Path) -> float:
-    """The correlation of the means of their 32×32 pixels."""
+    """The correlation between two pictures' means of 32×32 pixels."""
     small = [np.asarray(Image.open(p).convert("RGB").resize((8, 8), Image.Resampling.BOX)) for p in (picture, preview)]
     return float(np.corrcoef(small[0].ravel(), small[1].ravel())[0, 1])
 
@@ -59,7 +59,7 @@ def test_previews_are_about_512_pixels_across(height: int, width: int) -> None:
 
 @pytest.mark.parametrize("name", [name for name in Scheduler if name is not Scheduler.AUTO])
 def test_what_is_shown_is_the_picture_without_its_noise(name: Scheduler) -> None:
-    """Whatever the scheduler: a prediction that is right leads to the picture itself."""
+    """With every scheduler, a correct prediction leads to the picture itself."""
     generator = torch.Generator().manual_seed(1)
     noise, picture = (torch.randn(1, 4, 4, 4, generator=generator) for _ in range(2))
     schedule = schedulers.build(name, LEVELS, 8)
@@ -114,7 +114,7 @@ def test_without_a_guide_a_small_picture_is_decoded_first_and_a_preview_is_repla
         (("--preview", "mine.png"), "mine.png exists; give --force to replace it, or another --preview"),
         (("--preview", "none/p.png"), "none does not exist"),
         (("--preview", "x.png", "-o", "x.png"), "--output and --preview name the same file"),
-        (("--preview", "p.png", "--preview-interval", 0), "preview-interval = 0 is out of range"),
+        (("--preview", "p.png", "--preview-interval", 0), "--preview-interval 0 is out of range"),
     ],
 )
 def test_previews_that_cannot_be_written_are_exit_2(in_process, tmp_path: Path, options, message: str) -> None:

@@ -1,4 +1,4 @@
-"""What the grammar of prompts does to a picture, against a loop over diffusers' own UNet."""
+"""The effect of the prompt grammar on a picture, against a loop over diffusers' UNet."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def pipe(tiny: Path) -> Any:
 
 @torch.no_grad()
 def loop(pipe: Any, by_step: list[list[tuple[str, float]]], negatives: list[str]) -> Tensor:
-    """Each step under its own prompts and their factors: u + g · Σ f (c − u)."""
+    """Each step with its own prompts and their factors: u + g · Σ f (c − u)."""
 
     def embedded(text: str) -> Tensor:
         return pipe.encode_prompt(text, "cpu", 1, False)[0]
@@ -73,7 +73,7 @@ def test_prompts_change_by_step_and_join(
 def test_the_result_does_not_depend_on_how_samples_are_grouped(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Joined and long prompts, regions of other lengths, tiles: every batch gives the same bytes."""
+    """Joined and long prompts, regions with prompts of other lengths, tiles: every batch size gives the same bytes."""
     from tiler import Region
     from tiler.planning import render as planner
 

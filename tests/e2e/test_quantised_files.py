@@ -1,5 +1,5 @@
-"""Denoisers that other programs quantised, beside fp32 twins of what these programs say that the values mean: the
-pictures are alike, bit for bit."""
+"""Denoisers quantised by other programs, beside fp32 twins made from the values that these programs document: the
+pictures are equal bit for bit."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def transformer_of(model: Path) -> Tensors:
 
 
 def by_quanto(quanto: Any, model: Path) -> tuple[Tensors, Tensors, Said]:
-    """What optimum-quanto stores, a kind in each block, what that means, and its map."""
+    """The tensors that optimum-quanto stores, with another kind in each block, their values, and its map."""
     from diffusers import SD3Transformer2DModel
 
     module: Any = SD3Transformer2DModel.from_config(json.loads((model / "transformer/config.json").read_text()))
@@ -67,7 +67,8 @@ def by_quanto(quanto: Any, model: Path) -> tuple[Tensors, Tensors, Said]:
 
 
 def by_bitsandbytes(bitsandbytes: Any, model: Path) -> tuple[Tensors, Tensors]:
-    """What its layers store, as diffusers writes them, and what that means: nf4, with nested factors, and int8."""
+    """The tensors that bitsandbytes' layers store, as diffusers writes them, and their values: nf4 with nested factors,
+    and int8."""
     stored, meant, functional = Tensors(), Tensors(), bitsandbytes.functional
     for name, tensor in transformer_of(model).items():
         if not in_blocks(name, tensor):
@@ -123,13 +124,13 @@ def test_a_folder_of_bitsandbytes_renders_as_its_twin(model: Path, tmp_path: Pat
 
 
 def original(model: Path, folder: Path) -> Tensors:
-    """The transformer in the names of Stability AI's files, in fp32."""
+    """The transformer with the names of Stability AI's files, in fp32."""
     file = _single_dit.write_transformer(model, folder / "original.safetensors", "sd3", "model.diffusion_model.")
     return {name: tensor.float() for name, tensor in load_file(file).items()}
 
 
 def test_an_fp8_file_renders_as_its_twin(model: Path, tmp_path: Path) -> None:
-    """In one block with factors, in the others without."""
+    """One block has scales, the others have none."""
     stored, meant = Tensors(), Tensors()
     for name, tensor in original(model, tmp_path).items():
         stored[name] = meant[name] = tensor

@@ -1,4 +1,5 @@
-"""`tiler quantize --weights`: a folder that optimum-quanto and tiler read alike, whole or not at all."""
+"""`tiler quantize --weights` writes a folder that optimum-quanto and tiler read the same way, complete or not at
+all."""
 
 from __future__ import annotations
 
@@ -76,7 +77,7 @@ FAMILIES = {"tiny": "int4", "tiny-sdxl": "fp8", "tiny-sd3": "int8", "tiny-flux":
 def test_every_family_is_quantised_and_rendered(
     in_process, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Denoiser and text encoders, except the second one of SDXL and Stable Diffusion 3; small layers, too."""
+    """The denoiser and the text encoders, except the second one of SDXL and Stable Diffusion 3; small layers too."""
     import make_checkpoint
 
     monkeypatch.setattr("tiler.models.unet.SMALL", 500)
@@ -110,10 +111,10 @@ def test_text_encoders_are_asked_for_apart(in_process, model: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [
-        (("--weights", "int8"), 2, "name it by --output"),
+        (("--weights", "int8"), 2, "name it with --output"),
         (("-o", "q"), 2, "belong to --weights"),
         (("--weights", "int5", "-o", "q"), 2, "int5"),
-        (("--weights", "int8", "--text-encoder-weights", "2=int8", "-o", "q"), 2, "speaks of encoder 2"),
+        (("--weights", "int8", "--text-encoder-weights", "2=int8", "-o", "q"), 2, "names encoder 2, but"),
         (("--weights", "int8", "--text-encoder-weights", "int9", "-o", "q"), 2, "neither int8, fp8, int4"),
         (("--weights", "int8", "-o", "full"), 2, "full is not empty"),
         (("--weights", "int8", "-o", "full/x"), 2, "is a file"),

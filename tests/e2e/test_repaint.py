@@ -1,4 +1,4 @@
-"""`--repaint`: what lies outside the mask keeps its bytes, and only tiles under the mask are denoised."""
+"""`--repaint`: pixels outside the mask keep their bytes, and only tiles under the mask are denoised."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def no_trimming(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """poster.png and poster.jpg, a mask with two spots, and one of half its size."""
+    """A folder with poster.png and poster.jpg, a mask with two spots, and one of half its size."""
     path = tmp_path_factory.mktemp("repaint")
     y, x = np.mgrid[:HEIGHT, :WIDTH]
     pixels = np.stack([x * 255 // WIDTH, y * 255 // HEIGHT, (x * y) % 256], -1).astype(np.uint8)
@@ -57,7 +57,7 @@ def pixels_of(path: Path) -> np.ndarray:
 
 
 def starts(length: int, tile: int, overlap: int) -> list[int]:
-    """Of the fewest tiles that cover a length."""
+    """The starts of the fewest tiles that cover a length."""
     count = 1 if length <= tile else math.ceil((length - tile) / (tile - overlap)) + 1
     return [0] if count == 1 else [round(i * (length - tile) / (count - 1)) for i in range(count)]
 
@@ -125,10 +125,10 @@ def test_a_job_of_a_spot_goes_on(tiny: Path, folder: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--repaint", "spot.png"), "give it with --guide IMG"),
+        (("--repaint", "spot.png"), "give that with --guide IMG"),
         (("--guide", "poster.png", "--repaint", "none.png"), "none.png: no such file"),
-        (("--guide", "poster.png", "--repaint", "black.png"), "nothing of this mask is white"),
-        (("--guide", "poster.png", "--repaint", "turned.png"), "a mask of 203×300 pixels does not go with"),
+        (("--guide", "poster.png", "--repaint", "black.png"), "no part of this mask is white"),
+        (("--guide", "poster.png", "--repaint", "turned.png"), "a mask of 203×300 pixels does not fit"),
         (("--guide", "poster.png", "--repaint", "spot.png", "--size", 64), "leave out --size"),
         (("--guide", "poster.png", "--repaint", "spot.png", "--scale", 2), "leave out --scale"),
         (("--guide", "poster.png", "--repaint", "spot.png", "--wrap", "x"), "leave out --wrap"),
@@ -161,7 +161,9 @@ def test_a_spot_that_memory_does_not_hold_is_one_line(
     monkeypatch.setattr("tiler.planning.render.IN_MEMORY_BYTES", 0)
     options = ("--guide", folder / "poster.png", "--repaint", folder / "spot.png")
     ran = in_process("plan", "a boat", "--model", tiny, *options)
-    assert ran.code == 2 and "spot.png: its spot takes" in ran.err and len(ran.err.strip().splitlines()) == 1, ran.err
+    assert ran.code == 2 and "spot.png: the masked spot takes" in ran.err and len(ran.err.strip().splitlines()) == 1, (
+        ran.err
+    )
 
 
 def test_a_mask_that_ends_early_is_one_line(folder: Path, tmp_path: Path) -> None:
@@ -183,7 +185,7 @@ def test_a_poster_above_the_limit_of_guides_is_read_by_strips(
     assert (np.concatenate(rows) == np.asarray(Image.open(folder / "spots.png"))).all()
     options = (*COMMON, "--model", tiny, "--repaint", folder / "spot.png", "-o", "x.jpg")
     ran = in_process("render", *options, "--guide", folder / "poster.png")
-    assert ran.code == 0 and "encoded anew as jpeg" in ran.err
+    assert ran.code == 0 and "encoded again as jpeg" in ran.err
     ran = in_process("render", *options, "--guide", folder / "poster.jpg")
     assert ran.code == 2 and "too large" in ran.err
 

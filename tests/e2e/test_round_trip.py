@@ -1,4 +1,4 @@
-"""`render`, then `--from` with nothing else said: the same bytes, whatever the options were."""
+"""`render`, then `--from` without other options: the same bytes, for every option."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""GGUF files that stable-diffusion.cpp wrote: each renders as its fp32 twin, whose values GGUF's own library made."""
+"""GGUF files written by stable-diffusion.cpp: each renders like its fp32 twin, whose values come from GGUF's own
+library."""
 
 from __future__ import annotations
 
@@ -44,7 +45,7 @@ def sd_cli() -> Path:
 
 
 def converted(sd_cli: Path, file: Path, kind: str, rules: dict[str, str] | None = None) -> Path:
-    """The file as GGUF, `kind` where no rule says otherwise."""
+    """The file as GGUF, with `kind` for tensors without a rule of their own."""
     target = file.with_name(f"{file.stem}-{kind}.gguf")
     command = [sd_cli, "-M", "convert", "-m", file, "-o", target, "--type", kind]
     if rules:
@@ -55,7 +56,7 @@ def converted(sd_cli: Path, file: Path, kind: str, rules: dict[str, str] | None 
 
 
 def twin_of(file: Path) -> Path:
-    """What the file's values mean, in fp32 and under their names."""
+    """The file's values in fp32, with the same names."""
     tensors = {}
     for tensor in gguf.GGUFReader(file).tensors:
         values = gguf.dequantize(tensor.data, tensor.tensor_type)
@@ -89,7 +90,7 @@ def test_a_denoiser_and_t5_in_blocks_of_every_type(sd_cli: Path, model: Path, tm
 
 @pytest.mark.parametrize("kind", ["tiny-plain", "tiny-plain-sdxl"])
 def test_a_whole_checkpoint(sd_cli: Path, kind: str, tmp_path: Path) -> None:
-    """Matrices and norms in 8-bit blocks, one of them transposed: read in fp32, and packed as int8."""
+    """Matrices and norms in 8-bit blocks, one of them transposed: read as fp32, and packed as int8."""
     folder = make_checkpoint.make(kind, tmp_path)
     made = converted(sd_cli, _single.write_single(folder, tmp_path / "whole.safetensors"), "q8_0")
     assert "general.architecture" not in read_gguf(made).keys

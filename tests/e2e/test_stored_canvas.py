@@ -1,5 +1,4 @@
-"""Canvases that memory does not hold, through the whole program: the bytes of those that it holds, and plans of huge
-ones."""
+"""Canvases too large for memory, through the whole program: the same bytes as in memory, and plans for huge ones."""
 
 from __future__ import annotations
 
@@ -22,7 +21,7 @@ from tiler.request import Decode, GuideUpscale, Region, Wrap
 
 
 def draw(model: Path, folder: Path, *, is_stopped: bool = False, **values: object) -> tuple[bytes, bytes]:
-    """The picture, and its latents; or nothing of them, where it is stopped in the midst of its canvas."""
+    """The picture and its latents, or None if the render is stopped in the middle of its canvas."""
     folder.mkdir(exist_ok=True)
 
     def on_event(event: events.Event) -> None:
@@ -68,7 +67,7 @@ def test_an_unwritable_place_of_a_canvas_without_a_job_is_one_line(tmp_path: Pat
     run: Any = SimpleNamespace(
         job=SimpleNamespace(canvas_folder=None), request=SimpleNamespace(scratch_folder=tmp_path / "none")
     )
-    with pytest.raises(StorageError, match=r"none: cannot keep the canvas .*; choose another --scratch"):
+    with pytest.raises(StorageError, match=r"none: the canvas cannot be stored there .*; choose another --scratch"):
         RenderRun.stored_folder.func(run)
 
 

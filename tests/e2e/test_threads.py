@@ -1,10 +1,11 @@
-"""The number of threads changes no bit: neither of a step's result, whatever its size, nor of a render."""
+"""The number of threads changes no bit, neither of a single step nor of a render."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -58,12 +59,12 @@ def test_steps_of_odd_sizes() -> None:
     ],
     ids=["mini", "tiny"],
 )
-def test_a_render(tiler, tmp_path: Path, tiny: Path, options: tuple[object, ...]) -> None:
+def test_a_render(in_process: Any, tmp_path: Path, tiny: Path, options: tuple[object, ...]) -> None:
     results = []
-    for threads in (1, 2):
+    for threads in (1, 2):  # neither takes prompts or int8 weights of the other
         command = ["render", "a red lighthouse", *(tiny if word == "tiny" else word for word in options)]
-        outputs = ("-o", f"{threads}.png", "--save-latents", f"{threads}.safetensors")
-        ran = tiler(*command, "--steps", 2, "--seed", 7, *outputs, env={"OMP_NUM_THREADS": str(threads)})
+        outputs = ("-o", f"{threads}.png", "--save-latents", f"{threads}.safetensors", "--cache-dir", f"cache{threads}")
+        ran = in_process(*command, "--steps", 2, "--seed", 7, *outputs, "--threads", threads)
         assert ran.code == 0, ran.err
         latents = load_file(tmp_path / f"{threads}.safetensors")["latents"]
         results.append((latents, (tmp_path / f"{threads}.png").read_bytes()))
@@ -76,7 +77,7 @@ def test_a_render(tiler, tmp_path: Path, tiny: Path, options: tuple[object, ...]
 @pytest.mark.parametrize("shape", [(2, 96, 13, 7), (1, 320, 64, 64), (1, 64, 1, 1)])
 @pytest.mark.parametrize("affine", [True, False])
 def test_group_norm_is_torchs(shape: tuple[int, ...], affine: bool) -> None:
-    """Also where the mean is far from zero, in both layouts, which are kept."""
+    """Also with a mean far from zero, and in both memory layouts, which are kept."""
     torch.manual_seed(1)
     norm = nn.GroupNorm(32, shape[1], affine=affine)
     for parameter in norm.parameters():

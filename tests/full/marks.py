@@ -1,4 +1,4 @@
-"""What the tests of full-size checkpoints share: checkpoints, and what the program says of memory."""
+"""What the tests of full-size checkpoints share: the checkpoints, and the memory that the program reports."""
 
 from __future__ import annotations
 
@@ -10,27 +10,35 @@ from typing import Any
 
 
 def made(kind: str) -> str:
-    """The folder of a checkpoint of make_checkpoint.py, in its cache."""
+    """The folder of a checkpoint made by make_checkpoint.py, in its cache."""
     import make_checkpoint
 
+    if (folder := make_checkpoint.CACHE / kind).exists():
+        return str(folder)
     done = subprocess.run([sys.executable, make_checkpoint.__file__, kind], capture_output=True, text=True, check=True)
     return done.stdout.strip().splitlines()[-1]
 
 
 def tiny_decoder(folder: Path, channels: int = 4) -> tuple[str, ...]:
-    """Options for a decoder that costs seconds: where the denoiser decides the peak, and the decoder is the one of
-    other tests."""
+    """Options for a decoder that takes seconds, for tests in which the denoiser decides the peak."""
     from diffusers import AutoencoderTiny
 
     AutoencoderTiny(latent_channels=channels).half().save_pretrained(folder / "taesd")
     return "--decode", "tiny", "--tiny-vae", str(folder / "taesd")
 
 
-def render_peak(folder: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
-    """The peak of `tiler render "a lighthouse" --seed 1` with `arguments`, VmHWM read by the process itself at its end,
-    one mark for its whole life; and its report. Files go to `folder`."""
-    outputs = "-o", str(folder / "x.png"), "--report", str(folder / "r.json"), "--cache-dir", str(folder / "packed")
-    words = ["tiler", "render", "a lighthouse", "--seed", "1", *outputs, "--quiet", *arguments]
+def render_peak(folder: Path, *arguments: str, packed: Path | None = None) -> tuple[int, dict[str, Any]]:
+    """The peak of `tiler render "a lighthouse" --seed 1` with `arguments`, and its report. Files go to `folder`, int8
+    weights to `packed` if they may be there already."""
+    cache = "--cache-dir", str(packed or folder / "packed")
+    return peak_of(folder, "render", "a lighthouse", "--seed", "1", *cache, *arguments)
+
+
+def peak_of(folder: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
+    """The peak of a command of `tiler` that draws, VmHWM read by the process itself at its end, one mark for its whole
+    life; and its report. Files go to `folder`."""
+    outputs = "-o", str(folder / "x.png"), "--report", str(folder / "r.json")
+    words = ["tiler", *arguments, *outputs, "--quiet"]
     code = f"""
 import sys
 from tiler.cli import main
@@ -49,7 +57,7 @@ print(process.read_rss().peak)
 
 
 def planned(model: str | Path, folder: Path, precision: str = "fp32", *more: str) -> dict[str, Any]:
-    """What `tiler plan` says of a 2048² poster, or of what `more` options say."""
+    """The facts that `tiler plan` gives for a 2048² poster, or for what `more` options say."""
     command = [sys.executable, "-c", "from tiler.cli.main import main; main()", "plan", "x", "--model", str(model)]
     command += ["--precision", precision, "--json", "-o", str(folder / "x.png"), *more]
     found: dict[str, Any] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)

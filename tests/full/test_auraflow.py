@@ -1,4 +1,4 @@
-"""AuraFlow at full width, of sparse files: what a poster needs at least, and what the plan knows of the whole model."""
+"""AuraFlow at full width, from sparse files: the smallest ceiling of a poster, and the plan of the complete model."""
 
 from __future__ import annotations
 

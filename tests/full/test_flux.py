@@ -14,7 +14,7 @@ pytestmark = pytest.mark.full
 
 @pytest.mark.parametrize("precision", ["int8"])
 def test_a_native_tile_stays_under_800_mb_by_the_kernels_own_mark(tmp_path: Path, precision: str) -> None:
-    """One step at 1024². Depth does not show in the peak."""
+    """One step at 1024². The peak does not depend on the depth."""
     options = "--size", "1024", "--steps", "1", "--no-guide", "--precision", precision, *tiny_decoder(tmp_path, 16)
     peak, report = render_peak(tmp_path, "--model", made("wide-flux"), *options)
     assert peak < 800_000_000

@@ -1,4 +1,5 @@
-"""The contract at full size: an SD 1.5 checkpoint (random weights, made on first use, 2.1 GB) in fresh processes."""
+"""The memory contract at full size: an SD 1.5 checkpoint (random weights, made on first use, 2.1 GB) in fresh
+processes."""
 
 from __future__ import annotations
 
@@ -17,7 +18,6 @@ from tiler.models.unet import predict_noise
 from tiler.packing import packed_weights
 from tiler.run import streamed
 from tiler.weights.checkpoint import resolve
-from tiler.weights.packed import default_cache
 
 pytestmark = pytest.mark.full
 
@@ -27,57 +27,13 @@ def sd15() -> Path:
     return Path(made("sd15"))
 
 
-def test_a_step_of_guide_and_canvas_stays_under_600_mb_by_the_kernels_own_mark(sd15: Path, tmp_path: Path) -> None:
-    """One step of the guide, and one of a canvas of three tiles in two calls; in int8 where that is fast."""
-    options = "--width", "1024", "--height", "512", "--steps", "1", "--strength", "1", "--max-ram", "600MB"
-    peak, report = render_peak(tmp_path, "--model", str(sd15), *options, "--precision", "auto", "--threads", "2")
-    assert peak < 600_000_000
-    assert report["peak_rss_bytes"] < 600_000_000
-    # Measured: 570 planned, 499 used; the room for packed weights on the heap weighs more than under 800 MB.
-    assert report["predicted_peak_bytes"] == pytest.approx(peak, rel=0.15)
-    assert (report["denoiser_samples"], report["denoiser_calls"]) == (2 + 6, 1 + 2)
-    assert report["denoiser_bytes_read"] <= 3 * 1.72e9
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of int8 weights, made by the first test that needs them."""
+    return tmp_path_factory.mktemp("packed")
 
 
-def test_eight_samples_share_a_read_under_800_mb_by_the_kernels_own_mark(sd15: Path, tmp_path: Path) -> None:
-    options = "--size", "768", "--steps", "1", "--no-guide", "--precision", "fp32", *tiny_decoder(tmp_path)
-    peak, report = render_peak(tmp_path, "--model", str(sd15), *options)
-    assert peak < 800_000_000
-    assert report["predicted_peak_bytes"] == pytest.approx(peak, rel=0.10)
-    assert (report["denoiser_samples"], report["denoiser_calls"]) == (8, 1)
-    assert report["denoiser_bytes_read"] <= 1.72e9  # the UNet's, at most once
-
-
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
-def test_plan_for_2048_accepts_450_mb_and_serves_8_samples_a_read_under_800(
-    sd15: Path, tmp_path: Path, precision: str
-) -> None:
-    said = planned(sd15, tmp_path, precision)
-    assert 400_000_000 < said["smallest_max_ram_bytes"] <= 450_000_000
-    assert said["max_ram_bytes"] == 800_000_000 and said["samples_per_pass"] >= 8
-
-
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
-@torch.no_grad()
-def test_neither_a_small_arena_nor_company_changes_a_bit(sd15: Path, precision: str) -> None:
-    family = read_family(resolve(str(sd15)))
-    weights = family.checkpoint.weights("unet")
-    if precision == "int8":
-        weights = packed_weights(Models(family), default_cache(), lambda share, why: None)
-    generator = torch.Generator().manual_seed(1)
-    tiles = list(torch.randn(2, 1, 4, 64, 64, generator=generator))
-    tiles, texts = [*tiles, tiles[1]], list(torch.randn(3, 77, 768, generator=generator).split(1))
-    results = []
-    for arena, together in (None, 3), (TIGHT_ARENA_BYTES, 1):
-        unet = family.part(Role.DENOISER).build()
-        with streamed(unet, weights, plain_names, arena_bytes=arena, transform=True) as streamer:
-            parts = [slice(i, i + together) for i in range(0, 3, together)]
-            noise = [predict_noise(unet, streamer, tiles[p], torch.tensor(500), texts[p]) for p in parts]
-            results.append(torch.cat(noise))
-    assert torch.equal(*results)
-
-
-def test_int8_is_smaller_than_fp32_and_near_it(sd15: Path, tmp_path: Path) -> None:
+def test_int8_is_smaller_than_fp32_and_near_it(sd15: Path, packed: Path, tmp_path: Path) -> None:
     """One sample through the whole UNet, each precision in a process of its own that reads its VmHWM."""
     code = f"""
 import sys
@@ -98,7 +54,7 @@ family, budget = read_family(resolve({str(sd15)!r})), Budget("800MB")
 weights = family.checkpoint.weights("unet")
 if sys.argv[1] == "int8":
     with Budget("300MB") as small:  # a vocabulary's table alone would be 150 MB
-        weights = prepare_int8(Models(family), Path({str(tmp_path)!r}), small, lambda event: None)
+        weights = prepare_int8(Models(family), Path({str(packed)!r}), small, lambda event: None)
 generator = torch.Generator().manual_seed(1)
 latents, text = (torch.randn(1, *shape, generator=generator) for shape in ((4, 64, 64), (77, 768)))
 unet = family.part(Role.DENOISER).build()
@@ -114,3 +70,57 @@ torch.save((noise, process.read_rss().peak, streamer.store.bytes_read), sys.argv
     assert int8_read < 0.55 * read
     # Measured on these random weights: 1.5 %; 1.8 % of 7-bit weights, on CPUs without 8-bit dot products.
     assert (int8 - plain).norm() < 0.02 * plain.norm()
+
+
+def test_a_step_of_guide_and_canvas_stays_under_600_mb_by_the_kernels_own_mark(
+    sd15: Path, packed: Path, tmp_path: Path
+) -> None:
+    """One step of the guide, and one of a canvas with three tiles in two calls; in int8 if that is fast here."""
+    options = "--width", "1024", "--height", "512", "--steps", "1", "--strength", "1", "--max-ram", "600MB"
+    options = *options, "--precision", "auto", "--threads", "2"
+    peak, report = render_peak(tmp_path, "--model", str(sd15), *options, packed=packed)
+    assert peak < 600_000_000
+    assert report["peak_rss_bytes"] < 600_000_000
+    # Measured: 570 planned, 499 used; the room for packed weights on the heap weighs more than under 800 MB.
+    assert report["predicted_peak_bytes"] == pytest.approx(peak, rel=0.15)
+    assert (report["denoiser_samples"], report["denoiser_calls"]) == (2 + 6, 1 + 2)
+    assert report["denoiser_bytes_read"] <= 3 * 1.72e9
+
+
+def test_four_samples_share_a_read_under_800_mb_by_the_kernels_own_mark(sd15: Path, tmp_path: Path) -> None:
+    options = "--size", "768", "--steps", "1", "--no-guide", "--cfg-scale", "1", "--precision", "fp32"
+    peak, report = render_peak(tmp_path, "--model", str(sd15), *options, *tiny_decoder(tmp_path))
+    assert peak < 800_000_000
+    assert report["predicted_peak_bytes"] == pytest.approx(peak, rel=0.10)
+    assert (report["denoiser_samples"], report["denoiser_calls"]) == (4, 1)
+    assert report["denoiser_bytes_read"] <= 1.72e9  # the UNet's, at most once
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_plan_for_2048_accepts_450_mb_and_serves_8_samples_a_read_under_800(
+    sd15: Path, tmp_path: Path, precision: str
+) -> None:
+    said = planned(sd15, tmp_path, precision)
+    assert 400_000_000 < said["smallest_max_ram_bytes"] <= 450_000_000
+    assert said["max_ram_bytes"] == 800_000_000 and said["samples_per_pass"] >= 8
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@torch.no_grad()
+def test_neither_a_small_arena_nor_company_changes_a_bit(sd15: Path, packed: Path, precision: str) -> None:
+    """Tiles of 256 pixels: the layers, and how their weights are cut, are those of larger ones."""
+    family = read_family(resolve(str(sd15)))
+    weights = family.checkpoint.weights("unet")
+    if precision == "int8":
+        weights = packed_weights(Models(family), packed, lambda share, why: None)
+    generator = torch.Generator().manual_seed(1)
+    tiles = list(torch.randn(2, 1, 4, 32, 32, generator=generator))
+    tiles, texts = [*tiles, tiles[1]], list(torch.randn(3, 77, 768, generator=generator).split(1))
+    results = []
+    for arena, together in (None, 3), (TIGHT_ARENA_BYTES, 1):
+        unet = family.part(Role.DENOISER).build()
+        with streamed(unet, weights, plain_names, arena_bytes=arena, transform=True) as streamer:
+            parts = [slice(i, i + together) for i in range(0, 3, together)]
+            noise = [predict_noise(unet, streamer, tiles[p], torch.tensor(500), texts[p]) for p in parts]
+            results.append(torch.cat(noise))
+    assert torch.equal(*results)

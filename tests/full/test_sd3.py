@@ -1,5 +1,5 @@
-"""SD 3.5 large at full width (two blocks, T5-XXL of two layers, random weights, made on first use, 2.4 GB): one native
-tile under 800 MB; and what a poster needs at least."""
+"""SD 3.5 large at full width (two blocks, T5-XXL with two layers, random weights, made on first use, 2.4 GB): one
+native tile under 800 MB, and the smallest ceiling of a poster."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.full
 
 @pytest.mark.parametrize("precision", ["fp32"])
 def test_a_native_tile_stays_under_800_mb_by_the_kernels_own_mark(tmp_path: Path, precision: str) -> None:
-    """One step at 1024² with both halves of a guidance. Depth does not show in the peak."""
+    """One step at 1024² with both halves of the guidance. The peak does not depend on the depth."""
     options = "--size", "1024", "--steps", "1", "--no-guide", "--precision", precision, *tiny_decoder(tmp_path, 16)
     peak, report = render_peak(tmp_path, "--model", made("wide-sd3"), *options)
     assert peak < 800_000_000
@@ -36,7 +36,7 @@ def test_a_native_tile_stays_under_800_mb_by_the_kernels_own_mark(tmp_path: Path
     ids=["3", "3.5 medium", "3.5 large"],
 )
 def test_a_poster_of_2048_needs_no_more(changes: dict[str, Any], most: int, tmp_path: Path) -> None:
-    """By the plan, of sparse files, without T5."""
+    """According to the plan, from sparse files, without T5."""
     from checkpoints import sd3
 
     sd3.write(tmp_path / "model", "full", sparse=True, **changes)

@@ -1,5 +1,5 @@
-"""A single file of SD 1.5's size, 2 GB, draws what the folder draws from which it was made; on request so do those of
-SD 2.1's size and of SDXL's width."""
+"""A single file of the size of SD 1.5, 2 GB, draws the same picture as the folder it was made from; on request, files
+of SD 2.1's size and of SDXL's width do too."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ON_REQUEST = pytest.mark.skipif(
     ("kind", "pads", "said"),
     [
         ("sd15", {"tokenizer": END}, ()),
-        # Random weights do not tell what they predict.
+        # Random weights do not show what they predict.
         pytest.param("sd21", {"tokenizer": "!"}, ("--prediction", "v"), marks=ON_REQUEST),
         pytest.param("wide-sdxl", {"tokenizer": END, "tokenizer_2": "!"}, (), marks=ON_REQUEST),
     ],
@@ -33,7 +33,7 @@ ON_REQUEST = pytest.mark.skipif(
 def test_latents_and_pixels_are_the_folders(
     tmp_path: Path, kind: str, pads: dict[str, str], said: tuple[str, ...]
 ) -> None:
-    """Without a word on the scheduler. The file takes 20 MB more than the folder at most."""
+    """No scheduler is given. The file takes at most 20 MB more than the folder."""
     from checkpoints._single import write_single
 
     whole, folder = Path(made(kind)), tmp_path / kind
@@ -46,7 +46,8 @@ def test_latents_and_pixels_are_the_folders(
         for path in clip_tokenizer(pad).iterdir():  # the words of published checkpoints
             shutil.copy(path, folder / name)
     file = write_single(folder, tmp_path / "single.safetensors")
-    options = "--size", "256", "--steps", "1", "--no-guide", "--precision", "fp32", "--force", *said
+    common = "--size", "256", "--steps", "1", "--no-guide", "--cfg-scale", "1", "--precision", "fp32", "--force"
+    options = *common, *said
     latents, pixels, peaks = [], [], []
     for model in (folder, file):
         save = "--save-latents", str(tmp_path / "x.safetensors")

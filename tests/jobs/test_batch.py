@@ -1,4 +1,4 @@
-"""Queues: what their files say, where pictures may go, and that one bad row stops no other."""
+"""Queues: what their files may contain, where pictures may go, and that a bad row does not stop the others."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 from tiler.cli import render
 from tiler.cli.queues import Checker, parser
 from tiler.errors import UsageError
+from tiler.jobs.queue import Queue
 from tiler.jobs.rows import NAME, Row, read_rows
 
 parse = parser(render.run)
@@ -52,10 +53,10 @@ def test_a_toml_queue(tmp_path: Path) -> None:
         ("[[image]]\ncolour = 1", "unknown key 'colour'"),
         ("other = 1", "nothing else"),
         ("[[image]]\nlayout = 'ring'", "ring"),
-        ("[[image]]\nsize = 0", "image 1: size = 0"),
+        ("[[image]]\nsize = 0", "image 1: --size 0"),
         ("[[image]]\nprompt = 3", "texts"),
         ("[[image]]\ncount = 0", "out of range"),
-        ("image = [1]", "no [[image]]"),
+        ("image = [1]", "not an [[image]]"),
     ],
 )
 def test_a_toml_queue_is_right_as_a_whole(in_process, tmp_path: Path, text: str, message: str) -> None:
@@ -146,17 +147,18 @@ def test_a_row_says_neither_where_things_are_written_nor_who_draws(tmp_path: Pat
 
 
 def test_a_queue_from_the_command_line(in_process, tiny: Path, tmp_path: Path) -> None:
-    """One row is drawn, one is bad; the same command again draws nothing twice, and a row that is appended is drawn."""
+    """One row is drawn, one is bad; the same command again draws nothing twice, and draws a row that was appended."""
     file = tmp_path / "jobs.jsonl"
     lines = ['{"prompt": "a", "seed": 3, "output": "{seed}.png"}', '{"prompt": "b", "size": 0}']
     file.write_text("\n".join(lines) + "\n")
     command = ["batch", file, "--model", tiny, "--size", 64, "--steps", 1, "--nice", 0, "--max-ram", "1GB"]
     ran = in_process(*command)
     assert ran.code == 2 and "1 done, 1 failed (row 2)" in ran.out, ran.err
-    first, second = map(json.loads, (tmp_path / "jobs.jsonl.results.jsonl").read_text().splitlines())
+    told = map(json.loads, (tmp_path / "jobs.jsonl.results.jsonl").read_text().splitlines())
+    second, first = told  # the bad row is reported before any work
     assert (first["status"], first["seed"], first["output"]) == ("done", 3, "3.png")
     assert (second["status"], second["exit_code"]) == ("failed", 2) and second["error"].startswith(
-        "size = 0 is out of range"
+        "--size 0 is out of range"
     )
     assert first["peak_rss_bytes"] > 0 and len(first["sha256"]) == 64
     file.write_text(lines[0] + "\n")
@@ -167,15 +169,15 @@ def test_a_queue_from_the_command_line(in_process, tiny: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--count", 2, "--seed", "1,2"], "exclude each other"),
+        (["--count", 2, "--seed", "1,2"], "does not go with a list of seeds"),
         (["--count", 2, "--report", "r.json"], "--report"),
         (["--seed", "1,b"], "1,2,3"),
-        (["--seed", "1,-2"], "seed = -2"),
+        (["--seed", "1,-2"], "--seed -2"),
         (["--count", 2, "-o", "{seed.real}.png"], "{seed}"),
         (["--count", 2, "-o", "same-{prompt}.png"], "images 1 and 2 have the same output"),
         (["--output-dir", "none"], "none does not exist"),
-        (["--output-dir", ".", "-o", "../x.png"], "leaves the folder"),
-        (["--output-dir", ".", "--count", 2, "-o", "../{index}.png"], "leaves the folder"),
+        (["--output-dir", ".", "-o", "../x.png"], "is outside the folder"),
+        (["--output-dir", ".", "--count", 2, "-o", "../{index}.png"], "is outside the folder"),
     ],
 )
 def test_several_pictures_are_refused_before_any_work(
@@ -186,12 +188,17 @@ def test_several_pictures_are_refused_before_any_work(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_several_pictures_of_one_command(in_process, tiny: Path, tmp_path: Path) -> None:
-    """Each has the bytes that it has alone; what is done is not drawn again; a single picture takes a template too."""
+def test_several_pictures_of_one_command(
+    in_process, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each picture has the same bytes as alone; finished ones are not drawn again; a single picture can have a template
+    too."""
     common = ["render", "a boat", "--model", tiny, "--size", 64, "--steps", 1, "--max-ram", "1GB", "--output-dir", "."]
     ran = in_process(*common, "--count", 2, "--seed", 3, "-o", "{seed}/{index:02}.png", "--json")
     assert ran.code == 0, ran.err
     assert [json.loads(line)["seed"] for line in ran.out.splitlines()] == [3, 4]
+    ran = in_process(*common, "--count", 2, "--seed", 3, "-o", "{seed}/{index:02}.png")
+    assert (ran.code, ran.err.splitlines()[-1]) == (0, "2 pictures were finished already: skipped"), ran.err
     ran = in_process(*common, "--seed", 4, "-o", "{prompt}-{seed}.png")
     assert ran.code == 0, ran.err
     assert (tmp_path / "a-boat-4.png").read_bytes() == (tmp_path / "4/02.png").read_bytes()
@@ -201,3 +208,9 @@ def test_several_pictures_of_one_command(in_process, tiny: Path, tmp_path: Path)
     assert ran.code == 0, ran.err
     assert [json.loads(line)["seed"] for line in ran.out.splitlines()] == [5, 6]  # whatever the command prints or does
     assert len(list((tmp_path / "away").iterdir())) == 2
+    drawn = list[int]()
+    monkeypatch.setattr(Queue, "_draw", lambda queue, row, **rest: not drawn.append(row.row))
+    (tmp_path / "4/02.png").write_bytes(b"another picture")
+    assert in_process(*common, "--count", 2, "--seed", 3, "-o", "{seed}/{index:02}.png").code == 0
+    assert in_process(*common, "--count", 2, "--seed", 3, "-o", "{seed}/{index:02}.png", "--force").code == 0
+    assert drawn == [2, 1, 2]  # the one that was replaced; with --force, all

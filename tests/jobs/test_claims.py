@@ -1,4 +1,4 @@
-"""Claims of several machines on one job folder."""
+"""Several machines that claim the same job folder."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""A disk that fails or fills up at any call, and a control group that kills: what was drawn before is not lost, and
-goes on with the same bytes."""
+"""A disk that fails or fills up at any call, and a control group that kills: finished work is not lost, and the render
+continues with the same bytes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CALLS = ("fsync", "fdatasync", "replace", "link", "mkdir", "truncate", "write")
 
 
 class Disk:
-    """Counts calls that change the disk, and fails the `number`th: those of os, and writes to files that are opened."""
+    """Counts the calls that change the disk, those of os and writes to opened files, and fails the `number`th."""
 
     def __init__(self) -> None:
         self.count = self.number = 0
@@ -64,7 +64,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_38_whichever_call_of_a_render_fails(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every thirteenth: the picture is whole or there is none, nothing but the job is left, and the same command ends
+    """Every thirteenth call: the picture is complete or absent, only the job is left, and the same command finishes
     it."""
     render(ask(tiny, tmp_path / "whole.png", **VALUES), roomy())
     whole, disk = (tmp_path / "whole.png").read_bytes(), Disk()
@@ -93,7 +93,7 @@ def test_38_whichever_call_of_a_render_fails(tiny: Path, tmp_path: Path, monkeyp
 
 @contextmanager
 def largest_file(nbytes: int) -> Iterator[None]:
-    """No file may grow beyond that: what a full disk is to one file."""
+    """Limit the size of files, which resembles a full disk for one file."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, before[1]))
     try:
@@ -103,7 +103,8 @@ def largest_file(nbytes: int) -> Iterator[None]:
 
 
 def test_37_wherever_the_disk_is_full(tiny: Path, tmp_path: Path) -> None:
-    """Scratch, states, the picture itself: the error is one of the disk, and a larger disk gives the same picture."""
+    """Scratch, states, the picture itself: the exit code is that of the disk, and a larger disk gives the same
+    picture."""
     render(ask(tiny, tmp_path / "whole.png", **VALUES), roomy())
     size = (tmp_path / "whole.png").stat().st_size
     codes = []
@@ -126,7 +127,7 @@ def test_37_wherever_the_disk_is_full(tiny: Path, tmp_path: Path) -> None:
 
 @contextmanager
 def memory_group(nbytes: int) -> Iterator[Path]:
-    """A control group below this process's own that may use so much memory; what joins it writes to the file."""
+    """A control group, below this process's own, with a memory limit; a process joins by writing to the file."""
     rows = [line.split(":") for line in Path("/proc/self/cgroup").read_text().splitlines()]
     base, limit = Path("/sys/fs/cgroup"), "memory.max"
     own = next((base / path.lstrip("/") for number, kinds, path in rows if (number, kinds) == ("0", "")), base)
@@ -149,7 +150,8 @@ def memory_group(nbytes: int) -> Iterator[Path]:
 
 @pytest.mark.parametrize("share", [1.0, 0.5])
 def test_35_killed_by_a_control_group(tiny: Path, tmp_path: Path, share: float) -> None:
-    """At the ceiling that was asked for it ends well; below, a picture that is killed goes on with the same bytes."""
+    """With the requested ceiling as the limit, the render ends well; with less it is killed, and continues with the
+    same bytes."""
     need = 300_000_000
     command = [sys.executable, "-m", "tiler", "render", "a boat", "--model", str(tiny), "--size", "64", "--steps", "1"]
     command += ["--no-guide", "--seed", "5", "-q", "-o", "x.png", f"--max-ram={need}"]

@@ -1,5 +1,5 @@
-"""Faults that meet a whole run: files that change under it, other versions, few descriptors, hostile texts. Their
-numbers are those of the table in tests/README.md."""
+"""Faults during a complete run: files that change, other versions, few descriptors, hostile texts. The numbers are
+those of the table in tests/README.md."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _untrimmed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def other_weights(model: Path) -> None:
-    """Replace the denoiser's file, as a download that ends does."""
+    """Replace the denoiser's file, as a finished download does."""
     (path,) = (model / "unet").glob("*.safetensors")
     tensors = {name: tensor + torch.ones((), dtype=tensor.dtype) for name, tensor in load_file(path).items()}
     save_file(tensors, path.with_name("new"))
@@ -53,7 +53,7 @@ def test_16_a_run_reads_on_in_the_file_that_it_opened_and_a_job_knows_its_model(
     stopped(model, tmp_path / "y.png", **values)
     render(ask(model, tmp_path / "x.png", **values), roomy(), replaced)
     assert (tmp_path / "x.png").read_bytes() == (tmp_path / "whole.png").read_bytes()
-    with pytest.raises(JobError, match="the model is another one") as caught:
+    with pytest.raises(JobError, match="the model has changed") as caught:
         render(ask(model, tmp_path / "y.png", **values), roomy())
     assert caught.value.exit_code == 10
 
@@ -77,12 +77,12 @@ def test_44_a_folder_that_is_gone_is_said(tmp_path: Path) -> None:
     (tmp_path / "gone").mkdir()
     command = f"rmdir {tmp_path}/gone; exec {sys.executable} -m tiler render --size 64 -o {tmp_path}/x.png"
     ran = subprocess.run(command, shell=True, cwd=tmp_path / "gone", capture_output=True, text=True, check=False)
-    assert ran.returncode == 2 and "the folder this was started in is gone" in ran.stderr
+    assert ran.returncode == 2 and "the current folder does not exist any more" in ran.stderr
     assert not list(tmp_path.iterdir())
 
 
 def test_45_few_descriptors_are_enough(tiny: Path, tmp_path: Path) -> None:
-    """No more than sixteen beside those that the process has open already."""
+    """At most sixteen more than the process already has open."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     highest = max(int(name) for name in os.listdir("/proc/self/fd"))
     resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 17, before[1]))
@@ -118,8 +118,7 @@ def test_48_texts_of_others_do_not_steer_the_terminal(in_process: Any, tmp_path:
 def test_44_clocks_that_jump_and_other_surroundings(
     in_process: Any, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A clock that goes backwards by years, another time zone, a strict umask, a home that cannot be written to: the
-    same bytes."""
+    """A clock that jumps back by years, another time zone, a strict umask, a read-only home: the same bytes."""
     common = "a boat", "--model", tiny, "--size", 64, "--steps", 2, "--no-guide", "--seed", 5
     assert in_process("render", *common, "-o", "whole.png").code == 0
     jumps = itertools.cycle((0.0, 2e9, 1.0, 5e9))

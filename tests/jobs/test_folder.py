@@ -1,5 +1,5 @@
-"""Renders that are stopped anywhere go on with the same bytes; jobs of others and damaged ones are never taken for
-one's own."""
+"""Renders that are stopped anywhere continue with the same bytes; damaged jobs and jobs of other pictures are never
+used."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def ask(folder: Path, output: Path, **values: Any) -> RenderRequest:
 
 @pytest.fixture(autouse=True)
 def _untrimmed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Collecting garbage of the tests' own process takes a third of their time."""
+    """Skip garbage collection, which takes a third of these tests' time."""
     monkeypatch.setattr("tiler.memory.process.trim", lambda: None)
 
 
@@ -41,7 +41,7 @@ def roomy() -> Budget:
 
 
 class Stop:
-    """Raises `error` at the `number`th progress of `phase`, and counts what of it was told."""
+    """Raises `error` at the `number`th progress of `phase`, and counts the phase's events."""
 
     def __init__(self, phase: str, number: int, error: BaseException) -> None:
         self.phase, self.number, self.error, self.told = phase, number, error, 0
@@ -86,7 +86,7 @@ def test_stopped_again_and_again_it_gives_the_same_file(
     for phase, number in stops:
         with pytest.raises(BudgetExceeded) as caught:
             render(ask(tiny, path, **way), roomy(), Stop(phase, number, BudgetExceeded("the ceiling was reached")))
-        assert "the same command goes on" in caught.value.__notes__[0]
+        assert "continue with the same command" in caught.value.__notes__[0]
         assert not path.exists()
     last = Stop(stops[-1][0], 0, BudgetExceeded())
     render(ask(tiny, path, **way), roomy(), last)
@@ -97,7 +97,7 @@ def test_stopped_again_and_again_it_gives_the_same_file(
 
 
 def test_progress_of_a_phase_goes_one_way(tiny: Path, tmp_path: Path) -> None:
-    """Also where the guide is decoded and encoded in one: else nobody can tell how long it still takes."""
+    """Also if the guide is decoded and encoded in one phase: otherwise the remaining time would be unknown."""
     told: dict[str, list[float]] = {}
 
     def note(event: events.Event) -> None:
@@ -111,7 +111,7 @@ def test_progress_of_a_phase_goes_one_way(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_what_is_done_opens_no_weights(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A job that was stopped while it decoded reads one state, and no denoiser."""
+    """A job that was stopped while decoding reads one state and no denoiser."""
     with pytest.raises(BudgetExceeded):
         render(ask(tiny, tmp_path / "x.png", guide=False), roomy(), Stop("decode", 1, BudgetExceeded("x")))
     read: list[str] = []
@@ -123,7 +123,7 @@ def test_what_is_done_opens_no_weights(tiny: Path, tmp_path: Path, monkeypatch: 
 
 
 def stopped(model: Path, path: Path, **values: Any) -> Path:
-    """The folder of a job that was stopped in its canvas."""
+    """The folder of a job that was stopped during its canvas."""
     with pytest.raises(BudgetExceeded):
         render(ask(model, path, **values), roomy(), Stop("canvas", 1, BudgetExceeded("x")))
     return folder.folder_of(path)
@@ -138,7 +138,7 @@ def test_a_seed_that_was_drawn_is_the_jobs(tiny: Path, tmp_path: Path) -> None:
 def test_another_request_is_refused_by_its_first_difference(tiny: Path, tmp_path: Path) -> None:
     job = stopped(tiny, tmp_path / "x.png")
     before = {path.name: path.read_bytes() for path in job.iterdir() if path.name != "lock"}
-    with pytest.raises(JobError, match=r'prompt was "a boat", it is "a ship".*--restart') as caught:
+    with pytest.raises(JobError, match=r'prompt was "a boat" and is now "a ship".*--restart') as caught:
         render(ask(tiny, tmp_path / "x.png", prompt="a ship"), roomy())
     assert caught.value.exit_code == 10
     assert {path.name: path.read_bytes() for path in job.iterdir() if path.name != "lock"} == before
@@ -188,10 +188,10 @@ def test_what_decides_the_picture_is_compared_and_nothing_else(tmp_path: Path, m
     same = made_of(guide_image=guide, cache_dir=tmp_path, scratch=tmp_path, output=tmp_path / "y.png", keep_job=True)
     assert list(manifest.differences(first, same)) == []
     for values, named in (
-        ({"seed": 6}, "--seed was 5, it is 6"),
+        ({"seed": 6}, "--seed was 5 and is now 6"),
         ({"width": 112}, "--width"),
         ({"mask": Mask.CONSTANT}, "--mask"),
-        ({"model_id": "2"}, "the model is another one"),
+        ({"model_id": "2"}, "the model has changed"),
         ({"negative_prompt": "fog"}, "--negative-prompt"),
     ):
         assert named in next(manifest.differences(first, made_of(**({"guide_image": guide} | values))))
@@ -205,7 +205,7 @@ def test_what_decides_the_picture_is_compared_and_nothing_else(tmp_path: Path, m
 
 
 def test_a_damaged_job_is_no_other_picture(tiny: Path, tmp_path: Path) -> None:
-    """A byte of any file is changed: the other state is taken, or the error says what to do."""
+    """After a byte of any file has changed, the other state is used, or the error says what to do."""
     whole = tmp_path / "whole.png"
     render(ask(tiny, whole), roomy())
     job = stopped(tiny, tmp_path / "x.png")
@@ -261,7 +261,7 @@ def test_a_finished_job_that_was_not_tidied_is(tiny: Path, tmp_path: Path) -> No
 def test_a_job_that_names_no_spool_clears_its_own_folder_alone(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As jobs of earlier versions: what lies in the current folder stays."""
+    """Like jobs of earlier versions: files in the current folder stay."""
     mine = [tmp_path / "census.rows", tmp_path / "journal.jsonl"]
     for path in mine:
         path.write_text("mine")
@@ -274,7 +274,7 @@ def test_a_job_that_names_no_spool_clears_its_own_folder_alone(
 
 
 def test_a_canvas_in_files_stays_where_it_was_begun(tmp_path: Path) -> None:
-    """Also where the spool goes with another --scratch."""
+    """Even if another --scratch moves the spool."""
     one, two, notes = tmp_path / "one", tmp_path / "two", list[events.Event]()
     held = None
     for scratch in (one, two, two):
@@ -335,7 +335,7 @@ def test_a_numerical_error_in_the_canvas_saves_nothing_new(
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
 def test_38_whichever_call_of_the_saving_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
-    """The n-th call fails, for every n: a state is then the new one or an older one, never a torn or a lost one."""
+    """The n-th call fails, for every n: the state is then the new one or an older one, never torn or lost."""
     real = getattr(os, call)
     for number in range(1, 12):
         job = folder.Job(RenderRequest(prompt="x", output=tmp_path / f"{number}.png"))

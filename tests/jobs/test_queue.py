@@ -1,4 +1,4 @@
-"""The process of a queue: what it weighs, what it leaves to other machines, what it takes for done."""
+"""The process of a queue: its memory, the rows that it leaves to other machines, and the rows that count as done."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def row(folder: Path, number: int, **values: Any) -> Checked:
 
 
 def test_the_process_of_a_queue_stays_small(tmp_path: Path) -> None:
-    """20 MB at most, whatever the rows: it imports neither what reads options nor what draws."""
+    """At most 20 MB for any number of rows: it imports neither the code that reads options nor the code that draws."""
     (tmp_path / "q.jsonl").write_text('{"prompt": "a", "size": 0}\n' * 600)
     reader = {"file": "q.jsonl", "root": ".", "defaults": [], "name": "{index}.png"}
     spec = supervise.Spec(root=".", results="r.jsonl", file="q.jsonl", max_ram_bytes=10**9, reader=reader, silent=True)
@@ -58,7 +58,7 @@ def test_the_process_of_a_queue_stays_small(tmp_path: Path) -> None:
 
 
 def test_a_picture_that_has_its_name_but_no_line_is_done(in_process: Any, tiny: Path, tmp_path: Path) -> None:
-    """As a kill leaves it that comes between the two; the queue's own process starts as a user starts it."""
+    """As a kill between the two leaves it. The queue's own process is started as a user starts it."""
     (tmp_path / "q.txt").write_text("a boat\n")
     common = ["--model", tiny, *COMMON]
     drawn = in_process("render", "a boat", "-o", "001-a-boat.png", "--seed", 3, "--keep-job", *common[:6])
@@ -77,10 +77,12 @@ def test_a_picture_that_has_its_name_but_no_line_is_done(in_process: Any, tiny: 
 def test_a_row_that_is_appended_while_others_are_drawn_is_drawn_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A row that cannot be drawn is reported before any other is drawn."""
     file, drawn = tmp_path / "q.txt", list[int]()
-    file.write_text("a\n")
+    file.write_text("a\n--nonsense\n")
 
     def draw(queue: Queue, checked: Checked) -> bool:
+        assert queue.tally.failed == [2]
         drawn.append(checked.row)
         if len(drawn) < 3:
             with file.open("a") as more:
@@ -92,13 +94,13 @@ def test_a_row_that_is_appended_while_others_are_drawn_is_drawn_too(
     spec = supervise.Spec(
         root=str(tmp_path), results=str(file_of(file)), file="q.txt", max_ram_bytes=10**9, reader=reader
     )
-    assert supervise.run(spec) == 0 and drawn == [1, 2, 3]
+    assert supervise.run(spec) == 2 and drawn == [1, 3, 4]
 
 
 def test_seeds_that_were_drawn_are_found_again(
     in_process: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same command goes on with the same pictures; another one draws others."""
+    """The same command continues with the same pictures; another command draws other seeds."""
     outputs: list[list[str]] = []
 
     def stopped(spec: supervise.Spec) -> int:
@@ -119,7 +121,7 @@ def test_advice_on_the_ceiling_counts_the_process_of_the_queue(in_process: Any, 
     def smallest(env: dict[str, str]) -> int:
         ran = in_process("render", "x", "--model", tiny, "--size", 64, "--max-ram", "30MB", env=env)
         assert ran.code == 4, ran.err
-        return int(ran.err.split("smallest --max-ram that would do is ")[1].split("MB")[0])
+        return int(ran.err.split("smallest --max-ram that works is ")[1].split("MB")[0])
 
     alone = smallest({})
     assert abs(smallest({BESIDE: "20000000"}) - alone - 20) <= 8  # what the tests' process takes meanwhile
@@ -143,7 +145,7 @@ def test_a_row_belongs_to_one_machine(tmp_path: Path) -> None:
 def test_a_shared_queue_leaves_to_others_what_they_draw(
     in_process: Any, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Row 1 is another machine's, row 2 it has drawn, row 3 is ours."""
+    """Row 1 is being drawn by another machine, row 2 has been drawn by it, row 3 is left."""
     (tmp_path / "q.txt").write_text("a\nb\nc\n")
     command = ["batch", tmp_path / "q.txt", "--share", "--model", tiny, *COMMON, "-o", "{index}.png"]
     assert claims.claim(tmp_path / "1.png.tiler")
@@ -157,7 +159,7 @@ def test_a_shared_queue_leaves_to_others_what_they_draw(
     other.note({"row": 2, "digest": f"{digest:016x}", "status": "done"})
     (tmp_path / "2.png").write_text("drawn there")
     ran = in_process(*command)
-    assert ran.code == 0 and ran.out.startswith("1 skipped, 1 done, 1 left to other machines"), ran.out + ran.err
+    assert ran.code == 0 and ran.out.startswith("1 done, 1 skipped, 1 left to other machines"), ran.out + ran.err
     assert (tmp_path / "2.png").read_text() == "drawn there" and (tmp_path / "3.png").exists()
     assert not (tmp_path / "1.png").exists() and not (tmp_path / "3.png.tiler").exists()
     assert in_process(*command, "--force").code == 2
@@ -166,7 +168,7 @@ def test_a_shared_queue_leaves_to_others_what_they_draw(
 def test_prompts_of_rows_with_a_large_encoder_are_encoded_together(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """64 at a time; others do not wait for each other."""
+    """64 rows at a time; rows without a large encoder do not wait for each other."""
     order: list[str] = []
     monkeypatch.setattr(Queue, "_draw", lambda queue, checked: order.append(f"draw {checked.row}") or True)
     queue = queue_of(tmp_path, encode=lambda rows: order.append(f"encode {len(rows)}"))
@@ -202,7 +204,7 @@ def test_encoding_ahead_fills_the_cache(tiny: Path, tmp_path: Path, monkeypatch:
 
 
 def test_other_programs_go_first(in_process: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As far as --nice says; a batch is that nice by itself."""
+    """As much as --nice says; a batch has a default of its own."""
     (tmp_path / "q.txt").write_text("a\n")
     asked: list[int] = []
     monkeypatch.setattr(os, "nice", asked.append)
@@ -213,7 +215,7 @@ def test_other_programs_go_first(in_process: Any, tmp_path: Path, monkeypatch: p
 
 
 def test_a_signal_saves_a_render_that_goes_on(tiny: Path, tmp_path: Path) -> None:
-    """SIGUSR1: at the next tile, and once."""
+    """SIGUSR1 saves once, at the next tile."""
     before, saved = signal.getsignal(signal.SIGUSR1), list[str]()
     prepare = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     prepare_signals()
@@ -238,7 +240,7 @@ def test_a_signal_saves_a_render_that_goes_on(tiny: Path, tmp_path: Path) -> Non
 def test_a_row_for_which_the_disk_has_no_room_waits_for_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is tried once more at the end."""
+    """It is tried again at the end."""
     order: list[str] = []
 
     class Process:

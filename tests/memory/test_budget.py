@@ -1,4 +1,4 @@
-"""The ceiling: units, what a budget measures and says, and when freed memory leaves the process."""
+"""The ceiling: units, what a budget measures and reports, and when freed memory leaves the process."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tiler.memory.process import Rss, read_rss, trim
 
 
 def fresh(code: str) -> str:
-    """What a process of its own prints."""
+    """The output of a new process."""
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300).stdout
 
 
@@ -89,7 +89,7 @@ def test_budget_raises_at_the_ceiling_with_the_place() -> None:
             budget.check("unet.up_blocks.1")
         del block
     assert caught.value.exit_code == 5
-    named = re.search(r"--max-ram (\d+MB) would have held that", str(caught.value))
+    named = re.search(r"--max-ram (\d+MB) would have been enough", str(caught.value))
     assert (
         named is not None and budget.peak_rss_bytes <= 0.97 * Budget(named[1]).max_bytes < 1.1 * budget.peak_rss_bytes
     )
@@ -129,7 +129,7 @@ def test_budget_counts_children() -> None:
 
 @pytest.fixture
 def kernel(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Say what the kernel reports from now on."""
+    """Set what the kernel reports from now on."""
 
     def report(now: int, peak: int = 0, swapped: int = 0, *, resets: bool = False) -> None:
         monkeypatch.setattr(process, "read_rss", lambda: Rss(now, peak, now, 0, swapped))
@@ -150,7 +150,7 @@ def test_a_kernel_without_a_mark_is_sampled_and_the_budget_says_so(kernel: Calla
 
 
 def test_a_mark_of_before_that_cannot_be_reset_is_not_ours(kernel: Callable[..., None]) -> None:
-    """A program that once held 2 GB may still render under 800 MB, where /proc cannot be written to."""
+    """A program that once held 2 GB can still render under 800 MB, even if /proc is read-only."""
     kernel(300_000_000, 2_000_000_000)
     with Budget("800MB") as budget:
         budget.check("start")
@@ -181,7 +181,7 @@ def test_swapping_is_said_once(kernel: Callable[..., None]) -> None:
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the thresholds are glibc's")
 @pytest.mark.parametrize(("planned", "stays"), [("100MB", True), ("1900MB", False)])
 def test_freed_memory_stays_only_under_a_roomy_ceiling(planned: str, stays: bool) -> None:
-    """A layer's 40 MB are faulted in anew at every call unless the ceiling is far above the plan."""
+    """A layer's 40 MB are faulted in again at every call unless the ceiling is far above the plan."""
     code = f"""
 import resource
 from tiler import Budget

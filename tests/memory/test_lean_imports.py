@@ -1,4 +1,5 @@
-"""What is kept out of memory, what comes when it is wanted after all, and a library's caller who compiles."""
+"""Modules that are kept out of memory, modules that are loaded after all when needed, and a library's caller who
+compiles."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ import pytest
 
 
 def fresh(code: str) -> str:
-    """What a process of its own prints."""
+    """The output of a new process."""
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300).stdout
 
 
@@ -78,7 +79,7 @@ print(PreTrainedModel.__module__, hasattr(torch._dynamo, "optimize"))
 
 
 def test_names_that_others_took_from_a_stand_in_are_real_afterwards() -> None:
-    """transformers keeps a class of torch._dynamo's that it needs for some masks."""
+    """transformers keeps a class of torch._dynamo that it needs for some masks."""
     code = """
 from tiler.memory.lean_imports import lean_imports
 with lean_imports():
@@ -139,7 +140,7 @@ print(utils.maybe_allow_in_graph.__module__)
 
 
 def test_who_calls_the_library_can_compile(tmp_path: Path) -> None:
-    """Only the program leaves out what torch.compile needs."""
+    """Only the program leaves out the parts that torch.compile needs."""
     code = f"""
 import sys, tiler, torch
 request = tiler.RenderRequest(prompt="x", output={str(tmp_path / "a.png")!r}, model="mini", width=256, height=256, num_inference_steps=1, guide=False)

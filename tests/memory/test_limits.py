@@ -1,4 +1,4 @@
-"""The limits of control groups and users, in trees of files as the kernel shows them; and memory that is refused."""
+"""Limits of control groups and users, in trees of files as the kernel shows them; refused allocations."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MB = 10**6
 
 
 class Kernel:
-    """A /proc/self and control groups of version 1 or 2 below a folder."""
+    """A /proc/self and control groups of version 1 or 2, as files in a folder."""
 
     def __init__(self, base: Path, version: int, group: str, root: str = "/") -> None:
         self.proc, self.version = base / "proc", version
@@ -40,7 +40,7 @@ class Kernel:
         (self.proc / "mountinfo").write_text("\n".join(mounts) + "\n")
 
     def write(self, controller: str, folder: str, **files: object) -> None:
-        """`memory_max=1` is the file memory.max."""
+        """Write files; `memory_max=1` is the file memory.max."""
         path = self.points[controller] / folder.strip("/")
         path.mkdir(parents=True, exist_ok=True)
         for name, value in files.items():
@@ -63,7 +63,8 @@ def test_the_least_of_all_groups_around_a_process_holds(tmp_path: Path) -> None:
 def test_auto_is_nine_tenths_of_what_is_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_process, tiny: Path
 ) -> None:
-    """Of the least that groups, user limits and the machine leave, our own use included; the plan states the number."""
+    """Nine tenths of the least that groups, user limits and the machine leave, including this process's own use; the
+    plan states the number."""
     own = psutil.Process().memory_info().rss
     machine = SimpleNamespace(available=3000 * MB, total=8000 * MB)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: machine)
@@ -90,7 +91,7 @@ def test_groups_of_version_1(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_a_container_that_sees_the_hosts_path_of_its_group(tmp_path: Path, version: int) -> None:
-    """Docker without a namespace of its own: /proc tells the path from the host's root, and that very group is
+    """Docker without a namespace of its own: /proc gives the path from the host's root, but the group itself is
     mounted."""
     kernel = Kernel(tmp_path, version, "/docker/abc/inner", root="/docker/abc")
     key = "memory_max" if version == 2 else "memory_limit_in_bytes"
@@ -254,7 +255,7 @@ main()
 
 @pytest.mark.parametrize(("given", "variable", "want"), [("None", None, 1), ("2", None, 2), ("None", "2", 2)])
 def test_torch_gets_as_many_threads_as_a_container_has_processors(given: str, variable: str | None, want: int) -> None:
-    """Unless the user says how many."""
+    """Unless the user sets the number."""
     code = f"""
 from tiler.memory import limits
 limits.limited_cpus = lambda: 1

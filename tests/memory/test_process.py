@@ -1,4 +1,4 @@
-"""What the kernel says of this process, and the memory and code that leave it."""
+"""What the kernel reports about this process, and the release of memory and code."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tiler.memory.process import _untouched_code, read_rss
 
 
 def fresh(code: str) -> str:
-    """What a process of its own prints."""
+    """The output of a new process."""
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300).stdout
 
 
@@ -67,7 +67,7 @@ def test_a_machine_without_a_load_average(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the thresholds are glibc's")
 def test_mapped_blocks_leave_no_holes_between_others() -> None:
-    """Every second of 64 blocks is freed, as when a weight is copied on its way to another layout."""
+    """Every second of 64 blocks is freed, as when a weight is copied into another layout."""
     code = """
 from contextlib import nullcontext
 from tiler.memory import process

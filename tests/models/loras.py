@@ -1,4 +1,4 @@
-"""LoRA files for tests: random factors for modules of a model, and the weights that they make by closed formulas in
+"""LoRA files for tests: random factors for modules of a model, and the resulting weights by closed formulas in
 float64."""
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def kohya(prefix: str, path: str) -> str:
 def random_lora(
     module: nn.Module, paths: list[str], *, rank: int = 3, seed: int = 0
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """down and up of each module, of the size of a tenth of a weight."""
+    """Factors down and up for each module; their product is a tenth of a weight in size."""
     generator = torch.Generator().manual_seed(seed)
     found = {}
     for path in paths:
@@ -32,7 +32,7 @@ def random_lora(
 
 
 def layers_of(module: nn.Module, every: int = 3) -> list[str]:
-    """Paths of some Linear and Conv2d layers, all kinds among them."""
+    """The paths of some Linear and Conv2d layers, at least one of every kind."""
     paths = [path for path, child in module.named_modules() if isinstance(child, nn.Linear | nn.Conv2d)]
     return paths[::every]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,12 @@ import torch
 from diffusers import AuraFlowPipeline, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from tests.models.rendering import ask, edit, lose_shard, rendered
+from tests.models.rendering import FOUR_TILES, ask, edit, four_tiles, lose_shard, rendered
 from tiler import RenderRequest, plan
-from tiler.diffusion.guide import guide_size, upscale
-from tiler.diffusion.layouts import plan_tiles
 from tiler.models.auraflow_blocks import quantised, read_once
 from tiler.models.family import Part, Role, read_family
 from tiler.planning.resolve import resolve
-from tiler.request import GuideUpscale, Precision
+from tiler.request import Precision
 from tiler.run import streamed
 from tiler.weights import checkpoint
 
@@ -42,7 +41,7 @@ def pipe(folder: Path) -> AuraFlowPipeline:
 
 
 def test_prompts_are_diffusers_own(folder: Path, pipe: AuraFlowPipeline) -> None:
-    """256 rows, of which those behind the prompt are zeros; a negative prompt that is absent is an empty one."""
+    """256 rows, zero after the prompt; an absent negative prompt is the empty one."""
     family, said = read_family(checkpoint.resolve(str(folder))), []
     texts = ["a boat on a lake", "", None, "fog over the harbour " * 100]
 
@@ -75,7 +74,7 @@ def test_one_tile_is_what_diffusers_pipeline_gives(
 
 
 def test_positions_are_those_of_the_middle(folder: Path, pipe: AuraFlowPipeline) -> None:
-    """Sides whose half is even and odd, on which classes of diffusers round differently; and that positions matter."""
+    """Sides whose halves are even and odd, which classes of diffusers round differently; and positions matter."""
     from tiler.models.family import Options
     from tiler.models.samples import Place, Prompt, Sample
 
@@ -101,7 +100,8 @@ def looped(
     pipe: AuraFlowPipeline, latents: Tensor, crops: list[tuple[Any, Tensor]], begin: int, reference: Tensor | None,
     steps: int,
 ) -> Tensor:  # fmt: skip
-    """Mixture of Diffusers by diffusers' own transformer and scheduler: `crops` are (index, weights) of each tile."""
+    """Mixture of Diffusers with diffusers' own transformer and scheduler; `crops` holds (index, weights) of each
+    tile."""
     with torch.no_grad():
         tokens, _, negative, _ = pipe.encode_prompt("a boat", "fog")
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config)
@@ -123,31 +123,15 @@ def test_four_tiles_with_a_guide_are_a_loop_over_diffusers_transformer(
     folder: Path, pipe: AuraFlowPipeline, tmp_path: Path
 ) -> None:
     """A canvas of 24 × 20 latents, a guide that is not square."""
-    steps, canvas = 4, (24, 20)
-    request = ask(
-        folder, tmp_path, height=192, width=160, num_inference_steps=steps, guide=True, strength=0.5,
-        guide_upscale=GuideUpscale.LATENT, guidance_scale=3.0, negative_prompt="fog",
-    )  # fmt: skip
-    got, report = rendered(request)
-    size = guide_size(canvas, 16, 2)
-    assert size is not None and size.height != size.width
-    everything = [((slice(None), slice(None), slice(None), slice(None)), torch.ones(()))]
-
-    def noise(height: int, width: int) -> Tensor:
-        return torch.randn(1, 4, height, width, generator=torch.Generator().manual_seed(5))
-
-    guide = looped(pipe, noise(size.height, size.width), everything, 0, None, steps)
-    resolved = resolve(request, read_family(checkpoint.resolve(str(folder))))
-    tiles = plan_tiles(resolved, canvas=canvas, tile=(16, 16), overlap=4)
-    assert len(tiles) == 4 and all(tile.top % 2 == tile.left % 2 == 0 for tile in tiles)
-    crops = [((slice(None), slice(None), *tile.crop), tile.weights) for tile in tiles]
-    want = looped(pipe, noise(*canvas), crops, 2, upscale(guide, size, canvas, (False, False)), steps)
+    got, want, report = four_tiles(
+        ask(folder, tmp_path, **FOUR_TILES, guidance_scale=3.0, negative_prompt="fog"), partial(looped, pipe)
+    )
     assert (got - want).abs().max() < 1e-4
-    assert report["denoiser_samples"] == 2 * (4 * 2 + steps)
+    assert report["denoiser_samples"] == 2 * (4 * 2 + 4)
 
 
 def test_traits_are_of_the_model(folder: Path, tmp_path: Path) -> None:
-    """Its sample_size counts patches; a panorama's guide is no longer than the positions it learned."""
+    """Its sample_size counts patches; a panorama's guide is no longer than the learned positions."""
     request = RenderRequest(prompt="x", model=str(folder), width=2560, height=128, output=tmp_path / "x.png")
     planned = plan(request).plan
     assert planned.family.native == 16

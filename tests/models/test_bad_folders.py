@@ -1,5 +1,5 @@
-"""Folders that are incomplete, damaged or of another kind of model: each is refused before any work in one line that
-says what is wrong and what to do, with the exit code of a model."""
+"""Folders that are incomplete, damaged or of another kind of model: each is refused before any work, in one line that
+says what is wrong and what to do, with the exit code for models."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def folders(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
 
 
 def linked(folder: Path, to: Path) -> Path:
-    """A copy whose files are links, to be replaced one by one."""
+    """A copy of a folder, made of links, which can be replaced one by one."""
     shutil.copytree(folder, to, copy_function=lambda source, target: Path(target).symlink_to(source))
     return to
 
@@ -66,7 +66,7 @@ def changed(part: str, change: Callable[[dict[str, torch.Tensor]], object]) -> D
 
 
 def sharded(folder: Path, *, lose: bool = False, cut: bool = False) -> None:
-    """The UNet's weights in two files, of which the second is lost or cut."""
+    """The UNet's weights in two files, the second of which is missing or cut."""
     path = weights(folder, "unet")
     tensors, stem = load_file(path), path.name.split(".")[0]
     path.unlink()

@@ -1,4 +1,4 @@
-"""Numbers in configs that no model can have are refused by the name of the field, before any work."""
+"""Impossible numbers in configs are refused before any work, with the name of the field."""
 
 from __future__ import annotations
 

@@ -117,7 +117,7 @@ def test_too_many_chunks_are_cut_with_a_note(family: families.Family) -> None:
 
 
 def sizes(*sections: str, room: int = 10) -> list[str]:
-    """Chunks of letters, each a token; those in brackets stay together."""
+    """The chunks of a text of letters, each a token; letters in brackets stay together."""
     pieces = []
     for section in sections:
         split = section.replace("<", " <").replace(">", "> ").split()

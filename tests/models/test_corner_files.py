@@ -1,5 +1,4 @@
-"""Files as they lie about: odd, incomplete, of another kind, or no model at all. Each is read, or refused by what it
-is."""
+"""Odd files: incomplete, of another kind, or not a model at all. Each is read, or refused by name."""
 
 from __future__ import annotations
 
@@ -62,7 +61,7 @@ def test_bytes_behind_the_last_tensor(tmp_path: Path, whole: Tensors, clean: Fam
 
 
 def test_text_names_of_old_files(tmp_path: Path, whole: Tensors, clean: Family) -> None:
-    """Without text_model., and with positions that became fractions in a merge."""
+    """Names without text_model., and positions that became fractions in a merge."""
     tensors = {name.replace("text_model.", ""): tensor for name, tensor in whole.items()}
     tensors[f"{TEXT}embeddings.position_ids"] = torch.arange(77).half()[None]
     assert_same_weights(clean, read_family(resolve(str(save(tensors, tmp_path / "x.safetensors")))))
@@ -105,7 +104,7 @@ def test_an_autoencoder_beside_the_model(tmp_path: Path, whole: Tensors, clean: 
 
 
 def test_parts_from_known_folders(tmp_path: Path, whole: Tensors, clean: Family) -> None:
-    """One that fits is taken, with a note; of two the user must choose."""
+    """The only part that fits is used, with a note; of two, the user must choose one."""
     path = save(without(whole, VAE), tmp_path / "x.safetensors")
     own = {name.removeprefix(VAE): tensor for name, tensor in whole.items() if name.startswith(VAE)}
     (tmp_path / "webui/models/VAE").mkdir(parents=True)
@@ -116,7 +115,7 @@ def test_parts_from_known_folders(tmp_path: Path, whole: Tensors, clean: Family)
     assert f"the autoencoder is {first}, the only one in the model folders that fits" in family.checkpoint.notes
     assert_same_weights(clean, family)
     second = save(own, tmp_path / "webui/models/VAE/two.safetensors")
-    with pytest.raises(ModelError, match="several fit; choose one with --vae") as error:
+    with pytest.raises(ModelError, match="several files would fit; choose one with --vae") as error:
         open_family(options)
     assert str(first) in str(error.value) and str(second) in str(error.value)
 
@@ -147,7 +146,7 @@ def test_prediction_of_a_folder(folder: Path) -> None:
 
 @pytest.mark.parametrize(("key", "what"), [("edm_mean", "Playground 2.5"), ("edm_vpred.sigma_max", "CosXL")])
 def test_models_with_a_noise_of_their_own(tmp_path: Path, whole: Tensors, key: str, what: str) -> None:
-    with pytest.raises(ModelError, match=f"{key} tells that this is {what}"):
+    with pytest.raises(ModelError, match=f"{key} says that this is {what}"):
         read_family(resolve(str(save(whole | {key: torch.zeros(4)}, tmp_path / "x.safetensors"))))
 
 
@@ -191,7 +190,7 @@ REFUSED: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
     "nvfp4": (lambda t: t | {f"{TO_K}.weight_scale_2": torch.ones(1)}, "NVFP4"),
     "both namings": (
         lambda t: t | {f"{UNET}conv_in.weight": torch.zeros(2), f"{UNET}down_blocks.0.x": torch.zeros(2)},
-        "names its tensors in two ways",
+        "both the original's and diffusers' names of tensors",
     ),
     "two denoisers": (
         lambda t: t | {"conv_in.weight": torch.zeros(2), "down_blocks.0.x": torch.zeros(2)},
@@ -221,7 +220,7 @@ def test_what_is_refused_by_name(in_process: Any, tmp_path: Path, whole: Tensors
 def test_a_unet_alone_with_the_names_of_diffusers(tmp_path: Path, folder: Path) -> None:
     (file,) = (folder / "unet").glob("*.safetensors")
     path = save(load_file(file), tmp_path / "x.safetensors")
-    with pytest.raises(ModelError, match="no autoencoder is in this file; give --vae"):
+    with pytest.raises(ModelError, match="this file has no autoencoder; give --vae"):
         read_family(resolve(str(path)))
     flags = {"vae": str(folder / "vae"), "text_encoder": str(folder / "text_encoder")}
     assert_same_weights(read_family(resolve(str(folder))), open_family(ModelOptions(model=str(path), **flags)))

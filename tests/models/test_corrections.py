@@ -1,4 +1,4 @@
-"""Configs that diffusers corrects are corrected alike when a checkpoint is read, and said so."""
+"""Configs that diffusers corrects are corrected the same way when a checkpoint is read, and a note says so."""
 
 from __future__ import annotations
 

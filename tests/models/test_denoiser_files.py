@@ -1,4 +1,4 @@
-"""Files with a transformer alone, in the names of the original repositories, and the flags that bring the other
+"""Files with only a transformer, with the names of the original repositories, and the flags that supply the other
 parts."""
 
 from __future__ import annotations
@@ -103,9 +103,7 @@ def test_t5_without_a_tokenizer_names_the_file(
 
 def test_what_is_missing_is_named_with_its_flag(pair: tuple[Path, Path]) -> None:
     _, file = pair
-    with pytest.raises(
-        ModelError, match=r"no autoencoder is in this file; give --vae FILE or FOLDER \(run: hf download"
-    ):
+    with pytest.raises(ModelError, match=r"this file has no autoencoder; give --vae FILE or FOLDER \(run: hf download"):
         open_family(ModelOptions(model=str(file)))
 
 
@@ -186,8 +184,8 @@ HASHES = {
 
 @pytest.mark.parametrize("name", GOLDEN)
 def test_the_map_is_the_one_that_was_checked(name: str) -> None:
-    """Each parameter of a full-size denoiser, the tensor that it lies in, and its rows there: another map is another
-    picture."""
+    """For each parameter of a full-size denoiser, the tensor that holds it, and its rows there: another map would be
+    another picture."""
     build, kind = GOLDEN[name]
     lines = mapped(build, kind)
     assert hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16] == HASHES[name], "\n".join(lines[:20])
@@ -236,7 +234,7 @@ def written(kind: str, state: dict[str, torch.Tensor], prefix: str) -> dict[str,
 
 
 def test_opening_a_file_of_flux_takes_less_than_20_mb(tmp_path: Path) -> None:
-    """Its header of 780 tensors, their names changed; the 6.8 GB behind it are holes."""
+    """A header of 780 tensors, whose names are converted; the 6.8 GB after it are holes."""
     state = flux()
     writer = gguf.GGUFWriter(tmp_path / "flux.gguf", "flux")
     for name, original in _single_dit.originals("flux", state).items():
@@ -264,7 +262,7 @@ def test_opening_a_file_of_flux_takes_less_than_20_mb(tmp_path: Path) -> None:
 
 
 def test_t5_by_the_names_of_llama_cpp(tmp_path: Path) -> None:
-    """A GGUF of T5 has short names; the values are those of the folder's encoder."""
+    """A GGUF of T5 has short names; its values are those of the folder's encoder."""
     folder = make_checkpoint.make("tiny-pixart", tmp_path)
     (file,) = (folder / "text_encoder").glob("*.safetensors")
     short = {

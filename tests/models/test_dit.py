@@ -1,5 +1,5 @@
-"""The walk that transformers share, against diffusers' own blocks: chunks, head groups and streaming change no more
-than rounding."""
+"""The walk that transformers share, against diffusers' blocks: chunks, head groups and streaming change only
+rounding."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def got(kind: str, streamer: Streamer, block: Any, x: Tensor, temb: Tensor, rota
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_blocks_are_diffusers_own(kind: str, tmp_path: Path) -> None:
-    """Resident, streamed with room for every layer, and with room for none: the same bits whatever is held."""
+    """Resident, streamed with room for every layer, and streamed with room for none: always the same bits."""
     block, x, temb = block_of(kind), normal(1, TEXT + IMAGE, WIDTH, seed=100), normal(1, WIDTH, seed=101)
     rotary = FluxPosEmbed(10_000, [8, 16, 16])(normal(TEXT + IMAGE, 3, seed=102) * 10)
     reference = want(kind, block, x, temb, rotary)
@@ -102,8 +102,8 @@ def test_blocks_are_diffusers_own(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_planning_counts_what_a_block_does(kind: str) -> None:
-    """Shapes alone: the arithmetic of every chunk, though only the first is run, and no more than three states beside
-    the state."""
+    """On shapes: the arithmetic of every chunk is counted although only the first is run, and at most three states
+    beside the state."""
     with on_meta():
         block = KINDS[kind](dim=WIDTH, num_attention_heads=HEADS, attention_head_dim=WIDTH // HEADS)
         x, row = torch.empty(1, TEXT + IMAGE, WIDTH), torch.empty(6 * WIDTH)

@@ -82,7 +82,7 @@ def test_what_cannot_be_used_is_told_when_it_is_named(folder: Path) -> None:
     assert [piece.ids for piece in named("<x>", WIDTH)] == [(60,), (120,), (62,)]
     for text, error, said in (
         ("embedding:ink", ModelError, "near names are inks"),
-        ("both", ModelError, "width 32, 48; this model's text encoders take 32"),
+        ("both", ModelError, "width 32, 48, but the model's text encoders take 32"),
         ("embedding:old", ModelError, "pickle"),
         ("bad", NumericalError, "NaN"),
     ):

@@ -1,4 +1,4 @@
-"""A family that tiler does not know, registered by a test: everything outside of models/ takes it as it is."""
+"""A family that tiler does not know, registered by a test: everything outside models/ accepts it unchanged."""
 
 from __future__ import annotations
 
@@ -300,7 +300,7 @@ def test_its_weights_are_packed_by_its_own_rule(dummy: Family, tmp_path: Path) -
 def test_it_renders_through_the_whole_pipeline(
     dummy: Family, folder: Path, tmp_path: Path, negative: str | None
 ) -> None:
-    """Against a loop over diffusers' scheduler and the bare modules: one tile, no guide; then with tiles and a
+    """Against a loop over diffusers' scheduler and the bare modules: first one tile without a guide, then tiles and a
     guide."""
     from diffusers import FlowMatchEulerDiscreteScheduler
     from safetensors.torch import load_file

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,17 +15,15 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from torch import Tensor
 
-from tests.models.rendering import ask, edit, lose_shard, rendered
+from tests.models.rendering import FOUR_TILES, ask, edit, four_tiles, lose_shard, rendered
 from tiler import Region, RenderRequest, plan
 from tiler.compute.layers import SMALL
-from tiler.diffusion.guide import guide_size, upscale
-from tiler.diffusion.layouts import plan_tiles
 from tiler.models.family import Guidance, Options, Role, read_family
 from tiler.models.flux import Flux, quantised, read_once
 from tiler.models.patches import pack, unpack
 from tiler.models.samples import Place, Prompt, Sample
 from tiler.planning.resolve import resolve
-from tiler.request import GuideUpscale, Precision
+from tiler.request import Precision
 from tiler.run import streamed
 from tiler.weights import checkpoint
 from tiler.weights.index import read_index
@@ -68,14 +67,14 @@ def test_one_tile_is_what_flux_pipeline_gives(
     scale: float,
     negative: str | None,
 ) -> None:
-    """dev's shift is dynamic. A guidance scale of 1 is an input like others; a negative prompt has no effect, and a
-    note says so."""
+    """dev's shift is dynamic. A guidance scale of 1 is an ordinary input; a negative prompt has no effect, and a note
+    says so."""
     said: list[str] = []
     request = ask(folders[kind], tmp_path, size=128, guidance_scale=scale, negative_prompt=negative)
     got, report = rendered(request, said)
     assert (got - by_pipeline(pipelines[kind], kind, scale)).abs().max() < 1e-4
     assert report["denoiser_samples"] == 3  # no unconditional half
-    assert any("negative prompt has no effect: Flux.1 dev takes none" in text for text in said) is bool(negative)
+    assert any("negative prompt has no effect on Flux.1 dev" in text for text in said) is bool(negative)
 
 
 def looped(
@@ -86,7 +85,8 @@ def looped(
     reference: Tensor | None,
     steps: int,
 ) -> Tensor:
-    """Mixture of Diffusers by diffusers' own transformer and scheduler: `crops` are (index, weights) of each tile."""
+    """Mixture of Diffusers with diffusers' own transformer and scheduler; `crops` holds (index, weights) of each
+    tile."""
     with torch.no_grad():
         tokens, pooled, text_ids = pipe.encode_prompt("a boat", max_sequence_length=512)
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config)
@@ -116,28 +116,9 @@ def test_four_tiles_with_a_guide_are_a_loop_over_diffusers_transformer(
     folders: dict[str, Path], pipelines: dict[str, FluxPipeline], tmp_path: Path
 ) -> None:
     """A canvas of 24 × 20 latents, a guide that is not square; each tile has a grid of its own."""
-    steps, canvas = 4, (24, 20)
-    request = ask(
-        folders["dev"], tmp_path, height=192, width=160, num_inference_steps=steps, guide=True, strength=0.5,
-        guide_upscale=GuideUpscale.LATENT,
-    )  # fmt: skip
-    got, report = rendered(request)
-    size = guide_size(canvas, 16, 2)
-    assert size is not None and size.height != size.width
-    everything = [((slice(None), slice(None), slice(None), slice(None)), torch.ones(()))]
-    pipe = pipelines["dev"]
-
-    def noise(height: int, width: int) -> Tensor:
-        return torch.randn(1, 16, height, width, generator=torch.Generator().manual_seed(5))
-
-    guide = looped(pipe, noise(size.height, size.width), everything, 0, None, steps)
-    resolved = resolve(request, read_family(checkpoint.resolve(str(folders["dev"]))))
-    tiles = plan_tiles(resolved, canvas=canvas, tile=(16, 16), overlap=4)
-    assert len(tiles) == 4 and all(tile.top % 2 == tile.left % 2 == 0 for tile in tiles)
-    crops = [((slice(None), slice(None), *tile.crop), tile.weights) for tile in tiles]
-    want = looped(pipe, noise(*canvas), crops, 2, upscale(guide, size, canvas, (False, False)), steps)
+    got, want, report = four_tiles(ask(folders["dev"], tmp_path, **FOUR_TILES), partial(looped, pipelines["dev"]))
     assert (got - want).abs().max() < 1e-4
-    assert report["denoiser_samples"] == 4 * 2 + steps
+    assert report["denoiser_samples"] == 4 * 2 + 4
 
 
 def test_defaults_are_of_the_model(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -201,7 +182,7 @@ def test_modulations_are_read_once_and_not_in_a_pass(folders: dict[str, Path], t
 
 @torch.no_grad()
 def test_diffusers_own_forward_gives_the_same_from_the_same_files(folders: dict[str, Path]) -> None:
-    """Their module, unchanged, with its layers streamed; a grid that is not square."""
+    """diffusers' module, unchanged, with its layers streamed; a grid that is not square."""
     family = read_family(checkpoint.resolve(str(folders["schnell"])))
     part, generator = family.part(Role.DENOISER), torch.Generator().manual_seed(1)
     tokens, pooled, latents = (torch.randn(1, *n, generator=generator) for n in ((256, 64), (32,), (16, 12, 20)))
@@ -281,7 +262,7 @@ def test_what_it_cannot_take_is_exit_3_and_one_line(
 
 
 def test_commands(tiler, in_process, folders: dict[str, Path], tmp_path: Path) -> None:
-    """The render in a process of its own, whose imports are fewer."""
+    """The render runs in a process of its own, which imports less."""
     model = folders["schnell"]
     assert in_process("plan", "a boat", "-m", model, "--size", 192, "--json").code == 0
     assert in_process("quantize", model, "--cache-dir", tmp_path / "packed").code == 0

@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from checkpoints import _single_dit
 from diffusers import DDIMScheduler, HunyuanDiTPipeline
 from diffusers.models.embeddings import get_2d_rotary_pos_embed
 from diffusers.pipelines.hunyuandit.pipeline_hunyuandit import get_resize_crop_region_for_grid
 from PIL import Image
 from torch import Tensor
 
-from tests.models.rendering import ask, edit, lose_shard, rendered
+from tests.models.rendering import FOUR_TILES, ask, edit, four_tiles, lose_shard, rendered
+from tests.models.test_denoiser_files import assert_same_weights
 from tiler import RenderRequest
-from tiler.diffusion.guide import guide_size, upscale
-from tiler.diffusion.layouts import plan_tiles
-from tiler.models.family import read_family
+from tiler.models.family import open_family, read_family
 from tiler.models.hunyuandit_blocks import quantised, read_once, rotation
 from tiler.planning.resolve import resolve
-from tiler.request import GuideUpscale, Scheduler
+from tiler.request import Scheduler
+from tiler.request.model import ModelOptions
 from tiler.weights import checkpoint
 
 PROMPT = "a boat on a lake, 船"
@@ -40,7 +42,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def pipelines(folders: dict[str, Path]) -> dict[str, Any]:
-    """With a scheduler that draws no noise of its own."""
+    """Pipelines with a scheduler that draws no noise."""
     found = {kind: HunyuanDiTPipeline.from_pretrained(at, torch_dtype=torch.float32) for kind, at in folders.items()}
     for pipe in found.values():
         pipe.set_progress_bar_config(disable=True)
@@ -80,7 +82,7 @@ def test_one_tile_is_what_the_pipeline_gives(
 
 
 def turns(size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """What the pipeline tells of the positions of height × width patches."""
+    """The rotary embedding that the pipeline passes for height × width patches."""
     found: tuple[Tensor, Tensor] = get_2d_rotary_pos_embed(88, get_resize_crop_region_for_grid(size, 32), size)
     return found
 
@@ -95,7 +97,8 @@ def test_positions_are_diffusers_own(size: tuple[int, int]) -> None:
 def looped(
     pipe: Any, latents: Tensor, crops: list[tuple[Any, Tensor]], begin: int, reference: Tensor | None, steps: int
 ) -> Tensor:
-    """Mixture of Diffusers by diffusers' own transformer and scheduler: `crops` are (index, weights) of each tile."""
+    """Mixture of Diffusers with diffusers' own transformer and scheduler; `crops` holds (index, weights) of each
+    tile."""
     with torch.no_grad():
         words = [pipe.encode_prompt(PROMPT, text_encoder_index=i) for i in (0, 1)]
         (states, _, mask, _), (wide, _, wide_mask, _) = words
@@ -127,26 +130,9 @@ def test_four_tiles_with_a_guide_are_a_loop_over_diffusers_transformer(
     folders: dict[str, Path], pipelines: dict[str, Any], tmp_path: Path
 ) -> None:
     """A canvas of 24 × 20 latents, a guide that is not square; each tile has a grid of its own."""
-    steps, canvas = 4, (24, 20)
-    upscaled: dict[str, Any] = {"guide": True, "strength": 0.5, "guide_upscale": GuideUpscale.LATENT}
-    request = boat(folders["1.2"], tmp_path, height=192, width=160, num_inference_steps=steps, **upscaled)
-    got, report = rendered(request)
-    size = guide_size(canvas, 16, 2)
-    assert size is not None and size.height != size.width
-    everything = [((slice(None), slice(None), slice(None), slice(None)), torch.ones(()))]
-    pipe = pipelines["1.2"]
-
-    def noise(height: int, width: int) -> Tensor:
-        return torch.randn(1, 4, height, width, generator=torch.Generator().manual_seed(5))
-
-    guide = looped(pipe, noise(size.height, size.width), everything, 0, None, steps)
-    resolved = resolve(request, read_family(checkpoint.resolve(str(folders["1.2"]))))
-    tiles = plan_tiles(resolved, canvas=canvas, tile=(16, 16), overlap=4)
-    assert len(tiles) == 4 and all(tile.top % 2 == tile.left % 2 == 0 for tile in tiles)
-    crops = [((slice(None), slice(None), *tile.crop), tile.weights) for tile in tiles]
-    want = looped(pipe, noise(*canvas), crops, 2, upscale(guide, size, canvas, (False, False)), steps)
+    got, want, report = four_tiles(boat(folders["1.2"], tmp_path, **FOUR_TILES), partial(looped, pipelines["1.2"]))
     assert apart(got, want) < 1e-4
-    assert report["denoiser_samples"] == 2 * (4 * 2 + steps)
+    assert report["denoiser_samples"] == 2 * (4 * 2 + 4)
 
 
 def test_defaults_are_of_the_model(folders: dict[str, Path]) -> None:
@@ -190,6 +176,33 @@ def test_bad_checkpoints_are_exit_3_and_one_line(
     assert ran.code == 3 and words in ran.err and ran.err.count("\n") == 1, ran
 
 
+@pytest.mark.parametrize(("kind", "named"), [("1.2", "original"), ("1.1", "original"), ("1.1", "diffusers")])
+def test_a_file_takes_the_place_of_a_folders_transformer(
+    in_process: Any, folders: dict[str, Path], tmp_path: Path, kind: str, named: str
+) -> None:
+    """Also in a folder of another version: what the file holds counts."""
+    (own_file,) = (folders[kind] / "transformer").glob("*.safetensors")
+    file = Path(shutil.copy(own_file, tmp_path / "dit.safetensors"))
+    if named == "original":
+        _single_dit.write_transformer(folders[kind], file, "hunyuandit")
+    own = read_family(checkpoint.resolve(str(folders[kind])))
+    found = open_family(ModelOptions(model=str(folders["1.2"]), diffusion_model=str(file)))
+    assert {info.path for info in found.checkpoint.weights("transformer").values()} == {file}
+    assert_same_weights(own, found)
+    alone = in_process("plan", "a boat", "--diffusion-model", file)
+    assert alone.code == 3 and "a transformer of HunyuanDiT alone; give --model FOLDER as well" in alone.err
+    listed = in_process("models", tmp_path)
+    assert listed.code == 0 and "HunyuanDiT" in listed.out and "--model" in listed.out
+
+
+def test_flags_for_parts(in_process: Any, folders: dict[str, Path]) -> None:
+    folder = folders["1.2"]
+    asked = "plan", "a boat", "--size", 128, "--model", folder
+    assert in_process(*asked, "--vae", folders["1.1"] / "vae").code == 0
+    ran = in_process(*asked, "--t5xxl", folder / "text_encoder_2")
+    assert ran.code == 2 and "--t5xxl: HunyuanDiT's text encoders are read in its folder" in ran.err
+
+
 def test_windows_of_attention_are_exit_2(in_process: Any, folders: dict[str, Path]) -> None:
     ran = in_process("plan", "a boat", "--model", folders["1.2"], "--attention-window", 8)
     assert ran.code == 2 and "HunyuanDiT is a transformer" in ran.err
@@ -198,7 +211,7 @@ def test_windows_of_attention_are_exit_2(in_process: Any, folders: dict[str, Pat
 def test_the_program_encodes_renders_and_tells_of_the_model(
     tiler: Any, in_process: Any, folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    """The render in a process of its own, whose imports are fewer, from prompts that were encoded by another."""
+    """The render runs in a process of its own, which imports less, from prompts that another process encoded."""
     model = "--model", folders["1.1"]
     assert in_process("encode", PROMPT, "-n", "fog", *model, "-o", "words.safetensors").code == 0
     asked = "render", *model, "--size", 160, "--steps", 2, "--seed", 1, "--scheduler", "DDIM"

@@ -1,5 +1,4 @@
-"""Weights that LoRA files change, read row by row, against closed formulas in float64; and files that cannot be
-applied."""
+"""Weights changed by LoRA files, read row by row, against closed formulas in float64; files that cannot be applied."""
 
 from __future__ import annotations
 
@@ -42,7 +41,7 @@ def models(tiny: Path) -> Models:
 
 @pytest.fixture(scope="module")
 def weights(models: Models) -> dict[str, Tensor]:
-    """The UNet's, in float64."""
+    """The UNet's weights in float64."""
     with WeightStore(index_of(models)) as store:
         return {name: store.load(name).double() for name in store.index}
 
@@ -61,7 +60,7 @@ def applied(models: Models, *files: Path, strength: float = 1.0) -> Applied:
 
 
 def merged(models: Models, some: Applied, name: str, rows: int | None = None) -> Tensor:
-    """A changed parameter, read whole, or so many rows at a time."""
+    """A changed parameter, read as a whole or some rows at a time."""
     with WeightStore(index_of(models), changes=some.of("unet")) as store:
         if rows is None:
             return store.load(name)
@@ -129,7 +128,7 @@ def loha_tucker(out: int, inputs: int, taps: list[int]) -> Made:
 
 
 def lokr(out: int, inputs: int, taps: list[int], factored: str = "") -> Made:
-    """`factored`: "" for two whole matrices, "w2", "w1 w2", or "t2" with Tucker's core."""
+    """`factored`: "" for two complete matrices, "w2", "w1 w2", or "t2" with Tucker's core."""
     new, alpha, rank, ones = draw(5), 1.0, 2, [1 for _ in taps]
     (p, q), (r, s) = (4, 2), (out // 4, inputs // 2)
     tensors, scale = {"alpha": torch.tensor(alpha)}, 1.0
@@ -285,7 +284,7 @@ def random_lora_of(weights: Mapping[str, Tensor], path: str) -> dict[str, tuple[
 
 
 def test_ldm_names_are_those_of_diffusers_own_conversion(models: Models) -> None:
-    """diffusers turns a checkpoint of these names into exactly the modules that they stand for here."""
+    """diffusers converts a checkpoint with these names into exactly the modules that they stand for here."""
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
     part = denoiser(models)
@@ -341,7 +340,8 @@ def test_alpha_0_and_rank_0_change_nothing_and_are_told(models: Models, tmp_path
 
 
 def test_ranks_dtypes_and_sides_may_differ_by_layer(models: Models, weights: dict[str, Tensor], tmp_path: Path) -> None:
-    """fp32 beside bf16, another rank in each layer, a convolution of 1×1 whose factors have two sides, no alpha."""
+    """fp32 beside bf16, a different rank in each layer, a 1×1 convolution whose factors have two dimensions, no
+    alpha."""
     new, tensors, want = draw(11), dict[str, Tensor](), dict[str, Tensor]()
     for rank, (path, dtype) in enumerate(((LINEAR, torch.float32), (WIDE, torch.bfloat16), (POINT, torch.float16)), 1):
         out, inputs, taps = sides_of(weights, path)
@@ -387,7 +387,7 @@ def pair(name: str, rank: int = 2, inputs: int = 32, out: int = 32) -> dict[str,
         ({f"{TO_K}.a1.weight": torch.ones(4, 8)}, "GLoRA"),
         ({"double_blocks.0.processor.qkv_lora1.down.weight": torch.ones(4, 8)}, "XLabs"),
         ({"emb_params": torch.ones(2, 32)}, "a textual inversion embedding"),
-        ({"x": torch.ones(2)}, "no key of it is a LoRA's"),
+        ({"x": torch.ones(2)}, "none of its keys is a LoRA's"),
         (pair(TO_K) | {f"{TO_K}.alpha": torch.ones(3)}, "no single number"),
         (pair(TO_K) | {f"{TO_K}.dora_scale": torch.ones(32)}, "which does not say of which side"),
         (pair(TO_K) | {f"{TO_K}.lora_A.weight": torch.ones(2, 32)}, "the file holds two LoRAs"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +14,19 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, LuminaPipeline
 from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor
 
-from tests.models.rendering import ask, edit, lose_shard, rendered
+from tests.models.rendering import FOUR_TILES, ask, edit, four_tiles, lose_shard, rendered
+from tests.models.test_denoiser_files import assert_same_weights
 from tiler import RenderRequest
-from tiler.diffusion.guide import guide_size, upscale
-from tiler.diffusion.layouts import plan_tiles
 from tiler.models.built import Models
-from tiler.models.family import Role, read_family
+from tiler.models.family import Role, open_family, read_family
 from tiler.models.lumina_blocks import quantised, read_once, rotation
 from tiler.planning.resolve import resolve
 from tiler.planning.tiling import plan_tiling
 from tiler.planning.time import Counter
-from tiler.request import GuideUpscale
+from tiler.request.model import ModelOptions
 from tiler.weights import checkpoint
 
 PROMPT = "A boat on a lake at DAWN "  # lower case and no blanks around it, as the pipeline makes it
@@ -62,7 +63,7 @@ def wanted(pipe: Any, height: int, width: int, negative: str | None, scale: floa
 def test_one_tile_is_what_the_pipeline_gives(
     folder: Path, pipe: Any, tmp_path: Path, height: int, width: int, negative: str | None, scale: float
 ) -> None:
-    """Of four channels three are guided."""
+    """Three of the four channels are guided."""
     request = ask(
         folder, tmp_path, prompt=PROMPT, height=height, width=width, negative_prompt=negative, guidance_scale=scale
     )
@@ -75,7 +76,7 @@ def test_one_tile_is_what_the_pipeline_gives(
 
 @pytest.mark.parametrize("sides", [(8, 8), (48, 85), (9, 4), (128, 128)])
 def test_positions_are_diffusers_own(sides: tuple[int, int]) -> None:
-    """Also of pictures larger than those it was trained on."""
+    """Also for pictures larger than those of the training."""
     turns = rotation(*sides, 72, 64)
     nearer = (sides[0] * sides[1] / 64**2) ** 0.5
     want = get_2d_rotary_pos_embed_lumina(72, 384, 384, linear_factor=nearer)[: sides[0], : sides[1]].flatten(0, 1)
@@ -85,7 +86,8 @@ def test_positions_are_diffusers_own(sides: tuple[int, int]) -> None:
 def looped(
     pipe: Any, latents: Tensor, crops: list[tuple[Any, Tensor]], begin: int, reference: Tensor | None, steps: int
 ) -> Tensor:
-    """Mixture of Diffusers by diffusers' own transformer and scheduler: `crops` are (index, weights) of each tile."""
+    """Mixture of Diffusers with diffusers' own transformer and scheduler; `crops` holds (index, weights) of each
+    tile."""
     with torch.no_grad():
         states, mask, no_states, no_mask = pipe.encode_prompt(PROMPT)
         given = {"encoder_hidden_states": torch.cat([states, no_states]), "encoder_mask": torch.cat([mask, no_mask])}
@@ -114,27 +116,9 @@ def looped(
 
 def test_four_tiles_with_a_guide_are_a_loop_over_diffusers_transformer(folder: Path, pipe: Any, tmp_path: Path) -> None:
     """A canvas of 24 × 20 latents, a guide that is not square; each tile has positions of its own."""
-    steps, canvas = 4, (24, 20)
-    request = ask(
-        folder, tmp_path, prompt=PROMPT, height=192, width=160, num_inference_steps=steps, guide=True, strength=0.5,
-        guide_upscale=GuideUpscale.LATENT,
-    )  # fmt: skip
-    got, report = rendered(request)
-    size = guide_size(canvas, 16, 2)
-    assert size is not None and size.height != size.width
-    everything = [((slice(None), slice(None), slice(None), slice(None)), torch.ones(()))]
-
-    def noise(height: int, width: int) -> Tensor:
-        return torch.randn(1, 4, height, width, generator=torch.Generator().manual_seed(5))
-
-    guide = looped(pipe, noise(size.height, size.width), everything, 0, None, steps)
-    resolved = resolve(request, read_family(checkpoint.resolve(str(folder))))
-    tiles = plan_tiles(resolved, canvas=canvas, tile=(16, 16), overlap=4)
-    assert len(tiles) == 4
-    crops = [((slice(None), slice(None), *tile.crop), tile.weights) for tile in tiles]
-    want = looped(pipe, noise(*canvas), crops, 2, upscale(guide, size, canvas, (False, False)), steps)
+    got, want, report = four_tiles(ask(folder, tmp_path, prompt=PROMPT, **FOUR_TILES), partial(looped, pipe))
     assert (got - want).abs().max() < 1e-4
-    assert report["denoiser_samples"] == 2 * (4 * 2 + steps)
+    assert report["denoiser_samples"] == 2 * (4 * 2 + 4)
 
 
 def test_defaults_are_of_the_model_and_the_last_layer_of_its_encoder_is_not_read(folder: Path) -> None:
@@ -175,6 +159,21 @@ def test_bad_checkpoints_are_exit_3_and_one_line(in_process: Any, folder: Path, 
     assert ran.code == 3 and words in ran.err and ran.err.count("\n") == 1, ran
 
 
+def test_a_file_takes_the_place_of_a_folders_transformer(in_process: Any, folder: Path, tmp_path: Path) -> None:
+    """Under diffusers' names; a file of the original repository is refused by its name."""
+    (file,) = (folder / "transformer").glob("*.safetensors")
+    lone = shutil.copy(file, tmp_path / "dit.safetensors")
+    found = open_family(ModelOptions(model=str(folder), diffusion_model=str(lone)))
+    assert {info.path for info in found.checkpoint.weights("transformer").values()} == {lone}
+    assert_same_weights(read_family(checkpoint.resolve(str(folder))), found)
+    alone = in_process("plan", "a boat", "--model", lone)
+    assert alone.code == 3 and "a transformer of Lumina-Next alone; give --model FOLDER as well" in alone.err
+    names = "pad_token", "cap_embedder.0.weight", "layers.0.attention.wq.weight", "x_embedder.weight"
+    save_file({name: torch.zeros(1) for name in names}, tmp_path / "original.safetensors")
+    ran = in_process("plan", "a boat", "--model", folder, "--diffusion-model", "original.safetensors")
+    assert ran.code == 3 and "Lumina-Next under its repository's own names" in ran.err and ran.err.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("option", "value", "words"),
     [
@@ -189,7 +188,7 @@ def test_what_makes_no_sense_is_exit_2(in_process: Any, folder: Path, option: st
 
 
 def test_work_is_counted_whole(folder: Path) -> None:
-    """At 512 px, where tokens are computed in several chunks: the products of two blocks by a closed formula."""
+    """At 512 px, where tokens are computed in several chunks: the work of two blocks by a closed formula."""
     family = read_family(checkpoint.resolve(str(folder)))
     width, keys, text, hidden, tokens = 288, 144, 256, 768, 32 * 32
     attention = tokens * width * (width + 2 * keys) + tokens * 2 * width**2 + 2 * text * 256 * keys
@@ -201,7 +200,8 @@ def test_work_is_counted_whole(folder: Path) -> None:
 
 
 def test_smaller_tiles_are_of_the_size_that_was_asked_for(in_process: Any, folder: Path) -> None:
-    """Tiles of 64 of 128 pixels, half of each other's, and a guide no larger; what the model cannot take is exit 2."""
+    """Tiles of 64 pixels instead of 128, overlapping by half, and a guide no larger; sizes that the model cannot take
+    are exit 2."""
     asked = "plan", "a boat", "--model", folder, "--size", 128, "--json", "--tile-size"
     planned = in_process(*asked, 64).json
     assert (planned["tiles"], planned["guide"]) == (9, "64×64")
@@ -213,7 +213,7 @@ def test_smaller_tiles_are_of_the_size_that_was_asked_for(in_process: Any, folde
 def test_the_program_encodes_renders_and_tells_of_the_model(
     tiler: Any, in_process: Any, folder: Path, tmp_path: Path
 ) -> None:
-    """The render in a process of its own, whose imports are fewer, from prompts that were encoded by another."""
+    """The render runs in a process of its own, which imports less, from prompts that another process encoded."""
     model = "--model", folder
     assert in_process("encode", PROMPT, "-n", "fog", *model, "-o", "words.safetensors").code == 0
     asked = "render", *model, "--size", 160, "--steps", 2, "--seed", 1

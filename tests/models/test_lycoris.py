@@ -1,4 +1,4 @@
-"""Files as LyCORIS writes them, against the weights that LyCORIS itself merges."""
+"""Files as LyCORIS writes them, against the weights that LyCORIS merges."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def stored(models: Models, loras: tuple[Lora, ...], name: str) -> Tensor:
 
 
 def layer(models: Models, path: str) -> Any:
-    """The layer with its weights."""
+    """The layer that holds the weights."""
     module: Any = models.module(models.family.part(Role.DENOISER)).get_submodule(path)
     values = {name: stored(models, (), f"{path}.{name}") for name, _ in module.named_parameters()}
     there = copy.deepcopy(module).to_empty(device="cpu")
@@ -73,7 +73,7 @@ def layer(models: Models, path: str) -> Any:
 
 
 def trained(kind: Any, path: str, org: nn.Module, told: dict[str, Any]) -> Any:
-    """A module of LyCORIS in which nothing is as it began."""
+    """A LyCORIS module in which every parameter differs from its initial value."""
     made = kind(kohya("lora_unet", path), org, **{"lora_dim": 4, "alpha": 3} | told)
     if kind is FullModule:
         made.apply_to()  # else its file would be made of weights that it does not have
@@ -95,7 +95,7 @@ def file_of(made: Any, folder: Path) -> Path:
 @pytest.mark.parametrize("dora", DORA)
 @pytest.mark.parametrize("kind", KINDS)
 def test_merged_weights_are_lycoris_own(models: Models, tmp_path: Path, kind: str, dora: str) -> None:
-    """DoRA at strength 1, where all programs agree."""
+    """DoRA is tested at strength 1, at which all programs agree."""
     module, paths, told = KINDS[kind]
     if module in SQUARED:
         told = told | {"alpha": told.get("lora_dim", 4)}

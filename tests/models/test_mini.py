@@ -1,5 +1,5 @@
-"""The embedded model: a real checkpoint in diffusers' layout, with defaults of its own; the art that it was trained on;
-and training that goes on from the committed weights."""
+"""The embedded model: a real checkpoint in diffusers layout with its own defaults, the art it was trained on, and
+training that continues from the committed weights."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def _tokenizer(cache: list[object] = []):  # noqa: B006
 
 
 def test_without_a_prompt_it_draws_one_of_its_scenes_under_its_ceiling(tmp_path: Path) -> None:
-    """As README's first command does: the seed chooses a prompt; guidance and strength are the model's own."""
+    """Like the README's first command: the seed chooses a prompt; guidance and strength are the model's own."""
     out, report = tmp_path / "canvas.png", tmp_path / "canvas.json"
     command = [sys.executable, "-m", "tiler", "render", "--seed", "7", "--size", "288", "--steps", "5", "-q"]
     subprocess.run([*command, "--max-ram", "420MB", "-o", str(out), "--report", str(report)], check=True)
@@ -101,7 +101,7 @@ def test_without_a_prompt_it_draws_one_of_its_scenes_under_its_ceiling(tmp_path:
 
 
 def test_its_prompts_are_words_of_its_captions() -> None:
-    """A word that no caption used would be drawn as nothing in particular."""
+    """A word that occurs in no caption would have no effect."""
     known = {
         w for words in (captions.PALETTE_WORDS, captions.TERRAIN_WORDS, captions.STYLE_WORDS) for w in words.values()
     }
@@ -120,7 +120,7 @@ def test_its_prompts_are_words_of_its_captions() -> None:
 
 
 def scenes_of_every_terrain() -> list[art.Scene]:
-    """Two of each."""
+    """Two scenes of each terrain."""
     found: dict[art.Terrain, list[art.Scene]] = {terrain: [] for terrain in art.Terrain}
     for seed in range(400):
         scene = art.compose(seed)
@@ -141,8 +141,8 @@ def shrunk(pixels: np.ndarray, by: int) -> np.ndarray:
 
 @pytest.mark.parametrize("scene", SCENES, ids=lambda s: f"{s.terrain} {s.seed}")
 def test_a_scene_has_no_resolution(scene: art.Scene) -> None:
-    """Drawn twice as large, eight times as large, or in parts, it is the picture that it was. Fine waves and clouds
-    move the mean colour a little where a style cuts them into flat tones."""
+    """Drawn twice as large, eight times as large, or in parts, a scene is the same picture. Fine waves and clouds shift
+    the mean colour a little if a style cuts them into flat tones."""
     small = art.draw(scene, None, 64, 64).pixels
     for by, most in ((2, 0.02), (8, 0.035)):
         large = art.draw(scene, None, 64 * by, 64 * by).pixels
@@ -153,7 +153,7 @@ def test_a_scene_has_no_resolution(scene: art.Scene) -> None:
 
 
 def test_a_closer_view_shows_more_than_an_enlarged_one() -> None:
-    """An enlargement has nothing between its pixels; a drawing has ridges, trees and waves there."""
+    """An enlargement has no detail between its pixels; a drawing has ridges, trees and waves there."""
     gained = []
     for scene in SCENES:
         view = art.View(x0=0.3, y0=0.5, x1=0.55, y1=0.75)
@@ -179,7 +179,7 @@ def test_a_seed_is_a_scene() -> None:
 
 @pytest.mark.parametrize("aspect", [0.5, 1.0, 3.0])
 def test_one_disc_at_most_and_on_its_side(aspect: float) -> None:
-    """Read from what pixels show: one patch, on the side that the scene says, and not shredded by clouds."""
+    """Measured in the pixels: one patch, on the side that the scene names, not shredded by clouds."""
     seen = 0
     for seed in range(40):
         scene = art.compose(seed, aspect)
@@ -216,7 +216,7 @@ def test_captions_say_what_is_there() -> None:
 
 
 def test_a_crops_caption_leaves_out_what_it_does_not_show() -> None:
-    """A tile that is told of a sun it does not show would learn to draw a second one."""
+    """Otherwise a tile whose prompt names a sun outside the tile would learn to draw a second one."""
     rng, told = np.random.default_rng(0), 0
     bodies = [words for each in captions.BODY_WORDS.values() for words in each]
     for seed in range(80):
@@ -232,7 +232,7 @@ def test_a_crops_caption_leaves_out_what_it_does_not_show() -> None:
 
 
 def test_crops_often_show_the_edge_of_a_disc_and_pictures_have_other_shapes() -> None:
-    """What a tile of a large canvas must go on with, and what the guide of a banner is."""
+    """As the tiles of a large canvas and the guide of a banner do."""
     rng, edges_seen, discs = np.random.default_rng(1), 0, 0
     for seed in range(60):
         scene = art.compose(seed)
@@ -271,8 +271,7 @@ def test_a_seam_stands_out_from_lines_beside_it() -> None:
 
 
 def test_palettes_follow_the_prompt() -> None:
-    """A smoke test of the weights: the colours of a generated picture, in four bands, are nearest to those of its
-    palette."""
+    """A smoke test of the weights: in four bands, the colours of a generated picture are nearest to its own palette."""
 
     def bands(picture: np.ndarray) -> np.ndarray:
         return picture.reshape(4, -1, *picture.shape[1:]).mean(axis=(1, 2)) / 255
@@ -300,7 +299,7 @@ def test_palettes_follow_the_prompt() -> None:
 def test_training_goes_on_from_the_committed_weights_and_exports(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One step of each stage on a pool of a few drawings: nothing is needed beside the repository."""
+    """One step of each stage on a pool of a few drawings; nothing outside the repository is needed."""
     import stages
     import train_unet as training
     from train_unet import UnetSettings, train_unet

@@ -1,4 +1,4 @@
-"""`tiler.toml` in a model's folder: what it may say, where it stands among the layers, and who shows it."""
+"""`tiler.toml` in a model's folder: what it may set, what wins over it, and which commands show it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_a_model_folder_may_state_its_own_defaults(tmp_path: Path) -> None:
     [
         ("steps = 3", "'steps'"), ("strength = true", "strength"), ("strength = 3", "strength"), ("seed = 1", "'seed'"),
         ('scheduler = "nonsense"', "nonsense"), ("strength =", "not valid TOML"), ('guidance_scale = "7"', "guidance_scale"),
-        ("prompt = []", "no list of texts"), ('prompt = ["a", "b <lora:x:1>"]', "<lora:x:1>"), ('layout = "rows"', "grid, shift, jitter"), ('prompt = ["a", 1]', "no list of texts"),
+        ("prompt = []", "nor a list of texts"), ('prompt = ["a", "b <lora:x:1>"]', "<lora:x:1>"), ('layout = "rows"', "grid, shift, jitter"), ('prompt = ["a", 1]', "nor a list of texts"),
     ],
 )  # fmt: skip
 def test_wrong_defaults_are_blamed_on_the_file(tmp_path: Path, text: str, named: str) -> None:
@@ -75,7 +75,7 @@ def own_with(own: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture
 def own(tiny: Path, tmp_path: Path) -> Path:
-    """A model that states 30 steps and no guidance: 30 samples of one tile without a guide."""
+    """A model with 30 steps and no guidance as its defaults: 30 samples for one tile without a guide."""
     folder = tmp_path / "own"
     shutil.copytree(tiny, folder)
     (folder / "tiler.toml").write_text('num_inference_steps = 30\nguidance_scale = 1\nprompt = ["a lake", "a wood"]\n')

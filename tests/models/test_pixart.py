@@ -17,17 +17,14 @@ from diffusers.models.embeddings import PatchEmbed
 from PIL import Image
 from torch import Tensor
 
-from tests.models.rendering import ask, edit, lose_shard, rendered
+from tests.models.rendering import FOUR_TILES, ask, edit, four_tiles, lose_shard, rendered
 from tiler import RenderRequest
-from tiler.diffusion.guide import guide_size, upscale
-from tiler.diffusion.layouts import plan_tiles
 from tiler.errors import ModelError
 from tiler.models.family import Family, Options, Part, Role, read_family
 from tiler.models.pixart import quantised, read_once
 from tiler.models.pixart_blocks import Grid, add_positions
 from tiler.models.samples import Place, Prompt, Sample
 from tiler.planning.resolve import resolve
-from tiler.request import GuideUpscale
 from tiler.run import streamed
 from tiler.weights import checkpoint
 
@@ -36,7 +33,7 @@ PROMPT = "A boat on a lake at DAWN "  # lower case and no blanks around it, as t
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """α is of 1024 px: its pipeline tells of sizes only where sample_size is 128."""
+    """α is the model for 1024 px: its pipeline passes sizes only if sample_size is 128."""
     from checkpoints import pixart
 
     folder = tmp_path_factory.mktemp("pixart")
@@ -55,8 +52,8 @@ def pipelines(folders: dict[str, Path]) -> dict[str, Any]:
 
 
 def apart(got: Tensor, want: Tensor) -> float:
-    """The largest difference, for latents of unit size: random weights and noise levels that begin near pure noise let
-    them grow to hundreds."""
+    """The largest difference, for latents scaled to unit size: with random weights and noise levels that start near
+    pure noise, they grow to hundreds."""
     return float((got - want).abs().max() / want.std())
 
 
@@ -108,7 +105,7 @@ def predicted(family: Family, latents: Tensor, prompts: list[Prompt], timestep: 
 def test_padding_left_out_is_padding_masked(
     folders: dict[str, Path], pipelines: dict[str, Any], sides: tuple[int, int]
 ) -> None:
-    """The pipeline's own 120 rows and their mask, at 768 × 1360 pixels and as a small tile: both halves of a
+    """The pipeline's own 120 rows with their mask, at 768 × 1360 pixels and as a small tile, for both halves of the
     guidance."""
     pipe, family = pipelines["alpha"], read_family(checkpoint.resolve(str(folders["alpha"])))
     with torch.no_grad():
@@ -144,7 +141,8 @@ def test_positions_are_diffusers_own() -> None:
 def looped(
     pipe: Any, latents: Tensor, crops: list[tuple[Any, Tensor]], begin: int, reference: Tensor | None, steps: int
 ) -> Tensor:
-    """Mixture of Diffusers by diffusers' own transformer and scheduler: `crops` are (index, weights) of each tile."""
+    """Mixture of Diffusers with diffusers' own transformer and scheduler; `crops` holds (index, weights) of each
+    tile."""
     with torch.no_grad():
         rows, mask, no_rows, no_mask = pipe.encode_prompt(PROMPT, clean_caption=True)
         given = {
@@ -170,29 +168,11 @@ def test_four_tiles_with_a_guide_are_a_loop_over_diffusers_transformer(
     folders: dict[str, Path], pipelines: dict[str, Any], tmp_path: Path
 ) -> None:
     """A canvas of 24 × 20 latents, a guide that is not square; each tile has a grid of its own."""
-    steps, canvas = 4, (24, 20)
-    request = ask(
-        folders["sigma"], tmp_path, prompt=PROMPT, height=192, width=160, num_inference_steps=steps, guide=True,
-        strength=0.5,
-        guide_upscale=GuideUpscale.LATENT,
-    )  # fmt: skip
-    got, report = rendered(request)
-    size = guide_size(canvas, 16, 2)
-    assert size is not None and size.height != size.width
-    everything = [((slice(None), slice(None), slice(None), slice(None)), torch.ones(()))]
-    pipe = pipelines["sigma"]
-
-    def noise(height: int, width: int) -> Tensor:
-        return torch.randn(1, 4, height, width, generator=torch.Generator().manual_seed(5))
-
-    guide = looped(pipe, noise(size.height, size.width), everything, 0, None, steps)
-    resolved = resolve(request, read_family(checkpoint.resolve(str(folders["sigma"]))))
-    tiles = plan_tiles(resolved, canvas=canvas, tile=(16, 16), overlap=4)
-    assert len(tiles) == 4 and all(tile.top % 2 == tile.left % 2 == 0 for tile in tiles)
-    crops = [((slice(None), slice(None), *tile.crop), tile.weights) for tile in tiles]
-    want = looped(pipe, noise(*canvas), crops, 2, upscale(guide, size, canvas, (False, False)), steps)
+    got, want, report = four_tiles(
+        ask(folders["sigma"], tmp_path, prompt=PROMPT, **FOUR_TILES), partial(looped, pipelines["sigma"])
+    )
     assert apart(got, want) < 1e-4
-    assert report["denoiser_samples"] == 2 * (4 * 2 + steps)
+    assert report["denoiser_samples"] == 2 * (4 * 2 + 4)
 
 
 def test_defaults_are_of_the_model(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -210,8 +190,8 @@ def test_defaults_are_of_the_model(folders: dict[str, Path], tmp_path: Path) -> 
 
 
 def test_the_published_configs_are_read(tmp_path: Path) -> None:
-    """Of diffusers' older class; the larger models, whose native tile is 2048 px, too. A missing field is diffusers'
-    own."""
+    """Those of diffusers' older class, and those of the larger models with a native tile of 2048 px. A missing field
+    has diffusers' default."""
     from checkpoints import pixart
 
     pixart.write(tmp_path, "tiny", sample_size=256)
@@ -307,7 +287,7 @@ def test_windows_of_attention_are_exit_2(in_process: Any, folders: dict[str, Pat
 def test_the_program_plans_quantizes_renders_and_decodes(
     tiler: Any, in_process: Any, folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    """The render in a process of its own, whose imports are fewer."""
+    """The render runs in a process of its own, which imports less."""
     model = "--model", folders["sigma"]
     planned = in_process("plan", "a boat", *model, "--size", 256, "--json")
     assert planned.code == 0 and planned.json["tiles"] == 9 and planned.json["guide"] == "128×128"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,9 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Img2ImgPipeline, StableDiffusion3Pipeline
 from torch import Tensor
 
-from tests.models.rendering import ask, edit, lose_shard, rendered
+from tests.models.rendering import FOUR_TILES, ask, edit, four_tiles, lose_shard, rendered
 from tiler import RenderRequest, plan
 from tiler.diffusion.guide import guide_size, upscale
-from tiler.diffusion.layouts import plan_tiles
 from tiler.models.family import Part, Role, read_family
 from tiler.models.sd3_blocks import quantised, read_once
 from tiler.planning.resolve import resolve
@@ -61,7 +61,7 @@ def pipelines(folders: dict[str, Path]) -> dict[str, StableDiffusion3Pipeline]:
 def test_prompts_are_diffusers_own(
     folders: dict[str, Path], pipelines: dict[str, StableDiffusion3Pipeline], kind: str
 ) -> None:
-    """A negative prompt that is absent is an empty one; one that is too long for a chunk of CLIP has another."""
+    """An absent negative prompt is the empty one; a prompt too long for one chunk of CLIP gets another chunk."""
     family, said = read_family(checkpoint.resolve(str(folders[kind]))), []
     texts = ["a boat", "", None, "fog " * 40]
 
@@ -97,7 +97,7 @@ def test_one_tile_is_what_diffusers_pipeline_gives(
     folders: dict[str, Path], pipelines: dict[str, StableDiffusion3Pipeline], tmp_path: Path, kind: str,
     negative: str | None, scale: float, size: tuple[int, int],
 ) -> None:  # fmt: skip
-    """With T5 and without; a picture that is smaller than a tile is one of its own size."""
+    """With and without T5; a picture smaller than a tile is a tile of its own size."""
     height, width = size
     want = pipelines[kind](
         "a boat", negative_prompt=negative, height=height, width=width, num_inference_steps=3, guidance_scale=scale,
@@ -143,7 +143,8 @@ def looped(
     pipe: StableDiffusion3Pipeline, latents: Tensor, crops: list[tuple[Any, Tensor]], begin: int,
     reference: Tensor | None, steps: int,
 ) -> Tensor:  # fmt: skip
-    """Mixture of Diffusers by diffusers' own transformer and scheduler: `crops` are (index, weights) of each tile."""
+    """Mixture of Diffusers with diffusers' own transformer and scheduler; `crops` holds (index, weights) of each
+    tile."""
     with torch.no_grad():
         tokens, negative, pooled, negative_pooled = pipe.encode_prompt("a boat", None, None, negative_prompt="fog")
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config)
@@ -166,35 +167,19 @@ def test_four_tiles_with_a_guide_are_a_loop_over_diffusers_transformer(
     folders: dict[str, Path], pipelines: dict[str, StableDiffusion3Pipeline], tmp_path: Path
 ) -> None:
     """A canvas of 24 × 20 latents, a guide that is not square."""
-    kind, steps, canvas = "medium", 4, (24, 20)
-    request = ask(
-        folders[kind], tmp_path, height=192, width=160, num_inference_steps=steps, guide=True, strength=0.5,
-        guide_upscale=GuideUpscale.LATENT, guidance_scale=4.0, negative_prompt="fog",
-    )  # fmt: skip
-    got, report = rendered(request)
-    size = guide_size(canvas, 16, 2)
-    assert size is not None and size.height != size.width
-    everything = [((slice(None), slice(None), slice(None), slice(None)), torch.ones(()))]
-    pipe = pipelines[kind]
-
-    def noise(height: int, width: int) -> Tensor:
-        return torch.randn(1, 16, height, width, generator=torch.Generator().manual_seed(5))
-
-    guide = looped(pipe, noise(size.height, size.width), everything, 0, None, steps)
-    resolved = resolve(request, read_family(checkpoint.resolve(str(folders[kind]))))
-    tiles = plan_tiles(resolved, canvas=canvas, tile=(16, 16), overlap=4)
-    assert len(tiles) == 4 and all(tile.top % 2 == tile.left % 2 == 0 for tile in tiles)
-    crops = [((slice(None), slice(None), *tile.crop), tile.weights) for tile in tiles]
-    want = looped(pipe, noise(*canvas), crops, 2, upscale(guide, size, canvas, (False, False)), steps)
+    got, want, report = four_tiles(
+        ask(folders["medium"], tmp_path, **FOUR_TILES, guidance_scale=4.0, negative_prompt="fog"),
+        partial(looped, pipelines["medium"]),
+    )
     assert (got - want).abs().max() < 1e-4
-    assert report["denoiser_samples"] == 2 * (4 * 2 + steps)
+    assert report["denoiser_samples"] == 2 * (4 * 2 + 4)
 
 
 def test_a_guide_image_starts_as_diffusers_img2img_does(
     folders: dict[str, Path], pipelines: dict[str, StableDiffusion3Pipeline], tmp_path: Path
 ) -> None:
-    """From a flat picture, whose latents depend on no way of resizing, and from the mean that img2img samples
-    around."""
+    """With a flat picture, whose latents do not depend on the resizing, and with the mean around which img2img
+    samples."""
     from PIL import Image
 
     Image.new("RGB", (128, 128), (90, 120, 200)).save(tmp_path / "flat.png")
@@ -233,7 +218,7 @@ def test_defaults_are_of_the_model(folders: dict[str, Path], tmp_path: Path) -> 
         family = read_family(checkpoint.resolve(str(folder)))
         filled = resolve(RenderRequest(prompt="x", model=str(folder)), family)
         assert (filled.num_inference_steps, filled.guidance_scale, filled.strength) == want
-        assert any("text_encoder_3 (T5) is not there" in note for note in family.notes) == (folder != folders["t5"])
+        assert any("text_encoder_3 (T5) is missing" in note for note in family.notes) == (folder != folders["t5"])
     assert any("few-step model" in note for note in family.notes)
 
 
@@ -258,7 +243,7 @@ def test_the_table_of_positions_is_not_computed(folders: dict[str, Path]) -> Non
 
 
 def test_a_guide_is_no_longer_than_the_table_of_positions(folders: dict[str, Path], tmp_path: Path) -> None:
-    """24 patches; of the native area it would be 72 latents long."""
+    """24 patches; with the native area it would be 72 latents long."""
     planned = plan(
         RenderRequest(prompt="x", model=str(folders["sd3"]), width=2560, height=128, output=tmp_path / "x.png")
     )
@@ -322,7 +307,7 @@ def test_options_for_other_models_are_exit_2(in_process, folders: dict[str, Path
 
 
 def test_commands(tiler, in_process, folders: dict[str, Path], tmp_path: Path) -> None:
-    """The render in a process of its own, whose imports are fewer."""
+    """The render runs in a process of its own, which imports less."""
     model = folders["t5"]
     assert in_process("plan", "a boat", "-m", model, "--size", 192, "--json").code == 0
     assert in_process("quantize", model, "--cache-dir", tmp_path / "packed").code == 0

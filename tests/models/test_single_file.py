@@ -1,5 +1,5 @@
-"""Single files give what the folders do from which they were made; what is no whole Stable Diffusion is refused by its
-name."""
+"""Single files give the same results as the folders they were made from; files that are not a complete Stable Diffusion
+are refused by name."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ UNET = "model.diffusion_model."
 
 @pytest.fixture(scope="module", params=["tiny-plain", "tiny-plain-sd2", "tiny-plain-sdxl"])
 def pair(request, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A folder and the file that holds the same."""
+    """A folder, and a file with the same content."""
     from checkpoints._single import write_single
 
     folder = make_checkpoint.make(request.param, tmp_path_factory.mktemp("single"))
@@ -59,7 +59,7 @@ def test_parameters_are_those_that_diffusers_reads(pair: tuple[Path, Path]) -> N
 
 
 def test_the_picture_is_the_folders(tmp_path: Path, pair: tuple[Path, Path]) -> None:
-    """Without a word on the scheduler, the prediction, or the guidance."""
+    """Without options for the scheduler, the prediction or the guidance."""
     widths = dict.fromkeys(("encoder_block_out_channels", "decoder_block_out_channels"), (8, 8, 8, 8))
     AutoencoderTiny(**widths).save_pretrained(tiny := tmp_path / "tiny")
     pictures, latents, notes = [], [], list[str]()
@@ -102,7 +102,7 @@ def test_a_file_is_quantised_as_its_folder(in_process: Any, pair: tuple[Path, Pa
     made = read_metadata(tmp_path / "file/unet/diffusion_pytorch_model.safetensors")["made"]
     assert made == f"tiler quantize {pair[1]}: unet fp8"
     ran = in_process("quantize", pair[1], "--weights", "int8", "-o", pair[1].parent, "--force")
-    assert ran.code == 2 and "this is the model's own folder" in ran.err
+    assert ran.code == 2 and "is the model's own folder" in ran.err
 
 
 def test_families_of_file_and_folder_are_alike(pair: tuple[Path, Path]) -> None:
@@ -113,7 +113,7 @@ def test_families_of_file_and_folder_are_alike(pair: tuple[Path, Path]) -> None:
 
 
 def test_a_quantised_file_is_read_as_its_decoded_twin(pair: tuple[Path, Path], tmp_path: Path) -> None:
-    """GGUF with 8-bit blocks, and what they mean in fp32: every parameter of every part has equal bits."""
+    """GGUF with 8-bit blocks, and its values in fp32: every parameter of every part has equal bits."""
     if pair[0].name != "tiny-plain":
         pytest.skip("one family shows it")
     tensors = load_file(pair[1])
@@ -162,6 +162,8 @@ def test_v_is_told_from_epsilon_by_a_bias(tmp_path: Path, pair: tuple[Path, Path
         ({"joint_blocks.0.x": (2,)}, "tensor 'context_embedder.weight' is missing"),
         ({"lora_unet_down.lora_up.weight": (2, 2)}, "a LoRA"),
         ({"control_model.x": (2, 2)}, "a ControlNet"),
+        ({"down_blocks.x": (2,), "conv_in.bias": (2,), "controlnet_cond_embedding.x": (2,)}, "a ControlNet"),
+        ({"transformer_blocks.x": (2,), "adaln_single.x": (2,), "controlnet_blocks.x": (2,)}, "a ControlNet"),
         ({"emb_params": (2, 2)}, "a textual inversion"),
         ({"decoder.conv_in.weight": (2, 4, 3, 3)}, "no denoiser"),
     ],

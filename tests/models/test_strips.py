@@ -1,4 +1,4 @@
-"""Convolutions by strips against the same layers on the whole input."""
+"""Convolutions in strips against the same layers on the whole input."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize("height", [8, 32, 36])
 @pytest.mark.usefixtures("small")
 def test_a_resnet_of_joined_parts_by_strips_is_diffusers_own(height: int) -> None:
-    """Groups of 6 channels, of which one crosses the seam at 32; the last strip of 36 rows begins inside the one
+    """Groups of 6 channels, one of which crosses the seam at 32; the last strip of 36 rows starts inside the one
     before."""
     torch.manual_seed(1)
     block = ResnetBlock2D(in_channels=48, out_channels=16, temb_channels=24, groups=8).eval()
@@ -63,7 +63,7 @@ def test_an_enlarged_convolution_by_strips_is_diffusers_own(height: int) -> None
 
 @torch.no_grad()
 def test_weights_that_are_held_serve_every_strip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wide enough for transformed convolutions; the second strip begins inside the first."""
+    """Wide enough for transformed convolutions; the second strip starts inside the first."""
     monkeypatch.setattr(strips, "STRIP_ELEMENTS", 512 * 32 * 32)
     torch.manual_seed(1)
     sizes = {"in_channels": 512, "out_channels": 256, "temb_channels": 64}
@@ -97,7 +97,7 @@ def test_strips_are_of_one_size_and_each_row_is_fresh_once() -> None:
 
 
 def test_sd_never_goes_by_strips(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its bytes are those of the whole tensor's norm, however large a tile is."""
+    """Its bytes are those of a norm over the whole tensor, however large a tile is."""
     from tiler.models.built import Models
     from tiler.models.family import Role, read_family
     from tiler.planning.peaks import DenoiserPeaks

@@ -1,4 +1,4 @@
-"""T5 and UMT5 encoders against transformers' own, resident."""
+"""Streamed T5 and UMT5 encoders against transformers' resident ones."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def encode(checkpoint: Checkpoint, texts: list[str], *, keep_pads: bool, warn: A
 
 
 def reference(checkpoint: Checkpoint, text: str, *, masked: bool) -> tuple[Tensor, int]:
-    """transformers' hidden states (1, LENGTH, width), and how many of the tokens are the text's own."""
+    """transformers' hidden states (1, LENGTH, width), and the number of tokens that belong to the text."""
     from transformers import AutoModelForTextEncoding, T5Tokenizer
 
     model = AutoModelForTextEncoding.from_pretrained(checkpoint.folder / "text_encoder", dtype=torch.float32).eval()
@@ -91,8 +91,7 @@ def test_all_prompts_share_one_read_and_of_the_table_only_their_rows_are_read(ch
 
 
 def test_the_next_layer_is_read_while_one_is_computed(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the only pass that there is: all pieces of linear layers but the first come from the thread that reads
-    ahead."""
+    """In the only pass: except for the first, all pieces of linear layers come from the thread that reads ahead."""
     readers: dict[str, list[str]] = {}
     read = WeightStore._read
 
@@ -158,7 +157,7 @@ def test_what_is_missing_or_foreign_is_named(checkpoint: Checkpoint, tmp_path: P
 
 @pytest.mark.parametrize("keep_pads", [False, True], ids=["masked", "padded"])
 def test_weights_scale_the_encodings_and_syntax_is_no_text(checkpoint: Checkpoint, keep_pads: bool) -> None:
-    """Fragments are tokenised by themselves; BREAK is a space; a text of one weight is what it is without."""
+    """Fragments are tokenised separately; BREAK is a space; a text with a single weight is encoded as without it."""
     from transformers import AutoModelForTextEncoding, T5Tokenizer
 
     tokenizer = T5Tokenizer.from_pretrained(checkpoint.folder / "tokenizer")

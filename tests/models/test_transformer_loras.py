@@ -1,5 +1,5 @@
-"""LoRAs of Flux and AuraFlow in kohya's spelling and in PEFT's: what diffusers reads in them, and the pictures of a
-model whose weights were changed so."""
+"""LoRAs of Flux and AuraFlow with kohya's and PEFT's names: against what diffusers reads in them, and against pictures
+of a model with weights changed accordingly."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def weights(models: Models, *files: Path, strength: float = 1.0) -> dict[str, Tensor]:
-    """All of the transformer's, changed by the files."""
+    """All of the transformer's weights, changed by the files."""
     part = models.family.part(Role.DENOISER)
     index = match_index(models.module(part), models.family.checkpoint.weights(part.name), part.aliases)
     applied = apply_loras([Lora(file=file, strength=strength) for file in files], models)
@@ -45,7 +45,7 @@ def weights(models: Models, *files: Path, strength: float = 1.0) -> dict[str, Te
 
 
 def original_names(models: Models) -> dict[str, tuple[Target, ...]]:
-    """Of the layers of Black Forest Labs' Flux that lie in blocks, as kohya's trainer spells them."""
+    """The names, in kohya's spelling, of the layers in the blocks of Black Forest Labs' Flux."""
     names = names_of_modules(models)
     return {
         name: found
@@ -55,8 +55,8 @@ def original_names(models: Models) -> dict[str, tuple[Target, ...]]:
 
 
 def kohyas(models: Models, plain: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A LoRA of Flux in kohya's spelling, in which queries, keys and values are one module. diffusers' conversion knows
-    one size of a single block's first layer, which is left out."""
+    """A LoRA of Flux in kohya's spelling, in which queries, keys and values are one module. The first layer of a single
+    block is left out, because diffusers' conversion knows only one size of it."""
     tensors, generator = dict[str, Tensor](), torch.Generator().manual_seed(0)
     for name, targets in original_names(models).items():
         if name.endswith("_linear1"):
@@ -130,7 +130,7 @@ def opened(folder: Path, cls: Any) -> Any:
 
 
 def peft(lora: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    """Without an alpha: the up matrices bear what it would do."""
+    """Without an alpha: the up matrices include its effect."""
     tensors = {}
     for path, (down, up) in lora.items():
         tensors |= {f"transformer.{path}.lora_A.weight": down, f"transformer.{path}.lora_B.weight": up * ALPHA / RANK}

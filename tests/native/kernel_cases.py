@@ -1,4 +1,4 @@
-"""Calls of the library's functions over odd sizes, each with its result in fp64: for the tests beside this file."""
+"""Calls of the library's functions with odd sizes, each with its result in fp64, for the tests beside this file."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ VALUES = {Kind.INT8: 4, Kind.BF16: 2, Kind.FP32: 1}  # of a lane
 
 
 def running() -> Iterator[Library]:
-    """The library for each instruction set that this processor has."""
+    """The library for each instruction set of this processor."""
     for isa in SETS if library.library() is not None else ():
         if isa.machine == machine_of(os.uname().machine):
             with pytest.MonkeyPatch.context() as patch:
@@ -51,7 +51,7 @@ every_set = pytest.mark.parametrize("lib", LIBRARIES, ids=lambda lib: lib.isa)
 
 
 class Case(NamedTuple):
-    """A call: its struct, the tensors that it points to, which of them is the result, and what that should be."""
+    """A call: its struct, the tensors that it points to, the index of the result, and the expected result."""
 
     call: Any
     tensors: tuple[Tensor, ...]
@@ -64,7 +64,7 @@ class Case(NamedTuple):
         return self.out
 
     def error(self) -> float:
-        """As the driver says it; what is NaN in the reference may be any value."""
+        """The error as the driver measures it; where the reference is NaN, any value is accepted."""
         known = ~self.want.isnan()
         apart = (self.out.double() - self.want)[known]
         return float(apart.abs().max() if self.out.dtype == torch.uint8 else apart.norm() / self.want[known].norm())
@@ -86,7 +86,7 @@ def lanes(weight: Tensor, values: int) -> Tensor:
 
 
 def in_lanes(x: Tensor, values: int) -> Tensor:
-    """(..., channels) with its last axis filled up to whole lanes."""
+    """(..., channels) with the last axis padded to whole lanes."""
     return F.pad(x, (0, -x.shape[-1] % values)).contiguous()
 
 
@@ -106,7 +106,7 @@ def activated(x: Tensor, how: Activation, gated: bool) -> Tensor:
 
 
 def weights_of(kind: Kind, *shape: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Whole weights within ±64, or ones that the kind holds exactly; what they are multiplied by; in lanes; their
+    """Whole weights within ±64, or weights that the kind represents exactly; their scales; the weights in lanes; their
     sums."""
     if kind is Kind.INT8:
         weight, scale = torch.randint(-64, 65, shape, dtype=torch.int8), torch.rand(shape[0]) / 50 + 0.01
@@ -180,7 +180,7 @@ def convolution(
 
 
 def walsh_hadamard(n: int) -> Tensor:
-    """(n, n) fp64: −1 to the number of bits that the numbers of row and column share, over its root."""
+    """(n, n) fp64: −1 to the number of bits that row and column number share, divided by √n."""
     shared = torch.arange(n)[:, None] & torch.arange(n)
     return (-1.0) ** torch.tensor([[number.bit_count() for number in row] for row in shared.tolist()]).double() / n**0.5
 
@@ -214,8 +214,8 @@ def image(
     groups: int = 2, silu: bool = True, padding: int = 1, lines: int | None = None, shift: float = 0.5,
     each_place: bool = False, given: bool = False,
 ) -> Case:  # fmt: skip
-    """`lines` of the frame above and below, as many as left and right where it is None. `given`: gamma and beta are
-    what each channel is multiplied by and what is added."""
+    """`lines`: rows of the frame above and below; None: as many as left and right. `given`: gamma and beta are each
+    channel's factor and summand."""
     torch.manual_seed(sum(channels) + images)
     parts = [torch.randn(images, *sides, c) * (1 + 2 * i) + shift for i, c in enumerate(channels)]
     total = sum(channels)
@@ -278,7 +278,7 @@ def moments(places: int, channels: int, groups: int, shift: float) -> Case:
 def attention(
     kind: Kind, samples: int, heads: int, queries: int, keys: int, dims: int, *, apart: int = 0, spread: float = 1.5
 ) -> Case:
-    """`apart`: values between tokens. `spread`: of queries and keys."""
+    """`apart`: values between tokens. `spread`: the spread of queries and keys."""
     torch.manual_seed(queries + keys + dims)
     width = heads * dims
     q, k, v = (torch.randn(samples, tokens, width + apart) for tokens in (queries, keys, keys))
@@ -359,7 +359,7 @@ def packed(kind: Kind, outputs: int, inputs: int, side: int) -> Case:
 
 
 def transformed(weight: Tensor, kind: Kind, lib: Library) -> tuple[Tensor, int]:
-    """A weight (outputs, inputs, 3, 3) as `Winograd` takes it, and bytes from one point to the next."""
+    """A weight (outputs, inputs, 3, 3) in the form that `Winograd` takes, and the bytes from one point to the next."""
     outputs, inputs = weight.shape[:2]
     point = -(-outputs // 16) * -(-inputs // VALUES[kind]) * 64
     points = torch.empty(36 * point // 4)
@@ -374,7 +374,7 @@ def transformed(weight: Tensor, kind: Kind, lib: Library) -> tuple[Tensor, int]:
 def winograd(
     lib: Library, kind: Kind, images: int, sides: tuple[int, int], inputs: int, outputs: int, *, frame: int = 1
 ) -> Case:
-    """A 3 × 3 convolution of images with a frame of zeros that is there, or beyond what is."""
+    """A 3 × 3 convolution of images whose frame of zeros is stored, or lies outside of the stored image."""
     torch.manual_seed(inputs + outputs)
     weight, bias = torch.randn(outputs, inputs, 3, 3) / 8, torch.randn(outputs)
     x, residual = torch.randn(images, *(n + 2 for n in sides), inputs), torch.randn(images, *sides, outputs)

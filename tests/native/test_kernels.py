@@ -1,4 +1,4 @@
-"""Every kernel against fp64 over odd sizes, on each instruction set that runs here; and by the C driver under
+"""Every kernel against fp64 with odd sizes, on each instruction set of this machine; also by the C driver under
 sanitisers."""
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def test_attention_errs_no_more_than_torch(lib: Library) -> None:
 
 @every_set
 def test_attention_of_far_scores(lib: Library) -> None:
-    """Scores of some hundreds: all weight on one key, whose maximum may come in a later block."""
+    """Scores of several hundred: one key has all the weight, and its maximum may come in a later block."""
     for kind in kinds(lib):
         if kind is not Kind.INT8:
             case = attention(kind, 1, 2, 50, 400, 40, spread=12)
@@ -213,7 +213,7 @@ def test_bytes_do_not_depend_on_the_batch(lib: Library) -> None:
 
 @every_set
 def test_attention_does_not_depend_on_what_goes_together(lib: Library) -> None:
-    """Samples, heads and queries by themselves."""
+    """Samples, heads and queries give the same results alone."""
     for kind in kinds(lib):
         if kind is Kind.INT8:
             continue
@@ -268,7 +268,7 @@ def test_threads_are_started_anew_after_fork() -> None:
 
 
 def write(case: Case, path: Path) -> None:
-    """The call for driver.c: its struct, whose addresses become numbers of arrays, and the arrays."""
+    """Write the call for driver.c: its struct, with addresses replaced by numbers of arrays, and the arrays."""
     begins = [(tensor.data_ptr(), tensor.nbytes) for tensor in case.tensors]
     pointers: list[int] = []
     for name, kind in case.call._fields_:
@@ -304,7 +304,7 @@ GCC = {
 
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="gcc is not installed")
 def test_sanitisers_find_nothing(tmp_path: Path) -> None:
-    """Arrays end where their values end, so that what is read or written beyond them is seen."""
+    """Arrays end at their last value, so that reads and writes beyond it are detected."""
     flags = [
         "-std=gnu11",
         "-O0",

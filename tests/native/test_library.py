@@ -1,4 +1,4 @@
-"""The library is there when it was built, says why when it is not, and is made for the machine it is on."""
+"""The library exists if it was built, says why if it does not, and fits the machine."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tiler.native.instructions import SETS, machine_of
 
 
 def said(code: str, **env: str) -> str:
-    """What a fresh process prints."""
+    """The output of a new process."""
     done = subprocess.run(
         [sys.executable, "-c", code], env=os.environ | env, capture_output=True, text=True, check=False, timeout=60
     )

@@ -1,4 +1,4 @@
-"""JPEG by strips, WebP and AVIF as a whole: pixels by Pillow, texts by exiftool where it is installed."""
+"""JPEG in strips, WebP and AVIF in one piece: pixels checked by Pillow, texts by exiftool if it is installed."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ TEXTS = {
 
 
 def pixels(height: int, width: int) -> np.ndarray:
-    """Noise over a gradient: blocks of every kind, and many restart markers' neighbours."""
+    """Noise over a gradient: blocks of every kind, many of them beside restart markers."""
     y, x = np.mgrid[0:height, 0:width]
     smooth = np.stack([128 + 90 * np.sin(x / (9 + k)) * np.cos(y / 13) for k in range(3)], axis=-1)
     return (smooth + np.random.default_rng(0).normal(0, 20, smooth.shape)).clip(0, 255).astype(np.uint8)
 
 
 def scan_and_tables(data: bytes) -> bytes:
-    """A JPEG without its APP segments, which hold the texts."""
+    """A JPEG without its APP segments, which contain the texts."""
     at = 2
     while data[at + 1] & 0xF0 == 0xE0:
         at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")

@@ -1,4 +1,4 @@
-"""Texts in pictures: readable elsewhere, silent about this machine, and equal from run to run."""
+"""Texts in pictures: readable by other tools, without facts about this machine, and equal from run to run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The writers, read back by Pillow; latents, written by safetensors."""
+"""Writers, checked by Pillow; latents, written by safetensors."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_a_pdf_is_the_picture_with_its_boxes(tmp_path: Path, bleed_mm: float) ->
 
 
 def test_memory_does_not_grow_with_the_picture() -> None:
-    """13,000 pixels wide from a synthetic source: the writers hold rows, not 117 MB of pixels."""
+    """13,000 pixels wide, from a synthetic source: the writers hold rows, not 117 MB of pixels."""
     code = """
 import sys, tempfile
 from pathlib import Path
@@ -167,7 +167,7 @@ def test_latents_are_read_from_their_file_by_rows(tmp_path: Path, dtype: torch.d
 
 
 def test_a_png_does_not_depend_on_how_many_rows_come_at_a_time(tmp_path: Path) -> None:
-    """Where a decode that was interrupted goes on in the middle of a strip, the file is still the same."""
+    """If an interrupted decode continues in the middle of a strip, the file is still the same."""
     pixels = np.random.default_rng(0).integers(0, 255, (40, 3000, 3), np.uint8)
     files = []
     for cuts in ([40], [4] * 10, [3, 1, 6, 2, 2, 26]):

@@ -1,4 +1,4 @@
-"""Pictures of every tool say how they were made: files written here as those tools write them."""
+"""The recipes in pictures of every tool, from files written here as those tools write them."""
 
 from __future__ import annotations
 

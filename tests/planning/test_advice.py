@@ -1,4 +1,4 @@
-"""What would need less memory where a plan does not fit: only what gains something is told."""
+"""Advice for plans that do not fit: only options that gain something are named."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def memory(peak_mb: int) -> MemoryPlan:
 
 
 def told(peaks: dict[str, int], **values: Any) -> str:
-    """Advice on a plan of 900 MB, where other ways take so many MB, and those that are not named as many."""
+    """Advice for a plan of 900 MB, when the named options take so many MB and all others take 900."""
 
     def replan(request: ResolvedRequest) -> MemoryPlan:
         if request.precision is Precision.INT8:
@@ -38,7 +38,7 @@ def told(peaks: dict[str, int], **values: Any) -> str:
     [
         ({}, ""),
         ({"frozen": 890}, ""),
-        ({"frozen": 700}, "; with --decode frozen 700MB would do"),
+        ({"frozen": 700}, "; with --decode frozen 700MB is enough"),
         ({"frozen": 400}, "; it would fit with --decode frozen"),
         ({"frozen": 400, "small": 300}, "; it would fit with --decode frozen or with -W 1024 -H 1024"),
         ({"frozen": 700, "small": 300}, "; it would fit with -W 1024 -H 1024"),
@@ -54,8 +54,8 @@ def test_what_was_asked_for_is_no_advice() -> None:
 
 
 def test_a_refusal_says_it(in_process: Any, tiny: Path) -> None:
-    with pytest.raises(BudgetRefused, match=r"would do is 900MB; it would fit with x\nphase"):
+    with pytest.raises(BudgetRefused, match=r"works is 900MB; it would fit with x\nphase"):
         memory(900).check(advice="; it would fit with x")
     ran = in_process("plan", "x", "--model", tiny, "--size", 128, "--max-ram", "100MB")
-    assert ran.code == 4 and "the smallest --max-ram that would do is" in ran.err
+    assert ran.code == 4 and "the smallest --max-ram that works is" in ran.err
     assert len(ran.err.strip().splitlines()[-1].split("MB;")) >= 2 and "would fit with" not in ran.err

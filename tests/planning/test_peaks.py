@@ -1,4 +1,4 @@
-"""The meter's short cut: operations of one shape are gone through once, and nothing is predicted differently."""
+"""The meter's shortcut: operations of one shape are run once, and the predictions stay the same."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tiler.weights.checkpoint import resolve
 
 @torch.no_grad()
 def predicted(models: Models, folder: Path) -> list[object]:
-    """Peaks of the denoiser, in fp32 and int8, held whole and layer by layer, and of the autoencoder; the work of a
+    """The peaks of the denoiser in fp32 and int8, resident and layer by layer, and of the autoencoder; the work of a
     render."""
     found: list[object] = []
     for precision, arena in ((Precision.FP32, None), (Precision.INT8, None), (Precision.FP32, 100_000)):
@@ -51,7 +51,7 @@ def test_equal_operations_are_metered_once_and_count_each_time(
 
 
 def test_prompts_that_wait_are_counted(in_process: Any, tiny: Path) -> None:
-    """All texts stay in memory from their encoding to the last step, each as long as the longest."""
+    """All texts stay in memory from their encoding to the last step, each as long as the longest one."""
     asked = "plan", "--model", tiny, "--size", 128, "--precision", "fp32", "--json"
 
     def waiting(*words: object) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""The memory plan: what it refuses, what more memory buys, and what importing costs."""
+"""The memory plan: what it refuses, what more memory gains, and what imports cost."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tiler.weights.checkpoint import resolve
 
 
 def fresh(code: str) -> str:
-    """What a process of its own prints."""
+    """The output of a new process."""
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300).stdout
 
 
@@ -52,7 +52,7 @@ def test_more_memory_means_larger_batches_and_resident_weights(tiny: Path) -> No
 
 
 def test_a_plan_knows_what_building_the_model_imports(tiny: Path) -> None:
-    """Planning is the first thing that a process does with a model: diffusers is imported on the way."""
+    """Planning is the first thing that a process does with a model, and imports diffusers."""
     code = f"""
 from tiler.memory.process import read_rss, release_code
 from tiler.models.built import Models

@@ -1,9 +1,11 @@
-"""The work that `tiler plan` tells, against torch's own counter on diffusers' own module."""
+"""The work that `tiler plan` reports, against torch's counter on diffusers' module."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from tiler.models.built import Models
 from tiler.models.family import Role, read_family
 from tiler.planning.resolve import fill
 from tiler.planning.tiling import plan_tiling
-from tiler.planning.time import Counter, Flops, Speed, seconds
+from tiler.planning.time import Counter, Flops, seconds
 from tiler.request import Decode, Precision, ScratchDtype
 from tiler.weights.checkpoint import resolve
 
@@ -59,6 +61,17 @@ def decoding(kind: Decode, attention: float = 0.25) -> DecodePlan:
         kind=kind, encoding=False, why="", memory_bytes=0, folder=Path("."), dtype=ScratchDtype.FP16,
         flops=3_000_000_000, attention=(attention, 1),
     )  # fmt: skip
+
+
+class Speed(NamedTuple):
+    """Of a machine: what tiler.planning.time.Speed would measure."""
+
+    fp32: float
+    bf16: float
+    int8: float
+    attention: float
+    half_attention: float
+    disk: float = math.inf
 
 
 SPEED, WORK = (

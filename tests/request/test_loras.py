@@ -1,4 +1,4 @@
-"""What tags of a prompt and --lora say."""
+"""LoRA tags in prompts, and --lora."""
 
 from __future__ import annotations
 
@@ -27,5 +27,5 @@ def test_strengths_are_numbers(tmp_path: Path) -> None:
     assert parse_lora("a=b.safetensors=0.5:-1") == Lora(file=Path("a=b.safetensors"), strength=0.5, text_strength=-1)
     (tmp_path / "x=1").touch()
     assert parse_lora(f"{tmp_path}/x=1") == Lora(file=tmp_path / "x=1")
-    with pytest.raises(UsageError, match="a strength of 'much' is no number"):
+    with pytest.raises(UsageError, match="the strength 'much' is not a number"):
         parse_lora("x.safetensors=much")

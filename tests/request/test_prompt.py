@@ -1,4 +1,4 @@
-"""The grammar of prompts: what AUTOMATIC1111's parser makes of the same texts, seen at that program."""
+"""The grammar of prompts, against results that AUTOMATIC1111's parser gave for the same texts."""
 
 from __future__ import annotations
 

@@ -126,7 +126,7 @@ def test_plain_words_become_choices_and_paths() -> None:
     ("values", "named"),
     [
         ({"layout": "spiral"}, "spiral"),
-        ({"num_inference_steps": 2.5}, "num_inference_steps"),
+        ({"num_inference_steps": 2.5}, "--steps 2.5"),
         ({"output": Path("a"), "save_latents": Path("a")}, "same file"),
     ],
 )

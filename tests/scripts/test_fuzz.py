@@ -1,4 +1,4 @@
-"""The readers of files that others may have written, by hypothesis: inputs that are nearly right, and any bytes."""
+"""The readers of foreign files under hypothesis: inputs that are nearly right, and arbitrary bytes."""
 
 from __future__ import annotations
 

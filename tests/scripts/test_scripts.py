@@ -1,4 +1,4 @@
-"""Scripts measure with inner parts of tiler: each still starts, and every name that it imports is still there."""
+"""Scripts use inner parts of tiler: each one starts, and all names that it imports exist."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FILES = sorted(SCRIPTS.rglob("*.py"))
 
 
 def imported_names(source: str) -> Iterator[tuple[str, str]]:
-    """(module, name) of every `from tiler… import …`, also inside functions and in programs that lie in strings."""
+    """(module, name) for every `from tiler… import …`, also inside functions and in programs stored as strings."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "tiler":
             yield from ((str(node.module), alias.name) for alias in node.names)
@@ -47,8 +47,8 @@ def test_imported_names_exist(path: Path) -> None:
 def test_calibrate_gives_a_row_for_a_lesser_processor(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In a process that pretends to have AVX2 and no more: the row names the kernels that this processor's table may
-    have."""
+    """In a process that pretends to have only AVX2: the row names the kernels that the table may have for such a
+    processor."""
     monkeypatch.syspath_prepend(str(SCRIPTS))
     calibrate = importlib.import_module("calibrate")
     shape = TableShape(Kind.LINEAR, (64, 64), (1, 16, 64))

@@ -1,4 +1,4 @@
-"""A headless Chromium that is driven through a pipe (Chrome DevTools Protocol): no library, no port."""
+"""A headless Chromium, driven through a pipe (Chrome DevTools Protocol) without a library or a port."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Chromium:
         return self._call(method, self._session, **params)
 
     def evaluate(self, expression: str) -> Any:
-        """The value of a JavaScript expression; a promise's, when it has one."""
+        """The value of a JavaScript expression, or the value of the promise that it returns."""
         found = self.call("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")

@@ -1,4 +1,4 @@
-"""`tiler view`: the picture's own pixels in a real browser, on loopback alone."""
+"""`tiler view` shows the picture's pixels in a real browser, and serves only the loopback interface."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ import pytest
 from PIL import Image
 
 from tests.viewing.chromium import PROGRAM, Chromium
+from tiler.errors import Interrupted
 from tiler.viewing.pyramid import OVERLAP, SIDE, Pyramid
 from tiler.viewing.server import PageServer
 
@@ -31,7 +32,7 @@ SEEN = 800, 600  # width and height of the browser's page
 
 @pytest.fixture(scope="module")
 def pixels() -> np.ndarray:
-    """(HEIGHT, WIDTH, 3) uint8: no two places are alike, and neighbours differ little."""
+    """(HEIGHT, WIDTH, 3) uint8: all places differ, and neighbours differ little."""
     y, x = np.mgrid[:HEIGHT, :WIDTH].astype(np.float32)
     waves = [np.sin(x / 23) + np.cos(y / 31), np.sin((x + y) / 19) + y / HEIGHT, np.cos(x / 47) * 2 * x / WIDTH]
     return np.stack([127 + 60 * wave for wave in waves], axis=-1).clip(0, 255).astype(np.uint8)
@@ -128,6 +129,45 @@ def served(picture: Path) -> Iterator[PageServer]:
         yield server
 
 
+def test_the_browser_is_started_without_the_secret(
+    in_process, picture: Path, served: PageServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its command line holds an address that leads to the page once."""
+    opened: list[str] = []
+
+    def browse(url: str) -> bool:
+        opened.append(url)
+        raise Interrupted(signal.SIGINT)  # as Ctrl-C does
+
+    monkeypatch.setattr("webbrowser.open", browse)
+    ran = in_process("view", picture)
+    assert ran.code == 0 and len(opened) == 1, ran.err
+    shown = re.search(r"http://\S+:\d+/([\w-]+)/", ran.out)
+    assert shown is not None and shown[1] not in opened[0]
+
+    def follow(url: str) -> tuple[int, str | None]:
+        connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=20)
+        connection.request("GET", url.partition(f":{served.port}")[2])
+        answer = connection.getresponse()
+        connection.close()
+        return answer.status, answer.getheader("Location")
+
+    ticket = served.ticket()
+    assert follow(ticket) == (303, served.url.partition(f":{served.port}")[2])
+    assert follow(ticket) == (404, None)
+
+
+def test_transparent_parts_are_white_in_16_bits_too(tmp_path: Path) -> None:
+    import pyvips
+
+    clear = pyvips.Image.black(64, 64, bands=4).cast("ushort").copy(interpretation="rgb16")
+    clear.pngsave(str(tmp_path / "clear.png"))
+    with Pyramid(tmp_path / "clear.png", tmp_path) as pyramid:
+        wait_for(pyramid)
+        data = pyramid.tile(pyramid.levels, 0, 0)
+    assert data is not None and np.asarray(Image.open(BytesIO(data))).min() > 250
+
+
 def test_only_loopback_listens_and_ctrl_c_ends_it(picture: Path, tmp_path: Path) -> None:
     with program(picture, "--scratch", tmp_path) as (process, url):
         listening = [c for c in psutil.Process(process.pid).net_connections() if c.status == psutil.CONN_LISTEN]
@@ -185,7 +225,7 @@ def test_panned_and_zoomed_in_a_browser_it_is_the_picture(
     image = Image.fromarray(pixels)
 
     def check(page: Chromium) -> list[float]:
-        """What is seen are the picture's pixels there."""
+        """Compare the visible part of the page with the picture's pixels."""
         x, y, width, height = at = page.evaluate(SETTLED)
         seen = page.screenshot()
         rows, cols = np.mgrid[: SEEN[1], : SEEN[0]]

@@ -1,4 +1,4 @@
-"""Which files a checkpoint is read from: flavours, shards, the hub's cache, and what is downloaded."""
+"""The files that a checkpoint is read from: flavours, shards, the hub's cache, and downloads."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def weights(path: Path, value: float = 0.0, name: str = "x") -> Path:
 
 
 def model(folder: Path, **flavours: Iterable[str]) -> Path:
-    """A folder in diffusers layout; of each part, weight files of the flavours given."""
+    """A folder in diffusers layout; each part has weight files of the given flavours."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "model_index.json").write_text(json.dumps(PIPELINE))
     for part in ("scheduler", "tokenizer", *STEMS):
@@ -140,7 +140,7 @@ def test_a_whole_file_is_read_where_the_index_beside_it_is_stale(tmp_path: Path,
 
 @pytest.mark.parametrize(("part", "whole"), [("unet", False), ("text_encoder", True)])
 def test_of_a_whole_file_and_all_its_shards_each_library_takes_its_own(tmp_path: Path, part: str, whole: bool) -> None:
-    """diffusers looks for an index first, transformers for a whole file."""
+    """diffusers looks for an index first, transformers for a complete file."""
     stem = STEMS[part]
     weights(tmp_path / f"{stem}.safetensors", name="whole")
     weights(tmp_path / f"{stem}-00001-of-00001.safetensors", name="shard")
@@ -194,7 +194,7 @@ def test_a_pickle_is_refused(tmp_path: Path) -> None:
 
 @pytest.fixture
 def repository(tmp_path: Path) -> Path:
-    """models--org--name of a cache, with two snapshots; the main one is `bbb`."""
+    """models--org--name in a cache, with two snapshots; `bbb` is main."""
     base = tmp_path / "models--org--name"
     for commit in ("aaa", "bbb"):
         model(base / "snapshots" / commit, **{key: [""] for key in STEMS})
@@ -317,7 +317,7 @@ def test_the_advised_command_downloads_a_model_that_can_be_read(listing: list[st
 
 
 class Hub:
-    """Stands for huggingface_hub: a repository of `files`, reached or not, and a cache of its own."""
+    """Replaces huggingface_hub: a repository of `files`, reachable or not, and a cache of its own."""
 
     def __init__(self, base: Path, files: list[str]) -> None:
         self.base, self.files, self.reached = base, files, True

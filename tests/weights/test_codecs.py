@@ -1,4 +1,4 @@
-"""Codecs against the libraries that write the formats, and rows that lie in several places."""
+"""Codecs against the libraries that write the formats, and rows stored in several places."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_scaled_rows_are_multiplied(tmp_path: Path) -> None:
 
 
 def test_a_tensor_may_lie_in_several_places(tmp_path: Path) -> None:
-    """Rows 40–99 of one tensor, then all 50 of another in another file."""
+    """Rows 40–99 of one tensor, followed by all 50 rows of a tensor in another file."""
     first, second = torch.randn(120, 48).half(), torch.randn(50, 48).half()
     save_file({"a": first}, tmp_path / "a.safetensors")
     save_file({"b": second}, tmp_path / "b.safetensors")
@@ -93,7 +93,7 @@ def test_a_tensor_behind_an_axis_of_length_1_is_read_by_its_rows(tmp_path: Path)
 
 
 def reversed_bytes(file: Path) -> None:
-    """Rewrite a file of fp16 so that each value's bytes stand the other way round, under a dtype of its own."""
+    """Rewrite a file of fp16 with the bytes of each value reversed, under a dtype of its own."""
     data = bytearray(file.read_bytes())
     start = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:start])
@@ -107,8 +107,8 @@ def reversed_bytes(file: Path) -> None:
 
 
 def test_a_codec_is_one_line(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A way to store weights that tiler does not know, registered by a test: quantiser, plan and render take it as it
-    is."""
+    """A storage format that tiler does not know, registered by a test: quantiser, plan and render accept it
+    unchanged."""
 
     def blocks(raw: torch.Tensor) -> torch.Tensor:
         return raw.flip(1).contiguous().view(torch.float16).float()
@@ -153,7 +153,7 @@ def test_scaled_eight_bit_floats_are_found_by_every_spelling(
 
 
 def test_parts_of_blocks_are_read_by_rows(tmp_path: Path) -> None:
-    """A packed weight whose rows are asked for from the middle of a block to the middle of another: heads of 72."""
+    """Rows of a packed weight from the middle of one block to the middle of another: heads of 72."""
     weight, scale = torch.randint(-127, 128, (144, 32), dtype=torch.int8), torch.rand(144)
     save_file({"w": blocked(weight), "w" + SCALE: scale}, tmp_path / "x.safetensors")
     module = torch.nn.Module()

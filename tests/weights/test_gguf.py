@@ -1,4 +1,4 @@
-"""GGUF files written by the format's own library, whole and damaged."""
+"""GGUF files written by the format's own library, intact and damaged."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ KINDS = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q5_1")
 
 
 def write(path: Path, tensors: dict[str, tuple[np.ndarray, str]], flat: dict[str, list[int]] | None = None) -> Path:
-    """A file with `tensors` (values and kind); `flat` are true shapes as ComfyUI-GGUF states them."""
+    """Write a file with `tensors` (values and kind); `flat` are true shapes in the form of ComfyUI-GGUF."""
     writer = gguf.GGUFWriter(path, "flux")
     writer.add_array("tokenizer.ggml.tokens", ["a", "b", "longer"])
     writer.add_uint32("general.file_type", 7)
@@ -126,7 +126,7 @@ def test_a_tensor_outside_the_file_is_told(file: Path) -> None:
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(changes=st.lists(st.tuples(st.integers(4, 700), st.binary(min_size=1, max_size=8)), min_size=1, max_size=4))
 def test_no_header_does_more_than_raise_model_error(file: Path, changes: list[tuple[int, bytes]]) -> None:
-    """Whatever stands in it: what is read lies in the file."""
+    """Whatever it contains, only bytes inside the file are read."""
     whole = file.read_bytes()
     for at, raw in changes:
         damaged(file, at, raw)

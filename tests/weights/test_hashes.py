@@ -1,4 +1,4 @@
-"""Hashes of model files, as hashlib makes them of the whole file."""
+"""Hashes of model files against hashlib's."""
 
 from __future__ import annotations
 

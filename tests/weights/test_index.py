@@ -1,4 +1,4 @@
-"""Every way a safetensors file can be bad has one error (faults.md, rows 1–13 and 18)."""
+"""Every way in which a safetensors file can be bad has its error (tests/README.md, rows 1–13 and 18)."""
 
 from __future__ import annotations
 

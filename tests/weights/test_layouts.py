@@ -1,4 +1,4 @@
-"""Weights that other programs quantised: read as those programs read them, and refused where something is missing."""
+"""Weights quantised by other programs: read as those programs read them, and refused if something is missing."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ Tensors = dict[str, Tensor]
 
 
 def network() -> nn.Sequential:
-    """Rows of 256 values, which quanto groups by 128, of 96, which it groups by 96, and a convolution, which it does
-    not."""
+    """Rows of 256 values, which quanto groups by 128; of 96, which it groups by 96; and a convolution, which it does
+    not group."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(256, 96), nn.Linear(96, 64, bias=False), nn.Conv2d(8, 16, 3))
 
 
 def stored(tensors: Tensors, folder: Path, metadata: dict[str, str] | None = None) -> dict[str, TensorInfo]:
-    """The index of a file that holds `tensors`, as a part is read."""
+    """The index of a file with `tensors`, as a part is read."""
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "x.safetensors", metadata)
     return understood(read_index(folder / "x.safetensors"))
 
@@ -47,7 +47,7 @@ def matched(index: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
 
 
 def check(index: dict[str, TensorInfo], wanted: Tensors, **close: Any) -> None:
-    """Whole, piece by piece, by rows from anywhere, and of what stays in memory as it is stored."""
+    """Compare the weight read as a whole, piece by piece, in arbitrary rows, and from its stored form in memory."""
     for kept in (False, True):
         with WeightStore(index) as store:
             for name, want in wanted.items():
@@ -77,8 +77,8 @@ def test_what_optimum_quanto_wrote_is_what_it_reads(quanto: Any, kind: str, tmp_
 
 
 def of_bitsandbytes(weight: Tensor, *, nested: bool) -> tuple[Tensors, Tensor]:
-    """A weight in nf4 as diffusers writes it, with random numbers in the place of quantised ones, and what it means in
-    float64 (Dettmers et al. 2023, arXiv:2305.14314, section 3: double quantisation)."""
+    """A weight in nf4 as diffusers writes it, with random numbers in place of quantised ones, and its values in float64
+    (Dettmers et al. 2023, arXiv:2305.14314, section 3: double quantisation)."""
     rows, width = weight.shape
     codes = torch.randint(0, 16, (rows * width,), dtype=torch.uint8)
     table, blocks = torch.linspace(-1, 1, 16), rows * width // 64
@@ -260,7 +260,7 @@ DTYPES = torch.uint8, torch.int8, torch.int64, torch.float16, torch.float32
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_companions_that_are_lost_or_changed(kind: str, tmp_path: Path, data: st.DataObject) -> None:
-    """Refused where the weight cannot be read with them; else it can be read."""
+    """The weight is refused if it cannot be read with them; otherwise it can be read."""
     tensors = dict(MADE[kind])
     name = data.draw(st.sampled_from(sorted(tensors)))
     match data.draw(st.sampled_from(["lost", "cut", "flat", "dtype", "noise"])):
@@ -317,7 +317,8 @@ def test_a_map_must_go_with_the_weights(change: Callable[[Any], Any], message: s
 
 @pytest.mark.parametrize("kind", ["qint8", "qint4"])
 def test_what_stays_out_of_the_int8_file_keeps_its_value(quanto: Any, kind: str, tmp_path: Path) -> None:
-    """A weight that another program quantised and tiler does not: the file of int8 weights holds what it means."""
+    """A weight that another program quantised and tiler does not quantise: the file of int8 weights holds its
+    values."""
     model = network()
     quanto.quantize(model, weights=getattr(quanto, kind))
     quanto.freeze(model)

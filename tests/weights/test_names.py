@@ -1,4 +1,4 @@
-"""Places in files, against the values that diffusers' conversion functions make of the tensors themselves."""
+"""Places in files, against the values that diffusers' conversion functions make from the tensors."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def numbered(shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
 
 
 def same(tensors: dict[str, torch.Tensor], function: Callable[[dict[str, Any]], Any], folder: Path) -> int:
-    """Assert that the map leads to what `function` makes of the tensors; how many it makes."""
+    """Assert that the map leads to the same tensors as `function`; return their number."""
     save_file(tensors, folder / "x.safetensors")
     expected = function(dict(tensors))
     found = converted(read_index(folder / "x.safetensors"), function)
@@ -41,7 +41,7 @@ def same(tensors: dict[str, torch.Tensor], function: Callable[[dict[str, Any]], 
 
 
 def test_fused_weights_of_flux(tmp_path: Path) -> None:
-    """Queries, keys and values are rows of one tensor, and the last modulation's halves are swapped."""
+    """Queries, keys and values are rows of one tensor, and the halves of the last modulation are swapped."""
     d, into = 3072, 8
     names: dict[str, tuple[int, ...]] = {}
     for prefix in ("img", "txt"):

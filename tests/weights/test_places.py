@@ -1,4 +1,4 @@
-"""Folders of the user's, in a process that has no home: a container with a user id that nobody knows."""
+"""The user's folders in a process without a home: a container with an unknown user id."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The rotation against its matrix, and int8 weights that were rotated before they were quantised."""
+"""The rotation against its matrix, and int8 weights that were rotated before quantisation."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tiler.weights.store import Piece, WeightStore, match_index
 
 
 def packed(weight: Tensor, folder: Path, *, in_blocks: bool) -> dict[str, TensorInfo]:
-    """The index of a packed file with `w.weight`, rotated, as a model has it."""
+    """The index of a packed file with a rotated `w.weight`, as a model has it."""
     save_file({"w.weight": weight}, folder / "plain.safetensors")
     name = frozenset({"w.weight"})
     write_packed(
@@ -42,7 +42,7 @@ def test_it_is_the_matrix_and_its_own_inverse() -> None:
 
 @pytest.mark.parametrize("in_blocks", [True, False])
 def test_a_rotated_weight_is_read_in_fp32_as_it_was(in_blocks: bool, tmp_path: Path) -> None:
-    """Whole and by rows, from the file and from memory."""
+    """As a whole and by rows, from the file and from memory."""
     weight = torch.randn(96, 128, generator=torch.Generator().manual_seed(0))
     index = packed(weight, tmp_path, in_blocks=in_blocks)
     assert index["w.weight"].rotated and index["w.weight"].blocked == in_blocks

@@ -1,1 +1,2 @@
-"""The command line: one file a command; parse, request, run, print. Knows nothing of torch."""
+"""The command line, one file per command: parse the options, make a request, run it, print the result. Imports no
+torch."""

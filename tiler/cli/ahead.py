@@ -1,5 +1,5 @@
-"""Encodes the prompts of several rows of a queue into the cache of prompts, so that a large encoder is loaded once for
-them all."""
+"""Encode the prompts of several rows of a queue into the prompt cache, so that a large encoder is loaded once for all
+of them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tiler.errors import UsageError
 
 
 def main() -> None:
-    """Entry point; standard input holds the queue's ceiling and the rows' words, as JSON."""
+    """Entry point. Standard input holds JSON: the queue's ceiling and the words of its rows."""
     prepare_streams()
     prepare_signals()
     try:
@@ -23,7 +23,7 @@ def main() -> None:
             try:
                 requests.append(parse(words))
             except UsageError:
-                continue  # the row will say so
+                continue  # reported when the row's turn comes
         budget = queues.budget_of(asked["max_ram_bytes"])
         o.prepare_process(None)
         from tiler.cli.progress import ProgressPrinter

@@ -1,4 +1,4 @@
-"""`tiler batch`: a file full of pictures."""
+"""`tiler batch`: render all pictures of a file."""
 
 from __future__ import annotations
 
@@ -21,45 +21,45 @@ def command(
         Path,
         typer.Argument(
             metavar="FILE",
-            help=r"jobs.toml with \[\[image]] tables, jobs.jsonl with an object a line, or a text with a prompt a "
-            "line.",
+            help=r"jobs.toml with \[\[image]] tables, jobs.jsonl with an object per line, or a text file with a prompt "
+            "per line.",
         ),
     ],
     output: Annotated[
         str,
         typer.Option(
             "--output", "-o", metavar="NAME", show_default=False,
-            help=rf"Name of pictures whose row has none; {{seed}} may stand in it too. [dim]\[default: {NAME}][/dim]",
+            help=rf"File name for rows that set none; {{seed}} works too. [dim]\[default: {NAME}][/dim]",
         ),
     ] = NAME,
     output_dir: Annotated[
         Path | None,
         typer.Option(
             "--output-dir", metavar="PATH", show_default=False,
-            help=r"Where the pictures go. [dim]\[default: FILE's folder][/dim]",
+            help=r"Folder for the pictures. [dim]\[default: FILE's folder][/dim]",
         ),
     ] = None,
     max_ram: o.MaxRam = "800MB",
-    fail_fast: Annotated[bool, typer.Option("--fail-fast", help="End with the first row that fails.")] = False,
+    fail_fast: Annotated[bool, typer.Option("--fail-fast", help="Stop at the first row that fails.")] = False,
     share: Annotated[
         bool,
         typer.Option(
             "--share",
-            help="Share the rows with other machines that run this command in the same folder. A row whose machine is "
-            "silent for 15 minutes is drawn by another.",
+            help="Share the rows with other machines that run the same command on the same folder. If a machine is "
+            "silent for 15 minutes, another draws its row.",
         ),
     ] = False,
     nice: o.Nice = 10,
     quiet: o.Quiet = False,
 ) -> None:  # fmt: skip
-    """Render all pictures of a file, one process for each, under one memory ceiling.
+    """Render all pictures of a file, each in a process of its own, under one memory ceiling.
 
-    Every option of `tiler render` may be given too, and holds for rows that do not say otherwise; a row's keys are
-    their long names. A row that fails stops no other. The same command again goes on: what is done is skipped, what was
-    interrupted continues.
+    All options of `tiler render` are accepted and apply to rows that do not set them; a row's keys are the options'
+    long names. A row that fails does not stop the others. If you give the same command again, finished rows are skipped
+    and interrupted ones continue.
     """
     if not file.is_file():
-        raise UsageError(f"{file}: no such file; tiler batch takes one with a picture a row")
+        raise UsageError(f"{file}: no such file; `tiler batch` takes a file with a picture per row")
     root = output_dir or file.parent
     if not root.is_dir():
         raise UsageError(f"{root} does not exist; create it first")
@@ -68,7 +68,7 @@ def command(
     )
     common = checker.ask(Row(0, None, (), None))
     if share and common.force:
-        raise UsageError("--share takes a picture that is there for one that is done; leave out --force")
+        raise UsageError("--share takes an existing picture for a finished one; leave out --force")
     ceiling = queues.ceiling(max_ram)
     growing = {"file": str(file), "root": str(root), "defaults": list(checker.defaults), "name": output}
     rows = -1 if grows(file) else queues.check_all(read_rows(file), checker, f"{file}: ")

@@ -1,4 +1,4 @@
-"""`tiler cache list` and `tiler cache clean`: what tiler keeps on disk to be quicker next time."""
+"""`tiler cache list` and `tiler cache clean`: the files that tiler keeps on disk to start faster next time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tiler.memory.budget import format_mb
 from tiler.weights.caches import Cached, list_cached, remove
 
 app = typer.Typer(
-    help="List or remove what tiler keeps to be quicker next time: int8 weights, encoded prompts, hashes.",
+    help="List or remove the files that make the next run faster: int8 weights, encoded prompts, hashes.",
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -26,20 +26,20 @@ CacheDir = Annotated[
         "--cache-dir",
         metavar="PATH",
         show_default=False,
-        help=r"The folder that renders were given. [dim]\[default: ~/.cache/tiler][/dim]",
+        help=r"The --cache-dir of your renders. [dim]\[default: ~/.cache/tiler][/dim]",
     ),
 ]
 
 
 def _listed(folder: Path | None) -> list[Cached]:
     if folder is not None and not folder.is_dir():
-        raise UsageError(f"{folder}: no such folder")
+        raise UsageError(f"--cache-dir {folder}: no such folder")
     return list_cached(folder)
 
 
 @app.command("list")
 def show(cache_dir: CacheDir = None, json_output: o.Json = False) -> None:
-    """Show every file that is kept, its size, when it was last used, and what of it is stale."""
+    """Show every cached file: its size, when it was last used, and whether it is stale."""
     found = _listed(cache_dir)
     if json_output:
         o.tell({"files": [asdict(file) | {"path": str(file.path)} for file in found]})
@@ -55,23 +55,22 @@ def show(cache_dir: CacheDir = None, json_output: o.Json = False) -> None:
     for folder, size in sizes.items():
         typer.echo(f"{format_mb(size):>10}  in {folder}")
     if not found:
-        typer.echo("nothing is kept")
+        typer.echo("nothing is cached")
 
 
 @app.command("clean")
 def clean(
     cache_dir: CacheDir = None,
-    everything: Annotated[bool, typer.Option("--all", help="Remove all of it, not only what is stale.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="Remove all cached files, not only stale ones.")] = False,
     older: Annotated[
         int | None,
         typer.Option(
-            "--older-than", metavar="DAYS", min=0, show_default=False, help="Also what was not used for so long."
+            "--older-than", metavar="DAYS", min=0, show_default=False, help="Also remove files unused for this long."
         ),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be removed.")] = False,
 ) -> None:
-    """Remove what is stale: int8 weights of another version of tiler, damaged files, and what killed runs left
-    behind."""
+    """Remove stale files: int8 weights of another version of tiler, damaged files, and leftovers of killed runs."""
     found = [
         file
         for file in _listed(cache_dir)

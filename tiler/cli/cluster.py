@@ -1,4 +1,4 @@
-"""`tiler cluster`: the keys of a cluster, and who is in it."""
+"""`tiler cluster`: make the keys of a cluster, and show its workers."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ app = typer.Typer(
 
 @app.command("keys")
 def keys_command(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where they are written; made if it is missing.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder for the keys; created if missing.")],
 ) -> None:
-    """Make the pair of keys that every machine of a cluster needs. Whoever has it can run code on all of them: copy it
-    over ssh."""
+    """Make the pair of keys that every machine of a cluster needs. Anyone who has it can run code on all of them: copy
+    it over ssh."""
     from tiler.cluster.keys import make_keys
 
     cert, key = make_keys(folder)
-    typer.echo(f"{cert}\n{key}\nCopy the folder to each machine, like: scp -rp {folder} host:")
+    typer.echo(f"{cert}\n{key}\nCopy the folder to each machine, for example: scp -rp {folder} host:")
 
 
 @app.command("status")
 def status_command(
-    address: Annotated[str, typer.Argument(metavar="ADDRESS", help="Of the render or `dask scheduler`: tls://HOST:8786.")],
+    address: Annotated[str, typer.Argument(metavar="ADDRESS", help="The render's or `dask scheduler`'s: tls://HOST:8786.")],
     keys: o.Keys = None,
     insecure: o.Insecure = False,
     json_output: o.Json = False,
 ) -> None:  # fmt: skip
-    """Show the workers of a render that listens, or of a `dask scheduler`."""
+    """Show the workers of a running render or of a `dask scheduler`."""
     cluster = scheduler_of(address, keys, insecure=insecure)
     from tiler.cluster.status import workers
 
@@ -50,7 +50,7 @@ def status_command(
 
 
 def _line(worker: dict[str, Any]) -> str:
-    """Name, memory, and what it does, within 80 columns where names are short."""
+    """One worker in a line of at most 80 columns, if names are short: its name, its memory, and its work."""
     if worker["error"]:
         return f"{worker['name'][:24]:24}  {worker['error']}"
     memory = f"{worker['rss_bytes'] / 1e6:,.0f} of {format_mb(worker['max_ram_bytes'])}"

@@ -1,5 +1,5 @@
-"""Names that a shell completes: models and LoRAs in the user's folders, models in the hub's cache. Only names are
-looked at, and no torch is imported: an answer takes a third of a second."""
+"""Names that a shell can complete: models and LoRAs in the user's folders, and models in the hub's cache. Only file
+names are read and no torch is imported, so an answer takes a third of a second."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from tiler.request.settings import Kind
 from tiler.weights.folders import files, stem
 from tiler.weights.places import hub_cache
 
-_HUB = "models--"  # of a repository's folder: models--org--name
+_HUB = "models--"  # the folder of org/name in the hub's cache is models--org--name
 
 
 def model_names(context: typer.Context, incomplete: str) -> list[str]:
-    """What --model may be and begins so: `mini`, files and folders by their stems (by their paths where two are alike),
-    hub ids. Nothing where a configuration cannot be read: a shell has no place for the reason."""
+    """The values of --model that start with `incomplete`: `mini`, the stems of files and folders (paths if two have the
+    same stem), and hub ids. Empty if a configuration cannot be read, because a shell has no place for the reason."""
     try:
         return sorted(name for name in dict.fromkeys(_models(context)) if name.startswith(incomplete))
     except (TilerError, OSError):
@@ -28,8 +28,8 @@ def model_names(context: typer.Context, incomplete: str) -> list[str]:
 
 
 def lora_names(incomplete: str) -> list[str]:
-    """What --lora may be and begins so: LoRAs in the user's folders, by their stems, by their paths where two are
-    alike."""
+    """The values of --lora that start with `incomplete`: the stems of LoRAs in the user's folders (paths if two have
+    the same stem)."""
     try:
         return sorted(name for name in _names(files(Kind.LORA)) if name.startswith(incomplete))
     except (TilerError, OSError):

@@ -1,4 +1,4 @@
-"""`tiler config`: the configuration file, and where each value comes from."""
+"""`tiler config`: show or edit the configuration file, and say where each value comes from."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from tiler.request import settings
 from tiler.request.settings import Kind, Setting
 
 _TEMPLATE = """\
-# Settings of tiler. What is typed wins over TILER_* in the environment, that over this file.
-# Every long option of `tiler render --help` may stand here, without its dashes, with _ for -.
+# Settings of tiler. Options on the command line win over TILER_* in the environment, which win over this file.
+# Every long option of `tiler render --help` works here, without its dashes, and with _ for -.
 
-# Folders to find models, embeddings and autoencoders in by name (`--model dream` finds dream.safetensors).
-# A folder of AUTOMATIC1111, Forge or ComfyUI stands for its own sub-folders.
+# Folders in which models, embeddings and autoencoders are found by name (`--model dream` finds dream.safetensors).
+# The folder of an AUTOMATIC1111, Forge or ComfyUI installation works too: its sub-folders are known.
 # model_dirs = ["~/stable-diffusion-webui"]
 # embedding_dirs = []
 # vae_dirs = []
@@ -41,13 +41,13 @@ app = typer.Typer(name="config", help="Show or edit the configuration file.", no
 
 @app.command("path")
 def path_command() -> None:
-    """Print where the configuration file lies, or would lie."""
+    """Print the path of the configuration file, whether or not it exists."""
     typer.echo(_path())
 
 
 @app.command("edit")
 def edit_command() -> None:
-    """Open the configuration file in $VISUAL or $EDITOR; the first time it is made, with what may stand in it as
+    """Open the configuration file in $VISUAL or $EDITOR. If it is missing, it is created with the possible settings as
     comments."""
     path, editor = _path(), os.environ.get("VISUAL") or os.environ.get("EDITOR") or "vi"
     try:
@@ -56,7 +56,7 @@ def edit_command() -> None:
             path.write_text(_TEMPLATE)
     except OSError as error:
         raise StorageError(
-            f"{path}: cannot be written ({error.strerror}); set TILER_CONFIG to another place"
+            f"{path}: cannot be written ({error.strerror}); set TILER_CONFIG to another file name"
         ) from error
     try:
         done = subprocess.run([*shlex.split(editor), str(path)], check=False)
@@ -65,13 +65,13 @@ def edit_command() -> None:
             f"{editor}: cannot be started ({error.strerror}); set EDITOR, or edit {path} yourself"
         ) from error
     if done.returncode:
-        raise UsageError(f"{editor} ended with exit code {done.returncode}; {path} is as it left it")
+        raise UsageError(f"{editor} ended with exit code {done.returncode}; check {path}")
     settings.read_config()
 
 
 @app.command("show")
 def show_command(context: typer.Context, json_output: o.Json = False) -> None:
-    """Show every value that the environment or the configuration file may give, and where it comes from."""
+    """Show every value that the environment or the configuration file can set, and where it comes from."""
     said = settings.read_config()
     group: Any = context.find_root().command
     layers.check_known(group, said)
@@ -95,7 +95,7 @@ def show_command(context: typer.Context, json_output: o.Json = False) -> None:
 
 
 def _print(key: str, value: str, source: str) -> None:
-    """One value, and who said it."""
+    """Print one value and its source."""
     typer.echo(f"{key:21} {value}  ({source if source == 'default' else f'from {source}'})")
 
 
@@ -104,8 +104,8 @@ def _found(kind: Kind) -> list[str]:
 
 
 def _options(group: Any, said: dict[str, Any]) -> Iterator[tuple[str, Setting]]:
-    """Every option that may stand in the configuration file, in the order of `tiler render --help`, then the other
-    commands'."""
+    """Every option that the configuration file can set: first those of `tiler render --help` in its order, then those
+    of other commands."""
     shown: set[str] = set()
     for command in group.commands.values():
         for parameter in command.params:
@@ -130,5 +130,5 @@ def _setting(parameter: Any, names: tuple[str, ...], said: dict[str, Any]) -> Se
 def _path() -> Path:
     path = settings.config_path()
     if path is None:
-        raise UsageError("no home folder is known; set TILER_CONFIG to the file's name")
+        raise UsageError("there is no home folder for the configuration file; set TILER_CONFIG to a file name")
     return path

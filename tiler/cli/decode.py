@@ -1,4 +1,4 @@
-"""`tiler decode`: latents from --save-latents (or another tool) → picture."""
+"""`tiler decode`: turn latents from --save-latents (or another tool) into a picture."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`tiler doctor`: what this machine has, and what tiler makes of it."""
+"""`tiler doctor`: what this machine has, and how tiler uses it."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ if TYPE_CHECKING:
 Measure = Annotated[
     bool,
     typer.Option(
-        "--measure", help="Time the kernels that could run here, and say where another than the chosen one wins."
+        "--measure", help="Time the kernels that can run here, and say where another one beats tiler's choice."
     ),
 ]
 
 
 def run(request: DoctorRequest, *, measure: Measure = False, json_output: o.Json = False) -> None:
-    """Show memory, limits, cores, CPU flags, dtypes and why, versions, free disk; or with --model what a model is.
+    """Show memory, limits, cores, CPU flags, data types, versions and free disk; with --model, inspect a model.
 
-    Of a model: its family and prediction, where each part comes from and how it is stored, what was decided and by
-    what, and what is missing.
+    Of a model it shows: the family and the kind of prediction, where each part comes from and how it is stored, which
+    choices were made and why, and what is missing.
     """
     if request.model or request.diffusion_model:
         _show_model(request if request.model else replace(request, model="mini"), json_output)
@@ -70,11 +70,13 @@ def _show_machine(measure: bool, json_output: bool) -> None:
         "cores": f"{psutil.cpu_count(logical=False)} physical, {usable_cpus()} usable",
         "cpu": f"{platform.machine()}: {', '.join(cpu.flags()) or 'no known flags'}",
         "storage dtype": "as in the checkpoint (fp16, bf16 or fp32); weights are cast when they are used",
-        "instruction set": f"{cpu.isa()}, by which kernels are chosen",
+        "instruction set": f"{cpu.isa()}, which decides the kernels",
         "kernels": _kernels(library.library(), library.fault()),
         "compute dtype": _compute_dtype(cpu.flags(), int8_runs=onednn.int8().dot),
         "--precision int8": onednn.int8().why,
-        "--precision bf16": "products of bf16, sums in fp32" if library.has_bf16() else "not here: no kernels for it",
+        "--precision bf16": "bf16 products, fp32 sums"
+        if library.has_bf16()
+        else "not on this machine: it has no kernels for bf16",
         "--precision auto": f"{'int8' if onednn.int8().dot else 'fp32'}: {onednn.int8().auto}",
         "accumulation dtype": "fp32 canvas, fp64 mask sums",
         "free disk": f"{format_mb(shutil.disk_usage(Path.cwd()).free)} in {Path.cwd()}",
@@ -105,14 +107,14 @@ def _print(facts: dict[str, str], json_output: bool) -> None:
 
 
 def _kernels(library: Library | None, fault: str) -> str:
-    """Who computes."""
+    """Which library computes."""
     if library is None:
         return f"torch's; tiler's own library: {fault}"
     return f"tiler's own library for {library.isa}; torch's for the rest"
 
 
 def _compute_dtype(flags: tuple[str, ...], *, int8_runs: bool) -> str:
-    """Which dtype arithmetic has on a processor with these flags, and why."""
+    """The dtype of arithmetic on a processor with these flags, and the reason."""
     others = "fp32 for the VAE, the prompt and the outermost layers" if int8_runs else "fp32"
     if int8_runs:
         others = f"int8 products in the denoiser where --precision allows it; {others}"

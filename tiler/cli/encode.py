@@ -1,4 +1,4 @@
-"""`tiler encode`: prompts → a file with their embeddings, for machines without the text encoders."""
+"""`tiler encode`: write the embeddings of prompts to a file, for machines without the text encoders."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def run(
 ) -> None:
     """Encode prompts once, for `render --prompt-embeds` on any machine.
 
-    A machine with this file needs neither the text encoders nor the tokenizers of the model: for Flux and Stable
-    Diffusion 3 these are 9.5 GB less to download and to read.
+    A machine that has this file needs neither the text encoders nor the tokenizers of the model: for Flux and Stable
+    Diffusion 3, that saves 9.5 GB of downloads and reads.
     """
     o.check_report(report, request.output or Path("words.safetensors"), force=request.force)
     budget = Budget(max_ram)

@@ -1,4 +1,4 @@
-"""How `--help` looks in a terminal of 80 columns."""
+"""The layout of `--help` in a terminal of 80 columns."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-_WIDEST = 24  # characters of an option's names; rich cuts what is longer, for it has no place to break
+_WIDEST = 24  # characters of an option's names; rich would cut longer ones, because it cannot wrap them
 
 
 class _Whole:
-    """Help that shows every name whole, and no type beside a flag."""
+    """Help that never cuts a name, and shows no type beside a flag."""
 
     _is_shown = False
 
@@ -28,15 +28,15 @@ class _Whole:
 
 
 class Command(_Whole, TyperCommand):
-    """A command with such help."""
+    """A command with this help."""
 
 
 class Group(_Whole, TyperGroup):
-    """A group of commands with such help."""
+    """A group of commands with this help."""
 
 
 def _as_shown(param: Any) -> Any:
-    """A copy of a parameter: flags without `<bool>`, aliases that find no room in the text."""
+    """A copy of a parameter for the help: a flag loses its `<bool>`, and aliases that do not fit move into the text."""
     shown = copy.copy(param)
     if getattr(param, "is_flag", False) and not param.metavar:
         shown.metavar = ""
@@ -49,7 +49,7 @@ def _as_shown(param: Any) -> Any:
 
 
 def join_lines(app: typer.Typer) -> None:
-    """Let the help texts of all commands break where the terminal ends, not where the docstrings' lines do."""
+    """Let the help texts of all commands wrap at the terminal's width instead of at the docstrings' line ends."""
     for group in app.registered_groups:
         assert group.typer_instance is not None
         join_lines(group.typer_instance)

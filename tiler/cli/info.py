@@ -1,4 +1,4 @@
-"""`tiler info`: how a picture was made, as its own file tells it."""
+"""`tiler info`: show how a picture was made, from its file's metadata."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Where the value of an option comes from: what is typed wins over the environment (TILER_STEPS), that over the
-configuration file (`steps = 30`), that over the default."""
+"""Where the value of an option comes from. Command line beats environment (TILER_STEPS), which beats the configuration
+file (`steps = 30`), which beats the default."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ OF_ONE_RUN = frozenset(
      "--no-guide", "--from", "--scale", "--repaint", "--restart", "--keep-job", "--model-dir", "--log-json",
      "--lora", "--help", "--version")
 )  # fmt: skip
-"""Options that are said for one picture and no habit: neither the environment nor the configuration file gives them."""
+"""Options of a single run: neither the environment nor the configuration file can set them."""
 
 
 class Layer(IntEnum):
-    """Who said a value; a higher one wins."""
+    """The source of a value; a higher one wins."""
 
     DEFAULT = 0
     CONFIG = 1
@@ -35,9 +35,9 @@ class Layer(IntEnum):
 
 _CLICK_NAMES = {"COMMANDLINE": Layer.TYPED, "ENVIRONMENT": Layer.ENVIRONMENT, "DEFAULT_MAP": Layer.CONFIG}
 
-# By the names of parameters: what gives way to what, where the other was said in a higher layer.
+# By parameter name: the parameters whose value in a higher layer makes this one's value void.
 _SIDES = ("size", "width", "height")
-_OF_THE_GUIDE = ("scale", "repaint")  # take the size from its picture
+_OF_THE_GUIDE = ("scale", "repaint")  # take the size from the guide's picture
 _GIVES_WAY: Mapping[str, tuple[str, ...]] = {
     "size": ("paper", *_OF_THE_GUIDE), "width": ("paper", "size", *_OF_THE_GUIDE),
     "height": ("paper", "size", *_OF_THE_GUIDE),
@@ -51,26 +51,26 @@ _GIVES_WAY: Mapping[str, tuple[str, ...]] = {
 
 
 def keys(names: Iterable[str]) -> tuple[str, ...]:
-    """Of an option's spellings those of the configuration file: --cfg-scale → cfg_scale."""
+    """The keys of an option in the configuration file, from its spellings: --cfg-scale → cfg_scale."""
     long = (name for spelling in names for name in spelling.split("/"))
     own = (name[2:].replace("-", "_") for name in long if name.startswith("--") and name not in OF_ONE_RUN)
     return tuple(dict.fromkeys(name for name in own if name.isidentifier()))
 
 
 def variables(names: Iterable[str]) -> list[str]:
-    """Of an option's spellings those of the environment: --cfg-scale → TILER_CFG_SCALE."""
+    """The environment variables of an option, from its spellings: --cfg-scale → TILER_CFG_SCALE."""
     return [f"TILER_{key.upper()}" for key in keys(names)]
 
 
 def layer_of(context: typer.Context, name: str) -> Layer:
-    """Who said the value of the parameter `name`."""
+    """The source of the value of the parameter `name`."""
     source = context.get_parameter_source(name)
     return _CLICK_NAMES.get(source.name if source is not None else "", Layer.DEFAULT)
 
 
 def settle(context: typer.Context, given: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """`given` without what contradicts a value of a higher layer: `size` of the configuration file beside a typed
-    --paper."""
+    """Return `given` with values reset to their defaults if a higher layer contradicts them: `size` in the
+    configuration file beside a typed --paper."""
     layers = {name: layer_of(context, name) for name in given}
 
     def is_overruled(name: str) -> bool:
@@ -81,13 +81,13 @@ def settle(context: typer.Context, given: dict[str, Any], defaults: Mapping[str,
 
 
 def typed(context: typer.Context, names: Iterable[str]) -> frozenset[str]:
-    """Of the parameters' `names` those that were typed, and those that contradict them."""
+    """The members of `names` that were typed, and those that contradict them."""
     said = {name for name in names if layer_of(context, name) is Layer.TYPED}
     return frozenset(said | {name for name, others in _GIVES_WAY.items() if not said.isdisjoint(others)})
 
 
 def sources(context: typer.Context, message: str) -> list[str]:
-    """Where the options that an error's `message` names come from, if they were not typed."""
+    """Notes on where the options named in an error's `message` come from, for those that were not typed."""
     notes = []
     for parameter in context.command.params:
         layer, names = layer_of(context, parameter.name or ""), keys(parameter.opts)
@@ -103,8 +103,8 @@ def sources(context: typer.Context, message: str) -> list[str]:
 
 
 def load(context: typer.Context) -> None:
-    """Read the configuration file for the command that follows, and check what it and the environment say of it. Raises
-    UsageError."""
+    """Read the configuration file for the command that follows, and check the values that it and the environment set.
+    Raises UsageError."""
     name = context.invoked_subcommand
     if name in (None, "config") or {"-h", "--help"} & set(sys.argv):
         return
@@ -125,12 +125,12 @@ def load(context: typer.Context) -> None:
 
 
 def check_known(group: Any, said: Mapping[str, Any]) -> None:
-    """Raises UsageError for a key of the configuration file that no command knows."""
+    """Raises UsageError if the configuration file has a key that no command knows."""
     known = {key for command in group.commands.values() for p in command.params for key in keys(p.opts)}
     for key in said:
         if key not in known and key not in tuple(settings.Kind):
             near = difflib.get_close_matches(key, [*known, *settings.Kind], 1)
-            hint = f"; did you mean {near[0]}?" if near else "; `tiler config show` lists what there is"
+            hint = f"; did you mean {near[0]}?" if near else "; `tiler config show` lists all keys"
             raise UsageError(f"{settings.config_path()}: unknown key {key!r}{hint}")
 
 
@@ -139,7 +139,9 @@ def _of_config(command: Any, said: Mapping[str, Any]) -> Iterator[tuple[str, Any
     for parameter in command.params:
         named = [key for key in keys(parameter.opts) if key in said]
         if len(named) > 1:
-            raise UsageError(f"{settings.config_path()}: {named[0]} and {named[1]} are one option; keep one of them")
+            raise UsageError(
+                f"{settings.config_path()}: {named[0]} and {named[1]} are the same option; keep one of them"
+            )
         if named and parameter.param_type_name == "option":
             yield parameter.name, _as_typed(named[0], said[named[0]], many=parameter.multiple)
 
@@ -147,7 +149,9 @@ def _of_config(command: Any, said: Mapping[str, Any]) -> Iterator[tuple[str, Any
 def _as_typed(key: str, value: Any, *, many: bool) -> Any:
     values = value if many and isinstance(value, list) else [value]
     if not all(isinstance(each, str | int | float) for each in values):
-        raise UsageError(f"{settings.config_path()}: {key} = {value!r} has the wrong type")
+        raise UsageError(
+            f"{settings.config_path()}: {key} = {value!r} has the wrong type; write a number, a text, true or false"
+        )
     texts = tuple(str(each) for each in values)
     return texts if many else texts[0]
 

@@ -1,4 +1,4 @@
-"""The `tiler` program: its commands."""
+"""The `tiler` program: all commands together."""
 
 from __future__ import annotations
 
@@ -37,11 +37,12 @@ from tiler.cli.terminal import prepare_signals, prepare_streams, silence
 
 
 class _ReaderGone(Exception):
-    """Stdout is a pipe that nobody reads any more (`tiler plan | head -1`)."""
+    """Stdout is a pipe whose reader has gone (`tiler plan | head -1`)."""
 
 
 class _Commands(helps.Group):
-    """typer makes an exit code of a broken pipe, and the interpreter complains; this is neither."""
+    """A group that survives a broken pipe: typer would turn it into an exit code, and the interpreter would
+    complain."""
 
     def make_context(self, *args: Any, **options: Any) -> Any:  # prints help texts
         with _reader():
@@ -65,7 +66,7 @@ def _reader() -> Iterator[None]:
 app = typer.Typer(
     name="tiler",
     cls=_Commands,
-    help="Posters from diffusion models on machines that cannot hold the model. "
+    help="Render posters with diffusion models on machines that cannot hold the model. "
     "The process stays under --max-ram (800 MB by default), or stops.",
     epilog='Start with: tiler render "misty mountains in indigo blue" -o poster.png',
     no_args_is_help=True,

@@ -1,4 +1,4 @@
-"""`tiler models`: what lies in the model folders, and what of it fits."""
+"""`tiler models`: list what the model folders hold, and say what fits the ceiling."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tiler.request.settings import Kind
 Folders = Annotated[
     list[Path] | None,
     typer.Argument(
-        metavar="FOLDER", show_default=False, help=r"Where to look. [dim]\[default: $TILER_MODEL_DIRS][/dim]"
+        metavar="FOLDER", show_default=False, help=r"Folders to search. [dim]\[default: $TILER_MODEL_DIRS][/dim]"
     ),
 ]
 
@@ -26,15 +26,15 @@ Folders = Annotated[
 def command(folders: Folders = None, max_ram: o.MaxRam = "800MB", json_output: o.Json = False) -> None:
     """List models, autoencoders and text encoders: family, size, and whether 2048² fits the ceiling.
 
-    Headers are read and nothing is planned: `tiler plan` says more of one model. A file that lacks a part names the
-    flag that brings it.
+    Only headers and configs are read; `tiler plan` says more about one model. If a file lacks a part, the option that
+    supplies it is named.
     """
     from tiler.models.listing import list_models
 
     ceiling = Budget(max_ram).max_bytes
     wanted = settings.named((Kind.MODEL, Kind.VAE, Kind.TEXT_ENCODER), folders or ())
     if not wanted:
-        raise UsageError("no folder to look in: name one (tiler models ~/models), or set TILER_MODEL_DIRS")
+        raise UsageError("no folder to search: name one (tiler models ~/models), or set TILER_MODEL_DIRS")
     for folder in wanted:
         if not folder.is_dir():
             raise UsageError(f"{folder}: no such folder")
@@ -48,7 +48,7 @@ def command(folders: Folders = None, max_ram: o.MaxRam = "800MB", json_output: o
     width = columns()
     for model in found:
         fits = {True: ", fits", False: f", needs {format_mb(model.floor_bytes or 0)} of memory", None: ""}
-        lacks = f", and {' '.join(model.lacks)} beside it" if model.lacks else ""
+        lacks = f"; add {' '.join(model.lacks)}" if model.lacks else ""
         size = f"{model.size_bytes / 1e9:.1f} GB" if model.size_bytes >= 10**9 else format_mb(model.size_bytes)
         said = f"{size}, {model.family}{fits[model.fits(ceiling)]}{lacks}"
         typer.echo(textwrap.fill(f"{model.path}: {said}", width, subsequent_indent="    ", break_on_hyphens=False))

@@ -1,4 +1,4 @@
-"""Options of the commands: those of a request are derived from its fields, the rest stand here."""
+"""The options of all commands. Options of a request are derived from its fields; the others are defined here."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ MaxRam = Annotated[
     str,
     typer.Option(
         "--max-ram", "--budget", rich_help_panel=Panel.MEMORY, metavar="SIZE", show_default=False,
-        help="Ceiling for the resident memory of the whole process, like 1.5GiB; auto: nine tenths of what is free "
-        r"now. [dim]\[default: 800MB][/dim]",
+        help="Ceiling for the resident memory of the whole process, like 1.5GiB; auto: nine tenths of the memory "
+        r"that is free now. [dim]\[default: 800MB][/dim]",
     ),
 ]  # fmt: skip
 Threads = Annotated[
@@ -44,7 +44,7 @@ Nice = Annotated[
     int,
     typer.Option(
         "--nice", rich_help_panel=Panel.MEMORY, metavar="N", min=0, max=19,
-        help="Let other programs go first, the more the higher N is.",
+        help="Lower the CPU priority, so that other programs go first; 19 is the lowest.",
     ),
 ]  # fmt: skip
 Report = Annotated[
@@ -53,28 +53,30 @@ Report = Annotated[
         "--report",
         rich_help_panel=Panel.OUTPUT,
         metavar="PATH",
-        help="Write peak memory, times and counts as JSON. Peaks are the kernel's VmHWM, reset between phases: tools that read "
-        "it once at the end, like /usr/bin/time, may show less.",
+        help="Write peak memory, times and counts to a JSON file. Peaks are the kernel's VmHWM, reset between phases: tools "
+        "that read it once at the end, like /usr/bin/time, may show less.",
     ),
 ]
 OnDone = Annotated[
     str | None,
     typer.Option(
         "--on-done", rich_help_panel=Panel.OUTPUT, metavar="COMMAND", show_default=False,
-        help="Shell command to run at the end, however that comes; it finds TILER_OUTPUT and TILER_EXIT_CODE.",
+        help="Shell command to run at the end, also after an error; TILER_OUTPUT and TILER_EXIT_CODE are set.",
     ),
 ]  # fmt: skip
 LogJson = Annotated[
     bool,
     typer.Option(
-        "--log-json", rich_help_panel=Panel.OUTPUT, help="Tell the progress on standard error as JSON, an event a line."
+        "--log-json",
+        rich_help_panel=Panel.OUTPUT,
+        help="Report progress on standard error as JSON, one event per line.",
     ),
 ]
 From = Annotated[
     Path | None,
     typer.Option(
         "--from", rich_help_panel=Panel.PICTURE, metavar="IMG",
-        help="Repeat a picture by what its file says; options given beside it win. Reads what `tiler info` reads.",
+        help="Repeat a picture with the settings in its file, as `tiler info` shows them; options given here win.",
     ),
 ]  # fmt: skip
 Keys = Annotated[
@@ -82,7 +84,9 @@ Keys = Annotated[
     typer.Option("--keys", metavar="FOLDER", help=shared.KEYS.help, envvar="TILER_KEYS", show_envvar=False),
 ]
 Insecure = Annotated[bool, typer.Option("--insecure", help=shared.INSECURE.help)]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", rich_help_panel=Panel.OUTPUT, help="No progress; errors only.")]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", rich_help_panel=Panel.OUTPUT, help="Print errors only, no progress.")
+]
 Json = Annotated[
     bool, typer.Option("--json", rich_help_panel=Panel.OUTPUT, help="Print one JSON object on standard output.")
 ]
@@ -91,8 +95,8 @@ Json = Annotated[
 def command_of(
     request: type, run: Callable[..., None], *, leave_out: Iterable[str] = (), repeats: bool = False
 ) -> Callable[..., None]:
-    """`run(request, **rest)` as a typer command: the fields of the dataclass `request` become options, except
-    `leave_out`, and `run`'s own keyword parameters follow. One that `repeats` pictures takes --from."""
+    """`run(request, **rest)` as a typer command. The fields of the dataclass `request` become options, except those in
+    `leave_out`; `run`'s own keyword parameters follow. With `repeats`, the command takes --from."""
     own = [p for p in inspect.signature(run, eval_str=True).parameters.values() if p.kind is p.KEYWORD_ONLY]
     hints = get_type_hints(request)
     offered = [f for f in fields(request) if "option" in f.metadata and f.name not in leave_out]
@@ -105,10 +109,10 @@ def command_of(
             values = _values(offered, given)
             if picture is not None:
                 all_fields = {f.name: f.default for f in fields(request) if "option" in f.metadata}
-                found = repeat(picture, layers.typed(context, given), all_fields)
+                found = repeat(picture, layers.typed(context, given), all_fields, values.get("model_dirs", ()))
                 values |= found.values
                 if "seeds" in rest and layers.layer_of(context, "seeds") is not layers.Layer.TYPED:
-                    rest["seeds"] = None  # the picture's
+                    rest["seeds"] = None  # the picture's own seed is used
                 for note in found.notes:
                     typer.echo(f"note: {note}", err=True)
             asked = request(**values)
@@ -138,13 +142,13 @@ def command_of(
 
 
 def _has_quality(request: Any) -> bool:
-    """Whether the picture's format has one; of a name that tells no format, which is refused later, it is said."""
+    """Whether the picture's format has a quality. True for unknown suffixes as for PNG: those are refused later."""
     suffix = "" if request.output is None else request.output.suffix.lower()
     return (request.format or FORMATS.get(suffix, Format.PNG)) in LOSSY
 
 
 def in_environment(command: Callable[..., None]) -> Callable[..., None]:
-    """`command`, whose parameters are written out, with TILER_… variables for its options."""
+    """Return `command`, whose parameters are written out, with TILER_… variables for its options."""
     for hint in get_type_hints(command, include_extras=True).values():
         for info in getattr(hint, "__metadata__", ()):
             _offer_in_environment(info)
@@ -152,7 +156,7 @@ def in_environment(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _offer_in_environment(info: Any) -> None:
-    """Let TILER_STEPS stand for --steps; arguments have no name there. typer keeps the first spelling as `default`."""
+    """Let TILER_STEPS stand for --steps; arguments have no variable. typer keeps the first spelling as `default`."""
     if isinstance(info, typer.models.OptionInfo):
         names = [name for name in (info.default, *(info.param_decls or ())) if isinstance(name, str)]
         info.envvar, info.show_envvar = layers.variables(names) or None, False
@@ -194,7 +198,7 @@ def _parameter(field: Field[Any], kind: Any) -> inspect.Parameter:
 
 
 def _help(field: Field[Any]) -> str:
-    """The help text with the default behind it, in rich's markup."""
+    """The help text, followed by the default, in rich's markup."""
     option: Option = field.metadata["option"]
     text, default = option.help.replace("[", r"\["), option.default
     if default is None and field.default not in (MISSING, None, False, ()) and not option.off:
@@ -203,7 +207,7 @@ def _help(field: Field[Any]) -> str:
 
 
 def _metavar(kind: Any) -> str:
-    """What stands for a value in the help; choices that are short stand for themselves."""
+    """The placeholder for a value in the help. Short choices are listed instead."""
     kinds = [k for k in (*get_args(kind), kind) if k is not type(None)]
     for known, name in ((bool, ""), (int, "N"), (float, "X"), (Path, "PATH")):
         if known in kinds:
@@ -216,7 +220,7 @@ def _metavar(kind: Any) -> str:
 
 
 def _values(offered: list[Field[Any]], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The request's values, made of what was typed. Raises UsageError."""
+    """The request's values, parsed from the typed ones. Raises UsageError."""
     values = dict(given)
     for field in offered:
         option: Option = field.metadata["option"]
@@ -226,7 +230,7 @@ def _values(offered: list[Field[Any]], given: Mapping[str, Any]) -> dict[str, An
             values["prompt"] = prompt if given["prompt"] is None else given["prompt"]
         elif field.name == "seed" and typed is not None:
             if typed < -1:
-                raise UsageError(f"seed = {typed} is out of range: 0–{MAX_SEED}, or -1 for a random one")
+                raise UsageError(f"--seed {typed} is out of range: 0–{MAX_SEED}, or -1 for a random one")
             values["seed"] = None if typed == -1 else typed
         elif option.many:
             assert option.parse is not None, field.name
@@ -244,18 +248,18 @@ def _values(offered: list[Field[Any]], given: Mapping[str, Any]) -> dict[str, An
 
 
 def prepare_process(threads: int | None, *, torch: bool = True) -> None:
-    """What must be set before torch is imported: allocator, threads, quiet libraries. Then `torch` is, if it is wanted
-    now."""
+    """Set what must be set before torch is imported: the allocator, the threads, and quiet libraries. Then import
+    torch, if `torch`. Raises UsageError."""
     from tiler.memory.lean_imports import lean_torch
     from tiler.memory.limits import check_user_limits, limited_cpus
     from tiler.memory.process import frugal_allocator
 
     try:
         os.getcwd()
-    except OSError as error:  # Intel's library would end the process with words of its own
-        raise UsageError("the folder this was started in is gone; cd into another") from error
+    except OSError as error:  # otherwise Intel's library ends the process with a message of its own
+        raise UsageError("the current folder does not exist any more; cd into another") from error
     if threads is not None and not 1 <= threads <= 1024:
-        raise UsageError(f"threads = {threads} is out of range: 1–1024")
+        raise UsageError(f"--threads {threads} is out of range: 1–1024")
     check_user_limits()
     frugal_allocator()
     threads = threads or (None if "OMP_NUM_THREADS" in os.environ else limited_cpus())
@@ -274,7 +278,7 @@ def lower_priority(nice: int) -> None:
 
 
 def check_report(report: Path | None, *outputs: Path | None, force: bool) -> None:
-    """Before any work: the report can be written, and takes the name of no other file. Raises UsageError,
+    """Check before any work that the report can be written, and that no other file has its name. Raises UsageError,
     StorageError."""
     if report is None:
         return
@@ -286,14 +290,12 @@ def check_report(report: Path | None, *outputs: Path | None, force: bool) -> Non
 
 
 def check_stdout(output: Path | None, *, json_output: bool) -> None:
-    """Before any work: where standard output is to be the picture, it is there and nothing else, nor a terminal. Raises
-    UsageError, StorageError."""
+    """If the picture goes to standard output, check before any work that nothing else does, and that it is open and no
+    terminal. Raises UsageError, StorageError."""
     if output != STDOUT:
         return
     if json_output:
-        raise UsageError(
-            "--json and -o - both want standard output; take --report FILE, or write the picture to a file"
-        )
+        raise UsageError("--json and -o - both use standard output; use --report FILE, or write the picture to a file")
     if 1 in closed_streams:
         raise StorageError("-o - writes to standard output, which is closed; add `| PROGRAM` or `> FILE`")
     if os.isatty(1):
@@ -303,19 +305,18 @@ def check_stdout(output: Path | None, *, json_output: bool) -> None:
 
 
 def name_of(output: Path) -> str:
-    """A file by its name, for people."""
+    """The name of an output for people."""
     return "standard output" if output == STDOUT else str(output)
 
 
 def tell(facts: Mapping[str, Any], schema: int = 1) -> None:
-    """Print what --json prints: one object, whose `schema` grows when a key changes its meaning or goes."""
+    """Print the JSON object of --json. `schema` grows when a key changes its meaning or disappears."""
     typer.echo(json.dumps({"schema": schema, **facts}))
 
 
 def finish(result: Any, said: str, *, report: Path | None = None, quiet: bool, json_output: bool) -> None:
-    """Write --report's JSON file, where one was asked for, and print the pipeline's `result` as --json does, or one
-    line that is `said` of it: on standard error where the picture itself went to standard output. Raises
-    StorageError."""
+    """Write the file of --report, if asked for, and print the pipeline's `result`: as JSON with --json, else as the
+    line `said`, which goes to standard error if the picture itself went to standard output. Raises StorageError."""
     if report is not None:
         from tiler.files import atomic
 

@@ -1,4 +1,4 @@
-"""`tiler plan`: what `tiler render` would do and need. Reads configs and headers only."""
+"""`tiler plan`: show what `tiler render` would do and need. Reads configs and headers only."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def run(
     Takes the options of `render` that decide the work, and refuses what `render` would refuse, except a missing prompt.
     """
     if request.prompt is None and not request.regions and request.prompt_embeds is None:
-        request = replace(request, prompt="")  # what is drawn does not change what it takes
+        request = replace(request, prompt="")  # the plan does not depend on the words
     budget = Budget(max_ram)
     o.prepare_process(threads)
     from tiler.cli.progress import ProgressPrinter
@@ -45,7 +45,7 @@ def _print(facts: dict[str, Any], plan: Any) -> None:
     typer.echo(f"expected time on this machine: {_hours(facts)}\n")
     typer.echo(f"canvas {facts['canvas']}, guide {facts['guide'] or 'none'}, {_count(facts['tiles'], 'tile')}")
     if (box := facts["repaint"]) is not None:
-        typer.echo(f"repainted: a part of the picture, from row {box['top']}, column {box['left']} on")
+        typer.echo(f"repainted: a part of the picture, starting at row {box['top']}, column {box['left']}")
     typer.echo(
         f"denoiser: {plan.precision} ({plan.precision_why}),\n  {_count(plan.denoiser_samples, 'sample')}, {_tflop(facts)}, "
         f"{_count(plan.denoiser_calls, 'read')} of the weights for {_count(plan.batch, 'sample')} each"
@@ -78,20 +78,20 @@ def _print(facts: dict[str, Any], plan: Any) -> None:
 
 
 def _cluster(facts: dict[str, Any]) -> Iterator[str]:
-    """What each worker would do, and what a second canvas would bring."""
+    """What each worker would do, and the gain from rendering a second canvas at the same time."""
     able = [worker for worker in facts["workers"] if not worker["problem"]]
     if able:
-        took = f"the canvas takes {_span(facts['canvas_seconds'])}, {_span(facts['alone_seconds'])} here alone"
+        took = f"the canvas takes {_span(facts['canvas_seconds'])}, or {_span(facts['alone_seconds'])} without workers"
         yield f"cluster: {_hours(facts)} in all; {took}"
     else:
-        yield "cluster: no worker could take this; after a minute this process would go on alone"
+        yield "cluster: no worker can do this; after a minute, this process would continue alone"
     for worker in facts["workers"]:
         did = f"{worker['seconds_per_tile']:.1f} s a tile, {_count(worker['tiles'], 'tile')}, idle {worker['idle']:.0%}"
         yield f"  {worker['name'][:24]:24}  {'left out: ' + worker['problem'] if worker['problem'] else did}"
     if able:
         less = 1 - facts["pair_seconds"] / (2 * facts["canvas_seconds"])
-        bring = f"{less:.0%} less than one after the other" if less >= 0.005 else "no less than one after the other"
-        yield f"  a second canvas at once: {_span(facts['pair_seconds'])} for both, {bring}"
+        bring = f"{less:.0%} less than in sequence" if less >= 0.005 else "no less than in sequence"
+        yield f"  two canvases at the same time: {_span(facts['pair_seconds'])} for both, {bring}"
     yield ""
 
 
@@ -104,7 +104,7 @@ def _tflop(work: dict[str, Any]) -> str:
 
 
 def _hours(work: dict[str, Any]) -> str:
-    """About how long, in the unit a person would use."""
+    """The expected time, in a unit that suits people."""
     return f"about {_span(work['expected_seconds'])}"
 
 

@@ -1,4 +1,4 @@
-"""Draws events on stderr: a rich bar on a terminal, plain lines elsewhere, or JSON for programs."""
+"""Shows events on stderr: a rich bar on a terminal, plain lines elsewhere, or JSON for programs."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _LINE_EVERY = 30.0  # seconds between plain lines
 
 
 class ProgressPrinter:
-    """Call it with events. A context manager, because a terminal has to be tidied up."""
+    """Prints the events that it is called with. A context manager, because a terminal must be restored at the end."""
 
     def __init__(self, budget: Budget, *, quiet: bool) -> None:
         self.budget, self.quiet = budget, quiet
         self._started = self._printed = 0.0
-        self._began = 0  # what was done when the phase went on
+        self._began = 0  # units that were already done when the phase continued
         self._saved = ""
         self._bar: Bar | None = None
         self._task: TaskID | None = None
@@ -39,7 +39,8 @@ class ProgressPrinter:
             self._show(Console(stderr=True))
 
     def _show(self, console: Console) -> None:
-        """Name, bar, step, remaining time, memory: 80 columns hold them all, and a wider terminal gets a longer bar."""
+        """Lay out name, bar, step, remaining time and memory: they fit in 80 columns, and a wider terminal gets a
+        longer bar."""
         from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar
         from rich.table import Column
@@ -106,7 +107,7 @@ class ProgressPrinter:
             self._started = self._printed = now
             self._began = -1
         elif isinstance(event, Progress) and (self._began < 0 or now - self._printed > _LINE_EVERY):
-            if self._began < 0:  # a phase that goes on has done some before
+            if self._began < 0:  # a resumed phase starts with units already done
                 self._began, self._started = event.done, now
                 return
             self._printed = now
@@ -117,7 +118,7 @@ class ProgressPrinter:
 
     def _say(self, text: str) -> None:
         text = harmless(text)
-        with suppress(OSError, ValueError):  # nobody reads stderr any more (`2>&1 | head`): the picture is still wanted
+        with suppress(OSError, ValueError):  # stderr may have no reader (`2>&1 | head`); the picture is still wanted
             if self._bar is not None:
                 self._bar.console.print(text, markup=False, highlight=False)
             else:
@@ -137,7 +138,7 @@ def _duration(seconds: float) -> str:
 
 
 class JsonPrinter:
-    """Each event as a JSON object on a line, with the time in seconds since the run began and the memory."""
+    """Prints each event as a JSON object on a line, with the seconds since the start and the memory in use."""
 
     def __init__(self, budget: Budget) -> None:
         self.budget, self._start = budget, time.monotonic()
@@ -160,5 +161,5 @@ class JsonPrinter:
 
 
 def printer_of(budget: Budget, *, quiet: bool, log_json: bool) -> ProgressPrinter | JsonPrinter:
-    """What draws the events of a run."""
+    """The printer for the events of a run."""
     return JsonPrinter(budget) if log_json else ProgressPrinter(budget, quiet=quiet)

@@ -1,5 +1,5 @@
-"""`tiler quantize`: a model's folder with fewer bits a weight, or its int8 weights ahead of the first render that wants
-them."""
+"""`tiler quantize`: write a model's folder with fewer bits per weight, or make its int8 weights before the first render
+that needs them."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ def run(
     quiet: o.Quiet = False,
     json_output: o.Json = False,
 ) -> None:
-    """Write a model with fewer bits a weight: `--weights int8 -o FOLDER` is half the bytes of fp16, for `render --model
-    FOLDER`.
+    """Write a model with fewer bits per weight: `--weights int8 -o FOLDER` halves the bytes of fp16, for `render
+    --model FOLDER`.
 
-    Without --weights the int8 weights that `render --precision int8` computes with are made ahead, in --cache-dir;
-    `render` makes the same file by itself when it is not there yet.
+    Without --weights, make the int8 weights that `render --precision int8` uses and store them in --cache-dir; `render`
+    makes the same file itself if it is missing.
     """
     budget = Budget(max_ram)
     o.prepare_process(threads)

@@ -1,5 +1,5 @@
-"""What the commands that draw several pictures share: words made requests, names checked, and the process that draws
-them."""
+"""What commands that draw several pictures share: they parse rows into requests, check names, and start the process
+that draws."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ MOST = 10_000  # pictures of one command
 
 
 def parse_seeds(text: str | None) -> list[int | None]:
-    """ "1,2,3" → [1, 2, 3]; None is a random one. Raises UsageError."""
+    """ "1,2,3" → [1, 2, 3]; None stands for a random seed. Raises UsageError."""
     seeds: list[int | None] = []
     for part in (text or "-1").split(","):
         try:
             number = int(part)
         except ValueError:
-            raise UsageError(f"seed = {text!r} is no whole number, and no list of them like 1,2,3") from None
+            raise UsageError(f"--seed {text!r} is neither a whole number nor a list like 1,2,3") from None
         if not -1 <= number <= MAX_SEED:
-            raise UsageError(f"seed = {number} is out of range: 0–{MAX_SEED}, or -1 for a random one")
+            raise UsageError(f"--seed {number} is out of range: 0–{MAX_SEED}, or -1 for a random one")
         seeds.append(None if number == -1 else number)
     if len(seeds) > MOST:
         raise UsageError(f"--seed names {len(seeds)} seeds; at most {MOST} at a time")
@@ -49,14 +49,14 @@ def parse_seeds(text: str | None) -> list[int | None]:
 
 
 def parser(run: Callable[..., None]) -> Callable[[Sequence[str]], RenderRequest]:
-    """What makes one picture's request of the words of `tiler render`, whose function is `run`, and raises
-    UsageError."""
+    """A function that turns the words of `tiler render`, whose function is `run`, into the request of one picture. It
+    raises UsageError."""
     found: list[RenderRequest] = []
 
     def note(request: RenderRequest, **rest: Any) -> None:
         seeds = parse_seeds(rest["seeds"])
         if rest["count"] != 1 or len(seeds) != 1:
-            raise UsageError("a row has one picture, or several by a `count` and one seed of its own")
+            raise UsageError("a row takes one seed; for several pictures, give the row a count and no list of seeds")
         found.append(replace(request, seed=seeds[0]))
 
     note.__signature__ = inspect.signature(run, eval_str=True)  # type: ignore[attr-defined]
@@ -78,8 +78,8 @@ def parser(run: Callable[..., None]) -> Callable[[Sequence[str]], RenderRequest]
 
 @dataclass(frozen=True, kw_only=True)
 class Checker:
-    """`defaults` are words of `tiler render` that stand before each row's, `parse` makes them a request, `name` names
-    pictures below `root` whose rows do not."""
+    """Checks rows. `defaults` are words of `tiler render` that come before each row's, `parse` turns words into a
+    request, and `name` is the name template, below `root`, for rows without one."""
 
     root: Path
     defaults: Sequence[str]
@@ -87,18 +87,18 @@ class Checker:
     name: str
 
     def ask(self, row: Row) -> RenderRequest:
-        """The request of a row. Raises UsageError for one that cannot be drawn."""
+        """The request of a row. Raises UsageError if the row cannot be drawn."""
         if row.problem is not None:
             raise UsageError(row.problem)
         return self.parse(self._words(row))
 
     def output_of(self, row: Row, asked: RenderRequest) -> Path:
-        """Where a row's picture goes: below the root, whatever it says. Raises UsageError."""
+        """The path of a row's picture, always below the root. Raises UsageError."""
         template = self.name if row.output is None else row.output
         return naming.below(self.root, naming.fill(template, index=row.index, seed=asked.seed, prompt=asked.prompt))
 
     def check(self, row: Row) -> Checked:
-        """All that a queue has to know of the row. Raises UsageError for one that cannot be drawn."""
+        """Everything that a queue must know about the row. Raises UsageError if the row cannot be drawn."""
         asked = self.ask(row)
         output = self.output_of(row, asked)
         return Checked(
@@ -112,14 +112,14 @@ class Checker:
         )
 
     def take(self, row: Row) -> Checked:
-        """The same, with what is wrong with the row as its problem."""
+        """Like `check`, but an error becomes the row's problem."""
         try:
             return self.check(row)
         except UsageError as error:
             return Checked(row=row.index, notes=list(row.notes), problem=str(error))
 
     def _words(self, row: Row) -> list[str]:
-        """What follows `tiler render`. Of an option that is given twice the last one holds; a prompt comes after
+        """The words after `tiler render`. If an option is given twice, the last one counts; the prompt comes after
         `--`."""
         words = list(self.defaults)
         at = words.index("--") if "--" in words else len(words)
@@ -128,30 +128,29 @@ class Checker:
 
 
 def _digest(asked: RenderRequest, output: Path) -> int:
-    """64 bits of all that decides a picture, and of its place."""
+    """64 bits that identify a picture: everything that decides it, and its place."""
     said = {name: value for name, value in encode(asked).items() if name not in OF_THE_MACHINE}
     text = json.dumps([str(output), said], sort_keys=True)
     return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big")
 
 
 def budget_of(max_ram: str | int) -> Budget:
-    """The budget of a picture's process: of a queue, what its own process leaves."""
+    """The budget of a picture's process. In a queue, the queue's own process takes its part of the ceiling."""
     return Budget(max_ram, beside_bytes=int(os.environ.get(BESIDE, 0)))
 
 
 def ceiling(max_ram: str) -> int:
-    """For all processes of a queue, in bytes. Raises UsageError where nothing would be left for a picture."""
+    """The ceiling for all processes of a queue together, in bytes. Raises UsageError if nothing would be left for a
+    picture."""
     most = Budget(max_ram).max_bytes
     if most <= OWN_BYTES:
-        raise UsageError(
-            f"--max-ram {max_ram}: the process that starts the pictures takes {format_mb(OWN_BYTES)}; give more"
-        )
+        raise UsageError(f"--max-ram {max_ram}: the queue's own process takes {format_mb(OWN_BYTES)} of it; raise it")
     return most
 
 
 def check_all(rows: Iterable[Row], checker: Checker, where: str = "") -> int:
-    """The descriptor of a nameless file with the rows, a JSON object each: pictures that are known as a whole are right
-    as a whole before any work begins. Raises UsageError."""
+    """Check all rows before any work begins. Return the descriptor of a nameless file that holds them, a JSON object
+    each. Raises UsageError."""
     taken: dict[str, int] = {}
     with tempfile.TemporaryFile() as file:
         for row in rows:
@@ -168,7 +167,7 @@ def check_all(rows: Iterable[Row], checker: Checker, where: str = "") -> int:
 
 
 def hand_over(spec: supervise.Spec) -> NoReturn:
-    """Become the queue's process: what read the options is no longer needed."""
+    """Replace this process by the queue's, which frees the memory of the code that read the options."""
     if spec.rows >= 0:
         os.set_inheritable(spec.rows, True)
     sys.stdout.flush()

@@ -1,5 +1,5 @@
-"""Reads and checks the next rows of a file that may grow, for a queue, and ends: what reads options is gone from memory
-before a picture is drawn."""
+"""Reads and checks the next rows of a file that may grow, for a queue, in a process that ends before a picture is
+drawn: its memory is then free."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ from pathlib import Path
 
 from tiler.cli import failure, queues, render
 from tiler.cli.terminal import prepare_signals, prepare_streams
+from tiler.jobs.queue import Checked
 from tiler.jobs.rows import read_entries
 
-_MOST = 512  # rows that are read at a time
+_MOST = 512  # rows read at a time
 
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """Rows of `file` from the byte `at` on, before which there are `index` rows, go to the descriptor `rows_fd`."""
+    """Which rows to read: those of `file` from byte `at` on, after `index` earlier rows. They go to the descriptor
+    `rows_fd`."""
 
     file: str
     root: str
@@ -31,7 +33,8 @@ class Asked:
 
 
 def main() -> None:
-    """Entry point; standard input holds an Asked as JSON. Prints how many rows there are, and where the next begin."""
+    """Entry point. Standard input holds an Asked as JSON. Prints how many rows were read, and where the next ones
+    start."""
     prepare_streams()
     prepare_signals()
     try:
@@ -41,19 +44,21 @@ def main() -> None:
 
 
 def read(asked: Asked) -> dict[str, int]:
-    """Raises StorageError."""
+    """Read and check the next rows. Rows that cannot be drawn come first, so that they are reported before any work.
+    Raises StorageError."""
     checker = queues.Checker(
         root=Path(asked.root), defaults=asked.defaults, name=asked.name, parse=queues.parser(render.run)
     )
-    at, found = asked.at, 0
+    at, found = asked.at, list[Checked]()
+    for entry in read_entries(Path(asked.file), asked.at, asked.index):
+        at = entry.end
+        found += map(checker.take, entry.rows)
+        if len(found) >= _MOST:
+            break
+    found.sort(key=lambda checked: not checked.problem)
     with os.fdopen(os.dup(asked.rows_fd), "wb") as told:
-        for entry in read_entries(Path(asked.file), asked.at, asked.index):
-            for row in entry.rows:
-                told.write(json.dumps(checker.take(row)._asdict()).encode() + b"\n")
-            at, found = entry.end, found + len(entry.rows)
-            if found >= _MOST:
-                break
-    return {"at": at, "index": asked.index + found, "rows": found}
+        told.writelines(json.dumps(checked._asdict()).encode() + b"\n" for checked in found)
+    return {"at": at, "index": asked.index + len(found), "rows": len(found)}
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
-"""`tiler render`: the main job."""
+"""`tiler render`: render a picture, or several."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 from tiler.cli import options as o
 from tiler.cli import queues, several, supervise
 from tiler.errors import UsageError
+from tiler.files import sha256_of
 from tiler.request import RenderRequest
 from tiler.request.choices import STDOUT
 
@@ -33,13 +33,13 @@ def run(
 ) -> None:
     """Render a picture of any size under a memory ceiling.
 
-    A low-resolution pass makes a guide; the canvas is then denoised tile by tile under it, and decoded without tiles.
-    What is interrupted goes on when the same command is given again.
+    A low-resolution pass makes a guide; the canvas is then denoised tile by tile over it and decoded without tiles. To
+    continue after an interruption, give the same command again.
     """
     wanted = [request.seed] if seeds is None else queues.parse_seeds(seeds)
     if count > 1 or len(wanted) > 1:
         if report is not None:
-            raise UsageError("--report takes the figures of one picture; leave it out with --count and several seeds")
+            raise UsageError("--report covers one picture; leave it out with --count or several seeds")
         several.run(
             request, wanted, count, output_dir, max_ram,
             quiet=quiet, log_json=log_json, json_output=json_output, own=run,
@@ -60,7 +60,7 @@ def run(
             result = render(request, budget, printer)
         said = supervise.sentence({"output": o.name_of(result.output), **result.report})
         if json_output:
-            result.report["sha256"] = _sha256(result.output)
+            result.report["sha256"] = sha256_of(result.output)
         o.finish(result, said, report=report, quiet=quiet, json_output=json_output)
         code = 0
     except BaseException as error:
@@ -71,14 +71,9 @@ def run(
             _tell(on_done, output, code)
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _tell(command: str, output: Path, code: int) -> None:
-    """Run the user's command, whose fault is not ours: it is noted, and the exit code stays. What it prints goes to
-    standard error, because standard output may be a picture or JSON."""
+    """Run the user's command. If it fails, a note says so and the exit code stays. Its output goes to standard error,
+    because standard output may carry the picture or JSON."""
     facts = {"TILER_OUTPUT": "-" if output == STDOUT else str(output.absolute()), "TILER_EXIT_CODE": str(code)}
     done = subprocess.run(
         command, shell=True, env={**os.environ, **facts}, stdin=subprocess.DEVNULL, stdout=2, check=False

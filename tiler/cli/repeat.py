@@ -1,4 +1,4 @@
-"""`--from IMG`: the options of a render from what a picture says of itself, under what is typed beside it."""
+"""`--from IMG`: take the options of a render from a picture's metadata; typed options win."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tiler.errors import ModelError, UsageError
+from tiler.files import sha256_of
 from tiler.output.recipes import Recipe, read_recipe
 from tiler.output.texts import opened, read_texts
 from tiler.request import Region, Scheduler, ScheduleType, parse_scheduler
@@ -26,44 +27,47 @@ _SAMPLERS = {
     "dpmpp_2m_sde": Scheduler.DPMPP_2M_SDE, "dpmpp_sde": Scheduler.DPMPP_SDE, "dpm++2m_sde": Scheduler.DPMPP_2M_SDE,
     "uni_pc": Scheduler.UNIPC, "unipc": Scheduler.UNIPC, "lcm": Scheduler.LCM,
 }  # fmt: skip
-# How the name of a sampler ends that says its schedule type too: in A1111 before 1.9, and in InvokeAI.
+# Endings of sampler names that include the schedule type: in A1111 before 1.9, and in InvokeAI.
 _ENDINGS = {" karras": ScheduleType.KARRAS, " exponential": ScheduleType.EXPONENTIAL, "_k": ScheduleType.KARRAS}
-_KARRAS_OWN = (Scheduler.DPMPP_2M_KARRAS,)  # with its schedule type in its name
+_KARRAS_OWN = (Scheduler.DPMPP_2M_KARRAS,)  # schedulers whose own name includes the schedule type
 _PARTS = {
     "diffusion_model": Kind.MODEL, "vae": Kind.VAE, "text_encoder": Kind.TEXT_ENCODER, "clip_l": Kind.TEXT_ENCODER,
     "clip_g": Kind.TEXT_ENCODER, "t5xxl": Kind.TEXT_ENCODER,
 }  # fmt: skip
-_NEVER = (*OF_THE_RUN, "size", "preset", "scale")  # resolved in others
+_NEVER = (*OF_THE_RUN, "size", "preset", "scale")  # other fields hold what these resolved to
 _UNTOLD = re.compile(
-    r"Version|.*[Hh]ash(es)?|VAE|RNG|Schedule type|scheduler|denoise|SDCPP|kernels|model_id|lora_hashes|bleed_mm|revision"
+    r"Version|.*[Hh]ash(es)?|VAE|RNG|Schedule type|scheduler|denoise|SDCPP|kernels|model_id|bleed_mm|revision|.*_sha256"
 )
 
 
 class Repeated(NamedTuple):
-    """Values by the names of RenderRequest's fields, and what a user should know of them."""
+    """Values by the names of RenderRequest's fields, and notes for the user."""
 
     values: dict[str, Any]
     notes: list[str]
 
 
-def repeat(picture: Path, typed: frozenset[str], defaults: Mapping[str, Any]) -> Repeated:
-    """What `picture` says for those fields of a request that are not `typed`; one of ours says all of them, by
-    `defaults` where it is silent. Raises UsageError, ModelError."""
+def repeat(
+    picture: Path, typed: frozenset[str], defaults: Mapping[str, Any], model_dirs: Sequence[Path] = ()
+) -> Repeated:
+    """The values that `picture` gives for the fields of a request that are not `typed`. A picture by tiler gives all of
+    them: those that it does not mention have their `defaults`. Models are searched in `model_dirs` (--model-dir) and in
+    the folders of the configuration. Raises UsageError, ModelError."""
     fields, notes = frozenset(defaults), list[str]()
     try:
         recipe = read_recipe(read_texts(picture))
         if recipe.lacks:
             raise ModelError(f"{recipe.lacks}; `tiler info` shows what was found")
         values = {name: v for name, v in recipe.settings.items() if name in fields and name not in (*_NEVER, *typed)}
-        if "model" in typed:  # which files of a repository, and of which commit, was said of the other one
+        if "model" in typed:  # variant and revision belong to the picture's model
             values = {name: value for name, value in values.items() if name not in ("variant", "revision")}
         if "model" in values:
-            values["model"], said = _model(str(values["model"]), recipe)
+            values["model"], said = _model(str(values["model"]), recipe, model_dirs)
             notes += said
         for name, kind in _PARTS.items():
             if values.get(name):
                 try:
-                    values[name] = _found(str(values[name]), kind, name)
+                    values[name] = _found(str(values[name]), kind, name, model_dirs)
                 except ModelError as error:
                     if recipe.is_whole:
                         raise
@@ -76,17 +80,18 @@ def repeat(picture: Path, typed: frozenset[str], defaults: Mapping[str, Any]) ->
         for name, flag in (("guide_image", "guide"), ("repaint", "repaint")):
             if name in values:
                 values[name] = _beside(str(values[name]), picture, flag)
+                notes += _changed(values[name], flag, recipe)
     except ModelError as error:
         raise ModelError(f"{picture}: {error}") from error
     if "loras" in values:
-        values["loras"] = tuple(_lora(said, picture) for said in _members("loras", values["loras"], picture))
+        values["loras"] = tuple(_lora(said, picture) for said in _members("loras", "--lora", values["loras"], picture))
     changed = list(_changed_loras(recipe, picture))
     if "regions" in values:
         try:
-            values["regions"] = tuple(map(_region, _members("regions", values["regions"], picture)))
+            values["regions"] = tuple(map(_region, _members("regions", "--regions", values["regions"], picture)))
         except (KeyError, TypeError, ValueError) as error:
             raise ModelError(
-                f"{picture}: what it says of its regions cannot be read ({error}); give --regions"
+                f"{picture}: its metadata about regions cannot be read ({error}); give --regions"
             ) from error
     if isinstance(interval := values.get("guidance_interval"), list):
         values["guidance_interval"] = tuple(interval)
@@ -95,7 +100,7 @@ def repeat(picture: Path, typed: frozenset[str], defaults: Mapping[str, Any]) ->
     if values.get("paper") is not None or "repaint" in (*values, *typed):
         values = {name: value for name, value in values.items() if name not in ("width", "height")}
     if "repaint" in (*values, *typed):
-        values.pop("layout", None)  # the tiles of a spot never move
+        values.pop("layout", None)  # a spot's tiles always lie on a grid
     values = {name: value for name, value in values.items() if value is not None}
     if recipe.is_whole:
         silent = {name: v for name, v in defaults.items() if name not in typed and name not in OF_THE_RUN}
@@ -105,47 +110,54 @@ def repeat(picture: Path, typed: frozenset[str], defaults: Mapping[str, Any]) ->
 
 def _notes(recipe: Recipe, fields: frozenset[str]) -> Iterator[str]:
     if recipe.tool != "tiler":
-        yield f"made by {recipe.tool}, whose noise and steps differ: expect a picture of this kind, not the same one"
+        yield f"made by {recipe.tool}, whose noise and steps differ: expect a similar picture, not the same one"
     unknown = [name for name in recipe.settings if name not in fields and name not in _NEVER]
     others = [name for name in recipe.others if not _UNTOLD.fullmatch(name)]
     if unknown + others:
         yield f"not taken from the picture: {', '.join(unknown + others)}"
     if recipe.tool == "InvokeAI" and re.search(r"[\w)][+-]+(?=[\s,.]|$)", str(recipe.settings.get("prompt", ""))):
-        yield "InvokeAI's weights like word++ are read as plain words"
+        yield "InvokeAI's weights like word++ are read as plain text"
 
 
-def _model(name: str, recipe: Recipe) -> tuple[str, list[str]]:
-    """The model by its name and by the hash that is told beside it, and what a user should know. No file is hashed but
-    those of that name. Raises ModelError, UsageError."""
+def _model(name: str, recipe: Recipe, model_dirs: Sequence[Path]) -> tuple[str, list[str]]:
+    """Find the model by its name and by the hash in the metadata, and return notes for the user. Only files of that
+    name are hashed. Raises ModelError, UsageError."""
     told = [str(recipe.others.get(key, "")) for key in ("model_hash", "Model hash", "base_model_hash")]
     told += re.findall(r'"model": *"(\w+)"', str(recipe.others.get("Hashes", "")))
     digest = next((text for text in told if re.fullmatch(r"[0-9a-fA-F]{8,64}", text)), None)
     if digest is None or _is_place(name):
-        return _found(name, Kind.MODEL, "model"), []
-    named = find(Kind.MODEL, _stem(name).rpartition("/")[2])
+        return _found(name, Kind.MODEL, "model", model_dirs), []
+    named = _called(_stem(name).rpartition("/")[2], Kind.MODEL, model_dirs)
     equal = [path for path in named if is_called(path, digest, compute=True)]
     if not named:
         known = [path for path in files(Kind.MODEL) if is_called(path, digest, compute=False)]
         if known:
-            return str(known[0]), [f"the model {_stem(name)!r} is called {known[0].stem!r} here, by its hash {digest}"]
+            return str(known[0]), [f"the model {_stem(name)!r} is called {known[0].stem!r} here; its hash is {digest}"]
     if equal:
         return str(equal[0]), []
-    found = _found(name, Kind.MODEL, "model")
+    found = _found(name, Kind.MODEL, "model", model_dirs)
     other = Path(found).is_file()
-    return found, [f"{found} is another file than the picture's model, whose hash is {digest}"] if other else []
+    return found, [f"{found} is not the file that the picture was made with, whose hash is {digest}"] if other else []
 
 
-def _found(name: str, kind: Kind, field: str) -> str:
-    """A file by its name: `mini`, a hub id, or what is called so in the folders. Raises ModelError, UsageError."""
+def _found(name: str, kind: Kind, field: str, model_dirs: Sequence[Path]) -> str:
+    """The place of a model or a part of one: `mini`, a hub id, an existing path, or the file of that name in the
+    folders. Raises ModelError, UsageError."""
     stem, flag = _stem(name), f"--{field.replace('_', '-')}"
     if _is_place(name):
         return name
-    found = find(kind, stem.rpartition("/")[2])
+    found = _called(stem.rpartition("/")[2], kind, model_dirs)
     if len(found) > 1:
         raise UsageError(f"several files are called {stem!r}: {', '.join(map(str, found))}; give {flag}")
     if not found:
-        raise ModelError(f"made with the {field} {stem!r}, which is in none of the {kind}; give {flag}")
+        raise ModelError(f"made with the {field} {stem!r}, which is in none of the {kind}; give {flag} with its path")
     return str(found[0])
+
+
+def _called(stem: str, kind: Kind, model_dirs: Sequence[Path]) -> Sequence[Path]:
+    """The files and folders of this name in --model-dir, or else in the configured folders. Raises UsageError."""
+    given = [folder.resolve() for folder in model_dirs]
+    return find(kind, stem, given) or find(kind, stem)
 
 
 def _stem(name: str) -> str:
@@ -153,12 +165,13 @@ def _stem(name: str) -> str:
 
 
 def _is_place(name: str) -> bool:
-    """Whether no folder has to be searched: `mini`, a hub id, a path that is there."""
+    """Whether no folder has to be searched: `name` is `mini`, a hub id, or an existing path."""
     return name == "mini" or re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None or Path(name).exists()
 
 
 def _scheduler(name: str, recipe: Recipe) -> tuple[Scheduler, ScheduleType | None]:
-    """A sampler by the names of several tools, and the schedule type that its own name says. Raises ModelError."""
+    """The scheduler for a sampler's name in any of several tools, and the schedule type that the name includes. Raises
+    ModelError."""
     folded, spread = name.lower().removesuffix("_gpu").strip(), None
     levels = str(recipe.others.get("Schedule type", recipe.others.get("scheduler", ""))).lower()
     known = _sampler(folded)
@@ -179,7 +192,7 @@ def _sampler(folded: str) -> Scheduler | None:
 
 
 def _levels(recipe: Recipe) -> ScheduleType | None:
-    """How another tool spread the noise levels; None for the scheduler's own way. Raises ModelError."""
+    """The schedule type that another tool used; None for the scheduler's own. Raises ModelError."""
     name = str(recipe.others.get("Schedule type", recipe.others.get("scheduler", "")))
     if name.lower() in ("", "automatic", "normal"):
         return None
@@ -190,20 +203,31 @@ def _levels(recipe: Recipe) -> ScheduleType | None:
 
 
 def _beside(name: str, picture: Path, flag: str) -> Path:
-    """A file of the user's that the picture was made from, beside it or here. Raises ModelError."""
+    """A file that the picture was made from, found beside the picture or in the current folder. Raises ModelError."""
     for folder in (picture.parent, Path()):
         if (path := folder / name).is_file():
             return path
     what = "guide" if flag == "guide" else "mask"
-    raise ModelError(f"made from the {what} {name}, which is not beside it; give --{flag}")
+    raise ModelError(f"made from the {what} {name}, which is neither beside it nor here; give --{flag} with its path")
+
+
+def _changed(path: Path, flag: str, recipe: Recipe) -> Iterator[str]:
+    """A note if a guide or a mask is not the file that the picture was made from."""
+    what = "guide" if flag == "guide" else "mask"
+    was = recipe.others.get(f"{what}_sha256")
+    try:
+        if was is not None and was != sha256_of(path):
+            yield f"{path} is not the {what} that the picture was made from: the file has changed"
+    except OSError:
+        return  # the render says why it cannot be read
 
 
 def _lora(said: Mapping[str, Any], picture: Path) -> Lora:
-    """A LoRA's file: beside the picture, here, or in the lora_dirs. Raises ModelError."""
+    """A LoRA's file, found beside the picture, in the current folder, or in the lora_dirs. Raises ModelError."""
     try:
         name, strength, text_strength = str(said["file"]), float(said["strength"]), float(said["text_strength"])
     except (KeyError, TypeError, ValueError) as error:
-        raise ModelError(f"{picture}: what it says of its LoRAs cannot be read ({error}); give --lora") from error
+        raise ModelError(f"{picture}: its metadata about LoRAs cannot be read ({error}); give --lora") from error
     if not (found := _lora_files(name, picture)):
         raise ModelError(f"made with the LoRA {name}, which is neither beside it nor in the lora_dirs; give --lora")
     return Lora(file=found[0], strength=strength, text_strength=text_strength)
@@ -215,7 +239,7 @@ def _lora_files(name: str, picture: Path) -> Sequence[Path]:
 
 
 def _changed_loras(recipe: Recipe, picture: Path) -> Iterator[str]:
-    """Of LoRAs that are here, but are not the files that the picture was made with."""
+    """Notes on LoRAs whose files are not the ones that the picture was made with."""
     ours = recipe.others.get("lora_hashes")
     pairs = (
         ours.items()
@@ -225,12 +249,12 @@ def _changed_loras(recipe: Recipe, picture: Path) -> Iterator[str]:
     for name, was in pairs:
         files = _lora_files(str(name).strip(), picture)
         if files and (now := digests_of(files[0]).short)[: len(str(was))] != was:
-            yield f"the picture was made with another LoRA {name}: its hash was {was}, that of {files[0]} is {now}"
+            yield f"the picture was made with another file of the LoRA {name}: its hash was {was}, {files[0]} has {now}"
 
 
-def _members(name: str, said: Any, picture: Path) -> list[Any]:
+def _members(name: str, flag: str, said: Any, picture: Path) -> list[Any]:
     if not isinstance(said, list):
-        raise ModelError(f"{picture}: what it says of its {name} cannot be read: {said!r}; give --{name}")
+        raise ModelError(f"{picture}: its metadata about {name} cannot be read: {said!r}; give {flag}")
     return said
 
 

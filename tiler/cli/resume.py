@@ -1,4 +1,4 @@
-"""`tiler resume`: go on with what was interrupted."""
+"""`tiler resume`: continue interrupted renders."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tiler.jobs.queue import common_code
 
 
 class Found(NamedTuple):
-    """A job on the disk."""
+    """A job folder on disk."""
 
     folder: Path
     manifest: Manifest
@@ -49,12 +49,12 @@ def command(
             help=r"A picture, its job's folder, or a folder with several jobs. [dim]\[default: this folder][/dim]",
         ),
     ] = None,
-    list_jobs: Annotated[bool, typer.Option("--list", help="Show what could go on, and how far it is.")] = False,
+    list_jobs: Annotated[bool, typer.Option("--list", help="List interrupted renders and their progress.")] = False,
     scratch: Annotated[
         Path | None, typer.Option("--scratch", metavar="PATH", help="Another folder for the decoder's scratch files.")
     ] = None,
     max_ram: Annotated[
-        str | None, typer.Option("--max-ram", "--budget", metavar="SIZE", help="Another ceiling than the job's own.")
+        str | None, typer.Option("--max-ram", "--budget", metavar="SIZE", help="Another ceiling than the job's.")
     ] = None,
     threads: o.Threads = None,
     nice: o.Nice = 0,
@@ -64,16 +64,18 @@ def command(
     log_json: o.LogJson = False,
     json_output: o.Json = False,
 ) -> None:  # fmt: skip
-    """Go on with interrupted renders where they were saved. The command that began a render does the same."""
+    """Continue interrupted renders from where they were saved. Giving the original command again does the same."""
     jobs = [job for path in paths or [Path()] for job in find(path)]
     if list_jobs:
         _show([job.facts() for job in jobs], json_output=json_output)
         return
     if not jobs:
-        raise UsageError(f"no job in {Path.cwd()}; `tiler resume PATH` takes a picture, its job's folder, or a folder")
+        raise UsageError(
+            f"nothing to resume in {Path.cwd()}; give a PATH: a picture, its job's folder, or a folder of jobs"
+        )
     if len(jobs) > 1:
         if report is not None:
-            raise UsageError("--report takes the figures of one picture; name one of the jobs")
+            raise UsageError("--report covers one picture; name one of the jobs")
         given = {
             "--scratch": scratch,
             "--max-ram": max_ram,
@@ -102,7 +104,7 @@ def find(path: Path) -> list[Found]:
             return [_read(folder)]
     if path.is_dir():
         return [_read(file.parent) for file in sorted(path.glob(f"*{SUFFIX}/{MANIFEST}"))]
-    raise UsageError(f"{path}: there is no job of it; begin with `tiler render … -o {path}`")
+    raise UsageError(f"{path}: nothing to resume; start with `tiler render … -o {path}`")
 
 
 def _read(folder: Path) -> Found:
@@ -113,7 +115,8 @@ def _read(folder: Path) -> Found:
 
 
 def _one_after_another(jobs: list[Found], options: list[str]) -> int:
-    """A process for each picture: one that fails stops no other. The options hold for all."""
+    """Continue each picture in a process of its own; one that fails does not stop the others. The options apply to
+    all."""
     codes = set[int]()
     for job in jobs:
         typer.echo(f"{job.output}:", err=True)

@@ -1,9 +1,11 @@
-"""Several pictures of one command (`--count 4`, `--seed 1,2,3`), and pictures named by a template (`-o {seed}.png`)."""
+"""Several pictures from one command (`--count 4`, `--seed 1,2,3`), and pictures named by a template (`-o
+{seed}.png`)."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -16,12 +18,14 @@ import typer
 
 from tiler.cli import helps, queues, supervise
 from tiler.errors import UsageError
+from tiler.files import make_own_folder, replace_durably, sha256_of
 from tiler.jobs import naming
 from tiler.jobs.results import Results
 from tiler.jobs.rows import Row
 from tiler.request import MAX_SEED, RenderRequest
 from tiler.request.choices import STDOUT
 from tiler.request.options import Panel
+from tiler.weights.places import cache_home
 
 _words: ContextVar[tuple[str, ...]] = ContextVar("words", default=())
 
@@ -37,20 +41,20 @@ Count = Annotated[
     int,
     typer.Option(
         "--count", rich_help_panel=Panel.PICTURE, metavar="N", min=1, max=queues.MOST, show_default=False,
-        help=r"Make N pictures, with seeds that follow one another where --seed is given. [dim]\[default: 1][/dim]",
+        help=r"Make N pictures; with --seed S, their seeds are S, S + 1, and so on. [dim]\[default: 1][/dim]",
     ),
 ]  # fmt: skip
 OutputDir = Annotated[
     str | None,
     typer.Option(
         "--output-dir", rich_help_panel=Panel.OUTPUT, metavar="PATH", show_default=False,
-        help="Folder that --output lies in, and cannot leave.",
+        help="Folder for --output; names that lead out of it are refused.",
     ),
 ]  # fmt: skip
 
 
 class Command(helps.Command):
-    """Remembers the words of the command line, for the processes of its pictures."""
+    """Remembers the words of the command line, for the processes that draw its pictures."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         _words.set(tuple(args))
@@ -58,7 +62,7 @@ class Command(helps.Command):
 
 
 def place(request: RenderRequest, output_dir: str | None) -> RenderRequest:
-    """The request of one picture with its output's placeholders filled in, inside the folder. Raises UsageError."""
+    """Fill in the placeholders of a single picture's output, and put it inside the folder. Raises UsageError."""
     if request.output == STDOUT:
         return request
     template = str(request.output or "tiler.png")
@@ -75,14 +79,14 @@ def run(
     request: RenderRequest, seeds: Sequence[int | None], count: int, output_dir: str | None, max_ram: str, *,
     quiet: bool, log_json: bool, json_output: bool, own: Callable[..., None],
 ) -> NoReturn:  # fmt: skip
-    """Render a picture for each seed, or `count` of them, one process after another; `own` is the function of the
-    command. Raises UsageError before any work where two have one name, and SystemExit with the exit code."""
+    """Render a picture for each seed, or `count` pictures, one process after another; `own` is the command's function.
+    Raises UsageError before any work if two pictures have the same name, and SystemExit with the exit code."""
     if len(seeds) > 1 and count > 1:
-        raise UsageError("--count and a list of seeds exclude each other; give one of them")
+        raise UsageError("--count does not go with a list of seeds; give one of them")
     if request.output == STDOUT:
-        raise UsageError("standard output (-o -) takes one picture; leave out --count, or name files by -o NAME.png")
+        raise UsageError("standard output (-o -) takes one picture; leave out --count, or name files with -o NAME.png")
     if request.save_latents is not None:
-        raise UsageError("--save-latents takes the latents of one picture; leave it out with --count and several seeds")
+        raise UsageError("--save-latents takes the latents of one picture; leave it out with --count or several seeds")
     template = str(request.output or "tiler.png")
     if not naming.has_placeholder(template):
         named = Path(template)
@@ -93,27 +97,60 @@ def run(
     elif Path(template).is_absolute() or ".." in Path(template).parts:
         root, template = Path(template).parent, Path(template).name
     if naming.has_placeholder(str(root)):
-        raise UsageError(f"output {template!r}: placeholders stand in the name, not above {root}")
+        raise UsageError(f"--output {template!r}: placeholders work in the file's name, not in its folders ({root})")
     checker = queues.Checker(root=root, defaults=_words.get(), name=template, parse=queues.parser(own))
-    ceiling, results = queues.ceiling(max_ram), root / f"{Path(template).name}.results.jsonl"
+    ceiling, results = queues.ceiling(max_ram), _results_of(root, template, force=request.force)
     every, command = _every(seeds, count), _mark_of(_words.get())
     draws = None in every and naming.has_placeholder(template, "seed")
     if draws:
         every = _kept(results, command, len(every)) or [secrets.randbelow(2**32) if s is None else s for s in every]
     rows = queues.check_all(_rows(every, template), checker)
+    _forget_changed(results, root)
     if draws and not _kept(results, command, len(every)):
         Results(results, results.name, shared=False).note({"command": command, "seeds": every})
     queues.hand_over(
         supervise.Spec(
             root=str(root), results=str(results), file=template, max_ram_bytes=ceiling, rows=rows,
-            silent=quiet or log_json, quiet=quiet, json_output=json_output,
+            silent=quiet or log_json, quiet=quiet, json_output=json_output, forgets=draws or request.force,
         )
     )  # fmt: skip
 
 
 def _every(seeds: Sequence[int | None], count: int) -> list[int | None]:
-    """A seed for each picture, None where it is to be drawn."""
+    """A seed for each picture; None stands for one to be drawn at random."""
     return list(seeds) if len(seeds) > 1 else [None if seeds[0] is None else seeds[0] + n for n in range(count)]
+
+
+def _results_of(root: Path, template: str, *, force: bool) -> Path:
+    """The file that remembers which of these pictures are finished: in the cache, or, if that cannot be used, beside
+    them. With --force, only while some of them are not."""
+    mark = hashlib.sha256(json.dumps([os.path.abspath(root), template, force]).encode("utf-8", "surrogatepass"))
+    folder = cache_home() / "tiler" / "counts"
+    try:
+        make_own_folder(folder, parents=True)
+    except OSError:
+        return root / f".tiler-{mark.hexdigest()[:8]}.results.jsonl"
+    return folder / f"{mark.hexdigest()[:32]}.jsonl"
+
+
+def _forget_changed(results: Path, root: Path) -> None:
+    """Remove the lines of pictures that are gone, or whose files have been replaced since."""
+    try:
+        lines = results.read_bytes().splitlines(keepends=True)
+    except OSError:
+        return
+    kept = [line for line in lines if _is_true(line, root)]
+    if kept != lines:
+        replace_durably(results, kept)
+
+
+def _is_true(line: bytes, root: Path) -> bool:
+    """Whether a line of results is not about a picture, or about one whose file is unchanged."""
+    try:
+        said = json.loads(line)
+        return "sha256" not in said or sha256_of(root / said["output"]) == said["sha256"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
 
 
 def _mark_of(words: Sequence[str]) -> str:
@@ -121,8 +158,7 @@ def _mark_of(words: Sequence[str]) -> str:
 
 
 def _kept(results: Path, command: str, count: int) -> list[int | None]:
-    """The seeds that were drawn for the same command, while its pictures were not all done; none where it was not
-    given."""
+    """The seeds that an unfinished run of the same command drew; empty if there was none."""
     with suppress(OSError), results.open("rb") as file:
         for line in file:
             with suppress(ValueError, KeyError, TypeError, RecursionError):

@@ -1,5 +1,5 @@
-"""The process of a queue, which `tiler batch` and `tiler render --count` become once all is checked: it stays while
-pictures are drawn, so it knows no options and imports none of what reads them."""
+"""The process of a queue, which `tiler batch` and `tiler render --count` turn into after all checks. It lives while
+pictures are drawn, so it knows no options and does not import the code that reads them."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from tiler.cli import failure
 from tiler.cli.terminal import harmless, prepare_signals, prepare_streams
 from tiler.errors import Interrupted
 from tiler.jobs.queue import Checked, Queue, end, popen
-from tiler.jobs.results import DONE, Results
+from tiler.jobs.results import DONE, SKIPPED, Results
 
 
 @dataclass(frozen=True, kw_only=True)
 class Spec:
-    """A queue for a process of its own. Its rows are read from the descriptor `rows`, a JSON object each; or, -1, from
-    the file of a `reader`, whose arguments these are."""
+    """The arguments of a queue's process. Its rows are read from the descriptor `rows`, a JSON object each; if that is
+    -1, `reader` holds the arguments for reading them from a file."""
 
     root: str
     results: str
@@ -34,10 +34,11 @@ class Spec:
     reader: dict[str, Any] | None = None
     shared: bool = False
     fail_fast: bool = False
-    silent: bool = False  # nothing for people on stderr
+    silent: bool = False  # print nothing for people on stderr
     quiet: bool = False
     json_output: bool = False
-    is_batch: bool = False  # ends with a summary, and its results stay
+    is_batch: bool = False  # end with a summary
+    forgets: bool = False  # remove the results file once all pictures are finished
 
 
 def main() -> None:
@@ -53,7 +54,7 @@ def main() -> None:
 
 
 def run(spec: Spec) -> int:
-    """The exit code. Raises TilerError and Interrupted."""
+    """Draw all rows. Return the exit code. Raises TilerError and Interrupted."""
     path = Path(spec.results)
     queue = Queue(
         root=Path(spec.root),
@@ -70,13 +71,16 @@ def run(spec: Spec) -> int:
         print(str(tally) or f"{spec.file}: no rows")
         if tally.statuses[DONE]:
             print(f"results: {path}")
-    if not spec.is_batch and not tally.codes:
+    if spec.forgets and not tally.codes:
         path.unlink(missing_ok=True)
+    if not spec.is_batch and not spec.silent and (skipped := tally.statuses[SKIPPED]):
+        was = "picture was" if skipped == 1 else "pictures were"
+        print(f"{skipped} {was} finished already: skipped", file=sys.stderr)
     return tally.exit_code
 
 
 def sentence(report: dict[str, Any]) -> str:
-    """What is said of a finished picture."""
+    """The line that is printed for a finished picture."""
     peak, ceiling = (f"{report[name] / 1e6:,.0f} MB" for name in ("peak_rss_bytes", "max_ram_bytes"))
     return f"{report['output']}: {report['width']}×{report['height']}, seed {report['seed']}, peak {peak} of {ceiling}"
 
@@ -101,8 +105,8 @@ def _checked(line: bytes) -> Checked:
 
 
 def _read(asked: dict[str, Any], file: IO[bytes]) -> dict[str, int]:
-    """Have the next rows read and checked by a process that ends before the first of them is drawn: they lie in `file`,
-    and this says how many there are and where the next begin."""
+    """Have a short-lived process read and check the next rows into `file`. Return how many there are, and where the
+    next ones start."""
     told = _run("tiler.cli.reader", asked, file)
     file.seek(0)
     place: dict[str, int] = json.loads(told)
@@ -110,7 +114,7 @@ def _read(asked: dict[str, Any], file: IO[bytes]) -> dict[str, int]:
 
 
 def _run(module: str, asked: Any, rows: IO[bytes] | None = None) -> bytes:
-    """What the module prints. Raises SystemExit with its exit code where it fails, of which it has spoken."""
+    """Run a module and return what it prints. If it fails, it has printed why; raises SystemExit with its exit code."""
     given = {} if rows is None else {"pass_fds": (rows.fileno(),)}
     said = asked if rows is None else asked | {"rows_fd": rows.fileno()}
     process = popen([sys.executable, "-m", module], stdin=subprocess.PIPE, stdout=subprocess.PIPE, **given)
@@ -126,14 +130,14 @@ def _run(module: str, asked: Any, rows: IO[bytes] | None = None) -> bytes:
 
 def _encoder(spec: Spec) -> Callable[[list[Checked]], None]:
     def encode(rows: list[Checked]) -> None:
-        with suppress(SystemExit):  # every row can still do it by itself
+        with suppress(SystemExit):  # each row can still encode its own prompts
             _run("tiler.cli.ahead", {"max_ram_bytes": spec.max_ram_bytes, "rows": [row.words for row in rows]})
 
     return encode
 
 
 def _speaker(*, silent: bool) -> Callable[[str], None]:
-    """Tells people on stderr."""
+    """A function that prints a line for people on stderr."""
     return (lambda text: None) if silent else (lambda text: print(harmless(text), file=sys.stderr, flush=True))
 
 
@@ -144,7 +148,7 @@ def _printer(*, quiet: bool, json_output: bool) -> Callable[[dict[str, Any]], No
 
 
 def command_line(spec: Spec) -> list[str]:
-    """What starts the process of a queue."""
+    """The command that starts the process of a queue."""
     return [sys.executable, "-m", "tiler.cli.supervise", json.dumps(asdict(spec))]
 
 

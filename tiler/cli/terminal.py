@@ -1,4 +1,4 @@
-"""The streams and signals that a process finds: closed, broken, of another alphabet, or on their way out."""
+"""The standard streams and signals of a process: streams may be closed or lack characters, and their readers may go."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from tiler import interrupts
 _PLAIN = {"×": "x", "–": "-", "…": "...", "²": "2", "·": "*", "→": "->"}
 
 closed_streams: set[int] = set()
-"""Of 0, 1 and 2 those that this process was started without."""
+"""The standard descriptors (0, 1, 2) that were closed when this process started."""
 
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def prepare_streams() -> None:
-    """Open what is closed, so that no picture gets the number of stderr and a library's words; let every character be
-    printed in some way."""
+    """Open standard streams that are closed, so that a picture never gets the descriptor to which libraries write
+    errors, and make every character printable."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
         except OSError:
             closed_streams.add(number)
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free: this one
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
         if getattr(sys, name) is None:
             setattr(sys, name, open(number, "r" if number == 0 else "w", encoding="utf-8", closefd=False))  # noqa: SIM115
     codecs.register_error("tiler", _spelt)
@@ -39,7 +39,8 @@ def prepare_streams() -> None:
 
 
 def _spelt(error: UnicodeError) -> tuple[str | bytes, int]:
-    """A character that the terminal lacks, by one that it has; a byte of a file's name that was no UTF-8, as it was."""
+    """Replace a character that the terminal lacks by one that it has. Bytes of a file name that are not UTF-8 are
+    kept."""
     assert isinstance(error, UnicodeEncodeError)
     result = b""
     for character in error.object[error.start : error.end]:
@@ -49,18 +50,18 @@ def _spelt(error: UnicodeError) -> tuple[str | bytes, int]:
 
 
 def harmless(text: str) -> str:
-    """Text of others, whose control characters could move the cursor or rename the window, with these spelt out."""
+    """Escape the control characters of foreign text, which could move the cursor or rename the window."""
     return _CONTROLS.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 def columns() -> int:
-    """How wide lines may be: as wide as the terminal, and as long as they like elsewhere."""
+    """The width of lines: the terminal's width, and unlimited if the output is no terminal."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else 10_000
 
 
 def prepare_signals() -> None:
-    """SIGINT, SIGTERM and SIGHUP stop the run, unless the process was started to ignore them (nohup); SIGUSR1 saves
-    it."""
+    """Let SIGINT, SIGTERM and SIGHUP stop the run, unless the process was started to ignore them (nohup), and let
+    SIGUSR1 save it."""
     for number in (signal.SIGINT, signal.SIGTERM, *_known("SIGHUP")):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _interrupt)
@@ -69,13 +70,13 @@ def prepare_signals() -> None:
 
 
 def _known(name: str) -> tuple[signal.Signals, ...]:
-    """The signal of that name, where the system has it."""
+    """The signal of that name, if the system has it."""
     return (getattr(signal, name),) if hasattr(signal, name) else ()
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    """What was begun may be saved in peace; a second Ctrl-C or SIGTERM ends it at once. A terminal that closes may send
-    SIGHUP more than once."""
+    """Stop the run, which may first save its state; a second Ctrl-C or SIGTERM kills it at once. SIGHUP is ignored from
+    now on, because a closing terminal may send it more than once."""
     for again in (signal.SIGINT, signal.SIGTERM):
         signal.signal(again, signal.SIG_DFL)
     for hangup in _known("SIGHUP"):
@@ -84,7 +85,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def silence(stream: TextIO) -> None:
-    """Nobody reads this stream any more: what is still in its buffer goes nowhere."""
+    """Discard what is still in the buffer of a stream that nobody reads any more."""
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, stream.fileno())
     os.close(null)

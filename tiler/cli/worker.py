@@ -20,7 +20,7 @@ def command(
     address: Annotated[
         str,
         typer.Argument(
-            metavar="ADDRESS", help="Of the render or `dask scheduler` to join: tls://HOST:8786, or file:PATH."
+            metavar="ADDRESS", help="The render or `dask scheduler` to join: tls://HOST:8786, or file:PATH."
         ),
     ],
     keys: o.Keys = None,
@@ -30,8 +30,8 @@ def command(
             "--model",
             "-m",
             metavar="NAME=PATH",
-            help="Where the model lies that renders call NAME; may be repeated. "
-            "Other models are looked for as `tiler render` would.",
+            help="The path, on this machine, of the model that renders call NAME; may be repeated. "
+            "Other models are found as `tiler render` finds them.",
             rich_help_panel=Panel.MODEL,
         ),
     ] = None,
@@ -43,7 +43,7 @@ def command(
             "--name",
             metavar="NAME",
             show_default=False,
-            help=r"What others call this worker. [dim]\[default: the host's name][/dim]",
+            help=r"The worker's name in reports. [dim]\[default: the host's name][/dim]",
         ),
     ] = None,
     contact_address: Annotated[
@@ -51,21 +51,23 @@ def command(
         typer.Option(
             "--contact-address",
             metavar="ADDRESS",
-            help="Where the scheduler reaches this worker, if not directly: tls://HOST:PORT.",
+            help="Address at which others reach this worker, if it is behind a router: tls://HOST:PORT.",
         ),
     ] = None,
     port: Annotated[
-        int, typer.Option("--port", metavar="N", min=0, max=65535, help="Port to listen on; 0 is any.")
+        int, typer.Option("--port", metavar="N", min=0, max=65535, help="Port to listen on; 0 chooses a free one.")
     ] = 0,
-    once: Annotated[bool, typer.Option("--once", help="End with the connection, instead of joining again.")] = False,
+    once: Annotated[
+        bool, typer.Option("--once", help="End when the connection is lost instead of joining again.")
+    ] = False,
     insecure: o.Insecure = False,
     quiet: o.Quiet = False,
 ) -> None:
-    """Predict tiles for the renders of another process or machine, under a memory ceiling of its own.
+    """Predict tiles for the renders of other processes or machines, under a memory ceiling of its own.
 
-    The weights are read from this machine's disk. Waits for work, and joins again when the connection is lost.
+    The weights are read from this machine's disk. The worker waits for work, and joins again if the connection is lost.
     """
-    # What the configuration file says is one model's name.
+    # In the configuration file, `model` is a name for renders, not NAME=PATH.
     models = models_of(tuple(model or ()) if layers.layer_of(context, "model") is layers.Layer.TYPED else ())
     cluster = scheduler_of(address, keys, insecure=insecure)
     budget = Budget(max_ram)

@@ -30,7 +30,7 @@ from tiler.packing import packed_parts
 from tiler.planning.render import plan_render
 from tiler.planning.summary import seconds_per_tile
 from tiler.planning.tiling import Tiling, plan_tiling
-from tiler.planning.time import measure as measure_speed
+from tiler.planning.time import Speed
 from tiler.request import ResolvedRequest
 from tiler.run import measure
 from tiler.weights.packed import default_cache
@@ -120,14 +120,14 @@ class Bench:
 
     @torch.no_grad()
     def assess(self, job: SharedJob) -> Estimate:
-        """Estimate how fast this machine would work on a job, from a speed measurement of a second or two. Raises
+        """Estimate how fast this machine would work on a job, from a speed measurement of half a second. Raises
         TilerError."""
         if self.jobs:
             raise Taken("it works for another render")
         run = self._plan(job)
         stored, _ = run.weights[run.plan.family.part(Role.DENOISER).name]
         path = max(stored.values(), key=lambda info: info.nbytes).path
-        seconds = seconds_per_tile(run.request, run.plan, run.models, measure_speed(path))
+        seconds = seconds_per_tile(run.request, run.plan, run.models, Speed(path))
         tiles = max(1, run.plan.batch // run.plan.regions[0].samples)
         return Estimate(seconds=seconds, tiles=tiles, instructions=computed_by())
 
@@ -149,7 +149,7 @@ class Bench:
             plan.memory.check(table=False)
         except BudgetRefused as error:
             raise BudgetRefused(
-                f"its ceiling of {format_mb(self._budget.max_bytes)} is too low; the smallest --max-ram that would do is "
+                f"its ceiling of {format_mb(self._budget.max_bytes)} is too low; the smallest --max-ram that works is "
                 f"{plan.memory.smallest_text}"
             ) from error
         weights = {p.name: (family.checkpoint.weights(p.name), p.aliases) for p in packed_parts(family)}

@@ -241,13 +241,15 @@ def scheduler_address(cluster: Cluster) -> str:
     if cluster.where is Where.ENV:
         address = dask.config.get("scheduler-address", None)
         if not address:
-            raise ClusterError("--cluster env: DASK_SCHEDULER_ADDRESS is not set")
+            raise ClusterError(
+                "--cluster env: DASK_SCHEDULER_ADDRESS is not set; set it to the scheduler's address, like tls://HOST:8786"
+            )
         return str(address)
     if cluster.where is Where.FILE:
         try:
             return str(json.loads(Path(cluster.address).read_text())["address"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ClusterError(
-                f"{cluster.address}: no address of a scheduler ({error}); `dask scheduler --scheduler-file` writes it"
+                f"{cluster.address}: this file holds no scheduler's address ({error}); `dask scheduler --scheduler-file` writes it"
             ) from error
     return cluster.address

@@ -24,7 +24,7 @@ def make_keys(folder: Path) -> tuple[Path, Path]:
     paths = folder / CERT, folder / KEY
     for path in paths:
         if path.exists():
-            raise UsageError(f"{path}: is there already; give another folder, or remove it on every machine")
+            raise UsageError(f"{path} exists already; give another folder, or remove it on every machine")
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "tiler cluster")])
     begin = datetime.now(UTC) - timedelta(days=400)  # clocks of old machines may be a year behind
@@ -62,14 +62,14 @@ def find_keys(folder: Path) -> tuple[Path, Path]:
                 f"{path}: no such file; `tiler cluster keys {folder}` makes a pair, copy it to each machine"
             )
     if key.stat().st_mode & 0o077:
-        raise UsageError(f"{key}: others may read it; chmod 600 {key}")
+        raise UsageError(f"{key}: other users can read it; run: chmod 600 {key}")
     try:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.load_cert_chain(cert, key, password="")  # otherwise it asks for a password at the terminal
         context.load_verify_locations(cert)
     except (OSError, ValueError) as error:
         raise UsageError(
-            f"{folder}: {CERT} and {KEY} are no pair of keys ({error}); `tiler cluster keys FOLDER` makes one, copy it "
+            f"{folder}: {CERT} and {KEY} are not a pair of keys ({error}); `tiler cluster keys FOLDER` makes one, copy it "
             "to each machine"
         ) from error
     return cert, key

@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -47,11 +48,12 @@ class Weight:
     low_rank: LowRank | None = None
     rotated: bool = False
 
-    @property
+    # Asked often, and a tensor under a planner's modes answers slowly.
+    @cached_property
     def outputs(self) -> int:
-        return len(self.meta)
+        return self.meta.shape[0]
 
-    @property
+    @cached_property
     def row(self) -> int:
         """The number of elements that make one output."""
         return math.prod(self.meta.shape[1:])
@@ -68,12 +70,12 @@ class Group:
     def names(self) -> tuple[str, ...]:
         return tuple(weight.name for weight in self.weights)
 
-    @property
+    @cached_property
     def key(self) -> tuple[tuple[str, int, int], ...]:
         """Identifies the group."""
         return tuple((weight.name, weight.first, weight.outputs) for weight in self.weights)
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, ...]:
         return (sum(weight.outputs for weight in self.weights), *self.weights[0].meta.shape[1:])
 

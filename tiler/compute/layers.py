@@ -10,7 +10,7 @@ its product, so that a kernel that can fuse them gets everything. They work with
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -264,7 +264,10 @@ def stream_layers(module: nn.Module, streamer: Streamer) -> None:
         for plain, small in (nn.Linear, SmallLinear), (nn.Conv2d, SmallConv2d):
             if type(child) is plain:
                 child.__class__ = small
-    _mark_units(module, streamer)
+    if (units := streamer.units.get(module)) is None:  # a planning streamer is lent to a module again and again
+        units = streamer.units[module] = list(_find_units(module, streamer))
+    for unit in units:
+        unit.forward = functools.partial(streamer.run_unit, unit, unit.forward)
     if streamer.store is None:
         return
     for path, child in module.named_modules():
@@ -275,12 +278,12 @@ def stream_layers(module: nn.Module, streamer: Streamer) -> None:
             setattr(child, name, nn.Parameter(value.view(parameter.shape), requires_grad=False))
 
 
-def _mark_units(module: nn.Module, streamer: Streamer) -> None:
-    """Mark the largest modules that fit the arena as units."""
+def _find_units(module: nn.Module, streamer: Streamer) -> Iterator[nn.Module]:
+    """The largest modules that fit the arena."""
     if isinstance(module, StreamedLayer) or not streamed_layers(module):
         return
     if streamer.fits(module) and not isinstance(module, nn.ModuleList):
-        module.forward = functools.partial(streamer.run_unit, module, module.forward)
+        yield module
         return
     for child in module.children():
-        _mark_units(child, streamer)
+        yield from _find_units(child, streamer)

@@ -114,20 +114,21 @@ def median_seconds(
     return statistics.median(times)
 
 
-def chosen_speed(shape: TableShape, precision: str) -> float:
+@torch.no_grad()
+def chosen_speed(shape: TableShape, precision: str, rounds: int = 5) -> float:
     """The FLOP/s of the kernel chosen on this machine for a layer of that shape in `precision`: fp32, bf16 or int8."""
     kernel = choose_kernel(shape.op(), shape.x, _policy(precision), isa())
-    return shape.op().flops(shape.x) / timings(shape, only=kernel)[kernel.name]
+    return shape.op().flops(shape.x) / timings(shape, rounds, only=kernel)[kernel.name]
 
 
 @torch.no_grad()
-def attention_speed(precision: str) -> float:
+def attention_speed(precision: str, rounds: int = 5) -> float:
     """The FLOP/s of the kernel chosen on this machine for self-attention of 2,048 tokens with two heads of 40, with
     weights in `precision`."""
     q = torch.randn(1, 2, 2048, 40)
     op, x, shape = Op(kind=Kind.ATTENTION, input=Input(parts=3)), Operands((q, q, q)), tuple(q.shape)
     kernel = choose_kernel(op, shape, _policy(precision), isa())
-    return op.flops(shape) / median_seconds(lambda: kernel.apply(op, kernel.begin(op, x), ()))
+    return op.flops(shape) / median_seconds(lambda: kernel.apply(op, kernel.begin(op, x), ()), rounds)
 
 
 def table_row(which: Isa, times: Sequence[Mapping[str, float]]) -> dict[str, tuple[str, ...]]:

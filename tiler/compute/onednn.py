@@ -138,5 +138,5 @@ def notes() -> list[str]:
     if cpu.prepacks() and (fault := convolution_fault()):
         found.append(f"convolutions reorder their weights at every call: {fault}")
     if cpu.int8().products and (fault := product_fault()):
-        found.append(f"int8 weights are computed with in fp32: {fault}")
+        found.append(f"int8 weights are multiplied in fp32: {fault}")
     return found

@@ -81,7 +81,9 @@ class Streamer:
         self._arena = Arena(0 if store is None else self.arena_bytes)
         self._held: Held | None = None  # the weights of the unit that runs now
         self._choices: dict[tuple[object, ...], Kernel] = {}
+        self._sizes: dict[tuple[object, ...], int] = {}  # of modules and policy: the bytes that holding them takes
         self._memo = Memo()  # for planning
+        self.units: dict[nn.Module, list[nn.Module]] = {}  # of each module that it was lent to: what it holds at once
 
     @property
     def int8_keys(self) -> frozenset[str]:
@@ -166,7 +168,15 @@ class Streamer:
         layers = (layer for module in modules for layer in streamed_layers(module))
         return [(op := layer.op(), self.kernel(op, None)) for layer in layers]
 
-    def _held_bytes(self, modules: Iterable[nn.Module]) -> int:
+    def _held_bytes(self, modules: Sequence[nn.Module]) -> int:
+        if any(isinstance(module, StreamedLayer) for module in modules):  # which may be parts, made for one call
+            return self._count_held(modules)
+        key = *modules, self.policy
+        if key not in self._sizes:
+            self._sizes[key] = self._count_held(modules)
+        return self._sizes[key]
+
+    def _count_held(self, modules: Sequence[nn.Module]) -> int:
         kernels = self._kernels(modules)
         transient = max((kernel.transient_bytes(op, None) for op, kernel in kernels if kernel.in_arena), default=0)
         return sum(kernel.held_bytes(op, None) for op, kernel in kernels) + transient

@@ -161,11 +161,7 @@ class Passes:
             old = end.stored if isinstance(end, SecondHalf) and self.scratch.spool is None else None
             with self.hold(_layers(chain)):
                 for x in source.through(chain, self.check, 0 if out is None else out.count, part):
-                    largest = None
-                    if pooled is not None:
-                        inner = self.frame.inner(x, 0 if out is None else out.count)
-                        largest = pooled.add(inner)
-                        largest = largest if inner.shape == x.shape else None
+                    largest = None if pooled is None else self._pool(pooled, x, 0 if out is None else out.count)
                     if out is None:
                         channels, width = x.shape[1], x.shape[3]
                         fits = old is not None and channels <= old.channels and width == old.width
@@ -181,6 +177,13 @@ class Passes:
         if out.over is not None:
             out.over.give_back()
         return out
+
+    def _pool(self, pooled: Pooled, x: Tensor, row: int) -> float | None:
+        """Add the rows x, of which the first is `row`, without the frame's margin; their largest magnitude, if all of x
+        was seen. Apart from `store`, so that no view of x outlives it."""
+        inner = self.frame.inner(x, row)
+        largest = pooled.add(inner)
+        return largest if inner.shape == x.shape else None
 
     def keys_and_values(self, stage: MidAttention, stored: Rows, most: int | None = None) -> Rows:
         """Store the key and the value of every token, or of at most `most` evenly spaced ones, with twice the
@@ -362,10 +365,10 @@ def rehearse(
     else:
         stages = decoder_stages(vae.decoder, vae.post_quant_conv)
         x = 1, vae.config.latent_channels, height, width
-    picture = torch.empty(x, device="meta")
     rows = strip_rows(width) * (FACTOR if encoding else 1)
+    strips = (torch.empty(1, x[1], min(rows, x[2] - top), x[3], device="meta") for top in range(0, x[2], rows))
     flops = _flops(stages, x[2] * x[3])
-    for _ in stream(stages, picture.split(rows, dim=2), Frame(x[2], x[3]), scratch, hold=hold):
+    for _ in stream(stages, strips, Frame(x[2], x[3]), scratch, hold=hold):
         pass
     found = scratch.peak_bytes, scratch.written_bytes, flops, scratch.apart_bytes
     return Rehearsal(*(n * latents[0] // height for n in found))

@@ -1,5 +1,5 @@
-"""Keep the rows of the finished picture while they are made, for resuming with a decoder that has no passes to
-remember."""
+"""Keep the rows of the finished picture while they are made, so that a decoder without passes to remember can
+continue."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tiler.decoding.spool import Line, Spool
 from tiler.errors import StorageError
 from tiler.weights.index import read_into
 
-_NUMBER = 1000  # after all numbers that a decoder itself uses
+_NUMBER = 1000  # above all numbers that decoders use
 
 
 class KeptRows:
@@ -23,7 +23,9 @@ class KeptRows:
     def __init__(self, spool: Spool, width: int) -> None:
         self._spool, self._width = spool, width
         known = spool.of(_NUMBER)
-        self._heights = list(known.heights or ()) if known is not None and known.width == width else []
+        strips = known.strips if known is not None and known.width == width else None
+        self._runs = [(height, times) for height, times in strips or ()]
+        self.count = sum(height * times for height, times in self._runs)  # rows
 
     def __enter__(self) -> Self:
         try:
@@ -37,15 +39,11 @@ class KeptRows:
     ) -> None:
         os.close(self._fd)
 
-    @property
-    def count(self) -> int:
-        return sum(self._heights)
-
     def strips(self) -> Iterator[np.ndarray]:
         """Yield the strips that exist when the iteration starts, cut as they were added: a writer's bytes may depend on
         how its rows are cut into strips."""
         at = 0
-        for height in tuple(self._heights):
+        for height in [height for height, times in self._runs for _ in range(times)]:
             rows = np.empty((height, self._width, 3), np.uint8)
             try:
                 if not read_into(self._fd, rows.data.cast("B"), at):
@@ -64,10 +62,15 @@ class KeptRows:
                 at, left = at + done, left[done:]
         except OSError as error:
             raise self._lost(error) from error
-        self._heights.append(len(rows))
+        last, times = self._runs[-1] if self._runs else (0, 0)
+        if last == len(rows):
+            self._runs[-1] = last, times + 1
+        else:
+            self._runs.append((len(rows), 1))
+        self.count += len(rows)
         line = Line(
             number=_NUMBER, channels=3, width=self._width, count=self.count, row_bytes=3 * self._width, whole=False,
-            heights=self._heights,
+            strips=self._runs,
         )  # fmt: skip
         self._spool.note(line, self._fd)
 

@@ -137,6 +137,7 @@ class Conv(Stage):
         rows = 0 if x is None else x.shape[2]
         count, beyond = self.ready(rows, last), 2 * self.halo
         tail = window.lines(like, self.halo, self.width).zero_() if self.tail is None else self.tail
+        self.tail = None
         step = max(1, _STRIP_BYTES // (self.conv.in_channels * self.width * 4) // self.together) * self.together
         lines = window.lines(like, min(step, count) + beyond, self.width)
         out = _empty(like, self.conv.out_channels, count, self.width)
@@ -146,6 +147,7 @@ class Conv(Stage):
             seen = lines[: bottom - top + beyond]
             held = len(tail)
             seen[:held] = tail
+            del tail  # it may have as many lines as are computed at once
             fresh = min(len(seen) - held, rows - taken)
             if x is not None:
                 window.write(x[:, :, taken : taken + fresh], seen[held : held + fresh])

@@ -98,7 +98,9 @@ def free_bytes(folder: Path) -> int:
     try:
         return shutil.disk_usage(folder).free
     except OSError as error:
-        raise StorageError(f"{folder}: no scratch folder ({error.strerror}); give one with --scratch") from error
+        raise StorageError(
+            f"{folder}: this folder cannot be used for scratch files ({error.strerror}); give another with --scratch"
+        ) from error
 
 
 class Rows:
@@ -182,7 +184,9 @@ class Rows:
                 if not read_into(self.fd, memoryview(data[i]), (first + i) * self.stride):
                     raise OSError(0, "the file ends early")
         except OSError as error:
-            raise StorageError(f"{self.scratch.folder}: reading scratch data failed ({error.strerror})") from error
+            raise StorageError(
+                f"{self.scratch.folder}: reading scratch data failed ({error.strerror}); check the disk"
+            ) from error
         scales = self._scales[first:last]
         out.copy_(stored)
         if max(scales) > 1:

@@ -36,7 +36,8 @@ _PART_EVERY = 5.0  # seconds of a pass's work that a kill may take, where it can
 class Line:
     """A pass, or its first rows if it is not `whole`. `statistics` are count, means and sums of squares by group, with
     floats in hexadecimal; `scales` belong to rows that are stored scaled; `closes` lists the passes whose rows are no
-    longer needed; `heights` are those of the strips that a picture's own rows came in."""
+    longer needed; `strips` are the heights of the strips of a finished picture, in runs of equal ones: (height, how
+    many)."""
 
     number: int
     channels: int
@@ -48,7 +49,7 @@ class Line:
     scales: list[float] | None = None
     closes: tuple[int, ...] = ()
     attended: int = 0  # strips
-    heights: list[int] | None = None
+    strips: list[tuple[int, int]] | None = None
     boot: str = ""
     synced: bool = False
 
@@ -100,8 +101,8 @@ class Spool:
         self._told = now
         if synced:
             self._synced = now
-        if line.whole or line.heights is not None:
-            self._on_pass(_where(line.number, line.count, self._what, has_rows=line.heights is not None))
+        if line.whole or line.strips is not None:
+            self._on_pass(_where(line.number, line.count, self._what, has_rows=line.strips is not None))
 
     def _write(self, said: dict[str, Any], *, synced: bool) -> None:
         text = json.dumps(said)
@@ -167,7 +168,7 @@ def where_in(folder: Path) -> str:
     """A description of the last complete pass, like "pass 12 of the decoder", or of the last row, like "row 640 of the
     decoder"; empty if there is none."""
     said = [each for each, _ in _read(folder / JOURNAL)]
-    of_picture = [each for each in said if each.get("heights") is not None]
+    of_picture = [each for each in said if each.get("strips") is not None]
     whole = of_picture or [each for each in said if each.get("whole")]
     if not whole:
         return ""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tiler.diffusion.runner import Runner, Tile
 from tiler.diffusion.schedulers import Schedule, SchedulerState
-from tiler.diffusion.tiles import Text2ImageRegion, Tiles
+from tiler.diffusion.tiles import Text2ImageRegion, Tiles, samples_before
 from tiler.errors import NumericalError
 from tiler.events import Journal, NoJournal
 
@@ -182,10 +182,8 @@ class Denoising:
 
     @property
     def samples_done(self) -> int:
-        """The number of denoiser samples in the canvas, over all steps."""
-        done = self.step - self._begin
-        now = self._steps[done].samples_of(self._tiles_added) if self._tiles_added else 0
-        return sum(tiles.samples for tiles in self._steps[:done]) + now
+        """The number of denoiser samples that have been predicted, over all steps."""
+        return samples_before(self._steps, self.step - self._begin, self._tiles_added)
 
     def _save(self, journal: Journal) -> None:
         tiles = len(self._steps[self.step - self._begin]) if self._tiles_added else 0

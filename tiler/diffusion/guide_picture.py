@@ -97,7 +97,7 @@ class GuidePicture:
                 first = top // self._factor
                 upright[first : first + strip.height] = np.asarray(strip)
             if transparent:
-                note(f"{self.path.name}: its transparent parts lie on white")
+                note(f"{self.path.name}: its transparent parts become white")
             return kept
 
     @contextmanager
@@ -147,7 +147,7 @@ def _open(path: Path) -> Image.Image:
     picture = Image.open(path)
     if picture.format == "EPS":
         picture.close()
-        raise UsageError(f"{path}: EPS is not read; save it as PNG or JPEG")
+        raise UsageError(f"{path}: tiler does not read EPS; save the picture as PNG or JPEG")
     return picture
 
 

@@ -98,7 +98,7 @@ def plan_tiles(
     for regions that are too small or leave a hole.
     """
     if overlap >= min(tile):
-        raise UsageError(f"overlap = {FACTOR * overlap} must be smaller than a tile ({FACTOR * min(tile)} pixels)")
+        raise UsageError(f"--overlap {FACTOR * overlap} must be smaller than a tile ({FACTOR * min(tile)} pixels)")
     layers: list[Layer] = []
     prompts = [len(condition.prompts) for condition in canvas_conditions(request)]
     spans = [region_span(r, patch) for r in request.regions]

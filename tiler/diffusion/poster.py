@@ -114,12 +114,12 @@ def mask_size(path: Path, size: tuple[int, int]) -> tuple[int, int]:
     """The height and width of a mask for a picture of `size`. Raises UsageError for a mask of another shape."""
     if not path.is_file():
         raise UsageError(
-            f"{path}: no such file; --repaint takes a picture that is white where another is painted again"
+            f"{path}: no such file; --repaint takes a mask that is white where the picture is painted again"
         )
     own = size_of(path)
     if abs(own[0] * size[1] - own[1] * size[0]) > max(*own, *size):  # within the rounding of a pixel on either side
         raise UsageError(
-            f"{path}: a mask of {own[1]}×{own[0]} pixels does not go with a picture of {size[1]}×{size[0]}; give it the "
+            f"{path}: a mask of {own[1]}×{own[0]} pixels does not fit a picture of {size[1]}×{size[0]}; give it the "
             "picture's size, or a smaller one of the same shape"
         )
     return own
@@ -143,7 +143,7 @@ def _cells(
             cells[(row + start) // FACTOR, (marked + crop[1]) // FACTOR] = True
         row += len(rows)
     if not cells.any():
-        raise UsageError(f"{path}: nothing of this mask is white, so nothing would be painted; give another --repaint")
+        raise UsageError(f"{path}: no part of this mask is white, so nothing would be painted; give another --repaint")
     return cells
 
 
@@ -172,7 +172,7 @@ def _pixels(path: Path, note: Callable[[str], None]) -> Iterator[np.ndarray]:
             transparent |= seen
         yield np.asarray(colours(strip))
     if transparent:
-        note(f"{path.name}: its transparent parts lie on white")
+        note(f"{path.name}: its transparent parts become white")
 
 
 def _levels(path: Path) -> Iterator[np.ndarray]:

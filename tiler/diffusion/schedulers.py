@@ -241,7 +241,9 @@ def build(
     name, cls = choose(asked, config), config.get("_class_name")
     if schedule_type is not None and name is Scheduler.DPMPP_2M_KARRAS:
         if asked is name and schedule_type is not ScheduleType.KARRAS:
-            raise UsageError(f"{name.value} and --schedule-type {schedule_type} contradict each other; take DPM++ 2M")
+            raise UsageError(
+                f"{name.value} and --schedule-type {schedule_type} contradict each other; take --scheduler 'DPM++ 2M'"
+            )
         name = Scheduler.DPMPP_2M
     check_fields(config)
     corrected = correct_scheduler(config) if correct else Corrected(dict(config), ())
@@ -284,7 +286,7 @@ def assemble(
         fields[field] = "trailing" if spaced else True
     by_beta = bool(fields.pop("use_beta_sigmas", False))  # diffusers would require scipy
     if by_beta and (fields.get("use_karras_sigmas") or fields.get("use_exponential_sigmas")):
-        raise ModelError("scheduler_config.json asks for beta sigmas and others at once; leave one of them")
+        raise ModelError("scheduler_config.json asks for beta sigmas and for another kind; keep one of them")
     if name is Scheduler.LCM:
         fields.setdefault("original_inference_steps", min(_LCM_ORIGINAL_STEPS, config.get("num_train_timesteps", 1000)))
     try:
@@ -295,7 +297,7 @@ def assemble(
         ) from error
     if name is Scheduler.LCM and num_inference_steps > scheduler.config.original_inference_steps:
         original = scheduler.config.original_inference_steps
-        raise _Unworkable(f"it chooses them among its {original} original ones (original_inference_steps)")
+        raise _Unworkable(f"it chooses its steps among {original} original ones (original_inference_steps)")
     try:
         scheduler.set_timesteps(num_inference_steps)
         times.mend(scheduler, num_inference_steps)

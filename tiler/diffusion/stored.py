@@ -62,7 +62,7 @@ class StoredArray:
             if new:
                 os.ftruncate(self._fd, _FLOAT * self.count)
             elif os.fstat(self._fd).st_size != _FLOAT * self.count:
-                raise StorageError(f"{path}: has another size than the canvas; begin anew with --restart")
+                raise StorageError(f"{path}: the file's size is not the canvas's; start over with --restart")
         except OSError as error:
             raise _failed(path, error) from error
 
@@ -238,7 +238,7 @@ def _read(fd: int, path: Path, into: Tensor, at: int) -> None:
     except OSError as error:
         raise StorageError(f"{path}: reading failed ({error.strerror}); check the disk") from error
     if not whole:
-        raise StorageError(f"{path}: the file became shorter while it was read; begin anew with --restart")
+        raise StorageError(f"{path}: the file became shorter while it was read; start over with --restart")
 
 
 def _write(fd: int, path: Path, values: Tensor, at: int) -> None:
@@ -255,6 +255,6 @@ def _write(fd: int, path: Path, values: Tensor, at: int) -> None:
 
 def _failed(path: Path, error: OSError) -> StorageError:
     return StorageError(
-        f"{path}: the canvas cannot be kept there ({error.strerror}); free some space, or begin anew with another "
+        f"{path}: the canvas cannot be stored there ({error.strerror}); free some space, or start over with another "
         "--scratch, for which a job takes --restart"
     )

@@ -25,7 +25,7 @@ from tiler.diffusion.runner import Runner, Tile
 from tiler.diffusion.schedulers import DiffusersSchedule, SchedulerState
 from tiler.diffusion.stored import Shape, StoredArray, TileLog, chunks
 from tiler.diffusion.stored_files import BLENDED, LATENTS, PREDICTIONS, SCHEDULER, STATE
-from tiler.diffusion.tiles import Tiles
+from tiler.diffusion.tiles import Tiles, samples_before
 from tiler.errors import JobError
 from tiler.events import Journal
 from tiler.files import replace_durably
@@ -77,9 +77,7 @@ class StoredDenoising:
     @property
     def samples_done(self) -> int:
         """The number of denoiser samples that have been predicted, over all steps."""
-        done = self.step - self._begin
-        now = self._steps[done].samples_of(self._tiles_done) if self._tiles_done else 0
-        return sum(tiles.samples for tiles in self._steps[:done]) + now
+        return samples_before(self._steps, self.step - self._begin, self._tiles_done)
 
     def run(self, runner: Runner, journal: Journal) -> Generator[StepDone]:
         """Denoise to the end, yielding after each tile. Raises NumericalError when a prediction is not finite."""
@@ -214,9 +212,9 @@ class StoredDenoising:
             }
             is_ours = tuple(said["shape"]) == self._shape and self._begin <= step <= self.end
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise JobError(f"{self._folder / STATE}: the job is damaged; begin anew with --restart") from error
+            raise JobError(f"{self._folder / STATE}: the job is damaged; start over with --restart") from error
         if not is_ours:
-            raise JobError(f"{self._folder / STATE} is of another canvas; begin anew with --restart")
+            raise JobError(f"{self._folder / STATE} belongs to another canvas; start over with --restart")
         chunk = torch.zeros(1, 1, 1, 16)
         self._schedule.start(chunk, None if not self._begin else chunk, self._begin)
         self.step, self._numbers, self._single = step, numbers, single

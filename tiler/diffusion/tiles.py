@@ -170,7 +170,7 @@ class Tiles(Sequence[Text2ImageRegion]):
         return sum(tiles * samples for samples, tiles in self.counts())
 
     def samples_of(self, first: int) -> int:
-        """The number of denoiser samples of the first `count` tiles. Creates no tile."""
+        """The number of denoiser samples of the `first` tiles. Creates no tile."""
         ends = accumulate(map(len, self.layers), initial=0)
         before = (min(len(layer), max(0, first - end)) for layer, end in zip(self.layers, ends, strict=False))
         return sum(n * self._samples(layer) for layer, n in zip(self.layers, before, strict=True))
@@ -208,6 +208,13 @@ class Tiles(Sequence[Text2ImageRegion]):
     def rest(self, top: int, left: int) -> Tensor:
         """The share of the top-level prompt at each latent of a tile."""
         return rest_of_canvas(self.borders, *_crop(top, left, self.tile, self.canvas), self.ramp)
+
+
+def samples_before(steps: Sequence[Tiles], done: int, tiles: int) -> int:
+    """The number of denoiser samples of the first `done` steps and of the first `tiles` tiles of the step after
+    them."""
+    now = steps[done].samples_of(tiles) if tiles else 0
+    return sum(each.samples for each in steps[:done]) + now
 
 
 def _samples(guidance_scale: float, unconditional: bool, prompts: int) -> int:

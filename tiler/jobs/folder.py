@@ -92,7 +92,7 @@ class Job:
                 self.manifest = manifests.read(self.folder / MANIFEST)
                 self.resumed = True
             elif self._holds_work():
-                raise JobError(f"{self.folder}: {MANIFEST} is missing; begin anew with --restart")
+                raise JobError(f"{self.folder}: {MANIFEST} is missing; start over with --restart")
         except BaseException:
             self._lock.release()
             raise
@@ -122,7 +122,7 @@ class Job:
         """One line that tells the user how to continue the job."""
         where, _ = self.found()
         at = f" at {where}" if where else ""
-        return f"the job is saved{at} in {self.folder}; the same command goes on, or: tiler resume {self.folder}"
+        return f"the job is saved{at} in {self.folder}; continue with the same command, or: tiler resume {self.folder}"
 
     def adopt(self, request: RenderRequest) -> RenderRequest:
         """The request, with the job's seed if it has none."""
@@ -147,7 +147,7 @@ class Job:
             if (first := next(manifests.differences(self.manifest, manifest), None)) is not None:
                 raise JobError(
                     f"{self.folder} is the job of another picture: {first}; finish that one with `tiler resume {self.folder}`, "
-                    "or begin anew with --restart"
+                    "or start over with --restart"
                 )
             self._begun = True
             spool, canvas = _spool_of(self.folder, manifest), _canvas_of(self.folder, self.manifest)
@@ -165,7 +165,7 @@ class Job:
                 self.folder.mkdir(parents=self._request.job_dir is not None, exist_ok=True)
             except OSError as error:
                 raise StorageError(
-                    f"{self.folder}: cannot be made ({error.strerror}); give another place with --job-dir"
+                    f"{self.folder}: cannot be created ({error.strerror}); give another folder with --job-dir"
                 ) from error
             if not self._lock.held:
                 self._lock.take()
@@ -248,7 +248,7 @@ class Job:
                 self._number = numbers[path]
                 return _Slot(stored.facts.get("phase", ""), stored)
         if numbers:
-            raise JobError(f"{next(iter(numbers))}: the job's state is damaged; begin anew with --restart")
+            raise JobError(f"{next(iter(numbers))}: the job's state is damaged; start over with --restart")
         return None
 
     # The reference, which one phase passes to the next.
@@ -262,7 +262,7 @@ class Job:
         """The saved reference, (1, C, H, W) in fp32. Raises JobError."""
         stored = tensors.read(self.folder / REFERENCE)
         if stored is None:
-            raise JobError(f"{self.folder / REFERENCE}: the job is damaged; begin anew with --restart")
+            raise JobError(f"{self.folder / REFERENCE}: the job is damaged; start over with --restart")
         return stored.tensors["reference"]
 
     def save_reference(self, reference: Tensor) -> None:

@@ -37,7 +37,7 @@ class Lock:
                 except BlockingIOError:
                     os.close(fd)
                     raise JobLocked(
-                        f"{self.path.parent}: {self._holder()} works on this picture already; wait for it"
+                        f"{self.path.parent}: {self._holder()} is already working on this picture; wait for it to end"
                     ) from None
                 except FileNotFoundError:
                     same = False  # the last holder has just removed it
@@ -53,7 +53,7 @@ class Lock:
             os.pwrite(self._fd, json.dumps(words).encode("utf-8", "backslashreplace"), 0)
         except OSError as error:
             raise StorageError(
-                f"{self.path}: cannot be locked ({error.strerror}); give another place with --job-dir"
+                f"{self.path}: cannot be locked ({error.strerror}); give another folder with --job-dir"
             ) from error
 
     def release(self) -> None:

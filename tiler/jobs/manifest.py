@@ -55,9 +55,7 @@ class Manifest:
         try:
             request: RenderRequest = decode(RenderRequest, self.said)
         except (TypeError, ValueError, KeyError) as error:
-            raise JobError(
-                f"the job was begun by another version of tiler ({error}); begin anew with --restart"
-            ) from error
+            raise JobError(f"another version of tiler started this job ({error}); start over with --restart") from error
         return request
 
 
@@ -112,11 +110,11 @@ def _content(value: Any) -> Any:
 def differences(old: Manifest, new: Manifest) -> Iterator[str]:
     """The reasons why `new` cannot continue the job of `old`, the most informative first."""
     if old.model_id != new.model_id:
-        yield f"the model is another one (its id was {old.model_id}, it is {new.model_id})"
+        yield f"the model has changed (its id was {old.model_id} and is now {new.model_id})"
     for key in dict.fromkeys([*old.picture, *new.picture]):
         was, now = old.picture.get(key), new.picture.get(key)
         if was != now:
-            yield f"{_option(key)} was {_short(was)}, it is {_short(now)}"
+            yield f"{_option(key)} was {_short(was)} and is now {_short(now)}"
 
 
 def _option(name: str) -> str:
@@ -142,13 +140,13 @@ def read(path: Path) -> Manifest:
         body = json.loads(path.read_text(encoding="utf-8", errors="surrogateescape"))
         if body["schema"] != SCHEMA:
             raise JobError(
-                f"{path}: of schema {body['schema']}, this version knows {SCHEMA}; begin anew with --restart"
+                f"{path}: the job has schema {body['schema']}, but this version of tiler reads {SCHEMA}; start over with --restart"
             )
         if body.pop("sha256") != _digest(body):
             raise ValueError("its checksum is wrong")
         return Manifest(**body)
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise JobError(f"{path}: the job is damaged ({error}); begin anew with --restart") from error
+        raise JobError(f"{path}: the job is damaged ({error}); start over with --restart") from error
     except OSError as error:
         raise StorageError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
 

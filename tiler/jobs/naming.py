@@ -21,11 +21,13 @@ def fill(template: str, *, index: int, seed: int | None, prompt: str | None) -> 
     """Replace the placeholders `{index}`, `{seed}` and `{prompt}`; numbers may have leading zeros, as in `{index:03}`.
     Raises UsageError for other braces, and for `{seed}` if the seed is unknown."""
     if seed is None and has_placeholder(template, "seed"):
-        raise UsageError(f"output {template!r} has a {{seed}}; give one with --seed, or name pictures by {{index}}")
+        raise UsageError(f"--output {template!r} needs a {{seed}}; give --seed, or use {{index}}")
     values = {"index": str(index), "seed": str(seed), "prompt": _slug(prompt)}
     text = _PLACEHOLDER.sub(lambda found: values[found[1]].rjust(int(found[2] or 0), "0"), template)
     if "{" in _PLACEHOLDER.sub("", template):
-        raise UsageError(f"output {template!r}: placeholders are {{index}}, {{index:03}}, {{seed}} and {{prompt}}")
+        raise UsageError(
+            f"--output {template!r}: the placeholders are {{index}}, {{index:03}}, {{seed}} and {{prompt}}"
+        )
     return text
 
 
@@ -42,10 +44,12 @@ def below(root: Path, name: str) -> Path:
         or ":" in parts[0]
     )
     if bad or any(_RESERVED.fullmatch(part) for part in parts):
-        raise UsageError(f"output {name!r} leaves the folder {root} or is no name; give one below it, like a/b.png")
+        raise UsageError(
+            f"--output {name!r} is outside the folder {root}, or not a file name; give a name below it, like a/b.png"
+        )
     path = root / name
     if not path.resolve().is_relative_to(root.resolve()):
-        raise UsageError(f"output {name!r} leaves the folder {root} through a link; give one below it")
+        raise UsageError(f"--output {name!r} leaves the folder {root} through a link; give a name below it")
     return path
 
 

@@ -33,8 +33,8 @@ def remember(
     if free < needed:
         clear(place)
         note(
-            f"{plan.folder} has {format_mb(free)} free, {format_mb(needed)} would keep what {what} has done: if it is "
-            "interrupted it begins anew"
+            f"{plan.folder} has {format_mb(free)} free, saving the progress of {what} takes "
+            f"{format_mb(needed)}: if interrupted, it starts over"
         )
         return None
     of = f"{plan.kind} {plan.precision} {plan.dtype} {_digest(begin)}"

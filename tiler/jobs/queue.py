@@ -29,6 +29,7 @@ BESIDE = "TILER_BESIDE"  # environment variable for a picture's process: bytes o
 BATCH = 64  # rows whose prompts are encoded together
 _PATIENCE = 600.0  # seconds in which a picture can save its state
 _SHOWN = 10  # failed rows named in the summary
+_ORDER = (DONE, SKIPPED, ELSEWHERE, INTERRUPTED, FAILED)  # of the summary
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
@@ -72,7 +73,10 @@ class Tally:
         """A summary like "3 done, 2 failed (rows 4, 7)"."""
         number, rows = self.statuses[FAILED], ", ".join(map(str, self.failed))
         which = f" (row{'s' * (number > 1)} {rows}{', …' * (number > len(self.failed))})"
-        return ", ".join(f"{n} {status}{which if status == FAILED else ''}" for status, n in self.statuses.items())
+        return ", ".join(f"{n} {status}{which if status == FAILED else ''}" for status, n in self._ordered())
+
+    def _ordered(self) -> list[tuple[str, int]]:
+        return sorted(self.statuses.items(), key=lambda item: _ORDER.index(item[0]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,14 +186,14 @@ class Queue:
             number = int(stop.code or 0) - 128 if isinstance(stop, Interrupted) else signal.SIGINT
             end(process, number)
             self._note(row, INTERRUPTED, 128 + number, {"started": started})
-            stop.add_note(f"{self.tally}; the same command goes on")
+            stop.add_note(f"{self.tally}; the same command continues")
             raise
         facts: dict[str, Any] = {"started": started, "seconds": round(time.monotonic() - start, 1)}
         code = process.returncode if process.returncode >= 0 else 128 - process.returncode
         if code == JobLocked.exit_code and self.shared:
             return False
         if code == StorageError.exit_code and not is_last and not self.fail_fast:
-            self.say(f"row {row.row}: waits until the other rows are drawn")
+            self.say(f"row {row.row}: a file could not be written; trying again after the other rows")
             return False
         if code == 0:
             report = json.loads(told)

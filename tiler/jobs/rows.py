@@ -100,7 +100,7 @@ def _toml_rows(path: Path) -> Iterator[Row]:
     index = 0
     for image in images:
         if not isinstance(image, dict):
-            raise UsageError(f"{path}: image {index + 1} is no [[image]] table")
+            raise UsageError(f"{path}: image {index + 1} is not an [[image]] table")
         for row in _rows_of({**defaults, **image}, index):
             if row.problem is not None:
                 raise UsageError(f"{path}: image {row.index}: {row.problem}")
@@ -132,7 +132,7 @@ def _prompt_line(line: str) -> tuple[dict[str, Any], list[str]]:
     at = 0
     while at < len(words):
         if not words[at].startswith("--"):
-            raise UsageError(f"{words[at]!r} belongs to no --tag")
+            raise UsageError(f"{words[at]!r} does not follow a --tag; write --prompt before it")
         tag, at, values = words[at][2:].replace("-", "_"), at + 1, list[str]()
         while at < len(words) and not words[at].startswith("--") and (not values or "prompt" in tag):
             values.append(words[at])

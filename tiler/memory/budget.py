@@ -167,7 +167,7 @@ class Budget:
             would_do = -(-int(self.peak_rss_bytes / MARGIN + self.beside_bytes) // _ROUND) * _ROUND
             raise BudgetExceeded(
                 f"the ceiling of {format_mb(self.max_bytes)} was reached at {where} (peak {format_mb(self.peak_rss_bytes)}); "
-                f"--max-ram {would_do // 10**6}MB would have held that, a smaller --size needs less"
+                f"--max-ram {would_do // 10**6}MB would have been enough, and a smaller --size needs less"
             )
 
     def take_tight(self) -> bool:

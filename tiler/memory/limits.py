@@ -77,7 +77,7 @@ def check_user_limits() -> None:
     for name, allowed in _user_limits():
         if allowed < _LEAST:
             raise BudgetExceeded(
-                f"{name} is {format_mb(allowed)}; no run fits into less than {format_mb(_LEAST)}: raise it"
+                f"{name} is {format_mb(allowed)}; no run fits in less than {format_mb(_LEAST)}; raise it"
             )
 
 

@@ -27,13 +27,15 @@ class Kind(StrEnum):
     FLUX = "a transformer of Flux"
     PIXART = "a transformer of PixArt"
     AURAFLOW = "a transformer of AuraFlow"
+    HUNYUANDIT = "a transformer of HunyuanDiT"
+    LUMINA = "a transformer of Lumina-Next"
     VAE = "an autoencoder"
     TINY_VAE = "a tiny autoencoder"
     CLIP = "a CLIP text encoder"
     T5 = "a T5 text encoder"
 
 
-DENOISERS = frozenset({Kind.UNET, Kind.SD3, Kind.FLUX, Kind.PIXART, Kind.AURAFLOW})
+DENOISERS = frozenset({Kind.UNET, Kind.SD3, Kind.FLUX, Kind.PIXART, Kind.AURAFLOW, Kind.HUNYUANDIT, Kind.LUMINA})
 
 
 class Naming(StrEnum):
@@ -90,8 +92,8 @@ _ADDITIONS = {
     "input_hint_block": "a ControlNet", "ip_adapter": "an IP-Adapter", "emb_params": "a textual inversion",
     "conv_first": "an upscaler of pictures", "single_stream_modulation": "FLUX.2",
     "noise_refiner": "Lumina 2 or Z-Image",
-    "time_extra_emb": "a transformer of HunyuanDiT, which tiler reads in the model's folder alone",
-    "time_caption_embed": "a transformer of Lumina-Next, which tiler reads in the model's folder alone",
+    "cap_embedder": "a transformer of Lumina-Next under its repository's own names, which tiler cannot read; take the "
+    "file of its folder in diffusers layout",
 }  # fmt: skip
 
 
@@ -121,7 +123,7 @@ def look(shapes: Shapes, where: str) -> Contents:
     denoisers = [part for part in parts if part.kind in DENOISERS]
     if len(denoisers) > 1:
         names = " and ".join(f"{part.kind} ({part.prefix or 'without a prefix'})" for part in denoisers)
-        raise ModelError(f"{where}: two denoisers are in this file, {names}; it cannot be told which one is meant")
+        raise ModelError(f"{where}: this file holds two denoisers, {names}; give a file with one")
     if not parts:
         heads = {name.split(".", 1)[0] for name in unknown}
         what = next((what for head, what in _ADDITIONS.items() if head in heads), None)
@@ -129,7 +131,7 @@ def look(shapes: Shapes, where: str) -> Contents:
             what = "a textual inversion"
         some = f" ({', '.join(unknown[:3])}…)" if unknown else ""
         raise ModelError(
-            f"{where}: this is {what or f'no model that tiler knows{some}'}; give a model of Stable Diffusion 1.x to 3.5, SDXL, "
+            f"{where}: this is {what or f'not a model that tiler knows{some}'}; give a model of Stable Diffusion 1.x to 3.5, SDXL, "
             "PixArt, Flux.1 or AuraFlow"
         )
     return Contents(tuple(parts), dict(ignored), tuple(unknown))
@@ -148,11 +150,12 @@ def _without(group: Mapping[str, Shape], prefix: str) -> dict[str, Shape]:
 def _kinds(names: Shapes, where: str) -> list[tuple[Kind, Naming]]:
     """The possible kinds of the tensors under one prefix; empty if unknown."""
     heads = {name.split(".", 1)[0] for name in names}
+    if heads & _CONTROLS:
+        return []
     found = [kind for kind, test in _DENOISERS.items() if test <= heads]
     if len({kind for kind, _ in found}) < len(found):
         raise ModelError(
-            f"{where}: this file names its tensors in two ways, those of the original and those of diffusers; "
-            "it cannot be told which ones are meant"
+            f"{where}: this file has both the original's and diffusers' names of tensors; give a file with one of them"
         )
     for test, kind in _TRANSFORMERS:
         if not found and "transformer_blocks" in heads and test <= heads:
@@ -175,6 +178,8 @@ def _kinds(names: Shapes, where: str) -> list[tuple[Kind, Naming]]:
     return [(Kind.T5, Naming.GGML)] if "enc" in heads else []
 
 
+# ControlNets also have the layers of the denoiser that they control.
+_CONTROLS = frozenset({"control_model", "controlnet_cond_embedding", "controlnet_blocks", "input_hint_block"})
 # By the first words of names that only they have.
 _DENOISERS: Mapping[tuple[Kind, Naming], set[str]] = {
     (Kind.UNET, Naming.ORIGINAL): {"input_blocks"},
@@ -184,6 +189,9 @@ _DENOISERS: Mapping[tuple[Kind, Naming], set[str]] = {
     (Kind.PIXART, Naming.ORIGINAL): {"blocks", "t_block", "y_embedder"},
     (Kind.AURAFLOW, Naming.ORIGINAL): {"double_layers"},
     (Kind.AURAFLOW, Naming.DIFFUSERS): {"joint_transformer_blocks"},
+    (Kind.HUNYUANDIT, Naming.ORIGINAL): {"blocks", "mlp_t5"},
+    (Kind.HUNYUANDIT, Naming.DIFFUSERS): {"blocks", "time_extra_emb"},
+    (Kind.LUMINA, Naming.DIFFUSERS): {"layers", "time_caption_embed"},
 }
 _TRANSFORMERS = (
     ({"adaln_single"}, Kind.PIXART),

@@ -1,7 +1,8 @@
 """Rename the tensors of a file to the names of the modules: with diffusers' own conversion functions, run on stand-ins
 for tensors, and with tables for what diffusers does not convert.
 
-PixArt's names are those of its repository (PixArt-alpha/PixArt-sigma, diffusion/model/nets); the short T5 names are
+PixArt's names are those of its repository (PixArt-alpha/PixArt-sigma, diffusion/model/nets), HunyuanDiT's those that
+diffusers' own script reads (huggingface/diffusers, scripts/convert_hunyuandit_to_diffusers.py); the short T5 names are
 llama.cpp's (ggml-org/llama.cpp, gguf-py/gguf/constants.py).
 """
 
@@ -11,7 +12,9 @@ import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
 
 from tiler.memory.lean_imports import lean_imports
 from tiler.models.contents import Content, Kind, Naming
@@ -59,6 +62,7 @@ def renamed(part: Content, index: Index) -> dict[str, TensorInfo]:
         Kind.FLUX: diffusers.convert_flux_transformer_checkpoint_to_diffusers,
         Kind.AURAFLOW: diffusers.convert_auraflow_transformer_checkpoint_to_diffusers,
         Kind.PIXART: _pixart,
+        Kind.HUNYUANDIT: _hunyuandit,
     }
     return converted(own, by_kind[part.kind])
 
@@ -79,6 +83,29 @@ def _unet_facts(part: Content) -> dict[str, Any]:
     return facts | ({"addition_embed_type": "text_time"} if "label_emb.0.0.weight" in part.shapes else {})
 
 
+class _Names(NamedTuple):
+    """Tables of names without their endings: of layers in blocks, of fused layers there with the layers that they hold,
+    and of layers outside. Unknown names in blocks stay; `place` is what blocks are called."""
+
+    blocks: Mapping[str, str]
+    fused: Mapping[str, tuple[str, ...]]
+    outside: Mapping[str, str]
+    place: str
+
+    def apply(self, tensors: Mapping[str, Rows]) -> dict[str, Rows]:
+        made: dict[str, Rows] = {}
+        for name, tensor in tensors.items():
+            stem, _, ending = name.rpartition(".")
+            if (block := re.fullmatch(r"blocks\.(\d+)\.(.+)", stem)) is not None:
+                place = f"{self.place}.{block[1]}."
+                names = self.fused.get(block[2], (self.blocks.get(block[2], block[2]),))
+                parts = [tensor] if len(names) == 1 else tensor.chunk(len(names))
+                made |= {f"{place}{new}.{ending}": rows for new, rows in zip(names, parts, strict=True)}
+            elif stem in self.outside:
+                made[f"{self.outside[stem]}.{ending}"] = tensor
+        return made
+
+
 _PIXART = {
     "x_embedder.proj": "pos_embed.proj", "y_embedder.y_proj.fc1": "caption_projection.linear_1",
     "y_embedder.y_proj.fc2": "caption_projection.linear_2", "t_block.1": "adaln_single.linear",
@@ -94,26 +121,48 @@ _PIXART_BLOCK = {
     "attn.proj": "attn1.to_out.0", "cross_attn.proj": "attn2.to_out.0", "cross_attn.q_linear": "attn2.to_q",
     "mlp.fc1": "ff.net.0.proj", "mlp.fc2": "ff.net.2",
 }  # fmt: skip
-_FUSED = {"attn.qkv": ("attn1.to_q", "attn1.to_k", "attn1.to_v"), "cross_attn.kv_linear": ("attn2.to_k", "attn2.to_v")}
+_PIXART_FUSED = {
+    "attn.qkv": ("attn1.to_q", "attn1.to_k", "attn1.to_v"), "cross_attn.kv_linear": ("attn2.to_k", "attn2.to_v"),
+}  # fmt: skip
 
 
 def _pixart(tensors: dict[str, Rows]) -> dict[str, Rows]:
-    made: dict[str, Rows] = {}
+    made = _Names(_PIXART_BLOCK, _PIXART_FUSED, _PIXART, "transformer_blocks").apply(tensors)
     for name, tensor in tensors.items():
-        stem, _, ending = name.rpartition(".")
-        if (block := re.fullmatch(r"blocks\.(\d+)\.(.+)", stem)) is not None:
-            place = f"transformer_blocks.{block[1]}."
-            if (names := _FUSED.get(block[2])) is not None:
-                parts = zip(names, tensor.chunk(len(names)), strict=True)
-                made |= {f"{place}{new}.{ending}": rows for new, rows in parts}
-            else:
-                made[f"{place}{_PIXART_BLOCK.get(block[2], block[2])}.{ending}"] = tensor
-        elif stem in _PIXART:
-            made[f"{_PIXART[stem]}.{ending}"] = tensor
-        elif ending == "scale_shift_table":
+        if name.endswith("scale_shift_table"):
             made[name.replace("blocks.", "transformer_blocks.").removeprefix("final_layer.")] = tensor
         elif name == "pos_embed":
             made["pos_embed.pos_embed"] = tensor
+    return made
+
+
+_HUNYUANDIT = {
+    "x_embedder.proj": "pos_embed.proj", "mlp_t5.0": "text_embedder.linear_1", "mlp_t5.2": "text_embedder.linear_2",
+    "t_embedder.mlp.0": "time_extra_emb.timestep_embedder.linear_1",
+    "t_embedder.mlp.2": "time_extra_emb.timestep_embedder.linear_2",
+    "extra_embedder.0": "time_extra_emb.extra_embedder.linear_1",
+    "extra_embedder.2": "time_extra_emb.extra_embedder.linear_2", "final_layer.linear": "proj_out",
+    **{f"pooler{rest}": f"time_extra_emb.pooler{rest}" for rest in ("", ".q_proj", ".k_proj", ".v_proj", ".c_proj")},
+}  # fmt: skip
+_HUNYUANDIT_BLOCK = {
+    "default_modulation.1": "norm1.linear", "norm1": "norm1.norm", "norm2": "norm3", "norm3": "norm2",
+    "attn2.q_proj": "attn2.to_q", "mlp.fc1": "ff.net.0.proj", "mlp.fc2": "ff.net.2",
+    **{f"{a}.{x}_norm": f"{a}.norm_{x}" for a in ("attn1", "attn2") for x in "qk"},
+    **{f"{a}.out_proj": f"{a}.to_out.0" for a in ("attn1", "attn2")},
+}  # fmt: skip
+_HUNYUANDIT_FUSED = {
+    "attn1.Wqkv": ("attn1.to_q", "attn1.to_k", "attn1.to_v"), "attn2.kv_proj": ("attn2.to_k", "attn2.to_v"),
+}  # fmt: skip
+
+
+def _hunyuandit(tensors: dict[str, Rows]) -> dict[str, Rows]:
+    made = _Names(_HUNYUANDIT_BLOCK, _HUNYUANDIT_FUSED, _HUNYUANDIT, "blocks").apply(tensors)
+    for ending in ("weight", "bias"):
+        shift, scale = tensors[f"final_layer.adaLN_modulation.1.{ending}"].chunk(2)
+        made[f"norm_out.linear.{ending}"] = torch.cat([scale, shift])  # type: ignore[list-item, assignment]
+    if (style := tensors.get("style_embedder.weight")) is not None:
+        made["time_extra_emb.style_embedder.weight"] = style[0:1]
+    made["text_embedding_padding"] = tensors["text_embedding_padding"]
     return made
 
 

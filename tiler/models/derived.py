@@ -22,6 +22,8 @@ def denoiser_config(shapes: Shapes, row: FamilyRow, where: str) -> Config:
         Kind.FLUX: _flux,
         Kind.PIXART: _pixart,
         Kind.AURAFLOW: _auraflow,
+        Kind.HUNYUANDIT: _hunyuandit,
+        Kind.LUMINA: _lumina,
     }[row.kind]
     return dict(row.denoiser) | derive(_Known(shapes, where), row)
 
@@ -158,6 +160,18 @@ def _auraflow(shapes: _Known, row: FamilyRow) -> Config:
         "num_single_dit_layers": count(shapes, r"single_transformer_blocks\.(\d+)\."),
         "pos_embed_max_size": shapes["pos_embed.pos_embed"][-2],
     }
+
+
+def _hunyuandit(shapes: _Known, row: FamilyRow) -> Config:
+    """What differs between versions; the rest is the folder's."""
+    return {
+        "num_layers": count(shapes, r"blocks\.(\d+)\."),
+        "use_style_cond_and_image_meta_size": "time_extra_emb.style_embedder.weight" in shapes,
+    }
+
+
+def _lumina(shapes: _Known, row: FamilyRow) -> Config:
+    return {"num_layers": count(shapes, r"layers\.(\d+)\.")}
 
 
 def vae_config(shapes: Shapes, row: FamilyRow, where: str) -> Config:

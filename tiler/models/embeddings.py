@@ -104,7 +104,9 @@ class Embeddings:
         found = {rows.shape[-1]: rows.view(-1, rows.shape[-1]) for rows in tensors}
         if tuple(sorted(found)) != self._widths:
             here, wanted = (", ".join(map(str, sorted(widths))) or "none" for widths in (found, self._widths))
-            raise ModelError(f"{path}: an embedding of width {here}; this model's text encoders take {wanted}")
+            raise ModelError(
+                f"{path}: this embedding has width {here}, but the model's text encoders take {wanted}; use one for this model"
+            )
         for rows in found.values():
             if len(rows) > MOST_VECTORS:
                 raise ModelError(f"{path}: {len(rows)} vectors; an embedding has at most {MOST_VECTORS}")

@@ -124,7 +124,7 @@ class Words(NamedTuple):
         """Raise UsageError if the prompts were encoded for another kind of family."""
         if self.kind != (wanted := kind_of(family)):
             raise UsageError(
-                f"{self.path}: these prompts are for {self.kind}; {family.checkpoint.name} is {wanted}; encode them anew: "
+                f"{self.path}: these prompts are for {self.kind}; {family.checkpoint.name} is {wanted}; encode them again: "
                 f"tiler encode … --model {family.checkpoint.name}"
             )
 
@@ -174,9 +174,9 @@ def read_words(path: Path) -> Words:
     except ModelError as error:
         raise UsageError(str(error)) from error
     except (KeyError, ValueError, RecursionError) as error:
-        raise UsageError(f"{path}: does not say which prompts it holds; `tiler encode` writes it anew") from error
+        raise UsageError(f"{path}: does not say which prompts it holds; write it again with `tiler encode`") from error
     if not (_are_texts(prompts) and _are_texts(negative_prompts)):
-        raise UsageError(f"{path}: does not say which prompts it holds; `tiler encode` writes it anew")
+        raise UsageError(f"{path}: does not say which prompts it holds; write it again with `tiler encode`")
     return Words(path, texts, kind, read_as, tuple(prompts), tuple(negative_prompts))
 
 

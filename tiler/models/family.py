@@ -85,7 +85,7 @@ class Traits(NamedTuple):
     longest: int | None = None  # side of a guide, where the positions it knows end
     large_blocks: bool = False  # whether a sample's activations are few blocks of many MB, which leave no holes behind
     chunked: bool = (
-        False  # whether a long prompt goes on in chunks of 77 tokens, of which all prompts of a sample have as many
+        False  # whether long prompts continue in chunks of 77 tokens; all prompts of a sample have the same number
     )
     embeddings: bool = False  # whether prompts may name embeddings (textual inversion)
     clip_skip: bool = False  # whether the states of another layer of CLIP can be taken

@@ -36,7 +36,8 @@ _PILE = Encoder("Pile-T5-XL", Kind.T5, 2048, "--t5xxl")
 
 class FamilyRow(NamedTuple):
     """A family. `floor`: the smallest ceiling, in MB, that renders 2048² with a checkpoint of the published size.
-    `others`: a repository with its text encoders, tokenizers and autoencoder."""
+    `others`: a repository with its text encoders, tokenizers and autoencoder. Without `encoders`, all parts but the
+    denoiser and the autoencoder must come from a folder in diffusers layout."""
 
     title: str
     pipeline: str
@@ -187,10 +188,18 @@ AURAFLOW = FamilyRow(
     denoiser={"sample_size": 64},
 )
 
-ROWS = (SD1, SD2, SDXL, SD3, FLUX, SCHNELL, PIXART_ALPHA, PIXART_SIGMA, AURAFLOW)
+HUNYUANDIT = FamilyRow(
+    "HunyuanDiT", "HunyuanDiTPipeline", Kind.HUNYUANDIT, (), 4, 0.13025, MappingProxyType({}), 442,
+    "Tencent-Hunyuan/HunyuanDiT-v1.2-Diffusers",
+)  # fmt: skip
+LUMINA = FamilyRow(
+    "Lumina-Next", "LuminaPipeline", Kind.LUMINA, (), 4, 0.13025, MappingProxyType({}), 446,
+    "Alpha-VLLM/Lumina-Next-SFT-diffusers",
+)  # fmt: skip
+_SD3_LARGE_FLOOR = 478  # MB, of Stable Diffusion 3.5 large at 2048²
 
-FOLDERS_ALONE = MappingProxyType({"HunyuanDiTPipeline": ("HunyuanDiT", 442), "LuminaPipeline": ("Lumina-Next", 446)})
-"""Families of which no single file is read: title and floor by the pipeline that model_index.json names."""
+ROWS = (SD1, SD2, SDXL, SD3, FLUX, SCHNELL, PIXART_ALPHA, PIXART_SIGMA, AURAFLOW, HUNYUANDIT, LUMINA)
+_OTHER_NAMES = MappingProxyType({"LuminaText2ImgPipeline": LUMINA.pipeline})
 
 
 def family_of(part: Content, where: str) -> FamilyRow:
@@ -205,10 +214,15 @@ def family_of(part: Content, where: str) -> FamilyRow:
         alpha = "csize_embedder.mlp.0.weight" in shapes or any("resolution_embedder" in name for name in shapes)
         length = shapes.get("y_embedder.y_embedding", (300,))[0]
         return PIXART_ALPHA if alpha or length == 120 else PIXART_SIGMA
-    if part.kind is Kind.AURAFLOW:
-        return AURAFLOW
-    large = part.count(r"(?:joint_blocks|transformer_blocks)\.(\d+)\.") > 30
-    return SD3._replace(floor=478) if large else SD3
+    if (row := {Kind.AURAFLOW: AURAFLOW, Kind.HUNYUANDIT: HUNYUANDIT, Kind.LUMINA: LUMINA}.get(part.kind)) is not None:
+        return row
+    return of_depth(SD3, part.count(r"(?:joint_blocks|transformer_blocks)\.(\d+)\."))
+
+
+def of_depth(row: FamilyRow, blocks: int) -> FamilyRow:
+    """The family with the floor of a denoiser of so many blocks: Stable Diffusion 3.5 large has 38 wider ones, the
+    other sizes have 24."""
+    return row._replace(floor=_SD3_LARGE_FLOOR) if row.kind is Kind.SD3 and blocks > 30 else row
 
 
 _BY_WIDTH = {768: SD1, 1024: SD2, 2048: SDXL}
@@ -269,4 +283,4 @@ def row_of_pipeline(name: str, unet: Mapping[str, Any]) -> FamilyRow | None:
     """The family of a folder whose model_index.json names that class; `unet` is the UNet's config, if there is one."""
     if name == "StableDiffusionPipeline" and unet.get("cross_attention_dim") == 1024:
         return SD2
-    return next((row for row in ROWS if row.pipeline == name), None)
+    return next((row for row in ROWS if row.pipeline == _OTHER_NAMES.get(name, name)), None)

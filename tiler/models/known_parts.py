@@ -76,8 +76,10 @@ def find_encoder(known: Sequence[KnownPart], encoder: Encoder, row: FamilyRow, m
 def _missing(model: str, what: str, flag: str, command: str, found: Sequence[Path]) -> ModelError:
     if found:
         listed = ", ".join(map(str, found))
-        return ModelError(f"{model}: no {what} is in this file, and several fit; choose one with {flag}: {listed}")
-    return ModelError(f"{model}: no {what} is in this file; give {flag} FILE or FOLDER (run: {command})")
+        return ModelError(
+            f"{model}: this file has no {what}, and several files would fit; choose one with {flag}: {listed}"
+        )
+    return ModelError(f"{model}: this file has no {what}; give {flag} FILE or FOLDER (run: {command})")
 
 
 def t5_tokenizer(path: Path, row: FamilyRow) -> Path:

@@ -10,7 +10,7 @@ from typing import Any
 
 from tiler.errors import ModelError
 from tiler.models.contents import DENOISERS, Contents, Kind, look
-from tiler.models.kinds import FOLDERS_ALONE, FamilyRow, family_of, row_of_pipeline
+from tiler.models.kinds import FamilyRow, family_of, of_depth, row_of_pipeline
 from tiler.weights.flavours import WEIGHTS, find_weights, names_in, read_json
 from tiler.weights.folders import model_files
 from tiler.weights.headers import shapes_of
@@ -65,7 +65,9 @@ def _file(path: Path) -> Listed:
 
 
 def _lacking(contents: Contents, row: FamilyRow) -> Iterable[str]:
-    if not contents.find(Kind.VAE):
+    if not row.encoders:
+        yield "--model"
+    elif not contents.find(Kind.VAE):
         yield "--vae"
     there = contents.find(Kind.CLIP, Kind.T5)
     for encoder in row.encoders:
@@ -79,6 +81,9 @@ def _folder(path: Path) -> Listed:
     index = read_json(path / INDEX)
     unet = read_json(path / "unet/config.json") if (path / "unet/config.json").is_file() else {}
     row = row_of_pipeline(str(index.get("_class_name")), unet)
+    if row is not None and (path / "transformer/config.json").is_file():
+        layers = read_json(path / "transformer/config.json").get("num_layers")
+        row = of_depth(row, layers if isinstance(layers, int) else 0)
     weighted = [part for part, has_weights in parts_of(index).items() if has_weights]
     size, lacks = 0, []
     for part in weighted:
@@ -88,6 +93,5 @@ def _folder(path: Path) -> Listed:
             lacks.append(part)
             size += sum((path / part / name).stat().st_size for name in names_in(path / part) if name.endswith(WEIGHTS))
     name = str(index.get("_class_name") or "a pipeline of an unknown kind")
-    title, floor = (row.title, row.floor) if row is not None else FOLDERS_ALONE.get(name, (name, None))
-    floor_bytes = None if floor is None else floor * MB
+    title, floor_bytes = (name, None) if row is None else (row.title, row.floor * MB)
     return Listed(path=path, family=title, size_bytes=size, floor_bytes=floor_bytes, lacks=tuple(lacks))

@@ -36,7 +36,7 @@ def find_loras(request: RenderRequest) -> tuple[Lora, ...]:
     given = () if request.lora_dir is None else (request.lora_dir.expanduser(),)
     found = [replace(lora, file=_file_of(lora.file.expanduser(), given)) for lora in request.loras]
     if tags and not given and not settings.folders(settings.Kind.LORA):
-        raise UsageError(f"{tags[0]}: give the folder of the LoRAs with --lora-dir, or the file itself with --lora")
+        raise UsageError(f"{tags[0]}: give the folder of your LoRAs with --lora-dir, or the file itself with --lora")
     for named in map(parse_tag, tags):
         file = find_lora(named.name, given)
         found.append(Lora(file=file, strength=named.strength, text_strength=named.text_strength))
@@ -49,7 +49,7 @@ def _file_of(path: Path, given: Sequence[Path]) -> Path:
     if path.is_file():
         return path
     if not given and not settings.folders(settings.Kind.LORA):
-        raise ModelError(f"--lora {path}: no such file; to give it by name, say where it lies with --lora-dir")
+        raise ModelError(f"--lora {path}: no such file; to give it by name, name its folder with --lora-dir")
     try:
         return find_lora(path.name.removesuffix(SUFFIX), given)
     except ModelError as error:
@@ -84,7 +84,7 @@ def notes_on_loras(request: ResolvedRequest, models: Models, read_as: ReadAs) ->
         f"{request.scheduler.value}; what is given as an option wins"
     )
     if request.guidance_scale > max(2.0, recipe.defaults.get("guidance_scale", math.inf)):
-        yield f"guidance {request.guidance_scale:g} is much for a LoRA of this kind: colours burn; take 1 to 2"
+        yield f"guidance {request.guidance_scale:g} is too high for this kind of LoRA and burns colours; take --guidance-scale 1 to 2"
 
 
 class _LoraFile(NamedTuple):
@@ -104,7 +104,7 @@ class _LoraFile(NamedTuple):
         index = read_index(path)
         modules, others = read_keys(path, index)
         if not modules:
-            raise ModelError(f"{path}: no key of it is a LoRA's; the first is {next(iter(index), 'missing')!r}")
+            raise ModelError(f"{path}: none of its keys is a LoRA's; the first is {next(iter(index), 'missing')!r}")
         for slot, info in (item for tensors in modules.values() for item in tensors.by_slot.items()):
             integer = slot is Slot.ALPHA and info.dtype in ("I64", "I32")
             if info.dtype not in ("F32", "F16", "BF16", "F8_E4M3", "F8_E5M2") and not integer:

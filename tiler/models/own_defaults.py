@@ -30,10 +30,10 @@ def read_defaults(folder: Path) -> dict[str, Any]:
         if key not in _KEYS:
             raise ModelError(f"{path}: unknown key {key!r}; known are {', '.join(_KEYS)}")
         if not isinstance(value, _KEYS[key]) or isinstance(value, bool):
-            raise ModelError(f"{path}: {key} = {value!r} has the wrong type")
+            raise ModelError(f"{path}: {key} = {value!r} has the wrong type; correct the file")
     if isinstance(prompts := said.get("prompt"), list):
         if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
-            raise ModelError(f"{path}: prompt = {prompts!r} is no list of texts")
+            raise ModelError(f"{path}: prompt = {prompts!r} is neither a text nor a list of texts; correct the file")
         said["prompt"] = tuple(prompts)
     try:
         for prompt in (prompts,) if isinstance(prompts, str) else said.get("prompt", ()):

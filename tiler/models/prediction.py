@@ -42,7 +42,7 @@ def decide(file: WeightFile, row: FamilyRow, said: Prediction | None) -> Decided
     for key, what in _REFUSED.items():
         if key in names:
             raise ModelError(
-                f"{file.path}: the key {key} tells that this is {what}, which is trained on a noise of its own (EDM); tiler "
+                f"{file.path}: its key {key} says that this is {what}, which is trained on a noise of its own (EDM); tiler "
                 "does not support it"
             )
     zero_snr = "ztsnr" in names

@@ -45,9 +45,9 @@ def notes_on_prompts(request: ResolvedRequest, family: Family, *, has_guide: boo
     if (request.clip_skip or 1) > 1 and not family.traits.clip_skip:
         yield f"--clip-skip has no effect: {family.traits.title} always takes the same layer"
     if request.tile_conditioning is not TileConditioning.PLACE and not family.traits.told_place:
-        yield f"--tile-conditioning has no effect: {family.traits.title} is told no places"
+        yield f"--tile-conditioning has no effect: {family.traits.title} takes no sizes and crops"
     if request.canvas_prompt is not None and not has_guide:
         yield "there is no guide to draw PROMPT: --canvas-prompt alone is drawn"
     negative = request.negative_prompt, *(r.negative_prompt for r in request.regions)
     if any(negative) and family.traits.guidance is not Guidance.CFG:
-        yield f"the negative prompt has no effect: {family.traits.title} takes none"
+        yield f"the negative prompt has no effect on {family.traits.title}"

@@ -172,7 +172,7 @@ def read(checkpoint: Checkpoint, name: str) -> StableDiffusion3:
         encoders.append(_read_t5(checkpoint, kind, config))
     elif checkpoint.reads_text:
         fetch = fetch_part(checkpoint, kind.repository, T5, T5_TOKENIZER)
-        notes.append(f"{T5} (T5) is not there: the prompt is read by CLIP alone; to add it, {fetch}")
+        notes.append(f"{T5} (T5) is missing: CLIP alone reads the prompt; to add T5, {fetch}")
     denoiser = Part(
         name="transformer", role=Role.DENOISER, config=config, aliases=table_names,
         build=partial(build_mmdit, checkpoint, config), quantise=quantised, once=read_once, rotate=True,

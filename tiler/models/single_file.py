@@ -89,7 +89,7 @@ class _Assembly:
             row = row_of_pipeline(str(self.base.config("", "model_index.json").get("_class_name")), unet)
             if row is None:
                 raise ModelError(
-                    f"{self.base.name}: of a model of this kind no part can be replaced; leave out the flag"
+                    f"{self.base.name}: tiler cannot replace parts of this kind of model; leave out --vae, --text-encoder and their like"
                 )
             return row
         found = self.file.contents.find(*DENOISERS)
@@ -110,8 +110,15 @@ class _Assembly:
                     f"{file.path}: this is {part.kind}, {self.base.name} is another model; give a --model of the same family"
                 )
             own = self.base.config(row.part)
-            if all(own.get(key) in (None, value) for key, value in config.items() if key in _TOLD_BY_SHAPES):
+            if not row.encoders:
+                config = own | config
+            elif all(own.get(key) in (None, value) for key, value in config.items() if key in _TOLD_BY_SHAPES):
                 config = own
+        elif not row.encoders:
+            raise ModelError(
+                f"{file.path}: this is {part.kind} alone; give --model FOLDER as well, which has its other parts (run: "
+                f"hf download {row.others} --local-dir FOLDER)"
+            )
         else:
             self.sources[""] = PartSource(config={"_class_name": row.pipeline, **row.fields}, label=str(file.path))
             self.sources["scheduler"] = PartSource(config=dict(row.scheduler), label="as models of this family have it")
@@ -183,6 +190,8 @@ class _Assembly:
         slots = self.row.encoder_parts()
         flags = {"--clip_l": self.options.clip_l, "--clip_g": self.options.clip_g, "--t5xxl": self.options.t5xxl}
         taken: dict[str, tuple[FoundPart, str]] = {}
+        if not slots and (said := self.options.replaced().keys() - {"--vae"}):
+            raise UsageError(f"{min(said)}: {self.row.title}'s text encoders are read in its folder; leave it out")
         for flag, given in flags.items():
             if given is not None:
                 kind = Kind.T5 if flag == "--t5xxl" else Kind.CLIP

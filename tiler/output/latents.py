@@ -75,7 +75,9 @@ class LatentsFile:
         except ModelError as error:
             raise UsageError(str(error)) from error
         if NAME not in index:
-            raise UsageError(f"{path}: holds no tensor `{NAME}` but {', '.join(sorted(index)[:5]) or 'nothing'}")
+            raise UsageError(
+                f"{path}: no tensor `{NAME}` in this file, which holds {', '.join(sorted(index)[:5]) or 'nothing'}"
+            )
         info = index[NAME]
         if info.dtype not in ("F16", "BF16", "F32"):
             raise UsageError(f"{path}: the latents are {info.dtype}; fp16, bf16 and fp32 are read")

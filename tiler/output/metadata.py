@@ -50,6 +50,8 @@ class Facts:
     loras: Mapping[str, str]  # hashes by name
     lora_files: Mapping[str, str] = field(default_factory=dict)  # AutoV2 of the files by name
     vae_hash: str | None = None  # AutoV2, if --vae names an autoencoder that is one file
+    guide_sha256: str | None = None  # of the user's picture
+    mask_sha256: str | None = None  # of --repaint's picture
     clip_skip: bool  # whether the model has a choice of CLIP's layers
     begin: int  # the step at which the canvas starts; 0 without a guide
 
@@ -84,6 +86,8 @@ def texts(request: ResolvedRequest, facts: Facts) -> dict[str, str]:
         **({"model_hash": facts.model_hash} if facts.model_hash is not None else {}),
         "revision": facts.revision,
         **({"lora_hashes": dict(facts.loras)} if facts.loras else {}),
+        **({"guide_sha256": facts.guide_sha256} if facts.guide_sha256 is not None else {}),
+        **({"mask_sha256": facts.mask_sha256} if facts.mask_sha256 is not None else {}),
     }
     prompt = r.prompt if r.prompt is not None else " | ".join(region.prompt for region in r.regions)
     both = {

@@ -35,7 +35,7 @@ def format_of(path: Path, asked: Format | None = None) -> Format:
         return asked or Format.PNG
     if (format := FORMATS.get(path.suffix.lower())) is None:
         known = ".png, .jpg, .pdf, .tif, .webp or .avif"
-        raise UsageError(f"{path}: pictures are written as {known}; give --output such a name")
+        raise UsageError(f"{path}: pictures are written as {known}; give --output a name that ends so")
     return format
 
 

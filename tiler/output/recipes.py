@@ -64,11 +64,11 @@ def read_recipe(texts: Mapping[str, str]) -> Recipe:
         return Recipe(tool="ComfyUI", settings=settings, others=others, lacks=lacks)
     if (text := texts.get("parameters")) is not None and text.strip():
         return _parameters(text)
-    raise ModelError("no parameters in this picture; its file says nothing of how it was made")
+    raise ModelError("no parameters in this picture: its file does not say how it was made")
 
 
 # Facts in tiler's own JSON that are not part of the request.
-_FACTS = ("kernels", "model_id", "model_hash", "bleed_mm", "lora_hashes")
+_FACTS = ("kernels", "model_id", "model_hash", "bleed_mm", "lora_hashes", "guide_sha256", "mask_sha256")
 
 
 def _parameters(text: str) -> Recipe:

@@ -32,12 +32,14 @@ def read_texts(path: Path) -> dict[str, str]:
     except (struct.error, zlib.error) as error:
         raise UsageError(f"{path}: the file is damaged ({error}); take another copy") from error
     except _TooLong as error:
-        raise ModelError(f"{path}: it holds more than {_MOST // 10**6} MB of text, which is no recipe") from error
+        raise ModelError(
+            f"{path}: it holds more than {_MOST // 10**6} MB of text, too much for a picture's settings"
+        ) from error
     except FileNotFoundError as error:
         raise UsageError(f"{path}: no such picture; check the path") from error
     except OSError as error:
         if error.errno is None:  # raised by Pillow
-            raise UsageError(f"{path}: no picture that can be read; give a PNG, JPEG, WebP, AVIF or TIFF") from error
+            raise UsageError(f"{path}: cannot be read as a picture; give a PNG, JPEG, WebP, AVIF or TIFF") from error
         raise StorageError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
 
 

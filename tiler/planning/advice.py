@@ -27,7 +27,7 @@ def advise(request: ResolvedRequest, plan: RenderPlan, replan: Callable[[Resolve
             found.append((option, memory))
     if fitting := [option for option, memory in found if memory.fits]:
         return f"; it would fit with {' or with '.join(fitting)}"
-    return "".join(f"; with {option} {memory.smallest_text} would do" for option, memory in found)
+    return "".join(f"; with {option} {memory.smallest_text} is enough" for option, memory in found)
 
 
 def _lighter(request: ResolvedRequest, precision: Precision) -> Iterator[tuple[str, ResolvedRequest]]:

@@ -22,13 +22,14 @@ _BITS = 4.5 / 16  # bytes of a pass: blocks of 4-bit weights with a scale, relat
 
 
 class Way(NamedTuple):
-    """A smaller choice: its description, the changed request, the share of the denoiser's bytes that it reads, and
-    whether it needs the same memory as before."""
+    """A smaller choice: its description, the changed request, the share of the denoiser's bytes that it reads, whether
+    it needs the same memory as before, and whether it is worth its price only where it lowers the smallest ceiling."""
 
     words: str
     request: ResolvedRequest
     share: float = 1.0
     same_memory: bool = False
+    for_memory: bool = False
 
 
 class Hint(NamedTuple):
@@ -57,7 +58,7 @@ def hints(
         hint = Hint(way.words, other.memory.smallest_bytes, judge(way.request, other, tiling, way.share))
         higher = hint.smallest_bytes * _LOWER > plan.memory.smallest_bytes
         lower, faster = hint.smallest_bytes < _LOWER * plan.memory.smallest_bytes, hint.seconds < _FASTER * before
-        if (lower or faster) and not higher:
+        if lower or (faster and not higher and not way.for_memory):
             found.append(hint)
     return found
 
@@ -66,7 +67,8 @@ def _ways(request: ResolvedRequest, plan: RenderPlan) -> Iterator[Way]:
     family = plan.family
     pixels = FACTOR * family.native
     if request.tile_size is None and pixels > _TILE and min(request.width, request.height) > _TILE:
-        yield Way(f"--tile-size {_TILE}", replace(request, tile_size=_TILE))
+        # The model was trained on larger pictures: a little time alone does not make up for that.
+        yield Way(f"--tile-size {_TILE}", replace(request, tile_size=_TILE), for_memory=True)
     if plan.precision is not Precision.INT8 and family.traits.width >= INT8_CHANNELS:
         yield Way("--precision int8", replace(request, precision=Precision.INT8))
     if (words := family.traits.few_steps) is not None and request.num_inference_steps > _FEW:

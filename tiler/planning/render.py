@@ -130,7 +130,9 @@ def plan_render(
     on_disk = canvas_bytes > IN_MEMORY_BYTES and not tiles_only
     if on_disk and tiling.spot is not None:
         height, width = pixels_of(tiling.canvas)
-        raise UsageError(f"{request.repaint}: its spot takes {width}×{height} pixels, which is too large; mask less")
+        raise UsageError(
+            f"{request.repaint}: the masked spot takes {width}×{height} pixels, which is too large; mask a smaller part"
+        )
     if on_disk:
         needed, place = (
             bytes_of((1, family.latent_channels, *tiling.canvas), len(tiling.regions), tile),
@@ -138,8 +140,8 @@ def plan_render(
         )
         if facts.scratch_free_bytes < needed:
             raise StorageError(
-                f"{place} has {format_mb(facts.scratch_free_bytes)} free, and the canvas takes {format_mb(needed)}; free some, or "
-                "give another folder with --scratch"
+                f"{place} has {format_mb(facts.scratch_free_bytes)} free, but the canvas takes {format_mb(needed)}; free some "
+                "space, or give another folder with --scratch"
             )
         canvas_bytes = _STORED_BYTES + 4 * math.prod(tile) * masks
     if tiles_only:

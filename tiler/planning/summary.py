@@ -41,12 +41,13 @@ def summarise(
     """The facts of `plan`, which is the plan of `request`; `said` is the request before its gaps were filled. `speed`
     is this machine's, and `replan` plans other requests."""
     counter, loras = time.Counter(models), time.LoraCounter(models, plan.precision, plan.batch)
+    own_bytes = pass_bytes(models, plan)
 
     def count(asked: ResolvedRequest, tiling: Tiling) -> time.Flops:
         return counter.count(tiling, asked.attention_window).plus(loras.count(tiling, asked.attention_window))
 
     def work_of(asked: ResolvedRequest, tiling: Tiling) -> dict[str, Any]:
-        work, nbytes = count(asked, tiling), math.ceil(tiling.denoiser_samples / plan.batch) * pass_bytes(models, plan)
+        work, nbytes = count(asked, tiling), math.ceil(tiling.denoiser_samples / plan.batch) * own_bytes
         took = time.seconds(work, plan.methods.values(), speed, plan.precision, nbytes)
         return with_old_names(
             {
@@ -58,7 +59,8 @@ def summarise(
         )
 
     def judge(asked: ResolvedRequest, other: RenderPlan, tiling: Tiling, share: float) -> float:
-        nbytes = share * math.ceil(tiling.denoiser_samples / other.batch) * pass_bytes(models, other)
+        of_pass = own_bytes if other is plan else pass_bytes(models, other)
+        nbytes = share * math.ceil(tiling.denoiser_samples / other.batch) * of_pass
         return time.seconds(count(asked, tiling), other.methods.values(), speed, other.precision, nbytes)
 
     presets = {}
@@ -76,7 +78,7 @@ def summarise(
         "denoiser_calls": plan.denoiser_calls,
         "read_bytes": read_bytes(models, plan.precision, encoded=plan.encoded),
         **work_of(request, plan),
-        "pass": _pass(count(request, plan), plan, pass_bytes(models, plan), speed),
+        "pass": _pass(count(request, plan), plan, own_bytes, speed),
         "presets": presets,
         "hints": [
             {

@@ -155,7 +155,7 @@ def _canvas(
             cannot = "--regions"
         if cannot is not None:
             raise UsageError(
-                f"{request.width}×{request.height}: with {cannot} this model makes no side of {side} pixels; "
+                f"{request.width}×{request.height}: with {cannot}, this model cannot make a side of {side} pixels; "
                 f"take {FACTOR * length}"
             )
         canvas.append(length)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,6 +33,9 @@ from tiler.planning.tiling import Tiling
 from tiler.request import Precision
 from tiler.weights.disk import disk_speed
 
+_CONVOLUTION = TableShape(Kind.CONVOLUTION, (320, 320, 3, 3), (1, 320, 32, 32))
+_ROUNDS = 3  # of each measurement: an estimate of minutes does not need the fifth
+
 
 class Flops(NamedTuple):
     """Floating-point operations, two for each multiply-add: of layers with weights, and of attention."""
@@ -47,16 +51,41 @@ class Flops(NamedTuple):
         return Flops(self.layers + other.layers, self.attention + other.attention)
 
 
-class Speed(NamedTuple):
-    """Measured operations per second of this machine: of the kernels chosen for layers in each precision, and of
-    attention."""
+class Speed:
+    """Operations per second of this machine: of the kernels chosen for a 3×3 convolution of 320 channels in each
+    precision, and for attention of 2,048 tokens; and the bytes per second at which the file `weights` is read. Each is
+    measured when it is first asked for, in a fifth of a second."""
 
-    fp32: float
-    bf16: float
-    int8: float
-    attention: float
-    half_attention: float  # with bf16 and int8 weights
-    disk: float = math.inf  # bytes of weights read per second
+    def __init__(self, weights: Path) -> None:
+        self._weights = weights
+        self._chosen = cache(partial(chosen_speed, _CONVOLUTION, rounds=_ROUNDS))
+        self._attention = cache(partial(attention_speed, rounds=_ROUNDS))
+
+    @property
+    def fp32(self) -> float:
+        return self._chosen("fp32")
+
+    @property
+    def bf16(self) -> float:
+        return self._chosen("bf16" if onednn.int8().products else "fp32")
+
+    @property
+    def int8(self) -> float:
+        """Without 8-bit products, int8 is only the storage format of weights."""
+        return self._chosen("int8" if onednn.int8().products else "fp32")
+
+    @property
+    def attention(self) -> float:
+        return self._attention("fp32")
+
+    @property
+    def half_attention(self) -> float:
+        """Beside bf16 and int8 weights."""
+        return self._attention("int8" if onednn.int8().products else "fp32")
+
+    @cached_property
+    def disk(self) -> float:
+        return disk_speed(self._weights)
 
 
 class Counter:
@@ -114,19 +143,6 @@ class LoraCounter:
         return Flops(reads * self._read_flops + (beside[0] - beside[1] if beside else 0), 0)
 
 
-def measure(weights: Path) -> Speed:
-    """Measure the important layers for about a second: 3×3 convolutions of 320 channels, and attention of 4,096
-    tokens; and how fast the file `weights` is read."""
-    disk = disk_speed(weights)
-    with torch.no_grad():
-        shape = TableShape(Kind.CONVOLUTION, (320, 320, 3, 3), (1, 320, 32, 32))
-        fp32, attention = chosen_speed(shape, "fp32"), attention_speed("fp32")
-        if not onednn.int8().products:  # int8 is then only the storage format of weights
-            return Speed(fp32, fp32, fp32, attention, attention, disk)
-        half, fast = chosen_speed(shape, "bf16"), chosen_speed(shape, "int8")
-    return Speed(fp32, half, fast, attention, attention_speed("int8"), disk)
-
-
 def seconds(
     work: Flops, methods: Iterable[DecodePlan], speed: Speed, precision: Precision, read_bytes: float = 0
 ) -> float:
@@ -137,18 +153,20 @@ def seconds(
 
 
 def _coding_seconds(method: DecodePlan, speed: Speed) -> float:
-    by_layers, by_rows, attention = OVERHEAD_BY_LAYERS, OVERHEAD_BY_ROWS, speed.attention
     if method.precision is Precision.BF16:
         by_layers, by_rows, attention = OVERHEAD_BY_LAYERS_BF16, OVERHEAD_BY_ROWS_BF16, speed.half_attention
+    else:
+        by_layers, by_rows, attention = OVERHEAD_BY_LAYERS, OVERHEAD_BY_ROWS, speed.attention
     overhead = by_layers if method.by_layers else by_rows
     return overhead * method.flops / speed.fp32 + method.attention_flops / attention
 
 
 def arithmetic_seconds(work: Flops, speed: Speed, precision: Precision) -> float:
     """The expected time of samples in `precision`."""
-    layers, attention, overhead = speed.fp32, speed.attention, OVERHEAD_FP32
     if precision is Precision.INT8:
         layers, attention, overhead = speed.int8, speed.half_attention, OVERHEAD_INT8
     elif precision is Precision.BF16:
         layers, attention, overhead = speed.bf16, speed.half_attention, OVERHEAD_BF16
+    else:
+        layers, attention, overhead = speed.fp32, speed.attention, OVERHEAD_FP32
     return overhead * (work.layers / layers + work.attention / attention)

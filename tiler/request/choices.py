@@ -238,17 +238,15 @@ def parse_format(name: str) -> Format:
 def check_format(output: Path | None, format: Format | None) -> None:
     """Raise UsageError for --format together with a file name, whose ending already decides the format."""
     if format is not None and output != STDOUT:
-        raise UsageError(f"--format {format} is for standard output (-o -); a file's format is told by its ending")
+        raise UsageError(f"--format {format} is for standard output (-o -); a file's ending decides its format")
     if format is Format.TIFF:
-        raise UsageError(
-            "a TIFF cannot go through a pipe, because its writer turns back; write a .tif, or --format png"
-        )
+        raise UsageError("a TIFF cannot be written to a pipe; write a .tif file, or take --format png")
 
 
 def check_text(text: str) -> None:
     """Raise UsageError for a prompt with characters that no tokenizer accepts."""
     if "\0" in text or any(0xD800 <= ord(c) <= 0xDFFF for c in text):
-        raise UsageError("a prompt holds a NUL or half a surrogate pair; remove it")
+        raise UsageError("a prompt contains a NUL character or half a surrogate pair; remove it")
 
 
 def parse_interval(text: str) -> tuple[float, float]:
@@ -257,14 +255,16 @@ def parse_interval(text: str) -> tuple[float, float]:
         low, high = (float(part) for part in text.replace("–", "-").split("-"))
     except ValueError:
         raise UsageError(
-            f"guidance-interval = {text!r} is not two shares of the schedule; write it like 0.2-0.8"
+            f"--guidance-interval {text!r} is not two shares of the schedule; write it like 0.2-0.8"
         ) from None
     return low, high
 
 
 def within(name: str, value: float | None, low: float, high: float, unit: str = "") -> None:
-    """Raise UsageError if `value` is given (not None) and lies outside [low, high]."""
+    """Raise UsageError if `value` is given (not None) and lies outside [low, high]. `name` is an option like
+    --steps, or a key of a file."""
     if value is None:
         return
     if not (math.isfinite(value) and low <= value <= high):
-        raise UsageError(f"{name} = {value} is out of range: {low}–{high}{' ' + unit if unit else ''}")
+        equals = " " if name.startswith("--") else " = "
+        raise UsageError(f"{name}{equals}{value} is out of range: {low}–{high}{' ' + unit if unit else ''}")

@@ -45,7 +45,7 @@ def parse_cluster(text: str) -> Cluster:
     if match := re.fullmatch(r"local:(\d{1,4})", text):
         count = int(match[1])
         if not 1 <= count <= MAX_LOCAL:
-            raise UsageError(f"cluster = {text!r}: the number of workers is out of range: 1–{MAX_LOCAL}")
+            raise UsageError(f"--cluster {text}: the number of workers is out of range: 1–{MAX_LOCAL}")
         return Cluster(where=Where.LOCAL, workers=count, host="127.0.0.1", port=0)
     if match := re.fullmatch(r"listen(?::([^\s:/]+|\[[0-9a-fA-F:]+\]))??(?::(\d{1,5}))?", text):
         port = PORT if match[2] is None else int(match[2])
@@ -57,7 +57,7 @@ def parse_cluster(text: str) -> Cluster:
         return Cluster(where=Where.ENV)
     if re.fullmatch(r"(tls|tcp)://[^\s/]+:\d{1,5}", text):
         return Cluster(where=Where.CONNECT, address=text)
-    raise UsageError(f"cluster = {text!r} is none of {_FORMS}")
+    raise UsageError(f"--cluster {text!r} is none of {_FORMS}")
 
 
 def host_of(address: str) -> str:
@@ -74,7 +74,7 @@ def check_address(address: str, keys: Path | None, *, insecure: bool) -> None:
             f"{address}: needs --keys FOLDER; `tiler cluster keys FOLDER` makes a pair, copy it to each machine"
         )
     if not encrypted and keys is not None:
-        raise UsageError(f"{address}: --keys go with tls:// alone; write tls://HOST:PORT, or leave --keys out")
+        raise UsageError(f"{address}: --keys works only with tls://; write tls://HOST:PORT, or leave out --keys")
     if not encrypted and not insecure:
         raise UsageError(
             f"{address}: whoever reaches this address could run code on every machine; take tls:// with --keys FOLDER "
@@ -109,7 +109,7 @@ def check_cluster(text: str, keys: Path | None, *, insecure: bool) -> Cluster:
 def scheduler_of(text: str, keys: Path | None, *, insecure: bool) -> Cluster:
     """Parse the address of a running scheduler that a process will join. Raises UsageError."""
     if not text.startswith(("tls://", "tcp://", "file:")) and text != "env":
-        raise UsageError(f"{text!r} is no address of a scheduler: tls://HOST:PORT, file:PATH or env")
+        raise UsageError(f"{text!r} is not a scheduler's address; write tls://HOST:PORT, file:PATH or env")
     return check_cluster(text, keys, insecure=insecure)
 
 
@@ -140,7 +140,7 @@ class ClusterOptions:
     cluster_only: bool = option(
         False,
         Option(
-            "Wait for workers as long as there are none; else this process goes on alone after a minute.",
+            "Wait for workers as long as there are none; otherwise this process continues alone after a minute.",
             Panel.CLUSTER, ("--cluster-only",),
         ),
     )  # fmt: skip

@@ -49,8 +49,7 @@ class DecodeRequest(ModelOptions):
         DecodePrecision.AUTO,
         shared.DECODE_PRECISION._replace(
             help=shared.DECODE_PRECISION.help.split("; auto")[0]
-            + "; auto is what the render that saved the latents took, "
-            "fp32 where they do not say."
+            + "; auto is the precision of the render that saved the latents, or fp32 if they do not name one."
         ),
     )
     scratch: Path | None = option(None, shared.SCRATCH)
@@ -62,8 +61,8 @@ class DecodeRequest(ModelOptions):
         coerce(self)
         check_decode(self.decode, self.tiny_vae)
         check_format(self.output, self.format)
-        within("dpi", self.dpi, 1, 10_000)
-        within("quality", self.quality, 1, 100)
+        within("--dpi", self.dpi, 1, 10_000)
+        within("--quality", self.quality, 1, 100)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +90,7 @@ class EncodeRequest(ModelOptions):
     def __post_init__(self) -> None:
         coerce(self)
         object.__setattr__(self, "loras", read_loras(self.loras))
-        within("clip-skip", self.clip_skip, 1, MAX_CLIP_SKIP)
+        within("--clip-skip", self.clip_skip, 1, MAX_CLIP_SKIP)
         for text in (*self.prompts, *self.negative_prompts):
             check_text(text)
         if not self.prompts:
@@ -107,7 +106,7 @@ class QuantizeRequest(ModelOptions):
     weights: Weights | None = option(
         None,
         Option(
-            "Write a folder for --model whose denoiser has weights of so few bits, in optimum-quanto's layout; the "
+            "Write a folder for --model with the denoiser's weights in this format, in optimum-quanto's layout; the "
             "autoencoder stays as it is, and so do embedders, norms and the last projection.",
             Panel.MODEL, ("--weights",), metavar="int8|fp8|int4", default="fill the cache of int8 weights",
         ),
@@ -115,14 +114,14 @@ class QuantizeRequest(ModelOptions):
     text_encoder_weights: str | None = option(
         None,
         Option(
-            "The text encoders' as well: int8, fp8 or int4 for all that bear it, or by number, like 1=int8,3=int4.",
+            "Also the text encoders': int8, fp8 or int4 for all that tolerate it, or by number, like 1=int8,3=int4.",
             Panel.MODEL, ("--text-encoder-weights",), default="as they are stored",
         ),
     )  # fmt: skip
     exclude: str | None = option(
         None,
         Option(
-            "Layers that stay as they are stored: patterns between commas, like 'transformer_blocks.0.*,*.to_v'.",
+            "Layers that stay as they are stored: patterns separated by commas, like '*.to_k,*.to_v'.",
             Panel.MODEL, ("--exclude",), metavar="PATTERNS",
         ),
     )  # fmt: skip
@@ -140,7 +139,7 @@ class QuantizeRequest(ModelOptions):
                 "weights for renders is --cache-dir"
             )
         if self.weights is not None and self.output is None:
-            raise UsageError("--weights writes a folder: name it by --output")
+            raise UsageError("--weights writes a folder; name it with --output")
         _ = self.encoder_weights
 
     @property

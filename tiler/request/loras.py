@@ -25,7 +25,7 @@ class Lora:
         object.__setattr__(self, "file", Path(self.file))
         for strength in (self.strength, self.text_strength):
             if not math.isfinite(strength):
-                raise UsageError(f"--lora {self.file}: a strength of {strength} is no number; give one like 0.8")
+                raise UsageError(f"--lora {self.file}: the strength {strength} is not a number; give one like 0.8")
 
 
 class NamedLora(NamedTuple):
@@ -57,7 +57,7 @@ def parse_tag(tag: Tag) -> NamedLora:
     `<lora:NAME:te=0.5:unet=0.8>`. Raises UsageError for any other argument."""
     name, *arguments = tag.arguments
     if not name.strip():
-        raise UsageError(f"{tag}: a LoRA has a name; write <lora:NAME:0.8>")
+        raise UsageError(f"{tag}: the LoRA's name is missing; write <lora:NAME:0.8>")
     said: dict[str, float] = {}
     positions = iter(("te", "unet"))
     for argument in arguments:
@@ -98,5 +98,5 @@ def _number(text: str, whole: str) -> float:
     except ValueError:
         number = math.nan
     if not math.isfinite(number):
-        raise UsageError(f"{whole}: a strength of {text!r} is no number; give one like 0.8")
+        raise UsageError(f"{whole}: the strength {text!r} is not a number; give one like 0.8")
     return number

@@ -28,7 +28,7 @@ _PREDICTIONS = {
 def parse_prediction(text: str) -> Prediction:
     """Parse `epsilon`, `v`, or another common name for either. Raises UsageError."""
     if (found := _PREDICTIONS.get(text.strip().lower())) is None:
-        raise UsageError(f"prediction = {text!r} is neither epsilon nor v")
+        raise UsageError(f"--prediction {text!r} is neither epsilon nor v")
     return found
 
 
@@ -51,15 +51,15 @@ class ModelOptions:
     diffusion_model: str | None = option(
         None,
         Option(
-            "A file with a denoiser alone, as Flux's mostly are; the other parts come from --model, where that is "
-            "given, the flags below, or the folders of --model-dir.",
+            "A file with only a denoiser, as most files of Flux are; the other parts come from --model if given, the "
+            "flags below, or the folders of --model-dir.",
             Panel.MODEL, ("--diffusion-model",), metavar="FILE",
         ),
     )  # fmt: skip
     vae: str | None = option(
         None,
         Option(
-            "A file or folder with an autoencoder that takes the place of the model's own.",
+            "A file or folder with an autoencoder that replaces the model's own.",
             Panel.MODEL,
             ("--vae",),
             metavar="PATH",
@@ -68,7 +68,7 @@ class ModelOptions:
     text_encoder: str | None = option(
         None,
         Option(
-            "A file or folder with a text encoder; its width tells which one it is.",
+            "A file or folder with a text encoder; its width decides which one it replaces.",
             Panel.MODEL,
             ("--text-encoder",),
             metavar="PATH",
@@ -84,15 +84,15 @@ class ModelOptions:
     prediction: Prediction | None = option(
         None,
         Option(
-            "What the UNet predicts, epsilon or v, where the model's files say otherwise or nothing.",
+            "What the UNet predicts, epsilon or v, if the model's files are silent or wrong.",
             Panel.MODEL, ("--prediction",), parse=parse_prediction, metavar="epsilon|v", default="as the model says",
         ),
     )  # fmt: skip
     model_dirs: tuple[Path, ...] = option(
         (),
         Option(
-            "Folders to look for models in by name, with colons between them; of AUTOMATIC1111 or ComfyUI the root "
-            "will do.",
+            "Folders in which models are found by name, separated by colons; for AUTOMATIC1111 or ComfyUI, its root "
+            "folder is enough.",
             Panel.MODEL, ("--model-dir",), parse=parse_folders, metavar="PATHS",
             default="model_dirs of `tiler config`, $TILER_MODEL_DIRS",
         ),

@@ -65,10 +65,19 @@ def coerce(request: Any) -> None:
         elif isinstance(value, Path) and str in kinds and Path not in kinds:
             value = str(value)
         elif isinstance(value, float) and int in kinds and float not in kinds:
-            raise UsageError(f"{item.name} = {value} is not a whole number")
+            raise UsageError(f"{_said(item.name, option)}{value} is not a whole number")
         if not _is_one_of(value, kinds):
-            raise UsageError(f"{item.name} = {value!r} cannot be read; leave it out, or look it up in --help")
+            raise UsageError(
+                f"{_said(item.name, option)}{value!r} cannot be read; leave it out, or look it up in --help"
+            )
         object.__setattr__(request, item.name, value)
+
+
+def _said(name: str, option: Option | None) -> str:
+    """How a message begins that names a field and its value: `--steps ` for an option, `name = ` for other fields."""
+    flags = () if option is None or option.off else option.names
+    flag = next((spelling.partition("/")[0] for spelling in flags if spelling.startswith("--")), None)
+    return f"{name} = " if flag is None else f"{flag} "
 
 
 def _is_one_of(value: Any, kinds: tuple[Any, ...]) -> bool:
@@ -89,4 +98,4 @@ def _choice(name: str, value: str, choice: type[StrEnum], option: Option | None)
     try:
         return choice(value)
     except ValueError:
-        raise UsageError(f"{name} = {value!r} is none of {', '.join(choice)}") from None
+        raise UsageError(f"{_said(name, option)}{value!r} is none of {', '.join(choice)}") from None

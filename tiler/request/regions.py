@@ -39,7 +39,7 @@ class Region:
         within("seed", self.seed, 0, MAX_SEED)
         if not 1e-100 < self.mask_weight < 1e100:  # nor NaN
             raise UsageError(
-                f"region {self.prompt!r}: mask_weight = {self.mask_weight} must be a positive number that can be weighed; "
+                f"region {self.prompt!r}: mask_weight = {self.mask_weight} must be a positive number of ordinary size; "
                 "take one near 1"
             )
 
@@ -78,7 +78,7 @@ def _region(path: Path, number: int, table: dict[str, Any]) -> Region:
         if not isinstance(value, _TYPES[key]) or isinstance(value, bool):
             raise UsageError(f"{path}: region {number}: {key} = {value!r} has the wrong type")
     if missing := {"prompt", "rows", "cols"} - table.keys():
-        raise UsageError(f"{path}: region {number} lacks {sorted(missing)[0]!r}")
+        raise UsageError(f"{path}: region {number} has no {sorted(missing)[0]!r}; add it")
     values = dict(table)
     if "mask" in values:
         if values["mask"] not in tuple(Mask):

@@ -73,15 +73,15 @@ class RenderRequest(ModelOptions, ClusterOptions):
     prompt_embeds: Path | None = option(
         None,
         Option(
-            "Prompts that `tiler encode` encoded: no text encoder is read, nor needs to be there. Without a PROMPT "
-            "the file's own is drawn.",
+            "Prompts from `tiler encode`: the model's text encoders are not needed. Without a PROMPT, the file's first "
+            "one is drawn.",
             Panel.PICTURE, ("--prompt-embeds",), metavar="FILE",
         ),
     )  # fmt: skip
     canvas_prompt: str | None = option(
         None,
         Option(
-            "What to draw in the tiles, after a guide of PROMPT: leave the subject out, and no tile repeats it.",
+            "What to draw in the tiles, after a guide of PROMPT; leave out the subject, so that no tile repeats it.",
             Panel.PICTURE, ("--canvas-prompt",), metavar="TEXT",
         ),
     )  # fmt: skip
@@ -111,7 +111,8 @@ class RenderRequest(ModelOptions, ClusterOptions):
     )
     landscape: bool = option(False, Option("Lay the sheet on its long side.", Panel.PICTURE, ("--landscape",)))
     bleed: str | None = option(
-        None, Option("Picture beyond each edge of the sheet, to be cut off; like 3mm.", Panel.PICTURE, ("--bleed",))
+        None,
+        Option("Extra picture beyond each edge of the sheet, to be cut off; like 3mm.", Panel.PICTURE, ("--bleed",)),
     )
     dpi: float | None = option(None, shared.DPI)
     wrap: Wrap = option(Wrap.NONE, shared.WRAP)
@@ -153,7 +154,7 @@ class RenderRequest(ModelOptions, ClusterOptions):
     guidance_interval: tuple[float, float] | None = option(
         None,
         Option(
-            "Share of the schedule in which guidance works, like 0.2-0.8; outside it a step takes half the work.",
+            "Share of the schedule with guidance, like 0.2-0.8; steps outside it take half the work.",
             Panel.SAMPLING, ("--guidance-interval",), parse=parse_interval, metavar="A-B", default="0-1",
         ),
     )  # fmt: skip
@@ -170,7 +171,7 @@ class RenderRequest(ModelOptions, ClusterOptions):
         None,
         Option(
             "DDIM, Euler, Euler a, Heun (which takes twice the work), DPM++ 2M, DPM++ 2M Karras, DPM++ 2M SDE, "
-            "DPM++ SDE, UniPC, LCM, or auto: the model's own, and DPM++ 2M Karras where that is none of these.",
+            "DPM++ SDE, UniPC, LCM, or auto: the model's own, or DPM++ 2M Karras if that is none of these.",
             Panel.SAMPLING,
             ("--scheduler", "--sampling-method"),
             parse=parse_scheduler,
@@ -194,8 +195,8 @@ class RenderRequest(ModelOptions, ClusterOptions):
     guide_upscale: GuideUpscale = option(
         GuideUpscale.PIXEL,
         Option(
-            "How the guide is brought to the canvas's size. pixel: decoded, resized, encoded; latent: only its latents are resized, "
-            "which is faster and rougher.",
+            "How the guide is enlarged to the canvas's size. pixel: decoded, resized, encoded; latent: only its latents are "
+            "resized, which is faster and rougher.",
             Panel.SAMPLING,
             ("--guide-upscale",),
         ),
@@ -212,7 +213,7 @@ class RenderRequest(ModelOptions, ClusterOptions):
     )
     tile_size: int | None = option(
         None,
-        Option("Side of a tile, and of a square guide, in pixels: smaller ones take less memory.", Panel.SAMPLING,
+        Option("Side of a tile, and of a square guide, in pixels; smaller tiles take less memory.", Panel.SAMPLING,
                ("--tile-size",), metavar="PX", default="the model's own"),
     )  # fmt: skip
     overlap: int | None = option(
@@ -236,8 +237,8 @@ class RenderRequest(ModelOptions, ClusterOptions):
     tile_conditioning: TileConditioning = option(
         TileConditioning.PLACE,
         Option(
-            "What SDXL is told of a tile. place: which crop of the canvas it is; none: the whole picture's size and no "
-            "crop, as A1111 says to every tile.",
+            "What SDXL learns about a tile. place: which crop of the canvas it is; none: the whole picture's size and "
+            "no crop, as in A1111.",
             Panel.SAMPLING, ("--tile-conditioning",),
         ),
     )  # fmt: skip
@@ -245,9 +246,9 @@ class RenderRequest(ModelOptions, ClusterOptions):
     precision: Precision = option(
         Precision.AUTO,
         Option(
-            "Arithmetic of the denoiser. int8 is the fastest and reads half the bytes, from a file that is made once in --cache-dir; "
-            "bf16 is nearer to fp32 and makes no file, on processors with its instructions; auto takes int8 where there are "
-            "8-bit dot products, fp32 elsewhere.",
+            "Arithmetic of the denoiser. int8 is fastest and reads half the bytes, from a file that is made once in --cache-dir; "
+            "bf16 is closer to fp32 and makes no file, but needs a processor with bf16 instructions; auto is int8 on processors "
+            "with 8-bit dot products, else fp32.",
             Panel.MEMORY,
             ("--precision",),
         ),
@@ -277,26 +278,26 @@ class RenderRequest(ModelOptions, ClusterOptions):
         object.__setattr__(self, "loras", read_loras(self.loras))
         if self.seed == -1:  # as on the command line: a random seed
             object.__setattr__(self, "seed", None)
-        for name, side in (("size", self.size), ("width", self.width), ("height", self.height)):
-            within(name, side, PIXEL_STEP, MAX_SIDE, "pixels")
-        within("steps", self.num_inference_steps, 1, MAX_STEPS)
-        within("guidance-scale", self.guidance_scale, 0, 100)
-        within("strength", self.strength, 0, 1)
-        within("seed", self.seed, 0, MAX_SEED)
-        within("dpi", self.dpi, 1, 10_000)
-        within("quality", self.quality, 1, 100)
-        within("scale", self.scale, 1, MAX_SCALE)
-        within("preview-interval", self.preview_interval, 1, MAX_STEPS)
-        within("clip-skip", self.clip_skip, 1, MAX_CLIP_SKIP)
-        within("tile-size", self.tile_size, PIXEL_STEP, MAX_SIDE, "pixels")
-        within("attention-window", self.attention_window, 4, MAX_SIDE, "latents")
+        for flag, side in (("--size", self.size), ("--width", self.width), ("--height", self.height)):
+            within(flag, side, PIXEL_STEP, MAX_SIDE, "pixels")
+        within("--steps", self.num_inference_steps, 1, MAX_STEPS)
+        within("--guidance-scale", self.guidance_scale, 0, 100)
+        within("--strength", self.strength, 0, 1)
+        within("--seed", self.seed, 0, MAX_SEED)
+        within("--dpi", self.dpi, 1, 10_000)
+        within("--quality", self.quality, 1, 100)
+        within("--scale", self.scale, 1, MAX_SCALE)
+        within("--preview-interval", self.preview_interval, 1, MAX_STEPS)
+        within("--clip-skip", self.clip_skip, 1, MAX_CLIP_SKIP)
+        within("--tile-size", self.tile_size, PIXEL_STEP, MAX_SIDE, "pixels")
+        within("--attention-window", self.attention_window, 4, MAX_SIDE, "latents")
         if self.overlap is not None and (self.overlap < 0 or self.overlap % PIXEL_STEP):
-            raise UsageError(f"overlap = {self.overlap} must be a multiple of {PIXEL_STEP} pixels, 0 or more")
+            raise UsageError(f"--overlap {self.overlap} must be a multiple of {PIXEL_STEP} pixels, 0 or more")
         if self.guidance_interval is not None:
             low, high = self.guidance_interval
             if not 0 <= low < high <= 1:
                 raise UsageError(
-                    f"guidance-interval = {low}-{high} must be two rising shares of the schedule, 0–1; like 0.2-0.8"
+                    f"--guidance-interval {low}-{high} must be two rising shares of the schedule between 0 and 1, like 0.2-0.8"
                 )
         self._check_combinations()
         taken: dict[Path, str] = {}
@@ -316,7 +317,7 @@ class RenderRequest(ModelOptions, ClusterOptions):
         check_format(self.output, self.format)
         if self.output == STDOUT and (self.restart or self.keep_job):
             raise UsageError(
-                f"a picture on standard output has no job to go on with; leave out --{'restart' if self.restart else 'keep-job'}"
+                f"a picture on standard output has no job that could continue; leave out --{'restart' if self.restart else 'keep-job'}"
             )
         if self.prompt_embeds is not None and self.embd_dir is not None:
             raise UsageError("the prompts of --prompt-embeds are encoded already: give --embd-dir to `tiler encode`")
@@ -332,7 +333,7 @@ class RenderRequest(ModelOptions, ClusterOptions):
         if self.guide_image is not None and self.guide_upscale is GuideUpscale.LATENT:
             raise UsageError("--guide-upscale latent is for the guide that tiler makes; leave it out with --guide")
         if self.guide_image is not None and not self.guide:
-            raise UsageError("--guide and --no-guide exclude each other; give one of them")
+            raise UsageError("--guide does not go with --no-guide; give one of them")
 
     def _check_sheet(self) -> None:
         check_sheet(self)
@@ -358,8 +359,8 @@ class ResolvedRequest(RenderRequest):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, side in (("width", self.width), ("height", self.height)):
-            within(name, side, PIXEL_STEP, MAX_SIDE, "pixels")
+        for flag, side in (("--width", self.width), ("--height", self.height)):
+            within(flag, side, PIXEL_STEP, MAX_SIDE, "pixels")
         for side, wraps in zip((self.height, self.width), self.wrap.axes, strict=True):
             if wraps and side % PIXEL_STEP:
                 raise UsageError(
@@ -369,7 +370,7 @@ class ResolvedRequest(RenderRequest):
         if self.prompt is None and not self.regions:
             raise UsageError("there is nothing to draw: give a prompt, or a --regions file with prompts")
         if self.prompt is None and self.canvas_prompt is not None:
-            raise UsageError("--canvas-prompt is for the tiles after a guide of the PROMPT; give one")
+            raise UsageError("--canvas-prompt is for the tiles after a guide drawn from the PROMPT; give a PROMPT too")
         for region in self.regions:
             if region.rows[1] > self.height or region.cols[1] > self.width:
                 raise UsageError(

@@ -92,7 +92,7 @@ def _read(path: Path) -> Mapping[str, Any]:
             data = file.read(_MAX_BYTES + 1)
     except (FileNotFoundError, NotADirectoryError) as error:
         if os.environ.get("TILER_CONFIG"):
-            raise UsageError(f"TILER_CONFIG={path}: no such file; `tiler config edit` makes one") from error
+            raise UsageError(f"TILER_CONFIG={path}: no such file; `tiler config edit` creates it") from error
         return {}
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
@@ -114,7 +114,7 @@ def named_folders(kind: Kind) -> Setting:
         return Setting((), "default")
     texts = [said] if isinstance(said, str) else said
     if not isinstance(texts, list) or not all(isinstance(text, str) and text for text in texts):
-        raise UsageError(f'{path}: {kind} = {said!r} is no list of folders; write it like ["~/models"]')
+        raise UsageError(f'{path}: {kind} = {said!r} is not a list of folders; write it like ["~/models"]')
     return Setting(tuple(path.parent / os.path.expanduser(text) for text in texts), str(path))
 
 

@@ -16,7 +16,7 @@ FORMAT = Option(
     Panel.OUTPUT, ("--format",), parse=parse_format, metavar="NAME", default="png",
 )  # fmt: skip
 QUALITY = Option(
-    "Of a JPEG, WebP or AVIF, 1–100; from 90 on, JPEG and AVIF store colours at full resolution.",
+    "Quality of a JPEG, WebP or AVIF, 1–100; from 90 on, JPEG and AVIF store colours at full resolution.",
     Panel.OUTPUT, ("--quality",), metavar="N", default="90",
 )  # fmt: skip
 MODEL = Option(
@@ -31,12 +31,12 @@ VARIANT = Option(
 REVISION = Option("Branch, tag or commit of a hub id.", Panel.MODEL, ("--revision",))
 CACHE_DIR = Option("Folder for int8 weights.", Panel.MEMORY, ("--cache-dir",), default="~/.cache/tiler/packed")
 RENDER_CACHE_DIR = CACHE_DIR._replace(
-    help="Folder for int8 weights, and for encoded prompts, which the next render with the same words takes from there.",
+    help="Folder for int8 weights and encoded prompts, which later renders use again.",
     default="~/.cache/tiler",
 )
 EMPHASIS = Option(
-    "What weights like (word:1.3) do. original: as in A1111; no-norm: encodings are scaled and not brought back to "
-    "their mean; ignore: nothing; none: brackets are text.",
+    "What weights like (word:1.3) do. original: as in A1111; no-norm: encodings are scaled, but not brought back to "
+    "their mean; ignore: nothing; none: brackets are plain text.",
     Panel.PICTURE, ("--emphasis",),
 )  # fmt: skip
 EMBD_DIR = Option(
@@ -45,34 +45,34 @@ EMBD_DIR = Option(
     Panel.MODEL, ("--embd-dir",), metavar="FOLDER",
 )  # fmt: skip
 LORA = Option(
-    "A LoRA, LoCon, LoHa, LoKr or DoRA (.safetensors), or the name of one in the lora_dirs; may be given several "
-    "times. FILE=0.8 adds that much of it, FILE=0.8:0.5 half to the text encoders.",
+    "A LoRA, LoCon, LoHa, LoKr or DoRA (.safetensors), or its name in the lora_dirs; may be given several times. "
+    "FILE=0.8 sets its strength; FILE=0.8:0.5 sets 0.5 for the text encoders.",
     Panel.MODEL, ("--lora",), parse=parse_lora, metavar="FILE[=M]", many=True,
 )  # fmt: skip
 LORA_DIR = Option(
-    "Folder of LoRAs, which the prompt names as in A1111: <lora:NAME:0.8>.",
+    "Folder of the LoRAs that the prompt names as in A1111: <lora:NAME:0.8>.",
     Panel.MODEL, ("--lora-dir",), metavar="FOLDER",
 )  # fmt: skip
 CLIP_SKIP = Option(
-    "Take the states of CLIP's last layer (1), of the one before it (2), and so on; for SD 1.x and 2.x.",
+    "Use the output of CLIP's last layer (1), of the one before it (2), and so on; for SD 1.x and 2.x.",
     Panel.SAMPLING, ("--clip-skip",), metavar="N", default="1",
 )  # fmt: skip
 DECODE = Option(
     "How latents become a picture. exact: the whole picture, layer by layer through scratch files; sampled: like exact, but "
     "attention sees at most 16,384 evenly spaced tokens; frozen: row by row with statistics measured beforehand, for any size "
     "and little disk space; tiny: a fast approximation by --tiny-vae; auto: exact while attention to the whole picture is a "
-    "small part of the work, then sampled, and frozen above 4,096 px of width or without the disk space.",
+    "small part of the work, then sampled, and frozen above a width of 4,096 px or if disk space is short.",
     Panel.MEMORY,
     ("--decode",),
 )
 DECODE_PRECISION = Option(
-    "Arithmetic of the autoencoder. bf16 takes two thirds of fp32's time, on processors with its instructions, and "
-    "stays more than 50 dB from it; auto is bf16 beside a denoiser in int8 or bf16, fp32 elsewhere.",
+    "Arithmetic of the autoencoder. bf16 takes two thirds of fp32's time on processors with bf16 instructions and "
+    "keeps more than 50 dB PSNR; auto is bf16 beside a denoiser in int8 or bf16, else fp32.",
     Panel.MEMORY, ("--decode-precision",),
 )  # fmt: skip
 SCRATCH = Option("Folder for the decoder's scratch files.", Panel.MEMORY, ("--scratch",), default="the output's folder")
 SCRATCH_DTYPE = Option(
-    "How scratch files store activations; fp16 takes half the bytes and stays about 70 dB from fp32.",
+    "How scratch files store activations; fp16 takes half the bytes and keeps about 70 dB PSNR.",
     Panel.MEMORY, ("--scratch-dtype",),
 )  # fmt: skip
 TINY_VAE = Option(
@@ -86,26 +86,26 @@ WRAP = Option(
 )  # fmt: skip
 DPI = Option("Pixels per inch, stored in the file.", Panel.PICTURE, ("--dpi",), default="300 with --paper")
 PREVIEW = Option(
-    "Rewrite this .png or .jpg while the canvas is denoised: a rough look at what it becomes, 512 pixels across.",
+    "Keep this .png or .jpg up to date while the canvas is denoised: a rough preview, 512 pixels across.",
     Panel.OUTPUT, ("--preview",), metavar="FILE",
 )  # fmt: skip
 PREVIEW_INTERVAL = Option(
-    "Steps from one preview to the next; more where previews would take more than 1 % of the time.",
+    "Steps between previews; more if previews would take more than 1 % of the time.",
     Panel.OUTPUT, ("--preview-interval",), metavar="N",
 )  # fmt: skip
 METADATA = Option("Write no prompt, seed or settings into the file.", Panel.OUTPUT, ("--no-metadata",), off=True)
 FORCE = Option("Replace existing output files.", Panel.OUTPUT, ("--force", "-f"))
-RESTART = Option("Begin anew where an interrupted job of this picture was left.", Panel.OUTPUT, ("--restart",))
+RESTART = Option("Start over instead of continuing an interrupted job of this picture.", Panel.OUTPUT, ("--restart",))
 KEEP_JOB = Option("Keep the job's folder when the picture is finished.", Panel.OUTPUT, ("--keep-job",))
 JOB_DIR = Option(
     "Folder for the jobs of interrupted runs.", Panel.OUTPUT, ("--job-dir",), default="beside the output"
 )  # fmt: skip
 SCALE = Option(
-    "Enlarge the picture of --guide so many times; its size decides the size.", Panel.PICTURE, ("--scale",)
+    "Enlarge the picture of --guide X times; the canvas takes its size from it.", Panel.PICTURE, ("--scale",)
 )  # fmt: skip
 REPAINT = Option(
-    "Paint again what is white in MASK, a picture of the same shape as --guide's, and leave every other pixel of that "
-    "picture as it is; only tiles under the mask are denoised.",
+    "Repaint the part of --guide's picture that is white in MASK, a picture of the same shape, and keep every other "
+    "pixel; only tiles under the mask are denoised.",
     Panel.PICTURE, ("--repaint",), metavar="MASK",
 )  # fmt: skip
 KEYS = Option(
@@ -113,6 +113,6 @@ KEYS = Option(
     Panel.CLUSTER, ("--keys",), metavar="FOLDER",
 )  # fmt: skip
 INSECURE = Option(
-    "Let a cluster work without keys: whoever reaches its ports can run code on each of its machines.",
+    "Let a cluster work without keys: anyone who reaches its ports can run code on each of its machines.",
     Panel.CLUSTER, ("--insecure",),
 )  # fmt: skip

@@ -23,13 +23,13 @@ def check_sheet(request: RenderRequest) -> None:
         if said is not None:
             raise UsageError(f"--scale takes the size from --guide's picture; leave out --{said}, or --scale")
         if request.guide_image is None:
-            raise UsageError("--scale enlarges a picture of yours; give it with --guide IMG")
+            raise UsageError("--scale enlarges an existing picture; give that with --guide IMG")
     if request.paper is not None:
         parse_paper(request.paper)
         if any(side is not None for side in sides.values()):
-            raise UsageError("--paper and --size, --width or --height exclude each other; give one of them")
+            raise UsageError("--paper sets the size; leave out --size, --width and --height, or --paper")
     elif request.landscape or (request.bleed is not None and parse_length(request.bleed)):
-        raise UsageError("--landscape and --bleed belong to a --paper; give one, like --paper A2")
+        raise UsageError("--landscape and --bleed need a sheet; give one, like --paper A2")
 
 
 def check_repaint(request: RenderRequest) -> None:
@@ -37,7 +37,7 @@ def check_repaint(request: RenderRequest) -> None:
     if request.repaint is None:
         return
     if request.guide_image is None:
-        raise UsageError("--repaint changes a part of a picture of yours; give it with --guide IMG")
+        raise UsageError("--repaint changes a part of an existing picture; give that with --guide IMG")
     excluded = {
         "--wrap": request.wrap is not Wrap.NONE, "--regions": bool(request.regions),
         "--scale": request.scale is not None, f"--layout {request.layout}": request.layout not in (None, Layout.GRID),

@@ -97,7 +97,7 @@ def tags_of(request: RenderRequest) -> tuple[Tag, ...]:
         found.append(tag)
     for tag in found:
         if tag.kind not in LORA_TAGS:
-            raise UsageError(f"{tag}: tiler knows no tag of this kind; take it out of the prompt")
+            raise UsageError(f"{tag}: tiler does not know this kind of tag; remove it from the prompt")
     elsewhere = [("the negative prompt", request.negative_prompt)]
     for region in request.regions:
         elsewhere += [("a region's prompt", region.prompt), ("a region's negative prompt", region.negative_prompt)]

@@ -107,7 +107,8 @@ def _as_srgb(vips: Any, path: Path) -> Any:
     if image.get_typeof("icc-profile-data") and image.get("icc-profile-data") != srgb_profile():
         image = image.icc_transform("srgb", embedded=True)
     if image.hasalpha():
-        image = image.flatten(background=[255] * (image.bands - 1))
+        white = 65535 if image.format == "ushort" else 255
+        image = image.flatten(background=[white] * (image.bands - 1))
     return image.colourspace("srgb").cast("uchar")
 
 

@@ -7,15 +7,17 @@ import json
 import re
 import secrets
 import threading
+from collections.abc import Mapping
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, Self
 
 from tiler.viewing.pyramid import OVERLAP, SIDE, Pyramid
 
 HOST = "127.0.0.1"
+_ONCE = "once"  # the path of tickets
 _FILES = {
     "": ("index.html", "text/html; charset=utf-8"),
     "view.js": ("view.js", "text/javascript; charset=utf-8"),
@@ -32,14 +34,22 @@ _HEADERS = {
 
 
 class PageServer:
-    """Serves `pyramid` inside the `with` block, in threads of its own; `url` is its page."""
+    """Serves `pyramid` inside the `with` block, in threads of its own; `url` is its page. Other users of the machine
+    can read a browser's command line, so the browser is started with a `ticket` instead."""
 
     def __init__(self, pyramid: Pyramid) -> None:
         self._server = _Server((HOST, 0), _Handler)  # the system chooses a free port
         self._server.pyramid, self._server.secret = pyramid, secrets.token_urlsafe(12)
+        self._server.tickets = set()
         self.port = int(self._server.server_address[1])
         self.url = f"http://{HOST}:{self.port}/{self._server.secret}/"
         self._thread = threading.Thread(target=self._server.serve_forever, name="page", daemon=True)
+
+    def ticket(self) -> str:
+        """Return an address that leads to the page once, and then to nothing."""
+        ticket = secrets.token_urlsafe(12)
+        self._server.tickets.add(ticket)
+        return f"http://{HOST}:{self.port}/{_ONCE}/{ticket}"
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -57,6 +67,7 @@ class _Server(ThreadingHTTPServer):
     block_on_close = False
     pyramid: Pyramid
     secret: str
+    tickets: set[str]
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         pass  # the browser has closed the connection
@@ -73,7 +84,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(HTTPStatus.FORBIDDEN)
             return
         secret, _, name = self.path.removeprefix("/").partition("?")[0].partition("/")
-        if not secrets.compare_digest(secret.encode(), self.server.secret.encode()):
+        if secret == _ONCE:
+            self._redirect(name)
+        elif not secrets.compare_digest(secret.encode(), self.server.secret.encode()):
             self._answer(HTTPStatus.NOT_FOUND)
         elif name in _FILES:
             file, kind = _FILES[name]
@@ -84,6 +97,14 @@ class _Handler(BaseHTTPRequestHandler):
             self._tile(*map(int, match.groups()))
         else:
             self._answer(HTTPStatus.NOT_FOUND)
+
+    def _redirect(self, ticket: str) -> None:
+        try:
+            self.server.tickets.remove(ticket)
+        except KeyError:
+            self._answer(HTTPStatus.NOT_FOUND)
+        else:
+            self._answer(HTTPStatus.SEE_OTHER, more={"Location": f"/{self.server.secret}/"})
 
     def _facts(self) -> dict[str, Any]:
         """Return the facts that the page needs."""
@@ -101,9 +122,12 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._answer(HTTPStatus.NOT_FOUND if whole else HTTPStatus.SERVICE_UNAVAILABLE)  # the page retries on 503
 
-    def _answer(self, status: HTTPStatus, body: bytes = b"", kind: str = "text/plain", keep: str = "no-store") -> None:
+    def _answer(
+        self, status: HTTPStatus, body: bytes = b"", kind: str = "text/plain", keep: str = "no-store",
+        more: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:  # fmt: skip
         self.send_response(status)
-        sent = {"Content-Type": kind, "Content-Length": str(len(body)), "Cache-Control": keep, **_HEADERS}
+        sent = {"Content-Type": kind, "Content-Length": str(len(body)), "Cache-Control": keep, **_HEADERS, **more}
         for header, value in sent.items():
             self.send_header(header, value)
         self.end_headers()

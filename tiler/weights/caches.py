@@ -1,5 +1,6 @@
-"""The files that tiler keeps to be faster next time: int8 weights, encoded prompts, file hashes, CLIP's vocabulary. All
-of them can be created again. Only files with names of tiler's own are touched, whatever else the folder contains."""
+"""The files that tiler keeps for the next run: int8 weights, encoded prompts, file hashes, CLIP's vocabulary, and which
+pictures of a --count are finished. Only files with names of tiler's own are touched, whatever else the folder
+contains."""
 
 from __future__ import annotations
 
@@ -39,7 +40,8 @@ def list_cached(folder: Path | None) -> list[Cached]:
     packed, prompts = (home / "packed", home / "prompts") if folder is None else (folder, folder / "prompts")
     found = [*_files("int8 weights", packed), *_files("encoded prompts", prompts)]
     if folder is None:
-        for kind, name in (("hashes", "hashes"), ("CLIP's vocabulary", "clip"), ("colours of previews", "previews")):
+        others = {"hashes": "hashes", "clip": "CLIP's vocabulary", "previews": "preview colours", "counts": "--count"}
+        for name, kind in others.items():
             found += [_cached(kind, path) for path in sorted((home / name).rglob("*")) if path.is_file()]
     return found
 

@@ -75,7 +75,7 @@ class _Reader:
         if version not in (2, 3):
             what = "big-endian" if version in (2 << 24, 3 << 24) else f"of version {version}"
             raise ModelError(
-                f"{self.path}: this GGUF file is {what}; tiler reads 2 and 3, little-endian: convert it anew"
+                f"{self.path}: this GGUF file is {what}; tiler reads 2 and 3, little-endian: convert it again"
             )
         tensors, keys = self.count("Q", MAX_TENSORS, "tensors"), self.count("Q", MAX_KEYS, "keys")
         values = dict(self.key() for _ in range(keys))
