@@ -11,6 +11,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -341,6 +342,26 @@ def test_processes_are_heard_line_by_line_and_end_with_their_words() -> None:
     drawings.begin(3, ["sleep", "60"], 0)
     assert drawings.next_ended(0.01) is None
     assert list(drawings.end(signal.SIGTERM)) == [Ended(3, -signal.SIGTERM, b"")]
+
+
+def test_an_interrupted_wait_for_a_process_loses_it_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C between the end of a picture's output and the end of its process."""
+    monkeypatch.setattr("tiler.jobs.drawing._PATIENCE", 5.0)
+    drawings = Drawings()
+    drawings.begin(1, ["sh", "-c", "exec >&-; exec sleep 60"], 0)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(subprocess.Popen, "wait", Mock(side_effect=KeyboardInterrupt))
+        drawings.next_ended()
+    assert list(drawings.end(signal.SIGTERM)) == [Ended(1, -signal.SIGTERM, b"")]
+
+
+def test_claims_are_touched_though_other_rows_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touched = set[str]()
+    monkeypatch.setattr(claims, "TOUCH_EVERY", 0.0)
+    monkeypatch.setattr(claims, "touch", lambda folder: touched.add(folder.name))
+    rows = [row(tmp_path, number) for number in (1, 2, 3)]
+    assert str(play(Played(), tmp_path, rows, monkeypatch, shared=True)) == "3 done"
+    assert touched == {"1.png.tiler", "2.png.tiler", "3.png.tiler"}
 
 
 def test_a_queue_translates_what_its_pictures_tell() -> None:

@@ -77,6 +77,7 @@ class Queue:
     _open: dict[int, _Open] = field(default_factory=dict)  # by row
     _needs_bytes: int = 0  # the smallest ceiling of the rows so far, as far as it is known
     _limits: Together | None = None
+    _touched: float = field(default_factory=time.monotonic)  # when the claims were touched last
     _drawings: Drawings = field(init=False)
 
     def run(self, rows: Iterable[Iterable[Checked]]) -> Tally:
@@ -213,15 +214,26 @@ class Queue:
 
     def _wait(self) -> None:
         """Wait until a row has been drawn."""
-        while (ended := self._drawings.next_ended(claims.TOUCH_EVERY if self.shared else None)) is None:
-            for under_way in self._open.values():
-                claims.touch(Path(under_way.turn.row.job))
+        while (ended := self._drawings.next_ended(self._touch())) is None:
+            pass
         under_way = self._open.pop(ended.row)
         try:
             self._finish(under_way, ended)
         finally:
             if self.shared:
                 claims.release(Path(under_way.turn.row.job))
+
+    def _touch(self) -> float | None:
+        """Touch the claims if it is time to, however many rows have ended meanwhile. Return the seconds until the next
+        time, or None without claims."""
+        if not self.shared:
+            return None
+        now = time.monotonic()
+        if now >= self._touched + claims.TOUCH_EVERY:
+            for under_way in self._open.values():
+                claims.touch(Path(under_way.turn.row.job))
+            self._touched = now
+        return self._touched + claims.TOUCH_EVERY - now
 
     def _finish(self, under_way: _Open, ended: Ended) -> None:
         turn, row, told = under_way.turn, under_way.turn.row, ended.told
