@@ -8,7 +8,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -25,7 +28,7 @@ from tiler.errors import BudgetRefused
 from tiler.jobs import claims
 from tiler.jobs.checked import Checked
 from tiler.jobs.drawing import BESIDE, Drawings, Ended
-from tiler.jobs.queue import Queue, Together
+from tiler.jobs.queue import NoCluster, Queue, Together
 from tiler.jobs.results import Results, file_of
 from tiler.jobs.rows import Row
 from tiler.pipeline import encode_ahead
@@ -332,6 +335,36 @@ def test_a_row_that_cannot_be_planned_leaves_the_cluster_to_the_next(
     assert (tally.exit_code, str(tally), played.order) == (4, "2 done, 1 failed (row 1)", [2, 3])
 
 
+def test_a_scheduler_that_cannot_start_ends_the_queue_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended: list[str] = []
+
+    @contextmanager
+    def asking(module: str, asked: dict[str, Any]) -> Iterator[str]:
+        yield module
+        ended.append(module)
+
+    def answer(module: str) -> dict[str, Any]:
+        if module == "tiler.cli.shares":
+            return {"most": 2, "room_bytes": 900, "worker_bytes": 0, "is_hosted": True}
+        assert list((tmp_path / "t").iterdir())
+        raise supervise._Refused("the port is in use", 12)
+
+    (tmp_path / "t").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "t"))
+    monkeypatch.setattr(supervise, "_asking", asking)
+    monkeypatch.setattr(supervise, "_answer", answer)
+    spec = supervise.Spec(root=".", results="r", file="q", max_ram_bytes=CEILING, cluster="listen:127.0.0.1:1")
+    played = Played()
+    with ExitStack() as stack:
+        together = partial(supervise._together, spec, stack, lambda text: None)
+        with pytest.raises(NoCluster, match="the port is in use") as caught:
+            play(played, tmp_path, [row(tmp_path, 1), row(tmp_path, 2)], monkeypatch, together=together)
+        assert not list((tmp_path / "t").iterdir())
+    assert (caught.value.exit_code, played.order, ended) == (12, [], ["tiler.cli.shares"])
+
+
 def test_processes_are_heard_line_by_line_and_end_with_their_words() -> None:
     heard: list[tuple[int, bytes]] = []
     drawings = Drawings(lambda row, line: heard.append((row, line)))
@@ -349,9 +382,10 @@ def test_an_interrupted_wait_for_a_process_loses_it_not(monkeypatch: pytest.Monk
     monkeypatch.setattr("tiler.jobs.drawing._PATIENCE", 5.0)
     drawings = Drawings()
     drawings.begin(1, ["sh", "-c", "exec >&-; exec sleep 60"], 0)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(subprocess.Popen, "wait", Mock(side_effect=KeyboardInterrupt))
-        drawings.next_ended()
+        with pytest.raises(KeyboardInterrupt):
+            drawings.next_ended()
     assert list(drawings.end(signal.SIGTERM)) == [Ended(1, -signal.SIGTERM, b"")]
 
 

@@ -25,6 +25,14 @@ from tiler.jobs.results import DONE, ELSEWHERE, FAILED, INTERRUPTED, SKIPPED, Re
 BATCH = 64  # rows whose prompts are encoded together
 
 
+class NoCluster(TilerError):
+    """What a queue's cluster needs cannot start, so no row can be drawn; with the exit code of the failure."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
 class Together(NamedTuple):
     """How many pictures may be under way at a time, the bytes of the ceiling that they share, and the words that each
     process gets in addition."""
@@ -58,7 +66,7 @@ class Queue:
     `shared`, rows that other machines draw are left to them. `encode` encodes the prompts of several rows ahead, `say`
     shows a line to the user, `hear` gets the lines that the processes of rows write to standard error, and `finished`
     receives a picture's report as `--json` prints it. `together`, called with the first row to be drawn, says how many
-    may be drawn at a time; it may raise TilerError if that row cannot be drawn."""
+    may be drawn at a time; it may raise TilerError if that row cannot be drawn, and NoCluster to end the queue."""
 
     root: Path
     results: Results
@@ -171,6 +179,8 @@ class Queue:
             else:
                 try:
                     self._limits = self.together(turn.row)
+                except NoCluster:
+                    raise
                 except TilerError as error:
                     self._turns.popleft()
                     self._note(turn.row, FAILED, error.exit_code, {"error": str(error)})
