@@ -14,6 +14,7 @@ from tiler.cluster.bands import BandProbe, Bands
 from tiler.cluster.engine import Arrived
 from tiler.cluster.members import Members
 from tiler.cluster.shared import Answer, BandPlace, Greeting
+from tiler.decoding import apart
 from tiler.decoding.apart import Band, Work
 
 HEIGHT, ROWS, PIECE = 10, 80, 30  # latents, pixels, and pixels in an answer
@@ -37,6 +38,7 @@ class Scheduler:
         self.sent: list[tuple[str, int, int, bool]] = []
         self._arrived: list[Arrived] = []
         self._tickets = 0
+        self.sending = self.most_sending = 0  # bands that are on their way
 
     def members(self) -> dict[str, str]:
         return {name: name for name in self.workers}
@@ -51,6 +53,8 @@ class Scheduler:
             _, place, row, columns = arguments
             assert isinstance(place, BandPlace)
             self.sent.append((address, place.number, row, columns is not None))
+            self.sending += columns is not None
+            self.most_sending = max(self.most_sending, self.sending)
             answer = self.workers[address](place.number, row)
             if answer is not None:
                 self._arrived.append(Arrived(self._tickets, answer, None))
@@ -65,7 +69,7 @@ class Scheduler:
         pass
 
     def answers(self, seconds: float) -> list[Arrived]:
-        found, self._arrived = self._arrived, []
+        found, self._arrived, self.sending = self._arrived, [], 0
         return found
 
 
@@ -101,6 +105,15 @@ def test_each_band_comes_in_order_and_its_latents_are_sent_once() -> None:
     assert {address for address, *_ in scheduler.sent} == {"a", "b"}
     assert [row for _, number, row, _ in scheduler.sent if number == 0] == [0, 30, 60]
     assert [with_latents for _, number, _, with_latents in scheduler.sent if number == 0] == [True, False, False]
+
+
+@pytest.mark.parametrize(("room", "most"), [(1, 1), (4 * 4 * HEIGHT * 4 * 2, 2), (10**6, 3)])
+def test_few_bands_are_sent_at_a_time(room: int, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as the memory holds that is planned for them."""
+    monkeypatch.setattr(apart, "SENDING_BYTES", room)
+    scheduler = Scheduler(a=good, b=good, c=good)
+    rows = gather(scheduler, [], {0: 0, 1: 0, 2: 0})
+    assert all(is_whole(rows, number) for number in range(3)) and scheduler.most_sending == most
 
 
 def test_what_a_lost_worker_has_not_sent_goes_elsewhere_with_its_latents() -> None:

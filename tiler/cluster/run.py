@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from tiler.cluster.shared import SharedJob, digest_of
-from tiler.decoding.apart import Apart, Elsewhere, Work
+from tiler.decoding.apart import DECODERS, Apart, Elsewhere, Work
 from tiler.denoiser import open_denoiser
 from tiler.diffusion.prompts import Prompts
 from tiler.diffusion.runner import Runner, Tile
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from tiler.cluster.outlook import Outlook
 
 _PATIENCE = 60.0  # seconds without any worker after which this process continues alone
-_DECODERS = 8  # workers at a time that decode: each is sent the statistics, up to 17 MB
 _DECODING_PATIENCE = 15.0  # the same for decoding
 _RETURNING = 45.0  # the same for workers that have lost the canvas's scheduler, and look for it less and less often
 
@@ -148,7 +147,7 @@ def _open_bands(cluster: Cluster, run: RenderRun, work: Work) -> Iterator[Apart 
             yield None
             return
         patience = _RETURNING if cluster.where is Where.LISTEN and run.workers else _DECODING_PATIENCE
-        members = Members(engine, BandProbe(job.to_bytes(), work), run.note, patience, most=_DECODERS)
+        members = Members(engine, BandProbe(job.to_bytes(), work), run.note, patience, most=DECODERS)
         members.digest = digest_of(work.probe.numpy())
         try:
             yield Bands(members, job.name, work, partial(run.budget.check, "decode"))

@@ -16,7 +16,8 @@ from typing import NamedTuple
 import torch
 
 from tiler.compute.tuning import TIGHT_ARENA_BYTES
-from tiler.decoding.frozen import BAND
+from tiler.decoding.apart import held_bytes
+from tiler.decoding.frozen import HELD_TOKENS, bands
 from tiler.decoding.method import DecodePlan, ScratchSpace
 from tiler.diffusion import flow, schedulers
 from tiler.diffusion.masks import MASKS_KEPT
@@ -276,8 +277,11 @@ def _plan_coding(
     if whole is not None:
         decoding = whole.while_decoding(decoding)
     if request.cluster is not None and methods["decode"].kind is Decode.FROZEN:  # workers decode bands
-        band = 4 * models.family.latent_channels * canvas[0] * min(BAND, canvas[1])
-        term = Term(name="cluster", nbytes=CONNECTIONS_BYTES + band)
+        cut = bands(canvas[1])
+        band_bytes = 4 * models.family.latent_channels * canvas[0] * max(band.last - band.first for band in cut)
+        statistics = 8 * HELD_TOKENS * max(decoder.spec.config["block_out_channels"])
+        held = held_bytes(band_bytes, len(cut), statistics)
+        term = Term(name="cluster", nbytes=CONNECTIONS_BYTES + held)
         decoding = PhasePlan(name=decoding.name, terms=(*decoding.terms, term))
     phases = [_CodingPhase(decoding, Streamed(decoder.decoder_weights, decoder.spec.weights))]
     if (guide is None and request.guide_image is None) or request.guide_upscale is not GuideUpscale.PIXEL:
