@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 _PATIENCE = 60.0  # seconds without any worker after which this process continues alone
 _DECODING_PATIENCE = 15.0  # the same for decoding
+_GREETING = 45.0  # seconds in which a worker opens the decoder, if it has nothing else to do
 _RETURNING = 45.0  # the same for workers that have lost the canvas's scheduler, and look for it less and less often
 
 
@@ -118,8 +119,8 @@ def _open_pool(cluster: Cluster, share: int, run: RenderRun, prompts: Prompts) -
         finally:
             run.workers = members.uses()
             if cluster.where in (Where.CONNECT, Where.FILE, Where.ENV):  # scheduler and workers outlive this run
-                for member in members.ready():
-                    engine.tell(member.address, tasks.close, job.name)
+                for address in members.greeted():
+                    engine.tell(address, tasks.close, job.name)
 
 
 def bands_of(run: RenderRun) -> Elsewhere | None:
@@ -147,14 +148,15 @@ def _open_bands(cluster: Cluster, run: RenderRun, work: Work) -> Iterator[Apart 
             yield None
             return
         patience = _RETURNING if cluster.where is Where.LISTEN and run.workers else _DECODING_PATIENCE
-        members = Members(engine, BandProbe(job.to_bytes(), work), run.note, patience, most=DECODERS)
+        asked = BandProbe(job.to_bytes(), work)
+        members = Members(engine, asked, run.note, patience, most=DECODERS, at_most=_GREETING)
         members.digest = digest_of(work.probe.numpy())
         try:
             yield Bands(members, job.name, work, partial(run.budget.check, "decode"))
         finally:
             run.decoders = members.uses()
-            for member in members.ready():
-                engine.tell(member.address, tasks.close, job.name)
+            for address in members.greeted():
+                engine.tell(address, tasks.close, job.name)
 
 
 def _farthest(run: RenderRun) -> int:

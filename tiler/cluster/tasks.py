@@ -66,11 +66,16 @@ def hello_decoder(job: bytes, statistics: np.ndarray, size: tuple[int, int], lat
     decode a few latents. Returns a Greeting as JSON."""
     if _Desk.opener is None:
         return Greeting(refusal="is no `tiler worker`").to_json()
+    name = ""
     with _Desk.lock:
         try:
             _Desk.bench = _Desk.bench or _Desk.opener()
-            return _Desk.bench.greet_decoder(SharedJob.from_bytes(job), statistics.tobytes(), size, latents).to_json()
+            shared = SharedJob.from_bytes(job)
+            name = shared.name
+            return _Desk.bench.greet_decoder(shared, statistics.tobytes(), size, latents).to_json()
         except Exception as error:
+            if _Desk.bench is not None and name:
+                _Desk.bench.close(name)
             return Greeting(refusal=_explained(error), is_taken=isinstance(error, Taken)).to_json()
 
 
