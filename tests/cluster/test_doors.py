@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import make_checkpoint
 import numpy as np
 import pytest
 import torch
@@ -243,6 +244,16 @@ def test_a_share_below_the_floor_is_refused_with_the_number_that_fits(tiny: Path
     assert ceilings.share_of(run, fits) <= share
     with pytest.raises(BudgetRefused):
         ceilings.share_of(run, fits + 1)
+
+
+def test_a_preview_takes_its_memory_beside_the_workers(tiny: Path, tmp_path: Path) -> None:
+    """The process of the canvas has no activations whose place it could take; workers make no previews."""
+    make_checkpoint.make("taesd", tmp_path)
+    said = {"preview": tmp_path / "p.png", "tiny_vae": str(tmp_path / "taesd"), "output": tmp_path / "x.png"}
+    run = start(ask(tiny, **said), Budget("8GB"), lambda event: None)
+    assert run.plan.preview_bytes > 10**6 and not ceilings.plan_of_worker(run, 10**9).preview_bytes
+    without = replace(run, plan=replace(run.plan, preview_bytes=0))
+    assert ceilings.share_of(without, 1) - ceilings.share_of(run, 1) == run.plan.preview_bytes
 
 
 def test_a_queue_divides_its_ceiling(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

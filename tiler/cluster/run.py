@@ -163,8 +163,8 @@ def _farthest(run: RenderRun) -> int:
     """The number of tiles for which there is room while this process predicts none itself."""
     plan, held = run.plan, ("python + libraries", "canvas", "prompts", "cluster")
     canvas = next(phase for phase in plan.memory.phases if phase.name == "canvas")
-    unused = sum(term.nbytes for term in canvas.terms if term.name not in held)
-    return TILES_AHEAD + unused // (2 * tile_bytes(plan.family, plan.regions.tile))
+    unused = sum(term.nbytes for term in canvas.terms if term.name not in held) - plan.preview_bytes
+    return TILES_AHEAD + max(0, unused) // (2 * tile_bytes(plan.family, plan.regions.tile))
 
 
 def _probe(run: RenderRun) -> Tile:

@@ -67,6 +67,7 @@ class RenderPlan(Tiling):
     guide_batch: int
     arena_bytes: int  # for the denoiser's weights in use
     sample_bytes: int  # for one sample alone in the denoiser, including the weights in use
+    preview_bytes: int  # for a tiny autoencoder's preview of the canvas, which takes the place of activations
     precision: Precision  # fp32, bf16 or int8
     precision_why: str
     decode_precision: Precision  # of the autoencoder: fp32 or bf16
@@ -230,6 +231,7 @@ def plan_render(
         notes=(*schedule.notes, *([f"the canvas lies in files, in {request.scratch_folder}"] if on_disk else [])),
         sample_bytes=sampler.activations((0,), *tile),
         arena_bytes=sampler.streamer.arena_bytes,
+        preview_bytes=preview_bytes,
         memory=MemoryPlan(
             max_bytes=max_bytes,
             phases=tuple(sorted((*others, *(phase for phase, _ in filled)), key=lambda p: ORDER.index(p.name))),
