@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from tiler.decoding.colours import LONGEST, fit_colours, paint, reduced
 from tiler.diffusion import flow, schedulers
-from tiler.errors import BudgetExceeded, ModelError
+from tiler.errors import BudgetExceeded, ModelError, TilerError
 from tiler.jobs.coding import encode
 from tiler.jobs.manifest import picture_of
 from tiler.planning.resolve import fill
@@ -146,7 +146,7 @@ def test_a_preview_that_cannot_be_made_does_not_end_the_render(
     """A note says it once. The ceiling still counts."""
     common = "render", "x", "--size", 64, "--steps", 3, "--seed", 7, "--no-guide"
     assert in_process(*common, "-o", "a.png").code == 0
-    failing = [ModelError("taesd: the file is gone")]
+    failing: list[TilerError] = [ModelError("taesd: the file is gone")]
 
     def decode(*given: object) -> np.ndarray:
         raise failing[0]
