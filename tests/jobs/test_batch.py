@@ -167,6 +167,16 @@ def test_a_row_says_neither_where_things_are_written_nor_who_draws(tmp_path: Pat
     assert row.problem is not None and "give it to tiler batch" in row.problem
 
 
+@pytest.mark.parametrize("option", ["--log-json", "--cluster=local:1"])
+def test_a_preview_that_no_terminal_would_show_is_refused_before_any_work(
+    in_process, tmp_path: Path, option: str
+) -> None:
+    (tmp_path / "q.txt").write_text("a\n")
+    ran = in_process("batch", tmp_path / "q.txt", "--preview", "-", option)
+    assert ran.code == 2 and "--preview - goes neither with --cluster nor with --log-json" in ran.err
+    assert [path.name for path in tmp_path.iterdir()] == ["q.txt"]
+
+
 def test_a_queue_from_the_command_line(in_process, tiny: Path, tmp_path: Path) -> None:
     """One row is drawn, one is bad; the same command again draws nothing twice, and draws a row that was appended."""
     file = tmp_path / "jobs.jsonl"

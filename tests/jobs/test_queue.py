@@ -194,7 +194,8 @@ def test_a_large_encoder_is_told_by_its_size(tmp_path: Path, tiny: Path) -> None
 
 
 def test_encoding_ahead_fills_the_cache(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    requests = [ask(tiny, tmp_path / "x.png", prompt=prompt, cache_dir=tmp_path) for prompt in ("a", "b [c|d]", "a")]
+    prompts = "<hypernet:x:1> e", "a", "b [c|d]", "a", "<lora:gone> f", "<lora:gone> g"  # three of them cannot be drawn
+    requests = [ask(tiny, tmp_path / "x.png", prompt=prompt, cache_dir=tmp_path) for prompt in prompts]
     assert encode_ahead(requests, roomy()) == 0  # by their size, not worth it
     monkeypatch.setattr("tiler.ahead.LARGE", 0)
     assert encode_ahead(requests, roomy()) == 4  # a, b c, b d, and no negative prompt

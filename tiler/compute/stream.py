@@ -170,7 +170,8 @@ class Streamer:
         return [(op := layer.op(), self.kernel(op, None)) for layer in layers]
 
     def _held_bytes(self, modules: Sequence[nn.Module]) -> int:
-        if any(isinstance(module, StreamedLayer) for module in modules):  # which may be parts, made for one call
+        # A run makes parts and units for one call, which the keys would keep; a plan is short.
+        if self.store is not None or any(isinstance(module, StreamedLayer) for module in modules):
             return self._count_held(modules)
         key = *modules, self.policy
         if key not in self._sizes:
