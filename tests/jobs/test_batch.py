@@ -46,6 +46,27 @@ def test_a_toml_queue(tmp_path: Path) -> None:
     assert [output_of(row, tmp_path).name for row in (two, three)] == ["7-2.png", "8-3.png"]
 
 
+def test_only_rows_that_workers_can_serve_together_are_drawn_at_a_time(tmp_path: Path) -> None:
+    checker = Checker(root=tmp_path, defaults=(), parse=parse, name=NAME)
+
+    def denoiser(*words: str, prompt: str = "a boat") -> int:
+        return checker.check(Row(index=1, prompt=prompt, words=words, output=None)).denoiser
+
+    alike = {
+        denoiser(), denoiser(prompt="a cat"), denoiser("--steps=3", "--seed=5", "--size=512", "--cfg-scale=3"),
+        denoiser("--negative-prompt=rain", "--force", "--job-dir=jobs"),
+    }  # fmt: skip
+    others = [
+        denoiser(prompt="a boat <lora:ink:0.8>"), denoiser(prompt="a boat <lora:ink:0.7>"),
+        denoiser("--canvas-prompt=waves <lora:oil:1>"), denoiser("--lora=ink.safetensors"), denoiser("--lora-dir=loras"),
+        denoiser("--model=other"), denoiser("--diffusion-model=x.gguf"), denoiser("--variant=fp16"),
+        denoiser("--revision=v2"), denoiser("--prediction=v"), denoiser("--vae=x.safetensors"),
+        denoiser("--tile-size=256"), denoiser("--scheduler=heun"), denoiser("--precision=bf16"),
+    ]  # fmt: skip
+    assert len(alike) == 1 and len({*alike, *others}) == 1 + len(others)
+    assert denoiser(prompt="a cat <lora:ink:0.8>") == others[0]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
