@@ -58,9 +58,10 @@ def command(
 
     All options of `tiler render` are accepted and apply to rows that do not set them; a row's keys are the options'
     long names. A row that fails does not stop the others, but a TOML file is checked as a whole before the first
-    picture. If you give the same command again, finished rows are skipped
-    and interrupted ones continue. With --cluster up to three pictures are drawn at a time, as many as the ceiling
-    holds: no worker waits for the end of one picture's step, and one is decoded while the next is denoised.
+    picture. The exit code is that of the rows that failed, or 1 if theirs differ. If you give the same command again,
+    finished rows are skipped and interrupted ones continue. With --cluster up to three pictures are drawn at a time, as
+    many as the ceiling holds: no worker waits for the end of one picture's step, and one is decoded while the next is
+    denoised.
     """
     _check_file(file)
     root = output_dir or file.parent

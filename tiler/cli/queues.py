@@ -16,8 +16,8 @@ from typing import Any, NoReturn
 
 import typer
 
+from tiler.cli import failure, supervise
 from tiler.cli import options as o
-from tiler.cli import supervise
 from tiler.errors import UsageError
 from tiler.jobs import naming
 from tiler.jobs.checked import Checked
@@ -73,7 +73,7 @@ def parser(
             command.main([*words], prog_name="tiler render", standalone_mode=False)
         except Exception as error:
             if hasattr(error, "format_message"):  # click's
-                raise UsageError(error.format_message().rstrip(".")) from error
+                raise UsageError(failure.usage_of(error)) from error
             raise
         return found.pop()
 
