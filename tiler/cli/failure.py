@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from tiler.cli.terminal import harmless
 from tiler.errors import Interrupted, TilerError
+from tiler.jobs.drawing import BESIDE
 
 _WHY = {
     "int_parsing": "not a whole number", "float_parsing": "not a number",
@@ -23,6 +24,8 @@ _WHY = {
 def end(error: BaseException) -> NoReturn:
     """Print what happened, and exit with the error's code."""
     message, code = _explained(error)
+    if isinstance(error, Interrupted):  # the process of a queue says for all pictures what becomes of them
+        _fail("" if BESIDE in os.environ else message, code, (), {})
     smallest = getattr(error, "smallest_bytes", None)
     _fail(message, code, getattr(error, "__notes__", []), {} if smallest is None else {"smallest_bytes": smallest})
 
@@ -37,8 +40,8 @@ def _explained(error: BaseException) -> tuple[str, int]:
     match error:
         case Interrupted():
             names = ", ".join(map(str, written()))
-            nothing = "" if getattr(error, "__notes__", []) else "; nothing was written"
-            return f"interrupted{f'; written: {names}' if names else nothing}", int(error.code or 1)
+            said = [f"written: {names}"] * bool(names) + getattr(error, "__notes__", [])
+            return "; ".join(["interrupted", *(said or ["nothing was written"])]), int(error.code or 1)
         case SystemExit() if isinstance(error.__context__, BrokenPipeError):
             return "", 0  # rich exits so when the reader of its pipe is gone
         case SystemExit():
@@ -65,7 +68,8 @@ def usage_of(error: Any) -> str:
 
 def why_invalid(error: BaseException) -> str:
     """Why a value is no number, or out of range; "" for other usage errors."""
-    found = error.__cause__.errors()[0] if hasattr(error.__cause__, "errors") else {}
+    cause: Any = error.__cause__
+    found = cause.errors()[0] if hasattr(cause, "errors") else {}
     return _WHY.get(found.get("type", ""), "").format(**found.get("ctx", {}))
 
 
