@@ -12,7 +12,7 @@ import pytest
 
 from tiler import files
 from tiler.errors import NameTaken, StorageError, UsageError
-from tiler.files import atomic, check_writable
+from tiler.files import atomic, check_writable, replace_at_once
 
 REFUSALS = ["chmod", "fsync", "link", "O_TMPFILE", "link and fsync", "everything"]
 
@@ -94,6 +94,25 @@ def test_a_link_to_another_disk(tmp_path: Path) -> None:
             check_writable(tmp_path / "x.png", force=False)
     finally:
         target.unlink(missing_ok=True)
+
+
+def test_writers_of_one_small_file_do_not_disturb_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second one writes while the first one is about to rename. A link under a temporary name is not followed."""
+    path, replace = tmp_path / "p.png", os.replace
+
+    def interrupted(source: Path, target: Path) -> None:
+        monkeypatch.setattr(files.os, "replace", replace)
+        replace_at_once(path, b"second")
+        replace(source, target)
+
+    monkeypatch.setattr(files.os, "replace", interrupted)
+    replace_at_once(path, b"first")
+    assert path.read_bytes() == b"first" and list(tmp_path.iterdir()) == [path]
+    monkeypatch.setattr(files.secrets, "token_hex", lambda size: "known")
+    (tmp_path / ".tiler-known.png").symlink_to(tmp_path / "victim")
+    with pytest.raises(FileExistsError):
+        replace_at_once(path, b"third")
+    assert path.read_bytes() == b"first" and not (tmp_path / "victim").exists()
 
 
 def test_links_without_an_end_and_files_that_are_none(tmp_path: Path) -> None:

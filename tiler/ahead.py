@@ -6,9 +6,11 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import fields
 
 from tiler import encoding, phases
+from tiler.errors import TilerError
 from tiler.events import Event, Note, OnEvent
 from tiler.jobs.coding import encode
 from tiler.memory.budget import Budget
@@ -31,11 +33,14 @@ _READ_ALIKE = (
 
 def encode_ahead(requests: Sequence[RenderRequest], budget: Budget, on_event: OnEvent) -> int:
     """Encode the prompts that the cache lacks, of requests that share a large encoder and read prompts the same way.
-    Return the number of texts encoded. Raises TilerError."""
+    Requests whose tags or LoRAs are wrong are left out, because their renders report it. Return the number of texts
+    encoded. Raises TilerError."""
     alike = defaultdict[str, list[RenderRequest]](list)
     for request in requests:
-        read_as = [encode(getattr(request, name)) for name in _READ_ALIKE]
-        alike[json.dumps([*read_as, *map(str, tags_of(request))])].append(request)
+        with suppress(TilerError):
+            tags = map(str, tags_of(request))
+            read_as = [encode(getattr(request, name)) for name in _READ_ALIKE]
+            alike[json.dumps([*read_as, *tags])].append(request)
     return sum(_encode(group, budget, on_event) for group in alike.values() if len(group) > 1)
 
 
@@ -49,7 +54,10 @@ def _encode(requests: list[RenderRequest], budget: Budget, on_event: OnEvent) ->
         if not isinstance(event, Note):
             on_event(event)
 
-    loras = find_loras(requests[0])
+    try:
+        loras = find_loras(requests[0])
+    except TilerError:
+        return 0
     settings = [resolve(request, family, loras) for request in requests]
     texts: list[Text] = list(dict.fromkeys(text for each in settings for text in plan_tiling(each, family).texts))
     run = phases.start(requests[0], budget, without_notes, planning=True)

@@ -90,6 +90,21 @@ def replace_durably(path: Path, parts: Iterable[bytes | memoryview]) -> None:
     sync_folder(path.parent)
 
 
+def replace_at_once(path: Path, data: bytes | memoryview) -> None:
+    """Write a file of which no reader sees a part, though a power cut may lose it. Writers do not disturb each other,
+    and no link is followed. Raises OSError."""
+    temp = _beside(path)
+    handle = os.open(temp, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+    try:
+        with open(handle, "wb") as file:
+            file.write(data)
+        os.replace(temp, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(temp)
+        raise
+
+
 def sync_folder(folder: Path) -> None:
     """Flush a folder's entries to disk; not every system can."""
     with suppress(OSError):

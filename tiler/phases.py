@@ -39,6 +39,7 @@ from tiler.models.family import Family
 from tiler.models.loras import apply_loras, find_loras, notes_on_loras
 from tiler.models.prompting import notes_on_prompts
 from tiler.models.tiny_vae import open_tiny
+from tiler.native import library
 from tiler.output.latents import save_latents
 from tiler.output.picture import check_picture, check_size
 from tiler.planning.advice import advise
@@ -90,7 +91,8 @@ def start(
         run.note(f"no prompt was given; this is the model's own: {settings.prompt}")
     on_prompts = notes_on_prompts(settings, family, has_guide=plan.guide is not None)
     on_loras = *notes_on_loras(settings, models, spoken.read_as), *models.loras.notes
-    others = repainting.note_on_format(settings), memory_warning(budget.max_bytes)
+    slow = f"torch computes, not tiler's own kernels: {why}" if (why := library.fault_of_file()) else None
+    others = repainting.note_on_format(settings), memory_warning(budget.max_bytes), slow
     run.tell((*on_prompts, *on_loras, *found.notes, *family.notes, *plan.notes, *others))
     return run
 

@@ -8,7 +8,6 @@ the canvas at reduced size instead.
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable
 from contextlib import closing, suppress
@@ -24,9 +23,9 @@ from tiler.decoding.colours import fit_colours, paint, reduced
 from tiler.decoding.method import ScratchSpace
 from tiler.decoding.rows import to_uint8
 from tiler.diffusion.schedulers import DiffusersSchedule
-from tiler.errors import StorageError, UsageError
+from tiler.errors import BudgetExceeded, StorageError, UsageError
 from tiler.events import Shown
-from tiler.files import check_writable, replace_durably
+from tiler.files import check_writable, replace_at_once, replace_durably
 from tiler.memory import process
 from tiler.memory.policy import at_rows
 from tiler.models import family as families
@@ -62,7 +61,7 @@ class Preview:
         folder = prompts_folder(request.cache_dir).with_name("previews")
         self._cache = folder / f"{model_id(spec.checkpoint, [spec.part])}.json"
         self.colours = _known(spec, self._cache)
-        self._next, self._failed = 0.0, False
+        self._next, self._failed, self._ended = 0.0, False, False
 
     @property
     def needs_colours(self) -> bool:
@@ -81,17 +80,29 @@ class Preview:
         return steps % self.interval == 0 and time.monotonic() >= self._next
 
     def show(self, run: Run, latents: Tensor) -> None:
+        """If the preview cannot be made, a note says so, and there are no more. Raises BudgetExceeded."""
+        if self._ended:
+            return
         start = time.monotonic()
-        if self.tiny_vae is not None:
-            pixels = _decode(run, self.tiny_vae, latents)
-        else:
-            assert self.colours is not None
-            pixels = paint(latents, self.colours)
+        try:
+            pixels = self._pixels(run, latents)
+        except BudgetExceeded:
+            raise
+        except Exception as error:  # whatever it is, it must not end a render of hours
+            self._ended = True
+            run.note(f"the preview could not be made, and there are no more: {error}")
+            return
         if self.path == STDOUT:
             run.on_event(Shown(pixels=pixels))
         else:
             self._write(pixels, run.note)
         self._next = time.monotonic() + _SHARE * (time.monotonic() - start)
+
+    def _pixels(self, run: Run, latents: Tensor) -> np.ndarray:
+        if self.tiny_vae is not None:
+            return _decode(run, self.tiny_vae, latents)
+        assert self.colours is not None
+        return paint(latents, self.colours)
 
     def _write(self, pixels: np.ndarray, note: Callable[[str], None]) -> None:
         buffer, (height, width) = BytesIO(), pixels.shape[:2]
@@ -102,16 +113,12 @@ class Preview:
         )
         writer.write(pixels)
         writer.close()
-        temp = self.path.with_name(f".{self.path.name[:200]}.new")
         try:
-            temp.write_bytes(buffer.getbuffer())
-            os.replace(temp, self.path)
+            replace_at_once(self.path, buffer.getbuffer())
         except OSError as error:
             if not self._failed:
                 note(f"{self.path}: the preview could not be written ({error.strerror})")
             self._failed = True
-            with suppress(OSError):
-                temp.unlink()
 
 
 def open_preview(request: ResolvedRequest, models: Models) -> Preview | None:

@@ -183,6 +183,7 @@ def test_folders_of_other_programs_are_understood(tmp_path: Path, monkeypatch: p
     flux = touch(comfy / "models/diffusion_models/flux.gguf")
     t5 = touch(comfy / "models/text_encoders/t5.safetensors")
     other = touch(own / "style.safetensors")
+    touch(forge / "models/Lora/style.gguf")  # holds no LoRA
     touch(own / "diffusers/model_index.json")
     touch(own / "diffusers/unet/weights.safetensors")
     touch(own / ".hidden/x.safetensors")

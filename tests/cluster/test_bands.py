@@ -14,6 +14,7 @@ from tiler.cluster.bands import BandProbe, Bands
 from tiler.cluster.engine import Arrived
 from tiler.cluster.members import Members
 from tiler.cluster.shared import Answer, BandPlace, Greeting
+from tiler.decoding import apart
 from tiler.decoding.apart import Band, Work
 
 HEIGHT, ROWS, PIECE = 10, 80, 30  # latents, pixels, and pixels in an answer
@@ -37,6 +38,9 @@ class Scheduler:
         self.sent: list[tuple[str, int, int, bool]] = []
         self._arrived: list[Arrived] = []
         self._tickets = 0
+        self.sending = self.most_sending = 0  # bands that are on their way
+        self.greeted: list[str] = []
+        self.silent = set[str]()  # a long task of another render is before the greeting
 
     def members(self) -> dict[str, str]:
         return {name: name for name in self.workers}
@@ -45,12 +49,15 @@ class Scheduler:
         self._tickets += 1
         if task is tasks.hello_decoder:
             said = Greeting(is_taken=address in self.taken, digest=self.digests.get(address, "same"), seconds=1.0)
-            self._arrived.append(Arrived(self._tickets, said.to_json(), None))
+            if address not in self.silent:
+                self._arrived.append(Arrived(self._tickets, said.to_json(), None))
         else:
             assert task is tasks.decode
             _, place, row, columns = arguments
             assert isinstance(place, BandPlace)
             self.sent.append((address, place.number, row, columns is not None))
+            self.sending += columns is not None
+            self.most_sending = max(self.most_sending, self.sending)
             answer = self.workers[address](place.number, row)
             if answer is not None:
                 self._arrived.append(Arrived(self._tickets, answer, None))
@@ -65,7 +72,7 @@ class Scheduler:
         pass
 
     def answers(self, seconds: float) -> list[Arrived]:
-        found, self._arrived = self._arrived, []
+        found, self._arrived, self.sending = self._arrived, [], 0
         return found
 
 
@@ -75,11 +82,13 @@ def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(members, "_SETTLE", 0.0)
 
 
-def gather(scheduler: Scheduler, notes: list[str], starts: dict[int, int]) -> dict[int, list[np.ndarray]]:
+def gather(
+    scheduler: Scheduler, notes: list[str], starts: dict[int, int], **options: Any
+) -> dict[int, list[np.ndarray]]:
     """What comes of the bands, which begin at these rows."""
     cuts = [Band(n, n + 4, slice(1, 3)) for n in range(3)]
     work = Work(b"", torch.zeros(1, 4, HEIGHT, 8), cuts, torch.zeros(1, 4, 2, 2), torch.zeros(3, 16, 16))
-    who = Members(scheduler, BandProbe(b"", work), notes.append, 0.0)
+    who = Members(scheduler, BandProbe(b"", work), notes.append, 0.0, **options)
     who.digest = "same"
     found = Bands(who, "job", work, lambda: None)
     for number, row in starts.items():
@@ -87,6 +96,7 @@ def gather(scheduler: Scheduler, notes: list[str], starts: dict[int, int]) -> di
     rows: dict[int, list[np.ndarray]] = {}
     while (arrived := found.next()) is not None:
         rows.setdefault(arrived[0], []).append(arrived[1].numpy())
+    scheduler.greeted = who.greeted()
     return rows
 
 
@@ -101,6 +111,15 @@ def test_each_band_comes_in_order_and_its_latents_are_sent_once() -> None:
     assert {address for address, *_ in scheduler.sent} == {"a", "b"}
     assert [row for _, number, row, _ in scheduler.sent if number == 0] == [0, 30, 60]
     assert [with_latents for _, number, _, with_latents in scheduler.sent if number == 0] == [True, False, False]
+
+
+@pytest.mark.parametrize(("room", "most"), [(1, 1), (4 * 4 * HEIGHT * 4 * 2, 2), (10**6, 3)])
+def test_few_bands_are_sent_at_a_time(room: int, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as the memory holds that is planned for them."""
+    monkeypatch.setattr(apart, "SENDING_BYTES", room)
+    scheduler = Scheduler(a=good, b=good, c=good)
+    rows = gather(scheduler, [], {0: 0, 1: 0, 2: 0})
+    assert all(is_whole(rows, number) for number in range(3)) and scheduler.most_sending == most
 
 
 def test_what_a_lost_worker_has_not_sent_goes_elsewhere_with_its_latents() -> None:
@@ -141,6 +160,20 @@ def test_nobody_is_waited_for_who_is_busy_or_computes_other_bits() -> None:
     notes: list[str] = []
     assert gather(scheduler, notes, {0: 0}) == {} and not scheduler.sent
     assert any(note.startswith("worker other is left out: its processor computes other bits") for note in notes)
+    assert set(scheduler.greeted) == {"busy", "other"}, "who is left out is told to close too"
+
+
+def test_an_idle_worker_is_asked_though_the_first_are_busy() -> None:
+    scheduler = Scheduler(busy=good, engaged=good, idle=good, spare=good)
+    scheduler.taken |= {"busy", "engaged"}
+    assert is_whole(gather(scheduler, [], {0: 0}, most=1), 0)
+    assert {address for address, *_ in scheduler.sent} == {"idle"} and "spare" not in scheduler.greeted
+
+
+def test_a_long_task_before_the_greeting_is_not_waited_for() -> None:
+    scheduler = Scheduler(busy=good)
+    scheduler.silent.add("busy")
+    assert gather(scheduler, [], {0: 0}, at_most=0.0) == {} and scheduler.greeted == ["busy"]
 
 
 def test_a_worker_that_does_not_answer_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:

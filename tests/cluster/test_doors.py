@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import make_checkpoint
 import numpy as np
 import pytest
 import torch
@@ -189,6 +190,49 @@ def test_a_worker_says_why_it_does_not_take_a_job(
     assert refused.refusal.startswith("other versions: tiler 0.0 here, ")
 
 
+class FakeDecoder:
+    """In place of the autoencoder of a job; a probe of ones fails."""
+
+    def __init__(self, job: SharedJob, *more: object) -> None:
+        self.job, self.is_open = job.name, True
+
+    def probe(self, latents: np.ndarray) -> np.ndarray:
+        if latents.any():
+            raise ClusterError("no memory")
+        return latents
+
+    def close(self) -> None:
+        self.is_open = False
+
+
+def test_a_decoder_gives_way_to_a_canvas_and_stays_for_its_job(job: SharedJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[FakeDecoder] = []
+    monkeypatch.setattr("tiler.cluster.bench.Decoder", lambda *given: opened.append(FakeDecoder(*given)) or opened[-1])
+
+    def decoder(name: str, value: float = 0.0) -> Greeting:
+        latents = np.full((1, 4, 8, 8), value, np.float32)
+        shared = replace(job, name=name).to_bytes()
+        return Greeting.from_json(tasks.hello_decoder(shared, np.zeros(1, np.uint8), (8, 8), latents))
+
+    family = families.open_family(ask(Path(job.request.model)))
+    tile = Tile(torch.zeros(1, 4, 8, 8), plan_tiling(job.request, family).canvas_steps[0][0])
+    with Budget(10**9) as budget:
+        bench = Bench(budget, {})
+        tasks.begin(lambda: bench, 10**9)
+        try:
+            assert not decoder("a").refusal and not decoder("a").refusal and decoder("b").is_taken
+            assert [one.is_open for one in opened] == [True]
+            said = Greeting.from_json(tasks.hello(job.to_bytes(), 0, window_of(tile), tile.latents.numpy()))
+            assert not said.refusal and [one.is_open for one in opened] == [False] and decoder("b").is_taken
+            tasks.close(job.name)
+            assert decoder("b", 1.0).refusal == "no memory" and not opened[-1].is_open
+            assert not decoder("c").refusal
+            tasks.close("c")
+            assert not opened[-1].is_open
+        finally:
+            bench.close()
+
+
 def test_a_share_below_the_floor_is_refused_with_the_number_that_fits(tiny: Path, tmp_path: Path) -> None:
     floor = read_rss().now + 150_000_000  # of one more process like this one
     run = start(ask(tiny, output=tmp_path / "x.png"), Budget(int(3.5 * floor)), lambda event: None)
@@ -200,6 +244,16 @@ def test_a_share_below_the_floor_is_refused_with_the_number_that_fits(tiny: Path
     assert ceilings.share_of(run, fits) <= share
     with pytest.raises(BudgetRefused):
         ceilings.share_of(run, fits + 1)
+
+
+def test_a_preview_takes_its_memory_beside_the_workers(tiny: Path, tmp_path: Path) -> None:
+    """The process of the canvas has no activations whose place it could take; workers make no previews."""
+    make_checkpoint.make("taesd", tmp_path)
+    said = {"preview": tmp_path / "p.png", "tiny_vae": str(tmp_path / "taesd"), "output": tmp_path / "x.png"}
+    run = start(ask(tiny, **said), Budget("8GB"), lambda event: None)
+    assert run.plan.preview_bytes > 10**6 and not ceilings.plan_of_worker(run, 10**9).preview_bytes
+    without = replace(run, plan=replace(run.plan, preview_bytes=0))
+    assert ceilings.share_of(without, 1) - ceilings.share_of(run, 1) == run.plan.preview_bytes
 
 
 def test_a_queue_divides_its_ceiling(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

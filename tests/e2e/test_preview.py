@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from tiler.decoding.colours import LONGEST, fit_colours, paint, reduced
 from tiler.diffusion import flow, schedulers
+from tiler.errors import BudgetExceeded, ModelError, TilerError
 from tiler.jobs.coding import encode
 from tiler.jobs.manifest import picture_of
 from tiler.planning.resolve import fill
@@ -137,6 +138,26 @@ def test_a_tiny_autoencoder_decodes_previews_and_changes_nothing_of_the_picture(
         decoded = vae.decode(load_file(tmp_path / "a.safetensors")["latents"]).sample
     want = (decoded[0] / 2 + 0.5).clamp(0, 1).mul(255).round().permute(1, 2, 0).numpy()
     assert abs(np.asarray(Image.open(tmp_path / "p.png")) - want).max() <= 1
+
+
+def test_a_preview_that_cannot_be_made_does_not_end_the_render(
+    in_process, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A note says it once. The ceiling still counts."""
+    common = "render", "x", "--size", 64, "--steps", 3, "--seed", 7, "--no-guide"
+    assert in_process(*common, "-o", "a.png").code == 0
+    failing: list[TilerError] = [ModelError("taesd: the file is gone")]
+
+    def decode(*given: object) -> np.ndarray:
+        raise failing[0]
+
+    monkeypatch.setattr("tiler.previewing.paint", decode)
+    ran = in_process(*common, "-o", "b.png", "--preview", "p.png")
+    assert ran.code == 0 and ran.err.count("the preview could not be made") == 1, ran.err
+    assert "taesd: the file is gone" in ran.err
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    failing[0] = BudgetExceeded("the ceiling was reached")
+    assert in_process(*common, "-o", "c.png", "--preview", "p.png").code == 5
 
 
 def test_a_job_goes_on_with_or_without_a_tiny_autoencoder_for_previews() -> None:

@@ -46,6 +46,27 @@ def test_a_toml_queue(tmp_path: Path) -> None:
     assert [output_of(row, tmp_path).name for row in (two, three)] == ["7-2.png", "8-3.png"]
 
 
+def test_only_rows_that_workers_can_serve_together_are_drawn_at_a_time(tmp_path: Path) -> None:
+    checker = Checker(root=tmp_path, defaults=(), parse=parse, name=NAME)
+
+    def denoiser(*words: str, prompt: str = "a boat") -> int:
+        return checker.check(Row(index=1, prompt=prompt, words=words, output=None)).denoiser
+
+    alike = {
+        denoiser(), denoiser(prompt="a cat"), denoiser("--steps=3", "--seed=5", "--size=512", "--cfg-scale=3"),
+        denoiser("--negative-prompt=rain", "--force", "--job-dir=jobs"),
+    }  # fmt: skip
+    others = [
+        denoiser(prompt="a boat <lora:ink:0.8>"), denoiser(prompt="a boat <lora:ink:0.7>"),
+        denoiser("--canvas-prompt=waves <lora:oil:1>"), denoiser("--lora=ink.safetensors"), denoiser("--lora-dir=loras"),
+        denoiser("--model=other"), denoiser("--diffusion-model=x.gguf"), denoiser("--variant=fp16"),
+        denoiser("--revision=v2"), denoiser("--prediction=v"), denoiser("--vae=x.safetensors"),
+        denoiser("--tile-size=256"), denoiser("--scheduler=heun"), denoiser("--precision=bf16"),
+    ]  # fmt: skip
+    assert len(alike) == 1 and len({*alike, *others}) == 1 + len(others)
+    assert denoiser(prompt="a cat <lora:ink:0.8>") == others[0]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -182,6 +203,16 @@ def test_29_no_output_leaves_the_folder(tmp_path: Path, output: str) -> None:
 def test_a_row_says_neither_where_things_are_written_nor_who_draws(tmp_path: Path, key: str) -> None:
     (row,) = rows(tmp_path, "jobs.jsonl", json.dumps({"prompt": "a", key: "x"}))
     assert row.problem is not None and "give it to tiler batch" in row.problem
+
+
+@pytest.mark.parametrize("option", ["--log-json", "--cluster=local:1"])
+def test_a_preview_that_no_terminal_would_show_is_refused_before_any_work(
+    in_process, tmp_path: Path, option: str
+) -> None:
+    (tmp_path / "q.txt").write_text("a\n")
+    ran = in_process("batch", tmp_path / "q.txt", "--preview", "-", option)
+    assert ran.code == 2 and "--preview - goes neither with --cluster nor with --log-json" in ran.err
+    assert [path.name for path in tmp_path.iterdir()] == ["q.txt"]
 
 
 def test_a_queue_from_the_command_line(in_process, tiny: Path, tmp_path: Path) -> None:

@@ -8,9 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -24,7 +28,7 @@ from tiler.errors import BudgetRefused
 from tiler.jobs import claims
 from tiler.jobs.checked import Checked
 from tiler.jobs.drawing import BESIDE, Drawings, Ended
-from tiler.jobs.queue import Queue, Together
+from tiler.jobs.queue import NoCluster, Queue, Together
 from tiler.jobs.results import Results, file_of
 from tiler.jobs.rows import Row
 from tiler.pipeline import encode_ahead
@@ -190,7 +194,8 @@ def test_a_large_encoder_is_told_by_its_size(tmp_path: Path, tiny: Path) -> None
 
 
 def test_encoding_ahead_fills_the_cache(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    requests = [ask(tiny, tmp_path / "x.png", prompt=prompt, cache_dir=tmp_path) for prompt in ("a", "b [c|d]", "a")]
+    prompts = "<hypernet:x:1> e", "a", "b [c|d]", "a", "<lora:gone> f", "<lora:gone> g"  # three of them cannot be drawn
+    requests = [ask(tiny, tmp_path / "x.png", prompt=prompt, cache_dir=tmp_path) for prompt in prompts]
     assert encode_ahead(requests, roomy()) == 0  # by their size, not worth it
     monkeypatch.setattr("tiler.ahead.LARGE", 0)
     assert encode_ahead(requests, roomy()) == 4  # a, b c, b d, and no negative prompt
@@ -331,6 +336,36 @@ def test_a_row_that_cannot_be_planned_leaves_the_cluster_to_the_next(
     assert (tally.exit_code, str(tally), played.order) == (4, "2 done, 1 failed (row 1)", [2, 3])
 
 
+def test_a_scheduler_that_cannot_start_ends_the_queue_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended: list[str] = []
+
+    @contextmanager
+    def asking(module: str, asked: dict[str, Any]) -> Iterator[str]:
+        yield module
+        ended.append(module)
+
+    def answer(module: str) -> dict[str, Any]:
+        if module == "tiler.cli.shares":
+            return {"most": 2, "room_bytes": 900, "worker_bytes": 0, "is_hosted": True}
+        assert list((tmp_path / "t").iterdir())
+        raise supervise._Refused("the port is in use", 12)
+
+    (tmp_path / "t").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "t"))
+    monkeypatch.setattr(supervise, "_asking", asking)
+    monkeypatch.setattr(supervise, "_answer", answer)
+    spec = supervise.Spec(root=".", results="r", file="q", max_ram_bytes=CEILING, cluster="listen:127.0.0.1:1")
+    played = Played()
+    with ExitStack() as stack:
+        together = partial(supervise._together, spec, stack, lambda text: None)
+        with pytest.raises(NoCluster, match="the port is in use") as caught:
+            play(played, tmp_path, [row(tmp_path, 1), row(tmp_path, 2)], monkeypatch, together=together)
+        assert not list((tmp_path / "t").iterdir())
+    assert (caught.value.exit_code, played.order, ended) == (12, [], ["tiler.cli.shares"])
+
+
 def test_processes_are_heard_line_by_line_and_end_with_their_words() -> None:
     heard: list[tuple[int, bytes]] = []
     drawings = Drawings(lambda row, line: heard.append((row, line)))
@@ -341,6 +376,27 @@ def test_processes_are_heard_line_by_line_and_end_with_their_words() -> None:
     drawings.begin(3, ["sleep", "60"], 0)
     assert drawings.next_ended(0.01) is None
     assert list(drawings.end(signal.SIGTERM)) == [Ended(3, -signal.SIGTERM, b"")]
+
+
+def test_an_interrupted_wait_for_a_process_loses_it_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C between the end of a picture's output and the end of its process."""
+    monkeypatch.setattr("tiler.jobs.drawing._PATIENCE", 5.0)
+    drawings = Drawings()
+    drawings.begin(1, ["sh", "-c", "exec >&-; exec sleep 60"], 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess.Popen, "wait", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            drawings.next_ended()
+    assert list(drawings.end(signal.SIGTERM)) == [Ended(1, -signal.SIGTERM, b"")]
+
+
+def test_claims_are_touched_though_other_rows_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touched = set[str]()
+    monkeypatch.setattr(claims, "TOUCH_EVERY", 0.0)
+    monkeypatch.setattr(claims, "touch", lambda folder: touched.add(folder.name))
+    rows = [row(tmp_path, number) for number in (1, 2, 3)]
+    assert str(play(Played(), tmp_path, rows, monkeypatch, shared=True)) == "3 done"
+    assert touched == {"1.png.tiler", "2.png.tiler", "3.png.tiler"}
 
 
 def test_a_queue_translates_what_its_pictures_tell() -> None:

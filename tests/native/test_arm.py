@@ -41,7 +41,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     zig = [sys.executable, "-m", "ziglang", "cc", "-target", "aarch64-linux-musl"]
     caches = {"ZIG_GLOBAL_CACHE_DIR": str(work / "zig"), "ZIG_LOCAL_CACHE_DIR": str(work / "zig")}
     jobs = [
-        [str(NATIVE / "kernels.c"), f"-DSET={s.symbol}", f'-DSET_NAME="{s.name}"', f"-mcpu={s.cpu}", "-o", f"{s.symbol}.o"]
+        [
+            str(NATIVE / "kernels.c"), f"-DSET={s.symbol}", f'-DSET_NAME="{s.name}"', f"-mcpu={s.cpu}", "-o",
+            f"{s.symbol}.o",
+        ]
         for s in ARM
     ]  # fmt: skip
     jobs += [[str(path), "-o", f"{path.name}.o"] for path in (NATIVE / "library.c", NATIVE / "pool.c", DRIVER)]

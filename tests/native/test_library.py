@@ -75,8 +75,26 @@ def test_a_library_of_another_version_is_not_used(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(library, "VERSION", library.VERSION + 1)
     library._find.cache_clear()
     assert library.library() is None and "another version" in library.fault()
+    assert library.fault_of_file() == library.fault()
     monkeypatch.undo()
     library._find.cache_clear()
+
+
+def test_a_render_says_that_a_library_is_refused_and_what_to_do(
+    in_process, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine that has built none is not told so each time."""
+    asked = "plan", "x", "-m", tiny, "--size", 64
+    monkeypatch.setattr(library, "_find", lambda: f"kernels.so is of another version of tiler; {library._INSTALL}")
+    noted = in_process(*asked)
+    assert noted.code == 0, noted.err
+    said = " ".join((noted.out + noted.err).split())
+    assert said.count("kernels.so is of another version of tiler; install tiler again") == 1, said
+    refused = in_process(*asked, "--precision", "bf16")
+    assert refused.code == 2 and "install tiler again" in refused.err and "BF16 instructions" not in refused.err
+    assert in_process("doctor", "--json").json["--precision bf16"] == "not without tiler's own library"
+    monkeypatch.setattr(library, "_find", lambda: "not built")
+    assert "torch computes" not in in_process(*asked).err
 
 
 def test_a_build_that_fails_says_so_in_a_line(

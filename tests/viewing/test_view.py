@@ -107,6 +107,23 @@ def test_the_overview_of_a_jpeg_comes_from_its_eighth(tmp_path: Path) -> None:
     assert abs(tile[1] - means).mean() < 2
 
 
+def test_a_rotated_jpeg_is_upright_and_read_once(tmp_path: Path) -> None:
+    """libvips stores its rows in another order anyway, so an overview would only take time."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: displayed after a quarter turn to the right
+    pixels = np.zeros((16, 4200, 3), np.uint8)
+    pixels[:, 2100:] = 255
+    Image.fromarray(pixels).save(tmp_path / "turned.jpg", quality=95, exif=exif)
+    with Pyramid(tmp_path / "turned.jpg", tmp_path) as pyramid:
+        wait_for(pyramid)
+        assert (pyramid.width, pyramid.height) == (16, 4200)
+        assert [path.name for path in tmp_path.glob("tiler-view-*/*_files")] == ["picture_files"]
+        data = pyramid.tile(8, 0, 0)
+    assert data is not None
+    small = np.asarray(Image.open(BytesIO(data)))
+    assert small.shape[:2] == (132, 1) and small[:60].max() < 20 and small[-60:].min() > 235
+
+
 def test_what_is_transparent_lies_on_white(tmp_path: Path) -> None:
     pyvips = pytest.importorskip("pyvips")
     for name, kind in (("uchar", "srgb"), ("ushort", "rgb16")):
@@ -184,6 +201,8 @@ def test_the_browser_is_started_without_the_secret(
     ticket = served.ticket()
     assert follow(ticket) == (303, served.url.partition(f":{served.port}")[2])
     assert follow(ticket) == (404, None)
+    monkeypatch.setattr("tiler.viewing.server._TICKET", 0)
+    assert follow(served.ticket()) == (404, None)
 
 
 def test_transparent_parts_are_white_in_16_bits_too(tmp_path: Path) -> None:

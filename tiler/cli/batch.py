@@ -15,6 +15,7 @@ from tiler.errors import UsageError
 from tiler.jobs.claims import host
 from tiler.jobs.results import file_of
 from tiler.jobs.rows import NAME, Row, grows, read_rows
+from tiler.request.choices import STDOUT
 
 
 def command(
@@ -77,6 +78,8 @@ def command(
     if share and common.force:
         raise UsageError("--share takes an existing picture for a finished one; leave out --force")
     ceiling, threads, log_json = queues.ceiling(max_ram), rest["threads"], rest["log_json"]
+    if common.preview == STDOUT and (common.cluster or log_json):
+        raise UsageError("--preview - goes neither with --cluster nor with --log-json; give --preview a file")
     growing = {"file": str(file), "root": str(root), "defaults": list(checker.defaults), "name": output}
     rows = -1 if grows(file) else queues.check_all(read_rows(file), checker, f"{file}: ", "row")
     _make(root)

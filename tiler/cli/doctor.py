@@ -74,9 +74,7 @@ def _show_machine(measure: bool, json_output: bool) -> None:
         "kernels": _kernels(library.library(), library.fault()),
         "compute dtype": _compute_dtype(cpu.flags(), int8_runs=onednn.int8().products),
         "--precision int8": onednn.int8().why,
-        "--precision bf16": "bf16 products, fp32 sums"
-        if library.has_bf16()
-        else "not on this machine: it has no kernels for bf16",
+        "--precision bf16": _bf16(library.library()),
         "--precision auto": _auto(),
         "accumulation dtype": "fp32 canvas, fp64 mask sums",
         "free disk": f"{format_mb(shutil.disk_usage(Path.cwd()).free)} in {Path.cwd()}",
@@ -111,6 +109,13 @@ def _kernels(library: Library | None, fault: str) -> str:
     if library is None:
         return f"torch's; tiler's own library: {fault}"
     return f"tiler's own library for {library.isa}; torch's for the rest"
+
+
+def _bf16(library: Library | None) -> str:
+    """Whether `--precision bf16` can be asked for."""
+    if library is None:
+        return "not without tiler's own library"
+    return "bf16 products, fp32 sums" if library.has_bf16 else "not on this machine: it has no kernels for bf16"
 
 
 def _auto() -> str:

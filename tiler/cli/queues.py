@@ -27,7 +27,8 @@ from tiler.jobs.folder import folder_of
 from tiler.jobs.rows import Row
 from tiler.memory.budget import Budget, format_mb
 from tiler.request import MAX_SEED, RenderRequest
-from tiler.request.render import OF_THE_DENOISER, OF_THE_MACHINE
+from tiler.request.prompt import cut_tags
+from tiler.request.render import OF_THE_MACHINE, OF_THE_WORKERS
 from tiler.weights.encoders import has_large_encoder
 
 MOST = 10_000  # pictures of one command
@@ -136,8 +137,11 @@ def _digest(asked: RenderRequest, output: Path | None) -> int:
     """64 bits that identify a picture: everything that decides it, and its place. Without a place, they identify the
     model and everything else that decides how a cluster's workers open it."""
     said = encode(asked)
-    names = OF_THE_DENOISER if output is None else [name for name in said if name not in OF_THE_MACHINE]
-    text = json.dumps([str(output), {name: said.get(name) for name in names}], sort_keys=True)
+    names = OF_THE_WORKERS if output is None else [name for name in said if name not in OF_THE_MACHINE]
+    told: list[Any] = [str(output), {name: said.get(name) for name in names}]
+    if output is None:
+        told += [cut_tags(text or "")[1] for text in (asked.prompt, asked.canvas_prompt)]
+    text = json.dumps(told, sort_keys=True)
     return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big")
 
 

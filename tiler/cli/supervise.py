@@ -21,7 +21,7 @@ from tiler.cli.terminal import harmless, prepare_signals, prepare_streams
 from tiler.errors import Interrupted, TilerError
 from tiler.jobs.checked import Checked
 from tiler.jobs.drawing import end, popen
-from tiler.jobs.queue import Queue, Together
+from tiler.jobs.queue import NoCluster, Queue, Together
 from tiler.jobs.results import DONE, SKIPPED, Results
 
 _LEAVING = 30.0  # seconds in which the workers of a queue end
@@ -156,9 +156,14 @@ def _together(spec: Spec, stack: ExitStack, say: Callable[[str], None], row: Che
         shares = _answer(planner)
     words = ["--log-json"]
     if shares["is_hosted"]:
-        asked |= {"folder": stack.enter_context(tempfile.TemporaryDirectory(prefix="tiler-cluster-"))}
-        asked |= {"worker_bytes": shares["worker_bytes"]}
-        host = _answer(stack.enter_context(_asking("tiler.cli.host", asked)))
+        with ExitStack() as starting:  # what has started ends at once if the rest cannot
+            asked |= {"folder": starting.enter_context(tempfile.TemporaryDirectory(prefix="tiler-cluster-"))}
+            asked |= {"worker_bytes": shares["worker_bytes"]}
+            try:
+                host = _answer(starting.enter_context(_asking("tiler.cli.host", asked)))
+            except _Refused as error:
+                raise NoCluster(str(error), error.exit_code) from error
+            stack.push(starting.pop_all())
         words += [f"--cluster={host['address']}", *([f"--keys={host['keys']}"] if host["keys"] else [])]
         if not shares["worker_bytes"]:
             say(f"waiting for workers at {host['address']}")

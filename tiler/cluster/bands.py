@@ -17,7 +17,7 @@ from tiler.cluster import tasks
 from tiler.cluster.members import Member, Members
 from tiler.cluster.shared import Answer, BandPlace
 from tiler.decoding import FACTOR
-from tiler.decoding.apart import Work
+from tiler.decoding.apart import Work, sending_at_once
 
 _LOOK = 0.1  # seconds until a signal or a free worker is noticed
 _LATE, _LATE_SECONDS = 3.0, 60.0  # a piece of more than 3 times its expected time and 60 s is not waited for
@@ -38,7 +38,8 @@ class BandProbe:
     @property
     def arguments(self) -> tuple[Any, ...]:
         size = self.work.latents.shape[2], max(band.last - band.first for band in self.work.bands)
-        return self.job, self.work.statistics, size, self.work.small.numpy()
+        statistics = np.frombuffer(self.work.statistics, np.uint8)  # dask sends arrays without a copy
+        return self.job, statistics, size, self.work.small.numpy()
 
     samples = 1
 
@@ -49,6 +50,7 @@ class _Asked(NamedTuple):
     member: Member
     number: int
     since: float
+    sends: bool  # the band's latents
 
 
 class Bands:
@@ -57,6 +59,8 @@ class Bands:
     def __init__(self, members: Members, job: str, work: Work, check: Callable[[], None]) -> None:
         self._members, self._job, self._work, self._check = members, job, work, check
         self._total = FACTOR * work.latents.shape[2]
+        widest = max(band.last - band.first for band in work.bands)
+        self._at_once = sending_at_once(4 * work.latents.shape[1] * work.latents.shape[2] * widest)
         self._rows = dict[int, int]()  # by band: the row that comes next
         self._waiting = deque[int]()
         self._asked = dict[int, _Asked]()  # by ticket
@@ -73,7 +77,7 @@ class Bands:
                 self._lose(gone)
             self._leave_late()
             for member in self._members.free():
-                if self._waiting:
+                if self._waiting and self._may_send():
                     self._ask(member, self._waiting.popleft(), is_new=True)
             if not self._asked and (not self._waiting or self._members.is_deserted or self._members.are_taken):
                 return None
@@ -82,21 +86,27 @@ class Bands:
                     self._take(ticket, value, error)
         return self._arrived.popleft()
 
+    def _may_send(self) -> bool:
+        """Whether there is memory for another band on its way: a band has arrived when its first rows come back, or
+        when a worker takes very long for them."""
+        now = time.monotonic()
+        return sum(a.sends and now - a.since < _LATE_SECONDS for a in self._asked.values()) < self._at_once
+
     def _ask(self, member: Member, number: int, *, is_new: bool) -> None:
         band, latents = self._work.bands[number], self._work.latents
         place = BandPlace(number, band.first, band.last, (band.keep.start, band.keep.stop), latents.shape[3])
         columns: np.ndarray | None = None
         if is_new:
             step = 64  # rows of latents that may lie in a file
-            parts = [
-                latents[:, :, top : top + step][..., band.first : band.last] for top in range(0, latents.shape[2], step)
-            ]
-            columns = torch.cat(parts, dim=2).contiguous().numpy()
+            columns = np.empty((*latents.shape[:3], band.last - band.first), np.float32)
+            for top in range(0, latents.shape[2], step):
+                part = latents[:, :, top : top + step][..., band.first : band.last]
+                columns[:, :, top : top + part.shape[2]] = part.numpy()
         ticket = self._members.engine.submit(
             member.address, tasks.decode, self._job, place, self._rows[number], columns
         )
         member.ticket = ticket
-        self._asked[ticket] = _Asked(member, number, time.monotonic())
+        self._asked[ticket] = _Asked(member, number, time.monotonic(), is_new)
 
     def _take(self, ticket: int, value: Any, error: BaseException | None) -> None:
         asked = self._asked.pop(ticket, None)
@@ -107,7 +117,7 @@ class Bands:
         if error is not None or not isinstance(value, Answer) or value.predictions is None:
             self._fail(asked, value if isinstance(value, Answer) else None, error)
             return
-        strip = torch.from_numpy(np.array(value.predictions))
+        strip = torch.from_numpy(np.require(value.predictions, requirements="W"))
         if not bool(torch.isfinite(strip).all()):
             self._fail(asked, value._replace(error="NaN or Inf in the decoder", is_numerical=True), None)
             return
@@ -136,7 +146,7 @@ class Bands:
 
     def _leave_late(self) -> None:
         now = time.monotonic()
-        for member, number, since in list(self._asked.values()):
+        for member, number, since, _ in list(self._asked.values()):
             longest = max((one.seconds for one in member.pace.passes), default=0.0)
             if longest and now - since > _LATE * longest + _LATE_SECONDS:
                 self._lose(member)

@@ -58,7 +58,7 @@ class Bench:
     already entered.
 
     Jobs that differ only in what they draw share one denoiser, so that the renders of a queue can take turns at a
-    worker.
+    worker. A decoder gives way to a canvas.
     """
 
     def __init__(self, budget: Budget, models: Mapping[str, str]) -> None:
@@ -101,8 +101,8 @@ class Bench:
         if job.name in self.jobs:
             return
         self._forget()
-        if self._decoder is not None:
-            raise Taken("it decodes another picture")
+        if self._decoder is not None:  # its coordinator can decode the rest; nobody waits for a canvas so long
+            self.close(self._decoder.job)
         begun = next((opened.run for opened in self.jobs.values()), None)
         if begun is not None and (len(self.jobs) >= _JOBS or not _is_alike(begun.request, self._of_here(job))):
             raise Taken("it works for another render")
@@ -124,12 +124,11 @@ class Bench:
         """Open the decoder of a job if this machine has nothing else to do, and return a greeting with the digest of
         the pixels of a few latents. Raises TilerError."""
         self._forget()
-        if self.jobs or self._decoder is not None:
-            raise Taken("it works for another render")
-        self._decoder, self._decoded = (
-            Decoder(job, self._of_here(job), statistics, size, self._budget),
-            time.monotonic(),
-        )
+        if self._decoder is None or self._decoder.job != job.name:
+            if self.jobs or self._decoder is not None:
+                raise Taken("it works for another render")
+            self._decoder = Decoder(job, self._of_here(job), statistics, size, self._budget)
+        self._decoded = time.monotonic()
         start = time.perf_counter()
         digest = digest_of(self._decoder.probe(latents))
         return Greeting(

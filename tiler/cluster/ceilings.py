@@ -25,6 +25,7 @@ def share_of(run: RenderRun, workers: int) -> int:
     plan = run.plan
     canvas = next(phase for phase in plan.memory.phases if phase.name == "canvas")
     own = sum(term.nbytes for term in canvas.terms if term.name in ("python + libraries", "canvas", "cluster"))
+    own += plan.preview_bytes  # there are no activations here whose place it could take
     room = run.budget.max_bytes - own
     least = plan_of_worker(run, max(1, room // workers)).memory.smallest_bytes
     if room // workers < least:
@@ -39,7 +40,7 @@ def share_of(run: RenderRun, workers: int) -> int:
 
 def plan_of_worker(run: RenderRun, max_bytes: int) -> RenderPlan:
     """Plan how a worker on this machine predicts tiles under its own ceiling."""
-    request = replace(run.request, precision=run.plan.precision)
+    request = replace(run.request, precision=run.plan.precision, preview_vae=None)  # previews are made here
     tiling, facts = plan_tiling(request, run.plan.family), measure(request.scratch_folder)
     embeds = bool(run.spoken.read_as.embeddings)
     return plan_render(request, run.models, tiling, facts, max_bytes, encoded=True, tiles_only=True, embeds=embeds)

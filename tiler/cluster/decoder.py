@@ -14,7 +14,7 @@ from torch import Tensor
 from tiler import phases
 from tiler.cluster.shared import BandPlace, SharedJob
 from tiler.decoding import frozen, held
-from tiler.decoding.apart import Band
+from tiler.decoding.apart import ANSWER_BYTES, PIECE_BYTES, Band
 from tiler.decoding.method import ScratchSpace
 from tiler.decoding.rows import Stage, decoder_stages
 from tiler.denoiser import decoder_id
@@ -27,8 +27,6 @@ from tiler.planning.precision import choose_decode_precision
 from tiler.planning.render import plan_decode
 from tiler.request import Decode, Precision, ResolvedRequest, Wrap
 from tiler.run import measure, streamed
-
-PIECE_BYTES = 4_000_000  # of pixels in one answer, at least
 
 
 class Columns:
@@ -61,7 +59,8 @@ class Decoder:
         self._vae = models.vae(spec)
         facts = measure(request.scratch_folder)
         precision = choose_decode_precision(request.decode_precision, Precision.FP32, bf16=facts.arithmetic.bf16)
-        own = 4 * spec.config["latent_channels"] * size[0] * size[1] + 3 * PIECE_BYTES
+        # The columns as they came and as they are read, the statistics, and an answer: its strips, joined, and sent.
+        own = 8 * spec.config["latent_channels"] * size[0] * size[1] + len(statistics) + 3 * ANSWER_BYTES
         space = ScratchSpace(request.scratch_folder, facts.scratch_free_bytes, request.scratch_dtype)
         _, plan, resident = plan_decode(
             models, size, facts, budget.max_bytes - own, decode=Decode.FROZEN, precision=precision, space=space,
@@ -95,7 +94,7 @@ class Decoder:
         """The next rows of pixels, (3, n, w) fp32, of a band from `row` on, of whose latents `columns`, (1, C, h, w),
         are sent when it begins. None if they are needed."""
         if columns is not None:
-            latents = Columns(torch.from_numpy(columns.copy()), place.first, place.width)
+            latents = Columns(torch.from_numpy(np.require(columns, requirements="W")), place.first, place.width)
             band = Band(place.first, place.last, slice(*place.keep))
             self._strips = frozen.band_strips(self._stages(), latents, band, row, None, self._check)
         elif self._at != (place.number, row):

@@ -34,6 +34,7 @@ class Member:
     greeting: Greeting | None = None
     pace: Pace = field(default_factory=lambda: Pace(1, 0.0, 1.0))
     ticket: int | None = None
+    asked: float = 0.0  # when the last greeting was sent
     delay: float = 0.0  # seconds that its tasks wait for tasks of other renders
     failures: int = 0
     is_out: bool = False
@@ -88,13 +89,14 @@ class Probe:
 class Members:
     """The workers known to a render. `patience` is the time in seconds to wait for a first or another worker; None
     waits forever. If the scheduler does not answer, the wait is longer. `running` counts the worker processes that are
-    alive, if no others can join. At most `most` of those that are not left out are greeted."""
+    alive, if no others can join. At most `most` of those that are neither left out nor taken are greeted; a worker that
+    does not answer within `at_most` seconds counts as taken."""
 
     def __init__(
         self, engine: Engine, probe: Asked, note: Callable[[str], None], patience: float | None,
-        running: Callable[[], int] | None = None, most: int | None = None,
+        running: Callable[[], int] | None = None, most: int | None = None, at_most: float | None = None,
     ) -> None:  # fmt: skip
-        self.engine, self._most = engine, most
+        self.engine, self._most, self._at_most = engine, most, at_most
         self.probe, self._note, self._patience, self._running = probe, note, patience, running
         self._members: dict[str, Member] = {}
         self._gone: list[Member] = []
@@ -103,6 +105,8 @@ class Members:
         self._taken: set[str] = set()  # addresses of taken workers that were already reported
         self._again: dict[str, float] = {}  # by address: the time at which a taken worker is asked again
         self.digest: str | None = None  # of the bits that count
+        self._greeted: set[str] = set()  # addresses of workers that may have the job open
+        self._has_unasked = False  # whether workers have come that were not needed
         self._is_lost = False  # the scheduler does not answer
         self._looked = self._first_greeting = 0.0
         self._deserted_since = time.monotonic()
@@ -136,6 +140,10 @@ class Members:
         """Return the ready workers that have no task, fastest first."""
         return sorted((m for m in self.ready() if m.ticket is None), key=lambda m: m.pace.seconds(1))
 
+    def greeted(self) -> list[str]:
+        """Return the addresses of the present workers that may have the job open, or may open it yet."""
+        return [address for address in self._members if address in self._greeted]
+
     @property
     def is_deserted(self) -> bool:
         """Whether there has been no ready worker for so long that the render stops waiting for one."""
@@ -152,7 +160,9 @@ class Members:
     @property
     def are_taken(self) -> bool:
         """Whether every worker that has come works for another render, or was left out."""
-        return bool(self._members) and not (self._greetings or self._reaching or self.ready())
+        return bool(self._members) and not (
+            self._greetings or self._reaching or self.ready() or (self._has_unasked and not self._are_enough)
+        )
 
     def look(self) -> list[Member]:
         """Greet new workers, and return those that have gone. Asks the scheduler once a second."""
@@ -182,18 +192,33 @@ class Members:
             if address not in self._members and not self._are_enough:
                 member = self._members[address] = Member(address, name)
                 self._reaching[self.engine.reach(address)] = member
+        self._has_unasked = any(address not in self._members for address in present)
         for address in [address for address, when in self._again.items() if when <= now]:
-            del self._again[address]
-            self._greet(self._members[address])
+            if not self._are_enough:
+                del self._again[address]
+                self._greet(self._members[address])
+        self._put_off(now)
         return gone
+
+    def _put_off(self, now: float) -> None:
+        """Take the workers whose answers are overdue for taken: a long task of another render comes first there."""
+        if self._at_most is not None:
+            for ticket, member in list(self._greetings.items()):
+                if now - member.asked > self._at_most:
+                    del self._greetings[ticket]
+                    self.engine.drop(ticket)
+                    self._again[member.address] = now + _AGAIN
 
     @property
     def _are_enough(self) -> bool:
-        return self._most is not None and sum(not m.is_out for m in self._members.values()) >= self._most
+        asked = sum(not m.is_out and address not in self._again for address, m in self._members.items())
+        return self._most is not None and asked >= self._most
 
     def _greet(self, member: Member) -> None:
         ticket = self.engine.submit(member.address, self.probe.task, *self.probe.arguments)
         self._greetings[ticket] = member
+        self._greeted.add(member.address)
+        member.asked = time.monotonic()
 
     def ask_again(self, member: Member) -> None:
         """Schedule another greeting for a worker that has closed the job because another render has taken it."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from tiler.cluster.shared import SharedJob, digest_of
-from tiler.decoding.apart import Apart, Elsewhere, Work
+from tiler.decoding.apart import DECODERS, Apart, Elsewhere, Work
 from tiler.denoiser import open_denoiser
 from tiler.diffusion.prompts import Prompts
 from tiler.diffusion.runner import Runner, Tile
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from tiler.cluster.outlook import Outlook
 
 _PATIENCE = 60.0  # seconds without any worker after which this process continues alone
-_DECODERS = 8  # workers at a time that decode: each is sent the statistics, up to 17 MB
 _DECODING_PATIENCE = 15.0  # the same for decoding
+_GREETING = 45.0  # seconds in which a worker opens the decoder, if it has nothing else to do
 _RETURNING = 45.0  # the same for workers that have lost the canvas's scheduler, and look for it less and less often
 
 
@@ -119,8 +119,8 @@ def _open_pool(cluster: Cluster, share: int, run: RenderRun, prompts: Prompts) -
         finally:
             run.workers = members.uses()
             if cluster.where in (Where.CONNECT, Where.FILE, Where.ENV):  # scheduler and workers outlive this run
-                for member in members.ready():
-                    engine.tell(member.address, tasks.close, job.name)
+                for address in members.greeted():
+                    engine.tell(address, tasks.close, job.name)
 
 
 def bands_of(run: RenderRun) -> Elsewhere | None:
@@ -148,22 +148,23 @@ def _open_bands(cluster: Cluster, run: RenderRun, work: Work) -> Iterator[Apart 
             yield None
             return
         patience = _RETURNING if cluster.where is Where.LISTEN and run.workers else _DECODING_PATIENCE
-        members = Members(engine, BandProbe(job.to_bytes(), work), run.note, patience, most=_DECODERS)
+        asked = BandProbe(job.to_bytes(), work)
+        members = Members(engine, asked, run.note, patience, most=DECODERS, at_most=_GREETING)
         members.digest = digest_of(work.probe.numpy())
         try:
             yield Bands(members, job.name, work, partial(run.budget.check, "decode"))
         finally:
             run.decoders = members.uses()
-            for member in members.ready():
-                engine.tell(member.address, tasks.close, job.name)
+            for address in members.greeted():
+                engine.tell(address, tasks.close, job.name)
 
 
 def _farthest(run: RenderRun) -> int:
     """The number of tiles for which there is room while this process predicts none itself."""
     plan, held = run.plan, ("python + libraries", "canvas", "prompts", "cluster")
     canvas = next(phase for phase in plan.memory.phases if phase.name == "canvas")
-    unused = sum(term.nbytes for term in canvas.terms if term.name not in held)
-    return TILES_AHEAD + unused // (2 * tile_bytes(plan.family, plan.regions.tile))
+    unused = sum(term.nbytes for term in canvas.terms if term.name not in held) - plan.preview_bytes
+    return TILES_AHEAD + max(0, unused) // (2 * tile_bytes(plan.family, plan.regions.tile))
 
 
 def _probe(run: RenderRun) -> Tile:

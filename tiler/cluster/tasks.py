@@ -61,16 +61,21 @@ def hello(job: bytes, step: int, window: Window, latents: np.ndarray) -> str:
             return Greeting(refusal=_explained(error), is_taken=isinstance(error, Taken)).to_json()
 
 
-def hello_decoder(job: bytes, statistics: bytes, size: tuple[int, int], latents: np.ndarray) -> str:
-    """Open the job's decoder for bands of at most `size` latents, and decode a few latents. Returns a Greeting as
-    JSON."""
+def hello_decoder(job: bytes, statistics: np.ndarray, size: tuple[int, int], latents: np.ndarray) -> str:
+    """Open the job's decoder for bands of at most `size` latents, with the `statistics` as bytes in an array, and
+    decode a few latents. Returns a Greeting as JSON."""
     if _Desk.opener is None:
         return Greeting(refusal="is no `tiler worker`").to_json()
+    name = ""
     with _Desk.lock:
         try:
             _Desk.bench = _Desk.bench or _Desk.opener()
-            return _Desk.bench.greet_decoder(SharedJob.from_bytes(job), statistics, size, latents).to_json()
+            shared = SharedJob.from_bytes(job)
+            name = shared.name
+            return _Desk.bench.greet_decoder(shared, statistics.tobytes(), size, latents).to_json()
         except Exception as error:
+            if _Desk.bench is not None and name:
+                _Desk.bench.close(name)
             return Greeting(refusal=_explained(error), is_taken=isinstance(error, Taken)).to_json()
 
 

@@ -13,6 +13,10 @@ from torch import Tensor
 from tiler.decoding.rows import Latents
 from tiler.decoding.scratch import Rows, Scratch, free_bytes
 
+DECODERS = 8  # processes at a time that decode: each is sent the statistics, up to 17 MB
+SENDING_BYTES = 16_000_000  # of bands that are on their way at a time: as many as that holds, but at least one
+PIECE_BYTES = 4_000_000  # of pixels in one answer, at least
+ANSWER_BYTES = 4_400_000  # of pixels in one answer, at most: a strip more
 _ROOM = 2  # times what early rows take: the space that must be free for them
 
 
@@ -22,6 +26,18 @@ class Band(NamedTuple):
     first: int
     last: int
     keep: slice
+
+
+def sending_at_once(band_bytes: int) -> int:
+    """How many bands of so many bytes are on their way at a time."""
+    return max(1, SENDING_BYTES // band_bytes)
+
+
+def held_bytes(band_bytes: int, bands: int, statistics_bytes: int) -> int:
+    """What a process holds that has others decode `bands` bands: those on their way and the statistics twice, as they
+    are here and as they are sent, and two answers of each other process, one that waits and one that arrives."""
+    sending = min(bands, sending_at_once(band_bytes))
+    return 2 * (sending * band_bytes + statistics_bytes + min(DECODERS, bands) * ANSWER_BYTES)
 
 
 class Work(NamedTuple):

@@ -85,17 +85,18 @@ class Drawings:
             ready = self._selector.select(left)
             for key, _ in ready:
                 if not key.data.read():
-                    self._selector.unregister(key.fileobj)
                     if key.fileobj is self._processes[key.data.row].stdout:
                         return self._collect(key.data)
+                    self._selector.unregister(key.fileobj)
             if not ready and left is not None:
                 return None
 
     def _collect(self, output: _Stream) -> Ended:
-        """The end of a process that has closed its standard output."""
+        """The end of a process that has closed its standard output. If a signal interrupts the wait, the pipe is still
+        watched, and tells of the end again."""
         process = self._processes[output.row]
         returncode = process.wait()
-        for pipe in (process.stdout, process.stderr):
+        for pipe in (process.stderr, process.stdout):
             if pipe is None:
                 continue
             with suppress(KeyError):  # a command that it started may hold its standard error open

@@ -25,6 +25,14 @@ from tiler.jobs.results import DONE, ELSEWHERE, FAILED, INTERRUPTED, SKIPPED, Re
 BATCH = 64  # rows whose prompts are encoded together
 
 
+class NoCluster(TilerError):
+    """What a queue's cluster needs cannot start, so no row can be drawn; with the exit code of the failure."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
 class Together(NamedTuple):
     """How many pictures may be under way at a time, the bytes of the ceiling that they share, and the words that each
     process gets in addition."""
@@ -59,7 +67,7 @@ class Queue:
     shows a line to the user, `warn` one about a failure, `hear` gets the lines that the processes of rows write to
     standard error, and `finished`
     receives a picture's report as `--json` prints it. `together`, called with the first row to be drawn, says how many
-    may be drawn at a time; it may raise TilerError if that row cannot be drawn."""
+    may be drawn at a time; it may raise TilerError if that row cannot be drawn, and NoCluster to end the queue."""
 
     root: Path
     results: Results
@@ -79,6 +87,7 @@ class Queue:
     _open: dict[int, _Open] = field(default_factory=dict)  # by row
     _needs_bytes: int = 0  # the smallest ceiling of the rows so far, as far as it is known
     _limits: Together | None = None
+    _touched: float = field(default_factory=time.monotonic)  # when the claims were touched last
     _drawings: Drawings = field(init=False)
 
     def run(self, rows: Iterable[Iterable[Checked]]) -> Tally:
@@ -172,6 +181,8 @@ class Queue:
             else:
                 try:
                     self._limits = self.together(turn.row)
+                except NoCluster:
+                    raise
                 except TilerError as error:
                     self._turns.popleft()
                     self._note(turn.row, FAILED, error.exit_code, {"error": str(error)})
@@ -215,15 +226,26 @@ class Queue:
 
     def _wait(self) -> None:
         """Wait until a row has been drawn."""
-        while (ended := self._drawings.next_ended(claims.TOUCH_EVERY if self.shared else None)) is None:
-            for under_way in self._open.values():
-                claims.touch(Path(under_way.turn.row.job))
+        while (ended := self._drawings.next_ended(self._touch())) is None:
+            pass
         under_way = self._open.pop(ended.row)
         try:
             self._finish(under_way, ended)
         finally:
             if self.shared:
                 claims.release(Path(under_way.turn.row.job))
+
+    def _touch(self) -> float | None:
+        """Touch the claims if it is time to, however many rows have ended meanwhile. Return the seconds until the next
+        time, or None without claims."""
+        if not self.shared:
+            return None
+        now = time.monotonic()
+        if now >= self._touched + claims.TOUCH_EVERY:
+            for under_way in self._open.values():
+                claims.touch(Path(under_way.turn.row.job))
+            self._touched = now
+        return self._touched + claims.TOUCH_EVERY - now
 
     def _finish(self, under_way: _Open, ended: Ended) -> None:
         turn, row, told = under_way.turn, under_way.turn.row, ended.told

@@ -102,7 +102,7 @@ SD1 = FamilyRow(
     4,
     0.18215,
     _discrete("PNDMScheduler"),
-    432,
+    415,
     "stable-diffusion-v1-5/stable-diffusion-v1-5",
     denoiser={"attention_head_dim": 8},
 )
@@ -125,7 +125,7 @@ SDXL = FamilyRow(
     4,
     0.13025,
     _discrete("EulerDiscreteScheduler", timestep_spacing="leading"),
-    536,
+    532,
     "stabilityai/stable-diffusion-xl-base-1.0",
     fields={"force_zeros_for_empty_prompt": True},
 )
@@ -157,7 +157,7 @@ FLUX = FamilyRow(
         base_image_seq_len=256,
         max_image_seq_len=4096,
     ),
-    519,
+    507,
     "black-forest-labs/FLUX.1-dev",
     0.1159,
 )
@@ -167,7 +167,7 @@ SCHNELL = FLUX._replace(
     others="black-forest-labs/FLUX.1-schnell",
 )
 PIXART_ALPHA = FamilyRow(
-    "PixArt-α", "PixArtAlphaPipeline", Kind.PIXART, (_T5,), 4, 0.18215, _LINEAR, 412, "PixArt-alpha/PixArt-XL-2-1024-MS"
+    "PixArt-α", "PixArtAlphaPipeline", Kind.PIXART, (_T5,), 4, 0.18215, _LINEAR, 396, "PixArt-alpha/PixArt-XL-2-1024-MS"
 )
 PIXART_SIGMA = PIXART_ALPHA._replace(
     title="PixArt-Σ",
@@ -183,20 +183,20 @@ AURAFLOW = FamilyRow(
     4,
     0.13025,
     _flow(shift=1.73),
-    503,
+    495,
     "fal/AuraFlow-v0.3",
     denoiser={"sample_size": 64},
 )
 
 HUNYUANDIT = FamilyRow(
-    "HunyuanDiT", "HunyuanDiTPipeline", Kind.HUNYUANDIT, (), 4, 0.13025, MappingProxyType({}), 442,
+    "HunyuanDiT", "HunyuanDiTPipeline", Kind.HUNYUANDIT, (), 4, 0.13025, MappingProxyType({}), 396,
     "Tencent-Hunyuan/HunyuanDiT-v1.2-Diffusers",
 )  # fmt: skip
 LUMINA = FamilyRow(
-    "Lumina-Next", "LuminaPipeline", Kind.LUMINA, (), 4, 0.13025, MappingProxyType({}), 446,
+    "Lumina-Next", "LuminaPipeline", Kind.LUMINA, (), 4, 0.13025, MappingProxyType({}), 428,
     "Alpha-VLLM/Lumina-Next-SFT-diffusers",
 )  # fmt: skip
-_SD3_LARGE_FLOOR = 478  # MB, of Stable Diffusion 3.5 large at 2048²
+_SD3_LARGE_FLOOR = 464  # MB, of Stable Diffusion 3.5 large at 2048²
 
 ROWS = (SD1, SD2, SDXL, SD3, FLUX, SCHNELL, PIXART_ALPHA, PIXART_SIGMA, AURAFLOW, HUNYUANDIT, LUMINA)
 _OTHER_NAMES = MappingProxyType({"LuminaText2ImgPipeline": LUMINA.pipeline})

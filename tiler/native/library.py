@@ -19,6 +19,7 @@ from typing import Any
 from tiler.errors import UsageError
 from tiler.native.instructions import SETS, InstructionSet, machine_of
 
+_INSTALL = "install tiler again (pip install -e . in its folder)"
 VERSION = 6  # of the structs below: that of kernels.h
 
 
@@ -233,9 +234,9 @@ def _find() -> Library | str:
         functions = ctypes.CDLL(str(path))
         version = functions.tiler_version()
     except (OSError, AttributeError) as error:
-        return f"{path.name} cannot be loaded: {error}"
+        return f"{path.name} cannot be loaded ({error}); {_INSTALL}"
     if version != VERSION:
-        return f"{path.name} is of another version of tiler"
+        return f"{path.name} is of another version of tiler; {_INSTALL}"
     _declare(functions)
     isa = forced()
     handle = functions.tiler_open(isa.name.encode() if isa else b"")
@@ -280,3 +281,9 @@ def fault() -> str:
     """The reason why there is no library, or ""."""
     found = _find()
     return "" if isinstance(found, Library) else found
+
+
+def fault_of_file() -> str:
+    """The reason why a library that was built is not used, and what to do; "" if there is none, or none was built."""
+    why = fault()
+    return why if why.endswith(_INSTALL) else ""

@@ -6,6 +6,7 @@ from __future__ import annotations
 from tiler.compute.precisions import Arithmetic
 from tiler.compute.tuning import LEAST_SPEEDUP
 from tiler.errors import UsageError
+from tiler.native import library
 from tiler.request import DecodePrecision, Precision
 
 
@@ -34,6 +35,8 @@ def choose_decode_precision(wanted: DecodePrecision, denoiser: Precision, *, bf1
 
 
 def _no_bf16(option: str, others: str) -> UsageError:
+    if why := library.fault_of_file():
+        return UsageError(f"{option} bf16: this needs tiler's own kernels, but {why}, or choose {others}")
     return UsageError(
         f"{option} bf16: this needs tiler's own kernels and AVX-512 with BF16 instructions (see `tiler doctor`); choose "
         f"{others}"

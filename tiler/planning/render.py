@@ -16,7 +16,8 @@ from typing import NamedTuple
 import torch
 
 from tiler.compute.tuning import TIGHT_ARENA_BYTES
-from tiler.decoding.frozen import BAND
+from tiler.decoding.apart import held_bytes
+from tiler.decoding.frozen import HELD_TOKENS, bands
 from tiler.decoding.method import DecodePlan, ScratchSpace
 from tiler.diffusion import flow, schedulers
 from tiler.diffusion.masks import MASKS_KEPT
@@ -66,6 +67,7 @@ class RenderPlan(Tiling):
     guide_batch: int
     arena_bytes: int  # for the denoiser's weights in use
     sample_bytes: int  # for one sample alone in the denoiser, including the weights in use
+    preview_bytes: int  # for a tiny autoencoder's preview of the canvas, which takes the place of activations
     precision: Precision  # fp32, bf16 or int8
     precision_why: str
     decode_precision: Precision  # of the autoencoder: fp32 or bf16
@@ -229,6 +231,7 @@ def plan_render(
         notes=(*schedule.notes, *([f"the canvas lies in files, in {request.scratch_folder}"] if on_disk else [])),
         sample_bytes=sampler.activations((0,), *tile),
         arena_bytes=sampler.streamer.arena_bytes,
+        preview_bytes=preview_bytes,
         memory=MemoryPlan(
             max_bytes=max_bytes,
             phases=tuple(sorted((*others, *(phase for phase, _ in filled)), key=lambda p: ORDER.index(p.name))),
@@ -276,8 +279,11 @@ def _plan_coding(
     if whole is not None:
         decoding = whole.while_decoding(decoding)
     if request.cluster is not None and methods["decode"].kind is Decode.FROZEN:  # workers decode bands
-        band = 4 * models.family.latent_channels * canvas[0] * min(BAND, canvas[1])
-        term = Term(name="cluster", nbytes=CONNECTIONS_BYTES + band)
+        cut = bands(canvas[1])
+        band_bytes = 4 * models.family.latent_channels * canvas[0] * max(band.last - band.first for band in cut)
+        statistics = 8 * HELD_TOKENS * max(decoder.spec.config["block_out_channels"])
+        held = held_bytes(band_bytes, len(cut), statistics)
+        term = Term(name="cluster", nbytes=CONNECTIONS_BYTES + held)
         decoding = PhasePlan(name=decoding.name, terms=(*decoding.terms, term))
     phases = [_CodingPhase(decoding, Streamed(decoder.decoder_weights, decoder.spec.weights))]
     if (guide is None and request.guide_image is None) or request.guide_upscale is not GuideUpscale.PIXEL:

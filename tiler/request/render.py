@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from tiler.errors import UsageError
@@ -51,6 +51,11 @@ OF_THE_MACHINE = (
 )  # fmt: skip
 # Fields that renders must have alike for a worker of a cluster to serve them with one open denoiser.
 OF_THE_DENOISER = ("model", "precision", "cache_dir", "attention_window", "tile_conditioning", "loras")
+# The same as far as the options say it, before any file is read. The LoRA tags of the prompts come to it.
+OF_THE_WORKERS = (
+    *OF_THE_DENOISER, *(f.name for f in fields(ModelOptions) if f.name not in OF_THE_DENOISER), "lora_dir", "tile_size",
+    "scheduler",
+)  # fmt: skip
 OF_THE_RUN = (*OF_THE_MACHINE, "metadata", "embd_dir", "lora_dir", "model_dirs")  # never written into a picture
 
 

@@ -109,8 +109,7 @@ def _pyvips() -> Any:
 def _overview(vips: Any, path: Path, image: Any, levels: int) -> Any:
     """Return the picture reduced to its level _OVERVIEW, or None if it is no larger, or cannot be read row by row."""
     loader, times = image.get("vips-loader"), 2 ** max(0, levels - _OVERVIEW)
-    rotated = image.get_typeof("orientation") and image.get("orientation") > 1
-    if times == 1 or rotated or not loader.startswith(_STREAMED):
+    if times == 1 or not loader.startswith(_STREAMED) or _is_rotated(_open(vips, path, access="sequential")):
         return None
     if loader.startswith("jpegload") and times >= 8:  # its decoder makes an eighth in a fraction of the time
         eighth = _as_srgb(vips, path, shrink=8)
@@ -121,16 +120,26 @@ def _overview(vips: Any, path: Path, image: Any, levels: int) -> Any:
 
 def _as_srgb(vips: Any, path: Path, **options: Any) -> Any:
     """Return the picture as displayed: upright, over white, in 8-bit sRGB. Its pixels are not read yet."""
-    image = vips.Image.new_from_file(str(path), access="sequential", fail_on="truncated", **options)
-    if image.get_typeof("orientation") and image.get("orientation") > 1:
+    image = _open(vips, path, access="sequential", **options)
+    if _is_rotated(image):
         # The rows are needed in another order: libvips stores them in a file in the meantime.
-        image = vips.Image.new_from_file(str(path), fail_on="truncated").autorot()
+        image = _open(vips, path, **options).autorot()
     if image.get_typeof("icc-profile-data") and image.get("icc-profile-data") != srgb_profile():
         image = image.icc_transform("srgb", embedded=True)
     if image.hasalpha():
         white = 65535 if image.format == "ushort" else 255
         image = image.flatten(background=[white] * (image.bands - 1))
     return image.colourspace("srgb").cast("uchar")
+
+
+def _open(vips: Any, path: Path, **options: Any) -> Any:
+    """Return the picture as it is stored. Only its header is read yet."""
+    return vips.Image.new_from_file(str(path), fail_on="truncated", **options)
+
+
+def _is_rotated(stored: Any) -> bool:
+    """Whether a picture has to be turned or mirrored to be upright; one that was turned no longer says so."""
+    return bool(stored.get_typeof("orientation") and stored.get("orientation") > 1)
 
 
 def _reason(error: Exception) -> str:

@@ -7,6 +7,7 @@ import json
 import re
 import secrets
 import threading
+import time
 from collections.abc import Mapping
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -18,6 +19,7 @@ from tiler.viewing.pyramid import OVERLAP, SIDE, Pyramid
 
 HOST = "127.0.0.1"
 _ONCE = "once"  # the path of tickets
+_TICKET = 60.0  # seconds that a browser has to start
 _FILES = {
     "": ("index.html", "text/html; charset=utf-8"),
     "view.js": ("view.js", "text/javascript; charset=utf-8"),
@@ -40,15 +42,15 @@ class PageServer:
     def __init__(self, pyramid: Pyramid) -> None:
         self._server = _Server((HOST, 0), _Handler)  # the system chooses a free port
         self._server.pyramid, self._server.secret = pyramid, secrets.token_urlsafe(12)
-        self._server.tickets = set()
+        self._server.tickets = {}
         self.port = int(self._server.server_address[1])
         self.url = f"http://{HOST}:{self.port}/{self._server.secret}/"
         self._thread = threading.Thread(target=self._server.serve_forever, name="page", daemon=True)
 
     def ticket(self) -> str:
-        """Return an address that leads to the page once, and then to nothing."""
+        """Return an address that leads to the page once, within _TICKET seconds, and then to nothing."""
         ticket = secrets.token_urlsafe(12)
-        self._server.tickets.add(ticket)
+        self._server.tickets[ticket] = time.monotonic() + _TICKET
         return f"http://{HOST}:{self.port}/{_ONCE}/{ticket}"
 
     def __enter__(self) -> Self:
@@ -67,7 +69,7 @@ class _Server(ThreadingHTTPServer):
     block_on_close = False
     pyramid: Pyramid
     secret: str
-    tickets: set[str]
+    tickets: dict[str, float]  # each with the time when it ends
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         pass  # the browser has closed the connection
@@ -99,12 +101,10 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(HTTPStatus.NOT_FOUND)
 
     def _redirect(self, ticket: str) -> None:
-        try:
-            self.server.tickets.remove(ticket)
-        except KeyError:
-            self._answer(HTTPStatus.NOT_FOUND)
-        else:
+        if time.monotonic() < self.server.tickets.pop(ticket, 0.0):
             self._answer(HTTPStatus.SEE_OTHER, more={"Location": f"/{self.server.secret}/"})
+        else:
+            self._answer(HTTPStatus.NOT_FOUND)
 
     def _facts(self) -> dict[str, Any]:
         """Return the facts that the page needs."""

@@ -26,10 +26,15 @@ def has_large_encoder(request: RenderRequest) -> bool:
         if any(_bytes_of(expand(text)) > LARGE for text in given):
             return True
         return _is_large(request.model, request.model_dirs) or (
-            request.diffusion_model is not None and request.t5xxl is None and bool(model_files(request.model_dirs))
+            request.diffusion_model is not None and request.t5xxl is None and _has_models(request.model_dirs)
         )
     except (TilerError, OSError):
         return False
+
+
+@cache
+def _has_models(folders: tuple[Path, ...]) -> bool:
+    return bool(model_files(folders))
 
 
 @cache

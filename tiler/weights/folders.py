@@ -62,8 +62,10 @@ def near_names(name: str, given: Sequence[Path] = ()) -> list[str]:
 
 def files(kind: Kind, given: Sequence[Path] = ()) -> list[Path]:
     """The files of a `kind` (of models also the folders in diffusers layout, and no NAME.vae.safetensors, which belongs
-    to another model), sorted within each folder. Raises UsageError."""
+    to another model; of LoRAs no GGUF files, which hold models), sorted within each folder. Raises UsageError."""
     found = _walk_all((kind,), given)
+    if kind is Kind.LORA:
+        return [path for path in found if path.suffix.lower() == ".safetensors"]
     return [path for path in found if kind is not Kind.MODEL or not path.stem.lower().endswith(".vae")]
 
 
