@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from tiler.cli import render
+from tiler.cli import failure, render
 from tiler.cli.queues import Checker, parser
-from tiler.errors import UsageError
+from tiler.errors import Interrupted, UsageError
+from tiler.jobs.drawing import BESIDE
 from tiler.jobs.queue import Queue
 from tiler.jobs.rows import NAME, Row, read_rows
 
@@ -117,6 +118,19 @@ def test_quiet_keeps_what_failed(in_process, tmp_path: Path) -> None:
     assert "not valid JSON: expecting ',' delimiter at column 16" in told[1]
     assert "steps takes one value, not [1, 2]" in told[4]
     assert (tmp_path / "new").is_dir()
+
+
+def test_an_interrupted_queue_speaks_once(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The queue says what becomes of its pictures; their processes leave it to the queue."""
+    stop = Interrupted(2)
+    stop.add_note("1 done, 1 interrupted; the same command continues")
+    with pytest.raises(SystemExit):
+        failure.end(stop)
+    assert capsys.readouterr().err == "tiler: interrupted; 1 done, 1 interrupted; the same command continues\n"
+    monkeypatch.setenv(BESIDE, "0")
+    with pytest.raises(SystemExit, match="130"):
+        failure.end(stop)
+    assert capsys.readouterr().err == ""
 
 
 def test_a_list_of_seeds_is_a_row_each(tmp_path: Path) -> None:

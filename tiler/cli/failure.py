@@ -40,8 +40,8 @@ def _explained(error: BaseException) -> tuple[str, int]:
     match error:
         case Interrupted():
             names = ", ".join(map(str, written()))
-            said = [f"written: {names}"] * bool(names) + getattr(error, "__notes__", [])
-            return "; ".join(["interrupted", *(said or ["nothing was written"])]), int(error.code or 1)
+            told = [f"written: {names}"] * bool(names) + getattr(error, "__notes__", [])
+            return "; ".join(["interrupted", *(told or ["nothing was written"])]), int(error.code or 1)
         case SystemExit() if isinstance(error.__context__, BrokenPipeError):
             return "", 0  # rich exits so when the reader of its pipe is gone
         case SystemExit():
