@@ -59,7 +59,8 @@ def test_only_rows_that_workers_can_serve_together_are_drawn_at_a_time(tmp_path:
     }  # fmt: skip
     others = [
         denoiser(prompt="a boat <lora:ink:0.8>"), denoiser(prompt="a boat <lora:ink:0.7>"),
-        denoiser("--canvas-prompt=waves <lora:oil:1>"), denoiser("--lora=ink.safetensors"), denoiser("--lora-dir=loras"),
+        denoiser("--canvas-prompt=waves <lora:oil:1>"), denoiser("--lora=ink.safetensors"),
+        denoiser("--lora-dir=loras"),
         denoiser("--model=other"), denoiser("--diffusion-model=x.gguf"), denoiser("--variant=fp16"),
         denoiser("--revision=v2"), denoiser("--prediction=v"), denoiser("--vae=x.safetensors"),
         denoiser("--tile-size=256"), denoiser("--scheduler=heun"), denoiser("--precision=bf16"),
