@@ -197,7 +197,8 @@ def denoise_canvas(
     if plan.begin == run.request.num_inference_steps and run.request.strength > 0:
         run.note("no step is left for the canvas: it is the enlarged guide; raise --steps or --strength")
     elif plan.begin:
-        run.note(f"the guide takes the place of the first {plan.begin} of {run.request.num_inference_steps} steps")
+        first = "step" if plan.begin == 1 else f"{plan.begin} steps"
+        run.note(f"the guide takes the place of the first {first} of {run.request.num_inference_steps}")
     if not plan.stored:  # a stored canvas has no preview
         previewing.learn_by_decoding(run, run.preview, run.request, plan.memory.peak_of("decode"))
     with run.phase("canvas", plan.canvas_samples):

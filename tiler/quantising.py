@@ -46,6 +46,7 @@ def write_folder(request: QuantizeRequest, models: Models, budget: Budget, on_ev
     checkpoint, output = models.family.checkpoint, request.output
     assert output is not None
     kinds = _kinds(request, models)
+    _check_exclusions(request, models, kinds)
     _check_place(models, output, force=request.force)
     _check_room(checkpoint, models, output.absolute().parent)
     with budget.phase("quantize") as use:
@@ -99,6 +100,18 @@ def _kinds(request: QuantizeRequest, models: Models) -> dict[str, Weights]:
                 f"--text-encoder-weights: encoder {number} ({part.name}) would lose too much quality; leave {number}= out"
             )
     return kinds
+
+
+def _check_exclusions(request: QuantizeRequest, models: Models, kinds: Mapping[str, Weights]) -> None:
+    """Raise UsageError for a pattern that is no layer's name."""
+    modules = [(part, models.module(part)) for part in models.family.parts if part.name in kinds]
+    layers = {name.removesuffix(".weight") for _, module in modules for name, _ in module.named_parameters()}
+    for pattern in request.exclusions:
+        if not any(fnmatch(layer, pattern) for layer in layers):
+            like = min(name for part, module in modules for name in part.int8_weights(module))
+            raise UsageError(
+                f"--exclude {pattern}: no layer has such a name; names are like {like.removesuffix('.weight')}"
+            )
 
 
 def _check_place(models: Models, output: Path, *, force: bool) -> None:

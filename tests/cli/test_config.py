@@ -139,7 +139,7 @@ def test_a_bad_file_is_exit_2_and_named(in_process, config: Path, text: str, mes
 def test_a_bad_variable_is_named(in_process, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TILER_STEPS", "many")
     ran = in_process("plan", "a boat")
-    assert ran.code == 2 and "TILER_STEPS = 'many'" in ran.err
+    assert ran.code == 2 and "TILER_STEPS = 'many': not a whole number" in ran.err
 
 
 def test_show_says_where_each_value_comes_from(in_process, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -151,7 +151,7 @@ def test_doctor_tells_what_was_decided(in_process: Any, webui: Path) -> None:
     assert "give --vae FILE or FOLDER (run: hf download " in ran.err
 
 
-def test_cache_lists_and_cleans(in_process: Any, tmp_path: Path) -> None:
+def test_cache_lists_and_cleans(in_process: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def packed(name: str, version: str) -> Path:
         words = {"format": "tiler-int8", "version": version}
         save_file({"a": torch.ones(3)}, tmp_path / "c" / f"{name * 32}.safetensors", metadata=words)
@@ -170,6 +170,12 @@ def test_cache_lists_and_cleans(in_process: Any, tmp_path: Path) -> None:
     listed = {Path(file["path"]).name: file for file in files}
     assert set(listed) == {current.name, old.name, prompt.name, leftover.name}
     assert listed[old.name]["stale"] == "of another version of tiler" and not listed[current.name]["stale"]
+    monkeypatch.setenv("TILER_CACHE_DIR", str(tmp_path / "c"))
+    assert len(in_process("cache", "list", "--json").json["files"]) == len(files)
+    monkeypatch.delenv("TILER_CACHE_DIR")
+    (tmp_path / "config.toml").write_text('cache_dir = "c"')
+    monkeypatch.setenv("TILER_CONFIG", str(tmp_path / "config.toml"))
+    assert len(in_process("cache", "list", "--json").json["files"]) == len(files)
     assert in_process("cache", "clean", "--cache-dir", "c", "--dry-run").code == 0 and old.exists()
     assert in_process("cache", "clean", "--cache-dir", "c").code == 0
     assert (current.exists(), old.exists(), prompt.exists(), leftover.exists()) == (True, False, True, False)

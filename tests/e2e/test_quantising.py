@@ -118,6 +118,11 @@ def test_text_encoders_are_asked_for_apart(in_process, model: Path, tmp_path: Pa
         (("--weights", "int8", "--text-encoder-weights", "int9", "-o", "q"), 2, "neither int8, fp8, int4"),
         (("--weights", "int8", "-o", "full"), 2, "full is not empty"),
         (("--weights", "int8", "-o", "full/x"), 2, "is a file"),
+        (
+            ("--weights", "int8", "-o", "q", "--exclude", "*.to_k,nope.*"),
+            2,
+            "--exclude nope.*: no layer has such a name",
+        ),
         (("--weights", "int8", "-o", "model"), 2, "the model's own folder"),
         (("--weights", "int8", "-o", "model/new"), 2, "the model's own folder"),
     ],

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from tiler.cli import render
+from tiler.cli import failure, render
 from tiler.cli.queues import Checker, parser
-from tiler.errors import UsageError
+from tiler.errors import Interrupted, UsageError
+from tiler.jobs.drawing import BESIDE
 from tiler.jobs.queue import Queue
 from tiler.jobs.rows import NAME, Row, read_rows
 
@@ -75,8 +76,8 @@ def test_only_rows_that_workers_can_serve_together_are_drawn_at_a_time(tmp_path:
         ("[[image]]\ncolour = 1", "unknown key 'colour'"),
         ("other = 1", "nothing else"),
         ("[[image]]\nlayout = 'ring'", "ring"),
-        ("[[image]]\nsize = 0", "image 1: --size 0"),
-        ("[[image]]\nprompt = 3", "texts"),
+        ("[[image]]\nsize = 0", "row 1: --size 0"),
+        ("[[image]]\nprompt = 3", "prompt must be a text, not 3"),
         ("[[image]]\ncount = 0", "out of range"),
         ("image = [1]", "not an [[image]]"),
     ],
@@ -88,10 +89,61 @@ def test_a_toml_queue_is_right_as_a_whole(in_process, tmp_path: Path, text: str,
     assert [path.name for path in tmp_path.iterdir()] == ["jobs.toml"]
 
 
+@pytest.mark.parametrize(
+    ("data", "options", "message"),
+    [
+        (b"\x89PNG\r\n\x1a\n", (), "not a text file"),
+        (b"a\0b\n", (), "not a text file"),
+        (b"\n \n", (), "no rows"),
+        (b"a\n", ("--count", 2), "--count does not go with"),
+        (b"a\n", ("--report", "r.json"), "--report names a file of one picture"),
+        (b"a\n", ("--save-latents=x.safetensors",), "--save-latents names a file of one picture"),
+        (b"a\n", ("--output-dir", "no/new"), "no does not exist"),
+    ],
+)
+def test_what_no_batch_can_be_is_refused_before_any_work(
+    in_process, tmp_path: Path, data: bytes, options: tuple[object, ...], message: str
+) -> None:
+    (tmp_path / "x.txt").write_bytes(data)
+    ran = in_process("batch", "x.txt", *options)
+    assert (ran.code, message in ran.err) == (2, True), ran.err
+    assert [path.name for path in tmp_path.iterdir()] == ["x.txt"]
+
+
+def test_quiet_keeps_what_failed(in_process, tmp_path: Path) -> None:
+    lines = ['{"size": 0}', '{"prompt": "a" "b"}', '{"seed": [1, 2], "size": 0}', '{"steps": [1, 2]}']
+    (tmp_path / "x.jsonl").write_text("\n".join(lines))
+    ran = in_process("batch", "x.jsonl", "--quiet", "--output-dir", "new")
+    told = ran.err.splitlines()
+    assert (ran.code, ran.out, [line.partition(":")[0] for line in told]) == (2, "", [f"row {n}" for n in range(1, 6)])
+    assert "not valid JSON: expecting ',' delimiter at column 16" in told[1]
+    assert "steps takes one value, not [1, 2]" in told[4]
+    assert (tmp_path / "new").is_dir()
+
+
+def test_an_interrupted_queue_speaks_once(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The queue says what becomes of its pictures; their processes leave it to the queue."""
+    stop = Interrupted(2)
+    stop.add_note("1 done, 1 interrupted; the same command continues")
+    with pytest.raises(SystemExit):
+        failure.end(stop)
+    assert capsys.readouterr().err == "tiler: interrupted; 1 done, 1 interrupted; the same command continues\n"
+    monkeypatch.setenv(BESIDE, "0")
+    with pytest.raises(SystemExit, match="130"):
+        failure.end(stop)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_list_of_seeds_is_a_row_each(tmp_path: Path) -> None:
+    one, two, bad = rows(tmp_path, "x.jsonl", '{"seed": [7, 3]}\n{"seed": [7, 3], "count": 2}')
+    assert [row.words for row in (one, two)] == [("--seed=7",), ("--seed=3",)]
+    assert bad.problem == "count does not go with a list of seeds"
+
+
 def test_duplicate_outputs_are_refused(in_process, tmp_path: Path) -> None:
     (tmp_path / "jobs.toml").write_text('[[image]]\noutput = "x.png"\n[[image]]\noutput = "./x.png"\n')
     ran = in_process("batch", "jobs.toml")
-    assert ran.code == 2 and "images 1 and 2 have the same output" in ran.err
+    assert ran.code == 2 and "rows 1 and 2 have the same output" in ran.err
 
 
 def test_lines_of_prompts_as_automatic1111_reads_them(tmp_path: Path) -> None:

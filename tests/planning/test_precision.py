@@ -37,7 +37,7 @@ def test_auto_takes_what_is_fast_enough(
         assert f"with {channels} channels, avx2" in why
         assert (f"int8 has {speedup[0]:g}×" in why) is int8.products and (f"bf16 has {speedup[1]:g}×" in why) is bf16
     assert choose_precision(Precision.AUTO, 99, here)[0] is Precision.FP32
-    assert choose_precision(Precision.INT8, 99, here) == (Precision.INT8, "as asked")
+    assert choose_precision(Precision.INT8, 99, here) == (Precision.INT8, "as set")
 
 
 def test_every_row_begins_with_the_narrowest_models() -> None:

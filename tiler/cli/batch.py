@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,7 +39,7 @@ def command(
         Path | None,
         typer.Option(
             "--output-dir", metavar="PATH", show_default=False,
-            help=r"Folder for the pictures. [dim]\[default: FILE's folder][/dim]",
+            help=r"Folder for the pictures; it is created if it is missing. [dim]\[default: FILE's folder][/dim]",
         ),
     ] = None,
     max_ram: o.MaxRam = "800MB",
@@ -56,28 +58,31 @@ def command(
     """Render all pictures of a file, each in a process of its own, under one memory ceiling.
 
     All options of `tiler render` are accepted and apply to rows that do not set them; a row's keys are the options'
-    long names. A row that fails does not stop the others. If you give the same command again, finished rows are skipped
-    and interrupted ones continue. With --cluster up to three pictures are drawn at a time, as many as the ceiling
-    holds: no worker waits for the end of one picture's step, and one is decoded while the next is denoised.
+    long names. A row that fails does not stop the others, but a TOML file is checked as a whole before the first
+    picture. The exit code is that of the rows that failed, or 1 if theirs differ. If you give the same command again,
+    finished rows are skipped and interrupted ones continue. With --cluster up to three pictures are drawn at a time, as
+    many as the ceiling holds: no worker waits for the end of one picture's step, and one is decoded while the next is
+    denoised.
     """
-    if not file.is_file():
-        raise UsageError(f"{file}: no such file; `tiler batch` takes a file with a picture per row")
+    _check_file(file)
     root = output_dir or file.parent
-    if not root.is_dir():
-        raise UsageError(f"{root} does not exist; create it first")
     rest = dict[str, Any]()
     checker = queues.Checker(
         root=root, defaults=(*context.args, *["--quiet"] * quiet), name=output,
         parse=queues.parser(render.run, rest.update),
     )  # fmt: skip
     common = checker.ask(Row(0, None, (), None))
+    _check_words(context.args)
+    if next(read_rows(file), None) is None:
+        raise UsageError(f"{file}: no rows; write a prompt per line, or see `tiler batch --help`")
     if share and common.force:
         raise UsageError("--share takes an existing picture for a finished one; leave out --force")
     ceiling, threads, log_json = queues.ceiling(max_ram), rest["threads"], rest["log_json"]
     if common.preview == STDOUT and (common.cluster or log_json):
         raise UsageError("--preview - goes neither with --cluster nor with --log-json; give --preview a file")
     growing = {"file": str(file), "root": str(root), "defaults": list(checker.defaults), "name": output}
-    rows = -1 if grows(file) else queues.check_all(read_rows(file), checker, f"{file}: ")
+    rows = -1 if grows(file) else queues.check_all(read_rows(file), checker, f"{file}: ", "row")
+    _make(root)
     o.lower_priority(nice)
     queues.hand_over(
         supervise.Spec(
@@ -87,3 +92,43 @@ def command(
             insecure=common.insecure, threads=threads or 0, log_json=log_json,
         )
     )  # fmt: skip
+
+
+def _check_file(file: Path) -> None:
+    """Raise UsageError unless this is a text file."""
+    if file.is_dir():
+        raise UsageError(f"{file} is a folder; `tiler batch` takes a file with a picture per row")
+    if not file.is_file():
+        raise UsageError(f"{file}: no such file; `tiler batch` takes a file with a picture per row")
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    try:
+        with file.open("rb") as opened:
+            while read := opened.read(2**20):
+                if "\0" in decoder.decode(read):
+                    raise UnicodeError
+    except UnicodeError:
+        raise UsageError(
+            f"{file}: not a text file; `tiler batch` takes TOML, JSON lines or a prompt per line, in UTF-8"
+        ) from None
+    except OSError as error:
+        raise UsageError(f"{file}: cannot be read ({error.strerror})") from error
+
+
+def _check_words(words: Sequence[str]) -> None:
+    """Raise UsageError for options of `tiler render` that concern a single picture."""
+    typed = {word.partition("=")[0] for word in (words[: words.index("--")] if "--" in words else words)}
+    if "--count" in typed:
+        raise UsageError("--count does not go with `tiler batch`; give rows a count, like count = 2")
+    for option in ("--report", "--save-latents"):
+        if option in typed:
+            raise UsageError(f"{option} names a file of one picture, and every row would write it; leave it out")
+
+
+def _make(root: Path) -> None:
+    """Create the folder of the pictures if it is missing. Raises UsageError."""
+    try:
+        root.mkdir(exist_ok=True)
+    except FileNotFoundError:
+        raise UsageError(f"{root.parent} does not exist; create it first") from None
+    except OSError as error:
+        raise UsageError(f"--output-dir {root}: cannot be created ({error.strerror})") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -13,6 +14,7 @@ from tiler.cli import options as o
 from tiler.cli.terminal import columns
 from tiler.errors import UsageError
 from tiler.memory.budget import format_mb
+from tiler.request import settings
 from tiler.weights.caches import Cached, list_cached, remove
 
 app = typer.Typer(
@@ -32,7 +34,11 @@ CacheDir = Annotated[
 
 
 def _listed(folder: Path | None) -> list[Cached]:
-    if folder is not None and not folder.is_dir():
+    """The cached files in the folder of --cache-dir, or else in the one that renders use. Raises UsageError."""
+    if folder is None:
+        said = os.environ.get("TILER_CACHE_DIR") or settings.read_config().get("cache_dir")
+        return list_cached(Path(str(said)) if said else None)
+    if not folder.is_dir():
         raise UsageError(f"--cache-dir {folder}: no such folder")
     return list_cached(folder)
 

@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import subprocess
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import typer
 
 from tiler.cli import layers
 from tiler.cli import options as o
+from tiler.cli.terminal import columns
 from tiler.errors import StorageError, UsageError
 from tiler.request import settings
 from tiler.request.settings import Kind, Setting
@@ -96,7 +98,8 @@ def show_command(context: typer.Context, json_output: o.Json = False) -> None:
 
 def _print(key: str, value: str, source: str) -> None:
     """Print one value and its source."""
-    typer.echo(f"{key:21} {value}  ({source if source == 'default' else f'from {source}'})")
+    text = f"{key:21} {value}  ({source if source == 'default' else f'from {source}'})"
+    typer.echo(textwrap.fill(text, columns(), subsequent_indent=" " * 22, break_on_hyphens=False))
 
 
 def _found(kind: Kind) -> list[str]:

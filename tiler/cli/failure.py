@@ -8,15 +8,24 @@ import sys
 import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from tiler.cli.terminal import harmless
 from tiler.errors import Interrupted, TilerError
+from tiler.jobs.drawing import BESIDE
+
+_WHY = {
+    "int_parsing": "not a whole number", "float_parsing": "not a number",
+    "greater_than_equal": "must be at least {ge}", "less_than_equal": "must be at most {le}",
+}  # fmt: skip
+"""Words for pydantic's errors, by their types."""
 
 
 def end(error: BaseException) -> NoReturn:
     """Print what happened, and exit with the error's code."""
     message, code = _explained(error)
+    if isinstance(error, Interrupted):  # the process of a queue says for all pictures what becomes of them
+        _fail("" if BESIDE in os.environ else message, code, (), {})
     smallest = getattr(error, "smallest_bytes", None)
     _fail(message, code, getattr(error, "__notes__", []), {} if smallest is None else {"smallest_bytes": smallest})
 
@@ -31,8 +40,8 @@ def _explained(error: BaseException) -> tuple[str, int]:
     match error:
         case Interrupted():
             names = ", ".join(map(str, written()))
-            nothing = "" if getattr(error, "__notes__", []) else "; nothing was written"
-            return f"interrupted{f'; written: {names}' if names else nothing}", int(error.code or 1)
+            told = [f"written: {names}"] * bool(names) + getattr(error, "__notes__", [])
+            return "; ".join(["interrupted", *(told or ["nothing was written"])]), int(error.code or 1)
         case SystemExit() if isinstance(error.__context__, BrokenPipeError):
             return "", 0  # rich exits so when the reader of its pipe is gone
         case SystemExit():
@@ -42,10 +51,26 @@ def _explained(error: BaseException) -> tuple[str, int]:
         case OSError():
             return f"{error.filename or 'standard output'}: {error.strerror}; check the disk and its free space", 6
     if hasattr(error, "format_message"):  # click's usage errors; empty if the help was shown instead
-        said = error.format_message().rstrip(".").replace("Value error, ", "")  # pydantic's prefix
+        said = usage_of(error)
         return f"{said}; see --help" if said else "", 2
     line = (str(error).splitlines() or [""])[0]
     return f"this is a bug in tiler: {type(error).__name__}: {line}; `tiler --debug …` shows where it happened", 1
+
+
+def usage_of(error: Any) -> str:
+    """What a usage error of click says, without a full stop."""
+    why, names = why_invalid(error), getattr(getattr(error, "param", None), "opts", ())
+    if why and (option := next((name for name in names if name.startswith("--")), "")):
+        return f"{option} {error.__cause__.errors()[0]['input']}: {why}"
+    said: str = error.format_message()
+    return said.rstrip(".").replace("Value error, ", "")  # pydantic's prefix
+
+
+def why_invalid(error: BaseException) -> str:
+    """Why a value is no number, or out of range; "" for other usage errors."""
+    cause: Any = error.__cause__
+    found = cause.errors()[0] if hasattr(cause, "errors") else {}
+    return _WHY.get(found.get("type", ""), "").format(**found.get("ctx", {}))
 
 
 def _fail(message: str, code: int, notes: Sequence[str], facts: Mapping[str, int]) -> NoReturn:

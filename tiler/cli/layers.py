@@ -13,6 +13,7 @@ from typing import Any
 
 import typer
 
+from tiler.cli import failure
 from tiler.errors import UsageError
 from tiler.request import settings
 
@@ -162,6 +163,8 @@ def _check(context: typer.Context, parameter: Any, value: Any, source: str) -> N
     except Exception as error:
         if not hasattr(error, "format_message"):
             raise
+        if why := failure.why_invalid(error):
+            raise UsageError(f"{source} = {value!r}: {why}") from error
         _, _, said = error.format_message().rstrip(".").replace("Value error, ", "").rpartition("Invalid value")
         said = said.removeprefix(": ").removeprefix(" for ")
         raise UsageError(f"{source} = {value!r}: {said}") from error

@@ -112,8 +112,9 @@ def _main(
 
 
 def main() -> None:
-    """Entry point. Exit codes: 0 ok, 1 bug, 2 usage, 3 model, 4 refused by the plan, 5 ceiling reached, 6 I/O, 7 NaN,
-    8 locked, 9 offline, 10 job damaged or another picture's, 11 cluster, 129, 130 and 143 interrupted."""
+    """Entry point. Exit codes: 0 ok, 1 bug, or a batch whose rows failed for different reasons, 2 usage, 3 model, 4
+    refused by the plan, 5 ceiling reached, 6 I/O, 7 NaN, 8 locked, 9 offline, 10 job damaged or another picture's, 11
+    cluster, 129, 130 and 143 interrupted."""
     prepare_streams()
     prepare_signals()
     code: Any = 0

@@ -16,8 +16,8 @@ from typing import Any, NoReturn
 
 import typer
 
+from tiler.cli import failure, supervise
 from tiler.cli import options as o
-from tiler.cli import supervise
 from tiler.errors import UsageError
 from tiler.jobs import naming
 from tiler.jobs.checked import Checked
@@ -61,7 +61,7 @@ def parser(
         seeds = parse_seeds(rest["seeds"])
         if rest["count"] != 1 or len(seeds) != 1:
             raise UsageError("a row takes one seed; for several pictures, give the row a count and no list of seeds")
-        found.append(replace(request, seed=seeds[0]))
+        found.append(request if rest["seeds"] is None else replace(request, seed=seeds[0]))
         on_rest(rest)
 
     note.__signature__ = inspect.signature(run, eval_str=True)  # type: ignore[attr-defined]
@@ -74,7 +74,7 @@ def parser(
             command.main([*words], prog_name="tiler render", standalone_mode=False)
         except Exception as error:
             if hasattr(error, "format_message"):  # click's
-                raise UsageError(error.format_message().rstrip(".")) from error
+                raise UsageError(failure.usage_of(error)) from error
             raise
         return found.pop()
 
@@ -159,19 +159,19 @@ def ceiling(max_ram: str) -> int:
     return most
 
 
-def check_all(rows: Iterable[Row], checker: Checker, where: str = "") -> int:
+def check_all(rows: Iterable[Row], checker: Checker, where: str = "", noun: str = "image") -> int:
     """Check all rows before any work begins. Return the descriptor of a nameless file that holds them, a JSON object
-    each. Raises UsageError."""
+    each. Messages begin with `where` and call a row `noun`. Raises UsageError."""
     taken: dict[str, int] = {}
     with tempfile.TemporaryFile() as file:
         for row in rows:
             try:
                 checked = checker.check(row)
             except UsageError as error:
-                raise UsageError(f"{where}image {row.index}: {error}") from error
+                raise UsageError(f"{where}{noun} {row.index}: {error}") from error
             if taken.setdefault(checked.output, row.index) != row.index:
                 first, output = taken[checked.output], checker.root / checked.output
-                raise UsageError(f"{where}images {first} and {row.index} have the same output, {output}")
+                raise UsageError(f"{where}{noun}s {first} and {row.index} have the same output, {output}")
             file.write(json.dumps(checked._asdict()).encode() + b"\n")
         file.flush()
         return os.dup(file.fileno())

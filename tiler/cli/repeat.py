@@ -36,7 +36,8 @@ _PARTS = {
 }  # fmt: skip
 _NEVER = (*OF_THE_RUN, "size", "preset", "scale")  # other fields hold what these resolved to
 _UNTOLD = re.compile(
-    r"Version|.*[Hh]ash(es)?|VAE|RNG|Schedule type|scheduler|denoise|SDCPP|kernels|model_id|bleed_mm|revision|.*_sha256"
+    r"Version|.*[Hh]ash(es)?|VAE|RNG|Schedule type|scheduler|denoise|SDCPP|sampler|"
+    r"kernels|model_id|bleed_mm|revision|.*_sha256"
 )
 _INVOKE_WEIGHT = re.compile(r"[\w)][+-]+(?=[\s,.]|$)|\)\d")
 

@@ -76,6 +76,7 @@ def run(spec: Spec) -> int:
             fail_fast=spec.fail_fast,
             encode=_encoder(spec),
             say=say,
+            warn=_speaker(silent=spec.silent and not spec.is_batch),
             finished=_printer(quiet=spec.quiet or spec.is_batch, json_output=spec.json_output),
             together=partial(_together, spec, stack, say) if spec.cluster else None,
             hear=Listener(_speaker(silent=False), silent=spec.silent, as_json=spec.log_json).hear

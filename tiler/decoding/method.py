@@ -120,9 +120,9 @@ def choose(
         )  # fmt: skip
 
     if wanted is Decode.TINY:
-        return made(wanted, "as asked", lambda: tiny.rehearse(vae, latents))
+        return made(wanted, "as set", lambda: tiny.rehearse(vae, latents))
     method = made(
-        Decode.EXACT, "there is room" if wanted is Decode.AUTO else "as asked",
+        Decode.EXACT, "there is room" if wanted is Decode.AUTO else "as set",
         lambda: exact.rehearse(vae, latents, DTYPES[dtype], streamer.hold_transformed, encoding=encoding),
     )  # fmt: skip
 
@@ -144,7 +144,7 @@ def choose(
         return affordable(replace(taken, flops=method.flops))
 
     if wanted is Decode.FROZEN:
-        return take_frozen("as asked")
+        return take_frozen("as set")
     mid = (vae.encoder if encoding else vae.decoder).mid_block
     width, tokens = sum(a.to_q.in_features for a in mid.attentions if a is not None), latents[0] * latents[1]
 

@@ -41,6 +41,8 @@ class GuidePicture:
     def __init__(self, path: Path, canvas: tuple[int, int]) -> None:
         """`canvas`: (height, width) in pixels; the picture is reduced by a whole number where it is much larger."""
         self.path = path
+        if path.is_dir():
+            raise UsageError(f"{path} is a folder; --guide takes an image file")
         if not path.is_file():
             raise UsageError(f"{path}: no such file; --guide takes an image file")
         with self._blamed():

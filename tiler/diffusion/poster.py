@@ -112,6 +112,8 @@ def mask_rows(path: Path, size: tuple[int, int]) -> Iterator[np.ndarray]:
 
 def mask_size(path: Path, size: tuple[int, int]) -> tuple[int, int]:
     """The height and width of a mask for a picture of `size`. Raises UsageError for a mask of another shape."""
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder; --repaint takes an image file")
     if not path.is_file():
         raise UsageError(
             f"{path}: no such file; --repaint takes a mask that is white where the picture is painted again"

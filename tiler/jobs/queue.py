@@ -64,7 +64,8 @@ class _Open(NamedTuple):
 class Queue:
     """Draws rows below `root`, under one ceiling for this process and theirs. `results` gets a line for each row. With
     `shared`, rows that other machines draw are left to them. `encode` encodes the prompts of several rows ahead, `say`
-    shows a line to the user, `hear` gets the lines that the processes of rows write to standard error, and `finished`
+    shows a line to the user, `warn` one about a failure, `hear` gets the lines that the processes of rows write to
+    standard error, and `finished`
     receives a picture's report as `--json` prints it. `together`, called with the first row to be drawn, says how many
     may be drawn at a time; it may raise TilerError if that row cannot be drawn, and NoCluster to end the queue."""
 
@@ -75,6 +76,7 @@ class Queue:
     fail_fast: bool = False
     encode: Callable[[list[Checked]], None] = lambda rows: None
     say: Callable[[str], None] = lambda text: None
+    warn: Callable[[str], None] = lambda text: None
     hear: Callable[[int, bytes], None] | None = None
     finished: Callable[[dict[str, Any]], None] = lambda report: None
     together: Callable[[Checked], Together] | None = None
@@ -308,7 +310,7 @@ class Queue:
             tally.codes.add(code)
             tally.failed += [row.row] * (len(tally.failed) < SHOWN)
             why = "" if "started" in facts else f": {facts['error']}"  # else the picture's process has printed it
-            self.say(f"row {row.row}: failed with exit code {code}{why}")
+            self.warn(f"row {row.row}: failed with exit code {code}{why}")
         self.results.note(
             {
                 "row": row.row, "digest": f"{row.digest:016x}", "status": status, "exit_code": code,

@@ -16,6 +16,7 @@ from tiler.request import RenderRequest
 
 MAX_TOML = 16 * 2**20
 MAX_LINE = 2**20
+MOST = 10_000  # pictures of one row
 NAME = "{index:03}-{prompt}.png"  # the output of a row that names none
 _OTHER_NAMES = {"sampler": "scheduler", "cfg": "cfg-scale"}
 # Keys of rows by AUTOMATIC1111's tags
@@ -100,10 +101,10 @@ def _toml_rows(path: Path) -> Iterator[Row]:
     index = 0
     for image in images:
         if not isinstance(image, dict):
-            raise UsageError(f"{path}: image {index + 1} is not an [[image]] table")
+            raise UsageError(f"{path}: row {index + 1} is not an [[image]] table")
         for row in _rows_of({**defaults, **image}, index):
             if row.problem is not None:
-                raise UsageError(f"{path}: image {row.index}: {row.problem}")
+                raise UsageError(f"{path}: row {row.index}: {row.problem}")
             index = row.index
             yield row
 
@@ -112,10 +113,22 @@ def _line_rows(line: bytes, index: int, parse: Callable[[str], tuple[dict[str, A
     try:
         said, notes = parse(line.decode("utf-8-sig").strip())
     except (ValueError, RecursionError, UsageError) as error:
-        yield Row(index + 1, None, (), None, problem=str(error).splitlines()[0])
+        yield Row(index + 1, None, (), None, problem=_problem(error))
         return
     for row in _rows_of(said, index):
         yield replace(row, notes=tuple(notes))
+
+
+def _problem(error: Exception) -> str:
+    """Why a line cannot be read."""
+    match error:
+        case json.JSONDecodeError():
+            return f"not valid JSON: {error.msg.lower()} at column {error.colno}"
+        case UnicodeDecodeError():
+            return "not a text in UTF-8"
+        case RecursionError():
+            return "not valid JSON: nested too deeply"
+    return str(error).splitlines()[0]
 
 
 def _json_line(line: str) -> tuple[dict[str, Any], list[str]]:
@@ -156,28 +169,35 @@ def _prompt_line(line: str) -> tuple[dict[str, Any], list[str]]:
 
 
 def _rows_of(said: Mapping[str, Any], index: int) -> Iterator[Row]:
-    """The rows of one entry: `count` of them, with consecutive seeds."""
+    """The rows of one entry: `count` of them with consecutive seeds, or one for each seed of a list."""
     values = {_OTHER_NAMES.get(key, key).replace("_", "-"): value for key, value in said.items()}
     count, prompt, output = values.pop("count", 1), values.pop("prompt", None), values.pop("output", None)
     folder = values.pop("folder", None)
-    problem = None
-    if not isinstance(count, int) or not 1 <= count <= 10_000:
-        problem = f"count = {count!r} is out of range: 1–10000"
-    elif not isinstance(prompt, str | None) or not isinstance(output, str | None):
-        problem = "prompt and output are texts"
+    seeds, problem = values.get("seed"), None
+    if not isinstance(count, int) or not 1 <= count <= MOST:
+        problem = f"count = {count!r} is out of range: 1–{MOST}"
+    elif wrong := next((key for key in ("prompt", "output") if not isinstance(said.get(key), str | None)), None):
+        problem = f"{wrong} must be a text, not {said[wrong]!r}"
+    elif isinstance(seeds, list) and (count != 1 or not 1 <= len(seeds) <= MOST):
+        problem = "count does not go with a list of seeds" if count != 1 else f"seed is a list of 1–{MOST} numbers"
     elif unknown := next((key for key in values if key not in _KEYS), None):
         problem = (
             f"a row cannot say {unknown!r}; give it to tiler batch"
             if unknown in _NOT_OF_ROWS
             else f"unknown key {unknown!r}"
         )
+    elif listed := next((key for key in values if isinstance(values[key], list) and key not in _LISTS), None):
+        problem = f"{listed} takes one value, not {values[listed]!r}"
     if problem is not None:
         yield Row(index + 1, None, (), None, problem=problem)
         return
-    words = [word for key, value in values.items() for word in _words(key, value)]
-    for number in range(count):
+    several = seeds if isinstance(seeds, list) else ()
+    words = [word for key, value in values.items() if value is not several for word in _words(key, value)]
+    for number in range(len(several) or count):
         own = list(words)
-        if number and (seed := str(values.get("seed", ""))).isdecimal():
+        if several:
+            own.append(f"--seed={several[number]}")
+        elif number and (seed := str(seeds)).isdecimal():
             own.append(f"--seed={int(seed) + number}")
         place = output if folder is None else f"{folder}/{output or NAME}"
         yield Row(index + 1 + number, prompt, tuple(own), place)
@@ -189,7 +209,7 @@ def _words(key: str, value: Any) -> Iterator[str]:
             yield from _words(key, item)
     elif value is True:
         yield f"--{key}"
-    elif value is not False:
+    elif value is not False and value is not None:
         yield f"--{key}={value}"
 
 
@@ -210,10 +230,12 @@ _NOT_OF_ROWS = frozenset(
 )
 
 
-def _keys() -> frozenset[str]:
-    """The long options of `tiler render`."""
+def _keys(*, many: bool = False) -> frozenset[str]:
+    """The long options of `tiler render`; with `many`, those that may be given several times."""
     options = (f.metadata["option"] for f in fields(RenderRequest))
-    return frozenset(name[2:] for option in options for name in option.names if name.startswith("--"))
+    names = (name for option in options if option.many or not many for name in option.names)
+    return frozenset(name[2:] for name in names if name.startswith("--"))
 
 
+_LISTS = _keys(many=True) | {"seed"}
 _KEYS = _keys() - {"output", "restart", "keep-job"} - _NOT_OF_ROWS

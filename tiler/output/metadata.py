@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tiler.request import Emphasis, ResolvedRequest, ScheduleType, Wrap
+from tiler.request import Emphasis, ResolvedRequest, Scheduler, ScheduleType, Wrap
 from tiler.request.render import OF_THE_RUN
 from tiler.version import VERSION
 from tiler.weights.hashes import V2_DIGITS
@@ -81,6 +81,7 @@ def texts(request: ResolvedRequest, facts: Facts) -> dict[str, str]:
     found = {
         "precision": facts.precision,
         "decode_precision": facts.decode_precision,
+        **({"sampler": facts.scheduler} if r.scheduler is Scheduler.AUTO else {}),
         "kernels": facts.kernels,
         "model_id": facts.model_id,
         **({"model_hash": facts.model_hash} if facts.model_hash is not None else {}),

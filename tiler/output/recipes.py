@@ -68,7 +68,7 @@ def read_recipe(texts: Mapping[str, str]) -> Recipe:
 
 
 # Facts in tiler's own JSON that are not part of the request.
-_FACTS = ("kernels", "model_id", "model_hash", "bleed_mm", "lora_hashes", "guide_sha256", "mask_sha256")
+_FACTS = ("sampler", "kernels", "model_id", "model_hash", "bleed_mm", "lora_hashes", "guide_sha256", "mask_sha256")
 
 
 def _parameters(text: str) -> Recipe:

@@ -26,8 +26,13 @@ def read_texts(path: Path) -> dict[str, str]:
     UsageError if the file is no picture, ModelError if it has too much text, and StorageError."""
     try:
         with path.open("rb") as file:
-            if file.read(8) == b"\x89PNG\r\n\x1a\n":
+            head = file.read(8)
+            if head == b"\x89PNG\r\n\x1a\n":
                 return _of_png(file)
+        if head.startswith(b"%PDF-"):
+            raise UsageError(
+                f"{path}: PDF files hold no settings that tiler reads; give a PNG, JPEG, WebP, AVIF or TIFF"
+            )
         return _of_exif(path)
     except (struct.error, zlib.error) as error:
         raise UsageError(f"{path}: the file is damaged ({error}); take another copy") from error

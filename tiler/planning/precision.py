@@ -17,7 +17,7 @@ def choose_precision(wanted: Precision, channels: int, here: Arithmetic) -> tupl
     if wanted is Precision.BF16 and not here.bf16:
         raise _no_bf16("--precision", "int8, fp32 or auto")
     if wanted is not Precision.AUTO:
-        return wanted, "as asked"
+        return wanted, "as set"
     speedups = here.speedups(channels)
     chosen = next((name for name, times in speedups.items() if times >= LEAST_SPEEDUP), "fp32")
     found = ", ".join(f"{name} has {times:g}×" for name, times in speedups.items()) or "nothing has more than"

@@ -87,7 +87,8 @@ WRAP = Option(
 DPI = Option("Pixels per inch, stored in the file.", Panel.PICTURE, ("--dpi",), default="300 with --paper")
 PREVIEW = Option(
     "A rough look at the canvas while it is denoised, up to 512 pixels across: this .png or .jpg is rewritten after "
-    "each step, or, if FILE is -, it is shown in the terminal. --tiny-vae gives a better one.",
+    "each step, or, if FILE is -, each preview is printed in the terminal below the last one. --tiny-vae gives a "
+    "better one.",
     Panel.OUTPUT, ("--preview",), metavar="FILE",
 )  # fmt: skip
 PREVIEW_INTERVAL = Option(

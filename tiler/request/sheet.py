@@ -17,13 +17,13 @@ def check_sheet(request: RenderRequest) -> None:
     """Raise UsageError if two of these ways contradict each other."""
     sides = {"size": request.size, "width": request.width, "height": request.height}
     said = next((name for name, v in (*sides.items(), ("paper", request.paper)) if v is not None), None)
+    if request.guide_image is None and (request.repaint is not None or request.scale is not None):
+        what = "--scale enlarges" if request.repaint is None else "--repaint changes a part of"
+        raise UsageError(f"{what} an existing picture; give that with --guide IMG")
     if request.repaint is not None and said is not None:
         raise UsageError(f"--repaint keeps the size of --guide's picture; leave out --{said}, or --repaint")
-    if request.scale is not None:
-        if said is not None:
-            raise UsageError(f"--scale takes the size from --guide's picture; leave out --{said}, or --scale")
-        if request.guide_image is None:
-            raise UsageError("--scale enlarges an existing picture; give that with --guide IMG")
+    if request.scale is not None and said is not None:
+        raise UsageError(f"--scale takes the size from --guide's picture; leave out --{said}, or --scale")
     if request.paper is not None:
         parse_paper(request.paper)
         if any(side is not None for side in sides.values()):
@@ -36,8 +36,6 @@ def check_repaint(request: RenderRequest) -> None:
     """Raise UsageError for options that cannot be combined with --repaint."""
     if request.repaint is None:
         return
-    if request.guide_image is None:
-        raise UsageError("--repaint changes a part of an existing picture; give that with --guide IMG")
     excluded = {
         "--wrap": request.wrap is not Wrap.NONE, "--regions": bool(request.regions),
         "--scale": request.scale is not None, f"--layout {request.layout}": request.layout not in (None, Layout.GRID),

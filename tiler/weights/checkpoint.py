@@ -149,7 +149,7 @@ def _not_found(model: str, model_dirs: Sequence[Path]) -> str:
     if "/" in model or not folders:
         hint = "" if folders else "; $TILER_MODEL_DIRS or --model-dir names folders to look in"
         return (
-            f"{model}: no such folder or file; --model takes `mini`, a folder in diffusers layout, a file, the name of one in "
+            f"{model}: no such folder or file; a model is `mini`, a folder in diffusers layout, a file, the name of one in "
             f"--model-dir, or a hub id like org/name{hint}"
         )
     near, where = near_names(model, model_dirs), ", ".join(map(str, folders))
@@ -177,10 +177,10 @@ def resolve_part(model: str) -> Checkpoint:
 def _checkpoint(name: str, folder: Path, variant: str | None, repository: str | None = None) -> Checkpoint:
     if not (folder / hub.INDEX).is_file():
         if (kind := _addition(folder)) is not None:
-            raise ModelError(f"{folder}: this is {kind}, which goes with a model; --model takes the model itself")
+            raise ModelError(f"{folder}: this is {kind}, which goes with a model; give the model itself")
         within = [child for child in names_in(folder) if (folder / child / hub.INDEX).is_file()]
         raise ModelError(
-            f"{folder}: no {hub.INDEX} here; --model takes a folder in diffusers layout or a hub id"
+            f"{folder}: no {hub.INDEX} here; a model is a folder in diffusers layout or a hub id"
             + (f"; did you mean {folder / within[0]}?" if within else "")
         )
     return Checkpoint(

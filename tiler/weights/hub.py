@@ -159,7 +159,7 @@ def _fetch(model: str, variant: str | None, revision: str | None, state: str, *,
     with _reached(model, fetch_command(model, revision), state):
         folder = _download(model, revision, [INDEX])
         if not (folder / INDEX).exists():
-            raise ModelError(f"{model}: this repository has no {INDEX}; --model takes one in diffusers layout")
+            raise ModelError(f"{model}: this repository has no {INDEX}; a model is one in diffusers layout")
         files = HfApi().list_repo_files(model, revision=folder.name)
         needed = wanted(model, files, read_json(folder / INDEX), variant, reads_text=reads_text)
         return _download(model, folder.name, needed)

@@ -129,7 +129,7 @@ def open_regular(path: Path) -> int:
         raise ModelError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from error
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
-        raise ModelError(f"{path}: not a regular file; --model takes a folder with safetensors files")
+        raise ModelError(f"{path}: not a regular file; a model is a folder with safetensors files")
     return fd
 
 
