@@ -123,6 +123,7 @@ def test_quiet_keeps_what_failed(in_process, tmp_path: Path) -> None:
 
 def test_an_interrupted_queue_speaks_once(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """The queue says what becomes of its pictures; their processes leave it to the queue."""
+    monkeypatch.setattr("tiler.files._written", [])  # other tests wrote files in this process
     stop = Interrupted(2)
     stop.add_note("1 done, 1 interrupted; the same command continues")
     with pytest.raises(SystemExit):
