@@ -155,7 +155,7 @@ def test_bf16_is_near_fp32_and_is_taken_where_the_render_took_it(
 def test_bf16_is_refused_where_nothing_computes_with_it(
     in_process, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tiler.run.has_bf16", lambda: False)
+    monkeypatch.setattr("tiler.compute.precisions.has_bf16", lambda: False)
     refused = in_process("plan", "x", "-m", tiny, "--size", 64, "--decode-precision", "bf16")
     assert refused.code == 2
     assert "--decode-precision bf16: this needs" in refused.err and "fp32 or auto" in refused.err

@@ -164,7 +164,7 @@ def test_a_coordinator_that_is_killed_finds_its_workers_again_and_they_are_small
     command = [sys.executable, "-m", "tiler", *map(str, words)]
     with subprocess.Popen(command, env=os.environ | {"PYTHONPATH": ROOT}, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
-        while '"name": "canvas", "done": ' not in (line := process.stderr.readline()):
+        while '"progress"' not in (line := process.stderr.readline()):
             assert line, "the render has ended"
         worker = psutil.Process(stubs.processes["a"].pid)
         assert worker.memory_info().rss > stub.BALLAST

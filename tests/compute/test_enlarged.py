@@ -106,4 +106,4 @@ def test_what_is_held_is_planned(precision: str) -> None:
     with MetaMeter() as meter:
         streamer.run(Upsampler(module), [(torch.empty(1, 512, 1, 1, device="meta"),)])
     held = 2 * 16 * 512 * 512
-    assert held < meter.peak_bytes < 1.6 * held
+    assert held < meter.peak_bytes < 1.75 * held  # beside them, the nine as they were read

@@ -224,7 +224,7 @@ def test_tags_that_cannot_be_followed(made: Made, tmp_path: Path) -> None:
     shutil.copy(made.file, made.file.parent / "twice.safetensors")
     for tag, kind, says in (
         ("<lora:fo:1>", ModelError, "no LoRA in .* is called .fo.; near names are foo"),
-        ("<lora:foo:much>", UsageError, "'much' is no number"),
+        ("<lora:foo:much>", UsageError, "'much' is not a number"),
         ("<lora:foo:1:lbw=MIDD>", UsageError, "'lbw=MIDD' cannot be applied"),
         ("<lora:twice:1>", UsageError, "is in two files"),
         ("<hypernet:foo:1>", UsageError, "does not know this kind of tag"),

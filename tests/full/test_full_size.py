@@ -75,7 +75,7 @@ torch.save((noise, process.read_rss().peak, streamer.store.bytes_read), sys.argv
 def test_a_step_of_guide_and_canvas_stays_under_600_mb_by_the_kernels_own_mark(
     sd15: Path, packed: Path, tmp_path: Path
 ) -> None:
-    """One step of the guide, and one of a canvas with three tiles in two calls; in int8 if that is fast here."""
+    """One step of the guide, and one of a canvas with three tiles; in int8 if that is fast here."""
     options = "--width", "1024", "--height", "512", "--steps", "1", "--strength", "1", "--max-ram", "600MB"
     options = *options, "--precision", "auto", "--threads", "2"
     peak, report = render_peak(tmp_path, "--model", str(sd15), *options, packed=packed)
@@ -83,7 +83,7 @@ def test_a_step_of_guide_and_canvas_stays_under_600_mb_by_the_kernels_own_mark(
     assert report["peak_rss_bytes"] < 600_000_000
     # Measured: 570 planned, 499 used; the room for packed weights on the heap weighs more than under 800 MB.
     assert report["predicted_peak_bytes"] == pytest.approx(peak, rel=0.15)
-    assert (report["denoiser_samples"], report["denoiser_calls"]) == (2 + 6, 1 + 2)
+    assert report["denoiser_samples"] == 2 + 6
     assert report["denoiser_bytes_read"] <= 3 * 1.72e9
 
 

@@ -46,8 +46,10 @@ def _print(facts: dict[str, Any], plan: Any) -> None:
     typer.echo(f"canvas {facts['canvas']}, guide {facts['guide'] or 'none'}, {_count(facts['tiles'], 'tile')}")
     if (box := facts["repaint"]) is not None:
         typer.echo(f"repainted: a part of the picture, starting at row {box['top']}, column {box['left']}")
+    why = textwrap.wrap(f"denoiser: {plan.precision} ({plan.precision_why}),", 80, subsequent_indent="  ")
+    typer.echo("\n".join(why))
     typer.echo(
-        f"denoiser: {plan.precision} ({plan.precision_why}),\n  {_count(plan.denoiser_samples, 'sample')}, {_tflop(facts)}, "
+        f"  {_count(plan.denoiser_samples, 'sample')}, {_tflop(facts)}, "
         f"{_count(plan.denoiser_calls, 'read')} of the weights for {_count(plan.batch, 'sample')} each"
     )
     *encoders, denoiser = (f"{name} {nbytes / 1e9:.2g} GB" for name, nbytes in facts["read_bytes"].items())
