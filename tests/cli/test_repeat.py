@@ -320,3 +320,9 @@ def test_a_model_of_the_hub_is_repeated_at_its_commit(tmp_path: Path) -> None:
     assert list(json.loads(again["tiler"]).items()) == list(json.loads(told["tiler"]).items())  # to the byte
     other = repeat(picture, frozenset({"model"}), DEFAULTS).values
     assert "model" not in other and other["revision"] is None and other["variant"] is None
+
+
+def test_a_pdf_holds_no_settings(in_process, tmp_path: Path) -> None:
+    (tmp_path / "print.pdf").write_bytes(b"%PDF-1.7\n")
+    ran = in_process("info", "print.pdf")
+    assert (ran.code, "PDF files hold no settings that tiler reads" in ran.err) == (2, True), ran.err
