@@ -148,18 +148,20 @@ def _auraflow(name: str) -> tuple[str, int]:
     return _replace(name, table), 0  # type: ignore[arg-type]
 
 
+def _numbered(stem: str) -> Callable[[re.Match[str]], str]:
+    """Linear layers 1 and 2 stand at 0 and 2 of a sequence, with the activation between them."""
+    return lambda m: f"{stem}.{2 * int(m[1]) - 2}"
+
+
 def _pixart(name: str) -> tuple[str, int]:
     block, emb = r"^transformer_blocks\.(\d+)\.", r"^adaln_single\.emb\."
-
-    def mlp(stem: str) -> Callable[[re.Match[str]], str]:
-        return lambda m: f"{stem}.mlp.{2 * int(m[1]) - 2}"
 
     table = {
         r"^pos_embed\.proj": "x_embedder.proj",
         r"^caption_projection\.linear_": "y_embedder.y_proj.fc",
-        emb + r"timestep_embedder\.linear_(\d)": mlp("t_embedder"),
-        emb + r"resolution_embedder\.linear_(\d)": mlp("csize_embedder"),
-        emb + r"aspect_ratio_embedder\.linear_(\d)": mlp("ar_embedder"),
+        emb + r"timestep_embedder\.linear_(\d)": _numbered("t_embedder.mlp"),
+        emb + r"resolution_embedder\.linear_(\d)": _numbered("csize_embedder.mlp"),
+        emb + r"aspect_ratio_embedder\.linear_(\d)": _numbered("ar_embedder.mlp"),
         r"^adaln_single\.linear": "t_block.1",
         "^proj_out": "final_layer.linear",
         "^scale_shift_table": "final_layer.scale_shift_table",
@@ -178,14 +180,11 @@ def _pixart(name: str) -> tuple[str, int]:
 def _hunyuandit(name: str) -> tuple[str, int]:
     block, emb = r"^blocks\.(\d+)\.", r"^time_extra_emb\."
 
-    def numbered(stem: str) -> Callable[[re.Match[str]], str]:
-        return lambda m: f"{stem}.{2 * int(m[1]) - 2}"
-
     table = {
         r"^pos_embed\.proj": "x_embedder.proj",
-        r"^text_embedder\.linear_(\d)": numbered("mlp_t5"),
-        emb + r"timestep_embedder\.linear_(\d)": numbered("t_embedder.mlp"),
-        emb + r"extra_embedder\.linear_(\d)": numbered("extra_embedder"),
+        r"^text_embedder\.linear_(\d)": _numbered("mlp_t5"),
+        emb + r"timestep_embedder\.linear_(\d)": _numbered("t_embedder.mlp"),
+        emb + r"extra_embedder\.linear_(\d)": _numbered("extra_embedder"),
         emb + r"(pooler|style_embedder)\.": r"\1.",
         r"^norm_out\.linear": "final_layer.adaLN_modulation.1",
         "^proj_out": "final_layer.linear",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import platform
 import shutil
 import textwrap
@@ -127,11 +128,9 @@ def _auto() -> str:
 
     here = arithmetic()
     chosen = {least: choose_precision(Precision.AUTO, least, here)[0] for least in SPEEDUPS_OF[here.isa]}
-    steps = [(least, precision) for least, precision in chosen.items() if least]
-    before = [chosen[0], *(precision for _, precision in steps)]
     changes = [
         f"{precision} for models with {least} channels and more"
-        for (least, precision), last in zip(steps, before, strict=False)
+        for (_, last), (least, precision) in itertools.pairwise(chosen.items())
         if precision is not last
     ]
     return ", ".join([str(chosen[0]), *changes])

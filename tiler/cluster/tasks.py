@@ -45,25 +45,22 @@ def has_worked() -> bool:
 
 def hello(job: bytes, step: int, window: Window, latents: np.ndarray) -> str:
     """Open the job's denoiser and predict a probe tile. Returns a Greeting as JSON."""
-    if _Desk.opener is None:
-        return Greeting(refusal="is no `tiler worker`").to_json()
-    name = ""
-    with _Desk.lock:
-        try:
-            _Desk.bench = _Desk.bench or _Desk.opener()
-            shared = SharedJob.from_bytes(job)
-            name = shared.name
-            _Desk.bench.open(shared)
-            return _Desk.bench.greet(name, step, window, latents).to_json()
-        except Exception as error:
-            if _Desk.bench is not None and name:
-                _Desk.bench.close(name)
-            return Greeting(refusal=_explained(error), is_taken=isinstance(error, Taken)).to_json()
+
+    def greet(bench: Bench, shared: SharedJob) -> Greeting:
+        bench.open(shared)
+        return bench.greet(shared.name, step, window, latents)
+
+    return _greeted(job, greet)
 
 
 def hello_decoder(job: bytes, statistics: np.ndarray, size: tuple[int, int], latents: np.ndarray) -> str:
     """Open the job's decoder for bands of at most `size` latents, with the `statistics` as bytes in an array, and
     decode a few latents. Returns a Greeting as JSON."""
+    return _greeted(job, lambda bench, shared: bench.greet_decoder(shared, statistics.tobytes(), size, latents))
+
+
+def _greeted(job: bytes, greet: Callable[[Bench, SharedJob], Greeting]) -> str:
+    """The bench's greeting for a job, as JSON; if it fails, what the bench opened for the job is closed."""
     if _Desk.opener is None:
         return Greeting(refusal="is no `tiler worker`").to_json()
     name = ""
@@ -72,7 +69,7 @@ def hello_decoder(job: bytes, statistics: np.ndarray, size: tuple[int, int], lat
             _Desk.bench = _Desk.bench or _Desk.opener()
             shared = SharedJob.from_bytes(job)
             name = shared.name
-            return _Desk.bench.greet_decoder(shared, statistics.tobytes(), size, latents).to_json()
+            return greet(_Desk.bench, shared).to_json()
         except Exception as error:
             if _Desk.bench is not None and name:
                 _Desk.bench.close(name)
