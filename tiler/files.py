@@ -21,7 +21,8 @@ _written: list[Path] = []
 
 
 def written() -> tuple[Path, ...]:
-    """The files that this process has finished so far, under the names that were asked for."""
+    """The files that this process has finished so far, under the names that were asked for; those of caches are left
+    out."""
     return tuple(_written)
 
 
@@ -117,12 +118,17 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def atomic(
-    path: Path, *, replace: bool = True, on_whole: Callable[[os.stat_result], None] = lambda whole: None
+    path: Path,
+    *,
+    replace: bool = True,
+    in_cache: bool = False,
+    on_whole: Callable[[os.stat_result], None] = lambda whole: None,
 ) -> Iterator[BinaryIO]:
     """A binary file that gets its name only when the context ends without an error. A symbolic link is kept, and its
     target is replaced. `on_whole` is called with the complete file on disk, just before it is renamed. Without
     `replace`, a file that has appeared under the name in the meantime is kept. If anything prevents the rename, the
-    finished file stays under a similar name, which NameTaken reports. Raises StorageError."""
+    finished file stays under a similar name, which NameTaken reports. `written` leaves out what is `in_cache`. Raises
+    StorageError."""
     try:
         target = _target(path)
         with _hidden(target) as file:
@@ -139,7 +145,8 @@ def atomic(
             finally:
                 with suppress(OSError):
                     os.unlink(source)
-        _written.append(path)
+        if not in_cache:
+            _written.append(path)
     except OSError as error:
         raise StorageError(
             f"{path}: writing failed ({error.strerror}); free some space or choose another place"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, Field, fields
 from enum import StrEnum
@@ -113,7 +114,9 @@ def command_of(
                 values |= found.values
                 if "seeds" in rest and layers.layer_of(context, "seeds") is not layers.Layer.TYPED:
                     rest["seeds"] = None  # the picture's own seed is used
-                for note in found.notes:
+                quiet = rest.get("quiet", False)
+                told = [] if quiet else [f"{picture} sets what no option here does; `tiler info` shows it"]
+                for note in (*told, *found.notes):
                     typer.echo(f"note: {note}", err=True)
             asked = request(**values)
             if layers.layer_of(context, "quality") is layers.Layer.TYPED and not _has_quality(asked):
@@ -287,6 +290,12 @@ def check_report(report: Path | None, *outputs: Path | None, force: bool) -> Non
     if any(output is not None and output.absolute() == report.absolute() for output in outputs):
         raise UsageError(f"{report}: --report and another output name the same file; give another name")
     check_writable(report, force=force, option="--report")
+
+
+def check_preview(preview: Path | None, *, log_json: bool = False) -> None:
+    """Check before any work that there is a terminal for a preview that goes to one. Raises UsageError."""
+    if preview == STDOUT and (log_json or not sys.stderr.isatty()):
+        raise UsageError("--preview - shows pictures in a terminal, and standard error is none; give --preview a file")
 
 
 def check_stdout(output: Path | None, *, json_output: bool) -> None:

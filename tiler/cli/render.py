@@ -50,8 +50,7 @@ def run(
     o.lower_priority(nice)
     output = request.output or Path("tiler.png")
     o.check_stdout(output, json_output=json_output)
-    if request.preview == STDOUT and (log_json or not sys.stderr.isatty()):
-        raise UsageError("--preview - shows pictures in a terminal, and standard error is none; give --preview a file")
+    o.check_preview(request.preview, log_json=log_json)
     o.check_report(report, output, request.save_latents, force=request.force)
     code = 1
     try:

@@ -30,7 +30,7 @@ def clip_tokenizer(pad: str = END) -> Path:
         for name, text in files.items():
             path = folder / name
             if not path.is_file() or path.stat().st_size != len(text.encode()):
-                with atomic(path) as file:
+                with atomic(path, in_cache=True) as file:
                     file.write(text.encode())
     except OSError as error:
         raise StorageError(
