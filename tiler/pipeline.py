@@ -8,16 +8,15 @@ they work.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from tiler import ahead, decode_run, encode_run, packing, phases, pixels, quantising, repainting, reports
+from tiler import decode_run, encode_run, packing, phases, pixels, quantising, repainting, reports
 from tiler.cluster import run as cluster
 from tiler.diffusion.poster import Poster
 from tiler.events import Event, OnEvent
@@ -31,9 +30,6 @@ from tiler.reference import make_reference
 from tiler.render_run import RenderRun
 from tiler.request import DecodeRequest, EncodeRequest, QuantizeRequest, RenderRequest
 from tiler.weights.packed import default_cache
-
-if TYPE_CHECKING:
-    from tiler.cluster.ceilings import Shares
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,17 +105,6 @@ def plan(request: RenderRequest, budget: Budget | None = None, on_event: OnEvent
 
 
 @torch.no_grad()
-def divide(request: RenderRequest, budget: Budget, on_event: OnEvent = _ignore) -> Shares:
-    """Divide `budget` among the pictures of a queue that are like `request` and drawn at the same time, and the workers
-    of `request.cluster` that are here. Raises TilerError."""
-    assert request.cluster is not None
-    with budget:
-        cluster.prepare(request)
-        run = phases.start(request, budget, on_event, planning=True)
-        return cluster.shares_of_queue(run, request.cluster, budget.max_bytes)
-
-
-@torch.no_grad()
 def decode(request: DecodeRequest, budget: Budget | None = None, on_event: OnEvent = _ignore) -> Result:
     """Decode saved latents into a picture with a checkpoint's autoencoder under `budget`. Raises TilerError."""
     with budget or Budget() as budget, decode_run.start(request, budget, on_event) as run:
@@ -142,15 +127,6 @@ def encode(request: EncodeRequest, budget: Budget | None = None, on_event: OnEve
         lean_imports.freeze_imports()
         encode_run.encode(run)
         return Result(output=run.output, report=reports.of_encode(run))
-
-
-@torch.no_grad()
-def encode_ahead(requests: Sequence[RenderRequest], budget: Budget, on_event: OnEvent = _ignore) -> int:
-    """Encode the prompts of several renders into the cache if a large encoder reads them. Return the number of texts
-    encoded. Raises TilerError."""
-    with budget:
-        lean_imports.freeze_imports()
-        return ahead.encode_ahead(requests, budget, on_event)
 
 
 @torch.no_grad()

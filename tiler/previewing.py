@@ -24,7 +24,7 @@ from tiler.decoding.method import ScratchSpace
 from tiler.decoding.rows import to_uint8
 from tiler.diffusion.schedulers import DiffusersSchedule
 from tiler.errors import BudgetExceeded, StorageError, UsageError
-from tiler.events import Shown
+from tiler.events import Phase, Shown
 from tiler.files import check_writable, replace_at_once, replace_durably
 from tiler.memory import process
 from tiler.memory.policy import at_rows
@@ -194,7 +194,7 @@ def learn_by_decoding(run: Run, preview: Preview | None, request: ResolvedReques
     facts = measure(folder)
     space = ScratchSpace(folder, facts.scratch_free_bytes, request.scratch_dtype)
     plan = VaePeaks(run.models, spec, facts).choose(Decode.EXACT, (_SIDE, _SIDE), space, wrap=Wrap.NONE)
-    with run.phase("preview", 1), run.streamed(vae, spec.weights, families.vae_names) as streamer:
+    with run.phase(Phase.PREVIEW, 1), run.streamed(vae, spec.weights, families.vae_names) as streamer:
         check_memory = at_rows(run.budget, planned_bytes)
         unscaled = spec.unscale_(latents.clone())
         strips = method.decode(plan, vae, streamer, unscaled, check=check_memory, progress=lambda share: None)

@@ -17,8 +17,9 @@ from tiler.denoiser import open_denoiser
 from tiler.diffusion.prompts import Prompts
 from tiler.diffusion.runner import Runner, Tile
 from tiler.errors import ClusterError
-from tiler.events import Workers
-from tiler.phases import OpenRunner
+from tiler.events import Phase, Workers
+from tiler.memory.budget import Budget
+from tiler.phases import OpenRunner, start
 from tiler.planning.render import TILES_AHEAD, tile_bytes
 from tiler.planning.time import Speed
 from tiler.render_run import RenderRun
@@ -66,12 +67,17 @@ def outlook(run: RenderRun, speed: Speed) -> Outlook | None:
     return look(run, parse_cluster(run.request.cluster), speed)
 
 
-def shares_of_queue(run: RenderRun, where: str, max_bytes: int) -> Shares:
-    """Divide the bytes that a queue has for pictures like this run's, drawn by the cluster `where`. Raises UsageError,
-    BudgetRefused."""
-    from tiler.cluster.ceilings import shares_of_queue
+@torch.no_grad()
+def divide(request: RenderRequest, budget: Budget) -> Shares:
+    """Divide `budget` among the pictures of a queue that are like `request` and drawn at the same time, and the workers
+    of `request.cluster` that are here. Raises TilerError."""
+    assert request.cluster is not None
+    with budget:
+        prepare(request)
+        run = start(request, budget, lambda event: None, planning=True)
+        from tiler.cluster.ceilings import shares_of_queue
 
-    return shares_of_queue(run, parse_cluster(where), max_bytes)
+        return shares_of_queue(run, parse_cluster(request.cluster), budget.max_bytes)
 
 
 @contextmanager
@@ -107,7 +113,7 @@ def _open_pool(cluster: Cluster, share: int, run: RenderRun, prompts: Prompts) -
                 members,
                 job.name,
                 partial(open_denoiser, run, prompts),
-                partial(run.budget.check, "canvas"),
+                partial(run.budget.check, Phase.CANVAS),
                 run.note,
                 run.counts,
                 show=lambda workers: run.on_event(Workers(workers=workers)),
@@ -126,7 +132,7 @@ def _open_pool(cluster: Cluster, share: int, run: RenderRun, prompts: Prompts) -
 def bands_of(run: RenderRun) -> Elsewhere | None:
     """Return what opens the workers that decode bands of the picture; None if its method has none, or if all workers
     share this machine with this process alone."""
-    if run.request.cluster is None or run.plan.methods["decode"].kind is not Decode.FROZEN:
+    if run.request.cluster is None or run.plan.methods[Phase.DECODE].kind is not Decode.FROZEN:
         return None
     cluster = parse_cluster(run.request.cluster)
     return None if cluster.where is Where.LOCAL else partial(_open_bands, cluster, run)
@@ -152,7 +158,7 @@ def _open_bands(cluster: Cluster, run: RenderRun, work: Work) -> Iterator[Apart 
         members = Members(engine, asked, run.note, patience, most=DECODERS, at_most=_GREETING)
         members.digest = digest_of(work.probe.numpy())
         try:
-            yield Bands(members, job.name, work, partial(run.budget.check, "decode"))
+            yield Bands(members, job.name, work, partial(run.budget.check, Phase.DECODE))
         finally:
             run.decoders = members.uses()
             for address in members.greeted():
@@ -162,7 +168,7 @@ def _open_bands(cluster: Cluster, run: RenderRun, work: Work) -> Iterator[Apart 
 def _farthest(run: RenderRun) -> int:
     """The number of tiles for which there is room while this process predicts none itself."""
     plan, held = run.plan, ("python + libraries", "canvas", "prompts", "cluster")
-    canvas = next(phase for phase in plan.memory.phases if phase.name == "canvas")
+    canvas = next(phase for phase in plan.memory.phases if phase.name == Phase.CANVAS)
     unused = sum(term.nbytes for term in canvas.terms if term.name not in held) - plan.preview_bytes
     return TILES_AHEAD + max(0, unused) // (2 * tile_bytes(plan.family, plan.regions.tile))
 

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -33,6 +34,7 @@ from tiler.compute.tuning import (
 )
 from tiler.decoding import tiny
 from tiler.decoding.method import DecodePlan, ScratchSpace, choose
+from tiler.events import Phase
 from tiler.models import family as families
 from tiler.models.built import Models
 from tiler.models.chunks import CLIP_TOKENS
@@ -129,7 +131,7 @@ def _encoder_phase(models: Models, part: Part, fixed: list[Term]) -> PhasePlan:
             part.example(encoder)
         own = [*weights_terms(encoder, stored), *changes_terms(models.changes(part))]
         terms = [*fixed, *own, Term(name=ACTIVATIONS, nbytes=meter.peak_bytes)]
-    return PhasePlan(name="encode prompts", terms=tuple(terms))
+    return PhasePlan(name=Phase.ENCODE_PROMPTS, terms=tuple(terms))
 
 
 class DenoiserPeaks:
@@ -155,15 +157,29 @@ class DenoiserPeaks:
         )  # fmt: skip
         self._more_tokens = CLIP_TOKENS * (chunks - 1)
         self._activations: dict[tuple[tuple[int, ...], int, int], int] = {}
+        self._is_open = False
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Lend the module once for all questions in this context, instead of for each. Not for two at a time."""
+        with lent(self.module, self.streamer):
+            self._is_open = True
+            try:
+                yield
+            finally:
+                self._is_open = False
+
+    def _lent(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._is_open else lent(self.module, self.streamer)
 
     @cached_property
     def terms(self) -> list[Term]:
-        with lent(self.module, self.streamer):
+        with self._lent():
             return [*weights_terms(self.module, self.stored), *changes_terms(self._changes)]
 
     @cached_property
     def weights(self) -> list[Weight]:
-        with lent(self.module, self.streamer):
+        with self._lent():
             return streamed_weights(self.module)
 
     def activations(self, tiles: tuple[int, ...], height: int, width: int) -> int:
@@ -171,7 +187,7 @@ class DenoiserPeaks:
         width) latents."""
         key = tiles, height, width
         if key not in self._activations:
-            with lent(self.module, self.streamer), MetaMeter() as meter, torch.no_grad():
+            with self._lent(), MetaMeter() as meter, torch.no_grad():
                 timesteps = torch.empty(1, device="meta")
                 samples = self._examples(tiles, height, width)
                 prompts = [sample.prompt for sample in samples]
