@@ -89,7 +89,7 @@ def predict(*args):
     hog.append(torch.ones({megabytes} * 250_000))
     return real(*args)
 tiler.models.sd.predict_noise = predict
-sys.argv = ["tiler", "render", "x", "--model", {str(tiny)!r}, "--size", "128", "--max-ram", "500MB", "--quiet"]
+sys.argv = ["tiler", "render", "x", "--model", {str(tiny)!r}, "--size", "64", "--steps", "1", "--no-guide", "--max-ram", "500MB", "--quiet"]
 main.main()
 """
     ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
