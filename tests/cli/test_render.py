@@ -50,8 +50,8 @@ def test_a_sheet_of_paper_is_rendered_to_the_pixel(in_process, tiny: Path, tmp_p
     assert in_process("plan", "--model", tiny, "--paper", "A5", "--json").json["canvas"] == "1752×2480"
 
 
-def test_json_is_one_object_on_stdout_and_quiet_is_quiet(tiler, tiny: Path) -> None:
-    ran = tiler("render", "x", "--model", tiny, "--size", 64, "--steps", 1, "--json", "--quiet")
+def test_json_is_one_object_on_stdout_and_quiet_is_quiet(in_process, tiny: Path) -> None:
+    ran = in_process("render", "x", "--model", tiny, "--size", 64, "--steps", 1, "--json", "--quiet")
     assert ran.json["output"] == "tiler.png"
     assert ran.err == ""
 
