@@ -135,6 +135,7 @@ def quantize(request: QuantizeRequest, budget: Budget | None = None, on_event: O
     Raises TilerError."""
     with budget or Budget() as budget:
         models = phases.open_models(families.open_family(request))
+        lean_imports.freeze_imports()
         if request.output is not None:
             sizes = quantising.write_folder(request, models, budget, on_event)
             return Result(output=request.output, report=reports.of_folder(sizes, budget))

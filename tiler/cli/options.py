@@ -114,11 +114,11 @@ def command_of(
                 values |= found.values
                 if "seeds" in rest and layers.layer_of(context, "seeds") is not layers.Layer.TYPED:
                     rest["seeds"] = None  # the picture's own seed is used
-                quiet = rest.get("quiet", False)
-                told = [] if quiet else [f"{picture} sets what no option here does; `tiler info` shows it"]
-                for note in (*told, *found.notes):
+                for note in found.notes:
                     typer.echo(f"note: {note}", err=True)
             asked = request(**values)
+            if picture is not None and not rest.get("quiet", False):
+                typer.echo(f"note: {picture} sets what no option here does; `tiler info` shows it", err=True)
             if layers.layer_of(context, "quality") is layers.Layer.TYPED and not _has_quality(asked):
                 typer.echo("note: --quality is for JPEG, WebP and AVIF; this format keeps every pixel", err=True)
             run(asked, **rest)
@@ -253,7 +253,7 @@ def _values(offered: list[Field[Any]], given: Mapping[str, Any]) -> dict[str, An
 def prepare_process(threads: int | None, *, torch: bool = True) -> None:
     """Set what must be set before torch is imported: the allocator, the threads, and quiet libraries. Then import
     torch, if `torch`. Raises UsageError."""
-    from tiler.memory.lean_imports import lean_torch
+    from tiler.memory.lean_imports import start_program
     from tiler.memory.limits import check_user_limits, limited_cpus
     from tiler.memory.process import frugal_allocator
 
@@ -271,7 +271,7 @@ def prepare_process(threads: int | None, *, torch: bool = True) -> None:
     if threads is not None:
         os.environ["OMP_NUM_THREADS"] = str(threads)
     if torch:
-        lean_torch()
+        start_program()
 
 
 def lower_priority(nice: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Hashable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -96,9 +96,11 @@ def choose(
     *,
     encoding: bool,
     wrap: Wrap = Wrap.NONE,
+    rehearsed: dict[Hashable, Any] | None = None,
 ) -> DecodePlan:
     """Choose the method for latents of (height, width). `vae` is on the meta device, lent to a planning `streamer`; for
-    TINY it is an AutoencoderTiny. The disk is not queried.
+    TINY it is an AutoencoderTiny. The disk is not queried. `rehearsed` remembers the needs of methods that were tried
+    before with this `vae`.
 
     AUTO becomes `exact` while attention to all tokens is a small part of the work, else `sampled`; and `frozen` for
     pictures wider than its bands, or if the scratch folder has too little room for the others. Raises StorageError if
@@ -109,12 +111,18 @@ def choose(
     margin = REACH * vertical, REACH * horizontal
     latents = latents[0] + 2 * margin[0], latents[1] + 2 * margin[1]
 
+    known = {} if rehearsed is None else rehearsed
+
     def made(kind: Decode, why: str, rehearse: Callable[[], exact.Rehearsal | None]) -> DecodePlan:
-        with MetaMeter() as meter, torch.no_grad():
-            used = rehearse() or exact.Rehearsal(0, 0, 0)
+        key = kind, encoding, latents, dtype, streamer.policy.bf16
+        if key not in known:
+            with MetaMeter() as meter, torch.no_grad():
+                used = rehearse() or exact.Rehearsal(0, 0, 0)
+            known[key] = meter.peak_bytes, used
+        peak_bytes, used = known[key]
         return DecodePlan(
             kind=kind, encoding=encoding, precision=Precision.BF16 if streamer.policy.bf16 else Precision.FP32, why=why,
-            memory_bytes=meter.peak_bytes, folder=folder, dtype=dtype,
+            memory_bytes=peak_bytes, folder=folder, dtype=dtype,
             scratch_bytes=used.peak_bytes, written_bytes=used.written_bytes,
             apart_bytes=used.apart_bytes, flops=used.flops, margin=margin,
         )  # fmt: skip

@@ -127,10 +127,12 @@ def _encoder_phase(models: Models, part: Part, fixed: list[Term]) -> PhasePlan:
     match_index(encoder, stored, part.aliases)
     with lent(encoder, streamer):
         assert part.example is not None, part.name
-        with MetaMeter() as meter, torch.no_grad():
-            part.example(encoder)
+        if part.name not in models.rehearsed:
+            with MetaMeter() as meter, torch.no_grad():
+                part.example(encoder)
+            models.rehearsed[part.name] = meter.peak_bytes
         own = [*weights_terms(encoder, stored), *changes_terms(models.changes(part))]
-        terms = [*fixed, *own, Term(name=ACTIVATIONS, nbytes=meter.peak_bytes)]
+        terms = [*fixed, *own, Term(name=ACTIVATIONS, nbytes=models.rehearsed[part.name])]
     return PhasePlan(name=Phase.ENCODE_PROMPTS, terms=tuple(terms))
 
 
@@ -248,6 +250,7 @@ class VaePeaks:
 
     def __init__(self, models: Models, spec: VaeSpec, facts: Facts, precision: Precision = Precision.FP32) -> None:
         self.spec, self.module = spec, models.vae(spec)
+        self._rehearsed = models.rehearsed.setdefault(spec.part, {})
         self._streamer = Streamer(None, **vae_streaming(spec, self.module, precision)._asdict())
         match_index(self.module, spec.weights, families.vae_names)
         with lent(self.module, self._streamer):
@@ -266,7 +269,10 @@ class VaePeaks:
     ) -> DecodePlan:
         """The method to decode (or encode) latents of (height, width). Raises StorageError."""
         with lent(self.module, self._streamer):
-            return choose(wanted, self.module, self._streamer, latents, space, encoding=encoding, wrap=wrap)
+            return choose(
+                wanted, self.module, self._streamer, latents, space,
+                encoding=encoding, wrap=wrap, rehearsed=self._rehearsed,
+            )  # fmt: skip
 
     def phase(
         self,

@@ -279,7 +279,9 @@ def _plan_coding(
     vae = VaePeaks(models, own, facts, precision)
     decoder = vae if models.decoder is own else VaePeaks(models, models.decoder, facts, precision)
     canvas, guide, wrap = tiling.canvas, tiling.guide, request.wrap
-    methods = {Phase.DECODE: decoder.choose(chosen.get(Phase.DECODE, request.decode), canvas, space, wrap=wrap)}
+    methods: dict[str, DecodePlan] = {
+        Phase.DECODE: decoder.choose(chosen.get(Phase.DECODE, request.decode), canvas, space, wrap=wrap)
+    }
     decoding = decoder.phase(Phase.DECODE, canvas, methods[Phase.DECODE], held=0 if stored else 1, stored=stored)
     whole = whole_picture(request.output, request.format, request.width, request.height)
     if whole is not None:
