@@ -284,7 +284,8 @@ def test_several_pictures_of_one_command(
 ) -> None:
     """Each picture has the same bytes as alone; finished ones are not drawn again; a single picture can have a template
     too."""
-    common = ["render", "a boat", "--model", tiny, "--size", 64, "--steps", 1, "--max-ram", "1GB", "--output-dir", "."]
+    common = ["render", "a boat", "--model", tiny, "--size", 64, "--steps", 1, "--no-guide"]
+    common += ["--max-ram", "1GB", "--output-dir", "."]
     ran = in_process(*common, "--count", 2, "--seed", 3, "-o", "{seed}/{index:02}.png", "--json")
     assert ran.code == 0, ran.err
     assert [json.loads(line)["seed"] for line in ran.out.splitlines()] == [3, 4]
