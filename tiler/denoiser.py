@@ -131,7 +131,7 @@ def runner_on(streamer: Streamer, run: DenoiserRun, prompts: Prompts, phase: Pha
         return family.predict(denoiser, streamer, samples, step, run.prepared, check)
 
     wording, begin, batch = plan.canvas_wording, plan.begin, plan.batch
-    if phase is Phase.GUIDE:
+    if phase == Phase.GUIDE:
         assert plan.guide_wording is not None
         wording, begin, batch = plan.guide_wording, 0, plan.guide_batch
 

@@ -213,15 +213,15 @@ def _denoise(
     run: RenderRun, phase: Phase, tiles: Steps, prompts: Prompts, reference: Tensor | None, begin: int, open_runner: OpenRunner
 ) -> Tensor:  # fmt: skip
     request, plan, steps = run.request, run.plan, run.request.num_inference_steps
-    height, width = plan.canvas if phase is Phase.CANVAS or plan.guide is None else plan.guide[:2]
-    reseeded = [((part.rows, part.cols), part.seed) for part in _reseeded(run) if phase is Phase.CANVAS]
+    height, width = plan.canvas if phase == Phase.CANVAS or plan.guide is None else plan.guide[:2]
+    reseeded = [((part.rows, part.cols), part.seed) for part in _reseeded(run) if phase == Phase.CANVAS]
     noise, generator = canvas.initial_noise((1, plan.family.latent_channels, height, width), request.seed, reseeded)
     schedule = build_schedule(request, plan.family)
     first = plan.calls.first_of(begin)
     latents = schedule.start(noise, reference, first)
     if begin == steps:
         return latents
-    if phase is Phase.CANVAS:
+    if phase == Phase.CANVAS:
         previewing.watch(run, run.preview, schedule, begin)
     around: Schedule = schedule
     if plan.spot is not None and reference is not None:

@@ -169,7 +169,7 @@ def plan_render(
         preview_bytes = tiny_preview_bytes(models, models.tiny, facts)
 
     def sampling(by: DenoiserPeaks, name: Phase, batch: int = 1) -> PhasePlan:
-        if name is Phase.CANVAS or guide is None:
+        if name == Phase.CANVAS or guide is None:
             return with_preview(by.phase(name, [*denoising, *clustered], canvas_samples, batch, *tile), preview_bytes)
         return by.phase(name, denoising, guide_samples, batch, guide.height, guide.width)
 
