@@ -188,15 +188,6 @@ def plan_render(
         batch = batch_of(Phase.CANVAS, min(most, per_step))
         batch = math.ceil(per_step / math.ceil(per_step / batch))  # passes of equal size
         guide_batch = 1 if guide is None else batch_of(Phase.GUIDE, min(most, len(guide_samples)))
-        once = family.part(Role.DENOISER).once  # these weights are not read at every step
-        stored = {name: info for name, info in sampler.stored.items() if not once(name)}
-        streamed = Streamed(sampler.weights, stored, facts.arithmetic.int8.products, sampler.resident_slack)
-        filled = [
-            with_resident(sampling(sampler, name, n), streamed, None, max_bytes)
-            for name, n in ((Phase.GUIDE, guide_batch), (Phase.CANVAS, batch))
-            if name in names
-        ]
-        sample_bytes = sampler.activations((0,), *tile)
     encoding = PhasePlan(name=Phase.ENCODE_PROMPTS, terms=(facts.text_libraries, prompts))
     if not encoded:
         encoding = text_phase(models, [facts.text_libraries, prompts])
@@ -214,6 +205,14 @@ def plan_render(
     if tiles_only:
         others = []
     resident: dict[str, dict[str, torch.dtype]] = {phase.name: {} for phase in others}
+    once = family.part(Role.DENOISER).once  # these weights are not read at every step
+    stored = {name: info for name, info in sampler.stored.items() if not once(name)}
+    streamed = Streamed(sampler.weights, stored, facts.arithmetic.int8.products, sampler.resident_slack)
+    filled = [
+        with_resident(sampling(sampler, name, n), streamed, None, max_bytes)
+        for name, n in ((Phase.GUIDE, guide_batch), (Phase.CANVAS, batch))
+        if name in names
+    ]
     coding_phases = [c.holding(prompts) if c.phase.name == Phase.GUIDE_PICTURE else c for c in coding.phases]
     filled += [with_resident(c.phase, c.streamed, coding.methods[c.phase.name], max_bytes) for c in coding_phases]
     resident |= {phase.name: chosen for phase, chosen in filled}
@@ -233,7 +232,7 @@ def plan_render(
         decode_precision=decode_precision,
         scheduler=schedule.name,
         notes=(*schedule.notes, *([f"the canvas lies in files, in {request.scratch_folder}"] if on_disk else [])),
-        sample_bytes=sample_bytes,
+        sample_bytes=sampler.activations((0,), *tile),
         arena_bytes=sampler.streamer.arena_bytes,
         preview_bytes=preview_bytes,
         memory=MemoryPlan(
