@@ -18,7 +18,7 @@ import typer
 
 from tiler.cli import helps, queues, supervise
 from tiler.errors import UsageError
-from tiler.files import make_own_folder, replace_durably, sha256_of
+from tiler.files import make_own_folder, replace_file, sha256_of
 from tiler.jobs import naming
 from tiler.jobs.results import Results
 from tiler.jobs.rows import Row
@@ -141,7 +141,7 @@ def _forget_changed(results: Path, root: Path) -> None:
         return
     kept = [line for line in lines if _is_true(line, root)]
     if kept != lines:
-        replace_durably(results, kept)
+        replace_file(results, kept, durable=True)
 
 
 def _is_true(line: bytes, root: Path) -> bool:
