@@ -163,6 +163,15 @@ OVERHEAD_BY_LAYERS: Annotated[float, Passport("ratio", "python scripts/bench_dec
 OVERHEAD_BY_LAYERS_BF16: Annotated[float, Passport("ratio", "python scripts/bench_decode.py")] = 0.8
 OVERHEAD_BY_ROWS: Annotated[float, Passport("ratio", "python scripts/bench_decode.py")] = 3.1
 OVERHEAD_BY_ROWS_BF16: Annotated[float, Passport("ratio", "python scripts/bench_decode.py")] = 2.0
+# One layer of a denoiser for one sample, beside its arithmetic: Python, the start of operators, checks, blending, and a
+# sample's part of preparing the weights. Renders of mini at 1024²: 117 µs of one thread's processor time, 180 µs of a
+# clock's with two threads, which do not share this; passes alone, over 1–16 samples of 16² and 32² latents: 75 µs.
+RUN_SECONDS: Annotated[float, Passport("seconds", "python scripts/remaining.py")] = 165e-6
+# An autoencoder with layers narrower than NARROW has this much more overhead, times the difference of the widths'
+# inverses: norms and files take time by value, and narrow layers have more of them for each operation (mini, 16
+# channels, 1024², processor time of one thread: decoding takes 7 times its arithmetic).
+NARROW: Annotated[int, Passport("channels", "python scripts/remaining.py")] = 128
+OVERHEAD_NARROW: Annotated[float, Passport("channels", "python scripts/remaining.py")] = 105.0
 
 # Freed blocks between live ones, as a share of one sample's activations: 40–57 MB of 139 for SD 1.5, 65–89 of 230 for
 # SD 2.1, whatever the batch.
