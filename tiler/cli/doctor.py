@@ -59,6 +59,7 @@ def _show_machine(measure: bool, json_output: bool) -> None:
 
     from tiler.compute import cpu, onednn
     from tiler.memory.limits import available_ram, cgroup_limit, usable_cpus
+    from tiler.memory.process import advise_huge_pages
     from tiler.native import library
     from tiler.weights.places import hub_cache
 
@@ -67,6 +68,7 @@ def _show_machine(measure: bool, json_output: bool) -> None:
     facts = {
         "ram": f"{format_mb(available)} available of {format_mb(total)}",
         "cgroup limit": "none" if limit is None else format_mb(limit),
+        "huge pages": "for tensors of 2 MB and more" if advise_huge_pages() else "not used: this system cannot limit them",
         "swap": format_mb(psutil.swap_memory().total),
         "cores": f"{psutil.cpu_count(logical=False)} physical, {usable_cpus()} usable",
         "cpu": f"{platform.machine()}: {', '.join(cpu.flags()) or 'no known flags'}",

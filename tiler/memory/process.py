@@ -19,6 +19,8 @@ import psutil
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h
 _MAPPED, _HEAP, _NEVER = 2**20, 8 * 2**20, 2**31 - 1  # block size from which malloc maps a block by itself
+_PR_SET_THP_DISABLE, _EXCEPT_ADVISED = 41, 2  # linux/prctl.h
+_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _threshold: int | None = None  # the one in effect, if this module set the allocator's thresholds
 
 
@@ -179,8 +181,35 @@ def frugal_allocator() -> None:
         for option, value in ((_M_MMAP_THRESHOLD, _HEAP), (_M_TRIM_THRESHOLD, 64 * 2**20), (_M_ARENA_MAX, 2)):
             libc.mallopt(option, value)
         _threshold = _HEAP
-        pr_set_thp_disable = 41
-        libc.prctl(pr_set_thp_disable, 1, 0, 0, 0)
+    advise_huge_pages()
+
+
+def advise_huge_pages(setting: Path = _HUGE_PAGES) -> bool:
+    """Let the system use huge pages for tensors of 2 MB and more, and for nothing else. Returns whether it can, under
+    the system's `setting`. Has an effect only before torch allocates its first tensor.
+
+    Each freed tensor is mapped and faulted in again. Decoding 512² at SD 1.5's size in bf16 had 0.25 instead of 0.49
+    million page faults, and its phase took 8.4 instead of 9.4 s, with 17 MB more; a UNet pass took as long as before.
+    Huge pages everywhere, heap and stacks included, would take far more memory.
+    """
+    try:
+        modes = setting.read_text()
+    except OSError:
+        modes = ""
+    # Under "madvise" only torch asks for them. Under "always", Linux before 6.18 cannot limit them to who asks.
+    able = "[madvise]" in modes or ("[always]" in modes and _disable_huge_pages(_EXCEPT_ADVISED))
+    if able:
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read by torch
+    else:
+        _disable_huge_pages()
+    return able
+
+
+def _disable_huge_pages(flags: int = 0) -> bool:
+    """Returns False if the system does not know the flags or has no huge pages."""
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    return prctl is not None and prctl(_PR_SET_THP_DISABLE, 1, flags, 0, 0) == 0
+
 
 
 def generous_allocator() -> None:
