@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -65,24 +64,58 @@ def test_a_machine_without_a_load_average(monkeypatch: pytest.MonkeyPatch) -> No
     process.frugal_allocator()
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the thresholds are glibc's")
-def test_mapped_blocks_leave_no_holes_between_others() -> None:
-    """Every second of 64 blocks is freed, as when a weight is copied into another layout."""
+@pytest.mark.parametrize(
+    ("setting", "except_advised", "calls", "able"),
+    [
+        ("always [madvise] never", True, [], True),
+        ("[always] madvise never", True, [2], True),
+        ("[always] madvise never", False, [2, 0], False),
+        ("always madvise [never]", True, [0], False),
+        (None, True, [0], False),
+    ],
+)
+def test_huge_pages_are_for_tensors_alone(
+    setting: str | None,
+    except_advised: bool,
+    calls: list[int],
+    able: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`calls`: the flags with which they are disabled, of which 2, except where advised, is new in Linux 6.18."""
+    if setting is not None:
+        (tmp_path / "enabled").write_text(setting + "\n")
+    seen: list[int] = []
+
+    def disable(flags: int = 0) -> bool:
+        seen.append(flags)
+        return flags == 0 or except_advised
+
+    monkeypatch.setattr(process, "_disable_huge_pages", disable)
+    monkeypatch.delenv("THP_MEM_ALLOC_ENABLE", raising=False)
+    assert process.advise_huge_pages(tmp_path / "enabled") is able
+    assert seen == calls
+    assert os.environ.pop("THP_MEM_ALLOC_ENABLE", None) == ("1" if able else None)
+
+
+def test_tensors_are_in_huge_pages_and_nothing_else_is() -> None:
+    """Of two mappings of 64 MB, a tensor's and the program's own."""
     code = """
-from contextlib import nullcontext
+import mmap
+from pathlib import Path
 from tiler.memory import process
 process.frugal_allocator()
-for context in (nullcontext, process.mapped_blocks):
-    before = process.read_rss().now
-    with context():
-        blocks = [bytearray(b"x") * (2 * 2**20) for _ in range(64)]
-    del blocks[::2]
-    print(process.read_rss().now - before)
-    del blocks
+import torch
+def huge():
+    return int(Path("/proc/self/smaps_rollup").read_text().split("AnonHugePages:")[1].split()[0])
+own = mmap.mmap(-1, 64 * 2**20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+own[:] = bytes(len(own))
+before, tensor = huge(), torch.ones(16 * 2**20)
+print(before, huge() - before, process.advise_huge_pages())
 """
-    heap, mapped = map(int, fresh(code).split())
-    assert heap > 120 * 2**20
-    assert mapped < 72 * 2**20
+    before, more, able = fresh(code).split()
+    assert int(before) == 0
+    assert able == "False" or int(more) >= 56 * 1024
 
 
 def test_code_that_ran_leaves_memory_and_returns() -> None:

@@ -57,7 +57,7 @@ def _show_model(request: DoctorRequest, json_output: bool) -> None:
 def _show_machine(measure: bool, json_output: bool) -> None:
     import psutil
 
-    from tiler.compute import cpu, onednn
+    from tiler.compute import cpu
     from tiler.memory.limits import available_ram, cgroup_limit, usable_cpus
     from tiler.memory.process import advise_huge_pages
     from tiler.native import library
@@ -68,15 +68,17 @@ def _show_machine(measure: bool, json_output: bool) -> None:
     facts = {
         "ram": f"{format_mb(available)} available of {format_mb(total)}",
         "cgroup limit": "none" if limit is None else format_mb(limit),
-        "huge pages": "for tensors of 2 MB and more" if advise_huge_pages() else "not used: this system cannot limit them",
+        "huge pages": "for tensors of 2 MB and more"
+        if advise_huge_pages()
+        else "not used: this system cannot limit them",
         "swap": format_mb(psutil.swap_memory().total),
         "cores": f"{psutil.cpu_count(logical=False)} physical, {usable_cpus()} usable",
         "cpu": f"{platform.machine()}: {', '.join(cpu.flags()) or 'no known flags'}",
         "storage dtype": "as in the checkpoint (fp16, bf16 or fp32); weights are cast when they are used",
         "instruction set": f"{cpu.isa()}, which decides the kernels",
         "kernels": _kernels(library.library(), library.fault()),
-        "compute dtype": _compute_dtype(cpu.flags(), int8_runs=onednn.int8().products),
-        "--precision int8": onednn.int8().why,
+        "compute dtype": _compute_dtype(cpu.flags(), int8_runs=cpu.int8().products),
+        "--precision int8": cpu.int8().why,
         "--precision bf16": _bf16(library.library()),
         "--precision auto": _auto(),
         "accumulation dtype": "fp32 canvas, fp64 mask sums",
@@ -89,8 +91,6 @@ def _show_machine(measure: bool, json_output: bool) -> None:
             ]
         ),
     }
-    if notes := onednn.notes():
-        facts["this torch"] = "; ".join(notes)
     if measure:
         from tiler.compute.measure import compare
 

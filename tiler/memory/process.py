@@ -18,7 +18,7 @@ from typing import NamedTuple
 import psutil
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h
-_MAPPED, _HEAP, _NEVER = 2**20, 8 * 2**20, 2**31 - 1  # block size from which malloc maps a block by itself
+_HEAP, _NEVER = 8 * 2**20, 2**31 - 1  # block size from which malloc maps a block by itself
 _PR_SET_THP_DISABLE, _EXCEPT_ADVISED = 41, 2  # linux/prctl.h
 _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _threshold: int | None = None  # the one in effect, if this module set the allocator's thresholds
@@ -211,7 +211,6 @@ def _disable_huge_pages(flags: int = 0) -> bool:
     return prctl is not None and prctl(_PR_SET_THP_DISABLE, 1, flags, 0, 0) == 0
 
 
-
 def generous_allocator() -> None:
     """Let freed memory stay in the process and be reused from now on, if `frugal_allocator` was called.
 
@@ -224,21 +223,6 @@ def generous_allocator() -> None:
         for option in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD):
             libc.mallopt(option, _NEVER)
         _threshold = _NEVER
-
-
-@contextmanager
-def mapped_blocks() -> Iterator[None]:
-    """Map blocks of 1 MiB and more individually within this context, so that freed ones leave no holes between other
-    blocks. Has an effect only after `frugal_allocator` and before `generous_allocator`."""
-    if _threshold != _HEAP:
-        yield
-        return
-    libc = ctypes.CDLL(None)
-    libc.mallopt(_M_MMAP_THRESHOLD, _MAPPED)
-    try:
-        yield
-    finally:
-        libc.mallopt(_M_MMAP_THRESHOLD, _HEAP)
 
 
 @contextmanager
