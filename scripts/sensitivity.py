@@ -76,9 +76,9 @@ def fake(module: nn.Module, largest: int | None) -> tuple[Tensor, torch.utils.ho
     return kept, module.register_forward_pre_hook(rounded)
 
 
-def pictures(model: str, prompt: str | None, side: int, count: int) -> dict[Precision, list[float]]:
-    """dB of 8-bit pictures of `count` seeds in each precision, against those in fp32; without a prompt, of
-    those that the seeds choose of the model's own."""
+def compare_pictures(model: str, prompt: str | None, side: int, count: int) -> None:
+    """Print the dB of 8-bit pictures of `count` seeds in int8 and bf16, against those in fp32. Without a prompt, each
+    seed chooses one of the model's own."""
     found: dict[Precision, list[float]] = {Precision.INT8: [], Precision.BF16: []}
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(count):
@@ -93,7 +93,9 @@ def pictures(model: str, prompt: str | None, side: int, count: int) -> dict[Prec
             for precision, values in found.items():
                 error = np.square(drawn[precision] - drawn[Precision.FP32]).mean()
                 values.append(float(10 * np.log10(255**2 / error)) if error else math.inf)
-    return found
+            print(f"seed {seed}: " + ", ".join(f"{p} {values[-1]:.1f} dB" for p, values in found.items()), flush=True)
+    for precision, values in found.items():
+        print(f"{precision}: median {statistics.median(values):.1f} dB, least {min(values):.1f}")
 
 
 @torch.no_grad()
@@ -108,9 +110,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=16, help="of pictures")
     args = parser.parse_args()
     if args.pictures:
-        for precision, values in pictures(args.model or "mini", args.prompt, args.size, args.count).items():
-            each = " ".join(f"{value:.1f}" for value in values)
-            print(f"{precision}: median {statistics.median(values):.1f} dB, least {min(values):.1f} ({each})")
+        compare_pictures(args.model or "mini", args.prompt, args.size, args.count)
         return
     checkpoint = resolve(args.model or str(make_checkpoint.make("sd15")))
     options = {"subfolder": "unet", "torch_dtype": torch.float32}
