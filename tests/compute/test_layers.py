@@ -200,7 +200,7 @@ def test_a_low_rank_path_is_added_to_int8_convolutions(tmp_path: Path, side: int
 @with_kernels
 def test_a_glu_halves_one_weight_or_takes_two(tmp_path: Path, kernel: str) -> None:
     torch.manual_seed(5)
-    x, first, second, residual = torch.randn(1, 9, 48), torch.randn(40, 48), torch.randn(40, 48), torch.randn(1, 9, 40)
+    x, first, second, residual = torch.randn(1, 9, 48), torch.randn(64, 48), torch.randn(64, 48), torch.randn(1, 9, 64)
     op = {"kind": Kind.LINEAR, "epilogue": Epilogue(activation=nn.SiLU(), glu=True, residual=True), "input": Input()}
     results = []
     for weights in ((first, second), (torch.cat([first, second]),)):
