@@ -59,7 +59,7 @@ def _show_machine(measure: bool, json_output: bool) -> None:
 
     from tiler.compute import cpu
     from tiler.memory.limits import available_ram, cgroup_limit, usable_cpus
-    from tiler.memory.process import advise_huge_pages
+    from tiler.memory.process import prepare_huge_pages
     from tiler.native import library
     from tiler.weights.places import hub_cache
 
@@ -68,9 +68,7 @@ def _show_machine(measure: bool, json_output: bool) -> None:
     facts = {
         "ram": f"{format_mb(available)} available of {format_mb(total)}",
         "cgroup limit": "none" if limit is None else format_mb(limit),
-        "huge pages": "for tensors of 2 MB and more"
-        if advise_huge_pages()
-        else "not used: this system cannot limit them",
+        "huge pages": _huge_pages(able=prepare_huge_pages()),
         "swap": format_mb(psutil.swap_memory().total),
         "cores": f"{psutil.cpu_count(logical=False)} physical, {usable_cpus()} usable",
         "cpu": f"{platform.machine()}: {', '.join(cpu.flags()) or 'no known flags'}",
@@ -105,6 +103,11 @@ def _print(facts: dict[str, str], json_output: bool) -> None:
     width = columns()
     for name, value in facts.items():
         typer.echo(textwrap.fill(value, width, initial_indent=f"{name:20}", subsequent_indent=" " * 20))
+
+
+def _huge_pages(*, able: bool) -> str:
+    """Where they are used."""
+    return "for pictures that are decoded" if able else "not used: this system cannot limit them to tensors"
 
 
 def _kernels(library: Library | None, fault: str) -> str:

@@ -59,11 +59,11 @@ KERNELS_OF: Annotated[
         "convolution": ("native-int8", "native-winograd", "winograd", "native-fp32", "fp32"),
         "attention": ("native-attention", "fp32"),
     },
-    # native-winograd 0.46 and 0.37, winograd 0.46 and 0.38, native-int8 0.54 and 0.59, native-fp32 1.29 and 1.22; linear:
-    # native-int8 0.58 and 0.54, native-fp32 1.01 and 1.14; native-attention 0.86, 0.91, 0.93; 0.73, 1.01. A complete pass
-    # of SD 1.5 in int8, two samples, took 13.1 s with int8 first and 13.0 with winograd first, whose weights are
-    # transformed again at every pass. Its 78 convolutions that are not transformed: native-fp32 2.83 s a sample, fp32
-    # 2.87, oneDNN with weights brought into its own order beforehand 2.41, which was not worth a kernel of its own.
+    # native-winograd 0.46 and 0.37, winograd 0.46 and 0.38, native-int8 0.54 and 0.59, native-fp32 1.29 and 1.22;
+    # linear: native-int8 0.58 and 0.54, native-fp32 1.01 and 1.14; native-attention 0.86, 0.91, 0.93; 0.73, 1.01. A
+    # complete pass of SD 1.5 in int8, two samples, took 13.1 s with int8 first and 13.0 with winograd first, whose
+    # weights are transformed again at every pass. Its 78 convolutions that are not transformed: native-fp32 2.83 s a
+    # sample, fp32 2.87, oneDNN with weights in its own order 2.41, which was not worth a kernel.
     Isa.AVX2: {
         "linear": ("native-int8", "fp32"),
         "convolution": ("native-int8", "native-winograd", "winograd", "native-fp32", "fp32"),

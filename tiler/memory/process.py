@@ -21,6 +21,17 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h
 _HEAP, _NEVER = 8 * 2**20, 2**31 - 1  # block size from which malloc maps a block by itself
 _PR_SET_THP_DISABLE, _EXCEPT_ADVISED = 41, 2  # linux/prctl.h
 _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+class _Thp(NamedTuple):
+    """Whether and how transparent huge pages are disabled for this process."""
+
+    disabled: bool
+    flags: int
+
+
+_NO_HUGE_PAGES = _Thp(True, 0)
+_huge_pages: _Thp | None = None  # the state in which tensors alone have huge pages, if the system has such a state
 _threshold: int | None = None  # the one in effect, if this module set the allocator's thresholds
 
 
@@ -181,34 +192,44 @@ def frugal_allocator() -> None:
         for option, value in ((_M_MMAP_THRESHOLD, _HEAP), (_M_TRIM_THRESHOLD, 64 * 2**20), (_M_ARENA_MAX, 2)):
             libc.mallopt(option, value)
         _threshold = _HEAP
-    advise_huge_pages()
+    prepare_huge_pages()
 
 
-def advise_huge_pages(setting: Path = _HUGE_PAGES) -> bool:
-    """Let the system use huge pages for tensors of 2 MB and more, and for nothing else. Returns whether it can, under
-    the system's `setting`. Has an effect only before torch allocates its first tensor.
-
-    Each freed tensor is mapped and faulted in again. Decoding 512² at SD 1.5's size in bf16 had 0.25 instead of 0.49
-    million page faults, and its phase took 8.4 instead of 9.4 s, with 17 MB more; a UNet pass took as long as before.
-    Huge pages everywhere, heap and stacks included, would take far more memory.
-    """
+def prepare_huge_pages(setting: Path = _HUGE_PAGES) -> bool:
+    """Prepare huge pages for tensors of 2 MB and more, for `use_huge_pages`; none are used until then. Returns whether
+    the system can limit them to tensors, by its `setting`. Call it before torch allocates its first tensor."""
+    global _huge_pages
     try:
         modes = setting.read_text()
     except OSError:
         modes = ""
-    # Under "madvise" only torch asks for them. Under "always", Linux before 6.18 cannot limit them to who asks.
-    able = "[madvise]" in modes or ("[always]" in modes and _disable_huge_pages(_EXCEPT_ADVISED))
-    if able:
-        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read by torch
+    if "[madvise]" in modes:
+        _huge_pages = _Thp(False, 0)  # only torch asks for them
+    elif "[always]" in modes and _set_thp_disabled(_Thp(True, _EXCEPT_ADVISED)):
+        _huge_pages = _Thp(True, _EXCEPT_ADVISED)
     else:
-        _disable_huge_pages()
-    return able
+        _huge_pages = None
+    _set_thp_disabled(_NO_HUGE_PAGES)
+    if _huge_pages is not None:
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch asks for them
+    return _huge_pages is not None
 
 
-def _disable_huge_pages(flags: int = 0) -> bool:
-    """Returns False if the system does not know the flags or has no huge pages."""
+def use_huge_pages(on: bool) -> None:
+    """Use huge pages for tensors of 2 MB and more from now on, if they were prepared, or none.
+
+    Each freed tensor is mapped and faulted in again. Decoding 512² at SD 1.5's size in bf16 had 0.25 instead of 0.49
+    million page faults, and took 8.4 instead of 9.4 s, with 17 MB more; a pass of the UNet took as long as before. Huge
+    pages everywhere, heap and stacks included, would take far more memory.
+    """
+    if _huge_pages is not None:
+        _set_thp_disabled(_huge_pages if on else _NO_HUGE_PAGES)
+
+
+def _set_thp_disabled(state: _Thp) -> bool:
+    """Returns False if the system does not know this state: Linux before 6.18 has no flags."""
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
-    return prctl is not None and prctl(_PR_SET_THP_DISABLE, 1, flags, 0, 0) == 0
+    return prctl is not None and prctl(_PR_SET_THP_DISABLE, int(state.disabled), state.flags, 0, 0) == 0
 
 
 def generous_allocator() -> None:
