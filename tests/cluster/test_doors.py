@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import stat
 import threading
@@ -17,6 +18,7 @@ import torch
 
 from tests.conftest import Ran
 from tiler import Budget, RenderRequest
+from tiler.cli import supervise
 from tiler.cluster import ceilings, shared, tasks
 from tiler.cluster import engine as engines
 from tiler.cluster.bench import Bench
@@ -196,7 +198,7 @@ class FakeDecoder:
     def __init__(self, job: SharedJob, *more: object) -> None:
         self.job, self.is_open = job.name, True
 
-    def probe(self, latents: np.ndarray) -> np.ndarray:
+    def probe(self, statistics: bytes, latents: np.ndarray) -> np.ndarray:
         if latents.any():
             raise ClusterError("no memory")
         return latents
@@ -211,8 +213,10 @@ def test_a_decoder_gives_way_to_a_canvas_and_stays_for_its_job(job: SharedJob, m
 
     def decoder(name: str, value: float = 0.0) -> Greeting:
         latents = np.full((1, 4, 8, 8), value, np.float32)
-        shared = replace(job, name=name).to_bytes()
-        return Greeting.from_json(tasks.hello_decoder(shared, np.zeros(1, np.uint8), (8, 8), latents))
+        said = Greeting.from_json(tasks.open_decoder(replace(job, name=name).to_bytes(), 1, (8, 8)))
+        if said.refusal:
+            return said
+        return Greeting.from_json(tasks.hello_decoder(name, np.zeros(1, np.uint8), latents))
 
     family = families.open_family(ask(Path(job.request.model)))
     tile = Tile(torch.zeros(1, 4, 8, 8), plan_tiling(job.request, family).canvas_steps[0][0])
@@ -295,9 +299,29 @@ def test_what_a_user_may_type_wrong(in_process: Callable[..., Ran], tmp_path: Pa
     assert json.dumps(sorted(p.name for p in (tmp_path / "keys").iterdir())) == '["cert.pem", "key.pem"]'
 
 
+def test_several_pictures_of_one_command_are_a_queue_of_the_cluster(
+    in_process: Callable[..., Ran], tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those of `tiler batch` are: several are drawn at a time."""
+    specs: list[supervise.Spec] = []
+    monkeypatch.setattr(supervise, "run", lambda spec: specs.append(spec) or os.close(spec.rows) or 0)
+    words = ("--model", tiny, "--cluster", "local:2", "--threads", 2, "--insecure")
+    for several in (("--count", 2), ("--seed", "3,4")):
+        assert in_process("render", "a boat", *words, *several).code == 0
+    assert [(s.cluster, s.keys, s.insecure, s.threads) for s in specs] == 2 * [("local:2", "", True, 2)]
+
+
 def test_connections_remember_no_tiles() -> None:
     """By default each of dask's connections remembers its last 1,000 messages: 320 MB for a worker with five tiles per
     task."""
     from distributed.batched import BatchedSend
 
     assert BatchedSend(interval=1).recent_message_log.maxlen == 1
+
+
+def test_a_scheduler_remembers_no_task(tmp_path: Path) -> None:
+    """A computation of dask's keeps a record of each task until none is left, and a queue may never be idle."""
+    make_keys(tmp_path / "keys")
+    with Engine(Cluster(where=Where.LISTEN, host="127.0.0.1", port=0), tmp_path / "keys") as engine:
+        scheduler = engine._scheduler
+        assert (scheduler.computations.maxlen, scheduler.transition_log.maxlen) == (0, 1)

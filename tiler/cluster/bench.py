@@ -120,17 +120,24 @@ class Bench:
             self.close()
 
     @torch.no_grad()
-    def greet_decoder(self, job: SharedJob, statistics: bytes, size: tuple[int, int], latents: np.ndarray) -> Greeting:
-        """Open the decoder of a job if this machine has nothing else to do, and return a greeting with the digest of
-        the pixels of a few latents. Raises TilerError."""
+    def open_decoder(self, job: SharedJob, statistics_bytes: int, size: tuple[int, int]) -> None:
+        """Open the decoder of a job if this machine has nothing else to do. Raises TilerError."""
         self._forget()
         if self._decoder is None or self._decoder.job != job.name:
             if self.jobs or self._decoder is not None:
                 raise Taken("it works for another render")
-            self._decoder = Decoder(job, self._of_here(job), statistics, size, self._budget)
+            self._decoder = Decoder(job, self._of_here(job), statistics_bytes, size, self._budget)
+        self._decoded = time.monotonic()
+
+    @torch.no_grad()
+    def greet_decoder(self, job: str, statistics: bytes, latents: np.ndarray) -> Greeting:
+        """Give the open decoder its statistics, and return a greeting with the digest of the pixels of a few latents.
+        Raises TilerError."""
+        if self._decoder is None or self._decoder.job != job:
+            raise Taken("it works for another render")
         self._decoded = time.monotonic()
         start = time.perf_counter()
-        digest = digest_of(self._decoder.probe(latents))
+        digest = digest_of(self._decoder.probe(statistics, latents))
         return Greeting(
             digest=digest, seconds=time.perf_counter() - start, threads=torch.get_num_threads(),
             max_ram_bytes=self._budget.max_bytes, peak_rss_bytes=self.peak_rss_bytes,

@@ -32,6 +32,8 @@ with explained():
         "distributed.worker.http.routes": [], "distributed.comm.compression": None,
         # Otherwise each connection keeps its last 1,000 messages, including tiles.
         "distributed.admin.low-level-log-length": 1,
+        # A computation keeps a record of each of its tasks, and a queue that is never idle is one computation.
+        "distributed.diagnostics.computations.max-history": 0,
         "distributed.admin.large-graph-warning-threshold": "1TB",  # tasks carry latents, and the user can do nothing
         "distributed.admin.system-monitor.log-length": 10, "distributed.admin.system-monitor.gil.enabled": False,
         "distributed.admin.tick.limit": "1h",

@@ -148,7 +148,7 @@ def _open_bands(cluster: Cluster, run: RenderRun, work: Work) -> Iterator[Apart 
             yield None
             return
         patience = _RETURNING if cluster.where is Where.LISTEN and run.workers else _DECODING_PATIENCE
-        asked = BandProbe(job.to_bytes(), work)
+        asked = BandProbe(job.to_bytes(), job.name, work)
         members = Members(engine, asked, run.note, patience, most=DECODERS, at_most=_GREETING)
         members.digest = digest_of(work.probe.numpy())
         try:
