@@ -9,7 +9,7 @@ they work.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -55,7 +55,7 @@ def render(request: RenderRequest, budget: Budget | None = None, on_event: OnEve
         cluster.prepare(request)
         run = phases.start(request, budget, on_event, job)
         run.plan.memory.check(advice=phases.advice(run))
-        open_runner = cluster.runner_of(run)
+        runner = cluster.runner_of(run)
         lean_imports.freeze_imports()
         # Holes in the heap count as data although none of their pages is resident: 315 MB were seen under a ceiling of
         # 800 MB.
@@ -65,20 +65,21 @@ def render(request: RenderRequest, budget: Budget | None = None, on_event: OnEve
             if job.is_finished:
                 return Result(output=run.request.output, report=reports.of_render(run))
             with repainting.poster_of(run, run.request) as poster:
-                _paint(run, poster, open_runner)
+                _paint(run, poster, runner)
         return Result(output=run.request.output, report=reports.of_render(run))
 
 
-def _paint(run: RenderRun, poster: Poster | None, open_runner: phases.OpenRunner) -> None:
+def _paint(run: RenderRun, poster: Poster | None, runner: AbstractContextManager[phases.OpenRunner]) -> None:
     """Run all phases from the guide to the finished file."""
     picture = phases.load_guide(run)
     phases.prepare_weights(run)
-    prompts = phases.encode_prompts(run)
-    guide = phases.make_guide(run, prompts)
-    reference = make_reference(run, poster if picture is None else picture, guide)
-    del picture, guide
-    latents = phases.denoise_canvas(run, prompts, reference, open_runner)
-    del prompts, reference
+    with runner as open_runner:
+        prompts = phases.encode_prompts(run)
+        guide = phases.make_guide(run, prompts)
+        reference = make_reference(run, poster if picture is None else picture, guide)
+        del picture, guide
+        latents = phases.denoise_canvas(run, prompts, reference, open_runner)
+        del prompts, reference
     run.prepared = None  # frees what the family made of the prompts
     phases.save_canvas(run, latents)
     # If the writer fails, the decoder's scratch files must still be closed.

@@ -25,13 +25,15 @@ from safetensors.torch import save_file
 
 from tests.cluster.conftest import CEILING, Drawn, Fleet, draw, free_port, open_fleet, wait_for_port
 from tests.conftest import Ran
-from tiler import events
+from tiler import events, phases
 from tiler.cli import supervise
 from tiler.cluster import ceilings
 from tiler.cluster.engine import Engine
 from tiler.cluster.status import workers
 from tiler.decoding import frozen
+from tiler.diffusion.prompts import Prompts
 from tiler.errors import TilerError
+from tiler.render_run import RenderRun
 from tiler.request import Decode, Lora, Precision
 from tiler.request.cluster import Cluster, Where
 
@@ -42,9 +44,25 @@ def alone(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Drawn:
     return draw(tiny, tmp_path_factory.mktemp("alone"))
 
 
-def test_two_workers_make_the_picture_of_one_process(fleet: Fleet, tiny: Path, tmp_path: Path, alone: Drawn) -> None:
-    """One of them is a plain dask worker with the preload module."""
+def test_two_workers_make_the_picture_of_one_process(
+    fleet: Fleet, tiny: Path, tmp_path: Path, alone: Drawn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of them is a plain dask worker with the preload module. Both open the model before the canvas begins."""
+    encode, early = phases.encode_prompts, list[bool]()
+
+    def looking(run: RenderRun) -> Prompts:
+        found = encode(run)
+        through = Cluster(where=Where.CONNECT, address=fleet.address)
+        for _ in range(600):
+            early.append(all(one["job"] for one in workers(through, fleet.keys, insecure=False)))
+            if early[-1]:
+                break
+            time.sleep(0.05)
+        return found
+
+    monkeypatch.setattr(phases, "encode_prompts", looking)
     drawn = draw(tiny, tmp_path, **fleet.through)
+    assert early[-1]
     assert torch.equal(drawn.latents, alone.latents) and drawn.picture == alone.picture
     assert set(drawn.workers) == {"a", "b"}
     assert sum(worker["tiles"] for worker in drawn.workers.values()) >= 3 * drawn.report["tiles"]

@@ -192,6 +192,39 @@ def test_a_worker_says_why_it_does_not_take_a_job(
     assert refused.refusal.startswith("other versions: tiler 0.0 here, ")
 
 
+def test_a_job_is_opened_before_its_prompts_are_known(job: SharedJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its greeting finds the denoiser open; a job of another kind does not wait for one that has not come."""
+    plan, planned = Bench._plan, list[str]()
+    monkeypatch.setattr(Bench, "_plan", lambda bench, of: planned.append(of.name) or plan(bench, of))
+    family = families.open_family(ask(Path(job.request.model)))
+    tile = Tile(torch.zeros(1, 4, 8, 8), plan_tiling(job.request, family).canvas_steps[0][0])
+
+    def hello(shared: SharedJob) -> Greeting:
+        return Greeting.from_json(tasks.hello(shared.to_bytes(), 0, window_of(tile), tile.latents.numpy()))
+
+    with Budget(read_rss().now + 2_000_000_000) as budget:
+        bench = Bench(budget, {})
+        tasks.begin(lambda: bench, budget.max_bytes)
+        try:
+            tasks.open_ahead(replace(job, texts={}).to_bytes())
+            assert planned == ["job"] and not bench.jobs and bench.facts()["job"] == "job"
+            early = hello(job)
+            assert planned == ["job"] and list(bench.jobs) == ["job"]
+            tasks.open_ahead(replace(job, name="b").to_bytes())
+            assert planned == ["job"], "it works"
+            tasks.close("job")
+            tasks.open_ahead(replace(job, name="c").to_bytes())
+            tasks.close("c")
+            assert not bench.facts()["job"]
+            tasks.open_ahead(replace(job, name="d", request=replace(job.request, seed=5)).to_bytes())
+            other = replace(job, name="e", request=replace(job.request, precision=Precision.INT8))
+            assert not hello(other).refusal and planned == ["job", "c", "d", "e"] and list(bench.jobs) == ["e"]
+            tasks.close("e")
+            assert hello(job).digest == early.digest, "as without it"
+        finally:
+            bench.close()
+
+
 class FakeDecoder:
     """In place of the autoencoder of a job; a probe of ones fails."""
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 _LOOK_EVERY = 1.0  # seconds between two requests to the scheduler
 _AGAIN = 10.0  # seconds until a worker that another render has is asked again
 _LOST = 600.0  # seconds to wait for a scheduler that does not answer
+_MOST_TILES = 32  # in one task: 4 MB of SD 1.5's, there and back
 _SETTLE = 10.0  # seconds that other workers have to answer before the choice of bits
 
 
@@ -289,7 +290,8 @@ class Members:
             self._opened.append(member)
             return True
         member.greeting, member.peak_rss_bytes = greeting, greeting.peak_rss_bytes
-        member.pace = Pace.from_probe(greeting.seconds, max(1, greeting.batch // self.probe.samples))
+        batch = max(1, greeting.batch // self.probe.samples)
+        member.pace = Pace.from_probe(greeting.seconds, batch, most=_MOST_TILES)
         self._first_greeting = self._first_greeting or time.monotonic()
         if self.digest is not None:
             self._admit(member)

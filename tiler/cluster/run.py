@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from tiler.cluster.shared import SharedJob, digest_of
+from tiler import interrupts
+from tiler.cluster.shared import SharedJob, digest_of, new_name
 from tiler.decoding.apart import DECODERS, Apart, Elsewhere, Work
 from tiler.denoiser import open_denoiser
 from tiler.diffusion.prompts import Prompts
@@ -27,6 +29,7 @@ from tiler.request.cluster import Cluster, Where, parse_cluster
 
 if TYPE_CHECKING:
     from tiler.cluster.ceilings import Shares
+    from tiler.cluster.engine import Engine
     from tiler.cluster.outlook import Outlook
 
 _PATIENCE = 60.0  # seconds without any worker after which this process continues alone
@@ -43,17 +46,18 @@ def prepare(request: RenderRequest) -> None:
         engine.security_of(request.keys)
 
 
-def runner_of(run: RenderRun) -> OpenRunner:
-    """Return the opener of the runner that predicts the canvas: this process, or the requested cluster. Raises
-    BudgetRefused if too little memory is left for the workers."""
+def runner_of(run: RenderRun) -> AbstractContextManager[OpenRunner]:
+    """Return a context that gives the opener of the runner that predicts the canvas: this process, or the requested
+    cluster, whose workers open the model as soon as the context begins. Raises BudgetRefused if too little memory is
+    left for the workers."""
     if run.request.cluster is None:
-        return open_denoiser
-    cluster, share = parse_cluster(run.request.cluster), 0
+        return nullcontext(open_denoiser)
+    cluster = parse_cluster(run.request.cluster)
     if cluster.where is Where.LOCAL:
         from tiler.cluster.ceilings import share_of
 
-        share = share_of(run, cluster.workers)
-    return partial(_open_pool, cluster, share)
+        return nullcontext(partial(_open_local, cluster, share_of(run, cluster.workers)))
+    return _joined(cluster, run)
 
 
 def outlook(run: RenderRun, speed: Speed) -> Outlook | None:
@@ -75,52 +79,105 @@ def shares_of_queue(run: RenderRun, where: str, max_bytes: int) -> Shares:
 
 
 @contextmanager
-def _open_pool(cluster: Cluster, share: int, run: RenderRun, prompts: Prompts) -> Iterator[Runner]:
+def _joined(cluster: Cluster, run: RenderRun) -> Iterator[OpenRunner]:
+    """Join the scheduler of other workers, or be it, and have them open the model meanwhile. They have memory of their
+    own; workers of this machine alone share its ceiling with the guide, and start after it."""
     from tiler.cluster import tasks
+    from tiler.cluster.early import Early
+    from tiler.cluster.engine import Engine
+
+    if run.job.resumed:  # perhaps nothing is left to denoise
+        yield partial(_open_joined, cluster)
+        return
+    job = SharedJob.of(run, {})
+    with ExitStack() as stack:
+        with interrupts.deferred():
+            engine = stack.enter_context(Engine(cluster, run.request.keys, insecure=run.request.insecure))
+        _note_address(cluster, engine, run)
+        early = Early(engine, job.to_bytes())
+        opening = stack.enter_context(ExitStack())
+        opening.enter_context(early)
+
+        @contextmanager
+        def opened(run: RenderRun, prompts: Prompts) -> Iterator[Runner]:
+            opening.close()
+            with _open_pool(cluster, run, prompts, engine, job.name) as runner:
+                yield runner
+
+        try:
+            yield opened
+        finally:
+            opening.close()
+            if cluster.where is not Where.LISTEN:
+                for address in early.told:
+                    engine.tell(address, tasks.close, job.name)
+
+
+@contextmanager
+def _open_joined(cluster: Cluster, run: RenderRun, prompts: Prompts) -> Iterator[Runner]:
+    from tiler.cluster.engine import Engine
+
+    with Engine(cluster, run.request.keys, insecure=run.request.insecure) as engine:
+        _note_address(cluster, engine, run)
+        with _open_pool(cluster, run, prompts, engine, new_name()) as runner:
+            yield runner
+
+
+@contextmanager
+def _open_local(cluster: Cluster, share: int, run: RenderRun, prompts: Prompts) -> Iterator[Runner]:
+    """Start workers here, each with a ceiling of `share` bytes."""
     from tiler.cluster.engine import Engine
     from tiler.cluster.keys import make_keys
     from tiler.cluster.local import processes, running
+
+    with tempfile.TemporaryDirectory(prefix="tiler-cluster-") as folder:
+        keys = Path(folder) / "keys"
+        make_keys(keys)
+        with (
+            Engine(cluster, keys) as engine,
+            processes(engine.address, Path(folder), cluster.workers, share, torch.get_num_threads()) as started,
+            _open_pool(cluster, run, prompts, engine, new_name(), partial(running, started)) as runner,
+        ):
+            yield runner
+
+
+@contextmanager
+def _open_pool(
+    cluster: Cluster, run: RenderRun, prompts: Prompts, engine: Engine, name: str, may_come: Callable[[], int] | None = None
+) -> Iterator[Runner]:  # fmt: skip
+    from tiler.cluster import tasks
     from tiler.cluster.members import Members, Probe
     from tiler.cluster.pool import Pool
 
-    may_come: Callable[[], int] | None = None
-    is_local, keys = cluster.where is Where.LOCAL, run.request.keys
-    job = SharedJob.of(run, prompts.encoded)
-    with ExitStack() as stack:
-        if is_local:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tiler-cluster-")))
-            keys = folder / "keys"
-            make_keys(keys)
-        engine = stack.enter_context(Engine(cluster, keys, insecure=run.request.insecure))
-        if is_local:
-            started = stack.enter_context(
-                processes(engine.address, folder, cluster.workers, share, torch.get_num_threads())
-            )
-            may_come = partial(running, started)
-        if cluster.where is Where.LISTEN:
-            run.note(f"waiting for workers at {engine.address}")
-        asked = Probe(job.to_bytes(), run.plan.begin, _probe(run))
-        patience = None if run.request.cluster_only else _PATIENCE
-        members = Members(engine, asked, run.note, patience, may_come)
-        pool = stack.enter_context(
-            Pool(
-                members,
-                job.name,
-                partial(open_denoiser, run, prompts),
-                partial(run.budget.check, "canvas"),
-                run.note,
-                run.counts,
-                show=lambda workers: run.on_event(Workers(workers=workers)),
-                farthest=TILES_AHEAD if is_local else _farthest(run),  # workers here have the rest of the ceiling
-            )
-        )
+    job = replace(SharedJob.of(run, prompts.encoded), name=name)
+    members = Members(
+        engine, Probe(job.to_bytes(), run.plan.begin, _probe(run)), run.note,
+        None if run.request.cluster_only else _PATIENCE, may_come,
+    )  # fmt: skip
+    is_local = cluster.where is Where.LOCAL
+    pool = Pool(
+        members,
+        name,
+        partial(open_denoiser, run, prompts),
+        partial(run.budget.check, "canvas"),
+        run.note,
+        run.counts,
+        show=lambda workers: run.on_event(Workers(workers=workers)),
+        farthest=TILES_AHEAD if is_local else _farthest(run),  # workers here have the rest of the ceiling
+    )
+    with pool:
         try:
             yield pool
         finally:
             run.workers = members.uses()
             if cluster.where in (Where.CONNECT, Where.FILE, Where.ENV):  # scheduler and workers outlive this run
                 for address in members.greeted():
-                    engine.tell(address, tasks.close, job.name)
+                    engine.tell(address, tasks.close, name)
+
+
+def _note_address(cluster: Cluster, engine: Engine, run: RenderRun) -> None:
+    if cluster.where is Where.LISTEN:
+        run.note(f"waiting for workers at {engine.address}")
 
 
 def bands_of(run: RenderRun) -> Elsewhere | None:

@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -51,6 +52,15 @@ def hello(job: bytes, step: int, window: Window, latents: np.ndarray) -> str:
         return bench.greet(shared.name, step, window, latents)
 
     return _greeted(job, greet)
+
+
+def open_ahead(job: bytes) -> None:
+    """Open the denoiser of a job whose prompts are not encoded yet, if this worker has nothing else to do. If that
+    fails, the greeting will say why."""
+    with _Desk.lock, suppress(Exception):
+        if _Desk.opener is not None:
+            _Desk.bench = _Desk.bench or _Desk.opener()
+            _Desk.bench.open_ahead(SharedJob.from_bytes(job))
 
 
 def open_decoder(job: bytes, statistics_bytes: int, size: tuple[int, int]) -> str:
