@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import dask
 import psutil
@@ -48,21 +49,23 @@ def test_two_workers_make_the_picture_of_one_process(
     fleet: Fleet, tiny: Path, tmp_path: Path, alone: Drawn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One of them is a plain dask worker with the preload module. Both open the model before the canvas begins."""
-    encode, early = phases.encode_prompts, list[bool]()
+    encode, through = phases.encode_prompts, Cluster(where=Where.CONNECT, address=fleet.address)
+
+    def wait(*, for_job: bool) -> list[dict[str, Any]]:
+        for _ in range(600):
+            found = workers(through, fleet.keys, insecure=False)
+            if all(bool(one["job"]) is for_job for one in found):
+                return found
+            time.sleep(0.05)
+        raise AssertionError(found)
 
     def looking(run: RenderRun) -> Prompts:
-        found = encode(run)
-        through = Cluster(where=Where.CONNECT, address=fleet.address)
-        for _ in range(600):
-            early.append(all(one["job"] for one in workers(through, fleet.keys, insecure=False)))
-            if early[-1]:
-                break
-            time.sleep(0.05)
-        return found
+        assert len(wait(for_job=True)) == 2
+        return encode(run)
 
     monkeypatch.setattr(phases, "encode_prompts", looking)
     drawn = draw(tiny, tmp_path, **fleet.through)
-    assert early[-1]
+    assert all(one["rss_bytes"] < 260_000_000 for one in wait(for_job=False)), "what `tiler worker --help` says"
     assert torch.equal(drawn.latents, alone.latents) and drawn.picture == alone.picture
     assert set(drawn.workers) == {"a", "b"}
     assert sum(worker["tiles"] for worker in drawn.workers.values()) >= 3 * drawn.report["tiles"]
