@@ -136,12 +136,13 @@ def speedup(told: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         small = ("--size", 256, "--steps", 1)
-        if not told.brief:
+        warms_up = not told.brief and not told.cold
+        if warms_up:
             Timed(told, folder, "warm-up", *small).wait()  # packs int8 weights
         alone = Timed(told, folder, "alone")
         one = alone.wait()
         with fleet(told, folder) as through:
-            if not told.brief:
+            if warms_up:
                 Timed(told, folder, "warm-up-2", *small, *through).wait()
             both = Timed(told, folder, "both", *through)
             two = both.wait()
@@ -302,6 +303,7 @@ def main() -> None:
     one.add_argument("--max-ram", default="800MB")
     one.add_argument("--worker-ram", default="800MB")
     one.add_argument("--canvas", action="store_true", help="end each render when its canvas is done")
+    one.add_argument("--cold", action="store_true", help="no runs to warm up")
     one.add_argument("--brief", action="store_true", help="neither runs to warm up nor a queue")
     one.set_defaults(run=speedup)
     two = commands.add_parser("scale")

@@ -215,7 +215,7 @@ class Bench:
     def assess(self, job: SharedJob) -> Estimate:
         """Estimate how fast this machine would work on a job, from a speed measurement of half a second. Raises
         TilerError."""
-        if self.jobs or self._decoder is not None:
+        if self.jobs or self._ahead is not None or self._decoder is not None:
             raise Taken("it works for another render")
         run = self._plan(job)
         stored, _ = run.weights[run.plan.family.part(Role.DENOISER).name]

@@ -4,6 +4,7 @@ wait for them."""
 from __future__ import annotations
 
 import threading
+from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -37,8 +38,9 @@ class Early:
         self._thread.join(_LEAVING)
 
     def _run(self) -> None:
-        while not self._over.is_set():
-            for address in (self._engine.members() or {}).keys() - self.told:
-                self.told.add(address)
-                self._engine.tell(address, tasks.open_ahead, self._job)
-            self._over.wait(_LOOK_EVERY)
+        with suppress(Exception):  # a scheduler that fails is noticed when the canvas begins
+            while not self._over.is_set():
+                for address in (self._engine.members() or {}).keys() - self.told:
+                    self.told.add(address)
+                    self._engine.tell(address, tasks.open_ahead, self._job)
+                self._over.wait(_LOOK_EVERY)
