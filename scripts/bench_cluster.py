@@ -224,8 +224,9 @@ def scale(told: argparse.Namespace) -> None:
     import torch
 
     from tiler.cluster.engine import Engine
+    from tiler.cluster.greetings import Probe
     from tiler.cluster.keys import make_keys
-    from tiler.cluster.members import Members, Probe
+    from tiler.cluster.members import Members
     from tiler.cluster.pool import Pool
     from tiler.diffusion.layouts import plan_tiles
     from tiler.diffusion.runner import Tile

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from tiler.cluster import members, pool, tasks
 from tiler.cluster.engine import Arrived
-from tiler.cluster.members import Members, Probe
+from tiler.cluster.greetings import Probe
+from tiler.cluster.members import Members
 from tiler.cluster.pool import Pool
 from tiler.cluster.shared import Answer, Greeting, digest_of
 from tiler.diffusion.runner import Tile

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from tiler.cluster import tasks
-from tiler.cluster.members import Member, Members, Request
+from tiler.cluster.greetings import Request
+from tiler.cluster.members import Member, Members
 from tiler.cluster.shared import Answer, BandPlace
 from tiler.decoding import FACTOR
 from tiler.decoding.apart import Work, sending_at_once

@@ -7,12 +7,11 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any
 
-from tiler.cluster import tasks
-from tiler.cluster.shared import Greeting, window_of
+from tiler.cluster.greetings import Asked, Request
+from tiler.cluster.shared import Greeting
 from tiler.cluster.sharing import Pace
-from tiler.diffusion.runner import Tile
 from tiler.events import WorkerState
 from tiler.memory.budget import format_mb
 from tiler.run import WorkerUse
@@ -51,45 +50,6 @@ class Member:
         self.tiles, self.seconds = self.tiles + tiles, self.seconds + seconds
         self.peak_rss_bytes = max(self.peak_rss_bytes, peak_rss_bytes)
         self.failures = 0
-
-
-class Request(NamedTuple):
-    """A task that answers with a Greeting as JSON, and its arguments."""
-
-    task: Callable[..., str]
-    arguments: tuple[Any, ...]
-
-
-class Asked(Protocol):
-    """The first requests to each worker. If `greeting` is large, `opening` comes before it and does what takes long,
-    and only one greeting is under way at a time. `samples` of a pass are one unit of work."""
-
-    @property
-    def opening(self) -> Request | None: ...
-
-    @property
-    def greeting(self) -> Request: ...
-
-    @property
-    def samples(self) -> int: ...
-
-
-@dataclass(frozen=True)
-class Probe:
-    """The first request of a canvas: the job, and a tile of noise in the place of a tile of its first step."""
-
-    job: bytes
-    step: int
-    tile: Tile
-    opening = None
-
-    @property
-    def greeting(self) -> Request:
-        return Request(tasks.hello, (self.job, self.step, window_of(self.tile), self.tile.latents.numpy()))
-
-    @property
-    def samples(self) -> int:
-        return self.tile.region.samples
 
 
 class Members:

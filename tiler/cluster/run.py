@@ -146,7 +146,8 @@ def _open_pool(
     cluster: Cluster, run: RenderRun, prompts: Prompts, engine: Engine, name: str, may_come: Callable[[], int] | None = None
 ) -> Iterator[Runner]:  # fmt: skip
     from tiler.cluster import tasks
-    from tiler.cluster.members import Members, Probe
+    from tiler.cluster.greetings import Probe
+    from tiler.cluster.members import Members
     from tiler.cluster.pool import Pool
 
     job = replace(SharedJob.of(run, prompts.encoded), name=name)
