@@ -86,8 +86,9 @@ class Bench:
     def facts(self) -> dict[str, object]:
         """Return the facts that `tiler cluster status` shows."""
         tiles, seconds = (sum(getattr(job, name) for job in self.jobs.values()) for name in ("tiles", "seconds"))
+        names = [*self.jobs, *([self._ahead.job] if self._ahead is not None else [])]
         return {
-            "job": " ".join([*self.jobs, *([self._ahead.job] if self._ahead is not None else [])]), "digest": next((job.digest for job in self.jobs.values()), ""), "tiles": tiles,
+            "job": " ".join(names), "digest": next((job.digest for job in self.jobs.values()), ""), "tiles": tiles,
             "seconds_per_tile": seconds / tiles if tiles else 0.0, "peak_rss_bytes": self.peak_rss_bytes,
         }  # fmt: skip
 
@@ -96,11 +97,10 @@ class Bench:
         if self._decoder is not None and name in (None, self._decoder.job):
             self._decoder.close()
             self._decoder = None
-        elif name is not None and name not in self.jobs and (self._ahead is None or name != self._ahead.job):
-            return
-        self._ahead = None
+        if self._ahead is not None and name in (None, self._ahead.job):
+            self._ahead = None
         self.jobs = {} if name is None else {other: job for other, job in self.jobs.items() if other != name}
-        if not self.jobs:
+        if not self.jobs and self._ahead is None:
             self._streamer = None
             self._stack.close()
             process.trim()
