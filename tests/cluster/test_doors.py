@@ -33,6 +33,7 @@ from tiler.models import family as families
 from tiler.models.built import Models
 from tiler.models.samples import Prompt
 from tiler.phases import start
+from tiler.planning.render import JOINED_BYTES
 from tiler.planning.resolve import resolve
 from tiler.planning.tiling import plan_tiling
 from tiler.request import Precision
@@ -289,6 +290,20 @@ def test_a_preview_takes_its_memory_beside_the_workers(tiny: Path, tmp_path: Pat
     assert run.plan.preview_bytes > 10**6 and not ceilings.plan_of_worker(run, 10**9).preview_bytes
     without = replace(run, plan=replace(run.plan, preview_bytes=0))
     assert ceilings.share_of(without, 1) - ceilings.share_of(run, 1) == run.plan.preview_bytes
+
+
+def test_the_connection_is_in_the_plan_of_every_phase_until_the_picture(tiny: Path, tmp_path: Path) -> None:
+    """Workers elsewhere open the model while prompts are encoded and the guide is made."""
+    said = {"output": tmp_path / "x.png", "guide": True, "insecure": True}
+
+    def counted(where: str) -> dict[str, int]:
+        run = start(ask(tiny, cluster=where, **said), Budget("8GB"), lambda event: None)
+        terms = ((phase.name, term) for phase in run.plan.memory.phases for term in phase.terms)
+        return {name: term.nbytes for name, term in terms if term.name == "cluster"}
+
+    found = counted("listen:127.0.0.1:9")
+    assert set(found) == {"encode prompts", "guide", "guide picture", "canvas"} and found["guide"] == JOINED_BYTES
+    assert set(counted("local:1")) == {"canvas"}
 
 
 def test_a_queue_divides_its_ceiling(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
