@@ -80,7 +80,7 @@ class Timed:
     def _wait_for_canvas(self) -> dict[str, float]:
         assert self._process.stderr is not None
         for line in self._process.stderr:
-            event = json.loads(line) if line.startswith("{") else {"event": ""}
+            event: dict[str, Any] = json.loads(line) if line.startswith("{") else {"event": ""}
             if event["event"] == "phase_done" and event["name"] == "canvas":
                 whole = time.monotonic() - self._start
                 while not self.picture.exists():

@@ -79,6 +79,10 @@ class Members:
         self._looked = self._first_greeting = 0.0
         self._deserted_since = time.monotonic()
 
+    def begin(self) -> None:
+        """From now on there is work for them, and patience is measured."""
+        self._deserted_since = time.monotonic()
+
     def uses(self) -> list[WorkerUse]:
         """Return the work of each worker that predicted something, including workers that have gone."""
         return [

@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tiler import interrupts
-from tiler.cluster.shared import SharedJob, digest_of, new_name
+from tiler import events, interrupts
+from tiler.cluster.shared import SharedJob, digest_of
 from tiler.decoding.apart import DECODERS, Apart, Elsewhere, Work
 from tiler.denoiser import open_denoiser
 from tiler.diffusion.prompts import Prompts
 from tiler.diffusion.runner import Runner, Tile
 from tiler.errors import ClusterError
-from tiler.events import Workers
 from tiler.phases import OpenRunner
 from tiler.planning.render import TILES_AHEAD, tile_bytes
 from tiler.planning.time import Speed
@@ -30,6 +29,7 @@ from tiler.request.cluster import Cluster, Where, parse_cluster
 if TYPE_CHECKING:
     from tiler.cluster.ceilings import Shares
     from tiler.cluster.engine import Engine
+    from tiler.cluster.members import Members
     from tiler.cluster.outlook import Outlook
 
 _PATIENCE = 60.0  # seconds without any worker after which this process continues alone
@@ -46,17 +46,21 @@ def prepare(request: RenderRequest) -> None:
         engine.security_of(request.keys)
 
 
-def runner_of(run: RenderRun) -> AbstractContextManager[OpenRunner]:
-    """Return a context that gives the opener of the runner that predicts the canvas: this process, or the requested
-    cluster, whose workers open the model as soon as the context begins. Raises BudgetRefused if too little memory is
-    left for the workers."""
+Workers = Callable[[Prompts], AbstractContextManager[OpenRunner]]
+"""Takes the encoded prompts; in its context workers are greeted, until the runner is opened."""
+
+
+def workers_of(run: RenderRun) -> AbstractContextManager[Workers]:
+    """Return a context for all phases up to the canvas, which leads to the opener of the canvas's runner: this process,
+    or the requested cluster. Raises BudgetRefused if too little memory is left for the workers."""
     if run.request.cluster is None:
-        return nullcontext(open_denoiser)
+        return nullcontext(lambda prompts: nullcontext(open_denoiser))
     cluster = parse_cluster(run.request.cluster)
     if cluster.where is Where.LOCAL:
         from tiler.cluster.ceilings import share_of
 
-        return nullcontext(partial(_open_local, cluster, share_of(run, cluster.workers)))
+        opener = partial(_open_local, cluster, share_of(run, cluster.workers))
+        return nullcontext(lambda prompts: nullcontext(opener))
     return _joined(cluster, run)
 
 
@@ -79,47 +83,57 @@ def shares_of_queue(run: RenderRun, where: str, max_bytes: int) -> Shares:
 
 
 @contextmanager
-def _joined(cluster: Cluster, run: RenderRun) -> Iterator[OpenRunner]:
-    """Join the scheduler of other workers, or be it, and have them open the model meanwhile. They have memory of their
-    own; workers of this machine alone share its ceiling with the guide, and start after it."""
+def _joined(cluster: Cluster, run: RenderRun) -> Iterator[Workers]:
+    """Join the scheduler of other workers, or be it. They have memory of their own, so that they open the model while
+    prompts are encoded and are greeted while the guide is made; workers of this machine alone share its ceiling with
+    the guide, and start after it."""
     from tiler.cluster import tasks
-    from tiler.cluster.early import Early
+    from tiler.cluster.early import Early, Notes
     from tiler.cluster.engine import Engine
 
-    if run.job.resumed:  # perhaps nothing is left to denoise
-        yield partial(_open_joined, cluster)
+    if run.job.resumed or not len(run.plan.canvas_steps):  # perhaps nothing is left to denoise
+        yield lambda prompts: nullcontext(partial(_open_joined, cluster))
         return
-    job = SharedJob.of(run, {})
+    opening = SharedJob.of(run, {})
     with ExitStack() as stack:
         with interrupts.deferred():
             engine = stack.enter_context(Engine(cluster, run.request.keys, insecure=run.request.insecure))
         _note_address(cluster, engine, run)
-        early = Early(engine, job.to_bytes())
-        opening = stack.enter_context(ExitStack())
-        opening.enter_context(early)
+        early, notes = Early(engine, opening.to_bytes()), Notes()
+        thread = stack.enter_context(ExitStack())
+        thread.enter_context(early)
 
         @contextmanager
-        def opened(run: RenderRun, prompts: Prompts) -> Iterator[Runner]:
-            opening.close()
-            with _open_pool(cluster, run, prompts, engine, job.name) as runner:
+        def greeted(prompts: Prompts) -> Iterator[OpenRunner]:
+            members = _members_of(run, replace(opening, texts=prompts.encoded), engine, notes)
+            early.greet(members)
+            yield partial(opened, members)
+
+        @contextmanager
+        def opened(members: Members, run: RenderRun, prompts: Prompts) -> Iterator[Runner]:
+            thread.close()
+            notes.tell(run.note)
+            members.begin()
+            with _open_pool(cluster, run, prompts, members, opening.name) as runner:
                 yield runner
 
         try:
-            yield opened
+            yield greeted
         finally:
-            opening.close()
+            thread.close()
             if cluster.where is not Where.LISTEN:
                 for address in early.told:
-                    engine.tell(address, tasks.close, job.name)
+                    engine.tell(address, tasks.close, opening.name)
 
 
 @contextmanager
 def _open_joined(cluster: Cluster, run: RenderRun, prompts: Prompts) -> Iterator[Runner]:
     from tiler.cluster.engine import Engine
 
+    job = SharedJob.of(run, prompts.encoded)
     with Engine(cluster, run.request.keys, insecure=run.request.insecure) as engine:
         _note_address(cluster, engine, run)
-        with _open_pool(cluster, run, prompts, engine, new_name()) as runner:
+        with _open_pool(cluster, run, prompts, _members_of(run, job, engine, run.note), job.name) as runner:
             yield runner
 
 
@@ -130,31 +144,37 @@ def _open_local(cluster: Cluster, share: int, run: RenderRun, prompts: Prompts) 
     from tiler.cluster.keys import make_keys
     from tiler.cluster.local import processes, running
 
+    job = SharedJob.of(run, prompts.encoded)
     with tempfile.TemporaryDirectory(prefix="tiler-cluster-") as folder:
         keys = Path(folder) / "keys"
         make_keys(keys)
         with (
             Engine(cluster, keys) as engine,
             processes(engine.address, Path(folder), cluster.workers, share, torch.get_num_threads()) as started,
-            _open_pool(cluster, run, prompts, engine, new_name(), partial(running, started)) as runner,
         ):
-            yield runner
+            members = _members_of(run, job, engine, run.note, partial(running, started))
+            with _open_pool(cluster, run, prompts, members, job.name) as runner:
+                yield runner
+
+
+def _members_of(
+    run: RenderRun, job: SharedJob, engine: Engine, note: Callable[[str], None],
+    may_come: Callable[[], int] | None = None,
+) -> Members:  # fmt: skip
+    from tiler.cluster.greetings import Probe
+    from tiler.cluster.members import Members
+
+    asked, patience = Probe(job.to_bytes(), run.plan.begin, _probe(run)), _PATIENCE
+    return Members(engine, asked, note, None if run.request.cluster_only else patience, may_come)
 
 
 @contextmanager
 def _open_pool(
-    cluster: Cluster, run: RenderRun, prompts: Prompts, engine: Engine, name: str, may_come: Callable[[], int] | None = None
+    cluster: Cluster, run: RenderRun, prompts: Prompts, members: Members, name: str
 ) -> Iterator[Runner]:  # fmt: skip
     from tiler.cluster import tasks
-    from tiler.cluster.greetings import Probe
-    from tiler.cluster.members import Members
     from tiler.cluster.pool import Pool
 
-    job = replace(SharedJob.of(run, prompts.encoded), name=name)
-    members = Members(
-        engine, Probe(job.to_bytes(), run.plan.begin, _probe(run)), run.note,
-        None if run.request.cluster_only else _PATIENCE, may_come,
-    )  # fmt: skip
     is_local = cluster.where is Where.LOCAL
     pool = Pool(
         members,
@@ -163,7 +183,7 @@ def _open_pool(
         partial(run.budget.check, "canvas"),
         run.note,
         run.counts,
-        show=lambda workers: run.on_event(Workers(workers=workers)),
+        show=lambda workers: run.on_event(events.Workers(workers=workers)),
         farthest=TILES_AHEAD if is_local else _farthest(run),  # workers here have the rest of the ceiling
     )
     with pool:
@@ -173,7 +193,7 @@ def _open_pool(
             run.workers = members.uses()
             if cluster.where in (Where.CONNECT, Where.FILE, Where.ENV):  # scheduler and workers outlive this run
                 for address in members.greeted():
-                    engine.tell(address, tasks.close, name)
+                    members.engine.tell(address, tasks.close, name)
 
 
 def _note_address(cluster: Cluster, engine: Engine, run: RenderRun) -> None:

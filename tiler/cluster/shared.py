@@ -53,11 +53,6 @@ def digest_of(prediction: np.ndarray) -> str:
     return hashlib.sha256(prediction.tobytes()).hexdigest()[:16]
 
 
-def new_name() -> str:
-    """The name of a job, which no other has."""
-    return secrets.token_hex(8)
-
-
 @dataclass(frozen=True, kw_only=True)
 class SharedJob:
     """All facts of a render that a worker needs to predict its tiles. `texts` are the encoded prompts; `model_id`
@@ -77,7 +72,7 @@ class SharedJob:
         from tiler.denoiser import denoiser_id
 
         return cls(
-            name=new_name(), request=replace(run.request, precision=run.plan.precision),
+            name=secrets.token_hex(8), request=replace(run.request, precision=run.plan.precision),
             model_id=denoiser_id(run.models), reads_text=bool(run.plan.family.encoders),
             embeds=bool(run.spoken.read_as.embeddings), texts=texts,
         )  # fmt: skip
