@@ -48,24 +48,31 @@ def alone(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Drawn:
 def test_two_workers_make_the_picture_of_one_process(
     fleet: Fleet, tiny: Path, tmp_path: Path, alone: Drawn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One of them is a plain dask worker with the preload module. Both open the model before the canvas begins."""
-    encode, through = phases.encode_prompts, Cluster(where=Where.CONNECT, address=fleet.address)
+    """One of them is a plain dask worker with the preload module. Both open the model before the prompts are encoded,
+    and are greeted before the guide is made."""
+    encode, guide = phases.encode_prompts, phases.make_guide
 
-    def wait(*, for_job: bool) -> list[dict[str, Any]]:
+    def wait(until: Callable[[dict[str, Any]], object]) -> list[dict[str, Any]]:
         for _ in range(600):
-            found = workers(through, fleet.keys, insecure=False)
-            if all(bool(one["job"]) is for_job for one in found):
+            found = workers(Cluster(where=Where.CONNECT, address=fleet.address), fleet.keys, insecure=False)
+            if all(map(until, found)):
                 return found
             time.sleep(0.05)
         raise AssertionError(found)
 
-    def looking(run: RenderRun) -> Prompts:
-        assert len(wait(for_job=True)) == 2
+    def encoding(run: RenderRun) -> Prompts:
+        assert len(wait(lambda one: one["job"])) == 2
         return encode(run)
 
-    monkeypatch.setattr(phases, "encode_prompts", looking)
+    def guiding(run: RenderRun, prompts: Prompts) -> torch.Tensor | None:
+        wait(lambda one: one["digest"])
+        return guide(run, prompts)
+
+    monkeypatch.setattr(phases, "encode_prompts", encoding)
+    monkeypatch.setattr(phases, "make_guide", guiding)
     drawn = draw(tiny, tmp_path, **fleet.through)
-    assert all(one["rss_bytes"] < 260_000_000 for one in wait(for_job=False)), "what `tiler worker --help` says"
+    idle = wait(lambda one: not one["job"])
+    assert all(one["rss_bytes"] < 260_000_000 for one in idle), "what `tiler worker --help` says"
     assert torch.equal(drawn.latents, alone.latents) and drawn.picture == alone.picture
     assert set(drawn.workers) == {"a", "b"}
     assert sum(worker["tiles"] for worker in drawn.workers.values()) >= 3 * drawn.report["tiles"]
