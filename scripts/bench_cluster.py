@@ -124,7 +124,6 @@ def fleet(told: argparse.Namespace, folder: Path) -> Iterator[tuple[object, ...]
 
 
 def tell(one: dict[str, float], two: dict[str, float], digests: set[str]) -> None:
-    print(f"one process × 1 thread: canvas {one['canvas']:.1f} s, whole {one['whole']:.1f} s")
     print(f"two workers × 1 thread: canvas {two['canvas']:.1f} s, whole {two['whole']:.1f} s")
     if two["busy"]:
         print(f"each worker was in a task for {two['busy'] / 2:.1f} s of its canvas")
@@ -141,6 +140,7 @@ def speedup(told: argparse.Namespace) -> None:
             Timed(told, folder, "warm-up", *small).wait()  # packs int8 weights
         alone = Timed(told, folder, "alone")
         one = alone.wait()
+        print(f"one process × 1 thread: canvas {one['canvas']:.1f} s, whole {one['whole']:.1f} s", flush=True)
         with fleet(told, folder) as through:
             if warms_up:
                 Timed(told, folder, "warm-up-2", *small, *through).wait()
