@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import distributed
 import make_checkpoint
 import numpy as np
 import pytest
@@ -366,8 +367,13 @@ def test_connections_remember_no_tiles() -> None:
 
 
 def test_a_scheduler_remembers_no_task(tmp_path: Path) -> None:
-    """A computation of dask's keeps a record of each task until none is left, and a queue may never be idle."""
+    """A computation of dask's keeps a record of each task until none is left, and a queue may never be idle; by default
+    100,000 keys are remembered with what they begin with."""
     make_keys(tmp_path / "keys")
     with Engine(Cluster(where=Where.LISTEN, host="127.0.0.1", port=0), tmp_path / "keys") as engine:
         scheduler = engine._scheduler
         assert (scheduler.computations.maxlen, scheduler.transition_log.maxlen) == (0, 1)
+    for module in (distributed.scheduler, distributed.client, distributed.worker_state_machine):
+        if (split := getattr(module, "key_split", None)) is not None:
+            assert split.cache_info().maxsize == 100
+    assert distributed.scheduler.key_split("tiler-Client-1a2b3c4d-7") == "tiler-Client"
