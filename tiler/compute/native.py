@@ -150,7 +150,8 @@ def is_fused(op: Op) -> bool:
 
 
 def gated(op: Op) -> tuple[Weight, Weight] | None:
-    """The halves of a GLU that is computed in one step, which are prepared together; None for other operations."""
+    """The halves of a GLU that is computed in one step, which are prepared together; None for other operations. A
+    low-rank path is that of the complete weight."""
     weights = op.group.weights
     if not op.epilogue.glu or activation_of(op.epilogue.activation) is None:
         return None
@@ -162,8 +163,7 @@ def gated(op: Op) -> tuple[Weight, Weight] | None:
 
     def rows(at: slice) -> Weight:
         bias = None if weight.bias is None else weight.bias[at]
-        path = None if weight.low_rank is None else weight.low_rank.of(at)
-        return replace(weight, meta=weight.meta[at], first=weight.first + at.start, bias=bias, low_rank=path)
+        return replace(weight, meta=weight.meta[at], first=weight.first + at.start, bias=bias)
 
     return rows(slice(0, half)), rows(slice(half, weight.outputs))
 
@@ -267,8 +267,15 @@ def _multiply_gated(op: Op, made: Made, prepared: Iterable[Prepared], out: Tenso
     halves, act = gated(op), op.epilogue.activation
     assert halves is not None and act is not None and made.whole is not None
     tokens, filled = made.whole.flatten(0, -2), out.view(-1, out.shape[-1])
-    paths = [None if half.low_rank is None else half.low_rank.load() for half in halves]
-    narrow = [None if path is None else product(tokens, path[0], None) for path in paths]
+    paths: list[tuple[Tensor, Tensor] | None] = []  # of each half: its tokens in few dimensions, and the way back
+    for weight in op.group.weights:
+        parts = 2 // len(op.group.weights)
+        if weight.low_rank is None:
+            paths += [None] * parts
+            continue
+        down, up = weight.low_rank.load()
+        lines = product(tokens, down, None)
+        paths += [(lines, rows) for rows in up.chunk(parts)]
     for piece in prepared:
         rows = slice(piece.first, piece.last)
         step = max(_FEWEST, _TOGETHER // (piece.last - piece.first) // _FEWEST * _FEWEST)
@@ -281,8 +288,8 @@ def _multiply_gated(op: Op, made: Made, prepared: Iterable[Prepared], out: Tenso
                 made_of = out.new_empty(some.stop - some.start, piece.last - piece.first)
                 of_it = Prepared(0, made_of.shape[1], piece.tensors[3 * number : 3 * number + 3])
                 _multiply(alone, made_some, of_it, made_of, Activation.NONE, None)
-                if (path := paths[number]) is not None and (lines := narrow[number]) is not None:
-                    add_product(lines[some], path[1][rows], made_of)
+                if (path := paths[number]) is not None:
+                    add_product(path[0][some], path[1][rows], made_of)
                 both.append(made_of)
             torch.mul(both[0], activated(act, both[1]), out=filled[some, rows])
 

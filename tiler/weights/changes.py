@@ -99,15 +99,6 @@ class LowRank(NamedTuple):
     rank: int
     load: Callable[[], tuple[Tensor, Tensor]]
 
-    def of(self, rows: slice) -> LowRank:
-        """The path of some of the outputs."""
-
-        def load() -> tuple[Tensor, Tensor]:
-            down, up = self.load()
-            return down, up[rows]
-
-        return LowRank(self.rank, load)
-
 
 class Factors:
     """Reads tensors of LoRA files, complete or by rows. A context manager that keeps the files open."""
