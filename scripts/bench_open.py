@@ -13,6 +13,7 @@ import shutil
 import statistics
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +23,8 @@ from bench import ROOT, program
 from checkpoints import sdxl
 from checkpoints._files import write_weights
 from checkpoints._single import single_tensors
+
+from tiler.models.vocabulary import END, clip_tokenizer
 
 
 class Cost(NamedTuple):
@@ -65,12 +68,15 @@ def write_sparse(kind: str, folder: Path) -> None:
         bare = part.startswith("text") and not any(name.startswith("text_model.") for name in names)
         prefix = "text_model." if bare else ""
         write_weights(path, {prefix + name: value.shape for name, value in model.named_parameters()}, sparse=True)
+    for name, pad in (("tokenizer", "!" if kind == "sd21" else END), ("tokenizer_2", "!")):
+        for path in clip_tokenizer(pad).iterdir() if (folder / name).is_dir() else ():
+            shutil.copy(path, folder / name)  # the words of published checkpoints, as a file gets them
     shapes = {name: tensor.shape for name, tensor in single_tensors(folder).items()}
     write_weights(folder.with_suffix(".safetensors"), shapes, sparse=True)
 
 
-def compare(folder: Path, file: Path, rounds: int) -> None:
-    for command in ("plan", "encode"):
+def compare(folder: Path, file: Path, rounds: int, commands: Sequence[str]) -> None:
+    for command in commands:
         runs: dict[Path, list[Cost]] = {folder: [], file: []}
         for number in range(rounds + 1):  # the first round fills caches
             for model, costs in runs.items():
@@ -93,10 +99,11 @@ def main() -> None:
     parser.add_argument("kinds", nargs="*", metavar="sd15|sd21|sdxl")
     parser.add_argument("--model", type=Path, help="a folder")
     parser.add_argument("--file", type=Path, help="the single file made from it")
+    parser.add_argument("--commands", nargs="+", choices=["plan", "encode"], default=["plan", "encode"])
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     if args.model is not None:
-        compare(args.model, args.file, args.rounds)
+        compare(args.model, args.file, args.rounds, args.commands)
     for kind in args.kinds:
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch) / kind
@@ -104,7 +111,7 @@ def main() -> None:
             writer = get_context("spawn").Process(target=write_sparse, args=(kind, folder))
             writer.start()
             writer.join()
-            compare(folder, folder.with_suffix(".safetensors"), args.rounds)
+            compare(folder, folder.with_suffix(".safetensors"), args.rounds, args.commands)
 
 
 if __name__ == "__main__":
