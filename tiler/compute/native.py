@@ -44,8 +44,8 @@ from tiler.weights.blocks import INPUTS, OUTPUTS, blocked, can_block
 from tiler.weights.store import Piece, WeightStore
 
 MOST_INPUTS = 2**31 // (255 * 127)  # a sum of products fits 32 bits
-# Tokens and values of one half of a GLU with low-rank paths at a time.
-_FEWEST, _TOGETHER = 64, 2**18
+# Tokens, and values of either half of a GLU with low-rank paths, at a time: each time, the weights are read from memory.
+_FEWEST, _TOGETHER = 512, 2**18
 
 
 class Made(NamedTuple):
