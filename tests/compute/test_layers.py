@@ -195,14 +195,13 @@ def test_a_low_rank_path_is_added_to_int8_convolutions(tmp_path: Path, kernel: s
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("fewest", [16, 512], ids=["some tokens", "all tokens"])
+@pytest.mark.parametrize("most", [16, 512], ids=["some tokens", "all tokens"])
 @pytest.mark.parametrize("count", [1, 2], ids=["one weight", "two weights"])
 @pytest.mark.parametrize("kernel", [pytest.param(name, marks=products) for name in ("int8", "native-int8")])
 def test_a_low_rank_path_is_added_before_the_gates(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernel: str, count: int, fewest: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernel: str, count: int, most: int
 ) -> None:
-    monkeypatch.setattr("tiler.compute.native._FEWEST", fewest)
-    monkeypatch.setattr("tiler.compute.native._TOGETHER", 1)
+    monkeypatch.setattr("tiler.compute.native._TOKENS", most)
     torch.manual_seed(7)
     x, residual, weights = torch.randn(2, 37, 64), torch.randn(2, 37, 128), torch.randn(256, 64).chunk(count)
     paths = [(torch.randn(16, 64), torch.randn(len(weight), 16)) for weight in weights]

@@ -44,8 +44,8 @@ from tiler.weights.blocks import INPUTS, OUTPUTS, blocked, can_block
 from tiler.weights.store import Piece, WeightStore
 
 MOST_INPUTS = 2**31 // (255 * 127)  # a sum of products fits 32 bits
-# Tokens, and values of either half of a GLU with low-rank paths, at a time: each time, the weights are read from memory.
-_FEWEST, _TOGETHER = 512, 2**18
+# Tokens of a GLU with low-rank paths at a time. With 64, which fit a smaller cache, the weights are read too often.
+_TOKENS = 512
 
 
 class Made(NamedTuple):
@@ -278,8 +278,7 @@ def _multiply_gated(op: Op, made: Made, prepared: Iterable[Prepared], out: Tenso
         paths += [(lines, rows) for rows in up.chunk(parts)]
     for piece in prepared:
         rows = slice(piece.first, piece.last)
-        step = max(_FEWEST, _TOGETHER // (piece.last - piece.first) // _FEWEST * _FEWEST)
-        for some in (slice(first, min(first + step, len(tokens))) for first in range(0, len(tokens), step)):
+        for some in (slice(i, min(i + _TOKENS, len(tokens))) for i in range(0, len(tokens), _TOKENS)):
             made_some = made._replace(input=Quantized(made.input.values[some], made.input.scale[some], made.input.zero))
             both = []
             for number, half in enumerate(halves):
