@@ -50,7 +50,7 @@ def write_sparse(kind: str, folder: Path) -> None:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     small = {"sd15": "tiny-plain", "sd21": "tiny-plain-sd2", "sdxl": "tiny-plain-sdxl"}[kind]
-    shutil.copytree(make_checkpoint.make(small), folder)
+    make_checkpoint.make(small, folder.parent).rename(folder)
     for part, config in (sdxl.configs("full") if kind == "sdxl" else make_checkpoint.configs(kind)).items():
         if part == "scheduler":
             continue
@@ -76,9 +76,10 @@ def write_sparse(kind: str, folder: Path) -> None:
 
 
 def compare(folder: Path, file: Path, rounds: int, commands: Sequence[str]) -> None:
+    """Print the medians of both, by turns; the first round, which fills caches, is not counted."""
     for command in commands:
         runs: dict[Path, list[Cost]] = {folder: [], file: []}
-        for number in range(rounds + 1):  # the first round fills caches
+        for number in range(rounds + 1):
             for model, costs in runs.items():
                 with tempfile.TemporaryDirectory() as scratch:
                     more = (
