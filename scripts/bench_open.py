@@ -12,19 +12,15 @@ import os
 import shutil
 import statistics
 import subprocess
+import sys
 import tempfile
 from collections.abc import Sequence
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
-import make_checkpoint
-from bench import ROOT, program
-from checkpoints import sdxl
-from checkpoints._files import write_weights
-from checkpoints._single import single_tensors
-
-from tiler.models.vocabulary import END, clip_tokenizer
+# Nothing that imports torch: a process's peak is at least what its parent held when it began.
+ROOT = Path(__file__).parents[1]
 
 
 class Cost(NamedTuple):
@@ -36,7 +32,8 @@ class Cost(NamedTuple):
 
 def cost(*arguments: object) -> Cost:
     """What the program takes in a process of its own."""
-    process = subprocess.Popen(program(*arguments), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "tiler", *map(str, arguments)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     _, status, used = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"tiler {' '.join(map(str, arguments))} failed")
@@ -45,9 +42,15 @@ def cost(*arguments: object) -> Cost:
 
 def write_sparse(kind: str, folder: Path) -> None:
     """A checkpoint of full size, whose weights read as zeros, and the single file beside it."""
+    import make_checkpoint
     import torch
+    from checkpoints import sdxl
+    from checkpoints._files import write_weights
+    from checkpoints._single import single_tensors
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    from tiler.models.vocabulary import END, clip_tokenizer
 
     small = {"sd15": "tiny-plain", "sd21": "tiny-plain-sd2", "sdxl": "tiny-plain-sdxl"}[kind]
     make_checkpoint.make(small, folder.parent).rename(folder)
@@ -108,7 +111,6 @@ def main() -> None:
     for kind in args.kinds:
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch) / kind
-            # In a process of its own: a child's peak is at least what its parent holds.
             writer = get_context("spawn").Process(target=write_sparse, args=(kind, folder))
             writer.start()
             writer.join()
