@@ -197,6 +197,31 @@ def test_a_low_rank_path_is_added_to_int8_convolutions(tmp_path: Path, side: int
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("most", [16, 512], ids=["some tokens", "all tokens"])
+@pytest.mark.parametrize("count", [1, 2], ids=["one weight", "two weights"])
+@pytest.mark.parametrize("kernel", [pytest.param(name, marks=products) for name in ("int8", "native-int8")])
+def test_a_low_rank_path_is_added_before_the_gates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernel: str, count: int, most: int
+) -> None:
+    monkeypatch.setattr("tiler.compute.native._TOKENS", most)
+    torch.manual_seed(7)
+    x, residual, weights = torch.randn(2, 37, 64), torch.randn(2, 37, 128), torch.randn(256, 64).chunk(count)
+    paths = [(torch.randn(16, 64), torch.randn(len(weight), 16)) for weight in weights]
+    store, plain = stored(tmp_path, kernel, *weights)
+    with store:
+        low_rank = [LowRank(16, lambda path=path: path) for path in paths]  # type: ignore[misc]
+        changed = (replace(weight, low_rank=path) for weight, path in zip(plain.weights, low_rank, strict=True))
+        group = Group(weights=tuple(changed))
+        without = torch.cat(apply(store, kernel, Op(kind=Kind.LINEAR, weights=plain), x), dim=-1).double()
+        after = Epilogue(activation=nn.GELU(), glu=True, residual=True)
+        (got,) = apply(store, kernel, Op(kind=Kind.LINEAR, weights=group, epilogue=after), x, residual)
+    added = torch.cat([x.double() @ (up.double() @ down.double()).T for down, up in paths], dim=-1)
+    first, second = (without + added).chunk(2, dim=-1)
+    want = first * F.gelu(second) + residual
+    assert (got - want).norm() < 1e-6 * want.norm()
+
+
+@torch.no_grad()
 @with_kernels
 def test_a_glu_halves_one_weight_or_takes_two(tmp_path: Path, kernel: str) -> None:
     torch.manual_seed(5)
