@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from tiler.compute import onednn
+from tiler.compute import cpu
 from tiler.compute.kernels import Kind
 from tiler.compute.lending import lent
 from tiler.compute.measure import TableShape, attention_speed, chosen_speed
@@ -72,12 +72,12 @@ class Speed:
 
     @property
     def bf16(self) -> float:
-        return self._chosen("bf16" if onednn.int8().products else "fp32")
+        return self._chosen("bf16" if cpu.int8().products else "fp32")
 
     @property
     def int8(self) -> float:
         """Without 8-bit products, int8 is only the storage format of weights."""
-        return self._chosen("int8" if onednn.int8().products else "fp32")
+        return self._chosen("int8" if cpu.int8().products else "fp32")
 
     @property
     def attention(self) -> float:
@@ -86,7 +86,7 @@ class Speed:
     @property
     def half_attention(self) -> float:
         """Beside bf16 and int8 weights."""
-        return self._attention("int8" if onednn.int8().products else "fp32")
+        return self._attention("int8" if cpu.int8().products else "fp32")
 
     @cached_property
     def disk(self) -> float:
