@@ -125,12 +125,13 @@ def choose(
         peak_bytes, used = known[key]
         # Without passes, it is the finished rows: fp32 latents or uint8 pixels.
         finished = (4 * vae.config.latent_channels if encoding else 3 * FACTOR**2) * latents[0] * latents[1]
+        channels = vae.config.decoder_block_out_channels if wanted is Decode.TINY else vae.config.block_out_channels
         return DecodePlan(
             kind=kind, encoding=encoding, precision=Precision.BF16 if streamer.policy.bf16 else Precision.FP32, why=why,
             memory_bytes=peak_bytes, folder=folder, dtype=dtype,
             scratch_bytes=used.peak_bytes, written_bytes=used.written_bytes,
             apart_bytes=used.apart_bytes or used.peak_bytes + finished, flops=used.flops, margin=margin,
-            width=min(vae.config.decoder_block_out_channels if wanted is Decode.TINY else vae.config.block_out_channels),
+            width=min(channels),
         )  # fmt: skip
 
     if wanted is Decode.TINY:
