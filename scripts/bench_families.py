@@ -5,6 +5,7 @@ against diffusers' own, resident in fp32, in CPU seconds of the user.
     python scripts/bench_families.py peaks wide-lumina --precision int8
     python scripts/bench_families.py calls wide-sd3 pixart --rounds 3  # one call on a native tile, by both
     python scripts/bench_families.py text                              # two prompts by T5-XXL, against its products
+    python scripts/bench_families.py waits wide-sdxl                   # share of a call that waits for warm weights
 
 Checkpoints are those of make_checkpoint.py: wide ones have few blocks, and depth does not show in a peak. Nor does the
 number of passes: `peaks` plans the whole poster, and stops the canvas after `--reads` reads of the denoiser's weights,
@@ -20,6 +21,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +84,13 @@ def alternated(what: str, kind: str, other: str, rounds: int = 1) -> dict[str, f
     return {by: statistics.median(seconds) for by, seconds in took.items()}
 
 
-def call(model: str, by: str) -> float:
-    """User CPU seconds of one call in this process, after a small one."""
+def user_seconds() -> float:
+    """User CPU seconds of this process so far."""
+    return os.times().user
+
+
+def call(model: str, by: str, clock: Callable[[], float] = user_seconds) -> float:
+    """Seconds, user CPU's by default, of one call in this process, after a small one that reads the same weights."""
     import torch
 
     from tiler.models.family import Options, Role, read_family
@@ -108,9 +116,33 @@ def call(model: str, by: str) -> float:
     ):
         prepared = family.prepare(module, streamer, timesteps, [prompt], Options(guidance=(1.0,)))
         for latents in inputs:
-            begin = os.times().user
+            begin = clock()
             family.predict(module, streamer, [example._replace(latents=latents, prompt=prompt)], 0, prepared)
-        return os.times().user - begin
+        return clock() - begin
+
+
+def waits(model: str) -> float:
+    """The share of a call during which it waits for weights, none of which stay in memory. The system has the files in
+    its cache from the first call."""
+    from tiler.weights.store import WeightStore
+
+    waited, marks = 0.0, list[float]()
+    take = WeightStore._take
+
+    def timed(store: WeightStore, piece: Any) -> Any:
+        nonlocal waited
+        begin = time.perf_counter()
+        found = take(store, piece)
+        waited += time.perf_counter() - begin
+        return found
+
+    def clock() -> float:
+        marks.append(waited)
+        return time.perf_counter()
+
+    WeightStore._take = timed  # type: ignore[method-assign]
+    took = call(model, "tiler", clock)
+    return (marks[-1] - marks[-2]) / took
 
 
 def _call_diffusers(model: str, part: str, inputs: Any, prompt: Any) -> float:
@@ -173,7 +205,7 @@ def text(model: str, by: str) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["peaks", "calls", "text", "call", "encode"])
+    parser.add_argument("what", choices=["peaks", "calls", "text", "waits", "call", "encode"])
     parser.add_argument("kinds", nargs="*", help="default: all; for `call` a folder, and tiler or another")
     parser.add_argument("--size", type=int, default=2048)
     parser.add_argument("--reads", type=int, default=2, help="of the denoiser's weights, for peaks")
@@ -183,12 +215,15 @@ def main() -> None:
     args = parser.parse_args()
     if args.what in ("call", "encode"):
         print((call if args.what == "call" else text)(*args.kinds))
+    elif args.what == "waits":
+        for kind in args.kinds or KINDS:
+            print(f"{kind:16}{waits(str(make_checkpoint.make(kind))):.1%} of a call waits for weights", flush=True)
     elif args.what in ("calls", "text"):
         for kind in args.kinds or (RESIDENT if args.what == "calls" else ("wide-flux",)):
             what, other = ("call", "diffusers") if args.what == "calls" else ("encode", "products")
             took = alternated(what, kind, other, args.rounds)
             (own, ours), (other, theirs) = took.items()
-            print(f"{kind:16}{own} {ours:.1f} s, {other} {theirs:.1f} s of user CPU: {ours / theirs:.2f}×")
+            print(f"{kind:16}{own} {ours:.1f} s, {other} {theirs:.1f} s of user CPU: {ours / theirs:.2f}×", flush=True)
     else:
         for kind in args.kinds or KINDS:
             row = peaks(kind, args.size, args.ceiling, args.precision, args.reads)
