@@ -3,6 +3,7 @@ against diffusers' own, resident in fp32, in CPU seconds of the user.
 
     python scripts/bench.py families                                   # of all: minutes for each on two cores
     python scripts/bench_families.py peaks wide-lumina --precision int8
+    python scripts/bench_families.py peaks wide-sd3 --phase guide
     python scripts/bench_families.py calls wide-sd3 pixart --rounds 3  # one call on a native tile, by both
     python scripts/bench_families.py text                              # two prompts by T5-XXL, against its products
     python scripts/bench_families.py waits wide-sdxl                   # share of a call that waits for warm weights
@@ -34,19 +35,20 @@ WARM = 32  # latents along a side of a first call, which is not counted
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def peaks(kind: str, size: int, ceiling: int, precision: str, reads: int) -> dict[str, Any]:
-    """The canvas of `size`² without guidance, stopped after so many reads of the weights: what was planned for it, and
-    the kernel's own mark (VmHWM) of a process that encoded the prompt and did this."""
+def peaks(kind: str, size: int, ceiling: int, precision: str, reads: int = 2, phase: str = "canvas") -> dict[str, Any]:
+    """The canvas of `size`² without guidance, stopped after so many reads of the weights, or two steps of its guide
+    with the family's guidance: what was planned for it, and the kernel's own mark (VmHWM) of a process that encoded the
+    prompts and did this."""
     from bench import program
 
     model = make_checkpoint.make(kind)
     asked = (
-        "a lighthouse", "--model", model, "--size", size, "--steps", 1, "--no-guide", "--guidance-scale", 1,
-        "--seed", 1, "--max-ram", ceiling, "--precision", precision,
+        "a lighthouse", "--model", model, "--size", size, "--seed", 1, "--max-ram", ceiling, "--precision", precision,
+        *(("--steps", 2) if phase == "guide" else ("--steps", 1, "--no-guide", "--guidance-scale", 1)),
     )  # fmt: skip
     said = subprocess.run(program("plan", *asked, "--json"), cwd=ROOT, check=True, capture_output=True).stdout
     planned = json.loads(said)
-    predicted = max(p["peak_bytes"] for p in planned["phases"] if p["name"] in ("encode prompts", "canvas"))
+    predicted = max(p["peak_bytes"] for p in planned["phases"] if p["name"] in ("encode prompts", phase))
     with tempfile.TemporaryDirectory() as folder:
         command = program("render", *asked, "--log-json", "-o", Path(folder) / "x.png")
         process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
@@ -55,14 +57,18 @@ def peaks(kind: str, size: int, ceiling: int, precision: str, reads: int) -> dic
         for last in process.stderr:
             event = json.loads(last) if last.startswith("{") else {}
             if event.get("event") in ("phase_done", "progress"):  # the mark begins anew with each phase
-                measured = max(measured, mark_of(process.pid))
-            if event.get("name") == "canvas" and event.get("done", 0) >= reads * planned["samples_per_pass"]:
+                measured = max(measured, event.get("peak_rss_bytes", 0), mark_of(process.pid))
+            if event.get("name") != phase:
+                continue
+            if event["event"] == "phase_done" or (
+                phase == "canvas" and event.get("done", 0) >= reads * planned["samples_per_pass"]
+            ):
                 break
         else:
             raise SystemExit(f"{' '.join(command[3:])} ended early: {last}")
         process.terminate()
         process.communicate()
-    what = f"{kind} {precision} {size}² under {ceiling // 10**6} MB"
+    what = f"{kind} {precision} {size}² {phase} under {ceiling // 10**6} MB"
     return {"what": what, "predicted": predicted, "measured": measured}
 
 
@@ -208,6 +214,7 @@ def main() -> None:
     parser.add_argument("what", choices=["peaks", "calls", "text", "waits", "call", "encode"])
     parser.add_argument("kinds", nargs="*", help="default: all; for `call` a folder, and tiler or another")
     parser.add_argument("--size", type=int, default=2048)
+    parser.add_argument("--phase", choices=["canvas", "guide"], default="canvas", help="for peaks")
     parser.add_argument("--reads", type=int, default=2, help="of the denoiser's weights, for peaks")
     parser.add_argument("--rounds", type=int, default=1, help="for calls and text")
     parser.add_argument("--ceiling", type=int, default=800_000_000, help="bytes")
@@ -226,10 +233,10 @@ def main() -> None:
             print(f"{kind:16}{own} {ours:.1f} s, {other} {theirs:.1f} s of user CPU: {ours / theirs:.2f}×", flush=True)
     else:
         for kind in args.kinds or KINDS:
-            row = peaks(kind, args.size, args.ceiling, args.precision, args.reads)
+            row = peaks(kind, args.size, args.ceiling, args.precision, args.reads, args.phase)
             off = row["predicted"] / row["measured"] - 1
             print(
-                f"{row['what']:44} predicted {row['predicted'] / 1e6:.0f}, measured {row['measured'] / 1e6:.0f} MB, {off:+.1%}"
+                f"{row['what']:52} predicted {row['predicted'] / 1e6:.0f}, measured {row['measured'] / 1e6:.0f} MB, {off:+.1%}"
             )
 
 
