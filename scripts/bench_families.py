@@ -78,14 +78,16 @@ def mark_of(pid: int) -> int:
     return 1024 * int(line.split()[1])
 
 
-def alternated(what: str, kind: str, other: str, rounds: int = 1) -> dict[str, float]:
-    """User CPU seconds of `what`, a call on a native tile or encoding prompts, by tiler and by the `other`: medians of
-    alternating processes."""
-    command = [sys.executable, __file__, what, str(make_checkpoint.make(kind))]
+def alternated(what: str, kind: str, other: str, rounds: int = 1, precision: str = "fp32") -> dict[str, float]:
+    """User CPU seconds of `what`, a call on a native tile or encoding prompts, by tiler in fp32 or bf16 and by the
+    `other` in fp32: medians of alternating processes."""
+    command = [sys.executable, __file__, what, str(make_checkpoint.make(kind)), "--precision", precision]
     took: dict[str, list[float]] = {"tiler": [], other: []}
     for _ in range(rounds):
         for by, seconds in took.items():
-            done = subprocess.run([*command, by], cwd=ROOT, check=True, capture_output=True, text=True)
+            done = subprocess.run(
+                [*command[:4], by, *command[4:]], cwd=ROOT, check=True, capture_output=True, text=True
+            )
             seconds.append(float(done.stdout))
     return {by: statistics.median(seconds) for by, seconds in took.items()}
 
@@ -95,12 +97,14 @@ def user_seconds() -> float:
     return os.times().user
 
 
-def call(model: str, by: str, clock: Callable[[], float] = user_seconds) -> float:
+def call(model: str, by: str, precision: str = "fp32", clock: Callable[[], float] = user_seconds) -> float:
     """Seconds, user CPU's by default, of one call in this process, after a small one that reads the same weights."""
     import torch
 
     from tiler.models.family import Options, Role, read_family
     from tiler.models.samples import Prompt
+    from tiler.planning.peaks import bf16_keys
+    from tiler.request import Precision
     from tiler.run import streamed
     from tiler.weights.checkpoint import resolve
 
@@ -115,11 +119,9 @@ def call(model: str, by: str, clock: Callable[[], float] = user_seconds) -> floa
     if by == "diffusers":
         return _call_diffusers(model, part.name, inputs, prompt)
     module, timesteps = part.build(), torch.tensor([500.0])
-    weights = family.checkpoint.weights(part.name)
-    with (
-        torch.no_grad(),
-        streamed(module, weights, part.aliases, arena_bytes=part.arena_bytes, transform=True) as streamer,
-    ):
+    weights, halves = family.checkpoint.weights(part.name), bf16_keys(part, module, Precision(precision))
+    options: dict[str, Any] = {"arena_bytes": part.arena_bytes, "bf16_keys": halves, "transform": True}
+    with torch.no_grad(), streamed(module, weights, part.aliases, **options) as streamer:
         prepared = family.prepare(module, streamer, timesteps, [prompt], Options(guidance=(1.0,)))
         for latents in inputs:
             begin = clock()
@@ -147,7 +149,7 @@ def waits(model: str) -> float:
         return time.perf_counter()
 
     WeightStore._take = timed  # type: ignore[method-assign]
-    took = call(model, "tiler", clock)
+    took = call(model, "tiler", clock=clock)
     return (marks[-1] - marks[-2]) / took
 
 
@@ -220,15 +222,17 @@ def main() -> None:
     parser.add_argument("--ceiling", type=int, default=800_000_000, help="bytes")
     parser.add_argument("--precision", choices=["fp32", "bf16", "int8"], default="fp32")
     args = parser.parse_args()
+    if args.what == "calls" and args.precision == "int8":
+        parser.error("calls are in fp32 or bf16")
     if args.what in ("call", "encode"):
-        print((call if args.what == "call" else text)(*args.kinds))
+        print(call(*args.kinds, args.precision) if args.what == "call" else text(*args.kinds))
     elif args.what == "waits":
         for kind in args.kinds or KINDS:
             print(f"{kind:16}{waits(str(make_checkpoint.make(kind))):.1%} of a call waits for weights", flush=True)
     elif args.what in ("calls", "text"):
         for kind in args.kinds or (RESIDENT if args.what == "calls" else ("wide-flux",)):
             what, other = ("call", "diffusers") if args.what == "calls" else ("encode", "products")
-            took = alternated(what, kind, other, args.rounds)
+            took = alternated(what, kind, other, args.rounds, args.precision)
             (own, ours), (other, theirs) = took.items()
             print(f"{kind:16}{own} {ours:.1f} s, {other} {theirs:.1f} s of user CPU: {ours / theirs:.2f}×", flush=True)
     else:
