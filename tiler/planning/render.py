@@ -206,9 +206,9 @@ def plan_render(
     stored = {name: info for name, info in sampler.stored.items() if not once(name)}
     streamed = Streamed(sampler.weights, stored, facts.arithmetic.int8.products, sampler.resident_slack)
 
-    def fill(name: str, n: int) -> tuple[PhasePlan, dict[str, torch.dtype]]:
+    def filling(name: str, n: int) -> tuple[PhasePlan, dict[str, torch.dtype]]:
         phase, chosen = with_resident(sampling(sampler, name, n), streamed, None, max_bytes)
-        if not sampler.streamer.int8_keys or sampler.streamer.int8_keys - chosen.keys():
+        if not (int8 := sampler.streamer.int8_keys) or int8 - chosen.keys():
             return phase, chosen
         in_place = DenoiserPeaks(
             models, precision, arena_bytes=sampler.streamer.arena_bytes, chunks=chunks, in_place=True
@@ -216,7 +216,7 @@ def plan_render(
         return with_resident(sampling(in_place, name, n), streamed, None, max_bytes)
 
     batches = {"guide": guide_batch, "canvas": batch}
-    filled = [fill(name, batches[name]) for name in reversed(names)]
+    filled = [filling(name, batches[name]) for name in reversed(names)]
     coding_phases = [c.holding(prompts) if c.phase.name == "guide picture" else c for c in coding.phases]
     filled += [with_resident(c.phase, c.streamed, coding.methods[c.phase.name], max_bytes) for c in coding_phases]
     resident |= {phase.name: chosen for phase, chosen in filled}
