@@ -36,9 +36,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def peaks(kind: str, size: int, ceiling: int, precision: str, reads: int = 2, phase: str = "canvas") -> dict[str, Any]:
-    """The canvas of `size`² without guidance, stopped after so many reads of the weights, or two steps of its guide
-    with the family's guidance: what was planned for it, and the kernel's own mark (VmHWM) of a process that encoded the
-    prompts and did this."""
+    """The canvas of `size`² without guidance, or its guide with the family's guidance, stopped after so many reads of
+    the weights: what was planned for it, and the kernel's own mark (VmHWM) of a process that encoded the prompts and did
+    this."""
     from bench import program
 
     model = make_checkpoint.make(kind)
@@ -58,11 +58,8 @@ def peaks(kind: str, size: int, ceiling: int, precision: str, reads: int = 2, ph
             event = json.loads(last) if last.startswith("{") else {}
             if event.get("event") in ("phase_done", "progress"):  # the mark begins anew with each phase
                 measured = max(measured, event.get("peak_rss_bytes", 0), mark_of(process.pid))
-            if event.get("name") != phase:
-                continue
-            if event["event"] == "phase_done" or (
-                phase == "canvas" and event.get("done", 0) >= reads * planned["samples_per_pass"]
-            ):
+            over = event.get("event") == "phase_done" or event.get("done", 0) >= reads * planned["samples_per_pass"]
+            if event.get("name") == phase and over:
                 break
         else:
             raise SystemExit(f"{' '.join(command[3:])} ended early: {last}")
@@ -132,15 +129,17 @@ def call(model: str, by: str, precision: str = "fp32", clock: Callable[[], float
 def waits(model: str) -> float:
     """The share of a call during which it waits for weights, none of which stay in memory. The system has the files in
     its cache from the first call."""
-    from tiler.weights.store import WeightStore
+    import torch
+
+    from tiler.weights.store import Piece, WeightStore
 
     waited, marks = 0.0, list[float]()
     take = WeightStore._take
 
-    def timed(store: WeightStore, piece: Any) -> Any:
+    def timed(self: WeightStore, piece: Piece) -> torch.Tensor:
         nonlocal waited
         begin = time.perf_counter()
-        found = take(store, piece)
+        found = take(self, piece)
         waited += time.perf_counter() - begin
         return found
 
@@ -225,7 +224,8 @@ def main() -> None:
     if args.what == "calls" and args.precision == "int8":
         parser.error("calls are in fp32 or bf16")
     if args.what in ("call", "encode"):
-        print(call(*args.kinds, args.precision) if args.what == "call" else text(*args.kinds))
+        model, by = args.kinds
+        print(call(model, by, args.precision) if args.what == "call" else text(model, by))
     elif args.what == "waits":
         for kind in args.kinds or KINDS:
             print(f"{kind:16}{waits(str(make_checkpoint.make(kind))):.1%} of a call waits for weights", flush=True)

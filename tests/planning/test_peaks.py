@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from tiler.compute.native import reads_blocks
 from tiler.compute.shapes import Memo
 from tiler.decoding.method import ScratchSpace
 from tiler.models.built import Models
@@ -73,21 +72,3 @@ def test_a_preview_takes_the_memory_of_a_pass_that_is_over() -> None:
     phase = PhasePlan(name="canvas", terms=(Term(name="canvas", nbytes=5), Term(name=ACTIVATIONS, nbytes=100)))
     assert with_preview(phase, 90) == phase
     assert with_preview(phase, 130).peak_bytes == phase.peak_bytes + 30
-
-
-def test_int8_weights_that_all_stay_in_memory_are_not_counted_as_held_too(
-    in_process: Any, tiny: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for module in ("tiler.compute.layers", "tiler.models.unet"):
-        monkeypatch.setattr(f"{module}.SMALL", 500)
-    asked = "plan", "--model", tiny, "--size", 128, "--no-guide", "--precision", "int8", "--json"
-
-    def canvas(*words: object) -> dict[str, int]:
-        phases = {phase["name"]: phase["terms"] for phase in in_process(*asked, *words).json["phases"]}
-        return dict(phases["canvas"])
-
-    roomy = canvas("--max-ram", "4GB")
-    monkeypatch.setattr("tiler.planning.fit._choose_resident", lambda streamed, room: {})
-    short = canvas("--max-ram", "4GB")
-    assert "resident weights" in roomy and "resident weights" not in short
-    assert roomy[ACTIVATIONS] < short[ACTIVATIONS] if reads_blocks() else roomy[ACTIVATIONS] == short[ACTIVATIONS]
