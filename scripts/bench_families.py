@@ -37,8 +37,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def peaks(kind: str, size: int, ceiling: int, precision: str, reads: int = 2, phase: str = "canvas") -> dict[str, Any]:
     """The canvas of `size`² without guidance, or its guide with the family's guidance, stopped after so many reads of
-    the weights: what was planned for it, and the kernel's own mark (VmHWM) of a process that encoded the prompts and did
-    this."""
+    the weights: what was planned for it, and the kernel's own mark (VmHWM) of a process that encoded the prompts
+    before."""
     from bench import program
 
     model = make_checkpoint.make(kind)
