@@ -9,7 +9,7 @@ they work.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -55,7 +55,7 @@ def render(request: RenderRequest, budget: Budget | None = None, on_event: OnEve
         cluster.prepare(request)
         run = phases.start(request, budget, on_event, job)
         run.plan.memory.check(advice=phases.advice(run))
-        open_runner = cluster.runner_of(run)
+        workers = cluster.workers_of(run)
         lean_imports.freeze_imports()
         # Holes in the heap count as data although none of their pages is resident: 315 MB were seen under a ceiling of
         # 800 MB.
@@ -65,20 +65,22 @@ def render(request: RenderRequest, budget: Budget | None = None, on_event: OnEve
             if job.is_finished:
                 return Result(output=run.request.output, report=reports.of_render(run))
             with repainting.poster_of(run, run.request) as poster:
-                _paint(run, poster, open_runner)
+                _paint(run, poster, workers)
         return Result(output=run.request.output, report=reports.of_render(run))
 
 
-def _paint(run: RenderRun, poster: Poster | None, open_runner: phases.OpenRunner) -> None:
+def _paint(run: RenderRun, poster: Poster | None, workers: AbstractContextManager[cluster.Workers]) -> None:
     """Run all phases from the guide to the finished file."""
     picture = phases.load_guide(run)
     phases.prepare_weights(run)
-    prompts = phases.encode_prompts(run)
-    guide = phases.make_guide(run, prompts)
-    reference = make_reference(run, poster if picture is None else picture, guide)
-    del picture, guide
-    latents = phases.denoise_canvas(run, prompts, reference, open_runner)
-    del prompts, reference
+    with workers as greeted:
+        prompts = phases.encode_prompts(run)
+        with greeted(prompts) as open_runner:
+            guide = phases.make_guide(run, prompts)
+            reference = make_reference(run, poster if picture is None else picture, guide)
+            del picture, guide
+            latents = phases.denoise_canvas(run, prompts, reference, open_runner)
+            del prompts, reference
     run.prepared = None  # frees what the family made of the prompts
     phases.save_canvas(run, latents)
     # If the writer fails, the decoder's scratch files must still be closed.
@@ -99,7 +101,7 @@ def plan(request: RenderRequest, budget: Budget | None = None, on_event: OnEvent
     with budget or Budget() as budget:
         cluster.prepare(request)
         run = phases.start(request, budget, on_event, planning=True)
-        cluster.runner_of(run)  # refuses a render that a cluster cannot share
+        cluster.workers_of(run)  # refuses a render that a cluster cannot share
         speed = speed_of(run.models) if request.cluster is not None and run.plan.memory.fits else None
         outlook = None if speed is None else cluster.outlook(run, speed)
         return Planned(

@@ -91,8 +91,8 @@ def _reference_parts(
         if guide_latents is not None:
             assert plan.guide is not None
             unscaled, decoder = spec.unscale_(guide_latents), plan.methods["guide decoded"]
-            work = [each.flops + each.attention_flops for each in (decoder, plan.methods[name])]
-            decoded = work[0] / max(1, sum(work))
+            work = method.work_of(decoder, vae, plan.guide[:2])
+            decoded = work / (work + method.work_of(plan.methods[name], vae, plan.canvas))
             strips = decode_pixels(decoder, vae, streamer, unscaled, check, lambda done: tell(decoded * done))
             picture = np.concatenate(list(strips))
             previewing.learn(run.preview, spec.scale(unscaled), picture)

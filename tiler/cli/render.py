@@ -43,7 +43,7 @@ def run(
         if request.preview == STDOUT:
             raise UsageError("--preview - shows one picture; leave it out with --count or several seeds")
         several.run(
-            request, wanted, count, output_dir, max_ram,
+            request, wanted, count, output_dir, max_ram, threads=threads,
             quiet=quiet, log_json=log_json, json_output=json_output, own=run,
         )  # fmt: skip
     request = several.place(replace(request, seed=wanted[0]), output_dir)

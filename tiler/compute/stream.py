@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from tiler.compute import cpu, onednn
+from tiler.compute import cpu
 from tiler.compute.arena import Arena, Held
 from tiler.compute.choose import choose_kernel
 from tiler.compute.kernels import Kernel, Op, Policy, Prepared, Shape
@@ -71,7 +71,7 @@ class Streamer:
     ) -> None:
         self.store = store
         stored = int8_keys if store is None else store.int8
-        products = int8_products and onednn.int8().products
+        products = int8_products and cpu.int8().products
         self.policy = Policy(
             int8=stored if products else frozenset(), bf16=bf16_keys, winograd=transform, prefer=tuple(prefer)
         )
@@ -183,26 +183,21 @@ class Streamer:
 
     def _count_held(self, modules: Sequence[nn.Module]) -> int:
         kernels = self._kernels(modules)
-        transient = max((kernel.transient_bytes(op, None) for op, kernel in kernels if kernel.in_arena), default=0)
+        transient = max((kernel.transient_bytes(op, None) for op, kernel in kernels), default=0)
         return sum(kernel.held_bytes(op, None) for op, kernel in kernels) + transient
 
     @contextmanager
     def hold(self, *modules: nn.Module) -> Iterator[None]:
-        """Keep every prepared weight of the modules until this context ends, in the arena or beside it. If weights are
+        """Keep every prepared weight of the modules until this context ends, in the arena. If weights are
         held already, these must be among them."""
         if self._held is not None:
             yield
             return
         kernels = [(op, kernel) for op, kernel in self._kernels(modules) if not self._resident(op, kernel)]
-        beside = [(op, kernel) for op, kernel in kernels if not kernel.in_arena]
-        packed, piece = (
-            sum(kernel.held_bytes(op, None) for op, kernel in beside),
-            max((kernel.transient_bytes(op, None) for op, kernel in beside), default=0),
-        )
-        room = sum(kernel.held_bytes(op, None) for op, kernel in kernels) - packed
+        room = sum(kernel.held_bytes(op, None) for op, kernel in kernels)
         room += max((kernel.transient_bytes(op, None) for op, kernel in kernels), default=0)
-        # On meta tensors, the planner counts the weights; those beside the arena are copied once on their way there.
-        planned = torch.empty(room + packed + piece, device="meta", dtype=torch.uint8) if self.store is None else None
+        # On meta tensors, the planner counts the weights.
+        planned = torch.empty(room, device="meta", dtype=torch.uint8) if self.store is None else None
         if planned is None:
             self._arena.take(room, short=self._short())
         self._held = Held(self._arena, self.arena_bytes, self._short, stays=True)

@@ -13,12 +13,14 @@ from torch import Tensor
 
 from tiler.compute.shapes import MetaMeter
 from tiler.compute.stream import Streamer
+from tiler.compute.tuning import NARROW
 from tiler.decoding import FACTOR, exact, frozen, tiny
 from tiler.decoding.apart import Elsewhere
 from tiler.decoding.frozen import Part
-from tiler.decoding.rows import REACH, Check, Latents, Pixels
+from tiler.decoding.rows import REACH, Check, Latents, Pixels, decoder_stages, encoder_stages
 from tiler.decoding.scratch import Scratch
 from tiler.decoding.spool import Spool
+from tiler.decoding.work import BY_ROWS, of_picture
 from tiler.errors import StorageError
 from tiler.request import Decode, Precision, ScratchDtype, Wrap
 
@@ -52,8 +54,9 @@ class DecodePlan:
     dtype: ScratchDtype
     scratch_bytes: int = 0
     written_bytes: int = 0
-    apart_bytes: int = 0  # on disk at once if passes are remembered
+    apart_bytes: int = 0  # on disk at once if a job remembers what is done
     flops: int = 0
+    width: int = NARROW  # the fewest channels of a layer
     attention: float = 0.0  # layer by layer: its share of the operations
     margin: tuple[int, int] = (0, 0)  # latents above and below, left and right, that repeat the opposite side
 
@@ -112,11 +115,14 @@ def choose(
     def made(kind: Decode, why: str, rehearse: Callable[[], exact.Rehearsal | None]) -> DecodePlan:
         with MetaMeter() as meter, torch.no_grad():
             used = rehearse() or exact.Rehearsal(0, 0, 0)
+        # Without passes, it is the finished rows: fp32 latents or uint8 pixels.
+        finished = (4 * vae.config.latent_channels if encoding else 3 * FACTOR**2) * latents[0] * latents[1]
         return DecodePlan(
             kind=kind, encoding=encoding, precision=Precision.BF16 if streamer.policy.bf16 else Precision.FP32, why=why,
             memory_bytes=meter.peak_bytes, folder=folder, dtype=dtype,
             scratch_bytes=used.peak_bytes, written_bytes=used.written_bytes,
-            apart_bytes=used.apart_bytes, flops=used.flops, margin=margin,
+            apart_bytes=used.apart_bytes or used.peak_bytes + finished, flops=used.flops, margin=margin,
+            width=min(vae.config.decoder_block_out_channels if wanted is Decode.TINY else vae.config.block_out_channels),
         )  # fmt: skip
 
     if wanted is Decode.TINY:
@@ -165,6 +171,17 @@ def choose(
     if wanted is Decode.AUTO and free < method.scratch_bytes:
         return take_frozen(lacking(method))
     return affordable(method)
+
+
+def work_of(method: DecodePlan, vae: AutoencoderKL, latents: tuple[int, int]) -> float:
+    """The work on latents of (height, width), in the unit of work.py."""
+    height, width = (side + 2 * more for side, more in zip(latents, method.margin, strict=True))
+    if method.encoding:
+        stages, scale = encoder_stages(vae.encoder, vae.quant_conv), FACTOR
+    else:
+        stages, scale = decoder_stages(vae.decoder, vae.post_quant_conv), 1
+    most = method.attend_to if method.by_layers else frozen.HELD_TOKENS
+    return (1.0 if method.by_layers else BY_ROWS) * of_picture(stages, scale * height, scale * width, most)
 
 
 @runtime_checkable
@@ -237,7 +254,7 @@ def encode(
     `progress` gets the share done, 0 to 1. Raises StorageError and NumericalError.
     """
     y, x = method.margin
-    scratch = Scratch(method.folder, DTYPES[method.dtype], spool if method.by_layers else None)
+    scratch = Scratch(method.folder, DTYPES[method.dtype], spool)
     options: dict[str, Any] = {"hold": streamer.hold_transformed, "margin": method.margin}
     if method.by_layers:
         attend_to = method.attend_to
@@ -265,7 +282,7 @@ def encode_parts(
         return
     y, x = method.margin
     height, width = pixels.shape[0] // FACTOR - 2 * y, pixels.shape[1] // FACTOR - 2 * x
-    scratch = Scratch(method.folder, DTYPES[method.dtype])
+    scratch = Scratch(method.folder, DTYPES[method.dtype], spool)
     options: dict[str, Any] = {"hold": streamer.hold_transformed, "margin": method.margin}
     for top, left, part in frozen.encode_parts(vae, pixels, scratch, check=check, progress=progress, **options):
         above, before = max(0, y - top), max(0, x - left)

@@ -16,7 +16,6 @@ from tiler.compute.choose import KERNELS
 from tiler.compute.kernels import Kernel
 from tiler.compute.layers import StreamedLayer, streamed_layers
 from tiler.compute.lending import lent
-from tiler.compute.native import reads_blocks
 from tiler.compute.native_float import packs_layers
 from tiler.compute.native_winograd import NativeWinogradBf16
 from tiler.compute.shapes import MetaMeter
@@ -24,7 +23,6 @@ from tiler.compute.stream import Streamer
 from tiler.compute.tuning import (
     ARENA_BYTES,
     HEAP_SLACK,
-    INT8_HOLES_BYTES,
     MAPPED_HEAP_SLACK,
     PACKED_HEAP_SLACK,
     PACKED_RESIDENT_SLACK,
@@ -153,7 +151,7 @@ class DenoiserPeaks:
         self._changes = models.changes(part)
         self.streamer = Streamer(
             None, int8_keys=quantised, bf16_keys=bf16_keys(part, self.module, precision), arena_bytes=arena_bytes,
-            transform=True, ranks=ranks_beside(self._changes, quantised), in_place=in_place and reads_blocks(),
+            transform=True, ranks=ranks_beside(self._changes, quantised), in_place=in_place,
         )  # fmt: skip
         self._more_tokens = CLIP_TOKENS * (chunks - 1)
         self._activations: dict[tuple[tuple[int, ...], int, int], int] = {}
@@ -219,13 +217,10 @@ class DenoiserPeaks:
         group = tuple(sorted(set(group)).index(tile) for tile in group)
         tight = self.streamer.arena_bytes < ARENA_BYTES
         mapped = self.family.traits.large_blocks
-        in_place = bool(self.streamer.int8_keys) and reads_blocks()  # nothing is then packed and freed unit by unit
+        in_place = bool(self.streamer.int8_keys)  # nothing is then packed and freed unit by unit
         roomy = PACKED_HEAP_SLACK if self.packs_floats else HEAP_SLACK
         slack = MAPPED_HEAP_SLACK if mapped else TIGHT_HEAP_SLACK if tight or in_place else roomy
         work = self.activations(group, height, width) + int(slack * self.activations((0,), height, width))
-        if not (tight or mapped or in_place):
-            integers = sum(math.prod(self.stored[name].shape) for name in self.streamer.int8_keys & self.stored.keys())
-            work += min(INT8_HOLES_BYTES, integers)
         return PhasePlan(name=name, terms=(*fixed, *self.terms, Term(name=ACTIVATIONS, nbytes=work)))
 
 

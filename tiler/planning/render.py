@@ -38,6 +38,7 @@ from tiler.planning.table import MemoryPlan, PhasePlan, Term
 from tiler.planning.tiling import Tiling, pixels_of
 from tiler.planning.whole import WholePicture, whole_picture
 from tiler.request import Decode, GuideUpscale, Precision, ResolvedRequest, Scheduler, Wrap
+from tiler.request.cluster import Where, parse_cluster
 from tiler.request.wording import most_chunks
 
 ORDER = ("load guide", "encode prompts", "guide", "guide picture", "canvas", "decode", "write")  # of the phases
@@ -52,6 +53,7 @@ TILES_AHEAD = 256  # with a cluster: from the first tile without a prediction to
 CONNECTIONS_BYTES = (
     16_000_000  # memory of dask's scheduler and client while they work (`scripts/bench_cluster.py scale`)
 )
+JOINED_BYTES = 4_000_000  # the same while workers open the model: 0.5 MB for a client, 2.7 MB for a scheduler with it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,8 +162,10 @@ def plan_render(
     prompts = Term(name="prompts", nbytes=len(tiling.texts) * sampler.prompt_bytes)
     others_bytes = prompts.nbytes - sampler.prompt_bytes  # the denoiser's own figure includes one prompt
     denoising = [*fixed, Term(name="canvas", nbytes=canvas_bytes), Term(name="prompts", nbytes=others_bytes)]
-    clustered = []
+    clustered, joined = [], []
     if request.cluster is not None and not tiles_only:
+        if parse_cluster(request.cluster).where is not Where.LOCAL:
+            joined = [Term(name="cluster", nbytes=JOINED_BYTES)]
         waiting = 2 * tile_bytes(family, tile) * min(TILES_AHEAD, len(tiling.regions))  # tiles, and their predictions
         clustered = [Term(name="cluster", nbytes=CONNECTIONS_BYTES + waiting)]
     preview_bytes = 0
@@ -171,7 +175,7 @@ def plan_render(
     def sampling(by: DenoiserPeaks, name: str, batch: int = 1) -> PhasePlan:
         if name == "canvas" or guide is None:
             return with_preview(by.phase(name, [*denoising, *clustered], canvas_samples, batch, *tile), preview_bytes)
-        return by.phase(name, denoising, guide_samples, batch, guide.height, guide.width)
+        return by.phase(name, [*denoising, *joined], guide_samples, batch, guide.height, guide.width)
 
     most = family.traits.samples or MAX_BATCH
     names = ["canvas"] if guide is None else ["canvas", "guide"]
@@ -185,9 +189,10 @@ def plan_render(
     batch = batch_of("canvas", min(most, per_step))
     batch = math.ceil(per_step / math.ceil(per_step / batch))  # passes of equal size
     guide_batch = 1 if guide is None else batch_of("guide", min(most, len(guide_samples)))
-    encoding = PhasePlan(name="encode prompts", terms=(facts.text_libraries, prompts))
+    while_encoding = [facts.text_libraries, prompts, *joined]
+    encoding = PhasePlan(name="encode prompts", terms=tuple(while_encoding))
     if not encoded:
-        encoding = text_phase(models, [facts.text_libraries, prompts])
+        encoding = text_phase(models, while_encoding)
     if facts.guide_load_bytes:  # the user's picture is loaded first, and stays in memory while prompts are encoded
         picture = Term(name="picture", nbytes=3 * facts.guide_pixels)
         loading = Term(name="picture", nbytes=facts.guide_load_bytes)
@@ -217,7 +222,7 @@ def plan_render(
 
     batches = {"guide": guide_batch, "canvas": batch}
     filled = [filling(name, batches[name]) for name in reversed(names)]
-    coding_phases = [c.holding(prompts) if c.phase.name == "guide picture" else c for c in coding.phases]
+    coding_phases = [c.holding(prompts, *joined) if c.phase.name == "guide picture" else c for c in coding.phases]
     filled += [with_resident(c.phase, c.streamed, coding.methods[c.phase.name], max_bytes) for c in coding_phases]
     resident |= {phase.name: chosen for phase, chosen in filled}
     least = [phase.peak_bytes for phase in (*others, *(c.phase for c in coding_phases))]
@@ -258,9 +263,9 @@ class _CodingPhase(NamedTuple):
     phase: PhasePlan
     streamed: Streamed
 
-    def holding(self, term: Term) -> _CodingPhase:
-        """The phase with another term that stays in memory meanwhile."""
-        return self._replace(phase=PhasePlan(name=self.phase.name, terms=(*self.phase.terms, term)))
+    def holding(self, *terms: Term) -> _CodingPhase:
+        """The phase with other terms that stay in memory meanwhile."""
+        return self._replace(phase=PhasePlan(name=self.phase.name, terms=(*self.phase.terms, *terms)))
 
 
 class _Coding(NamedTuple):
