@@ -229,6 +229,7 @@ class Kernel(ABC):
 
     name: str
     takes_resident = False  # whether it computes with an fp32 weight in memory as it lies there
+    multiplies_in_place = False  # the same for a packed int8 weight
     rows_together = 1  # of an image: inputs should be cut at multiples of them
 
     @abstractmethod

@@ -65,6 +65,7 @@ class NativeInt8(Kernel):
     """Weights stored as int8, held as in the packed file."""
 
     name = "native-int8"
+    multiplies_in_place = True
 
     def suits(self, op: Op, shape: Shape | None, policy: Policy) -> bool:
         if op.weights is None or not policy.int8.issuperset(op.weights.names) or library.library() is None:

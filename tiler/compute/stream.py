@@ -50,7 +50,8 @@ class Streamer:
     too, unless `int8_products` is False. If it has bf16 instructions, products with the weights in `bf16_keys` may
     round values to bf16. `short` says whether memory is short: then the memory freed by one sample returns to the
     system before the next sample runs, and so does unused space of the arena. `ranks` are the ranks of the low-rank
-    paths beside int8 weights if there is no store. With `transform`, sufficiently large convolutions are computed by
+    paths beside int8 weights if there is no store; `in_place` tells that all int8 weights will stay in memory, where
+    some kernels multiply them as they lie. With `transform`, sufficiently large convolutions are computed by
     winograd.py. Kernels in `prefer` take precedence over the processor's table.
     """
 
@@ -66,6 +67,7 @@ class Streamer:
         short: Callable[[], bool] = _never,
         prefer: Sequence[Kernel] = (),
         ranks: Mapping[str, int] = MappingProxyType({}),
+        in_place: bool = False,
     ) -> None:
         self.store = store
         stored = int8_keys if store is None else store.int8
@@ -77,6 +79,7 @@ class Streamer:
         self.arena_bytes = arena_bytes or ARENA_BYTES
         self._short = short
         self._ranks = ranks
+        self._in_place = in_place
         self.used: dict[str, None] = {}  # names in the order of first use
         self._arena = Arena(0 if store is None else self.arena_bytes)
         self._held: Held | None = None  # the weights of the unit that runs now
@@ -215,8 +218,10 @@ class Streamer:
             self._arena.take(0, short=True)  # the largest weights are not those beside the largest activations
 
     def _resident(self, op: Op, kernel: Kernel) -> bool:
-        """Whether the operation's weights are resident in compute format."""
-        resident = [None if self.store is None else self.store.resident.get(name) for name in op.group.names]
+        """Whether the operation's weights stay in memory as its kernel needs them."""
+        if self.store is None:  # a run takes the arena's addresses for them, and writes nothing there
+            return self._in_place and kernel.multiplies_in_place
+        resident = [self.store.resident.get(name) for name in op.group.names]
         return kernel.takes_resident and all(x is not None and x.dtype == torch.float32 for x in resident)
 
     # --- samples

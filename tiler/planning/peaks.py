@@ -136,11 +136,13 @@ def _encoder_phase(models: Models, part: Part, fixed: list[Term]) -> PhasePlan:
 
 class DenoiserPeaks:
     """The phases that use a family's denoiser, with weights held in `arena_bytes` for arithmetic in `precision`, and
-    prompts of up to `chunks` chunks."""
+    prompts of up to `chunks` chunks. `in_place`: all int8 weights stay in memory, so those that are multiplied there
+    are not held as well."""
 
     def __init__(
-        self, models: Models, precision: Precision, *, arena_bytes: int | None = None, chunks: int = 1
-    ) -> None:
+        self, models: Models, precision: Precision, *, arena_bytes: int | None = None, chunks: int = 1,
+        in_place: bool = False,
+    ) -> None:  # fmt: skip
         self.family, part = models.family, models.family.part(Role.DENOISER)
         self.module, self.stored = models.module(part), dict(self.family.checkpoint.weights(part.name))
         match_index(self.module, self.stored, part.aliases)  # missing or misshapen weights are found before any work
@@ -153,7 +155,7 @@ class DenoiserPeaks:
         self._changes = models.changes(part)
         self.streamer = Streamer(
             None, int8_keys=quantised, bf16_keys=bf16_keys(part, self.module, precision), arena_bytes=arena_bytes,
-            transform=True, ranks=ranks_beside(self._changes, quantised),
+            transform=True, ranks=ranks_beside(self._changes, quantised), in_place=in_place,
         )  # fmt: skip
         self._more_tokens = CLIP_TOKENS * (chunks - 1)
         self._activations: dict[tuple[tuple[int, ...], int, int], int] = {}

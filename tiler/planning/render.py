@@ -213,11 +213,18 @@ def plan_render(
     once = family.part(Role.DENOISER).once  # these weights are not read at every step
     stored = {name: info for name, info in sampler.stored.items() if not once(name)}
     streamed = Streamed(sampler.weights, stored, facts.arithmetic.int8.products, sampler.resident_slack)
-    filled = [
-        with_resident(sampling(sampler, name, n), streamed, None, max_bytes)
-        for name, n in ((Phase.GUIDE, guide_batch), (Phase.CANVAS, batch))
-        if name in names
-    ]
+
+    def filling(name: Phase, n: int) -> tuple[PhasePlan, dict[str, torch.dtype]]:
+        phase, chosen = with_resident(sampling(sampler, name, n), streamed, None, max_bytes)
+        if not (int8 := sampler.streamer.int8_keys) or int8 - chosen.keys():
+            return phase, chosen
+        in_place = DenoiserPeaks(
+            models, precision, arena_bytes=sampler.streamer.arena_bytes, chunks=chunks, in_place=True
+        )
+        return with_resident(sampling(in_place, name, n), streamed, None, max_bytes)
+
+    batches = ((Phase.GUIDE, guide_batch), (Phase.CANVAS, batch))
+    filled = [filling(name, n) for name, n in batches if name in names]
     coding_phases = [c.holding(prompts, *joined) if c.phase.name == Phase.GUIDE_PICTURE else c for c in coding.phases]
     filled += [with_resident(c.phase, c.streamed, coding.methods[c.phase.name], max_bytes) for c in coding_phases]
     resident |= {phase.name: chosen for phase, chosen in filled}
