@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 # Nothing that imports torch: a process's peak is at least what its parent held when it began.
 ROOT = Path(__file__).parents[1]
+SMALL = {"sd15": "tiny-plain", "sd21": "tiny-plain-sd2", "sdxl": "tiny-plain-sdxl"}  # of the same family
 
 
 class Cost(NamedTuple):
@@ -52,8 +53,7 @@ def write_sparse(kind: str, folder: Path) -> None:
 
     from tiler.models.vocabulary import END, clip_tokenizer
 
-    small = {"sd15": "tiny-plain", "sd21": "tiny-plain-sd2", "sdxl": "tiny-plain-sdxl"}[kind]
-    make_checkpoint.make(small, folder.parent).rename(folder)
+    make_checkpoint.make(SMALL[kind], folder.parent).rename(folder)
     for part, config in (sdxl.configs("full") if kind == "sdxl" else make_checkpoint.configs(kind)).items():
         if part == "scheduler":
             continue
@@ -100,12 +100,14 @@ def compare(folder: Path, file: Path, rounds: int, commands: Sequence[str]) -> N
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kinds", nargs="*", metavar="sd15|sd21|sdxl")
+    parser.add_argument("kinds", nargs="*", metavar="KIND", choices=list(SMALL), help=", ".join(SMALL))
     parser.add_argument("--model", type=Path, help="a folder")
     parser.add_argument("--file", type=Path, help="the single file made from it")
     parser.add_argument("--commands", nargs="+", choices=["plan", "encode"], default=["plan", "encode"])
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
+    if (args.model is None) != (args.file is None) or not (args.kinds or args.model):
+        parser.error("give kinds of models, or --model and --file")
     if args.model is not None:
         compare(args.model, args.file, args.rounds, args.commands)
     for kind in args.kinds:

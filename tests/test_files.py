@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +98,14 @@ def test_a_link_to_another_disk(tmp_path: Path) -> None:
 
 
 def test_writers_of_one_small_file_do_not_disturb_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A second one writes while the first one is about to rename. A link under a temporary name is not followed."""
+    """A second one writes while the first one is about to rename. A link under a temporary name is not followed. A kill
+    while one writes leaves nothing behind."""
     path, replace = tmp_path / "p.png", os.replace
+
+    def parts() -> Iterator[bytes]:
+        yield b"fi"
+        assert not hasattr(os, "O_TMPFILE") or list(tmp_path.iterdir()) == []
+        yield b"rst"
 
     def interrupted(source: Path, target: Path) -> None:
         monkeypatch.setattr(files.os, "replace", replace)
@@ -106,11 +113,11 @@ def test_writers_of_one_small_file_do_not_disturb_each_other(tmp_path: Path, mon
         replace(source, target)
 
     monkeypatch.setattr(files.os, "replace", interrupted)
-    replace_file(path, [b"first"], durable=True)
+    replace_file(path, parts(), durable=True)
     assert path.read_bytes() == b"first" and list(tmp_path.iterdir()) == [path]
     monkeypatch.setattr(files.os, "urandom", lambda size: b"known")
     (tmp_path / f".tiler-{b'known'.hex()}.png").symlink_to(tmp_path / "victim")
-    with pytest.raises(StorageError, match="File exists"):
+    with pytest.raises(StorageError, match=r"File exists.*choose another place"):
         replace_file(path, [b"third"], durable=False)
     assert path.read_bytes() == b"first" and not (tmp_path / "victim").exists()
 

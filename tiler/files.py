@@ -75,30 +75,27 @@ def check_writable(path: Path, *, force: bool, option: str = "--output") -> None
 
 def replace_file(path: Path, parts: Iterable[bytes | memoryview], *, durable: bool) -> None:
     """Write a file of which no reader sees a part; if `durable`, power cuts leave its old or its new content too.
-    Writers of one file do not disturb each other, and no link under a temporary name is followed. What a killed writer
-    leaves behind, `leftovers` finds. Raises StorageError."""
+    Writers of one file do not disturb each other, no link under a temporary name is followed, and a killed writer
+    leaves nothing behind (`_hidden`). Raises StorageError."""
     try:
-        temp = _beside(path)
-        handle = os.open(temp, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
-        try:
-            with open(handle, "wb") as file:
-                for part in parts:
-                    file.write(part)
-                if durable:
-                    _flush(file)
-            os.replace(temp, path)
-        except BaseException:
-            with suppress(OSError):
-                os.unlink(temp)
-            raise
+        with _hidden(path) as file:
+            for part in parts:
+                file.write(part)
+            source = _linked(file, path, durable=durable)
+            try:
+                os.replace(source, path)
+            finally:
+                with suppress(OSError):
+                    os.unlink(source)
     except OSError as error:
-        raise StorageError(f"{path}: writing failed ({error.strerror}); free some space") from error
+        raise _failed(path, error) from error
     if durable:
         sync_folder(path.parent)
 
 
 def leftovers(folder: Path) -> Iterator[Path]:
-    """The temporary files that a killed run has left in a folder of its own."""
+    """The temporary files that a killed run has left in a folder of its own, on a system without files that have no
+    name."""
     return folder.glob(f"{_TEMPORARY}*")
 
 
@@ -144,9 +141,11 @@ def atomic(
         if not in_cache:
             _written.append(path)
     except OSError as error:
-        raise StorageError(
-            f"{path}: writing failed ({error.strerror}); free some space or choose another place"
-        ) from error
+        raise _failed(path, error) from error
+
+
+def _failed(path: Path, error: OSError) -> StorageError:
+    return StorageError(f"{path}: writing failed ({error.strerror}); free some space or choose another place")
 
 
 def _target(path: Path) -> Path:
@@ -208,10 +207,12 @@ def _nameless(target: Path) -> int:
             os.close(handle)
 
 
-def _linked(file: BinaryIO, target: Path) -> Path:
-    """Flush a file to disk and return its hidden name. A file without a name gets one here, because it can be linked
-    only once."""
-    _flush(file)
+def _linked(file: BinaryIO, target: Path, *, durable: bool = True) -> Path:
+    """Finish a file, flushed to disk if `durable`, and return its hidden name. A file without a name gets one here,
+    because it can be linked only once."""
+    file.flush()
+    if durable:
+        _sync(file)
     if not str(file.name).startswith("/proc/self/fd/"):
         return Path(file.name)
     temp = _beside(target)
@@ -219,9 +220,8 @@ def _linked(file: BinaryIO, target: Path) -> Path:
     return temp
 
 
-def _flush(file: BinaryIO) -> None:
+def _sync(file: BinaryIO) -> None:
     """Flush a file to disk. Raises OSError if the disk lost data."""
-    file.flush()
     try:
         os.fsync(file.fileno())
     except OSError as error:

@@ -189,6 +189,11 @@ def test_arithmetic_and_shapes_of_an_operation() -> None:
     assert linear.flops((2, 5, 3)) == 2 * 10 * 3 * 9
 
 
+def test_geometry_is_in_the_operators_order() -> None:
+    layer = nn.Conv2d(8, 8, 3, stride=2, padding=1, groups=2)
+    assert Geometry.of(layer) == ((1, 1), (2, 2), (1, 1), 2)
+
+
 @pytest.mark.parametrize("module", [tiler.compute.tuning, tiler.memory.tuning])
 def test_every_constant_has_a_passport(module: object) -> None:
     hints = typing.get_type_hints(module, include_extras=True)

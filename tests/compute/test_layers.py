@@ -197,12 +197,13 @@ def test_a_low_rank_path_is_added_to_int8_convolutions(tmp_path: Path, side: int
 
 
 @torch.no_grad()
+@products
 @pytest.mark.parametrize("most", [16, 512], ids=["some tokens", "all tokens"])
 @pytest.mark.parametrize("count", [1, 2], ids=["one weight", "two weights"])
-@pytest.mark.parametrize("kernel", [pytest.param(name, marks=products) for name in ("int8", "native-int8")])
 def test_a_low_rank_path_is_added_before_the_gates(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernel: str, count: int, most: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int, most: int
 ) -> None:
+    kernel = "native-int8"
     monkeypatch.setattr("tiler.compute.native._TOKENS", most)
     torch.manual_seed(7)
     x, residual, weights = torch.randn(2, 37, 64), torch.randn(2, 37, 128), torch.randn(256, 64).chunk(count)

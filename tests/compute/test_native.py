@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from tiler.compute.arena import Arena, Held
 from tiler.compute.choose import KERNELS
 from tiler.compute.int8 import quantize_rows
 from tiler.compute.layers import convolve, linear, linear_layers, stream_layers
@@ -214,6 +215,10 @@ def test_int8_weights_that_stay_in_memory_are_multiplied_there_and_planned_once(
         with streamer.hold(module):
             (prepared,) = streamer.prepared(op, prefer[0], (1, 12, 96))
             assert prepared.tensors[0].data_ptr() == store.resident[name].data_ptr()
+        place = Held(Arena(2**20), 2**20, lambda: False, stays=True)
+        first = place.room(1, torch.int8).data_ptr()
+        assert len(list(prefer[0].prepare(store, op, (1, 12, 96), place))) == 1
+        assert place.room(1, torch.int8).data_ptr() == first  # it takes none of the arena
 
     def planned(*, in_place: bool) -> int:
         module = make().to("meta")

@@ -10,7 +10,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tiler.jobs.drawing import OWN_BYTES
 from tiler.memory import process
+from tiler.memory.budget import Budget
+from tiler.memory.policy import at_rows
 from tiler.memory.process import _untouched_code, read_rss
 
 
@@ -126,6 +129,15 @@ for phase, ceiling in (at_rows, 10**9), (at_layer, 10**9), (at_rows, 5 * 10**8):
     able, roomy, denoiser, tight = fresh(code).split()
     assert able == "False" or 56 * 1024 <= int(roomy) <= 64 * 1024
     assert (denoiser, tight) == ("0", "0")
+
+
+def test_the_pictures_of_a_queue_have_huge_pages_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under the default ceiling, of which the queue's own process takes a part."""
+    on: list[bool] = []
+    monkeypatch.setattr(process, "use_huge_pages", on.append)
+    for beside in (0, OWN_BYTES, 400_000_000):
+        at_rows(Budget("800MB", beside_bytes=beside), 300_000_000)
+    assert on == [True, True, False]
 
 
 def test_code_that_ran_leaves_memory_and_returns() -> None:

@@ -118,6 +118,17 @@ def test_doctor_shows_what_is_there_and_fetches_all_that_is_missing(
     assert len(ran.err.splitlines()) == 1
 
 
+def test_doctor_shows_the_parts_beside_a_broken_config(
+    in_process: Any, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = linked(folders["tiny"], tmp_path / "model")
+    (folder / "unet/config.json").unlink()
+    (folder / "unet/config.json").write_text("{")
+    ran = in_process("doctor", "--model", folder)
+    said = " ".join(ran.out.split())
+    assert ran.code == 3 and "vae " in said and " MB" in said and "unet/config.json: not valid JSON" in said, said
+
+
 BAD: dict[str, tuple[str, Damage, str]] = {
     "no UNet": ("tiny", without("unet"), "unet/config.json is missing; copy it there, or download the model again"),
     "no weights": ("tiny", lambda f: weights(f, "unet").unlink(), "no *.safetensors here, but config.json; copy it"),

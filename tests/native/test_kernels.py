@@ -50,6 +50,22 @@ def test_products_are_those_of_fp64(lib: Library) -> None:
 
 
 @every_set
+def test_the_largest_products_do_not_saturate(lib: Library) -> None:
+    """Sums of pairs of products have 16 bits without VNNI."""
+    for largest in (64, -64):
+        for count, case in (
+            (64, linear(Kind.INT8, 9, 64, 32, more=False)),
+            (64 * 9, convolution(Kind.INT8, 1, (6, 5), 64, 32, 3, 1)),
+        ):
+            values, weight, factor, sums, scale, zero = case.tensors[:6]
+            for tensor, value in ((values, 255), (weight, largest), (factor, 1), (scale, 1), (zero, 0)):
+                tensor.fill_(value)
+            sums.fill_(largest * count)
+            case.call.bias = None
+            assert (case.run(lib) == largest * 255 * count).all()
+
+
+@every_set
 def test_rows_and_images_are_those_of_fp64(lib: Library) -> None:
     for case in others():
         case.run(lib)

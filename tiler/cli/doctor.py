@@ -15,6 +15,7 @@ import typer
 from tiler.cli import options as o
 from tiler.cli.terminal import columns
 from tiler.memory.budget import format_mb
+from tiler.memory.tuning import HUGE_PAGES_FROM
 from tiler.request import DoctorRequest
 from tiler.version import versions
 
@@ -107,7 +108,9 @@ def _print(facts: dict[str, str], json_output: bool) -> None:
 
 def _huge_pages(*, able: bool) -> str:
     """Where they are used."""
-    return "for pictures that are decoded" if able else "not used: this system cannot limit them to tensors"
+    if not able:
+        return "not used: this system cannot limit them to tensors and arrays"
+    return f"for pictures that are decoded under ceilings of {format_mb(HUGE_PAGES_FROM)} and more"
 
 
 def _kernels(library: Library | None, fault: str) -> str:

@@ -118,7 +118,11 @@ def command_of(
                     typer.echo(f"note: {note}", err=True)
             asked = request(**values)
             if picture is not None and not rest.get("quiet", False):
-                typer.echo(f"note: {picture} sets what no option here does; `tiler info` shows it", err=True)
+                typer.echo(
+                    f"note: settings that you do not give come from {picture}, also over your configuration; "
+                    "`tiler info --json` lists them",
+                    err=True,
+                )
             if layers.layer_of(context, "quality") is layers.Layer.TYPED and not _has_quality(asked):
                 typer.echo("note: --quality is for JPEG, WebP and AVIF; this format keeps every pixel", err=True)
             run(asked, **rest)

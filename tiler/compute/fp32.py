@@ -40,15 +40,11 @@ class Fp32(Kernel):
 
     def prepare(self, store: WeightStore | None, op: Op, shape: Shape, place: Place) -> Iterator[Prepared]:
         for number, weight in enumerate(op.group.weights):
-            pieces = (
-                self._planned(weight, shape, place) if store is None else self._pieces(store, op, weight, shape, place)
-            )
+            pieces = self._planned(weight, shape, place) if store is None else self._pieces(store, weight, place)
             for first, last, rows in pieces:
                 yield Prepared(first, last, (rows,), number)
 
-    def _pieces(
-        self, store: WeightStore, op: Op, weight: Weight, shape: Shape, place: Place
-    ) -> Iterable[tuple[int, int, Tensor]]:
+    def _pieces(self, store: WeightStore, weight: Weight, place: Place) -> Iterable[tuple[int, int, Tensor]]:
         """Yield first, last + 1 and the rows of each piece of a weight."""
         whole = store.resident.get(weight.name)
         if whole is None or whole.dtype != torch.float32:
@@ -111,20 +107,17 @@ class Fp32(Kernel):
                 outs[number] = self._product(op, x, rows, bias)
                 continue
             if number not in outs:
-                outs[number] = self._empty(op, x, weight)
+                is_image = op.kind is Kind.CONVOLUTION and onednn.convolves()
+                layout = torch.channels_last if is_image else torch.contiguous_format
+                shape = op.output_shape(x.shape, weight.outputs)
+                outs[number] = torch.empty(shape, device=x.device, memory_format=layout)
             for i in range(1 if x.is_meta else len(x)):
                 part = self._product(op, x[i : i + 1], rows, bias)
                 outs[number][i : i + 1].narrow(axis, first, last - first).copy_(part)
         return [outs[number] for number in range(len(op.group.weights))]
 
     @staticmethod
-    def _empty(op: Op, x: Tensor, weight: Weight) -> Tensor:
-        layout = torch.contiguous_format
-        if op.kind is Kind.CONVOLUTION and onednn.convolves():
-            layout = torch.channels_last
-        return torch.empty(op.output_shape(x.shape, weight.outputs), device=x.device, memory_format=layout)
-
-    def _product(self, op: Op, x: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
+    def _product(op: Op, x: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
         if op.geometry is None:
             return product(x, rows, bias)
         return onednn.plain_convolution(x, rows, bias, op.geometry)

@@ -287,13 +287,10 @@ def weight_pieces(store: WeightStore, weight: Weight, elements: int | None = Non
         yield first, Piece(weight.name, weight.first + first, weight.first + last)
 
 
-def read_pieces(
-    store: WeightStore, weight: Weight, place: Place, dtype: torch.dtype = torch.float32, *, channels_last: bool = False
-) -> Iterator[tuple[int, int, Tensor]]:
-    """Yield first, last + 1 and the rows in fp32 or int8 of each piece, all in the same buffer."""
+def read_pieces(store: WeightStore, weight: Weight, place: Place) -> Iterator[tuple[int, int, Tensor]]:
+    """Yield first, last + 1 and the rows in fp32 of each piece, all in the same buffer."""
     for first, piece in weight_pieces(store, weight):
         shape = piece.last - piece.first, *weight.meta.shape[1:]
-        rows = place.room(math.prod(shape), dtype)
-        rows = rows.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1) if channels_last else rows.view(shape)
+        rows = place.room(math.prod(shape), torch.float32).view(shape)
         store.fetch(piece, rows)
         yield first, first + shape[0], rows

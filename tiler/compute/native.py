@@ -185,32 +185,31 @@ def _planned(op: Op, place: Place) -> Iterator[Prepared]:
 
 
 def _fetched(store: WeightStore, op: Op, place: Place) -> Iterator[Prepared]:
-    """Yield each weight, complete if it stays or is resident, else in pieces: values, scales and sums of its outputs,
-    followed by those of its gates."""
+    """Yield each weight, complete if it stays, else in pieces: values, scales and sums of its outputs, followed by
+    those of its gates. Resident weights take no room in `place`."""
     for number, weights in together(op):
         outputs, row = weights[0].outputs, weights[0].row
         step = outputs if place.stays else step_rows(store, row * len(weights))
         for first in range(0, outputs, step):
             last = min(first + step, outputs)
             tensors: list[Tensor] = []
-            room = place.room(len(weights) * (last - first) * row, torch.int8).view(len(weights), last - first, row)
-            for weight, rows in zip(weights, room, strict=True):
+            count = sum(store.blocks(weight.name) is None for weight in weights)
+            room = place.room(count * (last - first) * row, torch.int8).view(count, last - first, row)
+            free = iter(room)
+            for weight in weights:
                 piece = Piece(weight.name, weight.first + first, weight.first + last)
-                tensors += [
-                    _fetch(store, piece, weight, rows),
-                    store.scale(weight.name)[piece.first : piece.last],
-                ]
-                tensors.append(_sums(store, piece, tensors[-2]))
+                if (kept := store.blocks(weight.name)) is not None:
+                    rows = kept.view(-1, row)[piece.first : piece.last]
+                else:
+                    rows = _fetch(store, piece, weight, next(free))
+                tensors += [rows, store.scale(weight.name)[piece.first : piece.last], _sums(store, piece, rows)]
             place.keep(room.nbytes)
             yield Prepared(first, last, tuple(tensors), number)
 
 
 def _fetch(store: WeightStore, whole: Piece, weight: Weight, into: Tensor) -> Tensor:
-    """Rows in blocks, read `into` a buffer or taken from resident weights. Rows that the file stores in plain order are
-    rearranged here."""
-    is_blocked, kept = store.index[whole.name].blocked, store.resident.get(whole.name)
-    if is_blocked and kept is not None and kept.dtype == torch.int8:
-        return kept.view(-1, weight.row)[whole.first : whole.last]
+    """Rows in blocks, read `into` a buffer. Rows that the file stores in plain order are rearranged here."""
+    is_blocked = store.index[whole.name].blocked
     for first, piece in weight_pieces(store, replace(weight, first=whole.first, meta=weight.meta[: len(into)])):
         rows = into[first : first + piece.last - piece.first]
         if is_blocked:

@@ -165,8 +165,7 @@ def _broadcast(shapes: Sequence[Sequence[int]]) -> list[int]:
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
     for value in values:
         if isinstance(value, Tensor):
-            if value.layout is torch.strided:  # oneDNN's own tensors have no storage that could be asked
-                yield value
+            yield value
         elif isinstance(value, (tuple, list)):
             yield from _tensors(value)
 
@@ -199,7 +198,7 @@ _POINTWISE = {
     "empty_like",
     "zeros_like",
 }
-_QUESTIONS = {"__get__", "__len__", "numel", "stride", "dim"}  # most calls by far; they make no tensor
+_QUESTIONS = {"__get__", "__len__", "numel", "stride", "dim"}  # most calls by far; they take no new memory
 _IN_PLACE = {"add_", "__iadd__", "mul_", "__imul__", "div_", "copy_", "zero_", "__setitem__"}
 
 

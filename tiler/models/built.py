@@ -16,7 +16,8 @@ class Models:
 
     `decoder` decodes the picture: the checkpoint's own autoencoder, or the `tiny` one, which may also be there for
     previews alone. `loras` holds the changes to the weights. `rehearsed` is for planning: what running a part on shapes
-    gave, by all that it depends on, because the plans of one run ask the same again.
+    gave, by the name of an encoder or, in an autoencoder's own dictionary, by what its method depends on. The plans of
+    one run ask the same again, and nothing else varies between them.
     """
 
     def __init__(self, family: Family, tiny: VaeSpec | None = None, *, previews_only: bool = False) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,10 @@ def _of_folder(options: ModelOptions) -> dict[str, str]:
     parts = {name: what for name, what in named.items() if name.startswith(_PARTS) and isinstance(what, list)}
     states = {name: _state(found, name) for name, what in parts.items() if None not in what}
     unet, pipeline = found.folder / "unet" / "config.json", str(named.get("_class_name"))
-    row = row_of_pipeline(pipeline, read_json(unet) if unet.is_file() else {})
+    config: Mapping[str, Any] = {}
+    with suppress(TilerError):  # a broken config is the reason that the caller gives
+        config = read_json(unet) if unet.is_file() else {}
+    row = row_of_pipeline(pipeline, config)
     if missing := [name for name, state in states.items() if state == _MISSING]:
         states["to fetch them"] = fetch_part(found, row.others if row is not None else "", *missing)
     return {"model": found.name, "family": pipeline if row is None else row.title} | states

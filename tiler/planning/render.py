@@ -221,7 +221,9 @@ def plan_render(
         in_place = DenoiserPeaks(
             models, precision, arena_bytes=sampler.streamer.arena_bytes, chunks=chunks, in_place=True
         )
-        return with_resident(sampling(in_place, name, n), streamed, None, max_bytes)
+        again, more = with_resident(sampling(in_place, name, n), streamed, None, max_bytes)
+        # With more room, a large fp32 weight may come in and an int8 one go, which would then be held after all.
+        return (phase, chosen) if int8 - more.keys() else (again, more)
 
     batches = ((Phase.GUIDE, guide_batch), (Phase.CANVAS, batch))
     filled = [filling(name, n) for name, n in batches if name in names]

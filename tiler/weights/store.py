@@ -44,8 +44,8 @@ class Piece(NamedTuple):
 
 
 def piece_rows(row_elements: int, piece_elements: int) -> int:
-    """The number of rows in a piece of about `piece_elements` elements: a multiple of 32, at least 32, so that cuts
-    match oneDNN's blocks."""
+    """The number of rows in a piece of about `piece_elements` elements: a multiple of 32, at least 32, so that no cut
+    divides a kernel's block of outputs."""
     return max(32, piece_elements // max(1, row_elements) // 32 * 32)
 
 
@@ -167,6 +167,11 @@ class WeightStore:
         """The names of the int8 tensors that are multiplied as stored, apart from low-rank paths."""
         stored = (name for name, info in self.index.items() if info.dtype == "I8")
         return frozenset(name for name in stored if all(one.rank for one in self._merger.changes.get(name, ())))
+
+    def blocks(self, name: str) -> torch.Tensor | None:
+        """A resident int8 weight in the order of blocks.py; None for all others."""
+        kept = self.resident.get(name)
+        return kept if kept is not None and kept.dtype == torch.int8 and self.index[name].blocked else None
 
     def scale(self, name: str) -> torch.Tensor:
         """The scales (rows,) fp32 of a scaled tensor; they stay in memory."""
