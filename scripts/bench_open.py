@@ -100,14 +100,16 @@ def compare(folder: Path, file: Path, rounds: int, commands: Sequence[str]) -> N
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kinds", nargs="*", metavar="KIND", choices=list(SMALL), help=", ".join(SMALL))
+    parser.add_argument("kinds", nargs="*", metavar="|".join(SMALL))
     parser.add_argument("--model", type=Path, help="a folder")
     parser.add_argument("--file", type=Path, help="the single file made from it")
     parser.add_argument("--commands", nargs="+", choices=["plan", "encode"], default=["plan", "encode"])
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     if (args.model is None) != (args.file is None) or not (args.kinds or args.model):
-        parser.error("give kinds of models, or --model and --file")
+        parser.error(f"give some of {', '.join(SMALL)}, or --model and --file")
+    if unknown := set(args.kinds) - SMALL.keys():
+        parser.error(f"{', '.join(sorted(unknown))}: choose from {', '.join(SMALL)}")
     if args.model is not None:
         compare(args.model, args.file, args.rounds, args.commands)
     for kind in args.kinds:

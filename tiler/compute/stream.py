@@ -219,12 +219,10 @@ class Streamer:
 
     def _resident(self, op: Op, kernel: Kernel) -> bool:
         """Whether the operation's weights stay in memory as its kernel needs them."""
-        if kernel.multiplies_in_place:
-            if self.store is None:
-                return self._in_place
-            return all(self.store.blocks(name) is not None for name in op.group.names)
         if self.store is None:
-            return False
+            return self._in_place and kernel.multiplies_in_place
+        if kernel.multiplies_in_place:
+            return all(self.store.blocks(name) is not None for name in op.group.names)
         resident = [self.store.resident.get(name) for name in op.group.names]
         return kernel.takes_resident and all(x is not None and x.dtype == torch.float32 for x in resident)
 
