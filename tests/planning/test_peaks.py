@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 
+from tiler.compute import cpu
 from tiler.compute.shapes import Memo
 from tiler.decoding.method import ScratchSpace
 from tiler.models.built import Models
 from tiler.models.family import read_family
+from tiler.planning.fit import with_resident
 from tiler.planning.peaks import ACTIVATIONS, DenoiserPeaks, VaePeaks, with_preview
 from tiler.planning.resolve import fill
 from tiler.planning.table import PhasePlan, Term
@@ -74,3 +76,33 @@ def test_a_preview_takes_the_memory_of_a_pass_that_is_over() -> None:
     phase = PhasePlan(name="canvas", terms=(Term(name="canvas", nbytes=5), Term(name=ACTIVATIONS, nbytes=100)))
     assert with_preview(phase, 90) == phase
     assert with_preview(phase, 130).peak_bytes == phase.peak_bytes + 30
+
+
+@pytest.mark.skipif(not cpu.int8().products, reason="no 8-bit products here")
+def test_a_plan_without_room_for_int8_weights_has_all_of_them_resident(
+    in_process: Any, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What that saves may not make another choice of weights, which leaves one of them out."""
+
+    def canvas() -> int:
+        phases = in_process("plan", "--model", tiny, "--size", 64, "--precision", "int8", "--json").json["phases"]
+        return sum(next(phase["terms"] for phase in phases if phase["name"] == "canvas").values())
+
+    in_place = False
+
+    def peaks(*args: Any, **options: Any) -> DenoiserPeaks:
+        nonlocal in_place
+        in_place = options.get("in_place", False)
+        return DenoiserPeaks(*args, **options)
+
+    def without(*args: Any) -> Any:
+        nonlocal in_place
+        phase, chosen = with_resident(*args)
+        chosen, in_place = {} if in_place else chosen, False
+        return phase, chosen
+
+    monkeypatch.setattr("tiler.compute.layers.SMALL", 500)
+    plain = canvas()
+    monkeypatch.setattr("tiler.planning.render.DenoiserPeaks", peaks)
+    monkeypatch.setattr("tiler.planning.render.with_resident", without)
+    assert canvas() > plain
