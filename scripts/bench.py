@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -203,9 +204,17 @@ class Worker:
 
 
 def bench_unet(
-    model: str, ceiling: int, rounds: int, *, peers: bool = False, openvino: str | None = None, sdcpp: str | None = None
+    model: str,
+    ceiling: int,
+    rounds: int,
+    *,
+    peers: bool = False,
+    openvino: str | None = None,
+    sdcpp: str | None = None,
+    only: str = "",
 ) -> dict[str, dict[str, Any]]:
-    """Alternate passes of tiler and of others over the same checkpoint; the first of each is not counted."""
+    """Alternate passes of tiler and of others over the same checkpoint; the first of each is not counted. `only`: the
+    names that match this regular expression, and diffusers, which all are compared with."""
     resident = RESIDENT.format(model=model)
     commands = {
         f"tiler {p}": (sys.executable, STREAMED.format(model=model, ceiling=ceiling, size=2048, precision=p))
@@ -224,8 +233,10 @@ def bench_unet(
     if sdcpp is not None:
         native = json.loads(Path(model, "unet/config.json").read_text())["sample_size"]
         commands["stable-diffusion.cpp fp16"] = sdcpp, REPORT + SDCPP.format(model=model, native=native)
-    workers: dict[str, Worker] = {}
+    base, workers = "diffusers fp32, resident", dict[str, Worker]()
     for name, command in commands.items():  # one after another: each reads its weights into the page cache undisturbed
+        if name != base and not re.search(only, name):
+            continue
         workers[name] = Worker(*command)
         workers[name].measure()
     runs = [{name: worker.measure() for name, worker in workers.items()} for _ in range(rounds)]
@@ -241,7 +252,7 @@ def bench_unet(
     return {
         name: {
             "seconds_per_sample": median(name),
-            "ratio": median(name, "diffusers fp32, resident"),
+            "ratio": median(name, base),
             "peak_bytes": runs[-1][name]["peak"],
             "samples_per_read": runs[-1][name]["batch"],
         }
@@ -388,6 +399,7 @@ def main() -> None:
     parser.add_argument("--peers", action="store_true", help="for unet: also accelerate's disk_offload, if installed")
     parser.add_argument("--openvino", metavar="PYTHON", help="for unet: an interpreter with openvino and nncf")
     parser.add_argument("--sdcpp", metavar="PYTHON", help="for unet: one with stable-diffusion-cpp-python")
+    parser.add_argument("--only", default="", help="for unet: workers whose names match, beside diffusers: int8")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--precision", choices=["fp32", "bf16", "int8"], default="fp32", help="for memory and render")
@@ -399,7 +411,13 @@ def main() -> None:
     squares = [width for width, _ in sides]
     if "unet" in args.what:
         results["unet"] = bench_unet(
-            model, args.ceiling, args.rounds, peers=args.peers, openvino=args.openvino, sdcpp=args.sdcpp
+            model,
+            args.ceiling,
+            args.rounds,
+            peers=args.peers,
+            openvino=args.openvino,
+            sdcpp=args.sdcpp,
+            only=args.only,
         )
         for name, row in results["unet"].items():
             print(

@@ -3,7 +3,8 @@
 python scripts/bench_cluster.py speedup --model FOLDER --size 2048 [--steps 4] [--precision int8] [--brief] [OPTION …]
     seconds of the canvas and of the whole render: one process with one thread; two workers with one thread each; then
     `tiler batch` with two pictures at once on these workers against one process after the other; the bytes of all are
-    compared. Wants a quiet machine with two free cores. Other options are those of `tiler render`.
+    compared. Wants a quiet machine with two free cores. With --canvas each render ends when its canvas is done, and
+    latents are compared. Other options are those of `tiler render`.
 python scripts/bench_cluster.py scale [--workers 100] [--tasks 10000] [--side 100000]
     CPU time of a queue's scheduler and of the coordinator for each task, less what both take while nothing happens,
     and their memory, in windows of a tenth of the tasks: growth would be seen. So many workers are in another process,
@@ -47,7 +48,7 @@ def common(told: argparse.Namespace) -> list[object]:
     """Options of all renders."""
     return [
         "--model", told.model, "--size", told.size, "--steps", told.steps, "--seed", 7, "--precision", told.precision,
-        "--no-metadata", "--quiet", *told.more,
+        "--no-metadata", *["--quiet"] * (not told.canvas), *told.more,
     ]  # fmt: skip
 
 
@@ -58,15 +59,36 @@ class Timed:
         self.picture, self._report = folder / f"{name}.png", folder / f"{name}.json"
         own = ["--max-ram", told.max_ram, "--report", self._report, "-o", self.picture, *more]
         words = ["render", PROMPT, *common(told), *own]
-        self._start = time.monotonic()
-        self._process = subprocess.Popen(tiler(*words), env=ENVIRONMENT)
+        self._start, self._ends_early = time.monotonic(), told.canvas
+        if told.canvas:
+            self.picture = folder / f"{name}.safetensors"
+            words += ["--save-latents", self.picture, "--log-json"]
+        error = subprocess.PIPE if told.canvas else None
+        self._process = subprocess.Popen(tiler(*words), env=ENVIRONMENT, stderr=error, text=True)
 
     def wait(self) -> dict[str, float]:
+        """Seconds of the canvas and of all; seconds that workers spent in tasks."""
+        if self._ends_early:
+            return self._wait_for_canvas()
         if self._process.wait():
             raise SystemExit("a render failed")
-        whole = time.monotonic() - self._start
-        phases = {phase["name"]: phase["seconds"] for phase in json.loads(self._report.read_text())["phases"]}
-        return {"canvas": phases["canvas"], "whole": whole}
+        whole, report = time.monotonic() - self._start, json.loads(self._report.read_text())
+        phases = {phase["name"]: phase["seconds"] for phase in report["phases"]}
+        busy = sum(worker["seconds"] for worker in report["workers"])
+        return {"canvas": phases["canvas"], "whole": whole, "busy": busy}
+
+    def _wait_for_canvas(self) -> dict[str, float]:
+        assert self._process.stderr is not None
+        for line in self._process.stderr:
+            event: dict[str, Any] = json.loads(line) if line.startswith("{") else {"event": ""}
+            if event["event"] == "phase_done" and event["name"] == "canvas":
+                whole = time.monotonic() - self._start
+                while not self.picture.exists():
+                    time.sleep(0.05)
+                self._process.kill()
+                self._process.wait()
+                return {"canvas": event["seconds"], "whole": whole, "busy": 0.0}
+        raise SystemExit("a render failed")
 
     def digest(self) -> str:
         return hashlib.sha256(self.picture.read_bytes()).hexdigest()[:16]
@@ -102,8 +124,9 @@ def fleet(told: argparse.Namespace, folder: Path) -> Iterator[tuple[object, ...]
 
 
 def tell(one: dict[str, float], two: dict[str, float], digests: set[str]) -> None:
-    print(f"one process × 1 thread: canvas {one['canvas']:.1f} s, whole {one['whole']:.1f} s")
     print(f"two workers × 1 thread: canvas {two['canvas']:.1f} s, whole {two['whole']:.1f} s")
+    if two["busy"]:
+        print(f"each worker was in a task for {two['busy'] / 2:.1f} s of its canvas")
     print(f"speed-up: canvas {one['canvas'] / two['canvas']:.2f}×, whole {one['whole'] / two['whole']:.2f}×")
     print(f"bytes: {'equal' if len(digests) == 1 else f'DIFFERENT {digests}'}", flush=True)
 
@@ -112,17 +135,19 @@ def speedup(told: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         small = ("--size", 256, "--steps", 1)
-        if not told.brief:
+        warms_up = not told.brief and not told.cold
+        if warms_up:
             Timed(told, folder, "warm-up", *small).wait()  # packs int8 weights
         alone = Timed(told, folder, "alone")
         one = alone.wait()
+        print(f"one process × 1 thread: canvas {one['canvas']:.1f} s, whole {one['whole']:.1f} s", flush=True)
         with fleet(told, folder) as through:
-            if not told.brief:
+            if warms_up:
                 Timed(told, folder, "warm-up-2", *small, *through).wait()
             both = Timed(told, folder, "both", *through)
             two = both.wait()
             tell(one, two, {alone.digest(), both.digest()})
-            if told.brief:
+            if told.brief or told.canvas:
                 return
             queue = folder / "q.toml"
             queue.write_text("".join(f'[[image]]\nprompt = "{PROMPT}"\noutput = "pair-{n}.png"\n' for n in (1, 2)))
@@ -199,8 +224,9 @@ def scale(told: argparse.Namespace) -> None:
     import torch
 
     from tiler.cluster.engine import Engine
+    from tiler.cluster.greetings import Probe
     from tiler.cluster.keys import make_keys
-    from tiler.cluster.members import Members, Probe
+    from tiler.cluster.members import Members
     from tiler.cluster.pool import Pool
     from tiler.diffusion.layouts import plan_tiles
     from tiler.diffusion.runner import Tile
@@ -277,6 +303,8 @@ def main() -> None:
     one.add_argument("--precision", default="fp32")
     one.add_argument("--max-ram", default="800MB")
     one.add_argument("--worker-ram", default="800MB")
+    one.add_argument("--canvas", action="store_true", help="end each render when its canvas is done")
+    one.add_argument("--cold", action="store_true", help="no runs to warm up")
     one.add_argument("--brief", action="store_true", help="neither runs to warm up nor a queue")
     one.set_defaults(run=speedup)
     two = commands.add_parser("scale")

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from tiler.compute import int8, onednn, winograd
+from tiler.compute import winograd
 from tiler.memory import process
 from tiler.memory.budget import Budget
 from tiler.memory.policy import at_layer
@@ -48,7 +48,7 @@ _NATIVE = {
 }
 _OPERATORS = {
     "convolution": ("convolution",),
-    "linear": ("addmm", "::mm", "qlinear_pointwise"),
+    "linear": ("addmm", "::mm"),
     "attention": ("attention",),
     "norms": ("norm",),
     "activation functions": ("silu", "gelu", "sigmoid"),
@@ -105,10 +105,6 @@ def main() -> None:
         weights = packed_weights(models, default_cache(), lambda share, why: None)
     named(store.WeightStore, "_take", "waiting for weights")
     named(store.WeightStore, "_cast", "casting weights")
-    for name in ("quantize_tokens", "quantize_image"):
-        named(int8, name, "quantising activations")
-    named(int8, "pack", "packing int8 weights")
-    named(onednn, "reorder", "reordering weights")
     named(winograd, "transform", "transforming weights")
     named(winograd, "conv2d", "convolution, transformed")
     named(process, "release_heap", "giving memory back")

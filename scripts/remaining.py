@@ -1,4 +1,5 @@
-"""How well the remaining time is known, in the processor's seconds, which other programs do not disturb.
+"""How well the remaining time is known, in the processor's seconds, which other programs do not disturb, or with --wall
+in those of a clock.
 
     python scripts/remaining.py --model mini --size 1024 --steps 4
     python scripts/remaining.py --model path/to/sd15 --size 512 --steps 2 --no-guide --decode frozen
@@ -46,12 +47,13 @@ def main() -> None:
     parser.add_argument("--decode", type=Decode, default=Decode.AUTO)
     parser.add_argument("--no-guide", action="store_true")
     parser.add_argument("--max-ram", default="800MB")
+    parser.add_argument("--wall", action="store_true", help="for a machine that does nothing else")
     asked = parser.parse_args()
     phase, total = Phase(""), 1
 
     def note(event: Event) -> None:
         nonlocal phase, total
-        now = time.process_time()
+        now = time.monotonic() if asked.wall else time.process_time()
         if isinstance(event, PhaseStarted):
             phase = Phase(event.name)
             total = event.total

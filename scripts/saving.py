@@ -1,11 +1,12 @@
-"""What it costs to save a render as it goes, and what a kill loses of a decode.
+"""What it costs to save a render as it goes, what a kill loses of a decode, and what a queue costs.
 
     python scripts/saving.py render --model mini --size 1024 --steps 4   with a job folder, and without one (-o -)
     python scripts/saving.py decode --model mini --size 4096             `exact` with its passes remembered
+    python scripts/saving.py queue --model mini --size 512 --steps 1     a queue of 20 rows
 
 `render` alternates both and prints the processor's seconds (medians) and the peaks. `decode` prints the share of the
 time that goes into the journal and its files, and how much of the decode a kill loses in the mean: the time since the
-last line of the journal, over all moments.
+last line of the journal, over all moments. `queue` prints the processor's seconds of a row beyond `tiler render`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import resource
 import statistics
 import subprocess
@@ -36,10 +36,12 @@ from tiler.request import Decode, Wrap
 from tiler.run import measure, streamed
 from tiler.weights.checkpoint import resolve
 
+ROWS = 20
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("kind", choices=("render", "decode"))
+    parser.add_argument("kind", choices=("render", "decode", "queue"))
     parser.add_argument("--model", default="mini")
     parser.add_argument("--size", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=4)
@@ -48,6 +50,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         if asked.kind == "render":
             bench_render(asked, Path(name))
+        elif asked.kind == "queue":
+            bench_queue(asked, Path(name))
         else:
             bench_decode(asked, Path(name))
 
@@ -62,18 +66,30 @@ def bench_render(asked: argparse.Namespace, folder: Path) -> None:
         print(f"{name:11}{seconds:7.2f} s of the processor, peak {peak / 1e6:.1f} MB")
 
 
+def bench_queue(asked: argparse.Namespace, folder: Path) -> None:
+    options = ["--model", asked.model, "--size", asked.size, "--steps", asked.steps, "--quiet"]
+    (folder / "q.jsonl").write_text("".join(f'{{"prompt": "a quiet sea", "seed": {n}}}\n' for n in range(ROWS)))
+    alone = statistics.median(_render(asked, folder, "x.png")[0] for _ in range(asked.rounds))
+    whole = _tiler(folder, ["batch", "q.jsonl", *options])
+    each = whole / ROWS - alone
+    print(f"{alone:.2f} s of the processor for `render`, {whole:.2f} s for {ROWS} rows: {each:+.3f} s a row")
+
+
 def _render(asked: argparse.Namespace, folder: Path, output: str) -> tuple[float, float]:
     """Seconds of the processor, and bytes."""
     options = ["a quiet sea", "--model", asked.model, "--size", asked.size, "--steps", asked.steps, "--seed", 7]
     options += ["--quiet", "--force", "--report", "report.json", "-o", output]
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    with open(os.devnull, "w") as null:
-        subprocess.run(
-            [sys.executable, "-m", "tiler", "render", *map(str, options)], cwd=folder, stdout=null, check=True
-        )
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    seconds = _tiler(folder, ["render", *options])
     return seconds, json.loads((folder / "report.json").read_text())["peak_rss_bytes"]
+
+
+def _tiler(folder: Path, words: list[object]) -> float:
+    """Run `tiler` in that folder. Seconds of the processor."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    command = [sys.executable, "-m", "tiler", *map(str, words)]
+    subprocess.run(command, cwd=folder, stdout=subprocess.DEVNULL, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 class _Timed(Spool):

@@ -170,7 +170,7 @@ def in_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Ca
                 patch.setenv(name, value)
             patch.setattr(sys, "argv", ["tiler", *map(str, args)])
             # These change the whole process for a run that ends with it; the tests go on.
-            patch.setattr("tiler.memory.lean_imports.lean_torch", lambda: None)
+            patch.setattr("tiler.memory.lean_imports.start_program", lambda: None)
             patch.setattr("tiler.cli.queues.hand_over", lambda spec: sys.exit(supervise.run(spec)))
             ours = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
             before, threads = [signal.getsignal(number) for number in ours], torch.get_num_threads()

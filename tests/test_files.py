@@ -12,7 +12,7 @@ import pytest
 
 from tiler import files
 from tiler.errors import NameTaken, StorageError, UsageError
-from tiler.files import atomic, check_writable, replace_at_once
+from tiler.files import atomic, check_writable, replace_file
 
 REFUSALS = ["chmod", "fsync", "link", "O_TMPFILE", "link and fsync", "everything"]
 
@@ -102,16 +102,16 @@ def test_writers_of_one_small_file_do_not_disturb_each_other(tmp_path: Path, mon
 
     def interrupted(source: Path, target: Path) -> None:
         monkeypatch.setattr(files.os, "replace", replace)
-        replace_at_once(path, b"second")
+        replace_file(path, [b"second"], durable=False)
         replace(source, target)
 
     monkeypatch.setattr(files.os, "replace", interrupted)
-    replace_at_once(path, b"first")
+    replace_file(path, [b"first"], durable=True)
     assert path.read_bytes() == b"first" and list(tmp_path.iterdir()) == [path]
-    monkeypatch.setattr(files.secrets, "token_hex", lambda size: "known")
-    (tmp_path / ".tiler-known.png").symlink_to(tmp_path / "victim")
-    with pytest.raises(FileExistsError):
-        replace_at_once(path, b"third")
+    monkeypatch.setattr(files.os, "urandom", lambda size: b"known")
+    (tmp_path / f".tiler-{b'known'.hex()}.png").symlink_to(tmp_path / "victim")
+    with pytest.raises(StorageError, match="File exists"):
+        replace_file(path, [b"third"], durable=False)
     assert path.read_bytes() == b"first" and not (tmp_path / "victim").exists()
 
 
@@ -184,8 +184,10 @@ def test_the_umask_holds_and_finished_files_are_remembered(
     assert stat.S_IMODE((tmp_path / "x").stat().st_mode) == 0o640
     with pytest.raises(RuntimeError), atomic(tmp_path / "y"):
         raise RuntimeError
+    with atomic(tmp_path / "z", in_cache=True) as file:
+        file.write(b"1")
     assert files.written()[before:] == (tmp_path / "x",)
-    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["x", "z"]
 
 
 def test_a_name_that_is_not_utf8(tmp_path: Path) -> None:

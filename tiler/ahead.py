@@ -9,10 +9,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import fields
 
+import torch
+
 from tiler import encoding, phases
 from tiler.errors import TilerError
-from tiler.events import Event, Note, OnEvent
+from tiler.events import Event, Note, OnEvent, Phase
 from tiler.jobs.coding import encode
+from tiler.memory import lean_imports
 from tiler.memory.budget import Budget
 from tiler.memory.tuning import MARGIN
 from tiler.models import family as families
@@ -31,17 +34,20 @@ _READ_ALIKE = (
 )  # fmt: skip
 
 
-def encode_ahead(requests: Sequence[RenderRequest], budget: Budget, on_event: OnEvent) -> int:
-    """Encode the prompts that the cache lacks, of requests that share a large encoder and read prompts the same way.
-    Requests whose tags or LoRAs are wrong are left out, because their renders report it. Return the number of texts
-    encoded. Raises TilerError."""
+@torch.no_grad()
+def encode_ahead(requests: Sequence[RenderRequest], budget: Budget, on_event: OnEvent = lambda event: None) -> int:
+    """Encode under `budget` the prompts that the cache lacks, of requests that share a large encoder and read prompts
+    the same way. Requests whose tags or LoRAs are wrong are left out, because their renders report it. Return the
+    number of texts encoded. Raises TilerError."""
     alike = defaultdict[str, list[RenderRequest]](list)
     for request in requests:
         with suppress(TilerError):
             tags = map(str, tags_of(request))
             read_as = [encode(getattr(request, name)) for name in _READ_ALIKE]
             alike[json.dumps([*read_as, *tags])].append(request)
-    return sum(_encode(group, budget, on_event) for group in alike.values() if len(group) > 1)
+    with budget:
+        lean_imports.freeze_imports()
+        return sum(_encode(group, budget, on_event) for group in alike.values() if len(group) > 1)
 
 
 def _encode(requests: list[RenderRequest], budget: Budget, on_event: OnEvent) -> int:
@@ -79,7 +85,7 @@ def _shares(run: RenderRun, texts: list[Text]) -> Iterator[list[Text]]:
     """Cut the texts into groups whose embeddings fit under the ceiling together."""
     family = run.models.family
     (sample,) = family.example([0], (family.granularity, family.granularity))
-    free = int(MARGIN * run.budget.max_bytes) - run.plan.memory.peak_of("encode prompts")
+    free = int(MARGIN * run.budget.max_bytes) - run.plan.memory.peak_of(Phase.ENCODE_PROMPTS)
     most = max(1, free // (4 * sample.prompt.tokens.numel()))
     for first in range(0, len(texts), most):
         yield texts[first : first + most]

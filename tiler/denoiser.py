@@ -17,6 +17,7 @@ from tiler import packing
 from tiler.compute.stream import Streamer
 from tiler.diffusion.prompts import Prompts
 from tiler.diffusion.runner import Conditions, LocalRunner
+from tiler.events import Phase
 from tiler.memory.policy import at_layer
 from tiler.models.built import Models
 from tiler.models.family import Options, Part, Role
@@ -89,7 +90,7 @@ def decoder_id(models: Models) -> str:
 
 
 @contextmanager
-def open_denoiser(run: DenoiserRun, prompts: Prompts, phase: str = "canvas") -> Iterator[LocalRunner]:
+def open_denoiser(run: DenoiserRun, prompts: Prompts, phase: Phase = Phase.CANVAS) -> Iterator[LocalRunner]:
     """Open a runner that predicts the tiles of `phase` in this process until the block ends. Raises TilerError."""
     with open_weights(run, phase) as streamer:
         yield runner_on(streamer, run, prompts, phase)
@@ -98,7 +99,7 @@ def open_denoiser(run: DenoiserRun, prompts: Prompts, phase: str = "canvas") -> 
 
 
 @contextmanager
-def open_weights(run: DenoiserRun, phase: str = "canvas") -> Iterator[Streamer]:
+def open_weights(run: DenoiserRun, phase: Phase = Phase.CANVAS) -> Iterator[Streamer]:
     """Open the denoiser's weights until the block ends. Raises TilerError."""
     plan, part = run.plan, run.plan.family.part(Role.DENOISER)
     denoiser, short = run.models.module(part), partial(run.budget.short, plan.sample_bytes)
@@ -110,7 +111,7 @@ def open_weights(run: DenoiserRun, phase: str = "canvas") -> Iterator[Streamer]:
         yield streamer
 
 
-def runner_on(streamer: Streamer, run: DenoiserRun, prompts: Prompts, phase: str = "canvas") -> LocalRunner:
+def runner_on(streamer: Streamer, run: DenoiserRun, prompts: Prompts, phase: Phase = Phase.CANVAS) -> LocalRunner:
     """A runner on weights that are already open; runs with the same plan may share them. Raises TilerError."""
     request, plan, family = run.request, run.plan, run.plan.family
     denoiser, check = run.models.module(family.part(Role.DENOISER)), at_layer(run.budget, plan.memory.peak_bytes)
@@ -130,7 +131,7 @@ def runner_on(streamer: Streamer, run: DenoiserRun, prompts: Prompts, phase: str
         return family.predict(denoiser, streamer, samples, step, run.prepared, check)
 
     wording, begin, batch = plan.canvas_wording, plan.begin, plan.batch
-    if phase == "guide":
+    if phase == Phase.GUIDE:
         assert plan.guide_wording is not None
         wording, begin, batch = plan.guide_wording, 0, plan.guide_batch
 

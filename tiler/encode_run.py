@@ -8,7 +8,7 @@ from pathlib import Path
 from tiler import encoding
 from tiler.encoding import Spoken
 from tiler.errors import UsageError
-from tiler.events import OnEvent
+from tiler.events import OnEvent, Phase
 from tiler.files import check_writable
 from tiler.memory.budget import Budget
 from tiler.memory.limits import memory_warning
@@ -56,7 +56,7 @@ def start(request: EncodeRequest, budget: Budget, on_event: OnEvent) -> EncodeRu
     for part in family.encoders:
         models.module(part)
     facts = measure(output.parent)
-    phase = PhasePlan(name="encode prompts", terms=(facts.text_libraries,))
+    phase = PhasePlan(name=Phase.ENCODE_PROMPTS, terms=(facts.text_libraries,))
     if not spoken.all_encoded:
         phase = text_phase(models, [facts.text_libraries])
     plan = MemoryPlan(
@@ -89,7 +89,7 @@ def encode(run: EncodeRun) -> None:
     """Encode the prompts and write them. Raises TilerError."""
     request, family = run.request, run.models.family
     weights = {part.name: (family.checkpoint.weights(part.name), part.aliases) for part in family.encoders}
-    with run.phase("encode prompts", 1):
+    with run.phase(Phase.ENCODE_PROMPTS, 1):
         found = encoding.encode_prompts(run, weights, run.spoken)
         words = Words(run.output, found, kind_of(family), run.spoken.read_as, request.prompts, request.negative_prompts)
         write_words(run.output, words, replace=request.force)

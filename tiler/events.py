@@ -5,7 +5,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any, Protocol
+
+
+class Phase(StrEnum):
+    """The phases that read weights or pictures, those of a render in their order. A queue names others after its
+    pictures."""
+
+    LOAD_GUIDE = "load guide"
+    ENCODE_PROMPTS = "encode prompts"
+    GUIDE = "guide"
+    GUIDE_PICTURE = "guide picture"
+    CANVAS = "canvas"
+    DECODE = "decode"
+    WRITE = "write"
+    PREVIEW = "preview"
+    QUANTIZE = "quantize"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
-import secrets
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -17,16 +15,21 @@ from tiler.errors import NameTaken, StorageError, UsageError
 # What a full or failing disk answers to fsync. Other answers mean that the file system knows no fsync (SMB, FUSE).
 _LOST = (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
+_TEMPORARY = ".tiler-"  # how the names of temporary files begin
+
 _written: list[Path] = []
 
 
 def written() -> tuple[Path, ...]:
-    """The files that this process has finished so far, under the names that were asked for."""
+    """The files that this process has finished so far, under the names that were asked for; those of caches are left
+    out."""
     return tuple(_written)
 
 
 def sha256_of(path: Path) -> str:
     """The sha256 of a file's content in hexadecimal. Raises OSError."""
+    import hashlib  # not for a queue's process, in which it would take 4 MB
+
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -70,16 +73,19 @@ def check_writable(path: Path, *, force: bool, option: str = "--output") -> None
         raise UsageError(f"{str(path)!r} is not a file name ({error}); give another {option}") from error
 
 
-def replace_durably(path: Path, parts: Iterable[bytes | memoryview]) -> None:
-    """Write a file of the program's own. Whatever happens, power cuts included, it has either its old or its new
-    content. Raises StorageError."""
-    temp = path.with_name(f"{path.name}.new")
+def replace_file(path: Path, parts: Iterable[bytes | memoryview], *, durable: bool) -> None:
+    """Write a file of which no reader sees a part; if `durable`, power cuts leave its old or its new content too.
+    Writers of one file do not disturb each other, and no link under a temporary name is followed. What a killed writer
+    leaves behind, `leftovers` finds. Raises StorageError."""
     try:
+        temp = _beside(path)
+        handle = os.open(temp, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
         try:
-            with open(temp, "wb") as file:
+            with open(handle, "wb") as file:
                 for part in parts:
                     file.write(part)
-                _flush(file)
+                if durable:
+                    _flush(file)
             os.replace(temp, path)
         except BaseException:
             with suppress(OSError):
@@ -87,22 +93,13 @@ def replace_durably(path: Path, parts: Iterable[bytes | memoryview]) -> None:
             raise
     except OSError as error:
         raise StorageError(f"{path}: writing failed ({error.strerror}); free some space") from error
-    sync_folder(path.parent)
+    if durable:
+        sync_folder(path.parent)
 
 
-def replace_at_once(path: Path, data: bytes | memoryview) -> None:
-    """Write a file of which no reader sees a part, though a power cut may lose it. Writers do not disturb each other,
-    and no link is followed. Raises OSError."""
-    temp = _beside(path)
-    handle = os.open(temp, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
-    try:
-        with open(handle, "wb") as file:
-            file.write(data)
-        os.replace(temp, path)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(temp)
-        raise
+def leftovers(folder: Path) -> Iterator[Path]:
+    """The temporary files that a killed run has left in a folder of its own."""
+    return folder.glob(f"{_TEMPORARY}*")
 
 
 def sync_folder(folder: Path) -> None:
@@ -117,12 +114,17 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def atomic(
-    path: Path, *, replace: bool = True, on_whole: Callable[[os.stat_result], None] = lambda whole: None
+    path: Path,
+    *,
+    replace: bool = True,
+    in_cache: bool = False,
+    on_whole: Callable[[os.stat_result], None] = lambda whole: None,
 ) -> Iterator[BinaryIO]:
     """A binary file that gets its name only when the context ends without an error. A symbolic link is kept, and its
     target is replaced. `on_whole` is called with the complete file on disk, just before it is renamed. Without
     `replace`, a file that has appeared under the name in the meantime is kept. If anything prevents the rename, the
-    finished file stays under a similar name, which NameTaken reports. Raises StorageError."""
+    finished file stays under a similar name, which NameTaken reports. `written` leaves out what is `in_cache`. Raises
+    StorageError."""
     try:
         target = _target(path)
         with _hidden(target) as file:
@@ -139,7 +141,8 @@ def atomic(
             finally:
                 with suppress(OSError):
                     os.unlink(source)
-        _written.append(path)
+        if not in_cache:
+            _written.append(path)
     except OSError as error:
         raise StorageError(
             f"{path}: writing failed ({error.strerror}); free some space or choose another place"
@@ -161,7 +164,7 @@ def _try_name(target: Path) -> None:
 
 
 def _beside(target: Path) -> Path:
-    return target.parent / f".tiler-{secrets.token_hex(6)}{target.suffix[:32]}"
+    return target.parent / f"{_TEMPORARY}{os.urandom(6).hex()}{target.suffix[:32]}"
 
 
 @contextmanager

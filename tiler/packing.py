@@ -17,7 +17,7 @@ from tiler.compute.lending import lent
 from tiler.compute.native import reads_blocks
 from tiler.compute.shapes import MetaMeter
 from tiler.compute.stream import Streamer
-from tiler.events import OnEvent, percent
+from tiler.events import OnEvent, Phase, percent
 from tiler.memory.budget import Budget
 from tiler.memory.policy import at_layer
 from tiler.models.built import Models
@@ -135,20 +135,20 @@ def order_of_use(family: Family, denoiser: Any) -> list[str]:
 
 def prepare_int8(models: Models, cache: Path, budget: Budget, on_event: OnEvent) -> dict[str, TensorInfo]:
     """The index of the checkpoint's int8 weights in `cache`; missing ones are made first. Raises TilerError."""
-    with budget.phase("quantize") as use:
-        tell, check = percent(on_event, "quantize"), at_layer(budget, planned_bytes=budget.max_bytes)
+    with budget.phase(Phase.QUANTIZE) as use:
+        tell, check = percent(on_event, Phase.QUANTIZE), at_layer(budget, planned_bytes=budget.max_bytes)
         started = False
 
         def progress(share: float, reason: str) -> None:
             nonlocal started
             if not started:
-                on_event(events.PhaseStarted(name="quantize", total=100))
+                on_event(events.PhaseStarted(name=Phase.QUANTIZE, total=100))
                 on_event(events.Note(text=f"int8 weights are made in {cache} ({reason})"))
                 started = True
             tell(share)
-            check("quantize")
+            check(Phase.QUANTIZE)
 
         index = packed_weights(models, cache, progress)
     if started:
-        on_event(events.PhaseDone(name="quantize", seconds=use.seconds, peak_rss_bytes=use.peak_rss_bytes))
+        on_event(events.PhaseDone(name=Phase.QUANTIZE, seconds=use.seconds, peak_rss_bytes=use.peak_rss_bytes))
     return index

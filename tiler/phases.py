@@ -26,7 +26,7 @@ from tiler.diffusion.schedulers import Schedule
 from tiler.diffusion.spot import AroundSpot
 from tiler.diffusion.stored import StoredArray
 from tiler.diffusion.stored_canvas import Seeded, StoredDenoising
-from tiler.events import OnEvent
+from tiler.events import OnEvent, Phase
 from tiler.files import check_writable
 from tiler.jobs.folder import Job
 from tiler.jobs.passes import remember
@@ -164,13 +164,13 @@ def load_guide(run: RenderRun) -> np.ndarray | None:
     path = run.request.guide_image
     if path is None or run.plan.spot is not None or run.job.has_reference:
         return None
-    with run.phase("load guide", 1), GuidePicture(path, pixels_of(run.plan.canvas)) as picture:
+    with run.phase(Phase.LOAD_GUIDE, 1), GuidePicture(path, pixels_of(run.plan.canvas)) as picture:
         return picture.load(run.note)
 
 
 def encode_prompts(run: RenderRun) -> Prompts:
     """Encode every text that any step uses, each once."""
-    with run.phase("encode prompts", 1):
+    with run.phase(Phase.ENCODE_PROMPTS, 1):
         encoded = encoding.encode_prompts(run, run.weights, run.spoken)
         return Prompts(run.plan.family, {text: found.prompt for text, found in encoded.items()})
 
@@ -181,8 +181,8 @@ def make_guide(run: RenderRun, prompts: Prompts) -> Tensor | None:
     plan = run.plan
     if plan.guide is None or run.job.has_reference:
         return None
-    with run.phase("guide", plan.guide_samples):
-        return _denoise(run, "guide", plan.guide_steps, prompts, None, 0, partial(open_denoiser, phase="guide"))
+    with run.phase(Phase.GUIDE, plan.guide_samples):
+        return _denoise(run, Phase.GUIDE, plan.guide_steps, prompts, None, 0, partial(open_denoiser, phase=Phase.GUIDE))
 
 
 OpenRunner = Callable[[RenderRun, Prompts], AbstractContextManager[Runner]]
@@ -200,28 +200,28 @@ def denoise_canvas(
         first = "step" if plan.begin == 1 else f"{plan.begin} steps"
         run.note(f"the guide takes the place of the first {first} of {run.request.num_inference_steps}")
     if not plan.stored:  # a stored canvas has no preview
-        previewing.learn_by_decoding(run, run.preview, run.request, plan.memory.peak_of("decode"))
-    with run.phase("canvas", plan.canvas_samples):
+        previewing.learn_by_decoding(run, run.preview, run.request, plan.memory.peak_of(Phase.DECODE))
+    with run.phase(Phase.CANVAS, plan.canvas_samples):
         if plan.stored:
             assert not isinstance(reference, Tensor)
             return _denoise_stored(run, prompts, reference, open_runner)
         assert not isinstance(reference, StoredArray)
-        return _denoise(run, "canvas", plan.canvas_steps, prompts, reference, plan.begin, open_runner)
+        return _denoise(run, Phase.CANVAS, plan.canvas_steps, prompts, reference, plan.begin, open_runner)
 
 
 def _denoise(
-    run: RenderRun, phase: str, tiles: Steps, prompts: Prompts, reference: Tensor | None, begin: int, open_runner: OpenRunner
+    run: RenderRun, phase: Phase, tiles: Steps, prompts: Prompts, reference: Tensor | None, begin: int, open_runner: OpenRunner
 ) -> Tensor:  # fmt: skip
     request, plan, steps = run.request, run.plan, run.request.num_inference_steps
-    height, width = plan.canvas if phase == "canvas" or plan.guide is None else plan.guide[:2]
-    reseeded = [((part.rows, part.cols), part.seed) for part in _reseeded(run) if phase == "canvas"]
+    height, width = plan.canvas if phase == Phase.CANVAS or plan.guide is None else plan.guide[:2]
+    reseeded = [((part.rows, part.cols), part.seed) for part in _reseeded(run) if phase == Phase.CANVAS]
     noise, generator = canvas.initial_noise((1, plan.family.latent_channels, height, width), request.seed, reseeded)
     schedule = build_schedule(request, plan.family)
     first = plan.calls.first_of(begin)
     latents = schedule.start(noise, reference, first)
     if begin == steps:
         return latents
-    if phase == "canvas":
+    if phase == Phase.CANVAS:
         previewing.watch(run, run.preview, schedule, begin)
     around: Schedule = schedule
     if plan.spot is not None and reference is not None:
@@ -248,7 +248,7 @@ def _denoise_stored(
     )  # fmt: skip
     if denoising.step < denoising.end:
         with interrupts.deferred(), open_runner(run, prompts) as runner:
-            _advance(run, "canvas", denoising, runner, plan.canvas_samples)
+            _advance(run, Phase.CANVAS, denoising, runner, plan.canvas_samples)
     return denoising.latents
 
 
@@ -258,7 +258,7 @@ def _reseeded(run: RenderRun) -> list[Seeded]:
 
 
 def _advance(
-    run: RenderRun, phase: str, denoising: canvas.Denoising | StoredDenoising, runner: Runner, total: int
+    run: RenderRun, phase: Phase, denoising: canvas.Denoising | StoredDenoising, runner: Runner, total: int
 ) -> None:
     """Denoise to the end, reporting each tile."""
     steps = run.request.num_inference_steps

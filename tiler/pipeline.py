@@ -8,16 +8,15 @@ they work.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from tiler import ahead, decode_run, encode_run, packing, phases, pixels, quantising, repainting, reports
+from tiler import decode_run, encode_run, packing, phases, pixels, quantising, repainting, reports
 from tiler.cluster import run as cluster
 from tiler.diffusion.poster import Poster
 from tiler.events import Event, OnEvent
@@ -31,9 +30,6 @@ from tiler.reference import make_reference
 from tiler.render_run import RenderRun
 from tiler.request import DecodeRequest, EncodeRequest, QuantizeRequest, RenderRequest
 from tiler.weights.packed import default_cache
-
-if TYPE_CHECKING:
-    from tiler.cluster.ceilings import Shares
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +51,7 @@ def render(request: RenderRequest, budget: Budget | None = None, on_event: OnEve
         cluster.prepare(request)
         run = phases.start(request, budget, on_event, job)
         run.plan.memory.check(advice=phases.advice(run))
-        open_runner = cluster.runner_of(run)
+        workers = cluster.workers_of(run)
         lean_imports.freeze_imports()
         # Holes in the heap count as data although none of their pages is resident: 315 MB were seen under a ceiling of
         # 800 MB.
@@ -65,20 +61,22 @@ def render(request: RenderRequest, budget: Budget | None = None, on_event: OnEve
             if job.is_finished:
                 return Result(output=run.request.output, report=reports.of_render(run))
             with repainting.poster_of(run, run.request) as poster:
-                _paint(run, poster, open_runner)
+                _paint(run, poster, workers)
         return Result(output=run.request.output, report=reports.of_render(run))
 
 
-def _paint(run: RenderRun, poster: Poster | None, open_runner: phases.OpenRunner) -> None:
+def _paint(run: RenderRun, poster: Poster | None, workers: AbstractContextManager[cluster.Workers]) -> None:
     """Run all phases from the guide to the finished file."""
     picture = phases.load_guide(run)
     phases.prepare_weights(run)
-    prompts = phases.encode_prompts(run)
-    guide = phases.make_guide(run, prompts)
-    reference = make_reference(run, poster if picture is None else picture, guide)
-    del picture, guide
-    latents = phases.denoise_canvas(run, prompts, reference, open_runner)
-    del prompts, reference
+    with workers as greeted:
+        prompts = phases.encode_prompts(run)
+        with greeted(prompts) as open_runner:
+            guide = phases.make_guide(run, prompts)
+            reference = make_reference(run, poster if picture is None else picture, guide)
+            del picture, guide
+            latents = phases.denoise_canvas(run, prompts, reference, open_runner)
+            del prompts, reference
     run.prepared = None  # frees what the family made of the prompts
     phases.save_canvas(run, latents)
     # If the writer fails, the decoder's scratch files must still be closed.
@@ -99,24 +97,13 @@ def plan(request: RenderRequest, budget: Budget | None = None, on_event: OnEvent
     with budget or Budget() as budget:
         cluster.prepare(request)
         run = phases.start(request, budget, on_event, planning=True)
-        cluster.runner_of(run)  # refuses a render that a cluster cannot share
+        cluster.workers_of(run)  # refuses a render that a cluster cannot share
         speed = speed_of(run.models) if request.cluster is not None and run.plan.memory.fits else None
         outlook = None if speed is None else cluster.outlook(run, speed)
         return Planned(
             said=request, request=run.request, plan=run.plan, models=run.models, advice=phases.advice(run),
             replan=partial(phases.replan, run), cluster=outlook, speed=speed,
         )  # fmt: skip
-
-
-@torch.no_grad()
-def divide(request: RenderRequest, budget: Budget, on_event: OnEvent = _ignore) -> Shares:
-    """Divide `budget` among the pictures of a queue that are like `request` and drawn at the same time, and the workers
-    of `request.cluster` that are here. Raises TilerError."""
-    assert request.cluster is not None
-    with budget:
-        cluster.prepare(request)
-        run = phases.start(request, budget, on_event, planning=True)
-        return cluster.shares_of_queue(run, request.cluster, budget.max_bytes)
 
 
 @torch.no_grad()
@@ -145,20 +132,12 @@ def encode(request: EncodeRequest, budget: Budget | None = None, on_event: OnEve
 
 
 @torch.no_grad()
-def encode_ahead(requests: Sequence[RenderRequest], budget: Budget, on_event: OnEvent = _ignore) -> int:
-    """Encode the prompts of several renders into the cache if a large encoder reads them. Return the number of texts
-    encoded. Raises TilerError."""
-    with budget:
-        lean_imports.freeze_imports()
-        return ahead.encode_ahead(requests, budget, on_event)
-
-
-@torch.no_grad()
 def quantize(request: QuantizeRequest, budget: Budget | None = None, on_event: OnEvent = _ignore) -> Result:
     """Write a folder of quantised weights, or add a checkpoint's int8 weights to its cache folder if they are missing.
     Raises TilerError."""
     with budget or Budget() as budget:
         models = phases.open_models(families.open_family(request))
+        lean_imports.freeze_imports()
         if request.output is not None:
             sizes = quantising.write_folder(request, models, budget, on_event)
             return Result(output=request.output, report=reports.of_folder(sizes, budget))

@@ -21,7 +21,7 @@ from tiler.decoding.rows import Latents, to_uint8
 from tiler.decoding.spool import Spool
 from tiler.diffusion.stored import StoredArray
 from tiler.errors import NumericalError
-from tiler.events import percent
+from tiler.events import Phase, percent
 from tiler.memory.policy import at_rows
 from tiler.models import family as families
 from tiler.models.family import VaeSpec
@@ -50,11 +50,11 @@ def decode(
     run.note(f"decoder: {plan}")
     with (
         interrupts.deferred(),
-        run.phase("decode", 100),
+        run.phase(Phase.DECODE, 100),
         run.streamed(vae, spec.weights, families.vae_names, resident, **options) as streamer,
     ):
         check = at_rows(run.budget, planned_bytes)
-        tell = percent(run.on_event, "decode")
+        tell = percent(run.on_event, Phase.DECODE)
         yield from cropped(decode_pixels(plan, vae, streamer, latents, check, tell, spool, elsewhere), *crop)
 
 

@@ -24,8 +24,8 @@ from tiler.decoding.method import ScratchSpace
 from tiler.decoding.rows import to_uint8
 from tiler.diffusion.schedulers import DiffusersSchedule
 from tiler.errors import BudgetExceeded, StorageError, UsageError
-from tiler.events import Shown
-from tiler.files import check_writable, replace_at_once, replace_durably
+from tiler.events import Phase, Shown
+from tiler.files import check_writable, replace_file
 from tiler.memory import process
 from tiler.memory.policy import at_rows
 from tiler.models import family as families
@@ -73,7 +73,7 @@ class Preview:
         assert self.colours is not None
         with suppress(OSError, StorageError):  # if this fails, the next run learns them again
             self._cache.parent.mkdir(parents=True, exist_ok=True)
-            replace_durably(self._cache, [json.dumps(self.colours.tolist()).encode()])
+            replace_file(self._cache, [json.dumps(self.colours.tolist()).encode()], durable=True)
 
     def is_due(self, steps: int) -> bool:
         """Whether to show the canvas after `steps` of its steps."""
@@ -114,10 +114,10 @@ class Preview:
         writer.write(pixels)
         writer.close()
         try:
-            replace_at_once(self.path, buffer.getbuffer())
-        except OSError as error:
+            replace_file(self.path, [buffer.getbuffer()], durable=False)
+        except StorageError as error:
             if not self._failed:
-                note(f"{self.path}: the preview could not be written ({error.strerror})")
+                note(f"the preview could not be written: {error}")
             self._failed = True
 
 
@@ -194,7 +194,7 @@ def learn_by_decoding(run: Run, preview: Preview | None, request: ResolvedReques
     facts = measure(folder)
     space = ScratchSpace(folder, facts.scratch_free_bytes, request.scratch_dtype)
     plan = VaePeaks(run.models, spec, facts).choose(Decode.EXACT, (_SIDE, _SIDE), space, wrap=Wrap.NONE)
-    with run.phase("preview", 1), run.streamed(vae, spec.weights, families.vae_names) as streamer:
+    with run.phase(Phase.PREVIEW, 1), run.streamed(vae, spec.weights, families.vae_names) as streamer:
         check_memory = at_rows(run.budget, planned_bytes)
         unscaled = spec.unscale_(latents.clone())
         strips = method.decode(plan, vae, streamer, unscaled, check=check_memory, progress=lambda share: None)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tiler.errors import StorageError, UsageError
-from tiler.events import OnEvent, PhaseDone, PhaseStarted, percent
+from tiler.events import OnEvent, Phase, PhaseDone, PhaseStarted, percent
 from tiler.memory.budget import Budget
 from tiler.memory.policy import at_layer
 from tiler.models.built import Models
@@ -49,9 +49,9 @@ def write_folder(request: QuantizeRequest, models: Models, budget: Budget, on_ev
     _check_exclusions(request, models, kinds)
     _check_place(models, output, force=request.force)
     _check_room(checkpoint, models, output.absolute().parent)
-    with budget.phase("quantize") as use:
-        on_event(PhaseStarted(name="quantize", total=100))
-        tell, check = percent(on_event, "quantize"), at_layer(budget, planned_bytes=budget.max_bytes)
+    with budget.phase(Phase.QUANTIZE) as use:
+        on_event(PhaseStarted(name=Phase.QUANTIZE, total=100))
+        tell, check = percent(on_event, Phase.QUANTIZE), at_layer(budget, planned_bytes=budget.max_bytes)
         rewritten = [part for part in models.family.parts if part.name in kinds or part.name in checkpoint.sources]
         total = sum(info.nbytes for part in rewritten for info in checkpoint.weights(part.name).values())
         read = 0
@@ -60,7 +60,7 @@ def write_folder(request: QuantizeRequest, models: Models, budget: Budget, on_ev
             nonlocal read
             read += nbytes
             tell(min(1.0, read / total))
-            check("quantize")
+            check(Phase.QUANTIZE)
 
         with _whole(output) as folder:
             _describe(checkpoint, folder)
@@ -76,7 +76,7 @@ def write_folder(request: QuantizeRequest, models: Models, budget: Budget, on_ev
                 part.name: sum(file.stat().st_size for file in (folder / part.name).glob("*.safetensors"))
                 for part in models.family.parts
             }
-    on_event(PhaseDone(name="quantize", seconds=use.seconds, peak_rss_bytes=use.peak_rss_bytes))
+    on_event(PhaseDone(name=Phase.QUANTIZE, seconds=use.seconds, peak_rss_bytes=use.peak_rss_bytes))
     return sizes
 
 

@@ -17,7 +17,7 @@ from tiler.diffusion import guide, stored, stored_files
 from tiler.diffusion.poster import Poster
 from tiler.diffusion.spot import BoxPixels
 from tiler.diffusion.stored import StoredArray
-from tiler.events import percent
+from tiler.events import Phase, percent
 from tiler.jobs.passes import remember
 from tiler.memory.policy import at_rows
 from tiler.models import family as families
@@ -75,7 +75,7 @@ def _reference_parts(
             seen = slice(top, top + rows)
             yield Part(top, 0, guide.upscale(guide_latents, plan.guide, plan.canvas, wraps, seen))
         return
-    vae, name = run.models.vae(spec), "guide picture"
+    vae, name = run.models.vae(spec), Phase.GUIDE_PICTURE
     begin = picture.digest if isinstance(picture, Poster) else picture if guide_latents is None else guide_latents
     options = vae_streaming(spec, vae, plan.decode_precision)._asdict()
     assert begin is not None
@@ -91,8 +91,8 @@ def _reference_parts(
         if guide_latents is not None:
             assert plan.guide is not None
             unscaled, decoder = spec.unscale_(guide_latents), plan.methods["guide decoded"]
-            work = [each.flops + each.attention_flops for each in (decoder, plan.methods[name])]
-            decoded = work[0] / max(1, sum(work))
+            work = method.work_of(decoder, vae, plan.guide[:2])
+            decoded = work / (work + method.work_of(plan.methods[name], vae, plan.canvas))
             strips = decode_pixels(decoder, vae, streamer, unscaled, check, lambda done: tell(decoded * done))
             picture = np.concatenate(list(strips))
             previewing.learn(run.preview, spec.scale(unscaled), picture)

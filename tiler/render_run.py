@@ -12,6 +12,7 @@ from tiler.denoiser import DenoiserRun
 from tiler.diffusion import stored_files
 from tiler.encoding import Spoken
 from tiler.errors import StorageError
+from tiler.events import Phase
 from tiler.files import make_own_folder
 from tiler.jobs.folder import Job
 from tiler.pixels import Decoding
@@ -60,5 +61,9 @@ class RenderRun(DenoiserRun):
     def decoding(self) -> Decoding:
         plan = self.plan
         return Decoding(
-            plan.decoder, plan.methods["decode"], plan.resident["decode"], plan.memory.peak_of("decode"), plan.crop
+            plan.decoder,
+            plan.methods[Phase.DECODE],
+            plan.resident[Phase.DECODE],
+            plan.memory.peak_of(Phase.DECODE),
+            plan.crop,
         )

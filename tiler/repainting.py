@@ -10,6 +10,7 @@ import numpy as np
 
 from tiler.diffusion.poster import Poster, mask_rows
 from tiler.diffusion.spot import Spot, put_back
+from tiler.events import Phase
 from tiler.output.picture import format_of
 from tiler.request import ResolvedRequest
 from tiler.request.choices import LOSSY
@@ -30,7 +31,7 @@ def poster_of(run: Run, request: ResolvedRequest) -> Iterator[Poster | None]:
     if request.repaint is None or request.guide_image is None:
         yield None
         return
-    with run.phase("load guide", 1):
+    with run.phase(Phase.LOAD_GUIDE, 1):
         poster = Poster(request.guide_image, request.scratch_folder, run.note)
     with poster:
         yield poster

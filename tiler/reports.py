@@ -14,6 +14,7 @@ import torch
 from tiler.compute.cpu import computed_by
 from tiler.decode_run import DecodeRun
 from tiler.encode_run import EncodeRun
+from tiler.events import Phase
 from tiler.files import sha256_of
 from tiler.jobs import manifest
 from tiler.jobs.manifest import Manifest
@@ -36,8 +37,8 @@ def of_render(run: RenderRun) -> dict[str, Any]:
     counts = with_old_names(dict(run.counts))
     return _common(run.budget, plan.memory.peak_bytes) | counts | {
         "tiles": len(plan.regions), "tile_batch": plan.batch, "precision": plan.precision.value,
-        "tile_conditioning": request.tile_conditioning.value, "decode": plan.methods["decode"].name,
-        "decode_precision": plan.methods["decode"].precision.value,
+        "tile_conditioning": request.tile_conditioning.value, "decode": plan.methods[Phase.DECODE].name,
+        "decode_precision": plan.methods[Phase.DECODE].precision.value,
         "seed": request.seed, "width": request.width, "height": request.height,
         "model": found.name, "revision": found.revision, "workers": [worker._asdict() for worker in run.workers],
         "decoders": [{"name": d.name, "rows": d.tiles, **d._asdict()} for d in run.decoders],
@@ -102,7 +103,7 @@ def texts(run: RenderRun) -> dict[str, str]:
     facts = Facts(
         model=found.name, model_id=run.model_id, revision=found.revision,
         scheduler=plan.scheduler.value,
-        precision=plan.precision.value, decode_precision=plan.methods["decode"].precision.value,
+        precision=plan.precision.value, decode_precision=plan.methods[Phase.DECODE].precision.value,
         kernels=computed_by(), begin=plan.begin,
         clip_skip=plan.family.traits.clip_skip,
         embeddings=run.spoken.read_as.embeddings, loras=run.models.loras.hashes,

@@ -103,7 +103,7 @@ def test_bad_latents(in_process, tiny: Path, tmp_path: Path) -> None:
         assert len(ran.err.strip().splitlines()) == 1
 
 
-def test_a_tiny_autoencoder_makes_the_picture(tiler, in_process, tiny: Path, tmp_path: Path) -> None:
+def test_a_tiny_autoencoder_makes_the_picture(in_process, tiny: Path, tmp_path: Path) -> None:
     from diffusers import AutoencoderTiny
     from safetensors.torch import load_file
 
@@ -112,7 +112,7 @@ def test_a_tiny_autoencoder_makes_the_picture(tiler, in_process, tiny: Path, tmp
     vae.save_pretrained(tmp_path / "taesd")
     common = ("--model", tiny, "--width", 136, "--height", 72, "--steps", 1, "--seed", 1, "--no-guide")
     decoder = ("--decode", "tiny", "--tiny-vae", "taesd")
-    ran = tiler("render", "x", *common, *decoder, "-o", "a.png", "--save-latents", "z.safetensors")
+    ran = in_process("render", "x", *common, *decoder, "-o", "a.png", "--save-latents", "z.safetensors")
     assert ran.code == 0, ran.err
     assert "decoder: tiny" in ran.err
     with torch.no_grad():

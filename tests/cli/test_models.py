@@ -77,10 +77,10 @@ def test_a_pickle_is_never_opened(in_process, tiny: Path, tmp_path: Path) -> Non
     assert not canary.exists()
 
 
-def test_models_that_are_not_there(tiler, tmp_path: Path) -> None:
-    assert tiler("render", "x", "--model", "./nowhere").code == 3
+def test_models_that_are_not_there(tiler, in_process, tmp_path: Path) -> None:
+    assert in_process("render", "x", "--model", "./nowhere").code == 3
     (tmp_path / "old.ckpt").write_bytes(b"\x80\x02")
-    assert "pickle" in tiler("render", "x", "--model", "old.ckpt").err
+    assert "pickle" in in_process("render", "x", "--model", "old.ckpt").err
     ran = tiler(
         "render", "x", "--model", "org/never-downloaded", env={"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
     )
@@ -103,6 +103,7 @@ def test_a_hub_cache_is_read_offline(tiler, tiny: Path, tmp_path: Path) -> None:
         64,
         "--steps",
         1,
+        "--no-guide",
         "--json",
         env={"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")},
     )

@@ -49,8 +49,25 @@ def test_a_picture_is_repeated_to_the_byte_whatever_the_configuration(in_process
     )
     assert in_process("render", "a boat", "-n", "", *options.split(), "-o", "a.png").code == 0
     env = {"TILER_STEPS": "9", "TILER_TINY_VAE": "x", "TILER_SEED": "4"}
-    assert in_process("render", "--from", "a.png", "-o", "b.png", env=env).code == 0
+    ran = in_process("render", "--from", "a.png", "-o", "b.png", env=env)
+    assert ran.code == 0 and "note: a.png sets what no option here does; `tiler info` shows it\n" in ran.err
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_info_leaves_out_what_is_at_its_default(in_process, tmp_path: Path) -> None:
+    said = {
+        "prompt": "a boat",
+        "model": "mini",
+        "wrap": "x",
+        "guide": False,
+        "strength": 0.5,
+        "guide_upscale": "latent",
+    }
+    said |= {"mask": "gaussian", "guidance_interval": [0.0, 1.0], "landscape": False, "scratch_dtype": "fp16"}
+    png(tmp_path / "x.png", tiler=json.dumps(said | {"bleed_mm": 0.0, "precision": "fp32"}))
+    shown = [line.split()[0] for line in in_process("info", "x.png").out.splitlines()]
+    assert shown == ["made", "prompt", "model", "wrap", "guide", "precision"]
+    assert in_process("info", "x.png", "--json").json["settings"] == said | {"precision": "fp32"}
 
 
 def test_what_is_typed_wins(tmp_path: Path) -> None:

@@ -39,6 +39,7 @@ class Scheduler:
         self._arrived: list[Arrived] = []
         self._tickets = 0
         self.sending = self.most_sending = 0  # bands that are on their way
+        self.greeting = self.most_greeting = 0  # statistics that are on their way
         self.greeted: list[str] = []
         self.silent = set[str]()  # a long task of another render is before the greeting
 
@@ -47,10 +48,16 @@ class Scheduler:
 
     def submit(self, address: str, task: object, *arguments: Any) -> int:
         self._tickets += 1
-        if task is tasks.hello_decoder:
-            said = Greeting(is_taken=address in self.taken, digest=self.digests.get(address, "same"), seconds=1.0)
+        if task is tasks.open_decoder:
+            assert not [one for one in arguments if isinstance(one, np.ndarray)], "sent to all at once"
             if address not in self.silent:
+                said = Greeting(is_taken=address in self.taken)
                 self._arrived.append(Arrived(self._tickets, said.to_json(), None))
+        elif task is tasks.hello_decoder:
+            self.greeting += 1
+            self.most_greeting = max(self.most_greeting, self.greeting)
+            said = Greeting(digest=self.digests.get(address, "same"), seconds=1.0)
+            self._arrived.append(Arrived(self._tickets, said.to_json(), None))
         else:
             assert task is tasks.decode
             _, place, row, columns = arguments
@@ -65,15 +72,19 @@ class Scheduler:
 
     def reach(self, address: str) -> int:
         self._tickets += 1
-        self._arrived.append(Arrived(self._tickets, None, None))
+        self._arrived.append(Arrived(self._tickets, "", None))
         return self._tickets
 
     def drop(self, ticket: int) -> None:
         pass
 
     def answers(self, seconds: float) -> list[Arrived]:
-        found, self._arrived, self.sending = self._arrived, [], 0
-        return found
+        self.greeting = 0
+        now = [one for one in self._arrived if isinstance(one.value, str)]  # greetings
+        if not now:
+            now, self.sending = self._arrived, 0
+        self._arrived = [one for one in self._arrived if one not in now]
+        return now
 
 
 @pytest.fixture(autouse=True)
@@ -88,7 +99,7 @@ def gather(
     """What comes of the bands, which begin at these rows."""
     cuts = [Band(n, n + 4, slice(1, 3)) for n in range(3)]
     work = Work(b"", torch.zeros(1, 4, HEIGHT, 8), cuts, torch.zeros(1, 4, 2, 2), torch.zeros(3, 16, 16))
-    who = Members(scheduler, BandProbe(b"", work), notes.append, 0.0, **options)
+    who = Members(scheduler, BandProbe(b"", "job", work), notes.append, 0.0, **options)
     who.digest = "same"
     found = Bands(who, "job", work, lambda: None)
     for number, row in starts.items():
@@ -120,6 +131,14 @@ def test_few_bands_are_sent_at_a_time(room: int, most: int, monkeypatch: pytest.
     scheduler = Scheduler(a=good, b=good, c=good)
     rows = gather(scheduler, [], {0: 0, 1: 0, 2: 0})
     assert all(is_whole(rows, number) for number in range(3)) and scheduler.most_sending == most
+
+
+def test_the_statistics_are_sent_to_one_worker_at_a_time() -> None:
+    """They take up to 17 MB, and the plan counts them once."""
+    scheduler = Scheduler(**{f"w{n}": good for n in range(5)})
+    rows = gather(scheduler, [], {0: 0, 1: 0, 2: 0})
+    assert all(is_whole(rows, number) for number in range(3))
+    assert len({address for address, *_ in scheduler.sent}) > 1 and scheduler.most_greeting == 1
 
 
 def test_what_a_lost_worker_has_not_sent_goes_elsewhere_with_its_latents() -> None:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import dask
 import psutil
@@ -25,13 +26,15 @@ from safetensors.torch import save_file
 
 from tests.cluster.conftest import CEILING, Drawn, Fleet, draw, free_port, open_fleet, wait_for_port
 from tests.conftest import Ran
-from tiler import events
+from tiler import events, phases
 from tiler.cli import supervise
 from tiler.cluster import ceilings
 from tiler.cluster.engine import Engine
 from tiler.cluster.status import workers
 from tiler.decoding import frozen
+from tiler.diffusion.prompts import Prompts
 from tiler.errors import TilerError
+from tiler.render_run import RenderRun
 from tiler.request import Decode, Lora, Precision
 from tiler.request.cluster import Cluster, Where
 
@@ -42,9 +45,34 @@ def alone(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Drawn:
     return draw(tiny, tmp_path_factory.mktemp("alone"))
 
 
-def test_two_workers_make_the_picture_of_one_process(fleet: Fleet, tiny: Path, tmp_path: Path, alone: Drawn) -> None:
-    """One of them is a plain dask worker with the preload module."""
+def test_two_workers_make_the_picture_of_one_process(
+    fleet: Fleet, tiny: Path, tmp_path: Path, alone: Drawn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of them is a plain dask worker with the preload module. Both open the model before the prompts are encoded,
+    and are greeted before the guide is made."""
+    encode, guide = phases.encode_prompts, phases.make_guide
+
+    def wait(until: Callable[[dict[str, Any]], object]) -> list[dict[str, Any]]:
+        for _ in range(600):
+            found = workers(Cluster(where=Where.CONNECT, address=fleet.address), fleet.keys, insecure=False)
+            if all(map(until, found)):
+                return found
+            time.sleep(0.05)
+        raise AssertionError(found)
+
+    def encoding(run: RenderRun) -> Prompts:
+        assert len(wait(lambda one: one["job"])) == 2
+        return encode(run)
+
+    def guiding(run: RenderRun, prompts: Prompts) -> torch.Tensor | None:
+        wait(lambda one: one["digest"])
+        return guide(run, prompts)
+
+    monkeypatch.setattr(phases, "encode_prompts", encoding)
+    monkeypatch.setattr(phases, "make_guide", guiding)
     drawn = draw(tiny, tmp_path, **fleet.through)
+    idle = wait(lambda one: not one["job"])
+    assert all(one["rss_bytes"] < 260_000_000 for one in idle), "what `tiler worker --help` says"
     assert torch.equal(drawn.latents, alone.latents) and drawn.picture == alone.picture
     assert set(drawn.workers) == {"a", "b"}
     assert sum(worker["tiles"] for worker in drawn.workers.values()) >= 3 * drawn.report["tiles"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import stat
 import threading
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import distributed
 import make_checkpoint
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ import torch
 
 from tests.conftest import Ran
 from tiler import Budget, RenderRequest
+from tiler.cli import supervise
 from tiler.cluster import ceilings, shared, tasks
 from tiler.cluster import engine as engines
 from tiler.cluster.bench import Bench
@@ -31,6 +34,7 @@ from tiler.models import family as families
 from tiler.models.built import Models
 from tiler.models.samples import Prompt
 from tiler.phases import start
+from tiler.planning.render import JOINED_BYTES
 from tiler.planning.resolve import resolve
 from tiler.planning.tiling import plan_tiling
 from tiler.request import Precision
@@ -190,13 +194,44 @@ def test_a_worker_says_why_it_does_not_take_a_job(
     assert refused.refusal.startswith("other versions: tiler 0.0 here, ")
 
 
+def test_a_job_is_opened_before_its_prompts_are_known(job: SharedJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its greeting finds the denoiser open; a job of another kind does not wait for one that has not come."""
+    plan, planned = Bench._plan, list[str]()
+    monkeypatch.setattr(Bench, "_plan", lambda bench, of: planned.append(of.name) or plan(bench, of))
+    family = families.open_family(ask(Path(job.request.model)))
+    tile = Tile(torch.zeros(1, 4, 8, 8), plan_tiling(job.request, family).canvas_steps[0][0])
+
+    def hello(shared: SharedJob) -> Greeting:
+        return Greeting.from_json(tasks.hello(shared.to_bytes(), 0, window_of(tile), tile.latents.numpy()))
+
+    with Budget(read_rss().now + 2_000_000_000) as budget:
+        bench = Bench(budget, {})
+        tasks.begin(lambda: bench, budget.max_bytes)
+        try:
+            tasks.open_ahead(replace(job, texts={}).to_bytes())
+            assert planned == ["job"] and not bench.jobs and bench.facts()["job"] == "job"
+            assert not hello(job).refusal and planned == ["job"] and list(bench.jobs) == ["job"]
+            tasks.open_ahead(replace(job, name="b").to_bytes())
+            assert planned == ["job"], "it works"
+            tasks.close("job")
+            tasks.open_ahead(replace(job, name="c", request=replace(job.request, attention_window=8)).to_bytes())
+            tasks.close("job")
+            assert bench.facts()["job"] == "c"
+            assert not hello(job).refusal and planned == ["job", "c", "job"] and list(bench.jobs) == ["job"]
+            tasks.close("job")
+            monkeypatch.delattr("tiler.cluster.bench.runner_on")
+            assert hello(job).refusal and bench._streamer is None, "what fails is closed"
+        finally:
+            bench.close()
+
+
 class FakeDecoder:
     """In place of the autoencoder of a job; a probe of ones fails."""
 
     def __init__(self, job: SharedJob, *more: object) -> None:
         self.job, self.is_open = job.name, True
 
-    def probe(self, latents: np.ndarray) -> np.ndarray:
+    def probe(self, statistics: bytes, latents: np.ndarray) -> np.ndarray:
         if latents.any():
             raise ClusterError("no memory")
         return latents
@@ -211,8 +246,10 @@ def test_a_decoder_gives_way_to_a_canvas_and_stays_for_its_job(job: SharedJob, m
 
     def decoder(name: str, value: float = 0.0) -> Greeting:
         latents = np.full((1, 4, 8, 8), value, np.float32)
-        shared = replace(job, name=name).to_bytes()
-        return Greeting.from_json(tasks.hello_decoder(shared, np.zeros(1, np.uint8), (8, 8), latents))
+        said = Greeting.from_json(tasks.open_decoder(replace(job, name=name).to_bytes(), 1, (8, 8)))
+        if said.refusal:
+            return said
+        return Greeting.from_json(tasks.hello_decoder(name, np.zeros(1, np.uint8), latents))
 
     family = families.open_family(ask(Path(job.request.model)))
     tile = Tile(torch.zeros(1, 4, 8, 8), plan_tiling(job.request, family).canvas_steps[0][0])
@@ -256,6 +293,20 @@ def test_a_preview_takes_its_memory_beside_the_workers(tiny: Path, tmp_path: Pat
     assert ceilings.share_of(without, 1) - ceilings.share_of(run, 1) == run.plan.preview_bytes
 
 
+def test_the_connection_is_in_the_plan_of_every_phase_until_the_picture(tiny: Path, tmp_path: Path) -> None:
+    """Workers elsewhere open the model while prompts are encoded and the guide is made."""
+    said = {"output": tmp_path / "x.png", "guide": True, "insecure": True}
+
+    def counted(where: str) -> dict[str, int]:
+        run = start(ask(tiny, cluster=where, **said), Budget("8GB"), lambda event: None)
+        terms = ((phase.name, term) for phase in run.plan.memory.phases for term in phase.terms)
+        return {name: term.nbytes for name, term in terms if term.name == "cluster"}
+
+    found = counted("listen:127.0.0.1:9")
+    assert set(found) == {"encode prompts", "guide", "guide picture", "canvas"} and found["guide"] == JOINED_BYTES
+    assert set(counted("local:1")) == {"canvas"}
+
+
 def test_a_queue_divides_its_ceiling(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As many canvases as fit, up to three; what is over goes to all alike, and nothing is promised twice."""
     run = start(ask(tiny, output=tmp_path / "x.png"), Budget("8GB"), lambda event: None)
@@ -295,9 +346,34 @@ def test_what_a_user_may_type_wrong(in_process: Callable[..., Ran], tmp_path: Pa
     assert json.dumps(sorted(p.name for p in (tmp_path / "keys").iterdir())) == '["cert.pem", "key.pem"]'
 
 
+def test_several_pictures_of_one_command_are_a_queue_of_the_cluster(
+    in_process: Callable[..., Ran], tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those of `tiler batch` are: several are drawn at a time."""
+    specs: list[supervise.Spec] = []
+    monkeypatch.setattr(supervise, "run", lambda spec: specs.append(spec) or os.close(spec.rows) or 0)
+    words = ("--model", tiny, "--cluster", "local:2", "--threads", 2, "--insecure")
+    for several in (("--count", 2), ("--seed", "3,4")):
+        assert in_process("render", "a boat", *words, *several).code == 0
+    assert [(s.cluster, s.keys, s.insecure, s.threads) for s in specs] == 2 * [("local:2", "", True, 2)]
+
+
 def test_connections_remember_no_tiles() -> None:
     """By default each of dask's connections remembers its last 1,000 messages: 320 MB for a worker with five tiles per
     task."""
     from distributed.batched import BatchedSend
 
     assert BatchedSend(interval=1).recent_message_log.maxlen == 1
+
+
+def test_a_scheduler_remembers_no_task(tmp_path: Path) -> None:
+    """A computation of dask's keeps a record of each task until none is left, and a queue may never be idle; by default
+    100,000 keys are remembered with what they begin with."""
+    make_keys(tmp_path / "keys")
+    with Engine(Cluster(where=Where.LISTEN, host="127.0.0.1", port=0), tmp_path / "keys") as engine:
+        scheduler = engine._scheduler
+        assert (scheduler.computations.maxlen, scheduler.transition_log.maxlen) == (0, 1)
+    for module in (distributed.scheduler, distributed.client, distributed.worker_state_machine):
+        if (split := getattr(module, "key_split", None)) is not None:
+            assert split.cache_info().maxsize == 100
+    assert distributed.scheduler.key_split("tiler-Client-1a2b3c4d-7") == "tiler-Client"

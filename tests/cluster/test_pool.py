@@ -15,7 +15,8 @@ from torch import Tensor
 
 from tiler.cluster import members, pool, tasks
 from tiler.cluster.engine import Arrived
-from tiler.cluster.members import Members, Probe
+from tiler.cluster.greetings import Probe
+from tiler.cluster.members import Members
 from tiler.cluster.pool import Pool
 from tiler.cluster.shared import Answer, Greeting, digest_of
 from tiler.diffusion.runner import Tile
@@ -148,6 +149,7 @@ def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_predictions_come_in_the_order_of_the_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool, "AHEAD", 12)
     monkeypatch.setattr(pool, "_ROUNDS", 0)
+    monkeypatch.setattr(pool, "_LATE_SECONDS", 1e9)
     scheduler = Scheduler(a=good, b=good)
     assert not run(scheduler).local.numbers
     assert sorted(scheduler.done["a"] + scheduler.done["b"]) == list(range(TILES))
@@ -236,6 +238,14 @@ def test_other_bits_and_refusals_are_left_out_with_a_reason() -> None:
     assert not scheduler.done["c"] and not scheduler.done["d"]
     assert "worker d is left out: its ceiling of 100 MB is too low" in found.notes
     assert any(note.startswith("worker c is left out: its processor computes other bits") for note in found.notes)
+
+
+def test_if_all_are_left_out_this_process_predicts() -> None:
+    scheduler = Scheduler(a=good, b=good)
+    scheduler.refusals |= {"a": "x is another model here", "b": "other versions"}
+    found = run(scheduler)
+    assert found.local.numbers == list(range(TILES)) and not scheduler.done["a"] and not scheduler.done["b"]
+    assert "no worker is left: this process predicts alone" in found.notes
 
 
 def test_a_worker_behind_a_firewall_is_told_its_port() -> None:

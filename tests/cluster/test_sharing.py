@@ -72,6 +72,17 @@ def test_a_pace_is_learnt_from_passes_of_two_sizes() -> None:
     assert pace.fixed == pytest.approx(2.0) and pace.each == pytest.approx(3.0)
 
 
+def test_very_short_passes_become_longer_ones() -> None:
+    """The time between two tasks would count."""
+    short, long = Pace.from_probe(0.1, batch=4, most=12), Pace.from_probe(1.0, batch=4, most=12)
+    for _ in range(4):
+        short.note(short.batch, 0.05 * short.batch)
+        long.note(long.batch, 1.0 * long.batch)
+    assert (short.batch, long.batch) == (12, 4)
+    short.note(3, 0.15)
+    assert short.batch == 12 and short.seconds(12) == pytest.approx(0.6)
+
+
 def test_a_pace_follows_passes_of_one_size() -> None:
     pace = Pace.from_probe(1.0, batch=4)
     for _ in range(6):

@@ -200,6 +200,32 @@ def test_arithmetic_is_counted_without_data(name: str) -> None:
     assert meter.flops == plain.flops > 0
 
 
+@torch.no_grad()
+def test_int8_weights_that_stay_in_memory_are_multiplied_there_and_planned_once(tmp_path: Path) -> None:
+    path, make = tmp_path / "w.safetensors", partial(One, is_linear=True)
+    name, prefer = "layer.weight", [KERNELS["native-int8"]]
+    stored(make(), path, "native-int8")
+    module = make().to("meta")
+    with WeightStore(match_index(module, understood(read_index(path)), lambda name: [name])) as store:
+        streamer = Streamer(store, prefer=prefer)
+        stream_layers(module, streamer)
+        store.keep(name, torch.int8)
+        op = module.layer.op()
+        with streamer.hold(module):
+            (prepared,) = streamer.prepared(op, prefer[0], (1, 12, 96))
+            assert prepared.tensors[0].data_ptr() == store.resident[name].data_ptr()
+
+    def planned(*, in_place: bool) -> int:
+        module = make().to("meta")
+        streamer = Streamer(None, int8_keys=frozenset([name]), prefer=prefer, in_place=in_place)
+        stream_layers(module, streamer)
+        with MetaMeter() as meter:
+            streamer.run(module, [(torch.empty(1, 12, 96, device="meta"),)])
+        return meter.peak_bytes
+
+    assert planned(in_place=False) - planned(in_place=True) == 48 * 96
+
+
 def test_blocks_are_read_back() -> None:
     weight = torch.randint(-127, 128, (48, 20, 3, 3), dtype=torch.int8)
     assert blocked(weight)[1, 4, 3, 7, 2] == weight[16 + 7, 12 + 2, 1, 1]

@@ -5,9 +5,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,11 +13,9 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from tiler.compute import cpu, winograd
+from tiler.compute import onednn, winograd
 from tiler.compute.arena import Arena
 from tiler.compute.choose import KERNELS
-from tiler.compute.fp32 import Prepacked
-from tiler.compute.kernels import Op, Prepared
 from tiler.compute.layers import stream_layers
 from tiler.compute.onednn import Geometry
 from tiler.compute.stream import Streamer
@@ -153,25 +149,6 @@ def test_bytes_do_not_depend_on_batch_pieces_arena_or_residency(tiny: Path) -> N
         assert (other - want).abs().max() <= 2e-6 * want.abs().max()
 
 
-@pytest.mark.skipif(not cpu.prepacks(), reason="oneDNN's order is used on x86 only")
-def test_weights_are_reordered_once_for_all_samples(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    family = families.read_family(resolve(str(tiny)))
-    inner, calls = Prepacked.prepare, []
-
-    def counted(self: Prepacked, store: WeightStore, op: Op, *where: Any) -> Iterator[Prepared]:
-        for piece in inner(self, store, op, *where):
-            calls.extend(op.group.names)
-            yield piece
-
-    monkeypatch.setattr(Prepacked, "prepare", counted)
-    monkeypatch.setattr("tiler.compute.native_float.NativeFp32.suits", lambda *_: False)
-    run(tiny, inputs(family, 1))
-    alone = list(calls)
-    calls.clear()
-    run(tiny, inputs(family, 4))
-    assert calls == alone and len(set(calls)) == len(calls) / 2 > 0  # `run` makes two passes
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("sides", [(32, 32), (32, 40), (45, 53), (4, 256), (6, 301), (1, 2)])
 @pytest.mark.parametrize("bias", [True, False])
@@ -208,7 +185,7 @@ def test_a_transformed_convolution_is_for_large_planes() -> None:
         assert not winograd.suits(layer.weight.shape, Geometry.of(layer))
 
 
-@pytest.mark.skipif(not cpu.prepacks(), reason="on x86 only")
+@pytest.mark.skipif(not onednn.convolves(), reason="on x86 only")
 @torch.no_grad()
 def test_a_transformed_weight_goes_when_its_pass_is_over(tmp_path: Path) -> None:
     """38 MB that would otherwise stay beside the autoencoder's attention."""
@@ -223,7 +200,7 @@ def test_a_transformed_weight_goes_when_its_pass_is_over(tmp_path: Path) -> None
         assert read_rss().now < held - 36 * 512 * 512 * 4 + 2**20
 
 
-@pytest.mark.skipif(not cpu.prepacks(), reason="on x86 only")
+@pytest.mark.skipif(not onednn.convolves(), reason="on x86 only")
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["winograd", "native-winograd"])
 def test_a_transformed_weight_may_be_cut_and_shared_without_changing_a_bit(tmp_path: Path, name: str) -> None:

@@ -16,7 +16,7 @@ from diffusers import AutoencoderKL
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
-from tiler.compute import cpu, winograd
+from tiler.compute import onednn, winograd
 from tiler.compute.layers import stream_layers
 from tiler.compute.native_winograd import NativeWinograd
 from tiler.compute.stream import Streamer
@@ -69,7 +69,7 @@ def test_decoding_equals_diffusers(tiny: Path, reference: AutoencoderKL, tmp_pat
     assert psnr(decode(tiny, latents, tmp_path, torch.float16), want) >= 60
 
 
-@pytest.mark.skipif(not cpu.prepacks(), reason="on x86 only")
+@pytest.mark.skipif(not onednn.convolves(), reason="on x86 only")
 @pytest.mark.parametrize("size", [(70, 50), (33, 129), (1, 3)])
 def test_transformed_convolutions_decode_what_diffusers_does(
     tiny: Path, reference: AutoencoderKL, tmp_path: Path, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch

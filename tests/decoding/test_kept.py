@@ -1,9 +1,10 @@
-"""Decodes without passes, `frozen` and `tiny`, continue at a row, with the same bits in the same strips."""
+"""Decodes without passes, `frozen` and `tiny`, and encodes continue at a row, with the same bits."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from diffusers import AutoencoderTiny
 
 from tiler.compute.layers import stream_layers
 from tiler.compute.stream import Streamer
-from tiler.decoding import frozen, held, spool
+from tiler.decoding import frozen, held, method, spool
 from tiler.decoding.kept import KeptRows
 from tiler.decoding.method import ScratchSpace, choose
 from tiler.decoding.rows import Stage, decoder_stages
@@ -23,6 +24,8 @@ from tiler.pixels import decode_pixels
 from tiler.request import Decode, Wrap
 from tiler.run import streamed
 from tiler.weights.checkpoint import resolve
+
+Made = TypeVar("Made")
 
 
 class _Stopped(Exception):
@@ -44,10 +47,10 @@ def latents(height: int, width: int) -> torch.Tensor:
 
 
 def stopped_again_and_again(
-    make: object, whole: list[np.ndarray], folder: Path, stops: range
-) -> tuple[list[np.ndarray], list[int]]:
-    """The strips of a decode that is stopped at the checks `stops`, each run from the start, and the number of checks
-    in each run."""
+    make: Callable[[Callable[[str], None], Spool], Made], folder: Path, stops: Iterable[int], what: str = "the decoder"
+) -> tuple[Made, list[int]]:
+    """The result of a run that is stopped at the checks `stops`, each time from the start, and the number of checks in
+    each run."""
     checks, taken = 0, []
     for stop in (*stops, -1):
         checks = 0
@@ -59,11 +62,11 @@ def stopped_again_and_again(
                 raise _Stopped
 
         try:
-            strips = list(make(check, Spool(folder, "the decoder", "this one")))
+            made = make(check, Spool(folder, what, "this one"))
             taken.append(checks)
         except _Stopped:
             taken.append(checks)
-    return strips, taken
+    return made, taken
 
 
 @pytest.mark.parametrize(("width", "wrap"), [(100, Wrap.NONE), (20, Wrap.XY)])
@@ -85,7 +88,7 @@ def test_frozen_goes_on_at_a_row(tiny: Path, tmp_path: Path, width: int, wrap: W
     in_all: list[str] = []
     make(in_all.append, None)
     steps = range(len(in_all) // 2, len(in_all), len(in_all) // 3)
-    strips, taken = stopped_again_and_again(make, whole, tmp_path / "spool", steps)
+    strips, taken = stopped_again_and_again(make, tmp_path / "spool", steps)
     assert [strip.shape for strip in strips] == [strip.shape for strip in whole]
     assert all(np.array_equal(one, other) for one, other in zip(strips, whole, strict=True))
     assert taken[-1] < len(in_all) // 2  # most was there
@@ -126,7 +129,7 @@ def test_tiny_goes_on_at_a_row(tmp_path: Path) -> None:
     in_all: list[str] = []
     make(in_all.append, None)
     steps = range(len(in_all) // 3, len(in_all), len(in_all) // 3)
-    strips, taken = stopped_again_and_again(make, whole, tmp_path / "spool", steps)
+    strips, taken = stopped_again_and_again(make, tmp_path / "spool", steps)
     assert [strip.shape for strip in strips] == [strip.shape for strip in whole]
     assert all(np.array_equal(one, other) for one, other in zip(strips, whole, strict=True))
     assert taken[-1] < len(in_all)
@@ -153,3 +156,44 @@ def test_an_autoencoder_without_attention_remembers_its_norms(tmp_path: Path) ->
         assert held.recall(again, disk)
     for norm, other in zip(held._norms(first), held._norms(again), strict=True):
         assert all(torch.equal(a, b) for a, b in zip(norm.held, other.held, strict=True))
+
+
+class _Watched:
+    """A picture that records the first row of each slice that is read."""
+
+    def __init__(self, pixels: np.ndarray) -> None:
+        self.pixels, self.shape, self.tops = pixels, pixels.shape, list[int]()
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        self.tops.append(rows.start)
+        return self.pixels[rows]
+
+
+def test_encoding_goes_on_at_a_row(tiny: Path, tmp_path: Path) -> None:
+    """In its band, without measuring again; finished bands and rows are not encoded again."""
+    family = families.read_family(resolve(str(tiny)))
+    planned, streamer = families.build_vae(family.autoencoder), Streamer(None)
+    stream_layers(planned, streamer)
+    space = ScratchSpace(tmp_path, 2**60)
+    plan = choose(Decode.FROZEN, planned, streamer, (130, 38), space, encoding=True, wrap=Wrap.X)
+    y, x = plan.margin_pixels
+    noise = np.random.default_rng(0).integers(0, 256, (1040, 304, 3), dtype=np.uint8)
+    pixels = _Watched(np.pad(noise, ((y, y), (x, x), (0, 0)), mode="wrap"))
+
+    def make(check: Callable[[str], None], kept: Spool | None) -> torch.Tensor:
+        real = families.build_vae(family.autoencoder)
+        pixels.tops.clear()
+        with streamed(real, family.autoencoder.weights, families.vae_names) as opened:
+            options = {"check": check, "progress": lambda share: None, "spool": kept}
+            return method.encode(plan, real, opened, pixels, **options)
+
+    in_all: list[str] = []
+    whole = make(in_all.append, None)
+    assert whole.shape == (1, 4, 130, 38) and len(frozen.bands(38 + 2 * plan.margin[1])) == 2
+    steps = 6 * len(in_all) // 10, 35 * len(in_all) // 100  # in the second band
+    got, taken = stopped_again_and_again(make, tmp_path / "spool", steps, "the guide's picture")
+    assert torch.equal(got, whole)
+    assert taken[-1] < len(in_all) // 2
+    assert pixels.tops == sorted(pixels.tops) and pixels.tops[0] > 0  # no measurement, one band, and not all of it
+    assert spool.where_in(tmp_path / "spool").startswith("band ")
+    make(lambda where: pytest.fail("encodes again"), Spool(tmp_path / "spool", "the guide's picture", "this one"))

@@ -35,7 +35,6 @@ STOPS: dict[str, tuple[TilerError | signal.Signals, int]] = {
     "the ceiling": (BudgetExceeded("the ceiling was reached"), 5),
     "a full disk": (StorageError("writing failed (No space left on device)"), 6),
     "SIGINT": (signal.SIGINT, 130),
-    "SIGTERM": (signal.SIGTERM, 143),
     "SIGKILL": (signal.SIGKILL, -9),
 }
 

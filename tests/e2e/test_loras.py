@@ -170,10 +170,12 @@ def test_an_lcm_lora_brings_its_few_steps(made: Made, tmp_path: Path) -> None:
     )
 
 
-def test_the_command_line_takes_loras(tiler: Any, made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_line_takes_loras(
+    in_process: Any, made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     common = ("render", "--model", made.model, "--size", 64, "--steps", 1, "-s", 5, "--no-guide", "--quiet", "-o")
     twice = ("--lora", f"{made.file}=0.3", "--lora", "foo=0.4", "--lora-dir", made.file.parent)
-    given = tiler(*common, "b.png", "a boat ", *twice)
+    given = in_process(*common, "b.png", "a boat ", *twice)
     assert given.code == 0, given.err
     request = ask(
         made.model, tmp_path, prompt="a boat <lora:foo:0.7>", lora_dir=made.file.parent, num_inference_steps=1,

@@ -223,7 +223,7 @@ def test_memory_does_not_grow_over_steps(tiny: Path, tmp_path: Path) -> None:
     assert abs(after[30] - after[2]) <= 5_000_000
 
 
-@pytest.mark.parametrize(("width", "height"), [(40, 64), (64, 24), (33, 50), (200, 24)])
+@pytest.mark.parametrize(("width", "height"), [(33, 50), (200, 24)])
 def test_a_side_below_one_tile_is_the_middle_of_one(tiny: Path, tmp_path: Path, width: int, height: int) -> None:
     render(ask(tiny, tmp_path, width=width, height=height, num_inference_steps=2), roomy())
     got = np.asarray(Image.open(tmp_path / "x.png"))

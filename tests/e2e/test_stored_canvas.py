@@ -87,7 +87,7 @@ def test_a_huge_canvas_is_planned_under_800_mb(
     tiny: Path, in_process: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tiler.run.free_bytes", lambda folder: 10**14)
-    words = ("plan", "a boat", "--model", tiny, "--size", 100_000, "--steps", 2, "--json")
+    words = ("plan", "a boat", "--model", tiny, "--size", 40_000, "--steps", 2, "--json")
     facts = in_process(*words).json
     terms = {phase["name"]: phase["terms"] for phase in facts["phases"]}
     assert terms["canvas"]["canvas"] < 30_000_000 and "latents" not in terms["decode"]

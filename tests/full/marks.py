@@ -19,6 +19,24 @@ def made(kind: str) -> str:
     return done.stdout.strip().splitlines()[-1]
 
 
+def shallow(kind: str, folder: Path, **depth: int) -> str:
+    """A checkpoint with fewer blocks, which its transformer's config counts; it is linked into `folder`, and the files
+    hold more tensors than the model has."""
+    whole, found = Path(made(kind)), folder / kind
+    found.mkdir()
+    for path in whole.iterdir():
+        if path.name != "transformer":
+            (found / path.name).symlink_to(path)
+    (found / "transformer").mkdir()
+    for path in (whole / "transformer").iterdir():
+        if path.name != "config.json":
+            (found / "transformer" / path.name).symlink_to(path)
+    config = json.loads((whole / "transformer/config.json").read_text())
+    assert depth.keys() <= config.keys()
+    (found / "transformer/config.json").write_text(json.dumps(config | depth))
+    return str(found)
+
+
 def tiny_decoder(folder: Path, channels: int = 4) -> tuple[str, ...]:
     """Options for a decoder that takes seconds, for tests in which the denoiser decides the peak."""
     from diffusers import AutoencoderTiny

@@ -34,7 +34,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_int8_is_smaller_than_fp32_and_near_it(sd15: Path, packed: Path, tmp_path: Path) -> None:
-    """One sample through the whole UNet, each precision in a process of its own that reads its VmHWM."""
+    """A sample of 256 pixels through the whole UNet, each precision in a process of its own that reads its VmHWM."""
     code = f"""
 import sys
 from pathlib import Path
@@ -56,7 +56,7 @@ if sys.argv[1] == "int8":
     with Budget("300MB") as small:  # a vocabulary's table alone would be 150 MB
         weights = prepare_int8(Models(family), Path({str(packed)!r}), small, lambda event: None)
 generator = torch.Generator().manual_seed(1)
-latents, text = (torch.randn(1, *shape, generator=generator) for shape in ((4, 64, 64), (77, 768)))
+latents, text = (torch.randn(1, *shape, generator=generator) for shape in ((4, 32, 32), (77, 768)))
 unet = family.part(Role.DENOISER).build()
 with streamed(unet, weights, plain_names, transform=True) as streamer:
     noise = predict_noise(unet, streamer, [latents], torch.tensor(500), [text], at_layer(budget, planned_bytes=budget.max_bytes))
@@ -75,24 +75,36 @@ torch.save((noise, process.read_rss().peak, streamer.store.bytes_read), sys.argv
 def test_a_step_of_guide_and_canvas_stays_under_600_mb_by_the_kernels_own_mark(
     sd15: Path, packed: Path, tmp_path: Path
 ) -> None:
-    """One step of the guide, and one of a canvas with three tiles; in int8 if that is fast here."""
-    options = "--width", "1024", "--height", "512", "--steps", "1", "--strength", "1", "--max-ram", "600MB"
-    options = *options, "--precision", "auto", "--threads", "2"
+    """One step of the guide, its picture, and one step of a canvas with two tiles; in int8 if that is fast here."""
+    options = "--width", "768", "--height", "512", "--steps", "1", "--strength", "1", "--max-ram", "600MB"
+    options = *options, "--precision", "auto", "--threads", "2", *tiny_decoder(tmp_path)
     peak, report = render_peak(tmp_path, "--model", str(sd15), *options, packed=packed)
     assert peak < 600_000_000
     assert report["peak_rss_bytes"] < 600_000_000
-    # Measured: 570 planned, 499 used; the room for packed weights on the heap weighs more than under 800 MB.
+    # The room for packed weights on the heap weighs more than under 800 MB.
     assert report["predicted_peak_bytes"] == pytest.approx(peak, rel=0.15)
-    assert report["denoiser_samples"] == 2 + 6
+    assert report["denoiser_samples"] == 2 + 4
     assert report["denoiser_bytes_read"] <= 3 * 1.72e9
 
 
-def test_four_samples_share_a_read_under_800_mb_by_the_kernels_own_mark(sd15: Path, tmp_path: Path) -> None:
-    options = "--size", "768", "--steps", "1", "--no-guide", "--cfg-scale", "1", "--precision", "fp32"
+def test_two_samples_share_a_read_under_800_mb_by_the_kernels_own_mark(sd15: Path, tmp_path: Path) -> None:
+    options = (
+        "--width",
+        "768",
+        "--height",
+        "512",
+        "--steps",
+        "1",
+        "--no-guide",
+        "--cfg-scale",
+        "1",
+        "--precision",
+        "fp32",
+    )
     peak, report = render_peak(tmp_path, "--model", str(sd15), *options, *tiny_decoder(tmp_path))
     assert peak < 800_000_000
     assert report["predicted_peak_bytes"] == pytest.approx(peak, rel=0.10)
-    assert (report["denoiser_samples"], report["denoiser_calls"]) == (4, 1)
+    assert (report["denoiser_samples"], report["denoiser_calls"]) == (2, 1)
     assert report["denoiser_bytes_read"] <= 1.72e9  # the UNet's, at most once
 
 
@@ -115,12 +127,12 @@ def test_neither_a_small_arena_nor_company_changes_a_bit(sd15: Path, packed: Pat
         weights = packed_weights(Models(family), packed, lambda share, why: None)
     generator = torch.Generator().manual_seed(1)
     tiles = list(torch.randn(2, 1, 4, 32, 32, generator=generator))
-    tiles, texts = [*tiles, tiles[1]], list(torch.randn(3, 77, 768, generator=generator).split(1))
+    texts = list(torch.randn(2, 77, 768, generator=generator).split(1))
     results = []
-    for arena, together in (None, 3), (TIGHT_ARENA_BYTES, 1):
+    for arena, together in (None, 2), (TIGHT_ARENA_BYTES, 1):
         unet = family.part(Role.DENOISER).build()
         with streamed(unet, weights, plain_names, arena_bytes=arena, transform=True) as streamer:
-            parts = [slice(i, i + together) for i in range(0, 3, together)]
+            parts = [slice(i, i + together) for i in range(0, 2, together)]
             noise = [predict_noise(unet, streamer, tiles[p], torch.tensor(500), texts[p]) for p in parts]
             results.append(torch.cat(noise))
     assert torch.equal(*results)

@@ -221,13 +221,19 @@ def test_a_row_says_neither_where_things_are_written_nor_who_draws(tmp_path: Pat
     assert row.problem is not None and "give it to tiler batch" in row.problem
 
 
-@pytest.mark.parametrize("option", ["--log-json", "--cluster=local:1"])
+NEITHER = "--preview - goes neither with --cluster nor with --log-json"
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [(["--log-json"], NEITHER), (["--cluster=local:1"], NEITHER), ([], "and standard error is none; give --preview a file")],
+)  # fmt: skip
 def test_a_preview_that_no_terminal_would_show_is_refused_before_any_work(
-    in_process, tmp_path: Path, option: str
+    in_process, tmp_path: Path, options: list[str], why: str
 ) -> None:
     (tmp_path / "q.txt").write_text("a\n")
-    ran = in_process("batch", tmp_path / "q.txt", "--preview", "-", option)
-    assert ran.code == 2 and "--preview - goes neither with --cluster nor with --log-json" in ran.err
+    ran = in_process("batch", tmp_path / "q.txt", "--preview", "-", *options)
+    assert ran.code == 2 and why in ran.err
     assert [path.name for path in tmp_path.iterdir()] == ["q.txt"]
 
 
@@ -278,7 +284,8 @@ def test_several_pictures_of_one_command(
 ) -> None:
     """Each picture has the same bytes as alone; finished ones are not drawn again; a single picture can have a template
     too."""
-    common = ["render", "a boat", "--model", tiny, "--size", 64, "--steps", 1, "--max-ram", "1GB", "--output-dir", "."]
+    common = ["render", "a boat", "--model", tiny, "--size", 64, "--steps", 1, "--no-guide"]
+    common += ["--max-ram", "1GB", "--output-dir", "."]
     ran = in_process(*common, "--count", 2, "--seed", 3, "-o", "{seed}/{index:02}.png", "--json")
     assert ran.code == 0, ran.err
     assert [json.loads(line)["seed"] for line in ran.out.splitlines()] == [3, 4]

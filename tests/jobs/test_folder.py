@@ -11,18 +11,21 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 from tiler import Budget, RenderRequest, events, render
+from tiler.decoding import frozen
 from tiler.diffusion.stored_files import REFERENCE
-from tiler.errors import BudgetExceeded, JobError, JobLocked, NumericalError, TilerError
+from tiler.errors import BudgetExceeded, JobError, JobLocked, NumericalError, StorageError, TilerError
+from tiler.files import leftovers, replace_file
 from tiler.jobs import folder, manifest, tensors
 from tiler.jobs.coding import decode, encode
 from tiler.memory.process import read_rss
 from tiler.planning.resolve import fill
-from tiler.request import Layout, Mask, Region, Scheduler, Wrap
+from tiler.request import Decode, Layout, Mask, Region, Scheduler, Wrap
 
 
 def ask(folder: Path, output: Path, **values: Any) -> RenderRequest:
@@ -94,6 +97,25 @@ def test_stopped_again_and_again_it_gives_the_same_file(
     begun = "continuing at pass " if stops[-1][0] == "decode" else "continuing at canvas step "
     assert any(note.startswith(begun) for note in last.notes)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["whole.png", "x.png"]
+
+
+def test_the_guides_picture_goes_on_in_its_band(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`frozen` encodes it: what is measured and encoded is not computed again."""
+    monkeypatch.setattr(frozen, "BAND", 39)
+    measured = Mock(wraps=frozen.remember)
+    monkeypatch.setattr(frozen, "remember", measured)
+    way = {"width": 320, "num_inference_steps": 2, "decode": Decode.FROZEN}
+    whole = Stop("guide picture", 0, BudgetExceeded())
+    render(ask(tiny, tmp_path / "whole.png", **way), roomy(), whole)
+    assert measured.call_count == 3  # the guide decoded, encoded, and the picture decoded
+    with pytest.raises(BudgetExceeded):
+        render(ask(tiny, tmp_path / "x.png", **way), roomy(), Stop(whole.phase, whole.told - 1, BudgetExceeded("x")))
+    assert measured.call_count == 5
+    last = Stop(whole.phase, 0, BudgetExceeded())
+    render(ask(tiny, tmp_path / "x.png", **way), roomy(), last)
+    assert measured.call_count == 7
+    assert any(note.startswith("continuing at band ") for note in last.notes)
+    assert (tmp_path / "x.png").read_bytes() == (tmp_path / "whole.png").read_bytes()
 
 
 def test_progress_of_a_phase_goes_one_way(tiny: Path, tmp_path: Path) -> None:
@@ -249,10 +271,15 @@ def test_two_at_once(tiny: Path, tmp_path: Path) -> None:
     assert len(refused) == 1 and (tmp_path / "x.png").exists()
 
 
-def test_a_finished_job_that_was_not_tidied_is(tiny: Path, tmp_path: Path) -> None:
+def test_a_finished_job_that_was_not_tidied_is(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     render(ask(tiny, tmp_path / "x.png", keep_job=True), roomy())
     job, before = folder.folder_of(tmp_path / "x.png"), (tmp_path / "x.png").stat()
     assert job.exists()
+    with monkeypatch.context() as killed, suppress(StorageError):  # before a new file gets its name
+        for call in ("replace", "unlink"):
+            killed.setattr(os, call, Mock(side_effect=OSError))
+        replace_file(job / "job.json", [b"{}"], durable=True)
+    assert list(leftovers(job))
     told = Stop("decode", 0, BudgetExceeded())
     render(ask(tiny, tmp_path / "x.png"), roomy(), told)
     assert told.told == 0 and (tmp_path / "x.png").stat() == before and not job.exists()
@@ -357,7 +384,7 @@ def test_38_whichever_call_of_the_saving_fails(tmp_path: Path, monkeypatch: pyte
                 assert found is None or float(found["latents"][0]) in (value, value - 1)
                 assert found is not None or value == 0
             monkeypatch.undo()
-            assert not list(job.folder.glob("*.new"))
+            assert not list(leftovers(job.folder))
         if count < number:
             break
     assert number > 3

@@ -20,6 +20,7 @@ import pytest
 
 from tests.jobs.test_folder import ask, roomy
 from tiler import events, render
+from tiler.ahead import encode_ahead
 from tiler.cli import queues, supervise
 from tiler.cli import render as cli_render
 from tiler.cli.listening import Listener
@@ -31,7 +32,6 @@ from tiler.jobs.drawing import BESIDE, Drawings, Ended
 from tiler.jobs.queue import NoCluster, Queue, Together
 from tiler.jobs.results import Results, file_of
 from tiler.jobs.rows import Row
-from tiler.pipeline import encode_ahead
 from tiler.weights.encoders import has_large_encoder
 
 COMMON = ("--size", 64, "--steps", 1, "--nice", 0, "--max-ram", "1GB")

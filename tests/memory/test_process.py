@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -65,24 +64,68 @@ def test_a_machine_without_a_load_average(monkeypatch: pytest.MonkeyPatch) -> No
     process.frugal_allocator()
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the thresholds are glibc's")
-def test_mapped_blocks_leave_no_holes_between_others() -> None:
-    """Every second of 64 blocks is freed, as when a weight is copied into another layout."""
+@pytest.mark.parametrize(
+    ("setting", "knows_flags", "on"),
+    [
+        ("always [madvise] never", False, (False, 0)),
+        ("[always] madvise never", True, (True, 2)),
+        ("[always] madvise never", False, None),
+        ("always madvise [never]", True, None),
+        (None, True, None),
+    ],
+)
+def test_huge_pages_are_for_tensors_alone(
+    setting: str | None,
+    knows_flags: bool,
+    on: tuple[bool, int] | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`on`: what PR_SET_THP_DISABLE is when they are used; its flag 2, except where advised, is new in Linux 6.18."""
+    if setting is not None:
+        (tmp_path / "enabled").write_text(setting + "\n")
+    states: list[tuple[bool, int]] = []
+
+    def disable(state: tuple[bool, int]) -> bool:
+        if state[1] and not knows_flags:
+            return False
+        states.append(tuple(state))
+        return True
+
+    monkeypatch.setattr(process, "_set_thp_disabled", disable)
+    monkeypatch.setattr(process, "_huge_pages", None)
+    monkeypatch.delenv("THP_MEM_ALLOC_ENABLE", raising=False)
+    assert process.prepare_huge_pages(tmp_path / "enabled") is (on is not None)
+    assert states[-1] == (True, 0)
+    assert os.environ.pop("THP_MEM_ALLOC_ENABLE", None) == (None if on is None else "1")
+    for wanted in (True, False):
+        process.use_huge_pages(wanted)
+        assert states[-1] == (on if wanted and on is not None else (True, 0))
+
+
+def test_tensors_are_in_huge_pages_while_a_roomy_ceiling_decodes() -> None:
+    """Of two mappings of 64 MB, the program's own and a tensor's: in no phase is the first in huge pages."""
     code = """
-from contextlib import nullcontext
+import mmap
+from pathlib import Path
 from tiler.memory import process
 process.frugal_allocator()
-for context in (nullcontext, process.mapped_blocks):
-    before = process.read_rss().now
-    with context():
-        blocks = [bytearray(b"x") * (2 * 2**20) for _ in range(64)]
-    del blocks[::2]
-    print(process.read_rss().now - before)
-    del blocks
+import torch
+from tiler.memory.budget import Budget
+from tiler.memory.policy import at_layer, at_rows
+def huge():
+    own = mmap.mmap(-1, 64 * 2**20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    own[:] = bytes(len(own))
+    tensor = torch.ones(16 * 2**20)
+    return int(Path("/proc/self/smaps_rollup").read_text().split("AnonHugePages:")[1].split()[0])
+print(process.prepare_huge_pages())
+for phase, ceiling in (at_rows, 10**9), (at_layer, 10**9), (at_rows, 5 * 10**8):
+    phase(Budget(ceiling), 4 * 10**8)
+    print(huge())
 """
-    heap, mapped = map(int, fresh(code).split())
-    assert heap > 120 * 2**20
-    assert mapped < 72 * 2**20
+    able, roomy, denoiser, tight = fresh(code).split()
+    assert able == "False" or 56 * 1024 <= int(roomy) <= 64 * 1024
+    assert (denoiser, tight) == ("0", "0")
 
 
 def test_code_that_ran_leaves_memory_and_returns() -> None:

@@ -103,6 +103,21 @@ def test_a_missing_part_is_named_with_the_command_that_fetches_it(
     assert f"{folder}/{part}" in ran.err and f"--include '{part}/*' --local-dir {folder}" in ran.err
 
 
+def test_doctor_shows_what_is_there_and_fetches_all_that_is_missing(
+    in_process: Any, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = linked(folders["tiny-sdxl"], tmp_path / "model")
+    for part in ("text_encoder_2", "tokenizer_2", "vae"):
+        without(part)(folder)
+    ran = in_process("doctor", "--model", folder)
+    said = " ".join(ran.out.split())
+    assert ran.code == 3 and "unet " in said and " MB" in said and "vae missing" in said, said
+    fetch = "--include 'text_encoder_2/*' --include 'tokenizer_2/*' --include 'vae/*'"
+    assert "run: hf download stabilityai/stable-diffusion-xl-base-1.0" in said
+    assert all(word in said for word in fetch.split("--include "))
+    assert len(ran.err.splitlines()) == 1
+
+
 BAD: dict[str, tuple[str, Damage, str]] = {
     "no UNet": ("tiny", without("unet"), "unet/config.json is missing; copy it there, or download the model again"),
     "no weights": ("tiny", lambda f: weights(f, "unet").unlink(), "no *.safetensors here, but config.json; copy it"),

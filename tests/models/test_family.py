@@ -282,7 +282,7 @@ def test_planner_and_time_estimate_take_the_family_as_it_is(dummy: Family) -> No
     work = Counter(Models(dummy)).count(plan_tiling(request, dummy), None)
     pixels = (NATIVE // PATCH) ** 2
     products = pixels * (2 * 64 * WIDTH + WIDTH * WIDTH) + 192 * WIDTH + 8 * WIDTH + LENGTH * 320 * WIDTH
-    assert work == (3 * 2 * products, 0)
+    assert work[:2] == (3 * 2 * products, 0)
 
 
 def test_its_weights_are_packed_by_its_own_rule(dummy: Family, tmp_path: Path) -> None:

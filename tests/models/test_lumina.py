@@ -20,9 +20,12 @@ from torch import Tensor
 from tests.models.rendering import FOUR_TILES, ask, edit, four_tiles, lose_shard, rendered
 from tests.models.test_denoiser_files import assert_same_weights
 from tiler import RenderRequest
+from tiler.compute.native import reads_blocks
+from tiler.compute.tuning import MAPPED_HEAP_SLACK
 from tiler.models.built import Models
 from tiler.models.family import Role, open_family, read_family
 from tiler.models.lumina_blocks import quantised, read_once, rotation
+from tiler.planning.peaks import ACTIVATIONS
 from tiler.planning.resolve import resolve
 from tiler.planning.tiling import plan_tiling
 from tiler.planning.time import Counter
@@ -197,6 +200,28 @@ def test_work_is_counted_whole(folder: Path) -> None:
     family = replace(family, traits=family.traits._replace(native=64))
     work = Counter(Models(family)).count(plan_tiling(resolve(request, family), family), None)
     assert work.layers == pytest.approx(2 * 2 * block, rel=0.02)  # the layers around the blocks are small
+
+
+def test_int8_weights_that_all_stay_in_memory_are_not_planned_as_held_too(
+    in_process: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a tile of 512 px, where a feed-forward decides the peak: its three weights are the difference."""
+    model = Path(shutil.copytree(folder, tmp_path / "model"))
+    edit(model, "transformer", sample_size=64)
+    asked = "plan", "x", "--model", model, "--size", 512, "--no-guide", "--precision", "int8", "--max-ram", "4GB"
+
+    def canvas() -> dict[str, int]:
+        phases = {phase["name"]: phase["terms"] for phase in in_process(*asked, "--json").json["phases"]}
+        return dict(phases["canvas"])
+
+    roomy = canvas()
+    monkeypatch.setattr("tiler.planning.fit._choose_resident", lambda streamed, room: {})
+    short = canvas()
+    assert "resident weights" in roomy and "resident weights" not in short
+    module: Any = read_family(checkpoint.resolve(str(model))).part(Role.DENOISER).build()
+    weights = sum(weight.numel() for weight in module.layers[0].feed_forward.parameters())
+    held = weights if reads_blocks() else 0
+    assert short[ACTIVATIONS] - roomy[ACTIVATIONS] == pytest.approx((1 + MAPPED_HEAP_SLACK) * held, abs=2)
 
 
 def test_smaller_tiles_are_of_the_size_that_was_asked_for(in_process: Any, folder: Path) -> None:

@@ -3,6 +3,8 @@ are refused by name."""
 
 from __future__ import annotations
 
+import gzip
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -191,3 +193,20 @@ def test_a_pickle_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.ckpt").write_bytes(b"PK\x03\x04")
     with pytest.raises(ModelError, match="a pickle can run code"):
         resolve(str(tmp_path / "x.ckpt"))
+
+
+def test_the_shipped_vocabulary_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or again where a file is not whole."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    made, decompress = list[bytes](), gzip.decompress
+
+    def counted(data: bytes) -> bytes:
+        made.append(data)
+        return decompress(data)
+
+    monkeypatch.setattr(gzip, "decompress", counted)
+    texts = {path.name: path.read_bytes() for path in clip_tokenizer().iterdir()}
+    assert len(json.loads(texts["vocab.json"])) == 49408 and texts["merges.txt"].count(b"\n") == 48895
+    (clip_tokenizer() / "vocab.json").write_bytes(b"{}")
+    assert {path.name: path.read_bytes() for path in clip_tokenizer().iterdir()} == texts
+    assert len(made) == 2

@@ -12,7 +12,6 @@ from diffusers.models.upsampling import Upsample2D
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tiler.compute import int8
 from tiler.models import strips
 from tiler.models.blocks import Resnet
 from tiler.models.family import plain_names
@@ -80,14 +79,6 @@ def test_weights_that_are_held_serve_every_strip(tmp_path: Path, monkeypatch: py
             results += streamer.run(Resnet(module, 0), [inputs])
     assert torch.allclose(results[0], want, atol=3e-5 * float(want.abs().max()))
     assert torch.equal(*results)
-
-
-def test_an_int8_image_may_be_padded_across_alone() -> None:
-    image = seeded(3, 6, 5)
-    across, bare = int8.quantize_image(image, 0, 2), int8.quantize_image(image)
-    assert across.values.shape == (6, 9, 3)
-    assert torch.equal(across.values[:, 2:-2], bare.values)
-    assert bool((across.values[:, [0, 1, -2, -1]] == across.zero).all())
 
 
 def test_strips_are_of_one_size_and_each_row_is_fresh_once() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,21 @@ def test_every_field_of_other_tools_arrives(tmp_path: Path, tool: str, texts: di
     recipe = read_recipe(read_texts(png(tmp_path / "x.png", **texts)))
     assert (recipe.tool, recipe.lacks) == (tool, "")
     assert {name: recipe.settings.get(name) for name in WANTED} == WANTED
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "webp"])
+def test_stable_diffusion_cpp_writes_into_a_jpegs_comment_and_a_webps_xmp(tmp_path: Path, suffix: str) -> None:
+    text = SDCPP.replace("a boat", 'a <boat> & "é"')
+    packet = f"<rdf:Description><sdcpp:parameters>{html.escape(text)}</sdcpp:parameters></rdf:Description>"
+    said: dict[str, Any] = {"comment": b"parameters\0" + text.encode() + b"\0"}
+    Image.new("RGB", (8, 8)).save(
+        path := tmp_path / f"x.{suffix}", **said if suffix == "jpg" else {"xmp": packet.encode()}
+    )
+    recipe = read_recipe(read_texts(path))
+    assert (recipe.tool, recipe.lacks) == ("stable-diffusion.cpp", "")
+    assert {name: recipe.settings.get(name) for name in WANTED} == WANTED | {"prompt": 'a <boat> & "é"'}
+    Image.new("RGB", (8, 8)).save(tmp_path / "plain.jpg", comment=b"taken in May")
+    assert read_texts(tmp_path / "plain.jpg") == {}
 
 
 def test_comfyui_graphs_of_several_samplers_are_shown_and_not_repeated(tmp_path: Path) -> None:

@@ -23,13 +23,13 @@ def plan_of(floor_mb: int, precision: Precision = Precision.FP32, width: int = 3
     family = SimpleNamespace(
         native=128, traits=traits, granularity=8, scheduler={"_class_name": "EulerDiscreteScheduler"}
     )
-    memory = SimpleNamespace(smallest_bytes=floor_mb * 10**6)
+    memory = SimpleNamespace(smallest_bytes=floor_mb * 10**6, max_bytes=650 * 10**6)
     return SimpleNamespace(family=family, memory=memory, precision=precision)
 
 
 def told(floors: dict[str, int], seconds: dict[str, float], reads: float = 0, **values: Any) -> list[str]:
-    """Hints for a plan of 600 MB and 1000 s, when options have other floors and times; `reads`: the seconds that a disk
-    takes for all reads."""
+    """Hints for a plan of 600 MB and 1000 s under 650 MB, when options have other floors and times; `reads`: the
+    seconds that a disk takes for all reads."""
 
     def way(request: ResolvedRequest) -> str:
         if request.tile_size is not None:
@@ -57,7 +57,8 @@ def told(floors: dict[str, int], seconds: dict[str, float], reads: float = 0, **
         ({"tile": 599}, {"int8": 990}, 0, []),
         ({"tile": 500}, {}, 0, ["--tile-size 768"]),
         ({}, {"int8": 300, "few": 100}, 0, ["--precision int8", "Turbo, 4 steps"]),
-        ({"int8": 700}, {"int8": 300}, 0, []),  # faster, but under a higher ceiling alone
+        ({"int8": 700}, {"int8": 300}, 0, []),  # faster, but not under this ceiling
+        ({"int8": 640}, {"int8": 300}, 0, ["--precision int8"]),
         ({"tile": 608}, {"tile": 500}, 0, []),  # faster, but it is to save memory
         ({}, {}, 5000, ["4-bit weights (GGUF, tiler quantize)"]),
     ],

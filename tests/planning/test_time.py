@@ -13,6 +13,7 @@ from diffusers import UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from tiler import RenderRequest
+from tiler.compute.tuning import RUN_SECONDS
 from tiler.decoding.method import DecodePlan
 from tiler.models.built import Models
 from tiler.models.family import Role, read_family
@@ -108,6 +109,23 @@ def test_each_part_of_a_render_adds_its_time() -> None:
     assert seconds(WORK, methods, SPEED, Precision.FP32) == pytest.approx(sum(parts))
     assert seconds(WORK.plus(WORK), [], SPEED, Precision.FP32) == pytest.approx(2 * parts[0])
     assert seconds(Flops(0, 0), [decoding(Decode.SAMPLED, 0.5)], SPEED, Precision.FP32) > parts[1]
+
+
+def test_what_is_small_takes_longer_than_its_arithmetic(tiny: Path) -> None:
+    """Each layer takes time to start, for each sample; narrow layers of an autoencoder have more values to an
+    operation."""
+    family = read_family(resolve(str(tiny)))
+    request = fill(RenderRequest(prompt="x", width=64, height=64, guide=False, num_inference_steps=3))
+    work = Counter(Models(family)).count(plan_tiling(request, family), None)
+    unet = Models(family).module(family.part(Role.DENOISER))
+    assert work.runs == 2 * 3 * sum(name.endswith(".weight") for name, _ in unet.named_parameters())
+    more = seconds(work, [], SPEED, Precision.FP32) - seconds(work._replace(runs=0), [], SPEED, Precision.FP32)
+    assert more == pytest.approx(work.runs * RUN_SECONDS)
+    took = [
+        seconds(Flops(0, 0), [replace(decoding(Decode.EXACT, 0), width=width)], SPEED, Precision.FP32)
+        for width in (16, 64, 128, 512)
+    ]
+    assert took[0] > took[1] > took[2] == took[3]
 
 
 def test_int8_saves_time_where_its_products_are_faster_and_only_in_the_denoiser() -> None:

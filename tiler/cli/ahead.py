@@ -26,8 +26,8 @@ def main() -> None:
                 continue  # reported when the row's turn comes
         budget = queues.budget_of(asked["max_ram_bytes"])
         o.prepare_process(None)
+        from tiler.ahead import encode_ahead
         from tiler.cli.progress import ProgressPrinter
-        from tiler.pipeline import encode_ahead
 
         with ProgressPrinter(budget, quiet="--quiet" in asked["rows"][0]) as printer:
             encode_ahead(requests, budget, printer)

@@ -80,6 +80,7 @@ def command(
     ceiling, threads, log_json = queues.ceiling(max_ram), rest["threads"], rest["log_json"]
     if common.preview == STDOUT and (common.cluster or log_json):
         raise UsageError("--preview - goes neither with --cluster nor with --log-json; give --preview a file")
+    o.check_preview(common.preview)
     growing = {"file": str(file), "root": str(root), "defaults": list(checker.defaults), "name": output}
     rows = -1 if grows(file) else queues.check_all(read_rows(file), checker, f"{file}: ", "row")
     _make(root)

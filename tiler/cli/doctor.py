@@ -57,8 +57,9 @@ def _show_model(request: DoctorRequest, json_output: bool) -> None:
 def _show_machine(measure: bool, json_output: bool) -> None:
     import psutil
 
-    from tiler.compute import cpu, onednn
+    from tiler.compute import cpu
     from tiler.memory.limits import available_ram, cgroup_limit, usable_cpus
+    from tiler.memory.process import prepare_huge_pages
     from tiler.native import library
     from tiler.weights.places import hub_cache
 
@@ -67,14 +68,15 @@ def _show_machine(measure: bool, json_output: bool) -> None:
     facts = {
         "ram": f"{format_mb(available)} available of {format_mb(total)}",
         "cgroup limit": "none" if limit is None else format_mb(limit),
+        "huge pages": _huge_pages(able=prepare_huge_pages()),
         "swap": format_mb(psutil.swap_memory().total),
         "cores": f"{psutil.cpu_count(logical=False)} physical, {usable_cpus()} usable",
         "cpu": f"{platform.machine()}: {', '.join(cpu.flags()) or 'no known flags'}",
         "storage dtype": "as in the checkpoint (fp16, bf16 or fp32); weights are cast when they are used",
         "instruction set": f"{cpu.isa()}, which decides the kernels",
         "kernels": _kernels(library.library(), library.fault()),
-        "compute dtype": _compute_dtype(cpu.flags(), int8_runs=onednn.int8().products),
-        "--precision int8": onednn.int8().why,
+        "compute dtype": _compute_dtype(cpu.flags(), int8_runs=cpu.int8().products),
+        "--precision int8": cpu.int8().why,
         "--precision bf16": _bf16(library.library()),
         "--precision auto": _auto(),
         "accumulation dtype": "fp32 canvas, fp64 mask sums",
@@ -87,8 +89,6 @@ def _show_machine(measure: bool, json_output: bool) -> None:
             ]
         ),
     }
-    if notes := onednn.notes():
-        facts["this torch"] = "; ".join(notes)
     if measure:
         from tiler.compute.measure import compare
 
@@ -103,6 +103,11 @@ def _print(facts: dict[str, str], json_output: bool) -> None:
     width = columns()
     for name, value in facts.items():
         typer.echo(textwrap.fill(value, width, initial_indent=f"{name:20}", subsequent_indent=" " * 20))
+
+
+def _huge_pages(*, able: bool) -> str:
+    """Where they are used."""
+    return "for pictures that are decoded" if able else "not used: this system cannot limit them to tensors"
 
 
 def _kernels(library: Library | None, fault: str) -> str:

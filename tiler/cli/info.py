@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Annotated
 
@@ -11,15 +12,17 @@ import typer
 from tiler.cli import options as o
 from tiler.cli.terminal import harmless
 from tiler.errors import ModelError
-from tiler.output.recipes import read_recipe
+from tiler.output.recipes import Recipe, read_recipe
 from tiler.output.texts import read_texts
+from tiler.request import RenderRequest
 
 Picture = Annotated[Path, typer.Argument(metavar="IMG", help="A PNG, JPEG, WebP, AVIF or TIFF.")]
 
 
 def command(picture: Picture, json_output: o.Json = False) -> None:
     """Show how a picture was made: prompts, seed and settings that tiler, AUTOMATIC1111, Forge, stable-diffusion.cpp,
-    InvokeAI, SwarmUI, Fooocus or ComfyUI wrote into its file."""
+    InvokeAI, SwarmUI, Fooocus or ComfyUI wrote into its file. Settings at their defaults are left out; --json has them
+    all."""
     try:
         recipe = read_recipe(read_texts(picture))
     except ModelError as error:
@@ -29,11 +32,23 @@ def command(picture: Picture, json_output: o.Json = False) -> None:
         o.tell(facts | {"lacks": recipe.lacks or None})
         return
     typer.echo(f"{'made by':22}{recipe.tool}")
+    usual = _usual(recipe)
     for name, value in (*recipe.settings.items(), *recipe.others.items()):
-        if value is not None and value != []:
+        if value is not None and value != [] and (name not in usual or value != usual[name]):
             typer.echo(f"{harmless(name):22}{_shown(value)}")
     if recipe.lacks:
         typer.echo(f"{'not repeatable':22}{recipe.lacks}")
+
+
+def _usual(recipe: Recipe) -> dict[str, object]:
+    """The values that say nothing of a picture: tiler writes every setting, also those at their defaults and those of a
+    guide that it did not make."""
+    if not recipe.is_whole:
+        return {}
+    usual = {f.name: f.default for f in fields(RenderRequest) if f.default is not MISSING and f.name != "model"}
+    if recipe.settings.get("guide") is False and recipe.settings.get("guide_image") is None:
+        usual |= {name: recipe.settings.get(name) for name in ("strength", "guide_upscale")}
+    return usual | {"guidance_interval": [0.0, 1.0], "bleed_mm": 0.0}
 
 
 def _shown(value: object) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, Field, fields
 from enum import StrEnum
@@ -116,6 +117,8 @@ def command_of(
                 for note in found.notes:
                     typer.echo(f"note: {note}", err=True)
             asked = request(**values)
+            if picture is not None and not rest.get("quiet", False):
+                typer.echo(f"note: {picture} sets what no option here does; `tiler info` shows it", err=True)
             if layers.layer_of(context, "quality") is layers.Layer.TYPED and not _has_quality(asked):
                 typer.echo("note: --quality is for JPEG, WebP and AVIF; this format keeps every pixel", err=True)
             run(asked, **rest)
@@ -250,7 +253,7 @@ def _values(offered: list[Field[Any]], given: Mapping[str, Any]) -> dict[str, An
 def prepare_process(threads: int | None, *, torch: bool = True) -> None:
     """Set what must be set before torch is imported: the allocator, the threads, and quiet libraries. Then import
     torch, if `torch`. Raises UsageError."""
-    from tiler.memory.lean_imports import lean_torch
+    from tiler.memory.lean_imports import start_program
     from tiler.memory.limits import check_user_limits, limited_cpus
     from tiler.memory.process import frugal_allocator
 
@@ -268,7 +271,7 @@ def prepare_process(threads: int | None, *, torch: bool = True) -> None:
     if threads is not None:
         os.environ["OMP_NUM_THREADS"] = str(threads)
     if torch:
-        lean_torch()
+        start_program()
 
 
 def lower_priority(nice: int) -> None:
@@ -287,6 +290,12 @@ def check_report(report: Path | None, *outputs: Path | None, force: bool) -> Non
     if any(output is not None and output.absolute() == report.absolute() for output in outputs):
         raise UsageError(f"{report}: --report and another output name the same file; give another name")
     check_writable(report, force=force, option="--report")
+
+
+def check_preview(preview: Path | None, *, log_json: bool = False) -> None:
+    """Check before any work that there is a terminal for a preview that goes to one. Raises UsageError."""
+    if preview == STDOUT and (log_json or not sys.stderr.isatty()):
+        raise UsageError("--preview - shows pictures in a terminal, and standard error is none; give --preview a file")
 
 
 def check_stdout(output: Path | None, *, json_output: bool) -> None:

@@ -43,15 +43,14 @@ def run(
         if request.preview == STDOUT:
             raise UsageError("--preview - shows one picture; leave it out with --count or several seeds")
         several.run(
-            request, wanted, count, output_dir, max_ram,
+            request, wanted, count, output_dir, max_ram, threads=threads,
             quiet=quiet, log_json=log_json, json_output=json_output, own=run,
         )  # fmt: skip
     request = several.place(replace(request, seed=wanted[0]), output_dir)
     o.lower_priority(nice)
     output = request.output or Path("tiler.png")
     o.check_stdout(output, json_output=json_output)
-    if request.preview == STDOUT and (log_json or not sys.stderr.isatty()):
-        raise UsageError("--preview - shows pictures in a terminal, and standard error is none; give --preview a file")
+    o.check_preview(request.preview, log_json=log_json)
     o.check_report(report, output, request.save_latents, force=request.force)
     code = 1
     try:

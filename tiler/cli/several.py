@@ -18,7 +18,7 @@ import typer
 
 from tiler.cli import helps, queues, supervise
 from tiler.errors import UsageError
-from tiler.files import make_own_folder, replace_durably, sha256_of
+from tiler.files import make_own_folder, replace_file, sha256_of
 from tiler.jobs import naming
 from tiler.jobs.results import Results
 from tiler.jobs.rows import Row
@@ -41,7 +41,8 @@ Count = Annotated[
     int,
     typer.Option(
         "--count", rich_help_panel=Panel.PICTURE, metavar="N", min=1, max=queues.MOST, show_default=False,
-        help=r"Make N pictures; with --seed S, their seeds are S, S + 1, and so on. [dim]\[default: 1][/dim]",
+        help="Make N pictures; with --seed S, their seeds are S, S + 1, and so on. With --cluster several are drawn at "
+        r"a time. [dim]\[default: 1][/dim]",
     ),
 ]  # fmt: skip
 OutputDir = Annotated[
@@ -77,10 +78,11 @@ def place(request: RenderRequest, output_dir: str | None) -> RenderRequest:
 
 def run(
     request: RenderRequest, seeds: Sequence[int | None], count: int, output_dir: str | None, max_ram: str, *,
-    quiet: bool, log_json: bool, json_output: bool, own: Callable[..., None],
+    threads: int | None, quiet: bool, log_json: bool, json_output: bool, own: Callable[..., None],
 ) -> NoReturn:  # fmt: skip
-    """Render a picture for each seed, or `count` pictures, one process after another; `own` is the command's function.
-    Raises UsageError before any work if two pictures have the same name, and SystemExit with the exit code."""
+    """Render a picture for each seed, or `count` pictures, each in a process of its own: one after another, or on a
+    cluster up to three at a time. `own` is the command's function. Raises UsageError before any work if two pictures
+    have the same name, and SystemExit with the exit code."""
     if len(seeds) > 1 and count > 1:
         raise UsageError("--count does not go with a list of seeds; give one of them")
     if request.output == STDOUT:
@@ -112,6 +114,8 @@ def run(
         supervise.Spec(
             root=str(root), results=str(results), file=template, max_ram_bytes=ceiling, rows=rows,
             silent=quiet or log_json, quiet=quiet, json_output=json_output, forgets=draws or request.force,
+            cluster=request.cluster or "", keys=str(request.keys or ""), insecure=request.insecure,
+            threads=threads or 0, log_json=log_json,
         )
     )  # fmt: skip
 
@@ -141,7 +145,7 @@ def _forget_changed(results: Path, root: Path) -> None:
         return
     kept = [line for line in lines if _is_true(line, root)]
     if kept != lines:
-        replace_durably(results, kept)
+        replace_file(results, kept, durable=True)
 
 
 def _is_true(line: bytes, root: Path) -> bool:

@@ -24,7 +24,7 @@ def main() -> None:
         request = replace(request, cluster=asked["cluster"], keys=keys, insecure=asked["insecure"], output=None)
         budget = queues.budget_of(asked["max_ram_bytes"])
         o.prepare_process(asked["threads"] or None)
-        from tiler.pipeline import divide
+        from tiler.cluster.run import divide
 
         print(json.dumps(asdict(divide(request, budget))), flush=True)
     except BaseException as error:

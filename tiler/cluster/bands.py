@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tiler.cluster import tasks
+from tiler.cluster.greetings import Request
 from tiler.cluster.members import Member, Members
 from tiler.cluster.shared import Answer, BandPlace
 from tiler.decoding import FACTOR
@@ -26,20 +27,21 @@ _TOO_OFTEN = 2  # failures in a row after which a worker is left out
 
 @dataclass(frozen=True)
 class BandProbe:
-    """The first request to each worker: the job, the held statistics, and a few latents to decode."""
+    """The first requests to each worker: the job, then the held statistics and a few latents to decode."""
 
     job: bytes
+    name: str
     work: Work
 
     @property
-    def task(self) -> Callable[..., str]:
-        return tasks.hello_decoder
+    def opening(self) -> Request:
+        size = self.work.latents.shape[2], max(band.last - band.first for band in self.work.bands)
+        return Request(tasks.open_decoder, (self.job, len(self.work.statistics), size))
 
     @property
-    def arguments(self) -> tuple[Any, ...]:
-        size = self.work.latents.shape[2], max(band.last - band.first for band in self.work.bands)
+    def greeting(self) -> Request:
         statistics = np.frombuffer(self.work.statistics, np.uint8)  # dask sends arrays without a copy
-        return self.job, statistics, size, self.work.small.numpy()
+        return Request(tasks.hello_decoder, (self.name, statistics, self.work.small.numpy()))
 
     samples = 1
 

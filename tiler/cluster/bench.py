@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -41,6 +42,14 @@ _JOBS = 3  # open at once
 _FORGOTTEN = 120.0  # seconds without a task after which another render may take the worker
 
 
+class _Ahead(NamedTuple):
+    """The run of a job whose denoiser is open before its prompts are known, and when it was opened."""
+
+    job: str
+    run: DenoiserRun
+    opened: float
+
+
 @dataclass
 class _Open:
     """An open job: its run, the runner that predicts its tiles, and the work done so far."""
@@ -66,6 +75,7 @@ class Bench:
         self._budget, self._models = budget, models
         self._stack = ExitStack()
         self._streamer: Streamer | None = None
+        self._ahead: _Ahead | None = None
         self._decoder: Decoder | None = None
         self._decoded = 0.0  # when it was used last
 
@@ -76,8 +86,9 @@ class Bench:
     def facts(self) -> dict[str, object]:
         """Return the facts that `tiler cluster status` shows."""
         tiles, seconds = (sum(getattr(job, name) for job in self.jobs.values()) for name in ("tiles", "seconds"))
+        names = [*self.jobs, *([self._ahead.job] if self._ahead is not None else [])]
         return {
-            "job": " ".join(self.jobs), "digest": next((job.digest for job in self.jobs.values()), ""), "tiles": tiles,
+            "job": " ".join(names), "digest": next((job.digest for job in self.jobs.values()), ""), "tiles": tiles,
             "seconds_per_tile": seconds / tiles if tiles else 0.0, "peak_rss_bytes": self.peak_rss_bytes,
         }  # fmt: skip
 
@@ -86,13 +97,43 @@ class Bench:
         if self._decoder is not None and name in (None, self._decoder.job):
             self._decoder.close()
             self._decoder = None
-        elif name is not None and name not in self.jobs:
-            return
+        if self._ahead is not None and name in (None, self._ahead.job):
+            self._ahead = None
         self.jobs = {} if name is None else {other: job for other, job in self.jobs.items() if other != name}
-        if not self.jobs:
+        if not self.jobs and self._ahead is None:
             self._streamer = None
             self._stack.close()
             process.trim()
+
+    @torch.no_grad()
+    def open_ahead(self, job: SharedJob) -> None:
+        """Plan a job under the ceiling and open its denoiser before its prompts are known, if nothing else is open.
+        Raises TilerError."""
+        self._forget()
+        if self.jobs or self._ahead is not None or self._decoder is not None:
+            return
+        run = self._plan(job)
+        self._open_weights(run)
+        self._ahead = _Ahead(job.name, run, time.monotonic())
+
+    def _from_ahead(self, job: SharedJob) -> DenoiserRun | None:
+        """Return a run of `job` on the denoiser that was opened ahead. If it does not serve this job, it is closed."""
+        if self._ahead is None:
+            return None
+        ahead = self._ahead
+        try:
+            if _is_alike(ahead.run.request, self._of_here(job)):
+                run = self._beside(ahead.run, job)
+                self._ahead = None
+                return run
+        except Taken:
+            pass
+        self.close(ahead.job)
+        return None
+
+    def _open_weights(self, run: DenoiserRun) -> None:
+        prepare_weights(run)
+        self._streamer = self._stack.enter_context(open_weights(run))
 
     @torch.no_grad()
     def open(self, job: SharedJob) -> None:
@@ -100,37 +141,48 @@ class Bench:
         TilerError."""
         if job.name in self.jobs:
             return
-        self._forget()
-        if self._decoder is not None:  # its coordinator can decode the rest; nobody waits for a canvas so long
-            self.close(self._decoder.job)
-        begun = next((opened.run for opened in self.jobs.values()), None)
-        if begun is not None and (len(self.jobs) >= _JOBS or not _is_alike(begun.request, self._of_here(job))):
-            raise Taken("it works for another render")
-        run = self._plan(job) if begun is None else self._beside(begun, job)
+        run = self._from_ahead(job)
+        if run is None:
+            self._forget()
+            if self._decoder is not None:  # its coordinator can decode the rest; nobody waits for a canvas so long
+                self.close(self._decoder.job)
+            begun = next((opened.run for opened in self.jobs.values()), None)
+            if begun is not None and (len(self.jobs) >= _JOBS or not _is_alike(begun.request, self._of_here(job))):
+                raise Taken("it works for another render")
+            run = self._plan(job) if begun is None else self._beside(begun, job)
         if self._streamer is None:
-            prepare_weights(run)
-            self._streamer = self._stack.enter_context(open_weights(run))
+            self._open_weights(run)
+        assert self._streamer is not None
         runner = runner_on(self._streamer, run, Prompts(run.plan.family, job.texts))
         self.jobs[job.name] = _Open(run, runner)
 
     def _forget(self) -> None:
         """Close what nobody has used for long."""
         used = [self._decoded] * (self._decoder is not None) + [opened.used for opened in self.jobs.values()]
+        used += [] if self._ahead is None else [self._ahead.opened]
         if all(time.monotonic() - when > _FORGOTTEN for when in used):
             self.close()
 
     @torch.no_grad()
-    def greet_decoder(self, job: SharedJob, statistics: bytes, size: tuple[int, int], latents: np.ndarray) -> Greeting:
-        """Open the decoder of a job if this machine has nothing else to do, and return a greeting with the digest of
-        the pixels of a few latents. Raises TilerError."""
+    def open_decoder(self, job: SharedJob, statistics_bytes: int, size: tuple[int, int]) -> None:
+        """Open the decoder of a job if this machine has nothing else to do. Raises TilerError."""
         self._forget()
         if self._decoder is None or self._decoder.job != job.name:
             if self.jobs or self._decoder is not None:
                 raise Taken("it works for another render")
-            self._decoder = Decoder(job, self._of_here(job), statistics, size, self._budget)
+            self.close()  # what was opened ahead
+            self._decoder = Decoder(job, self._of_here(job), statistics_bytes, size, self._budget)
+        self._decoded = time.monotonic()
+
+    @torch.no_grad()
+    def greet_decoder(self, job: str, statistics: bytes, latents: np.ndarray) -> Greeting:
+        """Give the open decoder its statistics, and return a greeting with the digest of the pixels of a few latents.
+        Raises TilerError."""
+        if self._decoder is None or self._decoder.job != job:
+            raise Taken("it works for another render")
         self._decoded = time.monotonic()
         start = time.perf_counter()
-        digest = digest_of(self._decoder.probe(latents))
+        digest = digest_of(self._decoder.probe(statistics, latents))
         return Greeting(
             digest=digest, seconds=time.perf_counter() - start, threads=torch.get_num_threads(),
             max_ram_bytes=self._budget.max_bytes, peak_rss_bytes=self.peak_rss_bytes,
@@ -163,7 +215,7 @@ class Bench:
     def assess(self, job: SharedJob) -> Estimate:
         """Estimate how fast this machine would work on a job, from a speed measurement of half a second. Raises
         TilerError."""
-        if self.jobs or self._decoder is not None:
+        if self.jobs or self._ahead is not None or self._decoder is not None:
             raise Taken("it works for another render")
         run = self._plan(job)
         stored, _ = run.weights[run.plan.family.part(Role.DENOISER).name]

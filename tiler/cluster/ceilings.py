@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from tiler.errors import BudgetRefused
+from tiler.events import Phase
 from tiler.memory.budget import format_mb
 from tiler.planning.render import RenderPlan, plan_render
 from tiler.planning.tiling import plan_tiling
@@ -23,7 +24,7 @@ def share_of(run: RenderRun, workers: int) -> int:
     """Return the ceiling of each of `workers` workers in bytes: the run's ceiling less the needs of this process,
     divided by their number. Raises BudgetRefused if that is too little, naming the number of workers that fits."""
     plan = run.plan
-    canvas = next(phase for phase in plan.memory.phases if phase.name == "canvas")
+    canvas = next(phase for phase in plan.memory.phases if phase.name == Phase.CANVAS)
     own = sum(term.nbytes for term in canvas.terms if term.name in ("python + libraries", "canvas", "cluster"))
     own += plan.preview_bytes  # there are no activations here whose place it could take
     room = run.budget.max_bytes - own

@@ -45,13 +45,13 @@ class Columns:
 
 
 class Decoder:
-    """The autoencoder of a job, for bands of a picture with these held `statistics`, and the band under way. `size` is
-    that of its largest band in latents, (height, width). Raises TilerError."""
+    """The autoencoder of a job, for bands of a picture with `statistics_bytes` of held statistics, and the band under
+    way. `size` is that of its largest band in latents, (height, width). Raises TilerError."""
 
     def __init__(
-        self, job: SharedJob, request: ResolvedRequest, statistics: bytes, size: tuple[int, int], budget: Budget
+        self, job: SharedJob, request: ResolvedRequest, statistics_bytes: int, size: tuple[int, int], budget: Budget
     ) -> None:
-        self.job, self._statistics = job.name, statistics
+        self.job, self._statistics = job.name, b""
         models = phases.open_models(families.open_family(request, reads_text=False))
         spec = models.decoder
         if (found := decoder_id(models)) != job.model_id:
@@ -60,7 +60,7 @@ class Decoder:
         facts = measure(request.scratch_folder)
         precision = choose_decode_precision(request.decode_precision, Precision.FP32, bf16=facts.arithmetic.bf16)
         # The columns as they came and as they are read, the statistics, and an answer: its strips, joined, and sent.
-        own = 8 * spec.config["latent_channels"] * size[0] * size[1] + len(statistics) + 3 * ANSWER_BYTES
+        own = 8 * spec.config["latent_channels"] * size[0] * size[1] + statistics_bytes + 3 * ANSWER_BYTES
         space = ScratchSpace(request.scratch_folder, facts.scratch_free_bytes, request.scratch_dtype)
         _, plan, resident = plan_decode(
             models, size, facts, budget.max_bytes - own, decode=Decode.FROZEN, precision=precision, space=space,
@@ -86,8 +86,10 @@ class Decoder:
         held.from_bytes(stages, self._statistics)
         return stages
 
-    def probe(self, latents: np.ndarray) -> np.ndarray:
-        """Decode a few latents, (1, C, h, w), as a picture of their own → (3, 8h, 8w) fp32."""
+    def probe(self, statistics: bytes, latents: np.ndarray) -> np.ndarray:
+        """Hold the picture's `statistics`, and decode a few latents, (1, C, h, w), as a picture of their own →
+        (3, 8h, 8w) fp32."""
+        self._statistics = statistics
         return frozen.probe(self._stages(), torch.from_numpy(latents.copy())).numpy()
 
     def decode(self, place: BandPlace, row: int, columns: np.ndarray | None) -> np.ndarray | None:

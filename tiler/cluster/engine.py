@@ -11,6 +11,7 @@ import queue
 import socket
 from collections.abc import Callable
 from contextlib import suppress
+from functools import lru_cache
 from itertools import count
 from pathlib import Path
 from types import TracebackType
@@ -23,7 +24,10 @@ from tiler.request.cluster import Cluster, Where, check_address, host_of, listen
 
 with explained():
     import dask
+    from dask import utils
 
+    # It remembers 100,000 keys of tasks, 0.2 KB each, and each of ours comes once.
+    utils.key_split = lru_cache(100)(utils.key_split.__wrapped__)
     dask.config.set({
         "distributed.worker.memory.target": False, "distributed.worker.memory.spill": False,
         "distributed.worker.memory.pause": False, "distributed.worker.memory.terminate": False,
@@ -32,6 +36,8 @@ with explained():
         "distributed.worker.http.routes": [], "distributed.comm.compression": None,
         # Otherwise each connection keeps its last 1,000 messages, including tiles.
         "distributed.admin.low-level-log-length": 1,
+        # A computation keeps a record of each of its tasks, and a queue that is never idle is one computation.
+        "distributed.diagnostics.computations.max-history": 0,
         "distributed.admin.large-graph-warning-threshold": "1TB",  # tasks carry latents, and the user can do nothing
         "distributed.admin.system-monitor.log-length": 10, "distributed.admin.system-monitor.gil.enabled": False,
         "distributed.admin.tick.limit": "1h",

@@ -4,14 +4,14 @@ bits."""
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from tiler.cluster import tasks
-from tiler.cluster.shared import Greeting, window_of
+from tiler.cluster.greetings import Asked, Request
+from tiler.cluster.shared import Greeting
 from tiler.cluster.sharing import Pace
-from tiler.diffusion.runner import Tile
 from tiler.events import WorkerState
 from tiler.memory.budget import format_mb
 from tiler.run import WorkerUse
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 _LOOK_EVERY = 1.0  # seconds between two requests to the scheduler
 _AGAIN = 10.0  # seconds until a worker that another render has is asked again
 _LOST = 600.0  # seconds to wait for a scheduler that does not answer
+_MOST_TILES = 32  # in one task: 4 MB of SD 1.5's, there and back
 _SETTLE = 10.0  # seconds that other workers have to answer before the choice of bits
 
 
@@ -51,41 +52,6 @@ class Member:
         self.failures = 0
 
 
-class Asked(Protocol):
-    """The first request to each worker: a task that answers with a Greeting, and its arguments; `samples` of a pass are
-    one unit of work."""
-
-    @property
-    def task(self) -> Callable[..., str]: ...
-
-    @property
-    def arguments(self) -> tuple[Any, ...]: ...
-
-    @property
-    def samples(self) -> int: ...
-
-
-@dataclass(frozen=True)
-class Probe:
-    """The first request of a canvas: the job, and a tile of noise in the place of a tile of its first step."""
-
-    job: bytes
-    step: int
-    tile: Tile
-
-    @property
-    def task(self) -> Callable[..., str]:
-        return tasks.hello
-
-    @property
-    def arguments(self) -> tuple[Any, ...]:
-        return self.job, self.step, window_of(self.tile), self.tile.latents.numpy()
-
-    @property
-    def samples(self) -> int:
-        return self.tile.region.samples
-
-
 class Members:
     """The workers known to a render. `patience` is the time in seconds to wait for a first or another worker; None
     waits forever. If the scheduler does not answer, the wait is longer. `running` counts the worker processes that are
@@ -101,6 +67,8 @@ class Members:
         self._members: dict[str, Member] = {}
         self._gone: list[Member] = []
         self._greetings: dict[int, Member] = {}  # by ticket: workers that were sent a greeting
+        self._opening: set[int] = set()  # those of these tickets that are only of an opening
+        self._opened: deque[Member] = deque()  # workers whose turn to be greeted has not come
         self._reaching: dict[int, Member] = {}  # by ticket: workers that the scheduler is connecting to
         self._taken: set[str] = set()  # addresses of taken workers that were already reported
         self._again: dict[str, float] = {}  # by address: the time at which a taken worker is asked again
@@ -109,6 +77,10 @@ class Members:
         self._has_unasked = False  # whether workers have come that were not needed
         self._is_lost = False  # the scheduler does not answer
         self._looked = self._first_greeting = 0.0
+        self._deserted_since = time.monotonic()
+
+    def begin(self) -> None:
+        """From now on there is work for them, and patience is measured."""
         self._deserted_since = time.monotonic()
 
     def uses(self) -> list[WorkerUse]:
@@ -152,7 +124,7 @@ class Members:
             return False
         if self._running is not None and self._running() <= sum(m.is_out for m in self._members.values()):
             return True
-        if self._patience is None or self._greetings or self._reaching:
+        if self._patience is None or self._is_greeting:
             return False
         patience = max(_LOST, self._patience) if self._is_lost else self._patience
         return time.monotonic() - self._deserted_since >= patience
@@ -161,13 +133,19 @@ class Members:
     def are_taken(self) -> bool:
         """Whether every worker that has come works for another render, or was left out."""
         return bool(self._members) and not (
-            self._greetings or self._reaching or self.ready() or (self._has_unasked and not self._are_enough)
+            self._is_greeting or self.ready() or (self._has_unasked and not self._are_enough)
         )
+
+    @property
+    def _is_greeting(self) -> bool:
+        """Whether some workers have not answered yet."""
+        return bool(self._greetings or self._reaching or self._opened)
 
     def look(self) -> list[Member]:
         """Greet new workers, and return those that have gone. Asks the scheduler once a second."""
         now = time.monotonic()
         self._decide(now)
+        self._greet_next()
         if now - self._looked < _LOOK_EVERY:
             return []
         self._looked = now
@@ -185,7 +163,10 @@ class Members:
             for asked in (self._greetings, self._reaching):
                 for ticket in [t for t, m in asked.items() if m is member]:
                     del asked[ticket]
+                    self._opening.discard(ticket)
                     self.engine.drop(ticket)
+            if member in self._opened:
+                self._opened.remove(member)
             if not member.is_out:
                 self._note(f"worker {member.name} is gone")
         for address, name in present.items():
@@ -206,6 +187,7 @@ class Members:
             for ticket, member in list(self._greetings.items()):
                 if now - member.asked > self._at_most:
                     del self._greetings[ticket]
+                    self._opening.discard(ticket)
                     self.engine.drop(ticket)
                     self._again[member.address] = now + _AGAIN
 
@@ -215,10 +197,22 @@ class Members:
         return self._most is not None and asked >= self._most
 
     def _greet(self, member: Member) -> None:
-        ticket = self.engine.submit(member.address, self.probe.task, *self.probe.arguments)
+        opening = self.probe.opening
+        ticket = self._send(member, opening or self.probe.greeting)
+        if opening is not None:
+            self._opening.add(ticket)
+
+    def _greet_next(self) -> None:
+        """Greet a worker that has opened the job, if no other large greeting is under way."""
+        if self._opened and not self._greetings.keys() - self._opening:
+            self._send(self._opened.popleft(), self.probe.greeting)
+
+    def _send(self, member: Member, request: Request) -> int:
+        ticket = self.engine.submit(member.address, request.task, *request.arguments)
         self._greetings[ticket] = member
         self._greeted.add(member.address)
         member.asked = time.monotonic()
+        return ticket
 
     def ask_again(self, member: Member) -> None:
         """Schedule another greeting for a worker that has closed the job because another render has taken it."""
@@ -241,6 +235,8 @@ class Members:
         member = self._greetings.pop(ticket, None)
         if member is None:
             return False
+        is_opening = ticket in self._opening
+        self._opening.discard(ticket)
         if error is not None:
             greeting = Greeting(refusal=f"{type(error).__name__}: {error}".partition("\n")[0])
         else:
@@ -254,8 +250,12 @@ class Members:
         if greeting.refusal:
             self.leave_out(member, greeting.refusal)
             return True
+        if is_opening:
+            self._opened.append(member)
+            return True
         member.greeting, member.peak_rss_bytes = greeting, greeting.peak_rss_bytes
-        member.pace = Pace.from_probe(greeting.seconds, max(1, greeting.batch // self.probe.samples))
+        batch = max(1, greeting.batch // self.probe.samples)
+        member.pace = Pace.from_probe(greeting.seconds, batch, most=_MOST_TILES)
         self._first_greeting = self._first_greeting or time.monotonic()
         if self.digest is not None:
             self._admit(member)

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from tiler.cluster import tasks
-from tiler.cluster.members import Member, Members, Probe
+from tiler.cluster.greetings import Probe
+from tiler.cluster.members import Member, Members
 from tiler.cluster.shared import Answer, digest_of, window_of
 from tiler.cluster.sharing import Busy, earliest, share
 from tiler.diffusion.runner import Runner, Tile, check_finite

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from tiler import events, interrupts
 from tiler.cluster.shared import SharedJob, digest_of
 from tiler.decoding.apart import DECODERS, Apart, Elsewhere, Work
 from tiler.denoiser import open_denoiser
 from tiler.diffusion.prompts import Prompts
 from tiler.diffusion.runner import Runner, Tile
 from tiler.errors import ClusterError
-from tiler.events import Workers
-from tiler.phases import OpenRunner
+from tiler.events import Phase
+from tiler.memory.budget import Budget
+from tiler.phases import OpenRunner, start
 from tiler.planning.render import TILES_AHEAD, tile_bytes
 from tiler.planning.time import Speed
 from tiler.render_run import RenderRun
@@ -27,6 +30,8 @@ from tiler.request.cluster import Cluster, Where, parse_cluster
 
 if TYPE_CHECKING:
     from tiler.cluster.ceilings import Shares
+    from tiler.cluster.engine import Engine
+    from tiler.cluster.members import Members
     from tiler.cluster.outlook import Outlook
 
 _PATIENCE = 60.0  # seconds without any worker after which this process continues alone
@@ -43,17 +48,22 @@ def prepare(request: RenderRequest) -> None:
         engine.security_of(request.keys)
 
 
-def runner_of(run: RenderRun) -> OpenRunner:
-    """Return the opener of the runner that predicts the canvas: this process, or the requested cluster. Raises
-    BudgetRefused if too little memory is left for the workers."""
+Workers = Callable[[Prompts], AbstractContextManager[OpenRunner]]
+"""Takes the encoded prompts; in its context workers are greeted, until the runner is opened."""
+
+
+def workers_of(run: RenderRun) -> AbstractContextManager[Workers]:
+    """Return a context for all phases up to the canvas, which leads to the opener of the canvas's runner: this process,
+    or the requested cluster. Raises BudgetRefused if too little memory is left for the workers."""
     if run.request.cluster is None:
-        return open_denoiser
-    cluster, share = parse_cluster(run.request.cluster), 0
+        return nullcontext(lambda prompts: nullcontext(open_denoiser))
+    cluster = parse_cluster(run.request.cluster)
     if cluster.where is Where.LOCAL:
         from tiler.cluster.ceilings import share_of
 
-        share = share_of(run, cluster.workers)
-    return partial(_open_pool, cluster, share)
+        opener = partial(_open_local, cluster, share_of(run, cluster.workers))
+        return nullcontext(lambda prompts: nullcontext(opener))
+    return _joined(cluster, run)
 
 
 def outlook(run: RenderRun, speed: Speed) -> Outlook | None:
@@ -66,67 +76,142 @@ def outlook(run: RenderRun, speed: Speed) -> Outlook | None:
     return look(run, parse_cluster(run.request.cluster), speed)
 
 
-def shares_of_queue(run: RenderRun, where: str, max_bytes: int) -> Shares:
-    """Divide the bytes that a queue has for pictures like this run's, drawn by the cluster `where`. Raises UsageError,
-    BudgetRefused."""
-    from tiler.cluster.ceilings import shares_of_queue
+@torch.no_grad()
+def divide(request: RenderRequest, budget: Budget) -> Shares:
+    """Divide `budget` among the pictures of a queue that are like `request` and drawn at the same time, and the workers
+    of `request.cluster` that are here. Raises TilerError."""
+    assert request.cluster is not None
+    with budget:
+        prepare(request)
+        run = start(request, budget, lambda event: None, planning=True)
+        from tiler.cluster.ceilings import shares_of_queue
 
-    return shares_of_queue(run, parse_cluster(where), max_bytes)
+        return shares_of_queue(run, parse_cluster(request.cluster), budget.max_bytes)
 
 
 @contextmanager
-def _open_pool(cluster: Cluster, share: int, run: RenderRun, prompts: Prompts) -> Iterator[Runner]:
+def _joined(cluster: Cluster, run: RenderRun) -> Iterator[Workers]:
+    """Join the scheduler of other workers, or be it. They have memory of their own, so that they open the model while
+    prompts are encoded and are greeted while the guide is made; workers of this machine alone share its ceiling with
+    the guide, and start after it."""
     from tiler.cluster import tasks
+    from tiler.cluster.early import Early, Notes
+    from tiler.cluster.engine import Engine
+
+    if run.job.resumed or not len(run.plan.canvas_steps):  # perhaps nothing is left to denoise
+        yield lambda prompts: nullcontext(partial(_open_joined, cluster))
+        return
+    opening = SharedJob.of(run, {})
+    with ExitStack() as stack:
+        with interrupts.deferred():
+            engine = stack.enter_context(Engine(cluster, run.request.keys, insecure=run.request.insecure))
+        _note_address(cluster, engine, run)
+        early, notes = Early(engine, opening.to_bytes()), Notes()
+        thread = stack.enter_context(ExitStack())
+        thread.enter_context(early)
+
+        @contextmanager
+        def greeted(prompts: Prompts) -> Iterator[OpenRunner]:
+            members = _members_of(run, replace(opening, texts=prompts.encoded), engine, notes)
+            early.greet(members)
+            yield partial(opened, members)
+
+        @contextmanager
+        def opened(members: Members, run: RenderRun, prompts: Prompts) -> Iterator[Runner]:
+            thread.close()
+            notes.tell(run.note)
+            members.begin()
+            with _open_pool(cluster, run, prompts, members, opening.name) as runner:
+                yield runner
+
+        try:
+            yield greeted
+        finally:
+            thread.close()
+            if cluster.where is not Where.LISTEN:
+                for address in early.told:
+                    engine.tell(address, tasks.close, opening.name)
+
+
+@contextmanager
+def _open_joined(cluster: Cluster, run: RenderRun, prompts: Prompts) -> Iterator[Runner]:
+    from tiler.cluster.engine import Engine
+
+    job = SharedJob.of(run, prompts.encoded)
+    with Engine(cluster, run.request.keys, insecure=run.request.insecure) as engine:
+        _note_address(cluster, engine, run)
+        with _open_pool(cluster, run, prompts, _members_of(run, job, engine, run.note), job.name) as runner:
+            yield runner
+
+
+@contextmanager
+def _open_local(cluster: Cluster, share: int, run: RenderRun, prompts: Prompts) -> Iterator[Runner]:
+    """Start workers here, each with a ceiling of `share` bytes."""
     from tiler.cluster.engine import Engine
     from tiler.cluster.keys import make_keys
     from tiler.cluster.local import processes, running
-    from tiler.cluster.members import Members, Probe
+
+    job = SharedJob.of(run, prompts.encoded)
+    with tempfile.TemporaryDirectory(prefix="tiler-cluster-") as folder:
+        keys = Path(folder) / "keys"
+        make_keys(keys)
+        with (
+            Engine(cluster, keys) as engine,
+            processes(engine.address, Path(folder), cluster.workers, share, torch.get_num_threads()) as started,
+        ):
+            members = _members_of(run, job, engine, run.note, partial(running, started))
+            with _open_pool(cluster, run, prompts, members, job.name) as runner:
+                yield runner
+
+
+def _members_of(
+    run: RenderRun, job: SharedJob, engine: Engine, note: Callable[[str], None],
+    may_come: Callable[[], int] | None = None,
+) -> Members:  # fmt: skip
+    from tiler.cluster.greetings import Probe
+    from tiler.cluster.members import Members
+
+    asked, patience = Probe(job.to_bytes(), run.plan.begin, _probe(run)), _PATIENCE
+    return Members(engine, asked, note, None if run.request.cluster_only else patience, may_come)
+
+
+@contextmanager
+def _open_pool(
+    cluster: Cluster, run: RenderRun, prompts: Prompts, members: Members, name: str
+) -> Iterator[Runner]:  # fmt: skip
+    from tiler.cluster import tasks
     from tiler.cluster.pool import Pool
 
-    may_come: Callable[[], int] | None = None
-    is_local, keys = cluster.where is Where.LOCAL, run.request.keys
-    job = SharedJob.of(run, prompts.encoded)
-    with ExitStack() as stack:
-        if is_local:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tiler-cluster-")))
-            keys = folder / "keys"
-            make_keys(keys)
-        engine = stack.enter_context(Engine(cluster, keys, insecure=run.request.insecure))
-        if is_local:
-            started = stack.enter_context(
-                processes(engine.address, folder, cluster.workers, share, torch.get_num_threads())
-            )
-            may_come = partial(running, started)
-        if cluster.where is Where.LISTEN:
-            run.note(f"waiting for workers at {engine.address}")
-        asked = Probe(job.to_bytes(), run.plan.begin, _probe(run))
-        patience = None if run.request.cluster_only else _PATIENCE
-        members = Members(engine, asked, run.note, patience, may_come)
-        pool = stack.enter_context(
-            Pool(
-                members,
-                job.name,
-                partial(open_denoiser, run, prompts),
-                partial(run.budget.check, "canvas"),
-                run.note,
-                run.counts,
-                show=lambda workers: run.on_event(Workers(workers=workers)),
-                farthest=TILES_AHEAD if is_local else _farthest(run),  # workers here have the rest of the ceiling
-            )
-        )
+    is_local = cluster.where is Where.LOCAL
+    pool = Pool(
+        members,
+        name,
+        partial(open_denoiser, run, prompts),
+        partial(run.budget.check, Phase.CANVAS),
+        run.note,
+        run.counts,
+        show=lambda workers: run.on_event(events.Workers(workers=workers)),
+        farthest=TILES_AHEAD if is_local else _farthest(run),  # workers here have the rest of the ceiling
+    )
+    with pool:
         try:
             yield pool
         finally:
             run.workers = members.uses()
             if cluster.where in (Where.CONNECT, Where.FILE, Where.ENV):  # scheduler and workers outlive this run
                 for address in members.greeted():
-                    engine.tell(address, tasks.close, job.name)
+                    members.engine.tell(address, tasks.close, name)
+
+
+def _note_address(cluster: Cluster, engine: Engine, run: RenderRun) -> None:
+    if cluster.where is Where.LISTEN:
+        run.note(f"waiting for workers at {engine.address}")
 
 
 def bands_of(run: RenderRun) -> Elsewhere | None:
     """Return what opens the workers that decode bands of the picture; None if its method has none, or if all workers
     share this machine with this process alone."""
-    if run.request.cluster is None or run.plan.methods["decode"].kind is not Decode.FROZEN:
+    if run.request.cluster is None or run.plan.methods[Phase.DECODE].kind is not Decode.FROZEN:
         return None
     cluster = parse_cluster(run.request.cluster)
     return None if cluster.where is Where.LOCAL else partial(_open_bands, cluster, run)
@@ -148,11 +233,11 @@ def _open_bands(cluster: Cluster, run: RenderRun, work: Work) -> Iterator[Apart 
             yield None
             return
         patience = _RETURNING if cluster.where is Where.LISTEN and run.workers else _DECODING_PATIENCE
-        asked = BandProbe(job.to_bytes(), work)
+        asked = BandProbe(job.to_bytes(), job.name, work)
         members = Members(engine, asked, run.note, patience, most=DECODERS, at_most=_GREETING)
         members.digest = digest_of(work.probe.numpy())
         try:
-            yield Bands(members, job.name, work, partial(run.budget.check, "decode"))
+            yield Bands(members, job.name, work, partial(run.budget.check, Phase.DECODE))
         finally:
             run.decoders = members.uses()
             for address in members.greeted():
@@ -162,7 +247,7 @@ def _open_bands(cluster: Cluster, run: RenderRun, work: Work) -> Iterator[Apart 
 def _farthest(run: RenderRun) -> int:
     """The number of tiles for which there is room while this process predicts none itself."""
     plan, held = run.plan, ("python + libraries", "canvas", "prompts", "cluster")
-    canvas = next(phase for phase in plan.memory.phases if phase.name == "canvas")
+    canvas = next(phase for phase in plan.memory.phases if phase.name == Phase.CANVAS)
     unused = sum(term.nbytes for term in canvas.terms if term.name not in held) - plan.preview_bytes
     return TILES_AHEAD + max(0, unused) // (2 * tile_bytes(plan.family, plan.regions.tile))
 

@@ -14,6 +14,7 @@ _FIXED = 0.25  # of a pass over one tile, until measured: reading the weights (S
 _REMEMBERED = 6  # passes
 _ROUNDING = 1e-9  # of a tile: the tolerance for rounding errors
 _HALVINGS = 24  # of a time interval: down to a ten-millionth
+_SHORT = 1.5  # seconds: between two tasks a worker waits for 0.02 to 0.05 s
 _STEADY = 0.1  # the relative deviation of the last passes from the expected time
 
 
@@ -26,17 +27,19 @@ class Pass(NamedTuple):
 
 @dataclass
 class Pace:
-    """The speed of a worker: a pass over n tiles takes `fixed` + n · `each` seconds, where n is at most `batch`."""
+    """The speed of a worker: a pass over n tiles takes `fixed` + n · `each` seconds, where n is at most `batch`. While
+    its passes are very short, it gets up to `most` tiles at a time, which it takes for one pass."""
 
     batch: int
     fixed: float
     each: float
+    most: int = 0
     passes: list[Pass] = field(default_factory=list)
 
     @classmethod
-    def from_probe(cls, seconds: float, batch: int) -> Pace:
+    def from_probe(cls, seconds: float, batch: int, most: int = 0) -> Pace:
         """Return the pace that a pass over one tile suggests."""
-        return cls(batch=batch, fixed=_FIXED * seconds, each=(1 - _FIXED) * seconds)
+        return cls(batch=batch, fixed=_FIXED * seconds, each=(1 - _FIXED) * seconds, most=most)
 
     @classmethod
     def expected(cls, seconds: float, batch: int) -> Pace:
@@ -54,6 +57,8 @@ class Pace:
         """Learn from a pass: fit a line through the last passes if they differ in size, else scale the present pace to
         their speed."""
         self.passes = [*self.passes[-_REMEMBERED + 1 :], Pass(tiles, seconds)]
+        if tiles == self.batch and seconds < _SHORT:
+            self.batch = max(self.batch, min(2 * self.batch, self.most))
         n, mean_n = len(self.passes), sum(p.tiles for p in self.passes) / len(self.passes)
         mean_s = sum(p.seconds for p in self.passes) / n
         spread = sum((p.tiles - mean_n) ** 2 for p in self.passes)

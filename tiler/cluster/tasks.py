@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -53,26 +54,52 @@ def hello(job: bytes, step: int, window: Window, latents: np.ndarray) -> str:
     return _greeted(job, greet)
 
 
-def hello_decoder(job: bytes, statistics: np.ndarray, size: tuple[int, int], latents: np.ndarray) -> str:
-    """Open the job's decoder for bands of at most `size` latents, with the `statistics` as bytes in an array, and
-    decode a few latents. Returns a Greeting as JSON."""
-    return _greeted(job, lambda bench, shared: bench.greet_decoder(shared, statistics.tobytes(), size, latents))
+def open_ahead(job: bytes) -> None:
+    """Open the denoiser of a job whose prompts are not encoded yet, if this worker has nothing else to do. If that
+    fails, the greeting will say why."""
+    with _Desk.lock, suppress(Exception):
+        if _Desk.opener is not None:
+            _Desk.bench = _Desk.bench or _Desk.opener()
+            _Desk.bench.open_ahead(SharedJob.from_bytes(job))
+
+
+def open_decoder(job: bytes, statistics_bytes: int, size: tuple[int, int]) -> str:
+    """Open the job's decoder for bands of at most `size` latents, if this machine has nothing else to do. Returns a
+    Greeting without a digest, as JSON."""
+
+    def open_it(bench: Bench, shared: SharedJob) -> Greeting:
+        bench.open_decoder(shared, statistics_bytes, size)
+        return Greeting()
+
+    return _greeted(job, open_it)
+
+
+def hello_decoder(job: str, statistics: np.ndarray, latents: np.ndarray) -> str:
+    """Give the open decoder of the job named `job` its `statistics`, bytes in an array, and decode a few latents.
+    Returns a Greeting as JSON."""
+    return _said(job, lambda bench: bench.greet_decoder(job, statistics.tobytes(), latents))
 
 
 def _greeted(job: bytes, greet: Callable[[Bench, SharedJob], Greeting]) -> str:
-    """The bench's greeting for a job, as JSON; if it fails, what the bench opened for the job is closed."""
+    """The bench's greeting for a job, as JSON."""
+    try:
+        shared = SharedJob.from_bytes(job)
+    except Exception as error:
+        return Greeting(refusal=_explained(error)).to_json()
+    return _said(shared.name, lambda bench: greet(bench, shared))
+
+
+def _said(job: str, greet: Callable[[Bench], Greeting]) -> str:
+    """The bench's greeting, as JSON; if it fails, what the bench opened for the job is closed."""
     if _Desk.opener is None:
         return Greeting(refusal="is no `tiler worker`").to_json()
-    name = ""
     with _Desk.lock:
         try:
             _Desk.bench = _Desk.bench or _Desk.opener()
-            shared = SharedJob.from_bytes(job)
-            name = shared.name
-            return greet(_Desk.bench, shared).to_json()
+            return greet(_Desk.bench).to_json()
         except Exception as error:
-            if _Desk.bench is not None and name:
-                _Desk.bench.close(name)
+            if _Desk.bench is not None:
+                _Desk.bench.close(job)
             return Greeting(refusal=_explained(error), is_taken=isinstance(error, Taken)).to_json()
 
 

@@ -6,8 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from tiler.compute.cpu import Isa
-from tiler.compute.fp32 import Fp32, Prepacked
-from tiler.compute.int8 import Int8
+from tiler.compute.fp32 import Fp32
 from tiler.compute.kernels import Kernel, Kind, Op, Policy, Shape
 from tiler.compute.native import NativeInt8
 from tiler.compute.native_attention import NativeAttention, NativeAttentionBf16
@@ -18,7 +17,7 @@ from tiler.compute.tuning import KERNELS_OF
 from tiler.compute.winograd import Winograd
 
 _ALL = (
-    Fp32(), Prepacked(), Winograd(), Int8(), NativeInt8(), NativeWinograd(), NativeWinogradBf16(),
+    Fp32(), Winograd(), NativeInt8(), NativeWinograd(), NativeWinogradBf16(),
     NativeBf16(), NativeFp32(), EnlargedBf16(), NativeAttention(), NativeAttentionBf16(),
 )  # fmt: skip
 KERNELS: Mapping[str, Kernel] = {kernel.name: kernel for kernel in _ALL}

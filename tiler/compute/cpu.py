@@ -49,8 +49,7 @@ def flags() -> tuple[str, ...]:
     return tuple(flag for flag in _KNOWN if flag in have)
 
 
-def prepacks() -> bool:
-    """Whether oneDNN's own weight order is known to speed up convolutions; measured on x86 only."""
+def has_avx2() -> bool:
     return "avx2" in flags()
 
 
@@ -90,11 +89,16 @@ class Int8(NamedTuple):
 
 
 def int8() -> Int8:
-    """The form of int8 on this processor. Without dot-product instructions, oneDNN adds pairs of products in 16 bits
-    (vpmaddubsw): 2 × 255 × 127 would overflow, 2 × 255 × 64 does not. With 127 steps for both activations and weights,
-    the error of a UNet call at SD 1.5's size was half as large again."""
-    if dot := [flag for flag in _DOT_PRODUCT if flag in flags()]:
-        return Int8(127, True, f"8-bit weights, {dot[0]}")
-    if "avx2" in flags():
-        return Int8(64, True, "7-bit weights, AVX2 without VNNI adds products in 16 bits")
-    return Int8(127, False, f"8-bit weights, fp32 arithmetic, {platform.machine()} without AVX2")
+    """The form of int8 on this processor; the library computes the products. Without dot-product instructions, pairs of
+    products are added in 16 bits (vpmaddubsw): 2 × 255 × 127 would overflow, 2 × 255 × 64 does not. With 127 steps for
+    both activations and weights, the error of a UNet call at SD 1.5's size was half as large again."""
+    if not has_avx2():
+        return Int8(127, False, f"8-bit weights, fp32 arithmetic, {platform.machine()} without AVX2")
+    dot = next((flag for flag in _DOT_PRODUCT if flag in flags()), None)
+    # Weights are quantised in the same way whether products work or not.
+    largest = 64 if dot is None else 127
+    if library() is None:
+        return Int8(largest, False, f"{largest.bit_length()}-bit weights, fp32 arithmetic without tiler's own library")
+    if dot is None:
+        return Int8(largest, True, "7-bit weights, AVX2 without VNNI adds products in 16 bits")
+    return Int8(largest, True, f"8-bit weights, {dot}")

@@ -120,7 +120,7 @@ class Fp32(Kernel):
     @staticmethod
     def _empty(op: Op, x: Tensor, weight: Weight) -> Tensor:
         layout = torch.contiguous_format
-        if op.kind is Kind.CONVOLUTION and onednn.prepacks():
+        if op.kind is Kind.CONVOLUTION and onednn.convolves():
             layout = torch.channels_last
         return torch.empty(op.output_shape(x.shape, weight.outputs), device=x.device, memory_format=layout)
 
@@ -128,28 +128,3 @@ class Fp32(Kernel):
         if op.geometry is None:
             return product(x, rows, bias)
         return onednn.plain_convolution(x, rows, bias, op.geometry)
-
-
-class Prepacked(Fp32):
-    """Convolutions whose weights are brought into oneDNN's own order once for all samples. A plain convolution reorders
-    them at every call (1280 channels, 8 × 8: 46 ms instead of 24)."""
-
-    name = "onednn"
-    holds_alone = False
-
-    def suits(self, op: Op, shape: Shape | None, policy: Policy) -> bool:
-        return op.kind is Kind.CONVOLUTION and policy.one_size and shape is not None and onednn.prepacks()
-
-    def _pieces(
-        self, store: WeightStore, op: Op, weight: Weight, shape: Shape, place: Place
-    ) -> Iterable[tuple[int, int, Tensor]]:
-        assert op.geometry is not None
-        # oneDNN reorders from channels-last: cast into that at once (9.0 → 6.6 ms for 352 × 1280 × 3 × 3).
-        for first, last, rows in read_pieces(store, weight, place, channels_last=True):
-            yield first, last, onednn.reorder(rows, op.geometry, shape[2:])
-
-    def _product(self, op: Op, x: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
-        if x.is_meta:
-            return super()._product(op, x, rows, bias)
-        assert op.geometry is not None
-        return onednn.convolution(x, rows, bias, op.geometry)

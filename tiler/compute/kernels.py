@@ -228,10 +228,9 @@ class Kernel(ABC):
     """
 
     name: str
-    in_arena = True  # whether what it prepares lies in the arena, or beside it
     takes_resident = False  # whether it computes with an fp32 weight in memory as it lies there
+    multiplies_in_place = False  # the same for a packed int8 weight
     rows_together = 1  # of an image: inputs should be cut at multiples of them
-    holds_alone = True  # whether a layer that runs by itself gains by having its weight held for all samples
 
     @abstractmethod
     def suits(self, op: Op, shape: Shape | None, policy: Policy) -> bool:

@@ -243,7 +243,7 @@ def _compute(
 def computed(layers: Sequence[StreamedLayer], op: Op, kernel: Kernel, x: Operands, shape: Shape) -> tuple[Tensor, ...]:
     """Finish an operation that the kernel has begun, with one read of the layers' weights for all samples."""
     streamer = layers[0].streamer
-    if kernel.holds_alone and streamer.fits(*layers):
+    if streamer.fits(*layers):
         with streamer.hold(*layers):
             return kernel.apply(op, x, streamer.prepared(op, kernel, shape))
     return kernel.apply(op, x, streamer.prepared(op, kernel, shape))

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tiler.compute import onednn
+from tiler.compute import cpu, onednn
 from tiler.compute.arena import Arena, Held
 from tiler.compute.choose import KERNELS, choose_kernel
 from tiler.compute.cpu import Isa, isa
@@ -26,7 +26,7 @@ from tiler.weights.index import read_index
 from tiler.weights.store import SCALE, WeightStore
 
 _NAME = "weight"
-_INT8, _BF16 = ("int8", "native-int8"), ("bf16", "native-bf16")
+_INT8, _BF16 = ("int8", "native-int8"), ("bf16", "native-bf16")  # a precision, and its kernel
 
 
 class TableShape(NamedTuple):
@@ -56,7 +56,7 @@ TABLE_SHAPES = (
 
 def _policy(kernel: str) -> Policy:
     return Policy(
-        int8=frozenset({_NAME} if kernel in _INT8 and onednn.int8().products else ()),
+        int8=frozenset({_NAME} if kernel in _INT8 and cpu.int8().products else ()),
         bf16=frozenset({_NAME} if kernel in _BF16 else ()),
         winograd=True,
         one_size=True,
@@ -92,7 +92,7 @@ def timings(
 def _ready(kernel: Kernel, shape: TableShape, x: Tensor, file: Path) -> Iterator[Callable[[], object]]:
     """The layer as a function, with its weight prepared."""
     op = shape.op()
-    if x.ndim == 4 and onednn.prepacks():
+    if x.ndim == 4 and onednn.convolves():
         x = x.contiguous(memory_format=torch.channels_last)
     with WeightStore(read_index(file)) as store:
         place = Held(Arena(ARENA_BYTES), ARENA_BYTES, lambda: False, stays=True)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from tiler.compute import cpu
 from tiler.compute.kernels import (
+    Group,
     Input,
     Kernel,
     Kind,
@@ -35,7 +36,7 @@ from tiler.compute.kernels import (
 )
 from tiler.compute.native_inputs import Quantized, address, needed_library, quantize_images, quantize_tokens
 from tiler.compute.onednn import Geometry
-from tiler.compute.steps import add_low_rank, finished, made_input
+from tiler.compute.steps import activated, add_low_rank, add_product, finished, made_input, product
 from tiler.compute.tuning import KERNELS_OF
 from tiler.native import library
 from tiler.native.library import Activation, Type
@@ -43,6 +44,8 @@ from tiler.weights.blocks import INPUTS, OUTPUTS, blocked, can_block
 from tiler.weights.store import Piece, WeightStore
 
 MOST_INPUTS = 2**31 // (255 * 127)  # a sum of products fits 32 bits
+# Tokens of a GLU with low-rank paths at a time. With 64, which fit a smaller cache, the weights are read too often.
+_TOKENS = 512
 
 
 class Made(NamedTuple):
@@ -62,6 +65,7 @@ class NativeInt8(Kernel):
     """Weights stored as int8, held as in the packed file."""
 
     name = "native-int8"
+    multiplies_in_place = True
 
     def suits(self, op: Op, shape: Shape | None, policy: Policy) -> bool:
         if op.weights is None or not policy.int8.issuperset(op.weights.names) or library.library() is None:
@@ -99,6 +103,9 @@ class NativeInt8(Kernel):
             outs: tuple[Tensor, ...] = (empty_result(op, made, halves[0].outputs),)
         else:
             outs = tuple(empty_result(op, made, weight.outputs) for weight in op.group.weights)
+        if halves is not None and made.whole is not None:
+            _multiply_gated(op, made, prepared, outs[0])
+            return outs if x.residual is None else (outs[0].add_(x.residual),)
         after = None if made.whole is not None else activation_of(op.epilogue.activation)
         fused = halves is not None or (after is not None and not op.epilogue.glu)
         residual = residual_like(outs[0], x.residual) if fused else None
@@ -144,9 +151,10 @@ def is_fused(op: Op) -> bool:
 
 
 def gated(op: Op) -> tuple[Weight, Weight] | None:
-    """The halves of a GLU that is computed in one step, which are prepared together; None for other operations."""
+    """The halves of a GLU that is computed in one step, which are prepared together; None for other operations. A
+    low-rank path is that of the complete weight."""
     weights = op.group.weights
-    if not op.epilogue.glu or activation_of(op.epilogue.activation) is None or any(w.low_rank for w in weights):
+    if not op.epilogue.glu or activation_of(op.epilogue.activation) is None:
         return None
     if len(weights) == 2:
         return weights[0], weights[1]
@@ -252,6 +260,38 @@ def _multiply(
     if len(piece.tensors) > 3:
         call.gate_weights, call.gate_scale, call.gate_sum = (tensor.data_ptr() for tensor in piece.tensors[3:])
     multiply(op, call, made.input.values, out)
+
+
+def _multiply_gated(op: Op, made: Made, prepared: Iterable[Prepared], out: Tensor) -> None:
+    """Compute a GLU whose weights have low-rank paths, some tokens at a time, so that both halves of them stay in the
+    cache until the gates are applied."""
+    halves, act = gated(op), op.epilogue.activation
+    assert halves is not None and act is not None and made.whole is not None
+    tokens, filled = made.whole.flatten(0, -2), out.view(-1, out.shape[-1])
+    paths: list[tuple[Tensor, Tensor] | None] = []  # of each half: its tokens in few dimensions, and the way back
+    for weight in op.group.weights:
+        parts = 2 // len(op.group.weights)
+        if weight.low_rank is None:
+            paths += [None] * parts
+            continue
+        down, up = weight.low_rank.load()
+        lines = product(tokens, down, None)
+        paths += [(lines, rows) for rows in up.chunk(parts)]
+    for piece in prepared:
+        rows = slice(piece.first, piece.last)
+        for some in (slice(i, min(i + _TOKENS, len(tokens))) for i in range(0, len(tokens), _TOKENS)):
+            made_some = made._replace(input=Quantized(made.input.values[some], made.input.scale[some], made.input.zero))
+            both = []
+            for number, half in enumerate(halves):
+                bias = None if half.bias is None else half.bias[rows]
+                alone = Op(kind=op.kind, weights=Group(weights=(replace(half, meta=half.meta[rows], bias=bias),)))
+                made_of = out.new_empty(some.stop - some.start, piece.last - piece.first)
+                of_it = Prepared(0, made_of.shape[1], piece.tensors[3 * number : 3 * number + 3])
+                _multiply(alone, made_some, of_it, made_of, Activation.NONE, None)
+                if (path := paths[number]) is not None:
+                    add_product(path[0][some], path[1][rows], made_of)
+                both.append(made_of)
+            torch.mul(both[0], activated(act, both[1]), out=filled[some, rows])
 
 
 def product_call(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from tiler.compute import cpu, onednn
+from tiler.compute import cpu
 from tiler.compute.cpu import Int8, Isa
 from tiler.compute.tuning import SPEEDUPS_OF
 from tiler.native.library import has_bf16
@@ -28,4 +28,4 @@ class Arithmetic(NamedTuple):
 
 def arithmetic() -> Arithmetic:
     """That of this machine."""
-    return Arithmetic(cpu.isa(), onednn.int8(), has_bf16())
+    return Arithmetic(cpu.isa(), cpu.int8(), has_bf16())

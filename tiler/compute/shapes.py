@@ -199,6 +199,7 @@ _POINTWISE = {
     "empty_like",
     "zeros_like",
 }
+_QUESTIONS = {"__get__", "__len__", "numel", "stride", "dim"}  # most calls by far; they make no tensor
 _IN_PLACE = {"add_", "__iadd__", "mul_", "__imul__", "div_", "copy_", "zero_", "__setitem__"}
 
 
@@ -221,6 +222,9 @@ class _ByShape(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name in _QUESTIONS:
+            return func(*args, **kwargs)
         if func is F.scaled_dot_product_attention:  # newer models name its arguments
             args = (*args, *(kwargs[name] for name in ("query", "key", "value") if name in kwargs))
         if func is torch.cat and args[0][0].is_meta:
@@ -236,7 +240,6 @@ class _ByShape(TorchFunctionMode):
         if not (args and isinstance(args[0], Tensor) and args[0].is_meta):
             return func(*args, **kwargs)
         x: Tensor = args[0]
-        name = getattr(func, "__name__", "")
         if name in _IN_PLACE or kwargs.get("inplace"):
             return x
         if name == "__getitem__" and (rows := _tables(args[1])):

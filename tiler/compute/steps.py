@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tiler.compute import shapes
 from tiler.compute.kernels import Epilogue, Input, Op
 from tiler.compute.onednn import plain_convolution
 from tiler.compute.tuning import NORM_ELEMENTS
@@ -21,7 +22,6 @@ from tiler.compute.tuning import NORM_ELEMENTS
 _SHARE = 2**16  # values of an activation for each thread at a time: whole vectors, in the cache
 _ALONE = 2**14  # values up to which torch uses one thread, whatever the activation
 _ROWS = 16  # of a matrix product: with as many MKL's order is one, for every number of threads
-_ADDED = 2**18  # values of a low-rank path's result at a time: 1 MB, beside the product that they are added to
 _VECTOR = 64  # values: a multiple of what any processor computes at once
 
 
@@ -56,18 +56,24 @@ def add_low_rank(op: Op, x: Tensor, products: Sequence[Tensor]) -> None:
         down, up = weight.low_rank.load()
         for sample, into in zip(x.split(1), filled.split(1), strict=True):
             if op.geometry is None:
-                _add_product(product(sample, down.flatten(1), None), up, into)
+                add_product(product(sample, down.flatten(1), None).flatten(0, -2), up, into.view(-1, len(up)))
             else:
                 narrow = plain_convolution(sample, down, None, op.geometry)
-                _add_product(narrow.movedim(1, -1), up, into.movedim(1, -1))
+                add_product(narrow.movedim(1, -1).flatten(0, -2), up, into.movedim(1, -1).view(-1, len(up)))
 
 
-def _add_product(x: Tensor, weight: Tensor, out: Tensor) -> None:
-    """Add x (1, ..., rank) · weight (outputs, rank) to out (1, ..., outputs), some rows at a time."""
-    step = max(_ROWS, _ADDED // len(weight) // _ROWS * _ROWS)
-    rows, into = x.flatten(0, -2), out.view(-1, len(weight))
-    for some, filled in zip(rows.split(step), into.split(step), strict=True):
-        filled += product(some, weight, None)
+def add_product(x: Tensor, weight: Tensor, out: Tensor) -> None:
+    """Add x (n, rank) · weight (outputs, rank) to out (n, outputs), in place; a few rows are padded, as for
+    `product`."""
+    if x.is_meta:
+        shapes.count(2 * x.numel() * len(weight), linear=True)
+        return
+    missing = _ROWS - len(x)
+    if missing <= 0:
+        out.addmm_(x, weight.T)
+        return
+    padded = F.pad(out, (0, 0, 0, missing)).addmm_(F.pad(x, (0, 0, 0, missing)), weight.T)
+    out.copy_(padded[: len(x)])
 
 
 def finished(after: Epilogue, products: Sequence[Tensor], residual: Tensor | None) -> tuple[Tensor, ...]:

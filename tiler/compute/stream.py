@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from tiler.compute import cpu, onednn
+from tiler.compute import cpu
 from tiler.compute.arena import Arena, Held
 from tiler.compute.choose import choose_kernel
 from tiler.compute.kernels import Kernel, Op, Policy, Prepared, Shape
@@ -50,7 +50,8 @@ class Streamer:
     too, unless `int8_products` is False. If it has bf16 instructions, products with the weights in `bf16_keys` may
     round values to bf16. `short` says whether memory is short: then the memory freed by one sample returns to the
     system before the next sample runs, and so does unused space of the arena. `ranks` are the ranks of the low-rank
-    paths beside int8 weights if there is no store. With `transform`, sufficiently large convolutions are computed by
+    paths beside int8 weights if there is no store; `in_place` tells that all int8 weights will stay in memory, where
+    some kernels multiply them as they lie. With `transform`, sufficiently large convolutions are computed by
     winograd.py. Kernels in `prefer` take precedence over the processor's table.
     """
 
@@ -66,10 +67,11 @@ class Streamer:
         short: Callable[[], bool] = _never,
         prefer: Sequence[Kernel] = (),
         ranks: Mapping[str, int] = MappingProxyType({}),
+        in_place: bool = False,
     ) -> None:
         self.store = store
         stored = int8_keys if store is None else store.int8
-        products = int8_products and onednn.int8().products
+        products = int8_products and cpu.int8().products
         self.policy = Policy(
             int8=stored if products else frozenset(), bf16=bf16_keys, winograd=transform, prefer=tuple(prefer)
         )
@@ -77,6 +79,7 @@ class Streamer:
         self.arena_bytes = arena_bytes or ARENA_BYTES
         self._short = short
         self._ranks = ranks
+        self._in_place = in_place
         self.used: dict[str, None] = {}  # names in the order of first use
         self._arena = Arena(0 if store is None else self.arena_bytes)
         self._held: Held | None = None  # the weights of the unit that runs now
@@ -180,26 +183,21 @@ class Streamer:
 
     def _count_held(self, modules: Sequence[nn.Module]) -> int:
         kernels = self._kernels(modules)
-        transient = max((kernel.transient_bytes(op, None) for op, kernel in kernels if kernel.in_arena), default=0)
+        transient = max((kernel.transient_bytes(op, None) for op, kernel in kernels), default=0)
         return sum(kernel.held_bytes(op, None) for op, kernel in kernels) + transient
 
     @contextmanager
     def hold(self, *modules: nn.Module) -> Iterator[None]:
-        """Keep every prepared weight of the modules until this context ends, in the arena or beside it. If weights are
+        """Keep every prepared weight of the modules until this context ends, in the arena. If weights are
         held already, these must be among them."""
         if self._held is not None:
             yield
             return
         kernels = [(op, kernel) for op, kernel in self._kernels(modules) if not self._resident(op, kernel)]
-        beside = [(op, kernel) for op, kernel in kernels if not kernel.in_arena]
-        packed, piece = (
-            sum(kernel.held_bytes(op, None) for op, kernel in beside),
-            max((kernel.transient_bytes(op, None) for op, kernel in beside), default=0),
-        )
-        room = sum(kernel.held_bytes(op, None) for op, kernel in kernels) - packed
+        room = sum(kernel.held_bytes(op, None) for op, kernel in kernels)
         room += max((kernel.transient_bytes(op, None) for op, kernel in kernels), default=0)
-        # On meta tensors, the planner counts the weights; those beside the arena are copied once on their way there.
-        planned = torch.empty(room + packed + piece, device="meta", dtype=torch.uint8) if self.store is None else None
+        # On meta tensors, the planner counts the weights.
+        planned = torch.empty(room, device="meta", dtype=torch.uint8) if self.store is None else None
         if planned is None:
             self._arena.take(room, short=self._short())
         self._held = Held(self._arena, self.arena_bytes, self._short, stays=True)
@@ -220,8 +218,10 @@ class Streamer:
             self._arena.take(0, short=True)  # the largest weights are not those beside the largest activations
 
     def _resident(self, op: Op, kernel: Kernel) -> bool:
-        """Whether the operation's weights are resident in compute format."""
-        resident = [None if self.store is None else self.store.resident.get(name) for name in op.group.names]
+        """Whether the operation's weights stay in memory as its kernel needs them."""
+        if self.store is None:  # a run takes the arena's addresses for them, and writes nothing there
+            return self._in_place and kernel.multiplies_in_place
+        resident = [self.store.resident.get(name) for name in op.group.names]
         return kernel.takes_resident and all(x is not None and x.dtype == torch.float32 for x in resident)
 
     # --- samples

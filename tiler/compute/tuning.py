@@ -21,38 +21,32 @@ from tiler.memory.tuning import Passport
 KERNELS_OF: Annotated[
     Mapping[Isa, Mapping[str, tuple[str, ...]]], Passport("order", "python scripts/calibrate.py kernels")
 ] = {
-    # native-int8 0.27 and 0.27, native-winograd 0.35 and 0.32, int8 0.39 and 0.29, winograd 0.47 and 0.40, native-fp32
-    # 1.03 and 1.06, which joins, norms and activates its input on the way; native-enlarged-bf16 is for upsamplers alone
-    # (a pass of SD 1.5 in bf16: 8.20 s instead of 8.40); linear: native-int8 0.28 and 0.24, int8 0.40
-    # and 0.27, native-fp32 0.88 and 0.90; native-attention 0.82, 0.83, 0.91; 0.63, 0.84; -bf16 0.45, 0.47, 0.51; 0.46,
-    # 0.48.
+    # native-int8 0.27 and 0.27, native-winograd 0.35 and 0.32, winograd 0.47 and 0.40, native-fp32 1.03 and 1.06, which
+    # joins, norms and activates its input on the way; native-enlarged-bf16 is for upsamplers alone (a pass of SD 1.5 in
+    # bf16: 8.20 s instead of 8.40); linear: native-int8 0.28 and 0.24, native-fp32 0.88 and 0.90; native-attention
+    # 0.82, 0.83, 0.91; 0.63, 0.84; -bf16 0.45, 0.47, 0.51; 0.46, 0.48.
     Isa.AVX512_VNNI: {
-        "linear": ("native-int8", "int8", "native-bf16", "native-fp32", "fp32"),
+        "linear": ("native-int8", "native-bf16", "native-fp32", "fp32"),
         "convolution": (
             "native-enlarged-bf16",
             "native-int8",
-            "int8",
             "native-winograd",
             "native-bf16",
             "native-fp32",
             "winograd",
-            "onednn",
             "fp32",
         ),
         "attention": ("native-attention-bf16", "native-attention", "fp32"),
     },
     # The library's kernels are those of AVX2: native-winograd 0.42 and 0.38, winograd 0.47 and 0.43, native-int8 0.54
-    # and 0.56, int8 0.65 and 0.57, native-fp32 1.08 and 1.25; linear: native-int8 0.44 and 0.45, int8 0.57 and 0.49,
-    # native-fp32 0.83 and 0.93. int8 still comes first for weights stored as int8: see AVX2. Attention was not measured
-    # against torch's of AVX-512.
+    # and 0.56, native-fp32 1.08 and 1.25; linear: native-int8 0.44 and 0.45, native-fp32 0.83 and 0.93. native-int8
+    # still comes first for weights stored as int8: see AVX2. Attention was not measured against torch's of AVX-512.
     Isa.AVX512: {
-        "linear": ("native-int8", "int8", "native-fp32", "fp32"),
+        "linear": ("native-int8", "native-fp32", "fp32"),
         "convolution": (
             "native-int8",
-            "int8",
             "native-winograd",
             "winograd",
-            "onednn",
             "native-fp32",
             "fp32",
         ),
@@ -61,17 +55,18 @@ KERNELS_OF: Annotated[
     # Not measured, because no such processor was available: the 8-bit products are those of AVX512_VNNI at half the
     # width, everything else is as in AVX2.
     Isa.AVX2_VNNI: {
-        "linear": ("native-int8", "int8", "fp32"),
-        "convolution": ("native-int8", "int8", "native-winograd", "winograd", "onednn", "fp32"),
+        "linear": ("native-int8", "fp32"),
+        "convolution": ("native-int8", "native-winograd", "winograd", "native-fp32", "fp32"),
         "attention": ("native-attention", "fp32"),
     },
-    # native-winograd 0.46 and 0.37, winograd 0.46 and 0.38, native-int8 0.54 and 0.59, int8 0.63 and 0.58, native-fp32
-    # 1.29 and 1.22; linear: native-int8 0.58 and 0.54, int8 0.69 and 0.63, native-fp32 1.01 and 1.14; native-attention
-    # 0.86, 0.91, 0.93; 0.73, 1.01. A complete pass of SD 1.5 in int8, two samples, took 13.1 s with int8 first and 13.0
-    # with winograd first, whose weights are transformed again at every pass.
+    # native-winograd 0.46 and 0.37, winograd 0.46 and 0.38, native-int8 0.54 and 0.59, native-fp32 1.29 and 1.22;
+    # linear: native-int8 0.58 and 0.54, native-fp32 1.01 and 1.14; native-attention 0.86, 0.91, 0.93; 0.73, 1.01. A
+    # complete pass of SD 1.5 in int8, two samples, took 13.1 s with int8 first and 13.0 with winograd first, whose
+    # weights are transformed again at every pass. Its 78 convolutions that are not transformed: native-fp32 2.83 s a
+    # sample, fp32 2.87, oneDNN with weights in its own order 2.41, which was not worth a kernel.
     Isa.AVX2: {
-        "linear": ("native-int8", "int8", "fp32"),
-        "convolution": ("native-int8", "int8", "native-winograd", "winograd", "onednn", "fp32"),
+        "linear": ("native-int8", "fp32"),
+        "convolution": ("native-int8", "native-winograd", "winograd", "native-fp32", "fp32"),
         "attention": ("native-attention", "fp32"),
     },
     # Not measured: fp32 is known to work.
@@ -125,13 +120,6 @@ WINOGRAD_PLACES: Annotated[int, Passport("tiles of 4 × 4 pixels", "python scrip
 # Elements of the samples that run together with int8 weights, whose sums are exact: one sample of SD 1.5's second
 # level. Its inner levels would otherwise be many small products.
 GROUP_ELEMENTS: Annotated[int, Passport("elements", "python scripts/profile_pass.py --precision int8")] = 640 * 32 * 32
-# Values quantised at a time: they stay in the cache in fp32 between two steps.
-INT8_CHUNK: Annotated[int, Passport("elements", "python scripts/profile_pass.py --precision int8")] = 2**18
-# Sums of an 8-bit product at a time, and the fewest rows: oneDNN copies the weight into its own blocks for each part.
-INT8_BAND_SUMS: Annotated[int, Passport("elements", "python scripts/profile_pass.py --precision int8")] = 3 * 2**19
-INT8_BAND_ROWS: Annotated[int, Passport("tokens", "python scripts/profile_pass.py --precision int8")] = 256
-# Bytes of a convolution's windows at a time: just below the size that the allocator maps again each time.
-INT8_WINDOWS_BYTES: Annotated[int, Passport("bytes", "python scripts/profile_pass.py --precision int8")] = 7 * 2**20
 # Elements of a GroupNorm at a time: its intermediate values stay in the cache between two steps (320 channels, 64 × 64:
 # 1.35 ms; 1.56 with half as many and 1.44 with twice as many).
 NORM_ELEMENTS: Annotated[int, Passport("elements", "python scripts/profile_pass.py")] = 2**18
@@ -163,6 +151,15 @@ OVERHEAD_BY_LAYERS: Annotated[float, Passport("ratio", "python scripts/bench_dec
 OVERHEAD_BY_LAYERS_BF16: Annotated[float, Passport("ratio", "python scripts/bench_decode.py")] = 0.8
 OVERHEAD_BY_ROWS: Annotated[float, Passport("ratio", "python scripts/bench_decode.py")] = 3.1
 OVERHEAD_BY_ROWS_BF16: Annotated[float, Passport("ratio", "python scripts/bench_decode.py")] = 2.0
+# One layer of a denoiser for one sample, beside its arithmetic: Python, the start of operators, checks, blending, and a
+# sample's part of preparing the weights. Renders of mini at 1024²: 117 µs of one thread's processor time, 180 µs of a
+# clock's with two threads, which do not share this; passes alone, over 1–16 samples of 16² and 32² latents: 75 µs.
+RUN_SECONDS: Annotated[float, Passport("seconds", "python scripts/remaining.py")] = 165e-6
+# An autoencoder with layers narrower than NARROW has this much more overhead, times the difference of the widths'
+# inverses: norms and files take time by value, and narrow layers have more of them for each operation (mini, 16
+# channels, 1024², processor time of one thread: decoding takes 7 times its arithmetic).
+NARROW: Annotated[int, Passport("channels", "python scripts/remaining.py")] = 128
+OVERHEAD_NARROW: Annotated[float, Passport("channels", "python scripts/remaining.py")] = 105.0
 
 # Freed blocks between live ones, as a share of one sample's activations: 40–57 MB of 139 for SD 1.5, 65–89 of 230 for
 # SD 2.1, whatever the batch.
@@ -177,9 +174,6 @@ MAPPED_HEAP_SLACK: Annotated[float, Passport("share", "python -m pytest -m full 
 # resident weights, SD 1.5 at 768² had 725 MB and SDXL's width at 1024² 726 while 760 were planned; with the shares
 # above, 668 and 636.
 PACKED_HEAP_SLACK: Annotated[float, Passport("share", "python -m pytest -m full tests/full/test_full_size.py")] = 0.1
-# Holes left by int8 weights that are packed and freed unit by unit (SD 1.5, 1024² under 600 MB: 595 MB, 570 planned
-# without them). There are none if memory is always short.
-INT8_HOLES_BYTES: Annotated[int, Passport("bytes", "python scripts/calibrate.py memory")] = 27_000_000
 # Code of torch, oneDNN and MKL that has not run when the models are built, and the kernels that these libraries compile
 # at first use.
 LIBRARIES_BYTES: Annotated[int, Passport("bytes", "python scripts/calibrate.py memory")] = 67_000_000

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tiler.compute.kernels import Kernel, Kind, Op, Operands, Place, Policy, Prepared, Shape, weight_pieces
-from tiler.compute.onednn import Geometry, prepacks
+from tiler.compute.onednn import Geometry, convolves
 from tiler.compute.steps import finished, made_input
 from tiler.compute.tuning import ARENA_BYTES
 from tiler.compute.tuning import WINOGRAD_CHANNELS as CHANNELS
@@ -167,7 +167,7 @@ class Winograd(Kernel):
     def apply(self, op: Op, x: Operands, prepared: Iterable[Prepared]) -> tuple[Tensor, ...]:
         assert op.geometry is not None
         (weight,), made = op.group.weights, x.made
-        layout = torch.channels_last if prepacks() else torch.contiguous_format
+        layout = torch.channels_last if convolves() else torch.contiguous_format
         out = torch.empty(op.output_shape(made.shape), device=made.device, memory_format=layout)
         for first, last, (transformed,), _ in prepared:
             part = None if weight.bias is None else weight.bias[first:last]

@@ -69,11 +69,13 @@ Elsewhere = Callable[[Work], AbstractContextManager[Apart | None]]
 
 
 class Waiting:
-    """The rows of a band, `rows` when it is whole, which wait in the scratch, and in its spool if it has one."""
+    """The rows of a band, (channels, width) each and `rows` when it is whole, which wait in the scratch, and in its
+    spool if it has one."""
 
-    def __init__(self, scratch: Scratch, number: int, width: int, rows: int) -> None:
+    def __init__(self, scratch: Scratch, number: int, channels: int, width: int, rows: int) -> None:
         known = None if scratch.spool is None else scratch.spool.of(number)
-        self._stored, self._rows, self._scratch = Rows(scratch, 3, width, number=number, known=known), rows, scratch
+        self._stored, self._rows = Rows(scratch, channels, width, number=number, known=known), rows
+        self._scratch = scratch
         self.is_whole = known is not None and known.whole
 
     @property
@@ -81,7 +83,7 @@ class Waiting:
         return self._stored.count
 
     def add(self, strip: Tensor) -> None:
-        """The next rows, (3, n, w)."""
+        """Append rows, (channels, n, width)."""
         stored, spool = self._stored, self._scratch.spool
         stored.append(strip[None])
         self.is_whole = stored.count >= self._rows
@@ -89,7 +91,7 @@ class Waiting:
             spool.note(stored.line(whole=self.is_whole), stored.fd)
 
     def read(self, first: int, last: int) -> Tensor:
-        """Rows as (3, n, w)."""
+        """Rows as (channels, n, width)."""
         return self._stored.read(first, last)[0]
 
 

@@ -54,6 +54,7 @@ if TYPE_CHECKING:
 SAMPLE_SIDE, BLOCK = 128, 4
 HELD_TOKENS = 64 * 64
 BAND = 512  # latents
+STRIP = 32  # rows of encoded latents that are read at a time
 PROBE = 16  # latents: rows and columns of what processes decode to compare their bits
 
 
@@ -106,9 +107,9 @@ def _ignore(where: object) -> None:
     pass
 
 
-def _begun(stages: list[Stage], part: Tensor, height: int, width: int) -> float:
-    """The share that measuring `part` has of the work on a picture of (height, width)."""
-    measuring = of_picture(stages, *part.shape[2:])
+def _begun(stages: list[Stage], measured: tuple[int, int], height: int, width: int) -> float:
+    """The share that a measurement of so many rows and columns has of the work on a picture of (height, width)."""
+    measuring = of_picture(stages, *measured)
     return measuring / (measuring + BY_ROWS * of_picture(stages, height, width, HELD_TOKENS))
 
 
@@ -180,7 +181,8 @@ def decode(
     part = torch.cat([latents[:, :, row : row + 1][..., across + x] for row in (down + y).tolist()], dim=2)
     all_bands = bands(width)
     last, total = len(all_bands) - 1, FACTOR * height
-    measured = _begun(stages, part, height, sum(band.last - band.first for band in all_bands))
+    pushed = sum(band.last - band.first for band in all_bands)
+    measured = _begun(stages, (len(down), len(across)), height, pushed)
 
     def here(number: int, row: int) -> Iterator[Tensor]:
         return band_strips(stages, latents, all_bands[number], row, rows, check)
@@ -194,7 +196,7 @@ def decode(
                 _measure(stages, part, nameless, hold, check, lambda done: progress(measured * done))
             scratch.count(nameless)
             remember(stages, scratch)
-        waiting = [Waiting(scratch, BANDS + n, _pixels(band), total) for n, band in enumerate(all_bands[:-1])]
+        waiting = [Waiting(scratch, BANDS + n, 3, _pixels(band), total) for n, band in enumerate(all_bands[:-1])]
         apart, early = None, None
         if elsewhere is not None:
             assert scratch.folder is not None
@@ -244,29 +246,59 @@ def encode_parts(
     margin: tuple[int, int] = (0, 0),
 ) -> Iterator[Part]:
     """pixels: (H, W, 3) uint8, sides multiples of FACTOR → parts of the posterior's mean, fp32, unscaled. `margin` as
-    for `decode`, in latents."""
+    for `decode`, in latents. With a spool, the measured statistics and the rows of all bands are reused when the encode
+    is resumed."""
     (y, x), height, width = margin, pixels.shape[0] // FACTOR, pixels.shape[1] // FACTOR
     stages = encoder_stages(vae.encoder, vae.quant_conv)
     down, across = sample(height - 2 * y, width - 2 * x)
-    columns = (FACTOR * (across + x)[:, None] + torch.arange(FACTOR)).flatten().numpy()
-    blocks = [pixels[top : top + FACTOR][:, columns] for top in (FACTOR * (down + y)).tolist()]
-    part, all_bands = to_tensor(np.concatenate(blocks)), bands(width)
+    all_bands = bands(width)
     pushed = sum(band.last - band.first for band in all_bands)
-    measured = _begun(stages, part, FACTOR * height, FACTOR * pushed)
+    measured = _begun(stages, (FACTOR * len(down), FACTOR * len(across)), FACTOR * height, FACTOR * pushed)
     with scratch:
-        _measure(stages, part, scratch, hold, check, lambda done: progress(measured * done), scale=FACTOR)
-    del part
+        if not recall(stages, scratch):
+            columns = (FACTOR * (across + x)[:, None] + torch.arange(FACTOR)).flatten().numpy()
+            blocks = [pixels[top : top + FACTOR][:, columns] for top in (FACTOR * (down + y)).tolist()]
+            part = to_tensor(np.concatenate(blocks))
+            with Scratch(scratch.folder, scratch.dtype) as nameless:
+                _measure(stages, part, nameless, hold, check, lambda done: progress(measured * done), scale=FACTOR)
+            remember(stages, scratch)
+            del part, blocks
 
     def shared(number: int) -> Progress:
         return lambda done: progress(measured + (1 - measured) * (number + done) / len(all_bands))
 
-    for number, band in enumerate(all_bands):
-        rows, seen = FACTOR * strip_rows(band.last - band.first), slice(FACTOR * band.first, FACTOR * band.last)
-        strips = (to_tensor(pixels[top : top + rows][:, seen]) for top in range(0, FACTOR * height, rows))
-        row = 0
-        for moments in _stream(stages, strips, FACTOR * height, check, shared(number)):
-            yield Part(row, band.first + band.keep.start, means([moments])[:, :, :, band.keep])
-            row += moments.shape[1]
+    channels, spool = vae.config.latent_channels, scratch.spool
+    with Scratch(scratch.folder, torch.float32, spool) as disk:
+        for number, band in enumerate(all_bands):
+            left, begin, kept = band.first + band.keep.start, 0, None
+            if spool is not None:
+                kept = Waiting(disk, BANDS + number, channels, band.keep.stop - band.keep.start, height)
+                begin = kept.count
+                for row in range(0, begin, STRIP):
+                    yield Part(row, left, kept.read(row, min(row + STRIP, begin))[None].contiguous())
+            for row, part in _band_means(stages, pixels, band, begin, check, shared(number)):
+                if kept is not None:
+                    kept.add(part[0])
+                yield Part(row, left, part)
+
+
+def _band_means(
+    stages: list[Stage], pixels: Pixels, band: Band, begin: int, check: Check, progress: Progress
+) -> Iterator[tuple[int, Tensor]]:
+    """Encode the columns of a band from the row of latents `begin` on, which each part, (1, C, n, w) fp32, follows. The
+    stages hold statistics, and have been used up to the end of a picture or not at all."""
+    height, each = pixels.shape[0], strip_rows(band.last - band.first)
+    seen = slice(FACTOR * band.first, FACTOR * band.last)
+    if FACTOR * begin == height:
+        progress(1.0)
+        return
+    row, rows = each * strip_before(FACTOR * begin, each), FACTOR * each
+    strips = (to_tensor(pixels[top : top + rows][:, seen]) for top in range(FACTOR * row, height, rows))
+    for moments in _stream(stages, strips, height, check, progress, row=FACTOR * row):
+        skipped, row = max(0, begin - row), row + moments.shape[1]
+        if skipped < moments.shape[1]:
+            part = means([moments[:, skipped:]])[:, :, :, band.keep]
+            yield row - part.shape[2], part
 
 
 def rehearse(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Hashable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,12 +13,14 @@ from torch import Tensor
 
 from tiler.compute.shapes import MetaMeter
 from tiler.compute.stream import Streamer
+from tiler.compute.tuning import NARROW
 from tiler.decoding import FACTOR, exact, frozen, tiny
 from tiler.decoding.apart import Elsewhere
 from tiler.decoding.frozen import Part
-from tiler.decoding.rows import REACH, Check, Latents, Pixels
+from tiler.decoding.rows import REACH, Check, Latents, Pixels, decoder_stages, encoder_stages
 from tiler.decoding.scratch import Scratch
 from tiler.decoding.spool import Spool
+from tiler.decoding.work import BY_ROWS, of_picture
 from tiler.errors import StorageError
 from tiler.request import Decode, Precision, ScratchDtype, Wrap
 
@@ -52,8 +54,9 @@ class DecodePlan:
     dtype: ScratchDtype
     scratch_bytes: int = 0
     written_bytes: int = 0
-    apart_bytes: int = 0  # on disk at once if passes are remembered
+    apart_bytes: int = 0  # on disk at once if a job remembers what is done
     flops: int = 0
+    width: int = NARROW  # the fewest channels of a layer
     attention: float = 0.0  # layer by layer: its share of the operations
     margin: tuple[int, int] = (0, 0)  # latents above and below, left and right, that repeat the opposite side
 
@@ -96,9 +99,11 @@ def choose(
     *,
     encoding: bool,
     wrap: Wrap = Wrap.NONE,
+    rehearsed: dict[Hashable, Any] | None = None,
 ) -> DecodePlan:
     """Choose the method for latents of (height, width). `vae` is on the meta device, lent to a planning `streamer`; for
-    TINY it is an AutoencoderTiny. The disk is not queried.
+    TINY it is an AutoencoderTiny. The disk is not queried. `rehearsed` remembers the needs of methods that were tried
+    before with this `vae`.
 
     AUTO becomes `exact` while attention to all tokens is a small part of the work, else `sampled`; and `frozen` for
     pictures wider than its bands, or if the scratch folder has too little room for the others. Raises StorageError if
@@ -109,14 +114,24 @@ def choose(
     margin = REACH * vertical, REACH * horizontal
     latents = latents[0] + 2 * margin[0], latents[1] + 2 * margin[1]
 
+    known = {} if rehearsed is None else rehearsed
+
     def made(kind: Decode, why: str, rehearse: Callable[[], exact.Rehearsal | None]) -> DecodePlan:
-        with MetaMeter() as meter, torch.no_grad():
-            used = rehearse() or exact.Rehearsal(0, 0, 0)
+        key = kind, encoding, latents, dtype, streamer.policy.bf16
+        if key not in known:
+            with MetaMeter() as meter, torch.no_grad():
+                used = rehearse() or exact.Rehearsal(0, 0, 0)
+            known[key] = meter.peak_bytes, used
+        peak_bytes, used = known[key]
+        # Without passes, it is the finished rows: fp32 latents or uint8 pixels.
+        finished = (4 * vae.config.latent_channels if encoding else 3 * FACTOR**2) * latents[0] * latents[1]
+        channels = vae.config.decoder_block_out_channels if wanted is Decode.TINY else vae.config.block_out_channels
         return DecodePlan(
             kind=kind, encoding=encoding, precision=Precision.BF16 if streamer.policy.bf16 else Precision.FP32, why=why,
-            memory_bytes=meter.peak_bytes, folder=folder, dtype=dtype,
+            memory_bytes=peak_bytes, folder=folder, dtype=dtype,
             scratch_bytes=used.peak_bytes, written_bytes=used.written_bytes,
-            apart_bytes=used.apart_bytes, flops=used.flops, margin=margin,
+            apart_bytes=used.apart_bytes or used.peak_bytes + finished, flops=used.flops, margin=margin,
+            width=min(channels),
         )  # fmt: skip
 
     if wanted is Decode.TINY:
@@ -165,6 +180,17 @@ def choose(
     if wanted is Decode.AUTO and free < method.scratch_bytes:
         return take_frozen(lacking(method))
     return affordable(method)
+
+
+def work_of(method: DecodePlan, vae: AutoencoderKL, latents: tuple[int, int]) -> float:
+    """The work on latents of (height, width), in the unit of work.py."""
+    height, width = (side + 2 * more for side, more in zip(latents, method.margin, strict=True))
+    if method.encoding:
+        stages, scale = encoder_stages(vae.encoder, vae.quant_conv), FACTOR
+    else:
+        stages, scale = decoder_stages(vae.decoder, vae.post_quant_conv), 1
+    most = method.attend_to if method.by_layers else frozen.HELD_TOKENS
+    return (1.0 if method.by_layers else BY_ROWS) * of_picture(stages, scale * height, scale * width, most)
 
 
 @runtime_checkable
@@ -237,7 +263,7 @@ def encode(
     `progress` gets the share done, 0 to 1. Raises StorageError and NumericalError.
     """
     y, x = method.margin
-    scratch = Scratch(method.folder, DTYPES[method.dtype], spool if method.by_layers else None)
+    scratch = Scratch(method.folder, DTYPES[method.dtype], spool)
     options: dict[str, Any] = {"hold": streamer.hold_transformed, "margin": method.margin}
     if method.by_layers:
         attend_to = method.attend_to
@@ -265,7 +291,7 @@ def encode_parts(
         return
     y, x = method.margin
     height, width = pixels.shape[0] // FACTOR - 2 * y, pixels.shape[1] // FACTOR - 2 * x
-    scratch = Scratch(method.folder, DTYPES[method.dtype])
+    scratch = Scratch(method.folder, DTYPES[method.dtype], spool)
     options: dict[str, Any] = {"hold": streamer.hold_transformed, "margin": method.margin}
     for top, left, part in frozen.encode_parts(vae, pixels, scratch, check=check, progress=progress, **options):
         above, before = max(0, y - top), max(0, x - left)

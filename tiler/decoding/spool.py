@@ -1,5 +1,5 @@
 """Remembered passes: a decoder's rows in named files, and a journal with a line for each complete pass; or, for a
-decoder without passes, the rows of the picture that are finished (kept.py).
+decoder without passes, the rows of the picture that are finished (kept.py), and for an encoder those of the latents.
 
 A line records the rows, the statistics that the next norm needs, and the earlier files that are no longer read. After a
 kill all of this is intact, because the page cache outlives a process. After a power cut, which means another boot, only
@@ -100,7 +100,7 @@ class Spool:
         self._told = now
         if synced:
             self._synced = now
-        if line.whole or line.strips is not None:
+        if line.whole or line.strips is not None or line.number >= BANDS:
             self._on_pass(_where(line.number, line.count, self._what, has_rows=line.strips is not None))
 
     def _write(self, said: dict[str, Any], *, synced: bool) -> None:
@@ -164,11 +164,11 @@ class Spool:
 
 
 def where_in(folder: Path) -> str:
-    """A description of the last complete pass, like "pass 12 of the decoder", or of the last row, like "row 640 of the
-    decoder"; empty if there is none."""
+    """A description of the last complete pass, like "pass 12 of the decoder", of the last band, complete or not, or of
+    the last row, like "row 640 of the decoder"; empty if there is none."""
     said = [each for each, _ in _read(folder / JOURNAL)]
     of_picture = [each for each in said if each.get("strips") is not None]
-    whole = of_picture or [each for each in said if each.get("whole")]
+    whole = of_picture or [each for each in said if each.get("whole") or each.get("number", 0) >= BANDS]
     if not whole:
         return ""
     last = max(whole, key=lambda each: (each["number"], each["count"]))

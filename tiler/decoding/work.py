@@ -23,8 +23,8 @@ _MEASURED = "python scripts/remaining.py"
 VALUE: Annotated[float, Passport("operations", _MEASURED)] = 2800.0
 # One weight of a pass: read, and packed for the kernels or transformed.
 WEIGHT: Annotated[float, Passport("operations", _MEASURED)] = 14_000.0
-# One operation of attention, and one pixel of the picture: rounding, filter and deflate.
-ATTENTION: Annotated[float, Passport("operations", _MEASURED)] = 10.0
+# One operation of attention (SD 1.5's at 768² in bf16), and one pixel of the picture: rounding, filter and deflate.
+ATTENTION: Annotated[float, Passport("operations", _MEASURED)] = 5.5
 PIXEL: Annotated[float, Passport("operations", _MEASURED)] = 120_000.0
 # The work of all layers on a few rows at a time, over that layer by layer: weights are packed again for each strip, and
 # nothing goes through files (SD 1.5's, 256²: 1.15 in fp32, 1.05 in bf16; mini's, 1280²: about 1).

@@ -28,7 +28,7 @@ from tiler.diffusion.stored_files import BLENDED, LATENTS, PREDICTIONS, SCHEDULE
 from tiler.diffusion.tiles import Tiles, samples_before
 from tiler.errors import JobError
 from tiler.events import Journal
-from tiler.files import replace_durably
+from tiler.files import replace_file
 
 
 class Seeded(NamedTuple):
@@ -200,7 +200,7 @@ class StoredDenoising:
             "single": {name: [str(t.dtype).removeprefix("torch."), t.tolist()] for name, t in self._single.items()},
             "generator": bytes(self._generator.get_state().tolist()).hex(),
         }  # fmt: skip
-        replace_durably(self._folder / STATE, [json.dumps(said).encode()])
+        replace_file(self._folder / STATE, [json.dumps(said).encode()], durable=True)
 
     def _resume(self) -> None:
         try:

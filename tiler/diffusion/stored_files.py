@@ -5,6 +5,8 @@ from __future__ import annotations
 from contextlib import suppress
 from pathlib import Path
 
+from tiler.files import leftovers
+
 STATE = "canvas.json"  # the progress
 REFERENCE = "reference"  # the latents it starts from
 BLENDED, LATENTS, SCHEDULER, PREDICTIONS = "blended", "latents", "scheduler", "predictions"
@@ -28,4 +30,6 @@ def clear(folder: Path) -> None:
         for name in (STATE, REFERENCE, BLENDED, LATENTS, SCHEDULER, PREDICTIONS):
             for path in (folder / name, *folder.glob(f"{name}.*")):
                 path.unlink(missing_ok=True)
+        for path in leftovers(folder):
+            path.unlink(missing_ok=True)
         folder.rmdir()

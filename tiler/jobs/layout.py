@@ -6,6 +6,8 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
+from tiler.files import leftovers
+
 SUFFIX = ".tiler"
 MANIFEST, LOCK, REFERENCE, SPOOL = "job.json", "lock", "reference.safetensors", "spool"
 SLOTS = ("state-0.safetensors", "state-1.safetensors")
@@ -15,11 +17,10 @@ def remove(folder: Path, keep: tuple[str, ...] = ()) -> None:
     """Remove a job's files, except those in `keep`, and then the folder. Files of other origin stay, and the folder
     with them. The manifest is removed after all files except the lock, so that a partly removed folder can still be
     identified."""
-    own = (*SLOTS, REFERENCE, MANIFEST)
-    for name in (*(f"{each}.new" for each in own), *own, LOCK):
-        if name not in keep:
+    for path in (*leftovers(folder), *(folder / name for name in (*SLOTS, REFERENCE, MANIFEST, LOCK))):
+        if path.name not in keep:
             with suppress(OSError):
-                os.unlink(folder / name)
+                os.unlink(path)
     if not keep:
         with suppress(OSError):
             folder.rmdir()

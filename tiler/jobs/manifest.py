@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tiler.errors import JobError, StorageError
-from tiler.files import replace_durably
+from tiler.files import replace_file
 from tiler.jobs.coding import decode, encode
 from tiler.request import DecodePrecision, Precision, RenderRequest, ResolvedRequest
 from tiler.request.options import Panel
@@ -131,7 +131,7 @@ def write(path: Path, manifest: Manifest) -> None:
     """Write a manifest durably, with a checksum. Raises StorageError."""
     body = asdict(manifest)
     text = json.dumps({"sha256": _digest(body), **body}, indent=1, ensure_ascii=False)
-    replace_durably(path, [text.encode("utf-8", "surrogateescape")])
+    replace_file(path, [text.encode("utf-8", "surrogateescape")], durable=True)
 
 
 def read(path: Path) -> Manifest:

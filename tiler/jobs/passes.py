@@ -1,4 +1,4 @@
-"""Where a job saves the passes of its decoder, so that an interrupted decode continues at a pass."""
+"""Where a job saves the progress of its decoder or encoder, so that an interrupted one continues where it was."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tiler.decoding import FACTOR
 from tiler.decoding.method import DecodePlan
 from tiler.decoding.scratch import free_bytes
 from tiler.decoding.spool import Spool, bytes_in, clear
@@ -24,26 +23,19 @@ def remember(
     place: Path | None, what: str, plan: DecodePlan, begin: Tensor | np.ndarray | InParts, on_event: OnEvent, note: Callable[[str], None]
 ) -> Spool | None:  # fmt: skip
     """The spool at `place` for `plan`, whose input is the tensor or array `begin`; `what` names the work in messages.
-    None for an encoder without passes, without a job, and (with a note) if the disk has too little space. Raises
-    StorageError."""
-    if place is None or (plan.encoding and not plan.by_layers):
+    None without a job, and (with a note) if the disk has too little space. Raises StorageError."""
+    if place is None:
         return None
     free = free_bytes(plan.folder) + bytes_in(place)
-    needed = plan.apart_bytes if plan.by_layers else plan.scratch_bytes + _picture_bytes(begin)
-    if free < needed:
+    if free < plan.apart_bytes:
         clear(place)
         note(
             f"{plan.folder} has {format_mb(free)} free, saving the progress of {what} takes "
-            f"{format_mb(needed)}: if interrupted, it starts over"
+            f"{format_mb(plan.apart_bytes)}: if interrupted, it starts over"
         )
         return None
     of = f"{plan.kind} {plan.precision} {plan.dtype} {_digest(begin)}"
     return Spool(place, what, of, lambda where: on_event(Saved(where=where)))
-
-
-def _picture_bytes(latents: Any) -> int:
-    """The size in bytes of the picture that (1, C, h, w) latents become."""
-    return 3 * FACTOR**2 * int(latents.shape[2]) * int(latents.shape[3])
 
 
 def _digest(begin: Any) -> str:

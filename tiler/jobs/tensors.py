@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tiler.errors import ModelError, StorageError
-from tiler.files import replace_durably
+from tiler.files import replace_file
 from tiler.weights.index import TensorInfo, header_bytes, open_regular, read_file, read_into, read_metadata
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -
         yield header_bytes(whole)
         yield from _parts(held)
 
-    replace_durably(path, parts())
+    replace_file(path, parts(), durable=True)
 
 
 def read(path: Path) -> Stored | None:

@@ -6,12 +6,13 @@ from collections.abc import Callable
 
 from tiler.memory import process
 from tiler.memory.budget import Budget
-from tiler.memory.tuning import HEAP_KEPT, HEAP_KEPT_TIGHT, HEAP_WORTH_RELEASING, NEAR
+from tiler.memory.tuning import HEAP_KEPT, HEAP_KEPT_TIGHT, HEAP_WORTH_RELEASING, HUGE_PAGES_FROM, NEAR
 
 
 def at_layer(budget: Budget, planned_bytes: int) -> Callable[[str], None]:
     """Return the check that runs between two layers of a denoiser. It releases freed memory if there is enough of it to
     be worth the call (5 ms), or more than a roomy ceiling leaves above the plan, and then checks the ceiling."""
+    process.use_huge_pages(False)
     if room := budget.room(planned_bytes):
         process.generous_allocator()
 
@@ -27,6 +28,7 @@ def at_rows(budget: Budget, planned_bytes: int) -> Callable[[str], None]:
     """Return the same check for an autoencoder, whose layers run thousands of times. It releases freed memory when the
     ceiling is near or when more than planned is in use. Freed heap memory is checked separately, because the
     allocator's own threshold ignores holes between live blocks."""
+    process.use_huge_pages(budget.max_bytes >= HUGE_PAGES_FROM)
     room = budget.room(planned_bytes)
     # A plan that reaches NEAR has too little room for the freed memory that it could reuse.
     roomy = planned_bytes < int(NEAR * budget.max_bytes)

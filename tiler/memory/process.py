@@ -18,7 +18,20 @@ from typing import NamedTuple
 import psutil
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h
-_MAPPED, _HEAP, _NEVER = 2**20, 8 * 2**20, 2**31 - 1  # block size from which malloc maps a block by itself
+_HEAP, _NEVER = 8 * 2**20, 2**31 - 1  # block size from which malloc maps a block by itself
+_PR_SET_THP_DISABLE, _EXCEPT_ADVISED = 41, 2  # linux/prctl.h
+_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+class _Thp(NamedTuple):
+    """Whether and how transparent huge pages are disabled for this process."""
+
+    disabled: bool
+    flags: int
+
+
+_NO_HUGE_PAGES = _Thp(True, 0)
+_huge_pages: _Thp | None = None  # the state in which tensors alone have huge pages, if the system has such a state
 _threshold: int | None = None  # the one in effect, if this module set the allocator's thresholds
 
 
@@ -179,8 +192,44 @@ def frugal_allocator() -> None:
         for option, value in ((_M_MMAP_THRESHOLD, _HEAP), (_M_TRIM_THRESHOLD, 64 * 2**20), (_M_ARENA_MAX, 2)):
             libc.mallopt(option, value)
         _threshold = _HEAP
-        pr_set_thp_disable = 41
-        libc.prctl(pr_set_thp_disable, 1, 0, 0, 0)
+    prepare_huge_pages()
+
+
+def prepare_huge_pages(setting: Path = _HUGE_PAGES) -> bool:
+    """Prepare huge pages for tensors of 2 MB and more, for `use_huge_pages`; none are used until then. Returns whether
+    the system can limit them to tensors, by its `setting`. Call it before torch allocates its first tensor."""
+    global _huge_pages
+    try:
+        modes = setting.read_text()
+    except OSError:
+        modes = ""
+    if "[madvise]" in modes:
+        _huge_pages = _Thp(False, 0)  # only torch asks for them
+    elif "[always]" in modes and _set_thp_disabled(_Thp(True, _EXCEPT_ADVISED)):
+        _huge_pages = _Thp(True, _EXCEPT_ADVISED)
+    else:
+        _huge_pages = None
+    _set_thp_disabled(_NO_HUGE_PAGES)
+    if _huge_pages is not None:
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch asks for them
+    return _huge_pages is not None
+
+
+def use_huge_pages(on: bool) -> None:
+    """Use huge pages for tensors of 2 MB and more from now on, if they were prepared, or none.
+
+    Each freed tensor is mapped and faulted in again. Decoding 512² at SD 1.5's size in bf16 had 0.25 instead of 0.49
+    million page faults, and took 8.4 instead of 9.4 s, with 17 MB more; a pass of the UNet took as long as before. Huge
+    pages everywhere, heap and stacks included, would take far more memory.
+    """
+    if _huge_pages is not None:
+        _set_thp_disabled(_huge_pages if on else _NO_HUGE_PAGES)
+
+
+def _set_thp_disabled(state: _Thp) -> bool:
+    """Returns False if the system does not know this state: Linux before 6.18 has no flags."""
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    return prctl is not None and prctl(_PR_SET_THP_DISABLE, int(state.disabled), state.flags, 0, 0) == 0
 
 
 def generous_allocator() -> None:
@@ -195,21 +244,6 @@ def generous_allocator() -> None:
         for option in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD):
             libc.mallopt(option, _NEVER)
         _threshold = _NEVER
-
-
-@contextmanager
-def mapped_blocks() -> Iterator[None]:
-    """Map blocks of 1 MiB and more individually within this context, so that freed ones leave no holes between other
-    blocks. Has an effect only after `frugal_allocator` and before `generous_allocator`."""
-    if _threshold != _HEAP:
-        yield
-        return
-    libc = ctypes.CDLL(None)
-    libc.mallopt(_M_MMAP_THRESHOLD, _MAPPED)
-    try:
-        yield
-    finally:
-        libc.mallopt(_M_MMAP_THRESHOLD, _HEAP)
 
 
 @contextmanager

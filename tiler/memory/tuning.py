@@ -28,3 +28,5 @@ HEAP_KEPT_TIGHT: Annotated[int, Passport("bytes", "python scripts/bench_decode.p
 HEAP_WORTH_RELEASING: Annotated[int, Passport("bytes", "python scripts/profile_pass.py --model mini")] = 8 * 2**20
 # Freed memory that stays if the ceiling is far above the plan; SD 1.5's UNet reuses 160 MB.
 ROOMY: Annotated[int, Passport("bytes", "python scripts/profile_pass.py --ceiling 4000000000")] = 256 * 2**20
+# Ceilings from which an autoencoder's tensors have huge pages, 17 MB more; under smaller ones they were not measured.
+HUGE_PAGES_FROM: Annotated[int, Passport("bytes", "python scripts/bench.py decode")] = 800_000_000

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
 from tiler.models.applied import Applied
@@ -14,7 +15,8 @@ class Models:
     and the phases use the same modules one after another (compute/lending.py).
 
     `decoder` decodes the picture: the checkpoint's own autoencoder, or the `tiny` one, which may also be there for
-    previews alone. `loras` holds the changes to the weights.
+    previews alone. `loras` holds the changes to the weights. `rehearsed` is for planning: what running a part on shapes
+    gave, by all that it depends on, because the plans of one run ask the same again.
     """
 
     def __init__(self, family: Family, tiny: VaeSpec | None = None, *, previews_only: bool = False) -> None:
@@ -22,6 +24,7 @@ class Models:
         self.decoder = family.autoencoder if tiny is None or previews_only else tiny
         self._built: dict[str, Any] = {}
         self.loras = Applied()
+        self.rehearsed: dict[Hashable, Any] = {}
 
     def module(self, part: Part) -> Any:
         """The module of a part of the family."""

@@ -12,14 +12,20 @@ from typing import Any
 from tiler.errors import TilerError
 from tiler.models.contents import DENOISERS
 from tiler.models.family import Family, open_family
-from tiler.models.kinds import family_of
+from tiler.models.kinds import family_of, row_of_pipeline
 from tiler.models.own_defaults import read_defaults
 from tiler.models.part_files import WeightFile
+from tiler.models.required import fetch_part
 from tiler.request import RenderRequest
 from tiler.request.model import ModelOptions
+from tiler.weights.checkpoint import Checkpoint, resolve
+from tiler.weights.flavours import read_json
 from tiler.weights.hub import DEFAULTS
 from tiler.weights.index import TensorInfo
 from tiler.weights.places import expand
+
+_PARTS = "text_encoder", "tokenizer", "unet", "transformer", "vae", "scheduler"  # and text_encoder_2 and so on
+_MISSING = "missing"
 
 
 def diagnose(options: ModelOptions) -> tuple[dict[str, str], TilerError | None]:
@@ -30,7 +36,7 @@ def diagnose(options: ModelOptions) -> tuple[dict[str, str], TilerError | None]:
     try:
         family = open_family(options)
     except TilerError as error:
-        if not facts:
+        if not (facts := facts or _of_folder(options)):
             raise
         return facts | {"missing or wrong": str(error)}, error
     return {"model": family.checkpoint.name} | facts | _of_family(family), None
@@ -49,6 +55,40 @@ def _of_file(file: WeightFile) -> dict[str, str]:
     if said := file.words.get("modelspec.architecture"):
         facts["its header says"] = said
     return facts
+
+
+def _of_folder(options: ModelOptions) -> dict[str, str]:
+    """What the folder of a model that cannot be opened has of the parts that it names, and the command that fetches the
+    missing ones. Nothing if there is no such folder."""
+    try:
+        found = resolve(
+            options.model, variant=options.variant, revision=options.revision, model_dirs=options.model_dirs
+        )
+        named = {} if found.file is not None else found.config("", "model_index.json")
+    except TilerError:
+        return {}
+    parts = {name: what for name, what in named.items() if name.startswith(_PARTS) and isinstance(what, list)}
+    states = {name: _state(found, name) for name, what in parts.items() if None not in what}
+    unet, pipeline = found.folder / "unet" / "config.json", str(named.get("_class_name"))
+    row = row_of_pipeline(pipeline, read_json(unet) if unet.is_file() else {})
+    if missing := [name for name, state in states.items() if state == _MISSING]:
+        states["to fetch them"] = fetch_part(found, row.others if row is not None else "", *missing)
+    return {"model": found.name, "family": pipeline if row is None else row.title} | states
+
+
+def _state(found: Checkpoint, name: str) -> str:
+    """How a part of a folder is stored, or what is wrong with it."""
+    folder = found.folder / name
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return _MISSING
+    if name.startswith(("tokenizer", "scheduler")):
+        return "found"
+    if not (folder / "config.json").is_file():
+        return "config.json is missing"
+    try:
+        return _stored(found.weights(name))
+    except TilerError as error:
+        return str(error)
 
 
 def _of_family(family: Family) -> dict[str, str]:

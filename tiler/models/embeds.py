@@ -62,9 +62,16 @@ def kind_of(family: Family) -> str:
     return f"{type(family).__name__}, {length} tokens of width {width}{pooled}"
 
 
-def write_encoded(path: Path, texts: Mapping[Text, Encoded], facts: Mapping[str, str], *, replace: bool = True) -> None:
+def write_encoded(
+    path: Path,
+    texts: Mapping[Text, Encoded],
+    facts: Mapping[str, str],
+    *,
+    replace: bool = True,
+    in_cache: bool = False,
+) -> None:
     """Write the file atomically, with `facts` in its metadata. Without `replace`, a file that has appeared in the
-    meantime is kept. Raises StorageError."""
+    meantime is kept; `in_cache`: nobody asked for the file by its name. Raises StorageError."""
     from safetensors.torch import save
 
     tensors: dict[str, Tensor] = {}
@@ -74,7 +81,7 @@ def write_encoded(path: Path, texts: Mapping[Text, Encoded], facts: Mapping[str,
                 tensors[f"{name}.{number}"] = tensor.clone(memory_format=torch.contiguous_format)  # none shares memory
     said = {"format": _FORMAT, "version": _VERSION, "texts": json.dumps(list(texts))}
     said["notes"] = json.dumps([encoded.notes for encoded in texts.values()])
-    with atomic(path, replace=replace) as file:
+    with atomic(path, replace=replace, in_cache=in_cache) as file:
         file.write(save(tensors, metadata=said | dict(facts)))
 
 
@@ -242,7 +249,7 @@ class PromptCache:
         except OSError as error:
             raise StorageError(f"{self.folder}: cannot be made ({error.strerror})") from error
         for text, encoded in texts.items():
-            write_encoded(self._path(text), {None: encoded}, {})
+            write_encoded(self._path(text), {None: encoded}, {}, in_cache=True)
         prune(self.folder, CACHE_BYTES)
 
 

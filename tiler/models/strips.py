@@ -97,7 +97,7 @@ def add_pointwise(conv: Any, parts: tuple[Tensor, ...], out: Tensor) -> Tensor:
 
 
 def _empty(*shape: int, like: Tensor) -> Tensor:
-    layout = torch.channels_last if onednn.prepacks() else torch.contiguous_format
+    layout = torch.channels_last if onednn.convolves() else torch.contiguous_format
     return torch.empty(shape, device=like.device, memory_format=layout)
 
 

@@ -145,7 +145,7 @@ def predict_noise(
         tokens.clear()
         return streamer.run(Transformer(module), calls)
 
-    if onednn.prepacks():  # in channels-last oneDNN reorders nothing but weights
+    if onednn.convolves():  # in channels-last oneDNN reorders nothing but weights
         ordered = {id(x): x if x.is_meta else x.contiguous(memory_format=torch.channels_last) for x in latents}
         latents = [ordered[id(x)] for x in latents]
     hidden = each("unet.conv_in", unet.conv_in, list(latents))

@@ -15,6 +15,7 @@ _NAMESPACE = "urn:tiler:picture#"
 _MOST = 65_000  # bytes: EXIF and XMP each lie in one segment of a JPEG, which has 65,533
 _BEGIN = '<rdf:Description rdf:about="" '
 _REQUEST = re.compile(r"""\btiler:request=(["'])(.*?)\1|<tiler:request>(.*?)</tiler:request>""", re.DOTALL)
+_SDCPP = re.compile(r"<sdcpp:parameters>(.*?)</sdcpp:parameters>", re.DOTALL)  # a WebP of stable-diffusion.cpp
 
 
 def said_of(texts: Mapping[str, str]) -> dict[str, bytes]:
@@ -50,3 +51,9 @@ def request_in(packet: bytes) -> str | None:
     element."""
     match = _REQUEST.search(packet.decode(errors="replace"))
     return None if match is None else html.unescape(match[2] if match[2] is not None else match[3])
+
+
+def parameters_in(packet: bytes) -> str | None:
+    """Return the settings that stable-diffusion.cpp writes into a WebP, or None."""
+    match = _SDCPP.search(packet.decode(errors="replace"))
+    return None if match is None else html.unescape(match[1])

@@ -1,5 +1,5 @@
-"""Read the texts in a picture's file, whichever program wrote it: PNG chunks, EXIF of JPEG, WebP and AVIF, tags of
-TIFF."""
+"""Read the texts in a picture's file, whichever program wrote it: PNG chunks, EXIF and XMP of JPEG, WebP and AVIF, the
+comment of a JPEG, tags of TIFF."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from tiler.errors import ModelError, StorageError, UsageError
-from tiler.output.exif import EXIF_IFD, UNICODE, USER_COMMENT, request_in
+from tiler.output.exif import EXIF_IFD, UNICODE, USER_COMMENT, parameters_in, request_in
 
 if TYPE_CHECKING:
     from PIL import Image
 
 _MOST = 16_000_000  # bytes of text; a picture with more is refused without reading on
 _DESCRIPTION, _MAKE, _MODEL = 270, 0x010F, 0x0110
+_KEY = b"parameters\0"
 
 
 def read_texts(path: Path) -> dict[str, str]:
@@ -113,8 +114,14 @@ def _of_exif(path: Path) -> dict[str, str]:
             if colon and key.lower() in ("prompt", "workflow"):
                 texts[key.lower()] = text[:_MOST]
         packet: Any = picture.info.get("xmp")
-        if isinstance(packet, bytes) and (request := request_in(packet[:_MOST])) is not None:
-            texts["tiler"] = request
+        if isinstance(packet, bytes):
+            if (request := request_in(packet[:_MOST])) is not None:
+                texts["tiler"] = request
+            if (parameters := parameters_in(packet[:_MOST])) is not None:
+                texts.setdefault("parameters", parameters)
+        segment: Any = picture.info.get("comment")
+        if isinstance(segment, bytes) and segment.startswith(_KEY):  # a JPEG of stable-diffusion.cpp
+            texts.setdefault("parameters", _decoded(segment[len(_KEY) : _MOST]).rstrip("\0"))
     return texts
 
 

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -16,7 +17,6 @@ from tiler.compute.choose import KERNELS
 from tiler.compute.kernels import Kernel
 from tiler.compute.layers import StreamedLayer, streamed_layers
 from tiler.compute.lending import lent
-from tiler.compute.native import reads_blocks
 from tiler.compute.native_float import packs_layers
 from tiler.compute.native_winograd import NativeWinogradBf16
 from tiler.compute.shapes import MetaMeter
@@ -24,7 +24,6 @@ from tiler.compute.stream import Streamer
 from tiler.compute.tuning import (
     ARENA_BYTES,
     HEAP_SLACK,
-    INT8_HOLES_BYTES,
     MAPPED_HEAP_SLACK,
     PACKED_HEAP_SLACK,
     PACKED_RESIDENT_SLACK,
@@ -33,6 +32,7 @@ from tiler.compute.tuning import (
 )
 from tiler.decoding import tiny
 from tiler.decoding.method import DecodePlan, ScratchSpace, choose
+from tiler.events import Phase
 from tiler.models import family as families
 from tiler.models.built import Models
 from tiler.models.chunks import CLIP_TOKENS
@@ -125,20 +125,24 @@ def _encoder_phase(models: Models, part: Part, fixed: list[Term]) -> PhasePlan:
     match_index(encoder, stored, part.aliases)
     with lent(encoder, streamer):
         assert part.example is not None, part.name
-        with MetaMeter() as meter, torch.no_grad():
-            part.example(encoder)
+        if part.name not in models.rehearsed:
+            with MetaMeter() as meter, torch.no_grad():
+                part.example(encoder)
+            models.rehearsed[part.name] = meter.peak_bytes
         own = [*weights_terms(encoder, stored), *changes_terms(models.changes(part))]
-        terms = [*fixed, *own, Term(name=ACTIVATIONS, nbytes=meter.peak_bytes)]
-    return PhasePlan(name="encode prompts", terms=tuple(terms))
+        terms = [*fixed, *own, Term(name=ACTIVATIONS, nbytes=models.rehearsed[part.name])]
+    return PhasePlan(name=Phase.ENCODE_PROMPTS, terms=tuple(terms))
 
 
 class DenoiserPeaks:
     """The phases that use a family's denoiser, with weights held in `arena_bytes` for arithmetic in `precision`, and
-    prompts of up to `chunks` chunks."""
+    prompts of up to `chunks` chunks. `in_place`: all int8 weights stay in memory, so those that are multiplied there
+    are not held as well."""
 
     def __init__(
-        self, models: Models, precision: Precision, *, arena_bytes: int | None = None, chunks: int = 1
-    ) -> None:
+        self, models: Models, precision: Precision, *, arena_bytes: int | None = None, chunks: int = 1,
+        in_place: bool = False,
+    ) -> None:  # fmt: skip
         self.family, part = models.family, models.family.part(Role.DENOISER)
         self.module, self.stored = models.module(part), dict(self.family.checkpoint.weights(part.name))
         match_index(self.module, self.stored, part.aliases)  # missing or misshapen weights are found before any work
@@ -151,19 +155,33 @@ class DenoiserPeaks:
         self._changes = models.changes(part)
         self.streamer = Streamer(
             None, int8_keys=quantised, bf16_keys=bf16_keys(part, self.module, precision), arena_bytes=arena_bytes,
-            transform=True, ranks=ranks_beside(self._changes, quantised),
+            transform=True, ranks=ranks_beside(self._changes, quantised), in_place=in_place,
         )  # fmt: skip
         self._more_tokens = CLIP_TOKENS * (chunks - 1)
         self._activations: dict[tuple[tuple[int, ...], int, int], int] = {}
+        self._is_open = False
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Lend the module once for all questions in this context, instead of for each. Not for two at a time."""
+        with lent(self.module, self.streamer):
+            self._is_open = True
+            try:
+                yield
+            finally:
+                self._is_open = False
+
+    def _lent(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._is_open else lent(self.module, self.streamer)
 
     @cached_property
     def terms(self) -> list[Term]:
-        with lent(self.module, self.streamer):
+        with self._lent():
             return [*weights_terms(self.module, self.stored), *changes_terms(self._changes)]
 
     @cached_property
     def weights(self) -> list[Weight]:
-        with lent(self.module, self.streamer):
+        with self._lent():
             return streamed_weights(self.module)
 
     def activations(self, tiles: tuple[int, ...], height: int, width: int) -> int:
@@ -171,7 +189,7 @@ class DenoiserPeaks:
         width) latents."""
         key = tiles, height, width
         if key not in self._activations:
-            with lent(self.module, self.streamer), MetaMeter() as meter, torch.no_grad():
+            with self._lent(), MetaMeter() as meter, torch.no_grad():
                 timesteps = torch.empty(1, device="meta")
                 samples = self._examples(tiles, height, width)
                 prompts = [sample.prompt for sample in samples]
@@ -217,13 +235,10 @@ class DenoiserPeaks:
         group = tuple(sorted(set(group)).index(tile) for tile in group)
         tight = self.streamer.arena_bytes < ARENA_BYTES
         mapped = self.family.traits.large_blocks
-        in_place = bool(self.streamer.int8_keys) and reads_blocks()  # nothing is then packed and freed unit by unit
+        in_place = bool(self.streamer.int8_keys)  # nothing is then packed and freed unit by unit
         roomy = PACKED_HEAP_SLACK if self.packs_floats else HEAP_SLACK
         slack = MAPPED_HEAP_SLACK if mapped else TIGHT_HEAP_SLACK if tight or in_place else roomy
         work = self.activations(group, height, width) + int(slack * self.activations((0,), height, width))
-        if not (tight or mapped or in_place):
-            integers = sum(math.prod(self.stored[name].shape) for name in self.streamer.int8_keys & self.stored.keys())
-            work += min(INT8_HOLES_BYTES, integers)
         return PhasePlan(name=name, terms=(*fixed, *self.terms, Term(name=ACTIVATIONS, nbytes=work)))
 
 
@@ -232,6 +247,7 @@ class VaePeaks:
 
     def __init__(self, models: Models, spec: VaeSpec, facts: Facts, precision: Precision = Precision.FP32) -> None:
         self.spec, self.module = spec, models.vae(spec)
+        self._rehearsed = models.rehearsed.setdefault(spec.part, {})
         self._streamer = Streamer(None, **vae_streaming(spec, self.module, precision)._asdict())
         match_index(self.module, spec.weights, families.vae_names)
         with lent(self.module, self._streamer):
@@ -250,7 +266,10 @@ class VaePeaks:
     ) -> DecodePlan:
         """The method to decode (or encode) latents of (height, width). Raises StorageError."""
         with lent(self.module, self._streamer):
-            return choose(wanted, self.module, self._streamer, latents, space, encoding=encoding, wrap=wrap)
+            return choose(
+                wanted, self.module, self._streamer, latents, space,
+                encoding=encoding, wrap=wrap, rehearsed=self._rehearsed,
+            )  # fmt: skip
 
     def phase(
         self,

@@ -25,6 +25,7 @@ from tiler.diffusion.schedulers import DiffusersSchedule
 from tiler.diffusion.stored import Shape
 from tiler.diffusion.stored_canvas import bytes_of
 from tiler.errors import StorageError, UsageError
+from tiler.events import Phase
 from tiler.memory.budget import format_mb
 from tiler.memory.tuning import MARGIN
 from tiler.models.built import Models
@@ -38,9 +39,9 @@ from tiler.planning.table import MemoryPlan, PhasePlan, Term
 from tiler.planning.tiling import Tiling, pixels_of
 from tiler.planning.whole import WholePicture, whole_picture
 from tiler.request import Decode, GuideUpscale, Precision, ResolvedRequest, Scheduler, Wrap
+from tiler.request.cluster import Where, parse_cluster
 from tiler.request.wording import most_chunks
 
-ORDER = ("load guide", "encode prompts", "guide", "guide picture", "canvas", "decode", "write")  # of the phases
 # Samples that share a read of the weights. Chosen, not measured: for SD 1.5, each sample's share of a read is then
 # 0.1 GB, compared with seconds of arithmetic.
 MAX_BATCH = 16
@@ -52,6 +53,7 @@ TILES_AHEAD = 256  # with a cluster: from the first tile without a prediction to
 CONNECTIONS_BYTES = (
     16_000_000  # memory of dask's scheduler and client while they work (`scripts/bench_cluster.py scale`)
 )
+JOINED_BYTES = 4_000_000  # the same while workers open the model: 0.5 MB for a client, 2.7 MB for a scheduler with it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +92,7 @@ class RenderPlan(Tiling):
     @property
     def upscale_flops(self) -> int:
         """The floating-point operations of the autoencoder for enlarging the guide to the canvas's size."""
-        return sum(m.flops + m.attention_flops for name, m in self.methods.items() if name != "decode")
+        return sum(m.flops + m.attention_flops for name, m in self.methods.items() if name != Phase.DECODE)
 
 
 def plan_render(
@@ -160,39 +162,45 @@ def plan_render(
     prompts = Term(name="prompts", nbytes=len(tiling.texts) * sampler.prompt_bytes)
     others_bytes = prompts.nbytes - sampler.prompt_bytes  # the denoiser's own figure includes one prompt
     denoising = [*fixed, Term(name="canvas", nbytes=canvas_bytes), Term(name="prompts", nbytes=others_bytes)]
-    clustered = []
+    clustered, joined = [], []
     if request.cluster is not None and not tiles_only:
+        if parse_cluster(request.cluster).where is not Where.LOCAL:
+            joined = [Term(name="cluster", nbytes=JOINED_BYTES)]
         waiting = 2 * tile_bytes(family, tile) * min(TILES_AHEAD, len(tiling.regions))  # tiles, and their predictions
         clustered = [Term(name="cluster", nbytes=CONNECTIONS_BYTES + waiting)]
     preview_bytes = 0
     if request.preview_vae is not None and models.tiny is not None:
         preview_bytes = tiny_preview_bytes(models, models.tiny, facts)
 
-    def sampling(by: DenoiserPeaks, name: str, batch: int = 1) -> PhasePlan:
-        if name == "canvas" or guide is None:
+    def sampling(by: DenoiserPeaks, name: Phase, batch: int = 1) -> PhasePlan:
+        if name == Phase.CANVAS or guide is None:
             return with_preview(by.phase(name, [*denoising, *clustered], canvas_samples, batch, *tile), preview_bytes)
-        return by.phase(name, denoising, guide_samples, batch, guide.height, guide.width)
+        return by.phase(name, [*denoising, *joined], guide_samples, batch, guide.height, guide.width)
 
     most = family.traits.samples or MAX_BATCH
-    names = ["canvas"] if guide is None else ["canvas", "guide"]
-    smallest = [sampling(tight, name).peak_bytes for name in names]
-    if max(sampling(sampler, name).peak_bytes for name in names) > max_bytes * MARGIN:
-        sampler = tight
+    names = [Phase.CANVAS] if guide is None else [Phase.CANVAS, Phase.GUIDE]
+    with tight.open():
+        smallest = [sampling(tight, name).peak_bytes for name in names]
+    with sampler.open():
+        if max(sampling(sampler, name).peak_bytes for name in names) > max_bytes * MARGIN:
+            sampler = tight
 
-    def batch_of(name: str, most: int) -> int:
+    def batch_of(name: Phase, most: int) -> int:
         return largest_batch(lambda b: sampling(sampler, name, b).peak_bytes, int(max_bytes * MARGIN), most)
 
-    batch = batch_of("canvas", min(most, per_step))
-    batch = math.ceil(per_step / math.ceil(per_step / batch))  # passes of equal size
-    guide_batch = 1 if guide is None else batch_of("guide", min(most, len(guide_samples)))
-    encoding = PhasePlan(name="encode prompts", terms=(facts.text_libraries, prompts))
+    with sampler.open():
+        batch = batch_of(Phase.CANVAS, min(most, per_step))
+        batch = math.ceil(per_step / math.ceil(per_step / batch))  # passes of equal size
+        guide_batch = 1 if guide is None else batch_of(Phase.GUIDE, min(most, len(guide_samples)))
+    while_encoding = [facts.text_libraries, prompts, *joined]
+    encoding = PhasePlan(name=Phase.ENCODE_PROMPTS, terms=tuple(while_encoding))
     if not encoded:
-        encoding = text_phase(models, [facts.text_libraries, prompts])
+        encoding = text_phase(models, while_encoding)
     if facts.guide_load_bytes:  # the user's picture is loaded first, and stays in memory while prompts are encoded
         picture = Term(name="picture", nbytes=3 * facts.guide_pixels)
         loading = Term(name="picture", nbytes=facts.guide_load_bytes)
         others = [
-            PhasePlan(name="load guide", terms=(*fixed, loading)),
+            PhasePlan(name=Phase.LOAD_GUIDE, terms=(*fixed, loading)),
             PhasePlan(name=encoding.name, terms=(*encoding.terms, picture)),
         ]
     else:
@@ -205,12 +213,19 @@ def plan_render(
     once = family.part(Role.DENOISER).once  # these weights are not read at every step
     stored = {name: info for name, info in sampler.stored.items() if not once(name)}
     streamed = Streamed(sampler.weights, stored, facts.arithmetic.int8.products, sampler.resident_slack)
-    filled = [
-        with_resident(sampling(sampler, name, n), streamed, None, max_bytes)
-        for name, n in (("guide", guide_batch), ("canvas", batch))
-        if name in names
-    ]
-    coding_phases = [c.holding(prompts) if c.phase.name == "guide picture" else c for c in coding.phases]
+
+    def filling(name: Phase, n: int) -> tuple[PhasePlan, dict[str, torch.dtype]]:
+        phase, chosen = with_resident(sampling(sampler, name, n), streamed, None, max_bytes)
+        if not (int8 := sampler.streamer.int8_keys) or int8 - chosen.keys():
+            return phase, chosen
+        in_place = DenoiserPeaks(
+            models, precision, arena_bytes=sampler.streamer.arena_bytes, chunks=chunks, in_place=True
+        )
+        return with_resident(sampling(in_place, name, n), streamed, None, max_bytes)
+
+    batches = ((Phase.GUIDE, guide_batch), (Phase.CANVAS, batch))
+    filled = [filling(name, n) for name, n in batches if name in names]
+    coding_phases = [c.holding(prompts, *joined) if c.phase.name == Phase.GUIDE_PICTURE else c for c in coding.phases]
     filled += [with_resident(c.phase, c.streamed, coding.methods[c.phase.name], max_bytes) for c in coding_phases]
     resident |= {phase.name: chosen for phase, chosen in filled}
     least = [phase.peak_bytes for phase in (*others, *(c.phase for c in coding_phases))]
@@ -234,7 +249,9 @@ def plan_render(
         preview_bytes=preview_bytes,
         memory=MemoryPlan(
             max_bytes=max_bytes,
-            phases=tuple(sorted((*others, *(phase for phase, _ in filled)), key=lambda p: ORDER.index(p.name))),
+            phases=tuple(
+                sorted((*others, *(phase for phase, _ in filled)), key=lambda p: list(Phase).index(Phase(p.name)))
+            ),
             smallest_bytes=int(max(least + smallest) / MARGIN) + 1,
         ),
     )
@@ -251,9 +268,9 @@ class _CodingPhase(NamedTuple):
     phase: PhasePlan
     streamed: Streamed
 
-    def holding(self, term: Term) -> _CodingPhase:
-        """The phase with another term that stays in memory meanwhile."""
-        return self._replace(phase=PhasePlan(name=self.phase.name, terms=(*self.phase.terms, term)))
+    def holding(self, *terms: Term) -> _CodingPhase:
+        """The phase with other terms that stay in memory meanwhile."""
+        return self._replace(phase=PhasePlan(name=self.phase.name, terms=(*self.phase.terms, *terms)))
 
 
 class _Coding(NamedTuple):
@@ -273,12 +290,14 @@ def _plan_coding(
     vae = VaePeaks(models, own, facts, precision)
     decoder = vae if models.decoder is own else VaePeaks(models, models.decoder, facts, precision)
     canvas, guide, wrap = tiling.canvas, tiling.guide, request.wrap
-    methods = {"decode": decoder.choose(chosen.get("decode", request.decode), canvas, space, wrap=wrap)}
-    decoding = decoder.phase("decode", canvas, methods["decode"], held=0 if stored else 1, stored=stored)
+    methods: dict[str, DecodePlan] = {
+        Phase.DECODE: decoder.choose(chosen.get(Phase.DECODE, request.decode), canvas, space, wrap=wrap)
+    }
+    decoding = decoder.phase(Phase.DECODE, canvas, methods[Phase.DECODE], held=0 if stored else 1, stored=stored)
     whole = whole_picture(request.output, request.format, request.width, request.height)
     if whole is not None:
         decoding = whole.while_decoding(decoding)
-    if request.cluster is not None and methods["decode"].kind is Decode.FROZEN:  # workers decode bands
+    if request.cluster is not None and methods[Phase.DECODE].kind is Decode.FROZEN:  # workers decode bands
         cut = bands(canvas[1])
         band_bytes = 4 * models.family.latent_channels * canvas[0] * max(band.last - band.first for band in cut)
         statistics = 8 * HELD_TOKENS * max(decoder.spec.config["block_out_channels"])
@@ -289,13 +308,13 @@ def _plan_coding(
     if (guide is None and request.guide_image is None) or request.guide_upscale is not GuideUpscale.PIXEL:
         return _Coding(methods, phases, whole)
     wanted = Decode.AUTO if request.decode is Decode.TINY else request.decode
-    encoding = chosen.get("guide picture", wanted)
-    methods["guide picture"] = vae.choose(encoding, canvas, space, encoding=True, wrap=wrap)
+    encoding = chosen.get(Phase.GUIDE_PICTURE, wanted)
+    methods[Phase.GUIDE_PICTURE] = vae.choose(encoding, canvas, space, encoding=True, wrap=wrap)
     pixels = facts.guide_pixels if guide is None else math.prod(pixels_of(guide[:2]))
-    pictures = [vae.phase("guide picture", canvas, methods["guide picture"], pixels, stored=stored)]
+    pictures = [vae.phase(Phase.GUIDE_PICTURE, canvas, methods[Phase.GUIDE_PICTURE], pixels, stored=stored)]
     if guide is not None:  # the same phase decodes the guide first
         methods["guide decoded"] = vae.choose(chosen.get("guide decoded", wanted), guide[:2], space, wrap=wrap)
-        pictures.append(vae.phase("guide picture", guide[:2], methods["guide decoded"]))
+        pictures.append(vae.phase(Phase.GUIDE_PICTURE, guide[:2], methods["guide decoded"]))
     largest = max(pictures, key=lambda phase: phase.peak_bytes)
     return _Coding(methods, [*phases, _CodingPhase(largest, Streamed(vae.weights, vae.spec.weights))], whole)
 
@@ -328,7 +347,7 @@ def plan_decode(
     StorageError."""
     vae = VaePeaks(models, models.decoder, facts, precision)
     method = vae.choose(decode, latents, space, wrap=wrap)
-    phase = vae.phase("decode", latents, method, held=0)
+    phase = vae.phase(Phase.DECODE, latents, method, held=0)
     writing = [] if whole is None else [whole.writing(facts.libraries, max_bytes)]
     phase = phase if whole is None else whole.while_decoding(phase)
     smallest = int(max(p.peak_bytes for p in (phase, *writing)) / MARGIN) + 1

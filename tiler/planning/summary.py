@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from tiler.decoding import FACTOR
+from tiler.events import Phase
 from tiler.models.built import Models
 from tiler.models.family import Role
 from tiler.planning import time
@@ -67,7 +68,7 @@ def summarise(
     for preset in Preset:
         asked = fill_again(replace(said, preset=preset), request, plan.family, models.loras.found)
         presets[preset.value] = work_of(asked, plan_tiling(asked, plan.family))
-    memory, decoder = plan.memory, plan.methods["decode"]
+    memory, decoder = plan.memory, plan.methods[Phase.DECODE]
     facts = {
         "schema": SCHEMA,
         "canvas": f"{FACTOR * plan.canvas[1]}×{FACTOR * plan.canvas[0]}",
@@ -122,7 +123,7 @@ def pass_bytes(models: Models, plan: RenderPlan) -> int:
     part = plan.family.part(Role.DENOISER)
     index = match_index(models.module(part), models.family.checkpoint.weights(part.name), part.aliases)
     int8 = part.int8_weights(models.module(part)) if plan.precision is Precision.INT8 else frozenset[str]()
-    stays = plan.resident.get("canvas", {}).keys() & index.keys()
+    stays = plan.resident.get(Phase.CANVAS, {}).keys() & index.keys()
     kept = sum(math.prod(index[name].shape) if name in int8 else index[name].nbytes for name in stays)
     return max(0, read_bytes(models, plan.precision, encoded=True)[part.name] - kept)
 

@@ -10,13 +10,14 @@ from typing import NamedTuple
 
 import torch
 
-from tiler.compute import onednn
+from tiler.compute import cpu
 from tiler.compute.kernels import Kind
 from tiler.compute.lending import lent
 from tiler.compute.measure import TableShape, attention_speed, chosen_speed
 from tiler.compute.shapes import MetaMeter
 from tiler.compute.stream import Streamer
 from tiler.compute.tuning import (
+    NARROW,
     OVERHEAD_BF16,
     OVERHEAD_BY_LAYERS,
     OVERHEAD_BY_LAYERS_BF16,
@@ -24,6 +25,8 @@ from tiler.compute.tuning import (
     OVERHEAD_BY_ROWS_BF16,
     OVERHEAD_FP32,
     OVERHEAD_INT8,
+    OVERHEAD_NARROW,
+    RUN_SECONDS,
 )
 from tiler.decoding.method import DecodePlan
 from tiler.models.built import Models
@@ -38,17 +41,19 @@ _ROUNDS = 3  # of each measurement: an estimate of minutes does not need the fif
 
 
 class Flops(NamedTuple):
-    """Floating-point operations, two for each multiply-add: of layers with weights, and of attention."""
+    """Floating-point operations, two for each multiply-add: of layers with weights, and of attention; and how many
+    `runs` of a layer for a sample they are spread over."""
 
     layers: int
     attention: int
+    runs: int = 0
 
     @property
     def tflop(self) -> float:
         return (self.layers + self.attention) / 1e12
 
     def plus(self, other: Flops) -> Flops:
-        return Flops(self.layers + other.layers, self.attention + other.attention)
+        return Flops(self.layers + other.layers, self.attention + other.attention, self.runs + other.runs)
 
 
 class Speed:
@@ -67,12 +72,12 @@ class Speed:
 
     @property
     def bf16(self) -> float:
-        return self._chosen("bf16" if onednn.int8().products else "fp32")
+        return self._chosen("bf16" if cpu.int8().products else "fp32")
 
     @property
     def int8(self) -> float:
         """Without 8-bit products, int8 is only the storage format of weights."""
-        return self._chosen("int8" if onednn.int8().products else "fp32")
+        return self._chosen("int8" if cpu.int8().products else "fp32")
 
     @property
     def attention(self) -> float:
@@ -81,7 +86,7 @@ class Speed:
     @property
     def half_attention(self) -> float:
         """Beside bf16 and int8 weights."""
-        return self._attention("int8" if onednn.int8().products else "fp32")
+        return self._attention("int8" if cpu.int8().products else "fp32")
 
     @cached_property
     def disk(self) -> float:
@@ -95,6 +100,7 @@ class Counter:
     def __init__(self, models: Models, streamer: Streamer | None = None) -> None:
         self.family, self.streamer = models.family, streamer or Streamer(None)
         self.module = models.module(self.family.part(Role.DENOISER))
+        self._layers = sum("weight" in dict(layer.named_parameters(recurse=False)) for layer in self.module.modules())
         self.known: dict[tuple[int, int, int, int | None], Flops] = {}
 
     def count(self, cut: Tiling, attention_window: int | None) -> Flops:
@@ -105,7 +111,8 @@ class Counter:
             for step in steps:
                 for samples, tiles in step.counts():
                     one = self._tile(samples, *sides, attention_window)
-                    total = total.plus(Flops(tiles * one.layers, tiles * one.attention))
+                    runs = tiles * samples * self._layers
+                    total = total.plus(Flops(tiles * one.layers, tiles * one.attention, runs))
         return total
 
     def _tile(self, samples: int, height: int, width: int, window: int | None) -> Flops:
@@ -158,6 +165,7 @@ def _coding_seconds(method: DecodePlan, speed: Speed) -> float:
     else:
         by_layers, by_rows, attention = OVERHEAD_BY_LAYERS, OVERHEAD_BY_ROWS, speed.attention
     overhead = by_layers if method.by_layers else by_rows
+    overhead += OVERHEAD_NARROW * max(0.0, 1 / method.width - 1 / NARROW)
     return overhead * method.flops / speed.fp32 + method.attention_flops / attention
 
 
@@ -169,4 +177,4 @@ def arithmetic_seconds(work: Flops, speed: Speed, precision: Precision) -> float
         layers, attention, overhead = speed.bf16, speed.half_attention, OVERHEAD_BF16
     else:
         layers, attention, overhead = speed.fp32, speed.attention, OVERHEAD_FP32
-    return overhead * (work.layers / layers + work.attention / attention)
+    return overhead * (work.layers / layers + work.attention / attention) + work.runs * RUN_SECONDS

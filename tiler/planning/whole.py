@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+from tiler.events import Phase
 from tiler.memory.budget import format_mb
 from tiler.memory.tuning import MARGIN
 from tiler.output.picture import format_of
@@ -32,7 +33,7 @@ class WholePicture(NamedTuple):
         side = math.isqrt(max(0, int(most))) // 8 * 8
         fits = f"{format_mb(max_bytes)} are enough for {side}×{side} pixels" if side else "even a small one is too much"
         return PhasePlan(
-            name="write",
+            name=Phase.WRITE,
             terms=(
                 libraries,
                 Term(name="picture", nbytes=PICTURE_BYTES * self.pixels),

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tiler.errors import ModelError, StorageError
-from tiler.files import replace_durably
+from tiler.files import replace_file
 from tiler.weights.index import open_regular
 from tiler.weights.places import cache_home
 
@@ -38,7 +38,7 @@ def auto_v2(path: Path, on_hashing: Callable[[], None] = lambda: None) -> str:
     with suppress(OSError, StorageError):  # it is computed again then
         place = _place(path)
         place.parent.mkdir(parents=True, exist_ok=True)
-        replace_durably(place, [json.dumps(before | {"sha256": digest.hexdigest()}).encode()])
+        replace_file(place, [json.dumps(before | {"sha256": digest.hexdigest()}).encode()], durable=True)
     return digest.hexdigest()[:V2_DIGITS]
 
 

@@ -148,7 +148,10 @@ def write_packed(
             "choose another --cache-dir, or render with --precision fp32"
         )
     written = 0
-    with WeightStore(index, piece_elements=_PIECE_ELEMENTS, changes=changes) as store, atomic(path) as file:
+    with (
+        WeightStore(index, piece_elements=_PIECE_ELEMENTS, changes=changes) as store,
+        atomic(path, in_cache=True) as file,
+    ):
         file.write(header_bytes(header))
         scales: list[torch.Tensor] = []
         for name in order:
