@@ -23,11 +23,13 @@ def plan_of(floor_mb: int, precision: Precision = Precision.FP32, width: int = 3
     family = SimpleNamespace(
         native=128, traits=traits, granularity=8, scheduler={"_class_name": "EulerDiscreteScheduler"}
     )
-    memory = SimpleNamespace(smallest_bytes=floor_mb * 10**6, max_bytes=650 * 10**6)
+    memory = SimpleNamespace(smallest_bytes=floor_mb * 10**6, max_bytes=650 * 10**6, fits=floor_mb <= 650)
     return SimpleNamespace(family=family, memory=memory, precision=precision)
 
 
-def told(floors: dict[str, int], seconds: dict[str, float], reads: float = 0, **values: Any) -> list[str]:
+def told(
+    floors: dict[str, int], seconds: dict[str, float], reads: float = 0, floor: int = 600, **values: Any
+) -> list[str]:
     """Hints for a plan of 600 MB and 1000 s under 650 MB, when options have other floors and times; `reads`: the
     seconds that a disk takes for all reads."""
 
@@ -45,7 +47,7 @@ def told(floors: dict[str, int], seconds: dict[str, float], reads: float = 0, **
         return max(seconds.get(way(request), 1000), share * reads)
 
     asked = fill(RenderRequest(prompt="x", **values))
-    found = hints(asked, plan_of(600), replan, judge)
+    found = hints(asked, plan_of(floor), replan, judge)
     assert all(isinstance(hint, Hint) for hint in found)
     return [hint.words for hint in found]
 
@@ -67,6 +69,10 @@ def test_only_what_gains_something_is_told(
     floors: dict[str, int], seconds: dict[str, float], reads: float, words: list[str]
 ) -> None:
     assert told(floors, seconds, reads) == words
+
+
+def test_time_alone_does_not_help_a_plan_that_does_not_fit() -> None:
+    assert told({"int8": 600}, {"few": 100}, floor=700) == ["--precision int8"]
 
 
 def test_what_was_asked_for_is_no_hint() -> None:
