@@ -109,7 +109,7 @@ def sentence(report: dict[str, Any], beside_bytes: int = 0) -> str:
     return (
         f"{report['output']}: {report['width']}×{report['height']}, seed {report['seed']}, "
         f"peak {peak / 1e6:,.0f} MB of {ceiling / 1e6:,.0f} MB, "
-        f"in {duration(sum(phase['seconds'] for phase in report['phases']))}"
+        f"in {duration(report['seconds'])}"
     )
 
 
