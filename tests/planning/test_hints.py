@@ -95,5 +95,6 @@ def test_plan_tells_what_bounds_a_pass_and_smaller_tiles_are_smaller(in_process:
     facts = in_process(*asked, "--json").json
     assert facts["pass"]["bound"] in ("disk", "arithmetic") and facts["pass"]["read_bytes"] >= 0
     assert all({"choice", "smallest_max_ram_bytes", "expected_seconds"} == set(hint) for hint in facts["hints"])
+    assert not any("LoRA" in hint["choice"] for hint in facts["hints"])  # none fits a UNet so narrow
     smaller = in_process(*asked, "--tile-size", 256, "--json")
     assert smaller.code == 2 and "--tile-size 256" in smaller.err and smaller.err.count("\n") == 1
