@@ -150,6 +150,7 @@ def test_show_says_where_each_value_comes_from(in_process, config: Path, monkeyp
     assert options["steps"] == {"value": "9", "source": "TILER_STEPS"}
     assert options["model"] == {"value": "x", "source": str(config)}
     assert options["max_ram"] == {"value": "800MB", "source": "default"}
+    assert options.keys().isdisjoint({"list", "once", "measure", "share", "fail_fast", "no_browser", "name"})
     assert folders["model_dirs"]["value"] == [str(config.parent / "m")]
     lines = in_process("config", "show").out.splitlines()
     assert f"{'steps':22}9  (from TILER_STEPS)" in lines and f"{'max_ram':22}800MB  (default)" in lines

@@ -180,7 +180,7 @@ def test_a_render_shows_its_preview_in_the_terminal(
 ) -> None:
     common = "render", "a boat", "--model", tiny, "--size", 64, "--steps", 1, "--no-guide", "--max-ram", "1GB"
     refused = in_process(*common, "--preview", "-")
-    assert refused.code == 2 and "--preview - shows pictures in a terminal" in refused.err
+    assert refused.code == 2 and "--preview - needs a terminal on standard error" in refused.err
     with terminal(KITTY, monkeypatch) as seen:
         assert in_process(*common, "--preview", "-", "-o", "a.png").code == 0
     ((_, pixels),) = kitty_pictures(bytes(seen).decode())

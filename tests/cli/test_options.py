@@ -22,8 +22,12 @@ BAD_OPTIONS = [
     (["--overlap", "64"], "overlap"),
     (["--overlap", "7"], "overlap"),
     (["--scheduler", "dpm fast"], "unknown scheduler"),
+    (["--canvas-prompt", "x <lora:nope:abc>"], "'abc' is not a number"),  # rather than about a folder
     (["--mask", "square"], "mask"),
     (["--max-ram", "lots"], "800MB"),
+    (["--max-ram", "1"], "--max-ram '1' is an amount of bytes"),
+    (["--lora-dir", "none"], "--lora-dir none: no such folder"),
+    (["--model-dir", "none"], "--model-dir none: no such folder"),
     (["--threads", "0"], "threads"),
     (["--guide", "none.png"], "none.png"),
     (["--guide", "."], ". is a folder; --guide takes"),

@@ -60,6 +60,9 @@ def test_a_ceiling_below_the_floor_is_exit_4(in_process, tiny: Path, tmp_path: P
         assert ran.code == 4
         assert "smallest --max-ram that works is" in ran.err
         assert "python + libraries" in ran.err + ran.out
+        assert "the phase '" in ran.err and "<Phase" not in ran.err + ran.out
+    assert ran.out.startswith("does not fit: predicted peak ") and "expected time" not in ran.out
+    assert re.match(r".*; smallest ceiling \d+ MB\n", ran.out)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -71,6 +74,13 @@ def test_eighty_columns_are_enough(in_process, tiny: Path, words: tuple[str, ...
     ran = in_process(*words, *extra, env={"COLUMNS": "80"})
     assert ran.code == 0, ran.err
     assert max(map(len, ran.out.splitlines())) <= 80
+
+
+def test_what_a_command_does_not_know_is_said_with_what_it_does(in_process) -> None:
+    ran = in_process("rendr", "x")
+    assert ran.code == 2 and "'render'? See --help" in ran.err
+    ran = in_process("plan", "x", "--seed", "1,2")
+    assert ran.code == 2 and "--seed 1,2: this command takes one seed; see --help" in ran.err
 
 
 @pytest.mark.parametrize("prompt", ["a boat <hypernet:inks:0.8>", "a AND b :-1"])

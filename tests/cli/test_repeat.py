@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 from PIL import Image, PngImagePlugin
 
+from tiler.cli import queues, render
 from tiler.cli.repeat import repeat
 from tiler.errors import ModelError
+from tiler.jobs.drawing import NOTED
 from tiler.output.metadata import Facts, texts
 from tiler.planning.resolve import fill
 from tiler.request import Region, RenderRequest, Scheduler, ScheduleType
@@ -43,7 +45,9 @@ def infotext(**changes: str) -> str:
     return "a boat\n" + ", ".join(f"{key}: {value}" for key, value in fields.items())
 
 
-def test_a_picture_is_repeated_to_the_byte_whatever_the_configuration(in_process, tmp_path: Path) -> None:
+def test_a_picture_is_repeated_to_the_byte_whatever_the_configuration(
+    in_process, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     options = (
         "--width 128 --height 80 --steps 2 --seed 18446744073709551615 --cfg-scale 2 --mask constant --wrap x --dpi 200"
     )
@@ -52,6 +56,10 @@ def test_a_picture_is_repeated_to_the_byte_whatever_the_configuration(in_process
     ran = in_process("render", "--from", "a.png", "-o", "b.png", env=env)
     assert ran.code == 0 and "note: settings that you do not give come from a.png, also over your configur" in ran.err
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    ran = in_process("plan", "--from", "a.png", env={NOTED: "1"})  # as in a queue that has said it once
+    assert ran.code == 0 and "come from a.png" not in ran.err
+    queues.parser(render.run)(["--from", str(tmp_path / "a.png")])
+    assert capfd.readouterr().err == ""
 
 
 def test_info_leaves_out_what_is_at_its_default(in_process, tmp_path: Path) -> None:
@@ -63,7 +71,13 @@ def test_info_leaves_out_what_is_at_its_default(in_process, tmp_path: Path) -> N
         "strength": 0.5,
         "guide_upscale": "latent",
     }
-    said |= {"mask": "gaussian", "guidance_interval": [0.0, 1.0], "landscape": False, "scratch_dtype": "fp16"}
+    said |= {
+        "scheduler": "auto",
+        "mask": "gaussian",
+        "guidance_interval": [0.0, 1.0],
+        "landscape": False,
+        "scratch_dtype": "fp16",
+    }
     png(tmp_path / "x.png", tiler=json.dumps(said | {"bleed_mm": 0.0, "precision": "fp32"}))
     shown = [line.split()[0] for line in in_process("info", "x.png").out.splitlines()]
     assert shown == ["made", "prompt", "model", "wrap", "guide", "precision"]
@@ -114,6 +128,9 @@ def test_what_automatic1111_says_of_vae_emphasis_and_tiling(tmp_path: Path, monk
         ({"Sampler": "DPM++ 2M Karras"}, Scheduler.DPMPP_2M_KARRAS, None),
         ({"Sampler": "DPM++ 2M", "Schedule type": "Karras"}, Scheduler.DPMPP_2M_KARRAS, None),
         ({"Sampler": "dpmpp_sde"}, Scheduler.DPMPP_SDE, None),
+        ({"Sampler": "dpmpp_2m_k"}, Scheduler.DPMPP_2M_KARRAS, None),
+        ({"Sampler": "euler_ancestral"}, Scheduler.EULER_A, None),
+        ({"Sampler": "uni_pc"}, Scheduler.UNIPC, None),
         ({"Sampler": "heun_k"}, Scheduler.HEUN, ScheduleType.KARRAS),
     ],
 )

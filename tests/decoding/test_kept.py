@@ -197,3 +197,10 @@ def test_encoding_goes_on_at_a_row(tiny: Path, tmp_path: Path) -> None:
     assert pixels.tops == sorted(pixels.tops) and pixels.tops[0] > 0  # no measurement, one band, and not all of it
     assert spool.where_in(tmp_path / "spool").startswith("band ")
     make(lambda where: pytest.fail("encodes again"), Spool(tmp_path / "spool", "the guide's picture", "this one"))
+
+
+def test_a_decoder_that_has_begun_is_where_a_job_stands(tmp_path: Path) -> None:
+    """Its canvas is complete, though no pass is."""
+    assert spool.where_in(tmp_path / "spool") == ""
+    spool.Spool(tmp_path / "spool", "the decoder", "frozen")
+    assert spool.where_in(tmp_path / "spool") == "the beginning of the decoder"

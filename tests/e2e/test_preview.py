@@ -174,7 +174,7 @@ def test_a_job_goes_on_with_or_without_a_tiny_autoencoder_for_previews() -> None
     ("options", "message"),
     [
         (("--preview", "p.pdf"), "previews are written as .png or .jpg"),
-        (("--preview", "-"), "--preview - shows pictures in a terminal, and standard error is none"),
+        (("--preview", "-"), "--preview - needs a terminal on standard error; give a file"),
         (("--preview", "-", "--count", 2, "-o", "{seed}.png"), "--preview - shows one picture"),
         (("--tiny-vae", "taesd"), "--decode tiny and --tiny-vae FOLDER go together"),
         (("--preview", "mine.png"), "mine.png exists; give --force to replace it, or another --preview"),

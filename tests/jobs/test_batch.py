@@ -60,7 +60,7 @@ def test_only_rows_that_workers_can_serve_together_are_drawn_at_a_time(tmp_path:
     others = [
         denoiser(prompt="a boat <lora:ink:0.8>"), denoiser(prompt="a boat <lora:ink:0.7>"),
         denoiser("--canvas-prompt=waves <lora:oil:1>"), denoiser("--lora=ink.safetensors"),
-        denoiser("--lora-dir=loras"),
+        denoiser(f"--lora-dir={tmp_path}"),
         denoiser("--model=other"), denoiser("--diffusion-model=x.gguf"), denoiser("--variant=fp16"),
         denoiser("--revision=v2"), denoiser("--prediction=v"), denoiser("--vae=x.safetensors"),
         denoiser("--tile-size=256"), denoiser("--scheduler=heun"), denoiser("--precision=bf16"),
@@ -226,7 +226,7 @@ NEITHER = "--preview - goes neither with --cluster nor with --log-json"
 
 @pytest.mark.parametrize(
     ("options", "why"),
-    [(["--log-json"], NEITHER), (["--cluster=local:1"], NEITHER), ([], "and standard error is none; give --preview a file")],
+    [(["--log-json"], NEITHER), (["--cluster=local:1"], NEITHER), ([], "--preview - needs a terminal on standard error")],
 )  # fmt: skip
 def test_a_preview_that_no_terminal_would_show_is_refused_before_any_work(
     in_process, tmp_path: Path, options: list[str], why: str

@@ -28,7 +28,7 @@ from tiler.cli.terminal import prepare_signals
 from tiler.errors import BudgetRefused
 from tiler.jobs import claims
 from tiler.jobs.checked import Checked
-from tiler.jobs.drawing import BESIDE, Drawings, Ended
+from tiler.jobs.drawing import BESIDE, OWN_BYTES, Drawings, Ended
 from tiler.jobs.queue import NoCluster, Queue, Together
 from tiler.jobs.results import Results, file_of
 from tiler.jobs.rows import Row
@@ -364,6 +364,36 @@ def test_a_scheduler_that_cannot_start_ends_the_queue_and_leaves_nothing(
             play(played, tmp_path, [row(tmp_path, 1), row(tmp_path, 2)], monkeypatch, together=together)
         assert not list((tmp_path / "t").iterdir())
     assert (caught.value.exit_code, played.order, ended) == (12, [], ["tiler.cli.shares"])
+
+
+def test_what_no_picture_of_a_command_can_have_ends_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures of `--count` differ in their seeds alone; rows of a batch may differ in size."""
+
+    @contextmanager
+    def asking(module: str, asked: dict[str, Any]) -> Iterator[str]:
+        yield module
+
+    def refuse(module: str) -> dict[str, Any]:
+        raise supervise._Refused("a picture needs 357 MB", 4)
+
+    monkeypatch.setattr(supervise, "_asking", asking)
+    monkeypatch.setattr(supervise, "_answer", refuse)
+    rows = [row(tmp_path, 1), row(tmp_path, 2)]
+
+    def together(*, is_batch: bool) -> Any:
+        spec = supervise.Spec(root=".", results="r", file="q", max_ram_bytes=9, cluster="local:2", is_batch=is_batch)
+        return partial(supervise._together, spec, ExitStack(), lambda text: None)
+
+    with pytest.raises(NoCluster, match="a picture needs 357 MB") as caught:
+        play(Played(), tmp_path, rows, monkeypatch, together=together(is_batch=False))
+    assert caught.value.exit_code == 4
+    assert str(play(Played(), tmp_path, rows, monkeypatch, together=together(is_batch=True))).startswith("2 failed")
+
+
+def test_a_finished_picture_is_told_with_the_whole_ceiling_and_the_time() -> None:
+    report = {"output": "a.png", "width": 64, "height": 8, "seed": 3, "peak_rss_bytes": 335e6, "seconds": 75.3}
+    said = supervise.sentence(report | {"max_ram_bytes": 780_000_000}, OWN_BYTES)
+    assert said == "a.png: 64×8, seed 3, peak 335 MB of 800 MB, in 1 min 15 s"
 
 
 def test_processes_are_heard_line_by_line_and_end_with_their_words() -> None:

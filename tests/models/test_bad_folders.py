@@ -14,6 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tiler.errors import ModelError
+from tiler.weights.checkpoint import resolve
+
 Damage = Callable[[Path], object]
 KINDS = "tiny-sdxl", "tiny-sd3", "tiny-flux", "tiny-pixart", "tiny-auraflow"
 
@@ -191,9 +194,7 @@ def test_nan_in_the_weights_is_blamed_on_their_own_file(
 
 
 def test_a_damaged_tokenizer_is_said_without_another_programs_advice(folders: dict[str, Path], tmp_path: Path) -> None:
-    from tiler.errors import ModelError
     from tiler.models.t5 import load_tokenizer
-    from tiler.weights.checkpoint import resolve
 
     folder = linked(folders["tiny-flux"], tmp_path / "model")
     put(folder / "tokenizer_2/spiece.model", b"xyz")
@@ -217,6 +218,16 @@ def test_files_that_are_no_model(in_process: Any, tmp_path: Path, name: str, wha
     ran = in_process("plan", "x", "--model", "one.safetensors")
     assert ran.code == 3 and f"this is {what}" in ran.err and "model" in ran.err.partition(what)[2], ran.err
     assert len(ran.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "what"), [("AutoencoderTiny", "a tiny autoencoder"), ("AutoencoderKL", "an autoencoder")]
+)
+def test_an_autoencoders_folder_is_no_model(tmp_path: Path, kind: str, what: str) -> None:
+    put(tmp_path / "config.json", json.dumps({"_class_name": kind}).encode())
+    flag = "--tiny-vae" if kind == "AutoencoderTiny" else "--vae"
+    with pytest.raises(ModelError, match=f"this is {what}, which goes with a model; give it with {flag}$"):
+        resolve(str(tmp_path))
 
 
 def test_what_a_family_is_not_told_is_a_note(in_process: Any, folders: dict[str, Path]) -> None:

@@ -23,11 +23,13 @@ def plan_of(floor_mb: int, precision: Precision = Precision.FP32, width: int = 3
     family = SimpleNamespace(
         native=128, traits=traits, granularity=8, scheduler={"_class_name": "EulerDiscreteScheduler"}
     )
-    memory = SimpleNamespace(smallest_bytes=floor_mb * 10**6, max_bytes=650 * 10**6)
+    memory = SimpleNamespace(smallest_bytes=floor_mb * 10**6, max_bytes=650 * 10**6, fits=floor_mb <= 650)
     return SimpleNamespace(family=family, memory=memory, precision=precision)
 
 
-def told(floors: dict[str, int], seconds: dict[str, float], reads: float = 0, **values: Any) -> list[str]:
+def told(
+    floors: dict[str, int], seconds: dict[str, float], reads: float = 0, floor: int = 600, **values: Any
+) -> list[str]:
     """Hints for a plan of 600 MB and 1000 s under 650 MB, when options have other floors and times; `reads`: the
     seconds that a disk takes for all reads."""
 
@@ -45,7 +47,7 @@ def told(floors: dict[str, int], seconds: dict[str, float], reads: float = 0, **
         return max(seconds.get(way(request), 1000), share * reads)
 
     asked = fill(RenderRequest(prompt="x", **values))
-    found = hints(asked, plan_of(600), replan, judge)
+    found = hints(asked, plan_of(floor), replan, judge)
     assert all(isinstance(hint, Hint) for hint in found)
     return [hint.words for hint in found]
 
@@ -69,6 +71,10 @@ def test_only_what_gains_something_is_told(
     assert told(floors, seconds, reads) == words
 
 
+def test_time_alone_does_not_help_a_plan_that_does_not_fit() -> None:
+    assert told({"int8": 600}, {"few": 100}, floor=700) == ["--precision int8"]
+
+
 def test_what_was_asked_for_is_no_hint() -> None:
     assert "--tile-size 768" not in told({"tile": 500}, {}, tile_size=768)
     assert told({"tile": 500}, {}, size=640) == []  # which is one smaller tile as it is
@@ -89,5 +95,6 @@ def test_plan_tells_what_bounds_a_pass_and_smaller_tiles_are_smaller(in_process:
     facts = in_process(*asked, "--json").json
     assert facts["pass"]["bound"] in ("disk", "arithmetic") and facts["pass"]["read_bytes"] >= 0
     assert all({"choice", "smallest_max_ram_bytes", "expected_seconds"} == set(hint) for hint in facts["hints"])
+    assert not any("LoRA" in hint["choice"] for hint in facts["hints"])  # none fits a UNet so narrow
     smaller = in_process(*asked, "--tile-size", 256, "--json")
     assert smaller.code == 2 and "--tile-size 256" in smaller.err and smaller.err.count("\n") == 1

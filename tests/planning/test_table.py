@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tiler.errors import BudgetRefused
+from tiler.events import Phase
 from tiler.memory.process import read_rss
 from tiler.models.built import Models
 from tiler.models.family import read_family
@@ -27,13 +28,14 @@ def fresh(code: str) -> str:
 
 def test_plan_refuses_with_the_table_and_the_smallest_ceiling() -> None:
     phase = PhasePlan(
-        name="canvas", terms=(Term(name="weights", nbytes=500_000_000), Term(name="activations", nbytes=400_000_000))
+        name=Phase.CANVAS,
+        terms=(Term(name="weights", nbytes=500_000_000), Term(name="activations", nbytes=400_000_000)),
     )
     plan = MemoryPlan(max_bytes=800_000_000, phases=(phase,), smallest_bytes=700_000_001)
     with pytest.raises(BudgetRefused, match="701MB") as caught:
         plan.check()
     message, *table = str(caught.value).splitlines()
-    assert "'canvas' needs 900 MB" in message and "97% of the ceiling of 800 MB" in message
+    assert "the phase 'canvas' needs 900 MB" in message and "97% of the ceiling of 800 MB" in message
     assert any(line.startswith("canvas") and "900 MB" in line and "weights 500" in line for line in table)
     assert caught.value.exit_code == 4
 

@@ -52,7 +52,7 @@ def _explained(error: BaseException) -> tuple[str, int]:
             return f"{error.filename or 'standard output'}: {error.strerror}; check the disk and its free space", 6
     if hasattr(error, "format_message"):  # click's usage errors; empty if the help was shown instead
         said = usage_of(error)
-        return f"{said}; see --help" if said else "", 2
+        return f"{said}{' See' if said.endswith('?') else '; see'} --help" if said else "", 2
     line = (str(error).splitlines() or [""])[0]
     return f"this is a bug in tiler: {type(error).__name__}: {line}; `tiler --debug …` shows where it happened", 1
 
@@ -61,9 +61,10 @@ def usage_of(error: Any) -> str:
     """What a usage error of click says, without a full stop."""
     why, names = why_invalid(error), getattr(getattr(error, "param", None), "opts", ())
     if why and (option := next((name for name in names if name.startswith("--")), "")):
-        return f"{option} {error.__cause__.errors()[0]['input']}: {why}"
-    said: str = error.format_message()
-    return said.rstrip(".").replace("Value error, ", "")  # pydantic's prefix
+        said = error.__cause__.errors()[0]["input"]
+        return f"{option} {said}: " + ("this command takes one seed" if option == "--seed" and "," in said else why)
+    text: str = error.format_message()
+    return text.rstrip(".").replace("Value error, ", "")  # pydantic's prefix
 
 
 def why_invalid(error: BaseException) -> str:

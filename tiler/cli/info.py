@@ -48,7 +48,7 @@ def _usual(recipe: Recipe) -> dict[str, object]:
     usual = {f.name: f.default for f in fields(RenderRequest) if f.default is not MISSING and f.name != "model"}
     if recipe.settings.get("guide") is False and recipe.settings.get("guide_image") is None:
         usual |= {name: recipe.settings.get(name) for name in ("strength", "guide_upscale")}
-    return usual | {"guidance_interval": [0.0, 1.0], "bleed_mm": 0.0}
+    return usual | {"scheduler": "auto", "guidance_interval": [0.0, 1.0], "bleed_mm": 0.0}
 
 
 def _shown(value: object) -> str:

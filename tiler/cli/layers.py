@@ -20,7 +20,8 @@ from tiler.request import settings
 OF_ONE_RUN = frozenset(
     ("--output", "--format", "--save-latents", "--report", "--json", "--force", "--regions", "--guide",
      "--no-guide", "--from", "--scale", "--repaint", "--restart", "--keep-job", "--model-dir", "--log-json",
-     "--lora", "--help", "--version")
+     "--lora", "--help", "--version", "--list", "--once", "--measure", "--share", "--fail-fast", "--no-browser",
+     "--name")
 )  # fmt: skip
 """Options of a single run: neither the environment nor the configuration file can set them."""
 

@@ -18,6 +18,7 @@ from tiler.cli import completion, layers
 from tiler.cli.repeat import repeat
 from tiler.cli.terminal import closed_streams
 from tiler.errors import StorageError, UsageError
+from tiler.jobs.drawing import NOTED
 from tiler.request import Region, read_regions, shared
 from tiler.request.choices import FORMATS, LOSSY, MAX_SEED, STDOUT, Format
 from tiler.request.options import Option, Panel
@@ -94,10 +95,11 @@ Json = Annotated[
 
 
 def command_of(
-    request: type, run: Callable[..., None], *, leave_out: Iterable[str] = (), repeats: bool = False
+    request: type, run: Callable[..., None], *, leave_out: Iterable[str] = (), repeats: bool = False, tells: bool = True
 ) -> Callable[..., None]:
     """`run(request, **rest)` as a typer command. The fields of the dataclass `request` become options, except those in
-    `leave_out`; `run`'s own keyword parameters follow. With `repeats`, the command takes --from."""
+    `leave_out`; `run`'s own keyword parameters follow. With `repeats`, the command takes --from. It
+    prints notes on the options if it `tells` them and a queue has not done so."""
     own = [p for p in inspect.signature(run, eval_str=True).parameters.values() if p.kind is p.KEYWORD_ONLY]
     hints = get_type_hints(request)
     offered = [f for f in fields(request) if "option" in f.metadata and f.name not in leave_out]
@@ -107,24 +109,26 @@ def command_of(
             given = layers.settle(context, given, {p.name: p.default for p in parameters})
             rest = {p.name: given.pop(p.name) for p in own}
             picture = given.pop("from_picture", None)
-            values = _values(offered, given)
+            values, notes = _values(offered, given), list[str]()
             if picture is not None:
                 all_fields = {f.name: f.default for f in fields(request) if "option" in f.metadata}
                 found = repeat(picture, layers.typed(context, given), all_fields, values.get("model_dirs", ()))
                 values |= found.values
                 if "seeds" in rest and layers.layer_of(context, "seeds") is not layers.Layer.TYPED:
                     rest["seeds"] = None  # the picture's own seed is used
-                for note in found.notes:
-                    typer.echo(f"note: {note}", err=True)
+                notes += found.notes
             asked = request(**values)
             if picture is not None and not rest.get("quiet", False):
-                typer.echo(
-                    f"note: settings that you do not give come from {picture}, also over your configuration; "
-                    "`tiler info --json` lists them",
-                    err=True,
+                notes.append(
+                    f"settings that you do not give come from {picture}, also over your configuration; "
+                    "`tiler info --json` lists them"
                 )
             if layers.layer_of(context, "quality") is layers.Layer.TYPED and not _has_quality(asked):
-                typer.echo("note: --quality is for JPEG, WebP and AVIF; this format keeps every pixel", err=True)
+                notes.append("--quality is for JPEG, WebP and AVIF; this format keeps every pixel")
+            if tells and NOTED not in os.environ:
+                for note in notes:
+                    typer.echo(f"note: {note}", err=True)
+            _check_folders(context, values)
             run(asked, **rest)
         except UsageError as error:
             for note in layers.sources(context, str(error)):
@@ -146,6 +150,16 @@ def command_of(
     command.__annotations__ = {p.name: p.annotation for p in parameters}
     command.__doc__ = run.__doc__
     return command
+
+
+def _check_folders(context: typer.Context, values: Mapping[str, Any]) -> None:
+    """Raise UsageError for typed folders that do not exist. Those of the environment and the configuration may: their
+    disk may be absent today."""
+    for name, option in ("lora_dir", "--lora-dir"), ("model_dirs", "--model-dir"):
+        said = values.get(name) if layers.layer_of(context, name) is layers.Layer.TYPED else ()
+        for folder in said if isinstance(said, tuple) else (said,):
+            if not folder.expanduser().is_dir():
+                raise UsageError(f"{option} {folder}: no such folder; check the path")
 
 
 def _has_quality(request: Any) -> bool:
@@ -299,7 +313,7 @@ def check_report(report: Path | None, *outputs: Path | None, force: bool) -> Non
 def check_preview(preview: Path | None, *, log_json: bool = False) -> None:
     """Check before any work that there is a terminal for a preview that goes to one. Raises UsageError."""
     if preview == STDOUT and (log_json or not sys.stderr.isatty()):
-        raise UsageError("--preview - shows pictures in a terminal, and standard error is none; give --preview a file")
+        raise UsageError("--preview - needs a terminal on standard error; give a file, such as --preview look.png")
 
 
 def check_stdout(output: Path | None, *, json_output: bool) -> None:

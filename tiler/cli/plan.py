@@ -39,10 +39,12 @@ def run(
 
 def _print(facts: dict[str, Any], plan: Any) -> None:
     memory = plan.memory
-    typer.echo(
-        f"predicted peak {format_mb(memory.peak_bytes)} of {format_mb(memory.max_bytes)}; smallest ceiling {memory.smallest_text}"
-    )
-    typer.echo(f"expected time on this machine: {_hours(facts)}\n")
+    said = f"predicted peak {format_mb(memory.peak_bytes)} of {format_mb(memory.max_bytes)}"
+    floor = _floor(memory.smallest_bytes + memory.beside_bytes)
+    typer.echo(f"{'' if memory.fits else 'does not fit: '}{said}; smallest ceiling {floor}")
+    if memory.fits:
+        typer.echo(f"expected time on this machine: {_hours(facts)}")
+    typer.echo()
     typer.echo(f"canvas {facts['canvas']}, guide {facts['guide'] or 'none'}, {_count(facts['tiles'], 'tile')}")
     if (box := facts["repaint"]) is not None:
         typer.echo(f"repainted: a part of the picture, starting at row {box['top']}, column {box['left']}")
@@ -74,8 +76,7 @@ def _print(facts: dict[str, Any], plan: Any) -> None:
     if facts["hints"]:
         typer.echo("\nwhat would help:" + " " * 25 + "smallest ceiling")
     for hint in facts["hints"]:
-        floor = f"{-(-hint['smallest_max_ram_bytes'] // 10**6)} MB"
-        typer.echo(f"  {hint['choice']:40}{floor:>14}, {_hours(hint)}")
+        typer.echo(f"  {hint['choice']:40}{_floor(hint['smallest_max_ram_bytes']):>14}, {_hours(hint)}")
     typer.echo("\n" + memory.table())
 
 
@@ -95,6 +96,11 @@ def _cluster(facts: dict[str, Any]) -> Iterator[str]:
         bring = f"{less:.0%} less than in sequence" if less >= 0.005 else "no less than in sequence"
         yield f"  two canvases at the same time: {_span(facts['pair_seconds'])} for both, {bring}"
     yield ""
+
+
+def _floor(nbytes: int) -> str:
+    """A ceiling in MB that is not below `nbytes`."""
+    return f"{-(-nbytes // 10**6):,} MB"
 
 
 def _count(number: int, noun: str) -> str:

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from tiler.cli.terminal import harmless
+from tiler.cli.terminal import duration, harmless
 from tiler.events import (
     Event,
     Note,
@@ -199,7 +199,7 @@ class ProgressPrinter:
             self._remaining.note(event.done, event.total)
             if now - self._printed > _LINE_EVERY and (left := self._remaining.seconds) is not None:
                 self._printed = now
-                self._say(f"{event.name}: {event.detail}, about {_duration(left)} left, {self._memory()}{self._saved}")
+                self._say(f"{event.name}: {event.detail}, about {duration(left)} left, {self._memory()}{self._saved}")
         elif isinstance(event, PhaseDone):
             self._say(f"{event.name}: done in {event.seconds:.1f} s, peak {format_mb(event.peak_rss_bytes)}")
 
@@ -251,12 +251,6 @@ def _doing(worker: WorkerState) -> str:
 
 def _memory_of(worker: WorkerState) -> str:
     return f"{worker.peak_rss_bytes / 1e6:,.0f} of {format_mb(worker.max_ram_bytes)}"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 class JsonPrinter:

@@ -66,7 +66,7 @@ def parser(
 
     note.__signature__ = inspect.signature(run, eval_str=True)  # type: ignore[attr-defined]
     app = typer.Typer(add_completion=False)
-    app.command()(o.command_of(RenderRequest, note, leave_out=("seed",), repeats=True))
+    app.command()(o.command_of(RenderRequest, note, leave_out=("seed",), repeats=True, tells=False))
     command = typer.main.get_command(app)
 
     def parse(words: Sequence[str]) -> RenderRequest:

@@ -20,13 +20,6 @@ from tiler.weights.folders import files, find
 from tiler.weights.hashes import is_called
 from tiler.weights.lora_files import digests_of
 
-_SAMPLERS = {
-    "euler": Scheduler.EULER, "euler_a": Scheduler.EULER_A, "euler_ancestral": Scheduler.EULER_A,
-    "ddim": Scheduler.DDIM, "dpmpp_2m": Scheduler.DPMPP_2M, "dpm++2m": Scheduler.DPMPP_2M,
-    "dpmpp_2m_k": Scheduler.DPMPP_2M_KARRAS,
-    "dpmpp_2m_sde": Scheduler.DPMPP_2M_SDE, "dpmpp_sde": Scheduler.DPMPP_SDE, "dpm++2m_sde": Scheduler.DPMPP_2M_SDE,
-    "uni_pc": Scheduler.UNIPC, "unipc": Scheduler.UNIPC, "lcm": Scheduler.LCM,
-}  # fmt: skip
 # Endings of sampler names that include the schedule type: in A1111 before 1.9, and in InvokeAI.
 _ENDINGS = {" karras": ScheduleType.KARRAS, " exponential": ScheduleType.EXPONENTIAL, "_k": ScheduleType.KARRAS}
 _KARRAS_OWN = (Scheduler.DPMPP_2M_KARRAS,)  # schedulers whose own name includes the schedule type
@@ -188,7 +181,7 @@ def _scheduler(name: str, recipe: Recipe) -> tuple[Scheduler, ScheduleType | Non
 
 def _sampler(folded: str) -> Scheduler | None:
     try:
-        return _SAMPLERS.get(folded) or parse_scheduler(folded)
+        return parse_scheduler(folded)
     except UsageError:
         return None
 

@@ -17,10 +17,10 @@ from typing import IO, Any
 
 from tiler.cli import failure
 from tiler.cli.listening import Listener
-from tiler.cli.terminal import harmless, prepare_signals, prepare_streams
+from tiler.cli.terminal import duration, harmless, prepare_signals, prepare_streams
 from tiler.errors import Interrupted, TilerError
 from tiler.jobs.checked import Checked
-from tiler.jobs.drawing import end, popen
+from tiler.jobs.drawing import NOTED, OWN_BYTES, end, popen
 from tiler.jobs.queue import NoCluster, Queue, Together
 from tiler.jobs.results import DONE, SKIPPED, Results
 
@@ -57,7 +57,10 @@ def main() -> None:
     prepare_streams()
     prepare_signals()
     try:
-        code = run(Spec(**json.loads(sys.argv[1])))
+        spec = Spec(**json.loads(sys.argv[1]))
+        if not spec.is_batch:  # whose rows have options of their own
+            os.environ[NOTED] = "1"
+        code = run(spec)
         sys.stdout.flush()
     except BaseException as error:
         failure.end(error)
@@ -77,7 +80,11 @@ def run(spec: Spec) -> int:
             encode=_encoder(spec),
             say=say,
             warn=_speaker(silent=spec.silent and not spec.is_batch),
-            finished=_printer(quiet=spec.quiet or spec.is_batch, json_output=spec.json_output),
+            finished=_printer(
+                quiet=spec.quiet or spec.is_batch,
+                json_output=spec.json_output,
+                beside_bytes=0 if spec.cluster else OWN_BYTES,
+            ),
             together=partial(_together, spec, stack, say) if spec.cluster else None,
             hear=Listener(_speaker(silent=False), silent=spec.silent, as_json=spec.log_json).hear
             if spec.cluster
@@ -96,10 +103,14 @@ def run(spec: Spec) -> int:
     return tally.exit_code
 
 
-def sentence(report: dict[str, Any]) -> str:
-    """The line that is printed for a finished picture."""
-    peak, ceiling = (f"{report[name] / 1e6:,.0f} MB" for name in ("peak_rss_bytes", "max_ram_bytes"))
-    return f"{report['output']}: {report['width']}×{report['height']}, seed {report['seed']}, peak {peak} of {ceiling}"
+def sentence(report: dict[str, Any], beside_bytes: int = 0) -> str:
+    """The line that is printed for a finished picture. `beside_bytes` of the ceiling were not the picture's own."""
+    peak, ceiling = report["peak_rss_bytes"], report["max_ram_bytes"] + beside_bytes
+    return (
+        f"{report['output']}: {report['width']}×{report['height']}, seed {report['seed']}, "
+        f"peak {peak / 1e6:,.0f} MB of {ceiling / 1e6:,.0f} MB, "
+        f"in {duration(report['seconds'])}"
+    )
 
 
 def _rows(spec: Spec) -> Iterator[Iterator[Checked]]:
@@ -152,8 +163,13 @@ def _together(spec: Spec, stack: ExitStack, say: Callable[[str], None], row: Che
         "max_ram_bytes": spec.max_ram_bytes, "words": list(row.words), "cluster": spec.cluster, "keys": spec.keys,
         "insecure": spec.insecure, "threads": spec.threads,
     }  # fmt: skip
-    with _asking("tiler.cli.shares", asked) as planner:
-        shares = _answer(planner)
+    try:
+        with _asking("tiler.cli.shares", asked) as planner:
+            shares = _answer(planner)
+    except _Refused as error:
+        if spec.is_batch:
+            raise
+        raise NoCluster(str(error), error.exit_code) from error  # the other pictures differ in their seeds alone
     words = ["--log-json"]
     if shares["is_hosted"]:
         with ExitStack() as starting:  # what has started ends at once if the rest cannot
@@ -231,10 +247,10 @@ def _speaker(*, silent: bool) -> Callable[[str], None]:
     return (lambda text: None) if silent else (lambda text: print(harmless(text), file=sys.stderr, flush=True))
 
 
-def _printer(*, quiet: bool, json_output: bool) -> Callable[[dict[str, Any]], None]:
+def _printer(*, quiet: bool, json_output: bool, beside_bytes: int) -> Callable[[dict[str, Any]], None]:
     if json_output:
         return lambda report: print(json.dumps(report), flush=True)
-    return lambda report: None if quiet else print(sentence(report), flush=True)
+    return lambda report: None if quiet else print(sentence(report, beside_bytes), flush=True)
 
 
 def command_line(spec: Spec) -> list[str]:

@@ -54,6 +54,13 @@ def harmless(text: str) -> str:
     return _CONTROLS.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
+def duration(seconds: float) -> str:
+    """A duration for people: "1 h 5 min", "3 min 20 s", "12 s"."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
 def columns() -> int:
     """The width of lines: the terminal's width, and unlimited if the output is no terminal."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else 10_000

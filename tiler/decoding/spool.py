@@ -165,12 +165,12 @@ class Spool:
 
 def where_in(folder: Path) -> str:
     """A description of the last complete pass, like "pass 12 of the decoder", of the last band, complete or not, or of
-    the last row, like "row 640 of the decoder"; empty if there is none."""
+    the last row, like "row 640 of the decoder", else "the beginning of the decoder"; empty if it has not begun."""
     said = [each for each, _ in _read(folder / JOURNAL)]
     of_picture = [each for each in said if each.get("strips") is not None]
     whole = of_picture or [each for each in said if each.get("whole") or each.get("number", 0) >= BANDS]
     if not whole:
-        return ""
+        return f"the beginning of {said[0].get('what', '')}" if said else ""
     last = max(whole, key=lambda each: (each["number"], each["count"]))
     return _where(last["number"], last["count"], said[0].get("what", ""), has_rows=bool(of_picture))
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 OWN_BYTES = 20_000_000  # the share of the ceiling for the queue's process
 BESIDE = "TILER_BESIDE"  # environment variable for a picture's process: bytes of its ceiling that other processes use
+NOTED = "TILER_NOTED"  # environment variable for a picture's process: what its options mean has been told already
 _PATIENCE = 600.0  # seconds in which pictures can save their states
 _PIECE = 65536
 _PR_SET_PDEATHSIG = 1  # prctl(2)

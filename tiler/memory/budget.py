@@ -65,7 +65,10 @@ def _ceiling(max_ram: str | int) -> int:
         from tiler.memory.limits import ceiling_for_us  # which imports format_mb from this module
 
         return ceiling_for_us()
-    return parse_bytes(max_ram)
+    try:
+        return parse_bytes(max_ram)
+    except UsageError as error:
+        raise UsageError(f"--max-ram {error}") from None
 
 
 @dataclass(kw_only=True)

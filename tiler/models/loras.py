@@ -33,13 +33,14 @@ def find_loras(request: RenderRequest) -> tuple[Lora, ...]:
     tags = tags_of(request)
     if not tags and not request.loras:
         return ()
+    named = [parse_tag(tag) for tag in tags]  # first: what is wrong in a tag is wrong with any folder
     given = () if request.lora_dir is None else (request.lora_dir.expanduser(),)
     found = [replace(lora, file=_file_of(lora.file.expanduser(), given)) for lora in request.loras]
     if tags and not given and not settings.folders(settings.Kind.LORA):
         raise UsageError(f"{tags[0]}: give the folder of your LoRAs with --lora-dir, or the file itself with --lora")
-    for named in map(parse_tag, tags):
-        file = find_lora(named.name, given)
-        found.append(Lora(file=file, strength=named.strength, text_strength=named.text_strength))
+    for lora in named:
+        file = find_lora(lora.name, given)
+        found.append(Lora(file=file, strength=lora.strength, text_strength=lora.text_strength))
     return summed(found)
 
 

@@ -157,10 +157,13 @@ def read(checkpoint: Checkpoint, name: str) -> StableDiffusion:
         ),
         vae_part(spec),
     )
+    # The LoRAs that exist for few steps fit a UNet of the published size.
+    is_sd1 = unet["block_out_channels"][0] == 320 and unet.get("cross_attention_dim") == SD1.encoders[0].width
     traits = Traits(
         title="Stable Diffusion", native=int(unet.get("sample_size", 64)), granularity=2 ** (levels - 1),
         channels=int(vae.get("latent_channels", 4)), width=unet["block_out_channels"][0],
-        chunked=True, embeddings=True, clip_skip=True, few_steps="an LCM or Hyper-SD LoRA",
+        chunked=True, embeddings=True, clip_skip=True,
+        few_steps="an LCM or Hyper-SD LoRA" if is_sd1 else None,
     )  # fmt: skip
     return StableDiffusion(
         checkpoint=checkpoint, traits=traits, parts=parts, vae=spec, scheduler=scheduler, notes=notes

@@ -47,8 +47,8 @@ Judge = Callable[[ResolvedRequest, RenderPlan, Tiling, float], float]
 def hints(
     request: ResolvedRequest, plan: RenderPlan, replan: Callable[[ResolvedRequest], RenderPlan], judge: Judge
 ) -> list[Hint]:
-    """The hints that lower the smallest ceiling of `plan`, or its time under its own ceiling. `replan` plans a
-    request."""
+    """The hints that lower the smallest ceiling of `plan`, or, if it fits, its time under its own ceiling. `replan`
+    plans a request."""
     before, found = judge(request, plan, plan, 1.0), list[Hint]()
     for way in _ways(request, plan):
         try:
@@ -57,7 +57,7 @@ def hints(
         except TilerError:
             continue  # e.g. a file that it needs does not exist
         hint = Hint(way.words, other.memory.smallest_bytes, judge(way.request, other, tiling, way.share))
-        fits = hint.smallest_bytes <= max(plan.memory.max_bytes, plan.memory.smallest_bytes)
+        fits = plan.memory.fits and hint.smallest_bytes <= plan.memory.max_bytes
         lower, faster = hint.smallest_bytes < _LOWER * plan.memory.smallest_bytes, hint.seconds < _FASTER * before
         if lower or (faster and fits and not way.for_memory):
             found.append(hint)

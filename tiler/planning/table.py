@@ -62,7 +62,7 @@ class MemoryPlan:
         if not self.fits:
             worst = max(self.phases, key=lambda p: p.peak_bytes)
             raise BudgetRefused(
-                f"the phase {worst.name!r} needs {format_mb(worst.peak_bytes)}, and a plan may fill {MARGIN:.0%} of the "
+                f"the phase '{worst.name}' needs {format_mb(worst.peak_bytes)}, and a plan may fill {MARGIN:.0%} of the "
                 f"ceiling of {format_mb(self.max_bytes)}; the smallest --max-ram that works is {self.smallest_text}"
                 + (f"; {worst.advice}" if worst.advice else advice + (f"\n{self.table()}" if table else "")),
                 self.smallest_bytes,

@@ -187,7 +187,9 @@ PRESETS: Mapping[Preset, Mapping[str, Any]] = {
     },
 }  # fmt: skip
 
-_DIFFUSERS_NAMES = {
+_OTHER_NAMES = {
+    "eulerancestral": Scheduler.EULER_A,
+    "dpm++2mk": Scheduler.DPMPP_2M_KARRAS,
     "ddimscheduler": Scheduler.DDIM,
     "eulerdiscretescheduler": Scheduler.EULER,
     "eulerancestraldiscretescheduler": Scheduler.EULER_A,
@@ -199,12 +201,14 @@ _DIFFUSERS_NAMES = {
 
 
 def parse_scheduler(name: str) -> Scheduler:
-    """Parse the AUTOMATIC1111 or diffusers name of a sampler, in any case. Raises UsageError."""
+    """Parse the name of a sampler as AUTOMATIC1111, ComfyUI, InvokeAI or diffusers write it, in any case: `DPM++ 2M` is
+    also `dpmpp_2m`. Raises UsageError."""
     folded = " ".join(name.lower().replace("_", " ").split())
+    joined = folded.replace(" ", "").replace("dpmpp", "dpm++")
     for scheduler in Scheduler:
-        if folded == scheduler.value.lower():
+        if joined == scheduler.value.lower().replace(" ", ""):
             return scheduler
-    if (known := _DIFFUSERS_NAMES.get(folded.replace(" ", ""))) is not None:
+    if (known := _OTHER_NAMES.get(joined)) is not None:
         return known
     sampler, _, kind = folded.rpartition(" ")
     if kind in tuple(ScheduleType) and any(sampler == s.value.lower() for s in Scheduler):

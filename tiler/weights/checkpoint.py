@@ -177,10 +177,13 @@ def resolve_part(model: str) -> Checkpoint:
 def _checkpoint(name: str, folder: Path, variant: str | None, repository: str | None = None) -> Checkpoint:
     if not (folder / hub.INDEX).is_file():
         if (kind := _addition(folder)) is not None:
-            raise ModelError(f"{folder}: this is {kind}, which goes with a model; give the model itself")
+            raise ModelError(
+                f"{folder}: this is {kind}, which goes with a model; give "
+                + (f"it with {_FLAGS[kind]}" if kind in _FLAGS else "the model itself")
+            )
         within = [child for child in names_in(folder) if (folder / child / hub.INDEX).is_file()]
         raise ModelError(
-            f"{folder}: no {hub.INDEX} here; a model is a folder in diffusers layout or a hub id"
+            f"{folder}: no {hub.INDEX} here; a model is a folder in diffusers layout, a single file or a hub id"
             + (f"; did you mean {folder / within[0]}?" if within else "")
         )
     return Checkpoint(
@@ -189,8 +192,12 @@ def _checkpoint(name: str, folder: Path, variant: str | None, repository: str | 
     )  # fmt: skip
 
 
+_FLAGS = {"a tiny autoencoder": "--tiny-vae", "an autoencoder": "--vae"}
+
+
 def _addition(folder: Path) -> str | None:
-    """The kind of add-on in the folder (LoRA, ControlNet and so on), if it is not a model that makes pictures."""
+    """The kind of add-on in the folder (LoRA, autoencoder, ControlNet and so on), if it is not a model that makes
+    pictures."""
     names = names_in(folder)
     if "adapter_config.json" in names or any("lora" in name.lower() for name in names if name.endswith(WEIGHTS)):
         return "a LoRA"
@@ -198,7 +205,8 @@ def _addition(folder: Path) -> str | None:
         cls = str(read_json(folder / "config.json").get("_class_name")) if "config.json" in names else ""
     except ModelError:
         return None
-    return next((f"a {kind}" for kind in ("ControlNet", "T2IAdapter", "MotionAdapter") if kind in cls), None)
+    named = {"AutoencoderTiny": "a tiny autoencoder", "AutoencoderKL": "an autoencoder"}
+    return named.get(cls) or next((f"a {k}" for k in ("ControlNet", "T2IAdapter", "MotionAdapter") if k in cls), None)
 
 
 def _notes(name: str, folder: Path, variant: str | None) -> list[str]:
