@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, EulerAncestralDiscreteScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
 LATENT_CHANNELS = 8
@@ -73,9 +73,13 @@ def build_text_encoder(vocab_size: int) -> CLIPTextModel:
     )
 
 
-def build_scheduler() -> DDIMScheduler:
-    """v-prediction with zero terminal SNR (Lin et al. 2023, arXiv:2305.08891): dark and bright pictures both work."""
-    return DDIMScheduler(
+def build_scheduler() -> EulerAncestralDiscreteScheduler:
+    """v-prediction with zero terminal SNR (Lin et al. 2023, arXiv:2305.08891): dark and bright pictures both work.
+
+    The scheduler adds fresh noise after each step, so later steps can mend the shape of a disc. Without it, a lump left
+    by an early step stays.
+    """
+    return EulerAncestralDiscreteScheduler(
         num_train_timesteps=1000,
         beta_start=0.00085,
         beta_end=0.012,
@@ -83,7 +87,4 @@ def build_scheduler() -> DDIMScheduler:
         prediction_type="v_prediction",
         rescale_betas_zero_snr=True,
         timestep_spacing="trailing",
-        clip_sample=False,
-        set_alpha_to_one=True,
-        steps_offset=1,
     )

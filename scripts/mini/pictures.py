@@ -72,10 +72,9 @@ def generate(pipe: Any, prompts: Sequence[str], seeds: Sequence[int]) -> np.ndar
 
 def rendered(model: Path, prompt: str, width: int, height: int, seed: int, **settings: Any) -> np.ndarray:
     """(height, width, 3) uint8 of `tiler render` with the model's own defaults."""
-    own = tomllib.loads((model / "tiler.toml").read_text()) if (model / "tiler.toml").exists() else {}
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out.png"
-        asked = {**own, "prompt": prompt, "width": width, "height": height, "seed": seed, **settings}
+        asked = {"prompt": prompt, "width": width, "height": height, "seed": seed, **settings}
         render(RenderRequest(output=out, model=str(model), **asked), Budget(_CEILING))
         return np.asarray(Image.open(out))
 

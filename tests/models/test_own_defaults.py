@@ -18,10 +18,12 @@ from tiler.request.regions import Region
 def test_a_model_folder_may_state_its_own_defaults(tmp_path: Path) -> None:
     (tmp_path / "tiler.toml").write_text(
         'guidance_scale = 3\nscheduler = "euler a"\nprompt = "a lake"\nlayout = "jitter"\n'
+        "guidance_interval = [0, 0.75]\n"
     )
     said = read_defaults(tmp_path)
     assert said == {
         "guidance_scale": 3, "scheduler": Scheduler.EULER_A, "prompt": "a lake", "layout": Layout.JITTER,
+        "guidance_interval": (0, 0.75),
     }  # fmt: skip
     assert isinstance(said["layout"], Layout)
     assert read_defaults(tmp_path / "elsewhere") == {}
@@ -32,6 +34,8 @@ def test_a_model_folder_may_state_its_own_defaults(tmp_path: Path) -> None:
     [
         ("steps = 3", "'steps'"), ("strength = true", "strength"), ("strength = 3", "strength"), ("seed = 1", "'seed'"),
         ('scheduler = "nonsense"', "nonsense"), ("strength =", "not valid TOML"), ('guidance_scale = "7"', "guidance_scale"),
+        ("guidance_interval = [0.5]", "not two numbers"), ("guidance_interval = [1, true]", "not two numbers"),
+        ("guidance_interval = [0.7, 0.2]", "two rising shares"),
         ("prompt = []", "nor a list of texts"), ('prompt = ["a", "b <lora:x:1>"]', "<lora:x:1>"), ('layout = "rows"', "grid, shift, jitter"), ('prompt = ["a", 1]', "nor a list of texts"),
     ],
 )  # fmt: skip
@@ -121,4 +125,7 @@ def test_a_render_records_what_it_was_filled_with(in_process: Any, own: Path, ti
 def test_doctor_shows_it(in_process: Any, own: Path, tiny: Path) -> None:
     said = in_process("doctor", "--model", own, "--json").json["its own defaults"]
     assert said == f"--steps 30, --guidance-scale 1, PROMPT one of 2, by the seed ({own / 'tiler.toml'})"
+    (own / "tiler.toml").write_text("guidance_interval = [0, 0.75]\n")
+    said = in_process("doctor", "--model", own, "--json").json["its own defaults"]
+    assert said.startswith("--guidance-interval 0-0.75 (")
     assert "its own defaults" not in in_process("doctor", "--model", tiny, "--json").json

@@ -116,9 +116,11 @@ def _of_family(family: Family) -> dict[str, str]:
 def _defaults(own: Mapping[str, Any]) -> str:
     """The model's own defaults, by the names of the options."""
     names = {f.name: next(iter(f.metadata["option"].names), "PROMPT") for f in fields(RenderRequest)}
-    said = {
-        key: f"one of {len(value)}, by the seed" if isinstance(value, tuple) else value for key, value in own.items()
-    }
+    said = dict(own)
+    if isinstance(prompts := own.get("prompt"), tuple):
+        said["prompt"] = f"one of {len(prompts)}, by the seed"
+    if "guidance_interval" in own:
+        said["guidance_interval"] = "-".join(f"{share:g}" for share in own["guidance_interval"])
     return ", ".join(f"{names[key]} {value}" for key, value in said.items())
 
 

@@ -15,7 +15,7 @@ from tiler.weights.hub import DEFAULTS
 _MAX_BYTES = 100_000
 _KEYS: Mapping[str, tuple[type, ...]] = {
     "prompt": (str, list), "negative_prompt": (str,), "num_inference_steps": (int,), "guidance_scale": (int, float),
-    "strength": (int, float), "scheduler": (str,), "layout": (str,),
+    "guidance_interval": (list,), "strength": (int, float), "scheduler": (str,), "layout": (str,),
 }  # fmt: skip
 
 
@@ -35,6 +35,10 @@ def read_defaults(folder: Path) -> dict[str, Any]:
         if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
             raise ModelError(f"{path}: prompt = {prompts!r} is neither a text nor a list of texts; correct the file")
         said["prompt"] = tuple(prompts)
+    if (interval := said.get("guidance_interval")) is not None:
+        if len(interval) != 2 or not all(type(share) in (int, float) for share in interval):
+            raise ModelError(f"{path}: guidance_interval = {interval!r} is not two numbers, such as [0, 0.75]")
+        said["guidance_interval"] = tuple(interval)
     try:
         for prompt in (prompts,) if isinstance(prompts, str) else said.get("prompt", ()):
             for tag in parse_prompt(prompt).tags:
